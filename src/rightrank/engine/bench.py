@@ -1,0 +1,168 @@
+"""The workbench: the loaded base, the encoded data, the objective and the frozen prefix that all arms share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rightrank.engine.adapter import attached
+from rightrank.engine.batches import Batch, batch_plan, collate, length_sorted_batches
+from rightrank.engine.encode import EncodedData, EncodedItem
+from rightrank.engine.loss import BatchLoss, Objective, make_objective
+from rightrank.engine.prefix import FrozenPrefix, find_blocks, prefix_depth
+from rightrank.engine.targets import Targets, find_targets, lora_config
+from rightrank.io.models import LoadedModel
+from rightrank.records import Arm, SplitName
+from rightrank.settings import SelectSettings
+
+PREFIX_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 5e-3}  # relative, of a batch's loss
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """Item scores of a split, in the split's order."""
+
+    losses: list[float]  # summed over the item's label tokens, nats
+    tokens: list[int]
+    correct: list[int] | None
+
+    @property
+    def loss(self) -> float:
+        """Token-weighted mean loss, nats a label."""
+        return sum(self.losses) / sum(self.tokens)
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        values = {"loss": self.loss}
+        if self.correct is not None:
+            values["accuracy"] = sum(self.correct) / len(self.correct)
+        return values
+
+
+class Bench:
+    """Built once for a run; `losses` and `evaluate` work with or without an adapter attached to the base."""
+
+    def __init__(
+        self, loaded: LoadedModel, data: EncodedData, settings: SelectSettings, steps: int, cache_folder: Path
+    ) -> None:
+        self.loaded = loaded
+        self.data = data
+        self.settings = settings
+        self.model = loaded.model
+        self.targets: Targets = find_targets(self.model, settings, data.is_classification)
+        self.steps = steps  # optimizer steps of an arm
+        self._pad_id: int = loaded.tokenizer.pad_token_id
+        probe = self.batch("selection", length_sorted_batches(data.splits["selection"], settings.batch_size)[0])
+        self.objective: Objective = make_objective(self.model, probe, data.is_classification)
+        self.prefix = self._make_prefix(cache_folder, probe) if settings.cache_prefix else None
+
+    def items(self, split: SplitName) -> list[EncodedItem]:
+        return self.data.splits[split]
+
+    def batch(self, split: SplitName, indices: Sequence[int]) -> Batch:
+        return collate(self.items(split), indices, self._pad_id, self.loaded.device)
+
+    def batch_plan(self, seed: int) -> list[list[int]]:
+        """The training batches of every arm of a seed: one list of item indices for each optimizer step."""
+        lengths = [item.length for item in self.items("train")]
+        return batch_plan(lengths, self.settings.items_per_step, self.steps, seed)
+
+    def losses(self, split: SplitName, batch: Batch, scale: float) -> BatchLoss:
+        """The loss of `batch` under whatever adapter the base now carries."""
+        with self._prefix_for(split, batch):
+            return self.objective(self.model, batch, scale)
+
+    @torch.no_grad()
+    def evaluate(self, split: SplitName) -> Scores:
+        """Every item of a split, in large batches of fixed composition, adapter dropout off."""
+        items = self.items(split)
+        losses, tokens = [0.0] * len(items), [0] * len(items)
+        correct = [0] * len(items) if self.data.is_classification else None
+        with self._without_dropout():
+            for indices in length_sorted_batches(items, self.settings.eval_batch_size):
+                result = self.losses(split, self.batch(split, indices), 1.0)
+                for row, index in enumerate(indices):
+                    losses[index] = float(result.item_losses[row])
+                    tokens[index] = int(result.item_tokens[row])
+                    if correct is not None and result.item_correct is not None:
+                        correct[index] = int(result.item_correct[row])
+        return Scores(losses, tokens, correct)
+
+    @contextmanager
+    def arm(self, arm: Arm) -> Iterator[Any]:
+        """The PeftModel of a freshly initialised arm; the base alone for rank 0."""
+        if arm.rank == 0:
+            yield self.model
+            return
+        config = lora_config(self.settings, arm, self.data.is_classification, self.targets.names)
+        recompute = recomputed_blocks(self.model) if self.settings.gradient_checkpointing else nullcontext()
+        with attached(self.model, self.settings, arm, config) as peft_model, recompute:
+            yield peft_model
+
+    def _prefix_for(self, split: SplitName, batch: Batch) -> Any:
+        return nullcontext() if self.prefix is None else self.prefix.serving(self.model, split, batch)
+
+    def _make_prefix(self, folder: Path, probe: Batch) -> FrozenPrefix | None:
+        """The prefix, if there is one and it changes no loss."""
+        found = find_blocks(self.model)
+        if found is None or self.settings.bias == "all":
+            return None
+        name, blocks = found
+        trainable = [target.name for target in self.targets.modules] + list(self.settings.modules_to_save)
+        depth = prefix_depth(name, trainable, len(blocks))
+        if depth == 0:
+            return None
+        prefix = FrozenPrefix(blocks, depth, self._pad_id, self.loaded.device, folder, self.settings.eval_batch_size)
+        for split, items in self.data.splits.items():
+            prefix.add_split(split, items, self._expected_items(split))
+        with torch.no_grad():
+            plain = self.objective(self.model, probe, 1.0).item_losses.sum()
+            with prefix.serving(self.model, "selection", probe):
+                cached = self.objective(self.model, probe, 1.0).item_losses.sum()
+        tolerance = PREFIX_TOLERANCE[next(self.model.parameters()).dtype]
+        return prefix if torch.isclose(cached, plain, rtol=tolerance, atol=0) else None
+
+    def _expected_items(self, split: SplitName) -> set[int]:
+        """The items of a split that the arms will ask for."""
+        if split != "train":
+            return set(range(len(self.items(split))))
+        plans = (self.batch_plan(seed) for seed in self.settings.seeds)
+        return {index for plan in plans for indices in plan for index in indices}
+
+    @contextmanager
+    def _without_dropout(self) -> Iterator[None]:
+        training = [
+            module for module in self.model.modules() if isinstance(module, torch.nn.Dropout) and module.training
+        ]
+        for module in training:
+            module.train(False)
+        try:
+            yield
+        finally:
+            for module in training:
+                module.train(True)
+
+
+@contextmanager
+def recomputed_blocks(model: Any) -> Iterator[None]:
+    """Keep no activations inside the model's blocks: recompute them in the backward pass.
+
+    transformers does so for blocks in training mode; only the blocks are put in it, so that dropout stays off.
+    """
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    disable = getattr(model, "activation_checkpointing_disable", None) or model.gradient_checkpointing_disable
+    enable()
+    blocks = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
+    for block in blocks:
+        block.training = True
+    try:
+        yield
+    finally:
+        for block in blocks:
+            block.training = False
+        disable()

@@ -1,0 +1,200 @@
+"""From items to token ids and labels. Labels are -100 wherever no loss is taken.
+
+The prompt of a completion is masked by the character offsets of one joint tokenisation, so that a token
+across the border counts as completion and no ids differ from what the model sees at inference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rightrank.errors import DataError
+from rightrank.io.data import SPLITS, DataForm, DataSplits, Item
+from rightrank.io.models import LoadedModel
+from rightrank.records import DataSummary, SplitName, SplitSummary
+from rightrank.settings import SelectSettings
+
+IGNORED = -100  # torch's and transformers' label for "no loss here"
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedItem:
+    """Token ids and labels of one item, both of length n; for a classification one class instead."""
+
+    item_id: str
+    input_ids: Sequence[int]
+    labels: Sequence[int]  # n labels, aligned with input_ids (not shifted); or [class]
+
+    @property
+    def length(self) -> int:
+        return len(self.input_ids)
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedData:
+    """Every split, encoded, and the summary of what became of the items."""
+
+    splits: Mapping[SplitName, list[EncodedItem]]
+    texts: Mapping[str, Item]  # the held-out test items by id, for samples
+    summary: DataSummary
+
+    @property
+    def is_classification(self) -> bool:
+        return self.summary.form == "classification"
+
+
+def encode(data: DataSplits, model: LoadedModel, settings: SelectSettings) -> EncodedData:
+    """Tokenise every split.
+
+    Raises:
+        DataError: a chat template that is missing or that rewrites earlier turns; a split left without any label.
+    """
+    limit = settings.seq_len
+    encoder = _Encoder(model.tokenizer, data.form, data.classes)
+    splits: dict[SplitName, list[EncodedItem]] = {}
+    summaries: dict[str, SplitSummary] = {}
+    for split in SPLITS:
+        encoded, truncated, dropped = _encode_split(encoder, data.items[split], limit, settings.long_items)
+        if not encoded:
+            raise DataError(
+                f"the {split} split has no label token left after tokenising ({len(data.items[split])} items, "
+                f"{dropped} without a label within {limit} tokens); give items with text to learn, or a larger seq_len"
+            )
+        splits[split] = encoded
+        summaries[split] = SplitSummary(
+            items=len(encoded),
+            tokens=sum(item.length for item in encoded),
+            label_tokens=sum(label_count(item, encoder.is_classification) for item in encoded),
+            truncated=truncated,
+            dropped=dropped,
+        )
+    summary = DataSummary(
+        form=data.form,
+        splits=summaries,
+        splits_given=data.splits_given,
+        duplicates_across_splits=data.duplicates_across_splits,
+        classes=data.classes,
+    )
+    return EncodedData(splits, {item.item_id: item for item in data.items["test"]}, summary)
+
+
+def label_count(item: EncodedItem, classification: bool) -> int:
+    """Labels that carry loss: the first position of a language model has nothing before it to predict from."""
+    if classification:
+        return 1
+    return sum(label != IGNORED for label in item.labels[1:])
+
+
+def _encode_split(
+    encoder: _Encoder, items: Iterable[Item], limit: int, long_items: str
+) -> tuple[list[EncodedItem], int, int]:
+    kept: list[EncodedItem] = []
+    truncated = dropped = 0
+    for item in items:
+        ids, labels = encoder(item)
+        truncated += len(ids) > limit
+        pieces = 0
+        for start in (
+            range(0, max(len(ids), 1), limit) if long_items == "split" and not encoder.is_classification else (0,)
+        ):
+            piece_ids = ids[start : start + limit]
+            piece_labels = labels if encoder.is_classification else labels[start : start + limit]
+            suffix = f"#{start}" if start else ""
+            piece = EncodedItem(item.item_id + suffix, piece_ids, piece_labels)
+            if piece_ids and label_count(piece, encoder.is_classification):
+                kept.append(piece)
+                pieces += 1
+        dropped += pieces == 0
+    return kept, truncated, dropped
+
+
+class _Encoder:
+    """One tokenizer and one form: item → (input_ids, labels)."""
+
+    def __init__(self, tokenizer: Any, form: DataForm, classes: list[str] | None) -> None:
+        self._tokenizer = tokenizer
+        self._form = form
+        self._class_index = {name: index for index, name in enumerate(classes or [])}
+        self.is_classification = form == "classification"
+        if form == "messages" and not tokenizer.chat_template:
+            raise DataError(
+                "the data has `messages` but the tokenizer has no chat template; give `prompt` and `completion`"
+            )
+
+    def __call__(self, item: Item) -> tuple[list[int], list[int]]:
+        content = item.content
+        if self._form == "classification":
+            return self._ids(content["text"]), [self._class_index[str(content["label"])]]
+        if self._form == "text":
+            ids = self._ids(content["text"]) if content["text"] else []
+            ids = self._end(ids)
+            return ids, list(ids)
+        if self._form == "messages":
+            return self._conversation(content["messages"], 0, item.where)
+        return self._prompt_completion(content["prompt"], content["completion"], item.where)
+
+    def _prompt_completion(self, prompt: Any, completion: Any, where: str) -> tuple[list[int], list[int]]:
+        if isinstance(prompt, list) or isinstance(completion, list):
+            if not (isinstance(prompt, list) and isinstance(completion, list)):
+                raise DataError(
+                    f"{where}: `prompt` and `completion` are of two kinds; give two strings or two lists of messages"
+                )
+            return self._conversation([*prompt, *completion], len(prompt), where)
+        if not completion:
+            return [], []
+        ids, labels = self._masked(prompt + completion, [(len(prompt), len(prompt + completion))], special=True)
+        ended = self._end(ids)
+        return ended, labels + ended[len(ids) :]
+
+    def _conversation(
+        self, messages: Sequence[Mapping[str, str]], first: int, where: str
+    ) -> tuple[list[int], list[int]]:
+        """Loss on every assistant turn from message `first` on, located by rendering each prefix of the talk."""
+        whole = self._render(messages, False)
+        spans: list[tuple[int, int]] = []
+        for index, message in enumerate(messages):
+            if message["role"] != "assistant" or index < first:
+                continue
+            before = self._render(messages[:index], True)
+            after = self._render(messages[: index + 1], False)
+            if not (whole.startswith(after) and after.startswith(before)):
+                raise DataError(
+                    f"{where}: the chat template rewrites earlier turns, so the assistant's tokens can't be located; "
+                    "give `prompt` and `completion`, one row a turn"
+                )
+            spans.append((len(before), len(after)))
+        return self._masked(whole, spans, special=False)
+
+    def _render(self, messages: Sequence[Mapping[str, str]], generation_prompt: bool) -> str:
+        if not messages:
+            return ""
+        text: str = self._tokenizer.apply_chat_template(
+            list(messages), tokenize=False, add_generation_prompt=generation_prompt
+        )
+        return text
+
+    def _masked(self, text: str, spans: Sequence[tuple[int, int]], special: bool) -> tuple[list[int], list[int]]:
+        if not self._tokenizer.is_fast:
+            raise DataError(
+                "completions are located by character offsets, which this slow tokenizer lacks; give `text`, or a fast tokenizer"
+            )
+        encoded = self._tokenizer(text, add_special_tokens=special, return_offsets_mapping=True, verbose=False)
+        ids: list[int] = encoded["input_ids"]
+        labels = [
+            token if any(start < end_of_token <= end for start, end in spans) else IGNORED
+            for token, (_, end_of_token) in zip(ids, encoded["offset_mapping"], strict=True)
+        ]
+        return ids, labels
+
+    def _ids(self, text: str) -> list[int]:
+        ids: list[int] = self._tokenizer(text, verbose=False)["input_ids"]
+        return ids
+
+    def _end(self, ids: list[int]) -> list[int]:
+        """With the end-of-sequence token after it, where the tokenizer has one and did not add it."""
+        end = self._tokenizer.eos_token_id
+        if end is None or not ids or ids[-1] == end:
+            return list(ids)
+        return [*ids, end]

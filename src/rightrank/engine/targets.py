@@ -1,0 +1,143 @@
+"""Which modules an adapter changes, as PEFT itself matches them, checked before any training."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import LoraConfig, TaskType, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+
+from rightrank.errors import ModelError
+from rightrank.maths.scaling import peft_scaling
+from rightrank.records import Arm
+from rightrank.settings import SelectSettings
+
+ALL_LINEAR = "all-linear"
+
+
+@dataclass(frozen=True, slots=True)
+class TargetModule:
+    """A matrix that gets an adapter: W is out_features × in_features."""
+
+    name: str
+    in_features: int
+    out_features: int
+
+    @property
+    def max_rank(self) -> int:
+        return min(self.in_features, self.out_features)
+
+
+@dataclass(frozen=True, slots=True)
+class Targets:
+    """What is adapted: the names as PEFT takes them, and each matrix."""
+
+    names: tuple[str, ...]  # `all-linear` resolved to the last parts of module names
+    modules: tuple[TargetModule, ...]
+
+
+def lora_config(settings: SelectSettings, arm: Arm, classification: bool, names: Sequence[str]) -> LoraConfig:
+    """PEFT's configuration of one arm on the modules of these names."""
+    alpha, use_rslora = peft_scaling(settings.scaling, arm.lora_alpha, arm.rank)
+    return LoraConfig(
+        task_type=TaskType.SEQ_CLS if classification else TaskType.CAUSAL_LM,
+        r=arm.rank,
+        lora_alpha=int(alpha) if float(alpha).is_integer() else alpha,  # type: ignore[arg-type]
+        use_rslora=use_rslora,
+        lora_dropout=settings.lora_dropout,
+        target_modules=list(names),
+        exclude_modules=list(settings.exclude_modules) or None,
+        layers_to_transform=None if settings.layers_to_transform is None else list(settings.layers_to_transform),
+        modules_to_save=list(settings.modules_to_save) or None,
+        bias=settings.bias,
+    )
+
+
+def find_targets(model: Any, settings: SelectSettings, classification: bool) -> Targets:
+    """The modules that PEFT adapts under these settings.
+
+    Raises:
+        ModelError: a name that matches nothing (the names there are), a layer that is not there, or a rank in
+            `settings.ranks` that no rank-r update of some matrix can have.
+    """
+    _require_names(model, settings)
+    _require_layers(model, settings)
+    names = settings.target_modules
+    if names == (ALL_LINEAR,):
+        names = _all_linear_names(model, classification)
+    probe = Arm(rank=1, learning_rate=1.0, lora_alpha=1.0, seed=0, steps=1)
+    skeleton = _skeleton(model)
+    try:
+        inject_adapter_in_model(lora_config(settings, probe, classification, names), skeleton)
+    except ValueError as error:
+        reason = str(error).splitlines()[0]
+        raise ModelError(f"PEFT finds no module to adapt ({reason}); {_names_there_are(model)}") from None
+    modules = [
+        TargetModule(name, _size(module.in_features), _size(module.out_features))
+        for name, module in skeleton.named_modules()
+        if isinstance(module, LoraLayer)
+    ]
+    _require_ranks(modules, settings.ranks)
+    return Targets(tuple(sorted(names)), tuple(modules))
+
+
+def _all_linear_names(model: Any, classification: bool) -> tuple[str, ...]:
+    """What PEFT makes of `all-linear`: every linear module but the output head, by the last parts of their names."""
+    config = LoraConfig(task_type=TaskType.SEQ_CLS if classification else TaskType.CAUSAL_LM, target_modules=ALL_LINEAR)
+    inject_adapter_in_model(config, _skeleton(model))
+    return tuple(sorted(config.target_modules or ()))
+
+
+def _skeleton(model: Any) -> Any:
+    """The model's modules without weights."""
+    with torch.device("meta"):
+        return type(model)(model.config)
+
+
+def _size(features: Any) -> int:
+    return int(features)
+
+
+def _require_names(model: Any, settings: SelectSettings) -> None:
+    names = [name for name, _ in model.named_modules() if name]
+    wanted = [name for name in settings.target_modules if name != ALL_LINEAR] + list(settings.modules_to_save)
+    if ALL_LINEAR in settings.target_modules and len(settings.target_modules) > 1:
+        raise ModelError(
+            "target_modules holds 'all-linear' beside other names; give 'all-linear' alone, or names alone"
+        )
+    for target in wanted:
+        if not any(name == target or name.endswith(f".{target}") for name in names):
+            raise ModelError(f"no module is named {target!r}; {_names_there_are(model)}")
+
+
+def _require_layers(model: Any, settings: SelectSettings) -> None:
+    if settings.layers_to_transform is None:
+        return
+    numbers = [int(match[1]) for name, _ in model.named_modules() if (match := re.match(r".*?\.(\d+)\.", name))]
+    count = max(numbers, default=-1) + 1
+    for layer in settings.layers_to_transform:
+        if not 0 <= layer < count:
+            raise ModelError(f"layers_to_transform: got {layer}; the model's layers are 0 to {count - 1}")
+
+
+def _require_ranks(targets: Sequence[TargetModule], ranks: Sequence[int]) -> None:
+    for target in targets:
+        too_large = [rank for rank in ranks if rank > target.max_rank]
+        if too_large:
+            raise ModelError(
+                f"rank {too_large[0]} is above the {target.max_rank} that {target.name} "
+                f"({target.out_features} × {target.in_features}) can have; give ranks up to {target.max_rank}, or exclude_modules"
+            )
+
+
+def _names_there_are(model: Any) -> str:
+    linear = {
+        name.rsplit(".", 1)[-1]
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) or type(module).__name__ == "Conv1D"
+    }
+    return f"linear modules there are: {', '.join(sorted(linear)) or 'none'}"

@@ -1,0 +1,99 @@
+"""The errors that `rightrank` raises, and what each means at the command line.
+
+    RightrankError                  any of ours; the message is one line for a person
+    ├── InputError(ValueError)      exit 2: bad usage or bad input, nothing was started
+    │   ├── SettingsError           a setting, an option or a config file
+    │   ├── DataError               a data file or its rows
+    │   ├── ModelError              a model folder, its modules or its tokenizer
+    │   ├── ResultsError            a table of finished runs
+    │   ├── RunFolderError          a run folder: made with other settings, locked, damaged
+    │   └── MissingExtraError       an optional dependency that is not installed
+    ├── RunError(RuntimeError)      exit 1: it began and could not finish
+    │   ├── DeviceMemoryError       out of memory, with the arm that asked
+    │   └── AllTrialsFailedError    not one trial ended with a result
+    └── InterruptedRun              exit 130: stopped by the user, can be resumed
+
+Every message says what was got, what is allowed, and what to do. All survive pickling:
+they carry one string and nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+__all__ = [
+    "AllTrialsFailedError",
+    "DataError",
+    "DeviceMemoryError",
+    "InputError",
+    "InterruptedRun",
+    "MissingExtraError",
+    "ModelError",
+    "ResultsError",
+    "RightrankError",
+    "RunError",
+    "RunFolderError",
+    "SettingsError",
+    "did_you_mean",
+]
+
+
+class RightrankError(Exception):
+    """Base of every error raised on purpose by this package."""
+
+    exit_status: int = 1
+
+
+class InputError(RightrankError, ValueError):
+    """Bad usage or bad input; nothing was started."""
+
+    exit_status = 2
+
+
+class SettingsError(InputError):
+    """A setting, an option or a config file that can't be used."""
+
+
+class DataError(InputError):
+    """A data file that can't be read or rows that can't be used."""
+
+
+class ModelError(InputError):
+    """A model folder, its modules or its tokenizer."""
+
+
+class ResultsError(InputError):
+    """A table of finished runs that can't be used."""
+
+
+class RunFolderError(InputError):
+    """A run folder made with other settings, in use, or damaged."""
+
+
+class MissingExtraError(InputError, ImportError):
+    """An optional dependency that is not installed; the message names the extra."""
+
+
+class RunError(RightrankError, RuntimeError):
+    """It began and could not finish."""
+
+
+class DeviceMemoryError(RunError):
+    """The device ran out of memory in a trial."""
+
+
+class AllTrialsFailedError(RunError):
+    """Not one trial ended with a result."""
+
+
+class InterruptedRun(RightrankError):  # noqa: N818 - not a fault: the user asked for it
+    """Stopped by the user; what was finished is kept and the run can be resumed."""
+
+    exit_status = 130
+
+
+def did_you_mean(got: str, allowed: Iterable[str]) -> str:
+    """`; did you mean 'x'?` for the nearest allowed name, or an empty string."""
+    near = get_close_matches(got, list(allowed), n=1, cutoff=0.6)
+    return f"; did you mean {near[0]!r}?" if near else ""

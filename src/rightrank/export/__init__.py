@@ -1,0 +1,1 @@
+"""What is handed over: the adapter folder and the card that holds its evidence."""

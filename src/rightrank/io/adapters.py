@@ -1,0 +1,27 @@
+"""Adapters in PEFT's format, safetensors only."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from peft import set_peft_model_state_dict
+from safetensors.torch import load_file
+
+from rightrank.io.files import replacing_folder
+
+
+def save_adapter(peft_model: Any, folder: Path, base_name: str) -> None:
+    """Write `adapter_config.json` and `adapter_model.safetensors`, naming the base that was asked for."""
+    config = peft_model.peft_config["default"]
+    config.base_model_name_or_path = base_name
+    with replacing_folder(folder) as temporary:
+        peft_model.save_pretrained(str(temporary), safe_serialization=True, save_embedding_layers=False)
+        readme = temporary / "README.md"  # PEFT's empty template; the model card is written at hand-over
+        readme.unlink(missing_ok=True)
+
+
+def restore_adapter(peft_model: Any, folder: Path) -> None:
+    """Put the saved tensors of `folder` into an adapter of the same shape."""
+    tensors = load_file(folder / "adapter_model.safetensors")
+    set_peft_model_state_dict(peft_model, tensors)

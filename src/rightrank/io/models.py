@@ -1,0 +1,214 @@
+"""Loading a base model and its tokenizer: a local folder, a hub name, or a GGUF file."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers.utils import logging as transformers_logging
+
+from rightrank.errors import MissingExtraError, ModelError, SettingsError
+from rightrank.settings import DtypeName
+
+WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json")
+DTYPES: dict[DtypeName, torch.dtype] = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+_FINGERPRINT_BYTES = 2**20  # of each weight file's beginning and end, beside its size
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSource:
+    """Where a model is: a folder or hub name, and the GGUF file in it if it is one."""
+
+    name: str
+    gguf_file: str | None
+
+    def loading_arguments(self, trust_remote_code: bool) -> dict[str, Any]:
+        arguments: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+        if self.gguf_file is not None:
+            arguments["gguf_file"] = self.gguf_file
+        return arguments
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A base model in evaluation mode on its device, with its tokenizer."""
+
+    model: Any  # transformers.PreTrainedModel
+    tokenizer: Any  # transformers.PreTrainedTokenizerBase
+    name: str
+    fingerprint: str
+    device: torch.device
+
+
+def find_model(reference: str) -> ModelSource:
+    """Tell what kind of model `reference` is, without loading it.
+
+    Raises:
+        ModelError: a local folder without config or weights, or a file that is not GGUF.
+        MissingExtraError: a GGUF file without the `gguf` package.
+    """
+    path = Path(reference).expanduser()
+    if path.is_file():
+        if path.suffix.lower() != ".gguf":
+            raise ModelError(
+                f"{reference}: a model file must end in .gguf; give a GGUF file, a model folder, or a hub name"
+            )
+        if find_spec("gguf") is None:
+            raise MissingExtraError("reading GGUF files needs the `gguf` package: pip install 'rightrank[gguf]'")
+        return ModelSource(str(path.parent), path.name)
+    if path.is_dir():
+        if not (path / "config.json").exists():
+            ggufs = sorted(found.name for found in path.glob("*.gguf"))
+            hint = f"; give the file: {path / ggufs[0]}" if ggufs else "; give a folder that save_pretrained wrote"
+            raise ModelError(f"{reference}: no config.json in the folder{hint}")
+        return ModelSource(str(path), None)
+    if path.is_absolute() or reference.startswith((".", "~")) or reference.count("/") > 1:
+        raise ModelError(f"{reference}: no such folder; give a model folder, a GGUF file, or a hub name")
+    return ModelSource(reference, None)
+
+
+def load_model(
+    reference: str, dtype: DtypeName, device: str, classes: list[str] | None, trust_remote_code: bool = False
+) -> LoadedModel:
+    """Load for causal language modelling, or with a classification head when `classes` are given.
+
+    Raises:
+        ModelError: no weights, no tokenizer, or nothing that transformers can load.
+        SettingsError: a device that is not there.
+    """
+    found = find_device(device)
+    source = find_model(reference)
+    _require_weights(source, reference)
+    arguments = source.loading_arguments(trust_remote_code)
+    tokenizer = _load_tokenizer(source, reference, arguments)
+    loader: Any = AutoModelForCausalLM
+    if classes is not None:
+        loader = AutoModelForSequenceClassification
+        arguments |= {
+            "num_labels": len(classes),
+            "id2label": dict(enumerate(classes)),
+            "label2id": {name: i for i, name in enumerate(classes)},
+        }
+    _quiet()
+    torch.manual_seed(0)  # a new classification head is drawn here: the same in every run
+    try:
+        model = loader.from_pretrained(source.name, dtype=DTYPES[dtype], **arguments)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"{reference}: transformers can't load it ({first_line(error)})") from None
+    if model.config.get_text_config().pad_token_id is None:
+        model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+    return prepare_model(model, tokenizer, reference, found, _file_fingerprint(source))
+
+
+def prepare_model(
+    model: Any, tokenizer: Any, name: str, device: torch.device, fingerprint: str | None = None
+) -> LoadedModel:
+    """An in-memory model made ready: frozen, in evaluation mode, on `device`."""
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    if tokenizer.pad_token_id is None:
+        raise ModelError(
+            f"{name}: the tokenizer has no padding, end or unknown token to pad with; set tokenizer.pad_token"
+        )
+    model.requires_grad_(False)
+    model.eval()
+    model.to(device)
+    return LoadedModel(model, tokenizer, name, fingerprint or parameter_fingerprint(model), device)
+
+
+def find_device(name: str) -> torch.device:
+    """The device of that name; `auto` is CUDA, else MPS, else the CPU.
+
+    Raises:
+        SettingsError: unknown or not there.
+    """
+    available = ["cpu"]
+    if torch.backends.mps.is_available():
+        available.insert(0, "mps")
+    if torch.cuda.is_available():
+        available.insert(0, "cuda")
+    if name == "auto":
+        return torch.device(available[0])
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise SettingsError(f"device {name!r} is not known; here there are: {', '.join(available)}") from None
+    count = torch.cuda.device_count() if device.type == "cuda" else 1
+    if device.type not in available or (device.index or 0) >= count:
+        raise SettingsError(f"device {name!r} is not there; here there are: {', '.join(available)}")
+    return device
+
+
+def parameter_fingerprint(model: Any) -> str:
+    """A hash of names, shapes and a sample of the values of a model's parameters."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        values = parameter.detach().reshape(-1)[:64].float().cpu()
+        digest.update(f"{name} {tuple(parameter.shape)}".encode())
+        digest.update(values.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def first_line(error: BaseException) -> str:
+    """The first non-empty line of an error's message."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def _quiet() -> None:
+    """No progress bars and notices of third parties between our own."""
+    logging: Any = transformers_logging
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+
+
+def _load_tokenizer(source: ModelSource, reference: str, arguments: dict[str, Any]) -> Any:
+    try:
+        return AutoTokenizer.from_pretrained(source.name, **arguments)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
+        # transformers raises any of these when tokenizer files are missing, by tokenizer class
+        raise ModelError(
+            f"{reference}: no usable tokenizer ({first_line(error)}); save the tokenizer into the folder"
+        ) from None
+
+
+def _require_weights(source: ModelSource, reference: str) -> None:
+    folder = Path(source.name)
+    if source.gguf_file is not None or not folder.is_dir():
+        return
+    if any(next(folder.glob(pattern), None) for pattern in WEIGHT_FILES):
+        return
+    if next(folder.glob("*.bin"), None) is not None:
+        raise ModelError(
+            f"{reference}: only pickled weights (*.bin), which are not read; re-save with save_pretrained(safe_serialization=True)"
+        )
+    raise ModelError(f"{reference}: no weights (*.safetensors) in the folder; give a folder that save_pretrained wrote")
+
+
+def _file_fingerprint(source: ModelSource) -> str | None:
+    """A hash of the configuration and of size, beginning and end of each weight file; None for a hub name."""
+    folder = Path(source.name)
+    if not folder.is_dir():
+        return None
+    if source.gguf_file is not None:
+        files = [folder / source.gguf_file]
+    else:
+        files = [folder / "config.json", *sorted(folder.glob("*.safetensors"))]
+    digest = hashlib.sha256()
+    for path in files:
+        size = path.stat().st_size
+        digest.update(json.dumps([path.name, size]).encode())
+        with path.open("rb") as file:
+            digest.update(file.read(_FINGERPRINT_BYTES))
+            file.seek(max(0, size - _FINGERPRINT_BYTES))
+            digest.update(file.read(_FINGERPRINT_BYTES))
+    return digest.hexdigest()

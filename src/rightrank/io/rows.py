@@ -1,0 +1,200 @@
+"""Rows from files: JSONL, JSON, CSV, TSV, Parquet, and saved `datasets` folders.
+
+A row is a mapping with the place that it came from, so that every complaint can name file and line.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rightrank.errors import DataError
+from rightrank.records import SplitName
+
+FILE_TYPES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
+SPLIT_NAMES: dict[str, SplitName] = {
+    "train": "train",
+    "training": "train",
+    "selection": "selection",
+    "validation": "selection",
+    "valid": "selection",
+    "val": "selection",
+    "dev": "selection",
+    "eval": "selection",
+    "test": "test",
+}
+_CSV_FIELD_LIMIT = 2**24  # a document in one cell is fine, 16 MiB of it is not a cell
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One row and where it was found (`file:line`)."""
+
+    fields: Mapping[str, Any]
+    where: str
+
+
+RowsBySplit = dict[SplitName | None, list[Row]]  # None: not split yet
+
+
+def read_rows(source: Path) -> RowsBySplit:
+    """All rows of a file or folder, by split where the folder names splits.
+
+    In a folder, a file whose name begins with train, validation (or val, dev, selection) or test is
+    that split; the others together are rows still to be split.
+
+    Raises:
+        DataError: nothing there, nothing of a known type, or a row that can't be read.
+    """
+    if not source.exists():
+        raise DataError(f"{source}: no such file or folder; give {_types_allowed()}")
+    if source.is_file():
+        return {None: list(_file_rows(source))}
+    if _is_saved_dataset(source):
+        return _saved_dataset_rows(source)
+    files = sorted(path for path in source.iterdir() if path.suffix.lower() in FILE_TYPES)
+    if not files:
+        raise DataError(f"{source}: the folder holds no data file; give {_types_allowed()}")
+    found: RowsBySplit = {}
+    for path in files:
+        found.setdefault(_split_of(path.stem), []).extend(_file_rows(path))
+    if None in found and len(found) > 1:
+        unnamed = next(path.name for path in files if _split_of(path.stem) is None)
+        raise DataError(
+            f"{source}: {unnamed} belongs to no split beside files that do; name every file train*, validation* or test*, or none"
+        )
+    return found
+
+
+def rows_from_memory(source: Any) -> RowsBySplit:
+    """Rows of an in-memory `datasets` object, or of an iterable of mappings, or of a mapping of splits.
+
+    Raises:
+        DataError: a split with an unknown name, or a row that is not a mapping.
+    """
+    if not isinstance(source, Mapping):
+        return {None: list(_memory_rows(source, "row"))}
+    found: RowsBySplit = {}
+    for name, rows in source.items():
+        split = SPLIT_NAMES.get(str(name))
+        if split is None:
+            raise DataError(f"split {name!r} is not known; allowed: {', '.join(SPLIT_NAMES)}")
+        found[split] = list(_memory_rows(rows, f"{name} row"))
+    return found
+
+
+def _memory_rows(rows: Iterable[Any], what: str) -> Iterator[Row]:
+    for number, fields in enumerate(rows, start=1):
+        if not isinstance(fields, Mapping):
+            raise DataError(f"{what} {number}: got a {type(fields).__name__}; give a mapping with text columns")
+        yield Row(fields, f"{what} {number}")
+
+
+def _file_rows(path: Path) -> Iterator[Row]:
+    suffix = path.suffix.lower()
+    if suffix not in FILE_TYPES:
+        raise DataError(f"{path}: files of type {suffix or '(no ending)'!r} are not read; give {_types_allowed()}")
+    if path.stat().st_size == 0:
+        raise DataError(f"{path}: the file is empty; give one row of text or more")
+    try:
+        if suffix == ".parquet":
+            yield from _parquet_rows(path)
+        elif suffix in (".csv", ".tsv"):
+            yield from _csv_rows(path, "\t" if suffix == ".tsv" else ",")
+        elif suffix == ".json" and path.open("rb").read(64).lstrip().startswith(b"["):
+            yield from _json_list_rows(path)
+        else:
+            yield from _jsonl_rows(path)
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{path}: not UTF-8 text (byte {error.start}: {error.reason}); convert it to UTF-8, or give {_types_allowed()}"
+        ) from None
+
+
+def _jsonl_rows(path: Path) -> Iterator[Row]:
+    with path.open(encoding="utf-8-sig") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                fields = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise DataError(
+                    f"{path}:{number}: not JSON ({error.msg} at column {error.colno}); give one object a line"
+                ) from None
+            except RecursionError:
+                raise DataError(f"{path}:{number}: nested too deeply; give one flat object a line") from None
+            if not isinstance(fields, dict):
+                raise DataError(f"{path}:{number}: got a {type(fields).__name__}; give one JSON object a line")
+            yield Row(fields, f"{path}:{number}")
+
+
+def _json_list_rows(path: Path) -> Iterator[Row]:
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8-sig"))
+    except json.JSONDecodeError as error:
+        raise DataError(
+            f"{path}:{error.lineno}: not JSON ({error.msg}); give a list of objects, or one object a line"
+        ) from None
+    for number, fields in enumerate(rows, start=1):
+        if not isinstance(fields, dict):
+            raise DataError(f"{path}: entry {number} is a {type(fields).__name__}; give a list of objects")
+        yield Row(fields, f"{path}: entry {number}")
+
+
+def _csv_rows(path: Path, delimiter: str) -> Iterator[Row]:
+    csv.field_size_limit(_CSV_FIELD_LIMIT)
+    with path.open(encoding="utf-8-sig", newline="") as lines:
+        reader = csv.DictReader(lines, delimiter=delimiter, strict=True)
+        try:
+            for fields in reader:
+                if None in fields:
+                    raise DataError(
+                        f"{path}:{reader.line_num}: more cells than the header has columns; quote cells that hold {delimiter!r}"
+                    )
+                yield Row(fields, f"{path}:{reader.line_num}")
+        except csv.Error as error:
+            raise DataError(f"{path}:{reader.line_num}: not {path.suffix[1:].upper()} ({error})") from None
+
+
+def _parquet_rows(path: Path) -> Iterator[Row]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        file = pyarrow.parquet.ParquetFile(path)
+        number = 0
+        for batch in file.iter_batches():
+            for fields in batch.to_pylist():
+                number += 1
+                yield Row(fields, f"{path}: row {number}")
+    except pyarrow.ArrowException as error:
+        raise DataError(f"{path}: not a readable Parquet file ({str(error).splitlines()[0]})") from None
+
+
+def _is_saved_dataset(folder: Path) -> bool:
+    return (folder / "dataset_dict.json").exists() or (folder / "state.json").exists()
+
+
+def _saved_dataset_rows(folder: Path) -> RowsBySplit:
+    import datasets
+
+    try:
+        loaded = datasets.load_from_disk(str(folder))
+    except (FileNotFoundError, ValueError, KeyError) as error:
+        raise DataError(f"{folder}: not a folder that datasets.save_to_disk wrote ({error})") from None
+    return rows_from_memory(loaded)
+
+
+def _split_of(stem: str) -> SplitName | None:
+    for separator in "-_.":
+        stem = stem.replace(separator, " ")
+    return SPLIT_NAMES.get(stem.split(" ")[0].lower())
+
+
+def _types_allowed() -> str:
+    return f"a file ending in {', '.join(FILE_TYPES)}, a folder of such files, or a saved `datasets` folder"

@@ -1,0 +1,80 @@
+"""The run folder: where everything of a selection is, and the lock that keeps it to one process."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+from filelock import FileLock, Timeout
+
+from rightrank.errors import RunFolderError
+from rightrank.io.files import write_text
+from rightrank.io.journal import Journal
+from rightrank.records import Decision
+
+
+class RunFolder:
+    """Paths inside a run folder."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.journal = Journal(path / "journal.jsonl")
+        self.config = path / "config.yaml"
+        self.decision = path / "decision.json"
+        self.report = path / "report.html"
+        self.figures = path / "figures"
+        self.adapter = path / "adapter"
+        self.cache = path / "cache"
+
+    def checkpoint(self, trial_id: str) -> Path:
+        return self.path / "checkpoints" / f"{trial_id}.safetensors"
+
+    def trial_adapter(self, trial_id: str) -> Path:
+        return self.path / "trials" / trial_id
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Make the folder and hold its lock.
+
+        Raises:
+            RunFolderError: not writable, a file in its place, foreign content, or another process at work in it.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(self.path / ".lock", timeout=0)
+            lock.acquire()
+        except Timeout:
+            raise RunFolderError(
+                f"{self.path}: another process is at work in this folder; wait for it, or give another --out"
+            ) from None
+        except OSError as error:
+            raise RunFolderError(
+                f"{self.path}: can't write there ({error.strerror or error}); give a writable --out"
+            ) from None
+        try:
+            self._require_ours()
+            yield
+        finally:
+            lock.release()
+
+    def _require_ours(self) -> None:
+        known = {".lock", "base_model"}
+        if not self.journal.path.exists() and any(entry.name not in known for entry in self.path.iterdir()):
+            raise RunFolderError(
+                f"{self.path}: the folder holds files but no journal.jsonl; give an empty or a new folder"
+            )
+
+    def write_config(self, values: dict[str, Any]) -> None:
+        write_text(self.config, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
+
+    def write_decision(self, decision: Decision) -> None:
+        write_text(self.decision, decision.model_dump_json(indent=2) + "\n")
+
+    def drop_working_files(self) -> None:
+        """Remove what only a running selection needs."""
+        shutil.rmtree(self.cache, ignore_errors=True)
+        shutil.rmtree(self.path / "checkpoints", ignore_errors=True)

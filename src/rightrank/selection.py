@@ -1,0 +1,242 @@
+"""The loop: a strategy asks, an executor runs, the journal keeps, `decide` judges.
+
+Everything that the loop knows it reads from the journal, so a run that was killed goes on where it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from rightrank.decide import decide, table_of
+from rightrank.engine.bench import Bench
+from rightrank.engine.sample import promptable_items, write_completion
+from rightrank.errors import AllTrialsFailedError, DeviceMemoryError, ResultsError, RunFolderError
+from rightrank.executors import Executor
+from rightrank.export.adapter_folder import hand_over
+from rightrank.io.adapters import restore_adapter
+from rightrank.io.files import replacing, write_text
+from rightrank.io.run_folder import RunFolder
+from rightrank.records import (
+    Arm,
+    Decided,
+    Decision,
+    JournalRecord,
+    RunEvent,
+    RunStarted,
+    Sample,
+    TestEvaluated,
+    Trial,
+    TrialDiverged,
+    TrialFailed,
+    TrialFinished,
+    TrialOutcome,
+    TrialStarted,
+    trial_id,
+)
+from rightrank.report.html import render_report
+from rightrank.report.rank_curve import draw, rank_curve
+from rightrank.settings import settings_difference
+from rightrank.strategies import History, Strategy
+from rightrank.strategies.protocol import arm_of
+
+Listener = Callable[[RunEvent], None]
+FIGURE_FORMATS = ("svg", "png")
+
+
+@dataclass(slots=True)
+class Records:
+    """The journal's records, sorted by kind."""
+
+    started: RunStarted
+    outcomes: list[TrialOutcome]
+    tests: list[TestEvaluated]
+    samples: list[Sample]
+
+    @classmethod
+    def of(cls, started: RunStarted, records: list[JournalRecord]) -> Records:
+        return cls(
+            started,
+            [record for record in records if isinstance(record, TrialFinished | TrialDiverged | TrialFailed)],
+            [record for record in records if isinstance(record, TestEvaluated)],
+            [record for record in records if isinstance(record, Sample)],
+        )
+
+
+class Selection:
+    """One run folder, one strategy, one executor."""
+
+    def __init__(
+        self, folder: RunFolder, started: RunStarted, strategy: Strategy, executor: Executor, listener: Listener
+    ) -> None:
+        self._folder = folder
+        self._strategy = strategy
+        self._executor = executor
+        self._listener = listener
+        existing = folder.journal.read()
+        if existing:
+            require_same_run(folder, existing[0], started)
+        else:
+            folder.journal.append(started)
+        self.records = Records.of(started, existing)
+
+    def run(self) -> Decision:
+        """Run every arm that the strategy asks for, then decide.
+
+        Raises:
+            AllTrialsFailedError: no two ranks ended with a result.
+            InterruptedRun: asked to stop; what was finished is in the journal.
+        """
+        while arms := self._strategy.ask(History.of(self.records.outcomes)):
+            for outcome in self._executor.run(self._trials(arms), self._base_loss()):
+                self._keep(outcome)
+                if outcome.rank == 0:
+                    break  # what the others are judged against is known now: ask anew
+        return self._decide()
+
+    def hand_over(self, bench: Bench, decision: Decision) -> TrialFinished:
+        """Measure the chosen and the reference trial on the test split, write samples, adapter and report."""
+        chosen = self._best_trial(decision.fallback_rank, decision)
+        reference = self._best_trial(decision.reference_rank, decision)
+        base = next(trial for trial in self._finished() if trial.rank == 0)
+        for trial in {trial.trial_id: trial for trial in (base, chosen, reference)}.values():
+            self._test(bench, trial)
+        if not self.records.samples:
+            self._write_samples(bench, chosen)
+        hand_over(
+            self._folder.trial_adapter(chosen.trial_id),
+            self._folder.adapter,
+            self.records.started,
+            chosen,
+            decision,
+            self.records.tests,
+        )
+        self._append(Decided(decision=decision, adapter_trial_id=chosen.trial_id))
+        self.write_views(decision)
+        self._folder.drop_working_files()
+        return chosen
+
+    def write_views(self, decision: Decision | None) -> None:
+        """decision.json, figures and report, each replaced whole."""
+        records = self.records
+        if decision is not None:
+            self._folder.write_decision(decision)
+            for image_format in FIGURE_FORMATS:
+                with replacing(self._folder.figures / f"rank_curve.{image_format}") as path:
+                    path.write_bytes(draw(rank_curve(decision), image_format))
+        page = render_report(records.started, records.outcomes, decision, records.tests, records.samples)
+        write_text(self._folder.report, page)
+
+    def _trials(self, arms: Sequence[Arm]) -> list[Trial]:
+        fingerprint = self.records.started.fingerprint
+        return [Trial(trial_id=trial_id(fingerprint, arm), arm=arm) for arm in arms]
+
+    def _keep(self, outcome: TrialOutcome) -> None:
+        self._append(outcome)
+        self.records.outcomes.append(outcome)
+        self.write_views(self._decision_so_far())
+        self._listener(outcome)
+
+    def _decide(self) -> Decision:
+        finished = [trial for trial in self._finished() if trial.rank > 0]
+        if not finished:
+            reasons = [outcome.reason for outcome in self.records.outcomes if not isinstance(outcome, TrialFinished)]
+            kinds = {outcome.type for outcome in self.records.outcomes if outcome.rank > 0}
+            error = DeviceMemoryError if kinds == {"trial_failed"} else AllTrialsFailedError
+            raise error(
+                f"none of {len(reasons)} trials ended with a result (the first: {reasons[0]}); "
+                "give lower learning rates, a smaller batch_size or seq_len, and a new --out"
+            )
+        return decide_run(self.records)
+
+    def _decision_so_far(self) -> Decision | None:
+        try:
+            return decide_run(self.records)
+        except ResultsError:
+            return None  # fewer than two ranks yet
+
+    def _finished(self) -> list[TrialFinished]:
+        return [outcome for outcome in self.records.outcomes if isinstance(outcome, TrialFinished)]
+
+    def _base_loss(self) -> float | None:
+        return next((trial.metrics["loss"] for trial in self._finished() if trial.rank == 0), None)
+
+    def _best_trial(self, rank: int, decision: Decision) -> TrialFinished:
+        evidence = next(evidence for evidence in decision.ranks if evidence.rank == rank)
+        trials = [trial for trial in self._finished() if trial.trial_id in evidence.trial_ids]
+        sign = -1 if decision.higher_is_better else 1
+        return min(trials, key=lambda trial: (sign * trial.value, trial.seed))
+
+    def _test(self, bench: Bench, trial: TrialFinished) -> None:
+        if any(test.trial_id == trial.trial_id for test in self.records.tests):
+            return
+        with bench.arm(arm_of(trial)) as model:
+            if trial.rank > 0:
+                restore_adapter(model, self._folder.trial_adapter(trial.trial_id))
+            scores = bench.evaluate("test")
+        record = TestEvaluated(
+            trial_id=trial.trial_id,
+            rank=trial.rank,
+            value=scores.metrics[self.records.started.metric],
+            item_losses=scores.losses,
+            item_tokens=scores.tokens,
+            item_correct=scores.correct,
+        )
+        self._append(record)
+        self.records.tests.append(record)
+
+    def _write_samples(self, bench: Bench, chosen: TrialFinished) -> None:
+        items = promptable_items(bench, bench.settings.samples)
+        before = [write_completion(bench, item) for item in items]
+        with bench.arm(arm_of(chosen)) as model:
+            restore_adapter(model, self._folder.trial_adapter(chosen.trial_id))
+            after = [write_completion(bench, item) for item in items]
+        for item, first, then in zip(items, before, after, strict=True):
+            sample = Sample(
+                trial_id=chosen.trial_id,
+                item_id=item.item_id,
+                prompt=item.content["prompt"],
+                expected=item.content["completion"],
+                before=first,
+                after=then,
+            )
+            self._append(sample)
+            self.records.samples.append(sample)
+
+    def _append(self, record: JournalRecord) -> None:
+        try:
+            self._folder.journal.append(record)
+        except OSError as error:
+            raise RunFolderError(
+                f"{self._folder.path}: can't write there any more ({error.strerror or error}); make room and run the same command again"
+            ) from None
+
+    def note_start(self, started: TrialStarted) -> None:
+        """Journal that a trial began."""
+        self._append(started)
+        self._listener(started)
+
+
+def decide_run(records: Records) -> Decision:
+    """The decision of a run's records: at the run's own margin, metric and kind of loss."""
+    started = records.started
+    margin = started.settings.get("margin")
+    return decide(
+        table_of(records.outcomes, started.metric),
+        float(margin) if isinstance(margin, int | float) else None,
+        token_loss=started.data.form != "classification",
+    )
+
+
+def require_same_run(folder: RunFolder, first: JournalRecord, started: RunStarted) -> None:
+    """Refuse a folder that was made with another model, other data or other settings, and say which."""
+    if not isinstance(first, RunStarted):
+        raise RunFolderError(f"{folder.journal.path}: the first line is not a run's start; give another --out")
+    if first.fingerprint == started.fingerprint:
+        return
+    changed = settings_difference(first.settings, started.settings)
+    if not changed:
+        changed = ["the data or the model's files have changed since"]
+    raise RunFolderError(
+        f"{folder.path}: made with other settings ({'; '.join(changed)}); give the same settings to resume, or another --out"
+    )

@@ -1,0 +1,162 @@
+"""The settings of a selection: one flat record, checked once, echoed whole into the run folder.
+
+Names that PEFT, transformers and TRL have are used as they have them. Defaults are here and nowhere else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal, TypeAlias
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from rightrank.errors import SettingsError, did_you_mean
+
+Scaling: TypeAlias = Literal["alpha/r", "alpha/sqrt(r)", "constant"]
+DtypeName: TypeAlias = Literal["float32", "bfloat16", "float16"]
+
+# `constant` scaling is stated through alpha too: it is the scale that alpha/r has at this rank,
+# so that alpha = 32 means s = 2 at every rank (the common "alpha = 2r" habit).
+CONSTANT_SCALING_RANK = 16
+
+
+class SelectSettings(BaseModel):
+    """Everything that a selection can be told beside MODEL, DATA and --out."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    # what to compare
+    strategy: str = "grid"
+    ranks: tuple[int, ...] = (1, 4, 16, 64)
+    learning_rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3)
+    seeds: tuple[int, ...] = (0,)
+
+    # how to decide
+    metric: Literal["loss", "accuracy"] = "loss"
+    margin: float | None = Field(default=None, gt=0)  # None: by the metric (see decide.default_margin)
+
+    # the adapter, in PEFT's names
+    lora_alpha: float = Field(default=32.0, gt=0)
+    scaling: Scaling = "alpha/r"
+    lora_dropout: float = Field(default=0.0, ge=0, lt=1)
+    init_lora_weights: Literal["default", "gaussian"] = "default"
+    target_modules: tuple[str, ...] = ("all-linear",)
+    exclude_modules: tuple[str, ...] = ()
+    layers_to_transform: tuple[int, ...] | None = None
+    modules_to_save: tuple[str, ...] = ()
+    bias: Literal["none", "all", "lora_only"] = "none"
+
+    # the training, in transformers' names where they have one
+    max_steps: int | None = Field(default=None, gt=0)
+    num_train_epochs: float | None = Field(default=None, gt=0)
+    batch_size: int = Field(default=8, gt=0)
+    gradient_accumulation_steps: int = Field(default=1, gt=0)
+    seq_len: int = Field(default=512, gt=1)
+    lr_scheduler_type: Literal["constant", "linear", "cosine"] = "linear"
+    warmup_ratio: float = Field(default=0.05, ge=0, lt=1)
+    weight_decay: float = Field(default=0.0, ge=0)
+    max_grad_norm: float = Field(default=1.0, ge=0)  # 0 turns clipping off
+    adam_beta1: float = Field(default=0.9, ge=0, lt=1)
+    adam_beta2: float = Field(default=0.999, ge=0, lt=1)
+    adam_epsilon: float = Field(default=1e-8, gt=0)
+    divergence_factor: float = Field(default=2.0, gt=1)  # diverged above this times the base's loss
+
+    # the data
+    test_fraction: float = Field(default=0.1, gt=0, lt=1)
+    selection_fraction: float = Field(default=0.1, gt=0, lt=1)
+    long_items: Literal["truncate", "split"] = "truncate"
+    eval_items: int = Field(default=200, gt=1)  # held-out items at most, on either split
+    eval_points: int = Field(default=4, gt=0)  # held-out evaluations along a training, the end included
+    eval_batch_size: int = Field(default=16, gt=0)
+    samples: int = Field(default=1, ge=0)  # test items to write out before and after, where items have a prompt
+
+    # where and how it runs
+    dtype: DtypeName = "float32"
+    device: str = "auto"
+    gradient_checkpointing: bool = False
+    cache_prefix: bool = True  # compute frozen layers below the adapters once
+    checkpoint_seconds: float = Field(default=60.0, gt=0)
+    trust_remote_code: bool = False
+
+    @field_validator("ranks")
+    @classmethod
+    def _ranks_positive(cls, ranks: tuple[int, ...]) -> tuple[int, ...]:
+        for rank in ranks:
+            if rank < 1:
+                raise ValueError(
+                    f"rank {rank} is not allowed: ranks are integers from 1 (the base, rank 0, is always measured)"
+                )
+        return _distinct(ranks, "ranks")
+
+    @field_validator("learning_rates")
+    @classmethod
+    def _rates_positive(cls, rates: tuple[float, ...]) -> tuple[float, ...]:
+        for rate in rates:
+            if rate <= 0:
+                raise ValueError(f"learning rate {rate:g} is not allowed: rates are numbers above 0, such as 1e-4")
+        return _distinct(rates, "learning_rates")
+
+    @field_validator("seeds")
+    @classmethod
+    def _seeds_natural(cls, seeds: tuple[int, ...]) -> tuple[int, ...]:
+        for seed in seeds:
+            if seed < 0:
+                raise ValueError(f"seed {seed} is not allowed: seeds are integers from 0")
+        return _distinct(seeds, "seeds")
+
+    @model_validator(mode="after")
+    def _one_length(self) -> SelectSettings:
+        if self.max_steps is not None and self.num_train_epochs is not None:
+            raise ValueError("max_steps and num_train_epochs were both given: give one of them")
+        if self.test_fraction + self.selection_fraction >= 0.9:
+            raise ValueError(
+                "test_fraction + selection_fraction leave under a tenth of the items for training: "
+                f"got {self.test_fraction:g} + {self.selection_fraction:g}, give less than 0.9 together"
+            )
+        return self
+
+    @property
+    def items_per_step(self) -> int:
+        return self.batch_size * self.gradient_accumulation_steps
+
+
+def _distinct(values: tuple[Any, ...], name: str) -> tuple[Any, ...]:
+    if not values:
+        raise ValueError(f"{name} is empty: give at least one")
+    if len(set(values)) != len(values):
+        raise ValueError(f"{name} repeats a value: got {list(values)}, give each once")
+    return tuple(sorted(values))
+
+
+def make_settings(values: Mapping[str, Any]) -> SelectSettings:
+    """Settings from plain values; the first thing that is wrong becomes one clear line.
+
+    Raises:
+        SettingsError: an unknown name (with the nearest known one) or a value that is not allowed.
+    """
+    unknown = [name for name in values if name not in SelectSettings.model_fields]
+    if unknown:
+        name = unknown[0]
+        near = did_you_mean(name, SelectSettings.model_fields)
+        raise SettingsError(
+            f"unknown setting {name!r}{near or '; allowed: ' + ', '.join(sorted(SelectSettings.model_fields))}"
+        )
+    try:
+        return SelectSettings.model_validate(dict(values))
+    except ValidationError as error:
+        raise SettingsError(_first_line(error)) from None
+
+
+def _first_line(error: ValidationError) -> str:
+    first = error.errors()[0]
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "value_error":
+        return message
+    where = str(first["loc"][0]) if first["loc"] else "settings"
+    return f"{where}: got {first['input']!r}; {message[0].lower()}{message[1:]}"
+
+
+def settings_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """The settings whose values differ, one `name: old → new` each."""
+    names = sorted(set(old) | set(new))
+    return [f"{name}: {old.get(name)!r} → {new.get(name)!r}" for name in names if old.get(name) != new.get(name)]

@@ -1,0 +1,20 @@
+"""Shortcuts that several test files share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rightrank.api import training_steps
+from rightrank.engine.bench import Bench
+from rightrank.engine.encode import encode
+from rightrank.io.data import load_data
+from rightrank.io.models import load_model
+from rightrank.settings import SelectSettings
+
+
+def make_bench(model: Path, data: Path, settings: SelectSettings, cache: Path) -> Bench:
+    """What `select_rank` builds before the first trial."""
+    splits = load_data(data, settings)
+    loaded = load_model(str(model), settings.dtype, settings.device, splits.classes)
+    encoded = encode(splits, loaded, settings)
+    return Bench(loaded, encoded, settings, training_steps(settings, len(encoded.splits["train"])), cache)
