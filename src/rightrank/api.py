@@ -109,7 +109,7 @@ def _select(model: str, data: Any, folder: RunFolder, settings: SelectSettings, 
     executor = LocalExecutor(
         bench,
         folder,
-        Watcher(watching.on_event, watching.should_stop),
+        Watcher(on_step=watching.on_event, on_prepare=watching.on_event, should_stop=watching.should_stop),
         lambda event: selection.note_start(event),
     )
     selection = Selection(folder, started, strategy, executor, watching.on_event)

@@ -29,7 +29,7 @@ def train_ours(bench: Any, arm: Arm, tmp_path: Path) -> tuple[TrialFinished, lis
 
     folders = TrialFolders(tmp_path / "checkpoint.safetensors", tmp_path / "adapter")
     trial = Trial(trial_id="t", arm=arm)
-    outcome = run_trial(bench, trial, None, folders, Watcher(note))
+    outcome = run_trial(bench, trial, None, folders, Watcher(on_step=note))
     assert isinstance(outcome, TrialFinished)
     return outcome, losses, folders.adapter
 
