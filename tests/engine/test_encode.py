@@ -11,7 +11,7 @@ from rightrank.engine.encode import IGNORED, encode
 from rightrank.errors import DataError
 from rightrank.io.data import load_data
 from rightrank.io.models import load_model
-from tests.conftest import sentences, small_settings, write_jsonl
+from tests.tiny import sentences, small_settings, write_jsonl
 
 
 @pytest.fixture(scope="module")

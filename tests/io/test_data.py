@@ -10,7 +10,7 @@ import pytest
 
 from rightrank.errors import DataError
 from rightrank.io.data import SPLITS, load_data
-from tests.conftest import sentences, small_settings, write_jsonl
+from tests.tiny import sentences, small_settings, write_jsonl
 
 TEXT_ROWS: list[dict[str, Any]] = [{"text": text} for text in sentences(120)]
 
