@@ -112,6 +112,7 @@ def _select(model: str, data: Any, folder: RunFolder, settings: SelectSettings, 
         folder,
         Watcher(on_step=watching.on_event, on_prepare=watching.on_event, should_stop=watching.should_stop),
         lambda event: selection.note_start(event),
+        watching.notice,
     )
     selection = Selection(folder, started, strategy, executor, watching.on_event)
     folder.write_config(values)

@@ -105,6 +105,8 @@ class TrialFinished(Record):
     train_tokens: int  # labelled and unlabelled, no padding
     eval_seconds: float
     peak_bytes: int  # allocated on the device; on the CPU, the growth of the process's resident memory
+    pack_size: int = 1  # arms that shared the passes, and the peak; the seconds are this arm's even share
+    train_losses: list[float] = []  # nats a label, one for each step
 
     @property
     def arm(self) -> Arm:

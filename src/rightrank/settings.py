@@ -75,6 +75,7 @@ class SelectSettings(BaseModel):
     device: str = "auto"
     gradient_checkpointing: bool = False
     cache_prefix: bool = True  # compute frozen layers below the adapters once
+    pack_size: int | None = Field(default=None, gt=0)  # arms trained together; None: as many as pay and fit
     checkpoint_seconds: float = Field(default=60.0, gt=0)
     trust_remote_code: bool = False
 
