@@ -28,8 +28,8 @@ SETTINGS = ["--set", "seq_len=32", "--set", "eval_items=12", "--set", "batch_siz
 def trained(model_folder: Path, completion_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A rank-8 adapter that learned something, in few directions."""
     root = tmp_path_factory.mktemp("trained")
-    bench = make_bench(model_folder, completion_file, small_settings(max_steps=40), root / "cache")
-    arm = Arm(rank=8, learning_rate=1e-2, lora_alpha=32.0, seed=0, steps=40)
+    bench = make_bench(model_folder, completion_file, small_settings(max_steps=150), root / "cache")
+    arm = Arm(rank=8, learning_rate=1e-2, lora_alpha=32.0, seed=0, steps=150)
     run_trial(bench, Trial(trial_id="t", arm=arm), None, TrialFolders(root / "c", root / "adapter"), Watcher())
     return root / "adapter"
 
