@@ -14,17 +14,36 @@ from typing import TYPE_CHECKING
 from rightrank.version import __version__
 
 if TYPE_CHECKING:
-    from rightrank.api import Selected, select_rank
+    from rightrank.api import Selected, inspect, resize, select_rank
+    from rightrank.probe.resizing import ResizeOptions
+    from rightrank.probe_records import Inspection, Resized
     from rightrank.records import Decision
     from rightrank.settings import SelectSettings, make_settings
 
-__all__ = ["Decision", "SelectSettings", "Selected", "__version__", "make_settings", "select_rank"]
+__all__ = [
+    "Decision",
+    "Inspection",
+    "ResizeOptions",
+    "Resized",
+    "SelectSettings",
+    "Selected",
+    "__version__",
+    "inspect",
+    "make_settings",
+    "resize",
+    "select_rank",
+]
 
 _HOMES = {
     "Decision": "rightrank.records",
+    "Inspection": "rightrank.probe_records",
+    "ResizeOptions": "rightrank.probe.resizing",
+    "Resized": "rightrank.probe_records",
     "SelectSettings": "rightrank.settings",
     "Selected": "rightrank.api",
+    "inspect": "rightrank.api",
     "make_settings": "rightrank.settings",
+    "resize": "rightrank.api",
     "select_rank": "rightrank.api",
 }
 

@@ -19,6 +19,7 @@ SCHEMA_VERSION = 1
 
 MetricName: TypeAlias = Literal["loss", "accuracy"]
 SplitName: TypeAlias = Literal["train", "selection", "test"]
+Basis: TypeAlias = Literal["items and seeds", "items", "seeds", "std", "values"]
 Verdict: TypeAlias = Literal["saturated", "rising", "overfitting", "flat", "undecided", "no_gain"]
 
 
@@ -224,11 +225,13 @@ class RankEvidence(Record):
     low: float
     high: float
     difference: float | None = None  # worse than the reference by this much, in the metric's unit
-    difference_high: float | None = None  # 95% upper bound of it
-    non_inferior: bool | None = None
+    difference_low: float | None = None  # 95% lower bound of it, one-sided
+    difference_high: float | None = None  # 95% upper bound of it, one-sided
+    non_inferior: bool | None = None  # within the margin: shown, refuted, or open (None)
     learning_rate: float | None = None
     seeds: int = 1
     trial_ids: list[str] = []
+    winner_gap: float = 0.0  # how optimistic the best of its rates is; taken out of the difference
 
 
 class StaircaseStep(Record):
@@ -236,6 +239,56 @@ class StaircaseStep(Record):
 
     margin: float
     rank: int
+
+
+class FittedPoint(Record):
+    """The fitted curve at one rank, with its 95% interval."""
+
+    rank: float
+    value: float
+    low: float
+    high: float
+
+
+class CurveFit(Record):
+    """The curve through the ranks, in the metric's unit and direction. Intervals are 95%, by bootstrap."""
+
+    form: Literal["power", "constant", "monotone", "u_shaped"]  # the one that predicts best
+    a: float  # of the power law value(r) = a + b·r^-c, whatever the form
+    b: float
+    c: float
+    prediction_error: dict[str, float]  # of each form: mean absolute error at a rank left out
+    points: list[FittedPoint]  # from the lowest rank to the highest, to be drawn
+    r_margin: float  # the rank where the curve comes within the margin of its best
+    r_margin_low: float
+    r_margin_high: float
+    diminishing_rank: float | None  # beyond it a doubling gains less than the margin
+    next_doubling_gain: float  # expected from the top rank to its double
+    gain_to_come: float  # expected above the top rank, all of it
+    gain_to_come_low: float
+    gain_to_come_high: float
+
+
+class NextRun(Record):
+    """A run that would settle or extend the answer."""
+
+    action: Literal["seeds", "items", "rank", "rates", "steps", "test", "data", "none"]
+    ranks: list[int] = []
+    learning_rates: list[float] = []
+    seeds: int | None = None  # in all, at each of the ranks
+    items: int | None = None  # held-out items in all
+    steps: int | None = None
+    trials: int = 0  # new trainings
+    seconds: float | None = None  # estimated from the trials so far, where they say how long they took
+    sentence: str
+
+
+class HorizonNote(Record):
+    """Whether the ranks' order had settled when the training ended."""
+
+    steps: int
+    holds_from: int  # the earliest evaluation from which on the same rank was the answer
+    gap_growth: float | None  # of the chosen rank's gap to the reference, over the last stretch, metric's unit
 
 
 class Decision(Record):
@@ -255,6 +308,12 @@ class Decision(Record):
     learning_rate: float | None
     staircase: list[StaircaseStep]
     ranks: list[RankEvidence]
+    basis: Basis = "items"  # what the intervals rest on
+    basis_note: str = ""  # what they cover, and what not
+    next_runs: list[NextRun] = []  # the first is the cheapest that is expected to settle it
+    curve: CurveFit | None = None  # from three ranks on
+    winner_gap: float = 0.0  # the largest of the ranks compared, metric's unit
+    horizon: HorizonNote | None = None  # where evaluations along the training were given
 
 
 class Decided(Record):
