@@ -14,16 +14,27 @@ from typing import TYPE_CHECKING
 from rightrank.version import __version__
 
 if TYPE_CHECKING:
-    from rightrank.api import Selected, select_rank
+    from rightrank.api import Decided, Selected, decide, select_rank
     from rightrank.records import Decision
     from rightrank.settings import SelectSettings, make_settings
 
-__all__ = ["Decision", "SelectSettings", "Selected", "__version__", "make_settings", "select_rank"]
+__all__ = [
+    "Decided",
+    "Decision",
+    "SelectSettings",
+    "Selected",
+    "__version__",
+    "decide",
+    "make_settings",
+    "select_rank",
+]
 
 _HOMES = {
+    "Decided": "rightrank.api",
     "Decision": "rightrank.records",
     "SelectSettings": "rightrank.settings",
     "Selected": "rightrank.api",
+    "decide": "rightrank.api",
     "make_settings": "rightrank.settings",
     "select_rank": "rightrank.api",
 }

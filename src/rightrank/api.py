@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from rightrank.errors import SettingsError
+from rightrank.errors import ResultsError, SettingsError
 from rightrank.io.run_folder import RunFolder
 from rightrank.records import Decision, RunEvent, RunStarted, Sample, content_hash
 from rightrank.settings import SelectSettings, make_settings
@@ -118,6 +118,83 @@ def _select(model: str, data: Any, folder: RunFolder, settings: SelectSettings, 
     decision = selection.run()
     selection.hand_over(bench, decision)
     return Selected(decision, folder.path, folder.adapter, folder.report, selection.records.samples)
+
+
+@dataclass(frozen=True, slots=True)
+class Decided:
+    """A decision on results that were there already, and what was understood of them."""
+
+    decision: Decision
+    understood: list[str]
+
+
+def decide(
+    results: str | Path | Iterable[Mapping[str, Any]],
+    *,
+    metric: str | None = None,
+    higher_is_better: bool | None = None,
+    margin: float | None = None,
+    columns: Mapping[str, str] | None = None,
+    horizon_steps: int | None = None,
+) -> Decided:
+    """Decide on finished trainings, whoever ran them.
+
+    Args:
+        results: a CSV or JSONL file, a run folder, another tool's results (see docs/decide.md), or mappings in memory
+            with `rank`, `value` and, if there are any, `lr`, `seed`, `std`, `item`.
+        metric: the column with the held-out number, or its name where the column is `value`.
+        higher_is_better: None to tell from the metric's name.
+        margin: how much worse than the best is still enough, in the metric's unit; None for the metric's default.
+        columns: canonical name → column, where a column has an unusual name.
+        horizon_steps: the length of training that the answer is wanted for.
+
+    Raises:
+        ResultsError: the table can't be used; the message names file and row.
+    """
+    from rightrank.decide import decide as decide_table
+    from rightrank.decide import table_of_results
+    from rightrank.decide.metrics import direction
+    from rightrank.io.results import Asked, read_results, results_of_rows, rows_of_mappings
+
+    if isinstance(results, str | Path):
+        folder = RunFolder(Path(results))
+        if folder.journal.path.is_file():
+            return _decide_run(folder, metric, margin, horizon_steps)
+    asked = Asked(metric, higher_is_better, columns or {})
+    if isinstance(results, str | Path):
+        read = read_results(Path(results), asked, direction)
+    else:
+        read = results_of_rows(rows_of_mappings(results), asked, direction, "results")
+    return Decided(decide_table(table_of_results(read), margin, horizon_steps=horizon_steps), read.understood)
+
+
+def _decide_run(folder: RunFolder, metric: str | None, margin: float | None, horizon_steps: int | None) -> Decided:
+    """A run folder of our own, at its own metric and margin unless others are asked for."""
+    from rightrank.decide import decide as decide_table
+    from rightrank.decide import table_of
+    from rightrank.records import TrialDiverged, TrialFailed, TrialFinished
+
+    records = folder.journal.read()
+    if not records or not isinstance(records[0], RunStarted):
+        raise ResultsError(f"{folder.journal.path}: the first line is not a run's start; give a run folder")
+    started = records[0]
+    outcomes = [record for record in records if isinstance(record, TrialFinished | TrialDiverged | TrialFailed)]
+    name = metric or started.metric
+    known = sorted({name for outcome in outcomes if isinstance(outcome, TrialFinished) for name in outcome.metrics})
+    if name not in known or name not in ("loss", "accuracy"):
+        raise ResultsError(
+            f"{folder.path}: the run has no metric {name!r}; it has {', '.join(known) or 'no result yet'}"
+        )
+    own = started.settings.get("margin") if name == started.metric else None
+    if margin is None and isinstance(own, int | float):
+        margin = float(own)
+    decision = decide_table(
+        table_of(outcomes, "accuracy" if name == "accuracy" else "loss"),
+        margin,
+        token_loss=started.data.form != "classification",
+        horizon_steps=horizon_steps,
+    )
+    return Decided(decision, [f"{len(outcomes)} trials of a run folder"])
 
 
 def training_steps(settings: SelectSettings, train_items: int) -> int:
