@@ -21,6 +21,7 @@ from rightrank.records import (
     TrialStarted,
 )
 from rightrank.report.rank_curve import terminal_curve
+from rightrank.report.wording import duration
 
 CURVE_WIDTH, CURVE_HEIGHT = 72, 14
 PLAIN_SECONDS = 15.0  # between progress lines where nothing can be redrawn
@@ -87,7 +88,7 @@ class Tally:
             parts.append(f"step {self._step.step}/{self._step.steps}, loss {self._step.loss:.3f}")
         remaining = self.remaining_seconds()
         if remaining is not None:
-            parts.append(f"about {_duration(remaining)} left")
+            parts.append(f"about {duration(remaining)} left")
         return " · ".join(parts)
 
     def remaining_seconds(self) -> float | None:
@@ -115,7 +116,7 @@ class Tally:
         name = (
             "base model" if event.rank == 0 else f"rank {event.rank:>3}  lr {event.learning_rate:<7g} seed {event.seed}"
         )
-        return f"{name:<32} {text}  ({_duration(seconds)})"
+        return f"{name:<32} {text}  ({duration(seconds)})"
 
 
 class LiveView:
@@ -210,9 +211,3 @@ def plan_line(started: RunStarted, arms: int, steps: int) -> str:
         f"items: {counts}{' (' + '; '.join(notes) + ')' if notes else ''}; form: {started.data.form}; "
         f"at most {arms} trials of {steps} steps on {started.environment['device']}"
     )
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
