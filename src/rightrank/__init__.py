@@ -14,18 +14,36 @@ from typing import TYPE_CHECKING
 from rightrank.version import __version__
 
 if TYPE_CHECKING:
-    from rightrank.api import Selected, select_rank
-    from rightrank.records import Decision
+    from rightrank.api import Selected, Watching, select_rank
+    from rightrank.own_trainer import select_rank_with
+    from rightrank.records import Decision, EvalPoint, TrialResult, TrialTask
     from rightrank.settings import SelectSettings, make_settings
 
-__all__ = ["Decision", "SelectSettings", "Selected", "__version__", "make_settings", "select_rank"]
+__all__ = [
+    "Decision",
+    "EvalPoint",
+    "SelectSettings",
+    "Selected",
+    "TrialResult",
+    "TrialTask",
+    "Watching",
+    "__version__",
+    "make_settings",
+    "select_rank",
+    "select_rank_with",
+]
 
 _HOMES = {
     "Decision": "rightrank.records",
+    "EvalPoint": "rightrank.records",
     "SelectSettings": "rightrank.settings",
     "Selected": "rightrank.api",
+    "TrialResult": "rightrank.records",
+    "TrialTask": "rightrank.records",
+    "Watching": "rightrank.api",
     "make_settings": "rightrank.settings",
     "select_rank": "rightrank.api",
+    "select_rank_with": "rightrank.own_trainer",
 }
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from rightrank.decide.run import Records, decide_run, decision_so_far
+from rightrank.decide.run import Records, best_trial, decide_run, decision_so_far
 from rightrank.engine.bench import Bench
 from rightrank.engine.sample import promptable_items, write_completion
 from rightrank.errors import AllTrialsFailedError, DeviceMemoryError, RunFolderError
@@ -74,8 +74,8 @@ class Selection:
 
     def hand_over(self, bench: Bench, decision: Decision) -> TrialFinished:
         """Measure the chosen and the reference trial on the test split, write samples, adapter and report."""
-        chosen = self._best_trial(decision.fallback_rank, decision)
-        reference = self._best_trial(decision.reference_rank, decision)
+        chosen = best_trial(self.records, decision, decision.fallback_rank)
+        reference = best_trial(self.records, decision, decision.reference_rank)
         base = next(trial for trial in self._finished() if trial.rank == 0)
         for trial in {trial.trial_id: trial for trial in (base, chosen, reference)}.values():
             self._test(bench, trial)
@@ -128,12 +128,6 @@ class Selection:
 
     def _base_loss(self) -> float | None:
         return next((trial.metrics["loss"] for trial in self._finished() if trial.rank == 0), None)
-
-    def _best_trial(self, rank: int, decision: Decision) -> TrialFinished:
-        evidence = next(evidence for evidence in decision.ranks if evidence.rank == rank)
-        trials = [trial for trial in self._finished() if trial.trial_id in evidence.trial_ids]
-        sign = -1 if decision.higher_is_better else 1
-        return min(trials, key=lambda trial: (sign * trial.value, trial.seed))
 
     def _test(self, bench: Bench, trial: TrialFinished) -> None:
         if any(test.trial_id == trial.trial_id for test in self.records.tests):

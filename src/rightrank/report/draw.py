@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
+from functools import lru_cache
 from io import BytesIO
 from math import ceil
 from typing import Any
@@ -56,6 +57,7 @@ def draw(figure: AnyFigure, image_format: str) -> bytes:
     return buffer.getvalue()
 
 
+@lru_cache(maxsize=64)  # a report is written after every trial, and most of its figures stay as they were
 def inline_svg(figure: AnyFigure) -> str:
     """The SVG element alone, in the page's colours, hidden from screen readers: the page says its `alt` itself."""
     text = draw(figure, "svg").decode()

@@ -119,7 +119,23 @@ def reproduce_command(settings: Mapping[str, Any]) -> str | None:
 
 # Settings that `rightrank select` has an option for; the others go through --set.
 NAMED_OPTIONS = frozenset(
-    ["strategy", "ranks", "learning_rates", "seeds", "margin", "metric", "max_steps", "target_modules", "layers_to_transform", "lora_alpha", "batch_size", "seq_len", "eval_items", "dtype", "device"]
+    [
+        "strategy",
+        "ranks",
+        "learning_rates",
+        "seeds",
+        "margin",
+        "metric",
+        "max_steps",
+        "target_modules",
+        "layers_to_transform",
+        "lora_alpha",
+        "batch_size",
+        "seq_len",
+        "eval_items",
+        "dtype",
+        "device",
+    ]
 )
 
 

@@ -85,7 +85,7 @@ class Tally:
         if self._preparing is not None:
             done, of, seconds = self._preparing.items, self._preparing.of_items, self._preparing.seconds
             left = seconds / done * (of - done)
-            return f"frozen layers, once for all trials: {done} of {of} items · about {_duration(left)} left"
+            return f"frozen layers, once for all trials: {done} of {of} items · about {duration(left)} left"
         parts = [f"trial {min(self._ended + 1, self._arms)} of {self._arms}"]
         if self._current is not None:
             parts.append(
