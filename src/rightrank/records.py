@@ -11,9 +11,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Annotated, Any, Literal, TypeAlias
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, TypeAdapter
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 SCHEMA_VERSION = 1
 
@@ -27,6 +31,12 @@ class Record(BaseModel):
     """A frozen value; equal when its fields are."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    def _repr_html_(self) -> str | None:
+        """What a notebook shows; None leaves it to `repr`."""
+        from rightrank.report.notebook import html_of  # the one view a record knows of, when a notebook asks
+
+        return html_of(self)
 
 
 class Arm(Record):
@@ -99,6 +109,8 @@ class TrialFinished(Record):
     item_losses: list[float]  # summed over the item's label tokens, nats
     item_tokens: list[int]  # label tokens of the item
     item_correct: list[int] | None = None  # classification: 1 where the prediction is right
+    item_scores: list[float] | None = None  # of a trainer of one's own: the metric itself, item by item
+    item_weights: list[float] | None = None  # beside item_scores; None: all alike
     train_value: float | None  # mean training loss of the last stretch before the end
     points: list[EvalPoint]
     trainable_parameters: int
@@ -164,7 +176,7 @@ class SplitSummary(Record):
 class DataSummary(Record):
     """What was understood of the data."""
 
-    form: Literal["text", "prompt_completion", "messages", "classification"]
+    form: Literal["text", "prompt_completion", "messages", "classification", "own"]  # own: known to its trainer alone
     splits: dict[str, SplitSummary]
     splits_given: bool
     duplicates_across_splits: int
@@ -182,7 +194,7 @@ class RunStarted(Record):
     environment: dict[str, str]
     data: DataSummary
     evaluation_items: list[str]  # content hashes, in the order of every item list
-    metric: MetricName
+    metric: str
     higher_is_better: bool
     started_at: str
 
@@ -292,6 +304,12 @@ class HorizonNote(Record):
 class Decision(Record):
     """The answer and its evidence."""
 
+    def to_pandas(self) -> DataFrame:
+        """The evidence by rank, one row each."""
+        from pandas import DataFrame
+
+        return DataFrame([evidence.model_dump() for evidence in self.ranks]).set_index("rank")
+
     rank: int | None  # None where the evidence names none
     fallback_rank: int  # the smallest rank shown to be enough: what is handed over when `rank` is None
     verdict: Verdict
@@ -349,3 +367,32 @@ class Preparing(Record):
 
 
 RunEvent: TypeAlias = Preparing | StepDone | TrialStarted | TrialFinished | TrialDiverged | TrialFailed | Decided
+
+
+class TrialTask(Record):
+    """What a trainer of one's own is asked for: one training, or the base's evaluation where the rank is 0."""
+
+    trial_id: str
+    rank: int
+    learning_rate: float
+    lora_alpha: float
+    seed: int
+    steps: int  # 0: as the trainer has it
+    folder: Path  # there, and the trial's own: an adapter saved into it is handed over if the trial is chosen
+
+
+class TrialResult(Record):
+    """What a trainer of one's own may return in place of a mapping of metrics. A NaN counts as diverged."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=True)
+
+    metrics: dict[str, float]  # held-out; the metric decided by is one of them
+    item_scores: list[float] | None = None  # that metric for each held-out item, the same items in every trial
+    item_weights: list[float] | None = None  # such as the tokens of each item; None: all alike
+    train_value: float | None = None  # the metric on training data at the end
+    points: list[EvalPoint] = []  # held-out values on the way
+    trainable_parameters: int = 0
+    train_tokens: int = 0
+    train_seconds: float | None = None  # None: the whole call
+    eval_seconds: float = 0.0
+    peak_bytes: int = 0
