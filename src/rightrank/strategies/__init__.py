@@ -9,22 +9,35 @@ from collections.abc import Callable
 
 from rightrank.errors import SettingsError, did_you_mean
 from rightrank.settings import SelectSettings
+from rightrank.strategies.bracket import Bracket
 from rightrank.strategies.grid import Grid
-from rightrank.strategies.protocol import History, Strategy
+from rightrank.strategies.ladder import Ladder
+from rightrank.strategies.protocol import Answer, Cost, History, Strategy
+from rightrank.strategies.space import Space, space_of
 
-__all__ = ["STRATEGIES", "Grid", "History", "Strategy", "make_strategy"]
+__all__ = ["STRATEGIES", "Answer", "Cost", "History", "Space", "Strategy", "make_strategy", "space_of", "strategy_named"]
 
-STRATEGIES: dict[str, Callable[[SelectSettings, int], Strategy]] = {"grid": Grid}
+STRATEGIES: dict[str, Callable[[Space], Strategy]] = {"grid": Grid, "ladder": Ladder, "bracket": Bracket}
 
 
-def make_strategy(settings: SelectSettings, steps: int) -> Strategy:
+def make_strategy(settings: SelectSettings, steps: int, token_loss: bool = True) -> Strategy:
     """The strategy that `settings.strategy` names, for trainings of `steps` optimizer steps.
+
+    Raises:
+        SettingsError: an unknown name, or bounds and budgets that leave nothing to compare.
+    """
+    factory = strategy_named(settings.strategy)
+    return factory(space_of(settings, steps, token_loss))
+
+
+def strategy_named(name: str) -> Callable[[Space], Strategy]:
+    """What makes the strategy of that name.
 
     Raises:
         SettingsError: an unknown name.
     """
-    factory = STRATEGIES.get(settings.strategy)
+    factory = STRATEGIES.get(name)
     if factory is None:
-        near = did_you_mean(settings.strategy, STRATEGIES)
-        raise SettingsError(f"unknown strategy {settings.strategy!r}{near}; there are: {', '.join(STRATEGIES)}")
-    return factory(settings, steps)
+        near = did_you_mean(name, STRATEGIES)
+        raise SettingsError(f"unknown strategy {name!r}{near}; there are: {', '.join(STRATEGIES)}")
+    return factory

@@ -1,0 +1,99 @@
+"""A strategy told as a script: a generator that yields the arms it wants and reads their results.
+
+Each `ask` plays the script from the beginning over the outcomes so far and stops at the first arms without one. The
+script sees the outcomes of what it asked for and nothing else, so it is a pure function of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from rightrank.records import Arm, TrialFinished, TrialOutcome
+from rightrank.strategies.protocol import Answer, Cost, History, base_arm, steps_of
+from rightrank.strategies.results import Results
+from rightrank.strategies.space import Space
+
+Wanted: TypeAlias = Iterator[Sequence[Arm]]  # what a script yields
+
+
+@dataclass(frozen=True, slots=True)
+class _Played:
+    """Where a script stands: what it saw, what it waits for, and whether it came to its end."""
+
+    results: Results
+    waiting: list[Arm]
+    complete: bool
+
+
+class Scripted:
+    """The part that all scripts share: playing, budgets, the answer."""
+
+    name = ""
+
+    def __init__(self, space: Space) -> None:
+        self.space = space
+
+    def script(self, results: Results) -> Wanted:
+        """The arms wanted, in turn; `results` holds the outcomes of all that was yielded before."""
+        raise NotImplementedError
+
+    def unbounded_cost(self) -> Cost:
+        """What the script costs without a budget, in whole trainings."""
+        raise NotImplementedError
+
+    def ask(self, history: History) -> Sequence[Arm]:
+        return self._play(history).waiting
+
+    def cost(self) -> Cost:
+        cost, budget = self.unbounded_cost(), self.space.budget_steps
+        if budget is None:
+            return cost
+        limit = budget / self.space.steps
+        return Cost(min(cost.expected, limit), min(cost.most, limit))
+
+    def evidence(self, history: History) -> list[TrialOutcome]:
+        return list(self._play(history).results.outcomes.values()) + self._lost(history)
+
+    def answer(self, history: History) -> Answer:
+        played = self._play(history)
+        results = played.results
+        rank = results.smallest_that_holds()
+        rate = None if rank is None else results.best_rate(rank)
+        return Answer(rank, rate, results.reference(), played.complete)
+
+    def _lost(self, history: History) -> list[TrialOutcome]:
+        return []
+
+    def _play(self, history: History) -> _Played:
+        results = Results(self.space)
+        spent_steps, spent_seconds = 0, 0.0
+        for wanted in self._whole_script(results):
+            waiting: list[Arm] = []
+            for arm in wanted:
+                if arm in results.outcomes:
+                    continue
+                spent_steps += steps_of(arm, history)
+                if not self._affordable(spent_steps, spent_seconds):
+                    return _Played(results, waiting, complete=False)
+                outcome = history.outcomes.get(arm)
+                if outcome is None:
+                    waiting.append(arm)
+                    continue
+                results.add(arm, outcome)
+                if isinstance(outcome, TrialFinished):
+                    spent_seconds += outcome.train_seconds + outcome.eval_seconds
+            if waiting:
+                return _Played(results, waiting, complete=False)
+        return _Played(results, [], complete=True)
+
+    def _whole_script(self, results: Results) -> Wanted:
+        yield [base_arm(self.space.lora_alpha)]
+        yield from self.script(results)
+
+    def _affordable(self, steps: int, seconds: float) -> bool:
+        space = self.space
+        if space.budget_steps is not None and steps > space.budget_steps:
+            return False
+        return space.budget_seconds is None or seconds < space.budget_seconds
