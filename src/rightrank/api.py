@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rightrank.errors import SettingsError
+from rightrank.io.files import disk_errors_told
 from rightrank.io.run_folder import RunFolder
 from rightrank.records import Decision, RunEvent, RunStarted, Sample, content_hash
 from rightrank.settings import SelectSettings, make_settings
@@ -62,7 +63,7 @@ def select_rank(
     settings = settings or make_settings({})
     watching = watching or Watching()
     folder = RunFolder(Path(out))
-    with folder.locked():
+    with folder.locked(), disk_errors_told(folder.path):
         return _select(model, data, folder, settings, watching)
 
 
@@ -109,7 +110,7 @@ def _select(model: str, data: Any, folder: RunFolder, settings: SelectSettings, 
     executor = LocalExecutor(
         bench,
         folder,
-        Watcher(watching.on_event, watching.should_stop),
+        Watcher(on_step=watching.on_event, on_prepare=watching.on_event, should_stop=watching.should_stop),
         lambda event: selection.note_start(event),
     )
     selection = Selection(folder, started, strategy, executor, watching.on_event)

@@ -281,4 +281,12 @@ class StepDone(Record):
     seconds: float  # since the trial began
 
 
-RunEvent: TypeAlias = StepDone | TrialStarted | TrialFinished | TrialDiverged | TrialFailed | Decided
+class Preparing(Record):
+    """Progress of the work that comes before the first training: the frozen layers, once for each item."""
+
+    items: int
+    of_items: int
+    seconds: float
+
+
+RunEvent: TypeAlias = Preparing | StepDone | TrialStarted | TrialFinished | TrialDiverged | TrialFailed | Decided

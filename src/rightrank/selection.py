@@ -111,7 +111,7 @@ class Selection:
             decision,
             self.records.tests,
         )
-        self._append(Decided(decision=decision, adapter_trial_id=chosen.trial_id))
+        self._folder.journal.append(Decided(decision=decision, adapter_trial_id=chosen.trial_id))
         self.write_views(decision)
         self._folder.drop_working_files()
         return chosen
@@ -132,7 +132,7 @@ class Selection:
         return [Trial(trial_id=trial_id(fingerprint, arm), arm=arm) for arm in arms]
 
     def _keep(self, outcome: TrialOutcome) -> None:
-        self._append(outcome)
+        self._folder.journal.append(outcome)
         self.records.outcomes.append(outcome)
         self.write_views(self._decision_so_far())
         self._listener(outcome)
@@ -182,7 +182,7 @@ class Selection:
             item_tokens=scores.tokens,
             item_correct=scores.correct,
         )
-        self._append(record)
+        self._folder.journal.append(record)
         self.records.tests.append(record)
 
     def _write_samples(self, bench: Bench, chosen: TrialFinished) -> None:
@@ -200,20 +200,12 @@ class Selection:
                 before=first,
                 after=then,
             )
-            self._append(sample)
+            self._folder.journal.append(sample)
             self.records.samples.append(sample)
-
-    def _append(self, record: JournalRecord) -> None:
-        try:
-            self._folder.journal.append(record)
-        except OSError as error:
-            raise RunFolderError(
-                f"{self._folder.path}: can't write there any more ({error.strerror or error}); make room and run the same command again"
-            ) from None
 
     def note_start(self, started: TrialStarted) -> None:
         """Journal that a trial began."""
-        self._append(started)
+        self._folder.journal.append(started)
         self._listener(started)
 
 

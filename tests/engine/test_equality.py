@@ -15,8 +15,8 @@ from rightrank.engine.adapter import trainable_state
 from rightrank.engine.targets import lora_config
 from rightrank.engine.train import TrialFolders, Watcher, run_trial
 from rightrank.records import Arm, StepDone, Trial, TrialFinished
-from tests.conftest import small_settings
 from tests.helpers import make_bench
+from tests.tiny import small_settings
 
 ARM = Arm(rank=4, learning_rate=1e-2, lora_alpha=32.0, seed=3, steps=8)
 
@@ -29,7 +29,7 @@ def train_ours(bench: Any, arm: Arm, tmp_path: Path) -> tuple[TrialFinished, lis
 
     folders = TrialFolders(tmp_path / "checkpoint.safetensors", tmp_path / "adapter")
     trial = Trial(trial_id="t", arm=arm)
-    outcome = run_trial(bench, trial, None, folders, Watcher(note))
+    outcome = run_trial(bench, trial, None, folders, Watcher(on_step=note))
     assert isinstance(outcome, TrialFinished)
     return outcome, losses, folders.adapter
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +17,9 @@ from rightrank.engine.encode import EncodedData, EncodedItem
 from rightrank.engine.loss import BatchLoss, Objective, make_objective
 from rightrank.engine.prefix import FrozenPrefix, find_blocks, prefix_depth
 from rightrank.engine.targets import Targets, find_targets, lora_config
+from rightrank.errors import InterruptedRun
 from rightrank.io.models import LoadedModel
-from rightrank.records import Arm, SplitName
+from rightrank.records import Arm, Preparing, SplitName
 from rightrank.settings import SelectSettings
 
 PREFIX_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 5e-3}  # relative, of a batch's loss
@@ -60,6 +62,23 @@ class Bench:
         probe = self.batch("selection", length_sorted_batches(data.splits["selection"], settings.batch_size)[0])
         self.objective: Objective = make_objective(self.model, probe, data.is_classification)
         self.prefix = self._make_prefix(cache_folder, probe) if settings.cache_prefix else None
+
+    def prepare(self, on_progress: Callable[[Preparing], None], should_stop: Callable[[], bool]) -> None:
+        """Compute the frozen prefix of all training items that the arms will ask for, with progress.
+
+        Raises:
+            InterruptedRun: asked to stop.
+        """
+        if self.prefix is None:
+            return
+        begun = time.perf_counter()
+        expected = self._expected_items("train")
+        done = 0
+        for count in self.prefix.fill(self.model, "train", expected):
+            done += count
+            on_progress(Preparing(items=done, of_items=len(expected), seconds=time.perf_counter() - begun))
+            if should_stop():
+                raise InterruptedRun("stopped before the first training")
 
     def items(self, split: SplitName) -> list[EncodedItem]:
         return self.data.splits[split]

@@ -68,6 +68,13 @@ class FrozenPrefix:
             items, groups, {index: number for number, group in enumerate(groups) for index in group}, begins
         )
 
+    def fill(self, model: Any, split: str, wanted: Iterable[int]) -> Iterator[int]:
+        """Compute what is missing of the items in `wanted`, yielding how many items each group brought."""
+        store = self._stores[split]
+        for number in sorted({store.group_of[index] for index in wanted} - store.filled):
+            self._fill(model, store, split, {number})
+            yield len(store.groups[number])
+
     @contextmanager
     def serving(self, model: Any, split: str, batch: Batch) -> Iterator[None]:
         """Within the block, the lower blocks return what is stored for `batch`; `model` is the bare base."""

@@ -22,7 +22,7 @@ from rightrank.engine.memory import PeakMemory
 from rightrank.errors import InterruptedRun
 from rightrank.io.adapters import save_adapter
 from rightrank.io.checkpoints import Checkpoint, load_checkpoint, save_checkpoint
-from rightrank.records import EvalPoint, StepDone, Trial, TrialDiverged, TrialFinished
+from rightrank.records import EvalPoint, Preparing, StepDone, Trial, TrialDiverged, TrialFinished
 from rightrank.settings import SelectSettings
 
 DIVERGENCE_WINDOW = 8  # steps over which the training loss is averaged before it is called diverged
@@ -43,6 +43,7 @@ class Watcher:
     """Who looks on: told of each step, asked whether to stop."""
 
     on_step: Callable[[StepDone], None] = lambda _: None
+    on_prepare: Callable[[Preparing], None] = lambda _: None
     should_stop: ShouldStop = lambda: False
 
 

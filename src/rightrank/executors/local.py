@@ -27,9 +27,13 @@ class LocalExecutor:
         self._folder = folder
         self._watcher = watcher
         self._on_start = on_start
+        self._prepared = False
 
     def run(self, trials: Sequence[Trial], base_loss: float | None) -> Iterator[TrialOutcome]:
         for trial in trials:
+            if trial.arm.rank > 0 and not self._prepared:
+                self._bench.prepare(self._watcher.on_prepare, self._watcher.should_stop)
+                self._prepared = True
             self._on_start(TrialStarted(trial_id=trial.trial_id, **trial.arm.model_dump()))
             yield self._run_one(trial, base_loss)
 

@@ -105,7 +105,7 @@ def _file_rows(path: Path) -> Iterator[Row]:
             yield from _parquet_rows(path)
         elif suffix in (".csv", ".tsv"):
             yield from _csv_rows(path, "\t" if suffix == ".tsv" else ",")
-        elif suffix == ".json" and path.open("rb").read(64).lstrip().startswith(b"["):
+        elif suffix == ".json" and _begins_a_list(path):
             yield from _json_list_rows(path)
         else:
             yield from _jsonl_rows(path)
@@ -113,6 +113,11 @@ def _file_rows(path: Path) -> Iterator[Row]:
         raise DataError(
             f"{path}: not UTF-8 text (byte {error.start}: {error.reason}); convert it to UTF-8, or give {_types_allowed()}"
         ) from None
+
+
+def _begins_a_list(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(64).lstrip().startswith(b"[")
 
 
 def _jsonl_rows(path: Path) -> Iterator[Row]:

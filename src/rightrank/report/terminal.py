@@ -12,6 +12,7 @@ from rich.text import Text
 
 from rightrank.records import (
     Decided,
+    Preparing,
     RunEvent,
     RunStarted,
     StepDone,
@@ -45,6 +46,7 @@ class Tally:
         self._arms = 1
         self._ended = 0
         self._current: TrialStarted | None = None
+        self._preparing: Preparing | None = None
         self._step: StepDone | None = None
         self._seconds: list[float] = []  # of each trained arm
         self._begun = time.monotonic()
@@ -58,8 +60,11 @@ class Tally:
     def event(self, event: RunEvent) -> str | None:
         """Take note; a line worth keeping, if the event is worth one."""
         match event:
+            case Preparing():
+                self._preparing = event
             case TrialStarted():
                 self._current, self._step, self._begun = event, None, time.monotonic()
+                self._preparing = None
             case StepDone():
                 self._step = event
             case TrialFinished():
@@ -76,6 +81,10 @@ class Tally:
         return sorted(self._best.items())
 
     def progress_line(self) -> str:
+        if self._preparing is not None:
+            done, of, seconds = self._preparing.items, self._preparing.of_items, self._preparing.seconds
+            left = seconds / done * (of - done)
+            return f"frozen layers, once for all trials: {done} of {of} items · about {_duration(left)} left"
         parts = [f"trial {min(self._ended + 1, self._arms)} of {self._arms}"]
         if self._current is not None:
             parts.append(
