@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from rightrank.errors import ResultsError
-from rightrank.records import Arm, TrialFailed, TrialFinished, TrialOutcome, trial_id
+from rightrank.records import Arm, EvalPoint, TrialFailed, TrialFinished, TrialOutcome, trial_id
 from rightrank.strategies import Answer, History, Space, Strategy
 from rightrank.strategies.protocol import steps_of
 
@@ -172,13 +172,23 @@ class TableRunner:
             item_losses=items,
             item_tokens=self._curve.item_tokens if items else [],
             train_value=None,
-            points=[],
+            points=self._points(arm),
             trainable_parameters=arm.rank,
             train_seconds=0.0,
             train_tokens=0,
             eval_seconds=0.0,
             peak_bytes=0,
         )
+
+    def _points(self, arm: Arm) -> list[EvalPoint]:
+        """Values on the way of a whole training, where the table holds them."""
+        key = arm.rank, arm.learning_rate, arm.seed
+        found = {part: _cell(grid, key) for part, grid in self._curve.checkpoints.items() if arm.is_direct}
+        return [
+            EvalPoint(step=round(part * arm.steps), value=value, train_value=None)
+            for part, value in sorted(found.items())
+            if value is not None
+        ]
 
     def _value(self, arm: Arm) -> float | None:
         curve = self._curve

@@ -9,7 +9,9 @@ from collections.abc import Callable
 
 from rightrank.errors import SettingsError, did_you_mean
 from rightrank.settings import SelectSettings
+from rightrank.strategies.ascend import Ascend
 from rightrank.strategies.bracket import Bracket
+from rightrank.strategies.descend import Descend
 from rightrank.strategies.grid import Grid
 from rightrank.strategies.ladder import Ladder
 from rightrank.strategies.protocol import Answer, Cost, History, Strategy
@@ -17,7 +19,13 @@ from rightrank.strategies.space import Space, space_of
 
 __all__ = ["STRATEGIES", "Answer", "Cost", "History", "Space", "Strategy", "make_strategy", "space_of", "strategy_named"]
 
-STRATEGIES: dict[str, Callable[[Space], Strategy]] = {"grid": Grid, "ladder": Ladder, "bracket": Bracket}
+STRATEGIES: dict[str, Callable[[Space], Strategy]] = {
+    "ladder": Ladder,
+    "bracket": Bracket,
+    "grid": Grid,
+    "ascend": Ascend,
+    "descend": Descend,
+}
 
 
 def make_strategy(settings: SelectSettings, steps: int, token_loss: bool = True) -> Strategy:

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from rightrank.records import Arm
 from rightrank.strategies.ladder import predicted_rank
-from rightrank.strategies.moves import search_rates, try_rank, walk
+from rightrank.strategies.moves import (
+    confirm,
+    confirmation_cost,
+    find_rate,
+    find_rate_cost,
+    most_stages,
+    most_trainings,
+    try_rank,
+    walk,
+)
 from rightrank.strategies.protocol import Cost
 from rightrank.strategies.results import Results, excess_of, within
 from rightrank.strategies.script import Scripted, Wanted
@@ -22,7 +31,7 @@ class Bracket(Scripted):
 
     def script(self, results: Results) -> Wanted:
         space = self.space
-        yield from search_rates(space, results, space.top)
+        yield from find_rate(space, results, space.top)
         rate = results.best_rate(space.top)
         if rate is None:
             return
@@ -36,19 +45,19 @@ class Bracket(Scripted):
         elif start == space.top:
             start = space.below(start) or start
         yield from walk(space, results, start, rate)
+        yield from confirm(space, results)
 
     def unbounded_cost(self) -> Cost:
-        rates, ranks = len(self.space.rates), len(self.space.ranks)
-        sides = min(rates, 3)
-        return Cost(expected=min(rates, 3) + 2.5, most=rates + sides * (ranks - 1))
+        expected = find_rate_cost(self.space) + min(3.0, 1.5 * (len(self.space.ranks) - 1)) + confirmation_cost(self.space)
+        return Cost(expected, most_trainings(self.space))
 
     def most_arms(self) -> int:
-        return 1 + int(self.unbounded_cost().most) + len(self.space.ranks) - 1
+        return 1 + most_stages(self.space) + len(self.space.ranks) - 1
 
 
 def truncations(space: Space, results: Results, rank: int, rate: float) -> list[Arm]:
     """The adapter of a finished training cut to every lower rank, without recovery; descending."""
-    parent = results.finished(space.arm(rank, rate))
+    parent = results.direct().get((rank, rate, space.seeds[0]))
     if parent is None:
         return []
     return [
@@ -60,7 +69,7 @@ def truncations(space: Space, results: Results, rank: int, rate: float) -> list[
 
 def smallest_cut_that_holds(space: Space, results: Results, cuts: list[Arm], rate: float) -> int | None:
     """From the top downward before the first cut that loses more than the margin; None where no cut has a result."""
-    parent = results.finished(space.arm(space.top, rate))
+    parent = results.direct().get((space.top, rate, space.seeds[0]))
     if parent is None or not any(results.finished(cut) for cut in cuts):
         return None
     chosen = space.top

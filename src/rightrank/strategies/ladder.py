@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
-from rightrank.strategies.moves import search_rates, try_rank, walk
+from rightrank.strategies.moves import (
+    confirm,
+    confirmation_cost,
+    find_rate,
+    find_rate_cost,
+    most_stages,
+    most_trainings,
+    try_rank,
+    walk,
+)
 from rightrank.strategies.protocol import Cost
 from rightrank.strategies.results import Results
 from rightrank.strategies.script import Scripted, Wanted
@@ -18,21 +27,21 @@ class Ladder(Scripted):
 
     def script(self, results: Results) -> Wanted:
         space = self.space
-        yield from search_rates(space, results, space.top)
+        yield from find_rate(space, results, space.top)
         rate = results.best_rate(space.top)
         second = max((rank for rank in space.ranks if rank <= space.top / 4), default=space.ranks[0])
         if rate is None:
             return
         yield from try_rank(space, results, second, rate)
         yield from walk(space, results, predicted_rank(space, results, second), rate)
+        yield from confirm(space, results)
 
     def unbounded_cost(self) -> Cost:
-        rates, ranks = len(self.space.rates), len(self.space.ranks)
-        sides = min(rates, 3)
-        return Cost(expected=min(rates, 3) + 1.5 * min(ranks - 1, 3), most=rates + sides * (ranks - 1))
+        expected = find_rate_cost(self.space) + 1.5 * min(len(self.space.ranks) - 1, 3) + confirmation_cost(self.space)
+        return Cost(expected, most_trainings(self.space))
 
     def most_arms(self) -> int:
-        return 1 + int(self.unbounded_cost().most)
+        return 1 + most_stages(self.space)
 
 
 def predicted_rank(space: Space, results: Results, second: int) -> int:

@@ -44,6 +44,14 @@ class Results:
         outcome = self.finished(arm)
         return None if outcome is None else oriented(outcome, self.space)
 
+    def loss_on_the_way(self, arm: Arm, step: int) -> float | None:
+        """The held-out value of a whole training after `step` of its steps, where it was taken."""
+        outcome = self.finished(arm)
+        points = [] if outcome is None else [point for point in outcome.points if point.step == step]
+        if not points:
+            return None
+        return -points[0].value if self.space.higher_is_better else points[0].value
+
     def direct(self) -> dict[tuple[int, float, int], TrialFinished]:
         """Whole trainings by (rank, rate, seed)."""
         return {

@@ -54,7 +54,8 @@ class Scripted:
         return Cost(min(cost.expected, limit), min(cost.most, limit))
 
     def evidence(self, history: History) -> list[TrialOutcome]:
-        return list(self._play(history).results.outcomes.values()) + self._lost(history)
+        outcomes = self._play(history).results.outcomes
+        return [outcome for arm, outcome in outcomes.items() if arm.is_direct]
 
     def answer(self, history: History) -> Answer:
         played = self._play(history)
@@ -62,9 +63,6 @@ class Scripted:
         rank = results.smallest_that_holds()
         rate = None if rank is None else results.best_rate(rank)
         return Answer(rank, rate, results.reference(), played.complete)
-
-    def _lost(self, history: History) -> list[TrialOutcome]:
-        return []
 
     def _play(self, history: History) -> _Played:
         results = Results(self.space)
@@ -74,10 +72,12 @@ class Scripted:
             for arm in wanted:
                 if arm in results.outcomes:
                     continue
-                spent_steps += steps_of(arm, history)
-                if not self._affordable(spent_steps, spent_seconds):
-                    return _Played(results, waiting, complete=False)
+                steps = steps_of(arm, history)
                 outcome = history.outcomes.get(arm)
+                pace = spent_seconds / spent_steps if spent_steps else 0.0
+                spent_steps += steps
+                if not self._affordable(spent_steps, spent_seconds + (pace * steps if outcome is None else 0.0)):
+                    return _Played(results, waiting, complete=False)
                 if outcome is None:
                     waiting.append(arm)
                     continue
@@ -96,4 +96,4 @@ class Scripted:
         space = self.space
         if space.budget_steps is not None and steps > space.budget_steps:
             return False
-        return space.budget_seconds is None or seconds < space.budget_seconds
+        return space.budget_seconds is None or seconds <= space.budget_seconds
