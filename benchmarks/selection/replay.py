@@ -102,9 +102,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if not options.margin > 0 or options.seeds < 1:
             raise SettingsError(f"margin {options.margin:g}, seeds {options.seeds}: give numbers above 0")
-        judged = replay_all(
-            read_grids(options.grids), strategy_named(options.strategy), options.margin, options.seeds
-        )
+        judged = replay_all(read_grids(options.grids), strategy_named(options.strategy), options.margin, options.seeds)
     except InputError as error:
         print(f"replay: {error}", file=sys.stderr)
         return 2

@@ -217,7 +217,7 @@ def space_of_grid(curve: GridCurve, margin: float, seeds: int = 1, budget: float
         steps=REPLAY_STEPS,
         margin=margin,
         higher_is_better=curve.higher_is_better,
-        budget_steps=None if budget is None else int(budget * REPLAY_STEPS),
+        budget_steps=None if budget is None else budget * REPLAY_STEPS,
     )
 
 

@@ -147,11 +147,21 @@ class Selection:
                 f"none of {len(reasons)} trials ended with a result (the first: {reasons[0]}); "
                 "give lower learning rates, a smaller batch_size or seq_len, and a new --out"
             )
-        return decide_run(self.records)
+        try:
+            return self._judge()
+        except ResultsError:
+            raise AllTrialsFailedError(
+                "fewer than two ranks have a whole training: there is nothing to compare; "
+                "give a larger budget or lower learning rates, and a new --out"
+            ) from None
+
+    def _judge(self) -> Decision:
+        """The decision on what the strategy says is comparable."""
+        return decide_run(self.records, self._strategy.evidence(History.of(self.records.outcomes)))
 
     def _decision_so_far(self) -> Decision | None:
         try:
-            return decide_run(self.records)
+            return self._judge()
         except ResultsError:
             return None  # fewer than two ranks yet
 
@@ -209,12 +219,14 @@ class Selection:
         self._listener(started)
 
 
-def decide_run(records: Records) -> Decision:
-    """The decision of a run's records: at the run's own margin, metric and kind of loss."""
+def decide_run(records: Records, outcomes: Sequence[TrialOutcome] | None = None) -> Decision:
+    """The decision on `outcomes` (a run's whole trainings unless told): at its margin, metric and kind of loss."""
+    if outcomes is None:
+        outcomes = [outcome for outcome in records.outcomes if outcome.arm.is_direct]
     started = records.started
     margin = started.settings.get("margin")
     return decide(
-        table_of(records.outcomes, started.metric),
+        table_of(outcomes, started.metric),
         float(margin) if isinstance(margin, int | float) else None,
         token_loss=started.data.form != "classification",
     )

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 from rightrank.errors import SettingsError, did_you_mean
@@ -17,7 +18,17 @@ from rightrank.strategies.ladder import Ladder
 from rightrank.strategies.protocol import Answer, Cost, History, Strategy
 from rightrank.strategies.space import Space, space_of
 
-__all__ = ["STRATEGIES", "Answer", "Cost", "History", "Space", "Strategy", "make_strategy", "space_of", "strategy_named"]
+__all__ = [
+    "STRATEGIES",
+    "Answer",
+    "Cost",
+    "History",
+    "Space",
+    "Strategy",
+    "make_strategy",
+    "space_of",
+    "strategy_named",
+]
 
 STRATEGIES: dict[str, Callable[[Space], Strategy]] = {
     "ladder": Ladder,
@@ -34,8 +45,16 @@ def make_strategy(settings: SelectSettings, steps: int, token_loss: bool = True)
     Raises:
         SettingsError: an unknown name, or bounds and budgets that leave nothing to compare.
     """
-    factory = strategy_named(settings.strategy)
-    return factory(space_of(settings, steps, token_loss))
+    space = space_of(settings, steps, token_loss)
+    strategy = strategy_named(settings.strategy)(space)
+    least = strategy.least_trainings()
+    if space.budget_steps is not None and space.budget_steps < least * steps:
+        raise SettingsError(
+            f"a budget of {space.budget_steps / steps:.3g} trainings is too small: {settings.strategy!r} with "
+            f"{len(space.rates)} learning rates needs {least:g} to compare two ranks; give budget_trainings {least:g} "
+            f"(budget_steps {math.ceil(least * steps)}), fewer learning rates, or a smaller max_steps"
+        )
+    return strategy
 
 
 def strategy_named(name: str) -> Callable[[Space], Strategy]:

@@ -8,6 +8,7 @@ from rightrank.strategies.moves import (
     confirmation_cost,
     find_rate,
     find_rate_cost,
+    least_trainings,
     most_stages,
     most_trainings,
     try_rank,
@@ -39,6 +40,9 @@ class Ascend(Scripted):
         expected = find_rate_cost(space) + 1.5 * (len(space.ranks) - 1) / 2 + confirmation_cost(space)
         return Cost(expected, most_trainings(space))
 
+    def least_trainings(self) -> float:
+        return least_trainings(self.space)
+
     def most_arms(self) -> int:
         return 1 + most_stages(self.space)
 
@@ -47,5 +51,3 @@ def still_to_come(results: Results, rank: int, higher: int) -> float:
     """How much ranks beyond `rank` can gain over it: the law a + b·r^-c through it and the next, at r → ∞."""
     gain = results.best_loss(rank) - results.best_loss(higher)
     return gain / (1 - (higher / rank) ** -DECAY) if gain > 0 else 0.0
-
-

@@ -9,6 +9,7 @@ from rightrank.strategies.moves import (
     confirmation_cost,
     find_rate,
     find_rate_cost,
+    least_trainings,
     most_stages,
     most_trainings,
     try_rank,
@@ -48,8 +49,13 @@ class Bracket(Scripted):
         yield from confirm(space, results)
 
     def unbounded_cost(self) -> Cost:
-        expected = find_rate_cost(self.space) + min(3.0, 1.5 * (len(self.space.ranks) - 1)) + confirmation_cost(self.space)
+        expected = (
+            find_rate_cost(self.space) + min(3.0, 1.5 * (len(self.space.ranks) - 1)) + confirmation_cost(self.space)
+        )
         return Cost(expected, most_trainings(self.space))
+
+    def least_trainings(self) -> float:
+        return least_trainings(self.space)
 
     def most_arms(self) -> int:
         return 1 + most_stages(self.space) + len(self.space.ranks) - 1

@@ -6,7 +6,7 @@ import math
 
 from rightrank.records import Arm, TrialFinished, TrialOutcome
 from rightrank.strategies.bracket import smallest_cut_that_holds, truncations
-from rightrank.strategies.moves import find_rate, find_rate_cost
+from rightrank.strategies.moves import find_rate, find_rate_cost, least_trainings
 from rightrank.strategies.protocol import Answer, Cost, History
 from rightrank.strategies.results import Results, excess_of, within
 from rightrank.strategies.script import Scripted, Wanted
@@ -42,7 +42,13 @@ class Descend(Scripted):
 
     def unbounded_cost(self) -> Cost:
         space = self.space
-        return Cost(find_rate_cost(space) + 3 * RECOVERY, len(space.rates) + self._recovery_steps() * len(space.ranks) / space.steps)
+        return Cost(
+            find_rate_cost(space) + 3 * RECOVERY,
+            len(space.rates) + self._recovery_steps() * len(space.ranks) / space.steps,
+        )
+
+    def least_trainings(self) -> float:
+        return least_trainings(self.space) - 1 + 2 * RECOVERY
 
     def most_arms(self) -> int:
         return 1 + 3 * len(self.space.rates) + 2 * len(self.space.ranks)

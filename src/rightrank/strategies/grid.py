@@ -28,6 +28,9 @@ class Grid(Scripted):
     def most_arms(self) -> int:
         return 1 + len(self._arms())
 
+    def least_trainings(self) -> float:
+        return 2.0
+
     def _arms(self) -> list[Arm]:
         space = self.space
         cells = product(space.seeds, space.rates, outside_in(space.ranks))

@@ -7,6 +7,7 @@ from rightrank.strategies.moves import (
     confirmation_cost,
     find_rate,
     find_rate_cost,
+    least_trainings,
     most_stages,
     most_trainings,
     try_rank,
@@ -39,6 +40,9 @@ class Ladder(Scripted):
     def unbounded_cost(self) -> Cost:
         expected = find_rate_cost(self.space) + 1.5 * min(len(self.space.ranks) - 1, 3) + confirmation_cost(self.space)
         return Cost(expected, most_trainings(self.space))
+
+    def least_trainings(self) -> float:
+        return least_trainings(self.space)
 
     def most_arms(self) -> int:
         return 1 + most_stages(self.space)

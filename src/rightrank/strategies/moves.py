@@ -9,7 +9,6 @@ from rightrank.strategies.results import Results
 from rightrank.strategies.script import Wanted
 from rightrank.strategies.space import Space
 
-
 EARLY, LATER = 0.25, 0.5  # parts of a training after which rates are compared
 
 
@@ -41,9 +40,7 @@ def find_rate(space: Space, results: Results, rank: int, start: float | None = N
         yield [_going_on(results, early_arm(space, rank, rate, EARLY))]
 
 
-def climb(
-    space: Space, results: Results, rank: int, start: float | None = None, part: float | None = None
-) -> Wanted:
+def climb(space: Space, results: Results, rank: int, start: float | None = None, part: float | None = None) -> Wanted:
     """Climb along the rates at `rank` from `start` (the upper middle) to one that is better than both neighbours.
 
     Loss against the logarithm of the rate has one valley, so the climb ends where the whole ladder would. With
@@ -196,6 +193,12 @@ def most_stages(space: Space) -> int:
 def find_rate_cost(space: Space) -> float:
     """Expected: three rates to a quarter, two of them to half, one or two to the end."""
     return 2.0 if len(space.rates) >= 3 else float(len(space.rates))
+
+
+def least_trainings(space: Space) -> float:
+    """One rank's rate at its dearest, losers stopped early, and one training of another rank."""
+    rates = len(space.rates)
+    return 1.0 + (rates if rates < 3 else rates * EARLY + 2 * (1 - EARLY))
 
 
 def confirmation_cost(space: Space) -> float:

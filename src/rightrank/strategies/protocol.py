@@ -59,12 +59,20 @@ class Strategy(Protocol):
         """The arms to run now, those that have ended left out; empty when nothing more is wanted."""
         ...
 
+    def expected_arms(self) -> int:
+        """About how many arms it will ask for, the base included; shown as progress."""
+        ...
+
     def most_arms(self) -> int:
         """How many arms it will ask for at most, the base included."""
         ...
 
     def cost(self) -> Cost:
         """What it will cost, said before the start; never more than the budget."""
+        ...
+
+    def least_trainings(self) -> float:
+        """The smallest budget in which it can compare two ranks."""
         ...
 
     def evidence(self, history: History) -> list[TrialOutcome]:
@@ -93,3 +101,12 @@ def steps_of(arm: Arm, history: History) -> int:
         return end
     before = [outcome for outcome in history.outcomes.values() if outcome.trial_id == arm.continue_from]
     return end - (before[0].stop_at or 0) if before else end
+
+
+def seconds_of(outcome: TrialFinished, history: History) -> float:
+    """Seconds of training and evaluation that an outcome added: what it went on from was counted before."""
+    seconds = outcome.train_seconds + outcome.eval_seconds
+    for before in history.finished():
+        if before.trial_id == outcome.continue_from:
+            return seconds - before.train_seconds - before.eval_seconds
+    return seconds

@@ -70,7 +70,9 @@ class Results:
 
     def mean_loss(self, rank: int, rate: float) -> float:
         """Over seeds."""
-        return float(np.mean([oriented(t, self.space) for (r, lr, _), t in self.direct().items() if (r, lr) == (rank, rate)]))
+        return float(
+            np.mean([oriented(t, self.space) for (r, lr, _), t in self.direct().items() if (r, lr) == (rank, rate)])
+        )
 
     def best_rate(self, rank: int) -> float | None:
         """The rate with the best mean over seeds, the most seeds first: a lucky single seed does not win."""

@@ -6,12 +6,13 @@ script sees the outcomes of what it asked for and nothing else, so it is a pure 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
 from rightrank.records import Arm, TrialFinished, TrialOutcome
-from rightrank.strategies.protocol import Answer, Cost, History, base_arm, steps_of
+from rightrank.strategies.protocol import Answer, Cost, History, base_arm, seconds_of, steps_of
 from rightrank.strategies.results import Results
 from rightrank.strategies.space import Space
 
@@ -27,31 +28,39 @@ class _Played:
     complete: bool
 
 
-class Scripted:
+class Scripted(ABC):
     """The part that all scripts share: playing, budgets, the answer."""
 
-    name = ""
+    name: str
 
     def __init__(self, space: Space) -> None:
         self.space = space
 
+    @abstractmethod
     def script(self, results: Results) -> Wanted:
         """The arms wanted, in turn; `results` holds the outcomes of all that was yielded before."""
-        raise NotImplementedError
 
+    @abstractmethod
     def unbounded_cost(self) -> Cost:
         """What the script costs without a budget, in whole trainings."""
-        raise NotImplementedError
+
+    @abstractmethod
+    def most_arms(self) -> int:
+        """The base and every arm that the script could ask for."""
+
+    def least_trainings(self) -> float:
+        return float(len(self.space.rates) + 1)
+
+    def expected_arms(self) -> int:
+        return min(self.most_arms(), 1 + round(1.6 * self.cost().expected))
 
     def ask(self, history: History) -> Sequence[Arm]:
         return self._play(history).waiting
 
     def cost(self) -> Cost:
         cost, budget = self.unbounded_cost(), self.space.budget_steps
-        if budget is None:
-            return cost
-        limit = budget / self.space.steps
-        return Cost(min(cost.expected, limit), min(cost.most, limit))
+        most = cost.most if budget is None else min(cost.most, budget / self.space.steps)
+        return Cost(min(cost.expected, most), most)
 
     def evidence(self, history: History) -> list[TrialOutcome]:
         outcomes = self._play(history).results.outcomes
@@ -83,7 +92,7 @@ class Scripted:
                     continue
                 results.add(arm, outcome)
                 if isinstance(outcome, TrialFinished):
-                    spent_seconds += outcome.train_seconds + outcome.eval_seconds
+                    spent_seconds += seconds_of(outcome, history)
             if waiting:
                 return _Played(results, waiting, complete=False)
         return _Played(results, [], complete=True)

@@ -25,7 +25,7 @@ class Space:
     steps: int  # of a whole training
     margin: float | None  # None: RELATIVE_MARGIN of the reference
     higher_is_better: bool = False
-    budget_steps: int | None = None  # optimizer steps over all arms
+    budget_steps: float | None = None  # optimizer steps over all arms
     budget_seconds: float | None = None  # of training and evaluation, over all arms
 
     @property
@@ -58,7 +58,7 @@ def space_of(settings: SelectSettings, steps: int, token_loss: bool = True) -> S
     """The space of a selection with trainings of `steps` steps.
 
     Raises:
-        SettingsError: one rank alone, or a budget that no comparison fits.
+        SettingsError: one rank alone.
     """
     if len(settings.ranks) < 2:
         raise SettingsError(
@@ -83,18 +83,10 @@ def space_of(settings: SelectSettings, steps: int, token_loss: bool = True) -> S
     )
 
 
-def _budget_steps(settings: SelectSettings, steps: int) -> int | None:
+def _budget_steps(settings: SelectSettings, steps: int) -> float | None:
     """The tighter of the budgets in trainings and in steps."""
-    budgets = []
-    if settings.budget_trainings is not None:
-        budgets.append(int(settings.budget_trainings * steps))
-    if settings.budget_steps is not None:
-        budgets.append(settings.budget_steps)
-    if not budgets:
-        return None
-    if min(budgets) < 2 * steps:
-        raise SettingsError(
-            f"a budget of {min(budgets)} steps is too small: comparing two ranks takes two trainings of {steps} steps; "
-            f"give budget_trainings 2 (budget_steps {2 * steps}) or more, or a smaller max_steps"
-        )
-    return min(budgets)
+    trainings, optimizer_steps = settings.budget_trainings, settings.budget_steps
+    budgets = [] if trainings is None else [trainings * steps]
+    if optimizer_steps is not None:
+        budgets.append(float(optimizer_steps))
+    return min(budgets, default=None)
