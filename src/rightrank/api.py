@@ -19,6 +19,7 @@ from rightrank.version import __version__
 
 if TYPE_CHECKING:
     from rightrank.probe.resizing import ResizeOptions
+    from rightrank.strategies import Strategy
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +86,7 @@ def _select(model: str, data: Any, folder: RunFolder, settings: SelectSettings, 
     from rightrank.selection import Selection
     from rightrank.strategies import make_strategy
 
-    make_strategy(settings, 1)  # a wrong name is told before anything is loaded
+    make_strategy(settings, settings.max_steps or 1)  # a wrong name is told before anything is loaded
     if isinstance(model, str):
         find_model(model)
     source = Path(data) if isinstance(data, str) else data
@@ -99,7 +100,7 @@ def _select(model: str, data: Any, folder: RunFolder, settings: SelectSettings, 
     encoded = encode(splits, loaded, settings)
     steps = training_steps(settings, len(encoded.splits["train"]))
     bench = Bench(loaded, encoded, settings, steps, folder.cache)
-    strategy = make_strategy(settings, steps)
+    strategy = make_strategy(settings, steps, token_loss=splits.form != "classification")
     values = {"model": model, "data": _data_name(data), **settings.model_dump(mode="json")}
     started = RunStarted(
         rightrank_version=__version__,
@@ -122,7 +123,8 @@ def _select(model: str, data: Any, folder: RunFolder, settings: SelectSettings, 
     )
     selection = Selection(folder, started, strategy, executor, watching.on_event)
     folder.write_config(values)
-    watching.on_plan(started, strategy.most_arms(), steps)
+    watching.on_plan(started, strategy.expected_arms(), steps)
+    watching.notice(cost_line(strategy, steps))
     decision = selection.run()
     selection.hand_over(bench, decision)
     return Selected(decision, folder.path, folder.adapter, folder.report, selection.records.samples)
@@ -175,6 +177,17 @@ def resize(
 
     rule = ResizeRule(rank, energy, noise, None if data is None else Path(data))
     return resize_adapter(Path(adapter), Path(out), rule, options or ResizeOptions())
+
+
+def cost_line(strategy: Strategy, steps: int) -> str:
+    """What a selection will cost, for a person."""
+    cost = strategy.cost()
+    if cost.expected == cost.most:
+        return f"strategy {strategy.name}: {cost.most:.3g} trainings of {steps} steps"
+    return (
+        f"strategy {strategy.name}: about {cost.expected:.3g} trainings of {steps} steps, {cost.most:.3g} at most "
+        "(one stopped early counts for its part)"
+    )
 
 
 def training_steps(settings: SelectSettings, train_items: int) -> int:

@@ -76,8 +76,8 @@ def running_trial(journal: Sequence[JournalRecord]) -> TrialStarted | None:
     return begun[-1] if begun else None
 
 
-def decide_run(records: Records) -> Decision:
-    """The decision of a run's records: at the run's own margin, metric and kind of loss.
+def decide_run(records: Records, outcomes: Sequence[TrialOutcome] | None = None) -> Decision:
+    """The decision on `outcomes` (a run's whole trainings unless told): at its margin, metric and kind of loss.
 
     Raises:
         ResultsError: fewer than two ranks have a finished trial.
@@ -85,18 +85,20 @@ def decide_run(records: Records) -> Decision:
     started = records.started
     margin = started.settings.get("margin")
     return decide(
-        run_table(records),
+        run_table(records, outcomes),
         float(margin) if isinstance(margin, int | float) else None,
         token_loss=started.data.form not in ("classification", "own"),
     )
 
 
-def run_table(records: Records) -> ScoreTable:
+def run_table(records: Records, outcomes: Sequence[TrialOutcome] | None = None) -> ScoreTable:
     """The scores of a run, of ours or of a trainer of one's own."""
     started = records.started
+    if outcomes is None:
+        outcomes = [outcome for outcome in records.outcomes if outcome.arm.is_direct]
     if started.data.form == "own":
         return own_table(records)
-    return table_of(records.outcomes, "accuracy" if started.metric == "accuracy" else "loss")
+    return table_of(outcomes, "accuracy" if started.metric == "accuracy" else "loss")
 
 
 def own_table(records: Records) -> ScoreTable:
@@ -124,9 +126,9 @@ def best_trial(records: Records, decision: Decision, rank: int) -> TrialFinished
     return min(trials, key=lambda trial: (sign * trial.value, trial.seed))
 
 
-def decision_so_far(records: Records) -> Decision | None:
+def decision_so_far(records: Records, outcomes: Sequence[TrialOutcome] | None = None) -> Decision | None:
     """The decision, or None while fewer than two ranks have ended with a result."""
     try:
-        return decide_run(records)
+        return decide_run(records, outcomes)
     except ResultsError:
         return None
