@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
-import random
 from pathlib import Path
-from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -14,109 +11,21 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # the workers of a test run share
 
 import pytest
 
-from rightrank.settings import SelectSettings, make_settings
+from tests.tiny import save_tiny_llama, sentences, small_settings, write_completions, write_jsonl
 
-CHAT_TEMPLATE = (
-    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-WORDS = [
-    "the",
-    "cat",
-    "sat",
-    "on",
-    "a",
-    "mat",
-    "and",
-    "saw",
-    "one",
-    "dog",
-    "run",
-    "far",
-    "from",
-    "its",
-    "old",
-    "red",
-    "house",
-    "by",
-    "the",
-    "blue",
-    "sea",
-    "at",
-    "noon",
-]
-
-
-def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
-
-
-def sentences(count: int, seed: int = 0) -> list[str]:
-    generator = random.Random(seed)
-    return [" ".join(generator.choices(WORDS, k=generator.randint(4, 14))) for _ in range(count)]
-
-
-def make_tokenizer() -> Any:
-    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-    from tokenizers.decoders import ByteLevel
-    from transformers import PreTrainedTokenizerFast
-
-    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=400,
-        special_tokens=["<unk>", "<pad>", "<|im_start|>", "<|im_end|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(sentences(200), trainer)
-    wrapped = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="<unk>", pad_token="<pad>", eos_token="<|im_end|>"
-    )
-    wrapped.chat_template = CHAT_TEMPLATE
-    return wrapped
-
-
-def tiny_llama_config(vocabulary: int) -> Any:
-    from transformers import LlamaConfig
-
-    return LlamaConfig(
-        vocab_size=vocabulary,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-        pad_token_id=1,
-        bos_token_id=2,
-        eos_token_id=3,
-        tie_word_embeddings=True,
-        initializer_range=0.2,
-    )
+__all__ = ["sentences", "small_settings", "write_jsonl"]
 
 
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random 3-layer Llama with a byte-level tokenizer, saved as users have theirs."""
-    import torch
-    from transformers import LlamaForCausalLM
-
-    folder = tmp_path_factory.mktemp("model") / "tiny-llama"
-    tokenizer = make_tokenizer()
-    torch.manual_seed(0)
-    LlamaForCausalLM(tiny_llama_config(len(tokenizer))).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    """A random 3-layer Llama with a byte-level tokenizer."""
+    return save_tiny_llama(tmp_path_factory.mktemp("model") / "tiny-llama")
 
 
 @pytest.fixture(scope="session")
 def completion_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """200 rows of prompt and completion: the completion repeats the prompt's first words, which can be learned."""
-    rows = [{"prompt": f"{text} : ", "completion": " ".join(text.split()[:3])} for text in sentences(200, seed=1)]
-    return write_jsonl(tmp_path_factory.mktemp("data") / "completions.jsonl", rows)
+    """200 rows of prompt and completion."""
+    return write_completions(tmp_path_factory.mktemp("data") / "completions.jsonl")
 
 
 @pytest.fixture(scope="session")
@@ -124,18 +33,3 @@ def class_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Rows of text and label: whether the sentence holds a cat."""
     rows = [{"text": text, "label": "cat" if "cat" in text else "none"} for text in sentences(300, seed=2)]
     return write_jsonl(tmp_path_factory.mktemp("data") / "classes.jsonl", rows)
-
-
-def small_settings(**changes: Any) -> SelectSettings:
-    """A selection of two ranks that takes a second or two."""
-    values: dict[str, Any] = {
-        "ranks": (1, 4),
-        "learning_rates": (1e-2,),
-        "max_steps": 8,
-        "batch_size": 4,
-        "seq_len": 32,
-        "eval_items": 12,
-        "eval_points": 2,
-        "samples": 0,
-    }
-    return make_settings(values | changes)

@@ -7,13 +7,19 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rightrank.errors import ResultsError, SettingsError
+from rightrank.io.files import disk_errors_told
 from rightrank.io.run_folder import RunFolder
+from rightrank.probe_records import Inspection, Resized
 from rightrank.records import Decision, RunEvent, RunStarted, Sample, content_hash
 from rightrank.settings import SelectSettings, make_settings
 from rightrank.version import __version__
+
+if TYPE_CHECKING:
+    from rightrank.probe.resizing import ResizeOptions
+    from rightrank.strategies import Strategy
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,9 +38,12 @@ class Selected:
 
     decision: Decision
     run: Path
-    adapter: Path
+    adapter: Path | None  # None: a trainer of one's own that saved none
     report: Path
     samples: list[Sample] = field(default_factory=list)
+
+    def _repr_html_(self) -> str | None:
+        return self.decision._repr_html_()
 
 
 def select_rank(
@@ -62,7 +71,7 @@ def select_rank(
     settings = settings or make_settings({})
     watching = watching or Watching()
     folder = RunFolder(Path(out))
-    with folder.locked():
+    with folder.locked(), disk_errors_told(folder.path):
         return _select(model, data, folder, settings, watching)
 
 
@@ -77,7 +86,7 @@ def _select(model: str, data: Any, folder: RunFolder, settings: SelectSettings, 
     from rightrank.selection import Selection
     from rightrank.strategies import make_strategy
 
-    make_strategy(settings, 1)  # a wrong name is told before anything is loaded
+    make_strategy(settings, settings.max_steps or 1)  # a wrong name is told before anything is loaded
     if isinstance(model, str):
         find_model(model)
     source = Path(data) if isinstance(data, str) else data
@@ -91,7 +100,7 @@ def _select(model: str, data: Any, folder: RunFolder, settings: SelectSettings, 
     encoded = encode(splits, loaded, settings)
     steps = training_steps(settings, len(encoded.splits["train"]))
     bench = Bench(loaded, encoded, settings, steps, folder.cache)
-    strategy = make_strategy(settings, steps)
+    strategy = make_strategy(settings, steps, token_loss=splits.form != "classification")
     values = {"model": model, "data": _data_name(data), **settings.model_dump(mode="json")}
     started = RunStarted(
         rightrank_version=__version__,
@@ -114,7 +123,8 @@ def _select(model: str, data: Any, folder: RunFolder, settings: SelectSettings, 
     )
     selection = Selection(folder, started, strategy, executor, watching.on_event)
     folder.write_config(values)
-    watching.on_plan(started, strategy.most_arms(), steps)
+    watching.on_plan(started, strategy.expected_arms(), steps)
+    watching.notice(cost_line(strategy, steps))
     decision = selection.run()
     selection.hand_over(bench, decision)
     return Selected(decision, folder.path, folder.adapter, folder.report, selection.records.samples)
@@ -172,29 +182,85 @@ def _decide_run(folder: RunFolder, metric: str | None, margin: float | None, hor
     """A run folder of our own, at its own metric and margin unless others are asked for."""
     from rightrank.decide import decide as decide_table
     from rightrank.decide import table_of
-    from rightrank.records import TrialDiverged, TrialFailed, TrialFinished
+    from rightrank.decide.run import records_of, run_table
 
-    records = folder.journal.read()
-    if not records or not isinstance(records[0], RunStarted):
-        raise ResultsError(f"{folder.journal.path}: the first line is not a run's start; give a run folder")
-    started = records[0]
-    outcomes = [record for record in records if isinstance(record, TrialFinished | TrialDiverged | TrialFailed)]
+    records = records_of(folder.journal.read(), str(folder.path))
+    started = records.started
+    direct = [outcome for outcome in records.outcomes if outcome.arm.is_direct]
     name = metric or started.metric
-    known = sorted({name for outcome in outcomes if isinstance(outcome, TrialFinished) for name in outcome.metrics})
-    if name not in known or name not in ("loss", "accuracy"):
-        raise ResultsError(
-            f"{folder.path}: the run has no metric {name!r}; it has {', '.join(known) or 'no result yet'}"
-        )
+    known = sorted({name for trial in records.finished() for name in trial.metrics})
     own = started.settings.get("margin") if name == started.metric else None
     if margin is None and isinstance(own, int | float):
         margin = float(own)
-    decision = decide_table(
-        table_of(outcomes, "accuracy" if name == "accuracy" else "loss"),
-        margin,
-        token_loss=started.data.form != "classification",
-        horizon_steps=horizon_steps,
+    if name == started.metric:
+        table = run_table(records)
+    elif name in known and name in ("loss", "accuracy"):
+        table = table_of(direct, "accuracy" if name == "accuracy" else "loss")
+    else:
+        raise ResultsError(f"{folder.path}: the run has no metric {name!r}; it has {', '.join(known) or 'none yet'}")
+    token_loss = started.data.form not in ("classification", "own")
+    decision = decide_table(table, margin, token_loss, horizon_steps=horizon_steps)
+    return Decided(decision, [f"{len(direct)} trainings of a run folder"])
+
+
+def inspect(
+    adapter: str | Path | None = None, *, base: str | Path | None = None, finetuned: str | Path | None = None
+) -> Inspection:
+    """The singular spectra of an adapter, or of what full fine-tuning changed.
+
+    Args:
+        adapter: a PEFT adapter folder.
+        base: with `adapter`, the base model's folder, for the norms of the weights that are changed.
+        finetuned: instead of `adapter`: a checkpoint folder to compare with `base`.
+
+    Raises:
+        InputError: not a readable adapter or checkpoint, or two that don't belong together.
+    """
+    if adapter is not None and finetuned is None:
+        from rightrank.probe.adapter_spectra import inspect_adapter
+
+        return inspect_adapter(Path(adapter), None if base is None else Path(base))
+    if adapter is None and base is not None and finetuned is not None:
+        from rightrank.probe.checkpoint_spectra import inspect_checkpoints
+
+        return inspect_checkpoints(Path(base), Path(finetuned))
+    raise SettingsError("give an adapter folder, or two checkpoints as base and finetuned (--base A --finetuned B)")
+
+
+def resize(
+    adapter: str | Path,
+    out: str | Path,
+    *,
+    rank: int | None = None,
+    energy: float | None = None,
+    noise: bool = False,
+    data: str | Path | None = None,
+    options: ResizeOptions | None = None,
+) -> Resized:
+    """Write the adapter at another rank to `out`, with the error that the truncation makes.
+
+    Exactly one of `rank`, `energy`, `noise` and `data` chooses the rank; with `data` it is the smallest whose held-out
+    loss is not worse by `options.settings.margin`.
+
+    Raises:
+        InputError: the adapter, the rule, the data or `out` can't be used; nothing was written.
+        RunError: recovery began and could not finish.
+    """
+    from rightrank.probe.resizing import ResizeOptions, ResizeRule, resize_adapter
+
+    rule = ResizeRule(rank, energy, noise, None if data is None else Path(data))
+    return resize_adapter(Path(adapter), Path(out), rule, options or ResizeOptions())
+
+
+def cost_line(strategy: Strategy, steps: int) -> str:
+    """What a selection will cost, for a person."""
+    cost = strategy.cost()
+    if cost.expected == cost.most:
+        return f"strategy {strategy.name}: {cost.most:.3g} trainings of {steps} steps"
+    return (
+        f"strategy {strategy.name}: about {cost.expected:.3g} trainings of {steps} steps, {cost.most:.3g} at most "
+        "(one stopped early counts for its part)"
     )
-    return Decided(decision, [f"{len(outcomes)} trials of a run folder"])
 
 
 def training_steps(settings: SelectSettings, train_items: int) -> int:

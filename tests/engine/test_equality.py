@@ -15,8 +15,8 @@ from rightrank.engine.adapter import trainable_state
 from rightrank.engine.targets import lora_config
 from rightrank.engine.train import TrialFolders, Watcher, run_trial
 from rightrank.records import Arm, StepDone, Trial, TrialFinished
-from tests.conftest import small_settings
 from tests.helpers import make_bench
+from tests.tiny import small_settings
 
 ARM = Arm(rank=4, learning_rate=1e-2, lora_alpha=32.0, seed=3, steps=8)
 

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from safetensors import SafetensorError
+
+from rightrank.errors import RunError
+
+_DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
 
 
 @contextmanager
@@ -54,3 +61,23 @@ def flush_to_disk(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def disk_errors_told(folder: Path) -> Iterator[None]:
+    """A disk that is full or gone while a run goes on becomes one line; what was written before is kept.
+
+    Raises:
+        RunError: in place of the system's error.
+    """
+    advice = "make room and run the same command again to resume"
+    try:
+        yield
+    except SafetensorError as error:
+        if "IoError" not in str(error):
+            raise
+        raise RunError(f"{folder}: can't write there any more ({error}); {advice}") from None
+    except OSError as error:
+        if error.errno not in _DISK_ERRORS:
+            raise
+        raise RunError(f"{folder}: can't write there any more ({error.strerror}); {advice}") from None

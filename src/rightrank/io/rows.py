@@ -105,7 +105,7 @@ def _file_rows(path: Path) -> Iterator[Row]:
             yield from _parquet_rows(path)
         elif suffix in (".csv", ".tsv"):
             yield from _csv_rows(path, "\t" if suffix == ".tsv" else ",")
-        elif suffix == ".json" and _starts_a_list(path):
+        elif suffix == ".json" and _begins_a_list(path):
             yield from _json_list_rows(path)
         else:
             yield from _jsonl_rows(path)
@@ -115,7 +115,7 @@ def _file_rows(path: Path) -> Iterator[Row]:
         ) from None
 
 
-def _starts_a_list(path: Path) -> bool:
+def _begins_a_list(path: Path) -> bool:
     with path.open("rb") as file:
         return file.read(64).lstrip().startswith(b"[")
 

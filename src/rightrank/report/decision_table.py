@@ -7,7 +7,8 @@ from pathlib import Path
 from rightrank.errors import SettingsError
 from rightrank.io.files import replacing
 from rightrank.records import Decision, RankEvidence
-from rightrank.report.rank_curve import draw, rank_curve, terminal_curve
+from rightrank.report.draw import draw
+from rightrank.report.rank_curve import rank_figure, terminal_curve
 
 FLAGS = {
     "underpowered": "the data can't show this at 95%",
@@ -35,15 +36,17 @@ def write_plot(decision: Decision, path: Path) -> None:
     """The rank curve as a picture, its kind by the file's ending.
 
     Raises:
-        SettingsError: an ending that is neither, or a folder that isn't there.
+        SettingsError: an ending that is neither, or a place that can't be written.
     """
     image_format = path.suffix.lower().lstrip(".")
     if image_format not in ("svg", "png"):
         raise SettingsError(f"--plot {path}: pictures end in .svg or .png; give such a file name")
-    if not path.parent.is_dir():
-        raise SettingsError(f"--plot {path}: there is no folder {path.parent}; give one that is there")
-    with replacing(path) as temporary:
-        temporary.write_bytes(draw(rank_curve(decision), image_format))
+    image = draw(rank_figure(decision), image_format)
+    try:
+        with replacing(path) as temporary:
+            temporary.write_bytes(image)
+    except OSError as error:
+        raise SettingsError(f"--plot {path}: can't write there ({error.strerror or error})") from None
 
 
 def evidence_lines(decision: Decision) -> list[str]:

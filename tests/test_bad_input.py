@@ -1,0 +1,215 @@
+"""Bad input through the command line: one clear line, exit 2 (or 1 where it began), nothing lost."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from rightrank.engine import train
+from rightrank.io.journal import Journal
+from rightrank.records import TrialFailed, TrialFinished
+from tests.test_select import run, select_arguments
+
+SETTINGS: list[tuple[list[str], str]] = [
+    (["--ranks", "0,4"], r"rank 0 is not allowed: ranks are integers from 1"),
+    (["--ranks", "-2"], r"rank -2 is not allowed"),
+    (["--ranks", "4.5"], r"ranks: got '4\.5'; input should be a valid integer"),
+    (["--ranks", "four"], r"ranks: got 'four'"),
+    (["--ranks", ""], r"ranks is empty"),
+    (["--ranks", "4,4"], r"ranks repeats a value"),
+    (["--ranks", "4,64"], r"rank 64 is above the \d+ that model\.layers\.0\.self_attn\.\w+_proj"),
+    (["--learning-rates", "0"], r"learning rate 0 is not allowed"),
+    (["--learning-rates", "-1e-4"], r"learning rate -0\.0001 is not allowed"),
+    (["--learning-rates", "nan"], r"learning_rates: got 'nan'"),
+    (["--seeds", "-1"], r"seed -1 is not allowed"),
+    (["--margin", "0"], r"margin: got 0\.0; input should be greater than 0"),
+    (["--max-steps", "0"], r"max_steps: got 0"),
+    (["--batch-size", "0"], r"batch_size: got 0"),
+    (["--batch-size", "100000"], r"items for the train split, at least 100000 needed"),
+    (["--lora-alpha", "-1"], r"lora_alpha: got -1\.0"),
+    (["--dtype", "int3"], r"dtype: got 'int3'; input should be 'float32', 'bfloat16' or 'float16'"),
+    (["--device", "tpu9"], r"device 'tpu9' is not known"),
+    (["--device", "cuda:7"], r"device 'cuda:7' is not there; here there are: cpu"),
+    (["--strategy", "gird"], r"unknown strategy 'gird'; did you mean 'grid'\?"),
+    (["--metric", "accuracy"], r"metric 'accuracy' needs `text` and `label`"),
+    (["--target-modules", "q_proj,v_prj"], r"no module is named 'v_prj'; linear modules there are: .*v_proj"),
+    (["--target-modules", "all-linear,q_proj"], r"'all-linear' beside other names"),
+    (["--layers-to-transform", "7"], r"layers_to_transform: got 7; the model's layers are 0 to 2"),
+    (["--set", "lora_dropout"], r"give NAME=VALUE"),
+    (["--set", "lora_dropout=2"], r"lora_dropout: got '2'; input should be less than 1"),
+    (["--set", "num_train_epochs=1"], r"max_steps and num_train_epochs were both given"),
+    (["--config", "missing.yaml"], r"missing\.yaml: can't read it"),
+    (["--no-such-option"], r"No such option"),
+]
+
+
+def require_refusal(status: int, out: str, err: str, message: str) -> None:
+    import re
+
+    lines = [line for line in err.splitlines() if line.startswith("rightrank:")]
+    assert status == 2, err
+    assert out == ""
+    assert len(lines) == 1, err
+    assert "Traceback" not in err
+    assert re.search(message, lines[0]), lines[0]
+
+
+@pytest.mark.parametrize(("options", "message"), SETTINGS, ids=[" ".join(case[0]) for case in SETTINGS])
+def test_settings(
+    model_folder: Path,
+    completion_file: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    options: list[str],
+    message: str,
+) -> None:
+    out = tmp_path / "run"
+    require_refusal(*run(select_arguments(model_folder, completion_file, out, *options), capsys), message)
+    assert not (out / "journal.jsonl").exists()
+
+
+def broken_model(model_folder: Path, target: Path, *missing: str) -> Path:
+    shutil.copytree(model_folder, target)
+    for pattern in missing:
+        for path in target.glob(pattern):
+            path.unlink()
+    return target
+
+
+@pytest.mark.parametrize(
+    ("missing", "message"),
+    [
+        (["*.safetensors"], r"no weights \(\*\.safetensors\) in the folder"),
+        (["config.json"], r"no config\.json in the folder"),
+        (["tokenizer*", "special_tokens_map.json", "chat_template*"], r"no usable tokenizer"),
+    ],
+    ids=["weights", "config", "tokenizer"],
+)
+def test_model_folders(
+    model_folder: Path,
+    completion_file: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    missing: list[str],
+    message: str,
+) -> None:
+    model = broken_model(model_folder, tmp_path / "model", *missing)
+    require_refusal(*run(select_arguments(model, completion_file, tmp_path / "run"), capsys), message)
+
+
+def test_pickled_weights_are_not_read(
+    model_folder: Path, completion_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = broken_model(model_folder, tmp_path / "model", "*.safetensors")
+    (model / "pytorch_model.bin").write_bytes(b"\x80\x04.")
+    require_refusal(*run(select_arguments(model, completion_file, tmp_path / "run"), capsys), r"only pickled weights")
+
+
+def test_unknown_architecture(
+    model_folder: Path, completion_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = broken_model(model_folder, tmp_path / "model")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"model_type": "nonesuch"}))
+    require_refusal(
+        *run(select_arguments(model, completion_file, tmp_path / "run"), capsys),
+        r"transformers can't load it|no usable tokenizer",
+    )
+
+
+@pytest.mark.parametrize("name", ["/no/such/folder", "a/b/c", "model.bin"])
+def test_missing_models(completion_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
+    if name == "model.bin":
+        name = str(tmp_path / name)
+        Path(name).write_bytes(b"x")
+    require_refusal(
+        *run(select_arguments(Path(name), completion_file, tmp_path / "run"), capsys),
+        r"no such folder|must end in \.gguf",
+    )
+
+
+def test_missing_data(model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = select_arguments(model_folder, tmp_path / "nothing.jsonl", tmp_path / "run")
+    require_refusal(*run(arguments, capsys), r"no such file or folder")
+
+
+def test_out_is_a_file(
+    model_folder: Path, completion_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("mine")
+    require_refusal(
+        *run(select_arguments(model_folder, completion_file, tmp_path / "file"), capsys), r"can't write there"
+    )
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_out_holds_other_things(
+    model_folder: Path, completion_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.txt").write_text("mine")
+    require_refusal(
+        *run(select_arguments(model_folder, completion_file, tmp_path / "run"), capsys), r"no journal\.jsonl"
+    )
+    assert [path.name for path in (tmp_path / "run").iterdir() if path.name != ".lock"] == ["thesis.txt"]
+
+
+@pytest.mark.skipif(
+    os.geteuid() != 0 or not Path("/proc/mounts").exists(), reason="mounting a small disk needs root on Linux"
+)
+def test_a_full_disk_is_said_and_the_run_resumes(
+    model_folder: Path, completion_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import subprocess
+
+    small = tmp_path / "small"
+    small.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=192k", "tmpfs", str(small)], check=False, capture_output=True
+    )
+    if mounted.returncode:
+        pytest.skip("no tmpfs can be mounted here")
+    try:
+        status, _, err = run(select_arguments(model_folder, completion_file, small / "run"), capsys)
+        assert status == 1, err
+        assert err.count("rightrank:") == 1
+        assert "run the same command again" in err
+        assert "Traceback" not in err
+        subprocess.run(["mount", "-o", "remount,size=64m", str(small)], check=True)
+        assert run(select_arguments(model_folder, completion_file, small / "run"), capsys)[0] == 0
+    finally:
+        subprocess.run(["umount", str(small)], check=True)
+
+
+def test_out_of_memory_is_recorded_and_the_rest_goes_on(
+    model_folder: Path,
+    completion_file: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    real = train.make_optimizer
+
+    def hungry(parameters: Any, rate: float, settings: Any) -> Any:
+        if (
+            max(parameter.shape[0] for parameter in parameters if parameter.shape[1] > 8) >= 4
+            and parameters[0].shape[0] == 4
+        ):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3.00 GiB")
+        return real(parameters, rate, settings)
+
+    monkeypatch.setattr(train, "make_optimizer", hungry)
+    arguments = select_arguments(model_folder, completion_file, tmp_path / "run", "--ranks", "1,2,4")
+    status, _, err = run(arguments, capsys)
+    assert status == 0, err
+    records = Journal(tmp_path / "run" / "journal.jsonl").read()
+    failed = [record for record in records if isinstance(record, TrialFailed)]
+    assert [record.rank for record in failed] == [4]
+    assert "r=4 lr=0.01 seed=0 ran out of memory" in failed[0].reason
+    assert {record.rank for record in records if isinstance(record, TrialFinished)} == {0, 1, 2}
