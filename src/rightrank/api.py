@@ -37,9 +37,12 @@ class Selected:
 
     decision: Decision
     run: Path
-    adapter: Path
+    adapter: Path | None  # None: a trainer of one's own that saved none
     report: Path
     samples: list[Sample] = field(default_factory=list)
+
+    def _repr_html_(self) -> str | None:
+        return self.decision._repr_html_()
 
 
 def select_rank(
