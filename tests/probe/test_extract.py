@@ -42,9 +42,7 @@ def answer_of(capsys: pytest.CaptureFixture[str], *arguments: Any, status: int =
 
 
 @pytest.mark.parametrize("kind", ["plain", "conv1d"])
-def test_an_update_of_low_rank_is_carried_whole(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str
-) -> None:
+def test_an_update_of_low_rank_is_carried_whole(tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str) -> None:
     base = make_base(tmp_path / "base", kind)
     tuned = fine_tuned(base, tmp_path / "tuned", 3, noise=0)
     answer = answer_of(capsys, base, tuned, tmp_path / "out", "--energy", 0.9999)
