@@ -20,7 +20,7 @@ import yaml
 from common import store
 
 from rightrank.io.adapter_folder import open_adapter
-from rightrank.maths.intervals import resampled_means
+from rightrank.maths.intervals import estimate
 from rightrank.probe.bench_of import DataUse, bench_of
 from rightrank.probe.held_out import Candidates, Recovery, truncation_curve
 from rightrank.settings import SelectSettings, make_settings
@@ -36,10 +36,8 @@ def run_settings(run: Path) -> SelectSettings:
 def difference(left: Any, right: Any) -> dict[str, float]:
     """Left minus right, nats a token, with its 95% interval, paired over items."""
     sums = np.array([left.item_losses]) - np.array([right.item_losses])
-    weights = np.array(left.item_tokens, dtype=float)
-    means = resampled_means(sums, weights, 4000, np.random.default_rng(0))
-    low, high = np.quantile(means, [0.025, 0.975])
-    return {"difference": float(sums.sum() / weights.sum()), "low": float(low), "high": float(high)}
+    found = estimate(sums, np.array(left.item_tokens, dtype=float))
+    return {"difference": found.mean, "low": found.bound(0.025), "high": found.bound(0.975)}
 
 
 def main() -> None:

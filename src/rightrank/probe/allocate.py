@@ -21,7 +21,7 @@ from rightrank.engine.bench import Bench, Scores
 from rightrank.engine.targets import lora_config
 from rightrank.errors import SettingsError, did_you_mean
 from rightrank.io.adapter_folder import AdapterFolder, exact_pattern, open_adapter
-from rightrank.maths.intervals import resampled_means
+from rightrank.maths.intervals import estimate
 from rightrank.probe import importance
 from rightrank.probe.bench_of import DataUse, bench_of, train_attached
 from rightrank.probe_records import Allocation, AllocationTrial, AllocationVerdict
@@ -29,7 +29,7 @@ from rightrank.records import Arm
 from rightrank.settings import SelectSettings, make_settings
 
 MEASURES = ("sensitivity", "spectra", "gradient", "eva")
-RESAMPLES = 4000
+CONFIDENCE = 0.95  # of the two-sided interval
 SHUFFLES = 400  # draws, of which the nearest to the budget is taken
 
 PatternKind = Literal["uniform", "allocated", "shuffled"]
@@ -133,6 +133,10 @@ def shuffled(adapter: AdapterFolder, ranks: Mapping[str, int], seed: int) -> dic
 
 
 def _check(options: AllocateOptions) -> None:
+    if len(options.seeds) < 2:
+        raise SettingsError(
+            f"--seeds: got {len(options.seeds)}; give two or more: one can't show what another would give"
+        )
     if options.settings.scaling == "constant":
         raise SettingsError(
             "scaling 'constant' needs an alpha of its own at each rank; give 'alpha/r' or 'alpha/sqrt(r)'"
@@ -206,9 +210,6 @@ def _answer(
 def compare(left: list[_Trained], right: list[_Trained], against: Literal["uniform", "shuffled"]) -> AllocationVerdict:
     """Left minus right, nats, paired over seeds and items, with its 95% interval."""
     sums = np.array([a.scores.losses for a in left]) - np.array([b.scores.losses for b in right])
-    weights = np.array([one.scores.tokens for one in left], dtype=np.float64)
-    means = resampled_means(sums, weights, RESAMPLES, np.random.default_rng(0x5EED))
-    low, high = (float(value) for value in np.quantile(means, [0.025, 0.975]))
-    return AllocationVerdict(
-        against=against, difference=float(sums.sum() / weights.sum()), low=low, high=high, better=high < 0
-    )
+    found = estimate(sums, np.array(left[0].scores.tokens, dtype=np.float64))
+    low, high = (found.bound(level) for level in ((1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2))
+    return AllocationVerdict(against=against, difference=found.mean, low=low, high=high, better=high < 0)
