@@ -227,6 +227,18 @@ def inspect(
     raise SettingsError("give an adapter folder, or two checkpoints as base and finetuned (--base A --finetuned B)")
 
 
+def inspect_gradient(model: str, data: str | Path, *, settings: SelectSettings | None = None) -> Inspection:
+    """The singular spectra of the loss's gradient to each weight that the settings adapt, before any training.
+
+    Raises:
+        InputError: the model, the data or a module name can't be used.
+    """
+    from rightrank.probe.checkpoint_spectra import SKETCH_RANK
+    from rightrank.probe.gradient_spectra import inspect_gradient as spectra_of_gradient
+
+    return spectra_of_gradient(model, Path(data), settings or make_settings({}), SKETCH_RANK)
+
+
 def resize(
     adapter: str | Path,
     out: str | Path,
