@@ -11,9 +11,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Annotated, Any, Literal, TypeAlias
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, TypeAdapter
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 SCHEMA_VERSION = 1
 
@@ -28,19 +32,54 @@ class Record(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
+    def _repr_html_(self) -> str | None:
+        """What a notebook shows; None leaves it to `repr`."""
+        from rightrank.report.notebook import html_of  # the one view a record knows of, when a notebook asks
 
-class Arm(Record):
-    """One training to run: everything that may differ between the trainings of a selection."""
+        return html_of(self)
+
+
+class ArmFields(Record):
+    """Everything that may differ between the trainings of a selection.
+
+    A training may be stopped part of the way (`stop_at`) and another arm go on from there (`continue_from`). An
+    adapter may be cut to a lower rank (`truncate_from`); `steps` are then the recovery steps after the cut, 0 for none.
+    Both name the trial they come from.
+    """
 
     rank: int = Field(ge=0)  # 0 is the base model itself, evaluated and never trained
     learning_rate: float = Field(ge=0)
     lora_alpha: float = Field(gt=0)
     seed: int = Field(ge=0)  # of the batch order, of the first A, and of dropout
-    steps: int = Field(ge=0)  # optimizer steps
+    steps: int = Field(ge=0)  # optimizer steps, which the rate's schedule spans
+    stop_at: int | None = Field(default=None, gt=0)  # end after this many of the steps, the schedule unchanged
+    continue_from: str | None = None  # trial id: the same arm, stopped early
+    truncate_from: str | None = None  # trial id: a finished training at a rank not below this one
+    init_lora_weights: str | None = None  # None: as the settings say
+
+    @property
+    def arm(self) -> Arm:
+        return Arm(**{name: getattr(self, name) for name in ArmFields.model_fields})
+
+
+class Arm(ArmFields):
+    """One training to run."""
+
+    @property
+    def is_direct(self) -> bool:
+        """A whole training from its own start: what ranks are compared by."""
+        return self.stop_at is None and self.truncate_from is None
 
     def label(self) -> str:
         """A short name for a person."""
-        return "base" if self.rank == 0 else f"r={self.rank} lr={self.learning_rate:g} seed={self.seed}"
+        if self.rank == 0:
+            return "base"
+        parts = [f"r={self.rank} lr={self.learning_rate:g} seed={self.seed}"]
+        if self.truncate_from is not None:
+            parts.append(f"truncated, {self.steps} steps of recovery")
+        if self.stop_at is not None:
+            parts.append(f"to step {self.stop_at}")
+        return " ".join(parts)
 
 
 class Trial(Record):
@@ -55,7 +94,8 @@ def trial_id(context_fingerprint: str, arm: Arm) -> str:
 
     `context_fingerprint` stands for the model, the data and the settings that all arms share.
     """
-    return content_hash({"schema": SCHEMA_VERSION, "context": context_fingerprint, "arm": arm.model_dump()})[:12]
+    arm_fields = arm.model_dump(exclude_none=True)  # a field that says nothing new leaves old identities as they are
+    return content_hash({"schema": SCHEMA_VERSION, "context": context_fingerprint, "arm": arm_fields})[:12]
 
 
 def content_hash(value: JsonValue | dict[str, Any]) -> str:
@@ -72,33 +112,25 @@ class EvalPoint(Record):
     train_value: float | None  # mean training loss since the point before, the same batches for every arm
 
 
-class TrialStarted(Record):
+class TrialStarted(ArmFields):
     type: Literal["trial_started"] = "trial_started"
     schema_version: int = SCHEMA_VERSION
     trial_id: str
-    rank: int
-    learning_rate: float
-    lora_alpha: float
-    seed: int
-    steps: int
 
 
-class TrialFinished(Record):
+class TrialFinished(ArmFields):
     """A trial that ended with a result. Item lists follow the order of the run's evaluation items."""
 
     type: Literal["trial_finished"] = "trial_finished"
     schema_version: int = SCHEMA_VERSION
     trial_id: str
-    rank: int
-    learning_rate: float
-    lora_alpha: float
-    seed: int
-    steps: int
     value: float  # held-out, the decision's metric, on the selection split
     metrics: dict[str, float]  # every metric measured on the selection split
     item_losses: list[float]  # summed over the item's label tokens, nats
     item_tokens: list[int]  # label tokens of the item
     item_correct: list[int] | None = None  # classification: 1 where the prediction is right
+    item_scores: list[float] | None = None  # of a trainer of one's own: the metric itself, item by item
+    item_weights: list[float] | None = None  # beside item_scores; None: all alike
     train_value: float | None  # mean training loss of the last stretch before the end
     points: list[EvalPoint]
     trainable_parameters: int
@@ -109,43 +141,23 @@ class TrialFinished(Record):
     pack_size: int = 1  # arms that shared the passes, and the peak; the seconds are this arm's even share
     train_losses: list[float] = []  # nats a label, one for each step
 
-    @property
-    def arm(self) -> Arm:
-        return Arm(
-            rank=self.rank,
-            learning_rate=self.learning_rate,
-            lora_alpha=self.lora_alpha,
-            seed=self.seed,
-            steps=self.steps,
-        )
 
-
-class TrialDiverged(Record):
+class TrialDiverged(ArmFields):
     """A trial whose loss became NaN or rose above the base's: a missing cell, not evidence against a rank."""
 
     type: Literal["trial_diverged"] = "trial_diverged"
     schema_version: int = SCHEMA_VERSION
     trial_id: str
-    rank: int
-    learning_rate: float
-    lora_alpha: float
-    seed: int
-    steps: int
     step: int
     reason: str
 
 
-class TrialFailed(Record):
+class TrialFailed(ArmFields):
     """A trial that could not be run to its end."""
 
     type: Literal["trial_failed"] = "trial_failed"
     schema_version: int = SCHEMA_VERSION
     trial_id: str
-    rank: int
-    learning_rate: float
-    lora_alpha: float
-    seed: int
-    steps: int
     error: Literal["out_of_memory", "error"]
     reason: str
 
@@ -166,7 +178,7 @@ class SplitSummary(Record):
 class DataSummary(Record):
     """What was understood of the data."""
 
-    form: Literal["text", "prompt_completion", "messages", "classification"]
+    form: Literal["text", "prompt_completion", "messages", "classification", "own"]  # own: known to its trainer alone
     splits: dict[str, SplitSummary]
     splits_given: bool
     duplicates_across_splits: int
@@ -184,7 +196,7 @@ class RunStarted(Record):
     environment: dict[str, str]
     data: DataSummary
     evaluation_items: list[str]  # content hashes, in the order of every item list
-    metric: MetricName
+    metric: str
     higher_is_better: bool
     started_at: str
 
@@ -294,6 +306,12 @@ class HorizonNote(Record):
 class Decision(Record):
     """The answer and its evidence."""
 
+    def to_pandas(self) -> DataFrame:
+        """The evidence by rank, one row each."""
+        from pandas import DataFrame
+
+        return DataFrame([evidence.model_dump() for evidence in self.ranks]).set_index("rank")
+
     rank: int | None  # None where the evidence names none
     fallback_rank: int  # the smallest rank shown to be enough: what is handed over when `rank` is None
     verdict: Verdict
@@ -314,6 +332,34 @@ class Decision(Record):
     curve: CurveFit | None = None  # from three ranks on
     winner_gap: float = 0.0  # the largest of the ranks compared, metric's unit
     horizon: HorizonNote | None = None  # where evaluations along the training were given
+
+
+class Result(Record):
+    """One finished training of a table that others made; `value` is None where it ended without a result."""
+
+    trial_id: str
+    rank: int
+    learning_rate: float = 0.0  # 0: not stated
+    seed: int = 0
+    value: float | None
+    item_values: list[float] = []  # in the order of the table's items; each a mean over the item's tokens
+    item_weights: list[float] = []  # tokens of each item; empty: all alike
+    std: float | None = None  # stated standard deviation over seeds
+    std_seeds: int = 1  # how many seeds the value is the mean of
+    train_value: float | None = None
+    seconds: float | None = None
+    steps: int | None = None
+    points: list[tuple[int, float]] = []  # (step, value) along the training
+    others: dict[str, float] = {}
+
+
+class Results(Record):
+    """A table of finished trainings, and what was understood of it."""
+
+    metric: str
+    higher_is_better: bool
+    results: list[Result]
+    understood: list[str]  # for a person: which column was taken for what, and what was left out
 
 
 class Decided(Record):
@@ -351,3 +397,32 @@ class Preparing(Record):
 
 
 RunEvent: TypeAlias = Preparing | StepDone | TrialStarted | TrialFinished | TrialDiverged | TrialFailed | Decided
+
+
+class TrialTask(Record):
+    """What a trainer of one's own is asked for: one training, or the base's evaluation where the rank is 0."""
+
+    trial_id: str
+    rank: int
+    learning_rate: float
+    lora_alpha: float
+    seed: int
+    steps: int  # 0: as the trainer has it
+    folder: Path  # there, and the trial's own: an adapter saved into it is handed over if the trial is chosen
+
+
+class TrialResult(Record):
+    """What a trainer of one's own may return in place of a mapping of metrics. A NaN counts as diverged."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=True)
+
+    metrics: dict[str, float]  # held-out; the metric decided by is one of them
+    item_scores: list[float] | None = None  # that metric for each held-out item, the same items in every trial
+    item_weights: list[float] | None = None  # such as the tokens of each item; None: all alike
+    train_value: float | None = None  # the metric on training data at the end
+    points: list[EvalPoint] = []  # held-out values on the way
+    trainable_parameters: int = 0
+    train_tokens: int = 0
+    train_seconds: float | None = None  # None: the whole call
+    eval_seconds: float = 0.0
+    peak_bytes: int = 0

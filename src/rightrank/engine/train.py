@@ -13,14 +13,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from peft import set_peft_model_state_dict
 from transformers import get_scheduler
 
 from rightrank.engine.batches import Batch
 from rightrank.engine.bench import Bench, Scores
 from rightrank.engine.pack import Pack, Share
+from rightrank.engine.truncate import truncated_adapter
 from rightrank.io.adapters import save_adapter
 from rightrank.io.checkpoints import Checkpoint, load_checkpoint, save_checkpoint
-from rightrank.records import EvalPoint, Preparing, StepDone, Trial, TrialDiverged, TrialFinished
+from rightrank.records import Arm, EvalPoint, Preparing, StepDone, Trial, TrialDiverged, TrialFinished
 from rightrank.settings import SelectSettings
 
 DIVERGENCE_WINDOW = 8  # steps over which the training loss is averaged before it is called diverged
@@ -30,10 +32,12 @@ ShouldStop = Callable[[], bool]
 
 @dataclass(frozen=True, slots=True)
 class TrialFolders:
-    """Where a trial leaves things: a checkpoint while it runs, its adapter when it has finished."""
+    """Where a trial leaves things: a checkpoint while it runs, its adapter when it has finished; and its parent's."""
 
     checkpoint: Path
     adapter: Path
+    continue_from: Path | None = None  # the checkpoint of the trial that this one goes on from
+    truncate_from: Path | None = None  # the adapter of the trial that this one is cut from
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +94,8 @@ class ArmTraining:
         self._parameters = list(self._named.values())
         self._optimizer = make_optimizer(self._parameters, trial.arm.learning_rate, bench.settings)
         self._rate_factor = rate_schedule(bench.settings, trial.arm.steps)
-        self._plan = bench.batch_plan(trial.arm.seed)[: trial.arm.steps]
+        self._plan = training_batches(bench, trial.arm)
+        self._last_step = trial.arm.steps if trial.arm.stop_at is None else trial.arm.stop_at
         self._evaluate_at = evaluation_steps(trial.arm.steps, bench.settings.eval_points)
         self._saved = time.perf_counter()
         self.company = 1  # most arms, this one among them, that shared a pass
@@ -100,15 +105,15 @@ class ArmTraining:
         self._micro_batch = 0
         self._scores: Scores | None = None  # of the last evaluation
         self.progress = Progress()
-        self._resume()
+        self._start()
 
     @property
     def is_done(self) -> bool:
-        return self.progress.step >= self.trial.arm.steps
+        return self.progress.step >= self._last_step
 
     @property
     def wants_evaluation(self) -> bool:
-        return self.progress.step in self._evaluate_at
+        return self.progress.step in self._evaluate_at or self.progress.step == self._last_step
 
     def micro_batches(self) -> list[Batch]:
         """The batches of the step to come, and its rate into the optimizer."""
@@ -182,7 +187,8 @@ class ArmTraining:
         since = progress.points[-1].step if progress.points else 0
         recent = progress.train_losses[since:]
         value = scores.metrics[self._settings.metric]
-        progress.points.append(EvalPoint(step=progress.step, value=value, train_value=sum(recent) / len(recent)))
+        if progress.step in self._evaluate_at:  # not where a rate is stopped early: points are the same for every arm
+            progress.points.append(EvalPoint(step=progress.step, value=value, train_value=sum(recent) / len(recent)))
 
     def finish(self, peak_bytes: int) -> TrialFinished:
         """Save the adapter, take it off, and give the record."""
@@ -190,8 +196,11 @@ class ArmTraining:
             begun = time.perf_counter()
             self._scores = self._bench.evaluate_pack("selection", self._pack, [self.adapter])[0]
             self.progress.eval_seconds += time.perf_counter() - begun
-        save_adapter(self._pack.peft_model, self._folders.adapter, self._bench.loaded.name, self.adapter)
-        self.abandon()
+        if self.trial.arm.stop_at is None:
+            save_adapter(self._pack.peft_model, self._folders.adapter, self._bench.loaded.name, self.adapter)
+            self.abandon()
+        else:
+            self.set_aside()  # another trial may go on from here
         count = sum(parameter.numel() for parameter in self._parameters)
         return finished(self.trial, self._bench, self.progress, self._scores, count, peak_bytes, self.company)
 
@@ -237,11 +246,25 @@ class ArmTraining:
         save_checkpoint(self._folders.checkpoint, Checkpoint(tensors, state))
         self._saved = time.perf_counter()
 
-    def _resume(self) -> None:
-        """Go on from a checkpoint of this very trial, if there is one."""
-        found = load_checkpoint(self._folders.checkpoint)
-        if found is None or found.state.get("trial_id") != self.trial.trial_id:
+    def _start(self) -> None:
+        """From a checkpoint of this very trial if there is one; else from its parent; else from the first draw.
+
+        A parent's checkpoint that is lost costs its steps again and changes no result.
+        """
+        arm, folders = self.trial.arm, self._folders
+        if self._resume(folders.checkpoint, self.trial.trial_id):
             return
+        if folders.continue_from is not None and arm.continue_from is not None:
+            self._resume(folders.continue_from, arm.continue_from)
+        if folders.truncate_from is not None:
+            tensors = truncated_adapter(folders.truncate_from, arm, self._settings)
+            set_peft_model_state_dict(self._pack.peft_model, tensors, adapter_name=self.adapter)
+
+    def _resume(self, checkpoint: Path, trial_id: str) -> bool:
+        """Go on from a checkpoint, if it is there and of that trial."""
+        found = load_checkpoint(checkpoint)
+        if found is None or found.state.get("trial_id") != trial_id:
+            return False
         with torch.no_grad():
             for name, value in self._named.items():
                 value.copy_(found.tensors[f"parameter.{name}"])
@@ -256,6 +279,14 @@ class ArmTraining:
             train_tokens=state["train_tokens"],
             eval_seconds=state["eval_seconds"],
         )
+        return True
+
+
+def training_batches(bench: Bench, arm: Arm) -> list[list[int]]:
+    """The batches of an arm's steps; recovery after a cut takes those that follow a whole training's."""
+    if arm.truncate_from is None:
+        return bench.batch_plan(arm.seed)[: arm.steps]
+    return bench.batch_plan(arm.seed, bench.steps + arm.steps)[bench.steps :]
 
 
 def make_optimizer(parameters: list[torch.nn.Parameter], rate: float, settings: SelectSettings) -> torch.optim.AdamW:

@@ -49,4 +49,10 @@ class LocalExecutor:
         self._on_start(TrialStarted(trial_id=trial.trial_id, **trial.arm.model_dump()))
 
     def _folders(self, trial: Trial) -> TrialFolders:
-        return TrialFolders(self._folder.checkpoint(trial.trial_id), self._folder.trial_adapter(trial.trial_id))
+        arm, folder = trial.arm, self._folder
+        return TrialFolders(
+            folder.checkpoint(trial.trial_id),
+            folder.trial_adapter(trial.trial_id),
+            None if arm.continue_from is None else folder.checkpoint(arm.continue_from),
+            None if arm.truncate_from is None else folder.trial_adapter(arm.truncate_from),
+        )
