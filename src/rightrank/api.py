@@ -14,7 +14,7 @@ from rightrank.io.files import disk_errors_told
 from rightrank.io.run_folder import RunFolder
 from rightrank.probe_records import Inspection, Resized
 from rightrank.records import Decision, RunEvent, RunStarted, Sample, content_hash
-from rightrank.settings import SelectSettings, make_settings
+from rightrank.settings import NOT_IDENTITY, SelectSettings, make_settings
 from rightrank.version import __version__
 
 if TYPE_CHECKING:
@@ -102,10 +102,11 @@ def _select(model: str, data: Any, folder: RunFolder, settings: SelectSettings, 
     bench = Bench(loaded, encoded, settings, steps, folder.cache)
     strategy = make_strategy(settings, steps, token_loss=splits.form != "classification")
     values = {"model": model, "data": _data_name(data), **settings.model_dump(mode="json")}
+    identity = {name: value for name, value in values.items() if name not in NOT_IDENTITY}
     started = RunStarted(
         rightrank_version=__version__,
         fingerprint=content_hash(
-            {"settings": values, "model": loaded.fingerprint, "data": splits.fingerprint, "steps": steps}
+            {"settings": identity, "model": loaded.fingerprint, "data": splits.fingerprint, "steps": steps}
         ),
         settings=values,
         environment=environment(str(loaded.device)),
@@ -128,6 +129,8 @@ def _select(model: str, data: Any, folder: RunFolder, settings: SelectSettings, 
     watching.notice(cost_line(strategy, steps))
     decision = selection.run()
     selection.hand_over(bench, decision)
+    if settings.certify:
+        watching.notice(selection.certify(bench, decision, Watcher(should_stop=watching.should_stop)).sentence())
     return Selected(decision, folder.path, folder.adapter, folder.report, selection.records.samples)
 
 
