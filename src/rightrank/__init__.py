@@ -14,17 +14,33 @@ from typing import TYPE_CHECKING
 from rightrank.version import __version__
 
 if TYPE_CHECKING:
-    from rightrank.api import Selected, select_rank
+    from rightrank.api import Selected, plan, select_rank
+    from rightrank.plan_records import Plan, PlanSettings, make_plan_settings
     from rightrank.records import Decision
     from rightrank.settings import SelectSettings, make_settings
 
-__all__ = ["Decision", "SelectSettings", "Selected", "__version__", "make_settings", "select_rank"]
+__all__ = [
+    "Decision",
+    "Plan",
+    "PlanSettings",
+    "SelectSettings",
+    "Selected",
+    "__version__",
+    "make_plan_settings",
+    "make_settings",
+    "plan",
+    "select_rank",
+]
 
 _HOMES = {
     "Decision": "rightrank.records",
+    "Plan": "rightrank.plan_records",
+    "PlanSettings": "rightrank.plan_records",
     "SelectSettings": "rightrank.settings",
     "Selected": "rightrank.api",
+    "make_plan_settings": "rightrank.plan_records",
     "make_settings": "rightrank.settings",
+    "plan": "rightrank.api",
     "select_rank": "rightrank.api",
 }
 
