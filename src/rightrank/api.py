@@ -7,15 +7,20 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rightrank.errors import SettingsError
 from rightrank.io.files import disk_errors_told
 from rightrank.io.run_folder import RunFolder
 from rightrank.plan_records import Plan, PlanSettings, make_plan_settings
+from rightrank.probe_records import Inspection, Resized
 from rightrank.records import Decision, RunEvent, RunStarted, Sample, content_hash
 from rightrank.settings import SelectSettings, make_settings
 from rightrank.version import __version__
+
+if TYPE_CHECKING:
+    from rightrank.probe.resizing import ResizeOptions
+    from rightrank.strategies import Strategy
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,9 +39,12 @@ class Selected:
 
     decision: Decision
     run: Path
-    adapter: Path
+    adapter: Path | None  # None: a trainer of one's own that saved none
     report: Path
     samples: list[Sample] = field(default_factory=list)
+
+    def _repr_html_(self) -> str | None:
+        return self.decision._repr_html_()
 
 
 def select_rank(
@@ -80,7 +88,7 @@ def plan(model: str, *, settings: PlanSettings | None = None) -> Plan:
         InputError: the model, its modules, a rank or a length can't be used.
     """
     from rightrank.io.models import device_memory
-    from rightrank.plan.planner import make_plan
+    from rightrank.planning.planner import make_plan
 
     settings = settings or make_plan_settings({})
     if settings.memory_bytes is None and settings.device == "cuda":
@@ -99,7 +107,7 @@ def _select(model: str, data: Any, folder: RunFolder, settings: SelectSettings, 
     from rightrank.selection import Selection
     from rightrank.strategies import make_strategy
 
-    make_strategy(settings, 1)  # a wrong name is told before anything is loaded
+    make_strategy(settings, settings.max_steps or 1)  # a wrong name is told before anything is loaded
     if isinstance(model, str):
         find_model(model)
     source = Path(data) if isinstance(data, str) else data
@@ -113,7 +121,7 @@ def _select(model: str, data: Any, folder: RunFolder, settings: SelectSettings, 
     encoded = encode(splits, loaded, settings)
     steps = training_steps(settings, len(encoded.splits["train"]))
     bench = Bench(loaded, encoded, settings, steps, folder.cache)
-    strategy = make_strategy(settings, steps)
+    strategy = make_strategy(settings, steps, token_loss=splits.form != "classification")
     values = {"model": model, "data": _data_name(data), **settings.model_dump(mode="json")}
     started = RunStarted(
         rightrank_version=__version__,
@@ -136,10 +144,71 @@ def _select(model: str, data: Any, folder: RunFolder, settings: SelectSettings, 
     )
     selection = Selection(folder, started, strategy, executor, watching.on_event)
     folder.write_config(values)
-    watching.on_plan(started, strategy.most_arms(), steps)
+    watching.on_plan(started, strategy.expected_arms(), steps)
+    watching.notice(cost_line(strategy, steps))
     decision = selection.run()
     selection.hand_over(bench, decision)
     return Selected(decision, folder.path, folder.adapter, folder.report, selection.records.samples)
+
+
+def inspect(
+    adapter: str | Path | None = None, *, base: str | Path | None = None, finetuned: str | Path | None = None
+) -> Inspection:
+    """The singular spectra of an adapter, or of what full fine-tuning changed.
+
+    Args:
+        adapter: a PEFT adapter folder.
+        base: with `adapter`, the base model's folder, for the norms of the weights that are changed.
+        finetuned: instead of `adapter`: a checkpoint folder to compare with `base`.
+
+    Raises:
+        InputError: not a readable adapter or checkpoint, or two that don't belong together.
+    """
+    if adapter is not None and finetuned is None:
+        from rightrank.probe.adapter_spectra import inspect_adapter
+
+        return inspect_adapter(Path(adapter), None if base is None else Path(base))
+    if adapter is None and base is not None and finetuned is not None:
+        from rightrank.probe.checkpoint_spectra import inspect_checkpoints
+
+        return inspect_checkpoints(Path(base), Path(finetuned))
+    raise SettingsError("give an adapter folder, or two checkpoints as base and finetuned (--base A --finetuned B)")
+
+
+def resize(
+    adapter: str | Path,
+    out: str | Path,
+    *,
+    rank: int | None = None,
+    energy: float | None = None,
+    noise: bool = False,
+    data: str | Path | None = None,
+    options: ResizeOptions | None = None,
+) -> Resized:
+    """Write the adapter at another rank to `out`, with the error that the truncation makes.
+
+    Exactly one of `rank`, `energy`, `noise` and `data` chooses the rank; with `data` it is the smallest whose held-out
+    loss is not worse by `options.settings.margin`.
+
+    Raises:
+        InputError: the adapter, the rule, the data or `out` can't be used; nothing was written.
+        RunError: recovery began and could not finish.
+    """
+    from rightrank.probe.resizing import ResizeOptions, ResizeRule, resize_adapter
+
+    rule = ResizeRule(rank, energy, noise, None if data is None else Path(data))
+    return resize_adapter(Path(adapter), Path(out), rule, options or ResizeOptions())
+
+
+def cost_line(strategy: Strategy, steps: int) -> str:
+    """What a selection will cost, for a person."""
+    cost = strategy.cost()
+    if cost.expected == cost.most:
+        return f"strategy {strategy.name}: {cost.most:.3g} trainings of {steps} steps"
+    return (
+        f"strategy {strategy.name}: about {cost.expected:.3g} trainings of {steps} steps, {cost.most:.3g} at most "
+        "(one stopped early counts for its part)"
+    )
 
 
 def training_steps(settings: SelectSettings, train_items: int) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rightrank.plan.allocator import CachingAllocator, round_request, segment_size
+from rightrank.planning.allocator import CachingAllocator, round_request, segment_size
 
 MIB = 2**20
 

