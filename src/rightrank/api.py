@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from rightrank.errors import ResultsError, SettingsError
 from rightrank.io.files import disk_errors_told
 from rightrank.io.run_folder import RunFolder
+from rightrank.plan_records import Plan, PlanSettings, make_plan_settings
 from rightrank.probe_records import Inspection, Resized
 from rightrank.records import Decision, RunEvent, RunStarted, Sample, content_hash
 from rightrank.settings import SelectSettings, make_settings
@@ -73,6 +74,26 @@ def select_rank(
     folder = RunFolder(Path(out))
     with folder.locked(), disk_errors_told(folder.path):
         return _select(model, data, folder, settings, watching)
+
+
+def plan(model: str, *, settings: PlanSettings | None = None) -> Plan:
+    """What every rank takes and which fit, before any training and without weights.
+
+    Args:
+        model: a folder that holds at least `config.json`, a GGUF file, or a hub name.
+        settings: see `PlanSettings`; None for the defaults. Without `memory_bytes`, the memory of the CUDA device that
+            is there is the budget, if one is.
+
+    Raises:
+        InputError: the model, its modules, a rank or a length can't be used.
+    """
+    from rightrank.io.models import device_memory
+    from rightrank.planning.planner import make_plan
+
+    settings = settings or make_plan_settings({})
+    if settings.memory_bytes is None and settings.device == "cuda":
+        settings = settings.model_copy(update={"memory_bytes": device_memory()})
+    return make_plan(model, settings)
 
 
 def _select(model: str, data: Any, folder: RunFolder, settings: SelectSettings, watching: Watching) -> Selected:
