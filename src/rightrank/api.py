@@ -182,9 +182,9 @@ def decide(
     Raises:
         ResultsError: the table can't be used; the message names file and row.
     """
-    from rightrank.decide import decide as decide_table
-    from rightrank.decide import table_of_results
-    from rightrank.decide.metrics import direction
+    from rightrank.decision import decide as decide_table
+    from rightrank.decision import table_of_results
+    from rightrank.decision.metrics import direction
     from rightrank.io.results import Asked, read_results, results_of_rows, rows_of_mappings
 
     if isinstance(results, str | Path):
@@ -201,9 +201,9 @@ def decide(
 
 def _decide_run(folder: RunFolder, metric: str | None, margin: float | None, horizon_steps: int | None) -> Decided:
     """A run folder of our own, at its own metric and margin unless others are asked for."""
-    from rightrank.decide import decide as decide_table
-    from rightrank.decide import table_of
-    from rightrank.decide.run import records_of, run_table
+    from rightrank.decision import decide as decide_table
+    from rightrank.decision import table_of
+    from rightrank.decision.run import records_of, run_table
 
     records = records_of(folder.journal.read(), str(folder.path))
     started = records.started

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from rightrank.decide.run import Records, best_trial, decide_run, decision_so_far
+from rightrank.decision.run import Records, best_trial, decide_run, decision_so_far
 from rightrank.errors import AllTrialsFailedError, InterruptedRun, ResultsError, RunFolderError
 from rightrank.executors import Executor
 from rightrank.export.adapter_folder import hand_over

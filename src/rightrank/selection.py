@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from rightrank.decide.run import Records, best_trial, decide_run, decision_so_far
+from rightrank.decision.run import Records, best_trial, decide_run, decision_so_far
 from rightrank.engine.bench import Bench
 from rightrank.engine.sample import promptable_items, write_completion
 from rightrank.errors import AllTrialsFailedError, DeviceMemoryError, ResultsError, RunFolderError

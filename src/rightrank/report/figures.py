@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from statistics import fmean
 
-from rightrank.decide.run import Records
+from rightrank.decision.run import Records
 from rightrank.records import Decision, RankEvidence, TrialFinished
 from rightrank.report.figure import AnyFigure, Axis, Figure, HeatMap, Level, Series
 from rightrank.report.rank_curve import rank_figure
