@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from rightrank.probe.resizing import ResizeOptions
     from rightrank.probe_records import Inspection, Resized
     from rightrank.records import Decision, EvalPoint, TrialResult, TrialTask
+    from rightrank.runs import export, report
     from rightrank.settings import SelectSettings, make_settings
 
 __all__ = [
@@ -33,8 +34,10 @@ __all__ = [
     "TrialTask",
     "Watching",
     "__version__",
+    "export",
     "inspect",
     "make_settings",
+    "report",
     "resize",
     "select_rank",
     "select_rank_with",
@@ -53,6 +56,8 @@ _HOMES = {
     "TrialTask": "rightrank.records",
     "Watching": "rightrank.api",
     "make_settings": "rightrank.settings",
+    "export": "rightrank.runs",
+    "report": "rightrank.runs",
     "resize": "rightrank.api",
     "select_rank": "rightrank.api",
     "select_rank_with": "rightrank.own_trainer",
