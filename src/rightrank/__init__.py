@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from rightrank.probe.resizing import ResizeOptions
     from rightrank.probe_records import Inspection, Resized
     from rightrank.records import Decision, EvalPoint, TrialResult, TrialTask
+    from rightrank.runs import export
     from rightrank.settings import SelectSettings, make_settings
 
 __all__ = [
@@ -38,6 +39,7 @@ __all__ = [
     "Watching",
     "__version__",
     "decide",
+    "export",
     "inspect",
     "make_plan_settings",
     "make_settings",
@@ -62,6 +64,7 @@ _HOMES = {
     "TrialTask": "rightrank.records",
     "Watching": "rightrank.api",
     "decide": "rightrank.api",
+    "export": "rightrank.runs",
     "inspect": "rightrank.api",
     "make_plan_settings": "rightrank.plan_records",
     "make_settings": "rightrank.settings",

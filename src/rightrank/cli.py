@@ -448,6 +448,38 @@ def allocate(
     _print_record(allocate_ranks(adapter, data, options), as_json)
 
 
+@cli.command(epilog="Example: rightrank report run")
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print the report's path as one JSON object.")
+def report(run: Path, as_json: bool) -> None:
+    """Write report.html and the figures of RUN again, from its journal alone.
+
+    It works while a selection runs, too: the report then shows what is known so far.
+    """
+    from rightrank.runs import report as write_report
+
+    path = write_report(run)
+    click.echo(json.dumps({"report": str(path)}) if as_json else str(path))
+
+
+@cli.command(epilog="Example: rightrank export run --to axolotl")
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("--to", required=True, help="peft, trl, axolotl, llamafactory, unsloth, ms-swift, vllm or sglang.")
+@click.option("--out", type=click.Path(path_type=Path), help="Folder to write (default: RUN/exports/TARGET).")
+@click.option("--json", "as_json", is_flag=True, help="Print what was written as one JSON object.")
+def export(run: Path, to: str, out: Path | None, as_json: bool) -> None:
+    """Write what another program needs to train with RUN's rank, or to serve its adapter."""
+    from rightrank.runs import export as write_export
+
+    exported = write_export(run, to, out)
+    if as_json:
+        click.echo(json.dumps(exported.to_json()))
+        return
+    for note in exported.notes:
+        click.echo(f"note: {note}", err=True)
+    click.echo(f"cd {exported.folder} && {exported.command}")
+
+
 def _print_record(record: Any, as_json: bool, figure: Any = "effective_rank", every: bool = False) -> None:
     """A record of the probe: as one JSON object, or for a person."""
     if as_json:

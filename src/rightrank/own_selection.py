@@ -8,7 +8,7 @@ from pathlib import Path
 from rightrank.decision.run import Records, best_trial, decide_run, decision_so_far
 from rightrank.errors import AllTrialsFailedError, InterruptedRun, ResultsError, RunFolderError
 from rightrank.executors import Executor
-from rightrank.export.adapter_folder import hand_over
+from rightrank.exports.adapter_folder import hand_over
 from rightrank.io.files import write_text
 from rightrank.io.run_folder import RunFolder
 from rightrank.records import (
