@@ -79,5 +79,6 @@ def test_the_error_of_a_cut_is_the_energy_it_drops(rank: int) -> None:
     cut_a, cut_b = truncate(a, b, rank, factor)
     product = factor * b @ a
     dropped = torch.linalg.svdvals(product)[rank:]
-    assert cut_a.shape == (rank, 11) and cut_b.shape == (9, rank)
+    assert cut_a.shape == (rank, 11)
+    assert cut_b.shape == (9, rank)
     assert torch.dist(cut_b @ cut_a, product) == pytest.approx(float(dropped.norm()), abs=1e-4)

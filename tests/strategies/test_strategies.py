@@ -78,7 +78,8 @@ def test_item_losses_give_a_bound_above_the_mean() -> None:
     space = make_space()
     world = World()
     left, right = (world.run(space.arm(rank, 1e-3)) for rank in (4, 64))
-    assert isinstance(left, TrialFinished) and isinstance(right, TrialFinished)
+    assert isinstance(left, TrialFinished)
+    assert isinstance(right, TrialFinished)
     bare = excess_of([(left, right)], space)
     assert bare.high == bare.mean
     tokens = [2, 3, 5, 4]
@@ -120,7 +121,8 @@ def test_outside_in() -> None:
 def test_bad_settings_are_one_clear_line(values: dict[str, Any], words: str) -> None:
     with pytest.raises(SettingsError) as caught:
         make_strategy(make_settings(values), 100)
-    assert words in str(caught.value) and "\n" not in str(caught.value)
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 def test_the_least_budget_compares_two_ranks() -> None:
