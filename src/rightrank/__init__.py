@@ -14,18 +14,48 @@ from typing import TYPE_CHECKING
 from rightrank.version import __version__
 
 if TYPE_CHECKING:
-    from rightrank.api import Selected, select_rank
-    from rightrank.records import Decision
+    from rightrank.api import Selected, Watching, inspect, resize, select_rank
+    from rightrank.own_trainer import select_rank_with
+    from rightrank.probe.resizing import ResizeOptions
+    from rightrank.probe_records import Inspection, Resized
+    from rightrank.records import Decision, EvalPoint, TrialResult, TrialTask
     from rightrank.settings import SelectSettings, make_settings
 
-__all__ = ["Decision", "SelectSettings", "Selected", "__version__", "make_settings", "select_rank"]
+__all__ = [
+    "Decision",
+    "EvalPoint",
+    "Inspection",
+    "ResizeOptions",
+    "Resized",
+    "SelectSettings",
+    "Selected",
+    "TrialResult",
+    "TrialTask",
+    "Watching",
+    "__version__",
+    "inspect",
+    "make_settings",
+    "resize",
+    "select_rank",
+    "select_rank_with",
+]
 
 _HOMES = {
     "Decision": "rightrank.records",
+    "Inspection": "rightrank.probe_records",
+    "ResizeOptions": "rightrank.probe.resizing",
+    "Resized": "rightrank.probe_records",
     "SelectSettings": "rightrank.settings",
     "Selected": "rightrank.api",
+    "inspect": "rightrank.api",
+    "EvalPoint": "rightrank.records",
+    "TrialResult": "rightrank.records",
+    "TrialTask": "rightrank.records",
+    "Watching": "rightrank.api",
     "make_settings": "rightrank.settings",
+    "resize": "rightrank.api",
     "select_rank": "rightrank.api",
+    "select_rank_with": "rightrank.own_trainer",
 }
 
 

@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING, Any
 from rightrank.errors import SettingsError
 from rightrank.io.files import disk_errors_told
 from rightrank.io.run_folder import RunFolder
+from rightrank.probe_records import Inspection, Resized
 from rightrank.records import Decision, RunEvent, RunStarted, Sample, content_hash
 from rightrank.settings import SelectSettings, make_settings
 from rightrank.version import __version__
 
 if TYPE_CHECKING:
+    from rightrank.probe.resizing import ResizeOptions
     from rightrank.strategies import Strategy
 
 
@@ -36,9 +38,12 @@ class Selected:
 
     decision: Decision
     run: Path
-    adapter: Path
+    adapter: Path | None  # None: a trainer of one's own that saved none
     report: Path
     samples: list[Sample] = field(default_factory=list)
+
+    def _repr_html_(self) -> str | None:
+        return self.decision._repr_html_()
 
 
 def select_rank(
@@ -123,6 +128,55 @@ def _select(model: str, data: Any, folder: RunFolder, settings: SelectSettings, 
     decision = selection.run()
     selection.hand_over(bench, decision)
     return Selected(decision, folder.path, folder.adapter, folder.report, selection.records.samples)
+
+
+def inspect(
+    adapter: str | Path | None = None, *, base: str | Path | None = None, finetuned: str | Path | None = None
+) -> Inspection:
+    """The singular spectra of an adapter, or of what full fine-tuning changed.
+
+    Args:
+        adapter: a PEFT adapter folder.
+        base: with `adapter`, the base model's folder, for the norms of the weights that are changed.
+        finetuned: instead of `adapter`: a checkpoint folder to compare with `base`.
+
+    Raises:
+        InputError: not a readable adapter or checkpoint, or two that don't belong together.
+    """
+    if adapter is not None and finetuned is None:
+        from rightrank.probe.adapter_spectra import inspect_adapter
+
+        return inspect_adapter(Path(adapter), None if base is None else Path(base))
+    if adapter is None and base is not None and finetuned is not None:
+        from rightrank.probe.checkpoint_spectra import inspect_checkpoints
+
+        return inspect_checkpoints(Path(base), Path(finetuned))
+    raise SettingsError("give an adapter folder, or two checkpoints as base and finetuned (--base A --finetuned B)")
+
+
+def resize(
+    adapter: str | Path,
+    out: str | Path,
+    *,
+    rank: int | None = None,
+    energy: float | None = None,
+    noise: bool = False,
+    data: str | Path | None = None,
+    options: ResizeOptions | None = None,
+) -> Resized:
+    """Write the adapter at another rank to `out`, with the error that the truncation makes.
+
+    Exactly one of `rank`, `energy`, `noise` and `data` chooses the rank; with `data` it is the smallest whose held-out
+    loss is not worse by `options.settings.margin`.
+
+    Raises:
+        InputError: the adapter, the rule, the data or `out` can't be used; nothing was written.
+        RunError: recovery began and could not finish.
+    """
+    from rightrank.probe.resizing import ResizeOptions, ResizeRule, resize_adapter
+
+    rule = ResizeRule(rank, energy, noise, None if data is None else Path(data))
+    return resize_adapter(Path(adapter), Path(out), rule, options or ResizeOptions())
 
 
 def cost_line(strategy: Strategy, steps: int) -> str:

@@ -121,6 +121,117 @@ def demo(out: Path, as_json: bool, quiet: bool) -> None:
     click.echo("\nOn your own data:\n  rightrank select PATH/TO/MODEL YOUR_DATA.jsonl --out my-run")
 
 
+@cli.command(epilog="Example: rightrank inspect run/adapter --plot spectrum.svg")
+@click.argument("adapter", required=False, type=click.Path(path_type=Path))
+@click.option("--base", type=click.Path(path_type=Path), help="Base model folder.")
+@click.option("--finetuned", type=click.Path(path_type=Path), help="Fully fine-tuned model folder, against --base.")
+@click.option("--plot", type=click.Path(path_type=Path), help="Draw the heat map to this .svg or .png file.")
+@click.option("--figure", default="effective_rank", show_default=True, help="What the heat map shows.")
+@click.option("--all", "every", is_flag=True, help="Show every module in the table.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def inspect(
+    adapter: Path | None,
+    base: Path | None,
+    finetuned: Path | None,
+    plot: Path | None,
+    figure: str,
+    every: bool,
+    as_json: bool,
+) -> None:
+    """Where an update's energy is: the singular spectrum of every module of a LoRA ADAPTER.
+
+    With --base A --finetuned B instead: of every matrix that full fine-tuning changed.
+    """
+    from rightrank.api import inspect as inspect_update
+    from rightrank.report.heat_map import plot_heat_map, require_figure
+
+    chosen = require_figure(figure, plot)
+    found = inspect_update(adapter, base=base, finetuned=finetuned)
+    if plot is not None:
+        plot_heat_map(found.modules, chosen, plot)
+    _print_record(found, as_json, figure=chosen, every=every)
+
+
+@cli.command(epilog="Example: rightrank resize run/adapter small --data held_out.jsonl --margin 0.005")
+@click.argument("adapters", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="ADAPTER... OUT")
+@click.option("--rank", type=int, help="One rank for all modules; above the present one it pads.")
+@click.option("--energy", type=float, help="Each module's fewest singular values that hold this fraction.")
+@click.option("--noise", is_flag=True, help="Each module's singular values above the optimal hard threshold.")
+@click.option(
+    "--data", type=click.Path(path_type=Path), help="The smallest rank that is enough on held-out rows of it."
+)
+@click.option("--margin", type=float, help="With --data: how much worse than the best is still enough.")
+@click.option("--ranks", callback=_comma, help="With --data: ranks to measure (default: powers of two).")
+@click.option("--recover", type=int, default=0, help="With --data: training steps after each truncation.")
+@click.option("--learning-rate", type=float, help="With --recover: its learning rate.")
+@click.option("--base", help="With --data: the base model (default: the one that the adapter names).")
+@click.option("--uniform", is_flag=True, help="With --energy or --noise: one rank for all, the largest needed.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "bfloat16", "float16"]),
+    help="Of the written tensors (default: as they are).",
+)
+@click.option("--set", "assignments", multiple=True, metavar="NAME=VALUE", help="With --data: settings of select.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def resize(
+    adapters: tuple[Path, ...],
+    rank: int | None,
+    energy: float | None,
+    noise: bool,
+    data: Path | None,
+    margin: float | None,
+    ranks: list[str] | None,
+    recover: int,
+    learning_rate: float | None,
+    base: str | None,
+    uniform: bool,
+    dtype: Any,
+    assignments: tuple[str, ...],
+    as_json: bool,
+) -> None:
+    """Write ADAPTER to OUT at another rank, with the loss of it measured.
+
+    Several adapters are brought to one common rank; OUT then gets a folder for each.
+    """
+    from rightrank.probe.resizing import ResizeOptions, ResizeRule, resize_adapter, resize_together, whole_numbers
+    from rightrank.settings import make_settings
+
+    *sources, out = adapters
+    if not sources:
+        raise SettingsError(f"got one folder, {out}; give the adapter and the folder to write: ADAPTER OUT")
+    rule = ResizeRule(rank, energy, noise, data)
+    rule.require_data_for(
+        {"--margin": margin, "--ranks": ranks, "--recover": recover, "--base": base, "--set": assignments}
+    )
+    values = _gather(None, assignments, {"margin": margin})
+    options = ResizeOptions(
+        dtype,
+        uniform,
+        base,
+        make_settings(values),
+        whole_numbers(ranks, "--ranks"),
+        recover,
+        learning_rate,
+        lambda at, value: click.echo(f"rank {at}: held-out {value:.4f}", err=True),
+    )
+    if len(sources) == 1:
+        _print_record(resize_adapter(sources[0], out, rule, options), as_json)
+    else:
+        _print_record(resize_together(sources, out, rule, options), as_json)
+
+
+def _print_record(record: Any, as_json: bool, figure: Any = "effective_rank", every: bool = False) -> None:
+    """A record of the probe: as one JSON object, or for a person."""
+    if as_json:
+        click.echo(record.model_dump_json())
+        return
+    from rich.console import Console
+
+    from rightrank.report.spectrum_table import print_record
+
+    print_record(Console(), record, figure, every)
+
+
 def _gather(config_file: Path | None, assignments: tuple[str, ...], options: dict[str, Any]) -> dict[str, Any]:
     """Settings from the config file, then `--set`, then named options: the later wins."""
     from rightrank.io.config import read_config

@@ -11,14 +11,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Annotated, Any, Literal, TypeAlias
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, TypeAdapter
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 SCHEMA_VERSION = 1
 
 MetricName: TypeAlias = Literal["loss", "accuracy"]
 SplitName: TypeAlias = Literal["train", "selection", "test"]
+Basis: TypeAlias = Literal["items and seeds", "items", "seeds", "std", "values"]
 Verdict: TypeAlias = Literal["saturated", "rising", "overfitting", "flat", "undecided", "no_gain"]
 
 
@@ -26,6 +31,12 @@ class Record(BaseModel):
     """A frozen value; equal when its fields are."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    def _repr_html_(self) -> str | None:
+        """What a notebook shows; None leaves it to `repr`."""
+        from rightrank.report.notebook import html_of  # the one view a record knows of, when a notebook asks
+
+        return html_of(self)
 
 
 class ArmFields(Record):
@@ -118,6 +129,8 @@ class TrialFinished(ArmFields):
     item_losses: list[float]  # summed over the item's label tokens, nats
     item_tokens: list[int]  # label tokens of the item
     item_correct: list[int] | None = None  # classification: 1 where the prediction is right
+    item_scores: list[float] | None = None  # of a trainer of one's own: the metric itself, item by item
+    item_weights: list[float] | None = None  # beside item_scores; None: all alike
     train_value: float | None  # mean training loss of the last stretch before the end
     points: list[EvalPoint]
     trainable_parameters: int
@@ -163,7 +176,7 @@ class SplitSummary(Record):
 class DataSummary(Record):
     """What was understood of the data."""
 
-    form: Literal["text", "prompt_completion", "messages", "classification"]
+    form: Literal["text", "prompt_completion", "messages", "classification", "own"]  # own: known to its trainer alone
     splits: dict[str, SplitSummary]
     splits_given: bool
     duplicates_across_splits: int
@@ -181,7 +194,7 @@ class RunStarted(Record):
     environment: dict[str, str]
     data: DataSummary
     evaluation_items: list[str]  # content hashes, in the order of every item list
-    metric: MetricName
+    metric: str
     higher_is_better: bool
     started_at: str
 
@@ -222,11 +235,13 @@ class RankEvidence(Record):
     low: float
     high: float
     difference: float | None = None  # worse than the reference by this much, in the metric's unit
-    difference_high: float | None = None  # 95% upper bound of it
-    non_inferior: bool | None = None
+    difference_low: float | None = None  # 95% lower bound of it, one-sided
+    difference_high: float | None = None  # 95% upper bound of it, one-sided
+    non_inferior: bool | None = None  # within the margin: shown, refuted, or open (None)
     learning_rate: float | None = None
     seeds: int = 1
     trial_ids: list[str] = []
+    winner_gap: float = 0.0  # how optimistic the best of its rates is; taken out of the difference
 
 
 class StaircaseStep(Record):
@@ -236,8 +251,64 @@ class StaircaseStep(Record):
     rank: int
 
 
+class FittedPoint(Record):
+    """The fitted curve at one rank, with its 95% interval."""
+
+    rank: float
+    value: float
+    low: float
+    high: float
+
+
+class CurveFit(Record):
+    """The curve through the ranks, in the metric's unit and direction. Intervals are 95%, by bootstrap."""
+
+    form: Literal["power", "constant", "monotone", "u_shaped"]  # the one that predicts best
+    a: float  # of the power law value(r) = a + b·r^-c, whatever the form
+    b: float
+    c: float
+    prediction_error: dict[str, float]  # of each form: mean absolute error at a rank left out
+    points: list[FittedPoint]  # from the lowest rank to the highest, to be drawn
+    r_margin: float  # the rank where the curve comes within the margin of its best
+    r_margin_low: float
+    r_margin_high: float
+    diminishing_rank: float | None  # beyond it a doubling gains less than the margin
+    next_doubling_gain: float  # expected from the top rank to its double
+    gain_to_come: float  # expected above the top rank, all of it
+    gain_to_come_low: float
+    gain_to_come_high: float
+
+
+class NextRun(Record):
+    """A run that would settle or extend the answer."""
+
+    action: Literal["seeds", "items", "rank", "rates", "steps", "test", "data", "none"]
+    ranks: list[int] = []
+    learning_rates: list[float] = []
+    seeds: int | None = None  # in all, at each of the ranks
+    items: int | None = None  # held-out items in all
+    steps: int | None = None
+    trials: int = 0  # new trainings
+    seconds: float | None = None  # estimated from the trials so far, where they say how long they took
+    sentence: str
+
+
+class HorizonNote(Record):
+    """Whether the ranks' order had settled when the training ended."""
+
+    steps: int
+    holds_from: int  # the earliest evaluation from which on the same rank was the answer
+    gap_growth: float | None  # of the chosen rank's gap to the reference, over the last stretch, metric's unit
+
+
 class Decision(Record):
     """The answer and its evidence."""
+
+    def to_pandas(self) -> DataFrame:
+        """The evidence by rank, one row each."""
+        from pandas import DataFrame
+
+        return DataFrame([evidence.model_dump() for evidence in self.ranks]).set_index("rank")
 
     rank: int | None  # None where the evidence names none
     fallback_rank: int  # the smallest rank shown to be enough: what is handed over when `rank` is None
@@ -253,6 +324,12 @@ class Decision(Record):
     learning_rate: float | None
     staircase: list[StaircaseStep]
     ranks: list[RankEvidence]
+    basis: Basis = "items"  # what the intervals rest on
+    basis_note: str = ""  # what they cover, and what not
+    next_runs: list[NextRun] = []  # the first is the cheapest that is expected to settle it
+    curve: CurveFit | None = None  # from three ranks on
+    winner_gap: float = 0.0  # the largest of the ranks compared, metric's unit
+    horizon: HorizonNote | None = None  # where evaluations along the training were given
 
 
 class Decided(Record):
@@ -290,3 +367,32 @@ class Preparing(Record):
 
 
 RunEvent: TypeAlias = Preparing | StepDone | TrialStarted | TrialFinished | TrialDiverged | TrialFailed | Decided
+
+
+class TrialTask(Record):
+    """What a trainer of one's own is asked for: one training, or the base's evaluation where the rank is 0."""
+
+    trial_id: str
+    rank: int
+    learning_rate: float
+    lora_alpha: float
+    seed: int
+    steps: int  # 0: as the trainer has it
+    folder: Path  # there, and the trial's own: an adapter saved into it is handed over if the trial is chosen
+
+
+class TrialResult(Record):
+    """What a trainer of one's own may return in place of a mapping of metrics. A NaN counts as diverged."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=True)
+
+    metrics: dict[str, float]  # held-out; the metric decided by is one of them
+    item_scores: list[float] | None = None  # that metric for each held-out item, the same items in every trial
+    item_weights: list[float] | None = None  # such as the tokens of each item; None: all alike
+    train_value: float | None = None  # the metric on training data at the end
+    points: list[EvalPoint] = []  # held-out values on the way
+    trainable_parameters: int = 0
+    train_tokens: int = 0
+    train_seconds: float | None = None  # None: the whole call
+    eval_seconds: float = 0.0
+    peak_bytes: int = 0

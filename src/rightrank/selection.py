@@ -6,16 +6,15 @@ Everything that the loop knows it reads from the journal, so a run that was kill
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
-from rightrank.decide import decide, table_of
+from rightrank.decide.run import Records, best_trial, decide_run, decision_so_far
 from rightrank.engine.bench import Bench
 from rightrank.engine.sample import promptable_items, write_completion
 from rightrank.errors import AllTrialsFailedError, DeviceMemoryError, ResultsError, RunFolderError
 from rightrank.executors import Executor
 from rightrank.export.adapter_folder import hand_over
 from rightrank.io.adapters import restore_adapter
-from rightrank.io.files import replacing, write_text
+from rightrank.io.files import write_text
 from rightrank.io.run_folder import RunFolder
 from rightrank.records import (
     Arm,
@@ -27,40 +26,19 @@ from rightrank.records import (
     Sample,
     TestEvaluated,
     Trial,
-    TrialDiverged,
-    TrialFailed,
     TrialFinished,
     TrialOutcome,
     TrialStarted,
     trial_id,
 )
+from rightrank.report.figures import figures_of
+from rightrank.report.files import write_figures
 from rightrank.report.html import render_report
-from rightrank.report.rank_curve import draw, rank_curve
 from rightrank.settings import settings_difference
 from rightrank.strategies import History, Strategy
 from rightrank.strategies.protocol import arm_of
 
 Listener = Callable[[RunEvent], None]
-FIGURE_FORMATS = ("svg", "png")
-
-
-@dataclass(slots=True)
-class Records:
-    """The journal's records, sorted by kind."""
-
-    started: RunStarted
-    outcomes: list[TrialOutcome]
-    tests: list[TestEvaluated]
-    samples: list[Sample]
-
-    @classmethod
-    def of(cls, started: RunStarted, records: list[JournalRecord]) -> Records:
-        return cls(
-            started,
-            [record for record in records if isinstance(record, TrialFinished | TrialDiverged | TrialFailed)],
-            [record for record in records if isinstance(record, TestEvaluated)],
-            [record for record in records if isinstance(record, Sample)],
-        )
 
 
 class Selection:
@@ -96,8 +74,8 @@ class Selection:
 
     def hand_over(self, bench: Bench, decision: Decision) -> TrialFinished:
         """Measure the chosen and the reference trial on the test split, write samples, adapter and report."""
-        chosen = self._best_trial(decision.fallback_rank, decision)
-        reference = self._best_trial(decision.reference_rank, decision)
+        chosen = best_trial(self.records, decision, decision.fallback_rank)
+        reference = best_trial(self.records, decision, decision.reference_rank)
         base = next(trial for trial in self._finished() if trial.rank == 0)
         for trial in {trial.trial_id: trial for trial in (base, chosen, reference)}.values():
             self._test(bench, trial)
@@ -113,19 +91,15 @@ class Selection:
         )
         self._folder.journal.append(Decided(decision=decision, adapter_trial_id=chosen.trial_id))
         self.write_views(decision)
+        write_figures(self._folder.figures, figures_of(self.records, decision))
         self._folder.drop_working_files()
         return chosen
 
     def write_views(self, decision: Decision | None) -> None:
-        """decision.json, figures and report, each replaced whole."""
-        records = self.records
+        """decision.json and report, each replaced whole."""
         if decision is not None:
             self._folder.write_decision(decision)
-            for image_format in FIGURE_FORMATS:
-                with replacing(self._folder.figures / f"rank_curve.{image_format}") as path:
-                    path.write_bytes(draw(rank_curve(decision), image_format))
-        page = render_report(records.started, records.outcomes, decision, records.tests, records.samples)
-        write_text(self._folder.report, page)
+        write_text(self._folder.report, render_report(self.records, decision))
 
     def _trials(self, arms: Sequence[Arm]) -> list[Trial]:
         fingerprint = self.records.started.fingerprint
@@ -134,7 +108,7 @@ class Selection:
     def _keep(self, outcome: TrialOutcome) -> None:
         self._folder.journal.append(outcome)
         self.records.outcomes.append(outcome)
-        self.write_views(self._decision_so_far())
+        self.write_views(decision_so_far(self.records, self._evidence()))
         self._listener(outcome)
 
     def _decide(self) -> Decision:
@@ -156,26 +130,17 @@ class Selection:
             ) from None
 
     def _judge(self) -> Decision:
-        """The decision on what the strategy says is comparable."""
-        return decide_run(self.records, self._strategy.evidence(History.of(self.records.outcomes)))
+        return decide_run(self.records, self._evidence())
 
-    def _decision_so_far(self) -> Decision | None:
-        try:
-            return self._judge()
-        except ResultsError:
-            return None  # fewer than two ranks yet
+    def _evidence(self) -> list[TrialOutcome]:
+        """What the strategy says is comparable."""
+        return self._strategy.evidence(History.of(self.records.outcomes))
 
     def _finished(self) -> list[TrialFinished]:
         return [outcome for outcome in self.records.outcomes if isinstance(outcome, TrialFinished)]
 
     def _base_loss(self) -> float | None:
         return next((trial.metrics["loss"] for trial in self._finished() if trial.rank == 0), None)
-
-    def _best_trial(self, rank: int, decision: Decision) -> TrialFinished:
-        evidence = next(evidence for evidence in decision.ranks if evidence.rank == rank)
-        trials = [trial for trial in self._finished() if trial.trial_id in evidence.trial_ids]
-        sign = -1 if decision.higher_is_better else 1
-        return min(trials, key=lambda trial: (sign * trial.value, trial.seed))
 
     def _test(self, bench: Bench, trial: TrialFinished) -> None:
         if any(test.trial_id == trial.trial_id for test in self.records.tests):
@@ -217,19 +182,6 @@ class Selection:
         """Journal that a trial began."""
         self._folder.journal.append(started)
         self._listener(started)
-
-
-def decide_run(records: Records, outcomes: Sequence[TrialOutcome] | None = None) -> Decision:
-    """The decision on `outcomes` (a run's whole trainings unless told): at its margin, metric and kind of loss."""
-    if outcomes is None:
-        outcomes = [outcome for outcome in records.outcomes if outcome.arm.is_direct]
-    started = records.started
-    margin = started.settings.get("margin")
-    return decide(
-        table_of(outcomes, started.metric),
-        float(margin) if isinstance(margin, int | float) else None,
-        token_loss=started.data.form != "classification",
-    )
 
 
 def require_same_run(folder: RunFolder, first: JournalRecord, started: RunStarted) -> None:

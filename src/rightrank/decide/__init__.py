@@ -1,8 +1,10 @@
-"""From finished trials to a rank, a verdict and what to do next: pure, no files, no torch."""
+"""The decision: pure functions from a table of scores to a rank with its evidence. No files, no torch."""
 
 from __future__ import annotations
 
-from rightrank.decide.rule import decide, default_margin
-from rightrank.decide.table import ScoreTable, table_of
+from rightrank.decide.judge import CONFIDENCE
+from rightrank.decide.metrics import default_margin
+from rightrank.decide.rule import decide
+from rightrank.decide.table import Cell, ScoreTable, table_of
 
-__all__ = ["ScoreTable", "decide", "default_margin", "table_of"]
+__all__ = ["CONFIDENCE", "Cell", "ScoreTable", "decide", "default_margin", "table_of"]

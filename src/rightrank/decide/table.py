@@ -1,13 +1,14 @@
-"""Finished trials as a table: rank × learning rate × seed, each cell with its item scores."""
+"""Finished trials as a table: rank × learning rate × seed, each cell with its item scores or its one number."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
+from rightrank.decide.metrics import MetricKind, kind_of
 from rightrank.records import MetricName, TrialFinished, TrialOutcome
 
 Floats = NDArray[np.float64]
@@ -15,13 +16,24 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """One finished trial. Scores are oriented so that lower is better."""
+    """One finished trial. Scores are oriented so that lower is better; a perplexity is its logarithm."""
 
     trial_id: str
     value: float  # as measured, in the metric's own direction
-    sums: Floats  # [items] oriented score of each item, summed over its tokens
+    sums: Floats  # [items] oriented score of each item, summed over its tokens; [1] the score itself without items
     weights: Floats  # [items] tokens of each item, or ones
-    train_value: float | None
+    train_value: float | None = None
+    deviation: float | None = None  # the stated standard deviation over seeds, oriented unit
+    deviation_seeds: int = 1  # how many seeds the stated value is the mean of
+    seconds: float | None = None  # training and evaluation
+    steps: int | None = None
+    points: tuple[tuple[int, float], ...] = ()  # (step, value) along the training, the metric's own direction
+    others: Mapping[str, float] = field(default_factory=dict)  # other metrics of the trial, in their own direction
+
+    @property
+    def items(self) -> int:
+        """Items scored one by one; 0 where there is only the trial's number."""
+        return len(self.sums) if len(self.sums) > 1 else 0
 
     @property
     def loss(self) -> float:
@@ -36,7 +48,8 @@ class ScoreTable:
     metric: str
     higher_is_better: bool
     cells: Mapping[tuple[int, float, int], Cell]
-    missing: Mapping[int, int]
+    missing: Mapping[int, int] = field(default_factory=dict)
+    kind: MetricKind = "token_loss"
 
     def ranks(self) -> list[int]:
         """All ranks with a finished trial, ascending, the base left out."""
@@ -52,6 +65,10 @@ class ScoreTable:
         """The cells of one rank at one rate, by seed."""
         return [self.cells[rank, rate, seed] for seed in self.seeds(rank, rate)]
 
+    def values(self) -> list[float]:
+        """All values as measured."""
+        return [cell.value for cell in self.cells.values()]
+
 
 def table_of(outcomes: Iterable[TrialOutcome], metric: MetricName) -> ScoreTable:
     """The table of a run's outcomes."""
@@ -62,7 +79,7 @@ def table_of(outcomes: Iterable[TrialOutcome], metric: MetricName) -> ScoreTable
             cells[outcome.rank, outcome.learning_rate, outcome.seed] = _cell(outcome, metric)
         else:
             missing[outcome.rank] = missing.get(outcome.rank, 0) + 1
-    return ScoreTable(metric, metric == "accuracy", cells, missing)
+    return ScoreTable(metric, metric == "accuracy", cells, missing, kind_of(metric, metric == "accuracy"))
 
 
 def _cell(trial: TrialFinished, metric: MetricName) -> Cell:
@@ -72,4 +89,14 @@ def _cell(trial: TrialFinished, metric: MetricName) -> Cell:
     else:
         sums = np.asarray(trial.item_losses, dtype=np.float64)
         weights = np.asarray(trial.item_tokens, dtype=np.float64)
-    return Cell(trial.trial_id, trial.metrics[metric], sums, weights, trial.train_value)
+    return Cell(
+        trial_id=trial.trial_id,
+        value=trial.metrics[metric],
+        sums=sums,
+        weights=weights,
+        train_value=trial.train_value,
+        seconds=trial.train_seconds + trial.eval_seconds,
+        steps=trial.steps,
+        points=tuple((point.step, point.value) for point in trial.points),
+        others={name: value for name, value in trial.metrics.items() if name != metric},
+    )

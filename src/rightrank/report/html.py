@@ -1,62 +1,177 @@
-"""`report.html`: one file, no network, no script; everything that comes from data is escaped."""
+"""`report.html`: one file, no network, opened from disk; everything that comes from data is shown as text.
+
+It reads without JavaScript (drawings are SVG in the page). With it, plots are interactive and a slider moves the
+margin. The Content-Security-Policy allows the two scripts of this file by their hashes, and nothing from elsewhere.
+"""
 
 from __future__ import annotations
 
 import base64
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from functools import cache
+from importlib.resources import files
+from math import log10
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
 
-from rightrank.records import (
-    Decision,
-    RunStarted,
-    Sample,
-    TestEvaluated,
-    TrialDiverged,
-    TrialFailed,
-    TrialFinished,
-    TrialOutcome,
+from rightrank.decide.run import Records
+from rightrank.records import Decision, TrialDiverged, TrialFailed, TrialFinished, TrialOutcome
+from rightrank.report.draw import inline_svg
+from rightrank.report.facts import (
+    confidence_words,
+    cost_of,
+    headline,
+    margin_words,
+    not_tested,
+    progress_words,
+    reproduce_command,
 )
-from rightrank.report.rank_curve import draw, rank_curve
+from rightrank.report.figure import AnyFigure, Figure, HeatMap, visible
+from rightrank.report.figures import figures_of, margin_range, margin_steps, rank_at
+from rightrank.report.wording import metric_unit, size
+
+MOST_ROWS_IN_SIGHT = 24  # of the trial table; more are folded away
 
 
 def render_report(
-    started: RunStarted,
-    outcomes: list[TrialOutcome],
+    records: Records,
     decision: Decision | None,
-    tests: list[TestEvaluated],
-    samples: list[Sample],
+    planned_bytes: Mapping[int, int] | None = None,
+    further_figures: Sequence[AnyFigure] = (),
 ) -> str:
     """The report as one HTML document."""
+    figures = [*figures_of(records, decision, planned_bytes), *further_figures]
+    plots = [figure for figure in figures if isinstance(figure, Figure)]
+    page_data = {"figures": {figure.name: asdict(figure) for figure in plots}, "answer": _answer(decision)}
+    library, script = _asset("vendor", "echarts.min.js"), _asset("templates", "report.js")
+    return (
+        _environment()
+        .get_template("report.html")
+        .render(
+            started=records.started,
+            settings=_settings_shown(records.started.settings),
+            decision=decision,
+            headline=headline(decision),
+            sentence=decision.sentence if decision else progress_words(records),
+            confidence=confidence_words(records, decision) if decision else "",
+            cost=cost_of(records).sentence(),
+            margin=margin_words(decision) if decision else "",
+            slider=_slider(decision),
+            rank_plot=next((figure for figure in plots if figure.name == "rank_curve"), None),
+            staircase=next((figure for figure in plots if figure.name == "staircase"), None),
+            heat_map=next((figure for figure in figures if isinstance(figure, HeatMap)), None),
+            plots=[figure for figure in plots if figure.name not in ("rank_curve", "staircase")],
+            rows=[_row(outcome) for outcome in records.outcomes],
+            fold_rows=len(records.outcomes) > MOST_ROWS_IN_SIGHT,
+            tests=records.tests,
+            samples=records.samples,
+            not_tested=not_tested(records, decision),
+            command=reproduce_command(records.started.settings),
+            svg=lambda figure: Markup(inline_svg(figure)),
+            style=Markup(_asset("templates", "report.css")),
+            library=Markup(library),
+            script=Markup(script),
+            page_data=Markup(_script_json(page_data)),
+            script_hashes=" ".join(f"'{_hash(text)}'" for text in (library, script)),
+        )
+    )
+
+
+def _environment() -> Environment:
     environment = Environment(
         loader=PackageLoader("rightrank.report", "templates"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
+        finalize=_finalize,
     )
-    plot = None
-    if decision is not None:
-        plot = "data:image/svg+xml;base64," + base64.b64encode(draw(rank_curve(decision), "svg")).decode()
-    return environment.get_template("report.html").render(
-        started=started,
-        decision=decision,
-        plot=plot,
-        rows=[_row(outcome) for outcome in outcomes],
-        tests=tests,
-        samples=samples,
-    )
+    environment.filters["cell"] = _cell
+    return environment
+
+
+def _finalize(value: Any) -> Any:
+    """Every text that reaches the page has its control characters made visible."""
+    return visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "–"
+    return f"{value:.5g}" if isinstance(value, float) else str(value)
+
+
+@cache
+def _asset(folder: str, name: str) -> str:
+    return files("rightrank.report").joinpath(folder, name).read_text(encoding="utf-8").strip("\n")
+
+
+def _hash(script: str) -> str:
+    """The source expression of an inline script in a Content-Security-Policy."""
+    return "sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+
+
+def _script_json(value: Any) -> str:
+    """JSON that can stand inside a script element whatever its strings hold."""
+    text = json.dumps(_shown(value), ensure_ascii=True, allow_nan=False)
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+def _shown(value: Any) -> Any:
+    if isinstance(value, str):
+        return visible(value)
+    if isinstance(value, Mapping):
+        return {key: _shown(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_shown(inner) for inner in value]
+    return value
+
+
+def _answer(decision: Decision | None) -> dict[str, Any] | None:
+    """What the slider needs: from which margin on which rank is enough, and what moves in the rank plot."""
+    if decision is None:
+        return None
+    values = {evidence.rank: evidence.value for evidence in decision.ranks}
+    return {
+        "steps": margin_steps(decision),
+        "margin": decision.margin,
+        "range": margin_range(decision),
+        "unit": metric_unit(decision.metric),
+        "values": {str(rank): value for rank, value in values.items()},
+        "reference": decision.reference_rank,
+        "higher_is_better": decision.higher_is_better,
+    }
+
+
+def _slider(decision: Decision | None) -> dict[str, Any] | None:
+    """Where the slider starts: 0 to 1000 along the logarithm of the margin."""
+    if decision is None:
+        return None
+    low, high = margin_range(decision)
+    share = log10(decision.margin / low) / log10(high / low)
+    rank = rank_at(margin_steps(decision), decision.margin)
+    return {"start": round(1000 * share), "rank": rank, "margin": margin_words(decision)}
+
+
+def _settings_shown(settings: Mapping[str, Any]) -> list[tuple[str, str]]:
+    return [(name, json.dumps(value, ensure_ascii=False)) for name, value in settings.items()]
 
 
 def _row(outcome: TrialOutcome) -> dict[str, Any]:
     row: dict[str, Any] = {
-        "rank": outcome.rank,
+        "rank": outcome.rank or "base",
         "learning_rate": f"{outcome.learning_rate:g}" if outcome.rank else "–",
         "seed": outcome.seed if outcome.rank else "–",
         "value": "",
         "train": "",
         "seconds": "",
         "parameters": "",
+        "memory": "",
         "note": "",
     }
     match outcome:
@@ -64,7 +179,8 @@ def _row(outcome: TrialOutcome) -> dict[str, Any]:
             row["value"] = f"{outcome.value:.4f}"
             row["train"] = "" if outcome.train_value is None else f"{outcome.train_value:.4f}"
             row["seconds"] = f"{outcome.train_seconds + outcome.eval_seconds:.0f}"
-            row["parameters"] = f"{outcome.trainable_parameters:,}"
+            row["parameters"] = f"{outcome.trainable_parameters:,}" if outcome.trainable_parameters else ""
+            row["memory"] = size(outcome.peak_bytes) if outcome.peak_bytes else ""
         case TrialDiverged():
             row["note"] = f"diverged at step {outcome.step}: {outcome.reason}"
         case TrialFailed():

@@ -1,106 +1,107 @@
-"""The performance-against-rank curve as plain data, and its drawings: SVG, PNG, and the terminal."""
+"""The performance-against-rank curve: as a figure, and for the terminal."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from io import BytesIO
-from typing import Any
+from itertools import pairwise
+from math import log2
 
-from rightrank.records import Decision
-
-
-@dataclass(frozen=True, slots=True)
-class CurvePoint:
-    """One rank at its best learning rate, with its 95% interval."""
-
-    rank: int
-    value: float
-    low: float
-    high: float
+from rightrank.records import Decision, RankEvidence
+from rightrank.report.figure import Band, Figure, Level, Mark, Series
+from rightrank.report.wording import metric_axis, rank_axis
 
 
-@dataclass(frozen=True, slots=True)
-class RankCurve:
-    """Everything that the plot shows."""
+def rank_figure(decision: Decision) -> Figure:
+    """Every rank at its best rate, the bound that the rule tests, the margin band, the base, and the chosen rank.
 
-    points: tuple[CurvePoint, ...]
-    base_value: float | None  # the base without an adapter: a line
-    band_low: float  # values inside the margin of the reference
-    band_high: float
-    chosen_rank: int | None
-    reference_rank: int
-    metric: str
-    title: str
-
-
-def rank_curve(decision: Decision) -> RankCurve:
-    """The plot's data from a decision."""
+    The whisker of a rank ends at the reference's value plus the upper bound of the paired difference: a rank is
+    enough where its whisker ends inside the band. (The interval of a value by itself is many times wider, since all
+    ranks share its items; it is in the numbers.)
+    """
     trained = [evidence for evidence in decision.ranks if evidence.rank > 0]
     base = next((evidence.value for evidence in decision.ranks if evidence.rank == 0), None)
     reference = next(evidence for evidence in trained if evidence.rank == decision.reference_rank)
-    other_side = reference.value + (-decision.margin if decision.higher_is_better else decision.margin)
-    return RankCurve(
-        points=tuple(CurvePoint(e.rank, e.value, e.low, e.high) for e in trained),
-        base_value=base,
-        band_low=min(reference.value, other_side),
-        band_high=max(reference.value, other_side),
-        chosen_rank=decision.rank,
-        reference_rank=decision.reference_rank,
-        metric=decision.metric,
-        title=decision.sentence,
+    sign = -1 if decision.higher_is_better else 1
+    ends = [e.value if e.difference_high is None else reference.value + sign * e.difference_high for e in trained]
+    ranks = tuple(e.rank for e in trained)
+    points = Series(
+        f"held-out, best learning rate; whisker: {decision.confidence:.0%} bound of the paired difference",
+        ranks,
+        tuple(e.value for e in trained),
+        tuple(min(e.value, end) for e, end in zip(trained, ends, strict=True)),
+        tuple(max(e.value, end) for e, end in zip(trained, ends, strict=True)),
+    )
+    edge = reference.value + sign * decision.margin
+    band = Band("within the margin of the best", min(reference.value, edge), max(reference.value, edge))
+    limits = _limits([*points.low, *points.high, band.low, band.high], base)
+    said = ", ".join(f"rank {e.rank} {e.value:.4f}" for e in trained)
+    return Figure(
+        name="rank_curve",
+        title="Performance against rank",
+        alt=f"Held-out {decision.metric} against LoRA rank: {said}"
+        + (f"; base without an adapter {base:.4f}" if base is not None else "")
+        + f". {decision.sentence}",
+        x=rank_axis(ranks),
+        y=metric_axis(decision.metric, "held-out", limits),
+        series=(points,),
+        bands=(band,),
+        levels=() if base is None else (_base_level(base, limits),),
+        marks=tuple(_marks(decision, trained)),
+        columns=("rank", "value", "low", "high", "paired bound"),
+        rows=tuple(
+            (e.rank, e.value, e.low, e.high, None if e.difference_high is None else e.difference_high)
+            for e in decision.ranks
+        ),
     )
 
 
-def draw(curve: RankCurve, image_format: str) -> bytes:
-    """The plot as `svg` or `png` bytes; the same curve gives the same bytes."""
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
-
-    style: Any = {"svg.hashsalt": "rightrank", "font.size": 10, "axes.spines.top": False, "axes.spines.right": False}
-    with rc_context(style):
-        figure = Figure(figsize=(7.2, 4.4), layout="constrained")
-        _draw_axes(figure.add_subplot(), curve)
-        buffer = BytesIO()
-        metadata = {"Date": None} if image_format == "svg" else {"Software": None}
-        figure.savefig(buffer, format=image_format, dpi=144, metadata=metadata)
-    return buffer.getvalue()
+def _limits(values: list[float], base: float | None) -> tuple[float, float]:
+    """Of the y axis: all of `values`, and the base too unless it would squash them to less than a third."""
+    low, high = min(values), max(values)
+    spread = (high - low) or abs(high) or 1.0
+    if base is not None and max(high, base) - min(low, base) <= 3 * spread:
+        low, high = min(low, base), max(high, base)
+    room = 0.08 * ((high - low) or spread)
+    return low - room, high + room
 
 
-def _draw_axes(axes: Any, curve: RankCurve) -> None:
-    ranks = [point.rank for point in curve.points]
-    values = [point.value for point in curve.points]
-    # Every rank shares its items, so one interval says how far the whole curve may shift; differences between
-    # ranks are known far better than that (they are paired), which is why the intervals are drawn faint.
-    below = [point.value - point.low for point in curve.points]
-    above = [point.high - point.value for point in curve.points]
-    axes.axhspan(
-        curve.band_low, curve.band_high, color="#2a9d8f", alpha=0.22, lw=0, label="within the margin of the best"
-    )
-    if curve.base_value is not None:
-        axes.axhline(curve.base_value, color="#777777", ls=":", lw=1.2, label="base model, no adapter")
-    axes.errorbar(
-        ranks, values, yerr=[below, above], fmt="none", ecolor="#264653", alpha=0.35, capsize=3, label="95% interval"
-    )
-    axes.plot(ranks, values, "o-", color="#264653", lw=1.8, ms=5, label="held-out, best learning rate")
-    for point in curve.points:
-        if point.rank == curve.chosen_rank:
-            axes.plot(
-                [point.rank],
-                [point.value],
-                "o",
-                ms=13,
-                mfc="none",
-                mec="#e76f51",
-                mew=2.4,
-                label=f"chosen: rank {point.rank}",
-            )
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(ranks, [str(rank) for rank in ranks])
-    axes.minorticks_off()
-    axes.set_xlabel("LoRA rank")
-    axes.set_ylabel("held-out loss, nats a token" if curve.metric == "loss" else f"held-out {curve.metric}")
-    axes.set_title(_wrapped(curve.title), fontsize=10, loc="left")
-    axes.legend(frameon=False, fontsize=8)
+def _base_level(base: float, limits: tuple[float, float]) -> Level:
+    """The base as a line; at the edge, and said so, where it lies beyond."""
+    low, high = limits
+    if low <= base <= high:
+        return Level(f"base, no adapter: {base:.4g}", base)
+    inside = min(max(base, low + 0.01 * (high - low)), high - 0.01 * (high - low))
+    return Level(f"base, no adapter: {base:.4g} (off the scale)", inside)
+
+
+def diminishing_rank(decision: Decision) -> int | None:
+    """The smallest rank from which no doubling measured gains more than the margin; None where the top still does.
+
+    It moves with the margin and with the ranks tried, and says nothing of ranks that were not.
+    """
+    ranks = sorted((e for e in decision.ranks if e.rank > 0), key=lambda e: e.rank)
+    sign = -1 if decision.higher_is_better else 1
+    found = None
+    for lower, upper in reversed(list(pairwise(ranks))):
+        gain = sign * (lower.value - upper.value) / log2(upper.rank / lower.rank)
+        if gain > decision.margin:
+            break
+        found = lower.rank
+    return found
+
+
+def _marks(decision: Decision, trained: list[RankEvidence]) -> list[Mark]:
+    values = {e.rank: e.value for e in trained}
+    marks: list[Mark] = []
+    diminishing = diminishing_rank(decision)
+    if diminishing is not None:
+        marks.append(
+            Mark("from here a doubling gains less than the margin", diminishing, values[diminishing], "second")
+        )
+    chosen = decision.rank if decision.rank is not None else decision.fallback_rank
+    if chosen in values:
+        label = "chosen" if decision.rank is not None else "shown to be enough so far"
+        marks.append(Mark(f"{label}: rank {chosen}", chosen, values[chosen]))
+    return marks
 
 
 def terminal_curve(points: list[tuple[int, float]], width: int, height: int, colour: bool) -> str:
@@ -119,9 +120,3 @@ def terminal_curve(points: list[tuple[int, float]], width: int, height: int, col
     plotext.theme("clear")
     text: str = plotext.build()
     return text if colour else plotext.uncolorize(text)
-
-
-def _wrapped(text: str, width: int = 84) -> str:
-    from textwrap import fill
-
-    return fill(text, width)

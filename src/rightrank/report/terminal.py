@@ -22,6 +22,7 @@ from rightrank.records import (
     TrialStarted,
 )
 from rightrank.report.rank_curve import terminal_curve
+from rightrank.report.wording import duration
 
 CURVE_WIDTH, CURVE_HEIGHT = 72, 14
 PLAIN_SECONDS = 15.0  # between progress lines where nothing can be redrawn
@@ -84,7 +85,7 @@ class Tally:
         if self._preparing is not None:
             done, of, seconds = self._preparing.items, self._preparing.of_items, self._preparing.seconds
             left = seconds / done * (of - done)
-            return f"frozen layers, once for all trials: {done} of {of} items · about {_duration(left)} left"
+            return f"frozen layers, once for all trials: {done} of {of} items · about {duration(left)} left"
         parts = [f"trial {min(self._ended + 1, self._arms)} of {self._arms}"]
         if self._current is not None:
             parts.append(
@@ -96,7 +97,7 @@ class Tally:
             parts.append(f"step {self._step.step}/{self._step.steps}, loss {self._step.loss:.3f}")
         remaining = self.remaining_seconds()
         if remaining is not None:
-            parts.append(f"about {_duration(remaining)} left")
+            parts.append(f"about {duration(remaining)} left")
         return " · ".join(parts)
 
     def remaining_seconds(self) -> float | None:
@@ -124,7 +125,7 @@ class Tally:
         name = (
             "base model" if event.rank == 0 else f"rank {event.rank:>3}  lr {event.learning_rate:<7g} seed {event.seed}"
         )
-        return f"{name:<32} {text}  ({_duration(seconds)})"
+        return f"{name:<32} {text}  ({duration(seconds)})"
 
 
 class LiveView:
@@ -219,9 +220,3 @@ def plan_line(started: RunStarted, arms: int, steps: int) -> str:
         f"items: {counts}{' (' + '; '.join(notes) + ')' if notes else ''}; form: {started.data.form}; "
         f"at most {arms} trials of {steps} steps on {started.environment['device']}"
     )
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,109 @@
+"""Tables whose truth is known: a curve over ranks, and noise of items, seeds, and both."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rightrank.decide import Cell, ScoreTable
+
+Floats = NDArray[np.float64]
+Shape = Literal["power", "flat", "u_shaped", "rising"]
+Tails = Literal["normal", "heavy"]
+
+RANKS = (1, 2, 4, 8, 16, 32, 64, 128)
+MARGIN = 0.005
+
+
+@dataclass(frozen=True)
+class World:
+    """What a table is drawn from. Deviations in nats a token."""
+
+    shape: Shape
+    seeds: int
+    items: int
+    tails: Tails = "normal"
+    item_level: float = 0.6  # of an item's own loss, shared by all ranks and seeds
+    item_rank: float = 0.015  # of an item's taste for a rank, correlated along the ranks
+    seed_level: float = 0.0005  # of a seed, shared by all ranks
+    seed_rank: float = 0.0003  # of one training, beside its seed
+    both: float = 0.03  # of one item in one training
+    correlation: float = 0.5  # between neighbouring ranks, of the two tastes
+    unequal: float = 2.0  # the lowest rank's taste deviations over the highest's
+    margin: float = MARGIN
+
+
+def truth(world: World, generator: np.random.Generator) -> Floats:
+    """[ranks] true losses, drawn so that the answer falls all over the range."""
+    ranks = np.array(RANKS, dtype=np.float64)
+    if world.shape == "flat":
+        return np.full(len(ranks), 2.0) + generator.uniform(-0.1, 0.1) * world.margin * np.log2(ranks) / 7
+    exponent = generator.uniform(0.38, 0.8)
+    if world.shape == "rising":
+        size = world.margin * generator.uniform(1.5, 6.0)
+        return 2.0 + size * (7 - np.log2(ranks))
+    enough = 2.0 ** generator.uniform(0.5, 6.0)
+    law = 2.0 + world.margin * (ranks / enough) ** -exponent
+    if world.shape == "u_shaped":
+        law = law + world.margin * generator.uniform(0.05, 0.4) * np.maximum(0.0, np.log2(ranks / enough)) ** 2
+    return law
+
+
+def right_rank(losses: Floats, margin: float) -> int:
+    """The rule on the true losses."""
+    best = int(np.argmin(losses))
+    chosen = best
+    for place in range(best - 1, -1, -1):
+        if losses[place] - losses[best] >= margin:
+            break
+        chosen = place
+    return RANKS[chosen]
+
+
+def draw_table(world: World, losses: Floats, generator: np.random.Generator) -> ScoreTable:
+    """One table: every rank at one rate, the same seeds and items for all."""
+    ranks, seeds, items = len(RANKS), world.seeds, world.items
+    tokens = generator.integers(5, 60, size=items).astype(np.float64)
+    spread = np.linspace(world.unequal, 1.0, ranks)
+    level = world.item_level * _draw(world, generator, (items,))
+    taste = _along_ranks(world, _draw(world, generator, (ranks, items)), spread) * world.item_rank
+    seed = world.seed_level * generator.standard_normal(seeds)
+    trained = _along_ranks(world, generator.standard_normal((ranks, seeds)), spread) * world.seed_rank
+    rest = world.both * _draw(world, generator, (ranks, seeds, items))
+    # The tastes are centred where tokens weigh them, so that `losses` stays the truth.
+    scores = losses[:, None, None] + seed[None, :, None] + trained[:, :, None]
+    scores = scores + (level[None, :] + taste)[:, None, :] + rest
+    cells = {
+        (rank, 1e-3, number): Cell(
+            f"{rank}-{number}",
+            float((scores[place, number] * tokens).sum() / tokens.sum()),
+            scores[place, number] * tokens,
+            tokens,
+        )
+        for place, rank in enumerate(RANKS)
+        for number in range(seeds)
+    }
+    return ScoreTable("loss", False, cells)
+
+
+def _draw(world: World, generator: np.random.Generator, shape: tuple[int, ...]) -> Floats:
+    """Mean 0, deviation 1: normal, or log-normal with a long right tail (skewness 4)."""
+    normal = generator.standard_normal(shape)
+    if world.tails == "normal":
+        return normal
+    width = 0.85
+    raw = np.exp(width * normal)
+    mean, deviation = np.exp(width**2 / 2), np.exp(width**2 / 2) * np.sqrt(np.exp(width**2) - 1)
+    heavy: Floats = (raw - mean) / deviation
+    return heavy
+
+
+def _along_ranks(world: World, draws: Floats, spread: Floats) -> Floats:
+    """First-order correlation along the ranks, deviations `spread`."""
+    rho = world.correlation
+    for place in range(1, len(draws)):
+        draws[place] = rho * draws[place - 1] + np.sqrt(1 - rho * rho) * draws[place]
+    return draws * spread[:, None]

@@ -1,0 +1,219 @@
+"""A trainer of one's own: called with a task, in this process or in one of its own with a time limit."""
+
+from __future__ import annotations
+
+import math
+import multiprocessing
+import pickle
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import TypeAlias
+
+from rightrank.errors import SettingsError
+from rightrank.records import (
+    EvalPoint,
+    Trial,
+    TrialDiverged,
+    TrialFailed,
+    TrialFinished,
+    TrialOutcome,
+    TrialResult,
+    TrialStarted,
+    TrialTask,
+)
+
+TrainFunction: TypeAlias = Callable[[TrialTask], Mapping[str, float] | TrialResult]
+Call: TypeAlias = Callable[[TrialTask], object]  # what the function gave back, whatever it is
+ENDED_WITHOUT_ANSWER = "its process ended without an answer"
+
+
+class TrainerError(Exception):
+    """A call of the trainer that gave no result; the message is the reason."""
+
+
+class OwnExecutor:
+    """Runs trials through a function. What goes wrong inside it is the trial's outcome, not the run's end."""
+
+    def __init__(
+        self,
+        call: Call,
+        metric: str,
+        items: int | None,
+        folder_of: Callable[[str], Path],
+        on_start: Callable[[TrialStarted], None],
+    ) -> None:
+        self._call = call
+        self._metric = metric
+        self._items = items  # how many held-out items earlier trials scored; None: not known yet
+        self._folder_of = folder_of
+        self._on_start = on_start
+
+    def run(self, trials: Sequence[Trial], base_loss: float | None) -> Iterator[TrialOutcome]:
+        for trial in trials:
+            self._on_start(TrialStarted(trial_id=trial.trial_id, **trial.arm.model_dump()))
+            yield self._run_one(trial)
+
+    def _run_one(self, trial: Trial) -> TrialOutcome:
+        folder = self._folder_of(trial.trial_id)
+        folder.mkdir(parents=True, exist_ok=True)
+        arm = trial.arm
+        task = TrialTask(
+            trial_id=trial.trial_id,
+            rank=arm.rank,
+            learning_rate=arm.learning_rate,
+            lora_alpha=arm.lora_alpha,
+            seed=arm.seed,
+            steps=arm.steps,
+            folder=folder,
+        )
+        begun = time.perf_counter()
+        try:
+            result = understood(self._call(task), self._metric, self._items)
+        except TrainerError as error:
+            return TrialFailed(trial_id=trial.trial_id, **arm.model_dump(), error="error", reason=str(error))
+        seconds = time.perf_counter() - begun
+        bad = next((name for name, value in _numbers(result) if not math.isfinite(value)), None)
+        if bad is not None:
+            return TrialDiverged(
+                trial_id=trial.trial_id, **arm.model_dump(), step=arm.steps, reason=f"{bad} is not a finite number"
+            )
+        self._items = len(result.item_scores) if result.item_scores is not None else self._items
+        return _finished(trial, result, self._metric, seconds)
+
+
+def understood(got: object, metric: str, items: int | None) -> TrialResult:
+    """What a trainer gave back as a result.
+
+    Raises:
+        TrainerError: not a mapping of numbers, no such metric in it, or scores of other items than before.
+    """
+    if isinstance(got, Mapping):
+        metrics: dict[str, float] = {}
+        for name, value in got.items():
+            if not isinstance(name, str) or isinstance(value, bool) or not hasattr(value, "__float__"):
+                raise TrainerError(f"train gave {name!r}: {_short(value)}; give names with numbers")
+            metrics[name] = float(value)
+        got = TrialResult(metrics=metrics)
+    if not isinstance(got, TrialResult):
+        raise TrainerError(
+            f"train gave back {_short(got)}; give a mapping such as {{{metric!r}: 1.23}}, or a TrialResult"
+        )
+    if metric not in got.metrics:
+        found = ", ".join(map(repr, got.metrics)) or "nothing"
+        raise TrainerError(f"train gave no {metric!r} (it gave {found}); give it, or another metric=")
+    scores, weights = got.item_scores, got.item_weights
+    if scores is not None and len(scores) == 0:
+        raise TrainerError("train gave an empty list of item_scores; give one score an item, or None")
+    if scores is not None and items is not None and len(scores) != items:
+        raise TrainerError(
+            f"train gave {len(scores)} item_scores, earlier trials {items}; score the same items in the same order in every trial"
+        )
+    if weights is not None and (scores is None or len(weights) != len(scores) or min(weights) <= 0):
+        raise TrainerError("train gave item_weights that do not fit item_scores; give one weight above 0 an item")
+    return got
+
+
+def call_here(train: TrainFunction) -> Call:
+    """Call in this process."""
+
+    def call(task: TrialTask) -> object:
+        try:
+            return train(task)
+        except Exception as error:
+            raise TrainerError(_told(error)) from error
+
+    return call
+
+
+def call_in_process(train: TrainFunction, timeout_seconds: float | None) -> Call:
+    """Call in a fresh process each time; it is ended when it takes longer than the limit.
+
+    Raises:
+        SettingsError: the function can't be sent to another process.
+    """
+    try:
+        pickle.dumps(train)
+    except (pickle.PicklingError, AttributeError, TypeError) as error:
+        raise SettingsError(
+            f"train can't be sent to a process of its own ({error}); define it at the top level of a module"
+        ) from None
+
+    def call(task: TrialTask) -> object:
+        context = multiprocessing.get_context("spawn")
+        receiver, sender = context.Pipe(duplex=False)
+        process = context.Process(target=_answer, args=(sender, train, task), daemon=True)
+        process.start()
+        sender.close()
+        try:
+            return _received(receiver, timeout_seconds)
+        finally:
+            process.kill()
+            process.join()
+            receiver.close()
+
+    return call
+
+
+def _answer(sender: Connection, train: TrainFunction, task: TrialTask) -> None:
+    """In the process of its own: `(True, result)` or `(False, reason)`."""
+    try:
+        answer: tuple[bool, object] = (True, call_here(train)(task))
+    except TrainerError as error:
+        answer = (False, str(error))
+    sender.send(answer)
+
+
+def _received(receiver: Connection, timeout_seconds: float | None) -> object:
+    if not receiver.poll(timeout_seconds):
+        raise TrainerError(f"train took longer than {timeout_seconds:g} s and was ended")
+    try:
+        fine, answer = receiver.recv()
+    except EOFError:
+        raise TrainerError(ENDED_WITHOUT_ANSWER) from None
+    if not fine:
+        raise TrainerError(str(answer))
+    return answer
+
+
+def _finished(trial: Trial, result: TrialResult, metric: str, seconds: float) -> TrialFinished:
+    return TrialFinished(
+        trial_id=trial.trial_id,
+        **trial.arm.model_dump(),
+        value=result.metrics[metric],
+        metrics=result.metrics,
+        item_losses=[],
+        item_tokens=[],
+        item_scores=result.item_scores,
+        item_weights=result.item_weights,
+        train_value=result.train_value,
+        points=result.points,
+        trainable_parameters=result.trainable_parameters,
+        train_seconds=seconds if result.train_seconds is None else result.train_seconds,
+        train_tokens=result.train_tokens,
+        eval_seconds=result.eval_seconds,
+        peak_bytes=result.peak_bytes,
+    )
+
+
+def _numbers(result: TrialResult) -> Iterator[tuple[str, float]]:
+    yield from result.metrics.items()
+    yield from (("an item's score", score) for score in result.item_scores or [])
+    if result.train_value is not None:
+        yield "train_value", result.train_value
+    yield from (("a point's value", point.value) for point in _points(result))
+
+
+def _points(result: TrialResult) -> list[EvalPoint]:
+    return result.points
+
+
+def _told(error: BaseException) -> str:
+    words = " ".join(str(error).split())
+    return f"train raised {type(error).__name__}" + (f": {words}" if words else "")
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"

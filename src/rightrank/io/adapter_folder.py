@@ -1,0 +1,335 @@
+"""LoRA adapters on disk, as PEFT writes them: read by safetensors alone, checked before anything is computed.
+
+Neither PEFT nor the base model is needed: the names and shapes of the tensors and `adapter_config.json` say it all.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from rightrank.errors import ModelError, RunFolderError
+from rightrank.io.files import replacing_folder
+from rightrank.probe_records import ModuleKind
+
+Floats = NDArray[np.float64]
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+PREFIX = "base_model.model."
+# Options that change what the factors mean: such an adapter's update is not s·B·A.
+FOREIGN_OPTIONS = ("target_parameters", "use_qalora", "use_bdlora", "kasa_config", "arrow_config", "monteclora_config")
+# Initialisations that change the base's weights when the adapter is loaded: there, ΔW is not s·B·A alone.
+BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga", "mica")
+
+_FACTOR = re.compile(r"^(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<side>[AB])(?P<weight>\.weight)?$")
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterModule:
+    """One adapted module: where its tensors are and how they count."""
+
+    name: str  # in the base model
+    kind: ModuleKind
+    rank: int
+    rows: int  # of ΔW: out features; of an embedding, its width
+    columns: int  # of ΔW: in features; of a convolution, times the kernel; of an embedding, the vocabulary
+    lora_alpha: float
+    scaling: float
+    a_key: str
+    b_key: str
+    magnitude_key: str | None  # DoRA
+    bias_key: str | None  # lora_bias
+
+    @property
+    def parameters(self) -> int:
+        return self.rank * (self.rows + self.columns)
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterFolder:
+    """A checked adapter; tensors are read when asked for."""
+
+    path: Path
+    config: Mapping[str, Any]
+    modules: tuple[AdapterModule, ...]
+    other_keys: tuple[str, ...]  # modules_to_save, trained biases, saved embeddings
+    unused_patterns: tuple[str, ...]  # keys of rank_pattern or alpha_pattern that no module matches
+
+    @property
+    def weights(self) -> Path:
+        return self.path / WEIGHTS_FILE
+
+    @property
+    def keys(self) -> list[str]:
+        """Every tensor of the adapter."""
+        optional = [key for module in self.modules for key in (module.magnitude_key, module.bias_key) if key]
+        factors = [key for module in self.modules for key in (module.a_key, module.b_key)]
+        return [*factors, *optional, *self.other_keys]
+
+    @property
+    def use_rslora(self) -> bool:
+        return bool(self.config.get("use_rslora"))
+
+    @property
+    def use_dora(self) -> bool:
+        return bool(self.config.get("use_dora"))
+
+    @property
+    def scaling_rule(self) -> str:
+        return "alpha/sqrt(r)" if self.use_rslora else "alpha/r"
+
+    @property
+    def base_model(self) -> str | None:
+        name = self.config.get("base_model_name_or_path")
+        return str(name) if name else None
+
+    @property
+    def base_changing_init(self) -> str | None:
+        """The initialisation that changes the base on loading, if there is one."""
+        init = str(self.config.get("init_lora_weights", ""))
+        return init if init.startswith(BASE_CHANGING_INITS) else None
+
+    def tensor(self, key: str) -> torch.Tensor:
+        with safe_open(self.weights, framework="pt") as file:
+            tensor: torch.Tensor = file.get_tensor(key)
+            return tensor
+
+    def factors(self, module: AdapterModule) -> tuple[Floats, Floats]:
+        """`(B [rows, r], A [r, columns])` in float64, without the scale.
+
+        Raises:
+            ModelError: a value is NaN or infinite.
+        """
+        b = self._matrix(module.b_key).reshape(module.rows, module.rank)
+        a = self._matrix(module.a_key).reshape(module.rank, module.columns)
+        return b, a
+
+    def _matrix(self, key: str) -> Floats:
+        with safe_open(self.weights, framework="pt") as file:
+            values: Floats = file.get_tensor(key).double().numpy()
+        if not np.isfinite(values).all():
+            raise ModelError(
+                f"{self.weights}: {key} holds NaN or infinite values; the training diverged: give an adapter from before it"
+            )
+        return values
+
+
+def open_adapter(path: Path) -> AdapterFolder:
+    """Read and check the configuration and the header of the weights.
+
+    Raises:
+        ModelError: not an adapter, not LoRA, pickled weights, missing tensors, or shapes that the configuration denies.
+    """
+    config = _read_config(path)
+    shapes = _read_shapes(path)
+    pairs, other = _pair_up(path, shapes)
+    modules = tuple(_module(path, config, name, found, shapes) for name, found in sorted(pairs.items(), key=_natural))
+    keys = [*config.get("rank_pattern", {}), *config.get("alpha_pattern", {})]
+    unused = tuple(key for key in keys if not any(pattern_matches(key, module.name) for module in modules))
+    return AdapterFolder(path, config, modules, tuple(sorted(other)), unused)
+
+
+def write_adapter(out: Path, config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
+    """Write a new adapter folder, whole or not at all.
+
+    Raises:
+        RunFolderError: `out` exists, or can't be written.
+    """
+    require_absent(out)
+    try:
+        with replacing_folder(out) as temporary:
+            save_file(
+                {key: value.contiguous() for key, value in tensors.items()}, temporary / WEIGHTS_FILE, {"format": "pt"}
+            )
+            text = json.dumps(dict(config), indent=2, sort_keys=True) + "\n"
+            (temporary / CONFIG_FILE).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise RunFolderError(f"{out}: can't write there ({error.strerror or error}); give a writable folder") from None
+
+
+def require_absent(out: Path) -> None:
+    """Refuse to write over anything.
+
+    Raises:
+        RunFolderError: `out` exists.
+    """
+    if out.exists():
+        raise RunFolderError(f"{out}: exists already; give a folder that does not exist yet, or remove it first")
+
+
+def pattern_matches(key: str, name: str) -> bool:
+    """Whether PEFT applies a key of `rank_pattern` or `alpha_pattern` to the module `name`."""
+    try:
+        return re.match(rf"(.*\.)?({key})$", name) is not None
+    except re.error:
+        return False
+
+
+def pattern_value(pattern: Mapping[str, Any], name: str, default: Any) -> Any:
+    """The value of the first key that matches, as PEFT takes it."""
+    return next((value for key, value in pattern.items() if pattern_matches(key, name)), default)
+
+
+def exact_pattern(values: Mapping[str, Any], default: Any, names: Iterable[str]) -> dict[str, Any]:
+    """A pattern of exact module names for the values that differ from `default`.
+
+    A name that PEFT would also match to another module (one that ends with it after a dot) is anchored by ^.
+    """
+    names = list(names)
+    pattern: dict[str, Any] = {}
+    for name, value in values.items():
+        if value == default:
+            continue
+        ambiguous = sum(pattern_matches(name, other) for other in names) > 1
+        pattern[f"^{re.escape(name)}" if ambiguous else name] = value
+    return pattern
+
+
+def lora_scaling(lora_alpha: float, rank: int, use_rslora: bool) -> float:
+    """PEFT's scale of a module."""
+    return lora_alpha / math.sqrt(rank) if use_rslora else lora_alpha / rank
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    file = path / CONFIG_FILE
+    if not path.exists():
+        raise ModelError(f"{path}: no such folder; give an adapter folder, one that PEFT's save_pretrained wrote")
+    if not path.is_dir():
+        raise ModelError(f"{path}: a file; give the adapter's folder, the one that holds {CONFIG_FILE}")
+    if not file.exists():
+        hint = "it is a whole model: compare two with --base A --finetuned B" if (path / "config.json").exists() else ""
+        hint = hint or "give a folder that PEFT's save_pretrained wrote"
+        raise ModelError(f"{path}: not an adapter, there is no {CONFIG_FILE}; {hint}")
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
+        raise ModelError(f"{file}: not readable as JSON ({error}); save the adapter again") from None
+    if not isinstance(config, dict):
+        raise ModelError(f"{file}: got a {type(config).__name__}; it must hold one JSON object")
+    _check_config(file, config)
+    return config
+
+
+def _check_config(file: Path, config: dict[str, Any]) -> None:
+    kind = config.get("peft_type")
+    if kind != "LORA":
+        raise ModelError(f"{file}: peft_type is {kind!r}; only 'LORA' has factors to look at")
+    rank, alpha = config.get("r"), config.get("lora_alpha")
+    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+        raise ModelError(f"{file}: r is {rank!r}; it must be a whole number from 1")
+    if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not math.isfinite(alpha):
+        raise ModelError(f"{file}: lora_alpha is {alpha!r}; it must be a number")
+    for name in FOREIGN_OPTIONS:
+        if config.get(name):
+            raise ModelError(f"{file}: {name} is set; such an update is not s·B·A and is not supported")
+    for name in ("rank_pattern", "alpha_pattern"):
+        pattern = config.get(name)
+        if pattern is None:
+            config[name] = {}
+        elif not isinstance(pattern, dict):
+            raise ModelError(f"{file}: {name} is a {type(pattern).__name__}; it must map module names to numbers")
+
+
+def _read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Names and shapes from the header alone."""
+    file = path / WEIGHTS_FILE
+    if not file.exists():
+        if (path / "adapter_model.bin").exists():
+            raise ModelError(
+                f"{path}: only pickled weights (adapter_model.bin), which are not read; convert them once where you trust "
+                "the file: PeftModel.from_pretrained(base, folder).save_pretrained(folder, safe_serialization=True)"
+            )
+        raise ModelError(f"{path}: there is no {WEIGHTS_FILE}; save the adapter again with save_pretrained")
+    try:
+        with safe_open(file, framework="pt") as opened:
+            keys = list(opened.keys())
+            return {key: tuple(opened.get_slice(key).get_shape()) for key in keys}
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{file}: not a readable safetensors file ({error}); copy or save it again") from None
+
+
+@dataclass(slots=True)
+class _Pair:
+    a: str | None = None
+    b: str | None = None
+    embedding: bool = False
+
+
+def _pair_up(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> tuple[dict[str, _Pair], set[str]]:
+    """The A and B of every module by its full key, and the keys that belong to no pair."""
+    pairs: dict[str, _Pair] = {}
+    other: set[str] = set()
+    for key in shapes:
+        match = _FACTOR.match(key)
+        if match is None:
+            other.add(key)
+            continue
+        pair = pairs.setdefault(match["module"], _Pair(embedding=match["embedding"] is not None))
+        if match["side"] == "A":
+            pair.a = key
+        else:
+            pair.b = key
+    if not pairs:
+        raise ModelError(f"{path}: the weights hold no LoRA factors (…lora_A.weight); save the adapter again")
+    for module, pair in pairs.items():
+        if pair.a is None or pair.b is None:
+            missing = "lora_A" if pair.a is None else "lora_B"
+            raise ModelError(f"{path}: {module} has no {missing}: a tensor is missing; save or copy the adapter again")
+        other -= {f"{module}.lora_magnitude_vector", f"{module}.lora_magnitude_vector.weight", f"{module}.lora_B.bias"}
+    return pairs, other
+
+
+def _module(
+    path: Path, config: Mapping[str, Any], key: str, pair: _Pair, shapes: Mapping[str, tuple[int, ...]]
+) -> AdapterModule:
+    assert pair.a is not None
+    assert pair.b is not None
+    name = key.removeprefix(PREFIX)
+    a_shape, b_shape = shapes[pair.a], shapes[pair.b]
+    if len(a_shape) < 2 or len(b_shape) < 2 or 0 in a_shape + b_shape:
+        raise ModelError(
+            f"{path}: {name} has factors of shapes {list(a_shape)} and {list(b_shape)}; they must be matrices"
+        )
+    rank, columns = a_shape[0], math.prod(a_shape[1:])
+    if b_shape[1] != rank or math.prod(b_shape[2:]) != 1:
+        raise ModelError(
+            f"{path}: {name} has A {list(a_shape)} and B {list(b_shape)}, which do not multiply; save the adapter again"
+        )
+    told = pattern_value(config["rank_pattern"], name, config["r"])
+    if told != rank:
+        raise ModelError(
+            f"{path}: {name} has rank {rank} in the weights and {told} in {CONFIG_FILE}; the two are not of one adapter"
+        )
+    alpha = float(pattern_value(config["alpha_pattern"], name, config["lora_alpha"]))
+    kind: ModuleKind = "embedding" if pair.embedding else "linear" if len(a_shape) == 2 else "convolution"
+    magnitudes = (f"{key}.lora_magnitude_vector", f"{key}.lora_magnitude_vector.weight")
+    return AdapterModule(
+        name=name,
+        kind=kind,
+        rank=rank,
+        rows=b_shape[0],
+        columns=columns,
+        lora_alpha=alpha,
+        scaling=lora_scaling(alpha, rank, bool(config.get("use_rslora"))),
+        a_key=pair.a,
+        b_key=pair.b,
+        magnitude_key=next((found for found in magnitudes if found in shapes), None),
+        bias_key=f"{key}.lora_B.bias" if f"{key}.lora_B.bias" in shapes else None,
+    )
+
+
+def _natural(entry: tuple[str, Any]) -> list[Any]:
+    """Sorts layer 2 before layer 10."""
+    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in entry[0].split(".")]

@@ -1,0 +1,149 @@
+"""`select_rank_with`: the same selection with a trainer of one's own, whatever it trains and with whatever library."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Literal
+
+from rightrank.api import Selected, Watching
+from rightrank.errors import SettingsError
+from rightrank.executors.own import OwnExecutor, TrainFunction, call_here, call_in_process
+from rightrank.io.files import disk_errors_told
+from rightrank.io.run_folder import RunFolder
+from rightrank.own_selection import OwnSelection
+from rightrank.records import DataSummary, RunStarted, content_hash
+from rightrank.settings import SelectSettings, make_settings
+from rightrank.strategies import make_strategy
+from rightrank.version import __version__
+
+DIRECT_STRATEGIES = ("grid",)  # those that ask for whole trainings only
+HIGHER_IS_BETTER = ("accuracy", "f1", "exact_match", "rouge", "bleu", "reward", "win_rate", "score")
+
+
+def select_rank_with(
+    train: TrainFunction,
+    out: str | Path,
+    *,
+    ranks: Sequence[int] = (1, 4, 16, 64),
+    learning_rates: Sequence[float] = (3e-4, 1e-3, 3e-3),
+    seeds: Sequence[int] = (0,),
+    lora_alpha: float = 32.0,
+    steps: int = 0,
+    metric: str = "loss",
+    higher_is_better: bool | None = None,
+    margin: float | None = None,
+    strategy: str = "grid",
+    with_base: bool = False,
+    where: Literal["here", "process"] = "here",
+    timeout_seconds: float | None = None,
+    version: str = "",
+    watching: Watching | None = None,
+) -> Selected:
+    """Find the rank with a function that trains: DPO, RL, diffusion, vision, a script of one's own.
+
+    Args:
+        train: called with a `TrialTask`; gives back a mapping of held-out metrics or a `TrialResult`. With
+            `item_scores` in it, the same items in every trial, ranks are compared pair by pair and far smaller
+            differences are seen. It must train from `task.seed` alone, so that ranks differ in nothing else.
+        out: the run folder. Called again with the same arguments it resumes; trials that failed are run again.
+        steps: handed to `train` as they are; 0 leaves the length to it.
+        metric: the name of the metric that decides.
+        higher_is_better: None: by the metric's name (accuracy, f1, reward, ... are; losses and errors are not).
+        margin: how much worse than the best is still enough; None: by the metric.
+        with_base: call `train` with rank 0 too, to evaluate the base without training.
+        where: "here", or each call in a fresh process of its own.
+        timeout_seconds: end a training that takes longer; needs `where="process"`.
+        version: say something new here when `train` changes, so that old trials are not taken for its own.
+
+    Raises:
+        SettingsError: an argument that is not allowed, or a function that can't be sent to a process.
+        RunFolderError: a folder made with other settings.
+        AllTrialsFailedError: no two ranks ended with a result.
+        InterruptedRun: `watching.should_stop` said so.
+    """
+    settings = _checked(ranks, learning_rates, seeds, lora_alpha, margin, strategy)
+    if not callable(train):
+        raise SettingsError(f"train: got a {type(train).__name__}; give a function of one TrialTask")
+    if timeout_seconds is not None and (where != "process" or timeout_seconds <= 0):
+        raise SettingsError('timeout_seconds needs where="process" and a number above 0: a call here can\'t be ended')
+    if where not in ("here", "process"):
+        raise SettingsError(f'where: got {where!r}; give "here" or "process"')
+    call = call_here(train) if where == "here" else call_in_process(train, timeout_seconds)
+    watching = watching or Watching()
+    higher = _is_higher_better(metric) if higher_is_better is None else higher_is_better
+    started = _run_started(train, settings, steps, metric, higher, version)
+    folder = RunFolder(Path(out))
+    with folder.locked(), disk_errors_told(folder.path):
+        chosen = make_strategy(settings, steps)
+        selection = OwnSelection(folder, started, chosen, with_base, watching.on_event)
+        executor = OwnExecutor(call, metric, selection.items(), folder.trial_adapter, selection.note_start)
+        folder.write_config(dict(started.settings))
+        watching.on_plan(started, chosen.most_arms() - (not with_base), steps)
+        decision = selection.run(executor, watching.should_stop)
+        return Selected(decision, folder.path, selection.finish(decision), folder.report)
+
+
+def _checked(
+    ranks: Sequence[int],
+    learning_rates: Sequence[float],
+    seeds: Sequence[int],
+    lora_alpha: float,
+    margin: float | None,
+    strategy: str,
+) -> SelectSettings:
+    settings = make_settings(
+        {
+            "ranks": tuple(ranks),
+            "learning_rates": tuple(learning_rates),
+            "seeds": tuple(seeds),
+            "lora_alpha": lora_alpha,
+            "margin": margin,
+            "strategy": strategy,
+        }
+    )
+    make_strategy(settings, 1)  # an unknown name is told first
+    if strategy not in DIRECT_STRATEGIES:
+        raise SettingsError(
+            f"strategy {strategy!r} stops, continues or truncates trainings, which a trainer of one's own can't; "
+            f"give {', '.join(DIRECT_STRATEGIES)}"
+        )
+    return settings
+
+
+def _run_started(
+    train: Callable[..., object], settings: SelectSettings, steps: int, metric: str, higher: bool, version: str
+) -> RunStarted:
+    name = f"{getattr(train, '__module__', '?')}.{getattr(train, '__qualname__', type(train).__name__)}"
+    kept = ("strategy", "ranks", "learning_rates", "seeds", "lora_alpha", "margin")
+    values = {
+        "model": None,
+        "data": None,
+        "trainer": name,
+        "version": version,
+        "steps": steps,
+        "metric": metric,
+        "higher_is_better": higher,
+        **settings.model_dump(mode="json", include=set(kept)),
+    }
+    return RunStarted(
+        rightrank_version=__version__,
+        fingerprint=content_hash({"settings": values}),
+        settings=values,
+        environment={
+            "python": platform.python_version(),
+            "system": f"{platform.system()} {platform.machine()}",
+            "device": "the trainer's own",
+        },
+        data=DataSummary(form="own", splits={}, splits_given=False, duplicates_across_splits=0),
+        evaluation_items=[],
+        metric=metric,
+        higher_is_better=higher,
+        started_at=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
+
+
+def _is_higher_better(metric: str) -> bool:
+    return any(name in metric.lower() for name in HIGHER_IS_BETTER)

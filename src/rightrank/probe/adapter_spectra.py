@@ -1,0 +1,112 @@
+"""`inspect ADAPTER`: exact singular values of every module's s·B·A, from the files alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from rightrank.errors import ModelError
+from rightrank.io.adapter_folder import PREFIX, AdapterFolder, AdapterModule, open_adapter
+from rightrank.io.weights import WeightFolder, open_weights
+from rightrank.maths.spectra import factored_singular_values
+from rightrank.probe.spectrum import Circumstances, Update, describe, flag_dead, summarise
+from rightrank.probe_records import Inspection
+
+POWER_STEPS = 40  # of the power iteration for a base weight's norm; from below, within about 1%
+
+
+def inspect_adapter(path: Path, base: Path | None = None) -> Inspection:
+    """The spectra of an adapter; with `base`, each beside the norm of the weight that it changes.
+
+    Raises:
+        ModelError: not a readable LoRA adapter, NaN weights, or a base of other shapes.
+    """
+    adapter = open_adapter(path)
+    weights = None if base is None else open_weights(base)
+    updates = [_update(adapter, module, weights) for module in adapter.modules]
+    modules = flag_dead([describe(update) for update in updates])
+    about = Circumstances(
+        "adapter",
+        adapter.scaling_rule,
+        adapter.base_model,
+        sum(module.parameters for module in adapter.modules),
+        tuple(key.removeprefix(PREFIX) for key in adapter.other_keys),
+        notes=tuple(adapter_notes(adapter)),
+    )
+    return Inspection(modules=modules, summary=summarise(modules, about))
+
+
+def adapter_notes(adapter: AdapterFolder) -> list[str]:
+    """What a reader should know beside the figures."""
+    notes: list[str] = []
+    if adapter.unused_patterns:
+        notes.append(f"patterns that match no module, and so do nothing: {', '.join(adapter.unused_patterns)}")
+    if adapter.use_dora:
+        notes.append("DoRA: the spectra are of s·B·A; the magnitudes are kept apart")
+    if (init := adapter.base_changing_init) is not None:
+        notes.append(
+            f"initialised by {init}, which changes the base on loading: the figures are of s·B·A, not of the whole update"
+        )
+    return notes
+
+
+def _update(adapter: AdapterFolder, module: AdapterModule, weights: WeightFolder | None) -> Update:
+    b, a = adapter.factors(module)
+    values = abs(module.scaling) * factored_singular_values(b, a)
+    flags = []
+    # PEFT begins with B at zero, an embedding's A; whichever it was, the product is still zero
+    if not b.any() or not a.any():
+        flags.append("untrained")
+    if module.magnitude_key is not None:
+        flags.append("dora")
+    if module.bias_key is not None:
+        flags.append("lora_bias")
+    return Update(
+        name=module.name,
+        kind=module.kind,
+        shape=(module.rows, module.columns),
+        rank=module.rank,
+        scaling=module.scaling,
+        values=values,
+        energy=float(np.sum(values**2)),
+        parameters=module.parameters,
+        base_spectral_norm=None if weights is None else base_norm(weights, module),
+        flags=tuple(flags),
+    )
+
+
+def base_norm(weights: WeightFolder, module: AdapterModule) -> float:
+    """The spectral norm of the weight that a module changes.
+
+    Raises:
+        ModelError: the base has no such weight, or one of another size.
+    """
+    name = weights.weight_of(module.name)
+    if name is None:
+        raise _other_base(weights, f"it has no weight for {module.name}")
+    shape = weights.shapes[name]
+    if sorted((shape[0], int(np.prod(shape[1:])))) != sorted((module.rows, module.columns)):
+        raise _other_base(
+            weights, f"{name} is {list(shape)} there, and the adapter's ΔW is [{module.rows}, {module.columns}]"
+        )
+    return spectral_norm(weights.tensor(name).float().reshape(shape[0], -1))
+
+
+def spectral_norm(matrix: torch.Tensor) -> float:
+    """‖W‖₂ by power iteration from a seeded start."""
+    vector = torch.randn(matrix.shape[1], generator=torch.Generator().manual_seed(0))
+    for _ in range(POWER_STEPS):
+        vector = matrix.T @ (matrix @ vector)
+        length = vector.norm()
+        if length == 0:
+            return 0.0
+        vector = vector / length
+    return float((matrix @ vector).norm())
+
+
+def _other_base(weights: WeightFolder, reason: str) -> ModelError:
+    return ModelError(
+        f"{weights.path}: not this adapter's base: {reason}; give the model that the adapter was trained on"
+    )

@@ -1,0 +1,158 @@
+"""The workbench of an adapter that exists: its base, the data, and the adapter put on as PEFT puts it on."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+
+from rightrank.engine.bench import Bench, Scores
+from rightrank.engine.encode import encode
+from rightrank.engine.train import make_optimizer, rate_schedule
+from rightrank.errors import ModelError, RunError
+from rightrank.io.adapter_folder import AdapterFolder
+from rightrank.io.data import load_data
+from rightrank.io.models import first_line, load_model
+from rightrank.records import TrialFinished
+from rightrank.settings import SelectSettings
+
+
+@dataclass(frozen=True, slots=True)
+class DataUse:
+    """Data to measure on (and to train on), how, and where working files may be."""
+
+    data: Path
+    settings: SelectSettings
+    cache: Path
+    steps: int = 0  # of training, for each adapter
+
+
+def make_bench(base: str, modules: tuple[str, ...], use: DataUse) -> Bench:
+    """A bench on which adapters of exactly these modules are measured and trained.
+
+    Raises:
+        ModelError: the base can't be loaded, or lacks a module.
+        DataError: the data can't be used.
+    """
+    settings = use.settings.model_copy(update={"target_modules": modules, "ranks": (1,), "layers_to_transform": None})
+    splits = load_data(use.data, settings)
+    loaded = load_model(base, settings.dtype, settings.device, splits.classes, settings.trust_remote_code)
+    encoded = encode(splits, loaded, settings)
+    return Bench(loaded, encoded, settings, max(1, use.steps), use.cache)
+
+
+def bench_of(adapter: AdapterFolder, base: str | None, use: DataUse) -> Bench:
+    """The bench on which an adapter and its truncations are measured.
+
+    Raises:
+        ModelError: no base is known, it can't be loaded, or it lacks a module of the adapter.
+        DataError: the data can't be used.
+    """
+    name = base or adapter.base_model
+    if name is None:
+        raise ModelError(f"{adapter.path}: names no base model; give it with --base MODEL")
+    # Tensors trained whole may be anywhere, and a cached prefix below them would be stale.
+    caching = use.settings.cache_prefix and not adapter.other_keys
+    use = replace(use, settings=use.settings.model_copy(update={"cache_prefix": caching}))
+    return make_bench(name, tuple(module.name for module in adapter.modules), use)
+
+
+@contextmanager
+def adapter_on(bench: Bench, folder: Path, *, trainable: bool = False) -> Iterator[Any]:
+    """The PeftModel of an adapter folder around the bench's base, which is as before when the block ends.
+
+    Raises:
+        ModelError: PEFT can't put this adapter on this base.
+    """
+    try:
+        with warnings.catch_warnings():
+            # PEFT asks transformers by a name that transformers 5 calls deprecated: nothing a user could act on
+            warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
+            peft_model: Any = PeftModel.from_pretrained(bench.model, str(folder), is_trainable=trainable)
+    except (RuntimeError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(
+            f"{folder}: PEFT can't put it on {bench.loaded.name} ({first_line(error)}); give the base that it was trained on with --base"
+        ) from None
+    peft_model.train(False)
+    try:
+        yield peft_model
+    finally:
+        base = peft_model.unload()
+        base.requires_grad_(False)
+        if hasattr(base, "peft_config"):
+            del base.peft_config
+
+
+def train_attached(bench: Bench, peft_model: Any, learning_rate: float, seed: int = 0) -> None:
+    """Train what is trainable for the bench's steps, on the batches of `seed`: the same for whatever is attached.
+
+    Raises:
+        RunError: the loss became NaN.
+    """
+    settings = bench.settings
+    parameters = [parameter for parameter in peft_model.parameters() if parameter.requires_grad]
+    optimizer = make_optimizer(parameters, learning_rate, settings)
+    factor = rate_schedule(settings, bench.steps)
+    for module in peft_model.modules():
+        if isinstance(module, LoraLayer):
+            module.lora_dropout.train()
+    for step, indices in enumerate(bench.batch_plan(seed)):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate * factor(step)
+        torch.manual_seed(seed * 1_000_003 + step)  # of adapter dropout
+        loss = _step_loss(bench, indices)
+        if loss != loss:
+            raise RunError(f"training diverged at step {step + 1} of {bench.steps}; give a lower learning rate")
+        if settings.max_grad_norm > 0:
+            torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+
+def _step_loss(bench: Bench, indices: list[int]) -> float:
+    """Gradients of one optimizer step, over micro-batches; the loss summed over labels."""
+    size = bench.settings.batch_size
+    batches = [bench.batch("train", indices[start : start + size]) for start in range(0, len(indices), size)]
+    if bench.data.is_classification:
+        labels = len(indices)
+    else:
+        labels = sum(int((batch.labels[:, 1:] != -100).sum()) for batch in batches)
+    total = 0.0
+    for batch in batches:
+        result = bench.losses("train", batch, 1 / labels)
+        torch.autograd.backward(result.total)
+        total += float(result.item_losses.sum())
+    return total
+
+
+def finished_trial(
+    name: str, rank: int, scores: Scores, metric: str, *, seed: int = 0, steps: int = 0, learning_rate: float = 0.0
+) -> TrialFinished:
+    """Held-out scores as the record that `decide` reads."""
+    return TrialFinished(
+        trial_id=name,
+        rank=rank,
+        learning_rate=learning_rate,
+        lora_alpha=1.0,
+        seed=seed,
+        steps=steps,
+        value=scores.metrics[metric],
+        metrics=scores.metrics,
+        item_losses=scores.losses,
+        item_tokens=scores.tokens,
+        item_correct=scores.correct,
+        train_value=None,
+        points=[],
+        trainable_parameters=0,
+        train_seconds=0.0,
+        train_tokens=0,
+        eval_seconds=0.0,
+        peak_bytes=0,
+    )

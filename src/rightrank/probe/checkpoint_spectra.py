@@ -1,0 +1,167 @@
+"""`inspect --base A --finetuned B`: every matrix that full fine-tuning changed, one at a time.
+
+Small matrices are decomposed exactly. Of larger ones the leading singular values come from a randomised range finder
+with power iterations (Halko, Martinsson and Tropp 2011); the energy of the whole difference is exact, so what the
+leading values leave over is known.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from rightrank.errors import ModelError
+from rightrank.io.weights import WeightFolder, open_weights
+from rightrank.probe.spectrum import Circumstances, Update, describe, flag_dead, summarise
+from rightrank.probe_records import Inspection
+
+Floats = NDArray[np.float64]
+
+EXACT_SIDE = 1024  # up to this shorter side a difference is decomposed exactly
+SKETCH_RANK = 128
+OVERSAMPLING = 32
+POWER_ITERATIONS = 3  # a singular value well above the rest then has a relative error under 1e-3
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """A tensor that both checkpoints hold, and by how much it changed."""
+
+    name: str
+    shape: tuple[int, ...]
+    delta: torch.Tensor | None  # float32; None where nothing changed
+
+
+def inspect_checkpoints(
+    base: Path, finetuned: Path, sketch_rank: int = SKETCH_RANK, on_matrix: Callable[[str], None] = lambda _: None
+) -> Inspection:
+    """The spectra of `finetuned` minus `base`; memory is that of one matrix.
+
+    Raises:
+        ModelError: a folder without safetensors, or two that differ in names or shapes.
+    """
+    before, after = open_weights(base), open_weights(finetuned)
+    require_alike(before, after)
+    updates: list[Update] = []
+    not_matrices: list[str] = []
+    unchanged = 0
+    for difference in differences(before, after):
+        if difference.delta is None:
+            unchanged += 1
+        elif len(difference.shape) < 2:
+            not_matrices.append(difference.name)
+        else:
+            on_matrix(difference.name)
+            updates.append(matrix_update(difference.name, difference.delta.flatten(1), sketch_rank))
+    if not updates and not not_matrices:
+        raise ModelError(f"{finetuned}: every tensor is equal to that of {base}; give a fine-tuned model of this base")
+    modules = flag_dead([describe(update) for update in updates])
+    about = Circumstances(
+        "checkpoints",
+        "none",
+        str(base),
+        sum(update.parameters for update in updates),
+        unchanged=unchanged,
+        not_matrices=tuple(not_matrices),
+    )
+    return Inspection(modules=modules, summary=summarise(modules, about))
+
+
+def require_alike(before: WeightFolder, after: WeightFolder) -> None:
+    """Refuse two checkpoints that are not of one architecture.
+
+    Raises:
+        ModelError: a name or a shape that only one has.
+    """
+    for ours, theirs in ((before, after), (after, before)):
+        missing = sorted(ours.files.keys() - theirs.files.keys())
+        if missing:
+            raise ModelError(
+                f"{theirs.path}: has no tensor {missing[0]} that {ours.path} has ({len(missing)} such); give two checkpoints of one architecture"
+            )
+    for name, shape in before.shapes.items():
+        if after.shapes[name] != shape:
+            raise ModelError(
+                f"{name}: {list(shape)} in {before.path} and {list(after.shapes[name])} in {after.path}; give two checkpoints of one architecture"
+            )
+
+
+def differences(before: WeightFolder, after: WeightFolder) -> Iterator[Difference]:
+    """Every tensor of both, in the order of names; integer buffers are left out.
+
+    Raises:
+        ModelError: a value that is NaN or infinite.
+    """
+    for name in sorted(before.files, key=natural):
+        old, new = before.tensor(name), after.tensor(name)
+        if not old.is_floating_point():
+            continue
+        if torch.equal(old, new.to(old.dtype)) and torch.equal(new, old.to(new.dtype)):
+            yield Difference(name, before.shapes[name], None)
+            continue
+        delta = new.float()
+        delta -= old
+        if not torch.isfinite(delta).all():
+            raise ModelError(
+                f"{name}: NaN or infinite values in {before.path} or {after.path}; give a sound checkpoint"
+            )
+        yield Difference(name, before.shapes[name], delta)
+
+
+def natural(name: str) -> list[tuple[int, int, str]]:
+    """Sorts layer 2 before layer 10."""
+    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in name.split(".")]
+
+
+def matrix_update(name: str, delta: torch.Tensor, sketch_rank: int) -> Update:
+    """The record of one difference; exact up to a shorter side of EXACT_SIDE, and else its leading part."""
+    energy = float(delta.double().square().sum()) if delta.numel() < 2**22 else _energy(delta)
+    if min(delta.shape) <= EXACT_SIDE:
+        values = exact_values(delta)
+        energy = float(np.sum(values**2))
+    else:
+        values = sketched_svd(delta, sketch_rank)[1].numpy()
+    return Update(
+        name=name.removesuffix(".weight"),
+        kind="matrix",
+        shape=(delta.shape[0], delta.shape[1]),
+        rank=min(delta.shape),
+        scaling=1.0,
+        values=values,
+        energy=energy,
+        parameters=delta.numel(),
+    )
+
+
+def exact_values(delta: torch.Tensor) -> Floats:
+    """All singular values, through the QR of the taller orientation."""
+    tall = delta if delta.shape[0] >= delta.shape[1] else delta.T
+    triangle = torch.linalg.qr(tall, mode="r").R.double()
+    values: Floats = torch.linalg.svdvals(triangle).numpy()
+    return values
+
+
+def sketched_svd(delta: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The leading `(U [d, rank], s [rank], Vᵀ [rank, k])` of a matrix, in float64 once it is small."""
+    width = min(rank + OVERSAMPLING, *delta.shape)
+    probe = torch.randn(delta.shape[1], width, generator=torch.Generator().manual_seed(0))
+    basis = torch.linalg.qr(delta @ probe).Q
+    for _ in range(POWER_ITERATIONS):
+        basis = torch.linalg.qr(delta.T @ basis).Q
+        basis = torch.linalg.qr(delta @ basis).Q
+    small = (basis.T @ delta).double()
+    u, s, vt = torch.linalg.svd(small, full_matrices=False)
+    kept = min(rank, len(s))
+    return basis.double() @ u[:, :kept], s[:kept], vt[:kept]
+
+
+def _energy(delta: torch.Tensor) -> float:
+    """‖Δ‖²_F in float64, a block of rows at a time."""
+    rows = max(1, 2**22 // delta.shape[1])
+    blocks = (delta[start : start + rows] for start in range(0, len(delta), rows))
+    return float(sum(float(block.double().square().sum()) for block in blocks))

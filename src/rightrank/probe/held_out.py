@@ -1,0 +1,135 @@
+"""`resize --data`: the smallest rank whose held-out loss is not worse by the margin, by the decision's own rule.
+
+Every candidate is written as the adapter that it would be, put on the base by PEFT, and measured on the same items;
+with recovery each is trained for the same steps on the same batches, the reference too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from rightrank.decide import decide, table_of
+from rightrank.engine.bench import Bench, Scores
+from rightrank.io.adapter_folder import AdapterFolder, open_adapter, require_absent, write_adapter
+from rightrank.io.adapters import save_adapter
+from rightrank.probe.bench_of import adapter_on, finished_trial, train_attached
+from rightrank.probe.rank_choice import RankChoice
+from rightrank.probe.resize import write_resized
+from rightrank.probe_records import HeldOut, Resized
+from rightrank.records import Decision, TrialFinished
+from rightrank.settings import DtypeName
+
+
+@dataclass(frozen=True, slots=True)
+class Recovery:
+    """Training after truncation."""
+
+    steps: int
+    learning_rate: float
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Candidates:
+    """What to measure, and how."""
+
+    ranks: Sequence[int]
+    recovery: Recovery | None = None
+    dtype: DtypeName | None = None
+    on_rank: Callable[[int, float], None] = lambda _rank, _value: None
+
+
+@dataclass(frozen=True, slots=True)
+class TruncationCurve:
+    """Held-out results by rank, the base as rank 0, and what the rule makes of them."""
+
+    trials: list[TrialFinished]
+    written: dict[int, Resized]
+    decision: Decision
+    rank: int
+
+
+def resize_by_data(
+    adapter: AdapterFolder,
+    out: Path,
+    bench: Bench,
+    candidates: Candidates,
+    working: Path,
+) -> Resized:
+    """Measure the candidates in the folder `working`, decide, and write the chosen one to `out`.
+
+    Raises:
+        ModelError: the adapter does not fit the base.
+        RunError: recovery diverged.
+    """
+    require_absent(out)
+    curve = truncation_curve(adapter, bench, candidates, working)
+    chosen = open_adapter(working / f"r{curve.rank}")
+    write_adapter(out, chosen.config, {key: _as_before(adapter, chosen, key, candidates.dtype) for key in chosen.keys})
+    resized = curve.written[curve.rank]
+    recovery = candidates.recovery
+    notes = list(resized.notes)
+    if curve.rank == max(module.rank for module in adapter.modules):
+        notes.append("no lower rank is shown to lose less than the margin: the adapter keeps its rank")
+    if recovery is not None:
+        notes.append("recovered: the error is that of the truncation before training")
+    return resized.model_copy(
+        update={
+            "out": str(out),
+            "bytes_after": chosen.weights.stat().st_size,
+            "chosen_by": f"data, margin {curve.decision.margin:g}"
+            + (f", {recovery.steps} recovery steps" if recovery else ""),
+            "held_out": [
+                HeldOut(rank=trial.rank, value=trial.value, recovered_steps=trial.steps) for trial in curve.trials
+            ],
+            "decision": curve.decision,
+            "notes": notes,
+        }
+    )
+
+
+def _as_before(adapter: AdapterFolder, chosen: AdapterFolder, key: str, dtype: DtypeName | None) -> torch.Tensor:
+    """A tensor in the dtype asked for, or in that of the adapter it came from: training works in the base's."""
+    tensor = chosen.tensor(key)
+    if dtype is not None or key not in adapter.keys:
+        return tensor
+    return tensor.to(adapter.tensor(key).dtype)
+
+
+def truncation_curve(adapter: AdapterFolder, bench: Bench, candidates: Candidates, working: Path) -> TruncationCurve:
+    """The held-out loss of every truncation; the candidates stay in `working` as r1, r2, …
+
+    Raises:
+        ModelError: the adapter does not fit the base.
+        RunError: recovery diverged.
+    """
+    metric, recovery = bench.settings.metric, candidates.recovery
+    trials = [finished_trial("base", 0, bench.evaluate("selection"), metric)]
+    written: dict[int, Resized] = {}
+    for rank in sorted(candidates.ranks, reverse=True):
+        folder = working / f"r{rank}"
+        written[rank] = write_resized(adapter, folder, capped(adapter, rank), candidates.dtype)
+        scores = measure(bench, folder, recovery)
+        trials.append(finished_trial(f"r{rank}", rank, scores, metric, steps=recovery.steps if recovery else 0))
+        candidates.on_rank(rank, trials[-1].value)
+    decision = decide(table_of(trials, metric), bench.settings.margin, token_loss=not bench.data.is_classification)
+    return TruncationCurve(trials, written, decision, decision.fallback_rank)
+
+
+def capped(adapter: AdapterFolder, rank: int) -> RankChoice:
+    """This rank for every module that has more; the others stay."""
+    return RankChoice({module.name: min(rank, module.rank) for module in adapter.modules}, f"rank {rank} at most")
+
+
+def measure(bench: Bench, folder: Path, recovery: Recovery | None = None) -> Scores:
+    """Held-out scores of an adapter folder; with recovery trained first, and the folder replaced by the result."""
+    with adapter_on(bench, folder, trainable=recovery is not None) as peft_model:
+        if recovery is not None:
+            train_attached(bench, peft_model, recovery.learning_rate, recovery.seed)
+            base_name = str(peft_model.peft_config["default"].base_model_name_or_path)
+            save_adapter(peft_model, folder, base_name)
+        return bench.evaluate("selection")

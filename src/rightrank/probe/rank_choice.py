@@ -1,0 +1,92 @@
+"""Which rank each module gets: one rank for all, or by energy, or by what stands above the noise."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from rightrank.errors import SettingsError
+from rightrank.io.adapter_folder import AdapterFolder
+from rightrank.maths.spectra import energy_rank, factored_singular_values
+from rightrank.probe.adapter_spectra import inspect_adapter
+
+
+@dataclass(frozen=True, slots=True)
+class RankChoice:
+    """A rank for every module, and by which rule."""
+
+    ranks: Mapping[str, int]
+    chosen_by: str
+    notes: tuple[str, ...] = ()
+
+    @property
+    def common(self) -> int:
+        """The one rank that is enough for every module."""
+        return max(self.ranks.values())
+
+    def as_common(self, rank: int | None = None) -> RankChoice:
+        """The same for all modules: the largest that any needs, or the rank given."""
+        return RankChoice(dict.fromkeys(self.ranks, rank or self.common), self.chosen_by, self.notes)
+
+
+def by_rank(adapter: AdapterFolder, rank: int) -> RankChoice:
+    """One rank for all modules.
+
+    Raises:
+        SettingsError: below 1, or above what some module's ΔW can have.
+    """
+    if rank < 1:
+        raise SettingsError(f"--rank {rank} is not allowed: give a whole number from 1")
+    for module in adapter.modules:
+        if rank > max(module.rank, min(module.rows, module.columns)):
+            raise SettingsError(
+                f"--rank {rank} is above the {min(module.rows, module.columns)} that {module.name} "
+                f"({module.rows} × {module.columns}) can have; give a lower rank"
+            )
+    return RankChoice({module.name: rank for module in adapter.modules}, f"rank {rank}")
+
+
+def by_energy(adapter: AdapterFolder, fraction: float) -> RankChoice:
+    """The fewest singular values of each module that hold this fraction of its energy; never more than it has.
+
+    Raises:
+        SettingsError: not a fraction.
+    """
+    if not (0 < fraction <= 1) or math.isnan(fraction):
+        raise SettingsError(f"--energy {fraction:g} is not allowed: give a fraction above 0 and up to 1, such as 0.99")
+    ranks: dict[str, int] = {}
+    for module in adapter.modules:
+        s = factored_singular_values(*adapter.factors(module))
+        ranks[module.name] = max(1, energy_rank(s, fraction) or module.rank)
+    return RankChoice(ranks, f"energy {fraction:g}")
+
+
+def by_noise(adapter: AdapterFolder) -> RankChoice:
+    """The singular values of each module above the optimal hard threshold; a module where noise is unclear keeps all."""
+    ranks: dict[str, int] = {}
+    unclear: list[str] = []
+    for module, found in zip(adapter.modules, inspect_adapter(adapter.path).modules, strict=True):
+        ranks[module.name] = max(1, found.noise_rank)
+        if "noise_unclear" in found.flags:
+            ranks[module.name] = module.rank
+            unclear.append(module.name)
+    notes = (f"{len(unclear)} module(s) keep their rank: too few singular values to tell noise by",) if unclear else ()
+    return RankChoice(ranks, "noise", notes)
+
+
+def candidate_ranks(adapter: AdapterFolder, asked: Sequence[int] | None = None) -> list[int]:
+    """The ranks to measure: those asked for, or every power of two below the adapter's largest, and that itself.
+
+    Raises:
+        SettingsError: a rank above the adapter's.
+    """
+    top = max(module.rank for module in adapter.modules)
+    if asked:
+        for rank in asked:
+            if not 1 <= rank <= top:
+                raise SettingsError(
+                    f"rank {rank} can't be measured by truncation: the adapter's ranks go from 1 to {top}"
+                )
+        return sorted({*asked, top})
+    return sorted({2**power for power in range(top.bit_length()) if 2**power < top} | {top})

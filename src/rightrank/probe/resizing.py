@@ -1,0 +1,158 @@
+"""`resize` as a whole: from what was asked to the folder that is written."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from rightrank.errors import RunFolderError, SettingsError
+from rightrank.io.adapter_folder import AdapterFolder, open_adapter, require_absent
+from rightrank.probe.rank_choice import RankChoice, by_energy, by_noise, by_rank, candidate_ranks
+from rightrank.probe.resize import require_plain_update, write_resized
+from rightrank.probe_records import Resized, ResizedTogether
+from rightrank.settings import DtypeName, SelectSettings, make_settings
+
+
+@dataclass(frozen=True, slots=True)
+class ResizeRule:
+    """How the rank is chosen: exactly one of `rank`, `energy`, `noise` and `data`."""
+
+    rank: int | None = None
+    energy: float | None = None
+    noise: bool = False
+    data: Path | None = None
+
+    def require_one(self) -> None:
+        given = [
+            name
+            for name, value in (("--rank", self.rank), ("--energy", self.energy), ("--data", self.data))
+            if value is not None
+        ]
+        given += ["--noise"] if self.noise else []
+        if len(given) != 1:
+            raise SettingsError(
+                f"{' and '.join(given) or 'no rule'} given; give exactly one of --rank, --energy, --noise and --data"
+            )
+
+    def require_data_for(self, options: Mapping[str, object]) -> None:
+        """Refuse options that would be skipped: those given (not None, 0 or empty) need data."""
+        given = [name for name, value in options.items() if value]
+        if given and self.data is None:
+            raise SettingsError(f"{given[0]} goes with --data FILE, which was not given; give both, or leave it out")
+
+
+@dataclass(frozen=True, slots=True)
+class ResizeOptions:
+    """What a resize may be told beside the rule. All but `dtype` and `uniform` matter only with data."""
+
+    dtype: DtypeName | None = None  # of the written tensors; None: as they are
+    uniform: bool = False  # one rank for all modules: the largest that any needs
+    base: str | None = None  # the base model; None: the one that the adapter names
+    settings: SelectSettings = field(default_factory=lambda: make_settings({}))
+    ranks: Sequence[int] | None = None  # candidates; None: the powers of two
+    recover_steps: int = 0
+    learning_rate: float | None = None  # of recovery
+    on_rank: Callable[[int, float], None] = lambda _rank, _value: None
+
+
+def resize_adapter(path: Path, out: Path, rule: ResizeRule, options: ResizeOptions) -> Resized:
+    """Write the adapter in `path` at other ranks to `out`.
+
+    Raises:
+        InputError: the adapter, the rule, the data or `out` can't be used; nothing was written.
+        RunError: recovery began and could not finish.
+    """
+    rule.require_one()
+    require_absent(out)
+    adapter = open_adapter(path)
+    require_plain_update(adapter)
+    if rule.data is None:
+        return write_resized(adapter, out, _choice(adapter, rule, options), options.dtype)
+    return _by_data(adapter, out, rule.data, options)
+
+
+def resize_together(paths: Sequence[Path], out: Path, rule: ResizeRule, options: ResizeOptions) -> ResizedTogether:
+    """Several adapters at one common rank, each in a folder of its own name under `out`.
+
+    The common rank is the one asked for, or the largest that any module of any adapter needs: what a server's
+    `max_lora_rank` must be.
+
+    Raises:
+        InputError: one of them can't be used, or two have the same name; nothing was written.
+    """
+    rule.require_one()
+    require_absent(out)
+    if rule.data is not None:
+        raise SettingsError("--data measures one adapter on its own data: resize each alone, then all with --rank")
+    names = [path.resolve().name for path in paths]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise SettingsError(
+            f"two adapters are in folders named {twice!r}; rename one, since OUT gets a folder for each"
+        )
+    adapters = [open_adapter(path) for path in paths]
+    for adapter in adapters:
+        require_plain_update(adapter)
+    choices = [_choice(adapter, rule, options) for adapter in adapters]
+    rank = max(choice.common for choice in choices)
+    for adapter in adapters:
+        by_rank(adapter, rank)  # refuses what no module can have, before anything is written
+    with tempfile.TemporaryDirectory(dir=_existing_parent(out), prefix=".rightrank-") as name:
+        written = [
+            write_resized(adapter, Path(name) / "out" / folder, choice.as_common(rank), options.dtype)
+            for adapter, folder, choice in zip(adapters, names, choices, strict=True)
+        ]
+        (Path(name) / "out").rename(out)
+    moved = [one.model_copy(update={"out": str(out / folder)}) for one, folder in zip(written, names, strict=True)]
+    return ResizedTogether(rank=rank, adapters=moved)
+
+
+def _existing_parent(out: Path) -> Path:
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunFolderError(f"{out}: can't write there ({error.strerror or error}); give a writable folder") from None
+    return out.parent
+
+
+def _choice(adapter: AdapterFolder, rule: ResizeRule, options: ResizeOptions) -> RankChoice:
+    if rule.rank is not None:
+        return by_rank(adapter, rule.rank)
+    choice = by_noise(adapter) if rule.noise else by_energy(adapter, rule.energy or 0.0)
+    return choice.as_common() if options.uniform else choice
+
+
+def _by_data(adapter: AdapterFolder, out: Path, data: Path, options: ResizeOptions) -> Resized:
+    # Heavy imports: only who measures pays for them.
+    from rightrank.probe.bench_of import DataUse, bench_of
+    from rightrank.probe.held_out import Candidates, Recovery, resize_by_data
+
+    if options.recover_steps and options.learning_rate is None:
+        raise SettingsError("--recover needs --learning-rate: give the rate that the adapter was trained at")
+    recovery = Recovery(options.recover_steps, options.learning_rate) if options.learning_rate else None
+    candidates = Candidates(
+        candidate_ranks(adapter, options.ranks),
+        recovery if options.recover_steps else None,
+        options.dtype,
+        options.on_rank,
+    )
+    with tempfile.TemporaryDirectory(prefix="rightrank-") as name:
+        use = DataUse(data, options.settings, Path(name) / "cache", options.recover_steps)
+        bench = bench_of(adapter, options.base, use)
+        return resize_by_data(adapter, out, bench, candidates, Path(name))
+
+
+def whole_numbers(values: Sequence[str] | None, option: str) -> list[int] | None:
+    """The numbers of a list option.
+
+    Raises:
+        SettingsError: one that is not a whole number.
+    """
+    if values is None:
+        return None
+    wrong = next((value for value in values if not value.isdecimal()), None)
+    if wrong is not None:
+        raise SettingsError(f"{option}: got {wrong!r}; give whole numbers with commas between, such as 4,8,16")
+    return [int(value) for value in values]

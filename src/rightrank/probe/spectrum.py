@@ -1,0 +1,141 @@
+"""From singular values to a module's record, and from the modules' records to the summary."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rightrank.maths import spectra
+from rightrank.probe_records import InspectionSummary, ModuleKind, ModuleSpectrum
+
+Floats = NDArray[np.float64]
+
+DEAD_FRACTION = 1e-3  # of the median module's norm
+FEWEST_FOR_NOISE = 8  # singular values from which a median says something of noise
+SENTENCE = (
+    "A spectrum describes where an update's energy is; it does not say which rank is enough: "
+    "held-out data decide (rightrank resize --data, rightrank select)."
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Update:
+    """One module's ΔW as far as its spectrum is known."""
+
+    name: str
+    kind: ModuleKind
+    shape: tuple[int, int]
+    rank: int
+    scaling: float
+    values: Floats  # singular values, falling; all of them unless `energy` is larger than their squares
+    energy: float  # ‖ΔW‖²_F
+    parameters: int
+    base_spectral_norm: float | None = None
+    flags: tuple[str, ...] = ()
+
+
+def describe(update: Update) -> ModuleSpectrum:
+    """The figures of one update."""
+    s, total = update.values, update.energy
+    partial = update.kind == "matrix" and len(s) < min(update.shape)
+    flags = list(update.flags)
+    if partial:
+        flags.append("partial_spectrum")
+    noise, null = _ranks_above_noise(update, partial)
+    if s.any() and not partial and (2 * noise >= len(s) or len(s) < FEWEST_FOR_NOISE):
+        flags.append("noise_unclear")  # the median, taken for noise, may be signal
+    return ModuleSpectrum(
+        name=update.name,
+        kind=update.kind,
+        shape=update.shape,
+        rank=update.rank,
+        scaling=update.scaling,
+        singular_values=[float(value) for value in s],
+        frobenius_norm=float(np.sqrt(total)),
+        spectral_norm=float(s[0]) if len(s) else 0.0,
+        stable_rank=spectra.stable_rank(s, total),
+        effective_rank=None if partial else spectra.effective_rank(s),
+        energy_rank={f"{part:g}": spectra.energy_rank(s, part, total) for part in spectra.ENERGY_FRACTIONS},
+        noise_rank=noise,
+        null_rank=null,
+        base_spectral_norm=update.base_spectral_norm,
+        flags=flags,
+    )
+
+
+def _ranks_above_noise(update: Update, partial: bool) -> tuple[int, int | None]:
+    """By the hard threshold, and by random factors of the same shape.
+
+    For an adapter the noise is taken to live in the r × r core that its factors span; for a matrix, in all entries.
+    """
+    s, (rows, columns) = update.values, update.shape
+    if not s.any():
+        return 0, 0
+    if update.kind != "matrix":
+        return spectra.hard_threshold_rank(s, len(s), len(s)), spectra.null_rank(s, rows, columns)
+    if partial:
+        return spectra.leading_noise_rank(s, update.energy, rows, columns), None
+    return spectra.hard_threshold_rank(s, rows, columns), None
+
+
+def flag_dead(modules: Sequence[ModuleSpectrum]) -> list[ModuleSpectrum]:
+    """With `dead` on every module whose update is tiny beside the others'."""
+    norms = [module.frobenius_norm for module in modules if module.frobenius_norm > 0]
+    limit = DEAD_FRACTION * median(norms) if norms else 0.0
+    return [
+        module.model_copy(update={"flags": [*module.flags, "dead"]})
+        if module.frobenius_norm < limit and "untrained" not in module.flags
+        else module
+        for module in modules
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class Circumstances:
+    """What the summary says beside the modules' figures."""
+
+    kind: Literal["adapter", "checkpoints", "gradient"]
+    scaling_rule: str
+    base_model: str | None
+    parameters: int
+    modules_to_save: tuple[str, ...] = ()
+    unchanged: int = 0
+    not_matrices: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+def summarise(modules: Sequence[ModuleSpectrum], about: Circumstances) -> InspectionSummary:
+    """The whole from its parts."""
+    alive = [module for module in modules if module.frobenius_norm > 0]
+    known = [module for module in alive if module.effective_rank is not None]
+    by_use = sorted(known, key=lambda module: (module.effective_rank or 0.0) / module.rank)
+    return InspectionSummary(
+        kind=about.kind,
+        modules=len(modules),
+        parameters=about.parameters,
+        ranks=sorted({module.rank for module in modules}),
+        scaling_rule=about.scaling_rule,
+        base_model=about.base_model,
+        energy_rank={f"{part:g}": _largest(modules, f"{part:g}") for part in spectra.ENERGY_FRACTIONS},
+        median_effective_rank=median([module.effective_rank or 0.0 for module in known]) if known else None,
+        most_concentrated=by_use[0].name if by_use else None,
+        least_concentrated=by_use[-1].name if by_use else None,
+        untrained=[module.name for module in modules if "untrained" in module.flags],
+        dead=[module.name for module in modules if "dead" in module.flags],
+        modules_to_save=list(about.modules_to_save),
+        unchanged=about.unchanged,
+        not_matrices=list(about.not_matrices),
+        notes=list(about.notes),
+        sentence=SENTENCE,
+    )
+
+
+def _largest(modules: Sequence[ModuleSpectrum], part: str) -> int | None:
+    ranks = [module.energy_rank[part] for module in modules]
+    known = [rank for rank in ranks if rank is not None]
+    return max(known, default=0) if len(known) == len(ranks) else None

@@ -1,0 +1,137 @@
+"""The records of the probe: what `inspect`, `resize` and `allocate` answer with; one JSON object each."""
+
+from __future__ import annotations
+
+from typing import Literal, TypeAlias
+
+from pydantic import Field
+
+from rightrank.records import Decision, Record
+
+ModuleKind: TypeAlias = Literal["linear", "embedding", "convolution", "matrix"]
+
+
+class ModuleSpectrum(Record):
+    """The spectrum of one module's update ΔW."""
+
+    name: str
+    kind: ModuleKind
+    shape: tuple[int, int]  # of ΔW: out × in
+    rank: int  # of the factors; of a matrix its shorter side
+    scaling: float  # s in s·B·A; 1 for a matrix
+    singular_values: list[float]  # of s·B·A, falling; of a large matrix the leading ones
+    frobenius_norm: float
+    spectral_norm: float
+    stable_rank: float
+    effective_rank: float | None  # None where too little of the spectrum is known
+    energy_rank: dict[str, int | None]  # by fraction; None where it lies beyond the known singular values
+    noise_rank: int  # above the optimal hard threshold
+    null_rank: int | None  # above random factors of the same shape; None for a matrix
+    base_spectral_norm: float | None = None  # of the base's weight, where it is at hand
+    flags: list[str] = Field(default_factory=list)  # untrained, dead, dora, lora_bias, noise_unclear, partial_spectrum
+
+
+class InspectionSummary(Record):
+    """The whole adapter or checkpoint."""
+
+    kind: Literal["adapter", "checkpoints", "gradient"]
+    modules: int
+    parameters: int  # of the factors
+    ranks: list[int]  # those that occur
+    scaling_rule: str
+    base_model: str | None
+    energy_rank: dict[str, int | None]  # the largest of any module: what one common rank would have to be
+    median_effective_rank: float | None
+    most_concentrated: str | None  # the module that uses least of its rank
+    least_concentrated: str | None
+    untrained: list[str]  # B = 0: no step was taken
+    dead: list[str]  # updates under a thousandth of the median module's
+    modules_to_save: list[str]  # trained whole, beside the factors
+    unchanged: int = 0  # checkpoints: matrices that are equal in both
+    not_matrices: list[str] = Field(
+        default_factory=list
+    )  # checkpoints: changed tensors that have no rank (norms, biases)
+    notes: list[str] = Field(default_factory=list)
+    sentence: str
+
+
+class Inspection(Record):
+    """`inspect --json`."""
+
+    modules: list[ModuleSpectrum]
+    summary: InspectionSummary
+
+
+class ModuleResize(Record):
+    """What became of one module."""
+
+    name: str
+    from_rank: int
+    rank: int
+    relative_delta_error: float  # ‖ΔW' − ΔW‖ / ‖ΔW‖ of the tensors as written
+
+
+class HeldOut(Record):
+    """A truncation measured on held-out data."""
+
+    rank: int
+    value: float
+    recovered_steps: int = 0
+
+
+class Resized(Record):
+    """`resize --json`."""
+
+    rank: int | None  # None where modules differ
+    relative_delta_error: float  # over all modules, ΔW as written against ΔW as it was
+    modules: list[ModuleResize]
+    out: str
+    parameters_before: int
+    parameters_after: int
+    bytes_before: int
+    bytes_after: int
+    chosen_by: str
+    held_out: list[HeldOut] = Field(default_factory=list)
+    decision: Decision | None = None
+    notes: list[str] = Field(default_factory=list)
+
+
+class ResizedTogether(Record):
+    """Several adapters at one common rank."""
+
+    rank: int
+    adapters: list[Resized]
+
+
+class AllocationTrial(Record):
+    """One trained pattern at the budget of parameters."""
+
+    pattern: Literal["uniform", "allocated", "shuffled"]
+    seed: int
+    parameters: int
+    value: float
+    ranks: dict[str, int]
+
+
+class AllocationVerdict(Record):
+    """One paired comparison: positive differences mean that the allocated ranks are worse."""
+
+    against: Literal["uniform", "shuffled"]
+    difference: float
+    low: float
+    high: float
+    better: bool  # the whole 95% interval lies below 0
+
+
+class Allocation(Record):
+    """`allocate --json`."""
+
+    proposal: Literal["uniform", "pattern"]
+    sentence: str
+    by: str
+    rank: int  # of the uniform adapter at the same budget
+    parameters: int
+    rank_pattern: dict[str, int]
+    alpha_pattern: dict[str, float] = Field(default_factory=dict)
+    verdicts: list[AllocationVerdict]
+    trials: list[AllocationTrial]

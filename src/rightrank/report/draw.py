@@ -1,0 +1,172 @@
+"""Figures drawn by matplotlib: SVG and PNG files, and SVG inside the report that follows the page's colours."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from functools import lru_cache
+from io import BytesIO
+from math import ceil
+from typing import Any
+
+from rightrank.report.figure import AnyFigure, Figure, HeatMap, Series, Tone, visible
+
+# The page's colours by role: on paper, and the style sheet's variable that takes their place inside the report.
+INK, FAINT, LINE = "#1d2b34", "#5b6b74", "#d6dde1"
+TONES: dict[str, str] = {"main": "#1c5d7f", "second": "#8a5a00", "accent": "#b5402a", "faint": FAINT}
+SEQUENCE = (
+    "#3b528b",
+    "#c2571a",
+    "#21756b",
+    "#8e3b8a",
+    "#7a6a00",
+    "#b3344f",
+    "#2f6fb0",
+    "#5c7f1e",
+    "#6a4c93",
+    "#444444",
+)
+BAND = "#2a9d90"
+VARIABLES = {INK: "--ink", FAINT: "--faint", LINE: "--line", BAND: "--band"} | {
+    colour: f"--{name}" for name, colour in TONES.items() if name != "faint"
+}
+VARIABLES |= {colour: f"--s{place}" for place, colour in enumerate(SEQUENCE)}
+MOST_LABELS = 12
+SIZE = (7.0, 4.0)
+
+
+def draw(figure: AnyFigure, image_format: str) -> bytes:
+    """The figure as `svg` or `png` bytes; the same figure gives the same bytes."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure as Canvas
+
+    with rc_context(_style(figure.name)), warnings.catch_warnings():
+        # a name in letters that the font lacks: an SVG is set in the reader's fonts anyway
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+        canvas = Canvas(figsize=SIZE)
+        canvas.subplots_adjust(left=0.12, right=0.97, top=0.9, bottom=0.13)  # fixed: a layout solver triples the time
+        axes: Any = canvas.add_subplot()
+        if isinstance(figure, HeatMap):
+            _draw_map(axes, figure)
+        else:
+            _draw_figure(axes, figure)
+        axes.set_title(visible(figure.title), fontsize=11, loc="left", color=INK)
+        buffer = BytesIO()
+        metadata: Any = {"Date": None} if image_format == "svg" else {"Software": None}
+        canvas.savefig(buffer, format=image_format, dpi=144, metadata=metadata, transparent=image_format == "svg")
+    return buffer.getvalue()
+
+
+@lru_cache(maxsize=64)  # a report is written after every trial, and most of its figures stay as they were
+def inline_svg(figure: AnyFigure) -> str:
+    """The SVG element alone, in the page's colours, hidden from screen readers: the page says its `alt` itself."""
+    text = draw(figure, "svg").decode()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    text = re.sub(r'(<svg[^>]*?) width="[^"]*" height="[^"]*"|(<svg[^>]*?) height="[^"]*"', r"\1\2", text, count=1)
+    for colour, name in VARIABLES.items():
+        text = text.replace(colour, f"var({name})")
+    prefix = figure.name.replace("_", "")  # several drawings share one page: their ids must not meet
+    text = re.sub(r'\bid="([^"]+)"', rf'id="{prefix}-\1"', text)
+    text = re.sub(r'href="#([^"]+)"', rf'href="#{prefix}-\1"', text)
+    text = re.sub(r"url\(#([^)]+)\)", rf"url(#{prefix}-\1)", text)
+    return text.replace("<svg", '<svg aria-hidden="true" focusable="false"', 1)
+
+
+def _style(name: str) -> Any:
+    return {
+        "svg.hashsalt": name,
+        "svg.fonttype": "none",  # text stays text: smaller, and found by the browser's search
+        "font.family": "sans-serif",
+        "font.sans-serif": ["DejaVu Sans"],
+        "font.size": 10,
+        "text.parse_math": False,  # a $ in a metric's name is a dollar
+        "text.color": INK,
+        "axes.labelcolor": INK,
+        "axes.edgecolor": FAINT,
+        "xtick.color": FAINT,
+        "ytick.color": FAINT,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.grid": False,
+    }
+
+
+def colour_of(tone: Tone) -> str:
+    return SEQUENCE[tone % len(SEQUENCE)] if isinstance(tone, int) else TONES[tone]
+
+
+def _draw_figure(axes: Any, figure: Figure) -> None:
+    for band in figure.bands:
+        axes.axhspan(band.low, band.high, color=BAND, alpha=0.25, lw=0, label=visible(band.label))
+    for level in figure.levels:
+        axes.axhline(level.value, color=FAINT, ls=":", lw=1.3, label=visible(level.label))
+    named: set[str] = set()
+    for series in figure.series:
+        _draw_series(axes, series, labelled=series.label not in named and len(named) < MOST_LABELS)
+        named.add(series.label)
+    for mark in figure.marks:
+        axes.plot(
+            [mark.x], [mark.y], "o", ms=14, mfc="none", mec=colour_of(mark.tone), mew=2.2, label=visible(mark.label)
+        )
+    _set_scale(axes, "x", figure.x.scale, figure.x.ticks)
+    _set_scale(axes, "y", figure.y.scale, figure.y.ticks)
+    if figure.y.limits is not None:
+        axes.set_ylim(*figure.y.limits)
+    axes.set_xlabel(visible(figure.x.label))
+    axes.set_ylabel(visible(figure.y.label))
+    handles, _ = axes.get_legend_handles_labels()
+    if len(handles) > 1:
+        axes.legend(frameon=False, fontsize=8, ncols=ceil(len(handles) / 8))
+
+
+def _draw_series(axes: Any, series: Series, labelled: bool) -> None:
+    colour = colour_of(series.tone)
+    if series.high:
+        below = [max(0.0, y - low) for y, low in zip(series.y, series.low, strict=True)]
+        above = [max(0.0, high - y) for y, high in zip(series.y, series.high, strict=True)]
+        axes.errorbar(series.x, series.y, yerr=[below, above], fmt="none", ecolor=colour, alpha=0.5, capsize=4)
+    label = visible(series.label) if labelled else None
+    style = "--" if series.dashed else "-"
+    if series.kind == "step":
+        axes.step(series.x, series.y, where="post", color=colour, lw=2, ls=style, label=label)
+    else:
+        axes.plot(
+            series.x,
+            series.y,
+            color=colour,
+            lw=1.8,
+            ls="" if series.kind == "points" else style,
+            marker="" if series.kind == "line" else "o",
+            ms=5,
+            label=label,
+        )
+
+
+def _set_scale(axes: Any, which: str, scale: str, ticks: tuple[float, ...]) -> None:
+    if scale != "linear":
+        from matplotlib.ticker import StrMethodFormatter
+
+        getattr(axes, f"set_{which}scale")("log", base=2 if scale == "log2" else 10)
+        getattr(axes, f"{which}axis").set_major_formatter(StrMethodFormatter("{x:g}"))
+    if ticks:
+        shown = ticks if len(ticks) <= MOST_LABELS else ticks[:: ceil(len(ticks) / MOST_LABELS)]
+        getattr(axes, f"set_{which}ticks")(shown, [f"{tick:g}" for tick in shown])
+        axes.minorticks_off()
+
+
+def _draw_map(axes: Any, figure: HeatMap) -> None:
+    shades = [[figure.shade(value) for value in row] for row in figure.values]
+    colours = [[-0.25 if shade is None else shade for shade in row] for row in shades]
+    axes.imshow(colours, cmap="GnBu", vmin=-0.25, vmax=1.6, aspect="auto")
+    axes.set_xticks(range(len(figure.column_names)), [visible(name) for name in figure.column_names])
+    axes.set_yticks(range(len(figure.row_names)), [visible(name) for name in figure.row_names])
+    axes.set_xlabel(figure.column_label)
+    axes.set_ylabel(figure.row_label)
+    if len(figure.row_names) * len(figure.column_names) > 150:
+        return  # too many to read: the CSV has them
+    for row, values in enumerate(figure.values):
+        for column, value in enumerate(values):
+            text = figure.notes[row][column] if value is None else f"{value:.4g}"
+            weight = "bold" if figure.best[row] == column else "normal"
+            axes.text(column, row, text, ha="center", va="center", fontsize=8, color=INK, fontweight=weight)

@@ -1,0 +1,288 @@
+"""From a run's records to its figures: pure functions, plain data out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from statistics import fmean
+
+from rightrank.decide.run import Records
+from rightrank.records import Decision, RankEvidence, TrialFinished
+from rightrank.report.figure import AnyFigure, Axis, Figure, HeatMap, Level, Series
+from rightrank.report.rank_curve import rank_figure
+from rightrank.report.wording import amount, metric_axis, metric_unit, rank_axis
+
+MIB = 2**20
+
+
+def figures_of(
+    records: Records, decision: Decision | None, planned_bytes: Mapping[int, int] | None = None
+) -> list[AnyFigure]:
+    """Every figure that the records have something for, the rank curve first."""
+    figures: list[AnyFigure | None] = []
+    if decision is not None:
+        figures += [rank_figure(decision), staircase_figure(decision), difference_figure(decision)]
+    figures += [
+        learning_figure(records, decision),
+        rate_map(records),
+        memory_figure(records, planned_bytes or {}),
+        time_figure(records),
+    ]
+    return [figure for figure in figures if figure is not None]
+
+
+def trained(decision: Decision) -> list[RankEvidence]:
+    """The ranks that were trained, ascending."""
+    return sorted((evidence for evidence in decision.ranks if evidence.rank > 0), key=lambda evidence: evidence.rank)
+
+
+def margin_steps(decision: Decision) -> list[tuple[float, int]]:
+    """`(margin, rank)`: from just above this margin on, this rank is enough; the first margin is 0.
+
+    Exact, from the ranks' bounds: walking down from the reference, a rank is reached when its bound and all bounds
+    above it lie below the margin. Where that disagrees with the decision's own staircase, the staircase stands.
+    """
+    below = sorted((e for e in trained(decision) if e.rank < decision.reference_rank), key=lambda e: -e.rank)
+    steps, needed = [(0.0, decision.reference_rank)], 0.0
+    for evidence in below:
+        if evidence.difference_high is None:
+            return _staircase_steps(decision)
+        needed = max(needed, evidence.difference_high, 0.0)
+        if needed == steps[-1][0]:
+            steps[-1] = (needed, evidence.rank)
+        else:
+            steps.append((needed, evidence.rank))
+    agrees = all(rank_at(steps, step.margin) == step.rank for step in decision.staircase)
+    return steps if agrees else _staircase_steps(decision)
+
+
+def rank_at(steps: Sequence[tuple[float, int]], margin: float) -> int:
+    """The rank that is enough at a margin above 0."""
+    return next(rank for needed, rank in reversed(steps) if needed < margin or needed == 0.0)
+
+
+def _staircase_steps(decision: Decision) -> list[tuple[float, int]]:
+    steps = [(0.0, decision.staircase[0].rank if decision.staircase else decision.reference_rank)]
+    for before, after in pairwise(decision.staircase):
+        if after.rank != before.rank:
+            steps.append((after.margin * (1 - 1e-9), after.rank))  # reached at that margin, not after it
+    return steps
+
+
+def margin_range(decision: Decision) -> tuple[float, float]:
+    """The margins worth looking at: from under the decision's own to where the smallest rank is enough."""
+    steps = margin_steps(decision)
+    margins = [step.margin for step in decision.staircase] + [decision.margin]
+    return min(min(margins), decision.margin / 5), max(max(margins), decision.margin * 5, steps[-1][0] * 2)
+
+
+def staircase_figure(decision: Decision) -> Figure:
+    """Margin → rank as a staircase."""
+    steps = margin_steps(decision)
+    low, high = margin_range(decision)
+    corners = [(low, rank_at(steps, low))] + [step for step in steps if low < step[0] < high]
+    corners.append((high, rank_at(steps, high)))
+    ranks = sorted({rank for _, rank in corners})
+    said = "; ".join(f"above {needed:.2g}, rank {rank}" for needed, rank in corners[1:-1])
+    return Figure(
+        name="staircase",
+        title="Which rank is enough at which margin",
+        alt=f"Staircase of the smallest rank shown to be enough. At a margin of {low:.2g}, rank {corners[0][1]}"
+        + (f"; {said}." if said else " at every margin shown."),
+        x=Axis(f"margin, {metric_unit(decision.metric)}", "log10"),
+        y=Axis("smallest rank enough", "log2", tuple(ranks)),
+        series=(
+            Series("enough", tuple(c[0] for c in corners), tuple(c[1] for c in corners), kind="step", tone="main"),
+        ),
+        columns=("margin above", "rank"),
+        rows=tuple(steps),
+    )
+
+
+def difference_figure(decision: Decision) -> Figure | None:
+    """How much worse each rank is than the reference, paired, with the bound that is tested."""
+    rows = [e for e in trained(decision) if e.difference is not None]
+    if len(rows) < 2:
+        return None
+    differences = tuple(e.difference for e in rows if e.difference is not None)
+    highs = tuple(d if e.difference_high is None else e.difference_high for d, e in zip(differences, rows, strict=True))
+    enough = [str(e.rank) for e in rows if e.non_inferior]
+    return Figure(
+        name="paired_differences",
+        title=f"Worse than rank {decision.reference_rank} by, paired item by item",
+        alt=f"Paired difference of every rank from rank {decision.reference_rank} with its upper bound. "
+        f"Below the margin of {decision.margin:g}: " + (f"rank {', '.join(enough)}." if enough else "none."),
+        x=rank_axis([e.rank for e in rows]),
+        y=Axis(f"worse by, {metric_unit(decision.metric)}"),
+        series=(
+            Series(
+                f"difference and its {decision.confidence:.0%} upper bound",
+                tuple(e.rank for e in rows),
+                differences,
+                low=differences,
+                high=highs,
+                kind="points",
+            ),
+        ),
+        levels=(Level(f"margin {decision.margin:g}", decision.margin), Level("no difference", 0.0)),
+        columns=("rank", "difference", "upper bound", "enough"),
+        rows=tuple(
+            (e.rank, d, h, "" if e.non_inferior is None else "yes" if e.non_inferior else "no")
+            for e, d, h in zip(rows, differences, highs, strict=True)
+        ),
+    )
+
+
+def learning_figure(records: Records, decision: Decision | None) -> Figure | None:
+    """Held-out and training values along the steps, each rank at its best rate, means over seeds."""
+    best = _best_trials(records, decision)
+    base = next((trial.value for trial in records.finished() if trial.rank == 0), None)
+    series: list[Series] = []
+    rows: list[tuple[int, int, float, float | None]] = []
+    for place, (rank, trials) in enumerate(best.items()):
+        steps = sorted({point.step for trial in trials for point in trial.points})
+        held, train = [], []
+        for step in steps:
+            points = [point for trial in trials for point in trial.points if point.step == step]
+            trained_values = [point.train_value for point in points if point.train_value is not None]
+            held.append(fmean(point.value for point in points))
+            train.append(fmean(trained_values) if trained_values else None)
+            rows.append((rank, step, held[-1], train[-1]))
+        known = [(step, value) for step, value in zip(steps, train, strict=True) if value is not None]
+        if steps and base is not None:  # before its first step an adapter changes nothing
+            series.append(Series(f"rank {rank}", (0, *steps), (base, *held), tone=place))
+        elif steps:
+            series.append(Series(f"rank {rank}", tuple(steps), tuple(held), tone=place))
+        if known and records.started.metric == "loss":
+            x, y = tuple(step for step, _ in known), tuple(value for _, value in known)
+            series.append(Series(f"rank {rank}", x, y, kind="line", dashed=True, tone=place))
+    if not series:
+        return None
+    ends = ", ".join(f"rank {rank} {fmean(t.value for t in trials):.4g}" for rank, trials in best.items())
+    return Figure(
+        name="learning_curves",
+        title="Learning curves (training dashed)",
+        alt=f"Held-out {records.started.metric} along training, each rank at its best rate. At the end: {ends}.",
+        x=Axis("step"),
+        y=metric_axis(records.started.metric, "held-out"),
+        series=tuple(series),
+        columns=("rank", "step", "held-out", "training"),
+        rows=tuple(rows),
+    )
+
+
+def rate_map(records: Records) -> HeatMap | None:
+    """Rank × learning rate: the mean value of each cell, the best rate of each rank marked."""
+    arms = [outcome for outcome in records.outcomes if outcome.rank > 0]
+    ranks = sorted({outcome.rank for outcome in arms})
+    rates = sorted({outcome.learning_rate for outcome in arms})
+    finished = [outcome for outcome in arms if isinstance(outcome, TrialFinished)]
+    if not finished:
+        return None
+    values: list[tuple[float | None, ...]] = []
+    notes: list[tuple[str, ...]] = []
+    for rank in ranks:
+        cells = [[o for o in arms if (o.rank, o.learning_rate) == (rank, rate)] for rate in rates]
+        done = [[o.value for o in cell if isinstance(o, TrialFinished)] for cell in cells]
+        values.append(tuple(fmean(cell) if cell else None for cell in done))
+        notes.append(tuple(_cell_note(len(c), len(d)) for c, d in zip(cells, done, strict=True)))
+    lower = not records.started.higher_is_better
+    best = tuple(_best_column(row, lower) for row in values)
+    said = ", ".join(
+        f"rank {rank} at {rates[column]:g}" for rank, column in zip(ranks, best, strict=True) if column is not None
+    )
+    return HeatMap(
+        name="rate_by_rank",
+        title="Learning rate by rank",
+        alt=f"Held-out {records.started.metric} of every rank and learning rate. Best rates: {said}.",
+        row_label="rank",
+        column_label="learning rate",
+        row_names=tuple(str(rank) for rank in ranks),
+        column_names=tuple(f"{rate:g}" for rate in rates),
+        values=tuple(values),
+        notes=tuple(notes),
+        best=best,
+        lower_is_better=lower,
+    )
+
+
+def memory_figure(records: Records, planned_bytes: Mapping[int, int]) -> Figure | None:
+    """Peak memory against rank: measured, and planned where there is a plan."""
+    peaks = {
+        rank: max(trial.peak_bytes for trial in trials) / MIB
+        for rank, trials in _by_rank(records.finished()).items()
+        if rank > 0
+    }
+    peaks = {rank: peak for rank, peak in peaks.items() if peak > 0}
+    planned = {rank: planned_bytes[rank] / MIB for rank in peaks if rank in planned_bytes}
+    if not peaks:
+        return None
+    series = [Series("measured", tuple(peaks), tuple(peaks.values()))]
+    if planned:
+        series.append(Series("planned", tuple(planned), tuple(planned.values()), dashed=True, tone="second"))
+    return Figure(
+        name="memory",
+        title="Peak memory of a training",
+        alt=f"Peak memory by rank: {_listed(peaks, 'MiB')}.",
+        x=rank_axis(list(peaks)),
+        y=Axis("peak memory, MiB"),
+        series=tuple(series),
+        columns=("rank", "measured MiB", "planned MiB"),
+        rows=tuple((rank, peak, planned.get(rank)) for rank, peak in peaks.items()),
+    )
+
+
+def time_figure(records: Records) -> Figure | None:
+    """Seconds of a training against rank, the mean over its trials, and of its evaluations."""
+    groups = {rank: trials for rank, trials in _by_rank(records.finished()).items() if rank > 0}
+    if not groups:
+        return None
+    train = {rank: fmean(trial.train_seconds for trial in trials) for rank, trials in groups.items()}
+    evaluation = {rank: fmean(trial.eval_seconds for trial in trials) for rank, trials in groups.items()}
+    return Figure(
+        name="time",
+        title="Time of a training",
+        alt=f"Seconds a training by rank: {_listed(train, 's')}.",
+        x=rank_axis(list(train)),
+        y=Axis("seconds"),
+        series=(
+            Series("training", tuple(train), tuple(train.values())),
+            Series("evaluation", tuple(evaluation), tuple(evaluation.values()), tone="second"),
+        ),
+        columns=("rank", "training seconds", "evaluation seconds"),
+        rows=tuple((rank, train[rank], evaluation[rank]) for rank in train),
+    )
+
+
+def _best_trials(records: Records, decision: Decision | None) -> dict[int, list[TrialFinished]]:
+    """Of each rank the trials at its best rate: the decision's where it names them."""
+    finished = records.finished()
+    by_id = {trial.trial_id: trial for trial in finished}
+    if decision is not None:
+        named = {e.rank: [by_id[i] for i in e.trial_ids if i in by_id] for e in trained(decision)}
+        return {rank: trials for rank, trials in named.items() if trials}
+    sign = -1 if records.started.higher_is_better else 1
+    groups = {rank: trials for rank, trials in _by_rank(finished).items() if rank > 0}
+    return {rank: [min(trials, key=lambda trial: sign * trial.value)] for rank, trials in groups.items()}
+
+
+def _by_rank(trials: Sequence[TrialFinished]) -> dict[int, list[TrialFinished]]:
+    ranks = sorted({trial.rank for trial in trials})
+    return {rank: [trial for trial in trials if trial.rank == rank] for rank in ranks}
+
+
+def _best_column(row: tuple[float | None, ...], lower: bool) -> int | None:
+    known = [(value if lower else -value, column) for column, value in enumerate(row) if value is not None]
+    return min(known)[1] if known else None
+
+
+def _cell_note(asked: int, finished: int) -> str:
+    if asked == 0:
+        return "not tried"
+    if finished == 0:
+        return "no result"
+    return f"×{finished}" if finished > 1 else ""
+
+
+def _listed(values: Mapping[int, float], unit: str) -> str:
+    return ", ".join(f"rank {rank} {amount(value)} {unit}" for rank, value in values.items())

@@ -1,0 +1,205 @@
+"""What `inspect`, `resize` and `allocate` print for a person."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypeAlias
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from rightrank.probe_records import Allocation, Inspection, ModuleSpectrum, Resized, ResizedTogether
+from rightrank.report.heat_map import Figure, HeatMap, heat_map, short
+
+MOST_ROWS = 20  # modules in the table; the heat map and --json have all
+TABLE_WIDTH = 112  # columns are never cut to a narrow terminal
+SHADES = (17, 18, 24, 30, 65, 101, 143, 185, 227)  # of the 256 terminal colours, dark to light
+
+
+Answer: TypeAlias = Inspection | Resized | ResizedTogether | Allocation
+
+
+def print_record(console: Console, record: Answer, figure: Figure, every: bool) -> None:
+    """Whichever of the probe's answers it is."""
+    console.width = max(console.width, TABLE_WIDTH)
+    if isinstance(record, Inspection):
+        print_inspection(console, record, figure, every)
+    elif isinstance(record, Resized):
+        print_resized(console, record)
+    elif isinstance(record, ResizedTogether):
+        print_together(console, record)
+    else:
+        print_allocation(console, record)
+
+
+def print_inspection(console: Console, inspection: Inspection, figure: Figure, every: bool) -> None:
+    """Heat map, modules, summary."""
+    summary, modules = inspection.summary, inspection.modules
+    if len(modules) > 1:
+        console.print(heat_text(heat_map(modules, figure)), soft_wrap=True)
+    shown = modules if every or len(modules) <= MOST_ROWS else extremes(modules)
+    console.print(module_table(shown))
+    if len(shown) < len(modules):
+        console.print(
+            f"{len(shown)} of {len(modules)} modules: the most and the least concentrated; --all shows every one"
+        )
+    for name, value in summary_lines(inspection):
+        console.print(f"{name + ':':<22}{value}", markup=False, highlight=False, soft_wrap=True)
+    console.print(f"\n{summary.sentence}", soft_wrap=True)
+
+
+def extremes(modules: Sequence[ModuleSpectrum]) -> list[ModuleSpectrum]:
+    """The modules that use least and most of their rank, in the order of the model."""
+    half = MOST_ROWS // 2
+    by_use = sorted(modules, key=lambda module: (module.effective_rank or module.stable_rank) / module.rank)
+    chosen = {module.name for module in by_use[:half] + by_use[-half:]}
+    return [module for module in modules if module.name in chosen]
+
+
+def module_table(modules: Sequence[ModuleSpectrum]) -> Table:
+    """One row a module."""
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for heading in ("module", "shape", "rank", "90%", "95%", "99%", "eff.", "stable", "noise", "‖ΔW‖₂", "/‖W‖₂"):
+        table.add_column(heading, justify="left" if heading == "module" else "right", no_wrap=True)
+    table.add_column("flags", style="yellow", no_wrap=True)
+    prefix = common_prefix([module.name for module in modules])
+    for module in modules:
+        table.add_row(
+            module.name.removeprefix(prefix),
+            f"{module.shape[0]}×{module.shape[1]}",
+            str(module.rank),
+            *(_or_dash(module.energy_rank[part]) for part in ("0.9", "0.95", "0.99")),
+            _or_dash(module.effective_rank),
+            f"{module.stable_rank:.1f}",
+            str(module.noise_rank),
+            f"{module.spectral_norm:.3g}",
+            f"{module.spectral_norm / module.base_spectral_norm:.2g}" if module.base_spectral_norm else "",
+            ", ".join(module.flags),
+        )
+    return table
+
+
+def common_prefix(names: Sequence[str]) -> str:
+    """The dotted parts that all names begin with, such as `model.layers.`; nothing for a single name."""
+    parts = [name.split(".")[:-1] for name in names]
+    shared = 0
+    while len(names) > 1 and all(len(part) > shared and part[shared] == parts[0][shared] for part in parts):
+        shared += 1
+    return "".join(f"{part}." for part in parts[0][:shared]) if names else ""
+
+
+def summary_lines(inspection: Inspection) -> list[tuple[str, str]]:
+    """`(name, value)` pairs of the summary that have something to say."""
+    summary = inspection.summary
+    ranks = ", ".join(str(rank) for rank in summary.ranks[:8]) + (", …" if len(summary.ranks) > 8 else "")
+    energy = ", ".join(f"{float(part):.0%}: {_or_dash(rank)}" for part, rank in summary.energy_rank.items())
+    lines = [
+        ("modules", f"{summary.modules}, rank {ranks}, {summary.parameters:,} parameters"),
+        ("scaling", summary.scaling_rule if summary.kind == "adapter" else ""),
+        ("base", summary.base_model or ""),
+        ("rank for the energy", f"{energy} (the largest of any module)"),
+        ("most concentrated", summary.most_concentrated or ""),
+        ("least concentrated", summary.least_concentrated or ""),
+        ("untrained (B = 0)", _few(summary.untrained)),
+        ("dead", _few(summary.dead)),
+        ("modules_to_save", _few(summary.modules_to_save)),
+        ("unchanged tensors", str(summary.unchanged) if summary.unchanged else ""),
+        ("changed, no matrix", _few(summary.not_matrices)),
+        *(("note", note) for note in summary.notes),
+    ]
+    return [(name, value) for name, value in lines if value]
+
+
+def heat_text(data: HeatMap) -> Text:
+    """The heat map in shaded cells, each with its value."""
+    low, high = data.bounds
+    width = max(6, *(len(column) for column in data.columns)) + 1
+    text = Text(f"{data.title}, by layer and module\n", style="bold")
+    text.append(f"{'layer':>6} " + "".join(f"{column:>{width}}" for column in data.columns) + "\n")
+    for name, row in zip(data.rows, data.values, strict=True):
+        text.append(f"{name:>6} ")
+        for value in row:
+            if value is None:
+                text.append(" " * width)
+                continue
+            share = (value - low) / (high - low) if high > low else 0.5
+            shade = SHADES[min(int(share * len(SHADES)), len(SHADES) - 1)]
+            ink = "white" if share < 0.5 else "black"
+            text.append(f"{short(value):>{width}}", style=f"{ink} on color({shade})")
+        text.append("\n")
+    return text
+
+
+def print_resized(console: Console, resized: Resized) -> None:
+    """What was written, what it lost."""
+    rank = f"rank {resized.rank}" if resized.rank is not None else "ranks by module"
+    console.print(f"{resized.out}: {rank} (by {resized.chosen_by})", highlight=False, soft_wrap=True)
+    console.print(
+        f"parameters {resized.parameters_before:,} → {resized.parameters_after:,}, "
+        f"file {resized.bytes_before:,} → {resized.bytes_after:,} bytes",
+        highlight=False,
+        soft_wrap=True,
+    )
+    worst = max(resized.modules, key=lambda module: module.relative_delta_error)
+    console.print(
+        f"error of ΔW {resized.relative_delta_error:.3g} of its norm; worst {worst.relative_delta_error:.3g} "
+        f"({worst.name}, rank {worst.from_rank} → {worst.rank})",
+        highlight=False,
+        soft_wrap=True,
+    )
+    if resized.decision is not None:
+        console.print(held_out_table(resized))
+        console.print(resized.decision.sentence, soft_wrap=True)
+    for note in resized.notes:
+        console.print(f"note: {note}", markup=False, highlight=False, soft_wrap=True)
+
+
+def held_out_table(resized: Resized) -> Table:
+    """Held-out results of the truncations, beside the best one."""
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for heading in ("rank", "held-out", "worse by", "95% bound", "enough"):
+        table.add_column(heading, justify="right")
+    for evidence in resized.decision.ranks if resized.decision else []:
+        table.add_row(
+            "base" if evidence.rank == 0 else str(evidence.rank),
+            f"{evidence.value:.4f}",
+            "" if evidence.difference is None else f"{evidence.difference:+.4f}",
+            "" if evidence.difference_high is None else f"{evidence.difference_high:+.4f}",
+            {True: "yes", False: "no", None: ""}[evidence.non_inferior],
+        )
+    return table
+
+
+def print_together(console: Console, together: ResizedTogether) -> None:
+    """One block an adapter."""
+    console.print(f"{len(together.adapters)} adapters at the common rank {together.rank}", highlight=False)
+    for resized in together.adapters:
+        console.print()
+        print_resized(console, resized)
+
+
+def print_allocation(console: Console, allocation: Allocation) -> None:
+    """The answer and the comparisons behind it."""
+    console.print(allocation.sentence, soft_wrap=True)
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for heading in ("pattern", "seed", "parameters", "held-out"):
+        table.add_column(heading, justify="left" if heading == "pattern" else "right")
+    for trial in allocation.trials:
+        table.add_row(trial.pattern, str(trial.seed), f"{trial.parameters:,}", f"{trial.value:.4f}")
+    console.print(table)
+    for verdict in allocation.verdicts:
+        console.print(
+            f"pattern against {verdict.against}: {verdict.difference:+.4f} [{verdict.low:+.4f}, {verdict.high:+.4f}]",
+            highlight=False,
+        )
+
+
+def _or_dash(value: float | None) -> str:
+    if value is None:
+        return "–"
+    return str(value) if isinstance(value, int) else f"{value:.1f}"
+
+
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")

@@ -1,0 +1,124 @@
+"use strict";
+(() => {
+  const page = JSON.parse(document.getElementById("page-data").textContent);
+  const root = document.documentElement;
+  const colour = (name) => getComputedStyle(root).getPropertyValue("--" + name).trim();
+  const tone = (value) => colour(typeof value === "number" ? "s" + (value % 10) : value);
+  const short = (value) => (value === null ? "–" : String(Number(value.toPrecision(5))));
+  const charts = new Map();
+  let margin = page.answer ? page.answer.margin : null;
+
+  // The rank that is enough at a margin: the last step that the margin exceeds.
+  function rankAt(value) {
+    let found = page.answer.steps[0][1];
+    for (const [needed, rank] of page.answer.steps) if (needed < value) found = rank;
+    return found;
+  }
+
+  function axis(given, vertical, narrow) {
+    const option = {
+      name: given.label, nameLocation: "middle", nameGap: vertical ? 52 : 28,
+      nameTextStyle: { color: colour("ink") }, axisLabel: { color: colour("faint"), hideOverlap: true },
+      axisLine: { show: true, lineStyle: { color: colour("faint") } }, splitLine: { show: vertical, lineStyle: { color: colour("line"), opacity: 0.5 } },
+      type: given.scale === "linear" ? "value" : "log", scale: true,
+    };
+    if (given.scale === "log2") option.logBase = 2;
+    if (given.scale === "log2" && given.ticks.length) { option.min = given.ticks[0] / 1.25; option.max = given.ticks[given.ticks.length - 1] * 1.25; option.axisLabel.customValues = given.ticks; option.axisTick = { customValues: given.ticks }; }
+    if (vertical) option.axisLabel.formatter = (value) => short(value);
+    if (!vertical && given.scale === "linear" && narrow) option.splitNumber = 4;
+    return option;
+  }
+
+  // One vertical line with two caps, from low to high.
+  function interval(series) {
+    return {
+      type: "custom", name: series.label, silent: true, z: 1, data: series.x.map((x, i) => [x, series.low[i], series.high[i]]), encode: { x: 0, y: [1, 2] },
+      renderItem: (_, api) => {
+        const top = api.coord([api.value(0), api.value(2)]), bottom = api.coord([api.value(0), api.value(1)]);
+        const line = (x1, y1, x2, y2) => ({ type: "line", shape: { x1, y1, x2, y2 }, style: { stroke: tone(series.tone), lineWidth: 1.2, opacity: 0.6 } });
+        return { type: "group", children: [line(top[0], top[1], bottom[0], bottom[1]), line(top[0] - 5, top[1], top[0] + 5, top[1]), line(bottom[0] - 5, bottom[1], bottom[0] + 5, bottom[1])] };
+      },
+    };
+  }
+
+  function drawn(series) {
+    return {
+      type: "line", name: series.label, data: series.x.map((x, i) => [x, series.y[i]]), step: series.kind === "step" ? "end" : false, z: 3,
+      symbol: series.kind === "line" || series.kind === "step" ? "none" : "circle", symbolSize: 8, color: tone(series.tone),
+      lineStyle: { width: series.kind === "points" ? 0 : 2, type: series.dashed ? "dashed" : "solid" }, emphasis: { focus: "series" },
+    };
+  }
+
+  function ring(mark) {
+    return { type: "scatter", name: mark.label, data: [[mark.x, mark.y]], symbolSize: 20, z: 4, color: tone(mark.tone), itemStyle: { color: "transparent", borderColor: tone(mark.tone), borderWidth: 2.5 } };
+  }
+
+  function plotOption(figure, width) {
+    const narrow = width < 520;
+    const lines = figure.series.map(drawn), whiskers = figure.series.filter((s) => s.high.length).map(interval);
+    const first = lines[0];
+    first.markArea = { silent: true, itemStyle: { color: colour("band"), opacity: 0.25 }, data: figure.bands.map((b) => [{ yAxis: b.low }, { yAxis: b.high }]) };
+    const extremes = [...figure.series.flatMap((s) => [...s.y, ...s.low, ...s.high]), ...figure.levels.map((l) => l.value), ...figure.bands.flatMap((b) => [b.low, b.high])];
+    const [bottom, top] = figure.y.limits || [Math.min(...extremes), Math.max(...extremes)], middle = (bottom + top) / 2;
+    first.markLine = { silent: true, symbol: "none", precision: 12, lineStyle: { color: colour("faint"), type: "dotted", width: 1.5 }, data: figure.levels.map((l) => ({ yAxis: l.value, label: { formatter: l.label, position: l.value > middle ? "insideEndBottom" : "insideEndTop", color: colour("faint") } })) };
+    const named = [...new Set([...figure.series, ...figure.marks].map((s) => s.label))];
+    const y = axis(figure.y, true, narrow);
+    if (figure.y.scale === "linear") {
+      const low = Math.min(...extremes), high = Math.max(...extremes), room = (high - low || Math.abs(high) || 1) * 0.06;
+      [y.min, y.max] = figure.y.limits || [low === 0 ? 0 : low - room, high + room];
+      Object.assign(y.axisLabel, { showMinLabel: y.min === 0, showMaxLabel: false });
+    }
+    return {
+      animation: false, backgroundColor: "transparent", textStyle: { fontFamily: "system-ui, sans-serif" },
+      title: { text: figure.title, left: 0, top: 0, textStyle: { fontSize: narrow ? 13 : 15, fontWeight: 600, color: colour("ink") } },
+      grid: { left: 72, right: 18, top: named.length > 1 ? (narrow && named.length > 4 ? 84 : 62) : 36, bottom: 44 },
+      legend: { show: named.length > 1, type: "scroll", top: 26, left: 0, data: named, textStyle: { color: colour("ink") }, pageTextStyle: { color: colour("ink") }, pageIconColor: colour("ink") },
+      tooltip: { trigger: "item", renderMode: "richText", confine: true, formatter: (p) => `${p.seriesName}\n${figure.x.label}: ${short(p.value[0])}\n${figure.y.label}: ${short(p.value[1])}` },
+      xAxis: axis(figure.x, false, narrow), yAxis: y,
+      series: [...lines, ...whiskers, ...figure.marks.map(ring)],
+    };
+  }
+
+  // The figure as it is at the slider's margin: the band, the ring and the staircase's mark move.
+  function atMargin(figure) {
+    if (!page.answer || margin === page.answer.margin) return figure;
+    const answer = page.answer, rank = rankAt(margin), best = answer.values[answer.reference];
+    if (figure.name === "rank_curve") {
+      const other = answer.higher_is_better ? best - margin : best + margin;
+      const ringed = { label: `at this margin: rank ${rank}`, x: rank, y: answer.values[rank], tone: "accent" };
+      return { ...figure, bands: [{ ...figure.bands[0], low: Math.min(best, other), high: Math.max(best, other) }], marks: [...figure.marks.filter((m) => m.tone !== "accent"), ringed] };
+    }
+    if (figure.name === "staircase") return { ...figure, marks: [{ label: "this margin", x: margin, y: rank, tone: "accent" }] };
+    if (figure.name === "paired_differences") return { ...figure, levels: [{ label: `margin ${short(margin)}`, value: margin }, ...figure.levels.slice(1)] };
+    return figure;
+  }
+
+  function draw(element) {
+    const name = element.dataset.figure, width = element.clientWidth;
+    if (!width) return;
+    if (!charts.has(name)) charts.set(name, echarts.init(element, null, { renderer: "svg" }));
+    const chart = charts.get(name);
+    chart.resize();
+    chart.setOption(plotOption(atMargin(page.figures[name]), width), true);
+  }
+  const drawAll = () => document.querySelectorAll(".chart").forEach(draw);
+
+  root.classList.add("with-script");
+  drawAll();
+  let waiting = 0;
+  window.addEventListener("resize", () => { clearTimeout(waiting); waiting = setTimeout(drawAll, 120); });
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", drawAll);
+
+  const slider = document.getElementById("margin");
+  if (slider) {
+    const [low, high] = page.answer.range, start = slider.value;
+    slider.addEventListener("input", () => {
+      margin = slider.value === start ? page.answer.margin : Number((low * (high / low) ** (slider.value / 1000)).toPrecision(3));
+      const said = `${short(margin)} ${page.answer.unit}`;
+      slider.setAttribute("aria-valuetext", said);
+      document.getElementById("answer").textContent = `At a margin of ${said}, the smallest rank shown to be enough is ${rankAt(margin)}.`;
+      document.querySelectorAll('[data-figure="rank_curve"],[data-figure="staircase"],[data-figure="paired_differences"]').forEach(draw);
+    });
+    slider.setAttribute("aria-valuetext", `${short(margin)} ${page.answer.unit}`);
+  }
+})();

@@ -1,0 +1,140 @@
+"""`resize --data`: measured on held-out items, decided by the decision's rule, recovered on request."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from rightrank import ResizeOptions, make_settings, resize
+from rightrank.cli import main
+from rightrank.engine.train import TrialFolders, Watcher, run_trial
+from rightrank.io.adapter_folder import open_adapter
+from rightrank.io.adapters import save_adapter
+from rightrank.probe.bench_of import DataUse, adapter_on, bench_of
+from rightrank.probe.held_out import Recovery, measure
+from rightrank.records import Arm, Trial, TrialFinished
+from tests.conftest import small_settings
+from tests.helpers import make_bench
+from tests.probe.adapters import load_strictly, tensors_of
+
+SETTINGS = ["--set", "seq_len=32", "--set", "eval_items=12", "--set", "batch_size=4"]
+
+
+@pytest.fixture(scope="module")
+def trained(model_folder: Path, completion_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A rank-8 adapter that learned something, in few directions."""
+    root = tmp_path_factory.mktemp("trained")
+    bench = make_bench(model_folder, completion_file, small_settings(max_steps=150), root / "cache")
+    arm = Arm(rank=8, learning_rate=1e-2, lora_alpha=32.0, seed=0, steps=150)
+    run_trial(bench, Trial(trial_id="t", arm=arm), None, TrialFolders(root / "c", root / "adapter"), Watcher())
+    return root / "adapter"
+
+
+def answer_of(capsys: pytest.CaptureFixture[str], *arguments: Any) -> dict[str, Any]:
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        main(["resize", *(str(argument) for argument in arguments), "--json"])
+    captured = capsys.readouterr()
+    assert stop.value.code == 0, captured.err
+    answer: dict[str, Any] = json.loads(captured.out)
+    return answer
+
+
+def test_the_rank_is_the_decisions(
+    trained: Path, completion_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "small"
+    answer = answer_of(capsys, trained, out, "--data", completion_file, "--margin", 0.05, *SETTINGS)
+    decision = answer["decision"]
+    assert answer["rank"] == decision["fallback_rank"]
+    by_rank = {entry["rank"]: entry["value"] for entry in answer["held_out"]}
+    assert set(by_rank) == {0, 1, 2, 4, 8}
+    assert by_rank[8] < by_rank[0] - 0.1  # it had learned
+    assert [entry["value"] for entry in decision["ranks"]] == [by_rank[rank] for rank in sorted(by_rank)]
+    chosen = next(entry for entry in decision["ranks"] if entry["rank"] == answer["rank"])
+    assert chosen["non_inferior"]
+    assert open_adapter(out).config["r"] == answer["rank"]
+
+
+def test_the_value_told_is_that_of_the_folder_written(
+    model_folder: Path, trained: Path, completion_file: Path, tmp_path: Path
+) -> None:
+    """Loaded anew through PEFT, the written adapter gives the held-out loss that decided."""
+    settings = make_settings({"seq_len": 32, "eval_items": 12, "margin": 0.05})
+    told = resize(trained, tmp_path / "small", data=completion_file, options=ResizeOptions(settings=settings))
+    adapter = open_adapter(tmp_path / "small")
+    bench = bench_of(adapter, None, DataUse(completion_file, settings, tmp_path / "cache"))
+    before = bench.evaluate("selection").loss
+    with adapter_on(bench, tmp_path / "small"):
+        loss = bench.evaluate("selection").loss
+    by_rank = {entry.rank: entry.value for entry in told.held_out}
+    assert loss == pytest.approx(by_rank[told.rank or 0], rel=1e-5)
+    assert bench.evaluate("selection").loss == before == pytest.approx(by_rank[0], rel=1e-6)
+    load_strictly(model_folder, tmp_path / "small")
+
+
+def test_recovery_trains_every_candidate_and_the_reference_too(
+    model_folder: Path, trained: Path, completion_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rule = ["--data", completion_file, "--margin", 0.05, "--ranks", "1,4"]
+    plain = answer_of(capsys, trained, tmp_path / "plain", *rule, *SETTINGS)
+    more = ["--recover", 20, "--learning-rate", 2e-3]
+    recovered = answer_of(capsys, trained, tmp_path / "recovered", *rule, *more, *SETTINGS)
+    assert {entry["recovered_steps"] for entry in recovered["held_out"] if entry["rank"]} == {20}
+    before = {entry["rank"]: entry["value"] for entry in plain["held_out"]}
+    after = {entry["rank"]: entry["value"] for entry in recovered["held_out"]}
+    assert after[0] == before[0]
+    assert after[1] < before[1]
+    assert after[8] != before[8]
+    assert any("before training" in note for note in recovered["notes"])
+    load_strictly(model_folder, tmp_path / "recovered")
+    truncated, trained_on = tensors_of(tmp_path / "plain"), tensors_of(tmp_path / "recovered")
+    assert plain["rank"] != recovered["rank"] or any(
+        not torch.equal(truncated[key], trained_on[key]) for key in truncated
+    )
+
+
+def test_training_an_adapter_that_exists_is_the_engines_training(
+    model_folder: Path, completion_file: Path, tmp_path: Path
+) -> None:
+    settings = small_settings()
+    bench = make_bench(model_folder, completion_file, settings, tmp_path / "cache")
+    arm = Arm(rank=4, learning_rate=1e-2, lora_alpha=32.0, seed=0, steps=8)
+    with bench.arm(arm) as fresh:
+        save_adapter(fresh, tmp_path / "fresh", str(model_folder))
+    engine = run_trial(
+        bench, Trial(trial_id="t", arm=arm), None, TrialFolders(tmp_path / "c", tmp_path / "a"), Watcher()
+    )
+    assert isinstance(engine, TrialFinished)
+    adapter = open_adapter(tmp_path / "fresh")
+    ours = bench_of(adapter, None, DataUse(completion_file, settings, tmp_path / "cache2", arm.steps))
+    scores = measure(ours, tmp_path / "fresh", Recovery(arm.steps, arm.learning_rate))
+    assert scores.losses == pytest.approx(engine.item_losses, rel=1e-4)
+
+
+def test_recovery_that_diverges_ends_with_status_1(
+    trained: Path, completion_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [trained, tmp_path / "out", "--data", completion_file, "--recover", 8, "--learning-rate", "1e30"]
+    with pytest.raises(SystemExit) as stop:
+        main(["resize", *(str(argument) for argument in arguments), "--set", "max_grad_norm=0", *SETTINGS])
+    assert stop.value.code == 1
+    assert "lower learning rate" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_several_adapters_to_one_rank(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    resize(trained, tmp_path / "b", rank=2)
+    answer = answer_of(capsys, trained, tmp_path / "b", tmp_path / "out", "--energy", 0.99)
+    ranks = {open_adapter(tmp_path / "out" / name).config["r"] for name in ("adapter", "b")}
+    assert ranks == {answer["rank"]}
+    assert [Path(entry["out"]).name for entry in answer["adapters"]] == ["adapter", "b"]
+    assert answer["adapters"][1]["relative_delta_error"] < 1e-6  # padded
+    with pytest.raises(SystemExit) as stop:
+        main(["resize", str(trained), str(trained), str(tmp_path / "twice"), "--rank", "2"])
+    assert stop.value.code == 2
+    assert not (tmp_path / "twice").exists()

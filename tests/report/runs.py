@@ -1,0 +1,105 @@
+"""Made-up runs for the views: records as a selection would have written them, from a seed."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+from rightrank.decide.run import Records
+from rightrank.records import (
+    Arm,
+    DataSummary,
+    EvalPoint,
+    RunStarted,
+    Sample,
+    SplitSummary,
+    TestEvaluated,
+    TrialDiverged,
+    TrialFinished,
+    trial_id,
+)
+from rightrank.settings import make_settings
+
+STEPS, ITEMS, TOKENS = 40, 30, 20
+
+
+def made_up_run(
+    ranks: Sequence[int] = (1, 4, 16, 64),
+    rates: Sequence[float] = (1e-3, 3e-3),
+    seeds: Sequence[int] = (0,),
+    *,
+    model: str = "models/small",
+    diverged: Sequence[tuple[int, float]] = (),
+    sample: str = "def f(): ...",
+    with_base: bool = True,
+) -> Records:
+    """A run whose loss falls with rank as 3 + 0.2 / rank, and rises with the distance from the middle rate."""
+    started = _started(model, ranks, rates, seeds)
+    records = Records.of(started, [])
+    generator = random.Random(7)
+    ease = [generator.gauss(0, 0.4) for _ in range(ITEMS)]
+    if with_base:
+        records.outcomes.append(_finished(0, 0.0, 0, 3.6, ease, generator))
+    middle = sorted(rates)[len(rates) // 2]
+    for seed in seeds:
+        for rate in rates:
+            for rank in ranks:
+                if (rank, rate) in diverged:
+                    arm = Arm(rank=rank, learning_rate=rate, lora_alpha=32, seed=seed, steps=STEPS)
+                    outcome = TrialDiverged(
+                        trial_id=trial_id("x", arm), **arm.model_dump(), step=7, reason="training loss is nan"
+                    )
+                    records.outcomes.append(outcome)
+                    continue
+                loss = 3 + 0.2 / rank + (0.0 if rate == middle else 0.02)
+                records.outcomes.append(_finished(rank, rate, seed, loss, ease, generator))
+    if ranks:
+        trial = records.outcomes[-1]
+        test = TestEvaluated(trial_id=trial.trial_id, rank=trial.rank, value=3.1, item_losses=[3.1], item_tokens=[1])
+        records.tests.append(test)
+        records.samples.append(
+            Sample(trial_id=trial.trial_id, item_id="0", prompt=sample, expected=sample, before=sample, after=sample)
+        )
+    return records
+
+
+def _started(model: str, ranks: Sequence[int], rates: Sequence[float], seeds: Sequence[int]) -> RunStarted:
+    settings = make_settings({"ranks": ranks or (1,), "learning_rates": rates, "seeds": seeds, "margin": 0.02})
+    split = SplitSummary(items=ITEMS, tokens=ITEMS * TOKENS, label_tokens=ITEMS * TOKENS, truncated=0, dropped=0)
+    return RunStarted(
+        rightrank_version="0.1.0",
+        fingerprint="x",
+        settings={"model": model, "data": "data.jsonl", **settings.model_dump(mode="json")},
+        environment={"device": "cpu", "torch": "2"},
+        data=DataSummary(
+            form="prompt_completion", splits={"train": split}, splits_given=False, duplicates_across_splits=0
+        ),
+        evaluation_items=[str(item) for item in range(ITEMS)],
+        metric="loss",
+        higher_is_better=False,
+        started_at="2026-01-01T00:00:00+00:00",
+    )
+
+
+def _finished(
+    rank: int, rate: float, seed: int, loss: float, ease: list[float], generator: random.Random
+) -> TrialFinished:
+    arm = Arm(rank=rank, learning_rate=rate, lora_alpha=32, seed=seed, steps=STEPS if rank else 0)
+    items = [TOKENS * (loss + easy + generator.gauss(0, 0.01)) for easy in ease]
+    value = sum(items) / (TOKENS * len(items))
+    points = [EvalPoint(step=step, value=value + (STEPS - step) / 100, train_value=value) for step in (10, 20, 40)]
+    return TrialFinished(
+        trial_id=trial_id("x", arm),
+        **arm.model_dump(),
+        value=value,
+        metrics={"loss": value},
+        item_losses=items,
+        item_tokens=[TOKENS] * len(items),
+        train_value=value - 0.01 if rank else None,
+        points=points if rank else [],
+        trainable_parameters=1000 * rank,
+        train_seconds=10.0 + rank / 10,
+        train_tokens=5000,
+        eval_seconds=1.0,
+        peak_bytes=2**30 + rank * 2**20,
+    )

@@ -1,0 +1,146 @@
+"""The report in headless Chromium: it works, it asks for nothing, and people can read it."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rightrank.decide.run import Records, decide_run, decision_so_far
+from rightrank.report.figures import margin_range, margin_steps, rank_at
+from rightrank.report.html import render_report
+from tests.report.runs import made_up_run
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+sync_api: Any = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium here (Debian: apt-get install chromium)")
+
+RUNS = {
+    1: lambda: made_up_run(()),
+    9: lambda: made_up_run(diverged=[(64, 3e-3)]),
+    201: lambda: made_up_run((1, 2, 4, 8, 16, 32, 64, 128), (1e-4, 3e-4, 1e-3, 3e-3, 1e-2), (0, 1, 2, 3, 4)),
+}
+
+
+@dataclass
+class Seen:
+    """What a page did."""
+
+    page: Any
+    complaints: list[str] = field(default_factory=list)
+    requests: list[str] = field(default_factory=list)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+    folder = tmp_path_factory.mktemp("reports")
+    found = {}
+    for count, make in RUNS.items():
+        records = make()
+        assert len(records.outcomes) == count
+        found[count] = folder / f"{count}.html"
+        found[count].write_text(render_report(records, decision_so_far(records)), encoding="utf-8")
+    return found
+
+
+def opened(browser: Any, file: Path, **options: Any) -> Seen:
+    page = browser.new_context(**options).new_page()
+    seen = Seen(page)
+    page.on("console", lambda message: seen.complaints.append(message.text))
+    page.on("pageerror", lambda error: seen.complaints.append(str(error)))
+    page.on("request", lambda request: seen.requests.append(request.url))
+    page.goto(file.as_uri())
+    return seen
+
+
+SCREENS: dict[str, dict[str, Any]] = {
+    "desktop": {"viewport": {"width": 1200, "height": 900}},
+    "dark phone": {"viewport": {"width": 390, "height": 844}, "color_scheme": "dark"},
+}
+
+
+@pytest.mark.parametrize("count", RUNS)
+@pytest.mark.parametrize("screen", SCREENS)
+def test_no_error_no_request_no_overflow_and_no_barrier(
+    browser: Any, files: dict[int, Path], count: int, screen: str
+) -> None:
+    axe: Any = pytest.importorskip("axe_playwright_python.sync_playwright", reason="axe-core is not installed")
+    seen = opened(browser, files[count], **SCREENS[screen])
+    page = seen.page
+    charts = page.locator(".chart svg").count()
+    assert charts == page.locator(".chart").count()
+    assert (charts > 0) == (count > 1)
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    # axe runs by evaluating its source in the page, which this page's policy allows to the debugger alone
+    found = axe.Axe().run(page).response["violations"]
+    serious = [rule["id"] for rule in found if rule["impact"] in ("serious", "critical")]
+    assert serious == []
+    assert seen.complaints == []
+    assert [url for url in seen.requests if not url.startswith(("file:", "data:"))] == []
+
+
+def test_the_slider_moves_the_answer(browser: Any, files: dict[int, Path]) -> None:
+    records: Records = RUNS[9]()
+    made = decide_run(records)
+    page = opened(browser, files[9], **SCREENS["desktop"]).page
+    answer = page.locator("#answer")
+    before = page.locator('[data-figure="rank_curve"] svg').inner_html()
+    assert answer.inner_text().endswith(f"enough is {rank_at(margin_steps(made), made.margin)}.")
+    page.focus("#margin")
+    page.keyboard.press("Home")
+    assert answer.inner_text().endswith(f"enough is {rank_at(margin_steps(made), margin_range(made)[0])}.")
+    page.keyboard.press("End")
+    assert answer.inner_text().endswith(f"enough is {rank_at(margin_steps(made), margin_range(made)[1])}.")
+    assert page.locator('[data-figure="rank_curve"] svg').inner_html() != before
+    assert "nats" in page.get_attribute("#margin", "aria-valuetext")
+
+
+@pytest.mark.parametrize("count", RUNS)
+def test_without_scripts_the_drawings_are_there(browser: Any, files: dict[int, Path], count: int) -> None:
+    page = opened(browser, files[count], java_script_enabled=False).page
+    stills = page.locator(".still svg")
+    for index in range(stills.count()):
+        assert stills.nth(index).is_visible()
+    assert (stills.count() > 0) == (count > 1)
+    assert not page.locator("#margin").count() or not page.locator("#margin").is_visible()
+
+
+@pytest.mark.parametrize("count", [9, 201])
+def test_it_prints_to_two_pages(browser: Any, files: dict[int, Path], count: int, tmp_path: Path) -> None:
+    page = opened(browser, files[count], **SCREENS["desktop"]).page
+    page.pdf(path=tmp_path / "report.pdf", prefer_css_page_size=True)
+    assert len(re.findall(rb"/Type\s*/Page\b", (tmp_path / "report.pdf").read_bytes())) == 2
+
+
+def test_texts_from_data_run_nothing(browser: Any, tmp_path: Path) -> None:
+    nasty = "</script><script>window.pwned=1</script><img src=x onerror=window.pwned=2>\x00"
+    records = made_up_run(model=nasty, sample=nasty)
+    file = tmp_path / "nasty.html"
+    made = decide_run(records).model_copy(update={"metric": nasty, "sentence": nasty})
+    file.write_text(render_report(records, made), encoding="utf-8")
+    seen = opened(browser, file)
+    seen.page.mouse.move(400, 500)
+    assert seen.page.evaluate("window.pwned") is None
+    assert seen.complaints == []

@@ -1,0 +1,125 @@
+"""Figures are checked as data; what is drawn from them is only checked to be an image."""
+
+from __future__ import annotations
+
+import csv
+import xml.etree.ElementTree as ET
+from io import StringIO
+from pathlib import Path
+
+import pytest
+
+from rightrank.decide.run import decide_run, decision_so_far
+from rightrank.records import Decision, StaircaseStep
+from rightrank.report.draw import draw, inline_svg
+from rightrank.report.figure import Figure, HeatMap, to_csv
+from rightrank.report.figures import figures_of, margin_steps, memory_figure, rank_at, rate_map
+from rightrank.report.files import write_figures
+from rightrank.report.rank_curve import diminishing_rank, rank_figure
+from tests.report.runs import made_up_run
+
+
+def decision() -> Decision:
+    return decide_run(made_up_run())
+
+
+def test_rank_figure_is_the_decision() -> None:
+    made = decision()
+    figure = rank_figure(made)
+    values = {e.rank: e.value for e in made.ranks if e.rank > 0}
+    assert dict(zip(figure.series[0].x, figure.series[0].y, strict=True)) == values
+    reference = values[made.reference_rank]
+    assert (figure.bands[0].low, figure.bands[0].high) == (reference, reference + made.margin)
+    chosen = [mark for mark in figure.marks if mark.label.startswith("chosen")]
+    assert [mark.x for mark in chosen] == [made.rank]
+
+
+def test_a_whisker_inside_the_band_is_a_rank_that_is_enough() -> None:
+    made = decision()
+    figure = rank_figure(made)
+    inside = {x: high < figure.bands[0].high for x, high in zip(figure.series[0].x, figure.series[0].high, strict=True)}
+    assert inside == {e.rank: e.non_inferior for e in made.ranks if e.rank > 0}
+
+
+def test_steps_agree_with_the_rule_at_every_margin_of_the_staircase() -> None:
+    made = decision()
+    steps = margin_steps(made)
+    assert len({rank for _, rank in steps}) > 1
+    for step in made.staircase:
+        assert rank_at(steps, step.margin) == step.rank
+
+
+def test_a_staircase_that_bounds_do_not_explain_stands() -> None:
+    other = decision().model_copy(
+        update={"staircase": [StaircaseStep(margin=0.001, rank=64), StaircaseStep(margin=0.02, rank=1)]}
+    )
+    steps = margin_steps(other)
+    assert (rank_at(steps, 0.019), rank_at(steps, 0.02), rank_at(steps, 0.5)) == (64, 1, 1)
+
+
+def test_diminishing_rank_is_where_doublings_stop_to_pay() -> None:
+    # 3 + 0.2/r: from 1 to 4 a doubling gains 0.075, from 4 to 16 0.019, from 16 on less
+    assert diminishing_rank(decision()) == 4
+
+
+def test_rate_map_marks_the_best_rate_and_the_cells_without_result() -> None:
+    found = rate_map(made_up_run(diverged=[(64, 3e-3)]))
+    assert found is not None
+    assert found.best == (1, 1, 1, 0)
+    assert found.values[3][1] is None
+    assert found.notes[3][1] == "no result"
+    assert found.shade(min(v for row in found.values for v in row if v is not None)) == 1
+
+
+def test_memory_shows_the_plan_beside_the_measurement() -> None:
+    figure = memory_figure(made_up_run(), {4: 2**31})
+    assert figure is not None
+    assert [series.label for series in figure.series] == ["measured", "planned"]
+    assert figure.series[1].y == (2048.0,)
+
+
+@pytest.mark.parametrize("ranks", [(), (4,), (4, 8)])
+def test_few_trials_give_the_figures_that_there_are(ranks: tuple[int, ...]) -> None:
+    records = made_up_run(ranks)
+    names = {figure.name for figure in figures_of(records, decision_so_far(records))}
+    assert ("rank_curve" in names) == (len(ranks) == 2)
+    assert ("time" in names) == bool(ranks)
+
+
+def test_every_figure_is_written_as_png_svg_and_csv(tmp_path: Path) -> None:
+    records = made_up_run()
+    figures = figures_of(records, decide_run(records))
+    write_figures(tmp_path, figures)
+    for figure in figures:
+        assert (tmp_path / f"{figure.name}.png").read_bytes().startswith(b"\x89PNG")
+        ET.parse(tmp_path / f"{figure.name}.svg")
+        rows = list(csv.reader(StringIO((tmp_path / f"{figure.name}.csv").read_text())))
+        assert rows[0] == list(figure.columns)
+        assert len(rows) == len(figure.rows) + 1
+    assert draw(figures[0], "svg") == draw(figures[0], "svg")
+
+
+def test_names_from_outside_can_not_break_a_drawing() -> None:
+    made = decision().model_copy(update={"metric": "a$b$ <script>\x07 & 'c'"})
+    text = inline_svg(rank_figure(made))
+    ET.fromstring(text.replace(' aria-hidden="true" focusable="false"', "", 1))
+    assert "<script" not in text
+    assert "a$b$ &lt;script&gt;␇ &amp; 'c'" in text
+
+
+def test_drawings_of_one_page_share_no_id() -> None:
+    records = made_up_run()
+    figures = [f for f in figures_of(records, decide_run(records)) if isinstance(f, Figure)]
+    ids = [
+        element.get("id")
+        for figure in figures
+        for element in ET.fromstring(inline_svg(figure)).iter()
+        if element.get("id")
+    ]
+    assert len(ids) == len(set(ids))
+
+
+def test_csv_of_a_map_has_a_column_a_rate() -> None:
+    found = rate_map(made_up_run())
+    assert isinstance(found, HeatMap)
+    assert to_csv(found).splitlines()[0] == "rank,0.001,0.003"

@@ -1,0 +1,120 @@
+"""The report as text: what it says, and that nothing from data can leave its place."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import re
+from html.parser import HTMLParser
+
+import pytest
+
+from rightrank.decide.run import Records, decide_run, decision_so_far
+from rightrank.report.facts import reproduce_command
+from rightrank.report.html import render_report
+from tests.report.runs import made_up_run
+
+NASTY = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\"'`{{7*7}}\x00\x1b[31m\u202e\u2028end"
+
+
+class Elements(HTMLParser):
+    """Elements and the text outside of scripts and styles."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self._silent = ""
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        self._silent = tag if tag in ("script", "style") else self._silent
+
+    def handle_endtag(self, tag: str) -> None:
+        self._silent = "" if tag == self._silent else self._silent
+
+    def handle_data(self, data: str) -> None:
+        self.text += "" if self._silent else data
+
+
+def page_of(records: Records) -> str:
+    return render_report(records, decision_so_far(records))
+
+
+def test_the_answer_its_confidence_and_its_cost_come_first() -> None:
+    records = made_up_run()
+    made = decide_run(records)
+    text = Elements(page_of(records)).text
+    start = text[: text.index("Performance against rank")]
+    assert f"Rank {made.rank}" in start
+    assert made.sentence in start
+    assert "95% confidence, paired over 30 held-out items and 1 seed a rank" in start
+    assert "Cost: 8 trainings" in start
+
+
+def test_every_part_is_there() -> None:
+    text = Elements(page_of(made_up_run(diverged=[(64, 3e-3)]))).text
+    for part in (
+        "Next run",
+        "Evidence by rank",
+        "Learning rate by rank",
+        "What was not tested",
+        "before and after",
+        "All settings",
+        "Data and environment",
+        "rightrank select models/small data.jsonl",
+        "Cells without a result: rank 64 at 0.003",
+    ):
+        assert part in text
+
+
+def test_what_comes_from_data_is_shown_as_text() -> None:
+    records = made_up_run(model=NASTY, sample=NASTY)
+    found = Elements(page_of(records))
+    shown = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\"'`{{7*7}}␀␛[31m��end"
+    assert shown in found.text
+    assert [tag for tag, _ in found.tags].count("script") == 3
+    assert not [tag for tag, attributes in found.tags if tag == "img" or "onerror" in attributes]
+    assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202e\u2028]", page_of(records))
+
+
+def test_the_policy_names_exactly_the_scripts_of_the_file() -> None:
+    page = page_of(made_up_run())
+    policy = next(
+        attributes["content"]
+        for tag, attributes in Elements(page).tags
+        if tag == "meta" and attributes.get("http-equiv") == "Content-Security-Policy"
+    )
+    assert policy is not None
+    assert policy.startswith("default-src 'none'")
+    scripts = re.findall(r"<script>(.*?)</script>", page, flags=re.DOTALL)
+    hashes = [base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts]
+    assert re.findall(r"'sha256-([^']+)'", policy) == hashes
+    assert len(page.encode()) < 5 * 2**20
+
+
+def test_the_page_data_is_the_slider_s_staircase() -> None:
+    records = made_up_run()
+    data = re.search(r'id="page-data">(.*?)</script>', page_of(records))
+    assert data is not None
+    answer = json.loads(data[1])["answer"]
+    made = decide_run(records)
+    for step in made.staircase:
+        enough = [rank for needed, rank in answer["steps"] if needed < step.margin or needed == 0]
+        assert enough[-1] == step.rank
+
+
+def test_before_two_ranks_it_says_so() -> None:
+    text = Elements(page_of(made_up_run(()))).text
+    assert "Running: no answer yet" in text
+    assert "1 trial ended so far" in text
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("model", "in memory (LlamaForCausalLM)"), ("data", "in memory (Dataset)")]
+)
+def test_objects_in_memory_have_no_command(name: str, value: str) -> None:
+    settings = made_up_run().started.settings | {name: value}
+    assert reproduce_command(settings) is None
