@@ -9,9 +9,12 @@ import pytest
 import torch
 
 from rightrank.api import select_rank
-from rightrank.engine.certify import largest_differences, tensor_difference
-from rightrank.records import Certified
+from rightrank.engine.certify import certify, largest_differences, tensor_difference
+from rightrank.engine.together import run_trial
+from rightrank.engine.train import TrialFolders, Watcher
+from rightrank.records import Arm, Certified, Trial, TrialFinished
 from tests.conftest import small_settings
+from tests.helpers import make_bench
 
 
 def certified(run: Path) -> Certified:
@@ -32,11 +35,24 @@ def test_a_packed_selection_certifies_an_arm(model_folder: Path, completion_file
     assert certificate.passed is True
     assert certificate.pack_size == 2
     assert certificate.steps == 4
-    assert 0 < certificate.loss_difference + certificate.adapter_difference < 1e-3
+    assert max(certificate.loss_difference, certificate.adapter_difference) < 1e-3
     assert certificate.sentence().startswith(
         f"Rank {certificate.rank} was trained in a pack of 2, and again alone: the same."
     )
     assert "Certificate: trained together as alone" in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_an_arm_that_was_not_the_same_is_told(model_folder: Path, completion_file: Path, tmp_path: Path) -> None:
+    bench = make_bench(model_folder, completion_file, small_settings(max_steps=3), tmp_path / "cache")
+    arm = Arm(rank=2, learning_rate=1e-2, lora_alpha=32.0, seed=0, steps=3)
+    folders = TrialFolders(tmp_path / "c", tmp_path / "adapter")
+    trial = run_trial(bench, Trial(trial_id="t", arm=arm), None, folders, Watcher())
+    assert isinstance(trial, TrialFinished)
+    other = trial.model_copy(update={"train_losses": [*trial.train_losses[:2], trial.train_losses[2] * 1.01]})
+    certificate = certify(bench, other, folders.adapter, tmp_path / "scratch", Watcher(), None)
+    assert certificate.passed is False
+    assert certificate.loss_difference == pytest.approx(0.01, rel=1e-3)
+    assert "NOT the same" in certificate.sentence()
 
 
 def test_bfloat16_is_held_against_the_difference_of_seeds(

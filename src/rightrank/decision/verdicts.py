@@ -6,9 +6,9 @@ import math
 
 import numpy as np
 
-from rightrank.decide.evidence import Contender, Evidence
-from rightrank.decide.judge import Judged
-from rightrank.decide.metrics import default_margin, direction, kind_of, published_deviation
+from rightrank.decision.evidence import Contender, Evidence
+from rightrank.decision.judge import Judged
+from rightrank.decision.metrics import default_margin, direction, kind_of, published_deviation
 from rightrank.records import CurveFit, HorizonNote, Verdict
 
 OCTAVE = 2

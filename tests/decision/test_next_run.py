@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from rightrank.decide.judge import CONFIDENCE
-from rightrank.decide.next_run import items_needed, seeds_needed, settles
+from rightrank.decision.judge import CONFIDENCE
+from rightrank.decision.next_run import items_needed, seeds_needed, settles
 from rightrank.maths.intervals import estimate
 
 

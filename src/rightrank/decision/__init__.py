@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from rightrank.decide.judge import CONFIDENCE
-from rightrank.decide.metrics import default_margin
-from rightrank.decide.rule import decide
-from rightrank.decide.table import Cell, ScoreTable, table_of, table_of_results
+from rightrank.decision.judge import CONFIDENCE
+from rightrank.decision.metrics import default_margin
+from rightrank.decision.rule import decide
+from rightrank.decision.table import Cell, ScoreTable, table_of, table_of_results
 
 __all__ = ["CONFIDENCE", "Cell", "ScoreTable", "decide", "default_margin", "table_of", "table_of_results"]

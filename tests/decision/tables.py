@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from rightrank.decide import ScoreTable, table_of_results
+from rightrank.decision import ScoreTable, table_of_results
 from rightrank.records import Result, Results
 
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 
-from rightrank.decide.evidence import Evidence
-from rightrank.decide.judge import CONFIDENCE, REFUTED, Judged
-from rightrank.decide.verdicts import contested_rank, read_off, underpowered
+from rightrank.decision.evidence import Evidence
+from rightrank.decision.judge import CONFIDENCE, REFUTED, Judged
+from rightrank.decision.verdicts import contested_rank, read_off, underpowered
 from rightrank.maths.intervals import Estimate, normal_quantile
 from rightrank.records import NextRun, Verdict
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from rightrank.decide.rule import decide
-from rightrank.decide.table import ScoreTable, table_of, table_of_results
+from rightrank.decision.rule import decide
+from rightrank.decision.table import ScoreTable, table_of, table_of_results
 from rightrank.errors import ResultsError, RunFolderError
 from rightrank.records import (
     Certified,

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from rightrank.decide.evidence import Evidence
-from rightrank.decide.judge import Judged, Unit
-from rightrank.decide.verdicts import contested_rank, read_off
+from rightrank.decision.evidence import Evidence
+from rightrank.decision.judge import Judged, Unit
+from rightrank.decision.verdicts import contested_rank, read_off
 from rightrank.records import Verdict
 
 

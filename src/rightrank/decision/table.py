@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from rightrank.decide.metrics import MetricKind, kind_of
+from rightrank.decision.metrics import MetricKind, kind_of
 from rightrank.records import MetricName, Result, Results, TrialFinished, TrialOutcome
 
 Floats = NDArray[np.float64]

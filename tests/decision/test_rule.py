@@ -2,9 +2,9 @@ from __future__ import annotations
 
 import pytest
 
-from rightrank.decide import Cell, ScoreTable, decide
+from rightrank.decision import Cell, ScoreTable, decide
 from rightrank.errors import ResultsError
-from tests.decide.tables import bare, scored
+from tests.decision.tables import bare, scored
 
 RISING = {1: 2.4, 2: 2.3, 4: 2.2, 8: 2.1}
 SATURATED = {1: 2.3, 4: 2.05, 16: 2.001, 64: 2.0}
