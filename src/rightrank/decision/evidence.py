@@ -18,8 +18,8 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from rightrank.decide.metrics import published_deviation
-from rightrank.decide.table import Cell, ScoreTable
+from rightrank.decision.metrics import published_deviation
+from rightrank.decision.table import Cell, ScoreTable
 from rightrank.maths.curve import fit_power
 from rightrank.maths.intervals import Estimate, estimate, seed_parts, winners_gap
 from rightrank.records import Basis

@@ -12,15 +12,15 @@ from __future__ import annotations
 
 import math
 
-from rightrank.decide.evidence import Evidence
-from rightrank.decide.fit import fit_curve
-from rightrank.decide.horizon import horizon_note
-from rightrank.decide.judge import CONFIDENCE, Judged, Unit, judge, staircase, walk_down
-from rightrank.decide.metrics import default_margin
-from rightrank.decide.next_run import next_runs
-from rightrank.decide.table import ScoreTable
-from rightrank.decide.verdicts import flags_of, verdict_of
-from rightrank.decide.words import basis_note, sentence_of
+from rightrank.decision.evidence import Evidence
+from rightrank.decision.fit import fit_curve
+from rightrank.decision.horizon import horizon_note
+from rightrank.decision.judge import CONFIDENCE, Judged, Unit, judge, staircase, walk_down
+from rightrank.decision.metrics import default_margin
+from rightrank.decision.next_run import next_runs
+from rightrank.decision.table import ScoreTable
+from rightrank.decision.verdicts import flags_of, verdict_of
+from rightrank.decision.words import basis_note, sentence_of
 from rightrank.errors import ResultsError
 from rightrank.maths.intervals import two_sided
 from rightrank.records import Decision, RankEvidence

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from rightrank.decide.evidence import Evidence
-from rightrank.decide.judge import Unit
+from rightrank.decision.evidence import Evidence
+from rightrank.decision.judge import Unit
 from rightrank.maths.curve import (
     CurveForm,
     PowerLaw,

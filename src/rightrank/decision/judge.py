@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from rightrank.decide.evidence import Contender, Evidence
-from rightrank.decide.metrics import MetricKind
+from rightrank.decision.evidence import Contender, Evidence
+from rightrank.decision.metrics import MetricKind
 from rightrank.maths.intervals import Estimate
 from rightrank.records import StaircaseStep
 

@@ -29,7 +29,7 @@ def hand_over(
 def model_card(started: RunStarted, trial: TrialFinished, decision: Decision, tests: list[TestEvaluated]) -> str:
     """The card: front matter that the hub reads, the answer, the evidence, how to load."""
     environment = Environment(
-        loader=PackageLoader("rightrank.export", "templates"),
+        loader=PackageLoader("rightrank.exports", "templates"),
         autoescape=False,
         undefined=StrictUndefined,
         trim_blocks=True,

@@ -6,7 +6,7 @@ still grows at the end says that a longer training may need more rank than this 
 
 from __future__ import annotations
 
-from rightrank.decide.evidence import Contender, Evidence
+from rightrank.decision.evidence import Contender, Evidence
 from rightrank.records import HorizonNote
 
 LEAST_POINTS = 3
