@@ -7,6 +7,7 @@ Answers go to stdout, progress and complaints to stderr. Exit status: 0 done, 1 
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import sys
 from collections.abc import Callable
@@ -100,6 +101,68 @@ def select(
         _print_answer(selected)
 
 
+PLAN_OPTIONS = [
+    click.option("--ranks", callback=_comma, help="Ranks, such as 8,16 (default: powers of two, 1 to 512)."),
+    click.option("--target-modules", callback=_comma, help="Module names, or all-linear (default)."),
+    click.option("--modules-to-save", callback=_comma, help="Modules trained whole and saved with the adapter."),
+    click.option("--layers-to-transform", callback=_comma, help="Layer numbers, such as 26,27 (default: all)."),
+    click.option("--use-dora", is_flag=True, default=None, help="DoRA: a trained magnitude a row."),
+    click.option("--batch-size", type=int, help="Items a batch (default 8)."),
+    click.option("--seq-len", type=int, help="Tokens an item (default 512)."),
+    click.option("--dtype", help="bfloat16 (default), float16 or float32: the frozen weights' type."),
+    click.option("--gradient-checkpointing", is_flag=True, default=None, help="Recompute blocks in the backward pass."),
+    click.option("--load-in-4bit", is_flag=True, default=None, help="Frozen weights in 4 bits."),
+    click.option("--load-in-8bit", is_flag=True, default=None, help="Frozen weights in 8 bits."),
+    click.option("--optimizer", help="adamw (default), adamw_fused, adamw_8bit, paged_adamw_8bit or sgd."),
+    click.option("--loss", help="full (default, as Trainer) or chunked (as `rightrank select`)."),
+    click.option("--arms", type=int, help="Trainings packed over one frozen base (default 1)."),
+    click.option("--device", help="cuda (default) or cpu: whose kernels and allocator."),
+    click.option("--memory", help="What there is, such as 24GiB (default: the CUDA device that is found)."),
+    click.option(
+        "--set", "assignments", multiple=True, metavar="NAME=VALUE", help="Any other setting; see docs/plan.md."
+    ),
+]
+
+
+def _plan_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    for option in reversed(PLAN_OPTIONS):
+        command = option(command)
+    return command
+
+
+@cli.command(epilog="Example: rightrank plan ./model --ranks 8,16,64 --batch-size 4 --seq-len 768 --memory 24GiB")
+@click.argument("model")
+@_plan_options
+@click.option("--config", "config_file", type=click.Path(path_type=Path), help="YAML file of settings.")
+@click.option("--json", "as_json", is_flag=True, help="Print the plan as one JSON object.")
+def plan(
+    model: str,
+    memory: str | None,
+    config_file: Path | None,
+    assignments: tuple[str, ...],
+    as_json: bool,
+    **options: Any,
+) -> int:
+    """Say what every rank takes, and which ranks fit, from MODEL's config.json alone.
+
+    MODEL is a folder that holds at least config.json, a GGUF file, or a hub name. Exit status 1 when a memory is known
+    and no rank fits in it.
+    """
+    from rightrank.plan_records import make_plan_settings, parse_bytes
+
+    values = _gather(config_file, assignments, options)
+    if memory is not None:
+        values["memory_bytes"] = parse_bytes(memory)
+    settings = make_plan_settings(values)
+
+    from rightrank import api
+    from rightrank.report.plan_table import plan_text
+
+    answer = api.plan(model, settings=settings)
+    click.echo(answer.model_dump_json() if as_json else plan_text(answer))
+    return 1 if answer.memory_bytes is not None and answer.max_rank is None else 0
+
+
 @cli.command(epilog="Example: rightrank demo --out demo")
 @click.option(
     "--out", default="demo", show_default=True, type=click.Path(path_type=Path), help="Folder for model, data and run."
@@ -119,6 +182,66 @@ def demo(out: Path, as_json: bool, quiet: bool) -> None:
         return
     _print_answer(selected)
     click.echo("\nOn your own data:\n  rightrank select PATH/TO/MODEL YOUR_DATA.jsonl --out my-run")
+
+
+def _mapping(_context: click.Context, _parameter: click.Parameter, values: tuple[str, ...]) -> dict[str, str]:
+    pairs = {}
+    for value in values:
+        name, equals, column = value.partition("=")
+        if not equals or not column.strip():
+            raise click.BadParameter(f"{value!r}: give NAME=COLUMN, such as rank=lora_r")
+        pairs[name.strip()] = column.strip()
+    return pairs
+
+
+@cli.command(epilog="Example: rightrank decide runs.csv --metric eval_loss --margin 0.005")
+@click.argument("results", type=click.Path(path_type=Path))
+@click.option("--metric", help="Column of the held-out number, or what to call the column `value`.")
+@click.option("--higher-is-better/--lower-is-better", default=None, help="Default: from the metric's name, else lower.")
+@click.option("--margin", type=float, help="How much worse than the best is still enough, in the metric's unit.")
+@click.option("--map", "columns", multiple=True, callback=_mapping, metavar="NAME=COLUMN", help="What a column is.")
+@click.option("--horizon", "horizon_steps", type=click.IntRange(min=1), help="Steps that the answer is wanted for.")
+@click.option("--plot", "plot_file", type=click.Path(path_type=Path), help="Write the curve as FILE.svg or FILE.png.")
+@click.option("--json", "as_json", is_flag=True, help="Print the decision as one JSON object.")
+def decide(
+    results: Path,
+    metric: str | None,
+    higher_is_better: bool | None,
+    margin: float | None,
+    columns: dict[str, str],
+    horizon_steps: int | None,
+    plot_file: Path | None,
+    as_json: bool,
+) -> None:
+    """Decide on trainings that are done, whoever ran them.
+
+    RESULTS is a CSV or JSONL file with `rank`, `value` and, if there are any, `lr`, `seed`, `std`, `item`; a run
+    folder; or results of W&B, MLflow, TensorBoard, Trainer, Optuna or Ray Tune.
+    """
+    from rightrank.api import decide as decide_results
+
+    decided = decide_results(
+        results,
+        metric=metric,
+        higher_is_better=higher_is_better,
+        margin=margin,
+        columns=columns,
+        horizon_steps=horizon_steps,
+    )
+    if plot_file is not None:
+        from rightrank.report.decision_table import write_plot
+
+        write_plot(decided.decision, plot_file)
+    if as_json:
+        click.echo(decided.decision.model_dump_json())
+        return
+    from rightrank.report.decision_table import decision_text
+
+    click.echo(
+        decision_text(
+            decided.decision, decided.understood, sys.stdout.isatty(), shutil.get_terminal_size((100, 24)).columns
+        )
+    )
 
 
 @cli.command(epilog="Example: rightrank inspect run/adapter --plot spectrum.svg")
@@ -323,6 +446,38 @@ def allocate(
         lambda trial: click.echo(f"{trial.pattern}, seed {trial.seed}: {trial.value:.4f}", err=True),
     )
     _print_record(allocate_ranks(adapter, data, options), as_json)
+
+
+@cli.command(epilog="Example: rightrank report run")
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print the report's path as one JSON object.")
+def report(run: Path, as_json: bool) -> None:
+    """Write report.html and the figures of RUN again, from its journal alone.
+
+    It works while a selection runs, too: the report then shows what is known so far.
+    """
+    from rightrank.runs import report as write_report
+
+    path = write_report(run)
+    click.echo(json.dumps({"report": str(path)}) if as_json else str(path))
+
+
+@cli.command(epilog="Example: rightrank export run --to axolotl")
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("--to", required=True, help="peft, trl, axolotl, llamafactory, unsloth, ms-swift, vllm or sglang.")
+@click.option("--out", type=click.Path(path_type=Path), help="Folder to write (default: RUN/exports/TARGET).")
+@click.option("--json", "as_json", is_flag=True, help="Print what was written as one JSON object.")
+def export(run: Path, to: str, out: Path | None, as_json: bool) -> None:
+    """Write what another program needs to train with RUN's rank, or to serve its adapter."""
+    from rightrank.runs import export as write_export
+
+    exported = write_export(run, to, out)
+    if as_json:
+        click.echo(json.dumps(exported.to_json()))
+        return
+    for note in exported.notes:
+        click.echo(f"note: {note}", err=True)
+    click.echo(f"cd {exported.folder} && {exported.command}")
 
 
 def _print_record(record: Any, as_json: bool, figure: Any = "effective_rank", every: bool = False) -> None:

@@ -39,18 +39,47 @@ class Record(BaseModel):
         return html_of(self)
 
 
-class Arm(Record):
-    """One training to run: everything that may differ between the trainings of a selection."""
+class ArmFields(Record):
+    """Everything that may differ between the trainings of a selection.
+
+    A training may be stopped part of the way (`stop_at`) and another arm go on from there (`continue_from`). An
+    adapter may be cut to a lower rank (`truncate_from`); `steps` are then the recovery steps after the cut, 0 for none.
+    Both name the trial they come from.
+    """
 
     rank: int = Field(ge=0)  # 0 is the base model itself, evaluated and never trained
     learning_rate: float = Field(ge=0)
     lora_alpha: float = Field(gt=0)
     seed: int = Field(ge=0)  # of the batch order, of the first A, and of dropout
-    steps: int = Field(ge=0)  # optimizer steps
+    steps: int = Field(ge=0)  # optimizer steps, which the rate's schedule spans
+    stop_at: int | None = Field(default=None, gt=0)  # end after this many of the steps, the schedule unchanged
+    continue_from: str | None = None  # trial id: the same arm, stopped early
+    truncate_from: str | None = None  # trial id: a finished training at a rank not below this one
+    init_lora_weights: str | None = None  # None: as the settings say
+
+    @property
+    def arm(self) -> Arm:
+        return Arm(**{name: getattr(self, name) for name in ArmFields.model_fields})
+
+
+class Arm(ArmFields):
+    """One training to run."""
+
+    @property
+    def is_direct(self) -> bool:
+        """A whole training from its own start: what ranks are compared by."""
+        return self.stop_at is None and self.truncate_from is None
 
     def label(self) -> str:
         """A short name for a person."""
-        return "base" if self.rank == 0 else f"r={self.rank} lr={self.learning_rate:g} seed={self.seed}"
+        if self.rank == 0:
+            return "base"
+        parts = [f"r={self.rank} lr={self.learning_rate:g} seed={self.seed}"]
+        if self.truncate_from is not None:
+            parts.append(f"truncated, {self.steps} steps of recovery")
+        if self.stop_at is not None:
+            parts.append(f"to step {self.stop_at}")
+        return " ".join(parts)
 
 
 class Trial(Record):
@@ -65,7 +94,8 @@ def trial_id(context_fingerprint: str, arm: Arm) -> str:
 
     `context_fingerprint` stands for the model, the data and the settings that all arms share.
     """
-    return content_hash({"schema": SCHEMA_VERSION, "context": context_fingerprint, "arm": arm.model_dump()})[:12]
+    arm_fields = arm.model_dump(exclude_none=True)  # a field that says nothing new leaves old identities as they are
+    return content_hash({"schema": SCHEMA_VERSION, "context": context_fingerprint, "arm": arm_fields})[:12]
 
 
 def content_hash(value: JsonValue | dict[str, Any]) -> str:
@@ -82,28 +112,18 @@ class EvalPoint(Record):
     train_value: float | None  # mean training loss since the point before, the same batches for every arm
 
 
-class TrialStarted(Record):
+class TrialStarted(ArmFields):
     type: Literal["trial_started"] = "trial_started"
     schema_version: int = SCHEMA_VERSION
     trial_id: str
-    rank: int
-    learning_rate: float
-    lora_alpha: float
-    seed: int
-    steps: int
 
 
-class TrialFinished(Record):
+class TrialFinished(ArmFields):
     """A trial that ended with a result. Item lists follow the order of the run's evaluation items."""
 
     type: Literal["trial_finished"] = "trial_finished"
     schema_version: int = SCHEMA_VERSION
     trial_id: str
-    rank: int
-    learning_rate: float
-    lora_alpha: float
-    seed: int
-    steps: int
     value: float  # held-out, the decision's metric, on the selection split
     metrics: dict[str, float]  # every metric measured on the selection split
     item_losses: list[float]  # summed over the item's label tokens, nats
@@ -119,43 +139,23 @@ class TrialFinished(Record):
     eval_seconds: float
     peak_bytes: int  # allocated on the device; on the CPU, the growth of the process's resident memory
 
-    @property
-    def arm(self) -> Arm:
-        return Arm(
-            rank=self.rank,
-            learning_rate=self.learning_rate,
-            lora_alpha=self.lora_alpha,
-            seed=self.seed,
-            steps=self.steps,
-        )
 
-
-class TrialDiverged(Record):
+class TrialDiverged(ArmFields):
     """A trial whose loss became NaN or rose above the base's: a missing cell, not evidence against a rank."""
 
     type: Literal["trial_diverged"] = "trial_diverged"
     schema_version: int = SCHEMA_VERSION
     trial_id: str
-    rank: int
-    learning_rate: float
-    lora_alpha: float
-    seed: int
-    steps: int
     step: int
     reason: str
 
 
-class TrialFailed(Record):
+class TrialFailed(ArmFields):
     """A trial that could not be run to its end."""
 
     type: Literal["trial_failed"] = "trial_failed"
     schema_version: int = SCHEMA_VERSION
     trial_id: str
-    rank: int
-    learning_rate: float
-    lora_alpha: float
-    seed: int
-    steps: int
     error: Literal["out_of_memory", "error"]
     reason: str
 
@@ -330,6 +330,34 @@ class Decision(Record):
     curve: CurveFit | None = None  # from three ranks on
     winner_gap: float = 0.0  # the largest of the ranks compared, metric's unit
     horizon: HorizonNote | None = None  # where evaluations along the training were given
+
+
+class Result(Record):
+    """One finished training of a table that others made; `value` is None where it ended without a result."""
+
+    trial_id: str
+    rank: int
+    learning_rate: float = 0.0  # 0: not stated
+    seed: int = 0
+    value: float | None
+    item_values: list[float] = []  # in the order of the table's items; each a mean over the item's tokens
+    item_weights: list[float] = []  # tokens of each item; empty: all alike
+    std: float | None = None  # stated standard deviation over seeds
+    std_seeds: int = 1  # how many seeds the value is the mean of
+    train_value: float | None = None
+    seconds: float | None = None
+    steps: int | None = None
+    points: list[tuple[int, float]] = []  # (step, value) along the training
+    others: dict[str, float] = {}
+
+
+class Results(Record):
+    """A table of finished trainings, and what was understood of it."""
+
+    metric: str
+    higher_is_better: bool
+    results: list[Result]
+    understood: list[str]  # for a person: which column was taken for what, and what was left out
 
 
 class Decided(Record):

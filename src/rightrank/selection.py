@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from rightrank.decide.run import Records, best_trial, decide_run, decision_so_far
+from rightrank.decision.run import Records, best_trial, decide_run, decision_so_far
 from rightrank.engine.bench import Bench
 from rightrank.engine.sample import promptable_items, write_completion
-from rightrank.errors import AllTrialsFailedError, DeviceMemoryError, RunFolderError
+from rightrank.errors import AllTrialsFailedError, DeviceMemoryError, ResultsError, RunFolderError
 from rightrank.executors import Executor
-from rightrank.export.adapter_folder import hand_over
+from rightrank.exports.adapter_folder import hand_over
 from rightrank.io.adapters import restore_adapter
 from rightrank.io.files import write_text
 from rightrank.io.run_folder import RunFolder
@@ -108,7 +108,7 @@ class Selection:
     def _keep(self, outcome: TrialOutcome) -> None:
         self._folder.journal.append(outcome)
         self.records.outcomes.append(outcome)
-        self.write_views(decision_so_far(self.records))
+        self.write_views(decision_so_far(self.records, self._evidence()))
         self._listener(outcome)
 
     def _decide(self) -> Decision:
@@ -121,7 +121,20 @@ class Selection:
                 f"none of {len(reasons)} trials ended with a result (the first: {reasons[0]}); "
                 "give lower learning rates, a smaller batch_size or seq_len, and a new --out"
             )
-        return decide_run(self.records)
+        try:
+            return self._judge()
+        except ResultsError:
+            raise AllTrialsFailedError(
+                "fewer than two ranks have a whole training: there is nothing to compare; "
+                "give a larger budget or lower learning rates, and a new --out"
+            ) from None
+
+    def _judge(self) -> Decision:
+        return decide_run(self.records, self._evidence())
+
+    def _evidence(self) -> list[TrialOutcome]:
+        """What the strategy says is comparable."""
+        return self._strategy.evidence(History.of(self.records.outcomes))
 
     def _finished(self) -> list[TrialFinished]:
         return [outcome for outcome in self.records.outcomes if isinstance(outcome, TrialFinished)]

@@ -31,6 +31,11 @@ class SelectSettings(BaseModel):
     learning_rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3)
     seeds: tuple[int, ...] = (0,)
 
+    # what it may cost: the tightest counts; a strategy stops inside it
+    budget_trainings: float | None = Field(default=None, gt=0)  # whole trainings
+    budget_steps: int | None = Field(default=None, gt=0)  # optimizer steps over all trainings
+    budget_hours: float | None = Field(default=None, gt=0)  # of training and evaluation
+
     # how to decide
     metric: Literal["loss", "accuracy"] = "loss"
     margin: float | None = Field(default=None, gt=0)  # None: by the metric (see decide.default_margin)

@@ -86,10 +86,13 @@ class Bench:
     def batch(self, split: SplitName, indices: Sequence[int]) -> Batch:
         return collate(self.items(split), indices, self._pad_id, self.loaded.device)
 
-    def batch_plan(self, seed: int) -> list[list[int]]:
-        """The training batches of every arm of a seed: one list of item indices for each optimizer step."""
+    def batch_plan(self, seed: int, steps: int | None = None) -> list[list[int]]:
+        """The training batches of every arm of a seed: one list of item indices for each optimizer step.
+
+        A plan of more steps begins with the plan of fewer.
+        """
         lengths = [item.length for item in self.items("train")]
-        return batch_plan(lengths, self.settings.items_per_step, self.steps, seed)
+        return batch_plan(lengths, self.settings.items_per_step, self.steps if steps is None else steps, seed)
 
     def losses(self, split: SplitName, batch: Batch, scale: float) -> BatchLoss:
         """The loss of `batch` under whatever adapter the base now carries."""

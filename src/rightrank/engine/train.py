@@ -14,15 +14,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import set_peft_model_state_dict
 from transformers import get_scheduler
 
 from rightrank.engine.adapter import trainable_parameters, trainable_state
 from rightrank.engine.bench import Bench, Scores
 from rightrank.engine.memory import PeakMemory
+from rightrank.engine.truncate import truncated_adapter
 from rightrank.errors import InterruptedRun
 from rightrank.io.adapters import save_adapter
 from rightrank.io.checkpoints import Checkpoint, load_checkpoint, save_checkpoint
-from rightrank.records import EvalPoint, Preparing, StepDone, Trial, TrialDiverged, TrialFinished
+from rightrank.records import Arm, EvalPoint, Preparing, StepDone, Trial, TrialDiverged, TrialFinished
 from rightrank.settings import SelectSettings
 
 DIVERGENCE_WINDOW = 8  # steps over which the training loss is averaged before it is called diverged
@@ -32,10 +34,12 @@ ShouldStop = Callable[[], bool]
 
 @dataclass(frozen=True, slots=True)
 class TrialFolders:
-    """Where a trial leaves things: a checkpoint while it runs, its adapter when it has finished."""
+    """Where a trial leaves things: a checkpoint while it runs, its adapter when it has finished; and its parent's."""
 
     checkpoint: Path
     adapter: Path
+    continue_from: Path | None = None  # the checkpoint of the trial that this one goes on from
+    truncate_from: Path | None = None  # the adapter of the trial that this one is cut from
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +85,7 @@ def run_trial(
             progress = _Progress()
             scores = _timed_evaluation(bench, progress)
             return _finished(trial, bench, progress, scores, 0, memory.peak_bytes())
-        training = _Training(bench, trial, peft_model, base_loss, folders.checkpoint, watcher)
+        training = _Training(bench, trial, peft_model, base_loss, folders, watcher)
         try:
             scores = training.run()
         except _Diverged as diverged:
@@ -89,8 +93,11 @@ def run_trial(
             return TrialDiverged(
                 trial_id=trial.trial_id, **trial.arm.model_dump(), step=diverged.step, reason=diverged.reason
             )
-        save_adapter(peft_model, folders.adapter, bench.loaded.name)
-        folders.checkpoint.unlink(missing_ok=True)
+        if trial.arm.stop_at is None:
+            save_adapter(peft_model, folders.adapter, bench.loaded.name)
+            folders.checkpoint.unlink(missing_ok=True)
+        else:
+            training.save()  # another trial may go on from here
         count = sum(parameter.numel() for parameter in trainable_parameters(peft_model))
         return _finished(trial, bench, training.progress, scores, count, memory.peak_bytes())
 
@@ -99,26 +106,33 @@ class _Training:
     """The loop of one arm."""
 
     def __init__(
-        self, bench: Bench, trial: Trial, peft_model: Any, base_loss: float | None, checkpoint: Path, watcher: Watcher
+        self,
+        bench: Bench,
+        trial: Trial,
+        peft_model: Any,
+        base_loss: float | None,
+        folders: TrialFolders,
+        watcher: Watcher,
     ) -> None:
         self._bench = bench
         self._trial = trial
         self._peft_model = peft_model
         self._base_loss = base_loss
-        self._checkpoint = checkpoint
+        self._folders = folders
         self._watcher = watcher
         self._settings = bench.settings
         self._parameters = trainable_parameters(peft_model)
         self._optimizer = make_optimizer(self._parameters, trial.arm.learning_rate, bench.settings)
         self._rate_factor = rate_schedule(bench.settings, trial.arm.steps)
-        self._plan = bench.batch_plan(trial.arm.seed)[: trial.arm.steps]
+        self._plan = training_batches(bench, trial.arm)
+        self._last_step = trial.arm.steps if trial.arm.stop_at is None else trial.arm.stop_at
         self._evaluate_at = evaluation_steps(trial.arm.steps, bench.settings.eval_points)
         self.progress = _Progress()
 
     def run(self) -> Scores:
         """All steps that are left; the scores of the last evaluation."""
-        self._resume()
-        progress, steps = self.progress, self._trial.arm.steps
+        self._start()
+        progress, steps = self.progress, self._last_step
         saved = time.perf_counter()
         scores: Scores | None = None
         while progress.step < steps:
@@ -128,12 +142,12 @@ class _Training:
             progress.train_losses.append(loss)
             progress.train_seconds += time.perf_counter() - begun
             self._judge(loss)
-            if progress.step in self._evaluate_at:
+            if progress.step in self._evaluate_at or progress.step == steps:
                 scores = self._evaluate()
             self._report(loss)
             stopping = progress.step < steps and self._watcher.should_stop()
             if stopping or time.perf_counter() - saved > self._settings.checkpoint_seconds:
-                self._save()
+                self.save()
                 saved = time.perf_counter()
             if stopping:
                 raise InterruptedRun(f"stopped at step {progress.step} of {steps} of {self._trial.arm.label()}")
@@ -189,7 +203,8 @@ class _Training:
         since = progress.points[-1].step if progress.points else 0
         recent = progress.train_losses[since:]
         value = scores.metrics[self._settings.metric]
-        progress.points.append(EvalPoint(step=progress.step, value=value, train_value=sum(recent) / len(recent)))
+        if progress.step in self._evaluate_at:  # not where a rate is stopped early: points are the same for every arm
+            progress.points.append(EvalPoint(step=progress.step, value=value, train_value=sum(recent) / len(recent)))
         return scores
 
     def _report(self, loss: float) -> None:
@@ -204,7 +219,7 @@ class _Training:
             )
         )
 
-    def _save(self) -> None:
+    def save(self) -> None:
         progress = self.progress
         tensors = {f"parameter.{name}": value for name, value in trainable_state(self._peft_model).items()}
         for index, parameter in enumerate(self._parameters):
@@ -219,13 +234,27 @@ class _Training:
             "train_tokens": progress.train_tokens,
             "eval_seconds": progress.eval_seconds,
         }
-        save_checkpoint(self._checkpoint, Checkpoint(tensors, state))
+        save_checkpoint(self._folders.checkpoint, Checkpoint(tensors, state))
 
-    def _resume(self) -> None:
-        """Go on from a checkpoint of this very trial, if there is one."""
-        found = load_checkpoint(self._checkpoint)
-        if found is None or found.state.get("trial_id") != self._trial.trial_id:
+    def _start(self) -> None:
+        """From a checkpoint of this very trial if there is one; else from its parent; else from the first draw.
+
+        A parent's checkpoint that is lost costs its steps again and changes no result.
+        """
+        arm, folders = self._trial.arm, self._folders
+        if self._resume(folders.checkpoint, self._trial.trial_id):
             return
+        if folders.continue_from is not None and arm.continue_from is not None:
+            self._resume(folders.continue_from, arm.continue_from)
+        if folders.truncate_from is not None:
+            tensors = truncated_adapter(folders.truncate_from, arm, self._settings)
+            set_peft_model_state_dict(self._peft_model, tensors)
+
+    def _resume(self, checkpoint: Path, trial_id: str) -> bool:
+        """Go on from a checkpoint, if it is there and of that trial."""
+        found = load_checkpoint(checkpoint)
+        if found is None or found.state.get("trial_id") != trial_id:
+            return False
         with torch.no_grad():
             for name, value in trainable_state(self._peft_model).items():
                 value.copy_(found.tensors[f"parameter.{name}"])
@@ -240,6 +269,14 @@ class _Training:
             train_tokens=state["train_tokens"],
             eval_seconds=state["eval_seconds"],
         )
+        return True
+
+
+def training_batches(bench: Bench, arm: Arm) -> list[list[int]]:
+    """The batches of an arm's steps; recovery after a cut takes those that follow a whole training's."""
+    if arm.truncate_from is None:
+        return bench.batch_plan(arm.seed)[: arm.steps]
+    return bench.batch_plan(arm.seed, bench.steps + arm.steps)[bench.steps :]
 
 
 def make_optimizer(parameters: list[torch.nn.Parameter], rate: float, settings: SelectSettings) -> torch.optim.AdamW:

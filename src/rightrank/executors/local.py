@@ -38,7 +38,7 @@ class LocalExecutor:
             yield self._run_one(trial, base_loss)
 
     def _run_one(self, trial: Trial, base_loss: float | None) -> TrialOutcome:
-        folders = TrialFolders(self._folder.checkpoint(trial.trial_id), self._folder.trial_adapter(trial.trial_id))
+        folders = self._folders(trial)
         try:
             return run_trial(self._bench, trial, base_loss, folders, self._watcher)
         except (torch.OutOfMemoryError, MemoryError) as error:
@@ -55,4 +55,13 @@ class LocalExecutor:
             **trial.arm.model_dump(),
             error="out_of_memory",
             reason=f"{trial.arm.label()} ran out of memory on {self._bench.loaded.device}: {reason}",
+        )
+
+    def _folders(self, trial: Trial) -> TrialFolders:
+        arm, folder = trial.arm, self._folder
+        return TrialFolders(
+            folder.checkpoint(trial.trial_id),
+            folder.trial_adapter(trial.trial_id),
+            None if arm.continue_from is None else folder.checkpoint(arm.continue_from),
+            None if arm.truncate_from is None else folder.trial_adapter(arm.truncate_from),
         )

@@ -5,26 +5,66 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 from rightrank.errors import SettingsError, did_you_mean
 from rightrank.settings import SelectSettings
+from rightrank.strategies.ascend import Ascend
+from rightrank.strategies.bracket import Bracket
+from rightrank.strategies.descend import Descend
 from rightrank.strategies.grid import Grid
-from rightrank.strategies.protocol import History, Strategy
+from rightrank.strategies.ladder import Ladder
+from rightrank.strategies.protocol import Answer, Cost, History, Strategy
+from rightrank.strategies.space import Space, space_of
 
-__all__ = ["STRATEGIES", "Grid", "History", "Strategy", "make_strategy"]
+__all__ = [
+    "STRATEGIES",
+    "Answer",
+    "Cost",
+    "History",
+    "Space",
+    "Strategy",
+    "make_strategy",
+    "space_of",
+    "strategy_named",
+]
 
-STRATEGIES: dict[str, Callable[[SelectSettings, int], Strategy]] = {"grid": Grid}
+STRATEGIES: dict[str, Callable[[Space], Strategy]] = {
+    "ladder": Ladder,
+    "bracket": Bracket,
+    "grid": Grid,
+    "ascend": Ascend,
+    "descend": Descend,
+}
 
 
-def make_strategy(settings: SelectSettings, steps: int) -> Strategy:
+def make_strategy(settings: SelectSettings, steps: int, token_loss: bool = True) -> Strategy:
     """The strategy that `settings.strategy` names, for trainings of `steps` optimizer steps.
+
+    Raises:
+        SettingsError: an unknown name, or bounds and budgets that leave nothing to compare.
+    """
+    space = space_of(settings, steps, token_loss)
+    strategy = strategy_named(settings.strategy)(space)
+    least = strategy.least_trainings()
+    if space.budget_steps is not None and space.budget_steps < least * steps:
+        raise SettingsError(
+            f"a budget of {space.budget_steps / steps:.3g} trainings is too small: {settings.strategy!r} with "
+            f"{len(space.rates)} learning rates needs {least:g} to compare two ranks; give budget_trainings {least:g} "
+            f"(budget_steps {math.ceil(least * steps)}), fewer learning rates, or a smaller max_steps"
+        )
+    return strategy
+
+
+def strategy_named(name: str) -> Callable[[Space], Strategy]:
+    """What makes the strategy of that name.
 
     Raises:
         SettingsError: an unknown name.
     """
-    factory = STRATEGIES.get(settings.strategy)
+    factory = STRATEGIES.get(name)
     if factory is None:
-        near = did_you_mean(settings.strategy, STRATEGIES)
-        raise SettingsError(f"unknown strategy {settings.strategy!r}{near}; there are: {', '.join(STRATEGIES)}")
-    return factory(settings, steps)
+        near = did_you_mean(name, STRATEGIES)
+        raise SettingsError(f"unknown strategy {name!r}{near}; there are: {', '.join(STRATEGIES)}")
+    return factory

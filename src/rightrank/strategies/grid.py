@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from itertools import product
 
 from rightrank.records import Arm
-from rightrank.settings import SelectSettings
-from rightrank.strategies.protocol import History, base_arm
+from rightrank.strategies.protocol import Cost
+from rightrank.strategies.results import Results
+from rightrank.strategies.script import Scripted, Wanted
 
 
-class Grid:
+class Grid(Scripted):
     """Exhaustive. The base first; then seed by seed, from the extreme ranks inwards.
 
     The lowest and the highest rank come first so that the curve has its two ends early.
@@ -18,24 +19,22 @@ class Grid:
 
     name = "grid"
 
-    def __init__(self, settings: SelectSettings, steps: int) -> None:
-        self._settings = settings
-        self._steps = steps
+    def script(self, results: Results) -> Wanted:
+        yield self._arms()
 
-    def ask(self, history: History) -> Sequence[Arm]:
-        return [arm for arm in self._arms() if not history.has_ended(arm)]
+    def unbounded_cost(self) -> Cost:
+        return Cost(len(self._arms()), len(self._arms()))
 
     def most_arms(self) -> int:
-        return len(self._arms())
+        return 1 + len(self._arms())
+
+    def least_trainings(self) -> float:
+        return 2.0
 
     def _arms(self) -> list[Arm]:
-        settings = self._settings
-        cells = product(settings.seeds, settings.learning_rates, outside_in(settings.ranks))
-        trained = [
-            Arm(rank=rank, learning_rate=rate, lora_alpha=settings.lora_alpha, seed=seed, steps=self._steps)
-            for seed, rate, rank in cells
-        ]
-        return [base_arm(settings.lora_alpha), *trained]
+        space = self.space
+        cells = product(space.seeds, space.rates, outside_in(space.ranks))
+        return [space.arm(rank, rate, seed) for seed, rate, rank in cells]
 
 
 def outside_in(ranks: Sequence[int]) -> list[int]:

@@ -21,7 +21,7 @@ class History:
 
     @classmethod
     def of(cls, outcomes: Iterable[TrialOutcome]) -> History:
-        return cls({arm_of(outcome): outcome for outcome in outcomes})
+        return cls({outcome.arm: outcome for outcome in outcomes})
 
     def has_ended(self, arm: Arm) -> bool:
         """Whether the arm has ended, well or not: an arm is never asked for twice."""
@@ -29,6 +29,24 @@ class History:
 
     def finished(self) -> list[TrialFinished]:
         return [outcome for outcome in self.outcomes.values() if isinstance(outcome, TrialFinished)]
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """What a strategy asks for, in whole trainings (the steps of all its arms over the steps of one)."""
+
+    expected: float
+    most: float
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a strategy makes of its own arms: the smallest rank that held, tested from the top down."""
+
+    rank: int | None  # None: too little finished to say
+    learning_rate: float | None
+    reference_rank: int | None
+    complete: bool  # False: the budget ended first, or arms are still to run
 
 
 class Strategy(Protocol):
@@ -41,22 +59,54 @@ class Strategy(Protocol):
         """The arms to run now, those that have ended left out; empty when nothing more is wanted."""
         ...
 
+    def expected_arms(self) -> int:
+        """About how many arms it will ask for, the base included; shown as progress."""
+        ...
+
     def most_arms(self) -> int:
         """How many arms it will ask for at most, the base included."""
+        ...
+
+    def cost(self) -> Cost:
+        """What it will cost, said before the start; never more than the budget."""
+        ...
+
+    def least_trainings(self) -> float:
+        """The smallest budget in which it can compare two ranks."""
+        ...
+
+    def evidence(self, history: History) -> list[TrialOutcome]:
+        """The outcomes that ranks may be compared by: like with like."""
+        ...
+
+    def answer(self, history: History) -> Answer:
+        """The best-supported rank so far, by values (and item losses where there are any)."""
         ...
 
 
 def arm_of(outcome: TrialOutcome) -> Arm:
     """The arm that an outcome is of."""
-    return Arm(
-        rank=outcome.rank,
-        learning_rate=outcome.learning_rate,
-        lora_alpha=outcome.lora_alpha,
-        seed=outcome.seed,
-        steps=outcome.steps,
-    )
+    return outcome.arm
 
 
 def base_arm(lora_alpha: float) -> Arm:
     """Rank 0: the base itself, evaluated once and a point of every curve."""
     return Arm(rank=0, learning_rate=0.0, lora_alpha=lora_alpha, seed=0, steps=0)
+
+
+def steps_of(arm: Arm, history: History) -> int:
+    """Optimizer steps that running `arm` takes: what it goes on from was paid for before."""
+    end = arm.stop_at if arm.stop_at is not None else arm.steps
+    if arm.continue_from is None:
+        return end
+    before = [outcome for outcome in history.outcomes.values() if outcome.trial_id == arm.continue_from]
+    return end - (before[0].stop_at or 0) if before else end
+
+
+def seconds_of(outcome: TrialFinished, history: History) -> float:
+    """Seconds of training and evaluation that an outcome added: what it went on from was counted before."""
+    seconds = outcome.train_seconds + outcome.eval_seconds
+    for before in history.finished():
+        if before.trial_id == outcome.continue_from:
+            return seconds - before.train_seconds - before.eval_seconds
+    return seconds

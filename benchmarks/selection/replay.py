@@ -1,0 +1,121 @@
+"""Replay a strategy on grids of finished runs and count how often it picks what the whole grid picks.
+
+    python -m benchmarks.selection.replay --grids FILE --strategy S --margin M [--json]
+
+Truth is the whole grid's pick at that margin: the smallest rank within the margin of the best over all rates, means
+over seeds. The regret is that of the cell handed over (its rank and its rate); an under-pick is a lower rank than
+truth that even at its best rate is worse than the best by more than the margin. The share of cells is the cost in
+whole trainings over the rank × rate cells of one seed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.selection.tables import GridCurve, Replayed, read_grids, replay, space_of_grid
+from rightrank.errors import InputError, SettingsError
+from rightrank.strategies import Space, Strategy, strategy_named
+
+
+@dataclass(frozen=True)
+class Judged:
+    """One pick against the truth of its grid."""
+
+    name: str
+    family: str
+    truth: int
+    pick: int | None
+    rate: float | None
+    exact: bool
+    neighbour: bool  # exact, or the next rank above or below in the grid
+    under: bool
+    over: bool
+    regret: float  # max(0, loss of the picked cell - best - margin)
+    trainings: float
+    share: float
+
+
+def judge(curve: GridCurve, margin: float, pick: int | None, rate: float | None, trainings: float) -> Judged:
+    """Compare a pick with the whole grid."""
+    truth, ranks = curve.truth(margin), curve.ranks
+    best = min(curve.best(rank) for rank in ranks)
+    regret, distance = 0.0, 0
+    if pick is not None:
+        loss = curve.loss(pick, rate) if rate in curve.cells[pick] else curve.best(pick)
+        regret = max(0.0, loss - best - margin)
+        distance = ranks.index(pick) - ranks.index(truth)
+    return Judged(
+        name=curve.name,
+        family=curve.family,
+        truth=truth,
+        pick=pick,
+        rate=rate,
+        exact=pick == truth,
+        neighbour=pick is not None and abs(distance) <= 1,
+        under=pick is not None and pick < truth and curve.best(pick) - best > margin + 1e-9,
+        over=pick is not None and pick > truth,
+        regret=regret if regret > 1e-9 else 0.0,
+        trainings=trainings,
+        share=trainings / curve.size,
+    )
+
+
+def summary(judged: Sequence[Judged]) -> dict[str, float | int]:
+    """The counts of the contract."""
+    count = len(judged)
+    return {
+        "curves": count,
+        "exact": sum(one.exact for one in judged),
+        "exact_or_neighbour": sum(one.neighbour for one in judged),
+        "under_picks": sum(one.under for one in judged),
+        "over_picks": sum(one.over for one in judged),
+        "mean_excess_regret": round(sum(one.regret for one in judged) / count, 6),
+        "share_of_cells": round(sum(one.share for one in judged) / count, 4),
+        "abstentions": sum(one.pick is None for one in judged),
+        "mean_trainings": round(sum(one.trainings for one in judged) / count, 3),
+    }
+
+
+def replay_all(
+    curves: Sequence[GridCurve], make: Callable[[Space], Strategy], margin: float, seeds: int = 1
+) -> list[Judged]:
+    judged = []
+    for curve in curves:
+        done: Replayed = replay(curve, make, space_of_grid(curve, margin, seeds))
+        judged.append(judge(curve, margin, done.answer.rank, done.answer.learning_rate, done.trainings))
+    return judged
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.selection.replay", description=__doc__.split("\n")[0])
+    parser.add_argument("--grids", type=Path, required=True, metavar="FILE")
+    parser.add_argument("--strategy", required=True, metavar="S")
+    parser.add_argument("--margin", type=float, required=True, metavar="M", help="in the metric's unit")
+    parser.add_argument("--seeds", type=int, default=1, help="seeds that the strategy may use (default 1)")
+    parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
+    options = parser.parse_args(arguments)
+    try:
+        if not options.margin > 0 or options.seeds < 1:
+            raise SettingsError(f"margin {options.margin:g}, seeds {options.seeds}: give numbers above 0")
+        judged = replay_all(read_grids(options.grids), strategy_named(options.strategy), options.margin, options.seeds)
+    except InputError as error:
+        print(f"replay: {error}", file=sys.stderr)
+        return 2
+    if options.json:
+        print(json.dumps(summary(judged)))
+        return 0
+    for one in judged:
+        note = "exact" if one.exact else "under" if one.under else "over" if one.over else "-"
+        print(f"{one.name:44} truth {one.truth:>4} pick {one.pick!s:>5} {note:6} {one.trainings:5.1f} trainings")
+    for name, value in summary(judged).items():
+        print(f"{name:20} {value}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

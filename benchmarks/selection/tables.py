@@ -1,0 +1,239 @@
+"""Grids of finished runs, played back to a strategy as if they were being trained.
+
+A grid's id and its truth never reach a strategy: it sees ranks, rates, seeds and the margin, and outcomes of what it
+asks for. What a table does not hold (a truncation, a training stopped early) comes back as a failed trial.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rightrank.errors import ResultsError
+from rightrank.records import Arm, EvalPoint, TrialFailed, TrialFinished, TrialOutcome, trial_id
+from rightrank.strategies import Answer, History, Space, Strategy
+from rightrank.strategies.protocol import steps_of
+
+REPLAY_STEPS = 1000  # of a whole training: costs are counted in these
+
+SeedGrid = Mapping[int, Mapping[float, Mapping[int, float]]]  # rank → rate → seed → value
+
+
+@dataclass(frozen=True)
+class GridCurve:
+    """One exhaustive grid, in the metric's own direction."""
+
+    name: str
+    family: str
+    higher_is_better: bool
+    cells: SeedGrid
+    base: float | None = None
+    truncated: SeedGrid = field(default_factory=dict)  # rank → the top's rate → seed, cut without recovery
+    recovered: SeedGrid = field(default_factory=dict)  # the same after recovery steps
+    recovery_part: float = 0.0  # of a training
+    checkpoints: Mapping[float, SeedGrid] = field(default_factory=dict)  # part of a training → values then
+    items: Mapping[tuple[int, float, int], list[float]] = field(default_factory=dict)  # summed item losses
+    item_tokens: list[int] = field(default_factory=list)
+    energy: Mapping[float, Mapping[int, list[float]]] = field(default_factory=dict)  # the top's, a share per direction
+
+    @property
+    def ranks(self) -> list[int]:
+        return sorted(self.cells)
+
+    @property
+    def rates(self) -> list[float]:
+        return sorted({rate for by_rate in self.cells.values() for rate in by_rate})
+
+    @property
+    def seeds(self) -> list[int]:
+        return sorted({seed for by_rate in self.cells.values() for by_seed in by_rate.values() for seed in by_seed})
+
+    @property
+    def size(self) -> int:
+        """Cells of one seed."""
+        return sum(len(by_rate) for by_rate in self.cells.values())
+
+    def loss(self, rank: int, rate: float) -> float:
+        """Mean over seeds, lower is better."""
+        mean = float(np.mean(list(self.cells[rank][rate].values())))
+        return -mean if self.higher_is_better else mean
+
+    def best(self, rank: int) -> float:
+        """The rank's loss at its best rate."""
+        return min(self.loss(rank, rate) for rate in self.cells[rank])
+
+    def truth(self, margin: float) -> int:
+        """The whole grid's pick: the smallest rank within the margin of the best over all rates."""
+        best = min(self.best(rank) for rank in self.ranks)
+        return next(rank for rank in self.ranks if self.best(rank) - best <= margin + 1e-9)
+
+
+def read_grids(path: Path) -> list[GridCurve]:
+    """The curves of a file that have a grid.
+
+    Raises:
+        ResultsError: no such file, not of this form, or no curve with a grid.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        curves = [_curve(entry) for entry in found["curves"] if entry.get("lr_grid") or entry.get("seed_grid")]
+    except OSError as error:
+        raise ResultsError(f"{path}: {error.strerror}; give a JSON file of grids") from None
+    except (json.JSONDecodeError, KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ResultsError(
+            f'{path}: not a file of grids ({type(error).__name__}: {error}); it holds {{"curves": [{{"id", "ranks", '
+            '"higher_is_better", "lr_grid": {rank: {rate: value}}}]}'
+        ) from None
+    if not curves:
+        raise ResultsError(f"{path}: no curve with an lr_grid; there is nothing to replay")
+    return curves
+
+
+def _curve(entry: Mapping[str, Any]) -> GridCurve:
+    seed_grid = entry.get("seed_grid")
+    cells = _seed_grid(seed_grid) if seed_grid else _one_seed(entry["lr_grid"])
+    if len(cells) < 2:
+        raise ValueError(f"{entry.get('id')}: a grid needs two ranks or more")
+    return GridCurve(
+        name=str(entry.get("id", "")),
+        family=str(entry.get("family", "given")),
+        higher_is_better=bool(entry.get("higher_is_better", False)),
+        cells=cells,
+        base=entry.get("base") if isinstance(entry.get("base"), int | float) else None,
+        truncated=_seed_grid(entry.get("truncation_grid", {})),
+        recovered=_seed_grid(entry.get("recovery_grid", {})),
+        recovery_part=float(entry.get("recovery_part", 0.0)),
+        checkpoints={float(part): _seed_grid(grid) for part, grid in entry.get("checkpoints", {}).items()},
+        items={
+            (int(rank), float(rate), int(seed)): losses
+            for rank, by_rate in entry.get("item_losses", {}).items()
+            for rate, by_seed in by_rate.items()
+            for seed, losses in by_seed.items()
+        },
+        item_tokens=list(entry.get("item_tokens", [])),
+        energy={
+            float(rate): {int(seed): shares for seed, shares in by_seed.items()}
+            for rate, by_seed in entry.get("energy", {}).items()
+        },
+    )
+
+
+def _seed_grid(grid: Mapping[str, Any]) -> dict[int, dict[float, dict[int, float]]]:
+    found: dict[int, dict[float, dict[int, float]]] = {}
+    for rank, by_rate in grid.items():
+        for rate, by_seed in by_rate.items():
+            values = {int(seed): float(value) for seed, value in by_seed.items() if _number(value)}
+            if values:
+                found.setdefault(int(rank), {})[float(rate)] = values
+    return found
+
+
+def _one_seed(grid: Mapping[str, Any]) -> dict[int, dict[float, dict[int, float]]]:
+    return _seed_grid({rank: {rate: {"0": v} for rate, v in by_rate.items()} for rank, by_rate in grid.items()})
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and bool(np.isfinite(value))
+
+
+@dataclass(frozen=True)
+class Replayed:
+    """What a strategy did on a grid."""
+
+    answer: Answer
+    trainings: float  # cost in whole trainings
+    arms: int
+
+
+class TableRunner:
+    """Answers arms from a grid."""
+
+    def __init__(self, curve: GridCurve) -> None:
+        self._curve = curve
+        self._arms: dict[str, Arm] = {}
+
+    def run(self, arm: Arm) -> TrialOutcome:
+        identity = trial_id("replay", arm)
+        self._arms[identity] = arm
+        value = self._value(arm)
+        if value is None:
+            return TrialFailed(trial_id=identity, **arm.model_dump(), error="error", reason="not in the table")
+        items = self._curve.items.get((arm.rank, arm.learning_rate, arm.seed), []) if arm.is_direct else []
+        return TrialFinished(
+            trial_id=identity,
+            **arm.model_dump(),
+            value=value,
+            metrics={},
+            item_losses=items,
+            item_tokens=self._curve.item_tokens if items else [],
+            train_value=None,
+            points=self._points(arm),
+            trainable_parameters=arm.rank,
+            train_seconds=0.0,
+            train_tokens=0,
+            eval_seconds=0.0,
+            peak_bytes=0,
+        )
+
+    def _points(self, arm: Arm) -> list[EvalPoint]:
+        """Values on the way of a whole training, where the table holds them."""
+        key = arm.rank, arm.learning_rate, arm.seed
+        found = {part: _cell(grid, key) for part, grid in self._curve.checkpoints.items() if arm.is_direct}
+        return [
+            EvalPoint(step=round(part * arm.steps), value=value, train_value=None)
+            for part, value in sorted(found.items())
+            if value is not None
+        ]
+
+    def _value(self, arm: Arm) -> float | None:
+        curve = self._curve
+        if arm.rank == 0:
+            return curve.base
+        key = arm.rank, arm.learning_rate, arm.seed
+        if arm.truncate_from is not None:
+            key = arm.rank, self._arms[arm.truncate_from].learning_rate, arm.seed
+            return _cell(curve.truncated if arm.steps == 0 else curve.recovered, key)
+        if arm.stop_at is not None:
+            return _cell(curve.checkpoints.get(arm.stop_at / arm.steps, {}), key)
+        return _cell(curve.cells, key)
+
+
+def _cell(grid: SeedGrid, key: tuple[int, float, int]) -> float | None:
+    return grid.get(key[0], {}).get(key[1], {}).get(key[2])
+
+
+def space_of_grid(curve: GridCurve, margin: float, seeds: int = 1, budget: float | None = None) -> Space:
+    """All that a strategy is told of a grid."""
+    return Space(
+        ranks=tuple(curve.ranks),
+        rates=tuple(curve.rates),
+        seeds=tuple(curve.seeds[:seeds]),
+        lora_alpha=32.0,
+        steps=REPLAY_STEPS,
+        margin=margin,
+        higher_is_better=curve.higher_is_better,
+        budget_steps=None if budget is None else budget * REPLAY_STEPS,
+    )
+
+
+def replay(curve: GridCurve, make: Callable[[Space], Strategy], space: Space) -> Replayed:
+    """Run a strategy on a grid to its end."""
+    strategy, runner = make(space), TableRunner(curve)
+    outcomes: list[TrialOutcome] = []
+    steps = 0
+    while True:
+        history = History.of(outcomes)
+        arms = strategy.ask(history)
+        if not arms:
+            break
+        for arm in arms:
+            outcome = runner.run(arm)
+            if isinstance(outcome, TrialFinished) and arm.rank > 0:
+                steps += steps_of(arm, history)
+            outcomes.append(outcome)
+    return Replayed(strategy.answer(history), steps / REPLAY_STEPS, len(outcomes))

@@ -1,0 +1,89 @@
+"""`bracket`: the truncations of the top rank's adapter say where to look; trainings beside it say what is right."""
+
+from __future__ import annotations
+
+from rightrank.records import Arm
+from rightrank.strategies.ladder import predicted_rank
+from rightrank.strategies.moves import (
+    confirm,
+    confirmation_cost,
+    find_rate,
+    find_rate_cost,
+    least_trainings,
+    most_stages,
+    most_trainings,
+    try_rank,
+    walk,
+)
+from rightrank.strategies.protocol import Cost
+from rightrank.strategies.results import Results, excess_of, within
+from rightrank.strategies.script import Scripted, Wanted
+from rightrank.strategies.space import Space
+
+
+class Bracket(Scripted):
+    """The rate at the top rank; that adapter cut to every lower rank, for the price of evaluations; then direct
+    trainings downward from the smallest cut that loses less than the margin, until the first rank that fails.
+
+    Where no truncation can be had (a table of finished runs), a training at a quarter of the top takes its place.
+    """
+
+    name = "bracket"
+
+    def script(self, results: Results) -> Wanted:
+        space = self.space
+        yield from find_rate(space, results, space.top)
+        rate = results.best_rate(space.top)
+        if rate is None:
+            return
+        cuts = truncations(space, results, space.top, rate)
+        yield cuts
+        start = smallest_cut_that_holds(space, results, cuts, rate)
+        if start is None:
+            second = max((rank for rank in space.ranks if rank <= space.top / 4), default=space.ranks[0])
+            yield from try_rank(space, results, second, rate)
+            start = predicted_rank(space, results, second)
+        elif start == space.top:
+            start = space.below(start) or start
+        yield from walk(space, results, start, rate)
+        yield from confirm(space, results)
+
+    def unbounded_cost(self) -> Cost:
+        expected = (
+            find_rate_cost(self.space) + min(3.0, 1.5 * (len(self.space.ranks) - 1)) + confirmation_cost(self.space)
+        )
+        return Cost(expected, most_trainings(self.space))
+
+    def least_trainings(self) -> float:
+        return least_trainings(self.space)
+
+    def most_arms(self) -> int:
+        return 1 + most_stages(self.space) + len(self.space.ranks) - 1
+
+
+def truncations(space: Space, results: Results, rank: int, rate: float) -> list[Arm]:
+    """The adapter of a finished training cut to every lower rank, without recovery; descending."""
+    parent = results.direct().get((rank, rate, space.seeds[0]))
+    if parent is None:
+        return []
+    return [
+        space.arm(lower, rate).model_copy(update={"steps": 0, "truncate_from": parent.trial_id})
+        for lower in reversed(space.ranks)
+        if lower < rank
+    ]
+
+
+def smallest_cut_that_holds(space: Space, results: Results, cuts: list[Arm], rate: float) -> int | None:
+    """From the top downward before the first cut that loses more than the margin; None where no cut has a result."""
+    parent = results.direct().get((space.top, rate, space.seeds[0]))
+    if parent is None or not any(results.finished(cut) for cut in cuts):
+        return None
+    chosen = space.top
+    for cut in cuts:
+        outcome = results.finished(cut)
+        if outcome is None:
+            continue
+        if not within(excess_of([(outcome, parent)], space).mean, space.margin_at(results.best_loss(space.top))):
+            break
+        chosen = cut.rank
+    return chosen

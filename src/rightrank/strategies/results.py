@@ -1,0 +1,165 @@
+"""What a strategy has seen, oriented so that lower is better, and how two results compare."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rightrank.records import Arm, TrialFinished, TrialOutcome
+from rightrank.strategies.space import Space
+
+Floats = NDArray[np.float64]
+
+Z_95 = 1.645  # one-sided
+
+
+@dataclass(frozen=True, slots=True)
+class Excess:
+    """How much worse one rank is than another, each at its best rate."""
+
+    mean: float
+    high: float  # 95% upper bound where item losses are known; the mean itself where values alone are
+
+
+@dataclass(slots=True)
+class Results:
+    """Outcomes of the arms asked for so far."""
+
+    space: Space
+    outcomes: dict[Arm, TrialOutcome] = field(default_factory=dict)
+
+    def add(self, arm: Arm, outcome: TrialOutcome) -> None:
+        self.outcomes[arm] = outcome
+
+    def finished(self, arm: Arm) -> TrialFinished | None:
+        outcome = self.outcomes.get(arm)
+        return outcome if isinstance(outcome, TrialFinished) else None
+
+    def loss(self, arm: Arm) -> float | None:
+        """The held-out value turned so that lower is better; None where the arm gave none."""
+        outcome = self.finished(arm)
+        return None if outcome is None else oriented(outcome, self.space)
+
+    def loss_on_the_way(self, arm: Arm, step: int) -> float | None:
+        """The held-out value of a whole training after `step` of its steps, where it was taken."""
+        outcome = self.finished(arm)
+        points = [] if outcome is None else [point for point in outcome.points if point.step == step]
+        if not points:
+            return None
+        return -points[0].value if self.space.higher_is_better else points[0].value
+
+    def direct(self) -> dict[tuple[int, float, int], TrialFinished]:
+        """Whole trainings by (rank, rate, seed)."""
+        return {
+            (arm.rank, arm.learning_rate, arm.seed): outcome
+            for arm, outcome in self.outcomes.items()
+            if arm.is_direct and arm.rank > 0 and isinstance(outcome, TrialFinished)
+        }
+
+    def ranks(self) -> list[int]:
+        """Ranks with a whole training, descending."""
+        return sorted({rank for rank, _, _ in self.direct()}, reverse=True)
+
+    def rates(self, rank: int) -> list[float]:
+        """Rates at which the rank has a whole training, ascending."""
+        return sorted({rate for r, rate, _ in self.direct() if r == rank})
+
+    def mean_loss(self, rank: int, rate: float) -> float:
+        """Over seeds."""
+        return float(
+            np.mean([oriented(t, self.space) for (r, lr, _), t in self.direct().items() if (r, lr) == (rank, rate)])
+        )
+
+    def best_rate(self, rank: int) -> float | None:
+        """The rate with the best mean over seeds, the most seeds first: a lucky single seed does not win."""
+        direct = self.direct()
+        counts = {rate: sum((rank, rate) == key[:2] for key in direct) for rate in self.rates(rank)}
+        most = max(counts.values(), default=0)
+        rates = [rate for rate, count in counts.items() if count == most]
+        return min(rates, key=lambda rate: (self.mean_loss(rank, rate), rate), default=None)
+
+    def best_loss(self, rank: int) -> float:
+        rate = self.best_rate(rank)
+        return math.inf if rate is None else self.mean_loss(rank, rate)
+
+    def reference(self) -> int | None:
+        """The rank with the best mean."""
+        return min(self.ranks(), key=lambda rank: (self.best_loss(rank), rank), default=None)
+
+    def excess(self, rank: int, reference: int) -> Excess:
+        """`rank` against `reference`, each at its best rate, over the seeds that both have."""
+        rate, reference_rate = self.best_rate(rank), self.best_rate(reference)
+        if rate is None or reference_rate is None:
+            return Excess(math.inf, math.inf)
+        direct = self.direct()
+        pairs = [
+            (direct[rank, rate, seed], direct[reference, reference_rate, seed])
+            for seed in self.space.seeds
+            if (rank, rate, seed) in direct and (reference, reference_rate, seed) in direct
+        ]
+        return excess_of(pairs, self.space) if pairs else Excess(math.inf, math.inf)
+
+    def holds(self, rank: int) -> bool:
+        """Whether the rank is within the margin of the best rank so far."""
+        reference = self.reference()
+        if reference is None or rank not in self.ranks():
+            return False
+        if rank == reference:
+            return True
+        return within(self.excess(rank, reference).high, self.space.margin_at(self.best_loss(reference)))
+
+    def smallest_that_holds(self) -> int | None:
+        """From the reference downward over the ranks trained, before the first that fails."""
+        chosen = reference = self.reference()
+        for rank in self.ranks():
+            if reference is None or rank >= reference:
+                continue
+            if not self.holds(rank):
+                break
+            chosen = rank
+        return chosen
+
+
+def oriented(outcome: TrialFinished, space: Space) -> float:
+    return -outcome.value if space.higher_is_better else outcome.value
+
+
+def within(excess: float, margin: float) -> bool:
+    """Not above the margin, but for rounding."""
+    return excess <= margin + 1e-9
+
+
+def excess_of(pairs: Iterable[tuple[TrialFinished, TrialFinished]], space: Space) -> Excess:
+    """The mean difference of paired outcomes and its 95% upper bound over items.
+
+    The mean is linearised: sum of item differences over the sum of tokens, with the items' own spread. Where the
+    outcomes hold no items the bound is the mean.
+    """
+    pairs = list(pairs)
+    mean = float(np.mean([oriented(left, space) - oriented(right, space) for left, right in pairs]))
+    items = [_item_differences(left, right, space) for left, right in pairs]
+    known = [differences for differences in items if differences is not None]
+    if len(known) < len(pairs) or len(known[0]) < 2:
+        return Excess(mean, mean)
+    by_item = np.mean(known, axis=0)
+    error = float(by_item.std(ddof=1) / math.sqrt(len(by_item)))
+    return Excess(mean, mean + Z_95 * error)
+
+
+def _item_differences(left: TrialFinished, right: TrialFinished, space: Space) -> Floats | None:
+    """[items] contributions to the difference, each times the number of items, so that their mean is the difference."""
+    if space.higher_is_better:
+        if left.item_correct is None or right.item_correct is None or len(left.item_correct) != len(right.item_correct):
+            return None
+        return np.asarray(right.item_correct, dtype=np.float64) - np.asarray(left.item_correct, dtype=np.float64)
+    if not left.item_losses or len(left.item_losses) != len(right.item_losses):
+        return None
+    tokens = np.asarray(left.item_tokens, dtype=np.float64)
+    sums = np.asarray(left.item_losses, dtype=np.float64) - np.asarray(right.item_losses, dtype=np.float64)
+    mean = sums.sum() / tokens.sum()
+    found: Floats = mean + (sums - mean * tokens) / tokens.mean()
+    return found

@@ -1,0 +1,92 @@
+"""What a strategy may choose from, and what it may spend: the settings, as far as strategies need them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+from rightrank.errors import SettingsError
+from rightrank.records import Arm
+from rightrank.settings import SelectSettings
+
+TOKEN_LOSS_MARGIN = 0.005  # nats a token
+ACCURACY_MARGIN = 0.005  # half a point
+RELATIVE_MARGIN = 0.01  # of the reference, for every other metric
+
+
+@dataclass(frozen=True, slots=True)
+class Space:
+    """The bounds of a selection. Ranks and rates ascend."""
+
+    ranks: tuple[int, ...]
+    rates: tuple[float, ...]
+    seeds: tuple[int, ...]
+    lora_alpha: float
+    steps: int  # of a whole training
+    margin: float | None  # None: RELATIVE_MARGIN of the reference
+    higher_is_better: bool = False
+    budget_steps: float | None = None  # optimizer steps over all arms
+    budget_seconds: float | None = None  # of training and evaluation, over all arms
+
+    @property
+    def top(self) -> int:
+        return self.ranks[-1]
+
+    def arm(self, rank: int, rate: float, seed: int | None = None) -> Arm:
+        """A whole training; the first seed unless told."""
+        return Arm(
+            rank=rank,
+            learning_rate=rate,
+            lora_alpha=self.lora_alpha,
+            seed=self.seeds[0] if seed is None else seed,
+            steps=self.steps,
+        )
+
+    def margin_at(self, reference_loss: float) -> float:
+        return self.margin if self.margin is not None else RELATIVE_MARGIN * abs(reference_loss)
+
+    def below(self, rank: int) -> int | None:
+        """The next lower rank, None at the bottom."""
+        return next((low for low, high in pairwise(self.ranks) if high == rank), None)
+
+    def above(self, rank: int) -> int | None:
+        """The next higher rank, None at the top."""
+        return next((high for low, high in pairwise(self.ranks) if low == rank), None)
+
+
+def space_of(settings: SelectSettings, steps: int, token_loss: bool = True) -> Space:
+    """The space of a selection with trainings of `steps` steps.
+
+    Raises:
+        SettingsError: one rank alone.
+    """
+    if len(settings.ranks) < 2:
+        raise SettingsError(
+            f"ranks: got {settings.ranks[0]} alone; a comparison needs two or more, such as {settings.ranks[0]},"
+            f"{4 * settings.ranks[0]}"
+        )
+    margin = settings.margin
+    if margin is None and settings.metric == "accuracy":
+        margin = ACCURACY_MARGIN
+    if margin is None and token_loss:
+        margin = TOKEN_LOSS_MARGIN
+    return Space(
+        ranks=settings.ranks,
+        rates=settings.learning_rates,
+        seeds=settings.seeds,
+        lora_alpha=settings.lora_alpha,
+        steps=steps,
+        margin=margin,
+        higher_is_better=settings.metric == "accuracy",
+        budget_steps=_budget_steps(settings, steps),
+        budget_seconds=None if settings.budget_hours is None else settings.budget_hours * 3600,
+    )
+
+
+def _budget_steps(settings: SelectSettings, steps: int) -> float | None:
+    """The tighter of the budgets in trainings and in steps."""
+    trainings, optimizer_steps = settings.budget_trainings, settings.budget_steps
+    budgets = [] if trainings is None else [trainings * steps]
+    if optimizer_steps is not None:
+        budgets.append(float(optimizer_steps))
+    return min(budgets, default=None)

@@ -1,0 +1,84 @@
+"""Trainings in stages, and adapters cut to a lower rank."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from rightrank.engine.train import TrialFolders, Watcher, run_trial
+from rightrank.engine.truncate import truncate
+from rightrank.records import Arm, Trial, TrialFinished
+from tests.helpers import make_bench
+from tests.tiny import small_settings
+
+ARM = Arm(rank=4, learning_rate=1e-2, lora_alpha=32.0, seed=0, steps=8)
+
+
+def run(bench: object, name: str, arm: Arm, tmp: Path, **parents: Path) -> TrialFinished:
+    folders = TrialFolders(tmp / f"{name}.safetensors", tmp / name, **parents)
+    outcome = run_trial(bench, Trial(trial_id=name, arm=arm), None, folders, Watcher())  # type: ignore[arg-type]
+    assert isinstance(outcome, TrialFinished)
+    return outcome
+
+
+@pytest.fixture
+def bench(model_folder: Path, completion_file: Path, tmp_path: Path) -> object:
+    return make_bench(model_folder, completion_file, small_settings(eval_points=4), tmp_path / "cache")
+
+
+def test_stages_end_as_the_whole_does(bench: object, tmp_path: Path) -> None:
+    whole = run(bench, "whole", ARM, tmp_path)
+    first = run(bench, "first", ARM.model_copy(update={"stop_at": 3}), tmp_path)
+    assert not (tmp_path / "first").exists()  # a part of a training leaves no adapter
+    second_arm = ARM.model_copy(update={"continue_from": "first"})
+    second = run(bench, "second", second_arm, tmp_path, continue_from=tmp_path / "first.safetensors")
+    assert second.value == pytest.approx(whole.value, rel=1e-6)
+    assert [point.step for point in second.points] == [point.step for point in whole.points]
+    assert first.value != pytest.approx(whole.value, rel=1e-4)
+
+
+def test_a_lost_checkpoint_costs_steps_and_changes_nothing(bench: object, tmp_path: Path) -> None:
+    whole = run(bench, "whole", ARM, tmp_path)
+    arm = ARM.model_copy(update={"continue_from": "gone"})
+    again = run(bench, "again", arm, tmp_path, continue_from=tmp_path / "gone.safetensors")
+    assert again.value == whole.value
+
+
+def test_a_cut_that_keeps_all_keeps_the_loss(bench: object, tmp_path: Path) -> None:
+    whole = run(bench, "whole", ARM, tmp_path)
+    cut = {
+        rank: run(
+            bench,
+            f"cut{rank}",
+            ARM.model_copy(update={"rank": rank, "steps": 0, "truncate_from": "whole"}),
+            tmp_path,
+            truncate_from=tmp_path / "whole",
+        )
+        for rank in (4, 1)
+    }
+    assert cut[4].value == pytest.approx(whole.value, abs=1e-5)
+    assert cut[1].value != pytest.approx(whole.value, abs=1e-5)
+    assert cut[1].trainable_parameters < cut[4].trainable_parameters
+
+
+def test_recovery_goes_on_with_the_batches_that_follow(bench: object, tmp_path: Path) -> None:
+    run(bench, "whole", ARM, tmp_path)
+    arm = ARM.model_copy(update={"rank": 2, "steps": 4, "learning_rate": 3e-3, "truncate_from": "whole"})
+    recovered = run(bench, "recovered", arm, tmp_path, truncate_from=tmp_path / "whole")
+    cut = run(bench, "cut", arm.model_copy(update={"steps": 0}), tmp_path, truncate_from=tmp_path / "whole")
+    assert recovered.train_tokens > 0
+    assert recovered.value < cut.value
+
+
+@pytest.mark.parametrize("rank", [1, 3, 6])
+def test_the_error_of_a_cut_is_the_energy_it_drops(rank: int) -> None:
+    torch.manual_seed(0)
+    a, b, factor = torch.randn(6, 11), torch.randn(9, 6), 1.7
+    cut_a, cut_b = truncate(a, b, rank, factor)
+    product = factor * b @ a
+    dropped = torch.linalg.svdvals(product)[rank:]
+    assert cut_a.shape == (rank, 11)
+    assert cut_b.shape == (9, rank)
+    assert torch.dist(cut_b @ cut_a, product) == pytest.approx(float(dropped.norm()), abs=1e-4)

@@ -1,0 +1,211 @@
+"""What every strategy owes, whatever its idea: one suite over all of them."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from rightrank.records import Arm, TrialFinished, TrialOutcome
+from rightrank.strategies import STRATEGIES, History, Space, Strategy
+from rightrank.strategies.protocol import steps_of
+from tests.strategies.worlds import STEPS, World, make_space
+
+WORLDS = {
+    "law": World,
+    "steep": lambda: World(gain=1.0),
+    "flat": lambda: World(gain=0.0),
+    "noisy": lambda: World(noise=0.02),
+    "high rates": lambda: World(best_rate=3e-3),
+    "low rates": lambda: World(best_rate=3e-5),
+    "a table": lambda: World(can_stop_early=False, can_truncate=False),
+    "no truncation": lambda: World(can_truncate=False),
+    "no early stop": lambda: World(can_stop_early=False, noise=0.01),
+}
+SPACES = {
+    "usual": {},
+    "three seeds": {"seeds": (0, 1, 2)},
+    "one rate": {"rates": (1e-3,)},
+    "two rates": {"rates": (1e-3, 3e-3)},
+    "two ranks": {"ranks": (8, 16)},
+    "octaves": {"ranks": (1, 2, 4, 8, 16, 32, 64)},
+    "relative margin": {"margin": None},
+}
+
+
+@pytest.fixture(params=sorted(STRATEGIES))
+def name(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+CASES = [(world, "usual") for world in WORLDS] + [("law", space) for space in SPACES if space != "usual"]
+CASES += [("noisy", "octaves"), ("a table", "three seeds"), ("flat", "two ranks")]
+
+
+@pytest.fixture(params=CASES, ids=" in ".join)
+def case(request: pytest.FixtureRequest) -> tuple[World, Space]:
+    world, space = request.param
+    return WORLDS[world](), make_space(**SPACES[space])
+
+
+@pytest.fixture
+def world(case: tuple[World, Space]) -> World:
+    return case[0]
+
+
+@pytest.fixture
+def space(case: tuple[World, Space]) -> Space:
+    return case[1]
+
+
+Order = Callable[[list[Arm]], list[Arm]]
+
+
+def rounds(strategy: Strategy, world: World, known: list[TrialOutcome], order: Order) -> Iterator[Arm]:
+    """Run to the end; `known` grows. `order` picks which of the arms wanted are run before it is asked again."""
+    for _ in range(2000):
+        arms = list(strategy.ask(History.of(known)))
+        if not arms:
+            return
+        for arm in order(arms):
+            known.append(world.run(arm))
+            yield arm
+    pytest.fail(f"{strategy.name} does not end")
+
+
+def run_all(strategy: Strategy, world: World, order: Order = list) -> list[TrialOutcome]:
+    known: list[TrialOutcome] = []
+    for _ in rounds(strategy, world, known, order):
+        pass
+    return known
+
+
+def test_asks_inside_the_bounds_and_never_twice(name: str, world: World, space: Space) -> None:
+    known = run_all(STRATEGIES[name](space), world)
+    arms = [outcome.arm for outcome in known]
+    assert len(set(arms)) == len(arms)
+    finished = {outcome.trial_id for outcome in known if isinstance(outcome, TrialFinished)}
+    for arm in arms:
+        assert arm.rank in (0, *space.ranks)
+        assert arm.seed in (0, *space.seeds)
+        assert arm.steps <= space.steps
+        assert arm.rank == 0 or arm.truncate_from is not None or arm.learning_rate in space.rates
+        for parent in (arm.continue_from, arm.truncate_from):
+            assert parent is None or parent in finished
+
+
+def test_keeps_to_the_cost_it_names(name: str, world: World, space: Space) -> None:
+    strategy = STRATEGIES[name](space)
+    known = run_all(strategy, world)
+    cost = strategy.cost()
+    assert cost.expected <= cost.most
+    assert spent(known) <= cost.most * space.steps
+    assert len(known) <= strategy.most_arms()
+
+
+def test_names_a_rank_that_it_trained(name: str, world: World, space: Space) -> None:
+    strategy = STRATEGIES[name](space)
+    known = run_all(strategy, world)
+    answer = strategy.answer(History.of(known))
+    assert answer.complete
+    if name == "descend" and not world.can_truncate:
+        assert answer.rank in (None, space.top)  # the top is all that it can stand for
+        return
+    assert answer.rank in space.ranks
+    assert answer.rank in {outcome.rank for outcome in strategy.evidence(History.of(known))}
+
+
+@pytest.mark.parametrize("trainings", [2.0, 3.3, 4.0, 5.5])
+@pytest.mark.parametrize("kind", ["law", "a table", "noisy"])
+def test_stops_at_the_budget(name: str, kind: str, trainings: float) -> None:
+    world = WORLDS[kind]()
+    space = make_space(budget_steps=trainings * STEPS, seeds=(0, 1))
+    strategy = STRATEGIES[name](space)
+    known = run_all(strategy, world)
+    assert spent(known) <= trainings * STEPS
+    assert strategy.cost().most <= trainings
+    whole = run_all(STRATEGIES[name](make_space(seeds=(0, 1))), world)
+    assert [outcome.arm for outcome in known] == [outcome.arm for outcome in whole][: len(known)]
+
+
+def test_stops_at_the_hours(name: str) -> None:
+    strategy = STRATEGIES[name](make_space(budget_seconds=450.0))
+    known = run_all(strategy, World(), order=lambda arms: arms[:1])
+    assert spent(known) <= 450
+
+
+def test_a_budget_that_ends_early_errs_upward(name: str) -> None:
+    """With the top at its best rate and nothing below it, the answer is the top."""
+    space = make_space(budget_steps=2.3 * STEPS)
+    if name in ("grid", "ascend"):
+        pytest.skip("goes through the ranks in another order")
+    strategy = STRATEGIES[name](space)
+    known = run_all(strategy, World())
+    assert strategy.answer(History.of(known)).rank in (space.top, None) or name == "descend"
+
+
+def test_the_order_of_arrival_does_not_matter(name: str, world: World, space: Space) -> None:
+    expected = run_all(STRATEGIES[name](space), world)
+    generator = random.Random(1)
+    strategy = STRATEGIES[name](space)
+    for order in (lambda arms: arms[::-1], lambda arms: [generator.choice(arms)]):
+        known = run_all(strategy, world, order)
+        assert {outcome.arm for outcome in known} == {outcome.arm for outcome in expected}
+        generator.shuffle(known)
+        assert strategy.answer(History.of(known)) == strategy.answer(History.of(expected))
+        assert not strategy.ask(History.of(known))
+
+
+@pytest.mark.parametrize("kind", ["law", "a table", "noisy"])
+def test_resumes_identically_from_every_prefix(name: str, kind: str) -> None:
+    world = WORLDS[kind]()
+    space = make_space(seeds=(0, 1))
+    whole = run_all(STRATEGIES[name](space), world)
+    for length in range(len(whole)):
+        known = whole[:length]
+        for _ in rounds(STRATEGIES[name](space), world, known, list):
+            pass
+        assert {outcome.arm for outcome in known} == {outcome.arm for outcome in whole}
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_a_lost_arm_is_not_fatal(name: str, seed: int) -> None:
+    """A third of all arms fail or diverge, by a hash of the arm."""
+
+    def lost(arm: Arm, which: int) -> bool:
+        return arm.rank > 0 and random.Random(f"{arm}{seed}{which}").random() < 1 / 6
+
+    space = make_space(seeds=(0, 1))
+    strategy = STRATEGIES[name](space)
+    world = World(breaks=lambda arm: lost(arm, 0), diverges=lambda arm: lost(arm, 1))
+    known = run_all(strategy, world)
+    answer = strategy.answer(History.of(known))
+    finished = [outcome for outcome in strategy.evidence(History.of(known)) if isinstance(outcome, TrialFinished)]
+    trained = {outcome.rank for outcome in finished if outcome.rank > 0}
+    assert answer.rank is None or answer.rank in trained or name == "descend"
+    assert spent(known) <= strategy.cost().most * space.steps
+
+
+def test_everything_lost_ends_without_an_answer(name: str) -> None:
+    strategy = STRATEGIES[name](make_space())
+    known = run_all(strategy, World(breaks=lambda arm: arm.rank > 0))
+    assert strategy.answer(History.of(known)).rank is None
+
+
+def test_what_others_ran_changes_nothing(name: str) -> None:
+    """Outcomes that the strategy did not ask for are not evidence."""
+    space, world = make_space(), World()
+    strategy = STRATEGIES[name](space)
+    known = run_all(strategy, world)
+    foreign = world.run(space.arm(space.top, 1e-3).model_copy(update={"steps": STEPS - 1}))
+    assert strategy.answer(History.of([foreign, *known])) == strategy.answer(History.of(known))
+    assert foreign not in strategy.evidence(History.of([foreign, *known]))
+
+
+def spent(known: list[TrialOutcome]) -> int:
+    """Optimizer steps, failed arms left out."""
+    history = History.of(known)
+    return sum(
+        steps_of(outcome.arm, history) for outcome in known if isinstance(outcome, TrialFinished) and outcome.rank > 0
+    )

@@ -1,0 +1,134 @@
+"""What each strategy makes of worlds whose answer is known."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from rightrank.errors import SettingsError
+from rightrank.records import TrialFinished
+from rightrank.settings import make_settings
+from rightrank.strategies import History, Strategy, make_strategy, strategy_named
+from rightrank.strategies.grid import outside_in
+from rightrank.strategies.results import Results, excess_of
+from tests.strategies.test_conformance import run_all
+from tests.strategies.worlds import STEPS, World, make_space
+
+
+def whole_grid_pick(world: World, ranks: tuple[int, ...], margin: float) -> int:
+    losses = {rank: 1.0 + world.gain * rank**-0.57 for rank in ranks}
+    return next(rank for rank in ranks if losses[rank] <= min(losses.values()) + margin)
+
+
+@pytest.mark.parametrize("gain", [0.003, 0.02, 0.05, 0.1, 1.0])
+@pytest.mark.parametrize("name", ["grid", "ladder", "bracket", "ascend"])
+@pytest.mark.parametrize("ranks", [(1, 4, 16, 64), (1, 2, 4, 8, 16, 32, 64)])
+def test_finds_the_whole_grids_pick(name: str, gain: float, ranks: tuple[int, ...]) -> None:
+    space, world = make_space(ranks=ranks), World(gain=gain)
+    strategy = strategy_named(name)(space)
+    answer = strategy.answer(History.of(run_all(strategy, world)))
+    expected = whole_grid_pick(world, ranks, 0.01)
+    if name == "ascend":  # sees the ranks up to where it stops: a step off at most, for it can't know the top
+        assert abs(ranks.index(answer.rank or 0) - ranks.index(expected)) <= 1
+    else:
+        assert answer.rank == expected
+    assert answer.learning_rate == world.best_rate
+
+
+@pytest.mark.parametrize("name", ["ladder", "bracket", "ascend", "descend"])
+def test_costs_far_less_than_the_grid(name: str) -> None:
+    space, world = make_space(), World()
+    strategy = strategy_named(name)(space)
+    known = run_all(strategy, world)
+    steps = sum(
+        (outcome.stop_at or outcome.steps) - (_parent_steps(known, outcome))
+        for outcome in known
+        if isinstance(outcome, TrialFinished)
+    )
+    assert steps <= 6 * STEPS < 16 * STEPS
+
+
+def _parent_steps(known: list[Any], outcome: TrialFinished) -> int:
+    return next((other.stop_at or 0 for other in known if other.trial_id == outcome.continue_from), 0)
+
+
+def test_a_high_rate_behind_at_half_goes_on() -> None:
+    """Schedules that decay favour high rates late."""
+
+    class Late(World):
+        def loss(self, arm: Any) -> float:
+            late = arm.learning_rate > 5e-4 and arm.stop_at is not None
+            return super().loss(arm) + (0.021 if late else 0.0)
+
+    strategy = strategy_named("bracket")(make_space())
+    known = run_all(strategy, Late(best_rate=1e-3))
+    assert strategy.answer(History.of(known)).learning_rate == 1e-3
+
+
+def test_confirms_with_further_seeds() -> None:
+    strategy = strategy_named("bracket")(make_space(seeds=(0, 1, 2)))
+    known = run_all(strategy, World())
+    answer = strategy.answer(History.of(known))
+    for rank in (answer.rank, answer.reference_rank):
+        assert {outcome.seed for outcome in known if outcome.rank == rank and outcome.arm.is_direct} == {0, 1, 2}
+
+
+def test_item_losses_give_a_bound_above_the_mean() -> None:
+    space = make_space()
+    world = World()
+    left, right = (world.run(space.arm(rank, 1e-3)) for rank in (4, 64))
+    assert isinstance(left, TrialFinished)
+    assert isinstance(right, TrialFinished)
+    bare = excess_of([(left, right)], space)
+    assert bare.high == bare.mean
+    tokens = [2, 3, 5, 4]
+    left = left.model_copy(update={"item_losses": [2.1, 3.3, 5.2, 4.6], "item_tokens": tokens, "value": 15.2 / 14})
+    right = right.model_copy(update={"item_losses": [2.0, 3.0, 5.0, 4.0], "item_tokens": tokens, "value": 1.0})
+    known = excess_of([(left, right)], space)
+    assert known.mean == pytest.approx(1.2 / 14)
+    assert known.high > known.mean
+
+
+def test_higher_is_better_is_turned() -> None:
+    space = make_space(higher_is_better=True)
+    results = Results(space)
+    world = World()
+    for rank, value in ((4, 0.7), (64, 0.9)):
+        arm = space.arm(rank, 1e-3)
+        outcome = world.run(arm)
+        assert isinstance(outcome, TrialFinished)
+        results.add(arm, outcome.model_copy(update={"value": value}))
+    assert results.reference() == 64
+    assert results.excess(4, 64).mean == pytest.approx(0.2)
+
+
+def test_outside_in() -> None:
+    assert outside_in([1, 2, 4, 8]) == [8, 1, 4, 2]
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"strategy": "ladde"}, "did you mean 'ladder'"),
+        ({"strategy": "x"}, "there are: ladder"),
+        ({"ranks": (8,)}, "8 alone"),
+        ({"budget_trainings": 1.5}, "give budget_trainings"),
+        ({"budget_steps": 150, "max_steps": 100}, "budget_steps"),
+        ({"budget_hours": -1}, "budget_hours"),
+    ],
+)
+def test_bad_settings_are_one_clear_line(values: dict[str, Any], words: str) -> None:
+    with pytest.raises(SettingsError) as caught:
+        make_strategy(make_settings(values), 100)
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_least_budget_compares_two_ranks() -> None:
+    for name in ("grid", "ladder", "bracket"):
+        strategy: Strategy = make_strategy(make_settings({"strategy": name}), 100)
+        least = strategy.least_trainings()
+        tight = make_strategy(make_settings({"strategy": name, "budget_trainings": least}), 100)
+        known = run_all(tight, World(can_truncate=False))
+        assert len({outcome.rank for outcome in tight.evidence(History.of(known)) if outcome.rank}) >= 2
