@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from rightrank.decide.run import decide_run, decision_so_far
+from rightrank.decision.run import decide_run, decision_so_far
 from rightrank.records import Decision, StaircaseStep
 from rightrank.report.draw import draw, inline_svg
 from rightrank.report.figure import Figure, HeatMap, to_csv

@@ -10,7 +10,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from rightrank.decide.run import Records, decide_run, decision_so_far
+from rightrank.decision.run import Records, decide_run, decision_so_far
 from rightrank.report.facts import reproduce_command
 from rightrank.report.html import render_report
 from tests.report.runs import made_up_run

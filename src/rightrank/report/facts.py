@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from rightrank.decide.run import Records
+from rightrank.decision.run import Records
 from rightrank.records import Decision, TrialFinished
 from rightrank.report.wording import duration, metric_unit, quantity, size
 from rightrank.settings import SelectSettings

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from statistics import fmean
 
-from rightrank.decide.run import Records
+from rightrank.decision.run import Records
 from rightrank.records import Decision, RankEvidence, TrialFinished
 from rightrank.report.figure import AnyFigure, Axis, Figure, HeatMap, Level, Series
 from rightrank.report.rank_curve import rank_figure
@@ -72,7 +72,7 @@ def _staircase_steps(decision: Decision) -> list[tuple[float, int]]:
 def margin_range(decision: Decision) -> tuple[float, float]:
     """The margins worth looking at: from under the decision's own to where the smallest rank is enough."""
     steps = margin_steps(decision)
-    margins = [step.margin for step in decision.staircase] + [decision.margin]
+    margins = [step.margin for step in decision.staircase if step.margin > 0] + [decision.margin]
     return min(min(margins), decision.margin / 5), max(max(margins), decision.margin * 5, steps[-1][0] * 2)
 
 

@@ -19,7 +19,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from rightrank.decide.run import Records
+from rightrank.decision.run import Records
 from rightrank.records import Decision, TrialDiverged, TrialFailed, TrialFinished, TrialOutcome
 from rightrank.report.draw import inline_svg
 from rightrank.report.facts import (
