@@ -75,7 +75,9 @@ def compare() -> dict[str, Any]:
         for margin in margins:
             found = family_results(curves, margin)
             for name, repeats in found.items():
-                table.append({"family": family, "margin": margin, "method": name, **row(repeats, found[EQUAL_COST_WITH][0])})
+                table.append(
+                    {"family": family, "margin": margin, "method": name, **row(repeats, found[EQUAL_COST_WITH][0])}
+                )
             for name in STRATEGIES:
                 unders += [
                     {"family": family, "margin": margin, "method": name, "grid": one.name, "truth": one.truth,
