@@ -38,7 +38,7 @@ def _comma(_context: click.Context, _parameter: click.Parameter, value: str | No
 
 
 SELECT_OPTIONS = [
-    click.option("--strategy", help="What to train next: grid."),
+    click.option("--strategy", help="What to train next: bracket (default), ladder, ascend, descend or grid."),
     click.option("--ranks", callback=_comma, help="Ranks to compare, such as 4,16,64."),
     click.option("--learning-rates", callback=_comma, help="Rates to try at each rank, such as 1e-4,3e-4."),
     click.option("--seeds", callback=_comma, help="Seeds, such as 0,1,2."),

@@ -74,12 +74,14 @@ class Arm(ArmFields):
         """A short name for a person."""
         if self.rank == 0:
             return "base"
-        parts = [f"r={self.rank} lr={self.learning_rate:g} seed={self.seed}"]
+        name = f"r={self.rank} lr={self.learning_rate:g} seed={self.seed}"
+        return f"{name} {self.stage()}" if self.stage() else name
+
+    def stage(self) -> str:
+        """What sets the arm apart from a whole training; empty for one."""
         if self.truncate_from is not None:
-            parts.append(f"truncated, {self.steps} steps of recovery")
-        if self.stop_at is not None:
-            parts.append(f"to step {self.stop_at}")
-        return " ".join(parts)
+            return f"cut, {self.steps} steps of recovery" if self.steps else "cut"
+        return "" if self.stop_at is None else f"to step {self.stop_at}"
 
 
 class Trial(Record):

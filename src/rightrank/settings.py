@@ -29,7 +29,7 @@ class SelectSettings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     # what to compare
-    strategy: str = "grid"
+    strategy: str = "bracket"
     ranks: tuple[int, ...] = (1, 4, 16, 64)
     learning_rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3)
     seeds: tuple[int, ...] = (0,)

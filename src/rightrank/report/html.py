@@ -173,7 +173,7 @@ def _row(outcome: TrialOutcome) -> dict[str, Any]:
         "seconds": "",
         "parameters": "",
         "memory": "",
-        "note": "",
+        "note": outcome.arm.stage(),
     }
     match outcome:
         case TrialFinished():
