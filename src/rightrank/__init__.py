@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from rightrank.version import __version__
 
 if TYPE_CHECKING:
-    from rightrank.api import Selected, Watching, inspect, resize, select_rank
+    from rightrank.api import Decided, Selected, Watching, decide, inspect, resize, select_rank
     from rightrank.own_trainer import select_rank_with
     from rightrank.probe.resizing import ResizeOptions
     from rightrank.probe_records import Inspection, Resized
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from rightrank.settings import SelectSettings, make_settings
 
 __all__ = [
+    "Decided",
     "Decision",
     "EvalPoint",
     "Inspection",
@@ -34,6 +35,7 @@ __all__ = [
     "TrialTask",
     "Watching",
     "__version__",
+    "decide",
     "export",
     "inspect",
     "make_settings",
@@ -44,12 +46,14 @@ __all__ = [
 ]
 
 _HOMES = {
+    "Decided": "rightrank.api",
     "Decision": "rightrank.records",
     "Inspection": "rightrank.probe_records",
     "ResizeOptions": "rightrank.probe.resizing",
     "Resized": "rightrank.probe_records",
     "SelectSettings": "rightrank.settings",
     "Selected": "rightrank.api",
+    "decide": "rightrank.api",
     "inspect": "rightrank.api",
     "EvalPoint": "rightrank.records",
     "TrialResult": "rightrank.records",

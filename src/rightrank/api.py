@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rightrank.errors import SettingsError
+from rightrank.errors import ResultsError, SettingsError
 from rightrank.io.files import disk_errors_told
 from rightrank.io.run_folder import RunFolder
 from rightrank.probe_records import Inspection, Resized
@@ -130,6 +130,79 @@ def _select(model: str, data: Any, folder: RunFolder, settings: SelectSettings, 
     return Selected(decision, folder.path, folder.adapter, folder.report, selection.records.samples)
 
 
+@dataclass(frozen=True, slots=True)
+class Decided:
+    """A decision on results that were there already, and what was understood of them."""
+
+    decision: Decision
+    understood: list[str]
+
+
+def decide(
+    results: str | Path | Iterable[Mapping[str, Any]],
+    *,
+    metric: str | None = None,
+    higher_is_better: bool | None = None,
+    margin: float | None = None,
+    columns: Mapping[str, str] | None = None,
+    horizon_steps: int | None = None,
+) -> Decided:
+    """Decide on finished trainings, whoever ran them.
+
+    Args:
+        results: a CSV or JSONL file, a run folder, another tool's results (see docs/decide.md), or mappings in memory
+            with `rank`, `value` and, if there are any, `lr`, `seed`, `std`, `item`.
+        metric: the column with the held-out number, or its name where the column is `value`.
+        higher_is_better: None to tell from the metric's name.
+        margin: how much worse than the best is still enough, in the metric's unit; None for the metric's default.
+        columns: canonical name → column, where a column has an unusual name.
+        horizon_steps: the length of training that the answer is wanted for.
+
+    Raises:
+        ResultsError: the table can't be used; the message names file and row.
+    """
+    from rightrank.decide import decide as decide_table
+    from rightrank.decide import table_of_results
+    from rightrank.decide.metrics import direction
+    from rightrank.io.results import Asked, read_results, results_of_rows, rows_of_mappings
+
+    if isinstance(results, str | Path):
+        folder = RunFolder(Path(results))
+        if folder.journal.path.is_file():
+            return _decide_run(folder, metric, margin, horizon_steps)
+    asked = Asked(metric, higher_is_better, columns or {})
+    if isinstance(results, str | Path):
+        read = read_results(Path(results), asked, direction)
+    else:
+        read = results_of_rows(rows_of_mappings(results), asked, direction, "results")
+    return Decided(decide_table(table_of_results(read), margin, horizon_steps=horizon_steps), read.understood)
+
+
+def _decide_run(folder: RunFolder, metric: str | None, margin: float | None, horizon_steps: int | None) -> Decided:
+    """A run folder of our own, at its own metric and margin unless others are asked for."""
+    from rightrank.decide import decide as decide_table
+    from rightrank.decide import table_of
+    from rightrank.decide.run import records_of, run_table
+
+    records = records_of(folder.journal.read(), str(folder.path))
+    started = records.started
+    direct = [outcome for outcome in records.outcomes if outcome.arm.is_direct]
+    name = metric or started.metric
+    known = sorted({name for trial in records.finished() for name in trial.metrics})
+    own = started.settings.get("margin") if name == started.metric else None
+    if margin is None and isinstance(own, int | float):
+        margin = float(own)
+    if name == started.metric:
+        table = run_table(records)
+    elif name in known and name in ("loss", "accuracy"):
+        table = table_of(direct, "accuracy" if name == "accuracy" else "loss")
+    else:
+        raise ResultsError(f"{folder.path}: the run has no metric {name!r}; it has {', '.join(known) or 'none yet'}")
+    token_loss = started.data.form not in ("classification", "own")
+    decision = decide_table(table, margin, token_loss, horizon_steps=horizon_steps)
+    return Decided(decision, [f"{len(direct)} trainings of a run folder"])
+
+
 def inspect(
     adapter: str | Path | None = None, *, base: str | Path | None = None, finetuned: str | Path | None = None
 ) -> Inspection:
@@ -152,6 +225,18 @@ def inspect(
 
         return inspect_checkpoints(Path(base), Path(finetuned))
     raise SettingsError("give an adapter folder, or two checkpoints as base and finetuned (--base A --finetuned B)")
+
+
+def inspect_gradient(model: str, data: str | Path, *, settings: SelectSettings | None = None) -> Inspection:
+    """The singular spectra of the loss's gradient to each weight that the settings adapt, before any training.
+
+    Raises:
+        InputError: the model, the data or a module name can't be used.
+    """
+    from rightrank.probe.checkpoint_spectra import SKETCH_RANK
+    from rightrank.probe.gradient_spectra import inspect_gradient as spectra_of_gradient
+
+    return spectra_of_gradient(model, Path(data), settings or make_settings({}), SKETCH_RANK)
 
 
 def resize(

@@ -7,6 +7,7 @@ Answers go to stdout, progress and complaints to stderr. Exit status: 0 done, 1 
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import sys
 from collections.abc import Callable
@@ -121,10 +122,72 @@ def demo(out: Path, as_json: bool, quiet: bool) -> None:
     click.echo("\nOn your own data:\n  rightrank select PATH/TO/MODEL YOUR_DATA.jsonl --out my-run")
 
 
+def _mapping(_context: click.Context, _parameter: click.Parameter, values: tuple[str, ...]) -> dict[str, str]:
+    pairs = {}
+    for value in values:
+        name, equals, column = value.partition("=")
+        if not equals or not column.strip():
+            raise click.BadParameter(f"{value!r}: give NAME=COLUMN, such as rank=lora_r")
+        pairs[name.strip()] = column.strip()
+    return pairs
+
+
+@cli.command(epilog="Example: rightrank decide runs.csv --metric eval_loss --margin 0.005")
+@click.argument("results", type=click.Path(path_type=Path))
+@click.option("--metric", help="Column of the held-out number, or what to call the column `value`.")
+@click.option("--higher-is-better/--lower-is-better", default=None, help="Default: from the metric's name, else lower.")
+@click.option("--margin", type=float, help="How much worse than the best is still enough, in the metric's unit.")
+@click.option("--map", "columns", multiple=True, callback=_mapping, metavar="NAME=COLUMN", help="What a column is.")
+@click.option("--horizon", "horizon_steps", type=click.IntRange(min=1), help="Steps that the answer is wanted for.")
+@click.option("--plot", "plot_file", type=click.Path(path_type=Path), help="Write the curve as FILE.svg or FILE.png.")
+@click.option("--json", "as_json", is_flag=True, help="Print the decision as one JSON object.")
+def decide(
+    results: Path,
+    metric: str | None,
+    higher_is_better: bool | None,
+    margin: float | None,
+    columns: dict[str, str],
+    horizon_steps: int | None,
+    plot_file: Path | None,
+    as_json: bool,
+) -> None:
+    """Decide on trainings that are done, whoever ran them.
+
+    RESULTS is a CSV or JSONL file with `rank`, `value` and, if there are any, `lr`, `seed`, `std`, `item`; a run
+    folder; or results of W&B, MLflow, TensorBoard, Trainer, Optuna or Ray Tune.
+    """
+    from rightrank.api import decide as decide_results
+
+    decided = decide_results(
+        results,
+        metric=metric,
+        higher_is_better=higher_is_better,
+        margin=margin,
+        columns=columns,
+        horizon_steps=horizon_steps,
+    )
+    if plot_file is not None:
+        from rightrank.report.decision_table import write_plot
+
+        write_plot(decided.decision, plot_file)
+    if as_json:
+        click.echo(decided.decision.model_dump_json())
+        return
+    from rightrank.report.decision_table import decision_text
+
+    click.echo(
+        decision_text(
+            decided.decision, decided.understood, sys.stdout.isatty(), shutil.get_terminal_size((100, 24)).columns
+        )
+    )
+
+
 @cli.command(epilog="Example: rightrank inspect run/adapter --plot spectrum.svg")
 @click.argument("adapter", required=False, type=click.Path(path_type=Path))
 @click.option("--base", type=click.Path(path_type=Path), help="Base model folder.")
 @click.option("--finetuned", type=click.Path(path_type=Path), help="Fully fine-tuned model folder, against --base.")
+@click.option("--gradient", nargs=2, metavar="MODEL DATA", help="The gradient at initialisation instead.")
+@click.option("--set", "assignments", multiple=True, metavar="NAME=VALUE", help="With --gradient: settings of select.")
 @click.option("--plot", type=click.Path(path_type=Path), help="Draw the heat map to this .svg or .png file.")
 @click.option("--figure", default="effective_rank", show_default=True, help="What the heat map shows.")
 @click.option("--all", "every", is_flag=True, help="Show every module in the table.")
@@ -133,6 +196,8 @@ def inspect(
     adapter: Path | None,
     base: Path | None,
     finetuned: Path | None,
+    gradient: tuple[str, str] | None,
+    assignments: tuple[str, ...],
     plot: Path | None,
     figure: str,
     every: bool,
@@ -140,13 +205,21 @@ def inspect(
 ) -> None:
     """Where an update's energy is: the singular spectrum of every module of a LoRA ADAPTER.
 
-    With --base A --finetuned B instead: of every matrix that full fine-tuning changed.
+    With --base A --finetuned B instead: of every matrix that full fine-tuning changed. With --gradient MODEL DATA: of
+    the loss's gradient before any training.
     """
     from rightrank.api import inspect as inspect_update
+    from rightrank.api import inspect_gradient
     from rightrank.report.heat_map import plot_heat_map, require_figure
+    from rightrank.settings import make_settings
 
     chosen = require_figure(figure, plot)
-    found = inspect_update(adapter, base=base, finetuned=finetuned)
+    if gradient is not None:
+        if adapter is not None or base is not None or finetuned is not None:
+            raise SettingsError("--gradient stands alone: leave out the adapter, --base and --finetuned")
+        found = inspect_gradient(*gradient, settings=make_settings(_gather(None, assignments, {})))
+    else:
+        found = inspect_update(adapter, base=base, finetuned=finetuned)
     if plot is not None:
         plot_heat_map(found.modules, chosen, plot)
     _print_record(found, as_json, figure=chosen, every=every)
@@ -250,6 +323,99 @@ def export(run: Path, to: str, out: Path | None, as_json: bool) -> None:
     for note in exported.notes:
         click.echo(f"note: {note}", err=True)
     click.echo(f"cd {exported.folder} && {exported.command}")
+
+
+@cli.command(epilog="Example: rightrank extract ./base ./finetuned adapter --energy 0.9")
+@click.argument("base", type=click.Path(path_type=Path))
+@click.argument("finetuned", type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--rank", type=int, help="One rank for all modules.")
+@click.option("--energy", type=float, help="Each module's fewest singular values that hold this fraction.")
+@click.option("--noise", is_flag=True, help="Each module's singular values above the optimal hard threshold.")
+@click.option(
+    "--data", type=click.Path(path_type=Path), help="The smallest rank that is enough on held-out rows of it."
+)
+@click.option("--margin", type=float, help="With --data: how much worse than the best is still enough.")
+@click.option("--max-rank", type=int, default=128, show_default=True, help="Singular values to look at, at most.")
+@click.option("--uniform", is_flag=True, help="With --energy or --noise: one rank for all, the largest needed.")
+@click.option("--set", "assignments", multiple=True, metavar="NAME=VALUE", help="With --data: settings of select.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def extract(
+    base: Path,
+    finetuned: Path,
+    out: Path,
+    rank: int | None,
+    energy: float | None,
+    noise: bool,
+    data: Path | None,
+    margin: float | None,
+    max_rank: int,
+    uniform: bool,
+    assignments: tuple[str, ...],
+    as_json: bool,
+) -> None:
+    """A LoRA adapter on BASE, written to OUT, that approximates the full fine-tune FINETUNED."""
+    from rightrank.probe.extract import ExtractOptions
+    from rightrank.probe.extract import extract as extract_adapter
+    from rightrank.probe.resizing import ResizeOptions, ResizeRule
+    from rightrank.settings import make_settings
+
+    rule = ResizeRule(rank, energy, noise, data)
+    rule.require_data_for({"--margin": margin, "--set": assignments})
+    settings = make_settings(_gather(None, assignments, {"margin": margin}))
+    options = ResizeOptions("float32", uniform, str(base), settings)
+    _print_record(extract_adapter(base, finetuned, out, rule, ExtractOptions(max_rank, options)), as_json)
+
+
+@cli.command(epilog="Example: rightrank allocate run/adapter data.jsonl --rank 8 --learning-rate 1e-3 --max-steps 200")
+@click.argument("adapter", type=click.Path(path_type=Path))
+@click.argument("data", type=click.Path(path_type=Path))
+@click.option("--rank", type=int, required=True, help="Of the uniform adapter that sets the parameters.")
+@click.option("--learning-rate", type=float, required=True, help="Of every training.")
+@click.option("--max-steps", type=int, required=True, help="Optimizer steps of every training.")
+@click.option("--by", default="sensitivity", show_default=True, help="sensitivity, spectra, gradient or eva.")
+@click.option("--pattern", type=click.Path(path_type=Path), help="Test this JSON file of {module: rank} instead.")
+@click.option("--seeds", callback=_comma, help="Seeds (default 0,1).")
+@click.option("--base", help="The base model (default: the one that the adapter names).")
+@click.option(
+    "--set", "assignments", multiple=True, metavar="NAME=VALUE", help="Settings of select, such as seq_len=256."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def allocate(
+    adapter: Path,
+    data: Path,
+    rank: int,
+    learning_rate: float,
+    max_steps: int,
+    by: str,
+    pattern: Path | None,
+    seeds: list[str] | None,
+    base: str | None,
+    assignments: tuple[str, ...],
+    as_json: bool,
+) -> None:
+    """Ranks that differ by module, if trained evidence is for them: else the answer is uniform.
+
+    The pattern is made from the trained ADAPTER and DATA. It must beat the uniform rank at equal parameters, and the
+    same ranks shuffled over the modules.
+    """
+    from rightrank.probe.allocate import AllocateOptions
+    from rightrank.probe.allocate import allocate as allocate_ranks
+    from rightrank.probe.resizing import whole_numbers
+    from rightrank.settings import make_settings
+
+    options = AllocateOptions(
+        rank,
+        learning_rate,
+        max_steps,
+        by,
+        pattern,
+        tuple(whole_numbers(seeds, "--seeds") or (0, 1)),
+        base,
+        make_settings(_gather(None, assignments, {})),
+        lambda trial: click.echo(f"{trial.pattern}, seed {trial.seed}: {trial.value:.4f}", err=True),
+    )
+    _print_record(allocate_ranks(adapter, data, options), as_json)
 
 
 def _print_record(record: Any, as_json: bool, figure: Any = "effective_rank", every: bool = False) -> None:

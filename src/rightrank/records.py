@@ -332,6 +332,34 @@ class Decision(Record):
     horizon: HorizonNote | None = None  # where evaluations along the training were given
 
 
+class Result(Record):
+    """One finished training of a table that others made; `value` is None where it ended without a result."""
+
+    trial_id: str
+    rank: int
+    learning_rate: float = 0.0  # 0: not stated
+    seed: int = 0
+    value: float | None
+    item_values: list[float] = []  # in the order of the table's items; each a mean over the item's tokens
+    item_weights: list[float] = []  # tokens of each item; empty: all alike
+    std: float | None = None  # stated standard deviation over seeds
+    std_seeds: int = 1  # how many seeds the value is the mean of
+    train_value: float | None = None
+    seconds: float | None = None
+    steps: int | None = None
+    points: list[tuple[int, float]] = []  # (step, value) along the training
+    others: dict[str, float] = {}
+
+
+class Results(Record):
+    """A table of finished trainings, and what was understood of it."""
+
+    metric: str
+    higher_is_better: bool
+    results: list[Result]
+    understood: list[str]  # for a person: which column was taken for what, and what was left out
+
+
 class Decided(Record):
     """A decision in the journal, with what was handed over."""
 

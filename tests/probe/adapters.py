@@ -12,7 +12,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
-from tests.conftest import tiny_llama_config
+from tests.tiny import tiny_llama_config
 
 VOCABULARY = 400
 LINEAR = ["q_proj", "v_proj", "down_proj"]

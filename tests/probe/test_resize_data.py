@@ -17,9 +17,9 @@ from rightrank.io.adapters import save_adapter
 from rightrank.probe.bench_of import DataUse, adapter_on, bench_of
 from rightrank.probe.held_out import Recovery, measure
 from rightrank.records import Arm, Trial, TrialFinished
-from tests.conftest import small_settings
 from tests.helpers import make_bench
 from tests.probe.adapters import load_strictly, tensors_of
+from tests.tiny import small_settings
 
 SETTINGS = ["--set", "seq_len=32", "--set", "eval_items=12", "--set", "batch_size=4"]
 

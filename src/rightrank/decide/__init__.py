@@ -5,6 +5,6 @@ from __future__ import annotations
 from rightrank.decide.judge import CONFIDENCE
 from rightrank.decide.metrics import default_margin
 from rightrank.decide.rule import decide
-from rightrank.decide.table import Cell, ScoreTable, table_of
+from rightrank.decide.table import Cell, ScoreTable, table_of, table_of_results
 
-__all__ = ["CONFIDENCE", "Cell", "ScoreTable", "decide", "default_margin", "table_of"]
+__all__ = ["CONFIDENCE", "Cell", "ScoreTable", "decide", "default_margin", "table_of", "table_of_results"]

@@ -108,10 +108,11 @@ def _settle(contested: Judged, evidence: Evidence, chosen: int, margin: float) -
 
 def _no_size_will_do(contested: Judged, chosen: int, estimate: Estimate) -> NextRun:
     rank = contested.contender.rank
-    both = f"{MOST_SEEDS} seeds" + (f" or {MOST_ITEM_GROWTH} times the items" if estimate.items else "")
+    both = f"{MOST_SEEDS} seeds" + (f" nor {MOST_ITEM_GROWTH} times the items" if estimate.items else "")
     sentence = (
-        f"{_name(rank).capitalize()} is so near the margin that {both} would hardly settle it: "
-        f"take rank {chosen}, or choose another margin."
+        f"Neither {both} would settle {_name(rank)} at this noise: take rank {chosen}, or choose another margin."
+        if estimate.items
+        else f"Even {both} would not settle {_name(rank)} at this noise: take rank {chosen}, or choose another margin."
     )
     return NextRun(action="none", ranks=[chosen], sentence=sentence)
 

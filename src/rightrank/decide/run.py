@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from rightrank.decide.rule import decide
-from rightrank.decide.table import Cell, ScoreTable, table_of
+from rightrank.decide.table import ScoreTable, table_of, table_of_results
 from rightrank.errors import ResultsError, RunFolderError
 from rightrank.records import (
     Decided,
     Decision,
     JournalRecord,
+    Result,
+    Results,
     RunStarted,
     Sample,
     TestEvaluated,
@@ -103,19 +103,33 @@ def run_table(records: Records, outcomes: Sequence[TrialOutcome] | None = None) 
 
 def own_table(records: Records) -> ScoreTable:
     """Any metric, by items where there are any, else by its one number a trial."""
-    metric, sign = records.started.metric, -1 if records.started.higher_is_better else 1
-    cells: dict[tuple[int, float, int], Cell] = {}
-    missing: dict[int, int] = {}
-    for outcome in records.outcomes:
-        if not isinstance(outcome, TrialFinished):
-            missing[outcome.rank] = missing.get(outcome.rank, 0) + 1
-            continue
-        scores = np.asarray(outcome.item_scores or [outcome.value], dtype=np.float64)
-        weights = np.asarray(outcome.item_weights or np.ones_like(scores), dtype=np.float64)
-        cells[outcome.rank, outcome.learning_rate, outcome.seed] = Cell(
-            outcome.trial_id, outcome.metrics[metric], sign * scores * weights, weights, outcome.train_value
-        )
-    return ScoreTable(metric, records.started.higher_is_better, cells, missing)
+    metric = records.started.metric
+    results = [_own_result(outcome, metric) for outcome in records.outcomes]
+    return table_of_results(
+        Results(metric=metric, higher_is_better=records.started.higher_is_better, results=results, understood=[])
+    )
+
+
+def _own_result(outcome: TrialOutcome, metric: str) -> Result:
+    named = {
+        "trial_id": outcome.trial_id,
+        "rank": outcome.rank,
+        "learning_rate": outcome.learning_rate,
+        "seed": outcome.seed,
+    }
+    if not isinstance(outcome, TrialFinished):
+        return Result(**named, value=None)
+    return Result(
+        **named,
+        value=outcome.metrics[metric],
+        item_values=outcome.item_scores or [],
+        item_weights=outcome.item_weights or [],
+        train_value=outcome.train_value,
+        seconds=outcome.train_seconds + outcome.eval_seconds,
+        steps=outcome.steps,
+        points=[(point.step, point.value) for point in outcome.points],
+        others={name: value for name, value in outcome.metrics.items() if name != metric},
+    )
 
 
 def best_trial(records: Records, decision: Decision, rank: int) -> TrialFinished:

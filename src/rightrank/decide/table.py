@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
@@ -9,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rightrank.decide.metrics import MetricKind, kind_of
-from rightrank.records import MetricName, TrialFinished, TrialOutcome
+from rightrank.records import MetricName, Result, Results, TrialFinished, TrialOutcome
 
 Floats = NDArray[np.float64]
 
@@ -99,4 +100,41 @@ def _cell(trial: TrialFinished, metric: MetricName) -> Cell:
         steps=trial.steps,
         points=tuple((point.step, point.value) for point in trial.points),
         others={name: value for name, value in trial.metrics.items() if name != metric},
+    )
+
+
+def table_of_results(results: Results) -> ScoreTable:
+    """The table of trainings that others ran."""
+    kind = kind_of(results.metric, results.higher_is_better)
+    cells: dict[tuple[int, float, int], Cell] = {}
+    missing: dict[int, int] = {}
+    for result in results.results:
+        if result.value is None:
+            missing[result.rank] = missing.get(result.rank, 0) + 1
+        else:
+            cells[result.rank, result.learning_rate, result.seed] = _cell_of_result(
+                result, result.value, kind, results.higher_is_better
+            )
+    return ScoreTable(results.metric, results.higher_is_better, cells, missing, kind)
+
+
+def _cell_of_result(result: Result, value: float, kind: MetricKind, higher_is_better: bool) -> Cell:
+    scores = np.asarray(result.item_values or [value], dtype=np.float64)
+    weights = np.asarray(result.item_weights or np.ones(len(scores)), dtype=np.float64)
+    oriented = np.log(scores) if kind == "perplexity" else -scores if higher_is_better else scores
+    deviation = result.std
+    if deviation is not None and kind == "perplexity":
+        deviation = math.log1p(deviation / value)
+    return Cell(
+        trial_id=result.trial_id,
+        value=value,
+        sums=oriented * weights,
+        weights=weights,
+        train_value=result.train_value,
+        deviation=deviation,
+        deviation_seeds=result.std_seeds,
+        seconds=result.seconds,
+        steps=result.steps,
+        points=tuple(result.points),
+        others=result.others,
     )

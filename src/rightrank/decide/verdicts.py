@@ -104,7 +104,9 @@ def flags_of(
     beyond = curve is not None and curve.diminishing_rank is not None and curve.diminishing_rank > top
     raised = {
         "underpowered": underpowered(judged, evidence, chosen, verdict),
-        "rising": verdict != "rising" and rises(judged, evidence, margin),
+        "rising": verdict == "undecided"
+        and rises(judged, evidence, margin)
+        and all(judged[rank].low > 0 for rank in evidence.contenders if rank < top),
         "lr_edge": any(_at_edge(evidence, rank) for rank in {chosen, evidence.reference.rank}),
         "unstable": any(evidence.table.missing.values()),
         "one_seed": min(len(contender.cells) for contender in evidence.contenders.values()) < 2,

@@ -13,16 +13,18 @@ def number(value: float) -> str:
     return f"{value:.2g}" if abs(value) < 100 else f"{value:.0f}"
 
 
-def unit_name(evidence: Evidence) -> str:
-    kind = evidence.table.kind
-    return "nats" if kind in ("token_loss", "loss") else evidence.table.metric
+def amount(value: str, evidence: Evidence) -> str:
+    """The value with its unit: `0.005 nats`, `0.5 in GSM8K`; a metric called `value` adds nothing."""
+    if evidence.table.kind in ("token_loss", "loss"):
+        return f"{value} nats"
+    return value if evidence.table.metric == "value" else f"{value} in {evidence.table.metric}"
 
 
 def sentence_of(
     judged: dict[int, Judged], evidence: Evidence, chosen: int, margin: float, verdict: Verdict, unit: Unit
 ) -> str:
     """The answer in one sentence."""
-    within = f"{margin:g} {unit_name(evidence)}"
+    within = amount(f"{margin:.4g}", evidence)
     reference = evidence.reference.rank
     ranks = sorted(evidence.contenders)
     likely = read_off(evidence)

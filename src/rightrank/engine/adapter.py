@@ -65,12 +65,12 @@ def initialise(peft_model: Any, arm: Arm, init: str) -> None:
             generator = np.random.default_rng(_draw_seed(arm.seed, name))
             if ADAPTER in module.lora_A:
                 a = module.lora_A[ADAPTER].weight
-                a.copy_(_draw(generator, arm.rank, a.shape[1], init).to(a))
+                a.copy_(_draw(generator, a.shape[0], a.shape[1], init).to(a))
                 module.lora_B[ADAPTER].weight.zero_()
             elif ADAPTER in module.lora_embedding_A:
                 b = module.lora_embedding_B[ADAPTER]
                 module.lora_embedding_A[ADAPTER].zero_()
-                b.copy_(torch.from_numpy(generator.standard_normal((arm.rank, b.shape[0]))).T.to(b))
+                b.copy_(torch.from_numpy(generator.standard_normal((b.shape[1], b.shape[0]))).T.to(b))
 
 
 def lora_modules(peft_model: Any) -> dict[str, Any]:

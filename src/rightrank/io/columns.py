@@ -1,0 +1,137 @@
+"""Which column of a results table is what: near names understood, each said aloud."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from rightrank.errors import ResultsError, did_you_mean
+
+SYNONYMS: dict[str, tuple[str, ...]] = {
+    "rank": ("rank", "lora_r", "lora_rank", "r", "peft_r", "adapter_rank", "adapter_r", "lora_dim", "network_dim"),
+    "lr": ("lr", "learning_rate", "base_lr", "peak_lr", "lr_peak"),
+    "seed": ("seed", "random_seed", "data_seed", "rng_seed"),
+    "std": ("std", "stdev", "sd", "stddev", "std_dev", "standard_deviation", "seed_std"),
+    "std_seeds": ("n_seeds", "num_seeds", "std_seeds", "n_runs"),
+    "item": ("item", "item_id", "example", "example_id", "sample_id", "question_id"),
+    "weight": ("tokens", "item_tokens", "label_tokens", "n_tokens", "num_tokens", "weight"),
+    "train_value": ("train_loss", "train_value", "training_loss", "train_train_loss"),
+    "step": ("step", "global_step", "train_global_step", "training_iteration"),
+    "seconds": ("train_seconds", "train_runtime", "runtime", "time_total_s", "duration", "wall_seconds", "seconds"),
+    "metric": ("metric", "metric_name"),
+    "higher_is_better": ("higher_is_better",),
+    "status": ("status", "state"),
+    "trial": ("trial_id", "run_id", "run", "trial", "name", "id"),
+}
+# What holds the held-out number, in this order. A bare `loss` comes last and is said to be taken as held-out; a
+# training loss is never taken for it.
+VALUES = (
+    "value",
+    *(f"{split}_{name}" for name in ("loss", "nll", "perplexity", "ppl") for split in ("eval", "val", "validation", "valid", "dev", "heldout", "held_out", "test")),
+    *(f"{split}_{name}" for name in ("accuracy", "acc", "f1", "score", "exact_match", "em") for split in ("eval", "val", "validation", "valid", "dev", "heldout", "held_out", "test")),
+    "accuracy",
+    "acc",
+    "perplexity",
+    "ppl",
+    "nll",
+    "score",
+    "loss",
+)  # fmt: skip
+_CONTAINERS = {
+    "summary",
+    "metrics",
+    "hyperparameters",
+    "user_attrs",
+    "peft",
+    "lora",
+    "model",
+    "trainer",
+    "attributes",
+}
+_CONTAINER_LIKE = re.compile(r"(params?|config|args|kwargs)$")
+_MOST_NAMES = 12
+
+
+@dataclass(frozen=True, slots=True)
+class Columns:
+    """Canonical name → column of the table."""
+
+    by_name: Mapping[str, str]
+    value: str
+    metric: str  # what the value is called
+    others: tuple[str, ...]  # further held-out metrics
+
+    def get(self, name: str) -> str | None:
+        return self.by_name.get(name)
+
+
+def plain(name: str) -> str:
+    """`config.lora.r` and `params/lora_r` as `r` and `lora_r`; `eval/loss` as `eval_loss`."""
+    parts = [part for part in re.split(r"[./:\s]+", re.sub(r"\((.*)\)", "", name.strip().lower())) if part]
+    while len(parts) > 1 and (parts[0] in _CONTAINERS or _CONTAINER_LIKE.search(parts[0])):
+        parts.pop(0)
+    return re.sub(r"[-_]+", "_", "_".join(parts)).strip("_")
+
+
+def understand(names: Sequence[str], metric: str | None, mapping: Mapping[str, str], where: str) -> Columns:
+    """Find the columns.
+
+    Args:
+        names: all column names of the table.
+        metric: the user's `--metric`: a column, or what to call the `value` column.
+        mapping: the user's `--map`, canonical name → column.
+
+    Raises:
+        ResultsError: no rank or no held-out value, or a mapped column that isn't there.
+    """
+    for name, column in mapping.items():
+        if name not in SYNONYMS and name != "value":
+            raise ResultsError(f"--map {name}={column}: {name!r} is not one of {', '.join([*SYNONYMS, 'value'])}")
+        if column not in names:
+            raise ResultsError(f"--map {name}={column}: {where} has no column {column!r}{did_you_mean(column, names)}")
+    by_plain: dict[str, str] = {}
+    for column in names:
+        by_plain.setdefault(plain(column), column)
+    near = {name: _first(words, by_plain) for name, words in SYNONYMS.items()}
+    found = {name: column for name, column in near.items() if column is not None}
+    found |= mapping
+    if "rank" not in found:
+        raise ResultsError(f"{where}: no column for the rank among {_listed(names)}; name it: --map rank=COLUMN")
+    value, called = _value_column(names, by_plain, metric, mapping, where)
+    taken = {*found.values(), value}
+    others = tuple(by_plain[name] for name in VALUES if name in by_plain and by_plain[name] not in taken)
+    return Columns(found, value, called, others)
+
+
+def _value_column(
+    names: Sequence[str], by_plain: Mapping[str, str], metric: str | None, mapping: Mapping[str, str], where: str
+) -> tuple[str, str]:
+    """`(column, what the number is called)`."""
+    if "value" in mapping:
+        return mapping["value"], metric or mapping["value"]
+    if metric is not None:
+        column = metric if metric in names else by_plain.get(plain(metric))
+        if column is not None:
+            return column, metric
+        if "value" in by_plain:
+            return by_plain["value"], metric
+        raise ResultsError(
+            f"{where}: no column {metric!r} and no column `value`{did_you_mean(metric, names)}; there are {_listed(names)}"
+        )
+    column = _first(VALUES, by_plain)
+    if column is None:
+        trained = " (a training loss says nothing on held-out data)" if "train_loss" in by_plain else ""
+        raise ResultsError(
+            f"{where}: no column for the held-out value among {_listed(names)}{trained}; name it: --metric COLUMN"
+        )
+    return column, "value" if plain(column) == "value" else column
+
+
+def _first(words: Iterable[str], by_plain: Mapping[str, str]) -> str | None:
+    return next((by_plain[word] for word in words if word in by_plain), None)
+
+
+def _listed(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:_MOST_NAMES])
+    return f"{shown}, … ({len(names)} in all)" if len(names) > _MOST_NAMES else shown or "no columns"

@@ -1,0 +1,67 @@
+"""What the files around a result say of its training: adapter_config.json, and the names of its folders."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from rightrank.errors import ResultsError
+
+# A part of a folder's name that tells: r16, r=16, rank_16, lora-r-16; lr1e-4, lr=0.0003; seed3.
+_NAMED = {
+    "rank": re.compile(r"(?:^|[^a-z])(?:lora[-_=]?)?(?:rank|r)[-_=]?(\d+)(?![\d.])", re.IGNORECASE),
+    "lr": re.compile(r"(?:^|[^a-z])(?:lr|learning[-_]?rate)[-_=]?(\d+(?:\.\d+)?(?:e-?\d+)?)", re.IGNORECASE),
+    "seed": re.compile(r"(?:^|[^a-z])seed[-_=]?(\d+)", re.IGNORECASE),
+}
+
+
+def said_around(folder: Path, root: Path) -> dict[str, Any]:
+    """`rank`, `lr` and `seed` as far as they are told: the nearest adapter_config.json up to `root`, then names.
+
+    Raises:
+        ResultsError: an adapter_config.json that isn't JSON.
+    """
+    said: dict[str, Any] = {}
+    for place in _upward(folder, root):
+        for name, pattern in _NAMED.items():
+            found = pattern.search(place.name)
+            if found and name not in said:
+                said[name] = found.group(1)
+    rank = _adapter_rank(folder, root)
+    return said if rank is None else said | {"rank": rank}
+
+
+def _adapter_rank(folder: Path, root: Path) -> int | None:
+    """`r` of the adapter in the folder, in a checkpoint inside, or in a folder above up to `root`."""
+    inside = sorted(folder.glob("*/adapter_config.json"))
+    above = [place / "adapter_config.json" for place in _upward(folder, root)]
+    for path in [above[0], *inside, *above[1:]]:
+        if path.is_file():
+            rank = read_object(path).get("r")
+            return rank if isinstance(rank, int) else None
+    return None
+
+
+def _upward(folder: Path, root: Path) -> list[Path]:
+    """The folder and those above it, `root` included."""
+    places = [folder]
+    while places[-1] != root and root in places[-1].parents:
+        places.append(places[-1].parent)
+    return places
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        ResultsError: not one.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ResultsError(f"{path}: not JSON ({error}); restore the file, or leave its folder out") from None
+    if not isinstance(value, dict):
+        raise ResultsError(f"{path}: got a {type(value).__name__}; a JSON object is expected")
+    return value

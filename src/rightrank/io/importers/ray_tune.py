@@ -1,0 +1,70 @@
+"""Ray Tune's result folders: params.json beside result.json (one JSON object a report) or progress.csv."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rightrank.errors import DataError, ResultsError
+from rightrank.io.importers.neighbours import read_object
+from rightrank.io.rows import Row, read_rows
+
+MOST_DEPTH = 3
+# Ray's own, in every report: no results of the training.
+_HOUSEKEEPING = {"pid", "hostname", "node_ip", "date", "timestamp", "trial_id", "done", "config"}
+
+
+def knows(source: Path) -> bool:
+    return source.is_dir() and bool(_trials(source))
+
+
+def rows(source: Path) -> list[Row]:
+    """One row a report: the trial's parameters and what it reported.
+
+    Raises:
+        ResultsError: a report that isn't JSON.
+    """
+    found: list[Row] = []
+    for trial in _trials(source):
+        parameters = read_object(trial / "params.json")
+        for report, where in _reports(trial):
+            told = {name: value for name, value in report.items() if name not in _HOUSEKEEPING}
+            found.append(Row({"config": parameters, **told, "trial": trial.name}, where))
+    if not found:
+        raise ResultsError(f"{source}: the trials reported nothing (empty result.json files)")
+    return found
+
+
+def _trials(source: Path) -> list[Path]:
+    patterns = ("/".join(["*"] * depth + ["params.json"]) for depth in range(MOST_DEPTH))
+    return sorted(
+        path.parent
+        for pattern in patterns
+        for path in source.glob(pattern)
+        if (path.parent / "result.json").exists() or (path.parent / "progress.csv").exists()
+    )
+
+
+def _reports(trial: Path) -> list[tuple[dict[str, Any], str]]:
+    path = trial / "result.json"
+    if not path.exists() or path.stat().st_size == 0:
+        return _table_reports(trial / "progress.csv")
+    found = []
+    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
+        try:
+            report = json.loads(line)
+        except (json.JSONDecodeError, RecursionError):
+            raise ResultsError(f"{path}:{number}: not JSON; remove the line if the trial was cut off") from None
+        if isinstance(report, dict):
+            found.append((report, f"{path}:{number}"))
+    return found
+
+
+def _table_reports(path: Path) -> list[tuple[dict[str, Any], str]]:
+    if not path.exists() or path.stat().st_size == 0:
+        return []
+    try:
+        return [(dict(row.fields), row.where) for rows in read_rows(path).values() for row in rows]
+    except DataError as error:
+        raise ResultsError(str(error)) from None

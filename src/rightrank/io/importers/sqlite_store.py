@@ -1,0 +1,96 @@
+"""SQLite files of Optuna (a study) and MLflow (a tracking store), read with the standard library, never written."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from pathlib import Path
+from typing import Any
+
+from rightrank.errors import ResultsError
+from rightrank.io.rows import Row
+
+_HEADER = b"SQLite format 3\x00"
+_FINISHED = ("COMPLETE", 1)  # Optuna's name, and MLflow's
+
+
+def knows(source: Path) -> bool:
+    if not source.is_file():
+        return False
+    with source.open("rb") as file:
+        return file.read(len(_HEADER)) == _HEADER
+
+
+def rows(source: Path) -> list[Row]:
+    """One row a trial (Optuna), or a run and step (MLflow).
+
+    Raises:
+        ResultsError: neither's tables, a damaged file, or several studies.
+    """
+    try:
+        connection = sqlite3.connect(f"{source.resolve().as_uri()}?mode=ro", uri=True)
+        try:
+            tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+            if {"trials", "trial_params", "trial_values", "studies"} <= tables:
+                return _optuna(connection, source)
+            if {"runs", "params", "metrics"} <= tables:
+                return _mlflow(connection, source)
+        finally:
+            connection.close()
+    except sqlite3.DatabaseError as error:
+        raise ResultsError(f"{source}: not a readable SQLite file ({error})") from None
+    raise ResultsError(
+        f"{source}: holds neither an Optuna study nor an MLflow store (tables: {', '.join(sorted(tables))})"
+    )
+
+
+def _optuna(connection: sqlite3.Connection, source: Path) -> list[Row]:
+    studies = connection.execute("SELECT study_id, study_name FROM studies").fetchall()
+    if len(studies) != 1:
+        names = ", ".join(name for _, name in studies) or "none"
+        raise ResultsError(f"{source}: {len(studies)} studies ({names}); give a file with one")
+    directions = connection.execute("SELECT direction FROM study_directions ORDER BY objective").fetchall()
+    if len(directions) > 1:
+        raise ResultsError(f"{source}: a study of {len(directions)} objectives; give one of a single objective")
+    higher = bool(directions) and directions[0][0] == "MAXIMIZE"
+    found = []
+    for trial_id, number, state in connection.execute("SELECT trial_id, number, state FROM trials ORDER BY number"):
+        parameters = {
+            name: _optuna_value(value, json.loads(distribution))
+            for name, value, distribution in connection.execute(
+                "SELECT param_name, param_value, distribution_json FROM trial_params WHERE trial_id = ?", (trial_id,)
+            )
+        }
+        attributes = {
+            key: json.loads(value)
+            for key, value in connection.execute(
+                "SELECT key, value_json FROM trial_user_attributes WHERE trial_id = ?", (trial_id,)
+            )
+        }
+        value = connection.execute("SELECT value FROM trial_values WHERE trial_id = ?", (trial_id,)).fetchone()
+        fields = {"user_attrs": attributes, "params": parameters, "value": value[0] if value else None}
+        told = {"higher_is_better": higher, "trial": f"trial {number}", "status": state}
+        found.append(Row(fields | told, f"{source}: trial {number}"))
+    return found
+
+
+def _optuna_value(value: float, distribution: dict[str, Any]) -> Any:
+    """A categorical parameter is stored as the number of its choice."""
+    if distribution.get("name") == "CategoricalDistribution":
+        return distribution["attributes"]["choices"][int(value)]
+    return value
+
+
+def _mlflow(connection: sqlite3.Connection, source: Path) -> list[Row]:
+    found = []
+    for run_id, status in connection.execute("SELECT run_uuid, status FROM runs ORDER BY start_time").fetchall():
+        parameters = dict(connection.execute("SELECT key, value FROM params WHERE run_uuid = ?", (run_id,)))
+        steps: dict[int, dict[str, float]] = {}
+        for key, value, step in connection.execute(
+            "SELECT key, value, step FROM metrics WHERE run_uuid = ? AND is_nan = 0", (run_id,)
+        ):
+            steps.setdefault(step, {})[key] = value
+        for step, metrics in sorted(steps.items()):
+            fields = {"params": parameters, "metrics": metrics, "step": step, "trial": run_id, "status": status}
+            found.append(Row(fields, f"{source}: run {run_id}, step {step}"))
+    return found

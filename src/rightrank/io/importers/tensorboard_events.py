@@ -1,0 +1,45 @@
+"""TensorBoard event folders, one a training; read by tensorboard itself (extra `tensorboard`)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rightrank.errors import MissingExtraError, ResultsError
+from rightrank.io.importers.neighbours import said_around
+from rightrank.io.rows import Row
+
+PATTERN = "events.out.tfevents.*"
+
+
+def knows(source: Path) -> bool:
+    return source.is_dir() and next(source.rglob(PATTERN), None) is not None
+
+
+def rows(source: Path) -> list[Row]:
+    """One row a step at which scalars were written.
+
+    Raises:
+        MissingExtraError: tensorboard is not installed.
+        ResultsError: no scalars.
+    """
+    try:
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    except ImportError:
+        raise MissingExtraError(
+            f"{source}: reading TensorBoard events needs an extra: pip install 'rightrank[tensorboard]'"
+        ) from None
+    found: list[Row] = []
+    for folder in sorted({path.parent for path in source.rglob(PATTERN)}):
+        events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
+        events.Reload()
+        said = said_around(folder, source)
+        steps: dict[int, dict[str, float]] = {}
+        for tag in events.Tags()["scalars"]:
+            for scalar in events.Scalars(tag):
+                steps.setdefault(scalar.step, {})[tag] = scalar.value
+        name = folder.relative_to(source).as_posix()
+        for step, scalars in sorted(steps.items()):
+            found.append(Row({**said, "trial": name, "step": step, **scalars}, f"{folder}: step {step}"))
+    if not found:
+        raise ResultsError(f"{source}: the event files hold no scalars; log the held-out loss, such as eval/loss")
+    return found

@@ -1,0 +1,67 @@
+"""Folders that transformers' `Trainer` left: trainer_state.json with an adapter_config.json near."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rightrank.errors import ResultsError
+from rightrank.io.importers.neighbours import read_object, said_around
+from rightrank.io.rows import Row
+
+FILE = "trainer_state.json"
+MOST_DEPTH = 4
+
+
+def knows(source: Path) -> bool:
+    return source.is_dir() and bool(_states(source))
+
+
+def rows(source: Path) -> list[Row]:
+    """One row for each evaluation of each training, the last state of each training only.
+
+    Raises:
+        ResultsError: a state without evaluations, or one that isn't JSON.
+    """
+    found: list[Row] = []
+    for path in _last_states(_states(source)):
+        found.extend(_rows_of(path, source))
+    if not found:
+        raise ResultsError(f"{source}: the {FILE} files hold no evaluation (eval_loss); train with eval_strategy set")
+    return found
+
+
+def _states(source: Path) -> list[Path]:
+    patterns = ("/".join(["*"] * depth + [FILE]) for depth in range(MOST_DEPTH))
+    return sorted(path for pattern in patterns for path in source.glob(pattern))
+
+
+def _last_states(paths: list[Path]) -> list[Path]:
+    """Of the checkpoints of one training, the one furthest on: it holds the others' history."""
+    last: dict[Path, tuple[int, Path]] = {}
+    for path in paths:
+        training = path.parent.parent if path.parent.name.startswith("checkpoint-") else path.parent
+        step = read_object(path).get("global_step")
+        place = (step if isinstance(step, int) else 0, path)
+        last[training] = max(last.get(training, place), place)
+    return [path for _, path in last.values()]
+
+
+def _rows_of(path: Path, source: Path) -> list[Row]:
+    state = read_object(path)
+    history = [entry for entry in state.get("log_history", []) if isinstance(entry, dict)]
+    said = said_around(path.parent, source)
+    rates = [entry["learning_rate"] for entry in history if isinstance(entry.get("learning_rate"), int | float)]
+    if rates and "lr" not in said:
+        said["lr"] = max(rates)  # the peak, as far as it was logged
+    losses = {entry.get("step"): entry["loss"] for entry in history if "loss" in entry}
+    training = path.parent.parent if path.parent.name.startswith("checkpoint-") else path.parent
+    found: list[Row] = []
+    for entry in history:
+        held_out: dict[str, Any] = {name: value for name, value in entry.items() if name.startswith("eval_")}
+        if held_out:
+            before = [loss for step, loss in losses.items() if isinstance(step, int) and step <= entry.get("step", 0)]
+            trained = {"train_loss": before[-1]} if before else {}
+            fields = {**said, **trained, "trial": training.name, "step": entry.get("step"), **held_out}
+            found.append(Row(fields, f"{path}: step {entry.get('step')}"))
+    return found

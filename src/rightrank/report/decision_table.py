@@ -1,0 +1,107 @@
+"""A decision in the terminal: the evidence by rank, the answer, what to be wary of, what to do next."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rightrank.errors import SettingsError
+from rightrank.io.files import replacing
+from rightrank.records import Decision, RankEvidence
+from rightrank.report.draw import draw
+from rightrank.report.rank_curve import rank_figure, terminal_curve
+
+FLAGS = {
+    "underpowered": "the data can't show this at 95%",
+    "rising": "the largest rank tried is the best by more than the margin, as far as it was measured",
+    "lr_edge": "the best learning rate is the smallest or largest tried",
+    "unstable": "some trainings ended without a result",
+    "one_seed": "some ranks have one seed",
+    "winner_gap": "the best of several rates is optimistic by more than half the margin",
+    "metric_conflict": "another metric of the same trainings wants another rank",
+    "may_be_capacity_limited": "the ranks were still parting when training ended",
+    "extrapolated": "something named lies outside what was measured",
+}
+CURVE_WIDTH, CURVE_HEIGHT = 72, 14
+
+
+def decision_text(decision: Decision, understood: list[str], colour: bool, width: int) -> str:
+    """All of it, ready to print."""
+    parts = [f"read:    {'; '.join(understood)}"] if understood else []
+    trained = [(evidence.rank, evidence.value) for evidence in decision.ranks if evidence.rank > 0]
+    curve = terminal_curve(trained, min(width, CURVE_WIDTH), CURVE_HEIGHT, colour)
+    return "\n".join([*parts, "", *([curve] if curve else []), *evidence_lines(decision), "", *answer_lines(decision)])
+
+
+def write_plot(decision: Decision, path: Path) -> None:
+    """The rank curve as a picture, its kind by the file's ending.
+
+    Raises:
+        SettingsError: an ending that is neither, or a place that can't be written.
+    """
+    image_format = path.suffix.lower().lstrip(".")
+    if image_format not in ("svg", "png"):
+        raise SettingsError(f"--plot {path}: pictures end in .svg or .png; give such a file name")
+    image = draw(rank_figure(decision), image_format)
+    try:
+        with replacing(path) as temporary:
+            temporary.write_bytes(image)
+    except OSError as error:
+        raise SettingsError(f"--plot {path}: can't write there ({error.strerror or error})") from None
+
+
+def evidence_lines(decision: Decision) -> list[str]:
+    """The table: one line a rank."""
+    rates = any(evidence.learning_rate for evidence in decision.ranks)
+    heading = ["rank", decision.metric, "95% interval", "worse by", "95% bounds", "enough"]
+    heading += ["rate"] * rates + ["seeds"]
+    rows = [heading, *(_row(evidence, decision, rates) for evidence in decision.ranks)]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(heading))]
+    return ["  ".join(cell.rjust(size) for cell, size in zip(row, widths, strict=True)) for row in rows]
+
+
+def _row(evidence: RankEvidence, decision: Decision, rates: bool) -> list[str]:
+    reference = evidence.rank == decision.reference_rank
+    enough = {True: "yes", False: "no", None: "open"}[evidence.non_inferior]
+    row = [
+        str(evidence.rank) if evidence.rank else "base",
+        f"{evidence.value:.5g}",
+        f"{evidence.low:.5g} to {evidence.high:.5g}",
+        "best" if reference else _short(evidence.difference),
+        "" if reference else f"{_short(evidence.difference_low)} to {_short(evidence.difference_high)}",
+        enough,
+    ]
+    rate = [f"{evidence.learning_rate:.2g}" if evidence.learning_rate else ""] if rates else []
+    return [*row, *rate, str(evidence.seeds)]
+
+
+def answer_lines(decision: Decision) -> list[str]:
+    """Verdict, sentence, staircase, flags, next runs."""
+    lines = [f"verdict: {decision.verdict.replace('_', ' ')}", f"answer:  {decision.sentence}"]
+    if decision.rank is None and decision.verdict == "undecided":
+        lines.append(f"         Until then rank {decision.fallback_rank} is the safe choice.")
+    stairs = [f"{step.rank} from {_short(step.margin)}" for step in decision.staircase]
+    lines.append(f"margins: {', '.join(stairs)} (asked: {decision.margin:g})")
+    lines += curve_lines(decision)
+    lines.append(f"basis:   {decision.basis_note}")
+    lines += [f"flag:    {flag}: {FLAGS.get(flag, '')}" for flag in decision.flags]
+    return lines + [f"next:    {run.sentence}" for run in decision.next_runs]
+
+
+def curve_lines(decision: Decision) -> list[str]:
+    """What the fitted curve says, in one line."""
+    curve = decision.curve
+    if curve is None:
+        return []
+    top = max(evidence.rank for evidence in decision.ranks)
+    law = "" if curve.form != "power" else f" {curve.a:.4g} {curve.b:+.3g}·r^-{curve.c:.2f};"
+    return [
+        f"curve:   {curve.form.replace('_', '-')};{law} within the margin from rank {curve.r_margin:.0f} "
+        f"({curve.r_margin_low:.0f} to {curve.r_margin_high:.0f}); still to come above rank {top}: "
+        f"{_short(curve.gain_to_come)} ({_short(curve.gain_to_come_low)} to {_short(curve.gain_to_come_high)})"
+    ]
+
+
+def _short(value: float | None) -> str:
+    return (
+        "" if value is None else "0" if abs(value) < 1e-12 else f"{value:.2g}" if abs(value) < 100 else f"{value:.0f}"
+    )

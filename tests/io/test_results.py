@@ -1,0 +1,169 @@
+"""Tables that others made: what is understood, and what is refused with file and row."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from rightrank.api import decide
+from rightrank.errors import ResultsError
+from rightrank.io.columns import plain
+
+GOOD = "rank,value\n1,2.3\n4,2.05\n16,2.001\n64,2.0\n"
+
+
+def write(folder: Path, text: str, name: str = "runs.csv") -> Path:
+    path = folder / name
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("column", "meant"),
+    [("config.lora_r", "lora_r"), ("params/lora.r", "r"), ("eval/loss", "eval_loss"), ("Eval Loss", "eval_loss")],
+)
+def test_column_names_are_brought_to_plain_ones(column: str, meant: str) -> None:
+    assert plain(column) == meant
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        GOOD,
+        "lora_r,eval_loss,train_loss\n1,2.3,1\n4,2.05,1\n16,2.001,1\n64,2.0,1\n",
+        "Name,State,config.lora.r,eval/loss\na,finished,1,2.3\nb,finished,4,2.05\nc,finished,16,2.001\nd,finished,64,2.0\n",
+        "run_id,params.lora_rank,metrics.eval_loss\na,1,2.3\nb,4,2.05\nc,16,2.001\nd,64,2.0\n",
+        'run_id,peft_params,eval_loss\n1,"{""r"": 1}",2.3\n2,"{""r"": 4}",2.05\n3,"{""r"": 16}",2.001\n4,"{""r"": 64}",2.0\n',
+    ],
+    ids=["plain", "peft", "wandb", "mlflow", "json cell"],
+)
+def test_near_names_are_understood(tmp_path: Path, text: str) -> None:
+    decided = decide(write(tmp_path, text), margin=0.005)
+    assert decided.decision.rank == 16
+    assert decided.decision.higher_is_better is False
+
+
+def test_jsonl_and_memory_read_alike(tmp_path: Path) -> None:
+    rows = [{"rank": rank, "value": value} for rank, value in ((1, 2.3), (4, 2.05), (16, 2.001), (64, 2.0))]
+    path = write(tmp_path, "".join(json.dumps(row) + "\n" for row in rows), "runs.jsonl")
+    assert decide(path, margin=0.005).decision.rank == decide(rows, margin=0.005).decision.rank == 16
+
+
+def test_a_wandb_export_in_json_is_flattened(tmp_path: Path) -> None:
+    runs = [
+        {"name": f"run-{rank}", "config": {"lora": {"r": rank}, "learning_rate": 1e-4}, "summary": {"eval/loss": loss}}
+        for rank, loss in ((1, 2.3), (4, 2.001), (16, 2.0))
+    ]
+    decided = decide(write(tmp_path, json.dumps(runs), "wandb.json"), margin=0.005)
+    assert decided.decision.rank == 4
+    assert decided.decision.learning_rate == 1e-4
+
+
+def test_the_metric_says_its_direction_and_the_user_overrules_it(tmp_path: Path) -> None:
+    path = write(tmp_path, "rank,accuracy\n1,0.5\n4,0.7\n16,0.701\n")
+    assert decide(path).decision.rank == 4
+    assert decide(path, higher_is_better=False).decision.rank == 1
+
+
+def test_a_column_is_named_by_hand(tmp_path: Path) -> None:
+    path = write(tmp_path, "groesse,guete\n1,2.3\n4,2.001\n16,2.0\n")
+    assert decide(path, columns={"rank": "groesse", "value": "guete"}, margin=0.005).decision.rank == 4
+    with pytest.raises(ResultsError, match="no column for the rank"):
+        decide(path)
+    with pytest.raises(ResultsError, match="has no column 'x'"):
+        decide(path, columns={"rank": "x"})
+
+
+def test_items_seeds_and_tokens_are_paired_and_weighted(tmp_path: Path) -> None:
+    lines = ["rank,seed,item,tokens,value"]
+    for rank, shift in ((1, 0.2), (4, 0.0)):
+        for seed in (0, 1):
+            for item in range(20):
+                lines.append(f"{rank},{seed},{item},{1 + item % 3},{2 + 0.1 * item + shift + 0.001 * seed}")
+    decision = decide(write(tmp_path, "\n".join(lines) + "\n"), margin=0.01).decision
+    assert decision.basis == "items and seeds"
+    evidence = decision.ranks[0]
+    assert evidence.difference == pytest.approx(0.2)
+    tokens = [1 + item % 3 for item in range(20)]
+    mean = sum((2 + 0.1 * item) * count for item, count in enumerate(tokens)) / sum(tokens)
+    assert decision.ranks[1].value == pytest.approx(mean + 0.0005)
+
+
+def test_evaluations_along_the_training_end_in_the_last(tmp_path: Path) -> None:
+    text = "rank,step,eval_loss\n" + "".join(
+        f"{rank},{step},{3 - step / 100 - rank / 1000}\n" for rank in (1, 4) for step in (25, 50, 75, 100)
+    )
+    decision = decide(write(tmp_path, text), margin=0.005).decision
+    assert decision.ranks[0].value == pytest.approx(2 - 0.001)
+    assert decision.horizon is not None
+    assert decision.horizon.steps == 100
+
+
+def test_a_training_without_a_result_is_missing_and_flagged(tmp_path: Path) -> None:
+    path = write(tmp_path, "rank,lr,value\n1,1e-3,2.1\n4,1e-3,2.0\n4,1e-2,\n")
+    assert "unstable" in decide(path).decision.flags
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "the file is empty"),
+        ("rank,value\n", "a header and no rows"),
+        ("size,value\n1,2\n2,3\n", "no column for the rank among size, value"),
+        ("rank,other\n1,2\n2,3\n", "no column for the held-out value"),
+        ("rank,train_loss\n1,2\n2,3\n", "a training loss says nothing"),
+        ("rank,value\n1.5,2\n2,3\n", "runs.csv:2: rank '1.5' is not allowed"),
+        ("rank,value\n-1,2\n2,3\n", "runs.csv:2: rank '-1' is not allowed"),
+        ("rank,value\nbig,2\n2,3\n", "runs.csv:2: rank 'big' is not allowed"),
+        ("rank,value\n4,2\n4,2\n", "one rank only"),
+        ("rank,value\n0,3\n4,2\n", "one rank only"),
+        ("rank,value\n1,2\n2,nan\n", "runs.csv:3: value is nan"),
+        ("rank,value\n1,2\n2,inf\n", "runs.csv:3: value is inf"),
+        ("rank,value\n1,2\n2,two\n", "runs.csv:3: value is 'two', not a number"),
+        ("rank,value\n1,2\n2,2\n4,2\n", "every training has the value 2"),
+        ("rank,value\n1,2\n2,3\n2,4\n", "runs.csv:4: rank 2, seed 0 is there twice with different values"),
+        ("rank,metric,value\n1,loss,2\n1,acc,3\n2,loss,2\n", "several metrics"),
+        ("rank,higher_is_better,value\n1,true,2\n2,false,3\n", "says both"),
+        ("rank,item,value\n1,a,2\n1,b,2\n2,a,3\n", "runs.csv:4: rank 2 is scored on other items"),
+        ("rank,std,value\n1,-0.1,2\n2,0.1,3\n", "runs.csv:2: std -0.1 is not allowed"),
+        ("rank,lr,value\n1,0,2\n2,1e-3,3\n", "runs.csv:2: learning rate '0' is not allowed"),
+        ("rank,lr,value\n1,,2\n2,1e-3,3\n", "no learning rate, though other rows have one"),
+        ("rank,seed,value\n1,x,2\n2,0,3\n", "runs.csv:2: seed 'x' is not allowed"),
+        ("rank,perplexity\n1,-3\n2,3\n", "perplexity of -3 is not possible"),
+        ("rank,value\n1,2,3\n2,3\n", "more cells than the header"),
+    ],
+)
+def test_bad_tables_are_refused_with_file_and_row(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(ResultsError, match=message.replace("(", r"\(")) as caught:
+        decide(write(tmp_path, text))
+    assert "\n" not in str(caught.value)
+
+
+def test_rows_that_repeat_are_left_out_and_said(tmp_path: Path) -> None:
+    decided = decide(write(tmp_path, GOOD + "64,2.0\n"), margin=0.005)
+    assert decided.decision.rank == 16
+    assert "1 rows that repeat another left out" in decided.understood
+
+
+def test_another_encoding_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "runs.csv"
+    path.write_bytes("rank,größe\n1,2\n".encode("latin-1"))
+    with pytest.raises(ResultsError, match="not UTF-8"):
+        decide(path)
+
+
+def test_a_huge_file_is_refused_unread(tmp_path: Path) -> None:
+    path = tmp_path / "runs.csv"
+    with path.open("wb") as file:
+        file.truncate(2**30)
+    with pytest.raises(ResultsError, match="1,024 MiB is too large"):
+        decide(path)
+
+
+def test_nothing_there_is_said(tmp_path: Path) -> None:
+    with pytest.raises(ResultsError, match="no such file"):
+        decide(tmp_path / "none.csv")
+    with pytest.raises(ResultsError, match="holds no results"):
+        decide(tmp_path)

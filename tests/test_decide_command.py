@@ -1,0 +1,63 @@
+"""`rightrank decide` as a command: the JSON contract, the exit statuses, what a person reads."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from rightrank.cli import cli, main
+
+
+@pytest.fixture
+def table(tmp_path: Path) -> Path:
+    path = tmp_path / "runs.csv"
+    path.write_text("rank,value\n1,2.3\n4,2.05\n16,2.001\n64,2.0\n")
+    return path
+
+
+def test_json_holds_the_contract_and_nothing_else(table: Path) -> None:
+    answer = CliRunner().invoke(cli, ["decide", str(table), "--margin", "0.005", "--json"])
+    assert answer.exit_code == 0
+    decision = json.loads(answer.stdout)
+    assert {"rank", "verdict", "flags", "margin", "reference_rank", "staircase", "ranks"} <= decision.keys()
+    assert (decision["rank"], decision["margin"], decision["reference_rank"]) == (16, 0.005, 64)
+    assert {"margin", "rank"} <= decision["staircase"][0].keys()
+    assert {"rank", "value", "low", "high", "non_inferior"} <= decision["ranks"][0].keys()
+
+
+def test_the_table_says_what_was_understood_and_what_to_do(table: Path) -> None:
+    answer = CliRunner().invoke(cli, ["decide", str(table), "--margin", "0.005"])
+    assert answer.exit_code == 0
+    for part in ("read:", "verdict: saturated", "answer:  Rank 16", "margins:", "next:", "underpowered"):
+        assert part in answer.stdout
+
+
+@pytest.mark.parametrize("ending", ["svg", "png"])
+def test_plot_writes_a_picture(table: Path, ending: str) -> None:
+    target = table.with_name(f"curve.{ending}")
+    assert CliRunner().invoke(cli, ["decide", str(table), "--plot", str(target)]).exit_code == 0
+    assert target.read_bytes()[:4] in (b"<?xm", b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--margin", "0"], "margin 0 is not allowed"),
+        (["--margin", "nan"], "margin nan is not allowed"),
+        (["--metric", "nothing_like_it", "--map", "value=x"], "has no column 'x'"),
+        (["--map", "rank"], "give NAME=COLUMN"),
+        (["--plot", "curve.pdf"], "pictures end in .svg or .png"),
+    ],
+)
+def test_bad_usage_is_one_line_and_exit_2(
+    table: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["decide", str(table), *arguments])
+    assert ended.value.code == 2
+    complaint = capsys.readouterr().err
+    assert message in complaint
+    assert complaint.count("\n") == 1
