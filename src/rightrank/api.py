@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from rightrank.errors import ResultsError, SettingsError
 from rightrank.io.files import disk_errors_told
 from rightrank.io.run_folder import RunFolder
+from rightrank.plan_records import Plan, PlanSettings, make_plan_settings
 from rightrank.probe_records import Inspection, Resized
 from rightrank.records import Decision, RunEvent, RunStarted, Sample, content_hash
 from rightrank.settings import SelectSettings, make_settings
@@ -73,6 +74,26 @@ def select_rank(
     folder = RunFolder(Path(out))
     with folder.locked(), disk_errors_told(folder.path):
         return _select(model, data, folder, settings, watching)
+
+
+def plan(model: str, *, settings: PlanSettings | None = None) -> Plan:
+    """What every rank takes and which fit, before any training and without weights.
+
+    Args:
+        model: a folder that holds at least `config.json`, a GGUF file, or a hub name.
+        settings: see `PlanSettings`; None for the defaults. Without `memory_bytes`, the memory of the CUDA device that
+            is there is the budget, if one is.
+
+    Raises:
+        InputError: the model, its modules, a rank or a length can't be used.
+    """
+    from rightrank.io.models import device_memory
+    from rightrank.planning.planner import make_plan
+
+    settings = settings or make_plan_settings({})
+    if settings.memory_bytes is None and settings.device == "cuda":
+        settings = settings.model_copy(update={"memory_bytes": device_memory()})
+    return make_plan(model, settings)
 
 
 def _select(model: str, data: Any, folder: RunFolder, settings: SelectSettings, watching: Watching) -> Selected:
@@ -161,9 +182,9 @@ def decide(
     Raises:
         ResultsError: the table can't be used; the message names file and row.
     """
-    from rightrank.decide import decide as decide_table
-    from rightrank.decide import table_of_results
-    from rightrank.decide.metrics import direction
+    from rightrank.decision import decide as decide_table
+    from rightrank.decision import table_of_results
+    from rightrank.decision.metrics import direction
     from rightrank.io.results import Asked, read_results, results_of_rows, rows_of_mappings
 
     if isinstance(results, str | Path):
@@ -180,9 +201,9 @@ def decide(
 
 def _decide_run(folder: RunFolder, metric: str | None, margin: float | None, horizon_steps: int | None) -> Decided:
     """A run folder of our own, at its own metric and margin unless others are asked for."""
-    from rightrank.decide import decide as decide_table
-    from rightrank.decide import table_of
-    from rightrank.decide.run import records_of, run_table
+    from rightrank.decision import decide as decide_table
+    from rightrank.decision import table_of
+    from rightrank.decision.run import records_of, run_table
 
     records = records_of(folder.journal.read(), str(folder.path))
     started = records.started

@@ -101,6 +101,68 @@ def select(
         _print_answer(selected)
 
 
+PLAN_OPTIONS = [
+    click.option("--ranks", callback=_comma, help="Ranks, such as 8,16 (default: powers of two, 1 to 512)."),
+    click.option("--target-modules", callback=_comma, help="Module names, or all-linear (default)."),
+    click.option("--modules-to-save", callback=_comma, help="Modules trained whole and saved with the adapter."),
+    click.option("--layers-to-transform", callback=_comma, help="Layer numbers, such as 26,27 (default: all)."),
+    click.option("--use-dora", is_flag=True, default=None, help="DoRA: a trained magnitude a row."),
+    click.option("--batch-size", type=int, help="Items a batch (default 8)."),
+    click.option("--seq-len", type=int, help="Tokens an item (default 512)."),
+    click.option("--dtype", help="bfloat16 (default), float16 or float32: the frozen weights' type."),
+    click.option("--gradient-checkpointing", is_flag=True, default=None, help="Recompute blocks in the backward pass."),
+    click.option("--load-in-4bit", is_flag=True, default=None, help="Frozen weights in 4 bits."),
+    click.option("--load-in-8bit", is_flag=True, default=None, help="Frozen weights in 8 bits."),
+    click.option("--optimizer", help="adamw (default), adamw_fused, adamw_8bit, paged_adamw_8bit or sgd."),
+    click.option("--loss", help="full (default, as Trainer) or chunked (as `rightrank select`)."),
+    click.option("--arms", type=int, help="Trainings packed over one frozen base (default 1)."),
+    click.option("--device", help="cuda (default) or cpu: whose kernels and allocator."),
+    click.option("--memory", help="What there is, such as 24GiB (default: the CUDA device that is found)."),
+    click.option(
+        "--set", "assignments", multiple=True, metavar="NAME=VALUE", help="Any other setting; see docs/plan.md."
+    ),
+]
+
+
+def _plan_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    for option in reversed(PLAN_OPTIONS):
+        command = option(command)
+    return command
+
+
+@cli.command(epilog="Example: rightrank plan ./model --ranks 8,16,64 --batch-size 4 --seq-len 768 --memory 24GiB")
+@click.argument("model")
+@_plan_options
+@click.option("--config", "config_file", type=click.Path(path_type=Path), help="YAML file of settings.")
+@click.option("--json", "as_json", is_flag=True, help="Print the plan as one JSON object.")
+def plan(
+    model: str,
+    memory: str | None,
+    config_file: Path | None,
+    assignments: tuple[str, ...],
+    as_json: bool,
+    **options: Any,
+) -> int:
+    """Say what every rank takes, and which ranks fit, from MODEL's config.json alone.
+
+    MODEL is a folder that holds at least config.json, a GGUF file, or a hub name. Exit status 1 when a memory is known
+    and no rank fits in it.
+    """
+    from rightrank.plan_records import make_plan_settings, parse_bytes
+
+    values = _gather(config_file, assignments, options)
+    if memory is not None:
+        values["memory_bytes"] = parse_bytes(memory)
+    settings = make_plan_settings(values)
+
+    from rightrank import api
+    from rightrank.report.plan_table import plan_text
+
+    answer = api.plan(model, settings=settings)
+    click.echo(answer.model_dump_json() if as_json else plan_text(answer))
+    return 1 if answer.memory_bytes is not None and answer.max_rank is None else 0
+
+
 @cli.command(epilog="Example: rightrank demo --out demo")
 @click.option(
     "--out", default="demo", show_default=True, type=click.Path(path_type=Path), help="Folder for model, data and run."
@@ -293,38 +355,6 @@ def resize(
         _print_record(resize_together(sources, out, rule, options), as_json)
 
 
-@cli.command(epilog="Example: rightrank report run")
-@click.argument("run", type=click.Path(path_type=Path))
-@click.option("--json", "as_json", is_flag=True, help="Print the report's path as one JSON object.")
-def report(run: Path, as_json: bool) -> None:
-    """Write report.html and the figures of RUN again, from its journal alone.
-
-    It works while a selection runs, too: the report then shows what is known so far.
-    """
-    from rightrank.runs import report as write_report
-
-    path = write_report(run)
-    click.echo(json.dumps({"report": str(path)}) if as_json else str(path))
-
-
-@cli.command(epilog="Example: rightrank export run --to axolotl")
-@click.argument("run", type=click.Path(path_type=Path))
-@click.option("--to", required=True, help="peft, trl, axolotl, llamafactory, unsloth, ms-swift, vllm or sglang.")
-@click.option("--out", type=click.Path(path_type=Path), help="Folder to write (default: RUN/exports/TARGET).")
-@click.option("--json", "as_json", is_flag=True, help="Print what was written as one JSON object.")
-def export(run: Path, to: str, out: Path | None, as_json: bool) -> None:
-    """Write what another program needs to train with RUN's rank, or to serve its adapter."""
-    from rightrank.runs import export as write_export
-
-    exported = write_export(run, to, out)
-    if as_json:
-        click.echo(json.dumps(exported.to_json()))
-        return
-    for note in exported.notes:
-        click.echo(f"note: {note}", err=True)
-    click.echo(f"cd {exported.folder} && {exported.command}")
-
-
 @cli.command(epilog="Example: rightrank extract ./base ./finetuned adapter --energy 0.9")
 @click.argument("base", type=click.Path(path_type=Path))
 @click.argument("finetuned", type=click.Path(path_type=Path))
@@ -416,6 +446,38 @@ def allocate(
         lambda trial: click.echo(f"{trial.pattern}, seed {trial.seed}: {trial.value:.4f}", err=True),
     )
     _print_record(allocate_ranks(adapter, data, options), as_json)
+
+
+@cli.command(epilog="Example: rightrank report run")
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print the report's path as one JSON object.")
+def report(run: Path, as_json: bool) -> None:
+    """Write report.html and the figures of RUN again, from its journal alone.
+
+    It works while a selection runs, too: the report then shows what is known so far.
+    """
+    from rightrank.runs import write_report
+
+    path = write_report(run)
+    click.echo(json.dumps({"report": str(path)}) if as_json else str(path))
+
+
+@cli.command(epilog="Example: rightrank export run --to axolotl")
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("--to", required=True, help="peft, trl, axolotl, llamafactory, unsloth, ms-swift, vllm or sglang.")
+@click.option("--out", type=click.Path(path_type=Path), help="Folder to write (default: RUN/exports/TARGET).")
+@click.option("--json", "as_json", is_flag=True, help="Print what was written as one JSON object.")
+def export(run: Path, to: str, out: Path | None, as_json: bool) -> None:
+    """Write what another program needs to train with RUN's rank, or to serve its adapter."""
+    from rightrank.runs import export as write_export
+
+    exported = write_export(run, to, out)
+    if as_json:
+        click.echo(json.dumps(exported.to_json()))
+        return
+    for note in exported.notes:
+        click.echo(f"note: {note}", err=True)
+    click.echo(f"cd {exported.folder} && {exported.command}")
 
 
 def _print_record(record: Any, as_json: bool, figure: Any = "effective_rank", every: bool = False) -> None:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from rightrank.decide.run import decision_so_far, last_decided, records_of
+from rightrank.decision.run import decision_so_far, last_decided, records_of
 from rightrank.errors import RunFolderError
-from rightrank.export.recipe import recipe_of
-from rightrank.export.targets import Exported, require_target, write_export
+from rightrank.exports.recipe import recipe_of
+from rightrank.exports.targets import Exported, require_target, write_export
 from rightrank.io.files import disk_errors_told, write_text
 from rightrank.io.run_folder import RunFolder
 from rightrank.report.figures import figures_of
@@ -15,7 +15,7 @@ from rightrank.report.files import write_figures
 from rightrank.report.html import render_report
 
 
-def report(run: str | Path) -> Path:
+def write_report(run: str | Path) -> Path:
     """Write `report.html` and the figures of a run again, from its journal alone.
 
     Raises:

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from rightrank.decide.run import Records, best_trial, decide_run, decision_so_far
+from rightrank.decision.run import Records, best_trial, decide_run, decision_so_far
 from rightrank.engine.bench import Bench
 from rightrank.engine.sample import promptable_items, write_completion
 from rightrank.errors import AllTrialsFailedError, DeviceMemoryError, ResultsError, RunFolderError
 from rightrank.executors import Executor
-from rightrank.export.adapter_folder import hand_over
+from rightrank.exports.adapter_folder import hand_over
 from rightrank.io.adapters import restore_adapter
 from rightrank.io.files import write_text
 from rightrank.io.run_folder import RunFolder

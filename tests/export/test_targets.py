@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 import yaml
 
-from rightrank import Selected, export, report, select_rank
+from rightrank import Selected, export, select_rank, write_report
 from rightrank.errors import ResultsError, RunFolderError, SettingsError
-from rightrank.export.recipe import Recipe, recipe_of
-from rightrank.export.servers import VLLM_RANKS, served_rank
-from rightrank.export.targets import TARGETS
-from rightrank.export.trainers import axolotl, trl
+from rightrank.exports.recipe import Recipe, recipe_of
+from rightrank.exports.servers import VLLM_RANKS, served_rank
+from rightrank.exports.targets import TARGETS
+from rightrank.exports.trainers import axolotl, trl
 from rightrank.io.run_folder import RunFolder
 from rightrank.records import RunStarted, TrialFinished
 from tests.tiny import small_settings
@@ -79,7 +79,7 @@ def test_peft_s_config_makes_the_same_adapter_again(selected: Selected, model_fo
     assert shapes[0]
     assert shapes[0] == shapes[1]
     scales = [
-        {name: module.scaling["default"] for name, module in model.named_modules() if hasattr(module, "scaling")}
+        {name: module.scaling["default"] for name, module in model.named_modules() if hasattr(module, "lora_A")}
         for model in (loaded, made)
     ]
     assert scales[0] == scales[1]
@@ -153,7 +153,7 @@ def test_a_folder_without_a_run_or_a_decision_is_refused(selected: Selected, tmp
     with pytest.raises(RunFolderError, match=r"no journal\.jsonl there"):
         export(tmp_path, "peft")
     with pytest.raises(RunFolderError, match=r"no journal\.jsonl there"):
-        report(tmp_path / "nowhere")
+        write_report(tmp_path / "nowhere")
     lines = (selected.run / "journal.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "journal.jsonl").write_text("".join(line for line in lines if '"type":"decided"' not in line))
     with pytest.raises(RunFolderError, match="no decision yet"):
@@ -162,7 +162,7 @@ def test_a_folder_without_a_run_or_a_decision_is_refused(selected: Selected, tmp
 
 def test_the_report_is_written_again_from_the_journal_alone(selected: Selected, tmp_path: Path) -> None:
     (tmp_path / "journal.jsonl").write_bytes((selected.run / "journal.jsonl").read_bytes())
-    assert report(tmp_path).read_text(encoding="utf-8") == selected.report.read_text(encoding="utf-8")
+    assert write_report(tmp_path).read_text(encoding="utf-8") == selected.report.read_text(encoding="utf-8")
     assert {path.name for path in (tmp_path / "figures").iterdir()} == {
         path.name for path in (selected.run / "figures").iterdir()
     }

@@ -68,7 +68,7 @@ def head_loss(model: Any, batch: Batch, scale: float) -> BatchLoss:
     # the mask can be left out, and attention takes its causal fast path.
     hidden = model.base_model(input_ids=batch.input_ids, use_cache=False).last_hidden_state
     keep, targets = _label_positions(batch)
-    total, losses = chunked_cross_entropy(hidden[:, :-1][keep], targets, _head(model), scale)
+    total, losses = chunked_cross_entropy(hidden[:, :-1][keep], targets, output_head(model), scale)
     return _by_item(total, losses, keep)
 
 
@@ -154,7 +154,8 @@ class _CappedHead:
         return logits if self._cap is None else torch.tanh(logits / self._cap) * self._cap
 
 
-def _head(model: Any) -> Head:
+def output_head(model: Any) -> Head:
+    """The model's output head, with what its configuration does to the logits."""
     return _CappedHead(model)
 
 

@@ -99,7 +99,7 @@ def load_model(
             "id2label": dict(enumerate(classes)),
             "label2id": {name: i for i, name in enumerate(classes)},
         }
-    _quiet()
+    quiet_third_parties()
     torch.manual_seed(0)  # a new classification head is drawn here: the same in every run
     try:
         model = loader.from_pretrained(source.name, dtype=DTYPES[dtype], **arguments)
@@ -149,6 +149,11 @@ def find_device(name: str) -> torch.device:
     return device
 
 
+def device_memory() -> int | None:
+    """Bytes of the first CUDA device; None where there is none."""
+    return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
+
+
 def parameter_fingerprint(model: Any) -> str:
     """A hash of names, shapes and a sample of the values of a model's parameters."""
     digest = hashlib.sha256()
@@ -164,7 +169,7 @@ def first_line(error: BaseException) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
-def _quiet() -> None:
+def quiet_third_parties() -> None:
     """No progress bars and notices of third parties between our own."""
     logging: Any = transformers_logging
     logging.disable_progress_bar()
