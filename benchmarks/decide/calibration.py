@@ -16,11 +16,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
+from rightrank.decide import CONFIDENCE, decide
+from rightrank.decide.evidence import Evidence
 
 from benchmarks.decide.simulated import RANKS, World, draw_table, noisier, right_rank, truth
 from benchmarks.machine import machine
-from rightrank.decide import CONFIDENCE, decide
-from rightrank.decide.evidence import Evidence
 
 HERE = Path(__file__).parent
 SHAPES = ("power", "flat", "u_shaped", "rising")

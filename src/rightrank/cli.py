@@ -458,7 +458,7 @@ def report(run: Path, as_json: bool) -> None:
 
     It works while a selection runs, too: the report then shows what is known so far.
     """
-    from rightrank.runs import report as write_report
+    from rightrank.runs import write_report
 
     path = write_report(run)
     click.echo(json.dumps({"report": str(path)}) if as_json else str(path))

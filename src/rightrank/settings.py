@@ -138,7 +138,7 @@ def _distinct(values: tuple[Any, ...], name: str) -> tuple[Any, ...]:
     return tuple(sorted(values))
 
 
-def make_settings(values: Mapping[str, Any]) -> SelectSettings:
+def make_settings(values: Mapping[str, object]) -> SelectSettings:
     """Settings from plain values; the first thing that is wrong becomes one clear line.
 
     Raises:
