@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from rightrank.errors import DataError, ResultsError
-from rightrank.io.columns import Columns, understand
+from rightrank.io.columns import Columns, DirectionOf, understand
 from rightrank.io.importers import import_rows
 from rightrank.io.rows import Row, read_rows
 from rightrank.records import Result, Results
 
 LARGEST_FILE = 200 * 2**20  # bytes; 5 million rows
 MOST_DEPTH = 8
+LARGEST_NUMBER = 1e12  # beyond it a held-out value is a mistake, and squares lose their meaning
 FAILED = {"failed", "crashed", "killed", "error", "fail", "diverged", "oom", "pruned"}
 
-DirectionOf = Callable[[str], bool | None]
 Key = tuple[int, float, int]  # rank, learning rate, seed
 
 
@@ -65,7 +65,7 @@ def read_results(source: Path, asked: Asked, direction_of: DirectionOf) -> Resul
 def results_of_rows(rows: list[Row], asked: Asked, direction_of: DirectionOf, where: str) -> Results:
     """The table of rows that are mappings already."""
     names = list(dict.fromkeys(name for row in rows for name in row.fields))
-    columns = understand(names, asked.metric, asked.mapping, where)
+    columns = understand(names, asked.metric, asked.mapping, direction_of, where)
     rows, metric = _one_metric(rows, columns, asked.metric, where)
     higher, why = _direction(rows, columns, metric, asked.higher_is_better, direction_of)
     understood = [f"{name} from column {column}" for name, column in columns.by_name.items() if name != column]
@@ -196,11 +196,9 @@ def _runs(rows: Iterable[Row], columns: Columns, metric: str) -> tuple[dict[Key,
 
 def _key(row: Row, columns: Columns) -> Key:
     rank = _integer(row, columns.by_name["rank"], "rank", "a positive integer, or 0 for the base")
-    if rank == 0:
-        return 0, 0.0, 0
     rate, seed = 0.0, 0
     column = columns.get("lr")
-    if column is not None and not _blank(row.fields.get(column)):
+    if rank > 0 and column is not None and not _blank(row.fields.get(column)):
         rate = _number(row, column) or 0.0
         if rate <= 0:
             raise ResultsError(f"{row.where}: learning rate {row.fields[column]!r} is not allowed: rates are above 0")
@@ -253,6 +251,7 @@ def _take(run: _Run, row: Row, key: Key, value: float, columns: Columns) -> bool
 def _results(runs: Mapping[Key, _Run], columns: Columns) -> Iterator[Result]:
     """One result a training; items in one order, or a complaint that they are ragged."""
     items: list[str] | None = None
+    tokens: list[float] = []
     for (rank, rate, seed), run in runs.items():
         values: list[float] = []
         weights: list[float] = []
@@ -268,6 +267,12 @@ def _results(runs: Mapping[Key, _Run], columns: Columns) -> Iterator[Result]:
                 )
             values = [run.by_item[name][0] for name in items]
             weights = [run.by_item[name][1] for name in items]
+            tokens = tokens or weights
+            if weights != tokens:
+                raise ResultsError(
+                    f"{run.where}: rank {rank} has other token counts than the rank before for the same items; an item's "
+                    "tokens are the same for every training"
+                )
             value = sum(v * w for v, w in zip(values, weights, strict=True)) / sum(weights)
         else:
             value = run.by_step[max(run.by_step)][0]
@@ -338,6 +343,8 @@ def _number(row: Row, column: str, strict: bool = True) -> float | None:
         raise ResultsError(
             f"{row.where}: {column} is {number}; leave the cell empty where a training ended without a result"
         )
+    if abs(number) > LARGEST_NUMBER:
+        raise ResultsError(f"{row.where}: {column} is {number:g}; numbers up to {LARGEST_NUMBER:g} are understood")
     return number
 
 
