@@ -19,8 +19,8 @@ import numpy as np
 
 from benchmarks.decide.simulated import RANKS, World, draw_table, noisier, right_rank, truth
 from benchmarks.machine import machine
-from rightrank.decide import CONFIDENCE, decide
-from rightrank.decide.evidence import Evidence
+from rightrank.decision import CONFIDENCE, decide
+from rightrank.decision.evidence import Evidence
 
 HERE = Path(__file__).parent
 SHAPES = ("power", "flat", "u_shaped", "rising")

@@ -22,8 +22,8 @@ from numpy.typing import NDArray
 
 from benchmarks.decide.simulated import RANKS, World, draw_table, truth
 from benchmarks.machine import machine
-from rightrank.decide import ScoreTable
-from rightrank.decide.evidence import Evidence
+from rightrank.decision import ScoreTable
+from rightrank.decision.evidence import Evidence
 from rightrank.maths.intervals import estimate
 
 HERE = Path(__file__).parent

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.decide.simulated import RANKS, World, draw_table
-from rightrank.decide import decide
+from rightrank.decision import decide
 from rightrank.report.draw import draw
 from rightrank.report.rank_curve import rank_figure
 

@@ -8,7 +8,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from rightrank.decide import Cell, ScoreTable
+from rightrank.decision import Cell, ScoreTable
 
 Floats = NDArray[np.float64]
 Shape = Literal["power", "flat", "u_shaped", "rising"]

@@ -14,11 +14,13 @@ from typing import TYPE_CHECKING
 from rightrank.version import __version__
 
 if TYPE_CHECKING:
-    from rightrank.api import Decided, Selected, Watching, decide, inspect, resize, select_rank
+    from rightrank.api import Decided, Selected, Watching, decide, inspect, plan, resize, select_rank
     from rightrank.own_trainer import select_rank_with
+    from rightrank.plan_records import Plan, PlanSettings, make_plan_settings
     from rightrank.probe.resizing import ResizeOptions
     from rightrank.probe_records import Inspection, Resized
     from rightrank.records import Decision, EvalPoint, TrialResult, TrialTask
+    from rightrank.runs import export
     from rightrank.settings import SelectSettings, make_settings
 
 __all__ = [
@@ -26,6 +28,8 @@ __all__ = [
     "Decision",
     "EvalPoint",
     "Inspection",
+    "Plan",
+    "PlanSettings",
     "ResizeOptions",
     "Resized",
     "SelectSettings",
@@ -35,31 +39,41 @@ __all__ = [
     "Watching",
     "__version__",
     "decide",
+    "export",
     "inspect",
+    "make_plan_settings",
     "make_settings",
+    "plan",
     "resize",
     "select_rank",
     "select_rank_with",
+    "write_report",
 ]
 
 _HOMES = {
     "Decided": "rightrank.api",
     "Decision": "rightrank.records",
+    "EvalPoint": "rightrank.records",
     "Inspection": "rightrank.probe_records",
+    "Plan": "rightrank.plan_records",
+    "PlanSettings": "rightrank.plan_records",
     "ResizeOptions": "rightrank.probe.resizing",
     "Resized": "rightrank.probe_records",
     "SelectSettings": "rightrank.settings",
     "Selected": "rightrank.api",
-    "decide": "rightrank.api",
-    "inspect": "rightrank.api",
-    "EvalPoint": "rightrank.records",
     "TrialResult": "rightrank.records",
     "TrialTask": "rightrank.records",
     "Watching": "rightrank.api",
+    "decide": "rightrank.api",
+    "export": "rightrank.runs",
+    "inspect": "rightrank.api",
+    "make_plan_settings": "rightrank.plan_records",
     "make_settings": "rightrank.settings",
+    "plan": "rightrank.api",
     "resize": "rightrank.api",
     "select_rank": "rightrank.api",
     "select_rank_with": "rightrank.own_trainer",
+    "write_report": "rightrank.runs",
 }
 
 

@@ -7,17 +7,20 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from rightrank.errors import ResultsError, SettingsError
 from rightrank.io.files import disk_errors_told
 from rightrank.io.run_folder import RunFolder
+from rightrank.plan_records import Plan, PlanSettings, make_plan_settings
 from rightrank.probe_records import Inspection, Resized
 from rightrank.records import Decision, RunEvent, RunStarted, Sample, content_hash
-from rightrank.settings import SelectSettings, make_settings
+from rightrank.settings import NOT_IDENTITY, SelectSettings, make_settings
 from rightrank.version import __version__
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
     from rightrank.probe.resizing import ResizeOptions
     from rightrank.strategies import Strategy
 
@@ -46,20 +49,26 @@ class Selected:
         return self.decision._repr_html_()
 
 
+Rows: TypeAlias = Iterable[Mapping[str, object]]  # a `datasets.Dataset` is one
+
+
 def select_rank(
-    model: str,
-    data: str | Path | Any,
+    model: str | PreTrainedModel,
+    data: str | Path | Rows | Mapping[str, Rows],
     out: str | Path,
     *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     settings: SelectSettings | None = None,
     watching: Watching | None = None,
 ) -> Selected:
     """Train a range of ranks on `data`, decide which is enough, and hand over its adapter.
 
     Args:
-        model: a model folder, a GGUF file, or a hub name.
-        data: a file, a folder, an in-memory `datasets` object, or an iterable of mappings.
+        model: a model folder, a GGUF file, a hub name, or a transformers model in memory (frozen and moved to the
+            device; its weights stay as they are).
+        data: a file, a folder, an in-memory `datasets` object, or an iterable of mappings, or a mapping of splits.
         out: the run folder. Called again with the same arguments, an unfinished run is resumed.
+        tokenizer: of a model in memory.
         settings: see `SelectSettings`; None for the defaults.
         watching: callbacks.
 
@@ -72,23 +81,52 @@ def select_rank(
     watching = watching or Watching()
     folder = RunFolder(Path(out))
     with folder.locked(), disk_errors_told(folder.path):
-        return _select(model, data, folder, settings, watching)
+        return _select(model, tokenizer, data, folder, settings, watching)
 
 
-def _select(model: str, data: Any, folder: RunFolder, settings: SelectSettings, watching: Watching) -> Selected:
+def plan(model: str, *, settings: PlanSettings | None = None) -> Plan:
+    """What every rank takes and which fit, before any training and without weights.
+
+    Args:
+        model: a folder that holds at least `config.json`, a GGUF file, or a hub name.
+        settings: see `PlanSettings`; None for the defaults. Without `memory_bytes`, the memory of the CUDA device that
+            is there is the budget, if one is.
+
+    Raises:
+        InputError: the model, its modules, a rank or a length can't be used.
+    """
+    from rightrank.io.models import device_memory
+    from rightrank.planning.planner import make_plan
+
+    settings = settings or make_plan_settings({})
+    if settings.memory_bytes is None and settings.device == "cuda":
+        settings = settings.model_copy(update={"memory_bytes": device_memory()})
+    return make_plan(model, settings)
+
+
+def _select(
+    model: str | PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    data: Any,
+    folder: RunFolder,
+    settings: SelectSettings,
+    watching: Watching,
+) -> Selected:
     # Heavy imports: only who runs a selection pays for them.
     from rightrank.engine.bench import Bench
     from rightrank.engine.encode import encode
     from rightrank.engine.train import Watcher
     from rightrank.executors.local import LocalExecutor
     from rightrank.io.data import load_data
-    from rightrank.io.models import find_model, load_model
+    from rightrank.io.models import adopt_model, find_model, load_model
     from rightrank.selection import Selection
     from rightrank.strategies import make_strategy
 
     make_strategy(settings, settings.max_steps or 1)  # a wrong name is told before anything is loaded
     if isinstance(model, str):
         find_model(model)
+        if tokenizer is not None:
+            raise SettingsError("tokenizer: given beside the name of a model, which brings its own; leave it out")
     source = Path(data) if isinstance(data, str) else data
     splits = load_data(source, settings)
     if settings.metric == "accuracy" and splits.form != "classification":
@@ -96,16 +134,20 @@ def _select(model: str, data: Any, folder: RunFolder, settings: SelectSettings, 
             f"metric 'accuracy' needs `text` and `label`; the data has the form {splits.form!r}: give metric 'loss'"
         )
     folder.journal.read(watching.notice)
-    loaded = load_model(model, settings.dtype, settings.device, splits.classes, settings.trust_remote_code)
+    if isinstance(model, str):
+        loaded = load_model(model, settings.dtype, settings.device, splits.classes, settings.trust_remote_code)
+    else:
+        loaded = adopt_model(model, tokenizer, settings.device, splits.classes)
     encoded = encode(splits, loaded, settings)
     steps = training_steps(settings, len(encoded.splits["train"]))
     bench = Bench(loaded, encoded, settings, steps, folder.cache)
     strategy = make_strategy(settings, steps, token_loss=splits.form != "classification")
-    values = {"model": model, "data": _data_name(data), **settings.model_dump(mode="json")}
+    values = {"model": _model_name(model), "data": _data_name(data), **settings.model_dump(mode="json")}
+    identity = {name: value for name, value in values.items() if name not in NOT_IDENTITY}
     started = RunStarted(
         rightrank_version=__version__,
         fingerprint=content_hash(
-            {"settings": values, "model": loaded.fingerprint, "data": splits.fingerprint, "steps": steps}
+            {"settings": identity, "model": loaded.fingerprint, "data": splits.fingerprint, "steps": steps}
         ),
         settings=values,
         environment=environment(str(loaded.device)),
@@ -120,6 +162,7 @@ def _select(model: str, data: Any, folder: RunFolder, settings: SelectSettings, 
         folder,
         Watcher(on_step=watching.on_event, on_prepare=watching.on_event, should_stop=watching.should_stop),
         lambda event: selection.note_start(event),
+        watching.notice,
     )
     selection = Selection(folder, started, strategy, executor, watching.on_event)
     folder.write_config(values)
@@ -127,6 +170,8 @@ def _select(model: str, data: Any, folder: RunFolder, settings: SelectSettings, 
     watching.notice(cost_line(strategy, steps))
     decision = selection.run()
     selection.hand_over(bench, decision)
+    if settings.certify:
+        watching.notice(selection.certify(bench, decision, Watcher(should_stop=watching.should_stop)).sentence())
     return Selected(decision, folder.path, folder.adapter, folder.report, selection.records.samples)
 
 
@@ -161,9 +206,9 @@ def decide(
     Raises:
         ResultsError: the table can't be used; the message names file and row.
     """
-    from rightrank.decide import decide as decide_table
-    from rightrank.decide import table_of_results
-    from rightrank.decide.metrics import direction
+    from rightrank.decision import decide as decide_table
+    from rightrank.decision import table_of_results
+    from rightrank.decision.metrics import direction
     from rightrank.io.results import Asked, read_results, results_of_rows, rows_of_mappings
 
     if isinstance(results, str | Path):
@@ -180,9 +225,9 @@ def decide(
 
 def _decide_run(folder: RunFolder, metric: str | None, margin: float | None, horizon_steps: int | None) -> Decided:
     """A run folder of our own, at its own metric and margin unless others are asked for."""
-    from rightrank.decide import decide as decide_table
-    from rightrank.decide import table_of
-    from rightrank.decide.run import records_of, run_table
+    from rightrank.decision import decide as decide_table
+    from rightrank.decision import table_of
+    from rightrank.decision.run import records_of, run_table
 
     records = records_of(folder.journal.read(), str(folder.path))
     started = records.started
@@ -225,6 +270,18 @@ def inspect(
 
         return inspect_checkpoints(Path(base), Path(finetuned))
     raise SettingsError("give an adapter folder, or two checkpoints as base and finetuned (--base A --finetuned B)")
+
+
+def inspect_gradient(model: str, data: str | Path, *, settings: SelectSettings | None = None) -> Inspection:
+    """The singular spectra of the loss's gradient to each weight that the settings adapt, before any training.
+
+    Raises:
+        InputError: the model, the data or a module name can't be used.
+    """
+    from rightrank.probe.checkpoint_spectra import SKETCH_RANK
+    from rightrank.probe.gradient_spectra import inspect_gradient as spectra_of_gradient
+
+    return spectra_of_gradient(model, Path(data), settings or make_settings({}), SKETCH_RANK)
 
 
 def resize(
@@ -288,6 +345,10 @@ def environment(device: str) -> dict[str, str]:
     if device.startswith("cuda"):
         found["gpu"] = torch.cuda.get_device_name(device)
     return found
+
+
+def _model_name(model: object) -> str:
+    return model if isinstance(model, str) else f"in memory ({type(model).__name__})"
 
 
 def _data_name(data: Any) -> str:

@@ -38,7 +38,7 @@ def _comma(_context: click.Context, _parameter: click.Parameter, value: str | No
 
 
 SELECT_OPTIONS = [
-    click.option("--strategy", help="What to train next: grid."),
+    click.option("--strategy", help="What to train next: bracket (default), ladder, ascend, descend or grid."),
     click.option("--ranks", callback=_comma, help="Ranks to compare, such as 4,16,64."),
     click.option("--learning-rates", callback=_comma, help="Rates to try at each rank, such as 1e-4,3e-4."),
     click.option("--seeds", callback=_comma, help="Seeds, such as 0,1,2."),
@@ -53,6 +53,8 @@ SELECT_OPTIONS = [
     click.option("--eval-items", type=int, help="Held-out items at most (default 200)."),
     click.option("--dtype", help="float32 (default), bfloat16 or float16."),
     click.option("--device", help="auto (default), cpu, cuda, cuda:1 or mps."),
+    click.option("--pack-size", type=int, help="Trainings that share the model's passes (default: as many as pay)."),
+    click.option("--certify", is_flag=True, default=None, help="Train one arm again alone and compare."),
     click.option("--config", "config_file", type=click.Path(path_type=Path), help="YAML file of settings."),
     click.option(
         "--set", "assignments", multiple=True, metavar="NAME=VALUE", help="Any other setting; see docs/settings.md."
@@ -99,6 +101,68 @@ def select(
         _print_json(selected)
     else:
         _print_answer(selected)
+
+
+PLAN_OPTIONS = [
+    click.option("--ranks", callback=_comma, help="Ranks, such as 8,16 (default: powers of two, 1 to 512)."),
+    click.option("--target-modules", callback=_comma, help="Module names, or all-linear (default)."),
+    click.option("--modules-to-save", callback=_comma, help="Modules trained whole and saved with the adapter."),
+    click.option("--layers-to-transform", callback=_comma, help="Layer numbers, such as 26,27 (default: all)."),
+    click.option("--use-dora", is_flag=True, default=None, help="DoRA: a trained magnitude a row."),
+    click.option("--batch-size", type=int, help="Items a batch (default 8)."),
+    click.option("--seq-len", type=int, help="Tokens an item (default 512)."),
+    click.option("--dtype", help="bfloat16 (default), float16 or float32: the frozen weights' type."),
+    click.option("--gradient-checkpointing", is_flag=True, default=None, help="Recompute blocks in the backward pass."),
+    click.option("--load-in-4bit", is_flag=True, default=None, help="Frozen weights in 4 bits."),
+    click.option("--load-in-8bit", is_flag=True, default=None, help="Frozen weights in 8 bits."),
+    click.option("--optimizer", help="adamw (default), adamw_fused, adamw_8bit, paged_adamw_8bit or sgd."),
+    click.option("--loss", help="full (default, as Trainer) or chunked (as `rightrank select`)."),
+    click.option("--arms", type=int, help="Trainings packed over one frozen base (default 1)."),
+    click.option("--device", help="cuda (default) or cpu: whose kernels and allocator."),
+    click.option("--memory", help="What there is, such as 24GiB (default: the CUDA device that is found)."),
+    click.option(
+        "--set", "assignments", multiple=True, metavar="NAME=VALUE", help="Any other setting; see docs/plan.md."
+    ),
+]
+
+
+def _plan_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    for option in reversed(PLAN_OPTIONS):
+        command = option(command)
+    return command
+
+
+@cli.command(epilog="Example: rightrank plan ./model --ranks 8,16,64 --batch-size 4 --seq-len 768 --memory 24GiB")
+@click.argument("model")
+@_plan_options
+@click.option("--config", "config_file", type=click.Path(path_type=Path), help="YAML file of settings.")
+@click.option("--json", "as_json", is_flag=True, help="Print the plan as one JSON object.")
+def plan(
+    model: str,
+    memory: str | None,
+    config_file: Path | None,
+    assignments: tuple[str, ...],
+    as_json: bool,
+    **options: Any,
+) -> int:
+    """Say what every rank takes, and which ranks fit, from MODEL's config.json alone.
+
+    MODEL is a folder that holds at least config.json, a GGUF file, or a hub name. Exit status 1 when a memory is known
+    and no rank fits in it.
+    """
+    from rightrank.plan_records import make_plan_settings, parse_bytes
+
+    values = _gather(config_file, assignments, options)
+    if memory is not None:
+        values["memory_bytes"] = parse_bytes(memory)
+    settings = make_plan_settings(values)
+
+    from rightrank import api
+    from rightrank.report.plan_table import plan_text
+
+    answer = api.plan(model, settings=settings)
+    click.echo(answer.model_dump_json() if as_json else plan_text(answer))
+    return 1 if answer.memory_bytes is not None and answer.max_rank is None else 0
 
 
 @cli.command(epilog="Example: rightrank demo --out demo")
@@ -186,6 +250,8 @@ def decide(
 @click.argument("adapter", required=False, type=click.Path(path_type=Path))
 @click.option("--base", type=click.Path(path_type=Path), help="Base model folder.")
 @click.option("--finetuned", type=click.Path(path_type=Path), help="Fully fine-tuned model folder, against --base.")
+@click.option("--gradient", nargs=2, metavar="MODEL DATA", help="The gradient at initialisation instead.")
+@click.option("--set", "assignments", multiple=True, metavar="NAME=VALUE", help="With --gradient: settings of select.")
 @click.option("--plot", type=click.Path(path_type=Path), help="Draw the heat map to this .svg or .png file.")
 @click.option("--figure", default="effective_rank", show_default=True, help="What the heat map shows.")
 @click.option("--all", "every", is_flag=True, help="Show every module in the table.")
@@ -194,6 +260,8 @@ def inspect(
     adapter: Path | None,
     base: Path | None,
     finetuned: Path | None,
+    gradient: tuple[str, str] | None,
+    assignments: tuple[str, ...],
     plot: Path | None,
     figure: str,
     every: bool,
@@ -201,13 +269,21 @@ def inspect(
 ) -> None:
     """Where an update's energy is: the singular spectrum of every module of a LoRA ADAPTER.
 
-    With --base A --finetuned B instead: of every matrix that full fine-tuning changed.
+    With --base A --finetuned B instead: of every matrix that full fine-tuning changed. With --gradient MODEL DATA: of
+    the loss's gradient before any training.
     """
     from rightrank.api import inspect as inspect_update
+    from rightrank.api import inspect_gradient
     from rightrank.report.heat_map import plot_heat_map, require_figure
+    from rightrank.settings import make_settings
 
     chosen = require_figure(figure, plot)
-    found = inspect_update(adapter, base=base, finetuned=finetuned)
+    if gradient is not None:
+        if adapter is not None or base is not None or finetuned is not None:
+            raise SettingsError("--gradient stands alone: leave out the adapter, --base and --finetuned")
+        found = inspect_gradient(*gradient, settings=make_settings(_gather(None, assignments, {})))
+    else:
+        found = inspect_update(adapter, base=base, finetuned=finetuned)
     if plot is not None:
         plot_heat_map(found.modules, chosen, plot)
     _print_record(found, as_json, figure=chosen, every=every)
@@ -279,6 +355,131 @@ def resize(
         _print_record(resize_adapter(sources[0], out, rule, options), as_json)
     else:
         _print_record(resize_together(sources, out, rule, options), as_json)
+
+
+@cli.command(epilog="Example: rightrank extract ./base ./finetuned adapter --energy 0.9")
+@click.argument("base", type=click.Path(path_type=Path))
+@click.argument("finetuned", type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--rank", type=int, help="One rank for all modules.")
+@click.option("--energy", type=float, help="Each module's fewest singular values that hold this fraction.")
+@click.option("--noise", is_flag=True, help="Each module's singular values above the optimal hard threshold.")
+@click.option(
+    "--data", type=click.Path(path_type=Path), help="The smallest rank that is enough on held-out rows of it."
+)
+@click.option("--margin", type=float, help="With --data: how much worse than the best is still enough.")
+@click.option("--max-rank", type=int, default=128, show_default=True, help="Singular values to look at, at most.")
+@click.option("--uniform", is_flag=True, help="With --energy or --noise: one rank for all, the largest needed.")
+@click.option("--set", "assignments", multiple=True, metavar="NAME=VALUE", help="With --data: settings of select.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def extract(
+    base: Path,
+    finetuned: Path,
+    out: Path,
+    rank: int | None,
+    energy: float | None,
+    noise: bool,
+    data: Path | None,
+    margin: float | None,
+    max_rank: int,
+    uniform: bool,
+    assignments: tuple[str, ...],
+    as_json: bool,
+) -> None:
+    """A LoRA adapter on BASE, written to OUT, that approximates the full fine-tune FINETUNED."""
+    from rightrank.probe.extract import ExtractOptions
+    from rightrank.probe.extract import extract as extract_adapter
+    from rightrank.probe.resizing import ResizeOptions, ResizeRule
+    from rightrank.settings import make_settings
+
+    rule = ResizeRule(rank, energy, noise, data)
+    rule.require_data_for({"--margin": margin, "--set": assignments})
+    settings = make_settings(_gather(None, assignments, {"margin": margin}))
+    options = ResizeOptions("float32", uniform, str(base), settings)
+    _print_record(extract_adapter(base, finetuned, out, rule, ExtractOptions(max_rank, options)), as_json)
+
+
+@cli.command(epilog="Example: rightrank allocate run/adapter data.jsonl --rank 8 --learning-rate 1e-3 --max-steps 200")
+@click.argument("adapter", type=click.Path(path_type=Path))
+@click.argument("data", type=click.Path(path_type=Path))
+@click.option("--rank", type=int, required=True, help="Of the uniform adapter that sets the parameters.")
+@click.option("--learning-rate", type=float, required=True, help="Of every training.")
+@click.option("--max-steps", type=int, required=True, help="Optimizer steps of every training.")
+@click.option("--by", default="sensitivity", show_default=True, help="sensitivity, spectra, gradient or eva.")
+@click.option("--pattern", type=click.Path(path_type=Path), help="Test this JSON file of {module: rank} instead.")
+@click.option("--seeds", callback=_comma, help="Seeds (default 0,1).")
+@click.option("--base", help="The base model (default: the one that the adapter names).")
+@click.option(
+    "--set", "assignments", multiple=True, metavar="NAME=VALUE", help="Settings of select, such as seq_len=256."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def allocate(
+    adapter: Path,
+    data: Path,
+    rank: int,
+    learning_rate: float,
+    max_steps: int,
+    by: str,
+    pattern: Path | None,
+    seeds: list[str] | None,
+    base: str | None,
+    assignments: tuple[str, ...],
+    as_json: bool,
+) -> None:
+    """Ranks that differ by module, if trained evidence is for them: else the answer is uniform.
+
+    The pattern is made from the trained ADAPTER and DATA. It must beat the uniform rank at equal parameters, and the
+    same ranks shuffled over the modules.
+    """
+    from rightrank.probe.allocate import AllocateOptions
+    from rightrank.probe.allocate import allocate as allocate_ranks
+    from rightrank.probe.resizing import whole_numbers
+    from rightrank.settings import make_settings
+
+    options = AllocateOptions(
+        rank,
+        learning_rate,
+        max_steps,
+        by,
+        pattern,
+        tuple(whole_numbers(seeds, "--seeds") or (0, 1)),
+        base,
+        make_settings(_gather(None, assignments, {})),
+        lambda trial: click.echo(f"{trial.pattern}, seed {trial.seed}: {trial.value:.4f}", err=True),
+    )
+    _print_record(allocate_ranks(adapter, data, options), as_json)
+
+
+@cli.command(epilog="Example: rightrank report run")
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print the report's path as one JSON object.")
+def report(run: Path, as_json: bool) -> None:
+    """Write report.html and the figures of RUN again, from its journal alone.
+
+    It works while a selection runs, too: the report then shows what is known so far.
+    """
+    from rightrank.runs import write_report
+
+    path = write_report(run)
+    click.echo(json.dumps({"report": str(path)}) if as_json else str(path))
+
+
+@cli.command(epilog="Example: rightrank export run --to axolotl")
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("--to", required=True, help="peft, trl, axolotl, llamafactory, unsloth, ms-swift, vllm or sglang.")
+@click.option("--out", type=click.Path(path_type=Path), help="Folder to write (default: RUN/exports/TARGET).")
+@click.option("--json", "as_json", is_flag=True, help="Print what was written as one JSON object.")
+def export(run: Path, to: str, out: Path | None, as_json: bool) -> None:
+    """Write what another program needs to train with RUN's rank, or to serve its adapter."""
+    from rightrank.runs import export as write_export
+
+    exported = write_export(run, to, out)
+    if as_json:
+        click.echo(json.dumps(exported.to_json()))
+        return
+    for note in exported.notes:
+        click.echo(f"note: {note}", err=True)
+    click.echo(f"cd {exported.folder} && {exported.command}")
 
 
 def _print_record(record: Any, as_json: bool, figure: Any = "effective_rank", every: bool = False) -> None:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from rightrank.decide.run import Records, best_trial, decide_run, decision_so_far
+from rightrank.decision.run import Records, best_trial, decide_run, decision_so_far
 from rightrank.errors import AllTrialsFailedError, InterruptedRun, ResultsError, RunFolderError
 from rightrank.executors import Executor
-from rightrank.export.adapter_folder import hand_over
+from rightrank.exports.adapter_folder import hand_over
 from rightrank.io.files import write_text
 from rightrank.io.run_folder import RunFolder
 from rightrank.records import (

@@ -131,7 +131,7 @@ class Allocation(Record):
     by: str
     rank: int  # of the uniform adapter at the same budget
     parameters: int
-    rank_pattern: dict[str, int]
-    alpha_pattern: dict[str, float] = Field(default_factory=dict)
+    rank_pattern: dict[str, int]  # of every module, for PEFT's LoraConfig; empty where uniform is the answer
+    lora_alpha: float  # the same for every module
     verdicts: list[AllocationVerdict]
     trials: list[AllocationTrial]

@@ -11,15 +11,16 @@ import torch
 
 from rightrank import ResizeOptions, make_settings, resize
 from rightrank.cli import main
-from rightrank.engine.train import TrialFolders, Watcher, run_trial
+from rightrank.engine.together import run_trial
+from rightrank.engine.train import TrialFolders, Watcher
 from rightrank.io.adapter_folder import open_adapter
 from rightrank.io.adapters import save_adapter
 from rightrank.probe.bench_of import DataUse, adapter_on, bench_of
 from rightrank.probe.held_out import Recovery, measure
 from rightrank.records import Arm, Trial, TrialFinished
-from tests.conftest import small_settings
 from tests.helpers import make_bench
 from tests.probe.adapters import load_strictly, tensors_of
+from tests.tiny import small_settings
 
 SETTINGS = ["--set", "seq_len=32", "--set", "eval_items=12", "--set", "batch_size=4"]
 

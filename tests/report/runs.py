@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
-from rightrank.decide.run import Records
+from rightrank.decision.run import Records
 from rightrank.records import (
     Arm,
     DataSummary,

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from rightrank.decide.run import Records, decide_run, decision_so_far
+from rightrank.decision.run import Records, decide_run, decision_so_far
 from rightrank.report.figures import margin_range, margin_steps, rank_at
 from rightrank.report.html import render_report
 from tests.report.runs import made_up_run

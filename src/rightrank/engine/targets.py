@@ -64,11 +64,11 @@ def find_targets(model: Any, settings: SelectSettings, classification: bool) -> 
         ModelError: a name that matches nothing (the names there are), a layer that is not there, or a rank in
             `settings.ranks` that no rank-r update of some matrix can have.
     """
-    _require_names(model, settings)
-    _require_layers(model, settings)
+    require_names(model, settings.target_modules, settings.modules_to_save)
+    require_layers(model, settings.layers_to_transform)
     names = settings.target_modules
     if names == (ALL_LINEAR,):
-        names = _all_linear_names(model, classification)
+        names = all_linear_names(model, classification)
     probe = Arm(rank=1, learning_rate=1.0, lora_alpha=1.0, seed=0, steps=1)
     skeleton = _skeleton(model)
     try:
@@ -85,7 +85,7 @@ def find_targets(model: Any, settings: SelectSettings, classification: bool) -> 
     return Targets(tuple(sorted(names)), tuple(modules))
 
 
-def _all_linear_names(model: Any, classification: bool) -> tuple[str, ...]:
+def all_linear_names(model: Any, classification: bool) -> tuple[str, ...]:
     """What PEFT makes of `all-linear`: every linear module but the output head, by the last parts of their names."""
     config = LoraConfig(task_type=TaskType.SEQ_CLS if classification else TaskType.CAUSAL_LM, target_modules=ALL_LINEAR)
     inject_adapter_in_model(config, _skeleton(model))
@@ -102,10 +102,15 @@ def _size(features: Any) -> int:
     return int(features)
 
 
-def _require_names(model: Any, settings: SelectSettings) -> None:
+def require_names(model: Any, target_modules: Sequence[str], modules_to_save: Sequence[str]) -> None:
+    """Refuse a name that matches no module: PEFT takes a list in which one name matches.
+
+    Raises:
+        ModelError: such a name, with the linear modules that there are.
+    """
     names = [name for name, _ in model.named_modules() if name]
-    wanted = [name for name in settings.target_modules if name != ALL_LINEAR] + list(settings.modules_to_save)
-    if ALL_LINEAR in settings.target_modules and len(settings.target_modules) > 1:
+    wanted = [name for name in target_modules if name != ALL_LINEAR] + list(modules_to_save)
+    if ALL_LINEAR in target_modules and len(target_modules) > 1:
         raise ModelError(
             "target_modules holds 'all-linear' beside other names; give 'all-linear' alone, or names alone"
         )
@@ -114,12 +119,17 @@ def _require_names(model: Any, settings: SelectSettings) -> None:
             raise ModelError(f"no module is named {target!r}; {_names_there_are(model)}")
 
 
-def _require_layers(model: Any, settings: SelectSettings) -> None:
-    if settings.layers_to_transform is None:
+def require_layers(model: Any, layers_to_transform: Sequence[int] | None) -> None:
+    """Refuse a layer that the model does not have.
+
+    Raises:
+        ModelError: such a layer.
+    """
+    if layers_to_transform is None:
         return
     numbers = [int(match[1]) for name, _ in model.named_modules() if (match := re.match(r".*?\.(\d+)\.", name))]
     count = max(numbers, default=-1) + 1
-    for layer in settings.layers_to_transform:
+    for layer in layers_to_transform:
         if not 0 <= layer < count:
             raise ModelError(f"layers_to_transform: got {layer}; the model's layers are 0 to {count - 1}")
 

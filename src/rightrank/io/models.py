@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from rightrank.errors import MissingExtraError, ModelError, SettingsError
@@ -99,7 +99,7 @@ def load_model(
             "id2label": dict(enumerate(classes)),
             "label2id": {name: i for i, name in enumerate(classes)},
         }
-    _quiet()
+    quiet_third_parties()
     torch.manual_seed(0)  # a new classification head is drawn here: the same in every run
     try:
         model = loader.from_pretrained(source.name, dtype=DTYPES[dtype], **arguments)
@@ -126,6 +126,26 @@ def prepare_model(
     return LoadedModel(model, tokenizer, name, fingerprint or parameter_fingerprint(model), device)
 
 
+def adopt_model(model: Any, tokenizer: Any, device: str, classes: list[str] | None) -> LoadedModel:
+    """A model and tokenizer that the caller already has. The model is frozen, put in evaluation mode and moved.
+
+    Raises:
+        ModelError: not a transformers model, no tokenizer, or a head that does not fit the data's classes.
+        SettingsError: a device that is not there.
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise ModelError(f"model: got a {type(model).__name__}; give a transformers model, a folder, or a hub name")
+    if tokenizer is None:
+        raise ModelError("model: it is in memory, so its tokenizer must be given too: tokenizer=...")
+    if classes is not None and getattr(model.config, "num_labels", None) != len(classes):
+        raise ModelError(
+            f"model: a head of {getattr(model.config, 'num_labels', 0)} labels for data of {len(classes)} classes "
+            f"({', '.join(classes[:5])}); give a sequence classification model with num_labels={len(classes)}"
+        )
+    name = model.name_or_path or type(model).__name__
+    return prepare_model(model, tokenizer, name, find_device(device))
+
+
 def find_device(name: str) -> torch.device:
     """The device of that name; `auto` is CUDA, else MPS, else the CPU.
 
@@ -149,6 +169,11 @@ def find_device(name: str) -> torch.device:
     return device
 
 
+def device_memory() -> int | None:
+    """Bytes of the first CUDA device; None where there is none."""
+    return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
+
+
 def parameter_fingerprint(model: Any) -> str:
     """A hash of names, shapes and a sample of the values of a model's parameters."""
     digest = hashlib.sha256()
@@ -164,7 +189,7 @@ def first_line(error: BaseException) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
-def _quiet() -> None:
+def quiet_third_parties() -> None:
     """No progress bars and notices of third parties between our own."""
     logging: Any = transformers_logging
     logging.disable_progress_bar()
@@ -212,3 +237,29 @@ def _file_fingerprint(source: ModelSource) -> str | None:
             file.seek(max(0, size - _FINGERPRINT_BYTES))
             digest.update(file.read(_FINGERPRINT_BYTES))
     return digest.hexdigest()
+
+
+def linear_modules(reference: str) -> dict[str, str]:
+    """The linear modules of a model folder by name, `Linear` or `Conv1D`, without its weights.
+
+    The output head is left out where it is the embedding itself.
+
+    Raises:
+        ModelError: no configuration, or one that transformers does not know.
+    """
+    from transformers import AutoConfig
+
+    source = find_model(reference)
+    try:
+        config = AutoConfig.from_pretrained(source.name)
+        loader: Any = AutoModelForCausalLM
+        with torch.device("meta"):
+            model = loader.from_config(config)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"{reference}: transformers can't build it ({first_line(error)})") from None
+    head = model.get_output_embeddings() if config.get_text_config().tie_word_embeddings else None
+    return {
+        name: type(module).__name__
+        for name, module in model.named_modules()
+        if (isinstance(module, torch.nn.Linear) or type(module).__name__ == "Conv1D") and module is not head
+    }

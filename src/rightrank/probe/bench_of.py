@@ -34,14 +34,16 @@ class DataUse:
     steps: int = 0  # of training, for each adapter
 
 
-def make_bench(base: str, modules: tuple[str, ...], use: DataUse) -> Bench:
-    """A bench on which adapters of exactly these modules are measured and trained.
+def make_bench(base: str, modules: tuple[str, ...] | None, use: DataUse) -> Bench:
+    """A bench on which adapters of exactly these modules are measured and trained; None for the settings' own.
 
     Raises:
         ModelError: the base can't be loaded, or lacks a module.
         DataError: the data can't be used.
     """
-    settings = use.settings.model_copy(update={"target_modules": modules, "ranks": (1,), "layers_to_transform": None})
+    settings = use.settings.model_copy(update={"ranks": (1,)})
+    if modules is not None:
+        settings = settings.model_copy(update={"target_modules": modules, "layers_to_transform": None})
     splits = load_data(use.data, settings)
     loaded = load_model(base, settings.dtype, settings.device, splits.classes, settings.trust_remote_code)
     encoded = encode(splits, loaded, settings)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from rightrank.decide import decide, table_of
+from rightrank.decision import decide, table_of
 from rightrank.engine.bench import Bench, Scores
 from rightrank.io.adapter_folder import AdapterFolder, open_adapter, require_absent, write_adapter
 from rightrank.io.adapters import save_adapter

@@ -1,0 +1,88 @@
+"""Truncation with and without recovery against direct training at the same rank, on adapters of a finished run.
+
+    python benchmarks/probe/real_adapters.py RUN DATA [--recover 12] [--top 64]
+
+RUN is a run folder of `rightrank select` (or `demo/run`) with several ranks; DATA is what it was trained on. For each
+learning rate the top rank's adapter is truncated to the other ranks and measured on the run's own held-out items;
+differences from direct training at that rank are paired over the items. Recovery trains all candidates, the top too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from common import store
+
+from rightrank.io.adapter_folder import open_adapter
+from rightrank.maths.intervals import estimate
+from rightrank.probe.bench_of import DataUse, bench_of
+from rightrank.probe.held_out import Candidates, Recovery, truncation_curve
+from rightrank.settings import SelectSettings, make_settings
+
+
+def run_settings(run: Path) -> SelectSettings:
+    """The run's own settings, as far as data and evaluation go."""
+    values = yaml.safe_load((run / "config.yaml").read_text())
+    known = {name: value for name, value in values.items() if name in SelectSettings.model_fields and value is not None}
+    return make_settings(known | {"layers_to_transform": None, "target_modules": ["all-linear"], "samples": 0})
+
+
+def difference(left: Any, right: Any) -> dict[str, float]:
+    """Left minus right, nats a token, with its 95% interval, paired over items."""
+    sums = np.array([left.item_losses]) - np.array([right.item_losses])
+    found = estimate(sums, np.array(left.item_tokens, dtype=float))
+    return {"difference": found.mean, "low": found.bound(0.025), "high": found.bound(0.975)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path)
+    parser.add_argument("data", type=Path)
+    parser.add_argument("--recover", type=int, default=12)
+    parser.add_argument("--top", type=int, default=64)
+    parser.add_argument("--name", default="real_adapters")
+    arguments = parser.parse_args()
+    from rightrank.records import TrialFinished
+
+    lines = [json.loads(line) for line in (arguments.run / "journal.jsonl").read_text().splitlines()]
+    trials = [TrialFinished.model_validate(line) for line in lines if line["type"] == "trial_finished"]
+    settings = run_settings(arguments.run)
+    rows: list[dict[str, Any]] = []
+    for top in (trial for trial in trials if trial.rank == arguments.top):
+        direct = {t.rank: t for t in trials if t.learning_rate == top.learning_rate and t.seed == top.seed}
+        adapter = open_adapter(arguments.run / "trials" / top.trial_id)
+        for steps in (0, arguments.recover):
+            recovery = Recovery(steps, top.learning_rate, seed=top.seed + 1) if steps else None
+            with tempfile.TemporaryDirectory() as name:
+                bench = bench_of(adapter, None, DataUse(arguments.data, settings, Path(name) / "cache", steps))
+                curve = truncation_curve(adapter, bench, Candidates(sorted(direct), recovery), Path(name))
+            for measured in curve.trials:
+                if measured.rank == 0:
+                    continue
+                row = {
+                    "learning_rate": top.learning_rate,
+                    "seed": top.seed,
+                    "rank": measured.rank,
+                    "recovery_steps": steps,
+                    "value": measured.value,
+                    "direct": direct[measured.rank].value,
+                    "against_direct": difference(measured, direct[measured.rank]),
+                }
+                rows.append(row)
+                print(
+                    f"lr {top.learning_rate:g} rank {measured.rank:>3} recovery {steps:>3}: {measured.value:.4f} "
+                    f"direct {row['direct']:.4f} difference {row['against_direct']['difference']:+.4f} "
+                    f"[{row['against_direct']['low']:+.4f}, {row['against_direct']['high']:+.4f}]",
+                    flush=True,
+                )
+    store(arguments.name, {"run": {"steps": trials[-1].steps, "top": arguments.top}, "rows": rows})
+
+
+if __name__ == "__main__":
+    main()

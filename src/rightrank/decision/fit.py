@@ -1,0 +1,100 @@
+"""The curve through the ranks, and what follows from it: where it meets the margin, and what is still to come."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rightrank.decision.evidence import Evidence
+from rightrank.decision.judge import Unit
+from rightrank.maths.curve import (
+    CurveForm,
+    PowerLaw,
+    choose_form,
+    diminishing_rank,
+    fit_power,
+    margin_ranks,
+    predict,
+    prediction_errors,
+    robust_deviations,
+)
+from rightrank.maths.intervals import two_sided
+from rightrank.records import CurveFit, FittedPoint
+
+Floats = NDArray[np.float64]
+
+LEAST_RANKS = 3
+DRAWS = 400
+DRAWN_POINTS = 33
+GRID_POINTS = 257
+FURTHEST = 2.0**20  # where a rank of diminishing returns stops to mean anything
+
+
+def fit_curve(evidence: Evidence, unit: Unit, margin: float) -> CurveFit | None:
+    """The fit with its intervals; None below three ranks. `margin` is oriented."""
+    contenders = [evidence.contenders[rank] for rank in sorted(evidence.contenders)]
+    if len(contenders) < LEAST_RANKS:
+        return None
+    ranks = np.array([float(contender.rank) for contender in contenders])
+    losses = np.array([contender.fair_loss for contender in contenders])
+    deviations = robust_deviations(ranks, losses, rank_deviations(evidence))
+    errors = prediction_errors(ranks, losses, deviations)
+    form = choose_form(errors)
+    noise = np.random.default_rng(0x5EED).standard_normal((DRAWS, len(ranks)))
+    draws = np.vstack([losses, losses + noise * deviations])  # the first row is the fit itself
+    grid = np.geomspace(ranks[0], ranks[-1], GRID_POINTS)
+    law = fit_power(ranks, draws, deviations)
+    meets = margin_ranks(grid, predict(form, ranks, draws, deviations, grid), margin)
+    lows, highs = np.quantile(meets[1:], two_sided(0.95))
+    gain = law.b * ranks[-1] ** -law.c
+    doubling = gain * (1 - 2.0**-law.c)
+    come_low, come_high = np.quantile(gain[1:], two_sided(0.95))
+    diminishing = float(diminishing_rank(law, margin)[0])
+    power_like = form in ("power", "monotone")
+    return CurveFit(
+        form=form,
+        prediction_error={name: unit.difference(error) for name, error in errors.items()},
+        **_parameters(law, unit),
+        points=_points(form, ranks, draws, deviations, unit),
+        r_margin=float(meets[0]),
+        r_margin_low=float(lows),
+        r_margin_high=float(highs),
+        diminishing_rank=diminishing if power_like and diminishing < FURTHEST else None,
+        next_doubling_gain=unit.difference(float(doubling[0])) if power_like else 0.0,
+        gain_to_come=unit.difference(float(gain[0])) if power_like else 0.0,
+        gain_to_come_low=unit.difference(float(come_low)) if power_like else 0.0,
+        gain_to_come_high=unit.difference(float(come_high)),
+    )
+
+
+def rank_deviations(evidence: Evidence) -> Floats:
+    """[ranks] the standard error of each rank's place on the curve, without what all ranks share.
+
+    A paired difference has the variance of two ranks; half of it is put on each.
+    """
+    variances = {
+        rank: evidence.difference(contender).variance / 2
+        for rank, contender in evidence.contenders.items()
+        if rank != evidence.reference.rank
+    }
+    variances[evidence.reference.rank] = float(np.mean(list(variances.values())))
+    level = abs(evidence.reference.loss)
+    found = np.sqrt([variances[rank] for rank in sorted(variances)])
+    return np.maximum(found, max(1e-6 * level, 1e-9))
+
+
+def _parameters(law: PowerLaw, unit: Unit) -> dict[str, float]:
+    """Of value(r) = a + b·r^-c in the metric's direction; of a perplexity's logarithm where it is one."""
+    sign = 1.0 if unit.value(2.0) > unit.value(1.0) else -1.0
+    return {"a": sign * float(law.a[0]), "b": sign * float(law.b[0]), "c": float(law.c[0])}
+
+
+def _points(form: CurveForm, ranks: Floats, draws: Floats, deviations: Floats, unit: Unit) -> list[FittedPoint]:
+    at = np.geomspace(ranks[0], ranks[-1], DRAWN_POINTS)
+    curves = predict(form, ranks, draws, deviations, at)
+    bands = np.quantile(curves[1:], two_sided(0.95), axis=0)
+    points = []
+    for column, rank in enumerate(at.tolist()):
+        ends = sorted(unit.value(float(end)) for end in bands[:, column])
+        points.append(FittedPoint(rank=rank, value=unit.value(float(curves[0, column])), low=ends[0], high=ends[1]))
+    return points

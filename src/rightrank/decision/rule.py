@@ -1,0 +1,109 @@
+"""The rule: the smallest rank that is not worse than the best by more than the margin.
+
+The reference is the rank with the best mean, each rank at its best learning rate. Ranks below it are tested from
+the top downward, each by the 95% upper bound of its paired difference from the reference; the first that fails ends
+the search (a fixed sequence needs no correction for multiplicity).
+
+One number a rank proves nothing, whatever it is. There the differences themselves are read, as a careful reader of
+a published table would, the decision carries the flag `underpowered`, and `non_inferior` stays open.
+"""
+
+from __future__ import annotations
+
+import math
+
+from rightrank.decision.evidence import Evidence
+from rightrank.decision.fit import fit_curve
+from rightrank.decision.horizon import horizon_note
+from rightrank.decision.judge import CONFIDENCE, Judged, Unit, judge, staircase, walk_down
+from rightrank.decision.metrics import default_margin
+from rightrank.decision.next_run import next_runs
+from rightrank.decision.table import ScoreTable
+from rightrank.decision.verdicts import flags_of, verdict_of
+from rightrank.decision.words import basis_note, sentence_of
+from rightrank.errors import ResultsError
+from rightrank.maths.intervals import two_sided
+from rightrank.records import Decision, RankEvidence
+
+
+def decide(
+    table: ScoreTable, margin: float | None = None, token_loss: bool = True, *, horizon_steps: int | None = None
+) -> Decision:
+    """The decision that a table supports.
+
+    Args:
+        table: finished trials.
+        margin: how much worse than the best is still enough, in the metric's unit; None for the metric's default.
+        token_loss: whether a loss is one a token (its default margin is then 0.005 nats).
+        horizon_steps: the length of training that the answer is wanted for, if longer than the trials.
+
+    Raises:
+        ResultsError: fewer than two ranks have a finished trial, or the margin is not above 0.
+    """
+    if table.kind == "token_loss" and not token_loss:
+        table = ScoreTable(table.metric, table.higher_is_better, table.cells, table.missing, "loss")
+    if len(table.ranks()) < 2:
+        raise ResultsError(
+            f"{len(table.ranks())} rank(s) with a finished trial: a comparison needs two or more; train further ranks"
+        )
+    evidence = Evidence(table)
+    unit = Unit(table.kind, table.higher_is_better, _reference_value(evidence))
+    if margin is None:
+        margin = default_margin(table.kind, unit.reference, table.values())
+    if not (margin > 0 and math.isfinite(margin)):
+        raise ResultsError(f"margin {margin:g} is not allowed: give a number above 0 in the metric's unit")
+    oriented = unit.oriented_margin(margin)
+    judged = judge(evidence, oriented)
+    chosen = walk_down(judged, evidence.reference.rank)
+    verdict = verdict_of(judged, evidence, chosen, oriented)
+    curve = fit_curve(evidence, unit, oriented)
+    horizon = horizon_note(evidence, chosen, margin)
+    gaps = [item.contender.gap for item in judged.values()]
+    flags = flags_of(judged, evidence, chosen, oriented, verdict, curve, horizon, horizon_steps)
+    runs = next_runs(judged, evidence, chosen, oriented, verdict, flags)
+    return Decision(
+        rank=None if verdict in ("no_gain", "undecided") else chosen,
+        fallback_rank=chosen,
+        verdict=verdict,
+        flags=flags,
+        sentence=sentence_of(judged, evidence, chosen, margin, verdict, unit),
+        next_run=runs[0].sentence,
+        metric=table.metric,
+        higher_is_better=table.higher_is_better,
+        margin=margin,
+        reference_rank=evidence.reference.rank,
+        confidence=CONFIDENCE,
+        learning_rate=evidence.contenders[chosen].rate or None,
+        staircase=staircase(judged, evidence.reference.rank, unit),
+        ranks=[_record(judged[rank], unit) for rank in sorted(judged)],
+        basis=evidence.basis,
+        basis_note=basis_note(evidence),
+        next_runs=runs,
+        curve=curve,
+        winner_gap=unit.difference(max(gaps)),
+        horizon=horizon,
+    )
+
+
+def _reference_value(evidence: Evidence) -> float:
+    table = evidence.table
+    return Unit(table.kind, table.higher_is_better, 0.0).value(evidence.reference.loss)
+
+
+def _record(judged: Judged, unit: Unit) -> RankEvidence:
+    contender = judged.contender
+    ends = sorted(unit.value(judged.mean.bound(level)) for level in two_sided(CONFIDENCE))
+    return RankEvidence(
+        rank=contender.rank,
+        value=unit.value(contender.loss),
+        low=ends[0],
+        high=ends[1],
+        difference=unit.difference(judged.difference.mean),
+        difference_low=unit.difference(judged.low),
+        difference_high=unit.difference(judged.high),
+        non_inferior=judged.non_inferior,
+        learning_rate=contender.rate or None,
+        seeds=len(contender.cells),
+        trial_ids=[cell.trial_id for cell in contender.cells.values()],
+        winner_gap=unit.difference(contender.gap),
+    )

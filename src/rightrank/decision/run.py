@@ -1,0 +1,151 @@
+"""A run's journal as evidence: its records by kind, and the decision that they support."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from rightrank.decision.rule import decide
+from rightrank.decision.table import ScoreTable, table_of, table_of_results
+from rightrank.errors import ResultsError, RunFolderError
+from rightrank.records import (
+    Certified,
+    Decided,
+    Decision,
+    JournalRecord,
+    Result,
+    Results,
+    RunStarted,
+    Sample,
+    TestEvaluated,
+    TrialDiverged,
+    TrialFailed,
+    TrialFinished,
+    TrialOutcome,
+    TrialStarted,
+)
+
+
+@dataclass(slots=True)
+class Records:
+    """The journal's records, sorted by kind."""
+
+    started: RunStarted
+    outcomes: list[TrialOutcome]
+    tests: list[TestEvaluated]
+    samples: list[Sample]
+    certificates: list[Certified] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, started: RunStarted, records: Sequence[JournalRecord]) -> Records:
+        return cls(
+            started,
+            last_outcomes(records),
+            [record for record in records if isinstance(record, TestEvaluated)],
+            [record for record in records if isinstance(record, Sample)],
+            [record for record in records if isinstance(record, Certified)],
+        )
+
+    def finished(self) -> list[TrialFinished]:
+        return [outcome for outcome in self.outcomes if isinstance(outcome, TrialFinished)]
+
+
+def records_of(journal: Sequence[JournalRecord], where: str) -> Records:
+    """The records of a journal that was read; `where` names it in complaints.
+
+    Raises:
+        RunFolderError: empty, or the first line is not a run's start.
+    """
+    if not journal or not isinstance(journal[0], RunStarted):
+        raise RunFolderError(f"{where}: no run has started here; give a folder that `rightrank select --out` made")
+    return Records.of(journal[0], journal)
+
+
+def last_outcomes(records: Sequence[JournalRecord]) -> list[TrialOutcome]:
+    """How each trial ended; the last word where it was run again."""
+    ended = [record for record in records if isinstance(record, TrialFinished | TrialDiverged | TrialFailed)]
+    return list({outcome.trial_id: outcome for outcome in ended}.values())
+
+
+def last_decided(journal: Sequence[JournalRecord]) -> Decided | None:
+    """What was handed over last, if the run came so far."""
+    return next((record for record in reversed(journal) if isinstance(record, Decided)), None)
+
+
+def running_trial(journal: Sequence[JournalRecord]) -> TrialStarted | None:
+    """The trial that began last and has not ended."""
+    ended = {record.trial_id for record in journal if isinstance(record, TrialFinished | TrialDiverged | TrialFailed)}
+    begun = [record for record in journal if isinstance(record, TrialStarted) and record.trial_id not in ended]
+    return begun[-1] if begun else None
+
+
+def decide_run(records: Records, outcomes: Sequence[TrialOutcome] | None = None) -> Decision:
+    """The decision on `outcomes` (a run's whole trainings unless told): at its margin, metric and kind of loss.
+
+    Raises:
+        ResultsError: fewer than two ranks have a finished trial.
+    """
+    started = records.started
+    margin = started.settings.get("margin")
+    return decide(
+        run_table(records, outcomes),
+        float(margin) if isinstance(margin, int | float) else None,
+        token_loss=started.data.form not in ("classification", "own"),
+    )
+
+
+def run_table(records: Records, outcomes: Sequence[TrialOutcome] | None = None) -> ScoreTable:
+    """The scores of a run, of ours or of a trainer of one's own."""
+    started = records.started
+    if outcomes is None:
+        outcomes = [outcome for outcome in records.outcomes if outcome.arm.is_direct]
+    if started.data.form == "own":
+        return own_table(records)
+    return table_of(outcomes, "accuracy" if started.metric == "accuracy" else "loss")
+
+
+def own_table(records: Records) -> ScoreTable:
+    """Any metric, by items where there are any, else by its one number a trial."""
+    metric = records.started.metric
+    results = [_own_result(outcome, metric) for outcome in records.outcomes]
+    return table_of_results(
+        Results(metric=metric, higher_is_better=records.started.higher_is_better, results=results, understood=[])
+    )
+
+
+def _own_result(outcome: TrialOutcome, metric: str) -> Result:
+    named = {
+        "trial_id": outcome.trial_id,
+        "rank": outcome.rank,
+        "learning_rate": outcome.learning_rate,
+        "seed": outcome.seed,
+    }
+    if not isinstance(outcome, TrialFinished):
+        return Result(**named, value=None)
+    return Result(
+        **named,
+        value=outcome.metrics[metric],
+        item_values=outcome.item_scores or [],
+        item_weights=outcome.item_weights or [],
+        train_value=outcome.train_value,
+        seconds=outcome.train_seconds + outcome.eval_seconds,
+        steps=outcome.steps,
+        points=[(point.step, point.value) for point in outcome.points],
+        others={name: value for name, value in outcome.metrics.items() if name != metric},
+    )
+
+
+def best_trial(records: Records, decision: Decision, rank: int) -> TrialFinished:
+    """The best seed of a rank at its best rate, by the held-out value."""
+    evidence = next(evidence for evidence in decision.ranks if evidence.rank == rank)
+    trials = [trial for trial in records.finished() if trial.trial_id in evidence.trial_ids]
+    sign = -1 if decision.higher_is_better else 1
+    return min(trials, key=lambda trial: (sign * trial.value, trial.seed))
+
+
+def decision_so_far(records: Records, outcomes: Sequence[TrialOutcome] | None = None) -> Decision | None:
+    """The decision, or None while fewer than two ranks have ended with a result."""
+    try:
+        return decide_run(records, outcomes)
+    except ResultsError:
+        return None

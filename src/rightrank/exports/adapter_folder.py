@@ -1,0 +1,44 @@
+"""`adapter/`: the chosen arm's adapter in PEFT format, with a model card that holds the evidence."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from rightrank.io.files import replacing_folder
+from rightrank.records import Decision, RunStarted, TestEvaluated, TrialFinished
+
+
+def hand_over(
+    trial_adapter: Path,
+    target: Path,
+    started: RunStarted,
+    trial: TrialFinished,
+    decision: Decision,
+    tests: list[TestEvaluated],
+) -> None:
+    """Copy the trial's adapter to `target` and write its card; `target` is replaced whole."""
+    with replacing_folder(target) as temporary:
+        for path in sorted(trial_adapter.iterdir()):
+            shutil.copy2(path, temporary / path.name)
+        (temporary / "README.md").write_text(model_card(started, trial, decision, tests), encoding="utf-8")
+
+
+def model_card(started: RunStarted, trial: TrialFinished, decision: Decision, tests: list[TestEvaluated]) -> str:
+    """The card: front matter that the hub reads, the answer, the evidence, how to load."""
+    environment = Environment(
+        loader=PackageLoader("rightrank.exports", "templates"),
+        autoescape=False,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("model_card.md").render(
+        started=started,
+        trial=trial,
+        decision=decision,
+        tests=tests,
+        classification=started.data.form == "classification",
+    )

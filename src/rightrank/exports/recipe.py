@@ -1,0 +1,129 @@
+"""What a run found, as the numbers that every trainer and server asks for."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rightrank.errors import RunFolderError
+from rightrank.records import RunStarted, TrialFinished
+
+UNKNOWN_MODEL, UNKNOWN_DATA = "path/to/model", "path/to/data.jsonl"
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """One training that gave the chosen adapter, in PEFT's and transformers' names.
+
+    `module_names` are the adapted modules by their full names; `layers_to_transform` is None when every layer is
+    adapted, and `target_modules` then says it shorter.
+    """
+
+    model: str
+    data: str
+    form: str
+    classes: Sequence[str] | None
+    adapter: Path
+    r: int
+    lora_alpha: float
+    use_rslora: bool
+    lora_dropout: float
+    bias: str
+    task_type: str
+    target_modules: tuple[str, ...]
+    module_names: tuple[str, ...]
+    layers_to_transform: tuple[int, ...] | None
+    modules_to_save: tuple[str, ...]
+    rank_pattern: Mapping[str, int]
+    alpha_pattern: Mapping[str, float]
+    learning_rate: float
+    max_steps: int
+    batch_size: int
+    gradient_accumulation_steps: int
+    max_length: int
+    lr_scheduler_type: str
+    warmup_steps: int
+    weight_decay: float
+    max_grad_norm: float
+    dtype: str
+    seed: int
+
+    @property
+    def alpha(self) -> int | float:
+        """Alpha as an integer where it is one: most schemas want it so."""
+        return int(self.lora_alpha) if float(self.lora_alpha).is_integer() else self.lora_alpha
+
+    @property
+    def explicit_targets(self) -> list[str]:
+        """Names that single out the adapted modules without `layers_to_transform`."""
+        return list(self.target_modules if self.layers_to_transform is None else self.module_names)
+
+
+def recipe_of(started: RunStarted, trial: TrialFinished, adapter: Path) -> Recipe:
+    """The recipe of a run's chosen trial.
+
+    Raises:
+        RunFolderError: the run has no PEFT adapter.
+    """
+    config = _adapter_config(adapter)
+    settings: Mapping[str, Any] = started.settings
+    layers = config.get("layers_to_transform")
+    return Recipe(
+        model=_named(settings.get("model"), UNKNOWN_MODEL),
+        data=_named(settings.get("data"), UNKNOWN_DATA),
+        form=started.data.form,
+        classes=started.data.classes,
+        adapter=adapter,
+        r=config["r"],
+        lora_alpha=config["lora_alpha"],
+        use_rslora=config.get("use_rslora", False),
+        lora_dropout=config.get("lora_dropout", 0.0),
+        bias=config.get("bias", "none"),
+        task_type=config.get("task_type") or "CAUSAL_LM",
+        target_modules=tuple(sorted(config["target_modules"])),
+        module_names=_module_names(adapter),
+        layers_to_transform=None if layers is None else tuple([layers] if isinstance(layers, int) else layers),
+        modules_to_save=tuple(config.get("modules_to_save") or ()),
+        rank_pattern=config.get("rank_pattern") or {},
+        alpha_pattern=config.get("alpha_pattern") or {},
+        learning_rate=trial.learning_rate,
+        max_steps=trial.steps,
+        batch_size=settings.get("batch_size", 8),
+        gradient_accumulation_steps=settings.get("gradient_accumulation_steps", 1),
+        max_length=settings.get("seq_len", 512),
+        lr_scheduler_type=settings.get("lr_scheduler_type", "linear"),
+        warmup_steps=math.ceil(settings.get("warmup_ratio", 0.0) * trial.steps),
+        weight_decay=settings.get("weight_decay", 0.0),
+        max_grad_norm=settings.get("max_grad_norm", 1.0),
+        dtype=settings.get("dtype", "float32"),
+        seed=trial.seed,
+    )
+
+
+def _adapter_config(adapter: Path) -> dict[str, Any]:
+    try:
+        config: dict[str, Any] = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise RunFolderError(
+            f"{adapter}: no PEFT adapter there ({' '.join(str(error).split())}); let the selection end, then export"
+        ) from None
+    if config.get("peft_type") != "LORA" or not isinstance(config.get("target_modules"), list):
+        raise RunFolderError(f"{adapter}: not a LoRA adapter with listed target_modules; only these are exported")
+    return config
+
+
+def _module_names(adapter: Path) -> tuple[str, ...]:
+    """The adapted modules, from the names in the safetensors header; no tensor is read."""
+    from safetensors import safe_open
+
+    with safe_open(adapter / "adapter_model.safetensors", framework="numpy") as file:
+        names = {name.split(".lora_")[0] for name in file.keys() if ".lora_" in name}  # noqa: SIM118 - not a dict
+    return tuple(sorted(name.removeprefix("base_model.model.") for name in names))
+
+
+def _named(value: object, otherwise: str) -> str:
+    return value if isinstance(value, str) and "in memory" not in value else otherwise

@@ -1,0 +1,76 @@
+"""Every place the answer goes, by name, and the writing of it."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from rightrank.errors import SettingsError, did_you_mean
+from rightrank.exports.recipe import Recipe
+from rightrank.exports.servers import sglang, vllm
+from rightrank.exports.trainers import Written, axolotl, llamafactory, ms_swift, peft, trl, unsloth
+from rightrank.io.files import replacing_folder
+
+TARGETS: dict[str, Callable[[Recipe], Written]] = {
+    "peft": peft,
+    "trl": trl,
+    "axolotl": axolotl,
+    "llamafactory": llamafactory,
+    "unsloth": unsloth,
+    "ms-swift": ms_swift,
+    "vllm": vllm,
+    "sglang": sglang,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Exported:
+    """What was written where, the command that uses it (from inside the folder), and what could not be said."""
+
+    target: str
+    folder: Path
+    files: list[str]
+    command: str
+    notes: list[str]
+
+    def to_json(self) -> dict[str, object]:
+        return {
+            "target": self.target,
+            "folder": str(self.folder),
+            "files": self.files,
+            "command": self.command,
+            "notes": self.notes,
+        }
+
+
+def require_target(name: str) -> None:
+    """Refuse an unknown target.
+
+    Raises:
+        SettingsError: with the targets there are.
+    """
+    if name not in TARGETS:
+        raise SettingsError(
+            f"export target {name!r} is not known{did_you_mean(name, TARGETS)}; there are: {', '.join(TARGETS)}"
+        )
+
+
+def write_export(name: str, recipe: Recipe, folder: Path) -> Exported:
+    """Write a target's files into `folder`, which is replaced whole.
+
+    Raises:
+        SettingsError: an unknown target.
+        ResultsError: a rank that the server does not serve.
+    """
+    require_target(name)
+    written = TARGETS[name](recipe)
+    with replacing_folder(folder) as temporary:
+        if written.with_adapter:
+            for path in sorted(recipe.adapter.iterdir()):
+                shutil.copy2(path, temporary / path.name)
+        for file, text in written.files.items():
+            (temporary / file).write_text(text, encoding="utf-8")
+    files = sorted(path.name for path in folder.iterdir())
+    return Exported(name, folder, files, written.command, written.notes)

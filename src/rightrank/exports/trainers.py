@@ -1,0 +1,259 @@
+"""Settings for trainers: each target is a pure function from a recipe to files and to what it could not say."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from dataclasses import dataclass, field
+from typing import Any
+
+import yaml
+
+from rightrank.exports.recipe import Recipe
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """The files of a target by name, the command that uses them, and what the target can't express."""
+
+    files: dict[str, str]
+    command: str
+    notes: list[str] = field(default_factory=list)
+    with_adapter: bool = False  # copy the adapter's own files in too
+
+
+def peft(recipe: Recipe) -> Written:
+    """The adapter folder, and the `LoraConfig` that makes one like it."""
+    arguments: dict[str, Any] = {
+        "task_type": recipe.task_type,
+        "r": recipe.r,
+        "lora_alpha": recipe.alpha,
+        "lora_dropout": recipe.lora_dropout,
+        "use_rslora": recipe.use_rslora,
+        "bias": recipe.bias,
+        "target_modules": list(recipe.target_modules),
+    }
+    arguments |= _given(
+        layers_to_transform=recipe.layers_to_transform and list(recipe.layers_to_transform),
+        modules_to_save=list(recipe.modules_to_save),
+        rank_pattern=dict(recipe.rank_pattern),
+        alpha_pattern=dict(recipe.alpha_pattern),
+    )
+    lines = "".join(f"    {name}={value!r},\n" for name, value in arguments.items())
+    kind = "AutoPeftModelForSequenceClassification" if recipe.task_type == "SEQ_CLS" else "AutoPeftModelForCausalLM"
+    code = f"from peft import LoraConfig\n\nlora_config = LoraConfig(\n{lines})\nlearning_rate = {recipe.learning_rate!r}\n"
+    return Written(
+        {"lora_config.py": code},
+        f"python -c \"from peft import {kind}; {kind}.from_pretrained('.')\"",
+        with_adapter=True,
+    )
+
+
+def trl(recipe: Recipe) -> Written:
+    """A config of TRL's command line: `trl sft --config trl_sft.yaml`."""
+    values = {
+        "model_name_or_path": recipe.model,
+        "datasets": [{"path": _loader(recipe.data), "data_files": recipe.data}],
+        "output_dir": "trl-output",
+        "use_peft": True,
+        "lora_r": recipe.r,
+        "lora_alpha": recipe.alpha,
+        "lora_dropout": recipe.lora_dropout,
+        "use_rslora": recipe.use_rslora,
+        "lora_target_modules": recipe.explicit_targets,
+        "lora_task_type": recipe.task_type,
+        "max_length": recipe.max_length,
+        **_transformers_arguments(recipe),
+    }
+    values |= _given(lora_modules_to_save=list(recipe.modules_to_save))
+    notes = _pattern_notes(recipe, "TRL's command line")
+    if recipe.form == "classification":
+        notes.append("TRL's sft trains on text; a classification head needs a script of its own")
+    return Written({"trl_sft.yaml": _yaml(values)}, "trl sft --config trl_sft.yaml", notes)
+
+
+def axolotl(recipe: Recipe) -> Written:
+    """A config of axolotl: `axolotl train axolotl.yaml`."""
+    kinds: dict[str, dict[str, Any]] = {
+        "messages": {"type": "chat_template", "field_messages": "messages"},
+        "text": {"type": "completion", "field": "text"},
+        "prompt_completion": {
+            "type": {
+                "field_instruction": "prompt",
+                "field_output": "completion",
+                "format": "{instruction}",
+                "no_input_format": "{instruction}",
+            }
+        },
+    }
+    values: dict[str, Any] = {
+        "base_model": recipe.model,
+        "datasets": [
+            {"path": recipe.data, "ds_type": _loader(recipe.data), **kinds.get(recipe.form, kinds["text"])},
+        ],
+        "output_dir": "axolotl-output",
+        "adapter": "lora",
+        "lora_r": recipe.r,
+        "lora_alpha": recipe.alpha,
+        "lora_dropout": recipe.lora_dropout,
+        "lora_target_modules": list(recipe.target_modules),
+        "peft_use_rslora": recipe.use_rslora,
+        "sequence_len": recipe.max_length,
+        "micro_batch_size": recipe.batch_size,
+        "gradient_accumulation_steps": recipe.gradient_accumulation_steps,
+        "max_steps": recipe.max_steps,
+        "learning_rate": recipe.learning_rate,
+        "lr_scheduler": recipe.lr_scheduler_type,
+        "warmup_steps": recipe.warmup_steps,
+        "weight_decay": recipe.weight_decay,
+        "max_grad_norm": recipe.max_grad_norm,
+        "optimizer": "adamw_torch",
+        "bf16": recipe.dtype == "bfloat16",
+        "fp16": recipe.dtype == "float16",
+        "train_on_inputs": recipe.form == "text",
+        "seed": recipe.seed,
+    }
+    values |= _given(
+        peft_layers_to_transform=recipe.layers_to_transform and list(recipe.layers_to_transform),
+        lora_modules_to_save=list(recipe.modules_to_save),
+        lora_rank_pattern=dict(recipe.rank_pattern),
+        lora_alpha_pattern={name: int(alpha) for name, alpha in recipe.alpha_pattern.items()},
+    )
+    notes = ["axolotl trains no classification head on this data"] if recipe.form == "classification" else []
+    return Written({"axolotl.yaml": _yaml(values)}, "axolotl train axolotl.yaml", notes)
+
+
+def llamafactory(recipe: Recipe) -> Written:
+    """A config of LLaMA-Factory with the data set's entry: `llamafactory-cli train llamafactory.yaml`."""
+    columns: dict[str, dict[str, Any]] = {
+        "messages": {
+            "formatting": "sharegpt",
+            "columns": {"messages": "messages"},
+            "tags": {
+                "role_tag": "role",
+                "content_tag": "content",
+                "user_tag": "user",
+                "assistant_tag": "assistant",
+                "system_tag": "system",
+            },
+        },
+        "text": {"columns": {"prompt": "text"}},
+        "prompt_completion": {"columns": {"prompt": "prompt", "response": "completion"}},
+    }
+    entry = {"file_name": recipe.data, **columns.get(recipe.form, columns["text"])}
+    arguments = _transformers_arguments(recipe)
+    values = {
+        "model_name_or_path": recipe.model,
+        "stage": "pt" if recipe.form == "text" else "sft",
+        "do_train": True,
+        "finetuning_type": "lora",
+        "lora_rank": recipe.r,
+        "lora_alpha": recipe.alpha,
+        "lora_dropout": recipe.lora_dropout,
+        "use_rslora": recipe.use_rslora,
+        "lora_target": ",".join(recipe.explicit_targets),
+        "dataset": "rightrank_data",
+        "dataset_dir": ".",
+        "template": "empty" if recipe.form != "messages" else "default",
+        "cutoff_len": recipe.max_length,
+        "output_dir": "llamafactory-output",
+        **arguments,
+    }
+    values |= _given(additional_target=",".join(recipe.modules_to_save))
+    notes = _pattern_notes(recipe, "LLaMA-Factory")
+    if recipe.form == "messages":
+        notes.append("set `template` to your model's own in LLaMA-Factory's list; `default` is only a stand-in")
+    if recipe.form == "classification":
+        notes.append("LLaMA-Factory trains no classification head")
+    files = {
+        "llamafactory.yaml": _yaml(values),
+        "dataset_info.json": json.dumps({"rightrank_data": entry}, indent=2, ensure_ascii=False) + "\n",
+    }
+    return Written(files, "llamafactory-cli train llamafactory.yaml", notes)
+
+
+def unsloth(recipe: Recipe) -> Written:
+    """A snippet for Unsloth."""
+    layers = list(recipe.layers_to_transform) if recipe.layers_to_transform is not None else None
+    dtype = "None" if recipe.dtype == "float32" else f"torch.{recipe.dtype}"
+    code = f"""import torch
+from unsloth import FastLanguageModel
+
+model, tokenizer = FastLanguageModel.from_pretrained(
+    model_name={recipe.model!r},
+    max_seq_length={recipe.max_length},
+    dtype={dtype},
+    load_in_4bit=False,
+)
+model = FastLanguageModel.get_peft_model(
+    model,
+    r={recipe.r},
+    lora_alpha={recipe.alpha!r},
+    lora_dropout={recipe.lora_dropout!r},
+    target_modules={list(recipe.target_modules)!r},
+    layers_to_transform={layers!r},
+    use_rslora={recipe.use_rslora},
+    bias={recipe.bias!r},
+    random_state={recipe.seed},
+)
+learning_rate = {recipe.learning_rate!r}  # for the trainer, with {recipe.max_steps} steps of {recipe.batch_size * recipe.gradient_accumulation_steps} items
+"""
+    return Written({"unsloth_lora.py": code}, "python unsloth_lora.py", _pattern_notes(recipe, "this snippet"))
+
+
+def ms_swift(recipe: Recipe) -> Written:
+    """A command of ms-swift."""
+    arguments = _transformers_arguments(recipe)
+    words = ["swift", "sft", "--model", recipe.model, "--dataset", recipe.data, "--tuner_type", "lora"]
+    words += ["--lora_rank", str(recipe.r), "--lora_alpha", str(recipe.alpha)]
+    words += ["--lora_dropout", str(recipe.lora_dropout), "--use_rslora", str(recipe.use_rslora).lower()]
+    words += ["--target_modules", *recipe.explicit_targets, "--max_length", str(recipe.max_length)]
+    words += ["--torch_dtype", recipe.dtype, "--output_dir", "swift-output"]
+    if recipe.modules_to_save:
+        words += ["--modules_to_save", *recipe.modules_to_save]
+    for name, value in arguments.items():
+        if name not in ("bf16", "fp16"):
+            words += [f"--{name}", str(value)]
+    command = shlex.join(words)
+    notes = _pattern_notes(recipe, "ms-swift's command line")
+    notes.append(
+        "ms-swift reads `messages` or `query` and `response`; rename `prompt` and `completion` if you have them"
+    )
+    return Written({"ms_swift.sh": f"#!/bin/sh\nexec {command}\n"}, "sh ms_swift.sh", notes)
+
+
+def _transformers_arguments(recipe: Recipe) -> dict[str, Any]:
+    """What TRL, LLaMA-Factory and ms-swift take from transformers' TrainingArguments."""
+    return {
+        "learning_rate": recipe.learning_rate,
+        "max_steps": recipe.max_steps,
+        "per_device_train_batch_size": recipe.batch_size,
+        "gradient_accumulation_steps": recipe.gradient_accumulation_steps,
+        "lr_scheduler_type": recipe.lr_scheduler_type,
+        "warmup_steps": recipe.warmup_steps,
+        "weight_decay": recipe.weight_decay,
+        "max_grad_norm": recipe.max_grad_norm,
+        "bf16": recipe.dtype == "bfloat16",
+        "fp16": recipe.dtype == "float16",
+        "seed": recipe.seed,
+    }
+
+
+def _pattern_notes(recipe: Recipe, who: str) -> list[str]:
+    lost = [name for name in ("rank_pattern", "alpha_pattern") if getattr(recipe, name)]
+    return [f"{who} has no {' and no '.join(lost)}: one rank for all modules is written"] if lost else []
+
+
+def _given(**values: Any) -> dict[str, Any]:
+    """Only what says something: an empty option is left out."""
+    return {name: value for name, value in values.items() if value}
+
+
+def _loader(path: str) -> str:
+    """The `datasets` loader of a file."""
+    ending = path.rsplit(".", 1)[-1].lower()
+    return {"csv": "csv", "tsv": "csv", "parquet": "parquet"}.get(ending, "json")
+
+
+def _yaml(values: dict[str, Any]) -> str:
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=1000)

@@ -1,0 +1,46 @@
+"""What adapters hold: trainable parameters by formula, and the size of a safetensors file to the byte."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+
+SAFETENSORS_ALIGNMENT = 8  # the header is padded with spaces to a multiple of this
+
+
+def lora_parameters(rank: int, shapes: Iterable[tuple[int, int]], dora: bool = False) -> int:
+    """Σ r·(d_out + d_in) over adapted matrices d_out × d_in; DoRA adds a magnitude of d_out each.
+
+    Hu et al. 2021, section 4; Liu et al. 2024 (DoRA), section 4.
+    """
+    return sum(rank * (rows + columns) + (rows if dora else 0) for rows, columns in shapes)
+
+
+def capacity_rank(data_bits: float, shapes: Iterable[tuple[int, int]]) -> int:
+    """The rank whose adapter can hold all of the data's information at 2 bits a parameter.
+
+    ceil(D / (2·Σ(d_out + d_in))), D in bits. The 2 to 3.6 bits a parameter are those that language models were
+    measured to memorise (Allen-Zhu and Li 2024: 2; Morris et al. 2025: 3.6), the lower gives the higher rank: an upper
+    bound that places the top of a range of ranks, not the answer.
+    """
+    per_rank = sum(rows + columns for rows, columns in shapes)
+    return max(1, math.ceil(data_bits / (2 * per_rank)))
+
+
+def safetensors_bytes(
+    tensors: Sequence[tuple[str, str, Sequence[int], int]], metadata: Mapping[str, str] | None = None
+) -> int:
+    """The size of the file that holds `(name, dtype code, shape, bytes of an element)` tensors.
+
+    8 bytes of header length, the header (JSON without spaces, entries by falling element size and then by name,
+    padded), the data without gaps. https://github.com/huggingface/safetensors#format
+    """
+    header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
+    position = 0
+    for name, code, shape, element in sorted(tensors, key=lambda tensor: (-tensor[3], tensor[0])):
+        size = math.prod(shape) * element
+        header[name] = {"dtype": code, "shape": list(shape), "data_offsets": [position, position + size]}
+        position += size
+    length = len(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode())
+    return 8 + -(-length // SAFETENSORS_ALIGNMENT) * SAFETENSORS_ALIGNMENT + position

@@ -1,0 +1,225 @@
+"""What a plan is asked and what it answers: settings in, records out.
+
+Every number carries where it comes from: `exact` (counted), `traced` (the real step followed allocation by
+allocation), `formula` (a per-module rule, where the step can't be traced), `measured` (on this device), or `assumed`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any, Literal, TypeAlias
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from rightrank.errors import SettingsError, did_you_mean
+from rightrank.records import Record
+from rightrank.settings import DtypeName
+
+Source: TypeAlias = Literal["exact", "traced", "formula", "measured", "assumed"]
+OptimizerName: TypeAlias = Literal["adamw", "adamw_fused", "adamw_8bit", "paged_adamw_8bit", "sgd"]
+Components: TypeAlias = dict[str, int]
+
+DEFAULT_PLAN_RANKS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
+
+
+class PlanSettings(BaseModel):
+    """Everything that `plan` can be told beside MODEL. Names are PEFT's and transformers' where they have one."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    ranks: tuple[int, ...] = DEFAULT_PLAN_RANKS
+
+    # the adapter
+    target_modules: tuple[str, ...] = ("all-linear",)
+    exclude_modules: tuple[str, ...] = ()
+    target_parameters: tuple[str, ...] = ()  # names of bare parameters, such as fused experts
+    layers_to_transform: tuple[int, ...] | None = None
+    modules_to_save: tuple[str, ...] = ()
+    rank_pattern: dict[str, int] = Field(default_factory=dict)
+    bias: Literal["none", "all", "lora_only"] = "none"
+    use_rslora: bool = False
+    use_dora: bool = False
+    lora_dropout: float = Field(default=0.0, ge=0, lt=1)
+    autocast_adapter_dtype: bool = True  # adapters in float32 whatever the base's type: PEFT's default
+
+    # the step
+    batch_size: int = Field(default=8, gt=0)
+    seq_len: int = Field(default=512, gt=1)
+    dtype: DtypeName = "bfloat16"
+    autocast: Literal["bfloat16", "float16"] | None = None
+    padding: bool = False  # rows of unequal length, so that attention is given a mask
+    gradient_checkpointing: bool = False
+    attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    loss: Literal["full", "chunked"] = "full"  # all logits at once, as Trainer; or in pieces, as `select`
+    optimizer: OptimizerName = "adamw"
+    load_in_4bit: bool = False
+    load_in_8bit: bool = False
+    bnb_4bit_use_double_quant: bool = False
+    arms: int = Field(default=1, gt=0)  # trained together over one frozen base
+    sharding: Literal["none", "ddp", "fsdp"] = "none"
+    num_devices: int = Field(default=1, gt=0)
+    eval_batch_size: int | None = Field(default=None, gt=0)
+
+    # the device and the budget
+    device: Literal["cuda", "cpu"] = "cuda"
+    memory_bytes: int | None = Field(default=None, gt=0)
+    headroom: float = Field(default=0.03, ge=0, lt=1)  # of the predicted peak, kept free
+
+    # the selection, for its time and price
+    steps: int | None = Field(default=None, gt=0)  # optimizer steps of each training
+    trainings: int | None = Field(default=None, gt=0)
+    price_per_hour: float | None = Field(default=None, ge=0)
+    trust_remote_code: bool = False
+
+    @field_validator("ranks")
+    @classmethod
+    def _ranks_allowed(cls, ranks: tuple[int, ...]) -> tuple[int, ...]:
+        if not ranks:
+            raise ValueError("ranks is empty: give at least one")
+        for rank in ranks:
+            if rank < 1:
+                raise ValueError(f"rank {rank} is not allowed: ranks are integers from 1")
+        return tuple(sorted(set(ranks)))
+
+    @model_validator(mode="after")
+    def _consistent(self) -> PlanSettings:
+        if self.load_in_4bit and self.load_in_8bit:
+            raise ValueError("load_in_4bit and load_in_8bit were both given: give one of them")
+        if self.autocast is not None and self.dtype != "float32":
+            raise ValueError(f"autocast is for weights in float32: got dtype {self.dtype}; give one of the two")
+        if self.sharding != "none" and self.num_devices < 2:
+            raise ValueError(f"sharding {self.sharding!r} needs num_devices of 2 or more, got {self.num_devices}")
+        if self.sharding == "none" and self.num_devices > 1:
+            raise ValueError(f"num_devices {self.num_devices} needs sharding: give 'ddp' or 'fsdp'")
+        if self.device == "cpu" and (self.load_in_4bit or self.load_in_8bit):
+            raise ValueError("4-bit and 8-bit weights are planned for CUDA only: give device 'cuda'")
+        return self
+
+
+class RankPlan(Record):
+    """What one rank takes."""
+
+    rank: int
+    trainable_parameters: int
+    adapter_bytes: int  # of adapter_model.safetensors
+    peak_bytes: int  # allocated, at the step's highest point
+    peak_reserved_bytes: int  # with the CUDA allocator's segments; on the CPU the same as peak_bytes
+    total_bytes: int  # reserved, with the CUDA context: what nvidia-smi shows
+    needed_bytes: int  # total_bytes and the headroom: what is compared with the memory there is
+    components: Components  # they add up to peak_bytes
+    peak_at: str  # where in the step the peak is
+    fits: bool | None  # None where no memory was given or found
+    flops_per_step: int
+    seconds_per_step: float | None = None
+    error_share: float  # how far the peak may be off, as a share of it
+
+
+class AxisPrice(Record):
+    """What a change of one axis costs, at the largest rank that was asked."""
+
+    axis: str  # such as "batch_size 4 → 8"
+    peak_reserved_bytes: int
+    difference_bytes: int
+    flops_factor: float
+
+
+class Change(Record):
+    """A change that saves memory, and what the plan is with it and all the changes before it."""
+
+    setting: str
+    value: str
+    peak_reserved_bytes: int
+    fits: bool
+    price: str  # what it costs beside
+
+
+class RangeLimit(Record):
+    """One reason for an end of the range of ranks."""
+
+    name: Literal["capacity", "matrices", "memory"]
+    rank: int | None  # None: no limit known
+    reason: str
+
+
+class SelectionCost(Record):
+    """Time and price of a whole selection."""
+
+    trainings: int
+    steps: int
+    seconds: float | None
+    price: float | None
+    flops: float
+
+
+class Plan(Record):
+    """The answer: what every rank takes, which is the largest that fits, and why."""
+
+    model: str
+    architecture: str
+    base_parameters: int
+    base_bytes: int
+    targets: int  # adapted matrices
+    ranks: list[RankPlan]
+    max_rank: int | None  # the largest rank asked for that fits; None where none does, or no memory is known
+    largest_possible_rank: int | None = None  # of all ranks, not only of those asked for
+    memory_bytes: int | None = None
+    headroom_share: float
+    context_bytes: int
+    activations: Components  # kept for the backward pass at the largest rank, by kind of module
+    prices: list[AxisPrice] = Field(default_factory=list)
+    changes: list[Change] = Field(
+        default_factory=list
+    )  # the shortest list that makes the smallest rank fit, when none does
+    limits: list[RangeLimit] = Field(default_factory=list)
+    suggested_ranks: list[int] = Field(default_factory=list)
+    selection: SelectionCost | None = None
+    sources: dict[str, Source]
+    notes: list[str] = Field(default_factory=list)
+    seconds: float  # that planning took
+    settings: dict[str, Any]
+
+
+def make_plan_settings(values: Mapping[str, Any]) -> PlanSettings:
+    """Plan settings from plain values; the first thing that is wrong becomes one clear line.
+
+    Raises:
+        SettingsError: an unknown name (with the nearest known one) or a value that is not allowed.
+    """
+    unknown = [name for name in values if name not in PlanSettings.model_fields]
+    if unknown:
+        near = did_you_mean(unknown[0], PlanSettings.model_fields)
+        allowed = ", ".join(sorted(PlanSettings.model_fields))
+        raise SettingsError(f"unknown setting {unknown[0]!r}{near or '; allowed: ' + allowed}")
+    try:
+        return PlanSettings.model_validate(dict(values))
+    except ValidationError as error:
+        raise SettingsError(_first_line(error)) from None
+
+
+def parse_bytes(text: str) -> int:
+    """`24GiB` as bytes.
+
+    Raises:
+        SettingsError: no number, no unit, or an unknown unit.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
+    units = {name.lower(): size for name, size in UNITS.items()}
+    if match is None or match[2].lower() not in units:
+        known = ", ".join(UNITS)
+        reason = "has no unit" if match is not None and not match[2] else "is not a size"
+        raise SettingsError(f"memory {text!r} {reason}: give a number and one of {known}, such as 24GiB")
+    size = round(float(match[1]) * units[match[2].lower()])
+    if size == 0:
+        raise SettingsError(f"memory {text!r} is nothing: give a size above 0, such as 24GiB")
+    return size
+
+
+def _first_line(error: ValidationError) -> str:
+    first = error.errors()[0]
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "value_error":
+        return message
+    where = str(first["loc"][0]) if first["loc"] else "settings"
+    return f"{where}: got {first['input']!r}; {message[0].lower()}{message[1:]}"

@@ -1,0 +1,130 @@
+"""A model of torch's CUDA caching allocator: what it reserves from the device for a sequence of requests.
+
+The rules are those of `c10/cuda/CUDACachingAllocator.cpp` at its default settings (torch 2.x):
+
+- a request is rounded up to 512 bytes;
+- requests up to 1 MiB are served from segments of 2 MiB, requests below 10 MiB from segments of 20 MiB, and larger
+  ones from a segment of their own, rounded up to 2 MiB;
+- the smallest free block that fits is taken, and split when more than 1 MiB (512 bytes in the small pool) is left over;
+- a freed block joins its free neighbours in the segment; segments are kept.
+
+Not covered: `expandable_segments`, `max_split_size_mb`, several streams, and the release of cached segments when the
+device is full (which lowers what is reserved, at the price of time).
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from dataclasses import dataclass
+
+ROUNDING = 512
+SMALL_REQUEST = 2**20
+SMALL_SEGMENT = 2 * 2**20
+LARGE_REQUEST = 10 * 2**20
+LARGE_SEGMENT = 20 * 2**20
+SEGMENT_ROUNDING = 2 * 2**20
+
+
+@dataclass(slots=True, eq=False)
+class _Block:
+    """A stretch of a segment, taken or free, and its neighbours there."""
+
+    address: int
+    size: int
+    small: bool
+    taken: bool = True
+    before: _Block | None = None
+    after: _Block | None = None
+
+
+class CachingAllocator:
+    """Takes requests by name, and counts what is allocated and what is reserved."""
+
+    def __init__(self) -> None:
+        self.allocated = 0  # bytes of taken blocks, rounded as torch counts them
+        self.reserved = 0  # bytes of all segments
+        self.peak_allocated = 0
+        self.peak_reserved = 0
+        self._free: tuple[list[tuple[int, int, _Block]], list[tuple[int, int, _Block]]] = ([], [])
+        self._taken: dict[int, _Block] = {}
+        self._next_address = 0
+
+    def allocate(self, name: int, size: int) -> None:
+        """Serve a request of `size` bytes; nothing is taken for an empty tensor."""
+        if size <= 0:
+            return
+        rounded = round_request(size)
+        block = self._find(rounded) or self._new_segment(rounded)
+        self._split(block, rounded)
+        block.taken = True
+        self._taken[name] = block
+        self.allocated += block.size
+        self.peak_allocated = max(self.peak_allocated, self.allocated)
+
+    def free(self, name: int) -> None:
+        block = self._taken.pop(name, None)
+        if block is None:
+            return
+        self.allocated -= block.size
+        block.taken = False
+        for neighbour in (block.before, block.after):
+            if neighbour is not None and not neighbour.taken:
+                block = self._joined(block, neighbour)
+        insort(self._free[block.small], (block.size, block.address, block))
+
+    def empty_cache(self) -> None:
+        """Give segments without a taken block back, as `torch.cuda.empty_cache` does."""
+        for pool in self._free:
+            kept = [entry for entry in pool if entry[2].before is not None or entry[2].after is not None]
+            self.reserved -= sum(entry[0] for entry in pool) - sum(entry[0] for entry in kept)
+            pool[:] = kept
+
+    def _find(self, size: int) -> _Block | None:
+        pool = self._free[size <= SMALL_REQUEST]
+        position = bisect_left(pool, (size, -1))
+        return pool.pop(position)[2] if position < len(pool) else None
+
+    def _new_segment(self, size: int) -> _Block:
+        segment = segment_size(size)
+        block = _Block(self._next_address, segment, size <= SMALL_REQUEST)
+        self._next_address += segment + ROUNDING  # a gap: segments never join
+        self.reserved += segment
+        self.peak_reserved = max(self.peak_reserved, self.reserved)
+        return block
+
+    def _split(self, block: _Block, size: int) -> None:
+        left = block.size - size
+        if left < ROUNDING if block.small else left <= SMALL_REQUEST:
+            return
+        rest = _Block(block.address + size, left, block.small, False, block, block.after)
+        if block.after is not None:
+            block.after.before = rest
+        block.after = rest
+        block.size = size
+        insort(self._free[block.small], (rest.size, rest.address, rest))
+
+    def _joined(self, block: _Block, neighbour: _Block) -> _Block:
+        """Both as one block; `neighbour` is free and leaves the pool."""
+        pool = self._free[neighbour.small]
+        del pool[bisect_left(pool, (neighbour.size, neighbour.address))]
+        first, second = (neighbour, block) if neighbour.address < block.address else (block, neighbour)
+        first.size += second.size
+        first.after = second.after
+        if second.after is not None:
+            second.after.before = first
+        first.taken = False
+        return first
+
+
+def round_request(size: int) -> int:
+    """Bytes that a request of `size` bytes takes."""
+    return max(ROUNDING, -(-size // ROUNDING) * ROUNDING)
+
+
+def segment_size(size: int) -> int:
+    """Bytes of the segment that is reserved for a rounded request which no free block can serve."""
+    if size <= SMALL_REQUEST:
+        return SMALL_SEGMENT
+    if size < LARGE_REQUEST:
+        return LARGE_SEGMENT
+    return -(-size // SEGMENT_ROUNDING) * SEGMENT_ROUNDING

@@ -1,0 +1,304 @@
+"""Every rank from two traces: what PEFT builds and what the step allocates, each size affine in the rank.
+
+Sizes at the lowest and the highest rank asked for give every rank between, where both traces are the same event for
+event and each size differs by a whole number of bytes a rank. Where they are not, every rank is traced.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from rightrank.errors import ModelError
+from rightrank.io.models import first_line
+from rightrank.maths.counts import safetensors_bytes
+from rightrank.plan_records import PlanSettings, Source
+from rightrank.planning.formula import formula_highest
+from rightrank.planning.optimizer import OptimizerMemory, optimizer_memory
+from rightrank.planning.quantised import count_parameters, mark_adapted
+from rightrank.planning.sharding import sharded
+from rightrank.planning.simulate import Highest, Resident, highest_point
+from rightrank.planning.skeleton import SAFETENSORS_CODES, Skeleton, adapt, build_base
+from rightrank.planning.stack import TRACED_GROUPS, deepen, find_reduction, reduced_config, same_kinds
+from rightrank.planning.step import Groups, blocks_of, trace_step
+from rightrank.planning.trace import StepTrace
+
+# What a model's own code raises on tensors without values or on kernels that meta tensors lack.
+UNTRACEABLE = (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError, IndexError, KeyError)
+CUBLAS_BYTES = 8_519_680  # cuBLAS work space that torch takes from its allocator (`:4096:2:16:8`); 32 MiB on Hopper
+# Settings that change the step and not what the model is made of.
+STEP_ONLY = {"ranks", "batch_size", "seq_len", "loss", "gradient_checkpointing", "optimizer", "padding", "arms"}
+BLOCK_NUMBER = re.compile(r"\.\d+\.")
+
+
+@dataclass(frozen=True, slots=True)
+class Tensor:
+    """Name, shape and type of a tensor that is there before the step."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    trainable: bool
+
+    @property
+    def size(self) -> int:
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+    @property
+    def count(self) -> int:
+        return torch.Size(self.shape).numel()
+
+
+@dataclass(frozen=True, slots=True)
+class Anatomy:
+    """What a model with an adapter of one rank is made of."""
+
+    rank: int
+    stored: tuple[Tensor, ...]  # parameters and buffers
+    saved: tuple[Tensor, ...]  # what PEFT writes into the adapter's file
+
+    @property
+    def trainable_parameters(self) -> int:
+        return sum(tensor.count for tensor in self.stored if tensor.trainable)
+
+    @property
+    def parameters(self) -> int:
+        return sum(tensor.count for tensor in self.stored)
+
+    @property
+    def adapter_bytes(self) -> int:
+        entries = [
+            (tensor.name, SAFETENSORS_CODES[tensor.dtype], tensor.shape, tensor.dtype.itemsize) for tensor in self.saved
+        ]
+        return safetensors_bytes(entries, {"format": "pt"})
+
+
+@dataclass(frozen=True, slots=True)
+class RankEstimate:
+    """One rank: counts, and the step's highest point in training and, if it was asked for, in evaluation."""
+
+    rank: int
+    anatomy: Anatomy
+    training: Highest
+    evaluation: Highest | None
+    flops: int
+    source: Source
+
+    @property
+    def highest(self) -> Highest:
+        if self.evaluation is not None and self.evaluation.peak_bytes > self.training.peak_bytes:
+            return self.evaluation
+        return self.training
+
+
+class Estimator:
+    """One model and one way to train it; the base is built once, traces are made once."""
+
+    def __init__(self, config: Any, settings: PlanSettings) -> None:
+        self._config = config
+        self.settings = settings
+        self._ends = (min(settings.ranks), max(settings.ranks))
+        base = build_base(config, settings)
+        self.base_parameters = count_parameters(base)
+        self.skeleton = self._adapted(base, self._ends[0])
+        self._anatomies = {self._ends[0]: anatomy(self.skeleton, self._ends[0])}
+        self._blocks = blocks_of(self.skeleton.base)
+        self._reduction = None if self._blocks is None else find_reduction(self._blocks)
+        self._small: dict[int, Skeleton] = {}
+        self._traces: dict[tuple[int, bool], StepTrace] = {}
+        self.untraceable: str | None = None  # why the step can't be traced
+
+    @property
+    def rank_limit(self) -> int:
+        """The largest rank that every adapted matrix can have."""
+        return min(min(matrix.out_features, matrix.in_features) for matrix in self.skeleton.matrices)
+
+    def variant(self, **changes: Any) -> Estimator:
+        """The same model under other settings; what the changes do not touch is shared."""
+        settings = self.settings.model_copy(update=changes)
+        if not STEP_ONLY.issuperset(changes) or min(settings.ranks) != self._ends[0]:
+            return Estimator(self._config, settings)
+        other = copy.copy(self)
+        other.settings = settings
+        other._ends = (min(settings.ranks), max(settings.ranks))
+        other._anatomies = {self._ends[0]: self._anatomies[self._ends[0]]}
+        other._traces = dict(self._traces) if set(changes) == {"ranks"} else {}
+        return other
+
+    def estimate(self, rank: int) -> RankEstimate:
+        """The estimate for a rank between the lowest and the highest of the settings."""
+        parts = self.anatomy(rank)
+        if self.untraceable is None:
+            try:
+                training = self._highest(rank, True)
+                evaluation = None if self.settings.eval_batch_size is None else self._highest(rank, False)
+                return RankEstimate(rank, parts, training, evaluation, self.flops(rank), "traced")
+            except UNTRACEABLE as error:
+                self.untraceable = f"{type(error).__name__}: {first_line(error)}"
+        residents, optimizer = self._residents(rank)
+        highest = formula_highest(self.skeleton.base, residents, optimizer, self.settings)
+        tokens = self.settings.batch_size * self.settings.arms * self.settings.seq_len
+        return RankEstimate(rank, parts, highest, None, 4 * parts.parameters * tokens, "formula")
+
+    def anatomy(self, rank: int) -> Anatomy:
+        """What the adapted model of that rank is made of, from PEFT's own at the two ends."""
+        low, high = self._ends
+        if rank not in self._anatomies and high not in self._anatomies:
+            self._anatomies[high] = self._anatomy_at_high()
+        if rank not in self._anatomies:
+            first, last = self._anatomies[low], self._anatomies[high]
+            between = [
+                tuple(_between_tensors(a, b, self._ends, rank) for a, b in zip(ours, theirs, strict=True))
+                for ours, theirs in ((first.stored, last.stored), (first.saved, last.saved))
+            ]
+            self._anatomies[rank] = Anatomy(rank, between[0], between[1])
+        return self._anatomies[rank]
+
+    def flops(self, rank: int) -> int:
+        counts = [sum(self._trace(end, True).flops.values()) for end in self._ends]
+        return _between(counts[0], counts[1], self._ends, rank) or sum(self._trace(rank, True).flops.values())
+
+    def _highest(self, rank: int, training: bool) -> Highest:
+        trace, sizes = self._sizes(rank, training)
+        arms = self.settings.arms
+        sizes = [size * arms if index in trace.gradients else size for index, size in enumerate(sizes)]
+        residents, optimizer = self._residents(rank)
+        return highest_point(residents, trace, sizes, optimizer, self.settings.device)
+
+    def _residents(self, rank: int) -> tuple[list[Resident], OptimizerMemory]:
+        """What one device holds before the step, and what its optimizer takes."""
+        parts, settings = self.anatomy(rank), self.settings
+        trained = [
+            torch.empty(tensor.shape, dtype=tensor.dtype, device="meta") for tensor in parts.stored if tensor.trainable
+        ] * settings.arms
+        optimizer = optimizer_memory(trained, settings.optimizer, settings.device)
+        residents = [
+            Resident(tensor.size, "adapter" if tensor.trainable else "weights")
+            for tensor in parts.stored
+            for _ in range(settings.arms if tensor.trainable else 1)
+        ]
+        if settings.device == "cuda":
+            residents.append(Resident(CUBLAS_BYTES, "workspace"))
+        return sharded(residents, optimizer, settings, self._block_bytes())
+
+    def _block_bytes(self) -> int:
+        """Bytes of the largest block's weights."""
+        sizes = [sum(p.numel() * p.element_size() for p in block.parameters()) for block in self._blocks or ()]
+        return max(sizes, default=0)
+
+    def _sizes(self, rank: int, training: bool) -> tuple[StepTrace, list[int]]:
+        """The step's events, and bytes of each allocation at `rank`."""
+        if rank in self._ends:
+            trace = self._trace(rank, training)
+            return trace, trace.sizes
+        low, high = (self._trace(end, training) for end in self._ends)
+        if low.events == high.events and low.origins == high.origins:
+            sizes = [_between(a, b, self._ends, rank) for a, b in zip(low.sizes, high.sizes, strict=True)]
+            whole = [size for size in sizes if size is not None]
+            if len(whole) == len(sizes):
+                return low, whole
+        trace = self._trace(rank, training)
+        return trace, trace.sizes
+
+    def _trace(self, rank: int, training: bool) -> StepTrace:
+        if (rank, training) not in self._traces:
+            self._traces[rank, training] = self._reduced_trace(rank, training) or self._full_trace(rank, training)
+        return self._traces[rank, training]
+
+    def _reduced_trace(self, rank: int, training: bool) -> StepTrace | None:
+        """From four groups of blocks, where the model's blocks repeat."""
+        small, reduction = self._small_skeleton(rank), self._reduction
+        if small is None or reduction is None:
+            return None
+        blocks = blocks_of(small.base)
+        assert blocks is not None
+        trace = trace_step(small, self.settings, Groups(blocks, reduction.period), training)
+        return deepen(trace, reduction.groups)
+
+    def _small_skeleton(self, rank: int) -> Skeleton | None:
+        reduction = self._reduction
+        if reduction is None or self._blocks is None:
+            return None
+        if rank not in self._small:
+            small = self._adapted(self._base(TRACED_GROUPS * reduction.period), rank)
+            blocks = blocks_of(small.base)
+            alike = rank != self._ends[0] or (blocks and same_kinds(self._blocks, blocks, reduction.period))
+            if not alike:
+                self._reduction = None
+                return None
+            self._small[rank] = small
+        return self._small[rank]
+
+    def _full_trace(self, rank: int, training: bool) -> StepTrace:
+        skeleton = self.skeleton if rank == self._ends[0] else self._adapted(self._base(), rank)
+        return trace_step(skeleton, self.settings, None, training)
+
+    def _adapted(self, base: Any, rank: int) -> Skeleton:
+        skeleton = adapt(base, self.settings, rank)
+        mark_adapted(skeleton.model)
+        return skeleton
+
+    def _base(self, depth: int | None = None) -> Any:
+        config = self._config if depth is None else reduced_config(self._config, depth)
+        return build_base(config, self.settings)
+
+    def _anatomy_at_high(self) -> Anatomy:
+        """At the highest rank: shapes of like tensors from the small models, or the full model built again."""
+        low, high = self._ends
+        ours = self._anatomies[low]
+        small = [self._small_skeleton(end) for end in self._ends]
+        if small[0] is not None and small[1] is not None:
+            pair = anatomy(small[0], low), anatomy(small[1], high)
+            stored = _grown(ours.stored, pair[0].stored, pair[1].stored)
+            saved = _grown(ours.saved, pair[0].saved, pair[1].saved)
+            if stored is not None and saved is not None:
+                return Anatomy(high, stored, saved)
+        return anatomy(self._adapted(self._base(), high), high)
+
+
+def anatomy(skeleton: Skeleton, rank: int) -> Anatomy:
+    """Read an adapted model: storages that are shared are there once."""
+    stored, seen = [], set()
+    named = [*skeleton.model.named_parameters(), *skeleton.model.named_buffers()]
+    for name, tensor in named:
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            stored.append(Tensor(name, tuple(tensor.shape), tensor.dtype, tensor.requires_grad))
+    saved = [Tensor(name, tuple(value.shape), value.dtype, True) for name, value in skeleton.adapter_state().items()]
+    return Anatomy(rank, tuple(stored), tuple(saved))
+
+
+def _grown(ours: Sequence[Tensor], low: Sequence[Tensor], high: Sequence[Tensor]) -> tuple[Tensor, ...] | None:
+    """`ours` at the higher rank, by tensors of the same name and shape, block numbers aside; None where in doubt."""
+    known: dict[tuple[str, tuple[int, ...]], tuple[int, ...]] = {}
+    for before, after in zip(low, high, strict=True):
+        key = (BLOCK_NUMBER.sub(".#.", before.name), before.shape)
+        if known.setdefault(key, after.shape) != after.shape:
+            return None
+    grown = []
+    for tensor in ours:
+        shape = known.get((BLOCK_NUMBER.sub(".#.", tensor.name), tensor.shape))
+        if shape is None:
+            return None
+        grown.append(Tensor(tensor.name, shape, tensor.dtype, tensor.trainable))
+    return tuple(grown)
+
+
+def _between_tensors(low: Tensor, high: Tensor, ends: tuple[int, int], rank: int) -> Tensor:
+    shape = tuple(_between(a, b, ends, rank) for a, b in zip(low.shape, high.shape, strict=True))
+    if any(part is None for part in shape):
+        raise ModelError(f"{low.name}: its shape does not grow evenly with the rank; give fewer ranks at a time")
+    return Tensor(low.name, tuple(part for part in shape if part is not None), low.dtype, low.trainable)
+
+
+def _between(low: int, high: int, ends: tuple[int, int], rank: int) -> int | None:
+    """The affine value at `rank`; None where a rank would add a fraction."""
+    if low == high:
+        return low
+    slope, left = divmod(high - low, ends[1] - ends[0])
+    return None if left else low + slope * (rank - ends[0])

@@ -1,0 +1,190 @@
+"""Which kernels a device runs, told to a step that runs on meta tensors.
+
+On the meta device torch takes the slow composite path of attention, knows no autocast, and can't answer a branch on a
+value. A function mode answers for the device: attention goes to the fused kernel that the device would choose (flash
+without a mask, memory-efficient with one, the CPU's flash kernel there), autocast casts what CUDA's lists name, and a
+branch on a mask is answered as "there is padding" or "there is none", as the workload says.
+
+Sources: torch's `aten/src/ATen/native/transformers` (choice of kernel, conversion of boolean masks, work space of the
+backward kernels) and `aten/src/ATen/autocast_mode.h` (the lists), torch 2.x.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
+
+DeviceKind: TypeAlias = Literal["cuda", "cpu"]
+
+FLASH_HEAD_LIMIT = 256  # widest head that the flash kernel takes
+FLASH_TYPES = (torch.float16, torch.bfloat16)
+
+aten = torch.ops.aten
+
+_LOWER_PRECISION: frozenset[Any] = frozenset(
+    {F.linear, F.conv1d, F.conv2d, torch.matmul, torch.mm, torch.bmm, torch.addmm, torch.baddbmm, torch.Tensor.matmul}
+    | {torch.Tensor.__matmul__, torch.Tensor.mm, torch.Tensor.bmm, torch.addbmm, torch.einsum}
+)
+_FLOAT32: frozenset[Any] = frozenset(
+    {F.softmax, F.log_softmax, F.cross_entropy, F.nll_loss, F.layer_norm, F.softplus, torch.softmax, torch.pow}
+    | {torch.Tensor.pow, torch.Tensor.softmax, torch.rsqrt, torch.exp, torch.log, torch.sum, torch.Tensor.sum}
+    | {torch.cumsum, torch.norm, torch.Tensor.__pow__, torch.nn.functional.rms_norm}
+)
+
+
+# Rows of several experts times each expert's own matrix, where this torch has it.
+_GROUPED: frozenset[Any] = frozenset(
+    getattr(home, name) for home, name in ((F, "grouped_mm"), (torch, "_grouped_mm")) if hasattr(home, name)
+)
+
+
+@dataclass(slots=True)
+class DeviceKernels(TorchFunctionMode):
+    """Active around a traced step."""
+
+    device: DeviceKind
+    padded: bool
+    autocast: torch.dtype | None = None
+    _casts: dict[int, torch.Tensor] = field(default_factory=dict)  # autocast's cache of trainable weights
+
+    def __post_init__(self) -> None:
+        TorchFunctionMode.__init__(self)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        keywords = kwargs or {}
+        if func is F.scaled_dot_product_attention:
+            if self.device == "cpu" and keywords.get("dropout_p"):
+                return func(*args, **keywords)  # the CPU has no fused kernel with dropout: torch's composite one runs
+            return self._attention(*args, **keywords)
+        if func in _GROUPED:
+            product: Any = _GroupedProduct.apply  # untyped in torch
+            return product(args[0], args[1])
+        if func is torch.Tensor.__bool__:
+            return not self.padded  # the only branches are "is everything real?"
+        if self.autocast is not None:
+            if func in _LOWER_PRECISION:
+                args, keywords = self._cast(args, self.autocast), {k: self._lower(v) for k, v in keywords.items()}
+            elif func in _FLOAT32:
+                args = self._cast(args, torch.float32)
+        return func(*args, **keywords)
+
+    def _cast(self, values: Any, dtype: torch.dtype) -> Any:
+        convert: Callable[[Any], Any] = self._lower if dtype is self.autocast else _to_float32
+        return tuple(convert(value) for value in values)
+
+    def _lower(self, value: Any) -> Any:
+        """In autocast's type; trainable weights are cast once a forward pass, frozen ones at every use."""
+        if not isinstance(value, torch.Tensor) or value.dtype is not torch.float32:
+            return value
+        if not (value.requires_grad and value.is_leaf):
+            return value.to(self.autocast)
+        if id(value) not in self._casts:
+            self._casts[id(value)] = value.to(self.autocast)
+        return self._casts[id(value)]
+
+    def drop_casts(self) -> None:
+        """The forward pass is over, and with it autocast's cache; blocks that are recomputed are cast again."""
+        self._casts.clear()
+
+    def _attention(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attn_mask: torch.Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Any:
+        if self.autocast is not None:
+            query, key, value = (self._lower(tensor) for tensor in (query, key, value))
+        bias = _additive(attn_mask, query)
+        if self.device == "cpu":
+            return aten._scaled_dot_product_flash_attention_for_cpu(
+                query, key, value, dropout_p, is_causal, attn_mask=bias, scale=scale
+            )[0]
+        if bias is None and query.dtype in FLASH_TYPES and query.shape[-1] <= FLASH_HEAD_LIMIT:
+            return _flash(query, key, value, dropout_p, is_causal, scale)
+        if enable_gqa and key.shape[1] != query.shape[1]:
+            repeats = query.shape[1] // key.shape[1]
+            key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
+        if bias is not None:
+            bias = _aligned(bias).expand(query.shape[0], query.shape[1], query.shape[2], key.shape[2])
+        return aten._scaled_dot_product_efficient_attention(
+            query, key, value, bias, True, dropout_p, is_causal, scale=scale
+        )[0]
+
+
+class _GroupedProduct(torch.autograd.Function):
+    """A grouped product in any type: on meta tensors torch has it for bfloat16 alone."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(rows if weights.requires_grad else None, weights)  # frozen experts need no rows
+        return torch.mm(rows, weights[0])  # every row meets one expert's matrix
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        _, weights = ctx.saved_tensors
+        of_rows = torch.mm(gradients[0], weights[0].t()) if ctx.needs_input_grad[0] else None
+        return of_rows, torch.empty_like(weights) if ctx.needs_input_grad[1] else None
+
+
+def _flash(query: Any, key: Any, value: Any, dropout_p: float, is_causal: bool, scale: float | None) -> Any:
+    """The flash kernel works on heads padded to a multiple of 8."""
+    width = query.shape[-1]
+    missing = -width % 8
+    if missing:
+        scale = scale or 1 / math.sqrt(width)
+        query, key, value = (F.pad(tensor, [0, missing]) for tensor in (query, key, value))
+    out = aten._scaled_dot_product_flash_attention(query, key, value, dropout_p, is_causal, scale=scale)[0]
+    return out[..., :width] if missing else out
+
+
+def _additive(mask: torch.Tensor | None, query: torch.Tensor) -> torch.Tensor | None:
+    """torch turns a boolean mask into an additive one, anew in every call."""
+    if mask is None or mask.dtype is not torch.bool:
+        return mask
+    zero = torch.zeros((), dtype=query.dtype, device=query.device)
+    return torch.where(mask, zero, zero)
+
+
+def _aligned(bias: torch.Tensor) -> torch.Tensor:
+    """The memory-efficient kernel wants rows of a multiple of 16 elements, and copies the bias where they are not."""
+    length = bias.shape[-1]
+    missing = -length % 16
+    return F.pad(bias, [0, missing])[..., :length] if missing else bias
+
+
+def _to_float32(value: Any) -> Any:
+    return value.float() if isinstance(value, torch.Tensor) and value.dtype in FLASH_TYPES else value
+
+
+def scratch_bytes(func: Any, args: Any, device: DeviceKind) -> tuple[int, ...]:
+    """Work space that a kernel takes and gives back while it runs, in bytes."""
+    if device != "cuda":
+        return ()
+    if func is aten._scaled_dot_product_flash_attention_backward.default:
+        return _flash_backward_scratch(args[1], args[2])
+    if func is aten._scaled_dot_product_efficient_attention_backward.default:
+        batch, heads, length, width = args[1].shape
+        rows = batch * heads * length
+        return (rows * 4, rows * width * 4)  # delta, and the float32 accumulator of the query's gradient
+    return ()
+
+
+def _flash_backward_scratch(query: torch.Tensor, key: torch.Tensor) -> tuple[int, ...]:
+    """softmax_d and dq_accum in float32, rows padded to 128; and, for grouped heads, expanded dk and dv."""
+    batch, heads, length, width = query.shape
+    rows = batch * heads * (-(-length // 128) * 128)
+    sizes = [rows * 4, rows * (-(-width // 32) * 32) * 4]
+    if key.shape[1] != heads:
+        sizes += [batch * heads * key.shape[2] * width * query.element_size()] * 2
+    return tuple(sizes)

@@ -1,0 +1,203 @@
+"""The model without weights: built on the meta device from its configuration, adapted by PEFT itself.
+
+Nothing is downloaded or loaded beyond `config.json` (or a GGUF header), and no code of a model's own is run unless
+that was allowed.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import LoraConfig, TaskType, get_peft_model
+from peft.tuners.lora import LoraLayer
+from peft.utils import get_peft_model_state_dict
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from rightrank.engine.targets import ALL_LINEAR, all_linear_names, require_layers, require_names
+from rightrank.errors import ModelError
+from rightrank.io.models import DTYPES, find_model, first_line, quiet_third_parties
+from rightrank.plan_records import PlanSettings
+from rightrank.planning.quantised import quantise
+
+SAFETENSORS_CODES = {
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float64: "F64",
+    torch.int64: "I64",
+    torch.uint8: "U8",
+    torch.int8: "I8",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Matrix:
+    """An adapted weight of out_features × in_features."""
+
+    name: str
+    out_features: int
+    in_features: int
+
+
+@dataclass(frozen=True, slots=True)
+class Skeleton:
+    """A PEFT model on the meta device."""
+
+    model: Any  # PeftModel
+    matrices: tuple[Matrix, ...]
+
+    @property
+    def base(self) -> Any:
+        return self.model.get_base_model()
+
+    def trainable(self) -> list[torch.nn.Parameter]:
+        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+
+    def stored(self) -> list[torch.Tensor]:
+        """All parameters and buffers, tied ones once."""
+        return [*self.model.parameters(), *self.model.buffers()]
+
+    def adapter_state(self) -> dict[str, torch.Tensor]:
+        """What PEFT writes into `adapter_model.safetensors`."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PEFT says that an embedding is saved with the adapter: it is counted
+            state: dict[str, torch.Tensor] = get_peft_model_state_dict(self.model)
+        return state
+
+
+def read_config(reference: str, trust_remote_code: bool) -> Any:
+    """The configuration of a model folder, a GGUF file or a hub name.
+
+    Raises:
+        ModelError: no configuration there, an unknown architecture, or one that needs code of its own.
+    """
+    source = find_model(reference)
+    quiet_third_parties()
+    try:
+        config = AutoConfig.from_pretrained(source.name, **source.loading_arguments(trust_remote_code))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        # transformers raises any of these for what it does not know or can't read
+        raise ModelError(f"{reference}: transformers knows no such model ({first_line(error)})") from None
+    text = config.get_text_config()
+    if type(config) not in AutoModelForCausalLM._model_mapping and not trust_remote_code:
+        raise ModelError(f"{reference}: {config.model_type!r} is no causal language model that transformers knows")
+    text.use_cache = False  # as Trainer trains
+    return config
+
+
+def build_base(config: Any, settings: PlanSettings) -> Any:
+    """The base model on the meta device, frozen, quantised as asked.
+
+    Raises:
+        ModelError: transformers can't build it.
+    """
+    attention = "sdpa" if settings.attn_implementation == "flash_attention_2" else settings.attn_implementation
+    try:
+        with torch.device("meta"):
+            build: Any = AutoModelForCausalLM.from_config  # untyped in transformers
+            model = build(
+                copy.deepcopy(config),
+                dtype=DTYPES[settings.dtype],
+                attn_implementation=attention,
+                trust_remote_code=settings.trust_remote_code,
+            )
+    except (ValueError, KeyError, AttributeError, ImportError) as error:
+        raise ModelError(f"{config.model_type}: transformers can't build the model ({first_line(error)})") from None
+    model.requires_grad_(False)
+    quantise(model, settings)
+    return model
+
+
+def adapt(model: Any, settings: PlanSettings, rank: int) -> Skeleton:
+    """`model` with an adapter of `rank` put on by PEFT. The model itself is changed.
+
+    Raises:
+        ModelError: targets that match nothing or only in part, or that PEFT can't adapt.
+    """
+    require_names(model, settings.target_modules, settings.modules_to_save)
+    require_layers(model, settings.layers_to_transform)
+    _require_patterns(model, settings.rank_pattern)
+    try:
+        with _peft_quiet(), torch.device("meta"):
+            adapted = get_peft_model(
+                model,
+                _lora_config(model, settings, rank),
+                autocast_adapter_dtype=settings.autocast_adapter_dtype,
+                low_cpu_mem_usage=True,
+            )
+    except (ValueError, TypeError) as error:
+        raise ModelError(f"PEFT can't adapt the model ({first_line(error)})") from None
+    return Skeleton(adapted, tuple(_matrices(adapted)))
+
+
+def require_rank(skeleton: Skeleton, settings: PlanSettings) -> None:
+    """Refuse a rank above what a matrix can have, and name the matrix.
+
+    Raises:
+        ModelError: such a rank.
+    """
+    largest = max(settings.ranks)
+    for matrix in skeleton.matrices:
+        limit = min(matrix.out_features, matrix.in_features)
+        if largest > limit and not any(matrix.name.endswith(name) for name in settings.rank_pattern):
+            raise ModelError(
+                f"rank {largest} is above the {limit} that {matrix.name} ({matrix.out_features} × "
+                f"{matrix.in_features}) can have; give ranks up to {limit}, or exclude_modules"
+            )
+
+
+def _lora_config(model: Any, settings: PlanSettings, rank: int) -> LoraConfig:
+    targets = settings.target_modules
+    if targets == (ALL_LINEAR,) and settings.layers_to_transform is not None:
+        targets = all_linear_names(model, classification=False)  # PEFT wants names where it is told layers
+    return LoraConfig(
+        task_type=TaskType.CAUSAL_LM,
+        r=rank,
+        target_modules=ALL_LINEAR if targets == (ALL_LINEAR,) else (list(targets) or None),
+        target_parameters=list(settings.target_parameters) or None,
+        exclude_modules=list(settings.exclude_modules) or None,
+        layers_to_transform=None if settings.layers_to_transform is None else list(settings.layers_to_transform),
+        modules_to_save=list(settings.modules_to_save) or None,
+        rank_pattern=dict(settings.rank_pattern),
+        bias=settings.bias,
+        use_rslora=settings.use_rslora,
+        use_dora=settings.use_dora,
+        lora_dropout=settings.lora_dropout,
+    )
+
+
+def _matrices(model: Any) -> Iterator[Matrix]:
+    prefix = "base_model.model."
+    for name, module in model.named_modules():
+        if isinstance(module, LoraLayer):
+            rows: Any = module.out_features
+            columns: Any = module.in_features
+            yield Matrix(name.removeprefix(prefix), int(rows), int(columns))
+
+
+def _require_patterns(model: Any, rank_pattern: Mapping[str, int]) -> None:
+    """PEFT ignores a misspelt key of `rank_pattern`; here it is an error."""
+    names = [name for name, _ in model.named_modules()]
+    for key, rank in rank_pattern.items():
+        if rank < 1:
+            raise ModelError(f"rank_pattern: got {key}: {rank}; ranks are integers from 1")
+        if not _matches_any(key, names):
+            raise ModelError(f"rank_pattern: no module matches {key!r}; keys are ends of module names, or patterns")
+
+
+def _matches_any(key: str, names: list[str]) -> bool:
+    return any(re.match(rf"(.*\.)?({key})$", name) for name in names)
+
+
+@contextmanager
+def _peft_quiet() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of PEFT and transformers about each other: nothing a user could act on
+        yield

@@ -1,0 +1,147 @@
+"""One training step, or one evaluation batch, run on the meta device under the tracer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from rightrank.engine.bench import recomputed_blocks
+from rightrank.engine.loss import chunked_cross_entropy, output_head
+from rightrank.engine.prefix import find_blocks
+from rightrank.io.models import DTYPES
+from rightrank.plan_records import PlanSettings
+from rightrank.planning.kernels import DeviceKernels
+from rightrank.planning.skeleton import Skeleton
+from rightrank.planning.trace import StepTrace, Tracer
+
+
+@dataclass(frozen=True, slots=True)
+class Groups:
+    """Blocks in groups of `period`: the parts of a stack that repeat."""
+
+    blocks: Sequence[Any]
+    period: int
+
+    @property
+    def count(self) -> int:
+        return len(self.blocks) // self.period
+
+
+def trace_step(skeleton: Skeleton, settings: PlanSettings, groups: Groups | None, training: bool = True) -> StepTrace:
+    """What a step (or, without `training`, an evaluation batch) of `settings` allocates on the device.
+
+    The segments of the trace: 0 before the blocks, 1 … G for the groups, G+1 after them; in the backward pass G+2
+    before the blocks, then the groups from the last to the first.
+    """
+    model, device = skeleton.model, settings.device
+    autocast = None if settings.autocast is None else DTYPES[settings.autocast]
+    tracer = Tracer(skeleton.stored(), skeleton.base.config.get_text_config().vocab_size, device)
+    kernels = DeviceKernels(device, settings.padding, autocast)
+    batch = settings.batch_size if training else settings.eval_batch_size or settings.batch_size
+    with ExitStack() as stack:
+        stack.enter_context(_mode(model, settings, training))
+        stack.enter_context(tracer.named_modules(model))
+        stack.enter_context(_segments(tracer, groups))
+        stack.enter_context(nullcontext() if training else torch.no_grad())
+        for mode in (tracer, kernels, torch.device("meta")):
+            stack.enter_context(mode)
+        loss = _loss(skeleton, settings, batch * settings.arms)
+        tracer.phase = "backward"
+        kernels.drop_casts()
+        if training:
+            tracer.segment = 2 if groups is None else groups.count + 2
+            _backward(loss)
+            trainable = skeleton.trainable()
+            tracer.trace.gradients = tracer.gradient_storages(trainable)
+    tracer.stop()
+    for parameter in skeleton.trainable():
+        parameter.grad = None
+    return tracer.trace
+
+
+def _backward(loss: torch.Tensor) -> None:
+    """`loss.backward()` with the function modes left on: torch takes them off inside `Tensor.backward`, and blocks
+    that are recomputed there would run on other kernels than before."""
+    engine: Any = torch.autograd.graph._engine_run_backward
+    engine((loss,), (torch.ones_like(loss),), False, False, (), allow_unreachable=True, accumulate_grad=True)
+
+
+def _loss(skeleton: Skeleton, settings: PlanSettings, items: int) -> torch.Tensor:
+    ids = torch.empty((items, settings.seq_len), dtype=torch.long)
+    mask = {"attention_mask": torch.empty_like(ids)} if settings.padding else {}
+    if settings.loss == "full":
+        out = skeleton.model(input_ids=ids, labels=torch.empty_like(ids), use_cache=False, **mask)
+        loss: torch.Tensor = out.loss
+        return loss
+    base = skeleton.base
+    hidden = base.base_model(input_ids=ids, use_cache=False).last_hidden_state
+    kept = hidden[:, :-1].reshape(-1, hidden.shape[-1])
+    targets = ids[:, 1:].reshape(-1)
+    return chunked_cross_entropy(kept, targets, output_head(base), 1.0)[0]
+
+
+@contextmanager
+def _mode(model: Any, settings: PlanSettings, training: bool) -> Iterator[None]:
+    """Training or evaluation mode, with blocks recomputed where that was asked for."""
+    model.train(training and settings.loss == "full")
+    if not (settings.gradient_checkpointing and training):
+        yield
+        return
+    with recomputed_blocks(model.get_base_model()):
+        model.train(settings.loss == "full")
+        if settings.loss == "chunked":
+            for module in model.modules():
+                if getattr(module, "gradient_checkpointing", False):
+                    module.training = True
+        yield
+
+
+@contextmanager
+def _segments(tracer: Tracer, groups: Groups | None) -> Iterator[None]:
+    """Tell the tracer which group of blocks runs, forwards and backwards."""
+    if groups is None:
+        yield
+        return
+    count, period = groups.count, groups.period
+    handles = []
+
+    def enter(number: int) -> Any:
+        def hook(_module: Any, _inputs: Any) -> None:
+            if tracer.phase == "forward":
+                tracer.segment = 1 + number
+
+        return hook
+
+    def leave(number: int) -> Any:
+        def mark(_gradient: torch.Tensor) -> None:
+            tracer.segment = count + 3 + (count - 1 - number)
+
+        def hook(_module: Any, _inputs: Any, output: Any) -> None:
+            if tracer.phase == "backward":
+                return
+            if number == count - 1:
+                tracer.segment = count + 1
+            hidden = output[0] if isinstance(output, tuple) else output
+            if hidden.requires_grad:
+                hidden.register_hook(mark)
+
+        return hook
+
+    for number in range(count):
+        handles.append(groups.blocks[number * period].register_forward_pre_hook(enter(number)))
+        handles.append(groups.blocks[(number + 1) * period - 1].register_forward_hook(leave(number)))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def blocks_of(model: Any) -> Sequence[Any] | None:
+    """The model's one stack of blocks, or None."""
+    found = find_blocks(model)
+    return None if found is None else list(found[1])

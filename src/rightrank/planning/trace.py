@@ -1,0 +1,143 @@
+"""What a training step allocates, in order: the real step on meta tensors, every storage followed from birth to death.
+
+A meta tensor has shape, type and a storage without memory. The model's own code, autograd and PEFT run on them as
+they are; a dispatch mode notes each new storage, and a finalizer notes its end. The step's kernels are those of the
+device planned for (see `kernels`). What a kernel allocates inside itself is not seen, and is added from a table there.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from rightrank.planning.kernels import DeviceKind, scratch_bytes
+
+Phase: TypeAlias = Literal["forward", "backward"]
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Where in the step a storage comes from."""
+
+    op: str
+    module: str  # the module that ran, by its name; empty outside every module
+    phase: Phase
+    has_vocabulary: bool  # one of its dimensions is the vocabulary
+
+
+@dataclass(slots=True)
+class StepTrace:
+    """Births (+n) and deaths (−n) of allocation n−1, in order; those without a death live until the step is over."""
+
+    sizes: list[int] = field(default_factory=list)  # bytes, not rounded
+    origins: list[Origin] = field(default_factory=list)
+    events: list[int] = field(default_factory=list)
+    segments: list[int] = field(default_factory=list)  # of each event
+    flops: dict[int, int] = field(default_factory=dict)  # by segment; a multiply and an add are two
+    gradients: frozenset[int] = frozenset()  # allocations that end as gradients of trainable parameters
+
+    def add(self, size: int, origin: Origin, segment: int) -> int:
+        """A birth; its number."""
+        self.sizes.append(size)
+        self.origins.append(origin)
+        self.events.append(len(self.sizes))
+        self.segments.append(segment)
+        return len(self.sizes)
+
+    def end(self, number: int, segment: int) -> None:
+        self.events.append(-number)
+        self.segments.append(segment)
+
+
+class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's __init_subclass__
+    """Fills a `StepTrace` while it is active; storages of `known` tensors were there before."""
+
+    def __init__(self, known: Iterable[torch.Tensor], vocabulary: int, device: DeviceKind) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.trace = StepTrace()
+        self.phase: Phase = "forward"
+        self.segment = 0
+        self._vocabulary = vocabulary
+        self._device: DeviceKind = device
+        self._known = {tensor.untyped_storage()._cdata for tensor in known}
+        self._alive: dict[int, int] = {}
+        self._modules: list[str] = []
+        self._finalizers: list[Any] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default:
+            return 0  # no value is known; branches on values are answered by `kernels`
+        keywords = kwargs or {}
+        out = func(*args, **keywords)
+        scratch = [
+            self.trace.add(size, self._origin(func, False), self.segment)
+            for size in scratch_bytes(func, args, self._device)
+        ]
+        for tensor in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(tensor, torch.Tensor):
+                self._see(tensor, func)
+        for number in reversed(scratch):
+            self.trace.end(number, self.segment)
+        formula = flop_registry.get(func._overloadpacket)
+        if formula is not None:
+            self._count_flops(int(formula(*args, **keywords, out_val=out)))
+        return out
+
+    def gradient_storages(self, parameters: Iterable[torch.Tensor]) -> frozenset[int]:
+        """The allocations that hold the parameters' gradients now."""
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        return frozenset(self._alive[gradient.untyped_storage()._cdata] - 1 for gradient in gradients)
+
+    def stop(self) -> None:
+        """Forget what is still alive: it lives until the step is over."""
+        for finalizer in self._finalizers:
+            finalizer.detach()
+
+    @contextmanager
+    def named_modules(self, model: torch.nn.Module) -> Iterator[None]:
+        """Within the block, know which module runs."""
+        names = {id(module): name for name, module in model.named_modules()}
+
+        def enter(module: torch.nn.Module, _inputs: Any) -> None:
+            self._modules.append(names.get(id(module), ""))
+
+        def leave(_module: torch.nn.Module, _inputs: Any, _output: Any) -> None:
+            self._modules.pop()
+
+        hooks = (
+            torch.nn.modules.module.register_module_forward_pre_hook(enter),
+            torch.nn.modules.module.register_module_forward_hook(leave, always_call=True),
+        )
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _see(self, tensor: torch.Tensor, func: Any) -> None:
+        if tensor.device.type != "meta":
+            return
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._known or key in self._alive:
+            return
+        origin = self._origin(func, self._vocabulary in tensor.shape)
+        self._alive[key] = self.trace.add(storage.nbytes(), origin, self.segment)
+        self._finalizers.append(weakref.finalize(storage, self._dead, key))
+
+    def _dead(self, key: int) -> None:
+        self.trace.end(self._alive.pop(key), self.segment)
+
+    def _origin(self, func: Any, has_vocabulary: bool) -> Origin:
+        module = self._modules[-1] if self._modules else ""
+        return Origin(func.__name__, module, self.phase, has_vocabulary)
+
+    def _count_flops(self, count: int) -> None:
+        self.trace.flops[self.segment] = self.trace.flops.get(self.segment, 0) + count

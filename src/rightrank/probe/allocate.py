@@ -1,0 +1,215 @@
+"""`allocate`: a rank for each module, proposed only if trained evidence is for it.
+
+A pattern wins if, trained from the start at no more parameters than the uniform adapter, it beats that by the paired
+rule, and beats the same ranks shuffled over the modules too: else what helped was not where the ranks are.
+The pattern is made on the training and selection splits; all comparisons are on the test split.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from rightrank.engine.adapter import attached
+from rightrank.engine.bench import Bench, Scores
+from rightrank.engine.targets import lora_config
+from rightrank.errors import SettingsError, did_you_mean
+from rightrank.io.adapter_folder import AdapterFolder, exact_pattern, open_adapter
+from rightrank.maths.intervals import estimate
+from rightrank.probe import importance
+from rightrank.probe.bench_of import DataUse, bench_of, train_attached
+from rightrank.probe_records import Allocation, AllocationTrial, AllocationVerdict
+from rightrank.records import Arm
+from rightrank.settings import SelectSettings, make_settings
+
+MEASURES = ("sensitivity", "spectra", "gradient", "eva")
+CONFIDENCE = 0.95  # of the two-sided interval
+SHUFFLES = 400  # draws, of which the nearest to the budget is taken
+
+PatternKind = Literal["uniform", "allocated", "shuffled"]
+
+
+@dataclass(frozen=True, slots=True)
+class AllocateOptions:
+    """What is trained, and how the pattern is made."""
+
+    rank: int  # of the uniform adapter that sets the budget
+    learning_rate: float
+    steps: int
+    by: str = "sensitivity"
+    pattern: Path | None = None  # a JSON file of ranks by module, to be tested instead of a measure's
+    seeds: tuple[int, ...] = (0, 1)
+    base: str | None = None
+    settings: SelectSettings = field(default_factory=lambda: make_settings({}))
+    on_trial: Callable[[AllocationTrial], None] = lambda _: None
+
+
+@dataclass(frozen=True, slots=True)
+class _Trained:
+    record: AllocationTrial
+    scores: Scores
+
+
+def allocate(path: Path, data: Path, options: AllocateOptions) -> Allocation:
+    """Make a pattern from a trained adapter, train it beside its rivals, and say whether it pays.
+
+    Raises:
+        InputError: the adapter, data, measure or pattern can't be used.
+        RunError: a training diverged.
+    """
+    _check(options)
+    adapter = open_adapter(path)
+    given = None if options.pattern is None else read_pattern(options.pattern, adapter)
+    budget = options.rank * sum(module.rows + module.columns for module in adapter.modules)
+    with tempfile.TemporaryDirectory(prefix="rightrank-") as name:
+        bench = bench_of(adapter, options.base, DataUse(data, options.settings, Path(name) / "cache", options.steps))
+        ranks = given or make_pattern(adapter, bench, budget, options)
+        patterns = {
+            "uniform": dict.fromkeys(ranks, options.rank),
+            "allocated": ranks,
+            "shuffled": shuffled(adapter, ranks, seed=0),
+        }
+        trained: dict[PatternKind, list[_Trained]] = {"uniform": [], "allocated": [], "shuffled": []}
+        for kind, found in trained.items():
+            for seed in options.seeds:
+                found.append(_train(bench, adapter, kind, patterns[kind], seed, options))
+                options.on_trial(found[-1].record)
+    return _answer(adapter, ranks, trained, options)
+
+
+def make_pattern(adapter: AdapterFolder, bench: Bench, budget: int, options: AllocateOptions) -> dict[str, int]:
+    """Ranks by the measure that was asked for, within the budget of parameters."""
+    if options.by == "spectra":
+        return importance.by_spectra(adapter, budget)
+    if options.by == "gradient":
+        return importance.by_gradient(adapter, bench, budget)
+    if options.by == "eva":
+        return importance.by_eva(adapter, bench, budget, options.rank)
+    return importance.by_sensitivity(adapter, bench, budget)
+
+
+def read_pattern(path: Path, adapter: AdapterFolder) -> dict[str, int]:
+    """Ranks by exact module name; modules that are not named have none and so every one must be.
+
+    Raises:
+        SettingsError: not such a file, a name that is no module of the adapter, a module left out, or no rank.
+    """
+    try:
+        pattern = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise SettingsError(f"{path}: not readable as JSON ({error}); give a file of {{module: rank}}") from None
+    if not isinstance(pattern, dict):
+        raise SettingsError(f"{path}: got a {type(pattern).__name__}; give a file of {{module: rank}}")
+    names = {module.name: min(module.rows, module.columns) for module in adapter.modules}
+    for name, rank in pattern.items():
+        if name not in names:
+            hint = did_you_mean(name, names) or f"; modules there are: {', '.join(list(names)[:3])}, …"
+            raise SettingsError(f"{path}: {name!r} is no module of the adapter{hint}")
+        if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank <= names[name]:
+            raise SettingsError(f"{path}: {name} has rank {rank!r}; give a whole number from 1 to {names[name]}")
+    missing = [name for name in names if name not in pattern]
+    if missing:
+        raise SettingsError(f"{path}: {missing[0]} is not named ({len(missing)} such); name every module")
+    return dict(pattern)
+
+
+def shuffled(adapter: AdapterFolder, ranks: Mapping[str, int], seed: int) -> dict[str, int]:
+    """The same ranks over other modules, at parameters as near to the pattern's as a draw gives."""
+    costs = np.array([module.rows + module.columns for module in adapter.modules])
+    limits = np.array([min(module.rows, module.columns) for module in adapter.modules])
+    values = np.array([ranks[module.name] for module in adapter.modules])
+    wanted = int(values @ costs)
+    generator = np.random.default_rng(seed)
+    draws = [generator.permutation(values) for _ in range(SHUFFLES)]
+    fitting = [draw for draw in draws if (draw <= limits).all() and (draw != values).any()] or [values]
+    best = min(fitting, key=lambda draw: abs(int(draw @ costs) - wanted))
+    return {module.name: int(rank) for module, rank in zip(adapter.modules, best, strict=True)}
+
+
+def _check(options: AllocateOptions) -> None:
+    if len(options.seeds) < 2:
+        raise SettingsError(
+            f"--seeds: got {len(options.seeds)}; give two or more: one can't show what another would give"
+        )
+    if options.settings.scaling == "constant":
+        raise SettingsError(
+            "scaling 'constant' needs an alpha of its own at each rank; give 'alpha/r' or 'alpha/sqrt(r)'"
+        )
+    if options.pattern is None and options.by not in MEASURES:
+        hint = did_you_mean(options.by, MEASURES)
+        raise SettingsError(f"--by {options.by!r} is not known{hint or '; allowed: ' + ', '.join(MEASURES)}")
+    if options.rank < 1 or options.steps < 1 or not options.learning_rate > 0:
+        raise SettingsError("--rank and --max-steps must be whole numbers from 1, and --learning-rate above 0")
+
+
+def _train(
+    bench: Bench,
+    adapter: AdapterFolder,
+    kind: PatternKind,
+    ranks: Mapping[str, int],
+    seed: int,
+    options: AllocateOptions,
+) -> _Trained:
+    """Train one pattern from a fresh start and measure it on the test split."""
+    settings = bench.settings
+    arm = Arm(
+        rank=max(ranks.values()),
+        learning_rate=options.learning_rate,
+        lora_alpha=settings.lora_alpha,
+        seed=seed,
+        steps=options.steps,
+    )
+    config = lora_config(settings, arm, bench.data.is_classification, bench.targets.names)
+    config.rank_pattern = exact_pattern(ranks, arm.rank, ranks)
+    with attached(bench.model, settings, arm, config) as peft_model:
+        train_attached(bench, peft_model, options.learning_rate, seed)
+        scores = bench.evaluate("test")
+    parameters = sum(ranks[module.name] * (module.rows + module.columns) for module in adapter.modules)
+    record = AllocationTrial(pattern=kind, seed=seed, parameters=parameters, value=scores.loss, ranks=dict(ranks))
+    return _Trained(record, scores)
+
+
+def _answer(
+    adapter: AdapterFolder,
+    ranks: Mapping[str, int],
+    trained: Mapping[PatternKind, list[_Trained]],
+    options: AllocateOptions,
+) -> Allocation:
+    verdicts = [
+        compare(trained["allocated"], trained["uniform"], "uniform"),
+        compare(trained["allocated"], trained["shuffled"], "shuffled"),
+    ]
+    better = all(verdict.better for verdict in verdicts)
+    by = "the pattern given" if options.pattern else options.by
+    against = verdicts[0]
+    figures = f"{against.difference:+.4f} nats [{against.low:+.4f}, {against.high:+.4f}] against uniform"
+    if better:
+        sentence = f"The pattern by {by} beats uniform rank {options.rank} at equal parameters, and beats its own shuffle: {figures}."
+    else:
+        why = "does not beat uniform" if not against.better else "beats uniform but not its own shuffle"
+        sentence = f"Keep uniform rank {options.rank}: the pattern by {by} {why} at equal parameters: {figures}."
+    return Allocation(
+        proposal="pattern" if better else "uniform",
+        sentence=sentence,
+        by=by,
+        rank=options.rank,
+        parameters=trained["allocated"][0].record.parameters,
+        rank_pattern=exact_pattern(ranks, None, ranks) if better else {},
+        lora_alpha=options.settings.lora_alpha,
+        verdicts=verdicts,
+        trials=[one.record for found in trained.values() for one in found],
+    )
+
+
+def compare(left: list[_Trained], right: list[_Trained], against: Literal["uniform", "shuffled"]) -> AllocationVerdict:
+    """Left minus right, nats, paired over seeds and items, with its 95% interval."""
+    sums = np.array([a.scores.losses for a in left]) - np.array([b.scores.losses for b in right])
+    found = estimate(sums, np.array(left[0].scores.tokens, dtype=np.float64))
+    low, high = (found.bound(level) for level in ((1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2))
+    return AllocationVerdict(against=against, difference=found.mean, low=low, high=high, better=high < 0)

@@ -1,0 +1,35 @@
+"""`inspect --gradient MODEL DATA`: the spectrum of the loss's gradient to each weight, before any training."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+from rightrank.probe.bench_of import DataUse, make_bench
+from rightrank.probe.checkpoint_spectra import matrix_update
+from rightrank.probe.importance import GRADIENT_ITEMS, weight_gradients
+from rightrank.probe.spectrum import Circumstances, describe, flag_dead, summarise
+from rightrank.probe_records import Inspection
+from rightrank.settings import SelectSettings
+
+
+def inspect_gradient(model: str, data: Path, settings: SelectSettings, sketch_rank: int) -> Inspection:
+    """The spectra of the gradient of the mean training loss over the first items, on the modules of the settings.
+
+    Raises:
+        InputError: the model, the data or a module name can't be used.
+    """
+    with tempfile.TemporaryDirectory(prefix="rightrank-") as name:
+        bench = make_bench(model, None, DataUse(data, settings, Path(name)))
+        shapes = {target.name: target for target in bench.targets.modules}
+        gradients = weight_gradients(bench, list(shapes))
+    updates = []
+    for module, gradient in gradients.items():
+        target = shapes[module]
+        # Conv1D keeps its weight as in × out
+        matrix = gradient if gradient.shape[0] == target.out_features else gradient.T
+        updates.append(matrix_update(module, matrix.float(), sketch_rank))
+    modules = flag_dead([describe(update) for update in updates])
+    note = f"mean loss over the first {min(GRADIENT_ITEMS, len(bench.items('train')))} training items, base without adapter"
+    about = Circumstances("gradient", "none", model, sum(update.parameters for update in updates), notes=(note,))
+    return Inspection(modules=modules, summary=summarise(modules, about))

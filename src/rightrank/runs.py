@@ -1,0 +1,68 @@
+"""What can be done with a run folder: write its report again, export it, see where it stands."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rightrank.decision.run import decision_so_far, last_decided, records_of
+from rightrank.errors import RunFolderError
+from rightrank.exports.recipe import recipe_of
+from rightrank.exports.targets import Exported, require_target, write_export
+from rightrank.io.files import disk_errors_told, write_text
+from rightrank.io.run_folder import RunFolder
+from rightrank.report.figures import figures_of
+from rightrank.report.files import write_figures
+from rightrank.report.html import render_report
+
+
+def write_report(run: str | Path) -> Path:
+    """Write `report.html` and the figures of a run again, from its journal alone.
+
+    Raises:
+        RunFolderError: no run there.
+    """
+    folder = existing_run(run)
+    records = records_of(folder.journal.read(), str(folder.path))
+    decision = decision_so_far(records)
+    with disk_errors_told(folder.path):
+        write_text(folder.report, render_report(records, decision))
+        write_figures(folder.figures, figures_of(records, decision))
+    return folder.report
+
+
+def export(run: str | Path, to: str, out: str | Path | None = None) -> Exported:
+    """Write what another program needs to train or serve the run's adapter.
+
+    Args:
+        run: a run folder whose selection has ended.
+        to: peft, trl, axolotl, llamafactory, unsloth, ms-swift, vllm or sglang.
+        out: the folder to write, replaced whole; None for `exports/<to>` in the run folder.
+
+    Raises:
+        SettingsError: an unknown target.
+        RunFolderError: no run there, or one without a decision or an adapter.
+        ResultsError: a rank that the server does not serve.
+    """
+    require_target(to)
+    folder = existing_run(run)
+    journal = folder.journal.read()
+    records = records_of(journal, str(folder.path))
+    decided = last_decided(journal)
+    if decided is None:
+        raise RunFolderError(f"{folder.path}: no decision yet; run the selection to its end, then export")
+    trial = next(trial for trial in records.finished() if trial.trial_id == decided.adapter_trial_id)
+    recipe = recipe_of(records.started, trial, folder.adapter)
+    with disk_errors_told(folder.path):
+        return write_export(to, recipe, Path(out) if out is not None else folder.path / "exports" / to)
+
+
+def existing_run(run: str | Path) -> RunFolder:
+    """A run folder that is there.
+
+    Raises:
+        RunFolderError: no folder, or no journal in it.
+    """
+    folder = RunFolder(Path(run))
+    if not folder.journal.path.exists():
+        raise RunFolderError(f"{run}: no journal.jsonl there; give a folder that `rightrank select --out` made")
+    return folder

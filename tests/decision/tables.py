@@ -1,0 +1,50 @@
+"""Tables for tests, in the metric's own direction."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from rightrank.decision import ScoreTable, table_of_results
+from rightrank.records import Result, Results
+
+
+def bare(
+    values: Mapping[int, float], metric: str = "eval_loss", higher: bool = False, std: float | None = None
+) -> ScoreTable:
+    """One number a rank."""
+    results = [Result(trial_id=str(rank), rank=rank, value=value, std=std) for rank, value in values.items()]
+    return table_of_results(Results(metric=metric, higher_is_better=higher, results=results, understood=[]))
+
+
+def scored(
+    losses: Mapping[int, float],
+    items: int = 400,
+    seeds: Sequence[int] = (0, 1, 2),
+    noise: float = 0.02,
+    level: float = 0.5,
+    train: Mapping[int, float] | None = None,
+    seed: int = 0,
+) -> ScoreTable:
+    """Items × seeds with a true mean for each rank: items differ by `level`, ranks on an item by `noise`."""
+    generator = np.random.default_rng(seed)
+    shared = level * generator.standard_normal(items)
+    results = []
+    for rank, loss in losses.items():
+        taste = noise * generator.standard_normal(items)
+        for number in seeds if rank else (0,):
+            values = loss + shared + taste - taste.mean() + noise * generator.standard_normal(items)
+            results.append(
+                Result(
+                    trial_id=f"{rank}-{number}",
+                    rank=rank,
+                    learning_rate=1e-3 if rank else 0.0,
+                    seed=number,
+                    value=float(values.mean()),
+                    item_values=values.tolist(),
+                    train_value=None if train is None else train.get(rank),
+                    seconds=60.0,
+                )
+            )
+    return table_of_results(Results(metric="eval_loss", higher_is_better=False, results=results, understood=[]))

@@ -1,0 +1,190 @@
+from __future__ import annotations
+
+import pytest
+
+from rightrank.decision import Cell, ScoreTable, decide
+from rightrank.errors import ResultsError
+from tests.decision.tables import bare, scored
+
+RISING = {1: 2.4, 2: 2.3, 4: 2.2, 8: 2.1}
+SATURATED = {1: 2.3, 4: 2.05, 16: 2.001, 64: 2.0}
+
+
+def test_the_smallest_rank_within_the_margin_is_named_with_its_evidence() -> None:
+    decision = decide(scored(SATURATED), 0.01)
+    assert (decision.rank, decision.verdict, decision.reference_rank) == (16, "saturated", 64)
+    assert {e.rank: e.non_inferior for e in decision.ranks} == {1: False, 4: False, 16: True, 64: True}
+    assert decision.flags == []
+    assert "16" in decision.sentence
+    assert decision.next_runs[0].action == "test"
+
+
+def test_a_single_number_a_rank_is_read_and_never_called_shown() -> None:
+    decision = decide(bare(SATURATED), 0.005)
+    assert decision.rank == 16
+    assert "underpowered" in decision.flags
+    assert decision.basis == "values"
+    assert next(e for e in decision.ranks if e.rank == 16).non_inferior is None
+    assert "suggest" in decision.sentence
+
+
+def test_a_stated_deviation_can_settle_what_bare_numbers_cannot() -> None:
+    decision = decide(bare(SATURATED, std=0.0003), 0.005)
+    assert decision.rank == 16
+    assert "underpowered" not in decision.flags
+    assert decision.basis == "std"
+
+
+def test_rising_where_the_top_beats_all_others() -> None:
+    for table in (bare(RISING), scored(RISING)):
+        decision = decide(table, 0.01)
+        assert (decision.rank, decision.verdict) == (8, "rising")
+        run = decision.next_runs[0]
+        assert (run.action, run.ranks) == ("rank", [16])
+
+
+def test_flat_takes_the_smallest() -> None:
+    decision = decide(scored({1: 2.0, 4: 2.0005, 16: 2.0}), 0.01)
+    assert (decision.rank, decision.verdict) == (1, "flat")
+
+
+def test_noise_as_wide_as_the_margin_is_undecided_and_names_a_run_that_would_settle_it() -> None:
+    table = scored({1: 2.3, 4: 2.006, 16: 2.001, 64: 2.0}, items=60, noise=0.03)
+    decision = decide(table, 0.01)
+    assert (decision.rank, decision.verdict) == (None, "undecided")
+    assert "underpowered" in decision.flags
+    assert decision.fallback_rank in (16, 64)
+    run = decision.next_runs[0]
+    assert run.action in ("items", "seeds")
+    assert (run.items or 0) > 60 or (run.seeds or 0) > 3
+
+
+def test_no_gain_where_the_base_is_within_the_margin() -> None:
+    decision = decide(scored({0: 2.001, 1: 2.0, 4: 2.0}), 0.01)
+    assert (decision.rank, decision.verdict) == (None, "no_gain")
+    assert decide(bare({0: 2.001, 1: 2.0, 4: 2.0}), 0.01).verdict == "no_gain"
+
+
+def test_a_gain_that_is_open_is_undecided() -> None:
+    decision = decide(scored({0: 2.008, 1: 2.0, 4: 2.0}, items=40, noise=0.05), 0.01)
+    assert (decision.rank, decision.verdict) == (None, "undecided")
+    assert "base" in decision.sentence
+
+
+def test_overfitting_takes_both_halves() -> None:
+    losses = {1: 2.1, 4: 2.0, 16: 2.1, 64: 2.2}
+    better = {1: 1.9, 4: 1.8, 16: 1.5, 64: 1.2}
+    worse = {1: 1.9, 4: 1.8, 16: 1.9, 64: 2.1}
+    assert decide(scored(losses, train=better), 0.01).verdict == "overfitting"
+    assert decide(scored(losses, train=worse), 0.01).verdict == "saturated"
+    assert decide(scored(losses), 0.01).verdict == "saturated"
+
+
+def test_the_sequence_stops_at_the_first_failure() -> None:
+    decision = decide(bare({1: 2.0, 4: 2.1, 16: 2.0, 64: 1.999}), 0.005)
+    assert decision.rank == 16  # rank 1 is within the margin, but 4 is not
+
+
+def test_ties_go_to_the_lower_rank() -> None:
+    assert decide(bare({1: 2.5, 4: 2.0, 16: 2.0}), 0.005).reference_rank == 4
+
+
+@pytest.mark.parametrize("margin", [0.0005, 0.003, 0.04, 0.2, 0.5])
+def test_the_staircase_says_what_the_rule_says_at_every_margin(margin: float) -> None:
+    table = bare(SATURATED)
+    stairs = decide(table, 0.005).staircase
+    assert stairs[0].margin == 0
+    assert [step.rank for step in stairs] == sorted((step.rank for step in stairs), reverse=True)
+    reached = [step.rank for step in stairs if step.margin <= margin][-1]
+    assert decide(table, margin).rank == reached
+
+
+def test_higher_is_better_mirrors_lower() -> None:
+    mirrored = decide(bare({rank: -value for rank, value in SATURATED.items()}, "reward", higher=True), 0.005)
+    assert mirrored.rank == decide(bare(SATURATED), 0.005).rank
+    assert all(e.low <= e.value <= e.high for e in mirrored.ranks)
+
+
+def test_perplexity_is_judged_through_its_logarithm() -> None:
+    decision = decide(bare({1: 8.0, 4: 7.42, 16: 7.40, 64: 7.39}, "eval_perplexity"))
+    assert decision.margin == pytest.approx(7.39 * 0.005)
+    assert decision.rank == 4
+    evidence = next(e for e in decision.ranks if e.rank == 4)
+    assert evidence.value == pytest.approx(7.42)
+    assert evidence.difference == pytest.approx(0.03, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("metric", "higher", "best", "margin"),
+    [("eval_loss", False, 2.0, 0.005), ("accuracy", True, 0.9, 0.005), ("accuracy", True, 90.0, 0.5), ("BLEU", True, 70.0, 0.7)],
+)  # fmt: skip
+def test_default_margins(metric: str, higher: bool, best: float, margin: float) -> None:
+    worse = best * (0.9 if higher else 1.1)
+    assert decide(bare({1: worse, 4: best}, metric, higher)).margin == pytest.approx(margin)
+
+
+def test_the_best_of_several_rates_is_corrected_by_its_optimism() -> None:
+    """Equal rates with noise: the best looks better than it is by the expected minimum of the noise."""
+    cells = {
+        (rank, rate, seed): Cell("t", 0.0, *_one(2.0 + 0.01 * seed_noise))
+        for rank in (1, 4)
+        for rate in (1e-4, 3e-4, 1e-3)
+        for seed, seed_noise in enumerate((-1, 1) if rank == 1 else (1, -1))
+    }
+    decision = decide(ScoreTable("loss", False, cells), 0.005)
+    # the two ranks' seeds go opposite ways: own noise 0.02, of a mean of two 0.0141; E[min of 3 normals] = -0.846
+    assert decision.winner_gap == pytest.approx(0.846 * 0.02 / 2**0.5, rel=0.05)
+    assert "winner_gap" in decision.flags
+
+
+def test_a_best_rate_at_the_edge_is_flagged_and_the_next_rate_named() -> None:
+    cells = {
+        (rank, rate, 0): Cell("t", 0.0, *_one(2.0 + 0.1 / rank - 10 * rate)) for rank in (1, 4) for rate in (1e-3, 3e-3)
+    }
+    decision = decide(ScoreTable("loss", False, cells), 0.005)
+    assert "lr_edge" in decision.flags
+    run = next(run for run in decision.next_runs if run.action == "rates")
+    assert run.learning_rates == [pytest.approx(9e-3)]
+
+
+def test_a_diverged_training_is_a_missing_cell() -> None:
+    table = bare(SATURATED)
+    decision = decide(ScoreTable(table.metric, False, table.cells, {64: 1}, table.kind), 0.005)
+    assert "unstable" in decision.flags
+    assert decision.rank == 16
+
+
+def test_order_still_changing_is_flagged() -> None:
+    def cell(rank: int, gaps: tuple[float, ...]) -> Cell:
+        points = tuple((25 * (n + 1), 2.0 + gap) for n, gap in enumerate(gaps))
+        return Cell(str(rank), 2.0 + gaps[-1], *_one(2.0 + gaps[-1]), points=points, steps=100)
+
+    parting = {(4, 0.0, 0): cell(4, (0.0, 0.001, 0.002, 0.004)), (64, 0.0, 0): cell(64, (0.0, 0.0, 0.0, 0.0))}
+    steady = {(4, 0.0, 0): cell(4, (0.004, 0.002, 0.002, 0.002)), (64, 0.0, 0): cell(64, (0.0, 0.0, 0.0, 0.0))}
+    assert "may_be_capacity_limited" in decide(ScoreTable("loss", False, parting), 0.005).flags
+    settled = decide(ScoreTable("loss", False, steady), 0.005)
+    assert "may_be_capacity_limited" not in settled.flags
+    assert settled.horizon is not None
+    assert settled.horizon.holds_from == 25
+    assert "extrapolated" in decide(ScoreTable("loss", False, steady), 0.005, horizon_steps=1000).flags
+
+
+def test_another_metric_that_wants_another_rank_is_flagged() -> None:
+    def cell(loss: float, accuracy: float) -> Cell:
+        return Cell("t", loss, *_one(loss), others={"accuracy": accuracy})
+
+    table = ScoreTable("loss", False, {(4, 0.0, 0): cell(2.001, 0.70), (64, 0.0, 0): cell(2.0, 0.80)})
+    assert "metric_conflict" in decide(table, 0.005).flags
+
+
+def test_one_rank_or_a_margin_of_nothing_is_refused() -> None:
+    with pytest.raises(ResultsError, match="two or more"):
+        decide(bare({4: 2.0}))
+    with pytest.raises(ResultsError, match="margin 0 is not allowed"):
+        decide(bare(SATURATED), 0.0)
+
+
+def _one(loss: float) -> tuple[object, object]:
+    import numpy as np
+
+    return np.array([loss]), np.ones(1)

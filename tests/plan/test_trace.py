@@ -1,0 +1,79 @@
+"""The trace: a few blocks stand for all, two ranks for the ranks between, and nothing of it is approximate."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from rightrank.plan_records import PlanSettings, make_plan_settings
+from rightrank.planning.estimate import Estimator
+from rightrank.planning.stack import TRACED_GROUPS, deepen, find_reduction, reduced_config
+from rightrank.planning.step import Groups, blocks_of, trace_step
+from tests.plan.architectures import CONFIGS
+
+SETTINGS: list[dict[str, Any]] = [
+    {},
+    {"padding": True},
+    {"loss": "chunked"},
+    {"gradient_checkpointing": True},
+    {"device": "cpu", "dtype": "float32"},
+    {"load_in_4bit": True},
+    {"attn_implementation": "eager"},
+    {"dtype": "float32", "autocast": "bfloat16"},
+]
+
+
+def settings_of(**values: Any) -> PlanSettings:
+    return make_plan_settings({"ranks": (4, 12), "batch_size": 2, "seq_len": 32} | values)
+
+
+@pytest.mark.parametrize("values", SETTINGS)
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_few_blocks_give_the_whole_depth(name: str, values: dict[str, Any]) -> None:
+    """The trace written out from four blocks is the trace of all six, event for event."""
+    settings = settings_of(**values)
+    estimator = Estimator(CONFIGS[name](), settings)
+    full = trace_step(estimator.skeleton, settings, None)
+    blocks = blocks_of(estimator.skeleton.base)
+    assert blocks is not None
+    reduction = find_reduction(blocks)
+    assert reduction is not None
+    small = Estimator(reduced_config(CONFIGS[name](), TRACED_GROUPS), settings).skeleton
+    few = blocks_of(small.base)
+    assert few is not None
+    deep = deepen(trace_step(small, settings, Groups(few, 1)), reduction.groups)
+    assert deep is not None
+    assert deep.events == full.events
+    assert deep.sizes == full.sizes
+    assert deep.gradients == full.gradients
+    assert sum(deep.flops.values()) == sum(full.flops.values())
+
+
+@pytest.mark.parametrize("name", list(CONFIGS))
+def test_two_ranks_give_the_ranks_between(name: str) -> None:
+    """Rank 8 from traces of 4 and 12 is rank 8 traced."""
+    settings = settings_of(exclude_modules=["shared_expert_gate"] if name == "moe" else [])
+    between = Estimator(CONFIGS[name](), settings).estimate(8)
+    direct = Estimator(CONFIGS[name](), settings.model_copy(update={"ranks": (8,)})).estimate(8)
+    assert between.training == direct.training
+    assert between.anatomy.stored == direct.anatomy.stored
+    assert between.flops == direct.flops
+    assert between.source == direct.source == "traced"
+
+
+def test_components_add_up_to_the_peak() -> None:
+    highest = Estimator(CONFIGS["llama"](), settings_of(loss="chunked")).estimate(12).training
+    assert sum(highest.components.values()) == highest.peak_bytes
+    assert min(highest.components.values()) >= 0
+    assert highest.reserved_bytes >= highest.peak_bytes
+
+
+def test_blocks_that_differ_are_traced_whole() -> None:
+    """Adapters on some layers only: the blocks are not alike, and no reduction is made."""
+    settings = settings_of(layers_to_transform=(1, 4), target_modules=("q_proj",))
+    estimator = Estimator(CONFIGS["llama"](), settings)
+    blocks = blocks_of(estimator.skeleton.base)
+    assert blocks is not None
+    assert find_reduction(blocks) is None
+    assert estimator.estimate(12).source == "traced"
