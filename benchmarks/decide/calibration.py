@@ -98,7 +98,12 @@ def worlds(short: bool) -> list[World]:
     if short:
         return [World(shape, 3, 200, "heavy") for shape in SHAPES]
     scored = [World(shape, s, i, tails) for s, i in SIZES for tails in ("normal", "heavy") for shape in SHAPES]
-    bare = [World(shape, s, 1000, "heavy", scored=False) for s in (2, 3, 5) for shape in SHAPES]
+    # without item scores the items are what they are: intervals speak of other seeds, and so does the truth
+    bare = [
+        World(shape, s, 200, "heavy", item_level=0.0, item_rank=0.0, both=0.01, scored=False)
+        for s in (2, 3, 5)
+        for shape in SHAPES
+    ]
     return scored + bare
 
 
