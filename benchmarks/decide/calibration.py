@@ -175,7 +175,7 @@ def _mean(values: list[float]) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--tables", type=int, default=80)
+    parser.add_argument("--tables", type=int, default=40)
     parser.add_argument("--short", action="store_true")
     asked = parser.parse_args()
     begun = time.perf_counter()
