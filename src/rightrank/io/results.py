@@ -12,7 +12,7 @@ from rightrank.errors import DataError, ResultsError
 from rightrank.io.columns import Columns, DirectionOf, understand
 from rightrank.io.gathering import Key, Run, blank, gather, results_of
 from rightrank.io.importers import import_rows
-from rightrank.io.rows import Row, read_rows
+from rightrank.io.rows import FILE_TYPES, Row, read_rows
 from rightrank.records import Result, Results
 
 LARGEST_FILE = 200 * 2**20  # bytes; 5 million rows
@@ -75,15 +75,10 @@ def _raw_rows(source: Path) -> list[Row]:
     imported = import_rows(source)
     if imported is not None:
         return imported
-    if source.is_file():
-        size = source.stat().st_size
-        if size == 0:
-            raise ResultsError(f"{source}: the file is empty; give a header and one row for each training")
-        if size > LARGEST_FILE:
-            raise ResultsError(
-                f"{source}: {size / 2**20:,.0f} MiB is too large for a table of results (limit {LARGEST_FILE // 2**20} MiB); "
-                "give one row for each training, or for each training and item"
-            )
+    inside = [source] if source.is_file() else sorted(source.iterdir())
+    for path in inside:
+        if path == source or path.suffix.lower() in FILE_TYPES:
+            _require_table_size(path)
     try:
         rows = [row for split in read_rows(source).values() for row in split]
     except DataError as error:
@@ -91,6 +86,18 @@ def _raw_rows(source: Path) -> list[Row]:
     if not rows:
         raise ResultsError(f"{source}: a header and no rows; give one row for each training")
     return rows
+
+
+def _require_table_size(path: Path) -> None:
+    """Refuse, unread, what is no table of results."""
+    size = path.stat().st_size
+    if path.is_file() and size == 0:
+        raise ResultsError(f"{path}: the file is empty; give a header and one row for each training")
+    if path.is_file() and size > LARGEST_FILE:
+        raise ResultsError(
+            f"{path}: {size / 2**20:,.0f} MiB is too large for a table of results (limit {LARGEST_FILE // 2**20} MiB); "
+            "give one row for each training, or for each training and item"
+        )
 
 
 def _flat(fields: Mapping[str, Any], prefix: str = "", depth: int = 0) -> Iterator[tuple[str, Any]]:
