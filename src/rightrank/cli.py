@@ -235,7 +235,7 @@ def decide(
 
         write_plot(decided.decision, plot_file)
     if as_json:
-        click.echo(decided.decision.model_dump_json())
+        click.echo(json.dumps(decided.decision.model_dump(mode="json") | {"understood": decided.understood}))
         return
     from rightrank.report.decision_table import decision_text
 
