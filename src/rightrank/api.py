@@ -104,6 +104,7 @@ def _select(model: str, data: Any, folder: RunFolder, settings: SelectSettings, 
     from rightrank.executors.local import LocalExecutor
     from rightrank.io.data import load_data
     from rightrank.io.models import find_model, load_model
+    from rightrank.planning.selecting import plan_selection
     from rightrank.selection import Selection
     from rightrank.strategies import make_strategy
 
@@ -119,6 +120,13 @@ def _select(model: str, data: Any, folder: RunFolder, settings: SelectSettings, 
     folder.journal.read(watching.notice)
     loaded = load_model(model, settings.dtype, settings.device, splits.classes, settings.trust_remote_code)
     encoded = encode(splits, loaded, settings)
+    planned = None
+    if splits.form != "classification":  # the plan knows language modelling heads
+        longest = max(item.length for items in encoded.splits.values() for item in items)
+        planned = plan_selection(loaded.model.config, settings, longest, str(loaded.device))
+        settings = settings.model_copy(update={"ranks": planned.ranks})
+        if (notice := planned.notice()) is not None:
+            watching.notice(notice)
     steps = training_steps(settings, len(encoded.splits["train"]))
     bench = Bench(loaded, encoded, settings, steps, folder.cache)
     strategy = make_strategy(settings, steps, token_loss=splits.form != "classification")
@@ -142,7 +150,9 @@ def _select(model: str, data: Any, folder: RunFolder, settings: SelectSettings, 
         Watcher(on_step=watching.on_event, on_prepare=watching.on_event, should_stop=watching.should_stop),
         lambda event: selection.note_start(event),
     )
-    selection = Selection(folder, started, strategy, executor, watching.on_event)
+    selection = Selection(
+        folder, started, strategy, executor, watching.on_event, planned.peak_bytes if planned else None
+    )
     folder.write_config(values)
     watching.on_plan(started, strategy.expected_arms(), steps)
     watching.notice(cost_line(strategy, steps))

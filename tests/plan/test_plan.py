@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from rightrank.cli import main
-from rightrank.plan_records import parse_bytes
+from rightrank.settings import parse_bytes
 from tests.plan.architectures import CONFIGS
 
 QUICK = ("--batch-size", "2", "--seq-len", "32", "--target-modules", "q_proj,v_proj")

@@ -98,7 +98,8 @@ def build_base(config: Any, settings: PlanSettings) -> Any:
     Raises:
         ModelError: transformers can't build it.
     """
-    attention = "sdpa" if settings.attn_implementation == "flash_attention_2" else settings.attn_implementation
+    # None is transformers' own choice: torch's fused attention, for the models that can take it.
+    attention = "eager" if settings.attn_implementation == "eager" else None
     try:
         with torch.device("meta"):
             build: Any = AutoModelForCausalLM.from_config  # untyped in transformers
