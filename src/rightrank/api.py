@@ -104,7 +104,7 @@ def _select(model: str, data: Any, folder: RunFolder, settings: SelectSettings, 
     from rightrank.executors.local import LocalExecutor
     from rightrank.io.data import load_data
     from rightrank.io.models import find_model, load_model
-    from rightrank.planning.selecting import plan_selection
+    from rightrank.planning.selecting import first_pass_loss, plan_selection, ranks_for_data
     from rightrank.selection import Selection
     from rightrank.strategies import make_strategy
 
@@ -122,6 +122,12 @@ def _select(model: str, data: Any, folder: RunFolder, settings: SelectSettings, 
     encoded = encode(splits, loaded, settings)
     planned = None
     if splits.form != "classification":  # the plan knows language modelling heads
+        if "ranks" not in settings.model_fields_set:
+            first_loss = first_pass_loss(loaded, encoded.splits["selection"])
+            label_tokens = encoded.summary.splits["train"].label_tokens
+            ranks, reasons = ranks_for_data(loaded.model.config, settings, label_tokens, first_loss)
+            settings = settings.model_copy(update={"ranks": tuple(ranks)})
+            watching.notice(reasons)
         longest = max(item.length for items in encoded.splits.values() for item in items)
         planned = plan_selection(loaded.model.config, settings, longest, str(loaded.device))
         settings = settings.model_copy(update={"ranks": planned.ranks})

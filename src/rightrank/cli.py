@@ -116,6 +116,7 @@ PLAN_OPTIONS = [
     click.option("--load-in-8bit", is_flag=True, default=None, help="Frozen weights in 8 bits."),
     click.option("--optimizer", help="adamw (default), adamw_fused, adamw_8bit, paged_adamw_8bit or sgd."),
     click.option("--loss", help="full (default, as Trainer) or chunked (as `rightrank select`)."),
+    click.option("--calibrate", is_flag=True, default=None, help="Run a few real steps here first: seconds a step."),
     click.option("--arms", type=int, help="Trainings packed over one frozen base (default 1)."),
     click.option("--device", help="cuda (default) or cpu: whose kernels and allocator."),
     click.option("--memory", "memory_bytes", help="What there is, such as 24GiB (default: the CUDA device's)."),

@@ -66,7 +66,12 @@ class PlanSettings(BaseModel):
     memory_bytes: int | None = Field(default=None, gt=0)
     headroom: float = Field(default=0.03, ge=0, lt=1)  # of the predicted peak, kept free
 
+    # the data, for the range of ranks to begin with
+    data_tokens: int | None = Field(default=None, gt=0)  # label tokens of the training data
+    first_loss: float | None = Field(default=None, gt=0)  # the base's loss on them, nats a token
+
     # the selection, for its time and price
+    calibrate: bool = False  # run a few real steps on this device first
     steps: int | None = Field(default=None, gt=0)  # optimizer steps of each training
     trainings: int | None = Field(default=None, gt=0)
     price_per_hour: float | None = Field(default=None, ge=0)
@@ -93,6 +98,8 @@ class PlanSettings(BaseModel):
             raise ValueError("load_in_4bit and load_in_8bit were both given: give one of them")
         if self.autocast is not None and self.dtype != "float32":
             raise ValueError(f"autocast is for weights in float32: got dtype {self.dtype}; give one of the two")
+        if (self.data_tokens is None) != (self.first_loss is None):
+            raise ValueError("data_tokens and first_loss belong together: give both or neither")
         if self.sharding != "none" and self.num_devices < 2:
             raise ValueError(f"sharding {self.sharding!r} needs num_devices of 2 or more, got {self.num_devices}")
         if self.sharding == "none" and self.num_devices > 1:

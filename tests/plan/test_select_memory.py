@@ -59,3 +59,20 @@ def test_ranks_that_do_not_fit_are_left_out() -> None:
     assert tight.ranks == (1, 8)
     assert tight.left_out() == (32,)
     assert "ranks 32 (" in (tight.notice() or "")
+
+
+def test_ranks_come_from_the_data_where_none_are_named(
+    model_folder: Path, completion_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Some hundred label tokens fill no more than a rank or two: the range ends low, and says why."""
+    out = tmp_path / "run"
+    arguments = ["select", str(model_folder), str(completion_file), "--out", str(out), *SMALL, *SETS[:-1]]
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == 0
+    told = " ".join(capsys.readouterr().err.split())
+    assert "from the limits capacity" in told
+    trials = [record for record in Journal(out / "journal.jsonl").read() if isinstance(record, TrialFinished)]
+    ranks = sorted({trial.rank for trial in trials if trial.rank > 0})
+    assert ranks[0] == 1
+    assert 2 <= len(ranks) <= 4

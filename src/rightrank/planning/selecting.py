@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
+from rightrank.engine.batches import collate
+from rightrank.engine.encode import EncodedItem
+from rightrank.engine.loss import logits_loss
 from rightrank.errors import SettingsError
-from rightrank.io.models import device_memory
+from rightrank.io.models import LoadedModel, device_memory
 from rightrank.plan_records import PlanSettings, make_plan_settings
 from rightrank.planning.budget import cheapest_changes, context_bytes, needed
+from rightrank.planning.capacity import starting_range
 from rightrank.planning.estimate import Estimator
 from rightrank.settings import SelectSettings
 
+PROBED_ITEMS = 8
 # Changes that `select` can make too, under its own names.
 SELECT_CHANGES = ("batch_size", "gradient_checkpointing", "seq_len", "dtype")
 
@@ -86,6 +94,25 @@ def _plan_settings(settings: SelectSettings, longest: int, kind: str, memory: in
             "trust_remote_code": settings.trust_remote_code,
         }
     )
+
+
+@torch.no_grad()
+def first_pass_loss(loaded: LoadedModel, items: Sequence[EncodedItem]) -> float:
+    """The base's loss on a few items, nats a label token; one at a time, since all their logits are made."""
+    losses = [
+        logits_loss(loaded.model, collate(items, [index], loaded.tokenizer.pad_token_id, loaded.device), 1.0)
+        for index in range(min(PROBED_ITEMS, len(items)))
+    ]
+    return sum(float(loss.item_losses.sum()) for loss in losses) / sum(int(loss.item_tokens.sum()) for loss in losses)
+
+
+def ranks_for_data(config: Any, settings: SelectSettings, tokens: int, first_loss: float) -> tuple[list[int], str]:
+    """Ranks to begin with where the user named none, and why these."""
+    estimator = Estimator(config, _plan_settings(settings.model_copy(update={"ranks": (1,)}), 2, "cpu", None))
+    shapes = [(matrix.out_features, matrix.in_features) for matrix in estimator.skeleton.matrices]
+    limits, ranks = starting_range(shapes, tokens, first_loss, None)
+    reasons = "; ".join(f"{limit.name} {limit.rank} ({limit.reason})" for limit in limits if limit.rank is not None)
+    return ranks, f"ranks {', '.join(map(str, ranks))}, from the limits {reasons}"
 
 
 def _refusal(estimator: Estimator, needs: dict[int, int], memory: int) -> str:

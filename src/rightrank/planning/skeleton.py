@@ -129,7 +129,7 @@ def adapt(model: Any, settings: PlanSettings, rank: int) -> Skeleton:
         with _peft_quiet(), torch.device("meta"):
             adapted = get_peft_model(
                 model,
-                _lora_config(model, settings, rank),
+                lora_config(model, settings, rank),
                 autocast_adapter_dtype=settings.autocast_adapter_dtype,
                 low_cpu_mem_usage=True,
             )
@@ -154,7 +154,8 @@ def require_rank(skeleton: Skeleton, settings: PlanSettings) -> None:
             )
 
 
-def _lora_config(model: Any, settings: PlanSettings, rank: int) -> LoraConfig:
+def lora_config(model: Any, settings: PlanSettings, rank: int) -> LoraConfig:
+    """PEFT's configuration of an adapter of `rank` under these settings."""
     targets = settings.target_modules
     if targets == (ALL_LINEAR,) and settings.layers_to_transform is not None:
         targets = all_linear_names(model, classification=False)  # PEFT wants names where it is told layers
