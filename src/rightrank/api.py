@@ -120,6 +120,7 @@ def _select(
     from rightrank.io.data import load_data
     from rightrank.io.models import adopt_model, find_model, load_model
     from rightrank.planning.selecting import first_pass_loss, plan_selection, ranks_for_data
+    from rightrank.planning.skeleton import is_known
     from rightrank.selection import Selection
     from rightrank.strategies import make_strategy
 
@@ -136,12 +137,14 @@ def _select(
         )
     folder.journal.read(watching.notice)
     if isinstance(model, str):
-        loaded = load_model(model, settings.dtype, settings.device, splits.classes, settings.trust_remote_code)
+        loaded = load_model(
+            model, settings.dtype, settings.device, splits.classes, settings.trust_remote_code, settings.weight_bits
+        )
     else:
         loaded = adopt_model(model, tokenizer, settings.device, splits.classes)
     encoded = encode(splits, loaded, settings)
     planned = None
-    if splits.form != "classification":  # the plan knows language modelling heads
+    if splits.form != "classification" and is_known(loaded.model.config):  # the plan builds it from its configuration
         if "ranks" not in settings.model_fields_set:
             first_loss = first_pass_loss(loaded, encoded.splits["selection"])
             label_tokens = encoded.summary.splits["train"].label_tokens

@@ -104,8 +104,6 @@ class PlanSettings(BaseModel):
             raise ValueError(f"sharding {self.sharding!r} needs num_devices of 2 or more, got {self.num_devices}")
         if self.sharding == "none" and self.num_devices > 1:
             raise ValueError(f"num_devices {self.num_devices} needs sharding: give 'ddp' or 'fsdp'")
-        if self.device == "cpu" and (self.load_in_4bit or self.load_in_8bit):
-            raise ValueError("4-bit and 8-bit weights are planned for CUDA only: give device 'cuda'")
         return self
 
 

@@ -136,7 +136,8 @@ class Selection:
         return [Trial(trial_id=trial_id(fingerprint, arm), arm=arm) for arm in arms]
 
     def _keep(self, outcome: TrialOutcome) -> None:
-        if isinstance(outcome, TrialFinished) and outcome.rank in self._predicted_peaks:
+        alone = isinstance(outcome, TrialFinished) and outcome.pack_size == 1  # the prediction is of one arm
+        if alone and outcome.rank in self._predicted_peaks:
             outcome = outcome.model_copy(update={"predicted_peak_bytes": self._predicted_peaks[outcome.rank]})
         self._folder.journal.append(outcome)
         self.records.outcomes.append(outcome)

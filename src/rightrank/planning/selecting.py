@@ -86,6 +86,8 @@ def _plan_settings(settings: SelectSettings, longest: int, kind: str, memory: in
             "eval_batch_size": settings.eval_batch_size,
             "seq_len": max(2, longest),
             "dtype": settings.dtype,
+            "load_in_4bit": settings.load_in_4bit,
+            "load_in_8bit": settings.load_in_8bit,
             "gradient_checkpointing": settings.gradient_checkpointing,
             "loss": "chunked",
             "optimizer": "adamw_fused",
