@@ -53,6 +53,7 @@ SELECT_OPTIONS = [
     click.option("--eval-items", type=int, help="Held-out items at most (default 200)."),
     click.option("--dtype", help="float32 (default), bfloat16 or float16."),
     click.option("--device", help="auto (default), cpu, cuda, cuda:1 or mps."),
+    click.option("--memory", "memory_bytes", help="Memory budget, such as 24GiB; ranks that need more are left out."),
     click.option("--pack-size", type=int, help="Trainings that share the model's passes (default: as many as pay)."),
     click.option("--certify", is_flag=True, default=None, help="Train one arm again alone and compare."),
     click.option("--config", "config_file", type=click.Path(path_type=Path), help="YAML file of settings."),
@@ -117,9 +118,10 @@ PLAN_OPTIONS = [
     click.option("--load-in-8bit", is_flag=True, default=None, help="Frozen weights in 8 bits."),
     click.option("--optimizer", help="adamw (default), adamw_fused, adamw_8bit, paged_adamw_8bit or sgd."),
     click.option("--loss", help="full (default, as Trainer) or chunked (as `rightrank select`)."),
+    click.option("--calibrate", is_flag=True, default=None, help="Run a few real steps here first: seconds a step."),
     click.option("--arms", type=int, help="Trainings packed over one frozen base (default 1)."),
     click.option("--device", help="cuda (default) or cpu: whose kernels and allocator."),
-    click.option("--memory", help="What there is, such as 24GiB (default: the CUDA device that is found)."),
+    click.option("--memory", "memory_bytes", help="What there is, such as 24GiB (default: the CUDA device's)."),
     click.option(
         "--set", "assignments", multiple=True, metavar="NAME=VALUE", help="Any other setting; see docs/plan.md."
     ),
@@ -139,7 +141,6 @@ def _plan_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.option("--json", "as_json", is_flag=True, help="Print the plan as one JSON object.")
 def plan(
     model: str,
-    memory: str | None,
     config_file: Path | None,
     assignments: tuple[str, ...],
     as_json: bool,
@@ -150,12 +151,9 @@ def plan(
     MODEL is a folder that holds at least config.json, a GGUF file, or a hub name. Exit status 1 when a memory is known
     and no rank fits in it.
     """
-    from rightrank.plan_records import make_plan_settings, parse_bytes
+    from rightrank.plan_records import make_plan_settings
 
-    values = _gather(config_file, assignments, options)
-    if memory is not None:
-        values["memory_bytes"] = parse_bytes(memory)
-    settings = make_plan_settings(values)
+    settings = make_plan_settings(_gather(config_file, assignments, options))
 
     from rightrank import api
     from rightrank.report.plan_table import plan_text
