@@ -23,10 +23,10 @@ from typing import Any
 
 import torch
 from common import store
+from tests.probe.adapters import KINDS, deltas, load_base, logits, make_adapter, make_base
 
 from rightrank.api import resize
 from rightrank.errors import RightrankError
-from tests.probe.adapters import KINDS, deltas, load_base, logits, make_adapter, make_base
 
 RANK = 3
 
