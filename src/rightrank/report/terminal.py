@@ -118,14 +118,15 @@ class Tally:
         seconds = time.monotonic() - self._begun
         if event.rank > 0:
             self._seconds.append(seconds)
-        if isinstance(event, TrialFinished) and event.rank > 0:
+        if isinstance(event, TrialFinished) and event.rank > 0 and event.arm.is_direct:
             better = max if self._higher_is_better else min
             self._best[event.rank] = better(event.value, self._best.get(event.rank, event.value))
         self._current = self._step = None
         name = (
             "base model" if event.rank == 0 else f"rank {event.rank:>3}  lr {event.learning_rate:<7g} seed {event.seed}"
         )
-        return f"{name:<32} {text}  ({duration(seconds)})"
+        stage = event.arm.stage()
+        return f"{name:<32} {text}  ({stage + ', ' if stage else ''}{duration(seconds)})"
 
 
 class LiveView:
