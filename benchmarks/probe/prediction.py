@@ -1,6 +1,6 @@
 """Does any spectral figure of a trained adapter predict the rank that held-out data decide?
 
-    python benchmarks/probe/prediction.py [--tasks 40] [--runs RUN ...]
+    python -m benchmarks.probe.prediction [--tasks 40] [--runs RUN ...]
 
 Planted tasks: a linear layer whose target differs from the base by an update of random rank and decay, on inputs of
 uneven variance, with random noise in the labels and a random number of training examples. All ranks are trained with
@@ -21,9 +21,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import store
 from scipy.stats import spearmanr
 
+from benchmarks.probe.common import store
 from rightrank.decision import decide, table_of
 from rightrank.maths import spectra
 from rightrank.records import TrialFinished
