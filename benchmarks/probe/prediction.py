@@ -160,15 +160,8 @@ def main() -> None:
         for figure in [*figures(*truncated(np.eye(4), np.eye(4), 2)), f"truncation {share:g}"]:
             x = np.array([row[figure] for row in rows])
             correlation, low, high = interval(x, truth)
-            exact = float(
-                np.mean(
-                    [
-                        RANKS[np.searchsorted(RANKS, min(value, RANKS[-1]))] == t
-                        for value, t in zip(x, truth, strict=True)
-                    ]
-                )
-            )
-            under = float(np.mean(x < truth))
+            named = np.array([RANKS[np.searchsorted(RANKS, min(value, RANKS[-1]))] for value in x])  # rounded up
+            exact, under = float(np.mean(named == truth)), float(np.mean(named < truth))
             result[f"{figure} at {share:g}"] = {
                 "spearman": correlation,
                 "low": low,
