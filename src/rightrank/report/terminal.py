@@ -22,7 +22,7 @@ from rightrank.records import (
     TrialStarted,
 )
 from rightrank.report.rank_curve import terminal_curve
-from rightrank.report.wording import duration
+from rightrank.report.wording import duration, size
 
 CURVE_WIDTH, CURVE_HEIGHT = 72, 14
 PLAIN_SECONDS = 15.0  # between progress lines where nothing can be redrawn
@@ -53,6 +53,7 @@ class Tally:
         self._begun = time.monotonic()
         self._higher_is_better = False
         self._best: dict[int, float] = {}
+        self._peak_bytes = 0
 
     def plan(self, started: RunStarted, arms: int) -> None:
         self._arms = arms
@@ -118,14 +119,31 @@ class Tally:
         seconds = time.monotonic() - self._begun
         if event.rank > 0:
             self._seconds.append(seconds)
-        if isinstance(event, TrialFinished) and event.rank > 0:
+        if isinstance(event, TrialFinished):
+            self._peak_bytes = max(self._peak_bytes, event.peak_bytes)
+        if isinstance(event, TrialFinished) and event.rank > 0 and event.arm.is_direct:
             better = max if self._higher_is_better else min
             self._best[event.rank] = better(event.value, self._best.get(event.rank, event.value))
         self._current = self._step = None
-        name = (
-            "base model" if event.rank == 0 else f"rank {event.rank:>3}  lr {event.learning_rate:<7g} seed {event.seed}"
-        )
-        return f"{name:<32} {text}  ({duration(seconds)})"
+        return f"{_row_name(event):<32} {text}  ({duration(seconds)})"
+
+    def so_far_line(self) -> str:
+        """The best rank so far and the memory it took; empty before there is one."""
+        if not self._best:
+            return ""
+        pick = max if self._higher_is_better else min
+        rank = pick(self._best, key=lambda rank: self._best[rank])
+        memory = f" · peak memory {size(self._peak_bytes)}" if self._peak_bytes else ""
+        return f"best so far: rank {rank} ({self._best[rank]:.4f}){memory}"
+
+
+def _row_name(event: TrialFinished | TrialDiverged | TrialFailed) -> str:
+    if event.rank == 0:
+        return "base model"
+    name = f"rank {event.rank:>3}  lr {event.learning_rate:<7g} seed {event.seed}"
+    if event.truncate_from is not None:
+        return f"{name} truncated"
+    return f"{name} to step {event.stop_at}" if event.stop_at is not None else name
 
 
 class LiveView:
@@ -156,7 +174,8 @@ class LiveView:
         line = self._tally.event(event)
         if line is not None:
             self._console.print(line, highlight=False)
-        self._live.update(Group(Text.from_ansi(self._curve()), Text(self._tally.progress_line(), style="bold")))
+        lines = [Text.from_ansi(self._curve()), Text(self._tally.so_far_line())]
+        self._live.update(Group(*lines, Text(self._tally.progress_line(), style="bold")))
 
     def notice(self, text: str) -> None:
         self._console.print(text, highlight=False)
@@ -203,7 +222,8 @@ class PlainView:
 
 
 def make_view(console: Console, quiet: bool) -> LiveView | PlainView:
-    return LiveView(console) if console.is_terminal and not quiet else PlainView(console, quiet)
+    """Live on a terminal; plain lines in a pipe, with `NO_COLOR`, or where nothing is to be said."""
+    return LiveView(console) if console.is_terminal and not (quiet or console.no_color) else PlainView(console, quiet)
 
 
 def plan_line(started: RunStarted, arms: int, steps: int) -> str:
