@@ -21,8 +21,8 @@ from rightrank.io.run_folder import RunFolder
 from rightrank.records import TrialDiverged, TrialFinished, TrialStarted
 
 SMALL = [
-    "--ranks", "1,4", "--learning-rates", "1e-2", "--max-steps", "8", "--batch-size", "4", "--seq-len", "32",
-    "--eval-items", "12", "--set", "eval_points=2", "--set", "samples=1", "--device", "cpu",
+    "--strategy", "grid", "--ranks", "1,4", "--learning-rates", "1e-2", "--max-steps", "8", "--batch-size", "4",
+    "--seq-len", "32", "--eval-items", "12", "--set", "eval_points=2", "--set", "samples=1", "--device", "cpu",
 ]  # fmt: skip
 
 

@@ -112,6 +112,7 @@ def write_completions(path: Path, count: int = 200) -> Path:
 def small_settings(**changes: Any) -> SelectSettings:
     """A selection of two ranks that takes a second or two."""
     values: dict[str, Any] = {
+        "strategy": "grid",
         "ranks": (1, 4),
         "learning_rates": (1e-2,),
         "max_steps": 8,

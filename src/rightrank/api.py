@@ -15,7 +15,7 @@ from rightrank.io.run_folder import RunFolder
 from rightrank.plan_records import Plan, PlanSettings, make_plan_settings
 from rightrank.probe_records import Inspection, Resized
 from rightrank.records import Decision, RunEvent, RunStarted, Sample, content_hash
-from rightrank.settings import SelectSettings, make_settings
+from rightrank.settings import NOT_IDENTITY, SelectSettings, make_settings
 from rightrank.version import __version__
 
 if TYPE_CHECKING:
@@ -143,10 +143,11 @@ def _select(
     bench = Bench(loaded, encoded, settings, steps, folder.cache)
     strategy = make_strategy(settings, steps, token_loss=splits.form != "classification")
     values = {"model": _model_name(model), "data": _data_name(data), **settings.model_dump(mode="json")}
+    identity = {name: value for name, value in values.items() if name not in NOT_IDENTITY}
     started = RunStarted(
         rightrank_version=__version__,
         fingerprint=content_hash(
-            {"settings": values, "model": loaded.fingerprint, "data": splits.fingerprint, "steps": steps}
+            {"settings": identity, "model": loaded.fingerprint, "data": splits.fingerprint, "steps": steps}
         ),
         settings=values,
         environment=environment(str(loaded.device)),
@@ -161,6 +162,7 @@ def _select(
         folder,
         Watcher(on_step=watching.on_event, on_prepare=watching.on_event, should_stop=watching.should_stop),
         lambda event: selection.note_start(event),
+        watching.notice,
     )
     selection = Selection(folder, started, strategy, executor, watching.on_event)
     folder.write_config(values)
@@ -168,6 +170,8 @@ def _select(
     watching.notice(cost_line(strategy, steps))
     decision = selection.run()
     selection.hand_over(bench, decision)
+    if settings.certify:
+        watching.notice(selection.certify(bench, decision, Watcher(should_stop=watching.should_stop)).sentence())
     return Selected(decision, folder.path, folder.adapter, folder.report, selection.records.samples)
 
 

@@ -40,7 +40,7 @@ def _comma(_context: click.Context, _parameter: click.Parameter, value: str | No
 
 
 SELECT_OPTIONS = [
-    click.option("--strategy", help="What to train next: grid."),
+    click.option("--strategy", help="What to train next: bracket (default), ladder, ascend, descend or grid."),
     click.option("--ranks", callback=_comma, help="Ranks to compare, such as 4,16,64."),
     click.option("--learning-rates", callback=_comma, help="Rates to try at each rank, such as 1e-4,3e-4."),
     click.option("--seeds", callback=_comma, help="Seeds, such as 0,1,2."),
@@ -55,6 +55,8 @@ SELECT_OPTIONS = [
     click.option("--eval-items", type=int, help="Held-out items at most (default 200)."),
     click.option("--dtype", help="float32 (default), bfloat16 or float16."),
     click.option("--device", help="auto (default), cpu, cuda, cuda:1 or mps."),
+    click.option("--pack-size", type=int, help="Trainings that share the model's passes (default: as many as pay)."),
+    click.option("--certify", is_flag=True, default=None, help="Train one arm again alone and compare."),
     click.option("--config", "config_file", type=click.Path(path_type=Path), help="YAML file of settings."),
     click.option(
         "--set", "assignments", multiple=True, metavar="NAME=VALUE", help="Any other setting; see docs/settings.md."

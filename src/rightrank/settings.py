@@ -12,6 +12,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from rightrank.errors import SettingsError, did_you_mean
 
+# What changes how a selection runs and not what it finds: it may differ when a run is resumed.
+NOT_IDENTITY = ("pack_size", "certify", "checkpoint_seconds")
+
 Scaling: TypeAlias = Literal["alpha/r", "alpha/sqrt(r)", "constant"]
 DtypeName: TypeAlias = Literal["float32", "bfloat16", "float16"]
 
@@ -26,7 +29,7 @@ class SelectSettings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     # what to compare
-    strategy: str = "grid"
+    strategy: str = "bracket"
     ranks: tuple[int, ...] = (1, 4, 16, 64)
     learning_rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3)
     seeds: tuple[int, ...] = (0,)
@@ -80,6 +83,8 @@ class SelectSettings(BaseModel):
     device: str = "auto"
     gradient_checkpointing: bool = False
     cache_prefix: bool = True  # compute frozen layers below the adapters once
+    pack_size: int | None = Field(default=None, gt=0)  # arms trained together; None: as many as pay and fit
+    certify: bool = False  # train one arm again alone and compare
     checkpoint_seconds: float = Field(default=60.0, gt=0)
     trust_remote_code: bool = False
 
@@ -162,6 +167,6 @@ def _first_line(error: ValidationError) -> str:
 
 
 def settings_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """The settings whose values differ, one `name: old → new` each."""
-    names = sorted(set(old) | set(new))
+    """The settings whose values differ and whose values matter, one `name: old → new` each."""
+    names = sorted((set(old) | set(new)) - set(NOT_IDENTITY))
     return [f"{name}: {old.get(name)!r} → {new.get(name)!r}" for name in names if old.get(name) != new.get(name)]

@@ -36,9 +36,13 @@ class Cost:
 
 
 def cost_of(records: Records) -> Cost:
-    """The cost of all trials, the base's evaluation included in the seconds."""
-    finished = records.finished()
-    arms = [outcome for outcome in records.outcomes if outcome.rank > 0]
+    """The cost of all trials, the base's evaluation included in the seconds.
+
+    A training that went on from a stopped one holds its seconds and tokens: the stopped one is not counted again.
+    """
+    went_on = {outcome.continue_from for outcome in records.outcomes if isinstance(outcome, TrialFinished)}
+    finished = [trial for trial in records.finished() if trial.trial_id not in went_on]
+    arms = [outcome for outcome in records.outcomes if outcome.rank > 0 and outcome.trial_id not in went_on]
     return Cost(
         trainings=len(arms),
         without_result=sum(not isinstance(outcome, TrialFinished) for outcome in arms),

@@ -150,7 +150,7 @@ def learning_figure(records: Records, decision: Decision | None) -> Figure | Non
 
 
 def rate_map(records: Records) -> HeatMap | None:
-    """Rank × learning rate: the mean value of each cell, the best rate of each rank marked."""
+    """Rank × learning rate: the mean value of each cell, the best rate of each rank marked; whole trainings only."""
     arms = [outcome for outcome in records.outcomes if outcome.rank > 0 and outcome.arm.is_direct]
     ranks = sorted({outcome.rank for outcome in arms})
     rates = sorted({outcome.learning_rate for outcome in arms})

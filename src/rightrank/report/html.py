@@ -72,6 +72,7 @@ def render_report(
             fold_rows=len(records.outcomes) > MOST_ROWS_IN_SIGHT,
             tests=records.tests,
             samples=records.samples,
+            certificates=records.certificates,
             not_tested=not_tested(records, decision),
             command=reproduce_command(records.started.settings),
             svg=lambda figure: Markup(inline_svg(figure)),
@@ -174,7 +175,7 @@ def _row(outcome: TrialOutcome) -> dict[str, Any]:
         "seconds": "",
         "parameters": "",
         "memory": "",
-        "note": "",
+        "note": outcome.arm.stage(),
     }
     match outcome:
         case TrialFinished():

@@ -125,7 +125,11 @@ class Tally:
             better = max if self._higher_is_better else min
             self._best[event.rank] = better(event.value, self._best.get(event.rank, event.value))
         self._current = self._step = None
-        return f"{_row_name(event):<32} {text}  ({duration(seconds)})"
+        name = (
+            "base model" if event.rank == 0 else f"rank {event.rank:>3}  lr {event.learning_rate:<7g} seed {event.seed}"
+        )
+        stage = event.arm.stage()
+        return f"{name:<32} {text}  ({stage + ', ' if stage else ''}{duration(seconds)})"
 
     def so_far_line(self) -> str:
         """The best rank so far and the memory it took; empty before there is one."""
@@ -135,15 +139,6 @@ class Tally:
         rank = pick(self._best, key=lambda rank: self._best[rank])
         memory = f" · peak memory {size(self._peak_bytes)}" if self._peak_bytes else ""
         return f"best so far: rank {rank} ({self._best[rank]:.4f}){memory}"
-
-
-def _row_name(event: TrialFinished | TrialDiverged | TrialFailed) -> str:
-    if event.rank == 0:
-        return "base model"
-    name = f"rank {event.rank:>3}  lr {event.learning_rate:<7g} seed {event.seed}"
-    if event.truncate_from is not None:
-        return f"{name} truncated"
-    return f"{name} to step {event.stop_at}" if event.stop_at is not None else name
 
 
 class LiveView:

@@ -10,6 +10,7 @@ from rightrank.strategies.script import Wanted
 from rightrank.strategies.space import Space
 
 EARLY, LATER = 0.25, 0.5  # parts of a training after which rates are compared
+HOPELESS = 3.0  # margins: a rank that fails by more was never rescued by a rate beside (by 1.5 at most, on 45 grids)
 
 
 def find_rate(space: Space, results: Results, rank: int, start: float | None = None) -> Wanted:
@@ -103,9 +104,18 @@ def try_rank(space: Space, results: Results, rank: int, rate: float) -> Wanted:
     """
     yield [space.arm(rank, rate)]
     for side in side_rates(space, results, rate):
-        if results.holds(rank):
+        if results.holds(rank) or _hopeless(space, results, rank):
             return
         yield from _try_side(space, results, rank, rate, side)
+
+
+def _hopeless(space: Space, results: Results, rank: int) -> bool:
+    """So far from holding that no rate beside could make up for it; not so where there is no result at all."""
+    reference = results.reference()
+    if reference is None or rank not in results.ranks():
+        return False
+    margin = space.margin_at(results.best_loss(reference))
+    return results.excess(rank, reference).mean > HOPELESS * margin
 
 
 def _try_side(space: Space, results: Results, rank: int, rate: float, side: float) -> Wanted:

@@ -1,0 +1,202 @@
+"""What people do instead, on the same grids: each gets what the strategy under test spent on the grid, or more.
+
+Every baseline but `argmin of one rate` and the stopping schedulers' own best picks as generously as ours: the smallest
+rank within the margin of the best that it saw. Stochastic ones are repeated over seeds.
+
+Ray Tune's ASHA is run as Optuna's `SuccessiveHalvingPruner`, which is the same algorithm (Li et al. 2020).
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from benchmarks.selection.tables import GridCurve
+
+
+@dataclass(frozen=True)
+class Pick:
+    """A rank, the rate it would be trained at, and what it cost in whole trainings."""
+
+    rank: int | None
+    rate: float | None
+    trainings: float
+
+
+Baseline = Callable[[GridCurve, float, float, np.random.Generator], Pick]
+Seen = dict[tuple[int, float], float]  # (rank, rate) → loss of the first seed
+
+
+def seen_loss(curve: GridCurve, rank: int, rate: float) -> float | None:
+    """What one training shows: the first seed's value, lower is better."""
+    by_seed = curve.cells.get(rank, {}).get(rate)
+    if not by_seed:
+        return None
+    value = by_seed[min(by_seed)]
+    return -value if curve.higher_is_better else value
+
+
+def seen_early(curve: GridCurve, part: float, rank: int, rate: float) -> float | None:
+    by_seed = curve.checkpoints.get(part, {}).get(rank, {}).get(rate)
+    if not by_seed:
+        return None
+    value = by_seed[min(by_seed)]
+    return -value if curve.higher_is_better else value
+
+
+def smallest_within(seen: Seen, margin: float) -> tuple[int | None, float | None]:
+    """The smallest rank seen within the margin of the best seen, and its best rate."""
+    if not seen:
+        return None, None
+    best = min(seen.values())
+    rank = min(rank for (rank, _), loss in seen.items() if loss - best <= margin + 1e-9)
+    return rank, min((rate for r, rate in seen if r == rank), key=lambda rate: seen[rank, rate])
+
+
+def train(curve: GridCurve, cells: list[tuple[int, float]]) -> Seen:
+    losses = {cell: seen_loss(curve, *cell) for cell in cells}
+    return {cell: loss for cell, loss in losses.items() if loss is not None}
+
+
+def nearest(values: list[int] | list[float], wanted: float) -> int | float:
+    return min(values, key=lambda value: (abs(math.log(value / wanted)), value))
+
+
+def always_16(curve: GridCurve, margin: float, budget: float, generator: np.random.Generator) -> Pick:
+    """Rank 16 (the nearest there is), its rate tuned over the whole ladder."""
+    rank = int(nearest(curve.ranks, 16))
+    seen = train(curve, [(rank, rate) for rate in curve.rates])
+    return Pick(rank, min(seen, key=lambda cell: seen[cell])[1], len(seen))
+
+
+def argmin_of_one_rate(curve: GridCurve, margin: float, budget: float, generator: np.random.Generator) -> Pick:
+    """Every rank once at the upper middle rate; the best wins."""
+    rate = curve.rates[len(curve.rates) // 2]
+    seen = train(curve, [(rank, rate) for rank in curve.ranks])
+    return Pick(min(seen, key=lambda cell: seen[cell])[0], rate, len(seen))
+
+
+def four_points_at_the_default_rate(
+    curve: GridCurve, margin: float, budget: float, generator: np.random.Generator
+) -> Pick:
+    """Up to four ranks, spread over the range, at the rate nearest to 1e-4."""
+    rate = float(nearest(curve.rates, 1e-4))
+    places = np.unique(np.linspace(0, len(curve.ranks) - 1, min(4, len(curve.ranks))).round().astype(int))
+    seen = train(curve, [(curve.ranks[place], rate) for place in places])
+    rank, _ = smallest_within(seen, margin)
+    return Pick(rank, rate, len(seen))
+
+
+def random_search(curve: GridCurve, margin: float, budget: float, generator: np.random.Generator) -> Pick:
+    """Cells drawn without repeats until the budget is spent."""
+    cells = [(rank, rate) for rank in curve.ranks for rate in curve.cells[rank]]
+    chosen = [cells[i] for i in generator.permutation(len(cells))[: max(1, math.ceil(budget))]]
+    seen = train(curve, chosen)
+    return Pick(*smallest_within(seen, margin), len(seen))
+
+
+def kneedle(curve: GridCurve, margin: float, budget: float, generator: np.random.Generator) -> Pick:
+    """Every rank once at the upper middle rate; the knee over log rank (kneed); the top where there is none."""
+    from kneed import KneeLocator
+
+    rate = curve.rates[len(curve.rates) // 2]
+    seen = train(curve, [(rank, rate) for rank in curve.ranks])
+    ranks = sorted(rank for rank, _ in seen)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = KneeLocator(
+            [math.log2(rank) for rank in ranks],
+            [seen[rank, rate] for rank in ranks],
+            curve="convex",
+            direction="decreasing",
+        ).knee
+    rank = ranks[-1] if found is None else round(2 ** float(found))
+    return Pick(rank, rate, len(seen))
+
+
+def energy_95(curve: GridCurve, margin: float, budget: float, generator: np.random.Generator) -> Pick:
+    """The rate ladder at the top rank; the smallest rank that holds 95% of that adapter's squared singular values."""
+    top = curve.ranks[-1]
+    seen = train(curve, [(top, rate) for rate in curve.rates])
+    rate = min(seen, key=lambda cell: seen[cell])[1]
+    shares = curve.energy.get(rate, {}).get(0)
+    if shares is None:
+        return Pick(None, None, len(seen))
+    held = np.cumsum(shares)
+    needed = int(np.searchsorted(held, 0.95 * held[-1])) + 1
+    return Pick(next((rank for rank in curve.ranks if rank >= needed), top), rate, len(seen))
+
+
+def optuna_tpe_median(curve: GridCurve, margin: float, budget: float, generator: np.random.Generator) -> Pick:
+    import optuna
+
+    return _optuna(curve, margin, budget, generator, optuna.pruners.MedianPruner(n_startup_trials=3), tpe=True)
+
+
+def asha(curve: GridCurve, margin: float, budget: float, generator: np.random.Generator) -> Pick:
+    import optuna
+
+    pruner = optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=2)
+    return _optuna(curve, margin, budget, generator, pruner, tpe=False)
+
+
+def _optuna(
+    curve: GridCurve, margin: float, budget: float, generator: np.random.Generator, pruner: object, *, tpe: bool
+) -> Pick:
+    """Optuna over rank × rate, reporting at the checkpoints that the grid has; a cell seen before costs nothing."""
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    seed = int(generator.integers(2**31))
+    sampler = (
+        optuna.samplers.TPESampler(seed=seed, n_startup_trials=4) if tpe else optuna.samplers.RandomSampler(seed=seed)
+    )
+    study = optuna.create_study(sampler=sampler, pruner=pruner)  # type: ignore[arg-type]
+    parts = sorted(curve.checkpoints)
+    seen: Seen = {}
+    paid: dict[tuple[int, float], float] = {}
+    for _ in range(20 * curve.size):
+        if sum(paid.values()) >= budget:
+            break
+        trial = study.ask()
+        rank = trial.suggest_categorical("rank", curve.ranks)
+        rate = trial.suggest_categorical("learning_rate", curve.rates)
+        final = seen_loss(curve, rank, rate)
+        if final is None:
+            study.tell(trial, state=optuna.trial.TrialState.FAIL)
+            continue
+        pruned = False
+        for number, part in enumerate(parts, start=1):
+            early = seen_early(curve, part, rank, rate)
+            if early is None:
+                continue
+            trial.report(early, number)
+            paid[rank, rate] = max(paid.get((rank, rate), 0.0), part)
+            if trial.should_prune():
+                pruned = True
+                break
+        if pruned:
+            study.tell(trial, state=optuna.trial.TrialState.PRUNED)
+            continue
+        paid[rank, rate] = 1.0
+        seen[rank, rate] = final
+        study.tell(trial, final)
+    return Pick(*smallest_within(seen, margin), sum(paid.values()))
+
+
+DETERMINISTIC: dict[str, Baseline] = {
+    "always 16, rate tuned": always_16,
+    "argmin of one rate": argmin_of_one_rate,
+    "four points, default rate": four_points_at_the_default_rate,
+    "Kneedle": kneedle,
+    "95% energy of the top": energy_95,
+}
+STOCHASTIC: dict[str, Baseline] = {
+    "random search": random_search,
+    "Optuna TPE + median": optuna_tpe_median,
+    "ASHA (Optuna)": asha,
+}

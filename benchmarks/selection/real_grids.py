@@ -1,0 +1,124 @@
+"""Exhaustive grids on real models and texts, in small form for replay.
+
+A run folder of `rightrank select MODEL DATA --strategy grid` becomes one curve: every cell's value and item losses,
+its value half of the way (a shorter horizon where the schedule is constant), and the top rank's adapters cut to every
+lower rank, evaluated here. What the run has not finished is left out.
+
+    python -m benchmarks.selection.real_grids RUN [RUN ...] --out benchmarks/selection/real_grids.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from benchmarks.machine import machine
+from rightrank.api import training_steps
+from rightrank.engine.bench import Bench
+from rightrank.engine.encode import encode
+from rightrank.engine.train import Watcher
+from rightrank.executors.local import LocalExecutor
+from rightrank.io.data import load_data
+from rightrank.io.models import load_model
+from rightrank.io.run_folder import RunFolder
+from rightrank.records import Arm, RunStarted, Trial, TrialFinished, trial_id
+from rightrank.settings import make_settings
+
+DIGITS = 5
+
+
+def curve_of_run(run: Path) -> dict[str, Any]:
+    """The grid of a run folder; trials come from its journal, truncations from its adapters."""
+    folder = RunFolder(run)
+    records = folder.journal.read()
+    started = records[0]
+    assert isinstance(started, RunStarted)
+    finished = [record for record in records if isinstance(record, TrialFinished)]
+    trained = [trial for trial in finished if trial.rank > 0 and trial.arm.is_direct]
+    base = next(trial for trial in finished if trial.rank == 0)
+    values = started.settings
+    steps = trained[0].steps
+    curve: dict[str, Any] = {
+        "id": run.name.removeprefix("grid_"),
+        "family": "real",
+        "source": "benchmarks/selection/real_grids.py",
+        "model": Path(str(values["model"])).name,
+        "form": started.data.form,
+        "settings": {name: value for name, value in values.items() if name not in ("model", "data")},
+        "machine": machine(),
+        "ranks": sorted({trial.rank for trial in trained}),
+        "higher_is_better": started.higher_is_better,
+        "base": round(base.value, DIGITS),
+        "item_tokens": base.item_tokens,
+    }
+    grid: dict[str, Any] = {}
+    items: dict[str, Any] = {}
+    half: dict[str, Any] = {}
+    for trial in trained:
+        place(grid, trial, round(trial.value, DIGITS))
+        place(items, trial, [round(loss, 4) for loss in trial.item_losses])
+        for point in trial.points:
+            if point.step * 2 == steps:
+                place(half, trial, round(point.value, DIGITS))
+    cuts = truncated_values(folder, started, trained)
+    curve |= {
+        "seed_grid": grid,
+        "lr_grid": {
+            rank: {rate: round(sum(by_seed.values()) / len(by_seed), DIGITS) for rate, by_seed in by_rate.items()}
+            for rank, by_rate in grid.items()
+        },
+        "checkpoints": {"0.5": half},
+        "truncation_grid": cuts,
+        "item_losses": items,
+        "train_seconds": round(sum(trial.train_seconds for trial in trained), 1),
+    }
+    return curve
+
+
+def place(grid: dict[str, Any], trial: TrialFinished, value: object) -> None:
+    grid.setdefault(str(trial.rank), {}).setdefault(f"{trial.learning_rate:g}", {})[str(trial.seed)] = value
+
+
+def truncated_values(folder: RunFolder, started: RunStarted, trained: list[TrialFinished]) -> dict[str, Any]:
+    """Held-out values of the top rank's adapters cut to every lower rank; the top itself among them."""
+    values = {name: value for name, value in started.settings.items() if name not in ("model", "data")}
+    settings = make_settings(values | {"max_steps": 1})  # nothing is trained: no training batch is prepared
+    splits = load_data(Path(str(started.settings["data"])), settings)
+    loaded = load_model(str(started.settings["model"]), settings.dtype, settings.device, splits.classes)
+    encoded = encode(splits, loaded, settings)
+    steps = training_steps(settings, len(encoded.splits["train"]))
+    top = max(trial.rank for trial in trained)
+    found: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as temporary:
+        bench = Bench(loaded, encoded, settings, steps, Path(temporary))
+        executor = LocalExecutor(bench, folder, Watcher(), lambda _: None)
+        for parent in (trial for trial in trained if trial.rank == top):
+            place(found, parent, round(parent.value, DIGITS))
+            for rank in sorted({trial.rank for trial in trained} - {top}):
+                arm: Arm = parent.arm.model_copy(update={"rank": rank, "steps": 0, "truncate_from": parent.trial_id})
+                trial = Trial(trial_id=trial_id(started.fingerprint, arm), arm=arm)
+                for outcome in executor.run([trial], None):
+                    if isinstance(outcome, TrialFinished):
+                        place(found, outcome, round(outcome.value, DIGITS))
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", type=Path, nargs="+")
+    parser.add_argument("--out", type=Path, required=True)
+    options = parser.parse_args()
+    known = json.loads(options.out.read_text())["curves"] if options.out.exists() else []
+    curves = {curve["id"]: curve for curve in known}
+    for run in options.runs:
+        curve = curve_of_run(run)
+        curves[curve["id"]] = curve
+        print(curve["id"], json.dumps(curve["lr_grid"]), json.dumps(curve["truncation_grid"]), flush=True)
+    options.out.write_text(json.dumps({"curves": list(curves.values())}, separators=(",", ":")) + "\n")
+
+
+if __name__ == "__main__":
+    main()
