@@ -135,7 +135,9 @@ def _select(
         )
     folder.journal.read(watching.notice)
     if isinstance(model, str):
-        loaded = load_model(model, settings.dtype, settings.device, splits.classes, settings.trust_remote_code)
+        loaded = load_model(
+            model, settings.dtype, settings.device, splits.classes, settings.trust_remote_code, settings.weight_bits
+        )
     else:
         loaded = adopt_model(model, tokenizer, settings.device, splits.classes)
     encoded = encode(splits, loaded, settings)

@@ -81,6 +81,8 @@ class SelectSettings(BaseModel):
     # where and how it runs
     dtype: DtypeName = "float32"
     device: str = "auto"
+    load_in_4bit: bool = False  # the base's matrices in 4 bits (NF4); adapters and optimizer stay in float32
+    load_in_8bit: bool = False  # the base's matrices in 8 bits
     gradient_checkpointing: bool = False
     cache_prefix: bool = True  # compute frozen layers below the adapters once
     pack_size: int | None = Field(default=None, gt=0)  # arms trained together; None: as many as pay and fit
@@ -118,12 +120,19 @@ class SelectSettings(BaseModel):
     def _one_length(self) -> SelectSettings:
         if self.max_steps is not None and self.num_train_epochs is not None:
             raise ValueError("max_steps and num_train_epochs were both given: give one of them")
+        if self.load_in_4bit and self.load_in_8bit:
+            raise ValueError("load_in_4bit and load_in_8bit were both given: give one of them")
         if self.test_fraction + self.selection_fraction >= 0.9:
             raise ValueError(
                 "test_fraction + selection_fraction leave under a tenth of the items for training: "
                 f"got {self.test_fraction:g} + {self.selection_fraction:g}, give less than 0.9 together"
             )
         return self
+
+    @property
+    def weight_bits(self) -> int | None:
+        """Bits of a quantised base; None for a base in `dtype`."""
+        return 4 if self.load_in_4bit else 8 if self.load_in_8bit else None
 
     @property
     def items_per_step(self) -> int:
