@@ -14,7 +14,7 @@ from rightrank.io.files import disk_errors_told
 from rightrank.io.run_folder import RunFolder
 from rightrank.plan_records import Plan, PlanSettings, make_plan_settings
 from rightrank.probe_records import Inspection, Resized
-from rightrank.records import Decision, RunEvent, RunStarted, Sample, content_hash
+from rightrank.records import Decision, RunEvent, RunStarted, Sample, SweepRow, content_hash
 from rightrank.settings import SelectSettings, make_settings
 from rightrank.version import __version__
 
@@ -42,6 +42,7 @@ class Selected:
     adapter: Path | None  # None: a trainer of one's own that saved none
     report: Path
     samples: list[Sample] = field(default_factory=list)
+    sweep: list[SweepRow] = field(default_factory=list)
 
     def _repr_html_(self) -> str | None:
         return self.decision._repr_html_()
@@ -106,6 +107,7 @@ def _select(model: str, data: Any, folder: RunFolder, settings: SelectSettings, 
     from rightrank.io.models import find_model, load_model
     from rightrank.selection import Selection
     from rightrank.strategies import make_strategy
+    from rightrank.strategies.sweep import sweep_rows
 
     make_strategy(settings, settings.max_steps or 1)  # a wrong name is told before anything is loaded
     if isinstance(model, str):
@@ -148,7 +150,8 @@ def _select(model: str, data: Any, folder: RunFolder, settings: SelectSettings, 
     watching.notice(cost_line(strategy, steps))
     decision = selection.run()
     selection.hand_over(bench, decision)
-    return Selected(decision, folder.path, folder.adapter, folder.report, selection.records.samples)
+    sweep = sweep_rows(started, selection.records.outcomes)
+    return Selected(decision, folder.path, folder.adapter, folder.report, selection.records.samples, sweep)
 
 
 @dataclass(frozen=True, slots=True)
