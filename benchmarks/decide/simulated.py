@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -34,6 +34,7 @@ class World:
     correlation: float = 0.5  # between neighbouring ranks, of the two tastes
     unequal: float = 2.0  # the lowest rank's taste deviations over the highest's
     margin: float = MARGIN
+    scored: bool = True  # item by item; else one number a training
 
 
 def truth(world: World, generator: np.random.Generator) -> Floats:
@@ -73,20 +74,29 @@ def draw_table(world: World, losses: Floats, generator: np.random.Generator) -> 
     seed = world.seed_level * generator.standard_normal(seeds)
     trained = _along_ranks(world, generator.standard_normal((ranks, seeds)), spread) * world.seed_rank
     rest = world.both * _draw(world, generator, (ranks, seeds, items))
-    # The tastes are centred where tokens weigh them, so that `losses` stays the truth.
     scores = losses[:, None, None] + seed[None, :, None] + trained[:, :, None]
     scores = scores + (level[None, :] + taste)[:, None, :] + rest
+    sums = scores * tokens
+    if not world.scored:
+        sums, tokens = sums.sum(axis=2, keepdims=True) / tokens.sum(), np.ones(1)
     cells = {
         (rank, 1e-3, number): Cell(
-            f"{rank}-{number}",
-            float((scores[place, number] * tokens).sum() / tokens.sum()),
-            scores[place, number] * tokens,
-            tokens,
+            f"{rank}-{number}", float(sums[place, number].sum() / tokens.sum()), sums[place, number], tokens
         )
         for place, rank in enumerate(RANKS)
         for number in range(seeds)
     }
     return ScoreTable("loss", False, cells)
+
+
+def noisier(world: World, factor: float) -> World:
+    """The same with all noise that a paired difference sees times `factor`."""
+    return replace(
+        world,
+        item_rank=world.item_rank * factor,
+        seed_rank=world.seed_rank * factor,
+        both=world.both * factor,
+    )
 
 
 def _draw(world: World, generator: np.random.Generator, shape: tuple[int, ...]) -> Floats:

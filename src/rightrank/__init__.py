@@ -47,6 +47,7 @@ __all__ = [
     "resize",
     "select_rank",
     "select_rank_with",
+    "write_report",
 ]
 
 _HOMES = {
@@ -72,6 +73,7 @@ _HOMES = {
     "resize": "rightrank.api",
     "select_rank": "rightrank.api",
     "select_rank_with": "rightrank.own_trainer",
+    "write_report": "rightrank.runs",
 }
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from rightrank.errors import ResultsError, SettingsError
 from rightrank.io.files import disk_errors_told
@@ -15,10 +15,12 @@ from rightrank.io.run_folder import RunFolder
 from rightrank.plan_records import Plan, PlanSettings, make_plan_settings
 from rightrank.probe_records import Inspection, Resized
 from rightrank.records import Decision, RunEvent, RunStarted, Sample, SweepRow, content_hash
-from rightrank.settings import SelectSettings, make_settings
+from rightrank.settings import NOT_IDENTITY, SelectSettings, make_settings
 from rightrank.version import __version__
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
     from rightrank.probe.resizing import ResizeOptions
     from rightrank.strategies import Strategy
 
@@ -48,20 +50,26 @@ class Selected:
         return self.decision._repr_html_()
 
 
+Rows: TypeAlias = Iterable[Mapping[str, object]]  # a `datasets.Dataset` is one
+
+
 def select_rank(
-    model: str,
-    data: str | Path | Any,
+    model: str | PreTrainedModel,
+    data: str | Path | Rows | Mapping[str, Rows],
     out: str | Path,
     *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     settings: SelectSettings | None = None,
     watching: Watching | None = None,
 ) -> Selected:
     """Train a range of ranks on `data`, decide which is enough, and hand over its adapter.
 
     Args:
-        model: a model folder, a GGUF file, or a hub name.
-        data: a file, a folder, an in-memory `datasets` object, or an iterable of mappings.
+        model: a model folder, a GGUF file, a hub name, or a transformers model in memory (frozen and moved to the
+            device; its weights stay as they are).
+        data: a file, a folder, an in-memory `datasets` object, or an iterable of mappings, or a mapping of splits.
         out: the run folder. Called again with the same arguments, an unfinished run is resumed.
+        tokenizer: of a model in memory.
         settings: see `SelectSettings`; None for the defaults.
         watching: callbacks.
 
@@ -74,7 +82,7 @@ def select_rank(
     watching = watching or Watching()
     folder = RunFolder(Path(out))
     with folder.locked(), disk_errors_told(folder.path):
-        return _select(model, data, folder, settings, watching)
+        return _select(model, tokenizer, data, folder, settings, watching)
 
 
 def plan(model: str, *, settings: PlanSettings | None = None) -> Plan:
@@ -97,14 +105,21 @@ def plan(model: str, *, settings: PlanSettings | None = None) -> Plan:
     return make_plan(model, settings)
 
 
-def _select(model: str, data: Any, folder: RunFolder, settings: SelectSettings, watching: Watching) -> Selected:
+def _select(
+    model: str | PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    data: Any,
+    folder: RunFolder,
+    settings: SelectSettings,
+    watching: Watching,
+) -> Selected:
     # Heavy imports: only who runs a selection pays for them.
     from rightrank.engine.bench import Bench
     from rightrank.engine.encode import encode
     from rightrank.engine.train import Watcher
     from rightrank.executors.local import LocalExecutor
     from rightrank.io.data import load_data
-    from rightrank.io.models import find_model, load_model
+    from rightrank.io.models import adopt_model, find_model, load_model
     from rightrank.selection import Selection
     from rightrank.strategies import make_strategy
     from rightrank.strategies.sweep import sweep_rows
@@ -112,6 +127,8 @@ def _select(model: str, data: Any, folder: RunFolder, settings: SelectSettings, 
     make_strategy(settings, settings.max_steps or 1)  # a wrong name is told before anything is loaded
     if isinstance(model, str):
         find_model(model)
+        if tokenizer is not None:
+            raise SettingsError("tokenizer: given beside the name of a model, which brings its own; leave it out")
     source = Path(data) if isinstance(data, str) else data
     splits = load_data(source, settings)
     if settings.metric == "accuracy" and splits.form != "classification":
@@ -119,16 +136,20 @@ def _select(model: str, data: Any, folder: RunFolder, settings: SelectSettings, 
             f"metric 'accuracy' needs `text` and `label`; the data has the form {splits.form!r}: give metric 'loss'"
         )
     folder.journal.read(watching.notice)
-    loaded = load_model(model, settings.dtype, settings.device, splits.classes, settings.trust_remote_code)
+    if isinstance(model, str):
+        loaded = load_model(model, settings.dtype, settings.device, splits.classes, settings.trust_remote_code)
+    else:
+        loaded = adopt_model(model, tokenizer, settings.device, splits.classes)
     encoded = encode(splits, loaded, settings)
     steps = training_steps(settings, len(encoded.splits["train"]))
     bench = Bench(loaded, encoded, settings, steps, folder.cache)
     strategy = make_strategy(settings, steps, token_loss=splits.form != "classification")
-    values = {"model": model, "data": _data_name(data), **settings.model_dump(mode="json")}
+    values = {"model": _model_name(model), "data": _data_name(data), **settings.model_dump(mode="json")}
+    identity = {name: value for name, value in values.items() if name not in NOT_IDENTITY}
     started = RunStarted(
         rightrank_version=__version__,
         fingerprint=content_hash(
-            {"settings": values, "model": loaded.fingerprint, "data": splits.fingerprint, "steps": steps}
+            {"settings": identity, "model": loaded.fingerprint, "data": splits.fingerprint, "steps": steps}
         ),
         settings=values,
         environment=environment(str(loaded.device)),
@@ -143,6 +164,7 @@ def _select(model: str, data: Any, folder: RunFolder, settings: SelectSettings, 
         folder,
         Watcher(on_step=watching.on_event, on_prepare=watching.on_event, should_stop=watching.should_stop),
         lambda event: selection.note_start(event),
+        watching.notice,
     )
     selection = Selection(folder, started, strategy, executor, watching.on_event)
     folder.write_config(values)
@@ -150,6 +172,8 @@ def _select(model: str, data: Any, folder: RunFolder, settings: SelectSettings, 
     watching.notice(cost_line(strategy, steps))
     decision = selection.run()
     selection.hand_over(bench, decision)
+    if settings.certify:
+        watching.notice(selection.certify(bench, decision, Watcher(should_stop=watching.should_stop)).sentence())
     sweep = sweep_rows(started, selection.records.outcomes)
     return Selected(decision, folder.path, folder.adapter, folder.report, selection.records.samples, sweep)
 
@@ -324,6 +348,10 @@ def environment(device: str) -> dict[str, str]:
     if device.startswith("cuda"):
         found["gpu"] = torch.cuda.get_device_name(device)
     return found
+
+
+def _model_name(model: object) -> str:
+    return model if isinstance(model, str) else f"in memory ({type(model).__name__})"
 
 
 def _data_name(data: Any) -> str:

@@ -54,6 +54,8 @@ SELECT_OPTIONS = [
     click.option("--eval-items", type=int, help="Held-out items at most (default 200)."),
     click.option("--dtype", help="float32 (default), bfloat16 or float16."),
     click.option("--device", help="auto (default), cpu, cuda, cuda:1 or mps."),
+    click.option("--pack-size", type=int, help="Trainings that share the model's passes (default: as many as pay)."),
+    click.option("--certify", is_flag=True, default=None, help="Train one arm again alone and compare."),
     click.option("--config", "config_file", type=click.Path(path_type=Path), help="YAML file of settings."),
     click.option(
         "--set", "assignments", multiple=True, metavar="NAME=VALUE", help="Any other setting; see docs/settings.md."
@@ -457,7 +459,7 @@ def report(run: Path, as_json: bool) -> None:
 
     It works while a selection runs, too: the report then shows what is known so far.
     """
-    from rightrank.runs import report as write_report
+    from rightrank.runs import write_report
 
     path = write_report(run)
     click.echo(json.dumps({"report": str(path)}) if as_json else str(path))

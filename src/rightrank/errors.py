@@ -10,6 +10,7 @@
     │   └── MissingExtraError       an optional dependency that is not installed
     ├── RunError(RuntimeError)      exit 1: it began and could not finish
     │   ├── DeviceMemoryError       out of memory, with the arm that asked
+    │   ├── PackingError            arms that can't be trained in one pass; they are then trained alone
     │   └── AllTrialsFailedError    not one trial ended with a result
     └── InterruptedRun              exit 130: stopped by the user, can be resumed
 
@@ -30,6 +31,7 @@ __all__ = [
     "InterruptedRun",
     "MissingExtraError",
     "ModelError",
+    "PackingError",
     "ResultsError",
     "RightrankError",
     "RunError",
@@ -81,6 +83,10 @@ class RunError(RightrankError, RuntimeError):
 
 class DeviceMemoryError(RunError):
     """The device ran out of memory in a trial."""
+
+
+class PackingError(RunError):
+    """Arms that can't be trained in one pass over this model; they are then trained alone."""
 
 
 class AllTrialsFailedError(RunError):

@@ -140,6 +140,8 @@ class TrialFinished(ArmFields):
     train_tokens: int  # labelled and unlabelled, no padding
     eval_seconds: float
     peak_bytes: int  # allocated on the device; on the CPU, the growth of the process's resident memory
+    pack_size: int = 1  # arms that shared the passes, and the peak; the seconds are this arm's even share
+    train_losses: list[float] = []  # nats a label, one for each step
 
 
 class TrialDiverged(ArmFields):
@@ -227,6 +229,35 @@ class Sample(Record):
     expected: str
     before: str
     after: str
+
+
+class Certified(Record):
+    """An arm trained again alone, and how far that is from what it was in its pack. Differences are relative."""
+
+    type: Literal["certified"] = "certified"
+    schema_version: int = SCHEMA_VERSION
+    trial_id: str
+    rank: int
+    pack_size: int
+    steps: int
+    first_step_difference: float  # of the training loss
+    loss_difference: float  # of the training loss, the largest over all steps
+    adapter_difference: float  # of the adapter's tensors when it has finished, in norm
+    value_difference: float  # of the held-out value, absolute
+    seed_difference: float | None  # between two seeds of one rank and rate, absolute; None: one seed
+    exact: bool  # the model is in float32
+    passed: bool | None  # None: not in float32 and no second seed to compare with
+
+    def sentence(self) -> str:
+        """For a person."""
+        where = f"in a pack of {self.pack_size}" if self.pack_size > 1 else "alone"
+        yardstick = "" if self.seed_difference is None else f" (two seeds differ by {self.seed_difference:.2g})"
+        verdict = {True: "the same", False: "NOT the same", None: "no second seed to compare with"}[self.passed]
+        return (
+            f"Rank {self.rank} was trained {where}, and again alone: {verdict}. Relative differences: "
+            f"{self.first_step_difference:.1e} in the first step's loss, {self.loss_difference:.1e} at most in "
+            f"{self.steps} steps, {self.adapter_difference:.1e} in the adapter; held-out {self.value_difference:.1e}{yardstick}."
+        )
 
 
 class RankEvidence(Record):
@@ -382,7 +413,15 @@ class Decided(Record):
 
 
 JournalRecord: TypeAlias = Annotated[
-    RunStarted | TrialStarted | TrialFinished | TrialDiverged | TrialFailed | TestEvaluated | Sample | Decided,
+    RunStarted
+    | TrialStarted
+    | TrialFinished
+    | TrialDiverged
+    | TrialFailed
+    | TestEvaluated
+    | Sample
+    | Certified
+    | Decided,
     Field(discriminator="type"),
 ]
 JOURNAL_RECORD: TypeAdapter[JournalRecord] = TypeAdapter(JournalRecord)

@@ -15,7 +15,7 @@ from rightrank.report.files import write_figures
 from rightrank.report.html import render_report
 
 
-def report(run: str | Path) -> Path:
+def write_report(run: str | Path) -> Path:
     """Write `report.html` and the figures of a run again, from its journal alone.
 
     Raises:

@@ -6,10 +6,13 @@ Everything that the loop knows it reads from the journal, so a run that was kill
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import combinations
 
 from rightrank.decision.run import Records, best_trial, decide_run, decision_so_far
 from rightrank.engine.bench import Bench
+from rightrank.engine.certify import certify
 from rightrank.engine.sample import promptable_items, write_completion
+from rightrank.engine.train import Watcher
 from rightrank.errors import AllTrialsFailedError, DeviceMemoryError, ResultsError, RunFolderError
 from rightrank.executors import Executor
 from rightrank.exports.adapter_folder import hand_over
@@ -18,6 +21,7 @@ from rightrank.io.files import write_text
 from rightrank.io.run_folder import RunFolder
 from rightrank.records import (
     Arm,
+    Certified,
     Decided,
     Decision,
     JournalRecord,
@@ -94,6 +98,24 @@ class Selection:
         write_figures(self._folder.figures, figures_of(self.records, decision))
         self._folder.drop_working_files()
         return chosen
+
+    def certify(self, bench: Bench, decision: Decision, watcher: Watcher) -> Certified:
+        """Train one arm again alone: the one handed over, or where that was cut from another, the most packed one."""
+        if self.records.certificates:
+            return self.records.certificates[-1]
+        chosen = best_trial(self.records, decision, decision.fallback_rank)
+        whole = [trial for trial in self._finished() if trial.rank > 0 and trial.stop_at is None]
+        candidates = [trial for trial in whole if trial.truncate_from is None]
+        trial = chosen if chosen in candidates else max(candidates, key=lambda trial: (trial.pack_size, trial.steps))
+        scratch = self._folder.cache / "certify"
+        certificate = certify(
+            bench, trial, self._folder.trial_adapter(trial.trial_id), scratch, watcher, seed_difference(candidates)
+        )
+        self._folder.journal.append(certificate)
+        self.records.certificates.append(certificate)
+        self.write_views(decision)
+        self._folder.drop_working_files()
+        return certificate
 
     def write_views(self, decision: Decision | None) -> None:
         """decision.json and report, each replaced whole."""
@@ -182,6 +204,15 @@ class Selection:
         """Journal that a trial began."""
         self._folder.journal.append(started)
         self._listener(started)
+
+
+def seed_difference(trials: Sequence[TrialFinished]) -> float | None:
+    """The mean difference of the held-out value between two seeds of one rank and rate; None where there was one."""
+    cells: dict[tuple[int, float, int], list[float]] = {}
+    for trial in trials:
+        cells.setdefault((trial.rank, trial.learning_rate, trial.steps), []).append(trial.value)
+    pairs = [abs(a - b) for values in cells.values() for a, b in combinations(values, 2)]
+    return sum(pairs) / len(pairs) if pairs else None
 
 
 def require_same_run(folder: RunFolder, first: JournalRecord, started: RunStarted) -> None:

@@ -12,6 +12,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from rightrank.errors import SettingsError, did_you_mean
 
+# What changes how a selection runs and not what it finds: it may differ when a run is resumed.
+NOT_IDENTITY = ("pack_size", "certify", "checkpoint_seconds")
+
 Scaling: TypeAlias = Literal["alpha/r", "alpha/sqrt(r)", "constant"]
 DtypeName: TypeAlias = Literal["float32", "bfloat16", "float16"]
 
@@ -81,6 +84,8 @@ class SelectSettings(BaseModel):
     device: str = "auto"
     gradient_checkpointing: bool = False
     cache_prefix: bool = True  # compute frozen layers below the adapters once
+    pack_size: int | None = Field(default=None, gt=0)  # arms trained together; None: as many as pay and fit
+    certify: bool = False  # train one arm again alone and compare
     checkpoint_seconds: float = Field(default=60.0, gt=0)
     trust_remote_code: bool = False
 
@@ -134,7 +139,7 @@ def _distinct(values: tuple[Any, ...], name: str) -> tuple[Any, ...]:
     return tuple(sorted(values))
 
 
-def make_settings(values: Mapping[str, Any]) -> SelectSettings:
+def make_settings(values: Mapping[str, object]) -> SelectSettings:
     """Settings from plain values; the first thing that is wrong becomes one clear line.
 
     Raises:
@@ -163,6 +168,6 @@ def _first_line(error: ValidationError) -> str:
 
 
 def settings_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """The settings whose values differ, one `name: old → new` each."""
-    names = sorted(set(old) | set(new))
+    """The settings whose values differ and whose values matter, one `name: old → new` each."""
+    names = sorted((set(old) | set(new)) - set(NOT_IDENTITY))
     return [f"{name}: {old.get(name)!r} → {new.get(name)!r}" for name in names if old.get(name) != new.get(name)]

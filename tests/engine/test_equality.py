@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM, get_scheduler
 
 from rightrank.engine.adapter import trainable_state
 from rightrank.engine.targets import lora_config
-from rightrank.engine.train import TrialFolders, Watcher, run_trial
+from rightrank.engine.together import run_trial
+from rightrank.engine.train import TrialFolders, Watcher
 from rightrank.records import Arm, StepDone, Trial, TrialFinished
 from tests.helpers import make_bench
 from tests.tiny import small_settings

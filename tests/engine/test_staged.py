@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from rightrank.engine.train import TrialFolders, Watcher, run_trial
+from rightrank.engine.together import run_trial
+from rightrank.engine.train import TrialFolders, Watcher
 from rightrank.engine.truncate import truncate
 from rightrank.records import Arm, Trial, TrialFinished
 from tests.helpers import make_bench

@@ -103,6 +103,18 @@ def test_an_sqlite_file_of_something_else_is_refused(tmp_path: Path) -> None:
         decide(path)
 
 
+def test_events_beside_checkpoints_take_the_rank_from_their_adapters(tmp_path: Path) -> None:
+    from rightrank.io.importers.neighbours import said_around
+
+    for rank in (2, 8):
+        checkpoint = tmp_path / f"run-{'ab'[rank == 8]}" / "checkpoint-5"
+        checkpoint.mkdir(parents=True)
+        (checkpoint / "adapter_config.json").write_text(json.dumps({"r": rank}))
+        (checkpoint.parent / "runs" / "monday").mkdir(parents=True)
+    assert said_around(tmp_path / "run-a" / "runs" / "monday", tmp_path)["rank"] == 2
+    assert said_around(tmp_path / "run-b" / "checkpoint-5", tmp_path)["rank"] == 8
+
+
 def test_tensorboard_events(tmp_path: Path) -> None:
     tensorboard = pytest.importorskip("tensorboard.summary.writer.event_file_writer")
     from tensorboard.compat.proto.event_pb2 import Event

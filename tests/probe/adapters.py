@@ -60,6 +60,7 @@ def load_base(folder: Path) -> Any:
 def make_adapter(base: Path, folder: Path, kind: str = "plain", rank: int = 8, **changes: Any) -> Path:
     """A saved adapter of that kind whose every tensor is random."""
     options = {"r": rank, "lora_alpha": 16, "task_type": "CAUSAL_LM"} | KINDS[kind] | changes
+    torch.manual_seed(0)  # PEFT draws A from the global generator
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PEFT's remarks on making an adapter; loading one is what the tests watch
         model: Any = get_peft_model(load_base(base), LoraConfig(**options))

@@ -12,7 +12,8 @@ import torch
 
 from rightrank.cli import main
 from rightrank.engine.bench import Scores
-from rightrank.engine.train import TrialFolders, Watcher, run_trial
+from rightrank.engine.together import run_trial
+from rightrank.engine.train import TrialFolders, Watcher
 from rightrank.io.adapter_folder import AdapterFolder, open_adapter
 from rightrank.probe import importance
 from rightrank.probe.allocate import _Trained, compare, shuffled

@@ -11,7 +11,8 @@ import torch
 
 from rightrank import ResizeOptions, make_settings, resize
 from rightrank.cli import main
-from rightrank.engine.train import TrialFolders, Watcher, run_trial
+from rightrank.engine.together import run_trial
+from rightrank.engine.train import TrialFolders, Watcher
 from rightrank.io.adapter_folder import open_adapter
 from rightrank.io.adapters import save_adapter
 from rightrank.probe.bench_of import DataUse, adapter_on, bench_of

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from rightrank.decision.run import decide_run, decision_so_far
-from rightrank.records import Decision, StaircaseStep
+from rightrank.records import Decision
 from rightrank.report.draw import draw, inline_svg
 from rightrank.report.figure import Figure, HeatMap, to_csv
 from rightrank.report.figures import figures_of, margin_steps, memory_figure, rank_at, rate_map
@@ -47,14 +47,6 @@ def test_steps_agree_with_the_rule_at_every_margin_of_the_staircase() -> None:
     assert len({rank for _, rank in steps}) > 1
     for step in made.staircase:
         assert rank_at(steps, step.margin) == step.rank
-
-
-def test_a_staircase_that_bounds_do_not_explain_stands() -> None:
-    other = decision().model_copy(
-        update={"staircase": [StaircaseStep(margin=0.001, rank=64), StaircaseStep(margin=0.02, rank=1)]}
-    )
-    steps = margin_steps(other)
-    assert (rank_at(steps, 0.019), rank_at(steps, 0.02), rank_at(steps, 0.5)) == (64, 1, 1)
 
 
 def test_diminishing_rank_is_where_doublings_stop_to_pay() -> None:

@@ -82,6 +82,8 @@ class Evidence:
     def noise(self) -> SeedNoise:
         if self.basis in ("items and seeds", "seeds"):
             return measured_noise(list(self._bare.values()))
+        if self.basis == "items" and self.table.kind in ("loss", "other"):
+            return SeedNoise(0.0, 0.0, 0.0, 0.0)  # nothing is published on such a number: said, not guessed
         floor = published_deviation(self.table.kind, self._level, self.table.values()) ** 2
         if self.basis == "values":
             floor = max(floor, curve_scatter(list(self._bare.values()), floor**0.5) ** 2)

@@ -160,10 +160,7 @@ def _prove(judged: dict[int, Judged], evidence: Evidence, chosen: int, margin: f
     needed = seeds_needed(judged[rank].difference, margin) if rank != reference else None
     ranks = sorted({rank, reference})
     if needed is None:
-        sentence = (
-            f"One number a rank can't show it, and the noise assumed is as large as the margin: score {_ranks(ranks)} "
-            "item by item, with three seeds or more."
-        )
+        sentence = f"One number a rank can't show it: score {_ranks(ranks)} item by item, with three seeds or more."
         return NextRun(action="items", ranks=ranks, seeds=CONFIRM_SEEDS, sentence=sentence)
     trials = len(ranks) * (needed - 1)
     seconds = _seconds(evidence, ranks, needed - 1)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from rightrank.decision.rule import decide
 from rightrank.decision.table import ScoreTable, table_of, table_of_results
 from rightrank.errors import ResultsError, RunFolderError
 from rightrank.records import (
+    Certified,
     Decided,
     Decision,
     JournalRecord,
@@ -33,6 +34,7 @@ class Records:
     outcomes: list[TrialOutcome]
     tests: list[TestEvaluated]
     samples: list[Sample]
+    certificates: list[Certified] = field(default_factory=list)
 
     @classmethod
     def of(cls, started: RunStarted, records: Sequence[JournalRecord]) -> Records:
@@ -41,6 +43,7 @@ class Records:
             last_outcomes(records),
             [record for record in records if isinstance(record, TestEvaluated)],
             [record for record in records if isinstance(record, Sample)],
+            [record for record in records if isinstance(record, Certified)],
         )
 
     def finished(self) -> list[TrialFinished]:

@@ -104,9 +104,11 @@ def basis_note(evidence: Evidence) -> str:
         case "items and seeds":
             return "Intervals cover other held-out items and other seeds."
         case "items":
+            alone = "Intervals cover other held-out items. One seed can't show what another would give: "
+            if evidence.noise.own == 0:
+                return f"{alone}nothing is added for it, so they are too narrow by that."
             return (
-                "Intervals cover other held-out items. One seed can't show what another would give: "
-                f"a published noise of {deviation} is added for each training, and this run's own may be larger."
+                f"{alone}a published noise of {deviation} is added for each training, and this run's own may be larger."
             )
         case "seeds":
             return "Intervals cover other seeds, on these held-out items."

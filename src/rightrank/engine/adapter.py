@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
+from peft.utils import ModulesToSaveWrapper
 
 from rightrank.errors import ModelError
 from rightrank.records import Arm
@@ -29,8 +30,8 @@ ADAPTER = "default"  # PEFT's name for the only adapter of a model
 @contextmanager
 def attached(model: Any, settings: SelectSettings, arm: Arm, config: LoraConfig) -> Iterator[Any]:
     """The PeftModel of `arm` around `model`, freshly initialised; the base is as before when the block ends."""
-    kept = {name: parameter.detach().clone() for name, parameter in _trainable_base(model, settings)}
-    peft_model = _peft_model(model, config)
+    kept = {name: parameter.detach().clone() for name, parameter in trainable_base(model, settings)}
+    peft_model = wrapped(model, config)
     try:
         initialise(peft_model, arm, arm.init_lora_weights or settings.init_lora_weights)
         for module in peft_model.modules():
@@ -38,42 +39,60 @@ def attached(model: Any, settings: SelectSettings, arm: Arm, config: LoraConfig)
                 module.lora_dropout.train()
         yield peft_model
     finally:
-        base = peft_model.unload()
-        base.requires_grad_(False)
-        if hasattr(base, "peft_config"):
-            del base.peft_config
+        base = unwrapped(peft_model)
         with torch.no_grad():
             for name, parameter in base.named_parameters():
                 if name in kept:
                     parameter.copy_(kept[name])
 
 
-def _peft_model(model: Any, config: LoraConfig) -> Any:
+def wrapped(model: Any, config: LoraConfig, adapter: str = ADAPTER) -> Any:
     """PEFT's model around the base, the base in evaluation mode."""
     with warnings.catch_warnings():
         # PEFT asks transformers by a name that transformers 5 calls deprecated: nothing a user could act on
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
-        peft_model: Any = get_peft_model(model, config)
+        peft_model: Any = get_peft_model(model, config, adapter_name=adapter)
     peft_model.train(False)
     return peft_model
 
 
-def initialise(peft_model: Any, arm: Arm, init: str) -> None:
+def unwrapped(peft_model: Any) -> Any:
+    """The base without PEFT's layers, frozen.
+
+    PEFT's `unload` leaves the trained copy of a module in `modules_to_save` (a classification's head among them)
+    in place of the base's own, from which the next arm would then start: the base's own is put back here.
+    """
+    own = {
+        name: module.original_module
+        for name, module in peft_model.base_model.model.named_modules()
+        if isinstance(module, ModulesToSaveWrapper)
+    }
+    base = peft_model.unload()
+    for name, module in own.items():
+        parent, _, last = name.rpartition(".")
+        setattr(base.get_submodule(parent), last, module)
+    base.requires_grad_(False)
+    if hasattr(base, "peft_config"):
+        del base.peft_config
+    return base
+
+
+def initialise(peft_model: Any, arm: Arm, init: str, adapter: str = ADAPTER) -> None:
     """Draw every A (and zero every B) of the arm's adapter."""
     with torch.no_grad():
-        for name, module in lora_modules(peft_model).items():
+        for name, module in lora_modules(peft_model, adapter).items():
             generator = np.random.default_rng(_draw_seed(arm.seed, name))
-            if ADAPTER in module.lora_A:
-                a = module.lora_A[ADAPTER].weight
+            if adapter in module.lora_A:
+                a = module.lora_A[adapter].weight
                 a.copy_(_draw(generator, a.shape[0], a.shape[1], init).to(a))
-                module.lora_B[ADAPTER].weight.zero_()
-            elif ADAPTER in module.lora_embedding_A:
-                b = module.lora_embedding_B[ADAPTER]
-                module.lora_embedding_A[ADAPTER].zero_()
+                module.lora_B[adapter].weight.zero_()
+            elif adapter in module.lora_embedding_A:
+                b = module.lora_embedding_B[adapter]
+                module.lora_embedding_A[adapter].zero_()
                 b.copy_(torch.from_numpy(generator.standard_normal((b.shape[1], b.shape[0]))).T.to(b))
 
 
-def lora_modules(peft_model: Any) -> dict[str, Any]:
+def lora_modules(peft_model: Any, adapter: str = ADAPTER) -> dict[str, Any]:
     """The adapted modules by their name in the base model.
 
     Raises:
@@ -82,7 +101,7 @@ def lora_modules(peft_model: Any) -> dict[str, Any]:
     base = peft_model.base_model.model
     found: dict[str, Any] = {name: module for name, module in base.named_modules() if isinstance(module, LoraLayer)}
     for name, module in found.items():
-        weight = module.lora_A[ADAPTER].weight if ADAPTER in module.lora_A else None
+        weight = module.lora_A[adapter].weight if adapter in module.lora_A else None
         if weight is not None and weight.dim() != 2:
             raise ModelError(f"{name}: adapters on convolutions are not supported; name it in exclude_modules")
     return found
@@ -110,7 +129,7 @@ def _draw_seed(seed: int, module_name: str) -> list[int]:
     return [seed, int.from_bytes(digest[:8], "big")]
 
 
-def _trainable_base(model: Any, settings: SelectSettings) -> list[tuple[str, torch.nn.Parameter]]:
+def trainable_base(model: Any, settings: SelectSettings) -> list[tuple[str, torch.nn.Parameter]]:
     """The base's own parameters that PEFT will train, by the `bias` setting."""
     if settings.bias == "none":
         return []

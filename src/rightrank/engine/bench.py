@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from peft import LoraConfig
 
 from rightrank.engine.adapter import attached
 from rightrank.engine.batches import Batch, batch_plan, collate, length_sorted_batches
 from rightrank.engine.encode import EncodedData, EncodedItem
-from rightrank.engine.loss import BatchLoss, Objective, make_objective
+from rightrank.engine.label_rows import label_rows_only
+from rightrank.engine.lora import Routing
+from rightrank.engine.loss import BatchLoss, Objective, Scale, head_loss, make_objective
+from rightrank.engine.pack import Pack, Share, merged
 from rightrank.engine.prefix import FrozenPrefix, find_blocks, prefix_depth
 from rightrank.engine.targets import Targets, find_targets, lora_config
 from rightrank.errors import InterruptedRun
@@ -61,6 +65,7 @@ class Bench:
         self._pad_id: int = loaded.tokenizer.pad_token_id
         probe = self.batch("selection", length_sorted_batches(data.splits["selection"], settings.batch_size)[0])
         self.objective: Objective = make_objective(self.model, probe, data.is_classification)
+        self._last_block = self._find_last_block(probe)
         self.prefix = self._make_prefix(cache_folder, probe) if settings.cache_prefix else None
 
     def prepare(self, on_progress: Callable[[Preparing], None], should_stop: Callable[[], bool]) -> None:
@@ -94,26 +99,61 @@ class Bench:
         lengths = [item.length for item in self.items("train")]
         return batch_plan(lengths, self.settings.items_per_step, self.steps if steps is None else steps, seed)
 
-    def losses(self, split: SplitName, batch: Batch, scale: float) -> BatchLoss:
+    def losses(self, split: SplitName, batch: Batch, scale: Scale) -> BatchLoss:
         """The loss of `batch` under whatever adapter the base now carries."""
-        with self._prefix_for(split, batch):
-            return self.objective(self.model, batch, scale)
+        return self._losses(split, batch, scale, None)
+
+    def pack_gradients(self, pack: Pack, shares: Sequence[Share]) -> list[torch.Tensor]:
+        """One pass over every arm's training batch, forward and backward; the item losses [b] of each.
+
+        Gradients are added to the arms' tensors.
+        """
+        batch = merged([share.batch for share in shares], self._pad_id)
+        scale = torch.tensor([share.scale for share in shares for _ in share.batch.indices], device=self.loaded.device)
+        with pack.routed(shares) as routing:
+            result = self._losses("train", batch, scale, routing, backward=True)
+        return list(torch.split(result.item_losses, [len(share.batch.indices) for share in shares]))
 
     @torch.no_grad()
     def evaluate(self, split: SplitName) -> Scores:
         """Every item of a split, in large batches of fixed composition, adapter dropout off."""
-        items = self.items(split)
-        losses, tokens = [0.0] * len(items), [0] * len(items)
-        correct = [0] * len(items) if self.data.is_classification else None
         with self._without_dropout():
-            for indices in length_sorted_batches(items, self.settings.eval_batch_size):
-                result = self.losses(split, self.batch(split, indices), 1.0)
-                for row, index in enumerate(indices):
-                    losses[index] = float(result.item_losses[row])
-                    tokens[index] = int(result.item_tokens[row])
-                    if correct is not None and result.item_correct is not None:
-                        correct[index] = int(result.item_correct[row])
-        return Scores(losses, tokens, correct)
+            return self._evaluate(split, 1, lambda batch: self.losses(split, batch, 1.0))[0]
+
+    @torch.no_grad()
+    def evaluate_pack(self, split: SplitName, pack: Pack, adapters: Sequence[str]) -> list[Scores]:
+        """As `evaluate`, of several arms of a pack in one pass over the split."""
+
+        def losses(batch: Batch) -> BatchLoss:
+            shares = [Share(adapter, batch, 1.0, None) for adapter in adapters]
+            with pack.routed(shares) as routing:
+                return self._losses(split, merged([batch] * len(shares), self._pad_id), 1.0, routing)
+
+        return self._evaluate(split, len(adapters), losses)
+
+    def _evaluate(self, split: SplitName, copies: int, losses: Callable[[Batch], BatchLoss]) -> list[Scores]:
+        items = self.items(split)
+        count = len(items)
+        classification = self.data.is_classification
+        scores = [Scores([0.0] * count, [0] * count, [0] * count if classification else None) for _ in range(copies)]
+        for indices in length_sorted_batches(items, self.settings.eval_batch_size):
+            result = losses(self.batch(split, indices))
+            for row, (score, index) in enumerate((score, index) for score in scores for index in indices):
+                score.losses[index] = float(result.item_losses[row])
+                score.tokens[index] = int(result.item_tokens[row])
+                if score.correct is not None and result.item_correct is not None:
+                    score.correct[index] = int(result.item_correct[row])
+        return scores
+
+    def _losses(
+        self, split: SplitName, batch: Batch, scale: Scale, routing: Routing | None, backward: bool = False
+    ) -> BatchLoss:
+        # The backward pass belongs inside: what is recomputed there must see the same prefix and rows.
+        with self._prefix_for(split, batch), self._label_rows(batch, routing):
+            result = self.objective(self.model, batch, scale)
+            if backward:
+                torch.autograd.backward(result.total)
+        return result
 
     @contextmanager
     def arm(self, arm: Arm) -> Iterator[Any]:
@@ -121,12 +161,34 @@ class Bench:
         if arm.rank == 0:
             yield self.model
             return
-        config = lora_config(self.settings, arm, self.data.is_classification, self.targets.names)
-        recompute = recomputed_blocks(self.model) if self.settings.gradient_checkpointing else nullcontext()
-        with attached(self.model, self.settings, arm, config) as peft_model, recompute:
+        with attached(self.model, self.settings, arm, self.arm_config(arm)) as peft_model, self.recomputing():
             yield peft_model
 
-    def _prefix_for(self, split: SplitName, batch: Batch) -> Any:
+    def arm_config(self, arm: Arm) -> LoraConfig:
+        """PEFT's configuration of the arm."""
+        return lora_config(self.settings, arm, self.data.is_classification, self.targets.names)
+
+    def recomputing(self) -> AbstractContextManager[None]:
+        """Gradient checkpointing, where it was asked for."""
+        return recomputed_blocks(self.model) if self.settings.gradient_checkpointing else nullcontext()
+
+    def _label_rows(self, batch: Batch, routing: Routing | None) -> AbstractContextManager[None]:
+        return nullcontext() if self._last_block is None else label_rows_only(self._last_block, batch, routing)
+
+    @torch.no_grad()
+    def _find_last_block(self, probe: Batch) -> Any:
+        """The model's last block, if computing it at label positions alone changes no loss; else None."""
+        found = find_blocks(self.model)
+        if found is None or self.objective is not head_loss:
+            return None
+        last = found[1][-1]
+        plain = head_loss(self.model, probe, 1.0).item_losses
+        with label_rows_only(last, probe, None):
+            ours = head_loss(self.model, probe, 1.0).item_losses
+        tolerance = PREFIX_TOLERANCE[next(self.model.parameters()).dtype]
+        return last if torch.allclose(ours, plain, rtol=tolerance, atol=0) else None
+
+    def _prefix_for(self, split: SplitName, batch: Batch) -> AbstractContextManager[None]:
         return nullcontext() if self.prefix is None else self.prefix.serving(self.model, split, batch)
 
     def _make_prefix(self, folder: Path, probe: Batch) -> FrozenPrefix | None:

@@ -25,6 +25,7 @@ CHUNK_LOGITS = 2**24  # logits held at once, in elements: 64 MiB in float32
 HEAD_TOLERANCE = 1e-3  # relative, between the head's loss and the model's own, in the model's dtype
 
 Head: TypeAlias = Callable[[torch.Tensor], torch.Tensor]
+Scale: TypeAlias = float | torch.Tensor  # of every label loss, or [b], of each item's
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +41,7 @@ class BatchLoss:
 class Objective(Protocol):
     """A model and the way its loss is taken."""
 
-    def __call__(self, model: Any, batch: Batch, scale: float) -> BatchLoss: ...
+    def __call__(self, model: Any, batch: Batch, scale: Scale) -> BatchLoss: ...
 
 
 def make_objective(model: Any, batch: Batch, classification: bool) -> Objective:
@@ -52,45 +53,45 @@ def make_objective(model: Any, batch: Batch, classification: bool) -> Objective:
     return logits_loss
 
 
-def classification_loss(model: Any, batch: Batch, scale: float) -> BatchLoss:
+def classification_loss(model: Any, batch: Batch, scale: Scale) -> BatchLoss:
     """Cross-entropy of one label an item."""
     logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits.float()
     losses = F.cross_entropy(logits, batch.labels, reduction="none")
     correct = (logits.argmax(-1) == batch.labels).long()
     return BatchLoss(
-        losses.sum() * scale, losses.detach().cpu().double(), torch.ones_like(batch.labels).cpu(), correct.cpu()
+        (losses * scale).sum(), losses.detach().cpu().double(), torch.ones_like(batch.labels).cpu(), correct.cpu()
     )
 
 
-def head_loss(model: Any, batch: Batch, scale: float) -> BatchLoss:
+def head_loss(model: Any, batch: Batch, scale: Scale) -> BatchLoss:
     """Shifted cross-entropy with the head applied only where there is a label."""
     # Padding is on the right and every loss is causal, so no position with a label sees a padded one:
     # the mask can be left out, and attention takes its causal fast path.
     hidden = model.base_model(input_ids=batch.input_ids, use_cache=False).last_hidden_state
     keep, targets = _label_positions(batch)
-    total, losses = chunked_cross_entropy(hidden[:, :-1][keep], targets, output_head(model), scale)
+    total, losses = chunked_cross_entropy(hidden[:, :-1][keep], targets, output_head(model), _by_label(scale, keep))
     return _by_item(total, losses, keep)
 
 
-def logits_loss(model: Any, batch: Batch, scale: float) -> BatchLoss:
+def logits_loss(model: Any, batch: Batch, scale: Scale) -> BatchLoss:
     """Shifted cross-entropy of the model's own logits, all of them at once."""
     logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
     keep, targets = _label_positions(batch)
     losses = F.cross_entropy(logits[:, :-1][keep].float(), targets, reduction="none")
-    return _by_item(losses.sum() * scale, losses.detach(), keep)
+    return _by_item((losses * _by_label(scale, keep)).sum(), losses.detach(), keep)
 
 
 def chunked_cross_entropy(
-    hidden: torch.Tensor, targets: torch.Tensor, head: Head, scale: float
+    hidden: torch.Tensor, targets: torch.Tensor, head: Head, scale: Scale
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`(scale × sum of losses, losses [n] without a graph)` of `hidden` [n, d] and `targets` [n]."""
+    """`(sum of scale × losses, losses [n] without a graph)` of `hidden` [n, d] and `targets` [n]; scale is [n] or one."""
     if any(parameter.requires_grad for parameter in _parameters(head)):
         pieces = [
             checkpoint(_chunk_losses, part, labels, head, use_reentrant=False)
             for part, labels in _chunks(hidden, targets, head)
         ]
         losses = torch.cat(pieces)
-        return losses.sum() * scale, losses.detach()
+        return (losses * scale).sum(), losses.detach()
     apply: Any = _FrozenHeadLoss.apply  # untyped in torch
     total, losses = apply(hidden, targets, head, scale)
     return total, losses
@@ -101,16 +102,19 @@ class _FrozenHeadLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: torch.Tensor, targets: torch.Tensor, head: Head, scale: float
+        ctx: Any, hidden: torch.Tensor, targets: torch.Tensor, head: Head, scale: Scale
     ) -> tuple[torch.Tensor, torch.Tensor]:
         needs_gradient = ctx.needs_input_grad[0]
         losses: list[torch.Tensor] = []
         gradients: list[torch.Tensor] = []
+        begin = 0
         for part, labels in _chunks(hidden, targets, head):
+            weight = scale[begin : begin + len(labels)] if isinstance(scale, torch.Tensor) else scale
+            begin += len(labels)
             with torch.set_grad_enabled(needs_gradient):
                 leaf = part.detach().requires_grad_(needs_gradient)
                 chunk = _chunk_losses(leaf, labels, head)
-                total = chunk.sum() * scale
+                total = (chunk * weight).sum()
             if needs_gradient:
                 gradients.append(torch.autograd.grad(total, leaf)[0])
             losses.append(chunk.detach())
@@ -118,7 +122,7 @@ class _FrozenHeadLoss(torch.autograd.Function):
             ctx.save_for_backward(torch.cat(gradients))
         all_losses = torch.cat(losses)
         ctx.mark_non_differentiable(all_losses)
-        return all_losses.sum() * scale, all_losses
+        return (all_losses * scale).sum(), all_losses
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
@@ -168,6 +172,11 @@ def _label_positions(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
     shifted = batch.labels[:, 1:]
     keep = shifted != IGNORED
     return keep, shifted[keep]
+
+
+def _by_label(scale: Scale, keep: torch.Tensor) -> Scale:
+    """The scale of each label [m], from the scale of each item [b]."""
+    return scale[keep.nonzero()[:, 0]] if isinstance(scale, torch.Tensor) else scale
 
 
 def _by_item(total: torch.Tensor, losses: torch.Tensor, keep: torch.Tensor) -> BatchLoss:

@@ -14,6 +14,17 @@ _CLEAR = Path("/proc/self/clear_refs")
 _RESET_PEAK = "5"  # Linux: forget the peak resident set (man 5 proc)
 
 
+# What the CPU allocator says when it has no more; torch raises a plain RuntimeError there.
+_CPU_OUT_OF_MEMORY = ("can't allocate memory", "not enough memory")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the device or the process had no more memory."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _CPU_OUT_OF_MEMORY)
+
+
 class PeakMemory:
     """On CUDA the peak allocated by tensors; on the CPU the process's peak resident set since the block began.
 
@@ -24,14 +35,18 @@ class PeakMemory:
         self._device = device
 
     def __enter__(self) -> PeakMemory:
+        self.restart()
+        return self
+
+    def restart(self) -> None:
+        """Forget the peak so far."""
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)
         elif _CLEAR.exists():
             try:
                 _CLEAR.write_text(_RESET_PEAK)
             except PermissionError:
-                return self  # a hardened container: the whole-life peak is all there is
-        return self
+                return  # a hardened container: the whole-life peak is all there is
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -81,11 +81,15 @@ class FrozenPrefix:
         store = self._stores[split]
         self._fill(model, store, split, {store.group_of[index] for index in batch.indices})
         assert store.hidden is not None
-        hidden = torch.zeros((*batch.input_ids.shape, store.hidden.shape[1]), dtype=store.hidden.dtype)
-        for row, index in enumerate(batch.indices):
+        distinct = list(dict.fromkeys(batch.indices))  # the arms of a pack ask for the same items
+        hidden = torch.zeros((len(distinct), batch.input_ids.shape[1], store.hidden.shape[1]), dtype=store.hidden.dtype)
+        for row, index in enumerate(distinct):
             begin, end = store.begins[index], store.begins[index + 1]
             hidden[row, : end - begin] = store.hidden[begin:end]
         self._current = hidden.to(self._device)
+        if len(distinct) < len(batch.indices):
+            position = {index: row for row, index in enumerate(distinct)}
+            self._current = self._current[[position[index] for index in batch.indices]]
         for block in self._blocks[: self.depth]:
             block.forward = self._serve
         try:

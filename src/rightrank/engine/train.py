@@ -1,4 +1,4 @@
-"""Training one arm from its seed to its result, with checkpoints on the way.
+"""One arm's training from its seed to its result, with checkpoints on the way; `together.py` runs many of them.
 
 Everything is a function of the settings, the arm and the step number: a training that was interrupted and goes on
 from a checkpoint ends with the same values as one that was not.
@@ -11,17 +11,15 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from peft import set_peft_model_state_dict
 from transformers import get_scheduler
 
-from rightrank.engine.adapter import trainable_parameters, trainable_state
+from rightrank.engine.batches import Batch
 from rightrank.engine.bench import Bench, Scores
-from rightrank.engine.memory import PeakMemory
+from rightrank.engine.pack import Pack, Share
 from rightrank.engine.truncate import truncated_adapter
-from rightrank.errors import InterruptedRun
 from rightrank.io.adapters import save_adapter
 from rightrank.io.checkpoints import Checkpoint, load_checkpoint, save_checkpoint
 from rightrank.records import Arm, EvalPoint, Preparing, StepDone, Trial, TrialDiverged, TrialFinished
@@ -51,15 +49,23 @@ class Watcher:
     should_stop: ShouldStop = lambda: False
 
 
-class _Diverged(Exception):  # noqa: N818 - an outcome, turned into a record by run_trial
-    def __init__(self, step: int, reason: str) -> None:
+class Diverged(Exception):  # noqa: N818 - an outcome, turned into a record
+    """A training that can only get worse; it ends, and no other is touched."""
+
+    def __init__(self, trial: Trial, step: int, reason: str) -> None:
         super().__init__(reason)
+        self.trial = trial
         self.step = step
         self.reason = reason
 
+    def outcome(self) -> TrialDiverged:
+        return TrialDiverged(
+            trial_id=self.trial.trial_id, **self.trial.arm.model_dump(), step=self.step, reason=self.reason
+        )
+
 
 @dataclass(slots=True)
-class _Progress:
+class Progress:
     """What a training has so far; all of it goes into a checkpoint."""
 
     step: int = 0
@@ -70,163 +76,166 @@ class _Progress:
     eval_seconds: float = 0.0
 
 
-def run_trial(
-    bench: Bench, trial: Trial, base_loss: float | None, folders: TrialFolders, watcher: Watcher
-) -> TrialFinished | TrialDiverged:
-    """Train (or, for rank 0, only evaluate) a trial and save its adapter.
-
-    `base_loss` is the base's held-out loss, against which divergence is judged; None only for the base itself.
-
-    Raises:
-        InterruptedRun: the watcher asked to stop; a checkpoint was written.
-    """
-    with PeakMemory(bench.loaded.device) as memory, bench.arm(trial.arm) as peft_model:
-        if trial.arm.rank == 0:
-            progress = _Progress()
-            scores = _timed_evaluation(bench, progress)
-            return _finished(trial, bench, progress, scores, 0, memory.peak_bytes())
-        training = _Training(bench, trial, peft_model, base_loss, folders, watcher)
-        try:
-            scores = training.run()
-        except _Diverged as diverged:
-            folders.checkpoint.unlink(missing_ok=True)
-            return TrialDiverged(
-                trial_id=trial.trial_id, **trial.arm.model_dump(), step=diverged.step, reason=diverged.reason
-            )
-        if trial.arm.stop_at is None:
-            save_adapter(peft_model, folders.adapter, bench.loaded.name)
-            folders.checkpoint.unlink(missing_ok=True)
-        else:
-            training.save()  # another trial may go on from here
-        count = sum(parameter.numel() for parameter in trainable_parameters(peft_model))
-        return _finished(trial, bench, training.progress, scores, count, memory.peak_bytes())
-
-
-class _Training:
-    """The loop of one arm."""
+class ArmTraining:
+    """One arm's training: its optimizer, schedule, batches, progress and checkpoint; the pass over the base is shared."""
 
     def __init__(
-        self,
-        bench: Bench,
-        trial: Trial,
-        peft_model: Any,
-        base_loss: float | None,
-        folders: TrialFolders,
-        watcher: Watcher,
+        self, bench: Bench, trial: Trial, pack: Pack, base_loss: float | None, folders: TrialFolders, watcher: Watcher
     ) -> None:
         self._bench = bench
-        self._trial = trial
-        self._peft_model = peft_model
+        self.trial = trial
+        self.adapter = f"arm_{trial.trial_id}"  # the adapter's name in the pack
+        self._pack = pack
         self._base_loss = base_loss
         self._folders = folders
         self._watcher = watcher
         self._settings = bench.settings
-        self._parameters = trainable_parameters(peft_model)
+        self._named = pack.join(self.adapter, trial.arm, bench.arm_config(trial.arm))
+        self._parameters = list(self._named.values())
         self._optimizer = make_optimizer(self._parameters, trial.arm.learning_rate, bench.settings)
         self._rate_factor = rate_schedule(bench.settings, trial.arm.steps)
         self._plan = training_batches(bench, trial.arm)
         self._last_step = trial.arm.steps if trial.arm.stop_at is None else trial.arm.stop_at
         self._evaluate_at = evaluation_steps(trial.arm.steps, bench.settings.eval_points)
-        self.progress = _Progress()
-
-    def run(self) -> Scores:
-        """All steps that are left; the scores of the last evaluation."""
+        self._saved = time.perf_counter()
+        self.company = 1  # most arms, this one among them, that shared a pass
+        self._labels = 0  # of the step under way
+        self._loss_sum = 0.0
+        self._tokens = 0
+        self._micro_batch = 0
+        self._scores: Scores | None = None  # of the last evaluation
+        self.progress = Progress()
         self._start()
-        progress, steps = self.progress, self._last_step
-        saved = time.perf_counter()
-        scores: Scores | None = None
-        while progress.step < steps:
-            begun = time.perf_counter()
-            loss = self._step(self._plan[progress.step])
-            progress.step += 1
-            progress.train_losses.append(loss)
-            progress.train_seconds += time.perf_counter() - begun
-            self._judge(loss)
-            if progress.step in self._evaluate_at or progress.step == steps:
-                scores = self._evaluate()
-            self._report(loss)
-            stopping = progress.step < steps and self._watcher.should_stop()
-            if stopping or time.perf_counter() - saved > self._settings.checkpoint_seconds:
-                self.save()
-                saved = time.perf_counter()
-            if stopping:
-                raise InterruptedRun(f"stopped at step {progress.step} of {steps} of {self._trial.arm.label()}")
-        return scores if scores is not None else _timed_evaluation(self._bench, progress)
 
-    def _step(self, indices: list[int]) -> float:
-        """One optimizer step over the micro-batches of `indices`; the mean loss, nats a label."""
-        settings = self._settings
-        micro_batches = [
-            self._bench.batch("train", indices[start : start + settings.batch_size])
-            for start in range(0, len(indices), settings.batch_size)
-        ]
+    @property
+    def is_done(self) -> bool:
+        return self.progress.step >= self._last_step
+
+    @property
+    def wants_evaluation(self) -> bool:
+        return self.progress.step in self._evaluate_at or self.progress.step == self._last_step
+
+    def micro_batches(self) -> list[Batch]:
+        """The batches of the step to come, and its rate into the optimizer."""
+        size = self._settings.batch_size
+        indices = self._plan[self.progress.step]
+        batches = [self._bench.batch("train", indices[start : start + size]) for start in range(0, len(indices), size)]
         classification = self._bench.data.is_classification
-        labels = sum(
-            len(batch.indices) if classification else int((batch.labels[:, 1:] != -100).sum())
-            for batch in micro_batches
+        self._labels = sum(
+            len(batch.indices) if classification else int((batch.labels[:, 1:] != -100).sum()) for batch in batches
         )
-        rate = self._trial.arm.learning_rate * self._rate_factor(self.progress.step)
+        self._loss_sum, self._tokens = 0.0, sum(batch.tokens for batch in batches)
+        self._micro_batch = 0
         for group in self._optimizer.param_groups:
-            group["lr"] = rate
-        torch.manual_seed(self._trial.arm.seed * 1_000_003 + self.progress.step)  # of adapter dropout
-        loss_sum = 0.0
-        for batch in micro_batches:
-            result = self._bench.losses("train", batch, 1 / labels)
-            torch.autograd.backward(result.total)
-            loss_sum += float(result.item_losses.sum())
-            self.progress.train_tokens += batch.tokens
-        if settings.max_grad_norm > 0:
-            torch.nn.utils.clip_grad_norm_(self._parameters, settings.max_grad_norm)
+            group["lr"] = self.trial.arm.learning_rate * self._rate_factor(self.progress.step)
+        self._optimizer.zero_grad(set_to_none=True)  # of a step that ran out of memory
+        return batches
+
+    def share(self, batch: Batch) -> Share:
+        """This arm's share of the pass over its next micro-batch."""
+        per_step = self._settings.gradient_accumulation_steps
+        draw = (self.trial.arm.seed * 1_000_003 + self.progress.step) * per_step + self._micro_batch
+        self._micro_batch += 1
+        return Share(self.adapter, batch, 1 / self._labels, draw)
+
+    def add_losses(self, loss_sum: float) -> None:
+        self._loss_sum += loss_sum
+
+    def update(self) -> None:
+        """Clip, step, and count the step."""
+        if self._settings.max_grad_norm > 0:
+            torch.nn.utils.clip_grad_norm_(self._parameters, self._settings.max_grad_norm)
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
-        return loss_sum / labels
+        self.progress.step += 1
+        self.progress.train_tokens += self._tokens
+        self.progress.train_losses.append(self._loss_sum / self._labels)
 
-    def _judge(self, loss: float) -> None:
-        """End a training that can only get worse."""
-        if not math.isfinite(loss):
-            raise _Diverged(self.progress.step, f"training loss is {loss}")
-        recent = self.progress.train_losses[-DIVERGENCE_WINDOW:]
-        self._compare_with_base(sum(recent) / len(recent), "training", len(recent) == DIVERGENCE_WINDOW)
+    def end_step(self, seconds: float) -> None:
+        """Report the step; end a training that can only get worse.
 
-    def _compare_with_base(self, loss: float, which: str, enough: bool = True) -> None:
-        limit = math.inf if self._base_loss is None else self._settings.divergence_factor * self._base_loss
-        if enough and not loss <= limit:
-            raise _Diverged(
-                self.progress.step,
-                f"{which} loss {loss:.3f} is above {self._settings.divergence_factor:g} × the base's {self._base_loss:.3f}",
-            )
-
-    def _evaluate(self) -> Scores:
+        Raises:
+            Diverged: the loss is not a number, or far above the base's.
+        """
         progress = self.progress
-        scores = _timed_evaluation(self._bench, progress)
+        progress.train_seconds += seconds
+        loss = progress.train_losses[-1]
+        if not math.isfinite(loss):
+            raise Diverged(self.trial, progress.step, f"training loss is {loss}")
+        recent = progress.train_losses[-DIVERGENCE_WINDOW:]
+        self._compare_with_base(sum(recent) / len(recent), "training", len(recent) == DIVERGENCE_WINDOW)
+        self._watcher.on_step(
+            StepDone(
+                trial_id=self.trial.trial_id,
+                step=progress.step,
+                steps=self.trial.arm.steps,
+                loss=loss,
+                seconds=progress.train_seconds + progress.eval_seconds,
+            )
+        )
+
+    def take_scores(self, scores: Scores, seconds: float) -> None:
+        """Keep a held-out evaluation.
+
+        Raises:
+            Diverged: the held-out loss is far above the base's.
+        """
+        progress = self.progress
+        progress.eval_seconds += seconds
+        self._scores = scores
         self._compare_with_base(scores.loss, "held-out")
         since = progress.points[-1].step if progress.points else 0
         recent = progress.train_losses[since:]
         value = scores.metrics[self._settings.metric]
         if progress.step in self._evaluate_at:  # not where a rate is stopped early: points are the same for every arm
             progress.points.append(EvalPoint(step=progress.step, value=value, train_value=sum(recent) / len(recent)))
-        return scores
 
-    def _report(self, loss: float) -> None:
-        progress = self.progress
-        self._watcher.on_step(
-            StepDone(
-                trial_id=self._trial.trial_id,
-                step=progress.step,
-                steps=self._trial.arm.steps,
-                loss=loss,
-                seconds=progress.train_seconds + progress.eval_seconds,
+    def finish(self, peak_bytes: int) -> TrialFinished:
+        """Save the adapter, take it off, and give the record."""
+        if self._scores is None:  # it went on from a checkpoint of its last step
+            begun = time.perf_counter()
+            self._scores = self._bench.evaluate_pack("selection", self._pack, [self.adapter])[0]
+            self.progress.eval_seconds += time.perf_counter() - begun
+        if self.trial.arm.stop_at is None:
+            save_adapter(self._pack.peft_model, self._folders.adapter, self._bench.loaded.name, self.adapter)
+            self.abandon()
+        else:
+            self.set_aside()  # another trial may go on from here
+        count = sum(parameter.numel() for parameter in self._parameters)
+        return finished(self.trial, self._bench, self.progress, self._scores, count, peak_bytes, self.company)
+
+    def abandon(self) -> None:
+        """Take the adapter off; the checkpoint is no longer needed."""
+        self._folders.checkpoint.unlink(missing_ok=True)
+        self._pack.leave(self.adapter)
+
+    def set_aside(self) -> None:
+        """Take the adapter off and keep a checkpoint, to go on from later."""
+        self.save()
+        self._pack.leave(self.adapter)
+
+    @property
+    def is_checkpoint_due(self) -> bool:
+        return time.perf_counter() - self._saved > self._settings.checkpoint_seconds
+
+    def _compare_with_base(self, loss: float, which: str, enough: bool = True) -> None:
+        limit = math.inf if self._base_loss is None else self._settings.divergence_factor * self._base_loss
+        if enough and not loss <= limit:
+            raise Diverged(
+                self.trial,
+                self.progress.step,
+                f"{which} loss {loss:.3f} is above {self._settings.divergence_factor:g} × the base's {self._base_loss:.3f}",
             )
-        )
 
     def save(self) -> None:
+        """Write the checkpoint."""
         progress = self.progress
-        tensors = {f"parameter.{name}": value for name, value in trainable_state(self._peft_model).items()}
+        tensors = {f"parameter.{name}": value.detach() for name, value in self._named.items()}
         for index, parameter in enumerate(self._parameters):
             for key, value in self._optimizer.state[parameter].items():
                 tensors[f"optimizer.{index}.{key}"] = torch.as_tensor(value)
         state = {
-            "trial_id": self._trial.trial_id,
+            "trial_id": self.trial.trial_id,
             "step": progress.step,
             "train_losses": progress.train_losses,
             "points": [point.model_dump() for point in progress.points],
@@ -235,20 +244,21 @@ class _Training:
             "eval_seconds": progress.eval_seconds,
         }
         save_checkpoint(self._folders.checkpoint, Checkpoint(tensors, state))
+        self._saved = time.perf_counter()
 
     def _start(self) -> None:
         """From a checkpoint of this very trial if there is one; else from its parent; else from the first draw.
 
         A parent's checkpoint that is lost costs its steps again and changes no result.
         """
-        arm, folders = self._trial.arm, self._folders
-        if self._resume(folders.checkpoint, self._trial.trial_id):
+        arm, folders = self.trial.arm, self._folders
+        if self._resume(folders.checkpoint, self.trial.trial_id):
             return
         if folders.continue_from is not None and arm.continue_from is not None:
             self._resume(folders.continue_from, arm.continue_from)
         if folders.truncate_from is not None:
             tensors = truncated_adapter(folders.truncate_from, arm, self._settings)
-            set_peft_model_state_dict(self._peft_model, tensors)
+            set_peft_model_state_dict(self._pack.peft_model, tensors, adapter_name=self.adapter)
 
     def _resume(self, checkpoint: Path, trial_id: str) -> bool:
         """Go on from a checkpoint, if it is there and of that trial."""
@@ -256,12 +266,12 @@ class _Training:
         if found is None or found.state.get("trial_id") != trial_id:
             return False
         with torch.no_grad():
-            for name, value in trainable_state(self._peft_model).items():
+            for name, value in self._named.items():
                 value.copy_(found.tensors[f"parameter.{name}"])
         for index, parameter in enumerate(self._parameters):
             self._optimizer.state[parameter] = _optimizer_state(found.tensors, index, parameter)
         state = found.state
-        self.progress = _Progress(
+        self.progress = Progress(
             step=state["step"],
             train_losses=state["train_losses"],
             points=[EvalPoint.model_validate(point) for point in state["points"]],
@@ -306,13 +316,6 @@ def evaluation_steps(steps: int, points: int) -> set[int]:
     return {max(1, round(steps * number / points)) for number in range(1, points + 1)}
 
 
-def _timed_evaluation(bench: Bench, progress: _Progress) -> Scores:
-    begun = time.perf_counter()
-    scores = bench.evaluate("selection")
-    progress.eval_seconds += time.perf_counter() - begun
-    return scores
-
-
 def _optimizer_state(
     tensors: Mapping[str, torch.Tensor], index: int, parameter: torch.Tensor
 ) -> dict[str, torch.Tensor]:
@@ -321,8 +324,14 @@ def _optimizer_state(
     return {key: value if value.dim() == 0 else value.to(parameter.device) for key, value in state.items()}
 
 
-def _finished(
-    trial: Trial, bench: Bench, progress: _Progress, scores: Scores, parameters: int, peak_bytes: int
+def finished(
+    trial: Trial,
+    bench: Bench,
+    progress: Progress,
+    scores: Scores,
+    parameters: int,
+    peak_bytes: int,
+    pack_size: int,
 ) -> TrialFinished:
     return TrialFinished(
         trial_id=trial.trial_id,
@@ -339,4 +348,6 @@ def _finished(
         train_tokens=progress.train_tokens,
         eval_seconds=progress.eval_seconds,
         peak_bytes=peak_bytes,
+        pack_size=pack_size,
+        train_losses=progress.train_losses,
     )

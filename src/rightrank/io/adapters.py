@@ -11,17 +11,23 @@ from safetensors.torch import load_file
 from rightrank.io.files import replacing_folder
 
 
-def save_adapter(peft_model: Any, folder: Path, base_name: str) -> None:
+def save_adapter(peft_model: Any, folder: Path, base_name: str, adapter: str = "default") -> None:
     """Write `adapter_config.json` and `adapter_model.safetensors`, naming the base that was asked for."""
-    config = peft_model.peft_config["default"]
+    config = peft_model.peft_config[adapter]
     config.base_model_name_or_path = base_name
     with replacing_folder(folder) as temporary:
-        peft_model.save_pretrained(str(temporary), safe_serialization=True, save_embedding_layers=False)
+        peft_model.save_pretrained(
+            str(temporary), safe_serialization=True, selected_adapters=[adapter], save_embedding_layers=False
+        )
+        if adapter != "default":  # PEFT puts an adapter of another name into a folder of that name
+            for path in list((temporary / adapter).iterdir()):
+                path.replace(temporary / path.name)
+            (temporary / adapter).rmdir()
         readme = temporary / "README.md"  # PEFT's empty template; the model card is written at hand-over
         readme.unlink(missing_ok=True)
 
 
-def restore_adapter(peft_model: Any, folder: Path) -> None:
+def restore_adapter(peft_model: Any, folder: Path, adapter: str = "default") -> None:
     """Put the saved tensors of `folder` into an adapter of the same shape."""
     tensors = load_file(folder / "adapter_model.safetensors")
-    set_peft_model_state_dict(peft_model, tensors)
+    set_peft_model_state_dict(peft_model, tensors, adapter_name=adapter)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from rightrank.errors import MissingExtraError, ModelError, SettingsError
@@ -124,6 +124,26 @@ def prepare_model(
     model.eval()
     model.to(device)
     return LoadedModel(model, tokenizer, name, fingerprint or parameter_fingerprint(model), device)
+
+
+def adopt_model(model: Any, tokenizer: Any, device: str, classes: list[str] | None) -> LoadedModel:
+    """A model and tokenizer that the caller already has. The model is frozen, put in evaluation mode and moved.
+
+    Raises:
+        ModelError: not a transformers model, no tokenizer, or a head that does not fit the data's classes.
+        SettingsError: a device that is not there.
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise ModelError(f"model: got a {type(model).__name__}; give a transformers model, a folder, or a hub name")
+    if tokenizer is None:
+        raise ModelError("model: it is in memory, so its tokenizer must be given too: tokenizer=...")
+    if classes is not None and getattr(model.config, "num_labels", None) != len(classes):
+        raise ModelError(
+            f"model: a head of {getattr(model.config, 'num_labels', 0)} labels for data of {len(classes)} classes "
+            f"({', '.join(classes[:5])}); give a sequence classification model with num_labels={len(classes)}"
+        )
+    name = model.name_or_path or type(model).__name__
+    return prepare_model(model, tokenizer, name, find_device(device))
 
 
 def find_device(name: str) -> torch.device:

@@ -38,6 +38,12 @@ _FLOAT32: frozenset[Any] = frozenset(
 )
 
 
+# Rows of several experts times each expert's own matrix, where this torch has it.
+_GROUPED: frozenset[Any] = frozenset(
+    getattr(home, name) for home, name in ((F, "grouped_mm"), (torch, "_grouped_mm")) if hasattr(home, name)
+)
+
+
 @dataclass(slots=True)
 class DeviceKernels(TorchFunctionMode):
     """Active around a traced step."""
@@ -53,7 +59,12 @@ class DeviceKernels(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         keywords = kwargs or {}
         if func is F.scaled_dot_product_attention:
+            if self.device == "cpu" and keywords.get("dropout_p"):
+                return func(*args, **keywords)  # the CPU has no fused kernel with dropout: torch's composite one runs
             return self._attention(*args, **keywords)
+        if func in _GROUPED:
+            product: Any = _GroupedProduct.apply  # untyped in torch
+            return product(args[0], args[1])
         if func is torch.Tensor.__bool__:
             return not self.padded  # the only branches are "is everything real?"
         if self.autocast is not None:
@@ -109,6 +120,21 @@ class DeviceKernels(TorchFunctionMode):
         return aten._scaled_dot_product_efficient_attention(
             query, key, value, bias, True, dropout_p, is_causal, scale=scale
         )[0]
+
+
+class _GroupedProduct(torch.autograd.Function):
+    """A grouped product in any type: on meta tensors torch has it for bfloat16 alone."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(rows if weights.requires_grad else None, weights)  # frozen experts need no rows
+        return torch.mm(rows, weights[0])  # every row meets one expert's matrix
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        _, weights = ctx.saved_tensors
+        of_rows = torch.mm(gradients[0], weights[0].t()) if ctx.needs_input_grad[0] else None
+        return of_rows, torch.empty_like(weights) if ctx.needs_input_grad[1] else None
 
 
 def _flash(query: Any, key: Any, value: Any, dropout_p: float, is_causal: bool, scale: float | None) -> Any:

@@ -16,6 +16,7 @@ from rightrank.probe_records import InspectionSummary, ModuleKind, ModuleSpectru
 Floats = NDArray[np.float64]
 
 DEAD_FRACTION = 1e-3  # of the median module's norm
+ROUNDING = 1e-6  # of the largest singular value: below it a value is the rounding of float32 files, not noise
 FEWEST_FOR_NOISE = 8  # singular values from which a median says something of noise
 SENTENCE = (
     "A spectrum describes where an update's energy is; it does not say which rank is enough: "
@@ -76,6 +77,7 @@ def _ranks_above_noise(update: Update, partial: bool) -> tuple[int, int | None]:
     s, (rows, columns) = update.values, update.shape
     if not s.any():
         return 0, 0
+    s = np.where(s > ROUNDING * s[0], s, 0.0)
     if update.kind != "matrix":
         return spectra.hard_threshold_rank(s, len(s), len(s)), spectra.null_rank(s, rows, columns)
     if partial:

@@ -60,6 +60,27 @@ def confidence_words(records: Records, decision: Decision) -> str:
     return f"{decision.confidence:.0%} confidence{held_out} and {quantity(seeds, 'seed')} a rank"
 
 
+def certainty_notes(decision: Decision) -> list[str]:
+    """What else is known of how sure the answer is: the fit's own view, the rate's optimism, the horizon."""
+    said = [decision.basis_note] if decision.basis_note else []
+    curve, unit = decision.curve, metric_unit(decision.metric)
+    if curve is not None:
+        said.append(
+            f"The fitted curve comes within the margin of its best at rank {curve.r_margin:.3g} "
+            f"(95% interval {curve.r_margin_low:.3g} to {curve.r_margin_high:.3g}); still to gain above the largest rank: "
+            f"{curve.gain_to_come:.2g} {unit} ({curve.gain_to_come_low:.2g} to {curve.gain_to_come_high:.2g})."
+        )
+    if decision.winner_gap:
+        said.append(
+            f"The best of several rates looks up to {decision.winner_gap:.2g} {unit} better than it is; taken out."
+        )
+    if decision.horizon is not None:
+        said.append(
+            f"The same rank was the answer from step {decision.horizon.holds_from} of {decision.horizon.steps} on."
+        )
+    return said
+
+
 def headline(decision: Decision | None) -> str:
     if decision is None:
         return "Running: no answer yet"
@@ -77,7 +98,7 @@ def progress_words(records: Records) -> str:
 def not_tested(records: Records, decision: Decision | None) -> list[str]:
     """What the evidence does not speak of."""
     settings = records.started.settings
-    ranks = sorted({trial.rank for trial in records.finished() if trial.rank > 0})
+    ranks = sorted({trial.rank for trial in records.finished() if trial.rank > 0 and trial.arm.is_direct})
     said: list[str] = []
     if ranks:
         said.append(f"Ranks other than {', '.join(map(str, ranks))}.")
@@ -92,7 +113,7 @@ def not_tested(records: Records, decision: Decision | None) -> list[str]:
         )
     if decision is not None and max((e.seeds for e in decision.ranks if e.rank > 0), default=1) < 2:
         said.append("The spread between seeds: there is one seed a rank.")
-    lost = [outcome for outcome in records.outcomes if outcome.rank > 0 and not isinstance(outcome, TrialFinished)]
+    lost = [o for o in records.outcomes if o.rank > 0 and not isinstance(o, TrialFinished)]
     if lost:
         cells = ", ".join(f"rank {o.rank} at {o.learning_rate:g}" for o in lost[:6])
         said.append(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
 from statistics import fmean
 
 from rightrank.decision.run import Records
@@ -37,43 +36,20 @@ def trained(decision: Decision) -> list[RankEvidence]:
 
 
 def margin_steps(decision: Decision) -> list[tuple[float, int]]:
-    """`(margin, rank)`: from just above this margin on, this rank is enough; the first margin is 0.
-
-    Exact, from the ranks' bounds: walking down from the reference, a rank is reached when its bound and all bounds
-    above it lie below the margin. Where that disagrees with the decision's own staircase, the staircase stands.
-    """
-    below = sorted((e for e in trained(decision) if e.rank < decision.reference_rank), key=lambda e: -e.rank)
-    steps, needed = [(0.0, decision.reference_rank)], 0.0
-    for evidence in below:
-        if evidence.difference_high is None:
-            return _staircase_steps(decision)
-        needed = max(needed, evidence.difference_high, 0.0)
-        if needed == steps[-1][0]:
-            steps[-1] = (needed, evidence.rank)
-        else:
-            steps.append((needed, evidence.rank))
-    agrees = all(rank_at(steps, step.margin) == step.rank for step in decision.staircase)
-    return steps if agrees else _staircase_steps(decision)
+    """`(margin, rank)`: from this margin on, this rank is enough. The first margin is 0."""
+    steps = [(step.margin, step.rank) for step in decision.staircase]
+    return steps if steps and steps[0][0] == 0 else [(0.0, decision.reference_rank), *steps]
 
 
 def rank_at(steps: Sequence[tuple[float, int]], margin: float) -> int:
-    """The rank that is enough at a margin above 0."""
-    return next(rank for needed, rank in reversed(steps) if needed < margin or needed == 0.0)
-
-
-def _staircase_steps(decision: Decision) -> list[tuple[float, int]]:
-    steps = [(0.0, decision.staircase[0].rank if decision.staircase else decision.reference_rank)]
-    for before, after in pairwise(decision.staircase):
-        if after.rank != before.rank:
-            steps.append((after.margin * (1 - 1e-9), after.rank))  # reached at that margin, not after it
-    return steps
+    """The rank that is enough at a margin."""
+    return next(rank for needed, rank in reversed(steps) if needed <= margin)
 
 
 def margin_range(decision: Decision) -> tuple[float, float]:
-    """The margins worth looking at: from under the decision's own to where the smallest rank is enough."""
-    steps = margin_steps(decision)
-    margins = [step.margin for step in decision.staircase if step.margin > 0] + [decision.margin]
-    return min(min(margins), decision.margin / 5), max(max(margins), decision.margin * 5, steps[-1][0] * 2)
+    """The margins worth looking at: from under the first step to where the smallest rank is enough."""
+    needed = [margin for margin, _ in margin_steps(decision) if margin > 0]
+    return min([decision.margin / 5, *(m / 2 for m in needed)]), max([decision.margin * 5, *(m * 2 for m in needed)])
 
 
 def staircase_figure(decision: Decision) -> Figure:
@@ -83,7 +59,7 @@ def staircase_figure(decision: Decision) -> Figure:
     corners = [(low, rank_at(steps, low))] + [step for step in steps if low < step[0] < high]
     corners.append((high, rank_at(steps, high)))
     ranks = sorted({rank for _, rank in corners})
-    said = "; ".join(f"above {needed:.2g}, rank {rank}" for needed, rank in corners[1:-1])
+    said = "; ".join(f"from {needed:.2g} on, rank {rank}" for needed, rank in corners[1:-1])
     return Figure(
         name="staircase",
         title="Which rank is enough at which margin",
@@ -94,41 +70,43 @@ def staircase_figure(decision: Decision) -> Figure:
         series=(
             Series("enough", tuple(c[0] for c in corners), tuple(c[1] for c in corners), kind="step", tone="main"),
         ),
-        columns=("margin above", "rank"),
+        columns=("margin from", "rank"),
         rows=tuple(steps),
     )
 
 
 def difference_figure(decision: Decision) -> Figure | None:
-    """How much worse each rank is than the reference, paired, with the bound that is tested."""
+    """How much worse each rank is than the reference, paired, with the bounds that are tested."""
     rows = [e for e in trained(decision) if e.difference is not None]
     if len(rows) < 2:
         return None
-    differences = tuple(e.difference for e in rows if e.difference is not None)
-    highs = tuple(d if e.difference_high is None else e.difference_high for d, e in zip(differences, rows, strict=True))
+    differences = [e.difference or 0.0 for e in rows]
+    lows = [d if e.difference_low is None else e.difference_low for d, e in zip(differences, rows, strict=True)]
+    highs = [d if e.difference_high is None else e.difference_high for d, e in zip(differences, rows, strict=True)]
     enough = [str(e.rank) for e in rows if e.non_inferior]
+    words = {True: "yes", False: "no", None: "open"}
     return Figure(
         name="paired_differences",
-        title=f"Worse than rank {decision.reference_rank} by, paired item by item",
-        alt=f"Paired difference of every rank from rank {decision.reference_rank} with its upper bound. "
+        title=f"Worse than rank {decision.reference_rank} by, paired",
+        alt=f"Paired difference of every rank from rank {decision.reference_rank} with its bounds. "
         f"Below the margin of {decision.margin:g}: " + (f"rank {', '.join(enough)}." if enough else "none."),
         x=rank_axis([e.rank for e in rows]),
         y=Axis(f"worse by, {metric_unit(decision.metric)}"),
         series=(
             Series(
-                f"difference and its {decision.confidence:.0%} upper bound",
+                f"difference and its one-sided {decision.confidence:.0%} bounds",
                 tuple(e.rank for e in rows),
-                differences,
-                low=differences,
-                high=highs,
+                tuple(differences),
+                low=tuple(min(d, low) for d, low in zip(differences, lows, strict=True)),
+                high=tuple(max(d, high) for d, high in zip(differences, highs, strict=True)),
                 kind="points",
             ),
         ),
         levels=(Level(f"margin {decision.margin:g}", decision.margin), Level("no difference", 0.0)),
-        columns=("rank", "difference", "upper bound", "enough"),
+        columns=("rank", "difference", "lower bound", "upper bound", "enough", "optimism of the best rate"),
         rows=tuple(
-            (e.rank, d, h, "" if e.non_inferior is None else "yes" if e.non_inferior else "no")
-            for e, d, h in zip(rows, differences, highs, strict=True)
+            (e.rank, d, low, high, words[e.non_inferior], e.winner_gap)
+            for e, d, low, high in zip(rows, differences, lows, highs, strict=True)
         ),
     )
 
@@ -234,7 +212,8 @@ def memory_figure(records: Records, planned_bytes: Mapping[int, int]) -> Figure 
 
 def time_figure(records: Records) -> Figure | None:
     """Seconds of a training against rank, the mean over its trials, and of its evaluations."""
-    groups = {rank: trials for rank, trials in _by_rank(records.finished()).items() if rank > 0}
+    direct = [trial for trial in records.finished() if trial.rank > 0 and trial.arm.is_direct]
+    groups = _by_rank(direct)
     if not groups:
         return None
     train = {rank: fmean(trial.train_seconds for trial in trials) for rank, trials in groups.items()}
@@ -262,7 +241,7 @@ def _best_trials(records: Records, decision: Decision | None) -> dict[int, list[
         named = {e.rank: [by_id[i] for i in e.trial_ids if i in by_id] for e in trained(decision)}
         return {rank: trials for rank, trials in named.items() if trials}
     sign = -1 if records.started.higher_is_better else 1
-    groups = {rank: trials for rank, trials in _by_rank(finished).items() if rank > 0}
+    groups = _by_rank([trial for trial in finished if trial.rank > 0 and trial.arm.is_direct])
     return {rank: [min(trials, key=lambda trial: sign * trial.value)] for rank, trials in groups.items()}
 
 

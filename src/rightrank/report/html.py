@@ -23,6 +23,7 @@ from rightrank.decision.run import Records
 from rightrank.records import Decision, TrialDiverged, TrialFailed, TrialFinished, TrialOutcome
 from rightrank.report.draw import inline_svg
 from rightrank.report.facts import (
+    certainty_notes,
     confidence_words,
     cost_of,
     headline,
@@ -60,6 +61,7 @@ def render_report(
             sentence=decision.sentence if decision else progress_words(records),
             confidence=confidence_words(records, decision) if decision else "",
             cost=cost_of(records).sentence(),
+            notes=certainty_notes(decision) if decision else [],
             margin=margin_words(decision) if decision else "",
             slider=_slider(decision),
             rank_plot=next((figure for figure in plots if figure.name == "rank_curve"), None),
@@ -70,6 +72,7 @@ def render_report(
             fold_rows=len(records.outcomes) > MOST_ROWS_IN_SIGHT,
             tests=records.tests,
             samples=records.samples,
+            certificates=records.certificates,
             not_tested=not_tested(records, decision),
             command=reproduce_command(records.started.settings),
             svg=lambda figure: Markup(inline_svg(figure)),

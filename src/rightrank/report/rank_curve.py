@@ -32,7 +32,8 @@ def rank_figure(decision: Decision) -> Figure:
     )
     edge = reference.value + sign * decision.margin
     band = Band("within the margin of the best", min(reference.value, edge), max(reference.value, edge))
-    limits = _limits([*points.low, *points.high, band.low, band.high], base)
+    fitted = _fitted(decision)
+    limits = _limits([*points.low, *points.high, band.low, band.high, *(y for s in fitted for y in s.y)], base)
     said = ", ".join(f"rank {e.rank} {e.value:.4f}" for e in trained)
     return Figure(
         name="rank_curve",
@@ -42,7 +43,7 @@ def rank_figure(decision: Decision) -> Figure:
         + f". {decision.sentence}",
         x=rank_axis(ranks),
         y=metric_axis(decision.metric, "held-out", limits),
-        series=(points,),
+        series=(points, *fitted),
         bands=(band,),
         levels=() if base is None else (_base_level(base, limits),),
         marks=tuple(_marks(decision, trained)),
@@ -52,6 +53,18 @@ def rank_figure(decision: Decision) -> Figure:
             for e in decision.ranks
         ),
     )
+
+
+def _fitted(decision: Decision) -> list[Series]:
+    """The fitted curve and the ends of its interval; nothing where no curve was fitted."""
+    if decision.curve is None or not decision.curve.points:
+        return []
+    points = decision.curve.points
+    x = tuple(point.rank for point in points)
+    label = f"fitted curve ({decision.curve.form.replace('_', '-')}) and its 95% interval"
+    ends = [tuple(point.low for point in points), tuple(point.high for point in points)]
+    middle = Series(label, x, tuple(point.value for point in points), kind="line", tone="second")
+    return [middle, *(Series(label, x, end, kind="line", tone="faint", dashed=True) for end in ends)]
 
 
 def _limits(values: list[float], base: float | None) -> tuple[float, float]:
@@ -76,7 +89,8 @@ def _base_level(base: float, limits: tuple[float, float]) -> Level:
 def diminishing_rank(decision: Decision) -> int | None:
     """The smallest rank from which no doubling measured gains more than the margin; None where the top still does.
 
-    It moves with the margin and with the ranks tried, and says nothing of ranks that were not.
+    It moves with the margin and with the ranks tried, and says nothing of ranks that were not. Measured ranks alone:
+    the fitted curve's own is in the decision.
     """
     ranks = sorted((e for e in decision.ranks if e.rank > 0), key=lambda e: e.rank)
     sign = -1 if decision.higher_is_better else 1

@@ -34,13 +34,16 @@ def said_around(folder: Path, root: Path) -> dict[str, Any]:
 
 
 def _adapter_rank(folder: Path, root: Path) -> int | None:
-    """`r` of the adapter in the folder, in a checkpoint inside, or in a folder above up to `root`."""
-    inside = sorted(folder.glob("*/adapter_config.json"))
-    above = [place / "adapter_config.json" for place in _upward(folder, root)]
-    for path in [above[0], *inside, *above[1:]]:
-        if path.is_file():
-            rank = read_object(path).get("r")
-            return rank if isinstance(rank, int) else None
+    """`r` of the adapter in the folder or in one inside it (a checkpoint), else of the folders above up to `root`.
+
+    Adapters of different ranks in one place tell nothing.
+    """
+    for place in _upward(folder, root):
+        paths = [place / "adapter_config.json", *sorted(place.glob("*/adapter_config.json"))]
+        ranks = {read_object(path).get("r") for path in paths if path.is_file()}
+        if ranks:
+            rank = ranks.pop()
+            return rank if not ranks and isinstance(rank, int) else None
     return None
 
 

@@ -11,7 +11,7 @@
   // The rank that is enough at a margin: the last step that the margin exceeds.
   function rankAt(value) {
     let found = page.answer.steps[0][1];
-    for (const [needed, rank] of page.answer.steps) if (needed < value) found = rank;
+    for (const [needed, rank] of page.answer.steps) if (needed <= value) found = rank;
     return found;
   }
 

@@ -1,0 +1,197 @@
+"""Do the intervals cover, does the rule err as often as it says, is the answer near the truth?
+
+    python -m benchmarks.decide.calibration            # prints the table, writes calibration.json and undecided.svg
+    python -m benchmarks.decide.calibration --tables 20 --short
+
+Simulated tables (see simulated.py): four shapes of curve, normal and heavy tails, items of unequal variance and
+length, ranks correlated along the curve, 1 to 5 seeds, 50 to 2,000 items.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from rightrank.decide import CONFIDENCE, decide
+from rightrank.decide.evidence import Evidence
+
+from benchmarks.decide.simulated import RANKS, World, draw_table, noisier, right_rank, truth
+from benchmarks.machine import machine
+
+HERE = Path(__file__).parent
+SHAPES = ("power", "flat", "u_shaped", "rising")
+SIZES = ((1, 200), (1, 1000), (2, 50), (2, 200), (3, 200), (3, 1000), (5, 200), (5, 2000))
+NOISES = (0.25, 0.5, 1.0, 2.0, 4.0)
+SEED = 20260
+
+
+@dataclass(frozen=True)
+class Found:
+    """Of one world, shares of `tables` tables."""
+
+    world: str
+    seeds: int
+    items: int
+    tails: str
+    scored: bool
+    tables: int
+    covers: float  # two-sided 95% interval of the difference from the top rank, every rank
+    bounds: float  # one-sided 95% bound of the same
+    value_covers: float  # two-sided 95% interval of a rank's own mean
+    false: float  # a rank worse than the margin was named
+    fallback_false: float  # or would have been handed over
+    decided: float
+    within_octave: float  # of the decided
+    exact: float
+    under: float
+
+
+def study(world: World, tables: int, seed: int) -> Found:
+    """Draw tables of one world and judge what is said of them."""
+    generator = np.random.default_rng(seed)
+    covers: list[bool] = []
+    bounds: list[bool] = []
+    values: list[bool] = []
+    answers: list[tuple[int | None, int, int, bool]] = []  # rank, fallback, truth, fallback too bad
+    for _ in range(tables):
+        losses = truth(world, generator)
+        table = draw_table(world, losses, generator)
+        evidence = Evidence(table)
+        top = evidence.contenders[RANKS[-1]]
+        for place, rank in enumerate(RANKS):
+            own = evidence.value(evidence.contenders[rank])
+            values.append(own.bound(0.025) <= losses[place] <= own.bound(0.975))
+            if rank != top.rank:
+                found = evidence.difference(evidence.contenders[rank], top)
+                true = losses[place] - losses[-1]
+                covers.append(found.bound(0.025) <= true <= found.bound(0.975))
+                bounds.append(true <= found.bound(CONFIDENCE))
+        decision = decide(table, world.margin)
+        handed = losses[RANKS.index(decision.fallback_rank)]
+        bad = bool(handed - losses.min() >= world.margin)
+        answers.append((decision.rank, decision.fallback_rank, right_rank(losses, world.margin), bad))
+    named = [(rank, right, bad) for rank, _, right, bad in answers if rank is not None]
+    return Found(
+        world=world.shape,
+        seeds=world.seeds,
+        items=world.items,
+        tails=world.tails,
+        scored=world.scored,
+        tables=tables,
+        covers=float(np.mean(covers)),
+        bounds=float(np.mean(bounds)),
+        value_covers=float(np.mean(values)),
+        false=sum(bad for _, _, bad in named) / tables,
+        fallback_false=sum(bad for *_, bad in answers) / tables,
+        decided=len(named) / tables,
+        within_octave=_share([abs(np.log2(rank / right)) <= 1 for rank, right, _ in named]),
+        exact=_share([rank == right for rank, right, _ in named]),
+        under=_share([rank < right for rank, right, _ in named]),
+    )
+
+
+def worlds(short: bool) -> list[World]:
+    if short:
+        return [World(shape, 3, 200, "heavy") for shape in SHAPES]
+    scored = [World(shape, s, i, tails) for s, i in SIZES for tails in ("normal", "heavy") for shape in SHAPES]
+    bare = [World(shape, s, 1000, "heavy", scored=False) for s in (2, 3, 5) for shape in SHAPES]
+    return scored + bare
+
+
+def summary(found: list[Found]) -> dict[str, float]:
+    """Over worlds, each with its own weight; one seed apart, where intervals can't cover seeds."""
+    several = [one for one in found if one.seeds > 1]
+    single = [one for one in found if one.seeds == 1]
+    decided = sum(one.decided for one in found)
+    return {
+        "covers, two seeds or more": _mean([one.covers for one in several]),
+        "covers, one seed": _mean([one.covers for one in single]),
+        "value covers, two seeds or more": _mean([one.value_covers for one in several]),
+        "one-sided bound holds": _mean([one.bounds for one in several]),
+        "false acceptance, mean": _mean([one.false for one in found]),
+        "false acceptance, worst world": max(one.false for one in found),
+        "false hand-over, worst world": max(one.fallback_false for one in found),
+        "within an octave, of all decided": sum(one.within_octave * one.decided for one in found) / max(decided, 1e-9),
+        "decided": _mean([one.decided for one in found]),
+        "least covers": min((one.covers for one in several), default=float("nan")),
+        "most covers": max((one.covers for one in several), default=float("nan")),
+    }
+
+
+def undecided_by_noise(tables: int, seed: int) -> dict[str, dict[str, float]]:
+    """Share undecided against noise, 2 seeds × 200 items."""
+    return {
+        shape: {
+            str(noise): 1 - study(noisier(World(shape, 2, 200, "heavy"), noise), tables, seed).decided
+            for noise in NOISES
+        }
+        for shape in SHAPES
+    }
+
+
+def draw_undecided(shares: dict[str, dict[str, float]], path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 3.8), layout="constrained")
+    axes = figure.add_subplot()
+    for shape, by_noise in shares.items():
+        noises = [float(noise) for noise in by_noise]
+        axes.plot(noises, [100 * share for share in by_noise.values()], "o-", label=shape.replace("_", "-"))
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(NOISES, [f"{noise:g}×" for noise in NOISES])
+    axes.set_xlabel("noise of a paired difference, 2 seeds × 200 items (1×: 0.0025 nats a rank, half the margin)")
+    axes.set_ylabel("undecided, %")
+    axes.set_ylim(-3, 103)
+    axes.legend(frameon=False)
+    figure.savefig(path, metadata={"Date": None})
+
+
+def show(found: list[Found]) -> None:
+    print("shape     seeds items tails  scored  covers bound  value  false  handed decided octave exact under")
+    for one in found:
+        print(
+            f"{one.world:9} {one.seeds:5} {one.items:5} {one.tails:6} {'items' if one.scored else 'means':6}  "
+            f"{one.covers:.3f}  {one.bounds:.3f}  {one.value_covers:.3f}  {one.false:.3f}  {one.fallback_false:.3f}  "
+            f"{one.decided:7.2f} {one.within_octave:.3f}  {one.exact:.2f}  {one.under:.2f}"
+        )
+
+
+def _share(values: list[bool]) -> float:
+    return float(np.mean(values)) if values else 1.0
+
+
+def _mean(values: list[float]) -> float:
+    return float(np.mean(values)) if values else float("nan")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--tables", type=int, default=250)
+    parser.add_argument("--short", action="store_true")
+    asked = parser.parse_args()
+    begun = time.perf_counter()
+    found = [study(world, asked.tables, SEED + place) for place, world in enumerate(worlds(asked.short))]
+    show(found)
+    totals = summary(found)
+    print(json.dumps(totals, indent=1))
+    if asked.short:
+        return
+    shares = undecided_by_noise(asked.tables, SEED)
+    draw_undecided(shares, HERE / "undecided.svg")
+    result = {
+        "machine": machine(),
+        "seed": SEED,
+        "seconds": round(time.perf_counter() - begun),
+        "summary": totals,
+        "undecided_by_noise": shares,
+        "worlds": [asdict(one) for one in found],
+    }
+    (HERE / "calibration.json").write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,183 @@
+"""Curves that others published: what the decision says of them, and what simple rules say.
+
+    python -m benchmarks.decide.published      # prints the tables, writes published.json
+
+`published_curves.json` holds 56 curves with their sources. `acceptable_ranks` is a careful reader's judgement, not a
+truth; `rising` follows a stated rule. One number a rank: every answer here carries the flag `underpowered` or rests
+on a stated deviation.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from rightrank.decide import decide, table_of_results
+from rightrank.decide.metrics import kind_of, published_deviation
+
+from benchmarks.machine import machine
+from rightrank.records import Decision, Result, Results
+
+HERE = Path(__file__).parent
+CURVES = HERE / "published_curves.json"
+ALWAYS = 16
+
+Curve = dict[str, Any]
+
+
+def curves() -> list[Curve]:
+    loaded: list[Curve] = json.loads(CURVES.read_text(encoding="utf-8"))["curves"]
+    return loaded
+
+
+def ours(curve: Curve) -> Decision:
+    """The decision on the curve's one number a rank, with its stated deviation if there is one."""
+    results = [
+        Result(trial_id=str(rank), rank=rank, value=value, std=curve["std"])
+        for rank, value in zip(curve["ranks"], curve["values"], strict=True)
+    ]
+    return _decide(curve, results)
+
+
+def ours_on_grid(curve: Curve) -> Decision:
+    """The decision on the whole rank × rate grid."""
+    results = [
+        Result(trial_id=f"{rank} {rate}", rank=int(rank), learning_rate=float(rate), value=value)
+        for rank, rates in curve["lr_grid"].items()
+        for rate, value in rates.items()
+        if value is not None
+    ]
+    return _decide(curve, results)
+
+
+def _decide(curve: Curve, results: list[Result]) -> Decision:
+    named = {"metric": curve["metric"], "higher_is_better": curve["higher_is_better"]}
+    return decide(table_of_results(Results(**named, results=results, understood=[])), curve["margin"])
+
+
+def losses(curve: Curve) -> dict[int, float]:
+    sign = -1 if curve["higher_is_better"] else 1
+    return {rank: sign * value for rank, value in zip(curve["ranks"], curve["values"], strict=True)}
+
+
+def always(curve: Curve) -> int:
+    """Rank 16, or the nearest that was tried."""
+    return min(curve["ranks"], key=lambda rank: (abs(math.log2(rank / ALWAYS)), rank))
+
+
+def argmin(curve: Curve) -> int:
+    by_rank = losses(curve)
+    return min(by_rank, key=lambda rank: (by_rank[rank], rank))
+
+
+def one_standard_error(curve: Curve) -> int:
+    """The smallest rank within one standard error of the best; the published noise where none is stated."""
+    by_rank = losses(curve)
+    best = min(by_rank.values())
+    kind = kind_of(curve["metric"], curve["higher_is_better"])
+    error = curve["std"] or published_deviation(kind, best, curve["values"])
+    return min(rank for rank, loss in by_rank.items() if loss <= best + error)
+
+
+def kneedle(curve: Curve) -> int:
+    """The knee over log2 rank (Satopää et al. 2011, the `kneed` package); the top rank where it finds none."""
+    from kneed import KneeLocator
+
+    by_rank = losses(curve)
+    places = [math.log2(rank) for rank in by_rank]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        knee = KneeLocator(places, list(by_rank.values()), curve="convex", direction="decreasing").knee
+    return max(by_rank) if knee is None else round(2**knee)
+
+
+def most_of_the_gain(curve: Curve) -> int:
+    """The smallest rank with 95% of the gain from the worst to the best."""
+    by_rank = losses(curve)
+    best, worst = min(by_rank.values()), max(by_rank.values())
+    return min(rank for rank, loss in by_rank.items() if worst - loss >= 0.95 * (worst - best))
+
+
+RULES: dict[str, Callable[[Curve], int | None]] = {
+    "rightrank": lambda curve: ours(curve).rank,
+    "always 16": always,
+    "argmin": argmin,
+    "one standard error": one_standard_error,
+    "Kneedle": kneedle,
+    "95% of the gain": most_of_the_gain,
+}
+
+
+def score(rule: Callable[[Curve], int | None], all_curves: list[Curve]) -> dict[str, float]:
+    """Acceptable picks, and on which side the others fall."""
+    picks = [(rule(curve), curve["acceptable_ranks"]) for curve in all_curves]
+    named = [(pick, good) for pick, good in picks if pick is not None]
+    return {
+        "acceptable": sum(pick in good for pick, good in named),
+        "too small": sum(pick < min(good) for pick, good in named),
+        "too large": sum(pick > max(good) for pick, good in named),
+        "of": len(picks),
+    }
+
+
+def rising(all_curves: list[Curve]) -> dict[str, int]:
+    said = {curve["id"]: ours(curve).verdict == "rising" for curve in all_curves}
+    return {
+        "rise": sum(curve["rising"] for curve in all_curves),
+        "said of those": sum(said[curve["id"]] for curve in all_curves if curve["rising"]),
+        "said of others": sum(said[curve["id"]] for curve in all_curves if not curve["rising"]),
+    }
+
+
+def misses(all_curves: list[Curve]) -> list[dict[str, Any]]:
+    return [
+        {
+            "id": curve["id"],
+            "pick": ours(curve).rank,
+            "acceptable": curve["acceptable_ranks"],
+            "values": dict(zip(map(str, curve["ranks"]), curve["values"], strict=True)),
+            "margin": curve["margin"],
+            "reader": curve["why"],
+        }
+        for curve in all_curves
+        if ours(curve).rank not in curve["acceptable_ranks"]
+    ]
+
+
+def grids(all_curves: list[Curve]) -> dict[str, int]:
+    """With all rates in the table: whether the pick is acceptable, and how often a best rate is at the edge."""
+    with_grid = [curve for curve in all_curves if "lr_grid" in curve]
+    decisions = [ours_on_grid(curve) for curve in with_grid]
+    return {
+        "grids": len(with_grid),
+        "acceptable": sum(
+            decision.rank in curve["acceptable_ranks"] for curve, decision in zip(with_grid, decisions, strict=True)
+        ),
+        "lr_edge": sum("lr_edge" in decision.flags for decision in decisions),
+        "winner_gap": sum("winner_gap" in decision.flags for decision in decisions),
+    }
+
+
+def main() -> None:
+    all_curves = curves()
+    scores = {name: score(rule, all_curves) for name, rule in RULES.items()}
+    print(f"{'rule':20} acceptable  too small  too large   of {len(all_curves)}")
+    for name, found in scores.items():
+        print(f"{name:20} {found['acceptable']:10} {found['too small']:10} {found['too large']:10}")
+    result = {
+        "machine": machine(),
+        "scores": scores,
+        "rising": rising(all_curves),
+        "grids": grids(all_curves),
+        "misses": misses(all_curves),
+    }
+    print(json.dumps({name: result[name] for name in ("rising", "grids", "misses")}, indent=1))
+    (HERE / "published.json").write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,43 @@
+"""What the engine's benchmarks share: the machine's facts, and a bench over a model and a data file."""
+
+from __future__ import annotations
+
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rightrank.engine.bench import Bench
+from rightrank.engine.encode import encode
+from rightrank.io.data import load_data
+from rightrank.io.models import load_model
+from rightrank.settings import make_settings
+
+DEFAULTS: dict[str, Any] = {"batch_size": 8, "seq_len": 128, "eval_items": 96, "eval_points": 1, "samples": 0}
+
+
+def machine() -> dict[str, Any]:
+    """Cores, memory, threads and versions that a timing depends on."""
+    import peft
+    import transformers
+
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    return {
+        "cores": os.cpu_count(),
+        "memory_gib": round(memory, 1),
+        "threads": torch.get_num_threads(),
+        "processor": platform.machine(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "peft": peft.__version__,
+        "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
+
+
+def make_bench(model: str, data: Path, steps: int, cache: Path, **changes: Any) -> Bench:
+    settings = make_settings(DEFAULTS | changes)
+    splits = load_data(data, settings)
+    loaded = load_model(model, settings.dtype, settings.device, splits.classes)
+    return Bench(loaded, encode(splits, loaded, settings), settings, steps, cache)

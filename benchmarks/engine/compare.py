@@ -1,0 +1,232 @@
+"""One arm, and eight arms on the tail of a model, against `Trainer` + PEFT and TRL's `SFTTrainer`, side by side.
+
+    python benchmarks/engine/compare.py MODEL DATA --job one|tail [--steps 6] [--rounds 3] [--out result.json]
+
+Every contender trains on the same tokenised items, one pass, batch 8, and evaluates the same held-out items once at
+the end; both are timed (processor seconds of the process, on one thread; the wall is stored too), loading and
+tokenising are not. A round runs every contender once, from a fresh adapter; ratios
+are taken within a round, and their median is reported with all of them beside it. `tail` trains one arm with each
+contender that can't share anything, counted eight times, and eight arms with ours, the frozen prefix's cost included.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import math
+import shutil
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import machine, make_bench
+from peft import get_peft_model
+
+from rightrank.engine.bench import Bench
+from rightrank.engine.encode import EncodedData
+from rightrank.engine.memory import PeakMemory
+from rightrank.engine.targets import lora_config
+from rightrank.engine.together import Company, train_trials
+from rightrank.engine.train import TrialFolders, Watcher
+from rightrank.records import Arm, Trial, TrialFinished
+
+BATCH, RATE, RANKS = 8, 1e-3, (1, 4, 16, 64)
+TAIL_LAYERS = (28, 29)
+
+
+@dataclass(frozen=True)
+class Measured:
+    seconds: float  # of this process's processor time: on a shared machine the wall also counts who else is at work
+    wall_seconds: float
+    held_out: float  # nats a label
+    peak_bytes: int
+
+
+class Clock:
+    """Processor and wall seconds since it was made."""
+
+    def __init__(self) -> None:
+        self._begun = (time.process_time(), time.perf_counter())
+
+    def elapsed(self) -> tuple[float, float]:
+        return time.process_time() - self._begun[0], time.perf_counter() - self._begun[1]
+
+
+@dataclass(frozen=True)
+class Job:
+    model: str
+    data: Path
+    work: Path
+    steps: int
+    eval_items: int
+    layers: tuple[int, ...] | None
+    arms: int
+    seed: int
+
+    def bench(self, dtype: str, **changes: Any) -> Bench:
+        """Ours, with exactly as many training items as one pass takes."""
+        settings: dict[str, Any] = {"dtype": dtype, "eval_items": self.eval_items, "seeds": (self.seed,), **changes}
+        if self.layers:
+            settings["layers_to_transform"] = self.layers
+        shutil.rmtree(self.work / "cache", ignore_errors=True)
+        bench = make_bench(self.model, self.data, self.steps, self.work / "cache", **settings)
+        splits = dict(bench.data.splits) | {"train": bench.data.splits["train"][: self.steps * BATCH]}
+        short = EncodedData(splits, bench.data.texts, bench.data.summary)
+        return Bench(bench.loaded, short, bench.settings, self.steps, self.work / "cache")
+
+    def arm(self, number: int) -> Arm:
+        rate = RATE if number < len(RANKS) else RATE / 3
+        rank = 16 if self.arms == 1 else RANKS[number % len(RANKS)]
+        return Arm(rank=rank, learning_rate=rate, lora_alpha=32.0, seed=self.seed, steps=self.steps)
+
+
+def ours(job: Job, dtype: str, pack: int, **changes: Any) -> Measured:
+    bench = job.bench(dtype, **changes)
+    trials = [Trial(trial_id=f"b{number}", arm=job.arm(number)) for number in range(job.arms)]
+    folders = lambda trial: TrialFolders(job.work / f"{trial.trial_id}.ckpt", job.work / trial.trial_id)  # noqa: E731
+    with PeakMemory(bench.loaded.device) as memory:
+        begun = Clock()
+        outcomes = list(train_trials(bench, trials, None, folders, Watcher(), Company(pack)))
+        seconds, wall = begun.elapsed()
+        peak = memory.peak_bytes()
+    finished = [outcome for outcome in outcomes if isinstance(outcome, TrialFinished)]
+    assert len(finished) == job.arms
+    return Measured(seconds, wall, finished[0].value, max([peak, *(outcome.peak_bytes for outcome in finished)]))
+
+
+def trainer(job: Job, dtype: str, grouped: bool, sft: bool = False) -> Measured:
+    """transformers' Trainer (or TRL's) on the same items; everything not named is at its default."""
+    from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
+
+    bench = job.bench(dtype, cache_prefix=False)
+    peft_model = get_peft_model(bench.model, lora_config(bench.settings, job.arm(0), False, bench.targets.names))
+    rows = {
+        split: [{"input_ids": list(item.input_ids), "labels": list(item.labels)} for item in bench.items(split)]
+        for split in ("train", "selection")
+    }
+    common: dict[str, Any] = {
+        "output_dir": str(job.work / "trainer"),
+        "per_device_train_batch_size": BATCH,
+        "num_train_epochs": 1,
+        "learning_rate": RATE,
+        "warmup_steps": math.ceil(bench.settings.warmup_ratio * job.steps),  # as ours, so that held-out losses compare
+        "report_to": "none",
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "seed": job.seed,
+        "logging_strategy": "no",
+    }
+    if grouped:
+        common["train_sampling_strategy"] = "group_by_length"
+        common["per_device_eval_batch_size"] = 16
+    collator = DataCollatorForSeq2Seq(bench.loaded.tokenizer, label_pad_token_id=-100)
+    if sft:
+        from datasets import Dataset
+        from trl import SFTConfig, SFTTrainer
+
+        arguments = SFTConfig(
+            **common, max_length=None, packing=False, dataset_kwargs={"skip_prepare_dataset": True}, bf16=False
+        )
+        built: Any = SFTTrainer(
+            model=peft_model,
+            args=arguments,
+            train_dataset=Dataset.from_list(rows["train"]),
+            eval_dataset=Dataset.from_list(rows["selection"]),
+            data_collator=collator,
+            processing_class=bench.loaded.tokenizer,
+        )
+    else:
+        built = Trainer(
+            model=peft_model,
+            args=TrainingArguments(**common),
+            train_dataset=rows["train"],
+            eval_dataset=rows["selection"],
+            data_collator=collator,
+        )
+    with PeakMemory(bench.loaded.device) as memory:
+        begun = Clock()
+        built.train()
+        loss = built.evaluate()["eval_loss"]
+        return Measured(*begun.elapsed(), loss, memory.peak_bytes())
+
+
+def contenders(job: Job, with_trl: bool) -> dict[str, tuple[int, Callable[[], Measured]]]:
+    """By name: how many times its seconds count for the job, and how to run it."""
+    times = job.arms
+    found: dict[str, tuple[int, Callable[[], Measured]]] = {
+        "Trainer float32": (times, lambda: trainer(job, "float32", False)),
+        "Trainer bfloat16 grouped": (times, lambda: trainer(job, "bfloat16", True)),
+        "ours float32": (1, lambda: ours(job, "float32", 1)),
+        "ours bfloat16": (1, lambda: ours(job, "bfloat16", 1)),
+    }
+    if with_trl:
+        found["SFTTrainer float32"] = (times, lambda: trainer(job, "float32", False, sft=True))
+        found["SFTTrainer bfloat16 grouped"] = (times, lambda: trainer(job, "bfloat16", True, sft=True))
+    if job.arms > 1:
+        found["ours float32 pack of 8"] = (1, lambda: ours(job, "float32", job.arms))
+        found["ours bfloat16 pack of 8"] = (1, lambda: ours(job, "bfloat16", job.arms))
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("data", type=Path)
+    parser.add_argument("--job", choices=["one", "tail"], default="one")
+    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--eval-items", type=int, default=24)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--trl", action="store_true")
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--work", type=Path, default=Path("bench-work"))
+    arguments = parser.parse_args()
+    warnings.simplefilter("ignore")
+    arms, layers = (1, None) if arguments.job == "one" else (8, TAIL_LAYERS)
+    rounds: list[dict[str, dict[str, float]]] = []
+    result: dict[str, Any] = {"job": arguments.job, "steps": arguments.steps, "arms": arms, "machine": machine()}
+    for number in range(arguments.rounds):
+        job = Job(
+            arguments.model, arguments.data, arguments.work, arguments.steps, arguments.eval_items, layers, arms, number
+        )
+        row: dict[str, dict[str, float]] = {}
+        for name, (times, run) in contenders(job, arguments.trl).items():
+            measured = run()
+            row[name] = {
+                "seconds": measured.seconds * times,
+                "wall_seconds": measured.wall_seconds * times,
+                "held_out": measured.held_out,
+                "peak_bytes": measured.peak_bytes,
+            }
+            gc.collect()
+            print(number, name, {key: round(value, 4) for key, value in row[name].items()}, flush=True)
+        rounds.append(row)
+        result |= {"rounds": rounds, "speedup": speedups(rounds)}
+        if arguments.out:
+            arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps({key: value for key, value in result.items() if key != "rounds"}, indent=1))
+
+
+def speedups(rounds: list[dict[str, dict[str, float]]]) -> dict[str, dict[str, Any]]:
+    """Of each of ours over each of theirs: every round's ratio and their median."""
+    names = list(rounds[0])
+    table: dict[str, dict[str, Any]] = {}
+    for mine in (name for name in names if name.startswith("ours")):
+        for theirs in (name for name in names if name != mine):
+            ratios = [row[theirs]["seconds"] / row[mine]["seconds"] for row in rounds]
+            table.setdefault(mine, {})[theirs] = {
+                "median": round(statistics.median(ratios), 2),
+                "all": [round(r, 2) for r in ratios],
+            }
+    return table
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    main()

@@ -1,0 +1,100 @@
+"""Where the time of a training step goes, by the kind of work.
+
+    python benchmarks/engine/profile_step.py MODEL DATA [--layers 28,29] [--arms 1] [--dtype float32] [--steps 6]
+
+Operators are told apart by their shapes: a matrix product with a side of the arm's rank is an adapter's, one with a
+side of the vocabulary is the head's, the others are the base's. What the operators don't account for is Python.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from common import machine, make_bench
+from torch.profiler import ProfilerActivity, profile
+
+from rightrank.engine.together import Company, train_trials
+from rightrank.engine.train import TrialFolders, Watcher
+from rightrank.records import Arm, Trial
+
+RANK = 12  # a size that nothing else in the model has
+MATMULS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::addmm_", "aten::baddbmm_")
+
+
+def kind_of(name: str, shapes: list[Any], vocabulary: int) -> str:
+    sizes = {size for shape in shapes if isinstance(shape, list) for size in shape if isinstance(size, int)}
+    if name.startswith("aten::_fused_adam") or "foreach_norm" in name:
+        return "optimizer"
+    if name in MATMULS:
+        return "adapter matmuls" if RANK in sizes else "head and loss" if vocabulary in sizes else "base matmuls"
+    if "scaled_dot_product" in name or "flash_attention" in name:
+        return "attention"
+    if vocabulary in sizes or "nll_loss" in name:
+        return "head and loss"
+    if RANK in sizes:
+        return "adapter, elementwise"
+    return "elementwise and copies"
+
+
+def measure(bench: Any, arms: int, steps: int, folder: Path) -> dict[str, Any]:
+    trials = [
+        Trial(trial_id=f"p{i}", arm=Arm(rank=RANK, learning_rate=1e-4 * (i + 1), lora_alpha=32.0, seed=0, steps=steps))
+        for i in range(arms)
+    ]
+    folders = lambda trial: TrialFolders(folder / f"{trial.trial_id}.ckpt", folder / trial.trial_id)  # noqa: E731
+    bench.evaluate("selection")
+    list(train_trials(bench, trials, None, folders, Watcher(), Company(arms)))  # warm: prefix, allocator
+    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler:
+        begun = time.perf_counter()
+        outcomes = list(train_trials(bench, trials, None, folders, Watcher(), Company(arms)))
+        wall = time.perf_counter() - begun
+    seconds: dict[str, float] = defaultdict(float)
+    for event in profiler.key_averages(group_by_input_shape=True):
+        seconds[kind_of(event.key, event.input_shapes, bench.model.config.vocab_size)] += (
+            event.self_cpu_time_total / 1e6
+        )
+    seconds["Python and the rest"] = wall - sum(seconds.values())
+    trained = sum(outcome.train_seconds for outcome in outcomes)
+    return {
+        "wall_seconds": wall,
+        "train_seconds": trained,
+        "share": {k: round(v / wall, 3) for k, v in sorted(seconds.items(), key=lambda kv: -kv[1])},
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("data", type=Path)
+    parser.add_argument("--layers", default=None)
+    parser.add_argument("--arms", type=int, default=1)
+    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--work", type=Path, default=Path("bench-work"))
+    arguments = parser.parse_args()
+    changes: dict[str, Any] = {"dtype": arguments.dtype, "eval_items": 2, "eval_points": 1, "ranks": (RANK,)}
+    if arguments.layers:
+        changes["layers_to_transform"] = tuple(int(part) for part in arguments.layers.split(","))
+    bench = make_bench(arguments.model, arguments.data, arguments.steps, arguments.work, **changes)
+    result = measure(bench, arguments.arms, arguments.steps, arguments.work)
+    print(
+        json.dumps(
+            {
+                "machine": machine(),
+                "arms": arguments.arms,
+                "layers": arguments.layers,
+                "dtype": arguments.dtype,
+                **result,
+            },
+            indent=1,
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()

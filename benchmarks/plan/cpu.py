@@ -1,0 +1,91 @@
+"""The plan against the CPU's own tensor memory: five real architectures made small, ten ways to train each.
+
+    python -m benchmarks.plan.cpu [--out benchmarks/plan/results/cpu.json]
+
+Prints the error of every case and the worst of all, and ends with status 1 when the worst is above 3%.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+from benchmarks.machine import machine
+from benchmarks.plan.architectures import SMALL_CONFIGS
+from benchmarks.plan.measure import measure
+from rightrank.plan_records import make_plan_settings
+from rightrank.planning.planner import plan_config
+
+LIMIT = 0.03
+CASES: list[dict[str, Any]] = [
+    {},
+    {"batch_size": 8, "seq_len": 64},
+    {"ranks": (64,)},
+    {"target_modules": "attention"},
+    {"padding": True},
+    {"gradient_checkpointing": True},
+    {"loss": "chunked", "optimizer": "adamw_fused"},
+    {"loss": "chunked", "optimizer": "adamw_fused", "gradient_checkpointing": True},
+    {"attn_implementation": "eager"},
+    {"use_dora": True, "target_modules": "attention"},
+]
+ATTENTION = {"gpt2": ["c_attn"]}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--only", default="")
+    chosen = parser.parse_args()
+    warnings.simplefilter("ignore")
+    rows = []
+    for name, make in SMALL_CONFIGS.items():
+        if chosen.only and chosen.only != name:
+            continue
+        for case in CASES:
+            rows.append(compare(name, make, case))
+            print(line(rows[-1]), flush=True)
+    print(machine())
+    worst = max(abs(row["error"]) for row in rows)
+    print(f"{len(rows)} cases, worst error {worst:.2%}")
+    if chosen.out is not None:
+        chosen.out.write_text(json.dumps({"machine": machine(), "worst": worst, "cases": rows}, indent=1) + "\n")
+    return int(worst > LIMIT)
+
+
+def compare(name: str, make: Any, case: dict[str, Any]) -> dict[str, Any]:
+    values = {"device": "cpu", "dtype": "float32", "batch_size": 4, "seq_len": 128, "ranks": (16,)} | case
+    if values.get("target_modules") == "attention":
+        values["target_modules"] = ATTENTION.get(name, ["q_proj", "v_proj"])
+    if name == "moe":
+        values["exclude_modules"] = ["shared_expert_gate"]
+    settings = make_plan_settings(values)
+    begun = time.perf_counter()
+    plan = plan_config(make(), name, settings, prices=False)
+    seconds = time.perf_counter() - begun
+    row = plan.ranks[0]
+    measured = measure(make(), settings, row.rank)
+    return {
+        "architecture": name,
+        "case": case,
+        "predicted": row.peak_bytes,
+        "measured": measured.peak_bytes,
+        "error": row.peak_bytes / measured.peak_bytes - 1,
+        "source": plan.sources["peak_bytes"],
+        "peak_at": row.peak_at,
+        "plan_seconds": round(seconds, 2),
+    }
+
+
+def line(row: dict[str, Any]) -> str:
+    case = ", ".join(f"{key}={value}" for key, value in row["case"].items()) or "defaults"
+    return f"{row['architecture']:8} {row['predicted']:>12,} {row['measured']:>12,} {row['error']:+7.2%}  {case}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,87 @@
+"""The certificate: one arm of the run trained again, alone, and compared with what it was in its pack."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from rightrank.engine.bench import Bench
+from rightrank.engine.together import run_trial
+from rightrank.engine.train import TrialFolders, Watcher
+from rightrank.errors import RunError
+from rightrank.records import Certified, Trial, TrialFinished
+
+STEP_BOUND = 1e-5  # relative, of the loss of one step from the same state, float32
+RUN_BOUND = 1e-3  # relative, of losses and adapter over a whole training, float32
+SEED_SHARE = 0.1  # in less than float32: of the difference that another seed makes
+
+
+def certify(
+    bench: Bench,
+    trial: TrialFinished,
+    adapter: Path,
+    scratch: Path,
+    watcher: Watcher,
+    seed_difference: float | None,
+) -> Certified:
+    """Train `trial`'s arm again, alone and from its start, and say how far it is from what it was.
+
+    `adapter` is the folder of its trained adapter, `scratch` one to work in. `seed_difference` is how much the held-out
+    value differs between two seeds of one rank and rate, None where there was one seed; it is the yardstick where the
+    model is not in float32.
+
+    Raises:
+        RunError: the training did not end with a result this time.
+        InterruptedRun: the watcher asked to stop; a checkpoint was written.
+    """
+    arm = trial.arm.model_copy(update={"continue_from": None})
+    folders = TrialFolders(scratch / f"{trial.trial_id}.safetensors", scratch / trial.trial_id)
+    again = run_trial(bench, Trial(trial_id=trial.trial_id, arm=arm), None, folders, watcher)
+    if not isinstance(again, TrialFinished):
+        raise RunError(f"{arm.label()} ended without a result when trained again alone: {again.reason}")
+    step, run = largest_differences(trial.train_losses, again.train_losses)
+    tensors = tensor_difference(
+        load_file(adapter / "adapter_model.safetensors"), load_file(folders.adapter / "adapter_model.safetensors")
+    )
+    value = abs(trial.value - again.value)
+    exact = next(bench.model.parameters()).dtype == torch.float32
+    if exact:
+        passed: bool | None = step <= STEP_BOUND and run <= RUN_BOUND and tensors <= RUN_BOUND
+    else:
+        passed = None if seed_difference is None else value <= SEED_SHARE * seed_difference
+    return Certified(
+        trial_id=trial.trial_id,
+        rank=trial.rank,
+        pack_size=trial.pack_size,
+        steps=len(trial.train_losses),
+        first_step_difference=step,
+        loss_difference=run,
+        adapter_difference=tensors,
+        value_difference=value,
+        seed_difference=seed_difference,
+        exact=exact,
+        passed=passed,
+    )
+
+
+def largest_differences(one: list[float], other: list[float]) -> tuple[float, float]:
+    """`(at the first step, over all steps)`, relative to the second."""
+    assert len(one) == len(other)
+    differences = [abs(a - b) / max(abs(b), 1e-12) for a, b in zip(one, other, strict=True)]
+    return (differences[0], max(differences)) if differences else (0.0, 0.0)
+
+
+def tensor_difference(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor]) -> float:
+    """The norm of the difference over the norm, of all A's and of all B's apart; the larger."""
+    assert one.keys() == other.keys()
+    found = 0.0
+    for part in ("_A", "_B", ""):
+        names = [name for name in one if (part in name if part else "_A" not in name and "_B" not in name)]
+        norm = sum(float(other[name].double().square().sum()) for name in names)
+        difference = sum(float((one[name].double() - other[name].double()).square().sum()) for name in names)
+        if norm > 0:
+            found = max(found, (difference / norm) ** 0.5)
+    return found

@@ -1,0 +1,79 @@
+"""In the last block, position-wise layers run only where a label follows.
+
+What the last block gives at other positions reaches no loss: its queries, its attention output projection and its MLP
+need not be computed there. Keys and values are needed everywhere. The result and every gradient are the same; that
+the model's last block allows it is checked on real data before use.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+
+from rightrank.engine.batches import Batch
+from rightrank.engine.encode import IGNORED
+from rightrank.engine.lora import Routing
+
+WORTH_IT = 0.75  # share of the positions that carry a label, above which gathering rows costs more than it saves
+_MLP_NAMES = ("mlp", "feed_forward", "ffn")
+_ATTENTION_NAMES = ("self_attn", "attn", "attention", "self_attention")
+_POSITION_WISE = ("q_proj", "o_proj", "out_proj", "c_proj", "dense")
+
+
+def label_positions(batch: Batch) -> torch.Tensor:
+    """[b, n]: where the next token is a label."""
+    keep = torch.zeros_like(batch.labels, dtype=torch.bool)
+    keep[:, :-1] = batch.labels[:, 1:] != IGNORED
+    return keep
+
+
+@contextmanager
+def label_rows_only(block: Any, batch: Batch, routing: Routing | None) -> Iterator[None]:
+    """Within the block, `block` (the model's last) computes what it can at label positions alone."""
+    keep = label_positions(batch)
+    if float(keep.float().mean()) > WORTH_IT or not keep.any():
+        yield
+        return
+    rows = keep.reshape(-1).nonzero()[:, 0]
+    modules = position_wise_modules(block)
+    before = [module.__dict__.get("forward") for module in modules]
+    for module in modules:
+        module.forward = _on_rows(module.forward, rows, keep.shape)
+    try:
+        with nullcontext() if routing is None else routing.only_rows(keep.reshape(-1)):
+            yield
+    finally:
+        for module, forward in zip(modules, before, strict=True):
+            if forward is None:
+                del module.forward
+            else:
+                module.forward = forward
+
+
+def position_wise_modules(block: Any) -> list[Any]:
+    """The MLP, and the attention's query and output projections, by the names that models give them."""
+    found = [getattr(block, name) for name in _MLP_NAMES if hasattr(block, name)]
+    for name in _ATTENTION_NAMES:
+        attention = getattr(block, name, None)
+        if attention is not None:
+            found.extend(getattr(attention, part) for part in _POSITION_WISE if hasattr(attention, part))
+    return [module for module in found if isinstance(module, torch.nn.Module)]
+
+
+def _on_rows(
+    forward: Callable[..., torch.Tensor], rows: torch.Tensor, shape: torch.Size
+) -> Callable[..., torch.Tensor]:
+    """`forward` on the chosen rows of [b, n, d], zeros elsewhere; on an input of another shape, `forward` itself."""
+
+    def on_rows(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if x.shape[:-1] != shape:
+            return forward(x, *args, **kwargs)
+        chosen = x.reshape(-1, x.shape[-1])[rows]
+        y = forward(chosen[None], *args, **kwargs)
+        whole = y.new_zeros(shape.numel(), y.shape[-1])
+        return whole.index_copy(0, rows, y[0]).view(*shape, -1)
+
+    return on_rows

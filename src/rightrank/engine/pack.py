@@ -1,0 +1,146 @@
+"""A pack: the adapters of several arms on one base, each a PEFT adapter of its own name.
+
+PEFT puts the adapters on, matches their targets and saves them; the forward pass is ours (`lora.py`). Arms join and
+leave at any time. The base is as before when the pack is closed.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
+from peft.utils import ModulesToSaveWrapper
+
+from rightrank.engine.adapter import ADAPTER, initialise, trainable_base, unwrapped, wrapped
+from rightrank.engine.batches import Batch
+from rightrank.engine.lora import Routing, install
+from rightrank.records import Arm
+from rightrank.settings import SelectSettings
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """One arm's share of a pass: its batch, what to scale its losses by, and where its dropout begins."""
+
+    adapter: str
+    batch: Batch
+    scale: float
+    dropout_seed: int | None
+
+
+class Pack:
+    """The arms now on the base. Use as a context: leaving it takes every adapter off."""
+
+    def __init__(self, model: Any, settings: SelectSettings) -> None:
+        self._model = model
+        self._settings = settings
+        self._peft_model: Any = None
+        self._kept: dict[str, torch.Tensor] = {}
+        self._names: list[str] = []
+        self.routing: Routing | None = None
+
+    def __enter__(self) -> Pack:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._close()
+
+    @property
+    def peft_model(self) -> Any:
+        """PEFT's model, while there is an arm."""
+        return self._peft_model
+
+    def join(self, adapter: str, arm: Arm, config: LoraConfig) -> dict[str, torch.nn.Parameter]:
+        """Put a freshly initialised arm on the base; its trainable tensors by the names they have alone."""
+        if self._peft_model is None:
+            self._kept = {n: p.detach().clone() for n, p in trainable_base(self._model, self._settings)}
+            self._peft_model = wrapped(self._model, config, adapter)
+        else:
+            self._peft_model.add_adapter(adapter, config)
+        self._names.append(adapter)
+        initialise(self._peft_model, arm, self._settings.init_lora_weights, adapter)
+        self._settle()
+        return self.parameters(adapter)
+
+    def leave(self, adapter: str) -> None:
+        """Take one arm off."""
+        self._names.remove(adapter)
+        if not self._names:
+            self._close()
+            return
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Adapter .* was active which is now deleted")
+            self._peft_model.delete_adapter(adapter)
+        self._settle()
+
+    def parameters(self, adapter: str) -> dict[str, torch.nn.Parameter]:
+        """The arm's trainable tensors, named as if the adapter were PEFT's only one."""
+        found: dict[str, torch.nn.Parameter] = {}
+        for name, parameter in self._peft_model.named_parameters():
+            parts = name.split(".")
+            if adapter in parts:
+                found[".".join(ADAPTER if part == adapter else part for part in parts)] = parameter
+            elif parameter.requires_grad and not set(parts) & set(self._names):
+                found[name] = parameter  # a bias of the base, which only an arm alone may train
+        return found
+
+    @contextmanager
+    def routed(self, shares: Sequence[Share]) -> Iterator[Routing]:
+        """Within the block, the rows of `merged(shares)` go each to its arm; without shares, to the base alone."""
+        rows = [len(share.batch.indices) for share in shares]
+        lengths = [share.batch.input_ids.shape[1] for share in shares]
+        names, seeds = [share.adapter for share in shares], [share.dropout_seed for share in shares]
+        self.routing = Routing.of(names, seeds, rows, lengths)
+        try:
+            yield self.routing
+        finally:
+            self.routing = None
+
+    def _settle(self) -> None:
+        """Every arm trains, whichever PEFT calls active, and every adapted layer has the pack's forward."""
+        for name in self._names:
+            for parameter in self.parameters(name).values():
+                parameter.requires_grad_(True)
+        for name, module in self._model.named_modules():
+            if isinstance(module, LoraLayer | ModulesToSaveWrapper) and "forward" not in module.__dict__:
+                install(name, module, lambda: self.routing)
+
+    def _close(self) -> None:
+        self._names.clear()
+        if self._peft_model is None:
+            return
+        base = unwrapped(self._peft_model)
+        self._peft_model = None
+        with torch.no_grad():
+            for name, parameter in base.named_parameters():
+                if name in self._kept:
+                    parameter.copy_(self._kept[name])
+
+
+def merged(batches: Sequence[Batch], pad_id: int) -> Batch:
+    """One batch of all rows in order, padded to the longest."""
+    if len(batches) == 1:
+        return batches[0]
+    longest = max(batch.input_ids.shape[1] for batch in batches)
+
+    def padded(tensors: list[torch.Tensor], value: int) -> torch.Tensor:
+        wide = [torch.nn.functional.pad(t, (0, longest - t.shape[1]), value=value) for t in tensors]
+        return torch.cat(wide)
+
+    labels = [batch.labels for batch in batches]
+    return Batch(
+        padded([batch.input_ids for batch in batches], pad_id),
+        padded([batch.attention_mask for batch in batches], 0),
+        torch.cat(labels) if labels[0].dim() == 1 else padded(labels, -100),
+        tuple(index for batch in batches for index in batch.indices),
+        sum(batch.tokens for batch in batches),
+    )

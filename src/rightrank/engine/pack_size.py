@@ -1,0 +1,107 @@
+"""How many arms train together: as many as pay, fit, and can be told apart in one pass.
+
+On a CPU a larger batch is hardly faster an item, so arms train one after the other unless a size is asked for. On an
+accelerator the time of a step is measured at 1, 2, 4, … arms, and doubling stops where it no longer pays or fits.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+
+from rightrank.engine.bench import Bench
+from rightrank.engine.memory import is_out_of_memory
+from rightrank.engine.pack import Pack, Share
+from rightrank.errors import PackingError
+from rightrank.records import Arm
+
+MOST_ARMS = 16
+PAYS = 0.95  # a doubling must bring the time of an arm's step below this share
+CHECK_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2}  # of item losses, relative
+TIMED_STEPS = 2
+
+
+def pack_size(bench: Bench, arms: Sequence[Arm], notice: Callable[[str], None]) -> int:
+    """The number of arms to train together; `notice` is told when it can't be more than one and why."""
+    asked = bench.settings.pack_size
+    on_cpu = bench.loaded.device.type == "cpu"
+    if asked == 1 or len(arms) < 2 or (asked is None and on_cpu):
+        return 1
+    obstacle = packing_obstacle(bench, arms)
+    if obstacle is not None:
+        notice(f"arms are trained one after the other: {obstacle}")
+        return 1
+    if asked is not None:
+        return asked
+    return measured_size(bench, arms)
+
+
+def packing_obstacle(bench: Bench, arms: Sequence[Arm]) -> str | None:
+    """Why arms can't share a pass over this model, or None: proven on a batch of real data."""
+    if bench.settings.bias != "none":
+        return f"bias={bench.settings.bias!r} trains the base's own biases"
+    try:
+        together, alone = _probe_losses(bench, arms[:2])
+    except PackingError as error:
+        return str(error)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return f"two don't fit on {bench.loaded.device}"
+    tolerance = CHECK_TOLERANCE[next(bench.model.parameters()).dtype]
+    if not torch.allclose(together, alone, rtol=tolerance, atol=tolerance):
+        return "this model's losses differ when two arms share a pass"
+    return None
+
+
+def measured_size(bench: Bench, arms: Sequence[Arm]) -> int:
+    """Double while the time of an arm's step falls enough; an out-of-memory ends it."""
+    best, size = _seconds_per_arm(bench, arms[:1]), 1
+    while size * 2 <= min(MOST_ARMS, len(arms)):
+        try:
+            seconds = _seconds_per_arm(bench, arms[: size * 2])
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            break
+        if seconds > PAYS * best:
+            break
+        best, size = seconds, size * 2
+    return size
+
+
+def _seconds_per_arm(bench: Bench, arms: Sequence[Arm]) -> float:
+    """The shortest of a few passes, forward and backward, over scratch adapters of these arms."""
+    with Pack(bench.model, bench.settings) as pack, bench.recomputing():
+        for number, arm in enumerate(arms):
+            pack.join(f"scratch_{number}", arm, bench.arm_config(arm))
+        batch = bench.batch("train", bench.batch_plan(arms[0].seed)[0][: bench.settings.batch_size])
+        shares = [Share(f"scratch_{number}", batch, 1.0, None) for number in range(len(arms))]
+        times: list[float] = []
+        for _ in range(1 + TIMED_STEPS):  # the first warms up
+            begun = time.perf_counter()
+            bench.pack_gradients(pack, shares)
+            if bench.loaded.device.type == "cuda":
+                torch.cuda.synchronize(bench.loaded.device)
+            times.append(time.perf_counter() - begun)
+    return min(times[1:]) / len(arms)
+
+
+def _probe_losses(bench: Bench, arms: Sequence[Arm]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Item losses of two arms with drawn adapters on two batches, together and one by one."""
+    names = [f"scratch_{number}" for number in range(len(arms))]
+    generator = torch.Generator().manual_seed(0)
+    with Pack(bench.model, bench.settings) as pack:
+        for name, arm in zip(names, arms, strict=True):
+            for parameter in pack.join(name, arm, bench.arm_config(arm)).values():
+                drawn = torch.randn(parameter.shape, generator=generator) * 0.02
+                parameter.data.copy_(parameter.data + drawn.to(parameter))
+        plan = bench.batch_plan(arms[0].seed)[0]
+        size = bench.settings.batch_size
+        batches = [bench.batch("train", plan[:size]), bench.batch("train", list(reversed(plan))[: max(1, size // 2)])]
+        shares = [Share(name, batch, 1.0, None) for name, batch in zip(names, batches, strict=True)]
+        together = torch.cat(bench.pack_gradients(pack, shares))
+        alone = torch.cat([bench.pack_gradients(pack, [share])[0] for share in shares])
+    return together, alone

@@ -1,0 +1,257 @@
+"""Trials trained together: up to so many arms on one base, each step of all of them in one pass.
+
+An arm that ends, diverges or is stopped leaves the pack, and the next one joins. When a pass runs out of memory half
+of the arms are set aside with a checkpoint and the others go on; nothing is lost, and the result is the same.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from rightrank.engine.bench import Bench
+from rightrank.engine.memory import PeakMemory, is_out_of_memory
+from rightrank.engine.pack import Pack
+from rightrank.engine.train import ArmTraining, Diverged, Progress, TrialFolders, Watcher, finished
+from rightrank.errors import InterruptedRun
+from rightrank.io.models import first_line
+from rightrank.records import Trial, TrialFailed, TrialFinished, TrialOutcome
+
+Folders = Callable[[Trial], TrialFolders]
+
+
+@dataclass(frozen=True, slots=True)
+class Company:
+    """How many arms at most train together, and who is told what."""
+
+    pack_size: int = 1
+    on_start: Callable[[Trial], None] = lambda _: None
+    notice: Callable[[str], None] = lambda _: None
+
+
+def run_trial(
+    bench: Bench, trial: Trial, base_loss: float | None, folders: TrialFolders, watcher: Watcher
+) -> TrialOutcome:
+    """Train (or, for rank 0, only evaluate) one trial alone; see `train_trials`."""
+    return next(train_trials(bench, [trial], base_loss, lambda _: folders, watcher, Company()))
+
+
+def train_trials(
+    bench: Bench,
+    trials: Sequence[Trial],
+    base_loss: float | None,
+    folders: Folders,
+    watcher: Watcher,
+    company: Company,
+) -> Iterator[TrialOutcome]:
+    """Outcomes in the order in which the trials end; each finished one's adapter is saved.
+
+    `base_loss` is the base's held-out loss, against which divergence is judged; None only for the base itself.
+    Closed early, it leaves a checkpoint of every arm under way.
+
+    Raises:
+        InterruptedRun: the watcher asked to stop; checkpoints were written.
+    """
+    for trial in trials:
+        if trial.arm.rank == 0:
+            company.on_start(trial)
+            yield evaluate_base(bench, trial)
+    trained = [trial for trial in trials if trial.arm.rank > 0]
+    if trained:
+        with Pack(bench.model, bench.settings) as pack, bench.recomputing():
+            yield from _Together(bench, pack, base_loss, folders, watcher, company).run(trained)
+
+
+def evaluate_base(bench: Bench, trial: Trial) -> TrialFinished:
+    """Rank 0: the base itself."""
+    with PeakMemory(bench.loaded.device) as memory:
+        begun = time.perf_counter()
+        scores = bench.evaluate("selection")
+        progress = Progress(eval_seconds=time.perf_counter() - begun)
+        return finished(trial, bench, progress, scores, 0, memory.peak_bytes(), 1)
+
+
+class _Together:
+    """The arms under way and those that wait."""
+
+    def __init__(
+        self,
+        bench: Bench,
+        pack: Pack,
+        base_loss: float | None,
+        folders: Folders,
+        watcher: Watcher,
+        company: Company,
+    ) -> None:
+        self._bench = bench
+        self._pack = pack
+        self._base_loss = base_loss
+        self._folders = folders
+        self._watcher = watcher
+        self._company = company
+        self._limit = company.pack_size
+        self._waiting: deque[Trial] = deque()
+        self._running: list[ArmTraining] = []
+        self._started: set[str] = set()
+
+    def run(self, trials: Sequence[Trial]) -> Iterator[TrialOutcome]:
+        self._waiting.extend(by_seed(trials))
+        try:
+            with PeakMemory(self._bench.loaded.device) as memory:
+                while self._waiting or self._running:
+                    if self._fill():
+                        memory.restart()
+                    yield from self._finish(memory)  # one that goes on from its last step
+                    if self._running:
+                        yield from self._step()
+                        yield from self._finish(memory)
+                    self._pause_if_asked()
+        except GeneratorExit:  # whoever asked wants no more for now
+            for training in self._running:
+                training.save()
+            raise
+
+    def _fill(self) -> bool:
+        """Let arms join up to the limit; whether any did."""
+        joined = False
+        while self._waiting and len(self._running) < self._limit:
+            trial = self._waiting.popleft()
+            if trial.trial_id not in self._started:
+                self._company.on_start(trial)
+                self._started.add(trial.trial_id)
+            self._running.append(
+                ArmTraining(self._bench, trial, self._pack, self._base_loss, self._folders(trial), self._watcher)
+            )
+            joined = True
+        # Neighbours of one rank share a batched product.
+        self._running.sort(key=lambda training: training.trial.arm.rank)
+        for training in self._running:
+            training.company = max(training.company, len(self._running))
+        return joined
+
+    def _step(self) -> Iterator[TrialOutcome]:
+        """One step of all; the outcomes of those that end in it without a result."""
+        try:
+            lost = step_together(self._bench, self._pack, self._running)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            reason = first_line(error)
+        else:
+            yield from self._lose(lost)
+            return
+        self._free()
+        if len(self._running) == 1:
+            trial = self._running[0].trial
+            yield from self._lose({trial.trial_id: out_of_memory(trial, self._bench, reason)})
+        else:
+            self._halve()
+
+    def _lose(self, lost: dict[str, TrialOutcome]) -> Iterator[TrialOutcome]:
+        for training in [training for training in self._running if training.trial.trial_id in lost]:
+            self._running.remove(training)
+            training.abandon()
+            yield lost[training.trial.trial_id]
+
+    def _halve(self) -> None:
+        before = len(self._running)
+        self._limit = before // 2
+        for training in reversed(self._running[self._limit :]):
+            training.set_aside()
+            self._waiting.appendleft(training.trial)
+        del self._running[self._limit :]
+        self._company.notice(
+            f"{before} trainings together ran out of memory on {self._bench.loaded.device}: going on with {self._limit}"
+        )
+
+    def _free(self) -> None:
+        gc.collect()
+        if self._bench.loaded.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _finish(self, memory: PeakMemory) -> Iterator[TrialFinished]:
+        for training in [training for training in self._running if training.is_done]:
+            self._running.remove(training)
+            yield training.finish(memory.peak_bytes())
+
+    def _pause_if_asked(self) -> None:
+        """Checkpoints now and then, and of all when asked to stop."""
+        stopping = bool(self._running) and self._watcher.should_stop()
+        for training in self._running:
+            if stopping or training.is_checkpoint_due:
+                training.save()
+        if stopping:
+            first = self._running[0]
+            others = f" and {len(self._running) - 1} more" if len(self._running) > 1 else ""
+            raise InterruptedRun(
+                f"stopped at step {first.progress.step} of {first.trial.arm.steps} of {first.trial.arm.label()}{others}"
+            )
+
+
+def step_together(bench: Bench, pack: Pack, trainings: Sequence[ArmTraining]) -> dict[str, TrialOutcome]:
+    """One optimizer step of every training in one pass over the base; the outcomes of those that are lost in it.
+
+    The wall time is shared out evenly.
+    """
+    begun = time.perf_counter()
+    batches = [training.micro_batches() for training in trainings]
+    for micro in zip(*batches, strict=True):
+        shares = [training.share(batch) for training, batch in zip(trainings, micro, strict=True)]
+        for training, losses in zip(trainings, bench.pack_gradients(pack, shares), strict=True):
+            training.add_losses(float(losses.sum()))
+    for training in trainings:
+        training.update()
+    lost: dict[str, TrialOutcome] = {}
+    seconds = (time.perf_counter() - begun) / len(trainings)
+    for training in trainings:
+        try:
+            training.end_step(seconds)
+        except Diverged as reason:
+            lost[training.trial.trial_id] = reason.outcome()
+    due = [t for t in trainings if t.wants_evaluation and t.trial.trial_id not in lost]
+    return lost | (evaluate_together(bench, pack, due) if due else {})
+
+
+def evaluate_together(bench: Bench, pack: Pack, trainings: Sequence[ArmTraining]) -> dict[str, TrialOutcome]:
+    """Held-out scores of all; where memory does not do, of each half. The outcomes of those that are lost."""
+    begun = time.perf_counter()
+    try:
+        all_scores = bench.evaluate_pack("selection", pack, [training.adapter for training in trainings])
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        if len(trainings) == 1:
+            trial = trainings[0].trial
+            return {trial.trial_id: out_of_memory(trial, bench, first_line(error))}
+        all_scores = []
+    half = len(trainings) // 2
+    if not all_scores:
+        return evaluate_together(bench, pack, trainings[:half]) | evaluate_together(bench, pack, trainings[half:])
+    seconds = (time.perf_counter() - begun) / len(trainings)
+    lost: dict[str, TrialOutcome] = {}
+    for training, scores in zip(trainings, all_scores, strict=True):
+        try:
+            training.take_scores(scores, seconds)
+        except Diverged as reason:
+            lost[training.trial.trial_id] = reason.outcome()
+    return lost
+
+
+def by_seed(trials: Sequence[Trial]) -> list[Trial]:
+    """The trials seed by seed, in the order asked for: arms of one seed share batches, and so pad nothing together."""
+    seeds = list(dict.fromkeys(trial.arm.seed for trial in trials))
+    return sorted(trials, key=lambda trial: seeds.index(trial.arm.seed))
+
+
+def out_of_memory(trial: Trial, bench: Bench, reason: str) -> TrialFailed:
+    return TrialFailed(
+        trial_id=trial.trial_id,
+        **trial.arm.model_dump(),
+        error="out_of_memory",
+        reason=f"{trial.arm.label()} ran out of memory on {bench.loaded.device}: {reason}",
+    )

@@ -1,0 +1,232 @@
+"""An arm in a pack is the arm alone: losses, adapters and scores, whatever the others do."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+from rightrank.engine.bench import Bench
+from rightrank.engine.loss import BatchLoss
+from rightrank.engine.pack_size import packing_obstacle
+from rightrank.engine.together import Company, train_trials
+from rightrank.engine.train import TrialFolders, Watcher
+from rightrank.errors import InterruptedRun
+from rightrank.records import Arm, Trial, TrialDiverged, TrialFailed, TrialFinished, TrialOutcome
+from tests.conftest import small_settings
+from tests.helpers import make_bench
+
+STEP_TOLERANCE = 1e-5  # relative, of a step's loss
+RUN_TOLERANCE = 1e-3  # relative, of the adapter when it has finished
+
+
+def arm(rank: int = 4, rate: float = 1e-2, seed: int = 0, steps: int = 6, alpha: float = 32.0) -> Arm:
+    return Arm(rank=rank, learning_rate=rate, lora_alpha=alpha, seed=seed, steps=steps)
+
+
+def trials_of(arms: Sequence[Arm]) -> list[Trial]:
+    return [Trial(trial_id=f"t{number}", arm=arm) for number, arm in enumerate(arms)]
+
+
+def run(
+    bench: Bench,
+    arms: Sequence[Arm],
+    folder: Path,
+    size: int,
+    base_loss: float | None = None,
+    watcher: Watcher | None = None,
+    notices: list[str] | None = None,
+) -> dict[str, TrialOutcome]:
+    said: list[str] = [] if notices is None else notices
+    outcomes = train_trials(
+        bench,
+        trials_of(arms),
+        base_loss,
+        lambda trial: TrialFolders(folder / f"{trial.trial_id}.safetensors", folder / trial.trial_id),
+        watcher or Watcher(),
+        Company(size, notice=said.append),
+    )
+    return {outcome.trial_id: outcome for outcome in outcomes}
+
+
+def run_alone(bench: Bench, arms: Sequence[Arm], folder: Path) -> dict[str, TrialOutcome]:
+    return run(bench, arms, folder, 1)
+
+
+def assert_same(one: TrialOutcome, other: TrialOutcome, folder: Path, another: Path) -> None:
+    assert isinstance(one, TrialFinished)
+    assert isinstance(other, TrialFinished)
+    assert one.train_losses == pytest.approx(other.train_losses, rel=STEP_TOLERANCE * 10)
+    assert one.train_losses[0] == pytest.approx(other.train_losses[0], rel=STEP_TOLERANCE)
+    assert one.item_losses == pytest.approx(other.item_losses, rel=1e-4)
+    assert one.item_tokens == other.item_tokens
+    assert one.train_tokens == other.train_tokens
+    ours = load_file(folder / one.trial_id / "adapter_model.safetensors")
+    theirs = load_file(another / other.trial_id / "adapter_model.safetensors")
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        assert float((value - theirs[name]).norm()) <= RUN_TOLERANCE * float(theirs[name].norm()), name
+
+
+@pytest.fixture(scope="module")
+def bench(model_folder: Path, completion_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    return make_bench(model_folder, completion_file, small_settings(max_steps=6), tmp_path_factory.mktemp("cache"))
+
+
+ARMS = st.lists(
+    st.builds(
+        arm,
+        rank=st.sampled_from([1, 2, 4, 8, 16]),
+        rate=st.sampled_from([1e-4, 1e-3, 1e-2]),
+        seed=st.integers(0, 3),
+        alpha=st.sampled_from([4.0, 16.0, 32.0]),
+        steps=st.integers(1, 6),
+    ),
+    min_size=2,
+    max_size=6,
+    unique=True,
+)
+
+
+@given(arms=ARMS, size=st.integers(2, 6))
+@settings(max_examples=8, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_random_packs_equal_their_arms_alone(
+    bench: Bench, tmp_path_factory: pytest.TempPathFactory, arms: list[Arm], size: int
+) -> None:
+    alone, together = tmp_path_factory.mktemp("alone"), tmp_path_factory.mktemp("together")
+    theirs = run_alone(bench, arms, alone)
+    ours = run(bench, arms, together, size)
+    assert ours.keys() == theirs.keys()
+    for trial_id, outcome in ours.items():
+        assert_same(outcome, theirs[trial_id], together, alone)
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "dropout": {"lora_dropout": 0.3},
+    "prefix": {"layers_to_transform": (2,)},
+    "accumulation": {"batch_size": 2, "gradient_accumulation_steps": 2},
+    "checkpointing": {"gradient_checkpointing": True, "lora_dropout": 0.1},
+    "rslora": {"scaling": "alpha/sqrt(r)", "target_modules": ("q_proj", "down_proj")},
+    "embedding": {"target_modules": ("embed_tokens", "v_proj")},
+    "saved": {"modules_to_save": ("norm",)},
+}
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
+@pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS.keys())
+def test_packs_equal_alone_whatever_the_settings(
+    model_folder: Path, completion_file: Path, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    bench = make_bench(model_folder, completion_file, small_settings(max_steps=6, **changes), tmp_path / "cache")
+    arms = [arm(1), arm(4), arm(4, rate=3e-3), arm(8, seed=1)]
+    assert packing_obstacle(bench, arms) is None
+    theirs = run_alone(bench, arms, tmp_path / "alone")
+    ours = run(bench, arms, tmp_path / "together", 4)
+    for trial_id, outcome in ours.items():
+        assert isinstance(outcome, TrialFinished)
+        assert outcome.pack_size == 4
+        assert_same(outcome, theirs[trial_id], tmp_path / "together", tmp_path / "alone")
+
+
+def test_classification_heads_are_each_arms_own(model_folder: Path, class_file: Path, tmp_path: Path) -> None:
+    bench = make_bench(model_folder, class_file, small_settings(max_steps=6), tmp_path / "cache")
+    before = {name: value.clone() for name, value in bench.model.state_dict().items()}
+    arms = [arm(1), arm(4), arm(4, seed=1)]
+    assert packing_obstacle(bench, arms) is None
+    theirs = run_alone(bench, arms, tmp_path / "alone")
+    ours = run(bench, arms, tmp_path / "together", 3)
+    for trial_id, outcome in ours.items():
+        assert_same(outcome, theirs[trial_id], tmp_path / "together", tmp_path / "alone")
+    after = bench.model.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    assert not any(parameter.requires_grad for parameter in bench.model.parameters())
+
+
+def test_a_diverged_arm_touches_no_other(bench: Bench, tmp_path: Path) -> None:
+    base_loss = bench.evaluate("selection").loss
+    good = [arm(2), arm(8, seed=1)]
+    arms = [good[0], arm(4, rate=1e4), good[1], arm(4, rate=1e30)]
+    ours = run(bench, arms, tmp_path / "together", 4, base_loss)
+    theirs = run_alone(bench, good, tmp_path / "alone")
+    assert isinstance(ours["t1"], TrialDiverged)
+    assert isinstance(ours["t3"], TrialDiverged)
+    assert not (tmp_path / "together" / "t1.safetensors").exists()
+    assert_same(ours["t0"], theirs["t0"], tmp_path / "together", tmp_path / "alone")
+    renamed = tmp_path / "alone" / "t2"
+    (tmp_path / "alone" / "t1").rename(renamed)
+    assert_same(
+        ours["t2"], theirs["t1"].model_copy(update={"trial_id": "t2"}), tmp_path / "together", tmp_path / "alone"
+    )
+
+
+def test_out_of_memory_halves_the_pack_and_loses_nothing(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arms = [arm(rank, seed=seed) for rank in (2, 4) for seed in (0, 1)]
+    theirs = run_alone(bench, arms, tmp_path / "alone")
+    real = bench.objective
+    limit = 2 * max(bench.settings.batch_size, bench.settings.eval_batch_size)
+
+    def hungry(model: Any, batch: Any, scale: Any) -> BatchLoss:
+        if len(batch.indices) > (limit if not torch.is_grad_enabled() else 2 * bench.settings.batch_size):
+            raise torch.OutOfMemoryError("no room")
+        return real(model, batch, scale)
+
+    monkeypatch.setattr(bench, "objective", hungry)
+    notices: list[str] = []
+    ours = run(bench, arms, tmp_path / "together", 4, notices=notices)
+    assert notices == ["4 trainings together ran out of memory on cpu: going on with 2"]
+    for trial_id, outcome in ours.items():
+        assert_same(outcome, theirs[trial_id], tmp_path / "together", tmp_path / "alone")
+
+
+def test_out_of_memory_alone_is_a_failed_trial(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def starved(model: Any, batch: Any, scale: Any) -> BatchLoss:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")
+
+    monkeypatch.setattr(bench, "objective", starved)
+    ours = run(bench, [arm(2), arm(4)], tmp_path, 2)
+    assert [type(outcome) for outcome in ours.values()] == [TrialFailed, TrialFailed]
+    assert "ran out of memory on cpu" in str(ours["t0"])
+
+
+def test_a_stopped_pack_goes_on_where_it_was(bench: Bench, tmp_path: Path) -> None:
+    arms = [arm(2), arm(4, seed=1), arm(8)]
+    steps: list[int] = []
+    stop_after = 7  # steps of any arm
+    watcher = Watcher(on_step=lambda event: steps.append(event.step), should_stop=lambda: len(steps) >= stop_after)
+    with pytest.raises(InterruptedRun, match=r"stopped at step \d of 6"):
+        run(bench, arms, tmp_path / "stopped", 2, watcher=watcher)
+    ours = run(bench, arms, tmp_path / "stopped", 3)
+    theirs = run_alone(bench, arms, tmp_path / "alone")
+    assert len(ours) == 3
+    for trial_id, outcome in ours.items():
+        assert_same(outcome, theirs[trial_id], tmp_path / "stopped", tmp_path / "alone")
+
+
+def test_closing_early_keeps_checkpoints(bench: Bench, tmp_path: Path) -> None:
+    arms = [arm(2, steps=2), arm(4)]
+    outcomes = train_trials(
+        bench,
+        trials_of(arms),
+        None,
+        lambda trial: TrialFolders(tmp_path / f"{trial.trial_id}.safetensors", tmp_path / trial.trial_id),
+        Watcher(),
+        Company(2),
+    )
+    assert next(outcomes).trial_id == "t0"
+    outcomes.close()  # type: ignore[attr-defined]
+    assert (tmp_path / "t1.safetensors").exists()
+    assert not any(parameter.requires_grad for parameter in bench.model.parameters())
+
+
+def test_biases_of_the_base_are_not_packed(model_folder: Path, completion_file: Path, tmp_path: Path) -> None:
+    bench = make_bench(model_folder, completion_file, small_settings(bias="all"), tmp_path / "cache")
+    assert packing_obstacle(bench, [arm(1), arm(2)]) == "bias='all' trains the base's own biases"

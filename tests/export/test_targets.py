@@ -1,0 +1,168 @@
+"""Exports of a real small run: what each target is told, and what is refused."""
+
+from __future__ import annotations
+
+import ast
+import json
+import shlex
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from rightrank import Selected, export, select_rank, write_report
+from rightrank.errors import ResultsError, RunFolderError, SettingsError
+from rightrank.exports.recipe import Recipe, recipe_of
+from rightrank.exports.servers import VLLM_RANKS, served_rank
+from rightrank.exports.targets import TARGETS
+from rightrank.exports.trainers import axolotl, trl
+from rightrank.io.run_folder import RunFolder
+from rightrank.records import RunStarted, TrialFinished
+from tests.tiny import small_settings
+
+
+@pytest.fixture(scope="module")
+def selected(model_folder: Path, completion_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Selected:
+    """A run of two ranks over the last two layers, with the scale alpha/sqrt(r)."""
+    settings = small_settings(layers_to_transform=(1, 2), scaling="alpha/sqrt(r)", max_steps=4, eval_points=1)
+    return select_rank(str(model_folder), completion_file, tmp_path_factory.mktemp("run") / "run", settings=settings)
+
+
+@pytest.fixture(scope="module")
+def recipe(selected: Selected) -> Recipe:
+    journal = RunFolder(selected.run).journal.read()
+    started = next(record for record in journal if isinstance(record, RunStarted))
+    trial = next(
+        record
+        for record in journal
+        if isinstance(record, TrialFinished) and record.rank == selected.decision.fallback_rank
+    )
+    assert selected.adapter is not None
+    return recipe_of(started, trial, selected.adapter)
+
+
+def written(selected: Selected, target: str) -> Path:
+    return export(selected.run, target).folder
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_every_target_is_told_the_rank(selected: Selected, target: str) -> None:
+    exported = export(selected.run, target)
+    assert exported.folder == selected.run / "exports" / target
+    text = "".join(
+        path.read_text(encoding="utf-8")
+        for path in exported.folder.iterdir()
+        if path.suffix in (".py", ".yaml", ".sh", ".json")
+    )
+    rank = served_rank(selected.decision.fallback_rank) if target == "vllm" else selected.decision.fallback_rank
+    assert str(rank) in text
+    assert exported.command
+    assert exported.files == sorted(path.name for path in exported.folder.iterdir())
+
+
+def test_peft_s_config_makes_the_same_adapter_again(selected: Selected, model_folder: Path) -> None:
+    from peft import AutoPeftModelForCausalLM, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    folder = written(selected, "peft")
+    names: dict[str, Any] = {}
+    exec((folder / "lora_config.py").read_text(encoding="utf-8"), names)
+    loaded = AutoPeftModelForCausalLM.from_pretrained(str(folder))
+    base: Any = AutoModelForCausalLM.from_pretrained(str(model_folder))
+    made = get_peft_model(base, names["lora_config"])
+    shapes = [
+        {name: tuple(value.shape) for name, value in model.state_dict().items() if "lora_" in name}
+        for model in (loaded, made)
+    ]
+    assert shapes[0]
+    assert shapes[0] == shapes[1]
+    scales = [
+        {name: module.scaling["default"] for name, module in model.named_modules() if hasattr(module, "lora_A")}
+        for model in (loaded, made)
+    ]
+    assert scales[0] == scales[1]
+
+
+def test_layers_are_kept_where_a_trainer_has_no_word_for_them(selected: Selected) -> None:
+    values = yaml.safe_load((written(selected, "trl") / "trl_sft.yaml").read_text())
+    assert {name.split(".")[2] for name in values["lora_target_modules"]} == {"1", "2"}
+    values = yaml.safe_load((written(selected, "axolotl") / "axolotl.yaml").read_text())
+    assert values["peft_layers_to_transform"] == [1, 2]
+    assert values["peft_use_rslora"] is True
+
+
+def test_llamafactory_finds_its_data_set(selected: Selected, completion_file: Path) -> None:
+    folder = written(selected, "llamafactory")
+    values = yaml.safe_load((folder / "llamafactory.yaml").read_text())
+    entry = json.loads((folder / "dataset_info.json").read_text())[values["dataset"]]
+    assert entry == {"file_name": str(completion_file), "columns": {"prompt": "prompt", "response": "completion"}}
+
+
+@pytest.mark.parametrize("target", ["ms-swift", "vllm", "sglang"])
+def test_names_with_spaces_and_quotes_stay_one_word(recipe: Recipe, target: str) -> None:
+    nasty = "a b'; rm -rf $HOME"
+    files = TARGETS[target](replace(recipe, model=nasty)).files
+    script = next(text for name, text in files.items() if name.endswith(".sh"))
+    assert nasty in shlex.split(script.splitlines()[1])
+
+
+@pytest.mark.parametrize("target", ["peft", "unsloth"])
+def test_snippets_are_python_whatever_the_names(recipe: Recipe, target: str) -> None:
+    for text in TARGETS[target](replace(recipe, model='it\'s "a" \\ model\n')).files.values():
+        ast.parse(text)
+
+
+def test_what_a_target_can_not_say_is_a_note(recipe: Recipe) -> None:
+    patterned = replace(recipe, rank_pattern={"q_proj": 8})
+    assert trl(patterned).notes == ["TRL's command line has no rank_pattern: one rank for all modules is written"]
+    assert yaml.safe_load(axolotl(patterned).files["axolotl.yaml"])["lora_rank_pattern"] == {"q_proj": 8}
+    with_head = replace(recipe, modules_to_save=("score",), task_type="SEQ_CLS")
+    assert len(TARGETS["vllm"](with_head).notes) == 2
+
+
+def test_vllm_serves_the_next_rank_that_it_has() -> None:
+    for rank in range(1, 513):
+        served = served_rank(rank)
+        assert served in VLLM_RANKS
+        assert served >= rank
+        assert not [other for other in VLLM_RANKS if rank <= other < served]
+    with pytest.raises(ResultsError, match="rank 513 is above what vLLM serves"):
+        served_rank(513)
+
+
+def test_trl_s_own_parser_reads_it(selected: Selected) -> None:
+    trl_module: Any = pytest.importorskip("trl", reason="trl is not installed")
+    from trl.scripts.utils import DatasetMixtureConfig
+
+    parser = trl_module.TrlParser(
+        (trl_module.ScriptArguments, trl_module.SFTConfig, trl_module.ModelConfig, DatasetMixtureConfig)
+    )
+    file = written(selected, "trl") / "trl_sft.yaml"
+    _, _, model, _ = parser.parse_args_and_config(["--config", str(file), "--use_cpu", "true"])
+    assert trl_module.get_peft_config(model).r == selected.decision.fallback_rank
+
+
+def test_an_unknown_target_says_which_there_are(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match=r"'vlm' is not known; did you mean 'vllm'.*there are: peft, trl"):
+        export(tmp_path, "vlm")
+
+
+def test_a_folder_without_a_run_or_a_decision_is_refused(selected: Selected, tmp_path: Path) -> None:
+    with pytest.raises(RunFolderError, match=r"no journal\.jsonl there"):
+        export(tmp_path, "peft")
+    with pytest.raises(RunFolderError, match=r"no journal\.jsonl there"):
+        write_report(tmp_path / "nowhere")
+    lines = (selected.run / "journal.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "journal.jsonl").write_text("".join(line for line in lines if '"type":"decided"' not in line))
+    with pytest.raises(RunFolderError, match="no decision yet"):
+        export(tmp_path, "peft")
+
+
+def test_the_report_is_written_again_from_the_journal_alone(selected: Selected, tmp_path: Path) -> None:
+    (tmp_path / "journal.jsonl").write_bytes((selected.run / "journal.jsonl").read_bytes())
+    assert write_report(tmp_path).read_text(encoding="utf-8") == selected.report.read_text(encoding="utf-8")
+    assert {path.name for path in (tmp_path / "figures").iterdir()} == {
+        path.name for path in (selected.run / "figures").iterdir()
+    }

@@ -1,0 +1,149 @@
+"""`rightrank plan` from the outside: the table, what fits, bad input in one line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rightrank.cli import main
+from rightrank.plan_records import parse_bytes
+from tests.plan.architectures import CONFIGS
+
+QUICK = ("--batch-size", "2", "--seq-len", "32", "--target-modules", "q_proj,v_proj")
+
+
+@pytest.fixture(scope="module")
+def config_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that holds nothing but config.json."""
+    folder = tmp_path_factory.mktemp("plan") / "llama"
+    config = CONFIGS["llama"]()
+    config.architectures = ["LlamaForCausalLM"]
+    config.save_pretrained(folder)
+    assert [path.name for path in folder.iterdir()] == ["config.json"]
+    return folder
+
+
+def run_command(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    with pytest.raises(SystemExit) as ended:
+        main(["plan", *arguments])
+    captured = capsys.readouterr()
+    assert isinstance(ended.value.code, int)
+    return ended.value.code, captured.out, captured.err
+
+
+def plan_json(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
+    status, out, _ = run_command(capsys, *arguments, "--json")
+    assert status in (0, 1)
+    answer: dict[str, Any] = json.loads(out)
+    return answer
+
+
+def test_json_holds_what_the_contract_names(config_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    answer = plan_json(capsys, str(config_folder), "--ranks", "2,8", "--memory", "24GiB", *QUICK)
+    assert answer["max_rank"] == 8
+    assert [row["rank"] for row in answer["ranks"]] == [2, 8]
+    for row in answer["ranks"]:
+        assert row["fits"] is True
+        assert row["trainable_parameters"] == row["rank"] * 6 * ((64 + 64) + (64 + 32))
+        assert row["peak_reserved_bytes"] >= row["peak_bytes"] == sum(row["components"].values())
+        assert row["adapter_bytes"] > 4 * row["trainable_parameters"]
+    assert answer["sources"]["peak_bytes"] == "traced"
+    assert {price["axis"].split()[0] for price in answer["prices"]} == {
+        "rank",
+        "batch_size",
+        "seq_len",
+        "target_modules",
+    }
+
+
+def test_text_names_peak_and_budget(config_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, _ = run_command(capsys, str(config_folder), "--ranks", "4", "--memory", "24GiB", *QUICK)
+    assert status == 0
+    assert "largest rank asked for that fits in 24.00 GiB: 4" in out
+    assert "at its peak" in out
+
+
+def test_cheapest_changes_fit_when_followed(config_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Nothing fits: exit 1, a list of changes; with those changes it fits."""
+    memory = ("--memory", "565MiB", "--batch-size", "32", "--seq-len", "128", "--target-modules", "q_proj,v_proj")
+    status, out, _ = run_command(capsys, str(config_folder), "--ranks", "2,4", *memory, "--json")
+    answer = json.loads(out)
+    assert status == 1
+    assert answer["max_rank"] is None
+    assert all(row["fits"] is False for row in answer["ranks"])
+    assert answer["changes"]
+    assert answer["changes"][-1]["fits"]
+    followed = [f"{change['setting']}={change['value']}" for change in answer["changes"]]
+    named = [part for pair in followed for part in ("--set", pair)]
+    kept = [*memory] if "batch_size" not in out.split('"changes"')[1].split('"limits"')[0] else ["--memory", "565MiB"]
+    arguments = [*kept, *([] if kept == [*memory] else ["--seq-len", "128", "--target-modules", "q_proj,v_proj"])]
+    again = plan_json(capsys, str(config_folder), "--ranks", "2", *arguments, *named)
+    assert again["max_rank"] == 2
+
+
+def test_a_smaller_budget_never_allows_a_larger_rank(config_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    limits = []
+    for memory in ("24GiB", "560MiB", "540MiB", "1MiB"):
+        answer = plan_json(capsys, str(config_folder), "--ranks", "2,16,32", "--memory", memory, *QUICK)
+        limits.append(answer["max_rank"] or 0)
+    assert limits == sorted(limits, reverse=True)
+    assert limits[0] == 32
+    assert limits[-1] == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (("--memory", "24"), "has no unit"),
+        (("--memory", "many"), "is not a size"),
+        (("--memory", "0GiB"), "is nothing"),
+        (("--batch-size", "0"), "batch_size"),
+        (("--ranks", "0"), "rank 0 is not allowed"),
+        (("--ranks", "two"), "ranks"),
+        (("--ranks", "33"), "above the 32 that model.layers.0.self_attn.v_proj"),
+        (("--target-modules", "q_proj,nothing"), "no module is named 'nothing'"),
+        (("--seq-len", "257"), "above the model's 256 positions"),
+        (("--dtype", "int3"), "dtype"),
+        (("--load-in-4bit", "--load-in-8bit"), "give one of them"),
+        (("--set", "rank_patern=x"), "did you mean 'rank_pattern'"),
+        (("--layers-to-transform", "9"), "layers_to_transform: got 9"),
+    ],
+)
+def test_bad_input_is_one_line(
+    config_folder: Path, capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], told: str
+) -> None:
+    status, out, error = run_command(capsys, str(config_folder), *QUICK, *arguments)
+    assert status == 2
+    assert out == ""
+    assert told in error
+    assert len(error.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (None, "no config.json"),
+        ('{"model_type": "no_such_model"}', "transformers knows no such model"),
+        ("{", "transformers knows no such model"),
+        ('{"model_type": "t5"}', "no causal language model"),
+        ('{"model_type": "x", "auto_map": {"AutoConfig": "code.Config"}}', "transformers knows no such model"),
+    ],
+)
+def test_bad_models_are_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str | None, told: str
+) -> None:
+    if content is not None:
+        (tmp_path / "config.json").write_text(content)
+    status, _, error = run_command(capsys, str(tmp_path))
+    assert status == 2
+    assert told in error
+    assert len(error.strip().splitlines()) == 1
+
+
+def test_sizes() -> None:
+    assert parse_bytes("24GiB") == 24 * 2**30
+    assert parse_bytes(" 1.5 GB ") == 1_500_000_000
+    assert parse_bytes("80gib") == 80 * 2**30
