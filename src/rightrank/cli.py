@@ -44,6 +44,7 @@ SELECT_OPTIONS = [
     click.option("--ranks", callback=_comma, help="Ranks to compare, such as 4,16,64."),
     click.option("--learning-rates", callback=_comma, help="Rates to try at each rank, such as 1e-4,3e-4."),
     click.option("--seeds", callback=_comma, help="Seeds, such as 0,1,2."),
+    click.option("--sweep", multiple=True, metavar="AXIS=VALUES", help="Further alpha, scaling or init: alpha=16,64."),
     click.option("--margin", type=float, help="How much worse than the best is still enough."),
     click.option("--metric", help="loss (default) or accuracy."),
     click.option("--max-steps", type=int, help="Optimizer steps of each training (default: one epoch)."),
@@ -507,7 +508,7 @@ def _gather(config_file: Path | None, assignments: tuple[str, ...], options: dic
         if not equals:
             raise SettingsError(f"--set {assignment!r}: give NAME=VALUE, such as lora_dropout=0.05")
         values[name.strip().replace("-", "_")] = _comma_list(value) if "," in value else value
-    return values | {name: value for name, value in options.items() if value is not None}
+    return values | {name: value for name, value in options.items() if value is not None and value != ()}
 
 
 def _comma_list(value: str) -> list[str]:
@@ -572,7 +573,9 @@ def _print_json(selected: Selected) -> None:
     answer = selected.decision.model_dump(mode="json")
     click.echo(
         json.dumps(
-            answer | {"run": str(selected.run), "adapter": str(selected.adapter), "report": str(selected.report)}
+            answer
+            | {"run": str(selected.run), "adapter": str(selected.adapter), "report": str(selected.report)}
+            | {"sweep": [row.model_dump() for row in selected.sweep]}
         )
     )
 
@@ -586,6 +589,10 @@ def _print_answer(selected: Selected) -> None:
         click.echo(
             f"\nA held-out item:\n{_indented(sample.prompt)}\n  before:\n{_indented(sample.before)}\n  after:\n{_indented(sample.after)}"
         )
+    if selected.sweep:
+        from rightrank.report.sweep_table import sweep_text
+
+        click.echo("\nOther settings, each at its own best rate:\n" + sweep_text(selected.sweep))
     click.echo(f"\nreport:  {selected.report}\nadapter: {selected.adapter}  (rank {decision.fallback_rank})")
 
 
