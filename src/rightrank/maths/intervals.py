@@ -7,7 +7,7 @@ The model of one score (or of one paired difference) x of seed s and item i is
 with random seeds and items. The mean's variance is V = V_items + V_seeds - V_both: each of the two margins counts the
 interaction once, so it is taken off once. Degrees of freedom follow Satterthwaite (1946); the skewness of the items
 shifts the quantiles as in Hall (1992, "On the removal of skewness by transformation"). A two-way bootstrap
-(Owen 2007) gives the same at a hundred times the cost and is too wide with few seeds; `benchmarks/decide` has both.
+(Owen 2007) covers about as well at thirty to a hundred times the cost; `benchmarks/decide` has both.
 """
 
 from __future__ import annotations
