@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from rightrank.decision.run import decision_so_far, last_decided, records_of
@@ -10,9 +11,11 @@ from rightrank.exports.recipe import recipe_of
 from rightrank.exports.targets import Exported, require_target, write_export
 from rightrank.io.files import disk_errors_told, write_text
 from rightrank.io.run_folder import RunFolder
+from rightrank.report.event_log import PROGRESS_FILE
 from rightrank.report.figures import figures_of
 from rightrank.report.files import write_figures
 from rightrank.report.html import render_report
+from rightrank.report.status_text import RunStatus, is_fresh, run_status
 
 
 def write_report(run: str | Path) -> Path:
@@ -66,3 +69,23 @@ def existing_run(run: str | Path) -> RunFolder:
     if not folder.journal.path.exists():
         raise RunFolderError(f"{run}: no journal.jsonl there; give a folder that `rightrank select --out` made")
     return folder
+
+
+def status(run: str | Path) -> RunStatus:
+    """Where a run stands, seen from outside: nothing in the folder is touched.
+
+    Raises:
+        RunFolderError: no run there.
+    """
+    folder = existing_run(run)
+    journal = folder.journal.read_settled()
+    records = records_of(journal, str(folder.path))
+    return run_status(str(run), journal, records, folder.is_locked(), _progress_of(folder.path))
+
+
+def _progress_of(folder: Path) -> dict[str, object] | None:
+    try:
+        progress: dict[str, object] = json.loads((folder / PROGRESS_FILE).read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError):
+        return None  # no process at work, or one that just ended
+    return progress if "progress" in progress and is_fresh(progress) else None

@@ -132,6 +132,7 @@ def test_vllm_serves_the_next_rank_that_it_has() -> None:
         served_rank(513)
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # of transformers, as TRL builds its arguments
 def test_trl_s_own_parser_reads_it(selected: Selected) -> None:
     trl_module: Any = pytest.importorskip("trl", reason="trl is not installed")
     from trl.scripts.utils import DatasetMixtureConfig

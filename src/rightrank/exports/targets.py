@@ -68,7 +68,7 @@ def write_export(name: str, recipe: Recipe, folder: Path) -> Exported:
     written = TARGETS[name](recipe)
     with replacing_folder(folder) as temporary:
         if written.with_adapter:
-            for path in sorted(recipe.adapter.iterdir()):
+            for path in sorted(path for path in recipe.adapter.iterdir() if path.is_file()):
                 shutil.copy2(path, temporary / path.name)
         for file, text in written.files.items():
             (temporary / file).write_text(text, encoding="utf-8")

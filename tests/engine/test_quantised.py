@@ -1,0 +1,51 @@
+"""A base in 4 or 8 bits: refused in one line where it can't be, and packs equal alone where it can."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+
+from rightrank.engine.pack_size import packing_obstacle
+from rightrank.errors import MissingExtraError, SettingsError
+from rightrank.io import models
+from rightrank.records import Arm
+from tests.conftest import small_settings
+from tests.engine.test_architectures import run
+from tests.helpers import make_bench
+
+
+def test_without_the_extra_it_is_named(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(models, "find_spec", lambda name: None if name == "bitsandbytes" else find_spec(name))
+    with pytest.raises(
+        MissingExtraError, match=r"load_in_4bit needs the `bitsandbytes` package: pip install 'rightrank\[bnb\]'"
+    ):
+        models.load_model(str(model_folder), "float32", "cpu", None, weight_bits=4)
+
+
+def test_a_device_without_quantised_matrices_is_named(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(models, "find_device", lambda _: torch.device("mps"))
+    with pytest.raises(SettingsError, match="no 8-bit matrices on mps; give device cuda or cpu"):
+        models.load_model(str(model_folder), "float32", "mps", None, weight_bits=8)
+
+
+def test_both_widths_at_once_are_refused() -> None:
+    with pytest.raises(SettingsError, match="both given: give one of them"):
+        small_settings(load_in_4bit=True, load_in_8bit=True)
+
+
+@pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="needs the extra bnb")
+def test_a_pack_over_four_bits_equals_alone(model_folder: Path, completion_file: Path, tmp_path: Path) -> None:
+    bench = make_bench(
+        model_folder, completion_file, small_settings(load_in_4bit=True, max_steps=4), tmp_path / "cache"
+    )
+    assert type(bench.model.model.layers[0].mlp.up_proj).__name__ == "Linear4bit"
+    arms = [Arm(rank=rank, learning_rate=1e-2, lora_alpha=32.0, seed=seed, steps=4) for rank, seed in ((2, 0), (4, 1))]
+    assert packing_obstacle(bench, arms) is None
+    alone, together = run(bench, arms, tmp_path / "alone", 1), run(bench, arms, tmp_path / "together", 2)
+    for one, other in zip(together, alone, strict=True):
+        assert one.pack_size == 2
+        assert one.train_losses[-1] < one.train_losses[0]
+        assert one.train_losses == pytest.approx(other.train_losses, rel=1e-5)
