@@ -82,6 +82,10 @@ class Estimate:
         """The same with another estimate of what the seeds add: a pooled or a published one."""
         return replace(self, seeds_variance=variance, seeds_degrees=degrees)
 
+    def reversed(self) -> Estimate:
+        """Of the difference the other way round."""
+        return replace(self, mean=-self.mean, skewness=-self.skewness)
+
     def at(self, items: int, seeds: int) -> Estimate:
         """What a run of that size is expected to give: the same mean, each part of the variance scaled."""
         item_ratio = self.items / items if self.items > 1 and items > 0 else 1.0
