@@ -21,7 +21,7 @@ from pathlib import Path
 from benchmarks.machine import machine
 
 TIMES = 5
-EXTRAS = ("", "gguf", "docs", "dev")
+EXTRAS = ("", "gguf", "dev")
 ALTERNATIVES = ("kneed", "optuna", "accelerate")
 TABLE = "rank,value\n" + "".join(f"{2**k},{2 + 0.3 / 2**k:.4f}\n" for k in range(8))
 KNEED = (
@@ -82,7 +82,9 @@ def main(model: str, adapter: str) -> None:
     print("# The first minutes\n")
     facts = ", ".join(f"{name} {value}" for name, value in machine().items())
     load = ", ".join(f"{value:.1f}" for value in os.getloadavg())
-    print(f"{facts}; load averages {load} at the start. Made by `python -m benchmarks.first_minutes.measure MODEL ADAPTER`.\n")
+    print(
+        f"{facts}; load averages {load} at the start. Made by `python -m benchmarks.first_minutes.measure MODEL ADAPTER`.\n"
+    )
     print("| install | packages | MB, dependencies included |\n|---|---|---|")
     for extra in EXTRAS:
         names = closure("rightrank", extra)
