@@ -33,8 +33,8 @@ PRETRAIN_STEPS = 400
 SETTINGS: dict[str, Any] = {
     "strategy": "grid",
     "ranks": (1, 4, 16),
-    "learning_rates": (1e-3, 1e-2),
-    "max_steps": 60,
+    "learning_rates": (5e-3,),
+    "max_steps": 50,
     "batch_size": 8,
     "seq_len": 48,
     "eval_items": 200,

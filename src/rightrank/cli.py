@@ -44,6 +44,7 @@ SELECT_OPTIONS = [
     click.option("--ranks", callback=_comma, help="Ranks to compare, such as 4,16,64."),
     click.option("--learning-rates", callback=_comma, help="Rates to try at each rank, such as 1e-4,3e-4."),
     click.option("--seeds", callback=_comma, help="Seeds, such as 0,1,2."),
+    click.option("--sweep", multiple=True, metavar="AXIS=VALUES", help="Further alpha, scaling or init: alpha=16,64."),
     click.option("--margin", type=float, help="How much worse than the best is still enough."),
     click.option("--metric", help="loss (default) or accuracy."),
     click.option("--max-steps", type=int, help="Optimizer steps of each training (default: one epoch)."),
@@ -55,6 +56,7 @@ SELECT_OPTIONS = [
     click.option("--eval-items", type=int, help="Held-out items at most (default 200)."),
     click.option("--dtype", help="float32 (default), bfloat16 or float16."),
     click.option("--device", help="auto (default), cpu, cuda, cuda:1 or mps."),
+    click.option("--memory", "memory_bytes", help="Memory budget, such as 24GiB; ranks that need more are left out."),
     click.option("--pack-size", type=int, help="Trainings that share the model's passes (default: as many as pay)."),
     click.option("--certify", is_flag=True, default=None, help="Train one arm again alone and compare."),
     click.option("--config", "config_file", type=click.Path(path_type=Path), help="YAML file of settings."),
@@ -121,9 +123,10 @@ PLAN_OPTIONS = [
     click.option("--load-in-8bit", is_flag=True, default=None, help="Frozen weights in 8 bits."),
     click.option("--optimizer", help="adamw (default), adamw_fused, adamw_8bit, paged_adamw_8bit or sgd."),
     click.option("--loss", help="full (default, as Trainer) or chunked (as `rightrank select`)."),
+    click.option("--calibrate", is_flag=True, default=None, help="Run a few real steps here first: seconds a step."),
     click.option("--arms", type=int, help="Trainings packed over one frozen base (default 1)."),
     click.option("--device", help="cuda (default) or cpu: whose kernels and allocator."),
-    click.option("--memory", help="What there is, such as 24GiB (default: the CUDA device that is found)."),
+    click.option("--memory", "memory_bytes", help="What there is, such as 24GiB (default: the CUDA device's)."),
     click.option(
         "--set", "assignments", multiple=True, metavar="NAME=VALUE", help="Any other setting; see docs/plan.md."
     ),
@@ -143,7 +146,6 @@ def _plan_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.option("--json", "as_json", is_flag=True, help="Print the plan as one JSON object.")
 def plan(
     model: str,
-    memory: str | None,
     config_file: Path | None,
     assignments: tuple[str, ...],
     as_json: bool,
@@ -154,12 +156,9 @@ def plan(
     MODEL is a folder that holds at least config.json, a GGUF file, or a hub name. Exit status 1 when a memory is known
     and no rank fits in it.
     """
-    from rightrank.plan_records import make_plan_settings, parse_bytes
+    from rightrank.plan_records import make_plan_settings
 
-    values = _gather(config_file, assignments, options)
-    if memory is not None:
-        values["memory_bytes"] = parse_bytes(memory)
-    settings = make_plan_settings(values)
+    settings = make_plan_settings(_gather(config_file, assignments, options))
 
     from rightrank import api
     from rightrank.report.plan_table import plan_text
@@ -240,7 +239,7 @@ def decide(
 
         write_plot(decided.decision, plot_file)
     if as_json:
-        click.echo(decided.decision.model_dump_json())
+        click.echo(json.dumps(decided.decision.model_dump(mode="json") | {"understood": decided.understood}))
         return
     from rightrank.report.decision_table import decision_text
 
@@ -512,7 +511,7 @@ def _gather(config_file: Path | None, assignments: tuple[str, ...], options: dic
         if not equals:
             raise SettingsError(f"--set {assignment!r}: give NAME=VALUE, such as lora_dropout=0.05")
         values[name.strip().replace("-", "_")] = _comma_list(value) if "," in value else value
-    return values | {name: value for name, value in options.items() if value is not None}
+    return values | {name: value for name, value in options.items() if value is not None and value != ()}
 
 
 def _comma_list(value: str) -> list[str]:
@@ -577,7 +576,9 @@ def _print_json(selected: Selected) -> None:
     answer = selected.decision.model_dump(mode="json")
     click.echo(
         json.dumps(
-            answer | {"run": str(selected.run), "adapter": str(selected.adapter), "report": str(selected.report)}
+            answer
+            | {"run": str(selected.run), "adapter": str(selected.adapter), "report": str(selected.report)}
+            | {"sweep": [row.model_dump() for row in selected.sweep]}
         )
     )
 
@@ -591,6 +592,10 @@ def _print_answer(selected: Selected) -> None:
         click.echo(
             f"\nA held-out item:\n{_indented(sample.prompt)}\n  before:\n{_indented(sample.before)}\n  after:\n{_indented(sample.after)}"
         )
+    if selected.sweep:
+        from rightrank.report.sweep_table import sweep_text
+
+        click.echo("\nOther settings, each at its own best rate:\n" + sweep_text(selected.sweep))
     click.echo(f"\nreport:  {selected.report}\nadapter: {selected.adapter}  (rank {decision.fallback_rank})")
 
 

@@ -5,7 +5,7 @@ Everything that the loop knows it reads from the journal, so a run that was kill
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
 
@@ -65,12 +65,20 @@ class Selection:
     """One run folder, one strategy, one executor."""
 
     def __init__(
-        self, folder: RunFolder, started: RunStarted, strategy: Strategy, executor: Executor, listener: Listener
+        self,
+        folder: RunFolder,
+        started: RunStarted,
+        strategy: Strategy,
+        executor: Executor,
+        listener: Listener,
+        predicted_peaks: Mapping[int, int] | None = None,
     ) -> None:
+        """`predicted_peaks`: bytes by rank, as planned."""
         self._folder = folder
         self._strategy = strategy
         self._executor = executor
         self._listener = listener
+        self._predicted_peaks = predicted_peaks or {}
         existing = folder.journal.read()
         if existing:
             require_same_run(folder, existing[0], started)
@@ -147,6 +155,9 @@ class Selection:
         return [Trial(trial_id=trial_id(fingerprint, arm), arm=arm) for arm in arms]
 
     def _keep(self, outcome: TrialOutcome) -> None:
+        alone = isinstance(outcome, TrialFinished) and outcome.pack_size == 1  # the prediction is of one arm
+        if alone and outcome.rank in self._predicted_peaks:
+            outcome = outcome.model_copy(update={"predicted_peak_bytes": self._predicted_peaks[outcome.rank]})
         self._folder.journal.append(outcome)
         self.records.outcomes.append(outcome)
         self.write_views(decision_so_far(self.records, self._evidence()))

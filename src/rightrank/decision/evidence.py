@@ -221,10 +221,10 @@ def _estimate(cells: list[Cell], shift: float = 0.0) -> Estimate:
 def _pairs(contender: Contender, against: Contender) -> list[Cell]:
     """Differences by shared seed; in order where none is shared; the base's one evaluation pairs with every seed."""
     left, right = contender.cells, against.cells
-    if contender.rank == 0 or against.rank == 0:
-        one, many = (left, right) if contender.rank == 0 else (right, left)
-        only = next(iter(one.values()))
-        both = [(only, cell) if contender.rank == 0 else (cell, only) for cell in many.values()]
+    if contender.rank == 0 and len(left) == 1:
+        both = [(next(iter(left.values())), cell) for cell in right.values()]
+    elif against.rank == 0 and len(right) == 1:
+        both = [(cell, next(iter(right.values()))) for cell in left.values()]
     elif shared := sorted(left.keys() & right.keys()):
         both = [(left[seed], right[seed]) for seed in shared]
     else:

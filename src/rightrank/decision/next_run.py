@@ -1,7 +1,7 @@
 """The run that would settle the answer, by a power calculation on the parts of the variance measured so far.
 
 A run is said to settle it when, at the difference seen so far, it would do so four times in five. The difference
-itself is uncertain, so this is a plan, not a promise; `benchmarks/decide` checks it by simulation.
+itself is uncertain, so this is a plan, not a promise.
 """
 
 from __future__ import annotations

@@ -80,10 +80,12 @@ def _undecided(judged: dict[int, Judged], evidence: Evidence, chosen: int, withi
     contested = contested_rank(judged, evidence, chosen)
     assert contested is not None
     found = judged[contested]
-    worse, low, high = (number(unit.difference(value)) for value in (found.difference.mean, found.low, found.high))
+    low, high = (number(unit.difference(value)) for value in (found.low, found.high))
+    difference = unit.difference(found.difference.mean)
+    worse = f"{number(abs(difference))} {'better' if difference < 0 else 'worse'}"
     if contested == 0:
         return (
-            f"Undecided whether there is any gain: the base is {worse} worse than the best adapter, "
+            f"Undecided whether there is any gain: the base is {worse} than the best adapter, "
             f"but anything from {low} to {high} is possible, and the margin is {within}."
         )
     shown = (
@@ -91,10 +93,7 @@ def _undecided(judged: dict[int, Judged], evidence: Evidence, chosen: int, withi
         if chosen == evidence.reference.rank
         else f"rank {chosen} is within {within} of the best (rank {evidence.reference.rank})"
     )
-    return (
-        f"Undecided: {shown}; whether rank {contested} is enough is open, "
-        f"at {worse} worse, anything from {low} to {high}."
-    )
+    return f"Undecided: {shown}; whether rank {contested} is enough is open, at {worse}, anything from {low} to {high}."
 
 
 def basis_note(evidence: Evidence) -> str:

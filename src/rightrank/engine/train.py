@@ -76,6 +76,11 @@ class Progress:
     eval_seconds: float = 0.0
 
 
+def adapter_name(trial: Trial) -> str:
+    """The name of the trial's adapter in a pack."""
+    return f"arm_{trial.trial_id}"
+
+
 class ArmTraining:
     """One arm's training: its optimizer, schedule, batches, progress and checkpoint; the pass over the base is shared."""
 
@@ -84,7 +89,7 @@ class ArmTraining:
     ) -> None:
         self._bench = bench
         self.trial = trial
-        self.adapter = f"arm_{trial.trial_id}"  # the adapter's name in the pack
+        self.adapter = adapter_name(trial)
         self._pack = pack
         self._base_loss = base_loss
         self._folders = folders

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from rightrank.strategies.climb import Wanted
 from rightrank.strategies.ladder import DECAY
 from rightrank.strategies.moves import (
     confirm,
@@ -15,7 +16,7 @@ from rightrank.strategies.moves import (
 )
 from rightrank.strategies.protocol import Cost
 from rightrank.strategies.results import Results
-from rightrank.strategies.script import Scripted, Wanted
+from rightrank.strategies.script import Scripted
 
 
 class Ascend(Scripted):
@@ -43,7 +44,7 @@ class Ascend(Scripted):
     def least_trainings(self) -> float:
         return least_trainings(self.space)
 
-    def most_arms(self) -> int:
+    def most_script_arms(self) -> int:
         return 1 + most_stages(self.space)
 
 

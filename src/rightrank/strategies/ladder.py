@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from rightrank.strategies.climb import Wanted
 from rightrank.strategies.moves import (
     confirm,
     confirmation_cost,
@@ -15,7 +16,7 @@ from rightrank.strategies.moves import (
 )
 from rightrank.strategies.protocol import Cost
 from rightrank.strategies.results import Results
-from rightrank.strategies.script import Scripted, Wanted
+from rightrank.strategies.script import Scripted
 from rightrank.strategies.space import Space
 
 DECAY = 0.57  # median exponent c of L(r) = a + b·r^-c over 26 published curves (quartiles 0.38 to 0.64)
@@ -44,7 +45,7 @@ class Ladder(Scripted):
     def least_trainings(self) -> float:
         return least_trainings(self.space)
 
-    def most_arms(self) -> int:
+    def most_script_arms(self) -> int:
         return 1 + most_stages(self.space)
 
 

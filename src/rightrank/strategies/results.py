@@ -57,7 +57,7 @@ class Results:
         return {
             (arm.rank, arm.learning_rate, arm.seed): outcome
             for arm, outcome in self.outcomes.items()
-            if arm.is_direct and arm.rank > 0 and isinstance(outcome, TrialFinished)
+            if arm.is_direct and arm.rank > 0 and self.space.is_plain(arm) and isinstance(outcome, TrialFinished)
         }
 
     def ranks(self) -> list[int]:
