@@ -148,7 +148,7 @@ def draw_undecided(shares: dict[str, dict[str, float]], path: Path) -> None:
         axes.plot(noises, [100 * share for share in by_noise.values()], "o-", label=shape.replace("_", "-"))
     axes.set_xscale("log", base=2)
     axes.set_xticks(NOISES, [f"{noise:g}×" for noise in NOISES])
-    axes.set_xlabel("noise of a paired difference, 2 seeds × 200 items (1×: 0.0025 nats a rank, half the margin)")
+    axes.set_xlabel("noise of a difference, 2 seeds × 200 items (1×: half the margin)")
     axes.set_ylabel("undecided, %")
     axes.set_ylim(-3, 103)
     axes.legend(frameon=False)
@@ -175,7 +175,7 @@ def _mean(values: list[float]) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--tables", type=int, default=40)
+    parser.add_argument("--tables", type=int, default=30)
     parser.add_argument("--short", action="store_true")
     asked = parser.parse_args()
     begun = time.perf_counter()
