@@ -45,3 +45,11 @@ def test_length_does_not_decide_when_an_item_is_seen() -> None:
     )
     standard_error = by_step.std(axis=0) / np.sqrt(len(by_step))
     assert np.all(np.abs(by_step.mean(axis=0) - np.mean(LENGTHS)) < 4.5 * standard_error)
+
+
+def test_few_items_are_each_seen_once_a_pass() -> None:
+    """Fewer items than a window of batches: no batch holds an item twice, and a pass sees them all."""
+    plan = batch_plan([5 + index % 7 for index in range(32)], 8, 8, seed=0)
+    for begin in (0, 4):
+        seen = [index for batch in plan[begin : begin + 4] for index in batch]
+        assert sorted(seen) == list(range(32))

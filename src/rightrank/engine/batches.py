@@ -38,12 +38,15 @@ def batch_plan(lengths: Sequence[int], batch_size: int, steps: int, seed: int) -
     order: list[int] = []
     size = np.asarray(lengths)
     while len(plan) < steps:
-        while len(order) < WINDOW_BATCHES * batch_size:
-            order.extend(generator.permutation(len(size)).tolist())
-        window, order = order[: WINDOW_BATCHES * batch_size], order[WINDOW_BATCHES * batch_size :]
-        by_length = sorted(window, key=lambda index: (size[index], index))
-        batches = [by_length[start : start + batch_size] for start in range(0, len(window), batch_size)]
-        plan.extend(batches[position] for position in generator.permutation(len(batches)))
+        order.extend(generator.permutation(len(size)).tolist())
+        whole = len(order) - len(order) % batch_size
+        # A window never spans two passes: sorted by length, an item and its repetition would share a batch.
+        for begin in range(0, whole, WINDOW_BATCHES * batch_size):
+            window = order[begin : min(begin + WINDOW_BATCHES * batch_size, whole)]
+            by_length = sorted(window, key=lambda index: (size[index], index))
+            batches = [by_length[start : start + batch_size] for start in range(0, len(window), batch_size)]
+            plan.extend(batches[position] for position in generator.permutation(len(batches)))
+        order = order[whole:]
     return plan[:steps]
 
 
