@@ -21,7 +21,7 @@ from pathlib import Path
 from benchmarks.machine import machine
 
 TIMES = 5
-EXTRAS = ("", "gguf", "docs", "dev")
+EXTRAS = ("", "gguf", "dev")
 ALTERNATIVES = ("kneed", "optuna", "accelerate")
 TABLE = "rank,value\n" + "".join(f"{2**k},{2 + 0.3 / 2**k:.4f}\n" for k in range(8))
 KNEED = (

@@ -34,6 +34,7 @@ class Exported:
     files: list[str]
     command: str
     notes: list[str]
+    hub: str | None = None  # the repository's address, where it was pushed to one
 
     def to_json(self) -> dict[str, object]:
         return {
@@ -42,6 +43,7 @@ class Exported:
             "files": self.files,
             "command": self.command,
             "notes": self.notes,
+            "hub": self.hub,
         }
 
 

@@ -36,9 +36,10 @@ def run_status(
     run: str, journal: Sequence[JournalRecord], records: Records, locked: bool, progress: Mapping[str, object] | None
 ) -> RunStatus:
     """The status; `locked` says whether a process holds the folder, `progress` is its progress file if it is fresh."""
-    decision, current = decision_so_far(records), running_trial(journal)
+    decided, current = last_decided(journal), running_trial(journal)
+    decision = decision_so_far(records) if decided is None else decided.decision
     cost = cost_of(records)
-    state = "running" if locked else "done" if last_decided(journal) is not None else "stopped"
+    state = "running" if locked else "done" if decided is not None else "stopped"
     return RunStatus(
         run=run,
         state=state,

@@ -12,6 +12,7 @@ from rightrank.strategies.moves import (
     least_trainings,
     most_stages,
     most_trainings,
+    support,
     try_rank,
 )
 from rightrank.strategies.protocol import Cost
@@ -34,6 +35,7 @@ class Ascend(Scripted):
             if still_to_come(results, rank, higher) <= space.margin_at(results.best_loss(rank)):
                 break
             rank, rate = higher, results.best_rate(higher) or rate
+        yield from support(space, results)
         yield from confirm(space, results)
 
     def unbounded_cost(self) -> Cost:

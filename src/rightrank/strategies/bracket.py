@@ -13,6 +13,7 @@ from rightrank.strategies.moves import (
     least_trainings,
     most_stages,
     most_trainings,
+    support,
     try_rank,
     walk,
 )
@@ -47,6 +48,7 @@ class Bracket(Scripted):
         elif start == space.top:
             start = space.below(start) or start
         yield from walk(space, results, start, rate)
+        yield from support(space, results)
         yield from confirm(space, results)
 
     def unbounded_cost(self) -> Cost:

@@ -11,6 +11,7 @@ from rightrank.strategies.moves import (
     least_trainings,
     most_stages,
     most_trainings,
+    support,
     try_rank,
     walk,
 )
@@ -36,6 +37,7 @@ class Ladder(Scripted):
             return
         yield from try_rank(space, results, second, rate)
         yield from walk(space, results, predicted_rank(space, results, second), rate)
+        yield from support(space, results)
         yield from confirm(space, results)
 
     def unbounded_cost(self) -> Cost:

@@ -131,6 +131,20 @@ def _nearby_rate(results: Results, rank: int, otherwise: float) -> float:
     return otherwise if found is None else found
 
 
+def support(space: Space, results: Results) -> Wanted:
+    """Ranks above the chosen one until a bound holds: the decision, which goes by bounds, then has what to fall back on.
+
+    Asks for nothing where values alone are known.
+    """
+    rank, reference = results.smallest_that_holds(), results.reference()
+    while rank is not None and reference is not None and rank < reference and not results.surely_holds(rank):
+        rank = space.above(rank)
+        if rank is None or rank >= reference or rank in results.ranks():
+            continue
+        rate = _nearby_rate(results, rank, space.rates[0])
+        yield [space.arm(rank, rate)]
+
+
 def confirm(space: Space, results: Results) -> Wanted:
     """The further seeds of the rank chosen, the next lower one trained and the reference, until the choice stays."""
     for _ in range(len(space.ranks)):
