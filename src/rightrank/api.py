@@ -14,7 +14,7 @@ from rightrank.io.files import disk_errors_told
 from rightrank.io.run_folder import RunFolder
 from rightrank.plan_records import Plan, PlanSettings, make_plan_settings
 from rightrank.probe_records import Inspection, Resized
-from rightrank.records import Decision, RunEvent, RunStarted, Sample, content_hash
+from rightrank.records import Decision, RunEvent, RunStarted, Sample, SweepRow, content_hash
 from rightrank.settings import NOT_IDENTITY, SelectSettings, make_settings
 from rightrank.version import __version__
 
@@ -44,6 +44,7 @@ class Selected:
     adapter: Path | None  # None: a trainer of one's own that saved none
     report: Path
     samples: list[Sample] = field(default_factory=list)
+    sweep: list[SweepRow] = field(default_factory=list)
 
     def _repr_html_(self) -> str | None:
         return self.decision._repr_html_()
@@ -123,6 +124,7 @@ def _select(
     from rightrank.planning.skeleton import is_known
     from rightrank.selection import Selection
     from rightrank.strategies import make_strategy
+    from rightrank.strategies.sweep import sweep_rows
 
     make_strategy(settings, settings.max_steps or 1)  # a wrong name is told before anything is loaded
     if isinstance(model, str):
@@ -191,7 +193,8 @@ def _select(
     selection.hand_over(bench, decision)
     if settings.certify:
         watching.notice(selection.certify(bench, decision, Watcher(should_stop=watching.should_stop)).sentence())
-    return Selected(decision, folder.path, folder.adapter, folder.report, selection.records.samples)
+    sweep = sweep_rows(started, selection.records.outcomes)
+    return Selected(decision, folder.path, folder.adapter, folder.report, selection.records.samples, sweep)
 
 
 @dataclass(frozen=True, slots=True)

@@ -394,6 +394,16 @@ class Results(Record):
     understood: list[str]  # for a person: which column was taken for what, and what was left out
 
 
+class SweepRow(Record):
+    """One further setting (an alpha, a scaling rule, an initialisation) at one rank, at its own best rate."""
+
+    setting: str
+    rank: int
+    learning_rate: float
+    value: float  # held-out, the mean over seeds
+    gain: float  # over the setting that all ranks shared, at the same rank; above 0 is better
+
+
 class Decided(Record):
     """A decision in the journal, with what was handed over."""
 

@@ -42,6 +42,7 @@ class SelectSettings(BaseModel):
     budget_trainings: float | None = Field(default=None, gt=0)  # whole trainings
     budget_steps: int | None = Field(default=None, gt=0)  # optimizer steps over all trainings
     budget_hours: float | None = Field(default=None, gt=0)  # of training and evaluation
+    sweep: tuple[str, ...] = ()  # such as alpha=16,64: further values at the ranks that matter
 
     # how to decide
     metric: Literal["loss", "accuracy"] = "loss"

@@ -33,7 +33,7 @@ def attached(model: Any, settings: SelectSettings, arm: Arm, config: LoraConfig)
     kept = {name: parameter.detach().clone() for name, parameter in trainable_base(model, settings)}
     peft_model = wrapped(model, config)
     try:
-        initialise(peft_model, arm, settings.init_lora_weights)
+        initialise(peft_model, arm, arm.init_lora_weights or settings.init_lora_weights)
         for module in peft_model.modules():
             if isinstance(module, LoraLayer):
                 module.lora_dropout.train()

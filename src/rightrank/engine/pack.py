@@ -74,7 +74,9 @@ class Pack:
         return self.parameters(adapter)
 
     def leave(self, adapter: str) -> None:
-        """Take one arm off."""
+        """Take one arm off, if it is on."""
+        if adapter not in self._names:
+            return
         self._names.remove(adapter)
         if not self._names:
             self._close()

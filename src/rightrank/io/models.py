@@ -141,6 +141,11 @@ def prepare_model(
         )
     model.requires_grad_(False)
     model.eval()
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            # On a CPU bitsandbytes repacks 4-bit weights in evaluation mode for a product that has no gradient:
+            # what trains through the base would then silently learn nothing.
+            module.support_avx512bf16_for_cpu = False
     if not getattr(model, "is_quantized", False):  # those were loaded where they are to be, and can't be moved
         model.to(device)
     return LoadedModel(model, tokenizer, name, fingerprint or parameter_fingerprint(model), device)
