@@ -2,7 +2,7 @@
 
 A run folder of `rightrank select MODEL DATA --strategy grid` becomes one curve: every cell's value and item losses,
 its value half of the way (a shorter horizon where the schedule is constant), and the top rank's adapters cut to every
-lower rank, evaluated here. What the run has not finished is left out.
+lower rank, evaluated here. A seed that is not finished is left out.
 
     python -m benchmarks.selection.real_grids RUN [RUN ...] --out benchmarks/selection/real_grids.json
 """
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,16 @@ from rightrank.executors.local import LocalExecutor
 from rightrank.io.data import load_data
 from rightrank.io.models import load_model
 from rightrank.io.run_folder import RunFolder
-from rightrank.records import Arm, RunStarted, Trial, TrialFinished, trial_id
+from rightrank.records import (
+    Arm,
+    JournalRecord,
+    RunStarted,
+    Trial,
+    TrialDiverged,
+    TrialFailed,
+    TrialFinished,
+    trial_id,
+)
 from rightrank.settings import make_settings
 
 DIGITS = 5
@@ -37,7 +47,8 @@ def curve_of_run(run: Path) -> dict[str, Any]:
     started = records[0]
     assert isinstance(started, RunStarted)
     finished = [record for record in records if isinstance(record, TrialFinished)]
-    trained = [trial for trial in finished if trial.rank > 0 and trial.arm.is_direct]
+    seeds = whole_seeds(records)
+    trained = [trial for trial in finished if trial.rank > 0 and trial.arm.is_direct and trial.seed in seeds]
     base = next(trial for trial in finished if trial.rank == 0)
     values = started.settings
     steps = trained[0].steps
@@ -49,6 +60,7 @@ def curve_of_run(run: Path) -> dict[str, Any]:
         "form": started.data.form,
         "settings": {name: value for name, value in values.items() if name not in ("model", "data")},
         "machine": machine(),
+        "seeds": sorted(seeds),
         "ranks": sorted({trial.rank for trial in trained}),
         "higher_is_better": started.higher_is_better,
         "base": round(base.value, DIGITS),
@@ -76,6 +88,17 @@ def curve_of_run(run: Path) -> dict[str, Any]:
         "train_seconds": round(sum(trial.train_seconds for trial in trained), 1),
     }
     return curve
+
+
+def whole_seeds(records: Sequence[JournalRecord]) -> set[int]:
+    """The seeds that every rank and rate has an outcome of, diverged ones among them: means over seeds need all."""
+    ended = [record for record in records if isinstance(record, TrialFinished | TrialDiverged | TrialFailed)]
+    cells: dict[int, set[tuple[int, float]]] = {}
+    for outcome in ended:
+        if outcome.rank > 0:
+            cells.setdefault(outcome.seed, set()).add((outcome.rank, outcome.learning_rate))
+    every = set().union(*cells.values())
+    return {seed for seed, found in cells.items() if found == every}
 
 
 def place(grid: dict[str, Any], trial: TrialFinished, value: object) -> None:

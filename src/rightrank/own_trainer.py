@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
@@ -16,10 +17,10 @@ from rightrank.io.run_folder import RunFolder
 from rightrank.own_selection import OwnSelection
 from rightrank.records import DataSummary, RunStarted, content_hash
 from rightrank.settings import SelectSettings, make_settings
-from rightrank.strategies import make_strategy
+from rightrank.strategies import make_strategy, space_of, strategy_in
 from rightrank.version import __version__
 
-DIRECT_STRATEGIES = ("grid",)  # those that ask for whole trainings only
+DIRECT_STRATEGIES = ("grid", "ladder", "ascend")  # those that whole trainings are enough for
 HIGHER_IS_BETTER = ("accuracy", "f1", "exact_match", "rouge", "bleu", "reward", "win_rate", "score")
 
 
@@ -77,11 +78,12 @@ def select_rank_with(
     started = _run_started(train, settings, steps, metric, higher, version)
     folder = RunFolder(Path(out))
     with folder.locked(), disk_errors_told(folder.path):
-        chosen = make_strategy(settings, steps)
+        space = replace(space_of(settings, steps, token_loss=False), stages=False, higher_is_better=higher)
+        chosen = strategy_in(settings.strategy, space)
         selection = OwnSelection(folder, started, chosen, with_base, watching.on_event)
         executor = OwnExecutor(call, metric, selection.items(), folder.trial_adapter, selection.note_start)
         folder.write_config(dict(started.settings))
-        watching.on_plan(started, chosen.most_arms() - (not with_base), steps)
+        watching.on_plan(started, chosen.expected_arms() - (not with_base), steps)
         decision = selection.run(executor, watching.should_stop)
         return Selected(decision, folder.path, selection.finish(decision), folder.report)
 

@@ -140,6 +140,7 @@ class TrialFinished(ArmFields):
     train_tokens: int  # labelled and unlabelled, no padding
     eval_seconds: float
     peak_bytes: int  # allocated on the device; on the CPU, the growth of the process's resident memory
+    predicted_peak_bytes: int | None = None  # allocated by tensors, as planned before the start; None: not planned
     pack_size: int = 1  # arms that shared the passes, and the peak; the seconds are this arm's even share
     train_losses: list[float] = []  # nats a label, one for each step
 
@@ -391,6 +392,16 @@ class Results(Record):
     higher_is_better: bool
     results: list[Result]
     understood: list[str]  # for a person: which column was taken for what, and what was left out
+
+
+class SweepRow(Record):
+    """One further setting (an alpha, a scaling rule, an initialisation) at one rank, at its own best rate."""
+
+    setting: str
+    rank: int
+    learning_rate: float
+    value: float  # held-out, the mean over seeds
+    gain: float  # over the setting that all ranks shared, at the same rank; above 0 is better
 
 
 class Decided(Record):

@@ -10,6 +10,7 @@ import pytest
 from rightrank.records import Arm, TrialFinished, TrialOutcome
 from rightrank.strategies import STRATEGIES, History, Space, Strategy
 from rightrank.strategies.protocol import steps_of
+from rightrank.strategies.sweep import Variant
 from tests.strategies.worlds import STEPS, World, make_space
 
 WORLDS = {
@@ -31,6 +32,7 @@ SPACES = {
     "two ranks": {"ranks": (8, 16)},
     "octaves": {"ranks": (1, 2, 4, 8, 16, 32, 64)},
     "relative margin": {"margin": None},
+    "a sweep": {"variants": (Variant("alpha", "16"), Variant("init", "gaussian"))},
 }
 
 

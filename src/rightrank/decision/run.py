@@ -98,10 +98,25 @@ def run_table(records: Records, outcomes: Sequence[TrialOutcome] | None = None) 
     """The scores of a run, of ours or of a trainer of one's own."""
     started = records.started
     if outcomes is None:
-        outcomes = [outcome for outcome in records.outcomes if outcome.arm.is_direct]
+        outcomes = comparable(records)
     if started.data.form == "own":
         return own_table(records)
     return table_of(outcomes, "accuracy" if started.metric == "accuracy" else "loss")
+
+
+def comparable(records: Records) -> list[TrialOutcome]:
+    """Like with like: whole trainings at the setting that all ranks share; or, where a run recovered adapters that it
+    had cut, those."""
+    alpha = records.started.settings.get("lora_alpha")
+    plain = [
+        outcome
+        for outcome in records.outcomes
+        if outcome.init_lora_weights is None and (alpha is None or outcome.lora_alpha == alpha)
+    ]
+    recovered = [outcome for outcome in plain if outcome.truncate_from is not None and outcome.steps > 0]
+    if recovered:
+        return [outcome for outcome in plain if outcome.rank == 0] + recovered
+    return [outcome for outcome in plain if outcome.arm.is_direct]
 
 
 def own_table(records: Records) -> ScoreTable:

@@ -27,6 +27,7 @@ __all__ = [
     "Strategy",
     "make_strategy",
     "space_of",
+    "strategy_in",
     "strategy_named",
 ]
 
@@ -43,16 +44,24 @@ def make_strategy(settings: SelectSettings, steps: int, token_loss: bool = True)
     """The strategy that `settings.strategy` names, for trainings of `steps` optimizer steps.
 
     Raises:
-        SettingsError: an unknown name, or bounds and budgets that leave nothing to compare.
+        SettingsError: an unknown name, a sweep that is not possible, or a budget that compares nothing.
     """
-    space = space_of(settings, steps, token_loss)
-    strategy = strategy_named(settings.strategy)(space)
+    return strategy_in(settings.strategy, space_of(settings, steps, token_loss))
+
+
+def strategy_in(name: str, space: Space) -> Strategy:
+    """The strategy of that name in a space.
+
+    Raises:
+        SettingsError: an unknown name, or a budget that compares nothing.
+    """
+    strategy = strategy_named(name)(space)
     least = strategy.least_trainings()
-    if space.budget_steps is not None and space.budget_steps < least * steps:
+    if space.budget_steps is not None and space.budget_steps < least * space.steps:
         raise SettingsError(
-            f"a budget of {space.budget_steps / steps:.3g} trainings is too small: {settings.strategy!r} with "
+            f"a budget of {space.budget_steps / space.steps:.3g} trainings is too small: {name!r} with "
             f"{len(space.rates)} learning rates needs {least:g} to compare two ranks; give budget_trainings {least:g} "
-            f"(budget_steps {math.ceil(least * steps)}), fewer learning rates, or a smaller max_steps"
+            f"(budget_steps {math.ceil(least * space.steps)}), fewer learning rates, or a smaller max_steps"
         )
     return strategy
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from rightrank.strategies.climb import Wanted
 from rightrank.strategies.ladder import DECAY
 from rightrank.strategies.moves import (
     confirm,
@@ -11,11 +12,12 @@ from rightrank.strategies.moves import (
     least_trainings,
     most_stages,
     most_trainings,
+    support,
     try_rank,
 )
 from rightrank.strategies.protocol import Cost
 from rightrank.strategies.results import Results
-from rightrank.strategies.script import Scripted, Wanted
+from rightrank.strategies.script import Scripted
 
 
 class Ascend(Scripted):
@@ -33,6 +35,7 @@ class Ascend(Scripted):
             if still_to_come(results, rank, higher) <= space.margin_at(results.best_loss(rank)):
                 break
             rank, rate = higher, results.best_rate(higher) or rate
+        yield from support(space, results)
         yield from confirm(space, results)
 
     def unbounded_cost(self) -> Cost:
@@ -43,7 +46,7 @@ class Ascend(Scripted):
     def least_trainings(self) -> float:
         return least_trainings(self.space)
 
-    def most_arms(self) -> int:
+    def most_script_arms(self) -> int:
         return 1 + most_stages(self.space)
 
 

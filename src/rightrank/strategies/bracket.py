@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from rightrank.records import Arm
+from rightrank.strategies.climb import Wanted
 from rightrank.strategies.ladder import predicted_rank
 from rightrank.strategies.moves import (
     confirm,
@@ -12,12 +13,13 @@ from rightrank.strategies.moves import (
     least_trainings,
     most_stages,
     most_trainings,
+    support,
     try_rank,
     walk,
 )
 from rightrank.strategies.protocol import Cost
 from rightrank.strategies.results import Results, excess_of, within
-from rightrank.strategies.script import Scripted, Wanted
+from rightrank.strategies.script import Scripted
 from rightrank.strategies.space import Space
 
 
@@ -46,6 +48,7 @@ class Bracket(Scripted):
         elif start == space.top:
             start = space.below(start) or start
         yield from walk(space, results, start, rate)
+        yield from support(space, results)
         yield from confirm(space, results)
 
     def unbounded_cost(self) -> Cost:
@@ -57,14 +60,14 @@ class Bracket(Scripted):
     def least_trainings(self) -> float:
         return least_trainings(self.space)
 
-    def most_arms(self) -> int:
+    def most_script_arms(self) -> int:
         return 1 + most_stages(self.space) + len(self.space.ranks) - 1
 
 
 def truncations(space: Space, results: Results, rank: int, rate: float) -> list[Arm]:
     """The adapter of a finished training cut to every lower rank, without recovery; descending."""
     parent = results.direct().get((rank, rate, space.seeds[0]))
-    if parent is None:
+    if parent is None or not space.stages:
         return []
     return [
         space.arm(lower, rate).model_copy(update={"steps": 0, "truncate_from": parent.trial_id})

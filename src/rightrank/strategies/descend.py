@@ -6,10 +6,11 @@ import math
 
 from rightrank.records import Arm, TrialFinished, TrialOutcome
 from rightrank.strategies.bracket import smallest_cut_that_holds, truncations
+from rightrank.strategies.climb import Wanted
 from rightrank.strategies.moves import find_rate, find_rate_cost, least_trainings
 from rightrank.strategies.protocol import Answer, Cost, History
 from rightrank.strategies.results import Results, excess_of, within
-from rightrank.strategies.script import Scripted, Wanted
+from rightrank.strategies.script import Scripted
 
 RECOVERY = 0.1  # of a training's steps, on data that the training did not see
 RECOVERY_RATE = 0.3  # of the rate that the top was trained at
@@ -50,7 +51,7 @@ class Descend(Scripted):
     def least_trainings(self) -> float:
         return least_trainings(self.space) - 1 + 2 * RECOVERY
 
-    def most_arms(self) -> int:
+    def most_script_arms(self) -> int:
         return 1 + 3 * len(self.space.rates) + 2 * len(self.space.ranks)
 
     def evidence(self, history: History) -> list[TrialOutcome]:

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from itertools import product
 
 from rightrank.records import Arm
+from rightrank.strategies.climb import Wanted
 from rightrank.strategies.protocol import Cost
 from rightrank.strategies.results import Results
-from rightrank.strategies.script import Scripted, Wanted
+from rightrank.strategies.script import Scripted
 
 
 class Grid(Scripted):
@@ -25,7 +26,7 @@ class Grid(Scripted):
     def unbounded_cost(self) -> Cost:
         return Cost(len(self._arms()), len(self._arms()))
 
-    def most_arms(self) -> int:
+    def most_script_arms(self) -> int:
         return 1 + len(self._arms())
 
     def least_trainings(self) -> float:

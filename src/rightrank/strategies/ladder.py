@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from rightrank.strategies.climb import Wanted
 from rightrank.strategies.moves import (
     confirm,
     confirmation_cost,
@@ -10,12 +11,13 @@ from rightrank.strategies.moves import (
     least_trainings,
     most_stages,
     most_trainings,
+    support,
     try_rank,
     walk,
 )
 from rightrank.strategies.protocol import Cost
 from rightrank.strategies.results import Results
-from rightrank.strategies.script import Scripted, Wanted
+from rightrank.strategies.script import Scripted
 from rightrank.strategies.space import Space
 
 DECAY = 0.57  # median exponent c of L(r) = a + b·r^-c over 26 published curves (quartiles 0.38 to 0.64)
@@ -35,6 +37,7 @@ class Ladder(Scripted):
             return
         yield from try_rank(space, results, second, rate)
         yield from walk(space, results, predicted_rank(space, results, second), rate)
+        yield from support(space, results)
         yield from confirm(space, results)
 
     def unbounded_cost(self) -> Cost:
@@ -44,7 +47,7 @@ class Ladder(Scripted):
     def least_trainings(self) -> float:
         return least_trainings(self.space)
 
-    def most_arms(self) -> int:
+    def most_script_arms(self) -> int:
         return 1 + most_stages(self.space)
 
 

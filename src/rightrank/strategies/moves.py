@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from rightrank.records import Arm
+from rightrank.strategies.climb import EARLY, Wanted, climb, early_arm, early_step
 from rightrank.strategies.results import Results
-from rightrank.strategies.script import Wanted
 from rightrank.strategies.space import Space
 
-EARLY, LATER = 0.25, 0.5  # parts of a training after which rates are compared
+LATER = 0.5  # of a training: where the two best rates are compared again
 HOPELESS = 3.0  # margins: a rank that fails by more was never rescued by a rate beside (by 1.5 at most, on 45 grids)
 
 
@@ -20,10 +20,10 @@ def find_rate(space: Space, results: Results, rank: int, start: float | None = N
     the way; the two best go on to half; the better of them to the end, and a higher one with it, since a decaying
     schedule favours higher rates late. A lower rate that is behind at half was never the best on the planted grids.
     """
-    if len(space.rates) < 3 or early_step(space, EARLY) == early_step(space, LATER):
+    if not space.stages or len(space.rates) < 3 or early_step(space, EARLY) == early_step(space, LATER):
         yield from climb(space, results, rank, start)
         return
-    yield from climb(space, results, rank, start, EARLY)
+    yield from climb(space, results, rank, start, part=EARLY)
     quarter = {rate: results.loss(early_arm(space, rank, rate, EARLY)) for rate in space.rates}
     known = sorted((loss, rate) for rate, loss in quarter.items() if loss is not None)
     if not known:  # nothing can be stopped early here
@@ -41,42 +41,6 @@ def find_rate(space: Space, results: Results, rank: int, start: float | None = N
         yield [_going_on(results, early_arm(space, rank, rate, EARLY))]
 
 
-def climb(space: Space, results: Results, rank: int, start: float | None = None, part: float | None = None) -> Wanted:
-    """Climb along the rates at `rank` from `start` (the upper middle) to one that is better than both neighbours.
-
-    Loss against the logarithm of the rate has one valley, so the climb ends where the whole ladder would. With
-    `part`, trainings stop after that part and are compared there.
-    """
-    rates = space.rates
-
-    def arm(place: int) -> Arm:
-        return space.arm(rank, rates[place]) if part is None else early_arm(space, rank, rates[place], part)
-
-    here = rates.index(start) if start is not None else len(rates) // 2
-    yield [arm(here)]
-    if part is not None and results.finished(arm(here)) is None:
-        return
-    for direction in (1, -1):
-        moved = False
-        while 0 <= here + direction < len(rates):
-            yield [arm(here + direction)]
-            if not _better(results, arm(here + direction), arm(here)):
-                break
-            here += direction
-            moved = True
-        if moved:
-            return
-
-
-def early_step(space: Space, part: float) -> int:
-    return max(1, round(part * space.steps))
-
-
-def early_arm(space: Space, rank: int, rate: float, part: float) -> Arm:
-    """A training stopped after a part of its steps."""
-    return space.arm(rank, rate).model_copy(update={"stop_at": early_step(space, part)})
-
-
 def _continued(space: Space, results: Results, rank: int, rate: float, part: float, stop_at: int) -> Arm:
     """The arm that goes on from where `part` of a training ended, to `stop_at`."""
     before = results.finished(early_arm(space, rank, rate, part))
@@ -89,12 +53,6 @@ def _going_on(results: Results, stopped: Arm) -> Arm:
     before = results.finished(stopped)
     assert before is not None
     return stopped.model_copy(update={"stop_at": None, "continue_from": before.trial_id})
-
-
-def _better(results: Results, arm: Arm, other: Arm) -> bool:
-    """Whether `arm` ended with a lower loss; an arm without a result is worse than any."""
-    loss, other_loss = results.loss(arm), results.loss(other)
-    return loss is not None and (other_loss is None or loss < other_loss)
 
 
 def try_rank(space: Space, results: Results, rank: int, rate: float) -> Wanted:
@@ -171,6 +129,20 @@ def _nearby_rate(results: Results, rank: int, otherwise: float) -> float:
     nearest = min(tried, key=lambda other: max(other / rank, rank / other), default=None)
     found = None if nearest is None else results.best_rate(nearest)
     return otherwise if found is None else found
+
+
+def support(space: Space, results: Results) -> Wanted:
+    """Ranks above the chosen one until a bound holds: the decision, which goes by bounds, then has what to fall back on.
+
+    Asks for nothing where values alone are known.
+    """
+    rank, reference = results.smallest_that_holds(), results.reference()
+    while rank is not None and reference is not None and rank < reference and not results.surely_holds(rank):
+        rank = space.above(rank)
+        if rank is None or rank >= reference or rank in results.ranks():
+            continue
+        rate = _nearby_rate(results, rank, space.rates[0])
+        yield [space.arm(rank, rate)]
 
 
 def confirm(space: Space, results: Results) -> Wanted:

@@ -57,7 +57,7 @@ class Results:
         return {
             (arm.rank, arm.learning_rate, arm.seed): outcome
             for arm, outcome in self.outcomes.items()
-            if arm.is_direct and arm.rank > 0 and isinstance(outcome, TrialFinished)
+            if arm.is_direct and arm.rank > 0 and self.space.is_plain(arm) and isinstance(outcome, TrialFinished)
         }
 
     def ranks(self) -> list[int]:
@@ -104,13 +104,21 @@ class Results:
         return excess_of(pairs, self.space) if pairs else Excess(math.inf, math.inf)
 
     def holds(self, rank: int) -> bool:
-        """Whether the rank is within the margin of the best rank so far."""
+        """Whether the rank's value is within the margin of the best rank's: what the search goes by."""
+        return self._within(rank, sure=False)
+
+    def surely_holds(self, rank: int) -> bool:
+        """The same of the 95% upper bound, where item losses give one: what the decision goes by."""
+        return self._within(rank, sure=True)
+
+    def _within(self, rank: int, sure: bool) -> bool:
         reference = self.reference()
         if reference is None or rank not in self.ranks():
             return False
         if rank == reference:
             return True
-        return within(self.excess(rank, reference).high, self.space.margin_at(self.best_loss(reference)))
+        excess = self.excess(rank, reference)
+        return within(excess.high if sure else excess.mean, self.space.margin_at(self.best_loss(reference)))
 
     def smallest_that_holds(self) -> int | None:
         """From the reference downward over the ranks trained, before the first that fails."""

@@ -7,16 +7,14 @@ script sees the outcomes of what it asked for and nothing else, so it is a pure 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
 
 from rightrank.records import Arm, TrialFinished, TrialOutcome
+from rightrank.strategies.climb import Wanted, climb
 from rightrank.strategies.protocol import Answer, Cost, History, base_arm, seconds_of, steps_of
 from rightrank.strategies.results import Results
 from rightrank.strategies.space import Space
-
-Wanted: TypeAlias = Iterator[Sequence[Arm]]  # what a script yields
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,8 +43,11 @@ class Scripted(ABC):
         """What the script costs without a budget, in whole trainings."""
 
     @abstractmethod
+    def most_script_arms(self) -> int:
+        """The base and every arm that the script could ask for, a sweep left out."""
+
     def most_arms(self) -> int:
-        """The base and every arm that the script could ask for."""
+        return self.most_script_arms() + 2 * len(self.space.variants) * len(self.space.rates)
 
     def least_trainings(self) -> float:
         return float(len(self.space.rates) + 1)
@@ -58,13 +59,16 @@ class Scripted(ABC):
         return self._play(history).waiting
 
     def cost(self) -> Cost:
-        cost, budget = self.unbounded_cost(), self.space.budget_steps
-        most = cost.most if budget is None else min(cost.most, budget / self.space.steps)
-        return Cost(min(cost.expected, most), most)
+        cost, budget, space = self.unbounded_cost(), self.space.budget_steps, self.space
+        cells = 2 * len(space.variants)  # the chosen rank and the reference
+        expected = cost.expected + cells * min(3, len(space.rates))
+        most = cost.most + cells * len(space.rates)
+        most = most if budget is None else min(most, budget / space.steps)
+        return Cost(min(expected, most), most)
 
     def evidence(self, history: History) -> list[TrialOutcome]:
         outcomes = self._play(history).results.outcomes
-        return [outcome for arm, outcome in outcomes.items() if arm.is_direct]
+        return [outcome for arm, outcome in outcomes.items() if arm.is_direct and self.space.is_plain(arm)]
 
     def answer(self, history: History) -> Answer:
         played = self._play(history)
@@ -100,9 +104,20 @@ class Scripted(ABC):
     def _whole_script(self, results: Results) -> Wanted:
         yield [base_arm(self.space.lora_alpha)]
         yield from self.script(results)
+        yield from sweep(self.space, results)
 
     def _affordable(self, steps: int, seconds: float) -> bool:
         space = self.space
         if space.budget_steps is not None and steps > space.budget_steps:
             return False
         return space.budget_seconds is None or seconds <= space.budget_seconds
+
+
+def sweep(space: Space, results: Results) -> Wanted:
+    """Every variant at the chosen rank and at the reference, its rate climbed from theirs."""
+    ranks = {results.smallest_that_holds(), results.reference()} - {None}
+    for variant in space.variants:
+        for rank in sorted(rank for rank in ranks if rank is not None):
+            rate = results.best_rate(rank)
+            assert rate is not None
+            yield from climb(space, results, rank, rate, variant=variant)

@@ -7,7 +7,8 @@ from itertools import pairwise
 
 from rightrank.errors import SettingsError
 from rightrank.records import Arm
-from rightrank.settings import SelectSettings
+from rightrank.settings import Scaling, SelectSettings
+from rightrank.strategies.sweep import Variant, variants_of
 
 TOKEN_LOSS_MARGIN = 0.005  # nats a token
 ACCURACY_MARGIN = 0.005  # half a point
@@ -25,6 +26,9 @@ class Space:
     steps: int  # of a whole training
     margin: float | None  # None: RELATIVE_MARGIN of the reference
     higher_is_better: bool = False
+    stages: bool = True  # trainings can be stopped, continued and cut; a trainer of one's own can't
+    scaling: Scaling = "alpha/r"
+    variants: tuple[Variant, ...] = ()  # further values of alpha, scaling or init, tried at the end
     budget_steps: float | None = None  # optimizer steps over all arms
     budget_seconds: float | None = None  # of training and evaluation, over all arms
 
@@ -42,6 +46,10 @@ class Space:
             steps=self.steps,
         )
 
+    def is_plain(self, arm: Arm) -> bool:
+        """Whether the arm has the setting that all ranks share, and not a variant's."""
+        return arm.lora_alpha == self.lora_alpha and arm.init_lora_weights is None
+
     def margin_at(self, reference_loss: float) -> float:
         return self.margin if self.margin is not None else RELATIVE_MARGIN * abs(reference_loss)
 
@@ -58,7 +66,7 @@ def space_of(settings: SelectSettings, steps: int, token_loss: bool = True) -> S
     """The space of a selection with trainings of `steps` steps.
 
     Raises:
-        SettingsError: one rank alone.
+        SettingsError: one rank alone, or a sweep that is not possible.
     """
     if len(settings.ranks) < 2:
         raise SettingsError(
@@ -78,6 +86,8 @@ def space_of(settings: SelectSettings, steps: int, token_loss: bool = True) -> S
         steps=steps,
         margin=margin,
         higher_is_better=settings.metric == "accuracy",
+        scaling=settings.scaling,
+        variants=variants_of(settings),
         budget_steps=_budget_steps(settings, steps),
         budget_seconds=None if settings.budget_hours is None else settings.budget_hours * 3600,
     )

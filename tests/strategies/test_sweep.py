@@ -1,0 +1,81 @@
+"""Sweeps over alpha, scaling and initialisation: what they ask for, what they refuse, what they find."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rightrank.cli import main
+from rightrank.errors import SettingsError
+from rightrank.records import Arm
+from rightrank.settings import make_settings
+from rightrank.strategies import History, strategy_named
+from rightrank.strategies.sweep import Variant, variants_of
+from tests.strategies.test_conformance import run_all
+from tests.strategies.worlds import World, make_space
+
+ARM = Arm(rank=16, learning_rate=1e-3, lora_alpha=32.0, seed=0, steps=100)
+
+
+@pytest.mark.parametrize(
+    ("sweep", "words"),
+    [
+        ("alpa=16", "did you mean 'alpha'"),
+        ("dropout=0.1", "axes: alpha, scaling, init"),
+        ("alpha", "AXIS=VALUE"),
+        ("alpha=", "AXIS=VALUE"),
+        ("alpha=16,x", "numbers above 0"),
+        ("alpha=-2", "numbers above 0"),
+        ("init=pissa", "allowed: default, gaussian"),
+        ("scaling=rslora", "alpha/sqrt(r)"),
+    ],
+)
+def test_a_sweep_that_is_not_possible_is_one_clear_line(sweep: str, words: str) -> None:
+    with pytest.raises(SettingsError) as caught:
+        variants_of(make_settings({"sweep": (sweep,)}))
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_settings_own_values_are_left_out() -> None:
+    settings = make_settings({"sweep": ("alpha=16,32,16", "init=default,gaussian"), "lora_alpha": 32})
+    assert [variant.label for variant in variants_of(settings)] == ["alpha=16", "init=gaussian"]
+
+
+def test_a_scaling_rule_is_the_alpha_of_its_scale() -> None:
+    swept = Variant("scaling", "alpha/sqrt(r)").of(ARM, "alpha/r")
+    assert swept.lora_alpha / 16 == pytest.approx(32 / math.sqrt(16))
+    assert Variant("scaling", "constant").of(ARM, "alpha/r").lora_alpha / 16 == pytest.approx(2.0)
+
+
+@pytest.mark.parametrize("name", ["ladder", "bracket", "grid", "ascend"])
+def test_sweeps_the_chosen_rank_and_the_reference_and_changes_no_answer(name: str) -> None:
+    plain = strategy_named(name)(make_space())
+    swept = strategy_named(name)(make_space(variants=(Variant("alpha", "16"),)))
+    answer = plain.answer(History.of(run_all(plain, World())))
+    known = run_all(swept, World())
+    assert swept.answer(History.of(known)) == answer
+    assert {outcome.rank for outcome in known if outcome.lora_alpha == 16} == {answer.rank, answer.reference_rank}
+    assert all(outcome.lora_alpha == 32 for outcome in swept.evidence(History.of(known)))
+
+
+def test_a_sweep_on_real_trainings(
+    model_folder: Path, completion_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments: list[Any] = ["select", model_folder, completion_file, "--out", tmp_path / "run", "--ranks", "1,4"]
+    arguments += ["--learning-rates", "1e-2", "--max-steps", "8", "--batch-size", "4", "--seq-len", "32"]
+    arguments += ["--eval-items", "12", "--set", "samples=0", "--strategy", "ladder", "--json", "--quiet"]
+    arguments += ["--sweep", "alpha=8", "--sweep", "init=gaussian"]
+    with pytest.raises(SystemExit) as ended:
+        main([str(argument) for argument in arguments])
+    assert ended.value.code == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert {row["setting"] for row in answer["sweep"]} == {"alpha=8", "init=gaussian"}
+    values = {row["rank"]: row["value"] for row in answer["ranks"]}
+    for row in answer["sweep"]:
+        assert row["gain"] == pytest.approx(values[row["rank"]] - row["value"], abs=1e-6)
+        assert row["gain"] != 0
