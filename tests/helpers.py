@@ -15,6 +15,6 @@ from rightrank.settings import SelectSettings
 def make_bench(model: Path, data: Path, settings: SelectSettings, cache: Path) -> Bench:
     """What `select_rank` builds before the first trial."""
     splits = load_data(data, settings)
-    loaded = load_model(str(model), settings.dtype, settings.device, splits.classes)
+    loaded = load_model(str(model), settings.dtype, settings.device, splits.classes, weight_bits=settings.weight_bits)
     encoded = encode(splits, loaded, settings)
     return Bench(loaded, encoded, settings, training_steps(settings, len(encoded.splits["train"])), cache)

@@ -22,7 +22,16 @@ def test_json_holds_the_contract_and_nothing_else(table: Path) -> None:
     answer = CliRunner().invoke(cli, ["decide", str(table), "--margin", "0.005", "--json"])
     assert answer.exit_code == 0
     decision = json.loads(answer.stdout)
-    assert {"rank", "verdict", "flags", "margin", "reference_rank", "staircase", "ranks"} <= decision.keys()
+    assert {
+        "rank",
+        "verdict",
+        "flags",
+        "margin",
+        "reference_rank",
+        "staircase",
+        "ranks",
+        "understood",
+    } <= decision.keys()
     assert (decision["rank"], decision["margin"], decision["reference_rank"]) == (16, 0.005, 64)
     assert {"margin", "rank"} <= decision["staircase"][0].keys()
     assert {"rank", "value", "low", "high", "non_inferior"} <= decision["ranks"][0].keys()

@@ -8,6 +8,8 @@ left is what completions owe to their prompts. Then `select` sees fresh data of 
     random      completions of random words, nothing to do with the prompt
     shuffled    true completions, dealt out to other prompts
     true        the control: the completion is the prompt's first three words
+
+Beside them one longer control (`--longer-only` runs it alone and adds it to the stored runs).
 """
 
 from __future__ import annotations
@@ -30,11 +32,12 @@ HERE = Path(__file__).parent
 Kind = Literal["random", "shuffled", "true"]
 KINDS: tuple[Kind, ...] = ("random", "shuffled", "true")
 PRETRAIN_STEPS = 400
+LONGER: dict[str, Any] = {"max_steps": 250, "ranks": (1, 4)}
 SETTINGS: dict[str, Any] = {
     "strategy": "grid",
     "ranks": (1, 4, 16),
-    "learning_rates": (1e-3, 1e-2),
-    "max_steps": 60,
+    "learning_rates": (5e-3,),
+    "max_steps": 50,
     "batch_size": 8,
     "seq_len": 48,
     "eval_items": 200,
@@ -86,12 +89,13 @@ def make_base(folder: Path, seed: int, steps: int) -> Path:
 
 def one_run(kind: Kind, seed: int, base: Path, out: Path, changes: dict[str, Any]) -> dict[str, Any]:
     data = write_jsonl(out.with_suffix(".jsonl"), rows(kind, 1200, 100 * seed + KINDS.index(kind)))
-    settings = make_settings(SETTINGS | changes | {"seeds": (2 * seed, 2 * seed + 1)})
+    settings = make_settings(SETTINGS | {"seeds": (2 * seed, 2 * seed + 1)} | changes)
     decision = select_rank(str(base), data, out, settings=settings).decision
     values = {str(e.rank): round(e.value, 4) for e in decision.ranks}
     return {
         "kind": kind,
         "seed": seed,
+        "steps": settings.max_steps,
         "verdict": decision.verdict,
         "rank": decision.rank,
         "values": values,
@@ -110,12 +114,26 @@ def study(seeds: int, changes: dict[str, Any], pretrain_steps: int = PRETRAIN_ST
     return found
 
 
+def longer() -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as place:
+        base = make_base(Path(place) / "base", 0, PRETRAIN_STEPS)
+        found = one_run("true", 0, base, Path(place) / "longer", LONGER)
+        print(json.dumps(found))
+        return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seeds", type=int, default=6)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--longer-only", action="store_true")
     asked = parser.parse_args()
     begun = time.perf_counter()
-    found = study(asked.seeds, {})
+    if asked.longer_only:
+        stored = json.loads((HERE / "placebo.json").read_text())
+        stored["runs"].append(longer())
+        (HERE / "placebo.json").write_text(json.dumps(stored, indent=1) + "\n")
+        return
+    found = [*study(asked.seeds, {}), longer()]
     result = {"machine": machine(), "seconds": round(time.perf_counter() - begun), "runs": found}
     (HERE / "placebo.json").write_text(json.dumps(result, indent=1) + "\n")
 

@@ -16,10 +16,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from rightrank.decide import decide, table_of_results
-from rightrank.decide.metrics import kind_of, published_deviation
-
 from benchmarks.machine import machine
+from rightrank.decision import decide, table_of_results
+from rightrank.decision.metrics import kind_of, published_deviation
 from rightrank.records import Decision, Result, Results
 
 HERE = Path(__file__).parent

@@ -1,6 +1,6 @@
 """Which estimator finds a planted rank, at which noise? All tools read the same adapter folder.
 
-    python benchmarks/probe/planted.py [--gradience PATH/TO/gradience] [--repeats 10]
+    python -m benchmarks.probe.planted [--gradience PATH/TO/gradience] [--repeats 10]
 
 An adapter of rank r = 32 has a signal of rank r* and noise, in three models of noise:
 
@@ -24,8 +24,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import store
 
+from benchmarks.probe.common import store
 from rightrank.api import inspect
 from rightrank.io.adapter_folder import PREFIX, write_adapter
 

@@ -1,6 +1,6 @@
 """Truncation with and without recovery against direct training at the same rank, on adapters of a finished run.
 
-    python benchmarks/probe/real_adapters.py RUN DATA [--recover 12] [--top 64]
+    python -m benchmarks.probe.real_adapters RUN DATA [--recover 12] [--top 64]
 
 RUN is a run folder of `rightrank select` (or `demo/run`) with several ranks; DATA is what it was trained on. For each
 learning rate the top rank's adapter is truncated to the other ranks and measured on the run's own held-out items;
@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 import yaml
-from common import store
 
+from benchmarks.probe.common import store
 from rightrank.io.adapter_folder import open_adapter
 from rightrank.maths.intervals import estimate
 from rightrank.probe.bench_of import DataUse, bench_of

@@ -1,6 +1,6 @@
 """Resizing every kind of adapter: what reloads, and how far the error told is from the error after reloading.
 
-    python benchmarks/probe/round_trips.py [--gradience PATH/TO/gradience]
+    python -m benchmarks.probe.round_trips [--gradience PATH/TO/gradience]
 
 Each adapter of rank 8 is cut to rank 3 by rightrank, by `gradience truncate`, and by PEFT's `convert_to_lora`, and loaded
 with `PeftModel.from_pretrained`. The error is that of ΔW as PEFT itself computes it, against the adapter as it was; the
@@ -22,9 +22,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import store
 from tests.probe.adapters import KINDS, deltas, load_base, logits, make_adapter, make_base
 
+from benchmarks.probe.common import store
 from rightrank.api import resize
 from rightrank.errors import RightrankError
 

@@ -1,7 +1,7 @@
 """Time and memory at 7B: the adapter of a real shape list, and a checkpoint pair of real matrices.
 
-    python benchmarks/probe/scale.py adapter [--gradience PATH]     # r = 64, all linear layers of a Llama 7B, bfloat16
-    python benchmarks/probe/scale.py checkpoints [--layers 2]       # embeddings and that many of its 32 layers
+    python -m benchmarks.probe.scale adapter [--gradience PATH]     # r = 64, all linear layers of a Llama 7B, bfloat16
+    python -m benchmarks.probe.scale checkpoints [--layers 2]       # embeddings and that many of its 32 layers
 
 Each measured command is a process of its own; its peak is the resident set that the system reports for it. Memory of
 the checkpoint comparison does not depend on the number of layers; time is proportional to it.
@@ -21,7 +21,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from common import store
+from benchmarks.probe.common import store
 
 HIDDEN, INTERMEDIATE, LAYERS, VOCABULARY = 4096, 11008, 32, 32000
 SHAPES = {

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from rightrank.probe.resizing import ResizeOptions
     from rightrank.probe_records import Inspection, Resized
     from rightrank.records import Decision, EvalPoint, TrialResult, TrialTask
-    from rightrank.runs import export
+    from rightrank.runs import export, write_report
     from rightrank.settings import SelectSettings, make_settings
 
 __all__ = [

@@ -120,6 +120,8 @@ def _select(
     from rightrank.executors.local import LocalExecutor
     from rightrank.io.data import load_data
     from rightrank.io.models import adopt_model, find_model, load_model
+    from rightrank.planning.selecting import first_pass_loss, plan_selection, ranks_for_data
+    from rightrank.planning.skeleton import is_known
     from rightrank.selection import Selection
     from rightrank.strategies import make_strategy
     from rightrank.strategies.sweep import sweep_rows
@@ -137,10 +139,25 @@ def _select(
         )
     folder.journal.read(watching.notice)
     if isinstance(model, str):
-        loaded = load_model(model, settings.dtype, settings.device, splits.classes, settings.trust_remote_code)
+        loaded = load_model(
+            model, settings.dtype, settings.device, splits.classes, settings.trust_remote_code, settings.weight_bits
+        )
     else:
         loaded = adopt_model(model, tokenizer, settings.device, splits.classes)
     encoded = encode(splits, loaded, settings)
+    planned = None
+    if splits.form != "classification" and is_known(loaded.model.config):  # the plan builds it from its configuration
+        if "ranks" not in settings.model_fields_set:
+            first_loss = first_pass_loss(loaded, encoded.splits["selection"])
+            label_tokens = encoded.summary.splits["train"].label_tokens
+            ranks, reasons = ranks_for_data(loaded.model.config, settings, label_tokens, first_loss)
+            settings = settings.model_copy(update={"ranks": tuple(ranks)})
+            watching.notice(reasons)
+        longest = max(item.length for items in encoded.splits.values() for item in items)
+        planned = plan_selection(loaded.model.config, settings, longest, str(loaded.device))
+        settings = settings.model_copy(update={"ranks": planned.ranks})
+        if (notice := planned.notice()) is not None:
+            watching.notice(notice)
     steps = training_steps(settings, len(encoded.splits["train"]))
     bench = Bench(loaded, encoded, settings, steps, folder.cache)
     strategy = make_strategy(settings, steps, token_loss=splits.form != "classification")
@@ -166,7 +183,9 @@ def _select(
         lambda event: selection.note_start(event),
         watching.notice,
     )
-    selection = Selection(folder, started, strategy, executor, watching.on_event)
+    selection = Selection(
+        folder, started, strategy, executor, watching.on_event, planned.peak_bytes if planned else None
+    )
     folder.write_config(values)
     watching.on_plan(started, strategy.expected_arms(), steps)
     watching.notice(cost_line(strategy, steps))

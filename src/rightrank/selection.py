@@ -5,20 +5,22 @@ Everything that the loop knows it reads from the journal, so a run that was kill
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import combinations
+from pathlib import Path
 
 from rightrank.decision.run import Records, best_trial, decide_run, decision_so_far
 from rightrank.engine.bench import Bench
 from rightrank.engine.certify import certify
 from rightrank.engine.sample import promptable_items, write_completion
 from rightrank.engine.train import Watcher
-from rightrank.errors import AllTrialsFailedError, DeviceMemoryError, ResultsError, RunFolderError
+from rightrank.errors import AllTrialsFailedError, DeviceMemoryError, InputError, ResultsError, RunFolderError
 from rightrank.executors import Executor
 from rightrank.exports.adapter_folder import hand_over
 from rightrank.io.adapters import restore_adapter
 from rightrank.io.files import write_text
 from rightrank.io.run_folder import RunFolder
+from rightrank.probe.adapter_spectra import inspect_adapter
 from rightrank.records import (
     Arm,
     Certified,
@@ -35,12 +37,26 @@ from rightrank.records import (
     TrialStarted,
     trial_id,
 )
+from rightrank.report.figure import Figure
 from rightrank.report.figures import figures_of
 from rightrank.report.files import write_figures
 from rightrank.report.html import render_report
+from rightrank.report.spectra import spectrum_figure
 from rightrank.settings import settings_difference
 from rightrank.strategies import History, Strategy
 from rightrank.strategies.protocol import arm_of
+
+
+def adapter_figures(adapter: Path) -> list[Figure]:
+    """The spectrum of the adapter that was handed over; nothing before there is one, or where it is no PEFT adapter."""
+    if not (adapter / "adapter_config.json").exists():
+        return []
+    try:
+        figure = spectrum_figure(inspect_adapter(adapter))
+    except InputError:
+        return []
+    return [] if figure is None else [figure]
+
 
 Listener = Callable[[RunEvent], None]
 
@@ -49,12 +65,20 @@ class Selection:
     """One run folder, one strategy, one executor."""
 
     def __init__(
-        self, folder: RunFolder, started: RunStarted, strategy: Strategy, executor: Executor, listener: Listener
+        self,
+        folder: RunFolder,
+        started: RunStarted,
+        strategy: Strategy,
+        executor: Executor,
+        listener: Listener,
+        predicted_peaks: Mapping[int, int] | None = None,
     ) -> None:
+        """`predicted_peaks`: bytes by rank, as planned."""
         self._folder = folder
         self._strategy = strategy
         self._executor = executor
         self._listener = listener
+        self._predicted_peaks = predicted_peaks or {}
         existing = folder.journal.read()
         if existing:
             require_same_run(folder, existing[0], started)
@@ -95,7 +119,9 @@ class Selection:
         )
         self._folder.journal.append(Decided(decision=decision, adapter_trial_id=chosen.trial_id))
         self.write_views(decision)
-        write_figures(self._folder.figures, figures_of(self.records, decision))
+        write_figures(
+            self._folder.figures, [*figures_of(self.records, decision), *adapter_figures(self._folder.adapter)]
+        )
         self._folder.drop_working_files()
         return chosen
 
@@ -121,13 +147,17 @@ class Selection:
         """decision.json and report, each replaced whole."""
         if decision is not None:
             self._folder.write_decision(decision)
-        write_text(self._folder.report, render_report(self.records, decision))
+        page = render_report(self.records, decision, further_figures=adapter_figures(self._folder.adapter))
+        write_text(self._folder.report, page)
 
     def _trials(self, arms: Sequence[Arm]) -> list[Trial]:
         fingerprint = self.records.started.fingerprint
         return [Trial(trial_id=trial_id(fingerprint, arm), arm=arm) for arm in arms]
 
     def _keep(self, outcome: TrialOutcome) -> None:
+        alone = isinstance(outcome, TrialFinished) and outcome.pack_size == 1  # the prediction is of one arm
+        if alone and outcome.rank in self._predicted_peaks:
+            outcome = outcome.model_copy(update={"predicted_peak_bytes": self._predicted_peaks[outcome.rank]})
         self._folder.journal.append(outcome)
         self.records.outcomes.append(outcome)
         self.write_views(decision_so_far(self.records, self._evidence()))

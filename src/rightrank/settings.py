@@ -5,6 +5,7 @@ Names that PEFT, transformers and TRL have are used as they have them. Defaults 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any, Literal, TypeAlias
 
@@ -13,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from rightrank.errors import SettingsError, did_you_mean
 
 # What changes how a selection runs and not what it finds: it may differ when a run is resumed.
-NOT_IDENTITY = ("pack_size", "certify", "checkpoint_seconds")
+NOT_IDENTITY = ("pack_size", "certify", "checkpoint_seconds", "memory_bytes")
 
 Scaling: TypeAlias = Literal["alpha/r", "alpha/sqrt(r)", "constant"]
 DtypeName: TypeAlias = Literal["float32", "bfloat16", "float16"]
@@ -21,6 +22,9 @@ DtypeName: TypeAlias = Literal["float32", "bfloat16", "float16"]
 # `constant` scaling is stated through alpha too: it is the scale that alpha/r has at this rank,
 # so that alpha = 32 means s = 2 at every rank (the common "alpha = 2r" habit).
 CONSTANT_SCALING_RANK = 16
+
+
+UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 
 
 class SelectSettings(BaseModel):
@@ -82,12 +86,20 @@ class SelectSettings(BaseModel):
     # where and how it runs
     dtype: DtypeName = "float32"
     device: str = "auto"
+    memory_bytes: int | None = Field(default=None, gt=0)  # the budget; None: a CUDA device's own, else none
+    load_in_4bit: bool = False  # the base's matrices in 4 bits (NF4); adapters and optimizer stay in float32
+    load_in_8bit: bool = False  # the base's matrices in 8 bits
     gradient_checkpointing: bool = False
     cache_prefix: bool = True  # compute frozen layers below the adapters once
     pack_size: int | None = Field(default=None, gt=0)  # arms trained together; None: as many as pay and fit
     certify: bool = False  # train one arm again alone and compare
     checkpoint_seconds: float = Field(default=60.0, gt=0)
     trust_remote_code: bool = False
+
+    @field_validator("memory_bytes", mode="before")
+    @classmethod
+    def _memory_with_unit(cls, memory: object) -> object:
+        return parse_bytes(memory) if isinstance(memory, str) else memory
 
     @field_validator("ranks")
     @classmethod
@@ -119,12 +131,19 @@ class SelectSettings(BaseModel):
     def _one_length(self) -> SelectSettings:
         if self.max_steps is not None and self.num_train_epochs is not None:
             raise ValueError("max_steps and num_train_epochs were both given: give one of them")
+        if self.load_in_4bit and self.load_in_8bit:
+            raise ValueError("load_in_4bit and load_in_8bit were both given: give one of them")
         if self.test_fraction + self.selection_fraction >= 0.9:
             raise ValueError(
                 "test_fraction + selection_fraction leave under a tenth of the items for training: "
                 f"got {self.test_fraction:g} + {self.selection_fraction:g}, give less than 0.9 together"
             )
         return self
+
+    @property
+    def weight_bits(self) -> int | None:
+        """Bits of a quantised base; None for a base in `dtype`."""
+        return 4 if self.load_in_4bit else 8 if self.load_in_8bit else None
 
     @property
     def items_per_step(self) -> int:
@@ -137,6 +156,24 @@ def _distinct(values: tuple[Any, ...], name: str) -> tuple[Any, ...]:
     if len(set(values)) != len(values):
         raise ValueError(f"{name} repeats a value: got {list(values)}, give each once")
     return tuple(sorted(values))
+
+
+def parse_bytes(text: str) -> int:
+    """`24GiB` as bytes.
+
+    Raises:
+        SettingsError: no number, no unit, or an unknown unit.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
+    units = {name.lower(): size for name, size in UNITS.items()}
+    if match is None or match[2].lower() not in units:
+        known = ", ".join(UNITS)
+        reason = "has no unit" if match is not None and not match[2] else "is not a size"
+        raise SettingsError(f"memory {text!r} {reason}: give a number and one of {known}, such as 24GiB")
+    size = round(float(match[1]) * units[match[2].lower()])
+    if size == 0:
+        raise SettingsError(f"memory {text!r} is nothing: give a size above 0, such as 24GiB")
+    return size
 
 
 def make_settings(values: Mapping[str, object]) -> SelectSettings:

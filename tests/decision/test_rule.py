@@ -59,6 +59,11 @@ def test_noise_as_wide_as_the_margin_is_undecided_and_names_a_run_that_would_set
     assert (run.items or 0) > 60 or (run.seeds or 0) > 3
 
 
+def test_a_low_rank_that_came_out_best_by_luck_is_not_taken() -> None:
+    decision = decide(scored({1: 2.0, 4: 2.002, 16: 2.001}, items=30, noise=0.1, seeds=(0, 1)), 0.005)
+    assert (decision.rank, decision.verdict) == (None, "undecided")
+
+
 def test_no_gain_where_the_base_is_within_the_margin() -> None:
     decision = decide(scored({0: 2.001, 1: 2.0, 4: 2.0}), 0.01)
     assert (decision.rank, decision.verdict) == (None, "no_gain")

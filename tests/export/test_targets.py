@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ast
+import csv
 import json
 import shlex
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
-from rightrank import Selected, export, select_rank, write_report
+from rightrank import Selected, export, inspect, select_rank, write_report
 from rightrank.errors import ResultsError, RunFolderError, SettingsError
 from rightrank.exports.recipe import Recipe, recipe_of
 from rightrank.exports.servers import VLLM_RANKS, served_rank
@@ -132,6 +134,7 @@ def test_vllm_serves_the_next_rank_that_it_has() -> None:
         served_rank(513)
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # of transformers, as TRL builds its arguments
 def test_trl_s_own_parser_reads_it(selected: Selected) -> None:
     trl_module: Any = pytest.importorskip("trl", reason="trl is not installed")
     from trl.scripts.utils import DatasetMixtureConfig
@@ -160,7 +163,18 @@ def test_a_folder_without_a_run_or_a_decision_is_refused(selected: Selected, tmp
         export(tmp_path, "peft")
 
 
-def test_the_report_is_written_again_from_the_journal_alone(selected: Selected, tmp_path: Path) -> None:
+def test_the_report_shows_the_adapter_s_spectrum(selected: Selected) -> None:
+    assert selected.adapter is not None
+    rows = list(csv.DictReader((selected.run / "figures" / "spectrum.csv").read_text().splitlines()))
+    found = inspect(selected.adapter)
+    assert len(rows) == selected.decision.fallback_rank
+    largest = max(module.singular_values[0] for module in found.modules)
+    assert float(rows[0]["largest"]) == pytest.approx(largest)
+
+
+def test_the_report_is_written_again_from_the_journal_and_the_adapter(selected: Selected, tmp_path: Path) -> None:
+    assert selected.adapter is not None
+    shutil.copytree(selected.adapter, tmp_path / "adapter")
     (tmp_path / "journal.jsonl").write_bytes((selected.run / "journal.jsonl").read_bytes())
     assert write_report(tmp_path).read_text(encoding="utf-8") == selected.report.read_text(encoding="utf-8")
     assert {path.name for path in (tmp_path / "figures").iterdir()} == {

@@ -67,6 +67,11 @@ def test_the_metric_says_its_direction_and_the_user_overrules_it(tmp_path: Path)
     assert decide(path, higher_is_better=False).decision.rank == 1
 
 
+def test_a_metric_of_any_known_name_is_found_and_never_a_training_one(tmp_path: Path) -> None:
+    decided = decide(write(tmp_path, "rank,BLEU,train_bleu\n1,60,1\n4,69.5,2\n16,70,3\n"))
+    assert (decided.decision.metric, decided.decision.rank) == ("BLEU", 4)
+
+
 def test_a_column_is_named_by_hand(tmp_path: Path) -> None:
     path = write(tmp_path, "groesse,guete\n1,2.3\n4,2.001\n16,2.0\n")
     assert decide(path, columns={"rank": "groesse", "value": "guete"}, margin=0.005).decision.rank == 4
@@ -127,10 +132,12 @@ def test_a_training_without_a_result_is_missing_and_flagged(tmp_path: Path) -> N
         ("rank,metric,value\n1,loss,2\n1,acc,3\n2,loss,2\n", "several metrics"),
         ("rank,higher_is_better,value\n1,true,2\n2,false,3\n", "says both"),
         ("rank,item,value\n1,a,2\n1,b,2\n2,a,3\n", "runs.csv:4: rank 2 is scored on other items"),
+        ("rank,item,tokens,value\n1,a,3,2\n1,b,1,2\n2,a,4,3\n2,b,1,3\n", "other token counts"),
         ("rank,std,value\n1,-0.1,2\n2,0.1,3\n", "runs.csv:2: std -0.1 is not allowed"),
         ("rank,lr,value\n1,0,2\n2,1e-3,3\n", "runs.csv:2: learning rate '0' is not allowed"),
         ("rank,lr,value\n1,,2\n2,1e-3,3\n", "no learning rate, though other rows have one"),
         ("rank,seed,value\n1,x,2\n2,0,3\n", "runs.csv:2: seed 'x' is not allowed"),
+        ("rank,value\n1,2\n2,1e300\n", "runs.csv:3: value is 1e+300".replace("+", "\\+")),
         ("rank,perplexity\n1,-3\n2,3\n", "perplexity of -3 is not possible"),
         ("rank,value\n1,2,3\n2,3\n", "more cells than the header"),
     ],

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from rightrank.cli import main
-from rightrank.plan_records import parse_bytes
+from rightrank.settings import parse_bytes
 from tests.plan.architectures import CONFIGS
 
 QUICK = ("--batch-size", "2", "--seq-len", "32", "--target-modules", "q_proj,v_proj")
@@ -147,3 +147,29 @@ def test_sizes() -> None:
     assert parse_bytes("24GiB") == 24 * 2**30
     assert parse_bytes(" 1.5 GB ") == 1_500_000_000
     assert parse_bytes("80gib") == 80 * 2**30
+
+
+def test_a_starting_range_has_its_reasons(config_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = ("--set", "data_tokens=20000", "--set", "first_loss=2.0")
+    answer = plan_json(capsys, str(config_folder), "--ranks", "2,8", *data, *QUICK)
+    limits = {limit["name"]: limit["rank"] for limit in answer["limits"]}
+    # 20,000 tokens of 2 nats are 57,708 bits; a rank has 6 × 224 parameters of 2 bits
+    assert limits == {"capacity": 22, "matrices": 32, "memory": None}
+    assert answer["suggested_ranks"] == [1, 4, 16, 32]
+
+
+def test_calibrated_plans_know_seconds(
+    config_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    steps = ("--set", "steps=100", "--set", "trainings=5", "--set", "price_per_hour=2")
+    arguments = (str(config_folder), "--ranks", "2,4", "--device", "cpu", "--dtype", "float32", *QUICK, *steps)
+    before = plan_json(capsys, *arguments)
+    assert before["ranks"][0]["seconds_per_step"] is None
+    assert before["selection"]["flops"] > 0
+    measured = plan_json(capsys, *arguments, "--calibrate")
+    assert measured["ranks"][1]["seconds_per_step"] > measured["ranks"][0]["seconds_per_step"] > 0
+    assert measured["sources"]["seconds_per_step"] == "measured"
+    kept = plan_json(capsys, *arguments)
+    assert kept["selection"]["seconds"] == pytest.approx(measured["selection"]["seconds"])
+    assert kept["selection"]["price"] == pytest.approx(kept["selection"]["seconds"] / 3600 * 2)

@@ -139,3 +139,13 @@ def test_several_adapters_to_one_rank(trained: Path, tmp_path: Path, capsys: pyt
         main(["resize", str(trained), str(trained), str(tmp_path / "twice"), "--rank", "2"])
     assert stop.value.code == 2
     assert not (tmp_path / "twice").exists()
+
+
+def test_rank_1_leaves_nothing_to_measure(
+    trained: Path, completion_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    resize(trained, tmp_path / "one", rank=1)
+    with pytest.raises(SystemExit) as stop:
+        main(["resize", str(tmp_path / "one"), str(tmp_path / "out"), "--data", str(completion_file)])
+    assert stop.value.code == 2
+    assert "its rank is 1" in capsys.readouterr().err

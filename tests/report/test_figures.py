@@ -13,7 +13,7 @@ from rightrank.decision.run import decide_run, decision_so_far
 from rightrank.records import Decision
 from rightrank.report.draw import draw, inline_svg
 from rightrank.report.figure import Figure, HeatMap, to_csv
-from rightrank.report.figures import figures_of, margin_steps, memory_figure, rank_at, rate_map
+from rightrank.report.figures import figures_of, margin_steps, memory_figure, rank_at, rate_map, truncation_figure
 from rightrank.report.files import write_figures
 from rightrank.report.rank_curve import diminishing_rank, rank_figure
 from tests.report.runs import made_up_run
@@ -68,6 +68,27 @@ def test_memory_shows_the_plan_beside_the_measurement() -> None:
     assert figure is not None
     assert [series.label for series in figure.series] == ["measured", "planned"]
     assert figure.series[1].y == (2048.0,)
+
+
+def test_cuts_stand_beside_trainings_and_not_among_them() -> None:
+    records = made_up_run((4, 16), (1e-3,))
+    parent = records.finished()[-1]
+    cut = parent.model_copy(
+        update={"trial_id": "cut", "rank": 1, "steps": 0, "truncate_from": parent.trial_id, "value": 9.0}
+    )
+    early = parent.model_copy(update={"trial_id": "early", "learning_rate": 3e-3, "stop_at": 5})
+    records.outcomes += [cut, early]
+    figure = truncation_figure(records)
+    assert figure is not None
+    assert dict(zip(figure.series[0].x, figure.series[0].y, strict=True)) == {1: 9.0}
+    assert figure.series[1].x == (4, 16)
+    found = rate_map(records)
+    assert found is not None
+    assert found.row_names == ("4", "16")
+    assert found.notes[1] == ("", "stopped at step 5")
+    memory = memory_figure(records, {})
+    assert memory is not None
+    assert memory.series[0].x == (4, 16)
 
 
 @pytest.mark.parametrize("ranks", [(), (4,), (4, 8)])

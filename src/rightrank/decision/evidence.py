@@ -90,18 +90,24 @@ class Evidence:
         return SeedNoise(0.0, 0.0, floor, 0.0)
 
     @cached_property
+    def covariance(self) -> Floats:
+        """[ranks, ranks] of the noise of the ranks' means, without what all ranks share."""
+        contenders = [self.contenders[rank] for rank in sorted(self.contenders)]
+        columns = [list(contender.cells.values()) for contender in contenders]
+        stated = [self._stated(contender) for contender in contenders]
+        own = [self.noise.own / len(column) for column in columns]
+        seeds = np.diag([ours if given is None else given for given, ours in zip(stated, own, strict=True)])
+        covariance: Floats = seeds + _items_part(columns)
+        return covariance
+
+    @cached_property
     def reference_gap(self) -> float:
         """How optimistic the reference is for being the best of all ranks: differences from it look larger than they are.
 
         It makes the test of "enough" conservative, and must be taken out before a rank is called not enough.
         """
-        ranks = sorted(self.contenders)
-        columns = [list(self.contenders[rank].cells.values()) for rank in ranks]
-        means = np.array([self.contenders[rank].fair_loss for rank in ranks])
-        stated = [self._stated(self.contenders[rank]) for rank in ranks]
-        own = [self.noise.own / len(column) for column in columns]
-        covariance = np.diag([ours if given is None else given for given, ours in zip(stated, own, strict=True)])
-        return winners_gap(means, covariance + _items_part(columns))
+        means = np.array([self.contenders[rank].fair_loss for rank in sorted(self.contenders)])
+        return winners_gap(means, self.covariance)
 
     @property
     def _level(self) -> float:
@@ -221,10 +227,10 @@ def _estimate(cells: list[Cell], shift: float = 0.0) -> Estimate:
 def _pairs(contender: Contender, against: Contender) -> list[Cell]:
     """Differences by shared seed; in order where none is shared; the base's one evaluation pairs with every seed."""
     left, right = contender.cells, against.cells
-    if contender.rank == 0 or against.rank == 0:
-        one, many = (left, right) if contender.rank == 0 else (right, left)
-        only = next(iter(one.values()))
-        both = [(only, cell) if contender.rank == 0 else (cell, only) for cell in many.values()]
+    if contender.rank == 0 and len(left) == 1:
+        both = [(next(iter(left.values())), cell) for cell in right.values()]
+    elif against.rank == 0 and len(right) == 1:
+        both = [(cell, next(iter(right.values()))) for cell in left.values()]
     elif shared := sorted(left.keys() & right.keys()):
         both = [(left[seed], right[seed]) for seed in shared]
     else:

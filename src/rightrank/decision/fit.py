@@ -37,11 +37,11 @@ def fit_curve(evidence: Evidence, unit: Unit, margin: float) -> CurveFit | None:
         return None
     ranks = np.array([float(contender.rank) for contender in contenders])
     losses = np.array([contender.fair_loss for contender in contenders])
-    deviations = robust_deviations(ranks, losses, rank_deviations(evidence))
+    measured = rank_deviations(evidence)
+    deviations = robust_deviations(ranks, losses, measured)
     errors = prediction_errors(ranks, losses, deviations)
     form = choose_form(errors)
-    noise = np.random.default_rng(0x5EED).standard_normal((DRAWS, len(ranks)))
-    draws = np.vstack([losses, losses + noise * deviations])  # the first row is the fit itself
+    draws = np.vstack([losses, losses + _noise(evidence, deviations / measured)])  # the first row is the fit itself
     grid = np.geomspace(ranks[0], ranks[-1], GRID_POINTS)
     law = fit_power(ranks, draws, deviations)
     meets = margin_ranks(grid, predict(form, ranks, draws, deviations, grid), margin)
@@ -65,6 +65,14 @@ def fit_curve(evidence: Evidence, unit: Unit, margin: float) -> CurveFit | None:
         gain_to_come_low=unit.difference(float(come_low)) if power_like else 0.0,
         gain_to_come_high=unit.difference(float(come_high)),
     )
+
+
+def _noise(evidence: Evidence, widened: Floats) -> Floats:
+    """[draws, ranks] of the means' noise, correlated as the ranks are; `widened` [ranks] where the law fits worse."""
+    generator = np.random.default_rng(0x5EED)
+    covariance = evidence.covariance * np.outer(widened, widened)
+    noise: Floats = generator.multivariate_normal(np.zeros(len(widened)), covariance, size=DRAWS, method="eigh")
+    return noise
 
 
 def rank_deviations(evidence: Evidence) -> Floats:

@@ -12,6 +12,7 @@ from rightrank.records import StaircaseStep
 
 CONFIDENCE = 0.95
 REFUTED = 0.95  # a rank is called not enough when it is this sure; between the two it is open
+LARGEST_EXPONENT = 100.0  # a perplexity's bound beyond it is without meaning, and must stay finite
 TIE = 1e-9  # of the margin: a difference equal to it, but for rounding, is within it
 
 
@@ -25,12 +26,12 @@ class Unit:
 
     def value(self, oriented: float) -> float:
         if self.kind == "perplexity":
-            return math.exp(oriented)
+            return math.exp(min(oriented, LARGEST_EXPONENT))
         return -oriented if self.higher_is_better else oriented
 
     def difference(self, oriented: float) -> float:
         """Worse than the reference by this much."""
-        return self.reference * math.expm1(oriented) if self.kind == "perplexity" else oriented
+        return self.reference * math.expm1(min(oriented, LARGEST_EXPONENT)) if self.kind == "perplexity" else oriented
 
     def oriented_margin(self, margin: float) -> float:
         return math.log1p(margin / self.reference) if self.kind == "perplexity" else margin

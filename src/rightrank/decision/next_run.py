@@ -1,7 +1,7 @@
 """The run that would settle the answer, by a power calculation on the parts of the variance measured so far.
 
 A run is said to settle it when, at the difference seen so far, it would do so four times in five. The difference
-itself is uncertain, so this is a plan, not a promise; `benchmarks/decide` checks it by simulation.
+itself is uncertain, so this is a plan, not a promise.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 
 from rightrank.decision.evidence import Evidence
 from rightrank.decision.judge import CONFIDENCE, REFUTED, Judged
-from rightrank.decision.verdicts import contested_rank, read_off, underpowered
+from rightrank.decision.verdicts import contested_rank, open_rival, read_off, underpowered
 from rightrank.maths.intervals import Estimate, normal_quantile
 from rightrank.records import NextRun, Verdict
 
@@ -31,8 +31,13 @@ def next_runs(
         runs.append(_after_no_gain(evidence))
     elif verdict == "undecided":
         contested = contested_rank(judged, evidence, chosen)
-        assert contested is not None
-        runs.extend(_settle(judged[contested], evidence, chosen, margin))
+        if contested is not None:
+            runs.extend(_settle(contested, judged[contested].difference, evidence, chosen, margin))
+        else:
+            rival = open_rival(judged, evidence, margin)
+            assert rival is not None
+            # whether the reference is worse than the rival by the margin: the same question from the other side
+            runs.extend(_settle(rival, judged[rival].difference.reversed(), evidence, chosen, margin))
     elif verdict == "rising":
         runs.append(_extend(evidence))
     if "lr_edge" in flags:
@@ -77,10 +82,9 @@ def _rounded(number: float) -> int:
     return int(math.ceil(number / step) * step)
 
 
-def _settle(contested: Judged, evidence: Evidence, chosen: int, margin: float) -> list[NextRun]:
+def _settle(rank: int, estimate: Estimate, evidence: Evidence, chosen: int, margin: float) -> list[NextRun]:
     """More items or more seeds at the contested rank and the reference; or the honest way out."""
-    rank, reference = contested.contender.rank, evidence.reference
-    estimate = contested.difference
+    reference = evidence.reference
     ranks = sorted({rank, reference.rank} - {0})
     names = _ranks(sorted({rank, reference.rank}))
     runs = []
@@ -102,12 +106,11 @@ def _settle(contested: Judged, evidence: Evidence, chosen: int, margin: float) -
     if items is not None and seeds is not None and items > CHEAP_ITEM_GROWTH * estimate.items:
         runs.reverse()
     if not runs:
-        runs.append(_no_size_will_do(contested, chosen, estimate))
+        runs.append(_no_size_will_do(rank, chosen, estimate))
     return runs
 
 
-def _no_size_will_do(contested: Judged, chosen: int, estimate: Estimate) -> NextRun:
-    rank = contested.contender.rank
+def _no_size_will_do(rank: int, chosen: int, estimate: Estimate) -> NextRun:
     both = f"{MOST_SEEDS} seeds" + (f" nor {MOST_ITEM_GROWTH} times the items" if estimate.items else "")
     sentence = (
         f"Neither {both} would settle {_name(rank)} at this noise: take rank {chosen}, or choose another margin."

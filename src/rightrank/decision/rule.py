@@ -11,6 +11,7 @@ a published table would, the decision carries the flag `underpowered`, and `non_
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 from rightrank.decision.evidence import Evidence
 from rightrank.decision.fit import fit_curve
@@ -41,17 +42,8 @@ def decide(
         ResultsError: fewer than two ranks have a finished trial, or the margin is not above 0.
     """
     if table.kind == "token_loss" and not token_loss:
-        table = ScoreTable(table.metric, table.higher_is_better, table.cells, table.missing, "loss")
-    if len(table.ranks()) < 2:
-        raise ResultsError(
-            f"{len(table.ranks())} rank(s) with a finished trial: a comparison needs two or more; train further ranks"
-        )
-    evidence = Evidence(table)
-    unit = Unit(table.kind, table.higher_is_better, _reference_value(evidence))
-    if margin is None:
-        margin = default_margin(table.kind, unit.reference, table.values())
-    if not (margin > 0 and math.isfinite(margin)):
-        raise ResultsError(f"margin {margin:g} is not allowed: give a number above 0 in the metric's unit")
+        table = replace(table, kind="loss")
+    evidence, unit, margin = _prepared(table, margin)
     oriented = unit.oriented_margin(margin)
     judged = judge(evidence, oriented)
     chosen = walk_down(judged, evidence.reference.rank)
@@ -85,9 +77,21 @@ def decide(
     )
 
 
-def _reference_value(evidence: Evidence) -> float:
-    table = evidence.table
-    return Unit(table.kind, table.higher_is_better, 0.0).value(evidence.reference.loss)
+def _prepared(table: ScoreTable, margin: float | None) -> tuple[Evidence, Unit, float]:
+    """The evidence, the metric's unit, and the margin in it."""
+    ranks = table.ranks()
+    if len(ranks) < 2:
+        raise ResultsError(
+            f"{len(ranks)} rank(s) with a finished trial: a comparison needs two or more; train further ranks"
+        )
+    evidence = Evidence(table)
+    unit = Unit(table.kind, table.higher_is_better, 0.0)
+    unit = replace(unit, reference=unit.value(evidence.reference.loss))
+    if margin is None:
+        margin = default_margin(table.kind, unit.reference, table.values())
+    if not (margin > 0 and math.isfinite(margin)):
+        raise ResultsError(f"margin {margin:g} is not allowed: give a number above 0 in the metric's unit")
+    return evidence, unit, margin
 
 
 def _record(judged: Judged, unit: Unit) -> RankEvidence:

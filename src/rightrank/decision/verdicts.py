@@ -24,7 +24,7 @@ def verdict_of(judged: dict[int, Judged], evidence: Evidence, chosen: int, margi
     ranks = sorted(evidence.contenders)
     if 0 in judged and judged[0].within:
         return "no_gain"
-    if contested_rank(judged, evidence, chosen) is not None:
+    if contested_rank(judged, evidence, chosen) is not None or open_rival(judged, evidence, margin) is not None:
         return "undecided"
     if overfits(judged, evidence):
         return "overfitting"
@@ -56,6 +56,17 @@ def contested_rank(judged: dict[int, Judged], evidence: Evidence, chosen: int) -
     if not far or judged[far[-1]].non_inferior is False:
         return None
     return far[-1] if judged[far[-1]].non_inferior is None else lower[-1]
+
+
+def open_rival(judged: dict[int, Judged], evidence: Evidence, margin: float) -> int | None:
+    """The rank above the reference that may yet be better than it by more than the margin; None if none may.
+
+    Without this a low rank that came out best by luck would be taken on no evidence.
+    """
+    if read_off(evidence):
+        return None
+    above = [rank for rank in evidence.contenders if rank > evidence.reference.rank and judged[rank].low < -margin]
+    return min(above, key=lambda rank: judged[rank].low, default=None)
 
 
 def rises(judged: dict[int, Judged], evidence: Evidence, margin: float) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rightrank.decision.evidence import Evidence
 from rightrank.decision.judge import Judged, Unit
-from rightrank.decision.verdicts import contested_rank, read_off
+from rightrank.decision.verdicts import contested_rank, open_rival, read_off
 from rightrank.records import Verdict
 
 
@@ -35,7 +35,7 @@ def sentence_of(
                 "so there is nothing for a rank to decide."
             )
         case "undecided":
-            return _undecided(judged, evidence, chosen, within, unit)
+            return _undecided(judged, evidence, chosen, margin, within, unit)
         case "overfitting":
             return (
                 f"Rank {chosen} {'looks' if likely else 'is'} enough: beyond rank {reference} held-out results get "
@@ -76,14 +76,25 @@ def _caution(likely: bool) -> str:
     return "; one number a rank can suggest this, not show it" if likely else ""
 
 
-def _undecided(judged: dict[int, Judged], evidence: Evidence, chosen: int, within: str, unit: Unit) -> str:
+def _undecided(
+    judged: dict[int, Judged], evidence: Evidence, chosen: int, margin: float, within: str, unit: Unit
+) -> str:
     contested = contested_rank(judged, evidence, chosen)
-    assert contested is not None
+    if contested is None:
+        rival = open_rival(judged, evidence, unit.oriented_margin(margin))
+        assert rival is not None
+        better = number(unit.difference(-judged[rival].low))
+        return (
+            f"Undecided: rank {evidence.reference.rank} came out best, but rank {rival} may be better by up to {better}, "
+            f"more than the margin of {within}."
+        )
     found = judged[contested]
-    worse, low, high = (number(unit.difference(value)) for value in (found.difference.mean, found.low, found.high))
+    low, high = (number(unit.difference(value)) for value in (found.low, found.high))
+    difference = unit.difference(found.difference.mean)
+    worse = f"{number(abs(difference))} {'better' if difference < 0 else 'worse'}"
     if contested == 0:
         return (
-            f"Undecided whether there is any gain: the base is {worse} worse than the best adapter, "
+            f"Undecided whether there is any gain: the base is {worse} than the best adapter, "
             f"but anything from {low} to {high} is possible, and the margin is {within}."
         )
     shown = (
@@ -91,10 +102,7 @@ def _undecided(judged: dict[int, Judged], evidence: Evidence, chosen: int, withi
         if chosen == evidence.reference.rank
         else f"rank {chosen} is within {within} of the best (rank {evidence.reference.rank})"
     )
-    return (
-        f"Undecided: {shown}; whether rank {contested} is enough is open, "
-        f"at {worse} worse, anything from {low} to {high}."
-    )
+    return f"Undecided: {shown}; whether rank {contested} is enough is open, at {worse}, anything from {low} to {high}."
 
 
 def basis_note(evidence: Evidence) -> str:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -20,6 +19,7 @@ from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
 
+from rightrank.engine.targets import without_peft_noise
 from rightrank.errors import ModelError
 from rightrank.records import Arm
 from rightrank.settings import SelectSettings
@@ -48,9 +48,7 @@ def attached(model: Any, settings: SelectSettings, arm: Arm, config: LoraConfig)
 
 def wrapped(model: Any, config: LoraConfig, adapter: str = ADAPTER) -> Any:
     """PEFT's model around the base, the base in evaluation mode."""
-    with warnings.catch_warnings():
-        # PEFT asks transformers by a name that transformers 5 calls deprecated: nothing a user could act on
-        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
+    with without_peft_noise():
         peft_model: Any = get_peft_model(model, config, adapter_name=adapter)
     peft_model.train(False)
     return peft_model

@@ -21,6 +21,7 @@ from rightrank.engine.loss import BatchLoss, Objective, Scale, head_loss, make_o
 from rightrank.engine.pack import Pack, Share, merged
 from rightrank.engine.prefix import FrozenPrefix, find_blocks, prefix_depth
 from rightrank.engine.targets import Targets, find_targets, lora_config
+from rightrank.engine.world import rank, require_shares, sum_over_world, world_size
 from rightrank.errors import InterruptedRun
 from rightrank.io.models import LoadedModel
 from rightrank.records import Arm, Preparing, SplitName
@@ -65,6 +66,7 @@ class Bench:
         self._pad_id: int = loaded.tokenizer.pad_token_id
         probe = self.batch("selection", length_sorted_batches(data.splits["selection"], settings.batch_size)[0])
         self.objective: Objective = make_objective(self.model, probe, data.is_classification)
+        require_shares(settings.batch_size)
         self._last_block = self._find_last_block(probe)
         self.prefix = self._make_prefix(cache_folder, probe) if settings.cache_prefix else None
 
@@ -136,14 +138,14 @@ class Bench:
         count = len(items)
         classification = self.data.is_classification
         scores = [Scores([0.0] * count, [0] * count, [0] * count if classification else None) for _ in range(copies)]
-        for indices in length_sorted_batches(items, self.settings.eval_batch_size):
+        for indices in length_sorted_batches(items, self.settings.eval_batch_size)[rank() :: world_size()]:
             result = losses(self.batch(split, indices))
             for row, (score, index) in enumerate((score, index) for score in scores for index in indices):
                 score.losses[index] = float(result.item_losses[row])
                 score.tokens[index] = int(result.item_tokens[row])
                 if score.correct is not None and result.item_correct is not None:
                     score.correct[index] = int(result.item_correct[row])
-        return scores
+        return scores if world_size() == 1 else [_summed(score) for score in scores]
 
     def _losses(
         self, split: SplitName, batch: Batch, scale: Scale, routing: Routing | None, backward: bool = False
@@ -230,6 +232,15 @@ class Bench:
         finally:
             for module in training:
                 module.train(True)
+
+
+def _summed(score: Scores) -> Scores:
+    """The scores of all processes, each of which has zeros where another has an item."""
+    rows = [score.losses, score.tokens, score.correct or []]
+    tensors = [torch.tensor(row, dtype=torch.float64) for row in rows]
+    sum_over_world(tensors)
+    losses, tokens, correct = (tensor.tolist() for tensor in tensors)
+    return Scores(losses, [round(n) for n in tokens], None if score.correct is None else [round(n) for n in correct])
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from peft.utils import ModulesToSaveWrapper
 from rightrank.engine.adapter import ADAPTER, initialise, trainable_base, unwrapped, wrapped
 from rightrank.engine.batches import Batch
 from rightrank.engine.lora import Routing, install
+from rightrank.engine.targets import without_peft_noise
 from rightrank.records import Arm
 from rightrank.settings import SelectSettings
 
@@ -65,14 +66,17 @@ class Pack:
             self._kept = {n: p.detach().clone() for n, p in trainable_base(self._model, self._settings)}
             self._peft_model = wrapped(self._model, config, adapter)
         else:
-            self._peft_model.add_adapter(adapter, config)
+            with without_peft_noise():
+                self._peft_model.add_adapter(adapter, config)
         self._names.append(adapter)
         initialise(self._peft_model, arm, arm.init_lora_weights or self._settings.init_lora_weights, adapter)
         self._settle()
         return self.parameters(adapter)
 
     def leave(self, adapter: str) -> None:
-        """Take one arm off."""
+        """Take one arm off, if it is on."""
+        if adapter not in self._names:
+            return
         self._names.remove(adapter)
         if not self._names:
             self._close()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,6 +42,19 @@ class Targets:
     modules: tuple[TargetModule, ...]
 
 
+@contextmanager
+def without_peft_noise() -> Iterator[None]:
+    """Within the block, PEFT keeps to itself what a user can't act on."""
+    with warnings.catch_warnings():
+        # PEFT asks transformers by a name that transformers 5 calls deprecated.
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
+        # It finds GPT-2's transposed layers by itself, and says so for each.
+        warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False but")
+        # It adds patterns for the fused experts of a mixture, which may have no adapter.
+        warnings.filterwarnings("ignore", message=r"The following (rank|alpha)_pattern keys did not match")
+        yield
+
+
 def lora_config(settings: SelectSettings, arm: Arm, classification: bool, names: Sequence[str]) -> LoraConfig:
     """PEFT's configuration of one arm on the modules of these names."""
     alpha, use_rslora = peft_scaling(settings.scaling, arm.lora_alpha, arm.rank)
@@ -72,7 +87,8 @@ def find_targets(model: Any, settings: SelectSettings, classification: bool) -> 
     probe = Arm(rank=1, learning_rate=1.0, lora_alpha=1.0, seed=0, steps=1)
     skeleton = _skeleton(model)
     try:
-        inject_adapter_in_model(lora_config(settings, probe, classification, names), skeleton)
+        with without_peft_noise():
+            inject_adapter_in_model(lora_config(settings, probe, classification, names), skeleton)
     except ValueError as error:
         reason = str(error).splitlines()[0]
         raise ModelError(f"PEFT finds no module to adapt ({reason}); {_names_there_are(model)}") from None
@@ -88,7 +104,8 @@ def find_targets(model: Any, settings: SelectSettings, classification: bool) -> 
 def all_linear_names(model: Any, classification: bool) -> tuple[str, ...]:
     """What PEFT makes of `all-linear`: every linear module but the output head, by the last parts of their names."""
     config = LoraConfig(task_type=TaskType.SEQ_CLS if classification else TaskType.CAUSAL_LM, target_modules=ALL_LINEAR)
-    inject_adapter_in_model(config, _skeleton(model))
+    with without_peft_noise():
+        inject_adapter_in_model(config, _skeleton(model))
     return tuple(sorted(config.target_modules or ()))
 
 

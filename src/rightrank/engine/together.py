@@ -17,7 +17,7 @@ import torch
 from rightrank.engine.bench import Bench
 from rightrank.engine.memory import PeakMemory, is_out_of_memory
 from rightrank.engine.pack import Pack
-from rightrank.engine.train import ArmTraining, Diverged, Progress, TrialFolders, Watcher, finished
+from rightrank.engine.train import ArmTraining, Diverged, Progress, TrialFolders, Watcher, adapter_name, finished
 from rightrank.errors import InterruptedRun
 from rightrank.io.models import first_line
 from rightrank.records import Trial, TrialFailed, TrialFinished, TrialOutcome
@@ -104,7 +104,9 @@ class _Together:
         try:
             with PeakMemory(self._bench.loaded.device) as memory:
                 while self._waiting or self._running:
-                    if self._fill():
+                    before = len(self._running)
+                    yield from self._fill()
+                    if len(self._running) > before:
                         memory.restart()
                     yield from self._finish(memory)  # one that goes on from its last step
                     if self._running:
@@ -116,23 +118,33 @@ class _Together:
                 training.save()
             raise
 
-    def _fill(self) -> bool:
-        """Let arms join up to the limit; whether any did."""
-        joined = False
+    def _fill(self) -> Iterator[TrialOutcome]:
+        """Let arms join up to the limit; the outcomes of those for which even alone there is no memory."""
         while self._waiting and len(self._running) < self._limit:
             trial = self._waiting.popleft()
             if trial.trial_id not in self._started:
                 self._company.on_start(trial)
                 self._started.add(trial.trial_id)
-            self._running.append(
-                ArmTraining(self._bench, trial, self._pack, self._base_loss, self._folders(trial), self._watcher)
-            )
-            joined = True
+            try:
+                self._running.append(self._join(trial))
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                reason = first_line(error)
+                self._pack.leave(adapter_name(trial))
+                self._free()
+                if self._running:
+                    self._waiting.appendleft(trial)
+                    self._go_on_with(len(self._running), len(self._running) + 1)
+                else:
+                    yield out_of_memory(trial, self._bench, reason)
         # Neighbours of one rank share a batched product.
         self._running.sort(key=lambda training: training.trial.arm.rank)
         for training in self._running:
             training.company = max(training.company, len(self._running))
-        return joined
+
+    def _join(self, trial: Trial) -> ArmTraining:
+        return ArmTraining(self._bench, trial, self._pack, self._base_loss, self._folders(trial), self._watcher)
 
     def _step(self) -> Iterator[TrialOutcome]:
         """One step of all; the outcomes of those that end in it without a result."""
@@ -160,13 +172,16 @@ class _Together:
 
     def _halve(self) -> None:
         before = len(self._running)
-        self._limit = before // 2
-        for training in reversed(self._running[self._limit :]):
+        for training in reversed(self._running[before // 2 :]):
             training.set_aside()
             self._waiting.appendleft(training.trial)
-        del self._running[self._limit :]
+        del self._running[before // 2 :]
+        self._go_on_with(before // 2, before)
+
+    def _go_on_with(self, limit: int, tried: int) -> None:
+        self._limit = limit
         self._company.notice(
-            f"{before} trainings together ran out of memory on {self._bench.loaded.device}: going on with {self._limit}"
+            f"{tried} trainings together ran out of memory on {self._bench.loaded.device}: going on with {limit}"
         )
 
     def _free(self) -> None:

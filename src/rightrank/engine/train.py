@@ -18,8 +18,10 @@ from transformers import get_scheduler
 
 from rightrank.engine.batches import Batch
 from rightrank.engine.bench import Bench, Scores
+from rightrank.engine.encode import label_count
 from rightrank.engine.pack import Pack, Share
 from rightrank.engine.truncate import truncated_adapter
+from rightrank.engine.world import my_share, rank, sum_over_world
 from rightrank.io.adapters import save_adapter
 from rightrank.io.checkpoints import Checkpoint, load_checkpoint, save_checkpoint
 from rightrank.records import Arm, EvalPoint, Preparing, StepDone, Trial, TrialDiverged, TrialFinished
@@ -76,6 +78,11 @@ class Progress:
     eval_seconds: float = 0.0
 
 
+def adapter_name(trial: Trial) -> str:
+    """The name of the trial's adapter in a pack."""
+    return f"arm_{trial.trial_id}"
+
+
 class ArmTraining:
     """One arm's training: its optimizer, schedule, batches, progress and checkpoint; the pass over the base is shared."""
 
@@ -84,7 +91,7 @@ class ArmTraining:
     ) -> None:
         self._bench = bench
         self.trial = trial
-        self.adapter = f"arm_{trial.trial_id}"  # the adapter's name in the pack
+        self.adapter = adapter_name(trial)
         self._pack = pack
         self._base_loss = base_loss
         self._folders = folders
@@ -119,12 +126,11 @@ class ArmTraining:
         """The batches of the step to come, and its rate into the optimizer."""
         size = self._settings.batch_size
         indices = self._plan[self.progress.step]
-        batches = [self._bench.batch("train", indices[start : start + size]) for start in range(0, len(indices), size)]
-        classification = self._bench.data.is_classification
-        self._labels = sum(
-            len(batch.indices) if classification else int((batch.labels[:, 1:] != -100).sum()) for batch in batches
-        )
-        self._loss_sum, self._tokens = 0.0, sum(batch.tokens for batch in batches)
+        micro = [indices[start : start + size] for start in range(0, len(indices), size)]
+        batches = [self._bench.batch("train", my_share(part)) for part in micro]
+        items = [self._bench.items("train")[index] for index in indices]
+        self._labels = sum(label_count(item, self._bench.data.is_classification) for item in items)
+        self._loss_sum, self._tokens = 0.0, sum(item.length for item in items)
         self._micro_batch = 0
         for group in self._optimizer.param_groups:
             group["lr"] = self.trial.arm.learning_rate * self._rate_factor(self.progress.step)
@@ -142,7 +148,11 @@ class ArmTraining:
         self._loss_sum += loss_sum
 
     def update(self) -> None:
-        """Clip, step, and count the step."""
+        """Clip, step, and count the step; first sum gradients and losses over the processes, where there are more."""
+        loss = torch.tensor([self._loss_sum], dtype=torch.float64)
+        sum_over_world([loss])
+        self._loss_sum = float(loss)
+        sum_over_world([parameter.grad for parameter in self._parameters if parameter.grad is not None])
         if self._settings.max_grad_norm > 0:
             torch.nn.utils.clip_grad_norm_(self._parameters, self._settings.max_grad_norm)
         self._optimizer.step()
@@ -197,7 +207,8 @@ class ArmTraining:
             self._scores = self._bench.evaluate_pack("selection", self._pack, [self.adapter])[0]
             self.progress.eval_seconds += time.perf_counter() - begun
         if self.trial.arm.stop_at is None:
-            save_adapter(self._pack.peft_model, self._folders.adapter, self._bench.loaded.name, self.adapter)
+            if rank() == 0:
+                save_adapter(self._pack.peft_model, self._folders.adapter, self._bench.loaded.name, self.adapter)
             self.abandon()
         else:
             self.set_aside()  # another trial may go on from here
@@ -206,7 +217,8 @@ class ArmTraining:
 
     def abandon(self) -> None:
         """Take the adapter off; the checkpoint is no longer needed."""
-        self._folders.checkpoint.unlink(missing_ok=True)
+        if rank() == 0:
+            self._folders.checkpoint.unlink(missing_ok=True)
         self._pack.leave(self.adapter)
 
     def set_aside(self) -> None:
@@ -228,7 +240,10 @@ class ArmTraining:
             )
 
     def save(self) -> None:
-        """Write the checkpoint."""
+        """Write the checkpoint; of several processes, which hold the same, the first does."""
+        self._saved = time.perf_counter()
+        if rank() != 0:
+            return
         progress = self.progress
         tensors = {f"parameter.{name}": value.detach() for name, value in self._named.items()}
         for index, parameter in enumerate(self._parameters):
@@ -244,7 +259,6 @@ class ArmTraining:
             "eval_seconds": progress.eval_seconds,
         }
         save_checkpoint(self._folders.checkpoint, Checkpoint(tensors, state))
-        self._saved = time.perf_counter()
 
     def _start(self) -> None:
         """From a checkpoint of this very trial if there is one; else from its parent; else from the first draw.

@@ -21,7 +21,7 @@ def hand_over(
 ) -> None:
     """Copy the trial's adapter to `target` and write its card; `target` is replaced whole."""
     with replacing_folder(target) as temporary:
-        for path in sorted(trial_adapter.iterdir()):
+        for path in sorted(path for path in trial_adapter.iterdir() if path.is_file()):
             shutil.copy2(path, temporary / path.name)
         (temporary / "README.md").write_text(model_card(started, trial, decision, tests), encoding="utf-8")
 

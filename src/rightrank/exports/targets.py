@@ -34,6 +34,7 @@ class Exported:
     files: list[str]
     command: str
     notes: list[str]
+    hub: str | None = None  # the repository's address, where it was pushed to one
 
     def to_json(self) -> dict[str, object]:
         return {
@@ -42,6 +43,7 @@ class Exported:
             "files": self.files,
             "command": self.command,
             "notes": self.notes,
+            "hub": self.hub,
         }
 
 
@@ -68,7 +70,7 @@ def write_export(name: str, recipe: Recipe, folder: Path) -> Exported:
     written = TARGETS[name](recipe)
     with replacing_folder(folder) as temporary:
         if written.with_adapter:
-            for path in sorted(recipe.adapter.iterdir()):
+            for path in sorted(path for path in recipe.adapter.iterdir() if path.is_file()):
                 shutil.copy2(path, temporary / path.name)
         for file, text in written.files.items():
             (temporary / file).write_text(text, encoding="utf-8")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from rightrank.errors import ResultsError, did_you_mean
@@ -53,6 +53,9 @@ _CONTAINER_LIKE = re.compile(r"(params?|config|args|kwargs)$")
 _MOST_NAMES = 12
 
 
+DirectionOf = Callable[[str], bool | None]
+
+
 @dataclass(frozen=True, slots=True)
 class Columns:
     """Canonical name → column of the table."""
@@ -74,13 +77,17 @@ def plain(name: str) -> str:
     return re.sub(r"[-_]+", "_", "_".join(parts)).strip("_")
 
 
-def understand(names: Sequence[str], metric: str | None, mapping: Mapping[str, str], where: str) -> Columns:
+def understand(
+    names: Sequence[str], metric: str | None, mapping: Mapping[str, str], direction_of: DirectionOf, where: str
+) -> Columns:
     """Find the columns.
 
     Args:
         names: all column names of the table.
         metric: the user's `--metric`: a column, or what to call the `value` column.
         mapping: the user's `--map`, canonical name → column.
+        direction_of: name of a metric → whether higher is better, None where the name is no metric's.
+        where: the table, for complaints.
 
     Raises:
         ResultsError: no rank or no held-out value, or a mapped column that isn't there.
@@ -98,16 +105,22 @@ def understand(names: Sequence[str], metric: str | None, mapping: Mapping[str, s
     found |= mapping
     if "rank" not in found:
         raise ResultsError(f"{where}: no column for the rank among {_listed(names)}; name it: --map rank=COLUMN")
-    value, called = _value_column(names, by_plain, metric, mapping, where)
+    unused = [name for name in names if name not in found.values()]
+    value, called = _value_column(unused, by_plain, metric, mapping, direction_of, where)
     taken = {*found.values(), value}
     others = tuple(by_plain[name] for name in VALUES if name in by_plain and by_plain[name] not in taken)
     return Columns(found, value, called, others)
 
 
 def _value_column(
-    names: Sequence[str], by_plain: Mapping[str, str], metric: str | None, mapping: Mapping[str, str], where: str
+    names: Sequence[str],
+    by_plain: Mapping[str, str],
+    metric: str | None,
+    mapping: Mapping[str, str],
+    direction_of: DirectionOf,
+    where: str,
 ) -> tuple[str, str]:
-    """`(column, what the number is called)`."""
+    """`(column, what the number is called)`; `names` are the columns not taken for something else."""
     if "value" in mapping:
         return mapping["value"], metric or mapping["value"]
     if metric is not None:
@@ -119,13 +132,19 @@ def _value_column(
         raise ResultsError(
             f"{where}: no column {metric!r} and no column `value`{did_you_mean(metric, names)}; there are {_listed(names)}"
         )
-    column = _first(VALUES, by_plain)
+    column = _first(VALUES, by_plain) or _any_metric(names, direction_of)
     if column is None:
         trained = " (a training loss says nothing on held-out data)" if "train_loss" in by_plain else ""
         raise ResultsError(
             f"{where}: no column for the held-out value among {_listed(names)}{trained}; name it: --metric COLUMN"
         )
     return column, "value" if plain(column) == "value" else column
+
+
+def _any_metric(names: Sequence[str], direction_of: DirectionOf) -> str | None:
+    """The one column that is named like a metric and is not of the training; none if there are several."""
+    like = [name for name in names if direction_of(name) is not None and "train" not in name.lower()]
+    return like[0] if len(like) == 1 else None
 
 
 def _first(words: Iterable[str], by_plain: Mapping[str, str]) -> str | None:

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+)
 from transformers.utils import logging as transformers_logging
 
 from rightrank.errors import MissingExtraError, ModelError, SettingsError
@@ -78,15 +85,25 @@ def find_model(reference: str) -> ModelSource:
 
 
 def load_model(
-    reference: str, dtype: DtypeName, device: str, classes: list[str] | None, trust_remote_code: bool = False
+    reference: str,
+    dtype: DtypeName,
+    device: str,
+    classes: list[str] | None,
+    trust_remote_code: bool = False,
+    weight_bits: int | None = None,
 ) -> LoadedModel:
     """Load for causal language modelling, or with a classification head when `classes` are given.
 
+    `weight_bits` 4 or 8 quantises the matrices on loading, through bitsandbytes.
+
     Raises:
         ModelError: no weights, no tokenizer, or nothing that transformers can load.
-        SettingsError: a device that is not there.
+        SettingsError: a device that is not there, or that has no quantised matrices.
+        MissingExtraError: quantised weights without bitsandbytes.
     """
     found = find_device(device)
+    if weight_bits is not None:
+        _require_quantisation(weight_bits, found)
     source = find_model(reference)
     _require_weights(source, reference)
     arguments = source.loading_arguments(trust_remote_code)
@@ -99,6 +116,8 @@ def load_model(
             "id2label": dict(enumerate(classes)),
             "label2id": {name: i for i, name in enumerate(classes)},
         }
+    if weight_bits is not None:
+        arguments |= {"quantization_config": _quantisation(weight_bits, dtype), "device_map": {"": found}}
     quiet_third_parties()
     torch.manual_seed(0)  # a new classification head is drawn here: the same in every run
     try:
@@ -122,7 +141,13 @@ def prepare_model(
         )
     model.requires_grad_(False)
     model.eval()
-    model.to(device)
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            # On a CPU bitsandbytes repacks 4-bit weights in evaluation mode for a product that has no gradient:
+            # what trains through the base would then silently learn nothing.
+            module.support_avx512bf16_for_cpu = False
+    if not getattr(model, "is_quantized", False):  # those were loaded where they are to be, and can't be moved
+        model.to(device)
     return LoadedModel(model, tokenizer, name, fingerprint or parameter_fingerprint(model), device)
 
 
@@ -144,6 +169,23 @@ def adopt_model(model: Any, tokenizer: Any, device: str, classes: list[str] | No
         )
     name = model.name_or_path or type(model).__name__
     return prepare_model(model, tokenizer, name, find_device(device))
+
+
+def _require_quantisation(bits: int, device: torch.device) -> None:
+    if device.type not in ("cuda", "cpu"):
+        raise SettingsError(
+            f"load_in_{bits}bit: bitsandbytes has no {bits}-bit matrices on {device}; give device cuda or cpu"
+        )
+    if find_spec("bitsandbytes") is None:
+        raise MissingExtraError(f"load_in_{bits}bit needs the `bitsandbytes` package: pip install 'rightrank[bnb]'")
+
+
+def _quantisation(bits: int, dtype: DtypeName) -> BitsAndBytesConfig:
+    """NF4 with products in `dtype`, as QLoRA has it (Dettmers et al. 2023), or LLM.int8()."""
+    make: Callable[..., BitsAndBytesConfig] = BitsAndBytesConfig  # untyped in transformers
+    if bits == 8:
+        return make(load_in_8bit=True)
+    return make(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=DTYPES[dtype])
 
 
 def find_device(name: str) -> torch.device:

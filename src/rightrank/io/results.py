@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from rightrank.errors import DataError, ResultsError
-from rightrank.io.columns import Columns, understand
+from rightrank.io.columns import Columns, DirectionOf, understand
+from rightrank.io.gathering import Key, Run, blank, gather, results_of
 from rightrank.io.importers import import_rows
-from rightrank.io.rows import Row, read_rows
+from rightrank.io.rows import FILE_TYPES, Row, read_rows
 from rightrank.records import Result, Results
 
 LARGEST_FILE = 200 * 2**20  # bytes; 5 million rows
 MOST_DEPTH = 8
-FAILED = {"failed", "crashed", "killed", "error", "fail", "diverged", "oom", "pruned"}
-
-DirectionOf = Callable[[str], bool | None]
-Key = tuple[int, float, int]  # rank, learning rate, seed
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,21 +26,6 @@ class Asked:
     metric: str | None = None
     higher_is_better: bool | None = None
     mapping: Mapping[str, str] = field(default_factory=dict)
-
-
-@dataclass(slots=True)
-class _Run:
-    """The rows of one training, as they come in."""
-
-    where: str
-    trial: str
-    by_item: dict[str, tuple[float, float, str]] = field(default_factory=dict)  # value, weight, where
-    by_step: dict[int, tuple[float, str]] = field(default_factory=dict)
-    std: float | None = None
-    std_seeds: int = 1
-    train_value: float | None = None
-    seconds: float | None = None
-    others: dict[str, float] = field(default_factory=dict)
 
 
 def read_results(source: Path, asked: Asked, direction_of: DirectionOf) -> Results:
@@ -65,13 +46,13 @@ def read_results(source: Path, asked: Asked, direction_of: DirectionOf) -> Resul
 def results_of_rows(rows: list[Row], asked: Asked, direction_of: DirectionOf, where: str) -> Results:
     """The table of rows that are mappings already."""
     names = list(dict.fromkeys(name for row in rows for name in row.fields))
-    columns = understand(names, asked.metric, asked.mapping, where)
+    columns = understand(names, asked.metric, asked.mapping, direction_of, where)
     rows, metric = _one_metric(rows, columns, asked.metric, where)
     higher, why = _direction(rows, columns, metric, asked.higher_is_better, direction_of)
     understood = [f"{name} from column {column}" for name, column in columns.by_name.items() if name != column]
     understood.append(f"value from column {columns.value}: {'higher' if higher else 'lower'} is better ({why})")
-    runs, missing, notes = _runs(rows, columns, metric)
-    results = [*_results(runs, columns), *missing]
+    runs, missing, notes = gather(rows, columns, metric)
+    results = [*results_of(runs, columns), *missing]
     _require_comparable(results, runs, where)
     return Results(metric=metric, higher_is_better=higher, results=results, understood=understood + notes)
 
@@ -94,15 +75,10 @@ def _raw_rows(source: Path) -> list[Row]:
     imported = import_rows(source)
     if imported is not None:
         return imported
-    if source.is_file():
-        size = source.stat().st_size
-        if size == 0:
-            raise ResultsError(f"{source}: the file is empty; give a header and one row for each training")
-        if size > LARGEST_FILE:
-            raise ResultsError(
-                f"{source}: {size / 2**20:,.0f} MiB is too large for a table of results (limit {LARGEST_FILE // 2**20} MiB); "
-                "give one row for each training, or for each training and item"
-            )
+    inside = [source] if source.is_file() else sorted(source.iterdir())
+    for path in inside:
+        if path == source or path.suffix.lower() in FILE_TYPES:
+            _require_table_size(path)
     try:
         rows = [row for split in read_rows(source).values() for row in split]
     except DataError as error:
@@ -110,6 +86,18 @@ def _raw_rows(source: Path) -> list[Row]:
     if not rows:
         raise ResultsError(f"{source}: a header and no rows; give one row for each training")
     return rows
+
+
+def _require_table_size(path: Path) -> None:
+    """Refuse, unread, what is no table of results."""
+    size = path.stat().st_size
+    if path.is_file() and size == 0:
+        raise ResultsError(f"{path}: the file is empty; give a header and one row for each training")
+    if path.is_file() and size > LARGEST_FILE:
+        raise ResultsError(
+            f"{path}: {size / 2**20:,.0f} MiB is too large for a table of results (limit {LARGEST_FILE // 2**20} MiB); "
+            "give one row for each training, or for each training and item"
+        )
 
 
 def _flat(fields: Mapping[str, Any], prefix: str = "", depth: int = 0) -> Iterator[tuple[str, Any]]:
@@ -135,7 +123,7 @@ def _one_metric(rows: list[Row], columns: Columns, asked: str | None, where: str
     column = columns.get("metric")
     if column is None or column == columns.value:
         return rows, columns.metric
-    names = sorted({str(row.fields.get(column)) for row in rows if not _blank(row.fields.get(column))})
+    names = sorted({str(row.fields.get(column)) for row in rows if not blank(row.fields.get(column))})
     if asked in names:
         return [row for row in rows if row.fields.get(column) == asked], str(asked)
     if len(names) > 1:
@@ -151,7 +139,7 @@ def _direction(
         return asked, "as you said"
     column = columns.get("higher_is_better")
     if column is not None:
-        said = {str(row.fields.get(column)).strip().lower() for row in rows if not _blank(row.fields.get(column))}
+        said = {str(row.fields.get(column)).strip().lower() for row in rows if not blank(row.fields.get(column))}
         if len(said) > 1:
             raise ResultsError(f"{rows[0].where}: column {column} says both; give one direction, or --higher-is-better")
         if said:
@@ -163,134 +151,7 @@ def _direction(
     return False, "nothing says otherwise; if not, give --higher-is-better"
 
 
-def _runs(rows: Iterable[Row], columns: Columns, metric: str) -> tuple[dict[Key, _Run], list[Result], list[str]]:
-    """Rows gathered by training; trainings without a result; what was left out."""
-    runs: dict[Key, _Run] = {}
-    empty: dict[Key, Row] = {}
-    rankless = repeated = 0
-    positive = "perplexity" in metric.lower() or metric.lower() == "ppl"
-    for row in rows:
-        if _blank(row.fields.get(columns.by_name["rank"])):
-            rankless += 1
-            continue
-        key = _key(row, columns)
-        failed = str(row.fields.get(columns.get("status") or "", "")).strip().lower() in FAILED
-        value = None if failed else _number(row, columns.value)
-        if value is None:
-            empty.setdefault(key, row)
-            continue
-        if positive and value <= 0:
-            raise ResultsError(f"{row.where}: a perplexity of {value:g} is not possible; perplexities are above 0")
-        run = runs.setdefault(key, _Run(row.where, str(row.fields.get(columns.get("trial") or "", "") or row.where)))
-        repeated += _take(run, row, key, value, columns)
-    missing = [
-        Result(trial_id=row.where, rank=key[0], learning_rate=key[1], seed=key[2], value=None)
-        for key, row in empty.items()
-        if key not in runs
-    ]
-    notes = [f"{rankless} rows without a rank left out"] * bool(rankless)
-    notes += [f"{repeated} rows that repeat another left out"] * bool(repeated)
-    notes += [f"{len(missing)} trainings without a result"] * bool(missing)
-    return runs, missing, notes
-
-
-def _key(row: Row, columns: Columns) -> Key:
-    rank = _integer(row, columns.by_name["rank"], "rank", "a positive integer, or 0 for the base")
-    if rank == 0:
-        return 0, 0.0, 0
-    rate, seed = 0.0, 0
-    column = columns.get("lr")
-    if column is not None and not _blank(row.fields.get(column)):
-        rate = _number(row, column) or 0.0
-        if rate <= 0:
-            raise ResultsError(f"{row.where}: learning rate {row.fields[column]!r} is not allowed: rates are above 0")
-    column = columns.get("seed")
-    if column is not None and not _blank(row.fields.get(column)):
-        seed = _integer(row, column, "seed", "an integer from 0")
-    return rank, rate, seed
-
-
-def _take(run: _Run, row: Row, key: Key, value: float, columns: Columns) -> bool:
-    """Add a row to its training; whether it only repeats another.
-
-    Raises:
-        ResultsError: the same training, item and step again with another value.
-    """
-    item = columns.get("item")
-    step = columns.get("step")
-    if item is not None:
-        name = str(row.fields.get(item))
-        weight = _positive(row, columns.get("weight")) or 1.0
-        before = run.by_item.setdefault(name, (value, weight, row.where))
-        repeats = before[2] != row.where
-        if repeats and before[0] != value:
-            raise ResultsError(_twice(key, row.where, before[2], f", item {name}"))
-    else:
-        at = 0 if step is None or _blank(row.fields.get(step)) else _integer(row, step, "step", "an integer from 0")
-        first = run.by_step.setdefault(at, (value, row.where))
-        repeats = first[1] != row.where
-        if repeats and first[0] != value:
-            raise ResultsError(_twice(key, row.where, first[1], f", step {at}" if step else ""))
-    if repeats:
-        return True
-    std = columns.get("std")
-    if std is not None and not _blank(row.fields.get(std)):
-        run.std = _number(row, std)
-        if run.std is not None and run.std < 0:
-            raise ResultsError(f"{row.where}: {std} {run.std:g} is not allowed: a standard deviation is 0 or above")
-        run.std_seeds = int(_positive(row, columns.get("std_seeds")) or 1)
-    train = columns.get("train_value")
-    run.train_value = run.train_value if train is None else _number(row, train) or run.train_value
-    seconds = columns.get("seconds")
-    run.seconds = run.seconds if seconds is None else _number(row, seconds) or run.seconds
-    for other in columns.others:
-        found = _number(row, other, strict=False)
-        if found is not None:
-            run.others[other] = found
-    return False
-
-
-def _results(runs: Mapping[Key, _Run], columns: Columns) -> Iterator[Result]:
-    """One result a training; items in one order, or a complaint that they are ragged."""
-    items: list[str] | None = None
-    for (rank, rate, seed), run in runs.items():
-        values: list[float] = []
-        weights: list[float] = []
-        if run.by_item:
-            names = sorted(run.by_item)
-            if items is None:
-                items = names
-            elif names != items:
-                odd = sorted(set(names) ^ set(items))
-                raise ResultsError(
-                    f"{run.where}: rank {rank} is scored on other items than the rank before ({len(odd)} differ, such as "
-                    f"item {odd[0]}); every training must be scored on the same items"
-                )
-            values = [run.by_item[name][0] for name in items]
-            weights = [run.by_item[name][1] for name in items]
-            value = sum(v * w for v, w in zip(values, weights, strict=True)) / sum(weights)
-        else:
-            value = run.by_step[max(run.by_step)][0]
-        last = max(run.by_step, default=0)
-        yield Result(
-            trial_id=run.trial,
-            rank=rank,
-            learning_rate=rate,
-            seed=seed,
-            value=value,
-            item_values=values,
-            item_weights=weights if columns.get("weight") else [],
-            std=run.std,
-            std_seeds=run.std_seeds,
-            train_value=run.train_value,
-            seconds=run.seconds,
-            steps=last or None,
-            points=[(step, run.by_step[step][0]) for step in sorted(run.by_step)] if last else [],
-            others=run.others,
-        )
-
-
-def _require_comparable(results: list[Result], runs: Mapping[Key, _Run], where: str) -> None:
+def _require_comparable(results: list[Result], runs: Mapping[Key, Run], where: str) -> None:
     trained = [result for result in results if result.rank > 0 and result.value is not None]
     ranks = {result.rank for result in trained}
     if not ranks:
@@ -307,65 +168,3 @@ def _require_comparable(results: list[Result], runs: Mapping[Key, _Run], where: 
         raise ResultsError(
             f"{bare.where}: no learning rate, though other rows have one; give it, or leave the column out"
         )
-
-
-def _twice(key: Key, here: str, there: str, what: str) -> str:
-    rate = f", lr {key[1]:g}" if key[1] else ""
-    return (
-        f"{here}: rank {key[0]}{rate}, seed {key[2]}{what} is there twice with different values (also {there}); "
-        "add the column that tells them apart (seed, lr or item), or remove one"
-    )
-
-
-def _blank(value: Any) -> bool:
-    return value is None or (isinstance(value, str) and value.strip() in ("", "-", "None", "null", "N/A"))
-
-
-def _number(row: Row, column: str, strict: bool = True) -> float | None:
-    """A finite number, or None for an empty cell."""
-    value: Any = row.fields.get(column)
-    if _blank(value):
-        return None
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        if not strict:
-            return None
-        raise ResultsError(f"{row.where}: {column} is {_short(value)}, not a number") from None
-    if not math.isfinite(number):
-        if not strict:
-            return None
-        raise ResultsError(
-            f"{row.where}: {column} is {number}; leave the cell empty where a training ended without a result"
-        )
-    return number
-
-
-def _positive(row: Row, column: str | None) -> float | None:
-    number = None if column is None else _number(row, column)
-    if number is not None and number <= 0:
-        raise ResultsError(f"{row.where}: {column} {number:g} is not allowed: give a number above 0")
-    return number
-
-
-def _integer(row: Row, column: str, name: str, allowed: str) -> int:
-    value: Any = row.fields.get(column)
-    number = _number_or_none(None if isinstance(value, bool) else value)
-    if number is None or number != int(number) or number < 0:
-        raise ResultsError(f"{row.where}: {name} {_short(value)} is not allowed: give {allowed}")
-    return int(number)
-
-
-def _number_or_none(value: Any) -> float | None:
-    if value is None:
-        return None
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        return None
-    return number if math.isfinite(number) else None
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 40 else f"{text[:37]}…"

@@ -61,8 +61,21 @@ class RunFolder:
         finally:
             lock.release()
 
+    def is_locked(self) -> bool:
+        """Whether a process is at work in the folder."""
+        if not (self.path / ".lock").exists():
+            return False
+        lock = FileLock(self.path / ".lock", timeout=0)
+        try:
+            with lock:
+                return False
+        except Timeout:
+            return True
+        except OSError:
+            return False  # a folder that can't be written to: nobody works in it
+
     def _require_ours(self) -> None:
-        known = {".lock", "base_model"}
+        known = {".lock", "base_model", "progress.json"}
         if not self.journal.path.exists() and any(entry.name not in known for entry in self.path.iterdir()):
             raise RunFolderError(
                 f"{self.path}: the folder holds files but no journal.jsonl; give an empty or a new folder"

@@ -7,7 +7,7 @@ The model of one score (or of one paired difference) x of seed s and item i is
 with random seeds and items. The mean's variance is V = V_items + V_seeds - V_both: each of the two margins counts the
 interaction once, so it is taken off once. Degrees of freedom follow Satterthwaite (1946); the skewness of the items
 shifts the quantiles as in Hall (1992, "On the removal of skewness by transformation"). A two-way bootstrap
-(Owen 2007) gives the same at a hundred times the cost and is too wide with few seeds; `benchmarks/decide` has both.
+(Owen 2007) covers about as well at thirty to a hundred times the cost; `benchmarks/decide` has both.
 """
 
 from __future__ import annotations
@@ -81,6 +81,10 @@ class Estimate:
     def with_seeds(self, variance: float, degrees: float) -> Estimate:
         """The same with another estimate of what the seeds add: a pooled or a published one."""
         return replace(self, seeds_variance=variance, seeds_degrees=degrees)
+
+    def reversed(self) -> Estimate:
+        """Of the difference the other way round."""
+        return replace(self, mean=-self.mean, skewness=-self.skewness)
 
     def at(self, items: int, seeds: int) -> Estimate:
         """What a run of that size is expected to give: the same mean, each part of the variance scaled."""

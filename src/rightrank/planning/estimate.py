@@ -160,8 +160,12 @@ class Estimator:
         return self._anatomies[rank]
 
     def flops(self, rank: int) -> int:
-        counts = [sum(self._trace(end, True).flops.values()) for end in self._ends]
-        return _between(counts[0], counts[1], self._ends, rank) or sum(self._trace(rank, True).flops.values())
+        """Floating-point operations of a step, a multiply and an add counted as two."""
+        if rank in self._ends:
+            return sum(self._trace(rank, True).flops.values())
+        counts = [self.flops(end) for end in self._ends]
+        between = _between(counts[0], counts[1], self._ends, rank)
+        return between if between is not None else sum(self._trace(rank, True).flops.values())
 
     def _highest(self, rank: int, training: bool) -> Highest:
         trace, sizes = self._sizes(rank, training)

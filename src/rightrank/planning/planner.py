@@ -9,24 +9,32 @@ from typing import Any
 from rightrank.errors import ModelError, SettingsError
 from rightrank.plan_records import Plan, PlanSettings, RankPlan, SelectionCost, Source
 from rightrank.planning.budget import ALLOWED_ERROR, axis_prices, cheapest_changes, context_bytes, needed, total
+from rightrank.planning.calibrate import calibrate, stored_calibration
+from rightrank.planning.capacity import starting_range
 from rightrank.planning.estimate import Estimator, RankEstimate
 from rightrank.planning.formula import ERROR_SHARE as FORMULA_ERROR
 from rightrank.planning.skeleton import read_config, require_rank
 
 
-def make_plan(model: str, settings: PlanSettings, seconds_per_flop: float | None = None) -> Plan:
+def make_plan(model: str, settings: PlanSettings) -> Plan:
     """The plan for a model folder, a GGUF file or a hub name.
 
     Args:
         model: holds at least a `config.json`.
         settings: see `PlanSettings`.
-        seconds_per_flop: of this device, as measured; None where it was not.
 
     Raises:
         ModelError: the model, its modules or a rank can't be used.
-        SettingsError: a length above the model's positions.
+        SettingsError: a length above the model's positions, or a device that can't be calibrated.
     """
-    return plan_config(read_config(model, settings.trust_remote_code), model, settings, seconds_per_flop)
+    config = read_config(model, settings.trust_remote_code)
+    _require_length(config, settings)
+    found = calibrate(config, settings) if settings.calibrate else stored_calibration(config, settings)
+    plan = plan_config(config, model, settings, None if found is None else found.seconds_per_flop)
+    if found is None or found.peak_ratio is None:
+        return plan
+    note = f"on this device four groups of blocks took {found.peak_ratio - 1:+.1%} of the traced peak"
+    return plan.model_copy(update={"notes": [*plan.notes, note]})
 
 
 def plan_config(
@@ -64,7 +72,12 @@ def plan_config(
         seconds=0.0,
         settings=settings.model_dump(mode="json"),
     )
-    extra: dict[str, Any] = {"largest_possible_rank": largest_rank(estimator, estimates)}
+    largest = largest_rank(estimator, estimates)
+    extra: dict[str, Any] = {"largest_possible_rank": largest}
+    if settings.data_tokens is not None and settings.first_loss is not None:
+        shapes = [(matrix.out_features, matrix.in_features) for matrix in estimator.skeleton.matrices]
+        limits, ranks = starting_range(shapes, settings.data_tokens, settings.first_loss, largest)
+        extra |= {"limits": limits, "suggested_ranks": ranks}
     if settings.memory_bytes is not None and not fitting:
         extra["changes"] = cheapest_changes(estimator)
     elif prices and first.source == "traced":

@@ -86,10 +86,15 @@ def read_config(reference: str, trust_remote_code: bool) -> Any:
         # transformers raises any of these for what it does not know or can't read
         raise ModelError(f"{reference}: transformers knows no such model ({first_line(error)})") from None
     text = config.get_text_config()
-    if type(config) not in AutoModelForCausalLM._model_mapping and not trust_remote_code:
+    if not is_known(config) and not trust_remote_code:
         raise ModelError(f"{reference}: {config.model_type!r} is no causal language model that transformers knows")
     text.use_cache = False  # as Trainer trains
     return config
+
+
+def is_known(config: Any) -> bool:
+    """Whether transformers itself has a causal language model for this configuration."""
+    return type(config) in AutoModelForCausalLM._model_mapping
 
 
 def build_base(config: Any, settings: PlanSettings) -> Any:
@@ -98,12 +103,16 @@ def build_base(config: Any, settings: PlanSettings) -> Any:
     Raises:
         ModelError: transformers can't build it.
     """
-    attention = "sdpa" if settings.attn_implementation == "flash_attention_2" else settings.attn_implementation
+    # None is transformers' own choice: torch's fused attention, for the models that can take it.
+    attention = "eager" if settings.attn_implementation == "eager" else None
+    plain = copy.deepcopy(config)
+    if hasattr(plain, "quantization_config"):
+        del plain.quantization_config  # weights are quantised below, in shapes alone
     try:
         with torch.device("meta"):
             build: Any = AutoModelForCausalLM.from_config  # untyped in transformers
             model = build(
-                copy.deepcopy(config),
+                plain,
                 dtype=DTYPES[settings.dtype],
                 attn_implementation=attention,
                 trust_remote_code=settings.trust_remote_code,
@@ -128,7 +137,7 @@ def adapt(model: Any, settings: PlanSettings, rank: int) -> Skeleton:
         with _peft_quiet(), torch.device("meta"):
             adapted = get_peft_model(
                 model,
-                _lora_config(model, settings, rank),
+                lora_config(model, settings, rank),
                 autocast_adapter_dtype=settings.autocast_adapter_dtype,
                 low_cpu_mem_usage=True,
             )
@@ -153,7 +162,8 @@ def require_rank(skeleton: Skeleton, settings: PlanSettings) -> None:
             )
 
 
-def _lora_config(model: Any, settings: PlanSettings, rank: int) -> LoraConfig:
+def lora_config(model: Any, settings: PlanSettings, rank: int) -> LoraConfig:
+    """PEFT's configuration of an adapter of `rank` under these settings."""
     targets = settings.target_modules
     if targets == (ALL_LINEAR,) and settings.layers_to_transform is not None:
         targets = all_linear_names(model, classification=False)  # PEFT wants names where it is told layers

@@ -49,7 +49,7 @@ def trace_step(skeleton: Skeleton, settings: PlanSettings, groups: Groups | None
         stack.enter_context(nullcontext() if training else torch.no_grad())
         for mode in (tracer, kernels, torch.device("meta")):
             stack.enter_context(mode)
-        loss = _loss(skeleton, settings, batch * settings.arms)
+        loss, kept = _loss(skeleton, settings, batch * settings.arms)
         tracer.phase = "backward"
         kernels.drop_casts()
         if training:
@@ -58,6 +58,7 @@ def trace_step(skeleton: Skeleton, settings: PlanSettings, groups: Groups | None
             trainable = skeleton.trainable()
             tracer.trace.gradients = tracer.gradient_storages(trainable)
     tracer.stop()
+    del kept
     for parameter in skeleton.trainable():
         parameter.grad = None
     return tracer.trace
@@ -70,18 +71,18 @@ def _backward(loss: torch.Tensor) -> None:
     engine((loss,), (torch.ones_like(loss),), False, False, (), allow_unreachable=True, accumulate_grad=True)
 
 
-def _loss(skeleton: Skeleton, settings: PlanSettings, items: int) -> torch.Tensor:
+def _loss(skeleton: Skeleton, settings: PlanSettings, items: int) -> tuple[torch.Tensor, Any]:
+    """The loss, and what whoever trains keeps beside it."""
     ids = torch.empty((items, settings.seq_len), dtype=torch.long)
     mask = {"attention_mask": torch.empty_like(ids)} if settings.padding else {}
     if settings.loss == "full":
         out = skeleton.model(input_ids=ids, labels=torch.empty_like(ids), use_cache=False, **mask)
-        loss: torch.Tensor = out.loss
-        return loss
+        return out.loss, out if settings.keep_logits else None
     base = skeleton.base
     hidden = base.base_model(input_ids=ids, use_cache=False).last_hidden_state
     kept = hidden[:, :-1].reshape(-1, hidden.shape[-1])
     targets = ids[:, 1:].reshape(-1)
-    return chunked_cross_entropy(kept, targets, output_head(base), 1.0)[0]
+    return chunked_cross_entropy(kept, targets, output_head(base), 1.0)[0], None
 
 
 @contextmanager

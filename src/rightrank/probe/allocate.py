@@ -20,7 +20,8 @@ from rightrank.engine.adapter import attached
 from rightrank.engine.bench import Bench, Scores
 from rightrank.engine.targets import lora_config
 from rightrank.errors import SettingsError, did_you_mean
-from rightrank.io.adapter_folder import AdapterFolder, exact_pattern, open_adapter
+from rightrank.io.adapter_folder import AdapterFolder, open_adapter
+from rightrank.io.patterns import exact_pattern
 from rightrank.maths.intervals import estimate
 from rightrank.probe import importance
 from rightrank.probe.bench_of import DataUse, bench_of, train_attached

@@ -45,7 +45,9 @@ def make_bench(base: str, modules: tuple[str, ...] | None, use: DataUse) -> Benc
     if modules is not None:
         settings = settings.model_copy(update={"target_modules": modules, "layers_to_transform": None})
     splits = load_data(use.data, settings)
-    loaded = load_model(base, settings.dtype, settings.device, splits.classes, settings.trust_remote_code)
+    loaded = load_model(
+        base, settings.dtype, settings.device, splits.classes, settings.trust_remote_code, settings.weight_bits
+    )
     encoded = encode(splits, loaded, settings)
     return Bench(loaded, encoded, settings, max(1, use.steps), use.cache)
 

@@ -24,6 +24,7 @@ Floats = NDArray[np.float64]
 
 EXACT_SIDE = 1024  # up to this shorter side a difference is decomposed exactly
 SKETCH_RANK = 128
+BLOCK_ROWS = 1024
 OVERSAMPLING = 32
 POWER_ITERATIONS = 3  # a singular value well above the rest then has a relative error under 1e-3
 
@@ -111,6 +112,17 @@ def differences(before: WeightFolder, after: WeightFolder) -> Iterator[Differenc
                 f"{name}: NaN or infinite values in {before.path} or {after.path}; give a sound checkpoint"
             )
         yield Difference(name, before.shapes[name], delta)
+
+
+def _subtracted(new: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
+    """`new - old` in float32, a block of rows at a time: torch would make a whole float32 copy of either."""
+    if new.dim() == 0:
+        return new.float() - old.float()
+    delta = torch.empty(new.shape, dtype=torch.float32)
+    for start in range(0, len(new), BLOCK_ROWS):
+        rows = slice(start, start + BLOCK_ROWS)
+        torch.sub(new[rows].float(), old[rows].float(), out=delta[rows])
+    return delta
 
 
 def natural(name: str) -> list[tuple[int, int, str]]:

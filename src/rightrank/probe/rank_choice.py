@@ -82,6 +82,10 @@ def candidate_ranks(adapter: AdapterFolder, asked: Sequence[int] | None = None) 
         SettingsError: a rank above the adapter's.
     """
     top = max(module.rank for module in adapter.modules)
+    if top == 1:
+        raise SettingsError(
+            f"{adapter.path}: its rank is 1, and there is none below to measure; nothing can be taken away"
+        )
     if asked:
         for rank in asked:
             if not 1 <= rank <= top:

@@ -17,11 +17,10 @@ from rightrank.io.adapter_folder import (
     WEIGHTS_FILE,
     AdapterFolder,
     AdapterModule,
-    exact_pattern,
-    lora_scaling,
     require_absent,
     write_adapter,
 )
+from rightrank.io.patterns import exact_pattern, lora_scaling
 from rightrank.maths.spectra import factored_distance
 from rightrank.probe.rank_choice import RankChoice
 from rightrank.probe.truncate import resized_factors

@@ -82,6 +82,9 @@ def answer_lines(decision: Decision) -> list[str]:
     stairs = [f"{step.rank} from {_short(step.margin)}" for step in decision.staircase]
     lines.append(f"margins: {', '.join(stairs)} (asked: {decision.margin:g})")
     lines += curve_lines(decision)
+    horizon = decision.horizon
+    if horizon is not None:
+        lines.append(f"horizon: read off the evaluations, the same from step {horizon.holds_from} to {horizon.steps}")
     lines.append(f"basis:   {decision.basis_note}")
     lines += [f"flag:    {flag}: {FLAGS.get(flag, '')}" for flag in decision.flags]
     return lines + [f"next:    {run.sentence}" for run in decision.next_runs]

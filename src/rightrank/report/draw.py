@@ -100,7 +100,7 @@ def _draw_figure(axes: Any, figure: Figure) -> None:
     for band in figure.bands:
         axes.axhspan(band.low, band.high, color=BAND, alpha=0.25, lw=0, label=visible(band.label))
     for level in figure.levels:
-        axes.axhline(level.value, color=FAINT, ls=":", lw=1.3, label=visible(level.label))
+        axes.axhline(level.value, color=FAINT, ls=":", lw=1.3, label=visible(level.label) or None)
     named: set[str] = set()
     for series in figure.series:
         _draw_series(axes, series, labelled=series.label not in named and len(named) < MOST_LABELS)

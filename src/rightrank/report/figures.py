@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 
 from rightrank.decision.run import Records
-from rightrank.records import Decision, RankEvidence, TrialFinished
+from rightrank.records import Decision, RankEvidence, TrialFinished, TrialOutcome
 from rightrank.report.figure import AnyFigure, Axis, Figure, HeatMap, Level, Series
 from rightrank.report.rank_curve import rank_figure
 from rightrank.report.wording import amount, metric_axis, metric_unit, rank_axis
@@ -23,6 +23,7 @@ def figures_of(
         figures += [rank_figure(decision), staircase_figure(decision), difference_figure(decision)]
     figures += [
         learning_figure(records, decision),
+        truncation_figure(records),
         rate_map(records),
         memory_figure(records, planned_bytes or {}),
         time_figure(records),
@@ -102,7 +103,7 @@ def difference_figure(decision: Decision) -> Figure | None:
                 kind="points",
             ),
         ),
-        levels=(Level(f"margin {decision.margin:g}", decision.margin), Level("no difference", 0.0)),
+        levels=(Level(f"margin {decision.margin:g}", decision.margin), Level("", 0.0)),
         columns=("rank", "difference", "lower bound", "upper bound", "enough", "optimism of the best rate"),
         rows=tuple(
             (e.rank, d, low, high, words[e.non_inferior], e.winner_gap)
@@ -149,9 +150,40 @@ def learning_figure(records: Records, decision: Decision | None) -> Figure | Non
     )
 
 
+def truncation_figure(records: Records) -> Figure | None:
+    """What the cuts of one adapter to lower ranks score, beside the trainings at those ranks."""
+    finished = records.finished()
+    cuts = [trial for trial in finished if trial.truncate_from is not None]
+    if not cuts:
+        return None
+    direct = _best_trials(records, None)
+    parents = {trial.trial_id: trial for trial in finished}
+    cut_values = {rank: _best(trials, records).value for rank, trials in _by_rank(cuts).items()}
+    trained_values = {rank: trials[0].value for rank, trials in direct.items()}
+    whole = sorted({parents[trial.truncate_from].rank for trial in cuts if trial.truncate_from in parents})
+    ranks = sorted({*cut_values, *trained_values})
+    series = [
+        Series("cut, best of each rank", tuple(cut_values), tuple(cut_values.values()), dashed=True, tone="second")
+    ]
+    if trained_values:
+        series.append(Series("trained at that rank", tuple(trained_values), tuple(trained_values.values())))
+    origin = f"rank {', '.join(map(str, whole))}" if whole else "a higher rank"
+    return Figure(
+        name="truncations",
+        title=f"Adapters of {origin} cut to lower ranks",
+        alt=f"Held-out {records.started.metric} of truncated adapters beside trainings. Cut: {_listed(cut_values, '')}. "
+        f"Trained: {_listed(trained_values, '')}.",
+        x=rank_axis(ranks),
+        y=metric_axis(records.started.metric, "held-out"),
+        series=tuple(series),
+        columns=("rank", "cut", "trained"),
+        rows=tuple((rank, cut_values.get(rank), trained_values.get(rank)) for rank in ranks),
+    )
+
+
 def rate_map(records: Records) -> HeatMap | None:
     """Rank × learning rate: the mean value of each cell, the best rate of each rank marked; whole trainings only."""
-    arms = [outcome for outcome in records.outcomes if outcome.rank > 0 and outcome.arm.is_direct]
+    arms = [outcome for outcome in records.outcomes if outcome.rank > 0 and outcome.truncate_from is None]
     ranks = sorted({outcome.rank for outcome in arms})
     rates = sorted({outcome.learning_rate for outcome in arms})
     finished = [outcome for outcome in arms if isinstance(outcome, TrialFinished)]
@@ -161,9 +193,9 @@ def rate_map(records: Records) -> HeatMap | None:
     notes: list[tuple[str, ...]] = []
     for rank in ranks:
         cells = [[o for o in arms if (o.rank, o.learning_rate) == (rank, rate)] for rate in rates]
-        done = [[o.value for o in cell if isinstance(o, TrialFinished)] for cell in cells]
+        done = [[o.value for o in cell if isinstance(o, TrialFinished) and o.arm.is_direct] for cell in cells]
         values.append(tuple(fmean(cell) if cell else None for cell in done))
-        notes.append(tuple(_cell_note(len(c), len(d)) for c, d in zip(cells, done, strict=True)))
+        notes.append(tuple(_cell_note(c, len(d)) for c, d in zip(cells, done, strict=True)))
     lower = not records.started.higher_is_better
     best = tuple(_best_column(row, lower) for row in values)
     said = ", ".join(
@@ -188,7 +220,7 @@ def memory_figure(records: Records, planned_bytes: Mapping[int, int]) -> Figure 
     """Peak memory against rank: measured, and planned where there is a plan."""
     peaks = {
         rank: max(trial.peak_bytes for trial in trials) / MIB
-        for rank, trials in _by_rank(records.finished()).items()
+        for rank, trials in _by_rank([trial for trial in records.finished() if trial.steps > 0]).items()
         if rank > 0
     }
     peaks = {rank: peak for rank, peak in peaks.items() if peak > 0}
@@ -240,9 +272,13 @@ def _best_trials(records: Records, decision: Decision | None) -> dict[int, list[
     if decision is not None:
         named = {e.rank: [by_id[i] for i in e.trial_ids if i in by_id] for e in trained(decision)}
         return {rank: trials for rank, trials in named.items() if trials}
-    sign = -1 if records.started.higher_is_better else 1
     groups = _by_rank([trial for trial in finished if trial.rank > 0 and trial.arm.is_direct])
-    return {rank: [min(trials, key=lambda trial: sign * trial.value)] for rank, trials in groups.items()}
+    return {rank: [_best(trials, records)] for rank, trials in groups.items()}
+
+
+def _best(trials: Sequence[TrialFinished], records: Records) -> TrialFinished:
+    sign = -1 if records.started.higher_is_better else 1
+    return min(trials, key=lambda trial: sign * trial.value)
 
 
 def _by_rank(trials: Sequence[TrialFinished]) -> dict[int, list[TrialFinished]]:
@@ -255,11 +291,12 @@ def _best_column(row: tuple[float | None, ...], lower: bool) -> int | None:
     return min(known)[1] if known else None
 
 
-def _cell_note(asked: int, finished: int) -> str:
-    if asked == 0:
+def _cell_note(asked: Sequence[TrialOutcome], finished: int) -> str:
+    if not asked:
         return "not tried"
     if finished == 0:
-        return "no result"
+        stages = [o.stop_at for o in asked if isinstance(o, TrialFinished) and o.stop_at is not None]
+        return f"stopped at step {max(stages)}" if stages else "no result"
     return f"×{finished}" if finished > 1 else ""
 
 

@@ -24,7 +24,7 @@ def rank_figure(decision: Decision) -> Figure:
     ends = [e.value if e.difference_high is None else reference.value + sign * e.difference_high for e in trained]
     ranks = tuple(e.rank for e in trained)
     points = Series(
-        f"held-out, best learning rate; whisker: {decision.confidence:.0%} bound of the paired difference",
+        f"held-out, best rate; whisker: paired {decision.confidence:.0%} bound",
         ranks,
         tuple(e.value for e in trained),
         tuple(min(e.value, end) for e, end in zip(trained, ends, strict=True)),
@@ -61,7 +61,7 @@ def _fitted(decision: Decision) -> list[Series]:
         return []
     points = decision.curve.points
     x = tuple(point.rank for point in points)
-    label = f"fitted curve ({decision.curve.form.replace('_', '-')}) and its 95% interval"
+    label = f"fitted {decision.curve.form.replace('_', '-')} curve, 95% interval"
     ends = [tuple(point.low for point in points), tuple(point.high for point in points)]
     middle = Series(label, x, tuple(point.value for point in points), kind="line", tone="second")
     return [middle, *(Series(label, x, end, kind="line", tone="faint", dashed=True) for end in ends)]
@@ -108,9 +108,7 @@ def _marks(decision: Decision, trained: list[RankEvidence]) -> list[Mark]:
     marks: list[Mark] = []
     diminishing = diminishing_rank(decision)
     if diminishing is not None:
-        marks.append(
-            Mark("from here a doubling gains less than the margin", diminishing, values[diminishing], "second")
-        )
+        marks.append(Mark("a doubling gains under the margin", diminishing, values[diminishing], "second"))
     chosen = decision.rank if decision.rank is not None else decision.fallback_rank
     if chosen in values:
         label = "chosen" if decision.rank is not None else "shown to be enough so far"

@@ -22,7 +22,7 @@ from rightrank.records import (
     TrialStarted,
 )
 from rightrank.report.rank_curve import terminal_curve
-from rightrank.report.wording import duration
+from rightrank.report.wording import duration, size
 
 CURVE_WIDTH, CURVE_HEIGHT = 72, 14
 PLAIN_SECONDS = 15.0  # between progress lines where nothing can be redrawn
@@ -53,6 +53,7 @@ class Tally:
         self._begun = time.monotonic()
         self._higher_is_better = False
         self._best: dict[int, float] = {}
+        self._peak_bytes = 0
 
     def plan(self, started: RunStarted, arms: int) -> None:
         self._arms = arms
@@ -118,6 +119,8 @@ class Tally:
         seconds = time.monotonic() - self._begun
         if event.rank > 0:
             self._seconds.append(seconds)
+        if isinstance(event, TrialFinished):
+            self._peak_bytes = max(self._peak_bytes, event.peak_bytes)
         if isinstance(event, TrialFinished) and event.rank > 0 and event.arm.is_direct:
             better = max if self._higher_is_better else min
             self._best[event.rank] = better(event.value, self._best.get(event.rank, event.value))
@@ -127,6 +130,15 @@ class Tally:
         )
         stage = event.arm.stage()
         return f"{name:<32} {text}  ({stage + ', ' if stage else ''}{duration(seconds)})"
+
+    def so_far_line(self) -> str:
+        """The best rank so far and the memory it took; empty before there is one."""
+        if not self._best:
+            return ""
+        pick = max if self._higher_is_better else min
+        rank = pick(self._best, key=lambda rank: self._best[rank])
+        memory = f" · peak memory {size(self._peak_bytes)}" if self._peak_bytes else ""
+        return f"best so far: rank {rank} ({self._best[rank]:.4f}){memory}"
 
 
 class LiveView:
@@ -157,7 +169,8 @@ class LiveView:
         line = self._tally.event(event)
         if line is not None:
             self._console.print(line, highlight=False)
-        self._live.update(Group(Text.from_ansi(self._curve()), Text(self._tally.progress_line(), style="bold")))
+        lines = [Text.from_ansi(self._curve()), Text(self._tally.so_far_line())]
+        self._live.update(Group(*lines, Text(self._tally.progress_line(), style="bold")))
 
     def notice(self, text: str) -> None:
         self._console.print(text, highlight=False)
@@ -204,7 +217,8 @@ class PlainView:
 
 
 def make_view(console: Console, quiet: bool) -> LiveView | PlainView:
-    return LiveView(console) if console.is_terminal and not quiet else PlainView(console, quiet)
+    """Live on a terminal; plain lines in a pipe, with `NO_COLOR`, or where nothing is to be said."""
+    return LiveView(console) if console.is_terminal and not (quiet or console.no_color) else PlainView(console, quiet)
 
 
 def plan_line(started: RunStarted, arms: int, steps: int) -> str:

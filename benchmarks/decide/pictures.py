@@ -1,0 +1,34 @@
+"""Three curves as pictures: saturated, rising, undecided.
+
+python -m benchmarks.decide.pictures      # writes saturated.svg, rising.svg, undecided_curve.svg
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.decide.simulated import RANKS, World, draw_table
+from rightrank.decision import decide
+from rightrank.report.draw import draw
+from rightrank.report.rank_curve import rank_figure
+
+HERE = Path(__file__).parent
+
+
+def main() -> None:
+    ranks = np.array(RANKS, dtype=np.float64)
+    cases = {
+        "saturated": (2.0 + 0.08 * ranks**-0.9, World("power", 3, 1000)),
+        "rising": (2.0 + 0.012 * (7 - np.log2(ranks)), World("rising", 3, 1000)),
+        "undecided_curve": (2.0 + 0.03 * ranks**-0.6, World("power", 1, 100, "heavy", item_rank=0.03)),
+    }
+    for name, (losses, world) in cases.items():
+        decision = decide(draw_table(world, losses, np.random.default_rng(11)), world.margin)
+        (HERE / f"{name}.svg").write_bytes(draw(rank_figure(decision), "svg"))
+        print(f"{name}: {decision.verdict}. {decision.sentence} Next: {decision.next_run}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,71 @@
+"""Time and memory of a pass (forward and backward) against the number of arms, the rank, and the length of items.
+
+    python benchmarks/engine/growth.py MODEL DATA [--layers 28,29] [--out growth.json]
+
+One thing varies at a time; the others are 1 arm, rank 16, items as they are (up to 128 tokens). Seconds are processor
+seconds of the process on one thread, the least of three passes; memory is the growth of the peak resident set over the
+process before the pass.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from common import machine, make_bench
+
+from rightrank.engine.bench import Bench
+from rightrank.engine.memory import PeakMemory
+from rightrank.engine.pack import Pack, Share
+from rightrank.records import Arm
+
+PASSES = 3
+
+
+def measure(bench: Bench, ranks: list[int], indices: list[int]) -> dict[str, float]:
+    with Pack(bench.model, bench.settings) as pack:
+        for number, rank in enumerate(ranks):
+            arm = Arm(rank=rank, learning_rate=1e-3, lora_alpha=32.0, seed=0, steps=1)
+            pack.join(f"g{number}", arm, bench.arm_config(arm))
+        batch = bench.batch("train", indices)
+        shares = [Share(f"g{number}", batch, 1.0, None) for number in range(len(ranks))]
+        bench.pack_gradients(pack, shares)  # the prefix, gradients and the allocator are there now
+        times: list[float] = []
+        with PeakMemory(bench.loaded.device) as memory:
+            for _ in range(PASSES):
+                begun = time.process_time()
+                bench.pack_gradients(pack, shares)
+                times.append(time.process_time() - begun)
+            peak = memory.peak_bytes()
+    return {"arms": len(ranks), "rank": ranks[0], "tokens": batch.tokens, "seconds": min(times), "peak_bytes": peak}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("data", type=Path)
+    parser.add_argument("--layers", default="28,29")
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--work", type=Path, default=Path("bench-work"))
+    arguments = parser.parse_args()
+    layers = tuple(int(part) for part in arguments.layers.split(","))
+    bench = make_bench(arguments.model, arguments.data, 1, arguments.work, layers_to_transform=layers, eval_items=8)
+    usual = bench.batch_plan(0)[0]
+    by_length = sorted(range(2000), key=lambda index: bench.items("train")[index].length)
+    lengths = {name: by_length[start : start + 8] for name, start in (("short", 100), ("middle", 1000), ("long", 1900))}
+    result: dict[str, Any] = {
+        "machine": machine(),
+        "arms": [measure(bench, [16] * arms, usual) for arms in (1, 2, 4, 8)],
+        "rank": [measure(bench, [rank], usual) for rank in (1, 4, 16, 64, 256)],
+        "length": [measure(bench, [16], indices) for indices in lengths.values()],
+    }
+    print(json.dumps(result, indent=1))
+    if arguments.out:
+        arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,83 @@
+"""The plan against CUDA's own counters. Not run yet: it needs a CUDA device.
+
+    python -m benchmarks.plan.gpu [--out benchmarks/plan/results/gpu.json]
+
+27 settings: three architectures, each with other ranks, batches, lengths, types, checkpointing, padding and losses.
+Ends with status 1 when a peak is more than 3% off allocated or 5% off reserved. 4-bit weights and packed arms are not
+among them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.machine import machine
+from benchmarks.plan.architectures import FULL_CONFIGS, SMALL_CONFIGS
+from benchmarks.plan.measure import measure
+from rightrank.plan_records import make_plan_settings
+from rightrank.planning.planner import plan_config
+
+ALLOCATED_LIMIT, RESERVED_LIMIT = 0.03, 0.05
+CONFIGS = {name: FULL_CONFIGS[name] for name in ("SmolLM2-135M", "Llama-3.2-3B")} | {"gpt2": SMALL_CONFIGS["gpt2"]}
+CASES: list[dict[str, Any]] = [
+    {},
+    {"ranks": (64,)},
+    {"batch_size": 8, "seq_len": 256},
+    {"seq_len": 500},
+    {"padding": True},
+    {"gradient_checkpointing": True},
+    {"dtype": "float32"},
+    {"loss": "chunked", "optimizer": "adamw_fused"},
+    {"loss": "chunked", "optimizer": "adamw_fused", "gradient_checkpointing": True},
+]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path)
+    chosen = parser.parse_args()
+    warnings.simplefilter("ignore")
+    if not torch.cuda.is_available():
+        print("there is no CUDA device here: nothing was measured")
+        return 2
+    rows = [compare(name, case) for name in CONFIGS for case in CASES]
+    print(machine() | {"gpu": torch.cuda.get_device_name()})
+    if chosen.out is not None:
+        chosen.out.write_text(json.dumps({"machine": machine(), "cases": rows}, indent=1) + "\n")
+    worst = max(abs(row["allocated_error"]) for row in rows), max(abs(row["reserved_error"]) for row in rows)
+    print(f"{len(rows)} cases, worst {worst[0]:.2%} allocated, {worst[1]:.2%} reserved")
+    return int(worst[0] > ALLOCATED_LIMIT or worst[1] > RESERVED_LIMIT)
+
+
+def compare(name: str, case: dict[str, Any]) -> dict[str, Any]:
+    settings = make_plan_settings({"ranks": (16,), "batch_size": 4, "seq_len": 512} | case)
+    row = plan_config(CONFIGS[name](), name, settings, prices=False).ranks[0]
+    gc.collect()
+    torch.cuda.empty_cache()
+    measured = measure(CONFIGS[name](), settings, row.rank)
+    assert measured.reserved_bytes is not None
+    found = {
+        "model": name,
+        "case": case,
+        "predicted": [row.peak_bytes, row.peak_reserved_bytes],
+        "measured": [measured.peak_bytes, measured.reserved_bytes],
+        "allocated_error": row.peak_bytes / measured.peak_bytes - 1,
+        "reserved_error": row.peak_reserved_bytes / measured.reserved_bytes - 1,
+    }
+    print(
+        f"{name:14} {found['allocated_error']:+.2%} allocated {found['reserved_error']:+.2%} reserved  {case}",
+        flush=True,
+    )
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(main())

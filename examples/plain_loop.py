@@ -1,0 +1,48 @@
+"""A training loop of one's own with PEFT: the smallest thing that `select_rank_with` can work with.
+
+python examples/plain_loop.py --model path/to/model --data data.jsonl     (rows of prompt and completion)
+"""
+
+from __future__ import annotations
+
+import random
+
+import torch
+from common import options, rows_of, tokenised
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from rightrank import TrialResult, TrialTask, select_rank_with
+from rightrank.integrations import causal_item_losses, padded_batches
+
+arguments = options()
+tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+rows = tokenised(tokenizer, rows_of(arguments.data))
+held_out, training = rows[: arguments.held_out], rows[arguments.held_out :]
+
+
+def train(task: TrialTask) -> TrialResult:
+    torch.manual_seed(task.seed)
+    base = AutoModelForCausalLM.from_pretrained(arguments.model)
+    config = LoraConfig(
+        r=task.rank, lora_alpha=int(task.lora_alpha), target_modules="all-linear", task_type="CAUSAL_LM"
+    )
+    model = get_peft_model(base, config)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=task.learning_rate)
+    order = random.Random(task.seed)  # the same batches for every rank
+    for _ in range(task.steps):
+        batch = padded_batches(order.sample(training, 8), tokenizer.pad_token_id, 8)[0]
+        model(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    items = causal_item_losses(model, padded_batches(held_out, tokenizer.pad_token_id, 16))
+    model.save_pretrained(task.folder)
+    return TrialResult(metrics={"loss": items.mean}, item_scores=items.scores, item_weights=items.weights)
+
+
+if __name__ == "__main__":
+    selected = select_rank_with(
+        train, arguments.out, ranks=(1, 4, 16), learning_rates=(1e-3, 3e-3), steps=arguments.steps
+    )
+    print(selected.decision.sentence)
+    print("adapter:", selected.adapter)

@@ -1,0 +1,70 @@
+"""Commands that look on: `status`, `watch`, and shell completion."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import click
+
+SHELLS = ("bash", "zsh", "fish")
+
+
+@click.command(epilog="Example: rightrank status run")
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print the status as one JSON object.")
+def status(run: Path, as_json: bool) -> None:
+    """Say where RUN stands, from another terminal or after it ended. Nothing in the folder is touched."""
+    from rightrank.report.status_text import status_lines
+    from rightrank.runs import status as status_of
+
+    found = status_of(run)
+    if as_json:
+        click.echo(found.model_dump_json())
+    else:
+        click.echo(status_lines(found, shutil.get_terminal_size().columns, colour=False))
+
+
+@click.command(epilog="Example: rightrank watch run --interval 5")
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option(
+    "--interval", type=click.FloatRange(min=0.1), default=2.0, show_default=True, help="Seconds between looks."
+)
+def watch(run: Path, interval: float) -> None:
+    """Follow RUN from another terminal until it is done or nobody works on it."""
+    from rich.console import Console
+    from rich.live import Live
+    from rich.text import Text
+
+    from rightrank.report.status_text import status_lines
+    from rightrank.runs import status as status_of
+
+    console = Console()
+    plain = not console.is_terminal or console.no_color
+    said = ""
+    with Live(console=console, auto_refresh=False, transient=False) as live:
+        while True:
+            found = status_of(run)
+            text = status_lines(found, console.width, colour=not plain)
+            if plain and text != said:
+                click.echo(text)
+            elif not plain:
+                live.update(Text.from_ansi(text), refresh=True)
+            said = text
+            if found.state != "running":
+                return
+            time.sleep(interval)
+
+
+@click.command(epilog='Example: eval "$(rightrank completion bash)"')
+@click.argument("shell", type=click.Choice(SHELLS))
+def completion(shell: str) -> None:
+    """Print what makes SHELL complete rightrank's commands and options; put it into the shell's start file."""
+    from click.shell_completion import get_completion_class
+
+    kind = get_completion_class(shell)
+    assert kind is not None, "click knows the shells of the choice"
+    click.echo(kind(click.get_current_context().find_root().command, {}, "rightrank", "_RIGHTRANK_COMPLETE").source())
+    sys.stdout.flush()

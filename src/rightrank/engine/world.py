@@ -1,0 +1,53 @@
+"""More than one process for one arm: each takes its share of every batch, and gradients are summed.
+
+Every process holds the same adapter and makes the same step. `torch.distributed` must have been started by whoever
+started the processes (torchrun, accelerate, or `torch.multiprocessing`); alone, nothing here does anything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+import torch.distributed as dist
+
+from rightrank.errors import SettingsError
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """This process's number among them; the one numbered 0 writes."""
+    return dist.get_rank() if world_size() > 1 else 0
+
+
+def require_shares(batch_size: int) -> None:
+    """Every process must get an item of every batch.
+
+    Raises:
+        SettingsError: a batch smaller than the number of processes.
+    """
+    if batch_size < world_size():
+        raise SettingsError(
+            f"batch_size {batch_size} can't be shared by {world_size()} processes; give batch_size {world_size()} or more, or fewer processes"
+        )
+
+
+def my_share(rows: Sequence[int]) -> list[int]:
+    """The rows of a batch that this process computes: every `world_size`-th, so that lengths are spread evenly."""
+    return list(rows[rank() :: world_size()])
+
+
+def sum_over_world(tensors: Iterable[torch.Tensor]) -> None:
+    """Sum tensors of one dtype in place over all processes, in one message."""
+    found = list(tensors)
+    if world_size() == 1 or not found:
+        return
+    flat = torch.cat([tensor.reshape(-1) for tensor in found])
+    dist.all_reduce(flat)
+    begin = 0
+    for tensor in found:
+        tensor.copy_(flat[begin : begin + tensor.numel()].view_as(tensor))
+        begin += tensor.numel()

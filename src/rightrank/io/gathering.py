@@ -1,0 +1,234 @@
+"""Rows of a results table gathered by training, each cell read with suspicion."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from rightrank.errors import ResultsError
+from rightrank.io.columns import Columns
+from rightrank.io.rows import Row
+from rightrank.records import Result
+
+FAILED = {"failed", "crashed", "killed", "error", "fail", "diverged", "oom", "pruned"}
+LARGEST_NUMBER = 1e12  # beyond it a held-out value is a mistake, and squares lose their meaning
+
+Key = tuple[int, float, int]  # rank, learning rate, seed
+
+
+@dataclass(slots=True)
+class Run:
+    """The rows of one training, as they come in."""
+
+    where: str
+    trial: str
+    by_item: dict[str, tuple[float, float, str]] = field(default_factory=dict)  # value, weight, where
+    by_step: dict[int, tuple[float, str]] = field(default_factory=dict)
+    std: float | None = None
+    std_seeds: int = 1
+    train_value: float | None = None
+    seconds: float | None = None
+    others: dict[str, float] = field(default_factory=dict)
+
+
+def gather(rows: Iterable[Row], columns: Columns, metric: str) -> tuple[dict[Key, Run], list[Result], list[str]]:
+    """Rows gathered by training; trainings without a result; what was left out."""
+    runs: dict[Key, Run] = {}
+    empty: dict[Key, Row] = {}
+    rankless = repeated = 0
+    positive = "perplexity" in metric.lower() or metric.lower() == "ppl"
+    for row in rows:
+        if blank(row.fields.get(columns.by_name["rank"])):
+            rankless += 1
+            continue
+        key = _key(row, columns)
+        failed = str(row.fields.get(columns.get("status") or "", "")).strip().lower() in FAILED
+        value = None if failed else _number(row, columns.value)
+        if value is None:
+            empty.setdefault(key, row)
+            continue
+        if positive and value <= 0:
+            raise ResultsError(f"{row.where}: a perplexity of {value:g} is not possible; perplexities are above 0")
+        run = runs.setdefault(key, Run(row.where, str(row.fields.get(columns.get("trial") or "", "") or row.where)))
+        repeated += _take(run, row, key, value, columns)
+    missing = [
+        Result(trial_id=row.where, rank=key[0], learning_rate=key[1], seed=key[2], value=None)
+        for key, row in empty.items()
+        if key not in runs
+    ]
+    notes = [f"{rankless} rows without a rank left out"] * bool(rankless)
+    notes += [f"{repeated} rows that repeat another left out"] * bool(repeated)
+    notes += [f"{len(missing)} trainings without a result"] * bool(missing)
+    return runs, missing, notes
+
+
+def _key(row: Row, columns: Columns) -> Key:
+    rank = _integer(row, columns.by_name["rank"], "rank", "a positive integer, or 0 for the base")
+    rate, seed = 0.0, 0
+    column = columns.get("lr")
+    if rank > 0 and column is not None and not blank(row.fields.get(column)):
+        rate = _number(row, column) or 0.0
+        if rate <= 0:
+            raise ResultsError(f"{row.where}: learning rate {row.fields[column]!r} is not allowed: rates are above 0")
+    column = columns.get("seed")
+    if column is not None and not blank(row.fields.get(column)):
+        seed = _integer(row, column, "seed", "an integer from 0")
+    return rank, rate, seed
+
+
+def _take(run: Run, row: Row, key: Key, value: float, columns: Columns) -> bool:
+    """Add a row to its training; whether it only repeats another.
+
+    Raises:
+        ResultsError: the same training, item and step again with another value.
+    """
+    item, step = columns.get("item"), columns.get("step")
+    if item is not None:
+        name = str(row.fields.get(item))
+        weight = _positive(row, columns.get("weight")) or 1.0
+        first, _, where = run.by_item.setdefault(name, (value, weight, row.where))
+        what = f", item {name}"
+    else:
+        at = 0 if step is None or blank(row.fields.get(step)) else _integer(row, step, "step", "an integer from 0")
+        first, where = run.by_step.setdefault(at, (value, row.where))
+        what = f", step {at}" if step else ""
+    if where == row.where:
+        _note_details(run, row, columns)
+        return False
+    if first != value:
+        raise ResultsError(_twice(key, row.where, where, what))
+    return True
+
+
+def _note_details(run: Run, row: Row, columns: Columns) -> None:
+    """What else the row says of its training; the last row that says it counts."""
+    std = _optional(row, columns.get("std"), strict=True)
+    if std is not None and std < 0:
+        raise ResultsError(f"{row.where}: std {std:g} is not allowed: a standard deviation is 0 or above")
+    if std is not None:
+        run.std, run.std_seeds = std, int(_positive(row, columns.get("std_seeds")) or 1)
+    train, seconds = _optional(row, columns.get("train_value")), _optional(row, columns.get("seconds"))
+    run.train_value = run.train_value if train is None else train
+    run.seconds = run.seconds if seconds is None else seconds
+    for other in columns.others:
+        found = _number(row, other, strict=False)
+        if found is not None:
+            run.others[other] = found
+
+
+def _optional(row: Row, column: str | None, strict: bool = False) -> float | None:
+    """The number in a column that the table may not have."""
+    return None if column is None else _number(row, column, strict)
+
+
+def results_of(runs: Mapping[Key, Run], columns: Columns) -> Iterator[Result]:
+    """One result a training; items in one order, or a complaint that they are ragged."""
+    items: list[str] | None = None
+    tokens: list[float] = []
+    for (rank, rate, seed), run in runs.items():
+        values: list[float] = []
+        weights: list[float] = []
+        if run.by_item:
+            names = sorted(run.by_item)
+            if items is None:
+                items = names
+            elif names != items:
+                odd = sorted(set(names) ^ set(items))
+                raise ResultsError(
+                    f"{run.where}: rank {rank} is scored on other items than the rank before ({len(odd)} differ, such as "
+                    f"item {odd[0]}); every training must be scored on the same items"
+                )
+            values = [run.by_item[name][0] for name in items]
+            weights = [run.by_item[name][1] for name in items]
+            tokens = tokens or weights
+            if weights != tokens:
+                raise ResultsError(
+                    f"{run.where}: rank {rank} has other token counts than the rank before for the same items; an item's "
+                    "tokens are the same for every training"
+                )
+            value = sum(v * w for v, w in zip(values, weights, strict=True)) / sum(weights)
+        else:
+            value = run.by_step[max(run.by_step)][0]
+        last = max(run.by_step, default=0)
+        yield Result(
+            trial_id=run.trial,
+            rank=rank,
+            learning_rate=rate,
+            seed=seed,
+            value=value,
+            item_values=values,
+            item_weights=weights if columns.get("weight") else [],
+            std=run.std,
+            std_seeds=run.std_seeds,
+            train_value=run.train_value,
+            seconds=run.seconds,
+            steps=last or None,
+            points=[(step, run.by_step[step][0]) for step in sorted(run.by_step)] if last else [],
+            others=run.others,
+        )
+
+
+def _twice(key: Key, here: str, there: str, what: str) -> str:
+    rate = f", lr {key[1]:g}" if key[1] else ""
+    return (
+        f"{here}: rank {key[0]}{rate}, seed {key[2]}{what} is there twice with different values (also {there}); "
+        "add the column that tells them apart (seed, lr or item), or remove one"
+    )
+
+
+def blank(value: Any) -> bool:
+    return value is None or (isinstance(value, str) and value.strip() in ("", "-", "None", "null", "N/A"))
+
+
+def _number(row: Row, column: str, strict: bool = True) -> float | None:
+    """A finite number, or None for an empty cell."""
+    value: Any = row.fields.get(column)
+    if blank(value):
+        return None
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        if not strict:
+            return None
+        raise ResultsError(f"{row.where}: {column} is {_short(value)}, not a number") from None
+    if not math.isfinite(number):
+        if not strict:
+            return None
+        raise ResultsError(
+            f"{row.where}: {column} is {number}; leave the cell empty where a training ended without a result"
+        )
+    if abs(number) > LARGEST_NUMBER:
+        raise ResultsError(f"{row.where}: {column} is {number:g}; numbers up to {LARGEST_NUMBER:g} are understood")
+    return number
+
+
+def _positive(row: Row, column: str | None) -> float | None:
+    number = None if column is None else _number(row, column)
+    if number is not None and number <= 0:
+        raise ResultsError(f"{row.where}: {column} {number:g} is not allowed: give a number above 0")
+    return number
+
+
+def _integer(row: Row, column: str, name: str, allowed: str) -> int:
+    value: Any = row.fields.get(column)
+    number = _number_or_none(None if isinstance(value, bool) else value)
+    if number is None or number != int(number) or number < 0:
+        raise ResultsError(f"{row.where}: {name} {_short(value)} is not allowed: give {allowed}")
+    return int(number)
+
+
+def _number_or_none(value: Any) -> float | None:
+    if value is None:
+        return None
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        return None
+    return number if math.isfinite(number) else None
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 40 else f"{text[:37]}…"

@@ -1,0 +1,104 @@
+"""Events of a running selection for other programs: one JSON object a line, and a small file of where it stands."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TextIO
+
+from rightrank.records import Preparing, RunEvent, RunStarted, StepDone
+from rightrank.report.terminal import Tally
+
+PROGRESS_FILE = "progress.json"
+PROGRESS_SECONDS = 2.0  # between writes of the progress file
+LONG_FIELDS = {
+    "item_losses",
+    "item_tokens",
+    "item_correct",
+    "item_scores",
+    "item_weights",
+}  # in the journal, not in the log
+
+
+class JsonLog:
+    """A view that writes every event as one JSON object a line. Steps are told once a second at most."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._told = 0.0
+
+    def __enter__(self) -> JsonLog:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        return None
+
+    def plan(self, started: RunStarted, arms: int, steps: int) -> None:
+        self._write("plan", {"most_trials": arms, "steps": steps, "data": started.data.model_dump(mode="json")})
+
+    def event(self, event: RunEvent) -> None:
+        if isinstance(event, StepDone | Preparing):
+            if time.monotonic() - self._told < 1 and not _is_last(event):
+                return
+            self._told = time.monotonic()
+        self._write(event_name(event), event.model_dump(mode="json", exclude=LONG_FIELDS | {"type", "schema_version"}))
+
+    def notice(self, text: str) -> None:
+        self._write("notice", {"text": text})
+
+    def _write(self, name: str, values: dict[str, Any]) -> None:
+        line = {"event": name, "at": datetime.now(UTC).isoformat(timespec="milliseconds"), **values}
+        self._stream.write(json.dumps(line, ensure_ascii=True, allow_nan=False) + "\n")
+        self._stream.flush()
+
+
+class ProgressFile:
+    """`progress.json` in a run folder while a selection runs: what `status` and `watch` read from another terminal."""
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / PROGRESS_FILE
+        self._tally = Tally()
+        self._written = 0.0
+
+    def plan(self, started: RunStarted, arms: int, steps: int) -> None:
+        self._tally.plan(started, arms)
+
+    def event(self, event: RunEvent) -> None:
+        ended = self._tally.event(event) is not None
+        if ended or time.monotonic() - self._written > PROGRESS_SECONDS:
+            self._written = time.monotonic()
+            self._write()
+
+    def remove(self) -> None:
+        self._path.unlink(missing_ok=True)
+
+    def _write(self) -> None:
+        values = {
+            "pid": os.getpid(),
+            "at": datetime.now(UTC).isoformat(timespec="seconds"),
+            "progress": self._tally.progress_line(),
+            "remaining_seconds": self._tally.remaining_seconds(),
+        }
+        temporary = self._path.with_suffix(".tmp")
+        if self._path.parent.is_dir():
+            temporary.write_text(json.dumps(values) + "\n", encoding="utf-8")
+            temporary.replace(self._path)
+
+
+def event_name(event: RunEvent) -> str:
+    """`trial_finished`, `step_done`, …"""
+    if isinstance(event, StepDone):
+        return "step_done"
+    return "preparing" if isinstance(event, Preparing) else event.type
+
+
+def _is_last(event: StepDone | Preparing) -> bool:
+    if isinstance(event, StepDone):
+        return event.step == event.steps
+    return event.items == event.of_items

@@ -1,0 +1,16 @@
+"""What has learned nothing is worth no rank: through the whole main job."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rightrank import select_rank
+from tests.tiny import small_settings
+
+
+def test_adapters_that_learned_nothing_end_in_no_gain(
+    model_folder: Path, completion_file: Path, tmp_path: Path
+) -> None:
+    settings = small_settings(learning_rates=(1e-9,), max_steps=2, margin=0.005)
+    decision = select_rank(str(model_folder), completion_file, tmp_path / "run", settings=settings).decision
+    assert (decision.rank, decision.verdict) == (None, "no_gain")

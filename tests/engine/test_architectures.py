@@ -1,0 +1,149 @@
+"""Small random models of the real classes: our losses are PEFT's own, and packs equal alone or are refused in words."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from peft import get_peft_model
+
+from rightrank.engine.adapter import trainable_state
+from rightrank.engine.bench import Bench
+from rightrank.engine.encode import encode
+from rightrank.engine.pack_size import packing_obstacle
+from rightrank.engine.targets import without_peft_noise
+from rightrank.engine.together import Company, train_trials
+from rightrank.engine.train import TrialFolders, Watcher, rate_schedule
+from rightrank.io.data import load_data
+from rightrank.io.models import prepare_model
+from rightrank.records import Arm, Trial, TrialFinished
+from tests.conftest import small_settings
+from tests.tiny import make_tokenizer
+
+STEPS = 3
+SIZES: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 128,
+    "pad_token_id": 1,
+    "bos_token_id": 2,
+    "eos_token_id": 3,
+    "initializer_range": 0.2,
+}
+MIXTURE: dict[str, Any] = {"num_local_experts": 4, "num_experts_per_tok": 2}
+GPT2: dict[str, Any] = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128, "initializer_range": 0.2} | {
+    name: SIZES[name] for name in ("bos_token_id", "eos_token_id")
+}
+BERT = {name: value for name, value in SIZES.items() if name not in ("num_key_value_heads", "head_dim")}
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("Llama", SIZES),
+    "qwen2": ("Qwen2", SIZES),
+    "qwen3": ("Qwen3", SIZES),
+    "mistral": ("Mistral", SIZES | {"sliding_window": 8}),
+    "gemma2": ("Gemma2", SIZES | {"query_pre_attn_scalar": 8, "sliding_window": 8}),
+    "gemma3": ("Gemma3", SIZES | {"query_pre_attn_scalar": 8, "sliding_window": 8}),
+    "gpt2": ("GPT2", GPT2),
+    "phi": ("Phi", SIZES | {"num_key_value_heads": 4}),
+    "phi3": ("Phi3", SIZES),
+    "mixtral": ("Mixtral", SIZES | MIXTURE),
+    "bert": ("Bert", BERT),
+}
+
+
+def make_model(name: str, vocabulary: int) -> Any:
+    family, sizes = MODELS[name]
+    config_name = "Gemma3TextConfig" if family == "Gemma3" else f"{family}Config"
+    config = getattr(transformers, config_name)(vocab_size=vocabulary, **sizes)
+    kind = "ForSequenceClassification" if name == "bert" else "LMHeadModel" if name == "gpt2" else "ForCausalLM"
+    torch.manual_seed(0)
+    return getattr(transformers, f"{family}{kind}")(config)
+
+
+def make_bench(name: str, data: Path, cache: Path) -> Bench:
+    changes = {"layers_to_transform": (1,)} if name == "qwen3" else {}  # one of them with a frozen prefix
+    settings = small_settings(max_steps=STEPS, eval_points=1, **changes)
+    tokenizer = make_tokenizer()
+    loaded = prepare_model(make_model(name, len(tokenizer)), tokenizer, name, torch.device("cpu"))
+    return Bench(loaded, encode(load_data(data, settings), loaded, settings), settings, STEPS, cache)
+
+
+def plain_losses(bench: Bench, arm: Arm) -> list[float]:
+    """PEFT's model and forward, the model's own loss, torch's AdamW."""
+    with without_peft_noise():
+        peft_model: Any = get_peft_model(copy.deepcopy(bench.model), bench.arm_config(arm)).eval()
+    with bench.arm(arm) as ours:
+        initial = {name: value.clone() for name, value in trainable_state(ours).items()}
+    named = {name: value for name, value in peft_model.named_parameters() if value.requires_grad}
+    with torch.no_grad():
+        for name, value in named.items():
+            value.copy_(initial[name])
+    optimizer = torch.optim.AdamW(named.values(), lr=arm.learning_rate, weight_decay=0.0)
+    factor: Callable[[int], float] = rate_schedule(bench.settings, arm.steps)
+    losses: list[float] = []
+    for step, indices in enumerate(bench.batch_plan(arm.seed)):
+        batch = bench.batch("train", indices)
+        optimizer.param_groups[0]["lr"] = arm.learning_rate * factor(step)
+        loss = peft_model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(named.values(), bench.settings.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    return losses
+
+
+def run(bench: Bench, arms: list[Arm], folder: Path, size: int) -> list[TrialFinished]:
+    trials = [Trial(trial_id=f"t{number}", arm=arm) for number, arm in enumerate(arms)]
+    folders = lambda trial: TrialFolders(folder / f"{trial.trial_id}.safetensors", folder / trial.trial_id)  # noqa: E731
+    outcomes = list(train_trials(bench, trials, None, folders, Watcher(), Company(size)))
+    finished = [outcome for outcome in outcomes if isinstance(outcome, TrialFinished)]
+    assert len(finished) == len(arms)
+    return sorted(finished, key=lambda outcome: outcome.trial_id)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_losses_are_pefts_and_packs_equal_alone(
+    name: str, completion_file: Path, class_file: Path, tmp_path: Path
+) -> None:
+    bench = make_bench(name, class_file if name == "bert" else completion_file, tmp_path / "cache")
+    arms = [
+        Arm(rank=rank, learning_rate=1e-2, lora_alpha=32.0, seed=seed, steps=STEPS) for rank, seed in ((2, 0), (4, 1))
+    ]
+    alone = run(bench, arms, tmp_path / "alone", 1)
+    for arm, trial in zip(arms, alone, strict=True):
+        assert trial.train_losses == pytest.approx(plain_losses(bench, arm), rel=2e-5)
+    assert packing_obstacle(bench, arms) is None
+    together = run(bench, arms, tmp_path / "together", 2)
+    for one, other in zip(together, alone, strict=True):
+        assert one.pack_size == 2
+        assert one.train_losses == pytest.approx(other.train_losses, rel=1e-5)
+        assert one.item_losses == pytest.approx(other.item_losses, rel=1e-4)
+
+
+def test_a_layer_that_mixes_arms_is_found_and_said(completion_file: Path, tmp_path: Path) -> None:
+    """An adapted layer that sees a choice of tokens, as an expert of a mixture does."""
+    bench = make_bench("llama", completion_file, tmp_path / "cache")
+    mlp = bench.model.model.layers[0].mlp
+    whole = mlp.forward
+
+    def first_half_of_the_tokens(x: torch.Tensor) -> torch.Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        half = len(rows) // 2
+        return torch.cat([whole(rows[:half]), rows[half:]]).view_as(x)
+
+    mlp.forward = first_half_of_the_tokens
+    arms = [Arm(rank=rank, learning_rate=1e-2, lora_alpha=32.0, seed=0, steps=STEPS) for rank in (2, 4)]
+    obstacle = packing_obstacle(bench, arms)
+    assert obstacle is not None
+    assert re.fullmatch(r"a layer sees \d+ rows that can't be told apart by arm", obstacle)
+    assert run(bench, arms, tmp_path, 1)[0].pack_size == 1

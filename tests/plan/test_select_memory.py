@@ -1,0 +1,78 @@
+"""`select --memory`: what can't fit is left out or refused before anything is trained, and peaks are recorded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from rightrank.cli import main
+from rightrank.io.journal import Journal
+from rightrank.planning.selecting import plan_selection
+from rightrank.records import TrialFinished
+from tests.tiny import small_settings, tiny_llama_config
+
+SMALL = ("--learning-rates", "1e-2", "--max-steps", "2", "--batch-size", "4", "--seq-len", "32", "--eval-items", "6")
+SETS = ("--set", "samples=0", "--set", "eval_points=1", "--strategy", "grid", "--quiet")
+
+
+def command(model: Path, data: Path, out: Path, *more: str) -> int:
+    with pytest.raises(SystemExit) as ended:
+        main(["select", str(model), str(data), "--out", str(out), *SMALL, *SETS, *more])
+    assert isinstance(ended.value.code, int)
+    return ended.value.code
+
+
+def test_predicted_and_measured_peaks_are_recorded(
+    model_folder: Path, completion_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    assert command(model_folder, completion_file, out, "--ranks", "1,2,4", "--memory", "24GiB") == 0
+    capsys.readouterr()
+    trials = [record for record in Journal(out / "journal.jsonl").read() if isinstance(record, TrialFinished)]
+    predicted = {trial.rank: trial.predicted_peak_bytes for trial in trials if trial.rank > 0}
+    assert set(predicted) == {1, 2, 4}
+    assert 0 < (predicted[1] or 0) < (predicted[2] or 0) < (predicted[4] or 0)
+    assert all(trial.peak_bytes > 0 for trial in trials)
+
+
+def test_too_little_memory_is_refused_before_the_start(
+    model_folder: Path, completion_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    assert command(model_folder, completion_file, out, "--ranks", "1,4", "--memory", "1MiB") == 2
+    error = capsys.readouterr().err
+    assert "rank 1 needs" in error
+    assert len(error.strip().splitlines()) == 1
+    assert not any(isinstance(record, TrialFinished) for record in Journal(out / "journal.jsonl").read())
+
+
+def test_ranks_that_do_not_fit_are_left_out() -> None:
+    """A budget between the second and the third rank's need leaves two."""
+    settings = small_settings(ranks=(1, 8, 32))
+    config = tiny_llama_config(400)
+    free = plan_selection(config, settings, 32, "cpu")
+    assert free.ranks == (1, 8, 32)
+    assert free.notice() is None
+    budget = (free.needed_bytes[8] + free.needed_bytes[32]) // 2
+    tight = plan_selection(config, settings.model_copy(update={"memory_bytes": budget}), 32, "cpu")
+    assert tight.ranks == (1, 8)
+    assert tight.left_out() == (32,)
+    assert "ranks 32 (" in (tight.notice() or "")
+
+
+def test_ranks_come_from_the_data_where_none_are_named(
+    model_folder: Path, completion_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Some hundred label tokens fill no more than a rank or two: the range ends low, and says why."""
+    out = tmp_path / "run"
+    arguments = ["select", str(model_folder), str(completion_file), "--out", str(out), *SMALL, *SETS[:-1]]
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == 0
+    told = " ".join(capsys.readouterr().err.split())
+    assert "from the limits capacity" in told
+    trials = [record for record in Journal(out / "journal.jsonl").read() if isinstance(record, TrialFinished)]
+    ranks = sorted({trial.rank for trial in trials if trial.rank > 0})
+    assert ranks[0] == 1
+    assert 2 <= len(ranks) <= 4

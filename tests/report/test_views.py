@@ -1,0 +1,162 @@
+"""Looking on: progress lines, the JSON log, `status` and `watch`, completion, and how long a `--help` is."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from filelock import FileLock
+from rich.console import Console
+
+from rightrank.cli import cli
+from rightrank.io.journal import Journal
+from rightrank.records import Arm, StepDone, TrialStarted
+from rightrank.report.event_log import JsonLog, ProgressFile
+from rightrank.report.terminal import LiveView, PlainView, make_view
+from rightrank.runs import status
+from tests.report.runs import made_up_run
+
+STARTED = TrialStarted(
+    trial_id="x", **Arm(rank=4, learning_rate=1e-3, lora_alpha=32, seed=0, steps=40).model_dump(exclude_none=True)
+)
+
+
+def journal_of(folder: Path, upto: int | None = None) -> Path:
+    """A run folder that holds a made-up journal alone."""
+    folder.mkdir(exist_ok=True)
+    records = made_up_run()
+    journal = Journal(folder / "journal.jsonl")
+    for record in [records.started, *records.outcomes[:upto], STARTED]:
+        journal.append(record)
+    return folder
+
+
+def test_status_says_what_is_known_and_touches_nothing(tmp_path: Path) -> None:
+    run = journal_of(tmp_path / "run", upto=7)
+    with (run / "journal.jsonl").open("a") as file:
+        file.write('{"type": "trial_fin')  # another process is writing this very line
+    before = (run / "journal.jsonl").read_bytes()
+    found = status(run)
+    assert (found.state, found.trials_ended) == ("stopped", 7)
+    assert found.rank is not None
+    assert [rank for rank, _ in found.curve] == [1, 4, 16, 64]
+    assert (run / "journal.jsonl").read_bytes() == before
+    assert [path.name for path in run.iterdir() if path.name != ".lock"] == ["journal.jsonl"]
+
+
+def test_while_a_process_works_status_shows_its_progress(tmp_path: Path) -> None:
+    run = journal_of(tmp_path / "run")
+    file = ProgressFile(run)
+    file.plan(made_up_run().started, 9, 40)
+    file.event(STARTED)
+    file._written = 0.0
+    file.event(StepDone(trial_id="x", step=10, steps=40, loss=3.0, seconds=1.0))
+    with FileLock(run / ".lock"):
+        found = status(run)
+    assert found.state == "running"
+    assert found.running == "r=4 lr=0.001 seed=0"
+    assert found.progress is not None
+    assert "step 10/40" in found.progress
+    assert status(run).progress is None  # the process is gone, its last words do not count
+    file.remove()
+    assert not (run / "progress.json").exists()
+
+
+def test_status_and_watch_on_the_command_line(tmp_path: Path) -> None:
+    run = journal_of(tmp_path / "run")
+    shown = CliRunner().invoke(cli, ["status", str(run)])
+    assert shown.exit_code == 0
+    assert "stopped, 9 trials ended" in shown.output
+    assert "go on" in shown.output
+    answer = json.loads(CliRunner().invoke(cli, ["status", str(run), "--json"]).stdout)
+    assert answer["trials_ended"] == 9
+    watched = CliRunner().invoke(cli, ["watch", str(run)])
+    assert watched.exit_code == 0
+    assert "answer: Rank" in watched.output
+
+
+@pytest.mark.parametrize("command", ["status", "watch", "report"])
+def test_a_folder_without_a_run_is_one_line(tmp_path: Path, command: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "rightrank", command, str(tmp_path)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith("rightrank: ")
+    assert done.stderr.count("\n") == 1
+
+
+def test_the_log_is_one_json_object_a_line() -> None:
+    stream = io.StringIO()
+    records = made_up_run()
+    with JsonLog(stream) as log:
+        log.plan(records.started, 9, 40)
+        log.event(STARTED)
+        for step in range(1, 41):
+            log.event(StepDone(trial_id="x", step=step, steps=40, loss=3.0, seconds=1.0))
+        log.event(records.outcomes[1])
+        log.notice("a\nb")
+    lines = [json.loads(line) for line in stream.getvalue().splitlines()]
+    names = [line["event"] for line in lines]
+    assert names[:2] == ["plan", "trial_started"]
+    assert names[-2:] == ["trial_finished", "notice"]
+    assert names.count("step_done") < 40
+    assert [line["step"] for line in lines if line["event"] == "step_done"][-1] == 40
+    assert all("at" in line and "item_losses" not in line for line in lines)
+
+
+def test_a_live_view_needs_a_terminal_with_colours(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("TERM", "xterm-256color")
+    assert isinstance(make_view(Console(file=io.StringIO(), force_terminal=True), quiet=False), LiveView)
+    assert isinstance(make_view(Console(file=io.StringIO(), force_terminal=True), quiet=True), PlainView)
+    assert isinstance(make_view(Console(file=io.StringIO()), quiet=False), PlainView)
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert isinstance(make_view(Console(file=io.StringIO(), force_terminal=True), quiet=False), PlainView)
+
+
+@pytest.mark.parametrize("quiet", [True, False])
+def test_plain_lines_hold_no_escape_and_quiet_says_nothing(quiet: bool) -> None:
+    stream = io.StringIO()
+    records = made_up_run()
+    with PlainView(Console(file=stream), quiet) as view:
+        view.plan(records.started, 9, 40)
+        for outcome in records.outcomes:
+            view.event(outcome)
+    assert "\x1b" not in stream.getvalue()
+    assert (stream.getvalue() == "") == quiet
+
+
+def test_the_live_view_shows_progress_the_best_and_the_time_left() -> None:
+    stream = io.StringIO()
+    records = made_up_run()
+    with LiveView(Console(file=stream, force_terminal=True, width=100, height=40)) as view:
+        view.plan(records.started, 9, 40)
+        for outcome in records.outcomes[:4]:
+            view.event(outcome)
+        view.event(STARTED)
+        view.event(StepDone(trial_id="x", step=10, steps=40, loss=3.0, seconds=1.0))
+        view._live.refresh()
+        shown = stream.getvalue()
+    for part in ("trial 5 of 9", "rank 4, learning rate 0.001", "step 10/40", "left", "best so far: rank", "GiB"):
+        assert part in shown
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_is_printed_for_a_shell(shell: str) -> None:
+    shown = CliRunner().invoke(cli, ["completion", shell])
+    assert shown.exit_code == 0
+    assert "_RIGHTRANK_COMPLETE" in shown.output
+
+
+@pytest.mark.parametrize("command", sorted(cli.commands))
+def test_help_fits_a_screen_and_ends_with_an_example(command: str) -> None:
+    shown = CliRunner().invoke(cli, [command, "--help"], terminal_width=100).output.rstrip()
+    lines = shown.splitlines()
+    assert len(lines) <= 50
+    assert lines[-1].strip().startswith(("Example: rightrank", "Example: eval"))
