@@ -77,3 +77,24 @@ def test_blocks_that_differ_are_traced_whole() -> None:
     assert blocks is not None
     assert find_reduction(blocks) is None
     assert estimator.estimate(12).source == "traced"
+
+
+def test_a_step_that_cannot_be_traced_is_planned_by_formula_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    from rightrank.planning import estimate
+    from rightrank.planning.planner import plan_config
+
+    settings = settings_of(memory_bytes=2**40)
+    traced = plan_config(CONFIGS["llama"](), "llama", settings, prices=False)
+
+    def fail(*_: Any) -> None:
+        raise NotImplementedError("aten::nonzero: attempted to run this operator with Meta tensors")
+
+    monkeypatch.setattr(estimate, "trace_step", fail)
+    plan = plan_config(CONFIGS["llama"](), "llama", settings, prices=True)
+    assert plan.sources["peak_bytes"] == "formula"
+    assert plan.sources["trainable_parameters"] == "exact"
+    assert any("can't be traced" in note for note in plan.notes)
+    assert plan.ranks[0].trainable_parameters == traced.ranks[0].trainable_parameters
+    share = plan.ranks[0].error_share
+    assert share > traced.ranks[0].error_share
+    assert abs(plan.ranks[0].peak_bytes / traced.ranks[0].peak_bytes - 1) < share

@@ -166,6 +166,16 @@ def test_checkpoints_that_do_not_belong_together(
     assert "[33]" in complaint(capsys, "inspect", "--base", base, "--finetuned", wider)
 
 
+def test_a_checkpoint_with_nan(capsys: pytest.CaptureFixture[str], base: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    broken = Path(shutil.copytree(base, tmp_path / "broken"))
+    tensors = load_file(base / "model.safetensors")
+    tensors["model.layers.0.self_attn.q_proj.weight"][3, 4] = torch.nan
+    save_file(tensors, broken / "model.safetensors")
+    assert "NaN" in complaint(capsys, "inspect", "--base", base, "--finetuned", broken)
+
+
 def test_figures_and_plots(capsys: pytest.CaptureFixture[str], adapter: Path, tmp_path: Path) -> None:
     assert "did you mean 'stable_rank'" in complaint(capsys, "inspect", adapter, "--figure", "stable_rnk")
     assert ".svg or .png" in complaint(capsys, "inspect", adapter, "--plot", tmp_path / "x.pdf")

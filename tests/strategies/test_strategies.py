@@ -132,3 +132,27 @@ def test_the_least_budget_compares_two_ranks() -> None:
         tight = make_strategy(make_settings({"strategy": name, "budget_trainings": least}), 100)
         known = run_all(tight, World(can_truncate=False))
         assert len({outcome.rank for outcome in tight.evidence(History.of(known)) if outcome.rank}) >= 2
+
+
+class Itemed(World):
+    """Item losses whose differences between ranks spread widely around the value."""
+
+    def run(self, arm: Any) -> Any:
+        outcome = super().run(arm)
+        if not isinstance(outcome, TrialFinished) or arm.rank == 0:
+            return outcome
+        swing = [0.2 * (1 if (item * arm.rank + arm.rank) % 3 else -1) for item in range(60)]
+        mean = sum(swing) / len(swing)
+        losses = [outcome.value + part - mean for part in swing]
+        return outcome.model_copy(update={"item_losses": losses, "item_tokens": [1] * 60})
+
+
+def test_values_guide_the_search_and_bounds_ask_for_support() -> None:
+    ranks = (1, 2, 4, 8, 16, 32, 64)
+    strategy = strategy_named("bracket")(make_space(ranks=ranks))
+    bare = strategy.answer(History.of(run_all(strategy, World())))
+    known = run_all(strategy, Itemed())
+    answer = strategy.answer(History.of(known))
+    assert answer.rank == bare.rank  # the same values, the same search
+    trained = {outcome.rank for outcome in strategy.evidence(History.of(known))}
+    assert {rank for rank in ranks if rank > (answer.rank or 0)} <= trained  # no bound held: all above were tried

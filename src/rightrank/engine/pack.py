@@ -69,7 +69,7 @@ class Pack:
             with without_peft_noise():
                 self._peft_model.add_adapter(adapter, config)
         self._names.append(adapter)
-        initialise(self._peft_model, arm, self._settings.init_lora_weights, adapter)
+        initialise(self._peft_model, arm, arm.init_lora_weights or self._settings.init_lora_weights, adapter)
         self._settle()
         return self.parameters(adapter)
 

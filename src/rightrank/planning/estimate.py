@@ -108,7 +108,9 @@ class Estimator:
         self.skeleton = self._adapted(base, self._ends[0])
         self._anatomies = {self._ends[0]: anatomy(self.skeleton, self._ends[0])}
         self._blocks = blocks_of(self.skeleton.base)
-        self._reduction = None if self._blocks is None else find_reduction(self._blocks)
+        # Layers that are named by number are not there in a shorter stack.
+        whole = self._blocks is None or self.settings.layers_to_transform is not None
+        self._reduction = None if whole else find_reduction(self._blocks or ())
         self._small: dict[int, Skeleton] = {}
         self._traces: dict[tuple[int, bool], StepTrace] = {}
         self.untraceable: str | None = None  # why the step can't be traced

@@ -162,6 +162,7 @@ def _sources(settings: PlanSettings, estimate: RankEstimate, seconds_per_flop: f
         "flops_per_step": estimate.source,
         "context_bytes": "assumed",
         "headroom_share": "assumed",
+        "error_share": "assumed",
     }
     if settings.sharding != "none":
         sources["sharding"] = "formula"

@@ -105,9 +105,9 @@ def differences(before: WeightFolder, after: WeightFolder) -> Iterator[Differenc
         if torch.equal(old, new.to(old.dtype)) and torch.equal(new, old.to(new.dtype)):
             yield Difference(name, before.shapes[name], None)
             continue
-        delta = new.float()
-        delta -= old
-        if not torch.isfinite(delta).all():
+        delta = _subtracted(new, old)
+        del old, new
+        if not all(torch.isfinite(bound) for bound in torch.aminmax(delta)):  # without a copy, as isfinite makes
             raise ModelError(
                 f"{name}: NaN or infinite values in {before.path} or {after.path}; give a sound checkpoint"
             )

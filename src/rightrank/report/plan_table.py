@@ -84,7 +84,7 @@ def _where(row: RankPlan, plan: Plan) -> list[str]:
 
 def _answer(plan: Plan) -> list[str]:
     lines = [
-        f"peak: {plan.sources['peak_bytes']}, at most {plan.ranks[0].error_share:.0%} off; "
+        f"peak: {plan.sources['peak_bytes']}, to be trusted to {plan.ranks[0].error_share:.0%} (assumed); "
         f"beside it {size(plan.context_bytes)} for the process (assumed) and {plan.headroom_share:.0%} of headroom"
     ]
     if plan.memory_bytes is not None:

@@ -10,7 +10,7 @@ from rightrank.strategies.results import Results
 from rightrank.strategies.space import Space
 
 LATER = 0.5  # of a training: where the two best rates are compared again
-HOPELESS = 3.0  # margins: a rank that fails by more was never rescued by a rate beside (by 1.5 at most, on 45 grids)
+HOPELESS = 3.0  # margins: a rank that fails by more was never rescued by a rate beside (by 1.5 at most, on 44 grids)
 
 
 def find_rate(space: Space, results: Results, rank: int, start: float | None = None) -> Wanted:
