@@ -11,9 +11,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # the workers of a test run share
 
 import pytest
 
-from tests.tiny import save_tiny_llama, sentences, small_settings, write_completions, write_jsonl
-
-__all__ = ["sentences", "small_settings", "write_jsonl"]
+from tests.tiny import save_tiny_llama, sentences, write_completions, write_jsonl
 
 
 @pytest.fixture(scope="session")

@@ -23,8 +23,7 @@ from rightrank.engine.train import TrialFolders, Watcher, rate_schedule
 from rightrank.io.data import load_data
 from rightrank.io.models import prepare_model
 from rightrank.records import Arm, Trial, TrialFinished
-from tests.conftest import small_settings
-from tests.tiny import make_tokenizer
+from tests.tiny import make_tokenizer, small_settings
 
 STEPS = 3
 SIZES: dict[str, Any] = {

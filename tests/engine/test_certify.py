@@ -13,8 +13,8 @@ from rightrank.engine.certify import certify, largest_differences, tensor_differ
 from rightrank.engine.together import run_trial
 from rightrank.engine.train import TrialFolders, Watcher
 from rightrank.records import Arm, Certified, Trial, TrialFinished
-from tests.conftest import small_settings
 from tests.helpers import make_bench
+from tests.tiny import small_settings
 
 
 def certified(run: Path) -> Certified:

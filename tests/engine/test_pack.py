@@ -19,8 +19,8 @@ from rightrank.engine.together import Company, train_trials
 from rightrank.engine.train import TrialFolders, Watcher
 from rightrank.errors import InterruptedRun
 from rightrank.records import Arm, Trial, TrialDiverged, TrialFailed, TrialFinished, TrialOutcome
-from tests.conftest import small_settings
 from tests.helpers import make_bench
+from tests.tiny import small_settings
 
 STEP_TOLERANCE = 1e-5  # relative, of a step's loss
 RUN_TOLERANCE = 1e-3  # relative, of the adapter when it has finished

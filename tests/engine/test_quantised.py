@@ -13,10 +13,9 @@ from rightrank.engine.pack_size import packing_obstacle
 from rightrank.errors import MissingExtraError, SettingsError
 from rightrank.io import models
 from rightrank.records import Arm
-from tests.conftest import small_settings
 from tests.engine.test_architectures import SIZES, plain_losses, run
 from tests.helpers import make_bench
-from tests.tiny import make_tokenizer
+from tests.tiny import make_tokenizer, small_settings
 
 
 def test_without_the_extra_it_is_named(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

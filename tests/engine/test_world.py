@@ -17,8 +17,8 @@ from rightrank.engine.world import require_shares
 from rightrank.errors import SettingsError
 from rightrank.records import Arm, Trial, TrialFinished
 from rightrank.settings import SelectSettings
-from tests.conftest import small_settings
 from tests.helpers import make_bench
+from tests.tiny import small_settings
 
 ARM = Arm(rank=4, learning_rate=1e-2, lora_alpha=32.0, seed=3, steps=6)
 

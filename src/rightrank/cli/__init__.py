@@ -1,0 +1,59 @@
+"""The command line: parse, call the API, print. One function a command.
+
+Answers go to stdout, progress and complaints to stderr. Exit status: 0 done, 1 began and could not finish,
+2 bad usage or bad input, 130 stopped by the user.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import click
+
+from rightrank.cli.adapters import allocate, extract, inspect, resize
+from rightrank.cli.deciding import decide
+from rightrank.cli.handing_over import export, report
+from rightrank.cli.planning import plan
+from rightrank.cli.training import demo, select
+from rightrank.cli.views import completion, status, watch
+from rightrank.errors import RightrankError
+from rightrank.version import __version__
+
+COMMANDS = (demo, select, plan, decide, inspect, resize, extract, allocate, report, export, status, watch, completion)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="rightrank")
+def cli() -> None:
+    """Find the LoRA rank that is enough and no more: measured on your model and your data.
+
+    Start with `rightrank demo`, then `rightrank select MODEL DATA --out DIR`.
+    """
+
+
+for command in COMMANDS:
+    cli.add_command(command)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line and exit with its status."""
+    try:
+        status = cli.main(args=arguments, prog_name="rightrank", standalone_mode=False)
+    except click.ClickException as error:
+        _complain(error.format_message())
+        sys.exit(2)
+    except (click.Abort, KeyboardInterrupt):
+        _complain("stopped; run the same command again to resume")
+        sys.exit(130)
+    except RightrankError as error:
+        _complain(str(error))
+        sys.exit(error.exit_status)
+    except BrokenPipeError:
+        sys.stderr.close()  # whoever read our output has left: there is nobody to tell
+        sys.exit(1)
+    sys.exit(status if isinstance(status, int) else 0)
+
+
+def _complain(message: str) -> None:
+    """One line, whatever the message holds."""
+    click.echo("rightrank: " + " ".join(message.split()), err=True)

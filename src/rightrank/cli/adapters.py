@@ -1,0 +1,232 @@
+"""`inspect`, `resize`, `extract` and `allocate`: adapters that exist."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from rightrank.cli.options import comma, gather
+from rightrank.errors import SettingsError
+
+if TYPE_CHECKING:
+    pass
+
+
+@click.command(epilog="Example: rightrank inspect run/adapter --plot spectrum.svg")
+@click.argument("adapter", required=False, type=click.Path(path_type=Path))
+@click.option("--base", type=click.Path(path_type=Path), help="Base model folder.")
+@click.option("--finetuned", type=click.Path(path_type=Path), help="Fully fine-tuned model folder, against --base.")
+@click.option("--gradient", nargs=2, metavar="MODEL DATA", help="The gradient at initialisation instead.")
+@click.option("--set", "assignments", multiple=True, metavar="NAME=VALUE", help="With --gradient: settings of select.")
+@click.option("--plot", type=click.Path(path_type=Path), help="Draw the heat map to this .svg or .png file.")
+@click.option("--figure", default="effective_rank", show_default=True, help="What the heat map shows.")
+@click.option("--all", "every", is_flag=True, help="Show every module in the table.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def inspect(
+    adapter: Path | None,
+    base: Path | None,
+    finetuned: Path | None,
+    gradient: tuple[str, str] | None,
+    assignments: tuple[str, ...],
+    plot: Path | None,
+    figure: str,
+    every: bool,
+    as_json: bool,
+) -> None:
+    """Where an update's energy is: the singular spectrum of every module of a LoRA ADAPTER.
+
+    With --base A --finetuned B instead: of every matrix that full fine-tuning changed. With --gradient MODEL DATA: of
+    the loss's gradient before any training.
+    """
+    from rightrank.api import inspect as inspect_update
+    from rightrank.api import inspect_gradient
+    from rightrank.report.heat_map import plot_heat_map, require_figure
+    from rightrank.settings import make_settings
+
+    chosen = require_figure(figure, plot)
+    if gradient is not None:
+        if adapter is not None or base is not None or finetuned is not None:
+            raise SettingsError("--gradient stands alone: leave out the adapter, --base and --finetuned")
+        found = inspect_gradient(*gradient, settings=make_settings(gather(None, assignments, {})))
+    else:
+        found = inspect_update(adapter, base=base, finetuned=finetuned)
+    if plot is not None:
+        plot_heat_map(found.modules, chosen, plot)
+    _print_record(found, as_json, figure=chosen, every=every)
+
+
+@click.command(epilog="Example: rightrank resize run/adapter small --data held_out.jsonl --margin 0.005")
+@click.argument("adapters", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="ADAPTER... OUT")
+@click.option("--rank", type=int, help="One rank for all modules; above the present one it pads.")
+@click.option("--energy", type=float, help="Each module's fewest singular values that hold this fraction.")
+@click.option("--noise", is_flag=True, help="Each module's singular values above the optimal hard threshold.")
+@click.option(
+    "--data", type=click.Path(path_type=Path), help="The smallest rank that is enough on held-out rows of it."
+)
+@click.option("--margin", type=float, help="With --data: how much worse than the best is still enough.")
+@click.option("--ranks", callback=comma, help="With --data: ranks to measure (default: powers of two).")
+@click.option("--recover", type=int, default=0, help="With --data: training steps after each truncation.")
+@click.option("--learning-rate", type=float, help="With --recover: its learning rate.")
+@click.option("--base", help="With --data: the base model (default: the one that the adapter names).")
+@click.option("--uniform", is_flag=True, help="With --energy or --noise: one rank for all, the largest needed.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "bfloat16", "float16"]),
+    help="Of the written tensors (default: as they are).",
+)
+@click.option("--set", "assignments", multiple=True, metavar="NAME=VALUE", help="With --data: settings of select.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def resize(
+    adapters: tuple[Path, ...],
+    rank: int | None,
+    energy: float | None,
+    noise: bool,
+    data: Path | None,
+    margin: float | None,
+    ranks: list[str] | None,
+    recover: int,
+    learning_rate: float | None,
+    base: str | None,
+    uniform: bool,
+    dtype: Any,
+    assignments: tuple[str, ...],
+    as_json: bool,
+) -> None:
+    """Write ADAPTER to OUT at another rank, with the loss of it measured.
+
+    Several adapters are brought to one common rank; OUT then gets a folder for each.
+    """
+    from rightrank.probe.resizing import ResizeOptions, ResizeRule, resize_adapter, resize_together, whole_numbers
+    from rightrank.settings import make_settings
+
+    *sources, out = adapters
+    if not sources:
+        raise SettingsError(f"got one folder, {out}; give the adapter and the folder to write: ADAPTER OUT")
+    rule = ResizeRule(rank, energy, noise, data)
+    rule.require_data_for(
+        {"--margin": margin, "--ranks": ranks, "--recover": recover, "--base": base, "--set": assignments}
+    )
+    values = gather(None, assignments, {"margin": margin})
+    options = ResizeOptions(
+        dtype,
+        uniform,
+        base,
+        make_settings(values),
+        whole_numbers(ranks, "--ranks"),
+        recover,
+        learning_rate,
+        lambda at, value: click.echo(f"rank {at}: held-out {value:.4f}", err=True),
+    )
+    if len(sources) == 1:
+        _print_record(resize_adapter(sources[0], out, rule, options), as_json)
+    else:
+        _print_record(resize_together(sources, out, rule, options), as_json)
+
+
+@click.command(epilog="Example: rightrank extract ./base ./finetuned adapter --energy 0.9")
+@click.argument("base", type=click.Path(path_type=Path))
+@click.argument("finetuned", type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--rank", type=int, help="One rank for all modules.")
+@click.option("--energy", type=float, help="Each module's fewest singular values that hold this fraction.")
+@click.option("--noise", is_flag=True, help="Each module's singular values above the optimal hard threshold.")
+@click.option(
+    "--data", type=click.Path(path_type=Path), help="The smallest rank that is enough on held-out rows of it."
+)
+@click.option("--margin", type=float, help="With --data: how much worse than the best is still enough.")
+@click.option("--max-rank", type=int, default=128, show_default=True, help="Singular values to look at, at most.")
+@click.option("--uniform", is_flag=True, help="With --energy or --noise: one rank for all, the largest needed.")
+@click.option("--set", "assignments", multiple=True, metavar="NAME=VALUE", help="With --data: settings of select.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def extract(
+    base: Path,
+    finetuned: Path,
+    out: Path,
+    rank: int | None,
+    energy: float | None,
+    noise: bool,
+    data: Path | None,
+    margin: float | None,
+    max_rank: int,
+    uniform: bool,
+    assignments: tuple[str, ...],
+    as_json: bool,
+) -> None:
+    """A LoRA adapter on BASE, written to OUT, that approximates the full fine-tune FINETUNED."""
+    from rightrank.probe.extract import ExtractOptions
+    from rightrank.probe.extract import extract as extract_adapter
+    from rightrank.probe.resizing import ResizeOptions, ResizeRule
+    from rightrank.settings import make_settings
+
+    rule = ResizeRule(rank, energy, noise, data)
+    rule.require_data_for({"--margin": margin, "--set": assignments})
+    settings = make_settings(gather(None, assignments, {"margin": margin}))
+    options = ResizeOptions("float32", uniform, str(base), settings)
+    _print_record(extract_adapter(base, finetuned, out, rule, ExtractOptions(max_rank, options)), as_json)
+
+
+@click.command(
+    epilog="Example: rightrank allocate run/adapter data.jsonl --rank 8 --learning-rate 1e-3 --max-steps 200"
+)
+@click.argument("adapter", type=click.Path(path_type=Path))
+@click.argument("data", type=click.Path(path_type=Path))
+@click.option("--rank", type=int, required=True, help="Of the uniform adapter that sets the parameters.")
+@click.option("--learning-rate", type=float, required=True, help="Of every training.")
+@click.option("--max-steps", type=int, required=True, help="Optimizer steps of every training.")
+@click.option("--by", default="sensitivity", show_default=True, help="sensitivity, spectra, gradient or eva.")
+@click.option("--pattern", type=click.Path(path_type=Path), help="Test this JSON file of {module: rank} instead.")
+@click.option("--seeds", callback=comma, help="Seeds (default 0,1).")
+@click.option("--base", help="The base model (default: the one that the adapter names).")
+@click.option(
+    "--set", "assignments", multiple=True, metavar="NAME=VALUE", help="Settings of select, such as seq_len=256."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def allocate(
+    adapter: Path,
+    data: Path,
+    rank: int,
+    learning_rate: float,
+    max_steps: int,
+    by: str,
+    pattern: Path | None,
+    seeds: list[str] | None,
+    base: str | None,
+    assignments: tuple[str, ...],
+    as_json: bool,
+) -> None:
+    """Ranks that differ by module, if trained evidence is for them: else the answer is uniform.
+
+    The pattern is made from the trained ADAPTER and DATA. It must beat the uniform rank at equal parameters, and the
+    same ranks shuffled over the modules.
+    """
+    from rightrank.probe.allocate import AllocateOptions
+    from rightrank.probe.allocate import allocate as allocate_ranks
+    from rightrank.probe.resizing import whole_numbers
+    from rightrank.settings import make_settings
+
+    options = AllocateOptions(
+        rank,
+        learning_rate,
+        max_steps,
+        by,
+        pattern,
+        tuple(whole_numbers(seeds, "--seeds") or (0, 1)),
+        base,
+        make_settings(gather(None, assignments, {})),
+        lambda trial: click.echo(f"{trial.pattern}, seed {trial.seed}: {trial.value:.4f}", err=True),
+    )
+    _print_record(allocate_ranks(adapter, data, options), as_json)
+
+
+def _print_record(record: Any, as_json: bool, figure: Any = "effective_rank", every: bool = False) -> None:
+    """A record of the probe: as one JSON object, or for a person."""
+    if as_json:
+        click.echo(record.model_dump_json())
+        return
+    from rich.console import Console
+
+    from rightrank.report.spectrum_table import print_record
+
+    print_record(Console(), record, figure, every)

@@ -1,0 +1,74 @@
+"""`decide`: a rank from trainings that are done."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    pass
+
+
+def _mapping(_context: click.Context, _parameter: click.Parameter, values: tuple[str, ...]) -> dict[str, str]:
+    pairs = {}
+    for value in values:
+        name, equals, column = value.partition("=")
+        if not equals or not column.strip():
+            raise click.BadParameter(f"{value!r}: give NAME=COLUMN, such as rank=lora_r")
+        pairs[name.strip()] = column.strip()
+    return pairs
+
+
+@click.command(epilog="Example: rightrank decide runs.csv --metric eval_loss --margin 0.005")
+@click.argument("results", type=click.Path(path_type=Path))
+@click.option("--metric", help="Column of the held-out number, or what to call the column `value`.")
+@click.option("--higher-is-better/--lower-is-better", default=None, help="Default: from the metric's name, else lower.")
+@click.option("--margin", type=float, help="How much worse than the best is still enough, in the metric's unit.")
+@click.option("--map", "columns", multiple=True, callback=_mapping, metavar="NAME=COLUMN", help="What a column is.")
+@click.option("--horizon", "horizon_steps", type=click.IntRange(min=1), help="Steps that the answer is wanted for.")
+@click.option("--plot", "plot_file", type=click.Path(path_type=Path), help="Write the curve as FILE.svg or FILE.png.")
+@click.option("--json", "as_json", is_flag=True, help="Print the decision as one JSON object.")
+def decide(
+    results: Path,
+    metric: str | None,
+    higher_is_better: bool | None,
+    margin: float | None,
+    columns: dict[str, str],
+    horizon_steps: int | None,
+    plot_file: Path | None,
+    as_json: bool,
+) -> None:
+    """Decide on trainings that are done, whoever ran them.
+
+    RESULTS is a CSV or JSONL file with `rank`, `value` and, if there are any, `lr`, `seed`, `std`, `item`; a run
+    folder; or results of W&B, MLflow, TensorBoard, Trainer, Optuna or Ray Tune.
+    """
+    from rightrank.api import decide as decide_results
+
+    decided = decide_results(
+        results,
+        metric=metric,
+        higher_is_better=higher_is_better,
+        margin=margin,
+        columns=columns,
+        horizon_steps=horizon_steps,
+    )
+    if plot_file is not None:
+        from rightrank.report.decision_table import write_plot
+
+        write_plot(decided.decision, plot_file)
+    if as_json:
+        click.echo(json.dumps(decided.decision.model_dump(mode="json") | {"understood": decided.understood}))
+        return
+    from rightrank.report.decision_table import decision_text
+
+    click.echo(
+        decision_text(
+            decided.decision, decided.understood, sys.stdout.isatty(), shutil.get_terminal_size((100, 24)).columns
+        )
+    )

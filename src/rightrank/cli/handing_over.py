@@ -1,0 +1,47 @@
+"""`report` and `export`: what a finished run leaves, again."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    pass
+
+
+@click.command(epilog="Example: rightrank report run")
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print the report's path as one JSON object.")
+def report(run: Path, as_json: bool) -> None:
+    """Write report.html and the figures of RUN again, from its journal alone.
+
+    It works while a selection runs, too: the report then shows what is known so far.
+    """
+    from rightrank.runs import write_report
+
+    path = write_report(run)
+    click.echo(json.dumps({"report": str(path)}) if as_json else str(path))
+
+
+@click.command(epilog="Example: rightrank export run --to axolotl")
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("--to", required=True, help="peft, trl, axolotl, llamafactory, unsloth, ms-swift, vllm or sglang.")
+@click.option("--out", type=click.Path(path_type=Path), help="Folder to write (default: RUN/exports/TARGET).")
+@click.option("--push-to-hub", "repository", metavar="OWNER/NAME", help="With --to peft: upload it, private.")
+@click.option("--json", "as_json", is_flag=True, help="Print what was written as one JSON object.")
+def export(run: Path, to: str, out: Path | None, repository: str | None, as_json: bool) -> None:
+    """Write what another program needs to train with RUN's rank, or to serve its adapter."""
+    from rightrank.runs import export as write_export
+
+    exported = write_export(run, to, out, push_to_hub=repository)
+    if as_json:
+        click.echo(json.dumps(exported.to_json()))
+        return
+    for note in exported.notes:
+        click.echo(f"note: {note}", err=True)
+    click.echo(f"cd {exported.folder} && {exported.command}")
+    if exported.hub is not None:
+        click.echo(exported.hub)

@@ -1,0 +1,31 @@
+"""What several commands read alike: lists, settings files, assignments."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from rightrank.errors import SettingsError
+
+
+def comma(_context: click.Context, _parameter: click.Parameter, value: str | None) -> list[str] | None:
+    return None if value is None else [part.strip() for part in value.split(",") if part.strip()]
+
+
+def comma_list(value: str) -> list[str]:
+    return [part.strip() for part in value.split(",") if part.strip()]
+
+
+def gather(config_file: Path | None, assignments: tuple[str, ...], options: dict[str, Any]) -> dict[str, Any]:
+    """Settings from the config file, then `--set`, then named options: the later wins."""
+    from rightrank.io.config import read_config
+
+    values: dict[str, Any] = read_config(config_file) if config_file is not None else {}
+    for assignment in assignments:
+        name, equals, value = assignment.partition("=")
+        if not equals:
+            raise SettingsError(f"--set {assignment!r}: give NAME=VALUE, such as lora_dropout=0.05")
+        values[name.strip().replace("-", "_")] = comma_list(value) if "," in value else value
+    return values | {name: value for name, value in options.items() if value is not None and value != ()}

