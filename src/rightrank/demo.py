@@ -43,6 +43,7 @@ def run_demo(out: Path, watching: Watching) -> Selected:
     Raises:
         MissingExtraError: the model package is not installed.
     """
+    out = out.resolve()  # the adapter names its base by this path, from wherever it is loaded
     model = prepare_model_folder(out / "base_model", watching)
     data = prepare_docstrings(out / "docstrings.jsonl")
     return select_rank(str(model), data, out / "run", settings=make_settings(DEMO_SETTINGS), watching=watching)
