@@ -32,6 +32,7 @@ from rightrank.records import (
     Sample,
     TestEvaluated,
     Trial,
+    TrialFailed,
     TrialFinished,
     TrialOutcome,
     TrialStarted,
@@ -42,6 +43,7 @@ from rightrank.report.figures import figures_of
 from rightrank.report.files import write_figures
 from rightrank.report.html import render_report
 from rightrank.report.spectra import spectrum_figure
+from rightrank.report.wording import size
 from rightrank.settings import settings_difference
 from rightrank.strategies import History, Strategy
 from rightrank.strategies.protocol import arm_of
@@ -155,13 +157,23 @@ class Selection:
         return [Trial(trial_id=trial_id(fingerprint, arm), arm=arm) for arm in arms]
 
     def _keep(self, outcome: TrialOutcome) -> None:
-        alone = isinstance(outcome, TrialFinished) and outcome.pack_size == 1  # the prediction is of one arm
-        if alone and outcome.rank in self._predicted_peaks:
-            outcome = outcome.model_copy(update={"predicted_peak_bytes": self._predicted_peaks[outcome.rank]})
+        outcome = self._beside_plan(outcome)
         self._folder.journal.append(outcome)
         self.records.outcomes.append(outcome)
         self.write_views(decision_so_far(self.records, self._evidence()))
         self._listener(outcome)
+
+    def _beside_plan(self, outcome: TrialOutcome) -> TrialOutcome:
+        """The outcome with what the plan said of its rank, where it said anything."""
+        predicted = self._predicted_peaks.get(outcome.rank)
+        if predicted is None:
+            return outcome
+        if isinstance(outcome, TrialFailed) and outcome.error == "out_of_memory":
+            reason = f"{outcome.reason}; the plan said {size(predicted)}"
+            return outcome.model_copy(update={"reason": reason})
+        if isinstance(outcome, TrialFinished) and outcome.pack_size == 1:  # the prediction is of one arm
+            return outcome.model_copy(update={"predicted_peak_bytes": predicted})
+        return outcome
 
     def _decide(self) -> Decision:
         finished = [trial for trial in self._finished() if trial.rank > 0]
