@@ -38,8 +38,11 @@ def summary(out: Path) -> dict[str, Any]:
     """Decision, values by trial, and how often each trial finished."""
     lines = [json.loads(line) for line in (out / "journal.jsonl").read_text().splitlines()]
     finished = [line for line in lines if line["type"] == "trial_finished"]
+    decision = json.loads((out / "decision.json").read_text())
+    for run in decision["next_runs"]:
+        run.pop("seconds")  # from measured times, which no two runs share
     return {
-        "decision": json.loads((out / "decision.json").read_text()),
+        "decision": decision,
         "values": {line["trial_id"]: line["value"] for line in finished},
         "twice": len(finished) - len({line["trial_id"] for line in finished}),
     }
