@@ -9,11 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from rightrank.errors import SettingsError, did_you_mean
 from rightrank.records import Record
-from rightrank.settings import DtypeName, parse_bytes
+from rightrank.settings import DtypeName, checked, parse_bytes
 
 Source: TypeAlias = Literal["exact", "traced", "formula", "measured", "assumed"]
 OptimizerName: TypeAlias = Literal["adamw", "adamw_fused", "adamw_8bit", "paged_adamw_8bit", "sgd"]
@@ -196,21 +195,4 @@ def make_plan_settings(values: Mapping[str, Any]) -> PlanSettings:
     Raises:
         SettingsError: an unknown name (with the nearest known one) or a value that is not allowed.
     """
-    unknown = [name for name in values if name not in PlanSettings.model_fields]
-    if unknown:
-        near = did_you_mean(unknown[0], PlanSettings.model_fields)
-        allowed = ", ".join(sorted(PlanSettings.model_fields))
-        raise SettingsError(f"unknown setting {unknown[0]!r}{near or '; allowed: ' + allowed}")
-    try:
-        return PlanSettings.model_validate(dict(values))
-    except ValidationError as error:
-        raise SettingsError(_first_line(error)) from None
-
-
-def _first_line(error: ValidationError) -> str:
-    first = error.errors()[0]
-    message = first["msg"].removeprefix("Value error, ")
-    if first["type"] == "value_error":
-        return message
-    where = str(first["loc"][0]) if first["loc"] else "settings"
-    return f"{where}: got {first['input']!r}; {message[0].lower()}{message[1:]}"
+    return checked(PlanSettings, values)

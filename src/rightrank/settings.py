@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -17,6 +17,7 @@ from rightrank.errors import SettingsError, did_you_mean
 NOT_IDENTITY = ("pack_size", "certify", "checkpoint_seconds", "memory_bytes")
 
 Scaling: TypeAlias = Literal["alpha/r", "alpha/sqrt(r)", "constant"]
+AnySettings = TypeVar("AnySettings", bound=BaseModel)
 DtypeName: TypeAlias = Literal["float32", "bfloat16", "float16"]
 
 # `constant` scaling is stated through alpha too: it is the scale that alpha/r has at this rank,
@@ -182,15 +183,22 @@ def make_settings(values: Mapping[str, object]) -> SelectSettings:
     Raises:
         SettingsError: an unknown name (with the nearest known one) or a value that is not allowed.
     """
-    unknown = [name for name in values if name not in SelectSettings.model_fields]
+    return checked(SelectSettings, values)
+
+
+def checked(kind: type[AnySettings], values: Mapping[str, object]) -> AnySettings:
+    """A record of settings of some kind from plain values.
+
+    Raises:
+        SettingsError: an unknown name (with the nearest known one) or a value that is not allowed.
+    """
+    unknown = [name for name in values if name not in kind.model_fields]
     if unknown:
-        name = unknown[0]
-        near = did_you_mean(name, SelectSettings.model_fields)
-        raise SettingsError(
-            f"unknown setting {name!r}{near or '; allowed: ' + ', '.join(sorted(SelectSettings.model_fields))}"
-        )
+        near = did_you_mean(unknown[0], kind.model_fields)
+        allowed = ", ".join(sorted(kind.model_fields))
+        raise SettingsError(f"unknown setting {unknown[0]!r}{near or '; allowed: ' + allowed}")
     try:
-        return SelectSettings.model_validate(dict(values))
+        return kind.model_validate(dict(values))
     except ValidationError as error:
         raise SettingsError(_first_line(error)) from None
 
