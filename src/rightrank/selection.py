@@ -46,7 +46,6 @@ from rightrank.report.spectra import spectrum_figure
 from rightrank.report.wording import size
 from rightrank.settings import settings_difference
 from rightrank.strategies import History, Strategy
-from rightrank.strategies.protocol import arm_of
 
 
 def adapter_figures(adapter: Path) -> list[Figure]:
@@ -209,7 +208,7 @@ class Selection:
     def _test(self, bench: Bench, trial: TrialFinished) -> None:
         if any(test.trial_id == trial.trial_id for test in self.records.tests):
             return
-        with bench.arm(arm_of(trial)) as model:
+        with bench.arm(trial.arm) as model:
             if trial.rank > 0:
                 restore_adapter(model, self._folder.trial_adapter(trial.trial_id))
             scores = bench.evaluate("test")
@@ -227,7 +226,7 @@ class Selection:
     def _write_samples(self, bench: Bench, chosen: TrialFinished) -> None:
         items = promptable_items(bench, bench.settings.samples)
         before = [write_completion(bench, item) for item in items]
-        with bench.arm(arm_of(chosen)) as model:
+        with bench.arm(chosen.arm) as model:
             restore_adapter(model, self._folder.trial_adapter(chosen.trial_id))
             after = [write_completion(bench, item) for item in items]
         for item, first, then in zip(items, before, after, strict=True):

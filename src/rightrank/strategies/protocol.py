@@ -84,11 +84,6 @@ class Strategy(Protocol):
         ...
 
 
-def arm_of(outcome: TrialOutcome) -> Arm:
-    """The arm that an outcome is of."""
-    return outcome.arm
-
-
 def base_arm(lora_alpha: float) -> Arm:
     """Rank 0: the base itself, evaluated once and a point of every curve."""
     return Arm(rank=0, learning_rate=0.0, lora_alpha=lora_alpha, seed=0, steps=0)
