@@ -13,6 +13,7 @@
     │   ├── PackingError            arms that can't be trained in one pass; they are then trained alone
     │   └── AllTrialsFailedError    not one trial ended with a result
     └── InterruptedRun              exit 130: stopped by the user, can be resumed
+        └── TerminatedRun           exit 143: stopped by SIGTERM, as before a machine is taken away
 
 Every message says what was got, what is allowed, and what to do. All survive pickling:
 they carry one string and nothing else.
@@ -37,6 +38,7 @@ __all__ = [
     "RunError",
     "RunFolderError",
     "SettingsError",
+    "TerminatedRun",
     "did_you_mean",
 ]
 
@@ -97,6 +99,12 @@ class InterruptedRun(RightrankError):  # noqa: N818 - not a fault: the user aske
     """Stopped by the user; what was finished is kept and the run can be resumed."""
 
     exit_status = 130
+
+
+class TerminatedRun(InterruptedRun):
+    """Stopped by SIGTERM: pre-empted; what was finished is kept and the run can be resumed."""
+
+    exit_status = 143
 
 
 def did_you_mean(got: str, allowed: Iterable[str]) -> str:

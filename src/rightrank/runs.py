@@ -13,6 +13,7 @@ from rightrank.exports.hub import require_repository
 from rightrank.exports.recipe import recipe_of
 from rightrank.exports.targets import Exported, require_target, write_export
 from rightrank.io.files import disk_errors_told, write_text
+from rightrank.io.journal import Repaired
 from rightrank.io.run_folder import RunFolder
 from rightrank.report.event_log import PROGRESS_FILE
 from rightrank.report.figures import figures_of
@@ -74,6 +75,17 @@ def export(run: str | Path, to: str, out: str | Path | None = None, *, push_to_h
     if push_to_hub is None:
         return exported
     return replace(exported, hub=upload(exported.folder, folder.figures, push_to_hub))
+
+
+def repair(run: str | Path) -> Repaired:
+    """Keep the whole records of a damaged journal and set the damaged lines aside in a file of their own.
+
+    Raises:
+        RunFolderError: no run there, a process at work in it, or a run whose start is damaged.
+    """
+    folder = existing_run(run)
+    with folder.locked(), disk_errors_told(folder.path):
+        return folder.journal.repair()
 
 
 def existing_run(run: str | Path) -> RunFolder:

@@ -1,15 +1,11 @@
-"""`report` and `export`: what a finished run leaves, again."""
+"""`report`, `export` and `repair`: what can be done with a run that is there."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
-
-if TYPE_CHECKING:
-    pass
 
 
 @click.command(epilog="Example: rightrank report run")
@@ -45,3 +41,25 @@ def export(run: Path, to: str, out: Path | None, repository: str | None, as_json
     click.echo(f"cd {exported.folder} && {exported.command}")
     if exported.hub is not None:
         click.echo(exported.hub)
+
+
+@click.command(epilog="Example: rightrank repair run")
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print what was kept as one JSON object.")
+def repair(run: Path, as_json: bool) -> None:
+    """Keep the whole records of RUN's journal where some are damaged, and set the damaged lines aside.
+
+    `rightrank select` with the same arguments then trains again only what was lost.
+    """
+    from rightrank.runs import repair as repair_run
+
+    repaired = repair_run(run)
+    if as_json:
+        aside = None if repaired.aside is None else str(repaired.aside)
+        click.echo(json.dumps({"kept": repaired.kept, "set_aside": repaired.set_aside, "file": aside}))
+    elif repaired.aside is None:
+        click.echo(f"{run}: all {repaired.kept} records are whole; nothing was changed")
+    else:
+        click.echo(
+            f"{run}: {repaired.kept} records kept; damaged lines set aside in {repaired.aside}: {repaired.set_aside}"
+        )

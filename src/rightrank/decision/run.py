@@ -143,7 +143,6 @@ def _own_result(outcome: TrialOutcome, metric: str) -> Result:
         item_values=outcome.item_scores or [],
         item_weights=outcome.item_weights or [],
         train_value=outcome.train_value,
-        seconds=outcome.train_seconds + outcome.eval_seconds,
         steps=outcome.steps,
         points=[(point.step, point.value) for point in outcome.points],
         others={name: value for name, value in outcome.metrics.items() if name != metric},

@@ -12,7 +12,7 @@ import yaml
 from filelock import FileLock, Timeout
 
 from rightrank.errors import RunFolderError
-from rightrank.io.files import write_text
+from rightrank.io.files import sweep_leftovers, write_text
 from rightrank.io.journal import Journal
 from rightrank.records import Decision
 
@@ -36,9 +36,12 @@ class RunFolder:
     def trial_adapter(self, trial_id: str) -> Path:
         return self.path / "trials" / trial_id
 
+    def heartbeat(self, worker: str) -> Path:
+        return self.path / "workers" / f"{worker}.beat"
+
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Make the folder and hold its lock.
+        """Make the folder and hold its lock; what a killed process left half written is swept away.
 
         Raises:
             RunFolderError: not writable, a file in its place, foreign content, or another process at work in it.
@@ -57,6 +60,7 @@ class RunFolder:
             ) from None
         try:
             self._require_ours()
+            sweep_leftovers(self.path)
             yield
         finally:
             lock.release()
@@ -91,3 +95,4 @@ class RunFolder:
         """Remove what only a running selection needs."""
         shutil.rmtree(self.cache, ignore_errors=True)
         shutil.rmtree(self.path / "checkpoints", ignore_errors=True)
+        shutil.rmtree(self.path / "workers", ignore_errors=True)

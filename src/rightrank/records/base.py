@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     pass
 
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2  # of the journal: 2 closes each line with its length and checksum
+IDENTITY_VERSION = 1  # of what a trial id is a hash of: a change gives every trial another id
 
 
 MetricName: TypeAlias = Literal["loss", "accuracy"]

@@ -120,7 +120,9 @@ class NextRun(Record):
     items: int | None = None  # held-out items in all
     steps: int | None = None
     trials: int = 0  # new trainings
-    seconds: float | None = None  # estimated from the trials so far, where they say how long they took
+    seconds: float | None = (
+        None  # by a table's own `seconds`; None for a run, whose decision holds nothing measured anew
+    )
     sentence: str
 
 
