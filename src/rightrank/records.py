@@ -21,6 +21,10 @@ if TYPE_CHECKING:
 
 SCHEMA_VERSION = 1
 
+# Whole numbers that a float holds exactly: a larger one in a file is damage, and would break what computes with it.
+LARGEST_WHOLE = 2**53
+Whole: TypeAlias = Annotated[int, Field(ge=-LARGEST_WHOLE, le=LARGEST_WHOLE)]
+
 MetricName: TypeAlias = Literal["loss", "accuracy"]
 SplitName: TypeAlias = Literal["train", "selection", "test"]
 Basis: TypeAlias = Literal["items and seeds", "items", "seeds", "std", "values"]
@@ -47,12 +51,12 @@ class ArmFields(Record):
     Both name the trial they come from.
     """
 
-    rank: int = Field(ge=0)  # 0 is the base model itself, evaluated and never trained
+    rank: Whole = Field(ge=0)  # 0 is the base model itself, evaluated and never trained
     learning_rate: float = Field(ge=0)
     lora_alpha: float = Field(gt=0)
-    seed: int = Field(ge=0)  # of the batch order, of the first A, and of dropout
-    steps: int = Field(ge=0)  # optimizer steps, which the rate's schedule spans
-    stop_at: int | None = Field(default=None, gt=0)  # end after this many of the steps, the schedule unchanged
+    seed: Whole = Field(ge=0)  # of the batch order, of the first A, and of dropout
+    steps: Whole = Field(ge=0)  # optimizer steps, which the rate's schedule spans
+    stop_at: Whole | None = Field(default=None, gt=0)  # end after this many of the steps, the schedule unchanged
     continue_from: str | None = None  # trial id: the same arm, stopped early
     truncate_from: str | None = None  # trial id: a finished training at a rank not below this one
     init_lora_weights: str | None = None  # None: as the settings say
@@ -109,14 +113,14 @@ def content_hash(value: JsonValue | dict[str, Any]) -> str:
 class EvalPoint(Record):
     """The held-out value part of the way through a training."""
 
-    step: int
+    step: Whole
     value: float
     train_value: float | None  # mean training loss since the point before, the same batches for every arm
 
 
 class TrialStarted(ArmFields):
     type: Literal["trial_started"] = "trial_started"
-    schema_version: int = SCHEMA_VERSION
+    schema_version: Whole = SCHEMA_VERSION
     trial_id: str
 
 
@@ -124,24 +128,24 @@ class TrialFinished(ArmFields):
     """A trial that ended with a result. Item lists follow the order of the run's evaluation items."""
 
     type: Literal["trial_finished"] = "trial_finished"
-    schema_version: int = SCHEMA_VERSION
+    schema_version: Whole = SCHEMA_VERSION
     trial_id: str
     value: float  # held-out, the decision's metric, on the selection split
     metrics: dict[str, float]  # every metric measured on the selection split
     item_losses: list[float]  # summed over the item's label tokens, nats
-    item_tokens: list[int]  # label tokens of the item
-    item_correct: list[int] | None = None  # classification: 1 where the prediction is right
+    item_tokens: list[Whole]  # label tokens of the item
+    item_correct: list[Whole] | None = None  # classification: 1 where the prediction is right
     item_scores: list[float] | None = None  # of a trainer of one's own: the metric itself, item by item
     item_weights: list[float] | None = None  # beside item_scores; None: all alike
     train_value: float | None  # mean training loss of the last stretch before the end
     points: list[EvalPoint]
-    trainable_parameters: int
+    trainable_parameters: Whole
     train_seconds: float
-    train_tokens: int  # labelled and unlabelled, no padding
+    train_tokens: Whole  # labelled and unlabelled, no padding
     eval_seconds: float
-    peak_bytes: int  # allocated on the device; on the CPU, the growth of the process's resident memory
-    predicted_peak_bytes: int | None = None  # allocated by tensors, as planned before the start; None: not planned
-    pack_size: int = 1  # arms that shared the passes, and the peak; the seconds are this arm's even share
+    peak_bytes: Whole  # allocated on the device; on the CPU, the growth of the process's resident memory
+    predicted_peak_bytes: Whole | None = None  # allocated by tensors, as planned before the start; None: not planned
+    pack_size: Whole = 1  # arms that shared the passes, and the peak; the seconds are this arm's even share
     train_losses: list[float] = []  # nats a label, one for each step
 
 
@@ -149,9 +153,9 @@ class TrialDiverged(ArmFields):
     """A trial whose loss became NaN or rose above the base's: a missing cell, not evidence against a rank."""
 
     type: Literal["trial_diverged"] = "trial_diverged"
-    schema_version: int = SCHEMA_VERSION
+    schema_version: Whole = SCHEMA_VERSION
     trial_id: str
-    step: int
+    step: Whole
     reason: str
 
 
@@ -159,7 +163,7 @@ class TrialFailed(ArmFields):
     """A trial that could not be run to its end."""
 
     type: Literal["trial_failed"] = "trial_failed"
-    schema_version: int = SCHEMA_VERSION
+    schema_version: Whole = SCHEMA_VERSION
     trial_id: str
     error: Literal["out_of_memory", "error"]
     reason: str
@@ -171,11 +175,11 @@ TrialOutcome: TypeAlias = TrialFinished | TrialDiverged | TrialFailed
 class SplitSummary(Record):
     """What a split holds after tokenising."""
 
-    items: int
-    tokens: int
-    label_tokens: int
-    truncated: int  # items cut to the length limit
-    dropped: int  # items left without a label token
+    items: Whole
+    tokens: Whole
+    label_tokens: Whole
+    truncated: Whole  # items cut to the length limit
+    dropped: Whole  # items left without a label token
 
 
 class DataSummary(Record):
@@ -184,15 +188,17 @@ class DataSummary(Record):
     form: Literal["text", "prompt_completion", "messages", "classification", "own"]  # own: known to its trainer alone
     splits: dict[str, SplitSummary]
     splits_given: bool
-    duplicates_across_splits: int
+    duplicates_across_splits: Whole
     classes: list[str] | None = None
+    unreadable: Whole = 0  # rows left out: half characters, which no tokenizer takes
+    control_characters: Whole = 0  # items that hold them; they are kept
 
 
 class RunStarted(Record):
     """The first line of a journal: all that the trials share."""
 
     type: Literal["run_started"] = "run_started"
-    schema_version: int = SCHEMA_VERSION
+    schema_version: Whole = SCHEMA_VERSION
     rightrank_version: str
     fingerprint: str
     settings: dict[str, JsonValue]
@@ -210,20 +216,20 @@ class TestEvaluated(Record):
     __test__ = False  # not a test, whatever pytest thinks of the name
 
     type: Literal["test_evaluated"] = "test_evaluated"
-    schema_version: int = SCHEMA_VERSION
+    schema_version: Whole = SCHEMA_VERSION
     trial_id: str
-    rank: int
+    rank: Whole
     value: float
     item_losses: list[float]
-    item_tokens: list[int]
-    item_correct: list[int] | None = None
+    item_tokens: list[Whole]
+    item_correct: list[Whole] | None = None
 
 
 class Sample(Record):
     """A held-out item and what the model writes for it before and after training."""
 
     type: Literal["sample"] = "sample"
-    schema_version: int = SCHEMA_VERSION
+    schema_version: Whole = SCHEMA_VERSION
     trial_id: str
     item_id: str
     prompt: str
@@ -236,11 +242,11 @@ class Certified(Record):
     """An arm trained again alone, and how far that is from what it was in its pack. Differences are relative."""
 
     type: Literal["certified"] = "certified"
-    schema_version: int = SCHEMA_VERSION
+    schema_version: Whole = SCHEMA_VERSION
     trial_id: str
-    rank: int
-    pack_size: int
-    steps: int
+    rank: Whole
+    pack_size: Whole
+    steps: Whole
     first_step_difference: float  # of the training loss
     loss_difference: float  # of the training loss, the largest over all steps
     adapter_difference: float  # of the adapter's tensors when it has finished, in norm
@@ -264,7 +270,7 @@ class Certified(Record):
 class RankEvidence(Record):
     """What is known of one rank."""
 
-    rank: int
+    rank: Whole
     value: float
     low: float
     high: float
@@ -273,7 +279,7 @@ class RankEvidence(Record):
     difference_high: float | None = None  # 95% upper bound of it, one-sided
     non_inferior: bool | None = None  # within the margin: shown, refuted, or open (None)
     learning_rate: float | None = None
-    seeds: int = 1
+    seeds: Whole = 1
     trial_ids: list[str] = []
     winner_gap: float = 0.0  # how optimistic the best of its rates is; taken out of the difference
 
@@ -282,7 +288,7 @@ class StaircaseStep(Record):
     """From this margin on, this rank is enough."""
 
     margin: float
-    rank: int
+    rank: Whole
 
 
 class FittedPoint(Record):
@@ -317,12 +323,12 @@ class NextRun(Record):
     """A run that would settle or extend the answer."""
 
     action: Literal["seeds", "items", "rank", "rates", "steps", "test", "data", "none"]
-    ranks: list[int] = []
+    ranks: list[Whole] = []
     learning_rates: list[float] = []
-    seeds: int | None = None  # in all, at each of the ranks
-    items: int | None = None  # held-out items in all
-    steps: int | None = None
-    trials: int = 0  # new trainings
+    seeds: Whole | None = None  # in all, at each of the ranks
+    items: Whole | None = None  # held-out items in all
+    steps: Whole | None = None
+    trials: Whole = 0  # new trainings
     seconds: float | None = None  # estimated from the trials so far, where they say how long they took
     sentence: str
 
@@ -330,8 +336,8 @@ class NextRun(Record):
 class HorizonNote(Record):
     """Whether the ranks' order had settled when the training ended."""
 
-    steps: int
-    holds_from: int  # the earliest evaluation from which on the same rank was the answer
+    steps: Whole
+    holds_from: Whole  # the earliest evaluation from which on the same rank was the answer
     gap_growth: float | None  # of the chosen rank's gap to the reference, over the last stretch, metric's unit
 
 
@@ -344,8 +350,8 @@ class Decision(Record):
 
         return DataFrame([evidence.model_dump() for evidence in self.ranks]).set_index("rank")
 
-    rank: int | None  # None where the evidence names none
-    fallback_rank: int  # the smallest rank shown to be enough: what is handed over when `rank` is None
+    rank: Whole | None  # None where the evidence names none
+    fallback_rank: Whole  # the smallest rank shown to be enough: what is handed over when `rank` is None
     verdict: Verdict
     flags: list[str]
     sentence: str  # for a person
@@ -353,7 +359,7 @@ class Decision(Record):
     metric: str
     higher_is_better: bool
     margin: float
-    reference_rank: int
+    reference_rank: Whole
     confidence: float
     learning_rate: float | None
     staircase: list[StaircaseStep]
@@ -370,18 +376,18 @@ class Result(Record):
     """One finished training of a table that others made; `value` is None where it ended without a result."""
 
     trial_id: str
-    rank: int
+    rank: Whole
     learning_rate: float = 0.0  # 0: not stated
-    seed: int = 0
+    seed: Whole = 0
     value: float | None
     item_values: list[float] = []  # in the order of the table's items; each a mean over the item's tokens
     item_weights: list[float] = []  # tokens of each item; empty: all alike
     std: float | None = None  # stated standard deviation over seeds
-    std_seeds: int = 1  # how many seeds the value is the mean of
+    std_seeds: Whole = 1  # how many seeds the value is the mean of
     train_value: float | None = None
     seconds: float | None = None
-    steps: int | None = None
-    points: list[tuple[int, float]] = []  # (step, value) along the training
+    steps: Whole | None = None
+    points: list[tuple[Whole, float]] = []  # (step, value) along the training
     others: dict[str, float] = {}
 
 
@@ -398,7 +404,7 @@ class SweepRow(Record):
     """One further setting (an alpha, a scaling rule, an initialisation) at one rank, at its own best rate."""
 
     setting: str
-    rank: int
+    rank: Whole
     learning_rate: float
     value: float  # held-out, the mean over seeds
     gain: float  # over the setting that all ranks shared, at the same rank; above 0 is better
@@ -408,7 +414,7 @@ class Decided(Record):
     """A decision in the journal, with what was handed over."""
 
     type: Literal["decided"] = "decided"
-    schema_version: int = SCHEMA_VERSION
+    schema_version: Whole = SCHEMA_VERSION
     decision: Decision
     adapter_trial_id: str | None
 
@@ -432,8 +438,8 @@ class StepDone(Record):
     """Progress of a running trial; shown, never journalled."""
 
     trial_id: str
-    step: int
-    steps: int
+    step: Whole
+    steps: Whole
     loss: float
     seconds: float  # since the trial began
 
@@ -441,8 +447,8 @@ class StepDone(Record):
 class Preparing(Record):
     """Progress of the work that comes before the first training: the frozen layers, once for each item."""
 
-    items: int
-    of_items: int
+    items: Whole
+    of_items: Whole
     seconds: float
 
 
@@ -453,11 +459,11 @@ class TrialTask(Record):
     """What a trainer of one's own is asked for: one training, or the base's evaluation where the rank is 0."""
 
     trial_id: str
-    rank: int
+    rank: Whole
     learning_rate: float
     lora_alpha: float
-    seed: int
-    steps: int  # 0: as the trainer has it
+    seed: Whole
+    steps: Whole  # 0: as the trainer has it
     folder: Path  # there, and the trial's own: an adapter saved into it is handed over if the trial is chosen
 
 
@@ -471,8 +477,8 @@ class TrialResult(Record):
     item_weights: list[float] | None = None  # such as the tokens of each item; None: all alike
     train_value: float | None = None  # the metric on training data at the end
     points: list[EvalPoint] = []  # held-out values on the way
-    trainable_parameters: int = 0
-    train_tokens: int = 0
+    trainable_parameters: Whole = 0
+    train_tokens: Whole = 0
     train_seconds: float | None = None  # None: the whole call
     eval_seconds: float = 0.0
-    peak_bytes: int = 0
+    peak_bytes: Whole = 0
