@@ -21,12 +21,12 @@ from rightrank.errors import InputError
 from rightrank.io.data import load_data
 from rightrank.io.rows import FILE_TYPES
 from rightrank.io.weights import open_weights
-from rightrank.plan_records import make_plan_settings
 from rightrank.planning.planner import make_plan
 from rightrank.report.decision_table import decision_text
 from rightrank.report.html import render_report
 from rightrank.runs import existing_run, status
 from rightrank.settings import make_settings, parse_bytes
+from rightrank.settings.plan import make_plan_settings
 
 PART = b"\n--part--\n"  # between the files of one input
 

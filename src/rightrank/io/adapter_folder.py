@@ -23,7 +23,7 @@ from rightrank.errors import ModelError, RunFolderError
 from rightrank.io.files import replacing_folder
 from rightrank.io.patterns import lora_scaling, pattern_matches, pattern_value
 from rightrank.io.reading import UnreadableError, read_json_object
-from rightrank.probe_records import ModuleKind
+from rightrank.records.probe import ModuleKind
 
 Floats = NDArray[np.float64]
 

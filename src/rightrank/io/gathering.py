@@ -10,7 +10,8 @@ from typing import Any
 from rightrank.errors import ResultsError
 from rightrank.io.columns import Columns
 from rightrank.io.rows import Row
-from rightrank.records import LARGEST_WHOLE, Result
+from rightrank.records import Result
+from rightrank.records.base import LARGEST_WHOLE
 
 FAILED = {"failed", "crashed", "killed", "error", "fail", "diverged", "oom", "pruned"}
 LARGEST_NUMBER = 1e12  # beyond it a held-out value is a mistake, and squares lose their meaning

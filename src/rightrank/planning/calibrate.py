@@ -24,10 +24,10 @@ from rightrank.errors import SettingsError
 from rightrank.io.files import write_text
 from rightrank.io.models import DTYPES
 from rightrank.io.reading import UnreadableError, read_json_object
-from rightrank.plan_records import PlanSettings
 from rightrank.planning.estimate import Estimator
 from rightrank.planning.skeleton import lora_config
 from rightrank.planning.stack import TRACED_GROUPS, reduced_config
+from rightrank.settings import PlanSettings
 
 STEPS = 4  # the first warms up
 
