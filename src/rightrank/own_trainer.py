@@ -84,6 +84,8 @@ def select_rank_with(
         executor = OwnExecutor(call, metric, selection.items(), folder.trial_adapter, selection.note_start)
         folder.write_config(dict(started.settings))
         watching.on_plan(started, chosen.expected_arms() - (not with_base), steps)
+        if selection.records.outcomes:
+            watching.on_resume(selection.records.outcomes)
         decision = selection.run(executor, watching.should_stop)
         return Selected(decision, folder.path, selection.finish(decision), folder.report)
 

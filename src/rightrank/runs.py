@@ -27,9 +27,9 @@ def write_report(run: str | Path) -> Path:
     Raises:
         RunFolderError: no run there.
     """
+    folder = existing_run(run)
     from rightrank.selection import adapter_figures  # brings torch: `status` and `export` do without
 
-    folder = existing_run(run)
     journal = folder.journal.read()
     records = records_of(journal, str(folder.path))
     decided = last_decided(journal)
