@@ -14,7 +14,9 @@ from rightrank.engine.train import Watcher
 from rightrank.exports.adapter_folder import hand_over
 from rightrank.io.adapters import restore_adapter
 from rightrank.records import Certified, Decided, Decision, Sample, TestEvaluated, TrialFinished
-from rightrank.selection import Selection
+from rightrank.report.figures import figures_of
+from rightrank.report.files import write_figures
+from rightrank.selection import Selection, adapter_figures
 
 
 def hand_over_trained(selection: Selection, bench: Bench, decision: Decision) -> TrialFinished:
@@ -27,9 +29,19 @@ def hand_over_trained(selection: Selection, bench: Bench, decision: Decision) ->
         _test(selection, bench, trial)
     if not records.samples:
         _write_samples(selection, bench, chosen)
-    hand_over(folder.trial_adapter(chosen.trial_id), folder.adapter, records.started, chosen, decision, records.tests)
+    write_figures(folder.figures, figures_of(records, decision))
+    hand_over(
+        folder.trial_adapter(chosen.trial_id),
+        folder.adapter,
+        records.started,
+        chosen,
+        decision,
+        records.tests,
+        folder.figures,
+    )
     folder.journal.append(Decided(decision=decision, adapter_trial_id=chosen.trial_id))
-    selection.write_views(decision, figures=True)
+    selection.write_views(decision)
+    write_figures(folder.figures, adapter_figures(folder.adapter))
     folder.drop_working_files()
     return chosen
 
@@ -40,10 +52,11 @@ def hand_over_saved(selection: Selection, decision: Decision) -> Path | None:
     chosen = best_trial(records, decision, decision.fallback_rank)
     saved = folder.trial_adapter(chosen.trial_id)
     adapter = folder.adapter if any(path.is_file() for path in saved.iterdir()) else None
+    write_figures(folder.figures, figures_of(records, decision))
     if adapter is not None:
-        hand_over(saved, adapter, records.started, chosen, decision, [])
+        hand_over(saved, adapter, records.started, chosen, decision, [], folder.figures)
     folder.journal.append(Decided(decision=decision, adapter_trial_id=chosen.trial_id))
-    selection.write_views(decision, figures=True)
+    selection.write_views(decision)
     return adapter
 
 

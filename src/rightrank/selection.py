@@ -29,8 +29,6 @@ from rightrank.records import (
     trial_id,
 )
 from rightrank.report.figure import Figure
-from rightrank.report.figures import figures_of
-from rightrank.report.files import write_figures
 from rightrank.report.html import render_report
 from rightrank.report.spectra import spectrum_figure
 from rightrank.report.wording import size
@@ -141,14 +139,12 @@ class Selection:
                 f"give a larger budget, or {self._terms.advice}"
             ) from None
 
-    def write_views(self, decision: Decision | None, figures: bool = False) -> None:
-        """decision.json and report, each replaced whole; with `figures` those too."""
+    def write_views(self, decision: Decision | None) -> None:
+        """decision.json and report, each replaced whole."""
         if decision is not None:
             self.folder.write_decision(decision)
         spectra = adapter_figures(self.folder.adapter)
         write_text(self.folder.report, render_report(self.records, decision, further_figures=spectra))
-        if figures and decision is not None:
-            write_figures(self.folder.figures, [*figures_of(self.records, decision), *spectra])
 
     def _seen(self) -> list[TrialOutcome]:
         """What the strategy is shown. A base that nobody evaluates is shown as one that gave no result."""
