@@ -77,7 +77,7 @@ def _hopeless(space: Space, results: Results, rank: int) -> bool:
 
 
 def _try_side(space: Space, results: Results, rank: int, rate: float, side: float) -> Wanted:
-    mark = results.loss_on_the_way(space.arm(rank, rate), early_step(space, LATER))
+    mark = results.loss_on_the_way(space.arm(rank, rate), early_step(space, LATER)) if space.stages else None
     if mark is None or side > rate:
         yield [space.arm(rank, side)]
         return

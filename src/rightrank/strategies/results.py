@@ -160,6 +160,8 @@ def excess_of(pairs: Iterable[tuple[TrialFinished, TrialFinished]], space: Space
 
 def _item_differences(left: TrialFinished, right: TrialFinished, space: Space) -> Floats | None:
     """[items] contributions to the difference, each times the number of items, so that their mean is the difference."""
+    if left.item_scores is not None and right.item_scores is not None:
+        return _score_differences(left, right, space)
     if space.higher_is_better:
         if left.item_correct is None or right.item_correct is None or len(left.item_correct) != len(right.item_correct):
             return None
@@ -167,7 +169,23 @@ def _item_differences(left: TrialFinished, right: TrialFinished, space: Space) -
     if not left.item_losses or len(left.item_losses) != len(right.item_losses):
         return None
     tokens = np.asarray(left.item_tokens, dtype=np.float64)
-    sums = np.asarray(left.item_losses, dtype=np.float64) - np.asarray(right.item_losses, dtype=np.float64)
-    mean = sums.sum() / tokens.sum()
-    found: Floats = mean + (sums - mean * tokens) / tokens.mean()
+    return _linearised(
+        np.asarray(left.item_losses, dtype=np.float64) - np.asarray(right.item_losses, dtype=np.float64), tokens
+    )
+
+
+def _score_differences(left: TrialFinished, right: TrialFinished, space: Space) -> Floats | None:
+    """As `_item_differences`, of the scores that a trainer of one's own gave."""
+    ours, others = (np.asarray(trial.item_scores, dtype=np.float64) for trial in (left, right))
+    if len(ours) != len(others):
+        return None
+    weights = np.ones_like(ours) if left.item_weights is None else np.asarray(left.item_weights, dtype=np.float64)
+    differences = others - ours if space.higher_is_better else ours - others
+    return _linearised(differences * weights, weights)
+
+
+def _linearised(sums: Floats, weights: Floats) -> Floats:
+    """[items] of a difference of weighted means, from each item's weighted difference."""
+    mean = sums.sum() / weights.sum()
+    found: Floats = mean + (sums - mean * weights) / weights.mean()
     return found
