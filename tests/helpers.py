@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from rightrank.api import training_steps
 from rightrank.engine.bench import Bench
 from rightrank.engine.encode import encode
 from rightrank.io.data import load_data
 from rightrank.io.models import load_model
+from rightrank.preparation import training_steps
 from rightrank.settings import SelectSettings
 
 

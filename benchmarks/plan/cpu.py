@@ -18,8 +18,8 @@ from typing import Any
 from benchmarks.machine import machine
 from benchmarks.plan.architectures import SMALL_CONFIGS
 from benchmarks.plan.measure import measure
-from rightrank.plan_records import make_plan_settings
 from rightrank.planning.planner import plan_config
+from rightrank.settings import make_plan_settings
 
 LIMIT = 0.03
 CASES: list[dict[str, Any]] = [

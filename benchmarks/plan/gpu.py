@@ -22,8 +22,8 @@ import torch
 from benchmarks.machine import machine
 from benchmarks.plan.architectures import FULL_CONFIGS, SMALL_CONFIGS
 from benchmarks.plan.measure import measure
-from rightrank.plan_records import make_plan_settings
 from rightrank.planning.planner import plan_config
+from rightrank.settings import make_plan_settings
 
 ALLOCATED_LIMIT, RESERVED_LIMIT = 0.03, 0.05
 CONFIGS = {name: FULL_CONFIGS[name] for name in ("SmolLM2-135M", "Llama-3.2-3B")} | {"gpt2": SMALL_CONFIGS["gpt2"]}

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 
 from rightrank.engine.bench import recomputed_blocks
 from rightrank.engine.loss import chunked_cross_entropy, output_head
-from rightrank.plan_records import PlanSettings
+from rightrank.settings import PlanSettings
 
 TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.machine import machine
-from rightrank.api import training_steps
 from rightrank.engine.bench import Bench
 from rightrank.engine.encode import encode
 from rightrank.engine.train import Watcher
@@ -25,6 +24,7 @@ from rightrank.executors.local import LocalExecutor
 from rightrank.io.data import load_data
 from rightrank.io.models import load_model
 from rightrank.io.run_folder import RunFolder
+from rightrank.preparation import training_steps
 from rightrank.records import (
     Arm,
     JournalRecord,

@@ -16,12 +16,12 @@ from rightrank.version import __version__
 if TYPE_CHECKING:
     from rightrank.api import Decided, Selected, Watching, decide, inspect, plan, resize, select_rank
     from rightrank.own_trainer import select_rank_with
-    from rightrank.plan_records import Plan, PlanSettings, make_plan_settings
     from rightrank.probe.resizing import ResizeOptions
-    from rightrank.probe_records import Inspection, Resized
     from rightrank.records import Decision, EvalPoint, TrialResult, TrialTask
+    from rightrank.records.plan import Plan
+    from rightrank.records.probe import Inspection, Resized
     from rightrank.runs import export, write_report
-    from rightrank.settings import SelectSettings, make_settings
+    from rightrank.settings import PlanSettings, SelectSettings, make_plan_settings, make_settings
 
 __all__ = [
     "Decided",
@@ -54,11 +54,11 @@ _HOMES = {
     "Decided": "rightrank.api",
     "Decision": "rightrank.records",
     "EvalPoint": "rightrank.records",
-    "Inspection": "rightrank.probe_records",
-    "Plan": "rightrank.plan_records",
-    "PlanSettings": "rightrank.plan_records",
+    "Inspection": "rightrank.records.probe",
+    "Plan": "rightrank.records.plan",
+    "PlanSettings": "rightrank.settings",
     "ResizeOptions": "rightrank.probe.resizing",
-    "Resized": "rightrank.probe_records",
+    "Resized": "rightrank.records.probe",
     "SelectSettings": "rightrank.settings",
     "Selected": "rightrank.api",
     "TrialResult": "rightrank.records",
@@ -67,7 +67,7 @@ _HOMES = {
     "decide": "rightrank.api",
     "export": "rightrank.runs",
     "inspect": "rightrank.api",
-    "make_plan_settings": "rightrank.plan_records",
+    "make_plan_settings": "rightrank.settings",
     "make_settings": "rightrank.settings",
     "plan": "rightrank.api",
     "resize": "rightrank.api",

@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 from rightrank.errors import ResultsError, SettingsError
 from rightrank.io.files import disk_errors_told
 from rightrank.io.run_folder import RunFolder
-from rightrank.plan_records import Plan, PlanSettings, make_plan_settings
-from rightrank.probe_records import Inspection, Resized
-from rightrank.records import Decision, RunEvent, RunStarted, Sample, SweepRow, content_hash
-from rightrank.settings import NOT_IDENTITY, SelectSettings, make_settings
-from rightrank.version import __version__
+from rightrank.records import Decision, RunEvent, RunStarted, Sample, SweepRow
+from rightrank.records.plan import Plan
+from rightrank.records.probe import Inspection, Resized
+from rightrank.settings import PlanSettings, SelectSettings, make_plan_settings, make_settings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from rightrank.preparation import Request, Rows
     from rightrank.probe.resizing import ResizeOptions
     from rightrank.strategies import Strategy
 
@@ -50,9 +48,6 @@ class Selected:
         return self.decision._repr_html_()
 
 
-Rows: TypeAlias = Iterable[Mapping[str, object]]  # a `datasets.Dataset` is one
-
-
 def select_rank(
     model: str | PreTrainedModel,
     data: str | Path | Rows | Mapping[str, Rows],
@@ -78,11 +73,12 @@ def select_rank(
         RunError: it began and could not finish.
         InterruptedRun: `watching.should_stop` said so.
     """
-    settings = settings or make_settings({})
-    watching = watching or Watching()
     folder = RunFolder(Path(out))
     with folder.locked(), disk_errors_told(folder.path):
-        return _select(model, tokenizer, data, folder, settings, watching)
+        from rightrank.preparation import Request  # brings torch: a folder that can't be used is told before
+
+        request = Request(model, tokenizer, data, settings or make_settings({}))
+        return _select(request, folder, watching or Watching())
 
 
 def plan(model: str, *, settings: PlanSettings | None = None) -> Plan:
@@ -105,95 +101,33 @@ def plan(model: str, *, settings: PlanSettings | None = None) -> Plan:
     return make_plan(model, settings)
 
 
-def _select(
-    model: str | PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase | None,
-    data: Any,
-    folder: RunFolder,
-    settings: SelectSettings,
-    watching: Watching,
-) -> Selected:
+def _select(request: Request, folder: RunFolder, watching: Watching) -> Selected:
     # Heavy imports: only who runs a selection pays for them.
-    from rightrank.engine.bench import Bench
-    from rightrank.engine.encode import encode
     from rightrank.engine.train import Watcher
     from rightrank.executors.local import LocalExecutor
-    from rightrank.io.data import load_data
-    from rightrank.io.models import adopt_model, find_model, load_model
-    from rightrank.planning.selecting import first_pass_loss, plan_selection, ranks_for_data
-    from rightrank.planning.skeleton import is_known
+    from rightrank.preparation import prepare
     from rightrank.selection import Selection
     from rightrank.strategies import make_strategy
     from rightrank.strategies.sweep import sweep_rows
 
-    make_strategy(settings, settings.max_steps or 1)  # a wrong name is told before anything is loaded
-    if isinstance(model, str):
-        find_model(model)
-        if tokenizer is not None:
-            raise SettingsError("tokenizer: given beside the name of a model, which brings its own; leave it out")
-    source = Path(data) if isinstance(data, str) else data
-    splits = load_data(source, settings)
-    if settings.metric == "accuracy" and splits.form != "classification":
-        raise SettingsError(
-            f"metric 'accuracy' needs `text` and `label`; the data has the form {splits.form!r}: give metric 'loss'"
-        )
+    make_strategy(request.settings, request.settings.max_steps or 1)  # a wrong name is told before anything is loaded
     folder.journal.read(watching.notice)
-    if isinstance(model, str):
-        loaded = load_model(
-            model, settings.dtype, settings.device, splits.classes, settings.trust_remote_code, settings.weight_bits
-        )
-    else:
-        loaded = adopt_model(model, tokenizer, settings.device, splits.classes)
-    encoded = encode(splits, loaded, settings)
-    planned = None
-    if splits.form != "classification" and is_known(loaded.model.config):  # the plan builds it from its configuration
-        if "ranks" not in settings.model_fields_set:
-            first_loss = first_pass_loss(loaded, encoded.splits["selection"])
-            label_tokens = encoded.summary.splits["train"].label_tokens
-            ranks, reasons = ranks_for_data(loaded.model.config, settings, label_tokens, first_loss)
-            settings = settings.model_copy(update={"ranks": tuple(ranks)})
-            watching.notice(reasons)
-        longest = max(item.length for items in encoded.splits.values() for item in items)
-        planned = plan_selection(loaded.model.config, settings, longest, str(loaded.device))
-        settings = settings.model_copy(update={"ranks": planned.ranks})
-        if (notice := planned.notice()) is not None:
-            watching.notice(notice)
-    steps = training_steps(settings, len(encoded.splits["train"]))
-    bench = Bench(loaded, encoded, settings, steps, folder.cache)
-    strategy = make_strategy(settings, steps, token_loss=splits.form != "classification")
-    values = {"model": _model_name(model), "data": _data_name(data), **settings.model_dump(mode="json")}
-    identity = {name: value for name, value in values.items() if name not in NOT_IDENTITY}
-    started = RunStarted(
-        rightrank_version=__version__,
-        fingerprint=content_hash(
-            {"settings": identity, "model": loaded.fingerprint, "data": splits.fingerprint, "steps": steps}
-        ),
-        settings=values,
-        environment=environment(str(loaded.device)),
-        data=encoded.summary,
-        evaluation_items=[item.item_id for item in encoded.splits["selection"]],
-        metric=settings.metric,
-        higher_is_better=settings.metric == "accuracy",
-        started_at=datetime.now(UTC).isoformat(timespec="seconds"),
-    )
+    prepared = prepare(request, folder.cache, watching.notice)
+    strategy = make_strategy(prepared.settings, prepared.steps, token_loss=prepared.is_token_loss)
+    watcher = Watcher(on_step=watching.on_event, on_prepare=watching.on_event, should_stop=watching.should_stop)
     executor = LocalExecutor(
-        bench,
-        folder,
-        Watcher(on_step=watching.on_event, on_prepare=watching.on_event, should_stop=watching.should_stop),
-        lambda event: selection.note_start(event),
-        watching.notice,
+        prepared.bench, folder, watcher, lambda event: selection.note_start(event), watching.notice
     )
-    selection = Selection(
-        folder, started, strategy, executor, watching.on_event, planned.peak_bytes if planned else None
-    )
-    folder.write_config(values)
-    watching.on_plan(started, strategy.expected_arms(), steps)
-    watching.notice(cost_line(strategy, steps))
+    peaks = prepared.planned.peak_bytes if prepared.planned else None
+    selection = Selection(folder, prepared.started, strategy, executor, watching.on_event, peaks)
+    folder.write_config(prepared.started.settings)
+    watching.on_plan(prepared.started, strategy.expected_arms(), prepared.steps)
+    watching.notice(cost_line(strategy, prepared.steps))
     decision = selection.run()
-    selection.hand_over(bench, decision)
-    if settings.certify:
-        watching.notice(selection.certify(bench, decision, Watcher(should_stop=watching.should_stop)).sentence())
-    sweep = sweep_rows(started, selection.records.outcomes)
+    selection.hand_over(prepared.bench, decision)
+    if request.settings.certify:
+        watching.notice(selection.certify(prepared.bench, decision, watcher).sentence())
+    sweep = sweep_rows(prepared.started, selection.records.outcomes)
     return Selected(decision, folder.path, folder.adapter, folder.report, selection.records.samples, sweep)
 
 
@@ -340,38 +274,3 @@ def cost_line(strategy: Strategy, steps: int) -> str:
         f"strategy {strategy.name}: about {cost.expected:.3g} trainings of {steps} steps, {cost.most:.3g} at most "
         "(one stopped early counts for its part)"
     )
-
-
-def training_steps(settings: SelectSettings, train_items: int) -> int:
-    """Optimizer steps of every arm: `max_steps`, or `num_train_epochs` (1 by default) passes over the data."""
-    if settings.max_steps is not None:
-        return settings.max_steps
-    return max(1, round((settings.num_train_epochs or 1.0) * train_items / settings.items_per_step))
-
-
-def environment(device: str) -> dict[str, str]:
-    """What a run's numbers depend on beside its settings; no names of people, machines or paths."""
-    import peft
-    import torch
-    import transformers
-
-    found = {
-        "python": platform.python_version(),
-        "system": f"{platform.system()} {platform.machine()}",
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "peft": peft.__version__,
-        "device": device,
-        "threads": str(torch.get_num_threads()),
-    }
-    if device.startswith("cuda"):
-        found["gpu"] = torch.cuda.get_device_name(device)
-    return found
-
-
-def _model_name(model: object) -> str:
-    return model if isinstance(model, str) else f"in memory ({type(model).__name__})"
-
-
-def _data_name(data: Any) -> str:
-    return str(data) if isinstance(data, str | Path) else f"in memory ({type(data).__name__})"

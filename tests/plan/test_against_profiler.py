@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from benchmarks.plan.measure import measure
 
-from rightrank.plan_records import make_plan_settings
 from rightrank.planning.planner import plan_config
+from rightrank.settings import make_plan_settings
 from tests.plan.architectures import CONFIGS
 
 CASES: list[tuple[str, dict[str, Any]]] = [

@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from rightrank.maths.counts import capacity_rank, lora_parameters, safetensors_bytes
-from rightrank.plan_records import make_plan_settings
 from rightrank.planning.planner import plan_config
+from rightrank.settings import make_plan_settings
 from tests.plan.architectures import CONFIGS
 
 CASES: list[tuple[str, dict[str, Any]]] = [

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from rightrank.plan_records import PlanSettings, make_plan_settings
 from rightrank.planning.estimate import Estimator
 from rightrank.planning.stack import TRACED_GROUPS, deepen, find_reduction, reduced_config
 from rightrank.planning.step import Groups, blocks_of, trace_step
+from rightrank.settings import PlanSettings, make_plan_settings
 from tests.plan.architectures import CONFIGS
 
 SETTINGS: list[dict[str, Any]] = [

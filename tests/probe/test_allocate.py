@@ -21,8 +21,8 @@ from rightrank.probe.bench_of import DataUse, adapter_on, bench_of
 from rightrank.probe.held_out import measure
 from rightrank.probe.rank_choice import RankChoice
 from rightrank.probe.resize import write_resized
-from rightrank.probe_records import AllocationTrial
 from rightrank.records import Arm, Trial
+from rightrank.records.probe import AllocationTrial
 from tests.helpers import make_bench
 from tests.tiny import small_settings
 

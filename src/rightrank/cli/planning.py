@@ -61,7 +61,7 @@ def plan(
     MODEL is a folder that holds at least config.json, a GGUF file, or a hub name. Exit status 1 when a memory is known
     and no rank fits in it.
     """
-    from rightrank.plan_records import make_plan_settings
+    from rightrank.settings import make_plan_settings
 
     settings = make_plan_settings(gather(config_file, assignments, options))
 

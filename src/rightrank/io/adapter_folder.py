@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from rightrank.errors import ModelError, RunFolderError
 from rightrank.io.files import replacing_folder
 from rightrank.io.patterns import lora_scaling, pattern_matches, pattern_value
-from rightrank.probe_records import ModuleKind
+from rightrank.records.probe import ModuleKind
 
 Floats = NDArray[np.float64]
 

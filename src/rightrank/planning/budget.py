@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from rightrank.plan_records import AxisPrice, Change, PlanSettings
 from rightrank.planning.estimate import Estimator, RankEstimate
+from rightrank.records.plan import AxisPrice, Change
+from rightrank.settings import PlanSettings
 
 CUDA_CONTEXT_BYTES = 512 * 2**20  # driver, kernels and libraries: 300 to 600 MiB by card and driver
 CPU_PROCESS_BYTES = 700 * 2**20  # the interpreter with torch, transformers and peft loaded

@@ -23,10 +23,10 @@ from rightrank.engine.loss import chunked_cross_entropy, output_head
 from rightrank.errors import SettingsError
 from rightrank.io.files import write_text
 from rightrank.io.models import DTYPES
-from rightrank.plan_records import PlanSettings
 from rightrank.planning.estimate import Estimator
 from rightrank.planning.skeleton import lora_config
 from rightrank.planning.stack import TRACED_GROUPS, reduced_config
+from rightrank.settings import PlanSettings
 
 STEPS = 4  # the first warms up
 

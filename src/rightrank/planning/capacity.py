@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 
 from rightrank.maths.counts import capacity_rank
-from rightrank.plan_records import RangeLimit
+from rightrank.records.plan import RangeLimit
 
 HIGHEST_RANK = 512  # above it no server loads adapters, and full fine-tuning is cheaper
 RATIO = 4  # between neighbours; what lies between is trained once the range is known

@@ -17,7 +17,6 @@ import torch
 from rightrank.errors import ModelError
 from rightrank.io.models import first_line
 from rightrank.maths.counts import safetensors_bytes
-from rightrank.plan_records import PlanSettings, Source
 from rightrank.planning.formula import formula_highest
 from rightrank.planning.optimizer import OptimizerMemory, optimizer_memory
 from rightrank.planning.quantised import count_parameters, mark_adapted
@@ -27,6 +26,8 @@ from rightrank.planning.skeleton import SAFETENSORS_CODES, Skeleton, adapt, buil
 from rightrank.planning.stack import TRACED_GROUPS, deepen, find_reduction, reduced_config, same_kinds
 from rightrank.planning.step import Groups, blocks_of, trace_step
 from rightrank.planning.trace import StepTrace
+from rightrank.records.plan import Source
+from rightrank.settings import PlanSettings
 
 # What a model's own code raises on tensors without values or on kernels that meta tensors lack.
 UNTRACEABLE = (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError, IndexError, KeyError)

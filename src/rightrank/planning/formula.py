@@ -10,9 +10,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from rightrank.io.models import DTYPES
-from rightrank.plan_records import Components, PlanSettings
 from rightrank.planning.optimizer import OptimizerMemory
 from rightrank.planning.simulate import Highest, Resident
+from rightrank.records.plan import Components
+from rightrank.settings import PlanSettings
 
 ERROR_SHARE = 0.35  # what the other calculators' formulas miss by on Llama-3.2-3B is 15 to 80%
 RESERVED_FACTOR = 1.06  # of allocated bytes: what the allocator model adds in traced cases

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 import torch
 
-from rightrank.plan_records import OptimizerName
 from rightrank.planning.kernels import DeviceKind
+from rightrank.settings import OptimizerName
 
 SMALLEST_8BIT = 4096  # elements; smaller tensors keep 32-bit states
 SMALLEST_PAGED = 100_000  # elements

@@ -7,13 +7,14 @@ from collections.abc import Sequence
 from typing import Any
 
 from rightrank.errors import ModelError, SettingsError
-from rightrank.plan_records import Plan, PlanSettings, RankPlan, SelectionCost, Source
 from rightrank.planning.budget import ALLOWED_ERROR, axis_prices, cheapest_changes, context_bytes, needed, total
 from rightrank.planning.calibrate import calibrate, stored_calibration
 from rightrank.planning.capacity import starting_range
 from rightrank.planning.estimate import Estimator, RankEstimate
 from rightrank.planning.formula import ERROR_SHARE as FORMULA_ERROR
 from rightrank.planning.skeleton import read_config, require_rank
+from rightrank.records.plan import Plan, RankPlan, SelectionCost, Source
+from rightrank.settings import PlanSettings
 
 
 def make_plan(model: str, settings: PlanSettings) -> Plan:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from rightrank.io.models import DTYPES
-from rightrank.plan_records import PlanSettings
+from rightrank.settings import PlanSettings
 
 BLOCK = 64  # weights that share a 4-bit constant
 DOUBLE_BLOCK = 256  # constants that share a constant

@@ -13,11 +13,10 @@ from rightrank.engine.encode import EncodedItem
 from rightrank.engine.loss import logits_loss
 from rightrank.errors import SettingsError
 from rightrank.io.models import LoadedModel, device_memory
-from rightrank.plan_records import PlanSettings, make_plan_settings
 from rightrank.planning.budget import cheapest_changes, context_bytes, needed
 from rightrank.planning.capacity import starting_range
 from rightrank.planning.estimate import Estimator
-from rightrank.settings import SelectSettings
+from rightrank.settings import PlanSettings, SelectSettings, make_plan_settings
 
 PROBED_ITEMS = 8
 # Changes that `select` can make too, under its own names.

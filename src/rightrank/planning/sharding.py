@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from rightrank.plan_records import PlanSettings
 from rightrank.planning.optimizer import OptimizerMemory
 from rightrank.planning.simulate import Resident
+from rightrank.settings import PlanSettings
 
 WHOLE_BLOCKS = 2
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from rightrank.plan_records import Components
 from rightrank.planning.allocator import CachingAllocator
 from rightrank.planning.kernels import DeviceKind
 from rightrank.planning.optimizer import OptimizerMemory
 from rightrank.planning.trace import Origin, StepTrace
+from rightrank.records.plan import Components
 
 STEPS = 3  # the first makes the optimizer's states; after two more what is reserved no longer grows
 FIRST_NAME = 2**40  # names of what is not in the trace begin here

@@ -23,8 +23,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from rightrank.engine.targets import ALL_LINEAR, all_linear_names, require_layers, require_names
 from rightrank.errors import ModelError
 from rightrank.io.models import DTYPES, find_model, first_line, quiet_third_parties
-from rightrank.plan_records import PlanSettings
 from rightrank.planning.quantised import quantise
+from rightrank.settings import PlanSettings
 
 SAFETENSORS_CODES = {
     torch.float32: "F32",

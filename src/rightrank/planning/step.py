@@ -13,10 +13,10 @@ from rightrank.engine.bench import recomputed_blocks
 from rightrank.engine.loss import chunked_cross_entropy, output_head
 from rightrank.engine.prefix import find_blocks
 from rightrank.io.models import DTYPES
-from rightrank.plan_records import PlanSettings
 from rightrank.planning.kernels import DeviceKernels
 from rightrank.planning.skeleton import Skeleton
 from rightrank.planning.trace import StepTrace, Tracer
+from rightrank.settings import PlanSettings
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ from rightrank.io.adapter_folder import PREFIX, AdapterFolder, AdapterModule, op
 from rightrank.io.weights import WeightFolder, open_weights
 from rightrank.maths.spectra import factored_singular_values
 from rightrank.probe.spectrum import Circumstances, Update, describe, flag_dead, summarise
-from rightrank.probe_records import Inspection
+from rightrank.records.probe import Inspection
 
 POWER_STEPS = 40  # of the power iteration for a base weight's norm; from below, within about 1%
 

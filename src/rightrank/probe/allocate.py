@@ -25,8 +25,8 @@ from rightrank.io.patterns import exact_pattern
 from rightrank.maths.intervals import estimate
 from rightrank.probe import importance
 from rightrank.probe.bench_of import DataUse, bench_of, train_attached
-from rightrank.probe_records import Allocation, AllocationTrial, AllocationVerdict
 from rightrank.records import Arm
+from rightrank.records.probe import Allocation, AllocationTrial, AllocationVerdict
 from rightrank.settings import SelectSettings, make_settings
 
 MEASURES = ("sensitivity", "spectra", "gradient", "eva")

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from rightrank.errors import ModelError
 from rightrank.io.weights import WeightFolder, open_weights
 from rightrank.probe.spectrum import Circumstances, Update, describe, flag_dead, summarise
-from rightrank.probe_records import Inspection
+from rightrank.records.probe import Inspection
 
 Floats = NDArray[np.float64]
 

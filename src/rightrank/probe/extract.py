@@ -27,7 +27,7 @@ from rightrank.probe.resize import write_resized
 from rightrank.probe.resizing import ResizeOptions, ResizeRule, resize_adapter
 from rightrank.probe.spectrum import Update, describe
 from rightrank.probe.truncate import balanced_factors
-from rightrank.probe_records import Resized
+from rightrank.records.probe import Resized
 
 MAX_RANK = 128
 

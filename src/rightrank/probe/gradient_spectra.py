@@ -9,7 +9,7 @@ from rightrank.probe.bench_of import DataUse, make_bench
 from rightrank.probe.checkpoint_spectra import matrix_update
 from rightrank.probe.importance import GRADIENT_ITEMS, weight_gradients
 from rightrank.probe.spectrum import Circumstances, describe, flag_dead, summarise
-from rightrank.probe_records import Inspection
+from rightrank.records.probe import Inspection
 from rightrank.settings import SelectSettings
 
 

@@ -19,8 +19,8 @@ from rightrank.io.adapters import save_adapter
 from rightrank.probe.bench_of import adapter_on, finished_trial, train_attached
 from rightrank.probe.rank_choice import RankChoice
 from rightrank.probe.resize import write_resized
-from rightrank.probe_records import HeldOut, Resized
 from rightrank.records import Decision, TrialFinished
+from rightrank.records.probe import HeldOut, Resized
 from rightrank.settings import DtypeName
 
 

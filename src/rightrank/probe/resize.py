@@ -24,7 +24,7 @@ from rightrank.io.patterns import exact_pattern, lora_scaling
 from rightrank.maths.spectra import factored_distance
 from rightrank.probe.rank_choice import RankChoice
 from rightrank.probe.truncate import resized_factors
-from rightrank.probe_records import ModuleResize, Resized
+from rightrank.records.probe import ModuleResize, Resized
 from rightrank.settings import DtypeName
 
 Floats = NDArray[np.float64]

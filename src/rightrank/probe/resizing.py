@@ -11,7 +11,7 @@ from rightrank.errors import RunFolderError, SettingsError
 from rightrank.io.adapter_folder import AdapterFolder, open_adapter, require_absent
 from rightrank.probe.rank_choice import RankChoice, by_energy, by_noise, by_rank, candidate_ranks
 from rightrank.probe.resize import require_plain_update, write_resized
-from rightrank.probe_records import Resized, ResizedTogether
+from rightrank.records.probe import Resized, ResizedTogether
 from rightrank.settings import DtypeName, SelectSettings, make_settings
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rightrank.maths import spectra
-from rightrank.probe_records import InspectionSummary, ModuleKind, ModuleSpectrum
+from rightrank.records.probe import InspectionSummary, ModuleKind, ModuleSpectrum
 
 Floats = NDArray[np.float64]
 

@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeAlias, get_args
 
 from rightrank.errors import SettingsError, did_you_mean
 from rightrank.io.files import replacing
-from rightrank.probe_records import ModuleSpectrum
+from rightrank.records.probe import ModuleSpectrum
 
 Figure: TypeAlias = Literal[
     "effective_rank", "stable_rank", "noise_rank", "energy_rank_0.9", "energy_rank_0.99", "norm"

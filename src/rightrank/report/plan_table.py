@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rightrank.plan_records import Plan, RankPlan
+from rightrank.records.plan import Plan, RankPlan
 
 COMPONENT_NAMES = {
     "weights": "weights",

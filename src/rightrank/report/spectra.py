@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from statistics import median
 
-from rightrank.probe_records import Inspection
+from rightrank.records.probe import Inspection
 from rightrank.report.figure import Axis, Figure, Series
 
 

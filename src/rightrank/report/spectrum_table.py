@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from rightrank.probe_records import Allocation, Inspection, ModuleSpectrum, Resized, ResizedTogether
+from rightrank.records.probe import Allocation, Inspection, ModuleSpectrum, Resized, ResizedTogether
 from rightrank.report.heat_map import Figure, HeatMap, heat_map, short
 
 MOST_ROWS = 20  # modules in the table; the heat map and --json have all

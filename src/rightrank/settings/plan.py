@@ -1,8 +1,4 @@
-"""What a plan is asked and what it answers: settings in, records out.
-
-Every number carries where it comes from: `exact` (counted), `traced` (the real step followed allocation by
-allocation), `formula` (a per-module rule, where the step can't be traced), `measured` (on this device), or `assumed`.
-"""
+"""The settings of a plan."""
 
 from __future__ import annotations
 
@@ -11,12 +7,9 @@ from typing import Any, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from rightrank.records import Record
-from rightrank.settings import DtypeName, checked, parse_bytes
+from rightrank.settings.values import DtypeName, checked, parse_bytes
 
-Source: TypeAlias = Literal["exact", "traced", "formula", "measured", "assumed"]
 OptimizerName: TypeAlias = Literal["adamw", "adamw_fused", "adamw_8bit", "paged_adamw_8bit", "sgd"]
-Components: TypeAlias = dict[str, int]
 
 DEFAULT_PLAN_RANKS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 
@@ -104,89 +97,6 @@ class PlanSettings(BaseModel):
         if self.sharding == "none" and self.num_devices > 1:
             raise ValueError(f"num_devices {self.num_devices} needs sharding: give 'ddp' or 'fsdp'")
         return self
-
-
-class RankPlan(Record):
-    """What one rank takes."""
-
-    rank: int
-    trainable_parameters: int
-    adapter_bytes: int  # of adapter_model.safetensors
-    peak_bytes: int  # allocated, at the step's highest point
-    peak_reserved_bytes: int  # with the CUDA allocator's segments; on the CPU the same as peak_bytes
-    total_bytes: int  # reserved, with the CUDA context: what nvidia-smi shows
-    needed_bytes: int  # total_bytes and the headroom: what is compared with the memory there is
-    components: Components  # they add up to peak_bytes
-    peak_at: str  # where in the step the peak is
-    fits: bool | None  # None where no memory was given or found
-    flops_per_step: int
-    seconds_per_step: float | None = None
-    error_share: float  # how far the peak may be off, as a share of it
-
-
-class AxisPrice(Record):
-    """What a change of one axis costs, at the largest rank that was asked."""
-
-    axis: str  # such as "batch_size 4 → 8"
-    peak_reserved_bytes: int
-    difference_bytes: int
-    flops_factor: float
-
-
-class Change(Record):
-    """A change that saves memory, and what the plan is with it and all the changes before it."""
-
-    setting: str
-    value: str
-    peak_reserved_bytes: int
-    fits: bool
-    price: str  # what it costs beside
-
-
-class RangeLimit(Record):
-    """One reason for an end of the range of ranks."""
-
-    name: Literal["capacity", "matrices", "memory"]
-    rank: int | None  # None: no limit known
-    reason: str
-
-
-class SelectionCost(Record):
-    """Time and price of a whole selection."""
-
-    trainings: int
-    steps: int
-    seconds: float | None
-    price: float | None
-    flops: float
-
-
-class Plan(Record):
-    """The answer: what every rank takes, which is the largest that fits, and why."""
-
-    model: str
-    architecture: str
-    base_parameters: int
-    base_bytes: int
-    targets: int  # adapted matrices
-    ranks: list[RankPlan]
-    max_rank: int | None  # the largest rank asked for that fits; None where none does, or no memory is known
-    largest_possible_rank: int | None = None  # of all ranks, not only of those asked for
-    memory_bytes: int | None = None
-    headroom_share: float
-    context_bytes: int
-    activations: Components  # kept for the backward pass at the largest rank, by kind of module
-    prices: list[AxisPrice] = Field(default_factory=list)
-    changes: list[Change] = Field(
-        default_factory=list
-    )  # the shortest list that makes the smallest rank fit, when none does
-    limits: list[RangeLimit] = Field(default_factory=list)
-    suggested_ranks: list[int] = Field(default_factory=list)
-    selection: SelectionCost | None = None
-    sources: dict[str, Source]
-    notes: list[str] = Field(default_factory=list)
-    seconds: float  # that planning took
-    settings: dict[str, Any]
 
 
 def make_plan_settings(values: Mapping[str, Any]) -> PlanSettings:

@@ -6,7 +6,8 @@ from typing import Literal, TypeAlias
 
 from pydantic import Field
 
-from rightrank.records import Decision, Record
+from rightrank.records.base import Record
+from rightrank.records.decision import Decision
 
 ModuleKind: TypeAlias = Literal["linear", "embedding", "convolution", "matrix"]
 

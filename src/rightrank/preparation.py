@@ -1,0 +1,174 @@
+"""What stands between a request and the first training: data and base loaded, ranks settled, the run's identity taken.
+
+The same request prepared twice, here or in another process, gives the same bench and the same identity.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias
+
+from rightrank.engine.bench import Bench
+from rightrank.engine.encode import EncodedData, encode
+from rightrank.errors import SettingsError
+from rightrank.io.data import DataSplits, load_data
+from rightrank.io.models import LoadedModel, adopt_model, find_model, load_model
+from rightrank.planning.selecting import SelectionPlan, first_pass_loss, plan_selection, ranks_for_data
+from rightrank.planning.skeleton import is_known
+from rightrank.records import RunStarted, content_hash
+from rightrank.settings import NOT_IDENTITY, SelectSettings
+from rightrank.version import __version__
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Rows: TypeAlias = Iterable[Mapping[str, object]]  # a `datasets.Dataset` is one
+Notice: TypeAlias = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What a selection is asked: a base, data, and settings."""
+
+    model: str | PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase | None
+    data: str | Path | Rows | Mapping[str, Rows]
+    settings: SelectSettings
+
+    @property
+    def model_name(self) -> str:
+        return self.model if isinstance(self.model, str) else f"in memory ({type(self.model).__name__})"
+
+    @property
+    def data_name(self) -> str:
+        return str(self.data) if isinstance(self.data, str | Path) else f"in memory ({type(self.data).__name__})"
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """All that a selection stands on."""
+
+    bench: Bench
+    settings: SelectSettings  # with the ranks that are left
+    steps: int  # optimizer steps of every arm
+    started: RunStarted
+    planned: SelectionPlan | None  # None: an architecture that can't be planned
+
+    @property
+    def is_token_loss(self) -> bool:
+        return not self.bench.data.is_classification
+
+
+@dataclass(frozen=True, slots=True)
+class _Sources:
+    splits: DataSplits
+    loaded: LoadedModel
+    encoded: EncodedData
+
+
+def prepare(request: Request, cache: Path, notice: Notice = lambda _: None) -> Prepared:
+    """Load, encode, plan; `cache` is the folder for what the arms share on disk.
+
+    Raises:
+        InputError: model, data or settings can't be used.
+    """
+    sources = _load(request)
+    settings, planned = _settle(sources, request.settings, notice)
+    steps = training_steps(settings, len(sources.encoded.splits["train"]))
+    bench = Bench(sources.loaded, sources.encoded, settings, steps, cache)
+    return Prepared(bench, settings, steps, _started(request, sources, settings, steps), planned)
+
+
+def _load(request: Request) -> _Sources:
+    settings = request.settings
+    if isinstance(request.model, str):
+        find_model(request.model)  # a wrong name is told before the data is read
+        if request.tokenizer is not None:
+            raise SettingsError("tokenizer: given beside the name of a model, which brings its own; leave it out")
+    splits = load_data(Path(request.data) if isinstance(request.data, str) else request.data, settings)
+    if settings.metric == "accuracy" and splits.form != "classification":
+        raise SettingsError(
+            f"metric 'accuracy' needs `text` and `label`; the data has the form {splits.form!r}: give metric 'loss'"
+        )
+    if isinstance(request.model, str):
+        loaded = load_model(
+            request.model,
+            settings.dtype,
+            settings.device,
+            splits.classes,
+            settings.trust_remote_code,
+            settings.weight_bits,
+        )
+    else:
+        loaded = adopt_model(request.model, request.tokenizer, settings.device, splits.classes)
+    return _Sources(splits, loaded, encode(splits, loaded, settings))
+
+
+def _settle(sources: _Sources, settings: SelectSettings, notice: Notice) -> tuple[SelectSettings, SelectionPlan | None]:
+    """The settings with the ranks to begin with: those asked for, or a range that data and model suggest, that fit."""
+    config, encoded = sources.loaded.model.config, sources.encoded
+    if encoded.is_classification or not is_known(config):  # the plan builds the model from its configuration
+        return settings, None
+    if "ranks" not in settings.model_fields_set:
+        first_loss = first_pass_loss(sources.loaded, encoded.splits["selection"])
+        label_tokens = encoded.summary.splits["train"].label_tokens
+        ranks, reasons = ranks_for_data(config, settings, label_tokens, first_loss)
+        settings = settings.model_copy(update={"ranks": tuple(ranks)})
+        notice(reasons)
+    longest = max(item.length for items in encoded.splits.values() for item in items)
+    planned = plan_selection(config, settings, longest, str(sources.loaded.device))
+    if (left_out := planned.notice()) is not None:
+        notice(left_out)
+    return settings.model_copy(update={"ranks": planned.ranks}), planned
+
+
+def _started(request: Request, sources: _Sources, settings: SelectSettings, steps: int) -> RunStarted:
+    values = {"model": request.model_name, "data": request.data_name, **settings.model_dump(mode="json")}
+    identity = {
+        "settings": {name: value for name, value in values.items() if name not in NOT_IDENTITY},
+        "model": sources.loaded.fingerprint,
+        "data": sources.splits.fingerprint,
+        "steps": steps,
+    }
+    return RunStarted(
+        rightrank_version=__version__,
+        fingerprint=content_hash(identity),
+        settings=values,
+        environment=environment(str(sources.loaded.device)),
+        data=sources.encoded.summary,
+        evaluation_items=[item.item_id for item in sources.encoded.splits["selection"]],
+        metric=settings.metric,
+        higher_is_better=settings.metric == "accuracy",
+        started_at=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
+
+
+def training_steps(settings: SelectSettings, train_items: int) -> int:
+    """Optimizer steps of every arm: `max_steps`, or `num_train_epochs` (1 by default) passes over the data."""
+    if settings.max_steps is not None:
+        return settings.max_steps
+    return max(1, round((settings.num_train_epochs or 1.0) * train_items / settings.items_per_step))
+
+
+def environment(device: str) -> dict[str, str]:
+    """What a run's numbers depend on beside its settings; no names of people, machines or paths."""
+    import peft
+    import torch
+    import transformers
+
+    found = {
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "peft": peft.__version__,
+        "device": device,
+        "threads": str(torch.get_num_threads()),
+    }
+    if device.startswith("cuda"):
+        found["gpu"] = torch.cuda.get_device_name(device)
+    return found

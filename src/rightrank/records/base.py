@@ -1,0 +1,39 @@
+"""What every record is: frozen, typed, one JSON object."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+from pydantic import BaseModel, ConfigDict, JsonValue
+
+if TYPE_CHECKING:
+    pass
+
+
+SCHEMA_VERSION = 1
+
+
+MetricName: TypeAlias = Literal["loss", "accuracy"]
+
+
+SplitName: TypeAlias = Literal["train", "selection", "test"]
+
+
+class Record(BaseModel):
+    """A frozen value; equal when its fields are."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    def _repr_html_(self) -> str | None:
+        """What a notebook shows; None leaves it to `repr`."""
+        from rightrank.report.notebook import html_of  # the one view a record knows of, when a notebook asks
+
+        return html_of(self)
+
+
+def content_hash(value: JsonValue | dict[str, Any]) -> str:
+    """SHA-256 in hex of a JSON value with sorted keys."""
+    text = json.dumps(value, sort_keys=True, ensure_ascii=True, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,29 @@
+"""What a selection and a plan can be told: flat records, checked once; the defaults are here and nowhere else."""
+
+from rightrank.settings.plan import DEFAULT_PLAN_RANKS, OptimizerName, PlanSettings, make_plan_settings
+from rightrank.settings.select import (
+    CONSTANT_SCALING_RANK,
+    NOT_IDENTITY,
+    Scaling,
+    SelectSettings,
+    make_settings,
+    settings_difference,
+)
+from rightrank.settings.values import UNITS, DtypeName, checked, parse_bytes
+
+__all__ = [
+    "CONSTANT_SCALING_RANK",
+    "DEFAULT_PLAN_RANKS",
+    "NOT_IDENTITY",
+    "UNITS",
+    "DtypeName",
+    "OptimizerName",
+    "PlanSettings",
+    "Scaling",
+    "SelectSettings",
+    "checked",
+    "make_plan_settings",
+    "make_settings",
+    "parse_bytes",
+    "settings_difference",
+]

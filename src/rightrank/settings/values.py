@@ -1,0 +1,60 @@
+"""Values that settings are made of, and the one way in which wrong ones are told."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Literal, TypeAlias, TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from rightrank.errors import SettingsError, did_you_mean
+
+AnySettings = TypeVar("AnySettings", bound=BaseModel)
+DtypeName: TypeAlias = Literal["float32", "bfloat16", "float16"]
+
+UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
+
+
+def parse_bytes(text: str) -> int:
+    """`24GiB` as bytes.
+
+    Raises:
+        SettingsError: no number, no unit, or an unknown unit.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
+    units = {name.lower(): size for name, size in UNITS.items()}
+    if match is None or match[2].lower() not in units:
+        known = ", ".join(UNITS)
+        reason = "has no unit" if match is not None and not match[2] else "is not a size"
+        raise SettingsError(f"memory {text!r} {reason}: give a number and one of {known}, such as 24GiB")
+    size = round(float(match[1]) * units[match[2].lower()])
+    if size == 0:
+        raise SettingsError(f"memory {text!r} is nothing: give a size above 0, such as 24GiB")
+    return size
+
+
+def checked(kind: type[AnySettings], values: Mapping[str, object]) -> AnySettings:
+    """A record of settings of some kind from plain values.
+
+    Raises:
+        SettingsError: an unknown name (with the nearest known one) or a value that is not allowed.
+    """
+    unknown = [name for name in values if name not in kind.model_fields]
+    if unknown:
+        near = did_you_mean(unknown[0], kind.model_fields)
+        allowed = ", ".join(sorted(kind.model_fields))
+        raise SettingsError(f"unknown setting {unknown[0]!r}{near or '; allowed: ' + allowed}")
+    try:
+        return kind.model_validate(dict(values))
+    except ValidationError as error:
+        raise SettingsError(_first_line(error)) from None
+
+
+def _first_line(error: ValidationError) -> str:
+    first = error.errors()[0]
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "value_error":
+        return message
+    where = str(first["loc"][0]) if first["loc"] else "settings"
+    return f"{where}: got {first['input']!r}; {message[0].lower()}{message[1:]}"
