@@ -29,7 +29,16 @@ from rightrank.io.checkpoints import load_checkpoint
 from rightrank.io.data import load_data
 from rightrank.io.models import load_model
 from rightrank.io.run_folder import RunFolder
-from rightrank.records import Arm, Trial, TrialDiverged, TrialFailed, TrialFinished, TrialOutcome, content_hash, trial_id
+from rightrank.records import (
+    Arm,
+    Trial,
+    TrialDiverged,
+    TrialFailed,
+    TrialFinished,
+    TrialOutcome,
+    content_hash,
+    trial_id,
+)
 from rightrank.settings import SelectSettings, make_settings
 from rightrank.strategies.grid import outside_in
 from rightrank.strategies.protocol import base_arm

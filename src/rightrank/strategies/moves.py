@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Generator, Sequence
 
 from rightrank.records import Arm
@@ -15,21 +16,31 @@ HOPELESS = 2.0  # margins: a rank that fails by more was never rescued by a rate
 SIDE = 2.0  # margins: a rate that the top rank is worse at by more never rescued a lower one (by .9 at most)
 
 
-def find_rate(space: Space, results: Results, rank: int, start: float | None = None) -> Wanted:
-    """The rate at `rank`: losers are stopped early where that can be had, else every rate tried is trained whole.
+def find_rate(space: Space, results: Results, rank: int) -> Generator[Sequence[Arm], None, float | None]:
+    """The best rate at `rank`, None if no training ended: losers are stopped early where that can be had, else every
+    rate tried is trained whole.
 
     Halving between rates (between ranks it is unsound: low ranks fall off late): a climb on values at a quarter of
-    the way; the two best go on to half; the better of them to the end, and a higher one with it, since a decaying
-    schedule favours higher rates late. A lower rate that is behind at half was never the best on the planted grids.
+    the way; the best goes on to half, the second too if it may still win; what may still win then goes on to the end.
     """
-    if not space.stages or len(space.rates) < 3 or early_step(space, EARLY) == early_step(space, LATER):
-        yield from climb(space, results, rank, start)
-        return
-    yield from climb(space, results, rank, start, part=EARLY)
+    if space.stages and len(space.rates) >= 3 and early_step(space, EARLY) != early_step(space, LATER):
+        yield from climb(space, results, rank, part=EARLY)
+        yield from _finish_the_best(space, results, rank)
+    if results.best_rate(rank) is None and not _is_staged(space, results, rank):
+        yield from climb(space, results, rank)
+    return results.best_rate(rank)
+
+
+def _is_staged(space: Space, results: Results, rank: int) -> bool:
+    """Whether a training could be stopped early here."""
+    return any(results.loss(early_arm(space, rank, rate, EARLY)) is not None for rate in space.rates)
+
+
+def _finish_the_best(space: Space, results: Results, rank: int) -> Wanted:
+    """From values at a quarter to whole trainings of those that may be the best."""
     quarter = {rate: results.loss(early_arm(space, rank, rate, EARLY)) for rate in space.rates}
     known = sorted((loss, rate) for rate, loss in quarter.items() if loss is not None)
-    if not known:  # nothing can be stopped early here
-        yield from climb(space, results, rank, start)
+    if not known:
         return
     ended = yield from _two_to_half(space, results, rank, known[:2])
     if ended:
@@ -96,7 +107,7 @@ def try_rank(space: Space, results: Results, rank: int, rate: float) -> Wanted:
     Those are left on the way where they can't win over `rate` any more.
     """
     yield [space.arm(rank, rate)]
-    for side in side_rates(space, results, rate):
+    for side in side_rates(space, results, rank, rate):
         if results.holds(rank) or _hopeless(space, results, rank):
             return
         yield from _try_side(space, results, rank, rate, side)
@@ -129,15 +140,16 @@ def _try_side(space: Space, results: Results, rank: int, rate: float, side: floa
         yield [_going_on(results, stage)]
 
 
-def side_rates(space: Space, results: Results, rate: float) -> Sequence[float]:
-    """The rates beside `rate` that may do better at a lower rank: not those that the top rank is far worse at.
+def side_rates(space: Space, results: Results, rank: int, rate: float) -> Sequence[float]:
+    """The rates beside `rate` that may do better at `rank`: not those that the top rank is far worse at, unless `rate`
+    gave no result.
 
     The one that did better at the top first; the lower, where unknown.
     """
     place = space.rates.index(rate)
     beside = [space.rates[i] for i in (place - 1, place + 1) if 0 <= i < len(space.rates)]
     behind = {side: _behind_at_top(space, results, side, rate) for side in beside}
-    limit = SIDE * space.margin_at(results.best_loss(space.top))
+    limit = SIDE * space.margin_at(results.best_loss(space.top)) if rank in results.ranks() else math.inf
     return sorted((side for side in beside if behind[side] <= limit), key=lambda side: (behind[side], side))
 
 
