@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 from rightrank.errors import ResultsError, SettingsError
 from rightrank.io.files import disk_errors_told
@@ -13,7 +13,7 @@ from rightrank.io.run_folder import RunFolder
 from rightrank.records import Decision, RunEvent, RunStarted, Sample, SweepRow
 from rightrank.records.plan import Plan
 from rightrank.records.probe import Inspection, Resized
-from rightrank.settings import PlanSettings, SelectSettings, make_plan_settings, make_settings
+from rightrank.settings import PlanSettings, SelectKeywords, SelectSettings, make_plan_settings, make_settings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -56,6 +56,7 @@ def select_rank(
     tokenizer: PreTrainedTokenizerBase | None = None,
     settings: SelectSettings | None = None,
     watching: Watching | None = None,
+    **keywords: Unpack[SelectKeywords],
 ) -> Selected:
     """Train a range of ranks on `data`, decide which is enough, and hand over its adapter.
 
@@ -67,17 +68,20 @@ def select_rank(
         tokenizer: of a model in memory.
         settings: see `SelectSettings`; None for the defaults.
         watching: callbacks.
+        keywords: the command's options by name, such as `ranks=(4, 16, 64), margin=0.01`; they go before `settings`.
 
     Raises:
         InputError: model, data, settings or folder can't be used; nothing was started.
         RunError: it began and could not finish.
         InterruptedRun: `watching.should_stop` said so.
     """
+    given = settings.model_dump(include=settings.model_fields_set) if settings is not None else {}
+    settings = make_settings(given | keywords)
     folder = RunFolder(Path(out))
     with folder.locked(), disk_errors_told(folder.path):
         from rightrank.preparation import Request  # brings torch: a folder that can't be used is told before
 
-        request = Request(model, tokenizer, data, settings or make_settings({}))
+        request = Request(model, tokenizer, data, settings)
         return _select(request, folder, watching or Watching())
 
 

@@ -110,6 +110,7 @@ class Selection:
             self._test(bench, trial)
         if not self.records.samples:
             self._write_samples(bench, chosen)
+        write_figures(self._folder.figures, figures_of(self.records, decision))
         hand_over(
             self._folder.trial_adapter(chosen.trial_id),
             self._folder.adapter,
@@ -117,12 +118,11 @@ class Selection:
             chosen,
             decision,
             self.records.tests,
+            self._folder.figures,
         )
         self._folder.journal.append(Decided(decision=decision, adapter_trial_id=chosen.trial_id))
         self.write_views(decision)
-        write_figures(
-            self._folder.figures, [*figures_of(self.records, decision), *adapter_figures(self._folder.adapter)]
-        )
+        write_figures(self._folder.figures, adapter_figures(self._folder.adapter))
         self._folder.drop_working_files()
         return chosen
 
