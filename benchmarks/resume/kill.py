@@ -2,17 +2,19 @@
 
     python -m benchmarks.resume.kill --kills 200 --seed 0 > benchmarks/resume/kill.json
 
-Each round starts a selection in a process of its own, kills it with SIGKILL, resumes it to its end, and compares it
-with an undisturbed run. The moments take turns: anywhere in the run's time; and inside a step, an evaluation, an
-append to the journal, a checkpoint, or the writing of reports, adapters and figures, each at a random one of them and
-a random while after it began. Processes are forked from one that has torch loaded: a run then takes seconds, all its
-own. Prints one JSON object. What a power cut does to a disk's own cache, no kill can show.
+A run is started in a process of its own and killed with SIGKILL; it is resumed and killed again, up to five times,
+then resumed to its end and compared with an undisturbed run. The moments take turns: anywhere in the run's time; and
+inside a step, an evaluation, an append to the journal, a checkpoint, or the writing of reports, adapters and figures,
+each at a random one of them and a random while after it began. Processes are forked from one that has torch loaded
+and has drawn a report: a run then takes seconds, all its own. Prints one JSON object. What a power cut does to a
+disk's own cache, no kill can show.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
+import itertools
 import json
 import os
 import random
@@ -34,11 +36,13 @@ from benchmarks.machine import machine
 from benchmarks.resume.moments import PHASES, Moments, watch_phases
 
 ARGUMENTS = [
-    "--strategy", "grid", "--ranks", "1,4", "--learning-rates", "1e-2", "--max-steps", "40", "--batch-size", "4",
-    "--seq-len", "32", "--eval-items", "12", "--set", "checkpoint_seconds=0.05", "--set", "samples=0", "--device", "cpu",
+    "--strategy", "grid", "--ranks", "1,4", "--learning-rates", "1e-2", "--max-steps", "24", "--batch-size", "4",
+    "--seq-len", "32", "--eval-items", "12", "--set", "checkpoint_seconds=0.05", "--set", "samples=0",
+    "--set", "eval_points=2", "--device", "cpu",
     "--quiet",
 ]  # fmt: skip
 ANYWHERE = "anywhere"
+KILLS_A_RUN = 5
 
 
 class Case:
@@ -49,6 +53,16 @@ class Case:
         self._model, self._data = save_tiny_llama(root / "model"), write_completions(root / "data.jsonl")
         self.moments = Moments()
         self.usual: dict[str, tuple[int, float]] = {}  # of the undisturbed run: entries and mean seconds by phase
+
+    def warm_up(self, out: Path) -> None:
+        """One whole run in this process: fonts, templates and modules are then there for every fork."""
+        from rightrank.api import select_rank
+        from rightrank.settings import make_settings
+
+        settings = make_settings(
+            {"ranks": [1, 2], "learning_rates": [1e-2], "max_steps": 2, "seq_len": 32, "device": "cpu"}
+        )
+        select_rank(str(self._model), self._data, out, settings=settings)
 
     def start(self, out: Path, phase: str | None = None, entry: int = 0) -> int:
         """Process id; `moments.wait()` then returns at that entry into that phase."""
@@ -112,52 +126,67 @@ def outcome(out: Path) -> dict[str, Any]:
     }
 
 
-def one_round(
-    case: Case, whole: dict[str, Any], seconds: float, target: str, generator: random.Random, out: Path
-) -> dict[str, Any]:
-    """Start, kill, resume, compare."""
+def one_kill(case: Case, seconds: float, target: str, generator: random.Random, out: Path) -> dict[str, Any]:
+    """Start or resume, and kill; the run may have ended before."""
+    earlier = lines_of(out, "trial_finished")
     if target == ANYWHERE:
         child = case.start(out)
-        time.sleep(generator.uniform(0, seconds))
+        time.sleep(generator.uniform(0, seconds / 2))
     else:
         entries, each = case.usual[target]
-        child = case.start(out, target, generator.randint(1, entries))
-        case.moments.wait(10 * seconds + 60)
+        child = case.start(out, target, generator.randint(1, max(2, entries // 3)))
+        case.moments.wait(4 * seconds + 20)
         time.sleep(generator.uniform(0, each))
     os.kill(child, signal.SIGKILL)
     status = end_of(child)
-    killed_in = case.moments.phase()
-    before = lines_of(out, "trial_finished")
-    resumed = end_of(case.start(out))
-    if resumed:
-        return {"target": target, "killed": status == -9, "in": killed_in, "resumed": resumed, "log": case.log()[-300:]}
-    after, ended = lines_of(out, "trial_finished"), outcome(out)
-    again = started_again(out, before)
+    killed_in, later = case.moments.phase(), lines_of(out, "trial_finished")
     return {
         "target": target,
-        "killed": status == -9,
+        "status": status,
+        "killed": status == -signal.SIGKILL,
         "in": killed_in,
-        "finished_before": len(before),
-        "torn_line": (out / "journal.jsonl.torn-1").exists(),
-        "resumed": resumed,
-        "same_decision": ended["decision"] == whole["decision"],
-        "same_trials": ended["trials"] == whole["trials"],
-        "same_adapter": ended["adapter"] == whole["adapter"],
-        "lost": sum(after.get(trial) != line for trial, line in before.items()),
-        "trained_twice": len(again) + sum(count - 1 for count in ended["finished"].values()),
-        "tidy": ended["report"] and not ended["left_over"],
+        "finished_before": len(later),
+        "lost": sum(later.get(trial) != line for trial, line in earlier.items()),
+        "torn_lines": len(list(out.glob("journal.jsonl.torn-*"))),
     }
 
 
-def started_again(out: Path, before: dict[str, bytes]) -> set[str]:
+def one_run(
+    case: Case, whole: dict[str, Any], seconds: float, targets: list[str], generator: random.Random, out: Path
+) -> dict[str, Any]:
+    """Kill at each target, resume to the end, compare."""
+    kills: list[dict[str, Any]] = []
+    for target in targets:
+        kills.append(one_kill(case, seconds, target, generator, out))
+        if not kills[-1]["killed"]:
+            break
+    before = lines_of(out, "trial_finished")
+    resumed = end_of(case.start(out))
+    run = {"kills": [kill for kill in kills if kill["killed"]], "resumed": resumed}
+    if resumed:
+        return run | {"log": case.log()[-400:]}
+    ended, after = outcome(out), lines_of(out, "trial_finished")
+    lost = sum(kill["lost"] for kill in kills) + sum(after.get(trial) != line for trial, line in before.items())
+    return run | {
+        "same_decision": ended["decision"] == whole["decision"],
+        "same_trials": ended["trials"] == whole["trials"],
+        "same_adapter": ended["adapter"] == whole["adapter"],
+        "lost": lost,
+        "trained_twice": len(started_again(out)) + sum(count - 1 for count in ended["finished"].values()),
+        "tidy": ended["report"] and not ended["left_over"],
+        "torn_lines": len(list(out.glob("journal.jsonl.torn-*"))),
+    }
+
+
+def started_again(out: Path) -> set[str]:
     """Trials that had finished and were begun once more."""
-    seen: set[str] = set()
+    finished: set[str] = set()
     again: set[str] = set()
     for line in (out / "journal.jsonl").read_bytes().splitlines():
         record = json.loads(line)
-        if record["type"] == "trial_finished" and record["trial_id"] in before:
-            seen.add(record["trial_id"])
-        if record["type"] == "trial_started" and record["trial_id"] in seen:
+        if record["type"] == "trial_finished":
+            finished.add(record["trial_id"])
+        if record["type"] == "trial_started" and record["trial_id"] in finished:
             again.add(record["trial_id"])
     return again
 
@@ -175,39 +204,45 @@ def is_right(entry: dict[str, Any]) -> bool:
 
 
 def measure(kills: int, seed: int, root: Path, minutes: float = 60.0) -> dict[str, Any]:
-    """All rounds and their sums; as many rounds as fit where `minutes` are over before."""
+    """All runs and their sums; as many as fit where `minutes` are over before."""
     generator = random.Random(seed)
     case = Case(root)
+    case.warm_up(root / "warm")
     begun = time.monotonic()
     if end_of(case.start(root / "whole")) != 0:
         raise SystemExit(f"the undisturbed run failed: {case.log()}")
     seconds = time.monotonic() - begun
     case.usual = case.moments.usual()
     whole = outcome(root / "whole")
-    targets = [ANYWHERE, *PHASES]
-    rounds: list[dict[str, Any]] = []
-    while sum(entry["killed"] for entry in rounds) < kills and time.monotonic() - begun < 60 * minutes:
-        target = targets[len(rounds) % len(targets)]
-        out = root / "run"
-        rounds.append(one_round(case, whole, seconds, target, generator, out))
-        print(len(rounds), rounds[-1], file=sys.stderr, flush=True)
-        shutil.rmtree(out)
-    killed = [entry for entry in rounds if entry["killed"]]
+    turns = itertools.cycle([ANYWHERE, *PHASES])
+    runs: list[dict[str, Any]] = []
+    while (left := kills - sum(len(run["kills"]) for run in runs)) > 0 and time.monotonic() - begun < 60 * minutes:
+        targets = [next(turns) for _ in range(min(left, KILLS_A_RUN))]
+        runs.append(one_run(case, whole, seconds, targets, generator, root / "run"))
+        print(len(runs), runs[-1], file=sys.stderr, flush=True)
+        shutil.rmtree(root / "run")
+    right = [run for run in runs if is_right(run)]
     return {
         "machine": machine(),
         "seed": seed,
         "undisturbed_seconds": round(seconds, 2),
-        "undisturbed_phases": {name: entries for name, (entries, _) in case.usual.items()},
-        "kills": len(killed),
-        "killed_in": dict(Counter(entry["in"] for entry in killed)),
-        "ended_right": sum(is_right(entry) for entry in killed),
-        "right_by_phase": dict(Counter(entry["in"] for entry in killed if is_right(entry))),
-        "trials_lost": sum(entry.get("lost", 0) for entry in killed),
-        "trials_trained_twice": sum(entry.get("trained_twice", 0) for entry in killed),
-        "torn_lines": sum(entry.get("torn_line", False) for entry in killed),
-        "too_late": len(rounds) - len(killed),
-        "not_right": [entry for entry in killed if not is_right(entry)],
+        "undisturbed_entries": {name: entries for name, (entries, _) in case.usual.items()},
+        "runs": len(runs),
+        "runs_ended_right": len(right),
+        "kills": sum(len(run["kills"]) for run in runs),
+        "kills_in_runs_that_ended_right": sum(len(run["kills"]) for run in right),
+        "kills_by_phase": phases_of(runs),
+        "ended_right_by_phase": phases_of(right),
+        "trials_lost": sum(run.get("lost", 0) for run in runs),
+        "trials_trained_twice": sum(run.get("trained_twice", 0) for run in runs),
+        "torn_lines": sum(run.get("torn_lines", 0) for run in runs),
+        "not_right": [run for run in runs if not is_right(run)],
     }
+
+
+def phases_of(runs: list[dict[str, Any]]) -> dict[str, int]:
+    """What the process was at when it was killed."""
+    return dict(sorted(Counter(kill["in"] for run in runs for kill in run["kills"]).items()))
 
 
 def main() -> None:

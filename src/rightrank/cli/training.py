@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,7 @@ from rightrank.errors import InterruptedRun, TerminatedRun
 
 if TYPE_CHECKING:
     from rightrank.api import Selected, Watching
-    from rightrank.records import RunEvent, RunStarted
+    from rightrank.records import RunEvent, RunStarted, TrialOutcome
     from rightrank.report.terminal import View
 
 
@@ -133,8 +133,12 @@ def _watched(run: Callable[[Watching], Selected], quiet: bool, out: Path, log_js
             view.plan(started, arms, steps)
             progress.plan(started, arms, steps)
 
+        def on_resume(outcomes: Sequence[TrialOutcome]) -> None:
+            view.resume(outcomes)
+            progress.resume(outcomes)
+
         try:
-            return run(Watching(on_event, on_plan, view.notice, lambda: stop.asked))
+            return run(Watching(on_event, on_plan, on_resume, view.notice, lambda: stop.asked))
         except InterruptedRun as stopped:
             kind = TerminatedRun if stop.terminated else InterruptedRun
             raise kind(f"{stopped}; run the same command again to resume {out}: {_command()}") from None

@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from rightrank.io.files import replacing
+from rightrank.io.reading import UnreadableError, parse_json
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,8 +42,8 @@ def load_checkpoint(path: Path) -> Checkpoint | None:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             if metadata["crc"] != _checksum(metadata["state"], tensors):
                 return None
-            return Checkpoint(tensors, json.loads(metadata["state"]))
-    except (SafetensorError, KeyError, TypeError, json.JSONDecodeError):
+            return Checkpoint(tensors, parse_json(metadata["state"]))
+    except (SafetensorError, KeyError, TypeError, UnreadableError):
         return None
 
 

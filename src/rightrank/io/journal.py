@@ -112,13 +112,13 @@ class Journal:
         for number, line in enumerate(lines, start=1):
             found = read_line(line)
             if isinstance(found, Damage):
-                damaged.append(f"line {number} {found.reason}")
+                damaged.append(f"{number}: {found.reason}")
             else:
                 records.append(found)
         if damaged:
             more = f" and {len(damaged) - 1} more" if len(damaged) > 1 else ""
             raise RunFolderError(
-                f"{self.path}: {damaged[0]}{more}; {len(records)} of {len(lines)} records are whole: "
+                f"{self.path}:{damaged[0]}{more}; {len(records)} of {len(lines)} records are whole: "
                 f"`rightrank repair {self.path.parent}` keeps those and sets the damaged aside"
             )
         return records

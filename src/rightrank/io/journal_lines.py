@@ -23,7 +23,7 @@ FIRST_SEALED_SCHEMA = 2
 
 @dataclass(frozen=True, slots=True)
 class Damage:
-    """A line that is no record; `reason` follows `line 5 …`."""
+    """A line that is no record; `reason` follows `journal.jsonl:5: `."""
 
     reason: str
 
@@ -41,9 +41,9 @@ def read_line(line: bytes) -> JournalRecord | Damage:
         return _unsealed(line)
     body, length, checksum = line[: seal.start()], int(seal[1]), int(seal[2], 16)
     if len(body) != length:
-        return Damage(f"is damaged: {len(body)} bytes where {length} were written")
+        return Damage(f"damaged: {len(body)} bytes where {length} were written")
     if zlib.crc32(body) != checksum:
-        return Damage("is damaged: its checksum does not fit")
+        return Damage("damaged: its checksum does not fit")
     return _parsed(body + b"}")
 
 
@@ -57,7 +57,7 @@ def _unsealed(line: bytes) -> JournalRecord | Damage:
     """A line of schema 1, which had no seal; else one that lost it."""
     versions = [int(version) for version in _VERSION.findall(line)]
     if not versions or max(versions) >= FIRST_SEALED_SCHEMA:
-        return Damage("is damaged: it has no length and checksum at its end")
+        return Damage("damaged: it has no length and checksum at its end")
     return _parsed(line)
 
 
@@ -65,9 +65,9 @@ def _parsed(text: bytes) -> JournalRecord | Damage:
     try:
         record = JOURNAL_RECORD.validate_json(text)
     except ValidationError as error:
-        return Damage(f"is not a record of schema {SCHEMA_VERSION} or before ({error.errors()[0]['msg']})")
+        return Damage(f"not a record of schema {SCHEMA_VERSION} or before ({error.errors()[0]['msg']})")
     if record.schema_version > SCHEMA_VERSION:
         return Damage(
-            f"has schema {record.schema_version}, and this version reads up to {SCHEMA_VERSION}: update rightrank"
+            f"schema {record.schema_version}, and this version reads up to {SCHEMA_VERSION}: update rightrank"
         )
     return record
