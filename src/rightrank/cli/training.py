@@ -25,7 +25,9 @@ SELECT_OPTIONS = [
     click.option("--ranks", callback=comma, help="Ranks to compare, such as 4,16,64."),
     click.option("--learning-rates", callback=comma, help="Rates to try at each rank, such as 1e-4,3e-4."),
     click.option("--seeds", callback=comma, help="Seeds, such as 0,1,2."),
-    click.option("--sweep", multiple=True, metavar="AXIS=VALUES", help="Further alpha, scaling or init: alpha=16,64."),
+    click.option(
+        "--sweep", multiple=True, metavar="AXIS=VALUES", help="Further alpha, scaling, init or targets: alpha=16,64."
+    ),
     click.option("--margin", type=float, help="How much worse than the best is still enough."),
     click.option("--metric", help="loss (default) or accuracy."),
     click.option("--max-steps", type=int, help="Optimizer steps of each training (default: one epoch)."),

@@ -111,7 +111,9 @@ def comparable(records: Records) -> list[TrialOutcome]:
     plain = [
         outcome
         for outcome in records.outcomes
-        if outcome.init_lora_weights is None and (alpha is None or outcome.lora_alpha == alpha)
+        if outcome.init_lora_weights is None
+        and outcome.target_modules is None
+        and (alpha is None or outcome.lora_alpha == alpha)
     ]
     recovered = [outcome for outcome in plain if outcome.truncate_from is not None and outcome.steps > 0]
     if recovered:
