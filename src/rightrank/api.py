@@ -110,8 +110,9 @@ def _select(request: Request, folder: RunFolder, watching: Watching) -> Selected
     # Heavy imports: only who runs a selection pays for them.
     from rightrank.engine.train import Watcher
     from rightrank.executors.local import LocalExecutor
+    from rightrank.handover import certify_selection, hand_over_trained
     from rightrank.preparation import prepare
-    from rightrank.selection import Selection
+    from rightrank.selection import Selection, Terms
     from rightrank.strategies import make_strategy
     from rightrank.strategies.sweep import sweep_rows
 
@@ -123,17 +124,17 @@ def _select(request: Request, folder: RunFolder, watching: Watching) -> Selected
     executor = LocalExecutor(
         prepared.bench, folder, watcher, lambda event: selection.note_start(event), watching.notice
     )
-    peaks = prepared.planned.peak_bytes if prepared.planned else None
-    selection = Selection(folder, prepared.started, strategy, executor, watching.on_event, peaks)
+    terms = Terms(peak_bytes=prepared.planned.peak_bytes if prepared.planned else {})
+    selection = Selection(folder, prepared.started, strategy, watching.on_event, terms)
     folder.write_config(prepared.started.settings)
     watching.on_plan(prepared.started, strategy.expected_arms(), prepared.steps)
     if selection.records.outcomes:
         watching.on_resume(selection.records.outcomes)
     watching.notice(cost_line(strategy, prepared.steps))
-    decision = selection.run()
-    selection.hand_over(prepared.bench, decision)
+    decision = selection.run(executor)
+    hand_over_trained(selection, prepared.bench, decision)
     if request.settings.certify:
-        watching.notice(selection.certify(prepared.bench, decision, watcher).sentence())
+        watching.notice(certify_selection(selection, prepared.bench, decision, watcher).sentence())
     sweep = sweep_rows(prepared.started, selection.records.outcomes)
     return Selected(decision, folder.path, folder.adapter, folder.report, selection.records.samples, sweep)
 

@@ -129,6 +129,10 @@ def plan_line(started: RunStarted, arms: int, steps: int) -> str:
     notes = [f"{truncated} cut to the length limit"] * bool(truncated) + [f"{dropped} dropped, no label left"] * bool(
         dropped
     )
+    if started.data.unreadable:
+        notes.append(f"{started.data.unreadable} rows left out: half characters, which no tokenizer takes")
+    if started.data.control_characters:
+        notes.append(f"{started.data.control_characters} items with control characters")
     if started.data.duplicates_across_splits:
         notes.append(f"{started.data.duplicates_across_splits} exact duplicates across splits")
     return (
