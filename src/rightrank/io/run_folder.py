@@ -36,6 +36,10 @@ class RunFolder:
     def trial_adapter(self, trial_id: str) -> Path:
         return self.path / "trials" / trial_id
 
+    def answers(self, trial_id: str) -> Path:
+        """What the model wrote for the held-out items, one JSON object a line."""
+        return self.path / "answers" / f"{trial_id}.jsonl"
+
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Make the folder and hold its lock.

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 SCHEMA_VERSION = 1
 
 
-MetricName: TypeAlias = Literal["loss", "accuracy"]
+MetricName: TypeAlias = str  # `loss`, `accuracy`, or what a metric of the settings is called
 
 
 SplitName: TypeAlias = Literal["train", "selection", "test"]

@@ -60,6 +60,8 @@ class TestEvaluated(Record):
     item_losses: list[float]
     item_tokens: list[int]
     item_correct: list[int] | None = None
+    metrics: dict[str, float] = Field(default_factory=dict)  # every metric measured there
+    metric: str | None = None  # of `value`, where it is not the decision's: a task has no split of its own
 
 
 class Sample(Record):
