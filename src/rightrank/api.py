@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 from rightrank.errors import ResultsError, SettingsError
 from rightrank.io.files import disk_errors_told
@@ -13,7 +13,7 @@ from rightrank.io.run_folder import RunFolder
 from rightrank.records import Decision, RunEvent, RunStarted, Sample, SweepRow
 from rightrank.records.plan import Plan
 from rightrank.records.probe import Inspection, Resized
-from rightrank.settings import PlanSettings, SelectSettings, make_plan_settings, make_settings
+from rightrank.settings import PlanSettings, SelectKeywords, SelectSettings, make_plan_settings, make_settings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -56,6 +56,7 @@ def select_rank(
     tokenizer: PreTrainedTokenizerBase | None = None,
     settings: SelectSettings | None = None,
     watching: Watching | None = None,
+    **keywords: Unpack[SelectKeywords],
 ) -> Selected:
     """Train a range of ranks on `data`, decide which is enough, and hand over its adapter.
 
@@ -67,17 +68,20 @@ def select_rank(
         tokenizer: of a model in memory.
         settings: see `SelectSettings`; None for the defaults.
         watching: callbacks.
+        keywords: the command's options by name, such as `ranks=(4, 16, 64), margin=0.01`; they go before `settings`.
 
     Raises:
         InputError: model, data, settings or folder can't be used; nothing was started.
         RunError: it began and could not finish.
         InterruptedRun: `watching.should_stop` said so.
     """
+    given = settings.model_dump(include=settings.model_fields_set) if settings is not None else {}
+    settings = make_settings(given | keywords)
     folder = RunFolder(Path(out))
     with folder.locked(), disk_errors_told(folder.path):
         from rightrank.preparation import Request  # brings torch: a folder that can't be used is told before
 
-        request = Request(model, tokenizer, data, settings or make_settings({}))
+        request = Request(model, tokenizer, data, settings)
         return _select(request, folder, watching or Watching())
 
 
@@ -103,6 +107,7 @@ def plan(model: str, *, settings: PlanSettings | None = None) -> Plan:
 
 def _select(request: Request, folder: RunFolder, watching: Watching) -> Selected:
     # Heavy imports: only who runs a selection pays for them.
+    from rightrank.engine.scoring import measured_at_ends
     from rightrank.engine.train import Watcher
     from rightrank.executors.local import LocalExecutor
     from rightrank.preparation import prepare
@@ -123,6 +128,8 @@ def _select(request: Request, folder: RunFolder, watching: Watching) -> Selected
     folder.write_config(prepared.started.settings)
     watching.on_plan(prepared.started, strategy.expected_arms(), prepared.steps)
     watching.notice(cost_line(strategy, prepared.steps))
+    if measured_at_ends(prepared.settings):
+        watching.notice(answers_line(prepared.settings, prepared.started))
     decision = selection.run()
     selection.hand_over(prepared.bench, decision)
     if request.settings.certify:
@@ -181,26 +188,18 @@ def decide(
 
 def _decide_run(folder: RunFolder, metric: str | None, margin: float | None, horizon_steps: int | None) -> Decided:
     """A run folder of our own, at its own metric and margin unless others are asked for."""
-    from rightrank.decision import decide as decide_table
-    from rightrank.decision import table_of
-    from rightrank.decision.run import records_of, run_table
+    from rightrank.decision.run import comparable, decide_on, metrics_of, records_of
 
     records = records_of(folder.journal.read(), str(folder.path))
     started = records.started
     direct = [outcome for outcome in records.outcomes if outcome.arm.is_direct]
     name = metric or started.metric
-    known = sorted({name for trial in records.finished() for name in trial.metrics})
+    known = metrics_of(records)
     own = started.settings.get("margin") if name == started.metric else None
-    if margin is None and isinstance(own, int | float):
-        margin = float(own)
-    if name == started.metric:
-        table = run_table(records)
-    elif name in known and name in ("loss", "accuracy"):
-        table = table_of(direct, "accuracy" if name == "accuracy" else "loss")
-    else:
-        raise ResultsError(f"{folder.path}: the run has no metric {name!r}; it has {', '.join(known) or 'none yet'}")
-    token_loss = started.data.form not in ("classification", "own")
-    decision = decide_table(table, margin, token_loss, horizon_steps=horizon_steps)
+    if name not in known or (started.data.form == "own" and name != started.metric):
+        raise ResultsError(f"{folder.path}: the run has no metric {name!r}; it has {', '.join(known)}")
+    outcomes = comparable(records) if name == started.metric else direct
+    decision = decide_on(records, outcomes, name, own if margin is None else margin, horizon_steps=horizon_steps)
     return Decided(decision, [f"{len(direct)} trainings of a run folder"])
 
 
@@ -263,6 +262,17 @@ def resize(
 
     rule = ResizeRule(rank, energy, noise, None if data is None else Path(data))
     return resize_adapter(Path(adapter), Path(out), rule, options or ResizeOptions())
+
+
+def answers_line(settings: SelectSettings, started: RunStarted) -> str:
+    """What metrics beside the loss will cost, for a person."""
+    names = [spec.name for spec in settings.metric_specs if not spec.is_measured_along]
+    when = "at the end of each training" if settings.answers_at == "end" else f"{settings.eval_points} times a training"
+    items = started.data.splits["selection"].items
+    return (
+        f"{', '.join(names)}: measured on the base, {when}, and on the test split: "
+        f"{items} items, at most {settings.max_new_tokens} new tokens each where the model writes; how long that takes is said after the base"
+    )
 
 
 def cost_line(strategy: Strategy, steps: int) -> str:

@@ -161,6 +161,7 @@ def _started(request: Request, sources: _Sources, settings: SelectSettings, step
         evaluation_items=[item.item_id for item in sources.encoded.splits["selection"]],
         metric=settings.metric_name,
         higher_is_better=higher_is_better(settings.metric_name, settings.lower_is_better),
+        points_metric=settings.points_metric if settings.points_metric != settings.metric_name else None,
         started_at=datetime.now(UTC).isoformat(timespec="seconds"),
     )
 

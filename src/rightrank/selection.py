@@ -13,6 +13,7 @@ from rightrank.decision.run import Records, best_trial, decide_run, decision_so_
 from rightrank.engine.bench import Bench
 from rightrank.engine.certify import certify
 from rightrank.engine.sample import promptable_items, write_completion
+from rightrank.engine.scoring import measure
 from rightrank.engine.train import Watcher
 from rightrank.errors import AllTrialsFailedError, DeviceMemoryError, InputError, ResultsError, RunFolderError
 from rightrank.executors import Executor
@@ -110,6 +111,7 @@ class Selection:
             self._test(bench, trial)
         if not self.records.samples:
             self._write_samples(bench, chosen)
+        write_figures(self._folder.figures, figures_of(self.records, decision))
         hand_over(
             self._folder.trial_adapter(chosen.trial_id),
             self._folder.adapter,
@@ -117,12 +119,11 @@ class Selection:
             chosen,
             decision,
             self.records.tests,
+            self._folder.figures,
         )
         self._folder.journal.append(Decided(decision=decision, adapter_trial_id=chosen.trial_id))
         self.write_views(decision)
-        write_figures(
-            self._folder.figures, [*figures_of(self.records, decision), *adapter_figures(self._folder.adapter)]
-        )
+        write_figures(self._folder.figures, adapter_figures(self._folder.adapter))
         self._folder.drop_working_files()
         return chosen
 
@@ -212,10 +213,15 @@ class Selection:
             if trial.rank > 0:
                 restore_adapter(model, self._folder.trial_adapter(trial.trial_id))
             scores = bench.evaluate("test")
+            measured = measure(bench, "test")
+        measured.require([self.records.started.metric])
+        values, metric = scores.metrics | measured.values, self.records.started.metric
         record = TestEvaluated(
             trial_id=trial.trial_id,
             rank=trial.rank,
-            value=scores.metrics[self.records.started.metric],
+            value=values.get(metric, scores.loss),
+            metric=None if metric in values else "loss",
+            metrics=values,
             item_losses=scores.losses,
             item_tokens=scores.tokens,
             item_correct=scores.correct,

@@ -112,7 +112,7 @@ def _prompt_ids(bench: Bench, question: Question) -> list[int]:
     return ids or [start if start is not None else 0]
 
 
-def _batch(bench: Bench, prompts: Sequence[list[int]], config: GenerationConfig) -> list[str]:
+def _batch(bench: Bench, prompts: Sequence[list[int]], config: Any) -> list[str]:
     """Padding is on the left, so that every answer begins where its prompt ends."""
     tokenizer: Any = bench.loaded.tokenizer
     longest, pad = max(map(len, prompts)), tokenizer.pad_token_id
@@ -124,7 +124,7 @@ def _batch(bench: Bench, prompts: Sequence[list[int]], config: GenerationConfig)
     return texts
 
 
-def _generation(bench: Bench, asked: Sequence[Question]) -> GenerationConfig:
+def _generation(bench: Bench, asked: Sequence[Question]) -> Any:
     """Greedy whatever the model's own configuration says of sampling; the end is any that model or template has."""
     tokenizer: Any = bench.loaded.tokenizer
     own = getattr(bench.model.generation_config, "eos_token_id", None)
@@ -132,7 +132,8 @@ def _generation(bench: Bench, asked: Sequence[Question]) -> GenerationConfig:
     for end in {question.end for question in asked if question.end}:
         first = tokenizer(end.lstrip(), add_special_tokens=False)["input_ids"][:1]
         ends |= set(first) & set(tokenizer.all_special_ids) | set(first) & set(tokenizer.added_tokens_decoder)
-    return GenerationConfig(
+    config: Any = GenerationConfig  # untyped in transformers
+    return config(
         max_new_tokens=bench.settings.max_new_tokens,
         do_sample=False,
         num_beams=1,

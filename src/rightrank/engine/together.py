@@ -86,9 +86,11 @@ def evaluate_base(bench: Bench, trial: Trial, folders: TrialFolders) -> TrialFin
     with PeakMemory(bench.loaded.device) as memory:
         begun = time.perf_counter()
         scores = bench.evaluate("selection")
+        evaluated = time.perf_counter()
         measured = measure(bench, "selection", folders.answers)
         measured.require(list(measured.failed))
-        progress = Progress(eval_seconds=time.perf_counter() - begun)
+        ended = time.perf_counter()
+        progress = Progress(eval_seconds=ended - begun, answer_seconds=ended - evaluated)
         return finished(trial, bench, progress, Seen(scores, measured), 0, memory.peak_bytes(), 1)
 
 

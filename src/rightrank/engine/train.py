@@ -78,6 +78,7 @@ class Progress:
     train_seconds: float = 0.0
     train_tokens: int = 0
     eval_seconds: float = 0.0
+    answer_seconds: float = 0.0  # of them, at the end
 
 
 def adapter_name(trial: Trial) -> str:
@@ -113,6 +114,7 @@ class ArmTraining:
         self._tokens = 0
         self._micro_batch = 0
         self._scores: Scores | None = None  # of the last evaluation
+        self._measured: tuple[int, Measured] | None = None  # after which step, and what
         self.progress = Progress()
         self._start()
 
@@ -207,16 +209,20 @@ class ArmTraining:
         name = self._settings.points_metric
         if name in scores.metrics or self.progress.step not in self._evaluate_at:
             return scores.metrics.get(name, scores.loss)
-        measured = self._measure(None)
-        measured.require([name])
-        return measured.values[name]
+        self._measured = (self.progress.step, self._measure())
+        self._measured[1].require([name])
+        return self._measured[1].values[name]
 
-    def _measure(self, keep: Path | None) -> Measured:
-        """What takes more than a loss: answers of this arm alone, and tasks."""
+    def _measure(self) -> Measured:
+        """What takes more than a loss: answers of this arm alone, and tasks; as it was where it was just done."""
+        if self._measured is not None and self._measured[0] == self.progress.step:
+            return self._measured[1]
         begun = time.perf_counter()
         with self._pack.alone(self.adapter):
-            measured = measure(self._bench, "selection", keep)
-        self.progress.eval_seconds += time.perf_counter() - begun
+            measured = measure(self._bench, "selection", self._folders.answers)
+        seconds = time.perf_counter() - begun
+        self.progress.eval_seconds += seconds
+        self.progress.answer_seconds = seconds
         return measured
 
     def finish(self, peak_bytes: int) -> TrialFinished:
@@ -231,7 +237,7 @@ class ArmTraining:
             self.progress.eval_seconds += time.perf_counter() - begun
         measured: Measured | None = None
         if self.trial.arm.stop_at is None:
-            measured = self._measure(self._folders.answers)
+            measured = self._measure()
             measured.require([self._settings.metric_name])
             if rank() == 0:
                 save_adapter(self._pack.peft_model, self._folders.adapter, self._bench.loaded.name, self.adapter)
@@ -409,6 +415,7 @@ def finished(
         train_seconds=progress.train_seconds,
         train_tokens=progress.train_tokens,
         eval_seconds=progress.eval_seconds,
+        answer_seconds=progress.answer_seconds,
         peak_bytes=peak_bytes,
         pack_size=pack_size,
         train_losses=progress.train_losses,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +56,20 @@ class Recipe:
     def alpha(self) -> int | float:
         """Alpha as an integer where it is one: most schemas want it so."""
         return int(self.lora_alpha) if float(self.lora_alpha).is_integer() else self.lora_alpha
+
+    @property
+    def highest_rank(self) -> int:
+        """The largest rank of any module."""
+        return max([self.r, *self.rank_pattern.values()])
+
+    @property
+    def has_local_model(self) -> bool:
+        """Whether the base is a folder or a file here, not a name on the hub."""
+        return Path(self.model).exists()
+
+    def padded_to(self, rank: int, adapter: Path) -> Recipe:
+        """The same with an adapter of one rank and one scale, in the folder `adapter`."""
+        return replace(self, adapter=adapter, r=rank, use_rslora=False, rank_pattern={}, alpha_pattern={})
 
     @property
     def explicit_targets(self) -> list[str]:

@@ -77,8 +77,8 @@ def find_function(target: str) -> Callable[..., object]:
             module = importlib.import_module(where)
         except ModuleNotFoundError as error:
             raise ScorerError(f"no module {error.name!r}; give MODULE:FUNCTION, or FILE.py:FUNCTION") from None
-    function = getattr(module, name, None)
-    if not callable(function):
+    function: Callable[..., object] | None = getattr(module, name, None)
+    if function is None or not callable(function):
         there = [key for key, value in vars(module).items() if inspect.isfunction(value) and key[0] != "_"]
         raise ScorerError(f"{where!r} has no function {name!r}; it has: {', '.join(there) or 'none'}")
     return function
@@ -104,7 +104,9 @@ def plain(value: Any) -> object:
         return [plain(part) for part in value]
     if isinstance(value, bool | int | float):
         return float(value)
-    raise ScorerError(f"it gave {type(value).__name__} {str(value)[:60]!r}; a number, or a list of one an item, is expected")
+    raise ScorerError(
+        f"it gave {type(value).__name__} {str(value)[:60]!r}; a number, or a list of one an item, is expected"
+    )
 
 
 def _evaluate(target: str, key: str | None, answers: list[dict[str, str]] | None) -> object:

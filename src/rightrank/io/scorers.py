@@ -215,7 +215,9 @@ def _number(word: str) -> float | None:
 
 def _numbers(spec: MetricSpec, values: Sequence[object], items: int) -> list[float]:
     if len(values) != items:
-        raise MetricError(f"metric {spec.name!r}: it gave {len(values)} scores for {items} items; one an item is expected")
+        raise MetricError(
+            f"metric {spec.name!r}: it gave {len(values)} scores for {items} items; one an item is expected"
+        )
     for value in values:
         if not isinstance(value, int | float) or not math.isfinite(value):
             raise MetricError(f"metric {spec.name!r}: it gave {_short(repr(value))}; finite numbers are expected")

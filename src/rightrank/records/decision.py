@@ -145,6 +145,10 @@ class MetricAnswer(Record):
     sentence: str  # for a person
     ranks: list[RankEvidence]
 
+    def value_at(self, rank: int) -> float | None:
+        """The rank's value; None where it has none."""
+        return next((evidence.value for evidence in self.ranks if evidence.rank == rank), None)
+
 
 class Decision(Record):
     """The answer and its evidence."""

@@ -44,6 +44,7 @@ class RunStarted(Record):
     evaluation_items: list[str]  # content hashes, in the order of every item list
     metric: str
     higher_is_better: bool
+    points_metric: str | None = None  # of the evaluations along a training, where it is not the one that decides
     started_at: str
 
 

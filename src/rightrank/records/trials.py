@@ -103,13 +103,16 @@ class TrialFinished(ArmFields):
     item_weights: list[float] | None = None  # beside item_scores; None: all alike
     item_metrics: dict[str, list[float]] = Field(default_factory=dict)  # of written answers and tasks, one an item
     failed_metrics: dict[str, str] = Field(default_factory=dict)  # name: why there is none
-    value_metric: str | None = None  # of `value`, where it is not the decision's: a training stopped early has no answers
+    value_metric: str | None = (
+        None  # of `value`, where it is not the decision's: a training stopped early has no answers
+    )
     train_value: float | None  # mean training loss of the last stretch before the end
     points: list[EvalPoint]
     trainable_parameters: int
     train_seconds: float
     train_tokens: int  # labelled and unlabelled, no padding
     eval_seconds: float
+    answer_seconds: float = 0.0  # of them: what the model's answers at the end took, with their scoring
     peak_bytes: int  # allocated on the device; on the CPU, the growth of the process's resident memory
     predicted_peak_bytes: int | None = None  # allocated by tensors, as planned before the start; None: not planned
     pack_size: int = 1  # arms that shared the passes, and the peak; the seconds are this arm's even share

@@ -70,7 +70,7 @@ class Tally:
             case StepDone():
                 self._step = event
             case TrialFinished():
-                return self._end(event, f"held-out {event.value:.4f}")
+                return self._end(event, held_out_words(event))
             case TrialDiverged():
                 return self._end(event, f"diverged at step {event.step}: {event.reason}")
             case TrialFailed():
@@ -214,6 +214,16 @@ class PlainView:
     def notice(self, text: str) -> None:
         if not self._quiet:
             self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def held_out_words(trial: TrialFinished) -> str:
+    """The value, by which metric where it is not the decision's, and what the base's answers took."""
+    words = f"held-out {trial.value:.4f}" + (f" ({trial.value_metric})" if trial.value_metric else "")
+    if trial.rank == 0 and trial.answer_seconds >= 1:
+        words += (
+            f"; of which the model's answers took {duration(trial.answer_seconds)}, as they will after each training"
+        )
+    return words
 
 
 def make_view(console: Console, quiet: bool) -> LiveView | PlainView:

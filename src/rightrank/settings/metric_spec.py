@@ -1,12 +1,12 @@
 """What a metric is asked for as: a name there is, or `NAME=KIND:…` for one that somebody else computes.
 
-    loss                            nats a token (of a classification: an item)
-    accuracy, macro_f1              of a classification
-    exact_match, f1, rouge1, rouge2, rougeL    of what the model writes for a prompt
-    MODULE:FUNCTION                 a Python function; MODULE may be a file
-    NAME=command:PROGRAM {file}     a program that reads the answers as JSONL and prints scores
-    evaluate:NAME[:KEY]             a metric of Hugging Face `evaluate`, or a folder with one
-    lm-eval:TASK.yaml[:KEY]         a task file of lm-evaluation-harness
+loss                            nats a token (of a classification: an item)
+accuracy, macro_f1              of a classification
+exact_match, f1, rouge1, rouge2, rougeL    of what the model writes for a prompt
+MODULE:FUNCTION                 a Python function; MODULE may be a file
+NAME=command:PROGRAM {file}     a program that reads the answers as JSONL and prints scores
+evaluate:NAME[:KEY]             a metric of Hugging Face `evaluate`, or a folder with one
+lm-eval:TASK.yaml[:KEY]         a task file of lm-evaluation-harness
 """
 
 from __future__ import annotations
@@ -31,9 +31,7 @@ BUILT_IN: dict[str, SpecKind] = {
 }
 _NAMED = re.compile(r"([A-Za-z_][\w-]*)=(.+)", re.DOTALL)
 _FUNCTION = re.compile(r"[^:]+:[A-Za-z_]\w*")
-FORMS = (
-    f"{', '.join(BUILT_IN)}, MODULE:FUNCTION, NAME=command:PROGRAM, evaluate:NAME[:KEY] or lm-eval:TASK.yaml[:KEY]"
-)
+FORMS = f"{', '.join(BUILT_IN)}, MODULE:FUNCTION, NAME=command:PROGRAM, evaluate:NAME[:KEY] or lm-eval:TASK.yaml[:KEY]"
 
 
 class MetricSpec(NamedTuple):
