@@ -153,12 +153,16 @@ def test_a_function_that_hangs_is_ended(path: Path) -> None:
 def test_what_is_no_function_is_told_before_the_start(path: Path) -> None:
     Path("mine.py").write_text(FUNCTIONS)
     Path("broken.py").write_text("import json\n1 / 0\n")
-    for asked, said in (("mine:A_NUMBER", "no function"), ("absent.py:f", "no file"), ("broken:f", "ZeroDivisionError")):
+    for asked, said in (
+        ("mine:A_NUMBER", "no function"),
+        ("absent.py:f", "no file"),
+        ("broken:f", "ZeroDivisionError"),
+    ):
         with pytest.raises(SettingsError, match=said):
             require_scorer(parse_metric(asked), LIMITS)
 
 
-EVALUATE_METRIC = '''
+EVALUATE_METRIC = """
 import datasets
 import evaluate
 
@@ -170,7 +174,7 @@ class Same(evaluate.Metric):
     def _compute(self, predictions, references):
         same = [float(p == r) for p, r in zip(predictions, references)]
         return {"same": sum(same) / len(same), "most": max(map(len, predictions)) / 7}
-'''
+"""
 
 
 def test_a_local_metric_of_evaluate(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -39,9 +39,7 @@ def finished(folder: Path) -> list[TrialFinished]:
     return [record for record in Journal(folder / "journal.jsonl").read() if isinstance(record, TrialFinished)]
 
 
-def select(
-    model: Path, data: Path, out: Path, capsys: pytest.CaptureFixture[str], *more: str
-) -> tuple[int, str, str]:
+def select(model: Path, data: Path, out: Path, capsys: pytest.CaptureFixture[str], *more: str) -> tuple[int, str, str]:
     return run(["select", str(model), str(data), "--out", str(out), *SMALL, *more, "--json"], capsys)
 
 
@@ -153,9 +151,7 @@ def test_metrics_of_classes(
         assert trial.metrics["accuracy"] == sum(right) / len(right)
 
 
-def test_plain_text_has_no_answers(
-    model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_plain_text_has_no_answers(model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = write_jsonl(tmp_path / "texts.jsonl", [{"text": f"the cat sat on mat {n}"} for n in range(80)])
     status, _, err = select(model_folder, data, tmp_path / "run", capsys, "--metric", "f1")
     assert status == 2

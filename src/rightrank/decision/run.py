@@ -124,7 +124,7 @@ def run_table(records: Records, outcomes: Sequence[TrialOutcome], metric: str) -
     """The scores of a run, of ours or of a trainer of one's own."""
     started = records.started
     if started.data.form == "own":
-        return own_table(records)
+        return own_table(records, outcomes)
     lower = started.settings.get("lower_is_better")
     higher = higher_is_better(metric, lower if isinstance(lower, list) else ())  # type: ignore[arg-type]
     return table_of(outcomes, metric, higher, started.points_metric or started.metric)
@@ -145,10 +145,10 @@ def comparable(records: Records) -> list[TrialOutcome]:
     return [outcome for outcome in plain if outcome.arm.is_direct]
 
 
-def own_table(records: Records) -> ScoreTable:
+def own_table(records: Records, outcomes: Sequence[TrialOutcome]) -> ScoreTable:
     """Any metric, by items where there are any, else by its one number a trial."""
     metric = records.started.metric
-    results = [_own_result(outcome, metric) for outcome in records.outcomes]
+    results = [_own_result(outcome, metric) for outcome in outcomes]
     return table_of_results(
         Results(metric=metric, higher_is_better=records.started.higher_is_better, results=results, understood=[])
     )

@@ -138,7 +138,9 @@ def learning_figure(records: Records, decision: Decision | None) -> Figure | Non
             series.append(Series(f"rank {rank}", x, y, kind="line", dashed=True, tone=place))
     if not series:
         return None
-    ends = ", ".join(f"rank {rank} {fmean(t.metrics.get(metric, t.value) for t in trials):.4g}" for rank, trials in best.items())
+    ends = ", ".join(
+        f"rank {rank} {fmean(t.metrics.get(metric, t.value) for t in trials):.4g}" for rank, trials in best.items()
+    )
     return Figure(
         name="learning_curves",
         title="Learning curves (training dashed)",

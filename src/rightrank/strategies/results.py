@@ -44,14 +44,23 @@ class Results:
         outcome = self.finished(arm)
         return None if outcome is None else oriented(outcome, self.space)
 
-    def loss_on_the_way(self, arm: Arm, step: int) -> float | None:
-        """The held-out value of a whole training after `step` of its steps, where it was taken."""
-        outcome = self.finished(arm)
-        points = [] if outcome is None else [point for point in outcome.points if point.step == step]
-        if not points:
-            return None
-        turned = self.space.higher_is_better and not self.space.points_are_losses
-        return -points[0].value if turned else points[0].value
+    def loss_after(self, rank: int, rate: float, step: int) -> float | None:
+        """The held-out loss after `step` steps of a training with the first seed, whether it stopped there or went on.
+
+        None where it was not taken.
+        """
+        for arm, outcome in self.outcomes.items():
+            if (arm.rank, arm.learning_rate, arm.seed) != (rank, rate, self.space.seeds[0]):
+                continue
+            if arm.truncate_from is not None or not self.space.is_plain(arm) or not isinstance(outcome, TrialFinished):
+                continue
+            losses = self.space.points_are_losses
+            if (arm.stop_at or arm.steps) == step:
+                return outcome.metrics["loss"] if losses else oriented(outcome, self.space)
+            for point in outcome.points:
+                if point.step == step:
+                    return -point.value if self.space.higher_is_better and not losses else point.value
+        return None
 
     def direct(self) -> dict[tuple[int, float, int], TrialFinished]:
         """Whole trainings by (rank, rate, seed)."""
