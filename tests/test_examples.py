@@ -1,51 +1,108 @@
-"""Every example runs, in small, as a user would run it."""
+"""Every example runs, in small; one of them in a process of its own, as a user would run it."""
 
 from __future__ import annotations
 
 import json
 import os
+import runpy
+import shutil
 import subprocess
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
-from tests.tiny import sentences, write_jsonl
+from tests.tiny import sentences, write_completions, write_jsonl
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
-WITH_DATA = ("plain_loop.py", "transformers_trainer.py", "trl_sft.py", "trl_dpo.py")
+WITH_DATA = (
+    "plain_loop.py",
+    "transformers_trainer.py",
+    "trl_sft.py",
+    "trl_dpo.py",
+    "lightning_trainer.py",
+    "peft_classification.py",
+)
 ALL = (*WITH_DATA, "vision.py")
+NEEDS = {"trl_sft.py": "trl", "trl_dpo.py": "trl", "lightning_trainer.py": "lightning"}
+OF_OTHERS = "ignore"  # a trainer's own deprecations are no failure of an example
 
 
 def test_no_example_is_left_out() -> None:
-    assert {path.name for path in EXAMPLES.glob("*.py")} == {*ALL, "common.py"}
+    assert {path.name for path in EXAMPLES.iterdir() if path.is_file()} == {*ALL, "common.py", "notebook.ipynb"}
 
 
-@pytest.mark.parametrize("name", ALL)
-def test_it_ends_with_a_decision(name: str, model_folder: Path, completion_file: Path, tmp_path: Path) -> None:
-    if name.startswith("trl") and find_spec("trl") is None:
-        pytest.skip("trl is not installed")
-    data = completion_file
-    if name == "trl_dpo.py":
-        rows = [
-            {"prompt": f"{text} : ", "chosen": text.split()[0], "rejected": text.split()[-1]}
-            for text in sentences(80, 3)
-        ]
-        data = write_jsonl(tmp_path / "pairs.jsonl", rows)
-    command = [sys.executable, str(EXAMPLES / name), "--out", str(tmp_path / "run"), "--steps", "3"]
+@pytest.fixture
+def pairs_file(tmp_path: Path) -> Path:
+    """Rows of prompt, chosen and rejected."""
+    rows = [
+        {"prompt": f"{text} : ", "chosen": text.split()[0], "rejected": text.split()[-1]} for text in sentences(80, 3)
+    ]
+    return write_jsonl(tmp_path / "pairs.jsonl", rows)
+
+
+def arguments(name: str, folder: Path, model: Path, data: Path) -> list[str]:
+    given = ["--out", str(folder / "run"), "--steps", "3"]
     if name in WITH_DATA:
-        command += ["--model", str(model_folder), "--data", str(data), "--held-out", "20"]
+        given += ["--model", str(model), "--data", str(data), "--held-out", "20"]
+    return given
+
+
+def check(run: Path, printed: str) -> None:
+    """A decision that was told, an adapter, and the same held-out items in every trial."""
+    decision = json.loads((run / "decision.json").read_text())
+    assert decision["sentence"] in printed
+    assert (run / "adapter" / "adapter_model.safetensors").exists()
+    journal = map(json.loads, (run / "journal.jsonl").read_text().splitlines())
+    items = {len(record["item_scores"]) for record in journal if record["type"] == "trial_finished"}
+    assert len(items) == 1
+    assert items.pop() >= 20
+
+
+@pytest.mark.parametrize("name", ALL[1:])
+@pytest.mark.filterwarnings(OF_OTHERS)
+def test_it_ends_with_a_decision(
+    name: str,
+    model_folder: Path,
+    completion_file: Path,
+    class_file: Path,
+    pairs_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """In this process: what the examples import is there already."""
+    if name in NEEDS:
+        pytest.importorskip(NEEDS[name])
+    data = {"trl_dpo.py": pairs_file, "peft_classification.py": class_file}.get(name, completion_file)
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    monkeypatch.setattr(sys, "argv", [name, *arguments(name, tmp_path, model_folder, data)])
+    runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+    check(tmp_path / "run", capsys.readouterr().out)
+
+
+def test_it_runs_as_a_script(model_folder: Path, completion_file: Path, tmp_path: Path) -> None:
+    script = EXAMPLES / ALL[0]
+    command = [sys.executable, str(script), *arguments(script.name, tmp_path, model_folder, completion_file)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
+    check(tmp_path / "run", done.stdout)
+
+
+@pytest.mark.filterwarnings(OF_OTHERS)
+def test_the_notebook_runs(model_folder: Path, tmp_path: Path) -> None:
+    """All cells, in a folder with a model and data; no cell fails, the answer and the plot are shown."""
+    nbformat = pytest.importorskip("nbformat")
+    nbclient = pytest.importorskip("nbclient")
+    shutil.copytree(model_folder, tmp_path / "model")
+    write_completions(tmp_path / "data.jsonl", 80)
+    notebook = nbformat.read(EXAMPLES / "notebook.ipynb", as_version=4)
+    assert not any(cell.get("outputs") for cell in notebook.cells)  # kept without outputs
+    nbclient.NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    shown = [output.get("data", {}) for cell in notebook.cells for output in cell.get("outputs", [])]
     decision = json.loads((tmp_path / "run" / "decision.json").read_text())
-    assert decision["sentence"] in done.stdout
-    assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").exists()
-    items = {
-        len(record["item_scores"])
-        for record in map(json.loads, (tmp_path / "run" / "journal.jsonl").read_text().splitlines())
-        if record["type"] == "trial_finished"
-    }
-    assert len(items) == 1
-    assert items.pop() >= 20
+    pages = [data["text/html"] for data in shown if "text/html" in data]
+    assert any("<svg" in page for page in pages)
+    assert any("difference_high" in page for page in pages)  # the table
+    assert str(decision["fallback_rank"] if decision["rank"] is None else decision["rank"]) in shown[-1]["text/plain"]

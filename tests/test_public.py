@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, NoneType
+from typing import Literal, get_args, get_origin, get_type_hints
 
 import pytest
 
 import rightrank
+from rightrank.cli import cli
+from rightrank.settings import SelectKeywords, SelectSettings
+
+NOT_SETTINGS = {"model", "data", "out", "config_file", "assignments", "as_json", "quiet", "log_json"}
 
 PUBLIC = {
     "Decided",
@@ -58,6 +64,7 @@ decision: Decision = select_rank_with(train, "run", ranks=(1, 4), metric="reward
 rank: int | None = decision.rank
 values: list[float] = [evidence.value for evidence in select_rank_with(train_plainly, "other").decision.ranks]
 adapter: Path | None = select_rank("model", "data.jsonl", "run", settings=make_settings({"ranks": [1, 4]})).adapter
+adapter = select_rank(model="model", data="data.jsonl", out="run", ranks=(1, 4), margin=0.01, memory_bytes="24GiB").adapter
 files: list[str] = export("run", "peft").files
 reveal_type(select_rank)
 reveal_type(select_rank_with)
@@ -65,6 +72,12 @@ reveal_type(export)
 reveal_type(decision.ranks)
 reveal_type(decision.staircase)
 reveal_type(train)
+"""
+WRONG = """\
+from rightrank import select_rank
+
+select_rank(model="model", data="data.jsonl", out="run", rank=4)
+select_rank(model="model", data="data.jsonl", out="run", margin="1%")
 """
 
 
@@ -77,13 +90,40 @@ def test_the_public_names_are_these_and_are_there() -> None:
         getattr(rightrank, "nonsense")  # noqa: B009
 
 
-def test_a_typed_script_has_no_any(tmp_path: Path) -> None:
-    script = tmp_path / "script.py"
-    script.write_text(SCRIPT, encoding="utf-8")
-    # the project's own settings (strict), so that its cache serves
-    command = [sys.executable, "-m", "mypy", "--config-file", str(ROOT / "pyproject.toml"), str(script)]
-    checked = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    assert checked.returncode == 0, checked.stdout
-    revealed = [line for line in checked.stdout.splitlines() if "Revealed type" in line]
+def type_checked(folder: Path, *scripts: str) -> str:
+    """What mypy says, with the project's own settings (strict), so that its cache serves."""
+    files = [folder / f"script_{number}.py" for number in range(len(scripts))]
+    for file, script in zip(files, scripts, strict=True):
+        file.write_text(script, encoding="utf-8")
+    command = [sys.executable, "-m", "mypy", "--config-file", str(ROOT / "pyproject.toml"), *map(str, files)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT).stdout
+
+
+def test_a_typed_script_has_no_any_and_a_wrong_one_is_told(tmp_path: Path) -> None:
+    said = type_checked(tmp_path, SCRIPT, WRONG).splitlines()
+    revealed = [line for line in said if "Revealed type" in line]
     assert len(revealed) == 6
     assert [line for line in revealed if "Any" in line] == []
+    errors = [line for line in said if ": error:" in line]
+    assert len(errors) == 2, errors
+    assert 'script_1.py:3: error: Unexpected keyword argument "rank"' in errors[0]
+    assert 'script_1.py:4: error: Argument "margin"' in errors[1]
+
+
+def test_keywords_are_the_command_s_options_and_settings_of_that_type() -> None:
+    options = {parameter.name for parameter in cli.commands["select"].params}
+    keywords = get_type_hints(SelectKeywords)
+    assert keywords.keys() == options - NOT_SETTINGS
+    for name, hint in keywords.items():
+        setting = SelectSettings.model_fields[name].annotation
+        assert plain(hint) <= plain(setting) | ({str} if name == "memory_bytes" else set()), name
+
+
+def plain(hint: object) -> set[object]:
+    """The types in a hint, a sequence and a tuple taken for the same."""
+    if get_origin(hint) in (Sequence, tuple):
+        return {(Sequence, *plain(get_args(hint)[0]))}
+    if get_origin(hint) is Literal:
+        return set(get_args(hint))
+    parts = get_args(hint)
+    return set().union(*map(plain, parts)) - {NoneType} if parts else {hint}

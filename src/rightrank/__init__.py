@@ -1,8 +1,8 @@
 """Find the LoRA rank that is enough and no more: measured on your model and your data.
 
-from rightrank import make_settings, select_rank
+from rightrank import select_rank
 
-selected = select_rank("path/to/model", "data.jsonl", "run", settings=make_settings({"ranks": [4, 16, 64]}))
+selected = select_rank(model="path/to/model", data="data.jsonl", out="run", ranks=(4, 16, 64))
 print(selected.decision.rank, selected.adapter)
 """
 

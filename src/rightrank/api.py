@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 from rightrank.errors import ResultsError, SettingsError
 from rightrank.io.files import disk_errors_told
 from rightrank.io.run_folder import RunFolder
-from rightrank.records import Decision, RunEvent, RunStarted, Sample, SweepRow
+from rightrank.records import Decision, RunEvent, RunStarted, Sample, SweepRow, TrialOutcome
 from rightrank.records.plan import Plan
 from rightrank.records.probe import Inspection, Resized
-from rightrank.settings import PlanSettings, SelectSettings, make_plan_settings, make_settings
+from rightrank.settings import PlanSettings, SelectKeywords, SelectSettings, make_plan_settings, make_settings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -25,10 +25,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Watching:
-    """Who looks on while a selection runs: every event, what is worth a notice, and whether to stop."""
+    """Who looks on while a selection runs: what is planned, every event, what is worth a notice, and whether to stop."""
 
     on_event: Callable[[RunEvent], None] = lambda _: None
     on_plan: Callable[[RunStarted, int, int], None] = lambda _started, _arms, _steps: None
+    on_resume: Callable[[Sequence[TrialOutcome]], None] = lambda _: None  # what ended before this process began
     notice: Callable[[str], None] = lambda _: None
     should_stop: Callable[[], bool] = lambda: False
 
@@ -56,6 +57,7 @@ def select_rank(
     tokenizer: PreTrainedTokenizerBase | None = None,
     settings: SelectSettings | None = None,
     watching: Watching | None = None,
+    **keywords: Unpack[SelectKeywords],
 ) -> Selected:
     """Train a range of ranks on `data`, decide which is enough, and hand over its adapter.
 
@@ -67,17 +69,20 @@ def select_rank(
         tokenizer: of a model in memory.
         settings: see `SelectSettings`; None for the defaults.
         watching: callbacks.
+        keywords: the command's options by name, such as `ranks=(4, 16, 64), margin=0.01`; they go before `settings`.
 
     Raises:
         InputError: model, data, settings or folder can't be used; nothing was started.
         RunError: it began and could not finish.
         InterruptedRun: `watching.should_stop` said so.
     """
+    given = settings.model_dump(include=settings.model_fields_set) if settings is not None else {}
+    settings = make_settings(given | keywords)
     folder = RunFolder(Path(out))
     with folder.locked(), disk_errors_told(folder.path):
         from rightrank.preparation import Request  # brings torch: a folder that can't be used is told before
 
-        request = Request(model, tokenizer, data, settings or make_settings({}))
+        request = Request(model, tokenizer, data, settings)
         return _select(request, folder, watching or Watching())
 
 
@@ -105,8 +110,9 @@ def _select(request: Request, folder: RunFolder, watching: Watching) -> Selected
     # Heavy imports: only who runs a selection pays for them.
     from rightrank.engine.train import Watcher
     from rightrank.executors.local import LocalExecutor
+    from rightrank.handover import certify_selection, hand_over_trained
     from rightrank.preparation import prepare
-    from rightrank.selection import Selection
+    from rightrank.selection import Selection, Terms
     from rightrank.strategies import make_strategy
     from rightrank.strategies.sweep import sweep_rows
 
@@ -118,15 +124,17 @@ def _select(request: Request, folder: RunFolder, watching: Watching) -> Selected
     executor = LocalExecutor(
         prepared.bench, folder, watcher, lambda event: selection.note_start(event), watching.notice
     )
-    peaks = prepared.planned.peak_bytes if prepared.planned else None
-    selection = Selection(folder, prepared.started, strategy, executor, watching.on_event, peaks)
+    terms = Terms(peak_bytes=prepared.planned.peak_bytes if prepared.planned else {})
+    selection = Selection(folder, prepared.started, strategy, watching.on_event, terms)
     folder.write_config(prepared.started.settings)
     watching.on_plan(prepared.started, strategy.expected_arms(), prepared.steps)
+    if selection.records.outcomes:
+        watching.on_resume(selection.records.outcomes)
     watching.notice(cost_line(strategy, prepared.steps))
-    decision = selection.run()
-    selection.hand_over(prepared.bench, decision)
+    decision = selection.run(executor)
+    hand_over_trained(selection, prepared.bench, decision)
     if request.settings.certify:
-        watching.notice(selection.certify(prepared.bench, decision, watcher).sentence())
+        watching.notice(certify_selection(selection, prepared.bench, decision, watcher).sentence())
     sweep = sweep_rows(prepared.started, selection.records.outcomes)
     return Selected(decision, folder.path, folder.adapter, folder.report, selection.records.samples, sweep)
 

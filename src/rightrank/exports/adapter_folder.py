@@ -8,7 +8,10 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from rightrank.io.files import replacing_folder
+from rightrank.io.licence import licence_of
 from rightrank.records import Decision, RunStarted, TestEvaluated, TrialFinished
+
+CURVE = "rank_curve.png"
 
 
 def hand_over(
@@ -18,16 +21,19 @@ def hand_over(
     trial: TrialFinished,
     decision: Decision,
     tests: list[TestEvaluated],
+    figures: Path,
 ) -> None:
-    """Copy the trial's adapter to `target` and write its card; `target` is replaced whole."""
+    """Copy the trial's adapter to `target`, with its card and the rank curve in `figures`; `target` is replaced whole."""
     with replacing_folder(target) as temporary:
         for path in sorted(path for path in trial_adapter.iterdir() if path.is_file()):
             shutil.copy2(path, temporary / path.name)
+        if (figures / CURVE).exists():
+            shutil.copy2(figures / CURVE, temporary / CURVE)
         (temporary / "README.md").write_text(model_card(started, trial, decision, tests), encoding="utf-8")
 
 
 def model_card(started: RunStarted, trial: TrialFinished, decision: Decision, tests: list[TestEvaluated]) -> str:
-    """The card: front matter that the hub reads, the answer, the evidence, how to load."""
+    """The card: front matter that the hub reads (the base's licence too), the answer, the evidence, how to load."""
     environment = Environment(
         loader=PackageLoader("rightrank.exports", "templates"),
         autoescape=False,
@@ -41,4 +47,6 @@ def model_card(started: RunStarted, trial: TrialFinished, decision: Decision, te
         decision=decision,
         tests=tests,
         classification=started.data.form == "classification",
+        licence=licence_of(started.settings.get("model")),
+        curve=CURVE,
     )

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from rightrank.errors import RunError, SettingsError
+from rightrank.io.hub import hub_errors
 
 REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -20,27 +21,24 @@ def require_repository(name: str) -> None:
         raise SettingsError(f"--push-to-hub {name!r}: give a repository as owner/name")
 
 
-def push_to_hub(folder: Path, figures: Path, repository: str) -> str:
-    """Upload `folder` and the rank curve as one commit to a private repository; its address.
+def push_to_hub(folder: Path, repository: str) -> str:
+    """Upload `folder` (adapter, card, rank curve) as one commit to a private repository; its address.
 
     Raises:
         RunError: offline, not logged in, or refused.
     """
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+    from huggingface_hub.errors import OfflineModeIsEnabled
 
     hub = HfApi()
     try:
         address = hub.create_repo(repository, private=True, exist_ok=True)
         hub.upload_folder(repo_id=repository, folder_path=folder, commit_message="LoRA adapter chosen by rightrank")
-        curve = figures / "rank_curve.png"
-        if curve.exists():
-            hub.upload_file(repo_id=repository, path_or_fileobj=curve, path_in_repo=curve.name)
     except OfflineModeIsEnabled:
         raise RunError(
             f"{repository}: offline mode is on (HF_HUB_OFFLINE), so nothing was pushed; the files are in {folder}"
         ) from None
-    except (HfHubHTTPError, OSError) as error:
+    except hub_errors() as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise RunError(f"{repository}: could not push ({reason}); the files are in {folder}") from None
     return str(address)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from rightrank.errors import RunFolderError
+from rightrank.io.reading import UnreadableError, read_json_object
 from rightrank.records import RunStarted, TrialFinished
 
 UNKNOWN_MODEL, UNKNOWN_DATA = "path/to/model", "path/to/data.jsonl"
@@ -56,6 +56,20 @@ class Recipe:
     def alpha(self) -> int | float:
         """Alpha as an integer where it is one: most schemas want it so."""
         return int(self.lora_alpha) if float(self.lora_alpha).is_integer() else self.lora_alpha
+
+    @property
+    def highest_rank(self) -> int:
+        """The largest rank of any module."""
+        return max([self.r, *self.rank_pattern.values()])
+
+    @property
+    def has_local_model(self) -> bool:
+        """Whether the base is a folder or a file here, not a name on the hub."""
+        return Path(self.model).exists()
+
+    def padded_to(self, rank: int, adapter: Path) -> Recipe:
+        """The same with an adapter of one rank and one scale, in the folder `adapter`."""
+        return replace(self, adapter=adapter, r=rank, use_rslora=False, rank_pattern={}, alpha_pattern={})
 
     @property
     def explicit_targets(self) -> list[str]:
@@ -106,10 +120,10 @@ def recipe_of(started: RunStarted, trial: TrialFinished, adapter: Path) -> Recip
 
 def _adapter_config(adapter: Path) -> dict[str, Any]:
     try:
-        config: dict[str, Any] = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
+        config = read_json_object(adapter / "adapter_config.json")
+    except UnreadableError as error:
         raise RunFolderError(
-            f"{adapter}: no PEFT adapter there ({' '.join(str(error).split())}); let the selection end, then export"
+            f"{adapter}: no PEFT adapter there ({error}); let the selection end, then export"
         ) from None
     if config.get("peft_type") != "LORA" or not isinstance(config.get("target_modules"), list):
         raise RunFolderError(f"{adapter}: not a LoRA adapter with listed target_modules; only these are exported")

@@ -1,4 +1,4 @@
-"""Launch lines of servers that load the adapter as it is."""
+"""Launch lines of servers that load the adapter, as it is or padded."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from rightrank.exports.recipe import Recipe
 from rightrank.exports.trainers import Written
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # vllm/config/lora.py, MaxLoRARanks
-VLLM_NAME = "rightrank"
+SERVED_NAME = "rightrank"
 
 
 def served_rank(rank: int) -> int:
@@ -28,18 +28,62 @@ def served_rank(rank: int) -> int:
 
 def vllm(recipe: Recipe) -> Written:
     """`vllm serve` with the adapter; adapters below the maximum are padded by vLLM itself."""
-    highest = max([recipe.r, *recipe.rank_pattern.values()])
-    words = ["vllm", "serve", recipe.model, "--enable-lora", "--max-lora-rank", str(served_rank(highest))]
-    words += ["--lora-modules", f"{VLLM_NAME}={recipe.adapter.resolve()}"]
-    return Written({"vllm.sh": f"#!/bin/sh\nexec {shlex.join(words)}\n"}, "sh vllm.sh", _serving_notes(recipe))
+    words = ["vllm", "serve", recipe.model, "--enable-lora", "--max-lora-rank", str(served_rank(recipe.highest_rank))]
+    words += ["--lora-modules", f"{SERVED_NAME}={recipe.adapter.resolve()}"]
+    notes = _serving_notes(recipe)
+    if recipe.rank_pattern or recipe.alpha_pattern:
+        notes.append("patterns are read by vLLM 0.33; where an older one serves it, give --pad")
+    return Written({"vllm.sh": _script(words)}, "sh vllm.sh", notes)
 
 
 def sglang(recipe: Recipe) -> Written:
     """SGLang's server with the adapter."""
-    highest = max([recipe.r, *recipe.rank_pattern.values()])
     words = ["python", "-m", "sglang.launch_server", "--model-path", recipe.model, "--enable-lora"]
-    words += ["--max-lora-rank", str(highest), "--lora-paths", f"{VLLM_NAME}={recipe.adapter.resolve()}"]
-    return Written({"sglang.sh": f"#!/bin/sh\nexec {shlex.join(words)}\n"}, "sh sglang.sh", _serving_notes(recipe))
+    words += ["--max-lora-rank", str(recipe.highest_rank), "--lora-paths", f"{SERVED_NAME}={recipe.adapter.resolve()}"]
+    notes = _serving_notes(recipe) + _scale_notes(recipe, "SGLang takes lora_alpha / r for every module")
+    return Written({"sglang.sh": _script(words)}, "sh sglang.sh", notes)
+
+
+def llama_cpp(recipe: Recipe) -> Written:
+    """Conversion by llama.cpp's own scripts, from a checkout of it that `LLAMA_CPP` names, and its server."""
+    python = 'python "${LLAMA_CPP:?give the folder of a llama.cpp checkout}"'
+    model, adapter = shlex.quote(recipe.model), shlex.quote(str(recipe.adapter.resolve()))
+    lines = [
+        "#!/bin/sh",
+        "set -e",
+        f"{python}/convert_lora_to_gguf.py {adapter} --base {model} --outfile adapter.gguf --outtype f16",
+        f"{python}/convert_hf_to_gguf.py {model} --outfile base.gguf --outtype f16",
+        "exec llama-server -m base.gguf --lora adapter.gguf",
+    ]
+    notes = _serving_notes(recipe) + _scale_notes(recipe, "GGUF holds one alpha, and llama.cpp takes alpha / rank")
+    if not recipe.has_local_model:
+        notes.append("the converter reads the base from a folder: give the model's folder in place of its name")
+    return Written({"llama_cpp.sh": "\n".join(lines) + "\n"}, "LLAMA_CPP=… sh llama_cpp.sh", notes)
+
+
+def ollama(recipe: Recipe) -> Written:
+    """A Modelfile: the base, and the adapter as Ollama reads it from safetensors."""
+    lines = [f"FROM {recipe.model}", f"ADAPTER {recipe.adapter.resolve()}"]
+    notes = _serving_notes(recipe) + _scale_notes(recipe, "Ollama takes lora_alpha / r")
+    notes.append(
+        "Ollama reads safetensors adapters of Llama, Mistral and Gemma models; for others convert with --to llama.cpp and "
+        "name adapter.gguf in the Modelfile"
+    )
+    if not recipe.has_local_model:
+        notes.append("FROM wants a model's folder, a GGUF file, or Ollama's own name of the same base")
+    return Written({"Modelfile": "\n".join(lines) + "\n"}, f"ollama create {SERVED_NAME} -f Modelfile", notes)
+
+
+def _script(words: list[str]) -> str:
+    return f"#!/bin/sh\nexec {shlex.join(words)}\n"
+
+
+def _scale_notes(recipe: Recipe, who: str) -> list[str]:
+    """What a server that knows one scale would get wrong."""
+    other = [name for name in ("use_rslora", "rank_pattern", "alpha_pattern") if getattr(recipe, name)]
+    return (
+        [f"{who}; this adapter has {' and '.join(other)}: give --pad, or it serves another function"] if other else []
+    )
 
 
 def _serving_notes(recipe: Recipe) -> list[str]:

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rightrank.errors import SettingsError, did_you_mean
+from rightrank.exports.padding import write_padded
 from rightrank.exports.recipe import Recipe
-from rightrank.exports.servers import sglang, vllm
+from rightrank.exports.servers import llama_cpp, ollama, served_rank, sglang, vllm
 from rightrank.exports.trainers import Written, axolotl, llamafactory, ms_swift, peft, trl, unsloth
 from rightrank.io.files import replacing_folder
 
@@ -22,7 +23,11 @@ TARGETS: dict[str, Callable[[Recipe], Written]] = {
     "ms-swift": ms_swift,
     "vllm": vllm,
     "sglang": sglang,
+    "llama.cpp": llama_cpp,
+    "ollama": ollama,
 }
+SERVERS = ("vllm", "sglang", "llama.cpp", "ollama")  # they get the adapter itself, which can be padded for them
+PADDED_FOLDER = "adapter"
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,16 +64,38 @@ def require_target(name: str) -> None:
         )
 
 
-def write_export(name: str, recipe: Recipe, folder: Path) -> Exported:
-    """Write a target's files into `folder`, which is replaced whole.
+def require_paddable(name: str) -> None:
+    """Refuse to pad for what is no server.
 
     Raises:
-        SettingsError: an unknown target.
+        SettingsError: with the servers there are.
+    """
+    if name not in SERVERS:
+        raise SettingsError(f"--pad goes with a server ({', '.join(SERVERS)}), not with --to {name}")
+
+
+def write_export(name: str, recipe: Recipe, folder: Path, pad: bool = False) -> Exported:
+    """Write a target's files into `folder`, which is replaced whole.
+
+    Args:
+        pad: hand the server a copy of the adapter at one rank and one scale: vLLM's next `--max-lora-rank`, or the
+            highest rank of any module.
+
+    Raises:
+        SettingsError: an unknown target, or padding for what is no server.
         ResultsError: a rank that the server does not serve.
+        ModelError: an adapter that can't be padded.
     """
     require_target(name)
-    written = TARGETS[name](recipe)
+    told = recipe
+    if pad:
+        require_paddable(name)
+        rank = served_rank(recipe.highest_rank) if name == "vllm" else recipe.highest_rank
+        told = recipe.padded_to(rank, folder / PADDED_FOLDER)
+    written = TARGETS[name](told)
     with replacing_folder(folder) as temporary:
+        if pad:
+            write_padded(recipe.adapter, temporary / PADDED_FOLDER, told.r)
         if written.with_adapter:
             for path in sorted(path for path in recipe.adapter.iterdir() if path.is_file()):
                 shutil.copy2(path, temporary / path.name)

@@ -8,22 +8,34 @@ from typing import Any
 import yaml
 
 from rightrank.errors import SettingsError
+from rightrank.io.reading import UnreadableError, read_text
+
+LARGEST_FILE = 100 * 2**10  # bytes; settings are a page of text
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """YAML's plain values alone: no tags of Python's, and no aliases, whose copies of copies can be without end."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("aliases (*name) are not read; write the value out")
+        return super().compose_node(parent, index)
 
 
 def read_config(path: Path) -> dict[str, Any]:
     """The settings in a YAML file, names with - read as _.
 
     Raises:
-        SettingsError: no such file, not YAML, or not a mapping.
+        SettingsError: no such file, not YAML of plain values, or not a mapping.
     """
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise SettingsError(
-            f"{path}: can't read it ({error.strerror or error}); give a YAML file of settings"
-        ) from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise SettingsError(f"{path}: not YAML ({' '.join(str(error).split())})") from None
+        values = yaml.load(read_text(path, LARGEST_FILE), _PlainLoader)
+    except UnreadableError as error:
+        raise SettingsError(f"{path}: can't read it ({error}); give a YAML file of settings") from None
+    except RecursionError:
+        raise SettingsError(f"{path}: nested too deeply; give `name: value` lines") from None
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date or number that looks like one and is none
+        raise SettingsError(f"{path}: not YAML ({error})") from None
     if not isinstance(values, dict):
         raise SettingsError(f"{path}: got a {type(values).__name__}; give `name: value` lines")
     return {str(name).replace("-", "_"): value for name, value in values.items()}

@@ -21,9 +21,10 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from rightrank.errors import MissingExtraError, ModelError, SettingsError
+from rightrank.io.reading import kind_of
+from rightrank.io.weights import safe_shards
 from rightrank.settings import DtypeName
 
-WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json")
 DTYPES: dict[DtypeName, torch.dtype] = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
@@ -65,7 +66,8 @@ def find_model(reference: str) -> ModelSource:
         MissingExtraError: a GGUF file without the `gguf` package.
     """
     path = Path(reference).expanduser()
-    if path.is_file():
+    found = kind_of(path)
+    if found == "file":
         if path.suffix.lower() != ".gguf":
             raise ModelError(
                 f"{reference}: a model file must end in .gguf; give a GGUF file, a model folder, or a hub name"
@@ -73,11 +75,13 @@ def find_model(reference: str) -> ModelSource:
         if find_spec("gguf") is None:
             raise MissingExtraError("reading GGUF files needs the `gguf` package: pip install 'rightrank[gguf]'")
         return ModelSource(str(path.parent), path.name)
-    if path.is_dir():
+    if found == "folder":
         if not (path / "config.json").exists():
             ggufs = sorted(found.name for found in path.glob("*.gguf"))
             hint = f"; give the file: {path / ggufs[0]}" if ggufs else "; give a folder that save_pretrained wrote"
             raise ModelError(f"{reference}: no config.json in the folder{hint}")
+        if (path / "adapter_config.json").exists():  # transformers would load the base that it names instead
+            raise ModelError(f"{reference}: holds an adapter_config.json too; give the folder of the base model alone")
         return ModelSource(str(path), None)
     if path.is_absolute() or reference.startswith((".", "~")) or reference.count("/") > 1:
         raise ModelError(f"{reference}: no such folder; give a model folder, a GGUF file, or a hub name")
@@ -121,7 +125,9 @@ def load_model(
     quiet_third_parties()
     torch.manual_seed(0)  # a new classification head is drawn here: the same in every run
     try:
-        model = loader.from_pretrained(source.name, dtype=DTYPES[dtype], **arguments)
+        model = loader.from_pretrained(
+            source.name, dtype=DTYPES[dtype], use_safetensors=source.gguf_file is None, **arguments
+        )
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"{reference}: transformers can't load it ({first_line(error)})") from None
     if model.config.get_text_config().pad_token_id is None:
@@ -252,13 +258,7 @@ def _require_weights(source: ModelSource, reference: str) -> None:
     folder = Path(source.name)
     if source.gguf_file is not None or not folder.is_dir():
         return
-    if any(next(folder.glob(pattern), None) for pattern in WEIGHT_FILES):
-        return
-    if next(folder.glob("*.bin"), None) is not None:
-        raise ModelError(
-            f"{reference}: only pickled weights (*.bin), which are not read; re-save with save_pretrained(safe_serialization=True)"
-        )
-    raise ModelError(f"{reference}: no weights (*.safetensors) in the folder; give a folder that save_pretrained wrote")
+    safe_shards(folder)
 
 
 def _file_fingerprint(source: ModelSource) -> str | None:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from peft import LoraConfig, TaskType, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.utils import get_peft_model_state_dict
@@ -26,6 +27,13 @@ from rightrank.io.models import DTYPES, find_model, first_line, quiet_third_part
 from rightrank.planning.quantised import quantise
 from rightrank.settings import PlanSettings
 
+# What transformers raises, by model, for a configuration that it does not know, can't read or can't build.
+CONFIG_ERRORS = (
+    OSError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError, RuntimeError, AssertionError,
+    ImportError, StrictDataclassError,
+)  # fmt: skip
+MOST_LAYERS = 1000
+LARGEST_SIZE = 2**40
 SAFETENSORS_CODES = {
     torch.float32: "F32",
     torch.float16: "F16",
@@ -83,15 +91,35 @@ def read_config(reference: str, trust_remote_code: bool, classification: bool = 
     quiet_third_parties()
     try:
         config = AutoConfig.from_pretrained(source.name, **source.loading_arguments(trust_remote_code))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        # transformers raises any of these for what it does not know or can't read
+    except CONFIG_ERRORS as error:
         raise ModelError(f"{reference}: transformers knows no such model ({first_line(error)})") from None
     if not is_known(config, classification) and not trust_remote_code:
         kind = "sequence classification" if classification else "causal language"
         other = "" if classification else " (a classification model is planned with num_labels)"
         raise ModelError(f"{reference}: {config.model_type!r} is no {kind} model that transformers knows{other}")
-    config.get_text_config().use_cache = False  # as Trainer trains
+    text = config.get_text_config()
+    _require_sane_sizes(reference, text)
+    text.use_cache = False  # as Trainer trains
     return config
+
+
+def _require_sane_sizes(reference: str, text: Any) -> None:
+    """Refuse a configuration whose building alone would not end.
+
+    Raises:
+        ModelError: more layers than any model has, or a size beyond them all.
+    """
+    heads, groups = getattr(text, "num_attention_heads", 1), getattr(text, "num_key_value_heads", None) or 1
+    if isinstance(heads, int) and isinstance(groups, int) and (heads < 1 or groups < 1 or heads % groups):
+        raise ModelError(
+            f"{reference}: {heads} heads do not share {groups} key-value heads evenly; restore config.json"
+        )
+    layers = getattr(text, "num_hidden_layers", 0)
+    if isinstance(layers, int) and layers > MOST_LAYERS:
+        raise ModelError(f"{reference}: {layers} layers are more than any model has (at most {MOST_LAYERS})")
+    for name, value in text.to_dict().items():
+        if isinstance(value, int) and abs(value) > LARGEST_SIZE:
+            raise ModelError(f"{reference}: {name} is {value}, more than any model has (at most {LARGEST_SIZE})")
 
 
 def is_known(config: Any, classification: bool) -> bool:
@@ -125,7 +153,7 @@ def build_base(config: Any, settings: PlanSettings) -> Any:
                 attn_implementation=attention,
                 trust_remote_code=settings.trust_remote_code,
             )
-    except (ValueError, KeyError, AttributeError, ImportError) as error:
+    except CONFIG_ERRORS as error:
         raise ModelError(f"{config.model_type}: transformers can't build the model ({first_line(error)})") from None
     model.requires_grad_(False)
     quantise(model, settings)

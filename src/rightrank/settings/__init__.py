@@ -1,5 +1,6 @@
 """What a selection and a plan can be told: flat records, checked once; the defaults are here and nowhere else."""
 
+from rightrank.settings.keywords import SelectKeywords
 from rightrank.settings.plan import DEFAULT_PLAN_RANKS, OptimizerName, PlanSettings, make_plan_settings
 from rightrank.settings.select import (
     CONSTANT_SCALING_RANK,
@@ -20,6 +21,7 @@ __all__ = [
     "OptimizerName",
     "PlanSettings",
     "Scaling",
+    "SelectKeywords",
     "SelectSettings",
     "checked",
     "make_plan_settings",

@@ -20,6 +20,7 @@ Scaling: TypeAlias = Literal["alpha/r", "alpha/sqrt(r)", "constant"]
 # `constant` scaling is stated through alpha too: it is the scale that alpha/r has at this rank,
 # so that alpha = 32 means s = 2 at every rank (the common "alpha = 2r" habit).
 CONSTANT_SCALING_RANK = 16
+LARGEST_SEED = 2**53
 
 
 class SelectSettings(BaseModel):
@@ -118,8 +119,8 @@ class SelectSettings(BaseModel):
     @classmethod
     def _seeds_natural(cls, seeds: tuple[int, ...]) -> tuple[int, ...]:
         for seed in seeds:
-            if seed < 0:
-                raise ValueError(f"seed {seed} is not allowed: seeds are integers from 0")
+            if not 0 <= seed <= LARGEST_SEED:
+                raise ValueError(f"seed {seed} is not allowed: seeds are integers from 0 to {LARGEST_SEED}")
         return _distinct(seeds, "seeds")
 
     @model_validator(mode="after")

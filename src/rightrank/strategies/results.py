@@ -44,13 +44,22 @@ class Results:
         outcome = self.finished(arm)
         return None if outcome is None else oriented(outcome, self.space)
 
-    def loss_on_the_way(self, arm: Arm, step: int) -> float | None:
-        """The held-out value of a whole training after `step` of its steps, where it was taken."""
-        outcome = self.finished(arm)
-        points = [] if outcome is None else [point for point in outcome.points if point.step == step]
-        if not points:
-            return None
-        return -points[0].value if self.space.higher_is_better else points[0].value
+    def loss_after(self, rank: int, rate: float, step: int) -> float | None:
+        """The held-out loss after `step` steps of a training with the first seed, whether it stopped there or went on.
+
+        None where it was not taken.
+        """
+        for arm, outcome in self.outcomes.items():
+            if (arm.rank, arm.learning_rate, arm.seed) != (rank, rate, self.space.seeds[0]):
+                continue
+            if arm.truncate_from is not None or not self.space.is_plain(arm) or not isinstance(outcome, TrialFinished):
+                continue
+            if (arm.stop_at or arm.steps) == step:
+                return oriented(outcome, self.space)
+            for point in outcome.points:
+                if point.step == step:
+                    return -point.value if self.space.higher_is_better else point.value
+        return None
 
     def direct(self) -> dict[tuple[int, float, int], TrialFinished]:
         """Whole trainings by (rank, rate, seed)."""
@@ -160,6 +169,8 @@ def excess_of(pairs: Iterable[tuple[TrialFinished, TrialFinished]], space: Space
 
 def _item_differences(left: TrialFinished, right: TrialFinished, space: Space) -> Floats | None:
     """[items] contributions to the difference, each times the number of items, so that their mean is the difference."""
+    if left.item_scores is not None and right.item_scores is not None:
+        return _score_differences(left, right, space)
     if space.higher_is_better:
         if left.item_correct is None or right.item_correct is None or len(left.item_correct) != len(right.item_correct):
             return None
@@ -167,7 +178,23 @@ def _item_differences(left: TrialFinished, right: TrialFinished, space: Space) -
     if not left.item_losses or len(left.item_losses) != len(right.item_losses):
         return None
     tokens = np.asarray(left.item_tokens, dtype=np.float64)
-    sums = np.asarray(left.item_losses, dtype=np.float64) - np.asarray(right.item_losses, dtype=np.float64)
-    mean = sums.sum() / tokens.sum()
-    found: Floats = mean + (sums - mean * tokens) / tokens.mean()
+    return _linearised(
+        np.asarray(left.item_losses, dtype=np.float64) - np.asarray(right.item_losses, dtype=np.float64), tokens
+    )
+
+
+def _score_differences(left: TrialFinished, right: TrialFinished, space: Space) -> Floats | None:
+    """As `_item_differences`, of the scores that a trainer of one's own gave."""
+    ours, others = (np.asarray(trial.item_scores, dtype=np.float64) for trial in (left, right))
+    if len(ours) != len(others):
+        return None
+    weights = np.ones_like(ours) if left.item_weights is None else np.asarray(left.item_weights, dtype=np.float64)
+    differences = others - ours if space.higher_is_better else ours - others
+    return _linearised(differences * weights, weights)
+
+
+def _linearised(sums: Floats, weights: Floats) -> Floats:
+    """[items] of a difference of weighted means, from each item's weighted difference."""
+    mean = sums.sum() / weights.sum()
+    found: Floats = mean + (sums - mean * weights) / weights.mean()
     return found

@@ -57,6 +57,10 @@ class Space:
         """The next lower rank, None at the bottom."""
         return next((low for low, high in pairwise(self.ranks) if high == rank), None)
 
+    def a_quarter_of_the_top(self) -> int:
+        """The highest rank of at most a quarter of the top; the lowest where there is none."""
+        return max((rank for rank in self.ranks if rank <= self.top / 4), default=self.ranks[0])
+
     def above(self, rank: int) -> int | None:
         """The next higher rank, None at the top."""
         return next((high for low, high in pairwise(self.ranks) if low == rank), None)

@@ -1,0 +1,82 @@
+"""The licence of a base model, where the model's own card or file says it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from rightrank.io.hub import hub_errors
+
+CARD = "README.md"
+HUB_SECONDS = 5.0
+GGUF_FIELDS = {"general.license": "identifier", "general.license.name": "name", "general.license.link": "link"}
+
+
+@dataclass(frozen=True, slots=True)
+class Licence:
+    """As a model card's front matter has it: `identifier` is `license`, and for one of its own `name` and `link`."""
+
+    identifier: str
+    name: str | None = None
+    link: str | None = None
+
+
+def licence_of(model: object) -> Licence | None:
+    """The licence that a model folder's card, a GGUF file's header or the hub names; None where none does.
+
+    The hub is asked only for a model that is no file here, and a hub that can't be reached is no error.
+    """
+    if not isinstance(model, str):
+        return None
+    path = Path(model)
+    if path.suffix.lower() == ".gguf" and path.is_file():
+        return _of_gguf(path)
+    if not path.exists():
+        return _of_hub(model)
+    card = path / CARD
+    return _of_card(card.read_text(encoding="utf-8", errors="replace")) if card.is_file() else None
+
+
+def _of_hub(repository: str) -> Licence | None:
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        card = HfApi().model_info(repository, timeout=HUB_SECONDS).card_data
+    except HFValidationError:
+        return None
+    except hub_errors():
+        return None
+    return None if card is None else _licence(card.get("license"), card.get("license_name"), card.get("license_link"))
+
+
+def _of_card(text: str) -> Licence | None:
+    parts = text.split("---", 2)
+    if len(parts) < 3 or parts[0].strip():
+        return None
+    try:
+        values = yaml.safe_load(parts[1])
+    except yaml.YAMLError:
+        return None
+    if not isinstance(values, dict):
+        return None
+    return _licence(values.get("license"), values.get("license_name"), values.get("license_link"))
+
+
+def _of_gguf(path: Path) -> Licence | None:
+    from gguf import GGUFReader
+
+    fields: Any = GGUFReader(path).fields
+    values = {name: str(fields[key].contents()) for key, name in GGUF_FIELDS.items() if key in fields}
+    return _licence(values.get("identifier"), values.get("name"), values.get("link"))
+
+
+def _licence(identifier: object, name: object, link: object) -> Licence | None:
+    if isinstance(identifier, list):
+        identifier = next(iter(identifier), None)
+    if not isinstance(identifier, str) or not identifier.strip():
+        return None
+    return Licence(identifier, *(value if isinstance(value, str) else None for value in (name, link)))

@@ -1,0 +1,32 @@
+"""The options of `rightrank select` as keywords of `select_rank`, typed for a user's checker; values as the settings have them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, TypedDict
+
+from rightrank.settings.values import DtypeName
+
+
+class SelectKeywords(TypedDict, total=False):
+    """What most selections are told. Every other setting goes through `settings`."""
+
+    strategy: str
+    ranks: Sequence[int]
+    learning_rates: Sequence[float]
+    seeds: Sequence[int]
+    sweep: Sequence[str]
+    margin: float
+    metric: Literal["loss", "accuracy"]
+    max_steps: int
+    target_modules: Sequence[str]
+    layers_to_transform: Sequence[int]
+    lora_alpha: float
+    batch_size: int
+    seq_len: int
+    eval_items: int
+    dtype: DtypeName
+    device: str
+    memory_bytes: int | str  # a number, or with a unit, such as "24GiB"
+    pack_size: int
+    certify: bool
