@@ -47,6 +47,10 @@ class RunFolder:
     def heartbeat(self, worker: str) -> Path:
         return self.path / "workers" / f"{worker}.beat"
 
+    def answers(self, trial_id: str) -> Path:
+        """What the model wrote for the held-out items, one JSON object a line."""
+        return self.path / "answers" / f"{trial_id}.jsonl"
+
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Make the folder and hold its lock; what a killed process left half written is swept away.

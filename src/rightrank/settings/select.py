@@ -10,10 +10,11 @@ from typing import Any, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from rightrank.settings.metric_spec import MetricSpec, parse_metrics
 from rightrank.settings.values import DtypeName, checked, parse_bytes
 
 # What changes how a selection runs and not what it finds: it may differ when a run is resumed.
-NOT_IDENTITY = ("pack_size", "certify", "checkpoint_seconds", "memory_bytes")
+NOT_IDENTITY = ("pack_size", "certify", "checkpoint_seconds", "memory_bytes", "metric_timeout_seconds", "report_to")
 
 Scaling: TypeAlias = Literal["alpha/r", "alpha/sqrt(r)", "constant"]
 
@@ -41,8 +42,13 @@ class SelectSettings(BaseModel):
     sweep: tuple[str, ...] = ()  # such as alpha=16,64: further values at the ranks that matter
 
     # how to decide
-    metric: Literal["loss", "accuracy"] = "loss"
+    metric: str = "loss"  # see metric_spec
     margin: float | None = Field(default=None, gt=0)  # None: by the metric (see decide.default_margin)
+    metrics: tuple[str, ...] = ()  # further ones, measured and kept beside the one that decides
+    lower_is_better: tuple[str, ...] = ()  # metrics of somebody else whose name does not say so
+    answers_at: Literal["end", "points"] = "end"  # when the model writes: after each training, or at every evaluation
+    max_new_tokens: int = Field(default=64, gt=0)  # of what it writes for one item
+    metric_timeout_seconds: float = Field(default=600.0, gt=0)  # for a function or program that scores
 
     # the adapter, in PEFT's names
     lora_alpha: float = Field(default=32.0, gt=0)
@@ -91,6 +97,12 @@ class SelectSettings(BaseModel):
     certify: bool = False  # train one arm again alone and compare
     checkpoint_seconds: float = Field(default=60.0, gt=0)
     trust_remote_code: bool = False
+    report_to: tuple[str, ...] = ()  # trackers that are told of every trial: trackio, wandb, mlflow, tensorboard
+
+    @field_validator("metrics", "lower_is_better", "report_to", mode="before")
+    @classmethod
+    def _one_or_several(cls, value: object) -> object:
+        return (value,) if isinstance(value, str) else value
 
     @field_validator("memory_bytes", mode="before")
     @classmethod
@@ -136,6 +148,30 @@ class SelectSettings(BaseModel):
             )
         return self
 
+    @model_validator(mode="after")
+    def _metrics_known(self) -> SelectSettings:
+        names = [spec.name for spec in parse_metrics(self.metric, self.metrics)]
+        unknown = next((name for name in self.lower_is_better if name not in names), None)
+        if unknown is not None:
+            raise ValueError(f"lower_is_better: {unknown!r} is none of the metrics asked for ({', '.join(names)})")
+        return self
+
+    @property
+    def metric_specs(self) -> tuple[MetricSpec, ...]:
+        """The metric that decides, then the others."""
+        return parse_metrics(self.metric, self.metrics)
+
+    @property
+    def metric_name(self) -> str:
+        """What the metric that decides is called."""
+        return self.metric_specs[0].name
+
+    @property
+    def points_metric(self) -> str:
+        """The metric of the evaluations along a training: the one that decides where it is measured there, else loss."""
+        spec = self.metric_specs[0]
+        return spec.name if spec.is_measured_along or self.answers_at == "points" else "loss"
+
     @property
     def weight_bits(self) -> int | None:
         """Bits of a quantised base; None for a base in `dtype`."""
@@ -163,7 +199,23 @@ def make_settings(values: Mapping[str, object]) -> SelectSettings:
     return checked(SelectSettings, values)
 
 
+def settings_of_identity(values: Mapping[str, Any], earlier: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Those of `values` (JSON) that say what a selection finds.
+
+    With `earlier`, the settings of a run that is resumed: without those that its version did not know and that are at
+    their defaults, so that the run is the same one under a version with more settings.
+    """
+    defaults = SelectSettings().model_dump(mode="json")
+    return {
+        name: value
+        for name, value in values.items()
+        if name not in NOT_IDENTITY
+        and (earlier is None or name in earlier or name not in defaults or value != defaults[name])
+    }
+
+
 def settings_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """The settings whose values differ and whose values matter, one `name: old → new` each."""
+    new = settings_of_identity(new, old)
     names = sorted((set(old) | set(new)) - set(NOT_IDENTITY))
     return [f"{name}: {old.get(name)!r} → {new.get(name)!r}" for name in names if old.get(name) != new.get(name)]
