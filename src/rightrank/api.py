@@ -108,27 +108,26 @@ def plan(model: str, *, settings: PlanSettings | None = None) -> Plan:
 def _select(request: Request, folder: RunFolder, watching: Watching) -> Selected:
     # Heavy imports: only who runs a selection pays for them.
     from rightrank.engine.train import Watcher
-    from rightrank.executors.local import LocalExecutor
     from rightrank.handover import certify_selection, hand_over_trained
+    from rightrank.placing import executor_of, require_placeable
     from rightrank.preparation import prepare
     from rightrank.selection import Selection, Terms
     from rightrank.strategies import make_strategy
     from rightrank.strategies.sweep import sweep_rows
 
     make_strategy(request.settings, request.settings.max_steps or 1)  # a wrong name is told before anything is loaded
+    require_placeable(request)
     folder.journal.read(watching.notice)
     prepared = prepare(request, folder.cache, watching.notice)
     strategy = make_strategy(prepared.settings, prepared.steps, token_loss=prepared.is_token_loss)
     watcher = Watcher(on_step=watching.on_event, on_prepare=watching.on_event, should_stop=watching.should_stop)
-    executor = LocalExecutor(
-        prepared.bench, folder, watcher, lambda event: selection.note_start(event), watching.notice
-    )
     terms = Terms(peak_bytes=prepared.planned.peak_bytes if prepared.planned else {})
     selection = Selection(folder, prepared.started, strategy, watching.on_event, terms)
     folder.write_config(prepared.started.settings)
     watching.on_plan(prepared.started, strategy.expected_arms(), prepared.steps)
     watching.notice(cost_line(strategy, prepared.steps))
-    decision = selection.run(executor)
+    with executor_of(request, prepared, selection, watcher, watching.notice) as executor:
+        decision = selection.run(executor)
     hand_over_trained(selection, prepared.bench, decision)
     if request.settings.certify:
         watching.notice(certify_selection(selection, prepared.bench, decision, watcher).sentence())

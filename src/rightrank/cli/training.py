@@ -40,6 +40,11 @@ SELECT_OPTIONS = [
     click.option("--memory", "memory_bytes", help="Memory budget, such as 24GiB; ranks that need more are left out."),
     click.option("--pack-size", type=int, help="Trainings that share the model's passes (default: as many as pay)."),
     click.option("--certify", is_flag=True, default=None, help="Train one arm again alone and compare."),
+    click.option("--executor", help="Where trainings run: local (default), processes or ray; see docs/clusters.md."),
+    click.option(
+        "--workers", type=int, help="Workers of the executor (default: one a CUDA device; ray: all that fit)."
+    ),
+    click.option("--ray-address", help="HOST:PORT of a Ray cluster's head (default: one on this machine)."),
     click.option("--config", "config_file", type=click.Path(path_type=Path), help="YAML file of settings."),
     click.option(
         "--set", "assignments", multiple=True, metavar="NAME=VALUE", help="Any other setting; see docs/settings.md."

@@ -13,7 +13,16 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from rightrank.settings.values import DtypeName, checked, parse_bytes
 
 # What changes how a selection runs and not what it finds: it may differ when a run is resumed.
-NOT_IDENTITY = ("pack_size", "certify", "checkpoint_seconds", "memory_bytes")
+NOT_IDENTITY = (
+    "pack_size",
+    "certify",
+    "checkpoint_seconds",
+    "memory_bytes",
+    "executor",
+    "workers",
+    "ray_address",
+    "launcher",
+)
 
 Scaling: TypeAlias = Literal["alpha/r", "alpha/sqrt(r)", "constant"]
 
@@ -89,6 +98,10 @@ class SelectSettings(BaseModel):
     pack_size: int | None = Field(default=None, gt=0)  # arms trained together; None: as many as pay and fit
     certify: bool = False  # train one arm again alone and compare
     checkpoint_seconds: float = Field(default=60.0, gt=0)
+    executor: Literal["local", "processes", "ray"] = "local"  # in this process, or workers with a base of their own
+    workers: int | None = Field(default=None, gt=0)  # None: one a CUDA device, on Ray as many as it has room for
+    ray_address: str | None = None  # None: a cluster that runs on this machine, else one of this run's own
+    launcher: str = ""  # words before the command of a worker process, such as "srun --ntasks=1 --gpus=1"
     trust_remote_code: bool = False
 
     @field_validator("memory_bytes", mode="before")
@@ -133,6 +146,19 @@ class SelectSettings(BaseModel):
                 "test_fraction + selection_fraction leave under a tenth of the items for training: "
                 f"got {self.test_fraction:g} + {self.selection_fraction:g}, give less than 0.9 together"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _workers_of_an_executor(self) -> SelectSettings:
+        for name, given, executors in (
+            ("workers", self.workers, ("processes", "ray")),
+            ("ray_address", self.ray_address, ("ray",)),
+            ("launcher", self.launcher, ("processes",)),
+        ):
+            if given and self.executor not in executors:
+                raise ValueError(
+                    f"{name} was given and the executor is {self.executor!r}: give executor {' or '.join(executors)}"
+                )
         return self
 
     @property
