@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from rightrank.engine.train import Watcher
@@ -60,7 +60,7 @@ def executor_of(
     job = job_of(ONLY, request, prepared, selection)
     with (
         set_aside(prepared.bench),
-        pool_of(request.settings, [job], selection.folder.path, needs_of(prepared), looking) as pool,
+        pool_of(request.settings, [job], selection.folder.path, most_needs([prepared]), looking) as pool,
     ):
         yield PoolExecutor(pool, ONLY)
 
@@ -77,8 +77,9 @@ def job_of(name: str, request: Request, prepared: Prepared, selection: Selection
     )
 
 
-def needs_of(prepared: Prepared) -> Needs:
-    """What a worker takes: the most that any rank takes."""
-    planned = prepared.planned
-    needed = None if planned is None else max(planned.needed_bytes[rank] for rank in planned.ranks)
-    return Needs(needed, prepared.bench.loaded.device.type == "cuda")
+def most_needs(prepared: Sequence[Prepared]) -> Needs:
+    """What a worker takes that may train any of these: the most that any of their ranks takes."""
+    plans = [one.planned for one in prepared]
+    needed = [plan.needed_bytes[rank] for plan in plans if plan is not None for rank in plan.ranks]
+    on_cuda = any(one.bench.loaded.device.type == "cuda" for one in prepared)
+    return Needs(max(needed) if all(plan is not None for plan in plans) else None, on_cuda)

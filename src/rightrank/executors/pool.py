@@ -122,6 +122,11 @@ class Pool:
         for start in range(0, len(ordered), size):
             self._waiting.append(self._task(job, ordered[start : start + size], base_loss))
 
+    def drop(self, job: str) -> None:
+        """Want no more of a job; what runs of it ends unheard."""
+        self._open.pop(job, None)
+        self._waiting = deque(task for task in self._waiting if task.job != job)
+
     def is_waiting(self, job: str) -> bool:
         """Whether trials of the job are still without an outcome."""
         return bool(self._open.get(job))

@@ -159,7 +159,9 @@ def _join_or_begin(ray: Any) -> None:
     try:
         ray.init(address="auto", logging_level=logging.ERROR, log_to_driver=False)
     except ConnectionError:
-        ray.init(logging_level=logging.ERROR, log_to_driver=False, include_dashboard=False, _node_ip_address="127.0.0.1")
+        ray.init(
+            logging_level=logging.ERROR, log_to_driver=False, include_dashboard=False, _node_ip_address="127.0.0.1"
+        )
 
 
 def _require_answer(address: str) -> None:
