@@ -112,6 +112,8 @@ def _select(asked: _Asked, train: TrainFunction, call: Call, folder: RunFolder, 
         )
         folder.write_config(dict(started.settings))
         watching.on_plan(started, strategy.expected_arms() - (not asked.with_base), asked.steps)
+        if selection.records.outcomes:
+            watching.on_resume(selection.records.outcomes)
         decision = selection.run(executor)
         return Selected(decision, folder.path, hand_over_saved(selection, decision), folder.report)
 

@@ -26,7 +26,6 @@ from tests.executors.conftest import STEPS
 from tests.tiny import small_settings
 
 
-
 def decision_of(run: Path) -> dict[str, Any]:
     """All but the cost in seconds, which is measured."""
     decision = json.loads((run / "decision.json").read_text())

@@ -48,7 +48,7 @@ def pool_of(
     try:
         orders = Orders(jobs=list(jobs), working_folder=Path.cwd(), probe=probe.absolute(), token=token)
         crew, workers = _crew(settings, orders, folder, needs)
-        terms = Terms(workers, versions(), token, _task_trials(settings, needs))
+        terms = Terms(workers, versions(), token, _task_trials(settings, needs), settings.hang_seconds)
         pool = Pool(crew, terms, looking)
         try:
             yield pool
