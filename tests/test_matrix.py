@@ -53,7 +53,7 @@ def test_two_data_sets_one_base_one_table(
     found = json.loads(out)
     assert [job["name"] for job in found["jobs"]] == ["one", "two"]
     assert all(job["decision"]["reference_rank"] in (1, 4) for job in found["jobs"])
-    rows = list(csv.DictReader((tmp_path / "out" / "table.csv").open(encoding="utf-8")))
+    rows = list(csv.DictReader((tmp_path / "out" / "table.csv").read_text(encoding="utf-8").splitlines()))
     assert [row["trainings"] for row in rows] == ["2", "2"]
     config = yaml.safe_load((tmp_path / "out" / "two" / "config.yaml").read_text())
     assert (config["max_steps"], config["ranks"]) == (3, [1, 4])

@@ -142,9 +142,7 @@ def _require_metrics_fit(settings: SelectSettings, form: DataForm) -> None:
 def _settle(sources: _Sources, settings: SelectSettings, notice: Notice) -> tuple[SelectSettings, SelectionPlan | None]:
     """The settings with the ranks to begin with: those asked for, or a range that data and model suggest, that fit."""
     config, encoded = sources.loaded.model.config, sources.encoded
-    if encoded.is_classification or not is_known(
-        config, encoded.is_classification
-    ):  # the plan builds the model from its configuration
+    if encoded.is_classification or not is_known(config, classification=False):
         return settings, None
     if "ranks" not in settings.model_fields_set:
         first_loss = first_pass_loss(sources.loaded, encoded.splits["selection"])

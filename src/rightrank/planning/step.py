@@ -116,7 +116,7 @@ def _packed(skeleton: Skeleton, settings: PlanSettings, rows: int) -> Iterator[N
         yield
     finally:
         for _, module in adapted:
-            del module.forward
+            del module.__dict__["forward"]
 
 
 @contextmanager
