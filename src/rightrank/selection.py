@@ -38,14 +38,16 @@ from rightrank.records import (
     TrialStarted,
     trial_id,
 )
-from rightrank.report.figure import Figure
+from rightrank.report.figure import AnyFigure, Figure
 from rightrank.report.figures import figures_of
 from rightrank.report.files import write_figures
 from rightrank.report.html import render_report
 from rightrank.report.spectra import spectrum_figure
+from rightrank.report.sweep_table import sweep_map
 from rightrank.report.wording import size
 from rightrank.settings import settings_difference
 from rightrank.strategies import History, Strategy
+from rightrank.strategies.sweep import sweep_rows
 
 
 def adapter_figures(adapter: Path) -> list[Figure]:
@@ -57,6 +59,13 @@ def adapter_figures(adapter: Path) -> list[Figure]:
     except InputError:
         return []
     return [] if figure is None else [figure]
+
+
+def further_figures(records: Records, adapter: Path) -> list[AnyFigure]:
+    """What a run shows beside the figures of its decision: the sweep, and the adapter that was handed over."""
+    started = records.started
+    sweep = sweep_map(sweep_rows(started, records.outcomes), started.metric, started.higher_is_better)
+    return [*([] if sweep is None else [sweep]), *adapter_figures(adapter)]
 
 
 Listener = Callable[[RunEvent], None]
@@ -122,7 +131,7 @@ class Selection:
         )
         self._folder.journal.append(Decided(decision=decision, adapter_trial_id=chosen.trial_id))
         self.write_views(decision)
-        write_figures(self._folder.figures, adapter_figures(self._folder.adapter))
+        write_figures(self._folder.figures, further_figures(self.records, self._folder.adapter))
         self._folder.drop_working_files()
         return chosen
 
@@ -148,7 +157,9 @@ class Selection:
         """decision.json and report, each replaced whole."""
         if decision is not None:
             self._folder.write_decision(decision)
-        page = render_report(self.records, decision, further_figures=adapter_figures(self._folder.adapter))
+        page = render_report(
+            self.records, decision, further_figures=further_figures(self.records, self._folder.adapter)
+        )
         write_text(self._folder.report, page)
 
     def _trials(self, arms: Sequence[Arm]) -> list[Trial]:
