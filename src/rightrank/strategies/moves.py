@@ -67,24 +67,30 @@ def _two_to_half(
     if half is not None:
         ended.append(arm)
     for loss, rate in others:
-        if half is not None and is_lost(rate > first, loss - quarter, quarter - half):
+        if half is not None and is_lost_at_quarter(rate > first, loss - quarter, quarter - half):
             continue
         arm = _continued(space, results, rank, rate, EARLY, early_step(space, LATER))
         yield [arm]
         other = results.loss(arm)
-        if other is not None and (half is None or not is_lost(rate > first, other - half, quarter - half)):
+        if other is not None and (half is None or not is_lost_at_half(rate > first, other - half, quarter - half)):
             ended.append(arm)
     return ended
 
 
-def is_lost(is_higher: bool, behind: float, gain: float) -> bool:
-    """Whether a rate that is `behind` another one on the way can't win any more. `gain` is what the other gains from a
-    quarter to half.
+def is_lost_at_quarter(is_higher: bool, behind: float, gain: float) -> bool:
+    """Whether a rate that is `behind` another one after a quarter can't win any more. `gain` is what the other gains from
+    there to half: as long as that is to come, an order can turn. A lower rate is kept where the other gets worse.
+    """
+    return behind > PATIENCE * max(gain, 0.0) and (is_higher or gain > 0)
+
+
+def is_lost_at_half(is_higher: bool, behind: float, gain: float) -> bool:
+    """The same at half; `gain` is that of the other until here.
 
     A decaying schedule favours high rates late, so a higher one is given time; a lower one catches up only where the
     other gets worse, as on few items.
     """
-    return behind > PATIENCE * max(gain, 0.0) if is_higher else gain > 0 and behind > 0
+    return is_lost_at_quarter(is_higher, behind, gain) or (not is_higher and behind > 0 and gain > 0)
 
 
 def _continued(space: Space, results: Results, rank: int, rate: float, part: float, stop_at: int) -> Arm:
@@ -131,12 +137,12 @@ def _try_side(space: Space, results: Results, rank: int, rate: float, side: floa
     stage = early_arm(space, rank, side, EARLY)
     yield [stage]
     early = results.loss(stage)
-    if early is None or is_lost(side > rate, early - quarter, quarter - half):
+    if early is None or is_lost_at_quarter(side > rate, early - quarter, quarter - half):
         return
     stage = _continued(space, results, rank, side, EARLY, early_step(space, LATER))
     yield [stage]
     later = results.loss(stage)
-    if later is not None and not is_lost(side > rate, later - half, quarter - half):
+    if later is not None and not is_lost_at_half(side > rate, later - half, quarter - half):
         yield [_going_on(results, stage)]
 
 
