@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-
 from benchmarks.selection import linear, texts
 from benchmarks.selection.planted import teachers
 from benchmarks.selection.ray_asha import ray_asha, reports

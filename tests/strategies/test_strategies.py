@@ -107,6 +107,20 @@ def test_a_rate_that_the_top_is_far_worse_at_is_not_tried_below() -> None:
     assert not [outcome for outcome in known if 0 < outcome.rank < 64 and outcome.learning_rate == 3e-3]
 
 
+def test_a_rank_that_had_no_time_to_learn_gets_a_higher_rate() -> None:
+    """Its cut holds, its own training at the top's rate was still far from its end."""
+
+    class Slow(World):
+        def loss(self, arm: Any) -> float:
+            is_slow = arm.rank == 4 and arm.learning_rate < 2e-3 and arm.truncate_from is None
+            done = (arm.stop_at or arm.steps) / arm.steps if arm.steps else 1.0
+            return super().loss(arm) + (0.8 * (1.05 - done) if is_slow else 0.0)
+
+    strategy = strategy_named("bracket")(make_space())
+    known = run_all(strategy, Slow(gain=0.015, best_rate=1e-3))
+    assert [outcome for outcome in known if outcome.rank == 4 and outcome.learning_rate == 3e-3]
+
+
 @pytest.mark.parametrize(
     ("is_higher", "behind", "gain", "at_quarter", "at_half"),
     [
