@@ -6,20 +6,22 @@ import json
 import shlex
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from rightrank.cli.options import comma, gather
 from rightrank.cli.stopping import listening
-from rightrank.errors import InterruptedRun, TerminatedRun
+from rightrank.errors import InterruptedRun, RunError, SettingsError, TerminatedRun
 
 if TYPE_CHECKING:
     from rightrank.api import Selected, Watching
     from rightrank.records import RunEvent, RunStarted, TrialOutcome
     from rightrank.report.terminal import View
 
+Found = TypeVar("Found")
 
 SELECT_OPTIONS = [
     click.option("--strategy", help="What to train next: bracket (default), ladder, ascend, descend or grid."),
@@ -46,6 +48,11 @@ SELECT_OPTIONS = [
     click.option("--memory", "memory_bytes", help="Memory budget, such as 24GiB; ranks that need more are left out."),
     click.option("--pack-size", type=int, help="Trainings that share the model's passes (default: as many as pay)."),
     click.option("--certify", is_flag=True, default=None, help="Train one arm again alone and compare."),
+    click.option("--executor", help="Where trainings run: local (default), processes or ray; see docs/clusters.md."),
+    click.option(
+        "--workers", type=int, help="Workers of the executor (default: one a CUDA device; ray: all that fit)."
+    ),
+    click.option("--ray-address", help="HOST:PORT of a Ray cluster's head (default: one on this machine)."),
     click.option("--report-to", callback=comma, help="Trackers: trackio, wandb, mlflow, tensorboard."),
     click.option("--config", "config_file", type=click.Path(path_type=Path), help="YAML file of settings."),
     click.option(
@@ -61,17 +68,19 @@ def _select_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @click.command(epilog="Example: rightrank select ./model data.jsonl --out run --ranks 4,16,64 --max-steps 200")
-@click.argument("model")
-@click.argument("data", type=click.Path(path_type=Path))
+@click.argument("model", required=False)
+@click.argument("data", required=False, type=click.Path(path_type=Path))
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Run folder; the same command resumes it.")
+@click.option("--matrix", type=click.Path(path_type=Path), help="YAML file of many data sets, in place of MODEL DATA.")
 @_select_options
 @click.option("--json", "as_json", is_flag=True, help="Print the decision as one JSON object.")
 @click.option("--quiet", is_flag=True, help="No progress.")
 @click.option("--log-json", is_flag=True, help="Progress as one JSON object a line on stderr.")
 def select(
-    model: str,
-    data: Path,
+    model: str | None,
+    data: Path | None,
     out: Path,
+    matrix: Path | None,
     config_file: Path | None,
     assignments: tuple[str, ...],
     as_json: bool,
@@ -84,6 +93,13 @@ def select(
     MODEL is a model folder, a GGUF file or a hub name. DATA is a JSONL, CSV or Parquet file, or a folder, with
     `text`; `prompt` and `completion`; `messages`; or `text` and `label`.
     """
+    if matrix is not None:
+        if model is not None:
+            raise SettingsError(f"--matrix {matrix} names model and data: leave out {model!r}")
+        _select_matrix(matrix, out, gather(config_file, assignments, options), as_json, quiet, log_json)
+        return
+    if model is None or data is None:
+        raise SettingsError("give MODEL and DATA, or --matrix FILE")
     from rightrank.api import select_rank
     from rightrank.settings import make_settings
 
@@ -95,6 +111,27 @@ def select(
         _print_json(selected)
     else:
         _print_answer(selected)
+
+
+def _select_matrix(file: Path, out: Path, further: dict[str, Any], as_json: bool, quiet: bool, log_json: bool) -> None:
+    from rightrank.io.matrix import read_matrix
+    from rightrank.matrix import select_matrix
+    from rightrank.report.matrix_table import matrix_text
+
+    matrix = read_matrix(file)
+    found = _watched(lambda watching: select_matrix(matrix, out, further, watching), quiet, out, log_json)
+    if as_json:
+        jobs = [asdict(row) | {"decision": _decision_of(found.selected.get(row.name))} for row in found.rows]
+        click.echo(json.dumps({"jobs": jobs, "table": str(found.table)}))
+    else:
+        click.echo(f"\n{matrix_text(found.rows)}\n\ntable: {found.table}")
+    failed = [row.name for row in found.rows if row.reason]
+    if failed:
+        raise RunError(f"no decision for {', '.join(failed)} (see the table); the others are done")
+
+
+def _decision_of(selected: Selected | None) -> dict[str, Any] | None:
+    return None if selected is None else selected.decision.model_dump(mode="json")
 
 
 @click.command(epilog="Example: rightrank demo --out demo")
@@ -119,7 +156,7 @@ def demo(out: Path, as_json: bool, quiet: bool, log_json: bool) -> None:
     click.echo("\nOn your own data:\n  rightrank select PATH/TO/MODEL YOUR_DATA.jsonl --out my-run")
 
 
-def _watched(run: Callable[[Watching], Selected], quiet: bool, out: Path, log_json: bool) -> Selected:
+def _watched(run: Callable[[Watching], Found], quiet: bool, out: Path, log_json: bool) -> Found:
     """Run with a view on stderr, and with Ctrl-C and SIGTERM that stop cleanly."""
     from rich.console import Console
 

@@ -44,9 +44,6 @@ class RunFolder:
             raise RunFolderError(f"{self.journal.path}: trial id {trial_id!r} is not allowed: letters, digits, _ and -")
         return trial_id
 
-    def heartbeat(self, worker: str) -> Path:
-        return self.path / "workers" / f"{worker}.beat"
-
     def answers(self, trial_id: str) -> Path:
         """What the model wrote for the held-out items, one JSON object a line."""
         return self.path / "answers" / f"{trial_id}.jsonl"
@@ -123,4 +120,3 @@ class RunFolder:
         """Remove what only a running selection needs."""
         shutil.rmtree(self.cache, ignore_errors=True)
         shutil.rmtree(self.path / "checkpoints", ignore_errors=True)
-        shutil.rmtree(self.path / "workers", ignore_errors=True)
