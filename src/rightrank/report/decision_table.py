@@ -18,7 +18,7 @@ FLAGS = {
     "unstable": "some trainings ended without a result",
     "one_seed": "some ranks have one seed",
     "winner_gap": "the best of several rates is optimistic by more than half the margin",
-    "metric_conflict": "another metric of the same trainings wants another rank",
+    "metric_conflict": "another metric of the same trainings says otherwise of a rank",
     "may_be_capacity_limited": "the ranks were still parting when training ended",
     "extrapolated": "something named lies outside what was measured",
 }
@@ -89,7 +89,19 @@ def answer_lines(decision: Decision) -> list[str]:
         lines.append(f"horizon: read off the evaluations, the same from step {horizon.holds_from} to {horizon.steps}")
     lines.append(f"basis:   {decision.basis_note}")
     lines += [f"flag:    {flag}: {FLAGS.get(flag, '')}" for flag in decision.flags]
+    lines += other_metric_lines(decision)
     return lines + [f"next:    {run.sentence}" for run in decision.next_runs]
+
+
+def other_metric_lines(decision: Decision) -> list[str]:
+    """One line for each metric measured beside."""
+    return [
+        f"beside:  {other.sentence}"
+        if other.conflict
+        else f"beside:  {other.metric}: {f'rank {other.rank}' if other.rank else other.verdict.replace('_', ' ')}, "
+        f"at a margin of {_short(other.margin)}"
+        for other in decision.other_metrics
+    ]
 
 
 def curve_lines(decision: Decision) -> list[str]:

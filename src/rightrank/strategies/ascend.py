@@ -4,50 +4,29 @@ from __future__ import annotations
 
 from rightrank.strategies.climb import Wanted
 from rightrank.strategies.ladder import DECAY
-from rightrank.strategies.moves import (
-    confirm,
-    confirmation_cost,
-    find_rate,
-    find_rate_cost,
-    least_trainings,
-    most_stages,
-    most_trainings,
-    support,
-    try_rank,
-)
-from rightrank.strategies.protocol import Cost
+from rightrank.strategies.moves import try_rank
 from rightrank.strategies.results import Results
-from rightrank.strategies.script import Scripted
+from rightrank.strategies.search import Search
 
 
-class Ascend(Scripted):
+class Ascend(Search):
     """The rate at the lowest rank; then rank by rank upward until what is still to come is within the margin."""
 
     name = "ascend"
 
-    def script(self, results: Results) -> Wanted:
-        space = self.space
-        rank = space.ranks[0]
-        yield from find_rate(space, results, rank)
-        rate = results.best_rate(rank)
-        while rate is not None and (higher := space.above(rank)) is not None:
+    def first_rank(self) -> int:
+        return self.space.ranks[0]
+
+    def look(self, results: Results, rate: float) -> Wanted:
+        space, rank = self.space, self.space.ranks[0]
+        while (higher := space.above(rank)) is not None:
             yield from try_rank(space, results, higher, rate)
             if still_to_come(results, rank, higher) <= space.margin_at(results.best_loss(rank)):
-                break
+                return
             rank, rate = higher, results.best_rate(higher) or rate
-        yield from support(space, results)
-        yield from confirm(space, results)
 
-    def unbounded_cost(self) -> Cost:
-        space = self.space
-        expected = find_rate_cost(space) + 1.5 * (len(space.ranks) - 1) / 2 + confirmation_cost(space)
-        return Cost(expected, most_trainings(space))
-
-    def least_trainings(self) -> float:
-        return least_trainings(self.space)
-
-    def most_script_arms(self) -> int:
-        return 1 + most_stages(self.space)
+    def expected_look(self) -> float:
+        return 1.5 * (len(self.space.ranks) - 1) / 2
 
 
 def still_to_come(results: Results, rank: int, higher: int) -> float:

@@ -5,25 +5,13 @@ from __future__ import annotations
 from rightrank.records import Arm
 from rightrank.strategies.climb import Wanted
 from rightrank.strategies.ladder import predicted_rank
-from rightrank.strategies.moves import (
-    confirm,
-    confirmation_cost,
-    find_rate,
-    find_rate_cost,
-    least_trainings,
-    most_stages,
-    most_trainings,
-    support,
-    try_rank,
-    walk,
-)
-from rightrank.strategies.protocol import Cost
+from rightrank.strategies.moves import try_rank, walk
 from rightrank.strategies.results import Results, excess_of, within
-from rightrank.strategies.script import Scripted
+from rightrank.strategies.search import Search
 from rightrank.strategies.space import Space
 
 
-class Bracket(Scripted):
+class Bracket(Search):
     """The rate at the top rank; that adapter cut to every lower rank, for the price of evaluations; then direct
     trainings downward from the smallest cut that loses less than the margin, until the first rank that fails.
 
@@ -32,36 +20,27 @@ class Bracket(Scripted):
 
     name = "bracket"
 
-    def script(self, results: Results) -> Wanted:
+    def first_rank(self) -> int:
+        return self.space.top
+
+    def look(self, results: Results, rate: float) -> Wanted:
         space = self.space
-        yield from find_rate(space, results, space.top)
-        rate = results.best_rate(space.top)
-        if rate is None:
-            return
         cuts = truncations(space, results, space.top, rate)
         yield cuts
         start = smallest_cut_that_holds(space, results, cuts, rate)
         if start is None:
-            second = max((rank for rank in space.ranks if rank <= space.top / 4), default=space.ranks[0])
+            second = space.a_quarter_of_the_top()
             yield from try_rank(space, results, second, rate)
             start = predicted_rank(space, results, second)
         elif start == space.top:
             start = space.below(start) or start
         yield from walk(space, results, start, rate)
-        yield from support(space, results)
-        yield from confirm(space, results)
 
-    def unbounded_cost(self) -> Cost:
-        expected = (
-            find_rate_cost(self.space) + min(3.0, 1.5 * (len(self.space.ranks) - 1)) + confirmation_cost(self.space)
-        )
-        return Cost(expected, most_trainings(self.space))
-
-    def least_trainings(self) -> float:
-        return least_trainings(self.space)
+    def expected_look(self) -> float:
+        return min(2.0, len(self.space.ranks) - 1.0)
 
     def most_script_arms(self) -> int:
-        return 1 + most_stages(self.space) + len(self.space.ranks) - 1
+        return super().most_script_arms() + len(self.space.ranks) - 1
 
 
 def truncations(space: Space, results: Results, rank: int, rate: float) -> list[Arm]:

@@ -23,8 +23,7 @@ class Descend(Scripted):
 
     def script(self, results: Results) -> Wanted:
         space = self.space
-        yield from find_rate(space, results, space.top)
-        rate = results.best_rate(space.top)
+        rate = yield from find_rate(space, results, space.top)
         if rate is None:
             return
         cuts = truncations(space, results, space.top, rate)

@@ -2,53 +2,32 @@
 
 from __future__ import annotations
 
+import math
+
 from rightrank.strategies.climb import Wanted
-from rightrank.strategies.moves import (
-    confirm,
-    confirmation_cost,
-    find_rate,
-    find_rate_cost,
-    least_trainings,
-    most_stages,
-    most_trainings,
-    support,
-    try_rank,
-    walk,
-)
-from rightrank.strategies.protocol import Cost
+from rightrank.strategies.moves import try_rank, walk
 from rightrank.strategies.results import Results
-from rightrank.strategies.script import Scripted
+from rightrank.strategies.search import Search
 from rightrank.strategies.space import Space
 
 DECAY = 0.57  # median exponent c of L(r) = a + b·r^-c over 26 published curves (quartiles 0.38 to 0.64)
 
 
-class Ladder(Scripted):
+class Ladder(Search):
     """The top rank at its best rate; one rank a quarter of it; the law through both names where to walk from."""
 
     name = "ladder"
 
-    def script(self, results: Results) -> Wanted:
-        space = self.space
-        yield from find_rate(space, results, space.top)
-        rate = results.best_rate(space.top)
-        second = max((rank for rank in space.ranks if rank <= space.top / 4), default=space.ranks[0])
-        if rate is None:
-            return
-        yield from try_rank(space, results, second, rate)
-        yield from walk(space, results, predicted_rank(space, results, second), rate)
-        yield from support(space, results)
-        yield from confirm(space, results)
+    def first_rank(self) -> int:
+        return self.space.top
 
-    def unbounded_cost(self) -> Cost:
-        expected = find_rate_cost(self.space) + 1.5 * min(len(self.space.ranks) - 1, 3) + confirmation_cost(self.space)
-        return Cost(expected, most_trainings(self.space))
+    def look(self, results: Results, rate: float) -> Wanted:
+        second = self.space.a_quarter_of_the_top()
+        yield from try_rank(self.space, results, second, rate)
+        yield from walk(self.space, results, predicted_rank(self.space, results, second), rate)
 
-    def least_trainings(self) -> float:
-        return least_trainings(self.space)
-
-    def most_script_arms(self) -> int:
-        return 1 + most_stages(self.space)
+    def expected_look(self) -> float:
+        return min(2.5, len(self.space.ranks) - 1.0)
 
 
 def predicted_rank(space: Space, results: Results, second: int) -> int:
@@ -56,4 +35,6 @@ def predicted_rank(space: Space, results: Results, second: int) -> int:
     drop = results.best_loss(second) - results.best_loss(space.top)
     b = max(drop, 0.0) / (second**-DECAY - space.top**-DECAY)
     margin = space.margin_at(results.best_loss(space.top))
+    if not math.isfinite(b):  # the second rank gave no result
+        return space.above(second) or space.top
     return next(rank for rank in space.ranks if b * (rank**-DECAY - space.top**-DECAY) <= margin)

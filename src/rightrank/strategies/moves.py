@@ -2,36 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 
 from rightrank.records import Arm
 from rightrank.strategies.climb import EARLY, Wanted, climb, early_arm, early_step
-from rightrank.strategies.results import Results
+from rightrank.strategies.results import Results, within
 from rightrank.strategies.space import Space
 
 LATER = 0.5  # of a training: where the two best rates are compared again
-HOPELESS = 3.0  # margins: a rank that fails by more was never rescued by a rate beside (by 1.5 at most, on 44 grids)
+PATIENCE = 1.5  # a higher rate behind at a quarter by more than this times what the better one gains until half is lost
+HOPELESS = 2.0  # margins: a rank that fails by more was never rescued by a rate beside (by 1.5 at most, on 44 grids)
+SIDE = 2.0  # margins: a rate that the top rank is worse at by more never rescued a lower one (by .9 at most)
 
 
-def find_rate(space: Space, results: Results, rank: int, start: float | None = None) -> Wanted:
-    """The rate at `rank`: losers are stopped early where that can be had, else every rate tried is trained whole.
+def find_rate(space: Space, results: Results, rank: int) -> Generator[Sequence[Arm], None, float | None]:
+    """The best rate at `rank`, None if no training ended: losers are stopped early where that can be had, else every
+    rate tried is trained whole.
 
     Halving between rates (between ranks it is unsound: low ranks fall off late): a climb on values at a quarter of
-    the way; the two best go on to half; the better of them to the end, and a higher one with it, since a decaying
-    schedule favours higher rates late. A lower rate that is behind at half was never the best on the planted grids.
+    the way; the best goes on to half, the second too if it may still win; what may still win then goes on to the end.
     """
-    if not space.stages or len(space.rates) < 3 or early_step(space, EARLY) == early_step(space, LATER):
-        yield from climb(space, results, rank, start)
-        return
-    yield from climb(space, results, rank, start, part=EARLY)
+    if space.stages and len(space.rates) >= 3 and early_step(space, EARLY) != early_step(space, LATER):
+        yield from climb(space, results, rank, part=EARLY)
+        yield from _finish_the_best(space, results, rank)
+    if results.best_rate(rank) is None and not _is_staged(space, results, rank):
+        yield from climb(space, results, rank)
+    return results.best_rate(rank)
+
+
+def _is_staged(space: Space, results: Results, rank: int) -> bool:
+    """Whether a training could be stopped early here."""
+    return any(results.loss(early_arm(space, rank, rate, EARLY)) is not None for rate in space.rates)
+
+
+def _finish_the_best(space: Space, results: Results, rank: int) -> Wanted:
+    """From values at a quarter to whole trainings of those that may be the best."""
     quarter = {rate: results.loss(early_arm(space, rank, rate, EARLY)) for rate in space.rates}
     known = sorted((loss, rate) for rate, loss in quarter.items() if loss is not None)
-    if not known:  # nothing can be stopped early here
-        yield from climb(space, results, rank, start)
+    if not known:
         return
-    halves = [_continued(space, results, rank, rate, EARLY, early_step(space, LATER)) for _, rate in known[:2]]
-    yield halves
-    ended = [arm for arm in halves if results.finished(arm) is not None]
+    ended = yield from _two_to_half(space, results, rank, known[:2])
     if ended:
         best = min(ended, key=lambda arm: (results.loss(arm), arm.learning_rate))
         yield [_going_on(results, arm) for arm in ended if arm.learning_rate >= best.learning_rate]
@@ -39,6 +49,47 @@ def find_rate(space: Space, results: Results, rank: int, start: float | None = N
         if results.best_rate(rank) is not None:
             return
         yield [_going_on(results, early_arm(space, rank, rate, EARLY))]
+
+
+def _two_to_half(
+    space: Space, results: Results, rank: int, known: Sequence[tuple[float, float]]
+) -> Generator[Sequence[Arm], None, list[Arm]]:
+    """The best at a quarter goes on to half, the second too unless it is lost; those that may still win are returned.
+
+    `known` are (loss at a quarter, rate), the best first.
+    """
+    (quarter, first), *others = known
+    ended: list[Arm] = []
+    arm = _continued(space, results, rank, first, EARLY, early_step(space, LATER))
+    yield [arm]
+    half = results.loss(arm)
+    if half is not None:
+        ended.append(arm)
+    for loss, rate in others:
+        if half is not None and is_lost_at_quarter(rate > first, loss - quarter, quarter - half):
+            continue
+        arm = _continued(space, results, rank, rate, EARLY, early_step(space, LATER))
+        yield [arm]
+        other = results.loss(arm)
+        if other is not None and (half is None or not is_lost_at_half(rate > first, other - half, quarter - half)):
+            ended.append(arm)
+    return ended
+
+
+def is_lost_at_quarter(is_higher: bool, behind: float, gain: float) -> bool:
+    """Whether a rate that is `behind` another one after a quarter can't win any more. `gain` is what the other gains from
+    there to half: as long as that is to come, an order can turn. A lower rate is kept where the other gets worse.
+    """
+    return behind > PATIENCE * max(gain, 0.0) and (is_higher or gain > 0)
+
+
+def is_lost_at_half(is_higher: bool, behind: float, gain: float) -> bool:
+    """The same at half; `gain` is that of the other until here.
+
+    A decaying schedule favours high rates late, so a higher one is given time; a lower one catches up only where the
+    other gets worse, as on few items.
+    """
+    return is_lost_at_quarter(is_higher, behind, gain) or (not is_higher and behind > 0 and gain > 0)
 
 
 def _continued(space: Space, results: Results, rank: int, rate: float, part: float, stop_at: int) -> Arm:
@@ -58,51 +109,78 @@ def _going_on(results: Results, stopped: Arm) -> Arm:
 def try_rank(space: Space, results: Results, rank: int, rate: float) -> Wanted:
     """Train `rank` at `rate`; where that fails the margin, also at the rates beside it until one holds.
 
-    A lower rate beside it goes only half of the way where it is no better there than `rate` was.
+    Those are left on the way where they can't win over `rate` any more.
     """
     yield [space.arm(rank, rate)]
-    for side in side_rates(space, results, rate):
-        if results.holds(rank) or _hopeless(space, results, rank):
+    for side in side_rates(space, results, rank, rate):
+        if results.holds(rank):
             return
         yield from _try_side(space, results, rank, rate, side)
 
 
-def _hopeless(space: Space, results: Results, rank: int) -> bool:
-    """So far from holding that no rate beside could make up for it; not so where there is no result at all."""
+def side_rates(space: Space, results: Results, rank: int, rate: float) -> Sequence[float]:
+    """The rates beside `rate` that may make `rank` hold: both where `rate` gave no result, else those that the top
+    rank is not far worse at, unless the rank fails by far; and a higher one where the rank had no time to learn.
+
+    The one that did better at the top first; the lower, where unknown.
+    """
+    place = space.rates.index(rate)
+    beside = [space.rates[i] for i in (place - 1, place + 1) if 0 <= i < len(space.rates)]
+    behind = {side: _behind_at_top(space, results, side, rate) for side in beside}
+    if rank in results.ranks():
+        limit = SIDE * space.margin_at(results.best_loss(space.top))
+        hopeless, slow = _fails_by_far(space, results, rank), _is_slow(space, results, rank, rate)
+        beside = [s for s in beside if (behind[s] <= limit and not hopeless) or (s > rate and slow)]
+    return sorted(beside, key=lambda side: (behind[side], side))
+
+
+def _fails_by_far(space: Space, results: Results, rank: int) -> bool:
+    """So far from holding that no rate beside could make up for it."""
     reference = results.reference()
-    if reference is None or rank not in results.ranks():
+    if reference is None:
         return False
-    margin = space.margin_at(results.best_loss(reference))
-    return results.excess(rank, reference).mean > HOPELESS * margin
+    return results.excess(rank, reference).mean > HOPELESS * space.margin_at(results.best_loss(reference))
+
+
+def _is_slow(space: Space, results: Results, rank: int, rate: float) -> bool:
+    """Whether the rank fails at `rate` for want of time: the top's adapter cut to it holds, so it has the capacity, and
+    in the second half of its own training it still gained more than it lacks.
+    """
+    top = results.best_loss(space.top)
+    cuts = [arm for arm in results.outcomes if arm.rank == rank and arm.truncate_from is not None and arm.steps == 0]
+    known = [loss for loss in (results.loss(cut) for cut in cuts) if loss is not None]
+    half = results.loss_after(rank, rate, early_step(space, LATER))
+    end = results.loss_after(rank, rate, space.steps)
+    if not known or half is None or end is None:
+        return False
+    return within(min(known) - top, space.margin_at(top)) and half - end > end - top
 
 
 def _try_side(space: Space, results: Results, rank: int, rate: float, side: float) -> Wanted:
-    mark = results.loss_on_the_way(space.arm(rank, rate), early_step(space, LATER))
-    if mark is None or side > rate:
+    """Train `rank` at `side`, left on the way where it can't win over `rate` any more."""
+    quarter, half = (results.loss_after(rank, rate, early_step(space, part)) for part in (EARLY, LATER))
+    if not space.stages or quarter is None or half is None:
         yield [space.arm(rank, side)]
         return
-    half = early_arm(space, rank, side, LATER)
-    yield [half]
-    reached = results.loss(half)
-    if reached is not None and reached < mark:
-        yield [_going_on(results, half)]
+    stage = early_arm(space, rank, side, EARLY)
+    yield [stage]
+    early = results.loss(stage)
+    if early is None or is_lost_at_quarter(side > rate, early - quarter, quarter - half):
+        return
+    stage = _continued(space, results, rank, side, EARLY, early_step(space, LATER))
+    yield [stage]
+    later = results.loss(stage)
+    if later is not None and not is_lost_at_half(side > rate, later - half, quarter - half):
+        yield [_going_on(results, stage)]
 
 
-def side_rates(space: Space, results: Results, rate: float) -> Sequence[float]:
-    """The rates beside `rate`, the one that did better at the top rank first (the lower, where unknown)."""
-    place = space.rates.index(rate)
-    beside = [space.rates[i] for i in (place - 1, place + 1) if 0 <= i < len(space.rates)]
-    at_top = {side: _known_loss(space, results, side) for side in beside}
-    return sorted(beside, key=lambda side: (at_top[side], side))
-
-
-def _known_loss(space: Space, results: Results, rate: float) -> float:
-    """The top rank's loss at `rate`, whole or at the quarter."""
-    for arm in (space.arm(space.top, rate), early_arm(space, space.top, rate, EARLY)):
-        loss = results.loss(arm)
-        if loss is not None:
-            return loss
-    return float("inf")
+def _behind_at_top(space: Space, results: Results, side: float, rate: float) -> float:
+    """How much worse the top rank is at `side` than at `rate`, as far as both were trained; 0 where unknown."""
+    for step in (space.steps, early_step(space, LATER), early_step(space, EARLY)):
+        at_side, at_rate = (results.loss_after(space.top, one, step) for one in (side, rate))
+        if at_side is not None and at_rate is not None:
+            return at_side - at_rate
+    return 0.0
 
 
 def walk(space: Space, results: Results, start: int, rate: float) -> Wanted:

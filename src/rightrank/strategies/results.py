@@ -44,13 +44,23 @@ class Results:
         outcome = self.finished(arm)
         return None if outcome is None else oriented(outcome, self.space)
 
-    def loss_on_the_way(self, arm: Arm, step: int) -> float | None:
-        """The held-out value of a whole training after `step` of its steps, where it was taken."""
-        outcome = self.finished(arm)
-        points = [] if outcome is None else [point for point in outcome.points if point.step == step]
-        if not points:
-            return None
-        return -points[0].value if self.space.higher_is_better else points[0].value
+    def loss_after(self, rank: int, rate: float, step: int) -> float | None:
+        """The held-out loss after `step` steps of a training with the first seed, whether it stopped there or went on.
+
+        None where it was not taken.
+        """
+        for arm, outcome in self.outcomes.items():
+            if (arm.rank, arm.learning_rate, arm.seed) != (rank, rate, self.space.seeds[0]):
+                continue
+            if arm.truncate_from is not None or not self.space.is_plain(arm) or not isinstance(outcome, TrialFinished):
+                continue
+            losses = self.space.points_are_losses
+            if (arm.stop_at or arm.steps) == step:
+                return outcome.metrics["loss"] if losses else oriented(outcome, self.space)
+            for point in outcome.points:
+                if point.step == step:
+                    return -point.value if self.space.higher_is_better and not losses else point.value
+        return None
 
     def direct(self) -> dict[tuple[int, float, int], TrialFinished]:
         """Whole trainings by (rank, rate, seed)."""
@@ -133,7 +143,9 @@ class Results:
 
 
 def oriented(outcome: TrialFinished, space: Space) -> float:
-    return -outcome.value if space.higher_is_better else outcome.value
+    """Lower is better. A training that was stopped early may be judged by its loss: it is compared with its like alone."""
+    turned = space.higher_is_better and outcome.value_metric is None
+    return -outcome.value if turned else outcome.value
 
 
 def within(excess: float, margin: float) -> bool:
@@ -160,14 +172,12 @@ def excess_of(pairs: Iterable[tuple[TrialFinished, TrialFinished]], space: Space
 
 def _item_differences(left: TrialFinished, right: TrialFinished, space: Space) -> Floats | None:
     """[items] contributions to the difference, each times the number of items, so that their mean is the difference."""
-    if space.higher_is_better:
-        if left.item_correct is None or right.item_correct is None or len(left.item_correct) != len(right.item_correct):
-            return None
-        return np.asarray(right.item_correct, dtype=np.float64) - np.asarray(left.item_correct, dtype=np.float64)
-    if not left.item_losses or len(left.item_losses) != len(right.item_losses):
+    ours, theirs = left.items(space.metric), right.items(space.metric)
+    if ours is None or theirs is None or len(ours[0]) != len(theirs[0]):
         return None
-    tokens = np.asarray(left.item_tokens, dtype=np.float64)
-    sums = np.asarray(left.item_losses, dtype=np.float64) - np.asarray(right.item_losses, dtype=np.float64)
-    mean = sums.sum() / tokens.sum()
-    found: Floats = mean + (sums - mean * tokens) / tokens.mean()
+    weights = np.asarray(ours[1], dtype=np.float64)
+    sums = np.asarray(ours[0], dtype=np.float64) - np.asarray(theirs[0], dtype=np.float64)
+    sums = -sums if space.higher_is_better else sums
+    mean = sums.sum() / weights.sum()
+    found: Floats = mean + (sums - mean * weights) / weights.mean()
     return found

@@ -1,0 +1,290 @@
+"""Exhaustive grids on real models and texts: every rank × rate × seed is trained, with values on the way.
+
+    python -m benchmarks.selection.real_training NAME MODEL DATA --work FOLDER --out benchmarks/selection/real_grids.json
+
+NAME is one of `GRIDS`. Where the rate is constant from the first step, a training stopped half of the way is a whole
+training of half the steps, and one grid gives two horizons, each a curve of its own; where it decays, one. A curve has
+values at its quarter and half, item losses, and the top rank's adapters cut to every lower rank. Finished trainings are
+kept in FOLDER: the same command goes on where it was. A seed that is not whole is left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from benchmarks.machine import machine
+from rightrank.engine.bench import Bench
+from rightrank.engine.encode import encode
+from rightrank.engine.train import Watcher
+from rightrank.executors.local import LocalExecutor
+from rightrank.io.checkpoints import load_checkpoint
+from rightrank.io.data import load_data
+from rightrank.io.models import load_model
+from rightrank.io.run_folder import RunFolder
+from rightrank.records import (
+    Arm,
+    Trial,
+    TrialDiverged,
+    TrialFailed,
+    TrialFinished,
+    TrialOutcome,
+    content_hash,
+    trial_id,
+)
+from rightrank.settings import SelectSettings, make_settings
+from rightrank.strategies.grid import outside_in
+from rightrank.strategies.protocol import base_arm
+
+RANKS = (1, 4, 16, 64)
+SEEDS = (0, 1)
+DIGITS = 5
+CHECKPOINTS = (0.25, 0.5)  # of a horizon
+
+COMMON = {
+    "ranks": RANKS,
+    "seeds": SEEDS,
+    "eval_points": 1,  # stages bring their own
+    "samples": 0,
+    "device": "cpu",
+}
+CAUSAL = {"layers_to_transform": (28, 29), "max_steps": 40, "seq_len": 48, "eval_items": 96}
+ENCODER = {"layers_to_transform": (4, 5), "max_steps": 80, "seq_len": 48, "eval_items": 300}
+CONSTANT = {"lr_scheduler_type": "constant", "warmup_ratio": 0.0}
+GRIDS: dict[str, dict[str, object]] = {
+    "packages": COMMON | CAUSAL | CONSTANT | {"learning_rates": (1e-3, 3e-3, 1e-2)},
+    "glosses": COMMON | CAUSAL | {"learning_rates": (1e-3, 3e-3, 1e-2)},
+    "docstrings": COMMON | CAUSAL | {"learning_rates": (1e-3, 3e-3, 1e-2), "seq_len": 128},
+    "movies": COMMON | ENCODER | {"learning_rates": (3e-4, 1e-3, 3e-3)},
+}
+
+
+def horizons(settings: SelectSettings) -> tuple[float, ...]:
+    """Parts of the trainings' steps that are whole trainings."""
+    return (0.5, 1.0) if settings.lr_scheduler_type == "constant" else (1.0,)
+
+
+def stages(settings: SelectSettings) -> list[float]:
+    """Where trainings are stopped and evaluated: the quarter and half of every horizon, and its end."""
+    return sorted({part * horizon for horizon in horizons(settings) for part in (*CHECKPOINTS, 1.0)})
+
+
+@dataclass(frozen=True)
+class Workshop:
+    """A loaded model, its data, and the outcomes so far; everything new goes into the journal at once."""
+
+    settings: SelectSettings
+    folder: RunFolder
+    executor: LocalExecutor
+    fingerprint: str
+    outcomes: dict[Arm, TrialOutcome]
+
+    def run(self, arm: Arm) -> TrialOutcome:
+        if arm not in self.outcomes:
+            base = self.outcomes.get(base_arm(self.settings.lora_alpha))
+            base_loss = base.metrics["loss"] if isinstance(base, TrialFinished) else None
+            trial = Trial(trial_id=trial_id(self.fingerprint, arm), arm=arm)
+            for outcome in self.executor.run([trial], base_loss):
+                self.folder.journal.append(outcome)
+                self.outcomes[arm] = outcome
+            print(arm.label(), getattr(self.outcomes[arm], "value", self.outcomes[arm].type), flush=True)
+        return self.outcomes[arm]
+
+
+def open_workshop(model: str, data: Path, settings: SelectSettings, work: Path) -> Workshop:
+    assert settings.max_steps is not None
+    splits = load_data(data, settings)
+    loaded = load_model(model, settings.dtype, settings.device, splits.classes)
+    encoded = encode(splits, loaded, settings)
+    work.mkdir(parents=True, exist_ok=True)
+    folder = RunFolder(work)
+    bench = Bench(loaded, encoded, settings, settings.max_steps, folder.cache)
+    known = [o for o in folder.journal.read() if isinstance(o, TrialFinished | TrialDiverged | TrialFailed)]
+    fingerprint = content_hash(
+        {"settings": settings.model_dump(mode="json"), "model": loaded.fingerprint, "data": splits.fingerprint}
+    )
+    executor = LocalExecutor(bench, folder, Watcher(), lambda _: None)
+    return Workshop(settings, folder, executor, fingerprint, {outcome.arm: outcome for outcome in known})
+
+
+def train_grid(shop: Workshop) -> None:
+    """Seed by seed, so that what is there when time ends is whole; cuts as soon as a top rank's adapter is there."""
+    settings = shop.settings
+    shop.run(base_arm(settings.lora_alpha))
+    for seed in settings.seeds:
+        for rate in settings.learning_rates:
+            for rank in outside_in(settings.ranks):
+                staged = train_in_stages(shop, rank, rate, seed)
+                if rank == max(settings.ranks):
+                    for parent in staged.values():
+                        for cut in cuts_of(shop, parent):
+                            shop.run(cut)
+
+
+def train_in_stages(shop: Workshop, rank: int, rate: float, seed: int) -> dict[float, TrialFinished]:
+    """Part of a training → its outcome there; nothing after a divergence."""
+    steps = shop.settings.max_steps
+    assert steps is not None
+    found: dict[float, TrialFinished] = {}
+    before: str | None = None
+    for part in stages(shop.settings):
+        arm = Arm(
+            rank=rank,
+            learning_rate=rate,
+            lora_alpha=shop.settings.lora_alpha,
+            seed=seed,
+            steps=steps,
+            stop_at=None if part == 1.0 else round(part * steps),
+            continue_from=before,
+        )
+        outcome = shop.run(arm)
+        if not isinstance(outcome, TrialFinished):
+            break
+        found[part], before = outcome, outcome.trial_id
+    return found
+
+
+def cuts_of(shop: Workshop, parent: TrialFinished) -> Iterator[Arm]:
+    """The adapter of a whole or half training cut to every lower rank."""
+    ends = [round(horizon * parent.steps) for horizon in horizons(shop.settings)]
+    if (parent.stop_at or parent.steps) not in ends:
+        return
+    if parent.stop_at is not None:
+        write_adapter_of_checkpoint(shop.folder, parent.trial_id)
+    for rank in shop.settings.ranks:
+        if rank < parent.rank:
+            yield parent.arm.model_copy(
+                update={
+                    "rank": rank,
+                    "steps": 0,
+                    "stop_at": None,
+                    "continue_from": None,
+                    "truncate_from": parent.trial_id,
+                }
+            )
+
+
+def write_adapter_of_checkpoint(folder: RunFolder, identity: str) -> None:
+    """A stopped training leaves a checkpoint; a cut reads an adapter's file."""
+    target = folder.trial_adapter(identity) / "adapter_model.safetensors"
+    checkpoint = load_checkpoint(folder.checkpoint(identity))
+    if target.exists() or checkpoint is None:
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    prefix = "parameter."
+    tensors = {
+        name.removeprefix(prefix).replace(".default", ""): value.contiguous()
+        for name, value in checkpoint.tensors.items()
+        if name.startswith(prefix)
+    }
+    save_file(tensors, target)
+
+
+def curve_of(name: str, shop: Workshop, horizon: float, extra: Mapping[str, object]) -> dict[str, Any]:
+    """The grid at a horizon: a part of the trainings' steps."""
+    steps = shop.settings.max_steps
+    assert steps is not None
+    wanted = round(horizon * steps)
+    ended = {
+        (outcome.rank, outcome.learning_rate, outcome.seed, outcome.stop_at or outcome.steps): outcome
+        for outcome in shop.outcomes.values()
+        if isinstance(outcome, TrialFinished) and outcome.rank > 0 and outcome.truncate_from is None
+    }
+    by_id = {outcome.trial_id: outcome for outcome in ended.values()}
+    seeds = whole_seeds(shop)
+    grid: dict[str, Any] = {}
+    items: dict[str, Any] = {}
+    cuts: dict[str, Any] = {}
+    checkpoints: dict[str, Any] = {"0.25": {}, "0.5": {}}
+    for (rank, rate, seed, step), outcome in sorted(ended.items()):
+        if seed not in seeds:
+            continue
+        if step == wanted:
+            place(grid, rank, rate, seed, round(outcome.value, DIGITS))
+            place(items, rank, rate, seed, [round(loss, 3) for loss in outcome.item_losses])
+            if rank == max(RANKS):
+                place(cuts, rank, rate, seed, round(outcome.value, DIGITS))
+        for part, found in checkpoints.items():
+            if step == round(float(part) * wanted):
+                place(found, rank, rate, seed, round(outcome.value, DIGITS))
+    for outcome in shop.outcomes.values():
+        if isinstance(outcome, TrialFinished) and outcome.truncate_from is not None and outcome.seed in seeds:
+            parent = by_id[outcome.truncate_from]
+            if (parent.stop_at or parent.steps) == wanted:
+                place(cuts, outcome.rank, outcome.learning_rate, outcome.seed, round(outcome.value, DIGITS))
+    base = shop.outcomes[base_arm(shop.settings.lora_alpha)]
+    assert isinstance(base, TrialFinished)
+    return {
+        "id": f"{name}_{wanted}_steps",
+        "family": "real",
+        "source": "benchmarks/selection/real_training.py",
+        **extra,
+        "steps": wanted,
+        "machine": machine(),
+        "seeds": sorted(seeds),
+        "ranks": list(shop.settings.ranks),
+        "higher_is_better": False,
+        "base": round(base.value, DIGITS),
+        "item_tokens": base.item_tokens,
+        "seed_grid": grid,
+        "lr_grid": {
+            rank: {rate: round(sum(by_seed.values()) / len(by_seed), DIGITS) for rate, by_seed in by_rate.items()}
+            for rank, by_rate in grid.items()
+        },
+        "checkpoints": checkpoints,
+        "truncation_grid": cuts,
+        "item_losses": items,
+        "seconds": round(
+            sum(o.train_seconds + o.eval_seconds for (_, _, seed, step), o in ended.items() if step == wanted), 1
+        ),
+    }
+
+
+def whole_seeds(shop: Workshop) -> set[int]:
+    """Seeds of which every rank and rate has ended, well or not, at the full horizon."""
+    settings = shop.settings
+    assert settings.max_steps is not None
+    cells: dict[int, set[tuple[int, float]]] = {}
+    for arm, outcome in shop.outcomes.items():
+        if arm.rank > 0 and arm.truncate_from is None and (arm.is_direct or not isinstance(outcome, TrialFinished)):
+            cells.setdefault(arm.seed, set()).add((arm.rank, arm.learning_rate))
+    return {seed for seed, found in cells.items() if len(found) == len(settings.ranks) * len(settings.learning_rates)}
+
+
+def place(grid: dict[str, Any], rank: int, rate: float, seed: int, value: object) -> None:
+    grid.setdefault(str(rank), {}).setdefault(f"{rate:g}", {})[str(seed)] = value
+
+
+def store(curves: list[dict[str, Any]], out: Path) -> None:
+    known = json.loads(out.read_text())["curves"] if out.exists() else []
+    merged = {curve["id"]: curve for curve in [*known, *curves]}
+    out.write_text(json.dumps({"curves": list(merged.values())}, separators=(",", ":")) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", choices=GRIDS)
+    parser.add_argument("model")
+    parser.add_argument("data", type=Path)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--store-only", action="store_true", help="train nothing: store what is whole")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    settings = make_settings(GRIDS[options.name])
+    shop = open_workshop(options.model, options.data, settings, options.work)
+    if not options.store_only:
+        train_grid(shop)
+    extra = {"model": Path(options.model).name, "settings": settings.model_dump(mode="json", exclude_defaults=True)}
+    store([curve_of(options.name, shop, horizon, extra) for horizon in horizons(settings)], options.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,80 @@
+"""The texts of the real grids, from what a Debian system offers; 5,000 rows each, drawn by one seed.
+
+    apt-cache dumpavail > available.txt
+    python -m benchmarks.selection.texts packages available.txt --out packages.jsonl
+    apt-get download wordnet-base && dpkg-deb -x wordnet-base_*.deb wordnet
+    python -m benchmarks.selection.texts glosses wordnet/usr/share/wordnet --out glosses.jsonl
+    python -m benchmarks.selection.texts movies hutto_ICWSM_2014 --out movies.jsonl
+
+The reviews come with the source archive of vaderSentiment 3.3.2. The docstrings are those of `rightrank demo`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+ROWS, SEED = 5000, 0
+PARTS_OF_SPEECH = ("noun", "verb", "adj", "adv")
+NEUTRAL = 0.5  # mean ratings closer to zero than this are left out
+
+Row = dict[str, str]
+
+
+def packages(available: Path) -> Iterator[Row]:
+    """From name and section, the short description; packages of one source are one group."""
+    for record in available.read_text(encoding="utf-8").split("\n\n"):
+        fields = dict(re.findall(r"^([A-Za-z-]+): (.+)$", record, flags=re.MULTILINE))
+        description = fields.get("Description", fields.get("Description-en"))
+        if description is None or "Package" not in fields or "Section" not in fields:
+            continue
+        prompt = f"Package: {fields['Package']}\nSection: {fields['Section']}\nDescription: "
+        group = fields.get("Source", fields["Package"]).split(" ")[0]
+        yield {"prompt": prompt, "completion": description.strip(), "group": group}
+
+
+def glosses(wordnet: Path) -> Iterator[Row]:
+    """From the first word of a synset, its gloss without the examples."""
+    for part in PARTS_OF_SPEECH:
+        for line in (wordnet / f"data.{part}").read_text(encoding="utf-8").splitlines():
+            if line.startswith("  "):
+                continue  # the licence
+            fields, _, gloss = line.partition(" | ")
+            word = fields.split(" ")[4].replace("_", " ")
+            yield {"prompt": f"{word}: ", "completion": gloss.split('; "')[0].strip()}
+
+
+def movies(ratings: Path) -> Iterator[Row]:
+    """Positive or negative by the sign of the mean rating."""
+    for line in (ratings / "movieReviewSnippets_GroundTruth.txt").read_text(encoding="utf-8").splitlines():
+        _, rating, text = line.split("\t")[:3]
+        if abs(float(rating)) >= NEUTRAL:
+            yield {"text": text.strip(), "label": "positive" if float(rating) > 0 else "negative"}
+
+
+TEXTS: dict[str, Callable[[Path], Iterator[Row]]] = {"packages": packages, "glosses": glosses, "movies": movies}
+
+
+def drawn(rows: Iterator[Row]) -> list[Row]:
+    """`ROWS` of them, in random order."""
+    found = list(rows)
+    return random.Random(SEED).sample(found, min(ROWS, len(found)))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("text", choices=TEXTS)
+    parser.add_argument("source", type=Path)
+    parser.add_argument("--out", type=Path, required=True)
+    options = parser.parse_args()
+    rows = drawn(TEXTS[options.text](options.source))
+    options.out.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    print(len(rows), "rows")
+
+
+if __name__ == "__main__":
+    main()
