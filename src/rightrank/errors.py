@@ -46,7 +46,11 @@ __all__ = [
 
 
 LONGEST_MESSAGE = 1500  # characters; what is longer quotes something that nobody reads to its end
-_INVISIBLE = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160))}
+# Control characters, marks that turn or hide text, halves of characters: written out, as Python writes them.
+_INVISIBLE = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 161))} | {
+    code: f"\\u{code:04x}"
+    for code in (*range(0x200B, 0x2010), *range(0x2028, 0x2030), *range(0x2060, 0x2070), *range(0xD800, 0xE000), 0xFEFF)
+}
 
 
 class RightrankError(Exception):

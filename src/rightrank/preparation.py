@@ -48,7 +48,9 @@ class Request:
 
     @property
     def data_name(self) -> str:
-        return str(self.data) if isinstance(self.data, str | Path) else f"in memory ({type(self.data).__name__})"
+        if not isinstance(self.data, str | Path):
+            return f"in memory ({type(self.data).__name__})"
+        return str(self.data).encode("utf-8", "backslashreplace").decode()  # a file's name may hold what JSON can't
 
 
 @dataclass(frozen=True, slots=True)
