@@ -10,12 +10,13 @@
     │   └── MissingExtraError       an optional dependency that is not installed
     ├── RunError(RuntimeError)      exit 1: it began and could not finish
     │   ├── DeviceMemoryError       out of memory, with the arm that asked
+    │   ├── MetricError             a function, program or task that scores gave no score
     │   ├── PackingError            arms that can't be trained in one pass; they are then trained alone
     │   └── AllTrialsFailedError    not one trial ended with a result
     └── InterruptedRun              exit 130: stopped by the user, can be resumed
 
 Every message says what was got, what is allowed, and what to do. All survive pickling:
-they carry one string and nothing else.
+they carry one string and nothing else. A message is one line of at most 1,500 visible characters.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ __all__ = [
     "DeviceMemoryError",
     "InputError",
     "InterruptedRun",
+    "MetricError",
     "MissingExtraError",
     "ModelError",
     "PackingError",
@@ -41,10 +43,17 @@ __all__ = [
 ]
 
 
+LONGEST_MESSAGE = 1500  # characters; what is longer quotes something that nobody reads to its end
+_INVISIBLE = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160))}
+
+
 class RightrankError(Exception):
-    """Base of every error raised on purpose by this package."""
+    """Base of every error raised on purpose by this package. Its message is one line, whatever it quotes."""
 
     exit_status: int = 1
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(one_line(message))
 
 
 class InputError(RightrankError, ValueError):
@@ -85,6 +94,10 @@ class DeviceMemoryError(RunError):
     """The device ran out of memory in a trial."""
 
 
+class MetricError(RunError):
+    """A function, program or task that scores failed, took too long, or gave something else than scores."""
+
+
 class PackingError(RunError):
     """Arms that can't be trained in one pass over this model; they are then trained alone."""
 
@@ -97,6 +110,15 @@ class InterruptedRun(RightrankError):  # noqa: N818 - not a fault: the user aske
     """Stopped by the user; what was finished is kept and the run can be resumed."""
 
     exit_status = 130
+
+
+def one_line(message: str) -> str:
+    """The message with white space as single blanks, control characters written out, and its middle left out where it
+    is too long: what a file holds can't move the reader's cursor or fill the screen."""
+    text = " ".join(message.split()).translate(_INVISIBLE)
+    if len(text) <= LONGEST_MESSAGE:
+        return text
+    return f"{text[: LONGEST_MESSAGE - 500]} … {text[-400:]}"
 
 
 def did_you_mean(got: str, allowed: Iterable[str]) -> str:

@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
 
 from rightrank.api import Selected, Watching
 from rightrank.errors import SettingsError
-from rightrank.executors.own import OwnExecutor, TrainFunction, call_here, call_in_process
+from rightrank.executors.own import Call, OwnExecutor, TrainFunction, call_here, call_in_process
 from rightrank.io.files import disk_errors_told
 from rightrank.io.run_folder import RunFolder
-from rightrank.own_selection import OwnSelection
-from rightrank.records import DataSummary, RunStarted, content_hash
+from rightrank.records import DataSummary, RunStarted, TrialFinished, content_hash
 from rightrank.settings import SelectSettings, make_settings
 from rightrank.strategies import make_strategy, space_of, strategy_in
 from rightrank.version import __version__
 
-DIRECT_STRATEGIES = ("grid", "ladder", "ascend")  # those that whole trainings are enough for
+DIRECT_STRATEGIES = ("grid", "bracket", "ladder", "ascend")  # those that whole trainings are enough for
 HIGHER_IS_BETTER = ("accuracy", "f1", "exact_match", "rouge", "bleu", "reward", "win_rate", "score")
 
 
@@ -65,27 +64,74 @@ def select_rank_with(
         AllTrialsFailedError: no two ranks ended with a result.
         InterruptedRun: `watching.should_stop` said so.
     """
-    settings = _checked(ranks, learning_rates, seeds, lora_alpha, margin, strategy)
+    asked = _Asked(
+        settings=_checked(ranks, learning_rates, seeds, lora_alpha, margin, strategy),
+        steps=steps,
+        metric=metric,
+        higher_is_better=_is_higher_better(metric) if higher_is_better is None else higher_is_better,
+        with_base=with_base,
+        version=version,
+    )
+    call = _call_of(train, where, timeout_seconds)
+    return _select(asked, train, call, RunFolder(Path(out)), watching or Watching())
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """What the selection is asked, checked."""
+
+    settings: SelectSettings
+    steps: int
+    metric: str
+    higher_is_better: bool
+    with_base: bool
+    version: str
+
+
+def _select(asked: _Asked, train: TrainFunction, call: Call, folder: RunFolder, watching: Watching) -> Selected:
+    from rightrank.handover import hand_over_saved  # brings torch, as the loop does
+    from rightrank.selection import Selection, Terms
+
+    started = _run_started(asked, train)
+    with folder.locked(), disk_errors_told(folder.path):
+        space = replace(
+            space_of(asked.settings, asked.steps, token_loss=False),
+            stages=False,
+            higher_is_better=asked.higher_is_better,
+        )
+        strategy = strategy_in(asked.settings.strategy, space)
+        terms = Terms(asked.with_base, "give another range of learning rates, and a new out")
+        selection = Selection(folder, started, strategy, watching.on_event, terms)
+        executor = OwnExecutor(
+            call,
+            asked.metric,
+            _items(selection.records.finished()),
+            folder.trial_adapter,
+            selection.note_start,
+            watching.should_stop,
+        )
+        folder.write_config(dict(started.settings))
+        watching.on_plan(started, strategy.expected_arms() - (not asked.with_base), asked.steps)
+        if selection.records.outcomes:
+            watching.on_resume(selection.records.outcomes)
+        decision = selection.run(executor)
+        return Selected(decision, folder.path, hand_over_saved(selection, decision), folder.report)
+
+
+def _items(finished: Sequence[TrialFinished]) -> int | None:
+    """How many held-out items the trials so far have scored."""
+    return next((len(trial.item_scores) for trial in finished if trial.item_scores), None)
+
+
+def _call_of(train: TrainFunction, where: str, timeout_seconds: float | None) -> Call:
+    """The way in which `train` is called, its arguments checked."""
     if not callable(train):
         raise SettingsError(f"train: got a {type(train).__name__}; give a function of one TrialTask")
     if timeout_seconds is not None and (where != "process" or timeout_seconds <= 0):
         raise SettingsError('timeout_seconds needs where="process" and a number above 0: a call here can\'t be ended')
     if where not in ("here", "process"):
         raise SettingsError(f'where: got {where!r}; give "here" or "process"')
-    call = call_here(train) if where == "here" else call_in_process(train, timeout_seconds)
-    watching = watching or Watching()
-    higher = _is_higher_better(metric) if higher_is_better is None else higher_is_better
-    started = _run_started(train, settings, steps, metric, higher, version)
-    folder = RunFolder(Path(out))
-    with folder.locked(), disk_errors_told(folder.path):
-        space = replace(space_of(settings, steps, token_loss=False), stages=False, higher_is_better=higher)
-        chosen = strategy_in(settings.strategy, space)
-        selection = OwnSelection(folder, started, chosen, with_base, watching.on_event)
-        executor = OwnExecutor(call, metric, selection.items(), folder.trial_adapter, selection.note_start)
-        folder.write_config(dict(started.settings))
-        watching.on_plan(started, chosen.expected_arms() - (not with_base), steps)
-        decision = selection.run(executor, watching.should_stop)
-        return Selected(decision, folder.path, selection.finish(decision), folder.report)
+    return call_here(train) if where == "here" else call_in_process(train, timeout_seconds)
 
 
 def _checked(
@@ -109,26 +155,24 @@ def _checked(
     make_strategy(settings, 1)  # an unknown name is told first
     if strategy not in DIRECT_STRATEGIES:
         raise SettingsError(
-            f"strategy {strategy!r} stops, continues or truncates trainings, which a trainer of one's own can't; "
-            f"give {', '.join(DIRECT_STRATEGIES)}"
+            f"strategy {strategy!r} cuts adapters to lower ranks and goes on with them, which a trainer of one's own "
+            f"can't; give {', '.join(DIRECT_STRATEGIES)}"
         )
     return settings
 
 
-def _run_started(
-    train: Callable[..., object], settings: SelectSettings, steps: int, metric: str, higher: bool, version: str
-) -> RunStarted:
+def _run_started(asked: _Asked, train: TrainFunction) -> RunStarted:
     name = f"{getattr(train, '__module__', '?')}.{getattr(train, '__qualname__', type(train).__name__)}"
     kept = ("strategy", "ranks", "learning_rates", "seeds", "lora_alpha", "margin")
     values = {
         "model": None,
         "data": None,
         "trainer": name,
-        "version": version,
-        "steps": steps,
-        "metric": metric,
-        "higher_is_better": higher,
-        **settings.model_dump(mode="json", include=set(kept)),
+        "version": asked.version,
+        "steps": asked.steps,
+        "metric": asked.metric,
+        "higher_is_better": asked.higher_is_better,
+        **asked.settings.model_dump(mode="json", include=set(kept)),
     }
     return RunStarted(
         rightrank_version=__version__,
@@ -141,8 +185,8 @@ def _run_started(
         },
         data=DataSummary(form="own", splits={}, splits_given=False, duplicates_across_splits=0),
         evaluation_items=[],
-        metric=metric,
-        higher_is_better=higher,
+        metric=asked.metric,
+        higher_is_better=asked.higher_is_better,
         started_at=datetime.now(UTC).isoformat(timespec="seconds"),
     )
 

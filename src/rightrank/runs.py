@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from rightrank.exports.hub import require_repository
 from rightrank.exports.recipe import recipe_of
 from rightrank.exports.targets import Exported, require_paddable, require_target, write_export
 from rightrank.io.files import disk_errors_told, write_text
+from rightrank.io.reading import UnreadableError, read_json_object
 from rightrank.io.run_folder import RunFolder
 from rightrank.report.event_log import PROGRESS_FILE
 from rightrank.report.figures import figures_of
@@ -27,9 +27,9 @@ def write_report(run: str | Path) -> Path:
     Raises:
         RunFolderError: no run there.
     """
+    folder = existing_run(run)
     from rightrank.selection import further_figures  # brings torch: `status` and `export` do without
 
-    folder = existing_run(run)
     journal = folder.journal.read()
     records = records_of(journal, str(folder.path))
     decided = last_decided(journal)
@@ -91,6 +91,7 @@ def existing_run(run: str | Path) -> RunFolder:
     folder = RunFolder(Path(run))
     if not folder.journal.path.exists():
         raise RunFolderError(f"{run}: no journal.jsonl there; give a folder that `rightrank select --out` made")
+    folder.require_no_way_out()
     return folder
 
 
@@ -108,7 +109,7 @@ def status(run: str | Path) -> RunStatus:
 
 def _progress_of(folder: Path) -> dict[str, object] | None:
     try:
-        progress: dict[str, object] = json.loads((folder / PROGRESS_FILE).read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError):
+        progress: dict[str, object] = read_json_object(folder / PROGRESS_FILE)
+    except UnreadableError:
         return None  # no process at work, or one that just ended
     return progress if "progress" in progress and is_fresh(progress) else None

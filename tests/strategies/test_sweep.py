@@ -34,6 +34,7 @@ ARM = Arm(rank=16, learning_rate=1e-3, lora_alpha=32.0, seed=0, steps=100)
         ("init=pissa", "changes the base's weights, which all trainings of a run share; allowed: default, gaussian"),
         ("init=eva", "needs a pass over the data"),
         ("init=gausian", "did you mean 'gaussian'"),
+        ("targets=q_proj+", "names joined by +"),
         ("scaling=rslora", "alpha/sqrt(r)"),
     ],
 )
@@ -45,8 +46,10 @@ def test_a_sweep_that_is_not_possible_is_one_clear_line(sweep: str, words: str) 
 
 
 def test_the_settings_own_values_are_left_out() -> None:
-    settings = make_settings({"sweep": ("alpha=16,32,16", "init=default,gaussian"), "lora_alpha": 32})
-    assert [variant.label for variant in variants_of(settings)] == ["alpha=16", "init=gaussian"]
+    sweep = ("alpha=16,32,16", "init=default,gaussian", "targets=all-linear,v_proj+q_proj")
+    settings = make_settings({"sweep": sweep, "lora_alpha": 32})
+    labels = [variant.label for variant in variants_of(settings)]
+    assert labels == ["alpha=16", "init=gaussian", "targets=q_proj+v_proj"]
 
 
 def test_a_scaling_rule_is_the_alpha_of_its_scale() -> None:
@@ -72,12 +75,12 @@ def test_a_sweep_on_real_trainings(
     arguments: list[Any] = ["select", model_folder, completion_file, "--out", tmp_path / "run", "--ranks", "1,4"]
     arguments += ["--learning-rates", "1e-2", "--max-steps", "8", "--batch-size", "4", "--seq-len", "32"]
     arguments += ["--eval-items", "12", "--set", "samples=0", "--strategy", "ladder", "--json", "--quiet"]
-    arguments += ["--sweep", "alpha=8", "--sweep", "init=gaussian"]
+    arguments += ["--sweep", "alpha=8", "--sweep", "init=gaussian", "--sweep", "targets=q_proj+v_proj"]
     with pytest.raises(SystemExit) as ended:
         main([str(argument) for argument in arguments])
     assert ended.value.code == 0
     answer = json.loads(capsys.readouterr().out)
-    assert {row["setting"] for row in answer["sweep"]} == {"alpha=8", "init=gaussian"}
+    assert {row["setting"] for row in answer["sweep"]} == {"alpha=8", "init=gaussian", "targets=q_proj+v_proj"}
     assert (tmp_path / "run" / "figures" / "sweep.svg").exists()
     page = (tmp_path / "run" / "report.html").read_text()
     assert "Other settings, each at its own best rate" in page

@@ -16,7 +16,7 @@ from rightrank.cli.handing_over import export, report
 from rightrank.cli.planning import plan
 from rightrank.cli.training import demo, select
 from rightrank.cli.views import completion, status, watch
-from rightrank.errors import RightrankError
+from rightrank.errors import RightrankError, one_line
 from rightrank.version import __version__
 
 COMMANDS = (demo, select, plan, decide, inspect, resize, extract, allocate, report, export, status, watch, completion)
@@ -48,12 +48,20 @@ def main(arguments: list[str] | None = None) -> None:
     except RightrankError as error:
         _complain(str(error))
         sys.exit(error.exit_status)
+    except UnicodeEncodeError as error:
+        _complain(f"can't write {error.object[error.start : error.end]!r} to this terminal; use --json")
+        sys.exit(1)
     except BrokenPipeError:
         sys.stderr.close()  # whoever read our output has left: there is nobody to tell
+        sys.exit(1)
+    except OSError as error:
+        _complain(
+            f"{error.filename or 'the system'}: {error.strerror or error}; give a path that can be read or written"
+        )
         sys.exit(1)
     sys.exit(status if isinstance(status, int) else 0)
 
 
 def _complain(message: str) -> None:
     """One line, whatever the message holds."""
-    click.echo("rightrank: " + " ".join(message.split()), err=True)
+    click.echo("rightrank: " + one_line(message), err=True)

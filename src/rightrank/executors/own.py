@@ -11,7 +11,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TypeAlias
 
-from rightrank.errors import SettingsError
+from rightrank.errors import InterruptedRun, SettingsError
 from rightrank.records import (
     EvalPoint,
     Trial,
@@ -43,17 +43,23 @@ class OwnExecutor:
         items: int | None,
         folder_of: Callable[[str], Path],
         on_start: Callable[[TrialStarted], None],
+        should_stop: Callable[[], bool] = lambda: False,
     ) -> None:
         self._call = call
         self._metric = metric
         self._items = items  # how many held-out items earlier trials scored; None: not known yet
         self._folder_of = folder_of
         self._on_start = on_start
+        self._should_stop = should_stop
+        self._ended = 0
 
     def run(self, trials: Sequence[Trial], base_loss: float | None) -> Iterator[TrialOutcome]:
         for trial in trials:
             self._on_start(TrialStarted(trial_id=trial.trial_id, **trial.arm.model_dump()))
             yield self._run_one(trial)
+            self._ended += 1
+            if self._should_stop():
+                raise InterruptedRun(f"stopped after {self._ended} trials")
 
     def _run_one(self, trial: Trial) -> TrialOutcome:
         folder = self._folder_of(trial.trial_id)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rightrank.errors import RunFolderError
+from rightrank.io.reading import UnreadableError, read_json_object
 from rightrank.records import RunStarted, TrialFinished
 
 UNKNOWN_MODEL, UNKNOWN_DATA = "path/to/model", "path/to/data.jsonl"
@@ -120,10 +120,10 @@ def recipe_of(started: RunStarted, trial: TrialFinished, adapter: Path) -> Recip
 
 def _adapter_config(adapter: Path) -> dict[str, Any]:
     try:
-        config: dict[str, Any] = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
+        config = read_json_object(adapter / "adapter_config.json")
+    except UnreadableError as error:
         raise RunFolderError(
-            f"{adapter}: no PEFT adapter there ({' '.join(str(error).split())}); let the selection end, then export"
+            f"{adapter}: no PEFT adapter there ({error}); let the selection end, then export"
         ) from None
     if config.get("peft_type") != "LORA" or not isinstance(config.get("target_modules"), list):
         raise RunFolderError(f"{adapter}: not a LoRA adapter with listed target_modules; only these are exported")

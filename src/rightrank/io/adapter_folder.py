@@ -22,9 +22,14 @@ from safetensors.torch import save_file
 from rightrank.errors import ModelError, RunFolderError
 from rightrank.io.files import replacing_folder
 from rightrank.io.patterns import lora_scaling, pattern_matches, pattern_value
+from rightrank.io.reading import UnreadableError, read_json_object
 from rightrank.records.probe import ModuleKind
 
 Floats = NDArray[np.float64]
+
+LARGEST_VALUE = float(np.finfo(np.float32).max)  # adapters are trained in 32 bits or fewer
+LARGEST_ALPHA = 1e9
+LARGEST_CONFIG = 16 * 2**20  # bytes
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -120,7 +125,7 @@ class AdapterFolder:
     def _matrix(self, key: str) -> Floats:
         with safe_open(self.weights, framework="pt") as file:
             values: Floats = file.get_tensor(key).double().numpy()
-        if not np.isfinite(values).all():
+        if not (np.abs(values) <= LARGEST_VALUE).all():
             raise ModelError(
                 f"{self.weights}: {key} holds NaN or infinite values; the training diverged: give an adapter from before it"
             )
@@ -181,11 +186,9 @@ def _read_config(path: Path) -> dict[str, Any]:
         hint = hint or "give a folder that PEFT's save_pretrained wrote"
         raise ModelError(f"{path}: not an adapter, there is no {CONFIG_FILE}; {hint}")
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
+        config = read_json_object(file, LARGEST_CONFIG)
+    except UnreadableError as error:
         raise ModelError(f"{file}: not readable as JSON ({error}); save the adapter again") from None
-    if not isinstance(config, dict):
-        raise ModelError(f"{file}: got a {type(config).__name__}; it must hold one JSON object")
     _check_config(file, config)
     return config
 
@@ -197,8 +200,8 @@ def _check_config(file: Path, config: dict[str, Any]) -> None:
     rank, alpha = config.get("r"), config.get("lora_alpha")
     if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
         raise ModelError(f"{file}: r is {rank!r}; it must be a whole number from 1")
-    if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not math.isfinite(alpha):
-        raise ModelError(f"{file}: lora_alpha is {alpha!r}; it must be a number")
+    if not _is_alpha(alpha):
+        raise ModelError(f"{file}: lora_alpha is {alpha!r}; it must be a number up to {LARGEST_ALPHA:g}")
     for name in FOREIGN_OPTIONS:
         if config.get(name):
             raise ModelError(f"{file}: {name} is set; such an update is not s·B·A and is not supported")
@@ -208,6 +211,13 @@ def _check_config(file: Path, config: dict[str, Any]) -> None:
             config[name] = {}
         elif not isinstance(pattern, dict):
             raise ModelError(f"{file}: {name} is a {type(pattern).__name__}; it must map module names to numbers")
+    for name, value in config["alpha_pattern"].items():
+        if not _is_alpha(value):
+            raise ModelError(f"{file}: alpha_pattern has {value!r} for {name!r}; it must be a number")
+
+
+def _is_alpha(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= LARGEST_ALPHA
 
 
 def _read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
@@ -300,4 +310,5 @@ def _module(
 
 def _natural(entry: tuple[str, Any]) -> list[Any]:
     """Sorts layer 2 before layer 10."""
-    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in entry[0].split(".")]
+    parts = entry[0].split(".")
+    return [(0, int(part), "") if part.isdecimal() and len(part) < 10 else (1, 0, part) for part in parts]

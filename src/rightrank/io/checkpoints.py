@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from rightrank.io.files import replacing
+from rightrank.io.reading import UnreadableError, parse_json
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +36,7 @@ def load_checkpoint(path: Path) -> Checkpoint | None:
         return None
     try:
         with safe_open(path, framework="pt") as file:
-            state = json.loads(file.metadata()["state"])
+            state = parse_json(file.metadata()["state"])
             return Checkpoint({name: file.get_tensor(name) for name in file.keys()}, state)  # noqa: SIM118
-    except (SafetensorError, KeyError, json.JSONDecodeError):
+    except (SafetensorError, KeyError, TypeError, UnreadableError):
         return None

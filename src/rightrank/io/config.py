@@ -5,25 +5,26 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from rightrank.errors import SettingsError
+from rightrank.io.reading import UnreadableError, parse_yaml, read_text
+
+LARGEST_FILE = 100 * 2**10  # bytes; settings are a page of text
 
 
 def read_config(path: Path) -> dict[str, Any]:
     """The settings in a YAML file, names with - read as _.
 
     Raises:
-        SettingsError: no such file, not YAML, or not a mapping.
+        SettingsError: no such file, not YAML of plain values, or not a mapping.
     """
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise SettingsError(
-            f"{path}: can't read it ({error.strerror or error}); give a YAML file of settings"
-        ) from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise SettingsError(f"{path}: not YAML ({' '.join(str(error).split())})") from None
+        text = read_text(path, LARGEST_FILE)
+    except UnreadableError as error:
+        raise SettingsError(f"{path}: can't read it ({error}); give a YAML file of settings") from None
+    try:
+        values = parse_yaml(text)
+    except UnreadableError as error:
+        raise SettingsError(f"{path}: not YAML of plain values ({error}); give `name: value` lines") from None
     if not isinstance(values, dict):
         raise SettingsError(f"{path}: got a {type(values).__name__}; give `name: value` lines")
     return {str(name).replace("-", "_"): value for name, value in values.items()}

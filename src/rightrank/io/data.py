@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -21,6 +22,8 @@ from rightrank.settings import SelectSettings
 
 DataForm: TypeAlias = Literal["text", "prompt_completion", "messages", "classification"]
 SPLITS: tuple[SplitName, ...] = ("train", "selection", "test")
+
+_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
 
 COLUMNS: dict[DataForm, tuple[str, ...]] = {  # the first form whose columns are there is taken
     "messages": ("messages",),
@@ -49,6 +52,8 @@ class DataSplits:
     duplicates_across_splits: int
     fingerprint: str
     classes: list[str] | None  # of a classification, sorted
+    unreadable: int = 0  # rows left out: they hold half characters, which no tokenizer takes
+    control_characters: int = 0  # items that hold them; they are kept
 
 
 def load_data(source: Path | Any, settings: SelectSettings) -> DataSplits:
@@ -60,6 +65,7 @@ def load_data(source: Path | Any, settings: SelectSettings) -> DataSplits:
     rows = read_rows(source) if isinstance(source, Path) else rows_from_memory(source)
     name = str(source) if isinstance(source, Path) else "the data"
     form = _detect_form(rows, name)
+    rows, unreadable = _readable(rows, form)
     given = None not in rows
     items = _given_splits(rows, form, settings) if given else _made_splits(rows[None], form, settings)
     across = _duplicates_across(items)
@@ -75,7 +81,8 @@ def load_data(source: Path | Any, settings: SelectSettings) -> DataSplits:
         digest.update(f"{split}:".encode())
         for item in held_out[split]:
             digest.update(item.item_id.encode())
-    return DataSplits(form, held_out, given, across, digest.hexdigest(), classes)
+    control = sum(any(map(_CONTROL.search, _strings(item.content))) for split in SPLITS for item in held_out[split])
+    return DataSplits(form, held_out, given, across, digest.hexdigest(), classes, unreadable, control)
 
 
 def _detect_form(rows: RowsBySplit, name: str) -> DataForm:
@@ -88,6 +95,35 @@ def _detect_form(rows: RowsBySplit, name: str) -> DataForm:
     known = "; or ".join(", ".join(f"`{column}`" for column in columns) for columns in COLUMNS.values())
     found = ", ".join(f"`{column}`" for column in first.fields) or "none"
     raise DataError(f"{first.where}: no known columns: found {found}; give {known}")
+
+
+def _readable(rows: RowsBySplit, form: DataForm) -> tuple[RowsBySplit, int]:
+    """The rows whose text is text, and how many are not: half of a surrogate pair has no place in UTF-8."""
+    kept = {
+        split: [row for row in found if all(map(_is_text, _strings([row.fields.get(name) for name in COLUMNS[form]])))]
+        for split, found in rows.items()
+    }
+    return kept, sum(len(found) - len(kept[split]) for split, found in rows.items())
+
+
+def _strings(value: Any) -> Iterator[str]:
+    """Every string in a cell or an item."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for inner in value.values():
+            yield from _strings(inner)
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            yield from _strings(inner)
+
+
+def _is_text(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _made_splits(rows: list[Row], form: DataForm, settings: SelectSettings) -> dict[SplitName, list[Item]]:
@@ -166,7 +202,7 @@ def _item(row: Row, form: DataForm) -> Item:
 
 
 def _unit_interval(key: str) -> float:
-    return int(hashlib.sha256(key.encode()).hexdigest()[:13], 16) / 16**13
+    return int(hashlib.sha256(key.encode("utf-8", "surrogatepass")).hexdigest()[:13], 16) / 16**13
 
 
 def _check_text(value: Any, where: str) -> None:

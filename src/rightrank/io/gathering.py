@@ -11,6 +11,7 @@ from rightrank.errors import ResultsError
 from rightrank.io.columns import Columns
 from rightrank.io.rows import Row
 from rightrank.records import Result
+from rightrank.records.base import LARGEST_WHOLE
 
 FAILED = {"failed", "crashed", "killed", "error", "fail", "diverged", "oom", "pruned"}
 LARGEST_NUMBER = 1e12  # beyond it a held-out value is a mistake, and squares lose their meaning
@@ -189,7 +190,7 @@ def _number(row: Row, column: str, strict: bool = True) -> float | None:
         return None
     try:
         number = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         if not strict:
             return None
         raise ResultsError(f"{row.where}: {column} is {_short(value)}, not a number") from None
@@ -214,7 +215,7 @@ def _positive(row: Row, column: str | None) -> float | None:
 def _integer(row: Row, column: str, name: str, allowed: str) -> int:
     value: Any = row.fields.get(column)
     number = _number_or_none(None if isinstance(value, bool) else value)
-    if number is None or number != int(number) or number < 0:
+    if number is None or number != int(number) or not 0 <= number <= LARGEST_WHOLE:
         raise ResultsError(f"{row.where}: {name} {_short(value)} is not allowed: give {allowed}")
     return int(number)
 
@@ -224,7 +225,7 @@ def _number_or_none(value: Any) -> float | None:
         return None
     try:
         number = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return None
     return number if math.isfinite(number) else None
 

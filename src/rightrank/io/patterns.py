@@ -7,13 +7,25 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import regex
+
+from rightrank.errors import ModelError
+
+MATCH_SECONDS = 0.5  # a pattern that takes longer on one name never ends on another
+
 
 def pattern_matches(key: str, name: str) -> bool:
-    """Whether PEFT applies a key of `rank_pattern` or `alpha_pattern` to the module `name`."""
+    """Whether PEFT applies a key of `rank_pattern` or `alpha_pattern` to the module `name`.
+
+    Raises:
+        ModelError: a pattern made so that matching takes for ever.
+    """
     try:
-        return re.match(rf"(.*\.)?({key})$", name) is not None
-    except re.error:
+        return regex.match(rf"(.*\.)?({key})$", name, timeout=MATCH_SECONDS) is not None
+    except regex.error:
         return False
+    except TimeoutError:
+        raise ModelError(f"the pattern {key!r} takes too long to match a module's name; give plain names") from None
 
 
 def pattern_value(pattern: Mapping[str, Any], name: str, default: Any) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +11,7 @@ from rightrank.errors import DataError, ResultsError
 from rightrank.io.columns import Columns, DirectionOf, understand
 from rightrank.io.gathering import Key, Run, blank, gather, results_of
 from rightrank.io.importers import import_rows
+from rightrank.io.reading import UnreadableError, kind_of, parse_json
 from rightrank.io.rows import FILE_TYPES, Row, read_rows
 from rightrank.records import Result, Results
 
@@ -70,14 +70,14 @@ def rows_of_mappings(mappings: Iterable[Mapping[str, Any]]) -> list[Row]:
 
 
 def _raw_rows(source: Path) -> list[Row]:
-    if not source.exists():
+    if kind_of(source) not in ("file", "folder"):
         raise ResultsError(f"{source}: no such file or folder; give a CSV or JSONL file of results, or a run folder")
     imported = import_rows(source)
     if imported is not None:
         return imported
     inside = [source] if source.is_file() else sorted(source.iterdir())
     for path in inside:
-        if path == source or path.suffix.lower() in FILE_TYPES:
+        if path.is_file() and (path == source or path.suffix.lower() in FILE_TYPES):
             _require_table_size(path)
     try:
         rows = [row for split in read_rows(source).values() for row in split]
@@ -91,9 +91,9 @@ def _raw_rows(source: Path) -> list[Row]:
 def _require_table_size(path: Path) -> None:
     """Refuse, unread, what is no table of results."""
     size = path.stat().st_size
-    if path.is_file() and size == 0:
+    if size == 0:
         raise ResultsError(f"{path}: the file is empty; give a header and one row for each training")
-    if path.is_file() and size > LARGEST_FILE:
+    if size > LARGEST_FILE:
         raise ResultsError(
             f"{path}: {size / 2**20:,.0f} MiB is too large for a table of results (limit {LARGEST_FILE // 2**20} MiB); "
             "give one row for each training, or for each training and item"
@@ -113,8 +113,8 @@ def _flat(fields: Mapping[str, Any], prefix: str = "", depth: int = 0) -> Iterat
 
 def _object(text: str) -> Any:
     try:
-        return json.loads(text)
-    except (json.JSONDecodeError, RecursionError):
+        return parse_json(text)
+    except UnreadableError:
         return text
 
 

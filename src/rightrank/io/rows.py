@@ -6,13 +6,13 @@ A row is a mapping with the place that it came from, so that every complaint can
 from __future__ import annotations
 
 import csv
-import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rightrank.errors import DataError
+from rightrank.io.reading import UnreadableError, kind_of, parse_json, read_json_object
 from rightrank.records import SplitName
 
 FILE_TYPES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
@@ -27,6 +27,10 @@ SPLIT_NAMES: dict[str, SplitName] = {
     "eval": "selection",
     "test": "test",
 }
+# A Parquet file beyond both is one that is meant to fill the memory.
+LEAST_ROWS, MOST_ROWS_A_BYTE = 1_000_000, 4
+LEAST_GROWN, MOST_GROWTH = 2**28, 200
+LONGEST_LINE = 2**26  # characters of a JSONL line: 64 MiB of one item is a mistake
 _CSV_FIELD_LIMIT = 2**24  # a document in one cell is fine, 16 MiB of it is not a cell
 
 
@@ -50,13 +54,16 @@ def read_rows(source: Path) -> RowsBySplit:
     Raises:
         DataError: nothing there, nothing of a known type, or a row that can't be read.
     """
-    if not source.exists():
+    found_kind = kind_of(source)
+    if found_kind == "missing":
         raise DataError(f"{source}: no such file or folder; give {_types_allowed()}")
-    if source.is_file():
+    if found_kind == "other":
+        raise DataError(f"{source}: neither a regular file nor a folder; give {_types_allowed()}")
+    if found_kind == "file":
         return {None: list(_file_rows(source))}
     if _is_saved_dataset(source):
         return _saved_dataset_rows(source)
-    files = sorted(path for path in source.iterdir() if path.suffix.lower() in FILE_TYPES)
+    files = sorted(path for path in source.iterdir() if path.suffix.lower() in FILE_TYPES and path.is_file())
     if not files:
         raise DataError(f"{source}: the folder holds no data file; give {_types_allowed()}")
     found: RowsBySplit = {}
@@ -113,6 +120,8 @@ def _file_rows(path: Path) -> Iterator[Row]:
         raise DataError(
             f"{path}: not UTF-8 text (byte {error.start}: {error.reason}); convert it to UTF-8, or give {_types_allowed()}"
         ) from None
+    except OSError as error:
+        raise DataError(f"{path}: can't read it ({error.strerror or error}); give a file that can be read") from None
 
 
 def _begins_a_list(path: Path) -> bool:
@@ -121,18 +130,16 @@ def _begins_a_list(path: Path) -> bool:
 
 
 def _jsonl_rows(path: Path) -> Iterator[Row]:
-    with path.open(encoding="utf-8-sig") as lines:
-        for number, line in enumerate(lines, start=1):
+    with path.open(encoding="utf-8-sig") as file:
+        for number, line in enumerate(iter(lambda: file.readline(LONGEST_LINE + 1), ""), start=1):
+            if len(line) > LONGEST_LINE:
+                raise DataError(f"{path}:{number}: a line of over {LONGEST_LINE:,} characters; give one object a line")
             if not line.strip():
                 continue
             try:
-                fields = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise DataError(
-                    f"{path}:{number}: not JSON ({error.msg} at column {error.colno}); give one object a line"
-                ) from None
-            except RecursionError:
-                raise DataError(f"{path}:{number}: nested too deeply; give one flat object a line") from None
+                fields = parse_json(line)
+            except UnreadableError as error:
+                raise DataError(f"{path}:{number}: not JSON ({error}); give one object a line") from None
             if not isinstance(fields, dict):
                 raise DataError(f"{path}:{number}: got a {type(fields).__name__}; give one JSON object a line")
             yield Row(fields, f"{path}:{number}")
@@ -140,10 +147,10 @@ def _jsonl_rows(path: Path) -> Iterator[Row]:
 
 def _json_list_rows(path: Path) -> Iterator[Row]:
     try:
-        rows = json.loads(path.read_text(encoding="utf-8-sig"))
-    except json.JSONDecodeError as error:
+        rows = parse_json(path.read_text(encoding="utf-8-sig"))
+    except UnreadableError as error:
         raise DataError(
-            f"{path}:{error.lineno}: not JSON ({error.msg}); give a list of objects, or one object a line"
+            f"{path}:{error.line}: not JSON ({error}); give a list of objects, or one object a line"
         ) from None
     for number, fields in enumerate(rows, start=1):
         if not isinstance(fields, dict):
@@ -172,13 +179,26 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
 
     try:
         file = pyarrow.parquet.ParquetFile(path)
+        _require_grown_within_reason(path, file.metadata)
         number = 0
         for batch in file.iter_batches():
             for fields in batch.to_pylist():
                 number += 1
                 yield Row(fields, f"{path}: row {number}")
-    except pyarrow.ArrowException as error:
-        raise DataError(f"{path}: not a readable Parquet file ({str(error).splitlines()[0]})") from None
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
+        # what pyarrow raises for damage; ValueError and OverflowError for dates and texts that Python can't have
+        raise DataError(f"{path}: not a readable Parquet file ({error})") from None
+
+
+def _require_grown_within_reason(path: Path, metadata: Any) -> None:
+    """Refuse, unread, a small file that says it holds a very large table."""
+    size = path.stat().st_size
+    groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
+    grown = sum(max(0, group.total_byte_size) for group in groups)
+    if metadata.num_rows > max(LEAST_ROWS, MOST_ROWS_A_BYTE * size):
+        raise DataError(f"{path}: {metadata.num_rows:,} rows in {size:,} bytes are no data; write the file again")
+    if grown > max(LEAST_GROWN, MOST_GROWTH * size):
+        raise DataError(f"{path}: {size:,} bytes that grow to {grown:,} are no data; write the file again")
 
 
 def _is_saved_dataset(folder: Path) -> bool:
@@ -186,13 +206,35 @@ def _is_saved_dataset(folder: Path) -> bool:
 
 
 def _saved_dataset_rows(folder: Path) -> RowsBySplit:
+    """Rows as they lie in the Arrow tables: no image or sound is opened, from a file or an address that a row names."""
     import datasets
+    import pyarrow
 
     try:
+        _require_own_files(folder)
         loaded = datasets.load_from_disk(str(folder))
-    except (FileNotFoundError, ValueError, KeyError) as error:
+        if isinstance(loaded, datasets.DatasetDict):
+            return rows_from_memory({name: _plain_rows(split) for name, split in loaded.items()})
+        return rows_from_memory(_plain_rows(loaded))
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, pyarrow.ArrowException) as error:
+        if isinstance(error, DataError):
+            raise
         raise DataError(f"{folder}: not a folder that datasets.save_to_disk wrote ({error})") from None
-    return rows_from_memory(loaded)
+
+
+def _plain_rows(dataset: Any) -> Iterator[dict[str, Any]]:
+    for table in dataset.with_format("arrow").iter(batch_size=1000):
+        yield from table.to_pylist()
+
+
+def _require_own_files(folder: Path) -> None:
+    """Refuse a saved dataset whose splits or tables lie outside its folder."""
+    splits = folder / "dataset_dict.json"
+    names = read_json_object(splits)["splits"] if splits.exists() else []
+    states = [folder / name / "state.json" for name in names] if names else [folder / "state.json"]
+    for name in [*names, *(file["filename"] for state in states for file in read_json_object(state)["_data_files"])]:
+        if Path(name).name != name or name == "..":
+            raise DataError(f"{folder}: names {name!r}, which is not in the folder; save the dataset again")
 
 
 def _split_of(stem: str) -> SplitName | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,10 +33,20 @@ class RunFolder:
         self.cache = path / "cache"
 
     def checkpoint(self, trial_id: str) -> Path:
-        return self.path / "checkpoints" / f"{trial_id}.safetensors"
+        return self.path / "checkpoints" / f"{self._name(trial_id)}.safetensors"
 
     def trial_adapter(self, trial_id: str) -> Path:
-        return self.path / "trials" / trial_id
+        return self.path / "trials" / self._name(trial_id)
+
+    def _name(self, trial_id: str) -> str:
+        """The identity as a file's name; one that a journal of somebody else's may hold must not lead elsewhere."""
+        if not re.fullmatch(r"[\w-]{1,64}", trial_id, re.ASCII):
+            raise RunFolderError(f"{self.journal.path}: trial id {trial_id!r} is not allowed: letters, digits, _ and -")
+        return trial_id
+
+    def answers(self, trial_id: str) -> Path:
+        """What the model wrote for the held-out items, one JSON object a line."""
+        return self.path / "answers" / f"{trial_id}.jsonl"
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -57,6 +69,7 @@ class RunFolder:
             ) from None
         try:
             self._require_ours()
+            self.require_no_way_out()
             yield
         finally:
             lock.release()
@@ -80,6 +93,21 @@ class RunFolder:
             raise RunFolderError(
                 f"{self.path}: the folder holds files but no journal.jsonl; give an empty or a new folder"
             )
+
+    def require_no_way_out(self) -> None:
+        """Refuse links that lead out of the folder: what they point at would be written over, exported or pushed.
+
+        Raises:
+            RunFolderError: there is one; the folder itself may be a link.
+        """
+        inside = self.path.resolve()
+        for folder, folders, files in os.walk(inside):
+            for name in (*folders, *files):
+                entry = Path(folder, name)
+                if entry.is_symlink() and not entry.resolve().is_relative_to(inside):
+                    raise RunFolderError(
+                        f"{entry}: a link out of the run folder; put what it points at in its place, or remove it"
+                    )
 
     def write_config(self, values: dict[str, Any]) -> None:
         write_text(self.config, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from rightrank.errors import ModelError
+from rightrank.io.reading import UnreadableError, kind_of, read_json_object
 
 INDEX_FILE = "model.safetensors.index.json"
 
@@ -42,9 +42,9 @@ def open_weights(path: Path) -> WeightFolder:
     Raises:
         ModelError: no such folder, no safetensors, pickled weights, or a shard that is missing or damaged.
     """
-    if not path.is_dir():
+    if kind_of(path) != "folder":
         raise ModelError(f"{path}: no such folder; give a model folder that save_pretrained wrote")
-    shards = _shards(path)
+    shards = safe_shards(path)
     files: dict[str, Path] = {}
     shapes: dict[str, tuple[int, ...]] = {}
     for shard in shards:
@@ -58,14 +58,16 @@ def open_weights(path: Path) -> WeightFolder:
     return WeightFolder(path, files, shapes)
 
 
-def _shards(path: Path) -> list[Path]:
+def safe_shards(path: Path) -> list[Path]:
+    """The safetensors files of a model folder, those that its index names where it has one.
+
+    Raises:
+        ModelError: no safetensors, an index that can't be read or that names files elsewhere, or a missing shard.
+    """
     index = path / INDEX_FILE
     if index.exists():
-        try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (json.JSONDecodeError, KeyError, AttributeError, TypeError, UnicodeDecodeError):
-            raise ModelError(f"{index}: not a shard index; save the model again") from None
-        missing = [name for name in names if not (path / name).exists()]
+        names = _shard_names(index)
+        missing = [name for name in names if kind_of(path / name) != "file"]
         if missing:
             raise ModelError(f"{path}: shard {missing[0]} is missing ({len(missing)} of {len(names)}); copy it too")
         return [path / name for name in names]
@@ -77,3 +79,15 @@ def _shards(path: Path) -> list[Path]:
             f"{path}: only pickled weights (*.bin), which are not read; re-save with save_pretrained(safe_serialization=True)"
         )
     raise ModelError(f"{path}: no weights (*.safetensors) in the folder; give a folder that save_pretrained wrote")
+
+
+def _shard_names(index: Path) -> list[str]:
+    """The shards that an index names: plain names of safetensors files, never a path to somewhere else."""
+    try:
+        names = read_json_object(index)["weight_map"].values()
+    except (UnreadableError, KeyError, AttributeError):
+        raise ModelError(f"{index}: not a shard index; save the model again") from None
+    for name in names:
+        if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
+            raise ModelError(f"{index}: names the shard {name!r}; shards are *.safetensors files of the folder itself")
+    return sorted(set(names))

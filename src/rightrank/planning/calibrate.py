@@ -23,6 +23,7 @@ from rightrank.engine.loss import chunked_cross_entropy, output_head
 from rightrank.errors import SettingsError
 from rightrank.io.files import write_text
 from rightrank.io.models import DTYPES
+from rightrank.io.reading import UnreadableError, read_json_object
 from rightrank.planning.estimate import Estimator
 from rightrank.planning.skeleton import lora_config
 from rightrank.planning.stack import TRACED_GROUPS, reduced_config
@@ -127,7 +128,6 @@ def _path() -> Path:
 def _read() -> dict[str, Any]:
     """What is kept; nothing where the file is missing or damaged: it can be measured again."""
     try:
-        known = json.loads(_path().read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return read_json_object(_path())
+    except UnreadableError:
         return {}
-    return known if isinstance(known, dict) else {}

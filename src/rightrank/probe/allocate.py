@@ -7,7 +7,6 @@ The pattern is made on the training and selection splits; all comparisons are on
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -22,6 +21,7 @@ from rightrank.engine.targets import lora_config
 from rightrank.errors import SettingsError, did_you_mean
 from rightrank.io.adapter_folder import AdapterFolder, open_adapter
 from rightrank.io.patterns import exact_pattern
+from rightrank.io.reading import UnreadableError, read_json_object
 from rightrank.maths.intervals import estimate
 from rightrank.probe import importance
 from rightrank.probe.bench_of import DataUse, bench_of, train_attached
@@ -102,11 +102,9 @@ def read_pattern(path: Path, adapter: AdapterFolder) -> dict[str, int]:
         SettingsError: not such a file, a name that is no module of the adapter, a module left out, or no rank.
     """
     try:
-        pattern = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        pattern = read_json_object(path)
+    except UnreadableError as error:
         raise SettingsError(f"{path}: not readable as JSON ({error}); give a file of {{module: rank}}") from None
-    if not isinstance(pattern, dict):
-        raise SettingsError(f"{path}: got a {type(pattern).__name__}; give a file of {{module: rank}}")
     names = {module.name: min(module.rows, module.columns) for module in adapter.modules}
     for name, rank in pattern.items():
         if name not in names:

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, JsonValue
-
-if TYPE_CHECKING:
-    pass
-
+from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
 SCHEMA_VERSION = 1
 
+# Whole numbers that a float holds exactly: a larger one in a file is damage, and would break what computes with it.
+LARGEST_WHOLE = 2**53
+Whole: TypeAlias = Annotated[int, Field(ge=-LARGEST_WHOLE, le=LARGEST_WHOLE)]
 
-MetricName: TypeAlias = Literal["loss", "accuracy"]
+MetricName: TypeAlias = str  # `loss`, `accuracy`, or what a metric of the settings is called
 
 
 SplitName: TypeAlias = Literal["train", "selection", "test"]

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from pydantic import Field
 
-from rightrank.records.base import Record
+from rightrank.records.base import Record, Whole
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -22,20 +22,20 @@ class Result(Record):
     """One finished training of a table that others made; `value` is None where it ended without a result."""
 
     trial_id: str
-    rank: int
+    rank: Whole
     learning_rate: float = 0.0  # 0: not stated
-    seed: int = 0
+    seed: Whole = 0
     value: float | None
     item_values: list[float] = Field(
         default_factory=list
     )  # in the order of the table's items; each a mean over the item's tokens
     item_weights: list[float] = Field(default_factory=list)  # tokens of each item; empty: all alike
     std: float | None = None  # stated standard deviation over seeds
-    std_seeds: int = 1  # how many seeds the value is the mean of
+    std_seeds: Whole = 1  # how many seeds the value is the mean of
     train_value: float | None = None
     seconds: float | None = None
-    steps: int | None = None
-    points: list[tuple[int, float]] = Field(default_factory=list)  # (step, value) along the training
+    steps: Whole | None = None
+    points: list[tuple[Whole, float]] = Field(default_factory=list)  # (step, value) along the training
     others: dict[str, float] = Field(default_factory=dict)
 
 
@@ -52,7 +52,7 @@ class SweepRow(Record):
     """One further setting (an alpha, a scaling rule, an initialisation) at one rank, at its own best rate."""
 
     setting: str
-    rank: int
+    rank: Whole
     learning_rate: float
     value: float  # held-out, the mean over seeds
     gain: float  # over the setting that all ranks shared, at the same rank; above 0 is better
@@ -61,7 +61,7 @@ class SweepRow(Record):
 class RankEvidence(Record):
     """What is known of one rank."""
 
-    rank: int
+    rank: Whole
     value: float
     low: float
     high: float
@@ -70,7 +70,7 @@ class RankEvidence(Record):
     difference_high: float | None = None  # 95% upper bound of it, one-sided
     non_inferior: bool | None = None  # within the margin: shown, refuted, or open (None)
     learning_rate: float | None = None
-    seeds: int = 1
+    seeds: Whole = 1
     trial_ids: list[str] = Field(default_factory=list)
     winner_gap: float = 0.0  # how optimistic the best of its rates is; taken out of the difference
 
@@ -79,7 +79,7 @@ class StaircaseStep(Record):
     """From this margin on, this rank is enough."""
 
     margin: float
-    rank: int
+    rank: Whole
 
 
 class FittedPoint(Record):
@@ -114,12 +114,12 @@ class NextRun(Record):
     """A run that would settle or extend the answer."""
 
     action: Literal["seeds", "items", "rank", "rates", "steps", "test", "data", "none"]
-    ranks: list[int] = Field(default_factory=list)
+    ranks: list[Whole] = Field(default_factory=list)
     learning_rates: list[float] = Field(default_factory=list)
-    seeds: int | None = None  # in all, at each of the ranks
-    items: int | None = None  # held-out items in all
-    steps: int | None = None
-    trials: int = 0  # new trainings
+    seeds: Whole | None = None  # in all, at each of the ranks
+    items: Whole | None = None  # held-out items in all
+    steps: Whole | None = None
+    trials: Whole = 0  # new trainings
     seconds: float | None = None  # estimated from the trials so far, where they say how long they took
     sentence: str
 
@@ -127,9 +127,27 @@ class NextRun(Record):
 class HorizonNote(Record):
     """Whether the ranks' order had settled when the training ended."""
 
-    steps: int
-    holds_from: int  # the earliest evaluation from which on the same rank was the answer
+    steps: Whole
+    holds_from: Whole  # the earliest evaluation from which on the same rank was the answer
     gap_growth: float | None  # of the chosen rank's gap to the reference, over the last stretch, metric's unit
+
+
+class MetricAnswer(Record):
+    """What another metric of the same trainings says of the ranks, at that metric's own margin and best rates."""
+
+    metric: str
+    higher_is_better: bool
+    margin: float
+    rank: int | None  # None where it names none
+    verdict: Verdict
+    reference_rank: int
+    conflict: bool  # one metric shows a rank to be enough, the other shows that it is not
+    sentence: str  # for a person
+    ranks: list[RankEvidence]
+
+    def value_at(self, rank: int) -> float | None:
+        """The rank's value; None where it has none."""
+        return next((evidence.value for evidence in self.ranks if evidence.rank == rank), None)
 
 
 class Decision(Record):
@@ -141,8 +159,8 @@ class Decision(Record):
 
         return DataFrame([evidence.model_dump() for evidence in self.ranks]).set_index("rank")
 
-    rank: int | None  # None where the evidence names none
-    fallback_rank: int  # the smallest rank shown to be enough: what is handed over when `rank` is None
+    rank: Whole | None  # None where the evidence names none
+    fallback_rank: Whole  # the smallest rank shown to be enough: what is handed over when `rank` is None
     verdict: Verdict
     flags: list[str]
     sentence: str  # for a person
@@ -150,7 +168,7 @@ class Decision(Record):
     metric: str
     higher_is_better: bool
     margin: float
-    reference_rank: int
+    reference_rank: Whole
     confidence: float
     learning_rate: float | None
     staircase: list[StaircaseStep]
@@ -161,3 +179,4 @@ class Decision(Record):
     curve: CurveFit | None = None  # from three ranks on
     winner_gap: float = 0.0  # the largest of the ranks compared, metric's unit
     horizon: HorizonNote | None = None  # where evaluations along the training were given
+    other_metrics: list[MetricAnswer] = Field(default_factory=list)  # measured beside the one that decides

@@ -6,7 +6,7 @@ from typing import Annotated, Literal, TypeAlias
 
 from pydantic import Field, JsonValue, TypeAdapter
 
-from rightrank.records.base import SCHEMA_VERSION, Record
+from rightrank.records.base import SCHEMA_VERSION, Record, Whole
 from rightrank.records.decision import Decision
 from rightrank.records.trials import TrialDiverged, TrialFailed, TrialFinished, TrialStarted
 
@@ -14,11 +14,11 @@ from rightrank.records.trials import TrialDiverged, TrialFailed, TrialFinished, 
 class SplitSummary(Record):
     """What a split holds after tokenising."""
 
-    items: int
-    tokens: int
-    label_tokens: int
-    truncated: int  # items cut to the length limit
-    dropped: int  # items left without a label token
+    items: Whole
+    tokens: Whole
+    label_tokens: Whole
+    truncated: Whole  # items cut to the length limit
+    dropped: Whole  # items left without a label token
 
 
 class DataSummary(Record):
@@ -27,15 +27,17 @@ class DataSummary(Record):
     form: Literal["text", "prompt_completion", "messages", "classification", "own"]  # own: known to its trainer alone
     splits: dict[str, SplitSummary]
     splits_given: bool
-    duplicates_across_splits: int
+    duplicates_across_splits: Whole
     classes: list[str] | None = None
+    unreadable: Whole = 0  # rows left out: half characters, which no tokenizer takes
+    control_characters: Whole = 0  # items that hold them; they are kept
 
 
 class RunStarted(Record):
     """The first line of a journal: all that the trials share."""
 
     type: Literal["run_started"] = "run_started"
-    schema_version: int = SCHEMA_VERSION
+    schema_version: Whole = SCHEMA_VERSION
     rightrank_version: str
     fingerprint: str
     settings: dict[str, JsonValue]
@@ -44,6 +46,7 @@ class RunStarted(Record):
     evaluation_items: list[str]  # content hashes, in the order of every item list
     metric: str
     higher_is_better: bool
+    points_metric: str | None = None  # of the evaluations along a training, where it is not the one that decides
     started_at: str
 
 
@@ -53,20 +56,22 @@ class TestEvaluated(Record):
     __test__ = False  # not a test, whatever pytest thinks of the name
 
     type: Literal["test_evaluated"] = "test_evaluated"
-    schema_version: int = SCHEMA_VERSION
+    schema_version: Whole = SCHEMA_VERSION
     trial_id: str
-    rank: int
+    rank: Whole
     value: float
     item_losses: list[float]
-    item_tokens: list[int]
-    item_correct: list[int] | None = None
+    item_tokens: list[Whole]
+    item_correct: list[Whole] | None = None
+    metrics: dict[str, float] = Field(default_factory=dict)  # every metric measured there
+    metric: str | None = None  # of `value`, where it is not the decision's: a task has no split of its own
 
 
 class Sample(Record):
     """A held-out item and what the model writes for it before and after training."""
 
     type: Literal["sample"] = "sample"
-    schema_version: int = SCHEMA_VERSION
+    schema_version: Whole = SCHEMA_VERSION
     trial_id: str
     item_id: str
     prompt: str
@@ -79,11 +84,11 @@ class Certified(Record):
     """An arm trained again alone, and how far that is from what it was in its pack. Differences are relative."""
 
     type: Literal["certified"] = "certified"
-    schema_version: int = SCHEMA_VERSION
+    schema_version: Whole = SCHEMA_VERSION
     trial_id: str
-    rank: int
-    pack_size: int
-    steps: int
+    rank: Whole
+    pack_size: Whole
+    steps: Whole
     first_step_difference: float  # of the training loss
     loss_difference: float  # of the training loss, the largest over all steps
     adapter_difference: float  # of the adapter's tensors when it has finished, in norm
@@ -108,7 +113,7 @@ class Decided(Record):
     """A decision in the journal, with what was handed over."""
 
     type: Literal["decided"] = "decided"
-    schema_version: int = SCHEMA_VERSION
+    schema_version: Whole = SCHEMA_VERSION
     decision: Decision
     adapter_trial_id: str | None
 
@@ -134,8 +139,8 @@ class StepDone(Record):
     """Progress of a running trial; shown, never journalled."""
 
     trial_id: str
-    step: int
-    steps: int
+    step: Whole
+    steps: Whole
     loss: float
     seconds: float  # since the trial began
 
@@ -143,8 +148,8 @@ class StepDone(Record):
 class Preparing(Record):
     """Progress of the work that comes before the first training: the frozen layers, once for each item."""
 
-    items: int
-    of_items: int
+    items: Whole
+    of_items: Whole
     seconds: float
 
 

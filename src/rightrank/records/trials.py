@@ -10,7 +10,7 @@ from typing import Literal, TypeAlias
 
 from pydantic import ConfigDict, Field
 
-from rightrank.records.base import SCHEMA_VERSION, Record, content_hash
+from rightrank.records.base import SCHEMA_VERSION, Record, Whole, content_hash
 
 
 class ArmFields(Record):
@@ -21,15 +21,16 @@ class ArmFields(Record):
     Both name the trial they come from.
     """
 
-    rank: int = Field(ge=0)  # 0 is the base model itself, evaluated and never trained
+    rank: Whole = Field(ge=0)  # 0 is the base model itself, evaluated and never trained
     learning_rate: float = Field(ge=0)
     lora_alpha: float = Field(gt=0)
-    seed: int = Field(ge=0)  # of the batch order, of the first A, and of dropout
-    steps: int = Field(ge=0)  # optimizer steps, which the rate's schedule spans
-    stop_at: int | None = Field(default=None, gt=0)  # end after this many of the steps, the schedule unchanged
+    seed: Whole = Field(ge=0)  # of the batch order, of the first A, and of dropout
+    steps: Whole = Field(ge=0)  # optimizer steps, which the rate's schedule spans
+    stop_at: Whole | None = Field(default=None, gt=0)  # end after this many of the steps, the schedule unchanged
     continue_from: str | None = None  # trial id: the same arm, stopped early
     truncate_from: str | None = None  # trial id: a finished training at a rank not below this one
     init_lora_weights: str | None = None  # None: as the settings say
+    target_modules: tuple[str, ...] | None = None  # None: as the settings say
 
     @property
     def arm(self) -> Arm:
@@ -77,14 +78,14 @@ def trial_id(context_fingerprint: str, arm: Arm) -> str:
 class EvalPoint(Record):
     """The held-out value part of the way through a training."""
 
-    step: int
+    step: Whole
     value: float
     train_value: float | None  # mean training loss since the point before, the same batches for every arm
 
 
 class TrialStarted(ArmFields):
     type: Literal["trial_started"] = "trial_started"
-    schema_version: int = SCHEMA_VERSION
+    schema_version: Whole = SCHEMA_VERSION
     trial_id: str
 
 
@@ -92,34 +93,52 @@ class TrialFinished(ArmFields):
     """A trial that ended with a result. Item lists follow the order of the run's evaluation items."""
 
     type: Literal["trial_finished"] = "trial_finished"
-    schema_version: int = SCHEMA_VERSION
+    schema_version: Whole = SCHEMA_VERSION
     trial_id: str
     value: float  # held-out, the decision's metric, on the selection split
     metrics: dict[str, float]  # every metric measured on the selection split
     item_losses: list[float]  # summed over the item's label tokens, nats
-    item_tokens: list[int]  # label tokens of the item
-    item_correct: list[int] | None = None  # classification: 1 where the prediction is right
+    item_tokens: list[Whole]  # label tokens of the item
+    item_correct: list[Whole] | None = None  # classification: 1 where the prediction is right
     item_scores: list[float] | None = None  # of a trainer of one's own: the metric itself, item by item
     item_weights: list[float] | None = None  # beside item_scores; None: all alike
+    item_metrics: dict[str, list[float]] = Field(default_factory=dict)  # of written answers and tasks, one an item
+    failed_metrics: dict[str, str] = Field(default_factory=dict)  # name: why there is none
+    value_metric: str | None = (
+        None  # of `value`, where it is not the decision's: a training stopped early has no answers
+    )
     train_value: float | None  # mean training loss of the last stretch before the end
     points: list[EvalPoint]
-    trainable_parameters: int
+    trainable_parameters: Whole
     train_seconds: float
-    train_tokens: int  # labelled and unlabelled, no padding
+    train_tokens: Whole  # labelled and unlabelled, no padding
     eval_seconds: float
-    peak_bytes: int  # allocated on the device; on the CPU, the growth of the process's resident memory
-    predicted_peak_bytes: int | None = None  # allocated by tensors, as planned before the start; None: not planned
-    pack_size: int = 1  # arms that shared the passes, and the peak; the seconds are this arm's even share
+    answer_seconds: float = 0.0  # of them: what the model's answers at the end took, with their scoring
+    peak_bytes: Whole  # allocated on the device; on the CPU, the growth of the process's resident memory
+    predicted_peak_bytes: Whole | None = None  # allocated by tensors, as planned before the start; None: not planned
+    pack_size: Whole = 1  # arms that shared the passes, and the peak; the seconds are this arm's even share
     train_losses: list[float] = Field(default_factory=list)  # nats a label, one for each step
+
+    def items(self, metric: str) -> tuple[list[float], list[float]] | None:
+        """`(scores summed over the item's weight, weights)` of a metric, in its own direction; None without items."""
+        if metric == "loss" and self.item_losses:
+            return self.item_losses, [float(tokens) for tokens in self.item_tokens]
+        if self.item_scores is not None:  # of the metric that decides, whatever a trainer of one's own calls it
+            weights = self.item_weights or [1.0] * len(self.item_scores)
+            return [score * weight for score, weight in zip(self.item_scores, weights, strict=True)], weights
+        scores = self.item_metrics.get(metric)
+        if metric == "accuracy" and self.item_correct is not None:
+            scores = [float(correct) for correct in self.item_correct]
+        return None if scores is None else (scores, [1.0] * len(scores))
 
 
 class TrialDiverged(ArmFields):
     """A trial whose loss became NaN or rose above the base's: a missing cell, not evidence against a rank."""
 
     type: Literal["trial_diverged"] = "trial_diverged"
-    schema_version: int = SCHEMA_VERSION
+    schema_version: Whole = SCHEMA_VERSION
     trial_id: str
-    step: int
+    step: Whole
     reason: str
 
 
@@ -127,7 +146,7 @@ class TrialFailed(ArmFields):
     """A trial that could not be run to its end."""
 
     type: Literal["trial_failed"] = "trial_failed"
-    schema_version: int = SCHEMA_VERSION
+    schema_version: Whole = SCHEMA_VERSION
     trial_id: str
     error: Literal["out_of_memory", "error"]
     reason: str
@@ -140,11 +159,11 @@ class TrialTask(Record):
     """What a trainer of one's own is asked for: one training, or the base's evaluation where the rank is 0."""
 
     trial_id: str
-    rank: int
+    rank: Whole
     learning_rate: float
     lora_alpha: float
-    seed: int
-    steps: int  # 0: as the trainer has it
+    seed: Whole
+    steps: Whole  # 0: as the trainer has it
     folder: Path  # there, and the trial's own: an adapter saved into it is handed over if the trial is chosen
 
 
@@ -158,8 +177,8 @@ class TrialResult(Record):
     item_weights: list[float] | None = None  # such as the tokens of each item; None: all alike
     train_value: float | None = None  # the metric on training data at the end
     points: list[EvalPoint] = Field(default_factory=list)  # held-out values on the way
-    trainable_parameters: int = 0
-    train_tokens: int = 0
+    trainable_parameters: Whole = 0
+    train_tokens: Whole = 0
     train_seconds: float | None = None  # None: the whole call
     eval_seconds: float = 0.0
-    peak_bytes: int = 0
+    peak_bytes: Whole = 0

@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
 
-from rightrank.records import Preparing, RunEvent, RunStarted, StepDone
-from rightrank.report.terminal import Tally
+from rightrank.records import Preparing, RunEvent, RunStarted, StepDone, TrialOutcome
+from rightrank.report.tally import Tally
 
 PROGRESS_FILE = "progress.json"
 PROGRESS_SECONDS = 2.0  # between writes of the progress file
@@ -22,6 +23,7 @@ LONG_FIELDS = {
     "item_correct",
     "item_scores",
     "item_weights",
+    "item_metrics",
 }  # in the journal, not in the log
 
 
@@ -41,7 +43,10 @@ class JsonLog:
         return None
 
     def plan(self, started: RunStarted, arms: int, steps: int) -> None:
-        self._write("plan", {"most_trials": arms, "steps": steps, "data": started.data.model_dump(mode="json")})
+        self._write("plan", {"expected_trials": arms, "steps": steps, "data": started.data.model_dump(mode="json")})
+
+    def resume(self, outcomes: Sequence[TrialOutcome]) -> None:
+        self._write("resumed", {"trials_ended": len(outcomes)})
 
     def event(self, event: RunEvent) -> None:
         if isinstance(event, StepDone | Preparing):
@@ -69,6 +74,9 @@ class ProgressFile:
 
     def plan(self, started: RunStarted, arms: int, steps: int) -> None:
         self._tally.plan(started, arms)
+
+    def resume(self, outcomes: Sequence[TrialOutcome]) -> None:
+        self._tally.resume(outcomes)
 
     def event(self, event: RunEvent) -> None:
         ended = self._tally.event(event) is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Protocol
 
@@ -10,19 +11,10 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
-from rightrank.records import (
-    Decided,
-    Preparing,
-    RunEvent,
-    RunStarted,
-    StepDone,
-    TrialDiverged,
-    TrialFailed,
-    TrialFinished,
-    TrialStarted,
-)
+from rightrank.records import RunEvent, RunStarted, TrialOutcome
 from rightrank.report.rank_curve import terminal_curve
-from rightrank.report.wording import duration, size
+from rightrank.report.tally import Tally
+from rightrank.report.wording import quantity
 
 CURVE_WIDTH, CURVE_HEIGHT = 72, 14
 PLAIN_SECONDS = 15.0  # between progress lines where nothing can be redrawn
@@ -32,113 +24,13 @@ class View(Protocol):
     """Something that shows a selection as it goes."""
 
     def plan(self, started: RunStarted, arms: int, steps: int) -> None: ...
+    def resume(self, outcomes: Sequence[TrialOutcome]) -> None: ...
     def event(self, event: RunEvent) -> None: ...
     def notice(self, text: str) -> None: ...
     def __enter__(self) -> View: ...
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None: ...
-
-
-class Tally:
-    """Where a selection is: what has ended, what runs, how long the rest will take."""
-
-    def __init__(self) -> None:
-        self._arms = 1
-        self._ended = 0
-        self._current: TrialStarted | None = None
-        self._preparing: Preparing | None = None
-        self._step: StepDone | None = None
-        self._seconds: list[float] = []  # of each trained arm
-        self._begun = time.monotonic()
-        self._higher_is_better = False
-        self._best: dict[int, float] = {}
-        self._peak_bytes = 0
-
-    def plan(self, started: RunStarted, arms: int) -> None:
-        self._arms = arms
-        self._higher_is_better = started.higher_is_better
-
-    def event(self, event: RunEvent) -> str | None:
-        """Take note; a line worth keeping, if the event is worth one."""
-        match event:
-            case Preparing():
-                self._preparing = event
-            case TrialStarted():
-                self._current, self._step, self._begun = event, None, time.monotonic()
-                self._preparing = None
-            case StepDone():
-                self._step = event
-            case TrialFinished():
-                return self._end(event, f"held-out {event.value:.4f}")
-            case TrialDiverged():
-                return self._end(event, f"diverged at step {event.step}: {event.reason}")
-            case TrialFailed():
-                return self._end(event, event.reason)
-            case Decided():
-                pass
-        return None
-
-    def curve(self) -> list[tuple[int, float]]:
-        return sorted(self._best.items())
-
-    def progress_line(self) -> str:
-        if self._preparing is not None:
-            done, of, seconds = self._preparing.items, self._preparing.of_items, self._preparing.seconds
-            left = seconds / done * (of - done)
-            return f"frozen layers, once for all trials: {done} of {of} items · about {duration(left)} left"
-        parts = [f"trial {min(self._ended + 1, self._arms)} of {self._arms}"]
-        if self._current is not None:
-            parts.append(
-                "base model"
-                if self._current.rank == 0
-                else f"rank {self._current.rank}, learning rate {self._current.learning_rate:g}"
-            )
-        if self._step is not None:
-            parts.append(f"step {self._step.step}/{self._step.steps}, loss {self._step.loss:.3f}")
-        remaining = self.remaining_seconds()
-        if remaining is not None:
-            parts.append(f"about {duration(remaining)} left")
-        return " · ".join(parts)
-
-    def remaining_seconds(self) -> float | None:
-        """From the mean of the arms so far and the pace of the one that runs; None before the first step."""
-        whole = sum(self._seconds) / len(self._seconds) if self._seconds else None
-        left_here = 0.0
-        if self._step is not None:
-            pace = (time.monotonic() - self._begun) / self._step.step
-            left_here = pace * (self._step.steps - self._step.step)
-            whole = whole or pace * self._step.steps
-        if whole is None:
-            return None
-        waiting = self._arms - self._ended - (1 if self._current is not None else 0)
-        return max(0.0, waiting * whole + left_here)
-
-    def _end(self, event: TrialFinished | TrialDiverged | TrialFailed, text: str) -> str:
-        self._ended += 1
-        seconds = time.monotonic() - self._begun
-        if event.rank > 0:
-            self._seconds.append(seconds)
-        if isinstance(event, TrialFinished):
-            self._peak_bytes = max(self._peak_bytes, event.peak_bytes)
-        if isinstance(event, TrialFinished) and event.rank > 0 and event.arm.is_direct:
-            better = max if self._higher_is_better else min
-            self._best[event.rank] = better(event.value, self._best.get(event.rank, event.value))
-        self._current = self._step = None
-        name = (
-            "base model" if event.rank == 0 else f"rank {event.rank:>3}  lr {event.learning_rate:<7g} seed {event.seed}"
-        )
-        stage = event.arm.stage()
-        return f"{name:<32} {text}  ({stage + ', ' if stage else ''}{duration(seconds)})"
-
-    def so_far_line(self) -> str:
-        """The best rank so far and the memory it took; empty before there is one."""
-        if not self._best:
-            return ""
-        pick = max if self._higher_is_better else min
-        rank = pick(self._best, key=lambda rank: self._best[rank])
-        memory = f" · peak memory {size(self._peak_bytes)}" if self._peak_bytes else ""
-        return f"best so far: rank {rank} ({self._best[rank]:.4f}){memory}"
 
 
 class LiveView:
@@ -164,6 +56,10 @@ class LiveView:
     def plan(self, started: RunStarted, arms: int, steps: int) -> None:
         self._tally.plan(started, arms)
         self.notice(plan_line(started, arms, steps))
+
+    def resume(self, outcomes: Sequence[TrialOutcome]) -> None:
+        self._tally.resume(outcomes)
+        self.notice(resume_line(outcomes))
 
     def event(self, event: RunEvent) -> None:
         line = self._tally.event(event)
@@ -203,6 +99,10 @@ class PlainView:
         self._tally.plan(started, arms)
         self.notice(plan_line(started, arms, steps))
 
+    def resume(self, outcomes: Sequence[TrialOutcome]) -> None:
+        self._tally.resume(outcomes)
+        self.notice(resume_line(outcomes))
+
     def event(self, event: RunEvent) -> None:
         line = self._tally.event(event)
         if line is None and time.monotonic() - self._said > PLAIN_SECONDS:
@@ -229,9 +129,17 @@ def plan_line(started: RunStarted, arms: int, steps: int) -> str:
     notes = [f"{truncated} cut to the length limit"] * bool(truncated) + [f"{dropped} dropped, no label left"] * bool(
         dropped
     )
+    if started.data.unreadable:
+        notes.append(f"{started.data.unreadable} rows left out: half characters, which no tokenizer takes")
+    if started.data.control_characters:
+        notes.append(f"{started.data.control_characters} items with control characters")
     if started.data.duplicates_across_splits:
         notes.append(f"{started.data.duplicates_across_splits} exact duplicates across splits")
     return (
         f"items: {counts}{' (' + '; '.join(notes) + ')' if notes else ''}; form: {started.data.form}; "
-        f"at most {arms} trials of {steps} steps on {started.environment['device']}"
+        f"about {arms} trials of {steps} steps on {started.environment['device']}"
     )
+
+
+def resume_line(outcomes: Sequence[TrialOutcome]) -> str:
+    return f"going on with a run of which {quantity(len(outcomes), 'trial')} ended already"

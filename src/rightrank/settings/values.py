@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import reprlib
 from collections.abc import Mapping
 from typing import Literal, TypeAlias, TypeVar
 
@@ -14,6 +15,7 @@ AnySettings = TypeVar("AnySettings", bound=BaseModel)
 DtypeName: TypeAlias = Literal["float32", "bfloat16", "float16"]
 
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
+MOST_BYTES = 2**60
 
 
 def parse_bytes(text: str) -> int:
@@ -28,7 +30,10 @@ def parse_bytes(text: str) -> int:
         known = ", ".join(UNITS)
         reason = "has no unit" if match is not None and not match[2] else "is not a size"
         raise SettingsError(f"memory {text!r} {reason}: give a number and one of {known}, such as 24GiB")
-    size = round(float(match[1]) * units[match[2].lower()])
+    amount = float(match[1]) * units[match[2].lower()]
+    if amount > MOST_BYTES:
+        raise SettingsError(f"memory {text!r} is more than any machine has: give at most {MOST_BYTES // 2**50} PiB")
+    size = round(amount)
     if size == 0:
         raise SettingsError(f"memory {text!r} is nothing: give a size above 0, such as 24GiB")
     return size
@@ -51,10 +56,14 @@ def checked(kind: type[AnySettings], values: Mapping[str, object]) -> AnySetting
         raise SettingsError(_first_line(error)) from None
 
 
+_QUOTED = reprlib.Repr()
+_QUOTED.maxstring = _QUOTED.maxother = 120  # what is longer, or nested, is shortened: never written out whole
+
+
 def _first_line(error: ValidationError) -> str:
     first = error.errors()[0]
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "value_error":
         return message
     where = str(first["loc"][0]) if first["loc"] else "settings"
-    return f"{where}: got {first['input']!r}; {message[0].lower()}{message[1:]}"
+    return f"{where}: got {_QUOTED.repr(first['input'])}; {message[0].lower()}{message[1:]}"

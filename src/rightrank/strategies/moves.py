@@ -159,7 +159,7 @@ def _is_slow(space: Space, results: Results, rank: int, rate: float) -> bool:
 def _try_side(space: Space, results: Results, rank: int, rate: float, side: float) -> Wanted:
     """Train `rank` at `side`, left on the way where it can't win over `rate` any more."""
     quarter, half = (results.loss_after(rank, rate, early_step(space, part)) for part in (EARLY, LATER))
-    if quarter is None or half is None:
+    if not space.stages or quarter is None or half is None:
         yield [space.arm(rank, side)]
         return
     stage = early_arm(space, rank, side, EARLY)

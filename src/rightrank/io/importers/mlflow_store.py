@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 from rightrank.errors import ResultsError
+from rightrank.io.reading import UnreadableError, read_text
 from rightrank.io.rows import Row
 
 MOST_DEPTH = 3
@@ -45,7 +47,7 @@ def _by_step(folder: Path) -> dict[int, dict[str, Any]]:
         name = path.relative_to(folder).as_posix()
         for number, line in enumerate(_text(path).splitlines(), start=1):
             parts = line.split()
-            if len(parts) < 3 or not parts[2].isdigit():
+            if len(parts) < 3 or not re.fullmatch(r"\d{1,18}", parts[2], re.ASCII):
                 raise ResultsError(f"{path}:{number}: got {line!r}; MLflow writes `timestamp value step`")
             steps.setdefault(int(parts[2]), {})[name] = parts[1]
     return steps
@@ -53,6 +55,6 @@ def _by_step(folder: Path) -> dict[int, dict[str, Any]]:
 
 def _text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        raise ResultsError(f"{path}: not UTF-8 text; restore the file, or leave its run out") from None
+        return read_text(path)
+    except UnreadableError as error:
+        raise ResultsError(f"{path}: can't read it ({error}); restore the file, or leave its run out") from None

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
 
 from rightrank.errors import ResultsError
+from rightrank.io.reading import UnreadableError, read_json_object
 
 # A part of a folder's name that tells: r16, r=16, rank_16, lora-r-16; lr1e-4, lr=0.0003; seed3.
 _NAMED = {
@@ -40,10 +40,9 @@ def _adapter_rank(folder: Path, root: Path) -> int | None:
     """
     for place in _upward(folder, root):
         paths = [place / "adapter_config.json", *sorted(place.glob("*/adapter_config.json"))]
-        ranks = {read_object(path).get("r") for path in paths if path.is_file()}
+        ranks = [read_object(path).get("r") for path in paths if path.is_file()]
         if ranks:
-            rank = ranks.pop()
-            return rank if not ranks and isinstance(rank, int) else None
+            return ranks[0] if isinstance(ranks[0], int) and ranks.count(ranks[0]) == len(ranks) else None
     return None
 
 
@@ -62,9 +61,6 @@ def read_object(path: Path) -> dict[str, Any]:
         ResultsError: not one.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        return read_json_object(path)
+    except UnreadableError as error:
         raise ResultsError(f"{path}: not JSON ({error}); restore the file, or leave its folder out") from None
-    if not isinstance(value, dict):
-        raise ResultsError(f"{path}: got a {type(value).__name__}; a JSON object is expected")
-    return value

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from rightrank.errors import DataError, ResultsError
 from rightrank.io.importers.neighbours import read_object
+from rightrank.io.reading import UnreadableError, parse_json, read_text
 from rightrank.io.rows import Row, read_rows
 
 MOST_DEPTH = 3
+MOST_BYTES = 2**28  # of one trial's reports
 # Ray's own, in every report: no results of the training.
 _HOUSEKEEPING = {"pid", "hostname", "node_ip", "date", "timestamp", "trial_id", "done", "config"}
 
@@ -51,14 +52,21 @@ def _reports(trial: Path) -> list[tuple[dict[str, Any], str]]:
     if not path.exists() or path.stat().st_size == 0:
         return _table_reports(trial / "progress.csv")
     found = []
-    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
+    for number, line in enumerate(_text(path).splitlines(), start=1):
         try:
-            report = json.loads(line)
-        except (json.JSONDecodeError, RecursionError):
+            report = parse_json(line)
+        except UnreadableError:
             raise ResultsError(f"{path}:{number}: not JSON; remove the line if the trial was cut off") from None
         if isinstance(report, dict):
             found.append((report, f"{path}:{number}"))
     return found
+
+
+def _text(path: Path) -> str:
+    try:
+        return read_text(path, MOST_BYTES)
+    except UnreadableError as error:
+        raise ResultsError(f"{path}: can't read it ({error}); restore the file, or leave its trial out") from None
 
 
 def _table_reports(path: Path) -> list[tuple[dict[str, Any], str]]:

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import sqlite3
 from pathlib import Path
 from typing import Any
 
 from rightrank.errors import ResultsError
+from rightrank.io.reading import UnreadableError, kind_of, parse_json
 from rightrank.io.rows import Row
 
 _HEADER = b"SQLite format 3\x00"
-_FINISHED = ("COMPLETE", 1)  # Optuna's name, and MLflow's
+MOST_STEPS, LOOK_STEPS = 200_000_000, 100_000  # of SQLite's machine: a file that needs more is made to hang
 
 
 def knows(source: Path) -> bool:
-    if not source.is_file():
+    if kind_of(source) != "file":
         return False
     with source.open("rb") as file:
         return file.read(len(_HEADER)) == _HEADER
@@ -29,6 +29,10 @@ def rows(source: Path) -> list[Row]:
     """
     try:
         connection = sqlite3.connect(f"{source.resolve().as_uri()}?mode=ro", uri=True)
+        connection.text_factory = lambda text: text.decode("utf-8", "replace")
+        looks = iter(range(MOST_STEPS // LOOK_STEPS))
+        connection.set_progress_handler(lambda: next(looks, None) is None, LOOK_STEPS)
+        connection.execute("PRAGMA trusted_schema = OFF")  # nothing that the file defines is run beside the reading
         try:
             tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
             if {"trials", "trial_params", "trial_values", "studies"} <= tables:
@@ -37,7 +41,7 @@ def rows(source: Path) -> list[Row]:
                 return _mlflow(connection, source)
         finally:
             connection.close()
-    except sqlite3.DatabaseError as error:
+    except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
         raise ResultsError(f"{source}: not a readable SQLite file ({error})") from None
     raise ResultsError(
         f"{source}: holds neither an Optuna study nor an MLflow store (tables: {', '.join(sorted(tables))})"
@@ -56,13 +60,13 @@ def _optuna(connection: sqlite3.Connection, source: Path) -> list[Row]:
     found = []
     for trial_id, number, state in connection.execute("SELECT trial_id, number, state FROM trials ORDER BY number"):
         parameters = {
-            name: _optuna_value(value, json.loads(distribution))
+            name: _optuna_value(value, _json(source, distribution))
             for name, value, distribution in connection.execute(
                 "SELECT param_name, param_value, distribution_json FROM trial_params WHERE trial_id = ?", (trial_id,)
             )
         }
         attributes = {
-            key: json.loads(value)
+            key: _json(source, value)
             for key, value in connection.execute(
                 "SELECT key, value_json FROM trial_user_attributes WHERE trial_id = ?", (trial_id,)
             )
@@ -74,10 +78,18 @@ def _optuna(connection: sqlite3.Connection, source: Path) -> list[Row]:
     return found
 
 
-def _optuna_value(value: float, distribution: dict[str, Any]) -> Any:
-    """A categorical parameter is stored as the number of its choice."""
-    if distribution.get("name") == "CategoricalDistribution":
-        return distribution["attributes"]["choices"][int(value)]
+def _json(source: Path, text: object) -> Any:
+    try:
+        return parse_json(str(text))
+    except UnreadableError as error:
+        raise ResultsError(f"{source}: a cell that is not JSON ({error}); restore the file") from None
+
+
+def _optuna_value(value: Any, distribution: Any) -> Any:
+    """A categorical parameter is stored as the number of its choice; None where there is no such choice."""
+    match distribution:
+        case {"name": "CategoricalDistribution", "attributes": {"choices": [*choices]}}:
+            return dict(enumerate(choices)).get(value)
     return value
 
 

@@ -49,19 +49,26 @@ def _last_states(paths: list[Path]) -> list[Path]:
 
 def _rows_of(path: Path, source: Path) -> list[Row]:
     state = read_object(path)
-    history = [entry for entry in state.get("log_history", []) if isinstance(entry, dict)]
+    history = _history(state)
     said = said_around(path.parent, source)
     rates = [entry["learning_rate"] for entry in history if isinstance(entry.get("learning_rate"), int | float)]
     if rates and "lr" not in said:
         said["lr"] = max(rates)  # the peak, as far as it was logged
-    losses = {entry.get("step"): entry["loss"] for entry in history if "loss" in entry}
+    losses = {entry["step"]: entry["loss"] for entry in history if "loss" in entry}
     training = path.parent.parent if path.parent.name.startswith("checkpoint-") else path.parent
     found: list[Row] = []
     for entry in history:
         held_out: dict[str, Any] = {name: value for name, value in entry.items() if name.startswith("eval_")}
         if held_out:
-            before = [loss for step, loss in losses.items() if isinstance(step, int) and step <= entry.get("step", 0)]
+            before = [loss for step, loss in losses.items() if step <= entry["step"]]
             trained = {"train_loss": before[-1]} if before else {}
-            fields = {**said, **trained, "trial": training.name, "step": entry.get("step"), **held_out}
-            found.append(Row(fields, f"{path}: step {entry.get('step')}"))
+            fields = {**said, **trained, "trial": training.name, "step": entry["step"], **held_out}
+            found.append(Row(fields, f"{path}: step {entry['step']}"))
     return found
+
+
+def _history(state: dict[str, Any]) -> list[dict[str, Any]]:
+    """The entries of the log that say their step."""
+    log = state.get("log_history")
+    entries = [entry for entry in log if isinstance(entry, dict)] if isinstance(log, list) else []
+    return [entry for entry in entries if isinstance(entry.get("step"), int)]

@@ -1,0 +1,124 @@
+"""Coverage-guided fuzzing of every reader, by atheris (libFuzzer): what is found, and how much was tried.
+
+    python -m benchmarks.fuzz.run --minutes 30 --seed 0 --out benchmarks/fuzz/run.json
+
+Needs `pip install atheris` beside the package (no part of the extras: it has wheels for Linux alone). Every target gets
+an even share of the minutes in a process of its own. A find is any error but ours, a complaint of more than a line,
+over 5 seconds of CPU, or over 1 GiB. `--replay FILE` reads the inputs of a result again, without atheris.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import json
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from benchmarks.machine import machine
+
+NOTE_EVERY = 200  # reads between two notes of how far a target is: libFuzzer ends without a goodbye
+LARGEST_INPUT = 2**17
+OWN_MUTATIONS = 0.7  # of all; the rest are libFuzzer's
+
+
+def fuzz_target(name: str, seconds: int, seed: int, notes: Path) -> None:
+    """In the process of its own; never returns."""
+    import atheris
+
+    with atheris.instrument_imports(include=["rightrank"]):
+        from benchmarks.fuzz.guard import find_in
+        from benchmarks.fuzz.mutate import worse
+        from benchmarks.fuzz.targets import TARGETS
+
+    target = TARGETS[name]
+    seeds = target.seeds()
+    state: dict[str, Any] = {"reads": 0, "begun": time.time(), "finds": {}}
+
+    def note() -> None:
+        told = {"reads": state["reads"], "seconds": round(time.time() - state["begun"]), "finds": state["finds"]}
+        notes.write_text(json.dumps(told), encoding="utf-8")
+
+    def read_one(data: bytes) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            find = find_in(target.read, data, Path(folder))
+        state["reads"] += 1
+        if find is not None:
+            key = f"{find.kind} {find.where}"
+            known = state["finds"].setdefault(key, {"times": 0, "what": find.what, "input": None})
+            known["times"] += 1
+            text = base64.b64encode(data).decode()
+            if known["input"] is None or len(text) < len(known["input"]):
+                known["input"] = text
+        if find is not None or state["reads"] % NOTE_EVERY == 0:
+            note()
+
+    def mutate(data: bytes, largest: int, number: int) -> bytes:
+        generator = random.Random(number)
+        if generator.random() < OWN_MUTATIONS:
+            return worse(data, generator, seeds)[:largest]
+        return bytes(atheris.Mutate(data, largest))
+
+    note()
+    with tempfile.TemporaryDirectory() as corpus:
+        for number, data in enumerate(seeds):
+            (Path(corpus) / f"seed{number}").write_bytes(data)
+        options = [f"-max_total_time={seconds}", f"-seed={seed + 1}", f"-max_len={LARGEST_INPUT}", "-timeout=120"]
+        atheris.Setup([sys.argv[0], *options, "-rss_limit_mb=12000", corpus], read_one, custom_mutator=mutate)
+        atheris.Fuzz()
+
+
+def replay(path: Path) -> dict[str, list[str]]:
+    """The finds of a stored result that are still finds."""
+    from benchmarks.fuzz.guard import find_in
+    from benchmarks.fuzz.targets import TARGETS
+
+    still: dict[str, list[str]] = {}
+    for name, told in json.loads(path.read_text(encoding="utf-8"))["targets"].items():
+        for key, find in told["finds"].items():
+            with tempfile.TemporaryDirectory() as folder:
+                found = find_in(TARGETS[name].read, base64.b64decode(find["input"]), Path(folder))
+            if found is not None:
+                still.setdefault(name, []).append(f"{key} -> {found.kind} {found.where} {found.what}")
+    return still
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=30)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--targets", help="names with commas between; default: all")
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--replay", type=Path)
+    parser.add_argument("--child", nargs=3, metavar=("TARGET", "SECONDS", "NOTES"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.child:  # before anything of ours is imported, so that it is instrumented
+        return fuzz_target(options.child[0], int(options.child[1]), options.seed, Path(options.child[2]))
+    if options.replay:
+        print(json.dumps(replay(options.replay), indent=1))
+        return None
+    from benchmarks.fuzz.targets import TARGETS
+
+    names = options.targets.split(",") if options.targets else list(TARGETS)
+    seconds = round(options.minutes * 60 / len(names))
+    result: dict[str, Any] = {"machine": machine(), "seed": options.seed, "minutes": options.minutes, "targets": {}}
+    with tempfile.TemporaryDirectory() as folder:
+        for name in names:
+            notes = Path(folder) / f"{name}.json"
+            child = ["--seed", str(options.seed), "--child", name, str(seconds), str(notes)]
+            command = [sys.executable, "-m", "benchmarks.fuzz.run", *child]
+            status = subprocess.run(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, check=False)
+            result["targets"][name] = {"status": status.returncode, **json.loads(notes.read_text(encoding="utf-8"))}
+            if options.out:
+                options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(json.dumps(result, indent=1))
+    return None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,170 @@
+"""Small files that are right: what fuzzing begins from."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from rightrank.records import Record
+
+
+def data_files() -> list[tuple[str, bytes]]:
+    """`(file type, content)` of every form and type."""
+    text = [{"text": f"the cat sat on mat {n}"} for n in range(24)]
+    pairs = [{"prompt": f"say {n} : ", "completion": f"{n} it is"} for n in range(24)]
+    talks = [
+        {"messages": [{"role": "user", "content": f"say {n}"}, {"role": "assistant", "content": f"{n}"}]}
+        for n in range(24)
+    ]
+    labels = [{"text": f"a cat {n}", "label": n % 2, "group": n} for n in range(24)]
+    jsonl = [(".jsonl", _jsonl(rows)) for rows in (text, pairs, talks, labels)]
+    return [
+        *jsonl,
+        (".json", json.dumps(pairs).encode()),
+        (".csv", _csv(labels, ",")),
+        (".tsv", _csv(pairs, "\t")),
+        (".parquet", _parquet(text)),
+    ]
+
+
+def result_files() -> list[tuple[str, bytes]]:
+    rows = [
+        {"rank": rank, "eval_loss": 2 + 0.3 / rank + seed / 500, "lr": 1e-3, "seed": seed, "train_loss": 1.9}
+        for rank in (1, 4, 16)
+        for seed in (0, 1)
+    ]
+    items = [
+        {"rank": rank, "value": 2 + 0.2 / (rank + 1) + item / 10, "item": f"i{item}", "tokens": 3 + item}
+        for rank in (0, 2, 8)
+        for item in range(4)
+    ]
+    stated = [{"r": rank, "accuracy": 70 + rank / 4, "std": 0.5, "n_seeds": 3} for rank in (2, 8, 32)]
+    nested = [
+        {"config": {"lora": {"r": rank}}, "summary": json.dumps({"eval/loss": 2 + 1 / rank}), "_step": rank}
+        for rank in (2, 4)
+    ]
+    ppl = [{"rank": rank, "ppl": 9 + 1 / rank, "step": step} for rank in (1, 2, 4, 8) for step in (10, 20, 30)]
+    return [
+        (".csv", _csv(rows, ",")),
+        (".csv", _csv(stated, ",")),
+        (".tsv", _csv(items, "\t")),
+        (".jsonl", _jsonl(rows)),
+        (".jsonl", _jsonl(nested)),
+        (".json", json.dumps(items).encode()),
+        (".json", json.dumps(ppl).encode()),
+        (".parquet", _parquet(rows)),
+    ]
+
+
+def event_file() -> bytes:
+    """Two scalars as tensorboard writes them."""
+    from tensorboard.summary.writer.event_file_writer import EventFileWriter  # type: ignore[import-untyped,unused-ignore]
+    from tensorboard.compat.proto.event_pb2 import Event  # type: ignore[import-untyped,unused-ignore] # isort: skip
+    from tensorboard.compat.proto.summary_pb2 import Summary  # type: ignore[import-untyped,unused-ignore]
+
+    with tempfile.TemporaryDirectory() as folder:
+        writer = EventFileWriter(folder)
+        for step in (1, 2):
+            value = Summary.Value(tag="eval/loss", simple_value=2.0 / step)
+            writer.add_event(Event(step=step, wall_time=1.7e9, summary=Summary(value=[value])))
+        writer.close()
+        return next(Path(folder).iterdir()).read_bytes()
+
+
+def adapters() -> list[tuple[bytes, bytes, bytes]]:
+    """`(adapter_config.json, safetensors header, data)`: plain, and with what PEFT can add."""
+    plain = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"], "base_model_name_or_path": "b"}
+    patterned = plain | {
+        "use_rslora": True,
+        "use_dora": True,
+        "rank_pattern": {"layers.1.q_proj": 1},
+        "alpha_pattern": {"^a.*q_proj": 8.0},
+        "init_lora_weights": "pissa",
+        "bias": "lora_only",
+        "modules_to_save": ["lm_head"],
+    }
+    prefix = "base_model.model.layers"
+    shapes = {f"{prefix}.0.q_proj.lora_A.weight": [2, 4], f"{prefix}.0.q_proj.lora_B.weight": [3, 2]}
+    more = shapes | {
+        f"{prefix}.1.q_proj.lora_A.weight": [1, 4],
+        f"{prefix}.1.q_proj.lora_B.weight": [3, 1],
+        f"{prefix}.1.q_proj.lora_magnitude_vector": [3],
+        f"{prefix}.1.q_proj.lora_B.bias": [3],
+        "base_model.model.lm_head.weight": [2, 2],
+    }
+    return [(json.dumps(config).encode(), *_safetensors(held)) for config, held in ((plain, shapes), (patterned, more))]
+
+
+def _safetensors(shapes: dict[str, list[int]]) -> tuple[bytes, bytes]:
+    import numpy as np
+    from safetensors.numpy import save
+
+    generator = np.random.default_rng(0)
+    whole = save({name: generator.normal(size=shape).astype(np.float32) for name, shape in shapes.items()})
+    length = int.from_bytes(whole[:8], "little")
+    return whole[8 : 8 + length], whole[8 + length :]
+
+
+def model_configs() -> list[bytes]:
+    small: dict[str, Any] = {
+        "vocab_size": 64, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64,
+    }  # fmt: skip
+    gpt2 = {"vocab_size": 64, "n_embd": 16, "n_layer": 2, "n_head": 4, "n_positions": 64}
+    return [
+        json.dumps({"model_type": "llama", "architectures": ["LlamaForCausalLM"], **small}).encode(),
+        json.dumps({"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], **gpt2}).encode(),
+        json.dumps(
+            {"model_type": "qwen2", "rope_parameters": {"rope_theta": 1e4, "rope_type": "default"}, **small}
+        ).encode(),
+    ]
+
+
+def journals() -> list[bytes]:
+    """Runs that ended and one that did not, few items so that lines stay short."""
+    from tests.report import runs
+
+    from rightrank.decision.run import decide_run
+    from rightrank.records import Decided
+
+    before, runs.ITEMS = runs.ITEMS, 3
+    try:
+        made = [
+            runs.made_up_run((1, 4, 16), (1e-3, 3e-3)),
+            runs.made_up_run((2, 8), (1e-3,), (0, 1), diverged=[(8, 1e-3)]),
+            runs.made_up_run((1, 2, 4), (1e-3,), with_base=False),
+        ]
+    finally:
+        runs.ITEMS = before
+    written = []
+    for records in made:
+        lines: list[Record] = [records.started, *records.outcomes, *records.tests, *records.samples]
+        if len(written) != 1:
+            lines.append(Decided(decision=decide_run(records), adapter_trial_id=records.outcomes[-1].trial_id))
+        written.append(b"".join(line.model_dump_json().encode() + b"\n" for line in lines))
+    return written
+
+
+def _jsonl(rows: list[dict[str, Any]]) -> bytes:
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
+def _csv(rows: list[dict[str, Any]], delimiter: str) -> bytes:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), delimiter=delimiter)
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue().encode()
+
+
+def _parquet(rows: list[dict[str, Any]]) -> bytes:
+    import pyarrow
+    import pyarrow.parquet
+
+    sink = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), sink)
+    return sink.getvalue()

@@ -1,0 +1,246 @@
+"""What is fuzzed: each way in which a file of somebody else's is read, with files that are right to begin from."""
+
+from __future__ import annotations
+
+import functools
+import json
+import sqlite3
+import tempfile
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from benchmarks.fuzz import seeds
+from rightrank.api import decide, inspect
+from rightrank.cli.options import gather
+from rightrank.engine.encode import encode
+from rightrank.errors import InputError
+from rightrank.io.data import load_data
+from rightrank.io.rows import FILE_TYPES
+from rightrank.io.weights import open_weights
+from rightrank.planning.planner import make_plan
+from rightrank.report.decision_table import decision_text
+from rightrank.report.html import render_report
+from rightrank.runs import existing_run, status
+from rightrank.settings import make_settings, parse_bytes
+from rightrank.settings.plan import make_plan_settings
+
+PART = b"\n--part--\n"  # between the files of one input
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A reader, and inputs that it reads well."""
+
+    read: Callable[[bytes, Path], None]
+    seeds: Callable[[], list[bytes]]
+
+
+@functools.cache
+def _tokenizer() -> Any:
+    from tests.tiny import make_tokenizer
+
+    return make_tokenizer()
+
+
+def _file_type(data: bytes) -> tuple[str, bytes]:
+    """The first byte names the type."""
+    return FILE_TYPES[data[0] % len(FILE_TYPES)] if data else FILE_TYPES[0], data[1:]
+
+
+def _parts(data: bytes, count: int) -> list[bytes]:
+    parts = data.split(PART, count - 1)
+    return parts + [b""] * (count - len(parts))
+
+
+def read_data(data: bytes, folder: Path) -> None:
+    """Rows, their split, and their tokens."""
+    suffix, body = _file_type(data)
+    path = folder / f"data{suffix}"
+    path.write_bytes(body)
+    settings = make_settings({"batch_size": 1, "test_fraction": 0.3, "selection_fraction": 0.3, "seq_len": 64})
+    splits = load_data(path, settings)
+    encode(splits, SimpleNamespace(tokenizer=_tokenizer()), settings)  # type: ignore[arg-type]
+
+
+def read_results(data: bytes, folder: Path) -> None:
+    suffix, body = _file_type(data)
+    path = folder / f"results{suffix}"
+    path.write_bytes(body)
+    _decide(path)
+
+
+def read_imported(data: bytes, folder: Path) -> None:
+    """What other programs leave."""
+    kind, first, second = data[0] % 5 if data else 0, *_parts(data[1:], 2)
+    if kind == 0:
+        (folder / "study.db").write_bytes(data[1:])
+        return _decide(folder / "study.db")
+    layout = {
+        1: ("a-r8/checkpoint-5/trainer_state.json", "a-r8/adapter_config.json"),
+        2: ("0/run/metrics/eval_loss", "0/run/params/lora_r"),
+        3: ("trial_1/result.json", "trial_1/params.json"),
+        4: ("lora_r8/events.out.tfevents.1.x", "lora_r8/adapter_config.json"),
+    }[kind]
+    for name, body in zip(layout, (first, second), strict=True):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(body)
+    if kind == 2:
+        (folder / "0/run/meta.yaml").write_text("x: 1\n")
+    return _decide(folder)
+
+
+def _decide(path: Path) -> None:
+    decided = decide(path)
+    decided.decision.model_dump_json()
+    decision_text(decided.decision, decided.understood, False, 80).encode()
+
+
+def read_settings(data: bytes, folder: Path) -> None:
+    """A configuration file, and the same text as assignments on the command line."""
+    text = data.decode("utf-8", "replace")
+    for line in text.splitlines()[:5]:
+        _refusable(lambda line=line: make_settings(gather(None, (line.replace(": ", "="),), {})))  # type: ignore[misc]
+        _refusable(lambda line=line: parse_bytes(line))  # type: ignore[misc]
+    path = folder / "config.yaml"
+    path.write_bytes(data)
+    values = gather(path, (), {})
+    _refusable(lambda: make_plan_settings(values))
+    make_settings(values).model_dump_json()
+
+
+def _refusable(read: Callable[[], object]) -> None:
+    with suppress(InputError):
+        read()
+
+
+def read_adapter(data: bytes, folder: Path) -> None:
+    """adapter_config.json, then the header and the data of the weights. The header's length is told right unless the
+    first byte says otherwise."""
+    config, header, body = _parts(data[1:], 3)
+    told = len(header) if data[:1] != b"\xff" else int.from_bytes(body[:8].ljust(8, b"\xff"), "little")
+    (folder / "adapter_config.json").write_bytes(config)
+    (folder / "adapter_model.safetensors").write_bytes(told.to_bytes(8, "little") + header + body)
+    inspect(folder).model_dump_json()
+
+
+def read_weights(data: bytes, folder: Path) -> None:
+    """A model's shard index and one shard."""
+    index, header, body = _parts(data, 3)
+    (folder / "model.safetensors.index.json").write_bytes(index)
+    (folder / "model-1.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + body)
+    weights = open_weights(folder)
+    for name in list(weights.files)[:3]:
+        weights.tensor(name)
+
+
+def read_model(data: bytes, folder: Path) -> None:
+    """A model's configuration, planned for."""
+    (folder / "config.json").write_bytes(data)
+    make_plan(str(folder), make_plan_settings({"ranks": (2,), "batch_size": 1, "seq_len": 16})).model_dump_json()
+
+
+def read_journal(data: bytes, folder: Path) -> None:
+    """A run folder: where it stands, its decision, its report."""
+    from rightrank.decision.run import decision_so_far, last_decided, records_of
+
+    (folder / "journal.jsonl").write_bytes(data)
+    status(folder).model_dump_json()
+    _refusable(lambda: _decide(folder))
+    journal = existing_run(folder).journal.read()
+    records = records_of(journal, str(folder))
+    decided = last_decided(journal)
+    render_report(records, decision_so_far(records) if decided is None else decided.decision).encode()
+
+
+def _typed(suffix: str, body: bytes) -> bytes:
+    return bytes([FILE_TYPES.index(suffix)]) + body
+
+
+def data_seeds() -> list[bytes]:
+    return [_typed(suffix, body) for suffix, body in seeds.data_files()]
+
+
+def result_seeds() -> list[bytes]:
+    return [_typed(suffix, body) for suffix, body in seeds.result_files()]
+
+
+def imported_seeds() -> list[bytes]:
+    trainer = {
+        "global_step": 5,
+        "log_history": [
+            {"step": 2, "loss": 2.0, "learning_rate": 1e-4},
+            {"step": 5, "eval_loss": 1.5, "eval_runtime": 1.0},
+        ],
+    }
+    report = b"".join(json.dumps({"eval_loss": 2.0 / n, "training_iteration": n}).encode() + b"\n" for n in (1, 2))
+    return [
+        b"\x00" + _optuna_file(),
+        b"\x01" + json.dumps(trainer).encode() + PART + b'{"r": 8, "lora_alpha": 16}',
+        b"\x02" + b"1700000000 1.5 1\n1700000001 1.4 2\n" + PART + b"8",
+        b"\x03" + report + PART + b'{"lora_r": 8, "lr": 0.001}',
+        b"\x04" + seeds.event_file() + PART + b'{"r": 8}',
+    ]
+
+
+def _optuna_file() -> bytes:
+    statements = """
+        CREATE TABLE studies (study_id INTEGER, study_name TEXT);
+        CREATE TABLE study_directions (direction TEXT, objective INTEGER);
+        CREATE TABLE trials (trial_id INTEGER, number INTEGER, state TEXT);
+        CREATE TABLE trial_params (trial_id INTEGER, param_name TEXT, param_value FLOAT, distribution_json TEXT);
+        CREATE TABLE trial_values (trial_id INTEGER, value FLOAT);
+        CREATE TABLE trial_user_attributes (trial_id INTEGER, key TEXT, value_json TEXT);
+        INSERT INTO studies VALUES (1, 's');
+        INSERT INTO study_directions VALUES ('MINIMIZE', 0);
+    """
+    choices = json.dumps({"name": "CategoricalDistribution", "attributes": {"choices": [4, 8, 16]}})
+    rows = [
+        f"INSERT INTO trials VALUES ({n}, {n}, 'COMPLETE'); INSERT INTO trial_values VALUES ({n}, {2.0 - n / 10});"
+        f"INSERT INTO trial_params VALUES ({n}, 'lora_r', {n}, '{choices}');"
+        f"INSERT INTO trial_user_attributes VALUES ({n}, 'note', '\"x\"');"
+        for n in range(3)
+    ]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "study.db"
+        connection = sqlite3.connect(path)
+        connection.executescript("PRAGMA page_size=512;" + statements + "".join(rows))
+        connection.close()
+        return path.read_bytes()
+
+
+def settings_seeds() -> list[bytes]:
+    return [
+        b"ranks: [1, 4, 16]\nlearning_rates: [1e-4, 3e-4]\nstrategy: grid\nmargin: 0.01\n",
+        b"memory_bytes: 24GiB\ntarget-modules: [q_proj, v_proj]\nlora_alpha: 32\nseeds: [0, 1]\n",
+        b"sweep: [alpha=16, init=gaussian]\nlayers_to_transform: [0, 1]\ndtype: bfloat16\nsamples: 0\n",
+        b"24GiB\n",
+        b"a: &a [1, 2]\nranks: *a\n",
+        b'{"ranks": [1, 4], "rank_pattern": {"q_proj": 4}, "max_steps": 10}\n',
+    ]
+
+
+def adapter_seeds() -> list[bytes]:
+    return [b"\x00" + PART.join(parts) for parts in seeds.adapters()] + [b"\xff" + PART.join(seeds.adapters()[0])]
+
+
+def weight_seeds() -> list[bytes]:
+    _, header, body = seeds.adapters()[0]
+    names = [name for name in json.loads(header) if name != "__metadata__"]
+    index = json.dumps({"metadata": {}, "weight_map": dict.fromkeys(names, "model-1.safetensors")}).encode()
+    return [PART.join((index, header, body))]
+
+
+TARGETS: dict[str, Target] = {
+    "data": Target(read_data, data_seeds),
+    "results": Target(read_results, result_seeds),
+    "imported": Target(read_imported, imported_seeds),
+    "settings": Target(read_settings, settings_seeds),
+    "adapter": Target(read_adapter, adapter_seeds),
+    "weights": Target(read_weights, weight_seeds),
+    "model": Target(read_model, seeds.model_configs),
+    "journal": Target(read_journal, seeds.journals),
+}

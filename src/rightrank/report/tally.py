@@ -1,0 +1,185 @@
+"""Where a running selection is: what has ended, what runs, and how long the rest will take.
+
+Time is counted as the trials count it: where several share the model's passes, each has its even share. The shares add up
+to the time that passes, so the sum over all that is left to do is the time left, however many train together.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+from rightrank.records import (
+    ArmFields,
+    Preparing,
+    RunEvent,
+    RunStarted,
+    StepDone,
+    TrialDiverged,
+    TrialFailed,
+    TrialFinished,
+    TrialOutcome,
+    TrialStarted,
+)
+from rightrank.report.wording import duration, size
+
+
+class Tally:
+    """Takes every event of a selection; answers in words and in seconds."""
+
+    def __init__(self) -> None:
+        self._arms = 1
+        self._ended = 0
+        self._running: dict[str, TrialStarted] = {}
+        self._begun: dict[str, float] = {}
+        self._steps: dict[str, StepDone] = {}  # the last of each trial
+        self._totals: dict[str, float] = {}  # seconds of each ended trial, with those of the one that it continued
+        self._costs: list[float] = []  # seconds of each training by itself
+        self._preparing: Preparing | None = None
+        self._higher_is_better = False
+        self._best: dict[int, float] = {}
+        self._peak_bytes = 0
+
+    def plan(self, started: RunStarted, arms: int) -> None:
+        self._arms = arms
+        self._higher_is_better = started.higher_is_better
+
+    def resume(self, outcomes: Sequence[TrialOutcome]) -> None:
+        """Take note of what ended before this process began."""
+        for outcome in outcomes:
+            self._end(outcome)
+
+    def event(self, event: RunEvent) -> str | None:
+        """Take note; a line worth keeping, if the event is worth one."""
+        match event:
+            case Preparing():
+                self._preparing = event
+            case TrialStarted():
+                self._preparing = None
+                self._running[event.trial_id] = event
+                self._begun[event.trial_id] = time.monotonic()
+            case StepDone():
+                self._steps[event.trial_id] = event
+            case TrialFinished():
+                return self._line(event, held_out_words(event))
+            case TrialDiverged():
+                return self._line(event, f"diverged at step {event.step}: {event.reason}")
+            case TrialFailed():
+                return self._line(event, event.reason)
+        return None
+
+    def curve(self) -> list[tuple[int, float]]:
+        """The best value of each rank so far."""
+        return sorted(self._best.items())
+
+    def progress_line(self) -> str:
+        if self._preparing is not None:
+            done, of, seconds = self._preparing.items, self._preparing.of_items, self._preparing.seconds
+            left = seconds / done * (of - done)
+            return f"frozen layers, once for all trials: {done} of {of} items · about {duration(left)} left"
+        parts = [self._position(), *self._at_work()]
+        if (remaining := self.remaining_seconds()) is not None:
+            parts.append(f"about {duration(remaining)} left")
+        return " · ".join(parts)
+
+    def so_far_line(self) -> str:
+        """The best rank so far and the memory it took; empty before there is one."""
+        if not self._best:
+            return ""
+        pick = max if self._higher_is_better else min
+        rank = pick(self._best, key=lambda rank: self._best[rank])
+        memory = f" · peak memory {size(self._peak_bytes)}" if self._peak_bytes else ""
+        return f"best so far: rank {rank} ({self._best[rank]:.4f}){memory}"
+
+    def remaining_seconds(self) -> float | None:
+        """What the trials under way still need, and those to come at the mean of the others; None before the first step."""
+        known = [*self._costs, *(seconds for key in self._running if (seconds := self._whole(key)) is not None)]
+        if not known:
+            return None
+        mean = sum(known) / len(known)
+        waiting = max(0, self._arms - self._ended - len(self._running))
+        return waiting * mean + sum(self._left(key, mean) for key in self._running)
+
+    def _position(self) -> str:
+        """`trial 3 of 9`; more than were expected move the end."""
+        first, last = self._ended + 1, self._ended + max(1, len(self._running))
+        end = max(self._arms, self._ended + len(self._running))
+        return f"trials {first} to {last} of {end}" if last > first else f"trial {min(first, end)} of {end}"
+
+    def _at_work(self) -> list[str]:
+        running = list(self._running.values())
+        if not running:
+            return []
+        if len(running) == 1:
+            arm = running[0]
+            named = "base model" if arm.rank == 0 else f"rank {arm.rank}, learning rate {arm.learning_rate:g}"
+        else:
+            ranks = sorted({arm.rank for arm in running})
+            named = f"{len(running)} together, rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
+        steps = [self._steps[arm.trial_id] for arm in running if arm.trial_id in self._steps]
+        if not steps:
+            return [named]
+        behind = min(steps, key=lambda step: step.step / step.steps)
+        return [named, f"step {behind.step}/{behind.steps}, loss {behind.loss:.3f}"]
+
+    def _whole(self, key: str) -> float | None:
+        """What a running training takes by itself from its first step to its last, at its pace so far."""
+        step, arm = self._steps.get(key), self._running[key]
+        if step is None or arm.rank == 0:
+            return None
+        return max(0.0, step.seconds / step.step * _last_step(arm) - self._before(arm))
+
+    def _left(self, key: str, mean: float) -> float:
+        step, arm = self._steps.get(key), self._running[key]
+        if arm.rank == 0:
+            return 0.0
+        if step is None:  # a trainer of one's own tells no steps
+            return max(0.0, mean - (time.monotonic() - self._begun[key]))
+        return step.seconds / step.step * max(0, _last_step(arm) - step.step)
+
+    def _before(self, arm: ArmFields) -> float:
+        """Seconds of the training that this one continues."""
+        return self._totals.get(arm.continue_from or "", 0.0)
+
+    def _end(self, event: TrialOutcome) -> float:
+        """Take note of an outcome; the seconds that it took by itself."""
+        step = self._steps.pop(event.trial_id, None)
+        self._running.pop(event.trial_id, None)
+        self._ended += 1
+        total = step.seconds if step is not None else 0.0
+        if isinstance(event, TrialFinished):
+            total = event.train_seconds + event.eval_seconds
+            self._peak_bytes = max(self._peak_bytes, event.peak_bytes)
+            self._note_value(event)
+        seconds = max(0.0, total - self._before(event))
+        self._totals[event.trial_id] = total
+        if event.rank > 0 and total > 0:
+            self._costs.append(seconds)
+        return seconds
+
+    def _note_value(self, event: TrialFinished) -> None:
+        if event.rank > 0 and event.arm.is_direct:
+            better = max if self._higher_is_better else min
+            self._best[event.rank] = better(event.value, self._best.get(event.rank, event.value))
+
+    def _line(self, event: TrialOutcome, text: str) -> str:
+        seconds = self._end(event)
+        name = (
+            "base model" if event.rank == 0 else f"rank {event.rank:>3}  lr {event.learning_rate:<7g} seed {event.seed}"
+        )
+        stage = event.arm.stage()
+        return f"{name:<32} {text}  ({stage + ', ' if stage else ''}{duration(seconds)})"
+
+
+def _last_step(arm: ArmFields) -> int:
+    return arm.steps if arm.stop_at is None else arm.stop_at
+
+
+def held_out_words(trial: TrialFinished) -> str:
+    """The value, by which metric where it is not the decision's, and what the base's answers took."""
+    words = f"held-out {trial.value:.4f}" + (f" ({trial.value_metric})" if trial.value_metric else "")
+    if trial.rank == 0 and trial.answer_seconds >= 1:
+        words += (
+            f"; of which the model's answers took {duration(trial.answer_seconds)}, as they will after each training"
+        )
+    return words

@@ -1,0 +1,203 @@
+"""A journal's records as evidence: what is compared with what, and which training is handed over."""
+
+from __future__ import annotations
+
+import pytest
+
+from rightrank.decision.run import (
+    Records,
+    best_trial,
+    comparable,
+    decide_run,
+    decision_so_far,
+    last_decided,
+    last_outcomes,
+    own_table,
+    records_of,
+    run_table,
+    running_trial,
+)
+from rightrank.errors import RunFolderError
+from rightrank.records import Decided, JournalRecord, TrialDiverged, TrialFailed, TrialFinished, TrialStarted
+from tests.report.runs import ITEMS, TOKENS, made_up_run
+
+
+def journal_of(records: Records) -> list[JournalRecord]:
+    return [records.started, *records.outcomes, *records.tests, *records.samples]
+
+
+def begun(trial: TrialFinished) -> TrialStarted:
+    return TrialStarted(trial_id=trial.trial_id, **trial.arm.model_dump())
+
+
+def altered(trial: TrialFinished, **changes: object) -> TrialFinished:
+    return trial.model_copy(update=changes)
+
+
+def test_records_are_sorted_by_kind() -> None:
+    made = made_up_run(diverged=[(4, 1e-3)])
+    found = records_of(journal_of(made), "run")
+    assert found == made
+    assert len(found.finished()) == len(found.outcomes) - 1
+    assert all(isinstance(trial, TrialFinished) for trial in found.finished())
+
+
+@pytest.mark.parametrize("headless", [[], [begun(made_up_run().finished()[0])]], ids=["empty", "no start"])
+def test_a_journal_without_a_start_is_no_run(headless: list[JournalRecord]) -> None:
+    with pytest.raises(RunFolderError, match=r"here: no run has started here; give a folder"):
+        records_of(headless, "here")
+
+
+def test_the_last_word_on_a_trial_counts() -> None:
+    first = made_up_run().finished()[1]
+    again = altered(first, value=1.5)
+    failed = TrialFailed(trial_id="other", **first.arm.model_dump(), error="error", reason="x")
+    assert last_outcomes([begun(first), first, failed, again]) == [again, failed]
+
+
+def test_the_trial_that_began_last_and_has_not_ended_is_running() -> None:
+    one, two, three = made_up_run().finished()[:3]
+    assert running_trial([]) is None
+    assert running_trial([begun(one), one]) is None
+    assert running_trial([begun(one), begun(two), one]) == begun(two)
+    assert running_trial([begun(one), begun(two), begun(three), two]) == begun(three)
+    for ended in (
+        TrialDiverged(trial_id=one.trial_id, **one.arm.model_dump(), step=1, reason="x"),
+        TrialFailed(trial_id=one.trial_id, **one.arm.model_dump(), error="error", reason="x"),
+    ):
+        assert running_trial([begun(one), ended]) is None
+
+
+def test_the_last_decision_is_found() -> None:
+    records = made_up_run()
+    decision = decide_run(records)
+    decided = [Decided(decision=decision, adapter_trial_id=name) for name in ("a", "b")]
+    assert last_decided(journal_of(records)) is None
+    assert last_decided([records.started, *decided, *records.tests]) == decided[1]
+
+
+def test_a_run_is_decided_at_its_own_margin_and_kind_of_loss() -> None:
+    records = made_up_run()
+    assert decide_run(records).margin == 0.02
+    records.started.settings["margin"] = None
+    assert decide_run(records).margin == 0.005
+    records.started.settings["margin"] = 1
+    assert decide_run(records).margin == 1.0
+    records.started.settings["margin"] = None
+    for form in ("classification", "own"):
+        other = Records.of(
+            records.started.model_copy(update={"data": records.started.data.model_copy(update={"form": form})}),
+            records.outcomes,
+        )
+        assert decide_run(other).margin == pytest.approx(0.01 * min(t.value for t in records.finished()), rel=0.01)
+
+
+def test_outcomes_may_be_given() -> None:
+    records = made_up_run((1, 4, 16))
+    few = [outcome for outcome in records.outcomes if outcome.rank < 16]
+    assert [evidence.rank for evidence in decide_run(records, few).ranks] == [0, 1, 4]
+    assert decision_so_far(records, [outcome for outcome in few if outcome.rank < 4]) is None
+    assert decision_so_far(records, few) == decide_run(records, few)
+
+
+def test_accuracy_is_read_from_the_items_that_are_right() -> None:
+    records = made_up_run((1, 4), (1e-3,))
+    right = {1: [1, 0] * (ITEMS // 2), 4: [1] * ITEMS, 0: [0] * ITEMS}
+    outcomes = [
+        altered(trial, item_correct=right[trial.rank], metrics={"accuracy": sum(right[trial.rank]) / ITEMS, "loss": 1})
+        for trial in records.finished()
+    ]
+    started = records.started.model_copy(update={"metric": "accuracy", "higher_is_better": True})
+    table = run_table(Records.of(started, outcomes))
+    assert (table.metric, table.higher_is_better, table.kind) == ("accuracy", True, "accuracy")
+    assert {rank: table.cells[rank, 1e-3, 0].loss for rank in (1, 4)} == {1: -0.5, 4: -1.0}
+    assert table.cells[4, 1e-3, 0].others == {"loss": 1}
+
+
+def test_a_cell_holds_what_its_trial_measured() -> None:
+    records = made_up_run((1, 4), (1e-3,), diverged=[(4, 1e-3)])
+    trial = records.finished()[1]
+    cell = run_table(records).cells[1, 1e-3, 0]
+    assert cell.trial_id == trial.trial_id
+    assert cell.value == trial.value
+    assert cell.loss == pytest.approx(trial.value)
+    assert (cell.items, float(cell.weights[0])) == (ITEMS, TOKENS)
+    assert cell.seconds == trial.train_seconds + trial.eval_seconds
+    assert (cell.steps, cell.train_value, cell.others) == (trial.steps, trial.train_value, {})
+    assert cell.points == tuple((point.step, point.value) for point in trial.points)
+    assert run_table(records).missing == {4: 1}
+
+
+def test_like_is_compared_with_like() -> None:
+    records = made_up_run((1, 4, 16), (1e-3,))
+    base, one, four, sixteen = records.finished()
+    records.outcomes[:] = [
+        base,
+        one,
+        four,
+        altered(four, trial_id="alpha", lora_alpha=64.0),
+        altered(four, trial_id="init", init_lora_weights="gaussian"),
+        altered(sixteen, stop_at=10),
+    ]
+    assert comparable(records) == [base, one, four]
+    del records.started.settings["lora_alpha"]
+    assert [outcome.trial_id for outcome in comparable(records)] == [
+        base.trial_id,
+        one.trial_id,
+        four.trial_id,
+        "alpha",
+    ]
+
+
+def test_recovered_cuts_are_compared_with_each_other() -> None:
+    records = made_up_run((1, 4, 16), (1e-3,))
+    base, one, four, sixteen = records.finished()
+    recovered = altered(four, trial_id="cut", truncate_from=sixteen.trial_id)
+    bare_cut = altered(four, trial_id="bare", truncate_from=sixteen.trial_id, steps=0)
+    records.outcomes[:] = [base, one, bare_cut, recovered, sixteen]
+    assert comparable(records) == [base, recovered]
+    records.outcomes[:] = [base, one, bare_cut, sixteen]
+    assert comparable(records) == [base, one, sixteen]
+
+
+def test_trainings_of_ones_own_have_any_metric() -> None:
+    records = made_up_run((1, 4), (1e-3,))
+    one, four = records.finished()[1:]
+    started = records.started.model_copy(
+        update={
+            "metric": "score",
+            "higher_is_better": True,
+            "data": records.started.data.model_copy(update={"form": "own"}),
+        }
+    )
+    failed = TrialFailed(trial_id="gone", **four.arm.model_dump(), error="error", reason="x")
+    own = Records.of(
+        started,
+        [
+            altered(one, metrics={"score": 3.0, "loss": 1.0}, item_scores=[2.0, 5.0], item_weights=[2.0, 1.0]),
+            altered(four, metrics={"score": 4.0}, item_scores=[4.0, 4.0], item_weights=[2.0, 1.0]),
+            failed,
+        ],
+    )
+    table = run_table(own)
+    cell = table.cells[1, 1e-3, 0]
+    assert (table.metric, table.higher_is_better, table.missing) == ("score", True, {4: 1})
+    assert (cell.value, cell.loss, cell.items) == (3.0, -3.0, 2)
+    assert cell.others == {"loss": 1.0}
+    assert (cell.seconds, cell.steps) == (one.train_seconds + one.eval_seconds, one.steps)
+    assert cell.points == tuple((point.step, point.value) for point in one.points)
+    assert cell.train_value == one.train_value
+    assert own_table(own).cells[4, 1e-3, 0].value == 4.0
+
+
+def test_the_best_seed_of_the_best_rate_is_handed_over() -> None:
+    records = made_up_run((1, 4), (1e-3, 3e-3), (0, 1, 2))
+    decision = decide_run(records)
+    of_four = [trial for trial in records.finished() if trial.rank == 4]
+    rate = next(evidence.learning_rate for evidence in decision.ranks if evidence.rank == 4)
+    at_rate = [trial for trial in of_four if trial.learning_rate == rate]
+    assert best_trial(records, decision, 4) == min(at_rate, key=lambda trial: trial.value)
+    mirrored = decision.model_copy(update={"higher_is_better": True})
+    assert best_trial(records, mirrored, 4) == max(at_rate, key=lambda trial: trial.value)
+    tied = Records.of(records.started, [altered(trial, value=2.0) for trial in records.finished()[::-1]])
+    assert best_trial(tied, decision, 4).seed == 0

@@ -1,0 +1,193 @@
+"""Tables of every kind, from a seed: what the stored decisions in `decisions.json` were made from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from rightrank.decision import ScoreTable, decide, table_of_results
+from rightrank.records import Decision, Result, Results
+
+Curve = Callable[[int], float]
+
+CURVES: dict[str, Curve] = {
+    "saturating": lambda rank: 0.3 / rank,
+    "rising": lambda rank: -0.1 * float(np.log2(rank)),
+    "flat": lambda rank: 0.0002 / rank,
+    "u_shaped": lambda rank: 0.03 * (float(np.log2(rank)) - 2) ** 2,
+    "step": lambda rank: 0.2 if rank < 8 else 0.0,
+    "slow": lambda rank: 0.1 * rank**-0.3,
+    "lucky": lambda rank: 0.004 * ((rank * 7919) % 5 - 2),
+}
+METRICS: tuple[tuple[str, bool, float, float], ...] = (  # name, higher is better, level, scale
+    ("eval_loss", False, 2.0, 1.0),
+    ("perplexity", False, 2.0, 1.0),  # the level and scale are of its logarithm
+    ("accuracy", True, 0.7, 0.5),
+    ("gsm8k", True, 60.0, 40.0),
+    ("BLEU", True, 65.0, 10.0),
+    ("value", False, 5.0, 1.0),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class World:
+    """What a table is drawn from."""
+
+    curve: str
+    metric: str = "eval_loss"
+    ranks: tuple[int, ...] = (1, 2, 4, 8, 16)
+    rates: tuple[float, ...] = (1e-3,)
+    seeds: tuple[int, ...] = (0,)
+    items: int = 0  # 0: one number a training
+    noise: float = 0.004  # of an item's difference between ranks, or of a training's number
+    base: float | None = None  # worse than the level by this much; None: not measured
+    std: float | None = None
+    margin: float | None = None
+    weighted: bool = False
+    missing: tuple[int, ...] = ()
+    points: bool = False
+    parting: float = 0.0  # how much lower ranks fall off along the training
+    trained: float | None = None  # training values fall by this much an octave
+    other: str | None = None  # a further metric, which wants the top rank
+    horizon: int | None = None
+    token_loss: bool = True
+    seed: int = 0
+
+
+def decide_in(world: World) -> Decision:
+    return decide(table_in(world), world.margin, world.token_loss, horizon_steps=world.horizon)
+
+
+def table_in(world: World) -> ScoreTable:
+    _, higher, level, scale = next(metric for metric in METRICS if metric[0] == world.metric)
+    generator = np.random.default_rng(world.seed)
+    ease = 0.4 * generator.standard_normal(max(world.items, 1)) * (world.items > 0)
+    weights = generator.integers(1, 9, size=max(world.items, 1)).astype(float) if world.weighted else None
+    results: list[Result] = []
+    for rank in ((0,) if world.base is not None else ()) + world.ranks:
+        for rate in world.rates if rank else (0.0,):
+            for seed in world.seeds if rank else (0,):
+                worse = (world.base or 0.0) if rank == 0 else CURVES[world.curve](rank)
+                worse += 0.01 * abs(float(np.log10(rate / world.rates[0]))) if rank else 0.0
+                noise = world.noise * generator.standard_normal(len(ease))
+                scores = level + scale * ((-1 if higher else 1) * (worse + noise) + ease)
+                if world.metric == "perplexity":
+                    scores = np.exp(scores)
+                results.append(_result(world, rank, rate, seed, scores, weights))
+    results += [Result(trial_id=f"gone-{rank}", rank=rank, value=None) for rank in world.missing]
+    return table_of_results(Results(metric=world.metric, higher_is_better=higher, results=results, understood=[]))
+
+
+def _result(world: World, rank: int, rate: float, seed: int, scores: Any, weights: Any) -> Result:
+    value = float(np.average(scores, weights=weights))
+    octave = float(np.log2(rank)) if rank else 0.0
+    points: Sequence[tuple[int, float]] = ()
+    if world.points:
+        parting = world.parting / max(rank, 1)
+        points = [(step, value + parting * (step - 100) / 100 + (100 - step) / 50) for step in (25, 50, 75, 100)]
+    return Result(
+        trial_id=f"{rank}-{rate:g}-{seed}",
+        rank=rank,
+        learning_rate=rate,
+        seed=seed,
+        value=value,
+        item_values=scores.tolist() if world.items else [],
+        item_weights=weights.tolist() if world.items and world.weighted else [],
+        std=world.std,
+        std_seeds=3 if world.std is not None else 1,
+        train_value=None if world.trained is None else 1.9 - world.trained * octave,
+        seconds=None if seed == 7 else 50.0 + 30 * rank,
+        steps=100 if world.points else None,
+        points=list(points),
+        others={world.other: 0.5 + 0.1 * octave} if world.other else {},
+    )
+
+
+def worlds() -> dict[str, World]:
+    """Every branch by name, then a draw of combinations."""
+    named = {
+        "bare saturating": World("saturating"),
+        "bare rising": World("rising"),
+        "bare flat": World("flat", noise=0.0),
+        "bare u-shaped, training falls": World("u_shaped", trained=0.1),
+        "bare u-shaped, training rises": World("u_shaped", trained=-0.1),
+        "bare no gain": World("flat", base=0.001, noise=0.0),
+        "bare gain": World("saturating", base=1.0),
+        "bare two ranks": World("saturating", ranks=(2, 16)),
+        "bare perplexity": World("saturating", "perplexity"),
+        "bare percent": World("saturating", "gsm8k"),
+        "bare relative": World("slow", "BLEU"),
+        "bare unnamed": World("step", "value"),
+        "stated": World("saturating", std=0.002),
+        "stated perplexity": World("saturating", "perplexity", std=0.02),
+        "stated rising": World("rising", std=0.01),
+        "stated wide": World("slow", std=0.2, margin=0.02),
+        "one seed of items": World("saturating", items=120),
+        "one seed of accuracy": World("saturating", "accuracy", items=120),
+        "one seed, no token loss": World("saturating", items=120, token_loss=False),
+        "items and seeds": World("saturating", items=100, seeds=(0, 1, 2), base=1.0),
+        "items and seeds, weighted": World("saturating", items=100, seeds=(0, 1), weighted=True),
+        "items of perplexity": World("slow", "perplexity", items=80, seeds=(0, 1)),
+        "noisy items": World("saturating", items=40, noise=0.05, margin=0.01),
+        "noisy items and seeds": World("slow", items=40, seeds=(0, 1, 2), noise=0.05, margin=0.01),
+        "hopeless": World("flat", items=12, seeds=(0, 1), noise=0.5, margin=1e-4),
+        "hopeless, no items": World("flat", seeds=(0, 1), noise=0.5, margin=1e-4),
+        "lucky low rank": World("lucky", items=30, seeds=(0, 1), noise=0.08, margin=0.005),
+        "base open": World("flat", items=40, noise=0.05, base=0.008, margin=0.01),
+        "base open, better": World("flat", items=40, noise=0.05, base=-0.001, margin=0.02),
+        "no gain by items": World("flat", items=100, seeds=(0, 1, 2), base=0.0, margin=0.02),
+        "seeds only": World("saturating", seeds=(0, 1, 2)),
+        "seeds only, no seconds": World("slow", seeds=(7,), rates=(1e-3, 3e-3)),
+        "seeds only, noisy": World("slow", seeds=(0, 1, 2), noise=0.03),
+        "rates inside": World("saturating", rates=(1e-3, 3e-4, 3e-3), seeds=(0, 1), items=60),
+        "rates at the upper edge": World("saturating", rates=(3e-3, 1e-3, 3e-4), seeds=(0, 1), items=60),
+        "rates at the edge, rising": World("rising", rates=(3e-3, 1e-3), items=60),
+        "rates at the edge, undecided": World("slow", rates=(1e-4, 1e-3), items=20, noise=0.05, margin=0.01),
+        "winner of noise": World("flat", rates=(1e-3, 9e-4, 8e-4), seeds=(0, 1), noise=0.02, margin=0.005),
+        "missing": World("saturating", missing=(16, 16, 8), items=60),
+        "missing seeds of one rank": World("saturating", missing=(4,), seeds=(0, 1)),
+        "settled order": World("saturating", points=True, items=40),
+        "parting": World("slow", points=True, parting=0.2, items=40, seeds=(0, 1), margin=0.06, noise=0.001),
+        "parting, higher is better": World("slow", "accuracy", points=True, parting=-0.1, margin=0.03),
+        "horizon beyond": World("saturating", points=True, horizon=1000, items=40),
+        "horizon within": World("saturating", points=True, horizon=50, items=40),
+        "conflict": World("step", other="eval_accuracy", items=60),
+        "conflict of perplexity": World("step", other="perplexity", items=60),
+        "no conflict in what is no metric": World("step", other="colour", items=60),
+        "overfitting by items": World("u_shaped", items=100, seeds=(0, 1, 2), trained=0.1),
+        "flat by items": World("flat", items=200, seeds=(0, 1, 2), margin=0.01),
+        "rising by items": World("rising", items=100, seeds=(0, 1, 2)),
+        "large margin": World("saturating", items=60, margin=1.0),
+        "rising but open": World("slow", items=60, seeds=(0, 1), noise=0.015, margin=0.006, seed=5),
+        "rising, above the margin alone": World("slow", items=60, seeds=(0, 1), noise=0.015, margin=0.008, seed=3),
+        "many ranks": World("slow", ranks=(1, 2, 4, 8, 16, 32, 64, 128, 256), items=60, seeds=(0, 1), margin=0.02),
+    }
+    generator = np.random.default_rng(2024)
+    drawn = {f"drawn {number}": _drawn(generator, number) for number in range(48)}
+    return named | drawn
+
+
+def _drawn(generator: np.random.Generator, number: int) -> World:
+    names = list(CURVES)
+    metric = METRICS[int(generator.integers(len(METRICS)))]
+    items = int(generator.choice([0, 0, 25, 60]))
+    return World(
+        curve=names[int(generator.integers(len(names)))],
+        metric=metric[0],
+        ranks=tuple(2**power for power in range(int(generator.integers(2)), int(generator.integers(3, 8)))),
+        rates=((1e-3,), (1e-3, 3e-3), (3e-4, 1e-4, 1e-3))[int(generator.integers(3))],
+        seeds=((0,), (0, 1), (0, 1, 2))[int(generator.integers(3))],
+        items=items,
+        noise=float(generator.choice([0.001, 0.01, 0.04])),
+        base=float(generator.choice([0.001, 0.5])) if generator.random() < 0.4 else None,
+        std=float(metric[3] * generator.choice([0.001, 0.02])) if items == 0 and generator.random() < 0.3 else None,
+        margin=None if generator.random() < 0.5 else float(metric[3] * generator.choice([0.002, 0.02, 0.1])),
+        weighted=bool(generator.random() < 0.3),
+        points=bool(generator.random() < 0.3),
+        parting=float(generator.choice([-0.05, 0.05, 0.2])),
+        trained=float(generator.choice([-0.1, 0.1])) if generator.random() < 0.4 else None,
+        seed=number,
+    )
