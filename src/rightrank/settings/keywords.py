@@ -31,7 +31,7 @@ class SelectKeywords(TypedDict, total=False):
     memory_bytes: int | str  # a number, or with a unit, such as "24GiB"
     pack_size: int
     certify: bool
-    executor: Literal[local, processes, ray]
+    executor: Literal["local", "processes", "ray"]
     workers: int
     ray_address: str
     report_to: Sequence[str]
