@@ -11,12 +11,13 @@ import os
 import queue
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from rightrank.errors import InputError, MissingExtraError, RunError
 from rightrank.executors.messages import NEWS, Command, News, Orders, Stop, Task
 from rightrank.executors.pool import Lost
+from rightrank.executors.worker import Service
 
 CONNECT_SECONDS = 10.0
 SPARE = 0.05  # of a GPU's memory, left to what its other workers' kernels take
@@ -26,11 +27,12 @@ class RayWorker:
     """The actor. `listen` is one long stream of what the worker tells."""
 
     def __init__(self) -> None:
-        from rightrank.executors.worker import Service
-
         self._news: queue.SimpleQueue[str] = queue.SimpleQueue()
-        self._service = Service(lambda news: self._news.put(news.model_dump_json()))
+        self._service = self.service(lambda news: self._news.put(news.model_dump_json()))
         threading.Thread(target=self._service.work, daemon=True).start()
+
+    def service(self, tell: Callable[[News], None]) -> Service:
+        return Service(tell)
 
     def say(self, line: str) -> None:
         self._service.say(line)

@@ -1,0 +1,39 @@
+"""A worker that sleeps where a real one trains: `steps` milliseconds for each trial."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+
+from benchmarks.scale.simulated import result_of
+from rightrank.executors.messages import Job, News
+from rightrank.executors.ray_cluster import RayWorker
+from rightrank.executors.worker import Service, Worker, main
+from rightrank.records import Trial, TrialOutcome, TrialStarted
+
+
+class StubWorker(Worker):
+    """The worker's own words and queue; only its training is not one."""
+
+    def _executor(self, job: Job) -> StubExecutor:  # type: ignore[override]
+        return StubExecutor(self._tell)
+
+
+class StubExecutor:
+    def __init__(self, tell: Callable[[News], None]) -> None:
+        self._tell = tell
+
+    def run(self, trials: Sequence[Trial], base_loss: float | None) -> Iterator[TrialOutcome]:
+        for trial in trials:
+            self._tell(TrialStarted(trial_id=trial.trial_id, **trial.arm.model_dump()))
+            time.sleep(trial.arm.steps / 1000)
+            yield result_of(trial)
+
+
+class StubRayWorker(RayWorker):
+    def service(self, tell: Callable[[News], None]) -> Service:
+        return Service(tell, StubWorker)
+
+
+if __name__ == "__main__":
+    main(StubWorker)
