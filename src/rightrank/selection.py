@@ -156,7 +156,7 @@ class Selection:
             self._write_views_so_far()
             raise AllTrialsFailedError(
                 f"fewer than two ranks have a whole training: there is nothing to compare{first}; "
-                f"give a larger budget, or {self._terms.advice}"
+                f"{self._terms.advice}, or a larger budget"
             ) from None
 
     def write_views(self, decision: Decision | None) -> None:

@@ -55,7 +55,7 @@ def test_processes_come_to_the_same_decision_though_one_is_killed(
             os.kill(killed[0], signal.SIGKILL)
 
     notices: list[str] = []
-    settings = small_settings(**STEPS, executor="processes", workers=2)
+    settings = small_settings(**STEPS, executor="processes", workers=2, launcher="nice -n 1")
     watching = Watching(on_event=kill_once, notice=notices.append)
     select_rank(str(model_folder), completion_file, tmp_path / "run", settings=settings, watching=watching)
     assert decision_of(tmp_path / "run") == decision_of(alone)

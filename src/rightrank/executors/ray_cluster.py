@@ -10,6 +10,7 @@ import logging
 import os
 import queue
 import socket
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -51,6 +52,7 @@ class RayCrew:
     def __init__(
         self, orders: Orders, address: str | None, bytes_planned: int | None, on_cuda: bool, actor: type = RayWorker
     ) -> None:
+        self._joined_before = _is_joined()
         self._ray = connected(address)
         self._orders = orders
         self._resources = resources(bytes_planned, on_cuda)
@@ -114,7 +116,8 @@ class RayCrew:
     def close(self) -> None:
         for worker in list(self._actors):
             self.end(worker)
-        self._ray.shutdown()
+        if not self._joined_before:
+            self._ray.shutdown()
 
     def _say(self, worker: str, command: Command) -> None:
         self._actors[worker].say.remote(command.model_dump_json())
@@ -127,6 +130,12 @@ class RayCrew:
         raise InputError(
             f"no node of the Ray cluster has room for a worker ({wanted}); give smaller ranks, batch_size or seq_len, or larger nodes"
         )
+
+
+def _is_joined() -> bool:
+    """Whether the caller has a Ray session of its own, which is then left open."""
+    ray = sys.modules.get("ray")
+    return ray is not None and bool(ray.is_initialized())
 
 
 def connected(address: str | None) -> Any:
