@@ -116,8 +116,10 @@ def _select(request: Request, folder: RunFolder, watching: Watching) -> Selected
     from rightrank.selection import Selection, Terms
     from rightrank.strategies import make_strategy
     from rightrank.strategies.sweep import sweep_rows
+    from rightrank.trackers import Trackers, require_trackers
 
     make_strategy(request.settings, request.settings.max_steps or 1)  # a wrong name is told before anything is loaded
+    require_trackers(request.settings.report_to)
     folder.journal.read(watching.notice)
     prepared = prepare(request, folder.cache, watching.notice)
     strategy = make_strategy(prepared.settings, prepared.steps, token_loss=prepared.is_token_loss)
@@ -126,7 +128,15 @@ def _select(request: Request, folder: RunFolder, watching: Watching) -> Selected
         prepared.bench, folder, watcher, lambda event: selection.note_start(event), watching.notice
     )
     terms = Terms(peak_bytes=prepared.planned.peak_bytes if prepared.planned else {})
-    selection = Selection(folder, prepared.started, strategy, watching.on_event, terms)
+    trackers = Trackers(request.settings.report_to, folder.path, prepared.started, watching.notice)
+
+    def listener(event: RunEvent) -> None:
+        watching.on_event(event)
+        trackers.event(event)
+
+    selection = Selection(folder, prepared.started, strategy, listener, terms)
+    for outcome in selection.records.outcomes:
+        trackers.event(outcome)  # one that a resumed run had no time to tell of
     folder.write_config(prepared.started.settings)
     watching.on_plan(prepared.started, strategy.expected_arms(), prepared.steps)
     if selection.records.outcomes:
@@ -136,6 +146,7 @@ def _select(request: Request, folder: RunFolder, watching: Watching) -> Selected
         watching.notice(answers_line(prepared.settings, prepared.started))
     decision = selection.run(executor)
     hand_over_trained(selection, prepared.bench, decision)
+    trackers.decided(decision)
     if request.settings.certify:
         watching.notice(certify_selection(selection, prepared.bench, decision, watcher).sentence())
     sweep = sweep_rows(prepared.started, selection.records.outcomes)

@@ -120,9 +120,13 @@ def metrics_of(records: Records) -> list[str]:
     return list(dict.fromkeys([records.started.metric, *names]))
 
 
-def run_table(records: Records, outcomes: Sequence[TrialOutcome], metric: str) -> ScoreTable:
-    """The scores of a run, of ours or of a trainer of one's own."""
+def run_table(
+    records: Records, outcomes: Sequence[TrialOutcome] | None = None, metric: str | None = None
+) -> ScoreTable:
+    """The scores of a run, of ours or of a trainer of one's own; unless told, by the metric that decides."""
     started = records.started
+    outcomes = comparable(records) if outcomes is None else outcomes
+    metric = metric or started.metric
     if started.data.form == "own":
         return own_table(records, outcomes)
     lower = started.settings.get("lower_is_better")
