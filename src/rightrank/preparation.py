@@ -72,20 +72,23 @@ class _Sources:
     encoded: EncodedData
 
 
-def prepare(request: Request, cache: Path, notice: Notice = lambda _: None) -> Prepared:
-    """Load, encode, plan; `cache` is the folder for what the arms share on disk.
+Bases: TypeAlias = dict[tuple[object, ...], LoadedModel]  # what was loaded, by all that its loading depends on
+
+
+def prepare(request: Request, cache: Path, notice: Notice = lambda _: None, bases: Bases | None = None) -> Prepared:
+    """Load, encode, plan; `cache` is the folder for what the arms share on disk, `bases` what other requests loaded.
 
     Raises:
         InputError: model, data or settings can't be used.
     """
-    sources = _load(request)
+    sources = _load(request, {} if bases is None else bases)
     settings, planned = _settle(sources, request.settings, notice)
     steps = training_steps(settings, len(sources.encoded.splits["train"]))
     bench = Bench(sources.loaded, sources.encoded, settings, steps, cache)
     return Prepared(bench, settings, steps, _started(request, sources, settings, steps), planned)
 
 
-def _load(request: Request) -> _Sources:
+def _load(request: Request, bases: Bases) -> _Sources:
     settings = request.settings
     require_scorers(settings)
     if isinstance(request.model, str):
@@ -94,18 +97,28 @@ def _load(request: Request) -> _Sources:
             raise SettingsError("tokenizer: given beside the name of a model, which brings its own; leave it out")
     splits = load_data(Path(request.data) if isinstance(request.data, str) else request.data, settings)
     _require_metrics_fit(settings, splits.form)
-    if isinstance(request.model, str):
-        loaded = load_model(
+    loaded = _base(request, splits.classes, bases)
+    return _Sources(splits, loaded, encode(splits, loaded, settings))
+
+
+def _base(request: Request, classes: list[str] | None, bases: Bases) -> LoadedModel:
+    """The frozen base; loaded once for all requests that ask for the same."""
+    settings = request.settings
+    if not isinstance(request.model, str):
+        return adopt_model(request.model, request.tokenizer, settings.device, classes)
+    labels = None if classes is None else tuple(classes)
+    how = (settings.dtype, settings.device, labels, settings.trust_remote_code, settings.weight_bits)
+    key = (request.model, *how)
+    if key not in bases:
+        bases[key] = load_model(
             request.model,
             settings.dtype,
             settings.device,
-            splits.classes,
+            classes,
             settings.trust_remote_code,
             settings.weight_bits,
         )
-    else:
-        loaded = adopt_model(request.model, request.tokenizer, settings.device, splits.classes)
-    return _Sources(splits, loaded, encode(splits, loaded, settings))
+    return bases[key]
 
 
 def _require_metrics_fit(settings: SelectSettings, form: DataForm) -> None:
@@ -129,7 +142,7 @@ def _require_metrics_fit(settings: SelectSettings, form: DataForm) -> None:
 def _settle(sources: _Sources, settings: SelectSettings, notice: Notice) -> tuple[SelectSettings, SelectionPlan | None]:
     """The settings with the ranks to begin with: those asked for, or a range that data and model suggest, that fit."""
     config, encoded = sources.loaded.model.config, sources.encoded
-    if encoded.is_classification or not is_known(config):  # the plan builds the model from its configuration
+    if encoded.is_classification or not is_known(config, classification=False):
         return settings, None
     if "ranks" not in settings.model_fields_set:
         first_loss = first_pass_loss(sources.loaded, encoded.splits["selection"])

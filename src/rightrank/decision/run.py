@@ -141,7 +141,9 @@ def comparable(records: Records) -> list[TrialOutcome]:
     plain = [
         outcome
         for outcome in records.outcomes
-        if outcome.init_lora_weights is None and (alpha is None or outcome.lora_alpha == alpha)
+        if outcome.init_lora_weights is None
+        and outcome.target_modules is None
+        and (alpha is None or outcome.lora_alpha == alpha)
     ]
     recovered = [outcome for outcome in plain if outcome.truncate_from is not None and outcome.steps > 0]
     if recovered:
@@ -149,8 +151,9 @@ def comparable(records: Records) -> list[TrialOutcome]:
     return [outcome for outcome in plain if outcome.arm.is_direct]
 
 
-def own_table(records: Records, outcomes: Sequence[TrialOutcome]) -> ScoreTable:
-    """Any metric, by items where there are any, else by its one number a trial."""
+def own_table(records: Records, outcomes: Sequence[TrialOutcome] | None = None) -> ScoreTable:
+    """Any metric, by items where there are any, else by its one number a trial; of all outcomes unless told."""
+    outcomes = records.outcomes if outcomes is None else outcomes
     metric = records.started.metric
     results = [_own_result(outcome, metric) for outcome in outcomes]
     return table_of_results(

@@ -30,6 +30,7 @@ class ArmFields(Record):
     continue_from: str | None = None  # trial id: the same arm, stopped early
     truncate_from: str | None = None  # trial id: a finished training at a rank not below this one
     init_lora_weights: str | None = None  # None: as the settings say
+    target_modules: tuple[str, ...] | None = None  # None: as the settings say
 
     @property
     def arm(self) -> Arm:

@@ -8,6 +8,7 @@ from rightrank.errors import SettingsError
 from rightrank.io.files import replacing
 from rightrank.records import Decision, RankEvidence
 from rightrank.report.draw import draw
+from rightrank.report.figure import visible
 from rightrank.report.rank_curve import rank_figure, terminal_curve
 
 FLAGS = {
@@ -26,10 +27,11 @@ CURVE_WIDTH, CURVE_HEIGHT = 72, 14
 
 def decision_text(decision: Decision, understood: list[str], colour: bool, width: int) -> str:
     """All of it, ready to print."""
-    parts = [f"read:    {'; '.join(understood)}"] if understood else []
+    parts = [visible(f"read:    {'; '.join(understood)}")] if understood else []
     trained = [(evidence.rank, evidence.value) for evidence in decision.ranks if evidence.rank > 0]
     curve = terminal_curve(trained, min(width, CURVE_WIDTH), CURVE_HEIGHT, colour)
-    return "\n".join([*parts, "", *([curve] if curve else []), *evidence_lines(decision), "", *answer_lines(decision)])
+    evidence, answer = map(visible, evidence_lines(decision)), map(visible, answer_lines(decision))
+    return "\n".join([*parts, "", *([curve] if curve else []), *evidence, "", *answer])
 
 
 def write_plot(decision: Decision, path: Path) -> None:

@@ -66,7 +66,7 @@ def render_report(
             slider=_slider(decision),
             rank_plot=next((figure for figure in plots if figure.name == "rank_curve"), None),
             staircase=next((figure for figure in plots if figure.name == "staircase"), None),
-            heat_map=next((figure for figure in figures if isinstance(figure, HeatMap)), None),
+            heat_maps=[figure for figure in figures if isinstance(figure, HeatMap)],
             plots=[figure for figure in plots if figure.name not in ("rank_curve", "staircase")],
             rows=[_row(outcome) for outcome in records.outcomes],
             fold_rows=len(records.outcomes) > MOST_ROWS_IN_SIGHT,

@@ -14,7 +14,19 @@ from rightrank.settings.metric_spec import MetricSpec, parse_metrics
 from rightrank.settings.values import DtypeName, checked, parse_bytes
 
 # What changes how a selection runs and not what it finds: it may differ when a run is resumed.
-NOT_IDENTITY = ("pack_size", "certify", "checkpoint_seconds", "memory_bytes", "metric_timeout_seconds", "report_to")
+NOT_IDENTITY = (
+    "pack_size",
+    "certify",
+    "checkpoint_seconds",
+    "memory_bytes",
+    "executor",
+    "workers",
+    "ray_address",
+    "launcher",
+    "hang_seconds",
+    "metric_timeout_seconds",
+    "report_to",
+)
 
 Scaling: TypeAlias = Literal["alpha/r", "alpha/sqrt(r)", "constant"]
 
@@ -96,6 +108,11 @@ class SelectSettings(BaseModel):
     pack_size: int | None = Field(default=None, gt=0)  # arms trained together; None: as many as pay and fit
     certify: bool = False  # train one arm again alone and compare
     checkpoint_seconds: float = Field(default=60.0, gt=0)
+    executor: Literal["local", "processes", "ray"] = "local"  # in this process, or workers with a base of their own
+    workers: int | None = Field(default=None, gt=0)  # None: one a CUDA device, on Ray as many as it has room for
+    ray_address: str | None = None  # None: a cluster that runs on this machine, else one of this run's own
+    launcher: str = ""  # words before the command of a worker process, such as "srun --ntasks=1 --gpus=1"
+    hang_seconds: float = Field(default=600.0, gt=0)  # without a step of a worker, before it is given up
     trust_remote_code: bool = False
     report_to: tuple[str, ...] = ()  # trackers that are told of every trial: trackio, wandb, mlflow, tensorboard
 
@@ -146,6 +163,19 @@ class SelectSettings(BaseModel):
                 "test_fraction + selection_fraction leave under a tenth of the items for training: "
                 f"got {self.test_fraction:g} + {self.selection_fraction:g}, give less than 0.9 together"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _workers_of_an_executor(self) -> SelectSettings:
+        for name, given, executors in (
+            ("workers", self.workers, ("processes", "ray")),
+            ("ray_address", self.ray_address, ("ray",)),
+            ("launcher", self.launcher, ("processes",)),
+        ):
+            if given and self.executor not in executors:
+                raise ValueError(
+                    f"{name} was given and the executor is {self.executor!r}: give executor {' or '.join(executors)}"
+                )
         return self
 
     @model_validator(mode="after")

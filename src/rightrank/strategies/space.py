@@ -28,7 +28,7 @@ class Space:
     points_are_losses: bool = False  # along a training, where the metric itself is measured at its end alone
     stages: bool = True  # trainings can be stopped, continued and cut; a trainer of one's own can't
     scaling: Scaling = "alpha/r"
-    variants: tuple[Variant, ...] = ()  # further values of alpha, scaling or init, tried at the end
+    variants: tuple[Variant, ...] = ()  # further values of alpha, scaling, init or targets, tried at the end
     budget_steps: float | None = None  # optimizer steps over all arms
     budget_seconds: float | None = None  # of training and evaluation, over all arms
 
@@ -48,7 +48,7 @@ class Space:
 
     def is_plain(self, arm: Arm) -> bool:
         """Whether the arm has the setting that all ranks share, and not a variant's."""
-        return arm.lora_alpha == self.lora_alpha and arm.init_lora_weights is None
+        return arm.lora_alpha == self.lora_alpha and arm.init_lora_weights is None and arm.target_modules is None
 
     def margin_at(self, reference_loss: float) -> float:
         if self.margin is not None:

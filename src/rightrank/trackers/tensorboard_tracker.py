@@ -17,13 +17,13 @@ class TensorboardTracker:
         self._folder = folder
 
     def write(self, run: TrackedRun) -> None:
-        with SummaryWriter(str(self._folder / run.name)) as writer:  # type: ignore[no-untyped-call]
+        with SummaryWriter(str(self._folder / run.name)) as writer:
             for step, values in run.steps.items():
                 for name, value in values.items():
-                    writer.add_scalar(name, value, step)  # type: ignore[no-untyped-call]
+                    writer.add_scalar(name, value, step)
             for name, scores in run.items.items():
                 for number, score in enumerate(scores):
-                    writer.add_scalar(name, score, number)  # type: ignore[no-untyped-call]
+                    writer.add_scalar(name, score, number)
             last = max(run.steps, default=0)
             for name, told in (("config", run.config), ("summary", run.summary)):
-                writer.add_text(name, f"```json\n{json.dumps(dict(told), indent=1)}\n```", last)  # type: ignore[no-untyped-call]
+                writer.add_text(name, f"```json\n{json.dumps(dict(told), indent=1)}\n```", last)

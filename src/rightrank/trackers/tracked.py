@@ -41,7 +41,8 @@ def tracked_trial(started: RunStarted, outcome: TrialOutcome, group: str) -> Tra
         "lora_alpha": arm.lora_alpha,
         "steps": arm.steps,
         "stage": arm.stage() or "whole",
-    } | {f"settings/{name}": plain(value) for name, value in started.settings.items()}
+    }
+    config |= {f"settings/{name}": plain(value) for name, value in started.settings.items()}
     name = f"r{arm.rank}-lr{arm.learning_rate:g}-seed{arm.seed}-{outcome.trial_id[:6]}"
     if not isinstance(outcome, TrialFinished):
         summary = {"outcome": outcome.type, "reason": outcome.reason}

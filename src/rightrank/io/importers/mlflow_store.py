@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from rightrank.errors import ResultsError
-from rightrank.io.reading import UnreadableError, read_text
 from rightrank.io.importers.items import apart
+from rightrank.io.reading import UnreadableError, read_text
 from rightrank.io.rows import Row
 
 MOST_DEPTH = 3

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from rightrank.errors import ResultsError
-from rightrank.io.reading import UnreadableError, kind_of, parse_json
 from rightrank.io.importers.items import apart
+from rightrank.io.reading import UnreadableError, kind_of, parse_json
 from rightrank.io.rows import Row
 
 _HEADER = b"SQLite format 3\x00"
