@@ -15,6 +15,7 @@ from rightrank.errors import MissingExtraError, SettingsError
 from rightrank.io.journal import Journal
 from rightrank.trackers import Trackers, require_trackers, telling
 from tests.report.test_views import journal_of
+from tests.test_select import run, select_arguments
 
 
 @pytest.fixture
@@ -135,6 +136,7 @@ def _key(item: Any) -> str:
 
 @pytest.mark.filterwarnings("ignore")  # Trackio's own
 def test_trackio(records: Records, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRACKIO_DIR", str(Path("trackio").resolve()))
     pytest.importorskip("trackio")
     from trackio.sqlite_storage import SQLiteStorage
 
@@ -191,3 +193,25 @@ def test_an_optuna_study_opens_and_decides(records: Records) -> None:
     assert study.best_params["rank"] == min(whole, key=lambda trial: trial.value).rank
     values = [{"rank": t.rank, "lr": t.learning_rate, "seed": t.seed, "value": t.value} for t in whole]
     assert decide(path).decision.fallback_rank == decide(values).decision.fallback_rank
+
+
+def test_a_selection_that_reports_decides_the_same_from_there(
+    model_folder: Path,
+    completion_file: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pytest.importorskip("tensorboard")
+    monkeypatch.chdir(tmp_path)
+    command = select_arguments(model_folder, completion_file, tmp_path / "out", "--report-to", "tensorboard")
+    status, out, err = run([*command, "--json", "--quiet"], capsys)
+    assert status == 0, err
+    ours = json.loads(out)
+    found = decide(tmp_path / "out" / "tensorboard", margin=ours["margin"]).decision
+    assert (found.rank, found.verdict, found.basis) == (ours["rank"], ours["verdict"], ours["basis"])
+    assert [e.difference for e in found.ranks] == pytest.approx([e["difference"] for e in ours["ranks"]], abs=1e-5)
+    before = sorted(path.name for path in (tmp_path / "out" / "tensorboard").rglob("events*"))
+    status, _, err = run([*command, "--json", "--quiet"], capsys)
+    assert status == 0, err
+    assert sorted(path.name for path in (tmp_path / "out" / "tensorboard").rglob("events*")) == before
