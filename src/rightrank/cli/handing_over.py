@@ -25,7 +25,9 @@ def report(run: Path, as_json: bool) -> None:
 @click.command(epilog="Example: rightrank export run --to axolotl")
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option(
-    "--to", required=True, help="peft, trl, axolotl, llamafactory, unsloth, ms-swift, vllm, sglang, llama.cpp, ollama."
+    "--to",
+    required=True,
+    help="peft, trl, axolotl, llamafactory, unsloth, ms-swift, vllm, sglang, llama.cpp, ollama, or optuna.",
 )
 @click.option("--out", type=click.Path(path_type=Path), help="Folder to write (default: RUN/exports/TARGET).")
 @click.option(
@@ -34,7 +36,7 @@ def report(run: Path, as_json: bool) -> None:
 @click.option("--push-to-hub", "repository", metavar="OWNER/NAME", help="With --to peft: upload it, private.")
 @click.option("--json", "as_json", is_flag=True, help="Print what was written as one JSON object.")
 def export(run: Path, to: str, out: Path | None, pad: bool, repository: str | None, as_json: bool) -> None:
-    """Write what another program needs to train with RUN's rank, or to serve its adapter."""
+    """Write what another program needs to train with RUN's rank, or to serve its adapter; or its trials for Optuna."""
     from rightrank.runs import export as write_export
 
     exported = write_export(run, to, out, pad=pad, push_to_hub=repository)
