@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from benchmarks.reliability.checkpoints import save_llama
 
 from rightrank import preparation
 from rightrank.cli import stopping
@@ -38,7 +39,7 @@ FIXTURE = Path(__file__).parent / "fixtures" / "runs" / "schema-1"
 SELECT = [
     "select", "model", "data.jsonl", "--out", "run", "--strategy", "grid", "--ranks", "1,4", "--learning-rates", "1e-2",
     "--max-steps", "8", "--batch-size", "4", "--seq-len", "32", "--eval-items", "12", "--set", "eval_points=2",
-    "--set", "samples=0", "--device", "cpu", "--quiet",
+    "--set", "samples=1", "--device", "cpu", "--quiet",
 ]  # fmt: skip
 
 
@@ -188,7 +189,7 @@ def _hold(path: Path, gate: object, held: object) -> None:
 
 
 def test_of_many_processes_at_once_one_works_and_the_others_are_told(tmp_path: Path) -> None:
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("fork")
     gate, held = context.Barrier(3), context.Queue()
     processes = [context.Process(target=_hold, args=(tmp_path / "run", gate, held)) for _ in range(3)]
     for process in processes:
@@ -240,28 +241,29 @@ import resource, sys
 import rightrank.executors.local, rightrank.selection, rightrank.handover  # loaded before the limit
 from rightrank.cli import main
 size = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmSize:")) * 1024
-resource.setrlimit(resource.RLIMIT_AS, (size + 700 * 2**20, resource.RLIM_INFINITY))
+resource.setrlimit(resource.RLIMIT_AS, (size + 800 * 2**20, resource.RLIM_INFINITY))
 main(sys.argv[1:])
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="address space is limited as Linux does it")
 def test_out_of_memory_on_a_cpu_is_tried_twice_and_recorded_and_the_rest_goes_on(
-    model_folder: Path, completion_file: Path, tmp_path: Path
+    completion_file: Path, tmp_path: Path
 ) -> None:
-    """A real limit on the process: rank 200,000 takes over 1 GB for its factors alone."""
-    arguments = [*SELECT, "--ranks", "1,4,200000"]
-    arguments[1:3] = [str(model_folder), str(completion_file)]
+    """A real limit on the process: rank 2,048 takes over 1.1 GB for its factors, their gradients and AdamW's moments."""
+    model = save_llama(tmp_path / "model", width=2048, layers=1)
+    arguments = [*SELECT, "--ranks", "1,4,2048", "--max-steps", "2", "--set", "samples=0"]
+    arguments[1:3] = [str(model), str(completion_file)]
     arguments[4] = str(tmp_path / "run")
     arguments.remove("--quiet")
     ended = subprocess.run(
         [sys.executable, "-c", HUNGRY, *arguments], check=False, capture_output=True, text=True, timeout=300
     )
     assert ended.returncode == 0, ended.stderr
-    assert "r=200000 lr=0.01 seed=0 ran out of memory on cpu: trying it once more" in ended.stderr
+    assert "r=2048 lr=0.01 seed=0 ran out of memory on cpu: trying it once more" in ended.stderr
     records = Journal(tmp_path / "run" / "journal.jsonl").read()
     failed = [record for record in records if isinstance(record, TrialFailed)]
-    assert [(record.rank, record.error) for record in failed] == [(200_000, "out_of_memory")]
+    assert [(record.rank, record.error) for record in failed] == [(2048, "out_of_memory")]
     assert "; the plan said " in failed[0].reason
     assert {record.rank for record in records if isinstance(record, TrialFinished)} == {0, 1, 4}
 
