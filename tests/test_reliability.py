@@ -22,7 +22,7 @@ from benchmarks.reliability.checkpoints import save_llama
 
 from rightrank import preparation
 from rightrank.cli import stopping
-from rightrank.engine import together
+from rightrank.engine import together, train
 from rightrank.engine.memory import is_out_of_memory
 from rightrank.engine.train import TrialFolders, Watcher
 from rightrank.errors import RunFolderError, TerminatedRun
@@ -354,4 +354,33 @@ def test_a_process_that_trains_arm_after_arm_does_not_grow(tmp_path: Path) -> No
 
     result = measure(40, tmp_path)
     assert result["arms"] == 40
-    assert result["growth_kib_an_arm"] < 400, result  # the base is 135 KiB, an arm of rank 8 with AdamW's moments 134, its graph more
+    assert result["growth_kib_an_arm"] < 400, (
+        result
+    )  # the base is 135 KiB, an arm of rank 8 with AdamW's moments 134, its graph more
+
+
+def test_checkpoints_never_take_more_than_their_share(
+    model_folder: Path, completion_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a clock that stands still but in a save, which takes three seconds, and between steps, which take one."""
+    clock = [1000.0]
+    saved: list[float] = []
+    monkeypatch.setattr(train.time, "perf_counter", lambda: clock[0])
+
+    def save(*_: object) -> None:
+        saved.append(clock[0])
+        clock[0] += 3.0
+
+    monkeypatch.setattr(train, "save_checkpoint", save)
+    settings = small_settings(max_steps=500, eval_points=1, checkpoint_seconds=10)
+    bench = make_bench(model_folder, completion_file, settings, tmp_path / "cache")
+    monkeypatch.setattr(together, "step_together", lambda *_: clock.__setitem__(0, clock[0] + 1.0) or {})
+    stop = Watcher(should_stop=lambda: clock[0] > 2000)
+    arm = Arm(rank=1, learning_rate=1e-2, lora_alpha=32.0, seed=0, steps=500)
+    folders = TrialFolders(tmp_path / "checkpoint", tmp_path / "adapter")
+    with pytest.raises(Exception, match="stopped at step"):
+        together.run_trial(bench, Trial(trial_id="a" * 12, arm=arm), 20.0, folders, stop)
+    due = saved[:-1]  # the last is the stop's
+    assert due[0] - 1000 == pytest.approx(11)  # the first after checkpoint_seconds, and then by what one costs
+    assert 3.0 / train.CHECKPOINT_SHARE < due[1] - due[0] < 3.0 / train.CHECKPOINT_SHARE + 6
+    assert 3.0 * len(due) / (due[-1] - due[0]) < 0.02
