@@ -13,6 +13,8 @@ from rightrank.api import Decided, decide
 from rightrank.decision.run import Records, decide_run, records_of
 from rightrank.errors import MissingExtraError, SettingsError
 from rightrank.io.journal import Journal
+from rightrank.own_trainer import select_rank_with
+from rightrank.records import TrialResult, TrialTask
 from rightrank.trackers import Trackers, require_trackers, telling
 from tests.report.test_views import journal_of
 from tests.test_select import run, select_arguments
@@ -178,6 +180,24 @@ def test_unknown_and_missing_trackers(monkeypatch: pytest.MonkeyPatch) -> None:
         require_trackers(["mlflow"])
     assert require_trackers(["none"]) == ()
     assert require_trackers(["all"]) == ()
+
+
+def test_a_trainer_of_ones_own_reports_too(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+
+    def train(task: TrialTask) -> TrialResult:
+        scores = [task.rank / (task.rank + 1 + item % 3) for item in range(50)]
+        return TrialResult(metrics={"reward": sum(scores) / 50}, item_scores=scores)
+
+    out = tmp_path / "own"
+    settings = {"ranks": (1, 4, 16), "learning_rates": (1e-3,), "metric": "reward", "margin": 0.01}
+    selected = select_rank_with(train, out, **settings, report_to=["tensorboard"])  # type: ignore[arg-type]
+    found = decide(out / "tensorboard", metric="eval/reward", margin=0.01).decision
+    assert (found.rank, found.verdict, found.basis) == (
+        selected.decision.rank,
+        selected.decision.verdict,
+        selected.decision.basis,
+    )
 
 
 def test_an_optuna_study_opens_and_decides(records: Records) -> None:
