@@ -28,7 +28,7 @@ $(VENV)/.installed: pyproject.toml src/rightrank/version.py
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[gguf,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[gguf,dev,docs]'
 	touch $@
 
 # The documentation as a site, any warning an error; into site/.

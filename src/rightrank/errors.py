@@ -14,6 +14,7 @@
     │   ├── PackingError            arms that can't be trained in one pass; they are then trained alone
     │   └── AllTrialsFailedError    not one trial ended with a result
     └── InterruptedRun              exit 130: stopped by the user, can be resumed
+        └── TerminatedRun           exit 143: stopped by SIGTERM, as before a machine is taken away
 
 Every message says what was got, what is allowed, and what to do. All survive pickling:
 they carry one string and nothing else. A message is one line of at most 1,500 visible characters.
@@ -39,6 +40,7 @@ __all__ = [
     "RunError",
     "RunFolderError",
     "SettingsError",
+    "TerminatedRun",
     "did_you_mean",
 ]
 
@@ -114,6 +116,12 @@ class InterruptedRun(RightrankError):  # noqa: N818 - not a fault: the user aske
     """Stopped by the user; what was finished is kept and the run can be resumed."""
 
     exit_status = 130
+
+
+class TerminatedRun(InterruptedRun):
+    """Stopped by SIGTERM: pre-empted; what was finished is kept and the run can be resumed."""
+
+    exit_status = 143
 
 
 def one_line(message: str) -> str:
