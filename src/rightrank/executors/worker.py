@@ -88,7 +88,7 @@ class Worker:
         from rightrank.settings import make_settings
 
         if job.name not in self._executors:
-            request = Request(job.model, None, job.data, make_settings(job.settings))
+            request = Request(job.model, None, job.data, make_settings(job.settings), job.known_settings)
             prepared = prepare(request, self._scratch / str(len(self._executors)), bases=self._bases)
             if prepared.started.fingerprint != job.fingerprint:
                 raise RunError(
