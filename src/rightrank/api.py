@@ -122,7 +122,12 @@ def _select(request: Request, folder: RunFolder, watching: Watching) -> Selected
     strategy = make_strategy(prepared.settings, prepared.steps, token_loss=prepared.is_token_loss)
     watcher = Watcher(on_step=watching.on_event, on_prepare=watching.on_event, should_stop=watching.should_stop)
     executor = LocalExecutor(
-        prepared.bench, folder, watcher, lambda event: selection.note_start(event), watching.notice
+        prepared.bench,
+        folder,
+        watcher,
+        lambda event: selection.note_start(event),
+        watching.notice,
+        prepared.planned.largest_pack if prepared.planned else None,
     )
     terms = Terms(peak_bytes=prepared.planned.peak_bytes if prepared.planned else {})
     selection = Selection(folder, prepared.started, strategy, watching.on_event, terms)

@@ -14,9 +14,11 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from rightrank.engine.bench import Bench
 from rightrank.engine.encode import EncodedData, encode
+from rightrank.engine.sharding import sharded
+from rightrank.engine.token_store import lengths_of
 from rightrank.errors import SettingsError
 from rightrank.io.data import DataSplits, load_data
-from rightrank.io.models import LoadedModel, adopt_model, find_model, load_model
+from rightrank.io.models import LoadedModel, adopt_model, find_device, find_model, load_model
 from rightrank.planning.selecting import SelectionPlan, first_pass_loss, plan_selection, ranks_for_data
 from rightrank.planning.skeleton import is_known
 from rightrank.records import RunStarted, content_hash
@@ -76,14 +78,14 @@ def prepare(request: Request, cache: Path, notice: Notice = lambda _: None) -> P
     Raises:
         InputError: model, data or settings can't be used.
     """
-    sources = _load(request)
+    sources = _load(request, cache)
     settings, planned = _settle(sources, request.settings, notice)
     steps = training_steps(settings, len(sources.encoded.splits["train"]))
     bench = Bench(sources.loaded, sources.encoded, settings, steps, cache)
     return Prepared(bench, settings, steps, _started(request, sources, settings, steps), planned)
 
 
-def _load(request: Request) -> _Sources:
+def _load(request: Request, cache: Path) -> _Sources:
     settings = request.settings
     if isinstance(request.model, str):
         find_model(request.model)  # a wrong name is told before the data is read
@@ -98,14 +100,17 @@ def _load(request: Request) -> _Sources:
         loaded = load_model(
             request.model,
             settings.dtype,
-            settings.device,
+            "cpu" if settings.shard_base else settings.device,
             splits.classes,
             settings.trust_remote_code,
             settings.weight_bits,
         )
     else:
-        loaded = adopt_model(request.model, request.tokenizer, settings.device, splits.classes)
-    return _Sources(splits, loaded, encode(splits, loaded, settings))
+        device = "cpu" if settings.shard_base else settings.device
+        loaded = adopt_model(request.model, request.tokenizer, device, splits.classes)
+    if settings.shard_base:
+        loaded = sharded(loaded, find_device(settings.device))
+    return _Sources(splits, loaded, encode(splits, loaded, settings, cache))
 
 
 def _settle(sources: _Sources, settings: SelectSettings, notice: Notice) -> tuple[SelectSettings, SelectionPlan | None]:
@@ -119,7 +124,7 @@ def _settle(sources: _Sources, settings: SelectSettings, notice: Notice) -> tupl
         ranks, reasons = ranks_for_data(config, settings, label_tokens, first_loss)
         settings = settings.model_copy(update={"ranks": tuple(ranks)})
         notice(reasons)
-    longest = max(item.length for items in encoded.splits.values() for item in items)
+    longest = max(int(lengths_of(items).max()) for items in encoded.splits.values())
     planned = plan_selection(config, settings, longest, str(sources.loaded.device))
     if (left_out := planned.notice()) is not None:
         notice(left_out)

@@ -48,7 +48,7 @@ def make_bench(base: str, modules: tuple[str, ...] | None, use: DataUse) -> Benc
     loaded = load_model(
         base, settings.dtype, settings.device, splits.classes, settings.trust_remote_code, settings.weight_bits
     )
-    encoded = encode(splits, loaded, settings)
+    encoded = encode(splits, loaded, settings, use.cache)
     return Bench(loaded, encoded, settings, max(1, use.steps), use.cache)
 
 
