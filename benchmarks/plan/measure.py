@@ -1,13 +1,14 @@
 """Tensor memory of real training steps on the CPU, as torch's profiler counts it, and CUDA's own counters.
 
-The step measured is written here anew, with real tensors and real kernels, and shares no code with the planner but the
-chunked loss that `select` trains with.
+The step measured is written here anew, with real tensors and real kernels, and shares no code with the planner but what
+`select` trains with: the chunked loss, and the pack of arms. Quantised models are loaded by transformers and bitsandbytes.
 """
 
 from __future__ import annotations
 
 import gc
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -15,11 +16,15 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model
 from torch.profiler import ProfilerActivity, profile
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BitsAndBytesConfig
 
+from rightrank.engine.batches import Batch
 from rightrank.engine.bench import recomputed_blocks
-from rightrank.engine.loss import chunked_cross_entropy, output_head
-from rightrank.settings import PlanSettings
+from rightrank.engine.loss import chunked_cross_entropy, classification_loss, head_loss, output_head
+from rightrank.engine.pack import Pack, Share, merged
+from rightrank.engine.targets import find_targets, lora_config
+from rightrank.records import Arm
+from rightrank.settings import PlanSettings, make_settings
 
 TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -35,10 +40,10 @@ class Measured:
 def measure(config: Any, settings: PlanSettings, rank: int) -> Measured:
     """Train a randomly initialised model for three steps; the third is measured."""
     torch.manual_seed(0)
+    model = _built(config, settings)
+    if settings.packed or settings.arms > 1:
+        return _measure_pack(model, settings, rank)
     device = torch.device(settings.device)
-    model = AutoModelForCausalLM.from_config(
-        config, dtype=TYPES[settings.dtype], attn_implementation=settings.attn_implementation
-    ).to(device)
     targets: Any = "all-linear" if settings.target_modules == ("all-linear",) else list(settings.target_modules)
     adapted: Any = get_peft_model(
         model,
@@ -58,24 +63,88 @@ def measure(config: Any, settings: PlanSettings, rank: int) -> Measured:
     ids = torch.randint(1, config.get_text_config().vocab_size, shape, device=device)
     batch = {"input_ids": ids, "labels": ids.clone()}
     if settings.padding:
-        mask = torch.ones_like(ids)
-        mask[0, -3:] = 0
-        batch["attention_mask"] = mask
+        batch["attention_mask"] = _padded_mask(ids)
     with _recomputed(adapted, settings):
-        for _ in range(2):
-            _step(adapted, batch, settings, optimizer)
-        gc.collect()
-        return _measured_step(adapted, batch, settings, optimizer)
+        return _third_step(lambda: _step(adapted, batch, settings, optimizer), adapted, [optimizer], settings.device)
 
 
-def _measured_step(model: Any, batch: Mapping[str, torch.Tensor], settings: PlanSettings, optimizer: Any) -> Measured:
-    if settings.device == "cuda":
+def _built(config: Any, settings: PlanSettings) -> Any:
+    """The base on its device; a quantised one is saved and loaded as users do."""
+    auto: Any = AutoModelForCausalLM
+    if settings.num_labels is not None:
+        auto, config.num_labels, config.pad_token_id = AutoModelForSequenceClassification, settings.num_labels, 0
+    how: dict[str, Any] = {"dtype": TYPES[settings.dtype], "attn_implementation": settings.attn_implementation}
+    model = auto.from_config(config, **how)
+    if not (settings.load_in_4bit or settings.load_in_8bit):
+        return model.to(settings.device)
+    options: dict[str, Any] = {"load_in_8bit": True}
+    if settings.load_in_4bit:
+        options = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": TYPES[settings.dtype]}
+        options["bnb_4bit_use_double_quant"] = settings.bnb_4bit_use_double_quant
+    make: Any = BitsAndBytesConfig
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        model = auto.from_pretrained(
+            folder, quantization_config=make(**options), device_map={"": settings.device}, **how
+        )
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False  # a product without a gradient
+    return model
+
+
+def _measure_pack(model: Any, settings: PlanSettings, rank: int) -> Measured:
+    """As many arms as `settings` says in one pass, as `select` trains them."""
+    model.requires_grad_(False)
+    model.eval()
+    select = make_settings({"ranks": (rank, rank + 1), "target_modules": settings.target_modules})
+    select = select.model_copy(update={"exclude_modules": settings.exclude_modules})
+    classification = settings.num_labels is not None
+    names = find_targets(model, select, classification).names
+    arm = Arm(rank=rank, learning_rate=1e-4, lora_alpha=16.0, seed=0, steps=10)
+    shape = (settings.batch_size, settings.seq_len)
+    ids = torch.randint(1, model.config.get_text_config().vocab_size, shape, device=settings.device)
+    labels = torch.zeros(len(ids), dtype=torch.long, device=settings.device) if classification else ids.clone()
+    mask = _padded_mask(ids) if settings.padding else torch.ones_like(ids)
+    batch = Batch(ids, mask, labels, tuple(range(len(ids))), ids.numel())
+    objective: Any = classification_loss if classification else head_loss
+    with Pack(model, select) as pack, recomputed_blocks(model) if settings.gradient_checkpointing else nullcontext():
+        optimizers, shares = [], []
+        for number in range(settings.arms):
+            config = lora_config(select, arm, classification, names)
+            parameters = list(pack.join(f"arm_{number}", arm, config).values())
+            optimizers.append(torch.optim.AdamW(parameters, lr=1e-4, fused=True))
+            shares.append(Share(f"arm_{number}", batch, 1.0, None))
+
+        def step() -> None:
+            with pack.routed(shares):
+                together = merged([share.batch for share in shares], 0)
+                torch.autograd.backward(objective(model, together, 1.0).total)
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+
+        return _third_step(step, pack.peft_model, optimizers, settings.device)
+
+
+def _padded_mask(ids: torch.Tensor) -> torch.Tensor:
+    mask = torch.ones_like(ids)
+    mask[0, -3:] = 0
+    return mask
+
+
+def _third_step(step: Callable[[], None], model: Any, optimizers: Sequence[Any], device: str) -> Measured:
+    """The first two steps make what stays: optimizer states, and the allocator's segments."""
+    for _ in range(2):
+        step()
+    gc.collect()
+    if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
-        _step(model, batch, settings, optimizer)
+        step()
         return Measured(torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved())
-    standing = _standing_bytes(model, optimizer)
+    standing = _standing_bytes(model, optimizers)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        _step(model, batch, settings, optimizer)
+        step()
     return Measured(standing + _highest(profiler), None)
 
 
@@ -90,10 +159,20 @@ def _highest(profiler: Any) -> int:
     return highest
 
 
-def _standing_bytes(model: Any, optimizer: Any) -> int:
-    """Parameters, buffers and optimizer states: there before the step and after it."""
-    states = [value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
-    tensors = [*model.parameters(), *model.buffers(), *states]
+def _standing_bytes(model: Any, optimizers: Sequence[Any]) -> int:
+    """Parameters, buffers, constants of quantised weights and optimizer states: there before the step and after it."""
+    states = [state for optimizer in optimizers for state in optimizer.state.values()]
+    tensors = [*model.parameters(), *model.buffers()]
+    tensors += [value for state in states for value in state.values() if torch.is_tensor(value)]
+    for module in model.modules():
+        weight = getattr(module, "weight", None)
+        constants = getattr(weight, "quant_state", None)
+        if constants is not None:
+            tensors += [constants.absmax, constants.code]
+            nested = constants.state2
+            tensors += [] if nested is None else [constants.offset, nested.absmax, nested.code]
+        if getattr(weight, "SCB", None) is not None:
+            tensors.append(weight.SCB)
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
     return sum(storages.values())
 

@@ -108,6 +108,7 @@ def plan(model: str, *, settings: PlanSettings | None = None) -> Plan:
 
 def _select(request: Request, folder: RunFolder, watching: Watching) -> Selected:
     # Heavy imports: only who runs a selection pays for them.
+    from rightrank.engine.scoring import measured_at_ends
     from rightrank.engine.train import Watcher
     from rightrank.executors.local import LocalExecutor
     from rightrank.handover import certify_selection, hand_over_trained
@@ -136,6 +137,8 @@ def _select(request: Request, folder: RunFolder, watching: Watching) -> Selected
     if selection.records.outcomes:
         watching.on_resume(selection.records.outcomes)
     watching.notice(cost_line(strategy, prepared.steps))
+    if measured_at_ends(prepared.settings):
+        watching.notice(answers_line(prepared.settings, prepared.started))
     decision = selection.run(executor)
     hand_over_trained(selection, prepared.bench, decision)
     if request.settings.certify:
@@ -194,26 +197,18 @@ def decide(
 
 def _decide_run(folder: RunFolder, metric: str | None, margin: float | None, horizon_steps: int | None) -> Decided:
     """A run folder of our own, at its own metric and margin unless others are asked for."""
-    from rightrank.decision import decide as decide_table
-    from rightrank.decision import table_of
-    from rightrank.decision.run import records_of, run_table
+    from rightrank.decision.run import comparable, decide_on, metrics_of, records_of
 
     records = records_of(folder.journal.read(), str(folder.path))
     started = records.started
     direct = [outcome for outcome in records.outcomes if outcome.arm.is_direct]
     name = metric or started.metric
-    known = sorted({name for trial in records.finished() for name in trial.metrics})
+    known = metrics_of(records)
     own = started.settings.get("margin") if name == started.metric else None
-    if margin is None and isinstance(own, int | float):
-        margin = float(own)
-    if name == started.metric:
-        table = run_table(records)
-    elif name in known and name in ("loss", "accuracy"):
-        table = table_of(direct, "accuracy" if name == "accuracy" else "loss")
-    else:
-        raise ResultsError(f"{folder.path}: the run has no metric {name!r}; it has {', '.join(known) or 'none yet'}")
-    token_loss = started.data.form not in ("classification", "own")
-    decision = decide_table(table, margin, token_loss, horizon_steps=horizon_steps)
+    if name not in known or (started.data.form == "own" and name != started.metric):
+        raise ResultsError(f"{folder.path}: the run has no metric {name!r}; it has {', '.join(known)}")
+    outcomes = comparable(records) if name == started.metric else direct
+    decision = decide_on(records, outcomes, name, own if margin is None else margin, horizon_steps=horizon_steps)
     return Decided(decision, [f"{len(direct)} trainings of a run folder"])
 
 
@@ -276,6 +271,17 @@ def resize(
 
     rule = ResizeRule(rank, energy, noise, None if data is None else Path(data))
     return resize_adapter(Path(adapter), Path(out), rule, options or ResizeOptions())
+
+
+def answers_line(settings: SelectSettings, started: RunStarted) -> str:
+    """What metrics beside the loss will cost, for a person."""
+    names = [spec.name for spec in settings.metric_specs if not spec.is_measured_along]
+    when = "at the end of each training" if settings.answers_at == "end" else f"{settings.eval_points} times a training"
+    items = started.data.splits["selection"].items
+    return (
+        f"{', '.join(names)}: measured on the base, {when}, and on the test split: "
+        f"{items} items, at most {settings.max_new_tokens} new tokens each where the model writes; how long that takes is said after the base"
+    )
 
 
 def cost_line(strategy: Strategy, steps: int) -> str:

@@ -10,6 +10,7 @@ from rightrank.decision.run import best_trial
 from rightrank.engine.bench import Bench
 from rightrank.engine.certify import certify
 from rightrank.engine.sample import promptable_items, write_completion
+from rightrank.engine.scoring import measure
 from rightrank.engine.train import Watcher
 from rightrank.exports.adapter_folder import hand_over
 from rightrank.io.adapters import restore_adapter
@@ -96,10 +97,16 @@ def _test(selection: Selection, bench: Bench, trial: TrialFinished) -> None:
         if trial.rank > 0:
             restore_adapter(model, folder.trial_adapter(trial.trial_id))
         scores = bench.evaluate("test")
+        measured = measure(bench, "test")
+    metric = records.started.metric
+    measured.require([metric])
+    values = scores.metrics | measured.values
     record = TestEvaluated(
         trial_id=trial.trial_id,
         rank=trial.rank,
-        value=scores.metrics[records.started.metric],
+        value=values.get(metric, scores.loss),
+        metric=None if metric in values else "loss",
+        metrics=values,
         item_losses=scores.losses,
         item_tokens=scores.tokens,
         item_correct=scores.correct,

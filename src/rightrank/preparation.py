@@ -12,12 +12,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
+from rightrank.decision.metrics import higher_is_better
 from rightrank.engine.bench import Bench
 from rightrank.engine.encode import EncodedData, encode
+from rightrank.engine.scoring import require_scorers
 from rightrank.engine.sharding import sharded
 from rightrank.engine.token_store import lengths_of
 from rightrank.errors import SettingsError
-from rightrank.io.data import DataSplits, load_data
+from rightrank.io.data import DataForm, DataSplits, load_data
 from rightrank.io.models import LoadedModel, adopt_model, find_device, find_model, load_model
 from rightrank.planning.selecting import SelectionPlan, first_pass_loss, plan_selection, ranks_for_data
 from rightrank.planning.skeleton import is_known
@@ -87,15 +89,13 @@ def prepare(request: Request, cache: Path, notice: Notice = lambda _: None) -> P
 
 def _load(request: Request, cache: Path) -> _Sources:
     settings = request.settings
+    require_scorers(settings)
     if isinstance(request.model, str):
         find_model(request.model)  # a wrong name is told before the data is read
         if request.tokenizer is not None:
             raise SettingsError("tokenizer: given beside the name of a model, which brings its own; leave it out")
     splits = load_data(Path(request.data) if isinstance(request.data, str) else request.data, settings)
-    if settings.metric == "accuracy" and splits.form != "classification":
-        raise SettingsError(
-            f"metric 'accuracy' needs `text` and `label`; the data has the form {splits.form!r}: give metric 'loss'"
-        )
+    _require_metrics_fit(settings, splits.form)
     if isinstance(request.model, str):
         loaded = load_model(
             request.model,
@@ -113,10 +113,28 @@ def _load(request: Request, cache: Path) -> _Sources:
     return _Sources(splits, loaded, encode(splits, loaded, settings, cache))
 
 
+def _require_metrics_fit(settings: SelectSettings, form: DataForm) -> None:
+    """Refuse metrics that data of this form can't have.
+
+    Raises:
+        SettingsError: one of classes, or of written answers, where there are none.
+    """
+    for spec in settings.metric_specs:
+        if spec.kind == "classes" and form != "classification":
+            raise SettingsError(
+                f"metric {spec.name!r} needs `text` and `label`; the data has the form {form!r}: give metric 'loss'"
+            )
+        if form == "text" and spec.needs_answers:
+            raise SettingsError(
+                f"metric {spec.name!r} is of what the model writes for a prompt, and the data has `text` alone: "
+                "give `prompt` and `completion`, or metric 'loss'"
+            )
+
+
 def _settle(sources: _Sources, settings: SelectSettings, notice: Notice) -> tuple[SelectSettings, SelectionPlan | None]:
     """The settings with the ranks to begin with: those asked for, or a range that data and model suggest, that fit."""
     config, encoded = sources.loaded.model.config, sources.encoded
-    if encoded.is_classification or not is_known(config):  # the plan builds the model from its configuration
+    if encoded.is_classification or not is_known(config, classification=False):
         return settings, None
     if "ranks" not in settings.model_fields_set:
         first_loss = first_pass_loss(sources.loaded, encoded.splits["selection"])
@@ -146,8 +164,9 @@ def _started(request: Request, sources: _Sources, settings: SelectSettings, step
         environment=environment(str(sources.loaded.device)),
         data=sources.encoded.summary,
         evaluation_items=[item.item_id for item in sources.encoded.splits["selection"]],
-        metric=settings.metric,
-        higher_is_better=settings.metric == "accuracy",
+        metric=settings.metric_name,
+        higher_is_better=higher_is_better(settings.metric_name, settings.lower_is_better),
+        points_metric=settings.points_metric if settings.points_metric != settings.metric_name else None,
         started_at=datetime.now(UTC).isoformat(timespec="seconds"),
     )
 

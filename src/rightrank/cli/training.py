@@ -29,7 +29,10 @@ SELECT_OPTIONS = [
         "--sweep", multiple=True, metavar="AXIS=VALUES", help="Further alpha, scaling, init or targets: alpha=16,64."
     ),
     click.option("--margin", type=float, help="How much worse than the best is still enough."),
-    click.option("--metric", help="loss (default) or accuracy."),
+    click.option(
+        "--metric", help="What decides: loss (default), accuracy, exact_match, f1, rougeL, …: docs/metrics.md."
+    ),
+    click.option("--metrics", multiple=True, metavar="METRIC", help="A further metric to measure; may be repeated."),
     click.option("--max-steps", type=int, help="Optimizer steps of each training (default: one epoch)."),
     click.option("--target-modules", callback=comma, help="Module names, or all-linear (default)."),
     click.option("--layers-to-transform", callback=comma, help="Layer numbers, such as 26,27 (default: all)."),
@@ -42,6 +45,7 @@ SELECT_OPTIONS = [
     click.option("--memory", "memory_bytes", help="Memory budget, such as 24GiB; ranks that need more are left out."),
     click.option("--pack-size", type=int, help="Trainings that share the model's passes (default: as many as pay)."),
     click.option("--certify", is_flag=True, default=None, help="Train one arm again alone and compare."),
+    click.option("--report-to", callback=comma, help="Trackers: trackio, wandb, mlflow, tensorboard."),
     click.option("--config", "config_file", type=click.Path(path_type=Path), help="YAML file of settings."),
     click.option(
         "--set", "assignments", multiple=True, metavar="NAME=VALUE", help="Any other setting; see docs/settings.md."
@@ -187,6 +191,10 @@ def _print_answer(selected: Selected) -> None:
     decision = selected.decision
     click.echo(f"\n{decision.sentence}")
     click.echo(f"verdict: {decision.verdict}" + (f" ({', '.join(decision.flags)})" if decision.flags else ""))
+    from rightrank.report.decision_table import other_metric_lines
+
+    for line in other_metric_lines(decision):
+        click.echo(line)
     click.echo(f"next:    {decision.next_run}")
     for sample in selected.samples:
         click.echo(
@@ -200,4 +208,8 @@ def _print_answer(selected: Selected) -> None:
 
 
 def _indented(text: str) -> str:
+    """What a model wrote is shown, never obeyed: control characters as pictures."""
+    from rightrank.report.figure import visible
+
+    text = visible(text)
     return "\n".join(f"    {line}" for line in text.strip().splitlines())

@@ -47,10 +47,13 @@ def attached(model: Any, settings: SelectSettings, arm: Arm, config: LoraConfig)
 
 
 def wrapped(model: Any, config: LoraConfig, adapter: str = ADAPTER) -> Any:
-    """PEFT's model around the base, the base in evaluation mode."""
+    """PEFT's model around the base, new modules in evaluation mode and the base's as they were."""
+    in_training = [module for module in model.modules() if module.training]  # blocks that are recomputed
     with without_peft_noise():
         peft_model: Any = get_peft_model(model, config, adapter_name=adapter)
     peft_model.train(False)
+    for module in in_training:
+        module.training = True
     return peft_model
 
 

@@ -129,7 +129,7 @@ class Bench:
     @torch.no_grad()
     def evaluate(self, split: SplitName) -> Scores:
         """Every item of a split, in large batches of fixed composition, adapter dropout off."""
-        with self._without_dropout():
+        with self.without_dropout():
             return self._evaluate(split, 1, lambda batch: self.losses(split, batch, 1.0))[0]
 
     @torch.no_grad()
@@ -237,7 +237,8 @@ class Bench:
         return {index for plan in plans for indices in plan for index in indices}
 
     @contextmanager
-    def _without_dropout(self) -> Iterator[None]:
+    def without_dropout(self) -> Iterator[None]:
+        """Within the block, adapters drop nothing out."""
         training = [
             module for module in self.model.modules() if isinstance(module, torch.nn.Dropout) and module.training
         ]

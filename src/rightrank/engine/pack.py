@@ -107,6 +107,15 @@ class Pack:
         finally:
             self.routing = None
 
+    @contextmanager
+    def alone(self, adapter: str) -> Iterator[None]:
+        """Within the block, whatever passes through the base goes to this one arm, without dropout."""
+        self.routing = Routing((adapter,), (None,))
+        try:
+            yield
+        finally:
+            self.routing = None
+
     def _settle(self) -> None:
         """Every arm trains, whichever PEFT calls active, and every adapted layer has the pack's forward."""
         for name in self._names:

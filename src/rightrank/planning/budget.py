@@ -107,7 +107,7 @@ def _steps(settings: PlanSettings) -> list[_Step]:
     while batch > 1:
         batch //= 2
         steps.append(_Step({"batch_size": batch}, "accumulate gradients over more batches: more time"))
-    if settings.device == "cuda" and not (settings.load_in_4bit or settings.load_in_8bit):
+    if not (settings.load_in_4bit or settings.load_in_8bit):
         steps.append(_Step({"load_in_4bit": True}, "frozen weights in 4 bits: some quality, slower steps"))
     length = settings.seq_len
     while length > 256:

@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 
-from rightrank.errors import ModelError
+from rightrank.errors import ModelError, PackingError, SettingsError
 from rightrank.io.models import first_line
 from rightrank.maths.counts import safetensors_bytes
 from rightrank.planning.formula import formula_highest
 from rightrank.planning.optimizer import OptimizerMemory, optimizer_memory
-from rightrank.planning.quantised import count_parameters, mark_adapted
+from rightrank.planning.quantised import count_parameters
 from rightrank.planning.sharding import sharded
 from rightrank.planning.simulate import Highest, Resident, highest_point
 from rightrank.planning.skeleton import SAFETENSORS_CODES, Skeleton, adapt, build_base
@@ -34,6 +34,7 @@ UNTRACEABLE = (RuntimeError, NotImplementedError, TypeError, ValueError, Attribu
 CUBLAS_BYTES = 8_519_680  # cuBLAS work space that torch takes from its allocator (`:4096:2:16:8`); 32 MiB on Hopper
 # Settings that change the step and not what the model is made of.
 STEP_ONLY = {"ranks", "batch_size", "seq_len", "loss", "gradient_checkpointing", "optimizer", "padding", "arms"}
+STEP_ONLY |= {"packed", "eval_batch_size"}
 BLOCK_NUMBER = re.compile(r"\.\d+\.")
 
 
@@ -106,13 +107,13 @@ class Estimator:
         self._ends = (min(settings.ranks), max(settings.ranks))
         base = build_base(config, settings)
         self.base_parameters = count_parameters(base)
-        self.skeleton = self._adapted(base, self._ends[0])
+        self.skeleton = adapt(base, settings, self._ends[0])
         self._anatomies = {self._ends[0]: anatomy(self.skeleton, self._ends[0])}
         self._blocks = blocks_of(self.skeleton.base)
         # Layers that are named by number are not there in a shorter stack.
         whole = self._blocks is None or self.settings.layers_to_transform is not None
         self._reduction = None if whole else find_reduction(self._blocks or ())
-        self._small: dict[int, Skeleton] = {}
+        self._small: dict[tuple[int, int], Skeleton] = {}  # by rank and arms
         self._traces: dict[tuple[int, bool], StepTrace] = {}
         self.untraceable: str | None = None  # why the step can't be traced
 
@@ -141,6 +142,8 @@ class Estimator:
                 training = self._highest(rank, True)
                 evaluation = None if self.settings.eval_batch_size is None else self._highest(rank, False)
                 return RankEstimate(rank, parts, training, evaluation, self.flops(rank), "traced")
+            except PackingError as error:
+                raise SettingsError(f"arms: this model's trainings can't share a pass ({error}); give arms 1") from None
             except UNTRACEABLE as error:
                 self.untraceable = f"{type(error).__name__}: {first_line(error)}"
         residents, optimizer = self._residents(rank)
@@ -172,8 +175,6 @@ class Estimator:
 
     def _highest(self, rank: int, training: bool) -> Highest:
         trace, sizes = self._sizes(rank, training)
-        arms = self.settings.arms
-        sizes = [size * arms if index in trace.gradients else size for index, size in enumerate(sizes)]
         residents, optimizer = self._residents(rank)
         return highest_point(residents, trace, sizes, optimizer, self.settings.device)
 
@@ -219,7 +220,9 @@ class Estimator:
 
     def _reduced_trace(self, rank: int, training: bool) -> StepTrace | None:
         """From four groups of blocks, where the model's blocks repeat."""
-        small, reduction = self._small_skeleton(rank), self._reduction
+        if self._small_skeleton(self._ends[0]) is None:  # whether a few blocks can stand for all
+            return None
+        small, reduction = self._small_skeleton(rank, self.settings.arms), self._reduction
         if small is None or reduction is None:
             return None
         blocks = blocks_of(small.base)
@@ -227,28 +230,29 @@ class Estimator:
         trace = trace_step(small, self.settings, Groups(blocks, reduction.period), training)
         return deepen(trace, reduction.groups)
 
-    def _small_skeleton(self, rank: int) -> Skeleton | None:
+    def _small_skeleton(self, rank: int, arms: int = 1) -> Skeleton | None:
         reduction = self._reduction
         if reduction is None or self._blocks is None:
             return None
-        if rank not in self._small:
-            small = self._adapted(self._base(TRACED_GROUPS * reduction.period), rank)
+        if (rank, arms) not in self._small:
+            small = adapt(self._base(TRACED_GROUPS * reduction.period), self.settings, rank, arms)
             blocks = blocks_of(small.base)
-            alike = rank != self._ends[0] or (blocks and same_kinds(self._blocks, blocks, reduction.period))
+            alike = (rank, arms) != (self._ends[0], 1) or (
+                blocks and same_kinds(self._blocks, blocks, reduction.period)
+            )
             if not alike:
                 self._reduction = None
                 return None
-            self._small[rank] = small
-        return self._small[rank]
+            self._small[rank, arms] = small
+        return self._small[rank, arms]
 
     def _full_trace(self, rank: int, training: bool) -> StepTrace:
-        skeleton = self.skeleton if rank == self._ends[0] else self._adapted(self._base(), rank)
-        return trace_step(skeleton, self.settings, None, training)
-
-    def _adapted(self, base: Any, rank: int) -> Skeleton:
-        skeleton = adapt(base, self.settings, rank)
-        mark_adapted(skeleton.model)
-        return skeleton
+        """Of the whole model, its blocks told apart: what the frozen ones below the adapters count is in it."""
+        arms = self.settings.arms
+        as_built = rank == self._ends[0] and arms == 1
+        skeleton = self.skeleton if as_built else adapt(self._base(), self.settings, rank, arms)
+        blocks = blocks_of(skeleton.base)
+        return trace_step(skeleton, self.settings, None if blocks is None else Groups(blocks, 1), training)
 
     def _base(self, depth: int | None = None) -> Any:
         config = self._config if depth is None else reduced_config(self._config, depth)
@@ -265,7 +269,7 @@ class Estimator:
             saved = _grown(ours.saved, pair[0].saved, pair[1].saved)
             if stored is not None and saved is not None:
                 return Anatomy(high, stored, saved)
-        return anatomy(self._adapted(self._base(), high), high)
+        return anatomy(adapt(self._base(), self.settings, high), high)
 
 
 def anatomy(skeleton: Skeleton, rank: int) -> Anatomy:

@@ -28,7 +28,7 @@ def make_plan(model: str, settings: PlanSettings) -> Plan:
         ModelError: the model, its modules or a rank can't be used.
         SettingsError: a length above the model's positions, or a device that can't be calibrated.
     """
-    config = read_config(model, settings.trust_remote_code)
+    config = read_config(model, settings.trust_remote_code, settings.num_labels is not None)
     _require_length(config, settings)
     found = calibrate(config, settings) if settings.calibrate else stored_calibration(config, settings)
     plan = plan_config(config, model, settings, None if found is None else found.seconds_per_flop)

@@ -1,14 +1,19 @@
 """Weights in 4 or 8 bits, as bitsandbytes keeps them, in shapes and types alone.
 
-4 bits: two weights a byte; a float32 constant for every 64 weights, or with double quantisation one byte for every 64
-and a float32 for every 256 of those. 8 bits: a byte a weight and a float32 a row. A forward or backward product
-decompresses the whole matrix into the compute type, uses it and drops it; nothing of it is kept for the backward pass.
-Embeddings, norms and the output head stay as they are. Source: bitsandbytes' `autograd/_functions.py`, `functional.py`.
+4 bits: two weights a byte; a float32 constant for every 64 weights, or with double quantisation one byte for every 64,
+a float32 for every 256 of those and one for the matrix. 8 bits: a byte a weight and a float32 a row. A product in 4
+bits decompresses the whole matrix into the compute type, uses it and drops it, forwards and backwards. A product in 8
+bits takes the rows in 8 bits too, keeps the rows as they came for the backward pass, and decompresses there; on a CPU,
+in training mode, it decompresses forwards as well. Embeddings, norms and the output head stay as they are.
+
+Source: bitsandbytes 0.50, `autograd/_functions.py`, `functional.py`, `backends/default/ops.py`. A test compares the bytes
+with those of its own modules. On CUDA its fused 4-bit kernel, which takes no work space, is left out: it runs for few rows.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,23 +23,27 @@ from rightrank.settings import PlanSettings
 
 BLOCK = 64  # weights that share a 4-bit constant
 DOUBLE_BLOCK = 256  # constants that share a constant
+TABLE = 256  # values that the constants of double quantisation are read with; every matrix has its own copy
+CLASSIFICATION_HEADS = ("score", "classifier")  # trained whole: PEFT's default for classification
 
 
 class QuantisedLinear(torch.nn.Linear):
     """A linear module on the meta device whose weight takes 4 or 8 bits."""
 
-    def __init__(self, features: tuple[int, int], bias: Any, bits: int, dtype: torch.dtype, double: bool) -> None:
+    def __init__(self, features: tuple[int, int], bias: Any, kind: QuantisedKind) -> None:
         torch.nn.Module.__init__(self)
         self.in_features, self.out_features = features
-        self.bits = bits
-        self.compute_dtype = dtype
+        self.bits = bits = kind.bits
+        self.compute_dtype = kind.compute_dtype
+        self.double_quant = kind.double
+        self.on_cpu = kind.on_cpu
         self.copies_output = False  # PEFT clones what an adapted 4-bit module gives
         weights = self.in_features * self.out_features
         packed = (math.ceil(weights / 2), 1) if bits == 4 else (self.out_features, self.in_features)
-        kind = torch.uint8 if bits == 4 else torch.int8
-        self.weight = torch.nn.Parameter(torch.empty(packed, dtype=kind, device="meta"), requires_grad=False)
+        code = torch.uint8 if bits == 4 else torch.int8
+        self.weight = torch.nn.Parameter(torch.empty(packed, dtype=code, device="meta"), requires_grad=False)
         self.bias = bias
-        for number, (size, constant) in enumerate(constants(self.out_features, weights, bits, double)):
+        for number, (size, constant) in enumerate(constants(self.out_features, weights, bits, self.double_quant)):
             self.register_buffer(f"constants_{number}", torch.empty(size, dtype=constant, device="meta"))
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
@@ -45,7 +54,20 @@ class QuantisedLinear(torch.nn.Linear):
         return out.clone() if self.copies_output else out
 
     def decompressed(self) -> torch.Tensor:
+        if self.double_quant:  # the constants first
+            blocks = math.ceil(self.in_features * self.out_features / BLOCK)
+            _constants = torch.empty(blocks, dtype=torch.float32, device="meta") + 0
         return torch.empty((self.out_features, self.in_features), dtype=self.compute_dtype, device="meta")
+
+
+@dataclass(frozen=True, slots=True)
+class QuantisedKind:
+    """How a model's matrices are quantised."""
+
+    bits: int
+    compute_dtype: torch.dtype
+    double: bool  # 4 bits: the constants are quantised too
+    on_cpu: bool
 
 
 class _QuantisedProduct(torch.autograd.Function):
@@ -54,7 +76,11 @@ class _QuantisedProduct(torch.autograd.Function):
         ctx.module = module
         if module.bits == 4:
             return input @ module.decompressed().t()
+        ctx.rows = input  # kept as it came
+        if module.on_cpu and module.training:
+            return input @ module.decompressed().t()
         rows = input.numel() // module.in_features
+        _halves = input.to(torch.float16)
         _codes = torch.empty((rows, module.in_features), dtype=torch.int8, device="meta")
         _sums = torch.empty((rows, module.out_features), dtype=torch.int32, device="meta")
         return torch.empty((*input.shape[:-1], module.out_features), dtype=input.dtype, device="meta")
@@ -72,7 +98,8 @@ def constants(rows: int, weights: int, bits: int, double: bool) -> list[tuple[in
     code = (16, torch.float32)
     if not double:
         return [(blocks, torch.float32), code]
-    return [(blocks, torch.uint8), (math.ceil(blocks / DOUBLE_BLOCK), torch.float32), (256, torch.float32), code]
+    of_constants = [(math.ceil(blocks / DOUBLE_BLOCK), torch.float32), (1, torch.float32), (TABLE, torch.float32)]
+    return [(blocks, torch.uint8), *of_constants, code]
 
 
 def quantise(model: Any, settings: PlanSettings) -> None:
@@ -80,26 +107,27 @@ def quantise(model: Any, settings: PlanSettings) -> None:
     bits = 4 if settings.load_in_4bit else 8 if settings.load_in_8bit else None
     if bits is None:
         return
+    double = bits == 4 and settings.bnb_4bit_use_double_quant
+    kind = QuantisedKind(bits, DTYPES[settings.dtype], double, settings.device == "cpu")
     head = model.get_output_embeddings()
+    whole = (*settings.modules_to_save, *(CLASSIFICATION_HEADS if settings.num_labels is not None else ()))
     for name, module in list(model.named_modules()):
         linear = isinstance(module, torch.nn.Linear) or type(module).__name__ == "Conv1D"
-        if not linear or module is head or any(part in settings.modules_to_save for part in name.split(".")):
+        if not linear or module is head or any(part in whole for part in name.split(".")):
             continue
         rows, columns = module.weight.shape
         features = (columns, rows) if isinstance(module, torch.nn.Linear) else (rows, columns)
-        replacement = QuantisedLinear(
-            features, module.bias, bits, DTYPES[settings.dtype], settings.bnb_4bit_use_double_quant
-        )
+        replacement = QuantisedLinear(features, module.bias, kind)
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, replacement)
 
 
-def mark_adapted(model: Any) -> None:
-    """Tell adapted 4-bit modules that PEFT clones what they give."""
+def mark_adapted(model: Any, by_peft: bool) -> None:
+    """Tell adapted 4-bit modules whether what they give is cloned: PEFT's forward does so, that of packs does not."""
     for module in model.modules():
         base = getattr(module, "base_layer", None)
         if isinstance(base, QuantisedLinear) and base.bits == 4:
-            base.copies_output = True
+            base.copies_output = by_peft
 
 
 def count_parameters(model: Any) -> int:

@@ -15,23 +15,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from peft import LoraConfig, TaskType, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.utils import get_peft_model_state_dict
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from rightrank.engine.targets import ALL_LINEAR, all_linear_names, require_layers, require_names
 from rightrank.errors import ModelError
-from rightrank.io.models import DTYPES, find_model, first_line, quiet_third_parties
+from rightrank.io.models import DTYPES, LOADING_ERRORS, find_model, first_line, quiet_third_parties
 from rightrank.planning.quantised import quantise
 from rightrank.settings import PlanSettings
 
-# What transformers raises, by model, for a configuration that it does not know, can't read or can't build.
-CONFIG_ERRORS = (
-    OSError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError, RuntimeError, AssertionError,
-    ImportError, StrictDataclassError,
-)  # fmt: skip
 MOST_LAYERS = 1000
 LARGEST_SIZE = 2**40
 SAFETENSORS_CODES = {
@@ -60,6 +54,7 @@ class Skeleton:
 
     model: Any  # PeftModel
     matrices: tuple[Matrix, ...]
+    arms: tuple[str, ...]  # names of the adapters
 
     @property
     def base(self) -> Any:
@@ -80,7 +75,7 @@ class Skeleton:
         return state
 
 
-def read_config(reference: str, trust_remote_code: bool) -> Any:
+def read_config(reference: str, trust_remote_code: bool, classification: bool = False) -> Any:
     """The configuration of a model folder, a GGUF file or a hub name.
 
     Raises:
@@ -90,11 +85,13 @@ def read_config(reference: str, trust_remote_code: bool) -> Any:
     quiet_third_parties()
     try:
         config = AutoConfig.from_pretrained(source.name, **source.loading_arguments(trust_remote_code))
-    except CONFIG_ERRORS as error:
+    except LOADING_ERRORS as error:
         raise ModelError(f"{reference}: transformers knows no such model ({first_line(error)})") from None
+    if not is_known(config, classification) and not trust_remote_code:
+        kind = "sequence classification" if classification else "causal language"
+        other = "" if classification else " (a classification model is planned with num_labels)"
+        raise ModelError(f"{reference}: {config.model_type!r} is no {kind} model that transformers knows{other}")
     text = config.get_text_config()
-    if not is_known(config) and not trust_remote_code:
-        raise ModelError(f"{reference}: {config.model_type!r} is no causal language model that transformers knows")
     _require_sane_sizes(reference, text)
     text.use_cache = False  # as Trainer trains
     return config
@@ -119,9 +116,10 @@ def _require_sane_sizes(reference: str, text: Any) -> None:
             raise ModelError(f"{reference}: {name} is {value}, more than any model has (at most {LARGEST_SIZE})")
 
 
-def is_known(config: Any) -> bool:
-    """Whether transformers itself has a causal language model for this configuration."""
-    return type(config) in AutoModelForCausalLM._model_mapping
+def is_known(config: Any, classification: bool) -> bool:
+    """Whether transformers itself has a causal language (or a classification) model for this configuration."""
+    auto: Any = AutoModelForSequenceClassification if classification else AutoModelForCausalLM
+    return type(config) in auto._model_mapping
 
 
 def build_base(config: Any, settings: PlanSettings) -> Any:
@@ -135,24 +133,29 @@ def build_base(config: Any, settings: PlanSettings) -> Any:
     plain = copy.deepcopy(config)
     if hasattr(plain, "quantization_config"):
         del plain.quantization_config  # weights are quantised below, in shapes alone
+    text = plain.get_text_config()
+    auto: Any = AutoModelForCausalLM
+    if settings.num_labels is not None:
+        auto, plain.num_labels = AutoModelForSequenceClassification, settings.num_labels
+        if getattr(text, "pad_token_id", None) is None:
+            text.pad_token_id = text.vocab_size - 1  # as on loading: batches of several rows need one
     try:
         with torch.device("meta"):
-            build: Any = AutoModelForCausalLM.from_config  # untyped in transformers
-            model = build(
+            model = auto.from_config(
                 plain,
                 dtype=DTYPES[settings.dtype],
                 attn_implementation=attention,
                 trust_remote_code=settings.trust_remote_code,
             )
-    except CONFIG_ERRORS as error:
+    except LOADING_ERRORS as error:
         raise ModelError(f"{config.model_type}: transformers can't build the model ({first_line(error)})") from None
     model.requires_grad_(False)
     quantise(model, settings)
     return model
 
 
-def adapt(model: Any, settings: PlanSettings, rank: int) -> Skeleton:
-    """`model` with an adapter of `rank` put on by PEFT. The model itself is changed.
+def adapt(model: Any, settings: PlanSettings, rank: int, arms: int = 1) -> Skeleton:
+    """`model` with adapters of `rank` put on by PEFT, one for each arm. The model itself is changed.
 
     Raises:
         ModelError: targets that match nothing or only in part, or that PEFT can't adapt.
@@ -160,17 +163,20 @@ def adapt(model: Any, settings: PlanSettings, rank: int) -> Skeleton:
     require_names(model, settings.target_modules, settings.modules_to_save)
     require_layers(model, settings.layers_to_transform)
     _require_patterns(model, settings.rank_pattern)
+    names = ("default", *(f"arm_{number}" for number in range(1, arms)))
+    how: dict[str, Any] = {"autocast_adapter_dtype": settings.autocast_adapter_dtype, "low_cpu_mem_usage": True}
     try:
         with _peft_quiet(), torch.device("meta"):
-            adapted = get_peft_model(
-                model,
-                lora_config(model, settings, rank),
-                autocast_adapter_dtype=settings.autocast_adapter_dtype,
-                low_cpu_mem_usage=True,
-            )
+            config = lora_config(model, settings, rank)
+            adapted = get_peft_model(model, config, **how)
+            for name in names[1:]:
+                adapted.add_adapter(name, copy.deepcopy(config), **how)
     except (ValueError, TypeError) as error:
         raise ModelError(f"PEFT can't adapt the model ({first_line(error)})") from None
-    return Skeleton(adapted, tuple(_matrices(adapted)))
+    for name, parameter in adapted.named_parameters():
+        if not set(names[1:]).isdisjoint(name.split(".")):
+            parameter.requires_grad_(True)  # PEFT trains the active one alone
+    return Skeleton(adapted, tuple(_matrices(adapted)), names)
 
 
 def require_rank(skeleton: Skeleton, settings: PlanSettings) -> None:
@@ -193,9 +199,9 @@ def lora_config(model: Any, settings: PlanSettings, rank: int) -> LoraConfig:
     """PEFT's configuration of an adapter of `rank` under these settings."""
     targets = settings.target_modules
     if targets == (ALL_LINEAR,) and settings.layers_to_transform is not None:
-        targets = all_linear_names(model, classification=False)  # PEFT wants names where it is told layers
+        targets = all_linear_names(model, settings.num_labels is not None)  # PEFT wants names where it is told layers
     return LoraConfig(
-        task_type=TaskType.CAUSAL_LM,
+        task_type=TaskType.CAUSAL_LM if settings.num_labels is None else TaskType.SEQ_CLS,
         r=rank,
         target_modules=ALL_LINEAR if targets == (ALL_LINEAR,) else (list(targets) or None),
         target_parameters=list(settings.target_parameters) or None,

@@ -8,12 +8,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from peft.tuners.lora import LoraLayer
+from peft.utils import ModulesToSaveWrapper
 
 from rightrank.engine.bench import recomputed_blocks
+from rightrank.engine.lora import Routing, install
 from rightrank.engine.loss import chunked_cross_entropy, output_head
 from rightrank.engine.prefix import find_blocks
 from rightrank.io.models import DTYPES
 from rightrank.planning.kernels import DeviceKernels
+from rightrank.planning.quantised import mark_adapted
 from rightrank.planning.skeleton import Skeleton
 from rightrank.planning.trace import StepTrace, Tracer
 from rightrank.settings import PlanSettings
@@ -43,13 +48,14 @@ def trace_step(skeleton: Skeleton, settings: PlanSettings, groups: Groups | None
     kernels = DeviceKernels(device, settings.padding, autocast)
     batch = settings.batch_size if training else settings.eval_batch_size or settings.batch_size
     with ExitStack() as stack:
+        stack.enter_context(_packed(skeleton, settings, batch))
         stack.enter_context(_mode(model, settings, training))
         stack.enter_context(tracer.named_modules(model))
         stack.enter_context(_segments(tracer, groups))
         stack.enter_context(nullcontext() if training else torch.no_grad())
         for mode in (tracer, kernels, torch.device("meta")):
             stack.enter_context(mode)
-        loss, kept = _loss(skeleton, settings, batch * settings.arms)
+        loss, kept = _loss(skeleton, settings, batch * len(skeleton.arms))
         tracer.phase = "backward"
         kernels.drop_casts()
         if training:
@@ -75,6 +81,10 @@ def _loss(skeleton: Skeleton, settings: PlanSettings, items: int) -> tuple[torch
     """The loss, and what whoever trains keeps beside it."""
     ids = torch.empty((items, settings.seq_len), dtype=torch.long)
     mask = {"attention_mask": torch.empty_like(ids)} if settings.padding else {}
+    if settings.num_labels is not None:
+        out = skeleton.model(input_ids=ids, **mask)
+        labels = torch.empty((items,), dtype=torch.long)
+        return F.cross_entropy(out.logits.float(), labels), out if settings.keep_logits else None
     if settings.loss == "full":
         out = skeleton.model(input_ids=ids, labels=torch.empty_like(ids), use_cache=False, **mask)
         return out.loss, out if settings.keep_logits else None
@@ -86,15 +96,40 @@ def _loss(skeleton: Skeleton, settings: PlanSettings, items: int) -> tuple[torch
 
 
 @contextmanager
+def _packed(skeleton: Skeleton, settings: PlanSettings, rows: int) -> Iterator[None]:
+    """The forward pass of adapted layers: PEFT's, or that of packs, each arm with `rows` rows of its own."""
+    mark_adapted(skeleton.model, by_peft=not settings.is_packed)
+    if not settings.is_packed:
+        yield
+        return
+    count = len(skeleton.arms)
+    seed = 0 if settings.lora_dropout else None
+    routing = Routing.of(skeleton.arms, [seed] * count, [rows] * count, [settings.seq_len] * count)
+    adapted = [
+        (name, module)
+        for name, module in skeleton.base.named_modules()
+        if isinstance(module, LoraLayer | ModulesToSaveWrapper)
+    ]
+    for name, module in adapted:
+        install(name, module, lambda: routing)
+    try:
+        yield
+    finally:
+        for _, module in adapted:
+            del module.__dict__["forward"]
+
+
+@contextmanager
 def _mode(model: Any, settings: PlanSettings, training: bool) -> Iterator[None]:
     """Training or evaluation mode, with blocks recomputed where that was asked for."""
-    model.train(training and settings.loss == "full")
+    as_trainer = settings.loss == "full" and not settings.is_packed  # `select` trains in evaluation mode
+    model.train(training and as_trainer)
     if not (settings.gradient_checkpointing and training):
         yield
         return
     with recomputed_blocks(model.get_base_model()):
-        model.train(settings.loss == "full")
-        if settings.loss == "chunked":
+        model.train(as_trainer)
+        if not as_trainer:
             for module in model.modules():
                 if getattr(module, "gradient_checkpointing", False):
                     module.training = True

@@ -179,7 +179,8 @@ def _row(outcome: TrialOutcome) -> dict[str, Any]:
     }
     match outcome:
         case TrialFinished():
-            row["value"] = f"{outcome.value:.4f}"
+            row["value"] = f"{outcome.value:.4f}" + (f" ({outcome.value_metric})" if outcome.value_metric else "")
+            row["note"] = "; ".join([row["note"]] * bool(row["note"]) + [*outcome.failed_metrics.values()])
             row["train"] = "" if outcome.train_value is None else f"{outcome.train_value:.4f}"
             row["seconds"] = f"{outcome.train_seconds + outcome.eval_seconds:.0f}"
             row["parameters"] = f"{outcome.trainable_parameters:,}" if outcome.trainable_parameters else ""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, TypedDict
+from typing import TypedDict
 
 from rightrank.settings.values import DtypeName
 
@@ -17,7 +17,8 @@ class SelectKeywords(TypedDict, total=False):
     seeds: Sequence[int]
     sweep: Sequence[str]
     margin: float
-    metric: Literal["loss", "accuracy"]
+    metric: str
+    metrics: Sequence[str]
     max_steps: int
     target_modules: Sequence[str]
     layers_to_transform: Sequence[int]
@@ -30,3 +31,4 @@ class SelectKeywords(TypedDict, total=False):
     memory_bytes: int | str  # a number, or with a unit, such as "24GiB"
     pack_size: int
     certify: bool
+    report_to: Sequence[str]

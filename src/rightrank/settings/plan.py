@@ -48,7 +48,9 @@ class PlanSettings(BaseModel):
     load_in_4bit: bool = False
     load_in_8bit: bool = False
     bnb_4bit_use_double_quant: bool = False
+    packed: bool = False  # adapted layers run as `select` runs them; always so for more than one arm
     arms: int = Field(default=1, gt=0)  # trained together over one frozen base
+    num_labels: int | None = Field(default=None, gt=1)  # a classification head of so many labels
     sharding: Literal["none", "ddp", "fsdp"] = "none"
     num_devices: int = Field(default=1, gt=0)
     eval_batch_size: int | None = Field(default=None, gt=0)
@@ -96,7 +98,15 @@ class PlanSettings(BaseModel):
             raise ValueError(f"sharding {self.sharding!r} needs num_devices of 2 or more, got {self.num_devices}")
         if self.sharding == "none" and self.num_devices > 1:
             raise ValueError(f"num_devices {self.num_devices} needs sharding: give 'ddp' or 'fsdp'")
+        if self.is_packed and (self.use_dora or self.target_parameters):
+            raise ValueError("arms and packed are for plain LoRA on modules: leave out use_dora and target_parameters")
+        if self.num_labels is not None and self.loss == "chunked":
+            raise ValueError("a classification (num_labels) has no logits to take in pieces: give loss 'full'")
         return self
+
+    @property
+    def is_packed(self) -> bool:
+        return self.packed or self.arms > 1
 
 
 def make_plan_settings(values: Mapping[str, Any]) -> PlanSettings:
