@@ -110,7 +110,7 @@ def _load(request: Request, cache: Path) -> _Sources:
         loaded = adopt_model(request.model, request.tokenizer, device, splits.classes)
     if settings.shard_base:
         loaded = sharded(loaded, find_device(settings.device))
-    return _Sources(splits, loaded, encode(splits, loaded, settings, cache))
+    return _Sources(splits, loaded, encode(splits, loaded, settings, cache.parent))
 
 
 def _require_metrics_fit(settings: SelectSettings, form: DataForm) -> None:

@@ -13,6 +13,7 @@ import torch
 from peft import LoraConfig
 
 from rightrank.engine.adapter import attached
+from rightrank.engine.attention import float32_attention, wants_float32
 from rightrank.engine.batches import Batch, batch_plan, collate, length_sorted_batches
 from rightrank.engine.encode import EncodedData
 from rightrank.engine.label_rows import label_rows_only
@@ -90,11 +91,12 @@ class Bench:
         begun = time.perf_counter()
         expected = self._expected_items("train")
         done = 0
-        for count in self.prefix.fill(self.model, "train", expected):
-            done += count
-            on_progress(Preparing(items=done, of_items=len(expected), seconds=time.perf_counter() - begun))
-            if should_stop():
-                raise InterruptedRun("stopped before the first training")
+        with self._attention():
+            for count in self.prefix.fill(self.model, "train", expected):
+                done += count
+                on_progress(Preparing(items=done, of_items=len(expected), seconds=time.perf_counter() - begun))
+                if should_stop():
+                    raise InterruptedRun("stopped before the first training")
 
     def items(self, split: SplitName) -> Sequence[EncodedItem]:
         return self.data.splits[split]
@@ -165,7 +167,7 @@ class Bench:
         self, split: SplitName, batch: Batch, scale: Scale, routing: Routing | None, backward: bool = False
     ) -> BatchLoss:
         # The backward pass belongs inside: what is recomputed there must see the same prefix and rows.
-        with self._prefix_for(split, batch), self._label_rows(batch, routing):
+        with self._attention(), self._prefix_for(split, batch), self._label_rows(batch, routing):
             result = self.objective(self.model, batch, scale)
             if backward:
                 torch.autograd.backward(result.total)
@@ -188,6 +190,10 @@ class Bench:
     def recomputing(self) -> AbstractContextManager[None]:
         """Gradient checkpointing, where it was asked for."""
         return recomputed_blocks(self.model) if self.settings.gradient_checkpointing else nullcontext()
+
+    def _attention(self) -> AbstractContextManager[None]:
+        dtype = next(self.model.parameters()).dtype
+        return float32_attention() if wants_float32(self.loaded.device, dtype) else nullcontext()
 
     def _label_rows(self, batch: Batch, routing: Routing | None) -> AbstractContextManager[None]:
         return nullcontext() if self._last_block is None else label_rows_only(self._last_block, batch, routing)

@@ -53,7 +53,7 @@ def make_bench(base: str, modules: tuple[str, ...] | None, use: DataUse) -> Benc
     loaded = load_model(
         base, settings.dtype, settings.device, splits.classes, settings.trust_remote_code, settings.weight_bits
     )
-    encoded = encode(splits, loaded, settings, use.cache)
+    encoded = encode(splits, loaded, settings)
     return Bench(loaded, encoded, settings, max(1, use.steps), use.cache)
 
 
