@@ -18,9 +18,11 @@ from rightrank.settings import PlanSettings, SelectKeywords, SelectSettings, mak
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from rightrank.preparation import Request, Rows
+    from rightrank.preparation import Bases, Prepared, Request, Rows
     from rightrank.probe.resizing import ResizeOptions
+    from rightrank.selection import Selection
     from rightrank.strategies import Strategy
+    from rightrank.trackers import Trackers
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +46,7 @@ class Selected:
     report: Path
     samples: list[Sample] = field(default_factory=list)
     sweep: list[SweepRow] = field(default_factory=list)
+    trainings: int = 0  # trials of ranks above 0, stages of one counted each
 
     def _repr_html_(self) -> str | None:
         return self.decision._repr_html_()
@@ -106,32 +109,53 @@ def plan(model: str, *, settings: PlanSettings | None = None) -> Plan:
     return make_plan(model, settings)
 
 
+@dataclass(frozen=True, slots=True)
+class Begun:
+    """A selection that is ready to run: data and base loaded, the journal opened."""
+
+    request: Request
+    prepared: Prepared
+    selection: Selection
+    trackers: Trackers
+
+
 def _select(request: Request, folder: RunFolder, watching: Watching) -> Selected:
     # Heavy imports: only who runs a selection pays for them.
-    from rightrank.engine.scoring import measured_at_ends
     from rightrank.engine.train import Watcher
-    from rightrank.executors.local import LocalExecutor
-    from rightrank.handover import certify_selection, hand_over_trained
-    from rightrank.preparation import prepare
+    from rightrank.placing import executor_of
+
+    begun = begin(request, folder, watching)
+    watcher = Watcher(on_step=watching.on_event, on_prepare=watching.on_event, should_stop=watching.should_stop)
+    with executor_of(begun.request, begun.prepared, begun.selection, watcher, watching.notice) as executor:
+        decision = begun.selection.run(executor)
+    return finish(begun, decision, watching)
+
+
+def begin(request: Request, folder: RunFolder, watching: Watching, bases: Bases | None = None) -> Begun:
+    """Load, plan and open the journal; say what it will cost. `bases` holds what other selections loaded."""
+    from rightrank.engine.scoring import measured_at_ends
+    from rightrank.placing import require_placeable
+    from rightrank.preparation import prepare, resuming
     from rightrank.selection import Selection, Terms
     from rightrank.strategies import make_strategy
-    from rightrank.strategies.sweep import sweep_rows
+    from rightrank.trackers import Trackers, require_trackers
 
     make_strategy(request.settings, request.settings.max_steps or 1)  # a wrong name is told before anything is loaded
-    folder.journal.read(watching.notice)
-    prepared = prepare(request, folder.cache, watching.notice)
+    require_placeable(request)
+    require_trackers(request.settings.report_to)
+    request = resuming(request, folder.journal.read(watching.notice))
+    prepared = prepare(request, folder.cache, watching.notice, bases)
     strategy = make_strategy(prepared.settings, prepared.steps, token_loss=prepared.is_token_loss)
-    watcher = Watcher(on_step=watching.on_event, on_prepare=watching.on_event, should_stop=watching.should_stop)
-    executor = LocalExecutor(
-        prepared.bench,
-        folder,
-        watcher,
-        lambda event: selection.note_start(event),
-        watching.notice,
-        prepared.planned.largest_pack if prepared.planned else None,
-    )
     terms = Terms(peak_bytes=prepared.planned.peak_bytes if prepared.planned else {})
-    selection = Selection(folder, prepared.started, strategy, watching.on_event, terms)
+    trackers = Trackers(request.settings.report_to, folder.path, prepared.started, watching.notice)
+
+    def listener(event: RunEvent) -> None:
+        watching.on_event(event)
+        trackers.event(event)
+
+    selection = Selection(folder, prepared.started, strategy, listener, terms)
+    for outcome in selection.records.outcomes:
+        trackers.event(outcome)  # one that a resumed run had no time to tell of
     folder.write_config(prepared.started.settings)
     watching.on_plan(prepared.started, strategy.expected_arms(), prepared.steps)
     if selection.records.outcomes:
@@ -139,12 +163,31 @@ def _select(request: Request, folder: RunFolder, watching: Watching) -> Selected
     watching.notice(cost_line(strategy, prepared.steps))
     if measured_at_ends(prepared.settings):
         watching.notice(answers_line(prepared.settings, prepared.started))
-    decision = selection.run(executor)
-    hand_over_trained(selection, prepared.bench, decision)
-    if request.settings.certify:
-        watching.notice(certify_selection(selection, prepared.bench, decision, watcher).sentence())
-    sweep = sweep_rows(prepared.started, selection.records.outcomes)
-    return Selected(decision, folder.path, folder.adapter, folder.report, selection.records.samples, sweep)
+    return Begun(request, prepared, selection, trackers)
+
+
+def finish(begun: Begun, decision: Decision, watching: Watching) -> Selected:
+    """Hand over what was decided."""
+    from rightrank.engine.train import Watcher
+    from rightrank.handover import certify_selection, hand_over_trained
+    from rightrank.strategies.sweep import sweep_rows
+
+    selection, bench = begun.selection, begun.prepared.bench
+    hand_over_trained(selection, bench, decision)
+    begun.trackers.decided(decision)
+    if begun.request.settings.certify:
+        watcher = Watcher(on_step=watching.on_event, should_stop=watching.should_stop)
+        watching.notice(certify_selection(selection, bench, decision, watcher).sentence())
+    records, folder = selection.records, selection.folder
+    return Selected(
+        decision,
+        folder.path,
+        folder.adapter,
+        folder.report,
+        records.samples,
+        sweep_rows(begun.prepared.started, records.outcomes),
+        sum(outcome.rank > 0 for outcome in records.outcomes),
+    )
 
 
 @dataclass(frozen=True, slots=True)

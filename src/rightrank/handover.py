@@ -17,7 +17,7 @@ from rightrank.io.adapters import restore_adapter
 from rightrank.records import Certified, Decided, Decision, Sample, TestEvaluated, TrialFinished
 from rightrank.report.figures import figures_of
 from rightrank.report.files import write_figures
-from rightrank.selection import Selection, adapter_figures
+from rightrank.selection import Selection, further_figures
 
 
 def hand_over_trained(selection: Selection, bench: Bench, decision: Decision) -> TrialFinished:
@@ -42,7 +42,7 @@ def hand_over_trained(selection: Selection, bench: Bench, decision: Decision) ->
     )
     folder.journal.append(Decided(decision=decision, adapter_trial_id=chosen.trial_id))
     selection.write_views(decision)
-    write_figures(folder.figures, adapter_figures(folder.adapter))
+    write_figures(folder.figures, further_figures(records, folder.adapter))
     folder.drop_working_files()
     return chosen
 

@@ -6,8 +6,8 @@ The same request prepared twice, here or in another process, gives the same benc
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
@@ -23,8 +23,8 @@ from rightrank.io.data import DataForm, DataSplits, load_data
 from rightrank.io.models import LoadedModel, adopt_model, find_device, find_model, load_model
 from rightrank.planning.selecting import SelectionPlan, first_pass_loss, plan_selection, ranks_for_data
 from rightrank.planning.skeleton import is_known
-from rightrank.records import RunStarted, content_hash
-from rightrank.settings import NOT_IDENTITY, SelectSettings
+from rightrank.records import JournalRecord, RunStarted, content_hash
+from rightrank.settings import SelectSettings, settings_of_identity
 from rightrank.version import __version__
 
 if TYPE_CHECKING:
@@ -42,6 +42,7 @@ class Request:
     tokenizer: PreTrainedTokenizerBase | None
     data: str | Path | Rows | Mapping[str, Rows]
     settings: SelectSettings
+    known_settings: tuple[str, ...] | None = None  # of a run that goes on: all that the version which began it knew
 
     @property
     def model_name(self) -> str:
@@ -49,7 +50,9 @@ class Request:
 
     @property
     def data_name(self) -> str:
-        return str(self.data) if isinstance(self.data, str | Path) else f"in memory ({type(self.data).__name__})"
+        if not isinstance(self.data, str | Path):
+            return f"in memory ({type(self.data).__name__})"
+        return str(self.data).encode("utf-8", "backslashreplace").decode()  # a file's name may hold what JSON can't
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,20 +77,29 @@ class _Sources:
     encoded: EncodedData
 
 
-def prepare(request: Request, cache: Path, notice: Notice = lambda _: None) -> Prepared:
-    """Load, encode, plan; `cache` is the folder for what the arms share on disk.
+Bases: TypeAlias = dict[tuple[object, ...], LoadedModel]  # what was loaded, by all that its loading depends on
+
+
+def prepare(request: Request, cache: Path, notice: Notice = lambda _: None, bases: Bases | None = None) -> Prepared:
+    """Load, encode, plan; `cache` is the folder for what the arms share on disk, `bases` what other requests loaded.
 
     Raises:
         InputError: model, data or settings can't be used.
     """
-    sources = _load(request, cache)
+    sources = _load(request, {} if bases is None else bases, cache.parent)
     settings, planned = _settle(sources, request.settings, notice)
     steps = training_steps(settings, len(sources.encoded.splits["train"]))
     bench = Bench(sources.loaded, sources.encoded, settings, steps, cache)
     return Prepared(bench, settings, steps, _started(request, sources, settings, steps), planned)
 
 
-def _load(request: Request, cache: Path) -> _Sources:
+def resuming(request: Request, journal: Sequence[JournalRecord]) -> Request:
+    """The request as the version that began the run would have made it, where there is a run."""
+    first = journal[0] if journal else None
+    return replace(request, known_settings=tuple(first.settings)) if isinstance(first, RunStarted) else request
+
+
+def _load(request: Request, bases: Bases, folder: Path) -> _Sources:
     settings = request.settings
     require_scorers(settings)
     if isinstance(request.model, str):
@@ -96,21 +108,39 @@ def _load(request: Request, cache: Path) -> _Sources:
             raise SettingsError("tokenizer: given beside the name of a model, which brings its own; leave it out")
     splits = load_data(Path(request.data) if isinstance(request.data, str) else request.data, settings)
     _require_metrics_fit(settings, splits.form)
-    if isinstance(request.model, str):
-        loaded = load_model(
+    loaded = _base(request, splits.classes, bases)
+    return _Sources(splits, loaded, encode(splits, loaded, settings, folder))
+
+
+def _base(request: Request, classes: list[str] | None, bases: Bases) -> LoadedModel:
+    """The frozen base; loaded once for all requests that ask for the same."""
+    settings = request.settings
+    place = "cpu" if settings.shard_base else settings.device  # what is shared out is loaded whole on the host
+    if not isinstance(request.model, str):
+        adopted = adopt_model(request.model, request.tokenizer, place, classes)
+        return sharded(adopted, find_device(settings.device)) if settings.shard_base else adopted
+    labels = None if classes is None else tuple(classes)
+    how = (
+        settings.dtype,
+        settings.device,
+        labels,
+        settings.trust_remote_code,
+        settings.weight_bits,
+        settings.shard_base,
+    )
+    key = (request.model, *how)
+    if key not in bases:
+        bases[key] = load_model(
             request.model,
             settings.dtype,
-            "cpu" if settings.shard_base else settings.device,
-            splits.classes,
+            place,
+            classes,
             settings.trust_remote_code,
             settings.weight_bits,
         )
-    else:
-        device = "cpu" if settings.shard_base else settings.device
-        loaded = adopt_model(request.model, request.tokenizer, device, splits.classes)
-    if settings.shard_base:
-        loaded = sharded(loaded, find_device(settings.device))
-    return _Sources(splits, loaded, encode(splits, loaded, settings, cache.parent))
+        if settings.shard_base:
+            bases[key] = sharded(bases[key], find_device(settings.device))
+    return bases[key]
 
 
 def _require_metrics_fit(settings: SelectSettings, form: DataForm) -> None:
@@ -152,7 +182,7 @@ def _settle(sources: _Sources, settings: SelectSettings, notice: Notice) -> tupl
 def _started(request: Request, sources: _Sources, settings: SelectSettings, steps: int) -> RunStarted:
     values = {"model": request.model_name, "data": request.data_name, **settings.model_dump(mode="json")}
     identity = {
-        "settings": {name: value for name, value in values.items() if name not in NOT_IDENTITY},
+        "settings": settings_of_identity(values, request.known_settings),
         "model": sources.loaded.fingerprint,
         "data": sources.splits.fingerprint,
         "steps": steps,

@@ -11,7 +11,8 @@ import pytest
 
 from rightrank.cli import main
 from rightrank.errors import SettingsError
-from rightrank.records import Arm
+from rightrank.records import Arm, SweepRow
+from rightrank.report.sweep_table import sweep_map
 from rightrank.settings import make_settings
 from rightrank.strategies import History, strategy_named
 from rightrank.strategies.sweep import Variant, variants_of
@@ -30,7 +31,9 @@ ARM = Arm(rank=16, learning_rate=1e-3, lora_alpha=32.0, seed=0, steps=100)
         ("alpha=", "AXIS=VALUE"),
         ("alpha=16,x", "numbers above 0"),
         ("alpha=-2", "numbers above 0"),
-        ("init=pissa", "allowed: default, gaussian"),
+        ("init=pissa", "changes the base's weights, which all trainings of a run share; allowed: default, gaussian"),
+        ("init=eva", "needs a pass over the data"),
+        ("init=gausian", "did you mean 'gaussian'"),
         ("targets=q_proj+", "names joined by +"),
         ("scaling=rslora", "alpha/sqrt(r)"),
     ],
@@ -78,7 +81,27 @@ def test_a_sweep_on_real_trainings(
     assert ended.value.code == 0
     answer = json.loads(capsys.readouterr().out)
     assert {row["setting"] for row in answer["sweep"]} == {"alpha=8", "init=gaussian", "targets=q_proj+v_proj"}
+    assert (tmp_path / "run" / "figures" / "sweep.svg").exists()
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "Other settings, each at its own best rate" in page
+    assert "init=gaussian" in page
     values = {row["rank"]: row["value"] for row in answer["ranks"]}
     for row in answer["sweep"]:
         assert row["gain"] == pytest.approx(values[row["rank"]] - row["value"], abs=1e-6)
         assert row["gain"] != 0
+
+
+def test_a_sweep_is_drawn_rank_by_setting() -> None:
+    rows = [
+        SweepRow(setting="alpha=16", rank=4, learning_rate=3e-3, value=1.2, gain=-0.1),
+        SweepRow(setting="alpha=16", rank=64, learning_rate=1e-3, value=0.9, gain=0.1),
+        SweepRow(setting="init=gaussian", rank=64, learning_rate=1e-3, value=1.05, gain=-0.05),
+    ]
+    drawn = sweep_map(rows, "loss", higher_is_better=False)
+    assert drawn is not None
+    assert drawn.column_names == ("shared by all ranks", "alpha=16", "init=gaussian")
+    assert drawn.values[0] == (pytest.approx(1.1), 1.2, None)
+    assert drawn.values[1] == (pytest.approx(1.0), 0.9, 1.05)
+    assert drawn.best == (0, 1)
+    assert "rank 4 shared by all ranks, rank 64 alpha=16" in drawn.alt
+    assert sweep_map([], "loss", higher_is_better=False) is None

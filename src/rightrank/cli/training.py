@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import json
-import signal
+import shlex
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from rightrank.cli.options import comma, gather
-from rightrank.errors import InterruptedRun
+from rightrank.cli.stopping import listening
+from rightrank.errors import InterruptedRun, RunError, SettingsError, TerminatedRun
 
 if TYPE_CHECKING:
     from rightrank.api import Selected, Watching
     from rightrank.records import RunEvent, RunStarted, TrialOutcome
     from rightrank.report.terminal import View
 
+Found = TypeVar("Found")
 
 SELECT_OPTIONS = [
     click.option("--strategy", help="What to train next: bracket (default), ladder, ascend, descend or grid."),
@@ -45,6 +48,11 @@ SELECT_OPTIONS = [
     click.option("--memory", "memory_bytes", help="Memory budget, such as 24GiB; ranks that need more are left out."),
     click.option("--pack-size", type=int, help="Trainings that share the model's passes (default: as many as pay)."),
     click.option("--certify", is_flag=True, default=None, help="Train one arm again alone and compare."),
+    click.option("--executor", help="Where trainings run: local (default), processes or ray; see docs/clusters.md."),
+    click.option(
+        "--workers", type=int, help="Workers of the executor (default: one a CUDA device; ray: all that fit)."
+    ),
+    click.option("--ray-address", help="HOST:PORT of a Ray cluster's head (default: one on this machine)."),
     click.option("--report-to", callback=comma, help="Trackers: trackio, wandb, mlflow, tensorboard."),
     click.option("--config", "config_file", type=click.Path(path_type=Path), help="YAML file of settings."),
     click.option(
@@ -60,17 +68,19 @@ def _select_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @click.command(epilog="Example: rightrank select ./model data.jsonl --out run --ranks 4,16,64 --max-steps 200")
-@click.argument("model")
-@click.argument("data", type=click.Path(path_type=Path))
+@click.argument("model", required=False)
+@click.argument("data", required=False, type=click.Path(path_type=Path))
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Run folder; the same command resumes it.")
+@click.option("--matrix", type=click.Path(path_type=Path), help="YAML file of many data sets, in place of MODEL DATA.")
 @_select_options
 @click.option("--json", "as_json", is_flag=True, help="Print the decision as one JSON object.")
 @click.option("--quiet", is_flag=True, help="No progress.")
 @click.option("--log-json", is_flag=True, help="Progress as one JSON object a line on stderr.")
 def select(
-    model: str,
-    data: Path,
+    model: str | None,
+    data: Path | None,
     out: Path,
+    matrix: Path | None,
     config_file: Path | None,
     assignments: tuple[str, ...],
     as_json: bool,
@@ -83,6 +93,13 @@ def select(
     MODEL is a model folder, a GGUF file or a hub name. DATA is a JSONL, CSV or Parquet file, or a folder, with
     `text`; `prompt` and `completion`; `messages`; or `text` and `label`.
     """
+    if matrix is not None:
+        if model is not None:
+            raise SettingsError(f"--matrix {matrix} names model and data: leave out {model!r}")
+        _select_matrix(matrix, out, gather(config_file, assignments, options), as_json, quiet, log_json)
+        return
+    if model is None or data is None:
+        raise SettingsError("give MODEL and DATA, or --matrix FILE")
     from rightrank.api import select_rank
     from rightrank.settings import make_settings
 
@@ -94,6 +111,27 @@ def select(
         _print_json(selected)
     else:
         _print_answer(selected)
+
+
+def _select_matrix(file: Path, out: Path, further: dict[str, Any], as_json: bool, quiet: bool, log_json: bool) -> None:
+    from rightrank.io.matrix import read_matrix
+    from rightrank.matrix import select_matrix
+    from rightrank.report.matrix_table import matrix_text
+
+    matrix = read_matrix(file)
+    found = _watched(lambda watching: select_matrix(matrix, out, further, watching), quiet, out, log_json)
+    if as_json:
+        jobs = [asdict(row) | {"decision": _decision_of(found.selected.get(row.name))} for row in found.rows]
+        click.echo(json.dumps({"jobs": jobs, "table": str(found.table)}))
+    else:
+        click.echo(f"\n{matrix_text(found.rows)}\n\ntable: {found.table}")
+    failed = [row.name for row in found.rows if row.reason]
+    if failed:
+        raise RunError(f"no decision for {', '.join(failed)} (see the table); the others are done")
+
+
+def _decision_of(selected: Selected | None) -> dict[str, Any] | None:
+    return None if selected is None else selected.decision.model_dump(mode="json")
 
 
 @click.command(epilog="Example: rightrank demo --out demo")
@@ -118,17 +156,17 @@ def demo(out: Path, as_json: bool, quiet: bool, log_json: bool) -> None:
     click.echo("\nOn your own data:\n  rightrank select PATH/TO/MODEL YOUR_DATA.jsonl --out my-run")
 
 
-def _watched(run: Callable[[Watching], Selected], quiet: bool, out: Path, log_json: bool) -> Selected:
-    """Run with a view on stderr and a Ctrl-C that stops cleanly."""
+def _watched(run: Callable[[Watching], Found], quiet: bool, out: Path, log_json: bool) -> Found:
+    """Run with a view on stderr, and with Ctrl-C and SIGTERM that stop cleanly."""
     from rich.console import Console
 
     from rightrank.api import Watching
     from rightrank.report.event_log import JsonLog, ProgressFile
     from rightrank.report.terminal import make_view
 
-    stop, progress = _StopRequest(), ProgressFile(out)
+    progress = ProgressFile(out)
     chosen: View = JsonLog(sys.stderr) if log_json else make_view(Console(stderr=True), quiet)
-    with chosen as view, stop.listening(view):
+    with chosen as view, listening(view.notice) as stop:
 
         def on_event(event: RunEvent) -> None:
             view.event(event)
@@ -145,35 +183,16 @@ def _watched(run: Callable[[Watching], Selected], quiet: bool, out: Path, log_js
         try:
             return run(Watching(on_event, on_plan, on_resume, view.notice, lambda: stop.asked))
         except InterruptedRun as stopped:
-            raise InterruptedRun(f"{stopped}; run the same command again to resume {out}") from None
+            kind = TerminatedRun if stop.terminated else InterruptedRun
+            raise kind(f"{stopped}; run the same command again to resume {out}: {_command()}") from None
         finally:
             progress.remove()
 
 
-class _StopRequest:
-    """The first Ctrl-C asks; the second interrupts at once."""
-
-    def __init__(self) -> None:
-        self.asked = False
-
-    def listening(self, view: View) -> Any:
-        from contextlib import contextmanager
-
-        def ask(_signal: int, _frame: Any) -> None:
-            if self.asked:
-                raise KeyboardInterrupt
-            self.asked = True
-            view.notice("stopping after this step; Ctrl-C again stops at once")
-
-        @contextmanager
-        def listen() -> Any:
-            before = signal.signal(signal.SIGINT, ask)
-            try:
-                yield
-            finally:
-                signal.signal(signal.SIGINT, before)
-
-        return listen()
+def _command() -> str:
+    """What was typed."""
+    words = click.get_current_context().find_root().obj
+    return shlex.join(words) if words else "rightrank"
 
 
 def _print_json(selected: Selected) -> None:

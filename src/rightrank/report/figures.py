@@ -185,8 +185,18 @@ def truncation_figure(records: Records) -> Figure | None:
 
 
 def rate_map(records: Records) -> HeatMap | None:
-    """Rank × learning rate: the mean value of each cell, the best rate of each rank marked; whole trainings only."""
-    arms = [outcome for outcome in records.outcomes if outcome.rank > 0 and outcome.truncate_from is None]
+    """Rank × learning rate: the mean value of each cell, the best rate of each rank marked; whole trainings only, at
+    the setting that all ranks share."""
+    alpha = records.started.settings.get("lora_alpha")
+    arms = [
+        outcome
+        for outcome in records.outcomes
+        if outcome.rank > 0
+        and outcome.truncate_from is None
+        and outcome.init_lora_weights is None
+        and outcome.target_modules is None
+        and (alpha is None or outcome.lora_alpha == alpha)
+    ]
     ranks = sorted({outcome.rank for outcome in arms})
     rates = sorted({outcome.learning_rate for outcome in arms})
     finished = [outcome for outcome in arms if isinstance(outcome, TrialFinished)]

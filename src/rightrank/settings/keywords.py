@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypedDict
+from typing import Literal, TypedDict
 
 from rightrank.settings.values import DtypeName
 
@@ -31,4 +31,7 @@ class SelectKeywords(TypedDict, total=False):
     memory_bytes: int | str  # a number, or with a unit, such as "24GiB"
     pack_size: int
     certify: bool
+    executor: Literal["local", "processes", "ray"]
+    workers: int
+    ray_address: str
     report_to: Sequence[str]

@@ -5,7 +5,7 @@ Names that PEFT, transformers and TRL have are used as they have them. Defaults 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Any, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -19,6 +19,11 @@ NOT_IDENTITY = (
     "certify",
     "checkpoint_seconds",
     "memory_bytes",
+    "executor",
+    "workers",
+    "ray_address",
+    "launcher",
+    "hang_seconds",
     "metric_timeout_seconds",
     "report_to",
     "shard_base",
@@ -105,6 +110,11 @@ class SelectSettings(BaseModel):
     pack_size: int | None = Field(default=None, gt=0)  # arms trained together; None: as many as pay and fit
     certify: bool = False  # train one arm again alone and compare
     checkpoint_seconds: float = Field(default=60.0, gt=0)
+    executor: Literal["local", "processes", "ray"] = "local"  # in this process, or workers with a base of their own
+    workers: int | None = Field(default=None, gt=0)  # None: one a CUDA device, on Ray as many as it has room for
+    ray_address: str | None = None  # None: a cluster that runs on this machine, else one of this run's own
+    launcher: str = ""  # words before the command of a worker process, such as "srun --ntasks=1 --gpus=1"
+    hang_seconds: float = Field(default=600.0, gt=0)  # without a step of a worker, before it is given up
     trust_remote_code: bool = False
     report_to: tuple[str, ...] = ()  # trackers that are told of every trial: trackio, wandb, mlflow, tensorboard
 
@@ -158,6 +168,19 @@ class SelectSettings(BaseModel):
         return self
 
     @model_validator(mode="after")
+    def _workers_of_an_executor(self) -> SelectSettings:
+        for name, given, executors in (
+            ("workers", self.workers, ("processes", "ray")),
+            ("ray_address", self.ray_address, ("ray",)),
+            ("launcher", self.launcher, ("processes",)),
+        ):
+            if given and self.executor not in executors:
+                raise ValueError(
+                    f"{name} was given and the executor is {self.executor!r}: give executor {' or '.join(executors)}"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _metrics_known(self) -> SelectSettings:
         names = [spec.name for spec in parse_metrics(self.metric, self.metrics)]
         unknown = next((name for name in self.lower_is_better if name not in names), None)
@@ -208,7 +231,23 @@ def make_settings(values: Mapping[str, object]) -> SelectSettings:
     return checked(SelectSettings, values)
 
 
+def settings_of_identity(values: Mapping[str, Any], known: Container[str] | None = None) -> dict[str, Any]:
+    """Those of `values` (JSON) that say what a selection finds.
+
+    With the names `known` to the version that began a run: without what it did not know and what is at its default, so
+    that the run is the same one under a version with more settings.
+    """
+    defaults = SelectSettings().model_dump(mode="json")
+    return {
+        name: value
+        for name, value in values.items()
+        if name not in NOT_IDENTITY
+        and (known is None or name in known or name not in defaults or value != defaults[name])
+    }
+
+
 def settings_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """The settings whose values differ and whose values matter, one `name: old → new` each."""
+    new = settings_of_identity(new, old)
     names = sorted((set(old) | set(new)) - set(NOT_IDENTITY))
     return [f"{name}: {old.get(name)!r} → {new.get(name)!r}" for name in names if old.get(name) != new.get(name)]

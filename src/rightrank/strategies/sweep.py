@@ -18,6 +18,17 @@ from rightrank.settings import Scaling, SelectSettings, make_settings
 
 AXES = ("alpha", "scaling", "init", "targets")
 INITS = ("default", "gaussian")
+_CHANGES_BASE = "it changes the base's weights, which all trainings of a run share"
+_NEEDS_DATA = "it needs a pass over the data before every training"
+NOT_OFFERED = {  # PEFT's other initialisations, and why they are no axis here
+    "pissa": _CHANGES_BASE,
+    "olora": _CHANGES_BASE,
+    "loftq": _CHANGES_BASE,
+    "corda": _CHANGES_BASE,
+    "lora_ga": _CHANGES_BASE,
+    "eva": _NEEDS_DATA,
+    "orthogonal": "its rows can't be shared between ranks",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +108,8 @@ def _checked(axis: str, value: str) -> str:
         if not 0 < alpha < float("inf"):
             raise SettingsError(f"sweep alpha={value}: alphas are numbers above 0, such as 16")
         return f"{alpha:g}"
+    if axis == "init" and value in NOT_OFFERED:
+        raise SettingsError(f"sweep init={value}: {NOT_OFFERED[value]}; allowed: {', '.join(allowed)}")
     if value not in allowed:
         raise SettingsError(f"sweep {axis}={value}{did_you_mean(value, allowed)}; allowed: {', '.join(allowed)}")
     return value
