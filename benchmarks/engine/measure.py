@@ -43,8 +43,12 @@ def commands(model: str, data: str, work: Path) -> tuple[list[list[str]], list[l
         ["profile_step", *base, "--steps", "3", "--out", str(RESULTS / "profile_float32.json")],
         ["profile_step", *base, "--steps", "3", "--dtype", "bfloat16", "--out", str(RESULTS / "profile_bfloat16.json")],
     ]
-    held = ["held_out", *base, "--layers", "28,29", "--steps", "40", "--seeds", "0,1,2,3"]
-    untimed = [["items", "--out", str(RESULTS / "items.json")], [*held, "--out", str(RESULTS / "held_out_tail.json")]]
+    held = ["held_out", *base, "--layers", "28,29", "--steps", "40", "--seeds", "0,1,2"]
+    untimed = [
+        ["items", "--out", str(RESULTS / "items.json")],
+        ["certified", *base, "--out", str(RESULTS / "certified.json")],
+        [*held, "--out", str(RESULTS / "held_out_tail.json")],
+    ]
     for number, command in enumerate(timed + untimed):
         command += ["--work", str(work / str(number))]
     return timed, untimed

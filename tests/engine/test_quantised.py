@@ -38,15 +38,16 @@ def test_both_widths_at_once_are_refused() -> None:
 
 
 @pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="needs the extra bnb")
-def test_a_pack_over_four_bits_equals_alone(completion_file: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("bits", "layer"), [(4, "Linear4bit"), (8, "Linear8bitLt")])
+def test_a_pack_over_few_bits_equals_alone(completion_file: Path, tmp_path: Path, bits: int, layer: str) -> None:
     tokenizer = make_tokenizer()
     wide = {"hidden_size": 128, "intermediate_size": 128, "head_dim": 32}  # blocks of 64 weights share a scale
     torch.manual_seed(0)
     LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **(SIZES | wide))).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
-    settings = small_settings(load_in_4bit=True, max_steps=4)
+    settings = small_settings(**{f"load_in_{bits}bit": True, "max_steps": 4})
     bench = make_bench(tmp_path / "model", completion_file, settings, tmp_path / "cache")
-    assert type(bench.model.model.layers[0].mlp.up_proj).__name__ == "Linear4bit"
+    assert type(bench.model.model.layers[0].mlp.up_proj).__name__ == layer
     arms = [Arm(rank=rank, learning_rate=1e-2, lora_alpha=32.0, seed=seed, steps=4) for rank, seed in ((2, 0), (4, 1))]
     assert packing_obstacle(bench, arms) is None
     alone, together = run(bench, arms, tmp_path / "alone", 1), run(bench, arms, tmp_path / "together", 2)
