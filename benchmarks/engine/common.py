@@ -15,7 +15,14 @@ from rightrank.io.models import load_model
 from rightrank.records import SplitName
 from rightrank.settings import make_settings
 
-DEFAULTS: dict[str, Any] = {"batch_size": 8, "seq_len": 128, "eval_items": 96, "eval_points": 1, "samples": 0}
+DEFAULTS: dict[str, Any] = {
+    "ranks": (1, 16),
+    "batch_size": 8,
+    "seq_len": 128,
+    "eval_items": 96,
+    "eval_points": 1,
+    "samples": 0,
+}
 
 
 def machine() -> dict[str, Any]:
