@@ -111,7 +111,8 @@ def _select(request: Request, folder: RunFolder, watching: Watching) -> Selected
     from rightrank.engine.train import Watcher
     from rightrank.executors.local import LocalExecutor
     from rightrank.handover import certify_selection, hand_over_trained
-    from rightrank.preparation import prepare
+    from rightrank.preparation import prepare, workload
+    from rightrank.report.plan_table import selection_lines
     from rightrank.selection import Selection, Terms
     from rightrank.strategies import make_strategy
     from rightrank.strategies.sweep import sweep_rows
@@ -124,14 +125,18 @@ def _select(request: Request, folder: RunFolder, watching: Watching) -> Selected
     executor = LocalExecutor(
         prepared.bench, folder, watcher, lambda event: selection.note_start(event), watching.notice
     )
-    terms = Terms(peak_bytes=prepared.planned.peak_bytes if prepared.planned else {})
+    estimate = prepared.planned and prepared.planned.cost(strategy, workload(prepared))
+    terms = Terms(peak_of=prepared.planned.peak_of) if prepared.planned else Terms()
     selection = Selection(folder, prepared.started, strategy, watching.on_event, terms)
     folder.write_config(prepared.started.settings)
     watching.on_plan(prepared.started, strategy.expected_arms(), prepared.steps)
     if selection.records.outcomes:
         watching.on_resume(selection.records.outcomes)
-    watching.notice(cost_line(strategy, prepared.steps))
+    for line in selection_lines(estimate) if estimate else [cost_line(strategy, prepared.steps)]:
+        watching.notice(line)
     decision = selection.run(executor)
+    if estimate:
+        watching.notice(selection.beside_estimate(estimate))
     hand_over_trained(selection, prepared.bench, decision)
     if request.settings.certify:
         watching.notice(certify_selection(selection, prepared.bench, decision, watcher).sentence())

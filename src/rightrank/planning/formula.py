@@ -15,7 +15,6 @@ from rightrank.planning.simulate import Highest, Resident
 from rightrank.records.plan import Components
 from rightrank.settings import PlanSettings
 
-ERROR_SHARE = 0.35  # what the other calculators' formulas miss by on Llama-3.2-3B is 15 to 80%
 RESERVED_FACTOR = 1.06  # of allocated bytes: what the allocator model adds in traced cases
 
 
