@@ -1,45 +1,98 @@
-"""`--json` gives one JSON object on stdout and nothing else there, or, where a command fails, nothing at all."""
+"""`--json` gives one JSON object on stdout and nothing else there, or, where a command fails, nothing at all.
+
+Every command that has `--json`, its answers and its ways to fail.
+"""
 
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
+from rightrank import Selected, Watching, demo, select_rank
 from rightrank.cli import cli
+from tests.probe.adapters import make_adapter, make_base
 from tests.report.test_views import journal_of
 from tests.test_select import run
-from tests.tiny import write_jsonl
+from tests.tiny import small_settings, write_completions, write_jsonl
 
 TABLE = [{"rank": rank, "seed": seed, "value": 1 + 1 / rank + seed / 1000} for rank in (1, 4, 16) for seed in (0, 1)]
+SMALL = "--ranks 1,4 --learning-rates 1e-2 --max-steps 4 --batch-size 4 --seq-len 32 --eval-items 8 --device cpu"
+TRAINING = "--learning-rate 1e-2 --max-steps 2 --seeds 0,1 --set seq_len=32 --set batch_size=4 --set eval_items=8"
+
+
+@pytest.fixture(scope="module")
+def selected(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Selected:
+    """A finished run."""
+    folder = tmp_path_factory.mktemp("run")
+    settings = small_settings(max_steps=2, eval_points=1, eval_items=8)
+    return select_rank(str(model_folder), write_completions(folder / "data.jsonl"), folder / "run", settings=settings)
+
+
+@pytest.fixture(scope="module")
+def prepared(selected: Selected, model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with models, an adapter, data, a table, runs in every state, an empty folder and a damaged journal."""
+    folder = tmp_path_factory.mktemp("prepared")
+    (folder / "model").symlink_to(model_folder)
+    shutil.copytree(make_base(folder / "base"), folder / "finetuned")
+    weights = load_file(folder / "finetuned" / "model.safetensors")
+    weights["model.layers.0.mlp.down_proj.weight"] += 0.1
+    save_file(weights, folder / "finetuned" / "model.safetensors", {"format": "pt"})
+    make_adapter(folder / "base", folder / "adapter", rank=4)
+    make_adapter(model_folder, folder / "of_model", rank=2)
+    write_completions(folder / "data.jsonl")
+    write_jsonl(folder / "table.jsonl", TABLE)
+    shutil.copytree(selected.run, folder / "done")
+    journal_of(folder / "made_up")
+    (folder / "empty").mkdir()
+    (folder / "damaged").mkdir()
+    (folder / "damaged" / "journal.jsonl").write_text("not json\n{}\n")
+    return folder
 
 
 @pytest.fixture
-def folder(tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with a model, a table, an unfinished run, an empty folder and a damaged journal."""
-    (tmp_path / "model").symlink_to(model_folder)
-    write_jsonl(tmp_path / "table.jsonl", TABLE)
-    journal_of(tmp_path / "made_up")
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "damaged").mkdir()
-    (tmp_path / "damaged" / "journal.jsonl").write_text("not json\n{}\n")
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
+def folder(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of its own, since commands write beside what they read."""
+    shutil.copytree(prepared, tmp_path / "here", symlinks=True)
+    monkeypatch.chdir(tmp_path / "here")
+    return tmp_path / "here"
 
 
 FINE = [
     "decide table.jsonl",
-    "plan model --ranks 1,4 --seq-len 64",
-    "status made_up",
-    "report made_up",
     "decide made_up",
+    "decide done --margin 0.5",
+    "plan model --ranks 1,4 --seq-len 64",
+    "plan model --ranks 1,4 --seq-len 64 --memory 24GiB",
+    "status made_up",
+    "status done",
+    "report made_up",
+    "report done",
+    "inspect adapter",
+    "inspect adapter --base base",
+    "inspect --base base --finetuned finetuned",
+    "resize adapter small --rank 2",
+    "resize adapter small --energy 0.9",
+    "resize adapter small --noise",
+    "resize adapter of_model both --rank 2",
+    "extract base finetuned extracted --rank 2",
+    f"allocate of_model data.jsonl --rank 2 --by spectra {TRAINING}",
+    *[f"export done --to {target}" for target in ("peft", "trl", "vllm", "ollama")],
+    "export done --to vllm --pad",
+    f"select model data.jsonl --out run {SMALL}",
 ]
 FAILING = [
     "decide nowhere.csv",
     "decide empty",
+    "decide damaged",
+    "decide table.jsonl --margin -1",
     "plan empty --ranks 4",
     "plan model --ranks 0",
+    "plan model --ranks 4 --memory 24",
+    "plan",
     "status empty",
     "status damaged",
     "report empty",
@@ -47,35 +100,95 @@ FAILING = [
     "export made_up --to moon",
     "export made_up --to peft",
     "export empty --to peft",
+    "export done --to peft --pad",
+    "export done --to peft --push-to-hub nobody",
+    "export done",
     "inspect empty",
+    "inspect",
+    "inspect model",
+    "inspect --base base --finetuned empty",
+    "inspect --gradient model nowhere.jsonl",
     "resize empty out --rank 4",
+    "resize adapter out",
+    "resize adapter out --rank 0",
+    "resize adapter model --rank 2",
+    "extract base empty out --rank 2",
+    "extract base finetuned out",
+    f"allocate empty data.jsonl --rank 2 {TRAINING}",
+    f"allocate adapter nowhere.jsonl --rank 2 {TRAINING}",
+    f"allocate of_model data.jsonl --rank 2 --by magic {TRAINING}",
+    "allocate of_model data.jsonl",
     "select model nowhere.jsonl --out run",
     "select empty table.jsonl --out run",
     "select model table.jsonl --out run",
     "select model table.jsonl --out made_up",
     "select model table.jsonl --out run --margin many",
     "select model table.jsonl --out run --ranks",
+    "select model data.jsonl --out run --set nonsense=1",
+    "select model data.jsonl",
+    "demo --out table.jsonl/below",
+    "demo --nonsense",
 ]
+UNFINISHED = [  # began and could not finish
+    f"select model data.jsonl --out run {SMALL.replace('1e-2', '1e9')}",
+    "export done --to peft --push-to-hub me/adapter",
+]
+
+
+def one_object(text: str) -> dict[str, object]:
+    """The object on stdout, where nothing else is."""
+    assert text.endswith("\n")
+    assert text.count("\n") == 1
+    answer = json.loads(text, parse_constant=lambda constant: pytest.fail(f"{constant} is no JSON"))
+    assert isinstance(answer, dict)
+    return answer
 
 
 @pytest.mark.parametrize("command", FINE)
 def test_an_answer_is_one_object(folder: Path, command: str, capsys: pytest.CaptureFixture[str]) -> None:
     status, out, _ = run([*command.split(), "--json"], capsys)
     assert status == 0
-    assert isinstance(json.loads(out), dict)
+    assert one_object(out)
 
 
-@pytest.mark.parametrize("command", FAILING)
-def test_a_failure_is_one_line_on_stderr(folder: Path, command: str, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("command", "expected"), [(command, 2) for command in FAILING] + [(command, 1) for command in UNFINISHED]
+)
+def test_a_failure_is_one_line_on_stderr(
+    folder: Path, command: str, expected: int, capsys: pytest.CaptureFixture[str]
+) -> None:
     status, out, err = run([*command.split(), "--json"], capsys)
-    assert status == 2
+    assert status == expected
     assert out == ""
-    assert err.startswith("rightrank: ")
-    assert err.count("\n") == 1
+    complaint = err if expected == 2 else err.splitlines(keepends=True)[-1]  # after the progress
+    assert complaint.startswith("rightrank: ")
+    assert complaint.count("\n") == 1
+    assert "Traceback" not in err
 
 
-def test_every_command_that_answers_has_json() -> None:
-    without = {
-        name for name, command in cli.commands.items() if "--json" not in {o for p in command.params for o in p.opts}
-    }
-    assert without == {"watch", "completion"}
+def test_the_demo_s_answer_is_one_object(
+    selected: Selected, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def short(out: Path, watching: Watching) -> Selected:
+        watching.notice("going")
+        return selected
+
+    monkeypatch.setattr(demo, "run_demo", short)
+    status, out, err = run(["demo", "--out", str(tmp_path), "--json"], capsys)
+    assert status == 0
+    assert one_object(out)["run"] == str(selected.run)
+    assert "going" in err
+
+
+def test_events_are_objects_while_the_answer_is_one(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, err = run(f"select model data.jsonl --out run --log-json --json {SMALL}".split(), capsys)
+    assert status == 0
+    assert one_object(out)
+    assert all("event" in json.loads(line) for line in err.splitlines())
+
+
+def test_every_command_with_json_is_tried_both_ways() -> None:
+    with_json = {name for name, command in cli.commands.items() if any("--json" in p.opts for p in command.params)}
+    assert set(cli.commands) - with_json == {"watch", "completion"}
+    assert {command.split()[0] for command in FINE} | {"demo"} == with_json
+    assert {command.split()[0] for command in FAILING} == with_json

@@ -15,7 +15,7 @@ import rightrank
 from rightrank.cli import cli
 from rightrank.settings import SelectKeywords, SelectSettings
 
-NOT_SETTINGS = {"model", "data", "out", "config_file", "assignments", "as_json", "quiet", "log_json"}
+NOT_SETTINGS = {"model", "data", "out", "matrix", "config_file", "assignments", "as_json", "quiet", "log_json"}
 
 PUBLIC = {
     "Decided",

@@ -3,7 +3,7 @@
 Every baseline but `argmin of one rate` and the stopping schedulers' own best picks as generously as ours: the smallest
 rank within the margin of the best that it saw. Stochastic ones are repeated over seeds.
 
-Ray Tune's ASHA is run as Optuna's `SuccessiveHalvingPruner`, which is the same algorithm (Li et al. 2020).
+ASHA is run twice: as Optuna's `SuccessiveHalvingPruner`, halving, and as Ray Tune's own scheduler as it comes (`ray_asha.py`).
 """
 
 from __future__ import annotations

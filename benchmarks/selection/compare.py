@@ -17,19 +17,25 @@ from typing import Any
 import numpy as np
 
 from benchmarks.machine import machine
-from benchmarks.selection.baselines import DETERMINISTIC, STOCHASTIC
+from benchmarks.selection.baselines import DETERMINISTIC
+from benchmarks.selection.baselines import STOCHASTIC as OPTUNA_AND_CHANCE
+from benchmarks.selection.ray_asha import ray_asha
 from benchmarks.selection.replay import Judged, judge, replay_all, summary
 from benchmarks.selection.tables import GridCurve, read_grids
 from rightrank.strategies import STRATEGIES, strategy_named
 
 HERE = Path(__file__).parent
-FAMILIES = {  # file and margins, in the metric's unit
-    "published": ("published_grids.json", (0.002, 0.005)),
-    "planted": ("planted_grids.json", (0.002, 0.005, 0.02)),
-    "real": ("real_grids.json", (0.005, 0.01, 0.02)),
+FAMILIES = {  # file, which of its grids, and margins in the metric's unit
+    "published": ("published_grids.json", slice(None), (0.002, 0.005)),
+    "planted, first half": ("planted_grids.json", slice(32), (0.002, 0.005, 0.02)),  # rules were found here
+    "planted, second half": ("planted_grids.json", slice(32, None), (0.002, 0.005, 0.02)),
+    "linear": ("linear_grids.json", slice(None), (0.005, 0.02, 0.05)),
+    "real": ("real_grids.json", slice(None), (0.005, 0.01, 0.02)),
 }
 EQUAL_COST_WITH = "bracket"
-REPEATS = 10  # of the stochastic baselines
+STOCHASTIC = OPTUNA_AND_CHANCE | {"ASHA (Ray Tune)": ray_asha}
+WITH_SEEDS = "bracket, two seeds"  # where a grid has them
+REPEATS = 5  # of the stochastic baselines
 
 
 def baseline_judged(
@@ -46,6 +52,8 @@ def baseline_judged(
 def family_results(curves: Sequence[GridCurve], margin: float) -> dict[str, list[list[Judged]]]:
     """Method → repeats → picks."""
     found = {name: [replay_all(curves, make, margin)] for name, make in STRATEGIES.items()}
+    if all(len(curve.seeds) > 1 for curve in curves):
+        found[WITH_SEEDS] = [replay_all(curves, STRATEGIES[EQUAL_COST_WITH], margin, seeds=2)]
     budgets = [one.trainings for one in found[EQUAL_COST_WITH][0]]
     for name in DETERMINISTIC:
         found[name] = [baseline_judged(name, curves, margin, budgets, 0)]
@@ -68,10 +76,8 @@ def row(repeats: Sequence[Sequence[Judged]], ours: Sequence[Judged]) -> dict[str
 def compare() -> dict[str, Any]:
     table: list[dict[str, Any]] = []
     unders: list[dict[str, Any]] = []
-    for family, (file, margins) in FAMILIES.items():
-        if not (HERE / file).exists():
-            continue
-        curves = read_grids(HERE / file)
+    for family, (file, which, margins) in FAMILIES.items():
+        curves = read_grids(HERE / file)[which]
         for margin in margins:
             found = family_results(curves, margin)
             for name, repeats in found.items():
@@ -97,8 +103,12 @@ def draw(results: dict[str, Any], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     families = list(dict.fromkeys(row["family"] for row in results["table"]))
-    figure, axes = plt.subplots(1, len(families), figsize=(5.2 * len(families), 4.4), squeeze=False)
-    for axis, family in zip(axes[0], families, strict=True):
+    columns = 3
+    lines = -(-len(families) // columns)
+    figure, axes = plt.subplots(lines, columns, figsize=(5.2 * columns, 4.2 * lines), squeeze=False)
+    for axis in axes.flat[len(families) :]:
+        axis.set_axis_off()
+    for axis, family in zip(axes.flat, families, strict=False):
         rows = [row for row in results["table"] if row["family"] == family]
         for method in dict.fromkeys(row["method"] for row in rows):
             mine = [row for row in rows if row["method"] == method]
@@ -113,7 +123,8 @@ def draw(results: dict[str, Any], path: Path) -> None:
         axis.set_ylim(bottom=-0.002)
         axis.set_title(f"{family} ({rows[0]['curves']:g} grids)")
         axis.set_xlabel("whole trainings a grid")
-    axes[0][0].set_ylabel("mean regret beyond the margin, in margins")
+    for line in axes:
+        line[0].set_ylabel("mean regret beyond the margin, in margins")
     figure.tight_layout()
     figure.savefig(path, metadata={"Date": None})
 

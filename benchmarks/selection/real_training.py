@@ -2,10 +2,10 @@
 
     python -m benchmarks.selection.real_training NAME MODEL DATA --work FOLDER --out benchmarks/selection/real_grids.json
 
-NAME is one of `GRIDS`. The rate is constant from the first step, so that a training stopped half of the way is a
-whole training of half the steps, and one grid gives two horizons: each a curve of its own, with values at its quarter
-and half, item losses, and the top rank's adapters cut to every lower rank. Finished trainings are kept in FOLDER: the
-same command goes on where it was. A seed that is not whole is left out.
+NAME is one of `GRIDS`. Where the rate is constant from the first step, a training stopped half of the way is a whole
+training of half the steps, and one grid gives two horizons, each a curve of its own; where it decays, one. A curve has
+values at its quarter and half, item losses, and the top rank's adapters cut to every lower rank. Finished trainings are
+kept in FOLDER: the same command goes on where it was. A seed that is not whole is left out.
 """
 
 from __future__ import annotations
@@ -46,26 +46,34 @@ from rightrank.strategies.protocol import base_arm
 RANKS = (1, 4, 16, 64)
 SEEDS = (0, 1)
 DIGITS = 5
-STAGES = (0.125, 0.25, 0.5)  # of a training: the quarter and the half of both horizons
-HORIZONS = (0.5, 1.0)
+CHECKPOINTS = (0.25, 0.5)  # of a horizon
 
 COMMON = {
     "ranks": RANKS,
     "seeds": SEEDS,
-    "lr_scheduler_type": "constant",
-    "warmup_ratio": 0.0,
     "eval_points": 1,  # stages bring their own
     "samples": 0,
     "device": "cpu",
 }
 CAUSAL = {"layers_to_transform": (28, 29), "max_steps": 40, "seq_len": 48, "eval_items": 96}
 ENCODER = {"layers_to_transform": (4, 5), "max_steps": 80, "seq_len": 48, "eval_items": 300}
+CONSTANT = {"lr_scheduler_type": "constant", "warmup_ratio": 0.0}
 GRIDS: dict[str, dict[str, object]] = {
-    "packages": COMMON | CAUSAL | {"learning_rates": (1e-3, 3e-3, 1e-2)},
+    "packages": COMMON | CAUSAL | CONSTANT | {"learning_rates": (1e-3, 3e-3, 1e-2)},
     "glosses": COMMON | CAUSAL | {"learning_rates": (1e-3, 3e-3, 1e-2)},
     "docstrings": COMMON | CAUSAL | {"learning_rates": (1e-3, 3e-3, 1e-2), "seq_len": 128},
     "movies": COMMON | ENCODER | {"learning_rates": (3e-4, 1e-3, 3e-3)},
 }
+
+
+def horizons(settings: SelectSettings) -> tuple[float, ...]:
+    """Parts of the trainings' steps that are whole trainings."""
+    return (0.5, 1.0) if settings.lr_scheduler_type == "constant" else (1.0,)
+
+
+def stages(settings: SelectSettings) -> list[float]:
+    """Where trainings are stopped and evaluated: the quarter and half of every horizon, and its end."""
+    return sorted({part * horizon for horizon in horizons(settings) for part in (*CHECKPOINTS, 1.0)})
 
 
 @dataclass(frozen=True)
@@ -126,7 +134,7 @@ def train_in_stages(shop: Workshop, rank: int, rate: float, seed: int) -> dict[f
     assert steps is not None
     found: dict[float, TrialFinished] = {}
     before: str | None = None
-    for part in (*STAGES, 1.0):
+    for part in stages(shop.settings):
         arm = Arm(
             rank=rank,
             learning_rate=rate,
@@ -145,7 +153,8 @@ def train_in_stages(shop: Workshop, rank: int, rate: float, seed: int) -> dict[f
 
 def cuts_of(shop: Workshop, parent: TrialFinished) -> Iterator[Arm]:
     """The adapter of a whole or half training cut to every lower rank."""
-    if parent.stop_at is not None and parent.stop_at != round(min(HORIZONS) * parent.steps):
+    ends = [round(horizon * parent.steps) for horizon in horizons(shop.settings)]
+    if (parent.stop_at or parent.steps) not in ends:
         return
     if parent.stop_at is not None:
         write_adapter_of_checkpoint(shop.folder, parent.trial_id)
@@ -274,7 +283,7 @@ def main() -> None:
     if not options.store_only:
         train_grid(shop)
     extra = {"model": Path(options.model).name, "settings": settings.model_dump(mode="json", exclude_defaults=True)}
-    store([curve_of(options.name, shop, horizon, extra) for horizon in HORIZONS], options.out)
+    store([curve_of(options.name, shop, horizon, extra) for horizon in horizons(settings)], options.out)
 
 
 if __name__ == "__main__":

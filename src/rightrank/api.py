@@ -11,15 +11,16 @@ from rightrank.errors import ResultsError, SettingsError
 from rightrank.io.files import disk_errors_told
 from rightrank.io.run_folder import RunFolder
 from rightrank.records import Decision, RunEvent, RunStarted, Sample, SweepRow, TrialOutcome
-from rightrank.records.plan import Plan
+from rightrank.records.plan import Plan, SelectionCost
 from rightrank.records.probe import Inspection, Resized
 from rightrank.settings import PlanSettings, SelectKeywords, SelectSettings, make_plan_settings, make_settings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from rightrank.preparation import Request, Rows
+    from rightrank.preparation import Bases, Prepared, Request, Rows
     from rightrank.probe.resizing import ResizeOptions
+    from rightrank.selection import Selection
     from rightrank.strategies import Strategy
 
 
@@ -44,6 +45,7 @@ class Selected:
     report: Path
     samples: list[Sample] = field(default_factory=list)
     sweep: list[SweepRow] = field(default_factory=list)
+    trainings: int = 0  # trials of ranks above 0, stages of one counted each
 
     def _repr_html_(self) -> str | None:
         return self.decision._repr_html_()
@@ -106,26 +108,43 @@ def plan(model: str, *, settings: PlanSettings | None = None) -> Plan:
     return make_plan(model, settings)
 
 
+@dataclass(frozen=True, slots=True)
+class Begun:
+    """A selection that is ready to run: data and base loaded, the journal opened."""
+
+    request: Request
+    prepared: Prepared
+    selection: Selection
+    estimate: SelectionCost | None  # None: nothing was measured on this device before
+
+
 def _select(request: Request, folder: RunFolder, watching: Watching) -> Selected:
     # Heavy imports: only who runs a selection pays for them.
     from rightrank.engine.train import Watcher
-    from rightrank.executors.local import LocalExecutor
-    from rightrank.handover import certify_selection, hand_over_trained
+    from rightrank.placing import executor_of
+
+    begun = begin(request, folder, watching)
+    watcher = Watcher(on_step=watching.on_event, on_prepare=watching.on_event, should_stop=watching.should_stop)
+    with executor_of(request, begun.prepared, begun.selection, watcher, watching.notice) as executor:
+        decision = begun.selection.run(executor)
+    return finish(begun, decision, watching)
+
+
+def begin(request: Request, folder: RunFolder, watching: Watching, bases: Bases | None = None) -> Begun:
+    """Load, plan and open the journal; say what it will cost. `bases` holds what other selections loaded."""
+    from rightrank.engine.scoring import measured_at_ends
+    from rightrank.placing import require_placeable
     from rightrank.preparation import prepare, workload
     from rightrank.report.plan_table import selection_lines
     from rightrank.selection import Selection, Terms
     from rightrank.strategies import make_strategy
-    from rightrank.strategies.sweep import sweep_rows
 
     make_strategy(request.settings, request.settings.max_steps or 1)  # a wrong name is told before anything is loaded
+    require_placeable(request)
     folder.journal.read(watching.notice)
-    prepared = prepare(request, folder.cache, watching.notice)
+    prepared = prepare(request, folder.cache, watching.notice, bases)
     strategy = make_strategy(prepared.settings, prepared.steps, token_loss=prepared.is_token_loss)
-    watcher = Watcher(on_step=watching.on_event, on_prepare=watching.on_event, should_stop=watching.should_stop)
-    executor = LocalExecutor(
-        prepared.bench, folder, watcher, lambda event: selection.note_start(event), watching.notice
-    )
-    estimate = prepared.planned and prepared.planned.cost(strategy, workload(prepared))
+    estimate = prepared.planned.cost(strategy, workload(prepared)) if prepared.planned else None
     terms = Terms(peak_of=prepared.planned.peak_of) if prepared.planned else Terms()
     selection = Selection(folder, prepared.started, strategy, watching.on_event, terms)
     folder.write_config(prepared.started.settings)
@@ -134,14 +153,34 @@ def _select(request: Request, folder: RunFolder, watching: Watching) -> Selected
         watching.on_resume(selection.records.outcomes)
     for line in selection_lines(estimate) if estimate else [cost_line(strategy, prepared.steps)]:
         watching.notice(line)
-    decision = selection.run(executor)
-    if estimate:
-        watching.notice(selection.beside_estimate(estimate))
-    hand_over_trained(selection, prepared.bench, decision)
-    if request.settings.certify:
-        watching.notice(certify_selection(selection, prepared.bench, decision, watcher).sentence())
-    sweep = sweep_rows(prepared.started, selection.records.outcomes)
-    return Selected(decision, folder.path, folder.adapter, folder.report, selection.records.samples, sweep)
+    if measured_at_ends(prepared.settings):
+        watching.notice(answers_line(prepared.settings, prepared.started))
+    return Begun(request, prepared, selection, estimate)
+
+
+def finish(begun: Begun, decision: Decision, watching: Watching) -> Selected:
+    """Hand over what was decided."""
+    from rightrank.engine.train import Watcher
+    from rightrank.handover import certify_selection, hand_over_trained
+    from rightrank.strategies.sweep import sweep_rows
+
+    selection, bench = begun.selection, begun.prepared.bench
+    if begun.estimate is not None:
+        watching.notice(selection.beside_estimate(begun.estimate))
+    hand_over_trained(selection, bench, decision)
+    if begun.request.settings.certify:
+        watcher = Watcher(on_step=watching.on_event, should_stop=watching.should_stop)
+        watching.notice(certify_selection(selection, bench, decision, watcher).sentence())
+    records, folder = selection.records, selection.folder
+    return Selected(
+        decision,
+        folder.path,
+        folder.adapter,
+        folder.report,
+        records.samples,
+        sweep_rows(begun.prepared.started, records.outcomes),
+        sum(outcome.rank > 0 for outcome in records.outcomes),
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,26 +233,18 @@ def decide(
 
 def _decide_run(folder: RunFolder, metric: str | None, margin: float | None, horizon_steps: int | None) -> Decided:
     """A run folder of our own, at its own metric and margin unless others are asked for."""
-    from rightrank.decision import decide as decide_table
-    from rightrank.decision import table_of
-    from rightrank.decision.run import records_of, run_table
+    from rightrank.decision.run import comparable, decide_on, metrics_of, records_of
 
     records = records_of(folder.journal.read(), str(folder.path))
     started = records.started
     direct = [outcome for outcome in records.outcomes if outcome.arm.is_direct]
     name = metric or started.metric
-    known = sorted({name for trial in records.finished() for name in trial.metrics})
+    known = metrics_of(records)
     own = started.settings.get("margin") if name == started.metric else None
-    if margin is None and isinstance(own, int | float):
-        margin = float(own)
-    if name == started.metric:
-        table = run_table(records)
-    elif name in known and name in ("loss", "accuracy"):
-        table = table_of(direct, "accuracy" if name == "accuracy" else "loss")
-    else:
-        raise ResultsError(f"{folder.path}: the run has no metric {name!r}; it has {', '.join(known) or 'none yet'}")
-    token_loss = started.data.form not in ("classification", "own")
-    decision = decide_table(table, margin, token_loss, horizon_steps=horizon_steps)
+    if name not in known or (started.data.form == "own" and name != started.metric):
+        raise ResultsError(f"{folder.path}: the run has no metric {name!r}; it has {', '.join(known)}")
+    outcomes = comparable(records) if name == started.metric else direct
+    decision = decide_on(records, outcomes, name, own if margin is None else margin, horizon_steps=horizon_steps)
     return Decided(decision, [f"{len(direct)} trainings of a run folder"])
 
 
@@ -276,6 +307,17 @@ def resize(
 
     rule = ResizeRule(rank, energy, noise, None if data is None else Path(data))
     return resize_adapter(Path(adapter), Path(out), rule, options or ResizeOptions())
+
+
+def answers_line(settings: SelectSettings, started: RunStarted) -> str:
+    """What metrics beside the loss will cost, for a person."""
+    names = [spec.name for spec in settings.metric_specs if not spec.is_measured_along]
+    when = "at the end of each training" if settings.answers_at == "end" else f"{settings.eval_points} times a training"
+    items = started.data.splits["selection"].items
+    return (
+        f"{', '.join(names)}: measured on the base, {when}, and on the test split: "
+        f"{items} items, at most {settings.max_new_tokens} new tokens each where the model writes; how long that takes is said after the base"
+    )
 
 
 def cost_line(strategy: Strategy, steps: int) -> str:

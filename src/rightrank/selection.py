@@ -22,6 +22,7 @@ from rightrank.records import (
     RunEvent,
     RunStarted,
     Trial,
+    TrialDiverged,
     TrialFailed,
     TrialFinished,
     TrialOutcome,
@@ -29,14 +30,16 @@ from rightrank.records import (
     trial_id,
 )
 from rightrank.records.plan import SelectionCost
-from rightrank.report.figure import Figure
+from rightrank.report.figure import AnyFigure, Figure
 from rightrank.report.html import render_report
 from rightrank.report.plan_table import took_line
 from rightrank.report.spectra import spectrum_figure
+from rightrank.report.sweep_table import sweep_map
 from rightrank.report.wording import size
 from rightrank.settings import settings_difference
 from rightrank.strategies import History, Strategy
 from rightrank.strategies.protocol import seconds_of, steps_of
+from rightrank.strategies.sweep import sweep_rows
 
 GIVE_UP_AFTER = 3  # trials that failed with none that ended well: something is wrong that is no arm's own
 
@@ -163,8 +166,8 @@ class Selection:
         """decision.json and report, each replaced whole."""
         if decision is not None:
             self.folder.write_decision(decision)
-        spectra = adapter_figures(self.folder.adapter)
-        write_text(self.folder.report, render_report(self.records, decision, further_figures=spectra))
+        further = further_figures(self.records, self.folder.adapter)
+        write_text(self.folder.report, render_report(self.records, decision, further_figures=further))
 
     def _seen(self) -> list[TrialOutcome]:
         """What the strategy is shown. A base that nobody evaluates is shown as one that gave no result."""
@@ -183,10 +186,12 @@ class Selection:
     def _beside_plan(self, outcome: TrialOutcome) -> TrialOutcome:
         """The outcome with what the plan said of its rank, where it said anything."""
         ranks = self._company.pop(outcome.trial_id, [outcome.rank])
-        if outcome.rank == 0 or outcome.arm.steps == 0:
+        if outcome.rank == 0 or outcome.arm.steps == 0 or isinstance(outcome, TrialDiverged):
             return outcome
-        if isinstance(outcome, TrialFinished) and outcome.pack_size != len(ranks):
-            return outcome  # some of those that began were set aside
+        if isinstance(outcome, TrialFailed) or outcome.pack_size == 1:
+            ranks = [outcome.rank]
+        elif outcome.pack_size != len(ranks):
+            return outcome  # some of those that began were set aside, or ran elsewhere
         predicted = self._terms.peak_of(ranks)
         if predicted is None:
             return outcome
@@ -211,6 +216,13 @@ def adapter_figures(adapter: Path) -> list[Figure]:
     except InputError:
         return []
     return [] if figure is None else [figure]
+
+
+def further_figures(records: Records, adapter: Path) -> list[AnyFigure]:
+    """What a run shows beside the figures of its decision: the sweep, and the adapter that was handed over."""
+    started = records.started
+    sweep = sweep_map(sweep_rows(started, records.outcomes), started.metric, started.higher_is_better)
+    return [*([] if sweep is None else [sweep]), *adapter_figures(adapter)]
 
 
 def require_same_run(folder: RunFolder, first: JournalRecord, started: RunStarted) -> None:

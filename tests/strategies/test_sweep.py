@@ -11,7 +11,8 @@ import pytest
 
 from rightrank.cli import main
 from rightrank.errors import SettingsError
-from rightrank.records import Arm
+from rightrank.records import Arm, SweepRow
+from rightrank.report.sweep_table import sweep_map
 from rightrank.settings import make_settings
 from rightrank.strategies import History, strategy_named
 from rightrank.strategies.sweep import Variant, variants_of
@@ -30,7 +31,10 @@ ARM = Arm(rank=16, learning_rate=1e-3, lora_alpha=32.0, seed=0, steps=100)
         ("alpha=", "AXIS=VALUE"),
         ("alpha=16,x", "numbers above 0"),
         ("alpha=-2", "numbers above 0"),
-        ("init=pissa", "allowed: default, gaussian"),
+        ("init=pissa", "changes the base's weights, which all trainings of a run share; allowed: default, gaussian"),
+        ("init=eva", "needs a pass over the data"),
+        ("init=gausian", "did you mean 'gaussian'"),
+        ("targets=q_proj+", "names joined by +"),
         ("scaling=rslora", "alpha/sqrt(r)"),
     ],
 )
@@ -42,8 +46,10 @@ def test_a_sweep_that_is_not_possible_is_one_clear_line(sweep: str, words: str) 
 
 
 def test_the_settings_own_values_are_left_out() -> None:
-    settings = make_settings({"sweep": ("alpha=16,32,16", "init=default,gaussian"), "lora_alpha": 32})
-    assert [variant.label for variant in variants_of(settings)] == ["alpha=16", "init=gaussian"]
+    sweep = ("alpha=16,32,16", "init=default,gaussian", "targets=all-linear,v_proj+q_proj")
+    settings = make_settings({"sweep": sweep, "lora_alpha": 32})
+    labels = [variant.label for variant in variants_of(settings)]
+    assert labels == ["alpha=16", "init=gaussian", "targets=q_proj+v_proj"]
 
 
 def test_a_scaling_rule_is_the_alpha_of_its_scale() -> None:
@@ -69,13 +75,33 @@ def test_a_sweep_on_real_trainings(
     arguments: list[Any] = ["select", model_folder, completion_file, "--out", tmp_path / "run", "--ranks", "1,4"]
     arguments += ["--learning-rates", "1e-2", "--max-steps", "8", "--batch-size", "4", "--seq-len", "32"]
     arguments += ["--eval-items", "12", "--set", "samples=0", "--strategy", "ladder", "--json", "--quiet"]
-    arguments += ["--sweep", "alpha=8", "--sweep", "init=gaussian"]
+    arguments += ["--sweep", "alpha=8", "--sweep", "init=gaussian", "--sweep", "targets=q_proj+v_proj"]
     with pytest.raises(SystemExit) as ended:
         main([str(argument) for argument in arguments])
     assert ended.value.code == 0
     answer = json.loads(capsys.readouterr().out)
-    assert {row["setting"] for row in answer["sweep"]} == {"alpha=8", "init=gaussian"}
+    assert {row["setting"] for row in answer["sweep"]} == {"alpha=8", "init=gaussian", "targets=q_proj+v_proj"}
+    assert (tmp_path / "run" / "figures" / "sweep.svg").exists()
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "Other settings, each at its own best rate" in page
+    assert "init=gaussian" in page
     values = {row["rank"]: row["value"] for row in answer["ranks"]}
     for row in answer["sweep"]:
         assert row["gain"] == pytest.approx(values[row["rank"]] - row["value"], abs=1e-6)
         assert row["gain"] != 0
+
+
+def test_a_sweep_is_drawn_rank_by_setting() -> None:
+    rows = [
+        SweepRow(setting="alpha=16", rank=4, learning_rate=3e-3, value=1.2, gain=-0.1),
+        SweepRow(setting="alpha=16", rank=64, learning_rate=1e-3, value=0.9, gain=0.1),
+        SweepRow(setting="init=gaussian", rank=64, learning_rate=1e-3, value=1.05, gain=-0.05),
+    ]
+    drawn = sweep_map(rows, "loss", higher_is_better=False)
+    assert drawn is not None
+    assert drawn.column_names == ("shared by all ranks", "alpha=16", "init=gaussian")
+    assert drawn.values[0] == (pytest.approx(1.1), 1.2, None)
+    assert drawn.values[1] == (pytest.approx(1.0), 0.9, 1.05)
+    assert drawn.best == (0, 1)
+    assert "rank 4 shared by all ranks, rank 64 alpha=16" in drawn.alt
+    assert sweep_map([], "loss", higher_is_better=False) is None

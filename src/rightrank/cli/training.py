@@ -6,28 +6,35 @@ import json
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from rightrank.cli.options import comma, gather
-from rightrank.errors import InterruptedRun
+from rightrank.errors import InterruptedRun, RunError, SettingsError
 
 if TYPE_CHECKING:
     from rightrank.api import Selected, Watching
     from rightrank.records import RunEvent, RunStarted, TrialOutcome
     from rightrank.report.terminal import View
 
+Found = TypeVar("Found")
 
 SELECT_OPTIONS = [
     click.option("--strategy", help="What to train next: bracket (default), ladder, ascend, descend or grid."),
     click.option("--ranks", callback=comma, help="Ranks to compare, such as 4,16,64."),
     click.option("--learning-rates", callback=comma, help="Rates to try at each rank, such as 1e-4,3e-4."),
     click.option("--seeds", callback=comma, help="Seeds, such as 0,1,2."),
-    click.option("--sweep", multiple=True, metavar="AXIS=VALUES", help="Further alpha, scaling or init: alpha=16,64."),
+    click.option(
+        "--sweep", multiple=True, metavar="AXIS=VALUES", help="Further alpha, scaling, init or targets: alpha=16,64."
+    ),
     click.option("--margin", type=float, help="How much worse than the best is still enough."),
-    click.option("--metric", help="loss (default) or accuracy."),
+    click.option(
+        "--metric", help="What decides: loss (default), accuracy, exact_match, f1, rougeL, …: docs/metrics.md."
+    ),
+    click.option("--metrics", multiple=True, metavar="METRIC", help="A further metric to measure; may be repeated."),
     click.option("--max-steps", type=int, help="Optimizer steps of each training (default: one epoch)."),
     click.option("--target-modules", callback=comma, help="Module names, or all-linear (default)."),
     click.option("--layers-to-transform", callback=comma, help="Layer numbers, such as 26,27 (default: all)."),
@@ -40,6 +47,12 @@ SELECT_OPTIONS = [
     click.option("--memory", "memory_bytes", help="Memory budget, such as 24GiB; ranks that need more are left out."),
     click.option("--pack-size", type=int, help="Trainings that share the model's passes (default: as many as pay)."),
     click.option("--certify", is_flag=True, default=None, help="Train one arm again alone and compare."),
+    click.option("--executor", help="Where trainings run: local (default), processes or ray; see docs/clusters.md."),
+    click.option(
+        "--workers", type=int, help="Workers of the executor (default: one a CUDA device; ray: all that fit)."
+    ),
+    click.option("--ray-address", help="HOST:PORT of a Ray cluster's head (default: one on this machine)."),
+    click.option("--report-to", callback=comma, help="Trackers: trackio, wandb, mlflow, tensorboard."),
     click.option("--config", "config_file", type=click.Path(path_type=Path), help="YAML file of settings."),
     click.option(
         "--set", "assignments", multiple=True, metavar="NAME=VALUE", help="Any other setting; see docs/settings.md."
@@ -54,17 +67,19 @@ def _select_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @click.command(epilog="Example: rightrank select ./model data.jsonl --out run --ranks 4,16,64 --max-steps 200")
-@click.argument("model")
-@click.argument("data", type=click.Path(path_type=Path))
+@click.argument("model", required=False)
+@click.argument("data", required=False, type=click.Path(path_type=Path))
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Run folder; the same command resumes it.")
+@click.option("--matrix", type=click.Path(path_type=Path), help="YAML file of many data sets, in place of MODEL DATA.")
 @_select_options
 @click.option("--json", "as_json", is_flag=True, help="Print the decision as one JSON object.")
 @click.option("--quiet", is_flag=True, help="No progress.")
 @click.option("--log-json", is_flag=True, help="Progress as one JSON object a line on stderr.")
 def select(
-    model: str,
-    data: Path,
+    model: str | None,
+    data: Path | None,
     out: Path,
+    matrix: Path | None,
     config_file: Path | None,
     assignments: tuple[str, ...],
     as_json: bool,
@@ -77,6 +92,13 @@ def select(
     MODEL is a model folder, a GGUF file or a hub name. DATA is a JSONL, CSV or Parquet file, or a folder, with
     `text`; `prompt` and `completion`; `messages`; or `text` and `label`.
     """
+    if matrix is not None:
+        if model is not None:
+            raise SettingsError(f"--matrix {matrix} names model and data: leave out {model!r}")
+        _select_matrix(matrix, out, gather(config_file, assignments, options), as_json, quiet, log_json)
+        return
+    if model is None or data is None:
+        raise SettingsError("give MODEL and DATA, or --matrix FILE")
     from rightrank.api import select_rank
     from rightrank.settings import make_settings
 
@@ -88,6 +110,27 @@ def select(
         _print_json(selected)
     else:
         _print_answer(selected)
+
+
+def _select_matrix(file: Path, out: Path, further: dict[str, Any], as_json: bool, quiet: bool, log_json: bool) -> None:
+    from rightrank.io.matrix import read_matrix
+    from rightrank.matrix import select_matrix
+    from rightrank.report.matrix_table import matrix_text
+
+    matrix = read_matrix(file)
+    found = _watched(lambda watching: select_matrix(matrix, out, further, watching), quiet, out, log_json)
+    if as_json:
+        jobs = [asdict(row) | {"decision": _decision_of(found.selected.get(row.name))} for row in found.rows]
+        click.echo(json.dumps({"jobs": jobs, "table": str(found.table)}))
+    else:
+        click.echo(f"\n{matrix_text(found.rows)}\n\ntable: {found.table}")
+    failed = [row.name for row in found.rows if row.reason]
+    if failed:
+        raise RunError(f"no decision for {', '.join(failed)} (see the table); the others are done")
+
+
+def _decision_of(selected: Selected | None) -> dict[str, Any] | None:
+    return None if selected is None else selected.decision.model_dump(mode="json")
 
 
 @click.command(epilog="Example: rightrank demo --out demo")
@@ -112,7 +155,7 @@ def demo(out: Path, as_json: bool, quiet: bool, log_json: bool) -> None:
     click.echo("\nOn your own data:\n  rightrank select PATH/TO/MODEL YOUR_DATA.jsonl --out my-run")
 
 
-def _watched(run: Callable[[Watching], Selected], quiet: bool, out: Path, log_json: bool) -> Selected:
+def _watched(run: Callable[[Watching], Found], quiet: bool, out: Path, log_json: bool) -> Found:
     """Run with a view on stderr and a Ctrl-C that stops cleanly."""
     from rich.console import Console
 
@@ -185,6 +228,10 @@ def _print_answer(selected: Selected) -> None:
     decision = selected.decision
     click.echo(f"\n{decision.sentence}")
     click.echo(f"verdict: {decision.verdict}" + (f" ({', '.join(decision.flags)})" if decision.flags else ""))
+    from rightrank.report.decision_table import other_metric_lines
+
+    for line in other_metric_lines(decision):
+        click.echo(line)
     click.echo(f"next:    {decision.next_run}")
     for sample in selected.samples:
         click.echo(
@@ -198,4 +245,8 @@ def _print_answer(selected: Selected) -> None:
 
 
 def _indented(text: str) -> str:
+    """What a model wrote is shown, never obeyed: control characters as pictures."""
+    from rightrank.report.figure import visible
+
+    text = visible(text)
     return "\n".join(f"    {line}" for line in text.strip().splitlines())

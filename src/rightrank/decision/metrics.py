@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from typing import Literal, TypeAlias
 
 MetricKind: TypeAlias = Literal["token_loss", "loss", "perplexity", "accuracy", "other"]
@@ -44,6 +45,11 @@ def direction(name: str) -> bool | None:
     return True if _ACCURACY.search(words) or _HIGHER.search(words) else None
 
 
+def higher_is_better(name: str, lower: Collection[str] = ()) -> bool:
+    """The same of a metric that a selection measures: a score where nothing says otherwise; `lower` names those that aren't."""
+    return name not in lower and direction(name) is not False
+
+
 def kind_of(name: str, higher_is_better: bool) -> MetricKind:
     """What kind of number a metric of this name is; a language model's loss is one a token."""
     words = _words(name)
@@ -62,7 +68,8 @@ def is_percent(values: list[float]) -> bool:
 def default_margin(kind: MetricKind, reference: float, values: list[float]) -> float:
     """In the metric's own unit: 0.005 nats a token, half a point of accuracy, else 1% of the reference.
 
-    A perplexity's is 0.005 nats too, so half a percent of the reference.
+    A perplexity's is 0.005 nats too, so half a percent of the reference. 1% of nothing would be no margin: there it is
+    1% of the largest value, or 0.01.
     """
     if kind == "token_loss":
         return TOKEN_LOSS_MARGIN
@@ -70,7 +77,7 @@ def default_margin(kind: MetricKind, reference: float, values: list[float]) -> f
         return PERCENT_MARGIN if is_percent(values) else ACCURACY_MARGIN
     if kind == "perplexity":
         return abs(reference) * TOKEN_LOSS_MARGIN
-    return abs(reference) * RELATIVE_MARGIN
+    return RELATIVE_MARGIN * (abs(reference) or max(map(abs, values), default=0.0) or 1.0)
 
 
 def published_deviation(kind: MetricKind, reference: float, values: list[float]) -> float:

@@ -11,6 +11,7 @@ a published table would, the decision carries the flag `underpowered`, and `non_
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from rightrank.decision.evidence import Evidence
@@ -21,14 +22,19 @@ from rightrank.decision.metrics import default_margin
 from rightrank.decision.next_run import next_runs
 from rightrank.decision.table import ScoreTable
 from rightrank.decision.verdicts import flags_of, verdict_of
-from rightrank.decision.words import basis_note, sentence_of
+from rightrank.decision.words import basis_note, conflict_sentence, sentence_of
 from rightrank.errors import ResultsError
 from rightrank.maths.intervals import two_sided
-from rightrank.records import Decision, RankEvidence
+from rightrank.records import Decision, MetricAnswer, RankEvidence
 
 
 def decide(
-    table: ScoreTable, margin: float | None = None, token_loss: bool = True, *, horizon_steps: int | None = None
+    table: ScoreTable,
+    margin: float | None = None,
+    token_loss: bool = True,
+    *,
+    horizon_steps: int | None = None,
+    others: Sequence[ScoreTable] = (),
 ) -> Decision:
     """The decision that a table supports.
 
@@ -37,6 +43,7 @@ def decide(
         margin: how much worse than the best is still enough, in the metric's unit; None for the metric's default.
         token_loss: whether a loss is one a token (its default margin is then 0.005 nats).
         horizon_steps: the length of training that the answer is wanted for, if longer than the trials.
+        others: the same trials by other metrics, each judged at its own default margin.
 
     Raises:
         ResultsError: fewer than two ranks have a finished trial, or the margin is not above 0.
@@ -51,7 +58,11 @@ def decide(
     curve = fit_curve(evidence, unit, oriented)
     horizon = horizon_note(evidence, chosen, margin)
     gaps = [item.contender.gap for item in judged.values()]
-    flags = flags_of(judged, evidence, chosen, oriented, verdict, curve, horizon, horizon_steps)
+    beside = [answer for answer in (_beside(judged, other, token_loss) for other in others) if answer is not None]
+    names = [answer.metric for answer in beside]
+    flags = flags_of(judged, evidence, chosen, oriented, verdict, curve, horizon, horizon_steps, names)
+    if any(answer.conflict for answer in beside) and "metric_conflict" not in flags:
+        flags.append("metric_conflict")
     runs = next_runs(judged, evidence, chosen, oriented, verdict, flags)
     return Decision(
         rank=None if verdict in ("no_gain", "undecided") else chosen,
@@ -74,6 +85,28 @@ def decide(
         curve=curve,
         winner_gap=unit.difference(max(gaps)),
         horizon=horizon,
+        other_metrics=beside,
+    )
+
+
+def _beside(judged: Mapping[int, Judged], other: ScoreTable, token_loss: bool) -> MetricAnswer | None:
+    """What the trials say by another metric, and whether that contradicts; None where it compares no two ranks."""
+    if len(other.ranks()) < 2:
+        return None
+    answer = decide(other, token_loss=token_loss)
+    ours = {rank: item.non_inferior for rank, item in judged.items() if rank > 0}
+    theirs = {evidence.rank: evidence for evidence in answer.ranks if evidence.rank > 0}
+    against = [rank for rank in ours if rank in theirs and {ours[rank], theirs[rank].non_inferior} == {True, False}]
+    return MetricAnswer(
+        metric=other.metric,
+        higher_is_better=other.higher_is_better,
+        margin=answer.margin,
+        rank=answer.rank,
+        verdict=answer.verdict,
+        reference_rank=answer.reference_rank,
+        conflict=bool(against),
+        sentence=conflict_sentence(other.metric, against, theirs, answer.margin) if against else answer.sentence,
+        ranks=answer.ranks,
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from rightrank.decision.metrics import higher_is_better
 from rightrank.decision.rule import decide
 from rightrank.decision.table import ScoreTable, table_of, table_of_results
 from rightrank.errors import ResultsError, RunFolderError
@@ -87,21 +88,46 @@ def decide_run(records: Records, outcomes: Sequence[TrialOutcome] | None = None)
     """
     started = records.started
     margin = started.settings.get("margin")
+    return decide_on(records, comparable(records) if outcomes is None else outcomes, started.metric, margin)
+
+
+def decide_on(
+    records: Records,
+    outcomes: Sequence[TrialOutcome],
+    metric: str,
+    margin: object = None,
+    *,
+    horizon_steps: int | None = None,
+) -> Decision:
+    """The decision by one of the run's metrics, with what the others say.
+
+    Raises:
+        ResultsError: fewer than two ranks have it.
+    """
+    others = [run_table(records, outcomes, name) for name in metrics_of(records) if name != metric]
     return decide(
-        run_table(records, outcomes),
+        run_table(records, outcomes, metric),
         float(margin) if isinstance(margin, int | float) else None,
-        token_loss=started.data.form not in ("classification", "own"),
+        token_loss=records.started.data.form not in ("classification", "own"),
+        horizon_steps=horizon_steps,
+        others=others if records.started.data.form != "own" else (),
     )
 
 
-def run_table(records: Records, outcomes: Sequence[TrialOutcome] | None = None) -> ScoreTable:
+def metrics_of(records: Records) -> list[str]:
+    """What the run's trials were measured by, the metric that decides first."""
+    names = dict.fromkeys(name for trial in records.finished() for name in trial.metrics)
+    return list(dict.fromkeys([records.started.metric, *names]))
+
+
+def run_table(records: Records, outcomes: Sequence[TrialOutcome], metric: str) -> ScoreTable:
     """The scores of a run, of ours or of a trainer of one's own."""
     started = records.started
-    if outcomes is None:
-        outcomes = comparable(records)
     if started.data.form == "own":
         return own_table(records, outcomes)
-    return table_of(outcomes, "accuracy" if started.metric == "accuracy" else "loss")
+    lower = started.settings.get("lower_is_better")
+    higher = higher_is_better(metric, lower if isinstance(lower, list) else ())  # type: ignore[arg-type]
+    return table_of(outcomes, metric, higher, started.points_metric or started.metric)
 
 
 def comparable(records: Records) -> list[TrialOutcome]:
@@ -111,7 +137,9 @@ def comparable(records: Records) -> list[TrialOutcome]:
     plain = [
         outcome
         for outcome in records.outcomes
-        if outcome.init_lora_weights is None and (alpha is None or outcome.lora_alpha == alpha)
+        if outcome.init_lora_weights is None
+        and outcome.target_modules is None
+        and (alpha is None or outcome.lora_alpha == alpha)
     ]
     recovered = [outcome for outcome in plain if outcome.truncate_from is not None and outcome.steps > 0]
     if recovered:

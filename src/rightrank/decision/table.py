@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rightrank.decision.metrics import MetricKind, kind_of
+from rightrank.decision.metrics import higher_is_better as metric_is_higher_better
 from rightrank.records import MetricName, Result, Results, TrialFinished, TrialOutcome
 
 Floats = NDArray[np.float64]
@@ -71,25 +72,49 @@ class ScoreTable:
         return [cell.value for cell in self.cells.values()]
 
 
-def table_of(outcomes: Iterable[TrialOutcome], metric: MetricName) -> ScoreTable:
-    """The table of a run's outcomes."""
+def table_of(
+    outcomes: Iterable[TrialOutcome],
+    metric: MetricName,
+    higher_is_better: bool | None = None,
+    points_metric: str | None = None,
+) -> ScoreTable:
+    """The table of a run's outcomes.
+
+    Args:
+        outcomes: one without this metric counts as missing.
+        metric: one of those that the run measured.
+        higher_is_better: None: by the metric's name.
+        points_metric: of the evaluations along the trainings; None: this one.
+    """
+    outcomes = list(outcomes)
+    higher = metric_is_higher_better(metric) if higher_is_better is None else higher_is_better
+    kind = kind_of(metric, higher)
+    scored = [o for o in outcomes if isinstance(o, TrialFinished) and metric in o.metrics]
+    by_item = {trial.trial_id: trial.items(metric) for trial in scored}
+    if len({0 if items is None else len(items[0]) for items in by_item.values()}) > 1:
+        by_item = dict.fromkeys(by_item)  # some trials have no items, or others: no pairs then
+    if kind == "perplexity" and not all(trial.metrics[metric] > 0 for trial in scored):
+        kind = "other"  # whatever is called one
     cells: dict[tuple[int, float, int], Cell] = {}
     missing: dict[int, int] = {}
     for outcome in outcomes:
-        if isinstance(outcome, TrialFinished):
-            cells[outcome.rank, outcome.learning_rate, outcome.seed] = _cell(outcome, metric)
+        if isinstance(outcome, TrialFinished) and metric in outcome.metrics:
+            items = by_item[outcome.trial_id] or ([outcome.metrics[metric]], [1.0])
+            cell = _cell(outcome, metric, _oriented(items[0], kind, higher), np.asarray(items[1], dtype=np.float64))
+            cell = cell if points_metric in (None, metric) else replace(cell, points=())
+            cells[outcome.rank, outcome.learning_rate, outcome.seed] = cell
         else:
             missing[outcome.rank] = missing.get(outcome.rank, 0) + 1
-    return ScoreTable(metric, metric == "accuracy", cells, missing, kind_of(metric, metric == "accuracy"))
+    return ScoreTable(metric, higher, cells, missing, kind)
 
 
-def _cell(trial: TrialFinished, metric: MetricName) -> Cell:
-    if metric == "accuracy" and trial.item_correct is not None:
-        sums = -np.asarray(trial.item_correct, dtype=np.float64)
-        weights = np.ones_like(sums)
-    else:
-        sums = np.asarray(trial.item_losses, dtype=np.float64)
-        weights = np.asarray(trial.item_tokens, dtype=np.float64)
+def _oriented(scores: Sequence[float], kind: MetricKind, higher: bool) -> Floats:
+    """Lower is better; perplexities as logarithms."""
+    values = np.asarray(scores, dtype=np.float64)
+    return np.log(values) if kind == "perplexity" else -values if higher else values
+
+
+def _cell(trial: TrialFinished, metric: MetricName, sums: Floats, weights: Floats) -> Cell:
     return Cell(
         trial_id=trial.trial_id,
         value=trial.metrics[metric],
@@ -119,16 +144,15 @@ def table_of_results(results: Results) -> ScoreTable:
 
 
 def _cell_of_result(result: Result, value: float, kind: MetricKind, higher_is_better: bool) -> Cell:
-    scores = np.asarray(result.item_values or [value], dtype=np.float64)
+    scores = result.item_values or [value]
     weights = np.asarray(result.item_weights or np.ones(len(scores)), dtype=np.float64)
-    oriented = np.log(scores) if kind == "perplexity" else -scores if higher_is_better else scores
     deviation = result.std
     if deviation is not None and kind == "perplexity":
         deviation = math.log1p(deviation / value)
     return Cell(
         trial_id=result.trial_id,
         value=value,
-        sums=oriented * weights,
+        sums=_oriented(scores, kind, higher_is_better) * weights,
         weights=weights,
         train_value=result.train_value,
         deviation=deviation,

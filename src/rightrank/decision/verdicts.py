@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 
 import numpy as np
 
@@ -107,8 +108,9 @@ def flags_of(
     curve: CurveFit | None,
     horizon: HorizonNote | None,
     horizon_steps: int | None,
+    judged_others: Collection[str] = (),
 ) -> list[str]:
-    """In this order; each has an entry in docs/decide.md."""
+    """In this order; each has an entry in docs/decide.md. `judged_others`: metrics with a judgement of their own."""
     top = max(evidence.contenders)
     gaps = [judged[rank].contender.gap for rank in (chosen, evidence.reference.rank)]
     trained = max((cell.steps or 0 for cell in evidence.reference.cells.values()), default=0)
@@ -122,7 +124,7 @@ def flags_of(
         "unstable": any(evidence.table.missing.values()),
         "one_seed": min(len(contender.cells) for contender in evidence.contenders.values()) < 2,
         "winner_gap": max(gaps) > margin / 2,
-        "metric_conflict": _conflicts(evidence, chosen),
+        "metric_conflict": _conflicts(evidence, chosen, judged_others),
         "may_be_capacity_limited": _still_parting(judged[chosen], margin, horizon),
         "extrapolated": beyond or (horizon_steps is not None and 0 < trained < horizon_steps),
     }
@@ -150,10 +152,10 @@ def _still_parting(judged: Judged, margin: float, horizon: HorizonNote | None) -
     return judged.difference.mean + horizon.gap_growth > margin
 
 
-def _conflicts(evidence: Evidence, chosen: int) -> bool:
-    """Under another metric of the same trials the chosen rank is clearly worse than the best."""
+def _conflicts(evidence: Evidence, chosen: int, judged_others: Collection[str]) -> bool:
+    """Under another metric of the same trials, known by its value alone, the chosen rank is clearly worse than the best."""
     names = set.intersection(*(set(cell.others) for c in evidence.contenders.values() for cell in c.cells.values()))
-    return any(_conflicts_in(evidence, chosen, name) for name in sorted(names))
+    return any(_conflicts_in(evidence, chosen, name) for name in sorted(names - set(judged_others)))
 
 
 def _conflicts_in(evidence: Evidence, chosen: int, name: str) -> bool:

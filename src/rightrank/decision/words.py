@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 from rightrank.decision.evidence import Evidence
 from rightrank.decision.judge import Judged, Unit
 from rightrank.decision.verdicts import contested_rank, open_rival, read_off
-from rightrank.records import Verdict
+from rightrank.records import RankEvidence, Verdict
 
 
 def number(value: float) -> str:
@@ -103,6 +105,17 @@ def _undecided(
         else f"rank {chosen} is within {within} of the best (rank {evidence.reference.rank})"
     )
     return f"Undecided: {shown}; whether rank {contested} is enough is open, at {worse}, anything from {low} to {high}."
+
+
+def conflict_sentence(metric: str, against: Sequence[int], theirs: Mapping[int, RankEvidence], margin: float) -> str:
+    """What another metric says otherwise, of the largest rank that they differ on."""
+    rank = max(against)
+    difference = number(abs(theirs[rank].difference or 0.0))
+    if theirs[rank].non_inferior:
+        return f"{metric} says otherwise: by it rank {rank} is enough, within its margin of {margin:.4g}."
+    return (
+        f"{metric} says otherwise: by it rank {rank} is not enough, at {difference} worse (its margin is {margin:.4g})."
+    )
 
 
 def basis_note(evidence: Evidence) -> str:

@@ -26,6 +26,7 @@ from rightrank.errors import InterruptedRun
 from rightrank.io.models import LoadedModel
 from rightrank.records import Arm, Preparing, SplitName
 from rightrank.settings import SelectSettings
+from rightrank.strategies.sweep import target_sets
 
 PREFIX_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 5e-3}  # relative, of a batch's loss
 
@@ -61,7 +62,12 @@ class Bench:
         self.data = data
         self.settings = settings
         self.model = loaded.model
-        self.targets: Targets = find_targets(self.model, settings, data.is_classification)
+        sets = [
+            find_targets(self.model, settings.model_copy(update={"target_modules": names}), data.is_classification)
+            for names in target_sets(settings)
+        ]
+        self.targets: Targets = sets[0]
+        self._target_sets = dict(zip(target_sets(settings), sets, strict=True))
         self.steps = steps  # optimizer steps of an arm
         self._pad_id: int = loaded.tokenizer.pad_token_id
         probe = self.batch("selection", length_sorted_batches(data.splits["selection"], settings.batch_size)[0])
@@ -119,7 +125,7 @@ class Bench:
     @torch.no_grad()
     def evaluate(self, split: SplitName) -> Scores:
         """Every item of a split, in large batches of fixed composition, adapter dropout off."""
-        with self._without_dropout():
+        with self.without_dropout():
             return self._evaluate(split, 1, lambda batch: self.losses(split, batch, 1.0))[0]
 
     @torch.no_grad()
@@ -168,7 +174,8 @@ class Bench:
 
     def arm_config(self, arm: Arm) -> LoraConfig:
         """PEFT's configuration of the arm."""
-        return lora_config(self.settings, arm, self.data.is_classification, self.targets.names)
+        targets = self.targets if arm.target_modules is None else self._target_sets[arm.target_modules]
+        return lora_config(self.settings, arm, self.data.is_classification, targets.names)
 
     def recomputing(self) -> AbstractContextManager[None]:
         """Gradient checkpointing, where it was asked for."""
@@ -199,7 +206,8 @@ class Bench:
         if found is None or self.settings.bias == "all":
             return None
         name, blocks = found
-        trainable = [target.name for target in self.targets.modules] + list(self.settings.modules_to_save)
+        adapted = {target.name for targets in self._target_sets.values() for target in targets.modules}
+        trainable = [*adapted, *self.settings.modules_to_save]
         depth = prefix_depth(name, trainable, len(blocks))
         if depth == 0:
             return None
@@ -221,7 +229,8 @@ class Bench:
         return {index for plan in plans for indices in plan for index in indices}
 
     @contextmanager
-    def _without_dropout(self) -> Iterator[None]:
+    def without_dropout(self) -> Iterator[None]:
+        """Within the block, adapters drop nothing out."""
         training = [
             module for module in self.model.modules() if isinstance(module, torch.nn.Dropout) and module.training
         ]

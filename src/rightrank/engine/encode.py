@@ -37,7 +37,7 @@ class EncodedData:
     """Every split, encoded, and the summary of what became of the items."""
 
     splits: Mapping[SplitName, list[EncodedItem]]
-    texts: Mapping[str, Item]  # the held-out test items by id, for samples
+    texts: Mapping[SplitName, list[Item]]  # the held-out items, for what the model writes
     summary: DataSummary
 
     @property
@@ -79,7 +79,7 @@ def encode(data: DataSplits, model: LoadedModel, settings: SelectSettings) -> En
         unreadable=data.unreadable,
         control_characters=data.control_characters,
     )
-    return EncodedData(splits, {item.item_id: item for item in data.items["test"]}, summary)
+    return EncodedData(splits, {"selection": data.items["selection"], "test": data.items["test"]}, summary)
 
 
 def label_count(item: EncodedItem, classification: bool) -> int:

@@ -6,7 +6,6 @@ leave at any time. The base is as before when the pack is closed.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -81,9 +80,8 @@ class Pack:
         if not self._names:
             self._close()
             return
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Adapter .* was active which is now deleted")
-            self._peft_model.delete_adapter(adapter)
+        self._peft_model.set_adapter(self._names[0])  # PEFT loses track of its active one when that is deleted
+        self._peft_model.delete_adapter(adapter)
         self._settle()
 
     def parameters(self, adapter: str) -> dict[str, torch.nn.Parameter]:
@@ -106,6 +104,15 @@ class Pack:
         self.routing = Routing.of(names, seeds, rows, lengths)
         try:
             yield self.routing
+        finally:
+            self.routing = None
+
+    @contextmanager
+    def alone(self, adapter: str) -> Iterator[None]:
+        """Within the block, whatever passes through the base goes to this one arm, without dropout."""
+        self.routing = Routing((adapter,), (None,))
+        try:
+            yield
         finally:
             self.routing = None
 

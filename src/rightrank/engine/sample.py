@@ -19,7 +19,7 @@ def promptable_items(bench: Bench, count: int) -> list[Item]:
         return []
     tokenizer = bench.loaded.tokenizer
     found: list[Item] = []
-    for item in bench.data.texts.values():
+    for item in bench.data.texts["test"]:
         if len(found) == count:
             break
         prompt = item.content["prompt"]

@@ -17,8 +17,18 @@ import torch
 from rightrank.engine.bench import Bench
 from rightrank.engine.memory import PeakMemory, is_out_of_memory
 from rightrank.engine.pack import Pack
-from rightrank.engine.train import ArmTraining, Diverged, Progress, TrialFolders, Watcher, adapter_name, finished
-from rightrank.errors import InterruptedRun
+from rightrank.engine.scoring import measure
+from rightrank.engine.train import (
+    ArmTraining,
+    Diverged,
+    Progress,
+    Seen,
+    TrialFolders,
+    Watcher,
+    adapter_name,
+    finished,
+)
+from rightrank.errors import InterruptedRun, MetricError
 from rightrank.io.models import first_line
 from rightrank.records import Trial, TrialFailed, TrialFinished, TrialOutcome
 
@@ -60,20 +70,28 @@ def train_trials(
     for trial in trials:
         if trial.arm.rank == 0:
             company.on_start(trial)
-            yield evaluate_base(bench, trial)
+            yield evaluate_base(bench, trial, folders(trial))
     trained = [trial for trial in trials if trial.arm.rank > 0]
     if trained:
         with Pack(bench.model, bench.settings) as pack, bench.recomputing():
             yield from _Together(bench, pack, base_loss, folders, watcher, company).run(trained)
 
 
-def evaluate_base(bench: Bench, trial: Trial) -> TrialFinished:
-    """Rank 0: the base itself."""
+def evaluate_base(bench: Bench, trial: Trial, folders: TrialFolders) -> TrialFinished:
+    """Rank 0: the base itself. A metric that fails here would fail everywhere: nothing is trained.
+
+    Raises:
+        MetricError: one failed.
+    """
     with PeakMemory(bench.loaded.device) as memory:
         begun = time.perf_counter()
         scores = bench.evaluate("selection")
-        progress = Progress(eval_seconds=time.perf_counter() - begun)
-        return finished(trial, bench, progress, scores, 0, memory.peak_bytes(), 1)
+        evaluated = time.perf_counter()
+        measured = measure(bench, "selection", folders.answers)
+        measured.require(list(measured.failed))
+        ended = time.perf_counter()
+        progress = Progress(eval_seconds=ended - begun, answer_seconds=ended - evaluated)
+        return finished(trial, bench, progress, Seen(scores, measured), 0, memory.peak_bytes(), 1)
 
 
 class _Together:
@@ -191,8 +209,14 @@ class _Together:
 
     def _finish(self, memory: PeakMemory) -> Iterator[TrialFinished]:
         for training in [training for training in self._running if training.is_done]:
+            try:
+                outcome = training.finish(memory.peak_bytes())
+            except MetricError:  # nothing that was trained is lost
+                for under_way in self._running:
+                    under_way.save()
+                raise
             self._running.remove(training)
-            yield training.finish(memory.peak_bytes())
+            yield outcome
 
     def _pause_if_asked(self) -> None:
         """Checkpoints now and then, and of all when asked to stop."""

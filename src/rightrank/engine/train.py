@@ -20,6 +20,7 @@ from rightrank.engine.batches import Batch
 from rightrank.engine.bench import Bench, Scores
 from rightrank.engine.encode import label_count
 from rightrank.engine.pack import Pack, Share
+from rightrank.engine.scoring import Measured, measure
 from rightrank.engine.truncate import truncated_adapter
 from rightrank.engine.world import my_share, rank, sum_over_world
 from rightrank.io.adapters import save_adapter
@@ -40,6 +41,7 @@ class TrialFolders:
     adapter: Path
     continue_from: Path | None = None  # the checkpoint of the trial that this one goes on from
     truncate_from: Path | None = None  # the adapter of the trial that this one is cut from
+    answers: Path | None = None  # what the model wrote for the held-out items, where a metric asks for it
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +78,7 @@ class Progress:
     train_seconds: float = 0.0
     train_tokens: int = 0
     eval_seconds: float = 0.0
+    answer_seconds: float = 0.0  # of them, at the end
 
 
 def adapter_name(trial: Trial) -> str:
@@ -111,6 +114,7 @@ class ArmTraining:
         self._tokens = 0
         self._micro_batch = 0
         self._scores: Scores | None = None  # of the last evaluation
+        self._measured: tuple[int, Measured] | None = None  # after which step, and what
         self.progress = Progress()
         self._start()
 
@@ -196,24 +200,53 @@ class ArmTraining:
         self._compare_with_base(scores.loss, "held-out")
         since = progress.points[-1].step if progress.points else 0
         recent = progress.train_losses[since:]
-        value = scores.metrics[self._settings.metric]
+        value = self._value_on_the_way(scores)
         if progress.step in self._evaluate_at:  # not where a rate is stopped early: points are the same for every arm
             progress.points.append(EvalPoint(step=progress.step, value=value, train_value=sum(recent) / len(recent)))
 
+    def _value_on_the_way(self, scores: Scores) -> float:
+        """What a point holds: the deciding metric where it is asked for there, else the loss."""
+        name = self._settings.points_metric
+        if name in scores.metrics or self.progress.step not in self._evaluate_at:
+            return scores.metrics.get(name, scores.loss)
+        self._measured = (self.progress.step, self._measure())
+        self._measured[1].require([name])
+        return self._measured[1].values[name]
+
+    def _measure(self) -> Measured:
+        """What takes more than a loss: answers of this arm alone, and tasks; as it was where it was just done."""
+        if self._measured is not None and self._measured[0] == self.progress.step:
+            return self._measured[1]
+        begun = time.perf_counter()
+        with self._pack.alone(self.adapter):
+            measured = measure(self._bench, "selection", self._folders.answers)
+        seconds = time.perf_counter() - begun
+        self.progress.eval_seconds += seconds
+        self.progress.answer_seconds = seconds
+        return measured
+
     def finish(self, peak_bytes: int) -> TrialFinished:
-        """Save the adapter, take it off, and give the record."""
+        """Measure what is measured at the end, save the adapter, take it off, and give the record.
+
+        Raises:
+            MetricError: the metric that decides gave no score; the arm is still on.
+        """
         if self._scores is None:  # it went on from a checkpoint of its last step
             begun = time.perf_counter()
             self._scores = self._bench.evaluate_pack("selection", self._pack, [self.adapter])[0]
             self.progress.eval_seconds += time.perf_counter() - begun
+        measured: Measured | None = None
         if self.trial.arm.stop_at is None:
+            measured = self._measure()
+            measured.require([self._settings.metric_name])
             if rank() == 0:
                 save_adapter(self._pack.peft_model, self._folders.adapter, self._bench.loaded.name, self.adapter)
             self.abandon()
         else:
             self.set_aside()  # another trial may go on from here
         count = sum(parameter.numel() for parameter in self._parameters)
-        return finished(self.trial, self._bench, self.progress, self._scores, count, peak_bytes, self.company)
+        seen = Seen(self._scores, measured)
+        return finished(self.trial, self._bench, self.progress, seen, count, peak_bytes, self.company)
 
     def abandon(self) -> None:
         """Take the adapter off; the checkpoint is no longer needed."""
@@ -338,20 +371,41 @@ def _optimizer_state(
     return {key: value if value.dim() == 0 else value.to(parameter.device) for key, value in state.items()}
 
 
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What was measured of a trial; `measured` is None where it was stopped early, and is then judged by its loss."""
+
+    scores: Scores
+    measured: Measured | None
+
+    def value(self, metric: str) -> tuple[float, str | None]:
+        """`(value, its metric where that is not the one asked for)`."""
+        values = self.values()
+        return (values[metric], None) if metric in values else (self.scores.loss, "loss")
+
+    def values(self) -> dict[str, float]:
+        return self.scores.metrics | (self.measured.values if self.measured else {})
+
+
 def finished(
     trial: Trial,
     bench: Bench,
     progress: Progress,
-    scores: Scores,
+    seen: Seen,
     parameters: int,
     peak_bytes: int,
     pack_size: int,
 ) -> TrialFinished:
+    scores, measured = seen.scores, seen.measured or Measured()
+    value, value_metric = seen.value(bench.settings.metric_name)
     return TrialFinished(
         trial_id=trial.trial_id,
         **trial.arm.model_dump(),
-        value=scores.metrics[bench.settings.metric],
-        metrics=scores.metrics,
+        value=value,
+        value_metric=value_metric,
+        metrics=seen.values(),
+        item_metrics=measured.items,
+        failed_metrics=measured.failed,
         item_losses=scores.losses,
         item_tokens=scores.tokens,
         item_correct=scores.correct,
@@ -361,6 +415,7 @@ def finished(
         train_seconds=progress.train_seconds,
         train_tokens=progress.train_tokens,
         eval_seconds=progress.eval_seconds,
+        answer_seconds=progress.answer_seconds,
         peak_bytes=peak_bytes,
         pack_size=pack_size,
         train_losses=progress.train_losses,

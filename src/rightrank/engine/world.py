@@ -6,7 +6,9 @@ started the processes (torchrun, accelerate, or `torch.multiprocessing`); alone,
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -51,3 +53,17 @@ def sum_over_world(tensors: Iterable[torch.Tensor]) -> None:
     for tensor in found:
         tensor.copy_(flat[begin : begin + tensor.numel()].view_as(tensor))
         begin += tensor.numel()
+
+
+def told_by(process: int, value: Any) -> Any:
+    """What that process has for `value`, a JSON value, in every process."""
+    if world_size() == 1:
+        return value
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    text = torch.tensor(list(json.dumps(value).encode()), dtype=torch.uint8, device=device)
+    size = torch.tensor([len(text)], device=device)
+    dist.broadcast(size, process)
+    if rank() != process:
+        text = torch.empty(int(size), dtype=torch.uint8, device=device)
+    dist.broadcast(text, process)
+    return json.loads(bytes(text.tolist()))

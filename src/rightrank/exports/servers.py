@@ -9,6 +9,7 @@ from rightrank.exports.recipe import Recipe
 from rightrank.exports.trainers import Written
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # vllm/config/lora.py, MaxLoRARanks
+LOOPBACK = "127.0.0.1"  # vLLM's own default is every interface; the others' is this one
 SERVED_NAME = "rightrank"
 
 
@@ -28,7 +29,8 @@ def served_rank(rank: int) -> int:
 
 def vllm(recipe: Recipe) -> Written:
     """`vllm serve` with the adapter; adapters below the maximum are padded by vLLM itself."""
-    words = ["vllm", "serve", recipe.model, "--enable-lora", "--max-lora-rank", str(served_rank(recipe.highest_rank))]
+    words = ["vllm", "serve", recipe.model, "--host", LOOPBACK, "--enable-lora"]
+    words += ["--max-lora-rank", str(served_rank(recipe.highest_rank))]
     words += ["--lora-modules", f"{SERVED_NAME}={recipe.adapter.resolve()}"]
     notes = _serving_notes(recipe)
     if recipe.rank_pattern or recipe.alpha_pattern:

@@ -6,12 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from rightrank.io.hub import hub_errors
+from rightrank.io.reading import UnreadableError, parse_yaml, read_text
 
 CARD = "README.md"
 HUB_SECONDS = 5.0
+LARGEST_FRONT = 100 * 2**10  # characters of the card's front matter
+LARGEST_CARD = 2**20  # bytes
 GGUF_FIELDS = {"general.license": "identifier", "general.license.name": "name", "general.license.link": "link"}
 
 
@@ -37,7 +38,10 @@ def licence_of(model: object) -> Licence | None:
     if not path.exists():
         return _of_hub(model)
     card = path / CARD
-    return _of_card(card.read_text(encoding="utf-8", errors="replace")) if card.is_file() else None
+    try:
+        return _of_card(read_text(card, LARGEST_CARD))
+    except UnreadableError:
+        return None
 
 
 def _of_hub(repository: str) -> Licence | None:
@@ -55,11 +59,11 @@ def _of_hub(repository: str) -> Licence | None:
 
 def _of_card(text: str) -> Licence | None:
     parts = text.split("---", 2)
-    if len(parts) < 3 or parts[0].strip():
+    if len(parts) < 3 or parts[0].strip() or len(parts[1]) > LARGEST_FRONT:
         return None
     try:
-        values = yaml.safe_load(parts[1])
-    except yaml.YAMLError:
+        values = parse_yaml(parts[1])
+    except UnreadableError:
         return None
     if not isinstance(values, dict):
         return None

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -21,7 +23,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from rightrank.errors import MissingExtraError, ModelError, SettingsError
-from rightrank.io.reading import kind_of
+from rightrank.io.reading import UnreadableError, kind_of, read_json_object
 from rightrank.io.weights import safe_shards
 from rightrank.settings import DtypeName
 
@@ -30,6 +32,11 @@ DTYPES: dict[DtypeName, torch.dtype] = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
+# What transformers raises, by model, for files that it does not know, can't read or can't build from.
+LOADING_ERRORS = (
+    OSError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError, RuntimeError, AssertionError,
+    ImportError, SafetensorError, StrictDataclassError,
+)  # fmt: skip
 _FINGERPRINT_BYTES = 2**20  # of each weight file's beginning and end, beside its size
 
 
@@ -82,10 +89,38 @@ def find_model(reference: str) -> ModelSource:
             raise ModelError(f"{reference}: no config.json in the folder{hint}")
         if (path / "adapter_config.json").exists():  # transformers would load the base that it names instead
             raise ModelError(f"{reference}: holds an adapter_config.json too; give the folder of the base model alone")
+        _require_no_foreign_code(path / "config.json")
         return ModelSource(str(path), None)
     if path.is_absolute() or reference.startswith((".", "~")) or reference.count("/") > 1:
         raise ModelError(f"{reference}: no such folder; give a model folder, a GGUF file, or a hub name")
     return ModelSource(reference, None)
+
+
+def _require_no_foreign_code(file: Path) -> None:
+    """Refuse a configuration that names compiled code on the hub: transformers would fetch and run it, trusted or not.
+
+    Raises:
+        ModelError: such a name, or no JSON object.
+    """
+    try:
+        config = read_json_object(file)
+    except UnreadableError as error:
+        raise ModelError(f"{file}: not readable as JSON ({error}); save the model again") from None
+    for name, value in _implementations(config):
+        if "/" in value:
+            raise ModelError(
+                f"{file}: {name} is {value!r}, code from the hub; remove the line to use transformers' own"
+            )
+
+
+def _implementations(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Every name of an implementation in a configuration and in those inside it."""
+    for name, value in config.items():
+        inner = value.values() if isinstance(value, dict) and name.endswith("_implementation") else [value]
+        if name.endswith("_implementation"):
+            yield from ((name, text) for text in inner if isinstance(text, str))
+        elif isinstance(value, dict):
+            yield from _implementations(value)
 
 
 def load_model(
@@ -128,7 +163,7 @@ def load_model(
         model = loader.from_pretrained(
             source.name, dtype=DTYPES[dtype], use_safetensors=source.gguf_file is None, **arguments
         )
-    except (OSError, ValueError, KeyError) as error:
+    except LOADING_ERRORS as error:
         raise ModelError(f"{reference}: transformers can't load it ({first_line(error)})") from None
     if model.config.get_text_config().pad_token_id is None:
         model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
@@ -247,8 +282,7 @@ def quiet_third_parties() -> None:
 def _load_tokenizer(source: ModelSource, reference: str, arguments: dict[str, Any]) -> Any:
     try:
         return AutoTokenizer.from_pretrained(source.name, **arguments)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
-        # transformers raises any of these when tokenizer files are missing, by tokenizer class
+    except LOADING_ERRORS as error:
         raise ModelError(
             f"{reference}: no usable tokenizer ({first_line(error)}); save the tokenizer into the folder"
         ) from None
@@ -297,7 +331,7 @@ def linear_modules(reference: str) -> dict[str, str]:
         loader: Any = AutoModelForCausalLM
         with torch.device("meta"):
             model = loader.from_config(config)
-    except (OSError, ValueError, KeyError) as error:
+    except LOADING_ERRORS as error:
         raise ModelError(f"{reference}: transformers can't build it ({first_line(error)})") from None
     head = model.get_output_embeddings() if config.get_text_config().tie_word_embeddings else None
     return {

@@ -1,4 +1,4 @@
-"""Reading small files that others made: regular files of a sane size, and JSON whatever it holds."""
+"""Reading small files that others made: regular files of a sane size, JSON and YAML whatever they hold."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import json
 import stat
 from pathlib import Path
 from typing import Any, Literal
+
+import yaml
 
 LARGEST_TEXT = 64 * 2**20  # bytes of a file that is read whole
 
@@ -63,6 +65,29 @@ def parse_json(text: str) -> Any:
         raise UnreadableError("nested too deeply") from None
     except ValueError:
         raise UnreadableError("a whole number of thousands of digits") from None
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """YAML's plain values alone: no tags of Python's, and no aliases, whose copies of copies can be without end."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("aliases (*name) are not read; write the value out")
+        return super().compose_node(parent, index)
+
+
+def parse_yaml(text: str) -> Any:
+    """A YAML value of plain values.
+
+    Raises:
+        UnreadableError: not YAML, tags or aliases, nested too deeply, or a date or number that is none.
+    """
+    try:
+        return yaml.load(text, _PlainLoader)
+    except RecursionError:
+        raise UnreadableError("nested too deeply") from None
+    except (yaml.YAMLError, ValueError) as error:
+        raise UnreadableError(" ".join(str(error).split())) from None
 
 
 def read_json(path: Path, largest: int = LARGEST_TEXT) -> Any:

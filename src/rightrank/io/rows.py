@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from rightrank.errors import DataError
-from rightrank.io.reading import UnreadableError, kind_of, parse_json
+from rightrank.io.reading import UnreadableError, kind_of, parse_json, read_json_object
 from rightrank.records import SplitName
 
 FILE_TYPES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
@@ -206,13 +206,35 @@ def _is_saved_dataset(folder: Path) -> bool:
 
 
 def _saved_dataset_rows(folder: Path) -> RowsBySplit:
+    """Rows as they lie in the Arrow tables: no image or sound is opened, from a file or an address that a row names."""
     import datasets
+    import pyarrow
 
     try:
+        _require_own_files(folder)
         loaded = datasets.load_from_disk(str(folder))
-    except (FileNotFoundError, ValueError, KeyError) as error:
+        if isinstance(loaded, datasets.DatasetDict):
+            return rows_from_memory({name: _plain_rows(split) for name, split in loaded.items()})
+        return rows_from_memory(_plain_rows(loaded))
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, pyarrow.ArrowException) as error:
+        if isinstance(error, DataError):
+            raise
         raise DataError(f"{folder}: not a folder that datasets.save_to_disk wrote ({error})") from None
-    return rows_from_memory(loaded)
+
+
+def _plain_rows(dataset: Any) -> Iterator[dict[str, Any]]:
+    for table in dataset.with_format("arrow").iter(batch_size=1000):
+        yield from table.to_pylist()
+
+
+def _require_own_files(folder: Path) -> None:
+    """Refuse a saved dataset whose splits or tables lie outside its folder."""
+    splits = folder / "dataset_dict.json"
+    names = read_json_object(splits)["splits"] if splits.exists() else []
+    states = [folder / name / "state.json" for name in names] if names else [folder / "state.json"]
+    for name in [*names, *(file["filename"] for state in states for file in read_json_object(state)["_data_files"])]:
+        if Path(name).name != name or name == "..":
+            raise DataError(f"{folder}: names {name!r}, which is not in the folder; save the dataset again")
 
 
 def _split_of(stem: str) -> SplitName | None:

@@ -44,6 +44,10 @@ class RunFolder:
             raise RunFolderError(f"{self.journal.path}: trial id {trial_id!r} is not allowed: letters, digits, _ and -")
         return trial_id
 
+    def answers(self, trial_id: str) -> Path:
+        """What the model wrote for the held-out items, one JSON object a line."""
+        return self.path / "answers" / f"{trial_id}.jsonl"
+
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Make the folder and hold its lock.

@@ -1,4 +1,4 @@
-"""Scores of a written answer against the expected one, for trainers of one's own: 0 worst, 1 best, one an item."""
+"""Scores of a written answer against the expected one: 0 worst, 1 best, one an item; and F1 over classes."""
 
 from __future__ import annotations
 
@@ -35,6 +35,25 @@ def rouge_l(expected: str, written: str) -> float:
     if not ours or not theirs:
         return 0.0
     return _f1(_common_length(ours, theirs), len(ours), len(theirs))
+
+
+def rouge_n(expected: str, written: str, n: int) -> float:
+    """ROUGE-N's F1 (Lin 2004): runs of n words, each counted as often as it occurs; words as in `rouge_l`."""
+    ours, theirs = _runs(_words(written), n), _runs(_words(expected), n)
+    whole = ours.total() + theirs.total()
+    return 2 * (ours & theirs).total() / whole if ours and theirs else 0.0
+
+
+def macro_f1(expected: Sequence[str], predicted: Sequence[str]) -> float:
+    """The mean over the classes that occur on either side of each one's F1: scikit-learn's `average="macro"`."""
+    classes = sorted({*expected, *predicted})
+    pairs = Counter(zip(expected, predicted, strict=True))
+    counts = [(pairs[name, name], predicted.count(name), expected.count(name)) for name in classes]
+    return sum(_f1(common, ours, theirs) for common, ours, theirs in counts) / len(classes)
+
+
+def _runs(words: Sequence[str], n: int) -> Counter[tuple[str, ...]]:
+    return Counter(zip(*(words[start:] for start in range(n)), strict=False))
 
 
 def _words(text: str) -> list[str]:

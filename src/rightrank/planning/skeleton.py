@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from peft import LoraConfig, TaskType, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.utils import get_peft_model_state_dict
@@ -23,15 +22,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 
 from rightrank.engine.targets import ALL_LINEAR, all_linear_names, require_layers, require_names
 from rightrank.errors import ModelError
-from rightrank.io.models import DTYPES, find_model, first_line, quiet_third_parties
+from rightrank.io.models import DTYPES, LOADING_ERRORS, find_model, first_line, quiet_third_parties
 from rightrank.planning.quantised import quantise
 from rightrank.settings import PlanSettings
 
-# What transformers raises, by model, for a configuration that it does not know, can't read or can't build.
-CONFIG_ERRORS = (
-    OSError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError, RuntimeError, AssertionError,
-    ImportError, StrictDataclassError,
-)  # fmt: skip
 MOST_LAYERS = 1000
 LARGEST_SIZE = 2**40
 SAFETENSORS_CODES = {
@@ -91,7 +85,7 @@ def read_config(reference: str, trust_remote_code: bool, classification: bool = 
     quiet_third_parties()
     try:
         config = AutoConfig.from_pretrained(source.name, **source.loading_arguments(trust_remote_code))
-    except CONFIG_ERRORS as error:
+    except LOADING_ERRORS as error:
         raise ModelError(f"{reference}: transformers knows no such model ({first_line(error)})") from None
     if not is_known(config, classification) and not trust_remote_code:
         kind = "sequence classification" if classification else "causal language"
@@ -153,7 +147,7 @@ def build_base(config: Any, settings: PlanSettings) -> Any:
                 attn_implementation=attention,
                 trust_remote_code=settings.trust_remote_code,
             )
-    except CONFIG_ERRORS as error:
+    except LOADING_ERRORS as error:
         raise ModelError(f"{config.model_type}: transformers can't build the model ({first_line(error)})") from None
     model.requires_grad_(False)
     quantise(model, settings)

@@ -116,7 +116,7 @@ def packed_layers(skeleton: Skeleton, settings: PlanSettings, rows: int) -> Iter
         yield
     finally:
         for _, module in adapted:
-            del module.forward
+            del module.__dict__["forward"]
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from peft.tuners.lora import LoraLayer
 from rightrank.engine.bench import Bench, Scores
 from rightrank.engine.encode import encode
 from rightrank.engine.train import make_optimizer, rate_schedule
-from rightrank.errors import ModelError, RunError
+from rightrank.errors import ModelError, RunError, SettingsError
 from rightrank.io.adapter_folder import AdapterFolder
 from rightrank.io.data import load_data
 from rightrank.io.models import first_line, load_model
@@ -38,10 +38,15 @@ def make_bench(base: str, modules: tuple[str, ...] | None, use: DataUse) -> Benc
     """A bench on which adapters of exactly these modules are measured and trained; None for the settings' own.
 
     Raises:
+        SettingsError: a metric that takes more than an evaluation.
         ModelError: the base can't be loaded, or lacks a module.
         DataError: the data can't be used.
     """
     settings = use.settings.model_copy(update={"ranks": (1,)})
+    if not settings.metric_specs[0].is_measured_along or settings.metrics:
+        raise SettingsError(
+            f"metric {settings.metric_name!r}: adapters are measured by loss or accuracy here; give one of them, and no metrics"
+        )
     if modules is not None:
         settings = settings.model_copy(update={"target_modules": modules, "layers_to_transform": None})
     splits = load_data(use.data, settings)

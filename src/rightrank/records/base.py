@@ -14,7 +14,7 @@ SCHEMA_VERSION = 1
 LARGEST_WHOLE = 2**53
 Whole: TypeAlias = Annotated[int, Field(ge=-LARGEST_WHOLE, le=LARGEST_WHOLE)]
 
-MetricName: TypeAlias = Literal["loss", "accuracy"]
+MetricName: TypeAlias = str  # `loss`, `accuracy`, or what a metric of the settings is called
 
 
 SplitName: TypeAlias = Literal["train", "selection", "test"]

@@ -132,6 +132,24 @@ class HorizonNote(Record):
     gap_growth: float | None  # of the chosen rank's gap to the reference, over the last stretch, metric's unit
 
 
+class MetricAnswer(Record):
+    """What another metric of the same trainings says of the ranks, at that metric's own margin and best rates."""
+
+    metric: str
+    higher_is_better: bool
+    margin: float
+    rank: int | None  # None where it names none
+    verdict: Verdict
+    reference_rank: int
+    conflict: bool  # one metric shows a rank to be enough, the other shows that it is not
+    sentence: str  # for a person
+    ranks: list[RankEvidence]
+
+    def value_at(self, rank: int) -> float | None:
+        """The rank's value; None where it has none."""
+        return next((evidence.value for evidence in self.ranks if evidence.rank == rank), None)
+
+
 class Decision(Record):
     """The answer and its evidence."""
 
@@ -161,3 +179,4 @@ class Decision(Record):
     curve: CurveFit | None = None  # from three ranks on
     winner_gap: float = 0.0  # the largest of the ranks compared, metric's unit
     horizon: HorizonNote | None = None  # where evaluations along the training were given
+    other_metrics: list[MetricAnswer] = Field(default_factory=list)  # measured beside the one that decides

@@ -46,6 +46,7 @@ class RunStarted(Record):
     evaluation_items: list[str]  # content hashes, in the order of every item list
     metric: str
     higher_is_better: bool
+    points_metric: str | None = None  # of the evaluations along a training, where it is not the one that decides
     started_at: str
 
 
@@ -62,6 +63,8 @@ class TestEvaluated(Record):
     item_losses: list[float]
     item_tokens: list[Whole]
     item_correct: list[Whole] | None = None
+    metrics: dict[str, float] = Field(default_factory=dict)  # every metric measured there
+    metric: str | None = None  # of `value`, where it is not the decision's: a task has no split of its own
 
 
 class Sample(Record):

@@ -30,6 +30,7 @@ class ArmFields(Record):
     continue_from: str | None = None  # trial id: the same arm, stopped early
     truncate_from: str | None = None  # trial id: a finished training at a rank not below this one
     init_lora_weights: str | None = None  # None: as the settings say
+    target_modules: tuple[str, ...] | None = None  # None: as the settings say
 
     @property
     def arm(self) -> Arm:
@@ -101,16 +102,34 @@ class TrialFinished(ArmFields):
     item_correct: list[Whole] | None = None  # classification: 1 where the prediction is right
     item_scores: list[float] | None = None  # of a trainer of one's own: the metric itself, item by item
     item_weights: list[float] | None = None  # beside item_scores; None: all alike
+    item_metrics: dict[str, list[float]] = Field(default_factory=dict)  # of written answers and tasks, one an item
+    failed_metrics: dict[str, str] = Field(default_factory=dict)  # name: why there is none
+    value_metric: str | None = (
+        None  # of `value`, where it is not the decision's: a training stopped early has no answers
+    )
     train_value: float | None  # mean training loss of the last stretch before the end
     points: list[EvalPoint]
     trainable_parameters: Whole
     train_seconds: float
     train_tokens: Whole  # labelled and unlabelled, no padding
     eval_seconds: float
+    answer_seconds: float = 0.0  # of them: what the model's answers at the end took, with their scoring
     peak_bytes: Whole  # allocated on the device; on the CPU, the growth of the process's resident memory
     predicted_peak_bytes: Whole | None = None  # allocated by tensors, as planned before the start; None: not planned
     pack_size: Whole = 1  # arms that shared the passes, and the peak; the seconds are this arm's even share
     train_losses: list[float] = Field(default_factory=list)  # nats a label, one for each step
+
+    def items(self, metric: str) -> tuple[list[float], list[float]] | None:
+        """`(scores summed over the item's weight, weights)` of a metric, in its own direction; None without items."""
+        if metric == "loss" and self.item_losses:
+            return self.item_losses, [float(tokens) for tokens in self.item_tokens]
+        if self.item_scores is not None:  # of the metric that decides, whatever a trainer of one's own calls it
+            weights = self.item_weights or [1.0] * len(self.item_scores)
+            return [score * weight for score, weight in zip(self.item_scores, weights, strict=True)], weights
+        scores = self.item_metrics.get(metric)
+        if metric == "accuracy" and self.item_correct is not None:
+            scores = [float(correct) for correct in self.item_correct]
+        return None if scores is None else (scores, [1.0] * len(scores))
 
 
 class TrialDiverged(ArmFields):

@@ -8,6 +8,7 @@ from rightrank.errors import SettingsError
 from rightrank.io.files import replacing
 from rightrank.records import Decision, RankEvidence
 from rightrank.report.draw import draw
+from rightrank.report.figure import visible
 from rightrank.report.rank_curve import rank_figure, terminal_curve
 
 FLAGS = {
@@ -17,7 +18,7 @@ FLAGS = {
     "unstable": "some trainings ended without a result",
     "one_seed": "some ranks have one seed",
     "winner_gap": "the best of several rates is optimistic by more than half the margin",
-    "metric_conflict": "another metric of the same trainings wants another rank",
+    "metric_conflict": "another metric of the same trainings says otherwise of a rank",
     "may_be_capacity_limited": "the ranks were still parting when training ended",
     "extrapolated": "something named lies outside what was measured",
 }
@@ -26,10 +27,11 @@ CURVE_WIDTH, CURVE_HEIGHT = 72, 14
 
 def decision_text(decision: Decision, understood: list[str], colour: bool, width: int) -> str:
     """All of it, ready to print."""
-    parts = [f"read:    {'; '.join(understood)}"] if understood else []
+    parts = [visible(f"read:    {'; '.join(understood)}")] if understood else []
     trained = [(evidence.rank, evidence.value) for evidence in decision.ranks if evidence.rank > 0]
     curve = terminal_curve(trained, min(width, CURVE_WIDTH), CURVE_HEIGHT, colour)
-    return "\n".join([*parts, "", *([curve] if curve else []), *evidence_lines(decision), "", *answer_lines(decision)])
+    evidence, answer = map(visible, evidence_lines(decision)), map(visible, answer_lines(decision))
+    return "\n".join([*parts, "", *([curve] if curve else []), *evidence, "", *answer])
 
 
 def write_plot(decision: Decision, path: Path) -> None:
@@ -87,7 +89,19 @@ def answer_lines(decision: Decision) -> list[str]:
         lines.append(f"horizon: read off the evaluations, the same from step {horizon.holds_from} to {horizon.steps}")
     lines.append(f"basis:   {decision.basis_note}")
     lines += [f"flag:    {flag}: {FLAGS.get(flag, '')}" for flag in decision.flags]
+    lines += other_metric_lines(decision)
     return lines + [f"next:    {run.sentence}" for run in decision.next_runs]
+
+
+def other_metric_lines(decision: Decision) -> list[str]:
+    """One line for each metric measured beside."""
+    return [
+        f"beside:  {other.sentence}"
+        if other.conflict
+        else f"beside:  {other.metric}: {f'rank {other.rank}' if other.rank else other.verdict.replace('_', ' ')}, "
+        f"at a margin of {_short(other.margin)}"
+        for other in decision.other_metrics
+    ]
 
 
 def curve_lines(decision: Decision) -> list[str]:

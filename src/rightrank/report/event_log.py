@@ -23,6 +23,7 @@ LONG_FIELDS = {
     "item_correct",
     "item_scores",
     "item_weights",
+    "item_metrics",
 }  # in the journal, not in the log
 
 

@@ -105,7 +105,8 @@ def not_tested(records: Records, decision: Decision | None) -> list[str]:
     steps = max((trial.steps for trial in records.finished()), default=0)
     if steps:
         said.append(f"Trainings longer than {steps} steps: low ranks fall behind later, so a longer one may need more.")
-    said.append(f"Metrics other than {records.started.metric}; other data, prompts or models.")
+    beside = [answer.metric for answer in decision.other_metrics] if decision else []
+    said.append(f"Metrics other than {', '.join([records.started.metric, *beside])}; other data, prompts or models.")
     if "target_modules" in settings:
         said.append(
             f"Other target modules than {_plain(settings['target_modules'])}, other scalings than "
@@ -135,7 +136,9 @@ def reproduce_command(settings: Mapping[str, Any]) -> str | None:
         if value is None or name not in settings or _plain(value) == _plain(field.default):
             continue
         option = "--" + name.replace("_", "-")
-        if name in NAMED_OPTIONS:
+        if name == "metrics":
+            words += [word for metric in value for word in (option, str(metric))]
+        elif name in NAMED_OPTIONS:
             words += [option, _plain(value)]
         else:
             words += ["--set", f"{name}={_plain(value)}"]
@@ -151,6 +154,7 @@ NAMED_OPTIONS = frozenset(
         "seeds",
         "margin",
         "metric",
+        "report_to",
         "max_steps",
         "target_modules",
         "layers_to_transform",

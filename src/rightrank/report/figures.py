@@ -113,7 +113,8 @@ def difference_figure(decision: Decision) -> Figure | None:
 def learning_figure(records: Records, decision: Decision | None) -> Figure | None:
     """Held-out and training values along the steps, each rank at its best rate, means over seeds."""
     best = _best_trials(records, decision)
-    base = next((trial.value for trial in records.finished() if trial.rank == 0), None)
+    metric = records.started.points_metric or records.started.metric
+    base = next((trial.metrics.get(metric) for trial in records.finished() if trial.rank == 0), None)
     series: list[Series] = []
     rows: list[tuple[int, int, float, float | None]] = []
     for place, (rank, trials) in enumerate(best.items()):
@@ -130,18 +131,20 @@ def learning_figure(records: Records, decision: Decision | None) -> Figure | Non
             series.append(Series(f"rank {rank}", (0, *steps), (base, *held), tone=place))
         elif steps:
             series.append(Series(f"rank {rank}", tuple(steps), tuple(held), tone=place))
-        if known and records.started.metric == "loss":
+        if known and metric == "loss":
             x, y = tuple(step for step, _ in known), tuple(value for _, value in known)
             series.append(Series(f"rank {rank}", x, y, kind="line", dashed=True, tone=place))
     if not series:
         return None
-    ends = ", ".join(f"rank {rank} {fmean(t.value for t in trials):.4g}" for rank, trials in best.items())
+    ends = ", ".join(
+        f"rank {rank} {fmean(t.metrics.get(metric, t.value) for t in trials):.4g}" for rank, trials in best.items()
+    )
     return Figure(
         name="learning_curves",
         title="Learning curves (training dashed)",
-        alt=f"Held-out {records.started.metric} along training, each rank at its best rate. At the end: {ends}.",
+        alt=f"Held-out {metric} along training, each rank at its best rate. At the end: {ends}.",
         x=Axis("step"),
-        y=metric_axis(records.started.metric, "held-out"),
+        y=metric_axis(metric, "held-out"),
         series=tuple(series),
         columns=("rank", "step", "held-out", "training"),
         rows=tuple(rows),
@@ -180,8 +183,17 @@ def truncation_figure(records: Records) -> Figure | None:
 
 
 def rate_map(records: Records) -> HeatMap | None:
-    """Rank × learning rate: the mean value of each cell, the best rate of each rank marked; whole trainings only."""
-    arms = [outcome for outcome in records.outcomes if outcome.rank > 0 and outcome.truncate_from is None]
+    """Rank × learning rate: the mean value of each cell, the best rate of each rank marked; whole trainings only, at
+    the setting that all ranks share."""
+    alpha = records.started.settings.get("lora_alpha")
+    arms = [
+        outcome
+        for outcome in records.outcomes
+        if outcome.rank > 0
+        and outcome.truncate_from is None
+        and outcome.init_lora_weights is None
+        and (alpha is None or outcome.lora_alpha == alpha)
+    ]
     ranks = sorted({outcome.rank for outcome in arms})
     rates = sorted({outcome.learning_rate for outcome in arms})
     finished = [outcome for outcome in arms if isinstance(outcome, TrialFinished)]

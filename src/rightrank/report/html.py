@@ -65,7 +65,7 @@ def render_report(
             slider=_slider(decision),
             rank_plot=next((figure for figure in plots if figure.name == "rank_curve"), None),
             staircase=next((figure for figure in plots if figure.name == "staircase"), None),
-            heat_map=next((figure for figure in figures if isinstance(figure, HeatMap)), None),
+            heat_maps=[figure for figure in figures if isinstance(figure, HeatMap)],
             plots=[figure for figure in plots if figure.name not in ("rank_curve", "staircase")],
             rows=[_row(outcome) for outcome in records.outcomes],
             fold_rows=len(records.outcomes) > MOST_ROWS_IN_SIGHT,
@@ -178,7 +178,8 @@ def _row(outcome: TrialOutcome) -> dict[str, Any]:
     }
     match outcome:
         case TrialFinished():
-            row["value"] = f"{outcome.value:.4f}"
+            row["value"] = f"{outcome.value:.4f}" + (f" ({outcome.value_metric})" if outcome.value_metric else "")
+            row["note"] = "; ".join([row["note"]] * bool(row["note"]) + [*outcome.failed_metrics.values()])
             row["train"] = "" if outcome.train_value is None else f"{outcome.train_value:.4f}"
             row["seconds"] = f"{outcome.train_seconds + outcome.eval_seconds:.0f}"
             row["parameters"] = f"{outcome.trainable_parameters:,}" if outcome.trainable_parameters else ""

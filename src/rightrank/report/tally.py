@@ -61,7 +61,7 @@ class Tally:
             case StepDone():
                 self._steps[event.trial_id] = event
             case TrialFinished():
-                return self._line(event, f"held-out {event.value:.4f}")
+                return self._line(event, held_out_words(event))
             case TrialDiverged():
                 return self._line(event, f"diverged at step {event.step}: {event.reason}")
             case TrialFailed():
@@ -173,3 +173,13 @@ class Tally:
 
 def _last_step(arm: ArmFields) -> int:
     return arm.steps if arm.stop_at is None else arm.stop_at
+
+
+def held_out_words(trial: TrialFinished) -> str:
+    """The value, by which metric where it is not the decision's, and what the base's answers took."""
+    words = f"held-out {trial.value:.4f}" + (f" ({trial.value_metric})" if trial.value_metric else "")
+    if trial.rank == 0 and trial.answer_seconds >= 1:
+        words += (
+            f"; of which the model's answers took {duration(trial.answer_seconds)}, as they will after each training"
+        )
+    return words

@@ -1,6 +1,7 @@
 """What a selection and a plan can be told: flat records, checked once; the defaults are here and nowhere else."""
 
 from rightrank.settings.keywords import SelectKeywords
+from rightrank.settings.metric_spec import MetricSpec, parse_metric
 from rightrank.settings.plan import DEFAULT_PLAN_RANKS, OptimizerName, PlanSettings, make_plan_settings
 from rightrank.settings.select import (
     CONSTANT_SCALING_RANK,
@@ -18,6 +19,7 @@ __all__ = [
     "NOT_IDENTITY",
     "UNITS",
     "DtypeName",
+    "MetricSpec",
     "OptimizerName",
     "PlanSettings",
     "Scaling",
@@ -27,5 +29,6 @@ __all__ = [
     "make_plan_settings",
     "make_settings",
     "parse_bytes",
+    "parse_metric",
     "settings_difference",
 ]

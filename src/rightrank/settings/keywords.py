@@ -17,7 +17,8 @@ class SelectKeywords(TypedDict, total=False):
     seeds: Sequence[int]
     sweep: Sequence[str]
     margin: float
-    metric: Literal["loss", "accuracy"]
+    metric: str
+    metrics: Sequence[str]
     max_steps: int
     target_modules: Sequence[str]
     layers_to_transform: Sequence[int]
@@ -30,3 +31,7 @@ class SelectKeywords(TypedDict, total=False):
     memory_bytes: int | str  # a number, or with a unit, such as "24GiB"
     pack_size: int
     certify: bool
+    executor: Literal["local", "processes", "ray"]
+    workers: int
+    ray_address: str
+    report_to: Sequence[str]

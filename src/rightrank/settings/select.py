@@ -10,10 +10,23 @@ from typing import Any, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from rightrank.settings.metric_spec import MetricSpec, parse_metrics
 from rightrank.settings.values import DtypeName, checked, parse_bytes
 
 # What changes how a selection runs and not what it finds: it may differ when a run is resumed.
-NOT_IDENTITY = ("pack_size", "certify", "checkpoint_seconds", "memory_bytes")
+NOT_IDENTITY = (
+    "pack_size",
+    "certify",
+    "checkpoint_seconds",
+    "memory_bytes",
+    "executor",
+    "workers",
+    "ray_address",
+    "launcher",
+    "hang_seconds",
+    "metric_timeout_seconds",
+    "report_to",
+)
 
 Scaling: TypeAlias = Literal["alpha/r", "alpha/sqrt(r)", "constant"]
 
@@ -41,8 +54,13 @@ class SelectSettings(BaseModel):
     sweep: tuple[str, ...] = ()  # such as alpha=16,64: further values at the ranks that matter
 
     # how to decide
-    metric: Literal["loss", "accuracy"] = "loss"
+    metric: str = "loss"  # see metric_spec
     margin: float | None = Field(default=None, gt=0)  # None: by the metric (see decide.default_margin)
+    metrics: tuple[str, ...] = ()  # further ones, measured and kept beside the one that decides
+    lower_is_better: tuple[str, ...] = ()  # metrics of somebody else whose name does not say so
+    answers_at: Literal["end", "points"] = "end"  # when the model writes: after each training, or at every evaluation
+    max_new_tokens: int = Field(default=64, gt=0)  # of what it writes for one item
+    metric_timeout_seconds: float = Field(default=600.0, gt=0)  # for a function or program that scores
 
     # the adapter, in PEFT's names
     lora_alpha: float = Field(default=32.0, gt=0)
@@ -90,7 +108,18 @@ class SelectSettings(BaseModel):
     pack_size: int | None = Field(default=None, gt=0)  # arms trained together; None: as many as pay and fit
     certify: bool = False  # train one arm again alone and compare
     checkpoint_seconds: float = Field(default=60.0, gt=0)
+    executor: Literal["local", "processes", "ray"] = "local"  # in this process, or workers with a base of their own
+    workers: int | None = Field(default=None, gt=0)  # None: one a CUDA device, on Ray as many as it has room for
+    ray_address: str | None = None  # None: a cluster that runs on this machine, else one of this run's own
+    launcher: str = ""  # words before the command of a worker process, such as "srun --ntasks=1 --gpus=1"
+    hang_seconds: float = Field(default=600.0, gt=0)  # without a step of a worker, before it is given up
     trust_remote_code: bool = False
+    report_to: tuple[str, ...] = ()  # trackers that are told of every trial: trackio, wandb, mlflow, tensorboard
+
+    @field_validator("metrics", "lower_is_better", "report_to", mode="before")
+    @classmethod
+    def _one_or_several(cls, value: object) -> object:
+        return (value,) if isinstance(value, str) else value
 
     @field_validator("memory_bytes", mode="before")
     @classmethod
@@ -135,6 +164,43 @@ class SelectSettings(BaseModel):
                 f"got {self.test_fraction:g} + {self.selection_fraction:g}, give less than 0.9 together"
             )
         return self
+
+    @model_validator(mode="after")
+    def _workers_of_an_executor(self) -> SelectSettings:
+        for name, given, executors in (
+            ("workers", self.workers, ("processes", "ray")),
+            ("ray_address", self.ray_address, ("ray",)),
+            ("launcher", self.launcher, ("processes",)),
+        ):
+            if given and self.executor not in executors:
+                raise ValueError(
+                    f"{name} was given and the executor is {self.executor!r}: give executor {' or '.join(executors)}"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _metrics_known(self) -> SelectSettings:
+        names = [spec.name for spec in parse_metrics(self.metric, self.metrics)]
+        unknown = next((name for name in self.lower_is_better if name not in names), None)
+        if unknown is not None:
+            raise ValueError(f"lower_is_better: {unknown!r} is none of the metrics asked for ({', '.join(names)})")
+        return self
+
+    @property
+    def metric_specs(self) -> tuple[MetricSpec, ...]:
+        """The metric that decides, then the others."""
+        return parse_metrics(self.metric, self.metrics)
+
+    @property
+    def metric_name(self) -> str:
+        """What the metric that decides is called."""
+        return self.metric_specs[0].name
+
+    @property
+    def points_metric(self) -> str:
+        """The metric of the evaluations along a training: the one that decides where it is measured there, else loss."""
+        spec = self.metric_specs[0]
+        return spec.name if spec.is_measured_along or self.answers_at == "points" else "loss"
 
     @property
     def weight_bits(self) -> int | None:

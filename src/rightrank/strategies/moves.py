@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Generator, Sequence
 
 from rightrank.records import Arm
 from rightrank.strategies.climb import EARLY, Wanted, climb, early_arm, early_step
-from rightrank.strategies.results import Results
+from rightrank.strategies.results import Results, within
 from rightrank.strategies.space import Space
 
 LATER = 0.5  # of a training: where the two best rates are compared again
@@ -67,24 +66,30 @@ def _two_to_half(
     if half is not None:
         ended.append(arm)
     for loss, rate in others:
-        if half is not None and is_lost(rate > first, loss - quarter, quarter - half):
+        if half is not None and is_lost_at_quarter(rate > first, loss - quarter, quarter - half):
             continue
         arm = _continued(space, results, rank, rate, EARLY, early_step(space, LATER))
         yield [arm]
         other = results.loss(arm)
-        if other is not None and (half is None or not is_lost(rate > first, other - half, quarter - half)):
+        if other is not None and (half is None or not is_lost_at_half(rate > first, other - half, quarter - half)):
             ended.append(arm)
     return ended
 
 
-def is_lost(is_higher: bool, behind: float, gain: float) -> bool:
-    """Whether a rate that is `behind` another one on the way can't win any more. `gain` is what the other gains from a
-    quarter to half.
+def is_lost_at_quarter(is_higher: bool, behind: float, gain: float) -> bool:
+    """Whether a rate that is `behind` another one after a quarter can't win any more. `gain` is what the other gains from
+    there to half: as long as that is to come, an order can turn. A lower rate is kept where the other gets worse.
+    """
+    return behind > PATIENCE * max(gain, 0.0) and (is_higher or gain > 0)
+
+
+def is_lost_at_half(is_higher: bool, behind: float, gain: float) -> bool:
+    """The same at half; `gain` is that of the other until here.
 
     A decaying schedule favours high rates late, so a higher one is given time; a lower one catches up only where the
     other gets worse, as on few items.
     """
-    return behind > PATIENCE * max(gain, 0.0) if is_higher else gain > 0 and behind > 0
+    return is_lost_at_quarter(is_higher, behind, gain) or (not is_higher and behind > 0 and gain > 0)
 
 
 def _continued(space: Space, results: Results, rank: int, rate: float, part: float, stop_at: int) -> Arm:
@@ -108,18 +113,47 @@ def try_rank(space: Space, results: Results, rank: int, rate: float) -> Wanted:
     """
     yield [space.arm(rank, rate)]
     for side in side_rates(space, results, rank, rate):
-        if results.holds(rank) or _hopeless(space, results, rank):
+        if results.holds(rank):
             return
         yield from _try_side(space, results, rank, rate, side)
 
 
-def _hopeless(space: Space, results: Results, rank: int) -> bool:
-    """So far from holding that no rate beside could make up for it; not so where there is no result at all."""
+def side_rates(space: Space, results: Results, rank: int, rate: float) -> Sequence[float]:
+    """The rates beside `rate` that may make `rank` hold: both where `rate` gave no result, else those that the top
+    rank is not far worse at, unless the rank fails by far; and a higher one where the rank had no time to learn.
+
+    The one that did better at the top first; the lower, where unknown.
+    """
+    place = space.rates.index(rate)
+    beside = [space.rates[i] for i in (place - 1, place + 1) if 0 <= i < len(space.rates)]
+    behind = {side: _behind_at_top(space, results, side, rate) for side in beside}
+    if rank in results.ranks():
+        limit = SIDE * space.margin_at(results.best_loss(space.top))
+        hopeless, slow = _fails_by_far(space, results, rank), _is_slow(space, results, rank, rate)
+        beside = [s for s in beside if (behind[s] <= limit and not hopeless) or (s > rate and slow)]
+    return sorted(beside, key=lambda side: (behind[side], side))
+
+
+def _fails_by_far(space: Space, results: Results, rank: int) -> bool:
+    """So far from holding that no rate beside could make up for it."""
     reference = results.reference()
-    if reference is None or rank not in results.ranks():
+    if reference is None:
         return False
-    margin = space.margin_at(results.best_loss(reference))
-    return results.excess(rank, reference).mean > HOPELESS * margin
+    return results.excess(rank, reference).mean > HOPELESS * space.margin_at(results.best_loss(reference))
+
+
+def _is_slow(space: Space, results: Results, rank: int, rate: float) -> bool:
+    """Whether the rank fails at `rate` for want of time: the top's adapter cut to it holds, so it has the capacity, and
+    in the second half of its own training it still gained more than it lacks.
+    """
+    top = results.best_loss(space.top)
+    cuts = [arm for arm in results.outcomes if arm.rank == rank and arm.truncate_from is not None and arm.steps == 0]
+    known = [loss for loss in (results.loss(cut) for cut in cuts) if loss is not None]
+    half = results.loss_after(rank, rate, early_step(space, LATER))
+    end = results.loss_after(rank, rate, space.steps)
+    if not known or half is None or end is None:
+        return False
+    return within(min(known) - top, space.margin_at(top)) and half - end > end - top
 
 
 def _try_side(space: Space, results: Results, rank: int, rate: float, side: float) -> Wanted:
@@ -131,26 +165,13 @@ def _try_side(space: Space, results: Results, rank: int, rate: float, side: floa
     stage = early_arm(space, rank, side, EARLY)
     yield [stage]
     early = results.loss(stage)
-    if early is None or is_lost(side > rate, early - quarter, quarter - half):
+    if early is None or is_lost_at_quarter(side > rate, early - quarter, quarter - half):
         return
     stage = _continued(space, results, rank, side, EARLY, early_step(space, LATER))
     yield [stage]
     later = results.loss(stage)
-    if later is not None and not is_lost(side > rate, later - half, quarter - half):
+    if later is not None and not is_lost_at_half(side > rate, later - half, quarter - half):
         yield [_going_on(results, stage)]
-
-
-def side_rates(space: Space, results: Results, rank: int, rate: float) -> Sequence[float]:
-    """The rates beside `rate` that may do better at `rank`: not those that the top rank is far worse at, unless `rate`
-    gave no result.
-
-    The one that did better at the top first; the lower, where unknown.
-    """
-    place = space.rates.index(rate)
-    beside = [space.rates[i] for i in (place - 1, place + 1) if 0 <= i < len(space.rates)]
-    behind = {side: _behind_at_top(space, results, side, rate) for side in beside}
-    limit = SIDE * space.margin_at(results.best_loss(space.top)) if rank in results.ranks() else math.inf
-    return sorted((side for side in beside if behind[side] <= limit), key=lambda side: (behind[side], side))
 
 
 def _behind_at_top(space: Space, results: Results, side: float, rate: float) -> float:

@@ -54,11 +54,12 @@ class Results:
                 continue
             if arm.truncate_from is not None or not self.space.is_plain(arm) or not isinstance(outcome, TrialFinished):
                 continue
+            losses = self.space.points_are_losses
             if (arm.stop_at or arm.steps) == step:
-                return oriented(outcome, self.space)
+                return outcome.metrics["loss"] if losses else oriented(outcome, self.space)
             for point in outcome.points:
                 if point.step == step:
-                    return -point.value if self.space.higher_is_better else point.value
+                    return -point.value if self.space.higher_is_better and not losses else point.value
         return None
 
     def direct(self) -> dict[tuple[int, float, int], TrialFinished]:
@@ -142,7 +143,9 @@ class Results:
 
 
 def oriented(outcome: TrialFinished, space: Space) -> float:
-    return -outcome.value if space.higher_is_better else outcome.value
+    """Lower is better. A training that was stopped early may be judged by its loss: it is compared with its like alone."""
+    turned = space.higher_is_better and outcome.value_metric is None
+    return -outcome.value if turned else outcome.value
 
 
 def within(excess: float, margin: float) -> bool:
@@ -169,32 +172,12 @@ def excess_of(pairs: Iterable[tuple[TrialFinished, TrialFinished]], space: Space
 
 def _item_differences(left: TrialFinished, right: TrialFinished, space: Space) -> Floats | None:
     """[items] contributions to the difference, each times the number of items, so that their mean is the difference."""
-    if left.item_scores is not None and right.item_scores is not None:
-        return _score_differences(left, right, space)
-    if space.higher_is_better:
-        if left.item_correct is None or right.item_correct is None or len(left.item_correct) != len(right.item_correct):
-            return None
-        return np.asarray(right.item_correct, dtype=np.float64) - np.asarray(left.item_correct, dtype=np.float64)
-    if not left.item_losses or len(left.item_losses) != len(right.item_losses):
+    ours, theirs = left.items(space.metric), right.items(space.metric)
+    if ours is None or theirs is None or len(ours[0]) != len(theirs[0]):
         return None
-    tokens = np.asarray(left.item_tokens, dtype=np.float64)
-    return _linearised(
-        np.asarray(left.item_losses, dtype=np.float64) - np.asarray(right.item_losses, dtype=np.float64), tokens
-    )
-
-
-def _score_differences(left: TrialFinished, right: TrialFinished, space: Space) -> Floats | None:
-    """As `_item_differences`, of the scores that a trainer of one's own gave."""
-    ours, others = (np.asarray(trial.item_scores, dtype=np.float64) for trial in (left, right))
-    if len(ours) != len(others):
-        return None
-    weights = np.ones_like(ours) if left.item_weights is None else np.asarray(left.item_weights, dtype=np.float64)
-    differences = others - ours if space.higher_is_better else ours - others
-    return _linearised(differences * weights, weights)
-
-
-def _linearised(sums: Floats, weights: Floats) -> Floats:
-    """[items] of a difference of weighted means, from each item's weighted difference."""
+    weights = np.asarray(ours[1], dtype=np.float64)
+    sums = np.asarray(ours[0], dtype=np.float64) - np.asarray(theirs[0], dtype=np.float64)
+    sums = -sums if space.higher_is_better else sums
     mean = sums.sum() / weights.sum()
     found: Floats = mean + (sums - mean * weights) / weights.mean()
     return found

@@ -5,14 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import pairwise
 
+from rightrank.decision.metrics import MetricKind, default_margin, higher_is_better, kind_of
 from rightrank.errors import SettingsError
 from rightrank.records import Arm
 from rightrank.settings import Scaling, SelectSettings
 from rightrank.strategies.sweep import Variant, variants_of
-
-TOKEN_LOSS_MARGIN = 0.005  # nats a token
-ACCURACY_MARGIN = 0.005  # half a point
-RELATIVE_MARGIN = 0.01  # of the reference, for every other metric
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,11 +21,14 @@ class Space:
     seeds: tuple[int, ...]
     lora_alpha: float
     steps: int  # of a whole training
-    margin: float | None  # None: RELATIVE_MARGIN of the reference
+    margin: float | None  # None: by the kind of metric
+    metric: str = "loss"
+    kind: MetricKind = "loss"
     higher_is_better: bool = False
+    points_are_losses: bool = False  # along a training, where the metric itself is measured at its end alone
     stages: bool = True  # trainings can be stopped, continued and cut; a trainer of one's own can't
     scaling: Scaling = "alpha/r"
-    variants: tuple[Variant, ...] = ()  # further values of alpha, scaling or init, tried at the end
+    variants: tuple[Variant, ...] = ()  # further values of alpha, scaling, init or targets, tried at the end
     budget_steps: float | None = None  # optimizer steps over all arms
     budget_seconds: float | None = None  # of training and evaluation, over all arms
 
@@ -48,10 +48,12 @@ class Space:
 
     def is_plain(self, arm: Arm) -> bool:
         """Whether the arm has the setting that all ranks share, and not a variant's."""
-        return arm.lora_alpha == self.lora_alpha and arm.init_lora_weights is None
+        return arm.lora_alpha == self.lora_alpha and arm.init_lora_weights is None and arm.target_modules is None
 
     def margin_at(self, reference_loss: float) -> float:
-        return self.margin if self.margin is not None else RELATIVE_MARGIN * abs(reference_loss)
+        if self.margin is not None:
+            return self.margin
+        return default_margin(self.kind, abs(reference_loss), [abs(reference_loss)])
 
     def below(self, rank: int) -> int | None:
         """The next lower rank, None at the bottom."""
@@ -77,19 +79,20 @@ def space_of(settings: SelectSettings, steps: int, token_loss: bool = True) -> S
             f"ranks: got {settings.ranks[0]} alone; a comparison needs two or more, such as {settings.ranks[0]},"
             f"{4 * settings.ranks[0]}"
         )
-    margin = settings.margin
-    if margin is None and settings.metric == "accuracy":
-        margin = ACCURACY_MARGIN
-    if margin is None and token_loss:
-        margin = TOKEN_LOSS_MARGIN
+    name = settings.metric_name
+    higher = higher_is_better(name, settings.lower_is_better)
+    kind: MetricKind = "loss" if name == "loss" and not token_loss else kind_of(name, higher)
     return Space(
         ranks=settings.ranks,
         rates=settings.learning_rates,
         seeds=settings.seeds,
         lora_alpha=settings.lora_alpha,
         steps=steps,
-        margin=margin,
-        higher_is_better=settings.metric == "accuracy",
+        margin=settings.margin,
+        metric=name,
+        kind=kind,
+        higher_is_better=higher,
+        points_are_losses=settings.points_metric != name,
         scaling=settings.scaling,
         variants=variants_of(settings),
         budget_steps=_budget_steps(settings, steps),

@@ -1,4 +1,4 @@
-"""Alpha, scaling rule and initialisation as axes: held equal while ranks are compared, then varied at the ranks that matter.
+"""Alpha, scaling rule, initialisation and target modules as axes: held equal while ranks are compared, then varied at the ranks that matter.
 
 `--sweep alpha=16,64` trains the chosen rank and the reference at each alpha too, each at its own best rate, since alpha and
 the rate are largely one knob. The answer still rests on the setting that all ranks shared.
@@ -16,8 +16,19 @@ from rightrank.maths.scaling import lora_scale
 from rightrank.records import Arm, RunStarted, SweepRow, TrialFinished, TrialOutcome
 from rightrank.settings import Scaling, SelectSettings, make_settings
 
-AXES = ("alpha", "scaling", "init")
+AXES = ("alpha", "scaling", "init", "targets")
 INITS = ("default", "gaussian")
+_CHANGES_BASE = "it changes the base's weights, which all trainings of a run share"
+_NEEDS_DATA = "it needs a pass over the data before every training"
+NOT_OFFERED = {  # PEFT's other initialisations, and why they are no axis here
+    "pissa": _CHANGES_BASE,
+    "olora": _CHANGES_BASE,
+    "loftq": _CHANGES_BASE,
+    "corda": _CHANGES_BASE,
+    "lora_ga": _CHANGES_BASE,
+    "eva": _NEEDS_DATA,
+    "orthogonal": "its rows can't be shared between ranks",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +44,8 @@ class Variant:
 
     def of(self, arm: Arm, scaling: Scaling) -> Arm:
         """`arm` with this value. A scaling rule becomes the alpha that gives its scale under `scaling`."""
+        if self.axis == "targets":
+            return arm.model_copy(update={"target_modules": _modules(self.value)})
         if self.axis == "init":
             return arm.model_copy(update={"init_lora_weights": self.value})
         if self.axis == "alpha":
@@ -48,7 +61,12 @@ def variants_of(settings: SelectSettings) -> tuple[Variant, ...]:
     Raises:
         SettingsError: not AXIS=VALUE,…; an unknown axis; or a value that the axis can't have.
     """
-    own = {"alpha": f"{settings.lora_alpha:g}", "scaling": settings.scaling, "init": settings.init_lora_weights}
+    own = {
+        "alpha": f"{settings.lora_alpha:g}",
+        "scaling": settings.scaling,
+        "init": settings.init_lora_weights,
+        "targets": "+".join(sorted(settings.target_modules)),
+    }
     found: list[Variant] = []
     for text in settings.sweep:
         axis, equals, values = text.partition("=")
@@ -65,7 +83,22 @@ def variants_of(settings: SelectSettings) -> tuple[Variant, ...]:
     return tuple(found)
 
 
+def target_sets(settings: SelectSettings) -> tuple[tuple[str, ...], ...]:
+    """The sets of modules that arms of the run may adapt: the settings' own first, then those of the sweep."""
+    swept = [_modules(variant.value) for variant in variants_of(settings) if variant.axis == "targets"]
+    return (settings.target_modules, *swept)
+
+
+def _modules(value: str) -> tuple[str, ...]:
+    return tuple(value.split("+"))
+
+
 def _checked(axis: str, value: str) -> str:
+    if axis == "targets":
+        names = sorted({name.strip() for name in value.split("+")})
+        if not all(names):
+            raise SettingsError(f"sweep targets={value}: give names joined by +, such as q_proj+v_proj, or all-linear")
+        return "+".join(names)
     allowed: Sequence[str] = INITS if axis == "init" else get_args(Scaling)
     if axis == "alpha":
         try:
@@ -75,6 +108,8 @@ def _checked(axis: str, value: str) -> str:
         if not 0 < alpha < float("inf"):
             raise SettingsError(f"sweep alpha={value}: alphas are numbers above 0, such as 16")
         return f"{alpha:g}"
+    if axis == "init" and value in NOT_OFFERED:
+        raise SettingsError(f"sweep init={value}: {NOT_OFFERED[value]}; allowed: {', '.join(allowed)}")
     if value not in allowed:
         raise SettingsError(f"sweep {axis}={value}{did_you_mean(value, allowed)}; allowed: {', '.join(allowed)}")
     return value
@@ -89,7 +124,11 @@ def sweep_rows(started: RunStarted, outcomes: Sequence[TrialOutcome]) -> list[Sw
     except SettingsError:
         return []  # a run of another version's settings
     trials = [o for o in outcomes if isinstance(o, TrialFinished) and o.rank > 0 and o.arm.is_direct]
-    plain = [o for o in trials if o.init_lora_weights is None and o.lora_alpha == settings.lora_alpha]
+    plain = [
+        trial
+        for trial in trials
+        if trial.lora_alpha == settings.lora_alpha and trial.init_lora_weights is None and trial.target_modules is None
+    ]
     rows: list[SweepRow] = []
     for variant in variants:
         swept = [trial for trial in trials if _is_of(trial.arm, variant, settings)]
@@ -110,7 +149,8 @@ def sweep_rows(started: RunStarted, outcomes: Sequence[TrialOutcome]) -> list[Sw
 
 
 def _is_of(arm: Arm, variant: Variant, settings: SelectSettings) -> bool:
-    shared = arm.model_copy(update={"lora_alpha": settings.lora_alpha, "init_lora_weights": None})
+    own = {"lora_alpha": settings.lora_alpha, "init_lora_weights": None, "target_modules": None}
+    shared = arm.model_copy(update=own)
     return variant.of(shared, settings.scaling) == arm and arm != shared
 
 

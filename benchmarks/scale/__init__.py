@@ -1,0 +1,1 @@
+"""Selections on more machines than there are here: the scheduler in simulated time, and real workers that are lost."""

@@ -1,0 +1,92 @@
+"""A pool for the jobs of a run: the crew that the settings ask for, and the proof that it sees the run folder."""
+
+from __future__ import annotations
+
+import secrets
+import shlex
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from rightrank.engine.bench import Bench
+from rightrank.errors import SettingsError
+from rightrank.executors.messages import Job, Orders
+from rightrank.executors.pool import Crew, Looking, Pool, Terms
+from rightrank.executors.processes import ProcessCrew
+from rightrank.executors.worker import versions
+from rightrank.io.files import write_text
+from rightrank.settings import SelectSettings
+
+MOST_TOGETHER = 16  # trials that a worker is given at once; it finds out how many of them share a pass
+
+
+@dataclass(frozen=True, slots=True)
+class Needs:
+    """What a worker takes, by the plan; None where the architecture can't be planned."""
+
+    bytes_planned: int | None
+    on_cuda: bool
+
+
+@contextmanager
+def pool_of(
+    settings: SelectSettings, jobs: Sequence[Job], folder: Path, needs: Needs, looking: Looking
+) -> Iterator[Pool]:
+    """Workers for `jobs`, whose run folders are in `folder` or are it; they start as there is work.
+
+    Raises:
+        SettingsError: settings that don't go together.
+        MissingExtraError: the executor's package is not installed.
+        RunError: a cluster that does not answer.
+    """
+    probe = folder / f".share-{secrets.token_hex(4)}"
+    token = secrets.token_hex(16)
+    write_text(probe, token)
+    try:
+        orders = Orders(jobs=list(jobs), working_folder=Path.cwd(), probe=probe.absolute(), token=token)
+        crew, workers = _crew(settings, orders, folder, needs)
+        terms = Terms(workers, versions(), token, _task_trials(settings, needs), settings.hang_seconds)
+        pool = Pool(crew, terms, looking)
+        try:
+            yield pool
+        finally:
+            pool.close()
+    finally:
+        probe.unlink(missing_ok=True)
+
+
+def _crew(settings: SelectSettings, orders: Orders, folder: Path, needs: Needs) -> tuple[Crew, int]:
+    """The crew and how many workers it has at most."""
+    logs = folder / "workers"
+    if settings.executor == "ray":
+        from rightrank.executors.ray_cluster import RayCrew
+
+        crew = RayCrew(orders, settings.ray_address, needs.bytes_planned, needs.on_cuda)
+        return crew, settings.workers or crew.room()
+    devices = torch.cuda.device_count() if needs.on_cuda and not settings.launcher else 0
+    workers = settings.workers or devices
+    if not workers:
+        raise SettingsError("executor 'processes' needs workers on a CPU: give their number, such as --workers 2")
+    return ProcessCrew(orders, logs, devices, shlex.split(settings.launcher)), workers
+
+
+def _task_trials(settings: SelectSettings, needs: Needs) -> int:
+    return settings.pack_size or (MOST_TOGETHER if needs.on_cuda else 1)
+
+
+@contextmanager
+def set_aside(bench: Bench) -> Iterator[None]:
+    """Keep the driver's own base off the accelerator while workers use it."""
+    device = bench.loaded.device
+    if device.type == "cpu":
+        yield
+        return
+    bench.model.to("cpu")
+    torch.cuda.empty_cache()
+    try:
+        yield
+    finally:
+        bench.model.to(device)

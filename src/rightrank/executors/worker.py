@@ -1,0 +1,181 @@
+"""A worker: a process with a base of its own that prepares the same requests as the driver and trains what it is given.
+
+`python -m rightrank.executors.worker` reads commands as lines on stdin and tells news as lines on stdout. Where stdin ends,
+the driver is gone: the worker stops at its next step, with checkpoints.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import queue
+import shutil
+import signal
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, TextIO
+
+from rightrank.errors import InterruptedRun, RightrankError, RunError
+from rightrank.executors.messages import COMMAND, Job, News, Notice, Orders, Ready, Refused, Step, Stop, Task, TaskEnded
+from rightrank.records import Preparing, StepDone, TrialFailed
+from rightrank.version import __version__
+
+if TYPE_CHECKING:
+    from rightrank.executors.local import LocalExecutor
+    from rightrank.io.models import LoadedModel
+
+STEPS_TOLD = 0.5  # seconds between two signs of progress
+SAME_EVERYWHERE = ("torch", "transformers", "peft")
+
+
+class Worker:
+    """What runs inside a worker, whatever carries its words."""
+
+    def __init__(self, tell: Callable[[News], None]) -> None:
+        self._tell = tell
+        self._jobs: dict[str, Job] = {}
+        self._executors: dict[str, LocalExecutor] = {}
+        self._bases: dict[tuple[object, ...], LoadedModel] = {}
+        self._scratch = Path(tempfile.mkdtemp(prefix="rightrank-worker-"))
+        self._stop = threading.Event()
+        self._told = 0.0
+
+    def begin(self, orders: Orders) -> None:
+        """Say who this is, and what it sees of the share."""
+        self._jobs = {job.name: job for job in orders.jobs}
+        with contextlib.suppress(OSError):  # not there: then only absolute paths lead anywhere
+            os.chdir(orders.working_folder)
+        try:
+            token = orders.probe.read_text(encoding="utf-8")
+        except OSError:
+            token = None
+        self._tell(Ready(versions=versions(), token=token))
+
+    def stop(self) -> None:
+        """Leave the task under way at its next step; from any thread."""
+        self._stop.set()
+
+    def work(self, task: Task) -> None:
+        """Train what the task holds; what can't be mended is told as `Refused`."""
+        self._stop.clear()
+        try:
+            for outcome in self._executor(self._jobs[task.job]).run(task.trials, task.base_loss):
+                self._tell(outcome)
+                if isinstance(outcome, TrialFailed) and outcome.error == "out_of_memory":
+                    self._tell(Notice(text=outcome.reason))
+        except InterruptedRun:
+            pass  # its trials have checkpoints
+        except RightrankError as error:
+            self._tell(Refused(reason=str(error), exit_status=error.exit_status))
+        self._tell(TaskEnded(number=task.number))
+
+    def close(self) -> None:
+        """Remove what lies on this machine's own disk."""
+        shutil.rmtree(self._scratch, ignore_errors=True)
+
+    def _executor(self, job: Job) -> LocalExecutor:
+        """What runs the job's trials: built at its first task, over a base that jobs share."""
+        from rightrank.engine.train import Watcher
+        from rightrank.executors.local import LocalExecutor
+        from rightrank.io.run_folder import RunFolder
+        from rightrank.preparation import Request, prepare
+        from rightrank.settings import make_settings
+
+        if job.name not in self._executors:
+            request = Request(job.model, None, job.data, make_settings(job.settings))
+            prepared = prepare(request, self._scratch / str(len(self._executors)), bases=self._bases)
+            if prepared.started.fingerprint != job.fingerprint:
+                raise RunError(
+                    f"a worker on {platform.node()} found another model or other data under {job.model} and {job.data}: "
+                    "give paths that lead to the same files on every machine"
+                )
+            watcher = Watcher(on_step=self._step, on_prepare=self._step, should_stop=self._stop.is_set)
+            self._executors[job.name] = LocalExecutor(
+                prepared.bench, RunFolder(job.folder), watcher, self._tell, lambda text: self._tell(Notice(text=text))
+            )
+        return self._executors[job.name]
+
+    def _step(self, event: StepDone | Preparing) -> None:
+        now = time.monotonic()
+        if now - self._told >= STEPS_TOLD:
+            self._told = now
+            self._tell(Step(event=event))
+
+
+def versions() -> dict[str, str]:
+    """What must be the same wherever a selection's trials run."""
+    return {
+        "rightrank": __version__,
+        "python": platform.python_version(),
+        **{name: version(name) for name in SAME_EVERYWHERE},
+    }
+
+
+def main() -> None:
+    """Commands from stdin, news to what was stdout; whatever else prints goes to stderr."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C is the driver's, which asks its workers to stop
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    news = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    serve(sys.stdin, news)
+
+
+class Service:
+    """A worker with a thread of its own for its tasks; what carries the commands calls `say`."""
+
+    def __init__(self, tell: Callable[[News], None]) -> None:
+        self.worker = Worker(tell)
+        self._tasks: queue.SimpleQueue[Task | None] = queue.SimpleQueue()
+
+    def say(self, line: str | bytes) -> None:
+        """Take one command."""
+        match COMMAND.validate_json(line):
+            case Orders() as orders:
+                self.worker.begin(orders)
+            case Stop():
+                self.worker.stop()
+            case Task() as task:
+                self._tasks.put(task)
+
+    def leave(self) -> None:
+        """No more commands will come."""
+        self._tasks.put(None)
+        self.worker.stop()
+
+    def work(self) -> None:
+        """Task after task, until told to leave."""
+        try:
+            while (task := self._tasks.get()) is not None:
+                self.worker.work(task)
+        finally:
+            self.worker.close()
+
+
+def serve(commands: TextIO, news: TextIO) -> None:
+    """Until the commands end."""
+
+    def tell(message: News) -> None:
+        try:
+            news.write(message.model_dump_json() + "\n")
+            news.flush()
+        except BrokenPipeError:
+            service.worker.stop()  # nobody listens any more
+
+    def listen() -> None:
+        for line in commands:
+            service.say(line)
+        service.leave()
+
+    service = Service(tell)
+    threading.Thread(target=listen, daemon=True).start()
+    service.work()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,157 @@
+"""The process in which a Python function or a metric of `evaluate` scores: `python -m rightrank.io.score_worker TASK`.
+
+TASK is a JSON object: kind, target, key, answers (a JSONL file; null only to find out whether all is there), out. What
+comes of it goes to the file `out`: `{"scores": …}` or `{"error": …}`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+import json
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+NO_EXTRA = "it needs an extra: pip install 'rightrank[evaluate]'"
+MEAN_TOLERANCE = 1e-9  # between a metric of all items and the mean over them alone
+
+
+class ScorerError(Exception):
+    """The message is the reason."""
+
+
+def main(task: Mapping[str, Any]) -> None:
+    """Score, and write what came of it."""
+    try:
+        told: dict[str, object] = {"scores": scores(task)}
+    except ScorerError as error:
+        told = {"error": str(error)}
+    except Exception as error:  # noqa: BLE001 - somebody else's code: what it raises is the answer
+        told = {"error": f"{task['target']} raised {type(error).__name__}: {' '.join(str(error).split())[:300]}"}
+    Path(task["out"]).write_text(json.dumps(told), encoding="utf-8")
+
+
+def scores(task: Mapping[str, Any]) -> object:
+    """A number, a list of one an item, or None where there is nothing to score.
+
+    Raises:
+        ScorerError: no such function or metric, or no number from it.
+    """
+    answers = None
+    if task["answers"] is not None:
+        lines = Path(task["answers"]).read_text(encoding="utf-8").split("\n")
+        answers = [json.loads(line) for line in lines if line]
+    if task["kind"] == "evaluate":
+        return _evaluate(task["target"], task["key"], answers)
+    function = find_function(task["target"])
+    if answers is None:
+        return None
+    given = {
+        "prompts": [answer["prompt"] for answer in answers],
+        "completions": [answer["completion"] for answer in answers],
+        "expected": [answer["expected"] for answer in answers],
+    }
+    return plain(function(**_accepted(function, given)))
+
+
+def find_function(target: str) -> Callable[..., object]:
+    """`module:name`, or `file.py:name`.
+
+    Raises:
+        ScorerError: no such module, file or function.
+    """
+    where, _, name = target.rpartition(":")
+    sys.path.insert(0, str(Path.cwd()))
+    if where.endswith(".py"):
+        spec = importlib.util.spec_from_file_location(Path(where).stem, where)
+        if spec is None or spec.loader is None or not Path(where).is_file():
+            raise ScorerError(f"no file {where!r}; give FILE.py:FUNCTION")
+        sys.path.insert(0, str(Path(where).resolve().parent))
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    else:
+        try:
+            module = importlib.import_module(where)
+        except ModuleNotFoundError as error:
+            raise ScorerError(f"no module {error.name!r}; give MODULE:FUNCTION, or FILE.py:FUNCTION") from None
+    function: Callable[..., object] | None = getattr(module, name, None)
+    if function is None or not callable(function):
+        there = [key for key, value in vars(module).items() if inspect.isfunction(value) and key[0] != "_"]
+        raise ScorerError(f"{where!r} has no function {name!r}; it has: {', '.join(there) or 'none'}")
+    return function
+
+
+def _accepted(function: Callable[..., object], given: dict[str, list[str]]) -> dict[str, list[str]]:
+    """The arguments that the function names; all of them where it takes any."""
+    parameters = inspect.signature(function).parameters.values()
+    if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters):
+        return given
+    names = {parameter.name for parameter in parameters}
+    missing = [p.name for p in parameters if p.name not in given and p.default is inspect.Parameter.empty]
+    if missing:
+        raise ScorerError(f"the function wants {', '.join(missing)}; it is given {', '.join(given)}")
+    return {name: value for name, value in given.items() if name in names}
+
+
+def plain(value: Any) -> object:
+    """Numbers of numpy, torch or Python as JSON has them."""
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    if isinstance(value, list | tuple):
+        return [plain(part) for part in value]
+    if isinstance(value, bool | int | float):
+        return float(value)
+    raise ScorerError(
+        f"it gave {type(value).__name__} {str(value)[:60]!r}; a number, or a list of one an item, is expected"
+    )
+
+
+def _evaluate(target: str, key: str | None, answers: list[dict[str, str]] | None) -> object:
+    """The metric on all items; its items too, where it is the mean over them."""
+    try:
+        import evaluate
+    except ImportError:
+        raise ScorerError(NO_EXTRA) from None
+    metric = evaluate.load(target)
+    if answers is None:
+        return None
+    predictions = _converted(metric, "predictions", [answer["completion"] for answer in answers], answers)
+    references = _converted(metric, "references", [answer["expected"] for answer in answers], answers)
+    whole = _one(metric.compute(predictions=predictions, references=references), key)
+    try:
+        alone = [
+            _one(metric.compute(predictions=[ours], references=[theirs]), key)
+            for ours, theirs in zip(predictions, references, strict=True)
+        ]
+    except Exception:  # noqa: BLE001 - somebody else's code, which may have no answer for one item alone
+        return whole
+    is_mean = abs(sum(alone) / len(alone) - whole) <= MEAN_TOLERANCE * max(1.0, abs(whole))
+    return alone if is_mean else whole
+
+
+def _converted(metric: Any, side: str, texts: list[str], answers: list[dict[str, str]]) -> list[Any]:
+    """Texts as the metric's column wants them: as they are, as numbers, or (whole numbers) as the classes' order."""
+    features = metric.features[0] if isinstance(metric.features, list) else metric.features
+    kind = str(getattr(features[side], "dtype", "string"))
+    if kind.startswith("float"):
+        return [float(text) for text in texts]
+    if kind.startswith(("int", "uint")):
+        names = sorted({text for answer in answers for text in (answer["completion"], answer["expected"])})
+        return [names.index(text) for text in texts]
+    return texts
+
+
+def _one(result: Any, key: str | None) -> float:
+    numbers = {name: value for name, value in dict(result or {}).items() if hasattr(value, "__float__")}
+    if key is None and len(numbers) == 1:
+        key = next(iter(numbers))
+    if key not in numbers:
+        raise ScorerError(f"no number {key!r} in it; it gives {', '.join(numbers) or 'none'}: evaluate:NAME:KEY")
+    return float(numbers[key])
+
+
+if __name__ == "__main__":
+    main(json.loads(sys.argv[1]))

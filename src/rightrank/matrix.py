@@ -1,0 +1,195 @@
+"""Many data sets at once: one base, one set of workers, one table; each data set has a run folder of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+from rightrank.api import Begun, Selected, Watching, begin, finish
+from rightrank.engine.train import Watcher
+from rightrank.errors import InputError, RunError, SettingsError
+from rightrank.executors.pool import Looking, Pool
+from rightrank.executors.spread import pool_of, set_aside
+from rightrank.io.data import load_data
+from rightrank.io.files import disk_errors_told, write_text
+from rightrank.io.matrix import Matrix, MatrixJob
+from rightrank.io.run_folder import RunFolder
+from rightrank.placing import executor_of, job_of, most_needs
+from rightrank.preparation import Bases, Request
+from rightrank.records import Decision, RunEvent, TrialDiverged, TrialFailed, TrialFinished
+from rightrank.report.matrix_table import MatrixRow, matrix_csv
+from rightrank.settings import SelectSettings, make_settings
+
+TABLE = "table.csv"
+
+
+@dataclass(frozen=True, slots=True)
+class MatrixSelected:
+    """What a matrix leaves: a row and, where it was decided, a selection for each job."""
+
+    rows: tuple[MatrixRow, ...]
+    selected: Mapping[str, Selected]
+    table: Path
+
+
+def select_matrix(
+    matrix: Matrix, out: Path, further: Mapping[str, object], watching: Watching | None = None
+) -> MatrixSelected:
+    """Select a rank for every data set of a matrix.
+
+    Args:
+        matrix: the model and the data sets.
+        out: a folder for the run folders, each named like its job. Called again it resumes.
+        further: settings that go before those of the file.
+        watching: of its events, outcomes are told as notices with the job's name.
+
+    Raises:
+        InputError: a setting, the model or one of the data sets can't be used; nothing was started.
+        InterruptedRun: `watching.should_stop` said so.
+    """
+    watching = watching or Watching()
+    requests = {job.name: _request(matrix.model, job, further) for job in matrix.jobs}
+    settings = _placement(requests)
+    with ExitStack() as stack:
+        folders = {name: RunFolder(out / name) for name in requests}
+        for folder in folders.values():
+            stack.enter_context(folder.locked())
+        stack.enter_context(disk_errors_told(out))
+        ended = (_one_by_one if settings.executor == "local" else _together)(requests, folders, out, watching)
+        rows = tuple(_row(name, folders[name], ended[name]) for name in requests)
+        write_text(out / TABLE, matrix_csv(rows))
+    selected = {name: end for name, end in ended.items() if isinstance(end, Selected)}
+    return MatrixSelected(rows, selected, out / TABLE)
+
+
+def _request(model: str, job: MatrixJob, further: Mapping[str, object]) -> Request:
+    """The job as a request; its settings and its data are looked at before anything is loaded."""
+    try:
+        settings = make_settings({**job.settings, **further})
+        load_data(Path(job.data), settings)
+    except InputError as error:
+        raise type(error)(f"job {job.name!r}: {error}") from None
+    return Request(model, None, job.data, settings)
+
+
+def _placement(requests: Mapping[str, Request]) -> SelectSettings:
+    """The settings of where trainings run, which all jobs share."""
+    names = ("executor", "workers", "ray_address", "launcher", "pack_size")
+    found = {tuple(getattr(request.settings, name) for name in names) for request in requests.values()}
+    if len(found) > 1:
+        raise SettingsError(f"jobs differ in {', '.join(names)}: give these once, for all")
+    return next(iter(requests.values())).settings
+
+
+Ended = Selected | RunError
+
+
+def _one_by_one(
+    requests: Mapping[str, Request], folders: Mapping[str, RunFolder], _out: Path, watching: Watching
+) -> dict[str, Ended]:
+    """In this process: a job after the other, over one base."""
+    bases: Bases = {}
+    ended: dict[str, Ended] = {}
+    for name, request in requests.items():
+        told = _told(name, watching)
+        begun = begin(request, folders[name], told, bases)
+        watcher = Watcher(should_stop=watching.should_stop)
+        try:
+            with executor_of(request, begun.prepared, begun.selection, watcher, told.notice) as executor:
+                decision = begun.selection.run(executor)
+            ended[name] = finish(begun, decision, told)
+        except RunError as error:
+            ended[name] = error
+    return ended
+
+
+def _together(
+    requests: Mapping[str, Request], folders: Mapping[str, RunFolder], out: Path, watching: Watching
+) -> dict[str, Ended]:
+    """Over workers that all jobs share: whichever job has trials to run, a free worker takes one."""
+    bases: Bases = {}
+    told = {name: _told(name, watching) for name in requests}
+    begun = {name: begin(request, folders[name], told[name], bases) for name, request in requests.items()}
+    jobs = [job_of(name, requests[name], one.prepared, one.selection) for name, one in begun.items()]
+    looking = Looking(
+        on_start=lambda name, started: begun[name].selection.note_start(started),
+        notice=watching.notice,
+        should_stop=watching.should_stop,
+    )
+    prepared = [one.prepared for one in begun.values()]
+    settings = prepared[0].settings
+    with set_aside(prepared[0].bench), pool_of(settings, jobs, out, most_needs(prepared), looking) as pool:
+        decisions = _run_all(begun, pool)
+    ended: dict[str, Ended] = {}
+    for name, decision in decisions.items():
+        ended[name] = decision if isinstance(decision, RunError) else finish(begun[name], decision, told[name])
+    return ended
+
+
+def _run_all(begun: Mapping[str, Begun], pool: Pool) -> dict[str, Decision | RunError]:
+    """Each job's loop, turned inside out: an outcome goes to its job, which asks anew when it waits for none."""
+    ended: dict[str, Decision | RunError] = {}
+
+    def ask(name: str) -> None:
+        selection = begun[name].selection
+        if trials := selection.wanted():
+            pool.submit(name, trials, selection.base_loss)
+            return
+        try:
+            ended[name] = selection.decide()
+        except RunError as error:
+            ended[name] = error
+
+    for name in begun:
+        ask(name)
+    for name, outcome in pool.outcomes():
+        try:
+            begun[name].selection.keep(outcome)
+        except RunError as error:
+            ended[name] = error
+            pool.drop(name)
+            continue
+        if not pool.is_waiting(name):
+            ask(name)
+    return ended
+
+
+def _told(name: str, watching: Watching) -> Watching:
+    """The same watching, of a job whose lines bear its name."""
+
+    def notice(text: str) -> None:
+        watching.notice(f"{name}: {text}")
+
+    return Watching(
+        on_event=lambda event: _tell_outcome(event, notice), notice=notice, should_stop=watching.should_stop
+    )
+
+
+def _tell_outcome(event: RunEvent, notice: Callable[[str], None]) -> None:
+    match event:
+        case TrialFinished():
+            notice(f"{event.arm.label()} held-out {event.value:.4f}")
+        case TrialDiverged() | TrialFailed():
+            notice(f"{event.arm.label()} {event.reason}")
+        case _:
+            pass
+
+
+def _row(name: str, folder: RunFolder, ended: Ended) -> MatrixRow:
+    if isinstance(ended, RunError):
+        return MatrixRow(name, "failed", None, None, None, None, None, 0, str(folder.path), str(ended))
+    decision = ended.decision
+    chosen = next(evidence for evidence in decision.ranks if evidence.rank == decision.fallback_rank)
+    return MatrixRow(
+        name,
+        decision.verdict,
+        decision.rank,
+        decision.fallback_rank,
+        chosen.learning_rate,
+        chosen.value,
+        decision.reference_rank,
+        ended.trainings,
+        str(folder.path),
+    )

@@ -1,0 +1,85 @@
+"""From a request's settings to the executor that runs its trials."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+from rightrank.engine.train import Watcher
+from rightrank.errors import SettingsError
+from rightrank.executors import Executor
+from rightrank.executors.local import LocalExecutor
+from rightrank.executors.messages import Job
+from rightrank.executors.pool import Looking, PoolExecutor
+from rightrank.executors.spread import Needs, pool_of, set_aside
+from rightrank.preparation import Prepared, Request
+from rightrank.selection import Selection
+
+ONLY = "only"  # the name of a run's one job
+
+
+def require_placeable(request: Request) -> None:
+    """Refuse what workers can't be told of, before anything is loaded.
+
+    Raises:
+        SettingsError: a model or data in memory, where workers are asked for.
+    """
+    if request.settings.executor == "local":
+        return
+    for what, given in (("model", request.model), ("data", request.data)):
+        if not isinstance(given, str) and not hasattr(given, "__fspath__"):
+            raise SettingsError(
+                f"executor {request.settings.executor!r}: the {what} is in memory, where workers can't read it; "
+                "give a path or a name, or executor 'local'"
+            )
+
+
+@contextmanager
+def executor_of(
+    request: Request,
+    prepared: Prepared,
+    selection: Selection,
+    watcher: Watcher,
+    notice: Callable[[str], None],
+) -> Iterator[Executor]:
+    """In this process, or workers that last as long as the block.
+
+    Raises:
+        InputError, RunError: no worker can be had, and why.
+    """
+    if request.settings.executor == "local":
+        yield LocalExecutor(prepared.bench, selection.folder, watcher, selection.note_start, notice)
+        return
+    looking = Looking(
+        on_start=lambda _, started: selection.note_start(started),
+        on_step=watcher.on_step,
+        on_prepare=watcher.on_prepare,
+        notice=notice,
+        should_stop=watcher.should_stop,
+    )
+    job = job_of(ONLY, request, prepared, selection)
+    with (
+        set_aside(prepared.bench),
+        pool_of(request.settings, [job], selection.folder.path, most_needs([prepared]), looking) as pool,
+    ):
+        yield PoolExecutor(pool, ONLY)
+
+
+def job_of(name: str, request: Request, prepared: Prepared, selection: Selection) -> Job:
+    """A selection as its workers are told of it: the ranks are settled, so that they settle nothing anew."""
+    return Job(
+        name=name,
+        model=request.model_name,
+        data=request.data_name,
+        settings=prepared.settings.model_dump(mode="json"),
+        folder=selection.folder.path.absolute(),
+        fingerprint=prepared.started.fingerprint,
+    )
+
+
+def most_needs(prepared: Sequence[Prepared]) -> Needs:
+    """What a worker takes that may train any of these: the most that any of their ranks takes."""
+    plans = [one.planned for one in prepared]
+    needed = [plan.needed_bytes[rank] for plan in plans if plan is not None for rank in plan.ranks]
+    on_cuda = any(one.bench.loaded.device.type == "cuda" for one in prepared)
+    return Needs(max(needed) if all(plan is not None for plan in plans) else None, on_cuda)

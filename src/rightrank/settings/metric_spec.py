@@ -1,0 +1,116 @@
+"""What a metric is asked for as: a name there is, or `NAME=KIND:…` for one that somebody else computes.
+
+loss                            nats a token (of a classification: an item)
+accuracy, macro_f1              of a classification
+exact_match, f1, rouge1, rouge2, rougeL    of what the model writes for a prompt
+MODULE:FUNCTION                 a Python function; MODULE may be a file
+NAME=command:PROGRAM {file}     a program that reads the answers as JSONL and prints scores
+evaluate:NAME[:KEY]             a metric of Hugging Face `evaluate`, or a folder with one
+lm-eval:TASK.yaml[:KEY]         a task file of lm-evaluation-harness
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Literal, NamedTuple, TypeAlias
+
+from rightrank.errors import did_you_mean
+
+SpecKind: TypeAlias = Literal["loss", "classes", "text", "function", "command", "evaluate", "lm-eval"]
+
+BUILT_IN: dict[str, SpecKind] = {
+    "loss": "loss",
+    "accuracy": "classes",
+    "macro_f1": "classes",
+    "exact_match": "text",
+    "f1": "text",
+    "rouge1": "text",
+    "rouge2": "text",
+    "rougeL": "text",
+}
+_NAMED = re.compile(r"([A-Za-z_][\w-]*)=(.+)", re.DOTALL)
+_FUNCTION = re.compile(r"[^:]+:[A-Za-z_]\w*")
+FORMS = f"{', '.join(BUILT_IN)}, MODULE:FUNCTION, NAME=command:PROGRAM, evaluate:NAME[:KEY] or lm-eval:TASK.yaml[:KEY]"
+
+
+class MetricSpec(NamedTuple):
+    """One metric."""
+
+    name: str  # what it is called in every record
+    kind: SpecKind
+    target: str = ""  # the function, command line, metric or task file
+    key: str | None = None  # of evaluate and lm-eval: which of its numbers
+
+    @property
+    def needs_answers(self) -> bool:
+        """Whether the model must answer the held-out items one by one: write a text, or name a class."""
+        return self.kind not in ("loss", "lm-eval") and self.name != "accuracy"
+
+    @property
+    def is_measured_along(self) -> bool:
+        """Whether every held-out evaluation gives it, at no cost."""
+        return self.name in ("loss", "accuracy")
+
+
+def parse_metric(text: str) -> MetricSpec:
+    """The metric that a text asks for.
+
+    Raises:
+        ValueError: not one; the message says which there are.
+    """
+    named = _NAMED.fullmatch(text) if not text.startswith("command:") else None
+    name, rest = (named[1], named[2]) if named else (None, text)
+    if rest in BUILT_IN and (name is None or name == rest):
+        return MetricSpec(rest, BUILT_IN[rest])
+    if name in BUILT_IN:
+        raise ValueError(f"metric {text!r}: {name!r} is a metric of our own; give yours another name")
+    spec = _parse_foreign(name, rest.strip())
+    if spec is None:
+        raise ValueError(f"metric {text!r} is not known{did_you_mean(rest, BUILT_IN)}; there are: {FORMS}")
+    return spec
+
+
+def _parse_foreign(name: str | None, rest: str) -> MetricSpec | None:
+    kind, colon, target = rest.partition(":")
+    if not colon or not target.strip():
+        return None
+    if kind == "command":
+        if name is None:
+            raise ValueError(f"metric {rest!r} has no name; give NAME=command:PROGRAM, such as bleu={rest}")
+        return MetricSpec(name, "command", target)
+    if kind == "evaluate":
+        target, key = _key(target)
+        return MetricSpec(name or key or _plain(target), "evaluate", target, key)
+    if kind == "lm-eval":
+        target, key = _key(target)
+        return MetricSpec(name or "_".join(filter(None, (_plain(target), key))), "lm-eval", target, key)
+    rest = rest.removeprefix("python:")
+    if not _FUNCTION.fullmatch(rest):
+        return None
+    return MetricSpec(name or rest.rpartition(":")[2], "function", rest)
+
+
+def _key(target: str) -> tuple[str, str | None]:
+    before, colon, key = target.rpartition(":")
+    return (before, key) if colon else (target, None)
+
+
+def _plain(target: str) -> str:
+    """`tasks/gsm8k.yaml` as `gsm8k`."""
+    last = re.split(r"[/\\]", target.rstrip("/\\"))[-1]
+    return re.sub(r"\.(ya?ml|py)$", "", last)
+
+
+def parse_metrics(deciding: str, others: Sequence[str]) -> tuple[MetricSpec, ...]:
+    """The metric that decides, then the others.
+
+    Raises:
+        ValueError: one that is not known, or two of one name.
+    """
+    specs = tuple(parse_metric(text) for text in (deciding, *others))
+    names = [spec.name for spec in specs]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise ValueError(f"metrics: {twice!r} is given twice; give each once, under names that differ (NAME=…)")
+    return specs

@@ -1,0 +1,20 @@
+"""The run in one process that runs over workers are held against."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rightrank import select_rank
+from tests.tiny import small_settings
+
+STEPS: dict[str, Any] = {"max_steps": 12, "ranks": (1, 4), "checkpoint_seconds": 0.01}
+
+
+@pytest.fixture(scope="session")
+def alone(model_folder: Path, completion_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("alone") / "run"
+    select_rank(str(model_folder), completion_file, out, settings=small_settings(**STEPS))
+    return out

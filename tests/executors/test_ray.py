@@ -1,0 +1,49 @@
+"""A real Ray cluster of two nodes of different size on this machine: one of them leaves, the decision stays."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rightrank import Watching, select_rank
+from rightrank.records import RunEvent, TrialFinished
+from tests.executors.conftest import STEPS
+from tests.executors.test_workers import decision_of, values_of
+from tests.tiny import small_settings
+
+pytest.importorskip("ray")
+
+
+@pytest.fixture
+def cluster() -> Iterator[Any]:
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "object_store_memory": 80 * 2**20})
+    try:
+        yield cluster
+    finally:
+        cluster.shutdown()
+
+
+@pytest.mark.filterwarnings("ignore")  # Ray's own
+def test_a_node_leaves_and_the_decision_is_that_of_one_process(
+    cluster: Any, alone: Path, model_folder: Path, completion_file: Path, tmp_path: Path
+) -> None:
+    nodes = [cluster.add_node(num_cpus=cpus, object_store_memory=80 * 2**20) for cpus in (1, 2)]
+    gone: list[str] = []
+
+    def take_a_node(event: RunEvent) -> None:
+        if isinstance(event, TrialFinished) and not gone:
+            gone.append(event.trial_id)
+            cluster.remove_node(nodes[0])
+
+    settings = small_settings(**STEPS, executor="ray", ray_address=cluster.address, workers=3)
+    select_rank(
+        str(model_folder), completion_file, tmp_path / "run", settings=settings, watching=Watching(on_event=take_a_node)
+    )
+    assert gone
+    assert decision_of(tmp_path / "run") == decision_of(alone)
+    assert values_of(tmp_path / "run") == values_of(alone)

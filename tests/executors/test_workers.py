@@ -1,0 +1,126 @@
+"""Real workers: the same decision as in one process, one of them killed on the way."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import sys
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from rightrank import Watching, make_settings, select_rank
+from rightrank.errors import InputError, MissingExtraError, RunError, SettingsError
+from rightrank.executors.messages import NEWS, Orders, Ready, Stop
+from rightrank.executors.processes import ProcessCrew
+from rightrank.executors.ray_cluster import connected, resources, share_of
+from rightrank.executors.worker import serve, versions
+from rightrank.io.journal import Journal
+from rightrank.records import RunEvent, StepDone, TrialFinished
+from tests.executors.conftest import STEPS
+from tests.tiny import small_settings
+
+
+def decision_of(run: Path) -> dict[str, Any]:
+    """All but the cost in seconds, which is measured."""
+    decision = json.loads((run / "decision.json").read_text())
+    for further in decision["next_runs"]:
+        further.pop("seconds", None)
+    return dict(decision)
+
+
+def values_of(run: Path) -> dict[str, float]:
+    records = Journal(run / "journal.jsonl").read()
+    finished = [record for record in records if isinstance(record, TrialFinished)]
+    assert len({trial.trial_id for trial in finished}) == len(finished)  # none counted twice
+    return {trial.trial_id: trial.value for trial in finished}
+
+
+def test_processes_come_to_the_same_decision_though_one_is_killed(
+    alone: Path, model_folder: Path, completion_file: Path, tmp_path: Path
+) -> None:
+    killed: list[int] = []
+
+    def kill_once(event: RunEvent) -> None:
+        if isinstance(event, StepDone) and not killed:
+            workers = [
+                child for child in psutil.Process().children() if "rightrank.executors.worker" in child.cmdline()
+            ]
+            killed.append(max(worker.pid for worker in workers))
+            os.kill(killed[0], signal.SIGKILL)
+
+    notices: list[str] = []
+    settings = small_settings(**STEPS, executor="processes", workers=2)
+    watching = Watching(on_event=kill_once, notice=notices.append)
+    select_rank(str(model_folder), completion_file, tmp_path / "run", settings=settings, watching=watching)
+    assert decision_of(tmp_path / "run") == decision_of(alone)
+    assert values_of(tmp_path / "run") == values_of(alone)
+    assert any("killed by signal 9" in notice for notice in notices)
+    assert not list((tmp_path / "run").glob(".share-*"))
+    assert not [child for child in psutil.Process().children() if "rightrank.executors.worker" in child.cmdline()]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"executor": "procesess"}, "executor: got 'procesess'"),
+        ({"workers": 2}, "workers was given and the executor is 'local'"),
+        ({"executor": "processes", "ray_address": "a:1"}, "ray_address was given and the executor is 'processes'"),
+        ({"executor": "ray", "launcher": "srun"}, "give executor processes"),
+        ({"executor": "ray", "workers": 0}, "workers: got 0"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_one_line(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(SettingsError, match=message):
+        make_settings(changes)
+
+
+def test_what_is_in_memory_can_not_be_spread(model_folder: Path, tmp_path: Path) -> None:
+    settings = small_settings(executor="processes", workers=2)
+    with pytest.raises(SettingsError, match="the data is in memory"):
+        select_rank(str(model_folder), [{"text": "a"}], tmp_path / "run", settings=settings)
+
+
+def test_without_ray_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(MissingExtraError, match=r"pip install 'rightrank\[ray\]'"):
+        connected(None)
+
+
+def test_an_address_that_does_not_answer_is_said() -> None:
+    pytest.importorskip("ray")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    with pytest.raises(RunError, match=f"no Ray cluster answers at {address} within"):
+        connected(address)
+    with pytest.raises(InputError, match="give HOST:PORT"):
+        connected("head-node")
+
+
+def test_a_worker_says_who_it_is_and_what_it_sees(tmp_path: Path) -> None:
+    (tmp_path / "probe").write_text("secret")
+    for probe, token in ((tmp_path / "probe", "secret"), (tmp_path / "elsewhere", None)):
+        orders = Orders(jobs=[], working_folder=Path.cwd(), probe=probe, token="secret")
+        told = StringIO()
+        serve(StringIO(orders.model_dump_json() + "\n" + Stop().model_dump_json() + "\n"), told)
+        assert NEWS.validate_json(told.getvalue()) == Ready(versions=versions(), token=token)
+
+
+def test_a_launcher_that_is_not_there_is_one_line(tmp_path: Path) -> None:
+    orders = Orders(jobs=[], working_folder=Path.cwd(), probe=tmp_path / "probe", token="")
+    with pytest.raises(SettingsError, match="launcher: can't run 'no-such-srun'"):
+        ProcessCrew(orders, tmp_path, launcher=["no-such-srun"]).start("worker-1")
+
+
+def test_a_worker_takes_what_the_plan_says() -> None:
+    assert resources(3 * 2**30, on_cuda=False) == {"CPU": 1.0, "memory": 3.0 * 2**30}
+    assert resources(None, on_cuda=False) == {"CPU": 1.0}
+    assert share_of(20 * 2**30, 80 * 2**30) == pytest.approx(1 / 3)  # four would leave no spare
+    assert share_of(18 * 2**30, 80 * 2**30) == pytest.approx(1 / 4)
+    assert share_of(100 * 2**30, 80 * 2**30) == 1.0

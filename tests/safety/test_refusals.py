@@ -1,0 +1,404 @@
+"""Files made to harm: each is refused in one line, nothing in them is run, nothing outside is touched."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from benchmarks.fuzz.guard import find_in
+from safetensors.numpy import save_file
+
+from rightrank.api import decide, inspect, plan
+from rightrank.errors import DataError, InputError, ModelError, ResultsError, RunFolderError, SettingsError
+from rightrank.io.adapter_folder import open_adapter
+from rightrank.io.checkpoints import load_checkpoint
+from rightrank.io.config import read_config
+from rightrank.io.data import load_data
+from rightrank.io.models import load_model
+from rightrank.io.patterns import pattern_matches
+from rightrank.io.run_folder import RunFolder
+from rightrank.io.weights import open_weights
+from rightrank.runs import export, status, write_report
+from rightrank.settings.plan import make_plan_settings
+from tests.report.runs import made_up_run
+from tests.tiny import sentences, small_settings, write_jsonl
+
+
+class Bomb:
+    """A pickle that leaves a mark where it is loaded."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.mark),)
+
+
+def require_refused(
+    read: Callable[[], object], message: str, kind: type[InputError] = InputError, longest: int = 1500
+) -> None:
+    """One visible line of a sane length, in 5 seconds and 1 GiB."""
+    with pytest.raises(kind, match=message) as refusal:
+        read()
+    text = str(refusal.value)
+    assert text.isprintable()
+    assert len(text) <= longest
+    assert find_in(lambda _data, _folder: (read(), None)[1], b"", Path()) is None
+
+
+def adapter(folder: Path, config: dict[str, Any] | None = None, **tensors: list[int]) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    prefix = "base_model.model.q_proj.lora_"
+    shapes = tensors or {f"{prefix}A.weight": [2, 4], f"{prefix}B.weight": [3, 2]}
+    save_file(
+        {name: np.ones(shape, np.float32) for name, shape in shapes.items()}, folder / "adapter_model.safetensors"
+    )
+    told = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"]} | (config or {})
+    (folder / "adapter_config.json").write_text(json.dumps(told))
+    return folder
+
+
+def run_folder(folder: Path) -> RunFolder:
+    """A journal of a run that has not ended."""
+    records = made_up_run((1, 4), (1e-3,))
+    folder.mkdir(parents=True, exist_ok=True)
+    found = RunFolder(folder)
+    for record in (records.started, *records.outcomes):
+        found.journal.append(record)
+    return found
+
+
+# pickles
+
+
+@pytest.mark.parametrize(
+    "suffix", [".parquet", ".jsonl", ".json", ".csv", ".tsv", ".pkl", ".pt", ".bin", ".joblib", ".npy"]
+)
+def test_a_pickle_is_never_loaded_as_data_or_results(tmp_path: Path, suffix: str) -> None:
+    mark = tmp_path / "mark"
+    path = tmp_path / f"data{suffix}"
+    path.write_bytes(pickle.dumps(Bomb(mark)))
+    require_refused(
+        lambda: load_data(path, small_settings()),
+        "not read|not UTF-8|not a readable|not JSON|not CSV|no known|are not",
+        DataError,
+    )
+    require_refused(lambda: decide(path), str(path.name), ResultsError)
+    assert not mark.exists()
+
+
+def test_a_pickle_is_never_loaded_as_an_adapter_a_model_a_journal_or_a_checkpoint(
+    tmp_path: Path, model_folder: Path
+) -> None:
+    mark = tmp_path / "mark"
+    bomb = pickle.dumps(Bomb(mark))
+    folder = adapter(tmp_path / "adapter")
+    (folder / "adapter_model.safetensors").write_bytes(bomb)
+    require_refused(lambda: inspect(folder), "not a readable safetensors file", ModelError)
+    (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
+    require_refused(lambda: inspect(folder), "only pickled weights", ModelError)
+    model = tmp_path / "model"
+    shutil.copytree(model_folder, model)
+    (model / "model.safetensors").write_bytes(bomb)
+    require_refused(lambda: load_model(str(model), "float32", "cpu", None), "can't load it", ModelError)
+    require_refused(lambda: open_weights(model), "not a readable safetensors file", ModelError)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "journal.jsonl").write_bytes(bomb + b"\n")
+    require_refused(lambda: status(tmp_path / "run"), "journal", RunFolderError)
+    (tmp_path / "checkpoint.safetensors").write_bytes(bomb)
+    assert load_checkpoint(tmp_path / "checkpoint.safetensors") is None
+    assert not mark.exists()
+
+
+def test_pickled_weights_beside_other_safetensors_are_not_read(tmp_path: Path, model_folder: Path) -> None:
+    """transformers would take pytorch_model.bin where model.safetensors is missing."""
+    model = tmp_path / "model"
+    shutil.copytree(model_folder, model)
+    (model / "model.safetensors").rename(model / "other.safetensors")
+    (model / "pytorch_model.bin").write_bytes(pickle.dumps(Bomb(tmp_path / "mark")))
+    require_refused(lambda: load_model(str(model), "float32", "cpu", None), "can't load it", ModelError)
+    assert not (tmp_path / "mark").exists()
+
+
+# sizes told in headers, bombs
+
+
+@pytest.mark.parametrize(
+    ("length", "header"),
+    [
+        (2**63, b"{}"),
+        (2**40, b"{}"),
+        (99_999_999, b"{}"),
+        (None, b'{"a.lora_A.weight":{"dtype":"F32","shape":[1099511627776,1024],"data_offsets":[0,4503599627370496]}}'),
+        (None, b'{"a.lora_A.weight":{"dtype":"F32","shape":[18446744073709551615,2],"data_offsets":[0,8]}}'),
+        (None, b'{"a.lora_A.weight":{"dtype":"F32","shape":[2,2],"data_offsets":[16,0]}}'),
+        (None, b"[" * 100_000),
+    ],
+)
+def test_safetensors_headers_that_lie(tmp_path: Path, length: int | None, header: bytes) -> None:
+    folder = adapter(tmp_path / "adapter")
+    told = (len(header) if length is None else length).to_bytes(8, "little")
+    (folder / "adapter_model.safetensors").write_bytes(told + header + b"\0" * 16)
+    require_refused(lambda: inspect(folder), "not a readable safetensors file", ModelError)
+    (folder / "adapter_model.safetensors").rename(folder / "model.safetensors")
+    require_refused(lambda: open_weights(folder), "not a readable safetensors file", ModelError)
+
+
+def test_a_small_parquet_file_of_a_very_large_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    path = tmp_path / "bomb.parquet"
+    column = pyarrow.DictionaryArray.from_arrays(pyarrow.array(np.zeros(3_000_000, np.int32)), pyarrow.array(["a"]))
+    pyarrow.parquet.write_table(pyarrow.table({"text": column}), path, compression="zstd")
+    assert path.stat().st_size < 100_000
+    require_refused(lambda: load_data(path, small_settings()), r"3,000,000 rows in [\d,]+ bytes are no data", DataError)
+    monkeypatch.setattr("rightrank.io.rows.LEAST_GROWN", 2**20)
+    wide = pyarrow.table({"text": pyarrow.array(["a" * 2**20, "b" * 2**20])})
+    pyarrow.parquet.write_table(wide, path, compression="zstd", use_dictionary=False)
+    require_refused(lambda: load_data(path, small_settings()), r"bytes that grow to [\d,]+ are no data", DataError)
+
+
+ALIASES = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
+    f"{name}: &{name} [{','.join(['*' + before] * 9)}]\n" for before, name in zip("abcdefgh", "bcdefghi", strict=True)
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (ALIASES, r"aliases \(\*name\) are not read"),
+        ("ranks: &r [*r]", r"aliases \(\*name\) are not read"),
+        ("ranks: !!python/object/apply:os.mkdir [mark]", "could not determine a constructor"),
+        ("ranks: !!python/name:os.system", "could not determine a constructor"),
+        ("[" * 1200, "nested too deeply|not YAML"),
+        ("seeds: 2001-99-99", "not YAML"),
+        ("seeds: " + "9" * 5000, "not YAML"),
+        ("# " + "x" * 200_000, "are too much"),
+        ("? [1, 2]\n: 3", "not YAML"),
+        ("ranks: '" + "x" * 90_000 + "'", "ranks: got"),
+        ("x" * 90_000 + ": 1", "not YAML"),
+        ("? " + "x" * 90_000 + "\n: 1", "unknown setting"),
+    ],
+    ids=[
+        "aliases",
+        "an alias of itself",
+        "apply",
+        "name",
+        "deep",
+        "date",
+        "digits",
+        "large",
+        "key",
+        "value",
+        "long key",
+        "name of a setting",
+    ],
+)
+def test_configs_that_are_more_than_plain_values(tmp_path: Path, text: str, message: str) -> None:
+    from rightrank.settings import make_settings
+
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    require_refused(lambda: make_settings(read_config(path)), message, SettingsError)
+    assert not (tmp_path / "mark").exists()
+
+
+@pytest.mark.parametrize(
+    "name", ["data.jsonl.gz", "data.zip", "data.npz", "data.xlsx", "data.tar", "data.arrow", "data"]
+)
+def test_archives_are_not_opened(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    path.write_bytes(b"\x1f\x8b" + b"\0" * 64)
+    require_refused(lambda: load_data(path, small_settings()), "are not read; give", DataError)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_hidden_layers": 10**9}, "more than any model has"),
+        ({"hidden_size": 2**60}, "more than any model has"),
+        ({"num_key_value_heads": 3}, "do not share"),
+        ({"num_attention_heads": 0}, "can't build|knows no such model|do not share"),
+        ({"hidden_size": -8}, "can't build|knows no such model"),
+        ({"hidden_size": "x"}, "knows no such model"),
+    ],
+)
+def test_model_configurations_without_end(
+    tmp_path: Path, model_folder: Path, changes: dict[str, Any], message: str
+) -> None:
+    config = json.loads((model_folder / "config.json").read_text()) | changes
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    settings = make_plan_settings({"ranks": (2,), "batch_size": 1, "seq_len": 16})
+    require_refused(lambda: plan(str(tmp_path), settings=settings), message, ModelError)
+
+
+@pytest.mark.parametrize("pattern", ["(a+)+b", "(.*)*x", "(a|aa)+$b"])
+def test_a_pattern_that_never_ends(tmp_path: Path, pattern: str) -> None:
+    name = "a" * 60 + "!"
+    folder = adapter(
+        tmp_path / "adapter",
+        {"rank_pattern": {pattern: 2}},
+        **{f"base_model.model.{name}.lora_A.weight": [2, 4], f"base_model.model.{name}.lora_B.weight": [3, 2]},
+    )
+    assert find_in(lambda _data, _folder: (open_adapter(folder), None)[1], b"", Path()) is None
+
+
+def test_the_limit_of_a_pattern_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rightrank.io.patterns.MATCH_SECONDS", 1e-9)
+    with pytest.raises(ModelError, match="takes too long"):
+        pattern_matches("(((a*)*)*)*b", "a" * 4000)
+
+
+# names and links that lead elsewhere
+
+
+@pytest.mark.parametrize(
+    "name", ["../other.safetensors", "/etc/passwd", "a/b.safetensors", "..", "", 5, None, ["x"], "model.bin"]
+)
+def test_shards_outside_the_folder(tmp_path: Path, model_folder: Path, name: object) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(model_folder, model)
+    save_file({"w": np.ones(1, np.float32)}, tmp_path / "other.safetensors")
+    (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"w": name}}))
+    require_refused(lambda: open_weights(model), "names the shard .*of the folder itself", ModelError)
+    require_refused(lambda: load_model(str(model), "float32", "cpu", None), "names the shard", ModelError)
+
+
+@pytest.mark.parametrize("trial_id", ["../../mark", "/etc/mark", "a/b", "", ".", "x" * 300, "a\0b", "é"])
+def test_trial_ids_that_are_paths(tmp_path: Path, trial_id: str) -> None:
+    folder = RunFolder(tmp_path)
+    require_refused(lambda: folder.checkpoint(trial_id), "trial id .* is not allowed", RunFolderError)
+    require_refused(lambda: folder.trial_adapter(trial_id), "trial id .* is not allowed", RunFolderError)
+
+
+@pytest.mark.parametrize(
+    "entry", ["adapter", "checkpoints", "report.html", "figures", "exports/peft", "trials/x/adapter.bin"]
+)
+def test_links_out_of_a_run_folder(tmp_path: Path, entry: str) -> None:
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    run = run_folder(tmp_path / "run")
+    (run.path / entry).parent.mkdir(parents=True, exist_ok=True)
+    (run.path / entry).symlink_to(outside)
+    message = "a link out of the run folder"
+    require_refused(lambda: write_report(run.path), message, RunFolderError)
+    require_refused(lambda: export(run.path, "peft"), message, RunFolderError)
+    require_refused(lambda: status(run.path), message, RunFolderError)
+
+    def lock() -> None:
+        with run.locked():
+            pass
+
+    require_refused(lock, message, RunFolderError)
+    assert not any(outside.iterdir())
+
+
+def test_a_run_folder_may_itself_be_a_link_and_hold_links_inside(tmp_path: Path) -> None:
+    run = run_folder(tmp_path / "elsewhere")
+    (run.path / "last").symlink_to("figures")
+    (tmp_path / "run").symlink_to(run.path)
+    assert status(tmp_path / "run").trials_ended == 3
+
+
+@pytest.mark.parametrize("filename", ["../secret.arrow", "/etc/passwd", "sub/data.arrow"])
+def test_a_saved_dataset_that_names_files_elsewhere(tmp_path: Path, filename: str) -> None:
+    import datasets
+
+    datasets.Dataset.from_list([{"text": text} for text in sentences(30)]).save_to_disk(tmp_path / "d")
+    state = json.loads((tmp_path / "d" / "state.json").read_text())
+    (tmp_path / "d" / "state.json").write_text(json.dumps(state | {"_data_files": [{"filename": filename}]}))
+    require_refused(lambda: load_data(tmp_path / "d", small_settings()), "which is not in the folder", DataError)
+
+
+def test_a_saved_dataset_s_images_are_never_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row may name a file or an address for its image; reading rows must not go there."""
+    import datasets
+
+    text, named = datasets.Value("string"), {"bytes": datasets.Value("binary"), "path": datasets.Value("string")}
+    rows = [{"text": words, "image": {"bytes": None, "path": "https://example.org/x.png"}} for words in sentences(60)]
+    datasets.Dataset.from_list(rows, datasets.Features({"text": text, "image": named})).save_to_disk(tmp_path / "d")
+    info = json.loads((tmp_path / "d" / "dataset_info.json").read_text())
+    info["features"]["image"] = {"_type": "Image"}
+    (tmp_path / "d" / "dataset_info.json").write_text(json.dumps(info))
+
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("the image was opened")
+
+    monkeypatch.setattr(datasets.Image, "decode_example", never)
+    assert load_data(tmp_path / "d", small_settings()).form == "text"
+
+
+# code that comes with a model
+
+
+def foreign_model(model_folder: Path, target: Path, mark: Path) -> Path:
+    """A model whose configuration names code of its own, which leaves a mark when it is run."""
+    shutil.copytree(model_folder, target)
+    config = json.loads((target / "config.json").read_text())
+    config |= {
+        "model_type": "foreign",
+        "auto_map": {"AutoConfig": "foreign.Config", "AutoModelForCausalLM": "foreign.Model"},
+    }
+    (target / "config.json").write_text(json.dumps(config))
+    (target / "foreign.py").write_text(f"import os\nos.mkdir({str(mark)!r})\n")
+    return target
+
+
+def test_code_of_a_model_s_own_is_not_run_unasked(tmp_path: Path, model_folder: Path) -> None:
+    mark = tmp_path / "mark"
+    model = foreign_model(model_folder, tmp_path / "model", mark)
+    require_refused(lambda: load_model(str(model), "float32", "cpu", None), "trust_remote_code|custom code", ModelError)
+    require_refused(lambda: plan(str(model)), "trust_remote_code|custom code", ModelError)
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize(
+    "where", ["attn_implementation", "_attn_implementation", "experts_implementation", "text_config"]
+)
+def test_a_configuration_that_names_compiled_code_on_the_hub(tmp_path: Path, model_folder: Path, where: str) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(model_folder, model)
+    config = json.loads((model / "config.json").read_text())
+    value = {"attn_implementation": {"": "someone/kernel"}} if where == "text_config" else "someone/kernel"
+    (model / "config.json").write_text(json.dumps(config | {where: value}))
+    require_refused(lambda: load_model(str(model), "float32", "cpu", None), "code from the hub", ModelError)
+    require_refused(lambda: plan(str(model)), "code from the hub", ModelError)
+
+
+def test_an_adapter_in_a_model_s_folder_does_not_name_another_base(tmp_path: Path, model_folder: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(model_folder, model)
+    (model / "adapter_config.json").write_text(
+        json.dumps({"peft_type": "LORA", "base_model_name_or_path": "someone/else"})
+    )
+    require_refused(lambda: load_model(str(model), "float32", "cpu", None), "adapter_config.json too", ModelError)
+
+
+# what is no file
+
+
+def test_pipes_and_devices_are_not_read(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "data.jsonl")
+    for path in (tmp_path / "data.jsonl", Path("/dev/zero")):
+        require_refused(lambda path=path: load_data(path, small_settings()), "neither a regular file nor", DataError)  # type: ignore[misc]
+        require_refused(lambda path=path: decide(path), "no such file or folder", ResultsError)  # type: ignore[misc]
+    require_refused(lambda: read_config(Path("/dev/zero")), "no regular file", SettingsError)
+    folder = adapter(tmp_path / "adapter")
+    (folder / "adapter_config.json").unlink()
+    os.mkfifo(folder / "adapter_config.json")
+    require_refused(lambda: inspect(folder), "no regular file", ModelError)
+
+
+def test_a_folder_in_the_place_of_a_file(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "data.jsonl", [{"text": text} for text in sentences(80)])
+    (tmp_path / "more.csv").mkdir()
+    assert load_data(tmp_path, small_settings()).form == "text"
+    require_refused(lambda: read_config(tmp_path), "a folder", SettingsError)

@@ -1,0 +1,104 @@
+"""What the package's own code never does, read from its syntax trees."""
+
+from __future__ import annotations
+
+import ast
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).parents[2] / "src" / "rightrank"
+PICKLES = {"pickle", "_pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
+# Between our own processes alone, and never from a file: the import is there to tell a function that can't be sent.
+MAY_PICKLE = {"executors/own.py"}
+FORBIDDEN_CALLS = {
+    "torch.load", "torch.hub.load", "np.load", "numpy.load", "pickle.load", "pickle.loads", "yaml.unsafe_load",
+    "yaml.full_load", "os.system", "os.popen", "eval", "exec", "compile", "__import__", "tempfile.mktemp",
+    "tarfile.open", "zipfile.ZipFile", "gzip.open", "shutil.unpack_archive", "datasets.load_dataset",
+}  # fmt: skip
+SECRET_NAMES = ("TOKEN", "SECRET", "PASSWORD", "API_KEY", "CREDENTIAL")
+
+
+@cache
+def modules() -> tuple[tuple[str, ast.Module], ...]:
+    paths = sorted(SOURCE.rglob("*.py"))
+    return tuple((path.relative_to(SOURCE).as_posix(), ast.parse(path.read_text(encoding="utf-8"))) for path in paths)
+
+
+def dotted(node: ast.expr) -> str:
+    if isinstance(node, ast.Attribute):
+        return f"{dotted(node.value)}.{node.attr}"
+    return node.id if isinstance(node, ast.Name) else ""
+
+
+def imported(tree: ast.Module) -> set[str]:
+    plain = {name.name for node in ast.walk(tree) if isinstance(node, ast.Import) for name in node.names}
+    return plain | {node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+
+
+def test_nothing_imports_a_pickle() -> None:
+    found = {name for name, tree in modules() if {module.split(".")[0] for module in imported(tree)} & PICKLES}
+    assert found <= MAY_PICKLE
+
+
+def test_nothing_calls_what_runs_or_unpacks_a_file() -> None:
+    calls = {
+        f"{name}:{node.lineno} {dotted(node.func)}"
+        for name, tree in modules()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and dotted(node.func) in FORBIDDEN_CALLS
+    }
+    assert not calls
+
+
+def test_yaml_is_read_by_the_plain_loader_alone() -> None:
+    calls = [
+        (name, dotted(node.func), dotted(node.args[-1]))
+        for name, tree in modules()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and dotted(node.func) in ("yaml.load", "yaml.safe_load", "yaml.load_all")
+    ]
+    assert calls == [("io/reading.py", "yaml.load", "_PlainLoader")]
+
+
+def test_every_subprocess_is_a_list_of_words() -> None:
+    shells = [
+        f"{name}:{node.lineno}"
+        for name, tree in modules()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call)
+        for keyword in node.keywords
+        if keyword.arg == "shell"
+    ]
+    assert not shells
+
+
+def test_models_are_loaded_with_the_user_s_word_on_foreign_code() -> None:
+    """Every `from_pretrained` and `from_config` of a model or tokenizer is told `trust_remote_code`, or builds from a
+    configuration that transformers itself knows."""
+    literal = [
+        f"{name}:{keyword.lineno}"
+        for name, tree in modules()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call)
+        for keyword in node.keywords
+        if keyword.arg == "trust_remote_code" and isinstance(keyword.value, ast.Constant) and keyword.value.value
+    ]
+    assert not literal
+
+
+@pytest.mark.parametrize("address", ["0.0.0.0", "[::]"])
+def test_nothing_listens_on_every_interface(address: str) -> None:
+    assert not [name for name in SOURCE.rglob("*.py") if address in name.read_text(encoding="utf-8")]
+
+
+def test_no_secret_is_asked_of_the_environment() -> None:
+    names = [
+        (name, node.value)
+        for name, tree in modules()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.isupper()
+        if any(word in node.value for word in SECRET_NAMES)
+    ]
+    assert not names

@@ -1,0 +1,79 @@
+"""The families of grids: that what is planted is planted, that texts are read right, that stored files are whole."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from benchmarks.selection import linear, texts
+from benchmarks.selection.planted import teachers
+from benchmarks.selection.ray_asha import ray_asha, reports
+from benchmarks.selection.tables import GridCurve, read_grids
+
+STORED = Path(linear.__file__).parent
+
+
+@pytest.mark.parametrize("layer", linear.layers()[::5], ids=lambda layer: layer.name)
+def test_the_optimum_of_a_rank_is_that_of_the_best_approximation(layer: linear.Layer) -> None:
+    target = linear.planted(layer)
+    u, sigma, vt = torch.linalg.svd(target)
+    for rank in linear.RANKS:
+        best = (u[:, :rank] * sigma[:rank]) @ vt[:rank]
+        assert linear.optimal_risk(layer, rank) == pytest.approx(float(linear.risk(best[None], target)), abs=1e-5)
+    assert linear.optimal_risk(layer, 0) == pytest.approx(linear.RISK)
+
+
+def test_no_training_beats_the_optimum_and_good_ones_come_near(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear, "STEPS", 120)
+    layer = linear.Layer("geometric", 6, 0.0)
+    risks, _ = linear.train(layer, 2)
+    optimum = linear.optimal_risk(layer, 2)
+    assert all(bool((found >= optimum - 1e-5).all()) for found in risks)
+    assert float(risks[-1].min()) == pytest.approx(optimum, rel=0.1)
+
+
+def test_stored_grids_are_whole() -> None:
+    planted = {curve.name for curve in read_grids(STORED / "planted_grids.json")}
+    assert planted == {teacher.name for teacher in teachers(64)}
+    for curve in read_grids(STORED / "linear_grids.json"):
+        assert curve.seeds == list(linear.SEEDS)
+        assert curve.size == len(linear.RANKS) * len(linear.RATES)
+
+
+def test_package_descriptions(tmp_path: Path) -> None:
+    file = tmp_path / "available"
+    file.write_text(
+        "Package: vim\nSection: editors\nSource: vim (2:9)\nDescription: Vi IMproved\n more of it\n\n"
+        "Package: bare\nVersion: 1\n"
+    )
+    prompt = "Package: vim\nSection: editors\nDescription: "
+    assert list(texts.packages(file)) == [{"prompt": prompt, "completion": "Vi IMproved", "group": "vim"}]
+
+
+def test_glosses(tmp_path: Path) -> None:
+    for part in texts.PARTS_OF_SPEECH:
+        (tmp_path / f"data.{part}").write_text("  1 a licence\n")
+    (tmp_path / "data.noun").write_text(
+        '  1 a licence\n00001740 03 n 01 gas_lamp 0 000 | a lamp that burns gas; "the gas lamp went out"  \n'
+    )
+    assert list(texts.glosses(tmp_path)) == [{"prompt": "gas lamp: ", "completion": "a lamp that burns gas"}]
+
+
+def test_reviews_near_zero_are_left_out(tmp_path: Path) -> None:
+    (tmp_path / "movieReviewSnippets_GroundTruth.txt").write_text("1\t-2.5\tDull.\n2\t0.1\tSo so.\n3\t1.5\tFine.\n")
+    assert [row["label"] for row in texts.movies(tmp_path)] == ["negative", "positive"]
+
+
+def test_ray_tunes_asha_stops_what_is_behind() -> None:
+    pytest.importorskip("ray")
+    values = {1: 3.0, 2: 2.0, 4: 1.0}
+    cells = {rank: {1e-3: {0: value}} for rank, value in values.items()}
+    curve = GridCurve("", "", False, cells, checkpoints={0.25: cells})
+    assert reports(curve, (2, 1e-3)) == [(0.25, 2.0), (1.0, 2.0)]
+    picks = [ray_asha(curve, 0.1, 9.0, np.random.default_rng(seed)) for seed in range(6)]
+    assert {pick.rank for pick in picks} <= {4, 2, 1}
+    spent = {pick.trainings for pick in picks}
+    assert min(spent) < 3  # where the best came early, the others were stopped at a quarter
+    assert 1.5 in spent
