@@ -2,10 +2,11 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+SUPPLY := $(VENV)/supply/bin
 DEMO_OUT ?= demo
 JOBS ?= 2
 
-.PHONY: demo test lint docs clean
+.PHONY: demo test lint docs sbom audit dist clean
 
 demo: $(VENV)/.installed
 	$(BIN)/rightrank demo --out $(DEMO_OUT)
@@ -27,13 +28,35 @@ $(VENV)/.installed: pyproject.toml src/rightrank/version.py
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[gguf,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[gguf,dev,docs]'
 	touch $@
 
 # The documentation as a site, any warning an error; into site/.
 docs: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[docs]'
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+
+# What is installed, as a CycloneDX bill of materials; and whether PyPI's advisory data knows anything against it.
+sbom: $(VENV)/.installed-supply
+	mkdir -p dist
+	$(SUPPLY)/cyclonedx-py environment --output-reproducible --pyproject pyproject.toml --output-file dist/sbom.cdx.json $(BIN)/python
+
+audit: $(VENV)/.installed-supply
+	$(SUPPLY)/pip-audit --skip-editable --path "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
+
+# Wheel and sdist, built twice and compared to the byte.
+dist: $(VENV)/.installed-supply
+	rm -rf dist/*.whl dist/*.tar.gz build/again
+	SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct) $(SUPPLY)/python -m build --outdir dist .
+	SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct) $(SUPPLY)/python -m build --outdir build/again .
+	for file in dist/*.whl dist/*.tar.gz; do cmp $$file build/again/$$(basename $$file) || exit 1; done
+	sha256sum dist/*.whl dist/*.tar.gz
+
+# An environment of their own: these tools are no part of what is listed and audited.
+$(VENV)/.installed-supply: $(VENV)/.installed
+	$(PYTHON) -m venv $(VENV)/supply
+	$(SUPPLY)/python -m pip install --quiet --disable-pip-version-check 'build>=1.2' 'cyclonedx-bom>=5' 'pip-audit>=2.7'
+	touch $@
 
 clean:
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

@@ -46,9 +46,10 @@ def test_links_resolve(page: Path) -> None:
 def test_commands_run(
     page: Path, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """In a folder with a `model` and a `data.jsonl`, made small by options that the docs need not show."""
+    """In a folder with a `model`, data and a matrix, made small by options that the docs need not show."""
     shutil.copytree(model_folder, tmp_path / "model")
     write_completions(tmp_path / "data.jsonl")
+    (tmp_path / "jobs.yaml").write_text("model: ./model\njobs: {first: data.jsonl}\n")
     monkeypatch.chdir(tmp_path)
     for command in commands(page):
         if command.startswith(ELSEWHERE):

@@ -31,6 +31,11 @@ def write_matrix(path: Path, values: dict[str, Any]) -> Path:
     return path
 
 
+def as_option(value: Any) -> str:
+    """A list of one keeps its comma."""
+    return "".join(f"{one}," for one in value) if isinstance(value, list) else str(value)
+
+
 def test_two_data_sets_one_base_one_table(
     model_folder: Path,
     completion_file: Path,
@@ -59,10 +64,7 @@ def test_two_data_sets_one_base_one_table(
     assert (config["max_steps"], config["ranks"]) == (3, [1, 4])
     assert (tmp_path / "out" / "one" / "adapter" / "adapter_config.json").exists()
     alone = ["select", str(model_folder), str(completion_file), "--out", str(tmp_path / "alone"), "--quiet"]
-    settings = [
-        f"--set={name}={','.join(map(str, value)) if isinstance(value, list) else value}"
-        for name, value in SMALL.items()
-    ]
+    settings = [f"--set={name}={as_option(value)}" for name, value in SMALL.items()]
     assert run([*alone, *settings], capsys)[0] == 0
     assert values_of(tmp_path / "alone") == values_of(tmp_path / "out" / "one")
 

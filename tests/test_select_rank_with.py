@@ -175,6 +175,31 @@ def test_in_a_process_of_its_own_a_trial_may_hang_or_die(tmp_path: Path, train: 
     assert reason in selected.report.read_text(encoding="utf-8")
 
 
+def test_several_calls_at_once_come_to_the_same_decision(tmp_path: Path) -> None:
+    asked: dict[str, Any] = {"ranks": RANKS, "learning_rates": RATES, "metric": "reward", "margin": 0.005}
+    alone = select_rank_with(paired, tmp_path / "alone", **asked).decision
+    several = select_rank_with(paired, tmp_path / "several", where="process", workers=3, **asked).decision
+    measured = {"next_run", "next_runs"}  # they say what the next run would take
+    assert several.model_dump(exclude=measured) == alone.model_dump(exclude=measured)
+
+
+@pytest.mark.parametrize("strategy", ["bracket", "ladder", "ascend"])
+def test_strategies_that_ask_for_less_ask_for_whole_trainings(tmp_path: Path, strategy: str) -> None:
+    calls: list[TrialTask] = []
+
+    def train(task: TrialTask) -> TrialResult:
+        calls.append(task)
+        return paired(task)
+
+    selected = select_rank_with(
+        train, tmp_path / "run", ranks=(1, 2, 4, 8, 16), learning_rates=RATES, metric="reward", margin=0.005,
+        strategy=strategy, steps=10,
+    )  # fmt: skip
+    assert selected.decision.rank == 4
+    assert {task.steps for task in calls} == {10}
+    assert len(calls) < 10
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -184,6 +209,8 @@ def test_in_a_process_of_its_own_a_trial_may_hang_or_die(tmp_path: Path, train: 
         ({"where": "moon"}, "where: got 'moon'"),
         ({"where": "process"}, "can't be sent to a process of its own"),
         ({"train": 3}, "train: got a int"),
+        ({"workers": 2}, "workers: got 2 with where='here'"),
+        ({"workers": 0, "where": "process"}, "workers: got 0"),
     ],
 )
 def test_bad_arguments_start_nothing(tmp_path: Path, changes: dict[str, Any], message: str) -> None:

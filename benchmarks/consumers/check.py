@@ -12,10 +12,14 @@ import ast
 import json
 import os
 import shlex
+import subprocess
 import sys
+from importlib.machinery import ModuleSpec
 from importlib.metadata import distribution, version
+from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import yaml
@@ -90,14 +94,14 @@ def check_llamafactory(folder: Path) -> dict[str, Any]:
     given = yaml.safe_load((folder / "llamafactory.yaml").read_text(encoding="utf-8")) | {"use_cpu": True}
     kinds = (ModelArguments, DataArguments, TrainingArguments, FinetuningArguments, GeneratingArguments)
     _, data, training, tuning, _ = HfArgumentParser(kinds).parse_dict(given)
-    try:
-        from llamafactory.data.parser import get_dataset_list
-    except ImportError as error:
-        reader = f"dataset_info.json not read (import failed: {error})"
-    else:
-        found = get_dataset_list(data.dataset, str(folder))
-        assert found[0].prompt or found[0].messages, "the data set's columns were not understood"
-        reader = "get_dataset_list"
+    if find_spec("torchaudio") is None:  # imported for audio alone, and has no build for every torch
+        sys.modules["torchaudio"] = ModuleType("torchaudio")
+        sys.modules["torchaudio"].__spec__ = ModuleSpec("torchaudio", None)
+    from llamafactory.data.parser import get_dataset_list
+
+    found = get_dataset_list(data.dataset, str(folder))
+    assert found[0].prompt or found[0].messages, "the data set's columns were not understood"
+    reader = f"get_dataset_list{'' if find_spec('torchaudio').loader else ' (with an empty torchaudio)'}"
     values = {"rate": training.learning_rate, "modules": len(tuning.lora_target)}
     by = f"HfArgumentParser over its five argument classes, {reader}"
     return {"by": by, "rank": tuning.lora_rank, "alpha": tuning.lora_alpha, **values}
@@ -147,6 +151,43 @@ def check_sglang(folder: Path) -> dict[str, Any]:
     return {"by": "source only: names of fields", "rank": int(values["--max-lora-rank"]), "alpha": None}
 
 
+def check_vllm(folder: Path) -> dict[str, Any]:
+    """vLLM's own reading of an adapter and its test against the `--max-lora-rank` of our line; options by source."""
+    from vllm.config.lora import LoRAConfig
+    from vllm.lora.peft_helper import PEFTHelper
+
+    words = words_of(folder / "vllm.sh")
+    values = dict(pairwise(words))
+    given = {word.removeprefix("--").replace("-", "_") for word in words if word.startswith("--")}
+    unknown = given - _fields("vllm", "vllm/engine/") - _fields("vllm", "vllm/entrypoints/")
+    assert not unknown, f"vLLM has no {unknown}"
+    adapter = values["--lora-modules"].split("=", 1)[1]
+    helper = PEFTHelper.from_local_dir(adapter, None)
+    helper.validate_legal(LoRAConfig(max_lora_rank=int(values["--max-lora-rank"])))
+    by = "PEFTHelper.from_local_dir, validate_legal against LoRAConfig; options by source"
+    return {"by": by, "rank": helper.r, "alpha": helper.lora_alpha, "scaling": helper.vllm_lora_scaling_factor}
+
+
+def check_llama_cpp(folder: Path) -> dict[str, Any]:
+    """llama.cpp's own converter, from the checkout in LLAMA_CPP, run as our script runs it; its file read again."""
+    import numpy as np
+    from gguf import GGUFReader
+    from safetensors.numpy import load_file
+
+    script = (folder / "llama_cpp.sh").read_text(encoding="utf-8").splitlines()
+    line = next(line for line in script if "convert_lora_to_gguf.py" in line)
+    subprocess.run(["sh", "-c", line], cwd=folder, check=True, capture_output=True)
+    reader = GGUFReader(folder / "adapter.gguf")
+    tensors = load_file(Path(shlex.split(line)[2]) / "adapter_model.safetensors")
+    theirs = sorted(float(np.abs(tensor.data.astype("float64")).sum()) for tensor in reader.tensors)
+    ours = sorted(float(np.abs(value.astype("float64")).sum()) for value in tensors.values())
+    assert len(theirs) == len(ours), "tensors are missing"
+    assert np.allclose(theirs, ours, rtol=1e-3, atol=1e-6), "the numbers are others"  # rows of q and k change places
+    ranks = {int(min(tensor.shape)) for tensor in reader.tensors}
+    alpha = float(reader.fields["adapter.lora.alpha"].contents())
+    return {"by": "convert_lora_to_gguf.py, read by gguf", "rank": max(ranks), "alpha": alpha, "tensors": len(theirs)}
+
+
 def _signature(package: str, file: str, function: str) -> set[str]:
     tree = ast.parse(_source(package, file))
     return {
@@ -191,9 +232,12 @@ CHECKS = {
     "unsloth": check_unsloth,
     "ms-swift": check_ms_swift,
     "sglang": check_sglang,
+    "vllm": check_vllm,
+    "llama.cpp": check_llama_cpp,
 }
 
 if __name__ == "__main__":
     consumer, folder = sys.argv[1], Path(sys.argv[2])
     found = CHECKS[consumer](folder)
-    print(json.dumps({"consumer": consumer, "version": version(consumer), **found}))
+    told = "gguf " + version("gguf") if consumer == "llama.cpp" else version(consumer)
+    print(json.dumps({"consumer": consumer, "version": told, **found}))

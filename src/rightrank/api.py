@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from rightrank.probe.resizing import ResizeOptions
     from rightrank.selection import Selection
     from rightrank.strategies import Strategy
+    from rightrank.trackers import Trackers
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +117,7 @@ class Begun:
     prepared: Prepared
     selection: Selection
     estimate: SelectionCost | None  # None: nothing was measured on this device before
+    trackers: Trackers
 
 
 def _select(request: Request, folder: RunFolder, watching: Watching) -> Selected:
@@ -125,7 +127,7 @@ def _select(request: Request, folder: RunFolder, watching: Watching) -> Selected
 
     begun = begin(request, folder, watching)
     watcher = Watcher(on_step=watching.on_event, on_prepare=watching.on_event, should_stop=watching.should_stop)
-    with executor_of(request, begun.prepared, begun.selection, watcher, watching.notice) as executor:
+    with executor_of(begun.request, begun.prepared, begun.selection, watcher, watching.notice) as executor:
         decision = begun.selection.run(executor)
     return finish(begun, decision, watching)
 
@@ -134,19 +136,29 @@ def begin(request: Request, folder: RunFolder, watching: Watching, bases: Bases 
     """Load, plan and open the journal; say what it will cost. `bases` holds what other selections loaded."""
     from rightrank.engine.scoring import measured_at_ends
     from rightrank.placing import require_placeable
-    from rightrank.preparation import prepare, workload
+    from rightrank.preparation import prepare, resuming, workload
     from rightrank.report.plan_table import selection_lines
     from rightrank.selection import Selection, Terms
     from rightrank.strategies import make_strategy
+    from rightrank.trackers import Trackers, require_trackers
 
     make_strategy(request.settings, request.settings.max_steps or 1)  # a wrong name is told before anything is loaded
     require_placeable(request)
-    folder.journal.read(watching.notice)
+    require_trackers(request.settings.report_to)
+    request = resuming(request, folder.journal.read(watching.notice))
     prepared = prepare(request, folder.cache, watching.notice, bases)
     strategy = make_strategy(prepared.settings, prepared.steps, token_loss=prepared.is_token_loss)
     estimate = prepared.planned.cost(strategy, workload(prepared)) if prepared.planned else None
     terms = Terms(peak_of=prepared.planned.peak_of) if prepared.planned else Terms()
-    selection = Selection(folder, prepared.started, strategy, watching.on_event, terms)
+    trackers = Trackers(request.settings.report_to, folder.path, prepared.started, watching.notice)
+
+    def listener(event: RunEvent) -> None:
+        watching.on_event(event)
+        trackers.event(event)
+
+    selection = Selection(folder, prepared.started, strategy, listener, terms)
+    for outcome in selection.records.outcomes:
+        trackers.event(outcome)  # one that a resumed run had no time to tell of
     folder.write_config(prepared.started.settings)
     watching.on_plan(prepared.started, strategy.expected_arms(), prepared.steps)
     if selection.records.outcomes:
@@ -155,7 +167,7 @@ def begin(request: Request, folder: RunFolder, watching: Watching, bases: Bases 
         watching.notice(line)
     if measured_at_ends(prepared.settings):
         watching.notice(answers_line(prepared.settings, prepared.started))
-    return Begun(request, prepared, selection, estimate)
+    return Begun(request, prepared, selection, estimate, trackers)
 
 
 def finish(begun: Begun, decision: Decision, watching: Watching) -> Selected:
@@ -168,6 +180,7 @@ def finish(begun: Begun, decision: Decision, watching: Watching) -> Selected:
     if begun.estimate is not None:
         watching.notice(selection.beside_estimate(begun.estimate))
     hand_over_trained(selection, bench, decision)
+    begun.trackers.decided(decision)
     if begun.request.settings.certify:
         watcher = Watcher(on_step=watching.on_event, should_stop=watching.should_stop)
         watching.notice(certify_selection(selection, bench, decision, watcher).sentence())

@@ -14,6 +14,7 @@
     │   ├── PackingError            arms that can't be trained in one pass; they are then trained alone
     │   └── AllTrialsFailedError    not one trial ended with a result
     └── InterruptedRun              exit 130: stopped by the user, can be resumed
+        └── TerminatedRun           exit 143: stopped by SIGTERM, as before a machine is taken away
 
 Every message says what was got, what is allowed, and what to do. All survive pickling:
 they carry one string and nothing else. A message is one line of at most 1,500 visible characters.
@@ -39,12 +40,17 @@ __all__ = [
     "RunError",
     "RunFolderError",
     "SettingsError",
+    "TerminatedRun",
     "did_you_mean",
 ]
 
 
 LONGEST_MESSAGE = 1500  # characters; what is longer quotes something that nobody reads to its end
-_INVISIBLE = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160))}
+# Control characters, marks that turn or hide text, halves of characters: written out, as Python writes them.
+_INVISIBLE = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 161))} | {
+    code: f"\\u{code:04x}"
+    for code in (*range(0x200B, 0x2010), *range(0x2028, 0x2030), *range(0x2060, 0x2070), *range(0xD800, 0xE000), 0xFEFF)
+}
 
 
 class RightrankError(Exception):
@@ -110,6 +116,12 @@ class InterruptedRun(RightrankError):  # noqa: N818 - not a fault: the user aske
     """Stopped by the user; what was finished is kept and the run can be resumed."""
 
     exit_status = 130
+
+
+class TerminatedRun(InterruptedRun):
+    """Stopped by SIGTERM: pre-empted; what was finished is kept and the run can be resumed."""
+
+    exit_status = 143
 
 
 def one_line(message: str) -> str:

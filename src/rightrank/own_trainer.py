@@ -11,7 +11,7 @@ from typing import Literal
 
 from rightrank.api import Selected, Watching
 from rightrank.errors import SettingsError
-from rightrank.executors.own import Call, OwnExecutor, TrainFunction, call_here, call_in_process
+from rightrank.executors.own import Call, OwnExecutor, TrainFunction, call_here, call_in_process, call_on_ray
 from rightrank.io.files import disk_errors_told
 from rightrank.io.run_folder import RunFolder
 from rightrank.records import DataSummary, RunStarted, TrialFinished, content_hash
@@ -37,7 +37,8 @@ def select_rank_with(
     margin: float | None = None,
     strategy: str = "grid",
     with_base: bool = False,
-    where: Literal["here", "process"] = "here",
+    where: Literal["here", "process", "ray"] = "here",
+    workers: int = 1,
     timeout_seconds: float | None = None,
     version: str = "",
     watching: Watching | None = None,
@@ -54,7 +55,9 @@ def select_rank_with(
         higher_is_better: None: by the metric's name (accuracy, f1, reward, ... are; losses and errors are not).
         margin: how much worse than the best is still enough; None: by the metric.
         with_base: call `train` with rank 0 too, to evaluate the base without training.
-        where: "here", or each call in a fresh process of its own.
+        where: "here", or each call in a fresh process of its own, on this machine ("process") or on a Ray cluster ("ray":
+            the one that RAY_ADDRESS names, or one on this machine; `out` must be on a disk that its nodes share).
+        workers: calls at a time; above 1 not "here".
         timeout_seconds: end a training that takes longer; needs `where="process"`.
         version: say something new here when `train` changes, so that old trials are not taken for its own.
 
@@ -72,8 +75,8 @@ def select_rank_with(
         with_base=with_base,
         version=version,
     )
-    call = _call_of(train, where, timeout_seconds)
-    return _select(asked, train, call, RunFolder(Path(out)), watching or Watching())
+    trainer = _Trainer(train, _call_of(train, where, timeout_seconds, workers), workers)
+    return _select(asked, trainer, RunFolder(Path(out)), watching or Watching())
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,11 +91,20 @@ class _Asked:
     version: str
 
 
-def _select(asked: _Asked, train: TrainFunction, call: Call, folder: RunFolder, watching: Watching) -> Selected:
+@dataclass(frozen=True, slots=True)
+class _Trainer:
+    """The function, the way in which it is called, and how many calls are under way at a time."""
+
+    train: TrainFunction
+    call: Call
+    workers: int
+
+
+def _select(asked: _Asked, trainer: _Trainer, folder: RunFolder, watching: Watching) -> Selected:
     from rightrank.handover import hand_over_saved  # brings torch, as the loop does
     from rightrank.selection import Selection, Terms
 
-    started = _run_started(asked, train)
+    started = _run_started(asked, trainer.train)
     with folder.locked(), disk_errors_told(folder.path):
         space = replace(
             space_of(asked.settings, asked.steps, token_loss=False),
@@ -103,12 +115,13 @@ def _select(asked: _Asked, train: TrainFunction, call: Call, folder: RunFolder, 
         terms = Terms(asked.with_base, "give another range of learning rates, and a new out")
         selection = Selection(folder, started, strategy, watching.on_event, terms)
         executor = OwnExecutor(
-            call,
+            trainer.call,
             asked.metric,
             _items(selection.records.finished()),
             folder.trial_adapter,
             selection.note_start,
             watching.should_stop,
+            trainer.workers,
         )
         folder.write_config(dict(started.settings))
         watching.on_plan(started, strategy.expected_arms() - (not asked.with_base), asked.steps)
@@ -123,14 +136,18 @@ def _items(finished: Sequence[TrialFinished]) -> int | None:
     return next((len(trial.item_scores) for trial in finished if trial.item_scores), None)
 
 
-def _call_of(train: TrainFunction, where: str, timeout_seconds: float | None) -> Call:
+def _call_of(train: TrainFunction, where: str, timeout_seconds: float | None, workers: int) -> Call:
     """The way in which `train` is called, its arguments checked."""
     if not callable(train):
         raise SettingsError(f"train: got a {type(train).__name__}; give a function of one TrialTask")
     if timeout_seconds is not None and (where != "process" or timeout_seconds <= 0):
-        raise SettingsError('timeout_seconds needs where="process" and a number above 0: a call here can\'t be ended')
-    if where not in ("here", "process"):
-        raise SettingsError(f'where: got {where!r}; give "here" or "process"')
+        raise SettingsError('timeout_seconds needs where="process" and a number above 0: other calls can\'t be ended')
+    if where not in ("here", "process", "ray"):
+        raise SettingsError(f'where: got {where!r}; give "here", "process" or "ray"')
+    if workers < 1 or (workers > 1 and where == "here"):
+        raise SettingsError(f'workers: got {workers} with where={where!r}; give 1, or more with "process" or "ray"')
+    if where == "ray":
+        return call_on_ray(train)
     return call_here(train) if where == "here" else call_in_process(train, timeout_seconds)
 
 

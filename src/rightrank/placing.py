@@ -74,6 +74,7 @@ def job_of(name: str, request: Request, prepared: Prepared, selection: Selection
         settings=prepared.settings.model_dump(mode="json"),
         folder=selection.folder.path.absolute(),
         fingerprint=prepared.started.fingerprint,
+        known_settings=request.known_settings,
     )
 
 

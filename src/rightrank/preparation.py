@@ -6,8 +6,8 @@ The same request prepared twice, here or in another process, gives the same benc
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
@@ -22,8 +22,8 @@ from rightrank.io.models import LoadedModel, adopt_model, find_model, load_model
 from rightrank.planning.duration import Workload
 from rightrank.planning.selecting import SelectionPlan, first_pass_loss, plan_selection, ranks_for_data
 from rightrank.planning.skeleton import is_known
-from rightrank.records import RunStarted, content_hash
-from rightrank.settings import NOT_IDENTITY, SelectSettings
+from rightrank.records import JournalRecord, RunStarted, content_hash
+from rightrank.settings import SelectSettings, settings_of_identity
 from rightrank.version import __version__
 
 if TYPE_CHECKING:
@@ -41,6 +41,7 @@ class Request:
     tokenizer: PreTrainedTokenizerBase | None
     data: str | Path | Rows | Mapping[str, Rows]
     settings: SelectSettings
+    known_settings: tuple[str, ...] | None = None  # of a run that goes on: all that the version which began it knew
 
     @property
     def model_name(self) -> str:
@@ -48,7 +49,9 @@ class Request:
 
     @property
     def data_name(self) -> str:
-        return str(self.data) if isinstance(self.data, str | Path) else f"in memory ({type(self.data).__name__})"
+        if not isinstance(self.data, str | Path):
+            return f"in memory ({type(self.data).__name__})"
+        return str(self.data).encode("utf-8", "backslashreplace").decode()  # a file's name may hold what JSON can't
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +90,12 @@ def prepare(request: Request, cache: Path, notice: Notice = lambda _: None, base
     steps = training_steps(settings, len(sources.encoded.splits["train"]))
     bench = Bench(sources.loaded, sources.encoded, settings, steps, cache)
     return Prepared(bench, settings, steps, _started(request, sources, settings, steps), planned)
+
+
+def resuming(request: Request, journal: Sequence[JournalRecord]) -> Request:
+    """The request as the version that began the run would have made it, where there is a run."""
+    first = journal[0] if journal else None
+    return replace(request, known_settings=tuple(first.settings)) if isinstance(first, RunStarted) else request
 
 
 def _load(request: Request, bases: Bases) -> _Sources:
@@ -166,7 +175,7 @@ def _settle(sources: _Sources, settings: SelectSettings, notice: Notice) -> tupl
 def _started(request: Request, sources: _Sources, settings: SelectSettings, steps: int) -> RunStarted:
     values = {"model": request.model_name, "data": request.data_name, **settings.model_dump(mode="json")}
     identity = {
-        "settings": {name: value for name, value in values.items() if name not in NOT_IDENTITY},
+        "settings": settings_of_identity(values, request.known_settings),
         "model": sources.loaded.fingerprint,
         "data": sources.splits.fingerprint,
         "steps": steps,

@@ -10,8 +10,11 @@ from rightrank.errors import RunFolderError, SettingsError
 from rightrank.exports.hub import push_to_hub as upload
 from rightrank.exports.hub import require_repository
 from rightrank.exports.recipe import recipe_of
+from rightrank.exports.study import TARGET as STUDY
+from rightrank.exports.study import write_study
 from rightrank.exports.targets import Exported, require_paddable, require_target, write_export
 from rightrank.io.files import disk_errors_told, write_text
+from rightrank.io.journal import Repaired
 from rightrank.io.reading import UnreadableError, read_json_object
 from rightrank.io.run_folder import RunFolder
 from rightrank.report.event_log import PROGRESS_FILE
@@ -48,7 +51,8 @@ def export(
 
     Args:
         run: a run folder whose selection has ended.
-        to: peft, trl, axolotl, llamafactory, unsloth, ms-swift, vllm, sglang, llama.cpp or ollama.
+        to: peft, trl, axolotl, llamafactory, unsloth, ms-swift, vllm, sglang, llama.cpp or ollama; or
+            optuna, a study of the trials, of an unfinished run too.
         out: the folder to write, replaced whole; None for `exports/<to>` in the run folder.
         pad: for a server: a copy of the adapter at one rank that it serves and one scale, the same function.
         push_to_hub: with `to="peft"`, `owner/name` of a repository to upload the adapter, its card and its plot to.
@@ -60,6 +64,8 @@ def export(
         ModelError: an adapter that can't be padded.
         RunError: the hub could not be reached or refused; the files are written all the same.
     """
+    if to == STUDY:
+        return _export_study(run, out, pad or push_to_hub is not None)
     require_target(to)
     if pad:
         require_paddable(to)
@@ -80,6 +86,29 @@ def export(
     if push_to_hub is None:
         return exported
     return replace(exported, hub=upload(exported.folder, push_to_hub))
+
+
+def repair(run: str | Path) -> Repaired:
+    """Keep the whole records of a damaged journal and set the damaged lines aside in a file of their own.
+
+    Raises:
+        RunFolderError: no run there, a process at work in it, or a run whose start is damaged.
+    """
+    folder = existing_run(run)
+    with folder.locked(), disk_errors_told(folder.path):
+        return folder.journal.repair()
+
+
+def _export_study(run: str | Path, out: str | Path | None, with_more: bool) -> Exported:
+    if with_more:
+        raise SettingsError(f"--pad and --push-to-hub are for an adapter; {STUDY!r} is a study of the trials")
+    folder = existing_run(run)
+    journal = folder.journal.read()
+    records = records_of(journal, str(folder.path))
+    decided = last_decided(journal)
+    with disk_errors_told(folder.path):
+        place = Path(out) if out is not None else folder.path / "exports" / STUDY
+        return write_study(records, decided.decision if decided else decision_so_far(records), place)
 
 
 def existing_run(run: str | Path) -> RunFolder:

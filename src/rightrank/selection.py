@@ -5,13 +5,21 @@ Everything that the loop knows it reads from the journal, so a run that was kill
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
 
 from rightrank.decision.run import Records, decide_run, decision_so_far
-from rightrank.errors import AllTrialsFailedError, DeviceMemoryError, InputError, ResultsError, RunFolderError
+from rightrank.errors import (
+    AllTrialsFailedError,
+    DeviceMemoryError,
+    InputError,
+    InterruptedRun,
+    ResultsError,
+    RunFolderError,
+)
 from rightrank.executors import Executor
 from rightrank.io.files import write_text
 from rightrank.io.run_folder import RunFolder
@@ -41,6 +49,7 @@ from rightrank.strategies import History, Strategy
 from rightrank.strategies.protocol import seconds_of, steps_of
 from rightrank.strategies.sweep import sweep_rows
 
+VIEWS_SHARE = 0.05  # of the time at most that goes into views while trials run
 GIVE_UP_AFTER = 3  # trials that failed with none that ended well: something is wrong that is no arm's own
 
 Listener: TypeAlias = Callable[[RunEvent], None]
@@ -70,6 +79,7 @@ class Selection:
         self._strategy = strategy
         self._listener = listener
         self._terms = terms or Terms()
+        self._next_views = 0.0  # by the monotonic clock
         existing = folder.journal.read()
         if existing:
             require_same_run(folder, existing[0], started)
@@ -87,11 +97,15 @@ class Selection:
             AllTrialsFailedError: no two ranks ended with a result, or the first trials all failed.
             InterruptedRun: asked to stop; what was finished is in the journal.
         """
-        while trials := self.wanted():
-            for outcome in executor.run(trials, self.base_loss):
-                self.keep(outcome)
-                if outcome.rank == 0:
-                    break  # what the others are judged against is known now: ask anew
+        try:
+            while trials := self.wanted():
+                for outcome in executor.run(trials, self.base_loss):
+                    self.keep(outcome)
+                    if outcome.rank == 0:
+                        break  # what the others are judged against is known now: ask anew
+        except InterruptedRun:
+            self._write_views_so_far()
+            raise
         return self.decide()
 
     def wanted(self) -> list[Trial]:
@@ -119,7 +133,7 @@ class Selection:
         self._listener(started)
 
     def keep(self, outcome: TrialOutcome) -> None:
-        """Journal how a trial ended, and write the views again.
+        """Journal how a trial ended, and write the views again where they are due.
 
         Raises:
             AllTrialsFailedError: the first trials all failed.
@@ -127,10 +141,12 @@ class Selection:
         outcome = self._beside_plan(outcome)
         self.folder.journal.append(outcome)
         self.records.outcomes.append(outcome)
-        self.write_views(decision_so_far(self.records, self._evidence()))
+        if time.monotonic() >= self._next_views:
+            self._write_views_so_far()
         self._listener(outcome)
         failed = [outcome for outcome in self.records.outcomes if isinstance(outcome, TrialFailed)]
         if len(failed) >= GIVE_UP_AFTER and not self.records.finished():
+            self._write_views_so_far()
             raise AllTrialsFailedError(f"the first {len(failed)} trials failed (the first: {failed[0].reason})")
 
     def decide(self) -> Decision:
@@ -143,15 +159,17 @@ class Selection:
         reasons = [outcome.reason for outcome in trained if not isinstance(outcome, TrialFinished)]
         first = f" (the first: {reasons[0]})" if reasons else ""
         if len(reasons) == len(trained):
+            self._write_views_so_far()
             memory = all(isinstance(outcome, TrialFailed) and outcome.error == "out_of_memory" for outcome in trained)
             error = DeviceMemoryError if memory and trained else AllTrialsFailedError
             raise error(f"none of {len(reasons)} trials ended with a result{first}; {self._terms.advice}")
         try:
             return decide_run(self.records, self._evidence())
         except ResultsError:
+            self._write_views_so_far()
             raise AllTrialsFailedError(
                 f"fewer than two ranks have a whole training: there is nothing to compare{first}; "
-                f"give a larger budget, or {self._terms.advice}"
+                f"{self._terms.advice}, or a larger budget"
             ) from None
 
     def beside_estimate(self, estimate: SelectionCost) -> str:
@@ -168,6 +186,13 @@ class Selection:
             self.folder.write_decision(decision)
         further = further_figures(self.records, self.folder.adapter)
         write_text(self.folder.report, render_report(self.records, decision, further_figures=further))
+
+    def _write_views_so_far(self) -> None:
+        """They grow with the trials, which on many workers come fast: written again when they are a small part of the time."""
+        begun = time.monotonic()
+        self.write_views(decision_so_far(self.records, self._evidence()))
+        ended = time.monotonic()
+        self._next_views = ended + (ended - begun) / VIEWS_SHARE
 
     def _seen(self) -> list[TrialOutcome]:
         """What the strategy is shown. A base that nobody evaluates is shown as one that gave no result."""

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from rightrank import Watching, select_rank
+from rightrank import TrialTask, Watching, select_rank, select_rank_with
 from rightrank.records import RunEvent, TrialFinished
 from tests.executors.conftest import STEPS
 from tests.executors.test_workers import decision_of, values_of
@@ -47,3 +47,25 @@ def test_a_node_leaves_and_the_decision_is_that_of_one_process(
     assert gone
     assert decision_of(tmp_path / "run") == decision_of(alone)
     assert values_of(tmp_path / "run") == values_of(alone)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_trainer_of_one_s_own_goes_there_too(cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+
+    cluster.add_node(num_cpus=2, object_store_memory=80 * 2**20)
+    monkeypatch.setenv("RAY_ADDRESS", cluster.address)
+
+    def train(task: TrialTask) -> dict[str, float]:
+        if task.rank == 2:
+            raise ValueError("no luck")
+        return {"loss": 1 + 1 / task.rank}
+
+    try:
+        selected = select_rank_with(
+            train, tmp_path / "run", ranks=(1, 2, 4), learning_rates=(1e-3,), margin=0.1, where="ray", workers=2
+        )
+    finally:
+        ray.shutdown()
+    assert {evidence.rank for evidence in selected.decision.ranks} == {1, 4}
+    assert "train raised ValueError: no luck" in selected.report.read_text(encoding="utf-8")

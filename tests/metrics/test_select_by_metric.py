@@ -82,7 +82,7 @@ def test_one_metric_decides_and_the_others_are_kept(
 @pytest.mark.parametrize(
     ("metric", "said"),
     [
-        ("rouge", "did you mean 'rouge1'"),
+        ("rouge", "did you mean 'rougeL'"),
         ("accuracy", "needs `text` and `label`"),
         ("nowhere:score", "no module 'nowhere'"),
         ("mine.py:absent", "it has: share, total"),

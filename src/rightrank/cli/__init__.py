@@ -1,7 +1,7 @@
 """The command line: parse, call the API, print. One function a command.
 
 Answers go to stdout, progress and complaints to stderr. Exit status: 0 done, 1 began and could not finish,
-2 bad usage or bad input, 130 stopped by the user.
+2 bad usage or bad input, 130 stopped by the user, 143 stopped by SIGTERM.
 """
 
 from __future__ import annotations
@@ -12,14 +12,29 @@ import click
 
 from rightrank.cli.adapters import allocate, extract, inspect, resize
 from rightrank.cli.deciding import decide
-from rightrank.cli.handing_over import export, report
+from rightrank.cli.handing_over import export, repair, report
 from rightrank.cli.planning import plan
 from rightrank.cli.training import demo, select
 from rightrank.cli.views import completion, status, watch
 from rightrank.errors import RightrankError, one_line
 from rightrank.version import __version__
 
-COMMANDS = (demo, select, plan, decide, inspect, resize, extract, allocate, report, export, status, watch, completion)
+COMMANDS = (
+    demo,
+    select,
+    plan,
+    decide,
+    inspect,
+    resize,
+    extract,
+    allocate,
+    report,
+    export,
+    repair,
+    status,
+    watch,
+    completion,
+)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -38,7 +53,8 @@ for command in COMMANDS:
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit with its status."""
     try:
-        status = cli.main(args=arguments, prog_name="rightrank", standalone_mode=False)
+        given = sys.argv[1:] if arguments is None else arguments
+        status = cli.main(args=given, prog_name="rightrank", standalone_mode=False, obj=["rightrank", *given])
     except click.ClickException as error:
         _complain(error.format_message())
         sys.exit(2)

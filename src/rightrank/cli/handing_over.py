@@ -1,4 +1,4 @@
-"""`report` and `export`: what a finished run leaves, again."""
+"""`report`, `export` and `repair`: what can be done with a run that is there."""
 
 from __future__ import annotations
 
@@ -25,7 +25,9 @@ def report(run: Path, as_json: bool) -> None:
 @click.command(epilog="Example: rightrank export run --to axolotl")
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option(
-    "--to", required=True, help="peft, trl, axolotl, llamafactory, unsloth, ms-swift, vllm, sglang, llama.cpp, ollama."
+    "--to",
+    required=True,
+    help="peft, trl, axolotl, llamafactory, unsloth, ms-swift, vllm, sglang, llama.cpp, ollama, or optuna.",
 )
 @click.option("--out", type=click.Path(path_type=Path), help="Folder to write (default: RUN/exports/TARGET).")
 @click.option(
@@ -34,7 +36,7 @@ def report(run: Path, as_json: bool) -> None:
 @click.option("--push-to-hub", "repository", metavar="OWNER/NAME", help="With --to peft: upload it, private.")
 @click.option("--json", "as_json", is_flag=True, help="Print what was written as one JSON object.")
 def export(run: Path, to: str, out: Path | None, pad: bool, repository: str | None, as_json: bool) -> None:
-    """Write what another program needs to train with RUN's rank, or to serve its adapter."""
+    """Write what another program needs to train with RUN's rank, or to serve its adapter; or its trials for Optuna."""
     from rightrank.runs import export as write_export
 
     exported = write_export(run, to, out, pad=pad, push_to_hub=repository)
@@ -46,3 +48,25 @@ def export(run: Path, to: str, out: Path | None, pad: bool, repository: str | No
     click.echo(f"cd {exported.folder} && {exported.command}")
     if exported.hub is not None:
         click.echo(exported.hub)
+
+
+@click.command(epilog="Example: rightrank repair run")
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print what was kept as one JSON object.")
+def repair(run: Path, as_json: bool) -> None:
+    """Keep the whole records of RUN's journal where some are damaged, and set the damaged lines aside.
+
+    `rightrank select` with the same arguments then trains again only what was lost.
+    """
+    from rightrank.runs import repair as repair_run
+
+    repaired = repair_run(run)
+    if as_json:
+        aside = None if repaired.aside is None else str(repaired.aside)
+        click.echo(json.dumps({"kept": repaired.kept, "set_aside": repaired.set_aside, "file": aside}))
+    elif repaired.aside is None:
+        click.echo(f"{run}: all {repaired.kept} records are whole; nothing was changed")
+    else:
+        click.echo(
+            f"{run}: {repaired.kept} records kept; damaged lines set aside in {repaired.aside}: {repaired.set_aside}"
+        )

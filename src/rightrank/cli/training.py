@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import signal
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from rightrank.cli.options import comma, gather
-from rightrank.errors import InterruptedRun, RunError, SettingsError
+from rightrank.cli.stopping import listening
+from rightrank.errors import InterruptedRun, RunError, SettingsError, TerminatedRun
 
 if TYPE_CHECKING:
     from rightrank.api import Selected, Watching
@@ -156,16 +157,16 @@ def demo(out: Path, as_json: bool, quiet: bool, log_json: bool) -> None:
 
 
 def _watched(run: Callable[[Watching], Found], quiet: bool, out: Path, log_json: bool) -> Found:
-    """Run with a view on stderr and a Ctrl-C that stops cleanly."""
+    """Run with a view on stderr, and with Ctrl-C and SIGTERM that stop cleanly."""
     from rich.console import Console
 
     from rightrank.api import Watching
     from rightrank.report.event_log import JsonLog, ProgressFile
     from rightrank.report.terminal import make_view
 
-    stop, progress = _StopRequest(), ProgressFile(out)
+    progress = ProgressFile(out)
     chosen: View = JsonLog(sys.stderr) if log_json else make_view(Console(stderr=True), quiet)
-    with chosen as view, stop.listening(view):
+    with chosen as view, listening(view.notice) as stop:
 
         def on_event(event: RunEvent) -> None:
             view.event(event)
@@ -182,35 +183,16 @@ def _watched(run: Callable[[Watching], Found], quiet: bool, out: Path, log_json:
         try:
             return run(Watching(on_event, on_plan, on_resume, view.notice, lambda: stop.asked))
         except InterruptedRun as stopped:
-            raise InterruptedRun(f"{stopped}; run the same command again to resume {out}") from None
+            kind = TerminatedRun if stop.terminated else InterruptedRun
+            raise kind(f"{stopped}; run the same command again to resume {out}: {_command()}") from None
         finally:
             progress.remove()
 
 
-class _StopRequest:
-    """The first Ctrl-C asks; the second interrupts at once."""
-
-    def __init__(self) -> None:
-        self.asked = False
-
-    def listening(self, view: View) -> Any:
-        from contextlib import contextmanager
-
-        def ask(_signal: int, _frame: Any) -> None:
-            if self.asked:
-                raise KeyboardInterrupt
-            self.asked = True
-            view.notice("stopping after this step; Ctrl-C again stops at once")
-
-        @contextmanager
-        def listen() -> Any:
-            before = signal.signal(signal.SIGINT, ask)
-            try:
-                yield
-            finally:
-                signal.signal(signal.SIGINT, before)
-
-        return listen()
+def _command() -> str:
+    """What was typed."""
+    words = click.get_current_context().find_root().obj
+    return shlex.join(words) if words else "rightrank"
 
 
 def _print_json(selected: Selected) -> None:

@@ -20,6 +20,7 @@ MOST_SEEDS = 32
 MOST_ITEM_GROWTH = 64
 CHEAP_ITEM_GROWTH = 24  # so many times the items cost less than further trainings, as a rule
 CONFIRM_SEEDS = 3
+FURTHER = 3  # times the best rate, where no other tells the step
 
 
 def next_runs(
@@ -152,7 +153,9 @@ def _edge_rate(evidence: Evidence, rank: int) -> float | None:
     rates, best = evidence.table.rates(rank), evidence.contenders[rank].rate
     if len(rates) < 2 or best not in (rates[0], rates[-1]):
         return None
-    return rates[-1] ** 2 / rates[-2] if best == rates[-1] else rates[0] ** 2 / rates[1]
+    if best == rates[0]:
+        return rates[0] ** 2 / rates[1]
+    return rates[-1] ** 2 / rates[-2] if rates[-2] > 0 else FURTHER * rates[-1]
 
 
 def _prove(judged: dict[int, Judged], evidence: Evidence, chosen: int, margin: float) -> NextRun:

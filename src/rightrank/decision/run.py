@@ -120,9 +120,13 @@ def metrics_of(records: Records) -> list[str]:
     return list(dict.fromkeys([records.started.metric, *names]))
 
 
-def run_table(records: Records, outcomes: Sequence[TrialOutcome], metric: str) -> ScoreTable:
-    """The scores of a run, of ours or of a trainer of one's own."""
+def run_table(
+    records: Records, outcomes: Sequence[TrialOutcome] | None = None, metric: str | None = None
+) -> ScoreTable:
+    """The scores of a run, of ours or of a trainer of one's own; unless told, by the metric that decides."""
     started = records.started
+    outcomes = comparable(records) if outcomes is None else outcomes
+    metric = metric or started.metric
     if started.data.form == "own":
         return own_table(records, outcomes)
     lower = started.settings.get("lower_is_better")
@@ -147,8 +151,9 @@ def comparable(records: Records) -> list[TrialOutcome]:
     return [outcome for outcome in plain if outcome.arm.is_direct]
 
 
-def own_table(records: Records, outcomes: Sequence[TrialOutcome]) -> ScoreTable:
-    """Any metric, by items where there are any, else by its one number a trial."""
+def own_table(records: Records, outcomes: Sequence[TrialOutcome] | None = None) -> ScoreTable:
+    """Any metric, by items where there are any, else by its one number a trial; of all outcomes unless told."""
+    outcomes = records.outcomes if outcomes is None else outcomes
     metric = records.started.metric
     results = [_own_result(outcome, metric) for outcome in outcomes]
     return table_of_results(
@@ -171,7 +176,6 @@ def _own_result(outcome: TrialOutcome, metric: str) -> Result:
         item_values=outcome.item_scores or [],
         item_weights=outcome.item_weights or [],
         train_value=outcome.train_value,
-        seconds=outcome.train_seconds + outcome.eval_seconds,
         steps=outcome.steps,
         points=[(point.step, point.value) for point in outcome.points],
         others={name: value for name, value in outcome.metrics.items() if name != metric},

@@ -27,7 +27,7 @@ class Cell:
     train_value: float | None = None
     deviation: float | None = None  # the stated standard deviation over seeds, oriented unit
     deviation_seeds: int = 1  # how many seeds the stated value is the mean of
-    seconds: float | None = None  # training and evaluation
+    seconds: float | None = None  # training and evaluation, as a table states them; of our own runs the report tells
     steps: int | None = None
     points: tuple[tuple[int, float], ...] = ()  # (step, value) along the training, the metric's own direction
     others: Mapping[str, float] = field(default_factory=dict)  # other metrics of the trial, in their own direction
@@ -121,7 +121,6 @@ def _cell(trial: TrialFinished, metric: MetricName, sums: Floats, weights: Float
         sums=sums,
         weights=weights,
         train_value=trial.train_value,
-        seconds=trial.train_seconds + trial.eval_seconds,
         steps=trial.steps,
         points=tuple((point.step, point.value) for point in trial.points),
         others={name: value for name, value in trial.metrics.items() if name != metric},

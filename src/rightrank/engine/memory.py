@@ -14,8 +14,8 @@ _CLEAR = Path("/proc/self/clear_refs")
 _RESET_PEAK = "5"  # Linux: forget the peak resident set (man 5 proc)
 
 
-# What the CPU allocator says when it has no more; torch raises a plain RuntimeError there.
-_CPU_OUT_OF_MEMORY = ("can't allocate memory", "not enough memory")
+# What the CPU allocator and the C++ library say when they have no more; torch raises a plain RuntimeError there.
+_CPU_OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "bad_alloc", "Cannot allocate memory")
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -19,6 +19,7 @@ import torch
 
 from rightrank.engine.batches import Batch, collate, length_sorted_batches
 from rightrank.engine.encode import EncodedItem
+from rightrank.io.files import reserve_room
 
 IN_MEMORY_BYTES = 2**30  # a larger store goes to a memory-mapped file
 
@@ -136,9 +137,8 @@ class FrozenPrefix:
         width = like.shape[-1]
         if tokens * width * like.element_size() <= IN_MEMORY_BYTES:
             return torch.zeros((tokens, width), dtype=like.dtype)
-        self._folder.mkdir(parents=True, exist_ok=True)
         path = self._folder / f"{split}.hidden"
-        path.unlink(missing_ok=True)
+        reserve_room(path, tokens * width * like.element_size())
         return torch.from_file(str(path), shared=True, size=tokens * width, dtype=like.dtype).view(tokens, width)
 
 

@@ -1,7 +1,9 @@
 """Trials trained together: up to so many arms on one base, each step of all of them in one pass.
 
 An arm that ends, diverges or is stopped leaves the pack, and the next one joins. When a pass runs out of memory half
-of the arms are set aside with a checkpoint and the others go on; nothing is lost, and the result is the same.
+of the arms are set aside with a checkpoint and the others go on; nothing is lost, and the result is the same. An arm
+that runs out of memory alone is tried once more from where it was; then it ends as `out_of_memory`. A checkpoint goes
+when whoever asked for outcomes asks for the next: only then is the outcome known to be kept.
 """
 
 from __future__ import annotations
@@ -116,6 +118,7 @@ class _Together:
         self._waiting: deque[Trial] = deque()
         self._running: list[ArmTraining] = []
         self._started: set[str] = set()
+        self._retried: set[str] = set()  # ran out of memory alone once
 
     def run(self, trials: Sequence[Trial]) -> Iterator[TrialOutcome]:
         self._waiting.extend(by_seed(trials))
@@ -154,6 +157,8 @@ class _Together:
                 if self._running:
                     self._waiting.appendleft(trial)
                     self._go_on_with(len(self._running), len(self._running) + 1)
+                elif self._may_retry(trial):
+                    self._waiting.appendleft(trial)
                 else:
                     yield out_of_memory(trial, self._bench, reason)
         # Neighbours of one rank share a batched product.
@@ -176,17 +181,31 @@ class _Together:
             yield from self._lose(lost)
             return
         self._free()
-        if len(self._running) == 1:
-            trial = self._running[0].trial
-            yield from self._lose({trial.trial_id: out_of_memory(trial, self._bench, reason)})
-        else:
+        trial = self._running[0].trial
+        if len(self._running) > 1:
             self._halve()
+        elif self._may_retry(trial):
+            self._running.pop().set_aside()
+            self._waiting.appendleft(trial)
+        else:
+            yield from self._lose({trial.trial_id: out_of_memory(trial, self._bench, reason)})
+
+    def _may_retry(self, trial: Trial) -> bool:
+        """Once for each trial: what filled the memory may have been passing."""
+        if trial.trial_id in self._retried:
+            return False
+        self._retried.add(trial.trial_id)
+        self._company.notice(
+            f"{trial.arm.label()} ran out of memory on {self._bench.loaded.device}: trying it once more"
+        )
+        return True
 
     def _lose(self, lost: dict[str, TrialOutcome]) -> Iterator[TrialOutcome]:
         for training in [training for training in self._running if training.trial.trial_id in lost]:
             self._running.remove(training)
-            training.abandon()
+            training.leave()
             yield lost[training.trial.trial_id]
+            training.drop_checkpoint()
 
     def _halve(self) -> None:
         before = len(self._running)
@@ -203,9 +222,7 @@ class _Together:
         )
 
     def _free(self) -> None:
-        gc.collect()
-        if self._bench.loaded.device.type == "cuda":
-            torch.cuda.empty_cache()
+        free_memory(self._bench.loaded.device)
 
     def _finish(self, memory: PeakMemory) -> Iterator[TrialFinished]:
         for training in [training for training in self._running if training.is_done]:
@@ -217,6 +234,8 @@ class _Together:
                 raise
             self._running.remove(training)
             yield outcome
+            if training.trial.arm.stop_at is None:  # from one stopped early another may go on
+                training.drop_checkpoint()
 
     def _pause_if_asked(self) -> None:
         """Checkpoints now and then, and of all when asked to stop."""
@@ -256,18 +275,23 @@ def step_together(bench: Bench, pack: Pack, trainings: Sequence[ArmTraining]) ->
     return lost | (evaluate_together(bench, pack, due) if due else {})
 
 
-def evaluate_together(bench: Bench, pack: Pack, trainings: Sequence[ArmTraining]) -> dict[str, TrialOutcome]:
-    """Held-out scores of all; where memory does not do, of each half. The outcomes of those that are lost."""
+def evaluate_together(
+    bench: Bench, pack: Pack, trainings: Sequence[ArmTraining], retry: bool = True
+) -> dict[str, TrialOutcome]:
+    """Held-out scores of all; where memory does not do, of each half, and of one once more. The outcomes of the lost."""
     begun = time.perf_counter()
     try:
         all_scores = bench.evaluate_pack("selection", pack, [training.adapter for training in trainings])
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        if len(trainings) == 1:
+        if len(trainings) == 1 and not retry:
             trial = trainings[0].trial
             return {trial.trial_id: out_of_memory(trial, bench, first_line(error))}
         all_scores = []
+    if not all_scores and len(trainings) == 1:
+        free_memory(bench.loaded.device)
+        return evaluate_together(bench, pack, trainings, retry=False)
     half = len(trainings) // 2
     if not all_scores:
         return evaluate_together(bench, pack, trainings[:half]) | evaluate_together(bench, pack, trainings[half:])
@@ -279,6 +303,13 @@ def evaluate_together(bench: Bench, pack: Pack, trainings: Sequence[ArmTraining]
         except Diverged as reason:
             lost[training.trial.trial_id] = reason.outcome()
     return lost
+
+
+def free_memory(device: torch.device) -> None:
+    """Give back what nobody holds; outside an `except` block, whose traceback holds the failed pass."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def by_seed(trials: Sequence[Trial]) -> list[Trial]:

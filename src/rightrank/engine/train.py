@@ -28,6 +28,7 @@ from rightrank.io.checkpoints import Checkpoint, load_checkpoint, save_checkpoin
 from rightrank.records import Arm, EvalPoint, Preparing, StepDone, Trial, TrialDiverged, TrialFinished
 from rightrank.settings import SelectSettings
 
+CHECKPOINT_SHARE = 0.015  # of the time that checkpoints may take
 DIVERGENCE_WINDOW = 8  # steps over which the training loss is averaged before it is called diverged
 
 ShouldStop = Callable[[], bool]
@@ -108,6 +109,7 @@ class ArmTraining:
         self._last_step = trial.arm.steps if trial.arm.stop_at is None else trial.arm.stop_at
         self._evaluate_at = evaluation_steps(trial.arm.steps, bench.settings.eval_points)
         self._saved = time.perf_counter()
+        self._save_seconds = 0.0  # that the last checkpoint took
         self.company = 1  # most arms, this one among them, that shared a pass
         self._labels = 0  # of the step under way
         self._loss_sum = 0.0
@@ -226,7 +228,8 @@ class ArmTraining:
         return measured
 
     def finish(self, peak_bytes: int) -> TrialFinished:
-        """Measure what is measured at the end, save the adapter, take it off, and give the record.
+        """Measure what is measured at the end, save the adapter, take it off, and give the record. The checkpoint
+        stays until the record is kept.
 
         Raises:
             MetricError: the metric that decides gave no score; the arm is still on.
@@ -241,17 +244,20 @@ class ArmTraining:
             measured.require([self._settings.metric_name])
             if rank() == 0:
                 save_adapter(self._pack.peft_model, self._folders.adapter, self._bench.loaded.name, self.adapter)
-            self.abandon()
+            self._pack.leave(self.adapter)
         else:
             self.set_aside()  # another trial may go on from here
         count = sum(parameter.numel() for parameter in self._parameters)
         seen = Seen(self._scores, measured)
         return finished(self.trial, self._bench, self.progress, seen, count, peak_bytes, self.company)
 
-    def abandon(self) -> None:
-        """Take the adapter off; the checkpoint is no longer needed."""
+    def drop_checkpoint(self) -> None:
+        """Once the trial's outcome is kept, nobody goes on from here."""
         if rank() == 0:
             self._folders.checkpoint.unlink(missing_ok=True)
+
+    def leave(self) -> None:
+        """Take the adapter off."""
         self._pack.leave(self.adapter)
 
     def set_aside(self) -> None:
@@ -261,7 +267,9 @@ class ArmTraining:
 
     @property
     def is_checkpoint_due(self) -> bool:
-        return time.perf_counter() - self._saved > self._settings.checkpoint_seconds
+        """After `checkpoint_seconds`, or later where writing takes so long that it would cost more than its share."""
+        waited = time.perf_counter() - self._saved
+        return waited > max(self._settings.checkpoint_seconds, self._save_seconds / CHECKPOINT_SHARE)
 
     def _compare_with_base(self, loss: float, which: str, enough: bool = True) -> None:
         limit = math.inf if self._base_loss is None else self._settings.divergence_factor * self._base_loss
@@ -274,9 +282,13 @@ class ArmTraining:
 
     def save(self) -> None:
         """Write the checkpoint; of several processes, which hold the same, the first does."""
+        begun = time.perf_counter()
+        if rank() == 0:
+            save_checkpoint(self._folders.checkpoint, self._checkpoint())
         self._saved = time.perf_counter()
-        if rank() != 0:
-            return
+        self._save_seconds = self._saved - begun
+
+    def _checkpoint(self) -> Checkpoint:
         progress = self.progress
         tensors = {f"parameter.{name}": value.detach() for name, value in self._named.items()}
         for index, parameter in enumerate(self._parameters):
@@ -291,7 +303,7 @@ class ArmTraining:
             "train_tokens": progress.train_tokens,
             "eval_seconds": progress.eval_seconds,
         }
-        save_checkpoint(self._folders.checkpoint, Checkpoint(tensors, state))
+        return Checkpoint(tensors, state)
 
     def _start(self) -> None:
         """From a checkpoint of this very trial if there is one; else from its parent; else from the first draw.
@@ -338,14 +350,31 @@ def training_batches(bench: Bench, arm: Arm) -> list[list[int]]:
 
 def make_optimizer(parameters: list[torch.nn.Parameter], rate: float, settings: SelectSettings) -> torch.optim.AdamW:
     """AdamW over the adapter, fused where the device has it."""
-    return torch.optim.AdamW(
+    optimizer = torch.optim.AdamW(
         parameters,
         lr=rate,
         betas=(settings.adam_beta1, settings.adam_beta2),
         eps=settings.adam_epsilon,
         weight_decay=settings.weight_decay,
-        fused=parameters[0].device.type in ("cpu", "cuda"),
+        fused=is_fused(parameters[0]),
     )
+    for parameter in parameters:
+        optimizer.state[parameter] = fresh_state(parameter, is_fused(parameter))
+    return optimizer
+
+
+def is_fused(parameter: torch.Tensor) -> bool:
+    return parameter.device.type in ("cpu", "cuda")
+
+
+def fresh_state(parameter: torch.nn.Parameter, fused: bool) -> dict[str, torch.Tensor]:
+    """AdamW's state before its first step, made when the arm joins: no step then asks for memory half of the way."""
+    device = parameter.device if fused else torch.device("cpu")
+    return {
+        "step": torch.zeros((), dtype=torch.float32, device=device),
+        "exp_avg": torch.zeros_like(parameter, memory_format=torch.preserve_format),
+        "exp_avg_sq": torch.zeros_like(parameter, memory_format=torch.preserve_format),
+    }
 
 
 def rate_schedule(settings: SelectSettings, steps: int) -> Callable[[int], float]:
@@ -368,7 +397,10 @@ def _optimizer_state(
 ) -> dict[str, torch.Tensor]:
     prefix = f"optimizer.{index}."
     state = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-    return {key: value if value.dim() == 0 else value.to(parameter.device) for key, value in state.items()}
+    return {
+        key: value.to(parameter.device) if value.dim() > 0 or is_fused(parameter) else value
+        for key, value in state.items()
+    }
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,6 +31,7 @@ class Job(Record):
     settings: dict[str, JsonValue]  # with the ranks that were settled
     folder: Path  # the run folder, which driver and workers share
     fingerprint: str
+    known_settings: tuple[str, ...] | None = None  # see `Request`
 
 
 class Task(Record):

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import math
 import multiprocessing
+import os
 import pickle
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TypeAlias
@@ -44,6 +47,7 @@ class OwnExecutor:
         folder_of: Callable[[str], Path],
         on_start: Callable[[TrialStarted], None],
         should_stop: Callable[[], bool] = lambda: False,
+        at_once: int = 1,
     ) -> None:
         self._call = call
         self._metric = metric
@@ -51,15 +55,34 @@ class OwnExecutor:
         self._folder_of = folder_of
         self._on_start = on_start
         self._should_stop = should_stop
-        self._ended = 0
+        self._at_once = at_once  # calls under way at a time; above 1, each in a process of its own
 
     def run(self, trials: Sequence[Trial], base_loss: float | None) -> Iterator[TrialOutcome]:
-        for trial in trials:
-            self._on_start(TrialStarted(trial_id=trial.trial_id, **trial.arm.model_dump()))
-            yield self._run_one(trial)
-            self._ended += 1
+        for ended, outcome in enumerate(self._one_by_one(trials) if self._at_once == 1 else self._several(trials), 1):
+            yield outcome
             if self._should_stop():
-                raise InterruptedRun(f"stopped after {self._ended} trials")
+                raise InterruptedRun(f"stopped after {ended} trials")
+
+    def _one_by_one(self, trials: Sequence[Trial]) -> Iterator[TrialOutcome]:
+        for trial in trials:
+            self._started(trial)
+            yield self._run_one(trial)
+
+    def _several(self, trials: Sequence[Trial]) -> Iterator[TrialOutcome]:
+        """So many at once; left early, it waits for those under way."""
+        waiting = deque(trials)
+        running: set[Future[TrialOutcome]] = set()
+        with ThreadPoolExecutor(self._at_once) as threads:  # they only wait for what runs in processes
+            while waiting or running:
+                while waiting and len(running) < self._at_once:
+                    trial = waiting.popleft()
+                    self._started(trial)
+                    running.add(threads.submit(self._run_one, trial))
+                done, running = wait(running, return_when=FIRST_COMPLETED)
+                yield from (future.result() for future in done)
+
+    def _started(self, trial: Trial) -> None:
+        self._on_start(TrialStarted(trial_id=trial.trial_id, **trial.arm.model_dump()))
 
     def _run_one(self, trial: Trial) -> TrialOutcome:
         folder = self._folder_of(trial.trial_id)
@@ -158,6 +181,31 @@ def call_in_process(train: TrainFunction, timeout_seconds: float | None) -> Call
             process.kill()
             process.join()
             receiver.close()
+
+    return call
+
+
+def call_on_ray(train: TrainFunction) -> Call:
+    """Call as a task of the Ray cluster that `RAY_ADDRESS` names, or of one on this machine; with a GPU where it has any.
+
+    A call whose node is lost is made again by Ray.
+
+    Raises:
+        MissingExtraError, RunError: no Ray, or no cluster that can be joined.
+    """
+    from rightrank.executors.ray_cluster import connected
+
+    ray = connected(os.environ.get("RAY_ADDRESS"))
+    gpus = 1 if ray.cluster_resources().get("GPU", 0) else 0
+    remote = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=2, max_calls=1)(call_here(train))
+
+    def call(task: TrialTask) -> object:
+        try:
+            return ray.get(remote.remote(task))
+        except ray.exceptions.RayTaskError as error:  # what `train` raised
+            raise TrainerError(str(error.cause)) from None
+        except ray.exceptions.RayError as error:
+            raise TrainerError(f"{ENDED_WITHOUT_ANSWER} ({type(error).__name__})") from None
 
     return call
 

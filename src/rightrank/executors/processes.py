@@ -9,6 +9,7 @@ import os
 import selectors
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ from rightrank.executors.pool import Lost
 
 WORKER = (sys.executable, "-m", "rightrank.executors.worker")
 CHUNK = 1 << 16
+LEAVE_SECONDS = 5.0  # for workers whose commands have ended
 
 
 @dataclass(slots=True)
@@ -100,16 +102,18 @@ class ProcessCrew:
         return found
 
     def close(self) -> None:
-        for worker in list(self._running):
-            process = self._running.pop(worker)
+        for process in self._running.values():
             assert process.popen.stdin is not None
             with suppress(OSError):
                 process.popen.stdin.close()  # it leaves by itself
+        until = time.monotonic() + LEAVE_SECONDS
+        for process in self._running.values():
             try:
-                process.popen.wait(timeout=5)
+                process.popen.wait(timeout=max(0.0, until - time.monotonic()))
             except subprocess.TimeoutExpired:
                 process.popen.kill()
             self._reap(process)
+        self._running.clear()
         self._selector.close()
 
     def _say(self, worker: str, command: Command) -> None:

@@ -10,13 +10,15 @@ import logging
 import os
 import queue
 import socket
+import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from rightrank.errors import InputError, MissingExtraError, RunError
 from rightrank.executors.messages import NEWS, Command, News, Orders, Stop, Task
 from rightrank.executors.pool import Lost
+from rightrank.executors.worker import Service
 
 CONNECT_SECONDS = 10.0
 SPARE = 0.05  # of a GPU's memory, left to what its other workers' kernels take
@@ -26,11 +28,12 @@ class RayWorker:
     """The actor. `listen` is one long stream of what the worker tells."""
 
     def __init__(self) -> None:
-        from rightrank.executors.worker import Service
-
         self._news: queue.SimpleQueue[str] = queue.SimpleQueue()
-        self._service = Service(lambda news: self._news.put(news.model_dump_json()))
+        self._service = self.service(lambda news: self._news.put(news.model_dump_json()))
         threading.Thread(target=self._service.work, daemon=True).start()
+
+    def service(self, tell: Callable[[News], None]) -> Service:
+        return Service(tell)
 
     def say(self, line: str) -> None:
         self._service.say(line)
@@ -49,6 +52,7 @@ class RayCrew:
     def __init__(
         self, orders: Orders, address: str | None, bytes_planned: int | None, on_cuda: bool, actor: type = RayWorker
     ) -> None:
+        self._joined_before = _is_joined()
         self._ray = connected(address)
         self._orders = orders
         self._resources = resources(bytes_planned, on_cuda)
@@ -112,7 +116,8 @@ class RayCrew:
     def close(self) -> None:
         for worker in list(self._actors):
             self.end(worker)
-        self._ray.shutdown()
+        if not self._joined_before:
+            self._ray.shutdown()
 
     def _say(self, worker: str, command: Command) -> None:
         self._actors[worker].say.remote(command.model_dump_json())
@@ -125,6 +130,12 @@ class RayCrew:
         raise InputError(
             f"no node of the Ray cluster has room for a worker ({wanted}); give smaller ranks, batch_size or seq_len, or larger nodes"
         )
+
+
+def _is_joined() -> bool:
+    """Whether the caller has a Ray session of its own, which is then left open."""
+    ray = sys.modules.get("ray")
+    return ray is not None and bool(ray.is_initialized())
 
 
 def connected(address: str | None) -> Any:

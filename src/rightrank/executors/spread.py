@@ -42,6 +42,8 @@ def pool_of(
         MissingExtraError: the executor's package is not installed.
         RunError: a cluster that does not answer.
     """
+    for left_over in folder.glob(".share-*"):  # of a driver that was killed; the run folder is ours alone
+        left_over.unlink(missing_ok=True)
     probe = folder / f".share-{secrets.token_hex(4)}"
     token = secrets.token_hex(16)
     write_text(probe, token)
@@ -81,7 +83,7 @@ def _task_trials(settings: SelectSettings, needs: Needs) -> int:
 def set_aside(bench: Bench) -> Iterator[None]:
     """Keep the driver's own base off the accelerator while workers use it."""
     device = bench.loaded.device
-    if device.type == "cpu":
+    if device.type == "cpu" or bench.settings.weight_bits is not None:  # quantised matrices stay where they were made
         yield
         return
     bench.model.to("cpu")

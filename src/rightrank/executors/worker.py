@@ -19,15 +19,15 @@ import time
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, TextIO, TypeAlias
 
 from rightrank.errors import InterruptedRun, RightrankError, RunError
+from rightrank.executors import Executor
 from rightrank.executors.messages import COMMAND, Job, News, Notice, Orders, Ready, Refused, Step, Stop, Task, TaskEnded
 from rightrank.records import Preparing, StepDone, TrialFailed
 from rightrank.version import __version__
 
 if TYPE_CHECKING:
-    from rightrank.executors.local import LocalExecutor
     from rightrank.io.models import LoadedModel
 
 STEPS_TOLD = 0.5  # seconds between two signs of progress
@@ -40,7 +40,7 @@ class Worker:
     def __init__(self, tell: Callable[[News], None]) -> None:
         self._tell = tell
         self._jobs: dict[str, Job] = {}
-        self._executors: dict[str, LocalExecutor] = {}
+        self._executors: dict[str, Executor] = {}
         self._bases: dict[tuple[object, ...], LoadedModel] = {}
         self._scratch = Path(tempfile.mkdtemp(prefix="rightrank-worker-"))
         self._stop = threading.Event()
@@ -79,7 +79,7 @@ class Worker:
         """Remove what lies on this machine's own disk."""
         shutil.rmtree(self._scratch, ignore_errors=True)
 
-    def _executor(self, job: Job) -> LocalExecutor:
+    def _executor(self, job: Job) -> Executor:
         """What runs the job's trials: built at its first task, over a base that jobs share."""
         from rightrank.engine.train import Watcher
         from rightrank.executors.local import LocalExecutor
@@ -88,7 +88,7 @@ class Worker:
         from rightrank.settings import make_settings
 
         if job.name not in self._executors:
-            request = Request(job.model, None, job.data, make_settings(job.settings))
+            request = Request(job.model, None, job.data, make_settings(job.settings), job.known_settings)
             prepared = prepare(request, self._scratch / str(len(self._executors)), bases=self._bases)
             if prepared.started.fingerprint != job.fingerprint:
                 raise RunError(
@@ -117,20 +117,23 @@ def versions() -> dict[str, str]:
     }
 
 
-def main() -> None:
+def main(make: Maker = Worker) -> None:
     """Commands from stdin, news to what was stdout; whatever else prints goes to stderr."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C is the driver's, which asks its workers to stop
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     news = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
-    serve(sys.stdin, news)
+    serve(sys.stdin, news, make)
+
+
+Maker: TypeAlias = Callable[[Callable[[News], None]], Worker]
 
 
 class Service:
     """A worker with a thread of its own for its tasks; what carries the commands calls `say`."""
 
-    def __init__(self, tell: Callable[[News], None]) -> None:
-        self.worker = Worker(tell)
+    def __init__(self, tell: Callable[[News], None], make: Maker = Worker) -> None:
+        self.worker = make(tell)
         self._tasks: queue.SimpleQueue[Task | None] = queue.SimpleQueue()
 
     def say(self, line: str | bytes) -> None:
@@ -157,7 +160,7 @@ class Service:
             self.worker.close()
 
 
-def serve(commands: TextIO, news: TextIO) -> None:
+def serve(commands: TextIO, news: TextIO, make: Maker = Worker) -> None:
     """Until the commands end."""
 
     def tell(message: News) -> None:
@@ -172,7 +175,7 @@ def serve(commands: TextIO, news: TextIO) -> None:
             service.say(line)
         service.leave()
 
-    service = Service(tell)
+    service = Service(tell, make)
     threading.Thread(target=listen, daemon=True).start()
     service.work()
 

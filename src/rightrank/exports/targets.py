@@ -60,7 +60,7 @@ def require_target(name: str) -> None:
     """
     if name not in TARGETS:
         raise SettingsError(
-            f"export target {name!r} is not known{did_you_mean(name, TARGETS)}; there are: {', '.join(TARGETS)}"
+            f"export target {name!r} is not known{did_you_mean(name, [*TARGETS, 'optuna'])}; there are: {', '.join(TARGETS)}, optuna"
         )
 
 

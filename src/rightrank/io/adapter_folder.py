@@ -27,8 +27,9 @@ from rightrank.records.probe import ModuleKind
 
 Floats = NDArray[np.float64]
 
-LARGEST_VALUE = float(np.finfo(np.float32).max)  # adapters are trained in 32 bits or fewer
-LARGEST_ALPHA = 1e9
+# Adapters are trained in 32 bits or fewer: values beyond these are damage, and their squares would leave 64 bits.
+SMALLEST_VALUE, LARGEST_VALUE = float(np.finfo(np.float32).smallest_subnormal), float(np.finfo(np.float32).max)
+SMALLEST_ALPHA, LARGEST_ALPHA = 1e-9, 1e9
 LARGEST_CONFIG = 16 * 2**20  # bytes
 
 CONFIG_FILE = "adapter_config.json"
@@ -129,6 +130,7 @@ class AdapterFolder:
             raise ModelError(
                 f"{self.weights}: {key} holds NaN or infinite values; the training diverged: give an adapter from before it"
             )
+        values[np.abs(values) < SMALLEST_VALUE] = 0.0
         return values
 
 
@@ -201,7 +203,9 @@ def _check_config(file: Path, config: dict[str, Any]) -> None:
     if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
         raise ModelError(f"{file}: r is {rank!r}; it must be a whole number from 1")
     if not _is_alpha(alpha):
-        raise ModelError(f"{file}: lora_alpha is {alpha!r}; it must be a number up to {LARGEST_ALPHA:g}")
+        raise ModelError(
+            f"{file}: lora_alpha is {alpha!r}; it must be a number from {SMALLEST_ALPHA:g} to {LARGEST_ALPHA:g}"
+        )
     for name in FOREIGN_OPTIONS:
         if config.get(name):
             raise ModelError(f"{file}: {name} is set; such an update is not s·B·A and is not supported")
@@ -217,7 +221,9 @@ def _check_config(file: Path, config: dict[str, Any]) -> None:
 
 
 def _is_alpha(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= LARGEST_ALPHA
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    return value == 0 or SMALLEST_ALPHA <= abs(value) <= LARGEST_ALPHA
 
 
 def _read_shapes(path: Path) -> dict[str, tuple[int, ...]]:

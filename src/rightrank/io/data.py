@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from rightrank.errors import DataError
+from rightrank.io.reading import is_text
 from rightrank.io.rows import Row, RowsBySplit, read_rows, rows_from_memory
 from rightrank.records import SplitName
 from rightrank.settings import SelectSettings
@@ -100,7 +101,7 @@ def _detect_form(rows: RowsBySplit, name: str) -> DataForm:
 def _readable(rows: RowsBySplit, form: DataForm) -> tuple[RowsBySplit, int]:
     """The rows whose text is text, and how many are not: half of a surrogate pair has no place in UTF-8."""
     kept = {
-        split: [row for row in found if all(map(_is_text, _strings([row.fields.get(name) for name in COLUMNS[form]])))]
+        split: [row for row in found if all(map(is_text, _strings([row.fields.get(name) for name in COLUMNS[form]])))]
         for split, found in rows.items()
     }
     return kept, sum(len(found) - len(kept[split]) for split, found in rows.items())
@@ -116,14 +117,6 @@ def _strings(value: Any) -> Iterator[str]:
     elif isinstance(value, list | tuple):
         for inner in value:
             yield from _strings(inner)
-
-
-def _is_text(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _made_splits(rows: list[Row], form: DataForm, settings: SelectSettings) -> dict[SplitName, list[Item]]:

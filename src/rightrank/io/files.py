@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,45 +14,100 @@ from safetensors import SafetensorError
 
 from rightrank.errors import RunError
 
-_DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
+_DISK_ERRORS = {
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EIO,
+    errno.ESTALE,
+}
+_NO_FOLDER_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EBADF}  # network file systems that can't flush a folder
+_LEFTOVER = re.compile(r"\.(?P<name>.+)\.\d+\.(?P<kind>tmp|old)")
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path`; what is written there replaces `path` when the block ends well."""
+def replacing(path: Path, flush: bool = True) -> Iterator[Path]:
+    """A temporary path beside `path`; what is written there replaces `path` when the block ends well.
+
+    `flush=False`: whole for who reads it, and not worth the wait for the disk, such as a sign of life.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = _neighbour(path, "tmp")
     try:
         yield temporary
-        flush_to_disk(temporary)
-        temporary.replace(path)
-        flush_to_disk(path.parent)
+        if flush:
+            flush_to_disk(temporary)
+        _rename(temporary, path)
+        if flush:
+            flush_to_disk(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
 
 @contextmanager
 def replacing_folder(path: Path) -> Iterator[Path]:
-    """A temporary folder beside `path`; it takes the place of `path` when the block ends well."""
+    """A temporary folder beside `path`; it takes the place of `path` when the block ends well.
+
+    No system call swaps two folders everywhere: killed between the two renames, the old one is left under another
+    name, and `sweep_leftovers` puts it back.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    old = path.with_name(f".{path.name}.{os.getpid()}.old")
+    temporary, old = _neighbour(path, "tmp"), _neighbour(path, "old")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
         yield temporary
+        for inside in temporary.rglob("*"):
+            flush_to_disk(inside)
+        flush_to_disk(temporary)
         if path.exists():
-            path.rename(old)
-        temporary.rename(path)
+            _rename(path, old)
+        _rename(temporary, path)
         flush_to_disk(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
 
 
-def write_text(path: Path, text: str) -> None:
-    with replacing(path) as temporary:
+def write_text(path: Path, text: str, flush: bool = True) -> None:
+    with replacing(path, flush) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def sweep_leftovers(folder: Path) -> None:
+    """Remove what a killed process left half written under `folder`, and put back a folder it had moved aside.
+
+    Only for who holds the folder's lock: a file half written by a living process looks the same.
+    """
+    for path in sorted(folder.rglob(".*")):
+        found = _LEFTOVER.fullmatch(path.name)
+        if found is None:
+            continue
+        whole = path.with_name(found["name"])
+        if found["kind"] == "old" and not whole.exists():
+            path.rename(whole)
+        elif path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def reserve_room(path: Path, size: int) -> None:
+    """A new file of so many bytes, on the disk now: a mapped file whose disk fills up later kills the process.
+
+    Raises:
+        OSError: there is no room.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.unlink(missing_ok=True)
+    with path.open("wb") as file:
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file.fileno(), 0, size)
+        else:  # macOS
+            file.truncate(size)
 
 
 def flush_to_disk(path: Path) -> None:
@@ -59,8 +115,27 @@ def flush_to_disk(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _NO_FOLDER_SYNC or not path.is_dir():
+            raise
     finally:
         os.close(descriptor)
+
+
+def _neighbour(path: Path, kind: str) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}.{kind}")
+
+
+def _rename(source: Path, target: Path) -> None:
+    """Rename, replacing a file. On NFS a rename whose answer was lost is sent again and then finds nothing to rename:
+    where the target is what the source was, it was done.
+    """
+    before = source.stat()
+    try:
+        source.replace(target)
+    except FileNotFoundError:
+        if source.exists() or not target.exists() or not os.path.samestat(before, target.stat()):
+            raise
 
 
 @contextmanager

@@ -86,7 +86,7 @@ def _take(run: Run, row: Row, key: Key, value: float, columns: Columns) -> bool:
         ResultsError: the same training, item and step again with another value.
     """
     item, step = columns.get("item"), columns.get("step")
-    if item is not None:
+    if item is not None and (step is None or not blank(row.fields.get(item))):
         name = str(row.fields.get(item))
         weight = _positive(row, columns.get("weight")) or 1.0
         first, _, where = run.by_item.setdefault(name, (value, weight, row.where))

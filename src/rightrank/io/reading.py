@@ -96,7 +96,20 @@ def read_json(path: Path, largest: int = LARGEST_TEXT) -> Any:
     Raises:
         UnreadableError: as `read_text` and `parse_json`.
     """
-    return parse_json(read_text(path, largest))
+    text = read_text(path, largest)
+    value = parse_json(text)
+    if "\\ud" in text.lower() and not is_text(json.dumps(value, ensure_ascii=False)):
+        raise UnreadableError("half a character (a lone surrogate), which no text holds")
+    return value
+
+
+def is_text(text: str) -> bool:
+    """Whether UTF-8 can hold it: half of a surrogate pair is no character."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def read_json_object(path: Path, largest: int = LARGEST_TEXT) -> dict[str, Any]:

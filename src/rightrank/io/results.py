@@ -11,7 +11,7 @@ from rightrank.errors import DataError, ResultsError
 from rightrank.io.columns import Columns, DirectionOf, understand
 from rightrank.io.gathering import Key, Run, blank, gather, results_of
 from rightrank.io.importers import import_rows
-from rightrank.io.reading import UnreadableError, kind_of, parse_json
+from rightrank.io.reading import UnreadableError, is_text, kind_of, parse_json
 from rightrank.io.rows import FILE_TYPES, Row, read_rows
 from rightrank.records import Result, Results
 
@@ -103,12 +103,14 @@ def _require_table_size(path: Path) -> None:
 def _flat(fields: Mapping[str, Any], prefix: str = "", depth: int = 0) -> Iterator[tuple[str, Any]]:
     """Nested mappings, and cells that hold a JSON object, as dotted names."""
     for name, value in fields.items():
+        if isinstance(value, str) and not is_text(value):
+            value = value.encode("utf-8", "replace").decode()
         if isinstance(value, str) and value[:1] == "{" and value[-1:] == "}":
             value = _object(value)
         if isinstance(value, Mapping) and depth < MOST_DEPTH:
             yield from _flat(value, f"{prefix}{name}.", depth + 1)
         else:
-            yield f"{prefix}{name}", value
+            yield f"{prefix}{name}".encode("utf-8", "replace").decode(), value
 
 
 def _object(text: str) -> Any:

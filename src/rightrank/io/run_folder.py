@@ -14,7 +14,7 @@ import yaml
 from filelock import FileLock, Timeout
 
 from rightrank.errors import RunFolderError
-from rightrank.io.files import write_text
+from rightrank.io.files import sweep_leftovers, write_text
 from rightrank.io.journal import Journal
 from rightrank.records import Decision
 
@@ -50,7 +50,7 @@ class RunFolder:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Make the folder and hold its lock.
+        """Make the folder and hold its lock; what a killed process left half written is swept away.
 
         Raises:
             RunFolderError: not writable, a file in its place, foreign content, or another process at work in it.
@@ -70,6 +70,7 @@ class RunFolder:
         try:
             self._require_ours()
             self.require_no_way_out()
+            sweep_leftovers(self.path)
             yield
         finally:
             lock.release()

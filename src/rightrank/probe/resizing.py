@@ -9,6 +9,7 @@ from pathlib import Path
 
 from rightrank.errors import RunFolderError, SettingsError
 from rightrank.io.adapter_folder import AdapterFolder, open_adapter, require_absent
+from rightrank.io.files import replacing_folder
 from rightrank.probe.rank_choice import RankChoice, by_energy, by_noise, by_rank, candidate_ranks
 from rightrank.probe.resize import require_plain_update, write_resized
 from rightrank.records.probe import Resized, ResizedTogether
@@ -99,22 +100,21 @@ def resize_together(paths: Sequence[Path], out: Path, rule: ResizeRule, options:
     rank = max(choice.common for choice in choices)
     for adapter in adapters:
         by_rank(adapter, rank)  # refuses what no module can have, before anything is written
-    with tempfile.TemporaryDirectory(dir=_existing_parent(out), prefix=".rightrank-") as name:
+    _require_writable(out)
+    with replacing_folder(out) as temporary:
         written = [
-            write_resized(adapter, Path(name) / "out" / folder, choice.as_common(rank), options.dtype)
+            write_resized(adapter, temporary / folder, choice.as_common(rank), options.dtype)
             for adapter, folder, choice in zip(adapters, names, choices, strict=True)
         ]
-        (Path(name) / "out").rename(out)
     moved = [one.model_copy(update={"out": str(out / folder)}) for one, folder in zip(written, names, strict=True)]
     return ResizedTogether(rank=rank, adapters=moved)
 
 
-def _existing_parent(out: Path) -> Path:
+def _require_writable(out: Path) -> None:
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise RunFolderError(f"{out}: can't write there ({error.strerror or error}); give a writable folder") from None
-    return out.parent
 
 
 def _choice(adapter: AdapterFolder, rule: ResizeRule, options: ResizeOptions) -> RankChoice:

@@ -8,7 +8,8 @@ from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2  # of the journal: 2 closes each line with its length and checksum
+IDENTITY_VERSION = 1  # of what a trial id is a hash of: a change gives every trial another id
 
 # Whole numbers that a float holds exactly: a larger one in a file is damage, and would break what computes with it.
 LARGEST_WHOLE = 2**53

@@ -120,7 +120,7 @@ class NextRun(Record):
     items: Whole | None = None  # held-out items in all
     steps: Whole | None = None
     trials: Whole = 0  # new trainings
-    seconds: float | None = None  # estimated from the trials so far, where they say how long they took
+    seconds: float | None = None  # by a table's own `seconds`; None for a run: its decision holds no measured time
     sentence: str
 
 

@@ -10,7 +10,7 @@ from typing import Literal, TypeAlias
 
 from pydantic import ConfigDict, Field
 
-from rightrank.records.base import SCHEMA_VERSION, Record, Whole, content_hash
+from rightrank.records.base import IDENTITY_VERSION, SCHEMA_VERSION, Record, Whole, content_hash
 
 
 class ArmFields(Record):
@@ -72,7 +72,7 @@ def trial_id(context_fingerprint: str, arm: Arm) -> str:
     `context_fingerprint` stands for the model, the data and the settings that all arms share.
     """
     arm_fields = arm.model_dump(exclude_none=True)  # a field that says nothing new leaves old identities as they are
-    return content_hash({"schema": SCHEMA_VERSION, "context": context_fingerprint, "arm": arm_fields})[:12]
+    return content_hash({"schema": IDENTITY_VERSION, "context": context_fingerprint, "arm": arm_fields})[:12]
 
 
 class EvalPoint(Record):

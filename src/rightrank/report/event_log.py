@@ -12,6 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
 
+from rightrank.io.files import write_text
 from rightrank.records import Preparing, RunEvent, RunStarted, StepDone, TrialOutcome
 from rightrank.report.tally import Tally
 
@@ -95,10 +96,8 @@ class ProgressFile:
             "progress": self._tally.progress_line(),
             "remaining_seconds": self._tally.remaining_seconds(),
         }
-        temporary = self._path.with_suffix(".tmp")
         if self._path.parent.is_dir():
-            temporary.write_text(json.dumps(values) + "\n", encoding="utf-8")
-            temporary.replace(self._path)
+            write_text(self._path, json.dumps(values) + "\n", flush=False)
 
 
 def event_name(event: RunEvent) -> str:

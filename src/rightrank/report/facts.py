@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 from rightrank.decision.run import Records
@@ -79,6 +80,20 @@ def certainty_notes(decision: Decision) -> list[str]:
             f"The same rank was the answer from step {decision.horizon.holds_from} of {decision.horizon.steps} on."
         )
     return said
+
+
+def next_run_words(records: Records, decision: Decision) -> str:
+    """How long the next run would take at the pace of the finished trainings nearest in rank; empty where unknown."""
+    run = decision.next_runs[0] if decision.next_runs else None
+    finished = [trial for trial in records.finished() if trial.rank > 0 and trial.arm.is_direct]
+    if run is None or not run.trials or not finished:
+        return ""
+    seconds = 0.0
+    for rank in run.ranks:
+        nearest = min((trial.rank for trial in finished), key=lambda other: abs(other - rank))
+        paces = [trial.train_seconds + trial.eval_seconds for trial in finished if trial.rank == nearest]
+        seconds += fmean(paces) * run.trials / len(run.ranks)
+    return f"{quantity(run.trials, 'training')}, about {duration(seconds)} at the pace so far."
 
 
 def headline(decision: Decision | None) -> str:

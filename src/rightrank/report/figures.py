@@ -192,6 +192,7 @@ def rate_map(records: Records) -> HeatMap | None:
         if outcome.rank > 0
         and outcome.truncate_from is None
         and outcome.init_lora_weights is None
+        and outcome.target_modules is None
         and (alpha is None or outcome.lora_alpha == alpha)
     ]
     ranks = sorted({outcome.rank for outcome in arms})

@@ -10,6 +10,7 @@ from rightrank.settings.select import (
     SelectSettings,
     make_settings,
     settings_difference,
+    settings_of_identity,
 )
 from rightrank.settings.values import UNITS, DtypeName, checked, parse_bytes
 
@@ -31,4 +32,5 @@ __all__ = [
     "parse_bytes",
     "parse_metric",
     "settings_difference",
+    "settings_of_identity",
 ]

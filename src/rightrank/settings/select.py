@@ -5,7 +5,7 @@ Names that PEFT, transformers and TRL have are used as they have them. Defaults 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Any, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -229,7 +229,23 @@ def make_settings(values: Mapping[str, object]) -> SelectSettings:
     return checked(SelectSettings, values)
 
 
+def settings_of_identity(values: Mapping[str, Any], known: Container[str] | None = None) -> dict[str, Any]:
+    """Those of `values` (JSON) that say what a selection finds.
+
+    With the names `known` to the version that began a run: without what it did not know and what is at its default, so
+    that the run is the same one under a version with more settings.
+    """
+    defaults = SelectSettings().model_dump(mode="json")
+    return {
+        name: value
+        for name, value in values.items()
+        if name not in NOT_IDENTITY
+        and (known is None or name in known or name not in defaults or value != defaults[name])
+    }
+
+
 def settings_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """The settings whose values differ and whose values matter, one `name: old → new` each."""
+    new = settings_of_identity(new, old)
     names = sorted((set(old) | set(new)) - set(NOT_IDENTITY))
     return [f"{name}: {old.get(name)!r} → {new.get(name)!r}" for name in names if old.get(name) != new.get(name)]

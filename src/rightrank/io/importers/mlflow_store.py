@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rightrank.errors import ResultsError
+from rightrank.io.importers.items import apart
 from rightrank.io.reading import UnreadableError, read_text
 from rightrank.io.rows import Row
 
@@ -18,7 +19,7 @@ def knows(source: Path) -> bool:
 
 
 def rows(source: Path) -> list[Row]:
-    """One row for each step at which a run logged metrics.
+    """One row for each step at which a run logged metrics, and for each item that it scored alone.
 
     Raises:
         ResultsError: no run has a metric, or a metric's file has a line that can't be read.
@@ -26,9 +27,13 @@ def rows(source: Path) -> list[Row]:
     found: list[Row] = []
     for run in _run_folders(source):
         parameters = {path.name: _text(path) for path in sorted((run / "params").iterdir()) if path.is_file()}
-        for step, metrics in sorted(_by_step(run / "metrics").items()):
+        steps, items = apart(_by_step(run / "metrics"))
+        for step, metrics in steps.items():
             fields = {"params": parameters, "metrics": metrics, "step": step, "trial": run.name}
             found.append(Row(fields, f"{run}: step {step}"))
+        for item in items:
+            fields = {"params": parameters, "metrics": item.values, "trial": run.name, **item.place}
+            found.append(Row(fields, f"{run}: item {item.number}"))
     if not found:
         raise ResultsError(f"{source}: no run of the store has a metric; log one, such as eval_loss")
     return found

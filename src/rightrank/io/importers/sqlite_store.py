@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rightrank.errors import ResultsError
+from rightrank.io.importers.items import apart
 from rightrank.io.reading import UnreadableError, kind_of, parse_json
 from rightrank.io.rows import Row
 
@@ -102,7 +103,11 @@ def _mlflow(connection: sqlite3.Connection, source: Path) -> list[Row]:
             "SELECT key, value, step FROM metrics WHERE run_uuid = ? AND is_nan = 0", (run_id,)
         ):
             steps.setdefault(step, {})[key] = value
-        for step, metrics in sorted(steps.items()):
+        plain, items = apart(steps)
+        for step, metrics in plain.items():
             fields = {"params": parameters, "metrics": metrics, "step": step, "trial": run_id, "status": status}
             found.append(Row(fields, f"{source}: run {run_id}, step {step}"))
+        for item in items:
+            fields = {"params": parameters, "metrics": item.values, "trial": run_id, "status": status, **item.place}
+            found.append(Row(fields, f"{source}: run {run_id}, item {item.number}"))
     return found

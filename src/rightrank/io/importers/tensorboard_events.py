@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from rightrank.errors import MissingExtraError, ResultsError
+from rightrank.io.importers.items import apart
 from rightrank.io.importers.neighbours import said_around
 from rightrank.io.rows import Row
 
@@ -38,8 +39,12 @@ def rows(source: Path) -> list[Row]:
             for scalar in events.Scalars(tag):
                 steps.setdefault(scalar.step, {})[tag] = scalar.value
         name = folder.relative_to(source).as_posix()
-        for step, scalars in sorted(steps.items()):
+        plain, items = apart(steps)
+        for step, scalars in plain.items():
             found.append(Row({**said, "trial": name, "step": step, **scalars}, f"{folder}: step {step}"))
+        for item in items:
+            fields = {**said, "trial": name, **item.place, **item.values}
+            found.append(Row(fields, f"{folder}: item {item.number}"))
     if not found:
         raise ResultsError(f"{source}: the event files hold no scalars; log the held-out loss, such as eval/loss")
     return found

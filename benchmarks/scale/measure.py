@@ -1,0 +1,162 @@
+"""The simulated scheduler held against real workers, and what the driver and Ray's store hold after 1,000 trials.
+
+    python -m benchmarks.scale.measure --out benchmarks/scale/results/measured.json
+
+Workers are real processes, or real actors on a Ray cluster of two nodes on this machine, that sleep where they would
+train: so one machine of few cores can stand for several. One worker gives what a start and a hand-over take; the
+simulation with these predicts the makespan of 2, 3 and 4.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from benchmarks.machine import machine
+from benchmarks.scale.simulate import lower_bound
+from benchmarks.scale.simulated import TOKEN, VERSIONS, Pace, SimulatedCrew
+from benchmarks.scale.stub_worker import StubRayWorker
+from rightrank.executors.messages import Job, Orders
+from rightrank.executors.pool import Crew, Pool, Terms
+from rightrank.executors.processes import ProcessCrew
+from rightrank.executors.ray_cluster import RayCrew
+from rightrank.executors.worker import versions
+from rightrank.records import Arm, Trial
+
+STUB = (sys.executable, "-m", "benchmarks.scale.stub_worker")
+COUNTS = (1, 2, 3, 4)
+
+
+def sleeping_trials(count: int, low: int, high: int, seed: int) -> list[Trial]:
+    """`steps` is how many milliseconds a trial sleeps."""
+    generator = random.Random(seed)
+    arms = [
+        Arm(rank=1 + n, learning_rate=1e-3, lora_alpha=1.0, seed=n, steps=generator.randint(low, high))
+        for n in range(count)
+    ]
+    return [Trial(trial_id=f"t{n}", arm=arm) for n, arm in enumerate(arms)]
+
+
+def orders_in(folder: Path) -> Orders:
+    probe = folder / "probe"
+    probe.write_text(TOKEN)
+    job = Job(name="job", model="", data="", settings={}, folder=folder, fingerprint="")
+    return Orders(jobs=[job], working_folder=Path.cwd(), probe=probe, token=TOKEN)
+
+
+@contextmanager
+def process_crew(folder: Path) -> Iterator[Crew]:
+    yield ProcessCrew(orders_in(folder), folder / "workers", command=STUB)
+
+
+@contextmanager
+def ray_crew(folder: Path) -> Iterator[RayCrew]:
+    from ray.cluster_utils import Cluster
+
+    store = {"object_store_memory": 80 * 2**20}
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, **store})
+    try:
+        cluster.add_node(num_cpus=4, **store)
+        yield RayCrew(orders_in(folder), cluster.address, None, on_cuda=False, actor=StubRayWorker)
+    finally:
+        cluster.shutdown()
+
+
+def timed(crew: Crew, trials: Sequence[Trial], workers: int) -> dict[str, float]:
+    """Seconds until the first start is told of, and from there to the last outcome."""
+    pool = Pool(crew, Terms(workers, versions(), TOKEN))
+    pool.submit("warm", sleeping_trials(workers, 1000, 1000, 0), None)  # all are up before the clock starts
+    list(pool.outcomes())
+    begun, spent = time.perf_counter(), time.process_time()
+    pool.submit("job", trials, None)
+    ended = [outcome.trial_id for _, outcome in pool.outcomes()]
+    assert len(ended) == len(set(ended)) == len(trials)
+    seconds, spent = time.perf_counter() - begun, time.process_time() - spent
+    pool.close()
+    return {"seconds": seconds, "driver_ms_a_trial": 1000 * spent / len(trials)}
+
+
+def predicted(trials: Sequence[Trial], workers: int, hand_over: float) -> float:
+    crew = SimulatedCrew(Pace(lambda _, trial: trial.arm.steps / 1000, hand_over=hand_over))
+    pool = Pool(crew, Terms(workers, VERSIONS, TOKEN), clock=crew.clock)
+    pool.submit("job", trials, None)
+    list(pool.outcomes())
+    return crew.now
+
+
+def against_model(trials: Sequence[Trial]) -> list[dict[str, float]]:
+    rows: list[dict[str, float]] = []
+    sleeping = [trial.arm.steps / 1000 for trial in trials]
+    hand_over = 0.0
+    for workers in COUNTS:
+        with tempfile.TemporaryDirectory() as folder, process_crew(Path(folder)) as crew:
+            found = timed(crew, trials, workers)
+        if workers == 1:
+            hand_over = (found["seconds"] - sum(sleeping)) / len(trials)
+        model = predicted(trials, workers, hand_over)
+        rows.append(
+            {
+                "workers": workers,
+                **found,
+                "hand_over_ms": 1000 * hand_over,
+                "model_seconds": model,
+                "model_error": model / found["seconds"] - 1,
+                "over_bound": found["seconds"] / lower_bound(sleeping, workers),
+            }
+        )
+        print(rows[-1], flush=True)
+    return rows
+
+
+def held_by_ray(counts: Sequence[int]) -> list[dict[str, float]]:
+    """The driver's resident memory and the bytes in Ray's store after so many more trials of nothing."""
+    import ray
+
+    rows: list[dict[str, float]] = []
+    with tempfile.TemporaryDirectory() as folder, ray_crew(Path(folder)) as crew:
+        pool = Pool(crew, Terms(4, versions(), TOKEN))
+        done = 0
+        for count in counts:
+            begun = time.perf_counter()
+            pool.submit("job", sleeping_trials(count, 1, 1, count), None)
+            assert sum(1 for _ in pool.outcomes()) == count
+            done += count
+            whole = ray.cluster_resources()["object_store_memory"]
+            rows.append(
+                {
+                    "trials": done,
+                    "driver_mib": psutil.Process().memory_info().rss / 2**20,
+                    "store_bytes": whole - ray.available_resources().get("object_store_memory", 0.0),
+                    "ms_a_trial": 1000 * (time.perf_counter() - begun) / count,
+                }
+            )
+            print(rows[-1], flush=True)
+        pool.close()
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--trials", type=int, default=40)
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    found: dict[str, Any] = {"machine": machine()}
+    found["ray"] = held_by_ray((100, 400, 500))
+    found["model"] = against_model(sleeping_trials(options.trials, 300, 3000, 0))
+    if options.out is not None:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

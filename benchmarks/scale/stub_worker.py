@@ -1,0 +1,45 @@
+"""A worker that sleeps where a real one trains: `steps` milliseconds for each trial."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+
+from benchmarks.scale.simulated import result_of, step_of
+from rightrank.executors.messages import Job, News, Step
+from rightrank.executors.ray_cluster import RayWorker
+from rightrank.executors.worker import Service, Worker, main
+from rightrank.records import Trial, TrialOutcome, TrialStarted
+
+SIGN_SECONDS = 0.2  # between two signs of progress
+
+
+class StubWorker(Worker):
+    """The worker's own words and queue; only its training is not one."""
+
+    def _executor(self, job: Job) -> StubExecutor:  # type: ignore[override]
+        return StubExecutor(self._tell)
+
+
+class StubExecutor:
+    def __init__(self, tell: Callable[[News], None]) -> None:
+        self._tell = tell
+
+    def run(self, trials: Sequence[Trial], base_loss: float | None) -> Iterator[TrialOutcome]:
+        for trial in trials:
+            self._tell(TrialStarted(trial_id=trial.trial_id, **trial.arm.model_dump()))
+            until = time.monotonic() + trial.arm.steps / 1000
+            while (left := until - time.monotonic()) > 0:
+                time.sleep(min(left, SIGN_SECONDS))
+                if left > SIGN_SECONDS:
+                    self._tell(Step(event=step_of(trial)))
+            yield result_of(trial)
+
+
+class StubRayWorker(RayWorker):
+    def service(self, tell: Callable[[News], None]) -> Service:
+        return Service(tell, StubWorker)
+
+
+if __name__ == "__main__":
+    main(StubWorker)

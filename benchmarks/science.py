@@ -1,0 +1,119 @@
+"""The tables of docs/science.md, from the stored results, so that the page can't say what was not measured.
+
+python -m benchmarks.science     # writes the tables anew after a benchmark has run again
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "science.md"
+SLOT = re.compile(r"(<!-- table: (\w+) -->\n).*?(\n<!-- end -->)", re.DOTALL)
+METHODS = (
+    "bracket",
+    "ladder",
+    "grid",
+    "always 16, rate tuned",
+    "Kneedle",
+    "random search",
+    "Optuna TPE + median",
+    "ASHA (Optuna)",
+)
+
+
+def stored(name: str) -> Any:
+    return json.loads((ROOT / "benchmarks" / name).read_text(encoding="utf-8"))
+
+
+def strategies() -> str:
+    """Over all margins of a family: how often the whole grid's rank is found, and for how many trainings."""
+    rows = stored("selection/results.json")["table"]
+    families = list(dict.fromkeys(row["family"] for row in rows))
+    lines = []
+    for method in METHODS:
+        cells: list[str] = [method]
+        for family in families:
+            found = [row for row in rows if (row["family"], row["method"]) == (family, method)]
+            grids = sum(row["curves"] for row in found)
+            if not grids:
+                cells.append("–")
+                continue
+            exact, under = (sum(row[name] for row in found) / grids for name in ("exact", "under_picks"))
+            trainings = sum(row["mean_trainings"] * row["curves"] for row in found) / grids
+            cells.append(f"{exact:.0%}, {under:.0%}, {trainings:.1f}")
+        lines.append(cells)
+    return table(["exact, too small, trainings", *families], lines)
+
+
+def published() -> str:
+    scores = stored("decide/published.json")["scores"]
+    head = ["acceptable", "too small", "too large"]
+    return table(
+        ["rule", *head, "of"], [[rule, *(row[name] for name in head), row["of"]] for rule, row in scores.items()]
+    )
+
+
+def coverage() -> str:
+    summary = stored("decide/calibration.json")["summary"]
+    names = {
+        "covers, two seeds or more": "95% intervals that cover, two seeds or more",
+        "covers, one seed": "the same, one seed",
+        "false acceptance, mean": "a rank worse than the margin is named",
+        "false acceptance, worst world": "the same, in the worst kind of table",
+        "within an octave, of all decided": "decided cases within a factor of two of the truth",
+    }
+    return table(["simulated tables", "share"], [[told, f"{summary[name]:.1%}"] for name, told in names.items()])
+
+
+def prediction() -> str:
+    found = stored("probe/results/prediction.json")["correlations"]
+    kept = ("energy 0.9", "energy 0.99", "effective rank", "stable rank", "truncation 0.01")
+    rows = [(name, found[f"{name} at 0.01"]) for name in kept]
+    return table(
+        ["of the trained adapter", "Spearman with the decided rank", "95% interval", "names that rank"],
+        [[name, f"{r['spearman']:.2f}", f"{r['low']:.2f} to {r['high']:.2f}", f"{r['exact']:.0%}"] for name, r in rows],
+    )
+
+
+def memory() -> str:
+    cases = stored("plan/results/published.json")["cases"]
+    return table(
+        ["published case", "measured", "planned", "error"],
+        [
+            [
+                f"rank {case['rank']} on {', '.join(case['target_modules'])}",
+                f"{case['reserved'] / 1e9:.2f} GB",
+                f"{case['predicted'] / 1e9:.2f} GB",
+                f"{case['error']:+.1%}",
+            ]
+            for case in cases
+        ],
+    )
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "strategies": strategies,
+    "published": published,
+    "coverage": coverage,
+    "prediction": prediction,
+    "memory": memory,
+}
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
+
+
+def with_tables(page: str) -> str:
+    """The page with every table as the results have it now."""
+    return SLOT.sub(lambda slot: slot[1] + TABLES[slot[2]]() + slot[3], page)
+
+
+if __name__ == "__main__":
+    PAGE.write_text(with_tables(PAGE.read_text(encoding="utf-8")), encoding="utf-8")

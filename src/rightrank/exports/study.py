@@ -1,0 +1,112 @@
+"""The trials of a run as an Optuna study (extra `optuna`): its dashboard and its plots open on it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rightrank.decision.run import Records
+from rightrank.errors import MissingExtraError, ResultsError
+from rightrank.exports.targets import Exported
+from rightrank.io.files import replacing_folder
+from rightrank.records import Decision, TrialFinished, TrialOutcome
+
+if TYPE_CHECKING:
+    from optuna.trial import FrozenTrial
+
+TARGET = "optuna"
+FILE = "study.db"
+
+
+def write_study(records: Records, decision: Decision | None, folder: Path) -> Exported:
+    """Write `study.db` into `folder`, which is replaced whole. An unfinished run has a study too.
+
+    Raises:
+        MissingExtraError: optuna is not installed.
+        ResultsError: nothing was trained yet.
+    """
+    trained = [outcome for outcome in records.outcomes if outcome.rank > 0]
+    if not trained:
+        raise ResultsError("no training has ended yet: a study needs one or more")
+    try:
+        import optuna
+    except ImportError:
+        raise MissingExtraError("an Optuna study needs an extra: pip install 'rightrank[optuna]'") from None
+    before = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    with replacing_folder(folder) as temporary:
+        study = optuna.create_study(
+            storage=f"sqlite:///{temporary.resolve() / FILE}",
+            study_name="rightrank",
+            direction="maximize" if records.started.higher_is_better else "minimize",
+        )
+        for name, value in _said_of_all(records, decision).items():
+            study.set_user_attr(name, value)
+        study.add_trials([_frozen(outcome, trained, records.started.metric) for outcome in trained])
+        study._storage.remove_session()  # its file is moved next
+        study._storage._backend.engine.dispose()  # type: ignore[attr-defined]
+    optuna.logging.set_verbosity(before)
+    notes = ["trainings that were stopped early, and cuts of other adapters, are in it as pruned"]
+    return Exported(TARGET, folder, [FILE], f"optuna-dashboard sqlite:///{FILE}", notes)
+
+
+def _said_of_all(records: Records, decision: Decision | None) -> dict[str, Any]:
+    base = next((trial for trial in records.finished() if trial.rank == 0), None)
+    said: dict[str, Any] = {
+        "metric": records.started.metric,
+        "model": records.started.settings.get("model"),
+        "data": records.started.settings.get("data"),
+    }
+    if base is not None:
+        said["base"] = base.metrics
+    if decision is not None:
+        said |= {
+            "rank": decision.rank,
+            "verdict": decision.verdict,
+            "margin": decision.margin,
+            "answer": decision.sentence,
+        }
+    return said
+
+
+def _frozen(outcome: TrialOutcome, trained: list[TrialOutcome], metric: str) -> FrozenTrial:
+    """One trial: complete where it is a whole training, pruned where it was stopped or cut, failed without a result."""
+    from optuna.trial import TrialState, create_trial
+
+    arm = outcome.arm
+    attributes: dict[str, Any] = {
+        "trial_id": outcome.trial_id,
+        "lora_alpha": arm.lora_alpha,
+        "stage": arm.stage() or "whole",
+    }
+    points: Mapping[int, float] = {}
+    state, value = TrialState.FAIL, None
+    if isinstance(outcome, TrialFinished):
+        whole = arm.is_direct and metric in outcome.metrics
+        state = TrialState.COMPLETE if whole else TrialState.PRUNED
+        value = outcome.metrics[metric] if whole else None
+        points = {point.step: point.value for point in outcome.points}
+        attributes |= {"metrics": outcome.metrics, "train_seconds": outcome.train_seconds}
+    else:
+        attributes["reason"] = outcome.reason
+    return create_trial(
+        state=state,
+        value=value,
+        params={"rank": arm.rank, "learning_rate": arm.learning_rate, "seed": arm.seed},
+        distributions=_distributions(trained),
+        user_attrs=attributes,
+        intermediate_values=dict(points),
+    )
+
+
+def _distributions(trained: list[TrialOutcome]) -> dict[str, Any]:
+    from optuna.distributions import FloatDistribution, IntDistribution
+
+    ranks, rates = [outcome.rank for outcome in trained], [outcome.learning_rate for outcome in trained]
+    seeds = [outcome.seed for outcome in trained]
+    return {
+        "rank": IntDistribution(min(ranks), max(ranks), log=True),
+        "learning_rate": FloatDistribution(min(rates), max(rates), log=min(rates) > 0),
+        "seed": IntDistribution(0, max(seeds)),
+    }

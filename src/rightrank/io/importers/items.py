@@ -1,0 +1,40 @@
+"""Scores of single items as our own trackers keep them: series `items/NAME` whose step is the item's number."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+Steps: TypeAlias = Mapping[int, Mapping[str, Any]]
+
+PREFIX = "items/"
+WEIGHTS = "tokens"
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One item's scores in one training."""
+
+    number: str
+    weight: Any
+    values: Mapping[str, Any]  # by the names that the whole training's numbers have
+
+    @property
+    def place(self) -> dict[str, Any]:
+        return {"item": self.number, "tokens": self.weight}
+
+
+def apart(steps: Steps) -> tuple[dict[int, dict[str, Any]], list[Item]]:
+    """`(numbers by step without the items, the items)`."""
+    others: dict[int, dict[str, Any]] = {}
+    items: list[Item] = []
+    for step, values in sorted(steps.items()):
+        plain = {name: value for name, value in values.items() if not name.startswith(PREFIX)}
+        scores = {name.removeprefix(PREFIX): value for name, value in values.items() if name.startswith(PREFIX)}
+        if plain:
+            others[step] = plain
+        if scores:
+            weight = scores.pop(WEIGHTS, 1.0)
+            items.append(Item(f"{step:06d}", weight, {f"eval/{name}": value for name, value in scores.items()}))
+    return others, items

@@ -1,0 +1,73 @@
+"""One line of a journal: a record as JSON, closed by its length and checksum, still one JSON object.
+
+    {"type":"trial_started", … ,"trial_id":"0a1b…","len":231,"crc":"5d41402a"}
+
+`len` counts the bytes before `,"len":`, and `crc` is their CRC-32 (as in zlib) in hex. Any one flipped bit is found,
+wherever in the line it is. Lines of schema 1 have neither and are read as they are.
+"""
+
+from __future__ import annotations
+
+import re
+import zlib
+from dataclasses import dataclass
+
+from pydantic import ValidationError
+
+from rightrank.records import JOURNAL_RECORD, SCHEMA_VERSION, JournalRecord
+
+_SEAL = re.compile(rb',"len":(0|[1-9][0-9]*),"crc":"([0-9a-f]{8})"\}\Z')
+_VERSION = re.compile(rb'"schema_version":([0-9]+)')
+FIRST_SEALED_SCHEMA = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Damage:
+    """A line that is no record; `reason` follows `journal.jsonl:5: `."""
+
+    reason: str
+
+
+def sealed(record: JournalRecord) -> bytes:
+    """The record's line, its end included."""
+    body = record.model_dump_json().encode()[:-1]
+    return body + b',"len":%d,"crc":"%08x"}\n' % (len(body), zlib.crc32(body))
+
+
+def read_line(line: bytes) -> JournalRecord | Damage:
+    """The record of a line without its end, or what is wrong with it."""
+    seal = _SEAL.search(line)
+    if seal is None:
+        return _unsealed(line)
+    body, length, checksum = line[: seal.start()], int(seal[1]), int(seal[2], 16)
+    if len(body) != length:
+        return Damage(f"damaged: {len(body)} bytes where {length} were written")
+    if zlib.crc32(body) != checksum:
+        return Damage("damaged: its checksum does not fit")
+    return _parsed(body + b"}")
+
+
+def split_torn(whole: bytes) -> tuple[bytes, bytes]:
+    """`(complete lines, what follows the last line end)`."""
+    end = whole.rfind(b"\n") + 1
+    return whole[:end], whole[end:]
+
+
+def _unsealed(line: bytes) -> JournalRecord | Damage:
+    """A line of schema 1, which had no seal; else one that lost it."""
+    versions = [int(version) for version in _VERSION.findall(line)]
+    if not versions or max(versions) >= FIRST_SEALED_SCHEMA:
+        return Damage("damaged: it has no length and checksum at its end")
+    return _parsed(line)
+
+
+def _parsed(text: bytes) -> JournalRecord | Damage:
+    try:
+        record = JOURNAL_RECORD.validate_json(text)
+    except ValidationError as error:
+        return Damage(f"not a record of schema {SCHEMA_VERSION} or before ({error.errors()[0]['msg']})")
+    if record.schema_version > SCHEMA_VERSION:
+        return Damage(
+            f"schema {record.schema_version}, and this version reads up to {SCHEMA_VERSION}: update rightrank"
+        )
+    return record

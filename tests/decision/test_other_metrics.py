@@ -1,0 +1,91 @@
+"""Several metrics of the same trials: one decides, and a rank on which another says otherwise is told."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from rightrank.decision import decide, table_of
+from rightrank.records import TrialFinished
+
+ITEMS = 400
+
+
+def trial(rank: int, seed: int, loss: float, right: float) -> TrialFinished:
+    """A trial whose items scatter about these means, the same way at every rank."""
+    generator = np.random.default_rng(seed)
+    losses = loss + generator.normal(0, 0.5, ITEMS) + np.random.default_rng([seed, rank]).normal(0, 0.01, ITEMS)
+    scores = (np.argsort(np.argsort(np.random.default_rng(7).random(ITEMS))) < right * ITEMS).astype(float)
+    return TrialFinished(
+        trial_id=f"{rank}-{seed}",
+        rank=rank,
+        learning_rate=1e-3,
+        lora_alpha=32,
+        seed=seed,
+        steps=10,
+        value=float(losses.mean()),
+        metrics={"loss": float(losses.mean()), "exact_match": float(scores.mean()), "bleu": 20.0 + rank / 64},
+        item_losses=losses.tolist(),
+        item_tokens=[1] * ITEMS,
+        item_metrics={"exact_match": scores.tolist()},
+        train_value=1.0,
+        points=[],
+        trainable_parameters=1,
+        train_seconds=1.0,
+        train_tokens=1,
+        eval_seconds=1.0,
+        peak_bytes=1,
+    )
+
+
+def decided(losses: dict[int, float], right: dict[int, float]):  # type: ignore[no-untyped-def]
+    trials = [trial(rank, seed, losses[rank], right[rank]) for rank in losses for seed in (0, 1, 2)]
+    others = [table_of(trials, "exact_match"), table_of(trials, "bleu")]
+    return decide(table_of(trials, "loss"), 0.005, others=others)
+
+
+def test_a_rank_that_the_other_metric_shows_to_be_too_small() -> None:
+    decision = decided({1: 2.2, 4: 2.0, 16: 2.0}, {1: 0.2, 4: 0.5, 16: 0.7})
+    assert decision.rank == 4
+    assert "metric_conflict" in decision.flags
+    exact, bleu = decision.other_metrics
+    assert (exact.metric, exact.rank, exact.conflict, exact.margin) == ("exact_match", 16, True, 0.005)
+    assert exact.sentence == (
+        "exact_match says otherwise: by it rank 4 is not enough, at 0.2 worse (its margin is 0.005)."
+    )
+    assert (bleu.metric, bleu.conflict, bleu.higher_is_better) == ("bleu", False, True)
+    assert [evidence.rank for evidence in exact.ranks] == [1, 4, 16]
+    assert exact.value_at(16) == pytest.approx(0.7)
+
+
+def test_a_rank_that_the_other_metric_shows_to_be_enough() -> None:
+    decision = decided({1: 2.2, 4: 2.1, 16: 2.0}, {1: 0.2, 4: 0.7, 16: 0.7})
+    assert decision.rank == 16
+    assert "metric_conflict" in decision.flags
+    assert "by it rank 4 is enough, within its margin" in decision.other_metrics[0].sentence
+
+
+def test_metrics_that_agree_raise_nothing() -> None:
+    decision = decided({1: 2.2, 4: 2.0, 16: 2.0}, {1: 0.2, 4: 0.7, 16: 0.7})
+    assert (decision.rank, decision.other_metrics[0].rank) == (4, 4)
+    assert "metric_conflict" not in decision.flags
+    assert not decision.other_metrics[0].conflict
+
+
+def test_trials_without_items_of_a_metric_are_compared_by_value() -> None:
+    trials = [trial(rank, seed, 2.0, 0.5) for rank in (1, 4) for seed in (0, 1)]
+    ragged = [trials[0].model_copy(update={"item_metrics": {}}), *trials[1:]]
+    assert all(cell.items == 0 for cell in table_of(ragged, "exact_match").cells.values())
+    gone = trials[0].model_copy(update={"metrics": {"loss": 2.0}, "failed_metrics": {"exact_match": "away"}})
+    table = table_of([gone, *trials[1:]], "exact_match")
+    assert table.missing == {1: 1}
+    assert all(cell.items == ITEMS for cell in table.cells.values())
+
+
+def test_a_metric_that_is_nothing_everywhere_still_has_a_margin() -> None:
+    trials = [trial(rank, seed, 2.0, 0.5) for rank in (1, 4) for seed in (0, 1)]
+    none = [
+        t.model_copy(update={"metrics": {"rougeL": 0.0}, "item_metrics": {"rougeL": [0.0] * ITEMS}}) for t in trials
+    ]
+    decision = decide(table_of(none, "rougeL"))
+    assert (decision.margin, decision.verdict) == (0.01, "flat")

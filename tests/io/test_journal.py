@@ -1,0 +1,198 @@
+"""The journal on a disk that is cut, flipped, full, or on a network: every fault is told, and nothing whole is lost."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from rightrank.errors import RunFolderError
+from rightrank.io import files
+from rightrank.io.journal import Journal
+from rightrank.io.journal_lines import Damage, read_line, sealed
+from rightrank.records import Arm, DataSummary, JournalRecord, RunStarted, TrialFailed, TrialStarted
+
+ARM = Arm(rank=4, learning_rate=1e-3, lora_alpha=32.0, seed=0, steps=10)
+
+
+def started() -> RunStarted:
+    data = DataSummary(form="text", splits={}, splits_given=False, duplicates_across_splits=0)
+    return RunStarted(
+        rightrank_version="1",
+        fingerprint="f" * 64,
+        settings={"model": "m", "data": 'quoted "schema_version":9 text'},
+        environment={},
+        data=data,
+        evaluation_items=["a", "b"],
+        metric="loss",
+        higher_is_better=False,
+        started_at="2026-01-01T00:00:00+00:00",
+    )
+
+
+def records() -> list[JournalRecord]:
+    begun = TrialStarted(trial_id="0" * 12, **ARM.model_dump())
+    failed = TrialFailed(trial_id="0" * 12, **ARM.model_dump(), error="error", reason="naïve — “quoted”\n\x7f")
+    return [started(), begun, failed]
+
+
+def write_all(path: Path) -> Journal:
+    journal = Journal(path)
+    for record in records():
+        journal.append(record)
+    return journal
+
+
+def test_each_line_is_json_that_a_person_and_any_tool_can_read(tmp_path: Path) -> None:
+    lines = write_all(tmp_path / "journal.jsonl").path.read_text(encoding="utf-8").splitlines()
+    read = [json.loads(line) for line in lines]
+    assert [line["type"] for line in read] == ["run_started", "trial_started", "trial_failed"]
+    assert {line["schema_version"] for line in read} == {2}
+    for line, text in zip(read, lines, strict=True):
+        assert text[: line["len"]].endswith(f'"trial_id":"{"0" * 12}"') or line["type"] != "trial_started"
+        assert len(line["crc"]) == 8
+    assert Journal(tmp_path / "journal.jsonl").read() == records()
+
+
+def test_cut_at_every_byte_the_whole_records_are_kept_and_the_rest_is_set_aside(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "fsync", lambda _: None)  # a thousand waits for the disk show nothing here
+    whole = b"".join(sealed(record) for record in records())
+    ends = [position for position, byte in enumerate(whole) if byte == ord("\n")]
+    for cut in range(len(whole) + 1):
+        journal = Journal(tmp_path / f"{cut}.jsonl")
+        journal.path.write_bytes(whole[:cut])
+        told: list[str] = []
+        kept = journal.read(told.append)
+        complete = sum(end <= cut for end in ends)  # a record that lacks only its line end is whole
+        assert kept == records()[:complete], cut
+        aside = journal.path.with_name(f"{cut}.jsonl.torn-1")
+        remaining = journal.path.read_bytes()
+        if aside.exists():
+            assert remaining + aside.read_bytes() == whole[:cut]
+            assert len(told) == 1
+            assert "the last line was cut off" in told[0]
+        else:
+            assert remaining == whole[: ends[complete - 1] + 1 if complete else 0]
+            assert told == []
+        journal.append(records()[-1])
+        assert len(journal.read()) == complete + 1
+
+
+def test_each_flipped_bit_of_a_line_is_found(tmp_path: Path) -> None:
+    """Every bit of every line, its end included: the line is never taken for a record, be it the same or another."""
+    for record in records():
+        line = sealed(record)
+        for position in range(len(line)):
+            for bit in range(8):
+                flipped = bytearray(line)
+                flipped[position] ^= 1 << bit
+                parts = bytes(flipped).split(b"\n")
+                found = [read_line(part) for part in parts if part]
+                assert any(isinstance(one, Damage) for one in found), (position, bit)
+                assert not any(one == record for one in found), (position, bit)
+
+
+def test_a_flipped_bit_is_told_in_one_line_with_what_can_be_saved_and_repaired(tmp_path: Path) -> None:
+    journal = write_all(tmp_path / "journal.jsonl")
+    whole = journal.path.read_bytes().splitlines(keepends=True)
+    damaged = bytearray(whole[1])
+    damaged[40] ^= 4
+    journal.path.write_bytes(whole[0] + bytes(damaged) + whole[2])
+    with pytest.raises(RunFolderError) as told:
+        journal.read()
+    message = str(told.value)
+    assert re.search(r"journal.jsonl:2: damaged: its checksum does not fit; 2 of 3 records are whole", message)
+    assert f"rightrank repair {tmp_path}" in message
+    assert "\n" not in message
+    repaired = journal.repair()
+    assert (repaired.kept, repaired.set_aside) == (2, 1)
+    assert repaired.aside is not None
+    assert repaired.aside.read_bytes() == bytes(damaged)
+    assert journal.read() == [records()[0], records()[2]]
+    assert journal.repair().aside is None
+
+
+def test_a_damaged_start_is_refused_and_nothing_is_touched(tmp_path: Path) -> None:
+    journal = write_all(tmp_path / "journal.jsonl")
+    damaged = bytearray(journal.path.read_bytes())
+    damaged[10] ^= 1
+    journal.path.write_bytes(bytes(damaged))
+    with pytest.raises(RunFolderError, match=r"the first line, the run's start, is damaged.*the other 2 records"):
+        journal.repair()
+    assert journal.path.read_bytes() == bytes(damaged)
+
+
+def test_lines_of_schema_1_are_read_and_new_ones_are_appended_in_the_new_form(tmp_path: Path) -> None:
+    path = tmp_path / "journal.jsonl"
+    old = [record.model_copy(update={"schema_version": 1}) for record in records()]
+    path.write_text("".join(record.model_dump_json() + "\n" for record in old[:2]))
+    journal = Journal(path)
+    assert journal.read() == old[:2]
+    journal.append(records()[2])
+    assert journal.read() == [*old[:2], records()[2]]
+
+
+def test_a_line_that_lost_its_seal_is_not_taken_for_an_old_one(tmp_path: Path) -> None:
+    bare = records()[1].model_dump_json().encode()
+    assert read_line(bare) == Damage("damaged: it has no length and checksum at its end")
+
+
+def test_a_later_schema_is_refused_with_both_numbers(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "journal.jsonl")
+    journal.append(records()[1].model_copy(update={"schema_version": 3}))
+    with pytest.raises(RunFolderError, match="1: schema 3, and this version reads up to 2: update rightrank"):
+        journal.read()
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of one page, where one can be mounted."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=4k", "tmpfs", str(disk)]
+    if os.geteuid() != 0 or subprocess.run(command, check=False, capture_output=True).returncode:
+        pytest.skip("no small disk can be mounted here")
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
+
+
+def fill(journal: Journal) -> None:
+    for _ in range(100):
+        journal.append(records()[2])
+
+
+def test_an_append_that_finds_the_disk_full_leaves_whole_lines(small_disk: Path) -> None:
+    journal = Journal(small_disk / "journal.jsonl")
+    with pytest.raises(OSError, match="No space left"):
+        fill(journal)
+    kept = len(journal.read())
+    assert kept > 3
+    assert journal.path.read_bytes().endswith(b"\n")
+    subprocess.run(["mount", "-o", "remount,size=64k", str(small_disk)], check=True)
+    journal.append(records()[2])
+    assert len(journal.read()) == kept + 1
+    assert sorted(path.name for path in small_disk.iterdir()) == ["journal.jsonl"]
+
+
+def test_an_append_waits_for_the_disk_and_for_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[bool] = []
+    real = os.fsync
+
+    def spy(descriptor: int) -> None:
+        synced.append(os.path.isdir(f"/proc/self/fd/{descriptor}"))  # noqa: PTH112
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", spy)
+    journal = Journal(tmp_path / "journal.jsonl")
+    journal.append(records()[0])
+    assert synced == [False, True]  # the file, then the folder that names it
+    journal.append(records()[1])
+    assert synced == [False, True, False]
+    assert files.os.fsync is spy

@@ -1,0 +1,136 @@
+"""Items that are hard to digest: cut, left out or kept as docs/file-formats.md says, and counted."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from rightrank.engine.encode import EncodedData, encode
+from rightrank.errors import DataError
+from rightrank.io.data import load_data
+from rightrank.report.html import render_report
+from rightrank.report.terminal import plan_line
+from tests.report.runs import made_up_run
+from tests.tiny import make_tokenizer, sentences, small_settings
+
+HALF = "\ud800"  # of a surrogate pair: no character, and nothing that UTF-8 can hold
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return make_tokenizer()
+
+
+def encoded(path: Path, rows: list[dict[str, Any]], tokenizer: Any, **settings: Any) -> EncodedData:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    chosen = small_settings(eval_items=1000, **settings)
+    return encode(load_data(path, chosen), SimpleNamespace(tokenizer=tokenizer), chosen)  # type: ignore[arg-type]
+
+
+def counted(data: EncodedData, name: str) -> int:
+    return sum(getattr(split, name) for split in data.summary.splits.values())
+
+
+def texts(count: int = 120) -> list[dict[str, Any]]:
+    return [{"text": f"{number} {text}"} for number, text in enumerate(sentences(count))]
+
+
+def test_a_line_of_a_megabyte_is_cut_and_counted(tmp_path: Path, tokenizer: Any) -> None:
+    for long in ("a" * 2**20, "the cat " * 2**17, " " * 2**20 + "a"):
+        data = encoded(tmp_path / "d.jsonl", [*texts(), {"text": long}], tokenizer, seq_len=64)
+        assert counted(data, "items") == 121
+        assert counted(data, "truncated") == 1
+        assert max(item.length for items in data.splits.values() for item in items) == 64
+
+
+def test_a_line_of_a_megabyte_can_be_split_instead(tmp_path: Path, tokenizer: Any) -> None:
+    rows = [*texts(), {"text": "the cat " * 2**15}]
+    data = encoded(tmp_path / "d.jsonl", rows, tokenizer, seq_len=64, long_items="split")
+    assert counted(data, "items") > 1000
+    assert counted(data, "truncated") == 1
+
+
+def test_a_line_without_end_is_refused(tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rightrank.io.rows.LONGEST_LINE", 10_000)
+    with pytest.raises(DataError, match=r"d\.jsonl:121: a line of over 10,000 characters; give one object a line"):
+        encoded(tmp_path / "d.jsonl", [*texts(), {"text": "a" * 20_000}], tokenizer)
+
+
+FORMS: list[tuple[str, dict[str, Any]]] = [
+    ("text", {"text": f"a {HALF} b"}),
+    ("prompt", {"prompt": HALF, "completion": "b"}),
+    ("completion", {"prompt": "a", "completion": f"b{HALF}"}),
+    ("messages", {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": HALF}]}),
+    ("role", {"messages": [{"role": HALF, "content": "a"}, {"role": "assistant", "content": "b"}]}),
+    ("label", {"text": "a", "label": HALF}),
+    ("turns", {"prompt": [{"role": "user", "content": HALF}], "completion": [{"role": "assistant", "content": "b"}]}),
+]
+
+
+@pytest.mark.parametrize("row", [row for _, row in FORMS], ids=[name for name, _ in FORMS])
+def test_half_characters_are_left_out_and_counted(tmp_path: Path, tokenizer: Any, row: dict[str, Any]) -> None:
+    whole = json.dumps(row).replace("\\ud800", "x")
+    good = [
+        json.loads(whole.replace('"a', f'"{number} a').replace('"b', f'"{number} b').replace('"x"', f'"x{number % 2}"'))
+        for number in range(120)
+    ]
+    data = encoded(tmp_path / "d.jsonl", [row, *good, row], tokenizer, seq_len=100)
+    assert data.summary.unreadable == 2
+    assert counted(data, "items") + counted(data, "dropped") <= 120
+    data.summary.model_dump_json()
+
+
+def test_half_characters_elsewhere_in_a_row_do_no_harm(tmp_path: Path, tokenizer: Any) -> None:
+    rows = [row | {"group": f"{HALF}{number % 50}", "note": HALF} for number, row in enumerate(texts())]
+    data = encoded(tmp_path / "d.jsonl", rows, tokenizer)
+    assert data.summary.unreadable == 0
+    assert counted(data, "items") == 120
+
+
+def test_a_whole_pair_is_a_character(tmp_path: Path, tokenizer: Any) -> None:
+    data = encoded(tmp_path / "d.jsonl", [row | {"text": row["text"] + " \U0001f600"} for row in texts()], tokenizer)
+    assert data.summary.unreadable == 0
+
+
+@pytest.mark.parametrize("character", ["\x00", "\x1b[2J", "\x7f", "\x9b", "\x08"])
+def test_control_characters_are_kept_and_counted(tmp_path: Path, tokenizer: Any, character: str) -> None:
+    rows = [{"text": f"{row['text']}{character}"} if number < 40 else row for number, row in enumerate(texts())]
+    data = encoded(tmp_path / "d.jsonl", rows, tokenizer)
+    assert data.summary.control_characters == 40
+    assert counted(data, "items") == 120
+    kept = tokenizer.decode(tokenizer(rows[0]["text"])["input_ids"])
+    assert kept == rows[0]["text"]
+
+
+def test_tabs_and_line_ends_are_no_control_characters(tmp_path: Path, tokenizer: Any) -> None:
+    rows = [{"text": f"{row['text']}\t\r\n"} for row in texts()]
+    assert encoded(tmp_path / "d.jsonl", rows, tokenizer).summary.control_characters == 0
+
+
+def test_empty_completions_are_dropped_and_counted(tmp_path: Path, tokenizer: Any) -> None:
+    rows = [{"prompt": f"say {number}", "completion": "" if number % 4 == 0 else "x"} for number in range(200)]
+    data = encoded(tmp_path / "d.jsonl", rows, tokenizer)
+    assert counted(data, "dropped") == 50
+    assert counted(data, "items") == 150
+
+
+def test_nothing_but_empty_completions_is_refused(tmp_path: Path, tokenizer: Any) -> None:
+    rows = [{"prompt": f"say {number}", "completion": ""} for number in range(200)]
+    with pytest.raises(DataError, match=r"no label token left after tokenising"):
+        encoded(tmp_path / "d.jsonl", rows, tokenizer)
+
+
+def test_the_counts_are_shown(tmp_path: Path) -> None:
+    made = made_up_run()
+    data = made.started.data.model_copy(update={"unreadable": 3, "control_characters": 5})
+    started = made.started.model_copy(update={"data": data})
+    assert "3 rows left out: half characters" in plan_line(started, 4, 10)
+    assert "5 items with control characters" in plan_line(started, 4, 10)
+    made.started = started
+    page = render_report(made, None)
+    assert "3 rows left out, half characters" in page
+    assert "5 items with control characters" in page

@@ -1,0 +1,57 @@
+"""Built twice, in two places, at two times: the same bytes. And the vendored file is the published one."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PACKAGED = ("src", "pyproject.toml", "README.md", "LICENSE")
+
+
+def built(where: Path) -> dict[str, str]:
+    """Name → SHA-256 of wheel and sdist, from a copy of the sources with new times and an umask of its own."""
+    where.mkdir()
+    for name in PACKAGED:
+        source = ROOT / name
+        if source.is_dir():
+            shutil.copytree(
+                source, where / name, copy_function=shutil.copyfile, ignore=shutil.ignore_patterns("__pycache__")
+            )
+        else:
+            shutil.copyfile(source, where / name)
+    environment = os.environ | {"SOURCE_DATE_EPOCH": "1700000000"}
+    subprocess.run(
+        [sys.executable, "-m", "hatchling", "build"], cwd=where, env=environment, check=True, capture_output=True
+    )
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted((where / "dist").iterdir())}
+
+
+@pytest.mark.skipif(find_spec("hatchling") is None, reason="the build backend is not installed: pip install hatchling")
+def test_two_builds_are_the_same_bytes(tmp_path: Path) -> None:
+    first, second = built(tmp_path / "a"), built(tmp_path / "another place")
+    assert len(first) == 2
+    assert first == second
+    wheel = next((tmp_path / "a" / "dist").glob("*.whl"))
+    names = zipfile.ZipFile(wheel).namelist()
+    assert "rightrank/cli/__init__.py" in names
+    assert not [name for name in names if name.startswith(("tests/", "benchmarks/", ".")) or ".." in name]
+    with tarfile.open(next((tmp_path / "a" / "dist").glob("*.tar.gz"))) as archive:
+        assert not [member.name for member in archive if member.issym() or member.islnk() or ".." in member.name]
+
+
+def test_the_vendored_file_is_the_published_one() -> None:
+    stated = re.search(r"SHA-256 ([0-9a-f]{64})", (ROOT / "docs" / "dependencies.md").read_text(encoding="utf-8"))
+    assert stated is not None
+    vendored = (ROOT / "src" / "rightrank" / "report" / "vendor" / "echarts.min.js").read_bytes()
+    assert hashlib.sha256(vendored).hexdigest() == stated[1]

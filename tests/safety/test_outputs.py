@@ -1,0 +1,146 @@
+"""What we write and print: no secrets, no escapes of a terminal, one line where something is wrong."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from rightrank.errors import LONGEST_MESSAGE, DataError, RightrankError, one_line
+from rightrank.exports.servers import LOOPBACK
+from rightrank.report.html import render_report
+from rightrank.runs import export
+from tests.report.runs import made_up_run
+from tests.test_select import run, select_arguments
+from tests.tiny import write_jsonl
+
+SECRETS = {
+    "HF_TOKEN": "hf_s3cretTokenOfAnyone",
+    "AWS_SECRET_ACCESS_KEY": "awsS3cretOfAnyone",
+    "WANDB_API_KEY": "wandbS3cretOfAnyone",
+    "HTTPS_PROXY_PASSWORD": "proxyS3cretOfAnyone",
+    "RIGHTRANK_UNRELATED": "unrelatedS3cretOfAnyone",
+}
+ENVIRONMENT = {"python", "system", "torch", "transformers", "peft", "device", "threads", "gpu"}
+
+
+@pytest.fixture(scope="module")
+def small_run(
+    model_folder: Path, completion_file: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    """A selection by the command, in a process whose environment is full of secrets."""
+    import os
+
+    out = tmp_path_factory.mktemp("secrets") / "run"
+    arguments = [*select_arguments(model_folder, completion_file, out), "--log-json"]
+    command = [sys.executable, "-m", "rightrank", *arguments]
+    done = subprocess.run(command, env=os.environ | SECRETS, capture_output=True, text=True, check=False)
+    return out, done
+
+
+def test_no_secret_of_the_environment_is_written_or_printed(
+    small_run: tuple[Path, subprocess.CompletedProcess[str]],
+) -> None:
+    out, done = small_run
+    assert done.returncode == 0, done.stderr
+    export(out, "vllm")
+    written = [path for path in out.rglob("*") if path.is_file()]
+    assert len(written) > 8
+    texts = {str(path): path.read_bytes() for path in written} | {
+        "out": done.stdout.encode(),
+        "err": done.stderr.encode(),
+    }
+    for secret in SECRETS.values():
+        assert not [name for name, text in texts.items() if secret.encode() in text]
+
+
+def test_the_environment_in_the_journal_is_a_list_of_what_is_allowed(
+    small_run: tuple[Path, subprocess.CompletedProcess[str]],
+) -> None:
+    out, _ = small_run
+    started = json.loads((out / "journal.jsonl").read_text().splitlines()[0])
+    found = started.get("environment") or started["record"]["environment"]
+    assert set(found) <= ENVIRONMENT
+
+
+def test_a_server_s_script_listens_on_loopback(small_run: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+    out, _ = small_run
+    script = (export(out, "vllm").folder / "vllm.sh").read_text()
+    assert f"--host {LOOPBACK}" in script
+
+
+def test_foreign_code_is_shown_in_the_report() -> None:
+    records = made_up_run()
+    assert "Code that came with the model was run" not in render_report(records, None)
+    records.started.settings["trust_remote_code"] = True
+    assert "Code that came with the model was run" in render_report(records, None)
+
+
+# one line
+
+
+def test_a_message_is_one_visible_line_whatever_it_quotes() -> None:
+    assert one_line("a\n\tb \x1b[2J \x00 \x9b c") == "a b \\x1b[2J \\x00 \\x9b c"
+    long = one_line("start " + "x" * 10**6 + " end")
+    assert len(long) <= LONGEST_MESSAGE
+    assert long.startswith("start xx")
+    assert long.endswith("xx end")
+    assert str(DataError("a\nb")) == "a b"
+    assert str(RightrankError()) == ""
+
+
+def test_a_column_that_talks_to_the_terminal_is_shown_as_text(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"rank": rank, "eval_loss\x1b[2J\u202e": 2 + 1 / rank} for rank in (1, 2, 4)]
+    path = write_jsonl(tmp_path / "runs.jsonl", rows)
+    status, out, err = run(["decide", str(path), "--metric", "eval_loss\x1b[2J\u202e"], capsys)
+    assert status == 0, err
+    assert "\x1b[2J" not in out
+    assert "\u202e" not in out
+    assert "␛[2J" in out
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["decide", "x" * 300],
+        ["decide", "x" * 5000 + ".csv"],
+        ["inspect", "x" * 300],
+        ["status", "x" * 300],
+        ["report", "x" * 300],
+        ["plan", "x" * 300],
+        ["select", "x" * 300, "y" * 300, "--out", "z" * 300],
+        ["decide", "a\udcff.csv"],
+        ["inspect", "a\udcff\x1b[2J"],
+        ["decide", "/dev/null"],
+        ["decide", "/proc/self/mem"],
+    ],
+    ids=lambda arguments: f"{arguments[0]} {ascii(arguments[1])[:12]} {len(arguments[1])}",
+)
+def test_names_that_no_file_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    status, out, err = run(arguments, capsys)
+    assert status in (1, 2)
+    assert out == ""
+    lines = err.splitlines()
+    assert len(lines) == 1, err
+    assert lines[0].startswith("rightrank: ")
+    assert len(lines[0]) <= LONGEST_MESSAGE + 20
+    assert "\x1b" not in err
+
+
+def test_data_with_a_name_that_is_no_text_is_journalled(
+    model_folder: Path, completion_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A file's name may hold bytes that are no UTF-8; JSON may not."""
+    path = tmp_path / "data\udcff.jsonl"
+    path.write_bytes(completion_file.read_bytes())
+    status, _, err = run(select_arguments(model_folder, path, tmp_path / "run"), capsys)
+    assert status == 0, err
+    assert "data" in (tmp_path / "run" / "journal.jsonl").read_text(encoding="utf-8")

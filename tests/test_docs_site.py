@@ -1,0 +1,59 @@
+"""The documentation builds as a site, any warning an error, with every page reachable and every public name in it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import rightrank
+
+ROOT = Path(__file__).parents[1]
+NOT_IN_THE_REFERENCE = {
+    "__version__",
+    "Decided",
+    "EvalPoint",
+    "PlanSettings",
+    "SelectSettings",
+}  # settings.md; plain values
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pytest.importorskip("mkdocs")
+    pytest.importorskip("mkdocstrings")
+    folder = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(folder)]
+    environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stderr.strip() == ""
+    return folder
+
+
+def test_every_page_is_in_the_navigation(site: Path) -> None:
+    first = (site / "index.html").read_text(encoding="utf-8")
+    for page in (ROOT / "docs").glob("*.md"):
+        if page.stem != "index":
+            assert (site / page.stem / "index.html").is_file()
+            assert f'href="{page.stem}/"' in first, f"{page.name} is not in the navigation of mkdocs.yml"
+
+
+def test_the_reference_has_the_public_names(site: Path) -> None:
+    text = (site / "python" / "index.html").read_text(encoding="utf-8")
+    missing = {name for name in rightrank.__all__ if f'id="rightrank.{name}"' not in text}
+    assert missing == NOT_IN_THE_REFERENCE
+
+
+def test_the_site_asks_nothing_of_others(site: Path) -> None:
+    """No font, script or style from another host."""
+    text = (site / "index.html").read_text(encoding="utf-8")
+    assert 'src="http' not in text
+    assert not [
+        part
+        for part in text.split("<link")[1:]
+        if "stylesheet" in part.split(">")[0] and 'href="http' in part.split(">")[0]
+    ]

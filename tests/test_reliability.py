@@ -1,0 +1,355 @@
+"""What a selection goes through on machines that are taken away, fill up, or have their clock set back.
+
+The run under test was made by the first version of the journal and stopped half of the way: each test goes on from it.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from datetime import UTC, datetime, timedelta, tzinfo
+from pathlib import Path
+
+import pytest
+import torch
+
+from rightrank import preparation
+from rightrank.cli import stopping
+from rightrank.engine import together
+from rightrank.engine.memory import is_out_of_memory
+from rightrank.engine.train import TrialFolders, Watcher
+from rightrank.errors import RunFolderError, TerminatedRun
+from rightrank.io.checkpoints import load_checkpoint
+from rightrank.io.journal import Journal
+from rightrank.io.run_folder import RunFolder
+from rightrank.records import Arm, Trial, TrialFailed, TrialFinished, TrialStarted
+from rightrank.report import event_log
+from tests.helpers import make_bench
+from tests.test_select import run, start, wait_for_trial
+from tests.tiny import small_settings
+
+FIXTURE = Path(__file__).parent / "fixtures" / "runs" / "schema-1"
+SELECT = [
+    "select", "model", "data.jsonl", "--out", "run", "--strategy", "grid", "--ranks", "1,4", "--learning-rates", "1e-2",
+    "--max-steps", "8", "--batch-size", "4", "--seq-len", "32", "--eval-items", "12", "--set", "eval_points=2",
+    "--set", "samples=0", "--device", "cpu", "--quiet",
+]  # fmt: skip
+
+
+def half_done(folder: Path) -> Path:
+    """A run of schema 1 whose first arm has finished; the model and the data stand beside it."""
+    shutil.copytree(FIXTURE, folder)
+    run_folder = folder / "run"
+    lines = (FIXTURE / "run" / "journal.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    kept = [line for line in lines if '"type":"trial_' in line or '"run_started"' in line]
+    last = next(number for number, line in enumerate(kept) if '"trial_started"' in line and '"rank":1,' in line)
+    (run_folder / "journal.jsonl").write_text("".join(kept[: last + 1]), encoding="utf-8")
+    for name in ("decision.json", "config.yaml"):
+        (run_folder / name).unlink()
+    return run_folder
+
+
+@pytest.fixture
+def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The half-done run, in the folder that its settings are relative to."""
+    folder = half_done(tmp_path / "work")
+    monkeypatch.chdir(folder.parent)
+    return folder
+
+
+def selected(capsys: pytest.CaptureFixture[str], *more: str) -> tuple[int, str]:
+    status, _, err = run([*SELECT[:-1], *more, "--quiet"], capsys)
+    return status, err
+
+
+def require_right(folder: Path) -> None:
+    """The first arm was trained once, by the first version; the second by this one; and the answer is there."""
+    records = Journal(folder / "journal.jsonl").read()
+    finished = [record for record in records if isinstance(record, TrialFinished)]
+    assert [(record.rank, record.schema_version) for record in finished] == [(0, 1), (4, 1), (1, 2)]
+    assert len([r for r in records if isinstance(r, TrialStarted) and r.rank == 4]) == 1
+    known = json.loads((FIXTURE / "run" / "decision.json").read_text())
+    decision = json.loads((folder / "decision.json").read_text())
+    assert {name: decision[name] for name in ("rank", "fallback_rank", "verdict")} == {
+        name: known[name] for name in ("rank", "fallback_rank", "verdict")
+    }
+    assert [row["value"] for row in decision["ranks"]] == pytest.approx(
+        [row["value"] for row in known["ranks"]], rel=1e-3
+    )
+
+
+def test_a_run_of_an_earlier_version_is_read_and_goes_on(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = (work / "journal.jsonl").read_bytes()
+    status, out, _ = run(["status", "run", "--json"], capsys)
+    assert status == 0
+    assert json.loads(out)["trials_ended"] == 2
+    assert (work / "journal.jsonl").read_bytes() == before
+    assert selected(capsys)[0] == 0
+    require_right(work)
+    assert (work / "journal.jsonl").read_bytes().startswith(before)
+
+
+def test_other_settings_are_still_refused_for_a_run_of_an_earlier_version(
+    work: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, err = selected(capsys, "--lora-alpha", "16")
+    assert status == 2
+    assert "made with other settings (lora_alpha: 32.0 → 16.0)" in err
+
+
+class _Backwards(datetime):
+    """A clock that stands a year before the run's start and goes back a minute whenever it is asked."""
+
+    asked = 0
+
+    @classmethod
+    def now(cls, tz: tzinfo | None = None) -> datetime:  # type: ignore[override]
+        cls.asked += 1
+        return datetime(2020, 1, 1, tzinfo=UTC) - timedelta(minutes=cls.asked)
+
+
+def test_a_clock_set_back_changes_nothing(
+    work: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = time.time()
+    calls = iter(range(1, 10**9))
+    monkeypatch.setattr(time, "time", lambda: before - 3600 * next(calls))
+    monkeypatch.setattr(preparation, "datetime", _Backwards)
+    monkeypatch.setattr(event_log, "datetime", _Backwards)
+    assert selected(capsys, "--set", "checkpoint_seconds=0.001")[0] == 0
+    assert _Backwards.asked > 0
+    require_right(work)
+    trial = [record for record in Journal(work / "journal.jsonl").read() if isinstance(record, TrialFinished)][-1]
+    assert trial.train_seconds > 0
+    assert trial.eval_seconds > 0
+
+
+def test_a_read_only_folder_is_told_can_be_looked_at_and_goes_on_once_it_is_writable(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "tmpfs", str(disk)]
+    if os.geteuid() != 0 or subprocess.run(mount, check=False, capture_output=True).returncode:
+        pytest.skip("no disk can be mounted here")
+    try:
+        folder = half_done(disk / "work")
+        monkeypatch.chdir(folder.parent)
+        subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+        status, err = selected(capsys)
+        assert status == 2
+        assert err.count("\n") == 1
+        assert "can't write there (Read-only file system); give a writable --out" in err
+        assert run(["status", "run"], capsys)[0] == 0
+        subprocess.run(["mount", "-o", "remount,rw", str(disk)], check=True)
+        assert selected(capsys)[0] == 0
+        require_right(folder)
+    finally:
+        monkeypatch.chdir(tmp_path)
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_damaged_record_is_repaired_and_only_what_was_lost_is_trained_again(
+    work: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert selected(capsys)[0] == 0
+    journal = work / "journal.jsonl"
+    lines = journal.read_bytes().splitlines(keepends=True)
+    number = next(n for n, line in enumerate(lines) if b'"trial_finished"' in line and b'"rank":1,' in line)
+    damaged = bytearray(lines[number])
+    damaged[len(damaged) // 2] ^= 1
+    journal.write_bytes(b"".join([*lines[:number], bytes(damaged), *lines[number + 1 :]]))
+    status, err = selected(capsys)
+    assert status == 2
+    assert f"journal.jsonl:{number + 1}: damaged" in err
+    assert "`rightrank repair run`" in err
+    status, out, _ = run(["repair", "run", "--json"], capsys)
+    assert status == 0
+    assert json.loads(out) == {"kept": len(lines) - 1, "set_aside": 1, "file": "run/journal.jsonl.torn-1"}
+    assert (work / "journal.jsonl.torn-1").read_bytes() == bytes(damaged)
+    assert selected(capsys)[0] == 0
+    require_right(work)
+
+
+def _hold(path: Path, gate: object, held: object) -> None:
+    gate.wait()  # type: ignore[attr-defined]
+    try:
+        with RunFolder(path).locked():
+            held.put("held")  # type: ignore[attr-defined]
+            time.sleep(1.0)
+    except RunFolderError as error:
+        held.put(str(error))  # type: ignore[attr-defined]
+
+
+def test_of_many_processes_at_once_one_works_and_the_others_are_told(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    gate, held = context.Barrier(3), context.Queue()
+    processes = [context.Process(target=_hold, args=(tmp_path / "run", gate, held)) for _ in range(3)]
+    for process in processes:
+        process.start()
+    told = sorted(held.get(timeout=120) for _ in processes)
+    for process in processes:
+        process.join()
+    assert told.count("held") == 1
+    assert sum("another process is at work in this folder" in text for text in told) == 2
+
+
+def test_sigterm_writes_a_checkpoint_and_says_how_to_resume(
+    model_folder: Path, completion_file: Path, tmp_path: Path
+) -> None:
+    process = start(model_folder, completion_file, tmp_path / "run", "--max-steps", "5000")
+    wait_for_trial(tmp_path / "run", process)
+    time.sleep(0.3)
+    process.send_signal(signal.SIGTERM)
+    err = process.communicate(timeout=120)[1]
+    assert process.returncode == 143
+    last = err.strip().splitlines()[-1]
+    assert "stopped at step" in last
+    assert f"to resume {tmp_path / 'run'}: rightrank select {model_folder}" in last
+    checkpoints = list((tmp_path / "run" / "checkpoints").iterdir())
+    assert len(checkpoints) == 1
+    found = load_checkpoint(checkpoints[0])
+    assert found is not None
+    assert found.state["step"] > 0
+
+
+def _work_on_and_on() -> None:
+    with stopping.listening(lambda _: None) as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.asked
+        time.sleep(30)
+
+
+def test_a_step_longer_than_the_grace_is_left_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stopping, "GRACE_SECONDS", 0.05)
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(TerminatedRun, match="the last checkpoint stands"):
+        _work_on_and_on()
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert signal.getitimer(signal.ITIMER_REAL)[0] == 0
+
+
+HUNGRY = """
+import resource, sys
+import rightrank.executors.local, rightrank.selection, rightrank.handover  # loaded before the limit
+from rightrank.cli import main
+size = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmSize:")) * 1024
+resource.setrlimit(resource.RLIMIT_AS, (size + 700 * 2**20, resource.RLIM_INFINITY))
+main(sys.argv[1:])
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="address space is limited as Linux does it")
+def test_out_of_memory_on_a_cpu_is_tried_twice_and_recorded_and_the_rest_goes_on(
+    model_folder: Path, completion_file: Path, tmp_path: Path
+) -> None:
+    """A real limit on the process: rank 200,000 takes over 1 GB for its factors alone."""
+    arguments = [*SELECT, "--ranks", "1,4,200000"]
+    arguments[1:3] = [str(model_folder), str(completion_file)]
+    arguments[4] = str(tmp_path / "run")
+    arguments.remove("--quiet")
+    ended = subprocess.run(
+        [sys.executable, "-c", HUNGRY, *arguments], check=False, capture_output=True, text=True, timeout=300
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert "r=200000 lr=0.01 seed=0 ran out of memory on cpu: trying it once more" in ended.stderr
+    records = Journal(tmp_path / "run" / "journal.jsonl").read()
+    failed = [record for record in records if isinstance(record, TrialFailed)]
+    assert [(record.rank, record.error) for record in failed] == [(200_000, "out_of_memory")]
+    assert "; the plan said " in failed[0].reason
+    assert {record.rank for record in records if isinstance(record, TrialFinished)} == {0, 1, 4}
+
+
+def test_memory_that_was_short_for_a_moment_costs_nothing(
+    model_folder: Path, completion_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As CUDA says it, in the middle of a step and in an evaluation: the same values as without."""
+    bench = make_bench(model_folder, completion_file, small_settings(), tmp_path / "cache")
+    arm = Arm(rank=4, learning_rate=1e-2, lora_alpha=32.0, seed=0, steps=8)
+
+    def train(name: str) -> together.TrialOutcome:
+        folders = TrialFolders(tmp_path / name / "checkpoint", tmp_path / name / "adapter")
+        return together.run_trial(bench, Trial(trial_id="a" * 12, arm=arm), 20.0, folders, Watcher())
+
+    whole = train("whole")
+    passes, evaluations = iter(range(1000)), iter(range(1000))
+    real_pass, real_evaluation = bench.pack_gradients, bench.evaluate_pack
+
+    def short_pass(*arguments: object) -> object:
+        if next(passes) == 5:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3.00 GiB")
+        return real_pass(*arguments)  # type: ignore[arg-type]
+
+    def short_evaluation(*arguments: object) -> object:
+        if next(evaluations) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3.00 GiB")
+        return real_evaluation(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(bench, "pack_gradients", short_pass)
+    monkeypatch.setattr(bench, "evaluate_pack", short_evaluation)
+    again = train("again")
+    assert isinstance(whole, TrialFinished)
+    assert isinstance(again, TrialFinished)
+    assert again.item_losses == whole.item_losses
+    assert again.train_losses == whole.train_losses
+    assert again.points == whole.points
+    assert next(passes) > 8
+    assert next(evaluations) > 2
+
+
+def test_what_the_system_says_when_memory_is_gone_is_understood() -> None:
+    for text in ("[enforce fail] DefaultCPUAllocator: can't allocate memory", "std::bad_alloc"):
+        assert is_out_of_memory(RuntimeError(text))
+    assert not is_out_of_memory(RuntimeError("shape mismatch"))
+
+
+def test_a_flipped_bit_in_a_checkpoint_is_found_and_the_trial_starts_again(
+    model_folder: Path, completion_file: Path, tmp_path: Path
+) -> None:
+    bench = make_bench(model_folder, completion_file, small_settings(), tmp_path / "cache")
+    arm = Arm(rank=4, learning_rate=1e-2, lora_alpha=32.0, seed=0, steps=8)
+    trial = Trial(trial_id="a" * 12, arm=arm)
+    folders = TrialFolders(tmp_path / "checkpoint", tmp_path / "adapter")
+    steps = iter(range(1000))
+    stopper = Watcher(should_stop=lambda: next(steps) == 3)
+    with pytest.raises(Exception, match="stopped at step 4"):
+        together.run_trial(bench, trial, 20.0, folders, stopper)
+    whole = folders.checkpoint.read_bytes()
+    assert load_checkpoint(folders.checkpoint) is not None
+    length = 8 + int.from_bytes(whole[:8], "little")
+    for position in (length, length + 997, (length + len(whole)) // 2, len(whole) - 1):
+        damaged = bytearray(whole)
+        damaged[position] ^= 2
+        folders.checkpoint.write_bytes(bytes(damaged))
+        assert load_checkpoint(folders.checkpoint) is None, position
+    outcome = together.run_trial(bench, trial, 20.0, folders, Watcher())
+    assert isinstance(outcome, TrialFinished)
+    assert len(outcome.train_losses) == 8
+
+
+def test_killed_at_random_moments_it_ends_the_same(tmp_path: Path) -> None:
+    """The short form of `benchmarks/resume/kill.py`."""
+    command = [sys.executable, "-m", "benchmarks.resume.kill", "--kills", "4", "--seed", "3"]
+    ended = subprocess.run(
+        command, check=False, capture_output=True, text=True, timeout=400, cwd=Path(__file__).parents[1]
+    )
+    assert ended.returncode == 0, ended.stderr
+    result = json.loads(ended.stdout)
+    assert result["kills"] == 4
+    assert result["not_right"] == []
+    assert result["trials_lost"] == result["trials_trained_twice"] == 0
+
+
+def test_a_process_that_trains_arm_after_arm_does_not_grow(tmp_path: Path) -> None:
+    """The short form of `benchmarks/reliability/leak.py`: a leak of a model's copy or of an arm's tensors shows."""
+    from benchmarks.reliability.leak import measure
+
+    result = measure(60, tmp_path)
+    assert result["arms"] == 60
+    assert result["growth_kib_an_arm"] < 150, result  # an adapter of rank 8 with its optimizer is 134 KiB
