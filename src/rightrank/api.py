@@ -151,14 +151,8 @@ def begin(request: Request, folder: RunFolder, watching: Watching, bases: Bases 
     estimate = prepared.planned.cost(strategy, workload(prepared)) if prepared.planned else None
     terms = Terms(peak_of=prepared.planned.peak_of) if prepared.planned else Terms()
     trackers = Trackers(request.settings.report_to, folder.path, prepared.started, watching.notice)
-
-    def listener(event: RunEvent) -> None:
-        watching.on_event(event)
-        trackers.event(event)
-
-    selection = Selection(folder, prepared.started, strategy, listener, terms)
-    for outcome in selection.records.outcomes:
-        trackers.event(outcome)  # one that a resumed run had no time to tell of
+    selection = Selection(folder, prepared.started, strategy, trackers.beside(watching.on_event), terms)
+    trackers.catch_up(selection.records.outcomes)
     folder.write_config(prepared.started.settings)
     watching.on_plan(prepared.started, strategy.expected_arms(), prepared.steps)
     if selection.records.outcomes:

@@ -9,7 +9,9 @@ import pytest
 from rightrank.api import Watching, select_rank
 from rightrank.cli import main
 from rightrank.io.journal import Journal
-from rightrank.planning.selecting import plan_selection, ranks_for_data
+from rightrank.planning.budget import needed
+from rightrank.planning.estimate import Estimator
+from rightrank.planning.selecting import _plan_settings, plan_selection, ranks_for_data
 from rightrank.records import TrialFinished
 from tests.tiny import sentences, small_settings, tiny_llama_config, write_jsonl
 
@@ -46,6 +48,36 @@ def test_too_little_memory_is_refused_before_the_start(
     assert "rank 1 needs" in error
     assert len(error.strip().splitlines()) == 1
     assert not any(isinstance(record, TrialFinished) for record in Journal(out / "journal.jsonl").read())
+
+
+def test_the_plan_says_how_many_arms_fit_together() -> None:
+    settings = small_settings(ranks=(1, 8), pack_size=6)
+    config = tiny_llama_config(400)
+    assert plan_selection(config, settings, 32, "cpu").largest_pack is None
+    alone = plan_selection(config, settings.model_copy(update={"memory_bytes": 2**40}), 32, "cpu")
+    assert alone.largest_pack == 6
+    tight = settings.model_copy(update={"memory_bytes": alone.needed_bytes[8]})
+    assert plan_selection(config, tight, 32, "cpu").largest_pack == 1
+    needs = {}
+    for arms in (4, 6):
+        changed = Estimator(
+            config, _plan_settings(config, settings.model_copy(update={"memory_bytes": 2**40}), 32, "cpu", None)
+        ).variant(arms=arms)
+        needs[arms] = needed(changed.estimate(8).highest.reserved_bytes, changed.settings)
+    between = settings.model_copy(update={"memory_bytes": (needs[4] + needs[6]) // 2})
+    assert plan_selection(config, between, 32, "cpu").largest_pack == 4
+
+
+def test_a_pack_that_does_not_fit_is_made_smaller_and_said(
+    model_folder: Path, completion_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = small_settings(ranks=(1, 4), eval_items=6, seq_len=16)
+    need = plan_selection(tiny_llama_config(400), settings, 16, "cpu").needed_bytes[4]
+    out = tmp_path / "run"
+    memory = ("--ranks", "1,4", "--memory", f"{need / 2**20 + 0.01:.3f}MiB", "--pack-size", "2", "--seq-len", "16")
+    assert command(model_folder, completion_file, out, *memory) == 0
+    trials = [record for record in Journal(out / "journal.jsonl").read() if isinstance(record, TrialFinished)]
+    assert [trial.pack_size for trial in trials if trial.rank > 0] == [1, 1]
 
 
 def test_ranks_that_do_not_fit_are_left_out() -> None:

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 
 from rightrank.engine.batches import collate
-from rightrank.engine.encode import EncodedItem
 from rightrank.engine.loss import logits_loss
+from rightrank.engine.pack_size import MOST_ARMS
+from rightrank.engine.token_store import EncodedItem
 from rightrank.errors import SettingsError
 from rightrank.io.models import LoadedModel, device_memory
 from rightrank.planning.budget import cheapest_changes, context_bytes, needed
@@ -54,6 +55,7 @@ class SelectionPlan:
     needed_bytes: dict[int, int]  # with segments, process and headroom
     memory_bytes: int | None  # None: not known, so nothing is refused
     ranks: tuple[int, ...]  # those that fit, or all
+    largest_pack: int | None = None  # arms of the highest rank that fit together; None: not known, or none are packed
 
     def left_out(self) -> tuple[int, ...]:
         return tuple(rank for rank in self.needed_bytes if rank not in self.ranks)
@@ -114,7 +116,25 @@ def plan_selection(
     fitting = tuple(rank for rank in settings.ranks if memory is None or needs[rank] <= memory)
     if len(fitting) < min(2, len(settings.ranks)):
         raise SettingsError(_refusal(estimator, needs, memory or 0))
-    return SelectionPlan(estimator, found, peaks, needs, memory, fitting)
+    packs = (
+        memory is not None
+        and settings.pack_size != 1
+        and (plan_settings.device == "cuda" or settings.pack_size is not None)
+    )
+    largest = _largest_pack(estimator, max(fitting), settings.pack_size or MOST_ARMS) if packs else None
+    return SelectionPlan(estimator, found, peaks, needs, memory, fitting, largest)
+
+
+def _largest_pack(estimator: Estimator, rank: int, wanted: int) -> int:
+    """Arms that fit together: `wanted`, or the largest power of two below it that does."""
+    sizes = [wanted, *(2**power for power in reversed(range(wanted.bit_length())) if 2**power < wanted)]
+    return next((size for size in sizes if size == 1 or _pack_fits(estimator.variant(arms=size), rank)), 1)
+
+
+def _pack_fits(estimator: Estimator, rank: int) -> bool:
+    settings = estimator.settings
+    reserved = estimator.estimate(rank).highest.reserved_bytes
+    return settings.memory_bytes is not None and needed(reserved, settings) <= settings.memory_bytes
 
 
 def _plan_settings(
