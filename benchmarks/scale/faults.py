@@ -62,6 +62,8 @@ class Place:
     folder: Path
     cluster: Any = None  # a ray.cluster_utils.Cluster
     nodes: list[Any] | None = None
+    address: str | None = None
+    busy: Callable[[], list[int]] = list  # process ids of workers at work, where they are known
 
 
 Fault = Callable[[Place], None]
@@ -80,20 +82,28 @@ def workers_of(place: Place) -> list[psutil.Process]:
     return sorted(found, key=lambda process: process.create_time())
 
 
+def at_work(place: Place) -> psutil.Process:
+    """A worker that has a trial under way, where that can be told; else the oldest."""
+    until = time.monotonic() + 5
+    while not (busy := place.busy()) and place.executor == "processes" and time.monotonic() < until:
+        time.sleep(0.01)
+    return psutil.Process(busy[0]) if busy else workers_of(place)[0]
+
+
 def kill_worker(place: Place) -> None:
-    workers_of(place)[0].kill()
+    at_work(place).kill()
 
 
 def slow_worker(place: Place) -> None:
     """Stopped for a while, then going on: not given up, nothing counted twice."""
-    worker = workers_of(place)[0]
+    worker = at_work(place)
     worker.suspend()
     threading.Timer(4.0, worker.resume).start()
 
 
 def hung_worker(place: Place) -> None:
     """Stopped for good: given up after `hang_seconds` and replaced."""
-    workers_of(place)[0].suspend()
+    at_work(place).suspend()
 
 
 def kill_node(place: Place) -> None:
@@ -135,21 +145,23 @@ def placed(executor: str, folder: Path) -> Iterator[Place]:
 
     place.cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, **STORE})
     try:
+        place.address = place.cluster.address
         place.nodes = [place.cluster.add_node(num_cpus=cpus, **STORE) for cpus in (2, 4)]
         yield place
     finally:
         place.cluster.shutdown()
 
 
-def crew_at(executor: str, folder: Path, address: str | None) -> Crew:
-    orders = orders_in(folder)
-    if executor == "ray":
-        return RayCrew(orders, address, None, on_cuda=False, actor=StubRayWorker)
-    return ProcessCrew(orders, folder / "workers", command=STUB)
+def crew_at(place: Place) -> Crew:
+    orders = orders_in(place.folder)
+    if place.executor == "ray":
+        return RayCrew(orders, place.address, None, on_cuda=False, actor=StubRayWorker)
+    return ProcessCrew(orders, place.folder / "workers", command=STUB)
 
 
-def drive(executor: str, folder: Path, address: str | None, strike: Callable[[], None], after: int) -> None:
+def drive(place: Place, strike: Callable[[], None], after: int) -> None:
     """One selection over sleeping workers; the fault after so many outcomes of this drive."""
+    folder = place.folder
     settings = make_settings({"strategy": "grid", "ranks": (1, 2, 4, 8), "learning_rates": (1e-3, 3e-3, 1e-2)})
     started = RunStarted(
         rightrank_version="benchmark",
@@ -173,9 +185,11 @@ def drive(executor: str, folder: Path, address: str | None, strike: Callable[[],
     run_folder = RunFolder(folder)
     with run_folder.locked():
         selection = Selection(run_folder, started, make_strategy(settings, STEPS), listen)
-        crew = crew_at(executor, folder, address)
+        crew = crew_at(place)
         looking = Looking(on_start=lambda _, begun: selection.note_start(begun))
         pool = Pool(crew, Terms(WORKERS, versions(), TOKEN, hang_seconds=6.0), looking)
+        if isinstance(crew, ProcessCrew):
+            place.busy = lambda: [crew.process_id(name) for name in pool.busy()]
         try:
             decision = selection.run(PoolExecutor(pool, "job"))
         finally:
@@ -194,7 +208,7 @@ def driven_elsewhere(place: Place, after: int) -> int:
         str(place.folder),
         str(after),
     ]
-    address = [] if place.cluster is None else [place.cluster.address]
+    address = [] if place.address is None else [place.address]
     return subprocess.run([*command, *address], check=False, stderr=subprocess.DEVNULL).returncode
 
 
@@ -203,15 +217,14 @@ def one_try(place: Place, fault: Fault, after: int) -> None:
         assert driven_elsewhere(place, after) == -signal.SIGKILL
         assert driven_elsewhere(place, 0) == 0
         return
-    address = None if place.cluster is None else place.cluster.address
-    drive(place.executor, place.folder, address, lambda: fault(place), after)
+    drive(place, lambda: fault(place), after)
 
 
 def engine_try(place: Place, fault: Fault, after: int, model: Path, data: Path) -> None:
     """The whole command on a small real model; the fault once so many trials have ended."""
 
     def begin() -> subprocess.Popen[bytes]:
-        options = [] if place.cluster is None else ["--ray-address", place.cluster.address]
+        options = [] if place.address is None else ["--ray-address", place.address]
         if place.executor != "local":
             options += ["--executor", place.executor, "--workers", "2"]
         options += ["--set", "hang_seconds=6"] if fault is hung_worker else []
@@ -264,7 +277,7 @@ def run_all(options: argparse.Namespace, root: Path) -> list[dict[str, Any]]:
         save_tiny_llama(model), write_completions(data)
         engine_try(Place("local", reference), nothing, 1, model, data)
     else:
-        drive("processes", reference, None, lambda: None, 0)
+        drive(Place("processes", reference), lambda: None, 0)
     rows: list[dict[str, Any]] = []
     for (executor, name), fault in FAULTS.items():
         if options.only not in f"{executor} {name}":
@@ -302,9 +315,8 @@ def table(rows: list[dict[str, Any]]) -> str:
 def main() -> None:
     if sys.argv[1:2] == ["--drive"]:
         executor, folder, after, *address = sys.argv[2:]
-        drive(
-            executor, Path(folder), address[0] if address else None, lambda: kill_driver(Place("", Path())), int(after)
-        )
+        place = Place(executor, Path(folder), address=address[0] if address else None)
+        drive(place, lambda: kill_driver(place), int(after))
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tries", type=int, default=20)

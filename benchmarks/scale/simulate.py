@@ -5,8 +5,7 @@
 What is simulated is how long trials take, and which workers die. What is measured is the processor time that driver code
 takes for each trial (an upper bound: the simulator's own is in it) and how fast a journal on this disk grows.
 The bound on the makespan is the largest of the work over the devices, the longest trial, and the sum of the two trials
-that must share a device when the longest come first (the m-th and the next one); where strategies ask, also the longest
-chain of asks of a data set, each of which waits for the one before.
+that must share a device when the longest come first (the m-th and the next one).
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ import json
 import random
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -107,17 +106,10 @@ class Asking:
         self._strategy = make_strategy(settings, steps)
         self._enough = generator.choice(RANKS)
         self.outcomes: list[TrialOutcome] = []
-        self.asks: list[list[str]] = []  # trial ids, ask by ask: each waits for all of the one before
 
     def wanted(self) -> list[Trial]:
         arms = self._strategy.ask(History.of(self.outcomes))
-        trials = [Trial(trial_id=f"{self.name}-{len(self.outcomes) + n}", arm=arm) for n, arm in enumerate(arms)]
-        self.asks.append([trial.trial_id for trial in trials])
-        return trials
-
-    def chain(self, seconds: Mapping[str, float]) -> float:
-        """The time that its asks take one after the other, on as many devices as they like."""
-        return sum(max(seconds[trial] for trial in ask) for ask in self.asks if ask)
+        return [Trial(trial_id=f"{self.name}-{len(self.outcomes) + n}", arm=arm) for n, arm in enumerate(arms)]
 
     def keep(self, outcome: TrialOutcome) -> None:
         gap = 0.0 if outcome.rank >= self._enough else 0.05
@@ -139,13 +131,10 @@ def asked_of(data_sets: int, workers: int, strategy: str, seed: int) -> dict[str
         steps = max(20, arm.stop_at or arm.steps)  # the base and a cut: an evaluation
         return steps * SECONDS_A_STEP * random.Random(f"{seed} {trial.trial_id}").lognormvariate(0, 0.2)
 
-    durations: dict[str, float] = {}
-
-    def noted(worker: str, trial: Trial) -> float:
-        durations[trial.trial_id] = seconds(worker, trial)
-        return durations[trial.trial_id]
-
-    crew = SimulatedCrew(Pace(noted, START, HAND_OVER, 300.0))
+    durations: list[float] = []
+    crew = SimulatedCrew(
+        Pace(lambda worker, trial: durations.append(seconds(worker, trial)) or durations[-1], START, HAND_OVER, 300.0)
+    )
     pool = Pool(crew, Terms(workers, VERSIONS, TOKEN), clock=crew.clock)
     scheduling = 0.0
     begun = time.process_time()
@@ -161,7 +150,6 @@ def asked_of(data_sets: int, workers: int, strategy: str, seed: int) -> dict[str
                 pool.submit(name, more, 1.0)
     spent = time.process_time() - begun
     trials = sum(len(one.outcomes) for one in asking.values())
-    longest = max(one.chain(durations) for one in asking.values())
     return {
         "what": f"{data_sets} data sets by {strategy}",
         "trials": trials,
@@ -169,7 +157,7 @@ def asked_of(data_sets: int, workers: int, strategy: str, seed: int) -> dict[str
         "each_once": trials == len(crew.trained),
         "begun_again": 0,
         "makespan_hours": crew.now / 3600,
-        "makespan_over_bound": crew.now / (START + max(lower_bound([*durations.values()], workers), longest)),
+        "makespan_over_bound": crew.now / (START + lower_bound(durations, workers)),
         "busy": crew.busy_seconds / (workers * crew.now),
         "driver_ms_a_trial": 1000 * spent / trials,
         "of_which_strategy_ms": 1000 * scheduling / trials,

@@ -131,6 +131,10 @@ class Pool:
         """Whether trials of the job are still without an outcome."""
         return bool(self._open.get(job))
 
+    def busy(self) -> list[str]:
+        """The workers that have a task."""
+        return [name for name, member in self._members.items() if member.task is not None]
+
     def outcomes(self) -> Iterator[Outcome]:
         """Outcomes as they come, until nothing is under way; more may be submitted meanwhile. Closed early, it cancels.
 
@@ -159,7 +163,7 @@ class Pool:
     def _wind_down(self) -> Iterator[Outcome]:
         """Let the workers stop at their next step, with checkpoints; what ends meanwhile still counts."""
         self._waiting.clear()
-        busy = [name for name in self._members if self._is_busy(name)]
+        busy = self.busy()
         for name in busy:
             self._crew.ask_to_stop(name)
         until = self._clock() + GRACE_SECONDS
@@ -185,7 +189,7 @@ class Pool:
 
     def _fill(self) -> None:
         """Workers for what waits, and tasks for those that are free."""
-        wanted = min(self._terms.workers, len(self._waiting) + sum(self._is_busy(name) for name in self._members))
+        wanted = min(self._terms.workers, len(self._waiting) + len(self.busy()))
         while len(self._members) < wanted:
             self._started += 1
             name = f"worker-{self._started}"

@@ -101,6 +101,9 @@ class ProcessCrew:
                 found.append((worker, self._lost(worker)))
         return found
 
+    def process_id(self, worker: str) -> int:
+        return self._running[worker].popen.pid
+
     def close(self) -> None:
         for process in self._running.values():
             assert process.popen.stdin is not None
