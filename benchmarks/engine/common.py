@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import platform
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks.machine import machine as plain_machine
 from rightrank.engine.bench import Bench
 from rightrank.engine.encode import EncodedData, encode
 from rightrank.io.data import load_data
@@ -16,25 +15,20 @@ from rightrank.io.models import load_model
 from rightrank.records import SplitName
 from rightrank.settings import make_settings
 
-DEFAULTS: dict[str, Any] = {"batch_size": 8, "seq_len": 128, "eval_items": 96, "eval_points": 1, "samples": 0}
+DEFAULTS: dict[str, Any] = {
+    "ranks": (1, 16),
+    "batch_size": 8,
+    "seq_len": 128,
+    "eval_items": 96,
+    "eval_points": 1,
+    "samples": 0,
+}
 
 
 def machine() -> dict[str, Any]:
-    """Cores, memory, threads and versions that a timing depends on."""
-    import peft
-    import transformers
-
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    return {
-        "cores": os.cpu_count(),
-        "memory_gib": round(memory, 1),
-        "threads": torch.get_num_threads(),
-        "processor": platform.machine(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "peft": peft.__version__,
-        "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-    }
+    """The machine's facts, with the threads and the device that a timing depends on."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {**plain_machine(), "threads": torch.get_num_threads(), "cuda": device}
 
 
 def make_bench(model: str, data: Path, steps: int, cache: Path, **changes: Any) -> Bench:

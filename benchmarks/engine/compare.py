@@ -1,6 +1,6 @@
 """One arm, and eight arms on the tail of a model, against `Trainer` + PEFT and TRL's `SFTTrainer`, side by side.
 
-    python benchmarks/engine/compare.py MODEL DATA --job one|tail [--steps 6] [--rounds 3] [--out result.json]
+    python -m benchmarks.engine.compare MODEL DATA --job one|tail [--steps 6] [--rounds 3] [--out result.json]
 
 Every contender trains on the same tokenised items, one pass, batch 8, and evaluates the same held-out items once at
 the end; both are timed (processor seconds of the process, on one thread; the wall is stored too), loading and
@@ -25,11 +25,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import machine, make_bench
 from peft import get_peft_model
 
+from benchmarks.engine.common import machine, make_bench, one_pass, trainer_rows
+from rightrank.engine import bench as bench_module
 from rightrank.engine.bench import Bench
-from rightrank.engine.encode import EncodedData
 from rightrank.engine.memory import PeakMemory
 from rightrank.engine.targets import lora_config
 from rightrank.engine.together import Company, train_trials
@@ -76,9 +76,7 @@ class Job:
             settings["layers_to_transform"] = self.layers
         shutil.rmtree(self.work / "cache", ignore_errors=True)
         bench = make_bench(self.model, self.data, self.steps, self.work / "cache", **settings)
-        splits = dict(bench.data.splits) | {"train": bench.data.splits["train"][: self.steps * BATCH]}
-        short = EncodedData(splits, bench.data.texts, bench.data.summary)
-        return Bench(bench.loaded, short, bench.settings, self.steps, self.work / "cache")
+        return one_pass(bench, self.work / "cache")
 
     def arm(self, number: int) -> Arm:
         rate = RATE if number < len(RANKS) else RATE / 3
@@ -106,10 +104,7 @@ def trainer(job: Job, dtype: str, grouped: bool, sft: bool = False) -> Measured:
 
     bench = job.bench(dtype, cache_prefix=False)
     peft_model = get_peft_model(bench.model, lora_config(bench.settings, job.arm(0), False, bench.targets.names))
-    rows = {
-        split: [{"input_ids": list(item.input_ids), "labels": list(item.labels)} for item in bench.items(split)]
-        for split in ("train", "selection")
-    }
+    rows = {"train": trainer_rows(bench, "train"), "selection": trainer_rows(bench, "selection")}
     common: dict[str, Any] = {
         "output_dir": str(job.work / "trainer"),
         "per_device_train_batch_size": BATCH,
@@ -153,8 +148,18 @@ def trainer(job: Job, dtype: str, grouped: bool, sft: bool = False) -> Measured:
     with PeakMemory(bench.loaded.device) as memory:
         begun = Clock()
         built.train()
-        loss = built.evaluate()["eval_loss"]
-        return Measured(*begun.elapsed(), loss, memory.peak_bytes())
+        built.evaluate()
+        elapsed, peak = begun.elapsed(), memory.peak_bytes()
+    return Measured(*elapsed, bench.evaluate("selection").loss, peak)  # the same figure for everyone
+
+
+def ours_plain_attention(job: Job) -> Measured:
+    """Ours in bfloat16 with attention left in bfloat16 too, to see what the difference is."""
+    wanted, bench_module.wants_float32 = bench_module.wants_float32, lambda *_: False
+    try:
+        return ours(job, "bfloat16", 1)
+    finally:
+        bench_module.wants_float32 = wanted
 
 
 def contenders(job: Job, with_trl: bool) -> dict[str, tuple[int, Callable[[], Measured]]]:
@@ -166,6 +171,8 @@ def contenders(job: Job, with_trl: bool) -> dict[str, tuple[int, Callable[[], Me
         "ours float32": (1, lambda: ours(job, "float32", 1)),
         "ours bfloat16": (1, lambda: ours(job, "bfloat16", 1)),
     }
+    if job.arms == 1:
+        found["ours bfloat16, plain attention"] = (1, lambda: ours_plain_attention(job))
     if with_trl:
         found["SFTTrainer float32"] = (times, lambda: trainer(job, "float32", False, sft=True))
         found["SFTTrainer bfloat16 grouped"] = (times, lambda: trainer(job, "bfloat16", True, sft=True))
@@ -175,25 +182,21 @@ def contenders(job: Job, with_trl: bool) -> dict[str, tuple[int, Callable[[], Me
     return found
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model")
-    parser.add_argument("data", type=Path)
-    parser.add_argument("--job", choices=["one", "tail"], default="one")
-    parser.add_argument("--steps", type=int, default=6)
-    parser.add_argument("--eval-items", type=int, default=24)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--trl", action="store_true")
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--work", type=Path, default=Path("bench-work"))
-    arguments = parser.parse_args()
-    warnings.simplefilter("ignore")
+def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+    """All rounds; what is there so far is written after each."""
     arms, layers = (1, None) if arguments.job == "one" else (8, TAIL_LAYERS)
     rounds: list[dict[str, dict[str, float]]] = []
     result: dict[str, Any] = {"job": arguments.job, "steps": arguments.steps, "arms": arms, "machine": machine()}
     for number in range(arguments.rounds):
         job = Job(
-            arguments.model, arguments.data, arguments.work, arguments.steps, arguments.eval_items, layers, arms, number
+            arguments.model,
+            arguments.data,
+            arguments.work,
+            arguments.steps,
+            arguments.eval_items,
+            arguments.layers or layers,
+            arms,
+            number,
         )
         row: dict[str, dict[str, float]] = {}
         for name, (times, run) in contenders(job, arguments.trl).items():
@@ -210,6 +213,29 @@ def main() -> None:
         result |= {"rounds": rounds, "speedup": speedups(rounds)}
         if arguments.out:
             arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+    return result
+
+
+def parse(words: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("data", type=Path)
+    parser.add_argument("--job", choices=["one", "tail"], default="one")
+    parser.add_argument(
+        "--layers", type=lambda text: tuple(map(int, text.split(","))), help="other layers than the job's"
+    )
+    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--eval-items", type=int, default=24)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--trl", action="store_true")
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--work", type=Path, default=Path("bench-work"))
+    return parser.parse_args(words)
+
+
+def main() -> None:
+    warnings.simplefilter("ignore")
+    result = measure(parse())
     print(json.dumps({key: value for key, value in result.items() if key != "rounds"}, indent=1))
 
 

@@ -1,6 +1,6 @@
 """Time and memory of a pass (forward and backward) against the number of arms, the rank, and the length of items.
 
-    python benchmarks/engine/growth.py MODEL DATA [--layers 28,29] [--out growth.json]
+    python -m benchmarks.engine.growth MODEL DATA [--layers 28,29] [--out growth.json]
 
 One thing varies at a time; the others are 1 arm, rank 16, items as they are (up to 128 tokens). Seconds are processor
 seconds of the process on one thread, the least of three passes; memory is the growth of the peak resident set over the
@@ -15,11 +15,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-from common import machine, make_bench
+import numpy as np
 
+from benchmarks.engine.common import machine, make_bench
 from rightrank.engine.bench import Bench
 from rightrank.engine.memory import PeakMemory
 from rightrank.engine.pack import Pack, Share
+from rightrank.engine.token_store import lengths_of
 from rightrank.records import Arm
 
 PASSES = 3
@@ -54,13 +56,14 @@ def main() -> None:
     layers = tuple(int(part) for part in arguments.layers.split(","))
     bench = make_bench(arguments.model, arguments.data, 1, arguments.work, layers_to_transform=layers, eval_items=8)
     usual = bench.batch_plan(0)[0]
-    by_length = sorted(range(2000), key=lambda index: bench.items("train")[index].length)
-    lengths = {name: by_length[start : start + 8] for name, start in (("short", 100), ("middle", 1000), ("long", 1900))}
+    by_length = np.argsort(lengths_of(bench.items("train")), kind="stable").tolist()
+    begins = [int(share * len(by_length)) for share in (0.05, 0.5, 0.95)]
+    lengths = [by_length[begin : begin + 8] for begin in begins]
     result: dict[str, Any] = {
         "machine": machine(),
         "arms": [measure(bench, [16] * arms, usual) for arms in (1, 2, 4, 8)],
         "rank": [measure(bench, [rank], usual) for rank in (1, 4, 16, 64, 256)],
-        "length": [measure(bench, [16], indices) for indices in lengths.values()],
+        "length": [measure(bench, [16], indices) for indices in lengths],
     }
     print(json.dumps(result, indent=1))
     if arguments.out:

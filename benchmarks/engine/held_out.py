@@ -1,6 +1,6 @@
 """Whether what the engine learns is what `Trainer` + PEFT learn: the same held-out loss from the same data.
 
-    python benchmarks/engine/held_out.py MODEL DATA [--layers 28,29] [--steps 40] [--seeds 0,1,2] [--out held_out.json]
+    python -m benchmarks.engine.held_out MODEL DATA [--layers 28,29] [--steps 40] [--seeds 0,1,2] [--out held_out.json]
 
 Two questions. *Same batches*: given our order of items and our first A, does Trainer's loss agree step by step, and its
 held-out loss at the end? *Own batches*: each with its own order and first draw, seed by seed: does the difference of
@@ -21,11 +21,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import machine, make_bench, one_pass, trainer_rows
 from peft import get_peft_model
 from scipy.stats import t as student
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
+from benchmarks.engine.common import machine, make_bench, one_pass, trainer_rows
 from rightrank.engine.adapter import trainable_state
 from rightrank.engine.bench import Bench
 from rightrank.engine.targets import lora_config
@@ -136,7 +136,7 @@ def compare_own(ours: list[float], theirs: list[float]) -> dict[str, Any]:
     }
 
 
-def main() -> None:
+def parse(words: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("data", type=Path)
@@ -146,8 +146,11 @@ def main() -> None:
     parser.add_argument("--seeds", type=lambda text: tuple(map(int, text.split(","))), default=(0, 1, 2))
     parser.add_argument("--out", type=Path)
     parser.add_argument("--work", type=Path, default=Path("bench-work"))
-    arguments = parser.parse_args()
-    warnings.simplefilter("ignore")
+    return parser.parse_args(words)
+
+
+def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+    """All seeds; what is there so far is written after each."""
     ours: list[Learnt] = []
     theirs: list[Learnt] = []
     result: dict[str, Any] = {
@@ -177,7 +180,12 @@ def main() -> None:
         print(seed, ours[-1].held_out, theirs[-1].held_out, theirs[-1].eval_loss, flush=True)
         if arguments.out:
             arguments.out.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result, indent=1))
+    return result
+
+
+def main() -> None:
+    warnings.simplefilter("ignore")
+    print(json.dumps(measure(parse()), indent=1))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Where the time of a training step goes, by the kind of work.
 
-    python benchmarks/engine/profile_step.py MODEL DATA [--layers 28,29] [--arms 1] [--dtype float32] [--steps 6]
+    python -m benchmarks.engine.profile_step MODEL DATA [--layers 28,29] [--arms 1] [--dtype float32] [--steps 6]
 
 Operators are told apart by their shapes: a matrix product with a side of the arm's rank is an adapter's, one with a
 side of the vocabulary is the head's, the others are the base's. What the operators don't account for is Python.
@@ -15,9 +15,9 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from common import machine, make_bench
 from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.engine.common import machine, make_bench
 from rightrank.engine.together import Company, train_trials
 from rightrank.engine.train import TrialFolders, Watcher
 from rightrank.records import Arm, Trial
@@ -75,25 +75,18 @@ def main() -> None:
     parser.add_argument("--arms", type=int, default=1)
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--out", type=Path)
     parser.add_argument("--work", type=Path, default=Path("bench-work"))
     arguments = parser.parse_args()
     changes: dict[str, Any] = {"dtype": arguments.dtype, "eval_items": 2, "eval_points": 1, "ranks": (RANK,)}
     if arguments.layers:
         changes["layers_to_transform"] = tuple(int(part) for part in arguments.layers.split(","))
     bench = make_bench(arguments.model, arguments.data, arguments.steps, arguments.work, **changes)
-    result = measure(bench, arguments.arms, arguments.steps, arguments.work)
-    print(
-        json.dumps(
-            {
-                "machine": machine(),
-                "arms": arguments.arms,
-                "layers": arguments.layers,
-                "dtype": arguments.dtype,
-                **result,
-            },
-            indent=1,
-        )
-    )
+    facts = {"machine": machine(), "arms": arguments.arms, "layers": arguments.layers, "dtype": arguments.dtype}
+    text = json.dumps(facts | measure(bench, arguments.arms, arguments.steps, arguments.work), indent=1)
+    print(text)
+    if arguments.out:
+        arguments.out.write_text(text + "\n")
 
 
 if __name__ == "__main__":

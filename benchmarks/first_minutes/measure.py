@@ -1,27 +1,34 @@
-"""What an install weighs and how long the first answers take; prints Markdown.
+"""What an install weighs and how long the first answers take; writes first_minutes.md beside this file.
 
-    python -m benchmarks.first_minutes.measure MODEL_FOLDER ADAPTER_FOLDER > benchmarks/first_minutes/first_minutes.md
+    python -m benchmarks.first_minutes.measure                        # runs the demo first, and times it
+    python -m benchmarks.first_minutes.measure --demo DIR             # with the folder of a demo that ran already
+    python -m benchmarks.first_minutes.measure --gradience PROGRAM    # beside gradience, in an environment of its own
 
-Weights are of a distribution and all that it requires, as installed where this runs. Times are the median of five fresh
-processes, each with its files already in the system's cache; alternatives are measured between ours, in the same run.
+Weights are of a distribution and all that it requires, as installed where this runs; an extra of which something is not
+installed is told as that. Times are the median of five fresh processes, each with its files already in the system's
+cache; alternatives are measured between ours, in the same run.
 """
 
 from __future__ import annotations
 
+import argparse
 import os
 import re
+import shlex
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from importlib.metadata import PackageNotFoundError, distribution
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, distribution, metadata, version
 from pathlib import Path
 
 from benchmarks.machine import machine
 
+PAGE = Path(__file__).parent / "first_minutes.md"
+ROOT = Path(__file__).parents[2]
 TIMES = 5
-EXTRAS = ("", "gguf", "dev")
 ALTERNATIVES = ("kneed", "optuna", "accelerate")
 TABLE = "rank,value\n" + "".join(f"{2**k},{2 + 0.3 / 2**k:.4f}\n" for k in range(8))
 KNEED = (
@@ -31,31 +38,44 @@ KNEED = (
 )
 
 
-def closure(name: str, extra: str = "") -> set[str]:
-    """The installed distributions that `name[extra]` requires, itself included."""
+OPTUNA = (
+    "import csv, optuna; study = optuna.create_study(direction='minimize'); rows = list(csv.DictReader(open({table!r}))); "
+    "space = {{'rank': optuna.distributions.IntDistribution(1, 512, log=True)}}; "
+    "[study.add_trial(optuna.create_trial(params={{'rank': int(r['rank'])}}, distributions=space, value=float(r['value']))) "
+    "for r in rows]; print(study.best_trial.params)"
+)
+
+
+def closure(name: str, extra: str = "") -> tuple[set[str], set[str]]:
+    """The distributions that `name[extra]` requires on this platform, itself included: those installed, those missing."""
     found: set[str] = set()
+    missing: set[str] = set()
+    seen: set[tuple[str, str]] = set()
     waiting = [(name, extra)]
     while waiting:
         current, extras = waiting.pop()
         key = re.sub(r"[-_.]+", "-", current).lower()
+        if (key, extras) in seen:
+            continue
+        seen.add((key, extras))
         try:
             needs = distribution(current).requires or []
         except PackageNotFoundError:
-            continue  # of another platform
-        if key in found and not extras:
+            missing.add(key)
             continue
         found.add(key)
-        waiting += [requirement for need in needs if (requirement := _required(need, extras))]
-    return found
+        waiting += [requirement for need in needs for requirement in _required(need, extras)]
+    return found, missing
 
 
-def _required(need: str, extra: str) -> tuple[str, str] | None:
+def _required(need: str, extra: str) -> list[tuple[str, str]]:
+    """The distribution that a requirement names, once for each extra of it; nothing where it is for others."""
     from packaging.requirements import Requirement
 
     parsed = Requirement(need)
     if parsed.marker is not None and not parsed.marker.evaluate({"extra": extra}):
-        return None
-    return parsed.name, next(iter(parsed.extras), "")
+        return []
+    return [(parsed.name, ""), *((parsed.name, further) for further in sorted(parsed.extras))]
 
 
 def megabytes(names: set[str]) -> float:
@@ -78,21 +98,18 @@ def seconds(command: list[str]) -> float:
     return statistics.median(times[1:])
 
 
-def main(model: str, adapter: str) -> None:
-    print("# The first minutes\n")
-    facts = ", ".join(f"{name} {value}" for name, value in machine().items())
-    load = ", ".join(f"{value:.1f}" for value in os.getloadavg())
-    print(
-        f"{facts}; load averages {load} at the start. Made by `python -m benchmarks.first_minutes.measure MODEL ADAPTER`.\n"
-    )
-    print("| install | packages | MB, dependencies included |\n|---|---|---|")
-    for extra in EXTRAS:
-        names = closure("rightrank", extra)
-        print(f"| rightrank{f'[{extra}]' if extra else ''} | {len(names)} | {megabytes(names):,.0f} |")
-    for name in ALTERNATIVES:
-        names = closure(name)
-        if names:
-            print(f"| {name} | {len(names)} | {megabytes(names):,.0f} |")
+def weights() -> Iterator[str]:
+    yield "| install | packages | MB, dependencies included |"
+    yield "|---|---|---|"
+    extras = ["", *(metadata("rightrank").get_all("Provides-Extra") or [])]
+    for name, extra in [*(("rightrank", extra) for extra in extras), *((name, "") for name in ALTERNATIVES)]:
+        found, missing = closure(name, extra)
+        told = f"{name}[{extra}]" if extra else name
+        size = f"{megabytes(found):,.0f}" if not missing else f"not installed here: {', '.join(sorted(missing))}"
+        yield f"| {told} | {len(found | missing)} | {size} |"
+
+
+def answers(model: Path, adapter: Path, gradience: str | None) -> Iterator[str]:
     rightrank = [sys.executable, "-m", "rightrank"]
     with tempfile.TemporaryDirectory() as folder:
         table = Path(folder) / "runs.csv"
@@ -101,16 +118,73 @@ def main(model: str, adapter: str) -> None:
             "`import numpy`, to compare": [sys.executable, "-c", "import numpy"],
             "rightrank --help": [*rightrank, "--help"],
             "optuna --help": [sys.executable, "-c", "from optuna.cli import main; main()", "--help"],
+            "accelerate --help": [sys.executable, "-m", "accelerate.commands.accelerate_cli", "--help"],
             "rightrank decide runs.csv": [*rightrank, "decide", str(table)],
             "kneed on the same table (a script)": [sys.executable, "-c", KNEED.format(table=str(table))],
-            "rightrank plan MODEL --ranks 8,16": [*rightrank, "plan", model, "--ranks", "8,16"],
-            "rightrank inspect ADAPTER": [*rightrank, "inspect", adapter],
+            "optuna, the best of the same table (a script)": [sys.executable, "-c", OPTUNA.format(table=str(table))],
+            "rightrank plan MODEL --ranks 8,16": [*rightrank, "plan", str(model), "--ranks", "8,16"],
+            "rightrank inspect ADAPTER": [*rightrank, "inspect", str(adapter)],
             "`import peft`, to compare": [sys.executable, "-c", "import peft"],
         }
-        print("\n| first answer of | seconds |\n|---|---|")
+        if gradience is not None:
+            commands["gradience audit ADAPTER"] = [gradience, "audit", "--peft-dir", str(adapter)]
+        yield "| first answer of | seconds |"
+        yield "|---|---|"
         for name, command in commands.items():
-            print(f"| {name} | {seconds(command):.2f} |", flush=True)
+            yield f"| {name} | {seconds(command):.2f} |"
+
+
+def demo(folder: Path) -> str:
+    """Runs the demo in a new folder; the line that says how long it took."""
+    begun = time.perf_counter()
+    command = [sys.executable, "-m", "rightrank", "demo", "--out", str(folder), "--quiet"]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    return f"| rightrank demo, once, the model's conversion included | {time.perf_counter() - begun:.0f} |"
+
+
+def json_share() -> str:
+    """Commands tried with --json, answers and failures, by the test of them."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_json_outputs.py"]
+    said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False).stdout
+    passed, failed = (
+        int(found[1]) if (found := re.search(rf"(\d+) {word}", said)) else 0 for word in ("passed", "failed")
+    )
+    if passed + failed == 0:
+        raise RuntimeError(f"the test of --json did not run: {said[-500:]}")
+    return f"`--json` over all commands, answers and failures: {passed} of {passed + failed} checks hold (`tests/test_json_outputs.py`)."
+
+
+def page(folder: Path, ready: bool, gradience: str | None) -> Iterator[str]:
+    facts = ", ".join(f"{name} {value}" for name, value in machine().items())
+    load = ", ".join(f"{value:.1f}" for value in os.getloadavg())
+    alternatives = ", ".join(f"{name} {version(name)}" for name in ALTERNATIVES)
+    words = shlex.join(["python", "-m", "benchmarks.first_minutes.measure"])
+    yield "# The first minutes\n"
+    yield f"{facts}; {alternatives}; load averages {load} at the start. Made by `{words}`.\n"
+    yield from weights()
+    yield ""
+    took = None if ready else demo(folder)
+    yield from answers(folder / "base_model", folder / "run" / "adapter", gradience)
+    if took is not None:
+        yield took
+    yield ""
+    yield "None of the alternatives does what `demo` does, so it stands alone. A load average above 1 or 2 makes the seconds upper bounds."
+    yield ""
+    yield json_share()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--demo", type=Path, help="folder of a demo that ran already")
+    parser.add_argument("--gradience", help="the program of gradience")
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        lines = []
+        for line in page(given.demo or Path(folder), given.demo is not None, given.gradience):
+            print(line, flush=True)
+            lines.append(line)
+    PAGE.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:3])
+    main()

@@ -1,35 +1,48 @@
-"""Real architectures: five made small enough for a CPU, four at their own size as published configurations."""
+"""Real architectures: made small enough for a CPU (for tests too), and four at their own size as published."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 import transformers
 
-DECODER: dict[str, Any] = {
-    "vocab_size": 4096,
-    "hidden_size": 256,
-    "intermediate_size": 688,
-    "num_hidden_layers": 6,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "max_position_embeddings": 512,
-}
+Configs: TypeAlias = dict[str, Callable[[], Any]]
 
-SMALL_CONFIGS: dict[str, Callable[[], Any]] = {
-    "llama": lambda: transformers.LlamaConfig(**DECODER, tie_word_embeddings=True),
-    "qwen": lambda: transformers.Qwen2Config(**DECODER),
-    "gpt2": lambda: transformers.GPT2Config(vocab_size=4096, n_positions=512, n_embd=256, n_layer=6, n_head=8),
-    "mistral": lambda: transformers.MistralConfig(**DECODER, head_dim=32, sliding_window=48),
-    "moe": lambda: transformers.Qwen2MoeConfig(
-        **DECODER,
-        num_experts=8,
-        num_experts_per_tok=2,
-        moe_intermediate_size=176,
-        shared_expert_intermediate_size=256,
-    ),
-}
+
+def small_configs(width: int, heads: int, vocabulary: int, positions: int) -> Configs:
+    """Seven architectures of six blocks, from their own configuration classes."""
+    decoder: dict[str, Any] = {
+        "vocab_size": vocabulary,
+        "hidden_size": width,
+        "intermediate_size": width * 5 // 2,
+        "num_hidden_layers": 6,
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads // 2,
+        "max_position_embeddings": positions,
+    }
+    experts = {
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": width * 3 // 4,
+        "shared_expert_intermediate_size": width,
+        "decoder_sparse_step": 1,
+    }
+    head = width // heads
+    gpt2 = {"n_embd": width, "n_layer": 6, "n_head": heads, "n_positions": positions}
+    encoder = {name: decoder[name] for name in decoder if name != "num_key_value_heads"}
+    return {
+        "llama": lambda: transformers.LlamaConfig(**decoder, tie_word_embeddings=True),
+        "qwen": lambda: transformers.Qwen2Config(**decoder),
+        "gpt2": lambda: transformers.GPT2Config(vocab_size=vocabulary, **gpt2, bos_token_id=None, eos_token_id=None),
+        "mistral": lambda: transformers.MistralConfig(**decoder, head_dim=head, sliding_window=positions // 8),
+        "phi3": lambda: transformers.Phi3Config(**decoder, pad_token_id=0, bos_token_id=None, eos_token_id=None),
+        "moe": lambda: transformers.Qwen2MoeConfig(**decoder, **experts),
+        "bert": lambda: transformers.BertConfig(**encoder),
+    }
+
+
+SMALL_CONFIGS = small_configs(256, 8, 4096, 512)
 
 LLAMA_3_ROPE = {
     "rope_type": "llama3",
@@ -41,7 +54,7 @@ LLAMA_3_ROPE = {
 }
 
 # Sizes as in the models' published config.json.
-FULL_CONFIGS: dict[str, Callable[[], Any]] = {
+FULL_CONFIGS: Configs = {
     "SmolLM2-135M": lambda: transformers.LlamaConfig(
         vocab_size=49152,
         hidden_size=576,

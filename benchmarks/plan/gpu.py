@@ -1,10 +1,10 @@
-"""The plan against CUDA's own counters. Not run yet: it needs a CUDA device.
+"""The plan against CUDA's own counters. Not run yet: it needs a CUDA device, and bitsandbytes for the 4-bit cases.
 
-    python -m benchmarks.plan.gpu [--out benchmarks/plan/results/gpu.json]
+    python -m benchmarks.plan.gpu [--out benchmarks/plan/results/gpu.json] [--dry-run]
 
-27 settings: three architectures, each with other ranks, batches, lengths, types, checkpointing, padding and losses.
-Ends with status 1 when a peak is more than 3% off allocated or 5% off reserved. 4-bit weights and packed arms are not
-among them.
+Three architectures, each with other ranks, batches, lengths, types, checkpointing, padding, losses, 4-bit weights and
+packed arms. Ends with status 1 when a peak is more than 3% off allocated or 5% off reserved: the worst case, not the
+mean. `--dry-run` plans every case on meta tensors and measures nothing; a test does so with small models.
 """
 
 from __future__ import annotations
@@ -20,13 +20,17 @@ from typing import Any
 import torch
 
 from benchmarks.machine import machine
-from benchmarks.plan.architectures import FULL_CONFIGS, SMALL_CONFIGS
+from benchmarks.plan.architectures import FULL_CONFIGS, SMALL_CONFIGS, Configs
 from benchmarks.plan.measure import measure
 from rightrank.planning.planner import plan_config
-from rightrank.settings import make_plan_settings
+from rightrank.records.plan import Plan
+from rightrank.settings import PlanSettings, make_plan_settings
 
 ALLOCATED_LIMIT, RESERVED_LIMIT = 0.03, 0.05
-CONFIGS = {name: FULL_CONFIGS[name] for name in ("SmolLM2-135M", "Llama-3.2-3B")} | {"gpt2": SMALL_CONFIGS["gpt2"]}
+CONFIGS: Configs = {name: FULL_CONFIGS[name] for name in ("SmolLM2-135M", "Llama-3.2-3B")} | {
+    "gpt2": SMALL_CONFIGS["gpt2"]
+}
+SELECT: dict[str, Any] = {"packed": True, "loss": "chunked", "optimizer": "adamw_fused"}
 CASES: list[dict[str, Any]] = [
     {},
     {"ranks": (64,)},
@@ -36,15 +40,26 @@ CASES: list[dict[str, Any]] = [
     {"gradient_checkpointing": True},
     {"dtype": "float32"},
     {"loss": "chunked", "optimizer": "adamw_fused"},
-    {"loss": "chunked", "optimizer": "adamw_fused", "gradient_checkpointing": True},
+    {"load_in_4bit": True},
+    {"load_in_4bit": True, "bnb_4bit_use_double_quant": True, "gradient_checkpointing": True},
+    SELECT,
+    SELECT | {"gradient_checkpointing": True},
+    SELECT | {"arms": 2},
+    SELECT | {"arms": 4, "batch_size": 2},
+    SELECT | {"arms": 2, "load_in_4bit": True},
 ]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--dry-run", action="store_true")
     chosen = parser.parse_args()
     warnings.simplefilter("ignore")
+    if chosen.dry_run:
+        for name, case, plan in dry_run(CONFIGS):
+            print(f"{name:14} {plan.ranks[0].peak_bytes:>15,} {plan.sources['peak_bytes']}  {case}", flush=True)
+        return 0
     if not torch.cuda.is_available():
         print("there is no CUDA device here: nothing was measured")
         return 2
@@ -57,8 +72,21 @@ def main() -> int:
     return int(worst[0] > ALLOCATED_LIMIT or worst[1] > RESERVED_LIMIT)
 
 
+def dry_run(configs: Configs, **changes: Any) -> list[tuple[str, dict[str, Any], Plan]]:
+    """Every case planned for CUDA, on whatever machine."""
+    return [
+        (name, case, plan_config(make(), name, settings_of(case | changes), prices=False))
+        for name, make in configs.items()
+        for case in CASES
+    ]
+
+
+def settings_of(case: dict[str, Any]) -> PlanSettings:
+    return make_plan_settings({"ranks": (16,), "batch_size": 4, "seq_len": 512} | case)
+
+
 def compare(name: str, case: dict[str, Any]) -> dict[str, Any]:
-    settings = make_plan_settings({"ranks": (16,), "batch_size": 4, "seq_len": 512} | case)
+    settings = settings_of(case)
     row = plan_config(CONFIGS[name](), name, settings, prices=False).ranks[0]
     gc.collect()
     torch.cuda.empty_cache()

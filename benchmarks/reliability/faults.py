@@ -1,6 +1,6 @@
 """Faults put into a small selection, and whether it still ends in the right decision with no trial lost.
 
-    python -m benchmarks.reliability.faults --times 10 > benchmarks/reliability/faults.json
+    python -m benchmarks.reliability.faults --times 10 --out benchmarks/reliability/faults.json
 
 Every fault is tried at random places from one seed, and every run is then taken to its end and compared with an
 undisturbed one: decision, trials, adapter. `kill -9` has its own program (`benchmarks/resume/kill.py`). Needs root for
@@ -69,7 +69,7 @@ class Faults:
     def sigterm(self, out: Path) -> set[str]:
         """Asked to end at a random moment after the first trial began; exit 143 unless it had ended."""
         child = self._case.start(out, "training", self._random.randint(1, self._case.usual["training"][0]))
-        self._case.moments.wait(4 * self._seconds + 20)
+        self._case.moments.wait(child, 10 * self._seconds + 60)
         subprocess.run(["kill", "-TERM", str(child)], check=False)
         if end_of(child) not in (143, 0):
             raise RuntimeError(f"SIGTERM: {self._case.log()[-300:]}")
@@ -97,7 +97,7 @@ class Faults:
     def second_process(self, out: Path) -> set[str]:
         """Another process wants the folder while one works in it: refused with exit 2, the first is not disturbed."""
         first = self._case.start(out, "training", 2)
-        self._case.moments.wait(4 * self._seconds + 20)
+        self._case.moments.wait(first, 10 * self._seconds + 60)
         if end_of(self._case.start(out)) != 2:
             raise RuntimeError("the second process was let in")
         self._require_told("another process is at work")
@@ -112,7 +112,7 @@ class Faults:
     def _kill_in(self, phase: str, out: Path) -> None:
         entries, each = self._case.usual[phase]
         child = self._case.start(out, phase, self._random.randint(1, entries))
-        self._case.moments.wait(4 * self._seconds + 20)
+        self._case.moments.wait(child, 10 * self._seconds + 60)
         time.sleep(self._random.uniform(0, each))
         subprocess.run(["kill", f"-{signal.SIGKILL.value}", str(child)], check=False)
         end_of(child)
@@ -122,31 +122,28 @@ class Faults:
             raise RuntimeError(f"{words!r} was not said: {self._case.log()[-300:]}")
 
 
-def tried(
-    fault: Callable[[Path], set[str]], times: int, case: Case, expected: dict[str, Any], out: Path
-) -> dict[str, Any]:
-    """One row of the table."""
-    right = lost = 0
-    wrong: list[str] = []
-    for _ in range(times):
-        hit = fault(out)
-        before = lines_of(out, "trial_finished") if (out / "journal.jsonl").exists() else {}
-        status = end_of(case.start(out))
-        ended = outcome(out) if status == 0 else {}
-        same = all(ended.get(name) == expected[name] for name in ("decision", "trials", "adapter"))
-        kept = lines_of(out, "trial_finished")
-        lost += sum(kept.get(trial) != line for trial, line in before.items())
-        good = status == 0 and same and not ended["left_over"] and started_again(out) <= hit
-        right += good
-        if not good:
-            wrong.append(f"exit {status}: {case.log()[-300:]}")
-        subprocess.run(["umount", str(out)], check=False, capture_output=True)
-        shutil.rmtree(out)
-    return {"tried": times, "right": right, "trials_lost": lost, "wrong": wrong}
+def add(
+    row: dict[str, Any], fault: Callable[[Path], set[str]], case: Case, expected: dict[str, Any], out: Path
+) -> None:
+    """Try a fault once more, and add it to its row of the table."""
+    hit = fault(out)
+    before = lines_of(out, "trial_finished")
+    status = end_of(case.start(out))
+    ended = outcome(out) if status == 0 else {}
+    same = all(ended.get(name) == expected[name] for name in ("decision", "trials", "adapter"))
+    kept = lines_of(out, "trial_finished")
+    good = status == 0 and same and not ended["left_over"] and started_again(out) <= hit
+    row["tried"] += 1
+    row["right"] += good
+    row["trials_lost"] += sum(kept.get(trial) != line for trial, line in before.items())
+    if not good:
+        row["wrong"].append(f"exit {status}: {case.log()[-300:]}")
+    subprocess.run(["umount", str(out)], check=False, capture_output=True)
+    shutil.rmtree(out)
 
 
-def measure(times: int, seed: int, root: Path) -> dict[str, Any]:
-    """All faults, `times` each."""
+def measure(times: int, seed: int, root: Path, out: Path | None) -> dict[str, Any]:
+    """All faults in turn until each was tried `times` times; `out` holds the sums so far after each round."""
     case = Case(root)
     case.warm_up(root / "warm")
     begun = time.monotonic()
@@ -156,8 +153,8 @@ def measure(times: int, seed: int, root: Path) -> dict[str, Any]:
     case.usual = case.moments.usual()
     faults = Faults(case, root / "whole", seconds, random.Random(seed))
     expected = outcome(root / "whole")
-    rows: dict[str, Any] = {}
-    for fault in (
+    rows: dict[str, dict[str, Any]] = {}
+    kinds = (
         faults.cut_journal,
         faults.flipped_bit_in_journal,
         faults.flipped_bit_in_checkpoint,
@@ -165,19 +162,25 @@ def measure(times: int, seed: int, root: Path) -> dict[str, Any]:
         faults.full_disk,
         faults.second_process,
         faults.leftovers,
-    ):
-        rows[fault.__name__] = tried(fault, times, case, expected, root / "run")
-        print(fault.__name__, rows[fault.__name__], file=sys.stderr, flush=True)
-    return {"machine": machine(), "seed": seed, "faults": rows}
+    )
+    for _ in range(times):
+        for fault in kinds:
+            row = rows.setdefault(fault.__name__, {"tried": 0, "right": 0, "trials_lost": 0, "wrong": []})
+            add(row, fault, case, expected, root / "run")
+            result = {"machine": machine(), "seed": seed, "faults": rows}
+            if out is not None:
+                out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    return result
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--times", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, help="written after each fault")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        print(json.dumps(measure(options.times, options.seed, Path(folder)), indent=1))
+        print(json.dumps(measure(options.times, options.seed, Path(folder), options.out), indent=1))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """`kill -9` at random moments of a small selection, resumed: does it end the same, is anything lost or trained twice?
 
-    python -m benchmarks.resume.kill --kills 200 --seed 0 > benchmarks/resume/kill.json
+    python -m benchmarks.resume.kill --kills 200 --seed 0 --out benchmarks/resume/kill.json
 
 A run is started in a process of its own and killed with SIGKILL; it is resumed and killed again, up to five times,
 then resumed to its end and compared with an undisturbed run. The moments take turns: anywhere in the run's time; and
@@ -20,10 +20,10 @@ import os
 import random
 import shutil
 import signal
-import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -135,7 +135,7 @@ def one_kill(case: Case, seconds: float, target: str, generator: random.Random, 
     else:
         entries, each = case.usual[target]
         child = case.start(out, target, generator.randint(1, max(2, entries // 3)))
-        case.moments.wait(4 * seconds + 20)
+        case.moments.wait(child, 10 * seconds + 60)
         time.sleep(generator.uniform(0, each))
     os.kill(child, signal.SIGKILL)
     status = end_of(child)
@@ -203,8 +203,8 @@ def is_right(entry: dict[str, Any]) -> bool:
     )
 
 
-def measure(kills: int, seed: int, root: Path, minutes: float = 60.0) -> dict[str, Any]:
-    """All runs and their sums; as many as fit where `minutes` are over before."""
+def measure(kills: int, seed: int, root: Path, told: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    """All runs and their sums; `told` has the sums so far after each run."""
     generator = random.Random(seed)
     case = Case(root)
     case.warm_up(root / "warm")
@@ -216,11 +216,16 @@ def measure(kills: int, seed: int, root: Path, minutes: float = 60.0) -> dict[st
     whole = outcome(root / "whole")
     turns = itertools.cycle([ANYWHERE, *PHASES])
     runs: list[dict[str, Any]] = []
-    while (left := kills - sum(len(run["kills"]) for run in runs)) > 0 and time.monotonic() - begun < 60 * minutes:
+    while (left := kills - sum(len(run["kills"]) for run in runs)) > 0:
         targets = [next(turns) for _ in range(min(left, KILLS_A_RUN))]
         runs.append(one_run(case, whole, seconds, targets, generator, root / "run"))
-        print(len(runs), runs[-1], file=sys.stderr, flush=True)
         shutil.rmtree(root / "run")
+        told(sums(seed, seconds, case, runs))
+    return sums(seed, seconds, case, runs)
+
+
+def sums(seed: int, seconds: float, case: Case, runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """What is stored."""
     right = [run for run in runs if is_right(run)]
     return {
         "machine": machine(),
@@ -249,10 +254,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=12)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--minutes", type=float, default=60.0)
+    parser.add_argument(
+        "--out", type=Path, help="written after each run, so that a program that is stopped leaves its sums"
+    )
     options = parser.parse_args()
+
+    def told(so_far: dict[str, Any]) -> None:
+        if options.out is not None:
+            options.out.write_text(json.dumps(so_far, indent=1) + "\n", encoding="utf-8")
+
     with tempfile.TemporaryDirectory() as folder:
-        print(json.dumps(measure(options.kills, options.seed, Path(folder), options.minutes), indent=1))
+        print(json.dumps(measure(options.kills, options.seed, Path(folder), told), indent=1))
 
 
 if __name__ == "__main__":

@@ -35,9 +35,15 @@ class Moments:
         while select.select([self._read], [], [], 0)[0]:
             os.read(self._read, 64)
 
-    def wait(self, seconds: float) -> bool:
-        """Until the asked entry, at most so long."""
-        return bool(select.select([self._read], [], [], seconds)[0])
+    def wait(self, child: int, seconds: float) -> bool:
+        """Until the asked entry or the child's end, at most so long; whether the entry came."""
+        until = time.monotonic() + seconds
+        while time.monotonic() < until:
+            if select.select([self._read], [], [], 0.1)[0]:
+                return True
+            if os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None:
+                return False
+        return False
 
     def phase(self) -> str:
         current = self._page[0]

@@ -11,7 +11,7 @@ from rightrank.errors import ResultsError, SettingsError
 from rightrank.io.files import disk_errors_told
 from rightrank.io.run_folder import RunFolder
 from rightrank.records import Decision, RunEvent, RunStarted, Sample, SweepRow, TrialOutcome
-from rightrank.records.plan import Plan
+from rightrank.records.plan import Plan, SelectionCost
 from rightrank.records.probe import Inspection, Resized
 from rightrank.settings import PlanSettings, SelectKeywords, SelectSettings, make_plan_settings, make_settings
 
@@ -116,6 +116,7 @@ class Begun:
     request: Request
     prepared: Prepared
     selection: Selection
+    estimate: SelectionCost | None  # None: nothing was measured on this device before
     trackers: Trackers
 
 
@@ -135,7 +136,8 @@ def begin(request: Request, folder: RunFolder, watching: Watching, bases: Bases 
     """Load, plan and open the journal; say what it will cost. `bases` holds what other selections loaded."""
     from rightrank.engine.scoring import measured_at_ends
     from rightrank.placing import require_placeable
-    from rightrank.preparation import prepare, resuming
+    from rightrank.preparation import prepare, resuming, workload
+    from rightrank.report.plan_table import selection_lines
     from rightrank.selection import Selection, Terms
     from rightrank.strategies import make_strategy
     from rightrank.trackers import Trackers, require_trackers
@@ -146,24 +148,20 @@ def begin(request: Request, folder: RunFolder, watching: Watching, bases: Bases 
     request = resuming(request, folder.journal.read(watching.notice))
     prepared = prepare(request, folder.cache, watching.notice, bases)
     strategy = make_strategy(prepared.settings, prepared.steps, token_loss=prepared.is_token_loss)
-    terms = Terms(peak_bytes=prepared.planned.peak_bytes if prepared.planned else {})
+    estimate = prepared.planned.cost(strategy, workload(prepared)) if prepared.planned else None
+    terms = Terms(peak_of=prepared.planned.peak_of) if prepared.planned else Terms()
     trackers = Trackers(request.settings.report_to, folder.path, prepared.started, watching.notice)
-
-    def listener(event: RunEvent) -> None:
-        watching.on_event(event)
-        trackers.event(event)
-
-    selection = Selection(folder, prepared.started, strategy, listener, terms)
-    for outcome in selection.records.outcomes:
-        trackers.event(outcome)  # one that a resumed run had no time to tell of
+    selection = Selection(folder, prepared.started, strategy, trackers.beside(watching.on_event), terms)
+    trackers.catch_up(selection.records.outcomes)
     folder.write_config(prepared.started.settings)
     watching.on_plan(prepared.started, strategy.expected_arms(), prepared.steps)
     if selection.records.outcomes:
         watching.on_resume(selection.records.outcomes)
-    watching.notice(cost_line(strategy, prepared.steps))
+    for line in selection_lines(estimate) if estimate else [cost_line(strategy, prepared.steps)]:
+        watching.notice(line)
     if measured_at_ends(prepared.settings):
         watching.notice(answers_line(prepared.settings, prepared.started))
-    return Begun(request, prepared, selection, trackers)
+    return Begun(request, prepared, selection, estimate, trackers)
 
 
 def finish(begun: Begun, decision: Decision, watching: Watching) -> Selected:
@@ -173,6 +171,8 @@ def finish(begun: Begun, decision: Decision, watching: Watching) -> Selected:
     from rightrank.strategies.sweep import sweep_rows
 
     selection, bench = begun.selection, begun.prepared.bench
+    if begun.estimate is not None:
+        watching.notice(selection.beside_estimate(begun.estimate))
     hand_over_trained(selection, bench, decision)
     begun.trackers.decided(decision)
     if begun.request.settings.certify:

@@ -17,6 +17,7 @@ from rightrank.io.run_folder import RunFolder
 from rightrank.records import DataSummary, RunStarted, TrialFinished, content_hash
 from rightrank.settings import SelectSettings, make_settings
 from rightrank.strategies import make_strategy, space_of, strategy_in
+from rightrank.trackers import Trackers, require_trackers
 from rightrank.version import __version__
 
 DIRECT_STRATEGIES = ("grid", "bracket", "ladder", "ascend")  # those that whole trainings are enough for
@@ -41,6 +42,7 @@ def select_rank_with(
     workers: int = 1,
     timeout_seconds: float | None = None,
     version: str = "",
+    report_to: Sequence[str] = (),
     watching: Watching | None = None,
 ) -> Selected:
     """Find the rank with a function that trains: DPO, RL, diffusion, vision, a script of one's own.
@@ -60,9 +62,11 @@ def select_rank_with(
         workers: calls at a time; above 1 not "here".
         timeout_seconds: end a training that takes longer; needs `where="process"`.
         version: say something new here when `train` changes, so that old trials are not taken for its own.
+        report_to: trackers that are told of every trial: trackio, wandb, mlflow, tensorboard.
 
     Raises:
         SettingsError: an argument that is not allowed, or a function that can't be sent to a process.
+        MissingExtraError: a tracker that is not installed.
         RunFolderError: a folder made with other settings.
         AllTrialsFailedError: no two ranks ended with a result.
         InterruptedRun: `watching.should_stop` said so.
@@ -74,6 +78,7 @@ def select_rank_with(
         higher_is_better=_is_higher_better(metric) if higher_is_better is None else higher_is_better,
         with_base=with_base,
         version=version,
+        report_to=require_trackers(report_to),
     )
     trainer = _Trainer(train, _call_of(train, where, timeout_seconds, workers), workers)
     return _select(asked, trainer, RunFolder(Path(out)), watching or Watching())
@@ -89,6 +94,7 @@ class _Asked:
     higher_is_better: bool
     with_base: bool
     version: str
+    report_to: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +119,9 @@ def _select(asked: _Asked, trainer: _Trainer, folder: RunFolder, watching: Watch
         )
         strategy = strategy_in(asked.settings.strategy, space)
         terms = Terms(asked.with_base, "give another range of learning rates, and a new out")
-        selection = Selection(folder, started, strategy, watching.on_event, terms)
+        trackers = Trackers(asked.report_to, folder.path, started, watching.notice)
+        selection = Selection(folder, started, strategy, trackers.beside(watching.on_event), terms)
+        trackers.catch_up(selection.records.outcomes)
         executor = OwnExecutor(
             trainer.call,
             asked.metric,
@@ -128,7 +136,9 @@ def _select(asked: _Asked, trainer: _Trainer, folder: RunFolder, watching: Watch
         if selection.records.outcomes:
             watching.on_resume(selection.records.outcomes)
         decision = selection.run(executor)
-        return Selected(decision, folder.path, hand_over_saved(selection, decision), folder.report)
+        adapter = hand_over_saved(selection, decision)
+        trackers.decided(decision)
+        return Selected(decision, folder.path, adapter, folder.report)
 
 
 def _items(finished: Sequence[TrialFinished]) -> int | None:

@@ -48,7 +48,8 @@ def executor_of(
         InputError, RunError: no worker can be had, and why.
     """
     if request.settings.executor == "local":
-        yield LocalExecutor(prepared.bench, selection.folder, watcher, selection.note_start, notice)
+        most = prepared.planned.largest_pack if prepared.planned else None
+        yield LocalExecutor(prepared.bench, selection.folder, watcher, selection.note_start, notice, most)
         return
     looking = Looking(
         on_start=lambda _, started: selection.note_start(started),

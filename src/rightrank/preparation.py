@@ -14,11 +14,14 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from rightrank.decision.metrics import higher_is_better
 from rightrank.engine.bench import Bench
-from rightrank.engine.encode import EncodedData, encode
+from rightrank.engine.encode import EncodedData, encode, label_count
 from rightrank.engine.scoring import require_scorers
+from rightrank.engine.sharding import sharded
+from rightrank.engine.token_store import lengths_of
 from rightrank.errors import SettingsError
 from rightrank.io.data import DataForm, DataSplits, load_data
-from rightrank.io.models import LoadedModel, adopt_model, find_model, load_model
+from rightrank.io.models import LoadedModel, adopt_model, find_device, find_model, load_model
+from rightrank.planning.duration import Workload
 from rightrank.planning.selecting import SelectionPlan, first_pass_loss, plan_selection, ranks_for_data
 from rightrank.planning.skeleton import is_known
 from rightrank.records import JournalRecord, RunStarted, content_hash
@@ -84,7 +87,7 @@ def prepare(request: Request, cache: Path, notice: Notice = lambda _: None, base
     Raises:
         InputError: model, data or settings can't be used.
     """
-    sources = _load(request, {} if bases is None else bases)
+    sources = _load(request, {} if bases is None else bases, cache.parent)
     settings, planned = _settle(sources, request.settings, notice)
     steps = training_steps(settings, len(sources.encoded.splits["train"]))
     bench = Bench(sources.loaded, sources.encoded, settings, steps, cache)
@@ -97,7 +100,7 @@ def resuming(request: Request, journal: Sequence[JournalRecord]) -> Request:
     return replace(request, known_settings=tuple(first.settings)) if isinstance(first, RunStarted) else request
 
 
-def _load(request: Request, bases: Bases) -> _Sources:
+def _load(request: Request, bases: Bases, folder: Path) -> _Sources:
     settings = request.settings
     require_scorers(settings)
     if isinstance(request.model, str):
@@ -107,26 +110,37 @@ def _load(request: Request, bases: Bases) -> _Sources:
     splits = load_data(Path(request.data) if isinstance(request.data, str) else request.data, settings)
     _require_metrics_fit(settings, splits.form)
     loaded = _base(request, splits.classes, bases)
-    return _Sources(splits, loaded, encode(splits, loaded, settings))
+    return _Sources(splits, loaded, encode(splits, loaded, settings, folder))
 
 
 def _base(request: Request, classes: list[str] | None, bases: Bases) -> LoadedModel:
     """The frozen base; loaded once for all requests that ask for the same."""
     settings = request.settings
+    place = "cpu" if settings.shard_base else settings.device  # what is shared out is loaded whole on the host
     if not isinstance(request.model, str):
-        return adopt_model(request.model, request.tokenizer, settings.device, classes)
+        adopted = adopt_model(request.model, request.tokenizer, place, classes)
+        return sharded(adopted, find_device(settings.device)) if settings.shard_base else adopted
     labels = None if classes is None else tuple(classes)
-    how = (settings.dtype, settings.device, labels, settings.trust_remote_code, settings.weight_bits)
+    how = (
+        settings.dtype,
+        settings.device,
+        labels,
+        settings.trust_remote_code,
+        settings.weight_bits,
+        settings.shard_base,
+    )
     key = (request.model, *how)
     if key not in bases:
         bases[key] = load_model(
             request.model,
             settings.dtype,
-            settings.device,
+            place,
             classes,
             settings.trust_remote_code,
             settings.weight_bits,
         )
+        if settings.shard_base:
+            bases[key] = sharded(bases[key], find_device(settings.device))
     return bases[key]
 
 
@@ -151,16 +165,19 @@ def _require_metrics_fit(settings: SelectSettings, form: DataForm) -> None:
 def _settle(sources: _Sources, settings: SelectSettings, notice: Notice) -> tuple[SelectSettings, SelectionPlan | None]:
     """The settings with the ranks to begin with: those asked for, or a range that data and model suggest, that fit."""
     config, encoded = sources.loaded.model.config, sources.encoded
-    if encoded.is_classification or not is_known(config, classification=False):
+    if not is_known(config, encoded.is_classification):  # the plan builds the model from its configuration
         return settings, None
-    if "ranks" not in settings.model_fields_set:
+    longest = max(int(lengths_of(items).max()) for items in encoded.splits.values())
+    device = str(sources.loaded.device)
+    if "ranks" not in settings.model_fields_set and not encoded.is_classification:
         first_loss = first_pass_loss(sources.loaded, encoded.splits["selection"])
         label_tokens = encoded.summary.splits["train"].label_tokens
-        ranks, reasons = ranks_for_data(config, settings, label_tokens, first_loss)
+        ranks, reasons = ranks_for_data(config, settings, longest, device, (label_tokens, first_loss))
         settings = settings.model_copy(update={"ranks": tuple(ranks)})
-        notice(reasons)
-    longest = max(item.length for items in encoded.splits.values() for item in items)
-    planned = plan_selection(config, settings, longest, str(sources.loaded.device))
+        for reason in reasons:
+            notice(reason)
+    labels = len(sources.splits.classes or ()) if encoded.is_classification else None
+    planned = plan_selection(config, settings, longest, device, labels)
     if (left_out := planned.notice()) is not None:
         notice(left_out)
     return settings.model_copy(update={"ranks": planned.ranks}), planned
@@ -185,6 +202,28 @@ def _started(request: Request, sources: _Sources, settings: SelectSettings, step
         higher_is_better=higher_is_better(settings.metric_name, settings.lower_is_better),
         points_metric=settings.points_metric if settings.points_metric != settings.metric_name else None,
         started_at=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
+
+
+def workload(prepared: Prepared) -> Workload:
+    """What a training of this run takes, for the estimate of its time."""
+    data, settings = prepared.bench.data, prepared.settings
+    train = data.splits["train"]
+    longest = max(int(lengths_of(items).max()) for items in data.splits.values())
+    batches = prepared.bench.batch_plan(settings.seeds[0])
+    size = settings.batch_size
+    micro = [batch[start : start + size] for batch in batches for start in range(0, len(batch), size)]
+    padded = sum(len(rows) * max(train[index].length for index in rows) for rows in micro)
+    used = [train[index] for rows in micro for index in rows]
+    labels = sum(label_count(item, data.is_classification) for item in used)
+    return Workload(
+        steps=prepared.steps,
+        items=len({index for rows in micro for index in rows}),
+        eval_items=len(data.splits["selection"]),
+        eval_points=settings.eval_points,
+        passes=settings.gradient_accumulation_steps,
+        filled=padded / (len(used) * longest),
+        labelled=1.0 if data.is_classification else labels / padded,
     )
 
 

@@ -6,8 +6,8 @@ Everything that the loop knows it reads from the journal, so a run that was kill
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
 
@@ -30,19 +30,23 @@ from rightrank.records import (
     RunEvent,
     RunStarted,
     Trial,
+    TrialDiverged,
     TrialFailed,
     TrialFinished,
     TrialOutcome,
     TrialStarted,
     trial_id,
 )
+from rightrank.records.plan import SelectionCost
 from rightrank.report.figure import AnyFigure, Figure
 from rightrank.report.html import render_report
+from rightrank.report.plan_table import took_line
 from rightrank.report.spectra import spectrum_figure
 from rightrank.report.sweep_table import sweep_map
 from rightrank.report.wording import size
 from rightrank.settings import settings_difference
 from rightrank.strategies import History, Strategy
+from rightrank.strategies.protocol import seconds_of, steps_of
 from rightrank.strategies.sweep import sweep_rows
 
 VIEWS_SHARE = 0.05  # of the time at most that goes into views while trials run
@@ -57,7 +61,7 @@ class Terms:
 
     with_base: bool = True  # False: nobody evaluates rank 0
     advice: str = "give lower learning rates, a smaller batch_size or seq_len, and a new --out"  # where all fails
-    peak_bytes: Mapping[int, int] = field(default_factory=dict)  # by rank, as planned
+    peak_of: Callable[[Sequence[int]], int | None] = lambda _: None  # bytes of ranks trained together, as planned
 
 
 class Selection:
@@ -82,6 +86,7 @@ class Selection:
         else:
             folder.journal.append(started)
         self.records = Records.of(started, existing)
+        self._company: dict[str, list[int]] = {}  # of a trial under way: the ranks of the largest pack it was in
         # One that failed is asked for again, since what was wrong may have been mended; memory does not grow.
         self.records.outcomes = [outcome for outcome in self.records.outcomes if not _is_worth_another_try(outcome)]
 
@@ -116,6 +121,14 @@ class Selection:
 
     def note_start(self, started: TrialStarted) -> None:
         """Journal that a trial began."""
+        self._company[started.trial_id] = [started.rank]
+        ranks = [trial[0] for trial in self._company.values()]  # its own comes first
+        for trial in self._company.values():
+            if len(ranks) > len(trial):
+                own = trial[0]
+                others = list(ranks)
+                others.remove(own)
+                trial[:] = [own, *others]
         self.folder.journal.append(started)
         self._listener(started)
 
@@ -159,6 +172,14 @@ class Selection:
                 f"{self._terms.advice}, or a larger budget"
             ) from None
 
+    def beside_estimate(self, estimate: SelectionCost) -> str:
+        """What the run took, beside what was estimated."""
+        history = History.of(self.records.outcomes)
+        finished = self.records.finished()
+        steps = sum(steps_of(trial.arm, history) for trial in finished)
+        seconds = sum(seconds_of(trial, history) for trial in finished)
+        return took_line(estimate, steps / estimate.steps, seconds)
+
     def write_views(self, decision: Decision | None) -> None:
         """decision.json and report, each replaced whole."""
         if decision is not None:
@@ -189,13 +210,20 @@ class Selection:
 
     def _beside_plan(self, outcome: TrialOutcome) -> TrialOutcome:
         """The outcome with what the plan said of its rank, where it said anything."""
-        predicted = self._terms.peak_bytes.get(outcome.rank)
+        ranks = self._company.pop(outcome.trial_id, [outcome.rank])
+        if outcome.rank == 0 or outcome.arm.steps == 0 or isinstance(outcome, TrialDiverged):
+            return outcome
+        if isinstance(outcome, TrialFailed) or outcome.pack_size == 1:
+            ranks = [outcome.rank]
+        elif outcome.pack_size != len(ranks):
+            return outcome  # some of those that began were set aside, or ran elsewhere
+        predicted = self._terms.peak_of(ranks)
         if predicted is None:
             return outcome
         if isinstance(outcome, TrialFailed) and outcome.error == "out_of_memory":
             reason = f"{outcome.reason}; the plan said {size(predicted)}"
             return outcome.model_copy(update={"reason": reason})
-        if isinstance(outcome, TrialFinished) and outcome.pack_size == 1:  # the prediction is of one arm
+        if isinstance(outcome, TrialFinished):
             return outcome.model_copy(update={"predicted_peak_bytes": predicted})
         return outcome
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from rightrank.engine.bench import Bench
 from rightrank.engine.pack_size import packing_obstacle
 from rightrank.errors import MissingExtraError, SettingsError
 from rightrank.io import models
@@ -37,20 +38,37 @@ def test_both_widths_at_once_are_refused() -> None:
         small_settings(load_in_4bit=True, load_in_8bit=True)
 
 
-@pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="needs the extra bnb")
-def test_a_pack_over_four_bits_equals_alone(completion_file: Path, tmp_path: Path) -> None:
+def quantised_bench(completion_file: Path, folder: Path, bits: int) -> Bench:
     tokenizer = make_tokenizer()
     wide = {"hidden_size": 128, "intermediate_size": 128, "head_dim": 32}  # blocks of 64 weights share a scale
     torch.manual_seed(0)
-    LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **(SIZES | wide))).save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
-    settings = small_settings(load_in_4bit=True, max_steps=4)
-    bench = make_bench(tmp_path / "model", completion_file, settings, tmp_path / "cache")
+    LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **(SIZES | wide))).save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    settings = small_settings(**{f"load_in_{bits}bit": True, "max_steps": 4})
+    return make_bench(folder / "model", completion_file, settings, folder / "cache")
+
+
+ARMS = [Arm(rank=rank, learning_rate=1e-2, lora_alpha=32.0, seed=seed, steps=4) for rank, seed in ((2, 0), (4, 1))]
+
+
+@pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="needs the extra bnb")
+def test_a_pack_over_four_bits_equals_alone(completion_file: Path, tmp_path: Path) -> None:
+    bench = quantised_bench(completion_file, tmp_path, 4)
     assert type(bench.model.model.layers[0].mlp.up_proj).__name__ == "Linear4bit"
-    arms = [Arm(rank=rank, learning_rate=1e-2, lora_alpha=32.0, seed=seed, steps=4) for rank, seed in ((2, 0), (4, 1))]
-    assert packing_obstacle(bench, arms) is None
-    alone, together = run(bench, arms, tmp_path / "alone", 1), run(bench, arms, tmp_path / "together", 2)
-    assert alone[0].train_losses == pytest.approx(plain_losses(bench, arms[0]), rel=1e-4)
+    assert packing_obstacle(bench, ARMS) is None
+    alone, together = run(bench, ARMS, tmp_path / "alone", 1), run(bench, ARMS, tmp_path / "together", 2)
+    assert alone[0].train_losses == pytest.approx(plain_losses(bench, ARMS[0]), rel=1e-4)
     for one, other in zip(together, alone, strict=True):
         assert one.pack_size == 2
         assert one.train_losses == pytest.approx(other.train_losses, rel=1e-5)
+
+
+@pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="needs the extra bnb")
+def test_eight_bits_train_alone_as_plain_peft(completion_file: Path, tmp_path: Path) -> None:
+    """LLM.int8 looks for outliers over all rows of a batch, so rows of another arm change an arm's: no packs."""
+    bench = quantised_bench(completion_file, tmp_path, 8)
+    assert type(bench.model.model.layers[0].mlp.up_proj).__name__ == "Linear8bitLt"
+    assert packing_obstacle(bench, ARMS) == "this model's losses differ when two arms share a pass"
+    (alone,) = run(bench, ARMS[:1], tmp_path / "alone", 1)
+    assert alone.train_losses == pytest.approx(plain_losses(bench, ARMS[0]), rel=1e-3)
+    assert len(set(alone.train_losses)) == 4

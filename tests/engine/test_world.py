@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import socket
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,12 +24,15 @@ from tests.tiny import small_settings
 ARM = Arm(rank=4, learning_rate=1e-2, lora_alpha=32.0, seed=3, steps=6)
 
 
-def settings() -> SelectSettings:
-    return small_settings(max_steps=6, batch_size=5)  # does not divide by two
+def settings(**changes: Any) -> SelectSettings:
+    return small_settings(max_steps=6, batch_size=5, eval_batch_size=4, **changes)  # nothing divides by two
 
 
-def train(model: Path, data: Path, folder: Path) -> TrialFinished:
-    bench = make_bench(model, data, settings(), folder / "cache")
+def train(model: Path, data: Path, folder: Path, **changes: Any) -> TrialFinished:
+    bench = make_bench(model, data, settings(**changes), folder / "cache")
+    if settings(**changes).shard_base:
+        held = sum(parameter.to_local().numel() for parameter in bench.model.model.layers.parameters())
+        assert 2 * held == sum(parameter.numel() for parameter in bench.model.model.layers.parameters())
     outcome = run_trial(
         bench, Trial(trial_id="t", arm=ARM), None, TrialFolders(folder / "c", folder / "adapter"), Watcher()
     )
@@ -36,14 +40,22 @@ def train(model: Path, data: Path, folder: Path) -> TrialFinished:
     return outcome
 
 
+VARIANTS: tuple[dict[str, Any], ...] = (
+    {},
+    {"shard_base": True},
+    {"shard_base": True, "gradient_checkpointing": True},
+)
+
+
 def process(number: int, port: int, model: Path, data: Path, folder: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=number, world_size=2)
     try:
-        outcome = train(model, data, folder / str(number))
+        for variant, changes in enumerate(VARIANTS):
+            outcome = train(model, data, folder / f"{variant}.{number}", **changes)
+            (folder / f"{variant}.{number}.json").write_text(outcome.model_dump_json())
         with pytest.raises(SettingsError, match="batch_size 1 can't be shared by 2 processes"):
             require_shares(1)
-        (folder / f"{number}.json").write_text(outcome.model_dump_json())
     finally:
         dist.destroy_process_group()
 
@@ -54,11 +66,16 @@ def test_two_processes_equal_one(model_folder: Path, completion_file: Path, tmp_
         port = free.getsockname()[1]
     multiprocessing.spawn(process, args=(port, model_folder, completion_file, tmp_path), nprocs=2)
     one = train(model_folder, completion_file, tmp_path / "one")
-    for number in range(2):
-        other = TrialFinished.model_validate(json.loads((tmp_path / f"{number}.json").read_text()))
-        assert other.train_losses == pytest.approx(one.train_losses, rel=1e-5)
-        assert other.item_losses == pytest.approx(one.item_losses, rel=1e-4)
+    for file in (f"{variant}.{number}" for variant in range(len(VARIANTS)) for number in range(2)):
+        other = TrialFinished.model_validate(json.loads((tmp_path / f"{file}.json").read_text()))
+        assert other.train_losses == pytest.approx(one.train_losses, rel=1e-5), file
+        assert other.item_losses == pytest.approx(one.item_losses, rel=1e-4), file
         assert other.item_tokens == one.item_tokens
         assert other.train_tokens == one.train_tokens
-    assert (tmp_path / "0" / "adapter" / "adapter_model.safetensors").exists()
-    assert not (tmp_path / "1" / "adapter").exists()
+    assert (tmp_path / "1.0" / "adapter" / "adapter_model.safetensors").exists()
+    assert not (tmp_path / "1.1" / "adapter").exists()
+
+
+def test_one_process_alone_shares_nothing_out(model_folder: Path, completion_file: Path, tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="shard_base needs more than one process"):
+        make_bench(model_folder, completion_file, settings(shard_base=True), tmp_path)

@@ -144,6 +144,8 @@ def test_nothing_else_in_the_source_opens_a_final_file_for_writing() -> None:
         ("io/journal.py", "self.path"),  # the append, and the cut of a torn line
         ("engine/memory.py", "_CLEAR"),  # a switch of the system
         ("report/files.py", "path"),  # what `replacing` gave
+        ("executors/processes.py", "log"),  # a worker's stderr, as it comes
+        ("io/score_worker.py", '(task["out"])'),  # a child's answer, read when the child has ended
     }
     found: set[tuple[str, str]] = set()
     for source in SOURCE.rglob("*.py"):

@@ -61,12 +61,12 @@ def test_a_line_without_end_is_refused(tmp_path: Path, tokenizer: Any, monkeypat
 
 
 FORMS: list[tuple[str, dict[str, Any]]] = [
-    ("text", {"text": f"a {HALF} b"}),
+    ("text", {"text": f"q {HALF} b"}),
     ("prompt", {"prompt": HALF, "completion": "b"}),
-    ("completion", {"prompt": "a", "completion": f"b{HALF}"}),
-    ("messages", {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": HALF}]}),
-    ("role", {"messages": [{"role": HALF, "content": "a"}, {"role": "assistant", "content": "b"}]}),
-    ("label", {"text": "a", "label": HALF}),
+    ("completion", {"prompt": "q", "completion": f"b{HALF}"}),
+    ("messages", {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": HALF}]}),
+    ("role", {"messages": [{"role": HALF, "content": "q"}, {"role": "assistant", "content": "b"}]}),
+    ("label", {"text": "q", "label": HALF}),
     ("turns", {"prompt": [{"role": "user", "content": HALF}], "completion": [{"role": "assistant", "content": "b"}]}),
 ]
 
@@ -75,7 +75,7 @@ FORMS: list[tuple[str, dict[str, Any]]] = [
 def test_half_characters_are_left_out_and_counted(tmp_path: Path, tokenizer: Any, row: dict[str, Any]) -> None:
     whole = json.dumps(row).replace("\\ud800", "x")
     good = [
-        json.loads(whole.replace('"a', f'"{number} a').replace('"b', f'"{number} b').replace('"x"', f'"x{number % 2}"'))
+        json.loads(whole.replace('"q', f'"{number} q').replace('"b', f'"{number} b').replace('"x"', f'"x{number % 2}"'))
         for number in range(120)
     ]
     data = encoded(tmp_path / "d.jsonl", [row, *good, row], tokenizer, seq_len=100)

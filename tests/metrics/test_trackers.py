@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,8 @@ from rightrank.api import Decided, decide
 from rightrank.decision.run import Records, decide_run, records_of
 from rightrank.errors import MissingExtraError, SettingsError
 from rightrank.io.journal import Journal
+from rightrank.own_trainer import select_rank_with
+from rightrank.records import TrialResult, TrialTask
 from rightrank.trackers import Trackers, require_trackers, telling
 from tests.report.test_views import journal_of
 from tests.test_select import run, select_arguments
@@ -180,6 +183,24 @@ def test_unknown_and_missing_trackers(monkeypatch: pytest.MonkeyPatch) -> None:
     assert require_trackers(["all"]) == ()
 
 
+def test_a_trainer_of_ones_own_reports_too(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+
+    def train(task: TrialTask) -> TrialResult:
+        scores = [task.rank / (task.rank + 1 + item % 3) for item in range(50)]
+        return TrialResult(metrics={"reward": sum(scores) / 50}, item_scores=scores)
+
+    out = tmp_path / "own"
+    settings = {"ranks": (1, 4, 16), "learning_rates": (1e-3,), "metric": "reward", "margin": 0.01}
+    selected = select_rank_with(train, out, **settings, report_to=["tensorboard"])  # type: ignore[arg-type]
+    found = decide(out / "tensorboard", metric="eval/reward", margin=0.01).decision
+    assert (found.rank, found.verdict, found.basis) == (
+        selected.decision.rank,
+        selected.decision.verdict,
+        selected.decision.basis,
+    )
+
+
 def test_an_optuna_study_opens_and_decides(records: Records) -> None:
     optuna = pytest.importorskip("optuna")
     from rightrank.runs import export
@@ -188,6 +209,7 @@ def test_an_optuna_study_opens_and_decides(records: Records) -> None:
     path = exported.folder / "study.db"
     study = optuna.load_study(study_name=None, storage=f"sqlite:///{path}")
     whole = [trial for trial in records.finished() if trial.rank > 0 and trial.arm.is_direct]
+    assert {trial.state.name for trial in study.trials} <= {"COMPLETE", "PRUNED", "FAIL"}
     complete = [trial for trial in study.trials if trial.state.name == "COMPLETE"]
     assert sorted(trial.value for trial in complete) == sorted(trial.value for trial in whole)
     assert study.best_params["rank"] == min(whole, key=lambda trial: trial.value).rank
@@ -215,3 +237,19 @@ def test_a_selection_that_reports_decides_the_same_from_there(
     status, _, err = run([*command, "--json", "--quiet"], capsys)
     assert status == 0, err
     assert sorted(path.name for path in (tmp_path / "out" / "tensorboard").rglob("events*")) == before
+
+
+@pytest.mark.filterwarnings("ignore")  # its own
+def test_the_dashboard_opens_on_the_study(records: Records) -> None:
+    dashboard = pytest.importorskip("optuna_dashboard")
+    optuna = pytest.importorskip("optuna")
+    from rightrank.runs import export
+
+    path = export("run", "optuna").folder / "study.db"
+    application = dashboard.wsgi(optuna.storages.RDBStorage(f"sqlite:///{path}"))
+    statuses: list[str] = []
+    asked = {"REQUEST_METHOD": "GET", "PATH_INFO": "/api/studies", "wsgi.input": io.BytesIO(), "SERVER_NAME": "x",
+             "SERVER_PORT": "80", "wsgi.url_scheme": "http", "wsgi.errors": io.StringIO()}  # fmt: skip
+    body = b"".join(application(asked, lambda status, _headers, _info=None: statuses.append(status)))
+    assert statuses == ["200 OK"]
+    assert json.loads(body)["study_summaries"][0]["study_name"] == "rightrank"

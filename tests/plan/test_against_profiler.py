@@ -9,14 +9,18 @@ from benchmarks.plan.measure import measure
 
 from rightrank.planning.planner import plan_config
 from rightrank.settings import make_plan_settings
-from tests.plan.architectures import CONFIGS
+from tests.plan import CONFIGS
 
+PACK: dict[str, Any] = {"packed": True, "loss": "chunked", "optimizer": "adamw_fused"}
 CASES: list[tuple[str, dict[str, Any]]] = [
     ("llama", {}),
     ("qwen", {"loss": "chunked", "optimizer": "adamw_fused", "gradient_checkpointing": True}),
     ("gpt2", {"target_modules": ("c_attn",)}),
     ("mistral", {"padding": True}),
     ("moe", {"exclude_modules": ("shared_expert_gate",)}),
+    ("gpt2", PACK | {"arms": 2}),
+    ("llama", PACK | {"arms": 3, "gradient_checkpointing": True}),
+    ("bert", {"packed": True, "optimizer": "adamw_fused", "num_labels": 3, "padding": True, "arms": 2}),
 ]
 
 
@@ -28,4 +32,20 @@ def test_peaks_are_within_three_percent(name: str, options: dict[str, Any]) -> N
     plan = plan_config(CONFIGS[name](), name, settings, prices=False)
     assert plan.sources["peak_bytes"] == "traced"
     measured = measure(CONFIGS[name](), settings, 8)
-    assert plan.ranks[0].peak_bytes == pytest.approx(measured.peak_bytes, rel=0.03)
+    row = plan.ranks[0]
+    assert row.peak_bytes == pytest.approx(measured.peak_bytes, rel=0.03)
+    assert row.peak_low_bytes <= measured.peak_bytes <= row.peak_high_bytes
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_cheapest_changes_fit_in_a_measured_step_too() -> None:
+    """A budget that nothing fits: the list is followed, and the step then measured stays inside it."""
+    values = {"device": "cpu", "dtype": "float32", "ranks": (8,), "batch_size": 16, "seq_len": 64, "context_bytes": 0}
+    settings = make_plan_settings(values | {"memory_bytes": 12 * 2**20, "optimizer": "adamw_fused"})
+    plan = plan_config(CONFIGS["llama"](), "llama", settings, prices=False)
+    assert plan.max_rank is None
+    assert measure(CONFIGS["llama"](), settings, 8).peak_bytes > 12 * 2**20
+    changes = {change.setting: change.value for change in plan.changes}
+    assert plan.changes[-1].fits
+    followed = make_plan_settings(settings.model_dump() | changes)
+    assert measure(CONFIGS["llama"](), followed, 8).peak_bytes <= 12 * 2**20

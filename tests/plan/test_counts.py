@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from benchmarks.plan.architectures import FULL_CONFIGS
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
@@ -16,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from rightrank.maths.counts import capacity_rank, lora_parameters, safetensors_bytes
 from rightrank.planning.planner import plan_config
 from rightrank.settings import make_plan_settings
-from tests.plan.architectures import CONFIGS
+from tests.plan import CONFIGS
 
 CASES: list[tuple[str, dict[str, Any]]] = [
     ("llama", {}),
@@ -53,19 +54,7 @@ def test_counts_are_those_of_peft(name: str, options: dict[str, Any], tmp_path: 
 
 def test_published_counts_of_llama_3b() -> None:
     """PEFT's own table (method_comparison, MetaMathQA, lora--llama-3.2-3B-rank32): parameters and file size."""
-    from transformers import LlamaConfig
-
-    config = LlamaConfig(
-        hidden_size=3072,
-        intermediate_size=8192,
-        num_hidden_layers=28,
-        num_attention_heads=24,
-        num_key_value_heads=8,
-        head_dim=128,
-        vocab_size=128256,
-        tie_word_embeddings=True,
-        max_position_embeddings=131072,
-    )
+    config = FULL_CONFIGS["Llama-3.2-3B"]()
     settings = make_plan_settings({"ranks": (32,), "target_modules": ("q_proj", "v_proj"), "seq_len": 16})
     plan = plan_config(config, "llama", settings, prices=False)
     assert plan.ranks[0].trainable_parameters == 9_175_040

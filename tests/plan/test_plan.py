@@ -10,7 +10,7 @@ import pytest
 
 from rightrank.cli import main
 from rightrank.settings import parse_bytes
-from tests.plan.architectures import CONFIGS
+from tests.plan import CONFIGS
 
 QUICK = ("--batch-size", "2", "--seq-len", "32", "--target-modules", "q_proj,v_proj")
 
@@ -110,6 +110,11 @@ def test_a_smaller_budget_never_allows_a_larger_rank(config_folder: Path, capsys
         (("--load-in-4bit", "--load-in-8bit"), "give one of them"),
         (("--set", "rank_patern=x"), "did you mean 'rank_pattern'"),
         (("--layers-to-transform", "9"), "layers_to_transform: got 9"),
+        (("--strategy", "brackt", "--steps", "9"), "did you mean 'bracket'"),
+        (("--strategy", "bracket"), "give steps"),
+        (("--ranks", "4", "--strategy", "bracket", "--steps", "9"), "a comparison needs two or more"),
+        (("--arms", "2", "--use-dora"), "leave out use_dora"),
+        (("--set", "num_labels=3", "--loss", "chunked"), "give loss 'full'"),
     ],
 )
 def test_bad_input_is_one_line(
@@ -162,14 +167,51 @@ def test_calibrated_plans_know_seconds(
     config_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    steps = ("--set", "steps=100", "--set", "trainings=5", "--set", "price_per_hour=2")
-    arguments = (str(config_folder), "--ranks", "2,4", "--device", "cpu", "--dtype", "float32", *QUICK, *steps)
+    of_selection = ("--strategy", "grid", "--steps", "100", "--price-per-hour", "2")
+    arguments = (str(config_folder), "--ranks", "2,4", "--device", "cpu", "--dtype", "float32", *QUICK, *of_selection)
     before = plan_json(capsys, *arguments)
     assert before["ranks"][0]["seconds_per_step"] is None
-    assert before["selection"]["flops"] > 0
+    assert before["sources"]["context_bytes"] == "assumed"
+    assert before["selection"]["expected"]["seconds"] is None
     measured = plan_json(capsys, *arguments, "--calibrate")
     assert measured["ranks"][1]["seconds_per_step"] > measured["ranks"][0]["seconds_per_step"] > 0
-    assert measured["sources"]["seconds_per_step"] == "measured"
+    assert measured["sources"]["seconds_per_step"] == measured["sources"]["peak_bytes"] == "measured"
+    assert measured["sources"]["context_bytes"] == "measured"
     kept = plan_json(capsys, *arguments)
-    assert kept["selection"]["seconds"] == pytest.approx(measured["selection"]["seconds"])
-    assert kept["selection"]["price"] == pytest.approx(kept["selection"]["seconds"] / 3600 * 2)
+    assert kept["ranks"] == measured["ranks"]
+    assert kept["ranks"][0]["peak_bytes"] == sum(kept["ranks"][0]["components"].values())
+    extent = kept["selection"]["expected"]
+    assert extent["trainings"] == 2 * 3
+    assert extent["price"] == pytest.approx(extent["seconds"] / 3600 * 2)
+    assert sum(row["seconds"] for row in kept["selection"]["ranks"]) * 3 < extent["seconds"]  # and evaluations once
+
+
+def test_a_selection_is_its_strategy_s_trainings_and_evaluations(
+    config_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = (str(config_folder), "--ranks", "2,4,8", "--steps", "50", *QUICK, "--strategy")
+    grid, bracket = (plan_json(capsys, *arguments, name)["selection"] for name in ("grid", "bracket"))
+    flops = [row["flops"] for row in grid["ranks"]]
+    once = 4 * grid["evaluation_flops"]
+    assert grid["expected"]["flops"] == pytest.approx(3 * sum(flops) + once)
+    assert grid["most"]["flops"] == pytest.approx(9 * flops[-1] + once)
+    assert bracket["expected"]["trainings"] < bracket["most"]["trainings"] <= grid["most"]["trainings"]
+    assert flops[0] > 50 * plan_json(capsys, *arguments, "grid")["ranks"][0]["flops_per_step"]  # evaluations are in it
+
+
+def test_frozen_blocks_are_counted_once(config_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = (str(config_folder), "--ranks", "2,4", *QUICK, "--strategy", "grid", "--steps", "50")
+    whole = plan_json(capsys, *arguments)["selection"]
+    tail = plan_json(capsys, *arguments, "--layers-to-transform", "4,5")["selection"]
+    assert whole["prefix_flops"] == 0 < tail["prefix_flops"]
+    assert tail["ranks"][0]["flops"] < whole["ranks"][0]["flops"] / 2
+
+
+def test_text_says_time_and_error(config_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ("--ranks", "2,4", *QUICK, "--strategy", "bracket", "--steps", "50")
+    status, out, _ = run_command(capsys, str(config_folder), *options)
+    assert status == 0
+    assert "selection by bracket: about" in out
+    assert "at most" in out
+    assert "seconds come from --calibrate" in out
+    assert "±5%: assumed: not measured on a GPU" in out

@@ -6,11 +6,14 @@ from pathlib import Path
 
 import pytest
 
+from rightrank.api import Watching, select_rank
 from rightrank.cli import main
 from rightrank.io.journal import Journal
-from rightrank.planning.selecting import plan_selection
+from rightrank.planning.budget import needed
+from rightrank.planning.estimate import Estimator
+from rightrank.planning.selecting import _plan_settings, plan_selection, ranks_for_data
 from rightrank.records import TrialFinished
-from tests.tiny import small_settings, tiny_llama_config
+from tests.tiny import sentences, small_settings, tiny_llama_config, write_jsonl
 
 SMALL = ("--learning-rates", "1e-2", "--max-steps", "2", "--batch-size", "4", "--seq-len", "32", "--eval-items", "6")
 SETS = ("--set", "samples=0", "--set", "eval_points=1", "--strategy", "grid", "--quiet")
@@ -47,6 +50,36 @@ def test_too_little_memory_is_refused_before_the_start(
     assert not any(isinstance(record, TrialFinished) for record in Journal(out / "journal.jsonl").read())
 
 
+def test_the_plan_says_how_many_arms_fit_together() -> None:
+    settings = small_settings(ranks=(1, 8), pack_size=6)
+    config = tiny_llama_config(400)
+    assert plan_selection(config, settings, 32, "cpu").largest_pack is None
+    alone = plan_selection(config, settings.model_copy(update={"memory_bytes": 2**40}), 32, "cpu")
+    assert alone.largest_pack == 6
+    tight = settings.model_copy(update={"memory_bytes": alone.needed_bytes[8]})
+    assert plan_selection(config, tight, 32, "cpu").largest_pack == 1
+    needs = {}
+    for arms in (4, 6):
+        changed = Estimator(
+            config, _plan_settings(config, settings.model_copy(update={"memory_bytes": 2**40}), 32, "cpu", None)
+        ).variant(arms=arms)
+        needs[arms] = needed(changed.estimate(8).highest.reserved_bytes, changed.settings)
+    between = settings.model_copy(update={"memory_bytes": (needs[4] + needs[6]) // 2})
+    assert plan_selection(config, between, 32, "cpu").largest_pack == 4
+
+
+def test_a_pack_that_does_not_fit_is_made_smaller_and_said(
+    model_folder: Path, completion_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = small_settings(ranks=(1, 4), eval_items=6, seq_len=16)
+    need = plan_selection(tiny_llama_config(400), settings, 16, "cpu").needed_bytes[4]
+    out = tmp_path / "run"
+    memory = ("--ranks", "1,4", "--memory", f"{need / 2**20 + 0.01:.3f}MiB", "--pack-size", "2", "--seq-len", "16")
+    assert command(model_folder, completion_file, out, *memory) == 0
+    trials = [record for record in Journal(out / "journal.jsonl").read() if isinstance(record, TrialFinished)]
+    assert [trial.pack_size for trial in trials if trial.rank > 0] == [1, 1]
+
+
 def test_ranks_that_do_not_fit_are_left_out() -> None:
     """A budget between the second and the third rank's need leaves two."""
     settings = small_settings(ranks=(1, 8, 32))
@@ -71,8 +104,68 @@ def test_ranks_come_from_the_data_where_none_are_named(
         main(arguments)
     assert ended.value.code == 0
     told = " ".join(capsys.readouterr().err.split())
-    assert "from the limits capacity" in told
+    assert "limit by capacity: " in told
+    assert "label tokens at" in told
+    assert "limit by memory: none (no memory known)" in told
     trials = [record for record in Journal(out / "journal.jsonl").read() if isinstance(record, TrialFinished)]
     ranks = sorted({trial.rank for trial in trials if trial.rank > 0})
     assert ranks[0] == 1
     assert 2 <= len(ranks) <= 4
+
+
+def test_memory_limits_the_range_beside_data_and_matrices() -> None:
+    settings = small_settings()
+    config = tiny_llama_config(400)
+    free, _ = ranks_for_data(config, settings, 32, "cpu", (10**7, 2.0))
+    assert free[-1] == 16  # what the smallest matrix can have
+    middle = plan_selection(config, small_settings(ranks=(4, 6)), 32, "cpu").needed_bytes
+    tight = settings.model_copy(update={"memory_bytes": (middle[4] + middle[6]) // 2})
+    ranks, reasons = ranks_for_data(config, tight, 32, "cpu", (10**7, 2.0))
+    assert ranks[-1] in (4, 5)
+    assert any(reason.startswith(f"limit by memory: {ranks[-1]}") for reason in reasons)
+
+
+def test_packs_and_classifications_have_their_prediction(
+    model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = write_jsonl(tmp_path / "d.jsonl", [{"text": t, "label": "ab"[len(t) % 2]} for t in sentences(120)])
+    assert command(model_folder, data, tmp_path / "run", "--ranks", "1,4", "--pack-size", "2") == 0
+    capsys.readouterr()
+    trials = [r for r in Journal(tmp_path / "run" / "journal.jsonl").read() if isinstance(r, TrialFinished)]
+    packed = [trial for trial in trials if trial.rank > 0]
+    assert [trial.pack_size for trial in packed] == [2, 2]
+    pack, alone = packed[0].predicted_peak_bytes, _alone()
+    assert pack is not None
+    assert alone < pack
+    assert packed[1].predicted_peak_bytes == pytest.approx(pack, rel=0.01)
+    assert "planned, tensors alone" in (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+
+
+def _alone() -> int:
+    settings = small_settings(ranks=(1, 4))
+    return plan_selection(tiny_llama_config(400), settings, 16, "cpu", num_labels=2).peak_bytes[4]
+
+
+def test_a_calibrated_device_has_an_estimate_that_is_compared_at_the_end(
+    model_folder: Path,
+    completion_file: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    shape = ("--dtype", "float32", "--device", "cpu", "--batch-size", "4", "--seq-len", "32", "--ranks", "1,4")
+    with pytest.raises(SystemExit):
+        main(["plan", str(model_folder), *shape, "--strategy", "grid", "--steps", "2", "--calibrate"])
+    notices: list[str] = []
+    settings = small_settings(max_steps=2, eval_points=1)
+    select_rank(
+        str(model_folder),
+        completion_file,
+        tmp_path / "run",
+        settings=settings,
+        watching=Watching(notice=notices.append),
+    )
+    told = " | ".join(notices)
+    assert "selection by grid: 2 trainings of 2 steps" in told or "selection by grid: about 2 trainings" in told
+    assert "for 2 trainings; estimated for as many" in told

@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 
 from rightrank.planning.estimate import Estimator
+from rightrank.planning.skeleton import adapt, build_base
 from rightrank.planning.stack import TRACED_GROUPS, deepen, find_reduction, reduced_config
 from rightrank.planning.step import Groups, blocks_of, trace_step
 from rightrank.settings import PlanSettings, make_plan_settings
-from tests.plan.architectures import CONFIGS
+from tests.plan import CONFIGS
 
 SETTINGS: list[dict[str, Any]] = [
     {},
@@ -21,6 +22,7 @@ SETTINGS: list[dict[str, Any]] = [
     {"load_in_4bit": True},
     {"attn_implementation": "eager"},
     {"dtype": "float32", "autocast": "bfloat16"},
+    {"loss": "chunked", "arms": 2},
 ]
 
 
@@ -34,12 +36,13 @@ def test_few_blocks_give_the_whole_depth(name: str, values: dict[str, Any]) -> N
     """The trace written out from four blocks is the trace of all six, event for event."""
     settings = settings_of(**values)
     estimator = Estimator(CONFIGS[name](), settings)
-    full = trace_step(estimator.skeleton, settings, None)
+    whole = adapt(build_base(CONFIGS[name](), settings), settings, 4, settings.arms)
+    full = trace_step(whole, settings, None)
     blocks = blocks_of(estimator.skeleton.base)
     assert blocks is not None
     reduction = find_reduction(blocks)
     assert reduction is not None
-    small = Estimator(reduced_config(CONFIGS[name](), TRACED_GROUPS), settings).skeleton
+    small = adapt(build_base(reduced_config(CONFIGS[name](), TRACED_GROUPS), settings), settings, 4, settings.arms)
     few = blocks_of(small.base)
     assert few is not None
     deep = deepen(trace_step(small, settings, Groups(few, 1)), reduction.groups)
@@ -50,7 +53,7 @@ def test_few_blocks_give_the_whole_depth(name: str, values: dict[str, Any]) -> N
     assert sum(deep.flops.values()) == sum(full.flops.values())
 
 
-@pytest.mark.parametrize("name", list(CONFIGS))
+@pytest.mark.parametrize("name", [name for name in CONFIGS if name != "bert"])
 def test_two_ranks_give_the_ranks_between(name: str) -> None:
     """Rank 8 from traces of 4 and 12 is rank 8 traced."""
     settings = settings_of(exclude_modules=["shared_expert_gate"] if name == "moe" else [])
@@ -98,3 +101,22 @@ def test_a_step_that_cannot_be_traced_is_planned_by_formula_and_says_so(monkeypa
     share = plan.ranks[0].error_share
     assert share > traced.ranks[0].error_share
     assert abs(plan.ranks[0].peak_bytes / traced.ranks[0].peak_bytes - 1) < share
+
+
+def test_arms_add_evenly() -> None:
+    """What an arm adds to a pack is the same for the second, third and fourth: a pack is planned from two traces."""
+    packs = {
+        arms: Estimator(CONFIGS["llama"](), settings_of(loss="chunked", arms=arms, device="cpu")).estimate(4)
+        for arms in (2, 3, 4)
+    }
+    peaks = {arms: estimate.training.peak_bytes for arms, estimate in packs.items()}
+    assert peaks[4] - peaks[3] == pytest.approx(peaks[3] - peaks[2], rel=0.001)
+    assert all(estimate.source == "traced" for estimate in packs.values())
+
+
+@pytest.mark.parametrize("name", ["llama", "bert"])
+def test_classifications_are_traced(name: str) -> None:
+    settings = settings_of(num_labels=3, padding=True, packed=True)
+    estimate = Estimator(CONFIGS[name](), settings).estimate(8)
+    assert estimate.source == "traced"
+    assert "classifier" in str(estimate.anatomy.saved) or "score" in str(estimate.anatomy.saved)

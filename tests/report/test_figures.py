@@ -64,7 +64,12 @@ def test_rate_map_marks_the_best_rate_and_the_cells_without_result() -> None:
 
 
 def test_memory_shows_the_plan_beside_the_measurement() -> None:
-    figure = memory_figure(made_up_run(), {4: 2**31})
+    records = made_up_run()
+    records.outcomes = [
+        outcome.model_copy(update={"predicted_peak_bytes": 2**31}) if outcome.rank == 4 else outcome
+        for outcome in records.outcomes
+    ]
+    figure = memory_figure(records)
     assert figure is not None
     assert [series.label for series in figure.series] == ["measured", "planned"]
     assert figure.series[1].y == (2048.0,)

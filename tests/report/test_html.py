@@ -11,7 +11,8 @@ from html.parser import HTMLParser
 import pytest
 
 from rightrank.decision.run import Records, decide_run, decision_so_far
-from rightrank.report.facts import reproduce_command
+from rightrank.records import NextRun
+from rightrank.report.facts import next_run_words, reproduce_command
 from rightrank.report.html import render_report
 from tests.report.runs import made_up_run
 
@@ -118,3 +119,23 @@ def test_before_two_ranks_it_says_so() -> None:
 def test_objects_in_memory_have_no_command(name: str, value: str) -> None:
     settings = made_up_run().started.settings | {name: value}
     assert reproduce_command(settings) is None
+
+
+def test_measured_seconds_are_in_the_report_and_not_in_the_decision() -> None:
+    """Two runs of one seed have one decision, however long they took."""
+    slow, fast = made_up_run(), made_up_run()
+    for number, outcome in enumerate(fast.outcomes):
+        if hasattr(outcome, "train_seconds"):
+            fast.outcomes[number] = outcome.model_copy(update={"train_seconds": 4000.0})
+    decisions = [decide_run(records) for records in (slow, fast)]
+    assert decisions[0] == decisions[1]
+    assert all(run.seconds is None for run in decisions[0].next_runs)
+    assert not any(word in decisions[0].model_dump_json() for word in (" s)", " min)", " h)"))
+    asked = decisions[0].model_copy(
+        update={"next_runs": [NextRun(action="seeds", ranks=[4, 64], seeds=3, trials=4, sentence="Train more.")]}
+    )
+    words = [next_run_words(records, asked) for records in (slow, fast)]
+    assert words[0] != words[1]
+    assert words[0].startswith("4 trainings, about ")
+    assert words[1].endswith(" at the pace so far.")
+    assert all(text in render_report(records, asked) for records, text in zip((slow, fast), words, strict=True))

@@ -4,15 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from rightrank.cli.options import comma, gather
-
-if TYPE_CHECKING:
-    pass
-
 
 PLAN_OPTIONS = [
     click.option("--ranks", callback=comma, help="Ranks, such as 8,16 (default: powers of two, 1 to 512)."),
@@ -29,6 +25,9 @@ PLAN_OPTIONS = [
     click.option("--optimizer", help="adamw (default), adamw_fused, adamw_8bit, paged_adamw_8bit or sgd."),
     click.option("--loss", help="full (default, as Trainer) or chunked (as `rightrank select`)."),
     click.option("--calibrate", is_flag=True, default=None, help="Run a few real steps here first: seconds a step."),
+    click.option("--strategy", help="Time and price of a whole selection by bracket, ladder, ascend, descend or grid."),
+    click.option("--steps", type=int, help="Optimizer steps of each training, for its time and price."),
+    click.option("--price-per-hour", type=float, help="What an hour of this device costs."),
     click.option("--arms", type=int, help="Trainings packed over one frozen base (default 1)."),
     click.option("--device", help="cuda (default) or cpu: whose kernels and allocator."),
     click.option("--memory", "memory_bytes", help="What there is, such as 24GiB (default: the CUDA device's)."),

@@ -10,9 +10,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
-from rightrank.engine.encode import IGNORED, EncodedItem
+from rightrank.engine.encode import IGNORED
+from rightrank.engine.token_store import EncodedItem, lengths_of
 
 WINDOW_BATCHES = 16
 
@@ -28,22 +30,26 @@ class Batch:
     tokens: int  # real tokens, no padding
 
 
-def batch_plan(lengths: Sequence[int], batch_size: int, steps: int, seed: int) -> list[list[int]]:
+def batch_plan(
+    lengths: Sequence[int] | npt.NDArray[np.int64], batch_size: int, steps: int, seed: int
+) -> list[list[int]]:
     """`steps` batches of `batch_size` item indices, drawn in passes over all items.
 
     A pass that does not fill its last batch is continued by the next pass.
     """
     generator = np.random.default_rng([seed, 0x8A7C])
     plan: list[list[int]] = []
-    order: list[int] = []
+    order = np.empty(0, np.int64)
     size = np.asarray(lengths)
     while len(plan) < steps:
-        order.extend(generator.permutation(len(size)).tolist())
+        order = np.concatenate([order, generator.permutation(len(size))])
         whole = len(order) - len(order) % batch_size
         # A window never spans two passes: sorted by length, an item and its repetition would share a batch.
         for begin in range(0, whole, WINDOW_BATCHES * batch_size):
+            if len(plan) >= steps:
+                break
             window = order[begin : min(begin + WINDOW_BATCHES * batch_size, whole)]
-            by_length = sorted(window, key=lambda index: (size[index], index))
+            by_length: list[int] = window[np.lexsort((window, size[window]))].tolist()
             batches = [by_length[start : start + batch_size] for start in range(0, len(window), batch_size)]
             plan.extend(batches[position] for position in generator.permutation(len(batches)))
         order = order[whole:]
@@ -74,5 +80,5 @@ def collate(items: Sequence[EncodedItem], indices: Sequence[int], pad_id: int, d
 
 def length_sorted_batches(items: Sequence[EncodedItem], batch_size: int) -> list[list[int]]:
     """All item indices in batches of like length, for evaluation: a fixed composition, so identical values."""
-    order = sorted(range(len(items)), key=lambda index: (items[index].length, index))
+    order: list[int] = np.argsort(lengths_of(items), kind="stable").tolist()
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]

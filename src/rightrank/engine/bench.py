@@ -13,14 +13,16 @@ import torch
 from peft import LoraConfig
 
 from rightrank.engine.adapter import attached
+from rightrank.engine.attention import float32_attention, wants_float32
 from rightrank.engine.batches import Batch, batch_plan, collate, length_sorted_batches
-from rightrank.engine.encode import EncodedData, EncodedItem
+from rightrank.engine.encode import EncodedData
 from rightrank.engine.label_rows import label_rows_only
 from rightrank.engine.lora import Routing
 from rightrank.engine.loss import BatchLoss, Objective, Scale, head_loss, make_objective
 from rightrank.engine.pack import Pack, Share, merged
 from rightrank.engine.prefix import FrozenPrefix, find_blocks, prefix_depth
 from rightrank.engine.targets import Targets, find_targets, lora_config
+from rightrank.engine.token_store import EncodedItem, lengths_of
 from rightrank.engine.world import rank, require_shares, sum_over_world, world_size
 from rightrank.errors import InterruptedRun
 from rightrank.io.models import LoadedModel
@@ -74,7 +76,9 @@ class Bench:
         self.objective: Objective = make_objective(self.model, probe, data.is_classification)
         require_shares(settings.batch_size)
         self._last_block = self._find_last_block(probe)
-        self.prefix = self._make_prefix(cache_folder, probe) if settings.cache_prefix else None
+        # Processes that share a base run every pass together, and each would fill its own part of the prefix.
+        caching = settings.cache_prefix and not settings.shard_base
+        self.prefix = self._make_prefix(cache_folder, probe) if caching else None
 
     def prepare(self, on_progress: Callable[[Preparing], None], should_stop: Callable[[], bool]) -> None:
         """Compute the frozen prefix of all training items that the arms will ask for, with progress.
@@ -87,13 +91,14 @@ class Bench:
         begun = time.perf_counter()
         expected = self._expected_items("train")
         done = 0
-        for count in self.prefix.fill(self.model, "train", expected):
-            done += count
-            on_progress(Preparing(items=done, of_items=len(expected), seconds=time.perf_counter() - begun))
-            if should_stop():
-                raise InterruptedRun("stopped before the first training")
+        with self._attention():
+            for count in self.prefix.fill(self.model, "train", expected):
+                done += count
+                on_progress(Preparing(items=done, of_items=len(expected), seconds=time.perf_counter() - begun))
+                if should_stop():
+                    raise InterruptedRun("stopped before the first training")
 
-    def items(self, split: SplitName) -> list[EncodedItem]:
+    def items(self, split: SplitName) -> Sequence[EncodedItem]:
         return self.data.splits[split]
 
     def batch(self, split: SplitName, indices: Sequence[int]) -> Batch:
@@ -104,8 +109,9 @@ class Bench:
 
         A plan of more steps begins with the plan of fewer.
         """
-        lengths = [item.length for item in self.items("train")]
-        return batch_plan(lengths, self.settings.items_per_step, self.steps if steps is None else steps, seed)
+        return batch_plan(
+            lengths_of(self.items("train")), self.settings.items_per_step, self.steps if steps is None else steps, seed
+        )
 
     def losses(self, split: SplitName, batch: Batch, scale: Scale) -> BatchLoss:
         """The loss of `batch` under whatever adapter the base now carries."""
@@ -144,20 +150,24 @@ class Bench:
         count = len(items)
         classification = self.data.is_classification
         scores = [Scores([0.0] * count, [0] * count, [0] * count if classification else None) for _ in range(copies)]
-        for indices in length_sorted_batches(items, self.settings.eval_batch_size)[rank() :: world_size()]:
+        batches = length_sorted_batches(items, self.settings.eval_batch_size)
+        mine = batches[rank() :: world_size()]
+        for indices in mine:
             result = losses(self.batch(split, indices))
             for row, (score, index) in enumerate((score, index) for score in scores for index in indices):
                 score.losses[index] = float(result.item_losses[row])
                 score.tokens[index] = int(result.item_tokens[row])
                 if score.correct is not None and result.item_correct is not None:
                     score.correct[index] = int(result.item_correct[row])
+        if self.settings.shard_base and len(mine) < -(-len(batches) // world_size()):
+            losses(self.batch(split, batches[0]))  # others run one batch more, for which the base is gathered
         return scores if world_size() == 1 else [_summed(score) for score in scores]
 
     def _losses(
         self, split: SplitName, batch: Batch, scale: Scale, routing: Routing | None, backward: bool = False
     ) -> BatchLoss:
         # The backward pass belongs inside: what is recomputed there must see the same prefix and rows.
-        with self._prefix_for(split, batch), self._label_rows(batch, routing):
+        with self._attention(), self._prefix_for(split, batch), self._label_rows(batch, routing):
             result = self.objective(self.model, batch, scale)
             if backward:
                 torch.autograd.backward(result.total)
@@ -180,6 +190,10 @@ class Bench:
     def recomputing(self) -> AbstractContextManager[None]:
         """Gradient checkpointing, where it was asked for."""
         return recomputed_blocks(self.model) if self.settings.gradient_checkpointing else nullcontext()
+
+    def _attention(self) -> AbstractContextManager[None]:
+        dtype = next(self.model.parameters()).dtype
+        return float32_attention() if wants_float32(self.loaded.device, dtype) else nullcontext()
 
     def _label_rows(self, batch: Batch, routing: Routing | None) -> AbstractContextManager[None]:
         return nullcontext() if self._last_block is None else label_rows_only(self._last_block, batch, routing)

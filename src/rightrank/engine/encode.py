@@ -6,10 +6,12 @@ across the border counts as completion and no ids differ from what the model see
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from rightrank.engine.token_store import EncodedItem, TokenStore
 from rightrank.errors import DataError
 from rightrank.io.data import SPLITS, DataForm, DataSplits, Item
 from rightrank.io.models import LoadedModel
@@ -20,23 +22,10 @@ IGNORED = -100  # torch's and transformers' label for "no loss here"
 
 
 @dataclass(frozen=True, slots=True)
-class EncodedItem:
-    """Token ids and labels of one item, both of length n; for a classification one class instead."""
-
-    item_id: str
-    input_ids: Sequence[int]
-    labels: Sequence[int]  # n labels, aligned with input_ids (not shifted); or [class]
-
-    @property
-    def length(self) -> int:
-        return len(self.input_ids)
-
-
-@dataclass(frozen=True, slots=True)
 class EncodedData:
     """Every split, encoded, and the summary of what became of the items."""
 
-    splits: Mapping[SplitName, list[EncodedItem]]
+    splits: Mapping[SplitName, Sequence[EncodedItem]]
     texts: Mapping[SplitName, list[Item]]  # the held-out items, for what the model writes
     summary: DataSummary
 
@@ -45,30 +34,32 @@ class EncodedData:
         return self.summary.form == "classification"
 
 
-def encode(data: DataSplits, model: LoadedModel, settings: SelectSettings) -> EncodedData:
-    """Tokenise every split.
+def encode(data: DataSplits, model: LoadedModel, settings: SelectSettings, folder: Path | None = None) -> EncodedData:
+    """Tokenise every split, into files in `folder` that are gone with the process.
 
     Raises:
         DataError: a chat template that is missing or that rewrites earlier turns; a split left without any label.
     """
     limit = settings.seq_len
     encoder = _Encoder(model.tokenizer, data.form, data.classes)
-    splits: dict[SplitName, list[EncodedItem]] = {}
+    splits: dict[SplitName, Sequence[EncodedItem]] = {}
     summaries: dict[str, SplitSummary] = {}
     for split in SPLITS:
-        encoded, truncated, dropped = _encode_split(encoder, data.items[split], limit, settings.long_items)
+        count = _Count()
+        pieces = _encode_split(encoder, data.items[split], limit, settings.long_items, count)
+        encoded = TokenStore(pieces, folder)
         if not encoded:
             raise DataError(
                 f"the {split} split has no label token left after tokenising ({len(data.items[split])} items, "
-                f"{dropped} without a label within {limit} tokens); give items with text to learn, or a larger seq_len"
+                f"{count.dropped} without a label within {limit} tokens); give items with text to learn, or a larger seq_len"
             )
         splits[split] = encoded
         summaries[split] = SplitSummary(
             items=len(encoded),
-            tokens=sum(item.length for item in encoded),
-            label_tokens=sum(label_count(item, encoder.is_classification) for item in encoded),
-            truncated=truncated,
-            dropped=dropped,
+            tokens=int(encoded.lengths.sum()),
+            label_tokens=count.label_tokens,
+            truncated=count.truncated,
+            dropped=count.dropped,
         )
     summary = DataSummary(
         form=data.form,
@@ -89,14 +80,21 @@ def label_count(item: EncodedItem, classification: bool) -> int:
     return sum(label != IGNORED for label in item.labels[1:])
 
 
+@dataclass(slots=True)
+class _Count:
+    """What became of a split's items, counted as they go by."""
+
+    label_tokens: int = 0
+    truncated: int = 0
+    dropped: int = 0
+
+
 def _encode_split(
-    encoder: _Encoder, items: Iterable[Item], limit: int, long_items: str
-) -> tuple[list[EncodedItem], int, int]:
-    kept: list[EncodedItem] = []
-    truncated = dropped = 0
+    encoder: _Encoder, items: Iterable[Item], limit: int, long_items: str, count: _Count
+) -> Iterator[EncodedItem]:
     for item in items:
         ids, labels = encoder(item)
-        truncated += len(ids) > limit
+        count.truncated += len(ids) > limit
         pieces = 0
         for start in (
             range(0, max(len(ids), 1), limit) if long_items == "split" and not encoder.is_classification else (0,)
@@ -105,11 +103,12 @@ def _encode_split(
             piece_labels = labels if encoder.is_classification else labels[start : start + limit]
             suffix = f"#{start}" if start else ""
             piece = EncodedItem(item.item_id + suffix, piece_ids, piece_labels)
-            if piece_ids and label_count(piece, encoder.is_classification):
-                kept.append(piece)
+            found = label_count(piece, encoder.is_classification)
+            if piece_ids and found:
+                yield piece
+                count.label_tokens += found
                 pieces += 1
-        dropped += pieces == 0
-    return kept, truncated, dropped
+        count.dropped += pieces == 0
 
 
 class _Encoder:

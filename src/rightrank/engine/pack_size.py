@@ -1,4 +1,4 @@
-"""How many arms train together: as many as pay, fit, and can be told apart in one pass.
+"""How many arms train together: as many as pay, fit by the plan, and can be told apart in one pass.
 
 On a CPU a larger batch is hardly faster an item, so arms train one after the other unless a size is asked for. On an
 accelerator the time of a step is measured at 1, 2, 4, … arms, and doubling stops where it no longer pays or fits.
@@ -23,8 +23,11 @@ CHECK_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-
 TIMED_STEPS = 2
 
 
-def pack_size(bench: Bench, arms: Sequence[Arm], notice: Callable[[str], None]) -> int:
-    """The number of arms to train together; `notice` is told when it can't be more than one and why."""
+def pack_size(bench: Bench, arms: Sequence[Arm], notice: Callable[[str], None], most: int | None = None) -> int:
+    """The number of arms to train together; `notice` is told when it is fewer than asked for and why.
+
+    `most` is what the plan says of memory; None where it says nothing.
+    """
     asked = bench.settings.pack_size
     on_cpu = bench.loaded.device.type == "cpu"
     if asked == 1 or len(arms) < 2 or (asked is None and on_cpu):
@@ -33,9 +36,12 @@ def pack_size(bench: Bench, arms: Sequence[Arm], notice: Callable[[str], None]) 
     if obstacle is not None:
         notice(f"arms are trained one after the other: {obstacle}")
         return 1
-    if asked is not None:
-        return asked
-    return measured_size(bench, arms)
+    if asked is None:
+        return measured_size(bench, arms, MOST_ARMS if most is None else most)
+    if most is not None and most < asked:
+        notice(f"pack_size {asked} needs more memory than there is, by the plan: going on with {most}")
+        return most
+    return asked
 
 
 def packing_obstacle(bench: Bench, arms: Sequence[Arm]) -> str | None:
@@ -56,10 +62,10 @@ def packing_obstacle(bench: Bench, arms: Sequence[Arm]) -> str | None:
     return None
 
 
-def measured_size(bench: Bench, arms: Sequence[Arm]) -> int:
-    """Double while the time of an arm's step falls enough; an out-of-memory ends it."""
+def measured_size(bench: Bench, arms: Sequence[Arm], most: int = MOST_ARMS) -> int:
+    """Double up to `most` while the time of an arm's step falls enough; an out-of-memory ends it."""
     best, size = _seconds_per_arm(bench, arms[:1]), 1
-    while size * 2 <= min(MOST_ARMS, len(arms)):
+    while size * 2 <= min(most, len(arms)):
         try:
             seconds = _seconds_per_arm(bench, arms[: size * 2])
         except (RuntimeError, MemoryError) as error:

@@ -15,10 +15,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
-from rightrank.engine.batches import Batch, collate, length_sorted_batches
-from rightrank.engine.encode import EncodedItem
+from rightrank.engine.batches import Batch, collate
+from rightrank.engine.token_store import EncodedItem, lengths_of
 from rightrank.io.files import reserve_room
 
 IN_MEMORY_BYTES = 2**30  # a larger store goes to a memory-mapped file
@@ -30,14 +31,24 @@ class _ReachedBlock(Exception):  # noqa: N818 - not an error: it ends a forward 
 
 @dataclass(slots=True)
 class _Store:
-    """Hidden states of one split: a flat [tokens, d] tensor and where each item's rows begin."""
+    """Hidden states of one split: a flat [tokens, d] tensor of the items that were expected, and the others apart."""
 
     items: Sequence[EncodedItem]
     groups: list[list[int]]
     group_of: dict[int, int]
-    begins: list[int]
+    begins: dict[int, int]  # of the expected items, in tokens
+    tokens: int  # of the expected items
     hidden: torch.Tensor | None = None
+    others: dict[int, torch.Tensor] = field(default_factory=dict)
     filled: set[int] = field(default_factory=set)
+
+    def rows(self, index: int) -> torch.Tensor:
+        """[tokens of the item, d]"""
+        if index in self.others:
+            return self.others[index]
+        assert self.hidden is not None
+        begin = self.begins[index]
+        return self.hidden[begin : begin + self.items[index].length]
 
 
 class FrozenPrefix:
@@ -58,21 +69,31 @@ class FrozenPrefix:
 
     def add_split(self, name: str, items: Sequence[EncodedItem], expected: Iterable[int]) -> None:
         """Items that are expected to be asked for are computed in groups of like length, the others one by one."""
-        together = sorted(set(expected))
-        alone = sorted(set(range(len(items))) - set(together))
-        by_length = length_sorted_batches([items[index] for index in together], self._group_size)
-        groups = [[together[position] for position in group] for group in by_length] + [[index] for index in alone]
-        begins = [0]
-        for item in items:
-            begins.append(begins[-1] + item.length)
+        together = np.asarray(sorted(set(expected)), np.int64)
+        lengths = lengths_of(items)
+        ordered: list[int] = together[np.argsort(lengths[together], kind="stable")].tolist()
+        groups = [ordered[start : start + self._group_size] for start in range(0, len(ordered), self._group_size)]
+        ends = np.cumsum(lengths[ordered])
+        begins = dict(zip(ordered, (ends - lengths[ordered]).tolist(), strict=True))
         self._stores[name] = _Store(
-            items, groups, {index: number for number, group in enumerate(groups) for index in group}, begins
+            items,
+            groups,
+            {index: number for number, group in enumerate(groups) for index in group},
+            begins,
+            int(lengths[ordered].sum()),
         )
+
+    def _group_of(self, store: _Store, index: int) -> int:
+        """The number of an item's group; one that nobody expected gets a group of its own."""
+        if index not in store.group_of:
+            store.group_of[index] = len(store.groups)
+            store.groups.append([index])
+        return store.group_of[index]
 
     def fill(self, model: Any, split: str, wanted: Iterable[int]) -> Iterator[int]:
         """Compute what is missing of the items in `wanted`, yielding how many items each group brought."""
         store = self._stores[split]
-        for number in sorted({store.group_of[index] for index in wanted} - store.filled):
+        for number in sorted({self._group_of(store, index) for index in wanted} - store.filled):
             self._fill(model, store, split, {number})
             yield len(store.groups[number])
 
@@ -80,13 +101,12 @@ class FrozenPrefix:
     def serving(self, model: Any, split: str, batch: Batch) -> Iterator[None]:
         """Within the block, the lower blocks return what is stored for `batch`; `model` is the bare base."""
         store = self._stores[split]
-        self._fill(model, store, split, {store.group_of[index] for index in batch.indices})
-        assert store.hidden is not None
+        self._fill(model, store, split, {self._group_of(store, index) for index in batch.indices})
         distinct = list(dict.fromkeys(batch.indices))  # the arms of a pack ask for the same items
-        hidden = torch.zeros((len(distinct), batch.input_ids.shape[1], store.hidden.shape[1]), dtype=store.hidden.dtype)
-        for row, index in enumerate(distinct):
-            begin, end = store.begins[index], store.begins[index + 1]
-            hidden[row, : end - begin] = store.hidden[begin:end]
+        rows = [store.rows(index) for index in distinct]
+        hidden = torch.zeros((len(rows), batch.input_ids.shape[1], rows[0].shape[1]), dtype=rows[0].dtype)
+        for row, stored in enumerate(rows):
+            hidden[row, : len(stored)] = stored
         self._current = hidden.to(self._device)
         if len(distinct) < len(batch.indices):
             position = {index: row for row, index in enumerate(distinct)}
@@ -110,10 +130,13 @@ class FrozenPrefix:
             batch = collate(store.items, indices, self._pad_id, self._device)
             hidden = self._lower_blocks(model, batch)
             if store.hidden is None:
-                store.hidden = self._allocate(split, store.begins[-1], hidden)
+                store.hidden = self._allocate(split, store.tokens, hidden)
             for row, index in enumerate(indices):
-                begin, end = store.begins[index], store.begins[index + 1]
-                store.hidden[begin:end] = hidden[row, : end - begin].cpu()
+                computed = hidden[row, : store.items[index].length].cpu()
+                if index in store.begins:
+                    store.rows(index).copy_(computed)
+                else:
+                    store.others[index] = computed.clone()
             store.filled.add(number)
 
     def _lower_blocks(self, model: Any, batch: Batch) -> torch.Tensor:

@@ -22,12 +22,14 @@ class LocalExecutor:
         watcher: Watcher,
         on_start: Callable[[TrialStarted], None],
         notice: Callable[[str], None] = lambda _: None,
+        largest_pack: int | None = None,
     ) -> None:
         self._bench = bench
         self._folder = folder
         self._watcher = watcher
         self._on_start = on_start
         self._notice = notice
+        self._largest_pack = largest_pack  # arms that fit together by the plan; None: it does not say
         self._prepared = False
 
     def run(self, trials: Sequence[Trial], base_loss: float | None) -> Iterator[TrialOutcome]:
@@ -41,7 +43,7 @@ class LocalExecutor:
         if not self._prepared:
             self._bench.prepare(self._watcher.on_prepare, self._watcher.should_stop)
             self._prepared = True
-        size = pack_size(self._bench, [trial.arm for trial in trained], self._notice)
+        size = pack_size(self._bench, [trial.arm for trial in trained], self._notice, self._largest_pack)
         company = Company(size, self._started, self._notice)
         yield from train_trials(self._bench, trained, base_loss, self._folders, self._watcher, company)
 

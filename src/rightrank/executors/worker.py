@@ -97,7 +97,12 @@ class Worker:
                 )
             watcher = Watcher(on_step=self._step, on_prepare=self._step, should_stop=self._stop.is_set)
             self._executors[job.name] = LocalExecutor(
-                prepared.bench, RunFolder(job.folder), watcher, self._tell, lambda text: self._tell(Notice(text=text))
+                prepared.bench,
+                RunFolder(job.folder),
+                watcher,
+                self._tell,
+                lambda text: self._tell(Notice(text=text)),
+                prepared.planned.largest_pack if prepared.planned else None,
             )
         return self._executors[job.name]
 

@@ -36,16 +36,17 @@ def write_study(records: Records, decision: Decision | None, folder: Path) -> Ex
     before = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     with replacing_folder(folder) as temporary:
+        storage = optuna.storages.RDBStorage(f"sqlite:///{temporary.resolve() / FILE}")
         study = optuna.create_study(
-            storage=f"sqlite:///{temporary.resolve() / FILE}",
+            storage=storage,
             study_name="rightrank",
             direction="maximize" if records.started.higher_is_better else "minimize",
         )
         for name, value in _said_of_all(records, decision).items():
             study.set_user_attr(name, value)
         study.add_trials([_frozen(outcome, trained, records.started.metric) for outcome in trained])
-        study._storage.remove_session()  # its file is moved next
-        study._storage._backend.engine.dispose()  # type: ignore[attr-defined]
+        storage.remove_session()  # its file is moved next
+        storage.engine.dispose()
     optuna.logging.set_verbosity(before)
     notes = ["trainings that were stopped early, and cuts of other adapters, are in it as pruned"]
     return Exported(TARGET, folder, [FILE], f"optuna-dashboard sqlite:///{FILE}", notes)

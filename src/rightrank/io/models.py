@@ -142,7 +142,7 @@ def load_model(
     """
     found = find_device(device)
     if weight_bits is not None:
-        _require_quantisation(weight_bits, found)
+        require_quantisation(weight_bits, found)
     source = find_model(reference)
     _require_weights(source, reference)
     arguments = source.loading_arguments(trust_remote_code)
@@ -156,7 +156,7 @@ def load_model(
             "label2id": {name: i for i, name in enumerate(classes)},
         }
     if weight_bits is not None:
-        arguments |= {"quantization_config": _quantisation(weight_bits, dtype), "device_map": {"": found}}
+        arguments |= {"quantization_config": quantisation(weight_bits, dtype), "device_map": {"": found}}
     quiet_third_parties()
     torch.manual_seed(0)  # a new classification head is drawn here: the same in every run
     try:
@@ -212,7 +212,7 @@ def adopt_model(model: Any, tokenizer: Any, device: str, classes: list[str] | No
     return prepare_model(model, tokenizer, name, find_device(device))
 
 
-def _require_quantisation(bits: int, device: torch.device) -> None:
+def require_quantisation(bits: int, device: torch.device) -> None:
     if device.type not in ("cuda", "cpu"):
         raise SettingsError(
             f"load_in_{bits}bit: bitsandbytes has no {bits}-bit matrices on {device}; give device cuda or cpu"
@@ -221,7 +221,7 @@ def _require_quantisation(bits: int, device: torch.device) -> None:
         raise MissingExtraError(f"load_in_{bits}bit needs the `bitsandbytes` package: pip install 'rightrank[bnb]'")
 
 
-def _quantisation(bits: int, dtype: DtypeName) -> BitsAndBytesConfig:
+def quantisation(bits: int, dtype: DtypeName) -> BitsAndBytesConfig:
     """NF4 with products in `dtype`, as QLoRA has it (Dettmers et al. 2023), or LLM.int8()."""
     make: Callable[..., BitsAndBytesConfig] = BitsAndBytesConfig  # untyped in transformers
     if bits == 8:

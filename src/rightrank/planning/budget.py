@@ -11,7 +11,6 @@ from rightrank.settings import PlanSettings
 
 CUDA_CONTEXT_BYTES = 512 * 2**20  # driver, kernels and libraries: 300 to 600 MiB by card and driver
 CPU_PROCESS_BYTES = 700 * 2**20  # the interpreter with torch, transformers and peft loaded
-ALLOWED_ERROR = 0.05  # of a traced peak: assumed until it is measured on a GPU (0.06% at worst on the CPU)
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +23,8 @@ class _Step:
 
 def context_bytes(settings: PlanSettings) -> int:
     """What the process takes beside its tensors."""
+    if settings.context_bytes is not None:
+        return settings.context_bytes
     return CUDA_CONTEXT_BYTES if settings.device == "cuda" else CPU_PROCESS_BYTES
 
 

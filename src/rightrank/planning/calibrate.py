@@ -1,7 +1,7 @@
-"""A few real steps on this device: what a floating-point operation takes here, and how far the trace is off.
+"""A few real steps on this device: what an operation takes here, and how far the trace is off in memory.
 
 Four groups of the model's blocks with random weights stand for the model: the same shapes, types and kernels in a
-fraction of the memory. What was measured is kept in the user's cache folder, by device, type and width.
+fraction of the memory. What was measured is kept in the user's cache folder, by device, type, width and training loop.
 """
 
 from __future__ import annotations
@@ -9,27 +9,34 @@ from __future__ import annotations
 import gc
 import json
 import platform
+import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from peft import get_peft_model
 from platformdirs import user_cache_path
-from transformers import AutoModelForCausalLM
+from torch.profiler import ProfilerActivity, profile
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from rightrank.engine.loss import chunked_cross_entropy, output_head
+from rightrank.engine.memory import PeakMemory
+from rightrank.engine.targets import without_peft_noise
 from rightrank.errors import SettingsError
 from rightrank.io.files import write_text
-from rightrank.io.models import DTYPES
-from rightrank.io.reading import UnreadableError, read_json_object
-from rightrank.planning.estimate import Estimator
-from rightrank.planning.skeleton import lora_config
+from rightrank.io.models import DTYPES, find_device, quantisation, quiet_third_parties, require_quantisation
+from rightrank.planning.estimate import Estimator, RankEstimate
+from rightrank.planning.simulate import STANDING
+from rightrank.planning.skeleton import Skeleton, lora_config
 from rightrank.planning.stack import TRACED_GROUPS, reduced_config
+from rightrank.planning.step import mode_of, packed_layers
 from rightrank.settings import PlanSettings
 
-STEPS = 4  # the first warms up
+STEPS = 4  # timed; the first warms up
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,8 +44,18 @@ class Calibration:
     """What was measured on one device."""
 
     key: str
-    seconds_per_flop: float
-    peak_ratio: float | None  # measured allocated peak over the traced one; None where the device does not count
+    seconds_per_flop: float  # of a training step
+    seconds_per_forward_flop: float  # of an evaluation
+    step_factor: float  # measured over traced, of what a step takes beside weights, adapter and optimizer
+    process_bytes: int | None  # of the process beside its tensors, on a CPU; None: not measured on this device
+
+
+@dataclass(frozen=True, slots=True)
+class _Measured:
+    step_seconds: float
+    forward_seconds: float
+    peak_bytes: int
+    process_bytes: int | None
 
 
 def calibrate(config: Any, settings: PlanSettings) -> Calibration:
@@ -46,20 +63,30 @@ def calibrate(config: Any, settings: PlanSettings) -> Calibration:
 
     Raises:
         SettingsError: a device that is not here, or settings that are not measured.
+        MissingExtraError: quantised weights without bitsandbytes.
     """
     if settings.device == "cuda" and not torch.cuda.is_available():
         raise SettingsError(
             "calibrate needs the device that is planned for: there is no CUDA device here; give device cpu"
         )
-    if settings.load_in_4bit or settings.load_in_8bit or settings.autocast or settings.arms > 1:
-        raise SettingsError("calibrate measures plain weights: leave out 4-bit, 8-bit, autocast and arms")
+    if settings.autocast or settings.arms > 1 or settings.sharding != "none":
+        raise SettingsError("calibrate measures one arm on one device: leave out autocast, arms and sharding")
+    if bits := _bits(settings):
+        require_quantisation(bits, find_device(settings.device))
     text = config.get_text_config()
     small = reduced_config(config, min(text.num_hidden_layers, TRACED_GROUPS))
     rank = min(settings.ranks)
-    estimate = Estimator(small, settings.model_copy(update={"ranks": (rank,)})).estimate(rank)
-    seconds, peak = _measure(small, settings, rank)
-    ratio = None if peak is None else peak / estimate.training.peak_bytes
-    found = Calibration(calibration_key(config, settings), seconds / estimate.flops, ratio)
+    estimator = Estimator(small, settings.model_copy(update={"ranks": (rank,), "layers_to_transform": None}))
+    estimate = estimator.estimate(rank)
+    measured = _measure(small, estimator.settings, rank)
+    forward = estimator.forward_flops(rank) * settings.batch_size
+    found = Calibration(
+        calibration_key(config, settings),
+        measured.step_seconds / estimate.flops,
+        measured.forward_seconds / forward,
+        _step_factor(estimate, measured.peak_bytes),
+        measured.process_bytes,
+    )
     known = _read()
     known[found.key] = asdict(found)
     _path().parent.mkdir(parents=True, exist_ok=True)
@@ -68,57 +95,147 @@ def calibrate(config: Any, settings: PlanSettings) -> Calibration:
 
 
 def stored_calibration(config: Any, settings: PlanSettings) -> Calibration | None:
-    """What was measured before for this device, type and width."""
+    """What was measured before for this device, type, width and loop."""
     values = _read().get(calibration_key(config, settings))
-    return None if values is None else Calibration(**values)
+    try:
+        return None if values is None else Calibration(**values)
+    except TypeError:
+        return None  # kept by an earlier version: it can be measured again
 
 
 def calibration_key(config: Any, settings: PlanSettings) -> str:
     device = f"{platform.machine()} {torch.get_num_threads()} threads"
     if settings.device == "cuda":
         device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cuda"
-    recomputed = "recomputed" if settings.gradient_checkpointing else "kept"
-    return f"{device} | {settings.dtype} | width {config.get_text_config().hidden_size} | {recomputed}"
+    bits = _bits(settings)
+    parts = [
+        device,
+        settings.dtype if bits is None else f"{settings.dtype} over {bits} bits",
+        f"width {config.get_text_config().hidden_size}",
+        "recomputed" if settings.gradient_checkpointing else "kept",
+        "select" if settings.is_packed else f"peft, {settings.loss} loss",
+    ]
+    return " | ".join(parts)
 
 
-def _measure(config: Any, settings: PlanSettings, rank: int) -> tuple[float, int | None]:
-    """Seconds of the fastest step, and the allocated peak on CUDA."""
+def _bits(settings: PlanSettings) -> int | None:
+    return 4 if settings.load_in_4bit else 8 if settings.load_in_8bit else None
+
+
+def _step_factor(estimate: RankEstimate, measured_bytes: int) -> float:
+    """Weights, adapter and optimizer states are exact; what is measured otherwise is the step's own."""
+    standing = sum(estimate.training.components.get(name, 0) for name in STANDING)
+    return max(0.0, measured_bytes - standing) / (estimate.training.peak_bytes - standing)
+
+
+def _measure(config: Any, settings: PlanSettings, rank: int) -> _Measured:
+    """The fastest step and forward pass, and the peak of tensors: the allocator's count on CUDA, else the profiler's."""
     device = torch.device(settings.device)
-    loader: Any = AutoModelForCausalLM.from_config  # untyped in transformers
-    model = loader(config, dtype=DTYPES[settings.dtype]).to(device)
-    adapted: Any = get_peft_model(model, lora_config(model, settings, rank))
-    if settings.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    adapted.train()
-    trained = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-4)
-    vocabulary = config.get_text_config().vocab_size
-    ids = torch.randint(0, vocabulary, (settings.batch_size, settings.seq_len), device=device)
+    with PeakMemory(device) as memory:
+        model = _built(config, settings)
+        with without_peft_noise():
+            adapted: Any = get_peft_model(model, lora_config(model, settings, rank))
+        trained = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=settings.optimizer == "adamw_fused")
+        shape = (settings.batch_size, settings.seq_len)
+        ids = torch.randint(0, config.get_text_config().vocab_size, shape, device=device)
+        skeleton = Skeleton(adapted, (), ("default",))
+
+        def step() -> None:
+            torch.autograd.backward(_loss(adapted, model, ids, settings))
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+        def forward() -> None:
+            with torch.no_grad():
+                _loss(adapted, model, ids, settings)
+
+        with packed_layers(skeleton, settings, settings.batch_size), mode_of(adapted, settings, True):
+            step_seconds = _fastest(step, device)
+            process = memory.peak_bytes()
+            peak = _peak(step, device, adapted, optimizer)
+        with packed_layers(skeleton, settings, settings.batch_size), mode_of(adapted, settings, False):
+            forward_seconds = _fastest(forward, device)
+    beside = max(0, process - peak) if device.type == "cpu" else None
+    return _Measured(step_seconds, forward_seconds, peak, beside)
+
+
+def _built(config: Any, settings: PlanSettings) -> Any:
+    """The reduced model with random weights on its device; quantised as transformers loads it."""
+    auto: Any = AutoModelForCausalLM
+    if settings.num_labels is not None:
+        auto, config.num_labels = AutoModelForSequenceClassification, settings.num_labels
+        text = config.get_text_config()
+        text.pad_token_id = text.pad_token_id if text.pad_token_id is not None else text.vocab_size - 1
+    dtype, bits = DTYPES[settings.dtype], _bits(settings)
+    model = auto.from_config(config, dtype=dtype)
+    if bits is None:
+        return model.to(settings.device).requires_grad_(False)
+    quiet_third_parties()
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        how = {"quantization_config": quantisation(bits, settings.dtype), "device_map": {"": settings.device}}
+        model = auto.from_pretrained(folder, dtype=dtype, **how)
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False  # as on loading: that product has no gradient
+    return model.requires_grad_(False)
+
+
+def _fastest(run: Callable[[], None], device: torch.device) -> float:
     seconds = []
-    for step in range(STEPS):
-        if step == 1 and device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
+    for _ in range(STEPS):
         begun = time.perf_counter()
-        _step(adapted, model, ids, settings)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        run()
         if device.type == "cuda":
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - begun)
-    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else None
-    del adapted, model, optimizer, trained
+    return min(seconds[1:])
+
+
+def _peak(step: Callable[[], None], device: torch.device, adapted: Any, optimizer: Any) -> int:
+    """The highest point of tensor memory in one step."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        step()
+        return torch.cuda.max_memory_allocated()
     gc.collect()
-    return min(seconds[1:]), peak
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        step()
+    events: Any = profiler.profiler.kineto_results.events()
+    changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
+    now = highest = 0
+    for _, change in changes:
+        now += change
+        highest = max(highest, now)
+    return highest + _standing_tensors(adapted, optimizer)
 
 
-def _step(adapted: Any, base: Any, ids: torch.Tensor, settings: PlanSettings) -> None:
+def _standing_tensors(adapted: Any, optimizer: Any) -> int:
+    states = [value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
+    tensors = [*adapted.parameters(), *adapted.buffers(), *states]
+    for module in adapted.modules():
+        constants = getattr(getattr(module, "weight", None), "quant_state", None)
+        if constants is not None:
+            nested = constants.state2
+            tensors += [constants.absmax, constants.code]
+            tensors += [] if nested is None else [constants.offset, nested.absmax, nested.code]
+        scales = getattr(getattr(module, "weight", None), "SCB", None)
+        tensors += [] if scales is None else [scales]
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+    return sum(storages.values())
+
+
+def _loss(adapted: Any, base: Any, ids: torch.Tensor, settings: PlanSettings) -> torch.Tensor:
+    if settings.num_labels is not None:
+        logits = adapted(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.float()
+        return F.cross_entropy(logits, torch.zeros(len(ids), dtype=torch.long, device=ids.device))
     if settings.loss == "full":
         loss: torch.Tensor = adapted(input_ids=ids, labels=ids, use_cache=False).loss
-    else:
-        hidden = base.base_model(input_ids=ids, use_cache=False).last_hidden_state
-        kept = hidden[:, :-1].reshape(-1, hidden.shape[-1])
-        loss = chunked_cross_entropy(kept, ids[:, 1:].reshape(-1), output_head(base), 1.0)[0]
-    torch.autograd.backward(loss)
+        return loss
+    hidden = base.base_model(input_ids=ids, use_cache=False).last_hidden_state
+    kept = hidden[:, :-1].reshape(-1, hidden.shape[-1])
+    return chunked_cross_entropy(kept, ids[:, 1:].reshape(-1), output_head(base), 1.0)[0]
 
 
 def _path() -> Path:
@@ -128,6 +245,7 @@ def _path() -> Path:
 def _read() -> dict[str, Any]:
     """What is kept; nothing where the file is missing or damaged: it can be measured again."""
     try:
-        return read_json_object(_path())
-    except UnreadableError:
+        known = json.loads(_path().read_text(encoding="utf-8"))
+    except (OSError, ValueError):
         return {}
+    return known if isinstance(known, dict) else {}

@@ -25,7 +25,7 @@ def starting_range(
         shapes: rows and columns of the adapted matrices.
         tokens: label tokens of the training data.
         first_loss: the base's loss on them, nats a label token.
-        memory_rank: the largest rank that fits; None where no memory is known.
+        memory_rank: the largest rank that fits, 0 where none does; None where no memory is known.
     """
     bits = tokens * first_loss / math.log(2)
     filled = capacity_rank(bits, shapes)
@@ -38,7 +38,9 @@ def starting_range(
         "parameters of 2 bits",
     )
     width = RangeLimit(name="matrices", rank=matrices, reason="the smallest side of an adapted matrix")
-    memory_reason = "no memory known" if memory_rank is None else "the largest that fits"
+    memory_reason = (
+        "no memory known" if memory_rank is None else "the largest that fits" if memory_rank else "none fits"
+    )
     memory = RangeLimit(name="memory", rank=memory_rank, reason=memory_reason)
     hard = min(matrices, HIGHEST_RANK, memory_rank or HIGHEST_RANK)
     ranks = [1]

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from rightrank.engine.prefix import prefix_depth
 from rightrank.errors import ModelError, PackingError, SettingsError
 from rightrank.io.models import first_line
 from rightrank.maths.counts import safetensors_bytes
@@ -21,10 +22,10 @@ from rightrank.planning.formula import formula_highest
 from rightrank.planning.optimizer import OptimizerMemory, optimizer_memory
 from rightrank.planning.quantised import count_parameters
 from rightrank.planning.sharding import sharded
-from rightrank.planning.simulate import Highest, Resident, highest_point
+from rightrank.planning.simulate import Highest, Resident, corrected, highest_point
 from rightrank.planning.skeleton import SAFETENSORS_CODES, Skeleton, adapt, build_base
 from rightrank.planning.stack import TRACED_GROUPS, deepen, find_reduction, reduced_config, same_kinds
-from rightrank.planning.step import Groups, blocks_of, trace_step
+from rightrank.planning.step import Groups, blocks_name, blocks_of, trace_step
 from rightrank.planning.trace import StepTrace
 from rightrank.records.plan import Source
 from rightrank.settings import PlanSettings
@@ -101,9 +102,11 @@ class RankEstimate:
 class Estimator:
     """One model and one way to train it; the base is built once, traces are made once."""
 
-    def __init__(self, config: Any, settings: PlanSettings) -> None:
+    def __init__(self, config: Any, settings: PlanSettings, step_factor: float | None = None) -> None:
+        """`step_factor`: measured over traced, of what the step takes beside what stands; None: not measured."""
         self._config = config
         self.settings = settings
+        self.step_factor = step_factor
         self._ends = (min(settings.ranks), max(settings.ranks))
         base = build_base(config, settings)
         self.base_parameters = count_parameters(base)
@@ -126,7 +129,7 @@ class Estimator:
         """The same model under other settings; what the changes do not touch is shared."""
         settings = self.settings.model_copy(update=changes)
         if not STEP_ONLY.issuperset(changes) or min(settings.ranks) != self._ends[0]:
-            return Estimator(self._config, settings)
+            return Estimator(self._config, settings, self.step_factor)
         other = copy.copy(self)
         other.settings = settings
         other._ends = (min(settings.ranks), max(settings.ranks))
@@ -141,7 +144,8 @@ class Estimator:
             try:
                 training = self._highest(rank, True)
                 evaluation = None if self.settings.eval_batch_size is None else self._highest(rank, False)
-                return RankEstimate(rank, parts, training, evaluation, self.flops(rank), "traced")
+                source: Source = "traced" if self.step_factor is None else "measured"
+                return RankEstimate(rank, parts, training, evaluation, self.flops(rank), source)
             except PackingError as error:
                 raise SettingsError(f"arms: this model's trainings can't share a pass ({error}); give arms 1") from None
             except UNTRACEABLE as error:
@@ -173,10 +177,44 @@ class Estimator:
         between = _between(counts[0], counts[1], self._ends, rank)
         return between if between is not None else sum(self._trace(rank, True).flops.values())
 
+    def forward_flops(self, rank: int) -> float:
+        """Operations of one row's forward pass, as in an evaluation."""
+        if self.untraceable is not None:
+            return self.flops(rank) / self._rows / 2
+        trace = self._trace(self._ends[1] if rank != self._ends[0] else rank, False)
+        batch = self.settings.eval_batch_size or self.settings.batch_size
+        return sum(trace.flops.values()) / (batch * self.settings.arms)
+
+    @property
+    def frozen_flops(self) -> float:
+        """Operations of one row's forward pass through the blocks below the first adapted one."""
+        name = blocks_name(self.skeleton.base)
+        depth = 0 if name is None else prefix_depth(name, self._trained_names(), len(self._blocks or ()))
+        if depth == 0 or self.untraceable is not None:
+            return 0.0
+        flops = self._trace(self._ends[0], True).flops  # adapters on some blocks only: traced block by block
+        return sum(flops.get(1 + number, 0) for number in range(depth)) / self._rows
+
+    @property
+    def head_flops(self) -> float:
+        """Operations of one row's forward pass through the output head; none of a classification."""
+        text = self._config.get_text_config()
+        if self.settings.num_labels is not None:
+            return 0.0
+        return 2.0 * self.settings.seq_len * int(text.vocab_size) * int(text.hidden_size)
+
+    @property
+    def _rows(self) -> int:
+        return self.settings.batch_size * self.settings.arms
+
+    def _trained_names(self) -> list[str]:
+        return [matrix.name for matrix in self.skeleton.matrices] + list(self.settings.modules_to_save)
+
     def _highest(self, rank: int, training: bool) -> Highest:
         trace, sizes = self._sizes(rank, training)
         residents, optimizer = self._residents(rank)
-        return highest_point(residents, trace, sizes, optimizer, self.settings.device)
+        highest = highest_point(residents, trace, sizes, optimizer, self.settings.device)
+        return highest if self.step_factor is None else corrected(highest, self.step_factor)
 
     def _residents(self, rank: int) -> tuple[list[Resident], OptimizerMemory]:
         """What one device holds before the step, and what its optimizer takes."""

@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from rightrank.engine.loss import CHUNK_LOGITS
 from rightrank.io.models import DTYPES
 from rightrank.planning.optimizer import OptimizerMemory
 from rightrank.planning.simulate import Highest, Resident
 from rightrank.records.plan import Components
 from rightrank.settings import PlanSettings
 
-ERROR_SHARE = 0.35  # what the other calculators' formulas miss by on Llama-3.2-3B is 15 to 80%
 RESERVED_FACTOR = 1.06  # of allocated bytes: what the allocator model adds in traced cases
 
 
@@ -26,12 +26,17 @@ def formula_highest(
     tokens = settings.batch_size * settings.arms * settings.seq_len
     width = DTYPES[settings.autocast or settings.dtype].itemsize
     config = model.config.get_text_config()
-    linear = [module for module in model.modules() if _is_linear(module)]
+    # An adapted module is counted once: not its base beside it, nor A and B, which keep little.
+    inside = (".lora_", ".base_layer")
+    linear = [m for name, m in model.named_modules() if _is_linear(m) and not any(part in name for part in inside)]
     kept = sum(tokens * (module.in_features + module.out_features) * width for module in linear)
     kept += tokens * config.num_hidden_layers * config.hidden_size * 8
     if settings.gradient_checkpointing:
         kept = kept // config.num_hidden_layers + tokens * config.num_hidden_layers * config.hidden_size * width
-    logits = tokens * config.vocab_size * (width + 12) if settings.loss == "full" else 2**24 * 12
+    at_once = tokens * config.vocab_size
+    logits = at_once * (width + 12) if settings.loss == "full" else min(at_once, CHUNK_LOGITS) * 12
+    if settings.num_labels is not None:
+        logits = 0
     components: Components = {}
     for resident in residents:
         components[resident.component] = components.get(resident.component, 0) + resident.size

@@ -42,6 +42,8 @@ def optimizer_memory(parameters: Sequence[torch.Tensor], name: OptimizerName, de
         states = tuple(part for size in sizes for part in (size, size))
         work = (tuple(sizes),) if device == "cuda" else tuple((size, size) for size in sizes)
         return OptimizerMemory(states, work)
+    if device == "cpu":
+        name = "adamw_8bit"  # bitsandbytes has no paged states there
     states = tuple(part for parameter in parameters for part in _states_8bit(parameter.numel(), name))
     return OptimizerMemory((CODE_BYTES // 2, CODE_BYTES // 2, *states), ())
 

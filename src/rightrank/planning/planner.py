@@ -7,13 +7,14 @@ from collections.abc import Sequence
 from typing import Any
 
 from rightrank.errors import ModelError, SettingsError
-from rightrank.planning.budget import ALLOWED_ERROR, axis_prices, cheapest_changes, context_bytes, needed, total
-from rightrank.planning.calibrate import calibrate, stored_calibration
+from rightrank.planning.accuracy import FORMULA, errors_of, peak_error
+from rightrank.planning.budget import axis_prices, cheapest_changes, context_bytes, needed, total
+from rightrank.planning.calibrate import Calibration, calibrate, stored_calibration
 from rightrank.planning.capacity import starting_range
+from rightrank.planning.duration import Pace, asked_by, selection_cost, workload_of
 from rightrank.planning.estimate import Estimator, RankEstimate
-from rightrank.planning.formula import ERROR_SHARE as FORMULA_ERROR
 from rightrank.planning.skeleton import read_config, require_rank
-from rightrank.records.plan import Plan, RankPlan, SelectionCost, Source
+from rightrank.records.plan import Plan, RankPlan, Source
 from rightrank.settings import PlanSettings
 
 
@@ -31,27 +32,26 @@ def make_plan(model: str, settings: PlanSettings) -> Plan:
     config = read_config(model, settings.trust_remote_code, settings.num_labels is not None)
     _require_length(config, settings)
     found = calibrate(config, settings) if settings.calibrate else stored_calibration(config, settings)
-    plan = plan_config(config, model, settings, None if found is None else found.seconds_per_flop)
-    if found is None or found.peak_ratio is None:
-        return plan
-    note = f"on this device four groups of blocks took {found.peak_ratio - 1:+.1%} of the traced peak"
-    return plan.model_copy(update={"notes": [*plan.notes, note]})
+    return plan_config(config, model, settings, found)
 
 
 def plan_config(
-    config: Any, name: str, settings: PlanSettings, seconds_per_flop: float | None = None, prices: bool = True
+    config: Any, name: str, settings: PlanSettings, found: Calibration | None = None, prices: bool = True
 ) -> Plan:
-    """The plan for a configuration in memory; `prices` also works out the price of each axis."""
+    """The plan for a configuration in memory, with what was found on the device; `prices` also works out each axis."""
     begun = time.perf_counter()
     _require_length(config, settings)
-    estimator = Estimator(config, settings)
+    settings = with_measured_process(settings, found)
+    asked = asked_by(settings)
+    estimator = Estimator(config, settings, None if found is None else found.step_factor)
     if "ranks" not in settings.model_fields_set:  # nobody asked for these ranks: leave out those no matrix can have
         limit = estimator.rank_limit
         settings = settings.model_copy(update={"ranks": tuple(r for r in settings.ranks if r <= limit)})
         estimator = estimator.variant(ranks=settings.ranks)
     require_rank(estimator.skeleton, settings)
     estimates = [estimator.estimate(rank) for rank in settings.ranks]
-    rows = [_rank_plan(estimate, settings, seconds_per_flop) for estimate in estimates]
+    pace = pace_of(found, settings)
+    rows = [_rank_plan(estimate, settings, pace) for estimate in estimates]
     fitting = [row.rank for row in rows if row.fits]
     first, last = estimates[0], estimates[-1]
     stored = first.anatomy.stored
@@ -67,9 +67,10 @@ def plan_config(
         headroom_share=settings.headroom,
         context_bytes=context_bytes(settings),
         activations=last.highest.activations,
-        selection=_selection_cost(rows, settings),
-        sources=_sources(settings, first, seconds_per_flop),
-        notes=_notes(estimator, settings),
+        selection=None if asked is None else selection_cost(estimator, asked, workload_of(settings), pace),
+        sources=_sources(settings, first, found),
+        errors=errors_of(settings, first.source),
+        notes=_notes(estimator, settings, found),
         seconds=0.0,
         settings=settings.model_dump(mode="json"),
     )
@@ -77,11 +78,13 @@ def plan_config(
     extra: dict[str, Any] = {"largest_possible_rank": largest}
     if settings.data_tokens is not None and settings.first_loss is not None:
         shapes = [(matrix.out_features, matrix.in_features) for matrix in estimator.skeleton.matrices]
-        limits, ranks = starting_range(shapes, settings.data_tokens, settings.first_loss, largest)
+        limits, ranks = starting_range(
+            shapes, settings.data_tokens, settings.first_loss, _memory_limit(largest, settings)
+        )
         extra |= {"limits": limits, "suggested_ranks": ranks}
     if settings.memory_bytes is not None and not fitting:
         extra["changes"] = cheapest_changes(estimator)
-    elif prices and first.source == "traced":
+    elif prices and first.source != "formula":
         extra["prices"] = axis_prices(estimator, last)
     return plan.model_copy(update=extra | {"seconds": time.perf_counter() - begun})
 
@@ -110,10 +113,29 @@ def largest_rank(estimator: Estimator, estimates: Sequence[RankEstimate]) -> int
     return low
 
 
-def _rank_plan(estimate: RankEstimate, settings: PlanSettings, seconds_per_flop: float | None) -> RankPlan:
+def _memory_limit(largest: int | None, settings: PlanSettings) -> int | None:
+    """The largest rank that fits, 0 where none does; None where no memory is known."""
+    return None if settings.memory_bytes is None else largest or 0
+
+
+def pace_of(found: Calibration | None, settings: PlanSettings) -> Pace:
+    if found is None:
+        return Pace(price_per_hour=settings.price_per_hour)
+    return Pace(found.seconds_per_flop, found.seconds_per_forward_flop, settings.price_per_hour)
+
+
+def with_measured_process(settings: PlanSettings, found: Calibration | None) -> PlanSettings:
+    """The settings with what the process was seen to take, where nobody says otherwise."""
+    if found is None or found.process_bytes is None or settings.context_bytes is not None:
+        return settings
+    return settings.model_copy(update={"context_bytes": found.process_bytes})
+
+
+def _rank_plan(estimate: RankEstimate, settings: PlanSettings, pace: Pace) -> RankPlan:
     highest = estimate.highest
     memory = settings.memory_bytes
     need = needed(highest.reserved_bytes, settings)
+    error = peak_error(settings, estimate.source).share
     return RankPlan(
         rank=estimate.rank,
         trainable_parameters=estimate.anatomy.trainable_parameters,
@@ -126,8 +148,10 @@ def _rank_plan(estimate: RankEstimate, settings: PlanSettings, seconds_per_flop:
         peak_at=highest.at,
         fits=None if memory is None else need <= memory,
         flops_per_step=estimate.flops,
-        seconds_per_step=None if seconds_per_flop is None else estimate.flops * seconds_per_flop,
-        error_share=FORMULA_ERROR if estimate.source == "formula" else ALLOWED_ERROR,
+        seconds_per_step=pace.seconds(estimate.flops, 0.0),
+        error_share=error,
+        peak_low_bytes=round(highest.peak_bytes * (1 - error)),
+        peak_high_bytes=round(highest.peak_bytes * (1 + error)),
     )
 
 
@@ -139,49 +163,46 @@ def _require_length(config: Any, settings: PlanSettings) -> None:
         raise ModelError("the configuration names no layers (num_hidden_layers)")
 
 
-def _selection_cost(rows: Sequence[RankPlan], settings: PlanSettings) -> SelectionCost | None:
-    """Every training at the mean cost of the ranks asked for; evaluations are not counted."""
-    if settings.steps is None or settings.trainings is None:
-        return None
-    steps, trainings = settings.steps, settings.trainings
-    flops = sum(row.flops_per_step for row in rows) / len(rows) * steps * trainings
-    paces = [row.seconds_per_step for row in rows if row.seconds_per_step is not None]
-    seconds = None if not paces else sum(paces) / len(paces) * steps * trainings
-    price = None
-    if seconds is not None and settings.price_per_hour is not None:
-        price = seconds / 3600 * settings.price_per_hour
-    return SelectionCost(trainings=trainings, steps=steps, seconds=seconds, price=price, flops=flops)
-
-
-def _sources(settings: PlanSettings, estimate: RankEstimate, seconds_per_flop: float | None) -> dict[str, Source]:
+def _sources(settings: PlanSettings, estimate: RankEstimate, found: Calibration | None) -> dict[str, Source]:
+    counted: Source = "formula" if estimate.source == "formula" else "traced"
+    on_cpu = settings.device == "cpu"
     sources: dict[str, Source] = {
         "trainable_parameters": "exact",
         "adapter_bytes": "exact",
         "weights": "exact",
         "peak_bytes": estimate.source,
         "peak_reserved_bytes": estimate.source,
-        "flops_per_step": estimate.source,
-        "context_bytes": "assumed",
+        "flops_per_step": counted,
+        "context_bytes": "measured" if settings.context_bytes is not None else "assumed",
         "headroom_share": "assumed",
-        "error_share": "assumed",
+        "error_share": "measured" if on_cpu and settings.sharding == "none" else "assumed",
     }
     if settings.sharding != "none":
         sources["sharding"] = "formula"
     if settings.arms > 1:
-        sources["arms"] = "formula"
+        sources["arms"] = counted
     if settings.load_in_4bit or settings.load_in_8bit:
-        sources["quantisation"] = "formula"
-    if seconds_per_flop is not None:
+        sources["quantisation"] = counted if on_cpu else "formula"
+    if settings.optimizer in ("adamw_8bit", "paged_adamw_8bit"):
+        sources["optimizer"] = "exact" if settings.optimizer == "adamw_8bit" else "formula"
+    if found is not None:
         sources["seconds_per_step"] = "measured"
     return sources
 
 
-def _notes(estimator: Estimator, settings: PlanSettings) -> list[str]:
+def _notes(estimator: Estimator, settings: PlanSettings, found: Calibration | None) -> list[str]:
     notes = []
     if estimator.untraceable is not None:
         notes.append(
-            f"the step can't be traced ({estimator.untraceable}); the peak is by formula, ±{FORMULA_ERROR:.0%}"
+            f"the step can't be traced ({estimator.untraceable}); the peak is by formula, ±{FORMULA.share:.0%}"
         )
+    if found is not None:
+        notes.append(
+            f"on this device four groups of blocks took {found.step_factor:.1%} of what was traced beside "
+            "weights, adapter and optimizer: the peaks are corrected by it"
+        )
+    if settings.optimizer == "paged_adamw_8bit" and settings.device == "cpu":
+        notes.append("bitsandbytes has no paged states on a CPU: they are planned as those of adamw_8bit")
     if settings.attn_implementation == "flash_attention_2":
         notes.append("flash attention is planned as torch's own flash kernel")
     if settings.memory_bytes is None:

@@ -35,7 +35,7 @@ class QuantisedLinear(torch.nn.Linear):
         self.in_features, self.out_features = features
         self.bits = bits = kind.bits
         self.compute_dtype = kind.compute_dtype
-        self.double_quant = kind.double
+        self.nested = kind.nested
         self.on_cpu = kind.on_cpu
         self.copies_output = False  # PEFT clones what an adapted 4-bit module gives
         weights = self.in_features * self.out_features
@@ -43,7 +43,7 @@ class QuantisedLinear(torch.nn.Linear):
         code = torch.uint8 if bits == 4 else torch.int8
         self.weight = torch.nn.Parameter(torch.empty(packed, dtype=code, device="meta"), requires_grad=False)
         self.bias = bias
-        for number, (size, constant) in enumerate(constants(self.out_features, weights, bits, self.double_quant)):
+        for number, (size, constant) in enumerate(constants(self.out_features, weights, bits, self.nested)):
             self.register_buffer(f"constants_{number}", torch.empty(size, dtype=constant, device="meta"))
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
@@ -54,7 +54,7 @@ class QuantisedLinear(torch.nn.Linear):
         return out.clone() if self.copies_output else out
 
     def decompressed(self) -> torch.Tensor:
-        if self.double_quant:  # the constants first
+        if self.nested:  # the constants first
             blocks = math.ceil(self.in_features * self.out_features / BLOCK)
             _constants = torch.empty(blocks, dtype=torch.float32, device="meta") + 0
         return torch.empty((self.out_features, self.in_features), dtype=self.compute_dtype, device="meta")
@@ -66,7 +66,7 @@ class QuantisedKind:
 
     bits: int
     compute_dtype: torch.dtype
-    double: bool  # 4 bits: the constants are quantised too
+    nested: bool  # 4 bits: the constants are quantised too
     on_cpu: bool
 
 

@@ -9,17 +9,39 @@ from typing import Any
 import torch
 
 from rightrank.engine.batches import collate
-from rightrank.engine.encode import EncodedItem
 from rightrank.engine.loss import logits_loss
+from rightrank.engine.pack_size import MOST_ARMS
+from rightrank.engine.token_store import EncodedItem
 from rightrank.errors import SettingsError
 from rightrank.io.models import LoadedModel, device_memory
 from rightrank.planning.budget import cheapest_changes, context_bytes, needed
-from rightrank.planning.capacity import starting_range
+from rightrank.planning.calibrate import Calibration, stored_calibration
+from rightrank.planning.capacity import HIGHEST_RANK, starting_range
+from rightrank.planning.duration import Asked, Workload, selection_cost
 from rightrank.planning.estimate import Estimator
+from rightrank.planning.planner import largest_rank, pace_of, with_measured_process
+from rightrank.records.plan import SelectionCost
 from rightrank.settings import PlanSettings, SelectSettings, make_plan_settings
+from rightrank.strategies import Strategy
 
 PROBED_ITEMS = 8
 # Changes that `select` can make too, under its own names.
+SHARED_SETTINGS = (
+    "ranks",
+    "target_modules",
+    "exclude_modules",
+    "layers_to_transform",
+    "modules_to_save",
+    "bias",
+    "lora_dropout",
+    "batch_size",
+    "eval_batch_size",
+    "dtype",
+    "load_in_4bit",
+    "load_in_8bit",
+    "gradient_checkpointing",
+    "trust_remote_code",
+)
 SELECT_CHANGES = ("batch_size", "gradient_checkpointing", "seq_len", "dtype")
 
 
@@ -27,10 +49,13 @@ SELECT_CHANGES = ("batch_size", "gradient_checkpointing", "seq_len", "dtype")
 class SelectionPlan:
     """Predicted peaks of the arms, and the ranks that are left."""
 
+    estimator: Estimator
+    found: Calibration | None  # what was measured on this device before
     peak_bytes: dict[int, int]  # allocated by tensors, by rank
     needed_bytes: dict[int, int]  # with segments, process and headroom
     memory_bytes: int | None  # None: not known, so nothing is refused
     ranks: tuple[int, ...]  # those that fit, or all
+    largest_pack: int | None = None  # arms of the highest rank that fit together; None: not known, or none are packed
 
     def left_out(self) -> tuple[int, ...]:
         return tuple(rank for rank in self.needed_bytes if rank not in self.ranks)
@@ -43,8 +68,31 @@ class SelectionPlan:
         wanted = ", ".join(f"{rank} ({_gib(self.needed_bytes[rank])})" for rank in left_out)
         return f"left out, as they need more than the {_gib(self.memory_bytes)} there are: ranks {wanted}"
 
+    def peak_of(self, ranks: Sequence[int]) -> int | None:
+        """Bytes of tensors at the peak of these ranks trained together; None where one of them was not planned.
 
-def plan_selection(config: Any, settings: SelectSettings, longest: int, device: str) -> SelectionPlan:
+        Each arm adds its share over what the base takes alone: a pack of two of its rank less one of it, as traced.
+        """
+        if not set(ranks) <= self.peak_bytes.keys():
+            return None
+        if len(ranks) == 1:
+            return self.peak_bytes[ranks[0]]
+        pairs = self.estimator.variant(arms=2)
+        shares = {rank: pairs.estimate(rank).highest.peak_bytes - self.peak_bytes[rank] for rank in set(ranks)}
+        first = ranks[0]
+        return self.peak_bytes[first] - shares[first] + sum(shares[rank] for rank in ranks)
+
+    def cost(self, strategy: Strategy, work: Workload) -> SelectionCost | None:
+        """The time that the selection will take; None where nothing was measured on this device, or it was by formula."""
+        if self.found is None or self.estimator.untraceable is not None:
+            return None
+        ranked = self.estimator.variant(ranks=self.ranks)
+        return selection_cost(ranked, Asked.of(strategy), work, pace_of(self.found, self.estimator.settings))
+
+
+def plan_selection(
+    config: Any, settings: SelectSettings, longest: int, device: str, num_labels: int | None = None
+) -> SelectionPlan:
     """Predict every rank's peak, and keep the ranks that fit.
 
     Args:
@@ -52,47 +100,62 @@ def plan_selection(config: Any, settings: SelectSettings, longest: int, device: 
         settings: of the selection; without `memory_bytes`, a CUDA device's own memory is the budget.
         longest: tokens of the longest item.
         device: `cpu`, `cuda`, …
+        num_labels: of a classification.
 
     Raises:
         SettingsError: fewer ranks fit than a comparison needs, with what to change.
     """
-    kind = "cuda" if device.startswith("cuda") else "cpu"
-    memory = settings.memory_bytes or (device_memory() if kind == "cuda" else None)
-    plan_settings = _plan_settings(settings, longest, kind, memory)
-    if getattr(config, "_attn_implementation", None) == "eager":
-        plan_settings = plan_settings.model_copy(update={"attn_implementation": "eager"})
-    estimator = Estimator(config, plan_settings)
+    plan_settings = _plan_settings(config, settings, longest, device, num_labels)
+    found = stored_calibration(config, plan_settings)
+    plan_settings = with_measured_process(plan_settings, found)
+    memory = plan_settings.memory_bytes
+    estimator = Estimator(config, plan_settings, None if found is None else found.step_factor)
     highest = {rank: estimator.estimate(rank).highest for rank in settings.ranks}
     peaks = {rank: high.peak_bytes for rank, high in highest.items()}
     needs = {rank: needed(high.reserved_bytes, plan_settings) for rank, high in highest.items()}
     fitting = tuple(rank for rank in settings.ranks if memory is None or needs[rank] <= memory)
     if len(fitting) < min(2, len(settings.ranks)):
         raise SettingsError(_refusal(estimator, needs, memory or 0))
-    return SelectionPlan(peaks, needs, memory, fitting)
+    packs = (
+        memory is not None
+        and settings.pack_size != 1
+        and (plan_settings.device == "cuda" or settings.pack_size is not None)
+    )
+    largest = _largest_pack(estimator, max(fitting), settings.pack_size or MOST_ARMS) if packs else None
+    return SelectionPlan(estimator, found, peaks, needs, memory, fitting, largest)
 
 
-def _plan_settings(settings: SelectSettings, longest: int, kind: str, memory: int | None) -> PlanSettings:
+def _largest_pack(estimator: Estimator, rank: int, wanted: int) -> int:
+    """Arms that fit together: `wanted`, or the largest power of two below it that does."""
+    sizes = [wanted, *(2**power for power in reversed(range(wanted.bit_length())) if 2**power < wanted)]
+    return next((size for size in sizes if size == 1 or _pack_fits(estimator.variant(arms=size), rank)), 1)
+
+
+def _pack_fits(estimator: Estimator, rank: int) -> bool:
+    settings = estimator.settings
+    reserved = estimator.estimate(rank).highest.reserved_bytes
+    return settings.memory_bytes is not None and needed(reserved, settings) <= settings.memory_bytes
+
+
+def _plan_settings(
+    config: Any, settings: SelectSettings, longest: int, device: str, num_labels: int | None
+) -> PlanSettings:
+    """The plan's settings for the loop that `select` trains with."""
+    kind = "cuda" if device.startswith("cuda") else "cpu"
+    shared = {name: getattr(settings, name) for name in SHARED_SETTINGS}
+    eager = getattr(config, "_attn_implementation", None) == "eager"
     return make_plan_settings(
-        {
-            "ranks": settings.ranks,
-            "target_modules": settings.target_modules,
-            "exclude_modules": settings.exclude_modules,
-            "layers_to_transform": settings.layers_to_transform,
-            "modules_to_save": settings.modules_to_save,
-            "bias": settings.bias,
-            "lora_dropout": settings.lora_dropout,
-            "batch_size": settings.batch_size,
-            "eval_batch_size": settings.eval_batch_size,
+        shared
+        | {
             "seq_len": max(2, longest),
-            "dtype": settings.dtype,
-            "load_in_4bit": settings.load_in_4bit,
-            "load_in_8bit": settings.load_in_8bit,
-            "gradient_checkpointing": settings.gradient_checkpointing,
-            "loss": "chunked",
+            "loss": "chunked" if num_labels is None else "full",
+            "padding": num_labels is not None,  # of a language model no row sees the padding on its right
+            "num_labels": num_labels,
+            "packed": True,
             "optimizer": "adamw_fused",
+            "attn_implementation": "eager" if eager else "sdpa",
             "device": kind,
-            "memory_bytes": memory,
-            "trust_remote_code": settings.trust_remote_code,
+            "memory_bytes": settings.memory_bytes or (device_memory() if kind == "cuda" else None),
         }
     )
 
@@ -107,13 +170,30 @@ def first_pass_loss(loaded: LoadedModel, items: Sequence[EncodedItem]) -> float:
     return sum(float(loss.item_losses.sum()) for loss in losses) / sum(int(loss.item_tokens.sum()) for loss in losses)
 
 
-def ranks_for_data(config: Any, settings: SelectSettings, tokens: int, first_loss: float) -> tuple[list[int], str]:
-    """Ranks to begin with where the user named none, and why these."""
-    estimator = Estimator(config, _plan_settings(settings.model_copy(update={"ranks": (1,)}), 2, "cpu", None))
+def ranks_for_data(
+    config: Any, settings: SelectSettings, longest: int, device: str, data: tuple[int, float]
+) -> tuple[list[int], list[str]]:
+    """Ranks to begin with where the user named none, and the reasoning, a line each.
+
+    Args:
+        data: label tokens of the training data, and the base's loss on some of them, nats a token.
+    """
+    one = settings.model_copy(update={"ranks": (1,)})
+    plan_settings = _plan_settings(config, one, longest, device, None)
+    found = stored_calibration(config, plan_settings)
+    plan_settings = with_measured_process(plan_settings, found)
+    estimator = Estimator(config, plan_settings, None if found is None else found.step_factor)
+    top = min(estimator.rank_limit, HIGHEST_RANK)
+    fitting = None
+    if plan_settings.memory_bytes is not None:
+        ends = estimator.variant(ranks=(1, top))
+        fitting = largest_rank(ends, [ends.estimate(rank) for rank in sorted({1, top})]) or 0
     shapes = [(matrix.out_features, matrix.in_features) for matrix in estimator.skeleton.matrices]
-    limits, ranks = starting_range(shapes, tokens, first_loss, None)
-    reasons = "; ".join(f"{limit.name} {limit.rank} ({limit.reason})" for limit in limits if limit.rank is not None)
-    return ranks, f"ranks {', '.join(map(str, ranks))}, from the limits {reasons}"
+    limits, ranks = starting_range(shapes, *data, fitting)
+    lines = [
+        f"limit by {limit.name}: {'none' if limit.rank is None else limit.rank} ({limit.reason})" for limit in limits
+    ]
+    return ranks, [*lines, f"ranks to begin with: {', '.join(map(str, ranks))}"]
 
 
 def _refusal(estimator: Estimator, needs: dict[int, int], memory: int) -> str:

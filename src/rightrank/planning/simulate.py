@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from rightrank.planning.allocator import CachingAllocator
 from rightrank.planning.kernels import DeviceKind
@@ -12,6 +12,7 @@ from rightrank.planning.trace import Origin, StepTrace
 from rightrank.records.plan import Components
 
 STEPS = 3  # the first makes the optimizer's states; after two more what is reserved no longer grows
+STANDING = ("weights", "adapter", "optimizer")  # exact: nothing of them is measured otherwise
 FIRST_NAME = 2**40  # names of what is not in the trace begin here
 
 
@@ -97,6 +98,15 @@ def highest_point(
         for number in living:
             allocator.free(number)
     return _described(residents, trace, sizes, optimizer, (best, allocator.peak_reserved, where))
+
+
+def corrected(highest: Highest, step_factor: float) -> Highest:
+    """The highest point with what was measured on the device: `step_factor` of what the step takes of its own."""
+    standing = sum(highest.components.get(name, 0) for name in STANDING)
+    difference = round((step_factor - 1) * (highest.peak_bytes - standing))
+    components = highest.components | {"correction": difference}
+    reserved = max(highest.reserved_bytes + difference, highest.peak_bytes + difference)
+    return replace(highest, peak_bytes=highest.peak_bytes + difference, reserved_bytes=reserved, components=components)
 
 
 def _never_freed(trace: StepTrace) -> list[int]:

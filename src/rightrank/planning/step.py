@@ -48,8 +48,8 @@ def trace_step(skeleton: Skeleton, settings: PlanSettings, groups: Groups | None
     kernels = DeviceKernels(device, settings.padding, autocast)
     batch = settings.batch_size if training else settings.eval_batch_size or settings.batch_size
     with ExitStack() as stack:
-        stack.enter_context(_packed(skeleton, settings, batch))
-        stack.enter_context(_mode(model, settings, training))
+        stack.enter_context(packed_layers(skeleton, settings, batch))
+        stack.enter_context(mode_of(model, settings, training))
         stack.enter_context(tracer.named_modules(model))
         stack.enter_context(_segments(tracer, groups))
         stack.enter_context(nullcontext() if training else torch.no_grad())
@@ -96,7 +96,7 @@ def _loss(skeleton: Skeleton, settings: PlanSettings, items: int) -> tuple[torch
 
 
 @contextmanager
-def _packed(skeleton: Skeleton, settings: PlanSettings, rows: int) -> Iterator[None]:
+def packed_layers(skeleton: Skeleton, settings: PlanSettings, rows: int) -> Iterator[None]:
     """The forward pass of adapted layers: PEFT's, or that of packs, each arm with `rows` rows of its own."""
     mark_adapted(skeleton.model, by_peft=not settings.is_packed)
     if not settings.is_packed:
@@ -105,7 +105,7 @@ def _packed(skeleton: Skeleton, settings: PlanSettings, rows: int) -> Iterator[N
     count = len(skeleton.arms)
     seed = 0 if settings.lora_dropout else None
     routing = Routing.of(skeleton.arms, [seed] * count, [rows] * count, [settings.seq_len] * count)
-    adapted = [
+    adapted: list[tuple[str, Any]] = [
         (name, module)
         for name, module in skeleton.base.named_modules()
         if isinstance(module, LoraLayer | ModulesToSaveWrapper)
@@ -120,7 +120,7 @@ def _packed(skeleton: Skeleton, settings: PlanSettings, rows: int) -> Iterator[N
 
 
 @contextmanager
-def _mode(model: Any, settings: PlanSettings, training: bool) -> Iterator[None]:
+def mode_of(model: Any, settings: PlanSettings, training: bool) -> Iterator[None]:
     """Training or evaluation mode, with blocks recomputed where that was asked for."""
     as_trainer = settings.loss == "full" and not settings.is_packed  # `select` trains in evaluation mode
     model.train(training and as_trainer)
@@ -175,6 +175,12 @@ def _segments(tracer: Tracer, groups: Groups | None) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def blocks_name(model: Any) -> str | None:
+    """The name of the model's one stack of blocks, or None."""
+    found = find_blocks(model)
+    return None if found is None else found[0]
 
 
 def blocks_of(model: Any) -> Sequence[Any] | None:

@@ -21,6 +21,12 @@ from rightrank.planning.kernels import DeviceKind, scratch_bytes
 
 Phase: TypeAlias = Literal["forward", "backward"]
 
+# torch's table of operations knows these by the names of those that do not write in place.
+_IN_PLACE: dict[Any, Any] = {
+    torch.ops.aten.baddbmm_: torch.ops.aten.baddbmm,
+    torch.ops.aten.addmm_: torch.ops.aten.addmm,
+}
+
 
 @dataclass(frozen=True, slots=True)
 class Origin:
@@ -85,7 +91,8 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's __i
                 self._see(tensor, func)
         for number in reversed(scratch):
             self.trace.end(number, self.segment)
-        formula = flop_registry.get(func._overloadpacket)
+        packet = _IN_PLACE.get(func._overloadpacket, func._overloadpacket)
+        formula = flop_registry.get(packet)
         if formula is not None:
             self._count_flops(int(formula(*args, **keywords, out_val=out)))
         return out

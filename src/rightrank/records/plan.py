@@ -32,6 +32,8 @@ class RankPlan(Record):
     flops_per_step: int
     seconds_per_step: float | None = None
     error_share: float  # how far the peak may be off, as a share of it
+    peak_low_bytes: int  # the peak with that error, either way
+    peak_high_bytes: int
 
 
 class AxisPrice(Record):
@@ -61,14 +63,41 @@ class RangeLimit(Record):
     reason: str
 
 
-class SelectionCost(Record):
-    """Time and price of a whole selection."""
+class Extent(Record):
+    """So much of trainings, and what they take; evaluations and the frozen prefix are in it."""
 
-    trainings: int
-    steps: int
+    trainings: float  # whole ones; one stopped early counts for its part
+    flops: float
+    seconds: float | None  # None: nothing was measured on this device
+    price: float | None  # None: no price an hour was given
+
+
+class RankTraining(Record):
+    """One whole training of one rank, with the evaluations on its way."""
+
+    rank: int
+    flops: float
     seconds: float | None
     price: float | None
-    flops: float
+
+
+class SelectionCost(Record):
+    """Time and price of a whole selection, its trainings one after the other."""
+
+    strategy: str | None  # None: a number of trainings was given
+    steps: int  # of a whole training
+    ranks: list[RankTraining]
+    prefix_flops: float  # frozen blocks below the adapters, computed once
+    evaluation_flops: float  # one pass over the held-out items
+    expected: Extent  # at the mean cost of the ranks
+    most: Extent  # at the cost of the dearest rank
+
+
+class Error(Record):
+    """How far numbers of one source may be off, as a share, and where that is known from."""
+
+    share: float
+    basis: str
 
 
 class Plan(Record):
@@ -94,6 +123,7 @@ class Plan(Record):
     suggested_ranks: list[int] = Field(default_factory=list)
     selection: SelectionCost | None = None
     sources: dict[str, Source]
+    errors: dict[str, Error] = Field(default_factory=dict)  # by source
     notes: list[str] = Field(default_factory=list)
     seconds: float  # that planning took
     settings: dict[str, Any]

@@ -86,7 +86,7 @@ class ProgressFile:
             self._write()
 
     def remove(self) -> None:
-        with suppress(FileNotFoundError, NotADirectoryError):  # the run folder may never have come to be
+        with suppress(OSError):  # the run folder may never have come to be, or can't be written to any more
             self._path.unlink()
 
     def _write(self) -> None:

@@ -14,9 +14,7 @@ from rightrank.report.wording import amount, metric_axis, metric_unit, rank_axis
 MIB = 2**20
 
 
-def figures_of(
-    records: Records, decision: Decision | None, planned_bytes: Mapping[int, int] | None = None
-) -> list[AnyFigure]:
+def figures_of(records: Records, decision: Decision | None) -> list[AnyFigure]:
     """Every figure that the records have something for, the rank curve first."""
     figures: list[AnyFigure | None] = []
     if decision is not None:
@@ -25,7 +23,7 @@ def figures_of(
         learning_figure(records, decision),
         truncation_figure(records),
         rate_map(records),
-        memory_figure(records, planned_bytes or {}),
+        memory_figure(records),
         time_figure(records),
     ]
     return [figure for figure in figures if figure is not None]
@@ -229,20 +227,22 @@ def rate_map(records: Records) -> HeatMap | None:
     )
 
 
-def memory_figure(records: Records, planned_bytes: Mapping[int, int]) -> Figure | None:
-    """Peak memory against rank: measured, and planned where there is a plan."""
-    peaks = {
-        rank: max(trial.peak_bytes for trial in trials) / MIB
-        for rank, trials in _by_rank([trial for trial in records.finished() if trial.steps > 0]).items()
-        if rank > 0
-    }
-    peaks = {rank: peak for rank, peak in peaks.items() if peak > 0}
-    planned = {rank: planned_bytes[rank] / MIB for rank in peaks if rank in planned_bytes}
+def memory_figure(records: Records) -> Figure | None:
+    """Peak memory against rank: measured, and what was planned for the same trainings.
+
+    On a CPU the measured peak is the whole process's and the planned one that of tensors alone: the labels say so.
+    """
+    trained = _by_rank([trial for trial in records.finished() if trial.steps > 0 and trial.peak_bytes > 0])
+    highest = {rank: max(trials, key=lambda t: t.peak_bytes) for rank, trials in trained.items() if rank > 0}
+    peaks = {rank: trial.peak_bytes / MIB for rank, trial in highest.items()}
+    planned = {rank: trial.predicted_peak_bytes / MIB for rank, trial in highest.items() if trial.predicted_peak_bytes}
     if not peaks:
         return None
-    series = [Series("measured", tuple(peaks), tuple(peaks.values()))]
+    on_cpu = records.started.environment.get("device") == "cpu"
+    names = ("measured, whole process", "planned, tensors alone") if on_cpu else ("measured", "planned")
+    series = [Series(names[0], tuple(peaks), tuple(peaks.values()))]
     if planned:
-        series.append(Series("planned", tuple(planned), tuple(planned.values()), dashed=True, tone="second"))
+        series.append(Series(names[1], tuple(planned), tuple(planned.values()), dashed=True, tone="second"))
     return Figure(
         name="memory",
         title="Peak memory of a training",

@@ -43,11 +43,10 @@ MOST_ROWS_IN_SIGHT = 24  # of the trial table; more are folded away
 def render_report(
     records: Records,
     decision: Decision | None,
-    planned_bytes: Mapping[int, int] | None = None,
     further_figures: Sequence[AnyFigure] = (),
 ) -> str:
     """The report as one HTML document."""
-    figures = [*figures_of(records, decision, planned_bytes), *further_figures]
+    figures = [*figures_of(records, decision), *further_figures]
     plots = [figure for figure in figures if isinstance(figure, Figure)]
     page_data = {"figures": {figure.name: asdict(figure) for figure in plots}, "answer": _answer(decision)}
     library, script = _asset("vendor", "echarts.min.js"), _asset("templates", "report.js")

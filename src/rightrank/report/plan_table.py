@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from rightrank.records.plan import Plan, RankPlan
+from rightrank.records.plan import Extent, Plan, RankPlan, SelectionCost
+from rightrank.report.wording import duration
 
 COMPONENT_NAMES = {
     "weights": "weights",
@@ -83,9 +84,12 @@ def _where(row: RankPlan, plan: Plan) -> list[str]:
 
 
 def _answer(plan: Plan) -> list[str]:
+    last, source = plan.ranks[-1], plan.sources["peak_bytes"]
     lines = [
-        f"peak: {plan.sources['peak_bytes']}, to be trusted to {plan.ranks[0].error_share:.0%} (assumed); "
-        f"beside it {size(plan.context_bytes)} for the process (assumed) and {plan.headroom_share:.0%} of headroom"
+        f"peak: {source}; at rank {last.rank} from {size(last.peak_low_bytes)} to {size(last.peak_high_bytes)} "
+        f"(±{last.error_share:.0%}: {plan.errors[source].basis})",
+        f"beside it {size(plan.context_bytes)} for the process ({plan.sources['context_bytes']}) and "
+        f"{plan.headroom_share:.0%} of headroom (assumed)",
     ]
     if plan.memory_bytes is not None:
         lines.append(_fits_line(plan))
@@ -103,7 +107,7 @@ def _answer(plan: Plan) -> list[str]:
     if plan.suggested_ranks:
         lines.append(f"ranks to begin with: {', '.join(map(str, plan.suggested_ranks))}")
     if plan.selection is not None:
-        lines.append(_selection_line(plan))
+        lines += selection_lines(plan.selection)
     return lines
 
 
@@ -117,12 +121,48 @@ def _fits_line(plan: Plan) -> str:
     return f"largest rank asked for that fits in {budget}: {plan.max_rank}{possible}"
 
 
-def _selection_line(plan: Plan) -> str:
-    cost = plan.selection
-    assert cost is not None
-    line = f"selection: {cost.trainings} trainings of {cost.steps} steps, {cost.flops / 1e15:.3g} PFLOP"
-    if cost.seconds is not None:
-        line += f", about {cost.seconds / 3600:.2g} h"
-    if cost.price is not None:
-        line += f", {cost.price:.2f} at the price given"
-    return line
+def selection_lines(cost: SelectionCost) -> list[str]:
+    """Time and price of a selection: of each rank's training, expected and at most."""
+    name = "selection" if cost.strategy is None else f"selection by {cost.strategy}"
+    lines = []
+    if cost.expected == cost.most:
+        lines.append(f"{name}: {_extent(cost.expected, cost.steps)}")
+    else:
+        lines.append(f"{name}: about {_extent(cost.expected, cost.steps)}; at most {_extent(cost.most, cost.steps)}")
+    each = ", ".join(
+        f"rank {row.rank} {_amount(row.flops) if row.seconds is None else duration(row.seconds)}" for row in cost.ranks
+    )
+    lines.append(f"  a whole training with its evaluations: {each}")
+    if cost.expected.seconds is None:
+        lines.append("  seconds come from --calibrate on this device")
+    return lines
+
+
+def _extent(extent: Extent, steps: int) -> str:
+    parts = [f"{extent.trainings:.3g} trainings of {steps} steps, {_amount(extent.flops)}"]
+    if extent.seconds is not None:
+        parts.append(duration(extent.seconds))
+    if extent.price is not None:
+        parts.append(f"{extent.price:.2f} at the price given")
+    return ", ".join(parts)
+
+
+def _amount(flops: float) -> str:
+    """`1.5 PFLOP`."""
+    for unit in ("FLOP", "kFLOP", "MFLOP", "GFLOP", "TFLOP"):
+        if flops < 1000:
+            return f"{flops:.3g} {unit}"
+        flops /= 1000
+    return f"{flops:.3g} PFLOP"
+
+
+def took_line(cost: SelectionCost, trainings: float, seconds: float) -> str:
+    """What a selection took beside what was estimated: for the trainings that were run, and before the start."""
+    assert cost.expected.seconds is not None
+    assert cost.most.seconds is not None
+    for_these = cost.expected.seconds * trainings / cost.expected.trainings
+    return (
+        f"took {duration(seconds)} for {trainings:.3g} trainings; estimated for as many {duration(for_these)} "
+        f"({for_these / seconds - 1:+.0%}), and before the start {duration(cost.expected.seconds)} for "
+        f"{cost.expected.trainings:.3g}, at most {duration(cost.most.seconds)}"
+    )

@@ -58,6 +58,7 @@ class PlanSettings(BaseModel):
     # the device and the budget
     device: Literal["cuda", "cpu"] = "cuda"
     memory_bytes: int | None = Field(default=None, gt=0)
+    context_bytes: int | None = Field(default=None, ge=0)  # of the process beside its tensors; None: assumed
     headroom: float = Field(default=0.03, ge=0, lt=1)  # of the predicted peak, kept free
 
     # the data, for the range of ranks to begin with
@@ -66,8 +67,14 @@ class PlanSettings(BaseModel):
 
     # the selection, for its time and price
     calibrate: bool = False  # run a few real steps on this device first
+    strategy: str | None = None  # `select`'s; says how many trainings, and that they are run as `select` runs them
     steps: int | None = Field(default=None, gt=0)  # optimizer steps of each training
-    trainings: int | None = Field(default=None, gt=0)
+    trainings: float | None = Field(default=None, gt=0)  # how many, where no strategy says so
+    learning_rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3)
+    seeds: tuple[int, ...] = (0,)
+    budget_trainings: float | None = Field(default=None, gt=0)
+    eval_items: int = Field(default=200, gt=1)
+    eval_points: int = Field(default=4, gt=0)
     price_per_hour: float | None = Field(default=None, ge=0)
     trust_remote_code: bool = False
 
@@ -98,6 +105,10 @@ class PlanSettings(BaseModel):
             raise ValueError(f"sharding {self.sharding!r} needs num_devices of 2 or more, got {self.num_devices}")
         if self.sharding == "none" and self.num_devices > 1:
             raise ValueError(f"num_devices {self.num_devices} needs sharding: give 'ddp' or 'fsdp'")
+        if self.strategy is not None and self.trainings is not None:
+            raise ValueError("strategy and trainings were both given: the strategy says how many; give one of them")
+        if (self.strategy is not None or self.trainings is not None) and self.steps is None:
+            raise ValueError("the time of a selection needs the steps of a training: give steps")
         if self.is_packed and (self.use_dora or self.target_parameters):
             raise ValueError("arms and packed are for plain LoRA on modules: leave out use_dora and target_parameters")
         if self.num_labels is not None and self.loss == "chunked":
@@ -112,7 +123,10 @@ class PlanSettings(BaseModel):
 def make_plan_settings(values: Mapping[str, Any]) -> PlanSettings:
     """Plan settings from plain values; the first thing that is wrong becomes one clear line.
 
+    With a strategy, what is not said about the step is as `select` has it.
+
     Raises:
         SettingsError: an unknown name (with the nearest known one) or a value that is not allowed.
     """
-    return checked(PlanSettings, values)
+    as_select = {"packed": True, "loss": "full" if values.get("num_labels") else "chunked", "optimizer": "adamw_fused"}
+    return checked(PlanSettings, as_select | dict(values) if values.get("strategy") is not None else values)

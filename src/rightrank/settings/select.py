@@ -26,6 +26,7 @@ NOT_IDENTITY = (
     "hang_seconds",
     "metric_timeout_seconds",
     "report_to",
+    "shard_base",
 )
 
 Scaling: TypeAlias = Literal["alpha/r", "alpha/sqrt(r)", "constant"]
@@ -103,6 +104,7 @@ class SelectSettings(BaseModel):
     memory_bytes: int | None = Field(default=None, gt=0)  # the budget; None: a CUDA device's own, else none
     load_in_4bit: bool = False  # the base's matrices in 4 bits (NF4); adapters and optimizer stay in float32
     load_in_8bit: bool = False  # the base's matrices in 8 bits
+    shard_base: bool = False  # of several processes, each holds its share of the base's blocks
     gradient_checkpointing: bool = False
     cache_prefix: bool = True  # compute frozen layers below the adapters once
     pack_size: int | None = Field(default=None, gt=0)  # arms trained together; None: as many as pay and fit

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import redirect_stdout
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import Protocol
 
 from rightrank.errors import MissingExtraError, SettingsError, did_you_mean
 from rightrank.io.files import write_text
-from rightrank.records import Decision, RunEvent, RunStarted, TrialDiverged, TrialFailed, TrialFinished
+from rightrank.records import Decision, RunEvent, RunStarted, TrialDiverged, TrialFailed, TrialFinished, TrialOutcome
 from rightrank.trackers.tracked import TrackedRun, tracked_decision, tracked_trial
 
 MODULES = {"trackio": "trackio", "wandb": "wandb", "mlflow": "mlflow", "tensorboard": "tensorboard"}  # what each needs
@@ -58,6 +58,20 @@ class Trackers:
         self._group = f"{folder.resolve().name}-{started.fingerprint[:6]}"
         self._trackers = {name: _make(name, folder) for name in require_trackers(names)}
         self._told: dict[str, list[str]] = self._read()
+
+    def beside(self, listener: Callable[[RunEvent], None]) -> Callable[[RunEvent], None]:
+        """The listener, and the trackers after it."""
+
+        def both(event: RunEvent) -> None:
+            listener(event)
+            self.event(event)
+
+        return both
+
+    def catch_up(self, outcomes: Iterable[TrialOutcome]) -> None:
+        """Tell of what an interrupted run had no time to tell."""
+        for outcome in outcomes:
+            self.event(outcome)
 
     def event(self, event: RunEvent) -> None:
         """Tell of a trial that ended, whoever has not been told."""

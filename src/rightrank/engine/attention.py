@@ -1,0 +1,38 @@
+"""On a CPU, attention in float32 where the rest is in 16 bits.
+
+torch's fused attention for CPUs has no fast backward pass in bfloat16: there it takes several times what it does in
+float32, casts included, and rounds more. Elsewhere attention is left as the model has it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+FUSED = "sdpa"  # transformers' name for torch's scaled_dot_product_attention
+
+
+def wants_float32(device: torch.device, dtype: torch.dtype) -> bool:
+    return device.type == "cpu" and dtype in (torch.bfloat16, torch.float16)
+
+
+@contextmanager
+def float32_attention() -> Iterator[None]:
+    """Within the block, models that use torch's fused attention compute it in float32."""
+    functions: Any = ALL_ATTENTION_FUNCTIONS  # transformers' table, which is meant to be written to
+    plain = functions[FUSED]
+
+    def in_float32(module: Any, query: Any, key: Any, value: Any, mask: Any, **options: Any) -> Any:
+        wide = mask.float() if mask is not None and mask.is_floating_point() else mask
+        output, weights = plain(module, query.float(), key.float(), value.float(), wide, **options)
+        return output.to(query.dtype), weights
+
+    functions[FUSED] = in_float32
+    try:
+        yield
+    finally:
+        del functions[FUSED]  # what transformers itself has there comes back

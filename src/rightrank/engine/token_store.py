@@ -1,0 +1,117 @@
+"""Encoded items in flat files that are mapped into memory: what is held is a few bytes an item, however many there are.
+
+Token ids and labels are int32, one item after the other, in a file without a name: it is gone with the process. The
+system reads in what a batch asks for and drops it again when memory is wanted.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, overload
+
+import numpy as np
+import numpy.typing as npt
+
+BUFFERED_VALUES = 2**16  # held back before they are written
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedItem:
+    """Token ids and labels of one item, both of length n; for a classification one class instead."""
+
+    item_id: str
+    input_ids: Sequence[int]
+    labels: Sequence[int]  # n labels, aligned with input_ids (not shifted); or [class]
+
+    @property
+    def length(self) -> int:
+        return len(self.input_ids)
+
+
+class TokenStore(Sequence[EncodedItem]):
+    """Items that are read back one by one; written once, then closed."""
+
+    def __init__(self, items: Iterable[EncodedItem], folder: Path | None) -> None:
+        """Take all of `items`, as they come, into files in `folder` (None: where the system keeps temporary files)."""
+        self._ids = _FlatFile("u1", folder)
+        self._tokens = _FlatFile("i4", folder)
+        self._labels = _FlatFile("i4", folder)
+        try:
+            for item in items:
+                self._ids.append(item.item_id.encode())
+                self._tokens.append(item.input_ids)
+                self._labels.append(item.labels)
+        finally:
+            for file in (self._ids, self._tokens, self._labels):
+                file.close()
+
+    @property
+    def lengths(self) -> npt.NDArray[np.int64]:
+        """[items], in tokens."""
+        return np.diff(np.asarray(self._tokens.ends))
+
+    def __len__(self) -> int:
+        return len(self._tokens.ends) - 1
+
+    @overload
+    def __getitem__(self, index: int) -> EncodedItem: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[EncodedItem]: ...
+    def __getitem__(self, index: int | slice) -> EncodedItem | list[EncodedItem]:
+        if isinstance(index, slice):
+            return [self[number] for number in range(*index.indices(len(self)))]
+        number = range(len(self))[index]
+        name = bytes(self._ids.read(number)).decode()
+        return EncodedItem(name, self._tokens.read(number).tolist(), self._labels.read(number).tolist())
+
+    def __iter__(self) -> Iterator[EncodedItem]:
+        return (self[number] for number in range(len(self)))
+
+
+def lengths_of(items: Sequence[EncodedItem]) -> npt.NDArray[np.int64]:
+    """[items], in tokens."""
+    if isinstance(items, TokenStore):
+        return items.lengths
+    return np.fromiter((item.length for item in items), np.int64, len(items))
+
+
+class _FlatFile:
+    """Rows of numbers of one type, end to end."""
+
+    def __init__(self, dtype: str, folder: Path | None) -> None:
+        self.ends = array("q", [0])
+        self._dtype = np.dtype(dtype)
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+        self._file: Any = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - closed in `close`
+        self._waiting: list[npt.NDArray[Any]] = []
+        self._waiting_values = 0
+        self._values: npt.NDArray[Any] = np.empty(0, self._dtype)
+
+    def append(self, row: Sequence[int] | bytes) -> None:
+        values = np.frombuffer(row, self._dtype) if isinstance(row, bytes) else np.asarray(row, self._dtype)
+        self.ends.append(self.ends[-1] + len(values))
+        self._waiting.append(values)
+        self._waiting_values += len(values)
+        if self._waiting_values >= BUFFERED_VALUES:
+            self._write()
+
+    def close(self) -> None:
+        """No more rows: map what was written."""
+        self._write()
+        with self._file as file:  # a mapping outlives its file
+            file.flush()
+            if self.ends[-1]:
+                self._values = np.memmap(file, self._dtype, "r")
+
+    def read(self, number: int) -> npt.NDArray[Any]:
+        return self._values[self.ends[number] : self.ends[number + 1]]
+
+    def _write(self) -> None:
+        if self._waiting:
+            self._file.write(np.concatenate(self._waiting).tobytes())
+        self._waiting, self._waiting_values = [], 0

@@ -1,0 +1,111 @@
+"""The parts of the evidence by hand: seed noise, pairs, and metrics that disagree."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from rightrank.decision import Cell, ScoreTable, decide
+from rightrank.decision.evidence import Contender, _pairs, measured_noise
+
+
+def contender(rank: int, **losses: float) -> Contender:
+    """Cells by seed, named s0, s1, …; one number each."""
+    cells = {int(name[1:]): Cell(f"{rank}{name}", loss, np.array([loss]), np.ones(1)) for name, loss in losses.items()}
+    return Contender(rank, 1e-3, cells, float(np.mean(list(losses.values()))))
+
+
+def test_seed_noise_is_told_apart_where_ranks_share_seeds() -> None:
+    """Two ways without replication: rows 1, 2, 6 and 3, 5, 7 over three seeds.
+
+    Residuals are ±(.5, 0, -.5)·… by hand: row means 3 and 5, column means 2, 3.5, 6.5, grand mean 4;
+    residuals 0, -.5, .5 and their opposites: squares 1, over (2-1)·(3-1) degrees = .5. Columns vary by 5.25.
+    """
+    noise = measured_noise([contender(1, s0=1, s1=2, s2=6), contender(4, s0=3, s1=5, s2=7)])
+    assert noise.own == pytest.approx(0.5)
+    assert noise.own_degrees == 2
+    assert noise.common == pytest.approx(5.25 - 0.5 / 2)
+    assert noise.common_degrees == 2
+
+
+def test_common_noise_is_never_below_nothing() -> None:
+    noise = measured_noise([contender(1, s0=1, s1=2), contender(4, s0=2, s1=1)])
+    assert noise.common == 0
+    assert (noise.own, noise.own_degrees, noise.common_degrees) == (pytest.approx(1.0), 1, 1)
+
+
+@pytest.mark.parametrize(
+    "others",
+    [[], [contender(4, s7=1.0)], [contender(4, s0=3, s5=5, s6=7)]],
+    ids=["one rank", "one rank of two seeds", "one seed shared"],
+)
+def test_seed_noise_is_pooled_where_fewer_than_two_seeds_are_shared(others: list[Contender]) -> None:
+    """Rank 1: squares 2 over 1 degree; rank 4 with three seeds: squares 8 over 2."""
+    noise = measured_noise([contender(1, s0=1, s1=3), *others])
+    many = bool(others) and len(others[0].cells) == 3
+    assert noise.own == pytest.approx(10 / 3 if many else 2.0)
+    assert noise.own_degrees == (3 if many else 1)
+    assert (noise.common, noise.common_degrees) == (0.0, 0.0)
+
+
+def differences(one: Contender, other: Contender) -> list[tuple[str, float, float]]:
+    return [(cell.trial_id, cell.value, float(cell.sums[0])) for cell in _pairs(one, other)]
+
+
+def test_pairs_are_of_one_seed_where_seeds_are_shared() -> None:
+    found = differences(contender(1, s0=5, s1=7, s2=9), contender(4, s2=1, s0=2, s9=4))
+    assert found == [("1s0", 3, 3), ("1s2", 8, 8)]
+
+
+def test_pairs_are_in_order_where_none_is_shared() -> None:
+    assert differences(contender(1, s0=5, s1=7, s2=9), contender(4, s5=1, s6=2)) == [("1s0", 4, 4), ("1s1", 5, 5)]
+
+
+def test_the_base_s_one_evaluation_pairs_with_every_seed() -> None:
+    base, trained = contender(0, s0=5), contender(4, s1=1, s2=2)
+    assert differences(base, trained) == [("0s0", 4, 4), ("0s0", 3, 3)]
+    assert differences(trained, base) == [("4s1", -4, -4), ("4s2", -3, -3)]
+    assert differences(contender(0, s1=5, s2=6), trained) == [("0s1", 4, 4), ("0s2", 4, 4)]
+
+
+def test_weights_go_with_the_pair() -> None:
+    weights = np.array([2.0, 3.0])
+    one = Contender(1, 0.0, {0: Cell("a", 1.0, np.array([2.0, 6.0]), weights)}, 1.0)
+    other = Contender(4, 0.0, {0: Cell("b", 0.5, np.array([1.0, 3.0]), weights)}, 0.5)
+    (cell,) = _pairs(one, other)
+    assert cell.sums.tolist() == [1.0, 3.0]
+    assert cell.weights.tolist() == [2.0, 3.0]
+    assert cell.value == 0.5
+
+
+@pytest.mark.parametrize(
+    ("metric", "chosen", "best", "conflict"),
+    [
+        # accuracy: twice the noise of a difference, 2·√2·.007 = .0198, is above the margin of .005
+        ("accuracy", 0.70, 0.7190, False),
+        ("accuracy", 0.70, 0.7205, True),
+        ("accuracy", 70.0, 71.9, False),
+        ("accuracy", 70.0, 72.1, True),
+        ("accuracy", 0.80, 0.70, False),  # the chosen rank is the better one
+        # a loss: the margin of .005 is above 2·√2·.0003
+        ("eval_loss", 2.0049, 2.0, False),
+        ("eval_loss", 2.0052, 2.0, True),
+        ("eval_loss", 1.9, 2.0, False),
+        # a perplexity: half a percent, by its logarithm
+        ("ppl", 8.03, 8.0, False),
+        ("ppl", 8.05, 8.0, True),
+        ("ppl", 8.05, -8.0, False),
+        # any other: 2·√2·.4% is above 1% of the best
+        ("bleu", 49.5, 50.0, False),
+        ("bleu", 49.3, 50.0, True),
+        ("colour", 1.0, 100.0, False),  # no metric
+    ],
+)
+def test_another_metric_conflicts_beyond_its_own_margin_and_noise(
+    metric: str, chosen: float, best: float, conflict: bool
+) -> None:
+    def cell(loss: float, value: float) -> Cell:
+        return Cell("t", loss, np.array([loss]), np.ones(1), others={metric: value})
+
+    table = ScoreTable("loss", False, {(4, 0.0, 0): cell(2.001, chosen), (64, 0.0, 0): cell(2.0, best)})
+    assert ("metric_conflict" in decide(table, 0.005).flags) is conflict

@@ -1,0 +1,54 @@
+"""The engine's benchmarks in short, on a tiny model: that they run, and what must hold at any size."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from benchmarks.engine import compare, held_out, items, profile_step
+from benchmarks.engine.common import make_bench
+
+
+@pytest.fixture(autouse=True)
+def _trainers_may_warn() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def test_trainer_on_the_same_batches_has_the_same_losses(
+    model_folder: Path, completion_file: Path, tmp_path: Path
+) -> None:
+    words = [model_folder, completion_file, "--steps", 4, "--seeds", "0,1", "--eval-items", 8, "--work", tmp_path]
+    result = held_out.measure(held_out.parse([str(word) for word in words]))
+    assert result["same_batches"]["largest_step_relative"] < 1e-5
+    assert result["same_batches"]["held_out_relative"] < 1e-5
+    assert len(result["ours"]) == len(result["trainer"]) == 2
+    low, high = result["own_batches"]["interval"]
+    assert low < result["own_batches"]["difference"] < high
+
+
+def test_every_contender_trains_and_is_compared(model_folder: Path, completion_file: Path, tmp_path: Path) -> None:
+    words = [model_folder, completion_file, "--job", "tail", "--layers", "1,2", "--steps", 2, "--eval-items", 4]
+    words += ["--rounds", 1, "--work", tmp_path, "--out", tmp_path / "tail.json"]
+    result = compare.measure(compare.parse([str(word) for word in words]))
+    (row,) = result["rounds"]
+    assert {name.split()[0] for name in row} == {"Trainer", "ours"}
+    assert row["ours float32"]["held_out"] == pytest.approx(row["ours float32 pack of 8"]["held_out"], rel=1e-4)
+    assert set(result["speedup"]["ours float32"]) == set(row) - {"ours float32"}
+    assert (tmp_path / "tail.json").exists()
+
+
+def test_a_profile_accounts_for_the_whole_time(model_folder: Path, completion_file: Path, tmp_path: Path) -> None:
+    bench = make_bench(str(model_folder), completion_file, 2, tmp_path, eval_items=2, ranks=(profile_step.RANK,))
+    shares = profile_step.measure(bench, 1, 2, tmp_path)["share"]
+    assert {"base matmuls", "adapter matmuls", "head and loss", "optimizer"} <= set(shares)
+    assert sum(shares.values()) == pytest.approx(1, abs=0.01)
+
+
+def test_memory_against_items_is_counted(tmp_path: Path) -> None:
+    measured = items.measure(3000, tmp_path)
+    assert measured["items"] == 3000
+    assert measured["tokens_on_disk"] > measured["tokens_asked_for"] > 0
