@@ -24,7 +24,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +64,7 @@ class Place:
     nodes: list[Any] | None = None
     address: str | None = None
     busy: Callable[[], list[int]] = list  # process ids of workers at work, where they are known
+    notices: list[str] = field(default_factory=list)
 
 
 Fault = Callable[[Place], None]
@@ -186,7 +187,7 @@ def drive(place: Place, strike: Callable[[], None], after: int) -> None:
     with run_folder.locked():
         selection = Selection(run_folder, started, make_strategy(settings, STEPS), listen)
         crew = crew_at(place)
-        looking = Looking(on_start=lambda _, begun: selection.note_start(begun))
+        looking = Looking(on_start=lambda _, begun: selection.note_start(begun), notice=place.notices.append)
         pool = Pool(crew, Terms(WORKERS, versions(), TOKEN, hang_seconds=6.0), looking)
         if isinstance(crew, ProcessCrew):
             place.busy = lambda: [crew.process_id(name) for name in pool.busy()]

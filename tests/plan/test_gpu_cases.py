@@ -5,9 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from benchmarks.plan.architectures import SMALL_CONFIGS
 from benchmarks.plan.gpu import CASES, CONFIGS, dry_run
-
-from tests.plan import CONFIGS as SMALL
 
 AXES = ("ranks", "batch_size", "seq_len", "gradient_checkpointing", "dtype", "load_in_4bit", "arms")
 
@@ -15,7 +14,7 @@ AXES = ("ranks", "batch_size", "seq_len", "gradient_checkpointing", "dtype", "lo
 @pytest.mark.filterwarnings("ignore")
 def test_every_case_is_traced() -> None:
     """One architecture of the small ones, at a short length; the step is the case's own."""
-    planned = dry_run({"llama": SMALL["llama"]}, seq_len=32)
+    planned = dry_run({"llama": SMALL_CONFIGS["llama"]}, seq_len=32)
     assert len(planned) == len(CASES)
     for _, case, plan in planned:
         assert plan.sources["peak_bytes"] == "traced", case
