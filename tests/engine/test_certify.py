@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -12,15 +11,15 @@ from rightrank.api import select_rank
 from rightrank.engine.certify import certify, largest_differences, tensor_difference
 from rightrank.engine.together import run_trial
 from rightrank.engine.train import TrialFolders, Watcher
+from rightrank.io.journal import Journal
 from rightrank.records import Arm, Certified, Trial, TrialFinished
 from tests.helpers import make_bench
 from tests.tiny import small_settings
 
 
 def certified(run: Path) -> Certified:
-    lines = [json.loads(line) for line in (run / "journal.jsonl").read_text().splitlines()]
-    (found,) = [line for line in lines if line["type"] == "certified"]
-    return Certified.model_validate(found)
+    (found,) = [record for record in Journal(run / "journal.jsonl").read() if isinstance(record, Certified)]
+    return found
 
 
 def test_a_packed_selection_certifies_an_arm(model_folder: Path, completion_file: Path, tmp_path: Path) -> None:

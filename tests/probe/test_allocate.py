@@ -164,7 +164,7 @@ def test_patterns_that_cannot_be(
         (misspelt, "did you mean"),
         (ranks | {name: 0}, "from 1 to"),
         ({name: 2}, "name every module"),
-        ([1], "got a list"),
+        ([1], "a list, not one JSON object"),
     ):
         (tmp_path / "p.json").write_text(json.dumps(pattern))
         status, out, err = run(

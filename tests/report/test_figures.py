@@ -71,7 +71,7 @@ def test_memory_shows_the_plan_beside_the_measurement() -> None:
     ]
     figure = memory_figure(records)
     assert figure is not None
-    assert [series.label for series in figure.series] == ["measured", "planned"]
+    assert [series.label for series in figure.series] == ["measured, whole process", "planned, tensors alone"]
     assert figure.series[1].y == (2048.0,)
 
 
@@ -91,7 +91,7 @@ def test_cuts_stand_beside_trainings_and_not_among_them() -> None:
     assert found is not None
     assert found.row_names == ("4", "16")
     assert found.notes[1] == ("", "stopped at step 5")
-    memory = memory_figure(records, {})
+    memory = memory_figure(records)
     assert memory is not None
     assert memory.series[0].x == (4, 16)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -123,7 +124,8 @@ def flush_to_disk(path: Path) -> None:
 
 
 def _neighbour(path: Path, kind: str) -> Path:
-    return path.with_name(f".{path.name}.{os.getpid()}.{kind}")
+    drawn = secrets.randbelow(10**12)  # two machines on one share can have processes of the same number
+    return path.with_name(f".{path.name}.{drawn}.{kind}")
 
 
 def _rename(source: Path, target: Path) -> None:
