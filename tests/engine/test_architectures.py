@@ -16,10 +16,11 @@ from peft import get_peft_model
 from rightrank.engine.adapter import trainable_state
 from rightrank.engine.bench import Bench
 from rightrank.engine.encode import encode
+from rightrank.engine.optimizer import rate_schedule
 from rightrank.engine.pack_size import packing_obstacle
 from rightrank.engine.targets import without_peft_noise
 from rightrank.engine.together import Company, train_trials
-from rightrank.engine.train import TrialFolders, Watcher, rate_schedule
+from rightrank.engine.train import TrialFolders, Watcher
 from rightrank.io.data import load_data
 from rightrank.io.models import prepare_model
 from rightrank.records import Arm, Trial, TrialFinished

@@ -18,18 +18,10 @@ import torch
 
 from rightrank.engine.bench import Bench
 from rightrank.engine.memory import PeakMemory, is_out_of_memory
+from rightrank.engine.outcome import Diverged, Progress, Seen, finished
 from rightrank.engine.pack import Pack
 from rightrank.engine.scoring import measure
-from rightrank.engine.train import (
-    ArmTraining,
-    Diverged,
-    Progress,
-    Seen,
-    TrialFolders,
-    Watcher,
-    adapter_name,
-    finished,
-)
+from rightrank.engine.train import ArmTraining, TrialFolders, Watcher, adapter_name
 from rightrank.errors import InterruptedRun, MetricError
 from rightrank.io.models import first_line
 from rightrank.records import Trial, TrialFailed, TrialFinished, TrialOutcome

@@ -8,25 +8,25 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from peft import set_peft_model_state_dict
-from transformers import get_scheduler
 
 from rightrank.engine.batches import Batch
 from rightrank.engine.bench import Bench, Scores
 from rightrank.engine.encode import label_count
+from rightrank.engine.optimizer import make_optimizer, optimizer_state, rate_schedule
+from rightrank.engine.outcome import Diverged, Progress, Seen, finished
 from rightrank.engine.pack import Pack, Share
 from rightrank.engine.scoring import Measured, measure
 from rightrank.engine.truncate import truncated_adapter
 from rightrank.engine.world import my_share, rank, sum_over_world
 from rightrank.io.adapters import save_adapter
 from rightrank.io.checkpoints import Checkpoint, load_checkpoint, save_checkpoint
-from rightrank.records import Arm, EvalPoint, Preparing, StepDone, Trial, TrialDiverged, TrialFinished
-from rightrank.settings import SelectSettings
+from rightrank.records import Arm, EvalPoint, Preparing, StepDone, Trial, TrialFinished
 
 CHECKPOINT_SHARE = 0.015  # of the time that checkpoints may take
 DIVERGENCE_WINDOW = 8  # steps over which the training loss is averaged before it is called diverged
@@ -52,34 +52,6 @@ class Watcher:
     on_step: Callable[[StepDone], None] = lambda _: None
     on_prepare: Callable[[Preparing], None] = lambda _: None
     should_stop: ShouldStop = lambda: False
-
-
-class Diverged(Exception):  # noqa: N818 - an outcome, turned into a record
-    """A training that can only get worse; it ends, and no other is touched."""
-
-    def __init__(self, trial: Trial, step: int, reason: str) -> None:
-        super().__init__(reason)
-        self.trial = trial
-        self.step = step
-        self.reason = reason
-
-    def outcome(self) -> TrialDiverged:
-        return TrialDiverged(
-            trial_id=self.trial.trial_id, **self.trial.arm.model_dump(), step=self.step, reason=self.reason
-        )
-
-
-@dataclass(slots=True)
-class Progress:
-    """What a training has so far; all of it goes into a checkpoint."""
-
-    step: int = 0
-    train_losses: list[float] = field(default_factory=list)  # nats a label, one for each step
-    points: list[EvalPoint] = field(default_factory=list)
-    train_seconds: float = 0.0
-    train_tokens: int = 0
-    eval_seconds: float = 0.0
-    answer_seconds: float = 0.0  # of them, at the end
 
 
 def adapter_name(trial: Trial) -> str:
@@ -328,7 +300,7 @@ class ArmTraining:
             for name, value in self._named.items():
                 value.copy_(found.tensors[f"parameter.{name}"])
         for index, parameter in enumerate(self._parameters):
-            self._optimizer.state[parameter] = _optimizer_state(found.tensors, index, parameter)
+            self._optimizer.state[parameter] = optimizer_state(found.tensors, index, parameter)
         state = found.state
         self.progress = Progress(
             step=state["step"],
@@ -348,107 +320,6 @@ def training_batches(bench: Bench, arm: Arm) -> list[list[int]]:
     return bench.batch_plan(arm.seed, bench.steps + arm.steps)[bench.steps :]
 
 
-def make_optimizer(parameters: list[torch.nn.Parameter], rate: float, settings: SelectSettings) -> torch.optim.AdamW:
-    """AdamW over the adapter, fused where the device has it."""
-    optimizer = torch.optim.AdamW(
-        parameters,
-        lr=rate,
-        betas=(settings.adam_beta1, settings.adam_beta2),
-        eps=settings.adam_epsilon,
-        weight_decay=settings.weight_decay,
-        fused=is_fused(parameters[0]),
-    )
-    for parameter in parameters:
-        optimizer.state[parameter] = fresh_state(parameter, is_fused(parameter))
-    return optimizer
-
-
-def is_fused(parameter: torch.Tensor) -> bool:
-    return parameter.device.type in ("cpu", "cuda")
-
-
-def fresh_state(parameter: torch.nn.Parameter, fused: bool) -> dict[str, torch.Tensor]:
-    """AdamW's state before its first step, made when the arm joins: no step then asks for memory half of the way."""
-    device = parameter.device if fused else torch.device("cpu")
-    return {
-        "step": torch.zeros((), dtype=torch.float32, device=device),
-        "exp_avg": torch.zeros_like(parameter, memory_format=torch.preserve_format),
-        "exp_avg_sq": torch.zeros_like(parameter, memory_format=torch.preserve_format),
-    }
-
-
-def rate_schedule(settings: SelectSettings, steps: int) -> Callable[[int], float]:
-    """transformers' schedule as a pure function of the step: the factor on the learning rate."""
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
-    warmup = math.ceil(settings.warmup_ratio * steps)
-    name = "constant_with_warmup" if settings.lr_scheduler_type == "constant" else settings.lr_scheduler_type
-    scheduler = get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=steps)
-    factor: Callable[[int], float] = scheduler.lr_lambdas[0]
-    return factor
-
-
 def evaluation_steps(steps: int, points: int) -> set[int]:
     """The steps after which to evaluate: `points` of them, evenly spaced, the last step always."""
     return {max(1, round(steps * number / points)) for number in range(1, points + 1)}
-
-
-def _optimizer_state(
-    tensors: Mapping[str, torch.Tensor], index: int, parameter: torch.Tensor
-) -> dict[str, torch.Tensor]:
-    prefix = f"optimizer.{index}."
-    state = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-    return {
-        key: value.to(parameter.device) if value.dim() > 0 or is_fused(parameter) else value
-        for key, value in state.items()
-    }
-
-
-@dataclass(frozen=True, slots=True)
-class Seen:
-    """What was measured of a trial; `measured` is None where it was stopped early, and is then judged by its loss."""
-
-    scores: Scores
-    measured: Measured | None
-
-    def value(self, metric: str) -> tuple[float, str | None]:
-        """`(value, its metric where that is not the one asked for)`."""
-        values = self.values()
-        return (values[metric], None) if metric in values else (self.scores.loss, "loss")
-
-    def values(self) -> dict[str, float]:
-        return self.scores.metrics | (self.measured.values if self.measured else {})
-
-
-def finished(
-    trial: Trial,
-    bench: Bench,
-    progress: Progress,
-    seen: Seen,
-    parameters: int,
-    peak_bytes: int,
-    pack_size: int,
-) -> TrialFinished:
-    scores, measured = seen.scores, seen.measured or Measured()
-    value, value_metric = seen.value(bench.settings.metric_name)
-    return TrialFinished(
-        trial_id=trial.trial_id,
-        **trial.arm.model_dump(),
-        value=value,
-        value_metric=value_metric,
-        metrics=seen.values(),
-        item_metrics=measured.items,
-        failed_metrics=measured.failed,
-        item_losses=scores.losses,
-        item_tokens=scores.tokens,
-        item_correct=scores.correct,
-        train_value=progress.points[-1].train_value if progress.points else None,
-        points=progress.points,
-        trainable_parameters=parameters,
-        train_seconds=progress.train_seconds,
-        train_tokens=progress.train_tokens,
-        eval_seconds=progress.eval_seconds,
-        answer_seconds=progress.answer_seconds,
-        peak_bytes=peak_bytes,
-        pack_size=pack_size,
-        train_losses=progress.train_losses,
-    )

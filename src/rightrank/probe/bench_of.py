@@ -15,7 +15,7 @@ from peft.tuners.lora import LoraLayer
 
 from rightrank.engine.bench import Bench, Scores
 from rightrank.engine.encode import encode
-from rightrank.engine.train import make_optimizer, rate_schedule
+from rightrank.engine.optimizer import make_optimizer, rate_schedule
 from rightrank.errors import ModelError, RunError, SettingsError
 from rightrank.io.adapter_folder import AdapterFolder
 from rightrank.io.data import load_data

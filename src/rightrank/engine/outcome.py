@@ -1,0 +1,88 @@
+"""What a training has come to so far, and how it ends: a result, or a divergence."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from rightrank.engine.bench import Bench, Scores
+from rightrank.engine.scoring import Measured
+from rightrank.records import EvalPoint, Trial, TrialDiverged, TrialFinished
+
+
+class Diverged(Exception):  # noqa: N818 - an outcome, turned into a record
+    """A training that can only get worse; it ends, and no other is touched."""
+
+    def __init__(self, trial: Trial, step: int, reason: str) -> None:
+        super().__init__(reason)
+        self.trial = trial
+        self.step = step
+        self.reason = reason
+
+    def outcome(self) -> TrialDiverged:
+        return TrialDiverged(
+            trial_id=self.trial.trial_id, **self.trial.arm.model_dump(), step=self.step, reason=self.reason
+        )
+
+
+@dataclass(slots=True)
+class Progress:
+    """What a training has so far; all of it goes into a checkpoint."""
+
+    step: int = 0
+    train_losses: list[float] = field(default_factory=list)  # nats a label, one for each step
+    points: list[EvalPoint] = field(default_factory=list)
+    train_seconds: float = 0.0
+    train_tokens: int = 0
+    eval_seconds: float = 0.0
+    answer_seconds: float = 0.0  # of them, at the end
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What was measured of a trial; `measured` is None where it was stopped early, and is then judged by its loss."""
+
+    scores: Scores
+    measured: Measured | None
+
+    def value(self, metric: str) -> tuple[float, str | None]:
+        """`(value, its metric where that is not the one asked for)`."""
+        values = self.values()
+        return (values[metric], None) if metric in values else (self.scores.loss, "loss")
+
+    def values(self) -> dict[str, float]:
+        return self.scores.metrics | (self.measured.values if self.measured else {})
+
+
+def finished(
+    trial: Trial,
+    bench: Bench,
+    progress: Progress,
+    seen: Seen,
+    parameters: int,
+    peak_bytes: int,
+    pack_size: int,
+) -> TrialFinished:
+    scores, measured = seen.scores, seen.measured or Measured()
+    value, value_metric = seen.value(bench.settings.metric_name)
+    return TrialFinished(
+        trial_id=trial.trial_id,
+        **trial.arm.model_dump(),
+        value=value,
+        value_metric=value_metric,
+        metrics=seen.values(),
+        item_metrics=measured.items,
+        failed_metrics=measured.failed,
+        item_losses=scores.losses,
+        item_tokens=scores.tokens,
+        item_correct=scores.correct,
+        train_value=progress.points[-1].train_value if progress.points else None,
+        points=progress.points,
+        trainable_parameters=parameters,
+        train_seconds=progress.train_seconds,
+        train_tokens=progress.train_tokens,
+        eval_seconds=progress.eval_seconds,
+        answer_seconds=progress.answer_seconds,
+        peak_bytes=peak_bytes,
+        pack_size=pack_size,
+        train_losses=progress.train_losses,
+    )
