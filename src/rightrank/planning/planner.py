@@ -150,7 +150,7 @@ def _rank_plan(estimate: RankEstimate, settings: PlanSettings, pace: Pace) -> Ra
         flops_per_step=estimate.flops,
         seconds_per_step=pace.seconds(estimate.flops, 0.0),
         error_share=error,
-        peak_low_bytes=round(highest.peak_bytes * (1 - error)),
+        peak_low_bytes=round(highest.peak_bytes / (1 + error)),
         peak_high_bytes=round(highest.peak_bytes * (1 + error)),
     )
 
@@ -194,7 +194,7 @@ def _notes(estimator: Estimator, settings: PlanSettings, found: Calibration | No
     notes = []
     if estimator.untraceable is not None:
         notes.append(
-            f"the step can't be traced ({estimator.untraceable}); the peak is by formula, ±{FORMULA.share:.0%}"
+            f"the step can't be traced ({estimator.untraceable}); the peak is by formula: it may be {1 + FORMULA.share:.2f} times as much, or as little"
         )
     if found is not None:
         notes.append(
