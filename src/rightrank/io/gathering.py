@@ -109,7 +109,7 @@ def _note_details(run: Run, row: Row, columns: Columns) -> None:
     if std is not None and std < 0:
         raise ResultsError(f"{row.where}: std {std:g} is not allowed: a standard deviation is 0 or above")
     if std is not None:
-        run.std, run.std_seeds = std, int(_positive(row, columns.get("std_seeds")) or 1)
+        run.std, run.std_seeds = std, _seed_count(row, columns.get("std_seeds"))
     train, seconds = _optional(row, columns.get("train_value")), _optional(row, columns.get("seconds"))
     run.train_value = run.train_value if train is None else train
     run.seconds = run.seconds if seconds is None else seconds
@@ -210,6 +210,14 @@ def _positive(row: Row, column: str | None) -> float | None:
     if number is not None and number <= 0:
         raise ResultsError(f"{row.where}: {column} {number:g} is not allowed: give a number above 0")
     return number
+
+
+def _seed_count(row: Row, column: str | None) -> int:
+    """How many seeds a stated deviation is over: 1 where nothing says."""
+    number = _positive(row, column) or 1.0
+    if number != int(number):
+        raise ResultsError(f"{row.where}: {column} {number:g} is not allowed: give a whole number from 1")
+    return int(number)
 
 
 def _integer(row: Row, column: str, name: str, allowed: str) -> int:
