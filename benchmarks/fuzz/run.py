@@ -69,7 +69,11 @@ def fuzz_target(name: str, seconds: int, seed: int, notes: Path) -> None:
         for number, data in enumerate(seeds):
             (Path(corpus) / f"seed{number}").write_bytes(data)
         options = [f"-max_total_time={seconds}", f"-seed={seed + 1}", f"-max_len={LARGEST_INPUT}", "-timeout=120"]
-        atheris.Setup([sys.argv[0], *options, "-rss_limit_mb=12000", corpus], read_one, custom_mutator=mutate)
+        atheris.Setup(
+            [sys.argv[0], *options, "-rss_limit_mb=12000", f"-artifact_prefix={corpus}/", corpus],
+            read_one,
+            custom_mutator=mutate,
+        )
         atheris.Fuzz()
 
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from rightrank.preparation import Bases, Prepared, Request, Rows
     from rightrank.probe.resizing import ResizeOptions
-    from rightrank.selection import Selection
+    from rightrank.selection import Selection, Terms
     from rightrank.strategies import Strategy
     from rightrank.trackers import Trackers
 
@@ -121,11 +121,15 @@ class Begun:
 
 
 def _select(request: Request, folder: RunFolder, watching: Watching) -> Selected:
+    return run_begun(begin(request, folder, watching), watching)
+
+
+def run_begun(begun: Begun, watching: Watching) -> Selected:
+    """Train what the strategy asks for, decide, and hand over."""
     # Heavy imports: only who runs a selection pays for them.
     from rightrank.engine.train import Watcher
     from rightrank.placing import executor_of
 
-    begun = begin(request, folder, watching)
     watcher = Watcher(on_step=watching.on_event, on_prepare=watching.on_event, should_stop=watching.should_stop)
     with executor_of(begun.request, begun.prepared, begun.selection, watcher, watching.notice) as executor:
         decision = begun.selection.run(executor)
@@ -136,11 +140,11 @@ def begin(request: Request, folder: RunFolder, watching: Watching, bases: Bases 
     """Load, plan and open the journal; say what it will cost. `bases` holds what other selections loaded."""
     from rightrank.engine.scoring import measured_at_ends
     from rightrank.placing import require_placeable
-    from rightrank.preparation import prepare, resuming, workload
+    from rightrank.preparation import estimate, prepare, resuming
     from rightrank.report.plan_table import selection_lines
-    from rightrank.selection import Selection, Terms
+    from rightrank.selection import Terms
     from rightrank.strategies import make_strategy
-    from rightrank.trackers import Trackers, require_trackers
+    from rightrank.trackers import require_trackers
 
     make_strategy(request.settings, request.settings.max_steps or 1)  # a wrong name is told before anything is loaded
     require_placeable(request)
@@ -148,20 +152,38 @@ def begin(request: Request, folder: RunFolder, watching: Watching, bases: Bases 
     request = resuming(request, folder.journal.read(watching.notice))
     prepared = prepare(request, folder.cache, watching.notice, bases)
     strategy = make_strategy(prepared.settings, prepared.steps, token_loss=prepared.is_token_loss)
-    estimate = prepared.planned.cost(strategy, workload(prepared)) if prepared.planned else None
+    cost = estimate(prepared, strategy)
     terms = Terms(peak_of=prepared.planned.peak_of) if prepared.planned else Terms()
-    trackers = Trackers(request.settings.report_to, folder.path, prepared.started, watching.notice)
-    selection = Selection(folder, prepared.started, strategy, trackers.beside(watching.on_event), terms)
-    trackers.catch_up(selection.records.outcomes)
-    folder.write_config(prepared.started.settings)
-    watching.on_plan(prepared.started, strategy.expected_arms(), prepared.steps)
-    if selection.records.outcomes:
-        watching.on_resume(selection.records.outcomes)
-    for line in selection_lines(estimate) if estimate else [cost_line(strategy, prepared.steps)]:
+    report_to = request.settings.report_to
+    selection, trackers = opened(folder, prepared.started, prepared.steps, strategy, terms, report_to, watching)
+    for line in selection_lines(cost) if cost else [cost_line(strategy, prepared.steps)]:
         watching.notice(line)
     if measured_at_ends(prepared.settings):
         watching.notice(answers_line(prepared.settings, prepared.started))
-    return Begun(request, prepared, selection, estimate, trackers)
+    return Begun(request, prepared, selection, cost, trackers)
+
+
+def opened(
+    folder: RunFolder,
+    started: RunStarted,
+    steps: int,
+    strategy: Strategy,
+    terms: Terms,
+    report_to: Sequence[str],
+    watching: Watching,
+) -> tuple[Selection, Trackers]:
+    """The journal opened, and whoever looks on told of the plan and of what ended before."""
+    from rightrank.selection import Selection
+    from rightrank.trackers import Trackers
+
+    trackers = Trackers(report_to, folder.path, started, watching.notice)
+    selection = Selection(folder, started, strategy, trackers.beside(watching.on_event), terms)
+    trackers.catch_up(selection.records.outcomes)
+    folder.write_config(started.settings)
+    watching.on_plan(started, strategy.expected_arms() - (not terms.with_base), steps)
+    if selection.records.outcomes:
+        watching.on_resume(selection.records.outcomes)
+    return selection, trackers
 
 
 def finish(begun: Begun, decision: Decision, watching: Watching) -> Selected:

@@ -7,8 +7,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from rightrank.api import Begun, Selected, Watching, begin, finish
-from rightrank.engine.train import Watcher
+from rightrank.api import Begun, Selected, Watching, begin, finish, run_begun
 from rightrank.errors import InputError, RunError, SettingsError
 from rightrank.executors.pool import Looking, Pool
 from rightrank.executors.spread import pool_of, set_aside
@@ -16,7 +15,7 @@ from rightrank.io.data import load_data
 from rightrank.io.files import disk_errors_told, write_text
 from rightrank.io.matrix import Matrix, MatrixJob
 from rightrank.io.run_folder import RunFolder
-from rightrank.placing import executor_of, job_of, most_needs
+from rightrank.placing import job_of, most_needs
 from rightrank.preparation import Bases, Request
 from rightrank.records import Decision, RunEvent, TrialDiverged, TrialFailed, TrialFinished
 from rightrank.report.matrix_table import MatrixRow, matrix_csv
@@ -95,11 +94,8 @@ def _one_by_one(
     for name, request in requests.items():
         told = _told(name, watching)
         begun = begin(request, folders[name], told, bases)
-        watcher = Watcher(should_stop=watching.should_stop)
         try:
-            with executor_of(request, begun.prepared, begun.selection, watcher, told.notice) as executor:
-                decision = begun.selection.run(executor)
-            ended[name] = finish(begun, decision, told)
+            ended[name] = run_begun(begun, told)
         except RunError as error:
             ended[name] = error
     return ended

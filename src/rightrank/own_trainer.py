@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
 
-from rightrank.api import Selected, Watching
+from rightrank.api import Selected, Watching, opened
 from rightrank.errors import SettingsError
 from rightrank.executors.own import Call, OwnExecutor, TrainFunction, call_here, call_in_process, call_on_ray
 from rightrank.io.files import disk_errors_told
@@ -17,7 +17,7 @@ from rightrank.io.run_folder import RunFolder
 from rightrank.records import DataSummary, RunStarted, TrialFinished, content_hash
 from rightrank.settings import SelectSettings, make_settings
 from rightrank.strategies import make_strategy, space_of, strategy_in
-from rightrank.trackers import Trackers, require_trackers
+from rightrank.trackers import require_trackers
 from rightrank.version import __version__
 
 DIRECT_STRATEGIES = ("grid", "bracket", "ladder", "ascend")  # those that whole trainings are enough for
@@ -108,7 +108,7 @@ class _Trainer:
 
 def _select(asked: _Asked, trainer: _Trainer, folder: RunFolder, watching: Watching) -> Selected:
     from rightrank.handover import hand_over_saved  # brings torch, as the loop does
-    from rightrank.selection import Selection, Terms
+    from rightrank.selection import Terms
 
     started = _run_started(asked, trainer.train)
     with folder.locked(), disk_errors_told(folder.path):
@@ -119,9 +119,7 @@ def _select(asked: _Asked, trainer: _Trainer, folder: RunFolder, watching: Watch
         )
         strategy = strategy_in(asked.settings.strategy, space)
         terms = Terms(asked.with_base, "give another range of learning rates, and a new out")
-        trackers = Trackers(asked.report_to, folder.path, started, watching.notice)
-        selection = Selection(folder, started, strategy, trackers.beside(watching.on_event), terms)
-        trackers.catch_up(selection.records.outcomes)
+        selection, trackers = opened(folder, started, asked.steps, strategy, terms, asked.report_to, watching)
         executor = OwnExecutor(
             trainer.call,
             asked.metric,
@@ -131,10 +129,6 @@ def _select(asked: _Asked, trainer: _Trainer, folder: RunFolder, watching: Watch
             watching.should_stop,
             trainer.workers,
         )
-        folder.write_config(dict(started.settings))
-        watching.on_plan(started, strategy.expected_arms() - (not asked.with_base), asked.steps)
-        if selection.records.outcomes:
-            watching.on_resume(selection.records.outcomes)
         decision = selection.run(executor)
         adapter = hand_over_saved(selection, decision)
         trackers.decided(decision)

@@ -17,7 +17,6 @@ from rightrank.engine.bench import Bench
 from rightrank.engine.encode import EncodedData, encode, label_count
 from rightrank.engine.scoring import require_scorers
 from rightrank.engine.sharding import sharded
-from rightrank.engine.token_store import lengths_of
 from rightrank.errors import SettingsError
 from rightrank.io.data import DataForm, DataSplits, load_data
 from rightrank.io.models import LoadedModel, adopt_model, find_device, find_model, load_model
@@ -25,7 +24,9 @@ from rightrank.planning.duration import Workload
 from rightrank.planning.selecting import SelectionPlan, first_pass_loss, plan_selection, ranks_for_data
 from rightrank.planning.skeleton import is_known
 from rightrank.records import JournalRecord, RunStarted, content_hash
+from rightrank.records.plan import SelectionCost
 from rightrank.settings import SelectSettings, settings_of_identity
+from rightrank.strategies import Strategy
 from rightrank.version import __version__
 
 if TYPE_CHECKING:
@@ -114,34 +115,26 @@ def _load(request: Request, bases: Bases, folder: Path) -> _Sources:
 
 
 def _base(request: Request, classes: list[str] | None, bases: Bases) -> LoadedModel:
-    """The frozen base; loaded once for all requests that ask for the same."""
+    """The frozen base; loaded once for all requests that name the same."""
+    if not isinstance(request.model, str):
+        return _loaded(request, classes)
+    settings, labels = request.settings, None if classes is None else tuple(classes)
+    how = (settings.dtype, settings.device, settings.trust_remote_code, settings.weight_bits, settings.shard_base)
+    key = (request.model, labels, *how)
+    if key not in bases:
+        bases[key] = _loaded(request, classes)
+    return bases[key]
+
+
+def _loaded(request: Request, classes: list[str] | None) -> LoadedModel:
     settings = request.settings
     place = "cpu" if settings.shard_base else settings.device  # what is shared out is loaded whole on the host
-    if not isinstance(request.model, str):
-        adopted = adopt_model(request.model, request.tokenizer, place, classes)
-        return sharded(adopted, find_device(settings.device)) if settings.shard_base else adopted
-    labels = None if classes is None else tuple(classes)
-    how = (
-        settings.dtype,
-        settings.device,
-        labels,
-        settings.trust_remote_code,
-        settings.weight_bits,
-        settings.shard_base,
-    )
-    key = (request.model, *how)
-    if key not in bases:
-        bases[key] = load_model(
-            request.model,
-            settings.dtype,
-            place,
-            classes,
-            settings.trust_remote_code,
-            settings.weight_bits,
-        )
-        if settings.shard_base:
-            bases[key] = sharded(bases[key], find_device(settings.device))
-    return bases[key]
+    if isinstance(request.model, str):
+        trusted, bits = settings.trust_remote_code, settings.weight_bits
+        loaded = load_model(request.model, settings.dtype, place, classes, trusted, bits)
+    else:
+        loaded = adopt_model(request.model, request.tokenizer, place, classes)
+    return sharded(loaded, find_device(settings.device)) if settings.shard_base else loaded
 
 
 def _require_metrics_fit(settings: SelectSettings, form: DataForm) -> None:
@@ -167,17 +160,16 @@ def _settle(sources: _Sources, settings: SelectSettings, notice: Notice) -> tupl
     config, encoded = sources.loaded.model.config, sources.encoded
     if not is_known(config, encoded.is_classification):  # the plan builds the model from its configuration
         return settings, None
-    longest = max(int(lengths_of(items).max()) for items in encoded.splits.values())
     device = str(sources.loaded.device)
     if "ranks" not in settings.model_fields_set and not encoded.is_classification:
         first_loss = first_pass_loss(sources.loaded, encoded.splits["selection"])
         label_tokens = encoded.summary.splits["train"].label_tokens
-        ranks, reasons = ranks_for_data(config, settings, longest, device, (label_tokens, first_loss))
+        ranks, reasons = ranks_for_data(config, settings, encoded.longest, device, (label_tokens, first_loss))
         settings = settings.model_copy(update={"ranks": tuple(ranks)})
         for reason in reasons:
             notice(reason)
     labels = len(sources.splits.classes or ()) if encoded.is_classification else None
-    planned = plan_selection(config, settings, longest, device, labels)
+    planned = plan_selection(config, settings, encoded.longest, device, labels)
     if (left_out := planned.notice()) is not None:
         notice(left_out)
     return settings.model_copy(update={"ranks": planned.ranks}), planned
@@ -205,11 +197,16 @@ def _started(request: Request, sources: _Sources, settings: SelectSettings, step
     )
 
 
-def workload(prepared: Prepared) -> Workload:
-    """What a training of this run takes, for the estimate of its time."""
+def estimate(prepared: Prepared, strategy: Strategy) -> SelectionCost | None:
+    """The time that the selection will take; None where nothing was measured on this device before."""
+    planned = prepared.planned
+    return planned.cost(strategy, _workload(prepared)) if planned is not None and planned.is_timed else None
+
+
+def _workload(prepared: Prepared) -> Workload:
+    """What a training of this run takes: all its batches are looked at."""
     data, settings = prepared.bench.data, prepared.settings
     train = data.splits["train"]
-    longest = max(int(lengths_of(items).max()) for items in data.splits.values())
     batches = prepared.bench.batch_plan(settings.seeds[0])
     size = settings.batch_size
     micro = [batch[start : start + size] for batch in batches for start in range(0, len(batch), size)]
@@ -222,7 +219,7 @@ def workload(prepared: Prepared) -> Workload:
         eval_items=len(data.splits["selection"]),
         eval_points=settings.eval_points,
         passes=settings.gradient_accumulation_steps,
-        filled=padded / (len(used) * longest),
+        filled=padded / (len(used) * data.longest),
         labelled=1.0 if data.is_classification else labels / padded,
     )
 

@@ -50,6 +50,13 @@ class Records:
     def finished(self) -> list[TrialFinished]:
         return [outcome for outcome in self.outcomes if isinstance(outcome, TrialFinished)]
 
+    def plain(self) -> list[TrialOutcome]:
+        """Those at the setting that all ranks share, without the variants of a sweep."""
+        alpha = self.started.settings.get("lora_alpha")
+        return [
+            o for o in self.outcomes if o.is_plain(float(alpha) if isinstance(alpha, int | float) else o.lora_alpha)
+        ]
+
 
 def records_of(journal: Sequence[JournalRecord], where: str) -> Records:
     """The records of a journal that was read; `where` names it in complaints.
@@ -137,14 +144,7 @@ def run_table(
 def comparable(records: Records) -> list[TrialOutcome]:
     """Like with like: whole trainings at the setting that all ranks share; or, where a run recovered adapters that it
     had cut, those."""
-    alpha = records.started.settings.get("lora_alpha")
-    plain = [
-        outcome
-        for outcome in records.outcomes
-        if outcome.init_lora_weights is None
-        and outcome.target_modules is None
-        and (alpha is None or outcome.lora_alpha == alpha)
-    ]
+    plain = records.plain()
     recovered = [outcome for outcome in plain if outcome.truncate_from is not None and outcome.steps > 0]
     if recovered:
         return [outcome for outcome in plain if outcome.rank == 0] + recovered

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rightrank.engine.token_store import EncodedItem, TokenStore
+from rightrank.engine.token_store import EncodedItem, TokenStore, lengths_of
 from rightrank.errors import DataError
 from rightrank.io.data import SPLITS, DataForm, DataSplits, Item
 from rightrank.io.models import LoadedModel
@@ -32,6 +32,11 @@ class EncodedData:
     @property
     def is_classification(self) -> bool:
         return self.summary.form == "classification"
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest item."""
+        return max(int(lengths_of(items).max()) for items in self.splits.values())
 
 
 def encode(data: DataSplits, model: LoadedModel, settings: SelectSettings, folder: Path | None = None) -> EncodedData:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import ndtr, ndtri, stdtr, stdtrit
+from scipy.special import ndtri, stdtr, stdtrit
 
 Floats = NDArray[np.float64]
 
@@ -172,7 +172,3 @@ def two_sided(confidence: float) -> tuple[float, float]:
 
 def normal_quantile(probability: float) -> float:
     return float(ndtri(probability))
-
-
-def normal_probability(value: float) -> float:
-    return float(ndtr(value))

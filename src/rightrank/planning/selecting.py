@@ -82,9 +82,14 @@ class SelectionPlan:
         first = ranks[0]
         return self.peak_bytes[first] - shares[first] + sum(shares[rank] for rank in ranks)
 
+    @property
+    def is_timed(self) -> bool:
+        """Whether there is a measured pace on this device for the step, which is traced and not by formula."""
+        return self.found is not None and self.estimator.untraceable is None
+
     def cost(self, strategy: Strategy, work: Workload) -> SelectionCost | None:
-        """The time that the selection will take; None where nothing was measured on this device, or it was by formula."""
-        if self.found is None or self.estimator.untraceable is not None:
+        """The time that the selection will take; None where it is not timed."""
+        if self.found is None or not self.is_timed:
             return None
         ranked = self.estimator.variant(ranks=self.ranks)
         return selection_cost(ranked, Asked.of(strategy), work, pace_of(self.found, self.estimator.settings))

@@ -36,6 +36,10 @@ class ArmFields(Record):
     def arm(self) -> Arm:
         return Arm(**{name: getattr(self, name) for name in ArmFields.model_fields})
 
+    def is_plain(self, lora_alpha: float) -> bool:
+        """At the setting that all ranks share, whose alpha is given, and not at a variant's of a sweep."""
+        return self.lora_alpha == lora_alpha and self.init_lora_weights is None and self.target_modules is None
+
 
 class Arm(ArmFields):
     """One training to run."""

@@ -6,6 +6,7 @@ A `Figure` is drawn by `draw` (SVG and PNG), by the report's script (interactive
 from __future__ import annotations
 
 import csv
+from collections.abc import Sequence
 from dataclasses import dataclass
 from io import StringIO
 from typing import Literal, TypeAlias
@@ -117,6 +118,12 @@ class HeatMap:
             return None
         share = (value - min(known)) / (max(known) - min(known))
         return 1 - share if self.lower_is_better else share
+
+
+def best_column(values: Sequence[float | None], lower_is_better: bool) -> int | None:
+    """The place of the best value, the first of equals; None where there is none."""
+    known = [(value if lower_is_better else -value, column) for column, value in enumerate(values) if value is not None]
+    return min(known)[1] if known else None
 
 
 AnyFigure: TypeAlias = Figure | HeatMap

@@ -7,7 +7,7 @@ from statistics import fmean
 
 from rightrank.decision.run import Records
 from rightrank.records import Decision, RankEvidence, TrialFinished, TrialOutcome
-from rightrank.report.figure import AnyFigure, Axis, Figure, HeatMap, Level, Series
+from rightrank.report.figure import AnyFigure, Axis, Figure, HeatMap, Level, Series, best_column
 from rightrank.report.rank_curve import rank_figure
 from rightrank.report.wording import amount, metric_axis, metric_unit, rank_axis
 
@@ -185,16 +185,7 @@ def truncation_figure(records: Records) -> Figure | None:
 def rate_map(records: Records) -> HeatMap | None:
     """Rank × learning rate: the mean value of each cell, the best rate of each rank marked; whole trainings only, at
     the setting that all ranks share."""
-    alpha = records.started.settings.get("lora_alpha")
-    arms = [
-        outcome
-        for outcome in records.outcomes
-        if outcome.rank > 0
-        and outcome.truncate_from is None
-        and outcome.init_lora_weights is None
-        and outcome.target_modules is None
-        and (alpha is None or outcome.lora_alpha == alpha)
-    ]
+    arms = [outcome for outcome in records.plain() if outcome.rank > 0 and outcome.truncate_from is None]
     ranks = sorted({outcome.rank for outcome in arms})
     rates = sorted({outcome.learning_rate for outcome in arms})
     finished = [outcome for outcome in arms if isinstance(outcome, TrialFinished)]
@@ -208,7 +199,7 @@ def rate_map(records: Records) -> HeatMap | None:
         values.append(tuple(fmean(cell) if cell else None for cell in done))
         notes.append(tuple(_cell_note(c, len(d)) for c, d in zip(cells, done, strict=True)))
     lower = not records.started.higher_is_better
-    best = tuple(_best_column(row, lower) for row in values)
+    best = tuple(best_column(row, lower) for row in values)
     said = ", ".join(
         f"rank {rank} at {rates[column]:g}" for rank, column in zip(ranks, best, strict=True) if column is not None
     )
@@ -297,11 +288,6 @@ def _best(trials: Sequence[TrialFinished], records: Records) -> TrialFinished:
 def _by_rank(trials: Sequence[TrialFinished]) -> dict[int, list[TrialFinished]]:
     ranks = sorted({trial.rank for trial in trials})
     return {rank: [trial for trial in trials if trial.rank == rank] for rank in ranks}
-
-
-def _best_column(row: tuple[float | None, ...], lower: bool) -> int | None:
-    known = [(value if lower else -value, column) for column, value in enumerate(row) if value is not None]
-    return min(known)[1] if known else None
 
 
 def _cell_note(asked: Sequence[TrialOutcome], finished: int) -> str:

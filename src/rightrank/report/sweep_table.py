@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from rightrank.records import SweepRow
-from rightrank.report.figure import HeatMap
+from rightrank.report.figure import HeatMap, best_column
 
 SHARED = "shared by all ranks"
 
@@ -36,9 +36,11 @@ def sweep_map(rows: Sequence[SweepRow], metric: str, higher_is_better: bool) -> 
         ("", *(f"rate {found[rank, name].learning_rate:g}" if (rank, name) in found else "" for name in settings))
         for rank in ranks
     )
-    best = tuple(_best(row, higher_is_better) for row in values)
+    best = tuple(best_column(row, not higher_is_better) for row in values)
     columns = (SHARED, *settings)
-    said = ", ".join(f"rank {rank} {columns[place]}" for rank, place in zip(ranks, best, strict=True))
+    said = ", ".join(
+        f"rank {rank} {columns[place]}" for rank, place in zip(ranks, best, strict=True) if place is not None
+    )
     return HeatMap(
         name="sweep",
         title="Other settings, each at its own best rate",
@@ -52,8 +54,3 @@ def sweep_map(rows: Sequence[SweepRow], metric: str, higher_is_better: bool) -> 
         best=best,
         lower_is_better=not higher_is_better,
     )
-
-
-def _best(values: Sequence[float | None], higher_is_better: bool) -> int:
-    known = [(value, place) for place, value in enumerate(values) if value is not None]
-    return (max if higher_is_better else min)(known)[1]

@@ -7,7 +7,7 @@ from typing import Any, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from rightrank.settings.values import DtypeName, checked, parse_bytes
+from rightrank.settings.values import DtypeName, MemoryBytes, checked
 
 OptimizerName: TypeAlias = Literal["adamw", "adamw_fused", "adamw_8bit", "paged_adamw_8bit", "sgd"]
 
@@ -57,7 +57,7 @@ class PlanSettings(BaseModel):
 
     # the device and the budget
     device: Literal["cuda", "cpu"] = "cuda"
-    memory_bytes: int | None = Field(default=None, gt=0)
+    memory_bytes: MemoryBytes | None = None
     context_bytes: int | None = Field(default=None, ge=0)  # of the process beside its tensors; None: assumed
     headroom: float = Field(default=0.03, ge=0, lt=1)  # of the predicted peak, kept free
 
@@ -77,11 +77,6 @@ class PlanSettings(BaseModel):
     eval_points: int = Field(default=4, gt=0)
     price_per_hour: float | None = Field(default=None, ge=0)
     trust_remote_code: bool = False
-
-    @field_validator("memory_bytes", mode="before")
-    @classmethod
-    def _memory_with_unit(cls, memory: object) -> object:
-        return parse_bytes(memory) if isinstance(memory, str) else memory
 
     @field_validator("ranks")
     @classmethod

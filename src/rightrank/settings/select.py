@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeAlias
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from rightrank.settings.metric_spec import MetricSpec, parse_metrics
-from rightrank.settings.values import DtypeName, checked, parse_bytes
+from rightrank.settings.values import DtypeName, MemoryBytes, checked
 
 # What changes how a selection runs and not what it finds: it may differ when a run is resumed.
 NOT_IDENTITY = (
@@ -101,7 +101,7 @@ class SelectSettings(BaseModel):
     # where and how it runs
     dtype: DtypeName = "float32"
     device: str = "auto"
-    memory_bytes: int | None = Field(default=None, gt=0)  # the budget; None: a CUDA device's own, else none
+    memory_bytes: MemoryBytes | None = None  # the budget; None: a CUDA device's own, else none
     load_in_4bit: bool = False  # the base's matrices in 4 bits (NF4); adapters and optimizer stay in float32
     load_in_8bit: bool = False  # the base's matrices in 8 bits
     shard_base: bool = False  # of several processes, each holds its share of the base's blocks
@@ -122,11 +122,6 @@ class SelectSettings(BaseModel):
     @classmethod
     def _one_or_several(cls, value: object) -> object:
         return (value,) if isinstance(value, str) else value
-
-    @field_validator("memory_bytes", mode="before")
-    @classmethod
-    def _memory_with_unit(cls, memory: object) -> object:
-        return parse_bytes(memory) if isinstance(memory, str) else memory
 
     @field_validator("ranks")
     @classmethod

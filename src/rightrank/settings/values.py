@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 import reprlib
 from collections.abc import Mapping
-from typing import Literal, TypeAlias, TypeVar
+from typing import Annotated, Literal, TypeAlias, TypeVar
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError
 
 from rightrank.errors import SettingsError, did_you_mean
 
@@ -37,6 +37,13 @@ def parse_bytes(text: str) -> int:
     if size == 0:
         raise SettingsError(f"memory {text!r} is nothing: give a size above 0, such as 24GiB")
     return size
+
+
+def _bytes(memory: object) -> object:
+    return parse_bytes(memory) if isinstance(memory, str) else memory
+
+
+MemoryBytes: TypeAlias = Annotated[int, BeforeValidator(_bytes), Field(gt=0)]  # a number, or with a unit
 
 
 def checked(kind: type[AnySettings], values: Mapping[str, object]) -> AnySettings:

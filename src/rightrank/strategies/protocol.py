@@ -23,10 +23,6 @@ class History:
     def of(cls, outcomes: Iterable[TrialOutcome]) -> History:
         return cls({outcome.arm: outcome for outcome in outcomes})
 
-    def has_ended(self, arm: Arm) -> bool:
-        """Whether the arm has ended, well or not: an arm is never asked for twice."""
-        return arm in self.outcomes
-
     def finished(self) -> list[TrialFinished]:
         return [outcome for outcome in self.outcomes.values() if isinstance(outcome, TrialFinished)]
 

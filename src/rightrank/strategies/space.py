@@ -48,7 +48,7 @@ class Space:
 
     def is_plain(self, arm: Arm) -> bool:
         """Whether the arm has the setting that all ranks share, and not a variant's."""
-        return arm.lora_alpha == self.lora_alpha and arm.init_lora_weights is None and arm.target_modules is None
+        return arm.is_plain(self.lora_alpha)
 
     def margin_at(self, reference_loss: float) -> float:
         if self.margin is not None:

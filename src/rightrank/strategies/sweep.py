@@ -124,11 +124,7 @@ def sweep_rows(started: RunStarted, outcomes: Sequence[TrialOutcome]) -> list[Sw
     except SettingsError:
         return []  # a run of another version's settings
     trials = [o for o in outcomes if isinstance(o, TrialFinished) and o.rank > 0 and o.arm.is_direct]
-    plain = [
-        trial
-        for trial in trials
-        if trial.lora_alpha == settings.lora_alpha and trial.init_lora_weights is None and trial.target_modules is None
-    ]
+    plain = [trial for trial in trials if trial.is_plain(settings.lora_alpha)]
     rows: list[SweepRow] = []
     for variant in variants:
         swept = [trial for trial in trials if _is_of(trial.arm, variant, settings)]
