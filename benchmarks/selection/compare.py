@@ -106,6 +106,9 @@ def draw(results: dict[str, Any], path: Path) -> None:
     columns = 3
     lines = -(-len(families) // columns)
     figure, axes = plt.subplots(lines, columns, figsize=(5.2 * columns, 4.2 * lines), squeeze=False)
+    methods = list(dict.fromkeys(row["method"] for row in results["table"]))
+    colours = dict(zip(methods, plt.colormaps["tab20"].colors, strict=False))
+    points: dict[str, Any] = {}
     for axis in axes.flat[len(families) :]:
         axis.set_axis_off()
     for axis, family in zip(axes.flat, families, strict=False):
@@ -117,15 +120,17 @@ def draw(results: dict[str, Any], path: Path) -> None:
             cost = float(np.mean([row["mean_trainings"] for row in mine]))
             regret = float(np.mean([row["mean_excess_regret"] / row["margin"] for row in mine]))
             ours = method in STRATEGIES
-            axis.plot(cost, regret, "o" if ours else "x", color="tab:blue" if ours else "tab:gray")
-            axis.annotate(method, (cost, regret), fontsize=7, xytext=(4, 3), textcoords="offset points")
+            (points[method],) = axis.plot(
+                cost, regret, "o" if ours else "x", color=colours[method], label=method, markersize=8, linestyle="none"
+            )
         axis.set_yscale("symlog", linthresh=0.01)
         axis.set_ylim(bottom=-0.002)
         axis.set_title(f"{family} ({rows[0]['curves']:g} grids)")
         axis.set_xlabel("whole trainings a grid")
     for line in axes:
         line[0].set_ylabel("mean regret beyond the margin, in margins")
-    figure.tight_layout()
+    figure.tight_layout(rect=(0, 0.1, 1, 1))
+    figure.legend(handles=[points[method] for method in methods if method in points], loc="lower center", ncols=6)
     figure.savefig(path, metadata={"Date": None})
 
 
