@@ -171,9 +171,12 @@ def _run(spec: MetricSpec, words: Sequence[str], path: Path | None, limits: Limi
 
 def _wait(process: subprocess.Popen[bytes], spec: MetricSpec, seconds: float, output: int) -> None:
     end = time.monotonic() + seconds
-    while process.poll() is None:
+    while True:
+        has_ended = process.poll() is not None  # asked first: a quick one prints much and ends between two looks
         if os.fstat(output).st_size > MOST_OUTPUT:
             raise MetricError(f"metric {spec.name!r}: it printed more than {MOST_OUTPUT >> 20} MiB and was ended")
+        if has_ended:
+            return
         if time.monotonic() > end:
             raise MetricError(
                 f"metric {spec.name!r}: it took longer than {seconds:g} s and was ended; give metric_timeout_seconds if it needs more"
