@@ -11,7 +11,7 @@ from rightrank.records import TrialFinished
 from rightrank.settings import make_settings
 from rightrank.strategies import History, Strategy, make_strategy, strategy_named
 from rightrank.strategies.grid import outside_in
-from rightrank.strategies.moves import is_lost_at_half, is_lost_at_quarter
+from rightrank.strategies.rates import is_lost_at_half, is_lost_at_quarter
 from rightrank.strategies.results import Results, excess_of
 from tests.strategies.test_conformance import run_all
 from tests.strategies.worlds import STEPS, World, make_space

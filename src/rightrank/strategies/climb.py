@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import TypeAlias
 
 from rightrank.records import Arm
@@ -26,7 +26,8 @@ def climb(
 ) -> Wanted:
     """Climb along the rates at `rank` from `start` (the upper middle) to one that is better than both neighbours.
 
-    Loss against the logarithm of the rate has one valley, so the climb ends where the whole ladder would. With
+    Loss against the logarithm of the rate has one valley, so the climb ends where the whole ladder would; but rates far too
+    high level off, and among them a higher one may be the better, so a doubtful climb upward is followed by one down. With
     `part`, trainings stop after that part and are compared there; with `variant`, they have its setting.
     """
     rates = space.rates
@@ -39,16 +40,30 @@ def climb(
     yield [arm(here)]
     if part is not None and results.finished(arm(here)) is None:
         return
-    for direction in (1, -1):
-        moved = False
-        while 0 <= here + direction < len(rates):
-            yield [arm(here + direction)]
-            if not _better(results, arm(here + direction), arm(here)):
-                break
-            here += direction
-            moved = True
-        if moved:
-            return
+    found = yield from _run(results, arm, here, 1, len(rates))
+    if found > here and not _is_doubtful(results, arm(found), is_edge=found == len(rates) - 1):
+        return
+    yield from _run(results, arm, here, -1, len(rates))
+
+
+def _run(
+    results: Results, arm: Callable[[int], Arm], here: int, step: int, count: int
+) -> Generator[Sequence[Arm], None, int]:
+    """From place to place while it gets better; the best place is returned."""
+    while 0 <= here + step < count:
+        yield [arm(here + step)]
+        if not _better(results, arm(here + step), arm(here)):
+            break
+        here += step
+    return here
+
+
+def _is_doubtful(results: Results, best: Arm, *, is_edge: bool) -> bool:
+    """Whether a rate that won on the way upward may lie beyond the valley, where trainings are broken: worse than the base,
+    or, where that is unknown, the highest of all.
+    """
+    base, loss = results.base_loss(on_the_way=best.stop_at is not None), results.loss(best)
+    return loss is None or (is_edge if base is None else loss > base)
 
 
 def early_step(space: Space, part: float) -> int:

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rightrank.records import Arm, TrialFinished, TrialOutcome
+from rightrank.strategies.protocol import base_arm
 from rightrank.strategies.space import Space
 
 Floats = NDArray[np.float64]
@@ -43,6 +44,13 @@ class Results:
         """The held-out value turned so that lower is better; None where the arm gave none."""
         outcome = self.finished(arm)
         return None if outcome is None else oriented(outcome, self.space)
+
+    def base_loss(self, *, on_the_way: bool) -> float | None:
+        """Of the base without an adapter, comparable with values on the way or with those at the end; None where unknown."""
+        outcome = self.finished(base_arm(self.space.lora_alpha))
+        if outcome is None:
+            return None
+        return outcome.metrics["loss"] if on_the_way and self.space.points_are_losses else oriented(outcome, self.space)
 
     def loss_after(self, rank: int, rate: float, step: int) -> float | None:
         """The held-out loss after `step` steps of a training with the first seed, whether it stopped there or went on.
