@@ -43,8 +43,9 @@ def _finish_the_best(space: Space, results: Results, rank: int) -> Wanted:
     first = known[0][1]
     ended = yield from _some_to_half(space, results, rank, first, [rate for _, rate in known[1:]])
     if ended:
-        best = min(ended, key=lambda arm: (results.loss(arm), arm.learning_rate))
-        yield [_going_on(results, arm) for arm in ended if arm.learning_rate >= best.learning_rate]
+        ended.sort(key=lambda arm: (results.loss(arm), arm.learning_rate))
+        rivals = [arm for arm in ended[1:] if arm.learning_rate > ended[0].learning_rate]
+        yield [_going_on(results, arm) for arm in (ended[0], *rivals[:1])]
         yield from _on_upward(space, results, rank, first)
     for _, rate in known[1:]:  # only where the better ones diverged later on
         if results.best_rate(rank) is not None:
@@ -165,11 +166,11 @@ def _whole(space: Space, results: Results, rank: int, rate: float) -> Wanted:
 
 
 def find_rate_cost(space: Space) -> float:
-    """Expected: three rates to a quarter, two of them to half, one or two to the end."""
+    """Expected: three rates to a quarter, two or three of them to half, one or two to the end."""
     return 2.0 if len(space.rates) >= 3 else float(len(space.rates))
 
 
 def least_trainings(space: Space) -> float:
     """One rank's rate at its dearest, losers stopped early, and one training of another rank."""
     rates = len(space.rates)
-    return 1.0 + (rates if rates < 3 else rates * EARLY + 2 * (1 - EARLY))
+    return 1.0 + (rates if rates < 3 else rates * EARLY + 2 * (1 - EARLY) + (LATER - EARLY))

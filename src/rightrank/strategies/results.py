@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from rightrank.records import Arm, TrialFinished, TrialOutcome
+from rightrank.records import Arm, TrialDiverged, TrialFinished, TrialOutcome
 from rightrank.strategies.protocol import base_arm
 from rightrank.strategies.space import Space
 
@@ -39,6 +39,9 @@ class Results:
     def finished(self, arm: Arm) -> TrialFinished | None:
         outcome = self.outcomes.get(arm)
         return outcome if isinstance(outcome, TrialFinished) else None
+
+    def diverged(self, arm: Arm) -> bool:
+        return isinstance(self.outcomes.get(arm), TrialDiverged)
 
     def loss(self, arm: Arm) -> float | None:
         """The held-out value turned so that lower is better; None where the arm gave none."""
