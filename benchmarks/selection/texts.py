@@ -70,7 +70,12 @@ def movies(ratings: Path) -> Iterator[Row]:
             yield {"text": text.strip(), "label": "positive" if float(rating) > 0 else "negative"}
 
 
-TEXTS: dict[str, Callable[[Path], Iterator[Row]]] = {"packages": packages, "glosses": glosses, "senses": senses, "movies": movies}
+TEXTS: dict[str, Callable[[Path], Iterator[Row]]] = {
+    "packages": packages,
+    "glosses": glosses,
+    "senses": senses,
+    "movies": movies,
+}
 
 
 def drawn(rows: Iterator[Row]) -> list[Row]:

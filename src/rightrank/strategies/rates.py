@@ -65,9 +65,7 @@ def _some_to_half(
             continue
         arm = _continued(space, results, rank, rate, EARLY, early_step(space, LATER))
         yield [arm]
-        if results.loss(arm) is not None and not (
-            rate != first and is_lost(space, results, rank, first, rate, LATER)
-        ):
+        if results.loss(arm) is not None and not (rate != first and is_lost(space, results, rank, first, rate, LATER)):
             ended.append(arm)
     return ended
 
