@@ -31,8 +31,8 @@ ARM = Arm(rank=16, learning_rate=1e-3, lora_alpha=32.0, seed=0, steps=100)
         ("alpha=", "AXIS=VALUE"),
         ("alpha=16,x", "numbers above 0"),
         ("alpha=-2", "numbers above 0"),
-        ("init=pissa", "changes the base's weights, which all trainings of a run share; allowed: default, gaussian"),
-        ("init=eva", "needs a pass over the data"),
+        ("init=corda", "changes the base's weights by gradients or covariances"),
+        ("init=orthogonal", "can't be shared between ranks; allowed: default, gaussian, pissa, olora, eva"),
         ("init=gausian", "did you mean 'gaussian'"),
         ("targets=q_proj+", "names joined by +"),
         ("scaling=rslora", "alpha/sqrt(r)"),
@@ -75,12 +75,13 @@ def test_a_sweep_on_real_trainings(
     arguments: list[Any] = ["select", model_folder, completion_file, "--out", tmp_path / "run", "--ranks", "1,4"]
     arguments += ["--learning-rates", "1e-2", "--max-steps", "8", "--batch-size", "4", "--seq-len", "32"]
     arguments += ["--eval-items", "12", "--set", "samples=0", "--strategy", "ladder", "--json", "--quiet"]
-    arguments += ["--sweep", "alpha=8", "--sweep", "init=gaussian", "--sweep", "targets=q_proj+v_proj"]
+    arguments += ["--sweep", "alpha=8", "--sweep", "init=gaussian,pissa,eva", "--sweep", "targets=q_proj+v_proj"]
     with pytest.raises(SystemExit) as ended:
         main([str(argument) for argument in arguments])
     assert ended.value.code == 0
     answer = json.loads(capsys.readouterr().out)
-    assert {row["setting"] for row in answer["sweep"]} == {"alpha=8", "init=gaussian", "targets=q_proj+v_proj"}
+    inits = {"init=gaussian", "init=pissa", "init=eva"}
+    assert {row["setting"] for row in answer["sweep"]} == {"alpha=8", *inits, "targets=q_proj+v_proj"}
     assert (tmp_path / "run" / "figures" / "sweep.svg").exists()
     page = (tmp_path / "run" / "report.html").read_text()
     assert "Other settings, each at its own best rate" in page

@@ -14,9 +14,10 @@ from peft import LoraConfig, TaskType, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 
 from rightrank.errors import ModelError
-from rightrank.maths.scaling import peft_scaling
+from rightrank.maths.scaling import lora_scale, peft_scaling
 from rightrank.records import Arm
 from rightrank.settings import SelectSettings
+from rightrank.strategies.sweep import stored_rank
 
 ALL_LINEAR = "all-linear"
 
@@ -57,10 +58,13 @@ def without_peft_noise() -> Iterator[None]:
 
 def lora_config(settings: SelectSettings, arm: Arm, classification: bool, names: Sequence[str]) -> LoraConfig:
     """PEFT's configuration of one arm on the modules of these names."""
+    rank = stored_rank(arm.init_lora_weights or settings.init_lora_weights, arm.rank)
     alpha, use_rslora = peft_scaling(settings.scaling, arm.lora_alpha, arm.rank)
+    if rank != arm.rank:
+        alpha, use_rslora = lora_scale(settings.scaling, arm.lora_alpha, arm.rank) * rank, False
     return LoraConfig(
         task_type=TaskType.SEQ_CLS if classification else TaskType.CAUSAL_LM,
-        r=arm.rank,
+        r=rank,
         lora_alpha=int(alpha) if float(alpha).is_integer() else alpha,  # type: ignore[arg-type]
         use_rslora=use_rslora,
         lora_dropout=settings.lora_dropout,

@@ -17,16 +17,13 @@ from rightrank.records import Arm, RunStarted, SweepRow, TrialFinished, TrialOut
 from rightrank.settings import Scaling, SelectSettings, make_settings
 
 AXES = ("alpha", "scaling", "init", "targets")
-INITS = ("default", "gaussian")
-_CHANGES_BASE = "it changes the base's weights, which all trainings of a run share"
-_NEEDS_DATA = "it needs a pass over the data before every training"
+FROM_WEIGHTS = ("pissa", "olora")  # the adapter carries what they take out of the base, at twice the rank
+INITS = ("default", "gaussian", *FROM_WEIGHTS, "eva")
+_CHANGES_BASE = "it changes the base's weights by gradients or covariances that all trainings of a run would need"
 NOT_OFFERED = {  # PEFT's other initialisations, and why they are no axis here
-    "pissa": _CHANGES_BASE,
-    "olora": _CHANGES_BASE,
-    "loftq": _CHANGES_BASE,
+    "loftq": "it is for a quantised base",
     "corda": _CHANGES_BASE,
     "lora_ga": _CHANGES_BASE,
-    "eva": _NEEDS_DATA,
     "orthogonal": "its rows can't be shared between ranks",
 }
 
@@ -78,9 +75,42 @@ def variants_of(settings: SelectSettings) -> tuple[Variant, ...]:
             )
         for value in (part.strip() for part in values.split(",")):
             variant = Variant(axis, _checked(axis, value))
+            _require_plain_training(variant, settings)
             if variant.value != own[axis] and variant not in found:
                 found.append(variant)
     return tuple(found)
+
+
+def _require_plain_training(variant: Variant, settings: SelectSettings) -> None:
+    """What the frozen half of an adapter can't bear.
+
+    Raises:
+        SettingsError: dropout, weight decay or a quantised base with an initialisation from the weights.
+    """
+    if variant.axis != "init" or variant.value not in FROM_WEIGHTS:
+        return
+    obstacles = {
+        f"lora_dropout {settings.lora_dropout:g}": settings.lora_dropout > 0,
+        f"weight_decay {settings.weight_decay:g}": settings.weight_decay > 0,
+        "a base in 4 or 8 bits": settings.load_in_4bit or settings.load_in_8bit,
+    }
+    for name, is_there in obstacles.items():
+        if is_there:
+            raise SettingsError(
+                f"sweep {variant.label} is not possible with {name}: the adapter carries a frozen copy of what it takes out "
+                f"of the base; leave out one of them"
+            )
+
+
+def stored_rank(init: str, rank: int) -> int:
+    """The rank of the adapter that holds an arm of `rank`."""
+    return 2 * rank if init in FROM_WEIGHTS else rank
+
+
+def widest_rank(settings: SelectSettings, rank: int) -> int:
+    """The largest rank of an adapter that an arm of `rank` may have, over the settings and the sweep."""
+    inits = [variant.value for variant in variants_of(settings) if variant.axis == "init"]
+    return max(stored_rank(init, rank) for init in (settings.init_lora_weights, *inits))
 
 
 def target_sets(settings: SelectSettings) -> tuple[tuple[str, ...], ...]:
