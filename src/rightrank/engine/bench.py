@@ -22,11 +22,12 @@ from rightrank.engine.lora import Routing
 from rightrank.engine.loss import BatchLoss, Objective, Scale, head_loss, make_objective
 from rightrank.engine.pack import Pack, Share, merged
 from rightrank.engine.prefix import FrozenPrefix, find_blocks, prefix_depth
-from rightrank.engine.targets import Targets, find_targets, lora_config
+from rightrank.engine.targets import Targets, find_targets, lora_config, require_equal_ranks
 from rightrank.engine.token_store import EncodedItem, lengths_of
 from rightrank.engine.world import rank, require_shares, sum_over_world, world_size
 from rightrank.errors import InterruptedRun
 from rightrank.io.models import LoadedModel
+from rightrank.maths.counts import rank_of_equal_parameters
 from rightrank.records import Arm, Preparing, SplitName
 from rightrank.settings import SelectSettings
 from rightrank.strategies.sweep import target_sets
@@ -71,6 +72,7 @@ class Bench:
         ]
         self.targets: Targets = sets[0]
         self._target_sets = dict(zip(target_sets(settings), sets, strict=True))
+        require_equal_ranks(settings, self.targets, self._target_sets)
         self._first_rows: dict[tuple[int, int, tuple[str, ...] | None], dict[str, torch.Tensor]] = {}
         self.steps = steps  # optimizer steps of an arm
         self._pad_id: int = loaded.tokenizer.pad_token_id
@@ -187,7 +189,14 @@ class Bench:
 
     def arm_config(self, arm: Arm) -> LoraConfig:
         """PEFT's configuration of the arm."""
-        return lora_config(self.settings, arm, self.data.is_classification, self._targets_of(arm).names)
+        held = arm.model_copy(update={"rank": self.rank_of(arm)})
+        return lora_config(self.settings, held, self.data.is_classification, self._targets_of(arm).names)
+
+    def rank_of(self, arm: Arm) -> int:
+        """The rank that the arm's modules are adapted at: another one where the count of parameters is to be the same."""
+        if not arm.equal_parameters:
+            return arm.rank
+        return rank_of_equal_parameters(arm.rank, self.targets.shapes, self._targets_of(arm).shapes)
 
     def first_rows(self, arm: Arm) -> dict[str, torch.Tensor] | None:
         """The first A of each module where the arm's initialisation takes it from the data; None where it is drawn."""

@@ -16,7 +16,8 @@ from rightrank.maths.scaling import lora_scale
 from rightrank.records import Arm, RunStarted, SweepRow, TrialFinished, TrialOutcome
 from rightrank.settings import Scaling, SelectSettings, make_settings
 
-AXES = ("alpha", "scaling", "init", "targets")
+AXES = ("alpha", "scaling", "init", "targets", "equal_targets")
+TARGET_AXES = ("targets", "equal_targets")  # at the ranks given; at as many parameters
 FROM_WEIGHTS = ("pissa", "olora")  # the adapter carries what they take out of the base, at twice the rank
 INITS = ("default", "gaussian", *FROM_WEIGHTS, "eva")
 _CHANGES_BASE = "it changes the base's weights by gradients or covariances that all trainings of a run would need"
@@ -41,8 +42,9 @@ class Variant:
 
     def of(self, arm: Arm, scaling: Scaling) -> Arm:
         """`arm` with this value. A scaling rule becomes the alpha that gives its scale under `scaling`."""
-        if self.axis == "targets":
-            return arm.model_copy(update={"target_modules": _modules(self.value)})
+        if self.axis in TARGET_AXES:
+            equal = self.axis == "equal_targets" or None
+            return arm.model_copy(update={"target_modules": modules_of(self.value), "equal_parameters": equal})
         if self.axis == "init":
             return arm.model_copy(update={"init_lora_weights": self.value})
         if self.axis == "alpha":
@@ -62,7 +64,7 @@ def variants_of(settings: SelectSettings) -> tuple[Variant, ...]:
         "alpha": f"{settings.lora_alpha:g}",
         "scaling": settings.scaling,
         "init": settings.init_lora_weights,
-        "targets": "+".join(sorted(settings.target_modules)),
+        **{axis: "+".join(sorted(settings.target_modules)) for axis in TARGET_AXES},
     }
     found: list[Variant] = []
     for text in settings.sweep:
@@ -115,19 +117,19 @@ def widest_rank(settings: SelectSettings, rank: int) -> int:
 
 def target_sets(settings: SelectSettings) -> tuple[tuple[str, ...], ...]:
     """The sets of modules that arms of the run may adapt: the settings' own first, then those of the sweep."""
-    swept = [_modules(variant.value) for variant in variants_of(settings) if variant.axis == "targets"]
-    return (settings.target_modules, *swept)
+    swept = [modules_of(variant.value) for variant in variants_of(settings) if variant.axis in TARGET_AXES]
+    return (settings.target_modules, *dict.fromkeys(swept))
 
 
-def _modules(value: str) -> tuple[str, ...]:
+def modules_of(value: str) -> tuple[str, ...]:
     return tuple(value.split("+"))
 
 
 def _checked(axis: str, value: str) -> str:
-    if axis == "targets":
+    if axis in TARGET_AXES:
         names = sorted({name.strip() for name in value.split("+")})
         if not all(names):
-            raise SettingsError(f"sweep targets={value}: give names joined by +, such as q_proj+v_proj, or all-linear")
+            raise SettingsError(f"sweep {axis}={value}: give names joined by +, such as q_proj+v_proj, or all-linear")
         return "+".join(names)
     allowed: Sequence[str] = INITS if axis == "init" else get_args(Scaling)
     if axis == "alpha":
@@ -169,13 +171,24 @@ def sweep_rows(started: RunStarted, outcomes: Sequence[TrialOutcome]) -> list[Sw
                         learning_rate=found[0],
                         value=found[1],
                         gain=sign * (found[1] - shared[1]),
+                        parameters=_parameters(swept, rank),
+                        shared_parameters=_parameters(plain, rank),
                     )
                 )
     return rows
 
 
+def _parameters(trials: Sequence[TrialFinished], rank: int) -> int:
+    return next(trial.trainable_parameters for trial in trials if trial.rank == rank)
+
+
 def _is_of(arm: Arm, variant: Variant, settings: SelectSettings) -> bool:
-    own = {"lora_alpha": settings.lora_alpha, "init_lora_weights": None, "target_modules": None}
+    own = {
+        "lora_alpha": settings.lora_alpha,
+        "init_lora_weights": None,
+        "target_modules": None,
+        "equal_parameters": None,
+    }
     shared = arm.model_copy(update=own)
     return variant.of(shared, settings.scaling) == arm and arm != shared
 
