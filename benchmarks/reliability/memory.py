@@ -3,7 +3,7 @@
     python -m benchmarks.reliability.memory --times 10 --out benchmarks/reliability/memory.json
 
 The limit is the system's own (`RLIMIT_AS`), set after everything is loaded, so memory is truly refused: wherever it is asked
-for then. One rank of the four needs over a gigabyte. Right means: exit 0; what finished has the values of an unlimited run, to
+for then. The largest of the four ranks needs a quarter of a gigabyte. Right means: exit 0; what finished has the values of an unlimited run, to
 the last bit; what did not is recorded as `out_of_memory`; and a later command without a limit adds nothing wrong. Where not even
 the base can be evaluated, one line and exit 1 are right, and the run ends as the unlimited one once there is memory.
 """
@@ -27,8 +27,8 @@ from benchmarks.machine import machine
 from benchmarks.reliability.checkpoints import save_llama
 
 MIB = 2**20
-LEAST_MIB, MOST_MIB = 20, 1200  # beside what the process has once it is loaded
-RANKS = (1, 4, 64, 2048)
+LEAST_MIB, MOST_MIB = 10, 400  # beside what the process has once it is loaded
+RANKS = (1, 4, 64, 1024)
 LIMITED = """
 import resource, sys
 import rightrank.executors.local, rightrank.selection, rightrank.handover  # loaded before the limit
@@ -42,7 +42,7 @@ main(sys.argv[2:])
 def limited(arguments: Sequence[str], memory_bytes: int) -> subprocess.CompletedProcess[str]:
     """The command in a process that gets so much memory beside what it has when all is loaded."""
     command = [sys.executable, "-c", LIMITED, str(memory_bytes), *arguments]
-    return subprocess.run(command, check=False, capture_output=True, text=True, timeout=600)
+    return subprocess.run(command, check=False, capture_output=True, text=True, timeout=3600)
 
 
 def selection_of(model: Path, data: Path, out: Path, ranks: Sequence[int]) -> list[str]:
@@ -84,7 +84,7 @@ def trial(arguments: list[str], out: Path, whole: dict[int, Any], mib: int) -> d
 
 def measure(times: int, seed: int, root: Path, told: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
     """`times` limits; `told` has the result so far after each."""
-    model, data = save_llama(root / "model", width=2048, layers=1), write_completions(root / "data.jsonl")
+    model, data = save_llama(root / "model", width=1024, layers=1), write_completions(root / "data.jsonl")
     generator, out = random.Random(seed), root / "run"
     undisturbed = limited(selection_of(model, data, root / "whole", RANKS), 64 * 2**30)
     if undisturbed.returncode:
