@@ -127,7 +127,7 @@ def main() -> None:
     options = parser.parse_args()
     import ray
 
-    ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False)
+    ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False)
     curves = read_grids(HERE / "planted_grids.json")
     step = math.ceil(len(curves) / options.check)
     for number, curve in enumerate(curves[::step]):
