@@ -108,7 +108,7 @@ def _load(request: Request, bases: Bases, folder: Path) -> _Sources:
         find_model(request.model)  # a wrong name is told before the data is read
         if request.tokenizer is not None:
             raise SettingsError("tokenizer: given beside the name of a model, which brings its own; leave it out")
-    splits = load_data(Path(request.data) if isinstance(request.data, str) else request.data, settings)
+    splits = load_data(Path(request.data) if isinstance(request.data, str) else request.data, settings, folder)
     _require_metrics_fit(settings, splits.form)
     loaded = _base(request, splits.classes, bases)
     return _Sources(splits, loaded, encode(splits, loaded, settings, folder))
