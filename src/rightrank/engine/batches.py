@@ -1,8 +1,8 @@
 """Which items train together, and in which order: the same for every arm of a seed.
 
 Each pass over the data is a fresh permutation, cut into batches as it comes. Batches of like length would pad less,
-but a step's loss is a mean over its labels: in a batch of short items a label then weighs more than in one of long
-items, and few steps learn less. Items are joined into one row instead (`joined.py`), where nothing is padded.
+but a step's loss is a mean over its labels: a label in a batch of short items would weigh more than one in a batch of
+long items. Where it can be, items are joined into one row instead (`joined.py`), and nothing is padded.
 """
 
 from __future__ import annotations
