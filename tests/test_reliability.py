@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 import torch
 from benchmarks.reliability.checkpoints import save_llama
+from benchmarks.reliability.memory import MIB, limited
 
 from rightrank import preparation
 from rightrank.cli import stopping
@@ -236,16 +237,6 @@ def test_a_step_longer_than_the_grace_is_left_where_it_is(monkeypatch: pytest.Mo
     assert signal.getitimer(signal.ITIMER_REAL)[0] == 0
 
 
-HUNGRY = """
-import resource, sys
-import rightrank.executors.local, rightrank.selection, rightrank.handover  # loaded before the limit
-from rightrank.cli import main
-size = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmSize:")) * 1024
-resource.setrlimit(resource.RLIMIT_AS, (size + 800 * 2**20, resource.RLIM_INFINITY))
-main(sys.argv[1:])
-"""
-
-
 @pytest.mark.skipif(sys.platform != "linux", reason="address space is limited as Linux does it")
 def test_out_of_memory_on_a_cpu_is_tried_twice_and_recorded_and_the_rest_goes_on(
     completion_file: Path, tmp_path: Path
@@ -256,9 +247,7 @@ def test_out_of_memory_on_a_cpu_is_tried_twice_and_recorded_and_the_rest_goes_on
     arguments[1:3] = [str(model), str(completion_file)]
     arguments[4] = str(tmp_path / "run")
     arguments.remove("--quiet")
-    ended = subprocess.run(
-        [sys.executable, "-c", HUNGRY, *arguments], check=False, capture_output=True, text=True, timeout=300
-    )
+    ended = limited(arguments, 800 * MIB)
     assert ended.returncode == 0, ended.stderr
     assert "r=2048 lr=0.01 seed=0 ran out of memory on cpu: trying it once more" in ended.stderr
     records = Journal(tmp_path / "run" / "journal.jsonl").read()

@@ -111,7 +111,9 @@ def tuned(curve: GridCurve, cells: Sequence[Cell]) -> dict[Cell, float]:
     tuner = tune.Tuner(
         trainable,
         param_space={"cell": tune.grid_search([repr(cell) for cell in cells])},
-        tune_config=tune.TuneConfig(metric="loss", mode="min", scheduler=make_asha(curve), max_concurrent_trials=1),
+        tune_config=tune.TuneConfig(
+            metric="loss", mode="min", scheduler=make_asha(curve), max_concurrent_trials=1, reuse_actors=True
+        ),
         run_config=tune.RunConfig(verbose=0),
     )
     found = tuner.fit()

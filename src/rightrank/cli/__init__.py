@@ -55,6 +55,9 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         given = sys.argv[1:] if arguments is None else arguments
         status = cli.main(args=given, prog_name="rightrank", standalone_mode=False, obj=["rightrank", *given])
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message(), err=True)
+        sys.exit(2)
     except click.ClickException as error:
         _complain(error.format_message())
         sys.exit(2)
@@ -71,9 +74,8 @@ def main(arguments: list[str] | None = None) -> None:
         sys.stderr.close()  # whoever read our output has left: there is nobody to tell
         sys.exit(1)
     except OSError as error:
-        _complain(
-            f"{error.filename or 'the system'}: {error.strerror or error}; give a path that can be read or written"
-        )
+        place = error.filename2 or error.filename or "the system"  # of a rename, where it was to go
+        _complain(f"{place}: {error.strerror or error}; give a path that can be read or written")
         sys.exit(1)
     sys.exit(status if isinstance(status, int) else 0)
 

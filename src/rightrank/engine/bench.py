@@ -17,17 +17,19 @@ from rightrank.engine.adapter import attached
 from rightrank.engine.attention import FUSED, float32_attention, wants_float32
 from rightrank.engine.batches import Batch, batch_plan, collate, length_sorted_batches
 from rightrank.engine.encode import EncodedData
+from rightrank.engine.inits import EVA_BATCHES, input_directions
 from rightrank.engine.joined import attention_within, joined
 from rightrank.engine.label_rows import label_rows_only
 from rightrank.engine.lora import Routing
 from rightrank.engine.loss import BatchLoss, Objective, Scale, head_loss, make_objective
 from rightrank.engine.pack import Pack, Share, merged
 from rightrank.engine.prefix import FrozenPrefix, find_blocks, prefix_depth
-from rightrank.engine.targets import Targets, find_targets, lora_config
+from rightrank.engine.targets import Targets, find_targets, lora_config, require_equal_ranks
 from rightrank.engine.token_store import EncodedItem, lengths_of
 from rightrank.engine.world import rank, require_shares, sum_over_world, world_size
 from rightrank.errors import InterruptedRun
 from rightrank.io.models import LoadedModel
+from rightrank.maths.counts import rank_of_equal_parameters
 from rightrank.records import Arm, Preparing, SplitName
 from rightrank.settings import SelectSettings
 from rightrank.strategies.sweep import target_sets
@@ -72,6 +74,8 @@ class Bench:
         ]
         self.targets: Targets = sets[0]
         self._target_sets = dict(zip(target_sets(settings), sets, strict=True))
+        require_equal_ranks(settings, self.targets, self._target_sets)
+        self._first_rows: dict[tuple[int, int, tuple[str, ...] | None], dict[str, torch.Tensor]] = {}
         self.steps = steps  # optimizer steps of an arm
         self._pad_id: int = loaded.tokenizer.pad_token_id
         probe = self.batch("selection", length_sorted_batches(data.splits["selection"], settings.batch_size)[0])
@@ -182,13 +186,37 @@ class Bench:
         if arm.rank == 0:
             yield self.model
             return
-        with attached(self.model, self.settings, arm, self.arm_config(arm)) as peft_model, self.recomputing():
+        rows = self.first_rows(arm)
+        with attached(self.model, self.settings, arm, self.arm_config(arm), rows) as peft_model, self.recomputing():
             yield peft_model
 
     def arm_config(self, arm: Arm) -> LoraConfig:
         """PEFT's configuration of the arm."""
-        targets = self.targets if arm.target_modules is None else self._target_sets[arm.target_modules]
-        return lora_config(self.settings, arm, self.data.is_classification, targets.names)
+        held = arm.model_copy(update={"rank": self.rank_of(arm)})
+        return lora_config(self.settings, held, self.data.is_classification, self._targets_of(arm).names)
+
+    def rank_of(self, arm: Arm) -> int:
+        """The rank that the arm's modules are adapted at: another one where the count of parameters is to be the same."""
+        if not arm.equal_parameters:
+            return arm.rank
+        return rank_of_equal_parameters(arm.rank, self.targets.shapes, self._targets_of(arm).shapes)
+
+    def first_rows(self, arm: Arm) -> dict[str, torch.Tensor] | None:
+        """The first A of each module where the arm's initialisation takes it from the data; None where it is drawn."""
+        if arm.init_lora_weights != "eva":
+            return None
+        key = arm.seed, arm.rank, arm.target_modules
+        if key not in self._first_rows:
+            names = [target.name for target in self._targets_of(arm).modules]
+            plans = self.batch_plan(arm.seed, EVA_BATCHES)
+            batches = [self.batch("train", indices) for indices in plans]
+            inputs = [{"input_ids": batch.input_ids, "attention_mask": batch.attention_mask} for batch in batches]
+            with self._wide_attention():
+                self._first_rows[key] = input_directions(self.model, names, arm.rank, inputs)
+        return self._first_rows[key]
+
+    def _targets_of(self, arm: Arm) -> Targets:
+        return self.targets if arm.target_modules is None else self._target_sets[arm.target_modules]
 
     def recomputing(self) -> AbstractContextManager[None]:
         """Gradient checkpointing, where it was asked for."""

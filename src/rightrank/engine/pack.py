@@ -6,7 +6,7 @@ leave at any time. The base is as before when the pack is closed.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
@@ -59,8 +59,13 @@ class Pack:
         """PEFT's model, while there is an arm."""
         return self._peft_model
 
-    def join(self, adapter: str, arm: Arm, config: LoraConfig) -> dict[str, torch.nn.Parameter]:
-        """Put a freshly initialised arm on the base; its trainable tensors by the names they have alone."""
+    def join(
+        self, adapter: str, arm: Arm, config: LoraConfig, rows: Mapping[str, torch.Tensor] | None = None
+    ) -> dict[str, torch.nn.Parameter]:
+        """Put a freshly initialised arm on the base; its trainable tensors by the names they have alone.
+
+        `rows` are the first A of modules that have one of their own.
+        """
         if self._peft_model is None:
             self._kept = {n: p.detach().clone() for n, p in trainable_base(self._model, self._settings)}
             self._peft_model = wrapped(self._model, config, adapter)
@@ -68,7 +73,7 @@ class Pack:
             with without_peft_noise():
                 self._peft_model.add_adapter(adapter, config)
         self._names.append(adapter)
-        initialise(self._peft_model, arm, arm.init_lora_weights or self._settings.init_lora_weights, adapter)
+        initialise(self._peft_model, arm, arm.init_lora_weights or self._settings.init_lora_weights, adapter, rows)
         self._settle()
         return self.parameters(adapter)
 
