@@ -17,12 +17,12 @@ from dataclasses import dataclass
 import torch
 
 from rightrank.engine.bench import Bench
-from rightrank.engine.memory import PeakMemory, is_out_of_memory
+from rightrank.engine.memory import PeakMemory
 from rightrank.engine.outcome import Diverged, Progress, Seen, finished
 from rightrank.engine.pack import Pack
 from rightrank.engine.scoring import measure
 from rightrank.engine.train import ArmTraining, TrialFolders, Watcher, adapter_name
-from rightrank.errors import InterruptedRun, MetricError
+from rightrank.errors import InterruptedRun, MetricError, is_out_of_memory
 from rightrank.io.models import first_line
 from rightrank.records import Trial, TrialFailed, TrialFinished, TrialOutcome
 
