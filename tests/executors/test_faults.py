@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from benchmarks.scale.faults import FAULTS, Place, drive, judged, one_try
+from benchmarks.scale.faults import FAULTS, Work, one_try
+from benchmarks.scale.places import Place
 
 
 def test_a_killed_worker_changes_nothing(tmp_path: Path) -> None:
-    drive(Place("processes", tmp_path / "reference"), lambda: None, 0)
+    work = Work(tmp_path / "reference")
+    work.make_reference()
     place = Place("processes", tmp_path / "run")
-    one_try(place, FAULTS["processes", "worker killed"], after=3)
-    found = judged(tmp_path / "run", tmp_path / "reference")
+    found = one_try(work, place, FAULTS["processes", "worker killed"], after=3)
     assert found["right_decision"] == 1
-    assert (found["lost"], found["doubled"]) == (0, 0)
+    assert (found["lost"], found["trained_twice"]) == (0, 0)
     assert any("killed by signal 9" in notice for notice in place.notices)
