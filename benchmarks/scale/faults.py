@@ -93,7 +93,8 @@ class Work:
             require(driven_elsewhere(place, after) == -signal.SIGKILL, "the driver was not killed")
             require(driven_elsewhere(place, 0) == 0, "the resumed driver failed")
         else:
-            drive(place, lambda: hit(place, fault), after)
+            seconds = HANG_SECONDS if fault is hung_worker else 600.0
+            drive(place, lambda: hit(place, fault), after, seconds)
             require(place.is_hit, "it ended before the fault")
 
     def _run_command(self, place: Place, fault: Fault, after: int) -> None:
@@ -172,7 +173,7 @@ def one_try(work: Work, place: Place, fault: Fault, after: int) -> dict[str, Any
         work.run(place, fault, after)
         found = judged(place.folder, work.reference)
     except (RightrankError, TryError, subprocess.TimeoutExpired) as error:
-        found = {**FAILED, "error": str(error)}
+        found = {**FAILED, "error": str(error), "notices": place.notices}
     return {"after": after, "seconds": round(time.monotonic() - begun, 1), **found}
 
 

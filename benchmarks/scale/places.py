@@ -32,8 +32,8 @@ from rightrank.strategies import make_strategy
 
 WORKERS = 3
 STEPS = 700  # of a sleeping trial: milliseconds
-HANG_SECONDS = 6.0
-PAUSE_SECONDS = 4.0  # of a slow worker; below the above
+HANG_SECONDS = 15.0  # where a worker is made to hang; elsewhere the default
+PAUSE_SECONDS = 4.0  # of a slow worker
 LIMIT_SECONDS = 240.0  # for a try, on a machine with other work
 STORE = {"object_store_memory": 80 * 2**20}
 
@@ -154,7 +154,7 @@ def _crew_at(place: Place) -> Crew:
     return ProcessCrew(orders, place.folder / "workers", command=STUB)
 
 
-def drive(place: Place, strike: Callable[[], None], after: int) -> None:
+def drive(place: Place, strike: Callable[[], None], after: int, hang_seconds: float = 600.0) -> None:
     """One selection over sleeping workers; the fault within a trial's time after so many outcomes of this drive."""
     folder = place.folder
     settings = make_settings({"strategy": "grid", "ranks": (1, 2, 4, 8), "learning_rates": (1e-3, 3e-3, 1e-2)})
@@ -186,7 +186,7 @@ def drive(place: Place, strike: Callable[[], None], after: int) -> None:
             notice=place.notices.append,
             should_stop=lambda: time.monotonic() > until,
         )
-        pool = Pool(crew, Terms(WORKERS, versions(), TOKEN, hang_seconds=HANG_SECONDS), looking)
+        pool = Pool(crew, Terms(WORKERS, versions(), TOKEN, hang_seconds=hang_seconds), looking)
         if isinstance(crew, ProcessCrew):
             place.busy = lambda: [crew.process_id(name) for name in pool.busy()]
         try:

@@ -50,8 +50,8 @@ class Orders(Record):
     type: Literal["orders"] = "orders"
     jobs: list[Job]
     working_folder: Path  # what relative paths start from
-    probe: Path  # a file that the driver has written where the runs are
-    token: str  # what it holds
+    share: str  # what all see: the run folder, or a store's address
+    probe: str  # a file that the driver has written there
 
 
 class Stop(Record):

@@ -52,10 +52,9 @@ class Worker:
         with contextlib.suppress(OSError):  # not there: then only absolute paths lead anywhere
             os.chdir(orders.working_folder)
         try:
-            token = orders.probe.read_text(encoding="utf-8")
-        except OSError:
-            token = None
-        self._tell(Ready(versions=versions(), token=token))
+            self._tell(Ready(versions=versions(), token=self._token(orders)))
+        except RightrankError as error:  # of a store
+            self._tell(Refused(reason=f"{platform.node()}: {error}", exit_status=error.exit_status))
 
     def stop(self) -> None:
         """Leave the task under way at its next step; from any thread."""
@@ -79,32 +78,61 @@ class Worker:
         """Remove what lies on this machine's own disk."""
         shutil.rmtree(self._scratch, ignore_errors=True)
 
+    def _token(self, orders: Orders) -> str | None:
+        """What the probe holds, seen from here; None where it is not there."""
+        probe = Path(orders.share) / orders.probe
+        if "://" in orders.share:
+            from rightrank.io.store import Store
+
+            probe = self._scratch / "probe"
+            Store(orders.share).get(orders.probe, probe)
+        try:
+            return probe.read_text(encoding="utf-8")
+        except OSError:
+            return None
+
     def _executor(self, job: Job) -> Executor:
         """What runs the job's trials: built at its first task, over a base that jobs share."""
+        if job.name not in self._executors:
+            self._executors[job.name] = self._made(job, self._scratch / str(len(self._executors)))
+        return self._executors[job.name]
+
+    def _made(self, job: Job, scratch: Path) -> Executor:
         from rightrank.engine.train import Watcher
         from rightrank.executors.local import LocalExecutor
+        from rightrank.executors.stored import Courier, StoredExecutor
         from rightrank.io.run_folder import RunFolder
+        from rightrank.io.store import run_store
         from rightrank.preparation import Request, prepare
         from rightrank.settings import make_settings
 
-        if job.name not in self._executors:
-            request = Request(job.model, None, job.data, make_settings(job.settings), job.known_settings)
-            prepared = prepare(request, self._scratch / str(len(self._executors)), bases=self._bases)
-            if prepared.started.fingerprint != job.fingerprint:
-                raise RunError(
-                    f"a worker on {platform.node()} found another model or other data under {job.model} and {job.data}: "
-                    "give paths that lead to the same files on every machine"
-                )
-            watcher = Watcher(on_step=self._step, on_prepare=self._step, should_stop=self._stop.is_set)
-            self._executors[job.name] = LocalExecutor(
-                prepared.bench,
-                RunFolder(job.folder),
-                watcher,
-                self._tell,
-                lambda text: self._tell(Notice(text=text)),
-                prepared.planned.largest_pack if prepared.planned else None,
+        settings = make_settings(job.settings)
+        scratch.mkdir()
+        prepared = prepare(
+            Request(job.model, None, job.data, settings, job.known_settings), scratch / "cache", bases=self._bases
+        )
+        if prepared.started.fingerprint != job.fingerprint:
+            raise RunError(
+                f"a worker on {platform.node()} found another model or other data under {job.model} and {job.data}: "
+                "give paths that lead to the same files on every machine"
             )
-        return self._executors[job.name]
+        folder = RunFolder(scratch / "run" if settings.store else job.folder)
+        courier = Courier(folder, run_store(settings.store, job.fingerprint)) if settings.store else None
+
+        def on_step(event: StepDone) -> None:
+            self._step(event)
+            if courier is not None:
+                courier.send_due()
+
+        executor = LocalExecutor(
+            prepared.bench,
+            folder,
+            Watcher(on_step=on_step, on_prepare=self._step, should_stop=self._stop.is_set),
+            self._tell,
+            lambda text: self._tell(Notice(text=text)),
+            prepared.planned.largest_pack if prepared.planned else None,
+        )
+        return executor if courier is None else StoredExecutor(executor, courier)
 
     def _step(self, event: StepDone | Preparing) -> None:
         now = time.monotonic()

@@ -5,6 +5,7 @@ Names that PEFT, transformers and TRL have are used as they have them. Defaults 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Container, Mapping
 from typing import Any, Literal, TypeAlias
 
@@ -23,6 +24,7 @@ NOT_IDENTITY = (
     "workers",
     "ray_address",
     "launcher",
+    "store",
     "hang_seconds",
     "metric_timeout_seconds",
     "report_to",
@@ -114,6 +116,9 @@ class SelectSettings(BaseModel):
     workers: int | None = Field(default=None, gt=0)  # None: one a CUDA device, on Ray as many as it has room for
     ray_address: str | None = None  # None: a cluster that runs on this machine, else one of this run's own
     launcher: str = ""  # words before the command of a worker process, such as "srun --ntasks=1 --gpus=1"
+    store: str = (
+        ""  # an fsspec address for what workers leave, where machines share no disk, such as "s3://bucket/runs"
+    )
     hang_seconds: float = Field(default=600.0, gt=0)  # without a step of a worker, before it is given up
     trust_remote_code: bool = False
     report_to: tuple[str, ...] = ()  # trackers that are told of every trial: trackio, wandb, mlflow, tensorboard
@@ -140,6 +145,21 @@ class SelectSettings(BaseModel):
             if rate <= 0:
                 raise ValueError(f"learning rate {rate:g} is not allowed: rates are numbers above 0, such as 1e-4")
         return _distinct(rates, "learning_rates")
+
+    @field_validator("store")
+    @classmethod
+    def _store_reached_by_all(cls, store: str) -> str:
+        scheme, colon, rest = store.partition("://")
+        if store and (not colon or not rest or scheme == "memory"):
+            raise ValueError(
+                f"{store!r} is not an address that several machines reach: give one such as s3://bucket/runs or file:///mnt/share"
+            )
+        if re.match(r"[^/]*:[^/]*@", rest) or "?" in rest or "::" in store:
+            raise ValueError(
+                "an address with credentials, options or several steps is not taken, as it would be written down: "
+                "give SCHEME://PLACE, and credentials as the environment or the machine has them"
+            )
+        return store
 
     @field_validator("seeds")
     @classmethod
@@ -168,6 +188,7 @@ class SelectSettings(BaseModel):
             ("workers", self.workers, ("processes", "ray")),
             ("ray_address", self.ray_address, ("ray",)),
             ("launcher", self.launcher, ("processes",)),
+            ("store", self.store, ("processes", "ray")),
         ):
             if given and self.executor not in executors:
                 raise ValueError(
