@@ -76,17 +76,19 @@ def _probe(address: str, folder: Path, token: str) -> Iterator[str]:
 
 def _crew(settings: SelectSettings, orders: Orders, folder: Path, needs: Needs) -> tuple[Crew, int]:
     """The crew and how many workers it has at most."""
-    logs = folder / "workers"
+    logs, size = folder / "workers", settings.devices_per_arm
     if settings.executor == "ray":
         from rightrank.executors.ray_cluster import RayCrew
 
-        crew = RayCrew(orders, settings.ray_address, needs.bytes_planned, needs.on_cuda)
+        crew = RayCrew(orders, settings.ray_address, needs.bytes_planned, needs.on_cuda, size=size)
         return crew, settings.workers or crew.room()
     devices = torch.cuda.device_count() if needs.on_cuda and not settings.launcher else 0
-    workers = settings.workers or devices
+    if devices and devices < size:
+        raise SettingsError(f"devices_per_arm {size} needs as many CUDA devices: there are {devices}")
+    workers = settings.workers or devices // size
     if not workers:
         raise SettingsError("executor 'processes' needs workers on a CPU: give their number, such as --workers 2")
-    return ProcessCrew(orders, logs, devices, shlex.split(settings.launcher)), workers
+    return ProcessCrew(orders, logs, devices, shlex.split(settings.launcher), size=size), workers
 
 
 def _task_trials(settings: SelectSettings, needs: Needs) -> int:

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from rightrank.engine.train import CHECKPOINT_SHARE
+from rightrank.engine.world import rank
 from rightrank.errors import InterruptedRun
 from rightrank.executors import Executor
 from rightrank.io.run_folder import RunFolder
@@ -48,7 +49,8 @@ class Courier:
         """Checkpoints that other workers may have left; parents' checkpoints and adapters."""
         self._under_way = [self._folder.checkpoint(trial.trial_id) for trial in trials]
         for path in self._under_way:
-            self._bring(path)
+            if self._bring(path):
+                self._sent[path] = path.stat().st_mtime_ns
         for arm in (trial.arm for trial in trials):
             if arm.continue_from is not None:
                 self._bring(self._folder.checkpoint(arm.continue_from))
@@ -67,9 +69,8 @@ class Courier:
         """What is in the store is not kept here too; nobody goes on from a trial that has ended."""
         shutil.rmtree(self._folder.trial_adapter(outcome.trial_id), ignore_errors=True)
         checkpoint = self._folder.checkpoint(outcome.trial_id)
-        if outcome.arm.stop_at is None and checkpoint in self._sent:
+        if outcome.arm.stop_at is None and self._sent.pop(checkpoint, None) is not None and rank() == 0:
             self._store.remove(self._name(checkpoint))
-            del self._sent[checkpoint]
 
     def send_due(self) -> None:
         """Send checkpoints that were written since, where that costs no more of the time than writing them may."""
@@ -87,8 +88,8 @@ class Courier:
         self._sent |= changed
         return bool(changed)
 
-    def _bring(self, path: Path) -> None:
-        self._store.get(self._name(path), path)
+    def _bring(self, path: Path) -> bool:
+        return self._store.get(self._name(path), path)
 
     def _name(self, path: Path) -> str:
         return path.relative_to(self._folder.path).as_posix()

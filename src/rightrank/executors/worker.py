@@ -21,15 +21,31 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO, TypeAlias
 
-from rightrank.errors import InterruptedRun, RightrankError, RunError
+from pydantic import ValidationError
+
+from rightrank.errors import InputError, InterruptedRun, RightrankError, RunError
 from rightrank.executors import Executor
-from rightrank.executors.messages import COMMAND, Job, News, Notice, Orders, Ready, Refused, Step, Stop, Task, TaskEnded
+from rightrank.executors.messages import (
+    COMMAND,
+    Group,
+    Job,
+    News,
+    Notice,
+    Orders,
+    Ready,
+    Refused,
+    Step,
+    Stop,
+    Task,
+    TaskEnded,
+)
 from rightrank.records import Preparing, StepDone, TrialFailed
 from rightrank.version import __version__
 
 if TYPE_CHECKING:
     from rightrank.io.models import LoadedModel
 
+NOT_UNDERSTOOD = f"a worker there, rightrank {__version__}, does not understand what it is told: install the same version on every machine"
 STEPS_TOLD = 0.5  # seconds between two signs of progress
 SAME_EVERYWHERE = ("torch", "transformers", "peft")
 
@@ -44,6 +60,7 @@ class Worker:
         self._bases: dict[tuple[object, ...], LoadedModel] = {}
         self._scratch = Path(tempfile.mkdtemp(prefix="rightrank-worker-"))
         self._stop = threading.Event()
+        self._is_asked_to_stop: Callable[[], bool] = self._stop.is_set
         self._told = 0.0
 
     def begin(self, orders: Orders) -> None:
@@ -52,7 +69,8 @@ class Worker:
         with contextlib.suppress(OSError):  # not there: then only absolute paths lead anywhere
             os.chdir(orders.working_folder)
         try:
-            self._tell(Ready(versions=versions(), token=self._token(orders)))
+            ready = Ready(versions=versions(), token=self._token(orders))
+            self._tell(ready if orders.group is None else self._joined(orders.group, ready))
         except RightrankError as error:  # of a store
             self._tell(Refused(reason=f"{platform.node()}: {error}", exit_status=error.exit_status))
 
@@ -77,6 +95,16 @@ class Worker:
     def close(self) -> None:
         """Remove what lies on this machine's own disk."""
         shutil.rmtree(self._scratch, ignore_errors=True)
+
+    def _joined(self, group: Group, ready: Ready) -> Ready:
+        """What the first of the group tells for all: one that differs from it, if any does."""
+        from rightrank.engine.world import told_by
+        from rightrank.executors.group import join
+
+        join(group)
+        self._is_asked_to_stop = lambda: bool(told_by(0, self._stop.is_set()))  # all leave at the same step
+        all_told = [told_by(number, ready.model_dump()) for number in range(group.size)]
+        return Ready.model_validate(next((one for one in all_told if one != all_told[0]), all_told[0]))
 
     def _token(self, orders: Orders) -> str | None:
         """What the probe holds, seen from here; None where it is not there."""
@@ -127,7 +155,7 @@ class Worker:
         executor = LocalExecutor(
             prepared.bench,
             folder,
-            Watcher(on_step=on_step, on_prepare=self._step, should_stop=self._stop.is_set),
+            Watcher(on_step=on_step, on_prepare=self._step, should_stop=self._is_asked_to_stop),
             self._tell,
             lambda text: self._tell(Notice(text=text)),
             prepared.planned.largest_pack if prepared.planned else None,
@@ -167,11 +195,17 @@ class Service:
 
     def __init__(self, tell: Callable[[News], None], make: Maker = Worker) -> None:
         self.worker = make(tell)
+        self._tell = tell
         self._tasks: queue.SimpleQueue[Task | None] = queue.SimpleQueue()
 
     def say(self, line: str | bytes) -> None:
         """Take one command."""
-        match COMMAND.validate_json(line):
+        try:
+            command = COMMAND.validate_json(line)
+        except ValidationError:
+            self._tell(Refused(reason=f"{platform.node()}: {NOT_UNDERSTOOD}", exit_status=InputError.exit_status))
+            return
+        match command:
             case Orders() as orders:
                 self.worker.begin(orders)
             case Stop():

@@ -22,6 +22,7 @@ NOT_IDENTITY = (
     "memory_bytes",
     "executor",
     "workers",
+    "devices_per_arm",
     "ray_address",
     "launcher",
     "store",
@@ -114,6 +115,7 @@ class SelectSettings(BaseModel):
     checkpoint_seconds: float = Field(default=60.0, gt=0)
     executor: Literal["local", "processes", "ray"] = "local"  # in this process, or workers with a base of their own
     workers: int | None = Field(default=None, gt=0)  # None: one a CUDA device, on Ray as many as it has room for
+    devices_per_arm: int = Field(default=1, gt=0)  # processes that share each batch of an arm, one a CUDA device
     ray_address: str | None = None  # None: a cluster that runs on this machine, else one of this run's own
     launcher: str = ""  # words before the command of a worker process, such as "srun --ntasks=1 --gpus=1"
     store: str = (
@@ -194,6 +196,19 @@ class SelectSettings(BaseModel):
                 raise ValueError(
                     f"{name} was given and the executor is {self.executor!r}: give executor {' or '.join(executors)}"
                 )
+        if self.devices_per_arm > 1 and self.executor == "local":
+            raise ValueError(
+                f"devices_per_arm {self.devices_per_arm} is for executor processes or ray: give one of them"
+            )
+        if self.devices_per_arm > 1 and self.launcher:
+            raise ValueError(
+                "devices_per_arm takes no launcher: its processes meet on this machine; leave one of them out"
+            )
+        if self.devices_per_arm > self.batch_size:
+            raise ValueError(
+                f"batch_size {self.batch_size} can't be shared by devices_per_arm {self.devices_per_arm}: "
+                "give a batch_size as large, or fewer devices"
+            )
         return self
 
     @model_validator(mode="after")
