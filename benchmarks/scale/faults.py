@@ -206,6 +206,8 @@ def placed(executor: str, folder: Path, nodes: Nodes | None) -> Place:
 
 
 def store(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
+    if options.out is None:
+        return
     found = {"machine": machine(), "seed": options.seed, "engine": options.engine, "rows": rows}
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(found, indent=1) + "\n")
@@ -216,12 +218,12 @@ def table(rows: list[dict[str, Any]]) -> str:
         "| executor | fault | tried | right decision | trials lost | trained twice | begun again |",
         "|---|---|---|---|---|---|---|",
     ]
+    tries: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for row in rows:
-        names = ("right_decision", "lost", "trained_twice", "begun_again")
-        sums = [sum(one[name] for one in row["tries"]) for name in names]
-        lines.append(
-            f"| {row['executor']} | {row['fault']} | {len(row['tries'])} | " + " | ".join(map(str, sums)) + " |"
-        )
+        tries.setdefault((row["executor"], row["fault"]), []).extend(row["tries"])
+    for (executor, fault), found in tries.items():
+        sums = [sum(one[name] for one in found) for name in ("right_decision", "lost", "trained_twice", "begun_again")]
+        lines.append(f"| {executor} | {fault} | {len(found)} | " + " | ".join(map(str, sums)) + " |")
     return "\n".join(lines)
 
 
@@ -237,8 +239,12 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=60.0, help="no try is begun later than this")
     parser.add_argument("--engine", action="store_true", help="train a small real model")
     parser.add_argument("--only", default="", help="part of an executor's or a fault's name")
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=Path, help="where what is found is stored")
+    parser.add_argument("--table", type=Path, nargs="+", help="print the table of stored runs, and run nothing")
     options = parser.parse_args()
+    if options.table:
+        print(table([row for path in options.table for row in json.loads(path.read_text())["rows"]]))
+        return
     with tempfile.TemporaryDirectory() as temporary:
         print(table(run_all(options, Path(temporary))))
 

@@ -46,6 +46,9 @@ class Nodes:
     def __init__(self) -> None:
         from ray.cluster_utils import Cluster
 
+        os.environ.setdefault(
+            "RAY_worker_niceness", "0"
+        )  # 15 otherwise: on a busy machine its workers then stand still
         head = {"num_cpus": 0, "include_dashboard": False, **STORE}
         self._cluster = Cluster(initialize_head=True, head_node_args=head)
         self._nodes: dict[int, Any] = {}
