@@ -70,3 +70,23 @@ def test_bad_usage_is_one_line_and_exit_2(
     complaint = capsys.readouterr().err
     assert message in complaint
     assert complaint.count("\n") == 1
+
+
+@pytest.mark.parametrize("margin", ["1e-320", "1e308"])
+def test_a_margin_at_the_end_of_the_numbers_says_nothing_but_the_answer(
+    table: Path, margin: str, recwarn: pytest.WarningsRecorder
+) -> None:
+    answer = CliRunner().invoke(cli, ["decide", str(table), "--margin", margin, "--json"])
+    assert answer.exit_code == 0
+    assert json.loads(answer.stdout)["rank"] == (64 if margin == "1e-320" else 1)
+    assert answer.stderr == ""
+    assert not recwarn.list
+
+
+def test_no_words_at_all_show_the_help(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([])
+    assert ended.value.code == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "Commands:\n" in err

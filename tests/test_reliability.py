@@ -19,13 +19,13 @@ from pathlib import Path
 import pytest
 import torch
 from benchmarks.reliability.checkpoints import save_llama
+from benchmarks.reliability.memory import MIB, limited
 
 from rightrank import preparation
-from rightrank.cli import stopping
+from rightrank.cli import main, stopping
 from rightrank.engine import together, train
-from rightrank.engine.memory import is_out_of_memory
 from rightrank.engine.train import TrialFolders, Watcher
-from rightrank.errors import RunFolderError, TerminatedRun
+from rightrank.errors import RunFolderError, TerminatedRun, is_out_of_memory
 from rightrank.io.checkpoints import load_checkpoint
 from rightrank.io.journal import Journal
 from rightrank.io.run_folder import RunFolder
@@ -236,16 +236,6 @@ def test_a_step_longer_than_the_grace_is_left_where_it_is(monkeypatch: pytest.Mo
     assert signal.getitimer(signal.ITIMER_REAL)[0] == 0
 
 
-HUNGRY = """
-import resource, sys
-import rightrank.executors.local, rightrank.selection, rightrank.handover  # loaded before the limit
-from rightrank.cli import main
-size = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmSize:")) * 1024
-resource.setrlimit(resource.RLIMIT_AS, (size + 800 * 2**20, resource.RLIM_INFINITY))
-main(sys.argv[1:])
-"""
-
-
 @pytest.mark.skipif(sys.platform != "linux", reason="address space is limited as Linux does it")
 def test_out_of_memory_on_a_cpu_is_tried_twice_and_recorded_and_the_rest_goes_on(
     completion_file: Path, tmp_path: Path
@@ -256,9 +246,7 @@ def test_out_of_memory_on_a_cpu_is_tried_twice_and_recorded_and_the_rest_goes_on
     arguments[1:3] = [str(model), str(completion_file)]
     arguments[4] = str(tmp_path / "run")
     arguments.remove("--quiet")
-    ended = subprocess.run(
-        [sys.executable, "-c", HUNGRY, *arguments], check=False, capture_output=True, text=True, timeout=300
-    )
+    ended = limited(arguments, 800 * MIB)
     assert ended.returncode == 0, ended.stderr
     assert "r=2048 lr=0.01 seed=0 ran out of memory on cpu: trying it once more" in ended.stderr
     records = Journal(tmp_path / "run" / "journal.jsonl").read()
@@ -303,6 +291,31 @@ def test_memory_that_was_short_for_a_moment_costs_nothing(
     assert again.points == whole.points
     assert next(passes) > 8
     assert next(evaluations) > 2
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory"), torch.OutOfMemoryError("CUDA out of memory")]
+)  # fmt: skip
+def test_out_of_memory_anywhere_is_one_line(
+    error: Exception, work: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def short(_run: Path) -> Path:
+        raise error
+
+    monkeypatch.setattr("rightrank.runs.write_report", short)
+    status, out, err = run(["report", "run"], capsys)
+    assert (status, out) == (1, "")
+    assert err.startswith("rightrank: out of memory; what was finished is kept")
+    assert err.count("\n") == 1
+
+
+def test_another_error_is_not_called_out_of_memory(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(_run: Path) -> Path:
+        raise RuntimeError("shape mismatch")
+
+    monkeypatch.setattr("rightrank.runs.write_report", wrong)
+    with pytest.raises(RuntimeError, match="shape mismatch"):
+        main(["report", "run"])
 
 
 def test_what_the_system_says_when_memory_is_gone_is_understood() -> None:

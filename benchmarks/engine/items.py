@@ -43,7 +43,7 @@ def anonymous_bytes() -> int:
 def measure(count: int, folder: Path) -> dict[str, Any]:
     before, begun = anonymous_bytes(), time.process_time()
     store = TokenStore(drawn_items(count), folder)
-    plan = batch_plan(store.lengths, BATCH, STEPS, seed=0)
+    plan = batch_plan(len(store), BATCH, STEPS, seed=0)
     tokens = sum(collate(store, indices, 0, torch.device("cpu")).tokens for indices in plan)
     return {
         "items": count,

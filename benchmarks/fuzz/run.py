@@ -3,7 +3,8 @@
     python -m benchmarks.fuzz.run --minutes 30 --seed 0 --out benchmarks/fuzz/run.json
 
 Needs `pip install atheris` beside the package (no part of the extras: it has wheels for Linux alone). Every target gets
-an even share of the minutes in a process of its own. A find is any error but ours, a complaint of more than a line,
+an even share of the minutes, of CPU and not of the clock, in a process of its own; one that dies is counted as a crash, and
+another goes on with what is left of its share. A find is any error but ours, a complaint of more than a line,
 over 5 seconds of CPU, or over 1 GiB. `--replay FILE` reads the inputs of a result again, without atheris.
 """
 
@@ -12,7 +13,9 @@ from __future__ import annotations
 import argparse
 import base64
 import json
+import os
 import random
+import re
 import subprocess
 import sys
 import tempfile
@@ -25,10 +28,16 @@ from benchmarks.machine import machine
 NOTE_EVERY = 200  # reads between two notes of how far a target is: libFuzzer ends without a goodbye
 LARGEST_INPUT = 2**17
 OWN_MUTATIONS = 0.7  # of all; the rest are libFuzzer's
+MOST_CRASHES = 20  # of one target
+CLOCK_OVER_CPU = (
+    20  # the clock's limit, in shares of CPU: a busy machine takes longer, a stuck one does not take for ever
+)
+CRASH = "died-"
+_PROGRESS = re.compile(r"cov: (\d+) ft: (\d+) corp: (\d+)")
 
 
 def fuzz_target(name: str, seconds: int, seed: int, notes: Path) -> None:
-    """In the process of its own; never returns."""
+    """`seconds` of CPU in the process of its own; never returns."""
     import atheris
 
     with atheris.instrument_imports(include=["rightrank"]):
@@ -39,9 +48,15 @@ def fuzz_target(name: str, seconds: int, seed: int, notes: Path) -> None:
     target = TARGETS[name]
     seeds = target.seeds()
     state: dict[str, Any] = {"reads": 0, "begun": time.time(), "finds": {}}
+    cpu_begun = time.process_time()
 
     def note() -> None:
-        told = {"reads": state["reads"], "seconds": round(time.time() - state["begun"]), "finds": state["finds"]}
+        told = {
+            "reads": state["reads"],
+            "cpu_seconds": round(time.process_time() - cpu_begun),
+            "seconds": round(time.time() - state["begun"]),
+            "finds": state["finds"],
+        }
         notes.write_text(json.dumps(told), encoding="utf-8")
 
     def read_one(data: bytes) -> None:
@@ -55,8 +70,11 @@ def fuzz_target(name: str, seconds: int, seed: int, notes: Path) -> None:
             text = base64.b64encode(data).decode()
             if known["input"] is None or len(text) < len(known["input"]):
                 known["input"] = text
-        if find is not None or state["reads"] % NOTE_EVERY == 0:
+        over = time.process_time() - cpu_begun >= seconds
+        if over or find is not None or state["reads"] % NOTE_EVERY == 0:
             note()
+        if over:
+            os._exit(0)  # libFuzzer counts by the clock; nothing else of this process is wanted
 
     def mutate(data: bytes, largest: int, number: int) -> bytes:
         generator = random.Random(number)
@@ -68,13 +86,56 @@ def fuzz_target(name: str, seconds: int, seed: int, notes: Path) -> None:
     with tempfile.TemporaryDirectory() as corpus:
         for number, data in enumerate(seeds):
             (Path(corpus) / f"seed{number}").write_bytes(data)
-        options = [f"-max_total_time={seconds}", f"-seed={seed + 1}", f"-max_len={LARGEST_INPUT}", "-timeout=120"]
+        options = [f"-seed={seed + 1}", f"-max_len={LARGEST_INPUT}", "-timeout=120", "-rss_limit_mb=12000"]
         atheris.Setup(
-            [sys.argv[0], *options, "-rss_limit_mb=12000", f"-artifact_prefix={corpus}/", corpus],
+            [sys.argv[0], *options, f"-artifact_prefix={notes.parent}/{CRASH}", corpus],
             read_one,
             custom_mutator=mutate,
         )
         atheris.Fuzz()
+
+
+def run_target(name: str, seconds: int, seed: int, folder: Path) -> dict[str, Any]:
+    """`seconds` of CPU for one target, begun again after each crash; its counts and its finds."""
+    told: dict[str, Any] = {"reads": 0, "cpu_seconds": 0, "seconds": 0, "crashes": 0, "features": 0, "finds": {}}
+    while told["cpu_seconds"] < seconds and told["crashes"] < MOST_CRASHES:
+        notes, log = folder / f"{name}.json", folder / f"{name}.log"
+        child = ["--seed", str(seed + told["crashes"]), "--child", name, str(seconds - told["cpu_seconds"]), str(notes)]
+        command = [sys.executable, "-m", "benchmarks.fuzz.run", *child]
+        with log.open("wb") as stream:
+            try:
+                status = subprocess.run(
+                    command, stderr=stream, stdout=stream, check=False, timeout=CLOCK_OVER_CPU * seconds + 60
+                ).returncode
+            except subprocess.TimeoutExpired:
+                status = -1
+        _add(told, json.loads(notes.read_text(encoding="utf-8")))
+        progress = _PROGRESS.findall(log.read_text(encoding="utf-8", errors="replace"))
+        told["features"] = max([told["features"], *(int(features) for _, features, _ in progress)])
+        if status != 0:
+            told["crashes"] += 1
+            _keep_crash(told["finds"], status, folder, log)
+            if status == -1:
+                break
+    return told
+
+
+def _add(told: dict[str, Any], more: dict[str, Any]) -> None:
+    for name in ("reads", "cpu_seconds", "seconds"):
+        told[name] += more[name]
+    for key, find in more["finds"].items():
+        known = told["finds"].setdefault(key, find | {"times": 0})
+        known["times"] += find["times"]
+
+
+def _keep_crash(finds: dict[str, Any], status: int, folder: Path, log: Path) -> None:
+    """What libFuzzer kept of the input that ended the process, if it could."""
+    last = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if "ERROR" in line]
+    kept = next(iter(folder.glob(f"{CRASH}*")), None)
+    text = None if kept is None else base64.b64encode(kept.read_bytes()).decode()
+    if kept is not None:
+        kept.unlink()
+    finds[f"crash {status} {len(finds)}"] = {"times": 1, "what": last[-1][:200] if last else "", "input": text}
 
 
 def replay(path: Path) -> dict[str, list[str]]:
@@ -113,11 +174,7 @@ def main() -> None:
     result: dict[str, Any] = {"machine": machine(), "seed": options.seed, "minutes": options.minutes, "targets": {}}
     with tempfile.TemporaryDirectory() as folder:
         for name in names:
-            notes = Path(folder) / f"{name}.json"
-            child = ["--seed", str(options.seed), "--child", name, str(seconds), str(notes)]
-            command = [sys.executable, "-m", "benchmarks.fuzz.run", *child]
-            status = subprocess.run(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, check=False)
-            result["targets"][name] = {"status": status.returncode, **json.loads(notes.read_text(encoding="utf-8"))}
+            result["targets"][name] = run_target(name, seconds, options.seed, Path(folder))
             if options.out:
                 options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(result, indent=1))

@@ -19,6 +19,7 @@ from rightrank.cli.options import gather
 from rightrank.engine.encode import encode
 from rightrank.errors import InputError
 from rightrank.io.data import load_data
+from rightrank.io.journal_lines import seal
 from rightrank.io.rows import FILE_TYPES
 from rightrank.io.weights import open_weights
 from rightrank.planning.planner import make_plan
@@ -73,6 +74,14 @@ def read_results(data: bytes, folder: Path) -> None:
     _decide(path)
 
 
+_BESIDE: dict[int, Callable[[str], str]] = {
+    1: lambda name: name.replace("a-r8", "b-r16"),
+    2: lambda name: name.replace("0/run", "0/other"),
+    3: lambda name: name.replace("trial_1", "trial_2"),
+    4: lambda name: name.replace("lora_r8", "lora_r16"),
+}
+
+
 def read_imported(data: bytes, folder: Path) -> None:
     """What other programs leave."""
     kind, first, second = data[0] % 5 if data else 0, *_parts(data[1:], 2)
@@ -85,11 +94,17 @@ def read_imported(data: bytes, folder: Path) -> None:
         3: ("trial_1/result.json", "trial_1/params.json"),
         4: ("lora_r8/events.out.tfevents.1.x", "lora_r8/adapter_config.json"),
     }[kind]
+    whole = imported_seeds()[kind][1:]  # a right one of another rank beside it: one rank alone is not compared
+    for told, other in ((b"8", b"16"), (b" 1.5", b" 1.7"), (b" 1.4", b" 1.6"), (b" 1.0", b" 1.2")):
+        whole = whole.replace(told, other)
     for name, body in zip(layout, (first, second), strict=True):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(body)
-    if kind == 2:
-        (folder / "0/run/meta.yaml").write_text("x: 1\n")
+    for name, body in zip(layout, _parts(whole, 2), strict=True):
+        (folder / _BESIDE[kind](name)).parent.mkdir(parents=True, exist_ok=True)
+        (folder / _BESIDE[kind](name)).write_bytes(body)
+    for meta in folder.glob("0/*/metrics/.."):
+        (meta / "meta.yaml").write_text("x: 1\n")
     return _decide(folder)
 
 
@@ -147,13 +162,25 @@ def read_journal(data: bytes, folder: Path) -> None:
     """A run folder: where it stands, its decision, its report."""
     from rightrank.decision.run import decision_so_far, last_decided, records_of
 
-    (folder / "journal.jsonl").write_bytes(data)
+    (folder / "journal.jsonl").write_bytes(_journal(data))
     status(folder).model_dump_json()
     _refusable(lambda: _decide(folder))
     journal = existing_run(folder).journal.read()
     records = records_of(journal, str(folder))
     decided = last_decided(journal)
     render_report(records, decision_so_far(records) if decided is None else decided.decision).encode()
+
+
+def _journal(data: bytes) -> bytes:
+    """Damage below the checksums: each line is sealed anew. After a first byte of 0 the rest stays as it is."""
+    if data[:1] == b"\x00":
+        return data[1:]
+    return b"\n".join(seal(line) if line.endswith(b"}") else line for line in data.split(b"\n"))
+
+
+def journal_seeds() -> list[bytes]:
+    open_lines = seeds.journals()
+    return [*open_lines, b"\x00" + _journal(open_lines[0])]
 
 
 def _typed(suffix: str, body: bytes) -> bytes:
@@ -168,6 +195,7 @@ def result_seeds() -> list[bytes]:
     return [_typed(suffix, body) for suffix, body in seeds.result_files()]
 
 
+@functools.cache
 def imported_seeds() -> list[bytes]:
     trainer = {
         "global_step": 5,
@@ -242,5 +270,5 @@ TARGETS: dict[str, Target] = {
     "adapter": Target(read_adapter, adapter_seeds),
     "weights": Target(read_weights, weight_seeds),
     "model": Target(read_model, seeds.model_configs),
-    "journal": Target(read_journal, seeds.journals),
+    "journal": Target(read_journal, journal_seeds),
 }

@@ -1,8 +1,9 @@
 """Exhaustive grids on real models and texts: every rank × rate × seed is trained, with values on the way.
 
-    python -m benchmarks.selection.real_training NAME MODEL DATA --work FOLDER --out benchmarks/selection/real_grids.json
+    python -m benchmarks.selection.real_training NAME MODEL DATA --work FOLDER --out benchmarks/selection/real_grids.json \\
+        [--steps 80] [--seeds 1]
 
-NAME is one of `GRIDS`. Where the rate is constant from the first step, a training stopped half of the way is a whole
+NAME is one of `GRIDS`; its horizon and its seeds may be others, and seeds join those that the file has. Where the rate is constant from the first step, a training stopped half of the way is a whole
 training of half the steps, and one grid gives two horizons, each a curve of its own; where it decays, one. A curve has
 values at its quarter and half, item losses, and the top rank's adapters cut to every lower rank. Finished trainings are
 kept in FOLDER: the same command goes on where it was. A seed that is not whole is left out.
@@ -63,6 +64,7 @@ GRIDS: dict[str, dict[str, object]] = {
     "glosses": COMMON | CAUSAL | {"learning_rates": (1e-3, 3e-3, 1e-2)},
     "docstrings": COMMON | CAUSAL | {"learning_rates": (1e-3, 3e-3, 1e-2), "seq_len": 128},
     "movies": COMMON | ENCODER | {"learning_rates": (3e-4, 1e-3, 3e-3)},
+    "senses": COMMON | ENCODER | {"learning_rates": (3e-4, 1e-3, 3e-3, 1e-2)},
 }
 
 
@@ -234,10 +236,7 @@ def curve_of(name: str, shop: Workshop, horizon: float, extra: Mapping[str, obje
         "base": round(base.value, DIGITS),
         "item_tokens": base.item_tokens,
         "seed_grid": grid,
-        "lr_grid": {
-            rank: {rate: round(sum(by_seed.values()) / len(by_seed), DIGITS) for rate, by_seed in by_rate.items()}
-            for rank, by_rate in grid.items()
-        },
+        "lr_grid": means_of(grid),
         "checkpoints": checkpoints,
         "truncation_grid": cuts,
         "item_losses": items,
@@ -264,8 +263,38 @@ def place(grid: dict[str, Any], rank: int, rate: float, seed: int, value: object
 
 def store(curves: list[dict[str, Any]], out: Path) -> None:
     known = json.loads(out.read_text())["curves"] if out.exists() else []
-    merged = {curve["id"]: curve for curve in [*known, *curves]}
+    merged = {curve["id"]: curve for curve in known}
+    for curve in curves:
+        merged[curve["id"]] = with_seeds_of(curve, merged[curve["id"]]) if curve["id"] in merged else curve
     out.write_text(json.dumps({"curves": list(merged.values())}, separators=(",", ":")) + "\n")
+
+
+def with_seeds_of(curve: dict[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:
+    """`curve` with the seeds that only the known one of the same setting has."""
+    assert curve["base"] == known["base"], f"{curve['id']}: the stored base loss {known['base']} is of another setting"
+    missing = {str(seed) for seed in set(known["seeds"]) - set(curve["seeds"])}
+
+    def joined(new: Any, old: Any) -> Any:
+        if not isinstance(old, dict):
+            return new
+        taken = {key: old[key] for key in old if key not in new and (key in missing or isinstance(old[key], dict))}
+        return {key: joined(new[key], old[key]) if key in old else new[key] for key in new} | taken
+
+    found = curve | {"seeds": sorted({*curve["seeds"], *known["seeds"]})}
+    for part in ("seed_grid", "checkpoints", "truncation_grid", "item_losses"):
+        found[part] = joined(curve[part], known[part])
+    found["lr_grid"] = means_of(found["seed_grid"])
+    found["settings"] = curve["settings"] | {"seeds": found["seeds"]}
+    found["seconds"] = round(curve["seconds"] + (known["seconds"] if missing else 0.0), 1)
+    return found
+
+
+def means_of(seed_grid: Mapping[str, Mapping[str, Mapping[str, float]]]) -> dict[str, dict[str, float]]:
+    """Over seeds."""
+    return {
+        rank: {rate: round(sum(by_seed.values()) / len(by_seed), DIGITS) for rate, by_seed in by_rate.items()}
+        for rank, by_rate in seed_grid.items()
+    }
 
 
 def main() -> None:
@@ -275,10 +304,15 @@ def main() -> None:
     parser.add_argument("data", type=Path)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--steps", type=int, help="of a whole training")
+    parser.add_argument("--seeds", help="such as 0,1")
     parser.add_argument("--store-only", action="store_true", help="train nothing: store what is whole")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    settings = make_settings(GRIDS[options.name])
+    own: dict[str, object] = {} if options.steps is None else {"max_steps": options.steps}
+    if options.seeds is not None:
+        own["seeds"] = tuple(int(seed) for seed in options.seeds.split(","))
+    settings = make_settings(GRIDS[options.name] | own)
     shop = open_workshop(options.model, options.data, settings, options.work)
     if not options.store_only:
         train_grid(shop)

@@ -4,6 +4,7 @@
     python -m benchmarks.selection.texts packages available.txt --out packages.jsonl
     apt-get download wordnet-base && dpkg-deb -x wordnet-base_*.deb wordnet
     python -m benchmarks.selection.texts glosses wordnet/usr/share/wordnet --out glosses.jsonl
+    python -m benchmarks.selection.texts senses wordnet/usr/share/wordnet --out senses.jsonl
     python -m benchmarks.selection.texts movies hutto_ICWSM_2014 --out movies.jsonl
 
 The reviews come with the source archive of vaderSentiment 3.3.2. The docstrings are those of `rightrank demo`.
@@ -20,6 +21,10 @@ from pathlib import Path
 
 ROWS, SEED = 5000, 0
 PARTS_OF_SPEECH = ("noun", "verb", "adj", "adv")
+SENSES = {  # WordNet's lexicographer files of nouns, by number: the eight kinds
+    "04": "act", "05": "animal", "06": "artifact", "10": "communication",
+    "18": "person", "20": "plant", "26": "state", "27": "substance",
+}  # fmt: skip
 NEUTRAL = 0.5  # mean ratings closer to zero than this are left out
 
 Row = dict[str, str]
@@ -48,6 +53,15 @@ def glosses(wordnet: Path) -> Iterator[Row]:
             yield {"prompt": f"{word}: ", "completion": gloss.split('; "')[0].strip()}
 
 
+def senses(wordnet: Path) -> Iterator[Row]:
+    """From the gloss of a noun, what kind of thing it is."""
+    for line in (wordnet / "data.noun").read_text(encoding="utf-8").splitlines():
+        fields, _, gloss = line.partition(" | ")
+        kind = SENSES.get(fields.split(" ")[1])
+        if kind is not None and not line.startswith("  "):
+            yield {"text": gloss.split('; "')[0].strip(), "label": kind}
+
+
 def movies(ratings: Path) -> Iterator[Row]:
     """Positive or negative by the sign of the mean rating."""
     for line in (ratings / "movieReviewSnippets_GroundTruth.txt").read_text(encoding="utf-8").splitlines():
@@ -56,7 +70,12 @@ def movies(ratings: Path) -> Iterator[Row]:
             yield {"text": text.strip(), "label": "positive" if float(rating) > 0 else "negative"}
 
 
-TEXTS: dict[str, Callable[[Path], Iterator[Row]]] = {"packages": packages, "glosses": glosses, "movies": movies}
+TEXTS: dict[str, Callable[[Path], Iterator[Row]]] = {
+    "packages": packages,
+    "glosses": glosses,
+    "senses": senses,
+    "movies": movies,
+}
 
 
 def drawn(rows: Iterator[Row]) -> list[Row]:

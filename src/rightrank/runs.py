@@ -13,7 +13,7 @@ from rightrank.exports.recipe import recipe_of
 from rightrank.exports.study import TARGET as STUDY
 from rightrank.exports.study import write_study
 from rightrank.exports.targets import Exported, require_paddable, require_target, write_export
-from rightrank.io.files import disk_errors_told, write_text
+from rightrank.io.files import disk_errors_told, require_absent, write_text
 from rightrank.io.journal import Repaired
 from rightrank.io.reading import UnreadableError, read_json_object
 from rightrank.io.run_folder import RunFolder
@@ -53,13 +53,13 @@ def export(
         run: a run folder whose selection has ended.
         to: peft, trl, axolotl, llamafactory, unsloth, ms-swift, vllm, sglang, llama.cpp or ollama; or
             optuna, a study of the trials, of an unfinished run too.
-        out: the folder to write, replaced whole; None for `exports/<to>` in the run folder.
+        out: the folder to write, which must not exist; None for `exports/<to>` in the run folder, replaced whole.
         pad: for a server: a copy of the adapter at one rank that it serves and one scale, the same function.
         push_to_hub: with `to="peft"`, `owner/name` of a repository to upload the adapter, its card and its plot to.
 
     Raises:
         SettingsError: an unknown target.
-        RunFolderError: no run there, or one without a decision or an adapter.
+        RunFolderError: no run there, one without a decision or an adapter, or `out` exists.
         ResultsError: a rank that the server does not serve.
         ModelError: an adapter that can't be padded.
         RunError: the hub could not be reached or refused; the files are written all the same.
@@ -82,7 +82,7 @@ def export(
     trial = next(trial for trial in records.finished() if trial.trial_id == decided.adapter_trial_id)
     recipe = recipe_of(records.started, trial, folder.adapter)
     with disk_errors_told(folder.path):
-        exported = write_export(to, recipe, Path(out) if out is not None else folder.path / "exports" / to, pad)
+        exported = write_export(to, recipe, _place(folder, to, out), pad)
     if push_to_hub is None:
         return exported
     return replace(exported, hub=upload(exported.folder, push_to_hub))
@@ -107,8 +107,17 @@ def _export_study(run: str | Path, out: str | Path | None, with_more: bool) -> E
     records = records_of(journal, str(folder.path))
     decided = last_decided(journal)
     with disk_errors_told(folder.path):
-        place = Path(out) if out is not None else folder.path / "exports" / STUDY
-        return write_study(records, decided.decision if decided else decision_so_far(records), place)
+        return write_study(
+            records, decided.decision if decided else decision_so_far(records), _place(folder, STUDY, out)
+        )
+
+
+def _place(folder: RunFolder, to: str, out: str | Path | None) -> Path:
+    """Where an export goes: a folder of the user's is never written over, the run's own is."""
+    if out is None:
+        return folder.path / "exports" / to
+    require_absent(Path(out))
+    return Path(out)
 
 
 def existing_run(run: str | Path) -> RunFolder:
@@ -118,7 +127,7 @@ def existing_run(run: str | Path) -> RunFolder:
         RunFolderError: no folder, or no journal in it.
     """
     folder = RunFolder(Path(run))
-    if not folder.journal.path.exists():
+    if not folder.journal.path.is_file():
         raise RunFolderError(f"{run}: no journal.jsonl there; give a folder that `rightrank select --out` made")
     folder.require_no_way_out()
     return folder

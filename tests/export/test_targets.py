@@ -214,3 +214,26 @@ def test_the_report_is_written_again_from_the_journal_and_the_adapter(selected: 
     assert {path.name for path in (tmp_path / "figures").iterdir()} == {
         path.name for path in (selected.run / "figures").iterdir()
     }
+
+
+@pytest.mark.parametrize("target", ["peft", "trl", "optuna"])
+@pytest.mark.parametrize("place", ["file", "folder", "link", "run", ""])
+def test_nothing_that_is_there_is_written_over(
+    selected: Selected, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: str, place: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("file").write_text("mine")
+    Path("folder").mkdir()
+    Path("link").symlink_to("nowhere")
+    before = sorted(path.name for path in selected.run.iterdir())
+    out = selected.run if place == "run" else Path(place)
+    with pytest.raises(RunFolderError, match="exists already; give a folder that does not exist yet"):
+        export(selected.run, target, out)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder", "link"]
+    assert Path("file").read_text() == "mine"
+    assert sorted(path.name for path in selected.run.iterdir()) == before
+
+
+def test_a_new_folder_is_made_with_its_parents(selected: Selected, tmp_path: Path) -> None:
+    exported = export(selected.run, "peft", tmp_path / "a" / "b")
+    assert (exported.folder / "adapter_config.json").exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -13,8 +14,8 @@ import pytest
 
 from rightrank.errors import RunFolderError
 from rightrank.io import files
-from rightrank.io.journal import Journal
-from rightrank.io.journal_lines import Damage, read_line, sealed
+from rightrank.io.journal import Journal, Repaired
+from rightrank.io.journal_lines import Damage, read_line, seal, sealed, split_torn
 from rightrank.records import Arm, DataSummary, JournalRecord, RunStarted, TrialFailed, TrialStarted
 
 ARM = Arm(rank=4, learning_rate=1e-3, lora_alpha=32.0, seed=0, steps=10)
@@ -149,6 +150,144 @@ def test_a_later_schema_is_refused_with_both_numbers(tmp_path: Path) -> None:
     journal.append(records()[1].model_copy(update={"schema_version": 3}))
     with pytest.raises(RunFolderError, match="1: schema 3, and this version reads up to 2: update rightrank"):
         journal.read()
+
+
+BODY = records()[1].model_dump_json().encode()[:-1]
+WHOLE = seal(BODY + b"}")
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        (WHOLE[:5] + WHOLE[6:], f"damaged: {len(BODY) - 1} bytes where {len(BODY)} were written"),
+        (b" " + WHOLE, f"damaged: {len(BODY) + 1} bytes where {len(BODY)} were written"),
+        (WHOLE.replace(b"0000", b"0010", 1), "damaged: its checksum does not fit"),
+        (WHOLE + b" ", "damaged: it has no length and checksum at its end"),
+        (WHOLE.replace(b',"len":', b',"len":0'), "damaged: it has no length and checksum at its end"),
+        (b"", "damaged: it has no length and checksum at its end"),
+        (b'{"schema_version":2}', "damaged: it has no length and checksum at its end"),
+        (b'{"schema_version":1,"text":"schema_version":2}', "damaged: it has no length and checksum at its end"),
+        (b'{"schema_version":1}', "not a record of schema 2 or before (Unable to extract tag"),
+        (seal(b'{"type":"nonsense"}'), "not a record of schema 2 or before (Input tag 'nonsense' found"),
+        (seal(b'{"type":"trial_started"}'), "not a record of schema 2 or before (Field required)"),
+        (seal(BODY.replace(b'sion":2', b'sion":12') + b"}"), "schema 12, and this version reads up to 2: update"),
+    ],
+)
+def test_a_line_that_is_no_record_says_why(line: bytes, reason: str) -> None:
+    found = read_line(line)
+    assert isinstance(found, Damage)
+    assert found.reason.startswith(reason)
+
+
+def test_a_line_is_closed_by_its_length_and_the_checksum_that_zlib_gives() -> None:
+    assert seal(b'{"a":1}') == b'{"a":1,"len":6,"crc":"a702fc6e"}'  # crc32 of {"a":1
+    assert sealed(records()[1]) == WHOLE + b"\n"
+    assert read_line(WHOLE) == records()[1]
+
+
+@pytest.mark.parametrize(
+    ("whole", "parts"),
+    [
+        (b"", (b"", b"")),
+        (b"\n", (b"\n", b"")),
+        (b"half", (b"", b"half")),
+        (b"one\ntwo\n", (b"one\ntwo\n", b"")),
+        (b"one\ntwo\nthr", (b"one\ntwo\n", b"thr")),
+    ],
+)
+def test_what_follows_the_last_line_end_is_torn(whole: bytes, parts: tuple[bytes, bytes]) -> None:
+    assert split_torn(whole) == parts
+
+
+def test_a_journal_that_is_not_there_holds_nothing(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "journal.jsonl")
+    assert journal.read() == []
+    assert not journal.path.exists()
+
+
+def test_each_torn_end_has_a_file_of_its_own(tmp_path: Path) -> None:
+    journal = write_all(tmp_path / "journal.jsonl")
+    told: list[str] = []
+    for half in (b'{"type":"tri', b'{"t', b"\x00\x00"):
+        with journal.path.open("ab") as file:
+            file.write(half)
+        assert journal.read(told.append) == records()
+    asides = [tmp_path / f"journal.jsonl.torn-{number}" for number in (1, 2, 3)]
+    assert [aside.read_bytes() for aside in asides] == [b'{"type":"tri', b'{"t', b"\x00\x00"]
+    assert told[1] == f"{journal.path}: the last line was cut off (3 bytes) and was set aside in {asides[1].name}"
+    assert journal.path.read_bytes() == b"".join(sealed(record) for record in records())
+
+
+def test_who_looks_on_reads_whole_records_and_touches_nothing(tmp_path: Path) -> None:
+    journal = write_all(tmp_path / "journal.jsonl")
+    for more in (b'{"type":"tri', WHOLE):  # a writer is in the middle of a line, or before its end
+        whole = journal.path.read_bytes() + more
+        journal.path.write_bytes(whole)
+        assert journal.read_settled() == records()
+        assert journal.path.read_bytes() == whole
+        assert [path.name for path in tmp_path.iterdir()] == ["journal.jsonl"]
+        journal.path.write_bytes(whole[: -len(more)])
+    journal.path.write_bytes(b"nothing of ours\n" + journal.path.read_bytes())
+    with pytest.raises(
+        RunFolderError, match=r"journal\.jsonl:1: damaged: it has no length.*; 3 of 4 records are whole"
+    ):
+        journal.read_settled()
+
+
+def test_of_several_damaged_lines_the_first_is_told_and_all_are_set_aside(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "journal.jsonl")
+    lines = [sealed(record) for record in records()]
+    damaged = [lines[1].replace(b"0000", b"0100", 1), b"x\n", lines[2][:-9]]
+    journal.path.write_bytes(lines[0] + damaged[0] + lines[1] + damaged[1] + lines[2] + damaged[2])
+    with pytest.raises(RunFolderError, match=r":2: damaged: its checksum does not fit and 1 more; 3 of 5 records"):
+        journal.read_settled()
+    aside = tmp_path / "journal.jsonl.torn-1"
+    assert journal.repair() == Repaired(kept=3, set_aside=3, aside=aside)
+    assert aside.read_bytes() == b"".join(damaged) + b"\n"
+    assert journal.path.read_bytes() == b"".join(lines)
+    assert journal.repair() == Repaired(kept=3, set_aside=0, aside=None)
+
+
+def test_a_last_record_that_lacks_its_line_end_is_kept_by_a_repair_too(tmp_path: Path) -> None:
+    journal = write_all(tmp_path / "journal.jsonl")
+    whole = journal.path.read_bytes()
+    first, rest = whole.split(b"\n", 1)
+    journal.path.write_bytes(first + b"\nx\n" + rest[:-1])
+    repaired = journal.repair()
+    assert (repaired.kept, repaired.set_aside) == (3, 1)
+    assert journal.path.read_bytes() == whole
+
+
+@pytest.mark.parametrize("fault", [errno.ENOSPC, errno.EIO, errno.EDQUOT])
+@pytest.mark.parametrize("call", ["write", "fsync"])
+def test_an_append_that_fails_leaves_the_journal_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, fault: int
+) -> None:
+    journal = write_all(tmp_path / "journal.jsonl")
+    whole, real = journal.path.read_bytes(), os.write
+    calls: list[int] = []
+
+    def failing(descriptor: int, part: bytes | memoryview = b"") -> int:
+        calls.append(descriptor)
+        if call == "write" and len(calls) == 1:
+            return real(descriptor, part[:7])  # the last room on the disk
+        raise OSError(fault, os.strerror(fault))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, call, failing)
+        with pytest.raises(OSError, match=re.escape(os.strerror(fault))):
+            journal.append(records()[2])
+    assert journal.path.read_bytes() == whole
+    journal.append(records()[2])
+    assert journal.read() == [*records(), records()[2]]
+
+
+def test_a_line_is_whole_however_little_the_system_takes_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = os.write
+    monkeypatch.setattr(os, "write", lambda descriptor, part: real(descriptor, part[:5]))
+    assert write_all(tmp_path / "journal.jsonl").read() == records()
 
 
 @pytest.fixture

@@ -28,6 +28,19 @@ def test_column_names_are_brought_to_plain_ones(column: str, meant: str) -> None
     assert plain(column) == meant
 
 
+def test_numbers_that_left_a_float_s_normal_ones_are_nothing(tmp_path: Path) -> None:
+    decided = decide(write(tmp_path, "rank,value\n1,1e-320\n4,0.001\n16,-1e-40\n"), margin=1e-6)
+    assert {evidence.rank: evidence.value for evidence in decided.decision.ranks} == {1: 0.0, 4: 0.001, 16: 0.0}
+
+
+def test_a_rank_that_no_adapter_has_is_refused(tmp_path: Path) -> None:
+    assert decide(write(tmp_path, f"rank,value\n1,2\n{2**20},1\n")).decision.reference_rank == 2**20
+    with pytest.raises(
+        ResultsError, match=r"runs\.csv:3: rank 1048577 is not allowed: no adapter has more than 1,048,576"
+    ):
+        decide(write(tmp_path, f"rank,value\n1,2\n{2**20 + 1},1\n"))
+
+
 @pytest.mark.parametrize(
     "text",
     [

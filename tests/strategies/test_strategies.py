@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from rightrank.records import TrialFinished
 from rightrank.settings import make_settings
 from rightrank.strategies import History, Strategy, make_strategy, strategy_named
 from rightrank.strategies.grid import outside_in
-from rightrank.strategies.moves import is_lost_at_half, is_lost_at_quarter
+from rightrank.strategies.rates import is_lost_at_half, is_lost_at_quarter
 from rightrank.strategies.results import Results, excess_of
 from tests.strategies.test_conformance import run_all
 from tests.strategies.worlds import STEPS, World, make_space
@@ -96,6 +97,91 @@ def test_a_lower_rate_goes_on_where_the_best_one_gets_worse() -> None:
     assert strategy.answer(History.of(known)).learning_rate == 3e-4
 
 
+@pytest.mark.parametrize("can_stop_early", [True, False])
+def test_rates_beyond_the_valley_do_not_win(can_stop_early: bool) -> None:
+    """Broken trainings level off: the highest rate is the better of two that are both worse than the base."""
+
+    class Broken(World):
+        def loss(self, arm: Any) -> float:
+            broken = {1e-3: 1.0, 3e-3: 0.8}.get(arm.learning_rate, 0.0) if arm.rank else 0.0
+            return super().loss(arm) + broken
+
+    strategy = strategy_named("bracket")(make_space())
+    known = run_all(strategy, Broken(best_rate=3e-4, can_stop_early=can_stop_early))
+    assert strategy.answer(History.of(known)).learning_rate == 3e-4
+
+
+def test_a_leap_to_the_highest_rate_is_doubted_where_the_base_is_unknown() -> None:
+    class Broken(World):
+        def loss(self, arm: Any) -> float:
+            return super().loss(arm) + {1e-3: 1.0, 3e-3: 0.8}.get(arm.learning_rate, 0.0)
+
+    strategy = strategy_named("bracket")(make_space())
+    table = Broken(best_rate=3e-4, can_stop_early=False, can_truncate=False, breaks=lambda arm: arm.rank == 0)
+    assert strategy.answer(History.of(run_all(strategy, table))).learning_rate == 3e-4
+
+
+@pytest.mark.parametrize("lost", [1e-3, 3e-3, 3e-4])
+def test_a_cell_that_is_missing_hides_no_better_rate(lost: float) -> None:
+    """A table with a hole: what lies beyond it is looked at."""
+    world = World(
+        best_rate=1e-4, can_stop_early=False, can_truncate=False, breaks=lambda arm: arm.learning_rate == lost
+    )
+    strategy = strategy_named("bracket")(make_space())
+    assert strategy.answer(History.of(run_all(strategy, world))).learning_rate == 1e-4
+
+
+def test_a_start_that_diverges_is_followed_downward_in_stages() -> None:
+    world = World(best_rate=1e-3, diverges=lambda arm: arm.learning_rate > 5e-4)
+    strategy = strategy_named("bracket")(make_space())
+    known = run_all(strategy, world)
+    assert strategy.answer(History.of(known)).learning_rate == 3e-4
+    assert stages(known, 64, 1e-3) == {25}
+    assert not stages(known, 64, 3e-3)
+
+
+def test_a_high_rate_that_has_not_settled_at_a_quarter_is_given_time() -> None:
+    """Far behind after a short warm-up, but still below the base, closing in, and the best at the end."""
+
+    class Unsettled(World):
+        def loss(self, arm: Any) -> float:
+            if arm.rank == 0:
+                return 2.5
+            late = {25: 0.65, 50: 0.25}.get(arm.stop_at or 0, 0.0) if arm.learning_rate > 2e-3 else 0.0
+            return super().loss(arm) + late
+
+    strategy = strategy_named("bracket")(make_space())
+    known = run_all(strategy, Unsettled(best_rate=2.4e-3))
+    assert stages(known, 64, 3e-3) == {25, 50, 100}
+    assert strategy.answer(History.of(known)).learning_rate == 3e-3
+
+
+def test_where_a_higher_rate_won_late_the_next_one_is_tried_too() -> None:
+    class Late(World):
+        def loss(self, arm: Any) -> float:
+            behind = 0.15 * math.log(arm.learning_rate / 1e-4) if arm.stop_at is not None and arm.rank else 0.0
+            return super().loss(arm) + behind * (1 - (arm.stop_at or 100) / 100)
+
+    strategy = strategy_named("bracket")(make_space(rates=(1e-4, 3e-4, 1e-3, 3e-3, 1e-2)))
+    known = run_all(strategy, Late(best_rate=1e-2))
+    assert strategy.answer(History.of(known)).learning_rate == 1e-2
+
+
+def test_a_top_that_is_beaten_is_not_the_best_there_is() -> None:
+    """The best lies between the rank that beat the top and the top: the answer is judged against it."""
+
+    class Between(World):
+        def loss(self, arm: Any) -> float:
+            if arm.rank == 0 or arm.truncate_from is not None or arm.stop_at is not None:
+                return super().loss(arm)
+            return {64: 1.06, 16: 1.0, 4: 1.04, 1: 1.2}[arm.rank]
+
+    for name in ("bracket", "ladder"):
+        strategy = strategy_named(name)(make_space())
+        answer = strategy.answer(History.of(run_all(strategy, Between(gain=0.001))))
+        assert (answer.rank, answer.reference_rank) == (16, 16)
+
+
 def test_a_rate_that_the_top_is_far_worse_at_is_not_tried_below() -> None:
     class Steep(World):
         def loss(self, arm: Any) -> float:
@@ -131,6 +217,7 @@ def test_a_rank_that_had_no_time_to_learn_gets_a_higher_rate() -> None:
         (True, 0.01, 0.1, False, False),
         (True, 0.2, 0.1, True, True),
         (True, 0.01, -0.1, True, True),
+        (False, 0.0, 0.1, False, False),
     ],
 )
 def test_which_rates_can_still_win(
@@ -138,6 +225,15 @@ def test_which_rates_can_still_win(
 ) -> None:
     assert is_lost_at_quarter(is_higher, behind, gain) is at_quarter
     assert is_lost_at_half(is_higher, behind, gain) is at_half
+
+
+def test_a_rate_that_has_not_settled_or_closes_in_can_still_win() -> None:
+    assert is_lost_at_quarter(True, 0.5, 0.1, learned=0.4)  # worse than the base
+    assert is_lost_at_quarter(True, 0.5, 0.1, learned=2.0)  # it has learned nearly as much: settled
+    assert not is_lost_at_quarter(True, 0.5, 0.1, learned=1.0)
+    assert is_lost_at_quarter(False, 0.5, 0.1, learned=1.0)
+    assert is_lost_at_half(True, 0.3, 0.1, closing=0.2)
+    assert not is_lost_at_half(True, 0.3, 0.1, closing=0.4)
 
 
 def test_confirms_with_further_seeds() -> None:

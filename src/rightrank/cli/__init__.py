@@ -16,7 +16,7 @@ from rightrank.cli.handing_over import export, repair, report
 from rightrank.cli.planning import plan
 from rightrank.cli.training import demo, select
 from rightrank.cli.views import completion, status, watch
-from rightrank.errors import RightrankError, one_line
+from rightrank.errors import RightrankError, is_out_of_memory, one_line
 from rightrank.version import __version__
 
 COMMANDS = (
@@ -55,6 +55,9 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         given = sys.argv[1:] if arguments is None else arguments
         status = cli.main(args=given, prog_name="rightrank", standalone_mode=False, obj=["rightrank", *given])
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message(), err=True)
+        sys.exit(2)
     except click.ClickException as error:
         _complain(error.format_message())
         sys.exit(2)
@@ -64,6 +67,13 @@ def main(arguments: list[str] | None = None) -> None:
     except RightrankError as error:
         _complain(str(error))
         sys.exit(error.exit_status)
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        _complain(
+            "out of memory; what was finished is kept: free some, or ask for less, and run the same command again"
+        )
+        sys.exit(1)
     except UnicodeEncodeError as error:
         _complain(f"can't write {error.object[error.start : error.end]!r} to this terminal; use --json")
         sys.exit(1)
@@ -71,9 +81,8 @@ def main(arguments: list[str] | None = None) -> None:
         sys.stderr.close()  # whoever read our output has left: there is nobody to tell
         sys.exit(1)
     except OSError as error:
-        _complain(
-            f"{error.filename or 'the system'}: {error.strerror or error}; give a path that can be read or written"
-        )
+        place = error.filename2 or error.filename or "the system"  # of a rename, where it was to go
+        _complain(f"{place}: {error.strerror or error}; give a path that can be read or written")
         sys.exit(1)
     sys.exit(status if isinstance(status, int) else 0)
 

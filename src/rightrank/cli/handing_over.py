@@ -29,7 +29,7 @@ def report(run: Path, as_json: bool) -> None:
     required=True,
     help="peft, trl, axolotl, llamafactory, unsloth, ms-swift, vllm, sglang, llama.cpp, ollama, or optuna.",
 )
-@click.option("--out", type=click.Path(path_type=Path), help="Folder to write (default: RUN/exports/TARGET).")
+@click.option("--out", type=click.Path(path_type=Path), help="New folder to write (default: RUN/exports/TARGET).")
 @click.option(
     "--pad", is_flag=True, help="For a server: the adapter at one rank it serves and one scale, same function."
 )

@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from rightrank.errors import ModelError, RunFolderError
-from rightrank.io.files import replacing_folder
+from rightrank.io.files import replacing_folder, require_absent
 from rightrank.io.patterns import lora_scaling, pattern_matches, pattern_value
 from rightrank.io.reading import UnreadableError, read_json_object
 from rightrank.records.probe import ModuleKind
@@ -165,16 +165,6 @@ def write_adapter(out: Path, config: Mapping[str, Any], tensors: Mapping[str, to
             (temporary / CONFIG_FILE).write_text(text, encoding="utf-8")
     except OSError as error:
         raise RunFolderError(f"{out}: can't write there ({error.strerror or error}); give a writable folder") from None
-
-
-def require_absent(out: Path) -> None:
-    """Refuse to write over anything.
-
-    Raises:
-        RunFolderError: `out` exists.
-    """
-    if out.exists():
-        raise RunFolderError(f"{out}: exists already; give a folder that does not exist yet, or remove it first")
 
 
 def _read_config(path: Path) -> dict[str, Any]:

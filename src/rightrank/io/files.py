@@ -13,7 +13,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from rightrank.errors import RunError
+from rightrank.errors import RunError, RunFolderError
 
 _DISK_ERRORS = {
     errno.ENOSPC,
@@ -71,6 +71,16 @@ def replacing_folder(path: Path) -> Iterator[Path]:
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
+
+
+def require_absent(out: Path) -> None:
+    """Refuse to write over anything.
+
+    Raises:
+        RunFolderError: `out` exists.
+    """
+    if out.exists() or out.is_symlink():
+        raise RunFolderError(f"{out}: exists already; give a folder that does not exist yet, or remove it first")
 
 
 def write_text(path: Path, text: str, flush: bool = True) -> None:

@@ -14,6 +14,8 @@ from rightrank.records import Result
 from rightrank.records.base import LARGEST_WHOLE
 
 FAILED = {"failed", "crashed", "killed", "error", "fail", "diverged", "oom", "pruned"}
+LARGEST_RANK = 2**20
+SMALLEST_NUMBER = 1e-30  # what is nearer to nothing is nothing: a number that has left the normal ones of a float
 LARGEST_NUMBER = 1e12  # beyond it a held-out value is a mistake, and squares lose their meaning
 
 Key = tuple[int, float, int]  # rank, learning rate, seed
@@ -67,6 +69,8 @@ def gather(rows: Iterable[Row], columns: Columns, metric: str) -> tuple[dict[Key
 
 def _key(row: Row, columns: Columns) -> Key:
     rank = _integer(row, columns.by_name["rank"], "rank", "a positive integer, or 0 for the base")
+    if rank > LARGEST_RANK:
+        raise ResultsError(f"{row.where}: rank {rank} is not allowed: no adapter has more than {LARGEST_RANK:,}")
     rate, seed = 0.0, 0
     column = columns.get("lr")
     if rank > 0 and column is not None and not blank(row.fields.get(column)):
@@ -202,7 +206,7 @@ def _number(row: Row, column: str, strict: bool = True) -> float | None:
         )
     if abs(number) > LARGEST_NUMBER:
         raise ResultsError(f"{row.where}: {column} is {number:g}; numbers up to {LARGEST_NUMBER:g} are understood")
-    return number
+    return number if abs(number) >= SMALLEST_NUMBER else 0.0
 
 
 def _positive(row: Row, column: str | None) -> float | None:

@@ -30,16 +30,21 @@ class Damage:
 
 def sealed(record: JournalRecord) -> bytes:
     """The record's line, its end included."""
-    body = record.model_dump_json().encode()[:-1]
-    return body + b',"len":%d,"crc":"%08x"}\n' % (len(body), zlib.crc32(body))
+    return seal(record.model_dump_json().encode()) + b"\n"
+
+
+def seal(line: bytes) -> bytes:
+    """A JSON object, closed by its length and checksum."""
+    body = line[:-1]
+    return body + b',"len":%d,"crc":"%08x"}' % (len(body), zlib.crc32(body))
 
 
 def read_line(line: bytes) -> JournalRecord | Damage:
     """The record of a line without its end, or what is wrong with it."""
-    seal = _SEAL.search(line)
-    if seal is None:
+    found = _SEAL.search(line)
+    if found is None:
         return _unsealed(line)
-    body, length, checksum = line[: seal.start()], int(seal[1]), int(seal[2], 16)
+    body, length, checksum = line[: found.start()], int(found[1]), int(found[2], 16)
     if len(body) != length:
         return Damage(f"damaged: {len(body)} bytes where {length} were written")
     if zlib.crc32(body) != checksum:

@@ -142,4 +142,5 @@ def margin_ranks(grid: Floats, curves: Floats, margin: float) -> Floats:
 def diminishing_rank(law: PowerLaw, margin: float) -> Floats:
     """[draws] the rank above which a doubling gains less than the margin: (b·(1 - 2^-c) / margin)^(1/c), 1 at least."""
     gain = law.b * (1 - 2.0**-law.c)
-    return np.maximum(1.0, np.maximum(gain / margin, 1e-12) ** (1 / law.c))
+    with np.errstate(over="ignore"):  # a margin of next to nothing: no rank is large enough
+        return np.maximum(1.0, np.maximum(gain / margin, 1e-12) ** (1 / law.c))

@@ -17,7 +17,8 @@ import numpy as np
 import torch
 
 from rightrank.errors import ModelError, SettingsError
-from rightrank.io.adapter_folder import PREFIX, open_adapter, require_absent, write_adapter
+from rightrank.io.adapter_folder import PREFIX, open_adapter, write_adapter
+from rightrank.io.files import require_absent
 from rightrank.io.models import linear_modules
 from rightrank.io.weights import open_weights
 from rightrank.maths.spectra import Svd, energy_rank

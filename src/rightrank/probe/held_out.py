@@ -14,8 +14,9 @@ import torch
 
 from rightrank.decision import decide, table_of
 from rightrank.engine.bench import Bench, Scores
-from rightrank.io.adapter_folder import AdapterFolder, open_adapter, require_absent, write_adapter
+from rightrank.io.adapter_folder import AdapterFolder, open_adapter, write_adapter
 from rightrank.io.adapters import save_adapter
+from rightrank.io.files import require_absent
 from rightrank.probe.bench_of import adapter_on, finished_trial, train_attached
 from rightrank.probe.rank_choice import RankChoice
 from rightrank.probe.resize import write_resized

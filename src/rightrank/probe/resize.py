@@ -17,9 +17,9 @@ from rightrank.io.adapter_folder import (
     WEIGHTS_FILE,
     AdapterFolder,
     AdapterModule,
-    require_absent,
     write_adapter,
 )
+from rightrank.io.files import require_absent
 from rightrank.io.patterns import exact_pattern, lora_scaling
 from rightrank.maths.spectra import factored_distance
 from rightrank.probe.rank_choice import RankChoice

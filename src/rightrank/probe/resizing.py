@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from rightrank.errors import RunFolderError, SettingsError
-from rightrank.io.adapter_folder import AdapterFolder, open_adapter, require_absent
-from rightrank.io.files import replacing_folder
+from rightrank.io.adapter_folder import AdapterFolder, open_adapter
+from rightrank.io.files import replacing_folder, require_absent
 from rightrank.probe.rank_choice import RankChoice, by_energy, by_noise, by_rank, candidate_ranks
 from rightrank.probe.resize import require_plain_update, write_resized
 from rightrank.records.probe import Resized, ResizedTogether

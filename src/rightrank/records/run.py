@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, TypeAlias
 
-from pydantic import Field, JsonValue, TypeAdapter
+from pydantic import Field, JsonValue, TypeAdapter, field_validator
 
-from rightrank.records.base import SCHEMA_VERSION, Record, Whole
+from rightrank.records.base import LARGEST_WHOLE, SCHEMA_VERSION, Record, Whole
 from rightrank.records.decision import Decision
 from rightrank.records.trials import TrialDiverged, TrialFailed, TrialFinished, TrialStarted
 
@@ -48,6 +48,13 @@ class RunStarted(Record):
     higher_is_better: bool
     points_metric: str | None = None  # of the evaluations along a training, where it is not the one that decides
     started_at: str
+
+    @field_validator("settings")
+    @classmethod
+    def _numbers_exact(cls, settings: dict[str, JsonValue]) -> dict[str, JsonValue]:
+        if any(isinstance(value, int) and abs(value) > LARGEST_WHOLE for value in settings.values()):
+            raise ValueError(f"a setting is a number beyond {LARGEST_WHOLE}")
+        return settings
 
 
 class TestEvaluated(Record):

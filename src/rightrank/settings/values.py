@@ -15,7 +15,8 @@ AnySettings = TypeVar("AnySettings", bound=BaseModel)
 DtypeName: TypeAlias = Literal["float32", "bfloat16", "float16"]
 
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
-MOST_BYTES = 2**60
+LARGEST_WHOLE = 2**53  # whole numbers that a float holds exactly
+MOST_BYTES = LARGEST_WHOLE
 
 
 def parse_bytes(text: str) -> int:
@@ -58,9 +59,20 @@ def checked(kind: type[AnySettings], values: Mapping[str, object]) -> AnySetting
         allowed = ", ".join(sorted(kind.model_fields))
         raise SettingsError(f"unknown setting {unknown[0]!r}{near or '; allowed: ' + allowed}")
     try:
-        return kind.model_validate(dict(values))
+        settings = kind.model_validate(dict(values))
     except ValidationError as error:
         raise SettingsError(_first_line(error)) from None
+    for name in kind.model_fields:
+        _exact(name, getattr(settings, name))
+    return settings
+
+
+def _exact(name: str, value: object) -> None:
+    if isinstance(value, list | tuple):
+        for inner in value:
+            _exact(name, inner)
+    if isinstance(value, int) and abs(value) > LARGEST_WHOLE:
+        raise SettingsError(f"{name}: got {_QUOTED.repr(value)}; whole numbers are at most 2**53 ({LARGEST_WHOLE})")
 
 
 _QUOTED = reprlib.Repr()

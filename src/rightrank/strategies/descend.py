@@ -7,8 +7,8 @@ import math
 from rightrank.records import Arm, TrialFinished, TrialOutcome
 from rightrank.strategies.bracket import smallest_cut_that_holds, truncations
 from rightrank.strategies.climb import Wanted
-from rightrank.strategies.moves import find_rate, find_rate_cost, least_trainings
 from rightrank.strategies.protocol import Answer, Cost, History
+from rightrank.strategies.rates import find_rate, find_rate_cost, least_trainings
 from rightrank.strategies.results import Results, excess_of, within
 from rightrank.strategies.script import Scripted
 

@@ -1,109 +1,16 @@
-"""Moves that scripts are made of: find the rate at a rank, try a rank, walk to the lowest rank that holds."""
+"""Moves that scripts are made of: try a rank, walk to the lowest rank that holds, make sure of the answer."""
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
 
-from rightrank.records import Arm
-from rightrank.strategies.climb import EARLY, Wanted, climb, early_arm, early_step
+from rightrank.strategies.climb import EARLY, Wanted, early_step
+from rightrank.strategies.rates import LATER, challenge
 from rightrank.strategies.results import Results, within
 from rightrank.strategies.space import Space
 
-LATER = 0.5  # of a training: where the two best rates are compared again
-PATIENCE = 1.5  # a higher rate behind at a quarter by more than this times what the better one gains until half is lost
 HOPELESS = 2.0  # margins: a rank that fails by more was never rescued by a rate beside (by 1.5 at most, on 44 grids)
 SIDE = 2.0  # margins: a rate that the top rank is worse at by more never rescued a lower one (by .9 at most)
-
-
-def find_rate(space: Space, results: Results, rank: int) -> Generator[Sequence[Arm], None, float | None]:
-    """The best rate at `rank`, None if no training ended: losers are stopped early where that can be had, else every
-    rate tried is trained whole.
-
-    Halving between rates (between ranks it is unsound: low ranks fall off late): a climb on values at a quarter of
-    the way; the best goes on to half, the second too if it may still win; what may still win then goes on to the end.
-    """
-    if space.stages and len(space.rates) >= 3 and early_step(space, EARLY) != early_step(space, LATER):
-        yield from climb(space, results, rank, part=EARLY)
-        yield from _finish_the_best(space, results, rank)
-    if results.best_rate(rank) is None and not _is_staged(space, results, rank):
-        yield from climb(space, results, rank)
-    return results.best_rate(rank)
-
-
-def _is_staged(space: Space, results: Results, rank: int) -> bool:
-    """Whether a training could be stopped early here."""
-    return any(results.loss(early_arm(space, rank, rate, EARLY)) is not None for rate in space.rates)
-
-
-def _finish_the_best(space: Space, results: Results, rank: int) -> Wanted:
-    """From values at a quarter to whole trainings of those that may be the best."""
-    quarter = {rate: results.loss(early_arm(space, rank, rate, EARLY)) for rate in space.rates}
-    known = sorted((loss, rate) for rate, loss in quarter.items() if loss is not None)
-    if not known:
-        return
-    ended = yield from _two_to_half(space, results, rank, known[:2])
-    if ended:
-        best = min(ended, key=lambda arm: (results.loss(arm), arm.learning_rate))
-        yield [_going_on(results, arm) for arm in ended if arm.learning_rate >= best.learning_rate]
-    for _, rate in known[2:]:  # only where the better ones diverged later on
-        if results.best_rate(rank) is not None:
-            return
-        yield [_going_on(results, early_arm(space, rank, rate, EARLY))]
-
-
-def _two_to_half(
-    space: Space, results: Results, rank: int, known: Sequence[tuple[float, float]]
-) -> Generator[Sequence[Arm], None, list[Arm]]:
-    """The best at a quarter goes on to half, the second too unless it is lost; those that may still win are returned.
-
-    `known` are (loss at a quarter, rate), the best first.
-    """
-    (quarter, first), *others = known
-    ended: list[Arm] = []
-    arm = _continued(space, results, rank, first, EARLY, early_step(space, LATER))
-    yield [arm]
-    half = results.loss(arm)
-    if half is not None:
-        ended.append(arm)
-    for loss, rate in others:
-        if half is not None and is_lost_at_quarter(rate > first, loss - quarter, quarter - half):
-            continue
-        arm = _continued(space, results, rank, rate, EARLY, early_step(space, LATER))
-        yield [arm]
-        other = results.loss(arm)
-        if other is not None and (half is None or not is_lost_at_half(rate > first, other - half, quarter - half)):
-            ended.append(arm)
-    return ended
-
-
-def is_lost_at_quarter(is_higher: bool, behind: float, gain: float) -> bool:
-    """Whether a rate that is `behind` another one after a quarter can't win any more. `gain` is what the other gains from
-    there to half: as long as that is to come, an order can turn. A lower rate is kept where the other gets worse.
-    """
-    return behind > PATIENCE * max(gain, 0.0) and (is_higher or gain > 0)
-
-
-def is_lost_at_half(is_higher: bool, behind: float, gain: float) -> bool:
-    """The same at half; `gain` is that of the other until here.
-
-    A decaying schedule favours high rates late, so a higher one is given time; a lower one catches up only where the
-    other gets worse, as on few items.
-    """
-    return is_lost_at_quarter(is_higher, behind, gain) or (not is_higher and behind > 0 and gain > 0)
-
-
-def _continued(space: Space, results: Results, rank: int, rate: float, part: float, stop_at: int) -> Arm:
-    """The arm that goes on from where `part` of a training ended, to `stop_at`."""
-    before = results.finished(early_arm(space, rank, rate, part))
-    assert before is not None
-    return before.arm.model_copy(update={"stop_at": stop_at, "continue_from": before.trial_id})
-
-
-def _going_on(results: Results, stopped: Arm) -> Arm:
-    """The arm that goes on from a stopped one to its end."""
-    before = results.finished(stopped)
-    assert before is not None
-    return stopped.model_copy(update={"stop_at": None, "continue_from": before.trial_id})
 
 
 def try_rank(space: Space, results: Results, rank: int, rate: float) -> Wanted:
@@ -115,7 +22,7 @@ def try_rank(space: Space, results: Results, rank: int, rate: float) -> Wanted:
     for side in side_rates(space, results, rank, rate):
         if results.holds(rank):
             return
-        yield from _try_side(space, results, rank, rate, side)
+        yield from challenge(space, results, rank, rate, side)
 
 
 def side_rates(space: Space, results: Results, rank: int, rate: float) -> Sequence[float]:
@@ -156,24 +63,6 @@ def _is_slow(space: Space, results: Results, rank: int, rate: float) -> bool:
     return within(min(known) - top, space.margin_at(top)) and half - end > end - top
 
 
-def _try_side(space: Space, results: Results, rank: int, rate: float, side: float) -> Wanted:
-    """Train `rank` at `side`, left on the way where it can't win over `rate` any more."""
-    quarter, half = (results.loss_after(rank, rate, early_step(space, part)) for part in (EARLY, LATER))
-    if not space.stages or quarter is None or half is None:
-        yield [space.arm(rank, side)]
-        return
-    stage = early_arm(space, rank, side, EARLY)
-    yield [stage]
-    early = results.loss(stage)
-    if early is None or is_lost_at_quarter(side > rate, early - quarter, quarter - half):
-        return
-    stage = _continued(space, results, rank, side, EARLY, early_step(space, LATER))
-    yield [stage]
-    later = results.loss(stage)
-    if later is not None and not is_lost_at_half(side > rate, later - half, quarter - half):
-        yield [_going_on(results, stage)]
-
-
 def _behind_at_top(space: Space, results: Results, side: float, rate: float) -> float:
     """How much worse the top rank is at `side` than at `rate`, as far as both were trained; 0 where unknown."""
     for step in (space.steps, early_step(space, LATER), early_step(space, EARLY)):
@@ -207,6 +96,27 @@ def _nearby_rate(results: Results, rank: int, otherwise: float) -> float:
     nearest = min(tried, key=lambda other: max(other / rank, rank / other), default=None)
     found = None if nearest is None else results.best_rate(nearest)
     return otherwise if found is None else found
+
+
+def settle(space: Space, results: Results) -> Wanted:
+    """Where the top is beaten by more than the margin the best lies below it, so the rank above the best one known is
+    tried until that is no better; and the answer's next lower rank, where it was not.
+    """
+    for _ in range(2 * len(space.ranks)):
+        chosen, best = results.smallest_that_holds(), results.reference()
+        if chosen is None or best is None:
+            return
+        above = space.above(best) if space.top in results.ranks() and not results.holds(space.top) else None
+        below = space.below(chosen)
+        rank = next((rank for rank in (above, below) if rank is not None and not _is_tried(results, rank)), None)
+        if rank is None:
+            return
+        yield from try_rank(space, results, rank, _nearby_rate(results, rank, space.rates[0]))
+
+
+def _is_tried(results: Results, rank: int) -> bool:
+    """Whether a whole training of the rank was asked for, whatever became of it."""
+    return any(arm.rank == rank and arm.truncate_from is None for arm in results.outcomes)
 
 
 def support(space: Space, results: Results) -> Wanted:
@@ -248,17 +158,6 @@ def most_trainings(space: Space) -> int:
 def most_stages(space: Space) -> int:
     """The arms behind `most_trainings`: a training comes in up to three stages."""
     return 3 * most_trainings(space)
-
-
-def find_rate_cost(space: Space) -> float:
-    """Expected: three rates to a quarter, two of them to half, one or two to the end."""
-    return 2.0 if len(space.rates) >= 3 else float(len(space.rates))
-
-
-def least_trainings(space: Space) -> float:
-    """One rank's rate at its dearest, losers stopped early, and one training of another rank."""
-    rates = len(space.rates)
-    return 1.0 + (rates if rates < 3 else rates * EARLY + 2 * (1 - EARLY))
 
 
 def confirmation_cost(space: Space) -> float:

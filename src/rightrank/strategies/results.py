@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from rightrank.records import Arm, TrialFinished, TrialOutcome
+from rightrank.records import Arm, TrialDiverged, TrialFinished, TrialOutcome
+from rightrank.strategies.protocol import base_arm
 from rightrank.strategies.space import Space
 
 Floats = NDArray[np.float64]
@@ -39,10 +40,20 @@ class Results:
         outcome = self.outcomes.get(arm)
         return outcome if isinstance(outcome, TrialFinished) else None
 
+    def diverged(self, arm: Arm) -> bool:
+        return isinstance(self.outcomes.get(arm), TrialDiverged)
+
     def loss(self, arm: Arm) -> float | None:
         """The held-out value turned so that lower is better; None where the arm gave none."""
         outcome = self.finished(arm)
         return None if outcome is None else oriented(outcome, self.space)
+
+    def base_loss(self, *, on_the_way: bool) -> float | None:
+        """Of the base without an adapter, comparable with values on the way or with those at the end; None where unknown."""
+        outcome = self.finished(base_arm(self.space.lora_alpha))
+        if outcome is None:
+            return None
+        return outcome.metrics["loss"] if on_the_way and self.space.points_are_losses else oriented(outcome, self.space)
 
     def loss_after(self, rank: int, rate: float, step: int) -> float | None:
         """The held-out loss after `step` steps of a training with the first seed, whether it stopped there or went on.

@@ -5,17 +5,9 @@ from __future__ import annotations
 from abc import abstractmethod
 
 from rightrank.strategies.climb import Wanted
-from rightrank.strategies.moves import (
-    confirm,
-    confirmation_cost,
-    find_rate,
-    find_rate_cost,
-    least_trainings,
-    most_stages,
-    most_trainings,
-    support,
-)
+from rightrank.strategies.moves import confirm, confirmation_cost, most_stages, most_trainings, settle, support
 from rightrank.strategies.protocol import Cost
+from rightrank.strategies.rates import find_rate, find_rate_cost, least_trainings
 from rightrank.strategies.results import Results
 from rightrank.strategies.script import Scripted
 
@@ -40,6 +32,7 @@ class Search(Scripted):
         if rate is None:
             return
         yield from self.look(results, rate)
+        yield from settle(self.space, results)
         yield from support(self.space, results)
         yield from confirm(self.space, results)
 

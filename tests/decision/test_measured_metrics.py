@@ -1,0 +1,199 @@
+"""A run that measured several metrics: which one decides, which way it goes, and what the others say beside it."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from rightrank.decision import Cell, ScoreTable, decide, table_of
+from rightrank.decision.run import Records, comparable, decide_on, decide_run, metrics_of, run_table
+from rightrank.records import TrialFailed, TrialFinished
+from tests.decision.tables import bare
+from tests.report.runs import ITEMS, STEPS, made_up_run
+
+COLOURS = {0: 1.0, 1: 1.0, 4: 5.0, 16: 9.0}  # a number whose name does not say which way is better
+
+
+def measured(form: str = "prompt_completion", **started: object) -> Records:
+    """Ranks 1, 4 and 16; the share of items that are right grows to rank 16, the loss is as good at 4."""
+    records = made_up_run((1, 4, 16), (1e-3,))
+    right = {0: 0, 1: ITEMS // 3, 4: ITEMS // 2, 16: ITEMS - 1}
+    outcomes = [
+        trial.model_copy(
+            update={
+                "metrics": {
+                    "loss": trial.value,
+                    "exact_match": right[trial.rank] / ITEMS,
+                    "colour": COLOURS[trial.rank],
+                },
+                "item_metrics": {"exact_match": [1.0] * right[trial.rank] + [0.0] * (ITEMS - right[trial.rank])},
+            }
+        )
+        for trial in records.finished()
+    ]
+    data = records.started.data.model_copy(update={"form": form})
+    return Records.of(records.started.model_copy(update={"data": data, **started}), outcomes)
+
+
+def with_settings(records: Records, **settings: object) -> Records:
+    started = records.started.model_copy(update={"settings": records.started.settings | settings})
+    return Records.of(started, records.outcomes)
+
+
+def test_the_metric_that_decides_comes_first() -> None:
+    assert metrics_of(measured()) == ["loss", "exact_match", "colour"]
+    assert metrics_of(measured(metric="exact_match")) == ["exact_match", "loss", "colour"]
+    assert metrics_of(measured(metric="f1")) == ["f1", "loss", "exact_match", "colour"]
+
+
+def test_each_other_metric_is_judged_beside_the_one_that_decides() -> None:
+    decision = decide_run(with_settings(measured(), margin=0.05))
+    assert (decision.metric, decision.rank) == ("loss", 4)
+    exact, colour = decision.other_metrics
+    assert (exact.metric, exact.higher_is_better, exact.margin) == ("exact_match", True, 0.005)
+    assert exact.value_at(16) == pytest.approx((ITEMS - 1) / ITEMS)
+    assert (colour.metric, colour.higher_is_better, colour.reference_rank) == ("colour", True, 16)
+    assert colour.value_at(4) == 5.0
+    assert exact.conflict
+    assert "metric_conflict" in decision.flags
+
+
+def test_another_metric_may_decide_and_the_loss_stands_beside_it() -> None:
+    records = measured()
+    decision = decide_on(records, comparable(records), "exact_match", 0.1)
+    assert (decision.metric, decision.higher_is_better, decision.margin) == ("exact_match", True, 0.1)
+    assert (decision.reference_rank, decision.basis) == (16, "items")
+    assert [other.metric for other in decision.other_metrics] == ["loss", "colour"]
+    few = [outcome for outcome in records.outcomes if outcome.rank < 16]
+    fewer = decide_on(records, few, "exact_match", 0.1)
+    assert [evidence.rank for evidence in fewer.ranks] == [0, 1, 4]
+    assert [evidence.rank for evidence in fewer.other_metrics[1].ranks] == [0, 1, 4]
+
+
+def test_a_metric_s_own_direction_can_be_told() -> None:
+    higher = run_table(measured(), metric="colour")
+    assert (higher.higher_is_better, higher.cells[16, 1e-3, 0].loss) == (True, -9.0)
+    told = with_settings(measured(), lower_is_better=["colour"])
+    lower = run_table(told, metric="colour")
+    assert (lower.higher_is_better, lower.cells[16, 1e-3, 0].loss) == (False, 9.0)
+    assert decide_on(told, comparable(told), "colour", 1.0).reference_rank == 1
+    damaged = with_settings(measured(), lower_is_better="colour")
+    assert run_table(damaged, metric="colour").higher_is_better is True
+
+
+def test_evaluations_along_a_training_belong_to_one_metric() -> None:
+    by_loss = measured()
+    assert len(run_table(by_loss).cells[4, 1e-3, 0].points) == 3
+    assert run_table(by_loss, metric="exact_match").cells[4, 1e-3, 0].points == ()
+    by_answers = measured(points_metric="exact_match")
+    assert run_table(by_answers).cells[4, 1e-3, 0].points == ()
+    table = run_table(by_answers, metric="exact_match")
+    assert len(table.cells[4, 1e-3, 0].points) == 3
+    assert table.cells[4, 1e-3, 0].others == {"loss": pytest.approx(3.05, abs=0.2), "colour": 5.0}
+
+
+@pytest.mark.parametrize(("horizon", "beyond"), [(None, False), (STEPS, False), (STEPS + 1, True)])
+def test_an_answer_for_a_longer_training_is_flagged(horizon: int | None, beyond: bool) -> None:
+    records = made_up_run((4, 64), (1e-3,))
+    decision = decide_on(records, comparable(records), "loss", 0.02, horizon_steps=horizon)
+    assert ("extrapolated" in decision.flags) is beyond
+
+
+def test_the_other_numbers_of_a_trainer_of_ones_own_are_no_metrics_with_items() -> None:
+    own = measured(form="own", metric="colour", higher_is_better=False)
+    decision = decide_run(own)
+    assert (decision.metric, decision.higher_is_better, decision.reference_rank) == ("colour", False, 1)
+    assert decision.other_metrics == []
+    few = [outcome for outcome in own.outcomes if outcome.rank in (4, 16)]
+    assert decide_on(own, few, "colour").reference_rank == 4
+
+
+@pytest.mark.parametrize(
+    ("values", "kind"), [((3.0, 2.0), "perplexity"), ((0.5, 0.25), "perplexity"), ((0.0, 2.0), "other"), ((-1.0, 2.0), "other")]
+)  # fmt: skip
+def test_a_perplexity_that_is_none_is_any_number(values: tuple[float, float], kind: str) -> None:
+    trials = [
+        trial.model_copy(update={"metrics": {"perplexity": value}})
+        for trial, value in zip(made_up_run((1, 4), (1e-3,)).finished()[1:], values, strict=True)
+    ]
+    table = table_of(trials, "perplexity")
+    assert table.kind == kind
+    cell = table.cells[4, 1e-3, 0]
+    assert cell.loss == pytest.approx(np.log(values[1]) if kind == "perplexity" else values[1])
+    assert (cell.value, cell.weights.tolist(), cell.items) == (values[1], [1.0], 0)
+    assert table_of(trials, "perplexity", higher_is_better=True).cells[4, 1e-3, 0].loss == -values[1]
+
+
+def test_every_trial_without_the_metric_is_missing() -> None:
+    one, four = made_up_run((1, 4), (1e-3,)).finished()[1:]
+    failed = [
+        TrialFailed(trial_id=name, **four.arm.model_dump(), error="error", reason="x") for name in ("a", "b", "c")
+    ]
+    silent = four.model_copy(update={"trial_id": "silent", "metrics": {"f1": 0.5}})
+    assert table_of([one, four, *failed, silent], "loss").missing == {4: 4}
+
+
+def cell(loss: float) -> Cell:
+    return Cell("t", loss, np.array([loss]), np.ones(1))
+
+
+def scores(losses: dict[int, float], metric: str = "loss", std: float | None = 1e-4) -> ScoreTable:
+    """Values with a stated deviation, so that differences are shown and not only read."""
+    return bare(losses, metric, std=std)
+
+
+@pytest.mark.parametrize(
+    ("decides", "beside", "conflict"),
+    [
+        # two ranks are enough to compare, and rank 1 counts
+        ({1: 2.0, 4: 2.0001}, {1: 9.0, 4: 2.0}, True),
+        ({1: 2.1, 4: 2.0}, {1: 9.0, 4: 2.0}, False),
+        # the base is not a rank on which metrics can differ
+        ({0: 2.0001, 4: 2.0, 8: 2.0}, {0: 9.0, 4: 2.0, 8: 2.0}, False),
+        # ranks that only one of them has say nothing
+        ({4: 2.0, 8: 2.0, 16: 2.0}, {1: 9.0, 8: 2.0, 16: 2.0}, False),
+    ],
+)
+def test_metrics_conflict_on_ranks_that_both_judge(
+    decides: dict[int, float], beside: dict[int, float], conflict: bool
+) -> None:
+    decision = decide(scores(decides), 0.005, others=[scores(beside, "nll")])
+    assert [other.conflict for other in decision.other_metrics] == [conflict]
+    assert ("metric_conflict" in decision.flags) is conflict
+
+
+def test_a_metric_with_one_rank_is_left_out() -> None:
+    decision = decide(
+        scores({1: 2.1, 4: 2.0}), 0.005, others=[scores({4: 2.0}, "nll"), scores({0: 3.0, 4: 2.0}, "nll")]
+    )
+    assert decision.other_metrics == []
+
+
+@pytest.mark.parametrize(("token_loss", "margin"), [(True, 0.005), (False, 0.02)])
+def test_another_loss_is_of_the_same_kind(token_loss: bool, margin: float) -> None:
+    """Nats a token have a margin of their own; of a loss that is none, it is 1% of the best."""
+    losses = {1: 2.1, 4: 2.0}
+    decision = decide(scores(losses), token_loss=token_loss, others=[scores(losses, "nll")])
+    assert decision.margin == pytest.approx(margin)
+    assert decision.other_metrics[0].margin == pytest.approx(margin)
+
+
+def test_no_gain_asks_for_a_higher_rate_by_its_number_where_there_is_one() -> None:
+    losses = {0: 2.0001, 1: 2.0, 4: 2.0}
+    bare_run = decide(bare(losses), 0.01).next_runs[0]
+    assert bare_run.learning_rates == []
+    assert "at a higher learning rate" in bare_run.sentence
+    cells = {(rank, 1e-4 if rank else 0.0, 0): cell(loss) for rank, loss in losses.items()}
+    run = decide(ScoreTable("loss", False, cells), 0.01).next_runs[0]
+    assert run.learning_rates == [pytest.approx(3e-4)]
+    assert "at learning rate 0.0003" in run.sentence
+
+
+def test_the_trainings_of_a_run_are_taken_as_they_are() -> None:
+    """Recovered cuts of one step count, cuts that were not trained do not."""
+    records = made_up_run((1, 4, 16), (1e-3,))
+    base, one, _, sixteen = records.finished()
+    cut = one.model_copy(update={"trial_id": "cut", "truncate_from": sixteen.trial_id, "steps": 1})
+    records.outcomes[:] = [base, cut, sixteen]
+    assert comparable(records) == [base, cut]
+    assert all(isinstance(trial, TrialFinished) for trial in records.outcomes)
