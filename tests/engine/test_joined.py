@@ -12,6 +12,7 @@ import pytest
 import torch
 from transformers import MistralConfig, MistralForCausalLM
 
+from rightrank.engine import joined as joined_module
 from rightrank.engine.bench import Bench
 from rightrank.engine.encode import IGNORED, encode
 from rightrank.engine.joined import joined, positions
@@ -51,8 +52,8 @@ def step(bench: Bench, pack: Pack, shares: list[Share], parameters: dict[str, An
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"layers_to_transform": (2,)}, {"gradient_checkpointing": True}, {"lora_dropout": 0.0}],
-    ids=["plain", "prefix", "checkpointing", "none"],
+    [{}, {"layers_to_transform": (2,)}, {"gradient_checkpointing": True}],
+    ids=["plain", "prefix", "checkpointing"],
 )
 def test_joined_items_have_the_losses_and_gradients_of_padded_ones(
     model_folder: Path, completion_file: Path, tmp_path: Path, changes: dict[str, Any]
@@ -66,6 +67,28 @@ def test_joined_items_have_the_losses_and_gradients_of_padded_ones(
         ours, gradients = step(bench, pack, shares, named["a0"])
         bench.joins_items = False
         theirs, expected = step(bench, pack, shares, named["a0"])
+    assert torch.allclose(ours[0], theirs[0], rtol=1e-5)
+    for one, other in zip(gradients, expected, strict=True):
+        assert torch.allclose(one, other, rtol=1e-4, atol=1e-5 * float(other.abs().max()))
+
+
+def test_attention_of_all_items_in_one_call_is_that_of_each_alone(
+    model_folder: Path, completion_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What runs where calls are dear."""
+    bench = make_bench(model_folder, completion_file, small_settings(), tmp_path / "cache")
+    with drawn_arms(bench, ARMS[1:2]) as (pack, named):
+        shares = [Share("a0", bench.batch("train", range(7)), 0.1, None)]
+        theirs, expected = step(bench, pack, shares, named["a0"])
+        called: list[int] = []
+        in_one_call = joined_module._padded
+        monkeypatch.setattr(
+            joined_module,
+            "_by_item",
+            lambda plain, lengths: called.append(1) or in_one_call(plain, lengths, torch.device("cpu")),
+        )
+        ours, gradients = step(bench, pack, shares, named["a0"])
+    assert called
     assert torch.allclose(ours[0], theirs[0], rtol=1e-5)
     for one, other in zip(gradients, expected, strict=True):
         assert torch.allclose(one, other, rtol=1e-4, atol=1e-5 * float(other.abs().max()))

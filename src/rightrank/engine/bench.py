@@ -309,7 +309,7 @@ class Bench:
 
 
 def _attention(batch: Batch) -> AbstractContextManager[None]:
-    return nullcontext() if batch.lengths is None else attention_within(batch.lengths)
+    return nullcontext() if batch.lengths is None else attention_within(batch.lengths, batch.input_ids.device)
 
 
 def _summed(score: Scores) -> Scores:

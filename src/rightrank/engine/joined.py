@@ -48,16 +48,40 @@ def positions(lengths: Sequence[int], device: torch.device) -> torch.Tensor:
 
 
 @contextmanager
-def attention_within(lengths: Sequence[int]) -> Iterator[None]:
-    """Within the block, models that use torch's fused attention attend within items of these lengths only."""
-    plain: Any = ALL_ATTENTION_FUNCTIONS[FUSED]
+def attention_within(lengths: Sequence[int], device: torch.device) -> Iterator[None]:
+    """Within the block, models that use torch's fused attention attend within items of these lengths only.
 
-    def by_item(module: Any, query: Any, key: Any, value: Any, mask: Any, **options: Any) -> Any:
+    On a CPU each item is a call of its own, and nothing is padded. Elsewhere calls are dear: one for all items, padded.
+    """
+    plain: Any = ALL_ATTENTION_FUNCTIONS[FUSED]
+    ours = _by_item(plain, lengths) if device.type == "cpu" else _padded(plain, lengths, device)
+    functions: Any = ALL_ATTENTION_FUNCTIONS
+    masks: Any = ALL_MASK_ATTENTION_FUNCTIONS
+    with replaced(functions, FUSED, ours), replaced(masks, FUSED, lambda *_, **__: None):
+        yield
+
+
+def _by_item(plain: Any, lengths: Sequence[int]) -> Any:
+    def attend(module: Any, query: Any, key: Any, value: Any, mask: Any, **options: Any) -> Any:
         """query, key, value [1, heads, T, d] → [1, T, heads, d]"""
         parts = zip(*(tensor.split(tuple(lengths), dim=2) for tensor in (query, key, value)), strict=True)
         return torch.cat([plain(module, *part, None, **options)[0] for part in parts], dim=1), None
 
-    functions: Any = ALL_ATTENTION_FUNCTIONS
-    masks: Any = ALL_MASK_ATTENTION_FUNCTIONS
-    with replaced(functions, FUSED, by_item), replaced(masks, FUSED, lambda *_, **__: None):
-        yield
+    return attend
+
+
+def _padded(plain: Any, lengths: Sequence[int], device: torch.device) -> Any:
+    count, longest = len(lengths), max(lengths)
+    begins = torch.arange(count, device=device) * longest
+    places = begins.repeat_interleave(torch.tensor(lengths, device=device)) + positions(lengths, device)[0]
+
+    def spread(row: torch.Tensor) -> torch.Tensor:
+        """[1, heads, T, d] → [b, heads, n, d], zeros at the end of shorter items"""
+        whole = row.new_zeros(row.shape[1], count * longest, row.shape[3]).index_copy(1, places, row[0])
+        return whole.view(row.shape[1], count, longest, -1).transpose(0, 1)
+
+    def attend(module: Any, query: Any, key: Any, value: Any, mask: Any, **options: Any) -> Any:
+        output = plain(module, spread(query), spread(key), spread(value), None, **options)[0]
+        return output.flatten(0, 1)[places][None], None
+
+    return attend
