@@ -22,11 +22,10 @@ from benchmarks.reliability.checkpoints import save_llama
 from benchmarks.reliability.memory import MIB, limited
 
 from rightrank import preparation
-from rightrank.cli import stopping
+from rightrank.cli import main, stopping
 from rightrank.engine import together, train
-from rightrank.engine.memory import is_out_of_memory
 from rightrank.engine.train import TrialFolders, Watcher
-from rightrank.errors import RunFolderError, TerminatedRun
+from rightrank.errors import RunFolderError, TerminatedRun, is_out_of_memory
 from rightrank.io.checkpoints import load_checkpoint
 from rightrank.io.journal import Journal
 from rightrank.io.run_folder import RunFolder
@@ -292,6 +291,31 @@ def test_memory_that_was_short_for_a_moment_costs_nothing(
     assert again.points == whole.points
     assert next(passes) > 8
     assert next(evaluations) > 2
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory"), torch.OutOfMemoryError("CUDA out of memory")]
+)  # fmt: skip
+def test_out_of_memory_anywhere_is_one_line(
+    error: Exception, work: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def short(_run: Path) -> Path:
+        raise error
+
+    monkeypatch.setattr("rightrank.runs.write_report", short)
+    status, out, err = run(["report", "run"], capsys)
+    assert (status, out) == (1, "")
+    assert err.startswith("rightrank: out of memory; what was finished is kept")
+    assert err.count("\n") == 1
+
+
+def test_another_error_is_not_called_out_of_memory(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(_run: Path) -> Path:
+        raise RuntimeError("shape mismatch")
+
+    monkeypatch.setattr("rightrank.runs.write_report", wrong)
+    with pytest.raises(RuntimeError, match="shape mismatch"):
+        main(["report", "run"])
 
 
 def test_what_the_system_says_when_memory_is_gone_is_understood() -> None:

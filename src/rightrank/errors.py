@@ -133,6 +133,19 @@ def one_line(message: str) -> str:
     return f"{text[: LONGEST_MESSAGE - 500]} … {text[-400:]}"
 
 
+# What allocators say when they have no more. torch says it in a plain RuntimeError, the system in an OSError.
+_OUT_OF_MEMORY = (
+    "out of memory", "can't allocate memory", "not enough memory", "bad_alloc", "Cannot allocate memory",
+    "can't start new thread",
+)  # fmt: skip
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the device or the process had no more memory; torch's own error is known by its name, without torch."""
+    named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return named or any(sign in str(error) for sign in _OUT_OF_MEMORY)
+
+
 def did_you_mean(got: str, allowed: Iterable[str]) -> str:
     """`; did you mean 'x'?` for the nearest allowed name, or an empty string."""
     near = get_close_matches(got, list(allowed), n=1, cutoff=0.6)

@@ -25,7 +25,7 @@ from rightrank.planning.selecting import SelectionPlan, first_pass_loss, plan_se
 from rightrank.planning.skeleton import is_known
 from rightrank.records import JournalRecord, RunStarted, content_hash
 from rightrank.records.plan import SelectionCost
-from rightrank.settings import SelectSettings, settings_of_identity
+from rightrank.settings import SelectSettings, as_begun, settings_of_identity
 from rightrank.strategies import Strategy
 from rightrank.version import __version__
 
@@ -98,7 +98,10 @@ def prepare(request: Request, cache: Path, notice: Notice = lambda _: None, base
 def resuming(request: Request, journal: Sequence[JournalRecord]) -> Request:
     """The request as the version that began the run would have made it, where there is a run."""
     first = journal[0] if journal else None
-    return replace(request, known_settings=tuple(first.settings)) if isinstance(first, RunStarted) else request
+    if not isinstance(first, RunStarted):
+        return request
+    settings = as_begun(request.settings, first.settings.keys())
+    return replace(request, settings=settings, known_settings=tuple(first.settings))
 
 
 def _load(request: Request, bases: Bases, folder: Path) -> _Sources:
@@ -108,7 +111,7 @@ def _load(request: Request, bases: Bases, folder: Path) -> _Sources:
         find_model(request.model)  # a wrong name is told before the data is read
         if request.tokenizer is not None:
             raise SettingsError("tokenizer: given beside the name of a model, which brings its own; leave it out")
-    splits = load_data(Path(request.data) if isinstance(request.data, str) else request.data, settings)
+    splits = load_data(Path(request.data) if isinstance(request.data, str) else request.data, settings, folder)
     _require_metrics_fit(settings, splits.form)
     loaded = _base(request, splits.classes, bases)
     return _Sources(splits, loaded, encode(splits, loaded, settings, folder))
@@ -210,8 +213,11 @@ def _workload(prepared: Prepared) -> Workload:
     batches = prepared.bench.batch_plan(settings.seeds[0])
     size = settings.batch_size
     micro = [batch[start : start + size] for batch in batches for start in range(0, len(batch), size)]
-    padded = sum(len(rows) * max(train[index].length for index in rows) for rows in micro)
     used = [train[index] for rows in micro for index in rows]
+    if prepared.bench.joins_items:
+        computed = sum(item.length for item in used)
+    else:
+        computed = sum(len(rows) * max(train[index].length for index in rows) for rows in micro)
     labels = sum(label_count(item, data.is_classification) for item in used)
     return Workload(
         steps=prepared.steps,
@@ -219,8 +225,8 @@ def _workload(prepared: Prepared) -> Workload:
         eval_items=len(data.splits["selection"]),
         eval_points=settings.eval_points,
         passes=settings.gradient_accumulation_steps,
-        filled=padded / (len(used) * data.longest),
-        labelled=1.0 if data.is_classification else labels / padded,
+        filled=computed / (len(used) * data.longest),
+        labelled=1.0 if data.is_classification else labels / computed,
     )
 
 

@@ -16,7 +16,7 @@ from rightrank.cli.handing_over import export, repair, report
 from rightrank.cli.planning import plan
 from rightrank.cli.training import demo, select
 from rightrank.cli.views import completion, status, watch
-from rightrank.errors import RightrankError, one_line
+from rightrank.errors import RightrankError, is_out_of_memory, one_line
 from rightrank.version import __version__
 
 COMMANDS = (
@@ -67,6 +67,13 @@ def main(arguments: list[str] | None = None) -> None:
     except RightrankError as error:
         _complain(str(error))
         sys.exit(error.exit_status)
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        _complain(
+            "out of memory; what was finished is kept: free some, or ask for less, and run the same command again"
+        )
+        sys.exit(1)
     except UnicodeEncodeError as error:
         _complain(f"can't write {error.object[error.start : error.end]!r} to this terminal; use --json")
         sys.exit(1)

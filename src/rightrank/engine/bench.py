@@ -9,14 +9,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from peft import LoraConfig
 
 from rightrank.engine.adapter import attached
-from rightrank.engine.attention import float32_attention, wants_float32
-from rightrank.engine.batches import Batch, batch_plan, collate, length_sorted_batches
+from rightrank.engine.attention import FUSED, float32_attention, wants_float32
+from rightrank.engine.batches import Batch, batch_plan, batch_plan_by_length, collate, length_sorted_batches
 from rightrank.engine.encode import EncodedData
 from rightrank.engine.inits import EVA_BATCHES, input_directions
+from rightrank.engine.joined import attention_within, joined
 from rightrank.engine.label_rows import label_rows_only
 from rightrank.engine.lora import Routing
 from rightrank.engine.loss import BatchLoss, Objective, Scale, head_loss, make_objective
@@ -32,7 +34,7 @@ from rightrank.records import Arm, Preparing, SplitName
 from rightrank.settings import SelectSettings
 from rightrank.strategies.sweep import target_sets
 
-PREFIX_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 5e-3}  # relative, of a batch's loss
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 5e-3}  # relative, of a loss computed otherwise
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +80,7 @@ class Bench:
         self._pad_id: int = loaded.tokenizer.pad_token_id
         probe = self.batch("selection", length_sorted_batches(data.splits["selection"], settings.batch_size)[0])
         self.objective: Objective = make_objective(self.model, probe, data.is_classification)
+        self.joins_items = self._may_join_items()
         require_shares(settings.batch_size)
         self._last_block = self._find_last_block(probe)
         # Processes that share a base run every pass together, and each would fill its own part of the prefix.
@@ -95,7 +98,7 @@ class Bench:
         begun = time.perf_counter()
         expected = self._expected_items("train")
         done = 0
-        with self._attention():
+        with self._wide_attention():
             for count in self.prefix.fill(self.model, "train", expected):
                 done += count
                 on_progress(Preparing(items=done, of_items=len(expected), seconds=time.perf_counter() - begun))
@@ -113,9 +116,11 @@ class Bench:
 
         A plan of more steps begins with the plan of fewer.
         """
-        return batch_plan(
-            lengths_of(self.items("train")), self.settings.items_per_step, self.steps if steps is None else steps, seed
-        )
+        steps = self.steps if steps is None else steps
+        items, size = self.items("train"), self.settings.items_per_step
+        if self.settings.train_sampling_strategy == "group_by_length":
+            return batch_plan_by_length(lengths_of(items), size, steps, seed)
+        return batch_plan(len(items), size, steps, seed)
 
     def losses(self, split: SplitName, batch: Batch, scale: Scale) -> BatchLoss:
         """The loss of `batch` under whatever adapter the base now carries."""
@@ -128,7 +133,7 @@ class Bench:
         """
         batch = merged([share.batch for share in shares], self._pad_id)
         scale = torch.tensor([share.scale for share in shares for _ in share.batch.indices], device=self.loaded.device)
-        with pack.routed(shares) as routing:
+        with pack.routed(shares, self.joins_items) as routing:
             result = self._losses("train", batch, scale, routing, backward=True)
         return list(torch.split(result.item_losses, [len(share.batch.indices) for share in shares]))
 
@@ -144,7 +149,7 @@ class Bench:
 
         def losses(batch: Batch) -> BatchLoss:
             shares = [Share(adapter, batch, 1.0, None) for adapter in adapters]
-            with pack.routed(shares) as routing:
+            with pack.routed(shares, self.joins_items) as routing:
                 return self._losses(split, merged([batch] * len(shares), self._pad_id), 1.0, routing)
 
         return self._evaluate(split, len(adapters), losses)
@@ -170,9 +175,10 @@ class Bench:
     def _losses(
         self, split: SplitName, batch: Batch, scale: Scale, routing: Routing | None, backward: bool = False
     ) -> BatchLoss:
-        # The backward pass belongs inside: what is recomputed there must see the same prefix and rows.
-        with self._attention(), self._prefix_for(split, batch), self._label_rows(batch, routing):
-            result = self.objective(self.model, batch, scale)
+        rows = joined(batch) if self.joins_items else batch
+        # The backward pass belongs inside: what is recomputed there must see the same prefix, attention and rows.
+        with self._wide_attention(), self._prefix_for(split, rows), _attention(rows), self._label_rows(rows, routing):
+            result = self.objective(self.model, rows, scale)
             if backward:
                 torch.autograd.backward(result.total)
         return result
@@ -208,7 +214,7 @@ class Bench:
             plans = self.batch_plan(arm.seed, EVA_BATCHES)
             batches = [self.batch("train", indices) for indices in plans]
             inputs = [{"input_ids": batch.input_ids, "attention_mask": batch.attention_mask} for batch in batches]
-            with self._attention():
+            with self._wide_attention():
                 self._first_rows[key] = input_directions(self.model, names, arm.rank, inputs)
         return self._first_rows[key]
 
@@ -219,12 +225,31 @@ class Bench:
         """Gradient checkpointing, where it was asked for."""
         return recomputed_blocks(self.model) if self.settings.gradient_checkpointing else nullcontext()
 
-    def _attention(self) -> AbstractContextManager[None]:
+    def _wide_attention(self) -> AbstractContextManager[None]:
         dtype = next(self.model.parameters()).dtype
         return float32_attention() if wants_float32(self.loaded.device, dtype) else nullcontext()
 
+    @property
+    def _tolerance(self) -> float:
+        return TOLERANCE[next(self.model.parameters()).dtype]
+
     def _label_rows(self, batch: Batch, routing: Routing | None) -> AbstractContextManager[None]:
         return nullcontext() if self._last_block is None else label_rows_only(self._last_block, batch, routing)
+
+    @torch.no_grad()
+    def _may_join_items(self) -> bool:
+        """Whether items joined into one row have the losses that they have padded: the longest, and short ones."""
+        attention = getattr(self.model.config, "_attn_implementation", None)
+        if self.objective is not head_loss or attention != FUSED:
+            return False
+        split = max(self.data.splits, key=lambda name: int(lengths_of(self.items(name)).max()))
+        by_length = np.argsort(lengths_of(self.items(split)), kind="stable").tolist()
+        probe = self.batch(split, [by_length[0], by_length[-1], by_length[len(by_length) // 2]])
+        plain = head_loss(self.model, probe, 1.0).item_losses
+        row = joined(probe)
+        with _attention(row):
+            ours = head_loss(self.model, row, 1.0).item_losses
+        return torch.allclose(ours, plain, rtol=self._tolerance, atol=0)
 
     @torch.no_grad()
     def _find_last_block(self, probe: Batch) -> Any:
@@ -233,11 +258,12 @@ class Bench:
         if found is None or self.objective is not head_loss:
             return None
         last = found[1][-1]
-        plain = head_loss(self.model, probe, 1.0).item_losses
-        with label_rows_only(last, probe, None):
-            ours = head_loss(self.model, probe, 1.0).item_losses
-        tolerance = PREFIX_TOLERANCE[next(self.model.parameters()).dtype]
-        return last if torch.allclose(ours, plain, rtol=tolerance, atol=0) else None
+        rows = joined(probe) if self.joins_items else probe
+        with _attention(rows):
+            plain = head_loss(self.model, rows, 1.0).item_losses
+            with label_rows_only(last, rows, None):
+                ours = head_loss(self.model, rows, 1.0).item_losses
+        return last if torch.allclose(ours, plain, rtol=self._tolerance, atol=0) else None
 
     def _prefix_for(self, split: SplitName, batch: Batch) -> AbstractContextManager[None]:
         return nullcontext() if self.prefix is None else self.prefix.serving(self.model, split, batch)
@@ -258,10 +284,10 @@ class Bench:
             prefix.add_split(split, items, self._expected_items(split))
         with torch.no_grad():
             plain = self.objective(self.model, probe, 1.0).item_losses.sum()
-            with prefix.serving(self.model, "selection", probe):
-                cached = self.objective(self.model, probe, 1.0).item_losses.sum()
-        tolerance = PREFIX_TOLERANCE[next(self.model.parameters()).dtype]
-        return prefix if torch.isclose(cached, plain, rtol=tolerance, atol=0) else None
+            rows = joined(probe) if self.joins_items else probe
+            with prefix.serving(self.model, "selection", rows), _attention(rows):
+                cached = self.objective(self.model, rows, 1.0).item_losses.sum()
+        return prefix if torch.isclose(cached, plain, rtol=self._tolerance, atol=0) else None
 
     def _expected_items(self, split: SplitName) -> set[int]:
         """The items of a split that the arms will ask for."""
@@ -283,6 +309,10 @@ class Bench:
         finally:
             for module in training:
                 module.train(True)
+
+
+def _attention(batch: Batch) -> AbstractContextManager[None]:
+    return nullcontext() if batch.lengths is None else attention_within(batch.lengths, batch.input_ids.device)
 
 
 def _summed(score: Scores) -> Scores:

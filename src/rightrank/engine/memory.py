@@ -9,20 +9,20 @@ from types import TracebackType
 
 import torch
 
+from rightrank.engine.world import world_size
+from rightrank.errors import is_out_of_memory
+
 _STATUS = Path("/proc/self/status")
 _CLEAR = Path("/proc/self/clear_refs")
 _RESET_PEAK = "5"  # Linux: forget the peak resident set (man 5 proc)
 
 
-# What the CPU allocator and the C++ library say when they have no more; torch raises a plain RuntimeError there.
-_CPU_OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "bad_alloc", "Cannot allocate memory")
+def may_do_with_less(error: BaseException) -> bool:
+    """Whether memory ran out and this process can go on with less at a time.
 
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether the device or the process had no more memory."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _CPU_OUT_OF_MEMORY)
+    Of several that share an arm none can: the others are in the middle of the same pass and wait for it.
+    """
+    return world_size() == 1 and is_out_of_memory(error)
 
 
 class PeakMemory:

@@ -101,12 +101,15 @@ class Pack:
         return found
 
     @contextmanager
-    def routed(self, shares: Sequence[Share]) -> Iterator[Routing]:
-        """Within the block, the rows of `merged(shares)` go each to its arm; without shares, to the base alone."""
-        rows = [len(share.batch.indices) for share in shares]
-        lengths = [share.batch.input_ids.shape[1] for share in shares]
+    def routed(self, shares: Sequence[Share], joined: bool = False) -> Iterator[Routing]:
+        """Within the block, the rows of `merged(shares)`, padded or joined, go each to its arm."""
         names, seeds = [share.adapter for share in shares], [share.dropout_seed for share in shares]
-        self.routing = Routing.of(names, seeds, rows, lengths)
+        if joined:
+            self.routing = Routing.joined(names, seeds, [share.batch.tokens for share in shares])
+        else:
+            rows = [len(share.batch.indices) for share in shares]
+            lengths = [share.batch.input_ids.shape[1] for share in shares]
+            self.routing = Routing.padded(names, seeds, rows, lengths)
         try:
             yield self.routing
         finally:

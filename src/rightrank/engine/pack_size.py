@@ -12,9 +12,8 @@ from collections.abc import Callable, Sequence
 import torch
 
 from rightrank.engine.bench import Bench
-from rightrank.engine.memory import is_out_of_memory
 from rightrank.engine.pack import Pack, Share
-from rightrank.errors import PackingError
+from rightrank.errors import PackingError, is_out_of_memory
 from rightrank.records import Arm
 
 MOST_ARMS = 16

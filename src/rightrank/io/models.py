@@ -22,7 +22,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from rightrank.errors import MissingExtraError, ModelError, SettingsError
+from rightrank.errors import DeviceMemoryError, MissingExtraError, ModelError, SettingsError, is_out_of_memory
 from rightrank.io.reading import UnreadableError, kind_of, read_json_object
 from rightrank.io.weights import safe_shards
 from rightrank.settings import DtypeName
@@ -164,6 +164,8 @@ def load_model(
             source.name, dtype=DTYPES[dtype], use_safetensors=source.gguf_file is None, **arguments
         )
     except LOADING_ERRORS as error:
+        if is_out_of_memory(error):
+            raise DeviceMemoryError(f"{reference}: out of memory while it was loaded ({first_line(error)})") from None
         raise ModelError(f"{reference}: transformers can't load it ({first_line(error)})") from None
     if model.config.get_text_config().pad_token_id is None:
         model.config.get_text_config().pad_token_id = tokenizer.pad_token_id

@@ -154,6 +154,10 @@ def _plan_settings(
     kind = "cuda" if device.startswith("cuda") else "cpu"
     shared = {name: getattr(settings, name) for name in SHARED_SETTINGS}
     eager = getattr(config, "_attn_implementation", None) == "eager"
+    if settings.devices_per_arm > 1:  # what one of them holds, and its share of a batch
+        shared["num_devices"] = settings.devices_per_arm
+        shared["sharding"] = "fsdp" if settings.shard_base else "ddp"
+        shared["batch_size"] = -(-settings.batch_size // settings.devices_per_arm)
     return make_plan_settings(
         shared
         | {

@@ -5,7 +5,8 @@ Names that PEFT, transformers and TRL have are used as they have them. Defaults 
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping
+import re
+from collections.abc import Container, Mapping, Set
 from typing import Any, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -21,8 +22,10 @@ NOT_IDENTITY = (
     "memory_bytes",
     "executor",
     "workers",
+    "devices_per_arm",
     "ray_address",
     "launcher",
+    "store",
     "hang_seconds",
     "metric_timeout_seconds",
     "report_to",
@@ -80,6 +83,7 @@ class SelectSettings(BaseModel):
     batch_size: int = Field(default=8, gt=0)
     gradient_accumulation_steps: int = Field(default=1, gt=0)
     seq_len: int = Field(default=512, gt=1)
+    train_sampling_strategy: Literal["random", "group_by_length"] = "random"
     lr_scheduler_type: Literal["constant", "linear", "cosine"] = "linear"
     warmup_ratio: float = Field(default=0.05, ge=0, lt=1)
     weight_decay: float = Field(default=0.0, ge=0)
@@ -112,8 +116,12 @@ class SelectSettings(BaseModel):
     checkpoint_seconds: float = Field(default=60.0, gt=0)
     executor: Literal["local", "processes", "ray"] = "local"  # in this process, or workers with a base of their own
     workers: int | None = Field(default=None, gt=0)  # None: one a CUDA device, on Ray as many as it has room for
+    devices_per_arm: int = Field(default=1, gt=0)  # processes that share each batch of an arm, one a CUDA device
     ray_address: str | None = None  # None: a cluster that runs on this machine, else one of this run's own
     launcher: str = ""  # words before the command of a worker process, such as "srun --ntasks=1 --gpus=1"
+    store: str = (
+        ""  # an fsspec address for what workers leave, where machines share no disk, such as "s3://bucket/runs"
+    )
     hang_seconds: float = Field(default=600.0, gt=0)  # without a step of a worker, before it is given up
     trust_remote_code: bool = False
     report_to: tuple[str, ...] = ()  # trackers that are told of every trial: trackio, wandb, mlflow, tensorboard
@@ -140,6 +148,21 @@ class SelectSettings(BaseModel):
             if rate <= 0:
                 raise ValueError(f"learning rate {rate:g} is not allowed: rates are numbers above 0, such as 1e-4")
         return _distinct(rates, "learning_rates")
+
+    @field_validator("store")
+    @classmethod
+    def _store_reached_by_all(cls, store: str) -> str:
+        scheme, colon, rest = store.partition("://")
+        if store and (not colon or not rest or scheme == "memory"):
+            raise ValueError(
+                f"{store!r} is not an address that several machines reach: give one such as s3://bucket/runs or file:///mnt/share"
+            )
+        if re.match(r"[^/]*:[^/]*@", rest) or "?" in rest or "::" in store:
+            raise ValueError(
+                "an address with credentials, options or several steps is not taken, as it would be written down: "
+                "give SCHEME://PLACE, and credentials as the environment or the machine has them"
+            )
+        return store
 
     @field_validator("seeds")
     @classmethod
@@ -168,11 +191,25 @@ class SelectSettings(BaseModel):
             ("workers", self.workers, ("processes", "ray")),
             ("ray_address", self.ray_address, ("ray",)),
             ("launcher", self.launcher, ("processes",)),
+            ("store", self.store, ("processes", "ray")),
         ):
             if given and self.executor not in executors:
                 raise ValueError(
                     f"{name} was given and the executor is {self.executor!r}: give executor {' or '.join(executors)}"
                 )
+        if self.devices_per_arm > 1 and self.executor == "local":
+            raise ValueError(
+                f"devices_per_arm {self.devices_per_arm} is for executor processes or ray: give one of them"
+            )
+        if self.devices_per_arm > 1 and self.launcher:
+            raise ValueError(
+                "devices_per_arm takes no launcher: its processes meet on this machine; leave one of them out"
+            )
+        if self.devices_per_arm > self.batch_size:
+            raise ValueError(
+                f"batch_size {self.batch_size} can't be shared by devices_per_arm {self.devices_per_arm}: "
+                "give a batch_size as large, or fewer devices"
+            )
         return self
 
     @model_validator(mode="after")
@@ -226,13 +263,23 @@ def make_settings(values: Mapping[str, object]) -> SelectSettings:
     return checked(SelectSettings, values)
 
 
+BEFORE: dict[str, Any] = {"train_sampling_strategy": "group_by_length"}
+"""What versions did that did not know a setting yet, where that is not its default."""
+
+
+def as_begun(settings: SelectSettings, known: Set[str]) -> SelectSettings:
+    """The settings by which a run goes on that was begun by a version which knew those named `known`."""
+    done = {name: value for name, value in BEFORE.items() if name not in known | settings.model_fields_set}
+    return settings.model_copy(update=done)
+
+
 def settings_of_identity(values: Mapping[str, Any], known: Container[str] | None = None) -> dict[str, Any]:
     """Those of `values` (JSON) that say what a selection finds.
 
-    With the names `known` to the version that began a run: without what it did not know and what is at its default, so
+    With the names `known` to the version that began a run: without what it did not know and what is as it did it, so
     that the run is the same one under a version with more settings.
     """
-    defaults = SelectSettings().model_dump(mode="json")
+    defaults = SelectSettings().model_dump(mode="json") | BEFORE
     return {
         name: value
         for name, value in values.items()
