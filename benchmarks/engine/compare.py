@@ -36,7 +36,7 @@ from rightrank.engine.together import Company, train_trials
 from rightrank.engine.train import TrialFolders, Watcher
 from rightrank.records import Arm, Trial, TrialFinished
 
-BATCH, RATE, RANKS = 8, 1e-3, (1, 4, 16, 64)
+BATCH, RATE, RANKS = 8, 1e-3, (16, 4, 1, 64)  # the first is whose held-out loss is shown
 TAIL_LAYERS = (28, 29)
 
 
@@ -153,6 +153,15 @@ def trainer(job: Job, dtype: str, grouped: bool, sft: bool = False) -> Measured:
     return Measured(*elapsed, bench.evaluate("selection").loss, peak)  # the same figure for everyone
 
 
+def ours_padded(job: Job, dtype: str) -> Measured:
+    """Ours on padded batches of the same items, to see what joining them saves."""
+    joins, Bench._may_join_items = Bench._may_join_items, lambda _: False  # type: ignore[method-assign]
+    try:
+        return ours(job, dtype, 1)
+    finally:
+        Bench._may_join_items = joins  # type: ignore[method-assign]
+
+
 def ours_plain_attention(job: Job) -> Measured:
     """Ours in bfloat16 with attention left in bfloat16 too, to see what the difference is."""
     wanted, bench_module.wants_float32 = bench_module.wants_float32, lambda *_: False
@@ -173,6 +182,8 @@ def contenders(job: Job, with_trl: bool) -> dict[str, tuple[int, Callable[[], Me
     }
     if job.arms == 1:
         found["ours bfloat16, plain attention"] = (1, lambda: ours_plain_attention(job))
+        found["ours float32, padded"] = (1, lambda: ours_padded(job, "float32"))
+        found["ours bfloat16, padded"] = (1, lambda: ours_padded(job, "bfloat16"))
     if with_trl:
         found["SFTTrainer float32"] = (times, lambda: trainer(job, "float32", False, sft=True))
         found["SFTTrainer bfloat16 grouped"] = (times, lambda: trainer(job, "bfloat16", True, sft=True))

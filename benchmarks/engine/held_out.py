@@ -1,6 +1,7 @@
 """Whether what the engine learns is what `Trainer` + PEFT learn: the same held-out loss from the same data.
 
-    python -m benchmarks.engine.held_out MODEL DATA [--layers 28,29] [--steps 40] [--seeds 0,1,2] [--out held_out.json]
+    python -m benchmarks.engine.held_out MODEL DATA [--layers 28,29] [--steps 40] [--rank 16] [--seeds 0,1,2]
+        [--out held_out.json]
 
 Two questions. *Same batches*: given our order of items and our first A, does Trainer's loss agree step by step, and its
 held-out loss at the end? *Own batches*: each with its own order and first draw, seed by seed: does the difference of
@@ -33,7 +34,7 @@ from rightrank.engine.together import run_trial
 from rightrank.engine.train import TrialFolders, Watcher
 from rightrank.records import Arm, Trial, TrialFinished
 
-RATE, RANK = 1e-3, 16
+RATE = 1e-3
 
 
 @dataclass(frozen=True)
@@ -142,6 +143,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("data", type=Path)
     parser.add_argument("--layers", type=lambda text: tuple(map(int, text.split(","))), default=None)
     parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--eval-items", type=int, default=96)
     parser.add_argument("--seeds", type=lambda text: tuple(map(int, text.split(","))), default=(0, 1, 2))
     parser.add_argument("--out", type=Path)
@@ -157,10 +159,11 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         "machine": machine(),
         "layers": arguments.layers or "all",
         "steps": arguments.steps,
+        "rank": arguments.rank,
         "eval_items": arguments.eval_items,
     }
     for seed, bench in fresh_benches(arguments, arguments.work):
-        arm = Arm(rank=RANK, learning_rate=RATE, lora_alpha=32.0, seed=seed, steps=arguments.steps)
+        arm = Arm(rank=arguments.rank, learning_rate=RATE, lora_alpha=32.0, seed=seed, steps=arguments.steps)
         if seed == arguments.seeds[0]:
             result["base"] = bench.evaluate("selection").loss
         ours.append(train_ours(bench, arm, arguments.work))

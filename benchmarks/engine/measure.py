@@ -43,11 +43,12 @@ def commands(model: str, data: str, work: Path) -> tuple[list[list[str]], list[l
         ["profile_step", *base, "--steps", "3", "--out", str(RESULTS / "profile_float32.json")],
         ["profile_step", *base, "--steps", "3", "--dtype", "bfloat16", "--out", str(RESULTS / "profile_bfloat16.json")],
     ]
-    held = ["held_out", *base, "--layers", "28,29", "--steps", "40", "--seeds", "0,1,2"]
+    held = ["held_out", *base, "--layers", "28,29"]
     untimed = [
-        ["items", "--out", str(RESULTS / "items.json")],
+        ["items", *base, "--out", str(RESULTS / "items.json")],
         ["certified", *base, "--out", str(RESULTS / "certified.json")],
-        [*held, "--out", str(RESULTS / "held_out_tail.json")],
+        [*held, "--steps", "6", "--seeds", "0,1,2,3,4", "--out", str(RESULTS / "held_out_few_steps.json")],
+        [*held, "--steps", "40", "--seeds", "0,1,2", "--out", str(RESULTS / "held_out_tail.json")],
     ]
     for number, command in enumerate(timed + untimed):
         command += ["--work", str(work / str(number))]

@@ -3,7 +3,8 @@
     python -m benchmarks.engine.profile_step MODEL DATA [--layers 28,29] [--arms 1] [--dtype float32] [--steps 6]
 
 Operators are told apart by their shapes: a matrix product with a side of the arm's rank is an adapter's, one with a
-side of the vocabulary is the head's, the others are the base's. What the operators don't account for is Python.
+side of the vocabulary is the head's, the others are the base's. What the operators don't account for is Python. Beside
+it the rate of products of the base's shapes, and of one large product: what this processor can do.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.engine.common import machine, make_bench
@@ -67,6 +69,23 @@ def measure(bench: Any, arms: int, steps: int, folder: Path) -> dict[str, Any]:
     }
 
 
+def matmul_rates(bench: Any, rows: int) -> dict[str, float]:
+    """GFLOP/s of `rows` rows times each shape of the base's linear layers, and of a product of 2048 × 2048 matrices."""
+    dtype = next(bench.model.parameters()).dtype
+    shapes = sorted(set(bench.targets.shapes))
+    sizes = {f"{rows} x {i} x {o}": (rows, i, o) for o, i in shapes} | {"2048 x 2048 x 2048": (2048, 2048, 2048)}
+    rates: dict[str, float] = {}
+    for name, (m, k, n) in sizes.items():
+        left, right = torch.randn(m, k).to(dtype), torch.randn(n, k).to(dtype)
+        times: list[float] = []
+        for _ in range(6):
+            begun = time.process_time()
+            torch.nn.functional.linear(left, right)
+            times.append(time.process_time() - begun)
+        rates[name] = round(2 * m * k * n / min(times) / 1e9, 1)
+    return rates
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
@@ -83,7 +102,8 @@ def main() -> None:
         changes["layers_to_transform"] = tuple(int(part) for part in arguments.layers.split(","))
     bench = make_bench(arguments.model, arguments.data, arguments.steps, arguments.work, **changes)
     facts = {"machine": machine(), "arms": arguments.arms, "layers": arguments.layers, "dtype": arguments.dtype}
-    text = json.dumps(facts | measure(bench, arguments.arms, arguments.steps, arguments.work), indent=1)
+    rates = {"gflops": matmul_rates(bench, 640)}
+    text = json.dumps(facts | measure(bench, arguments.arms, arguments.steps, arguments.work) | rates, indent=1)
     print(text)
     if arguments.out:
         arguments.out.write_text(text + "\n")

@@ -51,7 +51,7 @@ def orders_in(folder: Path) -> Orders:
     probe = folder / "probe"
     probe.write_text(TOKEN)
     job = Job(name="job", model="", data="", settings={}, folder=folder, fingerprint="")
-    return Orders(jobs=[job], working_folder=Path.cwd(), probe=probe, token=TOKEN)
+    return Orders(jobs=[job], working_folder=Path.cwd(), share=str(folder.absolute()), probe=probe.name)
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.machine import machine
 from benchmarks.selection.baselines import Pick, Seen, seen_early, seen_loss, smallest_within
 from benchmarks.selection.tables import GridCurve, read_grids
 
@@ -111,7 +112,9 @@ def tuned(curve: GridCurve, cells: Sequence[Cell]) -> dict[Cell, float]:
     tuner = tune.Tuner(
         trainable,
         param_space={"cell": tune.grid_search([repr(cell) for cell in cells])},
-        tune_config=tune.TuneConfig(metric="loss", mode="min", scheduler=make_asha(curve), max_concurrent_trials=1),
+        tune_config=tune.TuneConfig(
+            metric="loss", mode="min", scheduler=make_asha(curve), max_concurrent_trials=1, reuse_actors=True
+        ),
         run_config=tune.RunConfig(verbose=0),
     )
     found = tuner.fit()
@@ -122,19 +125,24 @@ def tuned(curve: GridCurve, cells: Sequence[Cell]) -> dict[Cell, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", type=int, default=4, metavar="N", help="planted grids")
+    parser.add_argument("--out", type=Path, default=HERE / "ray_check.json")
     options = parser.parse_args()
     import ray
 
-    ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False)
+    ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False)
     curves = read_grids(HERE / "planted_grids.json")
     step = math.ceil(len(curves) / options.check)
+    checked: list[dict[str, object]] = []
     for number, curve in enumerate(curves[::step]):
         cells = shuffled_cells(curve, np.random.default_rng(number))
         report = scheduler(curve, number)
         ours = {cell: run_trial(curve, cell, report) for cell in cells}
         theirs = tuned(curve, cells)
         stopped = sum(part < 1 for part in theirs.values())
-        print(json.dumps({"grid": curve.name, "trials": len(cells), "stopped": stopped, "same": ours == theirs}))
+        checked.append({"grid": curve.name, "trials": len(cells), "stopped": stopped, "same": ours == theirs})
+        print(json.dumps(checked[-1]), flush=True)
+        found = {"machine": machine(), "ray": ray.__version__, "checked": checked}
+        options.out.write_text(json.dumps(found, indent=1) + "\n")
     ray.shutdown()
 
 

@@ -139,6 +139,7 @@ def run_begun(begun: Begun, watching: Watching) -> Selected:
 def begin(request: Request, folder: RunFolder, watching: Watching, bases: Bases | None = None) -> Begun:
     """Load, plan and open the journal; say what it will cost. `bases` holds what other selections loaded."""
     from rightrank.engine.scoring import measured_at_ends
+    from rightrank.io.store import run_store
     from rightrank.placing import require_placeable
     from rightrank.preparation import estimate, prepare, resuming
     from rightrank.report.plan_table import selection_lines
@@ -151,6 +152,8 @@ def begin(request: Request, folder: RunFolder, watching: Watching, bases: Bases 
     require_trackers(request.settings.report_to)
     request = resuming(request, folder.journal.read(watching.notice))
     prepared = prepare(request, folder.cache, watching.notice, bases)
+    if request.settings.store:
+        folder.store = run_store(request.settings.store, prepared.started.fingerprint)
     strategy = make_strategy(prepared.settings, prepared.steps, token_loss=prepared.is_token_loss)
     cost = estimate(prepared, strategy)
     terms = Terms(peak_of=prepared.planned.peak_of) if prepared.planned else Terms()

@@ -32,7 +32,7 @@ def hand_over_trained(selection: Selection, bench: Bench, decision: Decision) ->
         _write_samples(selection, bench, chosen)
     write_figures(folder.figures, figures_of(records, decision))
     hand_over(
-        folder.trial_adapter(chosen.trial_id),
+        folder.finished_adapter(chosen.trial_id),
         folder.adapter,
         records.started,
         chosen,
@@ -71,7 +71,7 @@ def certify_selection(selection: Selection, bench: Bench, decision: Decision, wa
     candidates = [trial for trial in whole if trial.truncate_from is None]
     trial = chosen if chosen in candidates else max(candidates, key=lambda trial: (trial.pack_size, trial.steps))
     scratch = folder.cache / "certify"
-    adapter = folder.trial_adapter(trial.trial_id)
+    adapter = folder.finished_adapter(trial.trial_id)
     certificate = certify(bench, trial, adapter, scratch, watcher, seed_difference(candidates))
     folder.journal.append(certificate)
     records.certificates.append(certificate)
@@ -95,7 +95,7 @@ def _test(selection: Selection, bench: Bench, trial: TrialFinished) -> None:
         return
     with bench.arm(trial.arm) as model:
         if trial.rank > 0:
-            restore_adapter(model, folder.trial_adapter(trial.trial_id))
+            restore_adapter(model, folder.finished_adapter(trial.trial_id))
         scores = bench.evaluate("test")
         measured = measure(bench, "test")
     metric = records.started.metric
@@ -119,7 +119,7 @@ def _write_samples(selection: Selection, bench: Bench, chosen: TrialFinished) ->
     items = promptable_items(bench, bench.settings.samples)
     before = [write_completion(bench, item) for item in items]
     with bench.arm(chosen.arm) as model:
-        restore_adapter(model, selection.folder.trial_adapter(chosen.trial_id))
+        restore_adapter(model, selection.folder.finished_adapter(chosen.trial_id))
         after = [write_completion(bench, item) for item in items]
     for item, first, then in zip(items, before, after, strict=True):
         sample = Sample(

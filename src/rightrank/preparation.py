@@ -108,7 +108,7 @@ def _load(request: Request, bases: Bases, folder: Path) -> _Sources:
         find_model(request.model)  # a wrong name is told before the data is read
         if request.tokenizer is not None:
             raise SettingsError("tokenizer: given beside the name of a model, which brings its own; leave it out")
-    splits = load_data(Path(request.data) if isinstance(request.data, str) else request.data, settings)
+    splits = load_data(Path(request.data) if isinstance(request.data, str) else request.data, settings, folder)
     _require_metrics_fit(settings, splits.form)
     loaded = _base(request, splits.classes, bases)
     return _Sources(splits, loaded, encode(splits, loaded, settings, folder))
@@ -210,8 +210,11 @@ def _workload(prepared: Prepared) -> Workload:
     batches = prepared.bench.batch_plan(settings.seeds[0])
     size = settings.batch_size
     micro = [batch[start : start + size] for batch in batches for start in range(0, len(batch), size)]
-    padded = sum(len(rows) * max(train[index].length for index in rows) for rows in micro)
     used = [train[index] for rows in micro for index in rows]
+    if prepared.bench.joins_items:
+        computed = sum(item.length for item in used)
+    else:
+        computed = sum(len(rows) * max(train[index].length for index in rows) for rows in micro)
     labels = sum(label_count(item, data.is_classification) for item in used)
     return Workload(
         steps=prepared.steps,
@@ -219,8 +222,8 @@ def _workload(prepared: Prepared) -> Workload:
         eval_items=len(data.splits["selection"]),
         eval_points=settings.eval_points,
         passes=settings.gradient_accumulation_steps,
-        filled=padded / (len(used) * data.longest),
-        labelled=1.0 if data.is_classification else labels / padded,
+        filled=computed / (len(used) * data.longest),
+        labelled=1.0 if data.is_classification else labels / computed,
     )
 
 

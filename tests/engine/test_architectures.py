@@ -56,8 +56,14 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "phi": ("Phi", SIZES | {"num_key_value_heads": 4}),
     "phi3": ("Phi3", SIZES),
     "mixtral": ("Mixtral", SIZES | MIXTURE),
+    "olmo2": ("Olmo2", SIZES),
+    "smollm3": ("SmolLM3", SIZES),
+    "lfm2": ("Lfm2", SIZES | {"layer_types": ["conv", "full_attention"]}),
     "bert": ("Bert", BERT),
 }
+# Of a window shorter than the items, with a convolution over the tokens, with attention that torch does not fuse, or
+# with one label for the whole item.
+PADDED = ("mistral", "gemma2", "gemma3", "lfm2", "bert")
 
 
 def make_model(name: str, vocabulary: int) -> Any:
@@ -116,6 +122,7 @@ def test_losses_are_pefts_and_packs_equal_alone(
     name: str, completion_file: Path, class_file: Path, tmp_path: Path
 ) -> None:
     bench = make_bench(name, class_file if name == "bert" else completion_file, tmp_path / "cache")
+    assert bench.joins_items == (name not in PADDED)
     arms = [
         Arm(rank=rank, learning_rate=1e-2, lora_alpha=32.0, seed=seed, steps=STEPS) for rank, seed in ((2, 0), (4, 1))
     ]

@@ -6,50 +6,58 @@ from collections import Counter
 
 import numpy as np
 
-from rightrank.engine.batches import WINDOW_BATCHES, batch_plan
+from rightrank.engine.batches import batch_plan
 
-LENGTHS = np.random.default_rng(0).integers(1, 200, 500).tolist()
+LENGTHS = np.random.default_rng(0).integers(1, 200, 500)
+SIGMAS = 4.5  # of a standard error, about one chance in 150,000
 
 
 def test_every_item_is_seen_once_a_pass() -> None:
-    plan = batch_plan(LENGTHS, 10, 100, seed=1)  # two passes of 500 items
-    counts = Counter(index for indices in plan for index in indices)
-    assert sum(counts.values()) == 1000
-    assert all(1 <= counts[index] <= 3 for index in range(500))
-    assert sum(counts.values()) / 500 == 2
+    plan = batch_plan(500, 10, 100, seed=1)  # two passes
+    for begin in (0, 50):
+        seen = [index for batch in plan[begin : begin + 50] for index in batch]
+        assert sorted(seen) == list(range(500))
+
+
+def test_a_pass_that_fills_no_batch_goes_on_in_the_next() -> None:
+    plan = batch_plan(5, 4, 5, seed=0)
+    counts = Counter(index for batch in plan for index in batch)
+    assert set(map(len, plan)) == {4}
+    assert counts == dict.fromkeys(range(5), 4)
 
 
 def test_the_seed_fixes_the_order() -> None:
-    assert batch_plan(LENGTHS, 8, 50, 3) == batch_plan(LENGTHS, 8, 50, 3)
-    assert batch_plan(LENGTHS, 8, 50, 3) != batch_plan(LENGTHS, 8, 50, 4)
+    assert batch_plan(500, 8, 50, 3) == batch_plan(500, 8, 50, 3)
+    assert batch_plan(500, 8, 50, 3) != batch_plan(500, 8, 50, 4)
 
 
 def test_a_shorter_training_is_a_prefix_of_a_longer_one() -> None:
-    assert batch_plan(LENGTHS, 8, 120, 5)[:40] == batch_plan(LENGTHS, 8, 40, 5)
+    assert batch_plan(500, 8, 120, 5)[:40] == batch_plan(500, 8, 40, 5)
 
 
-def test_batches_pad_little() -> None:
-    def padded_share(plan: list[list[int]]) -> float:
-        padded = sum(len(batch) * max(LENGTHS[i] for i in batch) for batch in plan)
-        return 1 - sum(LENGTHS[i] for batch in plan for i in batch) / padded
-
-    random_plan = [list(batch) for batch in np.random.default_rng(0).permutation(500)[:480].reshape(-1, 8)]
-    assert padded_share(batch_plan(LENGTHS, 8, 60, 0)) < 0.5 * padded_share(random_plan)
+def lengths_by_batch(seeds: int, steps: int) -> np.ndarray:
+    """[seeds, steps, 8]"""
+    return np.array([LENGTHS[batch_plan(500, 8, steps, seed)] for seed in range(seeds)])
 
 
 def test_length_does_not_decide_when_an_item_is_seen() -> None:
     """Over many seeds the mean length at each step is that of the data: no curriculum by length."""
-    steps = 2 * WINDOW_BATCHES
-    by_step = np.array(
-        [[np.mean([LENGTHS[i] for i in batch]) for batch in batch_plan(LENGTHS, 8, steps, seed)] for seed in range(300)]
-    )
+    by_step = lengths_by_batch(300, 32).mean(axis=2)
     standard_error = by_step.std(axis=0) / np.sqrt(len(by_step))
-    assert np.all(np.abs(by_step.mean(axis=0) - np.mean(LENGTHS)) < 4.5 * standard_error)
+    assert np.all(np.abs(by_step.mean(axis=0) - LENGTHS.mean()) < SIGMAS * standard_error)
 
 
-def test_few_items_are_each_seen_once_a_pass() -> None:
-    """Fewer items than a window of batches: no batch holds an item twice, and a pass sees them all."""
-    plan = batch_plan([5 + index % 7 for index in range(32)], 8, 8, seed=0)
-    for begin in (0, 4):
-        seen = [index for batch in plan[begin : begin + 4] for index in batch]
-        assert sorted(seen) == list(range(32))
+def test_length_does_not_decide_with_whom_an_item_is_seen() -> None:
+    """A step's loss is a mean over its labels. With batches of like length a label of a short item would weigh more
+    than with batches drawn at random, for which the variance of a batch's mean length is known."""
+    means = lengths_by_batch(60, 62).mean(axis=2).reshape(-1)
+    expected = LENGTHS.var(ddof=1) / 8 * (1 - 8 / 500)  # of a sample without replacement
+    assert abs(means.var() / expected - 1) < SIGMAS * np.sqrt(2 / len(means))
+
+
+def test_like_lengths_would_be_noticed() -> None:
+    """The same figure for windows of 16 batches sorted by length, which earlier versions trained on."""
+    windows = [np.sort(np.random.default_rng(seed).permutation(LENGTHS)[:128]).reshape(16, 8) for seed in range(60)]
+    means = np.concatenate(windows).mean(axis=1)
+    expected = LENGTHS.var(ddof=1) / 8 * (1 - 8 / 500)
+    assert means.var() / expected > 1 + SIGMAS * np.sqrt(2 / len(means))

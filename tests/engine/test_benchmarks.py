@@ -48,7 +48,8 @@ def test_a_profile_accounts_for_the_whole_time(model_folder: Path, completion_fi
     assert sum(shares.values()) == pytest.approx(1, abs=0.01)
 
 
-def test_memory_against_items_is_counted(tmp_path: Path) -> None:
-    measured = items.measure(3000, tmp_path)
-    assert measured["items"] == 3000
+def test_memory_against_items_is_counted(model_folder: Path, completion_file: Path, tmp_path: Path) -> None:
+    measured = items.measure(3000, model_folder, completion_file, tmp_path)
+    assert 2000 < measured["train_items"] < 3000
     assert measured["tokens_on_disk"] > measured["tokens_asked_for"] > 0
+    assert list(tmp_path.iterdir()) == []

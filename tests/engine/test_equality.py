@@ -90,7 +90,7 @@ def test_losses_agree_with_a_plain_peft_loop(
     with torch.no_grad():
         theirs = peft_model.eval()(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
         reloaded = loaded(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
-    assert torch.allclose(reloaded, theirs, atol=1e-4)
+    assert float((reloaded - theirs).norm() / theirs.norm()) < 1e-4
 
 
 def test_prefix_changes_no_loss(model_folder: Path, completion_file: Path, tmp_path: Path) -> None:

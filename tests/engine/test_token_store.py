@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rightrank.engine.batches import batch_plan, length_sorted_batches
+from rightrank.engine.batches import length_sorted_batches
 from rightrank.engine.token_store import EncodedItem, TokenStore, lengths_of
 
 
@@ -51,7 +51,4 @@ def test_an_empty_split_is_empty(tmp_path: Path) -> None:
 
 def test_batches_of_a_store_are_those_of_a_list(store: TokenStore) -> None:
     items = list(some_items(3000))
-    plan = batch_plan(store.lengths, 8, 500, seed=1)
-    assert plan == batch_plan([item.length for item in items], 8, 500, seed=1)
-    assert batch_plan(store.lengths, 8, 40, seed=1) == plan[:40]
     assert length_sorted_batches(store, 16) == length_sorted_batches(items, 16)

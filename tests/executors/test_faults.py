@@ -1,17 +1,46 @@
-"""The fault benchmark in short: one worker of three is killed; workers are processes that sleep where they would train."""
+"""The fault benchmark in short: each fault once; workers are processes or Ray actors that sleep where they would train."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
-from benchmarks.scale.faults import FAULTS, Place, drive, judged, one_try
+import pytest
+from benchmarks.scale.faults import FAULTS, Work, one_try
+from benchmarks.scale.places import Nodes, Place
 
 
-def test_a_killed_worker_changes_nothing(tmp_path: Path) -> None:
-    drive(Place("processes", tmp_path / "reference"), lambda: None, 0)
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Work:
+    work = Work(tmp_path_factory.mktemp("faults") / "reference")
+    work.make_reference()
+    return work
+
+
+@pytest.fixture(scope="module")
+def nodes() -> Iterator[Nodes]:
+    pytest.importorskip("ray")
+    nodes = Nodes()
+    yield nodes
+    nodes.shutdown()
+
+
+def require_right(work: Work, place: Place, fault: str) -> None:
+    found = one_try(work, place, FAULTS[place.executor, fault], after=3)
+    assert found["right_decision"] == 1, found
+    assert (found["lost"], found["trained_twice"]) == (0, 0)
+
+
+@pytest.mark.parametrize("fault", ["worker killed", "worker stopped for 4 s"])
+def test_a_fault_of_a_process_changes_nothing(fault: str, work: Work, tmp_path: Path) -> None:
     place = Place("processes", tmp_path / "run")
-    one_try(place, FAULTS["processes", "worker killed"], after=3)
-    found = judged(tmp_path / "run", tmp_path / "reference")
-    assert found["right_decision"] == 1
-    assert (found["lost"], found["doubled"]) == (0, 0)
-    assert any("killed by signal 9" in notice for notice in place.notices)
+    require_right(work, place, fault)
+    assert any("killed by signal 9" in notice for notice in place.notices) == (fault == "worker killed")
+
+
+@pytest.mark.filterwarnings("ignore")  # Ray's own
+@pytest.mark.parametrize("fault", ["worker killed", "worker stopped for 4 s", "driver killed, then resumed"])
+def test_a_fault_on_ray_changes_nothing(fault: str, work: Work, nodes: Nodes, tmp_path: Path) -> None:
+    place = Place("ray", tmp_path / "run", nodes, nodes.address)
+    require_right(work, place, fault)
+    assert bool(place.notices) == (fault == "worker killed")

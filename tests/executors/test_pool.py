@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rightrank.errors import InputError, InterruptedRun, RunError
-from rightrank.executors.messages import Ready, Refused
+from rightrank.executors.messages import News, Ready, Refused
 from rightrank.executors.pool import MOST_LOSSES, Looking, Lost, Pool, PoolExecutor, Terms
 from rightrank.records import Arm, Trial, TrialFailed, TrialFinished
 
@@ -139,6 +139,25 @@ def test_closed_early_it_can_be_used_again() -> None:
     running.close()  # type: ignore[attr-defined]
     rest = [trial for trial in trials(6) if trial.trial_id != first.trial_id]
     assert len(list(executor.run(rest, None))) == 5
+
+
+def test_left_after_an_outcome_it_hears_the_rest_of_what_was_told_with_it() -> None:
+    class Gathering(SimulatedCrew):
+        """Tells all that comes at one moment at once, as a pipe does."""
+
+        def news(self, seconds: float) -> list[tuple[str, News | Lost]]:
+            found = super().news(seconds)
+            while self._events and self._events[0][0] <= self.now:
+                found += super().news(0.0)
+            return found
+
+    crew = Gathering(Pace(trial=lambda *_: 1.0, start=1.0))
+    executor = PoolExecutor(make_pool(crew, workers=1), "job")
+    first = executor.run(trials(1), None)
+    next(first)
+    first.close()  # type: ignore[attr-defined]
+    assert len(list(executor.run(trials(2)[1:], None))) == 1
+    assert crew.now < 10  # and not after the worker was given up as hung
 
 
 @pytest.mark.parametrize(

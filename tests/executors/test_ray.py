@@ -6,11 +6,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from rightrank import TrialTask, Watching, select_rank, select_rank_with
-from rightrank.records import RunEvent, TrialFinished
+from rightrank.records import RunEvent, StepDone, TrialFinished
 from tests.executors.conftest import STEPS
+from tests.executors.test_group import require_same
 from tests.executors.test_workers import decision_of, values_of
 from tests.tiny import small_settings
 
@@ -18,9 +20,10 @@ pytest.importorskip("ray")
 
 
 @pytest.fixture
-def cluster() -> Iterator[Any]:
+def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     from ray.cluster_utils import Cluster
 
+    monkeypatch.setenv("RAY_worker_niceness", "0")  # 15 otherwise: beside other work they would stand still
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "object_store_memory": 80 * 2**20})
     try:
         yield cluster
@@ -47,6 +50,30 @@ def test_a_node_leaves_and_the_decision_is_that_of_one_process(
     assert gone
     assert decision_of(tmp_path / "run") == decision_of(alone)
     assert values_of(tmp_path / "run") == values_of(alone)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_two_actors_share_an_arm_though_one_is_killed(
+    cluster: Any, alone: Path, model_folder: Path, completion_file: Path, tmp_path: Path
+) -> None:
+    for _ in range(2):  # a node holds one of the two
+        cluster.add_node(num_cpus=1, object_store_memory=80 * 2**20)
+    killed: list[int] = []
+    notices: list[str] = []
+
+    def kill_one(event: RunEvent) -> None:
+        if isinstance(event, StepDone) and not killed:
+            actors = [one for one in psutil.Process().children(recursive=True) if "ray::RayWorker" in one.name()]
+            assert len(actors) == 2
+            killed.append(actors[-1].pid)
+            actors[-1].kill()
+
+    settings = small_settings(**STEPS, executor="ray", ray_address=cluster.address, workers=1, devices_per_arm=2)
+    watching = Watching(on_event=kill_one, notice=notices.append)
+    select_rank(str(model_folder), completion_file, tmp_path / "run", settings=settings, watching=watching)
+    assert killed
+    assert any("worker-1 is gone" in notice for notice in notices)
+    require_same(tmp_path / "run", alone)
 
 
 @pytest.mark.filterwarnings("ignore")

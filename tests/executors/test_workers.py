@@ -103,15 +103,15 @@ def test_an_address_that_does_not_answer_is_said() -> None:
 
 def test_a_worker_says_who_it_is_and_what_it_sees(tmp_path: Path) -> None:
     (tmp_path / "probe").write_text("secret")
-    for probe, token in ((tmp_path / "probe", "secret"), (tmp_path / "elsewhere", None)):
-        orders = Orders(jobs=[], working_folder=Path.cwd(), probe=probe, token="secret")
+    for probe, token in (("probe", "secret"), ("elsewhere", None)):
+        orders = Orders(jobs=[], working_folder=Path.cwd(), share=str(tmp_path), probe=probe)
         told = StringIO()
         serve(StringIO(orders.model_dump_json() + "\n" + Stop().model_dump_json() + "\n"), told)
         assert NEWS.validate_json(told.getvalue()) == Ready(versions=versions(), token=token)
 
 
 def test_a_launcher_that_is_not_there_is_one_line(tmp_path: Path) -> None:
-    orders = Orders(jobs=[], working_folder=Path.cwd(), probe=tmp_path / "probe", token="")
+    orders = Orders(jobs=[], working_folder=Path.cwd(), share=str(tmp_path), probe="probe")
     with pytest.raises(SettingsError, match="launcher: can't run 'no-such-srun'"):
         ProcessCrew(orders, tmp_path, launcher=["no-such-srun"]).start("worker-1")
 

@@ -68,6 +68,14 @@ def test_the_plan_says_how_many_arms_fit_together() -> None:
     assert plan_selection(config, between, 32, "cpu").largest_pack == 4
 
 
+def test_an_initialisation_that_doubles_the_rank_is_planned_at_twice_the_rank() -> None:
+    config = tiny_llama_config(400)
+    plain = plan_selection(config, small_settings(ranks=(1, 4, 8)), 32, "cpu")
+    swept = plan_selection(config, small_settings(ranks=(1, 4, 8), sweep=("init=pissa",)), 32, "cpu")
+    assert swept.needed_bytes[4] == plain.needed_bytes[8]
+    assert swept.peak_bytes == plain.peak_bytes  # of the arms that the answer rests on
+
+
 def test_a_pack_that_does_not_fit_is_made_smaller_and_said(
     model_folder: Path, completion_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

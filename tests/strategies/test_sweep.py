@@ -10,14 +10,17 @@ from typing import Any
 import pytest
 
 from rightrank.cli import main
-from rightrank.errors import SettingsError
+from rightrank.errors import ModelError, SettingsError
+from rightrank.maths.counts import rank_of_equal_parameters
 from rightrank.records import Arm, SweepRow
 from rightrank.report.sweep_table import sweep_map
 from rightrank.settings import make_settings
 from rightrank.strategies import History, strategy_named
 from rightrank.strategies.sweep import Variant, variants_of
+from tests.helpers import make_bench
 from tests.strategies.test_conformance import run_all
 from tests.strategies.worlds import World, make_space
+from tests.tiny import small_settings
 
 ARM = Arm(rank=16, learning_rate=1e-3, lora_alpha=32.0, seed=0, steps=100)
 
@@ -31,8 +34,8 @@ ARM = Arm(rank=16, learning_rate=1e-3, lora_alpha=32.0, seed=0, steps=100)
         ("alpha=", "AXIS=VALUE"),
         ("alpha=16,x", "numbers above 0"),
         ("alpha=-2", "numbers above 0"),
-        ("init=pissa", "changes the base's weights, which all trainings of a run share; allowed: default, gaussian"),
-        ("init=eva", "needs a pass over the data"),
+        ("init=corda", "changes the base's weights by gradients or covariances"),
+        ("init=orthogonal", "can't be shared between ranks; allowed: default, gaussian, pissa, olora, eva"),
         ("init=gausian", "did you mean 'gaussian'"),
         ("targets=q_proj+", "names joined by +"),
         ("scaling=rslora", "alpha/sqrt(r)"),
@@ -75,12 +78,18 @@ def test_a_sweep_on_real_trainings(
     arguments: list[Any] = ["select", model_folder, completion_file, "--out", tmp_path / "run", "--ranks", "1,4"]
     arguments += ["--learning-rates", "1e-2", "--max-steps", "8", "--batch-size", "4", "--seq-len", "32"]
     arguments += ["--eval-items", "12", "--set", "samples=0", "--strategy", "ladder", "--json", "--quiet"]
-    arguments += ["--sweep", "alpha=8", "--sweep", "init=gaussian", "--sweep", "targets=q_proj+v_proj"]
+    arguments += ["--sweep", "alpha=8", "--sweep", "init=gaussian,pissa,eva", "--sweep", "targets=q_proj+v_proj"]
+    arguments += ["--sweep", "equal_targets=down_proj+up_proj"]
     with pytest.raises(SystemExit) as ended:
         main([str(argument) for argument in arguments])
     assert ended.value.code == 0
     answer = json.loads(capsys.readouterr().out)
-    assert {row["setting"] for row in answer["sweep"]} == {"alpha=8", "init=gaussian", "targets=q_proj+v_proj"}
+    inits = {"init=gaussian", "init=pissa", "init=eva"}
+    sets = {"targets=q_proj+v_proj", "equal_targets=down_proj+up_proj"}
+    assert {row["setting"] for row in answer["sweep"]} == {"alpha=8", *inits, *sets}
+    for row in answer["sweep"]:
+        factor = {"init=pissa": 2.0, "targets=q_proj+v_proj": 0.25}.get(row["setting"], 1.0)
+        assert row["parameters"] == pytest.approx(factor * row["shared_parameters"], rel=0.2), row["setting"]
     assert (tmp_path / "run" / "figures" / "sweep.svg").exists()
     page = (tmp_path / "run" / "report.html").read_text()
     assert "Other settings, each at its own best rate" in page
@@ -89,6 +98,23 @@ def test_a_sweep_on_real_trainings(
     for row in answer["sweep"]:
         assert row["gain"] == pytest.approx(values[row["rank"]] - row["value"], abs=1e-6)
         assert row["gain"] != 0
+
+
+def test_fewer_modules_at_as_many_parameters() -> None:
+    assert rank_of_equal_parameters(16, [(8, 8), (8, 8), (24, 8)], [(8, 8)]) == 64
+    assert rank_of_equal_parameters(3, [(10, 10)], [(10, 14)]) == 2  # 60 parameters: 48 are nearer than 72
+    assert rank_of_equal_parameters(1, [(8, 8)], [(64, 64)]) == 1
+    arm = Variant("equal_targets", "q_proj+v_proj").of(ARM, "alpha/r")
+    assert (arm.rank, arm.target_modules, arm.equal_parameters) == (16, ("q_proj", "v_proj"), True)
+    assert arm != Variant("targets", "q_proj+v_proj").of(ARM, "alpha/r")
+
+
+def test_a_set_that_cannot_hold_as_many_parameters_is_refused(
+    model_folder: Path, completion_file: Path, tmp_path: Path
+) -> None:
+    settings = small_settings(ranks=(1, 16), sweep=("equal_targets=k_proj",))
+    with pytest.raises(ModelError, match="as many parameters as rank 16 has over all-linear take rank"):
+        make_bench(model_folder, completion_file, settings, tmp_path)
 
 
 def test_a_sweep_is_drawn_rank_by_setting() -> None:

@@ -29,7 +29,10 @@ SELECT_OPTIONS = [
     click.option("--learning-rates", callback=comma, help="Rates to try at each rank, such as 1e-4,3e-4."),
     click.option("--seeds", callback=comma, help="Seeds, such as 0,1,2."),
     click.option(
-        "--sweep", multiple=True, metavar="AXIS=VALUES", help="Further alpha, scaling, init or targets: alpha=16,64."
+        "--sweep",
+        multiple=True,
+        metavar="AXIS=VALUES",
+        help="Further alpha, scaling, init, targets or equal_targets: alpha=16,64.",
     ),
     click.option("--margin", type=float, help="How much worse than the best is still enough."),
     click.option(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,21 +19,25 @@ from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
 
+from rightrank.engine.inits import start_from_weights
 from rightrank.engine.targets import without_peft_noise
 from rightrank.errors import ModelError
 from rightrank.records import Arm
 from rightrank.settings import SelectSettings
+from rightrank.strategies.sweep import FROM_WEIGHTS
 
 ADAPTER = "default"  # PEFT's name for the only adapter of a model
 
 
 @contextmanager
-def attached(model: Any, settings: SelectSettings, arm: Arm, config: LoraConfig) -> Iterator[Any]:
+def attached(
+    model: Any, settings: SelectSettings, arm: Arm, config: LoraConfig, rows: Mapping[str, torch.Tensor] | None = None
+) -> Iterator[Any]:
     """The PeftModel of `arm` around `model`, freshly initialised; the base is as before when the block ends."""
     kept = {name: parameter.detach().clone() for name, parameter in trainable_base(model, settings)}
     peft_model = wrapped(model, config)
     try:
-        initialise(peft_model, arm, arm.init_lora_weights or settings.init_lora_weights)
+        initialise(peft_model, arm, arm.init_lora_weights or settings.init_lora_weights, rows=rows)
         for module in peft_model.modules():
             if isinstance(module, LoraLayer):
                 module.lora_dropout.train()
@@ -78,14 +82,19 @@ def unwrapped(peft_model: Any) -> Any:
     return base
 
 
-def initialise(peft_model: Any, arm: Arm, init: str, adapter: str = ADAPTER) -> None:
-    """Draw every A (and zero every B) of the arm's adapter."""
+def initialise(
+    peft_model: Any, arm: Arm, init: str, adapter: str = ADAPTER, rows: Mapping[str, torch.Tensor] | None = None
+) -> None:
+    """Draw every A (and zero every B) of the arm's adapter; `rows` are the A of modules that have one of their own."""
     with torch.no_grad():
         for name, module in lora_modules(peft_model, adapter).items():
             generator = np.random.default_rng(_draw_seed(arm.seed, name))
-            if adapter in module.lora_A:
+            if adapter in module.lora_A and init in FROM_WEIGHTS:
+                start_from_weights(module, adapter, init, arm.rank)
+            elif adapter in module.lora_A:
                 a = module.lora_A[adapter].weight
-                a.copy_(_draw(generator, a.shape[0], a.shape[1], init).to(a))
+                own = None if rows is None else rows.get(name)
+                a.copy_((_draw(generator, a.shape[0], a.shape[1], init) if own is None else own).to(a))
                 module.lora_B[adapter].weight.zero_()
             elif adapter in module.lora_embedding_A:
                 b = module.lora_embedding_B[adapter]

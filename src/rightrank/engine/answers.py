@@ -13,7 +13,7 @@ from transformers import GenerationConfig
 from rightrank.engine.bench import Bench
 from rightrank.engine.world import rank, told_by, world_size
 from rightrank.errors import DataError, is_out_of_memory
-from rightrank.io.data import Item
+from rightrank.io.item_store import Item
 from rightrank.io.scorers import Answer
 from rightrank.records import SplitName
 

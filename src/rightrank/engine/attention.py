@@ -21,9 +21,22 @@ def wants_float32(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 @contextmanager
+def replaced(table: Any, name: str, function: Any) -> Iterator[None]:
+    """Within the block, `function` under `name` in one of transformers' tables, which are meant to be written to."""
+    before = table[name]
+    table[name] = function
+    try:
+        yield
+    finally:
+        del table[name]
+        if table[name] is not before:  # a replacement around this one
+            table[name] = before
+
+
+@contextmanager
 def float32_attention() -> Iterator[None]:
     """Within the block, models that use torch's fused attention compute it in float32."""
-    functions: Any = ALL_ATTENTION_FUNCTIONS  # transformers' table, which is meant to be written to
+    functions: Any = ALL_ATTENTION_FUNCTIONS
     plain = functions[FUSED]
 
     def in_float32(module: Any, query: Any, key: Any, value: Any, mask: Any, **options: Any) -> Any:
@@ -31,8 +44,5 @@ def float32_attention() -> Iterator[None]:
         output, weights = plain(module, query.float(), key.float(), value.float(), wide, **options)
         return output.to(query.dtype), weights
 
-    functions[FUSED] = in_float32
-    try:
+    with replaced(functions, FUSED, in_float32):
         yield
-    finally:
-        del functions[FUSED]  # what transformers itself has there comes back

@@ -1,7 +1,8 @@
 """Which items train together, and in which order: the same for every arm of a seed.
 
-Each pass over the data is a fresh permutation. Within a window of batches, items are sorted by length so that
-a batch pads little; the batches of a window are then shuffled. Every item is seen once a pass, whatever its length.
+Each pass over the data is a fresh permutation, cut into batches as it comes. Batches of like length would pad less,
+but a step's loss is a mean over its labels: a label in a batch of short items would weigh more than one in a batch of
+long items. Where it can be, items are joined into one row instead (`joined.py`), and nothing is padded.
 """
 
 from __future__ import annotations
@@ -10,50 +11,42 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from rightrank.engine.encode import IGNORED
 from rightrank.engine.token_store import EncodedItem, lengths_of
 
-WINDOW_BATCHES = 16
-
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Right-padded tensors of b items and n positions, and which items they are."""
+    """Right-padded tensors of b items and n positions, and which items they are; or joined, all in one row."""
 
     input_ids: torch.Tensor  # [b, n]
     attention_mask: torch.Tensor  # [b, n], 1 on real tokens
     labels: torch.Tensor  # [b, n], -100 where no loss is taken; [b] for a classification
     indices: tuple[int, ...]  # into the split
     tokens: int  # real tokens, no padding
+    lengths: tuple[int, ...] | None = None  # of the items, where they are joined: tensors are [1, tokens]
+
+    def item_numbers(self) -> torch.Tensor:
+        """Of every position, the number of its item in the batch; shaped as `input_ids`."""
+        device = self.input_ids.device
+        if self.lengths is None:
+            return torch.arange(len(self.indices), device=device)[:, None].expand_as(self.input_ids)
+        counts = torch.tensor(self.lengths, device=device)
+        return torch.arange(len(self.indices), device=device).repeat_interleave(counts)[None]
 
 
-def batch_plan(
-    lengths: Sequence[int] | npt.NDArray[np.int64], batch_size: int, steps: int, seed: int
-) -> list[list[int]]:
-    """`steps` batches of `batch_size` item indices, drawn in passes over all items.
+def batch_plan(items: int, batch_size: int, steps: int, seed: int) -> list[list[int]]:
+    """`steps` batches of `batch_size` of the numbers under `items`, drawn in passes over all of them.
 
     A pass that does not fill its last batch is continued by the next pass.
     """
     generator = np.random.default_rng([seed, 0x8A7C])
-    plan: list[list[int]] = []
-    order = np.empty(0, np.int64)
-    size = np.asarray(lengths)
-    while len(plan) < steps:
-        order = np.concatenate([order, generator.permutation(len(size))])
-        whole = len(order) - len(order) % batch_size
-        # A window never spans two passes: sorted by length, an item and its repetition would share a batch.
-        for begin in range(0, whole, WINDOW_BATCHES * batch_size):
-            if len(plan) >= steps:
-                break
-            window = order[begin : min(begin + WINDOW_BATCHES * batch_size, whole)]
-            by_length: list[int] = window[np.lexsort((window, size[window]))].tolist()
-            batches = [by_length[start : start + batch_size] for start in range(0, len(window), batch_size)]
-            plan.extend(batches[position] for position in generator.permutation(len(batches)))
-        order = order[whole:]
-    return plan[:steps]
+    passes = -(-batch_size * steps // items)
+    order = np.concatenate([generator.permutation(items) for _ in range(passes)])
+    plan: list[list[int]] = order[: batch_size * steps].reshape(steps, batch_size).tolist()
+    return plan
 
 
 def collate(items: Sequence[EncodedItem], indices: Sequence[int], pad_id: int, device: torch.device) -> Batch:

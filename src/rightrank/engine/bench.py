@@ -9,28 +9,32 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from peft import LoraConfig
 
 from rightrank.engine.adapter import attached
-from rightrank.engine.attention import float32_attention, wants_float32
+from rightrank.engine.attention import FUSED, float32_attention, wants_float32
 from rightrank.engine.batches import Batch, batch_plan, collate, length_sorted_batches
 from rightrank.engine.encode import EncodedData
+from rightrank.engine.inits import EVA_BATCHES, input_directions
+from rightrank.engine.joined import attention_within, joined
 from rightrank.engine.label_rows import label_rows_only
 from rightrank.engine.lora import Routing
 from rightrank.engine.loss import BatchLoss, Objective, Scale, head_loss, make_objective
 from rightrank.engine.pack import Pack, Share, merged
 from rightrank.engine.prefix import FrozenPrefix, find_blocks, prefix_depth
-from rightrank.engine.targets import Targets, find_targets, lora_config
+from rightrank.engine.targets import Targets, find_targets, lora_config, require_equal_ranks
 from rightrank.engine.token_store import EncodedItem, lengths_of
 from rightrank.engine.world import rank, require_shares, sum_over_world, world_size
 from rightrank.errors import InterruptedRun
 from rightrank.io.models import LoadedModel
+from rightrank.maths.counts import rank_of_equal_parameters
 from rightrank.records import Arm, Preparing, SplitName
 from rightrank.settings import SelectSettings
 from rightrank.strategies.sweep import target_sets
 
-PREFIX_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 5e-3}  # relative, of a batch's loss
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 5e-3}  # relative, of a loss computed otherwise
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,10 +74,13 @@ class Bench:
         ]
         self.targets: Targets = sets[0]
         self._target_sets = dict(zip(target_sets(settings), sets, strict=True))
+        require_equal_ranks(settings, self.targets, self._target_sets)
+        self._first_rows: dict[tuple[int, int, tuple[str, ...] | None], dict[str, torch.Tensor]] = {}
         self.steps = steps  # optimizer steps of an arm
         self._pad_id: int = loaded.tokenizer.pad_token_id
         probe = self.batch("selection", length_sorted_batches(data.splits["selection"], settings.batch_size)[0])
         self.objective: Objective = make_objective(self.model, probe, data.is_classification)
+        self.joins_items = self._may_join_items()
         require_shares(settings.batch_size)
         self._last_block = self._find_last_block(probe)
         # Processes that share a base run every pass together, and each would fill its own part of the prefix.
@@ -91,7 +98,7 @@ class Bench:
         begun = time.perf_counter()
         expected = self._expected_items("train")
         done = 0
-        with self._attention():
+        with self._wide_attention():
             for count in self.prefix.fill(self.model, "train", expected):
                 done += count
                 on_progress(Preparing(items=done, of_items=len(expected), seconds=time.perf_counter() - begun))
@@ -109,9 +116,8 @@ class Bench:
 
         A plan of more steps begins with the plan of fewer.
         """
-        return batch_plan(
-            lengths_of(self.items("train")), self.settings.items_per_step, self.steps if steps is None else steps, seed
-        )
+        steps = self.steps if steps is None else steps
+        return batch_plan(len(self.items("train")), self.settings.items_per_step, steps, seed)
 
     def losses(self, split: SplitName, batch: Batch, scale: Scale) -> BatchLoss:
         """The loss of `batch` under whatever adapter the base now carries."""
@@ -124,7 +130,7 @@ class Bench:
         """
         batch = merged([share.batch for share in shares], self._pad_id)
         scale = torch.tensor([share.scale for share in shares for _ in share.batch.indices], device=self.loaded.device)
-        with pack.routed(shares) as routing:
+        with pack.routed(shares, self.joins_items) as routing:
             result = self._losses("train", batch, scale, routing, backward=True)
         return list(torch.split(result.item_losses, [len(share.batch.indices) for share in shares]))
 
@@ -140,7 +146,7 @@ class Bench:
 
         def losses(batch: Batch) -> BatchLoss:
             shares = [Share(adapter, batch, 1.0, None) for adapter in adapters]
-            with pack.routed(shares) as routing:
+            with pack.routed(shares, self.joins_items) as routing:
                 return self._losses(split, merged([batch] * len(shares), self._pad_id), 1.0, routing)
 
         return self._evaluate(split, len(adapters), losses)
@@ -166,9 +172,10 @@ class Bench:
     def _losses(
         self, split: SplitName, batch: Batch, scale: Scale, routing: Routing | None, backward: bool = False
     ) -> BatchLoss:
-        # The backward pass belongs inside: what is recomputed there must see the same prefix and rows.
-        with self._attention(), self._prefix_for(split, batch), self._label_rows(batch, routing):
-            result = self.objective(self.model, batch, scale)
+        rows = joined(batch) if self.joins_items else batch
+        # The backward pass belongs inside: what is recomputed there must see the same prefix, attention and rows.
+        with self._wide_attention(), self._prefix_for(split, rows), _attention(rows), self._label_rows(rows, routing):
+            result = self.objective(self.model, rows, scale)
             if backward:
                 torch.autograd.backward(result.total)
         return result
@@ -179,24 +186,67 @@ class Bench:
         if arm.rank == 0:
             yield self.model
             return
-        with attached(self.model, self.settings, arm, self.arm_config(arm)) as peft_model, self.recomputing():
+        rows = self.first_rows(arm)
+        with attached(self.model, self.settings, arm, self.arm_config(arm), rows) as peft_model, self.recomputing():
             yield peft_model
 
     def arm_config(self, arm: Arm) -> LoraConfig:
         """PEFT's configuration of the arm."""
-        targets = self.targets if arm.target_modules is None else self._target_sets[arm.target_modules]
-        return lora_config(self.settings, arm, self.data.is_classification, targets.names)
+        held = arm.model_copy(update={"rank": self.rank_of(arm)})
+        return lora_config(self.settings, held, self.data.is_classification, self._targets_of(arm).names)
+
+    def rank_of(self, arm: Arm) -> int:
+        """The rank that the arm's modules are adapted at: another one where the count of parameters is to be the same."""
+        if not arm.equal_parameters:
+            return arm.rank
+        return rank_of_equal_parameters(arm.rank, self.targets.shapes, self._targets_of(arm).shapes)
+
+    def first_rows(self, arm: Arm) -> dict[str, torch.Tensor] | None:
+        """The first A of each module where the arm's initialisation takes it from the data; None where it is drawn."""
+        if arm.init_lora_weights != "eva":
+            return None
+        key = arm.seed, arm.rank, arm.target_modules
+        if key not in self._first_rows:
+            names = [target.name for target in self._targets_of(arm).modules]
+            plans = self.batch_plan(arm.seed, EVA_BATCHES)
+            batches = [self.batch("train", indices) for indices in plans]
+            inputs = [{"input_ids": batch.input_ids, "attention_mask": batch.attention_mask} for batch in batches]
+            with self._wide_attention():
+                self._first_rows[key] = input_directions(self.model, names, arm.rank, inputs)
+        return self._first_rows[key]
+
+    def _targets_of(self, arm: Arm) -> Targets:
+        return self.targets if arm.target_modules is None else self._target_sets[arm.target_modules]
 
     def recomputing(self) -> AbstractContextManager[None]:
         """Gradient checkpointing, where it was asked for."""
         return recomputed_blocks(self.model) if self.settings.gradient_checkpointing else nullcontext()
 
-    def _attention(self) -> AbstractContextManager[None]:
+    def _wide_attention(self) -> AbstractContextManager[None]:
         dtype = next(self.model.parameters()).dtype
         return float32_attention() if wants_float32(self.loaded.device, dtype) else nullcontext()
 
+    @property
+    def _tolerance(self) -> float:
+        return TOLERANCE[next(self.model.parameters()).dtype]
+
     def _label_rows(self, batch: Batch, routing: Routing | None) -> AbstractContextManager[None]:
         return nullcontext() if self._last_block is None else label_rows_only(self._last_block, batch, routing)
+
+    @torch.no_grad()
+    def _may_join_items(self) -> bool:
+        """Whether items joined into one row have the losses that they have padded: the longest, and short ones."""
+        attention = getattr(self.model.config, "_attn_implementation", None)
+        if self.objective is not head_loss or attention != FUSED:
+            return False
+        split = max(self.data.splits, key=lambda name: int(lengths_of(self.items(name)).max()))
+        by_length = np.argsort(lengths_of(self.items(split)), kind="stable").tolist()
+        probe = self.batch(split, [by_length[0], by_length[-1], by_length[len(by_length) // 2]])
+        plain = head_loss(self.model, probe, 1.0).item_losses
+        row = joined(probe)
+        with _attention(row):
+            ours = head_loss(self.model, row, 1.0).item_losses
+        return torch.allclose(ours, plain, rtol=self._tolerance, atol=0)
 
     @torch.no_grad()
     def _find_last_block(self, probe: Batch) -> Any:
@@ -205,11 +255,12 @@ class Bench:
         if found is None or self.objective is not head_loss:
             return None
         last = found[1][-1]
-        plain = head_loss(self.model, probe, 1.0).item_losses
-        with label_rows_only(last, probe, None):
-            ours = head_loss(self.model, probe, 1.0).item_losses
-        tolerance = PREFIX_TOLERANCE[next(self.model.parameters()).dtype]
-        return last if torch.allclose(ours, plain, rtol=tolerance, atol=0) else None
+        rows = joined(probe) if self.joins_items else probe
+        with _attention(rows):
+            plain = head_loss(self.model, rows, 1.0).item_losses
+            with label_rows_only(last, rows, None):
+                ours = head_loss(self.model, rows, 1.0).item_losses
+        return last if torch.allclose(ours, plain, rtol=self._tolerance, atol=0) else None
 
     def _prefix_for(self, split: SplitName, batch: Batch) -> AbstractContextManager[None]:
         return nullcontext() if self.prefix is None else self.prefix.serving(self.model, split, batch)
@@ -230,10 +281,10 @@ class Bench:
             prefix.add_split(split, items, self._expected_items(split))
         with torch.no_grad():
             plain = self.objective(self.model, probe, 1.0).item_losses.sum()
-            with prefix.serving(self.model, "selection", probe):
-                cached = self.objective(self.model, probe, 1.0).item_losses.sum()
-        tolerance = PREFIX_TOLERANCE[next(self.model.parameters()).dtype]
-        return prefix if torch.isclose(cached, plain, rtol=tolerance, atol=0) else None
+            rows = joined(probe) if self.joins_items else probe
+            with prefix.serving(self.model, "selection", rows), _attention(rows):
+                cached = self.objective(self.model, rows, 1.0).item_losses.sum()
+        return prefix if torch.isclose(cached, plain, rtol=self._tolerance, atol=0) else None
 
     def _expected_items(self, split: SplitName) -> set[int]:
         """The items of a split that the arms will ask for."""
@@ -255,6 +306,10 @@ class Bench:
         finally:
             for module in training:
                 module.train(True)
+
+
+def _attention(batch: Batch) -> AbstractContextManager[None]:
+    return nullcontext() if batch.lengths is None else attention_within(batch.lengths, batch.input_ids.device)
 
 
 def _summed(score: Scores) -> Scores:

@@ -13,7 +13,8 @@ from typing import Any
 
 from rightrank.engine.token_store import EncodedItem, TokenStore, lengths_of
 from rightrank.errors import DataError
-from rightrank.io.data import SPLITS, DataForm, DataSplits, Item
+from rightrank.io.data import SPLITS, DataForm, DataSplits
+from rightrank.io.item_store import Item
 from rightrank.io.models import LoadedModel
 from rightrank.records import DataSummary, SplitName, SplitSummary
 from rightrank.settings import SelectSettings
@@ -26,7 +27,7 @@ class EncodedData:
     """Every split, encoded, and the summary of what became of the items."""
 
     splits: Mapping[SplitName, Sequence[EncodedItem]]
-    texts: Mapping[SplitName, list[Item]]  # the held-out items, for what the model writes
+    texts: Mapping[SplitName, Sequence[Item]]  # the held-out items, for what the model writes
     summary: DataSummary
 
     @property

@@ -24,7 +24,7 @@ _POSITION_WISE = ("q_proj", "o_proj", "out_proj", "c_proj", "dense")
 
 
 def label_positions(batch: Batch) -> torch.Tensor:
-    """[b, n]: where the next token is a label."""
+    """Shaped as the batch: where the next token is a label."""
     keep = torch.zeros_like(batch.labels, dtype=torch.bool)
     keep[:, :-1] = batch.labels[:, 1:] != IGNORED
     return keep

@@ -42,7 +42,15 @@ class Routing:
     layouts: dict[int, list[Part]] = field(default_factory=dict)  # by rows of the flattened input
 
     @classmethod
-    def of(
+    def joined(cls, adapters: Sequence[str], seeds: Sequence[int | None], tokens: Sequence[int]) -> Routing:
+        """Arms of `tokens[i]` tokens each, one after the other in one row."""
+        parts = [
+            Part(name, count, seed, count, None) for name, seed, count in zip(adapters, seeds, tokens, strict=True)
+        ]
+        return cls(tuple(adapters), tuple(seeds), {sum(tokens): parts})
+
+    @classmethod
+    def padded(
         cls, adapters: Sequence[str], seeds: Sequence[int | None], rows: Sequence[int], lengths: Sequence[int]
     ) -> Routing:
         """Arms of `rows[i]` items each, padded to `lengths[i]` alone and to the longest together."""
@@ -306,12 +314,13 @@ def _saved_forward(module: Any, routing_now: RoutingNow) -> Callable[..., Any]:
             return module.original_module(x, *args, **kwargs)
         if len(routing.adapters) == 1:
             return module.modules_to_save[routing.adapters[0]](x, *args, **kwargs)
-        parts = routing.parts(x.shape[0])
-        pieces = torch.split(x, [part.rows for part in parts])
+        along = 1 if x.shape[0] == 1 else 0  # joined items are one row of tokens; padded ones a row each
+        parts = routing.parts(x.shape[along])
+        pieces = torch.split(x, [part.rows for part in parts], dim=along)
         outputs = [
             module.modules_to_save[part.adapter](piece, *args, **kwargs)
             for part, piece in zip(parts, pieces, strict=True)
         ]
-        return torch.cat(outputs)
+        return torch.cat(outputs, dim=along)
 
     return forward

@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from rightrank.engine.batches import Batch
 from rightrank.engine.encode import IGNORED
+from rightrank.engine.joined import positions
 
 CHUNK_LOGITS = 2**24  # logits held at once, in elements: 64 MiB in float32
 HEAD_TOLERANCE = 1e-3  # relative, between the head's loss and the model's own, in the model's dtype
@@ -67,10 +68,12 @@ def head_loss(model: Any, batch: Batch, scale: Scale) -> BatchLoss:
     """Shifted cross-entropy with the head applied only where there is a label."""
     # Padding is on the right and every loss is causal, so no position with a label sees a padded one:
     # the mask can be left out, and attention takes its causal fast path.
-    hidden = model.base_model(input_ids=batch.input_ids, use_cache=False).last_hidden_state
+    restarting = {} if batch.lengths is None else {"position_ids": positions(batch.lengths, batch.input_ids.device)}
+    hidden = model.base_model(input_ids=batch.input_ids, use_cache=False, **restarting).last_hidden_state
     keep, targets = _label_positions(batch)
-    total, losses = chunked_cross_entropy(hidden[:, :-1][keep], targets, output_head(model), _by_label(scale, keep))
-    return _by_item(total, losses, keep)
+    items = batch.item_numbers()[:, 1:][keep]
+    total, losses = chunked_cross_entropy(hidden[:, :-1][keep], targets, output_head(model), _by_label(scale, items))
+    return _by_item(total, losses, items, len(batch.indices))
 
 
 def logits_loss(model: Any, batch: Batch, scale: Scale) -> BatchLoss:
@@ -78,7 +81,8 @@ def logits_loss(model: Any, batch: Batch, scale: Scale) -> BatchLoss:
     logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
     keep, targets = _label_positions(batch)
     losses = F.cross_entropy(logits[:, :-1][keep].float(), targets, reduction="none")
-    return _by_item((losses * _by_label(scale, keep)).sum(), losses.detach(), keep)
+    items = batch.item_numbers()[:, 1:][keep]
+    return _by_item((losses * _by_label(scale, items)).sum(), losses.detach(), items, len(batch.indices))
 
 
 def chunked_cross_entropy(
@@ -174,15 +178,16 @@ def _label_positions(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
     return keep, shifted[keep]
 
 
-def _by_label(scale: Scale, keep: torch.Tensor) -> Scale:
+def _by_label(scale: Scale, items: torch.Tensor) -> Scale:
     """The scale of each label [m], from the scale of each item [b]."""
-    return scale[keep.nonzero()[:, 0]] if isinstance(scale, torch.Tensor) else scale
+    return scale[items] if isinstance(scale, torch.Tensor) else scale
 
 
-def _by_item(total: torch.Tensor, losses: torch.Tensor, keep: torch.Tensor) -> BatchLoss:
-    keep = keep.cpu()  # summed in float64, which not every device has
-    sums = torch.zeros(keep.shape[0], dtype=torch.float64)
-    return BatchLoss(total, sums.index_add_(0, keep.nonzero()[:, 0], losses.cpu().double()), keep.sum(1), None)
+def _by_item(total: torch.Tensor, losses: torch.Tensor, items: torch.Tensor, count: int) -> BatchLoss:
+    """Losses [m] summed by the item [m] of each label."""
+    items = items.cpu()  # summed in float64, which not every device has
+    sums = torch.zeros(count, dtype=torch.float64).index_add_(0, items, losses.cpu().double())
+    return BatchLoss(total, sums, torch.bincount(items, minlength=count), None)
 
 
 @torch.no_grad()

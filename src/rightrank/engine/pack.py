@@ -6,7 +6,7 @@ leave at any time. The base is as before when the pack is closed.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
@@ -59,8 +59,13 @@ class Pack:
         """PEFT's model, while there is an arm."""
         return self._peft_model
 
-    def join(self, adapter: str, arm: Arm, config: LoraConfig) -> dict[str, torch.nn.Parameter]:
-        """Put a freshly initialised arm on the base; its trainable tensors by the names they have alone."""
+    def join(
+        self, adapter: str, arm: Arm, config: LoraConfig, rows: Mapping[str, torch.Tensor] | None = None
+    ) -> dict[str, torch.nn.Parameter]:
+        """Put a freshly initialised arm on the base; its trainable tensors by the names they have alone.
+
+        `rows` are the first A of modules that have one of their own.
+        """
         if self._peft_model is None:
             self._kept = {n: p.detach().clone() for n, p in trainable_base(self._model, self._settings)}
             self._peft_model = wrapped(self._model, config, adapter)
@@ -68,7 +73,7 @@ class Pack:
             with without_peft_noise():
                 self._peft_model.add_adapter(adapter, config)
         self._names.append(adapter)
-        initialise(self._peft_model, arm, arm.init_lora_weights or self._settings.init_lora_weights, adapter)
+        initialise(self._peft_model, arm, arm.init_lora_weights or self._settings.init_lora_weights, adapter, rows)
         self._settle()
         return self.parameters(adapter)
 
@@ -96,12 +101,15 @@ class Pack:
         return found
 
     @contextmanager
-    def routed(self, shares: Sequence[Share]) -> Iterator[Routing]:
-        """Within the block, the rows of `merged(shares)` go each to its arm; without shares, to the base alone."""
-        rows = [len(share.batch.indices) for share in shares]
-        lengths = [share.batch.input_ids.shape[1] for share in shares]
+    def routed(self, shares: Sequence[Share], joined: bool = False) -> Iterator[Routing]:
+        """Within the block, the rows of `merged(shares)`, padded or joined, go each to its arm."""
         names, seeds = [share.adapter for share in shares], [share.dropout_seed for share in shares]
-        self.routing = Routing.of(names, seeds, rows, lengths)
+        if joined:
+            self.routing = Routing.joined(names, seeds, [share.batch.tokens for share in shares])
+        else:
+            rows = [len(share.batch.indices) for share in shares]
+            lengths = [share.batch.input_ids.shape[1] for share in shares]
+            self.routing = Routing.padded(names, seeds, rows, lengths)
         try:
             yield self.routing
         finally:

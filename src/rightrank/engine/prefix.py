@@ -104,13 +104,13 @@ class FrozenPrefix:
         self._fill(model, store, split, {self._group_of(store, index) for index in batch.indices})
         distinct = list(dict.fromkeys(batch.indices))  # the arms of a pack ask for the same items
         rows = [store.rows(index) for index in distinct]
-        hidden = torch.zeros((len(rows), batch.input_ids.shape[1], rows[0].shape[1]), dtype=rows[0].dtype)
-        for row, stored in enumerate(rows):
-            hidden[row, : len(stored)] = stored
-        self._current = hidden.to(self._device)
-        if len(distinct) < len(batch.indices):
-            position = {index: row for row, index in enumerate(distinct)}
-            self._current = self._current[[position[index] for index in batch.indices]]
+        numbers = [distinct.index(index) for index in batch.indices]
+        if batch.lengths is None:
+            hidden = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(self._device)
+            self._current = hidden[numbers] if len(distinct) < len(numbers) else hidden
+        else:
+            moved = [row.to(self._device) for row in rows]
+            self._current = torch.cat([moved[number] for number in numbers])[None]
         for block in self._blocks[: self.depth]:
             block.forward = self._serve
         try:

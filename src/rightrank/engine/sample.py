@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from rightrank.engine.bench import Bench
-from rightrank.io.data import Item
+from rightrank.io.item_store import Item
 
 MAX_NEW_TOKENS = 64
 MAX_PROMPT_TOKENS = 256

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -14,9 +14,11 @@ from peft import LoraConfig, TaskType, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 
 from rightrank.errors import ModelError
-from rightrank.maths.scaling import peft_scaling
+from rightrank.maths.counts import rank_of_equal_parameters
+from rightrank.maths.scaling import lora_scale, peft_scaling
 from rightrank.records import Arm
 from rightrank.settings import SelectSettings
+from rightrank.strategies.sweep import modules_of, stored_rank, variants_of
 
 ALL_LINEAR = "all-linear"
 
@@ -41,6 +43,10 @@ class Targets:
     names: tuple[str, ...]  # `all-linear` resolved to the last parts of module names
     modules: tuple[TargetModule, ...]
 
+    @property
+    def shapes(self) -> list[tuple[int, int]]:
+        return [(module.out_features, module.in_features) for module in self.modules]
+
 
 @contextmanager
 def without_peft_noise() -> Iterator[None]:
@@ -57,10 +63,13 @@ def without_peft_noise() -> Iterator[None]:
 
 def lora_config(settings: SelectSettings, arm: Arm, classification: bool, names: Sequence[str]) -> LoraConfig:
     """PEFT's configuration of one arm on the modules of these names."""
+    rank = stored_rank(arm.init_lora_weights or settings.init_lora_weights, arm.rank)
     alpha, use_rslora = peft_scaling(settings.scaling, arm.lora_alpha, arm.rank)
+    if rank != arm.rank:
+        alpha, use_rslora = lora_scale(settings.scaling, arm.lora_alpha, arm.rank) * rank, False
     return LoraConfig(
         task_type=TaskType.SEQ_CLS if classification else TaskType.CAUSAL_LM,
-        r=arm.rank,
+        r=rank,
         lora_alpha=int(alpha) if float(alpha).is_integer() else alpha,  # type: ignore[arg-type]
         use_rslora=use_rslora,
         lora_dropout=settings.lora_dropout,
@@ -159,6 +168,26 @@ def _require_ranks(targets: Sequence[TargetModule], ranks: Sequence[int]) -> Non
                 f"rank {too_large[0]} is above the {target.max_rank} that {target.name} "
                 f"({target.out_features} × {target.in_features}) can have; give ranks up to {target.max_rank}, or exclude_modules"
             )
+
+
+def require_equal_ranks(settings: SelectSettings, own: Targets, sets: Mapping[tuple[str, ...], Targets]) -> None:
+    """Refuse a set of modules that can't hold as many parameters as the settings' own at every rank.
+
+    Raises:
+        ModelError: such a set.
+    """
+    for variant in variants_of(settings):
+        if variant.axis != "equal_targets":
+            continue
+        other = sets[modules_of(variant.value)]
+        most = min(module.max_rank for module in other.modules)
+        for rank in settings.ranks:
+            needed = rank_of_equal_parameters(rank, own.shapes, other.shapes)
+            if needed > most:
+                raise ModelError(
+                    f"sweep {variant.label}: as many parameters as rank {rank} has over {'+'.join(settings.target_modules)} "
+                    f"take rank {needed} there, and these modules can have {most}; name more modules, or smaller ranks"
+                )
 
 
 def _names_there_are(model: Any) -> str:

@@ -17,12 +17,12 @@ from dataclasses import dataclass
 import torch
 
 from rightrank.engine.bench import Bench
-from rightrank.engine.memory import PeakMemory
+from rightrank.engine.memory import PeakMemory, may_do_with_less
 from rightrank.engine.outcome import Diverged, Progress, Seen, finished
 from rightrank.engine.pack import Pack
 from rightrank.engine.scoring import measure
 from rightrank.engine.train import ArmTraining, TrialFolders, Watcher, adapter_name
-from rightrank.errors import InterruptedRun, MetricError, is_out_of_memory
+from rightrank.errors import InterruptedRun, MetricError
 from rightrank.io.models import first_line
 from rightrank.records import Trial, TrialFailed, TrialFinished, TrialOutcome
 
@@ -141,7 +141,7 @@ class _Together:
             try:
                 self._running.append(self._join(trial))
             except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error):
+                if not may_do_with_less(error):
                     raise
                 reason = first_line(error)
                 self._pack.leave(adapter_name(trial))
@@ -166,7 +166,7 @@ class _Together:
         try:
             lost = step_together(self._bench, self._pack, self._running)
         except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
+            if not may_do_with_less(error):
                 raise
             reason = first_line(error)
         else:
@@ -275,7 +275,7 @@ def evaluate_together(
     try:
         all_scores = bench.evaluate_pack("selection", pack, [training.adapter for training in trainings])
     except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
+        if not may_do_with_less(error):
             raise
         if len(trainings) == 1 and not retry:
             trial = trainings[0].trial

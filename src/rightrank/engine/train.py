@@ -73,7 +73,7 @@ class ArmTraining:
         self._folders = folders
         self._watcher = watcher
         self._settings = bench.settings
-        self._named = pack.join(self.adapter, trial.arm, bench.arm_config(trial.arm))
+        self._named = pack.join(self.adapter, trial.arm, bench.arm_config(trial.arm), bench.first_rows(trial.arm))
         self._parameters = list(self._named.values())
         self._optimizer = make_optimizer(self._parameters, trial.arm.learning_rate, bench.settings)
         self._rate_factor = rate_schedule(bench.settings, trial.arm.steps)

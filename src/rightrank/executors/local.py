@@ -8,6 +8,7 @@ from rightrank.engine.bench import Bench
 from rightrank.engine.pack_size import pack_size
 from rightrank.engine.together import Company, train_trials
 from rightrank.engine.train import TrialFolders, Watcher
+from rightrank.engine.world import told_by
 from rightrank.io.run_folder import RunFolder
 from rightrank.records import Trial, TrialOutcome, TrialStarted
 
@@ -43,7 +44,9 @@ class LocalExecutor:
         if not self._prepared:
             self._bench.prepare(self._watcher.on_prepare, self._watcher.should_stop)
             self._prepared = True
-        size = pack_size(self._bench, [trial.arm for trial in trained], self._notice, self._largest_pack)
+        arms = [trial.arm for trial in trained]
+        # Of several processes that share an arm all take what the first has measured.
+        size = told_by(0, pack_size(self._bench, arms, self._notice, self._largest_pack))
         company = Company(size, self._started, self._notice)
         yield from train_trials(self._bench, trained, base_loss, self._folders, self._watcher, company)
 

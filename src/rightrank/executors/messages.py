@@ -44,14 +44,26 @@ class Task(Record):
     base_loss: float | None
 
 
+class Group(Record):
+    """Where a process belongs that is one of several which are one worker."""
+
+    name: str  # the worker's
+    number: int  # of the process; 0 is listened to
+    size: int
+    host: str  # where they meet
+    port: int
+    backend: str  # torch.distributed's
+
+
 class Orders(Record):
     """The first thing that a worker is told."""
 
     type: Literal["orders"] = "orders"
     jobs: list[Job]
     working_folder: Path  # what relative paths start from
-    probe: Path  # a file that the driver has written where the runs are
-    token: str  # what it holds
+    share: str  # what all see: the run folder, or a store's address
+    probe: str  # a file that the driver has written there
+    group: Group | None = None  # None: the process is a worker of its own
 
 
 class Stop(Record):

@@ -106,6 +106,7 @@ class Pool:
         self._members: dict[str, _Member] = {}
         self._idle: list[str] = []
         self._waiting: deque[Task] = deque()
+        self._unheard: deque[tuple[str, News | Lost]] = deque()
         self._open: dict[str, Counter[str]] = {}  # job → trials without an outcome
         self._losses: Counter[str] = Counter()  # trial → workers lost with it
         self._started = 0
@@ -145,8 +146,7 @@ class Pool:
         try:
             while any(self._open.values()):
                 self._fill()
-                for worker, news in self._crew.news(POLL_SECONDS):
-                    yield from self._hear(worker, news)
+                yield from self._hear_all()
                 yield from self._silent()
                 if self._looking.should_stop():
                     yield from self._wind_down()
@@ -168,8 +168,7 @@ class Pool:
             self._crew.ask_to_stop(name)
         until = self._clock() + GRACE_SECONDS
         while any(map(self._is_busy, busy)) and self._clock() < until:
-            for worker, news in self._crew.news(POLL_SECONDS):
-                yield from self._hear(worker, news)
+            yield from self._hear_all()
         for name in filter(self._is_busy, busy):
             self._remove(name)
         self._waiting.clear()  # what was handed out again by those that stopped
@@ -201,6 +200,13 @@ class Pool:
             member.task, member.heard, member.is_stepping = task, self._clock(), False
             member.left = {trial.trial_id: trial for trial in task.trials}
             self._crew.give(name, task)
+
+    def _hear_all(self) -> Iterator[Outcome]:
+        """What was told since. Whoever takes outcomes may leave after any: the rest is then heard the next time."""
+        if not self._unheard:
+            self._unheard.extend(self._crew.news(POLL_SECONDS))
+        while self._unheard:
+            yield from self._hear(*self._unheard.popleft())
 
     def _hear(self, worker: str, news: News | Lost) -> Iterator[Outcome]:
         member = self._members.get(worker)

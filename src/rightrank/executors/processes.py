@@ -16,25 +16,33 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from rightrank.errors import SettingsError
+from rightrank.executors.group import LOOPBACK, Meeting
 from rightrank.executors.messages import NEWS, Command, News, Orders, Stop, Task
 from rightrank.executors.pool import Lost
 
 WORKER = (sys.executable, "-m", "rightrank.executors.worker")
 CHUNK = 1 << 16
+ONE_MACHINE = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")  # the interface of a group's own talk
 LEAVE_SECONDS = 5.0  # for workers whose commands have ended
 
 
 @dataclass(slots=True)
 class _Process:
-    popen: subprocess.Popen[bytes]
+    """A worker: one process, or a group whose first is listened to."""
+
+    popens: list[subprocess.Popen[bytes]]
     place: int
-    log: Path
+    logs: list[Path]
     unread: bytes = b""
     told: list[News] = field(default_factory=list)
 
+    @property
+    def first(self) -> subprocess.Popen[bytes]:
+        return self.popens[0]
+
 
 class ProcessCrew:
-    """One process a worker; with CUDA devices, worker by worker on one of them."""
+    """One process a worker, or several (`size`); with CUDA devices, each process on one of them."""
 
     def __init__(
         self,
@@ -43,11 +51,14 @@ class ProcessCrew:
         devices: int = 0,
         launcher: Sequence[str] = (),
         command: Sequence[str] = WORKER,
+        size: int = 1,
     ) -> None:
         self._orders = orders
         self._logs = logs
         self._devices = devices  # CUDA devices to spread over; 0: none
         self._command = [*launcher, *command]
+        self._size = size
+        self._meeting = Meeting(LOOPBACK, size, on_cuda=devices > 0) if size > 1 else None
         self._running: dict[str, _Process] = {}
         self._selector = selectors.DefaultSelector()
 
@@ -55,24 +66,32 @@ class ProcessCrew:
         self._logs.mkdir(parents=True, exist_ok=True)
         taken = {process.place for process in self._running.values()}
         place = next(place for place in range(len(taken) + 1) if place not in taken)
-        log = self._logs / f"{worker}.log"
+        logs = [self._logs / f"{worker}{f'.{number}' if number else ''}.log" for number in range(self._size)]
+        process = _Process([], place, logs)
+        self._running[worker] = process
+        for number, log in enumerate(logs):
+            process.popens.append(self._begun(log, place * self._size + number, is_heard=number == 0))
+        pipe = process.first.stdout
+        assert pipe is not None
+        os.set_blocking(pipe.fileno(), False)
+        self._selector.register(pipe, selectors.EVENT_READ, worker)
+        orders = [self._orders] if self._meeting is None else self._meeting.orders(self._orders, worker)
+        for popen, own in zip(process.popens, orders, strict=True):
+            _write(popen, own)
+
+    def _begun(self, log: Path, device: int, is_heard: bool) -> subprocess.Popen[bytes]:
         try:
             with log.open("wb") as errors:
-                popen = subprocess.Popen(
+                return subprocess.Popen(
                     self._command,
                     stdin=subprocess.PIPE,
-                    stdout=subprocess.PIPE,
+                    stdout=subprocess.PIPE if is_heard else subprocess.DEVNULL,
                     stderr=errors,
-                    env=self._environment(place),
+                    env=self._environment(device),
                     start_new_session=True,  # a Ctrl-C reaches the driver alone
                 )
         except OSError as error:
             raise SettingsError(f"launcher: can't run {self._command[0]!r} ({error.strerror or error})") from None
-        self._running[worker] = _Process(popen, place, log)
-        assert popen.stdout is not None
-        os.set_blocking(popen.stdout.fileno(), False)
-        self._selector.register(popen.stdout, selectors.EVENT_READ, worker)
-        self._say(worker, self._orders)
 
     def give(self, worker: str, task: Task) -> None:
         self._say(worker, task)
@@ -82,12 +101,8 @@ class ProcessCrew:
 
     def end(self, worker: str) -> None:
         process = self._running.pop(worker, None)
-        if process is None:
-            return
-        assert process.popen.stdout is not None
-        self._selector.unregister(process.popen.stdout)
-        process.popen.kill()
-        self._reap(process)
+        if process is not None:
+            self._end(process)
 
     def news(self, seconds: float) -> list[tuple[str, News | Lost]]:
         found: list[tuple[str, News | Lost]] = []
@@ -99,43 +114,48 @@ class ProcessCrew:
             process.told.clear()
             if ended:
                 found.append((worker, self._lost(worker)))
+        for worker, process in list(self._running.items()):
+            if any(popen.poll() is not None for popen in process.popens[1:]):  # the others wait for it
+                found.append((worker, self._lost(worker)))
         return found
 
     def process_id(self, worker: str) -> int:
-        return self._running[worker].popen.pid
+        return self._running[worker].first.pid
 
     def close(self) -> None:
-        for process in self._running.values():
-            assert process.popen.stdin is not None
+        popens = [popen for process in self._running.values() for popen in process.popens]
+        for popen in popens:
+            assert popen.stdin is not None
             with suppress(OSError):
-                process.popen.stdin.close()  # it leaves by itself
+                popen.stdin.close()  # it leaves by itself
         until = time.monotonic() + LEAVE_SECONDS
+        for popen in popens:
+            with suppress(subprocess.TimeoutExpired):
+                popen.wait(timeout=max(0.0, until - time.monotonic()))
         for process in self._running.values():
-            try:
-                process.popen.wait(timeout=max(0.0, until - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                process.popen.kill()
-            self._reap(process)
+            self._end(process)
         self._running.clear()
         self._selector.close()
 
     def _say(self, worker: str, command: Command) -> None:
-        pipe = self._running[worker].popen.stdin
-        assert pipe is not None
-        with suppress(BrokenPipeError):  # that it is gone comes as news
-            pipe.write(command.model_dump_json().encode() + b"\n")
-            pipe.flush()
+        for popen in self._running[worker].popens:
+            _write(popen, command)
 
-    def _environment(self, place: int) -> dict[str, str]:
-        if not self._devices:
-            return dict(os.environ)
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-        devices = visible.split(",") if visible else [str(number) for number in range(self._devices)]
-        return {**os.environ, "CUDA_VISIBLE_DEVICES": devices[place % len(devices)]}
+    def _environment(self, device: int) -> dict[str, str]:
+        environment = dict(os.environ)
+        if self._size > 1:  # a group of one machine: what it listens on is for this machine alone
+            environment = (
+                {**dict.fromkeys(ONE_MACHINE, "lo"), **environment} if sys.platform == "linux" else environment
+            )
+        if self._devices:
+            visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+            devices = visible.split(",") if visible else [str(number) for number in range(self._devices)]
+            environment["CUDA_VISIBLE_DEVICES"] = devices[device % len(devices)]
+        return environment
 
     def _read(self, process: _Process) -> bool:
         """Take what was told; whether the pipe has ended."""
-        pipe = process.popen.stdout
+        pipe = process.first.stdout
         assert pipe is not None
         while chunk := pipe.read(CHUNK):
             *lines, process.unread = (process.unread + chunk).split(b"\n")
@@ -143,20 +163,38 @@ class ProcessCrew:
         return chunk is not None
 
     def _lost(self, worker: str) -> Lost:
+        """Of a worker one of whose processes has ended, or is about to: why."""
         process = self._running.pop(worker)
-        assert process.popen.stdout is not None
-        self._selector.unregister(process.popen.stdout)
-        status = self._reap(process)
+        if all(popen.poll() is None for popen in process.popens):  # its pipe has ended; it will
+            with suppress(subprocess.TimeoutExpired):
+                process.first.wait(timeout=LEAVE_SECONDS)
+        ended = {number: popen.poll() for number, popen in enumerate(process.popens)}
+        self._end(process)
+        found = {number: status for number, status in ended.items() if status is not None} or {0: -9}
+        number, status = min(found.items(), key=lambda one: one[1])  # a signal first: the others end of its consequence
         if status < 0:
             return Lost(f"killed by signal {-status}", killed=status == -9)
-        lines = process.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        log = process.logs[number]
+        lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
         said = f": {lines[-1].strip()}" if lines else ""
-        return Lost(f"exit status {status}{said} (see {process.log})")
+        return Lost(f"exit status {status}{said} (see {log})")
 
-    def _reap(self, process: _Process) -> int:
-        status = process.popen.wait()
-        for pipe in (process.popen.stdin, process.popen.stdout):
-            if pipe is not None:
-                with suppress(OSError):
-                    pipe.close()
-        return status
+    def _end(self, process: _Process) -> None:
+        """Whatever it does, all of it."""
+        if process.first.stdout is not None:
+            self._selector.unregister(process.first.stdout)
+        for popen in process.popens:
+            popen.kill()
+        for popen in process.popens:
+            popen.wait()
+            for pipe in (popen.stdin, popen.stdout):
+                if pipe is not None:
+                    with suppress(OSError):
+                        pipe.close()
+
+
+def _write(popen: subprocess.Popen[bytes], command: Command) -> None:
+    assert popen.stdin is not None
+    with suppress(BrokenPipeError):  # that it is gone comes as news
+        popen.stdin.write(command.model_dump_json().encode() + b"\n")
+        popen.stdin.flush()

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from rightrank.errors import InputError, MissingExtraError, RunError
+from rightrank.executors.group import Meeting
 from rightrank.executors.messages import NEWS, Command, News, Orders, Stop, Task
 from rightrank.executors.pool import Lost
 from rightrank.executors.worker import Service
@@ -50,7 +51,13 @@ class RayCrew:
     """Actors placed by what the plan says a worker takes; those that have no room yet wait, which asks an autoscaler."""
 
     def __init__(
-        self, orders: Orders, address: str | None, bytes_planned: int | None, on_cuda: bool, actor: type = RayWorker
+        self,
+        orders: Orders,
+        address: str | None,
+        bytes_planned: int | None,
+        on_cuda: bool,
+        actor: type = RayWorker,
+        size: int = 1,
     ) -> None:
         self._joined_before = _is_joined()
         self._ray = connected(address)
@@ -58,27 +65,43 @@ class RayCrew:
         self._resources = resources(bytes_planned, on_cuda)
         self._require_a_place()
         self._actor = self._ray.remote(actor)
-        self._actors: dict[str, Any] = {}
-        self._streams: dict[Any, str] = {}  # a worker's words → its name
+        self._size = size  # actors a worker, each with a device of its own
+        self._meeting = Meeting(self._ray.util.get_node_ip_address(), size, on_cuda) if size > 1 else None
+        self._actors: dict[str, list[Any]] = {}  # the first is listened to
+        self._places: dict[str, Any] = {}  # of workers of several actors: their placement group
+        self._streams: dict[Any, tuple[str, int]] = {}  # an actor's words → its worker, and which of it
 
     def room(self) -> int:
         """How many workers the nodes that are there hold, one at least."""
         nodes = [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
-        return max(1, sum(_fit(node, self._resources) for node in nodes))
+        return max(1, sum(_fit(node, self._resources) for node in nodes) // self._size)
 
     def start(self, worker: str) -> None:
         wanted = self._resources
-        actor = self._actor.options(
+        options = self._actor.options(
             num_cpus=wanted["CPU"],
             num_gpus=wanted.get("GPU", 0),
             memory=wanted.get("memory"),
             max_concurrency=4,  # it listens to commands while it tells
             max_restarts=0,  # the pool starts another
             runtime_env={"env_vars": _environment()},
-        ).remote()
-        self._actors[worker] = actor
-        self._streams[actor.listen.options(num_returns="streaming").remote()] = worker
-        self._say(worker, self._orders)
+            **self._place(worker),
+        )
+        actors = self._actors[worker] = [options.remote() for _ in range(self._size)]
+        orders = [self._orders] if self._meeting is None else self._meeting.orders(self._orders, worker)
+        for number, (actor, own) in enumerate(zip(actors, orders, strict=True)):
+            self._streams[actor.listen.options(num_returns="streaming").remote()] = (worker, number)
+            actor.say.remote(own.model_dump_json())
+
+    def _place(self, worker: str) -> dict[str, Any]:
+        """Of a worker of several actors: a placement group, so that all of them have room or none takes any."""
+        if self._size == 1:
+            return {}
+        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+        group = self._ray.util.placement_group([self._resources] * self._size, strategy="PACK")
+        self._places[worker] = group
+        return {"scheduling_strategy": PlacementGroupSchedulingStrategy(group)}
 
     def give(self, worker: str, task: Task) -> None:
         self._say(worker, task)
@@ -87,11 +110,11 @@ class RayCrew:
         self._say(worker, Stop())
 
     def end(self, worker: str) -> None:
-        actor = self._actors.pop(worker, None)
-        if actor is None:
-            return
-        self._streams = {stream: name for stream, name in self._streams.items() if name != worker}
-        self._ray.kill(actor, no_restart=True)
+        self._streams = {stream: whose for stream, whose in self._streams.items() if whose[0] != worker}
+        for actor in self._actors.pop(worker, []):
+            self._ray.kill(actor, no_restart=True)
+        if (group := self._places.pop(worker, None)) is not None:
+            self._ray.util.remove_placement_group(group)
 
     def news(self, seconds: float) -> list[tuple[str, News | Lost]]:
         if not self._streams:
@@ -102,15 +125,16 @@ class RayCrew:
             ready, _ = self._ray.wait(list(self._streams), num_returns=len(self._streams), timeout=0)
         found: list[tuple[str, News | Lost]] = []
         for stream in ready:
-            worker = self._streams[stream]
+            if stream not in self._streams:
+                continue  # of a worker that was just found lost
+            worker, number = self._streams[stream]
             try:
                 lines = self._ray.get(next(stream))
             except (self._ray.exceptions.RayError, StopIteration) as error:
-                del self._streams[stream]
-                self._actors.pop(worker, None)
+                self.end(worker)  # what is left of it
                 found.append((worker, Lost(_reason(error))))
             else:
-                found.extend((worker, NEWS.validate_json(line)) for line in lines.split("\n"))
+                found.extend((worker, NEWS.validate_json(line)) for line in lines.split("\n") if number == 0)
         return found
 
     def close(self) -> None:
@@ -120,7 +144,8 @@ class RayCrew:
             self._ray.shutdown()
 
     def _say(self, worker: str, command: Command) -> None:
-        self._actors[worker].say.remote(command.model_dump_json())
+        for actor in self._actors[worker]:
+            actor.say.remote(command.model_dump_json())
 
     def _require_a_place(self) -> None:
         nodes = [node["Resources"] for node in self._ray.nodes() if node["Alive"]]

@@ -18,6 +18,7 @@ from rightrank.executors.pool import Crew, Looking, Pool, Terms
 from rightrank.executors.processes import ProcessCrew
 from rightrank.executors.worker import versions
 from rightrank.io.files import write_text
+from rightrank.io.store import Store
 from rightrank.settings import SelectSettings
 
 MOST_TOGETHER = 16  # trials that a worker is given at once; it finds out how many of them share a pass
@@ -42,13 +43,10 @@ def pool_of(
         MissingExtraError: the executor's package is not installed.
         RunError: a cluster that does not answer.
     """
-    for left_over in folder.glob(".share-*"):  # of a driver that was killed; the run folder is ours alone
-        left_over.unlink(missing_ok=True)
-    probe = folder / f".share-{secrets.token_hex(4)}"
     token = secrets.token_hex(16)
-    write_text(probe, token)
-    try:
-        orders = Orders(jobs=list(jobs), working_folder=Path.cwd(), probe=probe.absolute(), token=token)
+    with _probe(settings.store, folder, token) as name:
+        share = settings.store or str(folder.absolute())
+        orders = Orders(jobs=list(jobs), working_folder=Path.cwd(), share=share, probe=name)
         crew, workers = _crew(settings, orders, folder, needs)
         terms = Terms(workers, versions(), token, _task_trials(settings, needs), settings.hang_seconds)
         pool = Pool(crew, terms, looking)
@@ -56,23 +54,41 @@ def pool_of(
             yield pool
         finally:
             pool.close()
+
+
+@contextmanager
+def _probe(address: str, folder: Path, token: str) -> Iterator[str]:
+    """The name of a file with the token, where all workers should see it: in the store, or in the run folder."""
+    for left_over in folder.glob(".share-*"):  # of a driver that was killed; the run folder is ours alone
+        left_over.unlink(missing_ok=True)
+    probe = folder / f".share-{secrets.token_hex(4)}"
+    store = Store(address) if address else None
+    write_text(probe, token)
+    try:
+        if store is not None:
+            store.put(probe, probe.name)
+        yield probe.name
     finally:
         probe.unlink(missing_ok=True)
+        if store is not None:
+            store.remove(probe.name)
 
 
 def _crew(settings: SelectSettings, orders: Orders, folder: Path, needs: Needs) -> tuple[Crew, int]:
     """The crew and how many workers it has at most."""
-    logs = folder / "workers"
+    logs, size = folder / "workers", settings.devices_per_arm
     if settings.executor == "ray":
         from rightrank.executors.ray_cluster import RayCrew
 
-        crew = RayCrew(orders, settings.ray_address, needs.bytes_planned, needs.on_cuda)
+        crew = RayCrew(orders, settings.ray_address, needs.bytes_planned, needs.on_cuda, size=size)
         return crew, settings.workers or crew.room()
     devices = torch.cuda.device_count() if needs.on_cuda and not settings.launcher else 0
-    workers = settings.workers or devices
+    if devices and devices < size:
+        raise SettingsError(f"devices_per_arm {size} needs as many CUDA devices: there are {devices}")
+    workers = settings.workers or devices // size
     if not workers:
         raise SettingsError("executor 'processes' needs workers on a CPU: give their number, such as --workers 2")
-    return ProcessCrew(orders, logs, devices, shlex.split(settings.launcher)), workers
+    return ProcessCrew(orders, logs, devices, shlex.split(settings.launcher), size=size), workers
 
 
 def _task_trials(settings: SelectSettings, needs: Needs) -> int:

@@ -21,15 +21,31 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO, TypeAlias
 
-from rightrank.errors import InterruptedRun, RightrankError, RunError
+from pydantic import ValidationError
+
+from rightrank.errors import InputError, InterruptedRun, RightrankError, RunError
 from rightrank.executors import Executor
-from rightrank.executors.messages import COMMAND, Job, News, Notice, Orders, Ready, Refused, Step, Stop, Task, TaskEnded
+from rightrank.executors.messages import (
+    COMMAND,
+    Group,
+    Job,
+    News,
+    Notice,
+    Orders,
+    Ready,
+    Refused,
+    Step,
+    Stop,
+    Task,
+    TaskEnded,
+)
 from rightrank.records import Preparing, StepDone, TrialFailed
 from rightrank.version import __version__
 
 if TYPE_CHECKING:
     from rightrank.io.models import LoadedModel
 
+NOT_UNDERSTOOD = f"a worker there, rightrank {__version__}, does not understand what it is told: install the same version on every machine"
 STEPS_TOLD = 0.5  # seconds between two signs of progress
 SAME_EVERYWHERE = ("torch", "transformers", "peft")
 
@@ -44,6 +60,7 @@ class Worker:
         self._bases: dict[tuple[object, ...], LoadedModel] = {}
         self._scratch = Path(tempfile.mkdtemp(prefix="rightrank-worker-"))
         self._stop = threading.Event()
+        self._is_asked_to_stop: Callable[[], bool] = self._stop.is_set
         self._told = 0.0
 
     def begin(self, orders: Orders) -> None:
@@ -52,10 +69,10 @@ class Worker:
         with contextlib.suppress(OSError):  # not there: then only absolute paths lead anywhere
             os.chdir(orders.working_folder)
         try:
-            token = orders.probe.read_text(encoding="utf-8")
-        except OSError:
-            token = None
-        self._tell(Ready(versions=versions(), token=token))
+            ready = Ready(versions=versions(), token=self._token(orders))
+            self._tell(ready if orders.group is None else self._joined(orders.group, ready))
+        except RightrankError as error:  # of a store
+            self._tell(Refused(reason=f"{platform.node()}: {error}", exit_status=error.exit_status))
 
     def stop(self) -> None:
         """Leave the task under way at its next step; from any thread."""
@@ -79,32 +96,71 @@ class Worker:
         """Remove what lies on this machine's own disk."""
         shutil.rmtree(self._scratch, ignore_errors=True)
 
+    def _joined(self, group: Group, ready: Ready) -> Ready:
+        """What the first of the group tells for all: one that differs from it, if any does."""
+        from rightrank.engine.world import told_by
+        from rightrank.executors.group import join
+
+        join(group)
+        self._is_asked_to_stop = lambda: bool(told_by(0, self._stop.is_set()))  # all leave at the same step
+        all_told = [told_by(number, ready.model_dump()) for number in range(group.size)]
+        return Ready.model_validate(next((one for one in all_told if one != all_told[0]), all_told[0]))
+
+    def _token(self, orders: Orders) -> str | None:
+        """What the probe holds, seen from here; None where it is not there."""
+        probe = Path(orders.share) / orders.probe
+        if "://" in orders.share:
+            from rightrank.io.store import Store
+
+            probe = self._scratch / "probe"
+            Store(orders.share).get(orders.probe, probe)
+        try:
+            return probe.read_text(encoding="utf-8")
+        except OSError:
+            return None
+
     def _executor(self, job: Job) -> Executor:
         """What runs the job's trials: built at its first task, over a base that jobs share."""
+        if job.name not in self._executors:
+            self._executors[job.name] = self._made(job, self._scratch / str(len(self._executors)))
+        return self._executors[job.name]
+
+    def _made(self, job: Job, scratch: Path) -> Executor:
         from rightrank.engine.train import Watcher
         from rightrank.executors.local import LocalExecutor
+        from rightrank.executors.stored import Courier, StoredExecutor
         from rightrank.io.run_folder import RunFolder
+        from rightrank.io.store import run_store
         from rightrank.preparation import Request, prepare
         from rightrank.settings import make_settings
 
-        if job.name not in self._executors:
-            request = Request(job.model, None, job.data, make_settings(job.settings), job.known_settings)
-            prepared = prepare(request, self._scratch / str(len(self._executors)), bases=self._bases)
-            if prepared.started.fingerprint != job.fingerprint:
-                raise RunError(
-                    f"a worker on {platform.node()} found another model or other data under {job.model} and {job.data}: "
-                    "give paths that lead to the same files on every machine"
-                )
-            watcher = Watcher(on_step=self._step, on_prepare=self._step, should_stop=self._stop.is_set)
-            self._executors[job.name] = LocalExecutor(
-                prepared.bench,
-                RunFolder(job.folder),
-                watcher,
-                self._tell,
-                lambda text: self._tell(Notice(text=text)),
-                prepared.planned.largest_pack if prepared.planned else None,
+        settings = make_settings(job.settings)
+        scratch.mkdir()
+        prepared = prepare(
+            Request(job.model, None, job.data, settings, job.known_settings), scratch / "cache", bases=self._bases
+        )
+        if prepared.started.fingerprint != job.fingerprint:
+            raise RunError(
+                f"a worker on {platform.node()} found another model or other data under {job.model} and {job.data}: "
+                "give paths that lead to the same files on every machine"
             )
-        return self._executors[job.name]
+        folder = RunFolder(scratch / "run" if settings.store else job.folder)
+        courier = Courier(folder, run_store(settings.store, job.fingerprint)) if settings.store else None
+
+        def on_step(event: StepDone) -> None:
+            self._step(event)
+            if courier is not None:
+                courier.send_due()
+
+        executor = LocalExecutor(
+            prepared.bench,
+            folder,
+            Watcher(on_step=on_step, on_prepare=self._step, should_stop=self._is_asked_to_stop),
+            self._tell,
+            lambda text: self._tell(Notice(text=text)),
+            prepared.planned.largest_pack if prepared.planned else None,
+        )
+        return executor if courier is None else StoredExecutor(executor, courier)
 
     def _step(self, event: StepDone | Preparing) -> None:
         now = time.monotonic()
@@ -139,11 +195,17 @@ class Service:
 
     def __init__(self, tell: Callable[[News], None], make: Maker = Worker) -> None:
         self.worker = make(tell)
+        self._tell = tell
         self._tasks: queue.SimpleQueue[Task | None] = queue.SimpleQueue()
 
     def say(self, line: str | bytes) -> None:
         """Take one command."""
-        match COMMAND.validate_json(line):
+        try:
+            command = COMMAND.validate_json(line)
+        except ValidationError:
+            self._tell(Refused(reason=f"{platform.node()}: {NOT_UNDERSTOOD}", exit_status=InputError.exit_status))
+            return
+        match command:
             case Orders() as orders:
                 self.worker.begin(orders)
             case Stop():

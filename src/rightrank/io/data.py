@@ -10,12 +10,17 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from array import array
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
+import numpy as np
+
 from rightrank.errors import DataError
+from rightrank.io.item_store import Item, ItemStore
 from rightrank.io.reading import is_text
 from rightrank.io.rows import Row, RowsBySplit, read_rows, rows_from_memory
 from rightrank.records import SplitName
@@ -23,6 +28,7 @@ from rightrank.settings import SelectSettings
 
 DataForm: TypeAlias = Literal["text", "prompt_completion", "messages", "classification"]
 SPLITS: tuple[SplitName, ...] = ("train", "selection", "test")
+HELD_OUT: tuple[SplitName, ...] = ("selection", "test")
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
 
@@ -35,20 +41,11 @@ COLUMNS: dict[DataForm, tuple[str, ...]] = {  # the first form whose columns are
 
 
 @dataclass(frozen=True, slots=True)
-class Item:
-    """One example: the columns of its form, and an identity that is a hash of them."""
-
-    item_id: str
-    content: Mapping[str, Any]
-    where: str
-
-
-@dataclass(frozen=True, slots=True)
 class DataSplits:
     """Items by split, and what was noticed on the way."""
 
     form: DataForm
-    items: Mapping[SplitName, list[Item]]
+    items: Mapping[SplitName, Sequence[Item]]
     splits_given: bool
     duplicates_across_splits: int
     fingerprint: str
@@ -57,54 +54,124 @@ class DataSplits:
     control_characters: int = 0  # items that hold them; they are kept
 
 
-def load_data(source: Path | Any, settings: SelectSettings) -> DataSplits:
-    """Read `source` (a path, an in-memory `datasets` object or an iterable of mappings) and split it.
+def load_data(source: Path | Any, settings: SelectSettings, folder: Path | None = None) -> DataSplits:
+    """Read `source` (a path, an in-memory `datasets` object or an iterable of mappings) and split it, row by row.
+
+    The texts of training items go into a file in `folder` that is gone with the process.
 
     Raises:
         DataError: no known columns, a row that breaks its form, one class only, or too few items for a split.
     """
     rows = read_rows(source) if isinstance(source, Path) else rows_from_memory(source)
     name = str(source) if isinstance(source, Path) else "the data"
-    form = _detect_form(rows, name)
-    rows, unreadable = _readable(rows, form)
+    form, rows = _detect_form(rows, name)
     given = None not in rows
-    items = _given_splits(rows, form, settings) if given else _made_splits(rows[None], form, settings)
-    across = _duplicates_across(items)
-    held_out: dict[SplitName, list[Item]] = {
-        "train": items["train"],
-        "selection": _held_out(items["selection"], settings.eval_items),
-        "test": _held_out(items["test"], settings.eval_items),
+    sorter = _Sorter(form, settings, folder)
+    for split, item in _placed(rows, form, settings, sorter):
+        sorter.add(split, item)
+    items: dict[SplitName, Sequence[Item]] = {
+        "train": sorter.train,
+        "selection": sorter.held_out["selection"].items(),
+        "test": sorter.held_out["test"].items(),
     }
-    _check_sizes(held_out, settings, name, given)
-    classes = _classes(held_out, name) if form == "classification" else None
-    digest = hashlib.sha256()
-    for split in SPLITS:
+    _check_sizes(items, settings, name, given)
+    classes = _classes(sorter.labels, items, name) if form == "classification" else None
+    control = sorter.control_characters + sum(_has_control(item.content) for split in HELD_OUT for item in items[split])
+    across = sorter.duplicates_across()
+    return DataSplits(form, items, given, across, _fingerprint(sorter, items), classes, sorter.unreadable, control)
+
+
+class _Sorter:
+    """Items go by one by one: those to train on to the disk, of the held-out ones the few that are kept."""
+
+    def __init__(self, form: DataForm, settings: SelectSettings, folder: Path | None) -> None:
+        self.train = ItemStore(folder)
+        self.held_out: dict[SplitName, _Fewest] = {split: _Fewest(settings.eval_items) for split in HELD_OUT}
+        self.labels: set[str] = set()  # of a classification's training items
+        self.unreadable = 0
+        self.control_characters = 0  # training items that hold them
+        self._is_classification = form == "classification"
+
+    def add(self, split: SplitName, item: Item) -> None:
+        if split != "train":
+            self.held_out[split].add(item)
+            return
+        self.train.append(item)
+        self.control_characters += _has_control(item.content)
+        if self._is_classification:
+            self.labels.add(str(item.content["label"]))
+
+    def duplicates_across(self) -> int:
+        """Distinct items of selection that are in train, and of test that are in either."""
+        train, selection, test = (
+            np.unique(np.frombuffer(ids, np.uint64))
+            for ids in (self.train.ids, self.held_out["selection"].ids, self.held_out["test"].ids)
+        )
+        return len(np.intersect1d(train, selection)) + len(np.intersect1d(np.union1d(train, selection), test))
+
+
+class _Fewest:
+    """At most `limit` distinct items: those of the smallest hashes, so that growth moves few of them."""
+
+    def __init__(self, limit: int) -> None:
+        self.ids = array("Q")  # of all that came
+        self._limit = limit
+        self._kept: dict[str, Item] = {}
+
+    def add(self, item: Item) -> None:
+        self.ids.append(int(item.item_id, 16))
+        self._kept[item.item_id] = item
+        if len(self._kept) > 2 * self._limit + 1000:
+            self._kept = {kept.item_id: kept for kept in self.items()}
+
+    def items(self) -> list[Item]:
+        return [self._kept[item_id] for item_id in sorted(self._kept)[: self._limit]]
+
+
+def _fingerprint(sorter: _Sorter, items: Mapping[SplitName, Sequence[Item]]) -> str:
+    digest = hashlib.sha256(b"train:")
+    for number in sorter.train.ids:
+        digest.update(f"{number:016x}".encode())
+    for split in HELD_OUT:
         digest.update(f"{split}:".encode())
-        for item in held_out[split]:
+        for item in items[split]:
             digest.update(item.item_id.encode())
-    control = sum(any(map(_CONTROL.search, _strings(item.content))) for split in SPLITS for item in held_out[split])
-    return DataSplits(form, held_out, given, across, digest.hexdigest(), classes, unreadable, control)
+    return digest.hexdigest()
 
 
-def _detect_form(rows: RowsBySplit, name: str) -> DataForm:
-    first = next((row for split in rows.values() for row in split), None)
+def _detect_form(rows: RowsBySplit, name: str) -> tuple[DataForm, RowsBySplit]:
+    """The form that the first row has, and the rows, that one among them."""
+    first: Row | None = None
+    begun: RowsBySplit = {}
+    for split, found in rows.items():
+        row = next(found, None) if first is None else None
+        begun[split] = found if row is None else chain([row], found)
+        first = first or row
     if first is None:
         raise DataError(f"{name}: no rows; give one row of text or more")
     for form, columns in COLUMNS.items():
         if all(column in first.fields for column in columns):
-            return form
+            return form, begun
     known = "; or ".join(", ".join(f"`{column}`" for column in columns) for columns in COLUMNS.values())
-    found = ", ".join(f"`{column}`" for column in first.fields) or "none"
-    raise DataError(f"{first.where}: no known columns: found {found}; give {known}")
+    found_columns = ", ".join(f"`{column}`" for column in first.fields) or "none"
+    raise DataError(f"{first.where}: no known columns: found {found_columns}; give {known}")
 
 
-def _readable(rows: RowsBySplit, form: DataForm) -> tuple[RowsBySplit, int]:
-    """The rows whose text is text, and how many are not: half of a surrogate pair has no place in UTF-8."""
-    kept = {
-        split: [row for row in found if all(map(is_text, _strings([row.fields.get(name) for name in COLUMNS[form]])))]
-        for split, found in rows.items()
-    }
-    return kept, sum(len(found) - len(kept[split]) for split, found in rows.items())
+def _placed(
+    rows: RowsBySplit, form: DataForm, settings: SelectSettings, sorter: _Sorter
+) -> Iterator[tuple[SplitName, Item]]:
+    """Every item whose text is text, and its split."""
+    given = None not in rows
+    for split in (None, *SPLITS):
+        for row in rows.get(split, ()):
+            if not all(map(is_text, _strings([row.fields.get(name) for name in COLUMNS[form]]))):
+                sorter.unreadable += 1  # half of a surrogate pair has no place in UTF-8
+                continue
+            item = _item(row, form)
+            if split is None:
+                yield _made_split(row, item, settings), item
+            else:
+                yield (_taken_from_train(rows, item, settings) if given and split == "train" else split), item
 
 
 def _strings(value: Any) -> Iterator[str]:
@@ -119,49 +186,24 @@ def _strings(value: Any) -> Iterator[str]:
             yield from _strings(inner)
 
 
-def _made_splits(rows: list[Row], form: DataForm, settings: SelectSettings) -> dict[SplitName, list[Item]]:
-    items: dict[SplitName, list[Item]] = {split: [] for split in SPLITS}
-    for row in rows:
-        item = _item(row, form)
-        group = row.fields.get("group")
-        key = item.item_id if group is None else f"group:{group}"
-        share = _unit_interval(key)
-        if share < settings.test_fraction:
-            items["test"].append(item)
-        elif share < settings.test_fraction + settings.selection_fraction:
-            items["selection"].append(item)
-        else:
-            items["train"].append(item)
-    return items
+def _made_split(row: Row, item: Item, settings: SelectSettings) -> SplitName:
+    group = row.fields.get("group")
+    share = _unit_interval(item.item_id if group is None else f"group:{group}")
+    if share < settings.test_fraction:
+        return "test"
+    return "selection" if share < settings.test_fraction + settings.selection_fraction else "train"
 
 
-def _given_splits(rows: RowsBySplit, form: DataForm, settings: SelectSettings) -> dict[SplitName, list[Item]]:
-    """The splits as given; the held-out ones that are missing are taken from train, by hash."""
-    items: dict[SplitName, list[Item]] = {split: [_item(row, form) for row in rows.get(split, [])] for split in SPLITS}
-    fractions: dict[SplitName, float] = {"test": settings.test_fraction, "selection": settings.selection_fraction}
-    for split, fraction in fractions.items():
-        if split not in rows:
-            salt = f"{split}:"
-            taken = [item for item in items["train"] if _unit_interval(salt + item.item_id) < fraction]
-            items["train"] = [item for item in items["train"] if _unit_interval(salt + item.item_id) >= fraction]
-            items[split] = taken
-    return items
+def _taken_from_train(rows: RowsBySplit, item: Item, settings: SelectSettings) -> SplitName:
+    """The split of a given training item: train, or a held-out one that was not given, by hash."""
+    if "test" not in rows and _unit_interval(f"test:{item.item_id}") < settings.test_fraction:
+        return "test"
+    if "selection" not in rows and _unit_interval(f"selection:{item.item_id}") < settings.selection_fraction:
+        return "selection"
+    return "train"
 
 
-def _held_out(items: list[Item], limit: int) -> list[Item]:
-    """At most `limit` distinct items: those of the smallest hashes, so that growth moves few of them."""
-    distinct = {item.item_id: item for item in items}
-    return [distinct[item_id] for item_id in sorted(distinct)[:limit]]
-
-
-def _duplicates_across(items: Mapping[SplitName, list[Item]]) -> int:
-    train = {item.item_id for item in items["train"]}
-    selection = {item.item_id for item in items["selection"]}
-    test = {item.item_id for item in items["test"]}
-    return len(train & selection) + len((train | selection) & test)
-
-
-def _check_sizes(items: Mapping[SplitName, list[Item]], settings: SelectSettings, name: str, given: bool) -> None:
+def _check_sizes(items: Mapping[SplitName, Sequence[Item]], settings: SelectSettings, name: str, given: bool) -> None:
     needed: dict[SplitName, int] = {"train": settings.items_per_step, "selection": 2, "test": 2}
     for split, least in needed.items():
         if len(items[split]) < least:
@@ -171,19 +213,22 @@ def _check_sizes(items: Mapping[SplitName, list[Item]], settings: SelectSettings
             )
 
 
-def _classes(items: Mapping[SplitName, list[Item]], name: str) -> list[str]:
-    found = {str(item.content["label"]) for item in items["train"]}
+def _classes(found: set[str], items: Mapping[SplitName, Sequence[Item]], name: str) -> list[str]:
     if len(found) < 2:
         raise DataError(
             f"{name}: one class only ({next(iter(found))!r}); a classification needs two labels or more in train"
         )
-    for split in ("selection", "test"):
+    for split in HELD_OUT:
         for item in items[split]:
             if str(item.content["label"]) not in found:
                 raise DataError(
                     f"{item.where}: label {item.content['label']!r} of the {split} split does not occur in train"
                 )
     return sorted(found)
+
+
+def _has_control(content: Mapping[str, Any]) -> bool:
+    return any(map(_CONTROL.search, _strings(content)))
 
 
 def _item(row: Row, form: DataForm) -> Item:

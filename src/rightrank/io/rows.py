@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -42,17 +43,17 @@ class Row:
     where: str
 
 
-RowsBySplit = dict[SplitName | None, list[Row]]  # None: not split yet
+RowsBySplit = dict[SplitName | None, Iterator[Row]]  # read as they are asked for, once; None: not split yet
 
 
 def read_rows(source: Path) -> RowsBySplit:
-    """All rows of a file or folder, by split where the folder names splits.
+    """The rows of a file or folder, by split where the folder names splits.
 
     In a folder, a file whose name begins with train, validation (or val, dev, selection) or test is
     that split; the others together are rows still to be split.
 
     Raises:
-        DataError: nothing there, nothing of a known type, or a row that can't be read.
+        DataError: nothing there, nothing of a known type; when they are asked for: a row that can't be read.
     """
     found_kind = kind_of(source)
     if found_kind == "missing":
@@ -60,15 +61,16 @@ def read_rows(source: Path) -> RowsBySplit:
     if found_kind == "other":
         raise DataError(f"{source}: neither a regular file nor a folder; give {_types_allowed()}")
     if found_kind == "file":
-        return {None: list(_file_rows(source))}
+        return {None: _file_rows(source)}
     if _is_saved_dataset(source):
         return _saved_dataset_rows(source)
     files = sorted(path for path in source.iterdir() if path.suffix.lower() in FILE_TYPES and path.is_file())
     if not files:
         raise DataError(f"{source}: the folder holds no data file; give {_types_allowed()}")
-    found: RowsBySplit = {}
+    by_split: dict[SplitName | None, list[Path]] = {}
     for path in files:
-        found.setdefault(_split_of(path.stem), []).extend(_file_rows(path))
+        by_split.setdefault(_split_of(path.stem), []).append(path)
+    found: RowsBySplit = {split: chain.from_iterable(map(_file_rows, paths)) for split, paths in by_split.items()}
     if None in found and len(found) > 1:
         unnamed = next(path.name for path in files if _split_of(path.stem) is None)
         raise DataError(
@@ -81,16 +83,16 @@ def rows_from_memory(source: Any) -> RowsBySplit:
     """Rows of an in-memory `datasets` object, or of an iterable of mappings, or of a mapping of splits.
 
     Raises:
-        DataError: a split with an unknown name, or a row that is not a mapping.
+        DataError: a split with an unknown name; when they are asked for: a row that is not a mapping.
     """
     if not isinstance(source, Mapping):
-        return {None: list(_memory_rows(source, "row"))}
+        return {None: _memory_rows(source, "row")}
     found: RowsBySplit = {}
     for name, rows in source.items():
         split = SPLIT_NAMES.get(str(name))
         if split is None:
             raise DataError(f"split {name!r} is not known; allowed: {', '.join(SPLIT_NAMES)}")
-        found[split] = list(_memory_rows(rows, f"{name} row"))
+        found[split] = chain(found.get(split, ()), _memory_rows(rows, f"{name} row"))
     return found
 
 
@@ -213,18 +215,27 @@ def _saved_dataset_rows(folder: Path) -> RowsBySplit:
     try:
         _require_own_files(folder)
         loaded = datasets.load_from_disk(str(folder))
-        if isinstance(loaded, datasets.DatasetDict):
-            return rows_from_memory({name: _plain_rows(split) for name, split in loaded.items()})
-        return rows_from_memory(_plain_rows(loaded))
     except (OSError, ValueError, TypeError, LookupError, AttributeError, pyarrow.ArrowException) as error:
         if isinstance(error, DataError):
             raise
-        raise DataError(f"{folder}: not a folder that datasets.save_to_disk wrote ({error})") from None
+        raise DataError(_not_saved(folder, error)) from None
+    if isinstance(loaded, datasets.DatasetDict):
+        return rows_from_memory({name: _plain_rows(split, folder) for name, split in loaded.items()})
+    return rows_from_memory(_plain_rows(loaded, folder))
 
 
-def _plain_rows(dataset: Any) -> Iterator[dict[str, Any]]:
-    for table in dataset.with_format("arrow").iter(batch_size=1000):
-        yield from table.to_pylist()
+def _plain_rows(dataset: Any, folder: Path) -> Iterator[dict[str, Any]]:
+    import pyarrow
+
+    try:
+        for table in dataset.with_format("arrow").iter(batch_size=1000):
+            yield from table.to_pylist()
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, pyarrow.ArrowException) as error:
+        raise DataError(_not_saved(folder, error)) from None
+
+
+def _not_saved(folder: Path, error: Exception) -> str:
+    return f"{folder}: not a folder that datasets.save_to_disk wrote ({error})"
 
 
 def _require_own_files(folder: Path) -> None:

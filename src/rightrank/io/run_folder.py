@@ -13,9 +13,10 @@ from typing import Any
 import yaml
 from filelock import FileLock, Timeout
 
-from rightrank.errors import RunFolderError
+from rightrank.errors import RunError, RunFolderError
 from rightrank.io.files import sweep_leftovers, write_text
 from rightrank.io.journal import Journal
+from rightrank.io.store import Store
 from rightrank.records import Decision
 
 
@@ -31,12 +32,29 @@ class RunFolder:
         self.figures = path / "figures"
         self.adapter = path / "adapter"
         self.cache = path / "cache"
+        self.store: Store | None = None  # where workers that do not see this folder put what they leave
 
     def checkpoint(self, trial_id: str) -> Path:
         return self.path / "checkpoints" / f"{self._name(trial_id)}.safetensors"
 
     def trial_adapter(self, trial_id: str) -> Path:
         return self.path / "trials" / self._name(trial_id)
+
+    def finished_adapter(self, trial_id: str) -> Path:
+        """The adapter that a trial left, brought in from the store where it is not here.
+
+        Raises:
+            RunError: the store does not answer, or the adapter is in neither place.
+        """
+        adapter = self.trial_adapter(trial_id)
+        if adapter.is_dir() or (
+            self.store is not None and self.store.get(adapter.relative_to(self.path).as_posix(), adapter)
+        ):
+            return adapter
+        where = f"nor in the store {self.store.address}" if self.store is not None else "and no store was given"
+        raise RunError(
+            f"{adapter}: the trial's adapter is not there, {where}; give the store that the run was begun with"
+        )
 
     def _name(self, trial_id: str) -> str:
         """The identity as a file's name; one that a journal of somebody else's may hold must not lead elsewhere."""
@@ -120,3 +138,5 @@ class RunFolder:
         """Remove what only a running selection needs."""
         shutil.rmtree(self.cache, ignore_errors=True)
         shutil.rmtree(self.path / "checkpoints", ignore_errors=True)
+        if self.store is not None:
+            self.store.remove("checkpoints")

@@ -17,6 +17,16 @@ def lora_parameters(rank: int, shapes: Iterable[tuple[int, int]], dora: bool = F
     return sum(rank * (rows + columns) + (rows if dora else 0) for rows, columns in shapes)
 
 
+def rank_of_equal_parameters(
+    rank: int, shapes: Iterable[tuple[int, int]], other_shapes: Iterable[tuple[int, int]]
+) -> int:
+    """The rank at which adapters on the other matrices hold about as many parameters as `rank` does on the first, at least 1.
+
+    A rank more or less is Σ(d_out + d_in) of the other matrices: so near the counts can be brought.
+    """
+    return max(1, round(lora_parameters(rank, shapes) / lora_parameters(1, other_shapes)))
+
+
 def capacity_rank(data_bits: float, shapes: Iterable[tuple[int, int]]) -> int:
     """The rank whose adapter can hold all of the data's information at 2 bits a parameter.
 

@@ -23,6 +23,7 @@ from rightrank.planning.planner import largest_rank, pace_of, with_measured_proc
 from rightrank.records.plan import SelectionCost
 from rightrank.settings import PlanSettings, SelectSettings, make_plan_settings
 from rightrank.strategies import Strategy
+from rightrank.strategies.sweep import widest_rank
 
 PROBED_ITEMS = 8
 # Changes that `select` can make too, under its own names.
@@ -117,7 +118,11 @@ def plan_selection(
     estimator = Estimator(config, plan_settings, None if found is None else found.step_factor)
     highest = {rank: estimator.estimate(rank).highest for rank in settings.ranks}
     peaks = {rank: high.peak_bytes for rank, high in highest.items()}
-    needs = {rank: needed(high.reserved_bytes, plan_settings) for rank, high in highest.items()}
+    held = {rank: widest_rank(settings, rank) for rank in settings.ranks}
+    wide = {
+        rank: high if held[rank] == rank else estimator.estimate(held[rank]).highest for rank, high in highest.items()
+    }
+    needs = {rank: needed(high.reserved_bytes, plan_settings) for rank, high in wide.items()}
     fitting = tuple(rank for rank in settings.ranks if memory is None or needs[rank] <= memory)
     if len(fitting) < min(2, len(settings.ranks)):
         raise SettingsError(_refusal(estimator, needs, memory or 0))
@@ -126,7 +131,7 @@ def plan_selection(
         and settings.pack_size != 1
         and (plan_settings.device == "cuda" or settings.pack_size is not None)
     )
-    largest = _largest_pack(estimator, max(fitting), settings.pack_size or MOST_ARMS) if packs else None
+    largest = _largest_pack(estimator, held[max(fitting)], settings.pack_size or MOST_ARMS) if packs else None
     return SelectionPlan(estimator, found, peaks, needs, memory, fitting, largest)
 
 
@@ -149,6 +154,10 @@ def _plan_settings(
     kind = "cuda" if device.startswith("cuda") else "cpu"
     shared = {name: getattr(settings, name) for name in SHARED_SETTINGS}
     eager = getattr(config, "_attn_implementation", None) == "eager"
+    if settings.devices_per_arm > 1:  # what one of them holds, and its share of a batch
+        shared["num_devices"] = settings.devices_per_arm
+        shared["sharding"] = "fsdp" if settings.shard_base else "ddp"
+        shared["batch_size"] = -(-settings.batch_size // settings.devices_per_arm)
     return make_plan_settings(
         shared
         | {

@@ -104,7 +104,7 @@ def packed_layers(skeleton: Skeleton, settings: PlanSettings, rows: int) -> Iter
         return
     count = len(skeleton.arms)
     seed = 0 if settings.lora_dropout else None
-    routing = Routing.of(skeleton.arms, [seed] * count, [rows] * count, [settings.seq_len] * count)
+    routing = Routing.padded(skeleton.arms, [seed] * count, [rows] * count, [settings.seq_len] * count)
     adapted: list[tuple[str, Any]] = [
         (name, module)
         for name, module in skeleton.base.named_modules()

@@ -56,6 +56,8 @@ class SweepRow(Record):
     learning_rate: float
     value: float  # held-out, the mean over seeds
     gain: float  # over the setting that all ranks shared, at the same rank; above 0 is better
+    parameters: Whole | None = None  # of the adapter
+    shared_parameters: Whole | None = None  # of that rank at the shared setting
 
 
 class RankEvidence(Record):

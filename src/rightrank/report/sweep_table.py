@@ -12,11 +12,20 @@ SHARED = "shared by all ranks"
 
 def sweep_text(rows: Sequence[SweepRow]) -> str:
     """One line a setting and rank."""
-    lines = [f"{'setting':<24} {'rank':>5} {'rate':>9} {'held-out':>10} {'gain':>9}"]
+    wide = max([24, *(len(row.setting) for row in rows)])
+    lines = [
+        f"{'setting':<{wide}} {'rank':>5} {'rate':>9} {'held-out':>10} {'gain':>9} {'parameters':>12} {'shared':>12}"
+    ]
     lines += [
-        f"{row.setting:<24} {row.rank:>5} {row.learning_rate:>9g} {row.value:>10.4f} {row.gain:>+9.4f}" for row in rows
+        f"{row.setting:<{wide}} {row.rank:>5} {row.learning_rate:>9g} {row.value:>10.4f} {row.gain:>+9.4f} "
+        f"{_count(row.parameters)} {_count(row.shared_parameters)}"
+        for row in rows
     ]
     return "\n".join(lines)
+
+
+def _count(parameters: int | None) -> str:
+    return f"{'–' if parameters is None else f'{parameters:,}':>12}"
 
 
 def sweep_map(rows: Sequence[SweepRow], metric: str, higher_is_better: bool) -> HeatMap | None:

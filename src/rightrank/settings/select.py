@@ -5,6 +5,7 @@ Names that PEFT, transformers and TRL have are used as they have them. Defaults 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Container, Mapping
 from typing import Any, Literal, TypeAlias
 
@@ -21,8 +22,10 @@ NOT_IDENTITY = (
     "memory_bytes",
     "executor",
     "workers",
+    "devices_per_arm",
     "ray_address",
     "launcher",
+    "store",
     "hang_seconds",
     "metric_timeout_seconds",
     "report_to",
@@ -112,8 +115,12 @@ class SelectSettings(BaseModel):
     checkpoint_seconds: float = Field(default=60.0, gt=0)
     executor: Literal["local", "processes", "ray"] = "local"  # in this process, or workers with a base of their own
     workers: int | None = Field(default=None, gt=0)  # None: one a CUDA device, on Ray as many as it has room for
+    devices_per_arm: int = Field(default=1, gt=0)  # processes that share each batch of an arm, one a CUDA device
     ray_address: str | None = None  # None: a cluster that runs on this machine, else one of this run's own
     launcher: str = ""  # words before the command of a worker process, such as "srun --ntasks=1 --gpus=1"
+    store: str = (
+        ""  # an fsspec address for what workers leave, where machines share no disk, such as "s3://bucket/runs"
+    )
     hang_seconds: float = Field(default=600.0, gt=0)  # without a step of a worker, before it is given up
     trust_remote_code: bool = False
     report_to: tuple[str, ...] = ()  # trackers that are told of every trial: trackio, wandb, mlflow, tensorboard
@@ -140,6 +147,21 @@ class SelectSettings(BaseModel):
             if rate <= 0:
                 raise ValueError(f"learning rate {rate:g} is not allowed: rates are numbers above 0, such as 1e-4")
         return _distinct(rates, "learning_rates")
+
+    @field_validator("store")
+    @classmethod
+    def _store_reached_by_all(cls, store: str) -> str:
+        scheme, colon, rest = store.partition("://")
+        if store and (not colon or not rest or scheme == "memory"):
+            raise ValueError(
+                f"{store!r} is not an address that several machines reach: give one such as s3://bucket/runs or file:///mnt/share"
+            )
+        if re.match(r"[^/]*:[^/]*@", rest) or "?" in rest or "::" in store:
+            raise ValueError(
+                "an address with credentials, options or several steps is not taken, as it would be written down: "
+                "give SCHEME://PLACE, and credentials as the environment or the machine has them"
+            )
+        return store
 
     @field_validator("seeds")
     @classmethod
@@ -168,11 +190,25 @@ class SelectSettings(BaseModel):
             ("workers", self.workers, ("processes", "ray")),
             ("ray_address", self.ray_address, ("ray",)),
             ("launcher", self.launcher, ("processes",)),
+            ("store", self.store, ("processes", "ray")),
         ):
             if given and self.executor not in executors:
                 raise ValueError(
                     f"{name} was given and the executor is {self.executor!r}: give executor {' or '.join(executors)}"
                 )
+        if self.devices_per_arm > 1 and self.executor == "local":
+            raise ValueError(
+                f"devices_per_arm {self.devices_per_arm} is for executor processes or ray: give one of them"
+            )
+        if self.devices_per_arm > 1 and self.launcher:
+            raise ValueError(
+                "devices_per_arm takes no launcher: its processes meet on this machine; leave one of them out"
+            )
+        if self.devices_per_arm > self.batch_size:
+            raise ValueError(
+                f"batch_size {self.batch_size} can't be shared by devices_per_arm {self.devices_per_arm}: "
+                "give a batch_size as large, or fewer devices"
+            )
         return self
 
     @model_validator(mode="after")

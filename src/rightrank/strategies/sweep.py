@@ -16,17 +16,15 @@ from rightrank.maths.scaling import lora_scale
 from rightrank.records import Arm, RunStarted, SweepRow, TrialFinished, TrialOutcome
 from rightrank.settings import Scaling, SelectSettings, make_settings
 
-AXES = ("alpha", "scaling", "init", "targets")
-INITS = ("default", "gaussian")
-_CHANGES_BASE = "it changes the base's weights, which all trainings of a run share"
-_NEEDS_DATA = "it needs a pass over the data before every training"
+AXES = ("alpha", "scaling", "init", "targets", "equal_targets")
+TARGET_AXES = ("targets", "equal_targets")  # at the ranks given; at as many parameters
+FROM_WEIGHTS = ("pissa", "olora")  # the adapter carries what they take out of the base, at twice the rank
+INITS = ("default", "gaussian", *FROM_WEIGHTS, "eva")
+_CHANGES_BASE = "it changes the base's weights by gradients or covariances that all trainings of a run would need"
 NOT_OFFERED = {  # PEFT's other initialisations, and why they are no axis here
-    "pissa": _CHANGES_BASE,
-    "olora": _CHANGES_BASE,
-    "loftq": _CHANGES_BASE,
+    "loftq": "it is for a quantised base",
     "corda": _CHANGES_BASE,
     "lora_ga": _CHANGES_BASE,
-    "eva": _NEEDS_DATA,
     "orthogonal": "its rows can't be shared between ranks",
 }
 
@@ -44,8 +42,9 @@ class Variant:
 
     def of(self, arm: Arm, scaling: Scaling) -> Arm:
         """`arm` with this value. A scaling rule becomes the alpha that gives its scale under `scaling`."""
-        if self.axis == "targets":
-            return arm.model_copy(update={"target_modules": _modules(self.value)})
+        if self.axis in TARGET_AXES:
+            equal = self.axis == "equal_targets" or None
+            return arm.model_copy(update={"target_modules": modules_of(self.value), "equal_parameters": equal})
         if self.axis == "init":
             return arm.model_copy(update={"init_lora_weights": self.value})
         if self.axis == "alpha":
@@ -65,7 +64,7 @@ def variants_of(settings: SelectSettings) -> tuple[Variant, ...]:
         "alpha": f"{settings.lora_alpha:g}",
         "scaling": settings.scaling,
         "init": settings.init_lora_weights,
-        "targets": "+".join(sorted(settings.target_modules)),
+        **{axis: "+".join(sorted(settings.target_modules)) for axis in TARGET_AXES},
     }
     found: list[Variant] = []
     for text in settings.sweep:
@@ -78,26 +77,59 @@ def variants_of(settings: SelectSettings) -> tuple[Variant, ...]:
             )
         for value in (part.strip() for part in values.split(",")):
             variant = Variant(axis, _checked(axis, value))
+            _require_plain_training(variant, settings)
             if variant.value != own[axis] and variant not in found:
                 found.append(variant)
     return tuple(found)
 
 
+def _require_plain_training(variant: Variant, settings: SelectSettings) -> None:
+    """What the frozen half of an adapter can't bear.
+
+    Raises:
+        SettingsError: dropout, weight decay or a quantised base with an initialisation from the weights.
+    """
+    if variant.axis != "init" or variant.value not in FROM_WEIGHTS:
+        return
+    obstacles = {
+        f"lora_dropout {settings.lora_dropout:g}": settings.lora_dropout > 0,
+        f"weight_decay {settings.weight_decay:g}": settings.weight_decay > 0,
+        "a base in 4 or 8 bits": settings.load_in_4bit or settings.load_in_8bit,
+    }
+    for name, is_there in obstacles.items():
+        if is_there:
+            raise SettingsError(
+                f"sweep {variant.label} is not possible with {name}: the adapter carries a frozen copy of what it takes out "
+                f"of the base; leave out one of them"
+            )
+
+
+def stored_rank(init: str, rank: int) -> int:
+    """The rank of the adapter that holds an arm of `rank`."""
+    return 2 * rank if init in FROM_WEIGHTS else rank
+
+
+def widest_rank(settings: SelectSettings, rank: int) -> int:
+    """The largest rank of an adapter that an arm of `rank` may have, over the settings and the sweep."""
+    inits = [variant.value for variant in variants_of(settings) if variant.axis == "init"]
+    return max(stored_rank(init, rank) for init in (settings.init_lora_weights, *inits))
+
+
 def target_sets(settings: SelectSettings) -> tuple[tuple[str, ...], ...]:
     """The sets of modules that arms of the run may adapt: the settings' own first, then those of the sweep."""
-    swept = [_modules(variant.value) for variant in variants_of(settings) if variant.axis == "targets"]
-    return (settings.target_modules, *swept)
+    swept = [modules_of(variant.value) for variant in variants_of(settings) if variant.axis in TARGET_AXES]
+    return (settings.target_modules, *dict.fromkeys(swept))
 
 
-def _modules(value: str) -> tuple[str, ...]:
+def modules_of(value: str) -> tuple[str, ...]:
     return tuple(value.split("+"))
 
 
 def _checked(axis: str, value: str) -> str:
-    if axis == "targets":
+    if axis in TARGET_AXES:
         names = sorted({name.strip() for name in value.split("+")})
         if not all(names):
-            raise SettingsError(f"sweep targets={value}: give names joined by +, such as q_proj+v_proj, or all-linear")
+            raise SettingsError(f"sweep {axis}={value}: give names joined by +, such as q_proj+v_proj, or all-linear")
         return "+".join(names)
     allowed: Sequence[str] = INITS if axis == "init" else get_args(Scaling)
     if axis == "alpha":
@@ -139,13 +171,24 @@ def sweep_rows(started: RunStarted, outcomes: Sequence[TrialOutcome]) -> list[Sw
                         learning_rate=found[0],
                         value=found[1],
                         gain=sign * (found[1] - shared[1]),
+                        parameters=_parameters(swept, rank),
+                        shared_parameters=_parameters(plain, rank),
                     )
                 )
     return rows
 
 
+def _parameters(trials: Sequence[TrialFinished], rank: int) -> int:
+    return next(trial.trainable_parameters for trial in trials if trial.rank == rank)
+
+
 def _is_of(arm: Arm, variant: Variant, settings: SelectSettings) -> bool:
-    own = {"lora_alpha": settings.lora_alpha, "init_lora_weights": None, "target_modules": None}
+    own = {
+        "lora_alpha": settings.lora_alpha,
+        "init_lora_weights": None,
+        "target_modules": None,
+        "equal_parameters": None,
+    }
     shared = arm.model_copy(update=own)
     return variant.of(shared, settings.scaling) == arm and arm != shared
 

@@ -1,0 +1,207 @@
+"""Where the tries of `faults` run: workers that are processes, or actors on a Ray cluster that all tries share."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from threading import Timer
+from typing import Any
+
+import psutil
+
+from benchmarks.scale.measure import STUB, orders_in
+from benchmarks.scale.simulated import TOKEN
+from benchmarks.scale.stub_worker import StubRayWorker
+from rightrank.executors.pool import Crew, Looking, Pool, PoolExecutor, Terms
+from rightrank.executors.processes import ProcessCrew
+from rightrank.executors.ray_cluster import RayCrew
+from rightrank.executors.worker import versions
+from rightrank.io.run_folder import RunFolder
+from rightrank.records import DataSummary, RunEvent, RunStarted, TrialFinished
+from rightrank.selection import Selection
+from rightrank.settings import make_settings
+from rightrank.strategies import make_strategy
+
+WORKERS = 3
+STEPS = 700  # of a sleeping trial: milliseconds
+HANG_SECONDS = 15.0  # where a worker is made to hang; elsewhere the default
+PAUSE_SECONDS = 4.0  # of a slow worker
+LIMIT_SECONDS = 240.0  # for a try, on a machine with other work
+STORE = {"object_store_memory": 80 * 2**20}
+
+
+class Nodes:
+    """A Ray cluster of a head without cores, a node of two and a node of four, all on this machine."""
+
+    SIZES = (2, 4)
+
+    def __init__(self) -> None:
+        from ray.cluster_utils import Cluster
+
+        os.environ.setdefault(
+            "RAY_worker_niceness", "0"
+        )  # 15 otherwise: on a busy machine its workers then stand still
+        head = {"num_cpus": 0, "include_dashboard": False, **STORE}
+        self._cluster = Cluster(initialize_head=True, head_node_args=head)
+        self._nodes: dict[int, Any] = {}
+        self.make_whole()
+
+    @property
+    def address(self) -> str:
+        return str(self._cluster.address)
+
+    def make_whole(self) -> None:
+        """Put back what was taken away."""
+        for cores in self.SIZES:
+            if cores not in self._nodes:
+                self._nodes[cores] = self._cluster.add_node(num_cpus=cores, **STORE)
+
+    def kill(self, cores: int) -> None:
+        self._cluster.remove_node(self._nodes.pop(cores), allow_graceful=False)
+
+    def shutdown(self) -> None:
+        self._cluster.shutdown()
+
+
+@dataclass(slots=True)
+class Place:
+    """One try's run folder, and where its workers are."""
+
+    executor: str
+    folder: Path
+    nodes: Nodes | None = None
+    address: str | None = None
+    busy: Callable[[], list[int]] | None = None  # process ids of workers at work, where they are known
+    notices: list[str] = field(default_factory=list)
+    is_hit: bool = False  # the fault has come
+
+
+@contextmanager
+def ray_nodes(needed: bool) -> Iterator[Nodes | None]:
+    nodes = Nodes() if needed else None
+    try:
+        yield nodes
+    finally:
+        if nodes is not None:
+            nodes.shutdown()
+
+
+def worker_at_work(place: Place) -> psutil.Process:
+    """A worker that has a trial under way, where that can be told; else any."""
+    until = time.monotonic() + 20
+    while time.monotonic() < until:
+        found = list(map(psutil.Process, place.busy())) if place.busy is not None else _workers_below(place.executor)
+        if found:
+            return random.choice(found)
+        time.sleep(0.01)
+    raise RuntimeError("no worker was there to be hit")
+
+
+def _workers_below(executor: str) -> list[psutil.Process]:
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):
+            line = " ".join(process.cmdline())
+            is_actor = line.startswith("ray::") and "RayWorker" in line
+            if is_actor if executor == "ray" else "-m rightrank.executors.worker" in line:
+                found.append(process)
+    return found
+
+
+def kill_worker(place: Place) -> None:
+    worker_at_work(place).kill()
+
+
+def slow_worker(place: Place) -> None:
+    """Stopped for a while, then going on: not given up, nothing counted twice."""
+    worker = worker_at_work(place)
+    worker.suspend()
+    Timer(PAUSE_SECONDS, worker.resume).start()
+
+
+def hung_worker(place: Place) -> None:
+    """Stopped for good: given up after `hang_seconds` and replaced."""
+    worker_at_work(place).suspend()
+
+
+def kill_node(place: Place) -> None:
+    """The smaller or the larger one."""
+    assert place.nodes is not None
+    place.nodes.kill(random.choice(Nodes.SIZES))
+
+
+def kill_driver(_place: Place) -> None:
+    """The same command is then given again."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def nothing(_place: Place) -> None:
+    """Nodes of different size and no fault."""
+
+
+Fault = Callable[[Place], None]
+
+
+def _crew_at(place: Place) -> Crew:
+    orders = orders_in(place.folder)
+    if place.executor == "ray":
+        return RayCrew(orders, place.address, None, on_cuda=False, actor=StubRayWorker)
+    return ProcessCrew(orders, place.folder / "workers", command=STUB)
+
+
+def drive(place: Place, strike: Callable[[], None], after: int, hang_seconds: float = 600.0) -> None:
+    """One selection over sleeping workers; the fault within a trial's time after so many outcomes of this drive."""
+    folder = place.folder
+    settings = make_settings({"strategy": "grid", "ranks": (1, 2, 4, 8), "learning_rates": (1e-3, 3e-3, 1e-2)})
+    started = RunStarted(
+        rightrank_version="benchmark",
+        fingerprint="benchmark",
+        settings={"model": "none", "data": "none", **settings.model_dump(mode="json")},
+        environment={},
+        data=DataSummary(form="text", splits={}, splits_given=False, duplicates_across_splits=0),
+        evaluation_items=["a", "b", "c", "d"],
+        metric="loss",
+        higher_is_better=False,
+        started_at="",
+    )
+    seen = 0
+
+    def listen(event: RunEvent) -> None:
+        nonlocal seen
+        seen += isinstance(event, TrialFinished)
+        if isinstance(event, TrialFinished) and seen == after:
+            Timer(random.uniform(0, STEPS / 1000), strike).start()
+
+    run_folder, until = RunFolder(folder), time.monotonic() + LIMIT_SECONDS
+    with run_folder.locked():
+        selection = Selection(run_folder, started, make_strategy(settings, STEPS), listen)
+        crew = _crew_at(place)
+        looking = Looking(
+            on_start=lambda _, begun: selection.note_start(begun),
+            notice=place.notices.append,
+            should_stop=lambda: time.monotonic() > until,
+        )
+        pool = Pool(crew, Terms(WORKERS, versions(), TOKEN, hang_seconds=hang_seconds), looking)
+        if isinstance(crew, ProcessCrew):
+            place.busy = lambda: [crew.process_id(name) for name in pool.busy()]
+        try:
+            decision = selection.run(PoolExecutor(pool, "job"))
+        finally:
+            pool.close()
+        selection.write_views(decision)
+
+
+def driven_elsewhere(place: Place, after: int) -> int:
+    """A drive in a process of its own, which kills itself after so many outcomes; 0 for never."""
+    address = [] if place.address is None else [place.address]
+    module = [sys.executable, "-m", "benchmarks.scale.faults", "--drive"]
+    command = [*module, place.executor, str(place.folder), str(after), *address]
+    return subprocess.run(command, check=False, stderr=subprocess.DEVNULL, timeout=LIMIT_SECONDS).returncode

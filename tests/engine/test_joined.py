@@ -1,0 +1,160 @@
+"""Items joined into one row: the losses and gradients of padded batches, and nothing passes between items."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import MistralConfig, MistralForCausalLM
+
+from rightrank.engine import joined as joined_module
+from rightrank.engine.bench import Bench
+from rightrank.engine.encode import IGNORED, encode
+from rightrank.engine.joined import joined, positions
+from rightrank.engine.pack import Pack, Share
+from rightrank.io.data import load_data
+from rightrank.io.models import prepare_model
+from rightrank.records import Arm
+from tests.helpers import make_bench
+from tests.tiny import make_tokenizer, small_settings
+
+ARMS = [
+    Arm(rank=rank, learning_rate=1e-2, lora_alpha=8.0, seed=seed, steps=4) for rank, seed in ((1, 0), (4, 1), (4, 2))
+]
+
+
+@contextmanager
+def drawn_arms(bench: Bench, arms: list[Arm]) -> Iterator[tuple[Pack, dict[str, dict[str, Any]]]]:
+    """Arms with B's that are not zero, so that every tensor has a gradient."""
+    generator = torch.Generator().manual_seed(1)
+    with Pack(bench.model, bench.settings) as pack:
+        named = {f"a{number}": pack.join(f"a{number}", arm, bench.arm_config(arm)) for number, arm in enumerate(arms)}
+        for parameters in named.values():
+            for parameter in parameters.values():
+                parameter.data.add_(torch.randn(parameter.shape, generator=generator) * 0.02)
+        yield pack, named
+
+
+def step(bench: Bench, pack: Pack, shares: list[Share], parameters: dict[str, Any]) -> tuple[Any, list[torch.Tensor]]:
+    """Item losses, and the gradients of one arm."""
+    losses = bench.pack_gradients(pack, shares)
+    gradients = [parameter.grad.clone() for parameter in parameters.values()]
+    for share in shares:
+        for parameter in pack.parameters(share.adapter).values():
+            parameter.grad = None
+    return losses, gradients
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"layers_to_transform": (2,)}, {"gradient_checkpointing": True}],
+    ids=["plain", "prefix", "checkpointing"],
+)
+def test_joined_items_have_the_losses_and_gradients_of_padded_ones(
+    model_folder: Path, completion_file: Path, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    bench = make_bench(model_folder, completion_file, small_settings(**changes), tmp_path / "cache")
+    assert bench.joins_items
+    with drawn_arms(bench, ARMS[1:2]) as (pack, named), bench.recomputing():
+        batch = bench.batch("train", range(7))
+        assert len(set(batch.attention_mask.sum(1).tolist())) > 1
+        shares = [Share("a0", batch, 0.1, None)]
+        ours, gradients = step(bench, pack, shares, named["a0"])
+        bench.joins_items = False
+        theirs, expected = step(bench, pack, shares, named["a0"])
+    assert torch.allclose(ours[0], theirs[0], rtol=1e-5)
+    for one, other in zip(gradients, expected, strict=True):
+        assert torch.allclose(one, other, rtol=1e-4, atol=1e-5 * float(other.abs().max()))
+
+
+def test_attention_of_all_items_in_one_call_is_that_of_each_alone(
+    model_folder: Path, completion_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What runs where calls are dear."""
+    bench = make_bench(model_folder, completion_file, small_settings(), tmp_path / "cache")
+    with drawn_arms(bench, ARMS[1:2]) as (pack, named):
+        shares = [Share("a0", bench.batch("train", range(7)), 0.1, None)]
+        theirs, expected = step(bench, pack, shares, named["a0"])
+        called: list[int] = []
+        in_one_call = joined_module._padded
+        monkeypatch.setattr(
+            joined_module,
+            "_by_item",
+            lambda plain, lengths: called.append(1) or in_one_call(plain, lengths, torch.device("cpu")),
+        )
+        ours, gradients = step(bench, pack, shares, named["a0"])
+    assert called
+    assert torch.allclose(ours[0], theirs[0], rtol=1e-5)
+    for one, other in zip(gradients, expected, strict=True):
+        assert torch.allclose(one, other, rtol=1e-4, atol=1e-5 * float(other.abs().max()))
+
+
+def test_nothing_passes_from_item_to_item(model_folder: Path, completion_file: Path, tmp_path: Path) -> None:
+    bench = make_bench(model_folder, completion_file, small_settings(), tmp_path / "cache")
+    first = bench.batch("train", [0, 1, 2])
+    with torch.no_grad():
+        together = bench.losses("train", first, 1.0).item_losses
+        for other in (3, 4):  # other company, another length of it, another place
+            changed = bench.losses("train", bench.batch("train", [other, 1, 2]), 1.0).item_losses
+            assert torch.equal(changed[1:], together[1:])
+            assert changed[0] != together[0]
+        moved = bench.losses("train", bench.batch("train", [2, 0, 1]), 1.0).item_losses
+    assert torch.equal(moved, together[[2, 0, 1]])
+
+
+def test_a_row_holds_real_tokens_and_no_item_predicts_the_next_ones_first(
+    model_folder: Path, completion_file: Path, tmp_path: Path
+) -> None:
+    bench = make_bench(model_folder, completion_file, small_settings(), tmp_path / "cache")
+    batch = bench.batch("train", [5, 6, 7])
+    row = joined(replace(batch, labels=batch.input_ids.masked_fill(batch.attention_mask == 0, IGNORED)))
+    assert row.lengths is not None
+    assert row.input_ids.shape == (1, sum(row.lengths)) == (1, batch.tokens)
+    firsts = [0, row.lengths[0], row.lengths[0] + row.lengths[1]]
+    assert (row.labels == IGNORED).nonzero()[:, 1].tolist() == firsts
+    assert positions(row.lengths, batch.input_ids.device)[0, firsts].tolist() == [0, 0, 0]
+    assert row.item_numbers()[0].bincount().tolist() == list(row.lengths)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_arm_in_a_pack_computes_what_it_computes_alone(
+    model_folder: Path, completion_file: Path, tmp_path: Path, dtype: str
+) -> None:
+    """Other arms, of other ranks and on other items. No bit differs on the CPUs that were tried; a CPU whose matrix
+    products depend on the number of rows may round otherwise, which one bit of bfloat16 would show."""
+    bound = 1e-6 if dtype == "float32" else 1e-3
+    bench = make_bench(model_folder, completion_file, small_settings(dtype=dtype, lora_dropout=0.1), tmp_path / "cache")
+    with drawn_arms(bench, ARMS) as (pack, named):
+        batches = [bench.batch("train", indices) for indices in ([0, 1, 2, 3], [4, 5, 6], [7, 8, 9, 10])]
+        shares = [Share(f"a{number}", batch, 0.1, number) for number, batch in enumerate(batches)]
+        for number, share in enumerate(shares):
+            together, in_pack = step(bench, pack, shares, named[share.adapter])
+            alone, expected = step(bench, pack, [share], named[share.adapter])
+            assert torch.allclose(together[number], alone[0], rtol=bound)
+            for one, other in zip(in_pack, expected, strict=True):
+                assert float((one - other).norm()) <= bound * float(other.norm())
+
+
+@pytest.mark.parametrize(("window", "joins"), [(None, True), (64, True), (8, False)])
+def test_a_model_that_looks_less_far_back_than_its_items_are_long_is_padded(
+    completion_file: Path, tmp_path: Path, window: int | None, joins: bool
+) -> None:
+    torch.manual_seed(0)
+    tokenizer = make_tokenizer()
+    sizes: dict[str, Any] = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "initializer_range": 0.2,
+    }
+    heads: dict[str, Any] = {"num_attention_heads": 4, "num_key_value_heads": 2, "sliding_window": window}
+    model = MistralForCausalLM(MistralConfig(vocab_size=len(tokenizer), **sizes, **heads))
+    settings = small_settings()
+    loaded = prepare_model(model, tokenizer, "mistral", torch.device("cpu"))
+    bench = Bench(loaded, encode(load_data(completion_file, settings), loaded, settings), settings, 2, tmp_path)
+    assert bench.joins_items is joins

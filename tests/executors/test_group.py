@@ -1,0 +1,71 @@
+"""A worker of two processes that share each batch (gloo, on a CPU): the decision of one process, one of them killed on the way."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import psutil
+import pytest
+
+from rightrank import Watching, make_settings, select_rank
+from rightrank.errors import SettingsError
+from rightrank.records import RunEvent, StepDone
+from tests.executors.conftest import STEPS
+from tests.executors.test_workers import values_of
+from tests.tiny import small_settings
+
+
+def workers_here() -> list[psutil.Process]:
+    found = [child for child in psutil.Process().children() if "rightrank.executors.worker" in child.cmdline()]
+    return sorted(found, key=lambda process: process.create_time())
+
+
+def require_same(run: Path, alone: Path) -> None:
+    """The same decision; values within what the order of a sum leaves."""
+    ours, theirs = (json.loads((folder / "decision.json").read_text()) for folder in (run, alone))
+    assert {name: ours[name] for name in ("rank", "verdict")} == {name: theirs[name] for name in ("rank", "verdict")}
+    values, expected = values_of(run), values_of(alone)
+    assert len(values) == len(expected)
+    assert list(values.values()) == pytest.approx(list(expected.values()), rel=1e-4)
+
+
+def test_two_processes_share_an_arm_though_one_is_killed(
+    alone: Path, model_folder: Path, completion_file: Path, tmp_path: Path
+) -> None:
+    killed: list[int] = []
+    listening: set[str] = set()
+
+    def kill_the_second(event: RunEvent) -> None:
+        if isinstance(event, StepDone) and not killed:
+            workers = workers_here()
+            assert len(workers) == 2
+            sockets = [connection for worker in workers for connection in worker.net_connections()]
+            listening.update(connection.laddr.ip for connection in sockets if connection.status == "LISTEN")
+            killed.append(workers[1].pid)
+            os.kill(workers[1].pid, signal.SIGKILL)
+
+    notices: list[str] = []
+    settings = small_settings(**STEPS, executor="processes", workers=1, devices_per_arm=2)
+    watching = Watching(on_event=kill_the_second, notice=notices.append)
+    select_rank(str(model_folder), completion_file, tmp_path / "run", settings=settings, watching=watching)
+    assert killed
+    require_same(tmp_path / "run", alone)
+    assert any("worker-1 is gone: killed by signal 9" in notice for notice in notices)
+    assert not workers_here()
+    assert listening <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"devices_per_arm": 2}, "devices_per_arm 2 is for executor processes or ray"),
+        ({"devices_per_arm": 2, "executor": "processes", "launcher": "srun"}, "devices_per_arm takes no launcher"),
+        ({"devices_per_arm": 16, "executor": "ray"}, "batch_size 8 can't be shared by devices_per_arm 16"),
+    ],
+)
+def test_what_does_not_go_together_is_one_line(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(SettingsError, match=message):
+        make_settings(changes)
