@@ -95,9 +95,7 @@ def ours(job: Job, dtype: str, pack: int, **changes: Any) -> Measured:
         peak = memory.peak_bytes()
     finished = [outcome for outcome in outcomes if isinstance(outcome, TrialFinished)]
     assert len(finished) == job.arms
-    shown = next(
-        outcome for outcome in finished if outcome.trial_id == trials[0].trial_id
-    )  # packs end in another order
+    shown = next(outcome for outcome in finished if outcome.trial_id == trials[0].trial_id)
     return Measured(seconds, wall, shown.value, max([peak, *(outcome.peak_bytes for outcome in finished)]))
 
 

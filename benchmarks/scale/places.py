@@ -64,8 +64,11 @@ class Nodes:
             if cores not in self._nodes:
                 self._nodes[cores] = self._cluster.add_node(num_cpus=cores, **STORE)
 
-    def kill(self, cores: int) -> None:
-        self._cluster.remove_node(self._nodes.pop(cores), allow_graceful=False)
+    def kill_one_at_work(self) -> None:
+        """A node that has workers, if any does."""
+        hosts = {worker.ppid() for worker in _workers_below("ray")}
+        at_work = [cores for cores, node in self._nodes.items() if hosts & _raylets_of(node)]
+        self._cluster.remove_node(self._nodes.pop(random.choice(at_work or list(self._nodes))), allow_graceful=False)
 
     def shutdown(self) -> None:
         self._cluster.shutdown()
@@ -105,6 +108,11 @@ def worker_at_work(place: Place) -> psutil.Process:
     raise RuntimeError("no worker was there to be hit")
 
 
+def _raylets_of(node: Any) -> set[int]:
+    """Process ids of what starts a Ray node's workers."""
+    return {one.process.pid for one in node.all_processes.get("raylet", [])}
+
+
 def _workers_below(executor: str) -> list[psutil.Process]:
     found = []
     for process in psutil.Process().children(recursive=True):
@@ -133,9 +141,9 @@ def hung_worker(place: Place) -> None:
 
 
 def kill_node(place: Place) -> None:
-    """The smaller or the larger one."""
+    """The smaller or the larger one, where workers are."""
     assert place.nodes is not None
-    place.nodes.kill(random.choice(Nodes.SIZES))
+    place.nodes.kill_one_at_work()
 
 
 def kill_driver(_place: Place) -> None:

@@ -12,6 +12,10 @@ import pytest
 
 from rightrank import Watching, make_settings, select_rank
 from rightrank.errors import MissingExtraError, RunError, SettingsError
+from rightrank.executors import spread
+from rightrank.executors.messages import News, Orders, Task
+from rightrank.executors.pool import Lost
+from rightrank.executors.worker import Worker
 from rightrank.io.run_folder import RunFolder
 from rightrank.io.store import Store, run_store
 from tests.executors.test_workers import decision_of, values_of
@@ -46,11 +50,48 @@ def share(tmp_path: Path) -> str:
     return f"file://{tmp_path}/share/runs"
 
 
+class CrewHere:
+    """Real workers one after the other in this process: each with a folder and a base of its own, as on two machines."""
+
+    def __init__(self, orders: Orders) -> None:
+        self._orders = orders
+        self._workers: dict[str, Worker] = {}
+        self._news: list[tuple[str, News | Lost]] = []
+
+    def start(self, worker: str) -> None:
+        self._workers[worker] = Worker(lambda news: self._news.append((worker, news)))
+        self._workers[worker].begin(self._orders)
+
+    def give(self, worker: str, task: Task) -> None:
+        self._workers[worker].work(task)
+
+    def ask_to_stop(self, worker: str) -> None:
+        pass
+
+    def end(self, worker: str) -> None:
+        self._workers.pop(worker).close()
+
+    def news(self, seconds: float) -> list[tuple[str, News | Lost]]:
+        told, self._news = self._news, []
+        return told
+
+    def close(self) -> None:
+        for worker in list(self._workers):
+            self.end(worker)
+
+
 @pytest.mark.filterwarnings("ignore")  # the server's own
 @pytest.mark.parametrize(("strategy", "kind"), [("bracket", "bucket"), ("descend", "share")])
 def test_the_decision_is_that_of_one_process(
-    strategy: str, kind: str, request: pytest.FixtureRequest, model_folder: Path, completion_file: Path, tmp_path: Path
+    strategy: str,
+    kind: str,
+    request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
+    model_folder: Path,
+    completion_file: Path,
+    tmp_path: Path,
 ) -> None:
+    monkeypatch.setattr(spread, "_crew", lambda settings, orders, *_: (CrewHere(orders), settings.workers))
     address = request.getfixturevalue(kind)
     how: dict[str, Any] = {"strategy": strategy, "ranks": (1, 2, 4), "learning_rates": (3e-3, 1e-2), "max_steps": 6}
     how["checkpoint_seconds"] = 0.01

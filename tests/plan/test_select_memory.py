@@ -50,6 +50,15 @@ def test_too_little_memory_is_refused_before_the_start(
     assert not any(isinstance(record, TrialFinished) for record in Journal(out / "journal.jsonl").read())
 
 
+def test_the_plan_counts_what_one_of_several_devices_takes() -> None:
+    config = tiny_llama_config(400)
+    shared = {"ranks": (1, 8), "executor": "processes", "workers": 1}
+    one = plan_selection(config, small_settings(batch_size=8, **shared), 256, "cpu")
+    two = plan_selection(config, small_settings(batch_size=8, devices_per_arm=2, **shared), 256, "cpu")
+    half = plan_selection(config, small_settings(batch_size=4, **shared), 256, "cpu")
+    assert half.peak_bytes[8] <= two.peak_bytes[8] < one.peak_bytes[8]  # its share of a batch, and the sums
+
+
 def test_the_plan_says_how_many_arms_fit_together() -> None:
     settings = small_settings(ranks=(1, 8), pack_size=6)
     config = tiny_llama_config(400)
