@@ -29,7 +29,12 @@ OF_OTHERS = "ignore"  # a trainer's own deprecations are no failure of an exampl
 
 
 def test_no_example_is_left_out() -> None:
-    assert {path.name for path in EXAMPLES.iterdir() if path.is_file()} == {*ALL, "common.py", "notebook.ipynb"}
+    assert {path.name for path in EXAMPLES.iterdir() if path.is_file()} == {
+        *ALL,
+        "common.py",
+        "notebook.ipynb",
+        "slurm.sh",
+    }
 
 
 @pytest.fixture

@@ -95,7 +95,8 @@ def ours(job: Job, dtype: str, pack: int, **changes: Any) -> Measured:
         peak = memory.peak_bytes()
     finished = [outcome for outcome in outcomes if isinstance(outcome, TrialFinished)]
     assert len(finished) == job.arms
-    return Measured(seconds, wall, finished[0].value, max([peak, *(outcome.peak_bytes for outcome in finished)]))
+    shown = next(outcome for outcome in finished if outcome.trial_id == trials[0].trial_id)
+    return Measured(seconds, wall, shown.value, max([peak, *(outcome.peak_bytes for outcome in finished)]))
 
 
 def trainer(job: Job, dtype: str, grouped: bool, sft: bool = False) -> Measured:

@@ -141,8 +141,9 @@ _OUT_OF_MEMORY = (
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether the device or the process had no more memory."""
-    return isinstance(error, MemoryError) or any(sign in str(error) for sign in _OUT_OF_MEMORY)
+    """Whether the device or the process had no more memory; torch's own error is known by its name, without torch."""
+    named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return named or any(sign in str(error) for sign in _OUT_OF_MEMORY)
 
 
 def did_you_mean(got: str, allowed: Iterable[str]) -> str:

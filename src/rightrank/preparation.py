@@ -25,7 +25,7 @@ from rightrank.planning.selecting import SelectionPlan, first_pass_loss, plan_se
 from rightrank.planning.skeleton import is_known
 from rightrank.records import JournalRecord, RunStarted, content_hash
 from rightrank.records.plan import SelectionCost
-from rightrank.settings import SelectSettings, settings_of_identity
+from rightrank.settings import SelectSettings, as_begun, settings_of_identity
 from rightrank.strategies import Strategy
 from rightrank.version import __version__
 
@@ -98,7 +98,10 @@ def prepare(request: Request, cache: Path, notice: Notice = lambda _: None, base
 def resuming(request: Request, journal: Sequence[JournalRecord]) -> Request:
     """The request as the version that began the run would have made it, where there is a run."""
     first = journal[0] if journal else None
-    return replace(request, known_settings=tuple(first.settings)) if isinstance(first, RunStarted) else request
+    if not isinstance(first, RunStarted):
+        return request
+    settings = as_begun(request.settings, first.settings.keys())
+    return replace(request, settings=settings, known_settings=tuple(first.settings))
 
 
 def _load(request: Request, bases: Bases, folder: Path) -> _Sources:

@@ -11,10 +11,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from rightrank.engine.encode import IGNORED
 from rightrank.engine.token_store import EncodedItem, lengths_of
+
+WINDOW_BATCHES = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +50,25 @@ def batch_plan(items: int, batch_size: int, steps: int, seed: int) -> list[list[
     order = np.concatenate([generator.permutation(items) for _ in range(passes)])
     plan: list[list[int]] = order[: batch_size * steps].reshape(steps, batch_size).tolist()
     return plan
+
+
+def batch_plan_by_length(lengths: npt.NDArray[np.int64], batch_size: int, steps: int, seed: int) -> list[list[int]]:
+    """The same with batches of like length: windows of a pass sorted by length, their batches shuffled.
+
+    A window never spans two passes: sorted, an item and its repetition would share a batch.
+    """
+    generator = np.random.default_rng([seed, 0x8A7C])
+    plan: list[list[int]] = []
+    order = np.empty(0, np.int64)
+    while len(plan) < steps:
+        order = np.concatenate([order, generator.permutation(len(lengths))])
+        whole = len(order) - len(order) % batch_size
+        for begin in range(0, whole, WINDOW_BATCHES * batch_size):
+            window = order[begin : min(begin + WINDOW_BATCHES * batch_size, whole)]
+            by_length = window[np.lexsort((window, lengths[window]))].reshape(-1, batch_size)
+            plan.extend(by_length[generator.permutation(len(by_length))].tolist())
+        order = order[whole:]
+    return plan[:steps]
 
 
 def collate(items: Sequence[EncodedItem], indices: Sequence[int], pad_id: int, device: torch.device) -> Batch:

@@ -15,7 +15,7 @@ from peft import LoraConfig
 
 from rightrank.engine.adapter import attached
 from rightrank.engine.attention import FUSED, float32_attention, wants_float32
-from rightrank.engine.batches import Batch, batch_plan, collate, length_sorted_batches
+from rightrank.engine.batches import Batch, batch_plan, batch_plan_by_length, collate, length_sorted_batches
 from rightrank.engine.encode import EncodedData
 from rightrank.engine.inits import EVA_BATCHES, input_directions
 from rightrank.engine.joined import attention_within, joined
@@ -117,7 +117,10 @@ class Bench:
         A plan of more steps begins with the plan of fewer.
         """
         steps = self.steps if steps is None else steps
-        return batch_plan(len(self.items("train")), self.settings.items_per_step, steps, seed)
+        items, size = self.items("train"), self.settings.items_per_step
+        if self.settings.train_sampling_strategy == "group_by_length":
+            return batch_plan_by_length(lengths_of(items), size, steps, seed)
+        return batch_plan(len(items), size, steps, seed)
 
     def losses(self, split: SplitName, batch: Batch, scale: Scale) -> BatchLoss:
         """The loss of `batch` under whatever adapter the base now carries."""

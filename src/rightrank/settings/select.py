@@ -6,7 +6,7 @@ Names that PEFT, transformers and TRL have are used as they have them. Defaults 
 from __future__ import annotations
 
 import re
-from collections.abc import Container, Mapping
+from collections.abc import Container, Mapping, Set
 from typing import Any, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -83,6 +83,7 @@ class SelectSettings(BaseModel):
     batch_size: int = Field(default=8, gt=0)
     gradient_accumulation_steps: int = Field(default=1, gt=0)
     seq_len: int = Field(default=512, gt=1)
+    train_sampling_strategy: Literal["random", "group_by_length"] = "random"
     lr_scheduler_type: Literal["constant", "linear", "cosine"] = "linear"
     warmup_ratio: float = Field(default=0.05, ge=0, lt=1)
     weight_decay: float = Field(default=0.0, ge=0)
@@ -262,13 +263,23 @@ def make_settings(values: Mapping[str, object]) -> SelectSettings:
     return checked(SelectSettings, values)
 
 
+BEFORE: dict[str, Any] = {"train_sampling_strategy": "group_by_length"}
+"""What versions did that did not know a setting yet, where that is not its default."""
+
+
+def as_begun(settings: SelectSettings, known: Set[str]) -> SelectSettings:
+    """The settings by which a run goes on that was begun by a version which knew those named `known`."""
+    done = {name: value for name, value in BEFORE.items() if name not in known | settings.model_fields_set}
+    return settings.model_copy(update=done)
+
+
 def settings_of_identity(values: Mapping[str, Any], known: Container[str] | None = None) -> dict[str, Any]:
     """Those of `values` (JSON) that say what a selection finds.
 
-    With the names `known` to the version that began a run: without what it did not know and what is at its default, so
+    With the names `known` to the version that began a run: without what it did not know and what is as it did it, so
     that the run is the same one under a version with more settings.
     """
-    defaults = SelectSettings().model_dump(mode="json")
+    defaults = SelectSettings().model_dump(mode="json") | BEFORE
     return {
         name: value
         for name, value in values.items()
