@@ -7,6 +7,7 @@ so none reach a journal, a report or a log.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -71,11 +72,18 @@ class Store:
 
     @contextmanager
     def _told(self, what: str) -> Iterator[None]:
-        """What a file system of somebody else's raises, whatever it is, in one line."""
+        """What a file system of somebody else's raises, in one line."""
         try:
             yield
-        except ImportError:
-            raise
-        except Exception as error:
+        except _faults() as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise RunError(f"can't {what} the store {self.address}: {reason}") from error
+
+
+def _faults() -> tuple[type[Exception], ...]:
+    """What stores raise: OSError by fsspec's own rule, ValueError for addresses, and the errors of the S3 client, which
+    says so where it has no credentials or gets no answer; found only where it has been loaded.
+    """
+    client = sys.modules.get("botocore.exceptions")
+    of_client = () if client is None else (client.BotoCoreError, client.ClientError)
+    return OSError, ValueError, RuntimeError, *of_client
