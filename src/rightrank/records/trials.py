@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal, TypeAlias
 
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict, Field, model_validator
 
 from rightrank.records.base import IDENTITY_VERSION, SCHEMA_VERSION, Record, Whole, content_hash
 
@@ -125,6 +125,15 @@ class TrialFinished(ArmFields):
     predicted_peak_bytes: Whole | None = None  # allocated by tensors, as planned before the start; None: not planned
     pack_size: Whole = 1  # arms that shared the passes, and the peak; the seconds are this arm's even share
     train_losses: list[float] = Field(default_factory=list)  # nats a label, one for each step
+
+    @model_validator(mode="after")
+    def _items_alike(self) -> TrialFinished:
+        weighed = self.item_scores is not None and self.item_weights is not None
+        if len(self.item_losses) != len(self.item_tokens) or (
+            weighed and len(self.item_scores or ()) != len(self.item_weights or ())
+        ):
+            raise ValueError("its items have scores and weights of different number")
+        return self
 
     def items(self, metric: str) -> tuple[list[float], list[float]] | None:
         """`(scores summed over the item's weight, weights)` of a metric, in its own direction; None without items."""
