@@ -42,7 +42,9 @@ sbom: $(VENV)/.installed-supply
 	$(SUPPLY)/cyclonedx-py environment --output-reproducible --pyproject pyproject.toml --output-file dist/sbom.cdx.json $(BIN)/python
 
 audit: $(VENV)/.installed-supply
-	$(SUPPLY)/pip-audit --skip-editable --path "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
+	$(SUPPLY)/pip-audit --skip-editable --progress-spinner off --format json \
+	  --path "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" 2>/dev/null \
+	  | $(SUPPLY)/python tests/safety/audit.py
 
 # Wheel and sdist, built twice and compared to the byte.
 dist: $(VENV)/.installed-supply

@@ -1,6 +1,7 @@
 """What a selection goes through on machines that are taken away, fill up, or have their clock set back.
 
-The run under test was made by the first version of the journal and stopped half of the way: each test goes on from it.
+The run under test was made by the first version of the journal and stopped half of the way: each test goes on from it. One
+run folder of each schema there ever was is kept under `fixtures/runs`, over the model and the data of the first.
 """
 
 from __future__ import annotations
@@ -29,13 +30,15 @@ from rightrank.errors import RunFolderError, TerminatedRun, is_out_of_memory
 from rightrank.io.checkpoints import load_checkpoint
 from rightrank.io.journal import Journal
 from rightrank.io.run_folder import RunFolder
-from rightrank.records import Arm, Trial, TrialFailed, TrialFinished, TrialStarted
+from rightrank.records import SCHEMA_VERSION, Arm, Trial, TrialFailed, TrialFinished, TrialStarted
 from rightrank.report import event_log
 from tests.helpers import make_bench
 from tests.test_select import run, start, wait_for_trial
 from tests.tiny import small_settings
 
-FIXTURE = Path(__file__).parent / "fixtures" / "runs" / "schema-1"
+RUNS = Path(__file__).parent / "fixtures" / "runs"
+FIXTURE = RUNS / "schema-1"
+SCHEMAS = range(1, SCHEMA_VERSION + 1)
 SELECT = [
     "select", "model", "data.jsonl", "--out", "run", "--strategy", "grid", "--ranks", "1,4", "--learning-rates", "1e-2",
     "--max-steps", "8", "--batch-size", "4", "--seq-len", "32", "--eval-items", "12", "--set", "eval_points=2",
@@ -43,11 +46,13 @@ SELECT = [
 ]  # fmt: skip
 
 
-def half_done(folder: Path) -> Path:
-    """A run of schema 1 whose first arm has finished; the model and the data stand beside it."""
+def half_done(folder: Path, schema: int = 1) -> Path:
+    """A run of an earlier version whose first arm has finished; the model and the data stand beside it."""
     shutil.copytree(FIXTURE, folder)
     run_folder = folder / "run"
-    lines = (FIXTURE / "run" / "journal.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    shutil.rmtree(run_folder)
+    shutil.copytree(RUNS / f"schema-{schema}" / "run", run_folder)
+    lines = (run_folder / "journal.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
     kept = [line for line in lines if '"type":"trial_' in line or '"run_started"' in line]
     last = next(number for number, line in enumerate(kept) if '"trial_started"' in line and '"rank":1,' in line)
     (run_folder / "journal.jsonl").write_text("".join(kept[: last + 1]), encoding="utf-8")
@@ -69,13 +74,15 @@ def selected(capsys: pytest.CaptureFixture[str], *more: str) -> tuple[int, str]:
     return status, err
 
 
-def require_right(folder: Path) -> None:
+def require_right(folder: Path, schema: int = 1) -> None:
     """The first arm was trained once, by the first version; the second by this one; and the answer is there."""
     records = Journal(folder / "journal.jsonl").read()
     finished = [record for record in records if isinstance(record, TrialFinished)]
-    assert [(record.rank, record.schema_version) for record in finished] == [(0, 1), (4, 1), (1, 2)]
+    assert [(record.rank, record.schema_version) for record in finished] == [
+        (0, schema), (4, schema), (1, SCHEMA_VERSION),
+    ]  # fmt: skip
     assert len([r for r in records if isinstance(r, TrialStarted) and r.rank == 4]) == 1
-    known = json.loads((FIXTURE / "run" / "decision.json").read_text())
+    known = json.loads((RUNS / f"schema-{schema}" / "run" / "decision.json").read_text())
     decision = json.loads((folder / "decision.json").read_text())
     assert {name: decision[name] for name in ("rank", "fallback_rank", "verdict")} == {
         name: known[name] for name in ("rank", "fallback_rank", "verdict")
@@ -85,15 +92,36 @@ def require_right(folder: Path) -> None:
     )
 
 
-def test_a_run_of_an_earlier_version_is_read_and_goes_on(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("schema", SCHEMAS)
+def test_a_run_of_an_earlier_version_is_read_and_goes_on(
+    schema: int, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work = half_done(tmp_path / "work", schema)
+    monkeypatch.chdir(work.parent)
     before = (work / "journal.jsonl").read_bytes()
     status, out, _ = run(["status", "run", "--json"], capsys)
     assert status == 0
     assert json.loads(out)["trials_ended"] == 2
     assert (work / "journal.jsonl").read_bytes() == before
     assert selected(capsys)[0] == 0
-    require_right(work)
+    require_right(work, schema)
     assert (work / "journal.jsonl").read_bytes().startswith(before)
+
+
+@pytest.mark.parametrize("schema", SCHEMAS)
+def test_a_whole_run_of_an_earlier_version_is_shown_decided_and_exported(
+    schema: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(RUNS / f"schema-{schema}" / "run", folder)
+    shutil.copytree(next(iter((folder / "trials").iterdir())), folder / "adapter")
+    before = (folder / "journal.jsonl").read_bytes()
+    for command in (["status"], ["report"], ["decide"], ["repair"], ["export", "--to", "trl"]):
+        status, out, err = run([command[0], str(folder), *command[1:], "--json"], capsys)
+        assert status == 0, err
+        assert json.loads(out)
+    assert json.loads(run(["decide", str(folder), "--json"], capsys)[1])["fallback_rank"] == 4
+    assert (folder / "journal.jsonl").read_bytes() == before
 
 
 def test_other_settings_are_still_refused_for_a_run_of_an_earlier_version(

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from rightrank.engine.encode import EncodedData, encode
@@ -15,6 +18,7 @@ from rightrank.io.data import load_data
 from rightrank.report.html import render_report
 from rightrank.report.terminal import plan_line
 from tests.report.runs import made_up_run
+from tests.test_select import run
 from tests.tiny import make_tokenizer, sentences, small_settings
 
 HALF = "\ud800"  # of a surrogate pair: no character, and nothing that UTF-8 can hold
@@ -134,3 +138,72 @@ def test_the_counts_are_shown(tmp_path: Path) -> None:
     page = render_report(made, None)
     assert "3 rows left out, half characters" in page
     assert "5 items with control characters" in page
+
+
+def row_of(form: str, prompt: str, text: str) -> dict[str, Any]:
+    match form:
+        case "text":
+            return {"text": f"{prompt} {text}" if text else ""}
+        case "label":
+            return {"text": f"{prompt} {text}" if text else "", "label": len(prompt) % 2}
+        case "messages":
+            return {"messages": [{"role": "user", "content": prompt}, {"role": "assistant", "content": text}]}
+    return {"prompt": prompt, "completion": text}
+
+
+def poisoned(form: str, with_halves: bool) -> list[dict[str, Any]]:
+    """90 good rows, a megabyte, three with bells, four that are empty, and two with half characters."""
+    rows = [row_of(form, f"q{number}", text) for number, text in enumerate(sentences(90))]
+    rows += [row_of(form, "long", "the cat " * 2**17)]
+    rows += [row_of(form, f"bell {number}", "a\x07b") for number in range(3)]
+    rows += [row_of(form, f"empty {number}", "") for number in range(4)]
+    return rows + [row_of(form, f"half {number}", HALF) for number in range(2)] * with_halves
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
+    if path.suffix == ".parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    elif path.suffix == ".csv":
+        with path.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+    else:
+        path.write_text(
+            "".join(json.dumps(row) + "\n" for row in rows) if path.suffix == ".jsonl" else json.dumps(rows)
+        )
+    return path
+
+
+@pytest.mark.parametrize(
+    ("form", "suffix"),
+    [
+        ("text", ".jsonl"), ("text", ".csv"), ("completion", ".parquet"), ("completion", ".jsonl"),
+        ("messages", ".json"), ("messages", ".parquet"), ("label", ".csv"),
+    ],
+)  # fmt: skip
+def test_a_selection_goes_on_and_counts_what_it_met(
+    form: str, suffix: str, model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    halves = suffix.startswith(".json")  # no other type can hold them
+    data, out = write_rows(tmp_path / f"data{suffix}", poisoned(form, halves)), tmp_path / "run"
+    status, _, err = run(
+        ["select", str(model_folder), str(data), "--out", str(out), "--strategy", "grid", "--ranks", "1,2",
+         "--learning-rates", "1e-2", "--max-steps", "1", "--batch-size", "2", "--seq-len", "64", "--eval-items", "100",
+         "--set", "samples=0", "--set", "eval_points=1", "--device", "cpu", "--quiet"], capsys,
+    )  # fmt: skip
+    assert status == 0, err
+    summary = json.loads((out / "journal.jsonl").read_text().splitlines()[0])["data"]
+    assert summary["unreadable"] == 2 * halves
+    assert summary["control_characters"] == 3
+    assert sum(split["truncated"] for split in summary["splits"].values()) == 1
+    empty = {"completion": 4, "messages": 0}.get(form, 1)  # a template marks the end of an empty answer: it is learned
+    assert sum(split["dropped"] for split in summary["splits"].values()) == empty
+    assert "Traceback" not in err
+
+
+def test_half_a_character_in_a_csv_file_is_refused(tmp_path: Path, tokenizer: Any) -> None:
+    path = tmp_path / "data.csv"
+    path.write_bytes(b"text\nthe \xed\xa0\x80 cat\n")
+    with pytest.raises(DataError, match=r"data\.csv.*: not UTF-8 text"):
+        load_data(path, small_settings())

@@ -179,3 +179,13 @@ def test_a_checkpoint_with_nan(capsys: pytest.CaptureFixture[str], base: Path, t
 def test_figures_and_plots(capsys: pytest.CaptureFixture[str], adapter: Path, tmp_path: Path) -> None:
     assert "did you mean 'stable_rank'" in complaint(capsys, "inspect", adapter, "--figure", "stable_rnk")
     assert ".svg or .png" in complaint(capsys, "inspect", adapter, "--plot", tmp_path / "x.pdf")
+
+
+def test_settings_and_ranks_that_nothing_would_come_of(
+    capsys: pytest.CaptureFixture[str], adapter: Path, tmp_path: Path
+) -> None:
+    assert "--set goes with --gradient" in complaint(capsys, "inspect", adapter, "--set", "seq_len=32")
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"text": "a"}\n')
+    words = ("--rank", "9999", "--learning-rate", "1e-3", "--max-steps", "1")
+    assert "--rank 9999 is above the" in complaint(capsys, "allocate", adapter, data, *words)

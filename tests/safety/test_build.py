@@ -15,6 +15,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.safety.audit import summary
+
 ROOT = Path(__file__).parents[2]
 PACKAGED = ("src", "pyproject.toml", "README.md", "LICENSE")
 
@@ -55,3 +57,32 @@ def test_the_vendored_file_is_the_published_one() -> None:
     assert stated is not None
     vendored = (ROOT / "src" / "rightrank" / "report" / "vendor" / "echarts.min.js").read_bytes()
     assert hashlib.sha256(vendored).hexdigest() == stated[1]
+
+
+FOUND = {"name": "good", "version": "1", "vulns": []}
+FAULTY = {"name": "bad", "version": "2", "vulns": [{"id": "PYSEC-1"}, {"id": "PYSEC-2"}]}
+UNKNOWN = {"name": "odd", "skip_reason": "not found"}
+
+
+@pytest.mark.parametrize(
+    ("packages", "line", "status"),
+    [
+        ([FOUND, FOUND], "audit: 2 of 2 packages were looked up, none of them has an advisory", 0),
+        (
+            [FOUND, FAULTY],
+            "audit: 2 of 2 packages were looked up, 1 have advisories (bad 2: PYSEC-1, PYSEC-2)",
+            1,
+        ),
+        ([UNKNOWN, UNKNOWN], "audit: 0 of 2 packages were looked up; 2 were not, such as odd (not found)", 1),
+        (
+            [FOUND, UNKNOWN],
+            "audit: 1 of 2 packages were looked up, none of them has an advisory; 1 were not, such as odd (not found)",
+            1,
+        ),
+        ([FOUND, {"name": "rightrank", "skip_reason": "editable"}], "audit: 1 of 1 packages were looked up, none of them has an advisory", 0),
+    ],
+)  # fmt: skip
+def test_a_package_that_was_not_looked_up_is_not_called_good(
+    packages: list[dict[str, object]], line: str, status: int
+) -> None:
+    assert summary({"dependencies": packages}) == (line, status)

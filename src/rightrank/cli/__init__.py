@@ -6,7 +6,10 @@ Answers go to stdout, progress and complaints to stderr. Exit status: 0 done, 1 
 
 from __future__ import annotations
 
+import io
+import os
 import sys
+from contextlib import suppress
 
 import click
 
@@ -52,6 +55,7 @@ for command in COMMANDS:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit with its status."""
+    _prepare_streams()
     try:
         given = sys.argv[1:] if arguments is None else arguments
         status = cli.main(args=given, prog_name="rightrank", standalone_mode=False, obj=["rightrank", *given])
@@ -74,9 +78,6 @@ def main(arguments: list[str] | None = None) -> None:
             "out of memory; what was finished is kept: free some, or ask for less, and run the same command again"
         )
         sys.exit(1)
-    except UnicodeEncodeError as error:
-        _complain(f"can't write {error.object[error.start : error.end]!r} to this terminal; use --json")
-        sys.exit(1)
     except BrokenPipeError:
         sys.stderr.close()  # whoever read our output has left: there is nobody to tell
         sys.exit(1)
@@ -87,6 +88,17 @@ def main(arguments: list[str] | None = None) -> None:
     sys.exit(status if isinstance(status, int) else 0)
 
 
+def _prepare_streams() -> None:
+    """What is written is UTF-8, as JSON has to be, whatever the locale says; a stream that was closed swallows all."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, io.TextIOWrapper(io.FileIO(os.devnull, "w"), encoding="utf-8"))
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(encoding="utf-8", errors="backslashreplace")
+
+
 def _complain(message: str) -> None:
-    """One line, whatever the message holds."""
-    click.echo("rightrank: " + one_line(message), err=True)
+    """One line, whatever the message holds; the exit status tells it where nothing can be written."""
+    with suppress(OSError):
+        click.echo("rightrank: " + one_line(message), err=True)

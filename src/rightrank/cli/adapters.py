@@ -50,6 +50,8 @@ def inspect(
         if adapter is not None or base is not None or finetuned is not None:
             raise SettingsError("--gradient stands alone: leave out the adapter, --base and --finetuned")
         found = inspect_gradient(*gradient, settings=make_settings(gather(None, assignments, {})))
+    elif assignments:
+        raise SettingsError("--set goes with --gradient MODEL DATA, which was not given; give both, or leave it out")
     else:
         found = inspect_update(adapter, base=base, finetuned=finetuned)
     if plot is not None:

@@ -25,6 +25,7 @@ from rightrank.io.reading import UnreadableError, read_json_object
 from rightrank.maths.intervals import estimate
 from rightrank.probe import importance
 from rightrank.probe.bench_of import DataUse, bench_of, train_attached
+from rightrank.probe.rank_choice import by_rank
 from rightrank.records import Arm
 from rightrank.records.probe import Allocation, AllocationTrial, AllocationVerdict
 from rightrank.settings import SelectSettings, make_settings
@@ -66,6 +67,7 @@ def allocate(path: Path, data: Path, options: AllocateOptions) -> Allocation:
     """
     _check(options)
     adapter = open_adapter(path)
+    by_rank(adapter, options.rank)  # refuses what no module can have
     given = None if options.pattern is None else read_pattern(options.pattern, adapter)
     budget = options.rank * sum(module.rows + module.columns for module in adapter.modules)
     with tempfile.TemporaryDirectory(prefix="rightrank-") as name:

@@ -152,7 +152,8 @@ def reproduce_command(settings: Mapping[str, Any]) -> str | None:
             continue
         option = "--" + name.replace("_", "-")
         if name == "metrics":
-            words += [word for metric in value for word in (option, str(metric))]
+            metrics = value if isinstance(value, list) else [value]
+            words += [word for metric in metrics for word in (option, _plain(metric))]
         elif name in NAMED_OPTIONS:
             words += [option, _plain(value)]
         else:

@@ -35,6 +35,8 @@ class Search(Scripted):
         yield from settle(self.space, results)
         yield from support(self.space, results)
         yield from confirm(self.space, results)
+        yield from settle(self.space, results)
+        yield from confirm(self.space, results)
 
     def unbounded_cost(self) -> Cost:
         expected = find_rate_cost(self.space) + self.expected_look() + confirmation_cost(self.space)
