@@ -11,6 +11,8 @@ it held before the first row; pages of a mapped file are the system's to drop an
 from __future__ import annotations
 
 import argparse
+import ctypes
+import gc
 import json
 import subprocess
 import sys
@@ -75,6 +77,8 @@ def measure(count: int, model: Path, data: Path, folder: Path) -> dict[str, Any]
     tokenizer("once, so that what it makes on first use is there", return_offsets_mapping=True)
     loaded = LoadedModel(None, tokenizer, str(model), "", torch.device("cpu"))  # encoding asks for the tokenizer alone
     settings = make_settings({"ranks": (1, 16), "seq_len": 128, "batch_size": BATCH})
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # what the rows above held goes back now, not while others are counted
     before, begun = anonymous_bytes(), time.process_time()
     with watched() as highest:
         splits = load_data(path, settings, folder)
