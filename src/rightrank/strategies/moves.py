@@ -134,13 +134,17 @@ def support(space: Space, results: Results) -> Wanted:
 
 
 def confirm(space: Space, results: Results) -> Wanted:
-    """The further seeds of the rank chosen, the next lower one trained and the reference, until the choice stays."""
+    """The further seeds of the rank chosen, the next lower one trained, the reference and the best rank above that, which
+    a single seed may have put below it, until the choice stays.
+    """
     for _ in range(len(space.ranks)):
         chosen, reference = results.smallest_that_holds(), results.reference()
         if chosen is None or reference is None or len(space.seeds) < 2:
             return
         lower = max((rank for rank in results.ranks() if rank < chosen), default=chosen)
-        rates = {rank: results.best_rate(rank) for rank in (chosen, lower, reference)}
+        above = [rank for rank in results.ranks() if rank > reference]
+        rival = min(above, key=lambda rank: (results.best_loss(rank), rank), default=reference)
+        rates = {rank: results.best_rate(rank) for rank in (chosen, lower, reference, rival)}
         yield [
             space.arm(rank, rate, seed) for rank, rate in rates.items() if rate is not None for seed in space.seeds[1:]
         ]
