@@ -91,6 +91,21 @@ def test_a_wrong_matrix_is_one_line(
     assert err.strip().count("\n") == 0
 
 
+@pytest.mark.parametrize("differing", [{"devices_per_arm": 2}, {"hang_seconds": 30}, {"workers": 3}])
+def test_where_trainings_run_is_one_for_all_jobs(
+    completion_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], differing: dict[str, Any]
+) -> None:
+    """The jobs share their workers: what one of them asks for must not be left out in silence."""
+    data = str(completion_file)
+    shared = {"model": "m", "executor": "processes", "workers": 2}
+    file = write_matrix(tmp_path / "jobs.yaml", {**shared, "jobs": {"a": data, "b": {"data": data, **differing}}})
+    status, _, err = run(["select", "--matrix", str(file), "--out", str(tmp_path / "out")], capsys)
+    assert status == 2
+    assert "jobs differ in" in err
+    assert next(iter(differing)) in err
+    assert err.strip().count("\n") == 0
+
+
 def test_tags_are_not_obeyed(tmp_path: Path) -> None:
     file = tmp_path / "jobs.yaml"
     file.write_text("model: !!python/object/apply:os.system ['true']\njobs: {a: x}\n")

@@ -75,7 +75,7 @@ def _request(model: str, job: MatrixJob, further: Mapping[str, object]) -> Reque
 
 def _placement(requests: Mapping[str, Request]) -> SelectSettings:
     """The settings of where trainings run, which all jobs share."""
-    names = ("executor", "workers", "ray_address", "launcher", "store", "pack_size")
+    names = ("executor", "workers", "devices_per_arm", "ray_address", "launcher", "store", "pack_size", "hang_seconds")
     found = {tuple(getattr(request.settings, name) for name in names) for request in requests.values()}
     if len(found) > 1:
         raise SettingsError(f"jobs differ in {', '.join(names)}: give these once, for all")
