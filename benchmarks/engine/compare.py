@@ -23,6 +23,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from peft import get_peft_model
@@ -156,20 +157,14 @@ def trainer(job: Job, dtype: str, grouped: bool, sft: bool = False) -> Measured:
 
 def ours_padded(job: Job, dtype: str) -> Measured:
     """Ours on padded batches of the same items, to see what joining them saves."""
-    joins, Bench._may_join_items = Bench._may_join_items, lambda _: False  # type: ignore[method-assign]
-    try:
+    with patch.object(Bench, "_may_join_items", lambda _: False):
         return ours(job, dtype, 1)
-    finally:
-        Bench._may_join_items = joins  # type: ignore[method-assign]
 
 
 def ours_plain_attention(job: Job) -> Measured:
     """Ours in bfloat16 with attention left in bfloat16 too, to see what the difference is."""
-    wanted, bench_module.wants_float32 = bench_module.wants_float32, lambda *_: False
-    try:
+    with patch.object(bench_module, "wants_float32", lambda *_: False):
         return ours(job, "bfloat16", 1)
-    finally:
-        bench_module.wants_float32 = wanted
 
 
 def contenders(job: Job, with_trl: bool) -> dict[str, tuple[int, Callable[[], Measured]]]:

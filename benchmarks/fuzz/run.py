@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.machine import machine
+from benchmarks.results import store
 
 NOTE_EVERY = 200  # reads between two notes of how far a target is: libFuzzer ends without a goodbye
 LARGEST_INPUT = 2**17
@@ -175,8 +176,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for name in names:
             result["targets"][name] = run_target(name, seconds, options.seed, Path(folder))
-            if options.out:
-                options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+            store(result, options.out)
     print(json.dumps(result, indent=1))
     return None
 

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.machine import machine
+from benchmarks.results import store
 from benchmarks.resume.kill import Case, end_of, lines_of, outcome, started_again
 
 
@@ -168,8 +169,7 @@ def measure(times: int, seed: int, root: Path, out: Path | None) -> dict[str, An
             row = rows.setdefault(fault.__name__, {"tried": 0, "right": 0, "trials_lost": 0, "wrong": []})
             add(row, fault, case, expected, root / "run")
             result = {"machine": machine(), "seed": seed, "faults": rows}
-            if out is not None:
-                out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+            store(result, out)
     return result
 
 

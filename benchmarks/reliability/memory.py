@@ -25,6 +25,7 @@ from tests.tiny import write_completions
 
 from benchmarks.machine import machine
 from benchmarks.reliability.checkpoints import save_llama
+from benchmarks.results import store
 
 MIB = 2**20
 LEAST_MIB, MOST_MIB = 10, 400  # beside what the process has once it is loaded
@@ -108,12 +109,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="written after each limit")
     options = parser.parse_args()
 
-    def told(so_far: dict[str, Any]) -> None:
-        if options.out is not None:
-            options.out.write_text(json.dumps(so_far, indent=1) + "\n", encoding="utf-8")
-
     with tempfile.TemporaryDirectory() as folder:
-        print(json.dumps(measure(options.times, options.seed, Path(folder), told), indent=1))
+        print(
+            json.dumps(
+                measure(options.times, options.seed, Path(folder), lambda so_far: store(so_far, options.out)), indent=1
+            )
+        )
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ import rightrank.executors.local
 import rightrank.preparation
 import rightrank.selection  # noqa: F401 - what every forked run has loaded
 from benchmarks.machine import machine
+from benchmarks.results import store
 from benchmarks.resume.moments import PHASES, Moments, watch_phases
 
 ARGUMENTS = [
@@ -259,12 +260,12 @@ def main() -> None:
     )
     options = parser.parse_args()
 
-    def told(so_far: dict[str, Any]) -> None:
-        if options.out is not None:
-            options.out.write_text(json.dumps(so_far, indent=1) + "\n", encoding="utf-8")
-
     with tempfile.TemporaryDirectory() as folder:
-        print(json.dumps(measure(options.kills, options.seed, Path(folder), told), indent=1))
+        print(
+            json.dumps(
+                measure(options.kills, options.seed, Path(folder), lambda so_far: store(so_far, options.out)), indent=1
+            )
+        )
 
 
 if __name__ == "__main__":

@@ -175,7 +175,7 @@ class Bench:
     def _losses(
         self, split: SplitName, batch: Batch, scale: Scale, routing: Routing | None, backward: bool = False
     ) -> BatchLoss:
-        rows = joined(batch) if self.joins_items else batch
+        rows = self._rows(batch)
         # The backward pass belongs inside: what is recomputed there must see the same prefix, attention and rows.
         with self._wide_attention(), self._prefix_for(split, rows), _attention(rows), self._label_rows(rows, routing):
             result = self.objective(self.model, rows, scale)
@@ -233,6 +233,10 @@ class Bench:
     def _tolerance(self) -> float:
         return TOLERANCE[next(self.model.parameters()).dtype]
 
+    def _rows(self, batch: Batch) -> Batch:
+        """The batch as the model is given it."""
+        return joined(batch) if self.joins_items else batch
+
     def _label_rows(self, batch: Batch, routing: Routing | None) -> AbstractContextManager[None]:
         return nullcontext() if self._last_block is None else label_rows_only(self._last_block, batch, routing)
 
@@ -258,7 +262,7 @@ class Bench:
         if found is None or self.objective is not head_loss:
             return None
         last = found[1][-1]
-        rows = joined(probe) if self.joins_items else probe
+        rows = self._rows(probe)
         with _attention(rows):
             plain = head_loss(self.model, rows, 1.0).item_losses
             with label_rows_only(last, rows, None):
@@ -284,7 +288,7 @@ class Bench:
             prefix.add_split(split, items, self._expected_items(split))
         with torch.no_grad():
             plain = self.objective(self.model, probe, 1.0).item_losses.sum()
-            rows = joined(probe) if self.joins_items else probe
+            rows = self._rows(probe)
             with prefix.serving(self.model, "selection", rows), _attention(rows):
                 cached = self.objective(self.model, rows, 1.0).item_losses.sum()
         return prefix if torch.isclose(cached, plain, rtol=self._tolerance, atol=0) else None

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import tempfile
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
+from rightrank.io.stored_sequence import StoredSequence
 
 BUFFERED_VALUES = 2**16  # held back before they are written
 
@@ -32,7 +34,7 @@ class EncodedItem:
         return len(self.input_ids)
 
 
-class TokenStore(Sequence[EncodedItem]):
+class TokenStore(StoredSequence[EncodedItem]):
     """Items that are read back one by one; written once, then closed."""
 
     def __init__(self, items: Iterable[EncodedItem], folder: Path | None) -> None:
@@ -57,19 +59,9 @@ class TokenStore(Sequence[EncodedItem]):
     def __len__(self) -> int:
         return len(self._tokens.ends) - 1
 
-    @overload
-    def __getitem__(self, index: int) -> EncodedItem: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[EncodedItem]: ...
-    def __getitem__(self, index: int | slice) -> EncodedItem | list[EncodedItem]:
-        if isinstance(index, slice):
-            return [self[number] for number in range(*index.indices(len(self)))]
-        number = range(len(self))[index]
+    def read(self, number: int) -> EncodedItem:
         name = bytes(self._ids.read(number)).decode()
         return EncodedItem(name, self._tokens.read(number).tolist(), self._labels.read(number).tolist())
-
-    def __iter__(self) -> Iterator[EncodedItem]:
-        return (self[number] for number in range(len(self)))
 
 
 def lengths_of(items: Sequence[EncodedItem]) -> npt.NDArray[np.int64]:

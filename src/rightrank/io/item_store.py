@@ -6,10 +6,12 @@ import json
 import tempfile
 import weakref
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
+
+from rightrank.io.stored_sequence import StoredSequence
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +23,7 @@ class Item:
     where: str
 
 
-class ItemStore(Sequence[Item]):
+class ItemStore(StoredSequence[Item]):
     """Items in the order in which they were added, in a file without a name that is gone with the process."""
 
     def __init__(self, folder: Path | None) -> None:
@@ -48,18 +50,8 @@ class ItemStore(Sequence[Item]):
     def __len__(self) -> int:
         return len(self.ids)
 
-    @overload
-    def __getitem__(self, index: int) -> Item: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Item]: ...
-    def __getitem__(self, index: int | slice) -> Item | list[Item]:
-        if isinstance(index, slice):
-            return [self[number] for number in range(*index.indices(len(self)))]
-        number = range(len(self))[index]
+    def read(self, number: int) -> Item:
         self._is_at_end = False
         self._file.seek(self._begins[number])
         where, content = json.loads(self._file.readline())
         return Item(f"{self.ids[number]:016x}", content, where)
-
-    def __iter__(self) -> Iterator[Item]:
-        return (self[number] for number in range(len(self)))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -210,32 +211,32 @@ def _is_saved_dataset(folder: Path) -> bool:
 def _saved_dataset_rows(folder: Path) -> RowsBySplit:
     """Rows as they lie in the Arrow tables: no image or sound is opened, from a file or an address that a row names."""
     import datasets
-    import pyarrow
 
-    try:
+    with _reading_saved(folder):
         _require_own_files(folder)
         loaded = datasets.load_from_disk(str(folder))
-    except (OSError, ValueError, TypeError, LookupError, AttributeError, pyarrow.ArrowException) as error:
-        if isinstance(error, DataError):
-            raise
-        raise DataError(_not_saved(folder, error)) from None
     if isinstance(loaded, datasets.DatasetDict):
         return rows_from_memory({name: _plain_rows(split, folder) for name, split in loaded.items()})
     return rows_from_memory(_plain_rows(loaded, folder))
 
 
 def _plain_rows(dataset: Any, folder: Path) -> Iterator[dict[str, Any]]:
+    with _reading_saved(folder):
+        for table in dataset.with_format("arrow").iter(batch_size=1000):
+            yield from table.to_pylist()
+
+
+@contextmanager
+def _reading_saved(folder: Path) -> Iterator[None]:
+    """What damage raises, in one line."""
     import pyarrow
 
     try:
-        for table in dataset.with_format("arrow").iter(batch_size=1000):
-            yield from table.to_pylist()
+        yield
+    except DataError:
+        raise
     except (OSError, ValueError, TypeError, LookupError, AttributeError, pyarrow.ArrowException) as error:
-        raise DataError(_not_saved(folder, error)) from None
-
-
-def _not_saved(folder: Path, error: Exception) -> str:
-    return f"{folder}: not a folder that datasets.save_to_disk wrote ({error})"
+        raise DataError(f"{folder}: not a folder that datasets.save_to_disk wrote ({error})") from None
 
 
 def _require_own_files(folder: Path) -> None:

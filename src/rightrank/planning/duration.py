@@ -30,9 +30,7 @@ class Workload:
     eval_items: int
     eval_points: int
     passes: int = 1  # over micro-batches, in a step
-    filled: float = (
-        1.0  # positions computed for an item in the mean, padding among them, as a share of the planned length
-    )
+    filled: float = 1.0  # positions computed for an item in the mean, with padding, as a share of the planned length
     labelled: float = 1.0  # share of positions with a label, where the output head runs
 
 

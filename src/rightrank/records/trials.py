@@ -31,9 +31,7 @@ class ArmFields(Record):
     truncate_from: str | None = None  # trial id: a finished training at a rank not below this one
     init_lora_weights: str | None = None  # None: as the settings say
     target_modules: tuple[str, ...] | None = None  # None: as the settings say
-    equal_parameters: bool | None = (
-        None  # True: as many as `rank` has over the settings' modules, at the rank that takes
-    )
+    equal_parameters: bool | None = None  # True: at the rank that has as many as `rank` over the settings' modules
 
     @property
     def arm(self) -> Arm:

@@ -119,9 +119,7 @@ class SelectSettings(BaseModel):
     devices_per_arm: int = Field(default=1, gt=0)  # processes that share each batch of an arm, one a CUDA device
     ray_address: str | None = None  # None: a cluster that runs on this machine, else one of this run's own
     launcher: str = ""  # words before the command of a worker process, such as "srun --ntasks=1 --gpus=1"
-    store: str = (
-        ""  # an fsspec address for what workers leave, where machines share no disk, such as "s3://bucket/runs"
-    )
+    store: str = ""  # fsspec address for what workers leave, where machines share no disk: "s3://bucket/runs"
     hang_seconds: float = Field(default=600.0, gt=0)  # without a step of a worker, before it is given up
     trust_remote_code: bool = False
     report_to: tuple[str, ...] = ()  # trackers that are told of every trial: trackio, wandb, mlflow, tensorboard

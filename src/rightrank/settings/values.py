@@ -10,12 +10,12 @@ from typing import Annotated, Literal, TypeAlias, TypeVar
 from pydantic import BaseModel, BeforeValidator, Field, ValidationError
 
 from rightrank.errors import SettingsError, did_you_mean
+from rightrank.records.base import LARGEST_WHOLE
 
 AnySettings = TypeVar("AnySettings", bound=BaseModel)
 DtypeName: TypeAlias = Literal["float32", "bfloat16", "float16"]
 
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
-LARGEST_WHOLE = 2**53  # whole numbers that a float holds exactly
 MOST_BYTES = LARGEST_WHOLE
 
 

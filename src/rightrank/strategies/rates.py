@@ -61,11 +61,11 @@ def _some_to_half(
     """
     ended: list[Arm] = []
     for rate in [first, *(rate for rate in others if _are_neighbours(space, rate, first))]:
-        if rate != first and is_lost(space, results, rank, first, rate, EARLY):
+        if is_lost(space, results, rank, first, rate, EARLY):  # never so against itself
             continue
-        arm = _continued(space, results, rank, rate, EARLY, early_step(space, LATER))
+        arm = _to_half(space, results, rank, rate)
         yield [arm]
-        if results.loss(arm) is not None and not (rate != first and is_lost(space, results, rank, first, rate, LATER)):
+        if results.loss(arm) is not None and not is_lost(space, results, rank, first, rate, LATER):
             ended.append(arm)
     return ended
 
@@ -91,7 +91,7 @@ def challenge(space: Space, results: Results, rank: int, holder: float, side: fl
     yield [stage]
     if results.loss(stage) is None or is_lost(space, results, rank, holder, side, EARLY):
         return
-    stage = _continued(space, results, rank, side, EARLY, early_step(space, LATER))
+    stage = _to_half(space, results, rank, side)
     yield [stage]
     if results.loss(stage) is not None and not is_lost(space, results, rank, holder, side, LATER):
         yield [_going_on(results, stage)]
@@ -140,23 +140,21 @@ def _are_neighbours(space: Space, rate: float, other: float) -> bool:
     return abs(space.rates.index(rate) - space.rates.index(other)) == 1
 
 
-def _continued(space: Space, results: Results, rank: int, rate: float, part: float, stop_at: int) -> Arm:
-    """The arm that goes on from where `part` of a training ended, to `stop_at`."""
-    before = results.finished(early_arm(space, rank, rate, part))
-    assert before is not None
-    return before.arm.model_copy(update={"stop_at": stop_at, "continue_from": before.trial_id})
+def _to_half(space: Space, results: Results, rank: int, rate: float) -> Arm:
+    """The arm that goes on from a quarter of a training to half of it."""
+    return _going_on(results, early_arm(space, rank, rate, EARLY), early_step(space, LATER))
 
 
-def _going_on(results: Results, stopped: Arm) -> Arm:
-    """The arm that goes on from a stopped one to its end."""
+def _going_on(results: Results, stopped: Arm, stop_at: int | None = None) -> Arm:
+    """The arm that goes on from a stopped one: to `stop_at`, else to its end."""
     before = results.finished(stopped)
     assert before is not None
-    return stopped.model_copy(update={"stop_at": None, "continue_from": before.trial_id})
+    return stopped.model_copy(update={"stop_at": stop_at, "continue_from": before.trial_id})
 
 
 def _whole(space: Space, results: Results, rank: int, rate: float) -> Wanted:
     """The rest of a training that was left on the way."""
-    half = _continued(space, results, rank, rate, EARLY, early_step(space, LATER))
+    half = _to_half(space, results, rank, rate)
     if half not in results.outcomes:
         yield [_going_on(results, early_arm(space, rank, rate, EARLY))]
     elif results.finished(half) is not None:
