@@ -117,7 +117,7 @@ def _draw_figure(axes: Any, figure: Figure) -> None:
     axes.set_ylabel(visible(figure.y.label))
     handles, _ = axes.get_legend_handles_labels()
     if len(handles) > 1:
-        axes.legend(frameon=False, fontsize=8, ncols=ceil(len(handles) / 8))
+        axes.legend(frameon=False, fontsize=8, labelspacing=1, ncols=ceil(len(handles) / 8))
 
 
 def _draw_series(axes: Any, series: Series, labelled: bool) -> None:
