@@ -19,7 +19,7 @@ from rightrank.engine.inits import EVA_BATCHES, factors_of
 from rightrank.errors import SettingsError
 from rightrank.records import Arm
 from rightrank.settings import make_settings
-from rightrank.strategies.sweep import variants_of
+from rightrank.variants import variants_of
 from tests.engine.test_equality import train_ours
 from tests.helpers import make_bench
 from tests.tiny import small_settings

@@ -10,7 +10,7 @@ import pytest
 from rightrank.records import Arm, TrialFinished, TrialOutcome
 from rightrank.strategies import STRATEGIES, History, Space, Strategy
 from rightrank.strategies.protocol import steps_of
-from rightrank.strategies.sweep import Variant
+from rightrank.variants import Variant
 from tests.strategies.worlds import STEPS, World, make_space
 
 WORLDS = {

@@ -16,7 +16,7 @@ from rightrank.records import Arm, SweepRow
 from rightrank.report.sweep_table import sweep_map
 from rightrank.settings import make_settings
 from rightrank.strategies import History, strategy_named
-from rightrank.strategies.sweep import Variant, variants_of
+from rightrank.variants import Variant, variants_of
 from tests.helpers import make_bench
 from tests.strategies.test_conformance import run_all
 from tests.strategies.worlds import World, make_space

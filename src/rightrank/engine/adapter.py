@@ -24,7 +24,7 @@ from rightrank.engine.targets import without_peft_noise
 from rightrank.errors import ModelError
 from rightrank.records import Arm
 from rightrank.settings import SelectSettings
-from rightrank.strategies.sweep import FROM_WEIGHTS
+from rightrank.variants import FROM_WEIGHTS
 
 ADAPTER = "default"  # PEFT's name for the only adapter of a model
 

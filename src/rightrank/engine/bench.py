@@ -32,7 +32,7 @@ from rightrank.io.models import LoadedModel
 from rightrank.maths.counts import rank_of_equal_parameters
 from rightrank.records import Arm, Preparing, SplitName
 from rightrank.settings import SelectSettings
-from rightrank.strategies.sweep import target_sets
+from rightrank.variants import target_sets
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 5e-3}  # relative, of a loss computed otherwise
 

@@ -18,7 +18,7 @@ from rightrank.maths.counts import rank_of_equal_parameters
 from rightrank.maths.scaling import lora_scale, peft_scaling
 from rightrank.records import Arm
 from rightrank.settings import SelectSettings
-from rightrank.strategies.sweep import modules_of, stored_rank, variants_of
+from rightrank.variants import modules_of, stored_rank, variants_of
 
 ALL_LINEAR = "all-linear"
 

@@ -23,7 +23,7 @@ from rightrank.planning.planner import largest_rank, pace_of, with_measured_proc
 from rightrank.records.plan import SelectionCost
 from rightrank.settings import PlanSettings, SelectSettings, make_plan_settings
 from rightrank.strategies import Strategy
-from rightrank.strategies.sweep import widest_rank
+from rightrank.variants import widest_rank
 
 PROBED_ITEMS = 8
 # Changes that `select` can make too, under its own names.

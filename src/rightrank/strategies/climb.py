@@ -8,7 +8,7 @@ from typing import TypeAlias
 from rightrank.records import Arm
 from rightrank.strategies.results import Results
 from rightrank.strategies.space import Space
-from rightrank.strategies.sweep import Variant
+from rightrank.variants import Variant
 
 Wanted: TypeAlias = Iterator[Sequence[Arm]]  # what a script yields
 

@@ -9,7 +9,7 @@ from rightrank.decision.metrics import MetricKind, default_margin, higher_is_bet
 from rightrank.errors import SettingsError
 from rightrank.records import Arm
 from rightrank.settings import Scaling, SelectSettings
-from rightrank.strategies.sweep import Variant, variants_of
+from rightrank.variants import Variant, variants_of
 
 
 @dataclass(frozen=True, slots=True)
