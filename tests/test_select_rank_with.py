@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from rightrank import TrialResult, TrialTask, Watching, select_rank_with
+from rightrank import TrialResult, TrialTask, Watching, decide, select_rank_with
 from rightrank.errors import AllTrialsFailedError, InterruptedRun, RightrankError, RunFolderError, SettingsError
 
 RANKS, RATES = (1, 4, 16), (1e-3, 3e-3)
@@ -228,12 +228,12 @@ def test_another_run_s_folder_is_refused(tmp_path: Path) -> None:
     assert issubclass(RunFolderError, RightrankError)
 
 
-def test_records_show_a_plot_in_a_notebook_and_convert_to_pandas(tmp_path: Path) -> None:
+def test_answers_show_a_plot_in_a_notebook_and_convert_to_pandas(tmp_path: Path) -> None:
     selected = select_rank_with(paired, tmp_path / "run", ranks=RANKS, learning_rates=RATES, metric="reward")
-    html = selected._repr_html_()
-    assert html is not None
-    assert "<svg" in html
-    assert "<script" not in html
+    for html in (selected._repr_html_(), decide(selected.run)._repr_html_()):
+        assert f"Verdict: {selected.decision.verdict}" in html
+        assert "<svg" in html
+        assert "<script" not in html
     frame = selected.decision.to_pandas()
     assert list(frame.index) == list(RANKS)
     assert frame.loc[4, "value"] == pytest.approx(selected.decision.ranks[1].value)

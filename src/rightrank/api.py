@@ -48,8 +48,8 @@ class Selected:
     sweep: list[SweepRow] = field(default_factory=list)
     trainings: int = 0  # trials of ranks above 0, stages of one counted each
 
-    def _repr_html_(self) -> str | None:
-        return self.decision._repr_html_()
+    def _repr_html_(self) -> str:
+        return _decision_html(self.decision)
 
 
 def select_rank(
@@ -222,6 +222,9 @@ class Decided:
     decision: Decision
     understood: list[str]
 
+    def _repr_html_(self) -> str:
+        return _decision_html(self.decision)
+
 
 def decide(
     results: str | Path | Iterable[Mapping[str, Any]],
@@ -361,3 +364,10 @@ def cost_line(strategy: Strategy, steps: int) -> str:
         f"strategy {strategy.name}: about {cost.expected:.3g} trainings of {steps} steps, {cost.most:.3g} at most "
         "(one stopped early counts for its part)"
     )
+
+
+def _decision_html(decision: Decision) -> str:
+    """The answer with its plot, for a notebook."""
+    from rightrank.report.notebook import decision_html  # brings matplotlib
+
+    return decision_html(decision)

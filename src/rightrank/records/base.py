@@ -26,12 +26,6 @@ class Record(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    def _repr_html_(self) -> str | None:
-        """What a notebook shows; None leaves it to `repr`."""
-        from rightrank.report.notebook import html_of  # the one view a record knows of, when a notebook asks
-
-        return html_of(self)
-
 
 def content_hash(value: JsonValue | dict[str, Any]) -> str:
     """SHA-256 in hex of a JSON value with sorted keys."""

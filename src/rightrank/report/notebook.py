@@ -1,28 +1,26 @@
-"""What a notebook shows of a record."""
+"""The HTML that a notebook shows for a decision."""
 
 from __future__ import annotations
 
 from html import escape
 
-from rightrank.records import Decision, Record
+from rightrank.records import Decision
 from rightrank.report.draw import draw
 from rightrank.report.facts import headline
 from rightrank.report.figure import visible
 from rightrank.report.rank_curve import rank_figure
 
 
-def html_of(record: Record) -> str | None:
-    """A decision with its plot; None for records that `repr` says enough of."""
-    if not isinstance(record, Decision):
-        return None
-    figure = rank_figure(record)
+def decision_html(decision: Decision) -> str:
+    """The answer, the rank curve, the verdict and the next run."""
+    figure = rank_figure(decision)
     drawing = draw(figure, "svg").decode()
     drawing = drawing[drawing.index("<svg") :]
-    flags = f" ({', '.join(record.flags)})" if record.flags else ""
+    flags = f" ({', '.join(decision.flags)})" if decision.flags else ""
     return (
-        f"<div><p><strong>{_text(headline(record))}</strong>. {_text(record.sentence)}</p>"
+        f"<div><p><strong>{_text(headline(decision))}</strong>. {_text(decision.sentence)}</p>"
         f'<div role="img" aria-label="{_text(figure.alt)}" style="max-width: 40em; background: #fff">{drawing}</div>'
-        f"<p>Verdict: {_text(record.verdict + flags)}. Next: {_text(record.next_run)}</p></div>"
+        f"<p>Verdict: {_text(decision.verdict + flags)}. Next: {_text(decision.next_run)}</p></div>"
     )
 
 
