@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from rightrank.engine.bench import Bench
 from rightrank.engine.encode import encode
+from rightrank.engine.runtime import Runtime
 from rightrank.engine.sharding import sharded
 from rightrank.io.data import load_data
 from rightrank.io.models import load_model
@@ -13,11 +13,11 @@ from rightrank.preparation import training_steps
 from rightrank.settings import SelectSettings
 
 
-def make_bench(model: Path, data: Path, settings: SelectSettings, cache: Path) -> Bench:
+def make_runtime(model: Path, data: Path, settings: SelectSettings, cache: Path) -> Runtime:
     """What `select_rank` builds before the first trial."""
     splits = load_data(data, settings)
     loaded = load_model(str(model), settings.dtype, settings.device, splits.classes, weight_bits=settings.weight_bits)
     if settings.shard_base:
         loaded = sharded(loaded, loaded.device)
     encoded = encode(splits, loaded, settings)
-    return Bench(loaded, encoded, settings, training_steps(settings, len(encoded.splits["train"])), cache)
+    return Runtime(loaded, encoded, settings, training_steps(settings, len(encoded.splits["train"])), cache)

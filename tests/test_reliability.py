@@ -24,15 +24,15 @@ from benchmarks.reliability.memory import MIB, limited
 
 from rightrank import preparation
 from rightrank.cli import main, stopping
-from rightrank.engine import together, train
-from rightrank.engine.train import TrialFolders, Watcher
+from rightrank.engine import arm_training, training_loop
+from rightrank.engine.arm_training import TrialFolders, Watcher
 from rightrank.errors import RunFolderError, TerminatedRun, is_out_of_memory
 from rightrank.io.checkpoints import load_checkpoint
 from rightrank.io.journal import Journal
 from rightrank.io.run_folder import RunFolder
 from rightrank.records import SCHEMA_VERSION, Arm, Trial, TrialFailed, TrialFinished, TrialStarted
 from rightrank.report import event_log
-from tests.helpers import make_bench
+from tests.helpers import make_runtime
 from tests.test_select import run, start, wait_for_trial
 from tests.tiny import small_settings
 
@@ -288,16 +288,16 @@ def test_memory_that_was_short_for_a_moment_costs_nothing(
     model_folder: Path, completion_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As CUDA says it, in the middle of a step and in an evaluation: the same values as without."""
-    bench = make_bench(model_folder, completion_file, small_settings(), tmp_path / "cache")
+    bench = make_runtime(model_folder, completion_file, small_settings(), tmp_path / "cache")
     arm = Arm(rank=4, learning_rate=1e-2, lora_alpha=32.0, seed=0, steps=8)
 
-    def train(name: str) -> together.TrialOutcome:
+    def train(name: str) -> training_loop.TrialOutcome:
         folders = TrialFolders(tmp_path / name / "checkpoint", tmp_path / name / "adapter")
-        return together.run_trial(bench, Trial(trial_id="a" * 12, arm=arm), 20.0, folders, Watcher())
+        return training_loop.run_trial(bench, Trial(trial_id="a" * 12, arm=arm), 20.0, folders, Watcher())
 
     whole = train("whole")
     passes, evaluations = iter(range(1000)), iter(range(1000))
-    real_pass, real_evaluation = bench.pack_gradients, bench.evaluate_pack
+    real_pass, real_evaluation = bench.accumulate_gradients, bench.evaluate_adapters
 
     def short_pass(*arguments: object) -> object:
         if next(passes) == 5:
@@ -309,8 +309,8 @@ def test_memory_that_was_short_for_a_moment_costs_nothing(
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3.00 GiB")
         return real_evaluation(*arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(bench, "pack_gradients", short_pass)
-    monkeypatch.setattr(bench, "evaluate_pack", short_evaluation)
+    monkeypatch.setattr(bench, "accumulate_gradients", short_pass)
+    monkeypatch.setattr(bench, "evaluate_adapters", short_evaluation)
     again = train("again")
     assert isinstance(whole, TrialFinished)
     assert isinstance(again, TrialFinished)
@@ -355,14 +355,14 @@ def test_what_the_system_says_when_memory_is_gone_is_understood() -> None:
 def test_a_flipped_bit_in_a_checkpoint_is_found_and_the_trial_starts_again(
     model_folder: Path, completion_file: Path, tmp_path: Path
 ) -> None:
-    bench = make_bench(model_folder, completion_file, small_settings(), tmp_path / "cache")
+    bench = make_runtime(model_folder, completion_file, small_settings(), tmp_path / "cache")
     arm = Arm(rank=4, learning_rate=1e-2, lora_alpha=32.0, seed=0, steps=8)
     trial = Trial(trial_id="a" * 12, arm=arm)
     folders = TrialFolders(tmp_path / "checkpoint", tmp_path / "adapter")
     steps = iter(range(1000))
     stopper = Watcher(should_stop=lambda: next(steps) == 3)
     with pytest.raises(Exception, match="stopped at step 4"):
-        together.run_trial(bench, trial, 20.0, folders, stopper)
+        training_loop.run_trial(bench, trial, 20.0, folders, stopper)
     whole = folders.checkpoint.read_bytes()
     assert load_checkpoint(folders.checkpoint) is not None
     length = 8 + int.from_bytes(whole[:8], "little")
@@ -371,7 +371,7 @@ def test_a_flipped_bit_in_a_checkpoint_is_found_and_the_trial_starts_again(
         damaged[position] ^= 2
         folders.checkpoint.write_bytes(bytes(damaged))
         assert load_checkpoint(folders.checkpoint) is None, position
-    outcome = together.run_trial(bench, trial, 20.0, folders, Watcher())
+    outcome = training_loop.run_trial(bench, trial, 20.0, folders, Watcher())
     assert isinstance(outcome, TrialFinished)
     assert len(outcome.train_losses) == 8
 
@@ -405,22 +405,22 @@ def test_checkpoints_never_take_more_than_their_share(
     """On a clock that stands still but in a save, which takes three seconds, and between steps, which take one."""
     clock = [1000.0]
     saved: list[float] = []
-    monkeypatch.setattr(train.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(arm_training.time, "perf_counter", lambda: clock[0])
 
     def save(*_: object) -> None:
         saved.append(clock[0])
         clock[0] += 3.0
 
-    monkeypatch.setattr(train, "save_checkpoint", save)
+    monkeypatch.setattr(arm_training, "save_checkpoint", save)
     settings = small_settings(max_steps=500, eval_points=1, checkpoint_seconds=10)
-    bench = make_bench(model_folder, completion_file, settings, tmp_path / "cache")
-    monkeypatch.setattr(together, "step_together", lambda *_: clock.__setitem__(0, clock[0] + 1.0) or {})
+    bench = make_runtime(model_folder, completion_file, settings, tmp_path / "cache")
+    monkeypatch.setattr(training_loop, "step_all", lambda *_: clock.__setitem__(0, clock[0] + 1.0) or {})
     stop = Watcher(should_stop=lambda: clock[0] > 2000)
     arm = Arm(rank=1, learning_rate=1e-2, lora_alpha=32.0, seed=0, steps=500)
     folders = TrialFolders(tmp_path / "checkpoint", tmp_path / "adapter")
     with pytest.raises(Exception, match="stopped at step"):
-        together.run_trial(bench, Trial(trial_id="a" * 12, arm=arm), 20.0, folders, stop)
+        training_loop.run_trial(bench, Trial(trial_id="a" * 12, arm=arm), 20.0, folders, stop)
     due = saved[:-1]  # the last is the stop's
     assert due[0] - 1000 == pytest.approx(11)  # the first after checkpoint_seconds, and then by what one costs
-    assert 3.0 / train.CHECKPOINT_SHARE < due[1] - due[0] < 3.0 / train.CHECKPOINT_SHARE + 6
+    assert 3.0 / arm_training.CHECKPOINT_SHARE < due[1] - due[0] < 3.0 / arm_training.CHECKPOINT_SHARE + 6
     assert 3.0 * len(due) / (due[-1] - due[0]) < 0.02

@@ -10,10 +10,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from benchmarks.engine.common import machine, make_bench
+from benchmarks.engine.common import machine, make_runtime
+from rightrank.engine.arm_training import TrialFolders, Watcher
 from rightrank.engine.certify import certify
-from rightrank.engine.together import Company, train_trials
-from rightrank.engine.train import TrialFolders, Watcher
+from rightrank.engine.training_loop import Company, train_trials
 from rightrank.records import Arm, Trial, TrialFinished
 
 ARMS = ((16, 0), (16, 1), (4, 0))  # rank and seed; the first is certified, the second says what a seed makes
@@ -22,7 +22,7 @@ ARMS = ((16, 0), (16, 1), (4, 0))  # rank and seed; the first is certified, the 
 def measure(arguments: argparse.Namespace, dtype: str) -> dict[str, Any]:
     work = arguments.work / dtype
     changes: dict[str, Any] = {"layers_to_transform": arguments.layers, "eval_items": 24, "seeds": (0, 1)}
-    bench = make_bench(arguments.model, arguments.data, arguments.steps, work / "cache", dtype=dtype, **changes)
+    runtime = make_runtime(arguments.model, arguments.data, arguments.steps, work / "cache", dtype=dtype, **changes)
     trials = [
         Trial(
             trial_id=f"c{number}",
@@ -34,10 +34,10 @@ def measure(arguments: argparse.Namespace, dtype: str) -> dict[str, Any]:
     def folders(trial: Trial) -> TrialFolders:
         return TrialFolders(work / f"{trial.trial_id}.safetensors", work / trial.trial_id)
 
-    ended = list(train_trials(bench, trials, None, folders, Watcher(), Company(len(ARMS))))
+    ended = list(train_trials(runtime, trials, None, folders, Watcher(), Company(len(ARMS))))
     found = {outcome.trial_id: outcome for outcome in ended if isinstance(outcome, TrialFinished)}
     seeds = abs(found["c0"].value - found["c1"].value)
-    certified = certify(bench, found["c0"], work / "c0", work / "again", Watcher(), seeds)
+    certified = certify(runtime, found["c0"], work / "c0", work / "again", Watcher(), seeds)
     return certified.model_dump() | {"dtype": dtype, "sentence": certified.sentence()}
 
 

@@ -1,4 +1,4 @@
-"""What the engine's benchmarks share: the machine's facts, and a bench over a model and a data file."""
+"""What the engine's benchmarks share: the machine's facts, and a runtime over a model and a data file."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from benchmarks.machine import machine as plain_machine
-from rightrank.engine.bench import Bench
 from rightrank.engine.encode import EncodedData, encode
+from rightrank.engine.runtime import Runtime
 from rightrank.io.data import load_data
 from rightrank.io.models import load_model
 from rightrank.records import SplitName
@@ -31,21 +31,21 @@ def machine() -> dict[str, Any]:
     return {**plain_machine(), "threads": torch.get_num_threads(), "cuda": device}
 
 
-def make_bench(model: str, data: Path, steps: int, cache: Path, **changes: Any) -> Bench:
+def make_runtime(model: str, data: Path, steps: int, cache: Path, **changes: Any) -> Runtime:
     settings = make_settings(DEFAULTS | changes)
     splits = load_data(data, settings)
     loaded = load_model(model, settings.dtype, settings.device, splits.classes)
-    return Bench(loaded, encode(splits, loaded, settings), settings, steps, cache)
+    return Runtime(loaded, encode(splits, loaded, settings), settings, steps, cache)
 
 
-def one_pass(bench: Bench, cache: Path) -> Bench:
-    """The bench with exactly as many training items as its steps take, so that everyone sees each once."""
-    needed = bench.steps * bench.settings.items_per_step
-    splits = dict(bench.data.splits) | {"train": bench.data.splits["train"][:needed]}
-    short = EncodedData(splits, bench.data.texts, bench.data.summary)
-    return Bench(bench.loaded, short, bench.settings, bench.steps, cache)
+def one_pass(runtime: Runtime, cache: Path) -> Runtime:
+    """The runtime with exactly as many training items as its steps take, so that everyone sees each once."""
+    needed = runtime.steps * runtime.settings.items_per_step
+    splits = dict(runtime.data.splits) | {"train": runtime.data.splits["train"][:needed]}
+    short = EncodedData(splits, runtime.data.texts, runtime.data.summary)
+    return Runtime(runtime.loaded, short, runtime.settings, runtime.steps, cache)
 
 
-def trainer_rows(bench: Bench, split: SplitName) -> list[dict[str, list[int]]]:
+def trainer_rows(runtime: Runtime, split: SplitName) -> list[dict[str, list[int]]]:
     """A split's items as Trainer takes them."""
-    return [{"input_ids": list(item.input_ids), "labels": list(item.labels)} for item in bench.items(split)]
+    return [{"input_ids": list(item.input_ids), "labels": list(item.labels)} for item in runtime.items(split)]

@@ -28,13 +28,13 @@ from unittest.mock import patch
 import torch
 from peft import get_peft_model
 
-from benchmarks.engine.common import machine, make_bench, one_pass, trainer_rows
-from rightrank.engine import bench as bench_module
-from rightrank.engine.bench import Bench
+from benchmarks.engine.common import machine, make_runtime, one_pass, trainer_rows
+from rightrank.engine import runtime as runtime_module
+from rightrank.engine.arm_training import TrialFolders, Watcher
 from rightrank.engine.memory import PeakMemory
+from rightrank.engine.runtime import Runtime
 from rightrank.engine.targets import lora_config
-from rightrank.engine.together import Company, train_trials
-from rightrank.engine.train import TrialFolders, Watcher
+from rightrank.engine.training_loop import Company, train_trials
 from rightrank.records import Arm, Trial, TrialFinished
 
 BATCH, RATE, RANKS = 8, 1e-3, (16, 4, 1, 64)  # the first is whose held-out loss is shown
@@ -70,14 +70,14 @@ class Job:
     arms: int
     seed: int
 
-    def bench(self, dtype: str, **changes: Any) -> Bench:
+    def runtime(self, dtype: str, **changes: Any) -> Runtime:
         """Ours, with exactly as many training items as one pass takes."""
         settings: dict[str, Any] = {"dtype": dtype, "eval_items": self.eval_items, "seeds": (self.seed,), **changes}
         if self.layers:
             settings["layers_to_transform"] = self.layers
         shutil.rmtree(self.work / "cache", ignore_errors=True)
-        bench = make_bench(self.model, self.data, self.steps, self.work / "cache", **settings)
-        return one_pass(bench, self.work / "cache")
+        runtime = make_runtime(self.model, self.data, self.steps, self.work / "cache", **settings)
+        return one_pass(runtime, self.work / "cache")
 
     def arm(self, number: int) -> Arm:
         rate = RATE if number < len(RANKS) else RATE / 3
@@ -86,12 +86,12 @@ class Job:
 
 
 def ours(job: Job, dtype: str, pack: int, **changes: Any) -> Measured:
-    bench = job.bench(dtype, **changes)
+    runtime = job.runtime(dtype, **changes)
     trials = [Trial(trial_id=f"b{number}", arm=job.arm(number)) for number in range(job.arms)]
     folders = lambda trial: TrialFolders(job.work / f"{trial.trial_id}.ckpt", job.work / trial.trial_id)  # noqa: E731
-    with PeakMemory(bench.loaded.device) as memory:
+    with PeakMemory(runtime.loaded.device) as memory:
         begun = Clock()
-        outcomes = list(train_trials(bench, trials, None, folders, Watcher(), Company(pack)))
+        outcomes = list(train_trials(runtime, trials, None, folders, Watcher(), Company(pack)))
         seconds, wall = begun.elapsed()
         peak = memory.peak_bytes()
     finished = [outcome for outcome in outcomes if isinstance(outcome, TrialFinished)]
@@ -104,15 +104,17 @@ def trainer(job: Job, dtype: str, grouped: bool, sft: bool = False) -> Measured:
     """transformers' Trainer (or TRL's) on the same items; everything not named is at its default."""
     from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
-    bench = job.bench(dtype, cache_prefix=False)
-    peft_model = get_peft_model(bench.model, lora_config(bench.settings, job.arm(0), False, bench.targets.names))
-    rows = {"train": trainer_rows(bench, "train"), "selection": trainer_rows(bench, "selection")}
+    runtime = job.runtime(dtype, cache_prefix=False)
+    peft_model = get_peft_model(runtime.model, lora_config(runtime.settings, job.arm(0), False, runtime.targets.names))
+    rows = {"train": trainer_rows(runtime, "train"), "selection": trainer_rows(runtime, "selection")}
     common: dict[str, Any] = {
         "output_dir": str(job.work / "trainer"),
         "per_device_train_batch_size": BATCH,
         "num_train_epochs": 1,
         "learning_rate": RATE,
-        "warmup_steps": math.ceil(bench.settings.warmup_ratio * job.steps),  # as ours, so that held-out losses compare
+        "warmup_steps": math.ceil(
+            runtime.settings.warmup_ratio * job.steps
+        ),  # as ours, so that held-out losses compare
         "report_to": "none",
         "save_strategy": "no",
         "disable_tqdm": True,
@@ -123,7 +125,7 @@ def trainer(job: Job, dtype: str, grouped: bool, sft: bool = False) -> Measured:
     if grouped:
         common["train_sampling_strategy"] = "group_by_length"
         common["per_device_eval_batch_size"] = 16
-    collator = DataCollatorForSeq2Seq(bench.loaded.tokenizer, label_pad_token_id=-100)
+    collator = DataCollatorForSeq2Seq(runtime.loaded.tokenizer, label_pad_token_id=-100)
     if sft:
         from datasets import Dataset
         from trl import SFTConfig, SFTTrainer
@@ -137,7 +139,7 @@ def trainer(job: Job, dtype: str, grouped: bool, sft: bool = False) -> Measured:
             train_dataset=Dataset.from_list(rows["train"]),
             eval_dataset=Dataset.from_list(rows["selection"]),
             data_collator=collator,
-            processing_class=bench.loaded.tokenizer,
+            processing_class=runtime.loaded.tokenizer,
         )
     else:
         built = Trainer(
@@ -147,23 +149,23 @@ def trainer(job: Job, dtype: str, grouped: bool, sft: bool = False) -> Measured:
             eval_dataset=rows["selection"],
             data_collator=collator,
         )
-    with PeakMemory(bench.loaded.device) as memory:
+    with PeakMemory(runtime.loaded.device) as memory:
         begun = Clock()
         built.train()
         built.evaluate()
         elapsed, peak = begun.elapsed(), memory.peak_bytes()
-    return Measured(*elapsed, bench.evaluate("selection").loss, peak)  # the same figure for everyone
+    return Measured(*elapsed, runtime.evaluate("selection").loss, peak)  # the same figure for everyone
 
 
 def ours_padded(job: Job, dtype: str) -> Measured:
     """Ours on padded batches of the same items, to see what joining them saves."""
-    with patch.object(Bench, "_may_join_items", lambda _: False):
+    with patch.object(Runtime, "_may_pack_sequences", lambda _: False):
         return ours(job, dtype, 1)
 
 
 def ours_plain_attention(job: Job) -> Measured:
     """Ours in bfloat16 with attention left in bfloat16 too, to see what the difference is."""
-    with patch.object(bench_module, "wants_float32", lambda *_: False):
+    with patch.object(runtime_module, "wants_float32", lambda *_: False):
         return ours(job, "bfloat16", 1)
 
 

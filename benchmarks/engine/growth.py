@@ -17,29 +17,29 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.engine.common import machine, make_bench
-from rightrank.engine.bench import Bench
+from benchmarks.engine.common import machine, make_runtime
 from rightrank.engine.memory import PeakMemory
-from rightrank.engine.pack import Pack, Share
+from rightrank.engine.multi_lora import ArmBatch, MultiLora
+from rightrank.engine.runtime import Runtime
 from rightrank.engine.token_store import lengths_of
 from rightrank.records import Arm
 
 PASSES = 3
 
 
-def measure(bench: Bench, ranks: list[int], indices: list[int]) -> dict[str, float]:
-    with Pack(bench.model, bench.settings) as pack:
+def measure(runtime: Runtime, ranks: list[int], indices: list[int]) -> dict[str, float]:
+    with MultiLora(runtime.model, runtime.settings) as multi_lora:
         for number, rank in enumerate(ranks):
             arm = Arm(rank=rank, learning_rate=1e-3, lora_alpha=32.0, seed=0, steps=1)
-            pack.join(f"g{number}", arm, bench.arm_config(arm))
-        batch = bench.batch("train", indices)
-        shares = [Share(f"g{number}", batch, 1.0, None) for number in range(len(ranks))]
-        bench.pack_gradients(pack, shares)  # the prefix, gradients and the allocator are there now
+            multi_lora.add(f"g{number}", arm, runtime.arm_config(arm))
+        batch = runtime.batch("train", indices)
+        arm_batches = [ArmBatch(f"g{number}", batch, 1.0, None) for number in range(len(ranks))]
+        runtime.accumulate_gradients(multi_lora, arm_batches)  # the prefix, gradients and the allocator are there now
         times: list[float] = []
-        with PeakMemory(bench.loaded.device) as memory:
+        with PeakMemory(runtime.loaded.device) as memory:
             for _ in range(PASSES):
                 begun = time.process_time()
-                bench.pack_gradients(pack, shares)
+                runtime.accumulate_gradients(multi_lora, arm_batches)
                 times.append(time.process_time() - begun)
             peak = memory.peak_bytes()
     return {"arms": len(ranks), "rank": ranks[0], "tokens": batch.tokens, "seconds": min(times), "peak_bytes": peak}
@@ -54,16 +54,16 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("bench-work"))
     arguments = parser.parse_args()
     layers = tuple(int(part) for part in arguments.layers.split(","))
-    bench = make_bench(arguments.model, arguments.data, 1, arguments.work, layers_to_transform=layers, eval_items=8)
-    usual = bench.batch_plan(0)[0]
-    by_length = np.argsort(lengths_of(bench.items("train")), kind="stable").tolist()
+    runtime = make_runtime(arguments.model, arguments.data, 1, arguments.work, layers_to_transform=layers, eval_items=8)
+    usual = runtime.batch_plan(0)[0]
+    by_length = np.argsort(lengths_of(runtime.items("train")), kind="stable").tolist()
     begins = [int(share * len(by_length)) for share in (0.05, 0.5, 0.95)]
     lengths = [by_length[begin : begin + 8] for begin in begins]
     result: dict[str, Any] = {
         "machine": machine(),
-        "arms": [measure(bench, [16] * arms, usual) for arms in (1, 2, 4, 8)],
-        "rank": [measure(bench, [rank], usual) for rank in (1, 4, 16, 64, 256)],
-        "length": [measure(bench, [16], indices) for indices in lengths],
+        "arms": [measure(runtime, [16] * arms, usual) for arms in (1, 2, 4, 8)],
+        "rank": [measure(runtime, [rank], usual) for rank in (1, 4, 16, 64, 256)],
+        "length": [measure(runtime, [16], indices) for indices in lengths],
     }
     print(json.dumps(result, indent=1))
     if arguments.out:

@@ -26,12 +26,12 @@ from peft import get_peft_model
 from scipy.stats import t as student
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
-from benchmarks.engine.common import machine, make_bench, one_pass, trainer_rows
+from benchmarks.engine.common import machine, make_runtime, one_pass, trainer_rows
 from rightrank.engine.adapter import trainable_state
-from rightrank.engine.bench import Bench
+from rightrank.engine.arm_training import TrialFolders, Watcher
+from rightrank.engine.runtime import Runtime
 from rightrank.engine.targets import lora_config
-from rightrank.engine.together import run_trial
-from rightrank.engine.train import TrialFolders, Watcher
+from rightrank.engine.training_loop import run_trial
 from rightrank.records import Arm, Trial, TrialFinished
 
 RATE = 1e-3
@@ -51,35 +51,35 @@ class _GivenOrder(Trainer):
         return torch.utils.data.SequentialSampler(self.train_dataset)
 
 
-def train_ours(bench: Bench, arm: Arm, work: Path) -> Learnt:
+def train_ours(runtime: Runtime, arm: Arm, work: Path) -> Learnt:
     folders = TrialFolders(work / "ours.checkpoint", work / "ours")
-    outcome = run_trial(bench, Trial(trial_id="h", arm=arm), None, folders, Watcher())
+    outcome = run_trial(runtime, Trial(trial_id="h", arm=arm), None, folders, Watcher())
     assert isinstance(outcome, TrialFinished)
     return Learnt(outcome.train_losses, outcome.value, None)
 
 
-def train_theirs(bench: Bench, arm: Arm, work: Path, same: bool) -> Learnt:
+def train_theirs(runtime: Runtime, arm: Arm, work: Path, same: bool) -> Learnt:
     """Trainer + PEFT; with `same`, on our batches from our first A."""
     torch.manual_seed(arm.seed)
     initial: dict[str, torch.Tensor] = {}
     if same:
-        with bench.arm(arm) as ours:
+        with runtime.arm(arm) as ours:
             initial = {name: value.clone() for name, value in trainable_state(ours).items()}
-    model: Any = get_peft_model(bench.model, lora_config(bench.settings, arm, False, bench.targets.names))
+    model: Any = get_peft_model(runtime.model, lora_config(runtime.settings, arm, False, runtime.targets.names))
     with torch.no_grad():
         for name, value in initial.items():
             model.get_parameter(name).copy_(value)
-    rows = trainer_rows(bench, "train")
+    rows = trainer_rows(runtime, "train")
     if same:
-        rows = [rows[index] for indices in bench.batch_plan(arm.seed) for index in indices]
+        rows = [rows[index] for indices in runtime.batch_plan(arm.seed) for index in indices]
     built = (_GivenOrder if same else Trainer)(
         model=model,
         args=TrainingArguments(
             output_dir=str(work / "trainer"),
-            per_device_train_batch_size=bench.settings.batch_size,
+            per_device_train_batch_size=runtime.settings.batch_size,
             num_train_epochs=1,
             learning_rate=arm.learning_rate,
-            warmup_steps=math.ceil(bench.settings.warmup_ratio * arm.steps),
+            warmup_steps=math.ceil(runtime.settings.warmup_ratio * arm.steps),
             report_to="none",
             save_strategy="no",
             disable_tqdm=True,
@@ -90,26 +90,26 @@ def train_theirs(bench: Bench, arm: Arm, work: Path, same: bool) -> Learnt:
             log_level="error",
         ),
         train_dataset=rows,
-        eval_dataset=trainer_rows(bench, "selection"),
-        data_collator=DataCollatorForSeq2Seq(bench.loaded.tokenizer, label_pad_token_id=-100),
+        eval_dataset=trainer_rows(runtime, "selection"),
+        data_collator=DataCollatorForSeq2Seq(runtime.loaded.tokenizer, label_pad_token_id=-100),
     )
     built.remove_callback(next(c for c in built.callback_handler.callbacks if type(c).__name__ == "PrinterCallback"))
     built.train()
     losses = [entry["loss"] for entry in built.state.log_history if "loss" in entry]
     eval_loss = built.evaluate()["eval_loss"]
-    held_out = bench.evaluate("selection").loss  # of the base with Trainer's adapter on it
+    held_out = runtime.evaluate("selection").loss  # of the base with Trainer's adapter on it
     model.unload()
-    bench.model.requires_grad_(False)
+    runtime.model.requires_grad_(False)
     return Learnt(losses, held_out, eval_loss)
 
 
-def fresh_benches(arguments: argparse.Namespace, work: Path) -> Iterator[tuple[int, Bench]]:
+def fresh_benches(arguments: argparse.Namespace, work: Path) -> Iterator[tuple[int, Runtime]]:
     for seed in arguments.seeds:
         changes: dict[str, Any] = {"eval_items": arguments.eval_items, "seeds": (seed,), "cache_prefix": True}
         if arguments.layers:
             changes["layers_to_transform"] = arguments.layers
-        bench = make_bench(arguments.model, arguments.data, arguments.steps, work / "cache", **changes)
-        yield seed, one_pass(bench, work / "cache")
+        runtime = make_runtime(arguments.model, arguments.data, arguments.steps, work / "cache", **changes)
+        yield seed, one_pass(runtime, work / "cache")
 
 
 def compare_same(ours: Learnt, theirs: Learnt) -> dict[str, float]:
@@ -162,16 +162,16 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         "rank": arguments.rank,
         "eval_items": arguments.eval_items,
     }
-    for seed, bench in fresh_benches(arguments, arguments.work):
+    for seed, runtime in fresh_benches(arguments, arguments.work):
         arm = Arm(rank=arguments.rank, learning_rate=RATE, lora_alpha=32.0, seed=seed, steps=arguments.steps)
         if seed == arguments.seeds[0]:
-            result["base"] = bench.evaluate("selection").loss
-        ours.append(train_ours(bench, arm, arguments.work))
+            result["base"] = runtime.evaluate("selection").loss
+        ours.append(train_ours(runtime, arm, arguments.work))
         if seed == arguments.seeds[0]:
-            same = train_theirs(bench, arm, arguments.work, same=True)
+            same = train_theirs(runtime, arm, arguments.work, same=True)
             result["same_batches"] = compare_same(ours[0], same)
             print(json.dumps(result["same_batches"]), flush=True)
-        theirs.append(train_theirs(bench, arm, arguments.work, same=False))
+        theirs.append(train_theirs(runtime, arm, arguments.work, same=False))
         result |= {
             "seeds": list(arguments.seeds[: len(ours)]),
             "ours": [learnt.held_out for learnt in ours],

@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.engine.common import machine, make_bench
-from rightrank.engine.together import Company, train_trials
-from rightrank.engine.train import TrialFolders, Watcher
+from benchmarks.engine.common import machine, make_runtime
+from rightrank.engine.arm_training import TrialFolders, Watcher
+from rightrank.engine.training_loop import Company, train_trials
 from rightrank.records import Arm, Trial
 
 RANK = 12  # a size that nothing else in the model has
@@ -43,21 +43,21 @@ def kind_of(name: str, shapes: list[Any], vocabulary: int) -> str:
     return "elementwise and copies"
 
 
-def measure(bench: Any, arms: int, steps: int, folder: Path) -> dict[str, Any]:
+def measure(runtime: Any, arms: int, steps: int, folder: Path) -> dict[str, Any]:
     trials = [
         Trial(trial_id=f"p{i}", arm=Arm(rank=RANK, learning_rate=1e-4 * (i + 1), lora_alpha=32.0, seed=0, steps=steps))
         for i in range(arms)
     ]
     folders = lambda trial: TrialFolders(folder / f"{trial.trial_id}.ckpt", folder / trial.trial_id)  # noqa: E731
-    bench.evaluate("selection")
-    list(train_trials(bench, trials, None, folders, Watcher(), Company(arms)))  # warm: prefix, allocator
+    runtime.evaluate("selection")
+    list(train_trials(runtime, trials, None, folders, Watcher(), Company(arms)))  # warm: prefix, allocator
     with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler:
         begun = time.perf_counter()
-        outcomes = list(train_trials(bench, trials, None, folders, Watcher(), Company(arms)))
+        outcomes = list(train_trials(runtime, trials, None, folders, Watcher(), Company(arms)))
         wall = time.perf_counter() - begun
     seconds: dict[str, float] = defaultdict(float)
     for event in profiler.key_averages(group_by_input_shape=True):
-        seconds[kind_of(event.key, event.input_shapes, bench.model.config.vocab_size)] += (
+        seconds[kind_of(event.key, event.input_shapes, runtime.model.config.vocab_size)] += (
             event.self_cpu_time_total / 1e6
         )
     seconds["Python and the rest"] = wall - sum(seconds.values())
@@ -69,10 +69,10 @@ def measure(bench: Any, arms: int, steps: int, folder: Path) -> dict[str, Any]:
     }
 
 
-def matmul_rates(bench: Any, rows: int) -> dict[str, float]:
+def matmul_rates(runtime: Any, rows: int) -> dict[str, float]:
     """GFLOP/s of `rows` rows times each shape of the base's linear layers, and of a product of 2048 × 2048 matrices."""
-    dtype = next(bench.model.parameters()).dtype
-    shapes = sorted(set(bench.targets.shapes))
+    dtype = next(runtime.model.parameters()).dtype
+    shapes = sorted(set(runtime.targets.shapes))
     sizes = {f"{rows} x {i} x {o}": (rows, i, o) for o, i in shapes} | {"2048 x 2048 x 2048": (2048, 2048, 2048)}
     rates: dict[str, float] = {}
     for name, (m, k, n) in sizes.items():
@@ -100,10 +100,10 @@ def main() -> None:
     changes: dict[str, Any] = {"dtype": arguments.dtype, "eval_items": 2, "eval_points": 1, "ranks": (RANK,)}
     if arguments.layers:
         changes["layers_to_transform"] = tuple(int(part) for part in arguments.layers.split(","))
-    bench = make_bench(arguments.model, arguments.data, arguments.steps, arguments.work, **changes)
+    runtime = make_runtime(arguments.model, arguments.data, arguments.steps, arguments.work, **changes)
     facts = {"machine": machine(), "arms": arguments.arms, "layers": arguments.layers, "dtype": arguments.dtype}
-    rates = {"gflops": matmul_rates(bench, 640)}
-    text = json.dumps(facts | measure(bench, arguments.arms, arguments.steps, arguments.work) | rates, indent=1)
+    rates = {"gflops": matmul_rates(runtime, 640)}
+    text = json.dumps(facts | measure(runtime, arguments.arms, arguments.steps, arguments.work) | rates, indent=1)
     print(text)
     if arguments.out:
         arguments.out.write_text(text + "\n")

@@ -19,9 +19,9 @@ import torch
 from benchmarks.machine import machine
 from rightrank.api import Watching
 from rightrank.demo import prepare_docstrings, prepare_model_folder
-from rightrank.engine.answers import answers, questions
-from rightrank.engine.bench import Bench
 from rightrank.engine.encode import encode
+from rightrank.engine.generation import answers, questions
+from rightrank.engine.runtime import Runtime
 from rightrank.io.data import load_data
 from rightrank.io.models import load_model
 from rightrank.settings import SelectSettings, make_settings
@@ -29,14 +29,14 @@ from rightrank.settings import SelectSettings, make_settings
 RESULTS = Path(__file__).parent / "answers.json"
 
 
-def bench_of(model: Path, data: Path, settings: SelectSettings, cache: Path) -> Bench:
+def bench_of(model: Path, data: Path, settings: SelectSettings, cache: Path) -> Runtime:
     """The workbench, with everything in place to write."""
     splits = load_data(data, settings)
     loaded = load_model(str(model), settings.dtype, settings.device, splits.classes)
-    return Bench(loaded, encode(splits, loaded, settings), settings, 1, cache)
+    return Runtime(loaded, encode(splits, loaded, settings), settings, 1, cache)
 
 
-def one_at_a_time(bench: Bench, cached: bool) -> list[str]:
+def one_at_a_time(bench: Runtime, cached: bool) -> list[str]:
     """transformers' `generate` on one prompt after the other."""
     tokenizer: Any = bench.loaded.tokenizer
     written = []
@@ -54,7 +54,7 @@ def one_at_a_time(bench: Bench, cached: bool) -> list[str]:
     return written
 
 
-def compare(bench: Bench, repeats: int) -> dict[str, Any]:
+def compare(bench: Runtime, repeats: int) -> dict[str, Any]:
     """Seconds of each way, their ratios to the batched one, and how many texts are the same."""
     ways: dict[str, Callable[[], Sequence[str]]] = {
         "batched, cached": lambda: [answer.completion for answer in answers(bench, "selection")],

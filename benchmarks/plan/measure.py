@@ -1,7 +1,7 @@
 """Tensor memory of real training steps on the CPU, as torch's profiler counts it, and CUDA's own counters.
 
 The step measured is written here anew, with real tensors and real kernels, and shares no code with the planner but what
-`select` trains with: the chunked loss, and the pack of arms. Quantised models are loaded by transformers and bitsandbytes.
+`select` trains with: the chunked loss, and the pass of arms. Quantised models are loaded by transformers and bitsandbytes.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BitsAndBytesConfig
 
 from rightrank.engine.batches import Batch
-from rightrank.engine.bench import recomputed_blocks
 from rightrank.engine.loss import chunked_cross_entropy, classification_loss, head_loss, output_head
-from rightrank.engine.pack import Pack, Share, merged
+from rightrank.engine.multi_lora import ArmBatch, MultiLora, concatenated
+from rightrank.engine.runtime import gradient_checkpointing_on
 from rightrank.engine.targets import find_targets, lora_config
 from rightrank.records import Arm
 from rightrank.settings import PlanSettings, make_settings
@@ -108,23 +108,26 @@ def _measure_pack(model: Any, settings: PlanSettings, rank: int) -> Measured:
     mask = _padded_mask(ids) if settings.padding else torch.ones_like(ids)
     batch = Batch(ids, mask, labels, tuple(range(len(ids))), ids.numel())
     objective: Any = classification_loss if classification else head_loss
-    with Pack(model, select) as pack, recomputed_blocks(model) if settings.gradient_checkpointing else nullcontext():
-        optimizers, shares = [], []
+    with (
+        MultiLora(model, select) as multi_lora,
+        gradient_checkpointing_on(model) if settings.gradient_checkpointing else nullcontext(),
+    ):
+        optimizers, arm_batches = [], []
         for number in range(settings.arms):
             config = lora_config(select, arm, classification, names)
-            parameters = list(pack.join(f"arm_{number}", arm, config).values())
+            parameters = list(multi_lora.add(f"arm_{number}", arm, config).values())
             optimizers.append(torch.optim.AdamW(parameters, lr=1e-4, fused=True))
-            shares.append(Share(f"arm_{number}", batch, 1.0, None))
+            arm_batches.append(ArmBatch(f"arm_{number}", batch, 1.0, None))
 
         def step() -> None:
-            with pack.routed(shares):
-                together = merged([share.batch for share in shares], 0)
+            with multi_lora.routed(arm_batches):
+                together = concatenated([arm_batch.batch for arm_batch in arm_batches], 0)
                 torch.autograd.backward(objective(model, together, 1.0).total)
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
 
-        return _third_step(step, pack.peft_model, optimizers, settings.device)
+        return _third_step(step, multi_lora.peft_model, optimizers, settings.device)
 
 
 def _padded_mask(ids: torch.Tensor) -> torch.Tensor:
@@ -205,7 +208,7 @@ def _recomputed(model: Any, settings: PlanSettings) -> Any:
         return
     model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
     if settings.loss == "chunked":
-        with recomputed_blocks(model.get_base_model()):
+        with gradient_checkpointing_on(model.get_base_model()):
             yield
     else:
         yield

@@ -16,13 +16,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-from tests.helpers import make_bench
+from tests.helpers import make_runtime
 from tests.tiny import make_tokenizer, small_settings, write_completions
 
 from benchmarks.machine import machine
-from rightrank.engine import train
-from rightrank.engine.together import run_trial
-from rightrank.engine.train import ArmTraining, TrialFolders, Watcher
+from rightrank.engine import arm_training
+from rightrank.engine.arm_training import ArmTraining, TrialFolders, Watcher
+from rightrank.engine.training_loop import run_trial
 from rightrank.records import Arm, Trial, TrialFinished
 
 
@@ -45,7 +45,7 @@ def save_llama(folder: Path, width: int, layers: int) -> Path:
 def measure(model: Path, root: Path, every: float, rank: int, steps: int) -> dict[str, Any]:
     """One training; seconds in all and in `save`."""
     settings = small_settings(ranks=(rank,), max_steps=steps, eval_points=1, checkpoint_seconds=every)
-    bench = make_bench(model, write_completions(root / "data.jsonl"), settings, root / "cache")
+    bench = make_runtime(model, write_completions(root / "data.jsonl"), settings, root / "cache")
     saves: list[float] = []
     sizes: list[int] = []
     real = ArmTraining.save
@@ -58,11 +58,11 @@ def measure(model: Path, root: Path, every: float, rank: int, steps: int) -> dic
 
     folders = TrialFolders(root / f"checkpoint-{every}", root / f"adapter-{every}")
     arm = Arm(rank=rank, learning_rate=1e-4, lora_alpha=32.0, seed=0, steps=steps)
-    train.ArmTraining.save = timed  # type: ignore[method-assign]
+    arm_training.ArmTraining.save = timed  # type: ignore[method-assign]
     begun = time.perf_counter()
     outcome = run_trial(bench, Trial(trial_id="a" * 12, arm=arm), 20.0, folders, Watcher())
     seconds = time.perf_counter() - begun
-    train.ArmTraining.save = real  # type: ignore[method-assign]
+    arm_training.ArmTraining.save = real  # type: ignore[method-assign]
     assert isinstance(outcome, TrialFinished)
     return {
         "checkpoint_seconds": every,
@@ -87,7 +87,7 @@ def main() -> None:
         runs = [measure(model, root, every, options.rank, options.steps) for every in (options.every, 1e-6)]
     print(
         json.dumps(
-            {"machine": machine(), "rank": options.rank, "limit": train.CHECKPOINT_SHARE, "runs": runs}, indent=1
+            {"machine": machine(), "rank": options.rank, "limit": arm_training.CHECKPOINT_SHARE, "runs": runs}, indent=1
         )
     )
 

@@ -15,11 +15,11 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from tests.helpers import make_bench
+from tests.helpers import make_runtime
 from tests.tiny import save_tiny_llama, small_settings, write_completions
 
 from benchmarks.machine import machine
-from rightrank.engine.train import Watcher
+from rightrank.engine.arm_training import Watcher
 from rightrank.executors.local import LocalExecutor
 from rightrank.io.run_folder import RunFolder
 from rightrank.records import Arm, Trial, TrialFinished, trial_id
@@ -46,7 +46,7 @@ def measure(arms: int, root: Path) -> dict[str, Any]:
     """Train them all, one after the other."""
     model, data = save_tiny_llama(root / "model"), write_completions(root / "data.jsonl")
     settings = small_settings(ranks=RANKS, max_steps=3, eval_points=1, checkpoint_seconds=0.01)
-    bench = make_bench(model, data, settings, root / "cache")
+    bench = make_runtime(model, data, settings, root / "cache")
     folder = RunFolder(root / "run")
     folder.path.mkdir()
     executor = LocalExecutor(bench, folder, Watcher(), folder.journal.append)

@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.machine import machine
-from rightrank.engine.bench import Bench
+from rightrank.engine.arm_training import Watcher
 from rightrank.engine.encode import encode
-from rightrank.engine.train import Watcher
+from rightrank.engine.runtime import Runtime
 from rightrank.executors.local import LocalExecutor
 from rightrank.io.data import load_data
 from rightrank.io.models import load_model
@@ -116,7 +116,7 @@ def truncated_values(folder: RunFolder, started: RunStarted, trained: list[Trial
     top = max(trial.rank for trial in trained)
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as temporary:
-        bench = Bench(loaded, encoded, settings, steps, Path(temporary))
+        bench = Runtime(loaded, encoded, settings, steps, Path(temporary))
         executor = LocalExecutor(bench, folder, Watcher(), lambda _: None)
         for parent in (trial for trial in trained if trial.rank == top):
             place(found, parent, round(parent.value, DIGITS))

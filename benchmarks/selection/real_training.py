@@ -22,9 +22,9 @@ import torch
 from safetensors.torch import save_file
 
 from benchmarks.machine import machine
-from rightrank.engine.bench import Bench
+from rightrank.engine.arm_training import Watcher
 from rightrank.engine.encode import encode
-from rightrank.engine.train import Watcher
+from rightrank.engine.runtime import Runtime
 from rightrank.executors.local import LocalExecutor
 from rightrank.io.checkpoints import load_checkpoint
 from rightrank.io.data import load_data
@@ -107,7 +107,7 @@ def open_workshop(model: str, data: Path, settings: SelectSettings, work: Path) 
     encoded = encode(splits, loaded, settings)
     work.mkdir(parents=True, exist_ok=True)
     folder = RunFolder(work)
-    bench = Bench(loaded, encoded, settings, settings.max_steps, folder.cache)
+    bench = Runtime(loaded, encoded, settings, settings.max_steps, folder.cache)
     known = [o for o in folder.journal.read() if isinstance(o, TrialFinished | TrialDiverged | TrialFailed)]
     fingerprint = content_hash(
         {"settings": settings.model_dump(mode="json"), "model": loaded.fingerprint, "data": splits.fingerprint}

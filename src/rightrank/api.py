@@ -127,7 +127,7 @@ def _select(request: Request, folder: RunFolder, watching: Watching) -> Selected
 def run_begun(begun: Begun, watching: Watching) -> Selected:
     """Train what the strategy asks for, decide, and hand over."""
     # Heavy imports: only who runs a selection pays for them.
-    from rightrank.engine.train import Watcher
+    from rightrank.engine.arm_training import Watcher
     from rightrank.placing import executor_of
 
     watcher = Watcher(on_step=watching.on_event, on_prepare=watching.on_event, should_stop=watching.should_stop)
@@ -138,7 +138,7 @@ def run_begun(begun: Begun, watching: Watching) -> Selected:
 
 def begin(request: Request, folder: RunFolder, watching: Watching, bases: Bases | None = None) -> Begun:
     """Load, plan and open the journal; say what it will cost. `bases` holds what other selections loaded."""
-    from rightrank.engine.scoring import measured_at_ends
+    from rightrank.engine.scoring import end_metrics
     from rightrank.io.store import run_store
     from rightrank.placing import require_placeable
     from rightrank.preparation import estimate, prepare, resuming
@@ -161,7 +161,7 @@ def begin(request: Request, folder: RunFolder, watching: Watching, bases: Bases 
     selection, trackers = opened(folder, prepared.started, prepared.steps, strategy, terms, report_to, watching)
     for line in selection_lines(cost) if cost else [cost_line(strategy, prepared.steps)]:
         watching.notice(line)
-    if measured_at_ends(prepared.settings):
+    if end_metrics(prepared.settings):
         watching.notice(answers_line(prepared.settings, prepared.started))
     return Begun(request, prepared, selection, cost, trackers)
 
@@ -191,7 +191,7 @@ def opened(
 
 def finish(begun: Begun, decision: Decision, watching: Watching) -> Selected:
     """Hand over what was decided."""
-    from rightrank.engine.train import Watcher
+    from rightrank.engine.arm_training import Watcher
     from rightrank.handover import certify_selection, hand_over_trained
     from rightrank.strategies.sweep import sweep_rows
 

@@ -11,7 +11,7 @@
     ├── RunError(RuntimeError)      exit 1: it began and could not finish
     │   ├── DeviceMemoryError       out of memory, with the arm that asked
     │   ├── MetricError             a function, program or task that scores gave no score
-    │   ├── PackingError            arms that can't be trained in one pass; they are then trained alone
+    │   ├── MultiLoraError            arms that can't be trained in one pass; they are then trained alone
     │   └── AllTrialsFailedError    not one trial ended with a result
     └── InterruptedRun              exit 130: stopped by the user, can be resumed
         └── TerminatedRun           exit 143: stopped by SIGTERM, as before a machine is taken away
@@ -34,7 +34,7 @@ __all__ = [
     "MetricError",
     "MissingExtraError",
     "ModelError",
-    "PackingError",
+    "MultiLoraError",
     "ResultsError",
     "RightrankError",
     "RunError",
@@ -104,7 +104,7 @@ class MetricError(RunError):
     """A function, program or task that scores failed, took too long, or gave something else than scores."""
 
 
-class PackingError(RunError):
+class MultiLoraError(RunError):
     """Arms that can't be trained in one pass over this model; they are then trained alone."""
 
 

@@ -7,11 +7,11 @@ from itertools import combinations
 from pathlib import Path
 
 from rightrank.decision.run import best_trial
-from rightrank.engine.bench import Bench
+from rightrank.engine.arm_training import Watcher
 from rightrank.engine.certify import certify
+from rightrank.engine.runtime import Runtime
 from rightrank.engine.sample import promptable_items, write_completion
 from rightrank.engine.scoring import measure
-from rightrank.engine.train import Watcher
 from rightrank.exports.adapter_folder import hand_over
 from rightrank.io.adapters import restore_adapter
 from rightrank.records import Certified, Decided, Decision, Sample, TestEvaluated, TrialFinished
@@ -20,7 +20,7 @@ from rightrank.report.files import write_figures
 from rightrank.selection import Selection, further_figures
 
 
-def hand_over_trained(selection: Selection, bench: Bench, decision: Decision) -> TrialFinished:
+def hand_over_trained(selection: Selection, bench: Runtime, decision: Decision) -> TrialFinished:
     """Measure the chosen and the reference trial on the test split, write samples, adapter and report."""
     records, folder = selection.records, selection.folder
     chosen = best_trial(records, decision, decision.fallback_rank)
@@ -61,7 +61,7 @@ def hand_over_saved(selection: Selection, decision: Decision) -> Path | None:
     return adapter
 
 
-def certify_selection(selection: Selection, bench: Bench, decision: Decision, watcher: Watcher) -> Certified:
+def certify_selection(selection: Selection, bench: Runtime, decision: Decision, watcher: Watcher) -> Certified:
     """Train one arm again alone: the one handed over, or where that was cut from another, the most packed one."""
     records, folder = selection.records, selection.folder
     if records.certificates:
@@ -89,7 +89,7 @@ def seed_difference(trials: Sequence[TrialFinished]) -> float | None:
     return sum(pairs) / len(pairs) if pairs else None
 
 
-def _test(selection: Selection, bench: Bench, trial: TrialFinished) -> None:
+def _test(selection: Selection, bench: Runtime, trial: TrialFinished) -> None:
     records, folder = selection.records, selection.folder
     if any(test.trial_id == trial.trial_id for test in records.tests):
         return
@@ -115,7 +115,7 @@ def _test(selection: Selection, bench: Bench, trial: TrialFinished) -> None:
     records.tests.append(record)
 
 
-def _write_samples(selection: Selection, bench: Bench, chosen: TrialFinished) -> None:
+def _write_samples(selection: Selection, bench: Runtime, chosen: TrialFinished) -> None:
     items = promptable_items(bench, bench.settings.samples)
     before = [write_completion(bench, item) for item in items]
     with bench.arm(chosen.arm) as model:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
-from rightrank.engine.train import Watcher
+from rightrank.engine.arm_training import Watcher
 from rightrank.errors import SettingsError
 from rightrank.executors import Executor
 from rightrank.executors.local import LocalExecutor

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 from rightrank.decision.metrics import higher_is_better
-from rightrank.engine.bench import Bench
 from rightrank.engine.encode import EncodedData, encode, label_count
+from rightrank.engine.runtime import Runtime
 from rightrank.engine.scoring import require_scorers
 from rightrank.engine.sharding import sharded
 from rightrank.errors import SettingsError
@@ -61,7 +61,7 @@ class Request:
 class Prepared:
     """All that a selection stands on."""
 
-    bench: Bench
+    bench: Runtime
     settings: SelectSettings  # with the ranks that are left
     steps: int  # optimizer steps of every arm
     started: RunStarted
@@ -91,7 +91,7 @@ def prepare(request: Request, cache: Path, notice: Notice = lambda _: None, base
     sources = _load(request, {} if bases is None else bases, cache.parent)
     settings, planned = _settle(sources, request.settings, notice)
     steps = training_steps(settings, len(sources.encoded.splits["train"]))
-    bench = Bench(sources.loaded, sources.encoded, settings, steps, cache)
+    bench = Runtime(sources.loaded, sources.encoded, settings, steps, cache)
     return Prepared(bench, settings, steps, _started(request, sources, settings, steps), planned)
 
 
@@ -214,7 +214,7 @@ def _workload(prepared: Prepared) -> Workload:
     size = settings.batch_size
     micro = [batch[start : start + size] for batch in batches for start in range(0, len(batch), size)]
     used = [train[index] for rows in micro for index in rows]
-    if prepared.bench.joins_items:
+    if prepared.bench.uses_sequence_packing:
         computed = sum(item.length for item in used)
     else:
         computed = sum(len(rows) * max(train[index].length for index in rows) for rows in micro)

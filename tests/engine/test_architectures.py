@@ -14,13 +14,13 @@ import transformers
 from peft import get_peft_model
 
 from rightrank.engine.adapter import trainable_state
-from rightrank.engine.bench import Bench
+from rightrank.engine.adapters_per_pass import multi_lora_obstacle
+from rightrank.engine.arm_training import TrialFolders, Watcher
 from rightrank.engine.encode import encode
-from rightrank.engine.optimizer import rate_schedule
-from rightrank.engine.pack_size import packing_obstacle
+from rightrank.engine.optimizer import learning_rate_schedule
+from rightrank.engine.runtime import Runtime
 from rightrank.engine.targets import without_peft_noise
-from rightrank.engine.together import Company, train_trials
-from rightrank.engine.train import TrialFolders, Watcher
+from rightrank.engine.training_loop import Company, train_trials
 from rightrank.io.data import load_data
 from rightrank.io.models import prepare_model
 from rightrank.records import Arm, Trial, TrialFinished
@@ -75,43 +75,43 @@ def make_model(name: str, vocabulary: int) -> Any:
     return getattr(transformers, f"{family}{kind}")(config)
 
 
-def make_bench(name: str, data: Path, cache: Path) -> Bench:
+def make_runtime(name: str, data: Path, cache: Path) -> Runtime:
     changes = {"layers_to_transform": (1,)} if name == "qwen3" else {}  # one of them with a frozen prefix
     settings = small_settings(max_steps=STEPS, eval_points=1, **changes)
     tokenizer = make_tokenizer()
     loaded = prepare_model(make_model(name, len(tokenizer)), tokenizer, name, torch.device("cpu"))
-    return Bench(loaded, encode(load_data(data, settings), loaded, settings), settings, STEPS, cache)
+    return Runtime(loaded, encode(load_data(data, settings), loaded, settings), settings, STEPS, cache)
 
 
-def plain_losses(bench: Bench, arm: Arm) -> list[float]:
+def plain_losses(runtime: Runtime, arm: Arm) -> list[float]:
     """PEFT's model and forward, the model's own loss, torch's AdamW."""
     with without_peft_noise():
-        peft_model: Any = get_peft_model(copy.deepcopy(bench.model), bench.arm_config(arm)).eval()
-    with bench.arm(arm) as ours:
+        peft_model: Any = get_peft_model(copy.deepcopy(runtime.model), runtime.arm_config(arm)).eval()
+    with runtime.arm(arm) as ours:
         initial = {name: value.clone() for name, value in trainable_state(ours).items()}
     named = {name: value for name, value in peft_model.named_parameters() if value.requires_grad}
     with torch.no_grad():
         for name, value in named.items():
             value.copy_(initial[name])
     optimizer = torch.optim.AdamW(named.values(), lr=arm.learning_rate, weight_decay=0.0)
-    factor: Callable[[int], float] = rate_schedule(bench.settings, arm.steps)
+    factor: Callable[[int], float] = learning_rate_schedule(runtime.settings, arm.steps)
     losses: list[float] = []
-    for step, indices in enumerate(bench.batch_plan(arm.seed)):
-        batch = bench.batch("train", indices)
+    for step, indices in enumerate(runtime.batch_plan(arm.seed)):
+        batch = runtime.batch("train", indices)
         optimizer.param_groups[0]["lr"] = arm.learning_rate * factor(step)
         loss = peft_model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels).loss
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(named.values(), bench.settings.max_grad_norm)
+        torch.nn.utils.clip_grad_norm_(named.values(), runtime.settings.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
         losses.append(float(loss.detach()))
     return losses
 
 
-def run(bench: Bench, arms: list[Arm], folder: Path, size: int) -> list[TrialFinished]:
+def run(runtime: Runtime, arms: list[Arm], folder: Path, size: int) -> list[TrialFinished]:
     trials = [Trial(trial_id=f"t{number}", arm=arm) for number, arm in enumerate(arms)]
     folders = lambda trial: TrialFolders(folder / f"{trial.trial_id}.safetensors", folder / trial.trial_id)  # noqa: E731
-    outcomes = list(train_trials(bench, trials, None, folders, Watcher(), Company(size)))
+    outcomes = list(train_trials(runtime, trials, None, folders, Watcher(), Company(size)))
     finished = [outcome for outcome in outcomes if isinstance(outcome, TrialFinished)]
     assert len(finished) == len(arms)
     return sorted(finished, key=lambda outcome: outcome.trial_id)
@@ -121,16 +121,16 @@ def run(bench: Bench, arms: list[Arm], folder: Path, size: int) -> list[TrialFin
 def test_losses_are_pefts_and_packs_equal_alone(
     name: str, completion_file: Path, class_file: Path, tmp_path: Path
 ) -> None:
-    bench = make_bench(name, class_file if name == "bert" else completion_file, tmp_path / "cache")
-    assert bench.joins_items == (name not in PADDED)
+    runtime = make_runtime(name, class_file if name == "bert" else completion_file, tmp_path / "cache")
+    assert runtime.uses_sequence_packing == (name not in PADDED)
     arms = [
         Arm(rank=rank, learning_rate=1e-2, lora_alpha=32.0, seed=seed, steps=STEPS) for rank, seed in ((2, 0), (4, 1))
     ]
-    alone = run(bench, arms, tmp_path / "alone", 1)
+    alone = run(runtime, arms, tmp_path / "alone", 1)
     for arm, trial in zip(arms, alone, strict=True):
-        assert trial.train_losses == pytest.approx(plain_losses(bench, arm), rel=2e-5)
-    assert packing_obstacle(bench, arms) is None
-    together = run(bench, arms, tmp_path / "together", 2)
+        assert trial.train_losses == pytest.approx(plain_losses(runtime, arm), rel=2e-5)
+    assert multi_lora_obstacle(runtime, arms) is None
+    together = run(runtime, arms, tmp_path / "together", 2)
     for one, other in zip(together, alone, strict=True):
         assert one.pack_size == 2
         assert one.train_losses == pytest.approx(other.train_losses, rel=1e-5)
@@ -139,8 +139,8 @@ def test_losses_are_pefts_and_packs_equal_alone(
 
 def test_a_layer_that_mixes_arms_is_found_and_said(completion_file: Path, tmp_path: Path) -> None:
     """An adapted layer that sees a choice of tokens, as an expert of a mixture does."""
-    bench = make_bench("llama", completion_file, tmp_path / "cache")
-    mlp = bench.model.model.layers[0].mlp
+    runtime = make_runtime("llama", completion_file, tmp_path / "cache")
+    mlp = runtime.model.model.layers[0].mlp
     whole = mlp.forward
 
     def first_half_of_the_tokens(x: torch.Tensor) -> torch.Tensor:
@@ -150,7 +150,7 @@ def test_a_layer_that_mixes_arms_is_found_and_said(completion_file: Path, tmp_pa
 
     mlp.forward = first_half_of_the_tokens
     arms = [Arm(rank=rank, learning_rate=1e-2, lora_alpha=32.0, seed=0, steps=STEPS) for rank in (2, 4)]
-    obstacle = packing_obstacle(bench, arms)
+    obstacle = multi_lora_obstacle(runtime, arms)
     assert obstacle is not None
     assert re.fullmatch(r"a layer sees \d+ rows that can't be told apart by arm", obstacle)
-    assert run(bench, arms, tmp_path, 1)[0].pack_size == 1
+    assert run(runtime, arms, tmp_path, 1)[0].pack_size == 1

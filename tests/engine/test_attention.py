@@ -8,7 +8,7 @@ import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from rightrank.engine.attention import FUSED, float32_attention, wants_float32
-from tests.helpers import make_bench
+from tests.helpers import make_runtime
 from tests.tiny import small_settings
 
 
@@ -22,8 +22,8 @@ def test_products_are_in_float32_and_the_table_is_as_before(
     model_folder: Path, completion_file: Path, tmp_path: Path
 ) -> None:
     before = ALL_ATTENTION_FUNCTIONS[FUSED]
-    bench = make_bench(model_folder, completion_file, small_settings(dtype="bfloat16"), tmp_path)
-    batch = bench.batch("selection", range(6))
+    runtime = make_runtime(model_folder, completion_file, small_settings(dtype="bfloat16"), tmp_path)
+    batch = runtime.batch("selection", range(6))
     seen: list[torch.dtype] = []
     real = torch.nn.functional.scaled_dot_product_attention
 
@@ -34,14 +34,14 @@ def test_products_are_in_float32_and_the_table_is_as_before(
     torch.nn.functional.scaled_dot_product_attention = noting
     try:
         with torch.no_grad():
-            ours = bench.losses("selection", batch, 1.0).item_losses
+            ours = runtime.losses("selection", batch, 1.0).item_losses
     finally:
         torch.nn.functional.scaled_dot_product_attention = real
     assert set(seen) == {torch.float32}
     assert ALL_ATTENTION_FUNCTIONS[FUSED] is before
     with torch.no_grad():
-        plain = bench.objective(bench.model, batch, 1.0).item_losses
+        plain = runtime.objective(runtime.model, batch, 1.0).item_losses
         with float32_attention():
-            widened = bench.objective(bench.model, batch, 1.0).item_losses
+            widened = runtime.objective(runtime.model, batch, 1.0).item_losses
     assert torch.equal(ours, widened)
     assert torch.allclose(ours, plain, rtol=3e-2)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from benchmarks.engine import compare, held_out, items, profile_step
-from benchmarks.engine.common import make_bench
+from benchmarks.engine.common import make_runtime
 
 
 @pytest.fixture(autouse=True)
@@ -42,10 +42,10 @@ def test_every_contender_trains_and_is_compared(model_folder: Path, completion_f
 
 
 def test_a_profile_accounts_for_the_whole_time(model_folder: Path, completion_file: Path, tmp_path: Path) -> None:
-    bench = make_bench(str(model_folder), completion_file, 2, tmp_path, eval_items=2, ranks=(profile_step.RANK,))
-    shares = profile_step.measure(bench, 1, 2, tmp_path)["share"]
-    assert {"base matmuls", "adapter matmuls", "head and loss", "optimizer"} <= set(shares)
-    assert sum(shares.values()) == pytest.approx(1, abs=0.01)
+    runtime = make_runtime(str(model_folder), completion_file, 2, tmp_path, eval_items=2, ranks=(profile_step.RANK,))
+    arm_batches = profile_step.measure(runtime, 1, 2, tmp_path)["arm_batch"]
+    assert {"base matmuls", "adapter matmuls", "head and loss", "optimizer"} <= set(arm_batches)
+    assert sum(arm_batches.values()) == pytest.approx(1, abs=0.01)
 
 
 def test_memory_against_items_is_counted(model_folder: Path, completion_file: Path, tmp_path: Path) -> None:

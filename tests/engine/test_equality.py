@@ -12,17 +12,17 @@ from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, get_scheduler
 
 from rightrank.engine.adapter import trainable_state
+from rightrank.engine.arm_training import TrialFolders, Watcher
 from rightrank.engine.targets import lora_config
-from rightrank.engine.together import run_trial
-from rightrank.engine.train import TrialFolders, Watcher
+from rightrank.engine.training_loop import run_trial
 from rightrank.records import Arm, StepDone, Trial, TrialFinished
-from tests.helpers import make_bench
+from tests.helpers import make_runtime
 from tests.tiny import small_settings
 
 ARM = Arm(rank=4, learning_rate=1e-2, lora_alpha=32.0, seed=3, steps=8)
 
 
-def train_ours(bench: Any, arm: Arm, tmp_path: Path) -> tuple[TrialFinished, list[float], Path]:
+def train_ours(runtime: Any, arm: Arm, tmp_path: Path) -> tuple[TrialFinished, list[float], Path]:
     losses: list[float] = []
 
     def note(event: StepDone) -> None:
@@ -30,19 +30,19 @@ def train_ours(bench: Any, arm: Arm, tmp_path: Path) -> tuple[TrialFinished, lis
 
     folders = TrialFolders(tmp_path / "checkpoint.safetensors", tmp_path / "adapter")
     trial = Trial(trial_id="t", arm=arm)
-    outcome = run_trial(bench, trial, None, folders, Watcher(on_step=note))
+    outcome = run_trial(runtime, trial, None, folders, Watcher(on_step=note))
     assert isinstance(outcome, TrialFinished)
     return outcome, losses, folders.adapter
 
 
-def train_plainly(bench: Any, arm: Arm, model_folder: Path) -> tuple[list[float], Any]:
+def train_plainly(runtime: Any, arm: Arm, model_folder: Path) -> tuple[list[float], Any]:
     """The loop anyone would write: PEFT's model, transformers' own loss and schedule, torch's AdamW."""
-    settings = bench.settings
+    settings = runtime.settings
     model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
-    config = lora_config(settings, arm, False, bench.targets.names)
+    config = lora_config(settings, arm, False, runtime.targets.names)
     peft_model: Any = get_peft_model(model, config)
     peft_model.train()
-    with bench.arm(arm) as ours:  # the same first A
+    with runtime.arm(arm) as ours:  # the same first A
         initial = {name: value.clone() for name, value in trainable_state(ours).items()}
     named = {name: value for name, value in peft_model.named_parameters() if value.requires_grad}
     assert named.keys() == initial.keys()
@@ -52,8 +52,8 @@ def train_plainly(bench: Any, arm: Arm, model_folder: Path) -> tuple[list[float]
     optimizer = torch.optim.AdamW(named.values(), lr=arm.learning_rate, weight_decay=0.0)
     schedule = get_scheduler(settings.lr_scheduler_type, optimizer, 1, arm.steps)
     losses: list[float] = []
-    for indices in bench.batch_plan(arm.seed):
-        batch = bench.batch("train", indices)
+    for indices in runtime.batch_plan(arm.seed):
+        batch = runtime.batch("train", indices)
         loss = peft_model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(named.values(), settings.max_grad_norm)
@@ -77,16 +77,16 @@ def train_plainly(bench: Any, arm: Arm, model_folder: Path) -> tuple[list[float]
 def test_losses_agree_with_a_plain_peft_loop(
     model_folder: Path, completion_file: Path, tmp_path: Path, changes: dict[str, Any]
 ) -> None:
-    bench = make_bench(model_folder, completion_file, small_settings(**changes), tmp_path / "cache")
-    assert (bench.prefix is not None) == ("layers_to_transform" in changes)
-    _, ours, adapter = train_ours(bench, ARM, tmp_path)
-    plain, peft_model = train_plainly(bench, ARM, model_folder)
+    runtime = make_runtime(model_folder, completion_file, small_settings(**changes), tmp_path / "cache")
+    assert (runtime.prefix is not None) == ("layers_to_transform" in changes)
+    _, ours, adapter = train_ours(runtime, ARM, tmp_path)
+    plain, peft_model = train_plainly(runtime, ARM, model_folder)
     assert ours == pytest.approx(plain, rel=1e-5, abs=1e-5)
     assert ours[-1] < ours[0]
 
     base = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
     loaded: Any = PeftModel.from_pretrained(base, str(adapter)).eval()
-    batch = bench.batch("test", range(4))
+    batch = runtime.batch("test", range(4))
     with torch.no_grad():
         theirs = peft_model.eval()(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
         reloaded = loaded(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
@@ -95,8 +95,8 @@ def test_losses_agree_with_a_plain_peft_loop(
 
 def test_prefix_changes_no_loss(model_folder: Path, completion_file: Path, tmp_path: Path) -> None:
     settings = small_settings(layers_to_transform=(2,))
-    cached = make_bench(model_folder, completion_file, settings, tmp_path / "cache")
-    plain = make_bench(
+    cached = make_runtime(model_folder, completion_file, settings, tmp_path / "cache")
+    plain = make_runtime(
         model_folder, completion_file, small_settings(layers_to_transform=(2,), cache_prefix=False), tmp_path
     )
     assert cached.prefix is not None
@@ -106,38 +106,38 @@ def test_prefix_changes_no_loss(model_folder: Path, completion_file: Path, tmp_p
 
 
 def test_loss_is_transformers_own(model_folder: Path, completion_file: Path, tmp_path: Path) -> None:
-    bench = make_bench(model_folder, completion_file, small_settings(), tmp_path)
-    batch = bench.batch("selection", range(6))
+    runtime = make_runtime(model_folder, completion_file, small_settings(), tmp_path)
+    batch = runtime.batch("selection", range(6))
     with torch.no_grad():
-        theirs = bench.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels).loss
-        ours = bench.losses("selection", batch, 1.0)
+        theirs = runtime.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels).loss
+        ours = runtime.losses("selection", batch, 1.0)
     assert float(ours.item_losses.sum() / ours.item_tokens.sum()) == pytest.approx(float(theirs), rel=1e-5)
     assert int(ours.item_tokens.sum()) == int((batch.labels[:, 1:] != -100).sum())
 
 
 def test_same_seed_same_values(model_folder: Path, completion_file: Path, tmp_path: Path) -> None:
-    bench = make_bench(model_folder, completion_file, small_settings(lora_dropout=0.1), tmp_path)
-    first, losses, _ = train_ours(bench, ARM, tmp_path / "a")
-    second, again, _ = train_ours(bench, ARM, tmp_path / "b")
+    runtime = make_runtime(model_folder, completion_file, small_settings(lora_dropout=0.1), tmp_path)
+    first, losses, _ = train_ours(runtime, ARM, tmp_path / "a")
+    second, again, _ = train_ours(runtime, ARM, tmp_path / "b")
     assert losses == again
     assert first.item_losses == second.item_losses
 
 
 def test_the_base_is_as_before_after_an_arm(model_folder: Path, completion_file: Path, tmp_path: Path) -> None:
-    bench = make_bench(model_folder, completion_file, small_settings(), tmp_path)
-    before = copy.deepcopy(bench.model.state_dict())
-    train_ours(bench, ARM, tmp_path)
-    after = bench.model.state_dict()
+    runtime = make_runtime(model_folder, completion_file, small_settings(), tmp_path)
+    before = copy.deepcopy(runtime.model.state_dict())
+    train_ours(runtime, ARM, tmp_path)
+    after = runtime.model.state_dict()
     assert after.keys() == before.keys()
     assert all(torch.equal(after[name], before[name]) for name in before)
-    assert not any(parameter.requires_grad for parameter in bench.model.parameters())
+    assert not any(parameter.requires_grad for parameter in runtime.model.parameters())
 
 
 def test_initial_a_is_nested(model_folder: Path, completion_file: Path, tmp_path: Path) -> None:
-    bench = make_bench(model_folder, completion_file, small_settings(), tmp_path)
-    with bench.arm(ARM.model_copy(update={"rank": 8})) as model:
+    runtime = make_runtime(model_folder, completion_file, small_settings(), tmp_path)
+    with runtime.arm(ARM.model_copy(update={"rank": 8})) as model:
         high = {name: value.clone() for name, value in trainable_state(model).items()}
-    with bench.arm(ARM) as model:
+    with runtime.arm(ARM) as model:
         low = {name: value.clone() for name, value in trainable_state(model).items()}
     for name, value in low.items():
         if "lora_A" in name:

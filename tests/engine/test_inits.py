@@ -21,19 +21,19 @@ from rightrank.records import Arm
 from rightrank.settings import make_settings
 from rightrank.variants import variants_of
 from tests.engine.test_equality import train_ours
-from tests.helpers import make_bench
+from tests.helpers import make_runtime
 from tests.tiny import small_settings
 
 ARM = Arm(rank=4, learning_rate=3e-3, lora_alpha=8.0, seed=3, steps=8)
 
 
-def theirs_trained(bench: Any, arm: Arm, model_folder: Path, folder: Path) -> tuple[list[float], dict[str, Any]]:
+def theirs_trained(runtime: Any, arm: Arm, model_folder: Path, folder: Path) -> tuple[list[float], dict[str, Any]]:
     """PEFT's own initialisation, which changes the base, in a plain loop; its adapter converted by PEFT to the old base."""
     model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
     config = LoraConfig(
         r=arm.rank,
         lora_alpha=int(arm.lora_alpha),
-        target_modules=list(bench.targets.names),
+        target_modules=list(runtime.targets.names),
         init_lora_weights=arm.init_lora_weights,  # type: ignore[arg-type]
     )
     peft_model: Any = get_peft_model(model, config)
@@ -41,13 +41,13 @@ def theirs_trained(bench: Any, arm: Arm, model_folder: Path, folder: Path) -> tu
     peft_model.save_pretrained(folder / "initial")
     named = [value for value in peft_model.parameters() if value.requires_grad]
     optimizer = torch.optim.AdamW(named, lr=arm.learning_rate, weight_decay=0.0)
-    schedule = get_scheduler(bench.settings.lr_scheduler_type, optimizer, 1, arm.steps)
+    schedule = get_scheduler(runtime.settings.lr_scheduler_type, optimizer, 1, arm.steps)
     losses: list[float] = []
-    for indices in bench.batch_plan(arm.seed):
-        batch = bench.batch("train", indices)
+    for indices in runtime.batch_plan(arm.seed):
+        batch = runtime.batch("train", indices)
         loss = peft_model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels).loss
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(named, bench.settings.max_grad_norm)
+        torch.nn.utils.clip_grad_norm_(named, runtime.settings.max_grad_norm)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
@@ -74,14 +74,14 @@ def updates_of(folder: Path) -> dict[str, torch.Tensor]:
 def test_equal_to_pefts_own_with_the_base_untouched(
     model_folder: Path, completion_file: Path, tmp_path: Path, init: str
 ) -> None:
-    bench = make_bench(model_folder, completion_file, small_settings(), tmp_path / "cache")
+    runtime = make_runtime(model_folder, completion_file, small_settings(), tmp_path / "cache")
     arm = ARM.model_copy(update={"init_lora_weights": init})
-    before = {name: value.clone() for name, value in bench.model.state_dict().items()}
-    _, ours, adapter = train_ours(bench, arm, tmp_path)
-    theirs, converted = theirs_trained(bench, arm, model_folder, tmp_path)
+    before = {name: value.clone() for name, value in runtime.model.state_dict().items()}
+    _, ours, adapter = train_ours(runtime, arm, tmp_path)
+    theirs, converted = theirs_trained(runtime, arm, model_folder, tmp_path)
     assert ours == pytest.approx(theirs, rel=1e-4)
     assert ours[-1] < ours[0]
-    assert all(torch.equal(bench.model.state_dict()[name], value) for name, value in before.items())
+    assert all(torch.equal(runtime.model.state_dict()[name], value) for name, value in before.items())
     found = updates_of(adapter)
     assert found.keys() == converted.keys()
     assert json.loads((adapter / "adapter_config.json").read_text())["r"] == 2 * arm.rank
@@ -91,43 +91,43 @@ def test_equal_to_pefts_own_with_the_base_untouched(
 
 def test_an_arm_of_its_own_init_shares_a_pass(model_folder: Path, completion_file: Path, tmp_path: Path) -> None:
     """Beside a plain arm of another rank, it learns what it learns alone."""
-    from rightrank.engine.together import Company, train_trials
-    from rightrank.engine.train import TrialFolders, Watcher
+    from rightrank.engine.arm_training import TrialFolders, Watcher
+    from rightrank.engine.training_loop import Company, train_trials
     from rightrank.records import Trial, TrialFinished
 
-    bench = make_bench(model_folder, completion_file, small_settings(), tmp_path / "cache")
+    runtime = make_runtime(model_folder, completion_file, small_settings(), tmp_path / "cache")
     arms = [ARM, ARM.model_copy(update={"init_lora_weights": "pissa"})]
     trials = [Trial(trial_id=f"t{number}", arm=arm) for number, arm in enumerate(arms)]
 
     def folders(trial: Trial) -> TrialFolders:
         return TrialFolders(tmp_path / f"{trial.trial_id}.safetensors", tmp_path / trial.trial_id)
 
-    outcomes = {o.trial_id: o for o in train_trials(bench, trials, None, folders, Watcher(), Company(2))}
+    outcomes = {o.trial_id: o for o in train_trials(runtime, trials, None, folders, Watcher(), Company(2))}
     together = outcomes["t1"]
     assert isinstance(together, TrialFinished)
     assert together.pack_size == 2
-    alone, _, _ = train_ours(bench, arms[1], tmp_path / "alone")
+    alone, _, _ = train_ours(runtime, arms[1], tmp_path / "alone")
     assert together.value == pytest.approx(alone.value, rel=1e-4)
 
 
 def test_before_the_first_step_the_model_is_the_base(model_folder: Path, completion_file: Path, tmp_path: Path) -> None:
-    bench = make_bench(model_folder, completion_file, small_settings(), tmp_path)
-    base = bench.evaluate("selection").loss
+    runtime = make_runtime(model_folder, completion_file, small_settings(), tmp_path)
+    base = runtime.evaluate("selection").loss
     for init in ("pissa", "olora", "eva"):
-        with bench.arm(ARM.model_copy(update={"init_lora_weights": init})):
-            assert bench.evaluate("selection").loss == pytest.approx(base, abs=1e-5)
+        with runtime.arm(ARM.model_copy(update={"init_lora_weights": init})):
+            assert runtime.evaluate("selection").loss == pytest.approx(base, abs=1e-5)
 
 
 def test_evas_directions_are_pefts(model_folder: Path, completion_file: Path, tmp_path: Path) -> None:
-    bench = make_bench(model_folder, completion_file, small_settings(), tmp_path)
+    runtime = make_runtime(model_folder, completion_file, small_settings(), tmp_path)
     arm = ARM.model_copy(update={"init_lora_weights": "eva"})
-    with bench.arm(arm) as model:
+    with runtime.arm(arm) as model:
         ours = {name: value.clone() for name, value in trainable_state(model).items() if "lora_A" in name}
-    batches = [bench.batch("train", indices) for indices in bench.batch_plan(arm.seed, EVA_BATCHES)]
+    batches = [runtime.batch("train", indices) for indices in runtime.batch_plan(arm.seed, EVA_BATCHES)]
     inputs = [{"input_ids": batch.input_ids, "attention_mask": batch.attention_mask} for batch in batches]
     config = LoraConfig(
         r=arm.rank,
-        target_modules=list(bench.targets.names),
+        target_modules=list(runtime.targets.names),
         init_lora_weights="eva",
         eva_config=EvaConfig(rho=1.0, tau=0.999),
     )

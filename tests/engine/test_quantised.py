@@ -9,13 +9,13 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from rightrank.engine.bench import Bench
-from rightrank.engine.pack_size import packing_obstacle
+from rightrank.engine.adapters_per_pass import multi_lora_obstacle
+from rightrank.engine.runtime import Runtime
 from rightrank.errors import MissingExtraError, SettingsError
 from rightrank.io import models
 from rightrank.records import Arm
 from tests.engine.test_architectures import SIZES, plain_losses, run
-from tests.helpers import make_bench
+from tests.helpers import make_runtime
 from tests.tiny import make_tokenizer, small_settings
 
 
@@ -38,14 +38,14 @@ def test_both_widths_at_once_are_refused() -> None:
         small_settings(load_in_4bit=True, load_in_8bit=True)
 
 
-def quantised_bench(completion_file: Path, folder: Path, bits: int) -> Bench:
+def quantised_bench(completion_file: Path, folder: Path, bits: int) -> Runtime:
     tokenizer = make_tokenizer()
     wide = {"hidden_size": 128, "intermediate_size": 128, "head_dim": 32}  # blocks of 64 weights share a scale
     torch.manual_seed(0)
     LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **(SIZES | wide))).save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
     settings = small_settings(**{f"load_in_{bits}bit": True, "max_steps": 4})
-    return make_bench(folder / "model", completion_file, settings, folder / "cache")
+    return make_runtime(folder / "model", completion_file, settings, folder / "cache")
 
 
 ARMS = [Arm(rank=rank, learning_rate=1e-2, lora_alpha=32.0, seed=seed, steps=4) for rank, seed in ((2, 0), (4, 1))]
@@ -53,11 +53,11 @@ ARMS = [Arm(rank=rank, learning_rate=1e-2, lora_alpha=32.0, seed=seed, steps=4) 
 
 @pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="needs the extra bnb")
 def test_a_pack_over_four_bits_equals_alone(completion_file: Path, tmp_path: Path) -> None:
-    bench = quantised_bench(completion_file, tmp_path, 4)
-    assert type(bench.model.model.layers[0].mlp.up_proj).__name__ == "Linear4bit"
-    assert packing_obstacle(bench, ARMS) is None
-    alone, together = run(bench, ARMS, tmp_path / "alone", 1), run(bench, ARMS, tmp_path / "together", 2)
-    assert alone[0].train_losses == pytest.approx(plain_losses(bench, ARMS[0]), rel=1e-4)
+    runtime = quantised_bench(completion_file, tmp_path, 4)
+    assert type(runtime.model.model.layers[0].mlp.up_proj).__name__ == "Linear4bit"
+    assert multi_lora_obstacle(runtime, ARMS) is None
+    alone, together = run(runtime, ARMS, tmp_path / "alone", 1), run(runtime, ARMS, tmp_path / "together", 2)
+    assert alone[0].train_losses == pytest.approx(plain_losses(runtime, ARMS[0]), rel=1e-4)
     for one, other in zip(together, alone, strict=True):
         assert one.pack_size == 2
         assert one.train_losses == pytest.approx(other.train_losses, rel=1e-5)
@@ -66,9 +66,9 @@ def test_a_pack_over_four_bits_equals_alone(completion_file: Path, tmp_path: Pat
 @pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="needs the extra bnb")
 def test_eight_bits_train_alone_as_plain_peft(completion_file: Path, tmp_path: Path) -> None:
     """LLM.int8 looks for outliers over all rows of a batch, so rows of another arm change an arm's: no packs."""
-    bench = quantised_bench(completion_file, tmp_path, 8)
-    assert type(bench.model.model.layers[0].mlp.up_proj).__name__ == "Linear8bitLt"
-    assert packing_obstacle(bench, ARMS) == "this model's losses differ when two arms share a pass"
-    (alone,) = run(bench, ARMS[:1], tmp_path / "alone", 1)
-    assert alone.train_losses == pytest.approx(plain_losses(bench, ARMS[0]), rel=1e-3)
+    runtime = quantised_bench(completion_file, tmp_path, 8)
+    assert type(runtime.model.model.layers[0].mlp.up_proj).__name__ == "Linear8bitLt"
+    assert multi_lora_obstacle(runtime, ARMS) == "this model's losses differ when two arms share a pass"
+    (alone,) = run(runtime, ARMS[:1], tmp_path / "alone", 1)
+    assert alone.train_losses == pytest.approx(plain_losses(runtime, ARMS[0]), rel=1e-3)
     assert len(set(alone.train_losses)) == 4

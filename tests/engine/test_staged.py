@@ -7,51 +7,51 @@ from pathlib import Path
 import pytest
 import torch
 
-from rightrank.engine.together import run_trial
-from rightrank.engine.train import TrialFolders, Watcher
+from rightrank.engine.arm_training import TrialFolders, Watcher
+from rightrank.engine.training_loop import run_trial
 from rightrank.engine.truncate import truncate
 from rightrank.records import Arm, Trial, TrialFinished
-from tests.helpers import make_bench
+from tests.helpers import make_runtime
 from tests.tiny import small_settings
 
 ARM = Arm(rank=4, learning_rate=1e-2, lora_alpha=32.0, seed=0, steps=8)
 
 
-def run(bench: object, name: str, arm: Arm, tmp: Path, **parents: Path) -> TrialFinished:
+def run(runtime: object, name: str, arm: Arm, tmp: Path, **parents: Path) -> TrialFinished:
     folders = TrialFolders(tmp / f"{name}.safetensors", tmp / name, **parents)
-    outcome = run_trial(bench, Trial(trial_id=name, arm=arm), None, folders, Watcher())  # type: ignore[arg-type]
+    outcome = run_trial(runtime, Trial(trial_id=name, arm=arm), None, folders, Watcher())  # type: ignore[arg-type]
     assert isinstance(outcome, TrialFinished)
     return outcome
 
 
 @pytest.fixture
-def bench(model_folder: Path, completion_file: Path, tmp_path: Path) -> object:
-    return make_bench(model_folder, completion_file, small_settings(eval_points=4), tmp_path / "cache")
+def runtime(model_folder: Path, completion_file: Path, tmp_path: Path) -> object:
+    return make_runtime(model_folder, completion_file, small_settings(eval_points=4), tmp_path / "cache")
 
 
-def test_stages_end_as_the_whole_does(bench: object, tmp_path: Path) -> None:
-    whole = run(bench, "whole", ARM, tmp_path)
-    first = run(bench, "first", ARM.model_copy(update={"stop_at": 3}), tmp_path)
+def test_stages_end_as_the_whole_does(runtime: object, tmp_path: Path) -> None:
+    whole = run(runtime, "whole", ARM, tmp_path)
+    first = run(runtime, "first", ARM.model_copy(update={"stop_at": 3}), tmp_path)
     assert not (tmp_path / "first").exists()  # a part of a training leaves no adapter
     second_arm = ARM.model_copy(update={"continue_from": "first"})
-    second = run(bench, "second", second_arm, tmp_path, continue_from=tmp_path / "first.safetensors")
+    second = run(runtime, "second", second_arm, tmp_path, continue_from=tmp_path / "first.safetensors")
     assert second.value == pytest.approx(whole.value, rel=1e-6)
     assert [point.step for point in second.points] == [point.step for point in whole.points]
     assert first.value != pytest.approx(whole.value, rel=1e-4)
 
 
-def test_a_lost_checkpoint_costs_steps_and_changes_nothing(bench: object, tmp_path: Path) -> None:
-    whole = run(bench, "whole", ARM, tmp_path)
+def test_a_lost_checkpoint_costs_steps_and_changes_nothing(runtime: object, tmp_path: Path) -> None:
+    whole = run(runtime, "whole", ARM, tmp_path)
     arm = ARM.model_copy(update={"continue_from": "gone"})
-    again = run(bench, "again", arm, tmp_path, continue_from=tmp_path / "gone.safetensors")
+    again = run(runtime, "again", arm, tmp_path, continue_from=tmp_path / "gone.safetensors")
     assert again.value == whole.value
 
 
-def test_a_cut_that_keeps_all_keeps_the_loss(bench: object, tmp_path: Path) -> None:
-    whole = run(bench, "whole", ARM, tmp_path)
+def test_a_cut_that_keeps_all_keeps_the_loss(runtime: object, tmp_path: Path) -> None:
+    whole = run(runtime, "whole", ARM, tmp_path)
     cut = {
         rank: run(
-            bench,
+            runtime,
             f"cut{rank}",
             ARM.model_copy(update={"rank": rank, "steps": 0, "truncate_from": "whole"}),
             tmp_path,
@@ -64,11 +64,11 @@ def test_a_cut_that_keeps_all_keeps_the_loss(bench: object, tmp_path: Path) -> N
     assert cut[1].trainable_parameters < cut[4].trainable_parameters
 
 
-def test_recovery_goes_on_with_the_batches_that_follow(bench: object, tmp_path: Path) -> None:
-    run(bench, "whole", ARM, tmp_path)
+def test_recovery_goes_on_with_the_batches_that_follow(runtime: object, tmp_path: Path) -> None:
+    run(runtime, "whole", ARM, tmp_path)
     arm = ARM.model_copy(update={"rank": 2, "steps": 4, "learning_rate": 3e-3, "truncate_from": "whole"})
-    recovered = run(bench, "recovered", arm, tmp_path, truncate_from=tmp_path / "whole")
-    cut = run(bench, "cut", arm.model_copy(update={"steps": 0}), tmp_path, truncate_from=tmp_path / "whole")
+    recovered = run(runtime, "recovered", arm, tmp_path, truncate_from=tmp_path / "whole")
+    cut = run(runtime, "cut", arm.model_copy(update={"steps": 0}), tmp_path, truncate_from=tmp_path / "whole")
     assert recovered.train_tokens > 0
     assert recovered.value < cut.value
 

@@ -9,15 +9,15 @@ import numpy as np
 import pytest
 
 from rightrank.engine.batches import length_sorted_batches
-from rightrank.engine.token_store import EncodedItem, TokenStore, lengths_of
+from rightrank.engine.token_store import EncodedExample, TokenStore, lengths_of
 
 
-def some_items(count: int, longest: int = 40) -> Iterator[EncodedItem]:
+def some_items(count: int, longest: int = 40) -> Iterator[EncodedExample]:
     generator = np.random.default_rng(0)
     for number in range(count):
         ids = generator.integers(0, 2**31 - 1, generator.integers(1, longest)).tolist()
         labels = [-100, *ids[1:]] if number % 3 else [number % 5]
-        yield EncodedItem(f"item-{number}#é", ids, labels)
+        yield EncodedExample(f"item-{number}#é", ids, labels)
 
 
 @pytest.fixture(scope="module")

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from rightrank.engine.bench import Bench
+from rightrank.engine.runtime import Runtime
 from rightrank.engine.tasks import require_task, score_task
 from rightrank.errors import MetricError, MissingExtraError, SettingsError
 from rightrank.settings import parse_metric
-from tests.helpers import make_bench
+from tests.helpers import make_runtime
 from tests.tiny import small_settings, write_jsonl
 
 TASK = """
@@ -55,7 +55,7 @@ def test_a_local_task_has_items(
     task: Path, model_folder: Path, completion_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("lm_eval")
-    bench: Bench = make_bench(model_folder, completion_file, small_settings(), tmp_path / "cache")
+    bench: Runtime = make_runtime(model_folder, completion_file, small_settings(), tmp_path / "cache")
     spec = parse_metric(f"lm-eval:{task}:acc")
     assert spec.name == "cats_acc"
     require_task(spec)

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from rightrank.cli import main
-from rightrank.engine.bench import Scores
-from rightrank.engine.together import run_trial
-from rightrank.engine.train import TrialFolders, Watcher
+from rightrank.engine.arm_training import TrialFolders, Watcher
+from rightrank.engine.runtime import Scores
+from rightrank.engine.training_loop import run_trial
 from rightrank.io.adapter_folder import AdapterFolder, open_adapter
 from rightrank.probe import importance
 from rightrank.probe.allocate import _Trained, compare, shuffled
@@ -23,14 +23,14 @@ from rightrank.probe.rank_choice import RankChoice
 from rightrank.probe.resize import write_resized
 from rightrank.records import Arm, Trial
 from rightrank.records.probe import AllocationTrial
-from tests.helpers import make_bench
+from tests.helpers import make_runtime
 from tests.tiny import small_settings
 
 
 @pytest.fixture(scope="module")
 def trained(model_folder: Path, completion_file: Path, tmp_path_factory: pytest.TempPathFactory) -> AdapterFolder:
     root = tmp_path_factory.mktemp("trained")
-    bench = make_bench(model_folder, completion_file, small_settings(max_steps=20), root / "cache")
+    bench = make_runtime(model_folder, completion_file, small_settings(max_steps=20), root / "cache")
     arm = Arm(rank=8, learning_rate=1e-2, lora_alpha=32.0, seed=0, steps=20)
     run_trial(bench, Trial(trial_id="t", arm=arm), None, TrialFolders(root / "c", root / "adapter"), Watcher())
     return open_adapter(root / "adapter")

@@ -11,14 +11,14 @@ import torch
 
 from rightrank import ResizeOptions, make_settings, resize
 from rightrank.cli import main
-from rightrank.engine.together import run_trial
-from rightrank.engine.train import TrialFolders, Watcher
+from rightrank.engine.arm_training import TrialFolders, Watcher
+from rightrank.engine.training_loop import run_trial
 from rightrank.io.adapter_folder import open_adapter
 from rightrank.io.adapters import save_adapter
 from rightrank.probe.bench_of import DataUse, adapter_on, bench_of
 from rightrank.probe.held_out import Recovery, measure
 from rightrank.records import Arm, Trial, TrialFinished
-from tests.helpers import make_bench
+from tests.helpers import make_runtime
 from tests.probe.adapters import load_strictly, tensors_of
 from tests.tiny import small_settings
 
@@ -29,7 +29,7 @@ SETTINGS = ["--set", "seq_len=32", "--set", "eval_items=12", "--set", "batch_siz
 def trained(model_folder: Path, completion_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A rank-8 adapter that learned something, in few directions."""
     root = tmp_path_factory.mktemp("trained")
-    bench = make_bench(model_folder, completion_file, small_settings(max_steps=150), root / "cache")
+    bench = make_runtime(model_folder, completion_file, small_settings(max_steps=150), root / "cache")
     arm = Arm(rank=8, learning_rate=1e-2, lora_alpha=32.0, seed=0, steps=150)
     run_trial(bench, Trial(trial_id="t", arm=arm), None, TrialFolders(root / "c", root / "adapter"), Watcher())
     return root / "adapter"
@@ -103,7 +103,7 @@ def test_training_an_adapter_that_exists_is_the_engines_training(
     model_folder: Path, completion_file: Path, tmp_path: Path
 ) -> None:
     settings = small_settings()
-    bench = make_bench(model_folder, completion_file, settings, tmp_path / "cache")
+    bench = make_runtime(model_folder, completion_file, settings, tmp_path / "cache")
     arm = Arm(rank=4, learning_rate=1e-2, lora_alpha=32.0, seed=0, steps=8)
     with bench.arm(arm) as fresh:
         save_adapter(fresh, tmp_path / "fresh", str(model_folder))

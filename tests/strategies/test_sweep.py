@@ -17,7 +17,7 @@ from rightrank.report.sweep_table import sweep_map
 from rightrank.settings import make_settings
 from rightrank.strategies import History, strategy_named
 from rightrank.variants import Variant, variants_of
-from tests.helpers import make_bench
+from tests.helpers import make_runtime
 from tests.strategies.test_conformance import run_all
 from tests.strategies.worlds import World, make_space
 from tests.tiny import small_settings
@@ -114,7 +114,7 @@ def test_a_set_that_cannot_hold_as_many_parameters_is_refused(
 ) -> None:
     settings = small_settings(ranks=(1, 16), sweep=("equal_targets=k_proj",))
     with pytest.raises(ModelError, match="as many parameters as rank 16 has over all-linear take rank"):
-        make_bench(model_folder, completion_file, settings, tmp_path)
+        make_runtime(model_folder, completion_file, settings, tmp_path)
 
 
 def test_a_sweep_is_drawn_rank_by_setting() -> None:

@@ -2,7 +2,7 @@
 
 Each pass over the data is a fresh permutation, cut into batches as it comes. Batches of like length would pad less,
 but a step's loss is a mean over its labels: a label in a batch of short items would weigh more than one in a batch of
-long items. Where it can be, items are joined into one row instead (`joined.py`), and nothing is padded.
+long items. Where it can be, items are joined into one row instead (`sequence_packing.py`), and nothing is padded.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 
 from rightrank.engine.encode import IGNORED
-from rightrank.engine.token_store import EncodedItem, lengths_of
+from rightrank.engine.token_store import EncodedExample, lengths_of
 
 WINDOW_BATCHES = 16
 
@@ -31,7 +31,7 @@ class Batch:
     tokens: int  # real tokens, no padding
     lengths: tuple[int, ...] | None = None  # of the items, where they are joined: tensors are [1, tokens]
 
-    def item_numbers(self) -> torch.Tensor:
+    def example_numbers(self) -> torch.Tensor:
         """Of every position, the number of its item in the batch; shaped as `input_ids`."""
         device = self.input_ids.device
         if self.lengths is None:
@@ -71,7 +71,7 @@ def batch_plan_by_length(lengths: npt.NDArray[np.int64], batch_size: int, steps:
     return plan[:steps]
 
 
-def collate(items: Sequence[EncodedItem], indices: Sequence[int], pad_id: int, device: torch.device) -> Batch:
+def collate(items: Sequence[EncodedExample], indices: Sequence[int], pad_id: int, device: torch.device) -> Batch:
     """Pad the items at `indices` to their longest."""
     chosen = [items[index] for index in indices]
     longest = max(item.length for item in chosen)
@@ -93,7 +93,7 @@ def collate(items: Sequence[EncodedItem], indices: Sequence[int], pad_id: int, d
     )
 
 
-def length_sorted_batches(items: Sequence[EncodedItem], batch_size: int) -> list[list[int]]:
+def length_sorted_batches(items: Sequence[EncodedExample], batch_size: int) -> list[list[int]]:
     """All item indices in batches of like length, for evaluation: a fixed composition, so identical values."""
     order: list[int] = np.argsort(lengths_of(items), kind="stable").tolist()
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]

@@ -1,4 +1,4 @@
-"""The certificate: one arm of the run trained again, alone, and compared with what it was in its pack."""
+"""The certificate: one arm of the run trained again, alone, and compared with what it was in its pass."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from rightrank.engine.bench import Bench
-from rightrank.engine.together import run_trial
-from rightrank.engine.train import TrialFolders, Watcher
+from rightrank.engine.arm_training import TrialFolders, Watcher
+from rightrank.engine.runtime import Runtime
+from rightrank.engine.training_loop import run_trial
 from rightrank.errors import RunError
 from rightrank.records import Certified, Trial, TrialFinished
 
@@ -20,7 +20,7 @@ SEED_SHARE = 0.1  # in less than float32: of the difference that another seed ma
 
 
 def certify(
-    bench: Bench,
+    runtime: Runtime,
     trial: TrialFinished,
     adapter: Path,
     scratch: Path,
@@ -39,7 +39,7 @@ def certify(
     """
     arm = trial.arm.model_copy(update={"continue_from": None})
     folders = TrialFolders(scratch / f"{trial.trial_id}.safetensors", scratch / trial.trial_id)
-    again = run_trial(bench, Trial(trial_id=trial.trial_id, arm=arm), None, folders, watcher)
+    again = run_trial(runtime, Trial(trial_id=trial.trial_id, arm=arm), None, folders, watcher)
     if not isinstance(again, TrialFinished):
         raise RunError(f"{arm.label()} ended without a result when trained again alone: {again.reason}")
     step, run = largest_differences(trial.train_losses, again.train_losses)
@@ -47,7 +47,7 @@ def certify(
         load_file(adapter / "adapter_model.safetensors"), load_file(folders.adapter / "adapter_model.safetensors")
     )
     value = abs(trial.value - again.value)
-    exact = next(bench.model.parameters()).dtype == torch.float32
+    exact = next(runtime.model.parameters()).dtype == torch.float32
     if exact:
         passed: bool | None = step <= STEP_BOUND and run <= RUN_BOUND and tensors <= RUN_BOUND
     else:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rightrank.engine.token_store import EncodedItem, TokenStore, lengths_of
+from rightrank.engine.token_store import EncodedExample, TokenStore, lengths_of
 from rightrank.errors import DataError
 from rightrank.io.data import SPLITS, DataForm, DataSplits
 from rightrank.io.item_store import Item
@@ -26,7 +26,7 @@ IGNORED = -100  # torch's and transformers' label for "no loss here"
 class EncodedData:
     """Every split, encoded, and the summary of what became of the items."""
 
-    splits: Mapping[SplitName, Sequence[EncodedItem]]
+    splits: Mapping[SplitName, Sequence[EncodedExample]]
     texts: Mapping[SplitName, Sequence[Item]]  # the held-out items, for what the model writes
     summary: DataSummary
 
@@ -48,7 +48,7 @@ def encode(data: DataSplits, model: LoadedModel, settings: SelectSettings, folde
     """
     limit = settings.seq_len
     encoder = _Encoder(model.tokenizer, data.form, data.classes)
-    splits: dict[SplitName, Sequence[EncodedItem]] = {}
+    splits: dict[SplitName, Sequence[EncodedExample]] = {}
     summaries: dict[str, SplitSummary] = {}
     for split in SPLITS:
         count = _Count()
@@ -79,7 +79,7 @@ def encode(data: DataSplits, model: LoadedModel, settings: SelectSettings, folde
     return EncodedData(splits, {"selection": data.items["selection"], "test": data.items["test"]}, summary)
 
 
-def label_count(item: EncodedItem, classification: bool) -> int:
+def label_count(item: EncodedExample, classification: bool) -> int:
     """Labels that carry loss: the first position of a language model has nothing before it to predict from."""
     if classification:
         return 1
@@ -97,7 +97,7 @@ class _Count:
 
 def _encode_split(
     encoder: _Encoder, items: Iterable[Item], limit: int, long_items: str, count: _Count
-) -> Iterator[EncodedItem]:
+) -> Iterator[EncodedExample]:
     for item in items:
         ids, labels = encoder(item)
         count.truncated += len(ids) > limit
@@ -108,7 +108,7 @@ def _encode_split(
             piece_ids = ids[start : start + limit]
             piece_labels = labels if encoder.is_classification else labels[start : start + limit]
             suffix = f"#{start}" if start else ""
-            piece = EncodedItem(item.item_id + suffix, piece_ids, piece_labels)
+            piece = EncodedExample(item.item_id + suffix, piece_ids, piece_labels)
             found = label_count(piece, encoder.is_classification)
             if piece_ids and found:
                 yield piece

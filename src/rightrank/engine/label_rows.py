@@ -15,7 +15,7 @@ import torch
 
 from rightrank.engine.batches import Batch
 from rightrank.engine.encode import IGNORED
-from rightrank.engine.lora import Routing
+from rightrank.engine.multi_lora_layers import Routing
 
 WORTH_IT = 0.75  # share of the positions that carry a label, above which gathering rows costs more than it saves
 _MLP_NAMES = ("mlp", "feed_forward", "ffn")

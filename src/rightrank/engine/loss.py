@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from rightrank.engine.batches import Batch
 from rightrank.engine.encode import IGNORED
-from rightrank.engine.joined import positions
+from rightrank.engine.sequence_packing import position_ids
 
 CHUNK_LOGITS = 2**24  # logits held at once, in elements: 64 MiB in float32
 HEAD_TOLERANCE = 1e-3  # relative, between the head's loss and the model's own, in the model's dtype
@@ -68,10 +68,10 @@ def head_loss(model: Any, batch: Batch, scale: Scale) -> BatchLoss:
     """Shifted cross-entropy with the head applied only where there is a label."""
     # Padding is on the right and every loss is causal, so no position with a label sees a padded one:
     # the mask can be left out, and attention takes its causal fast path.
-    restarting = {} if batch.lengths is None else {"position_ids": positions(batch.lengths, batch.input_ids.device)}
+    restarting = {} if batch.lengths is None else {"position_ids": position_ids(batch.lengths, batch.input_ids.device)}
     hidden = model.base_model(input_ids=batch.input_ids, use_cache=False, **restarting).last_hidden_state
     keep, targets = _label_positions(batch)
-    items = batch.item_numbers()[:, 1:][keep]
+    items = batch.example_numbers()[:, 1:][keep]
     total, losses = chunked_cross_entropy(hidden[:, :-1][keep], targets, output_head(model), _by_label(scale, items))
     return _by_item(total, losses, items, len(batch.indices))
 
@@ -81,7 +81,7 @@ def logits_loss(model: Any, batch: Batch, scale: Scale) -> BatchLoss:
     logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
     keep, targets = _label_positions(batch)
     losses = F.cross_entropy(logits[:, :-1][keep].float(), targets, reduction="none")
-    items = batch.item_numbers()[:, 1:][keep]
+    items = batch.example_numbers()[:, 1:][keep]
     return _by_item((losses * _by_label(scale, items)).sum(), losses.detach(), items, len(batch.indices))
 
 

@@ -9,7 +9,7 @@ from types import TracebackType
 
 import torch
 
-from rightrank.engine.world import world_size
+from rightrank.engine.distributed import world_size
 from rightrank.errors import is_out_of_memory
 
 _STATUS = Path("/proc/self/status")
@@ -17,7 +17,7 @@ _CLEAR = Path("/proc/self/clear_refs")
 _RESET_PEAK = "5"  # Linux: forget the peak resident set (man 5 proc)
 
 
-def may_do_with_less(error: BaseException) -> bool:
+def is_recoverable_oom(error: BaseException) -> bool:
     """Whether memory ran out and this process can go on with less at a time.
 
     Of several that share an arm none can: the others are in the middle of the same pass and wait for it.

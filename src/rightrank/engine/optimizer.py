@@ -40,7 +40,7 @@ def fresh_state(parameter: torch.nn.Parameter, fused: bool) -> dict[str, torch.T
     }
 
 
-def rate_schedule(settings: SelectSettings, steps: int) -> Callable[[int], float]:
+def learning_rate_schedule(settings: SelectSettings, steps: int) -> Callable[[int], float]:
     """transformers' schedule as a pure function of the step: the factor on the learning rate."""
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
     warmup = math.ceil(settings.warmup_ratio * steps)

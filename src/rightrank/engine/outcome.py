@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from rightrank.engine.bench import Bench, Scores
+from rightrank.engine.runtime import Runtime, Scores
 from rightrank.engine.scoring import Measured
 from rightrank.records import EvalPoint, Trial, TrialDiverged, TrialFinished
 
@@ -55,7 +55,7 @@ class Seen:
 
 def finished(
     trial: Trial,
-    bench: Bench,
+    runtime: Runtime,
     progress: Progress,
     seen: Seen,
     parameters: int,
@@ -63,7 +63,7 @@ def finished(
     pack_size: int,
 ) -> TrialFinished:
     scores, measured = seen.scores, seen.measured or Measured()
-    value, value_metric = seen.value(bench.settings.metric_name)
+    value, value_metric = seen.value(runtime.settings.metric_name)
     return TrialFinished(
         trial_id=trial.trial_id,
         **trial.arm.model_dump(),

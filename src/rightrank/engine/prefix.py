@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from rightrank.engine.batches import Batch, collate
-from rightrank.engine.token_store import EncodedItem, lengths_of
+from rightrank.engine.token_store import EncodedExample, lengths_of
 from rightrank.io.files import reserve_room
 
 IN_MEMORY_BYTES = 2**30  # a larger store goes to a memory-mapped file
@@ -33,7 +33,7 @@ class _ReachedBlock(Exception):  # noqa: N818 - not an error: it ends a forward 
 class _Store:
     """Hidden states of one split: a flat [tokens, d] tensor of the items that were expected, and the others apart."""
 
-    items: Sequence[EncodedItem]
+    items: Sequence[EncodedExample]
     groups: list[list[int]]
     group_of: dict[int, int]
     begins: dict[int, int]  # of the expected items, in tokens
@@ -67,7 +67,7 @@ class FrozenPrefix:
         self._returns_tuple = False
         self._current: torch.Tensor | None = None
 
-    def add_split(self, name: str, items: Sequence[EncodedItem], expected: Iterable[int]) -> None:
+    def add_split(self, name: str, items: Sequence[EncodedExample], expected: Iterable[int]) -> None:
         """Items that are expected to be asked for are computed in groups of like length, the others one by one."""
         together = np.asarray(sorted(set(expected)), np.int64)
         lengths = lengths_of(items)
@@ -102,7 +102,7 @@ class FrozenPrefix:
         """Within the block, the lower blocks return what is stored for `batch`; `model` is the bare base."""
         store = self._stores[split]
         self._fill(model, store, split, {self._group_of(store, index) for index in batch.indices})
-        distinct = list(dict.fromkeys(batch.indices))  # the arms of a pack ask for the same items
+        distinct = list(dict.fromkeys(batch.indices))  # the arms of a pass ask for the same items
         rows = [store.rows(index) for index in distinct]
         numbers = [distinct.index(index) for index in batch.indices]
         if batch.lengths is None:

@@ -6,20 +6,20 @@ from typing import Any
 
 import torch
 
-from rightrank.engine.bench import Bench
+from rightrank.engine.runtime import Runtime
 from rightrank.io.item_store import Item
 
 MAX_NEW_TOKENS = 64
 MAX_PROMPT_TOKENS = 256
 
 
-def promptable_items(bench: Bench, count: int) -> list[Item]:
+def promptable_items(runtime: Runtime, count: int) -> list[Item]:
     """The first `count` test items with a string prompt that is not too long to read."""
-    if bench.data.summary.form != "prompt_completion":
+    if runtime.data.summary.form != "prompt_completion":
         return []
-    tokenizer = bench.loaded.tokenizer
+    tokenizer = runtime.loaded.tokenizer
     found: list[Item] = []
-    for item in bench.data.texts["test"]:
+    for item in runtime.data.texts["test"]:
         if len(found) == count:
             break
         prompt = item.content["prompt"]
@@ -29,11 +29,11 @@ def promptable_items(bench: Bench, count: int) -> list[Item]:
 
 
 @torch.no_grad()
-def write_completion(bench: Bench, item: Item) -> str:
+def write_completion(runtime: Runtime, item: Item) -> str:
     """Greedy, at most 64 new tokens, with whatever adapter the base now carries."""
-    tokenizer: Any = bench.loaded.tokenizer
-    encoded = tokenizer(item.content["prompt"], return_tensors="pt").to(bench.loaded.device)
-    output = bench.model.generate(
+    tokenizer: Any = runtime.loaded.tokenizer
+    encoded = tokenizer(item.content["prompt"], return_tensors="pt").to(runtime.loaded.device)
+    output = runtime.model.generate(
         input_ids=encoded["input_ids"],
         attention_mask=encoded["attention_mask"],
         max_new_tokens=MAX_NEW_TOKENS,

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from rightrank.engine.answers import answers as answers_of
-from rightrank.engine.bench import Bench
+from rightrank.engine.distributed import broadcast, process_index
+from rightrank.engine.generation import answers as answers_of
+from rightrank.engine.runtime import Runtime
 from rightrank.engine.tasks import score_task
-from rightrank.engine.world import rank, told_by
 from rightrank.errors import MetricError
 from rightrank.io.scorers import Answer, Limits, Scored, require_scorer, score, write_answers
 from rightrank.maths.scores import exact_match, macro_f1, rouge_l, rouge_n, token_f1
@@ -52,7 +52,7 @@ class Measured:
             raise MetricError(f"{reason}; what was trained is kept: mend it and run the same command again")
 
 
-def measured_at_ends(settings: SelectSettings) -> list[MetricSpec]:
+def end_metrics(settings: SelectSettings) -> list[MetricSpec]:
     """The metrics that are measured where a training ends."""
     return [spec for spec in settings.metric_specs if not spec.is_measured_along]
 
@@ -76,34 +76,34 @@ def require_scorers(settings: SelectSettings) -> None:
             require_task(spec)
 
 
-def measure(bench: Bench, split: SplitName, keep: Path | None = None) -> Measured:
+def measure(runtime: Runtime, split: SplitName, keep: Path | None = None) -> Measured:
     """Every such metric on a split, under whatever adapter the base now carries.
 
     Args:
-        bench: base, data and settings.
+        runtime: base, data and settings.
         split: the items asked; tasks bring their own, the same for every split, and are measured on `selection` alone.
         keep: the file to keep the answers in.
     """
-    specs = measured_at_ends(bench.settings)
+    specs = end_metrics(runtime.settings)
     measured = Measured()
     if not specs:
         return measured
-    answered = answers_of(bench, split) if any(spec.needs_answers for spec in specs) else []
-    if keep is not None and answered and rank() == 0:
+    answered = answers_of(runtime, split) if any(spec.needs_answers for spec in specs) else []
+    if keep is not None and answered and process_index() == 0:
         write_answers(answered, keep)
     for spec in specs:
         if spec.kind == "lm-eval" and split != "selection":
             continue
         try:
-            measured.scored[spec.name] = _in_every_process(partial(_score, bench, spec, answered))
+            measured.scored[spec.name] = _in_every_process(partial(_score, runtime, spec, answered))
         except MetricError as error:
             measured.failed[spec.name] = str(error)
     return measured
 
 
-def _score(bench: Bench, spec: MetricSpec, answered: Sequence[Answer]) -> Scored:
+def _score(runtime: Runtime, spec: MetricSpec, answered: Sequence[Answer]) -> Scored:
     if spec.kind == "lm-eval":
-        return score_task(bench, spec)
+        return score_task(runtime, spec)
     if spec.name in TEXT_SCORES:
         item_score = TEXT_SCORES[spec.name]
         return Scored.of_items([item_score(answer.expected, answer.completion) for answer in answered])
@@ -112,7 +112,7 @@ def _score(bench: Bench, spec: MetricSpec, answered: Sequence[Answer]) -> Scored
     with tempfile.TemporaryDirectory(prefix="rightrank-") as folder:
         path = Path(folder) / "answers.jsonl"
         write_answers(answered, path)
-        return score(spec, path, len(answered), limits_of(bench.settings))
+        return score(spec, path, len(answered), limits_of(runtime.settings))
 
 
 def _in_every_process(task: Callable[[], Scored]) -> Scored:
@@ -122,13 +122,13 @@ def _in_every_process(task: Callable[[], Scored]) -> Scored:
         MetricError: it failed there.
     """
     told: dict[str, object] = {}
-    if rank() == 0:
+    if process_index() == 0:
         try:
             scored = task()
             told = {"value": scored.value, "items": scored.items}
         except MetricError as error:
             told = {"error": str(error)}
-    told = told_by(0, told)
+    told = broadcast(0, told)
     if "error" in told:
         raise MetricError(str(told["error"]))
     return Scored(told["value"], told["items"])  # type: ignore[arg-type]

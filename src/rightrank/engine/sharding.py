@@ -1,7 +1,7 @@
 """A base that one device can't hold: every process keeps its share of each block (torch's FSDP, `fully_shard`).
 
 A block's weights are gathered when it runs, forward and backward, and let go after it. The base is frozen, so nothing
-of it is ever reduced; adapters are whole in every process, and their gradients are summed in `world.py`. Embeddings,
+of it is ever reduced; adapters are whole in every process, and their gradients are summed in `distributed.py`. Embeddings,
 the last norm and the output head stay whole: the loss takes the head without the model's own forward.
 """
 
@@ -13,8 +13,8 @@ import torch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
+from rightrank.engine.distributed import world_size
 from rightrank.engine.prefix import find_blocks
-from rightrank.engine.world import world_size
 from rightrank.errors import ModelError, SettingsError
 from rightrank.io.models import LoadedModel
 

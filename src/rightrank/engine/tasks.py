@@ -8,8 +8,8 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
-from rightrank.engine.answers import remembering
-from rightrank.engine.bench import Bench
+from rightrank.engine.generation import kv_cache
+from rightrank.engine.runtime import Runtime
 from rightrank.errors import MetricError, MissingExtraError, SettingsError
 from rightrank.io.scorers import Scored
 from rightrank.settings import MetricSpec
@@ -35,7 +35,7 @@ def require_task(spec: MetricSpec) -> None:
     _task_name(spec)
 
 
-def score_task(bench: Bench, spec: MetricSpec) -> Scored:
+def score_task(runtime: Runtime, spec: MetricSpec) -> Scored:
     """The task's metric under whatever adapter the base now carries; its items where it is their mean.
 
     Raises:
@@ -46,13 +46,13 @@ def score_task(bench: Bench, spec: MetricSpec) -> Scored:
     from lm_eval.tasks import TaskManager
 
     name = _task_name(spec)
-    with bench.without_dropout(), remembering(bench.model), redirect_stdout(sys.stderr):
+    with runtime.without_dropout(), kv_cache(runtime.model), redirect_stdout(sys.stderr):
         try:
             found = lm_eval.simple_evaluate(
                 model=HFLM(
-                    pretrained=bench.model,
-                    tokenizer=bench.loaded.tokenizer,
-                    batch_size=bench.settings.eval_batch_size,
+                    pretrained=runtime.model,
+                    tokenizer=runtime.loaded.tokenizer,
+                    batch_size=runtime.settings.eval_batch_size,
                 ),
                 tasks=[name],
                 task_manager=TaskManager(include_path=str(Path(spec.target).parent), include_defaults=False),

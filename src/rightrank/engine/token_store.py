@@ -22,7 +22,7 @@ BUFFERED_VALUES = 2**16  # held back before they are written
 
 
 @dataclass(frozen=True, slots=True)
-class EncodedItem:
+class EncodedExample:
     """Token ids and labels of one item, both of length n; for a classification one class instead."""
 
     item_id: str
@@ -34,10 +34,10 @@ class EncodedItem:
         return len(self.input_ids)
 
 
-class TokenStore(StoredSequence[EncodedItem]):
+class TokenStore(StoredSequence[EncodedExample]):
     """Items that are read back one by one; written once, then closed."""
 
-    def __init__(self, items: Iterable[EncodedItem], folder: Path | None) -> None:
+    def __init__(self, items: Iterable[EncodedExample], folder: Path | None) -> None:
         """Take all of `items`, as they come, into files in `folder` (None: where the system keeps temporary files)."""
         self._ids = _FlatFile("u1", folder)
         self._tokens = _FlatFile("i4", folder)
@@ -59,12 +59,12 @@ class TokenStore(StoredSequence[EncodedItem]):
     def __len__(self) -> int:
         return len(self._tokens.ends) - 1
 
-    def read(self, number: int) -> EncodedItem:
+    def read(self, number: int) -> EncodedExample:
         name = bytes(self._ids.read(number)).decode()
-        return EncodedItem(name, self._tokens.read(number).tolist(), self._labels.read(number).tolist())
+        return EncodedExample(name, self._tokens.read(number).tolist(), self._labels.read(number).tolist())
 
 
-def lengths_of(items: Sequence[EncodedItem]) -> npt.NDArray[np.int64]:
+def lengths_of(items: Sequence[EncodedExample]) -> npt.NDArray[np.int64]:
     """[items], in tokens."""
     if isinstance(items, TokenStore):
         return items.lengths

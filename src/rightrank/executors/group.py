@@ -1,4 +1,4 @@
-"""Several processes that are one worker: each takes its share of every batch of an arm (see `engine.world`).
+"""Several processes that are one worker: each takes its share of every batch of an arm (see `engine.distributed`).
 
 All of a group are told the same; only the first is listened to. They find each other at a store of torch's that the
 driver keeps, and from then on talk among themselves.

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 
-from rightrank.engine.bench import Bench
-from rightrank.engine.pack_size import pack_size
-from rightrank.engine.together import Company, train_trials
-from rightrank.engine.train import TrialFolders, Watcher
-from rightrank.engine.world import told_by
+from rightrank.engine.adapters_per_pass import pack_size
+from rightrank.engine.arm_training import TrialFolders, Watcher
+from rightrank.engine.distributed import broadcast
+from rightrank.engine.runtime import Runtime
+from rightrank.engine.training_loop import Company, train_trials
 from rightrank.io.run_folder import RunFolder
 from rightrank.records import Trial, TrialOutcome, TrialStarted
 
@@ -18,7 +18,7 @@ class LocalExecutor:
 
     def __init__(
         self,
-        bench: Bench,
+        bench: Runtime,
         folder: RunFolder,
         watcher: Watcher,
         on_start: Callable[[TrialStarted], None],
@@ -46,7 +46,7 @@ class LocalExecutor:
             self._prepared = True
         arms = [trial.arm for trial in trained]
         # Of several processes that share an arm all take what the first has measured.
-        size = told_by(0, pack_size(self._bench, arms, self._notice, self._largest_pack))
+        size = broadcast(0, pack_size(self._bench, arms, self._notice, self._largest_pack))
         company = Company(size, self._started, self._notice)
         yield from train_trials(self._bench, trained, base_loss, self._folders, self._watcher, company)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from rightrank.engine.bench import Bench
+from rightrank.engine.runtime import Runtime
 from rightrank.errors import SettingsError
 from rightrank.executors.messages import Job, Orders
 from rightrank.executors.pool import Crew, Looking, Pool, Terms
@@ -96,7 +96,7 @@ def _task_trials(settings: SelectSettings, needs: Needs) -> int:
 
 
 @contextmanager
-def set_aside(bench: Bench) -> Iterator[None]:
+def set_aside(bench: Runtime) -> Iterator[None]:
     """Keep the driver's own base off the accelerator while workers use it."""
     device = bench.loaded.device
     if device.type == "cpu" or bench.settings.weight_bits is not None:  # quantised matrices stay where they were made

@@ -7,8 +7,8 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from rightrank.engine.train import CHECKPOINT_SHARE
-from rightrank.engine.world import rank
+from rightrank.engine.arm_training import CHECKPOINT_SHARE
+from rightrank.engine.distributed import process_index
 from rightrank.errors import InterruptedRun
 from rightrank.executors import Executor
 from rightrank.io.run_folder import RunFolder
@@ -69,7 +69,7 @@ class Courier:
         """What is in the store is not kept here too; nobody goes on from a trial that has ended."""
         shutil.rmtree(self._folder.trial_adapter(outcome.trial_id), ignore_errors=True)
         checkpoint = self._folder.checkpoint(outcome.trial_id)
-        if outcome.arm.stop_at is None and self._sent.pop(checkpoint, None) is not None and rank() == 0:
+        if outcome.arm.stop_at is None and self._sent.pop(checkpoint, None) is not None and process_index() == 0:
             self._store.remove(self._name(checkpoint))
 
     def send_due(self) -> None:

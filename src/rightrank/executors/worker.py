@@ -98,12 +98,12 @@ class Worker:
 
     def _joined(self, group: Group, ready: Ready) -> Ready:
         """What the first of the group tells for all: one that differs from it, if any does."""
-        from rightrank.engine.world import told_by
+        from rightrank.engine.distributed import broadcast
         from rightrank.executors.group import join
 
         join(group)
-        self._is_asked_to_stop = lambda: bool(told_by(0, self._stop.is_set()))  # all leave at the same step
-        all_told = [told_by(number, ready.model_dump()) for number in range(group.size)]
+        self._is_asked_to_stop = lambda: bool(broadcast(0, self._stop.is_set()))  # all leave at the same step
+        all_told = [broadcast(number, ready.model_dump()) for number in range(group.size)]
         return Ready.model_validate(next((one for one in all_told if one != all_told[0]), all_told[0]))
 
     def _token(self, orders: Orders) -> str | None:
@@ -126,7 +126,7 @@ class Worker:
         return self._executors[job.name]
 
     def _made(self, job: Job, scratch: Path) -> Executor:
-        from rightrank.engine.train import Watcher
+        from rightrank.engine.arm_training import Watcher
         from rightrank.executors.local import LocalExecutor
         from rightrank.executors.stored import Courier, StoredExecutor
         from rightrank.io.run_folder import RunFolder

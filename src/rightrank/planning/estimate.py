@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from rightrank.engine.prefix import prefix_depth
-from rightrank.errors import ModelError, PackingError, SettingsError
+from rightrank.errors import ModelError, MultiLoraError, SettingsError
 from rightrank.io.models import first_line
 from rightrank.maths.counts import safetensors_bytes
 from rightrank.planning.formula import formula_highest
@@ -146,7 +146,7 @@ class Estimator:
                 evaluation = None if self.settings.eval_batch_size is None else self._highest(rank, False)
                 source: Source = "traced" if self.step_factor is None else "measured"
                 return RankEstimate(rank, parts, training, evaluation, self.flops(rank), source)
-            except PackingError as error:
+            except MultiLoraError as error:
                 raise SettingsError(f"arms: this model's trainings can't share a pass ({error}); give arms 1") from None
             except UNTRACEABLE as error:
                 self.untraceable = f"{type(error).__name__}: {first_line(error)}"

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
+from rightrank.engine.adapters_per_pass import MAX_ADAPTERS_PER_PASS
 from rightrank.engine.batches import collate
 from rightrank.engine.loss import logits_loss
-from rightrank.engine.pack_size import MOST_ARMS
-from rightrank.engine.token_store import EncodedItem
+from rightrank.engine.token_store import EncodedExample
 from rightrank.errors import SettingsError
 from rightrank.io.models import LoadedModel, device_memory
 from rightrank.planning.budget import cheapest_changes, context_bytes, needed
@@ -131,7 +131,9 @@ def plan_selection(
         and settings.pack_size != 1
         and (plan_settings.device == "cuda" or settings.pack_size is not None)
     )
-    largest = _largest_pack(estimator, held[max(fitting)], settings.pack_size or MOST_ARMS) if packs else None
+    largest = (
+        _largest_pack(estimator, held[max(fitting)], settings.pack_size or MAX_ADAPTERS_PER_PASS) if packs else None
+    )
     return SelectionPlan(estimator, found, peaks, needs, memory, fitting, largest)
 
 
@@ -175,7 +177,7 @@ def _plan_settings(
 
 
 @torch.no_grad()
-def first_pass_loss(loaded: LoadedModel, items: Sequence[EncodedItem]) -> float:
+def first_pass_loss(loaded: LoadedModel, items: Sequence[EncodedExample]) -> float:
     """The base's loss on a few items, nats a label token; one at a time, since all their logits are made."""
     losses = [
         logits_loss(loaded.model, collate(items, [index], loaded.tokenizer.pad_token_id, loaded.device), 1.0)

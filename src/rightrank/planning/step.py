@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
 
-from rightrank.engine.bench import recomputed_blocks
-from rightrank.engine.lora import Routing, install
 from rightrank.engine.loss import chunked_cross_entropy, output_head
+from rightrank.engine.multi_lora_layers import Routing, install
 from rightrank.engine.prefix import find_blocks
+from rightrank.engine.runtime import gradient_checkpointing_on
 from rightrank.io.models import DTYPES
 from rightrank.planning.kernels import DeviceKernels
 from rightrank.planning.quantised import mark_adapted
@@ -127,7 +127,7 @@ def mode_of(model: Any, settings: PlanSettings, training: bool) -> Iterator[None
     if not (settings.gradient_checkpointing and training):
         yield
         return
-    with recomputed_blocks(model.get_base_model()):
+    with gradient_checkpointing_on(model.get_base_model()):
         model.train(as_trainer)
         if not as_trainer:
             for module in model.modules():

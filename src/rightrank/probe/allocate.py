@@ -16,7 +16,7 @@ from typing import Literal
 import numpy as np
 
 from rightrank.engine.adapter import attached
-from rightrank.engine.bench import Bench, Scores
+from rightrank.engine.runtime import Runtime, Scores
 from rightrank.engine.targets import lora_config
 from rightrank.errors import SettingsError, did_you_mean
 from rightrank.io.adapter_folder import AdapterFolder, open_adapter
@@ -86,7 +86,7 @@ def allocate(path: Path, data: Path, options: AllocateOptions) -> Allocation:
     return _answer(adapter, ranks, trained, options)
 
 
-def make_pattern(adapter: AdapterFolder, bench: Bench, budget: int, options: AllocateOptions) -> dict[str, int]:
+def make_pattern(adapter: AdapterFolder, bench: Runtime, budget: int, options: AllocateOptions) -> dict[str, int]:
     """Ranks by the measure that was asked for, within the budget of parameters."""
     if options.by == "spectra":
         return importance.by_spectra(adapter, budget)
@@ -150,7 +150,7 @@ def _check(options: AllocateOptions) -> None:
 
 
 def _train(
-    bench: Bench,
+    bench: Runtime,
     adapter: AdapterFolder,
     kind: PatternKind,
     ranks: Mapping[str, int],

@@ -13,9 +13,9 @@ import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 
-from rightrank.engine.bench import Bench, Scores
 from rightrank.engine.encode import encode
-from rightrank.engine.optimizer import make_optimizer, rate_schedule
+from rightrank.engine.optimizer import learning_rate_schedule, make_optimizer
+from rightrank.engine.runtime import Runtime, Scores
 from rightrank.errors import ModelError, RunError, SettingsError
 from rightrank.io.adapter_folder import AdapterFolder
 from rightrank.io.data import load_data
@@ -34,7 +34,7 @@ class DataUse:
     steps: int = 0  # of training, for each adapter
 
 
-def make_bench(base: str, modules: tuple[str, ...] | None, use: DataUse) -> Bench:
+def make_bench(base: str, modules: tuple[str, ...] | None, use: DataUse) -> Runtime:
     """A bench on which adapters of exactly these modules are measured and trained; None for the settings' own.
 
     Raises:
@@ -54,10 +54,10 @@ def make_bench(base: str, modules: tuple[str, ...] | None, use: DataUse) -> Benc
         base, settings.dtype, settings.device, splits.classes, settings.trust_remote_code, settings.weight_bits
     )
     encoded = encode(splits, loaded, settings)
-    return Bench(loaded, encoded, settings, max(1, use.steps), use.cache)
+    return Runtime(loaded, encoded, settings, max(1, use.steps), use.cache)
 
 
-def bench_of(adapter: AdapterFolder, base: str | None, use: DataUse) -> Bench:
+def bench_of(adapter: AdapterFolder, base: str | None, use: DataUse) -> Runtime:
     """The bench on which an adapter and its truncations are measured.
 
     Raises:
@@ -74,7 +74,7 @@ def bench_of(adapter: AdapterFolder, base: str | None, use: DataUse) -> Bench:
 
 
 @contextmanager
-def adapter_on(bench: Bench, folder: Path, *, trainable: bool = False) -> Iterator[Any]:
+def adapter_on(bench: Runtime, folder: Path, *, trainable: bool = False) -> Iterator[Any]:
     """The PeftModel of an adapter folder around the bench's base, which is as before when the block ends.
 
     Raises:
@@ -99,7 +99,7 @@ def adapter_on(bench: Bench, folder: Path, *, trainable: bool = False) -> Iterat
             del base.peft_config
 
 
-def train_attached(bench: Bench, peft_model: Any, learning_rate: float, seed: int = 0) -> None:
+def train_attached(bench: Runtime, peft_model: Any, learning_rate: float, seed: int = 0) -> None:
     """Train what is trainable for the bench's steps, on the batches of `seed`: the same for whatever is attached.
 
     Raises:
@@ -108,7 +108,7 @@ def train_attached(bench: Bench, peft_model: Any, learning_rate: float, seed: in
     settings = bench.settings
     parameters = [parameter for parameter in peft_model.parameters() if parameter.requires_grad]
     optimizer = make_optimizer(parameters, learning_rate, settings)
-    factor = rate_schedule(settings, bench.steps)
+    factor = learning_rate_schedule(settings, bench.steps)
     for module in peft_model.modules():
         if isinstance(module, LoraLayer):
             module.lora_dropout.train()
@@ -125,7 +125,7 @@ def train_attached(bench: Bench, peft_model: Any, learning_rate: float, seed: in
         optimizer.zero_grad(set_to_none=True)
 
 
-def _step_loss(bench: Bench, indices: list[int]) -> float:
+def _step_loss(bench: Runtime, indices: list[int]) -> float:
     """Gradients of one optimizer step, over micro-batches; the loss summed over labels."""
     size = bench.settings.batch_size
     batches = [bench.batch("train", indices[start : start + size]) for start in range(0, len(indices), size)]

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from rightrank.decision import decide, table_of
-from rightrank.engine.bench import Bench, Scores
+from rightrank.engine.runtime import Runtime, Scores
 from rightrank.io.adapter_folder import AdapterFolder, open_adapter, write_adapter
 from rightrank.io.adapters import save_adapter
 from rightrank.io.files import require_absent
@@ -57,7 +57,7 @@ class TruncationCurve:
 def resize_by_data(
     adapter: AdapterFolder,
     out: Path,
-    bench: Bench,
+    bench: Runtime,
     candidates: Candidates,
     working: Path,
 ) -> Resized:
@@ -101,7 +101,7 @@ def _as_before(adapter: AdapterFolder, chosen: AdapterFolder, key: str, dtype: D
     return tensor.to(adapter.tensor(key).dtype)
 
 
-def truncation_curve(adapter: AdapterFolder, bench: Bench, candidates: Candidates, working: Path) -> TruncationCurve:
+def truncation_curve(adapter: AdapterFolder, bench: Runtime, candidates: Candidates, working: Path) -> TruncationCurve:
     """The held-out loss of every truncation; the candidates stay in `working` as r1, r2, …
 
     Raises:
@@ -126,7 +126,7 @@ def capped(adapter: AdapterFolder, rank: int) -> RankChoice:
     return RankChoice({module.name: min(rank, module.rank) for module in adapter.modules}, f"rank {rank} at most")
 
 
-def measure(bench: Bench, folder: Path, recovery: Recovery | None = None) -> Scores:
+def measure(bench: Runtime, folder: Path, recovery: Recovery | None = None) -> Scores:
     """Held-out scores of an adapter folder; with recovery trained first, and the folder replaced by the result."""
     with adapter_on(bench, folder, trainable=recovery is not None) as peft_model:
         if recovery is not None:

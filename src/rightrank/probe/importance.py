@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from peft import EvaConfig, LoraConfig, get_peft_model, initialize_lora_eva_weights
 
 from rightrank.engine.adapter import ADAPTER, lora_modules
-from rightrank.engine.bench import Bench
+from rightrank.engine.runtime import Runtime
 from rightrank.io.adapter_folder import AdapterFolder
 from rightrank.maths.spectra import factored_singular_values, factored_svd, ranks_by_water_filling
 from rightrank.probe.bench_of import adapter_on
@@ -37,7 +37,9 @@ def by_spectra(adapter: AdapterFolder, budget: int) -> dict[str, int]:
     return _named(adapter, ranks_by_water_filling(spectra, _costs(adapter), budget))
 
 
-def by_sensitivity(adapter: AdapterFolder, bench: Bench, budget: int, split: SplitName = "selection") -> dict[str, int]:
+def by_sensitivity(
+    adapter: AdapterFolder, bench: Runtime, budget: int, split: SplitName = "selection"
+) -> dict[str, int]:
     """Greedy by held-out loss: the step up the ranks of one module that saves most loss for its parameters.
 
     Every module is truncated alone, to 1, 2, 4, … below its rank, the others staying whole.
@@ -46,7 +48,7 @@ def by_sensitivity(adapter: AdapterFolder, bench: Bench, budget: int, split: Spl
     return greedy_ranks(curves, dict(zip(curves, _costs(adapter), strict=True)), budget)
 
 
-def truncation_sensitivity(adapter: AdapterFolder, bench: Bench, split: SplitName) -> dict[str, dict[int, float]]:
+def truncation_sensitivity(adapter: AdapterFolder, bench: Runtime, split: SplitName) -> dict[str, dict[int, float]]:
     """The loss of `split` by module and rank of that module."""
     curves: dict[str, dict[int, float]] = {}
     with adapter_on(bench, adapter.path) as peft_model:
@@ -94,7 +96,7 @@ def _best_step(name: str, curve: Mapping[int, float], rank: int, cost: int, left
     return min(steps, default=None)
 
 
-def by_gradient(adapter: AdapterFolder, bench: Bench, budget: int) -> dict[str, int]:
+def by_gradient(adapter: AdapterFolder, bench: Runtime, budget: int) -> dict[str, int]:
     """Water-filling by the energy of the loss's gradient to each weight, at the base, before any training."""
     gradients = weight_gradients(bench, [module.name for module in adapter.modules])
     limits = [min(module.rows, module.columns) for module in adapter.modules]
@@ -105,7 +107,7 @@ def by_gradient(adapter: AdapterFolder, bench: Bench, budget: int) -> dict[str, 
     return _named(adapter, ranks_by_water_filling(spectra, _costs(adapter), budget))
 
 
-def weight_gradients(bench: Bench, names: Sequence[str], items: int = GRADIENT_ITEMS) -> dict[str, torch.Tensor]:
+def weight_gradients(bench: Runtime, names: Sequence[str], items: int = GRADIENT_ITEMS) -> dict[str, torch.Tensor]:
     """The gradient of the mean training loss to each named weight of the bare base, over the first `items` items."""
     weights = {name: bench.model.get_submodule(name).weight for name in names}
     for weight in weights.values():
@@ -123,7 +125,7 @@ def weight_gradients(bench: Bench, names: Sequence[str], items: int = GRADIENT_I
             weight.grad = None
 
 
-def by_eva(adapter: AdapterFolder, bench: Bench, budget: int, rank: int) -> dict[str, int]:
+def by_eva(adapter: AdapterFolder, bench: Runtime, budget: int, rank: int) -> dict[str, int]:
     """PEFT's EVA: ranks by the variance that each further direction of a module's inputs explains.
 
     EVA shares out ranks, not parameters; where its pattern costs more than the budget it is scaled down.
@@ -152,7 +154,7 @@ def by_eva(adapter: AdapterFolder, bench: Bench, budget: int, rank: int) -> dict
     return _named(adapter, [max(1, int(one * share)) for one in ranks])
 
 
-def _batches(bench: Bench) -> Iterator[dict[str, torch.Tensor]]:
+def _batches(bench: Runtime) -> Iterator[dict[str, torch.Tensor]]:
     size = bench.settings.batch_size
     for start in range(0, min(EVA_BATCHES * size, len(bench.items("train"))), size):
         batch = bench.batch("train", range(start, min(start + size, len(bench.items("train")))))

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
-from rightrank.engine.bench import Bench
-from rightrank.engine.world import rank, told_by, world_size
+from rightrank.engine.distributed import broadcast, process_index, world_size
+from rightrank.engine.runtime import Runtime
 from rightrank.errors import DataError, is_out_of_memory
 from rightrank.io.item_store import Item
 from rightrank.io.scorers import Answer
@@ -29,35 +29,35 @@ class Question:
     end: str = ""  # what the chat template writes after an answer
 
 
-def questions(bench: Bench, split: SplitName) -> list[Question]:
+def questions(runtime: Runtime, split: SplitName) -> list[Question]:
     """The items of a split that have a prompt and a label left, in the split's order.
 
     Raises:
         DataError: plain texts, which have no prompt.
     """
-    if bench.data.summary.form == "text":
+    if runtime.data.summary.form == "text":
         raise DataError("the data has `text` alone: metrics of what the model writes need `prompt` and `completion`")
-    kept = {item.item_id.split("#")[0] for item in bench.items(split)}
-    return [_question(bench, item) for item in bench.data.texts[split] if item.item_id in kept]
+    kept = {item.item_id.split("#")[0] for item in runtime.items(split)}
+    return [_question(runtime, item) for item in runtime.data.texts[split] if item.item_id in kept]
 
 
-def answers(bench: Bench, split: SplitName) -> list[Answer]:
+def answers(runtime: Runtime, split: SplitName) -> list[Answer]:
     """The answer to every item of a split under whatever adapter the base now carries; adapter dropout off."""
-    if bench.data.is_classification:
-        return _classes(bench, split)
-    asked = questions(bench, split)
-    with bench.without_dropout(), remembering(bench.model):
-        written = _shared(bench, asked)
+    if runtime.data.is_classification:
+        return _classes(runtime, split)
+    asked = questions(runtime, split)
+    with runtime.without_dropout(), kv_cache(runtime.model):
+        written = _shared(runtime, asked)
     return [Answer(q.item_id, q.prompt, text, q.expected) for q, text in zip(asked, written, strict=True)]
 
 
-def _question(bench: Bench, item: Item) -> Question:
+def _question(runtime: Runtime, item: Item) -> Question:
     prompt, completion = item.content.get("prompt"), item.content.get("completion")
     if isinstance(prompt, str):
         return Question(item.item_id, prompt, str(completion), special=True)
     messages = [*item.content["messages"]] if prompt is None else [*prompt, *(completion or [])]
     last = max(index for index, message in enumerate(messages) if message["role"] == "assistant")
-    tokenizer: Any = bench.loaded.tokenizer
+    tokenizer: Any = runtime.loaded.tokenizer
     before = tokenizer.apply_chat_template(messages[:last], tokenize=False, add_generation_prompt=True) if last else ""
     whole = tokenizer.apply_chat_template(messages[: last + 1], tokenize=False)
     expected = messages[last]["content"]
@@ -65,28 +65,28 @@ def _question(bench: Bench, item: Item) -> Question:
     return Question(item.item_id, before, expected, False, end if found else "")
 
 
-def _shared(bench: Bench, asked: Sequence[Question]) -> list[str]:
+def _shared(runtime: Runtime, asked: Sequence[Question]) -> list[str]:
     """Texts in the order of the questions; of several processes, each writes its share."""
     texts: dict[int, str] = {}
     for process in range(world_size()):
         mine = list(range(len(asked)))[process :: world_size()]
-        written = _write(bench, [asked[index] for index in mine]) if process == rank() else None
-        texts |= dict(zip(mine, told_by(process, written), strict=True))
+        written = _write(runtime, [asked[index] for index in mine]) if process == process_index() else None
+        texts |= dict(zip(mine, broadcast(process, written), strict=True))
     return [texts[index] for index in range(len(asked))]
 
 
 @torch.no_grad()
-def _write(bench: Bench, asked: Sequence[Question]) -> list[str]:
+def _write(runtime: Runtime, asked: Sequence[Question]) -> list[str]:
     """Greedy; prompts of like length together; half the batch where memory does not do."""
-    encoded = [_prompt_ids(bench, question) for question in asked]
+    encoded = [_prompt_ids(runtime, question) for question in asked]
     order = sorted(range(len(asked)), key=lambda index: len(encoded[index]))
-    config = _generation(bench, asked)
+    config = _generation(runtime, asked)
     texts = [""] * len(asked)
-    size, begin = bench.settings.eval_batch_size, 0
+    size, begin = runtime.settings.eval_batch_size, 0
     while begin < len(order):
         chosen = order[begin : begin + size]
         try:
-            written = _batch(bench, [encoded[index] for index in chosen], config)
+            written = _batch(runtime, [encoded[index] for index in chosen], config)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error) or size == 1:
                 raise
@@ -98,42 +98,42 @@ def _write(bench: Bench, asked: Sequence[Question]) -> list[str]:
     return texts
 
 
-def _prompt_ids(bench: Bench, question: Question) -> list[int]:
+def _prompt_ids(runtime: Runtime, question: Question) -> list[int]:
     """Token ids; a prompt too long for the model keeps its end. An empty one begins as texts do."""
-    tokenizer: Any = bench.loaded.tokenizer
+    tokenizer: Any = runtime.loaded.tokenizer
     ids: list[int] = tokenizer(question.prompt, add_special_tokens=question.special, verbose=False)["input_ids"]
     if ids and ids[-1] == tokenizer.eos_token_id and question.special:
         ids = ids[:-1]  # of a tokenizer that ends every text
-    positions = getattr(bench.model.config.get_text_config(), "max_position_embeddings", None)
+    positions = getattr(runtime.model.config.get_text_config(), "max_position_embeddings", None)
     if isinstance(positions, int):
-        ids = ids[-max(1, positions - bench.settings.max_new_tokens) :]
+        ids = ids[-max(1, positions - runtime.settings.max_new_tokens) :]
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     return ids or [start if start is not None else 0]
 
 
-def _batch(bench: Bench, prompts: Sequence[list[int]], config: Any) -> list[str]:
+def _batch(runtime: Runtime, prompts: Sequence[list[int]], config: Any) -> list[str]:
     """Padding is on the left, so that every answer begins where its prompt ends."""
-    tokenizer: Any = bench.loaded.tokenizer
+    tokenizer: Any = runtime.loaded.tokenizer
     longest, pad = max(map(len, prompts)), tokenizer.pad_token_id
     ids = torch.tensor([[pad] * (longest - len(prompt)) + prompt for prompt in prompts])
     mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-    device = bench.loaded.device
-    output = bench.model.generate(input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=config)
+    device = runtime.loaded.device
+    output = runtime.model.generate(input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=config)
     texts: list[str] = tokenizer.batch_decode(output[:, longest:], skip_special_tokens=True)
     return texts
 
 
-def _generation(bench: Bench, asked: Sequence[Question]) -> Any:
+def _generation(runtime: Runtime, asked: Sequence[Question]) -> Any:
     """Greedy whatever the model's own configuration says of sampling; the end is any that model or template has."""
-    tokenizer: Any = bench.loaded.tokenizer
-    own = getattr(bench.model.generation_config, "eos_token_id", None)
+    tokenizer: Any = runtime.loaded.tokenizer
+    own = getattr(runtime.model.generation_config, "eos_token_id", None)
     ends = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])}
     for end in {question.end for question in asked if question.end}:
         first = tokenizer(end.lstrip(), add_special_tokens=False)["input_ids"][:1]
         ends |= set(first) & set(tokenizer.all_special_ids) | set(first) & set(tokenizer.added_tokens_decoder)
     config: Any = GenerationConfig  # untyped in transformers
     return config(
-        max_new_tokens=bench.settings.max_new_tokens,
+        max_new_tokens=runtime.settings.max_new_tokens,
         do_sample=False,
         num_beams=1,
         temperature=1.0,
@@ -147,16 +147,16 @@ def _generation(bench: Bench, asked: Sequence[Question]) -> Any:
 
 
 @torch.no_grad()
-def _classes(bench: Bench, split: SplitName) -> list[Answer]:
-    names, items = bench.data.summary.classes or [], bench.items(split)
-    texts = {item.item_id: str(item.content["text"]) for item in bench.data.texts[split]}
+def _classes(runtime: Runtime, split: SplitName) -> list[Answer]:
+    names, items = runtime.data.summary.classes or [], runtime.items(split)
+    texts = {item.item_id: str(item.content["text"]) for item in runtime.data.texts[split]}
     found: list[Answer] = []
-    size = bench.settings.eval_batch_size
-    with bench.without_dropout():
+    size = runtime.settings.eval_batch_size
+    with runtime.without_dropout():
         for begin in range(0, len(items), size):
             rows = list(range(begin, min(begin + size, len(items))))
-            batch = bench.batch(split, rows)
-            logits = bench.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+            batch = runtime.batch(split, rows)
+            logits = runtime.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
             for row, predicted in zip(rows, logits.argmax(-1).tolist(), strict=True):
                 item = items[row]
                 found.append(Answer(item.item_id, texts[item.item_id], names[predicted], names[item.labels[0]]))
@@ -164,7 +164,7 @@ def _classes(bench: Bench, split: SplitName) -> list[Answer]:
 
 
 @contextmanager
-def remembering(model: Any) -> Iterator[None]:
+def kv_cache(model: Any) -> Iterator[None]:
     """The key-value cache works: blocks that recompute their activations in training do not while writing."""
     blocks = [m for m in model.modules() if getattr(m, "gradient_checkpointing", False) and m.training]
     for block in blocks:

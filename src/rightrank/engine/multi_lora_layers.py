@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from peft.utils import ModulesToSaveWrapper
 
-from rightrank.errors import PackingError
+from rightrank.errors import MultiLoraError
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,14 +70,14 @@ class Routing:
         """The arms' parts of a flattened input of `rows` rows.
 
         Raises:
-            PackingError: a layer that sees neither items nor tokens, while there is more than one arm.
+            MultiLoraError: a layer that sees neither items nor tokens, while there is more than one arm.
         """
         found = self.layouts.get(rows)
         if found is not None:
             return found
         if len(self.adapters) == 1:
             return [Part(self.adapters[0], rows, self.dropout_seeds[0], rows, None)]
-        raise PackingError(f"a layer sees {rows} rows that can't be told apart by arm")
+        raise MultiLoraError(f"a layer sees {rows} rows that can't be told apart by arm")
 
     @contextmanager
     def only_rows(self, keep: torch.Tensor) -> Iterator[None]:
@@ -249,7 +249,7 @@ RoutingNow = Callable[[], Routing | None]
 
 
 def install(name: str, module: Any, routing_now: RoutingNow) -> None:
-    """Give an adapted module (PEFT's LoraLayer or ModulesToSaveWrapper) the forward pass of its pack."""
+    """Give an adapted module (PEFT's LoraLayer or ModulesToSaveWrapper) the forward pass of its pass."""
     if isinstance(module, ModulesToSaveWrapper):
         vars(module)["forward"] = _saved_forward(module, routing_now)
         return

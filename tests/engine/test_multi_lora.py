@@ -1,4 +1,4 @@
-"""An arm in a pack is the arm alone: losses, adapters and scores, whatever the others do."""
+"""An arm in a pass is the arm alone: losses, adapters and scores, whatever the others do."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from rightrank.engine.bench import Bench
+from rightrank.engine.adapters_per_pass import multi_lora_obstacle
+from rightrank.engine.arm_training import TrialFolders, Watcher
 from rightrank.engine.loss import BatchLoss
-from rightrank.engine.pack_size import packing_obstacle
-from rightrank.engine.together import Company, train_trials
-from rightrank.engine.train import TrialFolders, Watcher
+from rightrank.engine.runtime import Runtime
+from rightrank.engine.training_loop import Company, train_trials
 from rightrank.errors import InterruptedRun
 from rightrank.records import Arm, Trial, TrialDiverged, TrialFailed, TrialFinished, TrialOutcome
-from tests.helpers import make_bench
+from tests.helpers import make_runtime
 from tests.tiny import small_settings
 
 STEP_TOLERANCE = 1e-5  # relative, of a step's loss
@@ -35,7 +35,7 @@ def trials_of(arms: Sequence[Arm]) -> list[Trial]:
 
 
 def run(
-    bench: Bench,
+    runtime: Runtime,
     arms: Sequence[Arm],
     folder: Path,
     size: int,
@@ -45,7 +45,7 @@ def run(
 ) -> dict[str, TrialOutcome]:
     said: list[str] = [] if notices is None else notices
     outcomes = train_trials(
-        bench,
+        runtime,
         trials_of(arms),
         base_loss,
         lambda trial: TrialFolders(folder / f"{trial.trial_id}.safetensors", folder / trial.trial_id),
@@ -55,8 +55,8 @@ def run(
     return {outcome.trial_id: outcome for outcome in outcomes}
 
 
-def run_alone(bench: Bench, arms: Sequence[Arm], folder: Path) -> dict[str, TrialOutcome]:
-    return run(bench, arms, folder, 1)
+def run_alone(runtime: Runtime, arms: Sequence[Arm], folder: Path) -> dict[str, TrialOutcome]:
+    return run(runtime, arms, folder, 1)
 
 
 def assert_same(one: TrialOutcome, other: TrialOutcome, folder: Path, another: Path) -> None:
@@ -75,8 +75,8 @@ def assert_same(one: TrialOutcome, other: TrialOutcome, folder: Path, another: P
 
 
 @pytest.fixture(scope="module")
-def bench(model_folder: Path, completion_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Bench:
-    return make_bench(model_folder, completion_file, small_settings(max_steps=6), tmp_path_factory.mktemp("cache"))
+def runtime(model_folder: Path, completion_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Runtime:
+    return make_runtime(model_folder, completion_file, small_settings(max_steps=6), tmp_path_factory.mktemp("cache"))
 
 
 ARMS = st.lists(
@@ -97,11 +97,11 @@ ARMS = st.lists(
 @given(arms=ARMS, size=st.integers(2, 6))
 @settings(max_examples=8, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_random_packs_equal_their_arms_alone(
-    bench: Bench, tmp_path_factory: pytest.TempPathFactory, arms: list[Arm], size: int
+    runtime: Runtime, tmp_path_factory: pytest.TempPathFactory, arms: list[Arm], size: int
 ) -> None:
     alone, together = tmp_path_factory.mktemp("alone"), tmp_path_factory.mktemp("together")
-    theirs = run_alone(bench, arms, alone)
-    ours = run(bench, arms, together, size)
+    theirs = run_alone(runtime, arms, alone)
+    ours = run(runtime, arms, together, size)
     assert ours.keys() == theirs.keys()
     for trial_id, outcome in ours.items():
         assert_same(outcome, theirs[trial_id], together, alone)
@@ -123,11 +123,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
 def test_packs_equal_alone_whatever_the_settings(
     model_folder: Path, completion_file: Path, tmp_path: Path, changes: dict[str, Any]
 ) -> None:
-    bench = make_bench(model_folder, completion_file, small_settings(max_steps=6, **changes), tmp_path / "cache")
+    runtime = make_runtime(model_folder, completion_file, small_settings(max_steps=6, **changes), tmp_path / "cache")
     arms = [arm(1), arm(4), arm(4, rate=3e-3), arm(8, seed=1)]
-    assert packing_obstacle(bench, arms) is None
-    theirs = run_alone(bench, arms, tmp_path / "alone")
-    ours = run(bench, arms, tmp_path / "together", 4)
+    assert multi_lora_obstacle(runtime, arms) is None
+    theirs = run_alone(runtime, arms, tmp_path / "alone")
+    ours = run(runtime, arms, tmp_path / "together", 4)
     for trial_id, outcome in ours.items():
         assert isinstance(outcome, TrialFinished)
         assert outcome.pack_size == 4
@@ -136,12 +136,12 @@ def test_packs_equal_alone_whatever_the_settings(
 
 def test_arms_of_a_pack_may_adapt_different_modules(model_folder: Path, completion_file: Path, tmp_path: Path) -> None:
     changes: dict[str, Any] = {"layers_to_transform": (1, 2), "sweep": ("targets=q_proj+v_proj,down_proj",)}
-    bench = make_bench(model_folder, completion_file, small_settings(max_steps=6, **changes), tmp_path / "cache")
+    runtime = make_runtime(model_folder, completion_file, small_settings(max_steps=6, **changes), tmp_path / "cache")
     narrow = arm(4).model_copy(update={"target_modules": ("q_proj", "v_proj")})
     arms = [narrow, arm(4), arm(8, steps=3), arm(4, seed=1).model_copy(update={"target_modules": ("down_proj",)})]
-    assert packing_obstacle(bench, arms) is None
-    theirs = run_alone(bench, arms, tmp_path / "alone")
-    ours = run(bench, arms, tmp_path / "together", 3)
+    assert multi_lora_obstacle(runtime, arms) is None
+    theirs = run_alone(runtime, arms, tmp_path / "alone")
+    ours = run(runtime, arms, tmp_path / "together", 3)
     for trial_id, outcome in ours.items():
         assert_same(outcome, theirs[trial_id], tmp_path / "together", tmp_path / "alone")
     adapted = load_file(tmp_path / "together" / "t0" / "adapter_model.safetensors")
@@ -149,26 +149,26 @@ def test_arms_of_a_pack_may_adapt_different_modules(model_folder: Path, completi
 
 
 def test_classification_heads_are_each_arms_own(model_folder: Path, class_file: Path, tmp_path: Path) -> None:
-    bench = make_bench(model_folder, class_file, small_settings(max_steps=6), tmp_path / "cache")
-    before = {name: value.clone() for name, value in bench.model.state_dict().items()}
+    runtime = make_runtime(model_folder, class_file, small_settings(max_steps=6), tmp_path / "cache")
+    before = {name: value.clone() for name, value in runtime.model.state_dict().items()}
     arms = [arm(1), arm(4), arm(4, seed=1)]
-    assert packing_obstacle(bench, arms) is None
-    theirs = run_alone(bench, arms, tmp_path / "alone")
-    ours = run(bench, arms, tmp_path / "together", 3)
+    assert multi_lora_obstacle(runtime, arms) is None
+    theirs = run_alone(runtime, arms, tmp_path / "alone")
+    ours = run(runtime, arms, tmp_path / "together", 3)
     for trial_id, outcome in ours.items():
         assert_same(outcome, theirs[trial_id], tmp_path / "together", tmp_path / "alone")
-    after = bench.model.state_dict()
+    after = runtime.model.state_dict()
     assert after.keys() == before.keys()
     assert all(torch.equal(after[name], before[name]) for name in before)
-    assert not any(parameter.requires_grad for parameter in bench.model.parameters())
+    assert not any(parameter.requires_grad for parameter in runtime.model.parameters())
 
 
-def test_a_diverged_arm_touches_no_other(bench: Bench, tmp_path: Path) -> None:
-    base_loss = bench.evaluate("selection").loss
+def test_a_diverged_arm_touches_no_other(runtime: Runtime, tmp_path: Path) -> None:
+    base_loss = runtime.evaluate("selection").loss
     good = [arm(2), arm(8, seed=1)]
     arms = [good[0], arm(4, rate=1e4), good[1], arm(4, rate=1e30)]
-    ours = run(bench, arms, tmp_path / "together", 4, base_loss)
-    theirs = run_alone(bench, good, tmp_path / "alone")
+    ours = run(runtime, arms, tmp_path / "together", 4, base_loss)
+    theirs = run_alone(runtime, good, tmp_path / "alone")
     assert isinstance(ours["t1"], TrialDiverged)
     assert isinstance(ours["t3"], TrialDiverged)
     assert not (tmp_path / "together" / "t1.safetensors").exists()
@@ -181,54 +181,56 @@ def test_a_diverged_arm_touches_no_other(bench: Bench, tmp_path: Path) -> None:
 
 
 def test_out_of_memory_halves_the_pack_and_loses_nothing(
-    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    runtime: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     arms = [arm(rank, seed=seed) for rank in (2, 4) for seed in (0, 1)]
-    theirs = run_alone(bench, arms, tmp_path / "alone")
-    real = bench.objective
-    limit = 2 * max(bench.settings.batch_size, bench.settings.eval_batch_size)
+    theirs = run_alone(runtime, arms, tmp_path / "alone")
+    real = runtime.objective
+    limit = 2 * max(runtime.settings.batch_size, runtime.settings.eval_batch_size)
 
     def hungry(model: Any, batch: Any, scale: Any) -> BatchLoss:
-        if len(batch.indices) > (limit if not torch.is_grad_enabled() else 2 * bench.settings.batch_size):
+        if len(batch.indices) > (limit if not torch.is_grad_enabled() else 2 * runtime.settings.batch_size):
             raise torch.OutOfMemoryError("no room")
         return real(model, batch, scale)
 
-    monkeypatch.setattr(bench, "objective", hungry)
+    monkeypatch.setattr(runtime, "objective", hungry)
     notices: list[str] = []
-    ours = run(bench, arms, tmp_path / "together", 4, notices=notices)
+    ours = run(runtime, arms, tmp_path / "together", 4, notices=notices)
     assert notices == ["4 trainings together ran out of memory on cpu: going on with 2"]
     for trial_id, outcome in ours.items():
         assert_same(outcome, theirs[trial_id], tmp_path / "together", tmp_path / "alone")
 
 
-def test_out_of_memory_alone_is_a_failed_trial(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_out_of_memory_alone_is_a_failed_trial(
+    runtime: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def starved(model: Any, batch: Any, scale: Any) -> BatchLoss:
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")
 
-    monkeypatch.setattr(bench, "objective", starved)
-    ours = run(bench, [arm(2), arm(4)], tmp_path, 2)
+    monkeypatch.setattr(runtime, "objective", starved)
+    ours = run(runtime, [arm(2), arm(4)], tmp_path, 2)
     assert [type(outcome) for outcome in ours.values()] == [TrialFailed, TrialFailed]
     assert "ran out of memory on cpu" in str(ours["t0"])
 
 
-def test_a_stopped_pack_goes_on_where_it_was(bench: Bench, tmp_path: Path) -> None:
+def test_a_stopped_pack_goes_on_where_it_was(runtime: Runtime, tmp_path: Path) -> None:
     arms = [arm(2), arm(4, seed=1), arm(8)]
     steps: list[int] = []
     stop_after = 7  # steps of any arm
     watcher = Watcher(on_step=lambda event: steps.append(event.step), should_stop=lambda: len(steps) >= stop_after)
     with pytest.raises(InterruptedRun, match=r"stopped at step \d of 6"):
-        run(bench, arms, tmp_path / "stopped", 2, watcher=watcher)
-    ours = run(bench, arms, tmp_path / "stopped", 3)
-    theirs = run_alone(bench, arms, tmp_path / "alone")
+        run(runtime, arms, tmp_path / "stopped", 2, watcher=watcher)
+    ours = run(runtime, arms, tmp_path / "stopped", 3)
+    theirs = run_alone(runtime, arms, tmp_path / "alone")
     assert len(ours) == 3
     for trial_id, outcome in ours.items():
         assert_same(outcome, theirs[trial_id], tmp_path / "stopped", tmp_path / "alone")
 
 
-def test_closing_early_keeps_checkpoints(bench: Bench, tmp_path: Path) -> None:
+def test_closing_early_keeps_checkpoints(runtime: Runtime, tmp_path: Path) -> None:
     arms = [arm(2, steps=2), arm(4)]
     outcomes = train_trials(
-        bench,
+        runtime,
         trials_of(arms),
         None,
         lambda trial: TrialFolders(tmp_path / f"{trial.trial_id}.safetensors", tmp_path / trial.trial_id),
@@ -238,9 +240,9 @@ def test_closing_early_keeps_checkpoints(bench: Bench, tmp_path: Path) -> None:
     assert next(outcomes).trial_id == "t0"
     outcomes.close()  # type: ignore[attr-defined]
     assert (tmp_path / "t1.safetensors").exists()
-    assert not any(parameter.requires_grad for parameter in bench.model.parameters())
+    assert not any(parameter.requires_grad for parameter in runtime.model.parameters())
 
 
 def test_biases_of_the_base_are_not_packed(model_folder: Path, completion_file: Path, tmp_path: Path) -> None:
-    bench = make_bench(model_folder, completion_file, small_settings(bias="all"), tmp_path / "cache")
-    assert packing_obstacle(bench, [arm(1), arm(2)]) == "bias='all' trains the base's own biases"
+    runtime = make_runtime(model_folder, completion_file, small_settings(bias="all"), tmp_path / "cache")
+    assert multi_lora_obstacle(runtime, [arm(1), arm(2)]) == "bias='all' trains the base's own biases"

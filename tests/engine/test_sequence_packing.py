@@ -12,15 +12,15 @@ import pytest
 import torch
 from transformers import MistralConfig, MistralForCausalLM
 
-from rightrank.engine import joined as joined_module
-from rightrank.engine.bench import Bench
+from rightrank.engine import sequence_packing
 from rightrank.engine.encode import IGNORED, encode
-from rightrank.engine.joined import joined, positions
-from rightrank.engine.pack import Pack, Share
+from rightrank.engine.multi_lora import ArmBatch, MultiLora
+from rightrank.engine.runtime import Runtime
+from rightrank.engine.sequence_packing import packed, position_ids
 from rightrank.io.data import load_data
 from rightrank.io.models import prepare_model
 from rightrank.records import Arm
-from tests.helpers import make_bench
+from tests.helpers import make_runtime
 from tests.tiny import make_tokenizer, small_settings
 
 ARMS = [
@@ -29,23 +29,27 @@ ARMS = [
 
 
 @contextmanager
-def drawn_arms(bench: Bench, arms: list[Arm]) -> Iterator[tuple[Pack, dict[str, dict[str, Any]]]]:
+def drawn_arms(runtime: Runtime, arms: list[Arm]) -> Iterator[tuple[MultiLora, dict[str, dict[str, Any]]]]:
     """Arms with B's that are not zero, so that every tensor has a gradient."""
     generator = torch.Generator().manual_seed(1)
-    with Pack(bench.model, bench.settings) as pack:
-        named = {f"a{number}": pack.join(f"a{number}", arm, bench.arm_config(arm)) for number, arm in enumerate(arms)}
+    with MultiLora(runtime.model, runtime.settings) as multi_lora:
+        named = {
+            f"a{number}": multi_lora.add(f"a{number}", arm, runtime.arm_config(arm)) for number, arm in enumerate(arms)
+        }
         for parameters in named.values():
             for parameter in parameters.values():
                 parameter.data.add_(torch.randn(parameter.shape, generator=generator) * 0.02)
-        yield pack, named
+        yield multi_lora, named
 
 
-def step(bench: Bench, pack: Pack, shares: list[Share], parameters: dict[str, Any]) -> tuple[Any, list[torch.Tensor]]:
+def step(
+    runtime: Runtime, multi_lora: MultiLora, arm_batches: list[ArmBatch], parameters: dict[str, Any]
+) -> tuple[Any, list[torch.Tensor]]:
     """Item losses, and the gradients of one arm."""
-    losses = bench.pack_gradients(pack, shares)
+    losses = runtime.accumulate_gradients(multi_lora, arm_batches)
     gradients = [parameter.grad.clone() for parameter in parameters.values()]
-    for share in shares:
-        for parameter in pack.parameters(share.adapter).values():
+    for arm_batch in arm_batches:
+        for parameter in multi_lora.parameters(arm_batch.adapter).values():
             parameter.grad = None
     return losses, gradients
 
@@ -58,15 +62,15 @@ def step(bench: Bench, pack: Pack, shares: list[Share], parameters: dict[str, An
 def test_joined_items_have_the_losses_and_gradients_of_padded_ones(
     model_folder: Path, completion_file: Path, tmp_path: Path, changes: dict[str, Any]
 ) -> None:
-    bench = make_bench(model_folder, completion_file, small_settings(**changes), tmp_path / "cache")
-    assert bench.joins_items
-    with drawn_arms(bench, ARMS[1:2]) as (pack, named), bench.recomputing():
-        batch = bench.batch("train", range(7))
+    runtime = make_runtime(model_folder, completion_file, small_settings(**changes), tmp_path / "cache")
+    assert runtime.uses_sequence_packing
+    with drawn_arms(runtime, ARMS[1:2]) as (multi_lora, named), runtime.recomputing():
+        batch = runtime.batch("train", range(7))
         assert len(set(batch.attention_mask.sum(1).tolist())) > 1
-        shares = [Share("a0", batch, 0.1, None)]
-        ours, gradients = step(bench, pack, shares, named["a0"])
-        bench.joins_items = False
-        theirs, expected = step(bench, pack, shares, named["a0"])
+        arm_batches = [ArmBatch("a0", batch, 0.1, None)]
+        ours, gradients = step(runtime, multi_lora, arm_batches, named["a0"])
+        runtime.uses_sequence_packing = False
+        theirs, expected = step(runtime, multi_lora, arm_batches, named["a0"])
     assert torch.allclose(ours[0], theirs[0], rtol=1e-5)
     for one, other in zip(gradients, expected, strict=True):
         assert torch.allclose(one, other, rtol=1e-4, atol=1e-5 * float(other.abs().max()))
@@ -76,18 +80,18 @@ def test_attention_of_all_items_in_one_call_is_that_of_each_alone(
     model_folder: Path, completion_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What runs where calls are dear."""
-    bench = make_bench(model_folder, completion_file, small_settings(), tmp_path / "cache")
-    with drawn_arms(bench, ARMS[1:2]) as (pack, named):
-        shares = [Share("a0", bench.batch("train", range(7)), 0.1, None)]
-        theirs, expected = step(bench, pack, shares, named["a0"])
+    runtime = make_runtime(model_folder, completion_file, small_settings(), tmp_path / "cache")
+    with drawn_arms(runtime, ARMS[1:2]) as (multi_lora, named):
+        arm_batches = [ArmBatch("a0", runtime.batch("train", range(7)), 0.1, None)]
+        theirs, expected = step(runtime, multi_lora, arm_batches, named["a0"])
         called: list[int] = []
-        in_one_call = joined_module._padded
+        in_one_call = sequence_packing._padded
         monkeypatch.setattr(
-            joined_module,
+            sequence_packing,
             "_by_item",
             lambda plain, lengths: called.append(1) or in_one_call(plain, lengths, torch.device("cpu")),
         )
-        ours, gradients = step(bench, pack, shares, named["a0"])
+        ours, gradients = step(runtime, multi_lora, arm_batches, named["a0"])
     assert called
     assert torch.allclose(ours[0], theirs[0], rtol=1e-5)
     for one, other in zip(gradients, expected, strict=True):
@@ -95,30 +99,30 @@ def test_attention_of_all_items_in_one_call_is_that_of_each_alone(
 
 
 def test_nothing_passes_from_item_to_item(model_folder: Path, completion_file: Path, tmp_path: Path) -> None:
-    bench = make_bench(model_folder, completion_file, small_settings(), tmp_path / "cache")
-    first = bench.batch("train", [0, 1, 2])
+    runtime = make_runtime(model_folder, completion_file, small_settings(), tmp_path / "cache")
+    first = runtime.batch("train", [0, 1, 2])
     with torch.no_grad():
-        together = bench.losses("train", first, 1.0).item_losses
+        together = runtime.losses("train", first, 1.0).item_losses
         for other in (3, 4):  # other company, another length of it, another place
-            changed = bench.losses("train", bench.batch("train", [other, 1, 2]), 1.0).item_losses
+            changed = runtime.losses("train", runtime.batch("train", [other, 1, 2]), 1.0).item_losses
             assert torch.equal(changed[1:], together[1:])
             assert changed[0] != together[0]
-        moved = bench.losses("train", bench.batch("train", [2, 0, 1]), 1.0).item_losses
+        moved = runtime.losses("train", runtime.batch("train", [2, 0, 1]), 1.0).item_losses
     assert torch.equal(moved, together[[2, 0, 1]])
 
 
 def test_a_row_holds_real_tokens_and_no_item_predicts_the_next_ones_first(
     model_folder: Path, completion_file: Path, tmp_path: Path
 ) -> None:
-    bench = make_bench(model_folder, completion_file, small_settings(), tmp_path / "cache")
-    batch = bench.batch("train", [5, 6, 7])
-    row = joined(replace(batch, labels=batch.input_ids.masked_fill(batch.attention_mask == 0, IGNORED)))
+    runtime = make_runtime(model_folder, completion_file, small_settings(), tmp_path / "cache")
+    batch = runtime.batch("train", [5, 6, 7])
+    row = packed(replace(batch, labels=batch.input_ids.masked_fill(batch.attention_mask == 0, IGNORED)))
     assert row.lengths is not None
     assert row.input_ids.shape == (1, sum(row.lengths)) == (1, batch.tokens)
     firsts = [0, row.lengths[0], row.lengths[0] + row.lengths[1]]
     assert (row.labels == IGNORED).nonzero()[:, 1].tolist() == firsts
-    assert positions(row.lengths, batch.input_ids.device)[0, firsts].tolist() == [0, 0, 0]
-    assert row.item_numbers()[0].bincount().tolist() == list(row.lengths)
+    assert position_ids(row.lengths, batch.input_ids.device)[0, firsts].tolist() == [0, 0, 0]
+    assert row.example_numbers()[0].bincount().tolist() == list(row.lengths)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -128,13 +132,15 @@ def test_an_arm_in_a_pack_computes_what_it_computes_alone(
     """Other arms, of other ranks and on other items. No bit differs on the CPUs that were tried; a CPU whose matrix
     products depend on the number of rows may round otherwise, which one bit of bfloat16 would show."""
     bound = 1e-6 if dtype == "float32" else 1e-3
-    bench = make_bench(model_folder, completion_file, small_settings(dtype=dtype, lora_dropout=0.1), tmp_path / "cache")
-    with drawn_arms(bench, ARMS) as (pack, named):
-        batches = [bench.batch("train", indices) for indices in ([0, 1, 2, 3], [4, 5, 6], [7, 8, 9, 10])]
-        shares = [Share(f"a{number}", batch, 0.1, number) for number, batch in enumerate(batches)]
-        for number, share in enumerate(shares):
-            together, in_pack = step(bench, pack, shares, named[share.adapter])
-            alone, expected = step(bench, pack, [share], named[share.adapter])
+    runtime = make_runtime(
+        model_folder, completion_file, small_settings(dtype=dtype, lora_dropout=0.1), tmp_path / "cache"
+    )
+    with drawn_arms(runtime, ARMS) as (multi_lora, named):
+        batches = [runtime.batch("train", indices) for indices in ([0, 1, 2, 3], [4, 5, 6], [7, 8, 9, 10])]
+        arm_batches = [ArmBatch(f"a{number}", batch, 0.1, number) for number, batch in enumerate(batches)]
+        for number, arm_batch in enumerate(arm_batches):
+            together, in_pack = step(runtime, multi_lora, arm_batches, named[arm_batch.adapter])
+            alone, expected = step(runtime, multi_lora, [arm_batch], named[arm_batch.adapter])
             assert torch.allclose(together[number], alone[0], rtol=bound)
             for one, other in zip(in_pack, expected, strict=True):
                 assert float((one - other).norm()) <= bound * float(other.norm())
@@ -156,5 +162,5 @@ def test_a_model_that_looks_less_far_back_than_its_items_are_long_is_padded(
     model = MistralForCausalLM(MistralConfig(vocab_size=len(tokenizer), **sizes, **heads))
     settings = small_settings()
     loaded = prepare_model(model, tokenizer, "mistral", torch.device("cpu"))
-    bench = Bench(loaded, encode(load_data(completion_file, settings), loaded, settings), settings, 2, tmp_path)
-    assert bench.joins_items is joins
+    runtime = Runtime(loaded, encode(load_data(completion_file, settings), loaded, settings), settings, 2, tmp_path)
+    assert runtime.uses_sequence_packing is joins

@@ -20,7 +20,7 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def rank() -> int:
+def process_index() -> int:
     """This process's number among them; the one numbered 0 writes."""
     return dist.get_rank() if world_size() > 1 else 0
 
@@ -39,10 +39,10 @@ def require_shares(batch_size: int) -> None:
 
 def my_share(rows: Sequence[int]) -> list[int]:
     """The rows of a batch that this process computes: every `world_size`-th, so that lengths are spread evenly."""
-    return list(rows[rank() :: world_size()])
+    return list(rows[process_index() :: world_size()])
 
 
-def sum_over_world(tensors: Iterable[torch.Tensor]) -> None:
+def all_reduce(tensors: Iterable[torch.Tensor]) -> None:
     """Sum tensors of one dtype in place over all processes, in one message."""
     found = list(tensors)
     if world_size() == 1 or not found:
@@ -55,7 +55,7 @@ def sum_over_world(tensors: Iterable[torch.Tensor]) -> None:
         begin += tensor.numel()
 
 
-def told_by(process: int, value: Any) -> Any:
+def broadcast(process: int, value: Any) -> Any:
     """What that process has for `value`, a JSON value, in every process."""
     if world_size() == 1:
         return value
@@ -63,7 +63,7 @@ def told_by(process: int, value: Any) -> Any:
     text = torch.tensor(list(json.dumps(value).encode()), dtype=torch.uint8, device=device)
     size = torch.tensor([len(text)], device=device)
     dist.broadcast(size, process)
-    if rank() != process:
+    if process_index() != process:
         text = torch.empty(int(size), dtype=torch.uint8, device=device)
     dist.broadcast(text, process)
     return json.loads(bytes(text.tolist()))

@@ -1,7 +1,7 @@
-"""A pack: the adapters of several arms on one base, each a PEFT adapter of its own name.
+"""A pass: the adapters of several arms on one base, each a PEFT adapter of its own name.
 
-PEFT puts the adapters on, matches their targets and saves them; the forward pass is ours (`lora.py`). Arms join and
-leave at any time. The base is as before when the pack is closed.
+PEFT puts the adapters on, matches their targets and saves them; the forward pass is ours (`multi_lora_layers.py`). Arms join and
+leave at any time. The base is as before when the pass is closed.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from peft.utils import ModulesToSaveWrapper
 
 from rightrank.engine.adapter import ADAPTER, initialise, trainable_base, unwrapped, wrapped
 from rightrank.engine.batches import Batch
-from rightrank.engine.lora import Routing, install
+from rightrank.engine.multi_lora_layers import Routing, install
 from rightrank.engine.targets import without_peft_noise
 from rightrank.records import Arm
 from rightrank.settings import SelectSettings
 
 
 @dataclass(frozen=True, slots=True)
-class Share:
+class ArmBatch:
     """One arm's share of a pass: its batch, what to scale its losses by, and where its dropout begins."""
 
     adapter: str
@@ -35,7 +35,7 @@ class Share:
     dropout_seed: int | None
 
 
-class Pack:
+class MultiLora:
     """The arms now on the base. Use as a context: leaving it takes every adapter off."""
 
     def __init__(self, model: Any, settings: SelectSettings) -> None:
@@ -46,7 +46,7 @@ class Pack:
         self._names: list[str] = []
         self.routing: Routing | None = None
 
-    def __enter__(self) -> Pack:
+    def __enter__(self) -> MultiLora:
         return self
 
     def __exit__(
@@ -59,7 +59,7 @@ class Pack:
         """PEFT's model, while there is an arm."""
         return self._peft_model
 
-    def join(
+    def add(
         self, adapter: str, arm: Arm, config: LoraConfig, rows: Mapping[str, torch.Tensor] | None = None
     ) -> dict[str, torch.nn.Parameter]:
         """Put a freshly initialised arm on the base; its trainable tensors by the names they have alone.
@@ -77,7 +77,7 @@ class Pack:
         self._settle()
         return self.parameters(adapter)
 
-    def leave(self, adapter: str) -> None:
+    def remove(self, adapter: str) -> None:
         """Take one arm off, if it is on."""
         if adapter not in self._names:
             return
@@ -101,14 +101,17 @@ class Pack:
         return found
 
     @contextmanager
-    def routed(self, shares: Sequence[Share], joined: bool = False) -> Iterator[Routing]:
-        """Within the block, the rows of `merged(shares)`, padded or joined, go each to its arm."""
-        names, seeds = [share.adapter for share in shares], [share.dropout_seed for share in shares]
+    def routed(self, arm_batches: Sequence[ArmBatch], joined: bool = False) -> Iterator[Routing]:
+        """Within the block, the rows of `concatenated(shares)`, padded or joined, go each to its arm."""
+        names, seeds = (
+            [arm_batch.adapter for arm_batch in arm_batches],
+            [arm_batch.dropout_seed for arm_batch in arm_batches],
+        )
         if joined:
-            self.routing = Routing.joined(names, seeds, [share.batch.tokens for share in shares])
+            self.routing = Routing.joined(names, seeds, [arm_batch.batch.tokens for arm_batch in arm_batches])
         else:
-            rows = [len(share.batch.indices) for share in shares]
-            lengths = [share.batch.input_ids.shape[1] for share in shares]
+            rows = [len(arm_batch.batch.indices) for arm_batch in arm_batches]
+            lengths = [arm_batch.batch.input_ids.shape[1] for arm_batch in arm_batches]
             self.routing = Routing.padded(names, seeds, rows, lengths)
         try:
             yield self.routing
@@ -145,7 +148,7 @@ class Pack:
                     parameter.copy_(self._kept[name])
 
 
-def merged(batches: Sequence[Batch], pad_id: int) -> Batch:
+def concatenated(batches: Sequence[Batch], pad_id: int) -> Batch:
     """One batch of all rows in order, padded to the longest."""
     if len(batches) == 1:
         return batches[0]

@@ -1,6 +1,6 @@
 """Trials trained together: up to so many arms on one base, each step of all of them in one pass.
 
-An arm that ends, diverges or is stopped leaves the pack, and the next one joins. When a pass runs out of memory half
+An arm that ends, diverges or is stopped leaves the pass, and the next one joins. When a pass runs out of memory half
 of the arms are set aside with a checkpoint and the others go on; nothing is lost, and the result is the same. An arm
 that runs out of memory alone is tried once more from where it was; then it ends as `out_of_memory`. A checkpoint goes
 when whoever asked for outcomes asks for the next: only then is the outcome known to be kept.
@@ -16,12 +16,12 @@ from dataclasses import dataclass
 
 import torch
 
-from rightrank.engine.bench import Bench
-from rightrank.engine.memory import PeakMemory, may_do_with_less
+from rightrank.engine.arm_training import ArmTraining, TrialFolders, Watcher, adapter_name
+from rightrank.engine.memory import PeakMemory, is_recoverable_oom
+from rightrank.engine.multi_lora import MultiLora
 from rightrank.engine.outcome import Diverged, Progress, Seen, finished
-from rightrank.engine.pack import Pack
+from rightrank.engine.runtime import Runtime
 from rightrank.engine.scoring import measure
-from rightrank.engine.train import ArmTraining, TrialFolders, Watcher, adapter_name
 from rightrank.errors import InterruptedRun, MetricError
 from rightrank.io.models import first_line
 from rightrank.records import Trial, TrialFailed, TrialFinished, TrialOutcome
@@ -39,14 +39,14 @@ class Company:
 
 
 def run_trial(
-    bench: Bench, trial: Trial, base_loss: float | None, folders: TrialFolders, watcher: Watcher
+    runtime: Runtime, trial: Trial, base_loss: float | None, folders: TrialFolders, watcher: Watcher
 ) -> TrialOutcome:
     """Train (or, for rank 0, only evaluate) one trial alone; see `train_trials`."""
-    return next(train_trials(bench, [trial], base_loss, lambda _: folders, watcher, Company()))
+    return next(train_trials(runtime, [trial], base_loss, lambda _: folders, watcher, Company()))
 
 
 def train_trials(
-    bench: Bench,
+    runtime: Runtime,
     trials: Sequence[Trial],
     base_loss: float | None,
     folders: Folders,
@@ -64,28 +64,28 @@ def train_trials(
     for trial in trials:
         if trial.arm.rank == 0:
             company.on_start(trial)
-            yield evaluate_base(bench, trial, folders(trial))
+            yield evaluate_base(runtime, trial, folders(trial))
     trained = [trial for trial in trials if trial.arm.rank > 0]
     if trained:
-        with Pack(bench.model, bench.settings) as pack, bench.recomputing():
-            yield from _Together(bench, pack, base_loss, folders, watcher, company).run(trained)
+        with MultiLora(runtime.model, runtime.settings) as multi_lora, runtime.recomputing():
+            yield from _Together(runtime, multi_lora, base_loss, folders, watcher, company).run(trained)
 
 
-def evaluate_base(bench: Bench, trial: Trial, folders: TrialFolders) -> TrialFinished:
+def evaluate_base(runtime: Runtime, trial: Trial, folders: TrialFolders) -> TrialFinished:
     """Rank 0: the base itself. A metric that fails here would fail everywhere: nothing is trained.
 
     Raises:
         MetricError: one failed.
     """
-    with PeakMemory(bench.loaded.device) as memory:
+    with PeakMemory(runtime.loaded.device) as memory:
         begun = time.perf_counter()
-        scores = bench.evaluate("selection")
+        scores = runtime.evaluate("selection")
         evaluated = time.perf_counter()
-        measured = measure(bench, "selection", folders.answers)
+        measured = measure(runtime, "selection", folders.answers)
         measured.require(list(measured.failed))
         ended = time.perf_counter()
         progress = Progress(eval_seconds=ended - begun, answer_seconds=ended - evaluated)
-        return finished(trial, bench, progress, Seen(scores, measured), 0, memory.peak_bytes(), 1)
+        return finished(trial, runtime, progress, Seen(scores, measured), 0, memory.peak_bytes(), 1)
 
 
 class _Together:
@@ -93,15 +93,15 @@ class _Together:
 
     def __init__(
         self,
-        bench: Bench,
-        pack: Pack,
+        runtime: Runtime,
+        multi_lora: MultiLora,
         base_loss: float | None,
         folders: Folders,
         watcher: Watcher,
         company: Company,
     ) -> None:
-        self._bench = bench
-        self._pack = pack
+        self._runtime = runtime
+        self._multi_lora = multi_lora
         self._base_loss = base_loss
         self._folders = folders
         self._watcher = watcher
@@ -115,7 +115,7 @@ class _Together:
     def run(self, trials: Sequence[Trial]) -> Iterator[TrialOutcome]:
         self._waiting.extend(by_seed(trials))
         try:
-            with PeakMemory(self._bench.loaded.device) as memory:
+            with PeakMemory(self._runtime.loaded.device) as memory:
                 while self._waiting or self._running:
                     before = len(self._running)
                     yield from self._fill()
@@ -141,10 +141,10 @@ class _Together:
             try:
                 self._running.append(self._join(trial))
             except (RuntimeError, MemoryError) as error:
-                if not may_do_with_less(error):
+                if not is_recoverable_oom(error):
                     raise
                 reason = first_line(error)
-                self._pack.leave(adapter_name(trial))
+                self._multi_lora.remove(adapter_name(trial))
                 self._free()
                 if self._running:
                     self._waiting.appendleft(trial)
@@ -152,21 +152,21 @@ class _Together:
                 elif self._may_retry(trial):
                     self._waiting.appendleft(trial)
                 else:
-                    yield out_of_memory(trial, self._bench, reason)
+                    yield out_of_memory(trial, self._runtime, reason)
         # Neighbours of one rank share a batched product.
         self._running.sort(key=lambda training: training.trial.arm.rank)
         for training in self._running:
             training.company = max(training.company, len(self._running))
 
     def _join(self, trial: Trial) -> ArmTraining:
-        return ArmTraining(self._bench, trial, self._pack, self._base_loss, self._folders(trial), self._watcher)
+        return ArmTraining(self._runtime, trial, self._multi_lora, self._base_loss, self._folders(trial), self._watcher)
 
     def _step(self) -> Iterator[TrialOutcome]:
         """One step of all; the outcomes of those that end in it without a result."""
         try:
-            lost = step_together(self._bench, self._pack, self._running)
+            lost = step_all(self._runtime, self._multi_lora, self._running)
         except (RuntimeError, MemoryError) as error:
-            if not may_do_with_less(error):
+            if not is_recoverable_oom(error):
                 raise
             reason = first_line(error)
         else:
@@ -180,7 +180,7 @@ class _Together:
             self._running.pop().set_aside()
             self._waiting.appendleft(trial)
         else:
-            yield from self._lose({trial.trial_id: out_of_memory(trial, self._bench, reason)})
+            yield from self._lose({trial.trial_id: out_of_memory(trial, self._runtime, reason)})
 
     def _may_retry(self, trial: Trial) -> bool:
         """Once for each trial: what filled the memory may have been passing."""
@@ -188,7 +188,7 @@ class _Together:
             return False
         self._retried.add(trial.trial_id)
         self._company.notice(
-            f"{trial.arm.label()} ran out of memory on {self._bench.loaded.device}: trying it once more"
+            f"{trial.arm.label()} ran out of memory on {self._runtime.loaded.device}: trying it once more"
         )
         return True
 
@@ -210,11 +210,11 @@ class _Together:
     def _go_on_with(self, limit: int, tried: int) -> None:
         self._limit = limit
         self._company.notice(
-            f"{tried} trainings together ran out of memory on {self._bench.loaded.device}: going on with {limit}"
+            f"{tried} trainings together ran out of memory on {self._runtime.loaded.device}: going on with {limit}"
         )
 
     def _free(self) -> None:
-        free_memory(self._bench.loaded.device)
+        free_memory(self._runtime.loaded.device)
 
     def _finish(self, memory: PeakMemory) -> Iterator[TrialFinished]:
         for training in [training for training in self._running if training.is_done]:
@@ -243,7 +243,7 @@ class _Together:
             )
 
 
-def step_together(bench: Bench, pack: Pack, trainings: Sequence[ArmTraining]) -> dict[str, TrialOutcome]:
+def step_all(runtime: Runtime, multi_lora: MultiLora, trainings: Sequence[ArmTraining]) -> dict[str, TrialOutcome]:
     """One optimizer step of every training in one pass over the base; the outcomes of those that are lost in it.
 
     The wall time is shared out evenly.
@@ -251,8 +251,8 @@ def step_together(bench: Bench, pack: Pack, trainings: Sequence[ArmTraining]) ->
     begun = time.perf_counter()
     batches = [training.micro_batches() for training in trainings]
     for micro in zip(*batches, strict=True):
-        shares = [training.share(batch) for training, batch in zip(trainings, micro, strict=True)]
-        for training, losses in zip(trainings, bench.pack_gradients(pack, shares), strict=True):
+        arm_batches = [training.arm_batch(batch) for training, batch in zip(trainings, micro, strict=True)]
+        for training, losses in zip(trainings, runtime.accumulate_gradients(multi_lora, arm_batches), strict=True):
             training.add_losses(float(losses.sum()))
     for training in trainings:
         training.update()
@@ -264,29 +264,29 @@ def step_together(bench: Bench, pack: Pack, trainings: Sequence[ArmTraining]) ->
         except Diverged as reason:
             lost[training.trial.trial_id] = reason.outcome()
     due = [t for t in trainings if t.wants_evaluation and t.trial.trial_id not in lost]
-    return lost | (evaluate_together(bench, pack, due) if due else {})
+    return lost | (evaluate_all(runtime, multi_lora, due) if due else {})
 
 
-def evaluate_together(
-    bench: Bench, pack: Pack, trainings: Sequence[ArmTraining], retry: bool = True
+def evaluate_all(
+    runtime: Runtime, multi_lora: MultiLora, trainings: Sequence[ArmTraining], retry: bool = True
 ) -> dict[str, TrialOutcome]:
     """Held-out scores of all; where memory does not do, of each half, and of one once more. The outcomes of the lost."""
     begun = time.perf_counter()
     try:
-        all_scores = bench.evaluate_pack("selection", pack, [training.adapter for training in trainings])
+        all_scores = runtime.evaluate_adapters("selection", multi_lora, [training.adapter for training in trainings])
     except (RuntimeError, MemoryError) as error:
-        if not may_do_with_less(error):
+        if not is_recoverable_oom(error):
             raise
         if len(trainings) == 1 and not retry:
             trial = trainings[0].trial
-            return {trial.trial_id: out_of_memory(trial, bench, first_line(error))}
+            return {trial.trial_id: out_of_memory(trial, runtime, first_line(error))}
         all_scores = []
     if not all_scores and len(trainings) == 1:
-        free_memory(bench.loaded.device)
-        return evaluate_together(bench, pack, trainings, retry=False)
+        free_memory(runtime.loaded.device)
+        return evaluate_all(runtime, multi_lora, trainings, retry=False)
     half = len(trainings) // 2
     if not all_scores:
-        return evaluate_together(bench, pack, trainings[:half]) | evaluate_together(bench, pack, trainings[half:])
+        return evaluate_all(runtime, multi_lora, trainings[:half]) | evaluate_all(runtime, multi_lora, trainings[half:])
     seconds = (time.perf_counter() - begun) / len(trainings)
     lost: dict[str, TrialOutcome] = {}
     for training, scores in zip(trainings, all_scores, strict=True):
@@ -310,10 +310,10 @@ def by_seed(trials: Sequence[Trial]) -> list[Trial]:
     return sorted(trials, key=lambda trial: seeds.index(trial.arm.seed))
 
 
-def out_of_memory(trial: Trial, bench: Bench, reason: str) -> TrialFailed:
+def out_of_memory(trial: Trial, runtime: Runtime, reason: str) -> TrialFailed:
     return TrialFailed(
         trial_id=trial.trial_id,
         **trial.arm.model_dump(),
         error="out_of_memory",
-        reason=f"{trial.arm.label()} ran out of memory on {bench.loaded.device}: {reason}",
+        reason=f"{trial.arm.label()} ran out of memory on {runtime.loaded.device}: {reason}",
     )

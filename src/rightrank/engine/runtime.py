@@ -16,17 +16,17 @@ from peft import LoraConfig
 from rightrank.engine.adapter import attached
 from rightrank.engine.attention import FUSED, float32_attention, wants_float32
 from rightrank.engine.batches import Batch, batch_plan, batch_plan_by_length, collate, length_sorted_batches
+from rightrank.engine.distributed import all_reduce, process_index, require_shares, world_size
 from rightrank.engine.encode import EncodedData
 from rightrank.engine.inits import EVA_BATCHES, input_directions
-from rightrank.engine.joined import attention_within, joined
 from rightrank.engine.label_rows import label_rows_only
-from rightrank.engine.lora import Routing
 from rightrank.engine.loss import BatchLoss, Objective, Scale, head_loss, make_objective
-from rightrank.engine.pack import Pack, Share, merged
+from rightrank.engine.multi_lora import ArmBatch, MultiLora, concatenated
+from rightrank.engine.multi_lora_layers import Routing
 from rightrank.engine.prefix import FrozenPrefix, find_blocks, prefix_depth
+from rightrank.engine.sequence_packing import packed, packed_attention
 from rightrank.engine.targets import Targets, find_targets, lora_config, require_equal_ranks
-from rightrank.engine.token_store import EncodedItem, lengths_of
-from rightrank.engine.world import rank, require_shares, sum_over_world, world_size
+from rightrank.engine.token_store import EncodedExample, lengths_of
 from rightrank.errors import InterruptedRun
 from rightrank.io.models import LoadedModel
 from rightrank.maths.counts import rank_of_equal_parameters
@@ -58,7 +58,7 @@ class Scores:
         return values
 
 
-class Bench:
+class Runtime:
     """Built once for a run; `losses` and `evaluate` work with or without an adapter attached to the base."""
 
     def __init__(
@@ -80,7 +80,7 @@ class Bench:
         self._pad_id: int = loaded.tokenizer.pad_token_id
         probe = self.batch("selection", length_sorted_batches(data.splits["selection"], settings.batch_size)[0])
         self.objective: Objective = make_objective(self.model, probe, data.is_classification)
-        self.joins_items = self._may_join_items()
+        self.uses_sequence_packing = self._may_pack_sequences()
         require_shares(settings.batch_size)
         self._last_block = self._find_last_block(probe)
         # Processes that share a base run every pass together, and each would fill its own part of the prefix.
@@ -105,7 +105,7 @@ class Bench:
                 if should_stop():
                     raise InterruptedRun("stopped before the first training")
 
-    def items(self, split: SplitName) -> Sequence[EncodedItem]:
+    def items(self, split: SplitName) -> Sequence[EncodedExample]:
         return self.data.splits[split]
 
     def batch(self, split: SplitName, indices: Sequence[int]) -> Batch:
@@ -126,16 +126,18 @@ class Bench:
         """The loss of `batch` under whatever adapter the base now carries."""
         return self._losses(split, batch, scale, None)
 
-    def pack_gradients(self, pack: Pack, shares: Sequence[Share]) -> list[torch.Tensor]:
+    def accumulate_gradients(self, multi_lora: MultiLora, arm_batches: Sequence[ArmBatch]) -> list[torch.Tensor]:
         """One pass over every arm's training batch, forward and backward; the item losses [b] of each.
 
         Gradients are added to the arms' tensors.
         """
-        batch = merged([share.batch for share in shares], self._pad_id)
-        scale = torch.tensor([share.scale for share in shares for _ in share.batch.indices], device=self.loaded.device)
-        with pack.routed(shares, self.joins_items) as routing:
+        batch = concatenated([arm_batch.batch for arm_batch in arm_batches], self._pad_id)
+        scale = torch.tensor(
+            [arm_batch.scale for arm_batch in arm_batches for _ in arm_batch.batch.indices], device=self.loaded.device
+        )
+        with multi_lora.routed(arm_batches, self.uses_sequence_packing) as routing:
             result = self._losses("train", batch, scale, routing, backward=True)
-        return list(torch.split(result.item_losses, [len(share.batch.indices) for share in shares]))
+        return list(torch.split(result.item_losses, [len(arm_batch.batch.indices) for arm_batch in arm_batches]))
 
     @torch.no_grad()
     def evaluate(self, split: SplitName) -> Scores:
@@ -144,13 +146,13 @@ class Bench:
             return self._evaluate(split, 1, lambda batch: self.losses(split, batch, 1.0))[0]
 
     @torch.no_grad()
-    def evaluate_pack(self, split: SplitName, pack: Pack, adapters: Sequence[str]) -> list[Scores]:
-        """As `evaluate`, of several arms of a pack in one pass over the split."""
+    def evaluate_adapters(self, split: SplitName, multi_lora: MultiLora, adapters: Sequence[str]) -> list[Scores]:
+        """As `evaluate`, of several arms of a pass in one pass over the split."""
 
         def losses(batch: Batch) -> BatchLoss:
-            shares = [Share(adapter, batch, 1.0, None) for adapter in adapters]
-            with pack.routed(shares, self.joins_items) as routing:
-                return self._losses(split, merged([batch] * len(shares), self._pad_id), 1.0, routing)
+            arm_batches = [ArmBatch(adapter, batch, 1.0, None) for adapter in adapters]
+            with multi_lora.routed(arm_batches, self.uses_sequence_packing) as routing:
+                return self._losses(split, concatenated([batch] * len(arm_batches), self._pad_id), 1.0, routing)
 
         return self._evaluate(split, len(adapters), losses)
 
@@ -160,7 +162,7 @@ class Bench:
         classification = self.data.is_classification
         scores = [Scores([0.0] * count, [0] * count, [0] * count if classification else None) for _ in range(copies)]
         batches = length_sorted_batches(items, self.settings.eval_batch_size)
-        mine = batches[rank() :: world_size()]
+        mine = batches[process_index() :: world_size()]
         for indices in mine:
             result = losses(self.batch(split, indices))
             for row, (score, index) in enumerate((score, index) for score in scores for index in indices):
@@ -223,7 +225,7 @@ class Bench:
 
     def recomputing(self) -> AbstractContextManager[None]:
         """Gradient checkpointing, where it was asked for."""
-        return recomputed_blocks(self.model) if self.settings.gradient_checkpointing else nullcontext()
+        return gradient_checkpointing_on(self.model) if self.settings.gradient_checkpointing else nullcontext()
 
     def _wide_attention(self) -> AbstractContextManager[None]:
         dtype = next(self.model.parameters()).dtype
@@ -235,13 +237,13 @@ class Bench:
 
     def _rows(self, batch: Batch) -> Batch:
         """The batch as the model is given it."""
-        return joined(batch) if self.joins_items else batch
+        return packed(batch) if self.uses_sequence_packing else batch
 
     def _label_rows(self, batch: Batch, routing: Routing | None) -> AbstractContextManager[None]:
         return nullcontext() if self._last_block is None else label_rows_only(self._last_block, batch, routing)
 
     @torch.no_grad()
-    def _may_join_items(self) -> bool:
+    def _may_pack_sequences(self) -> bool:
         """Whether items joined into one row have the losses that they have padded: the longest, and short ones."""
         attention = getattr(self.model.config, "_attn_implementation", None)
         if self.objective is not head_loss or attention != FUSED:
@@ -250,7 +252,7 @@ class Bench:
         by_length = np.argsort(lengths_of(self.items(split)), kind="stable").tolist()
         probe = self.batch(split, [by_length[0], by_length[-1], by_length[len(by_length) // 2]])
         plain = head_loss(self.model, probe, 1.0).item_losses
-        row = joined(probe)
+        row = packed(probe)
         with _attention(row):
             ours = head_loss(self.model, row, 1.0).item_losses
         return torch.allclose(ours, plain, rtol=self._tolerance, atol=0)
@@ -316,20 +318,20 @@ class Bench:
 
 
 def _attention(batch: Batch) -> AbstractContextManager[None]:
-    return nullcontext() if batch.lengths is None else attention_within(batch.lengths, batch.input_ids.device)
+    return nullcontext() if batch.lengths is None else packed_attention(batch.lengths, batch.input_ids.device)
 
 
 def _summed(score: Scores) -> Scores:
     """The scores of all processes, each of which has zeros where another has an item."""
     rows = [score.losses, score.tokens, score.correct or []]
     tensors = [torch.tensor(row, dtype=torch.float64) for row in rows]
-    sum_over_world(tensors)
+    all_reduce(tensors)
     losses, tokens, correct = (tensor.tolist() for tensor in tensors)
     return Scores(losses, [round(n) for n in tokens], None if score.correct is None else [round(n) for n in correct])
 
 
 @contextmanager
-def recomputed_blocks(model: Any) -> Iterator[None]:
+def gradient_checkpointing_on(model: Any) -> Iterator[None]:
     """Keep no activations inside the model's blocks: recompute them in the backward pass.
 
     transformers does so for blocks in training mode; only the blocks are put in it, so that dropout stays off.

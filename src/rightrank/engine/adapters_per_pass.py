@@ -11,62 +11,62 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from rightrank.engine.bench import Bench
-from rightrank.engine.pack import Pack, Share
-from rightrank.errors import PackingError, is_out_of_memory
+from rightrank.engine.multi_lora import ArmBatch, MultiLora
+from rightrank.engine.runtime import Runtime
+from rightrank.errors import MultiLoraError, is_out_of_memory
 from rightrank.records import Arm
 
-MOST_ARMS = 16
+MAX_ADAPTERS_PER_PASS = 16
 PAYS = 0.95  # a doubling must bring the time of an arm's step below this share
 CHECK_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2}  # of item losses, relative
 TIMED_STEPS = 2
 
 
-def pack_size(bench: Bench, arms: Sequence[Arm], notice: Callable[[str], None], most: int | None = None) -> int:
+def pack_size(runtime: Runtime, arms: Sequence[Arm], notice: Callable[[str], None], most: int | None = None) -> int:
     """The number of arms to train together; `notice` is told when it is fewer than asked for and why.
 
     `most` is what the plan says of memory; None where it says nothing.
     """
-    asked = bench.settings.pack_size
-    on_cpu = bench.loaded.device.type == "cpu"
+    asked = runtime.settings.pack_size
+    on_cpu = runtime.loaded.device.type == "cpu"
     if asked == 1 or len(arms) < 2 or (asked is None and on_cpu):
         return 1
-    obstacle = packing_obstacle(bench, arms)
+    obstacle = multi_lora_obstacle(runtime, arms)
     if obstacle is not None:
         notice(f"arms are trained one after the other: {obstacle}")
         return 1
     if asked is None:
-        return measured_size(bench, arms, MOST_ARMS if most is None else most)
+        return fastest_count(runtime, arms, MAX_ADAPTERS_PER_PASS if most is None else most)
     if most is not None and most < asked:
         notice(f"pack_size {asked} needs more memory than there is, by the plan: going on with {most}")
         return most
     return asked
 
 
-def packing_obstacle(bench: Bench, arms: Sequence[Arm]) -> str | None:
+def multi_lora_obstacle(runtime: Runtime, arms: Sequence[Arm]) -> str | None:
     """Why arms can't share a pass over this model, or None: proven on a batch of real data."""
-    if bench.settings.bias != "none":
-        return f"bias={bench.settings.bias!r} trains the base's own biases"
+    if runtime.settings.bias != "none":
+        return f"bias={runtime.settings.bias!r} trains the base's own biases"
     try:
-        together, alone = _probe_losses(bench, arms[:2])
-    except PackingError as error:
+        together, alone = _probe_losses(runtime, arms[:2])
+    except MultiLoraError as error:
         return str(error)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        return f"two don't fit on {bench.loaded.device}"
-    tolerance = CHECK_TOLERANCE[next(bench.model.parameters()).dtype]
+        return f"two don't fit on {runtime.loaded.device}"
+    tolerance = CHECK_TOLERANCE[next(runtime.model.parameters()).dtype]
     if not torch.allclose(together, alone, rtol=tolerance, atol=tolerance):
         return "this model's losses differ when two arms share a pass"
     return None
 
 
-def measured_size(bench: Bench, arms: Sequence[Arm], most: int = MOST_ARMS) -> int:
+def fastest_count(runtime: Runtime, arms: Sequence[Arm], most: int = MAX_ADAPTERS_PER_PASS) -> int:
     """Double up to `most` while the time of an arm's step falls enough; an out-of-memory ends it."""
-    best, size = _seconds_per_arm(bench, arms[:1]), 1
+    best, size = _seconds_per_arm(runtime, arms[:1]), 1
     while size * 2 <= min(most, len(arms)):
         try:
-            seconds = _seconds_per_arm(bench, arms[: size * 2])
+            seconds = _seconds_per_arm(runtime, arms[: size * 2])
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -77,36 +77,39 @@ def measured_size(bench: Bench, arms: Sequence[Arm], most: int = MOST_ARMS) -> i
     return size
 
 
-def _seconds_per_arm(bench: Bench, arms: Sequence[Arm]) -> float:
+def _seconds_per_arm(runtime: Runtime, arms: Sequence[Arm]) -> float:
     """The shortest of a few passes, forward and backward, over scratch adapters of these arms."""
-    with Pack(bench.model, bench.settings) as pack, bench.recomputing():
+    with MultiLora(runtime.model, runtime.settings) as multi_lora, runtime.recomputing():
         for number, arm in enumerate(arms):
-            pack.join(f"scratch_{number}", arm, bench.arm_config(arm))
-        batch = bench.batch("train", bench.batch_plan(arms[0].seed)[0][: bench.settings.batch_size])
-        shares = [Share(f"scratch_{number}", batch, 1.0, None) for number in range(len(arms))]
+            multi_lora.add(f"scratch_{number}", arm, runtime.arm_config(arm))
+        batch = runtime.batch("train", runtime.batch_plan(arms[0].seed)[0][: runtime.settings.batch_size])
+        arm_batches = [ArmBatch(f"scratch_{number}", batch, 1.0, None) for number in range(len(arms))]
         times: list[float] = []
         for _ in range(1 + TIMED_STEPS):  # the first warms up
             begun = time.perf_counter()
-            bench.pack_gradients(pack, shares)
-            if bench.loaded.device.type == "cuda":
-                torch.cuda.synchronize(bench.loaded.device)
+            runtime.accumulate_gradients(multi_lora, arm_batches)
+            if runtime.loaded.device.type == "cuda":
+                torch.cuda.synchronize(runtime.loaded.device)
             times.append(time.perf_counter() - begun)
     return min(times[1:]) / len(arms)
 
 
-def _probe_losses(bench: Bench, arms: Sequence[Arm]) -> tuple[torch.Tensor, torch.Tensor]:
+def _probe_losses(runtime: Runtime, arms: Sequence[Arm]) -> tuple[torch.Tensor, torch.Tensor]:
     """Item losses of two arms with drawn adapters on two batches, together and one by one."""
     names = [f"scratch_{number}" for number in range(len(arms))]
     generator = torch.Generator().manual_seed(0)
-    with Pack(bench.model, bench.settings) as pack:
+    with MultiLora(runtime.model, runtime.settings) as multi_lora:
         for name, arm in zip(names, arms, strict=True):
-            for parameter in pack.join(name, arm, bench.arm_config(arm)).values():
+            for parameter in multi_lora.add(name, arm, runtime.arm_config(arm)).values():
                 drawn = torch.randn(parameter.shape, generator=generator) * 0.02
                 parameter.data.copy_(parameter.data + drawn.to(parameter))
-        plan = bench.batch_plan(arms[0].seed)[0]
-        size = bench.settings.batch_size
-        batches = [bench.batch("train", plan[:size]), bench.batch("train", list(reversed(plan))[: max(1, size // 2)])]
-        shares = [Share(name, batch, 1.0, None) for name, batch in zip(names, batches, strict=True)]
-        together = torch.cat(bench.pack_gradients(pack, shares))
-        alone = torch.cat([bench.pack_gradients(pack, [share])[0] for share in shares])
+        plan = runtime.batch_plan(arms[0].seed)[0]
+        size = runtime.settings.batch_size
+        batches = [
+            runtime.batch("train", plan[:size]),
+            runtime.batch("train", list(reversed(plan))[: max(1, size // 2)]),
+        ]
+        arm_batches = [ArmBatch(name, batch, 1.0, None) for name, batch in zip(names, batches, strict=True)]
+        together = torch.cat(runtime.accumulate_gradients(multi_lora, arm_batches))
+        alone = torch.cat([runtime.accumulate_gradients(multi_lora, [arm_batch])[0] for arm_batch in arm_batches])
     return together, alone

@@ -1,4 +1,4 @@
-"""One arm's training from its seed to its result, with checkpoints on the way; `together.py` runs many of them.
+"""One arm's training from its seed to its result, with checkpoints on the way; `training_loop.py` runs many of them.
 
 Everything is a function of the settings, the arm and the step number: a training that was interrupted and goes on
 from a checkpoint ends with the same values as one that was not.
@@ -16,14 +16,14 @@ import torch
 from peft import set_peft_model_state_dict
 
 from rightrank.engine.batches import Batch
-from rightrank.engine.bench import Bench, Scores
+from rightrank.engine.distributed import all_reduce, my_share, process_index
 from rightrank.engine.encode import label_count
-from rightrank.engine.optimizer import make_optimizer, optimizer_state, rate_schedule
+from rightrank.engine.multi_lora import ArmBatch, MultiLora
+from rightrank.engine.optimizer import learning_rate_schedule, make_optimizer, optimizer_state
 from rightrank.engine.outcome import Diverged, Progress, Seen, finished
-from rightrank.engine.pack import Pack, Share
+from rightrank.engine.runtime import Runtime, Scores
 from rightrank.engine.scoring import Measured, measure
 from rightrank.engine.truncate import truncated_adapter
-from rightrank.engine.world import my_share, rank, sum_over_world
 from rightrank.io.adapters import save_adapter
 from rightrank.io.checkpoints import Checkpoint, load_checkpoint, save_checkpoint
 from rightrank.records import Arm, EvalPoint, Preparing, StepDone, Trial, TrialFinished
@@ -55,7 +55,7 @@ class Watcher:
 
 
 def adapter_name(trial: Trial) -> str:
-    """The name of the trial's adapter in a pack."""
+    """The name of the trial's adapter in a pass."""
     return f"arm_{trial.trial_id}"
 
 
@@ -63,23 +63,31 @@ class ArmTraining:
     """One arm's training: its optimizer, schedule, batches, progress and checkpoint; the pass over the base is shared."""
 
     def __init__(
-        self, bench: Bench, trial: Trial, pack: Pack, base_loss: float | None, folders: TrialFolders, watcher: Watcher
+        self,
+        runtime: Runtime,
+        trial: Trial,
+        multi_lora: MultiLora,
+        base_loss: float | None,
+        folders: TrialFolders,
+        watcher: Watcher,
     ) -> None:
-        self._bench = bench
+        self._runtime = runtime
         self.trial = trial
         self.adapter = adapter_name(trial)
-        self._pack = pack
+        self._multi_lora = multi_lora
         self._base_loss = base_loss
         self._folders = folders
         self._watcher = watcher
-        self._settings = bench.settings
-        self._named = pack.join(self.adapter, trial.arm, bench.arm_config(trial.arm), bench.first_rows(trial.arm))
+        self._settings = runtime.settings
+        self._named = multi_lora.add(
+            self.adapter, trial.arm, runtime.arm_config(trial.arm), runtime.first_rows(trial.arm)
+        )
         self._parameters = list(self._named.values())
-        self._optimizer = make_optimizer(self._parameters, trial.arm.learning_rate, bench.settings)
-        self._rate_factor = rate_schedule(bench.settings, trial.arm.steps)
-        self._plan = training_batches(bench, trial.arm)
+        self._optimizer = make_optimizer(self._parameters, trial.arm.learning_rate, runtime.settings)
+        self._rate_factor = learning_rate_schedule(runtime.settings, trial.arm.steps)
+        self._plan = training_batches(runtime, trial.arm)
         self._last_step = trial.arm.steps if trial.arm.stop_at is None else trial.arm.stop_at
-        self._evaluate_at = evaluation_steps(trial.arm.steps, bench.settings.eval_points)
+        self._evaluate_at = evaluation_steps(trial.arm.steps, runtime.settings.eval_points)
         self._saved = time.perf_counter()
         self._save_seconds = 0.0  # that the last checkpoint took
         self.company = 1  # most arms, this one among them, that shared a pass
@@ -105,9 +113,9 @@ class ArmTraining:
         size = self._settings.batch_size
         indices = self._plan[self.progress.step]
         micro = [indices[start : start + size] for start in range(0, len(indices), size)]
-        batches = [self._bench.batch("train", my_share(part)) for part in micro]
-        items = [self._bench.items("train")[index] for index in indices]
-        self._labels = sum(label_count(item, self._bench.data.is_classification) for item in items)
+        batches = [self._runtime.batch("train", my_share(part)) for part in micro]
+        items = [self._runtime.items("train")[index] for index in indices]
+        self._labels = sum(label_count(item, self._runtime.data.is_classification) for item in items)
         self._loss_sum, self._tokens = 0.0, sum(item.length for item in items)
         self._micro_batch = 0
         for group in self._optimizer.param_groups:
@@ -115,12 +123,12 @@ class ArmTraining:
         self._optimizer.zero_grad(set_to_none=True)  # of a step that ran out of memory
         return batches
 
-    def share(self, batch: Batch) -> Share:
+    def arm_batch(self, batch: Batch) -> ArmBatch:
         """This arm's share of the pass over its next micro-batch."""
         per_step = self._settings.gradient_accumulation_steps
         draw = (self.trial.arm.seed * 1_000_003 + self.progress.step) * per_step + self._micro_batch
         self._micro_batch += 1
-        return Share(self.adapter, batch, 1 / self._labels, draw)
+        return ArmBatch(self.adapter, batch, 1 / self._labels, draw)
 
     def add_losses(self, loss_sum: float) -> None:
         self._loss_sum += loss_sum
@@ -128,9 +136,9 @@ class ArmTraining:
     def update(self) -> None:
         """Clip, step, and count the step; first sum gradients and losses over the processes, where there are more."""
         loss = torch.tensor([self._loss_sum], dtype=torch.float64)
-        sum_over_world([loss])
+        all_reduce([loss])
         self._loss_sum = float(loss)
-        sum_over_world([parameter.grad for parameter in self._parameters if parameter.grad is not None])
+        all_reduce([parameter.grad for parameter in self._parameters if parameter.grad is not None])
         if self._settings.max_grad_norm > 0:
             torch.nn.utils.clip_grad_norm_(self._parameters, self._settings.max_grad_norm)
         self._optimizer.step()
@@ -192,8 +200,8 @@ class ArmTraining:
         if self._measured is not None and self._measured[0] == self.progress.step:
             return self._measured[1]
         begun = time.perf_counter()
-        with self._pack.alone(self.adapter):
-            measured = measure(self._bench, "selection", self._folders.answers)
+        with self._multi_lora.alone(self.adapter):
+            measured = measure(self._runtime, "selection", self._folders.answers)
         seconds = time.perf_counter() - begun
         self.progress.eval_seconds += seconds
         self.progress.answer_seconds = seconds
@@ -208,34 +216,36 @@ class ArmTraining:
         """
         if self._scores is None:  # it went on from a checkpoint of its last step
             begun = time.perf_counter()
-            self._scores = self._bench.evaluate_pack("selection", self._pack, [self.adapter])[0]
+            self._scores = self._runtime.evaluate_adapters("selection", self._multi_lora, [self.adapter])[0]
             self.progress.eval_seconds += time.perf_counter() - begun
         measured: Measured | None = None
         if self.trial.arm.stop_at is None:
             measured = self._measure()
             measured.require([self._settings.metric_name])
-            if rank() == 0:
-                save_adapter(self._pack.peft_model, self._folders.adapter, self._bench.loaded.name, self.adapter)
-            self._pack.leave(self.adapter)
+            if process_index() == 0:
+                save_adapter(
+                    self._multi_lora.peft_model, self._folders.adapter, self._runtime.loaded.name, self.adapter
+                )
+            self._multi_lora.remove(self.adapter)
         else:
             self.set_aside()  # another trial may go on from here
         count = sum(parameter.numel() for parameter in self._parameters)
         seen = Seen(self._scores, measured)
-        return finished(self.trial, self._bench, self.progress, seen, count, peak_bytes, self.company)
+        return finished(self.trial, self._runtime, self.progress, seen, count, peak_bytes, self.company)
 
     def drop_checkpoint(self) -> None:
         """Once the trial's outcome is kept, nobody goes on from here."""
-        if rank() == 0:
+        if process_index() == 0:
             self._folders.checkpoint.unlink(missing_ok=True)
 
     def leave(self) -> None:
         """Take the adapter off."""
-        self._pack.leave(self.adapter)
+        self._multi_lora.remove(self.adapter)
 
     def set_aside(self) -> None:
         """Take the adapter off and keep a checkpoint, to go on from later."""
         self.save()
-        self._pack.leave(self.adapter)
+        self._multi_lora.remove(self.adapter)
 
     @property
     def is_checkpoint_due(self) -> bool:
@@ -255,7 +265,7 @@ class ArmTraining:
     def save(self) -> None:
         """Write the checkpoint; of several processes, which hold the same, the first does."""
         begun = time.perf_counter()
-        if rank() == 0:
+        if process_index() == 0:
             save_checkpoint(self._folders.checkpoint, self._checkpoint())
         self._saved = time.perf_counter()
         self._save_seconds = self._saved - begun
@@ -289,7 +299,7 @@ class ArmTraining:
             self._resume(folders.continue_from, arm.continue_from)
         if folders.truncate_from is not None:
             tensors = truncated_adapter(folders.truncate_from, arm, self._settings)
-            set_peft_model_state_dict(self._pack.peft_model, tensors, adapter_name=self.adapter)
+            set_peft_model_state_dict(self._multi_lora.peft_model, tensors, adapter_name=self.adapter)
 
     def _resume(self, checkpoint: Path, trial_id: str) -> bool:
         """Go on from a checkpoint, if it is there and of that trial."""
@@ -313,11 +323,11 @@ class ArmTraining:
         return True
 
 
-def training_batches(bench: Bench, arm: Arm) -> list[list[int]]:
+def training_batches(runtime: Runtime, arm: Arm) -> list[list[int]]:
     """The batches of an arm's steps; recovery after a cut takes those that follow a whole training's."""
     if arm.truncate_from is None:
-        return bench.batch_plan(arm.seed)[: arm.steps]
-    return bench.batch_plan(arm.seed, bench.steps + arm.steps)[bench.steps :]
+        return runtime.batch_plan(arm.seed)[: arm.steps]
+    return runtime.batch_plan(arm.seed, runtime.steps + arm.steps)[runtime.steps :]
 
 
 def evaluation_steps(steps: int, points: int) -> set[int]:

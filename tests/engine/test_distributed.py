@@ -12,13 +12,13 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 
-from rightrank.engine.together import run_trial
-from rightrank.engine.train import TrialFolders, Watcher
-from rightrank.engine.world import require_shares
+from rightrank.engine.arm_training import TrialFolders, Watcher
+from rightrank.engine.distributed import require_shares
+from rightrank.engine.training_loop import run_trial
 from rightrank.errors import SettingsError
 from rightrank.records import Arm, Trial, TrialFinished
 from rightrank.settings import SelectSettings
-from tests.helpers import make_bench
+from tests.helpers import make_runtime
 from tests.tiny import small_settings
 
 ARM = Arm(rank=4, learning_rate=1e-2, lora_alpha=32.0, seed=3, steps=6)
@@ -29,12 +29,12 @@ def settings(**changes: Any) -> SelectSettings:
 
 
 def train(model: Path, data: Path, folder: Path, **changes: Any) -> TrialFinished:
-    bench = make_bench(model, data, settings(**changes), folder / "cache")
+    runtime = make_runtime(model, data, settings(**changes), folder / "cache")
     if settings(**changes).shard_base:
-        held = sum(parameter.to_local().numel() for parameter in bench.model.model.layers.parameters())
-        assert 2 * held == sum(parameter.numel() for parameter in bench.model.model.layers.parameters())
+        held = sum(parameter.to_local().numel() for parameter in runtime.model.model.layers.parameters())
+        assert 2 * held == sum(parameter.numel() for parameter in runtime.model.model.layers.parameters())
     outcome = run_trial(
-        bench, Trial(trial_id="t", arm=ARM), None, TrialFolders(folder / "c", folder / "adapter"), Watcher()
+        runtime, Trial(trial_id="t", arm=ARM), None, TrialFolders(folder / "c", folder / "adapter"), Watcher()
     )
     assert isinstance(outcome, TrialFinished)
     return outcome
@@ -78,4 +78,4 @@ def test_two_processes_equal_one(model_folder: Path, completion_file: Path, tmp_
 
 def test_one_process_alone_shares_nothing_out(model_folder: Path, completion_file: Path, tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match="shard_base needs more than one process"):
-        make_bench(model_folder, completion_file, settings(shard_base=True), tmp_path)
+        make_runtime(model_folder, completion_file, settings(shard_base=True), tmp_path)

@@ -4,7 +4,7 @@ Everything in a model but its attention works position by position, so a row of 
 gives alone. Position numbers restart at every item. Attention, which torch's fused kernel computes, runs item by item
 over views of the row; masks that keep items or padding apart are never made.
 
-Which models this suits is checked on real data before use (`bench.py`): some pass state from token to token by other
+Which models this suits is checked on real data before use (`runtime.py`): some pass state from token to token by other
 means, or look only so far back.
 """
 
@@ -24,7 +24,7 @@ from rightrank.engine.batches import Batch
 from rightrank.engine.encode import IGNORED
 
 
-def joined(batch: Batch) -> Batch:
+def packed(batch: Batch) -> Batch:
     """The batch of b padded items as one row of all its T real tokens: tensors are [1, T].
 
     An item's first token is no label: nothing before it in the item predicts it.
@@ -42,13 +42,13 @@ def joined(batch: Batch) -> Batch:
     )
 
 
-def positions(lengths: Sequence[int], device: torch.device) -> torch.Tensor:
+def position_ids(lengths: Sequence[int], device: torch.device) -> torch.Tensor:
     """[1, T]: each token's place in its item."""
     return torch.cat([torch.arange(length, device=device) for length in lengths])[None]
 
 
 @contextmanager
-def attention_within(lengths: Sequence[int], device: torch.device) -> Iterator[None]:
+def packed_attention(lengths: Sequence[int], device: torch.device) -> Iterator[None]:
     """Within the block, models that use torch's fused attention attend within items of these lengths only.
 
     On a CPU each item is a call of its own, and nothing is padded. Elsewhere calls are dear: one for all items, padded.
@@ -73,7 +73,7 @@ def _by_item(plain: Any, lengths: Sequence[int]) -> Any:
 def _padded(plain: Any, lengths: Sequence[int], device: torch.device) -> Any:
     count, longest = len(lengths), max(lengths)
     begins = torch.arange(count, device=device) * longest
-    places = begins.repeat_interleave(torch.tensor(lengths, device=device)) + positions(lengths, device)[0]
+    places = begins.repeat_interleave(torch.tensor(lengths, device=device)) + position_ids(lengths, device)[0]
 
     def spread(row: torch.Tensor) -> torch.Tensor:
         """[1, heads, T, d] → [b, heads, n, d], zeros at the end of shorter items"""
