@@ -25,6 +25,7 @@ from scipy.stats import spearmanr
 
 from benchmarks.probe.common import store
 from rightrank.decision import decide, table_of
+from rightrank.io.truncation import resized_factors
 from rightrank.maths import spectra
 from rightrank.records import TrialFinished
 
@@ -96,8 +97,8 @@ def figures(b: Any, a: Any) -> dict[str, float]:
 
 
 def truncated(b: Any, a: Any, rank: int) -> tuple[Any, Any]:
-    svd = spectra.factored_svd(b, a)
-    return svd.u[:, :rank] * svd.s[:rank], svd.vt[:rank]
+    new_b, new_a = resized_factors(torch.from_numpy(b), torch.from_numpy(a), rank, 1.0)
+    return new_b.numpy(), new_a.numpy()
 
 
 def run_tasks(runs: list[Path]) -> list[dict[str, Any]]:

@@ -5,11 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import torch
 
 from rightrank.engine.arm_training import TrialFolders, Watcher
 from rightrank.engine.training_loop import run_trial
-from rightrank.engine.truncate import truncate
 from rightrank.records import Arm, Trial, TrialFinished
 from tests.helpers import make_runtime
 from tests.tiny import small_settings
@@ -71,15 +69,3 @@ def test_recovery_goes_on_with_the_batches_that_follow(runtime: object, tmp_path
     cut = run(runtime, "cut", arm.model_copy(update={"steps": 0}), tmp_path, truncate_from=tmp_path / "whole")
     assert recovered.train_tokens > 0
     assert recovered.value < cut.value
-
-
-@pytest.mark.parametrize("rank", [1, 3, 6])
-def test_the_error_of_a_cut_is_the_energy_it_drops(rank: int) -> None:
-    torch.manual_seed(0)
-    a, b, factor = torch.randn(6, 11), torch.randn(9, 6), 1.7
-    cut_a, cut_b = truncate(a, b, rank, factor)
-    product = factor * b @ a
-    dropped = torch.linalg.svdvals(product)[rank:]
-    assert cut_a.shape == (rank, 11)
-    assert cut_b.shape == (9, rank)
-    assert torch.dist(cut_b @ cut_a, product) == pytest.approx(float(dropped.norm()), abs=1e-4)

@@ -8,7 +8,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rightrank.maths import spectra
-from rightrank.probe.truncate import resized_factors
 
 
 def factors(rows: int, columns: int, rank: int, seed: int) -> tuple[spectra.Floats, spectra.Floats]:
@@ -29,25 +28,6 @@ def test_factored_values_are_those_of_the_product(size: tuple[int, int, int, int
     assert len(ours) == rank
     count = min(rank, len(dense))
     assert np.allclose(ours[:count], dense[:count], atol=1e-10 * dense[0])
-    svd = spectra.factored_svd(b, a)
-    assert np.allclose(svd.u * svd.s @ svd.vt, b @ a, atol=1e-10 * dense[0])
-
-
-@settings(max_examples=60, deadline=None)
-@given(sizes, st.integers(1, 12), st.floats(0.1, 10))
-def test_truncation_error_is_the_discarded_energy(size: tuple[int, int, int, int], rank: int, ratio: float) -> None:
-    """Eckart and Young: no approximation of that rank is nearer, and its distance is the tail of the spectrum."""
-    rows, columns, present, seed = size
-    b, a = factors(rows, columns, present, seed)
-    new_b, new_a = resized_factors(b, a, rank, ratio)
-    assert new_b.shape == (rows, rank)
-    assert new_a.shape == (rank, columns)
-    dense = np.linalg.svd(b @ a, compute_uv=False)
-    tail = np.sqrt(np.sum(dense[rank:] ** 2)) * ratio
-    assert np.linalg.norm(new_b @ new_a - ratio * (b @ a)) == pytest.approx(tail, abs=1e-9 * ratio * dense[0])
-    told = spectra.factored_distance(b * ratio, a, new_b, new_a)
-    assert told == pytest.approx(tail, abs=1e-9 * ratio * dense[0])
-    assert spectra.tail_norms(dense)[min(rank, len(dense))] * ratio == pytest.approx(tail)
 
 
 def test_energy_stable_and_effective_rank_of_known_spectra() -> None:

@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,9 +24,10 @@ from rightrank.engine.optimizer import learning_rate_schedule, make_optimizer, o
 from rightrank.engine.outcome import Diverged, Progress, Seen, finished
 from rightrank.engine.runtime import Runtime, Scores
 from rightrank.engine.scoring import Measured, measure
-from rightrank.engine.truncate import truncated_adapter
 from rightrank.io.adapters import save_adapter
 from rightrank.io.checkpoints import Checkpoint, load_checkpoint, save_checkpoint
+from rightrank.io.truncation import truncated_tensors
+from rightrank.maths.scaling import lora_scale
 from rightrank.records import Arm, EvalPoint, Preparing, StepDone, Trial, TrialFinished
 
 CHECKPOINT_SHARE = 0.015  # of the time that checkpoints may take
@@ -298,7 +300,8 @@ class ArmTraining:
         if folders.continue_from is not None and arm.continue_from is not None:
             self._resume(folders.continue_from, arm.continue_from)
         if folders.truncate_from is not None:
-            tensors = truncated_adapter(folders.truncate_from, arm, self._settings)
+            scale = partial(lora_scale, self._settings.scaling, arm.lora_alpha)
+            tensors = truncated_tensors(folders.truncate_from, arm.rank, scale)
             set_peft_model_state_dict(self._multi_lora.peft_model, tensors, adapter_name=self.adapter)
 
     def _resume(self, checkpoint: Path, trial_id: str) -> bool:

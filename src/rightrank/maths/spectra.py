@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -22,24 +21,6 @@ Floats = NDArray[np.float64]
 ENERGY_FRACTIONS = (0.9, 0.95, 0.99)
 NULL_DRAWS = 200  # fewer for large ranks, where they cost more and vary less
 NULL_QUANTILE = 0.95
-
-
-@dataclass(frozen=True, slots=True)
-class Svd:
-    """U [d, q], singular values [q] in falling order, Vᵀ [q, k]."""
-
-    u: Floats
-    s: Floats
-    vt: Floats
-
-
-def factored_svd(b: Floats, a: Floats) -> Svd:
-    """The SVD of B·A through QR of the factors; q = min(d, r, k)."""
-    q_b, r_b = np.linalg.qr(b)
-    q_a, r_a = np.linalg.qr(a.T)
-    u, s, vt = np.linalg.svd(r_b @ r_a.T)
-    count = min(len(s), b.shape[1])
-    return Svd(q_b @ u[:, :count], s[:count], vt[:count] @ q_a.T)
 
 
 def factored_singular_values(b: Floats, a: Floats) -> Floats:

@@ -20,14 +20,14 @@ from rightrank.errors import ModelError, SettingsError
 from rightrank.io.adapter_folder import PREFIX, open_adapter, write_adapter
 from rightrank.io.files import require_absent
 from rightrank.io.models import linear_modules
+from rightrank.io.truncation import Factors, balanced_factors
 from rightrank.io.weights import open_weights
-from rightrank.maths.spectra import Svd, energy_rank
+from rightrank.maths.spectra import energy_rank
 from rightrank.probe.checkpoint_spectra import EXACT_SIDE, differences, require_alike, sketched_svd
 from rightrank.probe.rank_choice import RankChoice
 from rightrank.probe.resize import write_resized
 from rightrank.probe.resizing import ResizeOptions, ResizeRule, resize_adapter
 from rightrank.probe.spectrum import Update, describe
-from rightrank.probe.truncate import balanced_factors
 from rightrank.records.probe import Resized
 
 MAX_RANK = 128
@@ -89,10 +89,9 @@ def _leading_parts(base: Path, finetuned: Path, options: ExtractOptions) -> _Lea
             continue
         options.on_matrix(module)
         delta = difference.delta.T if kinds[module] == "Conv1D" else difference.delta
-        update, svd = leading_svd(module, delta, options.max_rank)
-        b, a = balanced_factors(svd, update.rank, 1.0)
-        tensors[f"{PREFIX}{module}.lora_A.weight"] = torch.from_numpy(a).float()
-        tensors[f"{PREFIX}{module}.lora_B.weight"] = torch.from_numpy(b).float()
+        update, (b, a) = leading_part(module, delta, options.max_rank)
+        tensors[f"{PREFIX}{module}.lora_A.weight"] = a.float()
+        tensors[f"{PREFIX}{module}.lora_B.weight"] = b.float()
         updates.append(update)
     if not updates:
         raise ModelError(
@@ -101,8 +100,8 @@ def _leading_parts(base: Path, finetuned: Path, options: ExtractOptions) -> _Lea
     return _Leading(tensors, updates, left_out, "Conv1D" in {kinds[update.name] for update in updates})
 
 
-def leading_svd(name: str, delta: torch.Tensor, max_rank: int) -> tuple[Update, Svd]:
-    """The leading singular triplets of a difference, exact where it is small, and its record."""
+def leading_part(name: str, delta: torch.Tensor, max_rank: int) -> tuple[Update, Factors]:
+    """The record of a difference, and the factors of its leading part: exact where the matrix is small."""
     if min(delta.shape) <= EXACT_SIDE:
         u, s, vt = torch.linalg.svd(delta.double(), full_matrices=False)
     else:
@@ -118,7 +117,7 @@ def leading_svd(name: str, delta: torch.Tensor, max_rank: int) -> tuple[Update, 
         energy=float(delta.double().square().sum()),
         parameters=kept * sum(delta.shape),
     )
-    return update, Svd(u[:, :kept].numpy(), s[:kept].numpy(), vt[:kept].numpy())
+    return update, balanced_factors(u, s, vt, kept)
 
 
 def _config(base: Path, leading: _Leading) -> dict[str, Any]:

@@ -11,20 +11,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from peft import EvaConfig, LoraConfig, get_peft_model, initialize_lora_eva_weights
 
 from rightrank.engine.adapter import ADAPTER, lora_modules
 from rightrank.engine.runtime import Runtime
 from rightrank.io.adapter_folder import AdapterFolder
-from rightrank.maths.spectra import factored_singular_values, factored_svd, ranks_by_water_filling
+from rightrank.io.truncation import resized_factors
+from rightrank.maths.spectra import factored_singular_values, ranks_by_water_filling
 from rightrank.probe.bench_of import adapter_on
-from rightrank.probe.truncate import balanced_factors
 from rightrank.records import SplitName
-
-Floats = NDArray[np.float64]
 
 GRADIENT_ITEMS = 64  # training items that the gradient is averaged over
 EVA_BATCHES = 16
@@ -57,9 +53,9 @@ def truncation_sensitivity(adapter: AdapterFolder, bench: Runtime, split: SplitN
         for module in adapter.modules:
             levels = [2**power for power in range(module.rank.bit_length()) if 2**power < module.rank]
             curve = {module.rank: whole}
-            svd = factored_svd(*adapter.factors(module))
+            whole_b, whole_a = (torch.from_numpy(factor) for factor in adapter.factors(module))
             for rank in levels:
-                b, a = balanced_factors(svd, rank, 1.0)
+                b, a = resized_factors(whole_b, whole_a, rank, 1.0)
                 with _factors_set(modules[module.name], b, a):
                     curve[rank] = bench.evaluate(split).loss
             curves[module.name] = dict(sorted(curve.items()))
@@ -162,7 +158,7 @@ def _batches(bench: Runtime) -> Iterator[dict[str, torch.Tensor]]:
 
 
 @contextmanager
-def _factors_set(module: Any, b: Floats, a: Floats) -> Iterator[None]:
+def _factors_set(module: Any, b: torch.Tensor, a: torch.Tensor) -> Iterator[None]:
     """Factors of a lower rank in the place of a module's own, the rest of its rank at zero."""
     weights = (module.lora_A[ADAPTER].weight, module.lora_B[ADAPTER].weight)
     kept = [weight.detach().clone() for weight in weights]
@@ -171,8 +167,8 @@ def _factors_set(module: Any, b: Floats, a: Floats) -> Iterator[None]:
         with torch.no_grad():
             for weight in weights:
                 weight.zero_()
-            weights[0][:rank].copy_(torch.from_numpy(a).reshape(rank, *weights[0].shape[1:]))
-            weights[1][:, :rank].copy_(torch.from_numpy(b).reshape(-1, rank, *weights[1].shape[2:]))
+            weights[0][:rank].copy_(a.reshape(rank, *weights[0].shape[1:]))
+            weights[1][:, :rank].copy_(b.reshape(-1, rank, *weights[1].shape[2:]))
         yield
     finally:
         with torch.no_grad():

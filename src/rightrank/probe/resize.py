@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from rightrank.errors import ModelError
 from rightrank.io.adapter_folder import (
@@ -21,13 +20,11 @@ from rightrank.io.adapter_folder import (
 )
 from rightrank.io.files import require_absent
 from rightrank.io.patterns import exact_pattern, lora_scaling
+from rightrank.io.truncation import resized_factors
 from rightrank.maths.spectra import factored_distance
 from rightrank.probe.rank_choice import RankChoice
-from rightrank.probe.truncate import resized_factors
 from rightrank.records.probe import ModuleResize, Resized
 from rightrank.settings import DtypeName
-
-Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +96,8 @@ def _new_module(adapter: AdapterFolder, module: AdapterModule, rank: int, dtype:
     old_b, old_a = adapter.tensor(module.b_key), adapter.tensor(module.a_key)
     scaling = lora_scaling(module.lora_alpha, rank, adapter.use_rslora)
     ratio = module.scaling / scaling
-    new_b, new_a = resized_factors(b, a, rank, ratio)
+    old = torch.from_numpy(b), torch.from_numpy(a)
+    new_b, new_a = (old[0] * ratio, old[1]) if rank == module.rank else resized_factors(*old, rank, ratio)
     tensors = {
         module.b_key: _like(new_b, old_b, rank, dtype, first=False),
         module.a_key: _like(new_a, old_a, rank, dtype, first=True),
@@ -119,11 +117,11 @@ def _new_module(adapter: AdapterFolder, module: AdapterModule, rank: int, dtype:
     return NewModule(tensors, error, norm, record)
 
 
-def _like(values: Floats, old: torch.Tensor, rank: int, dtype: DtypeName | None, *, first: bool) -> torch.Tensor:
+def _like(values: torch.Tensor, old: torch.Tensor, rank: int, dtype: DtypeName | None, *, first: bool) -> torch.Tensor:
     """`values` in the layout of `old`, its rank dimension replaced."""
     shape = list(old.shape)
     shape[0 if first else 1] = rank
-    return torch.from_numpy(values).reshape(shape).to(old.dtype if dtype is None else getattr(torch, dtype))
+    return values.reshape(shape).to(old.dtype if dtype is None else getattr(torch, dtype))
 
 
 def _relative(error: float, norm: float) -> float:

@@ -1,0 +1,78 @@
+"""LoRA factors at another rank: truncation by singular values, or padding that keeps the product.
+
+With s the scale of an update s·B·A and s' the scale at the new rank, s'·B'·A' is the best approximation of s·B·A of that
+rank (Eckart and Young 1936): its error ‖s·B·A − s'·B'·A'‖_F is the root of the sum of the squared singular values that
+are dropped. With B = Q_B R_B and Aᵀ = Q_A R_A, only the r × r core R_B R_Aᵀ is decomposed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+
+from rightrank.io.adapter_folder import WEIGHTS_FILE
+
+Factors = tuple[torch.Tensor, torch.Tensor]
+
+ZERO_SHARE = 1e-12  # of the largest singular value; a direction below it is rounding, and its column of B is zero
+
+
+def truncated_tensors(folder: Path, rank: int, scale: Callable[[int], float]) -> dict[str, torch.Tensor]:
+    """The tensors of the adapter in `folder`, in PEFT's names, every A and B truncated to `rank`; all others as saved.
+
+    Args:
+        folder: an adapter folder as PEFT saves it.
+        rank: the rank of every module.
+        scale: PEFT's scale s by rank.
+    """
+    tensors = load_file(folder / WEIGHTS_FILE)
+    for name, a in list(tensors.items()):
+        if "lora_A" not in name and "lora_embedding_A" not in name:
+            continue
+        partner = name.replace("lora_A", "lora_B").replace("lora_embedding_A", "lora_embedding_B")
+        b = tensors[partner]
+        new_b, new_a = resized_factors(b.float(), a.float(), rank, scale(a.shape[0]) / scale(rank))
+        tensors[name], tensors[partner] = new_a.to(a.dtype).contiguous(), new_b.to(b.dtype).contiguous()
+    return tensors
+
+
+def resized_factors(b: torch.Tensor, a: torch.Tensor, rank: int, scale_ratio: float) -> Factors:
+    """`(B' [d, rank], A' [rank, k])`, truncated or padded, with B'·A' ≈ scale_ratio · B·A; scale_ratio is s/s'.
+
+    At a higher rank the product is exact. An untrained pair (B or A zero) keeps its leading part unchanged, so that
+    training can start from it. Computed in the type of `b` [d, r] and `a` [r, k].
+    """
+    if rank > b.shape[1]:
+        return _padded(b * scale_ratio, a, rank)
+    if not b.any() or not a.any():
+        return b[:, :rank] * scale_ratio, a[:rank]
+    q_b, r_b = torch.linalg.qr(b)
+    q_a, r_a = torch.linalg.qr(a.T)
+    u, s, vt = torch.linalg.svd(scale_ratio * r_b @ r_a.T, full_matrices=False)
+    core_b, core_a = balanced_factors(u, s, vt, rank)
+    return _padded(q_b @ core_b, core_a @ q_a.T, rank)
+
+
+def balanced_factors(u: torch.Tensor, s: torch.Tensor, vt: torch.Tensor, rank: int) -> Factors:
+    """The leading `rank` triplets of an SVD (fewer where it has fewer), the root of each singular value on either side.
+
+    A direction without energy has a zero column of B and keeps a row of A, so that further training can use it.
+    """
+    s = s[:rank]
+    root = s.sqrt()
+    alive = s > ZERO_SHARE * s[:1]
+    return u[:, :rank] * torch.where(alive, root, 0), torch.where(alive, root, root[:1])[:, None] * vt[:rank]
+
+
+def _padded(b: torch.Tensor, a: torch.Tensor, rank: int) -> Factors:
+    """Zero columns of B against rows of A as PEFT draws them, uniform in ±1/√k: the product does not change."""
+    missing, width = rank - b.shape[1], a.shape[1]
+    if missing == 0:
+        return b, a
+    rows = np.random.default_rng([rank, width]).uniform(-1, 1, (missing, width)) / math.sqrt(width)
+    return torch.cat([b, b.new_zeros((b.shape[0], missing))], 1), torch.cat([a, torch.from_numpy(rows).to(a)])
