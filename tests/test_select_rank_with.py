@@ -57,6 +57,37 @@ def test_item_scores_are_compared_in_pairs(tmp_path: Path) -> None:
     assert (selected.run / "figures" / "rank_curve.csv").exists()
 
 
+@pytest.mark.parametrize(
+    ("metric", "higher"),
+    [
+        ("acc", True), ("pass@1", True), ("auc", True), ("mcc", True), ("em", True), ("reward", True),
+        ("win_rate", True), ("accuracy", True), ("f1", True), ("score_error", False), ("loss", False),
+    ],
+)  # fmt: skip
+def test_the_name_of_a_metric_says_whether_higher_is_better(tmp_path: Path, metric: str, higher: bool) -> None:
+    def train(task: TrialTask) -> Mapping[str, float]:
+        return {metric: 0.5 + 0.1 * task.rank / 16}
+
+    decision = select_rank_with(train, tmp_path / "run", ranks=RANKS, learning_rates=(1e-3,), metric=metric).decision
+    assert decision.higher_is_better is higher
+    assert decision.reference_rank == (16 if higher else 1)
+
+
+def test_a_metric_without_a_known_direction_needs_higher_is_better(tmp_path: Path) -> None:
+    def train(task: TrialTask) -> Mapping[str, float]:
+        return {"colour": 1 / task.rank}
+
+    def select(**more: Any) -> bool:
+        found = select_rank_with(
+            train, tmp_path / "run", ranks=RANKS, learning_rates=(1e-3,), metric="colour", **more
+        )  # fmt: skip
+        return found.decision.higher_is_better
+
+    with pytest.raises(SettingsError, match="metric 'colour': pass higher_is_better=True or False"):
+        select()
+    assert select(higher_is_better=False) is False
+
+
 def test_one_number_a_trial_is_enough_to_begin_with(tmp_path: Path) -> None:
     decision = select_rank_with(by_number, tmp_path / "run", ranks=RANKS, learning_rates=RATES, margin=0.1).decision
     assert decision.reference_rank == 16

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rightrank.decision import Cell, ScoreTable
+from rightrank.decision.judge import walk_down
 
 Floats = NDArray[np.float64]
 Shape = Literal["power", "flat", "u_shaped", "rising"]
@@ -55,13 +56,8 @@ def truth(world: World, generator: np.random.Generator) -> Floats:
 
 def right_rank(losses: Floats, margin: float) -> int:
     """The rule on the true losses."""
-    best = int(np.argmin(losses))
-    chosen = best
-    for place in range(best - 1, -1, -1):
-        if losses[place] - losses[best] >= margin:
-            break
-        chosen = place
-    return RANKS[chosen]
+    excess = dict(zip(RANKS, losses - losses.min(), strict=True))
+    return walk_down(RANKS, RANKS[int(np.argmin(losses))], lambda rank: bool(excess[rank] < margin))
 
 
 def draw_table(world: World, losses: Floats, generator: np.random.Generator) -> ScoreTable:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from rightrank.api import Selected, Watching, opened
+from rightrank.decision.metrics import direction
 from rightrank.errors import SettingsError
 from rightrank.executors.own import Call, OwnExecutor, TrainFunction, call_here, call_in_process, call_on_ray
 from rightrank.io.files import disk_errors_told
@@ -21,7 +22,6 @@ from rightrank.trackers import require_trackers
 from rightrank.version import __version__
 
 DIRECT_STRATEGIES = ("grid", "bracket", "ladder", "ascend")  # those that whole trainings are enough for
-HIGHER_IS_BETTER = ("accuracy", "f1", "exact_match", "rouge", "bleu", "reward", "win_rate", "score")
 
 
 def select_rank_with(
@@ -54,7 +54,8 @@ def select_rank_with(
         out: the run folder. Called again with the same arguments it resumes; trials that failed are run again.
         steps: handed to `train` as they are; 0 leaves the length to it.
         metric: the name of the metric that decides.
-        higher_is_better: None: by the metric's name (accuracy, f1, reward, ... are; losses and errors are not).
+        higher_is_better: None: by the metric's name (true of accuracy, f1 or reward, false of a loss or an error);
+            required where the name does not say.
         margin: how much worse than the best is still enough; None: by the metric.
         with_base: call `train` with rank 0 too, to evaluate the base without training.
         where: "here", or each call in a fresh process of its own, on this machine ("process") or on a Ray cluster ("ray":
@@ -65,7 +66,8 @@ def select_rank_with(
         report_to: trackers that are told of every trial: trackio, wandb, mlflow, tensorboard.
 
     Raises:
-        SettingsError: an argument that is not allowed, or a function that can't be sent to a process.
+        SettingsError: an argument that is not allowed, a metric whose direction is not known, or a function that can't
+            be sent to a process.
         MissingExtraError: a tracker that is not installed.
         RunFolderError: a folder made with other settings.
         AllTrialsFailedError: no two ranks ended with a result.
@@ -75,7 +77,7 @@ def select_rank_with(
         settings=_checked(ranks, learning_rates, seeds, lora_alpha, margin, strategy),
         steps=steps,
         metric=metric,
-        higher_is_better=_is_higher_better(metric) if higher_is_better is None else higher_is_better,
+        higher_is_better=_direction_of(metric, higher_is_better),
         with_base=with_base,
         version=version,
         report_to=require_trackers(report_to),
@@ -212,5 +214,8 @@ def _run_started(asked: _Asked, train: TrainFunction) -> RunStarted:
     )
 
 
-def _is_higher_better(metric: str) -> bool:
-    return any(name in metric.lower() for name in HIGHER_IS_BETTER)
+def _direction_of(metric: str, higher_is_better: bool | None) -> bool:
+    higher = direction(metric) if higher_is_better is None else higher_is_better
+    if higher is None:
+        raise SettingsError(f"metric {metric!r}: pass higher_is_better=True or False, as the name does not say which")
+    return higher

@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 
 from rightrank.decision import Cell, ScoreTable, decide
+from rightrank.decision.judge import walk_down
 from rightrank.errors import ResultsError
 from tests.decision.tables import bare, scored
 
@@ -88,6 +89,22 @@ def test_overfitting_takes_both_halves() -> None:
 def test_the_sequence_stops_at_the_first_failure() -> None:
     decision = decide(bare({1: 2.0, 4: 2.1, 16: 2.0, 64: 1.999}), 0.005)
     assert decision.rank == 16  # rank 1 is within the margin, but 4 is not
+
+
+@pytest.mark.parametrize(
+    ("ranks", "reference", "enough", "chosen"),
+    [
+        ([64, 1, 16, 4], 64, {16, 4}, 4),  # in any order
+        ([1, 4, 16, 64], 64, {1, 4}, 64),  # the first below fails
+        ([1, 4, 16, 64], 64, {1, 16}, 16),  # 1 is not reached past 4
+        ([0, 1, 4, 16, 64], 16, {0, 1, 4, 64}, 1),  # neither the base nor a rank above the reference
+        ([4], 4, set(), 4),
+    ],
+)
+def test_the_walk_down_ends_above_the_first_rank_that_fails(
+    ranks: list[int], reference: int, enough: set[int], chosen: int
+) -> None:
+    assert walk_down(ranks, reference, lambda rank: rank in enough) == chosen
 
 
 def test_ties_go_to_the_lower_rank() -> None:

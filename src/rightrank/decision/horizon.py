@@ -7,6 +7,7 @@ still grows at the end says that a longer training may need more rank than this 
 from __future__ import annotations
 
 from rightrank.decision.evidence import Contender, Evidence
+from rightrank.decision.judge import walk_down
 from rightrank.records import HorizonNote
 
 LEAST_POINTS = 3
@@ -44,9 +45,4 @@ def _curve(contender: Contender) -> dict[int, float]:
 def _pick(losses: dict[int, float], margin: float) -> int:
     """The point reading of the rule."""
     reference = min(losses, key=lambda rank: (losses[rank], rank))
-    chosen = reference
-    for rank in sorted((rank for rank in losses if rank < reference), reverse=True):
-        if losses[rank] - losses[reference] > margin:
-            break
-        chosen = rank
-    return chosen
+    return walk_down(losses, reference, lambda rank: losses[rank] - losses[reference] <= margin)

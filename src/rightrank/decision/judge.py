@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from itertools import takewhile
 
 from rightrank.decision.evidence import Contender, Evidence
 from rightrank.decision.metrics import MetricKind
@@ -73,21 +75,24 @@ def _judge_one(contender: Contender, evidence: Evidence, margin: float) -> Judge
     return Judged(contender, mean, difference, low, high, within, shown, threshold)
 
 
-def walk_down(judged: dict[int, Judged], reference_rank: int) -> int:
-    """The smallest rank reached from the reference downward before the first that fails."""
-    chosen = reference_rank
-    for rank in sorted((rank for rank in judged if 0 < rank < reference_rank), reverse=True):
-        if not judged[rank].within:
-            break
-        chosen = rank
-    return chosen
+def walk_down(ranks: Iterable[int], reference: int, holds: Callable[[int], bool]) -> int:
+    """The smallest of `ranks` above 0 that the walk from `reference` downward reaches before the first that fails.
+
+    A fixed sequence: a rank below one that fails is not tested, so that no correction for multiplicity is due.
+    """
+    return min(takewhile(holds, descending(ranks, reference)), default=reference)
+
+
+def descending(ranks: Iterable[int], reference: int) -> list[int]:
+    """The ranks between 0 and `reference`, both excluded, from the top downward."""
+    return sorted((rank for rank in ranks if 0 < rank < reference), reverse=True)
 
 
 def staircase(judged: dict[int, Judged], reference_rank: int, unit: Unit) -> list[StaircaseStep]:
     """Margin → rank, exactly: a step at every margin from which on a smaller rank is reached. Starts at margin 0."""
     steps = [StaircaseStep(margin=0.0, rank=reference_rank)]
     threshold = 0.0
-    for rank in sorted((rank for rank in judged if 0 < rank < reference_rank), reverse=True):
+    for rank in descending(judged, reference_rank):
         threshold = max(threshold, judged[rank].threshold)
         margin = unit.difference(threshold)
         if margin == steps[-1].margin:

@@ -53,7 +53,7 @@ def decide(
     evidence, unit, margin = _prepared(table, margin)
     oriented = unit.oriented_margin(margin)
     judged = judge(evidence, oriented)
-    chosen = walk_down(judged, evidence.reference.rank)
+    chosen = walk_down(judged, evidence.reference.rank, lambda rank: judged[rank].within)
     verdict = verdict_of(judged, evidence, chosen, oriented)
     curve = fit_curve(evidence, unit, oriented)
     horizon = horizon_note(evidence, chosen, margin)

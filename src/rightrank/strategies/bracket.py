@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from rightrank.decision.judge import walk_down
 from rightrank.records import Arm
 from rightrank.strategies.climb import Wanted
 from rightrank.strategies.ladder import predicted_rank
@@ -60,12 +61,6 @@ def smallest_cut_that_holds(space: Space, results: Results, cuts: list[Arm], rat
     parent = results.direct().get((space.top, rate, space.seeds[0]))
     if parent is None or not any(results.finished(cut) for cut in cuts):
         return None
-    chosen = space.top
-    for cut in cuts:
-        outcome = results.finished(cut)
-        if outcome is None:
-            continue
-        if not within(excess_of([(outcome, parent)], space).mean, space.margin_at(results.best_loss(space.top))):
-            break
-        chosen = cut.rank
-    return chosen
+    known = {cut.rank: outcome for cut in cuts if (outcome := results.finished(cut)) is not None}
+    margin = space.margin_at(results.best_loss(space.top))
+    return walk_down(known, space.top, lambda rank: within(excess_of([(known[rank], parent)], space).mean, margin))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from rightrank.decision.judge import walk_down
 from rightrank.records import Arm, TrialFinished, TrialOutcome
 from rightrank.strategies.bracket import smallest_cut_that_holds, truncations
 from rightrank.strategies.climb import Wanted
@@ -59,15 +60,11 @@ class Descend(Scripted):
 
     def answer(self, history: History) -> Answer:
         played = self._play(history)
-        recovered = {arm.rank for arm in played.results.outcomes if arm.truncate_from and arm.steps}
-        chosen = self.space.top if played.results.best_rate(self.space.top) is not None else None
-        for rank in sorted(recovered, reverse=True):
-            if rank < self.space.top:
-                if not self._holds(played.results, rank):
-                    break
-                chosen = rank
-        rate = played.results.best_rate(self.space.top)
-        return Answer(chosen, rate, self.space.top, played.complete)
+        results, top = played.results, self.space.top
+        recovered = {arm.rank for arm in results.outcomes if arm.truncate_from and arm.steps}
+        rate = results.best_rate(top)
+        chosen = None if rate is None else walk_down(recovered, top, lambda rank: self._holds(results, rank))
+        return Answer(chosen, rate, top, played.complete)
 
     def _recovery_steps(self) -> int:
         return math.ceil(RECOVERY * self.space.steps)

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
-from numpy.typing import NDArray
 
+from rightrank.decision.judge import CONFIDENCE, walk_down
+from rightrank.maths.intervals import estimate
 from rightrank.records import Arm, TrialDiverged, TrialFinished, TrialOutcome
 from rightrank.strategies.protocol import base_arm
 from rightrank.strategies.space import Space
-
-Floats = NDArray[np.float64]
-
-Z_95 = 1.645  # one-sided
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,14 +140,8 @@ class Results:
 
     def smallest_that_holds(self) -> int | None:
         """From the reference downward over the ranks trained, before the first that fails."""
-        chosen = reference = self.reference()
-        for rank in self.ranks():
-            if reference is None or rank >= reference:
-                continue
-            if not self.holds(rank):
-                break
-            chosen = rank
-        return chosen
+        reference = self.reference()
+        return None if reference is None else walk_down(self.ranks(), reference, self.holds)
 
 
 def oriented(outcome: TrialFinished, space: Space) -> float:
@@ -165,30 +156,13 @@ def within(excess: float, margin: float) -> bool:
 
 
 def excess_of(pairs: Iterable[tuple[TrialFinished, TrialFinished]], space: Space) -> Excess:
-    """The mean difference of paired outcomes and its 95% upper bound over items.
-
-    The mean is linearised: sum of item differences over the sum of tokens, with the items' own spread. Where the
-    outcomes hold no items the bound is the mean.
-    """
+    """The mean difference of paired outcomes and its 95% upper bound, which is the mean where outcomes hold no examples."""
     pairs = list(pairs)
     mean = float(np.mean([oriented(left, space) - oriented(right, space) for left, right in pairs]))
-    items = [_item_differences(left, right, space) for left, right in pairs]
-    known = [differences for differences in items if differences is not None]
-    if len(known) < len(pairs) or len(known[0]) < 2:
+    scored = [(left.items(space.metric), right.items(space.metric)) for left, right in pairs]
+    known = [(ours, theirs) for ours, theirs in scored if ours and theirs and len(ours[0]) == len(theirs[0]) > 1]
+    if len(known) < len(pairs):
         return Excess(mean, mean)
-    by_item = np.mean(known, axis=0)
-    error = float(by_item.std(ddof=1) / math.sqrt(len(by_item)))
-    return Excess(mean, mean + Z_95 * error)
-
-
-def _item_differences(left: TrialFinished, right: TrialFinished, space: Space) -> Floats | None:
-    """[items] contributions to the difference, each times the number of items, so that their mean is the difference."""
-    ours, theirs = left.items(space.metric), right.items(space.metric)
-    if ours is None or theirs is None or len(ours[0]) != len(theirs[0]):
-        return None
-    weights = np.asarray(ours[1], dtype=np.float64)
-    sums = np.asarray(ours[0], dtype=np.float64) - np.asarray(theirs[0], dtype=np.float64)
-    sums = -sums if space.higher_is_better else sums
-    mean = sums.sum() / weights.sum()
-    found: Floats = mean + (sums - mean * weights) / weights.mean()
-    return found
+    sums = np.array([np.subtract(ours[0], theirs[0]) for ours, theirs in known])
+    found = estimate(-sums if space.higher_is_better else sums, np.asarray(known[0][0][1], dtype=np.float64))
+    return Excess(mean, replace(found, mean=mean).bound(CONFIDENCE))
