@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from rightrank.engine.arm_training import TrialFolders, Watcher
+from rightrank.engine.arm_training import TrialFolders, Watcher, arm_schedule
+from rightrank.engine.averaging import RunningMean
 from rightrank.engine.training_loop import run_trial
 from rightrank.records import Arm, Trial, TrialFinished
 from tests.helpers import make_runtime
@@ -43,6 +44,50 @@ def test_a_lost_checkpoint_costs_steps_and_changes_nothing(runtime: object, tmp_
     arm = ARM.model_copy(update={"continue_from": "gone"})
     again = run(runtime, "again", arm, tmp_path, continue_from=tmp_path / "gone.safetensors")
     assert again.value == whole.value
+
+
+def test_an_annealed_copy_decays_and_leaves_the_training_as_it_is(runtime: object, tmp_path: Path) -> None:
+    whole = run(runtime, "whole", ARM, tmp_path)
+    run(runtime, "first", ARM.model_copy(update={"stop_at": 3}), tmp_path)
+    copy_arm = ARM.model_copy(update={"continue_from": "first", "anneal_from": 3, "stop_at": 5})
+    parent = {"continue_from": tmp_path / "first.safetensors"}
+    annealed = run(runtime, "copy", copy_arm, tmp_path, **parent)
+    plain = run(runtime, "plain", copy_arm.model_copy(update={"anneal_from": None}), tmp_path, **parent)
+    assert annealed.train_losses[:4] == pytest.approx(
+        plain.train_losses[:4], rel=1e-5
+    )  # the first step is at the full rate
+    assert annealed.value != plain.value
+    assert not (tmp_path / "copy.safetensors").exists()  # nobody resumes from it
+    second = run(runtime, "second", ARM.model_copy(update={"continue_from": "first"}), tmp_path, **parent)
+    assert second.value == pytest.approx(whole.value, rel=1e-6)
+
+
+def test_the_schedule_of_an_annealed_copy() -> None:
+    settings = small_settings(lr_scheduler_type="constant", warmup_ratio=0.0)
+    factor = arm_schedule(settings, ARM.model_copy(update={"stop_at": 6, "anneal_from": 2}))
+    assert [factor(step) for step in range(6)] == pytest.approx([1, 1, 1, 0.75, 0.5, 0.25])
+
+
+def test_an_early_look_also_measures_the_mean_of_its_second_half(runtime: object, tmp_path: Path) -> None:
+    look = run(runtime, "look", ARM.model_copy(update={"stop_at": 1}), tmp_path)
+    assert look.averaged_loss == pytest.approx(look.value, rel=1e-6)  # the mean of one step
+    later = run(runtime, "later", ARM.model_copy(update={"stop_at": 6}), tmp_path)
+    assert later.averaged_loss is not None
+    assert later.averaged_loss != pytest.approx(later.value, rel=1e-6)
+    assert run(runtime, "whole", ARM, tmp_path).averaged_loss is None
+
+
+def test_the_running_mean() -> None:
+    weight = torch.nn.Parameter(torch.zeros(2))
+    mean = RunningMean({"a": weight}, start=1)
+    for step in (1, 2, 3):
+        weight.data.fill_(float(step))
+        mean.add(step)
+    again = RunningMean({"a": weight}, start=1)
+    again.restore(mean.tensors())
+    with again.applied():
+        assert weight.tolist() == [2.5, 2.5]
+    assert weight.tolist() == [3.0, 3.0]
 
 
 def test_a_cut_that_keeps_all_keeps_the_loss(runtime: object, tmp_path: Path) -> None:

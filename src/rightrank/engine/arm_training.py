@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from peft import set_peft_model_state_dict
 
+from rightrank.engine.averaging import RunningMean
 from rightrank.engine.batches import Batch
 from rightrank.engine.distributed import all_reduce, my_share, process_index
 from rightrank.engine.encode import label_count
@@ -29,6 +30,7 @@ from rightrank.io.checkpoints import Checkpoint, load_checkpoint, save_checkpoin
 from rightrank.io.truncation import truncated_tensors
 from rightrank.maths.scaling import lora_scale
 from rightrank.records import Arm, EvalPoint, Preparing, StepDone, Trial, TrialFinished
+from rightrank.settings import SelectSettings
 
 CHECKPOINT_SHARE = 0.015  # of the time that checkpoints may take
 DIVERGENCE_WINDOW = 8  # steps over which the training loss is averaged before it is called diverged
@@ -86,7 +88,7 @@ class ArmTraining:
         )
         self._parameters = list(self._named.values())
         self._optimizer = make_optimizer(self._parameters, trial.arm.learning_rate, runtime.settings)
-        self._rate_factor = learning_rate_schedule(runtime.settings, trial.arm.steps)
+        self._lr_factor = arm_schedule(runtime.settings, trial.arm)
         self._plan = training_batches(runtime, trial.arm)
         self._last_step = trial.arm.steps if trial.arm.stop_at is None else trial.arm.stop_at
         self._evaluate_at = evaluation_steps(trial.arm.steps, runtime.settings.eval_points)
@@ -100,6 +102,8 @@ class ArmTraining:
         self._scores: Scores | None = None  # of the last evaluation
         self._measured: tuple[int, Measured] | None = None  # after which step, and what
         self.progress = Progress()
+        is_look = trial.arm.stop_at is not None and not trial.arm.is_annealed
+        self._mean = RunningMean(self._named, self._last_step // 2) if is_look else None
         self._start()
 
     @property
@@ -121,7 +125,7 @@ class ArmTraining:
         self._loss_sum, self._tokens = 0.0, sum(item.length for item in items)
         self._micro_batch = 0
         for group in self._optimizer.param_groups:
-            group["lr"] = self.trial.arm.learning_rate * self._rate_factor(self.progress.step)
+            group["lr"] = self.trial.arm.learning_rate * self._lr_factor(self.progress.step)
         self._optimizer.zero_grad(set_to_none=True)  # of a step that ran out of memory
         return batches
 
@@ -146,6 +150,8 @@ class ArmTraining:
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         self.progress.step += 1
+        if self._mean is not None:
+            self._mean.add(self.progress.step)
         self.progress.train_tokens += self._tokens
         self.progress.train_losses.append(self._loss_sum / self._labels)
 
@@ -221,6 +227,7 @@ class ArmTraining:
             self._scores = self._runtime.evaluate_adapters("selection", self._multi_lora, [self.adapter])[0]
             self.progress.eval_seconds += time.perf_counter() - begun
         measured: Measured | None = None
+        averaged = self._averaged_loss()
         if self.trial.arm.stop_at is None:
             measured = self._measure()
             measured.require([self._settings.metric_name])
@@ -229,11 +236,23 @@ class ArmTraining:
                     self._multi_lora.peft_model, self._folders.adapter, self._runtime.loaded.name, self.adapter
                 )
             self._multi_lora.remove(self.adapter)
+        elif self.trial.arm.is_annealed:
+            self._multi_lora.remove(self.adapter)  # nobody resumes from it
         else:
             self.set_aside()  # another trial may go on from here
         count = sum(parameter.numel() for parameter in self._parameters)
-        seen = Seen(self._scores, measured)
+        seen = Seen(self._scores, measured, averaged)
         return finished(self.trial, self._runtime, self.progress, seen, count, peak_bytes, self.company)
+
+    def _averaged_loss(self) -> float | None:
+        """Held-out loss of the running mean; None where there is none."""
+        if self._mean is None or self._mean.is_empty:
+            return None
+        begun = time.perf_counter()
+        with self._mean.applied():
+            scores = self._runtime.evaluate_adapters("selection", self._multi_lora, [self.adapter])[0]
+        self.progress.eval_seconds += time.perf_counter() - begun
+        return scores.loss
 
     def drop_checkpoint(self) -> None:
         """Once the trial's outcome is kept, nobody goes on from here."""
@@ -278,6 +297,8 @@ class ArmTraining:
         for index, parameter in enumerate(self._parameters):
             for key, value in self._optimizer.state[parameter].items():
                 tensors[f"optimizer.{index}.{key}"] = torch.as_tensor(value)
+        if self._mean is not None:
+            tensors |= self._mean.tensors()
         state = {
             "trial_id": self.trial.trial_id,
             "step": progress.step,
@@ -314,6 +335,8 @@ class ArmTraining:
                 value.copy_(found.tensors[f"parameter.{name}"])
         for index, parameter in enumerate(self._parameters):
             self._optimizer.state[parameter] = optimizer_state(found.tensors, index, parameter)
+        if self._mean is not None and trial_id == self.trial.trial_id:
+            self._mean.restore(found.tensors)
         state = found.state
         self.progress = Progress(
             step=state["step"],
@@ -324,6 +347,17 @@ class ArmTraining:
             eval_seconds=state["eval_seconds"],
         )
         return True
+
+
+def arm_schedule(settings: SelectSettings, arm: Arm) -> Callable[[int], float]:
+    """The factor on the arm's learning rate by step: the settings' schedule over all steps. An annealed copy follows it up to
+    `anneal_from`, then decays linearly to 0 at `stop_at`.
+    """
+    schedule = learning_rate_schedule(settings, arm.steps)
+    start, end = arm.anneal_from, arm.stop_at
+    if start is None or end is None:
+        return schedule
+    return lambda step: schedule(step) if step < start else schedule(start) * (end - step) / (end - start)
 
 
 def training_batches(runtime: Runtime, arm: Arm) -> list[list[int]]:

@@ -43,6 +43,7 @@ class Seen:
 
     scores: Scores
     measured: Measured | None
+    averaged_loss: float | None = None  # held-out, of the running mean; early looks
 
     def value(self, metric: str) -> tuple[float, str | None]:
         """`(value, its metric where that is not the one asked for)`."""
@@ -75,6 +76,7 @@ def finished(
         item_losses=scores.losses,
         item_tokens=scores.tokens,
         item_correct=scores.correct,
+        averaged_loss=seen.averaged_loss,
         train_value=progress.points[-1].train_value if progress.points else None,
         points=progress.points,
         trainable_parameters=parameters,

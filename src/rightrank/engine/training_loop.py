@@ -226,7 +226,9 @@ class _Together:
                 raise
             self._running.remove(training)
             yield outcome
-            if training.trial.arm.stop_at is None:  # from one stopped early another may go on
+            if (
+                training.trial.arm.stop_at is None or training.trial.arm.is_annealed
+            ):  # from one stopped early another may go on
                 training.drop_checkpoint()
 
     def _pause_if_asked(self) -> None:

@@ -29,6 +29,7 @@ class ArmFields(Record):
     stop_at: Whole | None = Field(default=None, gt=0)  # end after this many of the steps, the schedule unchanged
     continue_from: str | None = None  # trial id: the same arm, stopped early
     truncate_from: str | None = None  # trial id: a finished training at a rank not below this one
+    anneal_from: Whole | None = None  # from this step the learning rate decays linearly to 0 at `stop_at`
     init_lora_weights: str | None = None  # None: as the settings say
     target_modules: tuple[str, ...] | None = None  # None: as the settings say
     equal_parameters: bool | None = None  # True: at the rank that has as many as `rank` over the settings' modules
@@ -50,6 +51,11 @@ class Arm(ArmFields):
         """A whole training from its own start: what ranks are compared by."""
         return self.stop_at is None and self.truncate_from is None
 
+    @property
+    def is_annealed(self) -> bool:
+        """A copy of a stopped training, decayed to a learning rate of 0 to be compared and thrown away."""
+        return self.anneal_from is not None
+
     def label(self) -> str:
         """A short name for a person."""
         if self.rank == 0:
@@ -61,6 +67,8 @@ class Arm(ArmFields):
         """What sets the arm apart from a whole training; empty for one."""
         if self.truncate_from is not None:
             return f"cut, {self.steps} steps of recovery" if self.steps else "cut"
+        if self.is_annealed:
+            return f"annealed to step {self.stop_at}"
         return "" if self.stop_at is None else f"to step {self.stop_at}"
 
 
@@ -111,6 +119,9 @@ class TrialFinished(ArmFields):
     failed_metrics: dict[str, str] = Field(default_factory=dict)  # name: why there is none
     value_metric: str | None = (
         None  # of `value`, where it is not the decision's: a training stopped early has no answers
+    )
+    averaged_loss: float | None = (
+        None  # held-out, of the mean of A and of B over the second half of the steps; early looks
     )
     train_value: float | None  # mean training loss of the last stretch before the end
     points: list[EvalPoint]
