@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from rightrank.engine.arm_training import TrialFolders, Watcher, arm_schedule
 from rightrank.engine.averaging import RunningMean
