@@ -144,14 +144,14 @@ def demo(folder: Path) -> str:
 
 def json_share() -> str:
     """Commands tried with --json, answers and failures, by the test of them."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_json_outputs.py"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/cli/test_json_outputs.py"]
     said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False).stdout
     passed, failed = (
         int(found[1]) if (found := re.search(rf"(\d+) {word}", said)) else 0 for word in ("passed", "failed")
     )
     if passed + failed == 0:
         raise RuntimeError(f"the test of --json did not run: {said[-500:]}")
-    return f"`--json` over all commands, answers and failures: {passed} of {passed + failed} checks hold (`tests/test_json_outputs.py`)."
+    return f"`--json` over all commands, answers and failures: {passed} of {passed + failed} checks hold (`tests/cli/test_json_outputs.py`)."
 
 
 def page(folder: Path, ready: bool, gradience: str | None) -> Iterator[str]:

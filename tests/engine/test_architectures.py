@@ -2,119 +2,22 @@
 
 from __future__ import annotations
 
-import copy
 import re
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-import transformers
-from peft import get_peft_model
 
-from rightrank.engine.adapter import trainable_state
 from rightrank.engine.adapters_per_pass import multi_lora_obstacle
-from rightrank.engine.arm_training import TrialFolders, Watcher
-from rightrank.engine.encode import encode
-from rightrank.engine.optimizer import learning_rate_schedule
-from rightrank.engine.runtime import Runtime
-from rightrank.engine.targets import without_peft_noise
-from rightrank.engine.training_loop import Company, train_trials
-from rightrank.io.data import load_data
-from rightrank.io.models import prepare_model
-from rightrank.records import Arm, Trial, TrialFinished
-from tests.tiny import make_tokenizer, small_settings
-
-STEPS = 3
-SIZES: dict[str, Any] = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 128,
-    "pad_token_id": 1,
-    "bos_token_id": 2,
-    "eos_token_id": 3,
-    "initializer_range": 0.2,
-}
-MIXTURE: dict[str, Any] = {"num_local_experts": 4, "num_experts_per_tok": 2}
-GPT2: dict[str, Any] = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128, "initializer_range": 0.2} | {
-    name: SIZES[name] for name in ("bos_token_id", "eos_token_id")
-}
-BERT = {name: value for name, value in SIZES.items() if name not in ("num_key_value_heads", "head_dim")}
-MODELS: dict[str, tuple[str, dict[str, Any]]] = {
-    "llama": ("Llama", SIZES),
-    "qwen2": ("Qwen2", SIZES),
-    "qwen3": ("Qwen3", SIZES),
-    "mistral": ("Mistral", SIZES | {"sliding_window": 8}),
-    "gemma2": ("Gemma2", SIZES | {"query_pre_attn_scalar": 8, "sliding_window": 8}),
-    "gemma3": ("Gemma3", SIZES | {"query_pre_attn_scalar": 8, "sliding_window": 8}),
-    "gpt2": ("GPT2", GPT2),
-    "phi": ("Phi", SIZES | {"num_key_value_heads": 4}),
-    "phi3": ("Phi3", SIZES),
-    "mixtral": ("Mixtral", SIZES | MIXTURE),
-    "olmo2": ("Olmo2", SIZES),
-    "smollm3": ("SmolLM3", SIZES),
-    "lfm2": ("Lfm2", SIZES | {"layer_types": ["conv", "full_attention"]}),
-    "bert": ("Bert", BERT),
-}
-# Of a window shorter than the items, with a convolution over the tokens, with attention that torch does not fuse, or
-# with one label for the whole item.
-PADDED = ("mistral", "gemma2", "gemma3", "lfm2", "bert")
-
-
-def make_model(name: str, vocabulary: int) -> Any:
-    family, sizes = MODELS[name]
-    config_name = "Gemma3TextConfig" if family == "Gemma3" else f"{family}Config"
-    config = getattr(transformers, config_name)(vocab_size=vocabulary, **sizes)
-    kind = "ForSequenceClassification" if name == "bert" else "LMHeadModel" if name == "gpt2" else "ForCausalLM"
-    torch.manual_seed(0)
-    return getattr(transformers, f"{family}{kind}")(config)
-
-
-def make_runtime(name: str, data: Path, cache: Path) -> Runtime:
-    changes = {"layers_to_transform": (1,)} if name == "qwen3" else {}  # one of them with a frozen prefix
-    settings = small_settings(max_steps=STEPS, eval_points=1, **changes)
-    tokenizer = make_tokenizer()
-    loaded = prepare_model(make_model(name, len(tokenizer)), tokenizer, name, torch.device("cpu"))
-    return Runtime(loaded, encode(load_data(data, settings), loaded, settings), settings, STEPS, cache)
-
-
-def plain_losses(runtime: Runtime, arm: Arm) -> list[float]:
-    """PEFT's model and forward, the model's own loss, torch's AdamW."""
-    with without_peft_noise():
-        peft_model: Any = get_peft_model(copy.deepcopy(runtime.model), runtime.arm_config(arm)).eval()
-    with runtime.arm(arm) as ours:
-        initial = {name: value.clone() for name, value in trainable_state(ours).items()}
-    named = {name: value for name, value in peft_model.named_parameters() if value.requires_grad}
-    with torch.no_grad():
-        for name, value in named.items():
-            value.copy_(initial[name])
-    optimizer = torch.optim.AdamW(named.values(), lr=arm.learning_rate, weight_decay=0.0)
-    factor: Callable[[int], float] = learning_rate_schedule(runtime.settings, arm.steps)
-    losses: list[float] = []
-    for step, indices in enumerate(runtime.batch_plan(arm.seed)):
-        batch = runtime.batch("train", indices)
-        optimizer.param_groups[0]["lr"] = arm.learning_rate * factor(step)
-        loss = peft_model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(named.values(), runtime.settings.max_grad_norm)
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(float(loss.detach()))
-    return losses
-
-
-def run(runtime: Runtime, arms: list[Arm], folder: Path, size: int) -> list[TrialFinished]:
-    trials = [Trial(trial_id=f"t{number}", arm=arm) for number, arm in enumerate(arms)]
-    folders = lambda trial: TrialFolders(folder / f"{trial.trial_id}.safetensors", folder / trial.trial_id)  # noqa: E731
-    outcomes = list(train_trials(runtime, trials, None, folders, Watcher(), Company(size)))
-    finished = [outcome for outcome in outcomes if isinstance(outcome, TrialFinished)]
-    assert len(finished) == len(arms)
-    return sorted(finished, key=lambda outcome: outcome.trial_id)
+from rightrank.records import Arm
+from tests.engine.architectures import (
+    MODELS,
+    PADDED,
+    STEPS,
+    make_runtime,
+    plain_losses,
+    run,
+)
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -12,27 +12,13 @@ from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, get_scheduler
 
 from rightrank.engine.adapter import trainable_state
-from rightrank.engine.arm_training import TrialFolders, Watcher
 from rightrank.engine.targets import lora_config
-from rightrank.engine.training_loop import run_trial
-from rightrank.records import Arm, StepDone, Trial, TrialFinished
+from rightrank.records import Arm
+from tests.engine.trials import train_ours
 from tests.helpers import make_runtime
 from tests.tiny import small_settings
 
 ARM = Arm(rank=4, learning_rate=1e-2, lora_alpha=32.0, seed=3, steps=8)
-
-
-def train_ours(runtime: Any, arm: Arm, tmp_path: Path) -> tuple[TrialFinished, list[float], Path]:
-    losses: list[float] = []
-
-    def note(event: StepDone) -> None:
-        losses.append(event.loss)
-
-    folders = TrialFolders(tmp_path / "checkpoint.safetensors", tmp_path / "adapter")
-    trial = Trial(trial_id="t", arm=arm)
-    outcome = run_trial(runtime, trial, None, folders, Watcher(on_step=note))
-    assert isinstance(outcome, TrialFinished)
-    return outcome, losses, folders.adapter
 
 
 def train_plainly(runtime: Any, arm: Arm, model_folder: Path) -> tuple[list[float], Any]:

@@ -20,7 +20,7 @@ from rightrank.errors import SettingsError
 from rightrank.records import Arm
 from rightrank.settings import make_settings
 from rightrank.variants import variants_of
-from tests.engine.test_equality import train_ours
+from tests.engine.trials import train_ours
 from tests.helpers import make_runtime
 from tests.tiny import small_settings
 

@@ -14,7 +14,7 @@ from rightrank.engine.runtime import Runtime
 from rightrank.errors import MissingExtraError, SettingsError
 from rightrank.io import models
 from rightrank.records import Arm
-from tests.engine.test_architectures import SIZES, plain_losses, run
+from tests.engine.architectures import SIZES, plain_losses, run
 from tests.helpers import make_runtime
 from tests.tiny import make_tokenizer, small_settings
 

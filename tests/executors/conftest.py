@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from rightrank import select_rank
+from tests.executors.runs import STEPS
 from tests.tiny import small_settings
-
-STEPS: dict[str, Any] = {"max_steps": 12, "ranks": (1, 4), "checkpoint_seconds": 0.01}
 
 
 @pytest.fixture(scope="session")

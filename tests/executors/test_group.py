@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 from pathlib import Path
@@ -13,23 +12,13 @@ import pytest
 from rightrank import Watching, make_settings, select_rank
 from rightrank.errors import SettingsError
 from rightrank.records import RunEvent, StepDone
-from tests.executors.conftest import STEPS
-from tests.executors.test_workers import values_of
+from tests.executors.runs import STEPS, require_same
 from tests.tiny import small_settings
 
 
 def workers_here() -> list[psutil.Process]:
     found = [child for child in psutil.Process().children() if "rightrank.executors.worker" in child.cmdline()]
     return sorted(found, key=lambda process: process.create_time())
-
-
-def require_same(run: Path, alone: Path) -> None:
-    """The same decision; values within what the order of a sum leaves."""
-    ours, theirs = (json.loads((folder / "decision.json").read_text()) for folder in (run, alone))
-    assert {name: ours[name] for name in ("rank", "verdict")} == {name: theirs[name] for name in ("rank", "verdict")}
-    values, expected = values_of(run), values_of(alone)
-    assert len(values) == len(expected)
-    assert list(values.values()) == pytest.approx(list(expected.values()), rel=1e-4)
 
 
 def test_two_processes_share_an_arm_though_one_is_killed(

@@ -11,9 +11,7 @@ import pytest
 
 from rightrank import TrialTask, Watching, select_rank, select_rank_with
 from rightrank.records import RunEvent, StepDone, TrialFinished
-from tests.executors.conftest import STEPS
-from tests.executors.test_group import require_same
-from tests.executors.test_workers import decision_of, values_of
+from tests.executors.runs import STEPS, decision_of, require_same, values_of
 from tests.tiny import small_settings
 
 pytest.importorskip("ray")

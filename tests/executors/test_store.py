@@ -18,7 +18,7 @@ from rightrank.executors.pool import Lost
 from rightrank.executors.worker import Worker
 from rightrank.io.run_folder import RunFolder
 from rightrank.io.store import Store, run_store
-from tests.executors.test_workers import decision_of, values_of
+from tests.executors.runs import decision_of, values_of
 from tests.tiny import small_settings
 
 SECRET = "not-to-be-seen-anywhere"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import socket
@@ -20,23 +19,9 @@ from rightrank.executors.messages import NEWS, Orders, Ready, Stop
 from rightrank.executors.processes import ProcessCrew
 from rightrank.executors.ray_cluster import connected, resources, share_of
 from rightrank.executors.worker import serve, versions
-from rightrank.io.journal import Journal
-from rightrank.records import RunEvent, StepDone, TrialFinished
-from tests.executors.conftest import STEPS
+from rightrank.records import RunEvent, StepDone
+from tests.executors.runs import STEPS, decision_of, values_of
 from tests.tiny import small_settings
-
-
-def decision_of(run: Path) -> dict[str, Any]:
-    """All but what a next run would take, which is measured."""
-    decision = dict(json.loads((run / "decision.json").read_text()))
-    return {name: value for name, value in decision.items() if name not in ("next_run", "next_runs")}
-
-
-def values_of(run: Path) -> dict[str, float]:
-    records = Journal(run / "journal.jsonl").read()
-    finished = [record for record in records if isinstance(record, TrialFinished)]
-    assert len({trial.trial_id for trial in finished}) == len(finished)  # none counted twice
-    return {trial.trial_id: trial.value for trial in finished}
 
 
 def test_processes_come_to_the_same_decision_though_one_is_killed(

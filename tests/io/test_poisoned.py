@@ -17,8 +17,8 @@ from rightrank.errors import DataError
 from rightrank.io.data import load_data
 from rightrank.report.html import render_report
 from rightrank.report.terminal import plan_line
+from tests.commands import run
 from tests.report.runs import made_up_run
-from tests.test_select import run
 from tests.tiny import make_tokenizer, sentences, small_settings
 
 HALF = "\ud800"  # of a surrogate pair: no character, and nothing that UTF-8 can hold

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from pathlib import Path
 
 from rightrank.decision.run import Records
+from rightrank.io.journal import Journal
 from rightrank.records import (
     Arm,
     DataSummary,
@@ -16,6 +18,7 @@ from rightrank.records import (
     TestEvaluated,
     TrialDiverged,
     TrialFinished,
+    TrialStarted,
     trial_id,
 )
 from rightrank.settings import make_settings
@@ -103,3 +106,18 @@ def _finished(
         eval_seconds=1.0,
         peak_bytes=2**30 + rank * 2**20,
     )
+
+
+STARTED = TrialStarted(
+    trial_id="x", **Arm(rank=4, learning_rate=1e-3, lora_alpha=32, seed=0, steps=40).model_dump(exclude_none=True)
+)
+
+
+def journal_of(folder: Path, upto: int | None = None) -> Path:
+    """A run folder that holds a made-up journal alone."""
+    folder.mkdir(exist_ok=True)
+    records = made_up_run()
+    journal = Journal(folder / "journal.jsonl")
+    for record in [records.started, *records.outcomes[:upto], STARTED]:
+        journal.append(record)
+    return folder

@@ -14,26 +14,11 @@ from filelock import FileLock
 from rich.console import Console
 
 from rightrank.cli import cli
-from rightrank.io.journal import Journal
-from rightrank.records import Arm, StepDone, TrialStarted
+from rightrank.records import StepDone
 from rightrank.report.event_log import JsonLog, ProgressFile
 from rightrank.report.terminal import LiveView, PlainView, make_view
 from rightrank.runs import status
-from tests.report.runs import made_up_run
-
-STARTED = TrialStarted(
-    trial_id="x", **Arm(rank=4, learning_rate=1e-3, lora_alpha=32, seed=0, steps=40).model_dump(exclude_none=True)
-)
-
-
-def journal_of(folder: Path, upto: int | None = None) -> Path:
-    """A run folder that holds a made-up journal alone."""
-    folder.mkdir(exist_ok=True)
-    records = made_up_run()
-    journal = Journal(folder / "journal.jsonl")
-    for record in [records.started, *records.outcomes[:upto], STARTED]:
-        journal.append(record)
-    return folder
+from tests.report.runs import STARTED, journal_of, made_up_run
 
 
 def test_status_says_what_is_known_and_touches_nothing(tmp_path: Path) -> None:

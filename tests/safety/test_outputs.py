@@ -13,8 +13,8 @@ from rightrank.errors import LONGEST_MESSAGE, DataError, RightrankError, one_lin
 from rightrank.exports.servers import LOOPBACK
 from rightrank.report.html import render_report
 from rightrank.runs import export
+from tests.commands import run, select_arguments
 from tests.report.runs import made_up_run
-from tests.test_select import run, select_arguments
 from tests.tiny import write_jsonl
 
 SECRETS = {

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
 
 import pytest
 
 from rightrank.records import Arm, TrialFinished, TrialOutcome
-from rightrank.strategies import STRATEGIES, History, Space, Strategy
+from rightrank.strategies import STRATEGIES, History, Space
 from rightrank.strategies.protocol import steps_of
 from rightrank.variants import Variant
-from tests.strategies.worlds import STEPS, World, make_space
+from tests.strategies.worlds import STEPS, World, make_space, rounds, run_all
 
 WORLDS = {
     "law": World,
@@ -59,28 +58,6 @@ def world(case: tuple[World, Space]) -> World:
 @pytest.fixture
 def space(case: tuple[World, Space]) -> Space:
     return case[1]
-
-
-Order = Callable[[list[Arm]], list[Arm]]
-
-
-def rounds(strategy: Strategy, world: World, known: list[TrialOutcome], order: Order) -> Iterator[Arm]:
-    """Run to the end; `known` grows. `order` picks which of the arms wanted are run before it is asked again."""
-    for _ in range(2000):
-        arms = list(strategy.ask(History.of(known)))
-        if not arms:
-            return
-        for arm in order(arms):
-            known.append(world.run(arm))
-            yield arm
-    pytest.fail(f"{strategy.name} does not end")
-
-
-def run_all(strategy: Strategy, world: World, order: Order = list) -> list[TrialOutcome]:
-    known: list[TrialOutcome] = []
-    for _ in rounds(strategy, world, known, order):
-        pass
-    return known
 
 
 def test_asks_inside_the_bounds_and_never_twice(name: str, world: World, space: Space) -> None:

@@ -14,8 +14,7 @@ from rightrank.strategies import History, Strategy, make_strategy, strategy_name
 from rightrank.strategies.grid import outside_in
 from rightrank.strategies.rates import is_lost_at_half, is_lost_at_quarter
 from rightrank.strategies.results import Results, excess_of
-from tests.strategies.test_conformance import run_all
-from tests.strategies.worlds import STEPS, World, make_space
+from tests.strategies.worlds import STEPS, World, make_space, run_all
 
 
 def whole_grid_pick(world: World, ranks: tuple[int, ...], margin: float) -> int:

@@ -18,8 +18,7 @@ from rightrank.settings import make_settings
 from rightrank.strategies import History, strategy_named
 from rightrank.variants import Variant, variants_of
 from tests.helpers import make_runtime
-from tests.strategies.test_conformance import run_all
-from tests.strategies.worlds import World, make_space
+from tests.strategies.worlds import World, make_space, run_all
 from tests.tiny import small_settings
 
 ARM = Arm(rank=16, learning_rate=1e-3, lora_alpha=32.0, seed=0, steps=100)

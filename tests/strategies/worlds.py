@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
+import pytest
+
 from rightrank.records import Arm, EvalPoint, TrialDiverged, TrialFailed, TrialFinished, TrialOutcome, trial_id
-from rightrank.strategies import Space
+from rightrank.strategies import History, Space, Strategy
 
 STEPS = 100
 
@@ -86,3 +88,25 @@ class World:
 def _uniform(arm: Arm) -> float:
     text = f"{arm.rank} {arm.learning_rate} {arm.seed} {arm.stop_at} {arm.steps}"
     return int(hashlib.sha256(text.encode()).hexdigest()[:8], 16) / 2**32
+
+
+Order = Callable[[list[Arm]], list[Arm]]
+
+
+def rounds(strategy: Strategy, world: World, known: list[TrialOutcome], order: Order) -> Iterator[Arm]:
+    """Run to the end; `known` grows. `order` picks which of the arms wanted are run before it is asked again."""
+    for _ in range(2000):
+        arms = list(strategy.ask(History.of(known)))
+        if not arms:
+            return
+        for arm in order(arms):
+            known.append(world.run(arm))
+            yield arm
+    pytest.fail(f"{strategy.name} does not end")
+
+
+def run_all(strategy: Strategy, world: World, order: Order = list) -> list[TrialOutcome]:
+    known: list[TrialOutcome] = []
+    for _ in rounds(strategy, world, known, order):
+        pass
+    return known

@@ -14,7 +14,7 @@ import pytest
 
 from tests.tiny import sentences, write_completions, write_jsonl
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 WITH_DATA = (
     "plain_loop.py",
     "transformers_trainer.py",

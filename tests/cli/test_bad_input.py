@@ -15,7 +15,7 @@ import torch
 from rightrank.engine import arm_training
 from rightrank.io.journal import Journal
 from rightrank.records import TrialFailed, TrialFinished
-from tests.test_select import run, select_arguments
+from tests.commands import run, select_arguments
 
 SETTINGS: list[tuple[list[str], str]] = [
     (["--ranks", "0,4"], r"rank 0 is not allowed: ranks are integers from 1"),

@@ -10,7 +10,7 @@ import pytest
 
 from rightrank.cli import main
 from rightrank.settings import parse_bytes
-from tests.plan import CONFIGS
+from tests.planning import CONFIGS
 
 QUICK = ("--batch-size", "2", "--seq-len", "32", "--target-modules", "q_proj,v_proj")
 

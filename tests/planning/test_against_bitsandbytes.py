@@ -12,7 +12,7 @@ from rightrank.planning.estimate import anatomy
 from rightrank.planning.optimizer import optimizer_memory
 from rightrank.planning.skeleton import adapt, build_base
 from rightrank.settings import make_plan_settings
-from tests.plan import CONFIGS
+from tests.planning import CONFIGS
 
 bitsandbytes = pytest.importorskip("bitsandbytes", reason="needs the extra bnb")
 

@@ -32,11 +32,11 @@ from rightrank.io.journal import Journal
 from rightrank.io.run_folder import RunFolder
 from rightrank.records import SCHEMA_VERSION, Arm, Trial, TrialFailed, TrialFinished, TrialStarted
 from rightrank.report import event_log
+from tests.commands import run, start, wait_for_trial
 from tests.helpers import make_runtime
-from tests.test_select import run, start, wait_for_trial
 from tests.tiny import small_settings
 
-RUNS = Path(__file__).parent / "fixtures" / "runs"
+RUNS = Path(__file__).parents[1] / "fixtures" / "runs"
 FIXTURE = RUNS / "schema-1"
 SCHEMAS = range(1, SCHEMA_VERSION + 1)
 SELECT = [

@@ -11,7 +11,7 @@ import pytest
 
 import rightrank
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 NOT_IN_THE_REFERENCE = {
     "__version__",
     "Decided",

@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 
 from rightrank import Selected, Watching, demo, select_rank
 from rightrank.cli import cli
+from tests.commands import run
 from tests.probe.adapters import make_adapter, make_base
-from tests.report.test_views import journal_of
-from tests.test_select import run
+from tests.report.runs import journal_of
 from tests.tiny import small_settings, write_completions, write_jsonl
 
 TABLE = [{"rank": rank, "seed": seed, "value": 1 + 1 / rank + seed / 1000} for rank in (1, 4, 16) for seed in (0, 1)]

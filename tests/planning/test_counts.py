@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from rightrank.maths.counts import capacity_rank, lora_parameters, safetensors_bytes
 from rightrank.planning.planner import plan_config
 from rightrank.settings import make_plan_settings
-from tests.plan import CONFIGS
+from tests.planning import CONFIGS
 
 CASES: list[tuple[str, dict[str, Any]]] = [
     ("llama", {}),

@@ -17,8 +17,8 @@ from rightrank.io.journal import Journal
 from rightrank.own_trainer import select_rank_with
 from rightrank.records import TrialResult, TrialTask
 from rightrank.trackers import Trackers, require_trackers, telling
-from tests.report.test_views import journal_of
-from tests.test_select import run, select_arguments
+from tests.commands import run, select_arguments
+from tests.report.runs import journal_of
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import pytest
 from rightrank.api import decide
 from rightrank.io.journal import Journal
 from rightrank.records import TestEvaluated, TrialFinished
-from tests.test_select import run
+from tests.commands import run
 from tests.tiny import write_jsonl
 
 SMALL = [

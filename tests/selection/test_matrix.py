@@ -19,7 +19,7 @@ from rightrank.io.matrix import MatrixJob, read_matrix
 from rightrank.matrix import _run_all
 from rightrank.preparation import load_model
 from rightrank.records import Arm, Trial, TrialOutcome
-from tests.test_select import run, values_of
+from tests.commands import run, values_of
 from tests.tiny import small_settings, write_completions
 
 SHARED = {"ranks": [1, 4], "learning_rates": [1e-2], "strategy": "grid", "max_steps": 4, "batch_size": 4, "seq_len": 32}

@@ -9,7 +9,7 @@ from benchmarks.plan.measure import measure
 
 from rightrank.planning.planner import plan_config
 from rightrank.settings import make_plan_settings
-from tests.plan import CONFIGS
+from tests.planning import CONFIGS
 
 PACK: dict[str, Any] = {"packed": True, "loss": "chunked", "optimizer": "adamw_fused"}
 CASES: list[tuple[str, dict[str, Any]]] = [

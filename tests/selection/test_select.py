@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -19,25 +15,7 @@ from rightrank.cli import main
 from rightrank.io.journal import Journal
 from rightrank.io.run_folder import RunFolder
 from rightrank.records import TrialDiverged, TrialFinished, TrialStarted
-
-SMALL = [
-    "--strategy", "grid", "--ranks", "1,4", "--learning-rates", "1e-2", "--max-steps", "8", "--batch-size", "4",
-    "--seq-len", "32", "--eval-items", "12", "--set", "eval_points=2", "--set", "samples=1", "--device", "cpu",
-]  # fmt: skip
-
-
-def run(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
-    """Exit status, stdout and stderr of one command."""
-    with pytest.raises(SystemExit) as ended:
-        main(arguments)
-    captured = capsys.readouterr()
-    status = ended.value.code
-    assert isinstance(status, int)
-    return status, captured.out, captured.err
-
-
-def select_arguments(model: Path, data: Path, out: Path, *more: str) -> list[str]:
-    return ["select", str(model), str(data), "--out", str(out), *SMALL, *more]
+from tests.commands import run, select_arguments, start, values_of, wait_for_trial
 
 
 @pytest.fixture(scope="module")
@@ -48,14 +26,6 @@ def finished_run(model_folder: Path, completion_file: Path, tmp_path_factory: py
         main([*select_arguments(model_folder, completion_file, out), "--json", "--quiet"])
     assert ended.value.code == 0
     return out
-
-
-def values_of(folder: Path) -> dict[str, float]:
-    return {
-        record.trial_id: record.value
-        for record in Journal(folder / "journal.jsonl").read()
-        if isinstance(record, TrialFinished)
-    }
 
 
 def test_the_run_folder_holds_what_it_should(finished_run: Path) -> None:
@@ -175,26 +145,6 @@ def test_a_second_process_is_refused(
         status, _, err = run(select_arguments(model_folder, completion_file, finished_run), capsys)
     assert status == 2
     assert "another process is at work" in err
-
-
-def start(model: Path, data: Path, out: Path, *more: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "rightrank", *select_arguments(model, data, out, *more)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
-
-
-def wait_for_trial(out: Path, process: subprocess.Popen[str]) -> None:
-    """Until a trained trial has started."""
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline:
-        assert process.poll() is None, process.communicate()[1]
-        journal = out / "journal.jsonl"
-        if journal.exists() and any(
-            '"trial_started"' in line and '"rank":0' not in line for line in journal.read_text().splitlines()
-        ):
-            return
-        time.sleep(0.05)
-    raise AssertionError("no trial started")
 
 
 @pytest.mark.parametrize("kill", [signal.SIGINT, signal.SIGKILL], ids=["ctrl-c", "kill -9"])

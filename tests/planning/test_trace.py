@@ -11,7 +11,7 @@ from rightrank.planning.skeleton import adapt, build_base
 from rightrank.planning.stack import TRACED_GROUPS, deepen, find_reduction, reduced_config
 from rightrank.planning.step import Groups, blocks_of, trace_step
 from rightrank.settings import PlanSettings, make_plan_settings
-from tests.plan import CONFIGS
+from tests.planning import CONFIGS
 
 SETTINGS: list[dict[str, Any]] = [
     {},

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from rightrank.settings import SelectSettings
-from tests.test_select import run
+from tests.commands import run
 from tests.tiny import write_completions
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PAGES = [
     ROOT / "README.md",
     ROOT / "CHANGELOG.md",

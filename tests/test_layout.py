@@ -1,0 +1,23 @@
+"""The tests mirror the source, and no test imports another."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+TESTS = Path(__file__).parent
+SOURCE = TESTS.parent / "src" / "rightrank"
+# Tests of what is no folder of the package: the pages and examples, the benchmarks in short, what holds for all of it.
+ELSEWHERE = {"docs", "benchmarks", "safety", "fixtures"}
+
+
+def test_every_folder_of_tests_is_one_of_the_source() -> None:
+    folders = {path.name for path in TESTS.iterdir() if path.is_dir() and not path.name.startswith("__")}
+    assert folders - ELSEWHERE <= {path.name for path in SOURCE.iterdir()} | {"selection"}
+
+
+def test_no_test_imports_another() -> None:
+    for path in TESTS.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("tests"):
+                assert not node.module.rsplit(".", 1)[-1].startswith("test_"), f"{path}: {node.module}"
