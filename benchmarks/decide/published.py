@@ -19,7 +19,7 @@ from typing import Any
 from benchmarks.machine import machine
 from rightrank.decision import decide, table_of_results
 from rightrank.decision.metrics import kind_of, published_deviation
-from rightrank.records import Decision, Result, Results
+from rightrank.records import Decision, Result, ResultsTable
 
 HERE = Path(__file__).parent
 CURVES = HERE / "published_curves.json"
@@ -55,7 +55,7 @@ def ours_on_grid(curve: Curve) -> Decision:
 
 def _decide(curve: Curve, results: list[Result]) -> Decision:
     named = {"metric": curve["metric"], "higher_is_better": curve["higher_is_better"]}
-    return decide(table_of_results(Results(**named, results=results, understood=[])), curve["margin"])
+    return decide(table_of_results(ResultsTable(**named, results=results, understood=[])), curve["margin"])
 
 
 def losses(curve: Curve) -> dict[int, float]:

@@ -129,7 +129,7 @@ def journals() -> list[bytes]:
     from tests.report import runs
 
     from rightrank.decision.run import decide_run
-    from rightrank.records import Decided
+    from rightrank.records import DecisionRecorded
 
     before, runs.ITEMS = runs.ITEMS, 3
     try:
@@ -144,7 +144,7 @@ def journals() -> list[bytes]:
     for records in made:
         lines: list[Record] = [records.started, *records.outcomes, *records.tests, *records.samples]
         if len(written) != 1:
-            lines.append(Decided(decision=decide_run(records), adapter_trial_id=records.outcomes[-1].trial_id))
+            lines.append(DecisionRecorded(decision=decide_run(records), adapter_trial_id=records.outcomes[-1].trial_id))
         written.append(b"".join(line.model_dump_json().encode() + b"\n" for line in lines))
     return written
 

@@ -26,8 +26,8 @@ from benchmarks.machine import machine
 from benchmarks.scale.simulate import lower_bound
 from benchmarks.scale.simulated import TOKEN, VERSIONS, Pace, SimulatedCrew
 from benchmarks.scale.stub_worker import StubRayWorker
-from rightrank.executors.messages import Job, Orders
-from rightrank.executors.pool import Crew, Pool, Terms
+from rightrank.executors.messages import Job, WorkerSetup
+from rightrank.executors.pool import Crew, Pool, PoolOptions
 from rightrank.executors.processes import ProcessCrew
 from rightrank.executors.ray_cluster import RayCrew
 from rightrank.executors.worker import versions
@@ -47,11 +47,11 @@ def sleeping_trials(count: int, low: int, high: int, seed: int) -> list[Trial]:
     return [Trial(trial_id=f"t{n}", arm=arm) for n, arm in enumerate(arms)]
 
 
-def orders_in(folder: Path) -> Orders:
+def orders_in(folder: Path) -> WorkerSetup:
     probe = folder / "probe"
     probe.write_text(TOKEN)
     job = Job(name="job", model="", data="", settings={}, folder=folder, fingerprint="")
-    return Orders(jobs=[job], working_folder=Path.cwd(), share=str(folder.absolute()), probe=probe.name)
+    return WorkerSetup(jobs=[job], working_folder=Path.cwd(), share=str(folder.absolute()), probe=probe.name)
 
 
 @contextmanager
@@ -74,7 +74,7 @@ def ray_crew(folder: Path) -> Iterator[RayCrew]:
 
 def timed(crew: Crew, trials: Sequence[Trial], workers: int) -> dict[str, float]:
     """Seconds until the first start is told of, and from there to the last outcome."""
-    pool = Pool(crew, Terms(workers, versions(), TOKEN))
+    pool = Pool(crew, PoolOptions(workers, versions(), TOKEN))
     pool.submit("warm", sleeping_trials(workers, 1000, 1000, 0), None)  # all are up before the clock starts
     list(pool.outcomes())
     begun, spent = time.perf_counter(), time.process_time()
@@ -88,7 +88,7 @@ def timed(crew: Crew, trials: Sequence[Trial], workers: int) -> dict[str, float]
 
 def predicted(trials: Sequence[Trial], workers: int, hand_over: float) -> float:
     crew = SimulatedCrew(Pace(lambda _, trial: trial.arm.steps / 1000, hand_over=hand_over))
-    pool = Pool(crew, Terms(workers, VERSIONS, TOKEN), clock=crew.clock)
+    pool = Pool(crew, PoolOptions(workers, VERSIONS, TOKEN), clock=crew.clock)
     pool.submit("job", trials, None)
     list(pool.outcomes())
     return crew.now
@@ -124,7 +124,7 @@ def held_by_ray(counts: Sequence[int]) -> list[dict[str, float]]:
 
     rows: list[dict[str, float]] = []
     with tempfile.TemporaryDirectory() as folder, ray_crew(Path(folder)) as crew:
-        pool = Pool(crew, Terms(4, versions(), TOKEN))
+        pool = Pool(crew, PoolOptions(4, versions(), TOKEN))
         done = 0
         for count in counts:
             begun = time.perf_counter()

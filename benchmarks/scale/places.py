@@ -20,7 +20,7 @@ import psutil
 from benchmarks.scale.measure import STUB, orders_in
 from benchmarks.scale.simulated import TOKEN
 from benchmarks.scale.stub_worker import StubRayWorker
-from rightrank.executors.pool import Crew, Looking, Pool, PoolExecutor, Terms
+from rightrank.executors.pool import Crew, Looking, Pool, PoolExecutor, PoolOptions
 from rightrank.executors.processes import ProcessCrew
 from rightrank.executors.ray_cluster import RayCrew
 from rightrank.executors.worker import versions
@@ -159,10 +159,10 @@ Fault = Callable[[Place], None]
 
 
 def _crew_at(place: Place) -> Crew:
-    orders = orders_in(place.folder)
+    setup = orders_in(place.folder)
     if place.executor == "ray":
-        return RayCrew(orders, place.address, None, on_cuda=False, actor=StubRayWorker)
-    return ProcessCrew(orders, place.folder / "workers", command=STUB)
+        return RayCrew(setup, place.address, None, on_cuda=False, actor=StubRayWorker)
+    return ProcessCrew(setup, place.folder / "workers", command=STUB)
 
 
 def drive(place: Place, strike: Callable[[], None], after: int, hang_seconds: float = 600.0) -> None:
@@ -197,7 +197,7 @@ def drive(place: Place, strike: Callable[[], None], after: int, hang_seconds: fl
             notice=place.notices.append,
             should_stop=lambda: time.monotonic() > until,
         )
-        pool = Pool(crew, Terms(WORKERS, versions(), TOKEN, hang_seconds=hang_seconds), looking)
+        pool = Pool(crew, PoolOptions(WORKERS, versions(), TOKEN, hang_seconds=hang_seconds), looking)
         if isinstance(crew, ProcessCrew):
             place.busy = lambda: [crew.process_id(name) for name in pool.busy()]
         try:

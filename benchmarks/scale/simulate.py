@@ -21,7 +21,7 @@ from typing import Any
 
 from benchmarks.machine import machine
 from benchmarks.scale.simulated import TOKEN, VERSIONS, Pace, SimulatedCrew, result_of
-from rightrank.executors.pool import Pool, Terms
+from rightrank.executors.pool import Pool, PoolOptions
 from rightrank.io.journal import Journal
 from rightrank.records import Arm, Trial, TrialOutcome
 from rightrank.settings import make_settings
@@ -75,7 +75,7 @@ def grid_of(trials: int, workers: int, seed: int, mean_hours_to_loss: float | No
         return random.Random(f"{seed} {worker}").expovariate(1 / (3600 * mean_hours_to_loss))
 
     crew = SimulatedCrew(pace, ends_at=life)
-    pool = Pool(crew, Terms(workers, VERSIONS, TOKEN), clock=crew.clock)
+    pool = Pool(crew, PoolOptions(workers, VERSIONS, TOKEN), clock=crew.clock)
     begun = time.process_time()
     pool.submit("grid", wanted, 1.0)
     ended = [outcome.trial_id for _, outcome in pool.outcomes()]
@@ -135,7 +135,7 @@ def asked_of(data_sets: int, workers: int, strategy: str, seed: int) -> dict[str
     crew = SimulatedCrew(
         Pace(lambda worker, trial: durations.append(seconds(worker, trial)) or durations[-1], START, HAND_OVER, 300.0)
     )
-    pool = Pool(crew, Terms(workers, VERSIONS, TOKEN), clock=crew.clock)
+    pool = Pool(crew, PoolOptions(workers, VERSIONS, TOKEN), clock=crew.clock)
     scheduling = 0.0
     begun = time.process_time()
     for name, one in asking.items():

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import count
 
-from rightrank.executors.messages import News, Ready, Step, Task, TaskEnded
-from rightrank.executors.pool import Lost
+from rightrank.executors.messages import Ready, Step, Task, TaskEnded, WorkerMessage
+from rightrank.executors.pool import WorkerLost
 from rightrank.records import StepDone, Trial, TrialFinished, TrialStarted
 
 VERSIONS = {"rightrank": "simulated"}
@@ -43,7 +43,7 @@ class SimulatedCrew:
         self._ends_at = ends_at
         self._hangs_at = hangs_at
         self._is_deaf = is_deaf
-        self._events: list[tuple[float, int, str, News | Lost]] = []
+        self._events: list[tuple[float, int, str, WorkerMessage | WorkerLost]] = []
         self._order = count()
         self._begun: dict[str, float] = {}
         self._gone: set[str] = set()
@@ -59,9 +59,9 @@ class SimulatedCrew:
         self._plan(self.now + self._pace.start, worker, Ready(versions=VERSIONS, token=TOKEN))
         end = self._ends_at(worker)
         if end is not None:
-            self._plan(self.now + end, worker, Lost("killed by signal 9", killed=True))
+            self._plan(self.now + end, worker, WorkerLost("killed by signal 9", killed=True))
 
-    def give(self, worker: str, task: Task) -> None:
+    def assign(self, worker: str, task: Task) -> None:
         at = self.now
         for trial in task.trials:
             at += self._pace.hand_over
@@ -77,7 +77,7 @@ class SimulatedCrew:
             self._plan(at, worker, result_of(trial))
         self._plan(at, worker, TaskEnded(number=task.number))
 
-    def ask_to_stop(self, worker: str) -> None:
+    def request_stop(self, worker: str) -> None:
         self._events = [event for event in self._events if event[2] != worker]
         heapq.heapify(self._events)
         self._plan(self.now, worker, TaskEnded(number=0))
@@ -86,13 +86,13 @@ class SimulatedCrew:
         if not self._is_deaf:
             self._gone.add(worker)
 
-    def news(self, seconds: float) -> list[tuple[str, News | Lost]]:
+    def messages(self, seconds: float) -> list[tuple[str, WorkerMessage | WorkerLost]]:
         until = self.now + seconds
         while self._events and self._events[0][0] <= until:
             self.now, _, worker, news = heapq.heappop(self._events)
             if worker in self._gone or self._is_silent(worker):
                 continue
-            if isinstance(news, Lost):
+            if isinstance(news, WorkerLost):
                 self._gone.add(worker)
             return [(worker, news)]
         self.now = until
@@ -101,7 +101,7 @@ class SimulatedCrew:
     def close(self) -> None:
         self._events.clear()
 
-    def _plan(self, at: float, worker: str, news: News | Lost) -> None:
+    def _plan(self, at: float, worker: str, news: WorkerMessage | WorkerLost) -> None:
         heapq.heappush(self._events, (at, next(self._order), worker, news))
 
     def _is_silent(self, worker: str) -> bool:

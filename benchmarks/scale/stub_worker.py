@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 
 from benchmarks.scale.simulated import result_of, step_of
-from rightrank.executors.messages import Job, News, Step
+from rightrank.executors.messages import Job, Step, WorkerMessage
 from rightrank.executors.ray_cluster import RayWorker
 from rightrank.executors.worker import Service, Worker, main
 from rightrank.records import Trial, TrialOutcome, TrialStarted
@@ -22,7 +22,7 @@ class StubWorker(Worker):
 
 
 class StubExecutor:
-    def __init__(self, tell: Callable[[News], None]) -> None:
+    def __init__(self, tell: Callable[[WorkerMessage], None]) -> None:
         self._tell = tell
 
     def run(self, trials: Sequence[Trial], base_loss: float | None) -> Iterator[TrialOutcome]:
@@ -37,7 +37,7 @@ class StubExecutor:
 
 
 class StubRayWorker(RayWorker):
-    def service(self, tell: Callable[[News], None]) -> Service:
+    def service(self, tell: Callable[[WorkerMessage], None]) -> Service:
         return Service(tell, StubWorker)
 
 

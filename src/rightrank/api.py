@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
 from rightrank.errors import ResultsError, SettingsError
-from rightrank.io.files import disk_errors_told
+from rightrank.io.files import report_disk_errors
 from rightrank.io.run_folder import RunFolder
 from rightrank.records import Decision, RunEvent, RunStarted, Sample, SweepRow, TrialOutcome
 from rightrank.records.plan import Plan, SelectionCost
@@ -82,7 +82,7 @@ def select_rank(
     given = settings.model_dump(include=settings.model_fields_set) if settings is not None else {}
     settings = make_settings(given | keywords)
     folder = RunFolder(Path(out))
-    with folder.locked(), disk_errors_told(folder.path):
+    with folder.locked(), report_disk_errors(folder.path):
         from rightrank.preparation import Request  # brings torch: a folder that can't be used is told before
 
         request = Request(model, tokenizer, data, settings)
@@ -252,13 +252,13 @@ def decide(
     from rightrank.decision import decide as decide_table
     from rightrank.decision import table_of_results
     from rightrank.decision.metrics import direction
-    from rightrank.io.results import Asked, read_results, results_of_rows, rows_of_mappings
+    from rightrank.io.results import TableOptions, read_results, results_of_rows, rows_of_mappings
 
     if isinstance(results, str | Path):
         folder = RunFolder(Path(results))
         if folder.journal.path.is_file():
             return _decide_run(folder, metric, margin, horizon_steps)
-    asked = Asked(metric, higher_is_better, columns or {})
+    asked = TableOptions(metric, higher_is_better, columns or {})
     if isinstance(results, str | Path):
         read = read_results(Path(results), asked, direction)
     else:

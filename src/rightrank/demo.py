@@ -17,7 +17,7 @@ from typing import Any
 
 from rightrank.api import Selected, Watching, select_rank
 from rightrank.errors import MissingExtraError
-from rightrank.io.files import disk_errors_told, replacing, replacing_folder
+from rightrank.io.files import replacing, replacing_folder, report_disk_errors
 from rightrank.io.run_folder import RunFolder
 from rightrank.settings import make_settings
 
@@ -54,7 +54,7 @@ def run_demo(out: Path, watching: Watching) -> Selected:
         RunFolderError: `out` can't be written.
     """
     out = out.resolve()  # the adapter names its base by this path, from wherever it is loaded
-    with RunFolder(out / "run").locked(), disk_errors_told(out):  # a folder that can't be used is told at once
+    with RunFolder(out / "run").locked(), report_disk_errors(out):  # a folder that can't be used is told at once
         model = prepare_model_folder(out / "base_model", watching)
         data = prepare_docstrings(out / "docstrings.jsonl")
     return select_rank(str(model), data, out / "run", settings=make_settings(DEMO_SETTINGS), watching=watching)

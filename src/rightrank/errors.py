@@ -45,7 +45,7 @@ __all__ = [
 ]
 
 
-LONGEST_MESSAGE = 1500  # characters; what is longer quotes something that nobody reads to its end
+MAX_MESSAGE_CHARACTERS = 1500  # characters; what is longer quotes something that nobody reads to its end
 # Control characters, marks that turn or hide text, halves of characters: written out, as Python writes them.
 _INVISIBLE = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 161))} | {
     code: f"\\u{code:04x}"
@@ -128,9 +128,9 @@ def one_line(message: str) -> str:
     """The message with white space as single blanks, control characters written out, and its middle left out where it
     is too long: what a file holds can't move the reader's cursor or fill the screen."""
     text = " ".join(message.split()).translate(_INVISIBLE)
-    if len(text) <= LONGEST_MESSAGE:
+    if len(text) <= MAX_MESSAGE_CHARACTERS:
         return text
-    return f"{text[: LONGEST_MESSAGE - 500]} … {text[-400:]}"
+    return f"{text[: MAX_MESSAGE_CHARACTERS - 500]} … {text[-400:]}"
 
 
 # What allocators say when they have no more. torch says it in a plain RuntimeError, the system in an OSError.

@@ -14,7 +14,7 @@ from rightrank.engine.sample import promptable_items, write_completion
 from rightrank.engine.scoring import measure
 from rightrank.exports.adapter_folder import hand_over
 from rightrank.io.adapters import restore_adapter
-from rightrank.records import Certified, Decided, Decision, Sample, TestEvaluated, TrialFinished
+from rightrank.records import Certified, Decision, DecisionRecorded, Sample, TestEvaluated, TrialFinished
 from rightrank.report.figures import figures_of
 from rightrank.report.files import write_figures
 from rightrank.selection import Selection, further_figures
@@ -40,7 +40,7 @@ def hand_over_trained(selection: Selection, bench: Runtime, decision: Decision) 
         records.tests,
         folder.figures,
     )
-    folder.journal.append(Decided(decision=decision, adapter_trial_id=chosen.trial_id))
+    folder.journal.append(DecisionRecorded(decision=decision, adapter_trial_id=chosen.trial_id))
     selection.write_views(decision)
     write_figures(folder.figures, further_figures(records, folder.adapter))
     folder.drop_working_files()
@@ -56,7 +56,7 @@ def hand_over_saved(selection: Selection, decision: Decision) -> Path | None:
     write_figures(folder.figures, figures_of(records, decision))
     if adapter is not None:
         hand_over(saved, adapter, records.started, chosen, decision, [], folder.figures)
-    folder.journal.append(Decided(decision=decision, adapter_trial_id=chosen.trial_id))
+    folder.journal.append(DecisionRecorded(decision=decision, adapter_trial_id=chosen.trial_id))
     selection.write_views(decision)
     return adapter
 

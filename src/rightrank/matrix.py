@@ -10,10 +10,10 @@ from pathlib import Path
 from rightrank.api import Begun, Selected, Watching, begin, finish, run_begun
 from rightrank.errors import InputError, RunError, SettingsError
 from rightrank.executors.pool import Looking, Pool
-from rightrank.executors.spread import pool_of, set_aside
+from rightrank.executors.pool_factory import offloaded_base, open_pool
 from rightrank.io.data import load_data
-from rightrank.io.files import disk_errors_told, write_text
-from rightrank.io.matrix import Matrix, MatrixJob
+from rightrank.io.files import report_disk_errors, write_text
+from rightrank.io.matrix import MatrixConfig, MatrixJob
 from rightrank.io.run_folder import RunFolder
 from rightrank.placing import job_of, most_needs
 from rightrank.preparation import Bases, Request
@@ -34,7 +34,7 @@ class MatrixSelected:
 
 
 def select_matrix(
-    matrix: Matrix, out: Path, further: Mapping[str, object], watching: Watching | None = None
+    matrix: MatrixConfig, out: Path, further: Mapping[str, object], watching: Watching | None = None
 ) -> MatrixSelected:
     """Select a rank for every data set of a matrix.
 
@@ -55,7 +55,7 @@ def select_matrix(
         folders = {name: RunFolder(out / name) for name in requests}
         for folder in folders.values():
             stack.enter_context(folder.locked())
-        stack.enter_context(disk_errors_told(out))
+        stack.enter_context(report_disk_errors(out))
         ended = (_one_by_one if settings.executor == "local" else _together)(requests, folders, out, watching)
         rows = tuple(_row(name, folders[name], ended[name]) for name in requests)
         write_text(out / TABLE, matrix_csv(rows))
@@ -116,7 +116,7 @@ def _together(
     )
     prepared = [one.prepared for one in begun.values()]
     settings = prepared[0].settings
-    with set_aside(prepared[0].bench), pool_of(settings, jobs, out, most_needs(prepared), looking) as pool:
+    with offloaded_base(prepared[0].bench), open_pool(settings, jobs, out, most_needs(prepared), looking) as pool:
         decisions = _run_all(begun, pool)
     ended: dict[str, Ended] = {}
     for name, decision in decisions.items():

@@ -12,8 +12,8 @@ from typing import Literal
 from rightrank.api import Selected, Watching, opened
 from rightrank.decision.metrics import direction
 from rightrank.errors import SettingsError
-from rightrank.executors.own import Call, OwnExecutor, TrainFunction, call_here, call_in_process, call_on_ray
-from rightrank.io.files import disk_errors_told
+from rightrank.executors.custom import Call, CustomExecutor, TrainFunction, call_in_process, call_inline, call_on_ray
+from rightrank.io.files import report_disk_errors
 from rightrank.io.run_folder import RunFolder
 from rightrank.records import DataSummary, RunStarted, TrialFinished, content_hash
 from rightrank.settings import SelectSettings, make_settings
@@ -113,7 +113,7 @@ def _select(asked: _Asked, trainer: _Trainer, folder: RunFolder, watching: Watch
     from rightrank.selection import Terms
 
     started = _run_started(asked, trainer.train)
-    with folder.locked(), disk_errors_told(folder.path):
+    with folder.locked(), report_disk_errors(folder.path):
         space = replace(
             space_of(asked.settings, asked.steps, token_loss=False),
             stages=False,
@@ -122,7 +122,7 @@ def _select(asked: _Asked, trainer: _Trainer, folder: RunFolder, watching: Watch
         strategy = strategy_in(asked.settings.strategy, space)
         terms = Terms(asked.with_base, "give another range of learning rates, and a new out")
         selection, trackers = opened(folder, started, asked.steps, strategy, terms, asked.report_to, watching)
-        executor = OwnExecutor(
+        executor = CustomExecutor(
             trainer.call,
             asked.metric,
             _items(selection.records.finished()),
@@ -154,7 +154,7 @@ def _call_of(train: TrainFunction, where: str, timeout_seconds: float | None, wo
         raise SettingsError(f'workers: got {workers} with where={where!r}; give 1, or more with "process" or "ray"')
     if where == "ray":
         return call_on_ray(train)
-    return call_here(train) if where == "here" else call_in_process(train, timeout_seconds)
+    return call_inline(train) if where == "here" else call_in_process(train, timeout_seconds)
 
 
 def _checked(

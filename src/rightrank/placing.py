@@ -11,7 +11,7 @@ from rightrank.executors import Executor
 from rightrank.executors.local import LocalExecutor
 from rightrank.executors.messages import Job
 from rightrank.executors.pool import Looking, PoolExecutor
-from rightrank.executors.spread import Needs, pool_of, set_aside
+from rightrank.executors.pool_factory import WorkerNeeds, offloaded_base, open_pool
 from rightrank.preparation import Prepared, Request
 from rightrank.selection import Selection
 
@@ -60,8 +60,8 @@ def executor_of(
     )
     job = job_of(ONLY, request, prepared, selection)
     with (
-        set_aside(prepared.bench),
-        pool_of(request.settings, [job], selection.folder.path, most_needs([prepared]), looking) as pool,
+        offloaded_base(prepared.bench),
+        open_pool(request.settings, [job], selection.folder.path, most_needs([prepared]), looking) as pool,
     ):
         yield PoolExecutor(pool, ONLY)
 
@@ -79,9 +79,9 @@ def job_of(name: str, request: Request, prepared: Prepared, selection: Selection
     )
 
 
-def most_needs(prepared: Sequence[Prepared]) -> Needs:
+def most_needs(prepared: Sequence[Prepared]) -> WorkerNeeds:
     """What a worker takes that may train any of these: the most that any of their ranks takes."""
     plans = [one.planned for one in prepared]
     needed = [plan.needed_bytes[rank] for plan in plans if plan is not None for rank in plan.ranks]
     on_cuda = any(one.bench.loaded.device.type == "cuda" for one in prepared)
-    return Needs(max(needed) if all(plan is not None for plan in plans) else None, on_cuda)
+    return WorkerNeeds(max(needed) if all(plan is not None for plan in plans) else None, on_cuda)

@@ -13,7 +13,7 @@ from rightrank.exports.recipe import recipe_of
 from rightrank.exports.study import TARGET as STUDY
 from rightrank.exports.study import write_study
 from rightrank.exports.targets import Exported, require_paddable, require_target, write_export
-from rightrank.io.files import disk_errors_told, require_absent, write_text
+from rightrank.io.files import report_disk_errors, require_absent, write_text
 from rightrank.io.journal import Repaired
 from rightrank.io.reading import UnreadableError, read_json_object
 from rightrank.io.run_folder import RunFolder
@@ -38,7 +38,7 @@ def write_report(run: str | Path) -> Path:
     decided = last_decided(journal)
     decision = decision_so_far(records) if decided is None else decided.decision
     further = further_figures(records, folder.adapter)
-    with disk_errors_told(folder.path):
+    with report_disk_errors(folder.path):
         write_text(folder.report, render_report(records, decision, further_figures=further))
         write_figures(folder.figures, [*figures_of(records, decision), *further])
     return folder.report
@@ -81,7 +81,7 @@ def export(
         raise RunFolderError(f"{folder.path}: no decision yet; run the selection to its end, then export")
     trial = next(trial for trial in records.finished() if trial.trial_id == decided.adapter_trial_id)
     recipe = recipe_of(records.started, trial, folder.adapter)
-    with disk_errors_told(folder.path):
+    with report_disk_errors(folder.path):
         exported = write_export(to, recipe, _place(folder, to, out), pad)
     if push_to_hub is None:
         return exported
@@ -95,7 +95,7 @@ def repair(run: str | Path) -> Repaired:
         RunFolderError: no run there, a process at work in it, or a run whose start is damaged.
     """
     folder = existing_run(run)
-    with folder.locked(), disk_errors_told(folder.path):
+    with folder.locked(), report_disk_errors(folder.path):
         return folder.journal.repair()
 
 
@@ -106,7 +106,7 @@ def _export_study(run: str | Path, out: str | Path | None, with_more: bool) -> E
     journal = folder.journal.read()
     records = records_of(journal, str(folder.path))
     decided = last_decided(journal)
-    with disk_errors_told(folder.path):
+    with report_disk_errors(folder.path):
         return write_study(
             records, decided.decision if decided else decision_so_far(records), _place(folder, STUDY, out)
         )
@@ -129,7 +129,7 @@ def existing_run(run: str | Path) -> RunFolder:
     folder = RunFolder(Path(run))
     if not folder.journal.path.is_file():
         raise RunFolderError(f"{run}: no journal.jsonl there; give a folder that `rightrank select --out` made")
-    folder.require_no_way_out()
+    folder.reject_external_symlinks()
     return folder
 
 

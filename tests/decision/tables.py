@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from rightrank.decision import ScoreTable, table_of_results
-from rightrank.records import Result, Results
+from rightrank.records import Result, ResultsTable
 
 
 def bare(
@@ -15,7 +15,7 @@ def bare(
 ) -> ScoreTable:
     """One number a rank."""
     results = [Result(trial_id=str(rank), rank=rank, value=value, std=std) for rank, value in values.items()]
-    return table_of_results(Results(metric=metric, higher_is_better=higher, results=results, understood=[]))
+    return table_of_results(ResultsTable(metric=metric, higher_is_better=higher, results=results, understood=[]))
 
 
 def scored(
@@ -47,4 +47,4 @@ def scored(
                     seconds=60.0,
                 )
             )
-    return table_of_results(Results(metric="eval_loss", higher_is_better=False, results=results, understood=[]))
+    return table_of_results(ResultsTable(metric="eval_loss", higher_is_better=False, results=results, understood=[]))

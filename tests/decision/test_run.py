@@ -18,7 +18,7 @@ from rightrank.decision.run import (
     running_trial,
 )
 from rightrank.errors import RunFolderError
-from rightrank.records import Decided, JournalRecord, TrialDiverged, TrialFailed, TrialFinished, TrialStarted
+from rightrank.records import DecisionRecorded, JournalRecord, TrialDiverged, TrialFailed, TrialFinished, TrialStarted
 from tests.report.runs import ITEMS, TOKENS, made_up_run
 
 
@@ -71,7 +71,7 @@ def test_the_trial_that_began_last_and_has_not_ended_is_running() -> None:
 def test_the_last_decision_is_found() -> None:
     records = made_up_run()
     decision = decide_run(records)
-    decided = [Decided(decision=decision, adapter_trial_id=name) for name in ("a", "b")]
+    decided = [DecisionRecorded(decision=decision, adapter_trial_id=name) for name in ("a", "b")]
     assert last_decided(journal_of(records)) is None
     assert last_decided([records.started, *decided, *records.tests]) == decided[1]
 

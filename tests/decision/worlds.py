@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from rightrank.decision import ScoreTable, decide, table_of_results
-from rightrank.records import Decision, Result, Results
+from rightrank.records import Decision, Result, ResultsTable
 
 Curve = Callable[[int], float]
 
@@ -78,7 +78,7 @@ def table_in(world: World) -> ScoreTable:
                     scores = np.exp(scores)
                 results.append(_result(world, rank, rate, seed, scores, weights))
     results += [Result(trial_id=f"gone-{rank}", rank=rank, value=None) for rank in world.missing]
-    return table_of_results(Results(metric=world.metric, higher_is_better=higher, results=results, understood=[]))
+    return table_of_results(ResultsTable(metric=world.metric, higher_is_better=higher, results=results, understood=[]))
 
 
 def _result(world: World, rank: int, rate: float, seed: int, scores: Any, weights: Any) -> Result:

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rightrank.errors import InputError, InterruptedRun, RunError
-from rightrank.executors.messages import News, Ready, Refused
-from rightrank.executors.pool import MOST_LOSSES, Looking, Lost, Pool, PoolExecutor, Terms
+from rightrank.executors.messages import Ready, Refused, WorkerMessage
+from rightrank.executors.pool import MAX_LOSSES, Looking, Pool, PoolExecutor, PoolOptions, WorkerLost
 from rightrank.records import Arm, Trial, TrialFailed, TrialFinished
 
 
@@ -21,7 +21,7 @@ def trials(count: int) -> list[Trial]:
 
 
 def make_pool(crew: SimulatedCrew, workers: int = 2, looking: Looking | None = None, task_trials: int = 1) -> Pool:
-    return Pool(crew, Terms(workers, VERSIONS, TOKEN, task_trials, hang_seconds=100.0), looking, crew.clock)
+    return Pool(crew, PoolOptions(workers, VERSIONS, TOKEN, task_trials, hang_seconds=100.0), looking, crew.clock)
 
 
 def ended(pool: Pool, wanted: list[Trial]) -> list[str]:
@@ -39,8 +39,8 @@ def test_work_is_shared_and_the_longest_comes_first() -> None:
 def test_a_task_holds_as_many_trials_as_its_share() -> None:
     crew = SimulatedCrew(Pace(trial=lambda *_: 1.0))
     tasks: list[int] = []
-    give = crew.give
-    crew.give = lambda worker, task: (tasks.append(len(task.trials)), give(worker, task))[1]  # type: ignore[method-assign, func-returns-value]
+    assign = crew.assign
+    crew.assign = lambda worker, task: (tasks.append(len(task.trials)), assign(worker, task))[1]  # type: ignore[method-assign, func-returns-value]
     assert len(ended(make_pool(crew, workers=2, task_trials=16), trials(5))) == 5
     assert tasks == [3, 2]
 
@@ -56,17 +56,17 @@ def test_a_lost_worker_s_trials_go_to_others() -> None:
 
 def test_a_trial_that_loses_every_worker_has_failed_and_the_others_go_on() -> None:
     class Poisoned(SimulatedCrew):
-        def give(self, worker: str, task: object) -> None:
-            super().give(worker, task)  # type: ignore[arg-type]
+        def assign(self, worker: str, task: object) -> None:
+            super().assign(worker, task)  # type: ignore[arg-type]
             if task.trials[0].trial_id == "trial-001":  # type: ignore[attr-defined]
-                self._plan(self.now + 1.0, worker, Lost("killed by signal 9", killed=True))
+                self._plan(self.now + 1.0, worker, WorkerLost("killed by signal 9", killed=True))
 
     crew = Poisoned(Pace(trial=lambda *_: 10.0))
     outcomes = list(PoolExecutor(make_pool(crew), "job").run(trials(4), None))
     failed = [outcome for outcome in outcomes if isinstance(outcome, TrialFailed)]
     assert [outcome.trial_id for outcome in failed] == ["trial-001"]
     assert failed[0].error == "out_of_memory"
-    assert f"lost {MOST_LOSSES} workers" in failed[0].reason
+    assert f"lost {MAX_LOSSES} workers" in failed[0].reason
     assert len(outcomes) == 4
 
 
@@ -145,10 +145,10 @@ def test_left_after_an_outcome_it_hears_the_rest_of_what_was_told_with_it() -> N
     class Gathering(SimulatedCrew):
         """Tells all that comes at one moment at once, as a pipe does."""
 
-        def news(self, seconds: float) -> list[tuple[str, News | Lost]]:
-            found = super().news(seconds)
+        def messages(self, seconds: float) -> list[tuple[str, WorkerMessage | WorkerLost]]:
+            found = super().messages(seconds)
             while self._events and self._events[0][0] <= self.now:
-                found += super().news(0.0)
+                found += super().messages(0.0)
             return found
 
     crew = Gathering(Pace(trial=lambda *_: 1.0, start=1.0))
@@ -184,7 +184,7 @@ def test_workers_that_do_not_belong_are_refused_in_one_line(words: Ready | Refus
 def test_workers_that_never_start_end_the_run() -> None:
     class Stillborn(SimulatedCrew):
         def start(self, worker: str) -> None:
-            self._plan(self.now, worker, Lost("exit status 1: no such module"))
+            self._plan(self.now, worker, WorkerLost("exit status 1: no such module"))
 
     with pytest.raises(RunError, match=r"no worker could start .*no such module"):
         ended(make_pool(Stillborn(Pace(trial=lambda *_: 1.0))), trials(2))

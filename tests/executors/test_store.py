@@ -12,9 +12,9 @@ import pytest
 
 from rightrank import Watching, make_settings, select_rank
 from rightrank.errors import MissingExtraError, RunError, SettingsError
-from rightrank.executors import spread
-from rightrank.executors.messages import News, Orders, Task
-from rightrank.executors.pool import Lost
+from rightrank.executors import pool_factory
+from rightrank.executors.messages import Task, WorkerMessage, WorkerSetup
+from rightrank.executors.pool import WorkerLost
 from rightrank.executors.worker import Worker
 from rightrank.io.run_folder import RunFolder
 from rightrank.io.store import Store, run_store
@@ -53,25 +53,25 @@ def share(tmp_path: Path) -> str:
 class CrewHere:
     """Real workers one after the other in this process: each with a folder and a base of its own, as on two machines."""
 
-    def __init__(self, orders: Orders) -> None:
-        self._orders = orders
+    def __init__(self, setup: WorkerSetup) -> None:
+        self._setup = setup
         self._workers: dict[str, Worker] = {}
-        self._news: list[tuple[str, News | Lost]] = []
+        self._news: list[tuple[str, WorkerMessage | WorkerLost]] = []
 
     def start(self, worker: str) -> None:
         self._workers[worker] = Worker(lambda news: self._news.append((worker, news)))
-        self._workers[worker].begin(self._orders)
+        self._workers[worker].begin(self._setup)
 
-    def give(self, worker: str, task: Task) -> None:
+    def assign(self, worker: str, task: Task) -> None:
         self._workers[worker].work(task)
 
-    def ask_to_stop(self, worker: str) -> None:
+    def request_stop(self, worker: str) -> None:
         pass
 
     def end(self, worker: str) -> None:
         self._workers.pop(worker).close()
 
-    def news(self, seconds: float) -> list[tuple[str, News | Lost]]:
+    def messages(self, seconds: float) -> list[tuple[str, WorkerMessage | WorkerLost]]:
         told, self._news = self._news, []
         return told
 
@@ -91,7 +91,7 @@ def test_the_decision_is_that_of_one_process(
     completion_file: Path,
     tmp_path: Path,
 ) -> None:
-    monkeypatch.setattr(spread, "_crew", lambda settings, orders, *_: (CrewHere(orders), settings.workers))
+    monkeypatch.setattr(pool_factory, "_crew", lambda settings, setup, *_: (CrewHere(setup), settings.workers))
     address = request.getfixturevalue(kind)
     how: dict[str, Any] = {"strategy": strategy, "ranks": (1, 2, 4), "learning_rates": (3e-3, 1e-2), "max_steps": 6}
     how["checkpoint_seconds"] = 0.01

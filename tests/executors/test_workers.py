@@ -15,7 +15,7 @@ import pytest
 
 from rightrank import Watching, make_settings, select_rank
 from rightrank.errors import InputError, MissingExtraError, RunError, SettingsError
-from rightrank.executors.messages import NEWS, Orders, Ready, Stop
+from rightrank.executors.messages import WORKER_MESSAGE, Ready, Stop, WorkerSetup
 from rightrank.executors.processes import ProcessCrew
 from rightrank.executors.ray_cluster import connected, resources, share_of
 from rightrank.executors.worker import serve, versions
@@ -89,16 +89,16 @@ def test_an_address_that_does_not_answer_is_said() -> None:
 def test_a_worker_says_who_it_is_and_what_it_sees(tmp_path: Path) -> None:
     (tmp_path / "probe").write_text("secret")
     for probe, token in (("probe", "secret"), ("elsewhere", None)):
-        orders = Orders(jobs=[], working_folder=Path.cwd(), share=str(tmp_path), probe=probe)
+        setup = WorkerSetup(jobs=[], working_folder=Path.cwd(), share=str(tmp_path), probe=probe)
         told = StringIO()
-        serve(StringIO(orders.model_dump_json() + "\n" + Stop().model_dump_json() + "\n"), told)
-        assert NEWS.validate_json(told.getvalue()) == Ready(versions=versions(), token=token)
+        serve(StringIO(setup.model_dump_json() + "\n" + Stop().model_dump_json() + "\n"), told)
+        assert WORKER_MESSAGE.validate_json(told.getvalue()) == Ready(versions=versions(), token=token)
 
 
 def test_a_launcher_that_is_not_there_is_one_line(tmp_path: Path) -> None:
-    orders = Orders(jobs=[], working_folder=Path.cwd(), share=str(tmp_path), probe="probe")
+    setup = WorkerSetup(jobs=[], working_folder=Path.cwd(), share=str(tmp_path), probe="probe")
     with pytest.raises(SettingsError, match="launcher: can't run 'no-such-srun'"):
-        ProcessCrew(orders, tmp_path, launcher=["no-such-srun"]).start("worker-1")
+        ProcessCrew(setup, tmp_path, launcher=["no-such-srun"]).start("worker-1")
 
 
 def test_a_worker_takes_what_the_plan_says() -> None:

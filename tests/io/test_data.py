@@ -16,7 +16,7 @@ TEXT_ROWS: list[dict[str, Any]] = [{"text": text} for text in sentences(120)]
 
 
 def ids(splits: Any, split: Any) -> set[str]:
-    return {item.item_id for item in splits.items[split]}
+    return {item.item_id for item in splits.examples[split]}
 
 
 @pytest.mark.parametrize(
@@ -35,7 +35,7 @@ def test_the_form_is_told_by_the_columns(tmp_path: Path, row: dict[str, Any], fo
     rows = [json.loads(json.dumps(row).replace('"a"', json.dumps(f"text {n}"))) for n in range(100)]
     splits = load_data(write_jsonl(tmp_path / "d.jsonl", rows), small_settings())
     assert splits.form == form
-    assert all(splits.items[split] for split in SPLITS)
+    assert all(splits.examples[split] for split in SPLITS)
 
 
 def test_growing_the_data_moves_nothing(tmp_path: Path) -> None:
@@ -56,7 +56,7 @@ def test_groups_stay_together(tmp_path: Path) -> None:
     rows = [row | {"group": f"g{number % 60}"} for number, row in enumerate(TEXT_ROWS)]
     splits = load_data(write_jsonl(tmp_path / "d.jsonl", rows), small_settings(eval_items=1000))
     where = {row["text"]: row["group"] for row in rows}
-    groups = {split: {where[item.content["text"]] for item in splits.items[split]} for split in SPLITS}
+    groups = {split: {where[item.content["text"]] for item in splits.examples[split]} for split in SPLITS}
     assert not groups["train"] & groups["selection"]
     assert not groups["train"] & groups["test"]
     assert not groups["selection"] & groups["test"]
@@ -69,7 +69,7 @@ def test_given_splits_are_kept_and_duplicates_across_them_counted(tmp_path: Path
     splits = load_data(tmp_path, small_settings(eval_items=1000))
     assert splits.splits_given
     assert splits.duplicates_across_splits == 2
-    assert len(splits.items["selection"]) == 22
+    assert len(splits.examples["selection"]) == 22
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".tsv", ".parquet", ".json"])
@@ -111,7 +111,7 @@ BAD_FILES: list[tuple[str, bytes, str]] = [
     ("number.jsonl", b'{"text": 3}\n' * 30, r"number\.jsonl:1: `text`: got a int; give a string"),
     ("null.jsonl", b'{"text": "a"}\n{"text": null}\n', r"null\.jsonl:2: `text`: got nothing"),
     ("roles.jsonl", b'{"messages": [{"role": "user"}]}\n', r"a message needs a `role` and a `content`"),
-    ("few.jsonl", b'{"text": "a"}\n{"text": "b"}\n', r"distinct items for the \w+ split, at least \d+ needed"),
+    ("few.jsonl", b'{"text": "a"}\n{"text": "b"}\n', r"distinct examples for the \w+ split, at least \d+ needed"),
     ("wide.csv", b"text\na,b,c\n", r"wide\.csv:2: more cells than the header"),
     ("bad.parquet", b"not parquet at all", r"not a readable Parquet file"),
     ("one.jsonl", b"".join(b'{"text": "t%d", "label": 1}\n' % n for n in range(100)), r"one class only \('1'\)"),

@@ -104,15 +104,15 @@ def test_an_sqlite_file_of_something_else_is_refused(tmp_path: Path) -> None:
 
 
 def test_events_beside_checkpoints_take_the_rank_from_their_adapters(tmp_path: Path) -> None:
-    from rightrank.io.importers.neighbours import said_around
+    from rightrank.io.importers.path_settings import settings_from_path
 
     for rank in (2, 8):
         checkpoint = tmp_path / f"run-{'ab'[rank == 8]}" / "checkpoint-5"
         checkpoint.mkdir(parents=True)
         (checkpoint / "adapter_config.json").write_text(json.dumps({"r": rank}))
         (checkpoint.parent / "runs" / "monday").mkdir(parents=True)
-    assert said_around(tmp_path / "run-a" / "runs" / "monday", tmp_path)["rank"] == 2
-    assert said_around(tmp_path / "run-b" / "checkpoint-5", tmp_path)["rank"] == 8
+    assert settings_from_path(tmp_path / "run-a" / "runs" / "monday", tmp_path)["rank"] == 2
+    assert settings_from_path(tmp_path / "run-b" / "checkpoint-5", tmp_path)["rank"] == 8
 
 
 def test_tensorboard_events(tmp_path: Path) -> None:

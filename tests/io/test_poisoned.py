@@ -59,7 +59,7 @@ def test_a_line_of_a_megabyte_can_be_split_instead(tmp_path: Path, tokenizer: An
 
 
 def test_a_line_without_end_is_refused(tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rightrank.io.rows.LONGEST_LINE", 10_000)
+    monkeypatch.setattr("rightrank.io.rows.MAX_LINE_CHARACTERS", 10_000)
     with pytest.raises(DataError, match=r"d\.jsonl:121: a line of over 10,000 characters; give one object a line"):
         encoded(tmp_path / "d.jsonl", [*texts(), {"text": "a" * 20_000}], tokenizer)
 

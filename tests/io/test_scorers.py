@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 
 from rightrank.errors import MetricError, SettingsError
-from rightrank.io.scorers import Answer, Limits, Scored, require_scorer, score, write_answers
+from rightrank.io.scorers import ModelAnswer, Scored, ScorerLimits, require_scorer, score, write_answers
 from rightrank.settings import parse_metric
 
 NASTY = ["$(touch owned)", "`touch owned`", "; touch owned", "a\nb\u2028c", "'\"\\", "", "{file}", "-n"]
-ANSWERS = [Answer(str(n), text, text, "expected") for n, text in enumerate(NASTY)]
+ANSWERS = [ModelAnswer(str(n), text, text, "expected") for n, text in enumerate(NASTY)]
 COUNT = len(ANSWERS)
-LIMITS = Limits(timeout_seconds=20)
+LIMITS = ScorerLimits(timeout_seconds=20)
 
 
 @pytest.fixture
@@ -81,7 +81,7 @@ def test_a_program_that_hangs_is_ended_with_all_that_it_started(path: Path) -> N
     code = "import subprocess,time; subprocess.Popen(['sh','-c','sleep 3; touch late']); time.sleep(60)"
     begun = time.monotonic()
     with pytest.raises(MetricError, match=r"longer than 1\.5 s and was ended"):
-        score(parse_metric(program(code)), path, COUNT, Limits(timeout_seconds=1.5))
+        score(parse_metric(program(code)), path, COUNT, ScorerLimits(timeout_seconds=1.5))
     assert time.monotonic() - begun < 30
     time.sleep(3)
     assert not (path.parent.parent / "late").exists()
@@ -147,7 +147,7 @@ def test_a_bad_function_is_one_line(function: str, said: str, path: Path) -> Non
 def test_a_function_that_hangs_is_ended(path: Path) -> None:
     Path("mine.py").write_text(FUNCTIONS)
     with pytest.raises(MetricError, match="was ended"):
-        score(parse_metric("mine:hangs"), path, COUNT, Limits(timeout_seconds=3))
+        score(parse_metric("mine:hangs"), path, COUNT, ScorerLimits(timeout_seconds=3))
 
 
 def test_what_is_no_function_is_told_before_the_start(path: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from rightrank.errors import LONGEST_MESSAGE, DataError, RightrankError, one_line
+from rightrank.errors import MAX_MESSAGE_CHARACTERS, DataError, RightrankError, one_line
 from rightrank.exports.servers import LOOPBACK
 from rightrank.report.html import render_report
 from rightrank.runs import export
@@ -85,7 +85,7 @@ def test_foreign_code_is_shown_in_the_report() -> None:
 def test_a_message_is_one_visible_line_whatever_it_quotes() -> None:
     assert one_line("a\n\tb \x1b[2J \x00 \x9b c") == "a b \\x1b[2J \\x00 \\x9b c"
     long = one_line("start " + "x" * 10**6 + " end")
-    assert len(long) <= LONGEST_MESSAGE
+    assert len(long) <= MAX_MESSAGE_CHARACTERS
     assert long.startswith("start xx")
     assert long.endswith("xx end")
     assert str(DataError("a\nb")) == "a b"
@@ -131,7 +131,7 @@ def test_names_that_no_file_has(
     lines = err.splitlines()
     assert len(lines) == 1, err
     assert lines[0].startswith("rightrank: ")
-    assert len(lines[0]) <= LONGEST_MESSAGE + 20
+    assert len(lines[0]) <= MAX_MESSAGE_CHARACTERS + 20
     assert "\x1b" not in err
 
 

@@ -11,7 +11,7 @@ import pytest
 SOURCE = Path(__file__).parents[2] / "src" / "rightrank"
 PICKLES = {"pickle", "_pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 # Between our own processes alone, and never from a file: the import is there to tell a function that can't be sent.
-MAY_PICKLE = {"executors/own.py"}
+MAY_PICKLE = {"executors/custom.py"}
 # A task file of lm-evaluation-harness runs what it names, by the user's own `--metric`; reading its name runs nothing.
 RUN_BY_THE_USER = {("engine/tasks.py", "yaml.load", "Loader")}
 FORBIDDEN_CALLS = {

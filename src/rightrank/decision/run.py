@@ -11,11 +11,11 @@ from rightrank.decision.table import ScoreTable, table_of, table_of_results
 from rightrank.errors import ResultsError, RunFolderError
 from rightrank.records import (
     Certified,
-    Decided,
     Decision,
+    DecisionRecorded,
     JournalRecord,
     Result,
-    Results,
+    ResultsTable,
     RunStarted,
     Sample,
     TestEvaluated,
@@ -75,9 +75,9 @@ def last_outcomes(records: Sequence[JournalRecord]) -> list[TrialOutcome]:
     return list({outcome.trial_id: outcome for outcome in ended}.values())
 
 
-def last_decided(journal: Sequence[JournalRecord]) -> Decided | None:
+def last_decided(journal: Sequence[JournalRecord]) -> DecisionRecorded | None:
     """What was handed over last, if the run came so far."""
-    return next((record for record in reversed(journal) if isinstance(record, Decided)), None)
+    return next((record for record in reversed(journal) if isinstance(record, DecisionRecorded)), None)
 
 
 def running_trial(journal: Sequence[JournalRecord]) -> TrialStarted | None:
@@ -157,7 +157,7 @@ def own_table(records: Records, outcomes: Sequence[TrialOutcome] | None = None) 
     metric = records.started.metric
     results = [_own_result(outcome, metric) for outcome in outcomes]
     return table_of_results(
-        Results(metric=metric, higher_is_better=records.started.higher_is_better, results=results, understood=[])
+        ResultsTable(metric=metric, higher_is_better=records.started.higher_is_better, results=results, understood=[])
     )
 
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from rightrank.decision.metrics import MetricKind, kind_of
 from rightrank.decision.metrics import higher_is_better as metric_is_higher_better
-from rightrank.records import MetricName, Result, Results, TrialFinished, TrialOutcome
+from rightrank.records import MetricName, Result, ResultsTable, TrialFinished, TrialOutcome
 
 Floats = NDArray[np.float64]
 
@@ -127,7 +127,7 @@ def _cell(trial: TrialFinished, metric: MetricName, sums: Floats, weights: Float
     )
 
 
-def table_of_results(results: Results) -> ScoreTable:
+def table_of_results(results: ResultsTable) -> ScoreTable:
     """The table of trainings that others ran."""
     kind = kind_of(results.metric, results.higher_is_better)
     cells: dict[tuple[int, float, int], Cell] = {}

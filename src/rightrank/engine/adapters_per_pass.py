@@ -95,7 +95,7 @@ def _seconds_per_arm(runtime: Runtime, arms: Sequence[Arm]) -> float:
 
 
 def _probe_losses(runtime: Runtime, arms: Sequence[Arm]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Item losses of two arms with drawn adapters on two batches, together and one by one."""
+    """Example losses of two arms with drawn adapters on two batches, together and one by one."""
     names = [f"scratch_{number}" for number in range(len(arms))]
     generator = torch.Generator().manual_seed(0)
     with MultiLora(runtime.model, runtime.settings) as multi_lora:

@@ -14,7 +14,7 @@ from typing import Any
 from rightrank.engine.token_store import EncodedExample, TokenStore, lengths_of
 from rightrank.errors import DataError
 from rightrank.io.data import SPLITS, DataForm, DataSplits
-from rightrank.io.item_store import Item
+from rightrank.io.example_store import Example
 from rightrank.io.models import LoadedModel
 from rightrank.records import DataSummary, SplitName, SplitSummary
 from rightrank.settings import SelectSettings
@@ -27,7 +27,7 @@ class EncodedData:
     """Every split, encoded, and the summary of what became of the items."""
 
     splits: Mapping[SplitName, Sequence[EncodedExample]]
-    texts: Mapping[SplitName, Sequence[Item]]  # the held-out items, for what the model writes
+    texts: Mapping[SplitName, Sequence[Example]]  # the held-out items, for what the model writes
     summary: DataSummary
 
     @property
@@ -52,11 +52,11 @@ def encode(data: DataSplits, model: LoadedModel, settings: SelectSettings, folde
     summaries: dict[str, SplitSummary] = {}
     for split in SPLITS:
         count = _Count()
-        pieces = _encode_split(encoder, data.items[split], limit, settings.long_items, count)
+        pieces = _encode_split(encoder, data.examples[split], limit, settings.long_items, count)
         encoded = TokenStore(pieces, folder)
         if not encoded:
             raise DataError(
-                f"the {split} split has no label token left after tokenising ({len(data.items[split])} items, "
+                f"the {split} split has no label token left after tokenising ({len(data.examples[split])} items, "
                 f"{count.dropped} without a label within {limit} tokens); give items with text to learn, or a larger seq_len"
             )
         splits[split] = encoded
@@ -76,7 +76,7 @@ def encode(data: DataSplits, model: LoadedModel, settings: SelectSettings, folde
         unreadable=data.unreadable,
         control_characters=data.control_characters,
     )
-    return EncodedData(splits, {"selection": data.items["selection"], "test": data.items["test"]}, summary)
+    return EncodedData(splits, {"selection": data.examples["selection"], "test": data.examples["test"]}, summary)
 
 
 def label_count(item: EncodedExample, classification: bool) -> int:
@@ -96,7 +96,7 @@ class _Count:
 
 
 def _encode_split(
-    encoder: _Encoder, items: Iterable[Item], limit: int, long_items: str, count: _Count
+    encoder: _Encoder, items: Iterable[Example], limit: int, long_items: str, count: _Count
 ) -> Iterator[EncodedExample]:
     for item in items:
         ids, labels = encoder(item)
@@ -130,7 +130,7 @@ class _Encoder:
                 "the data has `messages` but the tokenizer has no chat template; give `prompt` and `completion`"
             )
 
-    def __call__(self, item: Item) -> tuple[list[int], list[int]]:
+    def __call__(self, item: Example) -> tuple[list[int], list[int]]:
         content = item.content
         if self._form == "classification":
             return self._ids(content["text"]), [self._class_index[str(content["label"])]]

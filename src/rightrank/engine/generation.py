@@ -13,8 +13,8 @@ from transformers import GenerationConfig
 from rightrank.engine.distributed import broadcast, process_index, world_size
 from rightrank.engine.runtime import Runtime
 from rightrank.errors import DataError, is_out_of_memory
-from rightrank.io.item_store import Item
-from rightrank.io.scorers import Answer
+from rightrank.io.example_store import Example
+from rightrank.io.scorers import ModelAnswer
 from rightrank.records import SplitName
 
 
@@ -41,17 +41,17 @@ def questions(runtime: Runtime, split: SplitName) -> list[Question]:
     return [_question(runtime, item) for item in runtime.data.texts[split] if item.item_id in kept]
 
 
-def answers(runtime: Runtime, split: SplitName) -> list[Answer]:
+def answers(runtime: Runtime, split: SplitName) -> list[ModelAnswer]:
     """The answer to every item of a split under whatever adapter the base now carries; adapter dropout off."""
     if runtime.data.is_classification:
         return _classes(runtime, split)
     asked = questions(runtime, split)
     with runtime.without_dropout(), kv_cache(runtime.model):
         written = _shared(runtime, asked)
-    return [Answer(q.item_id, q.prompt, text, q.expected) for q, text in zip(asked, written, strict=True)]
+    return [ModelAnswer(q.item_id, q.prompt, text, q.expected) for q, text in zip(asked, written, strict=True)]
 
 
-def _question(runtime: Runtime, item: Item) -> Question:
+def _question(runtime: Runtime, item: Example) -> Question:
     prompt, completion = item.content.get("prompt"), item.content.get("completion")
     if isinstance(prompt, str):
         return Question(item.item_id, prompt, str(completion), special=True)
@@ -147,10 +147,10 @@ def _generation(runtime: Runtime, asked: Sequence[Question]) -> Any:
 
 
 @torch.no_grad()
-def _classes(runtime: Runtime, split: SplitName) -> list[Answer]:
+def _classes(runtime: Runtime, split: SplitName) -> list[ModelAnswer]:
     names, items = runtime.data.summary.classes or [], runtime.items(split)
     texts = {item.item_id: str(item.content["text"]) for item in runtime.data.texts[split]}
-    found: list[Answer] = []
+    found: list[ModelAnswer] = []
     size = runtime.settings.eval_batch_size
     with runtime.without_dropout():
         for begin in range(0, len(items), size):
@@ -159,7 +159,7 @@ def _classes(runtime: Runtime, split: SplitName) -> list[Answer]:
             logits = runtime.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
             for row, predicted in zip(rows, logits.argmax(-1).tolist(), strict=True):
                 item = items[row]
-                found.append(Answer(item.item_id, texts[item.item_id], names[predicted], names[item.labels[0]]))
+                found.append(ModelAnswer(item.item_id, texts[item.item_id], names[predicted], names[item.labels[0]]))
     return found
 
 

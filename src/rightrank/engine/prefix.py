@@ -20,7 +20,7 @@ import torch
 
 from rightrank.engine.batches import Batch, collate
 from rightrank.engine.token_store import EncodedExample, lengths_of
-from rightrank.io.files import reserve_room
+from rightrank.io.files import preallocate
 
 IN_MEMORY_BYTES = 2**30  # a larger store goes to a memory-mapped file
 
@@ -161,7 +161,7 @@ class FrozenPrefix:
         if tokens * width * like.element_size() <= IN_MEMORY_BYTES:
             return torch.zeros((tokens, width), dtype=like.dtype)
         path = self._folder / f"{split}.hidden"
-        reserve_room(path, tokens * width * like.element_size())
+        preallocate(path, tokens * width * like.element_size())
         return torch.from_file(str(path), shared=True, size=tokens * width, dtype=like.dtype).view(tokens, width)
 
 

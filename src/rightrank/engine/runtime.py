@@ -39,7 +39,7 @@ TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 5e-3}  # 
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """Item scores of a split, in the split's order."""
+    """Example scores of a split, in the split's order."""
 
     losses: list[float]  # summed over the item's label tokens, nats
     tokens: list[int]

@@ -7,18 +7,18 @@ from typing import Any
 import torch
 
 from rightrank.engine.runtime import Runtime
-from rightrank.io.item_store import Item
+from rightrank.io.example_store import Example
 
 MAX_NEW_TOKENS = 64
 MAX_PROMPT_TOKENS = 256
 
 
-def promptable_items(runtime: Runtime, count: int) -> list[Item]:
+def promptable_items(runtime: Runtime, count: int) -> list[Example]:
     """The first `count` test items with a string prompt that is not too long to read."""
     if runtime.data.summary.form != "prompt_completion":
         return []
     tokenizer = runtime.loaded.tokenizer
-    found: list[Item] = []
+    found: list[Example] = []
     for item in runtime.data.texts["test"]:
         if len(found) == count:
             break
@@ -29,7 +29,7 @@ def promptable_items(runtime: Runtime, count: int) -> list[Item]:
 
 
 @torch.no_grad()
-def write_completion(runtime: Runtime, item: Item) -> str:
+def write_completion(runtime: Runtime, item: Example) -> str:
     """Greedy, at most 64 new tokens, with whatever adapter the base now carries."""
     tokenizer: Any = runtime.loaded.tokenizer
     encoded = tokenizer(item.content["prompt"], return_tensors="pt").to(runtime.loaded.device)

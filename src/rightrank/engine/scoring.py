@@ -13,7 +13,7 @@ from rightrank.engine.generation import answers as answers_of
 from rightrank.engine.runtime import Runtime
 from rightrank.engine.tasks import score_task
 from rightrank.errors import MetricError
-from rightrank.io.scorers import Answer, Limits, Scored, require_scorer, score, write_answers
+from rightrank.io.scorers import ModelAnswer, Scored, ScorerLimits, require_scorer, score, write_answers
 from rightrank.maths.scores import exact_match, macro_f1, rouge_l, rouge_n, token_f1
 from rightrank.records import SplitName
 from rightrank.settings import MetricSpec, SelectSettings
@@ -57,8 +57,8 @@ def end_metrics(settings: SelectSettings) -> list[MetricSpec]:
     return [spec for spec in settings.metric_specs if not spec.is_measured_along]
 
 
-def limits_of(settings: SelectSettings) -> Limits:
-    return Limits(settings.metric_timeout_seconds, settings.trust_remote_code)
+def limits_of(settings: SelectSettings) -> ScorerLimits:
+    return ScorerLimits(settings.metric_timeout_seconds, settings.trust_remote_code)
 
 
 def require_scorers(settings: SelectSettings) -> None:
@@ -101,7 +101,7 @@ def measure(runtime: Runtime, split: SplitName, keep: Path | None = None) -> Mea
     return measured
 
 
-def _score(runtime: Runtime, spec: MetricSpec, answered: Sequence[Answer]) -> Scored:
+def _score(runtime: Runtime, spec: MetricSpec, answered: Sequence[ModelAnswer]) -> Scored:
     if spec.kind == "lm-eval":
         return score_task(runtime, spec)
     if spec.name in TEXT_SCORES:

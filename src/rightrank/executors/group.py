@@ -9,7 +9,7 @@ from __future__ import annotations
 import socket
 from typing import TYPE_CHECKING
 
-from rightrank.executors.messages import Group, Orders
+from rightrank.executors.messages import Group, WorkerSetup
 
 if TYPE_CHECKING:
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 LOOPBACK = "127.0.0.1"
 
 
-class Meeting:
+class Rendezvous:
     """The driver's side: a store at one address of this machine's, where the groups of a crew meet."""
 
     def __init__(self, host: str, size: int, on_cuda: bool) -> None:
@@ -31,13 +31,13 @@ class Meeting:
             host, self._port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach()
         )
 
-    def orders(self, orders: Orders, worker: str) -> list[Orders]:
+    def setups(self, setup: WorkerSetup, worker: str) -> list[WorkerSetup]:
         """What each of a worker's processes is told, the first that of the one who is listened to."""
         groups = [
             Group(name=worker, number=number, size=self._size, host=self._host, port=self._port, backend=self._backend)
             for number in range(self._size)
         ]
-        return [orders.model_copy(update={"group": group}) for group in groups]
+        return [setup.model_copy(update={"group": group}) for group in groups]
 
 
 def join(group: Group) -> None:

@@ -55,10 +55,10 @@ class Group(Record):
     backend: str  # torch.distributed's
 
 
-class Orders(Record):
+class WorkerSetup(Record):
     """The first thing that a worker is told."""
 
-    type: Literal["orders"] = "orders"
+    type: Literal["setup"] = "setup"
     jobs: list[Job]
     working_folder: Path  # what relative paths start from
     share: str  # what all see: the run folder, or a store's address
@@ -109,10 +109,10 @@ class Step(Record):
     event: StepDone | Preparing
 
 
-Command: TypeAlias = Annotated[Orders | Task | Stop, Field(discriminator="type")]
-News: TypeAlias = Annotated[
+Command: TypeAlias = Annotated[WorkerSetup | Task | Stop, Field(discriminator="type")]
+WorkerMessage: TypeAlias = Annotated[
     Ready | TaskEnded | Refused | Notice | Step | TrialStarted | TrialFinished | TrialDiverged | TrialFailed,
     Field(discriminator="type"),
 ]
 COMMAND: TypeAdapter[Command] = TypeAdapter(Command)
-NEWS: TypeAdapter[News] = TypeAdapter(News)
+WORKER_MESSAGE: TypeAdapter[WorkerMessage] = TypeAdapter(WorkerMessage)

@@ -13,17 +13,17 @@ from dataclasses import dataclass, field
 from typing import Protocol, TypeAlias
 
 from rightrank.errors import InputError, InterruptedRun, RunError
-from rightrank.executors.messages import News, Notice, Ready, Refused, Step, Task, TaskEnded
+from rightrank.executors.messages import Notice, Ready, Refused, Step, Task, TaskEnded, WorkerMessage
 from rightrank.records import Preparing, StepDone, Trial, TrialFailed, TrialOutcome, TrialStarted
 
-MOST_LOSSES = 3  # workers that a trial may lose before it counts as failed
+MAX_LOSSES = 3  # workers that a trial may lose before it counts as failed
 BEFORE_STEPS = 6  # times as long a silence is let pass while a worker loads, prepares or evaluates the base
 POLL_SECONDS = 1.0
 GRACE_SECONDS = 25.0  # for a worker that was asked to stop
 
 
 @dataclass(frozen=True, slots=True)
-class Lost:
+class WorkerLost:
     """A worker that is gone."""
 
     reason: str
@@ -34,12 +34,12 @@ class Crew(Protocol):
     """Workers of one kind. Names are the pool's; a name that was lost or ended is not used again."""
 
     def start(self, worker: str) -> None:
-        """Begin a worker; its `Ready` or its `Lost` comes as news."""
+        """Begin a worker; its `Ready` or its `WorkerLost` comes as news."""
         ...
 
-    def give(self, worker: str, task: Task) -> None: ...
+    def assign(self, worker: str, task: Task) -> None: ...
 
-    def ask_to_stop(self, worker: str) -> None:
+    def request_stop(self, worker: str) -> None:
         """It leaves its task at the next step, with checkpoints, and tells `TaskEnded`."""
         ...
 
@@ -47,7 +47,7 @@ class Crew(Protocol):
         """At once, whatever it does. No news comes from it afterwards."""
         ...
 
-    def news(self, seconds: float) -> list[tuple[str, News | Lost]]:
+    def messages(self, seconds: float) -> list[tuple[str, WorkerMessage | WorkerLost]]:
         """What was told since, after waiting at most so long for something."""
         ...
 
@@ -60,7 +60,7 @@ Outcome: TypeAlias = tuple[str, TrialOutcome]  # the job and how a trial of it e
 
 
 @dataclass(frozen=True, slots=True)
-class Terms:
+class PoolOptions:
     """What the pool is told of its work."""
 
     workers: int
@@ -97,16 +97,20 @@ class Pool:
     """Submit trials, take outcomes as they come, cancel; every trial that was submitted ends in one outcome."""
 
     def __init__(
-        self, crew: Crew, terms: Terms, looking: Looking | None = None, clock: Callable[[], float] = time.monotonic
+        self,
+        crew: Crew,
+        options: PoolOptions,
+        looking: Looking | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._crew = crew
-        self._terms = terms
+        self._options = options
         self._looking = looking or Looking()
         self._clock = clock
         self._members: dict[str, _Member] = {}
         self._idle: list[str] = []
         self._waiting: deque[Task] = deque()
-        self._unheard: deque[tuple[str, News | Lost]] = deque()
+        self._unheard: deque[tuple[str, WorkerMessage | WorkerLost]] = deque()
         self._open: dict[str, Counter[str]] = {}  # job → trials without an outcome
         self._losses: Counter[str] = Counter()  # trial → workers lost with it
         self._started = 0
@@ -119,7 +123,7 @@ class Pool:
         self._open.setdefault(job, Counter()).update(trial.trial_id for trial in trials)
         ordered = sorted(trials, key=lambda trial: -trial.arm.steps)
         # Even shares, none above the most that train together.
-        size = max(1, min(self._terms.task_trials, -(-len(ordered) // self._terms.workers)))
+        size = max(1, min(self._options.task_trials, -(-len(ordered) // self._options.workers)))
         for start in range(0, len(ordered), size):
             self._waiting.append(self._task(job, ordered[start : start + size], base_loss))
 
@@ -165,7 +169,7 @@ class Pool:
         self._waiting.clear()
         busy = self.busy()
         for name in busy:
-            self._crew.ask_to_stop(name)
+            self._crew.request_stop(name)
         until = self._clock() + GRACE_SECONDS
         while any(map(self._is_busy, busy)) and self._clock() < until:
             yield from self._hear_all()
@@ -188,7 +192,7 @@ class Pool:
 
     def _fill(self) -> None:
         """Workers for what waits, and tasks for those that are free."""
-        wanted = min(self._terms.workers, len(self._waiting) + len(self.busy()))
+        wanted = min(self._options.workers, len(self._waiting) + len(self.busy()))
         while len(self._members) < wanted:
             self._started += 1
             name = f"worker-{self._started}"
@@ -199,16 +203,16 @@ class Pool:
             member = self._members[name]
             member.task, member.heard, member.is_stepping = task, self._clock(), False
             member.left = {trial.trial_id: trial for trial in task.trials}
-            self._crew.give(name, task)
+            self._crew.assign(name, task)
 
     def _hear_all(self) -> Iterator[Outcome]:
         """What was told since. Whoever takes outcomes may leave after any: the rest is then heard the next time."""
         if not self._unheard:
-            self._unheard.extend(self._crew.news(POLL_SECONDS))
+            self._unheard.extend(self._crew.messages(POLL_SECONDS))
         while self._unheard:
             yield from self._hear(*self._unheard.popleft())
 
-    def _hear(self, worker: str, news: News | Lost) -> Iterator[Outcome]:
+    def _hear(self, worker: str, news: WorkerMessage | WorkerLost) -> Iterator[Outcome]:
         member = self._members.get(worker)
         if member is None:
             return  # given up before: what it was doing is someone else's now
@@ -217,7 +221,7 @@ class Pool:
         match news:
             case Ready():
                 self._admit(worker, member, news)
-            case Lost():
+            case WorkerLost():
                 self._remove(worker)
                 yield from self._after_loss(worker, member, news)
             case Refused():
@@ -245,14 +249,14 @@ class Pool:
 
     def _admit(self, worker: str, member: _Member, ready: Ready) -> None:
         """Let a worker in, if it is of the same make and sees the same folder."""
-        differing = [name for name, own in self._terms.versions.items() if ready.versions.get(name) != own]
+        differing = [name for name, own in self._options.versions.items() if ready.versions.get(name) != own]
         if differing:
             name = differing[0]
             raise InputError(
                 f"{worker} has {name} {ready.versions.get(name, 'of no known version')}, this process "
-                f"{self._terms.versions[name]}: install the same on every machine"
+                f"{self._options.versions[name]}: install the same on every machine"
             )
-        if ready.token != self._terms.token:
+        if ready.token != self._options.token:
             raise InputError(
                 f"{worker} does not see the run folder that this process writes to: give an --out on a disk that all machines share"
             )
@@ -275,37 +279,37 @@ class Pool:
         member.task, member.left = None, {}
         self._idle.append(worker)
         if task is not None and left:
-            yield from self._again(task, left, Lost(f"{worker} left it unfinished"))
+            yield from self._again(task, left, WorkerLost(f"{worker} left it unfinished"))
 
-    def _after_loss(self, worker: str, member: _Member, lost: Lost) -> Iterator[Outcome]:
+    def _after_loss(self, worker: str, member: _Member, lost: WorkerLost) -> Iterator[Outcome]:
         if not member.is_ready:
             self._failed_starts += 1
-            if not self._ready_once and self._failed_starts > self._terms.workers:
+            if not self._ready_once and self._failed_starts > self._options.workers:
                 raise RunError(f"no worker could start (the last: {lost.reason})")
         self._looking.notice(f"{worker} is gone: {lost.reason}")
         if member.task is not None:
             yield from self._again(member.task, list(member.left.values()), lost)
 
-    def _again(self, task: Task, left: Sequence[Trial], lost: Lost) -> Iterator[Outcome]:
+    def _again(self, task: Task, left: Sequence[Trial], lost: WorkerLost) -> Iterator[Outcome]:
         """Hand trials out again, each alone; one that was lost too often has failed."""
         for trial in left:
             self._losses[trial.trial_id] += 1
             if trial.trial_id not in self._open.get(task.job, ()):
                 continue
-            if self._losses[trial.trial_id] < MOST_LOSSES:
+            if self._losses[trial.trial_id] < MAX_LOSSES:
                 self._waiting.appendleft(self._task(task.job, [trial], task.base_loss))
                 continue
-            yield from self._settle(task.job, lost_for_good(trial, lost))
+            yield from self._settle(task.job, failed_after_losses(trial, lost))
 
     def _silent(self) -> Iterator[Outcome]:
         """Workers that hang: at work and without a word for longer than they ever were."""
         now = self._clock()
         for name, member in list(self._members.items()):
             patience = 1 if member.is_stepping else BEFORE_STEPS
-            limit = max(patience * self._terms.hang_seconds, 20 * member.longest_silence)
+            limit = max(patience * self._options.hang_seconds, 20 * member.longest_silence)
             if (member.task is not None or not member.is_ready) and now - member.heard > limit:
                 self._remove(name)
-                yield from self._after_loss(name, member, Lost(f"no word for {now - member.heard:.0f} s"))
+                yield from self._after_loss(name, member, WorkerLost(f"no word for {now - member.heard:.0f} s"))
 
     def _remove(self, worker: str) -> None:
         self._crew.end(worker)
@@ -314,14 +318,14 @@ class Pool:
             self._idle.remove(worker)
 
 
-def lost_for_good(trial: Trial, lost: Lost) -> TrialFailed:
+def failed_after_losses(trial: Trial, lost: WorkerLost) -> TrialFailed:
     """The outcome of a trial that one worker after another was lost with."""
     memory = "; the system ends processes so when memory is short" if lost.killed else ""
     return TrialFailed(
         trial_id=trial.trial_id,
         **trial.arm.model_dump(),
         error="out_of_memory" if lost.killed else "error",
-        reason=f"{trial.arm.label()} lost {MOST_LOSSES} workers (the last: {lost.reason}){memory}",
+        reason=f"{trial.arm.label()} lost {MAX_LOSSES} workers (the last: {lost.reason}){memory}",
     )
 
 

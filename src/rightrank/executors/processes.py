@@ -16,9 +16,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from rightrank.errors import SettingsError
-from rightrank.executors.group import LOOPBACK, Meeting
-from rightrank.executors.messages import NEWS, Command, News, Orders, Stop, Task
-from rightrank.executors.pool import Lost
+from rightrank.executors.group import LOOPBACK, Rendezvous
+from rightrank.executors.messages import WORKER_MESSAGE, Command, Stop, Task, WorkerMessage, WorkerSetup
+from rightrank.executors.pool import WorkerLost
 
 WORKER = (sys.executable, "-m", "rightrank.executors.worker")
 CHUNK = 1 << 16
@@ -34,7 +34,7 @@ class _Process:
     place: int
     logs: list[Path]
     unread: bytes = b""
-    told: list[News] = field(default_factory=list)
+    told: list[WorkerMessage] = field(default_factory=list)
 
     @property
     def first(self) -> subprocess.Popen[bytes]:
@@ -46,19 +46,19 @@ class ProcessCrew:
 
     def __init__(
         self,
-        orders: Orders,
+        setup: WorkerSetup,
         logs: Path,
         devices: int = 0,
         launcher: Sequence[str] = (),
         command: Sequence[str] = WORKER,
         size: int = 1,
     ) -> None:
-        self._orders = orders
+        self._setup = setup
         self._logs = logs
         self._devices = devices  # CUDA devices to spread over; 0: none
         self._command = [*launcher, *command]
         self._size = size
-        self._meeting = Meeting(LOOPBACK, size, on_cuda=devices > 0) if size > 1 else None
+        self._rendezvous = Rendezvous(LOOPBACK, size, on_cuda=devices > 0) if size > 1 else None
         self._running: dict[str, _Process] = {}
         self._selector = selectors.DefaultSelector()
 
@@ -75,8 +75,8 @@ class ProcessCrew:
         assert pipe is not None
         os.set_blocking(pipe.fileno(), False)
         self._selector.register(pipe, selectors.EVENT_READ, worker)
-        orders = [self._orders] if self._meeting is None else self._meeting.orders(self._orders, worker)
-        for popen, own in zip(process.popens, orders, strict=True):
+        setup = [self._setup] if self._rendezvous is None else self._rendezvous.setups(self._setup, worker)
+        for popen, own in zip(process.popens, setup, strict=True):
             _write(popen, own)
 
     def _begun(self, log: Path, device: int, is_heard: bool) -> subprocess.Popen[bytes]:
@@ -93,10 +93,10 @@ class ProcessCrew:
         except OSError as error:
             raise SettingsError(f"launcher: can't run {self._command[0]!r} ({error.strerror or error})") from None
 
-    def give(self, worker: str, task: Task) -> None:
+    def assign(self, worker: str, task: Task) -> None:
         self._say(worker, task)
 
-    def ask_to_stop(self, worker: str) -> None:
+    def request_stop(self, worker: str) -> None:
         self._say(worker, Stop())
 
     def end(self, worker: str) -> None:
@@ -104,8 +104,8 @@ class ProcessCrew:
         if process is not None:
             self._end(process)
 
-    def news(self, seconds: float) -> list[tuple[str, News | Lost]]:
-        found: list[tuple[str, News | Lost]] = []
+    def messages(self, seconds: float) -> list[tuple[str, WorkerMessage | WorkerLost]]:
+        found: list[tuple[str, WorkerMessage | WorkerLost]] = []
         for key, _ in self._selector.select(seconds):
             worker = key.data
             process = self._running[worker]
@@ -159,10 +159,10 @@ class ProcessCrew:
         assert pipe is not None
         while chunk := pipe.read(CHUNK):
             *lines, process.unread = (process.unread + chunk).split(b"\n")
-            process.told.extend(NEWS.validate_json(line) for line in lines)
+            process.told.extend(WORKER_MESSAGE.validate_json(line) for line in lines)
         return chunk is not None
 
-    def _lost(self, worker: str) -> Lost:
+    def _lost(self, worker: str) -> WorkerLost:
         """Of a worker one of whose processes has ended, or is about to: why."""
         process = self._running.pop(worker)
         if all(popen.poll() is None for popen in process.popens):  # its pipe has ended; it will
@@ -173,11 +173,11 @@ class ProcessCrew:
         found = {number: status for number, status in ended.items() if status is not None} or {0: -9}
         number, status = min(found.items(), key=lambda one: one[1])  # a signal first: the others end of its consequence
         if status < 0:
-            return Lost(f"killed by signal {-status}", killed=status == -9)
+            return WorkerLost(f"killed by signal {-status}", killed=status == -9)
         log = process.logs[number]
         lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
         said = f": {lines[-1].strip()}" if lines else ""
-        return Lost(f"exit status {status}{said} (see {log})")
+        return WorkerLost(f"exit status {status}{said} (see {log})")
 
     def _end(self, process: _Process) -> None:
         """Whatever it does, all of it."""

@@ -16,9 +16,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from rightrank.errors import InputError, MissingExtraError, RunError
-from rightrank.executors.group import Meeting
-from rightrank.executors.messages import NEWS, Command, News, Orders, Stop, Task
-from rightrank.executors.pool import Lost
+from rightrank.executors.group import Rendezvous
+from rightrank.executors.messages import WORKER_MESSAGE, Command, Stop, Task, WorkerMessage, WorkerSetup
+from rightrank.executors.pool import WorkerLost
 from rightrank.executors.worker import Service
 
 CONNECT_SECONDS = 10.0
@@ -33,7 +33,7 @@ class RayWorker:
         self._service = self.service(lambda news: self._news.put(news.model_dump_json()))
         threading.Thread(target=self._service.work, daemon=True).start()
 
-    def service(self, tell: Callable[[News], None]) -> Service:
+    def service(self, tell: Callable[[WorkerMessage], None]) -> Service:
         return Service(tell)
 
     def say(self, line: str) -> None:
@@ -52,7 +52,7 @@ class RayCrew:
 
     def __init__(
         self,
-        orders: Orders,
+        setup: WorkerSetup,
         address: str | None,
         bytes_planned: int | None,
         on_cuda: bool,
@@ -61,12 +61,12 @@ class RayCrew:
     ) -> None:
         self._joined_before = _is_joined()
         self._ray = connected(address)
-        self._orders = orders
+        self._setup = setup
         self._resources = resources(bytes_planned, on_cuda)
         self._require_a_place()
         self._actor = self._ray.remote(actor)
         self._size = size  # actors a worker, each with a device of its own
-        self._meeting = Meeting(self._ray.util.get_node_ip_address(), size, on_cuda) if size > 1 else None
+        self._rendezvous = Rendezvous(self._ray.util.get_node_ip_address(), size, on_cuda) if size > 1 else None
         self._actors: dict[str, list[Any]] = {}  # the first is listened to
         self._places: dict[str, Any] = {}  # of workers of several actors: their placement group
         self._streams: dict[Any, tuple[str, int]] = {}  # an actor's words → its worker, and which of it
@@ -88,8 +88,8 @@ class RayCrew:
             **self._place(worker),
         )
         actors = self._actors[worker] = [options.remote() for _ in range(self._size)]
-        orders = [self._orders] if self._meeting is None else self._meeting.orders(self._orders, worker)
-        for number, (actor, own) in enumerate(zip(actors, orders, strict=True)):
+        setup = [self._setup] if self._rendezvous is None else self._rendezvous.setups(self._setup, worker)
+        for number, (actor, own) in enumerate(zip(actors, setup, strict=True)):
             self._streams[actor.listen.options(num_returns="streaming").remote()] = (worker, number)
             actor.say.remote(own.model_dump_json())
 
@@ -103,10 +103,10 @@ class RayCrew:
         self._places[worker] = group
         return {"scheduling_strategy": PlacementGroupSchedulingStrategy(group)}
 
-    def give(self, worker: str, task: Task) -> None:
+    def assign(self, worker: str, task: Task) -> None:
         self._say(worker, task)
 
-    def ask_to_stop(self, worker: str) -> None:
+    def request_stop(self, worker: str) -> None:
         self._say(worker, Stop())
 
     def end(self, worker: str) -> None:
@@ -116,14 +116,14 @@ class RayCrew:
         if (group := self._places.pop(worker, None)) is not None:
             self._ray.util.remove_placement_group(group)
 
-    def news(self, seconds: float) -> list[tuple[str, News | Lost]]:
+    def messages(self, seconds: float) -> list[tuple[str, WorkerMessage | WorkerLost]]:
         if not self._streams:
             threading.Event().wait(seconds)
             return []
         ready, _ = self._ray.wait(list(self._streams), num_returns=1, timeout=seconds)
         if ready:  # all that is there, not the first alone
             ready, _ = self._ray.wait(list(self._streams), num_returns=len(self._streams), timeout=0)
-        found: list[tuple[str, News | Lost]] = []
+        found: list[tuple[str, WorkerMessage | WorkerLost]] = []
         for stream in ready:
             if stream not in self._streams:
                 continue  # of a worker that was just found lost
@@ -132,9 +132,9 @@ class RayCrew:
                 lines = self._ray.get(next(stream))
             except (self._ray.exceptions.RayError, StopIteration) as error:
                 self.end(worker)  # what is left of it
-                found.append((worker, Lost(_reason(error))))
+                found.append((worker, WorkerLost(_reason(error))))
             else:
-                found.extend((worker, NEWS.validate_json(line)) for line in lines.split("\n") if number == 0)
+                found.extend((worker, WORKER_MESSAGE.validate_json(line)) for line in lines.split("\n") if number == 0)
         return found
 
     def close(self) -> None:

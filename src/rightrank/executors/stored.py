@@ -19,23 +19,23 @@ from rightrank.records import Trial, TrialOutcome
 class StoredExecutor:
     """Files of an outcome are in the store before the outcome is told."""
 
-    def __init__(self, executor: Executor, courier: Courier) -> None:
+    def __init__(self, executor: Executor, sync: StoreSync) -> None:
         self._executor = executor
-        self._courier = courier
+        self._sync = sync
 
     def run(self, trials: Sequence[Trial], base_loss: float | None) -> Iterator[TrialOutcome]:
-        self._courier.bring_for(trials)
+        self._sync.bring_for(trials)
         try:
             for outcome in self._executor.run(trials, base_loss):
-                self._courier.send_of(outcome)
+                self._sync.send_of(outcome)
                 yield outcome
-                self._courier.drop_of(outcome)
+                self._sync.drop_of(outcome)
         except InterruptedRun:
-            self._courier.send_checkpoints()
+            self._sync.send_checkpoints()
             raise
 
 
-class Courier:
+class StoreSync:
     """Brings what trials begin from, sends what they leave."""
 
     def __init__(self, folder: RunFolder, store: Store) -> None:

@@ -29,15 +29,15 @@ from rightrank.executors.messages import (
     COMMAND,
     Group,
     Job,
-    News,
     Notice,
-    Orders,
     Ready,
     Refused,
     Step,
     Stop,
     Task,
     TaskEnded,
+    WorkerMessage,
+    WorkerSetup,
 )
 from rightrank.records import Preparing, StepDone, TrialFailed
 from rightrank.version import __version__
@@ -46,14 +46,14 @@ if TYPE_CHECKING:
     from rightrank.io.models import LoadedModel
 
 NOT_UNDERSTOOD = f"a worker there, rightrank {__version__}, does not understand what it is told: install the same version on every machine"
-STEPS_TOLD = 0.5  # seconds between two signs of progress
+PROGRESS_SECONDS = 0.5  # seconds between two signs of progress
 SAME_EVERYWHERE = ("torch", "transformers", "peft")
 
 
 class Worker:
     """What runs inside a worker, whatever carries its words."""
 
-    def __init__(self, tell: Callable[[News], None]) -> None:
+    def __init__(self, tell: Callable[[WorkerMessage], None]) -> None:
         self._tell = tell
         self._jobs: dict[str, Job] = {}
         self._executors: dict[str, Executor] = {}
@@ -63,14 +63,14 @@ class Worker:
         self._is_asked_to_stop: Callable[[], bool] = self._stop.is_set
         self._told = 0.0
 
-    def begin(self, orders: Orders) -> None:
+    def begin(self, setup: WorkerSetup) -> None:
         """Say who this is, and what it sees of the share."""
-        self._jobs = {job.name: job for job in orders.jobs}
+        self._jobs = {job.name: job for job in setup.jobs}
         with contextlib.suppress(OSError):  # not there: then only absolute paths lead anywhere
-            os.chdir(orders.working_folder)
+            os.chdir(setup.working_folder)
         try:
-            ready = Ready(versions=versions(), token=self._token(orders))
-            self._tell(ready if orders.group is None else self._joined(orders.group, ready))
+            ready = Ready(versions=versions(), token=self._token(setup))
+            self._tell(ready if setup.group is None else self._joined(setup.group, ready))
         except RightrankError as error:  # of a store
             self._tell(Refused(reason=f"{platform.node()}: {error}", exit_status=error.exit_status))
 
@@ -106,14 +106,14 @@ class Worker:
         all_told = [broadcast(number, ready.model_dump()) for number in range(group.size)]
         return Ready.model_validate(next((one for one in all_told if one != all_told[0]), all_told[0]))
 
-    def _token(self, orders: Orders) -> str | None:
+    def _token(self, setup: WorkerSetup) -> str | None:
         """What the probe holds, seen from here; None where it is not there."""
-        probe = Path(orders.share) / orders.probe
-        if "://" in orders.share:
+        probe = Path(setup.share) / setup.probe
+        if "://" in setup.share:
             from rightrank.io.store import Store
 
             probe = self._scratch / "probe"
-            Store(orders.share).get(orders.probe, probe)
+            Store(setup.share).get(setup.probe, probe)
         try:
             return probe.read_text(encoding="utf-8")
         except OSError:
@@ -128,7 +128,7 @@ class Worker:
     def _made(self, job: Job, scratch: Path) -> Executor:
         from rightrank.engine.arm_training import Watcher
         from rightrank.executors.local import LocalExecutor
-        from rightrank.executors.stored import Courier, StoredExecutor
+        from rightrank.executors.stored import StoredExecutor, StoreSync
         from rightrank.io.run_folder import RunFolder
         from rightrank.io.store import run_store
         from rightrank.preparation import Request, prepare
@@ -145,12 +145,12 @@ class Worker:
                 "give paths that lead to the same files on every machine"
             )
         folder = RunFolder(scratch / "run" if settings.store else job.folder)
-        courier = Courier(folder, run_store(settings.store, job.fingerprint)) if settings.store else None
+        sync = StoreSync(folder, run_store(settings.store, job.fingerprint)) if settings.store else None
 
         def on_step(event: StepDone) -> None:
             self._step(event)
-            if courier is not None:
-                courier.send_due()
+            if sync is not None:
+                sync.send_due()
 
         executor = LocalExecutor(
             prepared.bench,
@@ -160,11 +160,11 @@ class Worker:
             lambda text: self._tell(Notice(text=text)),
             prepared.planned.largest_pack if prepared.planned else None,
         )
-        return executor if courier is None else StoredExecutor(executor, courier)
+        return executor if sync is None else StoredExecutor(executor, sync)
 
     def _step(self, event: StepDone | Preparing) -> None:
         now = time.monotonic()
-        if now - self._told >= STEPS_TOLD:
+        if now - self._told >= PROGRESS_SECONDS:
             self._told = now
             self._tell(Step(event=event))
 
@@ -187,13 +187,13 @@ def main(make: Maker = Worker) -> None:
     serve(sys.stdin, news, make)
 
 
-Maker: TypeAlias = Callable[[Callable[[News], None]], Worker]
+Maker: TypeAlias = Callable[[Callable[[WorkerMessage], None]], Worker]
 
 
 class Service:
     """A worker with a thread of its own for its tasks; what carries the commands calls `say`."""
 
-    def __init__(self, tell: Callable[[News], None], make: Maker = Worker) -> None:
+    def __init__(self, tell: Callable[[WorkerMessage], None], make: Maker = Worker) -> None:
         self.worker = make(tell)
         self._tell = tell
         self._tasks: queue.SimpleQueue[Task | None] = queue.SimpleQueue()
@@ -206,8 +206,8 @@ class Service:
             self._tell(Refused(reason=f"{platform.node()}: {NOT_UNDERSTOOD}", exit_status=InputError.exit_status))
             return
         match command:
-            case Orders() as orders:
-                self.worker.begin(orders)
+            case WorkerSetup() as setup:
+                self.worker.begin(setup)
             case Stop():
                 self.worker.stop()
             case Task() as task:
@@ -230,7 +230,7 @@ class Service:
 def serve(commands: TextIO, news: TextIO, make: Maker = Worker) -> None:
     """Until the commands end."""
 
-    def tell(message: News) -> None:
+    def tell(message: WorkerMessage) -> None:
         try:
             news.write(message.model_dump_json() + "\n")
             news.flush()

@@ -28,9 +28,9 @@ from rightrank.records.probe import ModuleKind
 Floats = NDArray[np.float64]
 
 # Adapters are trained in 32 bits or fewer: values beyond these are damage, and their squares would leave 64 bits.
-SMALLEST_VALUE, LARGEST_VALUE = float(np.finfo(np.float32).smallest_subnormal), float(np.finfo(np.float32).max)
-SMALLEST_ALPHA, LARGEST_ALPHA = 1e-9, 1e9
-LARGEST_CONFIG = 16 * 2**20  # bytes
+MIN_VALUE, MAX_VALUE = float(np.finfo(np.float32).smallest_subnormal), float(np.finfo(np.float32).max)
+MIN_ALPHA, MAX_ALPHA = 1e-9, 1e9
+MAX_CONFIG_BYTES = 16 * 2**20  # bytes
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -126,11 +126,11 @@ class AdapterFolder:
     def _matrix(self, key: str) -> Floats:
         with safe_open(self.weights, framework="pt") as file:
             values: Floats = file.get_tensor(key).double().numpy()
-        if not (np.abs(values) <= LARGEST_VALUE).all():
+        if not (np.abs(values) <= MAX_VALUE).all():
             raise ModelError(
                 f"{self.weights}: {key} holds NaN or infinite values; the training diverged: give an adapter from before it"
             )
-        values[np.abs(values) < SMALLEST_VALUE] = 0.0
+        values[np.abs(values) < MIN_VALUE] = 0.0
         return values
 
 
@@ -178,7 +178,7 @@ def _read_config(path: Path) -> dict[str, Any]:
         hint = hint or "give a folder that PEFT's save_pretrained wrote"
         raise ModelError(f"{path}: not an adapter, there is no {CONFIG_FILE}; {hint}")
     try:
-        config = read_json_object(file, LARGEST_CONFIG)
+        config = read_json_object(file, MAX_CONFIG_BYTES)
     except UnreadableError as error:
         raise ModelError(f"{file}: not readable as JSON ({error}); save the adapter again") from None
     _check_config(file, config)
@@ -193,9 +193,7 @@ def _check_config(file: Path, config: dict[str, Any]) -> None:
     if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
         raise ModelError(f"{file}: r is {rank!r}; it must be a whole number from 1")
     if not _is_alpha(alpha):
-        raise ModelError(
-            f"{file}: lora_alpha is {alpha!r}; it must be a number from {SMALLEST_ALPHA:g} to {LARGEST_ALPHA:g}"
-        )
+        raise ModelError(f"{file}: lora_alpha is {alpha!r}; it must be a number from {MIN_ALPHA:g} to {MAX_ALPHA:g}")
     for name in FOREIGN_OPTIONS:
         if config.get(name):
             raise ModelError(f"{file}: {name} is set; such an update is not s·B·A and is not supported")
@@ -213,7 +211,7 @@ def _check_config(file: Path, config: dict[str, Any]) -> None:
 def _is_alpha(value: object) -> bool:
     if not isinstance(value, int | float) or isinstance(value, bool):
         return False
-    return value == 0 or SMALLEST_ALPHA <= abs(value) <= LARGEST_ALPHA
+    return value == 0 or MIN_ALPHA <= abs(value) <= MAX_ALPHA
 
 
 def _read_shapes(path: Path) -> dict[str, tuple[int, ...]]:

@@ -50,7 +50,7 @@ _CONTAINERS = {
     "attributes",
 }
 _CONTAINER_LIKE = re.compile(r"(params?|config|args|kwargs)$")
-_MOST_NAMES = 12
+_MAX_NAMES = 12
 
 
 DirectionOf = Callable[[str], bool | None]
@@ -77,7 +77,7 @@ def plain(name: str) -> str:
     return re.sub(r"[-_]+", "_", "_".join(parts)).strip("_")
 
 
-def understand(
+def identify_columns(
     names: Sequence[str], metric: str | None, mapping: Mapping[str, str], direction_of: DirectionOf, where: str
 ) -> Columns:
     """Find the columns.
@@ -152,5 +152,5 @@ def _first(words: Iterable[str], by_plain: Mapping[str, str]) -> str | None:
 
 
 def _listed(names: Sequence[str]) -> str:
-    shown = ", ".join(names[:_MOST_NAMES])
-    return f"{shown}, … ({len(names)} in all)" if len(names) > _MOST_NAMES else shown or "no columns"
+    shown = ", ".join(names[:_MAX_NAMES])
+    return f"{shown}, … ({len(names)} in all)" if len(names) > _MAX_NAMES else shown or "no columns"

@@ -8,7 +8,7 @@ from typing import Any
 from rightrank.errors import SettingsError
 from rightrank.io.reading import UnreadableError, parse_yaml, read_text
 
-LARGEST_FILE = 100 * 2**10  # bytes; settings are a page of text
+MAX_FILE_BYTES = 100 * 2**10  # bytes; settings are a page of text
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -18,7 +18,7 @@ def read_config(path: Path) -> dict[str, Any]:
         SettingsError: no such file, not YAML of plain values, or not a mapping.
     """
     try:
-        text = read_text(path, LARGEST_FILE)
+        text = read_text(path, MAX_FILE_BYTES)
     except UnreadableError as error:
         raise SettingsError(f"{path}: can't read it ({error}); give a YAML file of settings") from None
     try:

@@ -1,6 +1,6 @@
-"""From rows to items in splits: which form the data has, and which items are held out.
+"""From rows to examples in splits: which form the data has, and which examples are held out.
 
-Splits that are given are kept. Otherwise each item goes to train, selection or test by a hash of its
+Splits that are given are kept. Otherwise each example goes to train, selection or test by a hash of its
 content (of its `group`, where there is such a column): duplicates fall on one side, and a data set that
 grows moves nothing.
 """
@@ -20,7 +20,7 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 
 from rightrank.errors import DataError
-from rightrank.io.item_store import Item, ItemStore
+from rightrank.io.example_store import Example, ExampleStore
 from rightrank.io.reading import is_text
 from rightrank.io.rows import Row, RowsBySplit, read_rows, rows_from_memory
 from rightrank.records import SplitName
@@ -42,67 +42,73 @@ COLUMNS: dict[DataForm, tuple[str, ...]] = {  # the first form whose columns are
 
 @dataclass(frozen=True, slots=True)
 class DataSplits:
-    """Items by split, and what was noticed on the way."""
+    """Examples by split, and what was noticed on the way."""
 
     form: DataForm
-    items: Mapping[SplitName, Sequence[Item]]
+    examples: Mapping[SplitName, Sequence[Example]]
     splits_given: bool
     duplicates_across_splits: int
     fingerprint: str
     classes: list[str] | None  # of a classification, sorted
     unreadable: int = 0  # rows left out: they hold half characters, which no tokenizer takes
-    control_characters: int = 0  # items that hold them; they are kept
+    control_characters: int = 0  # examples that hold them; they are kept
 
 
 def load_data(source: Path | Any, settings: SelectSettings, folder: Path | None = None) -> DataSplits:
     """Read `source` (a path, an in-memory `datasets` object or an iterable of mappings) and split it, row by row.
 
-    The texts of training items go into a file in `folder` that is gone with the process.
+    The texts of training examples go into a file in `folder` that is gone with the process.
 
     Raises:
-        DataError: no known columns, a row that breaks its form, one class only, or too few items for a split.
+        DataError: no known columns, a row that breaks its form, one class only, or too few examples for a split.
     """
     rows = read_rows(source) if isinstance(source, Path) else rows_from_memory(source)
     name = str(source) if isinstance(source, Path) else "the data"
     form, rows = _detect_form(rows, name)
     given = None not in rows
-    sorter = _Sorter(form, settings, folder)
-    for split, item in _placed(rows, form, settings, sorter):
-        sorter.add(split, item)
-    items: dict[SplitName, Sequence[Item]] = {
-        "train": sorter.train,
-        "selection": sorter.held_out["selection"].items(),
-        "test": sorter.held_out["test"].items(),
+    builder = _SplitBuilder(form, settings, folder)
+    for split, example in _placed(rows, form, settings, builder):
+        builder.add(split, example)
+    examples: dict[SplitName, Sequence[Example]] = {
+        "train": builder.train,
+        "selection": builder.held_out["selection"].examples(),
+        "test": builder.held_out["test"].examples(),
     }
-    _check_sizes(items, settings, name, given)
-    classes = _classes(sorter.labels, items, name) if form == "classification" else None
-    control = sorter.control_characters + sum(_has_control(item.content) for split in HELD_OUT for item in items[split])
-    across = sorter.duplicates_across()
-    return DataSplits(form, items, given, across, _fingerprint(sorter, items), classes, sorter.unreadable, control)
+    _check_sizes(examples, settings, name, given)
+    classes = _classes(builder.labels, examples, name) if form == "classification" else None
+    control = builder.control_characters + sum(
+        _has_control(example.content) for split in HELD_OUT for example in examples[split]
+    )
+    across = builder.duplicates_across()
+    return DataSplits(
+        form, examples, given, across, _fingerprint(builder, examples), classes, builder.unreadable, control
+    )
 
 
-class _Sorter:
-    """Items go by one by one: those to train on to the disk, of the held-out ones the few that are kept."""
+class _SplitBuilder:
+    """Examples go by one by one: those to train on to the disk, of the held-out ones the few that are kept."""
 
     def __init__(self, form: DataForm, settings: SelectSettings, folder: Path | None) -> None:
-        self.train = ItemStore(folder)
-        self.held_out: dict[SplitName, _Fewest] = {split: _Fewest(settings.eval_items) for split in HELD_OUT}
-        self.labels: set[str] = set()  # of a classification's training items
+        self.train = ExampleStore(folder)
+        self.held_out: dict[SplitName, _SmallestHashes] = {
+            split: _SmallestHashes(settings.eval_items) for split in HELD_OUT
+        }
+        self.labels: set[str] = set()  # of a classification's training examples
         self.unreadable = 0
-        self.control_characters = 0  # training items that hold them
+        self.control_characters = 0  # training examples that hold them
         self._is_classification = form == "classification"
 
-    def add(self, split: SplitName, item: Item) -> None:
+    def add(self, split: SplitName, example: Example) -> None:
         if split != "train":
-            self.held_out[split].add(item)
+            self.held_out[split].add(example)
             return
-        self.train.append(item)
-        self.control_characters += _has_control(item.content)
+        self.train.append(example)
+        self.control_characters += _has_control(example.content)
         if self._is_classification:
-            self.labels.add(str(item.content["label"]))
+            self.labels.add(str(example.content["label"]))
 
     def duplicates_across(self) -> int:
-        """Distinct items of selection that are in train, and of test that are in either."""
+        """Distinct examples of selection that are in train, and of test that are in either."""
         train, selection, test = (
             np.unique(np.frombuffer(ids, np.uint64))
             for ids in (self.train.ids, self.held_out["selection"].ids, self.held_out["test"].ids)
@@ -110,32 +116,32 @@ class _Sorter:
         return len(np.intersect1d(train, selection)) + len(np.intersect1d(np.union1d(train, selection), test))
 
 
-class _Fewest:
-    """At most `limit` distinct items: those of the smallest hashes, so that growth moves few of them."""
+class _SmallestHashes:
+    """At most `limit` distinct examples: those of the smallest hashes, so that growth moves few of them."""
 
     def __init__(self, limit: int) -> None:
         self.ids = array("Q")  # of all that came
         self._limit = limit
-        self._kept: dict[str, Item] = {}
+        self._kept: dict[str, Example] = {}
 
-    def add(self, item: Item) -> None:
-        self.ids.append(int(item.item_id, 16))
-        self._kept[item.item_id] = item
+    def add(self, example: Example) -> None:
+        self.ids.append(int(example.item_id, 16))
+        self._kept[example.item_id] = example
         if len(self._kept) > 2 * self._limit + 1000:
-            self._kept = {kept.item_id: kept for kept in self.items()}
+            self._kept = {kept.item_id: kept for kept in self.examples()}
 
-    def items(self) -> list[Item]:
+    def examples(self) -> list[Example]:
         return [self._kept[item_id] for item_id in sorted(self._kept)[: self._limit]]
 
 
-def _fingerprint(sorter: _Sorter, items: Mapping[SplitName, Sequence[Item]]) -> str:
+def _fingerprint(builder: _SplitBuilder, examples: Mapping[SplitName, Sequence[Example]]) -> str:
     digest = hashlib.sha256(b"train:")
-    for number in sorter.train.ids:
+    for number in builder.train.ids:
         digest.update(f"{number:016x}".encode())
     for split in HELD_OUT:
         digest.update(f"{split}:".encode())
-        for item in items[split]:
-            digest.update(item.item_id.encode())
+        for example in examples[split]:
+            digest.update(example.item_id.encode())
     return digest.hexdigest()
 
 
@@ -158,24 +164,24 @@ def _detect_form(rows: RowsBySplit, name: str) -> tuple[DataForm, RowsBySplit]:
 
 
 def _placed(
-    rows: RowsBySplit, form: DataForm, settings: SelectSettings, sorter: _Sorter
-) -> Iterator[tuple[SplitName, Item]]:
-    """Every item whose text is text, and its split."""
+    rows: RowsBySplit, form: DataForm, settings: SelectSettings, builder: _SplitBuilder
+) -> Iterator[tuple[SplitName, Example]]:
+    """Every example whose text is text, and its split."""
     given = None not in rows
     for split in (None, *SPLITS):
         for row in rows.get(split, ()):
             if not all(map(is_text, _strings([row.fields.get(name) for name in COLUMNS[form]]))):
-                sorter.unreadable += 1  # half of a surrogate pair has no place in UTF-8
+                builder.unreadable += 1  # half of a surrogate pair has no place in UTF-8
                 continue
-            item = _item(row, form)
+            example = _example(row, form)
             if split is None:
-                yield _made_split(row, item, settings), item
+                yield _made_split(row, example, settings), example
             else:
-                yield (_taken_from_train(rows, item, settings) if given and split == "train" else split), item
+                yield (_taken_from_train(rows, example, settings) if given and split == "train" else split), example
 
 
 def _strings(value: Any) -> Iterator[str]:
-    """Every string in a cell or an item."""
+    """Every string in a cell or an example."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping):
@@ -186,43 +192,45 @@ def _strings(value: Any) -> Iterator[str]:
             yield from _strings(inner)
 
 
-def _made_split(row: Row, item: Item, settings: SelectSettings) -> SplitName:
+def _made_split(row: Row, example: Example, settings: SelectSettings) -> SplitName:
     group = row.fields.get("group")
-    share = _unit_interval(item.item_id if group is None else f"group:{group}")
+    share = _unit_interval(example.item_id if group is None else f"group:{group}")
     if share < settings.test_fraction:
         return "test"
     return "selection" if share < settings.test_fraction + settings.selection_fraction else "train"
 
 
-def _taken_from_train(rows: RowsBySplit, item: Item, settings: SelectSettings) -> SplitName:
-    """The split of a given training item: train, or a held-out one that was not given, by hash."""
-    if "test" not in rows and _unit_interval(f"test:{item.item_id}") < settings.test_fraction:
+def _taken_from_train(rows: RowsBySplit, example: Example, settings: SelectSettings) -> SplitName:
+    """The split of a given training example: train, or a held-out one that was not given, by hash."""
+    if "test" not in rows and _unit_interval(f"test:{example.item_id}") < settings.test_fraction:
         return "test"
-    if "selection" not in rows and _unit_interval(f"selection:{item.item_id}") < settings.selection_fraction:
+    if "selection" not in rows and _unit_interval(f"selection:{example.item_id}") < settings.selection_fraction:
         return "selection"
     return "train"
 
 
-def _check_sizes(items: Mapping[SplitName, Sequence[Item]], settings: SelectSettings, name: str, given: bool) -> None:
+def _check_sizes(
+    examples: Mapping[SplitName, Sequence[Example]], settings: SelectSettings, name: str, given: bool
+) -> None:
     needed: dict[SplitName, int] = {"train": settings.items_per_step, "selection": 2, "test": 2}
     for split, least in needed.items():
-        if len(items[split]) < least:
+        if len(examples[split]) < least:
             remedy = f"give a {split} split of {least} or more" if given else "give more rows or larger fractions"
             raise DataError(
-                f"{name}: {len(items[split])} distinct items for the {split} split, at least {least} needed; {remedy}"
+                f"{name}: {len(examples[split])} distinct examples for the {split} split, at least {least} needed; {remedy}"
             )
 
 
-def _classes(found: set[str], items: Mapping[SplitName, Sequence[Item]], name: str) -> list[str]:
+def _classes(found: set[str], examples: Mapping[SplitName, Sequence[Example]], name: str) -> list[str]:
     if len(found) < 2:
         raise DataError(
             f"{name}: one class only ({next(iter(found))!r}); a classification needs two labels or more in train"
         )
     for split in HELD_OUT:
-        for item in items[split]:
-            if str(item.content["label"]) not in found:
+        for example in examples[split]:
+            if str(example.content["label"]) not in found:
                 raise DataError(
-                    f"{item.where}: label {item.content['label']!r} of the {split} split does not occur in train"
+                    f"{example.where}: label {example.content['label']!r} of the {split} split does not occur in train"
                 )
     return sorted(found)
 
@@ -231,12 +239,12 @@ def _has_control(content: Mapping[str, Any]) -> bool:
     return any(map(_CONTROL.search, _strings(content)))
 
 
-def _item(row: Row, form: DataForm) -> Item:
+def _example(row: Row, form: DataForm) -> Example:
     content = {column: row.fields.get(column) for column in COLUMNS[form]}
     for column, value in content.items():
         _CHECKS[column](value, f"{row.where}: `{column}`")
     canonical = json.dumps(content, sort_keys=True, ensure_ascii=True, default=str)
-    return Item(hashlib.sha256(canonical.encode()).hexdigest()[:16], content, row.where)
+    return Example(hashlib.sha256(canonical.encode()).hexdigest()[:16], content, row.where)
 
 
 def _unit_interval(key: str) -> float:

@@ -106,7 +106,7 @@ def sweep_leftovers(folder: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def reserve_room(path: Path, size: int) -> None:
+def preallocate(path: Path, size: int) -> None:
     """A new file of so many bytes, on the disk now: a mapped file whose disk fills up later kills the process.
 
     Raises:
@@ -151,7 +151,7 @@ def _rename(source: Path, target: Path) -> None:
 
 
 @contextmanager
-def disk_errors_told(folder: Path) -> Iterator[None]:
+def report_disk_errors(folder: Path) -> Iterator[None]:
     """A disk that is full or gone while a run goes on becomes one line; what was written before is kept.
 
     Raises:

@@ -11,12 +11,12 @@ from rightrank.errors import ResultsError
 from rightrank.io.columns import Columns
 from rightrank.io.rows import Row
 from rightrank.records import Result
-from rightrank.records.base import LARGEST_WHOLE
+from rightrank.records.base import MAX_WHOLE
 
 FAILED = {"failed", "crashed", "killed", "error", "fail", "diverged", "oom", "pruned"}
-LARGEST_RANK = 2**20
-SMALLEST_NUMBER = 1e-30  # what is nearer to nothing is nothing: a number that has left the normal ones of a float
-LARGEST_NUMBER = 1e12  # beyond it a held-out value is a mistake, and squares lose their meaning
+MAX_RANK = 2**20
+MIN_NUMBER = 1e-30  # what is nearer to nothing is nothing: a number that has left the normal ones of a float
+MAX_NUMBER = 1e12  # beyond it a held-out value is a mistake, and squares lose their meaning
 
 Key = tuple[int, float, int]  # rank, learning rate, seed
 
@@ -43,7 +43,7 @@ def gather(rows: Iterable[Row], columns: Columns, metric: str) -> tuple[dict[Key
     rankless = repeated = 0
     positive = "perplexity" in metric.lower() or metric.lower() == "ppl"
     for row in rows:
-        if blank(row.fields.get(columns.by_name["rank"])):
+        if is_blank(row.fields.get(columns.by_name["rank"])):
             rankless += 1
             continue
         key = _key(row, columns)
@@ -69,16 +69,16 @@ def gather(rows: Iterable[Row], columns: Columns, metric: str) -> tuple[dict[Key
 
 def _key(row: Row, columns: Columns) -> Key:
     rank = _integer(row, columns.by_name["rank"], "rank", "a positive integer, or 0 for the base")
-    if rank > LARGEST_RANK:
-        raise ResultsError(f"{row.where}: rank {rank} is not allowed: no adapter has more than {LARGEST_RANK:,}")
+    if rank > MAX_RANK:
+        raise ResultsError(f"{row.where}: rank {rank} is not allowed: no adapter has more than {MAX_RANK:,}")
     rate, seed = 0.0, 0
     column = columns.get("lr")
-    if rank > 0 and column is not None and not blank(row.fields.get(column)):
+    if rank > 0 and column is not None and not is_blank(row.fields.get(column)):
         rate = _number(row, column) or 0.0
         if rate <= 0:
             raise ResultsError(f"{row.where}: learning rate {row.fields[column]!r} is not allowed: rates are above 0")
     column = columns.get("seed")
-    if column is not None and not blank(row.fields.get(column)):
+    if column is not None and not is_blank(row.fields.get(column)):
         seed = _integer(row, column, "seed", "an integer from 0")
     return rank, rate, seed
 
@@ -90,13 +90,13 @@ def _take(run: Run, row: Row, key: Key, value: float, columns: Columns) -> bool:
         ResultsError: the same training, item and step again with another value.
     """
     item, step = columns.get("item"), columns.get("step")
-    if item is not None and (step is None or not blank(row.fields.get(item))):
+    if item is not None and (step is None or not is_blank(row.fields.get(item))):
         name = str(row.fields.get(item))
         weight = _positive(row, columns.get("weight")) or 1.0
         first, _, where = run.by_item.setdefault(name, (value, weight, row.where))
         what = f", item {name}"
     else:
-        at = 0 if step is None or blank(row.fields.get(step)) else _integer(row, step, "step", "an integer from 0")
+        at = 0 if step is None or is_blank(row.fields.get(step)) else _integer(row, step, "step", "an integer from 0")
         first, where = run.by_step.setdefault(at, (value, row.where))
         what = f", step {at}" if step else ""
     if where == row.where:
@@ -183,14 +183,14 @@ def _twice(key: Key, here: str, there: str, what: str) -> str:
     )
 
 
-def blank(value: Any) -> bool:
+def is_blank(value: Any) -> bool:
     return value is None or (isinstance(value, str) and value.strip() in ("", "-", "None", "null", "N/A"))
 
 
 def _number(row: Row, column: str, strict: bool = True) -> float | None:
     """A finite number, or None for an empty cell."""
     value: Any = row.fields.get(column)
-    if blank(value):
+    if is_blank(value):
         return None
     try:
         number = float(value)
@@ -204,9 +204,9 @@ def _number(row: Row, column: str, strict: bool = True) -> float | None:
         raise ResultsError(
             f"{row.where}: {column} is {number}; leave the cell empty where a training ended without a result"
         )
-    if abs(number) > LARGEST_NUMBER:
-        raise ResultsError(f"{row.where}: {column} is {number:g}; numbers up to {LARGEST_NUMBER:g} are understood")
-    return number if abs(number) >= SMALLEST_NUMBER else 0.0
+    if abs(number) > MAX_NUMBER:
+        raise ResultsError(f"{row.where}: {column} is {number:g}; numbers up to {MAX_NUMBER:g} are understood")
+    return number if abs(number) >= MIN_NUMBER else 0.0
 
 
 def _positive(row: Row, column: str | None) -> float | None:
@@ -227,7 +227,7 @@ def _seed_count(row: Row, column: str | None) -> int:
 def _integer(row: Row, column: str, name: str, allowed: str) -> int:
     value: Any = row.fields.get(column)
     number = _number_or_none(None if isinstance(value, bool) else value)
-    if number is None or number != int(number) or not 0 <= number <= LARGEST_WHOLE:
+    if number is None or number != int(number) or not 0 <= number <= MAX_WHOLE:
         raise ResultsError(f"{row.where}: {name} {_short(value)} is not allowed: give {allowed}")
     return int(number)
 

@@ -11,8 +11,8 @@ from rightrank.io.reading import UnreadableError, parse_yaml, read_text
 
 CARD = "README.md"
 HUB_SECONDS = 5.0
-LARGEST_FRONT = 100 * 2**10  # characters of the card's front matter
-LARGEST_CARD = 2**20  # bytes
+MAX_FRONT_MATTER = 100 * 2**10  # characters of the card's front matter
+MAX_CARD_BYTES = 2**20  # bytes
 GGUF_FIELDS = {"general.license": "identifier", "general.license.name": "name", "general.license.link": "link"}
 
 
@@ -39,7 +39,7 @@ def licence_of(model: object) -> Licence | None:
         return _of_hub(model)
     card = path / CARD
     try:
-        return _of_card(read_text(card, LARGEST_CARD))
+        return _of_card(read_text(card, MAX_CARD_BYTES))
     except UnreadableError:
         return None
 
@@ -59,7 +59,7 @@ def _of_hub(repository: str) -> Licence | None:
 
 def _of_card(text: str) -> Licence | None:
     parts = text.split("---", 2)
-    if len(parts) < 3 or parts[0].strip() or len(parts[1]) > LARGEST_FRONT:
+    if len(parts) < 3 or parts[0].strip() or len(parts[1]) > MAX_FRONT_MATTER:
         return None
     try:
         values = parse_yaml(parts[1])

@@ -25,14 +25,14 @@ class MatrixJob:
 
 
 @dataclass(frozen=True, slots=True)
-class Matrix:
+class MatrixConfig:
     """Selections that share a base."""
 
     model: str
     jobs: tuple[MatrixJob, ...]
 
 
-def read_matrix(path: Path) -> Matrix:
+def read_matrix(path: Path) -> MatrixConfig:
     """The matrix in a YAML file. Paths in it are as on the command line: from the folder one is in.
 
     Raises:
@@ -44,7 +44,7 @@ def read_matrix(path: Path) -> Matrix:
         raise SettingsError(f"{path}: got model {model!r}; give `model:` with a folder, a file or a hub name")
     if not isinstance(jobs, dict) or not jobs:
         raise SettingsError(f"{path}: got jobs {jobs!r}; {_JOB_SHAPE}")
-    return Matrix(model, tuple(_job(path, name, value, values) for name, value in jobs.items()))
+    return MatrixConfig(model, tuple(_job(path, name, value, values) for name, value in jobs.items()))
 
 
 def _job(path: Path, name: object, value: object, shared: Mapping[str, Any]) -> MatrixJob:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import yaml
 
-LARGEST_TEXT = 64 * 2**20  # bytes of a file that is read whole
+MAX_TEXT_BYTES = 64 * 2**20  # bytes of a file that is read whole
 
 
 class UnreadableError(ValueError):
@@ -31,7 +31,7 @@ def kind_of(path: Path) -> Literal["file", "folder", "other", "missing"]:
     return "folder" if stat.S_ISDIR(mode) else "other"
 
 
-def read_text(path: Path, largest: int = LARGEST_TEXT) -> str:
+def read_text(path: Path, largest: int = MAX_TEXT_BYTES) -> str:
     """The text of a regular file, UTF-8 with or without a byte order mark.
 
     Raises:
@@ -90,7 +90,7 @@ def parse_yaml(text: str) -> Any:
         raise UnreadableError(" ".join(str(error).split())) from None
 
 
-def read_json(path: Path, largest: int = LARGEST_TEXT) -> Any:
+def read_json(path: Path, largest: int = MAX_TEXT_BYTES) -> Any:
     """The JSON value in a file.
 
     Raises:
@@ -112,7 +112,7 @@ def is_text(text: str) -> bool:
     return True
 
 
-def read_json_object(path: Path, largest: int = LARGEST_TEXT) -> dict[str, Any]:
+def read_json_object(path: Path, largest: int = MAX_TEXT_BYTES) -> dict[str, Any]:
     """The JSON object in a file.
 
     Raises:

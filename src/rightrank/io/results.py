@@ -8,19 +8,19 @@ from pathlib import Path
 from typing import Any
 
 from rightrank.errors import DataError, ResultsError
-from rightrank.io.columns import Columns, DirectionOf, understand
-from rightrank.io.gathering import Key, Run, blank, gather, results_of
+from rightrank.io.columns import Columns, DirectionOf, identify_columns
+from rightrank.io.gathering import Key, Run, gather, is_blank, results_of
 from rightrank.io.importers import import_rows
 from rightrank.io.reading import UnreadableError, is_text, kind_of, parse_json
 from rightrank.io.rows import FILE_TYPES, Row, read_rows
-from rightrank.records import Result, Results
+from rightrank.records import Result, ResultsTable
 
-LARGEST_FILE = 200 * 2**20  # bytes; 5 million rows
-MOST_DEPTH = 8
+MAX_FILE_BYTES = 200 * 2**20  # bytes; 5 million rows
+MAX_DEPTH = 8
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class TableOptions:
     """What the user said of the table."""
 
     metric: str | None = None
@@ -28,7 +28,7 @@ class Asked:
     mapping: Mapping[str, str] = field(default_factory=dict)
 
 
-def read_results(source: Path, asked: Asked, direction_of: DirectionOf) -> Results:
+def read_results(source: Path, asked: TableOptions, direction_of: DirectionOf) -> ResultsTable:
     """The table in a file or folder.
 
     Args:
@@ -43,10 +43,10 @@ def read_results(source: Path, asked: Asked, direction_of: DirectionOf) -> Resul
     return results_of_rows(rows, asked, direction_of, str(source))
 
 
-def results_of_rows(rows: list[Row], asked: Asked, direction_of: DirectionOf, where: str) -> Results:
+def results_of_rows(rows: list[Row], asked: TableOptions, direction_of: DirectionOf, where: str) -> ResultsTable:
     """The table of rows that are mappings already."""
     names = list(dict.fromkeys(name for row in rows for name in row.fields))
-    columns = understand(names, asked.metric, asked.mapping, direction_of, where)
+    columns = identify_columns(names, asked.metric, asked.mapping, direction_of, where)
     rows, metric = _one_metric(rows, columns, asked.metric, where)
     higher, why = _direction(rows, columns, metric, asked.higher_is_better, direction_of)
     understood = [f"{name} from column {column}" for name, column in columns.by_name.items() if name != column]
@@ -54,7 +54,7 @@ def results_of_rows(rows: list[Row], asked: Asked, direction_of: DirectionOf, wh
     runs, missing, notes = gather(rows, columns, metric)
     results = [*results_of(runs, columns), *missing]
     _require_comparable(results, runs, where)
-    return Results(metric=metric, higher_is_better=higher, results=results, understood=understood + notes)
+    return ResultsTable(metric=metric, higher_is_better=higher, results=results, understood=understood + notes)
 
 
 def rows_of_mappings(mappings: Iterable[Mapping[str, Any]]) -> list[Row]:
@@ -93,9 +93,9 @@ def _require_table_size(path: Path) -> None:
     size = path.stat().st_size
     if size == 0:
         raise ResultsError(f"{path}: the file is empty; give a header and one row for each training")
-    if size > LARGEST_FILE:
+    if size > MAX_FILE_BYTES:
         raise ResultsError(
-            f"{path}: {size / 2**20:,.0f} MiB is too large for a table of results (limit {LARGEST_FILE // 2**20} MiB); "
+            f"{path}: {size / 2**20:,.0f} MiB is too large for a table of results (limit {MAX_FILE_BYTES // 2**20} MiB); "
             "give one row for each training, or for each training and item"
         )
 
@@ -107,7 +107,7 @@ def _flat(fields: Mapping[str, Any], prefix: str = "", depth: int = 0) -> Iterat
             value = value.encode("utf-8", "replace").decode()
         if isinstance(value, str) and value[:1] == "{" and value[-1:] == "}":
             value = _object(value)
-        if isinstance(value, Mapping) and depth < MOST_DEPTH:
+        if isinstance(value, Mapping) and depth < MAX_DEPTH:
             yield from _flat(value, f"{prefix}{name}.", depth + 1)
         else:
             yield f"{prefix}{name}".encode("utf-8", "replace").decode(), value
@@ -125,7 +125,7 @@ def _one_metric(rows: list[Row], columns: Columns, asked: str | None, where: str
     column = columns.get("metric")
     if column is None or column == columns.value:
         return rows, columns.metric
-    names = sorted({str(row.fields.get(column)) for row in rows if not blank(row.fields.get(column))})
+    names = sorted({str(row.fields.get(column)) for row in rows if not is_blank(row.fields.get(column))})
     if asked in names:
         return [row for row in rows if row.fields.get(column) == asked], str(asked)
     if len(names) > 1:
@@ -141,7 +141,7 @@ def _direction(
         return asked, "as you said"
     column = columns.get("higher_is_better")
     if column is not None:
-        said = {str(row.fields.get(column)).strip().lower() for row in rows if not blank(row.fields.get(column))}
+        said = {str(row.fields.get(column)).strip().lower() for row in rows if not is_blank(row.fields.get(column))}
         if len(said) > 1:
             raise ResultsError(f"{rows[0].where}: column {column} says both; give one direction, or --higher-is-better")
         if said:

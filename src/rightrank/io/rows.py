@@ -30,9 +30,9 @@ SPLIT_NAMES: dict[str, SplitName] = {
     "test": "test",
 }
 # A Parquet file beyond both is one that is meant to fill the memory.
-LEAST_ROWS, MOST_ROWS_A_BYTE = 1_000_000, 4
-LEAST_GROWN, MOST_GROWTH = 2**28, 200
-LONGEST_LINE = 2**26  # characters of a JSONL line: 64 MiB of one item is a mistake
+ALWAYS_ALLOWED_ROWS, MAX_ROWS_PER_BYTE = 1_000_000, 4
+ALWAYS_ALLOWED_BYTES, MAX_GROWTH = 2**28, 200
+MAX_LINE_CHARACTERS = 2**26  # characters of a JSONL line: 64 MiB of one item is a mistake
 _CSV_FIELD_LIMIT = 2**24  # a document in one cell is fine, 16 MiB of it is not a cell
 
 
@@ -134,9 +134,11 @@ def _begins_a_list(path: Path) -> bool:
 
 def _jsonl_rows(path: Path) -> Iterator[Row]:
     with path.open(encoding="utf-8-sig") as file:
-        for number, line in enumerate(iter(lambda: file.readline(LONGEST_LINE + 1), ""), start=1):
-            if len(line) > LONGEST_LINE:
-                raise DataError(f"{path}:{number}: a line of over {LONGEST_LINE:,} characters; give one object a line")
+        for number, line in enumerate(iter(lambda: file.readline(MAX_LINE_CHARACTERS + 1), ""), start=1):
+            if len(line) > MAX_LINE_CHARACTERS:
+                raise DataError(
+                    f"{path}:{number}: a line of over {MAX_LINE_CHARACTERS:,} characters; give one object a line"
+                )
             if not line.strip():
                 continue
             try:
@@ -198,9 +200,9 @@ def _require_grown_within_reason(path: Path, metadata: Any) -> None:
     size = path.stat().st_size
     groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
     grown = sum(max(0, group.total_byte_size) for group in groups)
-    if metadata.num_rows > max(LEAST_ROWS, MOST_ROWS_A_BYTE * size):
+    if metadata.num_rows > max(ALWAYS_ALLOWED_ROWS, MAX_ROWS_PER_BYTE * size):
         raise DataError(f"{path}: {metadata.num_rows:,} rows in {size:,} bytes are no data; write the file again")
-    if grown > max(LEAST_GROWN, MOST_GROWTH * size):
+    if grown > max(ALWAYS_ALLOWED_BYTES, MAX_GROWTH * size):
         raise DataError(f"{path}: {size:,} bytes that grow to {grown:,} are no data; write the file again")
 
 

@@ -86,8 +86,8 @@ class RunFolder:
                 f"{self.path}: can't write there ({error.strerror or error}); give a writable --out"
             ) from None
         try:
-            self._require_ours()
-            self.require_no_way_out()
+            self._require_run_folder()
+            self.reject_external_symlinks()
             sweep_leftovers(self.path)
             yield
         finally:
@@ -106,14 +106,14 @@ class RunFolder:
         except OSError:
             return False  # a folder that can't be written to: nobody works in it
 
-    def _require_ours(self) -> None:
+    def _require_run_folder(self) -> None:
         known = {".lock", "base_model", "progress.json"}
         if not self.journal.path.exists() and any(entry.name not in known for entry in self.path.iterdir()):
             raise RunFolderError(
                 f"{self.path}: the folder holds files but no journal.jsonl; give an empty or a new folder"
             )
 
-    def require_no_way_out(self) -> None:
+    def reject_external_symlinks(self) -> None:
         """Refuse links that lead out of the folder: what they point at would be written over, exported or pushed.
 
         Raises:

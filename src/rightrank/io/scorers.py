@@ -27,12 +27,12 @@ from rightrank.settings import MetricSpec
 
 WORKER = "rightrank.io.score_worker"
 LOOK_SECONDS = 0.05  # between looks at a process that runs
-MOST_OUTPUT = 16 * 2**20  # bytes; scores of a million items
+MAX_OUTPUT_BYTES = 16 * 2**20  # bytes; scores of a million items
 PLACE = "{file}"  # in a command: where the path of the answers goes; at the end where it is missing
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class ModelAnswer:
     """What the model wrote for one held-out item; of a classification, the class it named."""
 
     item_id: str
@@ -54,21 +54,21 @@ class Scored:
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
+class ScorerLimits:
     """What a scorer may."""
 
     timeout_seconds: float
     trust_remote_code: bool = False
 
 
-def write_answers(answers: Iterable[Answer], path: Path) -> None:
+def write_answers(answers: Iterable[ModelAnswer], path: Path) -> None:
     """One JSON object a line: item_id, prompt, completion, expected."""
     with replacing(path) as temporary:
         lines = (json.dumps(asdict(answer), ensure_ascii=False) + "\n" for answer in answers)
         temporary.write_text("".join(lines), encoding="utf-8")
 
 
-def require_scorer(spec: MetricSpec, limits: Limits) -> None:
+def require_scorer(spec: MetricSpec, limits: ScorerLimits) -> None:
     """Find out before anything is trained whether there is such a function, metric or program.
 
     Raises:
@@ -90,7 +90,7 @@ def require_scorer(spec: MetricSpec, limits: Limits) -> None:
             raise SettingsError(str(error)) from None
 
 
-def score(spec: MetricSpec, path: Path, items: int, limits: Limits) -> Scored:
+def score(spec: MetricSpec, path: Path, items: int, limits: ScorerLimits) -> Scored:
     """Score the answers in a file of so many.
 
     Raises:
@@ -108,7 +108,7 @@ def score(spec: MetricSpec, path: Path, items: int, limits: Limits) -> Scored:
     return Scored(_numbers(spec, [found], 1)[0], None)
 
 
-def _ask_worker(spec: MetricSpec, path: Path | None, limits: Limits) -> object:
+def _ask_worker(spec: MetricSpec, path: Path | None, limits: ScorerLimits) -> object:
     """What the function or metric gave; without answers, None where it is there."""
     with tempfile.TemporaryDirectory(prefix="rightrank-") as folder:
         out = Path(folder) / "scores.json"
@@ -140,7 +140,7 @@ def _words(spec: MetricSpec) -> list[str]:
     return words
 
 
-def _run(spec: MetricSpec, words: Sequence[str], path: Path | None, limits: Limits) -> str:
+def _run(spec: MetricSpec, words: Sequence[str], path: Path | None, limits: ScorerLimits) -> str:
     """What the program printed.
 
     Raises:
@@ -173,8 +173,8 @@ def _wait(process: subprocess.Popen[bytes], spec: MetricSpec, seconds: float, ou
     end = time.monotonic() + seconds
     while True:
         has_ended = process.poll() is not None  # asked first: a quick one prints much and ends between two looks
-        if os.fstat(output).st_size > MOST_OUTPUT:
-            raise MetricError(f"metric {spec.name!r}: it printed more than {MOST_OUTPUT >> 20} MiB and was ended")
+        if os.fstat(output).st_size > MAX_OUTPUT_BYTES:
+            raise MetricError(f"metric {spec.name!r}: it printed more than {MAX_OUTPUT_BYTES >> 20} MiB and was ended")
         if has_ended:
             return
         if time.monotonic() > end:

@@ -12,8 +12,8 @@ SCHEMA_VERSION = 2  # of the journal: 2 closes each line with its length and che
 IDENTITY_VERSION = 1  # of what a trial id is a hash of: a change gives every trial another id
 
 # Whole numbers that a float holds exactly: a larger one in a file is damage, and would break what computes with it.
-LARGEST_WHOLE = 2**53
-Whole: TypeAlias = Annotated[int, Field(ge=-LARGEST_WHOLE, le=LARGEST_WHOLE)]
+MAX_WHOLE = 2**53
+Whole: TypeAlias = Annotated[int, Field(ge=-MAX_WHOLE, le=MAX_WHOLE)]
 
 MetricName: TypeAlias = str  # `loss`, `accuracy`, or what a metric of the settings is called
 

@@ -39,7 +39,7 @@ class Result(Record):
     others: dict[str, float] = Field(default_factory=dict)
 
 
-class Results(Record):
+class ResultsTable(Record):
     """A table of finished trainings, and what was understood of it."""
 
     metric: str

@@ -6,7 +6,7 @@ from typing import Annotated, Literal, TypeAlias
 
 from pydantic import Field, JsonValue, TypeAdapter, field_validator
 
-from rightrank.records.base import LARGEST_WHOLE, SCHEMA_VERSION, Record, Whole
+from rightrank.records.base import MAX_WHOLE, SCHEMA_VERSION, Record, Whole
 from rightrank.records.decision import Decision
 from rightrank.records.trials import TrialDiverged, TrialFailed, TrialFinished, TrialStarted
 
@@ -52,8 +52,8 @@ class RunStarted(Record):
     @field_validator("settings")
     @classmethod
     def _numbers_exact(cls, settings: dict[str, JsonValue]) -> dict[str, JsonValue]:
-        if any(isinstance(value, int) and abs(value) > LARGEST_WHOLE for value in settings.values()):
-            raise ValueError(f"a setting is a number beyond {LARGEST_WHOLE}")
+        if any(isinstance(value, int) and abs(value) > MAX_WHOLE for value in settings.values()):
+            raise ValueError(f"a setting is a number beyond {MAX_WHOLE}")
         return settings
 
 
@@ -116,7 +116,7 @@ class Certified(Record):
         )
 
 
-class Decided(Record):
+class DecisionRecorded(Record):
     """A decision in the journal, with what was handed over."""
 
     type: Literal["decided"] = "decided"
@@ -134,7 +134,7 @@ JournalRecord: TypeAlias = Annotated[
     | TestEvaluated
     | Sample
     | Certified
-    | Decided,
+    | DecisionRecorded,
     Field(discriminator="type"),
 ]
 
@@ -160,4 +160,6 @@ class Preparing(Record):
     seconds: float
 
 
-RunEvent: TypeAlias = Preparing | StepDone | TrialStarted | TrialFinished | TrialDiverged | TrialFailed | Decided
+RunEvent: TypeAlias = (
+    Preparing | StepDone | TrialStarted | TrialFinished | TrialDiverged | TrialFailed | DecisionRecorded
+)

@@ -10,13 +10,13 @@ from typing import Annotated, Literal, TypeAlias, TypeVar
 from pydantic import BaseModel, BeforeValidator, Field, ValidationError
 
 from rightrank.errors import SettingsError, did_you_mean
-from rightrank.records.base import LARGEST_WHOLE
+from rightrank.records.base import MAX_WHOLE
 
 AnySettings = TypeVar("AnySettings", bound=BaseModel)
 DtypeName: TypeAlias = Literal["float32", "bfloat16", "float16"]
 
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
-MOST_BYTES = LARGEST_WHOLE
+MOST_BYTES = MAX_WHOLE
 
 
 def parse_bytes(text: str) -> int:
@@ -71,8 +71,8 @@ def _exact(name: str, value: object) -> None:
     if isinstance(value, list | tuple):
         for inner in value:
             _exact(name, inner)
-    if isinstance(value, int) and abs(value) > LARGEST_WHOLE:
-        raise SettingsError(f"{name}: got {_QUOTED.repr(value)}; whole numbers are at most 2**53 ({LARGEST_WHOLE})")
+    if isinstance(value, int) and abs(value) > MAX_WHOLE:
+        raise SettingsError(f"{name}: got {_QUOTED.repr(value)}; whole numbers are at most 2**53 ({MAX_WHOLE})")
 
 
 _QUOTED = reprlib.Repr()

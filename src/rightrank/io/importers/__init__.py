@@ -8,24 +8,24 @@ from rightrank.errors import ResultsError
 from rightrank.io.importers import mlflow_store, ray_tune, sqlite_store, tensorboard_events, trainer_state
 from rightrank.io.rows import FILE_TYPES, Row
 
-# Each pair: what makes it ours, and how to read it. The first that knows the path reads it.
+# Each pair: what makes it ours, and how to read it. The first that recognizes the path reads it.
 IMPORTERS = (
-    (sqlite_store.knows, sqlite_store.rows),
-    (mlflow_store.knows, mlflow_store.rows),
-    (ray_tune.knows, ray_tune.rows),
-    (trainer_state.knows, trainer_state.rows),
-    (tensorboard_events.knows, tensorboard_events.rows),
+    (sqlite_store.recognizes, sqlite_store.rows),
+    (mlflow_store.recognizes, mlflow_store.rows),
+    (ray_tune.recognizes, ray_tune.rows),
+    (trainer_state.recognizes, trainer_state.rows),
+    (tensorboard_events.recognizes, tensorboard_events.rows),
 )
 
 
 def import_rows(source: Path) -> list[Row] | None:
-    """Rows of a path that an importer knows; None for a plain table.
+    """Rows of a path that an importer recognizes; None for a plain table.
 
     Raises:
         ResultsError: an importer's own complaint, or a folder with nothing that is known.
     """
-    for knows, read in IMPORTERS:
-        if knows(source):
+    for recognizes, read in IMPORTERS:
+        if recognizes(source):
             return read(source)
     if source.is_dir() and not any(path.suffix.lower() in FILE_TYPES for path in source.iterdir()):
         raise ResultsError(

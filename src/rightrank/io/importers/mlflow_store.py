@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from rightrank.errors import ResultsError
-from rightrank.io.importers.items import apart
+from rightrank.io.importers.example_series import split_examples
 from rightrank.io.reading import UnreadableError, read_text
 from rightrank.io.rows import Row
 
-MOST_DEPTH = 3
+MAX_DEPTH = 3
 
 
-def knows(source: Path) -> bool:
+def recognizes(source: Path) -> bool:
     return source.is_dir() and bool(_run_folders(source))
 
 
@@ -27,7 +27,7 @@ def rows(source: Path) -> list[Row]:
     found: list[Row] = []
     for run in _run_folders(source):
         parameters = {path.name: _text(path) for path in sorted((run / "params").iterdir()) if path.is_file()}
-        steps, items = apart(_by_step(run / "metrics"))
+        steps, items = split_examples(_by_step(run / "metrics"))
         for step, metrics in steps.items():
             fields = {"params": parameters, "metrics": metrics, "step": step, "trial": run.name}
             found.append(Row(fields, f"{run}: step {step}"))
@@ -40,7 +40,7 @@ def rows(source: Path) -> list[Row]:
 
 
 def _run_folders(source: Path) -> list[Path]:
-    patterns = ("/".join(["*"] * depth + ["meta.yaml"]) for depth in range(MOST_DEPTH))
+    patterns = ("/".join(["*"] * depth + ["meta.yaml"]) for depth in range(MAX_DEPTH))
     folders = (path.parent for pattern in patterns for path in source.glob(pattern))
     return sorted(folder for folder in folders if (folder / "params").is_dir() and (folder / "metrics").is_dir())
 

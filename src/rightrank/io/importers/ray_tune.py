@@ -6,17 +6,17 @@ from pathlib import Path
 from typing import Any
 
 from rightrank.errors import DataError, ResultsError
-from rightrank.io.importers.neighbours import read_object
+from rightrank.io.importers.path_settings import read_object
 from rightrank.io.reading import UnreadableError, parse_json, read_text
 from rightrank.io.rows import Row, read_rows
 
-MOST_DEPTH = 3
-MOST_BYTES = 2**28  # of one trial's reports
+MAX_DEPTH = 3
+MAX_BYTES = 2**28  # of one trial's reports
 # Ray's own, in every report: no results of the training.
 _HOUSEKEEPING = {"pid", "hostname", "node_ip", "date", "timestamp", "trial_id", "done", "config"}
 
 
-def knows(source: Path) -> bool:
+def recognizes(source: Path) -> bool:
     return source.is_dir() and bool(_trials(source))
 
 
@@ -38,7 +38,7 @@ def rows(source: Path) -> list[Row]:
 
 
 def _trials(source: Path) -> list[Path]:
-    patterns = ("/".join(["*"] * depth + ["params.json"]) for depth in range(MOST_DEPTH))
+    patterns = ("/".join(["*"] * depth + ["params.json"]) for depth in range(MAX_DEPTH))
     return sorted(
         path.parent
         for pattern in patterns
@@ -64,7 +64,7 @@ def _reports(trial: Path) -> list[tuple[dict[str, Any], str]]:
 
 def _text(path: Path) -> str:
     try:
-        return read_text(path, MOST_BYTES)
+        return read_text(path, MAX_BYTES)
     except UnreadableError as error:
         raise ResultsError(f"{path}: can't read it ({error}); restore the file, or leave its trial out") from None
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rightrank.errors import ResultsError
-from rightrank.io.importers.items import apart
+from rightrank.io.importers.example_series import split_examples
 from rightrank.io.reading import UnreadableError, kind_of, parse_json
 from rightrank.io.rows import Row
 
@@ -15,7 +15,7 @@ _HEADER = b"SQLite format 3\x00"
 MOST_STEPS, LOOK_STEPS = 200_000_000, 100_000  # of SQLite's machine: a file that needs more is made to hang
 
 
-def knows(source: Path) -> bool:
+def recognizes(source: Path) -> bool:
     if kind_of(source) != "file":
         return False
     with source.open("rb") as file:
@@ -103,7 +103,7 @@ def _mlflow(connection: sqlite3.Connection, source: Path) -> list[Row]:
             "SELECT key, value, step FROM metrics WHERE run_uuid = ? AND is_nan = 0", (run_id,)
         ):
             steps.setdefault(step, {})[key] = value
-        plain, items = apart(steps)
+        plain, items = split_examples(steps)
         for step, metrics in plain.items():
             fields = {"params": parameters, "metrics": metrics, "step": step, "trial": run_id, "status": status}
             found.append(Row(fields, f"{source}: run {run_id}, step {step}"))

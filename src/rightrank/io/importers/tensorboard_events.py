@@ -5,14 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 from rightrank.errors import MissingExtraError, ResultsError
-from rightrank.io.importers.items import apart
-from rightrank.io.importers.neighbours import said_around
+from rightrank.io.importers.example_series import split_examples
+from rightrank.io.importers.path_settings import settings_from_path
 from rightrank.io.rows import Row
 
 PATTERN = "events.out.tfevents.*"
 
 
-def knows(source: Path) -> bool:
+def recognizes(source: Path) -> bool:
     return source.is_dir() and next(source.rglob(PATTERN), None) is not None
 
 
@@ -33,13 +33,13 @@ def rows(source: Path) -> list[Row]:
     for folder in sorted({path.parent for path in source.rglob(PATTERN)}):
         events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
         events.Reload()
-        said = said_around(folder, source)
+        said = settings_from_path(folder, source)
         steps: dict[int, dict[str, float]] = {}
         for tag in events.Tags()["scalars"]:
             for scalar in events.Scalars(tag):
                 steps.setdefault(scalar.step, {})[tag] = scalar.value
         name = folder.relative_to(source).as_posix()
-        plain, items = apart(steps)
+        plain, items = split_examples(steps)
         for step, scalars in plain.items():
             found.append(Row({**said, "trial": name, "step": step, **scalars}, f"{folder}: step {step}"))
         for item in items:

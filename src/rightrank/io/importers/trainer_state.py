@@ -6,14 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from rightrank.errors import ResultsError
-from rightrank.io.importers.neighbours import read_object, said_around
+from rightrank.io.importers.path_settings import read_object, settings_from_path
 from rightrank.io.rows import Row
 
 FILE = "trainer_state.json"
-MOST_DEPTH = 4
+MAX_DEPTH = 4
 
 
-def knows(source: Path) -> bool:
+def recognizes(source: Path) -> bool:
     return source.is_dir() and bool(_states(source))
 
 
@@ -32,7 +32,7 @@ def rows(source: Path) -> list[Row]:
 
 
 def _states(source: Path) -> list[Path]:
-    patterns = ("/".join(["*"] * depth + [FILE]) for depth in range(MOST_DEPTH))
+    patterns = ("/".join(["*"] * depth + [FILE]) for depth in range(MAX_DEPTH))
     return sorted(path for pattern in patterns for path in source.glob(pattern))
 
 
@@ -50,7 +50,7 @@ def _last_states(paths: list[Path]) -> list[Path]:
 def _rows_of(path: Path, source: Path) -> list[Row]:
     state = read_object(path)
     history = _history(state)
-    said = said_around(path.parent, source)
+    said = settings_from_path(path.parent, source)
     rates = [entry["learning_rate"] for entry in history if isinstance(entry.get("learning_rate"), int | float)]
     if rates and "lr" not in said:
         said["lr"] = max(rates)  # the peak, as far as it was logged

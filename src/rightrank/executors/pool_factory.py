@@ -13,19 +13,19 @@ import torch
 
 from rightrank.engine.runtime import Runtime
 from rightrank.errors import SettingsError
-from rightrank.executors.messages import Job, Orders
-from rightrank.executors.pool import Crew, Looking, Pool, Terms
+from rightrank.executors.messages import Job, WorkerSetup
+from rightrank.executors.pool import Crew, Looking, Pool, PoolOptions
 from rightrank.executors.processes import ProcessCrew
 from rightrank.executors.worker import versions
 from rightrank.io.files import write_text
 from rightrank.io.store import Store
 from rightrank.settings import SelectSettings
 
-MOST_TOGETHER = 16  # trials that a worker is given at once; it finds out how many of them share a pass
+MAX_TASK_TRIALS = 16  # trials that a worker is given at once; it finds out how many of them share a pass
 
 
 @dataclass(frozen=True, slots=True)
-class Needs:
+class WorkerNeeds:
     """What a worker takes, by the plan; None where the architecture can't be planned."""
 
     bytes_planned: int | None
@@ -33,8 +33,8 @@ class Needs:
 
 
 @contextmanager
-def pool_of(
-    settings: SelectSettings, jobs: Sequence[Job], folder: Path, needs: Needs, looking: Looking
+def open_pool(
+    settings: SelectSettings, jobs: Sequence[Job], folder: Path, needs: WorkerNeeds, looking: Looking
 ) -> Iterator[Pool]:
     """Workers for `jobs`, whose run folders are in `folder` or are it; they start as there is work.
 
@@ -46,10 +46,10 @@ def pool_of(
     token = secrets.token_hex(16)
     with _probe(settings.store, folder, token) as name:
         share = settings.store or str(folder.absolute())
-        orders = Orders(jobs=list(jobs), working_folder=Path.cwd(), share=share, probe=name)
-        crew, workers = _crew(settings, orders, folder, needs)
-        terms = Terms(workers, versions(), token, _task_trials(settings, needs), settings.hang_seconds)
-        pool = Pool(crew, terms, looking)
+        setup = WorkerSetup(jobs=list(jobs), working_folder=Path.cwd(), share=share, probe=name)
+        crew, workers = _crew(settings, setup, folder, needs)
+        options = PoolOptions(workers, versions(), token, _task_trials(settings, needs), settings.hang_seconds)
+        pool = Pool(crew, options, looking)
         try:
             yield pool
         finally:
@@ -74,13 +74,13 @@ def _probe(address: str, folder: Path, token: str) -> Iterator[str]:
             store.remove(probe.name)
 
 
-def _crew(settings: SelectSettings, orders: Orders, folder: Path, needs: Needs) -> tuple[Crew, int]:
+def _crew(settings: SelectSettings, setup: WorkerSetup, folder: Path, needs: WorkerNeeds) -> tuple[Crew, int]:
     """The crew and how many workers it has at most."""
     logs, size = folder / "workers", settings.devices_per_arm
     if settings.executor == "ray":
         from rightrank.executors.ray_cluster import RayCrew
 
-        crew = RayCrew(orders, settings.ray_address, needs.bytes_planned, needs.on_cuda, size=size)
+        crew = RayCrew(setup, settings.ray_address, needs.bytes_planned, needs.on_cuda, size=size)
         return crew, settings.workers or crew.room()
     devices = torch.cuda.device_count() if needs.on_cuda and not settings.launcher else 0
     if devices and devices < size:
@@ -88,15 +88,15 @@ def _crew(settings: SelectSettings, orders: Orders, folder: Path, needs: Needs) 
     workers = settings.workers or devices // size
     if not workers:
         raise SettingsError("executor 'processes' needs workers on a CPU: give their number, such as --workers 2")
-    return ProcessCrew(orders, logs, devices, shlex.split(settings.launcher), size=size), workers
+    return ProcessCrew(setup, logs, devices, shlex.split(settings.launcher), size=size), workers
 
 
-def _task_trials(settings: SelectSettings, needs: Needs) -> int:
-    return settings.pack_size or (MOST_TOGETHER if needs.on_cuda else 1)
+def _task_trials(settings: SelectSettings, needs: WorkerNeeds) -> int:
+    return settings.pack_size or (MAX_TASK_TRIALS if needs.on_cuda else 1)
 
 
 @contextmanager
-def set_aside(bench: Runtime) -> Iterator[None]:
+def offloaded_base(bench: Runtime) -> Iterator[None]:
     """Keep the driver's own base off the accelerator while workers use it."""
     device = bench.loaded.device
     if device.type == "cpu" or bench.settings.weight_bits is not None:  # quantised matrices stay where they were made

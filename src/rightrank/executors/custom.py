@@ -36,7 +36,7 @@ class TrainerError(Exception):
     """A call of the trainer that gave no result; the message is the reason."""
 
 
-class OwnExecutor:
+class CustomExecutor:
     """Runs trials through a function. What goes wrong inside it is the trial's outcome, not the run's end."""
 
     def __init__(
@@ -99,7 +99,7 @@ class OwnExecutor:
         )
         begun = time.perf_counter()
         try:
-            result = understood(self._call(task), self._metric, self._items)
+            result = parse_result(self._call(task), self._metric, self._items)
         except TrainerError as error:
             return TrialFailed(trial_id=trial.trial_id, **arm.model_dump(), error="error", reason=str(error))
         seconds = time.perf_counter() - begun
@@ -112,7 +112,7 @@ class OwnExecutor:
         return _finished(trial, result, self._metric, seconds)
 
 
-def understood(got: object, metric: str, items: int | None) -> TrialResult:
+def parse_result(got: object, metric: str, items: int | None) -> TrialResult:
     """What a trainer gave back as a result.
 
     Raises:
@@ -144,7 +144,7 @@ def understood(got: object, metric: str, items: int | None) -> TrialResult:
     return got
 
 
-def call_here(train: TrainFunction) -> Call:
+def call_inline(train: TrainFunction) -> Call:
     """Call in this process."""
 
     def call(task: TrialTask) -> object:
@@ -197,7 +197,7 @@ def call_on_ray(train: TrainFunction) -> Call:
 
     ray = connected(os.environ.get("RAY_ADDRESS"))
     gpus = 1 if ray.cluster_resources().get("GPU", 0) else 0
-    remote = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=2, max_calls=1)(call_here(train))
+    remote = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=2, max_calls=1)(call_inline(train))
 
     def call(task: TrialTask) -> object:
         try:
@@ -213,7 +213,7 @@ def call_on_ray(train: TrainFunction) -> Call:
 def _answer(sender: Connection, train: TrainFunction, task: TrialTask) -> None:
     """In the process of its own: `(True, result)` or `(False, reason)`."""
     try:
-        answer: tuple[bool, object] = (True, call_here(train)(task))
+        answer: tuple[bool, object] = (True, call_inline(train)(task))
     except TrainerError as error:
         answer = (False, str(error))
     sender.send(answer)

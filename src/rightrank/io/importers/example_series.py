@@ -13,7 +13,7 @@ WEIGHTS = "tokens"
 
 
 @dataclass(frozen=True, slots=True)
-class Item:
+class ExampleScores:
     """One item's scores in one training."""
 
     number: str
@@ -25,10 +25,10 @@ class Item:
         return {"item": self.number, "tokens": self.weight}
 
 
-def apart(steps: Steps) -> tuple[dict[int, dict[str, Any]], list[Item]]:
+def split_examples(steps: Steps) -> tuple[dict[int, dict[str, Any]], list[ExampleScores]]:
     """`(numbers by step without the items, the items)`."""
     others: dict[int, dict[str, Any]] = {}
-    items: list[Item] = []
+    items: list[ExampleScores] = []
     for step, values in sorted(steps.items()):
         plain = {name: value for name, value in values.items() if not name.startswith(PREFIX)}
         scores = {name.removeprefix(PREFIX): value for name, value in values.items() if name.startswith(PREFIX)}
@@ -36,5 +36,7 @@ def apart(steps: Steps) -> tuple[dict[int, dict[str, Any]], list[Item]]:
             others[step] = plain
         if scores:
             weight = scores.pop(WEIGHTS, 1.0)
-            items.append(Item(f"{step:06d}", weight, {f"eval/{name}": value for name, value in scores.items()}))
+            items.append(
+                ExampleScores(f"{step:06d}", weight, {f"eval/{name}": value for name, value in scores.items()})
+            )
     return others, items

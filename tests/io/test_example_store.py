@@ -9,22 +9,22 @@ from pathlib import Path
 import pytest
 
 from rightrank.io.data import load_data
-from rightrank.io.item_store import Item, ItemStore
+from rightrank.io.example_store import Example, ExampleStore
 from tests.tiny import small_settings
 
 
-def some_items(count: int) -> Iterator[Item]:
+def some_items(count: int) -> Iterator[Example]:
     for number in range(count):
         messages = [
             {"role": "user", "content": f"é {number} {'x' * (number % 90)}"},
             {"role": "assistant", "content": "\u2028"},
         ]
-        yield Item(f"{number * 0x9E3779B97F4A7C15 % 2**64:016x}", {"messages": messages}, f"d.jsonl:{number}")
+        yield Example(f"{number * 0x9E3779B97F4A7C15 % 2**64:016x}", {"messages": messages}, f"d.jsonl:{number}")
 
 
 def test_items_come_back_in_order_and_by_number(tmp_path: Path) -> None:
     items = list(some_items(200))
-    store = ItemStore(tmp_path / "work")
+    store = ExampleStore(tmp_path / "work")
     for item in items[:150]:
         store.append(item)
     assert store[3] == items[3]
@@ -47,7 +47,7 @@ def test_what_is_held_of_many_rows_does_not_grow_with_their_texts(tmp_path: Path
         splits = load_data(rows, settings, tmp_path)
         held = tracemalloc.get_traced_memory()[1]  # the peak on the way
         tracemalloc.stop()
-        assert len(splits.items["train"]) > 2000
+        assert len(splits.examples["train"]) > 2000
         return held
 
     short, long = held_bytes(10), held_bytes(2000)

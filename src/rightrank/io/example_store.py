@@ -15,7 +15,7 @@ from rightrank.io.stored_sequence import StoredSequence
 
 
 @dataclass(frozen=True, slots=True)
-class Item:
+class Example:
     """One example: the columns of its form, and an identity that is a hash of them."""
 
     item_id: str  # 16 hexadecimal digits
@@ -23,7 +23,7 @@ class Item:
     where: str
 
 
-class ItemStore(StoredSequence[Item]):
+class ExampleStore(StoredSequence[Example]):
     """Items in the order in which they were added, in a file without a name that is gone with the process."""
 
     def __init__(self, folder: Path | None) -> None:
@@ -37,7 +37,7 @@ class ItemStore(StoredSequence[Item]):
         weakref.finalize(self, self._file.close)
         self._is_at_end = True
 
-    def append(self, item: Item) -> None:
+    def append(self, item: Example) -> None:
         line = json.dumps([item.where, dict(item.content)], default=str).encode() + b"\n"
         self.ids.append(int(item.item_id, 16))
         self._begins.append(self._end)
@@ -50,8 +50,8 @@ class ItemStore(StoredSequence[Item]):
     def __len__(self) -> int:
         return len(self.ids)
 
-    def read(self, number: int) -> Item:
+    def read(self, number: int) -> Example:
         self._is_at_end = False
         self._file.seek(self._begins[number])
         where, content = json.loads(self._file.readline())
-        return Item(f"{self.ids[number]:016x}", content, where)
+        return Example(f"{self.ids[number]:016x}", content, where)

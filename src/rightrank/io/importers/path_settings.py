@@ -17,7 +17,7 @@ _NAMED = {
 }
 
 
-def said_around(folder: Path, root: Path) -> dict[str, Any]:
+def settings_from_path(folder: Path, root: Path) -> dict[str, Any]:
     """`rank`, `lr` and `seed` as far as they are told: the nearest adapter_config.json up to `root`, then names.
 
     Raises:
