@@ -39,11 +39,11 @@ from rightrank.records import (
 )
 from rightrank.records.plan import SelectionCost
 from rightrank.report.figure import AnyFigure, Figure
+from rightrank.report.format import size
 from rightrank.report.html import render_report
 from rightrank.report.plan_table import took_line
-from rightrank.report.spectra import spectrum_figure
+from rightrank.report.spectrum_figures import spectrum_figure
 from rightrank.report.sweep_table import sweep_map
-from rightrank.report.wording import size
 from rightrank.settings import settings_difference
 from rightrank.strategies import History, Strategy
 from rightrank.strategies.protocol import seconds_of, steps_of

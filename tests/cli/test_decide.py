@@ -58,7 +58,7 @@ def test_plot_writes_a_picture(table: Path, ending: str) -> None:
         (["--margin", "nan"], "margin nan is not allowed"),
         (["--metric", "nothing_like_it", "--map", "value=x"], "has no column 'x'"),
         (["--map", "rank"], "give NAME=COLUMN"),
-        (["--plot", "curve.pdf"], "pictures end in .svg or .png"),
+        (["--plot", "curve.pdf"], "ends in .svg or .png"),
     ],
 )
 def test_bad_usage_is_one_line_and_exit_2(

@@ -7,6 +7,8 @@ import csv
 import json
 import shlex
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -66,6 +68,18 @@ def test_every_target_is_told_the_rank(selected: Selected, target: str) -> None:
     assert str(rank) in text
     assert exported.command
     assert exported.files == sorted(path.name for path in exported.folder.iterdir())
+
+
+def test_status_and_export_import_no_torch(selected: Selected, tmp_path: Path) -> None:
+    code = (
+        "import sys; from rightrank.runs import export, status; run, out = sys.argv[1:]\n"
+        "status(run); export(run, 'vllm', out + '/vllm'); export(run, 'peft', out + '/peft')\n"
+        "print(sorted({'torch', 'transformers', 'matplotlib'} & set(sys.modules)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, selected.run, tmp_path], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "[]"
 
 
 def test_peft_s_config_makes_the_same_adapter_again(selected: Selected, model_folder: Path) -> None:

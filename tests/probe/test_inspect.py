@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from rightrank.api import inspect
 from rightrank.cli import main
-from rightrank.report.heat_map import draw_heat_map, heat_map, split_name
+from rightrank.report.draw import draw
+from rightrank.report.spectrum_figures import spectrum_map, split_name
 from tests.probe.adapters import KINDS, deltas, load_strictly, make_adapter, make_base, rewrite, tensors_of
 
 
@@ -127,12 +128,12 @@ def test_the_table_for_a_person(base: Path, tmp_path: Path, capsys: pytest.Captu
 
 def test_the_heat_map_has_a_cell_a_module(base: Path, tmp_path: Path) -> None:
     modules = inspect(make_adapter(base, tmp_path / "adapter", "layers")).modules
-    data = heat_map(modules, "norm")
-    assert data.rows == ("1", "2")
-    assert set(data.columns) == set(KINDS["layers"]["target_modules"])
+    data = spectrum_map(modules, "norm")
+    assert data.row_names == ("1", "2")
+    assert set(data.column_names) == set(KINDS["layers"]["target_modules"])
     by_name = {module.name: module.frobenius_norm for module in modules}
-    row, column = data.rows.index("2"), data.columns.index("q_proj")
+    row, column = data.row_names.index("2"), data.column_names.index("q_proj")
     assert data.values[row][column] == by_name["model.layers.2.self_attn.q_proj"]
-    assert draw_heat_map(data, "svg") == draw_heat_map(data, "svg")
+    assert draw(data, "svg") == draw(data, "svg")
     assert split_name("transformer.h.11.attn.c_proj") == ("11", "attn.c_proj")
     assert split_name("lm_head") == ("-", "lm_head")

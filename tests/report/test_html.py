@@ -12,8 +12,8 @@ import pytest
 
 from rightrank.decision.run import Records, decide_run, decision_so_far
 from rightrank.records import NextRun
-from rightrank.report.facts import next_run_words, reproduce_command
 from rightrank.report.html import render_report
+from rightrank.report.sentences import next_run_words, reproduce_command
 from tests.report.runs import made_up_run
 
 NASTY = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\"'`{{7*7}}\x00\x1b[31m\u202e\u2028end"

@@ -16,7 +16,7 @@ from rightrank.errors import MissingExtraError, SettingsError
 from rightrank.io.journal import Journal
 from rightrank.own_trainer import select_rank_with
 from rightrank.records import TrialResult, TrialTask
-from rightrank.trackers import Trackers, require_trackers, telling
+from rightrank.trackers import Trackers, registry, require_trackers
 from tests.commands import run, select_arguments
 from tests.report.runs import journal_of
 
@@ -163,12 +163,12 @@ def test_each_is_told_once_and_one_that_fails_ends_nothing(records: Records, mon
                 raise ConnectionError("no\nroute")
             written.append(run.key)
 
-    monkeypatch.setattr(telling, "find_spec", lambda _name: object())
-    monkeypatch.setattr(telling, "_make", lambda _name, _folder: Flaky(2))
+    monkeypatch.setattr(registry, "find_spec", lambda _name: object())
+    monkeypatch.setattr(registry, "_make", lambda _name, _folder: Flaky(2))
     notices = told(records, "wandb")
     assert len(written) == 2
     assert notices == ["wandb: told of nothing more (ConnectionError: no route); run again to tell it later"]
-    monkeypatch.setattr(telling, "_make", lambda _name, _folder: Flaky(-1))
+    monkeypatch.setattr(registry, "_make", lambda _name, _folder: Flaky(-1))
     assert told(records, "wandb") == []
     assert sorted(written) == sorted(["decision", *(outcome.trial_id for outcome in records.outcomes)])
 
@@ -176,7 +176,7 @@ def test_each_is_told_once_and_one_that_fails_ends_nothing(records: Records, mon
 def test_unknown_and_missing_trackers(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(SettingsError, match="did you mean 'wandb'"):
         require_trackers(["wanb"])
-    monkeypatch.setattr(telling, "find_spec", lambda _name: None)
+    monkeypatch.setattr(registry, "find_spec", lambda _name: None)
     with pytest.raises(MissingExtraError, match=r"rightrank\[mlflow\]"):
         require_trackers(["mlflow"])
     assert require_trackers(["none"]) == ()

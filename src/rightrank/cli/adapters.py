@@ -42,10 +42,13 @@ def inspect(
     """
     from rightrank.api import inspect as inspect_update
     from rightrank.api import inspect_gradient
-    from rightrank.report.heat_map import plot_heat_map, require_figure
+    from rightrank.report.files import image_format_of, write_plot
+    from rightrank.report.spectrum_figures import require_statistic, spectrum_map
     from rightrank.settings import make_settings
 
-    chosen = require_figure(figure, plot)
+    statistic = require_statistic(figure)
+    if plot is not None:
+        image_format_of(plot)  # refuses another ending before the spectra are computed
     if gradient is not None:
         if adapter is not None or base is not None or finetuned is not None:
             raise SettingsError("--gradient stands alone: leave out the adapter, --base and --finetuned")
@@ -55,8 +58,8 @@ def inspect(
     else:
         found = inspect_update(adapter, base=base, finetuned=finetuned)
     if plot is not None:
-        plot_heat_map(found.modules, chosen, plot)
-    _print_record(found, as_json, figure=chosen, every=every)
+        write_plot(spectrum_map(found.modules, statistic), plot)
+    _print_record(found, as_json, statistic=statistic, every=every)
 
 
 @click.command(epilog="Example: rightrank resize run/adapter small --data held_out.jsonl --margin 0.005")
@@ -222,7 +225,7 @@ def allocate(
     _print_record(allocate_ranks(adapter, data, options), as_json)
 
 
-def _print_record(record: Any, as_json: bool, figure: Any = "effective_rank", every: bool = False) -> None:
+def _print_record(record: Any, as_json: bool, statistic: Any = "effective_rank", every: bool = False) -> None:
     """A record of the probe: as one JSON object, or for a person."""
     if as_json:
         click.echo(record.model_dump_json())
@@ -231,4 +234,4 @@ def _print_record(record: Any, as_json: bool, figure: Any = "effective_rank", ev
 
     from rightrank.report.spectrum_table import print_record
 
-    print_record(Console(), record, figure, every)
+    print_record(Console(), record, statistic, every)

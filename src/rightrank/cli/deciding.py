@@ -59,9 +59,10 @@ def decide(
         horizon_steps=horizon_steps,
     )
     if plot_file is not None:
-        from rightrank.report.decision_table import write_plot
+        from rightrank.report.files import write_plot
+        from rightrank.report.rank_curve import rank_figure
 
-        write_plot(decided.decision, plot_file)
+        write_plot(rank_figure(decided.decision), plot_file)
     if as_json:
         click.echo(json.dumps(decided.decision.model_dump(mode="json") | {"understood": decided.understood}))
         return

@@ -231,7 +231,7 @@ def _print_answer(selected: Selected) -> None:
 
 def _indented(text: str) -> str:
     """What a model wrote is shown, never obeyed: control characters as pictures."""
-    from rightrank.report.figure import visible
+    from rightrank.report.format import visible
 
     text = visible(text)
     return "\n".join(f"    {line}" for line in text.strip().splitlines())

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rightrank.errors import SettingsError, did_you_mean
-from rightrank.exports.padding import write_padded
 from rightrank.exports.recipe import Recipe
 from rightrank.exports.servers import llama_cpp, ollama, served_rank, sglang, vllm
 from rightrank.exports.trainers import Written, axolotl, llamafactory, ms_swift, peft, trl, unsloth
@@ -95,6 +94,8 @@ def write_export(name: str, recipe: Recipe, folder: Path, pad: bool = False) -> 
     written = TARGETS[name](told)
     with replacing_folder(folder) as temporary:
         if pad:
+            from rightrank.exports.padding import write_padded  # imports torch
+
             write_padded(recipe.adapter, temporary / PADDED_FOLDER, told.r)
         if written.with_adapter:
             for path in sorted(path for path in recipe.adapter.iterdir() if path.is_file()):

@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-from rightrank.errors import SettingsError
-from rightrank.io.files import replacing
 from rightrank.records import Decision, RankEvidence
-from rightrank.report.draw import draw
-from rightrank.report.figure import visible
-from rightrank.report.rank_curve import rank_figure, terminal_curve
+from rightrank.report.format import table_lines, visible
+from rightrank.report.terminal_figures import terminal_curve
 
 FLAGS = {
     "underpowered": "the data can't show this at 95%",
@@ -34,31 +29,12 @@ def decision_text(decision: Decision, understood: list[str], colour: bool, width
     return "\n".join([*parts, "", *([curve] if curve else []), *evidence, "", *answer])
 
 
-def write_plot(decision: Decision, path: Path) -> None:
-    """The rank curve as a picture, its kind by the file's ending.
-
-    Raises:
-        SettingsError: an ending that is neither, or a place that can't be written.
-    """
-    image_format = path.suffix.lower().lstrip(".")
-    if image_format not in ("svg", "png"):
-        raise SettingsError(f"--plot {path}: pictures end in .svg or .png; give such a file name")
-    image = draw(rank_figure(decision), image_format)
-    try:
-        with replacing(path) as temporary:
-            temporary.write_bytes(image)
-    except OSError as error:
-        raise SettingsError(f"--plot {path}: can't write there ({error.strerror or error})") from None
-
-
 def evidence_lines(decision: Decision) -> list[str]:
     """The table: one line a rank."""
     rates = any(evidence.learning_rate for evidence in decision.ranks)
     heading = ["rank", decision.metric, "95% interval", "worse by", "95% bounds", "enough"]
     heading += ["rate"] * rates + ["seeds"]
-    rows = [heading, *(_row(evidence, decision, rates) for evidence in decision.ranks)]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(heading))]
-    return ["  ".join(cell.rjust(size) for cell, size in zip(row, widths, strict=True)) for row in rows]
+    return table_lines([heading, *(_row(evidence, decision, rates) for evidence in decision.ranks)])
 
 
 def _row(evidence: RankEvidence, decision: Decision, rates: bool) -> list[str]:

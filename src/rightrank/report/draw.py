@@ -1,4 +1,4 @@
-"""Figures drawn by matplotlib: SVG and PNG files, and SVG inside the report that follows the page's colours."""
+"""The matplotlib backend: SVG and PNG files, and SVG elements for the report, in the page's colours."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from io import BytesIO
 from math import ceil
 from typing import Any
 
-from rightrank.report.figure import AnyFigure, Figure, HeatMap, Series, Tone, visible
+from rightrank.report.figure import AnyFigure, Figure, HeatMap, Series, Tone
+from rightrank.report.format import visible
 
-# The page's colours by role: on paper, and the style sheet's variable that takes their place inside the report.
+# Colours by role; inside the report, variables of the style sheet replace them.
 INK, FAINT, LINE = "#1d2b34", "#5b6b74", "#d6dde1"
 TONES: dict[str, str] = {"main": "#1c5d7f", "second": "#8a5a00", "accent": "#b5402a", "faint": FAINT}
 SEQUENCE = (
@@ -31,8 +32,9 @@ VARIABLES = {INK: "--ink", FAINT: "--faint", LINE: "--line", BAND: "--band"} | {
     colour: f"--{name}" for name, colour in TONES.items() if name != "faint"
 }
 VARIABLES |= {colour: f"--s{place}" for place, colour in enumerate(SEQUENCE)}
-MOST_LABELS = 12
-SIZE = (7.0, 4.0)
+MAX_LABELS = 12
+SIZE = (7.0, 4.0)  # inches, of a plot; a heat map grows with its rows and columns
+MAX_LABELLED_CELLS = 1000  # of a heat map; a larger one shows colours alone, and its CSV holds the numbers
 
 
 def draw(figure: AnyFigure, image_format: str) -> bytes:
@@ -41,10 +43,12 @@ def draw(figure: AnyFigure, image_format: str) -> bytes:
     from matplotlib.figure import Figure as Canvas
 
     with rc_context(_style(figure.name)), warnings.catch_warnings():
-        # a name in letters that the font lacks: an SVG is set in the reader's fonts anyway
+        # for a name in letters that the font lacks; the viewer of an SVG uses its own fonts
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
-        canvas = Canvas(figsize=SIZE)
-        canvas.subplots_adjust(left=0.12, right=0.97, top=0.9, bottom=0.13)  # fixed: a layout solver triples the time
+        width, height = _size(figure)
+        canvas = Canvas(figsize=(width, height))
+        # fixed margins in inches: a layout solver triples the time
+        canvas.subplots_adjust(left=0.84 / width, right=1 - 0.21 / width, top=1 - 0.4 / height, bottom=0.52 / height)
         axes: Any = canvas.add_subplot()
         if isinstance(figure, HeatMap):
             _draw_map(axes, figure)
@@ -57,30 +61,37 @@ def draw(figure: AnyFigure, image_format: str) -> bytes:
     return buffer.getvalue()
 
 
-@lru_cache(maxsize=64)  # a report is written after every trial, and most of its figures stay as they were
+@lru_cache(maxsize=64)  # the report is rewritten after every trial, and most of its figures stay the same
 def inline_svg(figure: AnyFigure) -> str:
-    """The SVG element alone, in the page's colours, hidden from screen readers: the page says its `alt` itself."""
+    """The SVG element in the page's colours, hidden from screen readers, which read the page's own `alt` text."""
     text = draw(figure, "svg").decode()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     text = re.sub(r'(<svg[^>]*?) width="[^"]*" height="[^"]*"|(<svg[^>]*?) height="[^"]*"', r"\1\2", text, count=1)
     for colour, name in VARIABLES.items():
         text = text.replace(colour, f"var({name})")
-    prefix = figure.name.replace("_", "")  # several drawings share one page: their ids must not meet
+    prefix = figure.name.replace("_", "")  # ids must be unique within the page
     text = re.sub(r'\bid="([^"]+)"', rf'id="{prefix}-\1"', text)
     text = re.sub(r'href="#([^"]+)"', rf'href="#{prefix}-\1"', text)
     text = re.sub(r"url\(#([^)]+)\)", rf"url(#{prefix}-\1)", text)
     return text.replace("<svg", '<svg aria-hidden="true" focusable="false"', 1)
 
 
+def _size(figure: AnyFigure) -> tuple[float, float]:
+    if isinstance(figure, Figure):
+        return SIZE
+    column = 0.1 * max(8, *map(len, figure.column_names))
+    return max(SIZE[0], 1.05 + column * len(figure.column_names)), max(SIZE[1], 0.92 + 0.32 * len(figure.row_names))
+
+
 def _style(name: str) -> Any:
     return {
         "svg.hashsalt": name,
-        "svg.fonttype": "none",  # text stays text: smaller, and found by the browser's search
+        "svg.fonttype": "none",  # keeps text as text: smaller, and searchable in the browser
         "font.family": "sans-serif",
         "font.sans-serif": ["DejaVu Sans"],
         "font.size": 10,
-        "text.parse_math": False,  # a $ in a metric's name is a dollar
+        "text.parse_math": False,  # a $ in a metric's name is no formula
         "text.color": INK,
         "axes.labelcolor": INK,
         "axes.edgecolor": FAINT,
@@ -103,7 +114,7 @@ def _draw_figure(axes: Any, figure: Figure) -> None:
         axes.axhline(level.value, color=FAINT, ls=":", lw=1.3, label=visible(level.label) or None)
     named: set[str] = set()
     for series in figure.series:
-        _draw_series(axes, series, labelled=series.label not in named and len(named) < MOST_LABELS)
+        _draw_series(axes, series, labelled=series.label not in named and len(named) < MAX_LABELS)
         named.add(series.label)
     for mark in figure.marks:
         axes.plot(
@@ -150,7 +161,7 @@ def _set_scale(axes: Any, which: str, scale: str, ticks: tuple[float, ...]) -> N
         getattr(axes, f"set_{which}scale")("log", base=2 if scale == "log2" else 10)
         getattr(axes, f"{which}axis").set_major_formatter(StrMethodFormatter("{x:g}"))
     if ticks:
-        shown = ticks if len(ticks) <= MOST_LABELS else ticks[:: ceil(len(ticks) / MOST_LABELS)]
+        shown = ticks if len(ticks) <= MAX_LABELS else ticks[:: ceil(len(ticks) / MAX_LABELS)]
         getattr(axes, f"set_{which}ticks")(shown, [f"{tick:g}" for tick in shown])
         axes.minorticks_off()
 
@@ -163,8 +174,8 @@ def _draw_map(axes: Any, figure: HeatMap) -> None:
     axes.set_yticks(range(len(figure.row_names)), [visible(name) for name in figure.row_names])
     axes.set_xlabel(figure.column_label)
     axes.set_ylabel(figure.row_label)
-    if len(figure.row_names) * len(figure.column_names) > 150:
-        return  # too many to read: the CSV has them
+    if len(figure.row_names) * len(figure.column_names) > MAX_LABELLED_CELLS:
+        return
     for row, values in enumerate(figure.values):
         for column, value in enumerate(values):
             text = figure.notes[row][column] if value is None else f"{value:.4g}"

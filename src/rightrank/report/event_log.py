@@ -14,7 +14,7 @@ from typing import Any, TextIO
 
 from rightrank.io.files import write_text
 from rightrank.records import Preparing, RunEvent, RunStarted, StepDone, TrialOutcome
-from rightrank.report.tally import Tally
+from rightrank.report.progress import Progress
 
 PROGRESS_FILE = "progress.json"
 PROGRESS_SECONDS = 2.0  # between writes of the progress file
@@ -70,17 +70,17 @@ class ProgressFile:
 
     def __init__(self, folder: Path) -> None:
         self._path = folder / PROGRESS_FILE
-        self._tally = Tally()
+        self._progress = Progress()
         self._written = 0.0
 
     def plan(self, started: RunStarted, arms: int, steps: int) -> None:
-        self._tally.plan(started, arms)
+        self._progress.plan(started, arms)
 
     def resume(self, outcomes: Sequence[TrialOutcome]) -> None:
-        self._tally.resume(outcomes)
+        self._progress.resume(outcomes)
 
     def event(self, event: RunEvent) -> None:
-        ended = self._tally.event(event) is not None
+        ended = self._progress.event(event) is not None
         if ended or time.monotonic() - self._written > PROGRESS_SECONDS:
             self._written = time.monotonic()
             self._write()
@@ -93,8 +93,8 @@ class ProgressFile:
         values = {
             "pid": os.getpid(),
             "at": datetime.now(UTC).isoformat(timespec="seconds"),
-            "progress": self._tally.progress_line(),
-            "remaining_seconds": self._tally.remaining_seconds(),
+            "progress": self._progress.progress_line(),
+            "remaining_seconds": self._progress.remaining_seconds(),
         }
         if self._path.parent.is_dir():
             write_text(self._path, json.dumps(values) + "\n", flush=False)

@@ -1,6 +1,6 @@
-"""Figures as plain data: what is drawn, its words and its numbers. Backends draw it, tests check it.
+"""Figures as plain data: pure functions compute them, backends draw them, tests check the numbers.
 
-A `Figure` is drawn by `draw` (SVG and PNG), by the report's script (interactive), and written by `to_csv`.
+The backends: `draw` (SVG and PNG), the report's script (interactive), `terminal_figures` (text) and `to_csv`.
 """
 
 from __future__ import annotations
@@ -11,9 +11,11 @@ from dataclasses import dataclass
 from io import StringIO
 from typing import Literal, TypeAlias
 
+from rightrank.report.format import visible
+
 Scale: TypeAlias = Literal["linear", "log2", "log10"]
 Kind: TypeAlias = Literal["line", "points", "both", "step"]
-Tone: TypeAlias = Literal["main", "second", "accent", "faint"] | int  # an integer: place in a sequence of colours
+Tone: TypeAlias = Literal["main", "second", "accent", "faint"] | int  # an integer: position in a sequence of colours
 Number: TypeAlias = float | int
 Cell: TypeAlias = str | float | int | None
 
@@ -23,14 +25,23 @@ class Axis:
     label: str
     scale: Scale = "linear"
     ticks: tuple[Number, ...] = ()  # empty: the backend chooses
-    limits: tuple[float, float] | None = None  # None: what is drawn, and a little room
+    limits: tuple[float, float] | None = None  # None: all values, with a small margin
+
+
+def metric_axis(metric: str, which: str, limits: tuple[float, float] | None = None) -> Axis:
+    label = f"{which} loss, nats" if metric == "loss" else f"{which} {visible(metric)}"
+    return Axis(label, limits=limits)
+
+
+def rank_axis(ranks: Sequence[int]) -> Axis:
+    return Axis("LoRA rank", "log2", tuple(sorted(set(ranks))))
 
 
 @dataclass(frozen=True, slots=True)
 class Series:
-    """Points in the order of x; `low` and `high` are interval ends, empty where there are none.
+    """Points in the order of x; `low` and `high` are the ends of intervals, empty without intervals.
 
-    Series of one label share an entry of the legend.
+    Series with the same label share one legend entry.
     """
 
     label: str
@@ -72,7 +83,7 @@ class Mark:
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """Everything that a plot shows. `name` is its file name; `alt` says it in words."""
+    """A plot of series over two axes. `name` is its file name, `alt` its text alternative; `rows` are its numbers."""
 
     name: str
     title: str
@@ -89,7 +100,7 @@ class Figure:
 
 @dataclass(frozen=True, slots=True)
 class HeatMap:
-    """A table of numbers drawn as colours: `values[row][column]`, None where there is none."""
+    """A table of numbers drawn as colours: `values[row][column]`, None for a missing value."""
 
     name: str
     title: str
@@ -99,8 +110,8 @@ class HeatMap:
     row_names: tuple[str, ...]
     column_names: tuple[str, ...]
     values: tuple[tuple[float | None, ...], ...]
-    notes: tuple[tuple[str, ...], ...]  # beside the value: "no result", "×2" for two seeds
-    best: tuple[int | None, ...]  # the best column of each row
+    notes: tuple[tuple[str, ...], ...]  # next to the value: "no result", "×2" for two seeds
+    best: tuple[int | None, ...]  # the best column of each row, None to highlight none
     lower_is_better: bool
 
     @property
@@ -121,7 +132,7 @@ class HeatMap:
 
 
 def best_column(values: Sequence[float | None], lower_is_better: bool) -> int | None:
-    """The place of the best value, the first of equals; None where there is none."""
+    """The index of the best value, the first among equal ones; None if all are missing."""
     known = [(value if lower_is_better else -value, column) for column, value in enumerate(values) if value is not None]
     return min(known)[1] if known else None
 
@@ -136,19 +147,3 @@ def to_csv(figure: AnyFigure) -> str:
     writer.writerow(figure.columns)
     writer.writerows(figure.rows)
     return text.getvalue()
-
-
-CONTROL_PICTURES = {code: 0x2400 + code for code in range(0x20) if chr(code) not in "\n\t"}
-# Invisible characters that could disguise text: DEL, C1 controls, bidirectional marks, separators, surrogates.
-HIDDEN = {
-    0x7F: 0x2421,
-    **dict.fromkeys(
-        [*range(0x80, 0xA0), *range(0x200B, 0x2010), *range(0x2028, 0x202F), *range(0x2060, 0x2070)], 0xFFFD
-    ),
-    **dict.fromkeys([*range(0xD800, 0xE000), 0xFEFF, 0xFFFE, 0xFFFF], 0xFFFD),
-}
-
-
-def visible(text: str) -> str:
-    """Control characters as the pictures of them: text from data can't change how the page reads."""
-    return text.translate(CONTROL_PICTURES | HIDDEN)

@@ -7,9 +7,9 @@ from statistics import fmean
 
 from rightrank.decision.run import Records
 from rightrank.records import Decision, RankEvidence, TrialFinished, TrialOutcome
-from rightrank.report.figure import AnyFigure, Axis, Figure, HeatMap, Level, Series, best_column
+from rightrank.report.figure import AnyFigure, Axis, Figure, HeatMap, Level, Series, best_column, metric_axis, rank_axis
+from rightrank.report.format import amount, metric_unit
 from rightrank.report.rank_curve import rank_figure
-from rightrank.report.wording import amount, metric_axis, metric_unit, rank_axis
 
 MIB = 2**20
 

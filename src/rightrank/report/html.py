@@ -22,7 +22,10 @@ from markupsafe import Markup
 from rightrank.decision.run import Records
 from rightrank.records import Decision, TrialDiverged, TrialFailed, TrialFinished, TrialOutcome
 from rightrank.report.draw import inline_svg
-from rightrank.report.facts import (
+from rightrank.report.figure import AnyFigure, Figure, HeatMap
+from rightrank.report.figures import figures_of, margin_range, margin_steps, rank_at
+from rightrank.report.format import metric_unit, size, visible
+from rightrank.report.sentences import (
     certainty_notes,
     confidence_words,
     cost_of,
@@ -33,9 +36,6 @@ from rightrank.report.facts import (
     progress_words,
     reproduce_command,
 )
-from rightrank.report.figure import AnyFigure, Figure, HeatMap, visible
-from rightrank.report.figures import figures_of, margin_range, margin_steps, rank_at
-from rightrank.report.wording import metric_unit, size
 
 MOST_ROWS_IN_SIGHT = 24  # of the trial table; more are folded away
 

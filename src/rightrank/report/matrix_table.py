@@ -7,6 +7,8 @@ import io
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 
+from rightrank.report.format import or_dash, table_lines
+
 
 @dataclass(frozen=True, slots=True)
 class MatrixRow:
@@ -26,17 +28,21 @@ class MatrixRow:
 
 def matrix_text(rows: Sequence[MatrixRow]) -> str:
     """One line a selection."""
-    width = max(4, *(len(row.name) for row in rows))
-    lines = [
-        f"{'name':<{width}} {'rank':>5} {'adapter':>8} {'rate':>9} {'held-out':>10} {'best':>5} {'trainings':>10}  verdict"
-    ]
-    lines += [
-        f"{row.name:<{width}} {_or_dash(row.rank):>5} {_or_dash(row.handed_over):>8} {_or_dash(row.learning_rate):>9} "
-        f"{_or_dash(row.value, '.4f'):>10} {_or_dash(row.reference_rank):>5} {row.trainings:>10}  "
-        f"{row.verdict}{': ' + row.reason if row.reason else ''}"
+    heading = ["name", "rank", "adapter", "learning rate", "held-out", "best", "trainings", "verdict"]
+    cells = [
+        [
+            row.name,
+            or_dash(row.rank),
+            or_dash(row.handed_over),
+            or_dash(row.learning_rate),
+            or_dash(row.value, ".4f"),
+            or_dash(row.reference_rank),
+            str(row.trainings),
+            f"{row.verdict}: {row.reason}" if row.reason else row.verdict,
+        ]
         for row in rows
     ]
-    return "\n".join(lines)
+    return "\n".join(table_lines([heading, *cells], left=(0, 7)))
 
 
 def matrix_csv(rows: Sequence[MatrixRow]) -> str:
@@ -45,7 +51,3 @@ def matrix_csv(rows: Sequence[MatrixRow]) -> str:
     writer.writeheader()
     writer.writerows(asdict(row) for row in rows)
     return text.getvalue()
-
-
-def _or_dash(value: float | None, form: str = "g") -> str:
-    return "–" if value is None else format(value, form)

@@ -6,9 +6,9 @@ from html import escape
 
 from rightrank.records import Decision
 from rightrank.report.draw import draw
-from rightrank.report.facts import headline
-from rightrank.report.figure import visible
+from rightrank.report.format import visible
 from rightrank.report.rank_curve import rank_figure
+from rightrank.report.sentences import headline
 
 
 def decision_html(decision: Decision) -> str:

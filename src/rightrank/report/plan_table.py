@@ -3,29 +3,7 @@
 from __future__ import annotations
 
 from rightrank.records.plan import Extent, Plan, RankPlan, SelectionCost
-from rightrank.report.wording import duration
-
-COMPONENT_NAMES = {
-    "weights": "weights",
-    "adapter": "adapter",
-    "gradients": "gradients",
-    "optimizer": "optimizer",
-    "activations": "activations",
-    "logits_and_loss": "logits, loss",
-    "temporary": "temporary",
-    "workspace": "workspace",
-    "rounding": "rounding",
-}
-
-
-def size(count: float) -> str:
-    """`1.5 GiB`."""
-    sign, count = ("-" if count < 0 else ""), abs(count)
-    for unit in ("B", "KiB", "MiB"):
-        if count < 1024:
-            return f"{sign}{count:.0f} {unit}" if unit == "B" else f"{sign}{count:.1f} {unit}"
-        count /= 1024
-    return f"{sign}{count:.2f} GiB"
+from rightrank.report.format import duration, or_dash, size, table_lines
 
 
 def plan_text(plan: Plan) -> str:
@@ -48,9 +26,7 @@ def _table(plan: Plan) -> list[str]:
     timed = any(row.seconds_per_step is not None for row in plan.ranks)
     heads = ["rank", "parameters", "adapter", "peak", "reserved", "with headroom", "TFLOP/step"]
     heads += ["s/step"] * timed + ["fits"] * (plan.memory_bytes is not None)
-    rows = [heads] + [_row(row, plan, timed) for row in plan.ranks]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(heads))]
-    return ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+    return table_lines([heads, *(_row(row, plan, timed) for row in plan.ranks)])
 
 
 def _row(row: RankPlan, plan: Plan, timed: bool) -> list[str]:
@@ -64,7 +40,7 @@ def _row(row: RankPlan, plan: Plan, timed: bool) -> list[str]:
         f"{row.flops_per_step / 1e12:.3g}",
     ]
     if timed:
-        cells.append("–" if row.seconds_per_step is None else f"{row.seconds_per_step:.3g}")
+        cells.append(or_dash(row.seconds_per_step, ".3g"))
     if plan.memory_bytes is not None:
         cells.append("yes" if row.fits else "no")
     return cells
@@ -72,7 +48,7 @@ def _row(row: RankPlan, plan: Plan, timed: bool) -> list[str]:
 
 def _where(row: RankPlan, plan: Plan) -> list[str]:
     parts = [
-        f"{COMPONENT_NAMES.get(name, name.replace('_', ' '))} {size(count)}"
+        f"{'logits, loss' if name == 'logits_and_loss' else name.replace('_', ' ')} {size(count)}"
         for name, count in row.components.items()
         if count
     ]

@@ -1,4 +1,4 @@
-"""The performance-against-rank curve: as a figure, and for the terminal."""
+"""The figure of performance against rank."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ from itertools import pairwise
 from math import log2
 
 from rightrank.records import Decision, RankEvidence
-from rightrank.report.figure import Band, Figure, Level, Mark, Series
-from rightrank.report.wording import metric_axis, rank_axis
+from rightrank.report.figure import Band, Figure, Level, Mark, Series, metric_axis, rank_axis
 
 
 def rank_figure(decision: Decision) -> Figure:
@@ -114,21 +113,3 @@ def _marks(decision: Decision, trained: list[RankEvidence]) -> list[Mark]:
         label = "chosen" if decision.rank is not None else "shown to be enough so far"
         marks.append(Mark(f"{label}: rank {chosen}", chosen, values[chosen]))
     return marks
-
-
-def terminal_curve(points: list[tuple[int, float]], width: int, height: int, colour: bool) -> str:
-    """The curve so far, for a terminal; empty below two ranks."""
-    if len(points) < 2:
-        return ""
-    import plotext
-
-    positions = list(range(len(points)))
-    plotext.clear_figure()
-    plotext.plot_size(width, height)
-    plotext.plot(positions, [value for _, value in points], marker="braille")
-    plotext.scatter(positions, [value for _, value in points], marker="●")
-    plotext.xticks(positions, [str(rank) for rank, _ in points])
-    plotext.xlabel("LoRA rank")
-    plotext.theme("clear")
-    text: str = plotext.build()
-    return text if colour else plotext.uncolorize(text)

@@ -7,24 +7,21 @@ from typing import TypeAlias
 
 from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
 from rightrank.records.probe import Allocation, Inspection, ModuleSpectrum, Resized, ResizedTogether
-from rightrank.report.heat_map import Figure, HeatMap, heat_map, short
+from rightrank.report.spectrum_figures import Statistic, spectrum_map
+from rightrank.report.terminal_figures import terminal_map
 
-MOST_ROWS = 20  # modules in the table; the heat map and --json have all
+MAX_ROWS = 20  # modules in the table; the heat map and --json have all
 TABLE_WIDTH = 112  # columns are never cut to a narrow terminal
-SHADES = (17, 18, 24, 30, 65, 101, 143, 185, 227)  # of the 256 terminal colours, dark to light
+ProbeRecord: TypeAlias = Inspection | Resized | ResizedTogether | Allocation
 
 
-Answer: TypeAlias = Inspection | Resized | ResizedTogether | Allocation
-
-
-def print_record(console: Console, record: Answer, figure: Figure, every: bool) -> None:
+def print_record(console: Console, record: ProbeRecord, statistic: Statistic, every: bool) -> None:
     """Whichever of the probe's answers it is."""
     console.width = max(console.width, TABLE_WIDTH)
     if isinstance(record, Inspection):
-        print_inspection(console, record, figure, every)
+        print_inspection(console, record, statistic, every)
     elif isinstance(record, Resized):
         print_resized(console, record)
     elif isinstance(record, ResizedTogether):
@@ -33,12 +30,12 @@ def print_record(console: Console, record: Answer, figure: Figure, every: bool) 
         print_allocation(console, record)
 
 
-def print_inspection(console: Console, inspection: Inspection, figure: Figure, every: bool) -> None:
+def print_inspection(console: Console, inspection: Inspection, statistic: Statistic, every: bool) -> None:
     """Heat map, modules, summary."""
     summary, modules = inspection.summary, inspection.modules
     if len(modules) > 1:
-        console.print(heat_text(heat_map(modules, figure)), soft_wrap=True)
-    shown = modules if every or len(modules) <= MOST_ROWS else extremes(modules)
+        console.print(terminal_map(spectrum_map(modules, statistic)), soft_wrap=True)
+    shown = modules if every or len(modules) <= MAX_ROWS else extremes(modules)
     console.print(module_table(shown))
     if len(shown) < len(modules):
         console.print(
@@ -51,7 +48,7 @@ def print_inspection(console: Console, inspection: Inspection, figure: Figure, e
 
 def extremes(modules: Sequence[ModuleSpectrum]) -> list[ModuleSpectrum]:
     """The modules that use least and most of their rank, in the order of the model."""
-    half = MOST_ROWS // 2
+    half = MAX_ROWS // 2
     by_use = sorted(modules, key=lambda module: (module.effective_rank or module.stable_rank) / module.rank)
     chosen = {module.name for module in by_use[:half] + by_use[-half:]}
     return [module for module in modules if module.name in chosen]
@@ -109,26 +106,6 @@ def summary_lines(inspection: Inspection) -> list[tuple[str, str]]:
         *(("note", note) for note in summary.notes),
     ]
     return [(name, value) for name, value in lines if value]
-
-
-def heat_text(data: HeatMap) -> Text:
-    """The heat map in shaded cells, each with its value."""
-    low, high = data.bounds
-    width = max(6, *(len(column) for column in data.columns)) + 1
-    text = Text(f"{data.title}, by layer and module\n", style="bold")
-    text.append(f"{'layer':>6} " + "".join(f"{column:>{width}}" for column in data.columns) + "\n")
-    for name, row in zip(data.rows, data.values, strict=True):
-        text.append(f"{name:>6} ")
-        for value in row:
-            if value is None:
-                text.append(" " * width)
-                continue
-            share = (value - low) / (high - low) if high > low else 0.5
-            shade = SHADES[min(int(share * len(SHADES)), len(SHADES) - 1)]
-            ink = "white" if share < 0.5 else "black"
-            text.append(f"{short(value):>{width}}", style=f"{ink} on color({shade})")
-        text.append("\n")
-    return text
 
 
 def print_resized(console: Console, resized: Resized) -> None:

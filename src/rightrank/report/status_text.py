@@ -7,9 +7,9 @@ from datetime import UTC, datetime
 
 from rightrank.decision.run import Records, decision_so_far, last_decided, running_trial
 from rightrank.records import JournalRecord, Record
-from rightrank.report.facts import cost_of, headline
-from rightrank.report.rank_curve import terminal_curve
-from rightrank.report.wording import quantity
+from rightrank.report.format import quantity
+from rightrank.report.sentences import cost_of, headline
+from rightrank.report.terminal_figures import terminal_curve
 
 STALE_SECONDS = 600  # a progress file older than this is of a process that is gone, or of one very long step
 CURVE_WIDTH, CURVE_HEIGHT = 72, 12

@@ -6,26 +6,27 @@ from collections.abc import Sequence
 
 from rightrank.records import SweepRow
 from rightrank.report.figure import HeatMap, best_column
+from rightrank.report.format import or_dash, table_lines
 
 SHARED = "shared by all ranks"
 
 
 def sweep_text(rows: Sequence[SweepRow]) -> str:
     """One line a setting and rank."""
-    wide = max([24, *(len(row.setting) for row in rows)])
-    lines = [
-        f"{'setting':<{wide}} {'rank':>5} {'rate':>9} {'held-out':>10} {'gain':>9} {'parameters':>12} {'shared':>12}"
-    ]
-    lines += [
-        f"{row.setting:<{wide}} {row.rank:>5} {row.learning_rate:>9g} {row.value:>10.4f} {row.gain:>+9.4f} "
-        f"{_count(row.parameters)} {_count(row.shared_parameters)}"
+    heading = ["setting", "rank", "learning rate", "held-out", "gain", "parameters", "shared"]
+    cells = [
+        [
+            row.setting,
+            str(row.rank),
+            f"{row.learning_rate:g}",
+            f"{row.value:.4f}",
+            f"{row.gain:+.4f}",
+            or_dash(row.parameters, ","),
+            or_dash(row.shared_parameters, ","),
+        ]
         for row in rows
     ]
-    return "\n".join(lines)
-
-
-def _count(parameters: int | None) -> str:
-    return f"{'–' if parameters is None else f'{parameters:,}':>12}"
+    return "\n".join(table_lines([heading, *cells], left=(0,)))
 
 
 def sweep_map(rows: Sequence[SweepRow], metric: str, higher_is_better: bool) -> HeatMap | None:

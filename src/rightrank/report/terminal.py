@@ -12,9 +12,9 @@ from rich.live import Live
 from rich.text import Text
 
 from rightrank.records import RunEvent, RunStarted, TrialOutcome
-from rightrank.report.rank_curve import terminal_curve
-from rightrank.report.tally import Tally
-from rightrank.report.wording import quantity
+from rightrank.report.format import quantity
+from rightrank.report.progress import Progress
+from rightrank.report.terminal_figures import terminal_curve
 
 CURVE_WIDTH, CURVE_HEIGHT = 72, 14
 PLAIN_SECONDS = 15.0  # between progress lines where nothing can be redrawn
@@ -38,7 +38,7 @@ class LiveView:
 
     def __init__(self, console: Console) -> None:
         self._console = console
-        self._tally = Tally()
+        self._progress = Progress()
         self._live = Live(console=console, refresh_per_second=4, transient=True)
 
     def __enter__(self) -> LiveView:
@@ -54,26 +54,26 @@ class LiveView:
             self._console.print(Text.from_ansi(curve))
 
     def plan(self, started: RunStarted, arms: int, steps: int) -> None:
-        self._tally.plan(started, arms)
+        self._progress.plan(started, arms)
         self.notice(plan_line(started, arms, steps))
 
     def resume(self, outcomes: Sequence[TrialOutcome]) -> None:
-        self._tally.resume(outcomes)
+        self._progress.resume(outcomes)
         self.notice(resume_line(outcomes))
 
     def event(self, event: RunEvent) -> None:
-        line = self._tally.event(event)
+        line = self._progress.event(event)
         if line is not None:
             self._console.print(line, highlight=False)
-        lines = [Text.from_ansi(self._curve()), Text(self._tally.so_far_line())]
-        self._live.update(Group(*lines, Text(self._tally.progress_line(), style="bold")))
+        lines = [Text.from_ansi(self._curve()), Text(self._progress.so_far_line())]
+        self._live.update(Group(*lines, Text(self._progress.progress_line(), style="bold")))
 
     def notice(self, text: str) -> None:
         self._console.print(text, highlight=False)
 
     def _curve(self) -> str:
         width = min(CURVE_WIDTH, self._console.width)
-        return terminal_curve(self._tally.curve(), width, CURVE_HEIGHT, colour=not self._console.no_color)
+        return terminal_curve(self._progress.curve(), width, CURVE_HEIGHT, colour=not self._console.no_color)
 
 
 class PlainView:
@@ -82,7 +82,7 @@ class PlainView:
     def __init__(self, console: Console, quiet: bool = False) -> None:
         self._console = console
         self._quiet = quiet
-        self._tally = Tally()
+        self._progress = Progress()
         self._said = time.monotonic()
 
     def __enter__(self) -> PlainView:
@@ -91,22 +91,22 @@ class PlainView:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        curve = terminal_curve(self._tally.curve(), CURVE_WIDTH, CURVE_HEIGHT, colour=False)
+        curve = terminal_curve(self._progress.curve(), CURVE_WIDTH, CURVE_HEIGHT, colour=False)
         if curve and error is None:
             self.notice(curve)
 
     def plan(self, started: RunStarted, arms: int, steps: int) -> None:
-        self._tally.plan(started, arms)
+        self._progress.plan(started, arms)
         self.notice(plan_line(started, arms, steps))
 
     def resume(self, outcomes: Sequence[TrialOutcome]) -> None:
-        self._tally.resume(outcomes)
+        self._progress.resume(outcomes)
         self.notice(resume_line(outcomes))
 
     def event(self, event: RunEvent) -> None:
-        line = self._tally.event(event)
+        line = self._progress.event(event)
         if line is None and time.monotonic() - self._said > PLAIN_SECONDS:
-            line = self._tally.progress_line()
+            line = self._progress.progress_line()
         if line is not None:
             self._said = time.monotonic()
             self.notice(line)

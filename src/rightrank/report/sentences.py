@@ -10,7 +10,7 @@ from typing import Any
 
 from rightrank.decision.run import Records
 from rightrank.records import Decision, TrialFinished
-from rightrank.report.wording import duration, metric_unit, quantity, size
+from rightrank.report.format import duration, metric_unit, quantity, size
 from rightrank.settings import SelectSettings
 
 

@@ -21,10 +21,10 @@ from rightrank.records import (
     TrialOutcome,
     TrialStarted,
 )
-from rightrank.report.wording import duration, size
+from rightrank.report.format import duration, size
 
 
-class Tally:
+class Progress:
     """Takes every event of a selection; answers in words and in seconds."""
 
     def __init__(self) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import pytest
 
 from rightrank.records import Arm, RunEvent, StepDone, Trial, TrialDiverged, TrialFinished, TrialOutcome, TrialStarted
-from rightrank.report.tally import Tally
+from rightrank.report.progress import Progress
 from tests.report.runs import made_up_run
 
 STEP_SECONDS, EVAL_SECONDS = 2.0, 6.0  # an arm's even share, whatever shares the passes with it
@@ -58,37 +58,37 @@ def events(trials: Sequence[Trial], pack_size: int) -> Iterator[tuple[float, Run
             yield left, ended(trial)
 
 
-def tally_of(count: int) -> Tally:
-    tally = Tally()
-    tally.plan(made_up_run().started, count)
-    return tally
+def progress_of(count: int) -> Progress:
+    progress = Progress()
+    progress.plan(made_up_run().started, count)
+    return progress
 
 
 @pytest.mark.parametrize("pack_size", [1, 3, 8])
 def test_the_time_left_is_the_time_left(pack_size: int) -> None:
     """Within one evaluation an arm: until one has ended, nobody knows what that takes."""
-    tally, trials = tally_of(8), arms(8)
+    progress, trials = progress_of(8), arms(8)
     told = 0
     for left, event in events(trials, pack_size):
-        tally.event(event)
+        progress.event(event)
         if (isinstance(event, StepDone) and event.trial_id == trials[-1].trial_id) or isinstance(event, TrialFinished):
-            remaining = tally.remaining_seconds()
+            remaining = progress.remaining_seconds()
             assert remaining is not None
             assert abs(remaining - left) <= EVAL_SECONDS * len(trials) + 1e-6
             told += 1
     assert told > 8
-    assert tally.remaining_seconds() == pytest.approx(0)
+    assert progress.remaining_seconds() == pytest.approx(0)
 
 
 def test_a_pack_s_start_is_not_the_time_of_one_arm_times_all() -> None:
     """Eight together, a quarter of the way: three quarters are left, not eight times that and not nothing."""
-    tally = tally_of(8)
+    progress = progress_of(8)
     for left, event in events(arms(8), 8):
-        tally.event(event)
+        progress.event(event)
         if isinstance(event, StepDone) and event.step == 5 and event.trial_id == "t7":
-            assert tally.remaining_seconds() == pytest.approx(left, abs=8 * EVAL_SECONDS)
+            assert progress.remaining_seconds() == pytest.approx(left, abs=8 * EVAL_SECONDS)
             assert "trials 1 to 8 of 8 · 8 together, ranks 1, 2, 4, 8, 16, 32, 64, 128 · step 5/20" in (
-                tally.progress_line()
+                progress.progress_line()
             )
             return
     pytest.fail("never there")
@@ -96,43 +96,43 @@ def test_a_pack_s_start_is_not_the_time_of_one_arm_times_all() -> None:
 
 def test_a_resumed_run_counts_what_is_done(tmp_path: object) -> None:
     trials = arms(6)
-    tally = tally_of(6)
-    tally.resume([ended(trial) for trial in trials[:4]])
+    progress = progress_of(6)
+    progress.resume([ended(trial) for trial in trials[:4]])
     whole = 20 * STEP_SECONDS + EVAL_SECONDS
-    assert tally.remaining_seconds() == pytest.approx(2 * whole)
-    tally.event(started(trials[4]))
+    assert progress.remaining_seconds() == pytest.approx(2 * whole)
+    progress.event(started(trials[4]))
     # from its checkpoint at step 15: its seconds are those of all its steps, this process's and the last one's
-    tally.event(StepDone(trial_id="t4", step=15, steps=20, loss=3.0, seconds=15 * STEP_SECONDS))
-    assert tally.remaining_seconds() == pytest.approx(5 * STEP_SECONDS + whole, abs=EVAL_SECONDS)
-    assert tally.progress_line().startswith("trial 5 of 6 · rank 16, ")
-    assert [rank for rank, _ in tally.curve()] == [1, 2, 4, 8]
+    progress.event(StepDone(trial_id="t4", step=15, steps=20, loss=3.0, seconds=15 * STEP_SECONDS))
+    assert progress.remaining_seconds() == pytest.approx(5 * STEP_SECONDS + whole, abs=EVAL_SECONDS)
+    assert progress.progress_line().startswith("trial 5 of 6 · rank 16, ")
+    assert [rank for rank, _ in progress.curve()] == [1, 2, 4, 8]
 
 
 def test_a_continued_training_counts_by_itself() -> None:
     """Stopped at 5 of 20 steps and gone on with: the second arm costs 15 steps, its seconds say 20."""
     short = Trial(trial_id="short", arm=arms(1)[0].arm.model_copy(update={"stop_at": 5}))
     rest = Trial(trial_id="rest", arm=arms(1)[0].arm.model_copy(update={"continue_from": "short"}))
-    tally = tally_of(3)
+    progress = progress_of(3)
     outcomes: list[TrialOutcome] = [ended(short), ended(rest)]
-    tally.resume(outcomes)
+    progress.resume(outcomes)
     own = [5 * STEP_SECONDS + EVAL_SECONDS, 15 * STEP_SECONDS]
-    assert tally.remaining_seconds() == pytest.approx(sum(own) / 2)
+    assert progress.remaining_seconds() == pytest.approx(sum(own) / 2)
 
 
 def test_what_diverged_counts_its_steps() -> None:
-    trial, tally = arms(1)[0], tally_of(2)
-    tally.event(started(trial))
-    tally.event(StepDone(trial_id="t0", step=4, steps=20, loss=9.0, seconds=8.0))
-    line = tally.event(TrialDiverged(trial_id="t0", **trial.arm.model_dump(), step=4, reason="loss is nan"))
+    trial, progress = arms(1)[0], progress_of(2)
+    progress.event(started(trial))
+    progress.event(StepDone(trial_id="t0", step=4, steps=20, loss=9.0, seconds=8.0))
+    line = progress.event(TrialDiverged(trial_id="t0", **trial.arm.model_dump(), step=4, reason="loss is nan"))
     assert line is not None
     assert line.endswith("diverged at step 4: loss is nan  (8 s)")
-    assert tally.remaining_seconds() == pytest.approx(8.0)
+    assert progress.remaining_seconds() == pytest.approx(8.0)
 
 
 def test_more_than_expected_is_no_negative_time() -> None:
-    tally, trials = tally_of(2), arms(4)
+    progress, trials = progress_of(2), arms(4)
     for _, event in events(trials, 2):
-        tally.event(event)
-        assert (tally.remaining_seconds() or 0.0) >= 0
-        numbers = [int(word) for word in tally.progress_line().split(" · ")[0].split() if word.isdigit()]
+        progress.event(event)
+        assert (progress.remaining_seconds() or 0.0) >= 0
+        numbers = [int(word) for word in progress.progress_line().split(" · ")[0].split() if word.isdigit()]
         assert numbers == sorted(numbers)  # never "trial 3 of 2"
