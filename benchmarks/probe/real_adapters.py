@@ -21,7 +21,7 @@ import yaml
 from benchmarks.probe.common import store
 from rightrank.io.adapter_folder import open_adapter
 from rightrank.maths.intervals import estimate
-from rightrank.probe.bench_of import DataUse, bench_of
+from rightrank.probe.adapter_runtime import DataUse, adapter_runtime
 from rightrank.probe.held_out import Candidates, Recovery, truncation_curve
 from rightrank.settings import SelectSettings, make_settings
 
@@ -60,8 +60,8 @@ def main() -> None:
         for steps in (0, arguments.recover):
             recovery = Recovery(steps, top.learning_rate, seed=top.seed + 1) if steps else None
             with tempfile.TemporaryDirectory() as name:
-                bench = bench_of(adapter, None, DataUse(arguments.data, settings, Path(name) / "cache", steps))
-                curve = truncation_curve(adapter, bench, Candidates(sorted(direct), recovery), Path(name))
+                runtime = adapter_runtime(adapter, None, DataUse(arguments.data, settings, Path(name) / "cache", steps))
+                curve = truncation_curve(adapter, runtime, Candidates(sorted(direct), recovery), Path(name))
             for measured in curve.trials:
                 if measured.rank == 0:
                     continue

@@ -16,8 +16,8 @@ from rightrank.engine.runtime import Scores
 from rightrank.engine.training_loop import run_trial
 from rightrank.io.adapter_folder import AdapterFolder, open_adapter
 from rightrank.probe import importance
+from rightrank.probe.adapter_runtime import DataUse, adapter_on, adapter_runtime
 from rightrank.probe.allocate import _Trained, compare, shuffled
-from rightrank.probe.bench_of import DataUse, adapter_on, bench_of
 from rightrank.probe.held_out import measure
 from rightrank.probe.rank_choice import RankChoice
 from rightrank.probe.resize import write_resized
@@ -30,16 +30,16 @@ from tests.tiny import small_settings
 @pytest.fixture(scope="module")
 def trained(model_folder: Path, completion_file: Path, tmp_path_factory: pytest.TempPathFactory) -> AdapterFolder:
     root = tmp_path_factory.mktemp("trained")
-    bench = make_runtime(model_folder, completion_file, small_settings(max_steps=20), root / "cache")
+    runtime = make_runtime(model_folder, completion_file, small_settings(max_steps=20), root / "cache")
     arm = Arm(rank=8, learning_rate=1e-2, lora_alpha=32.0, seed=0, steps=20)
-    run_trial(bench, Trial(trial_id="t", arm=arm), None, TrialFolders(root / "c", root / "adapter"), Watcher())
+    run_trial(runtime, Trial(trial_id="t", arm=arm), None, TrialFolders(root / "c", root / "adapter"), Watcher())
     return open_adapter(root / "adapter")
 
 
 @pytest.fixture(scope="module")
-def bench(trained: AdapterFolder, completion_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+def runtime(trained: AdapterFolder, completion_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     use = DataUse(completion_file, small_settings(), tmp_path_factory.mktemp("cache"), 4)
-    return bench_of(trained, None, use)
+    return adapter_runtime(trained, None, use)
 
 
 def cost(adapter: AdapterFolder, ranks: dict[str, int]) -> int:
@@ -47,44 +47,44 @@ def cost(adapter: AdapterFolder, ranks: dict[str, int]) -> int:
 
 
 @pytest.mark.parametrize("by", ["spectra", "sensitivity", "gradient", "eva"])
-def test_every_measure_keeps_the_budget(trained: AdapterFolder, bench: Any, by: str) -> None:
+def test_every_measure_keeps_the_budget(trained: AdapterFolder, runtime: Any, by: str) -> None:
     budget = cost(trained, {module.name: 4 for module in trained.modules})
-    before = bench.evaluate("selection").losses
+    before = runtime.evaluate("selection").losses
     if by == "spectra":
         ranks = importance.by_spectra(trained, budget)
     elif by == "eva":
-        ranks = importance.by_eva(trained, bench, budget, 4)
+        ranks = importance.by_eva(trained, runtime, budget, 4)
     else:
-        ranks = getattr(importance, f"by_{by}")(trained, bench, budget)
+        ranks = getattr(importance, f"by_{by}")(trained, runtime, budget)
     assert ranks.keys() == {module.name for module in trained.modules}
     assert min(ranks.values()) >= 1
     assert cost(trained, ranks) <= budget
     assert len(set(ranks.values())) > 1
-    assert bench.evaluate("selection").losses == pytest.approx(before, rel=1e-6)  # the base is as it was
-    assert not any(parameter.requires_grad for parameter in bench.model.parameters())
+    assert runtime.evaluate("selection").losses == pytest.approx(before, rel=1e-6)  # the base is as it was
+    assert not any(parameter.requires_grad for parameter in runtime.model.parameters())
 
 
-def test_sensitivity_is_the_loss_of_the_truncated_adapter(trained: AdapterFolder, bench: Any, tmp_path: Path) -> None:
-    curves = importance.truncation_sensitivity(trained, bench, "selection")
+def test_sensitivity_is_the_loss_of_the_truncated_adapter(trained: AdapterFolder, runtime: Any, tmp_path: Path) -> None:
+    curves = importance.truncation_sensitivity(trained, runtime, "selection")
     name = trained.modules[3].name
     ranks = {module.name: module.rank for module in trained.modules} | {name: 2}
     write_resized(trained, tmp_path / "one", RankChoice(ranks, "test"))
-    assert curves[name][2] == pytest.approx(measure(bench, tmp_path / "one").loss, rel=1e-5)
-    with adapter_on(bench, trained.path):
-        assert curves[name][8] == pytest.approx(bench.evaluate("selection").loss, rel=1e-6)
+    assert curves[name][2] == pytest.approx(measure(runtime, tmp_path / "one").loss, rel=1e-5)
+    with adapter_on(runtime, trained.path):
+        assert curves[name][8] == pytest.approx(runtime.evaluate("selection").loss, rel=1e-6)
 
 
-def test_gradients_are_those_of_the_loss(trained: AdapterFolder, bench: Any) -> None:
+def test_gradients_are_those_of_the_loss(trained: AdapterFolder, runtime: Any) -> None:
     name = trained.modules[0].name
-    gradient = importance.weight_gradients(bench, [name], items=4)[name]
-    weight = bench.model.get_submodule(name).weight
-    batch = bench.batch("train", range(4))
+    gradient = importance.weight_gradients(runtime, [name], items=4)[name]
+    weight = runtime.model.get_submodule(name).weight
+    batch = runtime.batch("train", range(4))
     step = 1e-3 * gradient / gradient.norm()
     losses = []
     for sign in (1, -1):
         with torch.no_grad():
             weight += sign * step
-            losses.append(float(bench.losses("train", batch, 1 / 4).total))
+            losses.append(float(runtime.losses("train", batch, 1 / 4).total))
             weight -= sign * step
     assert (losses[0] - losses[1]) / 2e-3 == pytest.approx(float(gradient.norm()), rel=0.05)
 

@@ -15,11 +15,11 @@ from rightrank.engine.arm_training import TrialFolders, Watcher
 from rightrank.engine.training_loop import run_trial
 from rightrank.io.adapter_folder import open_adapter
 from rightrank.io.adapters import save_adapter
-from rightrank.probe.bench_of import DataUse, adapter_on, bench_of
+from rightrank.probe.adapter_runtime import DataUse, adapter_on, adapter_runtime
 from rightrank.probe.held_out import Recovery, measure
 from rightrank.records import Arm, Trial, TrialFinished
 from tests.helpers import make_runtime
-from tests.probe.adapters import load_strictly, tensors_of
+from tests.probe.adapters import load_strictly, make_adapter, tensors_of
 from tests.tiny import small_settings
 
 SETTINGS = ["--set", "seq_len=32", "--set", "eval_items=12", "--set", "batch_size=4"]
@@ -29,9 +29,9 @@ SETTINGS = ["--set", "seq_len=32", "--set", "eval_items=12", "--set", "batch_siz
 def trained(model_folder: Path, completion_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A rank-8 adapter that learned something, in few directions."""
     root = tmp_path_factory.mktemp("trained")
-    bench = make_runtime(model_folder, completion_file, small_settings(max_steps=150), root / "cache")
+    runtime = make_runtime(model_folder, completion_file, small_settings(max_steps=150), root / "cache")
     arm = Arm(rank=8, learning_rate=1e-2, lora_alpha=32.0, seed=0, steps=150)
-    run_trial(bench, Trial(trial_id="t", arm=arm), None, TrialFolders(root / "c", root / "adapter"), Watcher())
+    run_trial(runtime, Trial(trial_id="t", arm=arm), None, TrialFolders(root / "c", root / "adapter"), Watcher())
     return root / "adapter"
 
 
@@ -68,13 +68,13 @@ def test_the_value_told_is_that_of_the_folder_written(
     settings = make_settings({"seq_len": 32, "eval_items": 12, "margin": 0.05})
     told = resize(trained, tmp_path / "small", data=completion_file, options=ResizeOptions(settings=settings))
     adapter = open_adapter(tmp_path / "small")
-    bench = bench_of(adapter, None, DataUse(completion_file, settings, tmp_path / "cache"))
-    before = bench.evaluate("selection").loss
-    with adapter_on(bench, tmp_path / "small"):
-        loss = bench.evaluate("selection").loss
+    runtime = adapter_runtime(adapter, None, DataUse(completion_file, settings, tmp_path / "cache"))
+    before = runtime.evaluate("selection").loss
+    with adapter_on(runtime, tmp_path / "small"):
+        loss = runtime.evaluate("selection").loss
     by_rank = {entry.rank: entry.value for entry in told.held_out}
     assert loss == pytest.approx(by_rank[told.rank or 0], rel=1e-5)
-    assert bench.evaluate("selection").loss == before == pytest.approx(by_rank[0], rel=1e-6)
+    assert runtime.evaluate("selection").loss == before == pytest.approx(by_rank[0], rel=1e-6)
     load_strictly(model_folder, tmp_path / "small")
 
 
@@ -103,16 +103,16 @@ def test_training_an_adapter_that_exists_is_the_engines_training(
     model_folder: Path, completion_file: Path, tmp_path: Path
 ) -> None:
     settings = small_settings()
-    bench = make_runtime(model_folder, completion_file, settings, tmp_path / "cache")
+    runtime = make_runtime(model_folder, completion_file, settings, tmp_path / "cache")
     arm = Arm(rank=4, learning_rate=1e-2, lora_alpha=32.0, seed=0, steps=8)
-    with bench.arm(arm) as fresh:
+    with runtime.arm(arm) as fresh:
         save_adapter(fresh, tmp_path / "fresh", str(model_folder))
     engine = run_trial(
-        bench, Trial(trial_id="t", arm=arm), None, TrialFolders(tmp_path / "c", tmp_path / "a"), Watcher()
+        runtime, Trial(trial_id="t", arm=arm), None, TrialFolders(tmp_path / "c", tmp_path / "a"), Watcher()
     )
     assert isinstance(engine, TrialFinished)
     adapter = open_adapter(tmp_path / "fresh")
-    ours = bench_of(adapter, None, DataUse(completion_file, settings, tmp_path / "cache2", arm.steps))
+    ours = adapter_runtime(adapter, None, DataUse(completion_file, settings, tmp_path / "cache2", arm.steps))
     scores = measure(ours, tmp_path / "fresh", Recovery(arm.steps, arm.learning_rate))
     assert scores.losses == pytest.approx(engine.item_losses, rel=1e-4)
 
@@ -149,3 +149,15 @@ def test_rank_1_leaves_nothing_to_measure(
         main(["resize", str(tmp_path / "one"), str(tmp_path / "out"), "--data", str(completion_file)])
     assert stop.value.code == 2
     assert "its rank is 1" in capsys.readouterr().err
+
+
+def test_measuring_an_adapter_with_modules_to_save_restores_the_base(
+    model_folder: Path, completion_file: Path, tmp_path: Path
+) -> None:
+    """PEFT's own unload leaves the adapter's copy of the module in the base."""
+    adapter = open_adapter(make_adapter(model_folder, tmp_path / "adapter", "modules_to_save"))
+    runtime = adapter_runtime(adapter, None, DataUse(completion_file, small_settings(), tmp_path / "cache"))
+    before = runtime.evaluate("selection").losses
+    with adapter_on(runtime, adapter.path):
+        assert runtime.evaluate("selection").losses != before
+    assert runtime.evaluate("selection").losses == before

@@ -18,13 +18,13 @@ from peft import set_peft_model_state_dict
 
 from rightrank.engine.averaging import RunningMean
 from rightrank.engine.batches import Batch
-from rightrank.engine.distributed import all_reduce, my_share, process_index
-from rightrank.engine.encode import label_count
+from rightrank.engine.distributed import process_index
 from rightrank.engine.multi_lora import ArmBatch, MultiLora
-from rightrank.engine.optimizer import learning_rate_schedule, make_optimizer, optimizer_state
+from rightrank.engine.optimizer import learning_rate_schedule, optimizer_state
 from rightrank.engine.outcome import Diverged, Progress, Seen, finished
 from rightrank.engine.runtime import Runtime, Scores
 from rightrank.engine.scoring import Measured, measure
+from rightrank.engine.steps import OptimizerSteps
 from rightrank.io.adapters import save_adapter
 from rightrank.io.checkpoints import Checkpoint, load_checkpoint, save_checkpoint
 from rightrank.io.truncation import truncated_tensors
@@ -87,17 +87,19 @@ class ArmTraining:
             self.adapter, trial.arm, runtime.arm_config(trial.arm), runtime.first_rows(trial.arm)
         )
         self._parameters = list(self._named.values())
-        self._optimizer = make_optimizer(self._parameters, trial.arm.learning_rate, runtime.settings)
-        self._lr_factor = arm_schedule(runtime.settings, trial.arm)
-        self._plan = training_batches(runtime, trial.arm)
+        self._steps = OptimizerSteps(
+            runtime,
+            self._parameters,
+            trial.arm.learning_rate,
+            training_batches(runtime, trial.arm),
+            arm_schedule(runtime.settings, trial.arm),
+        )
         self._last_step = trial.arm.steps if trial.arm.stop_at is None else trial.arm.stop_at
         self._evaluate_at = evaluation_steps(trial.arm.steps, runtime.settings.eval_points)
         self._saved = time.perf_counter()
         self._save_seconds = 0.0  # that the last checkpoint took
         self.company = 1  # most arms, this one among them, that shared a pass
-        self._labels = 0  # of the step under way
-        self._loss_sum = 0.0
-        self._tokens = 0
+        self._loss_sum = 0.0  # of the step under way
         self._micro_batch = 0
         self._scores: Scores | None = None  # of the last evaluation
         self._measured: tuple[int, Measured] | None = None  # after which step, and what
@@ -115,45 +117,27 @@ class ArmTraining:
         return self.progress.step in self._evaluate_at or self.progress.step == self._last_step
 
     def micro_batches(self) -> list[Batch]:
-        """The batches of the step to come, and its rate into the optimizer."""
-        size = self._settings.batch_size
-        indices = self._plan[self.progress.step]
-        micro = [indices[start : start + size] for start in range(0, len(indices), size)]
-        batches = [self._runtime.batch("train", my_share(part)) for part in micro]
-        items = [self._runtime.items("train")[index] for index in indices]
-        self._labels = sum(label_count(item, self._runtime.data.is_classification) for item in items)
-        self._loss_sum, self._tokens = 0.0, sum(item.length for item in items)
-        self._micro_batch = 0
-        for group in self._optimizer.param_groups:
-            group["lr"] = self.trial.arm.learning_rate * self._lr_factor(self.progress.step)
-        self._optimizer.zero_grad(set_to_none=True)  # of a step that ran out of memory
-        return batches
+        """The batches of the step to come."""
+        self._loss_sum, self._micro_batch = 0.0, 0
+        return self._steps.begin(self.progress.step)
 
     def arm_batch(self, batch: Batch) -> ArmBatch:
         """This arm's share of the pass over its next micro-batch."""
         per_step = self._settings.gradient_accumulation_steps
         draw = (self.trial.arm.seed * 1_000_003 + self.progress.step) * per_step + self._micro_batch
         self._micro_batch += 1
-        return ArmBatch(self.adapter, batch, 1 / self._labels, draw)
+        return ArmBatch(self.adapter, batch, 1 / self._steps.labels, draw)
 
     def add_losses(self, loss_sum: float) -> None:
         self._loss_sum += loss_sum
 
     def update(self) -> None:
-        """Clip, step, and count the step; first sum gradients and losses over the processes, where there are more."""
-        loss = torch.tensor([self._loss_sum], dtype=torch.float64)
-        all_reduce([loss])
-        self._loss_sum = float(loss)
-        all_reduce([parameter.grad for parameter in self._parameters if parameter.grad is not None])
-        if self._settings.max_grad_norm > 0:
-            torch.nn.utils.clip_grad_norm_(self._parameters, self._settings.max_grad_norm)
-        self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=True)
+        """Step, and count the step."""
+        self.progress.train_losses.append(self._steps.update(self._loss_sum))
         self.progress.step += 1
         if self._mean is not None:
             self._mean.add(self.progress.step)
-        self.progress.train_tokens += self._tokens
-        self.progress.train_losses.append(self._loss_sum / self._labels)
+        self.progress.train_tokens += self._steps.tokens
 
     def end_step(self, seconds: float) -> None:
         """Report the step; end a training that can only get worse.
@@ -295,7 +279,7 @@ class ArmTraining:
         progress = self.progress
         tensors = {f"parameter.{name}": value.detach() for name, value in self._named.items()}
         for index, parameter in enumerate(self._parameters):
-            for key, value in self._optimizer.state[parameter].items():
+            for key, value in self._steps.optimizer.state[parameter].items():
                 tensors[f"optimizer.{index}.{key}"] = torch.as_tensor(value)
         if self._mean is not None:
             tensors |= self._mean.tensors()
@@ -334,7 +318,7 @@ class ArmTraining:
             for name, value in self._named.items():
                 value.copy_(found.tensors[f"parameter.{name}"])
         for index, parameter in enumerate(self._parameters):
-            self._optimizer.state[parameter] = optimizer_state(found.tensors, index, parameter)
+            self._steps.optimizer.state[parameter] = optimizer_state(found.tensors, index, parameter)
         if self._mean is not None and trial_id == self.trial.trial_id:
             self._mean.restore(found.tensors)
         state = found.state

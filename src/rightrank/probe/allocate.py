@@ -24,7 +24,7 @@ from rightrank.io.patterns import exact_pattern
 from rightrank.io.reading import UnreadableError, read_json_object
 from rightrank.maths.intervals import estimate
 from rightrank.probe import importance
-from rightrank.probe.bench_of import DataUse, bench_of, train_attached
+from rightrank.probe.adapter_runtime import DataUse, adapter_runtime, train_attached
 from rightrank.probe.rank_choice import by_rank
 from rightrank.records import Arm
 from rightrank.records.probe import Allocation, AllocationTrial, AllocationVerdict
@@ -71,8 +71,10 @@ def allocate(path: Path, data: Path, options: AllocateOptions) -> Allocation:
     given = None if options.pattern is None else read_pattern(options.pattern, adapter)
     budget = options.rank * sum(module.rows + module.columns for module in adapter.modules)
     with tempfile.TemporaryDirectory(prefix="rightrank-") as name:
-        bench = bench_of(adapter, options.base, DataUse(data, options.settings, Path(name) / "cache", options.steps))
-        ranks = given or make_pattern(adapter, bench, budget, options)
+        runtime = adapter_runtime(
+            adapter, options.base, DataUse(data, options.settings, Path(name) / "cache", options.steps)
+        )
+        ranks = given or make_pattern(adapter, runtime, budget, options)
         patterns = {
             "uniform": dict.fromkeys(ranks, options.rank),
             "allocated": ranks,
@@ -81,20 +83,20 @@ def allocate(path: Path, data: Path, options: AllocateOptions) -> Allocation:
         trained: dict[PatternKind, list[_Trained]] = {"uniform": [], "allocated": [], "shuffled": []}
         for kind, found in trained.items():
             for seed in options.seeds:
-                found.append(_train(bench, adapter, kind, patterns[kind], seed, options))
+                found.append(_train(runtime, adapter, kind, patterns[kind], seed, options))
                 options.on_trial(found[-1].record)
     return _answer(adapter, ranks, trained, options)
 
 
-def make_pattern(adapter: AdapterFolder, bench: Runtime, budget: int, options: AllocateOptions) -> dict[str, int]:
+def make_pattern(adapter: AdapterFolder, runtime: Runtime, budget: int, options: AllocateOptions) -> dict[str, int]:
     """Ranks by the measure that was asked for, within the budget of parameters."""
     if options.by == "spectra":
         return importance.by_spectra(adapter, budget)
     if options.by == "gradient":
-        return importance.by_gradient(adapter, bench, budget)
+        return importance.by_gradient(adapter, runtime, budget)
     if options.by == "eva":
-        return importance.by_eva(adapter, bench, budget, options.rank)
-    return importance.by_sensitivity(adapter, bench, budget)
+        return importance.by_eva(adapter, runtime, budget, options.rank)
+    return importance.by_sensitivity(adapter, runtime, budget)
 
 
 def read_pattern(path: Path, adapter: AdapterFolder) -> dict[str, int]:
@@ -150,7 +152,7 @@ def _check(options: AllocateOptions) -> None:
 
 
 def _train(
-    bench: Runtime,
+    runtime: Runtime,
     adapter: AdapterFolder,
     kind: PatternKind,
     ranks: Mapping[str, int],
@@ -158,7 +160,7 @@ def _train(
     options: AllocateOptions,
 ) -> _Trained:
     """Train one pattern from a fresh start and measure it on the test split."""
-    settings = bench.settings
+    settings = runtime.settings
     arm = Arm(
         rank=max(ranks.values()),
         learning_rate=options.learning_rate,
@@ -166,11 +168,11 @@ def _train(
         seed=seed,
         steps=options.steps,
     )
-    config = lora_config(settings, arm, bench.data.is_classification, bench.targets.names)
+    config = lora_config(settings, arm, runtime.data.is_classification, runtime.targets.names)
     config.rank_pattern = exact_pattern(ranks, arm.rank, ranks)
-    with attached(bench.model, settings, arm, config) as peft_model:
-        train_attached(bench, peft_model, options.learning_rate, seed)
-        scores = bench.evaluate("test")
+    with attached(runtime.model, settings, arm, config) as peft_model:
+        train_attached(runtime, peft_model, options.learning_rate, seed)
+        scores = runtime.evaluate("test")
     parameters = sum(ranks[module.name] * (module.rows + module.columns) for module in adapter.modules)
     record = AllocationTrial(pattern=kind, seed=seed, parameters=parameters, value=scores.loss, ranks=dict(ranks))
     return _Trained(record, scores)

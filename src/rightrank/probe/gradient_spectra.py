@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
-from rightrank.probe.bench_of import DataUse, make_bench
+from rightrank.probe.adapter_runtime import DataUse, make_runtime
 from rightrank.probe.checkpoint_spectra import matrix_update
 from rightrank.probe.importance import GRADIENT_ITEMS, weight_gradients
 from rightrank.probe.spectrum import Circumstances, describe, flag_dead, summarise
@@ -20,9 +20,9 @@ def inspect_gradient(model: str, data: Path, settings: SelectSettings, sketch_ra
         InputError: the model, the data or a module name can't be used.
     """
     with tempfile.TemporaryDirectory(prefix="rightrank-") as name:
-        bench = make_bench(model, None, DataUse(data, settings, Path(name)))
-        shapes = {target.name: target for target in bench.targets.modules}
-        gradients = weight_gradients(bench, list(shapes))
+        runtime = make_runtime(model, None, DataUse(data, settings, Path(name)))
+        shapes = {target.name: target for target in runtime.targets.modules}
+        gradients = weight_gradients(runtime, list(shapes))
     updates = []
     for module, gradient in gradients.items():
         target = shapes[module]
@@ -30,6 +30,6 @@ def inspect_gradient(model: str, data: Path, settings: SelectSettings, sketch_ra
         matrix = gradient if gradient.shape[0] == target.out_features else gradient.T
         updates.append(matrix_update(module, matrix.float(), sketch_rank))
     modules = flag_dead([describe(update) for update in updates])
-    note = f"mean loss over the first {min(GRADIENT_ITEMS, len(bench.items('train')))} training items, base without adapter"
+    note = f"mean loss over the first {min(GRADIENT_ITEMS, len(runtime.items('train')))} training items, base without adapter"
     about = Circumstances("gradient", "none", model, sum(update.parameters for update in updates), notes=(note,))
     return Inspection(modules=modules, summary=summarise(modules, about))

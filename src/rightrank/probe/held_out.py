@@ -17,7 +17,7 @@ from rightrank.engine.runtime import Runtime, Scores
 from rightrank.io.adapter_folder import AdapterFolder, open_adapter, write_adapter
 from rightrank.io.adapters import save_adapter
 from rightrank.io.files import require_absent
-from rightrank.probe.bench_of import adapter_on, finished_trial, train_attached
+from rightrank.probe.adapter_runtime import adapter_on, finished_trial, train_attached
 from rightrank.probe.rank_choice import RankChoice
 from rightrank.probe.resize import write_resized
 from rightrank.records import Decision, TrialFinished
@@ -57,7 +57,7 @@ class TruncationCurve:
 def resize_by_data(
     adapter: AdapterFolder,
     out: Path,
-    bench: Runtime,
+    runtime: Runtime,
     candidates: Candidates,
     working: Path,
 ) -> Resized:
@@ -68,7 +68,7 @@ def resize_by_data(
         RunError: recovery diverged.
     """
     require_absent(out)
-    curve = truncation_curve(adapter, bench, candidates, working)
+    curve = truncation_curve(adapter, runtime, candidates, working)
     chosen = open_adapter(working / f"r{curve.rank}")
     write_adapter(out, chosen.config, {key: _as_before(adapter, chosen, key, candidates.dtype) for key in chosen.keys})
     resized = curve.written[curve.rank]
@@ -101,23 +101,25 @@ def _as_before(adapter: AdapterFolder, chosen: AdapterFolder, key: str, dtype: D
     return tensor.to(adapter.tensor(key).dtype)
 
 
-def truncation_curve(adapter: AdapterFolder, bench: Runtime, candidates: Candidates, working: Path) -> TruncationCurve:
+def truncation_curve(
+    adapter: AdapterFolder, runtime: Runtime, candidates: Candidates, working: Path
+) -> TruncationCurve:
     """The held-out loss of every truncation; the candidates stay in `working` as r1, r2, …
 
     Raises:
         ModelError: the adapter does not fit the base.
         RunError: recovery diverged.
     """
-    metric, recovery = bench.settings.metric, candidates.recovery
-    trials = [finished_trial("base", 0, bench.evaluate("selection"), metric)]
+    metric, recovery = runtime.settings.metric, candidates.recovery
+    trials = [finished_trial("base", 0, runtime.evaluate("selection"), metric)]
     written: dict[int, Resized] = {}
     for rank in sorted(candidates.ranks, reverse=True):
         folder = working / f"r{rank}"
         written[rank] = write_resized(adapter, folder, capped(adapter, rank), candidates.dtype)
-        scores = measure(bench, folder, recovery)
+        scores = measure(runtime, folder, recovery)
         trials.append(finished_trial(f"r{rank}", rank, scores, metric, steps=recovery.steps if recovery else 0))
         candidates.on_rank(rank, trials[-1].value)
-    decision = decide(table_of(trials, metric), bench.settings.margin, token_loss=not bench.data.is_classification)
+    decision = decide(table_of(trials, metric), runtime.settings.margin, token_loss=not runtime.data.is_classification)
     return TruncationCurve(trials, written, decision, decision.fallback_rank)
 
 
@@ -126,11 +128,11 @@ def capped(adapter: AdapterFolder, rank: int) -> RankChoice:
     return RankChoice({module.name: min(rank, module.rank) for module in adapter.modules}, f"rank {rank} at most")
 
 
-def measure(bench: Runtime, folder: Path, recovery: Recovery | None = None) -> Scores:
+def measure(runtime: Runtime, folder: Path, recovery: Recovery | None = None) -> Scores:
     """Held-out scores of an adapter folder; with recovery trained first, and the folder replaced by the result."""
-    with adapter_on(bench, folder, trainable=recovery is not None) as peft_model:
+    with adapter_on(runtime, folder, trainable=recovery is not None) as peft_model:
         if recovery is not None:
-            train_attached(bench, peft_model, recovery.learning_rate, recovery.seed)
+            train_attached(runtime, peft_model, recovery.learning_rate, recovery.seed)
             base_name = str(peft_model.peft_config["default"].base_model_name_or_path)
             save_adapter(peft_model, folder, base_name)
-        return bench.evaluate("selection")
+        return runtime.evaluate("selection")

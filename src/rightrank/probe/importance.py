@@ -12,14 +12,14 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from peft import EvaConfig, LoraConfig, get_peft_model, initialize_lora_eva_weights
+from peft import EvaConfig, LoraConfig, initialize_lora_eva_weights
 
-from rightrank.engine.adapter import ADAPTER, lora_modules
+from rightrank.engine.adapter import ADAPTER, lora_modules, unwrapped, wrapped
 from rightrank.engine.runtime import Runtime
 from rightrank.io.adapter_folder import AdapterFolder
 from rightrank.io.truncation import resized_factors
 from rightrank.maths.spectra import factored_singular_values, ranks_by_water_filling
-from rightrank.probe.bench_of import adapter_on
+from rightrank.probe.adapter_runtime import adapter_on
 from rightrank.records import SplitName
 
 GRADIENT_ITEMS = 64  # training items that the gradient is averaged over
@@ -34,21 +34,21 @@ def by_spectra(adapter: AdapterFolder, budget: int) -> dict[str, int]:
 
 
 def by_sensitivity(
-    adapter: AdapterFolder, bench: Runtime, budget: int, split: SplitName = "selection"
+    adapter: AdapterFolder, runtime: Runtime, budget: int, split: SplitName = "selection"
 ) -> dict[str, int]:
     """Greedy by held-out loss: the step up the ranks of one module that saves most loss for its parameters.
 
     Every module is truncated alone, to 1, 2, 4, … below its rank, the others staying whole.
     """
-    curves = truncation_sensitivity(adapter, bench, split)
+    curves = truncation_sensitivity(adapter, runtime, split)
     return greedy_ranks(curves, dict(zip(curves, _costs(adapter), strict=True)), budget)
 
 
-def truncation_sensitivity(adapter: AdapterFolder, bench: Runtime, split: SplitName) -> dict[str, dict[int, float]]:
+def truncation_sensitivity(adapter: AdapterFolder, runtime: Runtime, split: SplitName) -> dict[str, dict[int, float]]:
     """The loss of `split` by module and rank of that module."""
     curves: dict[str, dict[int, float]] = {}
-    with adapter_on(bench, adapter.path) as peft_model:
-        whole = bench.evaluate(split).loss
+    with adapter_on(runtime, adapter.path) as peft_model:
+        whole = runtime.evaluate(split).loss
         modules = lora_modules(peft_model)
         for module in adapter.modules:
             levels = [2**power for power in range(module.rank.bit_length()) if 2**power < module.rank]
@@ -57,7 +57,7 @@ def truncation_sensitivity(adapter: AdapterFolder, bench: Runtime, split: SplitN
             for rank in levels:
                 b, a = resized_factors(whole_b, whole_a, rank, 1.0)
                 with _factors_set(modules[module.name], b, a):
-                    curve[rank] = bench.evaluate(split).loss
+                    curve[rank] = runtime.evaluate(split).loss
             curves[module.name] = dict(sorted(curve.items()))
     return curves
 
@@ -92,9 +92,9 @@ def _best_step(name: str, curve: Mapping[int, float], rank: int, cost: int, left
     return min(steps, default=None)
 
 
-def by_gradient(adapter: AdapterFolder, bench: Runtime, budget: int) -> dict[str, int]:
+def by_gradient(adapter: AdapterFolder, runtime: Runtime, budget: int) -> dict[str, int]:
     """Water-filling by the energy of the loss's gradient to each weight, at the base, before any training."""
-    gradients = weight_gradients(bench, [module.name for module in adapter.modules])
+    gradients = weight_gradients(runtime, [module.name for module in adapter.modules])
     limits = [min(module.rows, module.columns) for module in adapter.modules]
     spectra = [
         torch.linalg.svdvals(gradients[module.name].double()).numpy()[:limit]
@@ -103,17 +103,17 @@ def by_gradient(adapter: AdapterFolder, bench: Runtime, budget: int) -> dict[str
     return _named(adapter, ranks_by_water_filling(spectra, _costs(adapter), budget))
 
 
-def weight_gradients(bench: Runtime, names: Sequence[str], items: int = GRADIENT_ITEMS) -> dict[str, torch.Tensor]:
+def weight_gradients(runtime: Runtime, names: Sequence[str], items: int = GRADIENT_ITEMS) -> dict[str, torch.Tensor]:
     """The gradient of the mean training loss to each named weight of the bare base, over the first `items` items."""
-    weights = {name: bench.model.get_submodule(name).weight for name in names}
+    weights = {name: runtime.model.get_submodule(name).weight for name in names}
     for weight in weights.values():
         weight.requires_grad_(True)
     try:
-        count = min(items, len(bench.items("train")))
-        size = bench.settings.batch_size
+        count = min(items, len(runtime.items("train")))
+        size = runtime.settings.batch_size
         for start in range(0, count, size):
-            batch = bench.batch("train", range(start, min(start + size, count)))
-            torch.autograd.backward(bench.losses("train", batch, 1 / count).total)
+            batch = runtime.batch("train", range(start, min(start + size, count)))
+            torch.autograd.backward(runtime.losses("train", batch, 1 / count).total)
         return {name: weight.grad.detach().clone() for name, weight in weights.items()}
     finally:
         for weight in weights.values():
@@ -121,7 +121,7 @@ def weight_gradients(bench: Runtime, names: Sequence[str], items: int = GRADIENT
             weight.grad = None
 
 
-def by_eva(adapter: AdapterFolder, bench: Runtime, budget: int, rank: int) -> dict[str, int]:
+def by_eva(adapter: AdapterFolder, runtime: Runtime, budget: int, rank: int) -> dict[str, int]:
     """PEFT's EVA: ranks by the variance that each further direction of a module's inputs explains.
 
     EVA shares out ranks, not parameters; where its pattern costs more than the budget it is scaled down.
@@ -135,25 +135,22 @@ def by_eva(adapter: AdapterFolder, bench: Runtime, budget: int, rank: int) -> di
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PEFT's remarks on EVA, which is used only for its ranks
-        peft_model: Any = get_peft_model(bench.model, config)
+        peft_model = wrapped(runtime.model, config)
         try:
-            initialize_lora_eva_weights(peft_model, list(_batches(bench)), show_progress_bar=False)
+            initialize_lora_eva_weights(peft_model, list(_batches(runtime)), show_progress_bar=False)
             found = {name: int(module.r[ADAPTER]) for name, module in lora_modules(peft_model).items()}
         finally:
-            base = peft_model.unload()
-            base.requires_grad_(False)
-            if hasattr(base, "peft_config"):
-                del base.peft_config
+            unwrapped(peft_model)
     ranks = [found.get(module.name, 1) for module in adapter.modules]
     costs = _costs(adapter)
     share = min(1.0, budget / sum(one * cost for one, cost in zip(ranks, costs, strict=True)))
     return _named(adapter, [max(1, int(one * share)) for one in ranks])
 
 
-def _batches(bench: Runtime) -> Iterator[dict[str, torch.Tensor]]:
-    size = bench.settings.batch_size
-    for start in range(0, min(EVA_BATCHES * size, len(bench.items("train"))), size):
-        batch = bench.batch("train", range(start, min(start + size, len(bench.items("train")))))
+def _batches(runtime: Runtime) -> Iterator[dict[str, torch.Tensor]]:
+    size = runtime.settings.batch_size
+    for start in range(0, min(EVA_BATCHES * size, len(runtime.items("train"))), size):
+        batch = runtime.batch("train", range(start, min(start + size, len(runtime.items("train")))))
         yield {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
 
 

@@ -126,7 +126,7 @@ def _choice(adapter: AdapterFolder, rule: ResizeRule, options: ResizeOptions) ->
 
 def _by_data(adapter: AdapterFolder, out: Path, data: Path, options: ResizeOptions) -> Resized:
     # Heavy imports: only who measures pays for them.
-    from rightrank.probe.bench_of import DataUse, bench_of
+    from rightrank.probe.adapter_runtime import DataUse, adapter_runtime
     from rightrank.probe.held_out import Candidates, Recovery, resize_by_data
 
     if options.recover_steps and options.learning_rate is None:
@@ -140,8 +140,8 @@ def _by_data(adapter: AdapterFolder, out: Path, data: Path, options: ResizeOptio
     )
     with tempfile.TemporaryDirectory(prefix="rightrank-") as name:
         use = DataUse(data, options.settings, Path(name) / "cache", options.recover_steps)
-        bench = bench_of(adapter, options.base, use)
-        return resize_by_data(adapter, out, bench, candidates, Path(name))
+        runtime = adapter_runtime(adapter, options.base, use)
+        return resize_by_data(adapter, out, runtime, candidates, Path(name))
 
 
 def whole_numbers(values: Sequence[str] | None, option: str) -> list[int] | None:

@@ -1,7 +1,8 @@
-"""The workbench of an adapter that exists: its base, the data, and the adapter put on as PEFT puts it on."""
+"""The runtime of an existing adapter: its base, the data, and the adapter attached by PEFT."""
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,9 +14,11 @@ import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 
+from rightrank.engine.adapter import trainable_parameters, unwrapped
 from rightrank.engine.encode import encode
-from rightrank.engine.optimizer import learning_rate_schedule, make_optimizer
+from rightrank.engine.optimizer import learning_rate_schedule
 from rightrank.engine.runtime import Runtime, Scores
+from rightrank.engine.steps import OptimizerSteps
 from rightrank.errors import ModelError, RunError, SettingsError
 from rightrank.io.adapter_folder import AdapterFolder
 from rightrank.io.data import load_data
@@ -34,8 +37,8 @@ class DataUse:
     steps: int = 0  # of training, for each adapter
 
 
-def make_bench(base: str, modules: tuple[str, ...] | None, use: DataUse) -> Runtime:
-    """A bench on which adapters of exactly these modules are measured and trained; None for the settings' own.
+def make_runtime(base: str, modules: tuple[str, ...] | None, use: DataUse) -> Runtime:
+    """The runtime that measures and trains adapters of exactly these modules; None takes the settings' own.
 
     Raises:
         SettingsError: a metric that takes more than an evaluation.
@@ -57,8 +60,8 @@ def make_bench(base: str, modules: tuple[str, ...] | None, use: DataUse) -> Runt
     return Runtime(loaded, encoded, settings, max(1, use.steps), use.cache)
 
 
-def bench_of(adapter: AdapterFolder, base: str | None, use: DataUse) -> Runtime:
-    """The bench on which an adapter and its truncations are measured.
+def adapter_runtime(adapter: AdapterFolder, base: str | None, use: DataUse) -> Runtime:
+    """The runtime that measures an adapter and its truncations.
 
     Raises:
         ModelError: no base is known, it can't be loaded, or it lacks a module of the adapter.
@@ -70,12 +73,12 @@ def bench_of(adapter: AdapterFolder, base: str | None, use: DataUse) -> Runtime:
     # Tensors trained whole may be anywhere, and a cached prefix below them would be stale.
     caching = use.settings.cache_prefix and not adapter.other_keys
     use = replace(use, settings=use.settings.model_copy(update={"cache_prefix": caching}))
-    return make_bench(name, tuple(module.name for module in adapter.modules), use)
+    return make_runtime(name, tuple(module.name for module in adapter.modules), use)
 
 
 @contextmanager
-def adapter_on(bench: Runtime, folder: Path, *, trainable: bool = False) -> Iterator[Any]:
-    """The PeftModel of an adapter folder around the bench's base, which is as before when the block ends.
+def adapter_on(runtime: Runtime, folder: Path, *, trainable: bool = False) -> Iterator[Any]:
+    """The PeftModel of an adapter folder around the runtime's base, which is restored when the block ends.
 
     Raises:
         ModelError: PEFT can't put this adapter on this base.
@@ -84,61 +87,39 @@ def adapter_on(bench: Runtime, folder: Path, *, trainable: bool = False) -> Iter
         with warnings.catch_warnings():
             # PEFT asks transformers by a name that transformers 5 calls deprecated: nothing a user could act on
             warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
-            peft_model: Any = PeftModel.from_pretrained(bench.model, str(folder), is_trainable=trainable)
+            peft_model: Any = PeftModel.from_pretrained(runtime.model, str(folder), is_trainable=trainable)
     except (RuntimeError, ValueError, KeyError, TypeError) as error:
         raise ModelError(
-            f"{folder}: PEFT can't put it on {bench.loaded.name} ({first_line(error)}); give the base that it was trained on with --base"
+            f"{folder}: PEFT can't put it on {runtime.loaded.name} ({first_line(error)}); give the base that it was trained on with --base"
         ) from None
     peft_model.train(False)
     try:
         yield peft_model
     finally:
-        base = peft_model.unload()
-        base.requires_grad_(False)
-        if hasattr(base, "peft_config"):
-            del base.peft_config
+        unwrapped(peft_model)
 
 
-def train_attached(bench: Runtime, peft_model: Any, learning_rate: float, seed: int = 0) -> None:
-    """Train what is trainable for the bench's steps, on the batches of `seed`: the same for whatever is attached.
+def train_attached(runtime: Runtime, peft_model: Any, learning_rate: float, seed: int = 0) -> None:
+    """Train what is trainable for the runtime's steps, on the batches of `seed`: the same for whatever is attached.
 
     Raises:
-        RunError: the loss became NaN.
+        RunError: the loss became NaN or infinite.
     """
-    settings = bench.settings
-    parameters = [parameter for parameter in peft_model.parameters() if parameter.requires_grad]
-    optimizer = make_optimizer(parameters, learning_rate, settings)
-    factor = learning_rate_schedule(settings, bench.steps)
+    schedule = learning_rate_schedule(runtime.settings, runtime.steps)
+    plan = runtime.batch_plan(seed)
+    steps = OptimizerSteps(runtime, trainable_parameters(peft_model), learning_rate, plan, schedule)
     for module in peft_model.modules():
         if isinstance(module, LoraLayer):
             module.lora_dropout.train()
-    for step, indices in enumerate(bench.batch_plan(seed)):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate * factor(step)
+    for step in range(runtime.steps):
         torch.manual_seed(seed * 1_000_003 + step)  # of adapter dropout
-        loss = _step_loss(bench, indices)
-        if loss != loss:
-            raise RunError(f"training diverged at step {step + 1} of {bench.steps}; give a lower learning rate")
-        if settings.max_grad_norm > 0:
-            torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-
-def _step_loss(bench: Runtime, indices: list[int]) -> float:
-    """Gradients of one optimizer step, over micro-batches; the loss summed over labels."""
-    size = bench.settings.batch_size
-    batches = [bench.batch("train", indices[start : start + size]) for start in range(0, len(indices), size)]
-    if bench.data.is_classification:
-        labels = len(indices)
-    else:
-        labels = sum(int((batch.labels[:, 1:] != -100).sum()) for batch in batches)
-    total = 0.0
-    for batch in batches:
-        result = bench.losses("train", batch, 1 / labels)
-        torch.autograd.backward(result.total)
-        total += float(result.item_losses.sum())
-    return total
+        loss_sum = 0.0
+        for batch in steps.begin(step):
+            result = runtime.losses("train", batch, 1 / steps.labels)
+            torch.autograd.backward(result.total)
+            loss_sum += float(result.item_losses.sum())
+        if not math.isfinite(steps.update(loss_sum)):
+            raise RunError(f"training diverged at step {step + 1} of {runtime.steps}; give a lower learning rate")
 
 
 def finished_trial(
