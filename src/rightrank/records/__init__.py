@@ -5,6 +5,7 @@ one of `TrialFinished`, `TrialDiverged` or `TrialFailed`. A `Decision` is what `
 `plan` and of the probe are in `records.plan` and `records.probe`.
 """
 
+from rightrank.records.adapter import AdapterAnswer, AdapterCandidate, AdapterOrigin, HandedOver
 from rightrank.records.base import SCHEMA_VERSION, MetricName, Record, SplitName, content_hash
 from rightrank.records.decision import (
     Basis,
@@ -53,6 +54,9 @@ from rightrank.records.trials import (
 __all__ = [
     "JOURNAL_RECORD",
     "SCHEMA_VERSION",
+    "AdapterAnswer",
+    "AdapterCandidate",
+    "AdapterOrigin",
     "Arm",
     "ArmFields",
     "Basis",
@@ -63,6 +67,7 @@ __all__ = [
     "DecisionRecorded",
     "EvalPoint",
     "FittedPoint",
+    "HandedOver",
     "HorizonNote",
     "JournalRecord",
     "MetricAnswer",

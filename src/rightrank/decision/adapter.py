@@ -1,0 +1,230 @@
+"""The first question: the smallest adapter that can be taken from one training at the top rank.
+
+Every candidate is a file: the top as trained, its truncations, and those with recovery steps. Two files are compared on the
+same examples, so the claim holds no seed: the only noise is which examples were drawn. Ranks are tested in a fixed
+sequence from the top downward, each by the 95% upper bound of its paired difference from the reference; the first
+that fails ends the search, so no correction for multiplicity is needed.
+
+The reference is the better of the top as trained and the top with the extra steps that recovery gives. Where extra steps
+improve the top, only candidates that got them too can end the search: a plain truncation is then behind by what the
+steps gain, which says nothing of its rank.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from rightrank.decision.judge import CONFIDENCE
+from rightrank.decision.metrics import default_margin
+from rightrank.decision.table import Cell, ScoreTable, table_of
+from rightrank.maths.intervals import Estimate, estimate
+from rightrank.records import TrialFinished, TrialOutcome
+from rightrank.records.adapter import AdapterAnswer, AdapterCandidate, AdapterOrigin
+
+MAX_DIRECT_RANK = 4  # at these ranks a direct training can beat a truncation (SCIENCE.md, truncated against trained)
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """What candidates are compared by."""
+
+    metric: str
+    higher_is_better: bool
+    margin: float | None  # None: the metric's default
+    token_loss: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class _File:
+    """One adapter file and its scores."""
+
+    trial: TrialFinished
+    cell: Cell
+
+    @property
+    def how(self) -> AdapterOrigin:
+        if self.trial.truncate_from is None:
+            return "trained"
+        return "recovered" if self.trial.steps > 0 else "truncated"
+
+    @property
+    def loss(self) -> float:
+        return self.cell.loss
+
+
+def adapter_answer(
+    outcomes: Sequence[TrialOutcome], question: Question, top_id: str | None = None
+) -> AdapterAnswer | None:
+    """The smallest candidate that holds; None while no training has been truncated.
+
+    Args:
+        outcomes: of a run; only finished trials count.
+        question: the metric and the margin.
+        top_id: the training to take candidates from; None: the best of those that were truncated.
+    """
+    files, table = _files(outcomes, question)
+    parents = {file.trial.truncate_from for file in files.values()}
+    tops = {trial_id for trial_id in files if trial_id in parents}
+    if top_id is not None:
+        tops &= {top_id}
+    if not tops:
+        return None
+    top = min(
+        (files[trial_id] for trial_id in tops), key=lambda file: (-file.trial.rank, file.loss, file.trial.trial_id)
+    )
+    children = [file for file in files.values() if file.trial.truncate_from == top.trial.trial_id]
+    extra = next((file for file in children if file.trial.rank == top.trial.rank and file.how == "recovered"), None)
+    reference = extra if extra is not None and extra.loss < top.loss else top
+    margin = question.margin
+    if margin is None:
+        margin = default_margin(table.kind, reference.cell.value, table.values())
+    against = _Against(reference, table, margin)
+    chosen, tested = _walk(children, against, top.trial.rank)
+    judged = [against.judged(file) for file in sorted(children, key=lambda file: (-file.trial.rank, file.trial.steps))]
+    answer = against.judged(chosen)
+    return AdapterAnswer(
+        rank=answer.rank,
+        how=answer.how,
+        trial_id=answer.trial_id,
+        trained_rank=top.trial.rank,
+        trained_id=top.trial.trial_id,
+        reference_id=reference.trial.trial_id,
+        reference_how=reference.how,
+        extra_steps_difference=None if extra is None else against.difference(extra.cell, top.cell).mean,
+        difference=answer.difference,
+        difference_high=answer.difference_high,
+        margin=margin,
+        candidates=[against.judged(top), *judged],
+        sentence=_sentence(answer, top, reference, margin, tested),
+        notes=_notes(answer, judged, top, margin, question.higher_is_better),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Against:
+    """Comparison with the reference file."""
+
+    reference: _File
+    table: ScoreTable
+    margin: float
+
+    def difference(self, cell: Cell, other: Cell | None = None) -> Estimate:
+        """Paired over examples, metric's unit; above 0 is worse. A perplexity's is relative to the reference's."""
+        against = other or self.reference.cell
+        return estimate(np.stack([cell.sums - against.sums]), cell.weights)
+
+    def judged(self, file: _File) -> AdapterCandidate:
+        difference, high = 0.0, 0.0 if file is self.reference or file.cell.items else None
+        if file.trial.trial_id != self.reference.trial.trial_id:
+            found = self.difference(file.cell)
+            difference = self._unit(found.mean)
+            high = self._unit(found.bound(CONFIDENCE)) if file.cell.items else None
+        return AdapterCandidate(
+            rank=file.trial.rank,
+            how=file.how,
+            trial_id=file.trial.trial_id,
+            value=file.cell.value,
+            difference=difference,
+            difference_high=high,
+            holds=high is not None and high < self.margin,
+        )
+
+    def _unit(self, oriented: float) -> float:
+        if self.table.kind != "perplexity":
+            return oriented
+        return self.reference.cell.value * math.expm1(min(oriented, 100.0))
+
+
+def _walk(children: Sequence[_File], against: _Against, top_rank: int) -> tuple[_File, list[int]]:
+    """`(the smallest file that holds, the ranks that could have failed)`, from the top downward."""
+    chosen, tested = against.reference, []
+    needs_steps = against.reference.how == "recovered"
+    for rank in sorted({file.trial.rank for file in children if file.trial.rank < top_rank}, reverse=True):
+        at_rank = [file for file in children if file.trial.rank == rank]
+        holding = [file for file in at_rank if against.judged(file).holds]
+        if holding:
+            chosen = min(holding, key=lambda file: file.loss)
+        if not needs_steps or any(file.how == "recovered" for file in at_rank):
+            tested.append(rank)
+            if not holding:
+                break
+    return chosen, tested
+
+
+def _files(outcomes: Sequence[TrialOutcome], question: Question) -> tuple[dict[str, _File], ScoreTable]:
+    """Finished whole trainings and truncations by trial id, with the cells of a table that holds them all."""
+    trials = [
+        outcome
+        for outcome in outcomes
+        if isinstance(outcome, TrialFinished)
+        and outcome.rank > 0
+        and outcome.stop_at is None
+        and question.metric in outcome.metrics
+    ]
+    if not trials:
+        return {}, ScoreTable(question.metric, question.higher_is_better, {})
+    files: dict[str, _File] = {}
+    lengths = {len(items[0]) if (items := trial.items(question.metric)) else 0 for trial in trials}
+    table = ScoreTable(question.metric, question.higher_is_better, {})
+    for trial in trials:
+        bare = trial if len(lengths) == 1 else trial.model_copy(update={"item_losses": [], "item_tokens": []})
+        table = table_of([bare], question.metric, question.higher_is_better)
+        files[trial.trial_id] = _File(trial, next(iter(table.cells.values())))
+    kind = "loss" if table.kind == "token_loss" and not question.token_loss else table.kind
+    cells = {(index, 0.0, 0): file.cell for index, file in enumerate(files.values())}
+    return files, ScoreTable(question.metric, question.higher_is_better, cells, {}, kind)
+
+
+def origin_phrase(how: AdapterOrigin, trained_rank: int, steps: int) -> str:
+    """How an adapter was made: "trained at rank 64, truncated, 24 steps of recovery"."""
+    if how == "trained":
+        return f"trained at rank {trained_rank}"
+    recovery = f", {steps} steps of recovery" if how == "recovered" else ""
+    return f"trained at rank {trained_rank}, truncated{recovery}"
+
+
+def _sentence(answer: AdapterCandidate, top: _File, reference: _File, margin: float, tested: Sequence[int]) -> str:
+    if answer.rank < top.trial.rank:
+        return (
+            f"The smallest adapter of this training that loses nothing has rank {answer.rank}: its held-out difference from the "
+            f"rank {top.trial.rank} adapter is {answer.difference:+.2g} (95% upper bound {answer.difference_high:+.2g}), "
+            f"within the margin of {margin:g}."
+        )
+    if not top.cell.items:
+        return (
+            f"The adapter keeps rank {top.trial.rank}: without scores by example no truncation can be shown to lose less "
+            f"than the margin of {margin:g}."
+        )
+    lower = f"rank {tested[0]}" if tested else "no lower rank"
+    shown = "is not shown" if tested else "is measured"
+    return f"The adapter keeps rank {top.trial.rank}: {lower} {shown} to lose less than the margin of {margin:g}."
+
+
+def _notes(
+    answer: AdapterCandidate, judged: Sequence[AdapterCandidate], top: _File, margin: float, higher_is_better: bool
+) -> list[str]:
+    notes = []
+    failing = [one.rank for one in judged if one.rank < answer.rank and not one.holds]
+    if failing and max(failing) <= MAX_DIRECT_RANK:
+        notes.append(
+            f"At rank {max(failing)} a direct training can beat a truncation; it costs one more training "
+            f"(--goal training-rank tries it)."
+        )
+    quarter = [one for one in judged if one.rank <= top.trial.rank / 4 and (one.difference_high or 0.0) < 0]
+    if quarter:
+        notes.append(
+            f"Rank {quarter[0].rank} is better than rank {top.trial.rank} by {-quarter[0].difference:.2g}: the top rank "
+            f"overfits; train again with --ranks up to {max(one.rank for one in quarter)}, or fewer steps."
+        )
+    points = [-point.value if higher_is_better else point.value for point in top.trial.points]
+    if points and top.trial.value_metric is None and points[-1] - min(points) > margin:
+        best = top.trial.points[points.index(min(points))].step
+        notes.append(
+            f"The held-out value of rank {top.trial.rank} was best at step {best} of {top.trial.steps}: train again with "
+            f"--max-steps {best}."
+        )
+    return notes

@@ -1,0 +1,113 @@
+"""The first question: which truncation of one training is enough."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from rightrank.decision.adapter import Question, adapter_answer
+from rightrank.records import AdapterAnswer, TrialFinished
+
+EXAMPLES, TOKENS = 400, 10
+LOSS = Question(metric="loss", higher_is_better=False, margin=0.005)
+LEVELS = np.random.default_rng(7).normal(2.0, 0.5, EXAMPLES)  # of each example, shared by all adapters
+
+
+def trial(
+    name: str, rank: int, shift: float, *, parent: str | None = None, steps: int = 0, noise: float = 0.01
+) -> TrialFinished:
+    """A trial whose examples lose `shift` nats a token more than the level, with paired noise."""
+    drawn = np.random.default_rng(rank * 7 + steps).normal(0.0, noise, EXAMPLES)
+    losses = (LEVELS + shift + drawn - drawn.mean()) * TOKENS
+    return TrialFinished(
+        trial_id=name,
+        rank=rank,
+        learning_rate=1e-3,
+        lora_alpha=32.0,
+        seed=0,
+        steps=steps if parent else 100,
+        truncate_from=parent,
+        value=float(losses.sum() / (EXAMPLES * TOKENS)),
+        metrics={"loss": float(losses.sum() / (EXAMPLES * TOKENS))},
+        item_losses=losses.tolist(),
+        item_tokens=[TOKENS] * EXAMPLES,
+        train_value=None,
+        points=[],
+        trainable_parameters=1,
+        train_seconds=1.0,
+        train_tokens=1,
+        eval_seconds=1.0,
+        peak_bytes=1,
+    )
+
+
+def answer(*trials: TrialFinished, question: Question = LOSS) -> AdapterAnswer:
+    found = adapter_answer(trials, question)
+    assert found is not None
+    return found
+
+
+TOP = trial("top", 64, 0.0, noise=0.0)
+
+
+def test_the_smallest_truncation_whose_bound_is_within_the_margin() -> None:
+    found = answer(
+        TOP,
+        trial("a", 32, 0.0005, parent="top"),
+        trial("b", 16, 0.002, parent="top"),
+        trial("c", 8, 0.02, parent="top"),
+    )
+    assert (found.rank, found.how, found.trial_id, found.reference_id) == (16, "truncated", "b", "top")
+    assert found.difference == pytest.approx(0.002)
+    assert found.difference_high is not None
+    assert 0.002 < found.difference_high < 0.005
+    assert [one.holds for one in found.candidates] == [True, True, True, False]
+    assert "rank 16" in found.sentence
+
+
+def test_the_first_failure_ends_the_sequence() -> None:
+    found = answer(TOP, trial("a", 32, 0.02, parent="top"), trial("b", 16, 0.001, parent="top"))
+    assert (found.rank, found.how) == (64, "trained")
+
+
+def test_a_wide_interval_is_a_failure() -> None:
+    assert answer(TOP, trial("a", 32, 0.001, parent="top", noise=0.2)).rank == 64
+
+
+def test_the_reference_is_the_top_with_extra_steps_where_they_help() -> None:
+    extra = trial("extra", 64, -0.02, parent="top", steps=20, noise=0.0)
+    plain = trial("plain", 16, 0.001, parent="top")
+    recovered = trial("recovered", 8, -0.018, parent="top", steps=20)
+    found = answer(TOP, extra, plain, recovered)
+    assert (found.rank, found.how, found.reference_id, found.reference_how) == (8, "recovered", "extra", "recovered")
+    assert found.extra_steps_difference == pytest.approx(-0.02)
+    # A truncation that only matches the top as trained loses against the better reference.
+    assert answer(TOP, extra, plain).rank == 64
+
+
+def test_extra_steps_that_harm_leave_the_top_as_the_reference() -> None:
+    harmed = trial("extra", 64, 0.03, parent="top", steps=20, noise=0.0)
+    found = answer(TOP, harmed, trial("a", 16, 0.028, parent="top", steps=20))
+    assert (found.reference_id, found.rank) == ("top", 64)  # no false pass against a reference that got worse
+
+
+def test_without_scores_by_example_the_top_is_kept() -> None:
+    bare = [
+        one.model_copy(update={"item_losses": [], "item_tokens": []})
+        for one in (TOP, trial("a", 32, 0.0, parent="top"))
+    ]
+    found = answer(*bare)
+    assert found.rank == 64
+    assert found.candidates[1].difference_high is None
+    assert "without scores by example" in found.sentence
+
+
+def test_no_answer_before_a_training_is_truncated() -> None:
+    assert adapter_answer([TOP], LOSS) is None
+
+
+def test_notes_offer_a_direct_training_and_name_a_top_that_overfits() -> None:
+    low = answer(TOP, trial("a", 8, 0.001, parent="top"), trial("b", 4, 0.05, parent="top"))
+    assert "rank 4" in low.notes[0]
+    better = answer(TOP, trial("a", 32, -0.001, parent="top"), trial("b", 16, -0.03, parent="top"))
+    assert any("overfits" in note for note in better.notes)
