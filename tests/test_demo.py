@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from rightrank import demo
-from rightrank.api import Watching
+from rightrank.api import Observer
 from rightrank.errors import MissingExtraError
 
 SHORT = demo.DEMO_SETTINGS | {
@@ -43,7 +43,7 @@ def test_a_missing_model_package_is_one_clear_line(monkeypatch: pytest.MonkeyPat
 def test_the_demo_in_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     demo.demo_model_file()  # the make targets install it: a missing model is a failure, not a skip
     monkeypatch.setattr(demo, "DEMO_SETTINGS", SHORT)
-    selected = demo.run_demo(tmp_path, Watching())
+    selected = demo.run_demo(tmp_path, Observer())
     assert [evidence.rank for evidence in selected.decision.ranks] == [0, 1, 8]
     base, *trained = selected.decision.ranks
     assert all(evidence.value < base.value - 0.05 for evidence in trained)  # it learns from the first steps

@@ -22,6 +22,7 @@ PUBLIC = {
     "Decision",
     "EvalPoint",
     "Inspection",
+    "Observer",
     "Plan",
     "PlanSettings",
     "ResizeOptions",

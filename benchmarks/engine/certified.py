@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.engine.common import machine, make_runtime
-from rightrank.engine.arm_training import TrialFolders, Watcher
+from rightrank.engine.arm_training import TrialFolders
 from rightrank.engine.certify import certify
-from rightrank.engine.training_loop import Company, train_trials
+from rightrank.engine.training_loop import train_trials
 from rightrank.records import Arm, Trial, TrialFinished
+from rightrank.records.observer import Observer
 
 ARMS = ((16, 0), (16, 1), (4, 0))  # rank and seed; the first is certified, the second says what a seed makes
 
@@ -34,10 +35,10 @@ def measure(arguments: argparse.Namespace, dtype: str) -> dict[str, Any]:
     def folders(trial: Trial) -> TrialFolders:
         return TrialFolders(work / f"{trial.trial_id}.safetensors", work / trial.trial_id)
 
-    ended = list(train_trials(runtime, trials, None, folders, Watcher(), Company(len(ARMS))))
+    ended = list(train_trials(runtime, trials, None, folders, Observer(), len(ARMS)))
     found = {outcome.trial_id: outcome for outcome in ended if isinstance(outcome, TrialFinished)}
     seeds = abs(found["c0"].value - found["c1"].value)
-    certified = certify(runtime, found["c0"], work / "c0", work / "again", Watcher(), seeds)
+    certified = certify(runtime, found["c0"], work / "c0", work / "again", Observer(), seeds)
     return certified.model_dump() | {"dtype": dtype, "sentence": certified.sentence()}
 
 

@@ -30,12 +30,13 @@ from peft import get_peft_model
 
 from benchmarks.engine.common import machine, make_runtime, one_pass, trainer_rows
 from rightrank.engine import runtime as runtime_module
-from rightrank.engine.arm_training import TrialFolders, Watcher
+from rightrank.engine.arm_training import TrialFolders
 from rightrank.engine.memory import PeakMemory
 from rightrank.engine.runtime import Runtime
 from rightrank.engine.targets import lora_config
-from rightrank.engine.training_loop import Company, train_trials
+from rightrank.engine.training_loop import train_trials
 from rightrank.records import Arm, Trial, TrialFinished
+from rightrank.records.observer import Observer
 
 BATCH, RATE, RANKS = 8, 1e-3, (16, 4, 1, 64)  # the first is whose held-out loss is shown
 TAIL_LAYERS = (28, 29)
@@ -91,7 +92,7 @@ def ours(job: Job, dtype: str, pack: int, **changes: Any) -> Measured:
     folders = lambda trial: TrialFolders(job.work / f"{trial.trial_id}.ckpt", job.work / trial.trial_id)  # noqa: E731
     with PeakMemory(runtime.loaded.device) as memory:
         begun = Clock()
-        outcomes = list(train_trials(runtime, trials, None, folders, Watcher(), Company(pack)))
+        outcomes = list(train_trials(runtime, trials, None, folders, Observer(), pack))
         seconds, wall = begun.elapsed()
         peak = memory.peak_bytes()
     finished = [outcome for outcome in outcomes if isinstance(outcome, TrialFinished)]

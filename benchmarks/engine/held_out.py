@@ -28,11 +28,12 @@ from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
 from benchmarks.engine.common import machine, make_runtime, one_pass, trainer_rows
 from rightrank.engine.adapter import trainable_state
-from rightrank.engine.arm_training import TrialFolders, Watcher
+from rightrank.engine.arm_training import TrialFolders
 from rightrank.engine.runtime import Runtime
 from rightrank.engine.targets import lora_config
 from rightrank.engine.training_loop import run_trial
 from rightrank.records import Arm, Trial, TrialFinished
+from rightrank.records.observer import Observer
 
 RATE = 1e-3
 
@@ -53,7 +54,7 @@ class _GivenOrder(Trainer):
 
 def train_ours(runtime: Runtime, arm: Arm, work: Path) -> Learnt:
     folders = TrialFolders(work / "ours.checkpoint", work / "ours")
-    outcome = run_trial(runtime, Trial(trial_id="h", arm=arm), None, folders, Watcher())
+    outcome = run_trial(runtime, Trial(trial_id="h", arm=arm), None, folders, Observer())
     assert isinstance(outcome, TrialFinished)
     return Learnt(outcome.train_losses, outcome.value, None)
 

@@ -20,9 +20,10 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.engine.common import machine, make_runtime
-from rightrank.engine.arm_training import TrialFolders, Watcher
-from rightrank.engine.training_loop import Company, train_trials
+from rightrank.engine.arm_training import TrialFolders
+from rightrank.engine.training_loop import train_trials
 from rightrank.records import Arm, Trial
+from rightrank.records.observer import Observer
 
 RANK = 12  # a size that nothing else in the model has
 MATMULS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::addmm_", "aten::baddbmm_")
@@ -50,10 +51,10 @@ def measure(runtime: Any, arms: int, steps: int, folder: Path) -> dict[str, Any]
     ]
     folders = lambda trial: TrialFolders(folder / f"{trial.trial_id}.ckpt", folder / trial.trial_id)  # noqa: E731
     runtime.evaluate("selection")
-    list(train_trials(runtime, trials, None, folders, Watcher(), Company(arms)))  # warm: prefix, allocator
+    list(train_trials(runtime, trials, None, folders, Observer(), arms))  # warm: prefix, allocator
     with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler:
         begun = time.perf_counter()
-        outcomes = list(train_trials(runtime, trials, None, folders, Watcher(), Company(arms)))
+        outcomes = list(train_trials(runtime, trials, None, folders, Observer(), arms))
         wall = time.perf_counter() - begun
     seconds: dict[str, float] = defaultdict(float)
     for event in profiler.key_averages(group_by_input_shape=True):

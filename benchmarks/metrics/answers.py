@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from benchmarks.machine import machine
-from rightrank.api import Watching
+from rightrank.api import Observer
 from rightrank.demo import prepare_docstrings, prepare_model_folder
 from rightrank.engine.encode import encode
 from rightrank.engine.generation import answers, questions
@@ -89,7 +89,7 @@ def main() -> None:
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        model = prepare_model_folder(folder / "model", Watching())
+        model = prepare_model_folder(folder / "model", Observer())
         data = prepare_docstrings(folder / "docstrings.jsonl")
         settings = make_settings(
             {

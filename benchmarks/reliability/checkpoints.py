@@ -21,9 +21,10 @@ from tests.tiny import make_tokenizer, small_settings, write_completions
 
 from benchmarks.machine import machine
 from rightrank.engine import arm_training
-from rightrank.engine.arm_training import ArmTraining, TrialFolders, Watcher
+from rightrank.engine.arm_training import ArmTraining, TrialFolders
 from rightrank.engine.training_loop import run_trial
 from rightrank.records import Arm, Trial, TrialFinished
+from rightrank.records.observer import Observer
 
 
 def save_llama(folder: Path, width: int, layers: int) -> Path:
@@ -60,7 +61,7 @@ def measure(model: Path, root: Path, every: float, rank: int, steps: int) -> dic
     arm = Arm(rank=rank, learning_rate=1e-4, lora_alpha=32.0, seed=0, steps=steps)
     arm_training.ArmTraining.save = timed  # type: ignore[method-assign]
     begun = time.perf_counter()
-    outcome = run_trial(bench, Trial(trial_id="a" * 12, arm=arm), 20.0, folders, Watcher())
+    outcome = run_trial(bench, Trial(trial_id="a" * 12, arm=arm), 20.0, folders, Observer())
     seconds = time.perf_counter() - begun
     arm_training.ArmTraining.save = real  # type: ignore[method-assign]
     assert isinstance(outcome, TrialFinished)

@@ -19,10 +19,10 @@ from tests.helpers import make_runtime
 from tests.tiny import save_tiny_llama, small_settings, write_completions
 
 from benchmarks.machine import machine
-from rightrank.engine.arm_training import Watcher
 from rightrank.executors.local import LocalExecutor
 from rightrank.io.run_folder import RunFolder
-from rightrank.records import Arm, Trial, TrialFinished, trial_id
+from rightrank.records import Arm, RunEvent, Trial, TrialFinished, TrialStarted, trial_id
+from rightrank.records.observer import Observer
 
 RANKS = (1, 2, 4, 8)
 STATUS = Path("/proc/self/status")
@@ -49,7 +49,12 @@ def measure(arms: int, root: Path) -> dict[str, Any]:
     bench = make_runtime(model, data, settings, root / "cache")
     folder = RunFolder(root / "run")
     folder.path.mkdir()
-    executor = LocalExecutor(bench, folder, Watcher(), folder.journal.append)
+
+    def journal_start(event: RunEvent) -> None:
+        if isinstance(event, TrialStarted):
+            folder.journal.append(event)
+
+    executor = LocalExecutor(bench, folder, Observer(on_event=journal_start))
     resident: list[int] = []
     ended = 0
     for outcome in executor.run(trials_of(arms), base_loss=None):

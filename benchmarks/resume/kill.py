@@ -31,7 +31,7 @@ from tests.tiny import save_tiny_llama, write_completions
 
 import rightrank.executors.local
 import rightrank.preparation
-import rightrank.selection  # noqa: F401 - what every forked run has loaded
+import rightrank.selection.select  # noqa: F401 - what every forked run has loaded
 from benchmarks.machine import machine
 from benchmarks.results import store
 from benchmarks.resume.moments import PHASES, Moments, watch_phases

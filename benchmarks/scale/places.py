@@ -20,13 +20,14 @@ import psutil
 from benchmarks.scale.measure import STUB, orders_in
 from benchmarks.scale.simulated import TOKEN
 from benchmarks.scale.stub_worker import StubRayWorker
-from rightrank.executors.pool import Crew, Looking, Pool, PoolExecutor, PoolOptions
+from rightrank.executors.pool import Crew, Pool, PoolExecutor, PoolOptions
 from rightrank.executors.processes import ProcessCrew
 from rightrank.executors.ray_cluster import RayCrew
 from rightrank.executors.worker import versions
 from rightrank.io.run_folder import RunFolder
 from rightrank.records import DataSummary, RunEvent, RunStarted, TrialFinished
-from rightrank.selection import Selection
+from rightrank.records.observer import Observer
+from rightrank.selection.loop import Selection
 from rightrank.settings import make_settings
 from rightrank.strategies import make_strategy
 
@@ -189,15 +190,11 @@ def drive(place: Place, strike: Callable[[], None], after: int, hang_seconds: fl
             Timer(random.uniform(0, STEPS / 1000), strike).start()
 
     run_folder, until = RunFolder(folder), time.monotonic() + LIMIT_SECONDS
+    observer = Observer(on_event=listen, notice=place.notices.append, should_stop=lambda: time.monotonic() > until)
     with run_folder.locked():
-        selection = Selection(run_folder, started, make_strategy(settings, STEPS), listen)
+        selection = Selection(run_folder, started, make_strategy(settings, STEPS), observer)
         crew = _crew_at(place)
-        looking = Looking(
-            on_start=lambda _, begun: selection.note_start(begun),
-            notice=place.notices.append,
-            should_stop=lambda: time.monotonic() > until,
-        )
-        pool = Pool(crew, PoolOptions(WORKERS, versions(), TOKEN, hang_seconds=hang_seconds), looking)
+        pool = Pool(crew, PoolOptions(WORKERS, versions(), TOKEN, hang_seconds=hang_seconds), selection.observer)
         if isinstance(crew, ProcessCrew):
             place.busy = lambda: [crew.process_id(name) for name in pool.busy()]
         try:

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.machine import machine
-from rightrank.engine.arm_training import Watcher
 from rightrank.engine.encode import encode
 from rightrank.engine.runtime import Runtime
 from rightrank.executors.local import LocalExecutor
@@ -35,6 +34,7 @@ from rightrank.records import (
     TrialFinished,
     trial_id,
 )
+from rightrank.records.observer import Observer
 from rightrank.settings import make_settings
 
 DIGITS = 5
@@ -117,7 +117,7 @@ def truncated_values(folder: RunFolder, started: RunStarted, trained: list[Trial
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as temporary:
         bench = Runtime(loaded, encoded, settings, steps, Path(temporary))
-        executor = LocalExecutor(bench, folder, Watcher(), lambda _: None)
+        executor = LocalExecutor(bench, folder, Observer())
         for parent in (trial for trial in trained if trial.rank == top):
             place(found, parent, round(parent.value, DIGITS))
             for rank in sorted({trial.rank for trial in trained} - {top}):

@@ -22,7 +22,6 @@ import torch
 from safetensors.torch import save_file
 
 from benchmarks.machine import machine
-from rightrank.engine.arm_training import Watcher
 from rightrank.engine.encode import encode
 from rightrank.engine.runtime import Runtime
 from rightrank.executors.local import LocalExecutor
@@ -40,6 +39,7 @@ from rightrank.records import (
     content_hash,
     trial_id,
 )
+from rightrank.records.observer import Observer
 from rightrank.settings import SelectSettings, make_settings
 from rightrank.strategies.grid import outside_in
 from rightrank.strategies.protocol import base_arm
@@ -112,7 +112,7 @@ def open_workshop(model: str, data: Path, settings: SelectSettings, work: Path) 
     fingerprint = content_hash(
         {"settings": settings.model_dump(mode="json"), "model": loaded.fingerprint, "data": splits.fingerprint}
     )
-    executor = LocalExecutor(bench, folder, Watcher(), lambda _: None)
+    executor = LocalExecutor(bench, folder, Observer())
     return Workshop(settings, folder, executor, fingerprint, {outcome.arm: outcome for outcome in known})
 
 

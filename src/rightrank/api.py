@@ -1,55 +1,70 @@
-"""The Python API: records in, records out, nothing printed. The command line is a thin layer over it."""
+"""The Python API: one function for each verb, records in and records out, nothing printed.
+
+The command line is a thin layer over it. Every function imports what it needs when it is called, so that importing
+this module costs nothing.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Unpack
+from typing import TYPE_CHECKING, Any, Literal, Unpack
 
-from rightrank.errors import ResultsError, SettingsError
-from rightrank.io.files import report_disk_errors
-from rightrank.io.run_folder import RunFolder
-from rightrank.records import Decision, RunEvent, RunStarted, Sample, SweepRow, TrialOutcome
-from rightrank.records.plan import Plan, SelectionCost
-from rightrank.records.probe import Inspection, Resized
+from rightrank.errors import SettingsError
+from rightrank.records import Decision, EvalPoint, TrialResult, TrialTask
+from rightrank.records.observer import Observer
+from rightrank.records.plan import Plan
+from rightrank.records.probe import Allocation, AllocationTrial, Inspection, Resized, ResizedTogether
+from rightrank.returns import Decided, Selected
 from rightrank.settings import PlanSettings, SelectKeywords, SelectSettings, make_plan_settings, make_settings
+from rightrank.settings.resize import ResizeOptions, ResizeRule
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from rightrank.preparation import Bases, Prepared, Request, Rows
-    from rightrank.probe.resizing import ResizeOptions
-    from rightrank.selection import Selection, Terms
-    from rightrank.strategies import Strategy
-    from rightrank.trackers import Trackers
+    from rightrank.executors.custom import TrainFunction
+    from rightrank.exports.targets import Exported
+    from rightrank.io.journal import Repaired
+    from rightrank.io.matrix import MatrixConfig
+    from rightrank.preparation import Rows
+    from rightrank.report.status_text import RunStatus
+    from rightrank.selection.many import MatrixSelected
 
+__all__ = [
+    "Decided",
+    "Decision",
+    "EvalPoint",
+    "Inspection",
+    "Observer",
+    "Plan",
+    "PlanSettings",
+    "ResizeOptions",
+    "Resized",
+    "SelectSettings",
+    "Selected",
+    "TrialResult",
+    "TrialTask",
+    "Watching",
+    "allocate",
+    "decide",
+    "export",
+    "extract",
+    "inspect",
+    "inspect_gradient",
+    "make_plan_settings",
+    "make_settings",
+    "plan",
+    "repair",
+    "resize",
+    "resize_together",
+    "select_matrix",
+    "select_rank",
+    "select_rank_with",
+    "status",
+    "write_report",
+]
 
-@dataclass(frozen=True, slots=True)
-class Watching:
-    """Who looks on while a selection runs: what is planned, every event, what is worth a notice, and whether to stop."""
-
-    on_event: Callable[[RunEvent], None] = lambda _: None
-    on_plan: Callable[[RunStarted, int, int], None] = lambda _started, _arms, _steps: None
-    on_resume: Callable[[Sequence[TrialOutcome]], None] = lambda _: None  # what ended before this process began
-    notice: Callable[[str], None] = lambda _: None
-    should_stop: Callable[[], bool] = lambda: False
-
-
-@dataclass(frozen=True, slots=True)
-class Selected:
-    """What a selection leaves: the decision, where the run is, where the adapter is."""
-
-    decision: Decision
-    run: Path
-    adapter: Path | None  # None: a trainer of one's own that saved none
-    report: Path
-    samples: list[Sample] = field(default_factory=list)
-    sweep: list[SweepRow] = field(default_factory=list)
-    trainings: int = 0  # trials of ranks above 0, stages of one counted each
-
-    def _repr_html_(self) -> str:
-        return _decision_html(self.decision)
+Watching = Observer  # the name until 0.2; both stay
 
 
 def select_rank(
@@ -59,43 +74,143 @@ def select_rank(
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
     settings: SelectSettings | None = None,
-    watching: Watching | None = None,
+    watching: Observer | None = None,
     **keywords: Unpack[SelectKeywords],
 ) -> Selected:
     """Train a range of ranks on `data`, decide which is enough, and hand over its adapter.
 
     Args:
-        model: a model folder, a GGUF file, a hub name, or a transformers model in memory (frozen and moved to the
-            device; its weights stay as they are).
-        data: a file, a folder, an in-memory `datasets` object, or an iterable of mappings, or a mapping of splits.
-        out: the run folder. Called again with the same arguments, an unfinished run is resumed.
-        tokenizer: of a model in memory.
+        model: a model folder, a GGUF file, a hub name, or a transformers model in memory. A model in memory is frozen
+            and moved to the device; its weights stay as they are.
+        data: a file, a folder, an in-memory `datasets` object, an iterable of mappings, or a mapping of splits.
+        out: the run folder. A second call with the same arguments resumes an unfinished run.
+        tokenizer: the tokenizer of a model in memory.
         settings: see `SelectSettings`; None for the defaults.
-        watching: callbacks.
-        keywords: the command's options by name, such as `ranks=(4, 16, 64), margin=0.01`; they go before `settings`.
+        watching: callbacks; see `Observer`.
+        keywords: the command's options by name, such as `ranks=(4, 16, 64), margin=0.01`; they override `settings`.
 
     Raises:
         InputError: model, data, settings or folder can't be used; nothing was started.
-        RunError: it began and could not finish.
-        InterruptedRun: `watching.should_stop` said so.
+        RunError: the selection started and could not finish.
+        InterruptedRun: `watching.should_stop` returned True.
     """
+    from rightrank.io.files import report_disk_errors
+    from rightrank.io.run_folder import RunFolder
+
     given = settings.model_dump(include=settings.model_fields_set) if settings is not None else {}
     settings = make_settings(given | keywords)
     folder = RunFolder(Path(out))
     with folder.locked(), report_disk_errors(folder.path):
-        from rightrank.preparation import Request  # brings torch: a folder that can't be used is told before
+        # These imports bring torch, so they follow the lock: a folder that can't be used is refused at once.
+        from rightrank.preparation import Request
+        from rightrank.selection.select import select
 
-        request = Request(model, tokenizer, data, settings)
-        return _select(request, folder, watching or Watching())
+        return select(Request(model, tokenizer, data, settings), folder, watching or Observer())
+
+
+def select_matrix(
+    matrix: MatrixConfig, out: str | Path, further: Mapping[str, object], watching: Observer | None = None
+) -> MatrixSelected:
+    """Select a rank for every data set of a matrix, over one base.
+
+    Args:
+        matrix: the model and the data sets; see `rightrank.io.matrix.read_matrix`.
+        out: a folder that receives one run folder for each job. A second call resumes.
+        further: settings that override those of the file.
+        watching: callbacks; outcomes reach `notice`, with the name of their job.
+
+    Raises:
+        InputError: a setting, the model or one of the data sets can't be used; nothing was started.
+        InterruptedRun: `watching.should_stop` returned True.
+    """
+    from rightrank.selection.many import select_many
+
+    return select_many(matrix, Path(out), further, watching or Observer())
+
+
+def select_rank_with(
+    train: TrainFunction,
+    out: str | Path,
+    *,
+    ranks: Sequence[int] = (1, 4, 16, 64),
+    learning_rates: Sequence[float] = (3e-4, 1e-3, 3e-3),
+    seeds: Sequence[int] = (0,),
+    lora_alpha: float = 32.0,
+    steps: int = 0,
+    metric: str = "loss",
+    higher_is_better: bool | None = None,
+    margin: float | None = None,
+    strategy: str = "grid",
+    with_base: bool = False,
+    where: Literal["here", "process", "ray"] = "here",
+    workers: int = 1,
+    timeout_seconds: float | None = None,
+    version: str = "",
+    report_to: Sequence[str] = (),
+    watching: Observer | None = None,
+) -> Selected:
+    """Find the rank with your own training function: DPO, RL, diffusion, vision, any script.
+
+    Args:
+        train: called with a `TrialTask`; returns a mapping of held-out metrics or a `TrialResult`. With
+            `item_scores` in it (the same examples in every trial) ranks are compared example by example, which
+            resolves far smaller differences. All randomness must come from `task.seed`, so that ranks differ in
+            nothing else.
+        out: the run folder. A second call with the same arguments resumes; trials that failed run again.
+        steps: passed to `train` in the task; 0 leaves the length to it.
+        metric: the name of the metric that decides.
+        higher_is_better: None for the direction that the metric's name implies (accuracy, f1 and reward are better
+            when higher, losses and errors when lower).
+        margin: how much worse than the best is still enough; None for the metric's default.
+        with_base: also call `train` with rank 0, to evaluate the base without training.
+        where: "here"; or each call in a new process, on this machine ("process") or on a Ray cluster ("ray": the one
+            that RAY_ADDRESS names, or one on this machine; `out` must be on a disk that its nodes share).
+        workers: concurrent calls; above 1 only with "process" or "ray".
+        timeout_seconds: end a training that takes longer; needs `where="process"`.
+        version: change this when `train` changes, so that old trials are not reused.
+        report_to: trackers that log every trial: trackio, wandb, mlflow, tensorboard.
+        watching: callbacks; see `Observer`.
+
+    Raises:
+        SettingsError: an argument that is not allowed, a metric whose name implies no direction, or a function that
+            can't be sent to a process.
+        MissingExtraError: a tracker that is not installed.
+        RunFolderError: a folder made with other settings.
+        AllTrialsFailedError: fewer than two ranks ended with a result.
+        InterruptedRun: `watching.should_stop` returned True.
+    """
+    from rightrank.io.run_folder import RunFolder
+    from rightrank.selection import custom
+    from rightrank.trackers import require_trackers
+
+    values = {
+        "ranks": tuple(ranks),
+        "learning_rates": tuple(learning_rates),
+        "seeds": tuple(seeds),
+        "lora_alpha": lora_alpha,
+        "margin": margin,
+        "strategy": strategy,
+    }
+    request = custom.CustomRequest(
+        settings=custom.checked_settings(values),
+        steps=steps,
+        metric=metric,
+        higher_is_better=custom.direction_of(metric, higher_is_better),
+        with_base=with_base,
+        version=version,
+        report_to=require_trackers(report_to),
+    )
+    trainer = custom.make_trainer(train, where, timeout_seconds, workers)
+    return custom.select_custom(request, trainer, RunFolder(Path(out)), watching or Observer())
 
 
 def plan(model: str, *, settings: PlanSettings | None = None) -> Plan:
-    """What every rank takes and which fit, before any training and without weights.
+    """Predict parameters, memory and time of every rank, without weights and before any training.
 
     Args:
         model: a folder that holds at least `config.json`, a GGUF file, or a hub name.
-        settings: see `PlanSettings`; None for the defaults. Without `memory_bytes`, the memory of the CUDA device that
-            is there is the budget, if one is.
+        settings: see `PlanSettings`; None for the defaults. Without `memory_bytes` the budget is the memory of the
+            CUDA device, if there is one.
 
     Raises:
         InputError: the model, its modules, a rank or a length can't be used.
@@ -109,123 +224,6 @@ def plan(model: str, *, settings: PlanSettings | None = None) -> Plan:
     return make_plan(model, settings)
 
 
-@dataclass(frozen=True, slots=True)
-class Begun:
-    """A selection that is ready to run: data and base loaded, the journal opened."""
-
-    request: Request
-    prepared: Prepared
-    selection: Selection
-    estimate: SelectionCost | None  # None: nothing was measured on this device before
-    trackers: Trackers
-
-
-def _select(request: Request, folder: RunFolder, watching: Watching) -> Selected:
-    return run_begun(begin(request, folder, watching), watching)
-
-
-def run_begun(begun: Begun, watching: Watching) -> Selected:
-    """Train what the strategy asks for, decide, and hand over."""
-    # Heavy imports: only who runs a selection pays for them.
-    from rightrank.engine.arm_training import Watcher
-    from rightrank.placing import executor_of
-
-    watcher = Watcher(on_step=watching.on_event, on_prepare=watching.on_event, should_stop=watching.should_stop)
-    with executor_of(begun.request, begun.prepared, begun.selection, watcher, watching.notice) as executor:
-        decision = begun.selection.run(executor)
-    return finish(begun, decision, watching)
-
-
-def begin(request: Request, folder: RunFolder, watching: Watching, bases: Bases | None = None) -> Begun:
-    """Load, plan and open the journal; say what it will cost. `bases` holds what other selections loaded."""
-    from rightrank.engine.scoring import end_metrics
-    from rightrank.io.store import run_store
-    from rightrank.placing import require_placeable
-    from rightrank.preparation import estimate, prepare, resuming
-    from rightrank.report.plan_table import selection_lines
-    from rightrank.selection import Terms
-    from rightrank.strategies import make_strategy
-    from rightrank.trackers import require_trackers
-
-    make_strategy(request.settings, request.settings.max_steps or 1)  # a wrong name is told before anything is loaded
-    require_placeable(request)
-    require_trackers(request.settings.report_to)
-    request = resuming(request, folder.journal.read(watching.notice))
-    prepared = prepare(request, folder.cache, watching.notice, bases)
-    if request.settings.store:
-        folder.store = run_store(request.settings.store, prepared.started.fingerprint)
-    strategy = make_strategy(prepared.settings, prepared.steps, token_loss=prepared.is_token_loss)
-    cost = estimate(prepared, strategy)
-    terms = Terms(peak_of=prepared.planned.peak_of) if prepared.planned else Terms()
-    report_to = request.settings.report_to
-    selection, trackers = opened(folder, prepared.started, prepared.steps, strategy, terms, report_to, watching)
-    for line in selection_lines(cost) if cost else [cost_line(strategy, prepared.steps)]:
-        watching.notice(line)
-    if end_metrics(prepared.settings):
-        watching.notice(answers_line(prepared.settings, prepared.started))
-    return Begun(request, prepared, selection, cost, trackers)
-
-
-def opened(
-    folder: RunFolder,
-    started: RunStarted,
-    steps: int,
-    strategy: Strategy,
-    terms: Terms,
-    report_to: Sequence[str],
-    watching: Watching,
-) -> tuple[Selection, Trackers]:
-    """The journal opened, and whoever looks on told of the plan and of what ended before."""
-    from rightrank.selection import Selection
-    from rightrank.trackers import Trackers
-
-    trackers = Trackers(report_to, folder.path, started, watching.notice)
-    selection = Selection(folder, started, strategy, trackers.beside(watching.on_event), terms)
-    trackers.catch_up(selection.records.outcomes)
-    folder.write_config(started.settings)
-    watching.on_plan(started, strategy.expected_arms() - (not terms.with_base), steps)
-    if selection.records.outcomes:
-        watching.on_resume(selection.records.outcomes)
-    return selection, trackers
-
-
-def finish(begun: Begun, decision: Decision, watching: Watching) -> Selected:
-    """Hand over what was decided."""
-    from rightrank.engine.arm_training import Watcher
-    from rightrank.handover import certify_selection, hand_over_trained
-    from rightrank.strategies.sweep import sweep_rows
-
-    selection, bench = begun.selection, begun.prepared.bench
-    if begun.estimate is not None:
-        watching.notice(selection.beside_estimate(begun.estimate))
-    hand_over_trained(selection, bench, decision)
-    begun.trackers.decided(decision)
-    if begun.request.settings.certify:
-        watcher = Watcher(on_step=watching.on_event, should_stop=watching.should_stop)
-        watching.notice(certify_selection(selection, bench, decision, watcher).sentence())
-    records, folder = selection.records, selection.folder
-    return Selected(
-        decision,
-        folder.path,
-        folder.adapter,
-        folder.report,
-        records.samples,
-        sweep_rows(begun.prepared.started, records.outcomes),
-        sum(outcome.rank > 0 for outcome in records.outcomes),
-    )
-
-
-@dataclass(frozen=True, slots=True)
-class Decided:
-    """A decision on results that were there already, and what was understood of them."""
-
-    decision: Decision
-    understood: list[str]
-
-    def _repr_html_(self) -> str:
-        return _decision_html(self.decision)
-
-
 def decide(
     results: str | Path | Iterable[Mapping[str, Any]],
     *,
@@ -235,62 +233,33 @@ def decide(
     columns: Mapping[str, str] | None = None,
     horizon_steps: int | None = None,
 ) -> Decided:
-    """Decide on finished trainings, whoever ran them.
+    """Decide on trainings that have finished, whoever ran them.
 
     Args:
         results: a CSV or JSONL file, a run folder, another tool's results (see docs/decide.md), or mappings in memory
             with `rank`, `value` and, if there are any, `lr`, `seed`, `std`, `item`.
-        metric: the column with the held-out number, or its name where the column is `value`.
-        higher_is_better: None to tell from the metric's name.
+        metric: the column of the held-out number, or its name where the column is `value`.
+        higher_is_better: None for the direction that the metric's name implies.
         margin: how much worse than the best is still enough, in the metric's unit; None for the metric's default.
         columns: canonical name → column, where a column has an unusual name.
-        horizon_steps: the length of training that the answer is wanted for.
+        horizon_steps: the length of training to answer for.
 
     Raises:
         ResultsError: the table can't be used; the message names file and row.
     """
-    from rightrank.decision import decide as decide_table
-    from rightrank.decision import table_of_results
-    from rightrank.decision.metrics import direction
-    from rightrank.io.results import TableOptions, read_results, results_of_rows, rows_of_mappings
+    from rightrank.deciding import Question, decide_results
 
-    if isinstance(results, str | Path):
-        folder = RunFolder(Path(results))
-        if folder.journal.path.is_file():
-            return _decide_run(folder, metric, margin, horizon_steps)
-    asked = TableOptions(metric, higher_is_better, columns or {})
-    if isinstance(results, str | Path):
-        read = read_results(Path(results), asked, direction)
-    else:
-        read = results_of_rows(rows_of_mappings(results), asked, direction, "results")
-    return Decided(decide_table(table_of_results(read), margin, horizon_steps=horizon_steps), read.understood)
-
-
-def _decide_run(folder: RunFolder, metric: str | None, margin: float | None, horizon_steps: int | None) -> Decided:
-    """A run folder of our own, at its own metric and margin unless others are asked for."""
-    from rightrank.decision.run import comparable, decide_on, metrics_of, records_of
-
-    records = records_of(folder.journal.read(), str(folder.path))
-    started = records.started
-    direct = [outcome for outcome in records.outcomes if outcome.arm.is_direct]
-    name = metric or started.metric
-    known = metrics_of(records)
-    own = started.settings.get("margin") if name == started.metric else None
-    if name not in known or (started.data.form == "own" and name != started.metric):
-        raise ResultsError(f"{folder.path}: the run has no metric {name!r}; it has {', '.join(known)}")
-    outcomes = comparable(records) if name == started.metric else direct
-    decision = decide_on(records, outcomes, name, own if margin is None else margin, horizon_steps=horizon_steps)
-    return Decided(decision, [f"{len(direct)} trainings of a run folder"])
+    return decide_results(results, Question(metric, higher_is_better, margin, columns or {}, horizon_steps))
 
 
 def inspect(
     adapter: str | Path | None = None, *, base: str | Path | None = None, finetuned: str | Path | None = None
 ) -> Inspection:
-    """The singular spectra of an adapter, or of what full fine-tuning changed.
+    """Compute the singular spectra of an adapter, or of what full fine-tuning changed.
 
     Args:
         adapter: a PEFT adapter folder.
-        base: with `adapter`, the base model's folder, for the norms of the weights that are changed.
+        base: with `adapter`, the base model's folder, for the norms of the weights that the adapter changes.
         finetuned: instead of `adapter`: a checkpoint folder to compare with `base`.
 
     Raises:
@@ -308,7 +277,7 @@ def inspect(
 
 
 def inspect_gradient(model: str, data: str | Path, *, settings: SelectSettings | None = None) -> Inspection:
-    """The singular spectra of the loss's gradient to each weight that the settings adapt, before any training.
+    """Compute the singular spectra of the loss's gradient to each weight that the settings adapt, before any training.
 
     Raises:
         InputError: the model, the data or a module name can't be used.
@@ -329,45 +298,174 @@ def resize(
     data: str | Path | None = None,
     options: ResizeOptions | None = None,
 ) -> Resized:
-    """Write the adapter at another rank to `out`, with the error that the truncation makes.
+    """Write the adapter at another rank to `out`, and report the truncation error.
 
     Exactly one of `rank`, `energy`, `noise` and `data` chooses the rank; with `data` it is the smallest whose held-out
     loss is not worse by `options.settings.margin`.
 
     Raises:
         InputError: the adapter, the rule, the data or `out` can't be used; nothing was written.
-        RunError: recovery began and could not finish.
+        RunError: recovery started and could not finish.
     """
-    from rightrank.probe.resizing import ResizeOptions, ResizeRule, resize_adapter
+    from rightrank.probe.resizing import resize_adapter
 
     rule = ResizeRule(rank, energy, noise, None if data is None else Path(data))
     return resize_adapter(Path(adapter), Path(out), rule, options or ResizeOptions())
 
 
-def answers_line(settings: SelectSettings, started: RunStarted) -> str:
-    """What metrics beside the loss will cost, for a person."""
-    names = [spec.name for spec in settings.metric_specs if not spec.is_measured_along]
-    when = "at the end of each training" if settings.answers_at == "end" else f"{settings.eval_points} times a training"
-    items = started.data.splits["selection"].items
-    return (
-        f"{', '.join(names)}: measured on the base, {when}, and on the test split: "
-        f"{items} items, at most {settings.max_new_tokens} new tokens each where the model writes; how long that takes is said after the base"
+def resize_together(
+    adapters: Sequence[str | Path],
+    out: str | Path,
+    *,
+    rank: int | None = None,
+    energy: float | None = None,
+    noise: bool = False,
+    options: ResizeOptions | None = None,
+) -> ResizedTogether:
+    """Write several adapters at one common rank, each to a folder of its own name under `out`.
+
+    Exactly one of `rank`, `energy` and `noise` chooses the rank: the one given, or the largest that any module needs.
+
+    Raises:
+        InputError: one of the adapters can't be used, or two have the same name; nothing was written.
+    """
+    from rightrank.probe.resizing import resize_together as resize_all
+
+    rule = ResizeRule(rank, energy, noise)
+    return resize_all([Path(adapter) for adapter in adapters], Path(out), rule, options or ResizeOptions())
+
+
+def extract(
+    base: str | Path,
+    finetuned: str | Path,
+    out: str | Path,
+    *,
+    rank: int | None = None,
+    energy: float | None = None,
+    noise: bool = False,
+    data: str | Path | None = None,
+    max_rank: int = 128,
+    options: ResizeOptions | None = None,
+) -> Resized:
+    """Write an adapter on `base` to `out` that approximates the full fine-tune `finetuned`.
+
+    Exactly one of `rank`, `energy`, `noise` and `data` chooses the rank, as in `resize`; `max_rank` bounds the
+    singular values that are computed.
+
+    Raises:
+        InputError: two checkpoints that don't belong together, a rule that can't be used, or an `out` that exists.
+    """
+    from rightrank.probe.extract import ExtractOptions
+    from rightrank.probe.extract import extract as extract_adapter
+
+    rule = ResizeRule(rank, energy, noise, None if data is None else Path(data))
+    chosen = ExtractOptions(max_rank, options or ResizeOptions(dtype="float32"))
+    return extract_adapter(Path(base), Path(finetuned), Path(out), rule, chosen)
+
+
+def allocate(
+    adapter: str | Path,
+    data: str | Path,
+    *,
+    rank: int,
+    learning_rate: float,
+    max_steps: int,
+    by: str = "sensitivity",
+    pattern: str | Path | None = None,
+    seeds: Sequence[int] = (0, 1),
+    base: str | None = None,
+    settings: SelectSettings | None = None,
+    on_trial: Callable[[AllocationTrial], None] = lambda _: None,
+) -> Allocation:
+    """Propose a rank for each module where trained evidence supports it; otherwise answer uniform.
+
+    Args:
+        adapter: a trained PEFT adapter folder, which the pattern is made from.
+        data: the data to train and test on.
+        rank: the rank of the uniform adapter that sets the number of parameters.
+        learning_rate: the learning rate of every training.
+        max_steps: the optimizer steps of every training.
+        by: the measure of a module's importance: sensitivity, spectra, gradient or eva.
+        pattern: a JSON file of {module: rank} to test instead of one made by a measure.
+        seeds: one training of each pattern for each seed.
+        base: the base model; None for the one that the adapter names.
+        settings: see `SelectSettings`; None for the defaults.
+        on_trial: receives each training that has ended.
+
+    Raises:
+        InputError: the adapter, data, measure or pattern can't be used.
+        RunError: a training diverged.
+    """
+    from rightrank.probe.allocate import AllocateOptions
+    from rightrank.probe.allocate import allocate as allocate_ranks
+
+    options = AllocateOptions(
+        rank,
+        learning_rate,
+        max_steps,
+        by,
+        None if pattern is None else Path(pattern),
+        tuple(seeds),
+        base,
+        settings or make_settings({}),
+        on_trial,
     )
+    return allocate_ranks(Path(adapter), Path(data), options)
 
 
-def cost_line(strategy: Strategy, steps: int) -> str:
-    """What a selection will cost, for a person."""
-    cost = strategy.cost()
-    if cost.expected == cost.most:
-        return f"strategy {strategy.name}: {cost.most:.3g} trainings of {steps} steps"
-    return (
-        f"strategy {strategy.name}: about {cost.expected:.3g} trainings of {steps} steps, {cost.most:.3g} at most "
-        "(one stopped early counts for its part)"
-    )
+def write_report(run: str | Path) -> Path:
+    """Write `report.html` and the figures of a run again, from its journal alone.
+
+    Raises:
+        RunFolderError: no run there.
+    """
+    from rightrank import runs
+
+    return runs.write_report(run)
 
 
-def _decision_html(decision: Decision) -> str:
-    """The answer with its plot, for a notebook."""
-    from rightrank.report.notebook import decision_html  # brings matplotlib
+def export(
+    run: str | Path, to: str, out: str | Path | None = None, *, pad: bool = False, push_to_hub: str | None = None
+) -> Exported:
+    """Write what another program needs to train or serve the run's adapter.
 
-    return decision_html(decision)
+    Args:
+        run: a run folder whose selection has ended.
+        to: peft, trl, axolotl, llamafactory, unsloth, ms-swift, vllm, sglang, llama.cpp or ollama; or optuna, which
+            gives a study of the trials, of an unfinished run too.
+        out: the folder to write, which must not exist; None for `exports/<to>` in the run folder, replaced whole.
+        pad: for a server: also write the adapter at one rank that it serves and one scale, the same function.
+        push_to_hub: with `to="peft"`, `owner/name` of a repository to upload the adapter, its card and its plot to.
+
+    Raises:
+        SettingsError: an unknown target.
+        RunFolderError: no run there, one without a decision or an adapter, or `out` exists.
+        ResultsError: a rank that the server does not serve.
+        ModelError: an adapter that can't be padded.
+        RunError: the hub could not be reached or refused; the files are written all the same.
+    """
+    from rightrank import runs
+
+    return runs.export(run, to, out, pad=pad, push_to_hub=push_to_hub)
+
+
+def repair(run: str | Path) -> Repaired:
+    """Keep the whole records of a damaged journal and set the damaged lines aside in a file of their own.
+
+    Raises:
+        RunFolderError: no run there, a process at work in it, or a run whose start is damaged.
+    """
+    from rightrank import runs
+
+    return runs.repair(run)
+
+
+def status(run: str | Path) -> RunStatus:
+    """Report where a run stands, from its files; nothing in the folder is written.
+
+    Raises:
+        RunFolderError: no run there.
+    """
+    from rightrank import runs
+
+    return runs.status(run)

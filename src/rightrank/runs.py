@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+from rightrank import views
 from rightrank.decision.run import decision_so_far, last_decided, records_of
 from rightrank.errors import RunFolderError, SettingsError
 from rightrank.exports.hub import push_to_hub as upload
@@ -13,14 +14,11 @@ from rightrank.exports.recipe import recipe_of
 from rightrank.exports.study import TARGET as STUDY
 from rightrank.exports.study import write_study
 from rightrank.exports.targets import Exported, require_paddable, require_target, write_export
-from rightrank.io.files import report_disk_errors, require_absent, write_text
+from rightrank.io.files import report_disk_errors, require_absent
 from rightrank.io.journal import Repaired
 from rightrank.io.reading import UnreadableError, read_json_object
 from rightrank.io.run_folder import RunFolder
 from rightrank.report.event_log import PROGRESS_FILE
-from rightrank.report.figures import figures_of
-from rightrank.report.files import write_figures
-from rightrank.report.html import render_report
 from rightrank.report.status_text import RunStatus, is_fresh, run_status
 
 
@@ -31,16 +29,13 @@ def write_report(run: str | Path) -> Path:
         RunFolderError: no run there.
     """
     folder = existing_run(run)
-    from rightrank.selection import further_figures  # brings torch: `status` and `export` do without
-
     journal = folder.journal.read()
     records = records_of(journal, str(folder.path))
     decided = last_decided(journal)
     decision = decision_so_far(records) if decided is None else decided.decision
-    further = further_figures(records, folder.adapter)
     with report_disk_errors(folder.path):
-        write_text(folder.report, render_report(records, decision, further_figures=further))
-        write_figures(folder.figures, [*figures_of(records, decision), *further])
+        views.write_report(folder, records, decision)
+        views.write_all_figures(folder, records, decision)
     return folder.report
 
 

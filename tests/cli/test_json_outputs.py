@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from rightrank import Selected, Watching, demo, select_rank
+from rightrank import Observer, Selected, demo, select_rank
 from rightrank.cli import cli
 from tests.commands import run
 from tests.probe.adapters import make_adapter, make_base
@@ -176,7 +176,7 @@ def test_a_failure_is_one_line_on_stderr(
 def test_the_demo_s_answer_is_one_object(
     selected: Selected, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def short(out: Path, watching: Watching) -> Selected:
+    def short(out: Path, watching: Observer) -> Selected:
         watching.notice("going")
         return selected
 

@@ -12,15 +12,16 @@ import transformers
 from peft import get_peft_model
 
 from rightrank.engine.adapter import trainable_state
-from rightrank.engine.arm_training import TrialFolders, Watcher
+from rightrank.engine.arm_training import TrialFolders
 from rightrank.engine.encode import encode
 from rightrank.engine.optimizer import learning_rate_schedule
 from rightrank.engine.runtime import Runtime
 from rightrank.engine.targets import without_peft_noise
-from rightrank.engine.training_loop import Company, train_trials
+from rightrank.engine.training_loop import train_trials
 from rightrank.io.data import load_data
 from rightrank.io.models import prepare_model
 from rightrank.records import Arm, Trial, TrialFinished
+from rightrank.records.observer import Observer
 from tests.tiny import make_tokenizer, small_settings
 
 STEPS = 3
@@ -120,7 +121,7 @@ def plain_losses(runtime: Runtime, arm: Arm) -> list[float]:
 def run(runtime: Runtime, arms: list[Arm], folder: Path, size: int) -> list[TrialFinished]:
     trials = [Trial(trial_id=f"t{number}", arm=arm) for number, arm in enumerate(arms)]
     folders = lambda trial: TrialFolders(folder / f"{trial.trial_id}.safetensors", folder / trial.trial_id)  # noqa: E731
-    outcomes = list(train_trials(runtime, trials, None, folders, Watcher(), Company(size)))
+    outcomes = list(train_trials(runtime, trials, None, folders, Observer(), size))
     finished = [outcome for outcome in outcomes if isinstance(outcome, TrialFinished)]
     assert len(finished) == len(arms)
     return sorted(finished, key=lambda outcome: outcome.trial_id)

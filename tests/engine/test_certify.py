@@ -8,11 +8,12 @@ import pytest
 import torch
 
 from rightrank.api import select_rank
-from rightrank.engine.arm_training import TrialFolders, Watcher
+from rightrank.engine.arm_training import TrialFolders
 from rightrank.engine.certify import certify, largest_differences, tensor_difference
 from rightrank.engine.training_loop import run_trial
 from rightrank.io.journal import Journal
 from rightrank.records import Arm, Certified, Trial, TrialFinished
+from rightrank.records.observer import Observer
 from tests.helpers import make_runtime
 from tests.tiny import small_settings
 
@@ -45,10 +46,10 @@ def test_an_arm_that_was_not_the_same_is_told(model_folder: Path, completion_fil
     runtime = make_runtime(model_folder, completion_file, small_settings(max_steps=3), tmp_path / "cache")
     arm = Arm(rank=2, learning_rate=1e-2, lora_alpha=32.0, seed=0, steps=3)
     folders = TrialFolders(tmp_path / "c", tmp_path / "adapter")
-    trial = run_trial(runtime, Trial(trial_id="t", arm=arm), None, folders, Watcher())
+    trial = run_trial(runtime, Trial(trial_id="t", arm=arm), None, folders, Observer())
     assert isinstance(trial, TrialFinished)
     other = trial.model_copy(update={"train_losses": [*trial.train_losses[:2], trial.train_losses[2] * 1.01]})
-    certificate = certify(runtime, other, folders.adapter, tmp_path / "scratch", Watcher(), None)
+    certificate = certify(runtime, other, folders.adapter, tmp_path / "scratch", Observer(), None)
     assert certificate.passed is False
     assert certificate.loss_difference == pytest.approx(0.01, rel=1e-3)
     assert "NOT the same" in certificate.sentence()

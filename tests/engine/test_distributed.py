@@ -12,11 +12,12 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 
-from rightrank.engine.arm_training import TrialFolders, Watcher
+from rightrank.engine.arm_training import TrialFolders
 from rightrank.engine.distributed import require_shares
 from rightrank.engine.training_loop import run_trial
 from rightrank.errors import SettingsError
 from rightrank.records import Arm, Trial, TrialFinished
+from rightrank.records.observer import Observer
 from rightrank.settings import SelectSettings
 from tests.helpers import make_runtime
 from tests.tiny import small_settings
@@ -34,7 +35,7 @@ def train(model: Path, data: Path, folder: Path, **changes: Any) -> TrialFinishe
         held = sum(parameter.to_local().numel() for parameter in runtime.model.model.layers.parameters())
         assert 2 * held == sum(parameter.numel() for parameter in runtime.model.model.layers.parameters())
     outcome = run_trial(
-        runtime, Trial(trial_id="t", arm=ARM), None, TrialFolders(folder / "c", folder / "adapter"), Watcher()
+        runtime, Trial(trial_id="t", arm=ARM), None, TrialFolders(folder / "c", folder / "adapter"), Observer()
     )
     assert isinstance(outcome, TrialFinished)
     return outcome

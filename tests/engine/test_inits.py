@@ -91,9 +91,10 @@ def test_equal_to_pefts_own_with_the_base_untouched(
 
 def test_an_arm_of_its_own_init_shares_a_pass(model_folder: Path, completion_file: Path, tmp_path: Path) -> None:
     """Beside a plain arm of another rank, it learns what it learns alone."""
-    from rightrank.engine.arm_training import TrialFolders, Watcher
-    from rightrank.engine.training_loop import Company, train_trials
+    from rightrank.engine.arm_training import TrialFolders
+    from rightrank.engine.training_loop import train_trials
     from rightrank.records import Trial, TrialFinished
+    from rightrank.records.observer import Observer
 
     runtime = make_runtime(model_folder, completion_file, small_settings(), tmp_path / "cache")
     arms = [ARM, ARM.model_copy(update={"init_lora_weights": "pissa"})]
@@ -102,7 +103,7 @@ def test_an_arm_of_its_own_init_shares_a_pass(model_folder: Path, completion_fil
     def folders(trial: Trial) -> TrialFolders:
         return TrialFolders(tmp_path / f"{trial.trial_id}.safetensors", tmp_path / trial.trial_id)
 
-    outcomes = {o.trial_id: o for o in train_trials(runtime, trials, None, folders, Watcher(), Company(2))}
+    outcomes = {o.trial_id: o for o in train_trials(runtime, trials, None, folders, Observer(), 2)}
     together = outcomes["t1"]
     assert isinstance(together, TrialFinished)
     assert together.pack_size == 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,13 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from rightrank.engine.adapters_per_pass import multi_lora_obstacle
-from rightrank.engine.arm_training import TrialFolders, Watcher
+from rightrank.engine.arm_training import TrialFolders
 from rightrank.engine.loss import BatchLoss
 from rightrank.engine.runtime import Runtime
-from rightrank.engine.training_loop import Company, train_trials
+from rightrank.engine.training_loop import train_trials
 from rightrank.errors import InterruptedRun
-from rightrank.records import Arm, Trial, TrialDiverged, TrialFailed, TrialFinished, TrialOutcome
+from rightrank.records import Arm, StepDone, Trial, TrialDiverged, TrialFailed, TrialFinished, TrialOutcome
+from rightrank.records.observer import Observer
 from tests.helpers import make_runtime
 from tests.tiny import small_settings
 
@@ -40,7 +42,7 @@ def run(
     folder: Path,
     size: int,
     base_loss: float | None = None,
-    watcher: Watcher | None = None,
+    observer: Observer | None = None,
     notices: list[str] | None = None,
 ) -> dict[str, TrialOutcome]:
     said: list[str] = [] if notices is None else notices
@@ -49,8 +51,8 @@ def run(
         trials_of(arms),
         base_loss,
         lambda trial: TrialFolders(folder / f"{trial.trial_id}.safetensors", folder / trial.trial_id),
-        watcher or Watcher(),
-        Company(size, notice=said.append),
+        replace(observer or Observer(), notice=said.append),
+        size,
     )
     return {outcome.trial_id: outcome for outcome in outcomes}
 
@@ -217,9 +219,12 @@ def test_a_stopped_pack_goes_on_where_it_was(runtime: Runtime, tmp_path: Path) -
     arms = [arm(2), arm(4, seed=1), arm(8)]
     steps: list[int] = []
     stop_after = 7  # steps of any arm
-    watcher = Watcher(on_step=lambda event: steps.append(event.step), should_stop=lambda: len(steps) >= stop_after)
+    observer = Observer(
+        on_event=lambda event: steps.extend([event.step] if isinstance(event, StepDone) else []),
+        should_stop=lambda: len(steps) >= stop_after,
+    )
     with pytest.raises(InterruptedRun, match=r"stopped at step \d of 6"):
-        run(runtime, arms, tmp_path / "stopped", 2, watcher=watcher)
+        run(runtime, arms, tmp_path / "stopped", 2, observer=observer)
     ours = run(runtime, arms, tmp_path / "stopped", 3)
     theirs = run_alone(runtime, arms, tmp_path / "alone")
     assert len(ours) == 3
@@ -234,8 +239,8 @@ def test_closing_early_keeps_checkpoints(runtime: Runtime, tmp_path: Path) -> No
         trials_of(arms),
         None,
         lambda trial: TrialFolders(tmp_path / f"{trial.trial_id}.safetensors", tmp_path / trial.trial_id),
-        Watcher(),
-        Company(2),
+        Observer(),
+        2,
     )
     assert next(outcomes).trial_id == "t0"
     outcomes.close()  # type: ignore[attr-defined]

@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from rightrank.engine.arm_training import TrialFolders, Watcher, arm_schedule
+from rightrank.engine.arm_training import TrialFolders, arm_schedule
 from rightrank.engine.averaging import RunningMean
 from rightrank.engine.training_loop import run_trial
 from rightrank.records import Arm, Trial, TrialFinished
+from rightrank.records.observer import Observer
 from tests.helpers import make_runtime
 from tests.tiny import small_settings
 
@@ -19,7 +20,7 @@ ARM = Arm(rank=4, learning_rate=1e-2, lora_alpha=32.0, seed=0, steps=8)
 
 def run(runtime: object, name: str, arm: Arm, tmp: Path, **parents: Path) -> TrialFinished:
     folders = TrialFolders(tmp / f"{name}.safetensors", tmp / name, **parents)
-    outcome = run_trial(runtime, Trial(trial_id=name, arm=arm), None, folders, Watcher())  # type: ignore[arg-type]
+    outcome = run_trial(runtime, Trial(trial_id=name, arm=arm), None, folders, Observer())  # type: ignore[arg-type]
     assert isinstance(outcome, TrialFinished)
     return outcome
 

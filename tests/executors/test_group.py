@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from rightrank import Watching, make_settings, select_rank
+from rightrank import Observer, make_settings, select_rank
 from rightrank.errors import SettingsError
 from rightrank.records import RunEvent, StepDone
 from tests.executors.runs import STEPS, require_same
@@ -38,7 +38,7 @@ def test_two_processes_share_an_arm_though_one_is_killed(
 
     notices: list[str] = []
     settings = small_settings(**STEPS, executor="processes", workers=1, devices_per_arm=2)
-    watching = Watching(on_event=kill_the_second, notice=notices.append)
+    watching = Observer(on_event=kill_the_second, notice=notices.append)
     select_rank(str(model_folder), completion_file, tmp_path / "run", settings=settings, watching=watching)
     assert killed
     require_same(tmp_path / "run", alone)

@@ -9,7 +9,7 @@ from typing import Any
 import psutil
 import pytest
 
-from rightrank import TrialTask, Watching, select_rank, select_rank_with
+from rightrank import Observer, TrialTask, select_rank, select_rank_with
 from rightrank.records import RunEvent, StepDone, TrialFinished
 from tests.executors.runs import STEPS, decision_of, require_same, values_of
 from tests.tiny import small_settings
@@ -43,7 +43,7 @@ def test_a_node_leaves_and_the_decision_is_that_of_one_process(
 
     settings = small_settings(**STEPS, executor="ray", ray_address=cluster.address, workers=3)
     select_rank(
-        str(model_folder), completion_file, tmp_path / "run", settings=settings, watching=Watching(on_event=take_a_node)
+        str(model_folder), completion_file, tmp_path / "run", settings=settings, watching=Observer(on_event=take_a_node)
     )
     assert gone
     assert decision_of(tmp_path / "run") == decision_of(alone)
@@ -67,7 +67,7 @@ def test_two_actors_share_an_arm_though_one_is_killed(
             actors[-1].kill()
 
     settings = small_settings(**STEPS, executor="ray", ray_address=cluster.address, workers=1, devices_per_arm=2)
-    watching = Watching(on_event=kill_one, notice=notices.append)
+    watching = Observer(on_event=kill_one, notice=notices.append)
     select_rank(str(model_folder), completion_file, tmp_path / "run", settings=settings, watching=watching)
     assert killed
     assert any("worker-1 is gone" in notice for notice in notices)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from rightrank import Watching, make_settings, select_rank
+from rightrank import Observer, make_settings, select_rank
 from rightrank.errors import MissingExtraError, RunError, SettingsError
 from rightrank.executors import pool_factory
 from rightrank.executors.messages import Task, WorkerMessage, WorkerSetup
@@ -181,4 +181,4 @@ def test_a_store_that_is_not_there_ends_the_run_before_it_begins(
     (tmp_path / "share").write_text("a file where a folder should be")
     settings = small_settings(executor="processes", workers=1, store=f"file://{tmp_path}/share/runs")
     with pytest.raises(RunError, match=r"can't write \.share-\w+ to the store file://.*"):
-        select_rank(str(model_folder), completion_file, tmp_path / "run", settings=settings, watching=Watching())
+        select_rank(str(model_folder), completion_file, tmp_path / "run", settings=settings, watching=Observer())

@@ -13,7 +13,7 @@ from typing import Any
 import psutil
 import pytest
 
-from rightrank import Watching, make_settings, select_rank
+from rightrank import Observer, make_settings, select_rank
 from rightrank.errors import InputError, MissingExtraError, RunError, SettingsError
 from rightrank.executors.messages import WORKER_MESSAGE, Ready, Stop, WorkerSetup
 from rightrank.executors.processes import ProcessCrew
@@ -39,7 +39,7 @@ def test_processes_come_to_the_same_decision_though_one_is_killed(
 
     notices: list[str] = []
     settings = small_settings(**STEPS, executor="processes", workers=2, launcher="nice -n 1")
-    watching = Watching(on_event=kill_once, notice=notices.append)
+    watching = Observer(on_event=kill_once, notice=notices.append)
     select_rank(str(model_folder), completion_file, tmp_path / "run", settings=settings, watching=watching)
     assert decision_of(tmp_path / "run") == decision_of(alone)
     assert values_of(tmp_path / "run") == values_of(alone)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from rightrank.api import Watching, select_rank
+from rightrank.api import Observer, select_rank
 from rightrank.cli import main
 from rightrank.io.journal import Journal
 from rightrank.planning.budget import needed
@@ -181,7 +181,7 @@ def test_a_calibrated_device_has_an_estimate_that_is_compared_at_the_end(
         completion_file,
         tmp_path / "run",
         settings=settings,
-        watching=Watching(notice=notices.append),
+        watching=Observer(notice=notices.append),
     )
     told = " | ".join(notices)
     assert "selection by grid: 2 trainings of 2 steps" in told or "selection by grid: about 2 trainings" in told

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from rightrank.cli import main
-from rightrank.engine.arm_training import TrialFolders, Watcher
+from rightrank.engine.arm_training import TrialFolders
 from rightrank.engine.runtime import Scores
 from rightrank.engine.training_loop import run_trial
 from rightrank.io.adapter_folder import AdapterFolder, open_adapter
@@ -22,6 +22,7 @@ from rightrank.probe.held_out import measure
 from rightrank.probe.rank_choice import RankChoice
 from rightrank.probe.resize import write_resized
 from rightrank.records import Arm, Trial
+from rightrank.records.observer import Observer
 from rightrank.records.probe import AllocationTrial
 from tests.helpers import make_runtime
 from tests.tiny import small_settings
@@ -32,7 +33,7 @@ def trained(model_folder: Path, completion_file: Path, tmp_path_factory: pytest.
     root = tmp_path_factory.mktemp("trained")
     runtime = make_runtime(model_folder, completion_file, small_settings(max_steps=20), root / "cache")
     arm = Arm(rank=8, learning_rate=1e-2, lora_alpha=32.0, seed=0, steps=20)
-    run_trial(runtime, Trial(trial_id="t", arm=arm), None, TrialFolders(root / "c", root / "adapter"), Watcher())
+    run_trial(runtime, Trial(trial_id="t", arm=arm), None, TrialFolders(root / "c", root / "adapter"), Observer())
     return open_adapter(root / "adapter")
 
 

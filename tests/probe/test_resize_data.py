@@ -11,13 +11,14 @@ import torch
 
 from rightrank import ResizeOptions, make_settings, resize
 from rightrank.cli import main
-from rightrank.engine.arm_training import TrialFolders, Watcher
+from rightrank.engine.arm_training import TrialFolders
 from rightrank.engine.training_loop import run_trial
 from rightrank.io.adapter_folder import open_adapter
 from rightrank.io.adapters import save_adapter
 from rightrank.probe.adapter_runtime import DataUse, adapter_on, adapter_runtime
 from rightrank.probe.held_out import Recovery, measure
 from rightrank.records import Arm, Trial, TrialFinished
+from rightrank.records.observer import Observer
 from tests.helpers import make_runtime
 from tests.probe.adapters import load_strictly, make_adapter, tensors_of
 from tests.tiny import small_settings
@@ -31,7 +32,7 @@ def trained(model_folder: Path, completion_file: Path, tmp_path_factory: pytest.
     root = tmp_path_factory.mktemp("trained")
     runtime = make_runtime(model_folder, completion_file, small_settings(max_steps=150), root / "cache")
     arm = Arm(rank=8, learning_rate=1e-2, lora_alpha=32.0, seed=0, steps=150)
-    run_trial(runtime, Trial(trial_id="t", arm=arm), None, TrialFolders(root / "c", root / "adapter"), Watcher())
+    run_trial(runtime, Trial(trial_id="t", arm=arm), None, TrialFolders(root / "c", root / "adapter"), Observer())
     return root / "adapter"
 
 
@@ -108,7 +109,7 @@ def test_training_an_adapter_that_exists_is_the_engines_training(
     with runtime.arm(arm) as fresh:
         save_adapter(fresh, tmp_path / "fresh", str(model_folder))
     engine = run_trial(
-        runtime, Trial(trial_id="t", arm=arm), None, TrialFolders(tmp_path / "c", tmp_path / "a"), Watcher()
+        runtime, Trial(trial_id="t", arm=arm), None, TrialFolders(tmp_path / "c", tmp_path / "a"), Observer()
     )
     assert isinstance(engine, TrialFinished)
     adapter = open_adapter(tmp_path / "fresh")

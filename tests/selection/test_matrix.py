@@ -12,13 +12,13 @@ import pytest
 import yaml
 from benchmarks.scale.simulated import TOKEN, VERSIONS, Pace, SimulatedCrew
 
-from rightrank.api import Begun
 from rightrank.errors import AllTrialsFailedError, SettingsError
 from rightrank.executors.pool import Pool, PoolOptions
 from rightrank.io.matrix import MatrixJob, read_matrix
-from rightrank.matrix import _run_all
 from rightrank.preparation import load_model
 from rightrank.records import Arm, Trial, TrialOutcome
+from rightrank.selection.many import _run_all
+from rightrank.selection.start import PreparedSelection
 from tests.commands import run, values_of
 from tests.tiny import small_settings, write_completions
 
@@ -161,7 +161,9 @@ def test_over_workers_every_job_goes_its_own_way() -> None:
     selections = {"a": StubSelection([1, 2, 3], None), "b": StubSelection([4, 5, 6], 5), "c": StubSelection([7], None)}
     begun = {name: SimpleNamespace(selection=selection) for name, selection in selections.items()}
     crew = SimulatedCrew(Pace(trial=lambda *_: 10.0))
-    ended = _run_all(cast(dict[str, Begun], begun), Pool(crew, PoolOptions(3, VERSIONS, TOKEN), clock=crew.clock))
+    ended = _run_all(
+        cast(dict[str, PreparedSelection], begun), Pool(crew, PoolOptions(3, VERSIONS, TOKEN), clock=crew.clock)
+    )
     assert cast(Any, ended["a"]) == "decided on [1, 2, 3]"
     assert cast(Any, ended["c"]) == "decided on [7]"
     assert isinstance(ended["b"], AllTrialsFailedError)

@@ -25,12 +25,13 @@ from benchmarks.reliability.memory import MIB, limited
 from rightrank import preparation
 from rightrank.cli import main, stopping
 from rightrank.engine import arm_training, training_loop
-from rightrank.engine.arm_training import TrialFolders, Watcher
+from rightrank.engine.arm_training import TrialFolders
 from rightrank.errors import RunFolderError, TerminatedRun, is_out_of_memory
 from rightrank.io.checkpoints import load_checkpoint
 from rightrank.io.journal import Journal
 from rightrank.io.run_folder import RunFolder
 from rightrank.records import SCHEMA_VERSION, Arm, Trial, TrialFailed, TrialFinished, TrialStarted
+from rightrank.records.observer import Observer
 from rightrank.report import event_log
 from tests.commands import run, start, wait_for_trial
 from tests.helpers import make_runtime
@@ -293,7 +294,7 @@ def test_memory_that_was_short_for_a_moment_costs_nothing(
 
     def train(name: str) -> training_loop.TrialOutcome:
         folders = TrialFolders(tmp_path / name / "checkpoint", tmp_path / name / "adapter")
-        return training_loop.run_trial(bench, Trial(trial_id="a" * 12, arm=arm), 20.0, folders, Watcher())
+        return training_loop.run_trial(bench, Trial(trial_id="a" * 12, arm=arm), 20.0, folders, Observer())
 
     whole = train("whole")
     passes, evaluations = iter(range(1000)), iter(range(1000))
@@ -360,7 +361,7 @@ def test_a_flipped_bit_in_a_checkpoint_is_found_and_the_trial_starts_again(
     trial = Trial(trial_id="a" * 12, arm=arm)
     folders = TrialFolders(tmp_path / "checkpoint", tmp_path / "adapter")
     steps = iter(range(1000))
-    stopper = Watcher(should_stop=lambda: next(steps) == 3)
+    stopper = Observer(should_stop=lambda: next(steps) == 3)
     with pytest.raises(Exception, match="stopped at step 4"):
         training_loop.run_trial(bench, trial, 20.0, folders, stopper)
     whole = folders.checkpoint.read_bytes()
@@ -371,7 +372,7 @@ def test_a_flipped_bit_in_a_checkpoint_is_found_and_the_trial_starts_again(
         damaged[position] ^= 2
         folders.checkpoint.write_bytes(bytes(damaged))
         assert load_checkpoint(folders.checkpoint) is None, position
-    outcome = training_loop.run_trial(bench, trial, 20.0, folders, Watcher())
+    outcome = training_loop.run_trial(bench, trial, 20.0, folders, Observer())
     assert isinstance(outcome, TrialFinished)
     assert len(outcome.train_losses) == 8
 
@@ -415,7 +416,7 @@ def test_checkpoints_never_take_more_than_their_share(
     settings = small_settings(max_steps=500, eval_points=1, checkpoint_seconds=10)
     bench = make_runtime(model_folder, completion_file, settings, tmp_path / "cache")
     monkeypatch.setattr(training_loop, "step_all", lambda *_: clock.__setitem__(0, clock[0] + 1.0) or {})
-    stop = Watcher(should_stop=lambda: clock[0] > 2000)
+    stop = Observer(should_stop=lambda: clock[0] > 2000)
     arm = Arm(rank=1, learning_rate=1e-2, lora_alpha=32.0, seed=0, steps=500)
     folders = TrialFolders(tmp_path / "checkpoint", tmp_path / "adapter")
     with pytest.raises(Exception, match="stopped at step"):

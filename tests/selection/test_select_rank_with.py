@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from rightrank import TrialResult, TrialTask, Watching, decide, select_rank_with
+from rightrank import Observer, TrialResult, TrialTask, decide, select_rank_with
 from rightrank.errors import AllTrialsFailedError, InterruptedRun, RightrankError, RunFolderError, SettingsError
 
 RANKS, RATES = (1, 4, 16), (1e-3, 3e-3)
@@ -136,7 +136,7 @@ def test_stopped_it_keeps_what_was_done(tmp_path: Path) -> None:
             tmp_path / "run",
             ranks=RANKS,
             learning_rates=(1e-3,),
-            watching=Watching(should_stop=lambda: next(stops)),
+            watching=Observer(should_stop=lambda: next(stops)),
         )
     lines = (tmp_path / "run" / "journal.jsonl").read_text().splitlines()
     assert [json.loads(line)["type"] for line in lines].count("trial_finished") == 2

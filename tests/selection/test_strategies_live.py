@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from rightrank.api import Watching, select_rank
+from rightrank.api import Observer, select_rank
 from rightrank.errors import InterruptedRun
 from rightrank.io.journal import Journal
 from rightrank.records import RunEvent, TrialFinished
@@ -30,7 +30,7 @@ def test_a_strategy_trains_in_stages_and_resumes(
         completion_file,
         tmp_path / "whole",
         settings=settings,
-        watching=Watching(notice=notices.append),
+        watching=Observer(notice=notices.append),
     )
     assert any(f"strategy {strategy}: about" in notice for notice in notices)
     assert any(trial.stop_at for trial in finished(tmp_path / "whole"))
@@ -44,7 +44,7 @@ def test_a_strategy_trains_in_stages_and_resumes(
         nonlocal ended
         ended += isinstance(event, TrialFinished)
 
-    watching = Watching(on_event=count, should_stop=lambda: ended >= 4)
+    watching = Observer(on_event=count, should_stop=lambda: ended >= 4)
     with pytest.raises(InterruptedRun):
         select_rank(str(model_folder), completion_file, tmp_path / "cut", settings=settings, watching=watching)
     resumed = select_rank(str(model_folder), completion_file, tmp_path / "cut", settings=settings)

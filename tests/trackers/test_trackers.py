@@ -10,11 +10,10 @@ from typing import Any
 
 import pytest
 
-from rightrank.api import Decided, decide
+from rightrank.api import Decided, decide, select_rank_with
 from rightrank.decision.run import Records, decide_run, records_of
 from rightrank.errors import MissingExtraError, SettingsError
 from rightrank.io.journal import Journal
-from rightrank.own_trainer import select_rank_with
 from rightrank.records import TrialResult, TrialTask
 from rightrank.trackers import Trackers, registry, require_trackers
 from tests.commands import run, select_arguments

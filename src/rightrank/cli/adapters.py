@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
-from rightrank.cli.options import comma, gather
+from rightrank.cli.options import comma, gather, whole_numbers
 from rightrank.errors import SettingsError
-
-if TYPE_CHECKING:
-    pass
 
 
 @click.command(epilog="Example: rightrank inspect run/adapter --plot spectrum.svg")
@@ -40,8 +37,7 @@ def inspect(
     With --base A --finetuned B instead: of every matrix that full fine-tuning changed. With --gradient MODEL DATA: of
     the loss's gradient before any training.
     """
-    from rightrank.api import inspect as inspect_update
-    from rightrank.api import inspect_gradient
+    from rightrank import api
     from rightrank.report.files import image_format_of, write_plot
     from rightrank.report.spectrum_figures import require_statistic, spectrum_map
     from rightrank.settings import make_settings
@@ -52,11 +48,11 @@ def inspect(
     if gradient is not None:
         if adapter is not None or base is not None or finetuned is not None:
             raise SettingsError("--gradient stands alone: leave out the adapter, --base and --finetuned")
-        found = inspect_gradient(*gradient, settings=make_settings(gather(None, assignments, {})))
+        found = api.inspect_gradient(*gradient, settings=make_settings(gather(None, assignments, {})))
     elif assignments:
         raise SettingsError("--set goes with --gradient MODEL DATA, which was not given; give both, or leave it out")
     else:
-        found = inspect_update(adapter, base=base, finetuned=finetuned)
+        found = api.inspect(adapter, base=base, finetuned=finetuned)
     if plot is not None:
         write_plot(spectrum_map(found.modules, statistic), plot)
     _print_record(found, as_json, statistic=statistic, every=every)
@@ -103,31 +99,32 @@ def resize(
 
     Several adapters are brought to one common rank; OUT then gets a folder for each.
     """
-    from rightrank.probe.resizing import ResizeOptions, ResizeRule, resize_adapter, resize_together, whole_numbers
+    from rightrank import api
     from rightrank.settings import make_settings
+    from rightrank.settings.resize import require_data_for
 
     *sources, out = adapters
     if not sources:
         raise SettingsError(f"got one folder, {out}; give the adapter and the folder to write: ADAPTER OUT")
-    rule = ResizeRule(rank, energy, noise, data)
-    rule.require_data_for(
-        {"--margin": margin, "--ranks": ranks, "--recover": recover, "--base": base, "--set": assignments}
-    )
-    values = gather(None, assignments, {"margin": margin})
-    options = ResizeOptions(
+    needing = {"--margin": margin, "--ranks": ranks, "--recover": recover, "--base": base, "--set": assignments}
+    require_data_for(needing, data)
+    options = api.ResizeOptions(
         dtype,
         uniform,
         base,
-        make_settings(values),
+        make_settings(gather(None, assignments, {"margin": margin})),
         whole_numbers(ranks, "--ranks"),
         recover,
         learning_rate,
         lambda at, value: click.echo(f"rank {at}: held-out {value:.4f}", err=True),
     )
     if len(sources) == 1:
-        _print_record(resize_adapter(sources[0], out, rule, options), as_json)
-    else:
-        _print_record(resize_together(sources, out, rule, options), as_json)
+        resized = api.resize(sources[0], out, rank=rank, energy=energy, noise=noise, data=data, options=options)
+        _print_record(resized, as_json)
+        return
+    if data is not None:
+        raise SettingsError("--data measures one adapter on its own data: resize each alone, then all with --rank")
+    _print_record(api.resize_together(sources, out, rank=rank, energy=energy, noise=noise, options=options), as_json)
 
 
 @click.command(epilog="Example: rightrank extract ./base ./finetuned adapter --energy 0.9")
@@ -160,16 +157,17 @@ def extract(
     as_json: bool,
 ) -> None:
     """A LoRA adapter on BASE, written to OUT, that approximates the full fine-tune FINETUNED."""
-    from rightrank.probe.extract import ExtractOptions
-    from rightrank.probe.extract import extract as extract_adapter
-    from rightrank.probe.resizing import ResizeOptions, ResizeRule
+    from rightrank import api
     from rightrank.settings import make_settings
+    from rightrank.settings.resize import require_data_for
 
-    rule = ResizeRule(rank, energy, noise, data)
-    rule.require_data_for({"--margin": margin, "--set": assignments})
+    require_data_for({"--margin": margin, "--set": assignments}, data)
     settings = make_settings(gather(None, assignments, {"margin": margin}))
-    options = ResizeOptions("float32", uniform, str(base), settings)
-    _print_record(extract_adapter(base, finetuned, out, rule, ExtractOptions(max_rank, options)), as_json)
+    options = api.ResizeOptions("float32", uniform, str(base), settings)
+    extracted = api.extract(
+        base, finetuned, out, rank=rank, energy=energy, noise=noise, data=data, max_rank=max_rank, options=options
+    )
+    _print_record(extracted, as_json)
 
 
 @click.command(
@@ -206,23 +204,23 @@ def allocate(
     The pattern is made from the trained ADAPTER and DATA. It must beat the uniform rank at equal parameters, and the
     same ranks shuffled over the modules.
     """
-    from rightrank.probe.allocate import AllocateOptions
-    from rightrank.probe.allocate import allocate as allocate_ranks
-    from rightrank.probe.resizing import whole_numbers
+    from rightrank import api
     from rightrank.settings import make_settings
 
-    options = AllocateOptions(
-        rank,
-        learning_rate,
-        max_steps,
-        by,
-        pattern,
-        tuple(whole_numbers(seeds, "--seeds") or (0, 1)),
-        base,
-        make_settings(gather(None, assignments, {})),
-        lambda trial: click.echo(f"{trial.pattern}, seed {trial.seed}: {trial.value:.4f}", err=True),
+    allocation = api.allocate(
+        adapter,
+        data,
+        rank=rank,
+        learning_rate=learning_rate,
+        max_steps=max_steps,
+        by=by,
+        pattern=pattern,
+        seeds=tuple(whole_numbers(seeds, "--seeds") or (0, 1)),
+        base=base,
+        settings=make_settings(gather(None, assignments, {})),
+        on_trial=lambda trial: click.echo(f"{trial.pattern}, seed {trial.seed}: {trial.value:.4f}", err=True),
     )
-    _print_record(allocate_ranks(adapter, data, options), as_json)
+    _print_record(allocation, as_json)
 
 
 def _print_record(record: Any, as_json: bool, statistic: Any = "effective_rank", every: bool = False) -> None:

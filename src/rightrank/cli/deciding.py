@@ -6,12 +6,8 @@ import json
 import shutil
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
-
-if TYPE_CHECKING:
-    pass
 
 
 def _mapping(_context: click.Context, _parameter: click.Parameter, values: tuple[str, ...]) -> dict[str, str]:
@@ -48,9 +44,9 @@ def decide(
     RESULTS is a CSV or JSONL file with `rank`, `value` and, if there are any, `lr`, `seed`, `std`, `item`; a run
     folder; or results of W&B, MLflow, TensorBoard, Trainer, Optuna or Ray Tune.
     """
-    from rightrank.api import decide as decide_results
+    from rightrank import api
 
-    decided = decide_results(
+    decided = api.decide(
         results,
         metric=metric,
         higher_is_better=higher_is_better,

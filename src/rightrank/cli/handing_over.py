@@ -16,9 +16,9 @@ def report(run: Path, as_json: bool) -> None:
 
     It works while a selection runs, too: the report then shows what is known so far.
     """
-    from rightrank.runs import write_report
+    from rightrank import api
 
-    path = write_report(run)
+    path = api.write_report(run)
     click.echo(json.dumps({"report": str(path)}) if as_json else str(path))
 
 
@@ -37,9 +37,9 @@ def report(run: Path, as_json: bool) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print what was written as one JSON object.")
 def export(run: Path, to: str, out: Path | None, pad: bool, repository: str | None, as_json: bool) -> None:
     """Write what another program needs to train with RUN's rank, or to serve its adapter; or its trials for Optuna."""
-    from rightrank.runs import export as write_export
+    from rightrank import api
 
-    exported = write_export(run, to, out, pad=pad, push_to_hub=repository)
+    exported = api.export(run, to, out, pad=pad, push_to_hub=repository)
     if as_json:
         click.echo(json.dumps(exported.to_json()))
         return
@@ -58,9 +58,9 @@ def repair(run: Path, as_json: bool) -> None:
 
     `rightrank select` with the same arguments then trains again only what was lost.
     """
-    from rightrank.runs import repair as repair_run
+    from rightrank import api
 
-    repaired = repair_run(run)
+    repaired = api.repair(run)
     if as_json:
         aside = None if repaired.aside is None else str(repaired.aside)
         click.echo(json.dumps({"kept": repaired.kept, "set_aside": repaired.set_aside, "file": aside}))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,3 +30,17 @@ def gather(config_file: Path | None, assignments: tuple[str, ...], options: dict
             raise SettingsError(f"--set {assignment!r}: give NAME=VALUE, such as lora_dropout=0.05")
         values[name.strip().replace("-", "_")] = comma_list(value) if "," in value else value
     return values | {name: value for name, value in options.items() if value is not None and value != ()}
+
+
+def whole_numbers(values: Sequence[str] | None, option: str) -> list[int] | None:
+    """The numbers of a list option.
+
+    Raises:
+        SettingsError: one that is not a whole number.
+    """
+    if values is None:
+        return None
+    wrong = next((value for value in values if not value.isdecimal()), None)
+    if wrong is not None:
+        raise SettingsError(f"{option}: got {wrong!r}; give whole numbers with commas between, such as 4,8,16")
+    return [int(value) for value in values]

@@ -17,9 +17,8 @@ from rightrank.cli.stopping import listening
 from rightrank.errors import InterruptedRun, RunError, SettingsError, TerminatedRun
 
 if TYPE_CHECKING:
-    from rightrank.api import Selected, Watching
+    from rightrank.api import Observer, Selected
     from rightrank.records import RunEvent, RunStarted, TrialOutcome
-    from rightrank.report.terminal import View
 
 Found = TypeVar("Found")
 
@@ -103,12 +102,12 @@ def select(
         return
     if model is None or data is None:
         raise SettingsError("give MODEL and DATA, or --matrix FILE")
-    from rightrank.api import select_rank
+    from rightrank import api
     from rightrank.settings import make_settings
 
     settings = make_settings(gather(config_file, assignments, options))
     selected = _watched(
-        lambda watching: select_rank(model, data, out, settings=settings, watching=watching), quiet, out, log_json
+        lambda watching: api.select_rank(model, data, out, settings=settings, watching=watching), quiet, out, log_json
     )
     if as_json:
         _print_json(selected)
@@ -117,12 +116,12 @@ def select(
 
 
 def _select_matrix(file: Path, out: Path, further: dict[str, Any], as_json: bool, quiet: bool, log_json: bool) -> None:
+    from rightrank import api
     from rightrank.io.matrix import read_matrix
-    from rightrank.matrix import select_matrix
     from rightrank.report.matrix_table import matrix_text
 
     matrix = read_matrix(file)
-    found = _watched(lambda watching: select_matrix(matrix, out, further, watching), quiet, out, log_json)
+    found = _watched(lambda watching: api.select_matrix(matrix, out, further, watching), quiet, out, log_json)
     if as_json:
         jobs = [asdict(row) | {"decision": _decision_of(found.selected.get(row.name))} for row in found.rows]
         click.echo(json.dumps({"jobs": jobs, "table": str(found.table)}))
@@ -159,16 +158,16 @@ def demo(out: Path, as_json: bool, quiet: bool, log_json: bool) -> None:
     click.echo("\nOn your own data:\n  rightrank select PATH/TO/MODEL YOUR_DATA.jsonl --out my-run")
 
 
-def _watched(run: Callable[[Watching], Found], quiet: bool, out: Path, log_json: bool) -> Found:
+def _watched(run: Callable[[Observer], Found], quiet: bool, out: Path, log_json: bool) -> Found:
     """Run with a view on stderr, and with Ctrl-C and SIGTERM that stop cleanly."""
     from rich.console import Console
 
-    from rightrank.api import Watching
+    from rightrank.api import Observer
     from rightrank.report.event_log import JsonLog, ProgressFile
     from rightrank.report.terminal import make_view
 
     progress = ProgressFile(out)
-    chosen: View = JsonLog(sys.stderr) if log_json else make_view(Console(stderr=True), quiet)
+    chosen = JsonLog(sys.stderr) if log_json else make_view(Console(stderr=True), quiet)
     with chosen as view, listening(view.notice) as stop:
 
         def on_event(event: RunEvent) -> None:
@@ -184,7 +183,7 @@ def _watched(run: Callable[[Watching], Found], quiet: bool, out: Path, log_json:
             progress.resume(outcomes)
 
         try:
-            return run(Watching(on_event, on_plan, on_resume, view.notice, lambda: stop.asked))
+            return run(Observer(on_event, on_plan, on_resume, view.notice, lambda: stop.asked))
         except InterruptedRun as stopped:
             kind = TerminatedRun if stop.terminated else InterruptedRun
             raise kind(f"{stopped}; run the same command again to resume {out}: {_command()}") from None

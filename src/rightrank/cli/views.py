@@ -17,10 +17,10 @@ SHELLS = ("bash", "zsh", "fish")
 @click.option("--json", "as_json", is_flag=True, help="Print the status as one JSON object.")
 def status(run: Path, as_json: bool) -> None:
     """Say where RUN stands, from another terminal or after it ended. Nothing in the folder is touched."""
+    from rightrank import api
     from rightrank.report.status_text import status_lines
-    from rightrank.runs import status as status_of
 
-    found = status_of(run)
+    found = api.status(run)
     if as_json:
         click.echo(found.model_dump_json())
     else:
@@ -38,15 +38,15 @@ def watch(run: Path, interval: float) -> None:
     from rich.live import Live
     from rich.text import Text
 
+    from rightrank import api
     from rightrank.report.status_text import status_lines
-    from rightrank.runs import status as status_of
 
     console = Console()
     plain = not console.is_terminal or console.no_color
     said = ""
     with Live(console=console, auto_refresh=False, transient=False) as live:
         while True:
-            found = status_of(run)
+            found = api.status(run)
             text = status_lines(found, console.width, colour=not plain)
             if plain and text != said:
                 click.echo(text)

@@ -29,13 +29,12 @@ from rightrank.io.adapters import save_adapter
 from rightrank.io.checkpoints import Checkpoint, load_checkpoint, save_checkpoint
 from rightrank.io.truncation import truncated_tensors
 from rightrank.maths.scaling import lora_scale
-from rightrank.records import Arm, EvalPoint, Preparing, StepDone, Trial, TrialFinished
+from rightrank.records import Arm, EvalPoint, StepDone, Trial, TrialFinished
+from rightrank.records.observer import Observer
 from rightrank.settings import SelectSettings
 
 CHECKPOINT_SHARE = 0.015  # of the time that checkpoints may take
 DIVERGENCE_WINDOW = 8  # steps over which the training loss is averaged before it is called diverged
-
-ShouldStop = Callable[[], bool]
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,15 +46,6 @@ class TrialFolders:
     continue_from: Path | None = None  # the checkpoint of the trial that this one goes on from
     truncate_from: Path | None = None  # the adapter of the trial that this one is cut from
     answers: Path | None = None  # what the model wrote for the held-out items, where a metric asks for it
-
-
-@dataclass(frozen=True, slots=True)
-class Watcher:
-    """Who looks on: told of each step, asked whether to stop."""
-
-    on_step: Callable[[StepDone], None] = lambda _: None
-    on_prepare: Callable[[Preparing], None] = lambda _: None
-    should_stop: ShouldStop = lambda: False
 
 
 def adapter_name(trial: Trial) -> str:
@@ -73,7 +63,7 @@ class ArmTraining:
         multi_lora: MultiLora,
         base_loss: float | None,
         folders: TrialFolders,
-        watcher: Watcher,
+        observer: Observer,
     ) -> None:
         self._runtime = runtime
         self.trial = trial
@@ -81,7 +71,7 @@ class ArmTraining:
         self._multi_lora = multi_lora
         self._base_loss = base_loss
         self._folders = folders
-        self._watcher = watcher
+        self._observer = observer
         self._settings = runtime.settings
         self._named = multi_lora.add(
             self.adapter, trial.arm, runtime.arm_config(trial.arm), runtime.first_rows(trial.arm)
@@ -152,7 +142,7 @@ class ArmTraining:
             raise Diverged(self.trial, progress.step, f"training loss is {loss}")
         recent = progress.train_losses[-DIVERGENCE_WINDOW:]
         self._compare_with_base(sum(recent) / len(recent), "training", len(recent) == DIVERGENCE_WINDOW)
-        self._watcher.on_step(
+        self._observer.on_event(
             StepDone(
                 trial_id=self.trial.trial_id,
                 step=progress.step,

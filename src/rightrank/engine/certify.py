@@ -8,11 +8,12 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from rightrank.engine.arm_training import TrialFolders, Watcher
+from rightrank.engine.arm_training import TrialFolders
 from rightrank.engine.runtime import Runtime
 from rightrank.engine.training_loop import run_trial
 from rightrank.errors import RunError
 from rightrank.records import Certified, Trial, TrialFinished
+from rightrank.records.observer import Observer
 
 STEP_BOUND = 1e-5  # relative, of the loss of one step from the same state, float32
 RUN_BOUND = 1e-3  # relative, of losses and adapter over a whole training, float32
@@ -24,7 +25,7 @@ def certify(
     trial: TrialFinished,
     adapter: Path,
     scratch: Path,
-    watcher: Watcher,
+    observer: Observer,
     seed_difference: float | None,
 ) -> Certified:
     """Train `trial`'s arm again, alone and from its start, and say how far it is from what it was.
@@ -35,11 +36,11 @@ def certify(
 
     Raises:
         RunError: the training did not end with a result this time.
-        InterruptedRun: the watcher asked to stop; a checkpoint was written.
+        InterruptedRun: the observer asked to stop; a checkpoint was written.
     """
     arm = trial.arm.model_copy(update={"continue_from": None})
     folders = TrialFolders(scratch / f"{trial.trial_id}.safetensors", scratch / trial.trial_id)
-    again = run_trial(runtime, Trial(trial_id=trial.trial_id, arm=arm), None, folders, watcher)
+    again = run_trial(runtime, Trial(trial_id=trial.trial_id, arm=arm), None, folders, observer)
     if not isinstance(again, TrialFinished):
         raise RunError(f"{arm.label()} ended without a result when trained again alone: {again.reason}")
     step, run = largest_differences(trial.train_losses, again.train_losses)

@@ -12,11 +12,10 @@ import gc
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 
 import torch
 
-from rightrank.engine.arm_training import ArmTraining, TrialFolders, Watcher, adapter_name
+from rightrank.engine.arm_training import ArmTraining, TrialFolders, adapter_name
 from rightrank.engine.memory import PeakMemory, is_recoverable_oom
 from rightrank.engine.multi_lora import MultiLora
 from rightrank.engine.outcome import Diverged, Progress, Seen, finished
@@ -24,25 +23,17 @@ from rightrank.engine.runtime import Runtime
 from rightrank.engine.scoring import measure
 from rightrank.errors import InterruptedRun, MetricError
 from rightrank.io.models import first_line
-from rightrank.records import Trial, TrialFailed, TrialFinished, TrialOutcome
+from rightrank.records import Trial, TrialFailed, TrialFinished, TrialOutcome, TrialStarted
+from rightrank.records.observer import Observer
 
 Folders = Callable[[Trial], TrialFolders]
 
 
-@dataclass(frozen=True, slots=True)
-class Company:
-    """How many arms at most train together, and who is told what."""
-
-    pack_size: int = 1
-    on_start: Callable[[Trial], None] = lambda _: None
-    notice: Callable[[str], None] = lambda _: None
-
-
 def run_trial(
-    runtime: Runtime, trial: Trial, base_loss: float | None, folders: TrialFolders, watcher: Watcher
+    runtime: Runtime, trial: Trial, base_loss: float | None, folders: TrialFolders, observer: Observer
 ) -> TrialOutcome:
     """Train (or, for rank 0, only evaluate) one trial alone; see `train_trials`."""
-    return next(train_trials(runtime, [trial], base_loss, lambda _: folders, watcher, Company()))
+    return next(train_trials(runtime, [trial], base_loss, lambda _: folders, observer))
 
 
 def train_trials(
@@ -50,8 +41,8 @@ def train_trials(
     trials: Sequence[Trial],
     base_loss: float | None,
     folders: Folders,
-    watcher: Watcher,
-    company: Company,
+    observer: Observer,
+    adapters_per_pass: int = 1,
 ) -> Iterator[TrialOutcome]:
     """Outcomes in the order in which the trials end; each finished one's adapter is saved.
 
@@ -59,16 +50,16 @@ def train_trials(
     Closed early, it leaves a checkpoint of every arm under way.
 
     Raises:
-        InterruptedRun: the watcher asked to stop; checkpoints were written.
+        InterruptedRun: the observer asked to stop; checkpoints were written.
     """
     for trial in trials:
         if trial.arm.rank == 0:
-            company.on_start(trial)
+            observer.on_event(started(trial))
             yield evaluate_base(runtime, trial, folders(trial))
     trained = [trial for trial in trials if trial.arm.rank > 0]
     if trained:
         with MultiLora(runtime.model, runtime.settings) as multi_lora, runtime.recomputing():
-            yield from _Together(runtime, multi_lora, base_loss, folders, watcher, company).run(trained)
+            yield from _Together(runtime, multi_lora, base_loss, folders, observer, adapters_per_pass).run(trained)
 
 
 def evaluate_base(runtime: Runtime, trial: Trial, folders: TrialFolders) -> TrialFinished:
@@ -97,16 +88,15 @@ class _Together:
         multi_lora: MultiLora,
         base_loss: float | None,
         folders: Folders,
-        watcher: Watcher,
-        company: Company,
+        observer: Observer,
+        adapters_per_pass: int,
     ) -> None:
         self._runtime = runtime
         self._multi_lora = multi_lora
         self._base_loss = base_loss
         self._folders = folders
-        self._watcher = watcher
-        self._company = company
-        self._limit = company.pack_size
+        self._observer = observer
+        self._limit = adapters_per_pass
         self._waiting: deque[Trial] = deque()
         self._running: list[ArmTraining] = []
         self._started: set[str] = set()
@@ -136,7 +126,7 @@ class _Together:
         while self._waiting and len(self._running) < self._limit:
             trial = self._waiting.popleft()
             if trial.trial_id not in self._started:
-                self._company.on_start(trial)
+                self._observer.on_event(started(trial))
                 self._started.add(trial.trial_id)
             try:
                 self._running.append(self._join(trial))
@@ -159,7 +149,9 @@ class _Together:
             training.company = max(training.company, len(self._running))
 
     def _join(self, trial: Trial) -> ArmTraining:
-        return ArmTraining(self._runtime, trial, self._multi_lora, self._base_loss, self._folders(trial), self._watcher)
+        return ArmTraining(
+            self._runtime, trial, self._multi_lora, self._base_loss, self._folders(trial), self._observer
+        )
 
     def _step(self) -> Iterator[TrialOutcome]:
         """One step of all; the outcomes of those that end in it without a result."""
@@ -187,7 +179,7 @@ class _Together:
         if trial.trial_id in self._retried:
             return False
         self._retried.add(trial.trial_id)
-        self._company.notice(
+        self._observer.notice(
             f"{trial.arm.label()} ran out of memory on {self._runtime.loaded.device}: trying it once more"
         )
         return True
@@ -209,7 +201,7 @@ class _Together:
 
     def _go_on_with(self, limit: int, tried: int) -> None:
         self._limit = limit
-        self._company.notice(
+        self._observer.notice(
             f"{tried} trainings together ran out of memory on {self._runtime.loaded.device}: going on with {limit}"
         )
 
@@ -233,7 +225,7 @@ class _Together:
 
     def _pause_if_asked(self) -> None:
         """Checkpoints now and then, and of all when asked to stop."""
-        stopping = bool(self._running) and self._watcher.should_stop()
+        stopping = bool(self._running) and self._observer.should_stop()
         for training in self._running:
             if stopping or training.is_checkpoint_due:
                 training.save()
@@ -310,6 +302,10 @@ def by_seed(trials: Sequence[Trial]) -> list[Trial]:
     """The trials seed by seed, in the order asked for: arms of one seed share batches, and so pad nothing together."""
     seeds = list(dict.fromkeys(trial.arm.seed for trial in trials))
     return sorted(trials, key=lambda trial: seeds.index(trial.arm.seed))
+
+
+def started(trial: Trial) -> TrialStarted:
+    return TrialStarted(trial_id=trial.trial_id, **trial.arm.model_dump())
 
 
 def out_of_memory(trial: Trial, runtime: Runtime, reason: str) -> TrialFailed:

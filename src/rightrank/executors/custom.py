@@ -26,6 +26,7 @@ from rightrank.records import (
     TrialStarted,
     TrialTask,
 )
+from rightrank.records.observer import Observer
 
 TrainFunction: TypeAlias = Callable[[TrialTask], Mapping[str, float] | TrialResult]
 Call: TypeAlias = Callable[[TrialTask], object]  # what the function gave back, whatever it is
@@ -45,22 +46,20 @@ class CustomExecutor:
         metric: str,
         items: int | None,
         folder_of: Callable[[str], Path],
-        on_start: Callable[[TrialStarted], None],
-        should_stop: Callable[[], bool] = lambda: False,
+        observer: Observer,
         at_once: int = 1,
     ) -> None:
         self._call = call
         self._metric = metric
         self._items = items  # how many held-out items earlier trials scored; None: not known yet
         self._folder_of = folder_of
-        self._on_start = on_start
-        self._should_stop = should_stop
+        self._observer = observer
         self._at_once = at_once  # calls under way at a time; above 1, each in a process of its own
 
     def run(self, trials: Sequence[Trial], base_loss: float | None) -> Iterator[TrialOutcome]:
         for ended, outcome in enumerate(self._one_by_one(trials) if self._at_once == 1 else self._several(trials), 1):
             yield outcome
-            if self._should_stop():
+            if self._observer.should_stop():
                 raise InterruptedRun(f"stopped after {ended} trials")
 
     def _one_by_one(self, trials: Sequence[Trial]) -> Iterator[TrialOutcome]:
@@ -82,7 +81,7 @@ class CustomExecutor:
                 yield from (future.result() for future in done)
 
     def _started(self, trial: Trial) -> None:
-        self._on_start(TrialStarted(trial_id=trial.trial_id, **trial.arm.model_dump()))
+        self._observer.on_event(TrialStarted(trial_id=trial.trial_id, **trial.arm.model_dump()))
 
     def _run_one(self, trial: Trial) -> TrialOutcome:
         folder = self._folder_of(trial.trial_id)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 from rightrank.engine.adapters_per_pass import pack_size
-from rightrank.engine.arm_training import TrialFolders, Watcher
+from rightrank.engine.arm_training import TrialFolders
 from rightrank.engine.distributed import broadcast
 from rightrank.engine.runtime import Runtime
-from rightrank.engine.training_loop import Company, train_trials
+from rightrank.engine.training_loop import train_trials
 from rightrank.io.run_folder import RunFolder
-from rightrank.records import Trial, TrialOutcome, TrialStarted
+from rightrank.records import Trial, TrialOutcome
+from rightrank.records.observer import Observer
 
 
 class LocalExecutor:
@@ -20,38 +21,28 @@ class LocalExecutor:
         self,
         bench: Runtime,
         folder: RunFolder,
-        watcher: Watcher,
-        on_start: Callable[[TrialStarted], None],
-        notice: Callable[[str], None] = lambda _: None,
+        observer: Observer,
         largest_pack: int | None = None,
     ) -> None:
         self._bench = bench
         self._folder = folder
-        self._watcher = watcher
-        self._on_start = on_start
-        self._notice = notice
+        self._observer = observer
         self._largest_pack = largest_pack  # arms that fit together by the plan; None: it does not say
         self._prepared = False
 
     def run(self, trials: Sequence[Trial], base_loss: float | None) -> Iterator[TrialOutcome]:
         base = [trial for trial in trials if trial.arm.rank == 0]
         trained = [trial for trial in trials if trial.arm.rank > 0]
-        yield from train_trials(
-            self._bench, base, base_loss, self._folders, self._watcher, Company(on_start=self._started)
-        )
+        yield from train_trials(self._bench, base, base_loss, self._folders, self._observer)
         if not trained:
             return
         if not self._prepared:
-            self._bench.prepare(self._watcher.on_prepare, self._watcher.should_stop)
+            self._bench.prepare(self._observer.on_event, self._observer.should_stop)
             self._prepared = True
         arms = [trial.arm for trial in trained]
         # Of several processes that share an arm all take what the first has measured.
-        size = broadcast(0, pack_size(self._bench, arms, self._notice, self._largest_pack))
-        company = Company(size, self._started, self._notice)
-        yield from train_trials(self._bench, trained, base_loss, self._folders, self._watcher, company)
-
-    def _started(self, trial: Trial) -> None:
-        self._on_start(TrialStarted(trial_id=trial.trial_id, **trial.arm.model_dump()))
+        size = broadcast(0, pack_size(self._bench, arms, self._observer.notice, self._largest_pack))
+        yield from train_trials(self._bench, trained, base_loss, self._folders, self._observer, size)
 
     def _folders(self, trial: Trial) -> TrialFolders:
         arm, folder = trial.arm, self._folder

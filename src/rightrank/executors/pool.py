@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, TypeAlias
 
 from rightrank.errors import InputError, InterruptedRun, RunError
 from rightrank.executors.messages import Notice, Ready, Refused, Step, Task, TaskEnded, WorkerMessage
-from rightrank.records import Preparing, StepDone, Trial, TrialFailed, TrialOutcome, TrialStarted
+from rightrank.records import Trial, TrialFailed, TrialOutcome, TrialStarted
+from rightrank.records.observer import Observer
 
 MAX_LOSSES = 3  # workers that a trial may lose before it counts as failed
 BEFORE_STEPS = 6  # times as long a silence is let pass while a worker loads, prepares or evaluates the base
@@ -70,17 +71,6 @@ class PoolOptions:
     hang_seconds: float = 600.0
 
 
-@dataclass(frozen=True, slots=True)
-class Looking:
-    """Who looks on."""
-
-    on_start: Callable[[str, TrialStarted], None] = lambda _job, _started: None
-    on_step: Callable[[StepDone], None] = lambda _: None
-    on_prepare: Callable[[Preparing], None] = lambda _: None
-    notice: Callable[[str], None] = lambda _: None
-    should_stop: Callable[[], bool] = lambda: False
-
-
 @dataclass(slots=True)
 class _Member:
     """A worker as the pool sees it."""
@@ -100,12 +90,14 @@ class Pool:
         self,
         crew: Crew,
         options: PoolOptions,
-        looking: Looking | None = None,
+        observer: Observer | None = None,
+        job_observers: Mapping[str, Observer] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._crew = crew
         self._options = options
-        self._looking = looking or Looking()
+        self._observer = observer or Observer()
+        self._job_observers = job_observers or {}  # of the events of one job, where they differ
         self._clock = clock
         self._members: dict[str, _Member] = {}
         self._idle: list[str] = []
@@ -152,7 +144,7 @@ class Pool:
                 self._fill()
                 yield from self._hear_all()
                 yield from self._silent()
-                if self._looking.should_stop():
+                if self._observer.should_stop():
                     yield from self._wind_down()
                     raise InterruptedRun(f"stopped with {sum(map(len, self._open.values()))} trainings to do")
         finally:
@@ -232,20 +224,17 @@ class Pool:
                 if member.is_stepping:
                     member.longest_silence = max(member.longest_silence, now - before)
                 member.is_stepping = True
-                self._show(news.event)
+                self._observer_of(member).on_event(news.event)
             case Notice():
-                self._looking.notice(news.text)
+                self._observer.notice(news.text)
             case TrialStarted():
                 if member.task is not None and news.trial_id in member.left:
-                    self._looking.on_start(member.task.job, news)
+                    self._observer_of(member).on_event(news)
             case _:
                 yield from self._take(member, news)
 
-    def _show(self, event: StepDone | Preparing) -> None:
-        if isinstance(event, StepDone):
-            self._looking.on_step(event)
-        else:
-            self._looking.on_prepare(event)
+    def _observer_of(self, member: _Member) -> Observer:
+        return self._observer if member.task is None else self._job_observers.get(member.task.job, self._observer)
 
     def _admit(self, worker: str, member: _Member, ready: Ready) -> None:
         """Let a worker in, if it is of the same make and sees the same folder."""
@@ -286,7 +275,7 @@ class Pool:
             self._failed_starts += 1
             if not self._ready_once and self._failed_starts > self._options.workers:
                 raise RunError(f"no worker could start (the last: {lost.reason})")
-        self._looking.notice(f"{worker} is gone: {lost.reason}")
+        self._observer.notice(f"{worker} is gone: {lost.reason}")
         if member.task is not None:
             yield from self._again(member.task, list(member.left.values()), lost)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,11 +14,12 @@ import torch
 from rightrank.engine.runtime import Runtime
 from rightrank.errors import SettingsError
 from rightrank.executors.messages import Job, WorkerSetup
-from rightrank.executors.pool import Crew, Looking, Pool, PoolOptions
+from rightrank.executors.pool import Crew, Pool, PoolOptions
 from rightrank.executors.processes import ProcessCrew
 from rightrank.executors.worker import versions
 from rightrank.io.files import write_text
 from rightrank.io.store import Store
+from rightrank.records.observer import Observer
 from rightrank.settings import SelectSettings
 
 MAX_TASK_TRIALS = 16  # trials that a worker is given at once; it finds out how many of them share a pass
@@ -34,9 +35,16 @@ class WorkerNeeds:
 
 @contextmanager
 def open_pool(
-    settings: SelectSettings, jobs: Sequence[Job], folder: Path, needs: WorkerNeeds, looking: Looking
+    settings: SelectSettings,
+    jobs: Sequence[Job],
+    folder: Path,
+    needs: WorkerNeeds,
+    observer: Observer,
+    job_observers: Mapping[str, Observer] | None = None,
 ) -> Iterator[Pool]:
     """Workers for `jobs`, whose run folders are in `folder` or are it; they start as there is work.
+
+    `observer` receives what concerns all jobs, and the events of those that `job_observers` does not name.
 
     Raises:
         SettingsError: settings that don't go together.
@@ -49,7 +57,7 @@ def open_pool(
         setup = WorkerSetup(jobs=list(jobs), working_folder=Path.cwd(), share=share, probe=name)
         crew, workers = _crew(settings, setup, folder, needs)
         options = PoolOptions(workers, versions(), token, _task_trials(settings, needs), settings.hang_seconds)
-        pool = Pool(crew, options, looking)
+        pool = Pool(crew, options, observer, job_observers)
         try:
             yield pool
         finally:

@@ -39,7 +39,8 @@ from rightrank.executors.messages import (
     WorkerMessage,
     WorkerSetup,
 )
-from rightrank.records import Preparing, StepDone, TrialFailed
+from rightrank.records import Preparing, RunEvent, StepDone, TrialFailed, TrialStarted
+from rightrank.records.observer import Observer
 from rightrank.version import __version__
 
 if TYPE_CHECKING:
@@ -126,7 +127,6 @@ class Worker:
         return self._executors[job.name]
 
     def _made(self, job: Job, scratch: Path) -> Executor:
-        from rightrank.engine.arm_training import Watcher
         from rightrank.executors.local import LocalExecutor
         from rightrank.executors.stored import StoredExecutor, StoreSync
         from rightrank.io.run_folder import RunFolder
@@ -147,17 +147,22 @@ class Worker:
         folder = RunFolder(scratch / "run" if settings.store else job.folder)
         sync = StoreSync(folder, run_store(settings.store, job.fingerprint)) if settings.store else None
 
-        def on_step(event: StepDone) -> None:
-            self._step(event)
-            if sync is not None:
+        def on_event(event: RunEvent) -> None:
+            if isinstance(event, TrialStarted):
+                self._tell(event)
+            elif isinstance(event, StepDone | Preparing):
+                self._step(event)
+            if sync is not None and isinstance(event, StepDone):
                 sync.send_due()
 
         executor = LocalExecutor(
             prepared.bench,
             folder,
-            Watcher(on_step=on_step, on_prepare=self._step, should_stop=self._is_asked_to_stop),
-            self._tell,
-            lambda text: self._tell(Notice(text=text)),
+            Observer(
+                on_event=on_event,
+                notice=lambda text: self._tell(Notice(text=text)),
+                should_stop=self._is_asked_to_stop,
+            ),
             prepared.planned.largest_pack if prepared.planned else None,
         )
         return executor if sync is None else StoredExecutor(executor, sync)

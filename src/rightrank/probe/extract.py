@@ -26,9 +26,10 @@ from rightrank.maths.spectra import energy_rank
 from rightrank.probe.checkpoint_spectra import EXACT_SIDE, differences, require_alike, sketched_svd
 from rightrank.probe.rank_choice import RankChoice
 from rightrank.probe.resize import write_resized
-from rightrank.probe.resizing import ResizeOptions, ResizeRule, resize_adapter
+from rightrank.probe.resizing import resize_adapter
 from rightrank.probe.spectrum import Update, describe
 from rightrank.records.probe import Resized
+from rightrank.settings.resize import ResizeOptions, ResizeRule
 
 MAX_RANK = 128
 

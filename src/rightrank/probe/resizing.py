@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from pathlib import Path
 
 from rightrank.errors import RunFolderError, SettingsError
@@ -13,49 +12,7 @@ from rightrank.io.files import replacing_folder, require_absent
 from rightrank.probe.rank_choice import RankChoice, by_energy, by_noise, by_rank, candidate_ranks
 from rightrank.probe.resize import require_plain_update, write_resized
 from rightrank.records.probe import Resized, ResizedTogether
-from rightrank.settings import DtypeName, SelectSettings, make_settings
-
-
-@dataclass(frozen=True, slots=True)
-class ResizeRule:
-    """How the rank is chosen: exactly one of `rank`, `energy`, `noise` and `data`."""
-
-    rank: int | None = None
-    energy: float | None = None
-    noise: bool = False
-    data: Path | None = None
-
-    def require_one(self) -> None:
-        given = [
-            name
-            for name, value in (("--rank", self.rank), ("--energy", self.energy), ("--data", self.data))
-            if value is not None
-        ]
-        given += ["--noise"] if self.noise else []
-        if len(given) != 1:
-            raise SettingsError(
-                f"{' and '.join(given) or 'no rule'} given; give exactly one of --rank, --energy, --noise and --data"
-            )
-
-    def require_data_for(self, options: Mapping[str, object]) -> None:
-        """Refuse options that would be skipped: those given (not None, 0 or empty) need data."""
-        given = [name for name, value in options.items() if value]
-        if given and self.data is None:
-            raise SettingsError(f"{given[0]} goes with --data FILE, which was not given; give both, or leave it out")
-
-
-@dataclass(frozen=True, slots=True)
-class ResizeOptions:
-    """What a resize may be told beside the rule. All but `dtype` and `uniform` matter only with data."""
-
-    dtype: DtypeName | None = None  # of the written tensors; None: as they are
-    uniform: bool = False  # one rank for all modules: the largest that any needs
-    base: str | None = None  # the base model; None: the one that the adapter names
-    settings: SelectSettings = field(default_factory=lambda: make_settings({}))
-    ranks: Sequence[int] | None = None  # candidates; None: the powers of two
-    recover_steps: int = 0
-    learning_rate: float | None = None  # of recovery
-    on_rank: Callable[[int, float], None] = lambda _rank, _value: None
+from rightrank.settings.resize import ResizeOptions, ResizeRule
 
 
 def resize_adapter(path: Path, out: Path, rule: ResizeRule, options: ResizeOptions) -> Resized:
@@ -142,17 +99,3 @@ def _by_data(adapter: AdapterFolder, out: Path, data: Path, options: ResizeOptio
         use = DataUse(data, options.settings, Path(name) / "cache", options.recover_steps)
         runtime = adapter_runtime(adapter, options.base, use)
         return resize_by_data(adapter, out, runtime, candidates, Path(name))
-
-
-def whole_numbers(values: Sequence[str] | None, option: str) -> list[int] | None:
-    """The numbers of a list option.
-
-    Raises:
-        SettingsError: one that is not a whole number.
-    """
-    if values is None:
-        return None
-    wrong = next((value for value in values if not value.isdecimal()), None)
-    if wrong is not None:
-        raise SettingsError(f"{option}: got {wrong!r}; give whole numbers with commas between, such as 4,8,16")
-    return [int(value) for value in values]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from types import TracebackType
-from typing import Protocol
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -18,19 +17,6 @@ from rightrank.report.terminal_figures import terminal_curve
 
 CURVE_WIDTH, CURVE_HEIGHT = 72, 14
 PLAIN_SECONDS = 15.0  # between progress lines where nothing can be redrawn
-
-
-class View(Protocol):
-    """Something that shows a selection as it goes."""
-
-    def plan(self, started: RunStarted, arms: int, steps: int) -> None: ...
-    def resume(self, outcomes: Sequence[TrialOutcome]) -> None: ...
-    def event(self, event: RunEvent) -> None: ...
-    def notice(self, text: str) -> None: ...
-    def __enter__(self) -> View: ...
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None: ...
 
 
 class LiveView:

@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import redirect_stdout
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Protocol
@@ -13,6 +14,7 @@ from typing import Protocol
 from rightrank.errors import MissingExtraError, SettingsError, did_you_mean
 from rightrank.io.files import write_text
 from rightrank.records import Decision, RunEvent, RunStarted, TrialDiverged, TrialFailed, TrialFinished, TrialOutcome
+from rightrank.records.observer import Observer
 from rightrank.trackers.tracked import TrackedRun, tracked_decision, tracked_trial
 
 MODULES = {"trackio": "trackio", "wandb": "wandb", "mlflow": "mlflow", "tensorboard": "tensorboard"}  # what each needs
@@ -59,14 +61,14 @@ class Trackers:
         self._trackers = {name: _make(name, folder) for name in require_trackers(names)}
         self._told: dict[str, list[str]] = self._read()
 
-    def beside(self, listener: Callable[[RunEvent], None]) -> Callable[[RunEvent], None]:
-        """The listener, and the trackers after it."""
+    def beside(self, observer: Observer) -> Observer:
+        """The observer with every event sent to the trackers too, after it."""
 
-        def both(event: RunEvent) -> None:
-            listener(event)
+        def on_event(event: RunEvent) -> None:
+            observer.on_event(event)
             self.event(event)
 
-        return both
+        return replace(observer, on_event=on_event)
 
     def catch_up(self, outcomes: Iterable[TrialOutcome]) -> None:
         """Tell of what an interrupted run had no time to tell."""

@@ -7,23 +7,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TypeAlias
+from dataclasses import dataclass, replace
 
 from rightrank.decision.run import Records, decide_run, decision_so_far
 from rightrank.errors import (
     AllTrialsFailedError,
     DeviceMemoryError,
-    InputError,
     InterruptedRun,
     ResultsError,
     RunFolderError,
 )
 from rightrank.executors import Executor
-from rightrank.io.files import write_text
 from rightrank.io.run_folder import RunFolder
-from rightrank.probe.adapter_spectra import inspect_adapter
 from rightrank.records import (
     Decision,
     JournalRecord,
@@ -37,22 +32,17 @@ from rightrank.records import (
     TrialStarted,
     trial_id,
 )
+from rightrank.records.observer import Observer
 from rightrank.records.plan import SelectionCost
-from rightrank.report.figure import AnyFigure, Figure
 from rightrank.report.format import size
-from rightrank.report.html import render_report
 from rightrank.report.plan_table import took_line
-from rightrank.report.spectrum_figures import spectrum_figure
-from rightrank.report.sweep_table import sweep_map
 from rightrank.settings import settings_difference
 from rightrank.strategies import History, Strategy
 from rightrank.strategies.protocol import seconds_of, steps_of
-from rightrank.strategies.sweep import sweep_rows
+from rightrank.views import write_views
 
 VIEWS_SHARE = 0.05  # of the time at most that goes into views while trials run
 GIVE_UP_AFTER = 3  # trials that failed with none that ended well: something is wrong that is no arm's own
-
-Listener: TypeAlias = Callable[[RunEvent], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,12 +62,12 @@ class Selection:
         folder: RunFolder,
         started: RunStarted,
         strategy: Strategy,
-        listener: Listener,
+        observer: Observer | None = None,
         terms: Terms | None = None,
     ) -> None:
         self.folder = folder
         self._strategy = strategy
-        self._listener = listener
+        self._observer = observer or Observer()
         self._terms = terms or Terms()
         self._next_views = 0.0  # by the monotonic clock
         existing = folder.journal.read()
@@ -119,8 +109,17 @@ class Selection:
         """The base's held-out loss, once it has been evaluated."""
         return next((trial.metrics.get("loss") for trial in self.records.finished() if trial.rank == 0), None)
 
-    def note_start(self, started: TrialStarted) -> None:
-        """Journal that a trial began."""
+    @property
+    def observer(self) -> Observer:
+        """The observer to hand to an executor: it journals each start, then passes every event on."""
+        return replace(self._observer, on_event=self._on_event)
+
+    def _on_event(self, event: RunEvent) -> None:
+        if isinstance(event, TrialStarted):
+            self._note_start(event)
+        self._observer.on_event(event)
+
+    def _note_start(self, started: TrialStarted) -> None:
         self._company[started.trial_id] = [started.rank]
         ranks = [trial[0] for trial in self._company.values()]  # its own comes first
         for trial in self._company.values():
@@ -130,7 +129,6 @@ class Selection:
                 others.remove(own)
                 trial[:] = [own, *others]
         self.folder.journal.append(started)
-        self._listener(started)
 
     def keep(self, outcome: TrialOutcome) -> None:
         """Journal how a trial ended, and write the views again where they are due.
@@ -143,7 +141,7 @@ class Selection:
         self.records.outcomes.append(outcome)
         if time.monotonic() >= self._next_views:
             self._write_views_so_far()
-        self._listener(outcome)
+        self._observer.on_event(outcome)
         failed = [outcome for outcome in self.records.outcomes if isinstance(outcome, TrialFailed)]
         if len(failed) >= GIVE_UP_AFTER and not self.records.finished():
             self._write_views_so_far()
@@ -181,11 +179,8 @@ class Selection:
         return took_line(estimate, steps / estimate.steps, seconds)
 
     def write_views(self, decision: Decision | None) -> None:
-        """decision.json and report, each replaced whole."""
-        if decision is not None:
-            self.folder.write_decision(decision)
-        further = further_figures(self.records, self.folder.adapter)
-        write_text(self.folder.report, render_report(self.records, decision, further_figures=further))
+        """Write decision.json and the report."""
+        write_views(self.folder, self.records, decision)
 
     def _write_views_so_far(self) -> None:
         """They grow with the trials, which on many workers come fast: written again when they are a small part of the time."""
@@ -230,24 +225,6 @@ class Selection:
 
 def _is_worth_another_try(outcome: TrialOutcome) -> bool:
     return isinstance(outcome, TrialFailed) and outcome.error != "out_of_memory"
-
-
-def adapter_figures(adapter: Path) -> list[Figure]:
-    """The spectrum of the adapter that was handed over; nothing before there is one, or where it is no PEFT adapter."""
-    if not (adapter / "adapter_config.json").exists():
-        return []
-    try:
-        figure = spectrum_figure(inspect_adapter(adapter))
-    except InputError:
-        return []
-    return [] if figure is None else [figure]
-
-
-def further_figures(records: Records, adapter: Path) -> list[AnyFigure]:
-    """What a run shows beside the figures of its decision: the sweep, and the adapter that was handed over."""
-    started = records.started
-    sweep = sweep_map(sweep_rows(started, records.outcomes), started.metric, started.higher_is_better)
-    return [*([] if sweep is None else [sweep]), *adapter_figures(adapter)]
 
 
 def require_same_run(folder: RunFolder, first: JournalRecord, started: RunStarted) -> None:

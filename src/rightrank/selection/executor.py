@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from rightrank.engine.arm_training import Watcher
 from rightrank.errors import SettingsError
 from rightrank.executors import Executor
 from rightrank.executors.local import LocalExecutor
 from rightrank.executors.messages import Job
-from rightrank.executors.pool import Looking, PoolExecutor
+from rightrank.executors.pool import PoolExecutor
 from rightrank.executors.pool_factory import WorkerNeeds, offloaded_base, open_pool
 from rightrank.preparation import Prepared, Request
-from rightrank.selection import Selection
+from rightrank.selection.loop import Selection
 
 ONLY = "only"  # the name of a run's one job
 
@@ -35,13 +34,7 @@ def require_placeable(request: Request) -> None:
 
 
 @contextmanager
-def executor_of(
-    request: Request,
-    prepared: Prepared,
-    selection: Selection,
-    watcher: Watcher,
-    notice: Callable[[str], None],
-) -> Iterator[Executor]:
+def executor_of(request: Request, prepared: Prepared, selection: Selection) -> Iterator[Executor]:
     """In this process, or workers that last as long as the block.
 
     Raises:
@@ -49,19 +42,12 @@ def executor_of(
     """
     if request.settings.executor == "local":
         most = prepared.planned.largest_pack if prepared.planned else None
-        yield LocalExecutor(prepared.bench, selection.folder, watcher, selection.note_start, notice, most)
+        yield LocalExecutor(prepared.bench, selection.folder, selection.observer, most)
         return
-    looking = Looking(
-        on_start=lambda _, started: selection.note_start(started),
-        on_step=watcher.on_step,
-        on_prepare=watcher.on_prepare,
-        notice=notice,
-        should_stop=watcher.should_stop,
-    )
     job = job_of(ONLY, request, prepared, selection)
     with (
         offloaded_base(prepared.bench),
-        open_pool(request.settings, [job], selection.folder.path, most_needs([prepared]), looking) as pool,
+        open_pool(request.settings, [job], selection.folder.path, most_needs([prepared]), selection.observer) as pool,
     ):
         yield PoolExecutor(pool, ONLY)
 

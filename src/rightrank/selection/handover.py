@@ -7,7 +7,6 @@ from itertools import combinations
 from pathlib import Path
 
 from rightrank.decision.run import best_trial
-from rightrank.engine.arm_training import Watcher
 from rightrank.engine.certify import certify
 from rightrank.engine.runtime import Runtime
 from rightrank.engine.sample import promptable_items, write_completion
@@ -15,9 +14,11 @@ from rightrank.engine.scoring import measure
 from rightrank.exports.adapter_folder import hand_over
 from rightrank.io.adapters import restore_adapter
 from rightrank.records import Certified, Decision, DecisionRecorded, Sample, TestEvaluated, TrialFinished
+from rightrank.records.observer import Observer
 from rightrank.report.figures import figures_of
 from rightrank.report.files import write_figures
-from rightrank.selection import Selection, further_figures
+from rightrank.selection.loop import Selection
+from rightrank.views import further_figures
 
 
 def hand_over_trained(selection: Selection, bench: Runtime, decision: Decision) -> TrialFinished:
@@ -61,7 +62,7 @@ def hand_over_saved(selection: Selection, decision: Decision) -> Path | None:
     return adapter
 
 
-def certify_selection(selection: Selection, bench: Runtime, decision: Decision, watcher: Watcher) -> Certified:
+def certify_selection(selection: Selection, bench: Runtime, decision: Decision, observer: Observer) -> Certified:
     """Train one arm again alone: the one handed over, or where that was cut from another, the most packed one."""
     records, folder = selection.records, selection.folder
     if records.certificates:
@@ -72,7 +73,7 @@ def certify_selection(selection: Selection, bench: Runtime, decision: Decision, 
     trial = chosen if chosen in candidates else max(candidates, key=lambda trial: (trial.pack_size, trial.steps))
     scratch = folder.cache / "certify"
     adapter = folder.finished_adapter(trial.trial_id)
-    certificate = certify(bench, trial, adapter, scratch, watcher, seed_difference(candidates))
+    certificate = certify(bench, trial, adapter, scratch, observer, seed_difference(candidates))
     folder.journal.append(certificate)
     records.certificates.append(certificate)
     selection.write_views(decision)

@@ -7,18 +7,22 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from rightrank.api import Begun, Selected, Watching, begin, finish, run_begun
 from rightrank.errors import InputError, RunError, SettingsError
-from rightrank.executors.pool import Looking, Pool
+from rightrank.executors.pool import Pool
 from rightrank.executors.pool_factory import offloaded_base, open_pool
 from rightrank.io.data import load_data
 from rightrank.io.files import report_disk_errors, write_text
 from rightrank.io.matrix import MatrixConfig, MatrixJob
 from rightrank.io.run_folder import RunFolder
-from rightrank.placing import job_of, most_needs
 from rightrank.preparation import Bases, Request
 from rightrank.records import Decision, RunEvent, TrialDiverged, TrialFailed, TrialFinished
+from rightrank.records.observer import Observer
 from rightrank.report.matrix_table import MatrixRow, matrix_csv
+from rightrank.returns import Selected
+from rightrank.selection.executor import job_of, most_needs
+from rightrank.selection.finalize import finish
+from rightrank.selection.select import run_selection
+from rightrank.selection.start import PreparedSelection, prepare_selection
 from rightrank.settings import SelectSettings, make_settings
 
 TABLE = "table.csv"
@@ -33,22 +37,8 @@ class MatrixSelected:
     table: Path
 
 
-def select_matrix(
-    matrix: MatrixConfig, out: Path, further: Mapping[str, object], watching: Watching | None = None
-) -> MatrixSelected:
-    """Select a rank for every data set of a matrix.
-
-    Args:
-        matrix: the model and the data sets.
-        out: a folder for the run folders, each named like its job. Called again it resumes.
-        further: settings that go before those of the file.
-        watching: of its events, outcomes are told as notices with the job's name.
-
-    Raises:
-        InputError: a setting, the model or one of the data sets can't be used; nothing was started.
-        InterruptedRun: `watching.should_stop` said so.
-    """
-    watching = watching or Watching()
+def select_many(matrix: MatrixConfig, out: Path, further: Mapping[str, object], observer: Observer) -> MatrixSelected:
+    """Select a rank for every data set of a matrix; see `rightrank.api.select_matrix`."""
     requests = {job.name: _request(matrix.model, job, further) for job in matrix.jobs}
     settings = _placement(requests)
     with ExitStack() as stack:
@@ -56,7 +46,7 @@ def select_matrix(
         for folder in folders.values():
             stack.enter_context(folder.locked())
         stack.enter_context(report_disk_errors(out))
-        ended = (_one_by_one if settings.executor == "local" else _together)(requests, folders, out, watching)
+        ended = (_one_by_one if settings.executor == "local" else _together)(requests, folders, out, observer)
         rows = tuple(_row(name, folders[name], ended[name]) for name in requests)
         write_text(out / TABLE, matrix_csv(rows))
     selected = {name: end for name, end in ended.items() if isinstance(end, Selected)}
@@ -86,45 +76,45 @@ Ended = Selected | RunError
 
 
 def _one_by_one(
-    requests: Mapping[str, Request], folders: Mapping[str, RunFolder], _out: Path, watching: Watching
+    requests: Mapping[str, Request], folders: Mapping[str, RunFolder], _out: Path, observer: Observer
 ) -> dict[str, Ended]:
     """In this process: a job after the other, over one base."""
     bases: Bases = {}
     ended: dict[str, Ended] = {}
     for name, request in requests.items():
-        told = _told(name, watching)
-        begun = begin(request, folders[name], told, bases)
+        one = prepare_selection(request, folders[name], _of_job(name, observer), bases)
         try:
-            ended[name] = run_begun(begun, told)
+            ended[name] = run_selection(one)
         except RunError as error:
             ended[name] = error
     return ended
 
 
 def _together(
-    requests: Mapping[str, Request], folders: Mapping[str, RunFolder], out: Path, watching: Watching
+    requests: Mapping[str, Request], folders: Mapping[str, RunFolder], out: Path, observer: Observer
 ) -> dict[str, Ended]:
     """Over workers that all jobs share: whichever job has trials to run, a free worker takes one."""
     bases: Bases = {}
-    told = {name: _told(name, watching) for name in requests}
-    begun = {name: begin(request, folders[name], told[name], bases) for name, request in requests.items()}
+    begun = {
+        name: prepare_selection(request, folders[name], _of_job(name, observer), bases)
+        for name, request in requests.items()
+    }
     jobs = [job_of(name, requests[name], one.prepared, one.selection) for name, one in begun.items()]
-    looking = Looking(
-        on_start=lambda name, started: begun[name].selection.note_start(started),
-        notice=watching.notice,
-        should_stop=watching.should_stop,
-    )
+    observers = {name: one.selection.observer for name, one in begun.items()}
     prepared = [one.prepared for one in begun.values()]
     settings = prepared[0].settings
-    with offloaded_base(prepared[0].bench), open_pool(settings, jobs, out, most_needs(prepared), looking) as pool:
+    with (
+        offloaded_base(prepared[0].bench),
+        open_pool(settings, jobs, out, most_needs(prepared), observer, observers) as pool,
+    ):
         decisions = _run_all(begun, pool)
     ended: dict[str, Ended] = {}
     for name, decision in decisions.items():
-        ended[name] = decision if isinstance(decision, RunError) else finish(begun[name], decision, told[name])
+        ended[name] = decision if isinstance(decision, RunError) else finish(begun[name], decision)
     return ended
 
 
-def _run_all(begun: Mapping[str, Begun], pool: Pool) -> dict[str, Decision | RunError]:
+def _run_all(begun: Mapping[str, PreparedSelection], pool: Pool) -> dict[str, Decision | RunError]:
     """Each job's loop, turned inside out: an outcome goes to its job, which asks anew when it waits for none."""
     ended: dict[str, Decision | RunError] = {}
 
@@ -152,18 +142,18 @@ def _run_all(begun: Mapping[str, Begun], pool: Pool) -> dict[str, Decision | Run
     return ended
 
 
-def _told(name: str, watching: Watching) -> Watching:
-    """The same watching, of a job whose lines bear its name."""
+def _of_job(name: str, observer: Observer) -> Observer:
+    """The observer of one job: its notices start with the job's name."""
 
     def notice(text: str) -> None:
-        watching.notice(f"{name}: {text}")
+        observer.notice(f"{name}: {text}")
 
-    return Watching(
-        on_event=lambda event: _tell_outcome(event, notice), notice=notice, should_stop=watching.should_stop
+    return Observer(
+        on_event=lambda event: _notice_outcome(event, notice), notice=notice, should_stop=observer.should_stop
     )
 
 
-def _tell_outcome(event: RunEvent, notice: Callable[[str], None]) -> None:
+def _notice_outcome(event: RunEvent, notice: Callable[[str], None]) -> None:
     match event:
         case TrialFinished():
             notice(f"{event.arm.label()} held-out {event.value:.4f}")

@@ -1,0 +1,64 @@
+"""`decide`: from results that exist, a table or a run folder, to a decision."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rightrank.decision import decide, table_of_results
+from rightrank.decision.metrics import direction
+from rightrank.decision.run import comparable, decide_on, metrics_of, records_of
+from rightrank.errors import ResultsError
+from rightrank.io.results import TableOptions, read_results, results_of_rows, rows_of_mappings
+from rightrank.io.run_folder import RunFolder
+from rightrank.returns import Decided
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """What to decide; see `rightrank.decide` for each field."""
+
+    metric: str | None
+    higher_is_better: bool | None
+    margin: float | None
+    columns: Mapping[str, str]
+    horizon_steps: int | None
+
+
+def decide_results(results: str | Path | Iterable[Mapping[str, Any]], question: Question) -> Decided:
+    """Decide on a file, a folder or rows in memory.
+
+    Raises:
+        ResultsError: the table can't be used; the message names file and row.
+    """
+    if isinstance(results, str | Path):
+        folder = RunFolder(Path(results))
+        if folder.journal.path.is_file():
+            return _decide_run(folder, question)
+    options = TableOptions(question.metric, question.higher_is_better, question.columns)
+    if isinstance(results, str | Path):
+        read = read_results(Path(results), options, direction)
+    else:
+        read = results_of_rows(rows_of_mappings(results), options, direction, "results")
+    decision = decide(table_of_results(read), question.margin, horizon_steps=question.horizon_steps)
+    return Decided(decision, read.understood)
+
+
+def _decide_run(folder: RunFolder, question: Question) -> Decided:
+    """Decide on a run folder, at the run's own metric and margin unless the question gives others."""
+    records = records_of(folder.journal.read(), str(folder.path))
+    started = records.started
+    direct = [outcome for outcome in records.outcomes if outcome.arm.is_direct]
+    metric = question.metric or started.metric
+    known = metrics_of(records)
+    if metric not in known or (started.data.form == "own" and metric != started.metric):
+        raise ResultsError(f"{folder.path}: the run has no metric {metric!r}; it has {', '.join(known)}")
+    outcomes, margin = direct, question.margin
+    if metric == started.metric:
+        outcomes = comparable(records)
+        own = started.settings.get("margin")
+        margin = own if margin is None and isinstance(own, int | float) else margin
+    decision = decide_on(records, outcomes, metric, margin, horizon_steps=question.horizon_steps)
+    return Decided(decision, [f"{len(direct)} trainings of a run folder"])

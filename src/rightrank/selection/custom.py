@@ -1,0 +1,159 @@
+"""`select_rank_with`: the same selection with a trainer of one's own, whatever it trains and with whatever library."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+
+from rightrank.decision.metrics import direction
+from rightrank.errors import SettingsError
+from rightrank.executors.custom import Call, CustomExecutor, TrainFunction, call_in_process, call_inline, call_on_ray
+from rightrank.io.files import report_disk_errors
+from rightrank.io.run_folder import RunFolder
+from rightrank.records import DataSummary, RunStarted, TrialFinished, content_hash
+from rightrank.records.observer import Observer
+from rightrank.returns import Selected
+from rightrank.selection.handover import hand_over_saved
+from rightrank.selection.loop import Terms
+from rightrank.selection.start import open_selection
+from rightrank.settings import SelectSettings, make_settings
+from rightrank.strategies import make_strategy, space_of, strategy_in
+from rightrank.version import __version__
+
+DIRECT_STRATEGIES = ("grid", "bracket", "ladder", "ascend")  # those that whole trainings are enough for
+
+
+@dataclass(frozen=True, slots=True)
+class CustomRequest:
+    """A selection with a custom trainer, its arguments checked."""
+
+    settings: SelectSettings
+    steps: int
+    metric: str
+    higher_is_better: bool
+    with_base: bool
+    version: str
+    report_to: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Trainer:
+    """The function, how it is called, and how many calls run at a time."""
+
+    train: TrainFunction
+    call: Call
+    workers: int
+
+
+def select_custom(request: CustomRequest, trainer: Trainer, folder: RunFolder, observer: Observer) -> Selected:
+    """Run the selection, and hand over what the trainer saved."""
+    started = _run_started(request, trainer.train)
+    with folder.locked(), report_disk_errors(folder.path):
+        space = replace(
+            space_of(request.settings, request.steps, token_loss=False),
+            stages=False,
+            higher_is_better=request.higher_is_better,
+        )
+        strategy = strategy_in(request.settings.strategy, space)
+        terms = Terms(request.with_base, "give another range of learning rates, and a new out")
+        selection, trackers = open_selection(
+            folder, started, request.steps, strategy, terms, request.report_to, observer
+        )
+        executor = CustomExecutor(
+            trainer.call,
+            request.metric,
+            _items(selection.records.finished()),
+            folder.trial_adapter,
+            selection.observer,
+            trainer.workers,
+        )
+        decision = selection.run(executor)
+        adapter = hand_over_saved(selection, decision)
+        trackers.decided(decision)
+        return Selected(decision, folder.path, adapter, folder.report)
+
+
+def _items(finished: Sequence[TrialFinished]) -> int | None:
+    """How many held-out items the trials so far have scored."""
+    return next((len(trial.item_scores) for trial in finished if trial.item_scores), None)
+
+
+def make_trainer(train: TrainFunction, where: str, timeout_seconds: float | None, workers: int) -> Trainer:
+    """The trainer of a function, its arguments checked.
+
+    Raises:
+        SettingsError: an argument that is not allowed, or a function that can't be sent to a process.
+    """
+    if not callable(train):
+        raise SettingsError(f"train: got a {type(train).__name__}; give a function of one TrialTask")
+    if timeout_seconds is not None and (where != "process" or timeout_seconds <= 0):
+        raise SettingsError('timeout_seconds needs where="process" and a number above 0: other calls can\'t be ended')
+    if where not in ("here", "process", "ray"):
+        raise SettingsError(f'where: got {where!r}; give "here", "process" or "ray"')
+    if workers < 1 or (workers > 1 and where == "here"):
+        raise SettingsError(f'workers: got {workers} with where={where!r}; give 1, or more with "process" or "ray"')
+    if where == "ray":
+        call = call_on_ray(train)
+    else:
+        call = call_inline(train) if where == "here" else call_in_process(train, timeout_seconds)
+    return Trainer(train, call, workers)
+
+
+def checked_settings(values: Mapping[str, object]) -> SelectSettings:
+    """The settings of a selection with a custom trainer.
+
+    Raises:
+        SettingsError: a value that is not allowed, or a strategy that needs more than whole trainings.
+    """
+    settings = make_settings(values)
+    make_strategy(settings, 1)  # refuses an unknown name first
+    if settings.strategy not in DIRECT_STRATEGIES:
+        raise SettingsError(
+            f"strategy {settings.strategy!r} truncates adapters to lower ranks and trains them further, which a custom "
+            f"trainer can't do; give {', '.join(DIRECT_STRATEGIES)}"
+        )
+    return settings
+
+
+def direction_of(metric: str, higher_is_better: bool | None) -> bool:
+    """Whether higher is better: as given, or as the metric's name implies.
+
+    Raises:
+        SettingsError: nothing was given, and the name implies no direction.
+    """
+    higher = direction(metric) if higher_is_better is None else higher_is_better
+    if higher is None:
+        raise SettingsError(f"metric {metric!r}: pass higher_is_better=True or False, as the name does not say which")
+    return higher
+
+
+def _run_started(request: CustomRequest, train: TrainFunction) -> RunStarted:
+    name = f"{getattr(train, '__module__', '?')}.{getattr(train, '__qualname__', type(train).__name__)}"
+    kept = ("strategy", "ranks", "learning_rates", "seeds", "lora_alpha", "margin")
+    values = {
+        "model": None,
+        "data": None,
+        "trainer": name,
+        "version": request.version,
+        "steps": request.steps,
+        "metric": request.metric,
+        "higher_is_better": request.higher_is_better,
+        **request.settings.model_dump(mode="json", include=set(kept)),
+    }
+    return RunStarted(
+        rightrank_version=__version__,
+        fingerprint=content_hash({"settings": values}),
+        settings=values,
+        environment={
+            "python": platform.python_version(),
+            "system": f"{platform.system()} {platform.machine()}",
+            "device": "the trainer's own",
+        },
+        data=DataSummary(form="own", splits={}, splits_given=False, duplicates_across_splits=0),
+        evaluation_items=[],
+        metric=request.metric,
+        higher_is_better=request.higher_is_better,
+        started_at=datetime.now(UTC).isoformat(timespec="seconds"),
+    )

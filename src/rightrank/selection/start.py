@@ -1,0 +1,100 @@
+"""The start of a selection: data and base loaded, cost estimated, journal opened."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rightrank.engine.scoring import end_metrics
+from rightrank.io.run_folder import RunFolder
+from rightrank.io.store import run_store
+from rightrank.preparation import Bases, Prepared, Request, estimate, prepare, resuming
+from rightrank.records import RunStarted
+from rightrank.records.observer import Observer
+from rightrank.records.plan import SelectionCost
+from rightrank.report.plan_table import selection_lines
+from rightrank.selection.executor import require_placeable
+from rightrank.selection.loop import Selection, Terms
+from rightrank.settings import SelectSettings
+from rightrank.strategies import Strategy, make_strategy
+from rightrank.trackers import Trackers, require_trackers
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedSelection:
+    """A selection that is ready to run."""
+
+    request: Request
+    prepared: Prepared
+    selection: Selection
+    estimate: SelectionCost | None  # None: this device has no measurement to estimate from
+    trackers: Trackers
+    observer: Observer
+
+
+def prepare_selection(
+    request: Request, folder: RunFolder, observer: Observer, bases: Bases | None = None
+) -> PreparedSelection:
+    """Load data and base, open the journal, and report what the selection will cost.
+
+    `bases` holds the base models that other selections have loaded.
+    """
+    make_strategy(request.settings, request.settings.max_steps or 1)  # refuses a wrong name before anything is loaded
+    require_placeable(request)
+    require_trackers(request.settings.report_to)
+    request = resuming(request, folder.journal.read(observer.notice))
+    prepared = prepare(request, folder.cache, observer.notice, bases)
+    if request.settings.store:
+        folder.store = run_store(request.settings.store, prepared.started.fingerprint)
+    strategy = make_strategy(prepared.settings, prepared.steps, token_loss=prepared.is_token_loss)
+    cost = estimate(prepared, strategy)
+    terms = Terms(peak_of=prepared.planned.peak_of) if prepared.planned else Terms()
+    report_to = request.settings.report_to
+    selection, trackers = open_selection(folder, prepared.started, prepared.steps, strategy, terms, report_to, observer)
+    for line in selection_lines(cost) if cost else [cost_line(strategy, prepared.steps)]:
+        observer.notice(line)
+    if end_metrics(prepared.settings):
+        observer.notice(answers_line(prepared.settings, prepared.started))
+    return PreparedSelection(request, prepared, selection, cost, trackers, observer)
+
+
+def open_selection(
+    folder: RunFolder,
+    started: RunStarted,
+    steps: int,
+    strategy: Strategy,
+    terms: Terms,
+    report_to: Sequence[str],
+    observer: Observer,
+) -> tuple[Selection, Trackers]:
+    """Open the journal, and report the plan and the trials that ended before to observer and trackers."""
+    trackers = Trackers(report_to, folder.path, started, observer.notice)
+    selection = Selection(folder, started, strategy, trackers.beside(observer), terms)
+    trackers.catch_up(selection.records.outcomes)
+    folder.write_config(started.settings)
+    observer.on_plan(started, strategy.expected_arms() - (not terms.with_base), steps)
+    if selection.records.outcomes:
+        observer.on_resume(selection.records.outcomes)
+    return selection, trackers
+
+
+def answers_line(settings: SelectSettings, started: RunStarted) -> str:
+    """What the metrics beside the loss will cost, for a person."""
+    names = [spec.name for spec in settings.metric_specs if not spec.is_measured_along]
+    when = "at the end of each training" if settings.answers_at == "end" else f"{settings.eval_points} times a training"
+    items = started.data.splits["selection"].items
+    return (
+        f"{', '.join(names)}: measured on the base, {when}, and on the test split: "
+        f"{items} items, at most {settings.max_new_tokens} new tokens each where the model writes; how long that takes is said after the base"
+    )
+
+
+def cost_line(strategy: Strategy, steps: int) -> str:
+    """What a selection will cost, for a person."""
+    cost = strategy.cost()
+    if cost.expected == cost.most:
+        return f"strategy {strategy.name}: {cost.most:.3g} trainings of {steps} steps"
+    return (
+        f"strategy {strategy.name}: about {cost.expected:.3g} trainings of {steps} steps, {cost.most:.3g} at most "
+        "(one stopped early counts for its part)"
+    )

@@ -1,0 +1,56 @@
+"""The views of a run: decision.json, the report and the figures, each computed from the records and replaced whole."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rightrank.decision.run import Records
+from rightrank.errors import InputError
+from rightrank.io.files import write_text
+from rightrank.io.run_folder import RunFolder
+from rightrank.records import Decision
+from rightrank.report.figure import AnyFigure, Figure
+from rightrank.report.figures import figures_of
+from rightrank.report.files import write_figures
+from rightrank.report.html import render_report
+from rightrank.report.spectrum_figures import spectrum_figure
+from rightrank.report.sweep_table import sweep_map
+from rightrank.strategies.sweep import sweep_rows
+
+
+def write_views(folder: RunFolder, records: Records, decision: Decision | None) -> None:
+    """Write decision.json, where there is a decision, and the report."""
+    if decision is not None:
+        folder.write_decision(decision)
+    write_report(folder, records, decision)
+
+
+def write_report(folder: RunFolder, records: Records, decision: Decision | None) -> None:
+    """Write report.html."""
+    further = further_figures(records, folder.adapter)
+    write_text(folder.report, render_report(records, decision, further_figures=further))
+
+
+def write_all_figures(folder: RunFolder, records: Records, decision: Decision | None) -> None:
+    """Write every figure to the run's folder of figures."""
+    write_figures(folder.figures, [*figures_of(records, decision), *further_figures(records, folder.adapter)])
+
+
+def further_figures(records: Records, adapter: Path) -> list[AnyFigure]:
+    """The figures beside those of the decision: the sweep's, and the spectrum of the adapter that was handed over."""
+    started = records.started
+    sweep = sweep_map(sweep_rows(started, records.outcomes), started.metric, started.higher_is_better)
+    return [*([] if sweep is None else [sweep]), *_adapter_figures(adapter)]
+
+
+def _adapter_figures(adapter: Path) -> list[Figure]:
+    """No figure before an adapter is handed over, nor for one that is not in PEFT's format."""
+    if not (adapter / "adapter_config.json").exists():
+        return []
+    from rightrank.probe.adapter_spectra import inspect_adapter  # brings torch, which a report without it spares
+
+    try:
+        figure = spectrum_figure(inspect_adapter(adapter))
+    except InputError:
+        return []
+    return [] if figure is None else [figure]
