@@ -1,4 +1,4 @@
-"""The tables of docs/science.md, from the stored results, so that the page can't say what was not measured.
+"""The tables of docs/explanation/science.md, from the stored results, so that the page can't say what was not measured.
 
 python -m benchmarks.science     # writes the tables anew after a benchmark has run again
 """
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-PAGE = ROOT / "docs" / "science.md"
+PAGE = ROOT / "docs" / "explanation" / "science.md"
 SLOT = re.compile(r"(<!-- table: (\w+) -->\n).*?(\n<!-- end -->)", re.DOTALL)
 METHODS = (
     "bracket",

@@ -1,4 +1,4 @@
-"""Everything that docs/engine.md tells, measured anew into `results/`, in some twenty minutes on two quiet cores (counted, not measured).
+"""Everything that docs/explanation/engine.md tells, measured anew into `results/`, in some twenty minutes on two quiet cores (counted, not measured).
 
     python -m benchmarks.engine.measure MODEL DATA
 

@@ -236,7 +236,7 @@ def decide(
     """Decide on trainings that have finished, whoever ran them.
 
     Args:
-        results: a CSV or JSONL file, a run folder, another tool's results (see docs/decide.md), or mappings in memory
+        results: a CSV or JSONL file, a run folder, another tool's results (see docs/how-to/decide.md), or mappings in memory
             with `rank`, `value` and, if there are any, `lr`, `seed`, `std`, `item`.
         metric: the column of the held-out number, or its name where the column is `value`.
         higher_is_better: None for the direction that the metric's name implies.

@@ -36,14 +36,15 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_every_page_is_in_the_navigation(site: Path) -> None:
     first = (site / "index.html").read_text(encoding="utf-8")
-    for page in (ROOT / "docs").glob("*.md"):
-        if page.stem != "index":
-            assert (site / page.stem / "index.html").is_file()
-            assert f'href="{page.stem}/"' in first, f"{page.name} is not in the navigation of mkdocs.yml"
+    for page in (ROOT / "docs").rglob("*.md"):
+        name = page.relative_to(ROOT / "docs").with_suffix("").as_posix().removesuffix("index")
+        place = f"{name.rstrip('/')}/" if name else "."
+        assert (site / place / "index.html").is_file()
+        assert f'href="{place}"' in first, f"{name} is not in the navigation of mkdocs.yml"
 
 
 def test_the_reference_has_the_public_names(site: Path) -> None:
-    text = (site / "python" / "index.html").read_text(encoding="utf-8")
+    text = (site / "reference" / "python" / "index.html").read_text(encoding="utf-8")
     missing = {name for name in rightrank.__all__ if f'id="rightrank.{name}"' not in text}
     assert missing == NOT_IN_THE_REFERENCE
 

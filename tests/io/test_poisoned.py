@@ -1,4 +1,4 @@
-"""Items that are hard to digest: cut, left out or kept as docs/file-formats.md says, and counted."""
+"""Items that are hard to digest: cut, left out or kept as docs/reference/file-formats.md says, and counted."""
 
 from __future__ import annotations
 

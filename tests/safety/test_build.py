@@ -53,7 +53,9 @@ def test_two_builds_are_the_same_bytes(tmp_path: Path) -> None:
 
 
 def test_the_vendored_file_is_the_published_one() -> None:
-    stated = re.search(r"SHA-256 ([0-9a-f]{64})", (ROOT / "docs" / "dependencies.md").read_text(encoding="utf-8"))
+    stated = re.search(
+        r"SHA-256 ([0-9a-f]{64})", (ROOT / "docs" / "explanation" / "dependencies.md").read_text(encoding="utf-8")
+    )
     assert stated is not None
     vendored = (ROOT / "src" / "rightrank" / "report" / "vendor" / "echarts.min.js").read_bytes()
     assert hashlib.sha256(vendored).hexdigest() == stated[1]

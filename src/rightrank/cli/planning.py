@@ -32,7 +32,7 @@ PLAN_OPTIONS = [
     click.option("--device", help="cuda (default) or cpu: whose kernels and allocator."),
     click.option("--memory", "memory_bytes", help="What there is, such as 24GiB (default: the CUDA device's)."),
     click.option(
-        "--set", "assignments", multiple=True, metavar="NAME=VALUE", help="Any other setting; see docs/plan.md."
+        "--set", "assignments", multiple=True, metavar="NAME=VALUE", help="Any other setting; see docs/how-to/plan.md."
     ),
 ]
 

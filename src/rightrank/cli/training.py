@@ -35,7 +35,7 @@ SELECT_OPTIONS = [
     ),
     click.option("--margin", type=float, help="How much worse than the best is still enough."),
     click.option(
-        "--metric", help="What decides: loss (default), accuracy, exact_match, f1, rougeL, …: docs/metrics.md."
+        "--metric", help="What decides: loss (default), accuracy, exact_match, f1, rougeL, …: docs/how-to/metrics.md."
     ),
     click.option("--metrics", multiple=True, metavar="METRIC", help="A further metric to measure; may be repeated."),
     click.option("--max-steps", type=int, help="Optimizer steps of each training (default: one epoch)."),
@@ -50,7 +50,7 @@ SELECT_OPTIONS = [
     click.option("--memory", "memory_bytes", help="Memory budget, such as 24GiB; ranks that need more are left out."),
     click.option("--pack-size", type=int, help="Trainings that share the model's passes (default: as many as pay)."),
     click.option("--certify", is_flag=True, default=None, help="Train one arm again alone and compare."),
-    click.option("--executor", help="Where trainings run: local (default), processes or ray; see docs/clusters.md."),
+    click.option("--executor", help="Where trainings run: local (default), processes or ray; docs/how-to/clusters.md."),
     click.option(
         "--workers", type=int, help="Workers of the executor (default: one a CUDA device; ray: all that fit)."
     ),
@@ -58,7 +58,11 @@ SELECT_OPTIONS = [
     click.option("--report-to", callback=comma, help="Trackers: trackio, wandb, mlflow, tensorboard."),
     click.option("--config", "config_file", type=click.Path(path_type=Path), help="YAML file of settings."),
     click.option(
-        "--set", "assignments", multiple=True, metavar="NAME=VALUE", help="Any other setting; see docs/settings.md."
+        "--set",
+        "assignments",
+        multiple=True,
+        metavar="NAME=VALUE",
+        help="Any other setting: docs/reference/settings.md.",
     ),
 ]
 

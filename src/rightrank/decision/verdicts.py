@@ -110,7 +110,7 @@ def flags_of(
     horizon_steps: int | None,
     judged_others: Collection[str] = (),
 ) -> list[str]:
-    """In this order; each has an entry in docs/decide.md. `judged_others`: metrics with a judgement of their own."""
+    """In this order; each has an entry in docs/how-to/decide.md. `judged_others`: metrics with a judgement of their own."""
     top = max(evidence.contenders)
     gaps = [judged[rank].contender.gap for rank in (chosen, evidence.reference.rank)]
     trained = max((cell.steps or 0 for cell in evidence.reference.cells.values()), default=0)
