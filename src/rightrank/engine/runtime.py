@@ -126,6 +126,10 @@ class Runtime:
         """The loss of `batch` under whatever adapter the base now carries."""
         return self._losses(split, batch, scale, None)
 
+    def backpropagate(self, split: SplitName, batch: Batch, scale: Scale) -> BatchLoss:
+        """As `losses`, with the backward pass."""
+        return self._losses(split, batch, scale, None, backward=True)
+
     def accumulate_gradients(self, multi_lora: MultiLora, arm_batches: Sequence[ArmBatch]) -> list[torch.Tensor]:
         """One pass over every arm's training batch, forward and backward; the item losses [b] of each.
 

@@ -1,29 +1,34 @@
-"""LoRA factors at another rank: truncation by singular values, or padding that keeps the product.
+"""LoRA factors at another rank: truncation by singular values or by K-FAC, or padding that keeps the product.
 
 With s the scale of an update s·B·A and s' the scale at the new rank, s'·B'·A' is the best approximation of s·B·A of that
 rank (Eckart and Young 1936): its error ‖s·B·A − s'·B'·A'‖_F is the root of the sum of the squared singular values that
-are dropped. With B = Q_B R_B and Aᵀ = Q_A R_A, only the r × r core R_B R_Aᵀ is decomposed.
+are dropped. With B = Q_B R_B and Aᵀ = Q_A R_A, only the r × r core R_B R_Aᵀ is decomposed. With the moments of a module,
+s'·B'·A' is nearest in the K-FAC metric instead (`maths.truncation`).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from rightrank.io.adapter_folder import WEIGHTS_FILE
+from rightrank.io.adapter_folder import PREFIX, WEIGHTS_FILE
+from rightrank.maths.truncation import Moments, components
 
 Factors = tuple[torch.Tensor, torch.Tensor]
 
+MOMENTS_FILE = "moments.safetensors"  # beside the weights of the adapter that they belong to
 ZERO_SHARE = 1e-12  # of the largest singular value; a direction below it is rounding, and its column of B is zero
 
 
 def truncated_tensors(folder: Path, rank: int, scale: Callable[[int], float]) -> dict[str, torch.Tensor]:
     """The tensors of the adapter in `folder`, in PEFT's names, every A and B truncated to `rank`; all others as saved.
+
+    Modules whose moments are in the folder's `MOMENTS_FILE` are truncated by K-FAC, the others by singular values.
 
     Args:
         folder: an adapter folder as PEFT saves it.
@@ -31,26 +36,63 @@ def truncated_tensors(folder: Path, rank: int, scale: Callable[[int], float]) ->
         scale: PEFT's scale s by rank.
     """
     tensors = load_file(folder / WEIGHTS_FILE)
+    moments = load_moments(folder / MOMENTS_FILE)
     for name, a in list(tensors.items()):
         if "lora_A" not in name and "lora_embedding_A" not in name:
             continue
         partner = name.replace("lora_A", "lora_B").replace("lora_embedding_A", "lora_embedding_B")
         b = tensors[partner]
-        new_b, new_a = resized_factors(b.float(), a.float(), rank, scale(a.shape[0]) / scale(rank))
+        before = scale(a.shape[0])
+        found = moments.get(name.removeprefix(PREFIX).partition(".lora_")[0])
+        new_b, new_a = resized_factors(b.float(), a.float(), rank, before / scale(rank), found, before)
         tensors[name], tensors[partner] = new_a.to(a.dtype).contiguous(), new_b.to(b.dtype).contiguous()
     return tensors
 
 
-def resized_factors(b: torch.Tensor, a: torch.Tensor, rank: int, scale_ratio: float) -> Factors:
+def save_moments(path: Path, moments: Mapping[str, Moments]) -> None:
+    """Write moments by module name to a safetensors file, in float32."""
+    tensors = {f"{name}.inputs": torch.from_numpy(one.inputs).float() for name, one in moments.items()}
+    tensors |= {f"{name}.gradients": torch.from_numpy(one.gradients).float() for name, one in moments.items()}
+    save_file(tensors, path)
+
+
+def load_moments(path: Path) -> dict[str, Moments]:
+    """The moments of `save_moments`; none where there is no such file."""
+    if not path.exists():
+        return {}
+    tensors = {key: value.double().numpy() for key, value in load_file(path).items()}
+    names = sorted({key.rpartition(".")[0] for key in tensors})
+    return {name: Moments(tensors[f"{name}.inputs"], tensors[f"{name}.gradients"]) for name in names}
+
+
+def resized_factors(
+    b: torch.Tensor,
+    a: torch.Tensor,
+    rank: int,
+    scale_ratio: float,
+    moments: Moments | None = None,
+    scale: float = 1.0,
+) -> Factors:
     """`(B' [d, rank], A' [rank, k])`, truncated or padded, with B'·A' ≈ scale_ratio · B·A; scale_ratio is s/s'.
 
     At a higher rank the product is exact. An untrained pair (B or A zero) keeps its leading part unchanged, so that
     training can start from it. Computed in the type of `b` [d, r] and `a` [r, k].
+
+    Args:
+        b: [d, r].
+        a: [r, k].
+        rank: Of the result.
+        scale_ratio: s/s'.
+        moments: Of the module, for the K-FAC metric; None for the Frobenius norm.
+        scale: s, with which the moments were gathered.
     """
     if rank > b.shape[1]:
         return _padded(b * scale_ratio, a, rank)
     if not b.any() or not a.any():
         return b[:, :rank] * scale_ratio, a[:rank]
+    if moments is not None and rank < b.shape[1]:
+        parts = components(b.double().numpy(), a.double().numpy(), scale, moments)
+        b, a = (torch.from_numpy(part).to(a) for part in parts.leading(rank))
     q_b, r_b = torch.linalg.qr(b)
     q_a, r_a = torch.linalg.qr(a.T)
     u, s, vt = torch.linalg.svd(scale_ratio * r_b @ r_a.T, full_matrices=False)

@@ -22,6 +22,7 @@ from rightrank.io.files import require_absent
 from rightrank.io.patterns import exact_pattern, lora_scaling
 from rightrank.io.truncation import resized_factors
 from rightrank.maths.spectra import factored_distance
+from rightrank.maths.truncation import Moments
 from rightrank.probe.rank_choice import RankChoice
 from rightrank.records.probe import ModuleResize, Resized
 from rightrank.settings import DtypeName
@@ -37,8 +38,16 @@ class NewModule:
     record: ModuleResize
 
 
-def write_resized(adapter: AdapterFolder, out: Path, choice: RankChoice, dtype: DtypeName | None = None) -> Resized:
+def write_resized(
+    adapter: AdapterFolder,
+    out: Path,
+    choice: RankChoice,
+    dtype: DtypeName | None = None,
+    moments: Mapping[str, Moments] | None = None,
+) -> Resized:
     """Write `adapter` at the chosen ranks to `out`; dtype None keeps that of every tensor.
+
+    Modules with moments are truncated by K-FAC, the others by singular values.
 
     Raises:
         ModelError: NaN weights, or an initialisation that changes the base.
@@ -46,7 +55,11 @@ def write_resized(adapter: AdapterFolder, out: Path, choice: RankChoice, dtype: 
     """
     require_absent(out)
     require_plain_update(adapter)
-    modules = [_new_module(adapter, module, choice.ranks[module.name], dtype) for module in adapter.modules]
+    known = moments or {}
+    modules = [
+        _new_module(adapter, module, choice.ranks[module.name], dtype, known.get(module.name))
+        for module in adapter.modules
+    ]
     tensors = {key: value for module in modules for key, value in module.tensors.items()}
     tensors |= {key: adapter.tensor(key) for key in adapter.other_keys}
     write_adapter(out, resized_config(adapter, choice.ranks), tensors)
@@ -91,13 +104,18 @@ def resized_config(adapter: AdapterFolder, ranks: Mapping[str, int]) -> dict[str
     }
 
 
-def _new_module(adapter: AdapterFolder, module: AdapterModule, rank: int, dtype: DtypeName | None) -> NewModule:
+def _new_module(
+    adapter: AdapterFolder, module: AdapterModule, rank: int, dtype: DtypeName | None, moments: Moments | None
+) -> NewModule:
     b, a = adapter.factors(module)
     old_b, old_a = adapter.tensor(module.b_key), adapter.tensor(module.a_key)
     scaling = lora_scaling(module.lora_alpha, rank, adapter.use_rslora)
     ratio = module.scaling / scaling
     old = torch.from_numpy(b), torch.from_numpy(a)
-    new_b, new_a = (old[0] * ratio, old[1]) if rank == module.rank else resized_factors(*old, rank, ratio)
+    if rank == module.rank:
+        new_b, new_a = old[0] * ratio, old[1]
+    else:
+        new_b, new_a = resized_factors(*old, rank, ratio, moments, module.scaling)
     tensors = {
         module.b_key: _like(new_b, old_b, rank, dtype, first=False),
         module.a_key: _like(new_a, old_a, rank, dtype, first=True),

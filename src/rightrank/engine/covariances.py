@@ -1,0 +1,178 @@
+"""Second moments of an adapter's modules over training examples, for truncation (`maths.truncation`).
+
+A forward hook on each module's `lora_A` sees h = A·x [n, r], and a hook on that tensor sees the gradient δ of the loss to
+it. Only r × r sums are kept. A pass costs a training step of the same micro-batch without gradients to parameters and
+without the optimizer, so the peak memory stays below that of a training step, and the share of a training's time below
+the share of its tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from rightrank.engine.adapter import ADAPTER, lora_modules
+from rightrank.engine.encode import label_count
+from rightrank.engine.memory import is_recoverable_oom
+from rightrank.engine.runtime import Runtime
+from rightrank.io.models import first_line
+from rightrank.maths.truncation import Moments
+
+MOMENT_TOKENS = 8192  # see benchmarks/truncation
+MAX_SHARE = 0.1  # of the tokens of a training
+
+See = Callable[[str, torch.Tensor, torch.Tensor], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Gathered:
+    """Moments by module name in the base model, and what they rest on."""
+
+    moments: Mapping[str, Moments]
+    examples: int
+    tokens: int
+    notices: tuple[str, ...] = ()  # what is truncated by the plain SVD instead, and why
+
+
+def gather_moments(
+    runtime: Runtime, peft_model: Any, examples: Sequence[int], tokens: int = MOMENT_TOKENS, adapter: str = ADAPTER
+) -> Gathered:
+    """Moments of the adapter that PEFT has on the runtime's base, over training examples in the order given.
+
+    Modules whose update is not a plain product of matrices (DoRA, embeddings, convolutions), and all modules where memory
+    runs out or a gradient is not finite, get none; a notice says so.
+
+    Args:
+        runtime: The base and the data.
+        peft_model: PEFT's model around `runtime.model`, which need not be trainable.
+        examples: Numbers in the training split, best those that the adapter was not trained on.
+        tokens: How many tokens to read; whole micro-batches of `batch_size` are read until then, or all examples.
+        adapter: PEFT's name of the adapter.
+    """
+    found = lora_modules(peft_model, adapter)
+    plain = [name for name, module in found.items() if _is_plain(module, adapter)]
+    notices = _left_out(len(found) - len(plain))
+    if not plain:
+        return Gathered({}, 0, 0, notices)
+    sums, read = _Sums(), _Read()
+    try:
+        with rank_space(peft_model, plain, sums.add, adapter), runtime.recomputing(), runtime.without_dropout():
+            for indices in micro_batches(runtime, examples, tokens):
+                batch = runtime.batch("train", indices)
+                runtime.backpropagate("train", batch, 1.0)
+                read.add(runtime, indices, batch.tokens)
+    except (RuntimeError, MemoryError) as error:
+        if not is_recoverable_oom(error):
+            raise
+        return Gathered({}, 0, 0, (f"no moments for truncation: {first_line(error)}; the plain SVD is used",))
+    moments = sums.moments(read.labels)
+    if not all(bool(torch.isfinite(one).all()) for pair in sums.pairs.values() for one in pair):
+        moments, notices = {}, ("no moments for truncation: a gradient is not finite; the plain SVD is used",)
+    return Gathered(moments, read.examples, read.tokens, notices)
+
+
+def moment_tokens(runtime: Runtime) -> int:
+    """`MOMENT_TOKENS`, or the share of a training's tokens that gathering may take where that is less."""
+    items = runtime.items("train")
+    mean = sum(items[index].length for index in range(min(len(items), 256))) / min(len(items), 256)
+    training = runtime.steps * runtime.settings.items_per_step * mean
+    return max(1, min(MOMENT_TOKENS, int(MAX_SHARE * training)))
+
+
+def micro_batches(runtime: Runtime, examples: Sequence[int], tokens: int) -> Iterator[Sequence[int]]:
+    """Training examples in micro-batches until so many tokens are reached."""
+    items, size = runtime.items("train"), runtime.settings.batch_size
+    read = 0
+    for start in range(0, len(examples), size):
+        if read >= tokens:
+            return
+        indices = examples[start : start + size]
+        read += sum(items[index].length for index in indices)
+        yield indices
+
+
+@contextmanager
+def rank_space(peft_model: Any, names: Sequence[str], see: See, adapter: str = ADAPTER) -> Iterator[None]:
+    """Within the block, every backward pass gives `see(name, h [n, r], δ [n, r])` of the named modules."""
+    modules = lora_modules(peft_model, adapter)
+    handles = [modules[name].lora_A[adapter].register_forward_hook(_hook_of(name, see)) for name in names]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _hook_of(name: str, see: See) -> Callable[[Any, Any, torch.Tensor], torch.Tensor]:
+    def hook(_module: Any, _inputs: Any, output: torch.Tensor) -> torch.Tensor:
+        if not torch.is_grad_enabled():
+            return output
+        if not output.requires_grad:  # the first adapted module of a frozen adapter
+            output.requires_grad_()
+        hidden = output.detach().flatten(0, -2)
+        register: Any = output.register_hook  # untyped in torch
+        register(lambda gradient: see(name, hidden, gradient.detach().flatten(0, -2)))
+        return output
+
+    return hook
+
+
+class _Sums:
+    """Sums of outer products in float32 on the device, and the rows behind the inputs'."""
+
+    def __init__(self) -> None:
+        self.pairs: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._rows: dict[str, int] = {}
+
+    def add(self, name: str, hidden: torch.Tensor, gradients: torch.Tensor) -> None:
+        """Positions without a gradient (padding, what reaches no label) are left out of the inputs too."""
+        seen = gradients.ne(0).any(dim=1)
+        hidden, gradients = hidden[seen].float(), gradients[seen].float()
+        pair = hidden.T @ hidden, gradients.T @ gradients
+        if name in self.pairs:
+            pair = pair[0] + self.pairs[name][0], pair[1] + self.pairs[name][1]
+        self.pairs[name] = pair
+        self._rows[name] = self._rows.get(name, 0) + len(hidden)
+
+    def moments(self, labels: int) -> dict[str, Moments]:
+        return {
+            name: Moments(
+                inputs.double().cpu().numpy() / max(1, self._rows[name]),
+                gradients.double().cpu().numpy() / max(1, labels),
+            )
+            for name, (inputs, gradients) in self.pairs.items()
+        }
+
+
+@dataclass(slots=True)
+class _Read:
+    examples: int = 0
+    tokens: int = 0
+    labels: int = 0
+
+    def add(self, runtime: Runtime, indices: Sequence[int], tokens: int) -> None:
+        items = runtime.items("train")
+        self.examples += len(indices)
+        self.tokens += tokens
+        self.labels += sum(label_count(items[index], runtime.data.is_classification) for index in indices)
+
+
+def _is_plain(module: Any, adapter: str) -> bool:
+    """Whether the module adds s·B·(A·x) through a linear `lora_A`."""
+    return (
+        adapter in module.lora_A
+        and isinstance(module.lora_A[adapter], torch.nn.Linear)
+        and not module.use_dora.get(adapter, False)
+    )
+
+
+def _left_out(count: int) -> tuple[str, ...]:
+    return (
+        (f"{count} modules have no moments (DoRA, embedding or convolution): the plain SVD is used there",)
+        if count
+        else ()
+    )
