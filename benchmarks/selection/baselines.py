@@ -23,7 +23,7 @@ class Pick:
     """A rank, the rate it would be trained at, and what it cost in whole trainings."""
 
     rank: int | None
-    rate: float | None
+    learning_rate: float | None
     trainings: float
 
 
@@ -31,17 +31,17 @@ Baseline = Callable[[GridCurve, float, float, np.random.Generator], Pick]
 Seen = dict[tuple[int, float], float]  # (rank, rate) → loss of the first seed
 
 
-def seen_loss(curve: GridCurve, rank: int, rate: float) -> float | None:
+def seen_loss(curve: GridCurve, rank: int, learning_rate: float) -> float | None:
     """What one training shows: the first seed's value, lower is better."""
-    by_seed = curve.cells.get(rank, {}).get(rate)
+    by_seed = curve.cells.get(rank, {}).get(learning_rate)
     if not by_seed:
         return None
     value = by_seed[min(by_seed)]
     return -value if curve.higher_is_better else value
 
 
-def seen_early(curve: GridCurve, part: float, rank: int, rate: float) -> float | None:
-    by_seed = curve.checkpoints.get(part, {}).get(rank, {}).get(rate)
+def seen_early(curve: GridCurve, part: float, rank: int, learning_rate: float) -> float | None:
+    by_seed = curve.checkpoints.get(part, {}).get(rank, {}).get(learning_rate)
     if not by_seed:
         return None
     value = by_seed[min(by_seed)]
@@ -54,7 +54,9 @@ def smallest_within(seen: Seen, margin: float) -> tuple[int | None, float | None
         return None, None
     best = min(seen.values())
     rank = min(rank for (rank, _), loss in seen.items() if loss - best <= margin + 1e-9)
-    return rank, min((rate for r, rate in seen if r == rank), key=lambda rate: seen[rank, rate])
+    return rank, min(
+        (learning_rate for r, learning_rate in seen if r == rank), key=lambda learning_rate: seen[rank, learning_rate]
+    )
 
 
 def train(curve: GridCurve, cells: list[tuple[int, float]]) -> Seen:
@@ -69,31 +71,31 @@ def nearest(values: list[int] | list[float], wanted: float) -> int | float:
 def always_16(curve: GridCurve, margin: float, budget: float, generator: np.random.Generator) -> Pick:
     """Rank 16 (the nearest there is), its rate tuned over the whole ladder."""
     rank = int(nearest(curve.ranks, 16))
-    seen = train(curve, [(rank, rate) for rate in curve.rates])
+    seen = train(curve, [(rank, learning_rate) for learning_rate in curve.learning_rates])
     return Pick(rank, min(seen, key=lambda cell: seen[cell])[1], len(seen))
 
 
 def argmin_of_one_rate(curve: GridCurve, margin: float, budget: float, generator: np.random.Generator) -> Pick:
     """Every rank once at the upper middle rate; the best wins."""
-    rate = curve.rates[len(curve.rates) // 2]
-    seen = train(curve, [(rank, rate) for rank in curve.ranks])
-    return Pick(min(seen, key=lambda cell: seen[cell])[0], rate, len(seen))
+    learning_rate = curve.learning_rates[len(curve.learning_rates) // 2]
+    seen = train(curve, [(rank, learning_rate) for rank in curve.ranks])
+    return Pick(min(seen, key=lambda cell: seen[cell])[0], learning_rate, len(seen))
 
 
 def four_points_at_the_default_rate(
     curve: GridCurve, margin: float, budget: float, generator: np.random.Generator
 ) -> Pick:
     """Up to four ranks, spread over the range, at the rate nearest to 1e-4."""
-    rate = float(nearest(curve.rates, 1e-4))
+    learning_rate = float(nearest(curve.learning_rates, 1e-4))
     places = np.unique(np.linspace(0, len(curve.ranks) - 1, min(4, len(curve.ranks))).round().astype(int))
-    seen = train(curve, [(curve.ranks[place], rate) for place in places])
+    seen = train(curve, [(curve.ranks[place], learning_rate) for place in places])
     rank, _ = smallest_within(seen, margin)
-    return Pick(rank, rate, len(seen))
+    return Pick(rank, learning_rate, len(seen))
 
 
 def random_search(curve: GridCurve, margin: float, budget: float, generator: np.random.Generator) -> Pick:
     """Cells drawn without repeats until the budget is spent."""
-    cells = [(rank, rate) for rank in curve.ranks for rate in curve.cells[rank]]
+    cells = [(rank, learning_rate) for rank in curve.ranks for learning_rate in curve.cells[rank]]
     chosen = [cells[i] for i in generator.permutation(len(cells))[: max(1, math.ceil(budget))]]
     seen = train(curve, chosen)
     return Pick(*smallest_within(seen, margin), len(seen))
@@ -103,32 +105,32 @@ def kneedle(curve: GridCurve, margin: float, budget: float, generator: np.random
     """Every rank once at the upper middle rate; the knee over log rank (kneed); the top where there is none."""
     from kneed import KneeLocator
 
-    rate = curve.rates[len(curve.rates) // 2]
-    seen = train(curve, [(rank, rate) for rank in curve.ranks])
+    learning_rate = curve.learning_rates[len(curve.learning_rates) // 2]
+    seen = train(curve, [(rank, learning_rate) for rank in curve.ranks])
     ranks = sorted(rank for rank, _ in seen)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         found = KneeLocator(
             [math.log2(rank) for rank in ranks],
-            [seen[rank, rate] for rank in ranks],
+            [seen[rank, learning_rate] for rank in ranks],
             curve="convex",
             direction="decreasing",
         ).knee
     rank = ranks[-1] if found is None else round(2 ** float(found))
-    return Pick(rank, rate, len(seen))
+    return Pick(rank, learning_rate, len(seen))
 
 
 def energy_95(curve: GridCurve, margin: float, budget: float, generator: np.random.Generator) -> Pick:
     """The rate ladder at the top rank; the smallest rank that holds 95% of that adapter's squared singular values."""
     top = curve.ranks[-1]
-    seen = train(curve, [(top, rate) for rate in curve.rates])
-    rate = min(seen, key=lambda cell: seen[cell])[1]
-    shares = curve.energy.get(rate, {}).get(0)
+    seen = train(curve, [(top, learning_rate) for learning_rate in curve.learning_rates])
+    learning_rate = min(seen, key=lambda cell: seen[cell])[1]
+    shares = curve.energy.get(learning_rate, {}).get(0)
     if shares is None:
         return Pick(None, None, len(seen))
     held = np.cumsum(shares)
     needed = int(np.searchsorted(held, 0.95 * held[-1])) + 1
-    return Pick(next((rank for rank in curve.ranks if rank >= needed), top), rate, len(seen))
+    return Pick(next((rank for rank in curve.ranks if rank >= needed), top), learning_rate, len(seen))
 
 
 def optuna_tpe_median(curve: GridCurve, margin: float, budget: float, generator: np.random.Generator) -> Pick:
@@ -164,26 +166,26 @@ def _optuna(
             break
         trial = study.ask()
         rank = trial.suggest_categorical("rank", curve.ranks)
-        rate = trial.suggest_categorical("learning_rate", curve.rates)
-        final = seen_loss(curve, rank, rate)
+        learning_rate = trial.suggest_categorical("learning_rate", curve.learning_rates)
+        final = seen_loss(curve, rank, learning_rate)
         if final is None:
             study.tell(trial, state=optuna.trial.TrialState.FAIL)
             continue
         pruned = False
         for number, part in enumerate(parts, start=1):
-            early = seen_early(curve, part, rank, rate)
+            early = seen_early(curve, part, rank, learning_rate)
             if early is None:
                 continue
             trial.report(early, number)
-            paid[rank, rate] = max(paid.get((rank, rate), 0.0), part)
+            paid[rank, learning_rate] = max(paid.get((rank, learning_rate), 0.0), part)
             if trial.should_prune():
                 pruned = True
                 break
         if pruned:
             study.tell(trial, state=optuna.trial.TrialState.PRUNED)
             continue
-        paid[rank, rate] = 1.0
-        seen[rank, rate] = final
+        paid[rank, learning_rate] = 1.0
+        seen[rank, learning_rate] = final
         study.tell(trial, final)
     return Pick(*smallest_within(seen, margin), sum(paid.values()))
 

@@ -45,7 +45,7 @@ def baseline_judged(
     judged = []
     for curve, budget in zip(curves, budgets, strict=True):
         pick = method(curve, margin, budget, np.random.default_rng([seed, len(curve.name)]))
-        judged.append(judge(curve, margin, pick.rank, pick.rate, pick.trainings))
+        judged.append(judge(curve, margin, pick.rank, pick.learning_rate, pick.trainings))
     return judged
 
 

@@ -47,7 +47,7 @@ def ray_asha(curve: GridCurve, margin: float, budget: float, generator: np.rando
 
 
 def shuffled_cells(curve: GridCurve, generator: np.random.Generator) -> list[Cell]:
-    cells = [(rank, rate) for rank in curve.ranks for rate in curve.cells[rank]]
+    cells = [(rank, learning_rate) for rank in curve.ranks for learning_rate in curve.cells[rank]]
     return [cells[place] for place in generator.permutation(len(cells))]
 
 

@@ -30,7 +30,7 @@ class Judged:
     family: str
     truth: int
     pick: int | None
-    rate: float | None
+    learning_rate: float | None
     exact: bool
     neighbour: bool  # exact, or the next rank above or below in the grid
     under: bool
@@ -40,13 +40,13 @@ class Judged:
     share: float
 
 
-def judge(curve: GridCurve, margin: float, pick: int | None, rate: float | None, trainings: float) -> Judged:
+def judge(curve: GridCurve, margin: float, pick: int | None, learning_rate: float | None, trainings: float) -> Judged:
     """Compare a pick with the whole grid."""
     truth, ranks = curve.truth(margin), curve.ranks
     best = min(curve.best(rank) for rank in ranks)
     regret, distance = 0.0, 0
     if pick is not None:
-        loss = curve.loss(pick, rate) if rate in curve.cells[pick] else curve.best(pick)
+        loss = curve.loss(pick, learning_rate) if learning_rate in curve.cells[pick] else curve.best(pick)
         regret = max(0.0, loss - best - margin)
         distance = ranks.index(pick) - ranks.index(truth)
     return Judged(
@@ -54,7 +54,7 @@ def judge(curve: GridCurve, margin: float, pick: int | None, rate: float | None,
         family=curve.family,
         truth=truth,
         pick=pick,
-        rate=rate,
+        learning_rate=learning_rate,
         exact=pick == truth,
         neighbour=pick is not None and abs(distance) <= 1,
         under=pick is not None and pick < truth and curve.best(pick) - best > margin + 1e-9,

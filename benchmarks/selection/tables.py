@@ -16,7 +16,7 @@ import numpy as np
 
 from rightrank.errors import ResultsError
 from rightrank.records import Arm, EvalPoint, TrialFailed, TrialFinished, TrialOutcome, trial_id
-from rightrank.strategies import Answer, History, Space, Strategy
+from rightrank.strategies import History, Recommendation, Space, Strategy
 from rightrank.strategies.protocol import steps_of
 
 REPLAY_STEPS = 1000  # of a whole training: costs are counted in these
@@ -46,8 +46,8 @@ class GridCurve:
         return sorted(self.cells)
 
     @property
-    def rates(self) -> list[float]:
-        return sorted({rate for by_rate in self.cells.values() for rate in by_rate})
+    def learning_rates(self) -> list[float]:
+        return sorted({learning_rate for by_rate in self.cells.values() for learning_rate in by_rate})
 
     @property
     def seeds(self) -> list[int]:
@@ -58,14 +58,14 @@ class GridCurve:
         """Cells of one seed."""
         return sum(len(by_rate) for by_rate in self.cells.values())
 
-    def loss(self, rank: int, rate: float) -> float:
+    def loss(self, rank: int, learning_rate: float) -> float:
         """Mean over seeds, lower is better."""
-        mean = float(np.mean(list(self.cells[rank][rate].values())))
+        mean = float(np.mean(list(self.cells[rank][learning_rate].values())))
         return -mean if self.higher_is_better else mean
 
     def best(self, rank: int) -> float:
         """The rank's loss at its best rate."""
-        return min(self.loss(rank, rate) for rate in self.cells[rank])
+        return min(self.loss(rank, learning_rate) for learning_rate in self.cells[rank])
 
     def truth(self, margin: float) -> int:
         """The whole grid's pick: the smallest rank within the margin of the best over all rates."""
@@ -110,15 +110,15 @@ def _curve(entry: Mapping[str, Any]) -> GridCurve:
         recovery_part=float(entry.get("recovery_part", 0.0)),
         checkpoints={float(part): _seed_grid(grid) for part, grid in entry.get("checkpoints", {}).items()},
         items={
-            (int(rank), float(rate), int(seed)): losses
+            (int(rank), float(learning_rate), int(seed)): losses
             for rank, by_rate in entry.get("item_losses", {}).items()
-            for rate, by_seed in by_rate.items()
+            for learning_rate, by_seed in by_rate.items()
             for seed, losses in by_seed.items()
         },
         item_tokens=list(entry.get("item_tokens", [])),
         energy={
-            float(rate): {int(seed): shares for seed, shares in by_seed.items()}
-            for rate, by_seed in entry.get("energy", {}).items()
+            float(learning_rate): {int(seed): shares for seed, shares in by_seed.items()}
+            for learning_rate, by_seed in entry.get("energy", {}).items()
         },
     )
 
@@ -126,15 +126,17 @@ def _curve(entry: Mapping[str, Any]) -> GridCurve:
 def _seed_grid(grid: Mapping[str, Any]) -> dict[int, dict[float, dict[int, float]]]:
     found: dict[int, dict[float, dict[int, float]]] = {}
     for rank, by_rate in grid.items():
-        for rate, by_seed in by_rate.items():
+        for learning_rate, by_seed in by_rate.items():
             values = {int(seed): float(value) for seed, value in by_seed.items() if _number(value)}
             if values:
-                found.setdefault(int(rank), {})[float(rate)] = values
+                found.setdefault(int(rank), {})[float(learning_rate)] = values
     return found
 
 
 def _one_seed(grid: Mapping[str, Any]) -> dict[int, dict[float, dict[int, float]]]:
-    return _seed_grid({rank: {rate: {"0": v} for rate, v in by_rate.items()} for rank, by_rate in grid.items()})
+    return _seed_grid(
+        {rank: {learning_rate: {"0": v} for learning_rate, v in by_rate.items()} for rank, by_rate in grid.items()}
+    )
 
 
 def _number(value: Any) -> bool:
@@ -145,7 +147,7 @@ def _number(value: Any) -> bool:
 class Replayed:
     """What a strategy did on a grid."""
 
-    answer: Answer
+    answer: Recommendation
     trainings: float  # cost in whole trainings
     arms: int
 
@@ -211,7 +213,7 @@ def space_of_grid(curve: GridCurve, margin: float, seeds: int = 1, budget: float
     """All that a strategy is told of a grid."""
     return Space(
         ranks=tuple(curve.ranks),
-        rates=tuple(curve.rates),
+        learning_rates=tuple(curve.learning_rates),
         seeds=tuple(curve.seeds[:seeds]),
         lora_alpha=32.0,
         steps=REPLAY_STEPS,
@@ -236,4 +238,4 @@ def replay(curve: GridCurve, make: Callable[[Space], Strategy], space: Space) ->
             if isinstance(outcome, TrialFinished) and arm.rank > 0:
                 steps += steps_of(arm, history)
             outcomes.append(outcome)
-    return Replayed(strategy.answer(history), steps / REPLAY_STEPS, len(outcomes))
+    return Replayed(strategy.recommend(history), steps / REPLAY_STEPS, len(outcomes))

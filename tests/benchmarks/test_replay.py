@@ -70,7 +70,9 @@ def test_counts_under_and_over(tmp_path: Path) -> None:
 
 
 def test_higher_is_better_is_the_same_turned(tmp_path: Path) -> None:
-    turned = {rank: {rate: -value for rate, value in row.items()} for rank, row in GRID["lr_grid"].items()}  # type: ignore[attr-defined]
+    turned = {
+        rank: {learning_rate: -value for learning_rate, value in row.items()} for rank, row in GRID["lr_grid"].items()
+    }  # type: ignore[attr-defined]
     path = write(tmp_path / "grids.json", GRID, GRID | {"higher_is_better": True, "lr_grid": turned})
     for strategy in STRATEGIES.values():
         plain, flipped = replay_all(read_grids(path), strategy, 0.07)
@@ -86,7 +88,8 @@ def test_a_name_tells_nothing(tmp_path: Path) -> None:
 
 def test_seeds_are_averaged_for_the_truth(tmp_path: Path) -> None:
     seeds = {
-        rank: {rate: {"0": v - 0.1, "1": v + 0.1} for rate, v in row.items()} for rank, row in GRID["lr_grid"].items()
+        rank: {learning_rate: {"0": v - 0.1, "1": v + 0.1} for learning_rate, v in row.items()}
+        for rank, row in GRID["lr_grid"].items()
     }  # type: ignore[attr-defined]
     curve = read_grids(write(tmp_path / "grids.json", GRID | {"seed_grid": seeds}))[0]
     assert curve.truth(0.07) == 2

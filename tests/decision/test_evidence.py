@@ -22,8 +22,8 @@ def test_seed_noise_is_told_apart_where_ranks_share_seeds() -> None:
     residuals 0, -.5, .5 and their opposites: squares 1, over (2-1)·(3-1) degrees = .5. Columns vary by 5.25.
     """
     noise = measured_noise([contender(1, s0=1, s1=2, s2=6), contender(4, s0=3, s1=5, s2=7)])
-    assert noise.own == pytest.approx(0.5)
-    assert noise.own_degrees == 2
+    assert noise.individual == pytest.approx(0.5)
+    assert noise.individual_degrees == 2
     assert noise.common == pytest.approx(5.25 - 0.5 / 2)
     assert noise.common_degrees == 2
 
@@ -31,7 +31,7 @@ def test_seed_noise_is_told_apart_where_ranks_share_seeds() -> None:
 def test_common_noise_is_never_below_nothing() -> None:
     noise = measured_noise([contender(1, s0=1, s1=2), contender(4, s0=2, s1=1)])
     assert noise.common == 0
-    assert (noise.own, noise.own_degrees, noise.common_degrees) == (pytest.approx(1.0), 1, 1)
+    assert (noise.individual, noise.individual_degrees, noise.common_degrees) == (pytest.approx(1.0), 1, 1)
 
 
 @pytest.mark.parametrize(
@@ -43,8 +43,8 @@ def test_seed_noise_is_pooled_where_fewer_than_two_seeds_are_shared(others: list
     """Rank 1: squares 2 over 1 degree; rank 4 with three seeds: squares 8 over 2."""
     noise = measured_noise([contender(1, s0=1, s1=3), *others])
     many = bool(others) and len(others[0].cells) == 3
-    assert noise.own == pytest.approx(10 / 3 if many else 2.0)
-    assert noise.own_degrees == (3 if many else 1)
+    assert noise.individual == pytest.approx(10 / 3 if many else 2.0)
+    assert noise.individual_degrees == (3 if many else 1)
     assert (noise.common, noise.common_degrees) == (0.0, 0.0)
 
 

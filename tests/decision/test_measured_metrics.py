@@ -120,7 +120,7 @@ def test_a_perplexity_that_is_none_is_any_number(values: tuple[float, float], ki
     assert table.kind == kind
     cell = table.cells[4, 1e-3, 0]
     assert cell.loss == pytest.approx(np.log(values[1]) if kind == "perplexity" else values[1])
-    assert (cell.value, cell.weights.tolist(), cell.items) == (values[1], [1.0], 0)
+    assert (cell.value, cell.weights.tolist(), cell.examples) == (values[1], [1.0], 0)
     assert table_of(trials, "perplexity", higher_is_better=True).cells[4, 1e-3, 0].loss == -values[1]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from rightrank.decision.judge import CONFIDENCE
-from rightrank.decision.next_run import items_needed, seeds_needed, settles
+from rightrank.decision.next_run import examples_needed, seeds_needed, settles
 from rightrank.maths.intervals import estimate
 
 
@@ -14,7 +14,7 @@ def test_so_many_items_settle_it_four_times_in_five() -> None:
     margin, true = 0.02, 0.012
     pilot = estimate(generator.normal(true, 0.09, size=(1, 96)), np.ones(96))
     pilot = type(pilot)(true, 0.09**2 / 96, 0.0, 0.0, 96, 1, 0.0, 0.0)
-    items = items_needed(pilot, margin)
+    items = examples_needed(pilot, margin)
     assert items is not None
     settled = 0
     for _ in range(400):
@@ -41,4 +41,4 @@ def test_a_difference_at_the_margin_is_never_settled() -> None:
     pilot = estimate(np.random.default_rng(0).normal(0.005, 0.1, size=(1, 100)), np.ones(100))
     pilot = type(pilot)(0.005, 1e-4, 0.0, 0.0, 100, 1, 0.0, 0.0)
     assert not settles(pilot.at(6400, 1), 0.005)
-    assert items_needed(pilot, 0.005) is None
+    assert examples_needed(pilot, 0.005) is None

@@ -1,4 +1,4 @@
-"""Several metrics of the same trials: one decides, and a rank on which another says otherwise is told."""
+"""Several metrics of the same trials: one decides, and a rank on which another disagrees is reported."""
 
 from __future__ import annotations
 
@@ -50,9 +50,7 @@ def test_a_rank_that_the_other_metric_shows_to_be_too_small() -> None:
     assert "metric_conflict" in decision.flags
     exact, bleu = decision.other_metrics
     assert (exact.metric, exact.rank, exact.conflict, exact.margin) == ("exact_match", 16, True, 0.005)
-    assert exact.sentence == (
-        "exact_match says otherwise: by it rank 4 is not enough, at 0.2 worse (its margin is 0.005)."
-    )
+    assert exact.sentence == "exact_match disagrees: by it rank 4 is 0.2 worse, more than its margin of 0.005."
     assert (bleu.metric, bleu.conflict, bleu.higher_is_better) == ("bleu", False, True)
     assert [evidence.rank for evidence in exact.ranks] == [1, 4, 16]
     assert exact.value_at(16) == pytest.approx(0.7)
@@ -75,11 +73,11 @@ def test_metrics_that_agree_raise_nothing() -> None:
 def test_trials_without_items_of_a_metric_are_compared_by_value() -> None:
     trials = [trial(rank, seed, 2.0, 0.5) for rank in (1, 4) for seed in (0, 1)]
     ragged = [trials[0].model_copy(update={"item_metrics": {}}), *trials[1:]]
-    assert all(cell.items == 0 for cell in table_of(ragged, "exact_match").cells.values())
+    assert all(cell.examples == 0 for cell in table_of(ragged, "exact_match").cells.values())
     gone = trials[0].model_copy(update={"metrics": {"loss": 2.0}, "failed_metrics": {"exact_match": "away"}})
     table = table_of([gone, *trials[1:]], "exact_match")
     assert table.missing == {1: 1}
-    assert all(cell.items == ITEMS for cell in table.cells.values())
+    assert all(cell.examples == ITEMS for cell in table.cells.values())
 
 
 def test_a_metric_that_is_nothing_everywhere_still_has_a_margin() -> None:

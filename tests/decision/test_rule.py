@@ -148,9 +148,9 @@ def test_default_margins(metric: str, higher: bool, best: float, margin: float) 
 def test_the_best_of_several_rates_is_corrected_by_its_optimism() -> None:
     """Equal rates with noise: the best looks better than it is by the expected minimum of the noise."""
     cells = {
-        (rank, rate, seed): Cell("t", 0.0, *_one(2.0 + 0.01 * seed_noise))
+        (rank, learning_rate, seed): Cell("t", 0.0, *_one(2.0 + 0.01 * seed_noise))
         for rank in (1, 4)
-        for rate in (1e-4, 3e-4, 1e-3)
+        for learning_rate in (1e-4, 3e-4, 1e-3)
         for seed, seed_noise in enumerate((-1, 1) if rank == 1 else (1, -1))
     }
     decision = decide(ScoreTable("loss", False, cells), 0.005)
@@ -161,7 +161,9 @@ def test_the_best_of_several_rates_is_corrected_by_its_optimism() -> None:
 
 def test_a_best_rate_at_the_edge_is_flagged_and_the_next_rate_named() -> None:
     cells = {
-        (rank, rate, 0): Cell("t", 0.0, *_one(2.0 + 0.1 / rank - 10 * rate)) for rank in (1, 4) for rate in (1e-3, 3e-3)
+        (rank, learning_rate, 0): Cell("t", 0.0, *_one(2.0 + 0.1 / rank - 10 * learning_rate))
+        for rank in (1, 4)
+        for learning_rate in (1e-3, 3e-3)
     }
     decision = decide(ScoreTable("loss", False, cells), 0.005)
     assert "lr_edge" in decision.flags

@@ -8,11 +8,11 @@ from rightrank.decision.run import (
     Records,
     best_trial,
     comparable,
+    custom_table,
     decide_run,
     decision_so_far,
     last_decided,
     last_outcomes,
-    own_table,
     records_of,
     run_table,
     running_trial,
@@ -121,7 +121,7 @@ def test_a_cell_holds_what_its_trial_measured() -> None:
     assert cell.trial_id == trial.trial_id
     assert cell.value == trial.value
     assert cell.loss == pytest.approx(trial.value)
-    assert (cell.items, float(cell.weights[0])) == (ITEMS, TOKENS)
+    assert (cell.examples, float(cell.weights[0])) == (ITEMS, TOKENS)
     assert cell.seconds is None  # a decision says the same on every machine
     assert (cell.steps, cell.train_value, cell.others) == (trial.steps, trial.train_value, {})
     assert cell.points == tuple((point.step, point.value) for point in trial.points)
@@ -182,20 +182,20 @@ def test_trainings_of_ones_own_have_any_metric() -> None:
     table = run_table(own)
     cell = table.cells[1, 1e-3, 0]
     assert (table.metric, table.higher_is_better, table.missing) == ("score", True, {4: 1})
-    assert (cell.value, cell.loss, cell.items) == (3.0, -3.0, 2)
+    assert (cell.value, cell.loss, cell.examples) == (3.0, -3.0, 2)
     assert cell.others == {"loss": 1.0}
     assert (cell.seconds, cell.steps) == (None, one.steps)
     assert cell.points == tuple((point.step, point.value) for point in one.points)
     assert cell.train_value == one.train_value
-    assert own_table(own).cells[4, 1e-3, 0].value == 4.0
+    assert custom_table(own).cells[4, 1e-3, 0].value == 4.0
 
 
 def test_the_best_seed_of_the_best_rate_is_handed_over() -> None:
     records = made_up_run((1, 4), (1e-3, 3e-3), (0, 1, 2))
     decision = decide_run(records)
     of_four = [trial for trial in records.finished() if trial.rank == 4]
-    rate = next(evidence.learning_rate for evidence in decision.ranks if evidence.rank == 4)
-    at_rate = [trial for trial in of_four if trial.learning_rate == rate]
+    learning_rate = next(evidence.learning_rate for evidence in decision.ranks if evidence.rank == 4)
+    at_rate = [trial for trial in of_four if trial.learning_rate == learning_rate]
     assert best_trial(records, decision, 4) == min(at_rate, key=lambda trial: trial.value)
     mirrored = decision.model_copy(update={"higher_is_better": True})
     assert best_trial(records, mirrored, 4) == max(at_rate, key=lambda trial: trial.value)

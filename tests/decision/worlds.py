@@ -39,7 +39,7 @@ class World:
     curve: str
     metric: str = "eval_loss"
     ranks: tuple[int, ...] = (1, 2, 4, 8, 16)
-    rates: tuple[float, ...] = (1e-3,)
+    learning_rates: tuple[float, ...] = (1e-3,)
     seeds: tuple[int, ...] = (0,)
     items: int = 0  # 0: one number a training
     noise: float = 0.004  # of an item's difference between ranks, or of a training's number
@@ -68,20 +68,20 @@ def table_in(world: World) -> ScoreTable:
     weights = generator.integers(1, 9, size=max(world.items, 1)).astype(float) if world.weighted else None
     results: list[Result] = []
     for rank in ((0,) if world.base is not None else ()) + world.ranks:
-        for rate in world.rates if rank else (0.0,):
+        for learning_rate in world.learning_rates if rank else (0.0,):
             for seed in world.seeds if rank else (0,):
                 worse = (world.base or 0.0) if rank == 0 else CURVES[world.curve](rank)
-                worse += 0.01 * abs(float(np.log10(rate / world.rates[0]))) if rank else 0.0
+                worse += 0.01 * abs(float(np.log10(learning_rate / world.learning_rates[0]))) if rank else 0.0
                 noise = world.noise * generator.standard_normal(len(ease))
                 scores = level + scale * ((-1 if higher else 1) * (worse + noise) + ease)
                 if world.metric == "perplexity":
                     scores = np.exp(scores)
-                results.append(_result(world, rank, rate, seed, scores, weights))
+                results.append(_result(world, rank, learning_rate, seed, scores, weights))
     results += [Result(trial_id=f"gone-{rank}", rank=rank, value=None) for rank in world.missing]
     return table_of_results(ResultsTable(metric=world.metric, higher_is_better=higher, results=results, understood=[]))
 
 
-def _result(world: World, rank: int, rate: float, seed: int, scores: Any, weights: Any) -> Result:
+def _result(world: World, rank: int, learning_rate: float, seed: int, scores: Any, weights: Any) -> Result:
     value = float(np.average(scores, weights=weights))
     octave = float(np.log2(rank)) if rank else 0.0
     points: Sequence[tuple[int, float]] = ()
@@ -89,9 +89,9 @@ def _result(world: World, rank: int, rate: float, seed: int, scores: Any, weight
         parting = world.parting / max(rank, 1)
         points = [(step, value + parting * (step - 100) / 100 + (100 - step) / 50) for step in (25, 50, 75, 100)]
     return Result(
-        trial_id=f"{rank}-{rate:g}-{seed}",
+        trial_id=f"{rank}-{learning_rate:g}-{seed}",
         rank=rank,
-        learning_rate=rate,
+        learning_rate=learning_rate,
         seed=seed,
         value=value,
         item_values=scores.tolist() if world.items else [],
@@ -140,13 +140,13 @@ def worlds() -> dict[str, World]:
         "base open, better": World("flat", items=40, noise=0.05, base=-0.001, margin=0.02),
         "no gain by items": World("flat", items=100, seeds=(0, 1, 2), base=0.0, margin=0.02),
         "seeds only": World("saturating", seeds=(0, 1, 2)),
-        "seeds only, no seconds": World("slow", seeds=(7,), rates=(1e-3, 3e-3)),
+        "seeds only, no seconds": World("slow", seeds=(7,), learning_rates=(1e-3, 3e-3)),
         "seeds only, noisy": World("slow", seeds=(0, 1, 2), noise=0.03),
-        "rates inside": World("saturating", rates=(1e-3, 3e-4, 3e-3), seeds=(0, 1), items=60),
-        "rates at the upper edge": World("saturating", rates=(3e-3, 1e-3, 3e-4), seeds=(0, 1), items=60),
-        "rates at the edge, rising": World("rising", rates=(3e-3, 1e-3), items=60),
-        "rates at the edge, undecided": World("slow", rates=(1e-4, 1e-3), items=20, noise=0.05, margin=0.01),
-        "winner of noise": World("flat", rates=(1e-3, 9e-4, 8e-4), seeds=(0, 1), noise=0.02, margin=0.005),
+        "rates inside": World("saturating", learning_rates=(1e-3, 3e-4, 3e-3), seeds=(0, 1), items=60),
+        "rates at the upper edge": World("saturating", learning_rates=(3e-3, 1e-3, 3e-4), seeds=(0, 1), items=60),
+        "rates at the edge, rising": World("rising", learning_rates=(3e-3, 1e-3), items=60),
+        "rates at the edge, undecided": World("slow", learning_rates=(1e-4, 1e-3), items=20, noise=0.05, margin=0.01),
+        "winner of noise": World("flat", learning_rates=(1e-3, 9e-4, 8e-4), seeds=(0, 1), noise=0.02, margin=0.005),
         "missing": World("saturating", missing=(16, 16, 8), items=60),
         "missing seeds of one rank": World("saturating", missing=(4,), seeds=(0, 1)),
         "settled order": World("saturating", points=True, items=40),
@@ -178,7 +178,7 @@ def _drawn(generator: np.random.Generator, number: int) -> World:
         curve=names[int(generator.integers(len(names)))],
         metric=metric[0],
         ranks=tuple(2**power for power in range(int(generator.integers(2)), int(generator.integers(3, 8)))),
-        rates=((1e-3,), (1e-3, 3e-3), (3e-4, 1e-4, 1e-3))[int(generator.integers(3))],
+        learning_rates=((1e-3,), (1e-3, 3e-3), (3e-4, 1e-4, 1e-3))[int(generator.integers(3))],
         seeds=((0,), (0, 1), (0, 1, 2))[int(generator.integers(3))],
         items=items,
         noise=float(generator.choice([0.001, 0.01, 0.04])),

@@ -30,8 +30,8 @@ def test_zeros_and_ones_have_the_binomial_error() -> None:
 def test_seed_noise_is_split_into_what_ranks_share_and_what_they_do_not() -> None:
     generator = np.random.default_rng(1)
     means = 0.5 * generator.standard_normal(4000)[None, :] + 0.1 * generator.standard_normal((6, 4000))
-    common, own = seed_parts(means)
-    assert own == pytest.approx(0.01, rel=0.05)
+    common, individual = seed_parts(means)
+    assert individual == pytest.approx(0.01, rel=0.05)
     assert common == pytest.approx(0.25 + 0.01 / 6, rel=0.1)
 
 

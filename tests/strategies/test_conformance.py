@@ -17,8 +17,8 @@ WORLDS = {
     "steep": lambda: World(gain=1.0),
     "flat": lambda: World(gain=0.0),
     "noisy": lambda: World(noise=0.02),
-    "high rates": lambda: World(best_rate=3e-3),
-    "low rates": lambda: World(best_rate=3e-5),
+    "high rates": lambda: World(best_learning_rate=3e-3),
+    "low rates": lambda: World(best_learning_rate=3e-5),
     "a table": lambda: World(can_stop_early=False, can_truncate=False),
     "no truncation": lambda: World(can_truncate=False),
     "no early stop": lambda: World(can_stop_early=False, noise=0.01),
@@ -26,8 +26,8 @@ WORLDS = {
 SPACES = {
     "usual": {},
     "three seeds": {"seeds": (0, 1, 2)},
-    "one rate": {"rates": (1e-3,)},
-    "two rates": {"rates": (1e-3, 3e-3)},
+    "one rate": {"learning_rates": (1e-3,)},
+    "two rates": {"learning_rates": (1e-3, 3e-3)},
     "two ranks": {"ranks": (8, 16)},
     "octaves": {"ranks": (1, 2, 4, 8, 16, 32, 64)},
     "relative margin": {"margin": None},
@@ -69,7 +69,7 @@ def test_asks_inside_the_bounds_and_never_twice(name: str, world: World, space: 
         assert arm.rank in (0, *space.ranks)
         assert arm.seed in (0, *space.seeds)
         assert arm.steps <= space.steps
-        assert arm.rank == 0 or arm.truncate_from is not None or arm.learning_rate in space.rates
+        assert arm.rank == 0 or arm.truncate_from is not None or arm.learning_rate in space.learning_rates
         for parent in (arm.continue_from, arm.truncate_from):
             assert parent is None or parent in finished
 
@@ -78,15 +78,15 @@ def test_keeps_to_the_cost_it_names(name: str, world: World, space: Space) -> No
     strategy = STRATEGIES[name](space)
     known = run_all(strategy, world)
     cost = strategy.cost()
-    assert cost.expected <= cost.most
-    assert spent(known) <= cost.most * space.steps
-    assert len(known) <= strategy.most_arms()
+    assert cost.expected <= cost.maximum
+    assert spent(known) <= cost.maximum * space.steps
+    assert len(known) <= strategy.max_arms()
 
 
 def test_names_a_rank_that_it_trained(name: str, world: World, space: Space) -> None:
     strategy = STRATEGIES[name](space)
     known = run_all(strategy, world)
-    answer = strategy.answer(History.of(known))
+    answer = strategy.recommend(History.of(known))
     assert answer.complete
     if name == "descend" and not world.can_truncate:
         assert answer.rank in (None, space.top)  # the top is all that it can stand for
@@ -103,7 +103,7 @@ def test_stops_at_the_budget(name: str, kind: str, trainings: float) -> None:
     strategy = STRATEGIES[name](space)
     known = run_all(strategy, world)
     assert spent(known) <= trainings * STEPS
-    assert strategy.cost().most <= trainings
+    assert strategy.cost().maximum <= trainings
     whole = run_all(STRATEGIES[name](make_space(seeds=(0, 1))), world)
     assert [outcome.arm for outcome in known] == [outcome.arm for outcome in whole][: len(known)]
 
@@ -121,7 +121,7 @@ def test_a_budget_that_ends_early_errs_upward(name: str) -> None:
         pytest.skip("goes through the ranks in another order")
     strategy = STRATEGIES[name](space)
     known = run_all(strategy, World())
-    assert strategy.answer(History.of(known)).rank in (space.top, None) or name == "descend"
+    assert strategy.recommend(History.of(known)).rank in (space.top, None) or name == "descend"
 
 
 def test_the_order_of_arrival_does_not_matter(name: str, world: World, space: Space) -> None:
@@ -132,7 +132,7 @@ def test_the_order_of_arrival_does_not_matter(name: str, world: World, space: Sp
         known = run_all(strategy, world, order)
         assert {outcome.arm for outcome in known} == {outcome.arm for outcome in expected}
         generator.shuffle(known)
-        assert strategy.answer(History.of(known)) == strategy.answer(History.of(expected))
+        assert strategy.recommend(History.of(known)) == strategy.recommend(History.of(expected))
         assert not strategy.ask(History.of(known))
 
 
@@ -159,17 +159,17 @@ def test_a_lost_arm_is_not_fatal(name: str, seed: int) -> None:
     strategy = STRATEGIES[name](space)
     world = World(breaks=lambda arm: lost(arm, 0), diverges=lambda arm: lost(arm, 1))
     known = run_all(strategy, world)
-    answer = strategy.answer(History.of(known))
+    answer = strategy.recommend(History.of(known))
     finished = [outcome for outcome in strategy.evidence(History.of(known)) if isinstance(outcome, TrialFinished)]
     trained = {outcome.rank for outcome in finished if outcome.rank > 0}
     assert answer.rank is None or answer.rank in trained or name == "descend"
-    assert spent(known) <= strategy.cost().most * space.steps
+    assert spent(known) <= strategy.cost().maximum * space.steps
 
 
 def test_everything_lost_ends_without_an_answer(name: str) -> None:
     strategy = STRATEGIES[name](make_space())
     known = run_all(strategy, World(breaks=lambda arm: arm.rank > 0))
-    assert strategy.answer(History.of(known)).rank is None
+    assert strategy.recommend(History.of(known)).rank is None
 
 
 def test_what_others_ran_changes_nothing(name: str) -> None:
@@ -178,7 +178,7 @@ def test_what_others_ran_changes_nothing(name: str) -> None:
     strategy = STRATEGIES[name](space)
     known = run_all(strategy, world)
     foreign = world.run(space.arm(space.top, 1e-3).model_copy(update={"steps": STEPS - 1}))
-    assert strategy.answer(History.of([foreign, *known])) == strategy.answer(History.of(known))
+    assert strategy.recommend(History.of([foreign, *known])) == strategy.recommend(History.of(known))
     assert foreign not in strategy.evidence(History.of([foreign, *known]))
 
 

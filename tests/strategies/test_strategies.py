@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from typing import Any
 
 import pytest
@@ -11,9 +12,12 @@ from rightrank.errors import SettingsError
 from rightrank.records import TrialFinished
 from rightrank.settings import make_settings
 from rightrank.strategies import History, Strategy, make_strategy, strategy_named
+from rightrank.strategies.climb import Requests
 from rightrank.strategies.grid import outside_in
-from rightrank.strategies.rates import is_lost_at_half, is_lost_at_quarter
-from rightrank.strategies.results import Results, excess_of
+from rightrank.strategies.learning_rates import find_learning_rate, stops_at_half, stops_at_quarter
+from rightrank.strategies.moves import try_rank
+from rightrank.strategies.script import Scripted
+from rightrank.strategies.trials import Trials, excess_of
 from tests.strategies.worlds import STEPS, World, make_space, run_all
 
 
@@ -28,13 +32,13 @@ def whole_grid_pick(world: World, ranks: tuple[int, ...], margin: float) -> int:
 def test_finds_the_whole_grids_pick(name: str, gain: float, ranks: tuple[int, ...]) -> None:
     space, world = make_space(ranks=ranks), World(gain=gain)
     strategy = strategy_named(name)(space)
-    answer = strategy.answer(History.of(run_all(strategy, world)))
+    answer = strategy.recommend(History.of(run_all(strategy, world)))
     expected = whole_grid_pick(world, ranks, 0.01)
     if name == "ascend":  # sees the ranks up to where it stops: a step off at most, for it can't know the top
         assert abs(ranks.index(answer.rank or 0) - ranks.index(expected)) <= 1
     else:
         assert answer.rank == expected
-    assert answer.learning_rate == world.best_rate
+    assert answer.learning_rate == world.best_learning_rate
 
 
 @pytest.mark.parametrize("name", ["ladder", "bracket", "ascend", "descend"])
@@ -63,21 +67,21 @@ def test_a_high_rate_behind_at_half_goes_on() -> None:
             return super().loss(arm) + (0.021 if late else 0.0)
 
     strategy = strategy_named("bracket")(make_space())
-    known = run_all(strategy, Late(best_rate=1e-3))
-    assert strategy.answer(History.of(known)).learning_rate == 1e-3
+    known = run_all(strategy, Late(best_learning_rate=1e-3))
+    assert strategy.recommend(History.of(known)).learning_rate == 1e-3
 
 
-def stages(known: list[Any], rank: int, rate: float) -> set[int]:
+def stages(known: list[Any], rank: int, learning_rate: float) -> set[int]:
     """Where trainings of the rank at the rate were stopped or ended."""
     return {
         outcome.stop_at or outcome.steps
         for outcome in known
-        if (outcome.rank, outcome.learning_rate, outcome.truncate_from) == (rank, rate, None)
+        if (outcome.rank, outcome.learning_rate, outcome.truncate_from) == (rank, learning_rate, None)
     }
 
 
 def test_a_lower_rate_behind_on_the_way_is_left_there() -> None:
-    known = run_all(strategy_named("bracket")(make_space()), World(best_rate=1e-3))
+    known = run_all(strategy_named("bracket")(make_space()), World(best_learning_rate=1e-3))
     assert stages(known, 64, 1e-3) == {25, 50, 100}
     assert stages(known, 64, 3e-4) <= {25, 50}
 
@@ -92,8 +96,8 @@ def test_a_lower_rate_goes_on_where_the_best_one_gets_worse() -> None:
             return super().loss(arm) + late
 
     strategy = strategy_named("bracket")(make_space())
-    known = run_all(strategy, Overfits(best_rate=8e-4))
-    assert strategy.answer(History.of(known)).learning_rate == 3e-4
+    known = run_all(strategy, Overfits(best_learning_rate=8e-4))
+    assert strategy.recommend(History.of(known)).learning_rate == 3e-4
 
 
 @pytest.mark.parametrize("can_stop_early", [True, False])
@@ -106,8 +110,8 @@ def test_rates_beyond_the_valley_do_not_win(can_stop_early: bool) -> None:
             return super().loss(arm) + broken
 
     strategy = strategy_named("bracket")(make_space())
-    known = run_all(strategy, Broken(best_rate=3e-4, can_stop_early=can_stop_early))
-    assert strategy.answer(History.of(known)).learning_rate == 3e-4
+    known = run_all(strategy, Broken(best_learning_rate=3e-4, can_stop_early=can_stop_early))
+    assert strategy.recommend(History.of(known)).learning_rate == 3e-4
 
 
 def test_a_leap_to_the_highest_rate_is_doubted_where_the_base_is_unknown() -> None:
@@ -116,25 +120,25 @@ def test_a_leap_to_the_highest_rate_is_doubted_where_the_base_is_unknown() -> No
             return super().loss(arm) + {1e-3: 1.0, 3e-3: 0.8}.get(arm.learning_rate, 0.0)
 
     strategy = strategy_named("bracket")(make_space())
-    table = Broken(best_rate=3e-4, can_stop_early=False, can_truncate=False, breaks=lambda arm: arm.rank == 0)
-    assert strategy.answer(History.of(run_all(strategy, table))).learning_rate == 3e-4
+    table = Broken(best_learning_rate=3e-4, can_stop_early=False, can_truncate=False, breaks=lambda arm: arm.rank == 0)
+    assert strategy.recommend(History.of(run_all(strategy, table))).learning_rate == 3e-4
 
 
 @pytest.mark.parametrize("lost", [1e-3, 3e-3, 3e-4])
 def test_a_cell_that_is_missing_hides_no_better_rate(lost: float) -> None:
     """A table with a hole: what lies beyond it is looked at."""
     world = World(
-        best_rate=1e-4, can_stop_early=False, can_truncate=False, breaks=lambda arm: arm.learning_rate == lost
+        best_learning_rate=1e-4, can_stop_early=False, can_truncate=False, breaks=lambda arm: arm.learning_rate == lost
     )
     strategy = strategy_named("bracket")(make_space())
-    assert strategy.answer(History.of(run_all(strategy, world))).learning_rate == 1e-4
+    assert strategy.recommend(History.of(run_all(strategy, world))).learning_rate == 1e-4
 
 
 def test_a_start_that_diverges_is_followed_downward_in_stages() -> None:
-    world = World(best_rate=1e-3, diverges=lambda arm: arm.learning_rate > 5e-4)
+    world = World(best_learning_rate=1e-3, diverges=lambda arm: arm.learning_rate > 5e-4)
     strategy = strategy_named("bracket")(make_space())
     known = run_all(strategy, world)
-    assert strategy.answer(History.of(known)).learning_rate == 3e-4
+    assert strategy.recommend(History.of(known)).learning_rate == 3e-4
     assert stages(known, 64, 1e-3) == {25}
     assert not stages(known, 64, 3e-3)
 
@@ -150,9 +154,9 @@ def test_a_high_rate_that_has_not_settled_at_a_quarter_is_given_time() -> None:
             return super().loss(arm) + late
 
     strategy = strategy_named("bracket")(make_space())
-    known = run_all(strategy, Unsettled(best_rate=2.4e-3))
+    known = run_all(strategy, Unsettled(best_learning_rate=2.4e-3))
     assert stages(known, 64, 3e-3) == {25, 50, 100}
-    assert strategy.answer(History.of(known)).learning_rate == 3e-3
+    assert strategy.recommend(History.of(known)).learning_rate == 3e-3
 
 
 def test_where_a_higher_rate_won_late_the_next_one_is_tried_too() -> None:
@@ -161,9 +165,9 @@ def test_where_a_higher_rate_won_late_the_next_one_is_tried_too() -> None:
             behind = 0.15 * math.log(arm.learning_rate / 1e-4) if arm.stop_at is not None and arm.rank else 0.0
             return super().loss(arm) + behind * (1 - (arm.stop_at or 100) / 100)
 
-    strategy = strategy_named("bracket")(make_space(rates=(1e-4, 3e-4, 1e-3, 3e-3, 1e-2)))
-    known = run_all(strategy, Late(best_rate=1e-2))
-    assert strategy.answer(History.of(known)).learning_rate == 1e-2
+    strategy = strategy_named("bracket")(make_space(learning_rates=(1e-4, 3e-4, 1e-3, 3e-3, 1e-2)))
+    known = run_all(strategy, Late(best_learning_rate=1e-2))
+    assert strategy.recommend(History.of(known)).learning_rate == 1e-2
 
 
 def test_a_top_that_is_beaten_is_not_the_best_there_is() -> None:
@@ -177,7 +181,7 @@ def test_a_top_that_is_beaten_is_not_the_best_there_is() -> None:
 
     for name in ("bracket", "ladder"):
         strategy = strategy_named(name)(make_space())
-        answer = strategy.answer(History.of(run_all(strategy, Between(gain=0.001))))
+        answer = strategy.recommend(History.of(run_all(strategy, Between(gain=0.001))))
         assert (answer.rank, answer.reference_rank) == (16, 16)
 
 
@@ -186,7 +190,7 @@ def test_a_rate_that_the_top_is_far_worse_at_is_not_tried_below() -> None:
         def loss(self, arm: Any) -> float:
             return super().loss(arm) + (0.5 if arm.rank > 0 and arm.learning_rate > 2e-3 else 0.0)
 
-    known = run_all(strategy_named("bracket")(make_space()), Steep(gain=0.04, best_rate=6e-4))
+    known = run_all(strategy_named("bracket")(make_space()), Steep(gain=0.04, best_learning_rate=6e-4))
     failed = {outcome.rank for outcome in known if outcome.rank < 64 and outcome.learning_rate == 3e-4}
     assert failed  # a rank came short of the margin and was tried at the rate below
     assert not [outcome for outcome in known if 0 < outcome.rank < 64 and outcome.learning_rate == 3e-3]
@@ -202,7 +206,7 @@ def test_a_rank_that_had_no_time_to_learn_gets_a_higher_rate() -> None:
             return super().loss(arm) + (0.8 * (1.05 - done) if is_slow else 0.0)
 
     strategy = strategy_named("bracket")(make_space())
-    known = run_all(strategy, Slow(gain=0.015, best_rate=1e-3))
+    known = run_all(strategy, Slow(gain=0.015, best_learning_rate=1e-3))
     assert [outcome for outcome in known if outcome.rank == 4 and outcome.learning_rate == 3e-3]
 
 
@@ -222,23 +226,23 @@ def test_a_rank_that_had_no_time_to_learn_gets_a_higher_rate() -> None:
 def test_which_rates_can_still_win(
     is_higher: bool, behind: float, gain: float, at_quarter: bool, at_half: bool
 ) -> None:
-    assert is_lost_at_quarter(is_higher, behind, gain) is at_quarter
-    assert is_lost_at_half(is_higher, behind, gain) is at_half
+    assert stops_at_quarter(is_higher, behind, gain) is at_quarter
+    assert stops_at_half(is_higher, behind, gain) is at_half
 
 
 def test_a_rate_that_has_not_settled_or_closes_in_can_still_win() -> None:
-    assert is_lost_at_quarter(True, 0.5, 0.1, learned=0.4)  # worse than the base
-    assert is_lost_at_quarter(True, 0.5, 0.1, learned=2.0)  # it has learned nearly as much: settled
-    assert not is_lost_at_quarter(True, 0.5, 0.1, learned=1.0)
-    assert is_lost_at_quarter(False, 0.5, 0.1, learned=1.0)
-    assert is_lost_at_half(True, 0.3, 0.1, closing=0.2)
-    assert not is_lost_at_half(True, 0.3, 0.1, closing=0.4)
+    assert stops_at_quarter(True, 0.5, 0.1, learned=0.4)  # worse than the base
+    assert stops_at_quarter(True, 0.5, 0.1, learned=2.0)  # it has learned nearly as much: settled
+    assert not stops_at_quarter(True, 0.5, 0.1, learned=1.0)
+    assert stops_at_quarter(False, 0.5, 0.1, learned=1.0)
+    assert stops_at_half(True, 0.3, 0.1, closing=0.2)
+    assert not stops_at_half(True, 0.3, 0.1, closing=0.4)
 
 
 def test_confirms_with_further_seeds() -> None:
     strategy = strategy_named("bracket")(make_space(seeds=(0, 1, 2)))
     known = run_all(strategy, World())
-    answer = strategy.answer(History.of(known))
+    answer = strategy.recommend(History.of(known))
     for rank in (answer.rank, answer.reference_rank):
         assert {outcome.seed for outcome in known if outcome.rank == rank and outcome.arm.is_direct} == {0, 1, 2}
 
@@ -261,15 +265,15 @@ def test_item_losses_give_a_bound_above_the_mean() -> None:
 
 def test_higher_is_better_is_turned() -> None:
     space = make_space(higher_is_better=True)
-    results = Results(space)
+    trials = Trials(space)
     world = World()
     for rank, value in ((4, 0.7), (64, 0.9)):
         arm = space.arm(rank, 1e-3)
         outcome = world.run(arm)
         assert isinstance(outcome, TrialFinished)
-        results.add(arm, outcome.model_copy(update={"value": value}))
-    assert results.reference() == 64
-    assert results.excess(4, 64).mean == pytest.approx(0.2)
+        trials.add(arm, outcome.model_copy(update={"value": value}))
+    assert trials.reference() == 64
+    assert trials.excess(4, 64).mean == pytest.approx(0.2)
 
 
 def test_outside_in() -> None:
@@ -297,7 +301,7 @@ def test_bad_settings_are_one_clear_line(values: dict[str, Any], words: str) -> 
 def test_the_least_budget_compares_two_ranks() -> None:
     for name in ("grid", "ladder", "bracket"):
         strategy: Strategy = make_strategy(make_settings({"strategy": name}), 100)
-        least = strategy.least_trainings()
+        least = strategy.min_trainings()
         tight = make_strategy(make_settings({"strategy": name, "budget_trainings": least}), 100)
         known = run_all(tight, World(can_truncate=False))
         assert len({outcome.rank for outcome in tight.evidence(History.of(known)) if outcome.rank}) >= 2
@@ -319,9 +323,25 @@ class Itemed(World):
 def test_values_guide_the_search_and_bounds_ask_for_support() -> None:
     ranks = (1, 2, 4, 8, 16, 32, 64)
     strategy = strategy_named("bracket")(make_space(ranks=ranks))
-    bare = strategy.answer(History.of(run_all(strategy, World())))
+    bare = strategy.recommend(History.of(run_all(strategy, World())))
     known = run_all(strategy, Itemed())
-    answer = strategy.answer(History.of(known))
+    answer = strategy.recommend(History.of(known))
     assert answer.rank == bare.rank  # the same values, the same search
     trained = {outcome.rank for outcome in strategy.evidence(History.of(known))}
     assert {rank for rank in ranks if rank > (answer.rank or 0)} <= trained  # no bound held: all above were tried
+
+
+def test_the_example_in_the_protocol_keeps_the_rules() -> None:
+    source = textwrap.dedent((Strategy.__doc__ or "").partition("::\n")[2])
+    names: dict[str, Any] = {
+        "Scripted": Scripted, "Trials": Trials, "Requests": Requests,
+        "find_learning_rate": find_learning_rate, "try_rank": try_rank,
+    }  # fmt: skip
+    exec(source, names)
+    space = make_space(seeds=(0, 1))
+    strategy: Strategy = names["TopAndBottom"](space)
+    known = run_all(strategy, World())
+    assert {outcome.rank for outcome in known} == {0, space.ranks[0], space.top}
+    assert strategy.recommend(History.of(known)).complete
+    assert len(known) <= strategy.max_arms()
+    assert sum(outcome.steps for outcome in strategy.evidence(History.of(known))) <= strategy.cost().maximum * STEPS

@@ -64,9 +64,9 @@ def test_a_scaling_rule_is_the_alpha_of_its_scale() -> None:
 def test_sweeps_the_chosen_rank_and_the_reference_and_changes_no_answer(name: str) -> None:
     plain = strategy_named(name)(make_space())
     swept = strategy_named(name)(make_space(variants=(Variant("alpha", "16"),)))
-    answer = plain.answer(History.of(run_all(plain, World())))
+    answer = plain.recommend(History.of(run_all(plain, World())))
     known = run_all(swept, World())
-    assert swept.answer(History.of(known)) == answer
+    assert swept.recommend(History.of(known)) == answer
     assert {outcome.rank for outcome in known if outcome.lora_alpha == 16} == {answer.rank, answer.reference_rank}
     assert all(outcome.lora_alpha == 32 for outcome in swept.evidence(History.of(known)))
 

@@ -1,4 +1,4 @@
-"""Made-up worlds that answer arms at once: a law of ranks, a valley of rates, and whatever is to go wrong."""
+"""Made-up worlds that answer arms at once: a law of ranks, a valley of learning rates, and whatever is to go wrong."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ STEPS = 100
 def make_space(**changes: object) -> Space:
     values: dict[str, object] = {
         "ranks": (1, 4, 16, 64),
-        "rates": (1e-4, 3e-4, 1e-3, 3e-3),
+        "learning_rates": (1e-4, 3e-4, 1e-3, 3e-3),
         "seeds": (0,),
         "lora_alpha": 32.0,
         "steps": STEPS,
@@ -29,10 +29,10 @@ def make_space(**changes: object) -> Space:
 
 @dataclass
 class World:
-    """Loss 1 + gain·r^-0.57 + curvature·(log3 rate/best)², a little noise for each seed."""
+    """Loss 1 + gain·r^-0.57 + curvature·(log3 lr/best)², a little noise for each seed."""
 
     gain: float = 0.1
-    best_rate: float = 1e-3
+    best_learning_rate: float = 1e-3
     noise: float = 0.0
     can_stop_early: bool = True
     can_truncate: bool = True
@@ -43,7 +43,7 @@ class World:
     def loss(self, arm: Arm) -> float:
         if arm.rank == 0:
             return 1.0 + 2 * self.gain
-        off = math.log(arm.learning_rate / self.best_rate) / math.log(3)
+        off = math.log(arm.learning_rate / self.best_learning_rate) / math.log(3)
         value = 1.0 + self.gain * arm.rank**-0.57 + 0.02 * off**2
         if arm.stop_at is not None:
             value += 0.3 * (1 - arm.stop_at / arm.steps)

@@ -1,4 +1,4 @@
-"""The curve through the ranks, and what follows from it: where it meets the margin, and what is still to come."""
+"""The fitted curve over ranks: where it reaches the margin, and the gain that larger ranks still promise."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ from rightrank.records import CurveFit, FittedPoint
 
 Floats = NDArray[np.float64]
 
-LEAST_RANKS = 3
+MIN_RANKS = 3
 DRAWS = 400
 DRAWN_POINTS = 33
 GRID_POINTS = 257
-FURTHEST = 2.0**20  # where a rank of diminishing returns stops to mean anything
+MAX_DIMINISHING_RANK = 2.0**20  # a larger rank of diminishing returns is not reported
 
 
 def fit_curve(evidence: Evidence, unit: Unit, margin: float) -> CurveFit | None:
-    """The fit with its intervals; None below three ranks. `margin` is oriented."""
+    """The fit with its intervals; None below `MIN_RANKS` ranks. `margin` is in the oriented unit."""
     contenders = [evidence.contenders[rank] for rank in sorted(evidence.contenders)]
-    if len(contenders) < LEAST_RANKS:
+    if len(contenders) < MIN_RANKS:
         return None
     ranks = np.array([float(contender.rank) for contender in contenders])
     losses = np.array([contender.fair_loss for contender in contenders])
@@ -59,7 +59,7 @@ def fit_curve(evidence: Evidence, unit: Unit, margin: float) -> CurveFit | None:
         r_margin=float(meets[0]),
         r_margin_low=float(lows),
         r_margin_high=float(highs),
-        diminishing_rank=diminishing if power_like and diminishing < FURTHEST else None,
+        diminishing_rank=diminishing if power_like and diminishing < MAX_DIMINISHING_RANK else None,
         next_doubling_gain=unit.difference(float(doubling[0])) if power_like else 0.0,
         gain_to_come=unit.difference(float(gain[0])) if power_like else 0.0,
         gain_to_come_low=unit.difference(float(come_low)) if power_like else 0.0,
@@ -68,7 +68,7 @@ def fit_curve(evidence: Evidence, unit: Unit, margin: float) -> CurveFit | None:
 
 
 def _noise(evidence: Evidence, widened: Floats) -> Floats:
-    """[draws, ranks] of the means' noise, correlated as the ranks are; `widened` [ranks] where the law fits worse."""
+    """[draws, ranks] of the noise of the means, with their covariance; `widened` [ranks] scales the deviations."""
     generator = np.random.default_rng(0x5EED)
     covariance = evidence.covariance * np.outer(widened, widened)
     noise: Floats = generator.multivariate_normal(np.zeros(len(widened)), covariance, size=DRAWS, method="eigh")
@@ -76,9 +76,9 @@ def _noise(evidence: Evidence, widened: Floats) -> Floats:
 
 
 def rank_deviations(evidence: Evidence) -> Floats:
-    """[ranks] the standard error of each rank's place on the curve, without what all ranks share.
+    """[ranks] the standard error of each rank's mean, without the part that all ranks share.
 
-    A paired difference has the variance of two ranks; half of it is put on each.
+    A paired difference has the variance of two ranks, so each gets half of it.
     """
     variances = {
         rank: evidence.difference(contender).variance / 2
@@ -92,7 +92,7 @@ def rank_deviations(evidence: Evidence) -> Floats:
 
 
 def _parameters(law: PowerLaw, unit: Unit) -> dict[str, float]:
-    """Of value(r) = a + b·r^-c in the metric's direction; of a perplexity's logarithm where it is one."""
+    """The parameters of value(r) = a + b·r^-c in the metric's direction; for a perplexity, of its logarithm."""
     sign = 1.0 if unit.value(2.0) > unit.value(1.0) else -1.0
     return {"a": sign * float(law.a[0]), "b": sign * float(law.b[0]), "c": float(law.c[0])}
 

@@ -1,7 +1,7 @@
-"""Whether the ranks' order had settled: from the evaluations along the trainings.
+"""The horizon: whether the answer had settled by the end of training, from the evaluations during training.
 
-Low and high ranks run together at first; low ranks fall off later, the later the larger they are. So a gap that
-still grows at the end says that a longer training may need more rank than this one did.
+Low and high ranks learn equally well at first, and lower ranks fall behind earlier. A gap that still grows at the end
+indicates that a longer training may need a higher rank.
 """
 
 from __future__ import annotations
@@ -10,18 +10,18 @@ from rightrank.decision.evidence import Contender, Evidence
 from rightrank.decision.judge import walk_down
 from rightrank.records import HorizonNote
 
-LEAST_POINTS = 3
+MIN_POINTS = 3
 
 
 def horizon_note(evidence: Evidence, chosen: int, margin: float) -> HorizonNote | None:
-    """From which step on the same rank would have been read off, and how the chosen rank's gap moved at the end.
+    """The step from which the values pick the same rank as at the end, and the late growth of the chosen rank's gap.
 
-    Read off the means as measured: `margin` and the growth are in the metric's unit. None where fewer than three
-    evaluations are shared by all ranks.
+    This is a point reading: `margin` and the growth are in the metric's unit. None if all ranks share fewer than
+    `MIN_POINTS` evaluations.
     """
     curves = {rank: _curve(contender) for rank, contender in evidence.contenders.items()}
     steps = sorted(set.intersection(*(set(curve) for curve in curves.values())))
-    if len(steps) < LEAST_POINTS:
+    if len(steps) < MIN_POINTS:
         return None
     sign = -1.0 if evidence.table.higher_is_better else 1.0
     picks = [_pick({rank: sign * curve[step] for rank, curve in curves.items()}, margin) for step in steps]
@@ -43,6 +43,6 @@ def _curve(contender: Contender) -> dict[int, float]:
 
 
 def _pick(losses: dict[int, float], margin: float) -> int:
-    """The point reading of the rule."""
+    """The rule on bare values."""
     reference = min(losses, key=lambda rank: (losses[rank], rank))
     return walk_down(losses, reference, lambda rank: losses[rank] - losses[reference] <= margin)

@@ -1,4 +1,4 @@
-"""Every rank against the reference: its paired difference, its bounds, and whether it is taken as enough."""
+"""Every rank against the reference: its paired difference, its bounds, and whether it is enough."""
 
 from __future__ import annotations
 
@@ -12,28 +12,28 @@ from rightrank.decision.metrics import MetricKind
 from rightrank.maths.intervals import Estimate
 from rightrank.records import StaircaseStep
 
-CONFIDENCE = 0.95
-REFUTED = 0.95  # a rank is called not enough when it is this sure; between the two it is open
-LARGEST_EXPONENT = 100.0  # a perplexity's bound beyond it is without meaning, and must stay finite
-TIE = 1e-9  # of the margin: a difference equal to it, but for rounding, is within it
+CONFIDENCE = 0.95  # with which a rank is shown to be enough
+REFUTED = 0.95  # with which it is shown not to be; in between it is inconclusive
+MAX_EXPONENT = 100.0  # keeps the bound of a perplexity finite
+TIE = 1e-9  # of the margin: a difference that exceeds it by rounding alone is within it
 
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """From the oriented unit to the metric's own."""
+    """Conversion from the oriented unit (lower is better, nats for a perplexity) to the metric's unit."""
 
     kind: MetricKind
     higher_is_better: bool
-    reference: float  # the reference's value, metric's unit
+    reference: float  # the reference's value in the metric's unit
 
     def value(self, oriented: float) -> float:
         if self.kind == "perplexity":
-            return math.exp(min(oriented, LARGEST_EXPONENT))
+            return math.exp(min(oriented, MAX_EXPONENT))
         return -oriented if self.higher_is_better else oriented
 
     def difference(self, oriented: float) -> float:
-        """Worse than the reference by this much."""
-        return self.reference * math.expm1(min(oriented, LARGEST_EXPONENT)) if self.kind == "perplexity" else oriented
+        """How much worse than the reference, in the metric's unit."""
+        return self.reference * math.expm1(min(oriented, MAX_EXPONENT)) if self.kind == "perplexity" else oriented
 
     def oriented_margin(self, margin: float) -> float:
         return math.log1p(margin / self.reference) if self.kind == "perplexity" else margin
@@ -41,20 +41,20 @@ class Unit:
 
 @dataclass(frozen=True, slots=True)
 class Judged:
-    """One rank against the reference, oriented unit."""
+    """One rank against the reference, in the oriented unit."""
 
     contender: Contender
     mean: Estimate
     difference: Estimate
-    low: float  # one-sided bounds of the difference; the lower one without the reference's luck
+    low: float  # one-sided 95% bounds of the difference; the lower one is corrected for the reference's winner's curse
     high: float
-    within: bool  # taken as enough: shown, or read off where nothing can be shown
-    non_inferior: bool | None
-    threshold: float  # the margin from which on it is taken as enough
+    within: bool  # taken as enough: shown by the upper bound, or by the mean alone in a point reading
+    non_inferior: bool | None  # True: shown to be enough; False: shown not to be; None: inconclusive
+    threshold: float  # the smallest margin at which the rank is taken as enough
 
 
 def judge(evidence: Evidence, margin: float) -> dict[int, Judged]:
-    """Every rank against the reference, the base too if there is one."""
+    """Every rank against the reference, and the base as rank 0 if the table has it."""
     everyone = ([evidence.base] if evidence.base else []) + list(evidence.contenders.values())
     return {contender.rank: _judge_one(contender, evidence, margin) for contender in everyone}
 
@@ -69,16 +69,15 @@ def _judge_one(contender: Contender, evidence: Evidence, margin: float) -> Judge
     low, high = difference.bound(1 - CONFIDENCE) - gap, difference.bound(CONFIDENCE)
     refuted = difference.probability_below(margin + gap) < 1 - REFUTED
     shown = True if high < margin else False if refuted else None
-    read_off = evidence.basis in ("std", "values")
-    threshold = max(difference.mean, 0.0) if read_off else max(high, 0.0)
-    within = difference.mean <= margin * (1 + TIE) + 1e-12 if read_off else high < margin
+    threshold = max(difference.mean if evidence.is_point_reading else high, 0.0)
+    within = difference.mean <= margin * (1 + TIE) + 1e-12 if evidence.is_point_reading else high < margin
     return Judged(contender, mean, difference, low, high, within, shown, threshold)
 
 
 def walk_down(ranks: Iterable[int], reference: int, holds: Callable[[int], bool]) -> int:
     """The smallest of `ranks` above 0 that the walk from `reference` downward reaches before the first that fails.
 
-    A fixed sequence: a rank below one that fails is not tested, so that no correction for multiplicity is due.
+    This is a fixed-sequence test: no rank below a failure is tested, and so no correction for multiplicity is needed.
     """
     return min(takewhile(holds, descending(ranks, reference)), default=reference)
 
@@ -89,13 +88,13 @@ def descending(ranks: Iterable[int], reference: int) -> list[int]:
 
 
 def staircase(judged: dict[int, Judged], reference_rank: int, unit: Unit) -> list[StaircaseStep]:
-    """Margin → rank, exactly: a step at every margin from which on a smaller rank is reached. Starts at margin 0."""
+    """The chosen rank as a step function of the margin: a step at each margin from which the walk reaches a smaller rank."""
     steps = [StaircaseStep(margin=0.0, rank=reference_rank)]
     threshold = 0.0
     for rank in descending(judged, reference_rank):
         threshold = max(threshold, judged[rank].threshold)
         margin = unit.difference(threshold)
         if margin == steps[-1].margin:
-            steps.pop()  # one margin, one rank: the smaller
+            steps.pop()  # the smaller rank replaces a larger one at the same margin
         steps.append(StaircaseStep(margin=margin, rank=rank))
     return steps

@@ -1,4 +1,4 @@
-"""What a metric's name and values say: its direction, its scale, its default margin, its published noise."""
+"""What a metric's name and values tell: its direction, its kind, its default margin, its published noise."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from typing import Literal, TypeAlias
 
 MetricKind: TypeAlias = Literal["token_loss", "loss", "perplexity", "accuracy", "other"]
 
-TOKEN_LOSS_MARGIN = 0.005  # nats a token
+TOKEN_LOSS_MARGIN = 0.005  # nats per token
 ACCURACY_MARGIN = 0.005  # half a point, as a fraction
 PERCENT_MARGIN = 0.5  # half a point, as a percentage
 RELATIVE_MARGIN = 0.01  # of the reference, for every other metric
 
-# One training's standard deviation over seeds, from repeats that others published. A floor where a table holds one
-# seed, never a measurement of it. Loss: repeats of SFT test loss at ordinary rates (tinker-cookbook, sft_sweep.md).
-# Accuracy: GSM8K 0.3 to 1.4 points, CoLA 1.2, RTE 0.7 (Hu et al. 2021 and PEFT's method comparison). Other:
-# BLEU 0.15%, METEOR 0.4%, CIDEr 0.8% of the value (Hu et al. 2021, table 3).
+# The standard deviation of one training over seeds, from published repeats. It is a floor for tables with one seed and
+# does not replace a measurement. Loss: repeats of SFT test loss at ordinary learning rates (tinker-cookbook,
+# sft_sweep.md). Accuracy: GSM8K 0.3 to 1.4 points, CoLA 1.2, RTE 0.7 (Hu et al. 2021 and PEFT's method comparison).
+# Other: BLEU 0.15%, METEOR 0.4%, CIDEr 0.8% of the value (Hu et al. 2021, table 3).
 LOSS_SEED_DEVIATION = 0.0003
 ACCURACY_SEED_DEVIATION = 0.007
 RELATIVE_SEED_DEVIATION = 0.004
@@ -38,7 +38,7 @@ def _words(name: str) -> str:
 
 
 def direction(name: str) -> bool | None:
-    """True where higher is better, False where lower is, None where the name doesn't tell."""
+    """True if higher is better, False if lower is, None if the name does not show it."""
     words = _words(name)
     if _LOWER.search(words):
         return False
@@ -46,12 +46,12 @@ def direction(name: str) -> bool | None:
 
 
 def higher_is_better(name: str, lower: Collection[str] = ()) -> bool:
-    """The same of a metric that a selection measures: a score where nothing says otherwise; `lower` names those that aren't."""
+    """The direction of a metric that `select` measures. Higher is better unless its name or `lower` says otherwise."""
     return name not in lower and direction(name) is not False
 
 
 def kind_of(name: str, higher_is_better: bool) -> MetricKind:
-    """What kind of number a metric of this name is; a language model's loss is one a token."""
+    """The kind of metric that the name denotes. A loss is taken to be per token."""
     words = _words(name)
     if not higher_is_better:
         if _PERPLEXITY.search(words):
@@ -61,15 +61,15 @@ def kind_of(name: str, higher_is_better: bool) -> MetricKind:
 
 
 def is_percent(values: list[float]) -> bool:
-    """Whether accuracies are on a scale to 100."""
+    """Whether accuracies are on a scale of 0 to 100."""
     return max(values) > 1.5
 
 
 def default_margin(kind: MetricKind, reference: float, values: list[float]) -> float:
-    """In the metric's own unit: 0.005 nats a token, half a point of accuracy, else 1% of the reference.
+    """The default margin in the metric's unit: 0.005 nats per token, half a point of accuracy, else 1% of the reference.
 
-    A perplexity's is 0.005 nats too, so half a percent of the reference. 1% of nothing would be no margin: there it is
-    1% of the largest value, or 0.01.
+    For a perplexity, 0.005 nats are half a percent of the reference. For a reference of 0, the margin is 1% of the largest
+    value, or 0.01.
     """
     if kind == "token_loss":
         return TOKEN_LOSS_MARGIN
@@ -81,7 +81,7 @@ def default_margin(kind: MetricKind, reference: float, values: list[float]) -> f
 
 
 def published_deviation(kind: MetricKind, reference: float, values: list[float]) -> float:
-    """The seed noise that a single training is taken to have, in the oriented unit (nats for a perplexity)."""
+    """The published standard deviation of one training over seeds, in the oriented unit (nats for a perplexity)."""
     if kind in ("token_loss", "perplexity"):
         return LOSS_SEED_DEVIATION
     if kind == "accuracy":

@@ -1,50 +1,49 @@
-"""The run that would settle the answer, by a power calculation on the parts of the variance measured so far.
+"""The next run that is expected to settle the answer, by a power calculation on the measured parts of the variance.
 
-A run is said to settle it when, at the difference seen so far, it would do so four times in five. The difference
-itself is uncertain, so this is a plan, not a promise.
+A run is expected to settle a rank if it shows or refutes it in four of five cases, given the difference seen so far. That
+difference is itself uncertain, so the result is a plan and no guarantee.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
 
 from rightrank.decision.evidence import Evidence
 from rightrank.decision.judge import CONFIDENCE, REFUTED, Judged
-from rightrank.decision.verdicts import contested_rank, open_rival, read_off, underpowered
+from rightrank.decision.verdicts import inconclusive_rank, possible_rival, underpowered
 from rightrank.maths.intervals import Estimate, normal_quantile
 from rightrank.records import NextRun, Verdict
 
 POWER = 0.8
-MOST_SEEDS = 32
-MOST_ITEM_GROWTH = 64
-CHEAP_ITEM_GROWTH = 24  # so many times the items cost less than further trainings, as a rule
+MAX_SEEDS = 32
+MAX_EXAMPLE_GROWTH = 64
+CHEAP_EXAMPLE_GROWTH = 24  # scoring up to so many times the examples usually costs less than further trainings
 CONFIRM_SEEDS = 3
-FURTHER = 3  # times the best rate, where no other tells the step
+EDGE_FACTOR = 3  # the step beyond the best learning rate where no other learning rate gives one
 
 
 def next_runs(
     judged: dict[int, Judged], evidence: Evidence, chosen: int, margin: float, verdict: Verdict, flags: list[str]
 ) -> list[NextRun]:
-    """What to do next, the most useful first; never empty."""
+    """What to run next, the most useful first. Never empty."""
     runs: list[NextRun] = []
     if verdict == "no_gain":
         runs.append(_after_no_gain(evidence))
     elif verdict == "undecided":
-        contested = contested_rank(judged, evidence, chosen)
-        if contested is not None:
-            runs.extend(_settle(contested, judged[contested].difference, evidence, chosen, margin))
+        inconclusive = inconclusive_rank(judged, evidence, chosen)
+        if inconclusive is not None:
+            runs.extend(_settle(inconclusive, judged[inconclusive].difference, evidence, chosen, margin))
         else:
-            rival = open_rival(judged, evidence, margin)
+            rival = possible_rival(judged, evidence, margin)
             assert rival is not None
-            # whether the reference is worse than the rival by the margin: the same question from the other side
+            # the question is whether the reference is worse than the rival by the margin, so the difference is reversed
             runs.extend(_settle(rival, judged[rival].difference.reversed(), evidence, chosen, margin))
     elif verdict == "rising":
         runs.append(_extend(evidence))
     if "lr_edge" in flags:
         runs.insert(1 if verdict in ("rising", "undecided") else 0, _beyond_the_edge(evidence, chosen))
     if verdict not in ("no_gain", "undecided"):
-        if read_off(evidence) and underpowered(judged, evidence, chosen, verdict):
+        if evidence.is_point_reading and underpowered(judged, evidence, chosen, verdict):
             runs.append(_prove(judged, evidence, chosen, margin))
         else:
             runs.append(_confirm(evidence, chosen))
@@ -52,121 +51,110 @@ def next_runs(
 
 
 def seeds_needed(estimate: Estimate, margin: float) -> int | None:
-    """The fewest seeds at which the difference would be settled; None if 32 don't do."""
-    return _least(range(estimate.seeds + 1, MOST_SEEDS + 1), lambda n: settles(estimate.at(estimate.items, n), margin))
+    """The fewest seeds that are expected to settle the difference; None if `MAX_SEEDS` are not enough."""
+    sizes = range(estimate.seeds + 1, MAX_SEEDS + 1)
+    return next((size for size in sizes if settles(estimate.at(estimate.examples, size), margin)), None)
 
 
-def items_needed(estimate: Estimate, margin: float) -> int | None:
-    """The fewest held-out items, to two digits; None if 64 times as many don't do, or items weren't scored."""
-    if estimate.items < 2:
+def examples_needed(estimate: Estimate, margin: float) -> int | None:
+    """The fewest held-out examples that are expected to settle the difference, rounded up to two digits.
+
+    None if `MAX_EXAMPLE_GROWTH` times as many are not enough, or if examples were not scored one by one.
+    """
+    if estimate.examples < 2:
         return None
     growth = (1.15**power for power in range(1, 31))
-    sizes = (_rounded(estimate.items * factor) for factor in growth if factor <= MOST_ITEM_GROWTH)
-    return _least(sizes, lambda n: settles(estimate.at(n, estimate.seeds), margin))
+    sizes = (_rounded_up(estimate.examples * factor) for factor in growth if factor <= MAX_EXAMPLE_GROWTH)
+    return next((size for size in sizes if settles(estimate.at(size, estimate.seeds), margin)), None)
 
 
 def settles(estimate: Estimate, margin: float) -> bool:
-    """Whether four in five such runs would show it, or refute it, if the mean is as estimated."""
+    """Whether four of five such runs show the rank to be enough, or refute it, if the true mean is the estimated one."""
     error = estimate.standard_error
     if estimate.mean < margin:
         return estimate.bound(CONFIDENCE) + normal_quantile(POWER) * error < margin
     return estimate.bound(1 - REFUTED) - normal_quantile(POWER) * error > margin
 
 
-def _least(sizes: Iterable[int], enough: Callable[[int], bool]) -> int | None:
-    return next((size for size in sizes if enough(size)), None)
-
-
-def _rounded(number: float) -> int:
-    """Up, to two digits."""
+def _rounded_up(number: float) -> int:
+    """Up to two significant digits."""
     step = 10 ** max(0, math.floor(math.log10(number)) - 1)
     return int(math.ceil(number / step) * step)
 
 
 def _settle(rank: int, estimate: Estimate, evidence: Evidence, chosen: int, margin: float) -> list[NextRun]:
-    """More items or more seeds at the contested rank and the reference; or the honest way out."""
+    """More examples or more seeds at `rank` and the reference, the cheaper first; another margin if neither can settle it."""
     reference = evidence.reference
     ranks = sorted({rank, reference.rank} - {0})
     names = _ranks(sorted({rank, reference.rank}))
     runs = []
-    items = items_needed(estimate, margin)
-    if items is not None:
-        sentence = f"Score about {items:,} held-out items (now {estimate.items:,}) at {names}: expected to settle it."
-        runs.append(NextRun(action="items", ranks=ranks, items=items, sentence=sentence))
-    seeds = seeds_needed(estimate, margin)
+    examples, seeds = examples_needed(estimate, margin), seeds_needed(estimate, margin)
+    if examples is not None:
+        sentence = f"Score about {examples:,} held-out examples (now {estimate.examples:,}) at {names} to settle it."
+        runs.append(NextRun(action="items", ranks=ranks, items=examples, sentence=sentence))
     if seeds is not None:
-        trials = len(ranks) * (seeds - estimate.seeds)
-        seconds = _seconds(evidence, ranks, seeds - estimate.seeds)
-        sentence = (
-            f"Train {names} with {seeds} seeds in all (now {estimate.seeds}): expected to settle it, "
-            f"{_cost(trials, seconds)}."
-        )
+        further = seeds - estimate.seeds
+        trials, seconds = len(ranks) * further, _seconds(evidence, ranks, further)
+        sentence = f"Train {names} with {seeds} seeds (now {estimate.seeds}) to settle it ({_cost(trials, seconds)})."
         runs.append(
             NextRun(action="seeds", ranks=ranks, seeds=seeds, trials=trials, seconds=seconds, sentence=sentence)
         )
-    if items is not None and seeds is not None and items > CHEAP_ITEM_GROWTH * estimate.items:
+    if examples is not None and seeds is not None and examples > CHEAP_EXAMPLE_GROWTH * estimate.examples:
         runs.reverse()
     if not runs:
-        runs.append(_no_size_will_do(rank, chosen, estimate))
+        start = f"Neither {MAX_SEEDS} seeds nor {MAX_EXAMPLE_GROWTH} times the examples"
+        start = start if estimate.examples else f"Not even {MAX_SEEDS} seeds"
+        sentence = f"{start} would settle {_name(rank)} at this noise: take rank {chosen}, or choose another margin."
+        runs.append(NextRun(action="none", ranks=[chosen], sentence=sentence))
     return runs
-
-
-def _no_size_will_do(rank: int, chosen: int, estimate: Estimate) -> NextRun:
-    both = f"{MOST_SEEDS} seeds" + (f" nor {MOST_ITEM_GROWTH} times the items" if estimate.items else "")
-    sentence = (
-        f"Neither {both} would settle {_name(rank)} at this noise: take rank {chosen}, or choose another margin."
-        if estimate.items
-        else f"Even {both} would not settle {_name(rank)} at this noise: take rank {chosen}, or choose another margin."
-    )
-    return NextRun(action="none", ranks=[chosen], sentence=sentence)
 
 
 def _extend(evidence: Evidence) -> NextRun:
     top = evidence.reference
-    rates = sorted({top.rate, top.rate / 3} - {0.0})
-    seconds = _seconds(evidence, [top.rank], len(rates) or 1)
-    trials = len(rates) or 1
-    at = f" at learning rates {' and '.join(f'{rate:.2g}' for rate in rates)}" if rates else ""
+    lrs = sorted({top.learning_rate, top.learning_rate / 3} - {0.0})
+    trials = len(lrs) or 1
+    seconds = _seconds(evidence, [top.rank], trials)
+    at = f" at learning rates {' and '.join(f'{lr:.2g}' for lr in lrs)}" if lrs else ""
     sentence = f"Train rank {2 * top.rank}{at} ({_cost(trials, seconds)}), or accept a larger margin."
     return NextRun(
-        action="rank", ranks=[2 * top.rank], learning_rates=rates, trials=trials, seconds=seconds, sentence=sentence
+        action="rank", ranks=[2 * top.rank], learning_rates=lrs, trials=trials, seconds=seconds, sentence=sentence
     )
 
 
 def _beyond_the_edge(evidence: Evidence, chosen: int) -> NextRun:
     ranks = sorted({chosen, evidence.reference.rank})
-    rank = next(rank for rank in ranks if _edge_rate(evidence, rank) is not None)
-    rate = _edge_rate(evidence, rank)
-    assert rate is not None
+    rank, lr = next((rank, lr) for rank in ranks if (lr := _lr_beyond_the_edge(evidence, rank)) is not None)
     seconds = _seconds(evidence, ranks, 1)
     sentence = (
-        f"The best learning rate of rank {rank} is the last one tried: train {_ranks(ranks)} at {rate:.2g} too "
+        f"The best learning rate of rank {rank} is at the edge of those tried: train {_ranks(ranks)} at {lr:.2g} too "
         f"({_cost(len(ranks), seconds)})."
     )
     return NextRun(
-        action="rates", ranks=ranks, learning_rates=[rate], trials=len(ranks), seconds=seconds, sentence=sentence
+        action="rates", ranks=ranks, learning_rates=[lr], trials=len(ranks), seconds=seconds, sentence=sentence
     )
 
 
-def _edge_rate(evidence: Evidence, rank: int) -> float | None:
-    """The next rate outward, as far as the last step inward; None where the best is inside."""
-    rates, best = evidence.table.rates(rank), evidence.contenders[rank].rate
-    if len(rates) < 2 or best not in (rates[0], rates[-1]):
+def _lr_beyond_the_edge(evidence: Evidence, rank: int) -> float | None:
+    """The next learning rate outward, by the same factor as the last step inward; None where the best is not at the edge."""
+    lrs, best = evidence.table.learning_rates(rank), evidence.contenders[rank].learning_rate
+    if len(lrs) < 2 or best not in (lrs[0], lrs[-1]):
         return None
-    if best == rates[0]:
-        return rates[0] ** 2 / rates[1]
-    return rates[-1] ** 2 / rates[-2] if rates[-2] > 0 else FURTHER * rates[-1]
+    if best == lrs[0]:
+        return lrs[0] ** 2 / lrs[1]
+    return lrs[-1] ** 2 / lrs[-2] if lrs[-2] > 0 else EDGE_FACTOR * lrs[-1]
 
 
 def _prove(judged: dict[int, Judged], evidence: Evidence, chosen: int, margin: float) -> NextRun:
-    """How many seeds would show what was only read off."""
+    """The seeds that are expected to show what a point reading suggests."""
     reference = evidence.reference.rank
     below = max((rank for rank in evidence.contenders if rank < chosen), default=chosen)
     rank = chosen if chosen != reference else below
     needed = seeds_needed(judged[rank].difference, margin) if rank != reference else None
     ranks = sorted({rank, reference})
     if needed is None:
-        sentence = f"One number a rank can't show it: score {_ranks(ranks)} item by item, with three seeds or more."
+        sentence = (
+            f"One number per rank can't show it: score {_ranks(ranks)} by example, with {CONFIRM_SEEDS} seeds or more."
+        )
         return NextRun(action="items", ranks=ranks, seeds=CONFIRM_SEEDS, sentence=sentence)
     trials = len(ranks) * (needed - 1)
     seconds = _seconds(evidence, ranks, needed - 1)
@@ -175,29 +163,28 @@ def _prove(judged: dict[int, Judged], evidence: Evidence, chosen: int, margin: f
 
 
 def _confirm(evidence: Evidence, chosen: int) -> NextRun:
-    """Three paired seeds at the answer, the next lower rank and the reference."""
+    """`CONFIRM_SEEDS` paired seeds at the answer, the next lower rank and the reference."""
     below = [max((rank for rank in evidence.contenders if rank < chosen), default=chosen)]
     ranks = sorted({chosen, evidence.reference.rank, *below})
     missing = sum(max(0, CONFIRM_SEEDS - len(evidence.contenders[rank].cells)) for rank in ranks)
     if missing == 0:
-        sentence = f"Nothing is open; measure {_ranks(ranks)} once on held-out data that no choice has seen."
+        sentence = f"No further training is needed: evaluate {_ranks(ranks)} once on held-out data that no choice was based on."
         return NextRun(action="test", ranks=ranks, sentence=sentence)
     seconds = _seconds(evidence, ranks, missing / len(ranks))
-    sentence = f"{CONFIRM_SEEDS} seeds at {_ranks(ranks)} would confirm it ({_cost(missing, seconds)})."
+    sentence = f"Train {_ranks(ranks)} with {CONFIRM_SEEDS} seeds to confirm it ({_cost(missing, seconds)})."
     return NextRun(action="seeds", ranks=ranks, seeds=CONFIRM_SEEDS, trials=missing, seconds=seconds, sentence=sentence)
 
 
 def _after_no_gain(evidence: Evidence) -> NextRun:
-    rate = max(contender.rate for contender in evidence.contenders.values())
-    rates = [3 * rate] if rate > 0 else []
-    at = f" at learning rate {3 * rate:.2g}" if rates else " at a higher learning rate"
-    sentence = f"Check that data and labels belong together; then train once{at}, or longer, before giving up."
-    rank = min(evidence.contenders)
-    return NextRun(action="data", ranks=[rank], learning_rates=rates, trials=1, sentence=sentence)
+    lr = 3 * max(contender.learning_rate for contender in evidence.contenders.values())
+    at = f" at learning rate {lr:.2g}" if lr > 0 else " at a higher learning rate"
+    sentence = f"Check that the labels match the data; then train once{at}, or longer, before giving up."
+    lrs = [lr] if lr > 0 else []
+    return NextRun(action="data", ranks=[min(evidence.contenders)], learning_rates=lrs, trials=1, sentence=sentence)
 
 
 def _seconds(evidence: Evidence, ranks: list[int], times: float) -> float | None:
-    """Of so many more trainings of each rank, at the pace so far."""
+    """Seconds of `times` more trainings of each rank, at the pace so far; None where unknown."""
     total = 0.0
     for rank in ranks:
         known = [cell.seconds for cell in evidence.contenders[rank].cells.values() if cell.seconds is not None]

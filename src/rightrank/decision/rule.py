@@ -1,11 +1,11 @@
 """The rule: the smallest rank that is not worse than the best by more than the margin.
 
-The reference is the rank with the best mean, each rank at its best learning rate. Ranks below it are tested from
-the top downward, each by the 95% upper bound of its paired difference from the reference; the first that fails ends
-the search (a fixed sequence needs no correction for multiplicity).
+The reference is the rank with the best mean, each rank at its best learning rate. The ranks below it are tested from the
+top downward, each by the 95% upper bound of its paired difference from the reference, until one fails. A fixed sequence
+of tests needs no correction for multiplicity.
 
-One number a rank proves nothing, whatever it is. There the differences themselves are read, as a careful reader of
-a published table would, the decision carries the flag `underpowered`, and `non_inferior` stays open.
+A table with one number per rank proves nothing. There the rule reads the differences themselves, as a careful reader of a
+published table does; the decision has the flag `underpowered`, and `non_inferior` is None.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from rightrank.decision.horizon import horizon_note
 from rightrank.decision.judge import CONFIDENCE, Judged, Unit, judge, staircase, walk_down
 from rightrank.decision.metrics import default_margin
 from rightrank.decision.next_run import next_runs
+from rightrank.decision.sentences import basis_note, conflict_sentence, sentence_of
 from rightrank.decision.table import ScoreTable
 from rightrank.decision.verdicts import flags_of, verdict_of
-from rightrank.decision.words import basis_note, conflict_sentence, sentence_of
 from rightrank.errors import ResultsError
 from rightrank.maths.intervals import two_sided
 from rightrank.records import Decision, MetricAnswer, RankEvidence
@@ -40,10 +40,10 @@ def decide(
 
     Args:
         table: finished trials.
-        margin: how much worse than the best is still enough, in the metric's unit; None for the metric's default.
-        token_loss: whether a loss is one a token (its default margin is then 0.005 nats).
-        horizon_steps: the length of training that the answer is wanted for, if longer than the trials.
-        others: the same trials by other metrics, each judged at its own default margin.
+        margin: how much worse than the best is still enough, in the metric's unit; None for the default of the metric.
+        token_loss: whether a loss is per token (its default margin is then 0.005 nats).
+        horizon_steps: the length of the training that the answer is for, if longer than the trials.
+        others: the same trials by other metrics, each judged at its default margin.
 
     Raises:
         ResultsError: fewer than two ranks have a finished trial, or the margin is not above 0.
@@ -57,7 +57,7 @@ def decide(
     verdict = verdict_of(judged, evidence, chosen, oriented)
     curve = fit_curve(evidence, unit, oriented)
     horizon = horizon_note(evidence, chosen, margin)
-    gaps = [item.contender.gap for item in judged.values()]
+    gaps = [found.contender.gap for found in judged.values()]
     beside = [answer for answer in (_beside(judged, other, token_loss) for other in others) if answer is not None]
     names = [answer.metric for answer in beside]
     flags = flags_of(judged, evidence, chosen, oriented, verdict, curve, horizon, horizon_steps, names)
@@ -76,7 +76,7 @@ def decide(
         margin=margin,
         reference_rank=evidence.reference.rank,
         confidence=CONFIDENCE,
-        learning_rate=evidence.contenders[chosen].rate or None,
+        learning_rate=evidence.contenders[chosen].learning_rate or None,
         staircase=staircase(judged, evidence.reference.rank, unit),
         ranks=[_record(judged[rank], unit) for rank in sorted(judged)],
         basis=evidence.basis,
@@ -90,11 +90,11 @@ def decide(
 
 
 def _beside(judged: Mapping[int, Judged], other: ScoreTable, token_loss: bool) -> MetricAnswer | None:
-    """What the trials say by another metric, and whether that contradicts; None where it compares no two ranks."""
+    """The answer by another metric, and whether the two disagree; None if fewer than two ranks have the metric."""
     if len(other.ranks()) < 2:
         return None
     answer = decide(other, token_loss=token_loss)
-    ours = {rank: item.non_inferior for rank, item in judged.items() if rank > 0}
+    ours = {rank: found.non_inferior for rank, found in judged.items() if rank > 0}
     theirs = {evidence.rank: evidence for evidence in answer.ranks if evidence.rank > 0}
     against = [rank for rank in ours if rank in theirs and {ours[rank], theirs[rank].non_inferior} == {True, False}]
     return MetricAnswer(
@@ -111,7 +111,7 @@ def _beside(judged: Mapping[int, Judged], other: ScoreTable, token_loss: bool) -
 
 
 def _prepared(table: ScoreTable, margin: float | None) -> tuple[Evidence, Unit, float]:
-    """The evidence, the metric's unit, and the margin in it."""
+    """The evidence, the metric's unit, and the margin in that unit."""
     ranks = table.ranks()
     if len(ranks) < 2:
         raise ResultsError(
@@ -139,7 +139,7 @@ def _record(judged: Judged, unit: Unit) -> RankEvidence:
         difference_low=unit.difference(judged.low),
         difference_high=unit.difference(judged.high),
         non_inferior=judged.non_inferior,
-        learning_rate=contender.rate or None,
+        learning_rate=contender.learning_rate or None,
         seeds=len(contender.cells),
         trial_ids=[cell.trial_id for cell in contender.cells.values()],
         winner_gap=unit.difference(contender.gap),

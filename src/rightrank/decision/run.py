@@ -1,4 +1,4 @@
-"""A run's journal as evidence: its records by kind, and the decision that they support."""
+"""The journal of a run as evidence: its records by kind, and the decision that they support."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from rightrank.records import (
 
 @dataclass(slots=True)
 class Records:
-    """The journal's records, sorted by kind."""
+    """The records of a journal, by kind."""
 
     started: RunStarted
     outcomes: list[TrialOutcome]
@@ -51,18 +51,16 @@ class Records:
         return [outcome for outcome in self.outcomes if isinstance(outcome, TrialFinished)]
 
     def plain(self) -> list[TrialOutcome]:
-        """Those at the setting that all ranks share, without the variants of a sweep."""
+        """The outcomes at the setting that all ranks share, without the variants of a sweep."""
         alpha = self.started.settings.get("lora_alpha")
-        return [
-            o for o in self.outcomes if o.is_plain(float(alpha) if isinstance(alpha, int | float) else o.lora_alpha)
-        ]
+        return [o for o in self.outcomes if o.is_plain(alpha if isinstance(alpha, int | float) else o.lora_alpha)]
 
 
 def records_of(journal: Sequence[JournalRecord], where: str) -> Records:
-    """The records of a journal that was read; `where` names it in complaints.
+    """The records of a journal. `where` names it in error messages.
 
     Raises:
-        RunFolderError: empty, or the first line is not a run's start.
+        RunFolderError: the journal is empty, or does not begin with the start of a run.
     """
     if not journal or not isinstance(journal[0], RunStarted):
         raise RunFolderError(f"{where}: no run has started here; give a folder that `rightrank select --out` made")
@@ -70,13 +68,13 @@ def records_of(journal: Sequence[JournalRecord], where: str) -> Records:
 
 
 def last_outcomes(records: Sequence[JournalRecord]) -> list[TrialOutcome]:
-    """How each trial ended; the last word where it was run again."""
+    """The outcome of each trial; the last one if it ran more than once."""
     ended = [record for record in records if isinstance(record, TrialFinished | TrialDiverged | TrialFailed)]
     return list({outcome.trial_id: outcome for outcome in ended}.values())
 
 
 def last_decided(journal: Sequence[JournalRecord]) -> DecisionRecorded | None:
-    """What was handed over last, if the run came so far."""
+    """The last recorded decision, or None."""
     return next((record for record in reversed(journal) if isinstance(record, DecisionRecorded)), None)
 
 
@@ -88,7 +86,7 @@ def running_trial(journal: Sequence[JournalRecord]) -> TrialStarted | None:
 
 
 def decide_run(records: Records, outcomes: Sequence[TrialOutcome] | None = None) -> Decision:
-    """The decision on `outcomes` (a run's whole trainings unless told): at its margin, metric and kind of loss.
+    """The decision on `outcomes` at the margin and by the metric of the run. `outcomes` defaults to `comparable(records)`.
 
     Raises:
         ResultsError: fewer than two ranks have a finished trial.
@@ -106,10 +104,10 @@ def decide_on(
     *,
     horizon_steps: int | None = None,
 ) -> Decision:
-    """The decision by one of the run's metrics, with what the others say.
+    """The decision by one of the run's metrics, with the answers by the others.
 
     Raises:
-        ResultsError: fewer than two ranks have it.
+        ResultsError: fewer than two ranks have the metric.
     """
     others = [run_table(records, outcomes, name) for name in metrics_of(records) if name != metric]
     return decide(
@@ -122,7 +120,7 @@ def decide_on(
 
 
 def metrics_of(records: Records) -> list[str]:
-    """What the run's trials were measured by, the metric that decides first."""
+    """The metrics of the run's trials; the metric that decides comes first."""
     names = dict.fromkeys(name for trial in records.finished() for name in trial.metrics)
     return list(dict.fromkeys([records.started.metric, *names]))
 
@@ -130,20 +128,20 @@ def metrics_of(records: Records) -> list[str]:
 def run_table(
     records: Records, outcomes: Sequence[TrialOutcome] | None = None, metric: str | None = None
 ) -> ScoreTable:
-    """The scores of a run, of ours or of a trainer of one's own; unless told, by the metric that decides."""
+    """The scores of a run by `metric`, which defaults to the metric that decides."""
     started = records.started
     outcomes = comparable(records) if outcomes is None else outcomes
     metric = metric or started.metric
     if started.data.form == "own":
-        return own_table(records, outcomes)
+        return custom_table(records, outcomes)
     lower = started.settings.get("lower_is_better")
     higher = higher_is_better(metric, lower if isinstance(lower, list) else ())  # type: ignore[arg-type]
     return table_of(outcomes, metric, higher, started.points_metric or started.metric)
 
 
 def comparable(records: Records) -> list[TrialOutcome]:
-    """Like with like: whole trainings at the setting that all ranks share; or, where a run recovered adapters that it
-    had cut, those."""
+    """The outcomes that may be compared: whole trainings at the setting that all ranks share, or the recovered truncations
+    of a run that has them."""
     plain = records.plain()
     recovered = [outcome for outcome in plain if outcome.truncate_from is not None and outcome.steps > 0]
     if recovered:
@@ -151,17 +149,17 @@ def comparable(records: Records) -> list[TrialOutcome]:
     return [outcome for outcome in plain if outcome.arm.is_direct]
 
 
-def own_table(records: Records, outcomes: Sequence[TrialOutcome] | None = None) -> ScoreTable:
-    """Any metric, by items where there are any, else by its one number a trial; of all outcomes unless told."""
+def custom_table(records: Records, outcomes: Sequence[TrialOutcome] | None = None) -> ScoreTable:
+    """The scores of a run with a custom trainer. `outcomes` defaults to all."""
     outcomes = records.outcomes if outcomes is None else outcomes
     metric = records.started.metric
-    results = [_own_result(outcome, metric) for outcome in outcomes]
+    results = [_custom_result(outcome, metric) for outcome in outcomes]
     return table_of_results(
         ResultsTable(metric=metric, higher_is_better=records.started.higher_is_better, results=results, understood=[])
     )
 
 
-def _own_result(outcome: TrialOutcome, metric: str) -> Result:
+def _custom_result(outcome: TrialOutcome, metric: str) -> Result:
     named = {
         "trial_id": outcome.trial_id,
         "rank": outcome.rank,
@@ -183,7 +181,7 @@ def _own_result(outcome: TrialOutcome, metric: str) -> Result:
 
 
 def best_trial(records: Records, decision: Decision, rank: int) -> TrialFinished:
-    """The best seed of a rank at its best rate, by the held-out value."""
+    """The seed of a rank with the best held-out value, at the rank's best learning rate."""
     evidence = next(evidence for evidence in decision.ranks if evidence.rank == rank)
     trials = [trial for trial in records.finished() if trial.trial_id in evidence.trial_ids]
     sign = -1 if decision.higher_is_better else 1
@@ -191,7 +189,7 @@ def best_trial(records: Records, decision: Decision, rank: int) -> TrialFinished
 
 
 def decision_so_far(records: Records, outcomes: Sequence[TrialOutcome] | None = None) -> Decision | None:
-    """The decision, or None while fewer than two ranks have ended with a result."""
+    """The decision, or None while fewer than two ranks have a result."""
     try:
         return decide_run(records, outcomes)
     except ResultsError:

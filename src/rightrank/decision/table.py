@@ -1,4 +1,4 @@
-"""Finished trials as a table: rank × learning rate × seed, each cell with its item scores or its one number."""
+"""Finished trials as a table of rank × learning rate × seed. A cell has the scores of its examples, or one number."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ class Cell:
 
     trial_id: str
     value: float  # as measured, in the metric's own direction
-    sums: Floats  # [items] oriented score of each item, summed over its tokens; [1] the score itself without items
-    weights: Floats  # [items] tokens of each item, or ones
+    sums: Floats  # [examples] oriented score of each example times its weight; [1] the score without examples
+    weights: Floats  # [examples] tokens of each example, or ones
     train_value: float | None = None
     deviation: float | None = None  # the stated standard deviation over seeds, oriented unit
     deviation_seeds: int = 1  # how many seeds the stated value is the mean of
-    seconds: float | None = None  # training and evaluation, as a table states them; of our own runs the report tells
+    seconds: float | None = None  # of training and evaluation, if the table states them; not set for run folders
     steps: int | None = None
     points: tuple[tuple[int, float], ...] = ()  # (step, value) along the training, the metric's own direction
     others: Mapping[str, float] = field(default_factory=dict)  # other metrics of the trial, in their own direction
 
     @property
-    def items(self) -> int:
-        """Items scored one by one; 0 where there is only the trial's number."""
+    def examples(self) -> int:
+        """The number of examples; 0 if there is only one number for the trial."""
         return len(self.sums) if len(self.sums) > 1 else 0
 
     @property
@@ -45,7 +45,7 @@ class Cell:
 
 @dataclass(frozen=True, slots=True)
 class ScoreTable:
-    """Cells by (rank, learning rate, seed); `missing` counts the trials of a rank that gave no result."""
+    """Cells by (rank, learning rate, seed). `missing` counts the trials of a rank without a result."""
 
     metric: str
     higher_is_better: bool
@@ -54,18 +54,18 @@ class ScoreTable:
     kind: MetricKind = "token_loss"
 
     def ranks(self) -> list[int]:
-        """All ranks with a finished trial, ascending, the base left out."""
+        """The ranks with a finished trial, ascending, without the base."""
         return sorted({rank for rank, _, _ in self.cells if rank > 0})
 
-    def rates(self, rank: int) -> list[float]:
-        return sorted({rate for r, rate, _ in self.cells if r == rank})
+    def learning_rates(self, rank: int) -> list[float]:
+        return sorted({learning_rate for r, learning_rate, _ in self.cells if r == rank})
 
-    def seeds(self, rank: int, rate: float) -> list[int]:
-        return sorted(seed for r, lr, seed in self.cells if (r, lr) == (rank, rate))
+    def seeds(self, rank: int, learning_rate: float) -> list[int]:
+        return sorted(seed for r, lr, seed in self.cells if (r, lr) == (rank, learning_rate))
 
-    def column(self, rank: int, rate: float) -> list[Cell]:
-        """The cells of one rank at one rate, by seed."""
-        return [self.cells[rank, rate, seed] for seed in self.seeds(rank, rate)]
+    def column(self, rank: int, learning_rate: float) -> list[Cell]:
+        """The cells of one rank at one learning rate, by seed."""
+        return [self.cells[rank, learning_rate, seed] for seed in self.seeds(rank, learning_rate)]
 
     def values(self) -> list[float]:
         """All values as measured."""
@@ -81,26 +81,26 @@ def table_of(
     """The table of a run's outcomes.
 
     Args:
-        outcomes: one without this metric counts as missing.
-        metric: one of those that the run measured.
-        higher_is_better: None: by the metric's name.
-        points_metric: of the evaluations along the trainings; None: this one.
+        outcomes: an outcome without this metric counts as missing.
+        metric: a metric that the run measured.
+        higher_is_better: None to take it from the metric's name.
+        points_metric: the metric of the evaluations during training; None for `metric`.
     """
     outcomes = list(outcomes)
     higher = metric_is_higher_better(metric) if higher_is_better is None else higher_is_better
     kind = kind_of(metric, higher)
     scored = [o for o in outcomes if isinstance(o, TrialFinished) and metric in o.metrics]
-    by_item = {trial.trial_id: trial.items(metric) for trial in scored}
-    if len({0 if items is None else len(items[0]) for items in by_item.values()}) > 1:
-        by_item = dict.fromkeys(by_item)  # some trials have no items, or others: no pairs then
+    examples = {trial.trial_id: trial.items(metric) for trial in scored}
+    if len({0 if found is None else len(found[0]) for found in examples.values()}) > 1:
+        examples = dict.fromkeys(examples)  # trials with other examples, or none, can't be paired
     if kind == "perplexity" and not all(trial.metrics[metric] > 0 for trial in scored):
-        kind = "other"  # whatever is called one
+        kind = "other"  # a perplexity is above 0
     cells: dict[tuple[int, float, int], Cell] = {}
     missing: dict[int, int] = {}
     for outcome in outcomes:
         if isinstance(outcome, TrialFinished) and metric in outcome.metrics:
-            items = by_item[outcome.trial_id] or ([outcome.metrics[metric]], [1.0])
-            cell = _cell(outcome, metric, _oriented(items[0], kind, higher), np.asarray(items[1], dtype=np.float64))
+            scores, weights = examples[outcome.trial_id] or ([outcome.metrics[metric]], [1.0])
+            cell = _cell(outcome, metric, _oriented(scores, kind, higher), np.asarray(weights, dtype=np.float64))
             cell = cell if points_metric in (None, metric) else replace(cell, points=())
             cells[outcome.rank, outcome.learning_rate, outcome.seed] = cell
         else:
@@ -109,7 +109,7 @@ def table_of(
 
 
 def _oriented(scores: Sequence[float], kind: MetricKind, higher: bool) -> Floats:
-    """Lower is better; perplexities as logarithms."""
+    """Scores with lower as better, and perplexities as logarithms."""
     values = np.asarray(scores, dtype=np.float64)
     return np.log(values) if kind == "perplexity" else -values if higher else values
 
@@ -128,7 +128,7 @@ def _cell(trial: TrialFinished, metric: MetricName, sums: Floats, weights: Float
 
 
 def table_of_results(results: ResultsTable) -> ScoreTable:
-    """The table of trainings that others ran."""
+    """The table of results that were read from a file or from memory."""
     kind = kind_of(results.metric, results.higher_is_better)
     cells: dict[tuple[int, float, int], Cell] = {}
     missing: dict[int, int] = {}

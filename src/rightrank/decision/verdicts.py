@@ -1,4 +1,19 @@
-"""What kind of answer it is, and what to be wary of."""
+"""The verdict and the flags of a decision.
+
+The verdict is the first row that applies, from the most sobering to the plainest:
+
+    ===========  =====================================================================================
+    no_gain      the base itself is within the margin of the best adapter
+    undecided    a rank that could change the answer is inconclusive (`inconclusive_rank`), or a larger
+                 rank may be better than the reference by more than the margin (`possible_rival`)
+    overfitting  the largest rank is worse than the margin allows on held-out data and better in training
+    flat         the smallest rank is chosen, and no rank is shown to be worse than the margin allows
+    rising       the largest rank is chosen, and better than every smaller one by more than the margin
+    saturated    otherwise
+    ===========  =====================================================================================
+
+In a point reading (`Evidence.is_point_reading`) nothing is inconclusive: ranks are compared by their values.
+"""
 
 from __future__ import annotations
 
@@ -12,20 +27,13 @@ from rightrank.decision.judge import Judged
 from rightrank.decision.metrics import default_margin, direction, kind_of, published_deviation
 from rightrank.records import CurveFit, HorizonNote, Verdict
 
-OCTAVE = 2
-
-
-def read_off(evidence: Evidence) -> bool:
-    """One number a rank: differences are read, nothing is shown."""
-    return evidence.basis in ("std", "values")
-
 
 def verdict_of(judged: dict[int, Judged], evidence: Evidence, chosen: int, margin: float) -> Verdict:
-    """The first that applies, from the most sobering down."""
+    """The first row of the table above that applies."""
     ranks = sorted(evidence.contenders)
     if 0 in judged and judged[0].within:
         return "no_gain"
-    if contested_rank(judged, evidence, chosen) is not None or open_rival(judged, evidence, margin) is not None:
+    if inconclusive_rank(judged, evidence, chosen) is not None or possible_rival(judged, evidence, margin) is not None:
         return "undecided"
     if overfits(judged, evidence):
         return "overfitting"
@@ -36,52 +44,63 @@ def verdict_of(judged: dict[int, Judged], evidence: Evidence, chosen: int, margi
     return "saturated"
 
 
-def contested_rank(judged: dict[int, Judged], evidence: Evidence, chosen: int) -> int | None:
-    """The rank (or the base, 0) whose openness leaves the answer open; None where the answer is known to an octave.
+def inconclusive_rank(judged: dict[int, Judged], evidence: Evidence, chosen: int) -> int | None:
+    """The rank (0: the base) that leaves the answer undecided; None where the answer is known within a factor of two.
 
-    The chosen rank is shown to be enough. It is the answer if no rank more than an octave below it may be enough too;
-    one octave below may stay open, since too much rank costs less than too little. The largest rank tried is the
-    answer only where the next lower one is refuted: else it is open whether anything rises.
+    The base does if it is inconclusive. Otherwise, with "next" the next lower rank than the chosen one, and "far" the highest
+    rank below half of the chosen one:
+
+        ================  ========================  ================  ========
+        next              the chosen rank           far               returns
+        ================  ========================  ================  ========
+        none, or refuted  any                       any               None
+        inconclusive      is the largest tried      any               next
+        inconclusive      is not the largest tried  none, or refuted  None
+        inconclusive      is not the largest tried  inconclusive      far
+        inconclusive      is not the largest tried  shown enough      next
+        ================  ========================  ================  ========
+
+    So a rank within a factor of two below the chosen one may stay inconclusive: too much rank costs memory, too little
+    costs quality. Below the largest rank it may not, since then it is unknown whether the curve still rises.
     """
-    if read_off(evidence):
+    if evidence.is_point_reading:
         return None
     if 0 in judged and judged[0].non_inferior is None:
         return 0
-    ranks = sorted(evidence.contenders)
-    lower = [rank for rank in ranks if rank < chosen]
+    lower = [rank for rank in sorted(evidence.contenders) if rank < chosen]
     if not lower or judged[lower[-1]].non_inferior is False:
         return None
-    if chosen == ranks[-1]:
+    if chosen == max(evidence.contenders):
         return lower[-1]
-    far = [rank for rank in lower if OCTAVE * rank < chosen]
+    far = [rank for rank in lower if 2 * rank < chosen]
     if not far or judged[far[-1]].non_inferior is False:
         return None
     return far[-1] if judged[far[-1]].non_inferior is None else lower[-1]
 
 
-def open_rival(judged: dict[int, Judged], evidence: Evidence, margin: float) -> int | None:
-    """The rank above the reference that may yet be better than it by more than the margin; None if none may.
+def possible_rival(judged: dict[int, Judged], evidence: Evidence, margin: float) -> int | None:
+    """The rank above the reference that may be better than it by more than the margin; None if there is none.
 
-    Without this a low rank that came out best by luck would be taken on no evidence.
+    It guards against a low rank that came out best by luck.
     """
-    if read_off(evidence):
+    if evidence.is_point_reading:
         return None
     above = [rank for rank in evidence.contenders if rank > evidence.reference.rank and judged[rank].low < -margin]
     return min(above, key=lambda rank: judged[rank].low, default=None)
 
 
 def rises(judged: dict[int, Judged], evidence: Evidence, margin: float) -> bool:
-    """The top rank is better than every smaller one by more than the margin, and than a stated deviation."""
+    """Whether the top rank is better than every smaller one by more than the margin and more than its stated deviation."""
     ranks = sorted(evidence.contenders)
     if evidence.reference.rank != ranks[-1]:
         return False
     stated = [cell.deviation or 0.0 for cell in evidence.reference.cells.values()]
-    least = max(margin, *stated) if evidence.basis == "std" else margin
-    return all(judged[rank].difference.mean > least * (1 + 1e-9) for rank in ranks[:-1])
+    threshold = max(margin, *stated) if evidence.basis == "std" else margin
+    return all(judged[rank].difference.mean > threshold * (1 + 1e-9) for rank in ranks[:-1])
 
 
 def overfits(judged: dict[int, Judged], evidence: Evidence) -> bool:
-    """Beyond the reference held-out is worse than the margin allows, while training is better. It takes both."""
+    """Whether the largest rank is worse than the margin allows on held-out data, and better than the reference in training."""
     top = evidence.contenders[max(evidence.contenders)]
     if top.rank == evidence.reference.rank or _not_worse(judged[top.rank], evidence):
         return False
@@ -90,11 +109,11 @@ def overfits(judged: dict[int, Judged], evidence: Evidence) -> bool:
 
 
 def _not_worse(judged: Judged, evidence: Evidence) -> bool:
-    return judged.within if read_off(evidence) else judged.non_inferior is not False
+    return judged.within if evidence.is_point_reading else judged.non_inferior is not False
 
 
 def _train_value(contender: Contender) -> float | None:
-    """Mean training loss: lower is better, whatever the metric."""
+    """The mean training loss. Lower is better, whatever the metric."""
     values = [cell.train_value for cell in contender.cells.values() if cell.train_value is not None]
     return float(np.mean(values)) if values else None
 
@@ -110,7 +129,11 @@ def flags_of(
     horizon_steps: int | None,
     judged_others: Collection[str] = (),
 ) -> list[str]:
-    """In this order; each has an entry in docs/how-to/decide.md. `judged_others`: metrics with a judgement of their own."""
+    """The flags in a fixed order. Each has an entry in docs/how-to/decide.md.
+
+    Args:
+        judged_others: other metrics that were judged by intervals, and need no comparison of bare values here.
+    """
     top = max(evidence.contenders)
     gaps = [judged[rank].contender.gap for rank in (chosen, evidence.reference.rank)]
     trained = max((cell.steps or 0 for cell in evidence.reference.cells.values()), default=0)
@@ -125,15 +148,15 @@ def flags_of(
         "one_seed": min(len(contender.cells) for contender in evidence.contenders.values()) < 2,
         "winner_gap": max(gaps) > margin / 2,
         "metric_conflict": _conflicts(evidence, chosen, judged_others),
-        "may_be_capacity_limited": _still_parting(judged[chosen], margin, horizon),
+        "may_be_capacity_limited": _gap_still_grows(judged[chosen], margin, horizon),
         "extrapolated": beyond or (horizon_steps is not None and 0 < trained < horizon_steps),
     }
     return [flag for flag, raise_it in raised.items() if raise_it]
 
 
 def underpowered(judged: dict[int, Judged], evidence: Evidence, chosen: int, verdict: Verdict) -> bool:
-    """The data can't show the answer at the confidence asked for."""
-    if not read_off(evidence):
+    """Whether the data can't show the answer at 95% confidence."""
+    if not evidence.is_point_reading:
         return verdict == "undecided"
     below = max((rank for rank in evidence.contenders if rank < chosen), default=None)
     settled = judged[chosen].non_inferior is True and (below is None or judged[below].non_inferior is False)
@@ -141,19 +164,19 @@ def underpowered(judged: dict[int, Judged], evidence: Evidence, chosen: int, ver
 
 
 def _at_edge(evidence: Evidence, rank: int) -> bool:
-    rates = evidence.table.rates(rank)
-    return len(rates) > 1 and evidence.contenders[rank].rate in (rates[0], rates[-1])
+    tried = evidence.table.learning_rates(rank)
+    return len(tried) > 1 and evidence.contenders[rank].learning_rate in (tried[0], tried[-1])
 
 
-def _still_parting(judged: Judged, margin: float, horizon: HorizonNote | None) -> bool:
-    """As much growth again would take the chosen rank's gap over the margin."""
+def _gap_still_grows(judged: Judged, margin: float, horizon: HorizonNote | None) -> bool:
+    """Whether the chosen rank's gap exceeds the margin if it grows by as much again."""
     if horizon is None or horizon.gap_growth is None or horizon.gap_growth <= 0:
         return False
     return judged.difference.mean + horizon.gap_growth > margin
 
 
 def _conflicts(evidence: Evidence, chosen: int, judged_others: Collection[str]) -> bool:
-    """Under another metric of the same trials, known by its value alone, the chosen rank is clearly worse than the best."""
+    """Whether by another metric, of which only values are known, the chosen rank is clearly worse than the best."""
     names = set.intersection(*(set(cell.others) for c in evidence.contenders.values() for cell in c.cells.values()))
     return any(_conflicts_in(evidence, chosen, name) for name in sorted(names - set(judged_others)))
 

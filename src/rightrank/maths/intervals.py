@@ -1,13 +1,13 @@
-"""Intervals of means over two crossed random factors, items and seeds, in closed form.
+"""Intervals of means over two crossed random factors, examples and seeds, in closed form.
 
-The model of one score (or of one paired difference) x of seed s and item i is
+The model of one score (or of one paired difference) x of seed s and example i is
 
-    x_si = w_i (θ + seed_s) + item_i + both_si
+    x_si = w_i (θ + seed_s) + example_i + interaction_si
 
-with random seeds and items. The mean's variance is V = V_items + V_seeds - V_both: each of the two margins counts the
-interaction once, so it is taken off once. Degrees of freedom follow Satterthwaite (1946); the skewness of the items
-shifts the quantiles as in Hall (1992, "On the removal of skewness by transformation"). A two-way bootstrap
-(Owen 2007) covers about as well at thirty to a hundred times the cost; `benchmarks/decide` has both.
+with random seeds and examples. The mean's variance is V = V_examples + V_seeds - V_interaction: each of the first two
+contains the interaction, so it is subtracted once. Degrees of freedom follow Satterthwaite (1946). The skewness of the
+examples shifts the quantiles as in Hall (1992, "On the removal of skewness by transformation"). A two-way bootstrap (Owen
+2007) covers about as well at thirty to a hundred times the cost; `benchmarks/decide` compares both.
 """
 
 from __future__ import annotations
@@ -21,28 +21,28 @@ from scipy.special import ndtri, stdtr, stdtrit
 
 Floats = NDArray[np.float64]
 
-MOST_DEGREES = 1e6  # beyond it t and normal are the same
-LARGEST_SHIFT = 0.5  # of the quantile: the skewness correction is first order and must stay small
+MAX_DEGREES = 1e6  # beyond it the t distribution is normal
+MAX_SKEWNESS_SHIFT = 0.5  # of the quantile: the correction is of first order and must stay small
 
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """A mean with the parts of its variance. `seeds` and `items` are the counts that the parts belong to."""
+    """A mean with the parts of its variance, which are those of the mean over `examples` and `seeds`."""
 
     mean: float
-    items_variance: float  # of the mean, from items: 0 where there are none
-    seeds_variance: float  # of the mean, from seeds
-    both_variance: float  # of the mean, from the interaction: in both of the above
-    items: int
+    examples_variance: float  # 0 without examples
+    seeds_variance: float
+    interaction_variance: float  # contained in both of the above
+    examples: int
     seeds: int
     seeds_degrees: float
-    skewness: float  # of the items' influence
+    skewness: float  # of the examples' influence
 
     @property
     def variance(self) -> float:
-        """Of the mean. Never below either margin less the interaction that it shares with the other."""
-        whole = self.items_variance + self.seeds_variance - self.both_variance
-        return max(whole, self.items_variance, self.seeds_variance, 0.0)
+        """The variance of the mean, at least that of either factor alone."""
+        whole = self.examples_variance + self.seeds_variance - self.interaction_variance
+        return max(whole, self.examples_variance, self.seeds_variance, 0.0)
 
     @property
     def standard_error(self) -> float:
@@ -50,81 +50,87 @@ class Estimate:
 
     @property
     def degrees(self) -> float:
-        """Satterthwaite's, of the sum of the parts."""
+        """Satterthwaite's degrees of freedom of the sum of the parts."""
         squares = 0.0
-        if self.items > 1:
-            squares += self.items_variance**2 / (self.items - 1)
+        if self.examples > 1:
+            squares += self.examples_variance**2 / (self.examples - 1)
         if self.seeds_degrees > 0:
             squares += self.seeds_variance**2 / self.seeds_degrees
-        if self.items > 1 and self.seeds > 1:
-            squares += self.both_variance**2 / ((self.items - 1) * (self.seeds - 1))
-        return MOST_DEGREES if squares <= 0 else float(min(MOST_DEGREES, max(1.0, self.variance**2 / squares)))
+        if self.examples > 1 and self.seeds > 1:
+            squares += self.interaction_variance**2 / ((self.examples - 1) * (self.seeds - 1))
+        return MAX_DEGREES if squares <= 0 else float(min(MAX_DEGREES, max(1.0, self.variance**2 / squares)))
 
     def bound(self, confidence: float) -> float:
-        """The one-sided bound that the true mean stays below with this confidence (above, if it is under one half)."""
+        """The one-sided confidence bound of the true mean: an upper one above one half, a lower one below it."""
         return self.mean + self.standard_error * self._reach(confidence)
 
     def _reach(self, confidence: float) -> float:
         reach: float = float(stdtrit(self.degrees, confidence))
-        if self.items < 2 or self.variance <= 0:
+        if self.examples < 2 or self.variance <= 0:
             return reach
-        share = float((self.items_variance / self.variance) ** 1.5)  # seeds are taken as symmetric
-        shift = share * self.skewness * (2 * reach * reach + 1) / (6 * math.sqrt(self.items))
-        return reach + max(-LARGEST_SHIFT * abs(reach), min(LARGEST_SHIFT * abs(reach), shift))
+        share = float(
+            (self.examples_variance / self.variance) ** 1.5
+        )  # the distribution over seeds is taken as symmetric
+        shift = share * self.skewness * (2 * reach * reach + 1) / (6 * math.sqrt(self.examples))
+        return reach + max(-MAX_SKEWNESS_SHIFT * abs(reach), min(MAX_SKEWNESS_SHIFT * abs(reach), shift))
 
     def probability_below(self, value: float) -> float:
-        """How sure it is that the true mean is below `value`; a step where nothing varies."""
+        """The probability that the true mean is below `value`; 0 or 1 where nothing varies."""
         if self.standard_error == 0:
             return float(self.mean < value)
         return float(stdtr(self.degrees, (value - self.mean) / self.standard_error))
 
     def with_seeds(self, variance: float, degrees: float) -> Estimate:
-        """The same with another estimate of what the seeds add: a pooled or a published one."""
+        """The same mean with another seed variance, such as a pooled or a published one."""
         return replace(self, seeds_variance=variance, seeds_degrees=degrees)
 
     def reversed(self) -> Estimate:
-        """Of the difference the other way round."""
+        """The estimate of the opposite difference."""
         return replace(self, mean=-self.mean, skewness=-self.skewness)
 
-    def at(self, items: int, seeds: int) -> Estimate:
-        """What a run of that size is expected to give: the same mean, each part of the variance scaled."""
-        item_ratio = self.items / items if self.items > 1 and items > 0 else 1.0
+    def at(self, examples: int, seeds: int) -> Estimate:
+        """The estimate that a run of another size is expected to give: the same mean, with each part of the variance scaled."""
+        example_ratio = self.examples / examples if self.examples > 1 and examples > 0 else 1.0
         seed_ratio = self.seeds / seeds
-        pure_items = max(self.items_variance - self.both_variance, 0.0) * item_ratio
-        pure_seeds = max(self.seeds_variance - self.both_variance, 0.0) * seed_ratio
-        both = self.both_variance * item_ratio * seed_ratio
+        pure_examples = max(self.examples_variance - self.interaction_variance, 0.0) * example_ratio
+        pure_seeds = max(self.seeds_variance - self.interaction_variance, 0.0) * seed_ratio
+        both = self.interaction_variance * example_ratio * seed_ratio
         degrees = self.seeds_degrees
         if self.seeds > 1 and seeds > 1:
             degrees = degrees * (seeds - 1) / (self.seeds - 1)
-        return Estimate(self.mean, pure_items + both, pure_seeds + both, both, items, seeds, degrees, self.skewness)
+        return Estimate(
+            self.mean, pure_examples + both, pure_seeds + both, both, examples, seeds, degrees, self.skewness
+        )
 
 
 def estimate(sums: Floats, weights: Floats) -> Estimate:
-    """The weighted mean over seeds and items.
+    """The weighted mean over seeds and examples, Σ sums / Σ weights averaged over seeds.
 
-    `sums` is [seeds, items]: each item's score summed over its tokens (or its own score), or a difference of two;
-    `weights` is [items]: its tokens (or ones). The mean is that of Σ sums / Σ weights over seeds. With one seed the
-    seeds' part is 0 and has no degrees of freedom: the caller must put something in its place.
+    With one seed the seed variance is 0 with no degrees of freedom, and the caller replaces it (`with_seeds`).
+
+    Args:
+        sums: [seeds, examples] the score of each example times its weight, or the difference of two such scores.
+        weights: [examples] the tokens of each example, or ones.
     """
-    seeds, items = sums.shape
+    seeds, examples = sums.shape
     by_seed = sums.sum(axis=1) / weights.sum()
     mean = float(by_seed.mean())
     seeds_variance = float(by_seed.var(ddof=1)) / seeds if seeds > 1 else 0.0
-    if items < 2:
+    if examples < 2:
         return Estimate(mean, 0.0, seeds_variance, 0.0, 0, seeds, float(seeds - 1), 0.0)
     influence = (sums.mean(axis=0) - weights * mean) / weights.mean()
-    items_variance = float((influence**2).sum()) / (items * (items - 1))
-    both_variance = 0.0
+    examples_variance = float((influence**2).sum()) / (examples * (examples - 1))
+    interaction_variance = 0.0
     if seeds > 1:
         rest = (sums - np.outer(by_seed, weights)) / weights.mean() - influence
-        both_variance = float((rest**2).sum()) / ((seeds - 1) * (items - 1) * items * seeds)
-    both_variance = min(both_variance, items_variance, seeds_variance)
+        interaction_variance = float((rest**2).sum()) / ((seeds - 1) * (examples - 1) * examples * seeds)
+    interaction_variance = min(interaction_variance, examples_variance, seeds_variance)
     return Estimate(
         mean,
-        items_variance,
+        examples_variance,
         seeds_variance,
-        both_variance,
-        items,
+        interaction_variance,
+        examples,
         seeds,
         float(seeds - 1),
         _skewness(influence),
@@ -137,10 +143,10 @@ def _skewness(influence: Floats) -> float:
 
 
 def seed_parts(means: Floats) -> tuple[float, float]:
-    """`(common, own)` variances over seeds of a [ranks, seeds] matrix of means, two or more seeds.
+    """`(common, individual)` variances over seeds of a [ranks, seeds] matrix of means, with two seeds or more.
 
-    `common` is the variance of the seeds' own level, shared by all ranks; `own` that of what is left, with
-    (ranks - 1)(seeds - 1) degrees of freedom: a paired difference of two ranks has twice that variance.
+    `common` is the variance of the seeds' level, which all ranks share. `individual` is the variance of the residuals,
+    with (ranks - 1)(seeds - 1) degrees of freedom; a paired difference of two ranks has twice this variance.
     """
     ranks, seeds = means.shape
     level = means.mean(axis=0)
@@ -152,10 +158,22 @@ def seed_parts(means: Floats) -> tuple[float, float]:
 
 
 def winners_gap(means: Floats, covariance: Floats, draws: int = 2000) -> float:
-    """How optimistic the best of several noisy means is, in the mean: E[true value of the pick] - E[its shown value].
+    """The winner's curse: how much better, on average, the best of several noisy means looks than it is.
 
-    `means` [n] are oriented so that lower is better, `covariance` [n, n] is of their noise. A parametric bootstrap
-    from the means themselves, the same draws each time; 0 for one candidate.
+    With shown means m and noise ε ~ N(0, Σ), the bias of the pick is estimated by the parametric bootstrap as
+
+        gap = -E[ε_J],  J = argmin_j (m_j + ε_j)
+
+    so that m_J + gap is the corrected mean. It grows with the noise and with the number of close candidates: for n equal
+    means with independent noise of deviation σ it is σ/√π = .56σ (n = 2) or .85σ (n = 3); for a clear winner it is 0.
+
+    Sources: Smith and Winkler (2006), "The Optimizer's Curse", Management Science 52, for the bias of a selected best;
+    Efron and Tibshirani (1993), "An Introduction to the Bootstrap", chapter 10, for its estimate.
+
+    Args:
+        means: [n], oriented so that lower is better.
+        covariance: [n, n] of their noise.
+        draws: of the bootstrap, from a fixed seed.
     """
     if len(means) < 2:
         return 0.0

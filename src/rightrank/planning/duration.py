@@ -1,6 +1,6 @@
 """Time and price of a whole selection: what its strategy asks for, times what a training of each rank takes.
 
-A strategy says how many whole trainings it expects and needs at most (`strategies.protocol.Cost`). A training is its
+A strategy says how many whole trainings it expects and needs at most (`strategies.protocol.CostEstimate`). A training is its
 steps and the evaluations on its way. Once for a run come the base's evaluation, three on the test split (base, chosen,
 reference) and the frozen blocks below the adapters; arms that are stopped early or cut from another end with an
 evaluation of their own. Operations are counted in the traces; seconds come from what was measured on this device.
@@ -49,9 +49,9 @@ class Asked:
         cost = strategy.cost()
         extra = [
             max(0.0, arms - 1 - trainings)
-            for arms, trainings in ((strategy.expected_arms(), cost.expected), (strategy.most_arms(), cost.most))
+            for arms, trainings in ((strategy.expected_arms(), cost.expected), (strategy.max_arms(), cost.maximum))
         ]
-        return cls(strategy.name, cost.expected, cost.most, extra[0], extra[1])
+        return cls(strategy.name, cost.expected, cost.maximum, extra[0], extra[1])
 
 
 @dataclass(frozen=True, slots=True)

@@ -92,9 +92,9 @@ def answers_line(settings: SelectSettings, started: RunStarted) -> str:
 def cost_line(strategy: Strategy, steps: int) -> str:
     """What a selection will cost, for a person."""
     cost = strategy.cost()
-    if cost.expected == cost.most:
-        return f"strategy {strategy.name}: {cost.most:.3g} trainings of {steps} steps"
+    if cost.expected == cost.maximum:
+        return f"strategy {strategy.name}: {cost.maximum:.3g} trainings of {steps} steps"
     return (
-        f"strategy {strategy.name}: about {cost.expected:.3g} trainings of {steps} steps, {cost.most:.3g} at most "
+        f"strategy {strategy.name}: about {cost.expected:.3g} trainings of {steps} steps, {cost.maximum:.3g} at most "
         "(one stopped early counts for its part)"
     )

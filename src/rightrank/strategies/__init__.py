@@ -1,6 +1,6 @@
-"""What to train next. A strategy is a pure function of the outcomes so far; each lives in a file of its own.
+"""Strategies decide what to train next. A strategy is a pure function of the outcomes so far (`protocol.Strategy`).
 
-`STRATEGIES` names them all; `make_strategy` answers an unknown name with the names there are.
+To add one, write it in a file of this folder and name it in `STRATEGIES`.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from rightrank.strategies.bracket import Bracket
 from rightrank.strategies.descend import Descend
 from rightrank.strategies.grid import Grid
 from rightrank.strategies.ladder import Ladder
-from rightrank.strategies.protocol import Answer, Cost, History, Strategy
+from rightrank.strategies.protocol import CostEstimate, History, Recommendation, Strategy
 from rightrank.strategies.space import Space, space_of
 
 __all__ = [
     "STRATEGIES",
-    "Answer",
-    "Cost",
+    "CostEstimate",
     "History",
+    "Recommendation",
     "Space",
     "Strategy",
     "make_strategy",
@@ -44,7 +44,7 @@ def make_strategy(settings: SelectSettings, steps: int, token_loss: bool = True)
     """The strategy that `settings.strategy` names, for trainings of `steps` optimizer steps.
 
     Raises:
-        SettingsError: an unknown name, a sweep that is not possible, or a budget that compares nothing.
+        SettingsError: an unknown name, an invalid sweep, or a budget too small to compare two ranks.
     """
     return strategy_in(settings.strategy, space_of(settings, steps, token_loss))
 
@@ -53,21 +53,21 @@ def strategy_in(name: str, space: Space) -> Strategy:
     """The strategy of that name in a space.
 
     Raises:
-        SettingsError: an unknown name, or a budget that compares nothing.
+        SettingsError: an unknown name, or a budget too small to compare two ranks.
     """
     strategy = strategy_named(name)(space)
-    least = strategy.least_trainings()
+    least = strategy.min_trainings()
     if space.budget_steps is not None and space.budget_steps < least * space.steps:
         raise SettingsError(
             f"a budget of {space.budget_steps / space.steps:.3g} trainings is too small: {name!r} with "
-            f"{len(space.rates)} learning rates needs {least:g} to compare two ranks; give budget_trainings {least:g} "
+            f"{len(space.learning_rates)} learning rates needs {least:g} to compare two ranks; give budget_trainings {least:g} "
             f"(budget_steps {math.ceil(least * space.steps)}), fewer learning rates, or a smaller max_steps"
         )
     return strategy
 
 
 def strategy_named(name: str) -> Callable[[Space], Strategy]:
-    """What makes the strategy of that name.
+    """The class of the strategy of that name.
 
     Raises:
         SettingsError: an unknown name.

@@ -1,35 +1,35 @@
-"""`ascend`: start small, go up while it pays and the budget allows."""
+"""`ascend`: start at the lowest rank and go up while it pays."""
 
 from __future__ import annotations
 
-from rightrank.strategies.climb import Wanted
+from rightrank.strategies.climb import Requests
 from rightrank.strategies.ladder import DECAY
 from rightrank.strategies.moves import try_rank
-from rightrank.strategies.results import Results
 from rightrank.strategies.search import Search
+from rightrank.strategies.trials import Trials
 
 
 class Ascend(Search):
-    """The rate at the lowest rank; then rank by rank upward until what is still to come is within the margin."""
+    """Find the learning rate at the lowest rank, then train rank by rank upward until the predicted rest is within the margin."""
 
     name = "ascend"
 
     def first_rank(self) -> int:
         return self.space.ranks[0]
 
-    def look(self, results: Results, rate: float) -> Wanted:
+    def explore(self, trials: Trials, learning_rate: float) -> Requests:
         space, rank = self.space, self.space.ranks[0]
         while (higher := space.above(rank)) is not None:
-            yield from try_rank(space, results, higher, rate)
-            if still_to_come(results, rank, higher) <= space.margin_at(results.best_loss(rank)):
+            yield from try_rank(space, trials, higher, learning_rate)
+            if remaining_gain(trials, rank, higher) <= space.margin_at(trials.best_loss(rank)):
                 return
-            rank, rate = higher, results.best_rate(higher) or rate
+            rank, learning_rate = higher, trials.best_learning_rate(higher) or learning_rate
 
-    def expected_look(self) -> float:
+    def exploration_cost(self) -> float:
         return 1.5 * (len(self.space.ranks) - 1) / 2
 
 
-def still_to_come(results: Results, rank: int, higher: int) -> float:
-    """How much ranks beyond `rank` can gain over it: the law a + b·r^-c through it and the next, at r → ∞."""
-    gain = results.best_loss(rank) - results.best_loss(higher)
+def remaining_gain(trials: Trials, rank: int, higher: int) -> float:
+    """The gain over `rank` at r → ∞ by the law a + b·r^-c through `rank` and `higher`."""
+    gain = trials.best_loss(rank) - trials.best_loss(higher)
     return gain / (1 - (higher / rank) ** -DECAY) if gain > 0 else 0.0

@@ -1,4 +1,4 @@
-"""The climb along learning rates at one rank."""
+"""The climb along the learning rates at one rank."""
 
 from __future__ import annotations
 
@@ -6,88 +6,99 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import TypeAlias
 
 from rightrank.records import Arm
-from rightrank.strategies.results import Results
 from rightrank.strategies.space import Space
+from rightrank.strategies.trials import Trials
 from rightrank.variants import Variant
 
-Wanted: TypeAlias = Iterator[Sequence[Arm]]  # what a script yields
+Requests: TypeAlias = Iterator[Sequence[Arm]]  # what a script yields: arms that may run at the same time
 
-EARLY = 0.25  # of a training: where rates are first compared
-LEAP = 0.05  # of the loss: rates upward gained less than this on 16 published grids (.026 at most), more where broken (.08)
+QUARTER, HALF = 0.25, 0.5  # parts of a training after which learning rates are compared
+# A climb upward that gains more than this share of the loss is checked downward. On 16 published grids a higher learning
+# rate gained at most .026 where training worked, and .08 where the higher one was too high to train.
+MAX_PLAUSIBLE_GAIN = 0.05
 
 
 def climb(
     space: Space,
-    results: Results,
+    trials: Trials,
     rank: int,
     start: float | None = None,
     *,
     part: float | None = None,
     variant: Variant | None = None,
-) -> Wanted:
-    """Climb along the rates at `rank` from `start` (the upper middle) to one that is better than both neighbours.
+) -> Requests:
+    """Climb from `start` to a learning rate that is better than both its neighbours.
 
-    Loss against the logarithm of the rate has one valley, so the climb ends where the whole ladder would. But rates far too
-    high level off, and among them a higher one may be the better: a doubtful climb upward is followed by one down, and so
-    is one from a place without a result. With `part`, trainings stop after that part and are compared there; with
-    `variant`, they have its setting.
+    The loss has one valley over the logarithm of the learning rate, so the climb ends where a search over all of them would.
+    Learning rates that are far too high are an exception: there the loss is flat, and a higher one may look better. A
+    doubtful climb upward, and one whose start gave no result, is therefore followed by a climb downward.
+
+    Args:
+        start: the first learning rate; None for the upper middle of the space.
+        part: the part of a training after which values are compared and trainings stop; None for whole trainings.
+        variant: a value of a sweep that all arms of the climb have.
     """
-    rates = space.rates
+    learning_rates = space.learning_rates
 
     def arm(place: int) -> Arm:
-        found = space.arm(rank, rates[place]) if part is None else early_arm(space, rank, rates[place], part)
+        lr = learning_rates[place]
+        found = space.arm(rank, lr) if part is None else early_arm(space, rank, lr, part)
         return found if variant is None else variant.of(found, space.scaling)
 
-    here = rates.index(start) if start is not None else len(rates) // 2
-    yield [arm(here)]
-    found = here
-    if not results.diverged(arm(here)):
-        if part is not None and results.finished(arm(here)) is None:
-            return  # trainings can't be stopped here
-        found = yield from _run(results, arm, here, 1, len(rates))
-    if found > here and not _is_doubtful(results, arm(here), arm(found), is_edge=found == len(rates) - 1):
+    first = learning_rates.index(start) if start is not None else len(learning_rates) // 2
+    yield [arm(first)]
+    best = first
+    if not trials.diverged(arm(first)):
+        if part is not None and trials.finished(arm(first)) is None:
+            return  # this trainer can't stop early
+        best = yield from _climb_one_way(trials, arm, first, 1, len(learning_rates))
+    if best > first and not _is_doubtful(trials, arm(first), arm(best), is_edge=best == len(learning_rates) - 1):
         return
-    yield from _run(results, arm, here, -1, len(rates))
+    yield from _climb_one_way(trials, arm, first, -1, len(learning_rates))
 
 
-def _run(
-    results: Results, arm: Callable[[int], Arm], here: int, step: int, count: int
+def _climb_one_way(
+    trials: Trials, arm: Callable[[int], Arm], best: int, step: int, count: int
 ) -> Generator[Sequence[Arm], None, int]:
-    """From place to place while it gets better; the best place is returned. A place without a result is stepped over,
-    but for one that diverged on the way upward.
+    """Try one place after the other until the loss rises, and return the best place.
+
+    A place without a result is skipped, except that a divergence ends a climb upward.
     """
-    place = here + step
+    place = best + step
     while 0 <= place < count:
         yield [arm(place)]
-        if _better(results, arm(place), arm(here)):
-            here = place
-        elif results.finished(arm(place)) is not None or (step > 0 and results.diverged(arm(place))):
+        if _is_better(trials, arm(place), arm(best)):
+            best = place
+        elif trials.finished(arm(place)) is not None or (step > 0 and trials.diverged(arm(place))):
             break
         place += step
-    return here
+    return best
 
 
-def _is_doubtful(results: Results, start: Arm, best: Arm, *, is_edge: bool) -> bool:
-    """Whether a rate that won on the way upward may lie beyond the valley, where trainings are broken: it is worse than the
-    base or, where that is unknown, the highest of all and a leap away from the start.
+def _is_doubtful(trials: Trials, start: Arm, best: Arm, *, is_edge: bool) -> bool:
+    """Whether the winner of a climb upward may be a learning rate that is too high to train.
+
+    It may be if it is worse than the base. Where the base is unknown: if it is the highest of all and gained more than
+    `MAX_PLAUSIBLE_GAIN`.
     """
-    base = results.base_loss(on_the_way=best.stop_at is not None)
-    before, loss = results.loss(start), results.loss(best)
+    base = trials.base_loss(during_training=best.stop_at is not None)
+    before, loss = trials.loss(start), trials.loss(best)
     if before is None or loss is None:
         return True
-    return loss > base if base is not None else is_edge and before - loss > LEAP * abs(before)
+    return loss > base if base is not None else is_edge and before - loss > MAX_PLAUSIBLE_GAIN * abs(before)
 
 
 def early_step(space: Space, part: float) -> int:
+    """The optimizer step at which `part` of a training is done, at least 1."""
     return max(1, round(part * space.steps))
 
 
-def early_arm(space: Space, rank: int, rate: float, part: float) -> Arm:
-    """A training stopped after a part of its steps."""
-    return space.arm(rank, rate).model_copy(update={"stop_at": early_step(space, part)})
+def early_arm(space: Space, rank: int, learning_rate: float, part: float) -> Arm:
+    """A training that stops after `part` of its steps."""
+    return space.arm(rank, learning_rate).model_copy(update={"stop_at": early_step(space, part)})
 
 
-def _better(results: Results, arm: Arm, other: Arm) -> bool:
-    """Whether `arm` ended with a lower loss; an arm without a result is worse than any."""
-    loss, other_loss = results.loss(arm), results.loss(other)
+def _is_better(trials: Trials, arm: Arm, other: Arm) -> bool:
+    """Whether `arm` ended with a lower loss. An arm without a result is worse than any."""
+    loss, other_loss = trials.loss(arm), trials.loss(other)
     return loss is not None and (other_loss is None or loss < other_loss)

@@ -6,36 +6,29 @@ from collections.abc import Sequence
 from itertools import product
 
 from rightrank.records import Arm
-from rightrank.strategies.climb import Wanted
-from rightrank.strategies.protocol import Cost
-from rightrank.strategies.results import Results
+from rightrank.strategies.climb import Requests
 from rightrank.strategies.script import Scripted
+from rightrank.strategies.trials import Trials
 
 
 class Grid(Scripted):
-    """Exhaustive. The base first; then seed by seed, from the extreme ranks inwards.
-
-    The lowest and the highest rank come first so that the curve has its two ends early.
-    """
+    """The exhaustive grid: seed by seed, from the extreme ranks inward, so that both ends of the curve are known early."""
 
     name = "grid"
 
-    def script(self, results: Results) -> Wanted:
+    def script(self, trials: Trials) -> Requests:
         yield self._arms()
 
-    def unbounded_cost(self) -> Cost:
-        return Cost(len(self._arms()), len(self._arms()))
-
-    def most_script_arms(self) -> int:
+    def max_script_arms(self) -> int:
         return 1 + len(self._arms())
 
-    def least_trainings(self) -> float:
+    def min_trainings(self) -> float:
         return 2.0
 
     def _arms(self) -> list[Arm]:
         space = self.space
-        cells = product(space.seeds, space.rates, outside_in(space.ranks))
-        return [space.arm(rank, rate, seed) for seed, rate, rank in cells]
+        cells = product(space.seeds, space.learning_rates, outside_in(space.ranks))
+        return [space.arm(rank, learning_rate, seed) for seed, learning_rate, rank in cells]
 
 
 def outside_in(ranks: Sequence[int]) -> list[int]:

@@ -1,167 +1,168 @@
-"""Moves that scripts are made of: try a rank, walk to the lowest rank that holds, make sure of the answer."""
+"""The moves of scripts: try a rank, walk to the lowest rank that holds, confirm the result."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from rightrank.strategies.climb import EARLY, Wanted, early_step
-from rightrank.strategies.rates import LATER, challenge
-from rightrank.strategies.results import Results, within
+from rightrank.strategies.climb import HALF, QUARTER, Requests, early_step
+from rightrank.strategies.learning_rates import challenge
 from rightrank.strategies.space import Space
+from rightrank.strategies.trials import Trials, is_within
 
-HOPELESS = 2.0  # margins: a rank that fails by more was never rescued by a rate beside (by 1.5 at most, on 44 grids)
-SIDE = 2.0  # margins: a rate that the top rank is worse at by more never rescued a lower one (by .9 at most)
+# Both in margins, from 44 grids: a neighbouring learning rate made up for at most 1.5 of a rank's excess, and one at which
+# the top rank is worse by more than .9 never helped a lower rank.
+MAX_RECOVERABLE_EXCESS = 2.0
+MAX_DEFICIT_AT_TOP = 2.0
 
 
-def try_rank(space: Space, results: Results, rank: int, rate: float) -> Wanted:
-    """Train `rank` at `rate`; where that fails the margin, also at the rates beside it until one holds.
+def try_rank(space: Space, trials: Trials, rank: int, learning_rate: float) -> Requests:
+    """Train `rank` at `learning_rate`, and at neighbouring learning rates until one makes it hold.
 
-    Those are left on the way where they can't win over `rate` any more.
+    The latter stop early once they can't beat `learning_rate`.
     """
-    yield [space.arm(rank, rate)]
-    for side in side_rates(space, results, rank, rate):
-        if results.holds(rank):
+    yield [space.arm(rank, learning_rate)]
+    for neighbour in promising_neighbours(space, trials, rank, learning_rate):
+        if trials.holds(rank):
             return
-        yield from challenge(space, results, rank, rate, side)
+        yield from challenge(space, trials, rank, learning_rate, neighbour)
 
 
-def side_rates(space: Space, results: Results, rank: int, rate: float) -> Sequence[float]:
-    """The rates beside `rate` that may make `rank` hold: both where `rate` gave no result, else those that the top
-    rank is not far worse at, unless the rank fails by far; and a higher one where the rank had no time to learn.
+def promising_neighbours(space: Space, trials: Trials, rank: int, learning_rate: float) -> Sequence[float]:
+    """The neighbours of `learning_rate` that may make `rank` hold, the one that did better at the top rank first.
 
-    The one that did better at the top first; the lower, where unknown.
+    Both where `learning_rate` gave no result. Otherwise a neighbour at which the top rank is about as good, unless the rank
+    fails by far; and the higher neighbour where the rank is undertrained.
     """
-    place = space.rates.index(rate)
-    beside = [space.rates[i] for i in (place - 1, place + 1) if 0 <= i < len(space.rates)]
-    behind = {side: _behind_at_top(space, results, side, rate) for side in beside}
-    if rank in results.ranks():
-        limit = SIDE * space.margin_at(results.best_loss(space.top))
-        hopeless, slow = _fails_by_far(space, results, rank), _is_slow(space, results, rank, rate)
-        beside = [s for s in beside if (behind[s] <= limit and not hopeless) or (s > rate and slow)]
-    return sorted(beside, key=lambda side: (behind[side], side))
+    place = space.learning_rates.index(learning_rate)
+    neighbours = [space.learning_rates[i] for i in (place - 1, place + 1) if 0 <= i < len(space.learning_rates)]
+    behind = {lr: _deficit_at_top(space, trials, lr, learning_rate) for lr in neighbours}
+    if rank in trials.ranks():
+        limit = MAX_DEFICIT_AT_TOP * space.margin_at(trials.best_loss(space.top))
+        fails_by_far = _fails_by_far(space, trials, rank)
+        is_slow = _is_undertrained(space, trials, rank, learning_rate)
+        neighbours = [
+            lr for lr in neighbours if (behind[lr] <= limit and not fails_by_far) or (lr > learning_rate and is_slow)
+        ]
+    return sorted(neighbours, key=lambda lr: (behind[lr], lr))
 
 
-def _fails_by_far(space: Space, results: Results, rank: int) -> bool:
-    """So far from holding that no rate beside could make up for it."""
-    reference = results.reference()
+def _fails_by_far(space: Space, trials: Trials, rank: int) -> bool:
+    """Whether the rank's excess is more than a neighbouring learning rate can make up for."""
+    reference = trials.reference()
     if reference is None:
         return False
-    return results.excess(rank, reference).mean > HOPELESS * space.margin_at(results.best_loss(reference))
+    limit = MAX_RECOVERABLE_EXCESS * space.margin_at(trials.best_loss(reference))
+    return trials.excess(rank, reference).mean > limit
 
 
-def _is_slow(space: Space, results: Results, rank: int, rate: float) -> bool:
-    """Whether the rank fails at `rate` for want of time: the top's adapter cut to it holds, so it has the capacity, and
-    in the second half of its own training it still gained more than it lacks.
+def _is_undertrained(space: Space, trials: Trials, rank: int, learning_rate: float) -> bool:
+    """Whether more training, rather than more rank, may make the rank hold.
+
+    It may if the top adapter truncated to this rank holds, and if the rank gained more in the second half of its own
+    training than it still lacks.
     """
-    top = results.best_loss(space.top)
-    cuts = [arm for arm in results.outcomes if arm.rank == rank and arm.truncate_from is not None and arm.steps == 0]
-    known = [loss for loss in (results.loss(cut) for cut in cuts) if loss is not None]
-    half = results.loss_after(rank, rate, early_step(space, LATER))
-    end = results.loss_after(rank, rate, space.steps)
+    top = trials.best_loss(space.top)
+    truncated = [arm for arm in trials.outcomes if arm.rank == rank and arm.truncate_from and arm.steps == 0]
+    known = [loss for loss in map(trials.loss, truncated) if loss is not None]
+    half = trials.loss_after(rank, learning_rate, early_step(space, HALF))
+    end = trials.loss_after(rank, learning_rate, space.steps)
     if not known or half is None or end is None:
         return False
-    return within(min(known) - top, space.margin_at(top)) and half - end > end - top
+    return is_within(min(known) - top, space.margin_at(top)) and half - end > end - top
 
 
-def _behind_at_top(space: Space, results: Results, side: float, rate: float) -> float:
-    """How much worse the top rank is at `side` than at `rate`, as far as both were trained; 0 where unknown."""
-    for step in (space.steps, early_step(space, LATER), early_step(space, EARLY)):
-        at_side, at_rate = (results.loss_after(space.top, one, step) for one in (side, rate))
-        if at_side is not None and at_rate is not None:
-            return at_side - at_rate
+def _deficit_at_top(space: Space, trials: Trials, neighbour: float, learning_rate: float) -> float:
+    """How much worse the top rank is at `neighbour`, at the latest step that both reached; 0 where unknown."""
+    for step in (space.steps, early_step(space, HALF), early_step(space, QUARTER)):
+        losses = [trials.loss_after(space.top, lr, step) for lr in (neighbour, learning_rate)]
+        if losses[0] is not None and losses[1] is not None:
+            return losses[0] - losses[1]
     return 0.0
 
 
-def walk(space: Space, results: Results, start: int, rate: float) -> Wanted:
-    """From `start` downward while ranks hold; upward until one does where `start` itself fails."""
+def walk(space: Space, trials: Trials, start: int, learning_rate: float) -> Requests:
+    """Train from `start` downward until a rank fails; upward until a rank holds where `start` itself fails."""
     rank: int | None = start
     while rank is not None and rank < space.top:
-        yield from try_rank(space, results, rank, _nearby_rate(results, rank, rate))
-        if results.holds(rank):
+        yield from try_rank(space, trials, rank, _nearest_learning_rate(trials, rank, learning_rate))
+        if trials.holds(rank):
             break
         rank = space.above(rank)
-    if rank != start or not results.holds(start):
+    if rank != start or not trials.holds(start):
         return
     rank = space.below(start)
     while rank is not None:
-        yield from try_rank(space, results, rank, _nearby_rate(results, rank, rate))
-        if not results.holds(rank):
+        yield from try_rank(space, trials, rank, _nearest_learning_rate(trials, rank, learning_rate))
+        if not trials.holds(rank):
             return
         rank = space.below(rank)
 
 
-def _nearby_rate(results: Results, rank: int, otherwise: float) -> float:
-    """The best rate of the nearest rank that has one."""
-    tried = [other for other in results.ranks() if other != rank]
+def _nearest_learning_rate(trials: Trials, rank: int, otherwise: float) -> float:
+    """The best learning rate of the nearest other rank that has one."""
+    tried = [other for other in trials.ranks() if other != rank]
     nearest = min(tried, key=lambda other: max(other / rank, rank / other), default=None)
-    found = None if nearest is None else results.best_rate(nearest)
+    found = None if nearest is None else trials.best_learning_rate(nearest)
     return otherwise if found is None else found
 
 
-def settle(space: Space, results: Results) -> Wanted:
-    """Where the top is beaten by more than the margin the best lies below it, so the rank above the best one known is
-    tried until that is no better; and the answer's next lower rank, where it was not.
+def settle(space: Space, trials: Trials) -> Requests:
+    """Train the ranks that may change the answer.
+
+    These are the next lower rank below the answer; and, where the top rank is worse than the best one by more than the
+    margin, the ranks above the best one until they get worse.
     """
     for _ in range(2 * len(space.ranks)):
-        chosen, best = results.smallest_that_holds(), results.reference()
+        chosen, best = trials.smallest_that_holds(), trials.reference()
         if chosen is None or best is None:
             return
-        above = space.above(best) if space.top in results.ranks() and not results.holds(space.top) else None
+        above = space.above(best) if space.top in trials.ranks() and not trials.holds(space.top) else None
         below = space.below(chosen)
-        rank = next((rank for rank in (above, below) if rank is not None and not _is_tried(results, rank)), None)
+        rank = next((rank for rank in (above, below) if rank is not None and not _is_tried(trials, rank)), None)
         if rank is None:
             return
-        yield from try_rank(space, results, rank, _nearby_rate(results, rank, space.rates[0]))
+        yield from try_rank(space, trials, rank, _nearest_learning_rate(trials, rank, space.learning_rates[0]))
 
 
-def _is_tried(results: Results, rank: int) -> bool:
-    """Whether a whole training of the rank was asked for, whatever became of it."""
-    return any(arm.rank == rank and arm.truncate_from is None for arm in results.outcomes)
+def _is_tried(trials: Trials, rank: int) -> bool:
+    """Whether the script asked for a training of the rank, whatever its outcome."""
+    return any(arm.rank == rank and arm.truncate_from is None for arm in trials.outcomes)
 
 
-def support(space: Space, results: Results) -> Wanted:
-    """Ranks above the chosen one until a bound holds: the decision, which goes by bounds, then has what to fall back on.
-
-    Asks for nothing where values alone are known.
-    """
-    rank, reference = results.smallest_that_holds(), results.reference()
-    while rank is not None and reference is not None and rank < reference and not results.surely_holds(rank):
+def support(space: Space, trials: Trials) -> Requests:
+    """Train ranks above the chosen one until an upper bound holds: a fallback for the decision, which goes by bounds."""
+    rank, reference = trials.smallest_that_holds(), trials.reference()
+    while rank is not None and reference is not None and rank < reference and not trials.surely_holds(rank):
         rank = space.above(rank)
-        if rank is None or rank >= reference or rank in results.ranks():
+        if rank is None or rank >= reference or rank in trials.ranks():
             continue
-        rate = _nearby_rate(results, rank, space.rates[0])
-        yield [space.arm(rank, rate)]
+        yield [space.arm(rank, _nearest_learning_rate(trials, rank, space.learning_rates[0]))]
 
 
-def confirm(space: Space, results: Results) -> Wanted:
-    """The further seeds of the rank chosen, the next lower one trained, the reference and the best rank above that, which
-    a single seed may have put below it, until the choice stays.
+def confirm(space: Space, trials: Trials) -> Requests:
+    """Train the further seeds of the ranks that the answer rests on, until it stays the same.
+
+    These are the chosen rank, the next lower one, the reference, and the best rank above the reference, which may be
+    better than it by more seeds.
     """
     for _ in range(len(space.ranks)):
-        chosen, reference = results.smallest_that_holds(), results.reference()
+        chosen, reference = trials.smallest_that_holds(), trials.reference()
         if chosen is None or reference is None or len(space.seeds) < 2:
             return
-        lower = max((rank for rank in results.ranks() if rank < chosen), default=chosen)
-        above = [rank for rank in results.ranks() if rank > reference]
-        rival = min(above, key=lambda rank: (results.best_loss(rank), rank), default=reference)
-        rates = {rank: results.best_rate(rank) for rank in (chosen, lower, reference, rival)}
-        yield [
-            space.arm(rank, rate, seed) for rank, rate in rates.items() if rate is not None for seed in space.seeds[1:]
-        ]
-        if results.smallest_that_holds() == chosen and results.reference() == reference:
+        lower = max((rank for rank in trials.ranks() if rank < chosen), default=chosen)
+        above = [rank for rank in trials.ranks() if rank > reference]
+        rival = min(above, key=lambda rank: (trials.best_loss(rank), rank), default=reference)
+        best = {rank: trials.best_learning_rate(rank) for rank in (chosen, lower, reference, rival)}
+        yield [space.arm(rank, lr, seed) for rank, lr in best.items() if lr is not None for seed in space.seeds[1:]]
+        if trials.smallest_that_holds() == chosen and trials.reference() == reference:
             return
 
 
-def most_trainings(space: Space) -> int:
-    """Of a search for the rate at the top and a walk over every other rank: a bound, reached where all fails."""
-    sides = min(len(space.rates), 3)
-    first_seed = len(space.rates) + sides * (len(space.ranks) - 1)
-    return first_seed + (len(space.seeds) - 1) * sides * len(space.ranks)
-
-
-def most_stages(space: Space) -> int:
-    """The arms behind `most_trainings`: a training comes in up to three stages."""
-    return 3 * most_trainings(space)
+def max_trainings(space: Space) -> int:
+    """An upper bound: all learning rates at the top, three at every other rank, and every further seed."""
+    tried = min(len(space.learning_rates), 3)
+    first_seed = len(space.learning_rates) + tried * (len(space.ranks) - 1)
+    return first_seed + (len(space.seeds) - 1) * tried * len(space.ranks)
 
 
 def confirmation_cost(space: Space) -> float:

@@ -1,8 +1,4 @@
-"""The protocol between a strategy and whatever runs its arms: ask for arms, receive outcomes.
-
-A strategy keeps no state. Given the same outcomes, in whatever order they came, it asks for the same arms; so a
-selection resumes from its journal alone, and replays on a table of finished runs as on real training.
-"""
+"""The protocol between a strategy and the loop that runs its arms: ask for arms, receive outcomes."""
 
 from __future__ import annotations
 
@@ -15,7 +11,7 @@ from rightrank.records import Arm, TrialFinished, TrialOutcome
 
 @dataclass(frozen=True, slots=True)
 class History:
-    """The outcomes so far, looked up by arm."""
+    """The outcomes so far, by arm."""
 
     outcomes: dict[Arm, TrialOutcome]
 
@@ -28,65 +24,88 @@ class History:
 
 
 @dataclass(frozen=True, slots=True)
-class Cost:
-    """What a strategy asks for, in whole trainings (the steps of all its arms over the steps of one)."""
+class CostEstimate:
+    """The cost of a strategy in whole trainings: the optimizer steps of all its arms over the steps of one training."""
 
     expected: float
-    most: float
+    maximum: float
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
-    """What a strategy makes of its own arms: the smallest rank that held, tested from the top down."""
+class Recommendation:
+    """The smallest rank that is within the margin of the reference, by the strategy's own arms."""
 
-    rank: int | None  # None: too little finished to say
+    rank: int | None  # None: too few trials have finished
     learning_rate: float | None
     reference_rank: int | None
-    complete: bool  # False: the budget ended first, or arms are still to run
+    complete: bool  # False: arms are still to run, or the budget ended first
 
 
 class Strategy(Protocol):
-    """What decides which arms to train."""
+    """Decides which arms to train next.
+
+    An implementation keeps these rules. `tests/strategies/test_conformance.py` checks them for every name in `STRATEGIES`.
+
+    - It is a pure function of the history and keeps no state. The same outcomes, in any order, give the same arms: a run
+      resumes from its journal alone, and a table of finished runs replays as real training does.
+    - Every arm lies in the space: a rank, a learning rate and a seed of the space, or the truncation of a finished trial.
+      The base arm comes first.
+    - `ask` returns only arms without an outcome, and no arm twice.
+    - `ask` returns an empty sequence in the end, whichever trials fail or diverge. A failed trial is a missing cell and
+      no evidence against its rank.
+    - Arms and steps stay within `max_arms`, `cost().maximum` and the budget of the space.
+    - Outcomes of arms that the strategy did not ask for change nothing.
+
+    Most strategies derive from `Scripted`, which keeps these rules, and write one generator::
+
+        class TopAndBottom(Scripted):
+            name = "top-and-bottom"
+
+            def script(self, trials: Trials) -> Requests:
+                learning_rate = yield from find_learning_rate(self.space, trials, self.space.top)
+                if learning_rate is not None:
+                    yield from try_rank(self.space, trials, self.space.ranks[0], learning_rate)
+    """
 
     @property
     def name(self) -> str: ...
 
     def ask(self, history: History) -> Sequence[Arm]:
-        """The arms to run now, those that have ended left out; empty when nothing more is wanted."""
+        """Return the arms to run now. They may run in any order and at the same time."""
         ...
 
     def expected_arms(self) -> int:
-        """About how many arms it will ask for, the base included; shown as progress."""
+        """Return about how many arms `ask` will return in all, the base included. The progress display uses it."""
         ...
 
-    def most_arms(self) -> int:
-        """How many arms it will ask for at most, the base included."""
+    def max_arms(self) -> int:
+        """Return an upper bound of the number of arms, the base included."""
         ...
 
-    def cost(self) -> Cost:
-        """What it will cost, said before the start; never more than the budget."""
+    def cost(self) -> CostEstimate:
+        """Return the cost before anything has run, at most the budget of the space."""
         ...
 
-    def least_trainings(self) -> float:
-        """The smallest budget in which it can compare two ranks."""
+    def min_trainings(self) -> float:
+        """Return the smallest budget, in whole trainings, within which the strategy compares two ranks."""
         ...
 
     def evidence(self, history: History) -> list[TrialOutcome]:
-        """The outcomes that ranks may be compared by: like with like."""
+        """Return the outcomes that the decision may compare: trainings of one length at one setting."""
         ...
 
-    def answer(self, history: History) -> Answer:
-        """The best-supported rank so far, by values (and item losses where there are any)."""
+    def recommend(self, history: History) -> Recommendation:
+        """Return the rank that the outcomes support best so far. The decision, which has intervals, may differ."""
         ...
 
 
 def base_arm(lora_alpha: float) -> Arm:
-    """Rank 0: the base itself, evaluated once and a point of every curve."""
+    """Rank 0: the base without an adapter. It is evaluated once and is a point of every curve."""
     return Arm(rank=0, learning_rate=0.0, lora_alpha=lora_alpha, seed=0, steps=0)
 
 
 def steps_of(arm: Arm, history: History) -> int:
-    """Optimizer steps that running `arm` takes: what it goes on from was paid for before."""
+    """Optimizer steps that `arm` adds. An arm that resumes a stopped one does not pay for its steps again."""
     end = arm.stop_at if arm.stop_at is not None else arm.steps
     if arm.continue_from is None:
         return end
@@ -95,7 +114,7 @@ def steps_of(arm: Arm, history: History) -> int:
 
 
 def seconds_of(outcome: TrialFinished, history: History) -> float:
-    """Seconds of training and evaluation that an outcome added: what it went on from was counted before."""
+    """Seconds of training and evaluation that `outcome` adds to those of the trial that it resumed."""
     seconds = outcome.train_seconds + outcome.eval_seconds
     for before in history.finished():
         if before.trial_id == outcome.continue_from:

@@ -1,33 +1,38 @@
-"""A strategy told as a script: a generator that yields the arms it wants and reads their results.
+"""A strategy as a script: a generator that yields the arms it wants and reads their outcomes.
 
-Each `ask` plays the script from the beginning over the outcomes so far and stops at the first arms without one. The
-script sees the outcomes of what it asked for and nothing else, so it is a pure function of them.
+Each `ask` replays the script from the beginning over the outcomes so far and stops at the first arms without one. The
+script sees the outcomes of its own arms and nothing else, so that it is a pure function of them.
 """
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rightrank.records import Arm, TrialFinished, TrialOutcome
-from rightrank.strategies.climb import Wanted, climb
-from rightrank.strategies.protocol import Answer, Cost, History, base_arm, seconds_of, steps_of
-from rightrank.strategies.results import Results
+from rightrank.strategies.climb import Requests, climb
+from rightrank.strategies.protocol import CostEstimate, History, Recommendation, base_arm, seconds_of, steps_of
 from rightrank.strategies.space import Space
+from rightrank.strategies.trials import Trials
 
 
 @dataclass(frozen=True, slots=True)
-class _Played:
-    """Where a script stands: what it saw, what it waits for, and whether it came to its end."""
+class _Replay:
+    """The point that a script reached: its trials, the arms it waits for, and whether it ended."""
 
-    results: Results
+    trials: Trials
     waiting: list[Arm]
     complete: bool
 
 
 class Scripted(ABC):
-    """The part that all scripts share: playing, budgets, the answer."""
+    """A strategy that is written as a script. It replays the script, keeps to the budget and adds the sweep.
+
+    A subclass defines `name` and `script`. The bounds below hold for every script that trains a cell of the rank × learning
+    rate × seed grid at most once, in up to three stages; a subclass states tighter or other bounds.
+    """
 
     name: str
 
@@ -35,89 +40,91 @@ class Scripted(ABC):
         self.space = space
 
     @abstractmethod
-    def script(self, results: Results) -> Wanted:
-        """The arms wanted, in turn; `results` holds the outcomes of all that was yielded before."""
+    def script(self, trials: Trials) -> Requests:
+        """Yield the arms to run, in turn. After a `yield`, `trials` holds the outcomes of all arms yielded so far."""
 
-    @abstractmethod
-    def unbounded_cost(self) -> Cost:
-        """What the script costs without a budget, in whole trainings."""
+    def unbounded_cost(self) -> CostEstimate:
+        """The cost without a budget and without a sweep."""
+        return CostEstimate(self._cells(), self._cells())
 
-    @abstractmethod
-    def most_script_arms(self) -> int:
-        """The base and every arm that the script could ask for, a sweep left out."""
+    def max_script_arms(self) -> int:
+        """An upper bound of the number of arms without a sweep, the base included."""
+        return 1 + 3 * self._cells()
 
-    def most_arms(self) -> int:
-        return self.most_script_arms() + 2 * len(self.space.variants) * len(self.space.rates)
+    def min_trainings(self) -> float:
+        return float(len(self.space.learning_rates) + 1)
 
-    def least_trainings(self) -> float:
-        return float(len(self.space.rates) + 1)
+    def _cells(self) -> int:
+        return math.prod(map(len, (self.space.ranks, self.space.learning_rates, self.space.seeds)))
+
+    def max_arms(self) -> int:
+        return self.max_script_arms() + 2 * len(self.space.variants) * len(self.space.learning_rates)
 
     def expected_arms(self) -> int:
-        return min(self.most_arms(), 1 + round(1.6 * self.cost().expected))
+        return min(self.max_arms(), 1 + round(1.6 * self.cost().expected))
 
     def ask(self, history: History) -> Sequence[Arm]:
-        return self._play(history).waiting
+        return self._replay(history).waiting
 
-    def cost(self) -> Cost:
+    def cost(self) -> CostEstimate:
         cost, budget, space = self.unbounded_cost(), self.space.budget_steps, self.space
-        cells = 2 * len(space.variants)  # the chosen rank and the reference
-        expected = cost.expected + cells * min(3, len(space.rates))
-        most = cost.most + cells * len(space.rates)
-        most = most if budget is None else min(most, budget / space.steps)
-        return Cost(min(expected, most), most)
+        climbs = 2 * len(space.variants)  # at the chosen rank and at the reference
+        expected = cost.expected + climbs * min(3, len(space.learning_rates))
+        maximum = cost.maximum + climbs * len(space.learning_rates)
+        maximum = maximum if budget is None else min(maximum, budget / space.steps)
+        return CostEstimate(min(expected, maximum), maximum)
 
     def evidence(self, history: History) -> list[TrialOutcome]:
-        outcomes = self._play(history).results.outcomes
+        outcomes = self._replay(history).trials.outcomes
         return [outcome for arm, outcome in outcomes.items() if arm.is_direct and self.space.is_plain(arm)]
 
-    def answer(self, history: History) -> Answer:
-        played = self._play(history)
-        results = played.results
-        rank = results.smallest_that_holds()
-        rate = None if rank is None else results.best_rate(rank)
-        return Answer(rank, rate, results.reference(), played.complete)
+    def recommend(self, history: History) -> Recommendation:
+        replay = self._replay(history)
+        rank = replay.trials.smallest_that_holds()
+        learning_rate = None if rank is None else replay.trials.best_learning_rate(rank)
+        return Recommendation(rank, learning_rate, replay.trials.reference(), replay.complete)
 
-    def _play(self, history: History) -> _Played:
-        results = Results(self.space)
+    def _replay(self, history: History) -> _Replay:
+        trials = Trials(self.space)
         spent_steps, spent_seconds = 0, 0.0
-        for wanted in self._whole_script(results):
+        for wanted in self._whole_script(trials):
             waiting: list[Arm] = []
             for arm in wanted:
-                if arm in results.outcomes:
+                if arm in trials.outcomes:
                     continue
                 steps = steps_of(arm, history)
                 outcome = history.outcomes.get(arm)
                 pace = spent_seconds / spent_steps if spent_steps else 0.0
                 spent_steps += steps
-                if not self._affordable(spent_steps, spent_seconds + (pace * steps if outcome is None else 0.0)):
-                    return _Played(results, waiting, complete=False)
+                if not self._is_affordable(spent_steps, spent_seconds + (pace * steps if outcome is None else 0.0)):
+                    return _Replay(trials, waiting, complete=False)
                 if outcome is None:
                     waiting.append(arm)
                     continue
-                results.add(arm, outcome)
+                trials.add(arm, outcome)
                 if isinstance(outcome, TrialFinished):
                     spent_seconds += seconds_of(outcome, history)
             if waiting:
-                return _Played(results, waiting, complete=False)
-        return _Played(results, [], complete=True)
+                return _Replay(trials, waiting, complete=False)
+        return _Replay(trials, [], complete=True)
 
-    def _whole_script(self, results: Results) -> Wanted:
+    def _whole_script(self, trials: Trials) -> Requests:
         yield [base_arm(self.space.lora_alpha)]
-        yield from self.script(results)
-        yield from sweep(self.space, results)
+        yield from self.script(trials)
+        yield from _sweep(self.space, trials)
 
-    def _affordable(self, steps: int, seconds: float) -> bool:
+    def _is_affordable(self, steps: int, seconds: float) -> bool:
         space = self.space
         if space.budget_steps is not None and steps > space.budget_steps:
             return False
         return space.budget_seconds is None or seconds <= space.budget_seconds
 
 
-def sweep(space: Space, results: Results) -> Wanted:
-    """Every variant at the chosen rank and at the reference, its rate climbed from theirs."""
-    ranks = {results.smallest_that_holds(), results.reference()} - {None}
+def _sweep(space: Space, trials: Trials) -> Requests:
+    """Climb with every variant at the chosen rank and at the reference, from the best learning rate of each."""
+    ranks = {trials.smallest_that_holds(), trials.reference()} - {None}
     for variant in space.variants:
         for rank in sorted(rank for rank in ranks if rank is not None):
-            rate = results.best_rate(rank)
-            assert rate is not None
-            yield from climb(space, results, rank, rate, variant=variant)
+            learning_rate = trials.best_learning_rate(rank)
+            assert learning_rate is not None
+            yield from climb(space, trials, rank, learning_rate, variant=variant)

@@ -1,4 +1,4 @@
-"""What a strategy may choose from, and what it may spend: the settings, as far as strategies need them."""
+"""The space that a strategy searches, with its budget: the part of the settings that strategies need."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from rightrank.variants import Variant, variants_of
 
 @dataclass(frozen=True, slots=True)
 class Space:
-    """The bounds of a selection. Ranks and rates ascend."""
+    """The space of a selection. Ranks and learning rates ascend."""
 
     ranks: tuple[int, ...]
-    rates: tuple[float, ...]
+    learning_rates: tuple[float, ...]
     seeds: tuple[int, ...]
     lora_alpha: float
     steps: int  # of a whole training
@@ -25,10 +25,12 @@ class Space:
     metric: str = "loss"
     kind: MetricKind = "loss"
     higher_is_better: bool = False
-    points_are_losses: bool = False  # along a training, where the metric itself is measured at its end alone
-    stages: bool = True  # trainings can be stopped, continued and cut; a trainer of one's own can't
+    points_are_losses: bool = False  # whether evaluations during training measure the loss instead of the metric
+    stages: bool = (
+        True  # whether trainings can stop early and resume, and adapters be truncated; False for custom trainers
+    )
     scaling: Scaling = "alpha/r"
-    variants: tuple[Variant, ...] = ()  # further values of alpha, scaling, init or targets, tried at the end
+    variants: tuple[Variant, ...] = ()  # the values of a sweep, tried at the end
     budget_steps: float | None = None  # optimizer steps over all arms
     budget_seconds: float | None = None  # of training and evaluation, over all arms
 
@@ -36,18 +38,18 @@ class Space:
     def top(self) -> int:
         return self.ranks[-1]
 
-    def arm(self, rank: int, rate: float, seed: int | None = None) -> Arm:
-        """A whole training; the first seed unless told."""
+    def arm(self, rank: int, learning_rate: float, seed: int | None = None) -> Arm:
+        """A whole training. `seed` defaults to the first."""
         return Arm(
             rank=rank,
-            learning_rate=rate,
+            learning_rate=learning_rate,
             lora_alpha=self.lora_alpha,
             seed=self.seeds[0] if seed is None else seed,
             steps=self.steps,
         )
 
     def is_plain(self, arm: Arm) -> bool:
-        """Whether the arm has the setting that all ranks share, and not a variant's."""
+        """Whether the arm has the setting that all ranks share, not that of a variant."""
         return arm.is_plain(self.lora_alpha)
 
     def margin_at(self, reference_loss: float) -> float:
@@ -72,7 +74,7 @@ def space_of(settings: SelectSettings, steps: int, token_loss: bool = True) -> S
     """The space of a selection with trainings of `steps` steps.
 
     Raises:
-        SettingsError: one rank alone, or a sweep that is not possible.
+        SettingsError: one rank alone, or an invalid sweep.
     """
     if len(settings.ranks) < 2:
         raise SettingsError(
@@ -84,7 +86,7 @@ def space_of(settings: SelectSettings, steps: int, token_loss: bool = True) -> S
     kind: MetricKind = "loss" if name == "loss" and not token_loss else kind_of(name, higher)
     return Space(
         ranks=settings.ranks,
-        rates=settings.learning_rates,
+        learning_rates=settings.learning_rates,
         seeds=settings.seeds,
         lora_alpha=settings.lora_alpha,
         steps=steps,

@@ -1,4 +1,4 @@
-"""What a sweep over alpha, scaling rule, initialisation or target modules found."""
+"""The results of a sweep over alpha, scaling rule, initialisation or target modules."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rightrank.variants import Variant, variants_of
 
 
 def sweep_rows(started: RunStarted, outcomes: Sequence[TrialOutcome]) -> list[SweepRow]:
-    """Empty where nothing was swept or nothing of it finished."""
+    """A row for each variant and rank. Empty without a sweep, or if none of its trials finished."""
     known = {name: value for name, value in started.settings.items() if name in SelectSettings.model_fields}
     try:
         settings = make_settings(known)
@@ -47,21 +47,19 @@ def _parameters(trials: Sequence[TrialFinished], rank: int) -> int:
 
 
 def _is_of(arm: Arm, variant: Variant, settings: SelectSettings) -> bool:
-    own = {
+    plain = {
         "lora_alpha": settings.lora_alpha,
         "init_lora_weights": None,
         "target_modules": None,
         "equal_parameters": None,
     }
-    shared = arm.model_copy(update=own)
+    shared = arm.model_copy(update=plain)
     return variant.of(shared, settings.scaling) == arm and arm != shared
 
 
 def _best(trials: Sequence[TrialFinished], rank: int, started: RunStarted) -> tuple[float, float] | None:
-    """(rate, value) of the rank's best rate."""
-    rates = {trial.learning_rate for trial in trials if trial.rank == rank}
-    means = [
-        (rate, fmean(t.value for t in trials if (t.rank, t.learning_rate) == (rank, rate))) for rate in sorted(rates)
-    ]
+    """(learning rate, value) of the rank's best learning rate."""
+    tried = sorted({trial.learning_rate for trial in trials if trial.rank == rank})
+    means = [(lr, fmean(t.value for t in trials if (t.rank, t.learning_rate) == (rank, lr))) for lr in tried]
     pick = max if started.higher_is_better else min
     return pick(means, key=lambda pair: pair[1], default=None)

@@ -1,0 +1,127 @@
+"""The sentences of a decision: the answer, a conflict between metrics, and what the intervals cover."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from rightrank.decision.evidence import Evidence
+from rightrank.decision.judge import Judged, Unit
+from rightrank.decision.verdicts import inconclusive_rank, possible_rival
+from rightrank.records import RankEvidence, Verdict
+
+
+def number(value: float) -> str:
+    """Two significant digits: 0.014, 0.0084, 1.2."""
+    return f"{value:.2g}" if abs(value) < 100 else f"{value:.0f}"
+
+
+def amount(value: str, evidence: Evidence) -> str:
+    """The value with its unit: `0.005 nats`, `0.5 in GSM8K`. A metric called `value` adds nothing."""
+    if evidence.table.kind in ("token_loss", "loss"):
+        return f"{value} nats"
+    return value if evidence.table.metric == "value" else f"{value} in {evidence.table.metric}"
+
+
+def sentence_of(
+    judged: dict[int, Judged], evidence: Evidence, chosen: int, margin: float, verdict: Verdict, unit: Unit
+) -> str:
+    """The answer in one sentence."""
+    within = amount(f"{margin:.4g}", evidence)
+    reference = evidence.reference.rank
+    verb = "looks" if evidence.is_point_reading else "is"
+    caution = "; one number per rank can suggest this, not show it" if evidence.is_point_reading else ""
+    match verdict:
+        case "no_gain":
+            return (
+                f"No gain: the base itself is within {within} of the best adapter (rank {reference}), "
+                "so there is no rank to choose."
+            )
+        case "undecided":
+            return _undecided(judged, evidence, chosen, margin, within, unit)
+        case "overfitting":
+            return (
+                f"Rank {chosen} {verb} enough: above rank {reference} held-out results get worse "
+                "while training results still improve."
+            )
+        case "flat":
+            return (
+                f"Rank hardly matters here: rank {chosen}, the smallest tried, is within {within} of the best "
+                f"({reference}){caution}."
+            )
+        case "rising":
+            return (
+                f"Still rising: rank {chosen}, the largest tried, is better than every smaller one by more than "
+                f"{within}{caution}."
+            )
+        case "saturated":
+            if chosen == reference:
+                start = f"Rank {chosen} {verb} enough: it is the best of the ranks tried"
+            else:
+                start = f"Rank {chosen} {verb} enough: it is within {within} of the best (rank {reference})"
+            below = max((rank for rank in evidence.contenders if rank < chosen), default=None)
+            if below is None:
+                return f"{start}, and the smallest tried{caution}."
+            worse = number(unit.difference(judged[below].difference.mean))
+            return f"{start}, and the next lower rank ({below}) is {worse} worse{caution}."
+
+
+def _undecided(
+    judged: dict[int, Judged], evidence: Evidence, chosen: int, margin: float, within: str, unit: Unit
+) -> str:
+    reference = evidence.reference.rank
+    inconclusive = inconclusive_rank(judged, evidence, chosen)
+    if inconclusive is None:
+        rival = possible_rival(judged, evidence, unit.oriented_margin(margin))
+        assert rival is not None
+        better = number(unit.difference(-judged[rival].low))
+        return (
+            f"Undecided: rank {reference} has the best mean, but rank {rival} may be better by up to {better}, "
+            f"more than the margin of {within}."
+        )
+    found = judged[inconclusive]
+    low, high = (number(unit.difference(value)) for value in (found.low, found.high))
+    difference = unit.difference(found.difference.mean)
+    worse = f"{number(abs(difference))} {'better' if difference < 0 else 'worse'}"
+    if inconclusive == 0:
+        return (
+            f"Undecided whether there is any gain: the base is {worse} than the best adapter (bounds {low} to {high}), "
+            f"and the margin is {within}."
+        )
+    if chosen == reference:
+        shown = f"rank {chosen} is the best so far"
+    else:
+        shown = f"rank {chosen} is within {within} of the best (rank {reference})"
+    return f"Undecided: {shown}, and rank {inconclusive} is inconclusive at {worse} (bounds {low} to {high})."
+
+
+def conflict_sentence(metric: str, against: Sequence[int], theirs: Mapping[int, RankEvidence], margin: float) -> str:
+    """How another metric disagrees, for the largest rank on which the two differ."""
+    rank = max(against)
+    if theirs[rank].non_inferior:
+        return f"{metric} disagrees: by it rank {rank} is enough, within its margin of {margin:.4g}."
+    difference = number(abs(theirs[rank].difference or 0.0))
+    return f"{metric} disagrees: by it rank {rank} is {difference} worse, more than its margin of {margin:.4g}."
+
+
+def basis_note(evidence: Evidence) -> str:
+    """What the intervals cover, and what they leave out."""
+    deviation = number(evidence.noise.individual**0.5)
+    match evidence.basis:
+        case "items and seeds":
+            return "Intervals cover other held-out examples and other seeds."
+        case "items":
+            covered = "Intervals cover other held-out examples. One seed does not show the noise over seeds: "
+            if evidence.noise.individual == 0:
+                return f"{covered}none is added, and so the intervals are too narrow."
+            return (
+                f"{covered}a published value of {deviation} is added for each training, and this run's may be larger."
+            )
+        case "seeds":
+            return "Intervals cover other seeds, on these held-out examples."
+        case "std":
+            return "Intervals rest on the stated standard deviations alone."
+        case "values":
+            return (
+                f"One number per rank without a stated deviation: {deviation} is assumed for each training, "
+                "the larger of published seed noise and the scatter about the curve."
+            )
