@@ -118,11 +118,11 @@ class _Against:
         return estimate(np.stack([cell.sums - against.sums]), cell.weights)
 
     def judged(self, file: _File) -> AdapterCandidate:
-        difference, high = 0.0, 0.0 if file is self.reference or file.cell.items else None
+        difference, high = 0.0, 0.0 if file is self.reference or file.cell.examples else None
         if file.trial.trial_id != self.reference.trial.trial_id:
             found = self.difference(file.cell)
             difference = self._unit(found.mean)
-            high = self._unit(found.bound(CONFIDENCE)) if file.cell.items else None
+            high = self._unit(found.bound(CONFIDENCE)) if file.cell.examples else None
         return AdapterCandidate(
             rank=file.trial.rank,
             how=file.how,
@@ -194,7 +194,7 @@ def _sentence(answer: AdapterCandidate, top: _File, reference: _File, margin: fl
             f"rank {top.trial.rank} adapter is {answer.difference:+.2g} (95% upper bound {answer.difference_high:+.2g}), "
             f"within the margin of {margin:g}."
         )
-    if not top.cell.items:
+    if not top.cell.examples:
         return (
             f"The adapter keeps rank {top.trial.rank}: without scores by example no truncation can be shown to lose less "
             f"than the margin of {margin:g}."
