@@ -25,25 +25,26 @@ MOMENTS_FILE = "moments.safetensors"  # beside the weights of the adapter that t
 ZERO_SHARE = 1e-12  # of the largest singular value; a direction below it is rounding, and its column of B is zero
 
 
-def truncated_tensors(folder: Path, rank: int, scale: Callable[[int], float]) -> dict[str, torch.Tensor]:
+def truncated_tensors(
+    folder: Path, rank: int, scale: Callable[[int], float], moments: Mapping[str, Moments] | None = None
+) -> dict[str, torch.Tensor]:
     """The tensors of the adapter in `folder`, in PEFT's names, every A and B truncated to `rank`; all others as saved.
-
-    Modules whose moments are in the folder's `MOMENTS_FILE` are truncated by K-FAC, the others by singular values.
 
     Args:
         folder: an adapter folder as PEFT saves it.
         rank: the rank of every module.
         scale: PEFT's scale s by rank.
+        moments: by module name in the base; modules that have them are truncated by K-FAC, the others by singular values.
     """
     tensors = load_file(folder / WEIGHTS_FILE)
-    moments = load_moments(folder / MOMENTS_FILE)
+    known = moments or {}
     for name, a in list(tensors.items()):
         if "lora_A" not in name and "lora_embedding_A" not in name:
             continue
         partner = name.replace("lora_A", "lora_B").replace("lora_embedding_A", "lora_embedding_B")
         b = tensors[partner]
         before = scale(a.shape[0])
-        found = moments.get(name.removeprefix(PREFIX).partition(".lora_")[0])
+        found = known.get(name.removeprefix(PREFIX).partition(".lora_")[0])
         new_b, new_a = resized_factors(b.float(), a.float(), rank, before / scale(rank), found, before)
         tensors[name], tensors[partner] = new_a.to(a.dtype).contiguous(), new_b.to(b.dtype).contiguous()
     return tensors
