@@ -31,6 +31,7 @@ SPACES = {
     "two ranks": {"ranks": (8, 16)},
     "octaves": {"ranks": (1, 2, 4, 8, 16, 32, 64)},
     "relative margin": {"margin": None},
+    "no base": {"evaluates_base": False},
     "a sweep": {"variants": (Variant("alpha", "16"), Variant("init", "gaussian"))},
 }
 
@@ -188,3 +189,15 @@ def spent(known: list[TrialOutcome]) -> int:
     return sum(
         steps_of(outcome.arm, history) for outcome in known if isinstance(outcome, TrialFinished) and outcome.rank > 0
     )
+
+
+@pytest.mark.parametrize("seeds", [(0,), (0, 1)])
+def test_without_the_base_it_requests_what_it_requests_when_the_base_fails(name: str, seeds: tuple[int, ...]) -> None:
+    world = World(breaks=lambda arm: arm.rank == 0)
+    without = STRATEGIES[name](make_space(seeds=seeds, evaluates_base=False))
+    failing = STRATEGIES[name](make_space(seeds=seeds))
+    arms = [outcome.arm for outcome in run_all(without, world)]
+    assert arms == [outcome.arm for outcome in run_all(failing, world)][1:]
+    assert 0 not in {arm.rank for arm in arms}
+    assert without.expected_arms() == failing.expected_arms() - 1
+    assert without.max_arms() == failing.max_arms() - 1

@@ -16,7 +16,7 @@ from rightrank.records import DataSummary, RunStarted, TrialFinished, content_ha
 from rightrank.records.observer import Observer
 from rightrank.returns import Selected
 from rightrank.selection.handover import hand_over_saved
-from rightrank.selection.loop import Terms
+from rightrank.selection.loop import LoopOptions
 from rightrank.selection.start import open_selection
 from rightrank.settings import SelectSettings, make_settings
 from rightrank.strategies import make_strategy, space_of, strategy_in
@@ -54,12 +54,13 @@ def select_custom(request: CustomRequest, trainer: Trainer, folder: RunFolder, o
         space = replace(
             space_of(request.settings, request.steps, token_loss=False),
             stages=False,
+            evaluates_base=request.with_base,
             higher_is_better=request.higher_is_better,
         )
         strategy = strategy_in(request.settings.strategy, space)
-        terms = Terms(request.with_base, "give another range of learning rates, and a new out")
+        options = LoopOptions(advice="give another range of learning rates, and a new out")
         selection, trackers = open_selection(
-            folder, started, request.steps, strategy, terms, request.report_to, observer
+            folder, started, request.steps, strategy, options, request.report_to, observer
         )
         executor = CustomExecutor(
             trainer.call,

@@ -46,10 +46,9 @@ GIVE_UP_AFTER = 3  # trials that failed with none that ended well: something is 
 
 
 @dataclass(frozen=True, slots=True)
-class Terms:
-    """What the loop is told of its trainer."""
+class LoopOptions:
+    """What differs between the trainers that a loop drives."""
 
-    with_base: bool = True  # False: nobody evaluates rank 0
     advice: str = "give lower learning rates, a smaller batch_size or seq_len, and a new --out"  # where all fails
     peak_of: Callable[[Sequence[int]], int | None] = lambda _: None  # bytes of ranks trained together, as planned
 
@@ -63,12 +62,12 @@ class Selection:
         started: RunStarted,
         strategy: Strategy,
         observer: Observer | None = None,
-        terms: Terms | None = None,
+        options: LoopOptions | None = None,
     ) -> None:
         self.folder = folder
         self._strategy = strategy
         self._observer = observer or Observer()
-        self._terms = terms or Terms()
+        self._options = options or LoopOptions()
         self._next_views = 0.0  # by the monotonic clock
         existing = folder.journal.read()
         if existing:
@@ -101,7 +100,7 @@ class Selection:
     def wanted(self) -> list[Trial]:
         """The trials to run now; none when the strategy has seen enough."""
         fingerprint = self.records.started.fingerprint
-        arms = self._strategy.ask(History.of(self._seen()))
+        arms = self._strategy.ask(History.of(self.records.outcomes))
         return [Trial(trial_id=trial_id(fingerprint, arm), arm=arm) for arm in arms]
 
     @property
@@ -160,14 +159,14 @@ class Selection:
             self._write_views_so_far()
             memory = all(isinstance(outcome, TrialFailed) and outcome.error == "out_of_memory" for outcome in trained)
             error = DeviceMemoryError if memory and trained else AllTrialsFailedError
-            raise error(f"none of {len(reasons)} trials ended with a result{first}; {self._terms.advice}")
+            raise error(f"none of {len(reasons)} trials ended with a result{first}; {self._options.advice}")
         try:
             return decide_run(self.records, self._evidence())
         except ResultsError:
             self._write_views_so_far()
             raise AllTrialsFailedError(
                 f"fewer than two ranks have a whole training: there is nothing to compare{first}; "
-                f"{self._terms.advice}, or a larger budget"
+                f"{self._options.advice}, or a larger budget"
             ) from None
 
     def beside_estimate(self, estimate: SelectionCost) -> str:
@@ -189,19 +188,9 @@ class Selection:
         ended = time.monotonic()
         self._next_views = ended + (ended - begun) / VIEWS_SHARE
 
-    def _seen(self) -> list[TrialOutcome]:
-        """What the strategy is shown. A base that nobody evaluates is shown as one that gave no result."""
-        if self._terms.with_base:
-            return self.records.outcomes
-        base = next(iter(self._strategy.ask(History.of([]))))
-        assert base.rank == 0, "a strategy asks for the base first"
-        unknown = TrialFailed(trial_id="", **base.model_dump(), error="error", reason="not evaluated")
-        return [*self.records.outcomes, unknown]
-
     def _evidence(self) -> Sequence[TrialOutcome]:
         """What the strategy says is comparable, of what was run."""
-        evidence = self._strategy.evidence(History.of(self._seen()))
-        return [outcome for outcome in evidence if outcome.trial_id]
+        return self._strategy.evidence(History.of(self.records.outcomes))
 
     def _beside_plan(self, outcome: TrialOutcome) -> TrialOutcome:
         """The outcome with what the plan said of its rank, where it said anything."""
@@ -212,7 +201,7 @@ class Selection:
             ranks = [outcome.rank]
         elif outcome.pack_size != len(ranks):
             return outcome  # some of those that began were set aside, or ran elsewhere
-        predicted = self._terms.peak_of(ranks)
+        predicted = self._options.peak_of(ranks)
         if predicted is None:
             return outcome
         if isinstance(outcome, TrialFailed) and outcome.error == "out_of_memory":

@@ -14,7 +14,7 @@ from rightrank.records.observer import Observer
 from rightrank.records.plan import SelectionCost
 from rightrank.report.plan_table import selection_lines
 from rightrank.selection.executor import require_placeable
-from rightrank.selection.loop import Selection, Terms
+from rightrank.selection.loop import LoopOptions, Selection
 from rightrank.settings import SelectSettings
 from rightrank.strategies import Strategy, make_strategy
 from rightrank.trackers import Trackers, require_trackers
@@ -48,9 +48,11 @@ def prepare_selection(
         folder.store = run_store(request.settings.store, prepared.started.fingerprint)
     strategy = make_strategy(prepared.settings, prepared.steps, token_loss=prepared.is_token_loss)
     cost = estimate(prepared, strategy)
-    terms = Terms(peak_of=prepared.planned.peak_of) if prepared.planned else Terms()
+    options = LoopOptions(peak_of=prepared.planned.peak_of) if prepared.planned else LoopOptions()
     report_to = request.settings.report_to
-    selection, trackers = open_selection(folder, prepared.started, prepared.steps, strategy, terms, report_to, observer)
+    selection, trackers = open_selection(
+        folder, prepared.started, prepared.steps, strategy, options, report_to, observer
+    )
     for line in selection_lines(cost) if cost else [cost_line(strategy, prepared.steps)]:
         observer.notice(line)
     if end_metrics(prepared.settings):
@@ -63,16 +65,16 @@ def open_selection(
     started: RunStarted,
     steps: int,
     strategy: Strategy,
-    terms: Terms,
+    options: LoopOptions,
     report_to: Sequence[str],
     observer: Observer,
 ) -> tuple[Selection, Trackers]:
     """Open the journal, and report the plan and the trials that ended before to observer and trackers."""
     trackers = Trackers(report_to, folder.path, started, observer.notice)
-    selection = Selection(folder, started, strategy, trackers.beside(observer), terms)
+    selection = Selection(folder, started, strategy, trackers.beside(observer), options)
     trackers.catch_up(selection.records.outcomes)
     folder.write_config(started.settings)
-    observer.on_plan(started, strategy.expected_arms() - (not terms.with_base), steps)
+    observer.on_plan(started, strategy.expected_arms(), steps)
     if selection.records.outcomes:
         observer.on_resume(selection.records.outcomes)
     return selection, trackers

@@ -75,11 +75,11 @@ class Strategy(Protocol):
         ...
 
     def expected_arms(self) -> int:
-        """Return about how many arms `ask` will return in all, the base included. The progress display uses it."""
+        """Return about how many arms `ask` will return in all, with the base where the space evaluates it. The progress display uses it."""
         ...
 
     def max_arms(self) -> int:
-        """Return an upper bound of the number of arms, the base included."""
+        """Return an upper bound of the number of arms, with the base where the space evaluates it."""
         ...
 
     def cost(self) -> CostEstimate:

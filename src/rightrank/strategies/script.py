@@ -58,10 +58,11 @@ class Scripted(ABC):
         return math.prod(map(len, (self.space.ranks, self.space.learning_rates, self.space.seeds)))
 
     def max_arms(self) -> int:
-        return self.max_script_arms() + 2 * len(self.space.variants) * len(self.space.learning_rates)
+        base = int(self.space.evaluates_base)
+        return self.max_script_arms() - 1 + base + 2 * len(self.space.variants) * len(self.space.learning_rates)
 
     def expected_arms(self) -> int:
-        return min(self.max_arms(), 1 + round(1.6 * self.cost().expected))
+        return min(self.max_arms(), int(self.space.evaluates_base) + round(1.6 * self.cost().expected))
 
     def ask(self, history: History) -> Sequence[Arm]:
         return self._replay(history).waiting
@@ -109,7 +110,8 @@ class Scripted(ABC):
         return _Replay(trials, [], complete=True)
 
     def _whole_script(self, trials: Trials) -> Requests:
-        yield [base_arm(self.space.lora_alpha)]
+        if self.space.evaluates_base:
+            yield [base_arm(self.space.lora_alpha)]
         yield from self.script(trials)
         yield from _sweep(self.space, trials)
 

@@ -29,6 +29,7 @@ class Space:
     stages: bool = (
         True  # whether trainings can stop early and resume, and adapters be truncated; False for custom trainers
     )
+    evaluates_base: bool = True  # False: no trial of rank 0, and nothing is compared with the base
     scaling: Scaling = "alpha/r"
     variants: tuple[Variant, ...] = ()  # the values of a sweep, tried at the end
     budget_steps: float | None = None  # optimizer steps over all arms
