@@ -48,4 +48,4 @@ def one_pass(runtime: Runtime, cache: Path) -> Runtime:
 
 def trainer_rows(runtime: Runtime, split: SplitName) -> list[dict[str, list[int]]]:
     """A split's items as Trainer takes them."""
-    return [{"input_ids": list(item.input_ids), "labels": list(item.labels)} for item in runtime.items(split)]
+    return [{"input_ids": list(item.input_ids), "labels": list(item.labels)} for item in runtime.examples(split)]

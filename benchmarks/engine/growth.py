@@ -31,7 +31,7 @@ def measure(runtime: Runtime, ranks: list[int], indices: list[int]) -> dict[str,
     with MultiLora(runtime.model, runtime.settings) as multi_lora:
         for number, rank in enumerate(ranks):
             arm = Arm(rank=rank, learning_rate=1e-3, lora_alpha=32.0, seed=0, steps=1)
-            multi_lora.add(f"g{number}", arm, runtime.arm_config(arm))
+            multi_lora.add(f"g{number}", arm, runtime.arm_targets.config(arm))
         batch = runtime.batch("train", indices)
         arm_batches = [ArmBatch(f"g{number}", batch, 1.0, None) for number in range(len(ranks))]
         runtime.accumulate_gradients(multi_lora, arm_batches)  # the prefix, gradients and the allocator are there now
@@ -56,7 +56,7 @@ def main() -> None:
     layers = tuple(int(part) for part in arguments.layers.split(","))
     runtime = make_runtime(arguments.model, arguments.data, 1, arguments.work, layers_to_transform=layers, eval_items=8)
     usual = runtime.batch_plan(0)[0]
-    by_length = np.argsort(lengths_of(runtime.items("train")), kind="stable").tolist()
+    by_length = np.argsort(lengths_of(runtime.examples("train")), kind="stable").tolist()
     begins = [int(share * len(by_length)) for share in (0.05, 0.5, 0.95)]
     lengths = [by_length[begin : begin + 8] for begin in begins]
     result: dict[str, Any] = {

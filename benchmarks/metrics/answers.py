@@ -20,7 +20,7 @@ from benchmarks.machine import machine
 from rightrank.api import Observer
 from rightrank.demo import prepare_docstrings, prepare_model_folder
 from rightrank.engine.encode import encode
-from rightrank.engine.generation import answers, questions
+from rightrank.engine.generation import answers, prompts
 from rightrank.engine.runtime import Runtime
 from rightrank.io.data import load_data
 from rightrank.io.models import load_model
@@ -41,8 +41,8 @@ def one_at_a_time(bench: Runtime, cached: bool) -> list[str]:
     tokenizer: Any = bench.loaded.tokenizer
     written = []
     with torch.no_grad():
-        for question in questions(bench, "selection"):
-            given = tokenizer(question.prompt, return_tensors="pt")
+        for prompt in prompts(bench, "selection"):
+            given = tokenizer(prompt.text, return_tensors="pt")
             output = bench.model.generate(
                 **given,
                 do_sample=False,

@@ -19,9 +19,9 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BitsAndBytesConfig
 
 from rightrank.engine.batches import Batch
+from rightrank.engine.gradient_checkpointing import gradient_checkpointing_on
 from rightrank.engine.loss import chunked_cross_entropy, classification_loss, head_loss, output_head
 from rightrank.engine.multi_lora import ArmBatch, MultiLora, concatenated
-from rightrank.engine.runtime import gradient_checkpointing_on
 from rightrank.engine.targets import find_targets, lora_config
 from rightrank.records import Arm
 from rightrank.settings import PlanSettings, make_settings

@@ -214,7 +214,7 @@ def _workload(prepared: Prepared) -> Workload:
     size = settings.batch_size
     micro = [batch[start : start + size] for batch in batches for start in range(0, len(batch), size)]
     used = [train[index] for rows in micro for index in rows]
-    if prepared.bench.uses_sequence_packing:
+    if prepared.bench.fast_paths.sequence_packing:
         computed = sum(item.length for item in used)
     else:
         computed = sum(len(rows) * max(train[index].length for index in rows) for rows in micro)

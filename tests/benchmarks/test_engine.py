@@ -43,9 +43,9 @@ def test_every_contender_trains_and_is_compared(model_folder: Path, completion_f
 
 def test_a_profile_accounts_for_the_whole_time(model_folder: Path, completion_file: Path, tmp_path: Path) -> None:
     runtime = make_runtime(str(model_folder), completion_file, 2, tmp_path, eval_items=2, ranks=(profile_step.RANK,))
-    arm_batches = profile_step.measure(runtime, 1, 2, tmp_path)["arm_batch"]
-    assert {"base matmuls", "adapter matmuls", "head and loss", "optimizer"} <= set(arm_batches)
-    assert sum(arm_batches.values()) == pytest.approx(1, abs=0.01)
+    shares = profile_step.measure(runtime, 1, 2, tmp_path)["share"]
+    assert {"base matmuls", "adapter matmuls", "head and loss", "optimizer"} <= set(shares)
+    assert sum(shares.values()) == pytest.approx(1, abs=0.01)
 
 
 def test_memory_against_items_is_counted(model_folder: Path, completion_file: Path, tmp_path: Path) -> None:

@@ -96,7 +96,7 @@ def make_runtime(name: str, data: Path, cache: Path) -> Runtime:
 def plain_losses(runtime: Runtime, arm: Arm) -> list[float]:
     """PEFT's model and forward, the model's own loss, torch's AdamW."""
     with without_peft_noise():
-        peft_model: Any = get_peft_model(copy.deepcopy(runtime.model), runtime.arm_config(arm)).eval()
+        peft_model: Any = get_peft_model(copy.deepcopy(runtime.model), runtime.arm_targets.config(arm)).eval()
     with runtime.arm(arm) as ours:
         initial = {name: value.clone() for name, value in trainable_state(ours).items()}
     named = {name: value for name, value in peft_model.named_parameters() if value.requires_grad}

@@ -25,7 +25,7 @@ def test_losses_are_pefts_and_packs_equal_alone(
     name: str, completion_file: Path, class_file: Path, tmp_path: Path
 ) -> None:
     runtime = make_runtime(name, class_file if name == "bert" else completion_file, tmp_path / "cache")
-    assert runtime.uses_sequence_packing == (name not in PADDED)
+    assert runtime.fast_paths.sequence_packing == (name not in PADDED)
     arms = [
         Arm(rank=rank, learning_rate=1e-2, lora_alpha=32.0, seed=seed, steps=STEPS) for rank, seed in ((2, 0), (4, 1))
     ]

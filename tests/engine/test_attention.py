@@ -34,14 +34,14 @@ def test_products_are_in_float32_and_the_table_is_as_before(
     torch.nn.functional.scaled_dot_product_attention = noting
     try:
         with torch.no_grad():
-            ours = runtime.losses("selection", batch, 1.0).item_losses
+            ours = runtime.losses("selection", batch, 1.0).example_losses
     finally:
         torch.nn.functional.scaled_dot_product_attention = real
     assert set(seen) == {torch.float32}
     assert ALL_ATTENTION_FUNCTIONS[FUSED] is before
     with torch.no_grad():
-        plain = runtime.objective(runtime.model, batch, 1.0).item_losses
+        plain = runtime.objective(runtime.model, batch, 1.0).example_losses
         with float32_attention():
-            widened = runtime.objective(runtime.model, batch, 1.0).item_losses
+            widened = runtime.objective(runtime.model, batch, 1.0).example_losses
     assert torch.equal(ours, widened)
     assert torch.allclose(ours, plain, rtol=3e-2)

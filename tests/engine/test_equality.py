@@ -64,7 +64,7 @@ def test_losses_agree_with_a_plain_peft_loop(
     model_folder: Path, completion_file: Path, tmp_path: Path, changes: dict[str, Any]
 ) -> None:
     runtime = make_runtime(model_folder, completion_file, small_settings(**changes), tmp_path / "cache")
-    assert (runtime.prefix is not None) == ("layers_to_transform" in changes)
+    assert (runtime.fast_paths.prefix is not None) == ("layers_to_transform" in changes)
     _, ours, adapter = train_ours(runtime, ARM, tmp_path)
     plain, peft_model = train_plainly(runtime, ARM, model_folder)
     assert ours == pytest.approx(plain, rel=1e-5, abs=1e-5)
@@ -85,9 +85,9 @@ def test_prefix_changes_no_loss(model_folder: Path, completion_file: Path, tmp_p
     plain = make_runtime(
         model_folder, completion_file, small_settings(layers_to_transform=(2,), cache_prefix=False), tmp_path
     )
-    assert cached.prefix is not None
-    assert cached.prefix.depth == 2
-    assert plain.prefix is None
+    assert cached.fast_paths.prefix is not None
+    assert cached.fast_paths.prefix.depth == 2
+    assert plain.fast_paths.prefix is None
     assert cached.evaluate("selection").losses == pytest.approx(plain.evaluate("selection").losses, rel=1e-5)
 
 
@@ -97,8 +97,8 @@ def test_loss_is_transformers_own(model_folder: Path, completion_file: Path, tmp
     with torch.no_grad():
         theirs = runtime.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels).loss
         ours = runtime.losses("selection", batch, 1.0)
-    assert float(ours.item_losses.sum() / ours.item_tokens.sum()) == pytest.approx(float(theirs), rel=1e-5)
-    assert int(ours.item_tokens.sum()) == int((batch.labels[:, 1:] != -100).sum())
+    assert float(ours.example_losses.sum() / ours.example_tokens.sum()) == pytest.approx(float(theirs), rel=1e-5)
+    assert int(ours.example_tokens.sum()) == int((batch.labels[:, 1:] != -100).sum())
 
 
 def test_same_seed_same_values(model_folder: Path, completion_file: Path, tmp_path: Path) -> None:

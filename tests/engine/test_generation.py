@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from rightrank.engine import generation
-from rightrank.engine.generation import answers, questions
+from rightrank.engine.generation import answers, promptable_examples, prompts, write_completion
 from rightrank.engine.multi_lora import MultiLora
 from rightrank.engine.runtime import Runtime
 from rightrank.errors import DataError
@@ -50,7 +50,7 @@ def perturb(parameters: dict[str, torch.nn.Parameter], seed: int) -> None:
 
 def test_a_batch_writes_what_each_prompt_alone_does(runtime: Runtime) -> None:
     found = answers(runtime, "selection")
-    assert len(found) == len(runtime.items("selection"))
+    assert len(found) == len(runtime.examples("selection"))
     assert len({len(answer.prompt) for answer in found}) > 3
     assert len({answer.completion for answer in found}) > 1
     for answer in found:
@@ -62,7 +62,7 @@ def test_each_arm_of_a_pack_writes_its_own(runtime: Runtime) -> None:
     plain = [answer.completion for answer in answers(runtime, "selection")]
     with MultiLora(runtime.model, runtime.settings) as multi_lora:
         for number, arm in enumerate(arms):
-            perturb(multi_lora.add(f"arm{number}", arm, runtime.arm_config(arm)), number)
+            perturb(multi_lora.add(f"arm{number}", arm, runtime.arm_targets.config(arm)), number)
         together = []
         for number in range(2):
             with multi_lora.alone(f"arm{number}"):
@@ -71,7 +71,7 @@ def test_each_arm_of_a_pack_writes_its_own(runtime: Runtime) -> None:
     assert plain not in together
     for number, arm in enumerate(arms):
         with MultiLora(runtime.model, runtime.settings) as multi_lora:
-            perturb(multi_lora.add("only", arm, runtime.arm_config(arm)), number)
+            perturb(multi_lora.add("only", arm, runtime.arm_targets.config(arm)), number)
             with multi_lora.alone("only"):
                 assert [answer.completion for answer in answers(runtime, "selection")] == together[number]
     assert [answer.completion for answer in answers(runtime, "selection")] == plain
@@ -91,15 +91,15 @@ def test_checkpointing_does_not_keep_the_cache_away(runtime: Runtime) -> None:
 def test_half_the_batch_where_memory_does_not_do(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
     plain = answers(runtime, "selection")
     sizes: list[int] = []
-    whole = generation._batch
+    whole = generation._generate_batch
 
-    def small(runtime: Runtime, prompts: list[list[int]], config: Any) -> list[str]:
-        sizes.append(len(prompts))
-        if len(prompts) > 2:
+    def small(runtime: Runtime, token_ids: list[list[int]], config: Any) -> list[str]:
+        sizes.append(len(token_ids))
+        if len(token_ids) > 2:
             raise torch.OutOfMemoryError("out of memory")
-        return whole(runtime, prompts, config)
+        return whole(runtime, token_ids, config)
 
-    monkeypatch.setattr(generation, "_batch", small)
+    monkeypatch.setattr(generation, "_generate_batch", small)
     assert answers(runtime, "selection") == plain
     assert sizes[:2] == [5, 2]
     assert set(sizes[1:]) <= {1, 2}
@@ -118,11 +118,11 @@ def test_a_conversation_is_asked_for_its_last_answer(model_folder: Path, tmp_pat
     data = write_jsonl(tmp_path / "talks.jsonl", [{"messages": talk} for talk in talks])
     settings = small_settings(metric="f1", seq_len=120, max_new_tokens=2)
     runtime = make_runtime(model_folder, data, settings, tmp_path / "cache")
-    for question in questions(runtime, "selection"):
-        assert question.expected.startswith("two ")
-        assert question.prompt.endswith("<|im_start|>user\nand<|im_end|>\n<|im_start|>assistant\n")
-        assert question.end == "<|im_end|>\n"
-    config = generation._generation(runtime, questions(runtime, "selection"))
+    for prompt in prompts(runtime, "selection"):
+        assert prompt.expected.startswith("two ")
+        assert prompt.text.endswith("<|im_start|>user\nand<|im_end|>\n<|im_start|>assistant\n")
+        assert prompt.end == "<|im_end|>\n"
+    config = generation._generation_config(runtime, prompts(runtime, "selection"))
     assert runtime.loaded.tokenizer.convert_tokens_to_ids("<|im_end|>") in config.eos_token_id
     assert all(answer.expected.startswith("two ") for answer in answers(runtime, "selection"))
 
@@ -131,4 +131,10 @@ def test_text_has_no_prompt(model_folder: Path, tmp_path: Path) -> None:
     data = write_jsonl(tmp_path / "texts.jsonl", [{"text": text} for text in sentences(120)])
     runtime = make_runtime(model_folder, data, small_settings(), tmp_path / "cache")
     with pytest.raises(DataError, match=r"have|`text` alone"):
-        questions(runtime, "selection")
+        prompts(runtime, "selection")
+
+
+def test_a_sample_is_the_answer_within_max_new_tokens(runtime: Runtime) -> None:
+    examples = promptable_examples(runtime, 3)
+    by_id = {answer.item_id: answer.completion for answer in answers(runtime, "test")}
+    assert [write_completion(runtime, example) for example in examples] == [by_id[e.item_id] for e in examples]

@@ -34,7 +34,8 @@ def drawn_arms(runtime: Runtime, arms: list[Arm]) -> Iterator[tuple[MultiLora, d
     generator = torch.Generator().manual_seed(1)
     with MultiLora(runtime.model, runtime.settings) as multi_lora:
         named = {
-            f"a{number}": multi_lora.add(f"a{number}", arm, runtime.arm_config(arm)) for number, arm in enumerate(arms)
+            f"a{number}": multi_lora.add(f"a{number}", arm, runtime.arm_targets.config(arm))
+            for number, arm in enumerate(arms)
         }
         for parameters in named.values():
             for parameter in parameters.values():
@@ -63,13 +64,13 @@ def test_joined_items_have_the_losses_and_gradients_of_padded_ones(
     model_folder: Path, completion_file: Path, tmp_path: Path, changes: dict[str, Any]
 ) -> None:
     runtime = make_runtime(model_folder, completion_file, small_settings(**changes), tmp_path / "cache")
-    assert runtime.uses_sequence_packing
+    assert runtime.fast_paths.sequence_packing
     with drawn_arms(runtime, ARMS[1:2]) as (multi_lora, named), runtime.recomputing():
         batch = runtime.batch("train", range(7))
         assert len(set(batch.attention_mask.sum(1).tolist())) > 1
         arm_batches = [ArmBatch("a0", batch, 0.1, None)]
         ours, gradients = step(runtime, multi_lora, arm_batches, named["a0"])
-        runtime.uses_sequence_packing = False
+        runtime.fast_paths.sequence_packing = False
         theirs, expected = step(runtime, multi_lora, arm_batches, named["a0"])
     assert torch.allclose(ours[0], theirs[0], rtol=1e-5)
     for one, other in zip(gradients, expected, strict=True):
@@ -102,12 +103,12 @@ def test_nothing_passes_from_item_to_item(model_folder: Path, completion_file: P
     runtime = make_runtime(model_folder, completion_file, small_settings(), tmp_path / "cache")
     first = runtime.batch("train", [0, 1, 2])
     with torch.no_grad():
-        together = runtime.losses("train", first, 1.0).item_losses
+        together = runtime.losses("train", first, 1.0).example_losses
         for other in (3, 4):  # other company, another length of it, another place
-            changed = runtime.losses("train", runtime.batch("train", [other, 1, 2]), 1.0).item_losses
+            changed = runtime.losses("train", runtime.batch("train", [other, 1, 2]), 1.0).example_losses
             assert torch.equal(changed[1:], together[1:])
             assert changed[0] != together[0]
-        moved = runtime.losses("train", runtime.batch("train", [2, 0, 1]), 1.0).item_losses
+        moved = runtime.losses("train", runtime.batch("train", [2, 0, 1]), 1.0).example_losses
     assert torch.equal(moved, together[[2, 0, 1]])
 
 
@@ -163,4 +164,4 @@ def test_a_model_that_looks_less_far_back_than_its_items_are_long_is_padded(
     settings = small_settings()
     loaded = prepare_model(model, tokenizer, "mistral", torch.device("cpu"))
     runtime = Runtime(loaded, encode(load_data(completion_file, settings), loaded, settings), settings, 2, tmp_path)
-    assert runtime.uses_sequence_packing is joins
+    assert runtime.fast_paths.sequence_packing is joins

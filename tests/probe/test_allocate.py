@@ -12,7 +12,7 @@ import torch
 
 from rightrank.cli import main
 from rightrank.engine.arm_training import TrialFolders
-from rightrank.engine.runtime import Scores
+from rightrank.engine.evaluation import Scores
 from rightrank.engine.training_loop import run_trial
 from rightrank.io.adapter_folder import AdapterFolder, open_adapter
 from rightrank.probe import importance

@@ -33,8 +33,8 @@ ADAPTER = "default"  # PEFT's name for the only adapter of a model
 def attached(
     model: Any, settings: SelectSettings, arm: Arm, config: LoraConfig, rows: Mapping[str, torch.Tensor] | None = None
 ) -> Iterator[Any]:
-    """The PeftModel of `arm` around `model`, freshly initialised; the base is as before when the block ends."""
-    kept = {name: parameter.detach().clone() for name, parameter in trainable_base(model, settings)}
+    """The PeftModel of `arm` around `model`, freshly initialised. When the block ends the base is as it was before."""
+    biases = trained_biases(model, settings)
     peft_model = wrapped(model, config)
     try:
         initialise(peft_model, arm, arm.init_lora_weights or settings.init_lora_weights, rows=rows)
@@ -43,11 +43,7 @@ def attached(
                 module.lora_dropout.train()
         yield peft_model
     finally:
-        base = unwrapped(peft_model)
-        with torch.no_grad():
-            for name, parameter in base.named_parameters():
-                if name in kept:
-                    parameter.copy_(kept[name])
+        unwrapped(peft_model, biases)
 
 
 def wrapped(model: Any, config: LoraConfig, adapter: str = ADAPTER) -> Any:
@@ -61,24 +57,27 @@ def wrapped(model: Any, config: LoraConfig, adapter: str = ADAPTER) -> Any:
     return peft_model
 
 
-def unwrapped(peft_model: Any) -> Any:
-    """The base without PEFT's layers, frozen.
+def unwrapped(peft_model: Any, biases: Mapping[str, torch.Tensor] | None = None) -> Any:
+    """The base without PEFT's layers, frozen, with the `biases` that `trained_biases` saved.
 
-    PEFT's `unload` leaves the trained copy of a module in `modules_to_save` (a classification's head among them)
-    in place of the base's own, from which the next arm would then start: the base's own is put back here.
+    PEFT's `unload` leaves the trained copy of each module in `modules_to_save` (a classification head, for example) in
+    the base. This function puts the base's own module back, so that the next arm does not start from a trained one.
     """
-    own = {
+    originals = {
         name: module.original_module
         for name, module in peft_model.base_model.model.named_modules()
         if isinstance(module, ModulesToSaveWrapper)
     }
     base = peft_model.unload()
-    for name, module in own.items():
+    for name, module in originals.items():
         parent, _, last = name.rpartition(".")
         setattr(base.get_submodule(parent), last, module)
     base.requires_grad_(False)
     if hasattr(base, "peft_config"):
         del base.peft_config
+    with torch.no_grad():
+        for name, value in (biases or {}).items():
+            base.get_parameter(name).copy_(value)
     return base
 
 
@@ -139,8 +138,8 @@ def _draw_seed(seed: int, module_name: str) -> list[int]:
     return [seed, int.from_bytes(digest[:8], "big")]
 
 
-def trainable_base(model: Any, settings: SelectSettings) -> list[tuple[str, torch.nn.Parameter]]:
-    """The base's own parameters that PEFT will train, by the `bias` setting."""
+def trained_biases(model: Any, settings: SelectSettings) -> dict[str, torch.Tensor]:
+    """Copies of the base's biases, which PEFT trains in place if the `bias` setting says so; else empty."""
     if settings.bias == "none":
-        return []
-    return [(name, parameter) for name, parameter in model.named_parameters() if name.endswith("bias")]
+        return {}
+    return {name: value.detach().clone() for name, value in model.named_parameters() if name.endswith("bias")}

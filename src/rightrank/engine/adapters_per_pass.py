@@ -81,7 +81,7 @@ def _seconds_per_arm(runtime: Runtime, arms: Sequence[Arm]) -> float:
     """The shortest of a few passes, forward and backward, over scratch adapters of these arms."""
     with MultiLora(runtime.model, runtime.settings) as multi_lora, runtime.recomputing():
         for number, arm in enumerate(arms):
-            multi_lora.add(f"scratch_{number}", arm, runtime.arm_config(arm))
+            multi_lora.add(f"scratch_{number}", arm, runtime.arm_targets.config(arm))
         batch = runtime.batch("train", runtime.batch_plan(arms[0].seed)[0][: runtime.settings.batch_size])
         arm_batches = [ArmBatch(f"scratch_{number}", batch, 1.0, None) for number in range(len(arms))]
         times: list[float] = []
@@ -100,7 +100,7 @@ def _probe_losses(runtime: Runtime, arms: Sequence[Arm]) -> tuple[torch.Tensor, 
     generator = torch.Generator().manual_seed(0)
     with MultiLora(runtime.model, runtime.settings) as multi_lora:
         for name, arm in zip(names, arms, strict=True):
-            for parameter in multi_lora.add(name, arm, runtime.arm_config(arm)).values():
+            for parameter in multi_lora.add(name, arm, runtime.arm_targets.config(arm)).values():
                 drawn = torch.randn(parameter.shape, generator=generator) * 0.02
                 parameter.data.copy_(parameter.data + drawn.to(parameter))
         plan = runtime.batch_plan(arms[0].seed)[0]

@@ -19,10 +19,11 @@ from peft import set_peft_model_state_dict
 from rightrank.engine.averaging import RunningMean
 from rightrank.engine.batches import Batch
 from rightrank.engine.distributed import process_index
+from rightrank.engine.evaluation import Scores
 from rightrank.engine.multi_lora import ArmBatch, MultiLora
 from rightrank.engine.optimizer import learning_rate_schedule, optimizer_state
 from rightrank.engine.outcome import Diverged, Progress, Seen, finished
-from rightrank.engine.runtime import Runtime, Scores
+from rightrank.engine.runtime import Runtime
 from rightrank.engine.scoring import Measured, measure
 from rightrank.engine.steps import OptimizerSteps
 from rightrank.io.adapters import save_adapter
@@ -74,7 +75,7 @@ class ArmTraining:
         self._observer = observer
         self._settings = runtime.settings
         self._named = multi_lora.add(
-            self.adapter, trial.arm, runtime.arm_config(trial.arm), runtime.first_rows(trial.arm)
+            self.adapter, trial.arm, runtime.arm_targets.config(trial.arm), runtime.first_rows(trial.arm)
         )
         self._parameters = list(self._named.values())
         self._steps = OptimizerSteps(

@@ -77,7 +77,7 @@ def gather_moments(
 
 def moment_tokens(runtime: Runtime) -> int:
     """`MOMENT_TOKENS`, or the share of a training's tokens that gathering may take where that is less."""
-    items = runtime.items("train")
+    items = runtime.examples("train")
     mean = sum(items[index].length for index in range(min(len(items), 256))) / min(len(items), 256)
     training = runtime.steps * runtime.settings.items_per_step * mean
     return max(1, min(MOMENT_TOKENS, int(MAX_SHARE * training)))
@@ -85,7 +85,7 @@ def moment_tokens(runtime: Runtime) -> int:
 
 def micro_batches(runtime: Runtime, examples: Sequence[int], tokens: int) -> Iterator[Sequence[int]]:
     """Training examples in micro-batches until so many tokens are reached."""
-    items, size = runtime.items("train"), runtime.settings.batch_size
+    items, size = runtime.examples("train"), runtime.settings.batch_size
     read = 0
     for start in range(0, len(examples), size):
         if read >= tokens:
@@ -155,7 +155,7 @@ class _Read:
     labels: int = 0
 
     def add(self, runtime: Runtime, indices: Sequence[int], tokens: int) -> None:
-        items = runtime.items("train")
+        items = runtime.examples("train")
         self.examples += len(indices)
         self.tokens += tokens
         self.labels += sum(label_count(items[index], runtime.data.is_classification) for index in indices)

@@ -1,9 +1,8 @@
-"""What the model answers to held-out items: greedy text in batches with a key-value cache, or the class it names."""
+"""What the model answers to held-out examples: greedy text, in batches with a key-value cache, or the predicted class."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,99 +10,123 @@ import torch
 from transformers import GenerationConfig
 
 from rightrank.engine.distributed import broadcast, process_index, world_size
+from rightrank.engine.gradient_checkpointing import kv_cache
 from rightrank.engine.runtime import Runtime
 from rightrank.errors import DataError, is_out_of_memory
 from rightrank.io.example_store import Example
 from rightrank.io.scorers import ModelAnswer
 from rightrank.records import SplitName
 
+MAX_SAMPLE_PROMPT_TOKENS = 256  # longer prompts are not shown as samples
+
 
 @dataclass(frozen=True, slots=True)
-class Question:
-    """A prompt as the model sees it, and what the data has for its answer."""
+class Prompt:
+    """A prompt as the model sees it, with the answer in the data."""
 
     item_id: str
-    prompt: str
+    text: str
     expected: str
-    special: bool  # whether the tokenizer adds its own beginning: a chat template has it already
+    add_special_tokens: bool  # False for a chat template, which writes them itself
     end: str = ""  # what the chat template writes after an answer
 
 
-def questions(runtime: Runtime, split: SplitName) -> list[Question]:
-    """The items of a split that have a prompt and a label left, in the split's order.
+def prompts(runtime: Runtime, split: SplitName) -> list[Prompt]:
+    """The prompts of a split's examples that have a label within `seq_len`, in the split's order.
 
     Raises:
-        DataError: plain texts, which have no prompt.
+        DataError: the data is plain text, which has no prompt.
     """
     if runtime.data.summary.form == "text":
         raise DataError("the data has `text` alone: metrics of what the model writes need `prompt` and `completion`")
-    kept = {item.item_id.split("#")[0] for item in runtime.items(split)}
-    return [_question(runtime, item) for item in runtime.data.texts[split] if item.item_id in kept]
+    kept = {example.item_id.split("#")[0] for example in runtime.examples(split)}
+    return [_prompt(runtime, example) for example in runtime.data.texts[split] if example.item_id in kept]
 
 
 def answers(runtime: Runtime, split: SplitName) -> list[ModelAnswer]:
-    """The answer to every item of a split under whatever adapter the base now carries; adapter dropout off."""
+    """The answer to every example of a split under the adapter that the base now carries, without adapter dropout."""
     if runtime.data.is_classification:
-        return _classes(runtime, split)
-    asked = questions(runtime, split)
+        return _predicted_classes(runtime, split)
+    asked = prompts(runtime, split)
     with runtime.without_dropout(), kv_cache(runtime.model):
-        written = _shared(runtime, asked)
-    return [ModelAnswer(q.item_id, q.prompt, text, q.expected) for q, text in zip(asked, written, strict=True)]
+        texts = _generate_shared(runtime, asked)
+    return [ModelAnswer(p.item_id, p.text, text, p.expected) for p, text in zip(asked, texts, strict=True)]
 
 
-def _question(runtime: Runtime, item: Example) -> Question:
-    prompt, completion = item.content.get("prompt"), item.content.get("completion")
+def promptable_examples(runtime: Runtime, count: int) -> list[Example]:
+    """The first `count` test examples with a string prompt that is not too long to show."""
+    if runtime.data.summary.form != "prompt_completion":
+        return []
+    tokenizer = runtime.loaded.tokenizer
+    found: list[Example] = []
+    for example in runtime.data.texts["test"]:
+        if len(found) == count:
+            break
+        prompt = example.content["prompt"]
+        if isinstance(prompt, str) and 0 < len(tokenizer(prompt)["input_ids"]) <= MAX_SAMPLE_PROMPT_TOKENS:
+            found.append(example)
+    return found
+
+
+def write_completion(runtime: Runtime, example: Example) -> str:
+    """The answer to one example, generated in this process as `answers` generates it."""
+    with runtime.without_dropout(), kv_cache(runtime.model):
+        return _generate(runtime, [_prompt(runtime, example)])[0]
+
+
+def _prompt(runtime: Runtime, example: Example) -> Prompt:
+    prompt, completion = example.content.get("prompt"), example.content.get("completion")
     if isinstance(prompt, str):
-        return Question(item.item_id, prompt, str(completion), special=True)
-    messages = [*item.content["messages"]] if prompt is None else [*prompt, *(completion or [])]
+        return Prompt(example.item_id, prompt, str(completion), add_special_tokens=True)
+    messages = [*example.content["messages"]] if prompt is None else [*prompt, *(completion or [])]
     last = max(index for index, message in enumerate(messages) if message["role"] == "assistant")
     tokenizer: Any = runtime.loaded.tokenizer
     before = tokenizer.apply_chat_template(messages[:last], tokenize=False, add_generation_prompt=True) if last else ""
     whole = tokenizer.apply_chat_template(messages[: last + 1], tokenize=False)
     expected = messages[last]["content"]
     _, found, end = whole[len(before) :].rpartition(expected)
-    return Question(item.item_id, before, expected, False, end if found else "")
+    return Prompt(example.item_id, before, expected, add_special_tokens=False, end=end if found else "")
 
 
-def _shared(runtime: Runtime, asked: Sequence[Question]) -> list[str]:
-    """Texts in the order of the questions; of several processes, each writes its share."""
+def _generate_shared(runtime: Runtime, asked: Sequence[Prompt]) -> list[str]:
+    """Texts in the order of the prompts; with several processes, each generates its share."""
     texts: dict[int, str] = {}
     for process in range(world_size()):
         mine = list(range(len(asked)))[process :: world_size()]
-        written = _write(runtime, [asked[index] for index in mine]) if process == process_index() else None
-        texts |= dict(zip(mine, broadcast(process, written), strict=True))
+        generated = _generate(runtime, [asked[index] for index in mine]) if process == process_index() else None
+        texts |= dict(zip(mine, broadcast(process, generated), strict=True))
     return [texts[index] for index in range(len(asked))]
 
 
 @torch.no_grad()
-def _write(runtime: Runtime, asked: Sequence[Question]) -> list[str]:
-    """Greedy; prompts of like length together; half the batch where memory does not do."""
-    encoded = [_prompt_ids(runtime, question) for question in asked]
+def _generate(runtime: Runtime, asked: Sequence[Prompt]) -> list[str]:
+    """Greedy text for each prompt. Batches hold prompts of like length; running out of memory halves the batch size."""
+    encoded = [_prompt_ids(runtime, prompt) for prompt in asked]
     order = sorted(range(len(asked)), key=lambda index: len(encoded[index]))
-    config = _generation(runtime, asked)
+    config = _generation_config(runtime, asked)
     texts = [""] * len(asked)
     size, begin = runtime.settings.eval_batch_size, 0
     while begin < len(order):
         chosen = order[begin : begin + size]
         try:
-            written = _batch(runtime, [encoded[index] for index in chosen], config)
+            generated = _generate_batch(runtime, [encoded[index] for index in chosen], config)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error) or size == 1:
                 raise
             size //= 2
             continue
-        for index, text in zip(chosen, written, strict=True):
+        for index, text in zip(chosen, generated, strict=True):
             texts[index] = text
         begin += len(chosen)
     return texts
 
 
-def _prompt_ids(runtime: Runtime, question: Question) -> list[int]:
-    """Token ids; a prompt too long for the model keeps its end. An empty one begins as texts do."""
+def _prompt_ids(runtime: Runtime, prompt: Prompt) -> list[int]:
+    """Token ids. A prompt too long for the model keeps its end; an empty one becomes the beginning-of-text token."""
     tokenizer: Any = runtime.loaded.tokenizer
-    ids: list[int] = tokenizer(question.prompt, add_special_tokens=question.special, verbose=False)["input_ids"]
-    if ids and ids[-1] == tokenizer.eos_token_id and question.special:
-        ids = ids[:-1]  # of a tokenizer that ends every text
+    ids: list[int] = tokenizer(prompt.text, add_special_tokens=prompt.add_special_tokens, verbose=False)["input_ids"]
+    if ids and ids[-1] == tokenizer.eos_token_id and prompt.add_special_tokens:
+        ids = ids[:-1]  # added by a tokenizer that ends every text
     positions = getattr(runtime.model.config.get_text_config(), "max_position_embeddings", None)
     if isinstance(positions, int):
         ids = ids[-max(1, positions - runtime.settings.max_new_tokens) :]
@@ -111,24 +134,24 @@ def _prompt_ids(runtime: Runtime, question: Question) -> list[int]:
     return ids or [start if start is not None else 0]
 
 
-def _batch(runtime: Runtime, prompts: Sequence[list[int]], config: Any) -> list[str]:
-    """Padding is on the left, so that every answer begins where its prompt ends."""
+def _generate_batch(runtime: Runtime, token_ids: Sequence[list[int]], config: Any) -> list[str]:
+    """Pad on the left, so that every answer begins where its prompt ends."""
     tokenizer: Any = runtime.loaded.tokenizer
-    longest, pad = max(map(len, prompts)), tokenizer.pad_token_id
-    ids = torch.tensor([[pad] * (longest - len(prompt)) + prompt for prompt in prompts])
-    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    longest, pad = max(map(len, token_ids)), tokenizer.pad_token_id
+    ids = torch.tensor([[pad] * (longest - len(row)) + row for row in token_ids])
+    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in token_ids])
     device = runtime.loaded.device
     output = runtime.model.generate(input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=config)
     texts: list[str] = tokenizer.batch_decode(output[:, longest:], skip_special_tokens=True)
     return texts
 
 
-def _generation(runtime: Runtime, asked: Sequence[Question]) -> Any:
-    """Greedy whatever the model's own configuration says of sampling; the end is any that model or template has."""
+def _generation_config(runtime: Runtime, asked: Sequence[Prompt]) -> Any:
+    """Greedy decoding, whatever the model's own configuration; it ends at any end token of model, tokenizer or template."""
     tokenizer: Any = runtime.loaded.tokenizer
     own = getattr(runtime.model.generation_config, "eos_token_id", None)
     ends = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])}
-    for end in {question.end for question in asked if question.end}:
+    for end in {prompt.end for prompt in asked if prompt.end}:
         first = tokenizer(end.lstrip(), add_special_tokens=False)["input_ids"][:1]
         ends |= set(first) & set(tokenizer.all_special_ids) | set(first) & set(tokenizer.added_tokens_decoder)
     config: Any = GenerationConfig  # untyped in transformers
@@ -147,30 +170,18 @@ def _generation(runtime: Runtime, asked: Sequence[Question]) -> Any:
 
 
 @torch.no_grad()
-def _classes(runtime: Runtime, split: SplitName) -> list[ModelAnswer]:
-    names, items = runtime.data.summary.classes or [], runtime.items(split)
-    texts = {item.item_id: str(item.content["text"]) for item in runtime.data.texts[split]}
+def _predicted_classes(runtime: Runtime, split: SplitName) -> list[ModelAnswer]:
+    names, examples = runtime.data.summary.classes or [], runtime.examples(split)
+    texts = {example.item_id: str(example.content["text"]) for example in runtime.data.texts[split]}
     found: list[ModelAnswer] = []
     size = runtime.settings.eval_batch_size
     with runtime.without_dropout():
-        for begin in range(0, len(items), size):
-            rows = list(range(begin, min(begin + size, len(items))))
+        for begin in range(0, len(examples), size):
+            rows = list(range(begin, min(begin + size, len(examples))))
             batch = runtime.batch(split, rows)
             logits = runtime.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
             for row, predicted in zip(rows, logits.argmax(-1).tolist(), strict=True):
-                item = items[row]
-                found.append(ModelAnswer(item.item_id, texts[item.item_id], names[predicted], names[item.labels[0]]))
+                example = examples[row]
+                expected = names[example.labels[0]]
+                found.append(ModelAnswer(example.item_id, texts[example.item_id], names[predicted], expected))
     return found
-
-
-@contextmanager
-def kv_cache(model: Any) -> Iterator[None]:
-    """The key-value cache works: blocks that recompute their activations in training do not while writing."""
-    blocks = [m for m in model.modules() if getattr(m, "gradient_checkpointing", False) and m.training]
-    for block in blocks:
-        block.training = False
-    try:
-        yield
-    finally:
-        for block in blocks:
-            block.training = True

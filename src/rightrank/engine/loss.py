@@ -34,9 +34,9 @@ class BatchLoss:
     """What a forward pass over a batch of b items gives."""
 
     total: torch.Tensor  # scalar with a graph: the sum of all label losses times the scale asked for
-    item_losses: torch.Tensor  # [b], summed over each item's labels, nats, no graph, on the CPU
-    item_tokens: torch.Tensor  # [b], labels of each item
-    item_correct: torch.Tensor | None  # [b], 1 where a classification is right
+    example_losses: torch.Tensor  # [b], summed over each item's labels, nats, no graph, on the CPU
+    example_tokens: torch.Tensor  # [b], labels of each item
+    example_correct: torch.Tensor | None  # [b], 1 where a classification is right
 
 
 class Objective(Protocol):
@@ -197,6 +197,6 @@ def _head_agrees(model: Any, batch: Batch) -> bool:
         return False
     if model.base_model is model:
         return False
-    theirs = logits_loss(model, batch, 1.0).item_losses
-    ours = head_loss(model, batch, 1.0).item_losses
+    theirs = logits_loss(model, batch, 1.0).example_losses
+    ours = head_loss(model, batch, 1.0).example_losses
     return torch.allclose(ours, theirs, rtol=HEAD_TOLERANCE if theirs.isfinite().all() else 0, atol=1e-4)

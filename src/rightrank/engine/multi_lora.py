@@ -17,7 +17,7 @@ from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
 
-from rightrank.engine.adapter import ADAPTER, initialise, trainable_base, unwrapped, wrapped
+from rightrank.engine.adapter import ADAPTER, initialise, trained_biases, unwrapped, wrapped
 from rightrank.engine.batches import Batch
 from rightrank.engine.multi_lora_layers import Routing, install
 from rightrank.engine.targets import without_peft_noise
@@ -42,7 +42,7 @@ class MultiLora:
         self._model = model
         self._settings = settings
         self._peft_model: Any = None
-        self._kept: dict[str, torch.Tensor] = {}
+        self._biases: dict[str, torch.Tensor] = {}
         self._names: list[str] = []
         self.routing: Routing | None = None
 
@@ -67,7 +67,7 @@ class MultiLora:
         `rows` are the first A of modules that have one of their own.
         """
         if self._peft_model is None:
-            self._kept = {n: p.detach().clone() for n, p in trainable_base(self._model, self._settings)}
+            self._biases = trained_biases(self._model, self._settings)
             self._peft_model = wrapped(self._model, config, adapter)
         else:
             with without_peft_noise():
@@ -140,12 +140,8 @@ class MultiLora:
         self._names.clear()
         if self._peft_model is None:
             return
-        base = unwrapped(self._peft_model)
+        unwrapped(self._peft_model, self._biases)
         self._peft_model = None
-        with torch.no_grad():
-            for name, parameter in base.named_parameters():
-                if name in self._kept:
-                    parameter.copy_(self._kept[name])
 
 
 def concatenated(batches: Sequence[Batch], pad_id: int) -> Batch:

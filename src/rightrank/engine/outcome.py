@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from rightrank.engine.runtime import Runtime, Scores
+from rightrank.engine.evaluation import Scores
+from rightrank.engine.runtime import Runtime
 from rightrank.engine.scoring import Measured
 from rightrank.records import EvalPoint, Trial, TrialDiverged, TrialFinished
 

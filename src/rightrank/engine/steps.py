@@ -47,7 +47,7 @@ class OptimizerSteps:
         size, indices = self._settings.batch_size, self._plan[step]
         micro = [indices[start : start + size] for start in range(0, len(indices), size)]
         batches = [self._runtime.batch("train", my_share(part)) for part in micro]
-        examples = [self._runtime.items("train")[index] for index in indices]
+        examples = [self._runtime.examples("train")[index] for index in indices]
         self.labels = sum(label_count(example, self._runtime.data.is_classification) for example in examples)
         self.tokens = sum(example.length for example in examples)
         for group in self.optimizer.param_groups:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +18,7 @@ from rightrank.maths.counts import rank_of_equal_parameters
 from rightrank.maths.scaling import lora_scale, peft_scaling
 from rightrank.records import Arm
 from rightrank.settings import SelectSettings
-from rightrank.variants import modules_of, stored_rank, variants_of
+from rightrank.variants import modules_of, stored_rank, target_sets, variants_of
 
 ALL_LINEAR = "all-linear"
 
@@ -170,24 +170,53 @@ def _require_ranks(targets: Sequence[TargetModule], ranks: Sequence[int]) -> Non
             )
 
 
-def require_equal_ranks(settings: SelectSettings, own: Targets, sets: Mapping[tuple[str, ...], Targets]) -> None:
-    """Refuse a set of modules that can't hold as many parameters as the settings' own at every rank.
+class ArmTargets:
+    """The target modules of each arm of a run: the settings' own set, or a set that the sweep names.
 
     Raises:
-        ModelError: such a set.
+        ModelError: a set that PEFT can't adapt, or one that can't hold as many parameters as the settings' own.
     """
-    for variant in variants_of(settings):
-        if variant.axis != "equal_targets":
-            continue
-        other = sets[modules_of(variant.value)]
-        most = min(module.max_rank for module in other.modules)
-        for rank in settings.ranks:
-            needed = rank_of_equal_parameters(rank, own.shapes, other.shapes)
-            if needed > most:
-                raise ModelError(
-                    f"sweep {variant.label}: as many parameters as rank {rank} has over {'+'.join(settings.target_modules)} "
-                    f"take rank {needed} there, and these modules can have {most}; name more modules, or smaller ranks"
-                )
+
+    def __init__(self, model: Any, settings: SelectSettings, classification: bool) -> None:
+        self._settings = settings
+        self._classification = classification
+        self._sets = {
+            names: find_targets(model, settings.model_copy(update={"target_modules": names}), classification)
+            for names in target_sets(settings)
+        }
+        self.shared = self._sets[settings.target_modules]
+        self._require_equal_ranks()
+
+    @property
+    def adapted(self) -> set[str]:
+        """The names of all modules that some arm adapts."""
+        return {module.name for targets in self._sets.values() for module in targets.modules}
+
+    def of(self, arm: Arm) -> Targets:
+        return self.shared if arm.target_modules is None else self._sets[arm.target_modules]
+
+    def config(self, arm: Arm) -> LoraConfig:
+        """PEFT's configuration of the arm, at the rank that keeps the parameter count where the arm asks for that."""
+        targets, rank = self.of(arm), arm.rank
+        if arm.equal_parameters:
+            rank = rank_of_equal_parameters(rank, self.shared.shapes, targets.shapes)
+        held = arm.model_copy(update={"rank": rank})
+        return lora_config(self._settings, held, self._classification, targets.names)
+
+    def _require_equal_ranks(self) -> None:
+        settings = self._settings
+        for variant in variants_of(settings):
+            if variant.axis != "equal_targets":
+                continue
+            other = self._sets[modules_of(variant.value)]
+            limit = min(module.max_rank for module in other.modules)
+            for rank in settings.ranks:
+                needed = rank_of_equal_parameters(rank, self.shared.shapes, other.shapes)
+                if needed > limit:
+                    raise ModelError(
+                        f"sweep {variant.label}: as many parameters as rank {rank} has over {'+'.join(settings.target_modules)} "
+                        f"take rank {needed} there, and these modules can have {limit}; name more modules, or smaller ranks"
+                    )
 
 
 def _names_there_are(model: Any) -> str:

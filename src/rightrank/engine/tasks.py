@@ -8,7 +8,7 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
-from rightrank.engine.generation import kv_cache
+from rightrank.engine.gradient_checkpointing import kv_cache
 from rightrank.engine.runtime import Runtime
 from rightrank.errors import MetricError, MissingExtraError, SettingsError
 from rightrank.io.scorers import Scored

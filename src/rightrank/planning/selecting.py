@@ -183,7 +183,9 @@ def first_pass_loss(loaded: LoadedModel, items: Sequence[EncodedExample]) -> flo
         logits_loss(loaded.model, collate(items, [index], loaded.tokenizer.pad_token_id, loaded.device), 1.0)
         for index in range(min(PROBED_ITEMS, len(items)))
     ]
-    return sum(float(loss.item_losses.sum()) for loss in losses) / sum(int(loss.item_tokens.sum()) for loss in losses)
+    return sum(float(loss.example_losses.sum()) for loss in losses) / sum(
+        int(loss.example_tokens.sum()) for loss in losses
+    )
 
 
 def ranks_for_data(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -16,9 +15,11 @@ from peft.tuners.lora import LoraLayer
 
 from rightrank.engine.adapter import trainable_parameters, unwrapped
 from rightrank.engine.encode import encode
+from rightrank.engine.evaluation import Scores
 from rightrank.engine.optimizer import learning_rate_schedule
-from rightrank.engine.runtime import Runtime, Scores
+from rightrank.engine.runtime import Runtime
 from rightrank.engine.steps import OptimizerSteps
+from rightrank.engine.targets import without_peft_noise
 from rightrank.errors import ModelError, RunError, SettingsError
 from rightrank.io.adapter_folder import AdapterFolder
 from rightrank.io.data import load_data
@@ -84,9 +85,7 @@ def adapter_on(runtime: Runtime, folder: Path, *, trainable: bool = False) -> It
         ModelError: PEFT can't put this adapter on this base.
     """
     try:
-        with warnings.catch_warnings():
-            # PEFT asks transformers by a name that transformers 5 calls deprecated: nothing a user could act on
-            warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
+        with without_peft_noise():
             peft_model: Any = PeftModel.from_pretrained(runtime.model, str(folder), is_trainable=trainable)
     except (RuntimeError, ValueError, KeyError, TypeError) as error:
         raise ModelError(
@@ -117,7 +116,7 @@ def train_attached(runtime: Runtime, peft_model: Any, learning_rate: float, seed
         for batch in steps.begin(step):
             result = runtime.losses("train", batch, 1 / steps.labels)
             torch.autograd.backward(result.total)
-            loss_sum += float(result.item_losses.sum())
+            loss_sum += float(result.example_losses.sum())
         if not math.isfinite(steps.update(loss_sum)):
             raise RunError(f"training diverged at step {step + 1} of {runtime.steps}; give a lower learning rate")
 

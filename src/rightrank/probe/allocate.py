@@ -16,7 +16,8 @@ from typing import Literal
 import numpy as np
 
 from rightrank.engine.adapter import attached
-from rightrank.engine.runtime import Runtime, Scores
+from rightrank.engine.evaluation import Scores
+from rightrank.engine.runtime import Runtime
 from rightrank.engine.targets import lora_config
 from rightrank.errors import SettingsError, did_you_mean
 from rightrank.io.adapter_folder import AdapterFolder, open_adapter

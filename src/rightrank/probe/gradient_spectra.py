@@ -30,6 +30,6 @@ def inspect_gradient(model: str, data: Path, settings: SelectSettings, sketch_ra
         matrix = gradient if gradient.shape[0] == target.out_features else gradient.T
         updates.append(matrix_update(module, matrix.float(), sketch_rank))
     modules = flag_dead([describe(update) for update in updates])
-    note = f"mean loss over the first {min(GRADIENT_ITEMS, len(runtime.items('train')))} training items, base without adapter"
+    note = f"mean loss over the first {min(GRADIENT_ITEMS, len(runtime.examples('train')))} training items, base without adapter"
     about = Circumstances("gradient", "none", model, sum(update.parameters for update in updates), notes=(note,))
     return Inspection(modules=modules, summary=summarise(modules, about))

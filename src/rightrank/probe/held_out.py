@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 
 from rightrank.decision import decide, table_of
-from rightrank.engine.runtime import Runtime, Scores
+from rightrank.engine.evaluation import Scores
+from rightrank.engine.runtime import Runtime
 from rightrank.io.adapter_folder import AdapterFolder, open_adapter, write_adapter
 from rightrank.io.adapters import save_adapter
 from rightrank.io.files import require_absent

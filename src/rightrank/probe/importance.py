@@ -109,7 +109,7 @@ def weight_gradients(runtime: Runtime, names: Sequence[str], items: int = GRADIE
     for weight in weights.values():
         weight.requires_grad_(True)
     try:
-        count = min(items, len(runtime.items("train")))
+        count = min(items, len(runtime.examples("train")))
         size = runtime.settings.batch_size
         for start in range(0, count, size):
             batch = runtime.batch("train", range(start, min(start + size, count)))
@@ -149,8 +149,8 @@ def by_eva(adapter: AdapterFolder, runtime: Runtime, budget: int, rank: int) -> 
 
 def _batches(runtime: Runtime) -> Iterator[dict[str, torch.Tensor]]:
     size = runtime.settings.batch_size
-    for start in range(0, min(EVA_BATCHES * size, len(runtime.items("train"))), size):
-        batch = runtime.batch("train", range(start, min(start + size, len(runtime.items("train")))))
+    for start in range(0, min(EVA_BATCHES * size, len(runtime.examples("train"))), size):
+        batch = runtime.batch("train", range(start, min(start + size, len(runtime.examples("train")))))
         yield {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from rightrank.decision.run import best_trial
 from rightrank.engine.certify import certify
+from rightrank.engine.generation import promptable_examples, write_completion
 from rightrank.engine.runtime import Runtime
-from rightrank.engine.sample import promptable_items, write_completion
 from rightrank.engine.scoring import measure
 from rightrank.exports.adapter_folder import hand_over
 from rightrank.io.adapters import restore_adapter
@@ -117,7 +117,7 @@ def _test(selection: Selection, bench: Runtime, trial: TrialFinished) -> None:
 
 
 def _write_samples(selection: Selection, bench: Runtime, chosen: TrialFinished) -> None:
-    items = promptable_items(bench, bench.settings.samples)
+    items = promptable_examples(bench, bench.settings.samples)
     before = [write_completion(bench, item) for item in items]
     with bench.arm(chosen.arm) as model:
         restore_adapter(model, selection.folder.finished_adapter(chosen.trial_id))

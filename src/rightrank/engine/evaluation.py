@@ -1,0 +1,72 @@
+"""Held-out scores of a split, one per example."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from rightrank.engine.distributed import all_reduce, process_index, world_size
+from rightrank.engine.loss import BatchLoss
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """Scores of a split, in the split's order."""
+
+    losses: list[float]  # nats, summed over the example's label tokens
+    tokens: list[int]  # label tokens of the example
+    correct: list[int] | None  # classification only: 1 where the predicted class is right
+
+    @classmethod
+    def zeros(cls, count: int, classification: bool) -> Scores:
+        return cls([0.0] * count, [0] * count, [0] * count if classification else None)
+
+    @property
+    def loss(self) -> float:
+        """Token-weighted mean loss, nats per label."""
+        return sum(self.losses) / sum(self.tokens)
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        values = {"loss": self.loss}
+        if self.correct is not None:
+            values["accuracy"] = sum(self.correct) / len(self.correct)
+        return values
+
+
+def score_batches(
+    batches: Sequence[Sequence[int]],
+    losses: Callable[[Sequence[int]], BatchLoss],
+    scores: Sequence[Scores],
+    *,
+    in_step: bool,
+) -> list[Scores]:
+    """Fill `scores`, one per adapter, from the losses of every batch of example indices.
+
+    `losses(indices)` returns the examples of the first adapter, then those of the second, and so on. With several
+    processes, each scores every `world_size`-th batch. `in_step` makes every process run the same number of passes,
+    which a base sharded over the processes requires.
+    """
+    mine = batches[process_index() :: world_size()]
+    for indices in mine:
+        result = losses(indices)
+        for row, (score, index) in enumerate((score, index) for score in scores for index in indices):
+            score.losses[index] = float(result.example_losses[row])
+            score.tokens[index] = int(result.example_tokens[row])
+            if score.correct is not None and result.example_correct is not None:
+                score.correct[index] = int(result.example_correct[row])
+    if in_step and len(mine) < -(-len(batches) // world_size()):
+        losses(batches[0])  # result unused: the other processes gather the base for one more batch
+    return list(scores) if world_size() == 1 else [_summed(score) for score in scores]
+
+
+def _summed(score: Scores) -> Scores:
+    """The sum over processes; a process holds zeros for examples that another one scored."""
+    tensors = [
+        torch.tensor(values, dtype=torch.float64) for values in (score.losses, score.tokens, score.correct or [])
+    ]
+    all_reduce(tensors)
+    losses, tokens, correct = (tensor.tolist() for tensor in tensors)
+    return Scores(losses, [round(n) for n in tokens], None if score.correct is None else [round(n) for n in correct])
