@@ -60,6 +60,7 @@ def test_more_of_either_narrows_the_interval() -> None:
 
 
 def test_the_winner_of_equals_is_optimistic_by_the_expected_minimum() -> None:
+    assert winners_gap(np.zeros(2), np.eye(2)) == pytest.approx(np.pi**-0.5, rel=0.05)
     assert winners_gap(np.zeros(3), np.eye(3)) == pytest.approx(0.846, rel=0.05)
     assert winners_gap(np.array([0.0, 100.0]), np.eye(2)) == pytest.approx(0.0, abs=0.06)
     assert winners_gap(np.zeros(1), np.eye(1)) == 0.0

@@ -53,13 +53,38 @@ class Judged:
     threshold: float  # the smallest margin at which the rank is taken as enough
 
 
-def judge(evidence: Evidence, margin: float) -> dict[int, Judged]:
-    """Every rank against the reference, and the base as rank 0 if the table has it."""
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """All ranks against the reference at one margin, and the rank that the rule chooses."""
+
+    evidence: Evidence
+    judged: dict[int, Judged]  # by rank; the base is rank 0
+    margin: float  # oriented unit
+    chosen: int
+
+    @property
+    def reference(self) -> Contender:
+        return self.evidence.reference
+
+    @property
+    def ranks(self) -> list[int]:
+        """The ranks tried, ascending, without the base."""
+        return sorted(self.evidence.contenders)
+
+    @property
+    def next_lower(self) -> int | None:
+        """The highest rank below the chosen one."""
+        return max((rank for rank in self.ranks if rank < self.chosen), default=None)
+
+
+def compare(evidence: Evidence, margin: float) -> Comparison:
+    """Judge every rank, and the base if the table has it, and walk down from the reference."""
     everyone = ([evidence.base] if evidence.base else []) + list(evidence.contenders.values())
-    return {contender.rank: _judge_one(contender, evidence, margin) for contender in everyone}
+    judged = {contender.rank: _judge(contender, evidence, margin) for contender in everyone}
+    return Comparison(evidence, judged, margin, walk_down(judged, evidence.reference.rank, lambda r: judged[r].within))
 
 
-def _judge_one(contender: Contender, evidence: Evidence, margin: float) -> Judged:
+def _judge(contender: Contender, evidence: Evidence, margin: float) -> Judged:
     mean = evidence.value(contender)
     if contender.rank == evidence.reference.rank:
         zero = Estimate(0.0, 0.0, 0.0, 0.0, 0, 1, 0.0, 0.0)
@@ -87,12 +112,12 @@ def descending(ranks: Iterable[int], reference: int) -> list[int]:
     return sorted((rank for rank in ranks if 0 < rank < reference), reverse=True)
 
 
-def staircase(judged: dict[int, Judged], reference_rank: int, unit: Unit) -> list[StaircaseStep]:
+def staircase(found: Comparison, unit: Unit) -> list[StaircaseStep]:
     """The chosen rank as a step function of the margin: a step at each margin from which the walk reaches a smaller rank."""
-    steps = [StaircaseStep(margin=0.0, rank=reference_rank)]
+    steps = [StaircaseStep(margin=0.0, rank=found.reference.rank)]
     threshold = 0.0
-    for rank in descending(judged, reference_rank):
-        threshold = max(threshold, judged[rank].threshold)
+    for rank in descending(found.judged, found.reference.rank):
+        threshold = max(threshold, found.judged[rank].threshold)
         margin = unit.difference(threshold)
         if margin == steps[-1].margin:
             steps.pop()  # the smaller rank replaces a larger one at the same margin

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 
 from rightrank.decision.evidence import Evidence
-from rightrank.decision.judge import CONFIDENCE, REFUTED, Judged
+from rightrank.decision.judge import CONFIDENCE, REFUTED, Comparison
 from rightrank.decision.verdicts import inconclusive_rank, possible_rival, underpowered
 from rightrank.maths.intervals import Estimate, normal_quantile
 from rightrank.records import NextRun, Verdict
@@ -22,32 +22,32 @@ CONFIRM_SEEDS = 3
 EDGE_FACTOR = 3  # the step beyond the best learning rate where no other learning rate gives one
 
 
-def next_runs(
-    judged: dict[int, Judged], evidence: Evidence, chosen: int, margin: float, verdict: Verdict, flags: list[str]
-) -> list[NextRun]:
+def next_runs(found: Comparison, verdict: Verdict, flags: list[str]) -> list[NextRun]:
     """What to run next, the most useful first. Never empty."""
     runs: list[NextRun] = []
     if verdict == "no_gain":
-        runs.append(_after_no_gain(evidence))
+        runs.append(_after_no_gain(found.evidence))
     elif verdict == "undecided":
-        inconclusive = inconclusive_rank(judged, evidence, chosen)
-        if inconclusive is not None:
-            runs.extend(_settle(inconclusive, judged[inconclusive].difference, evidence, chosen, margin))
-        else:
-            rival = possible_rival(judged, evidence, margin)
-            assert rival is not None
-            # the question is whether the reference is worse than the rival by the margin, so the difference is reversed
-            runs.extend(_settle(rival, judged[rival].difference.reversed(), evidence, chosen, margin))
+        rank, difference = _undecided_rank(found)
+        runs.extend(_settle(found, rank, difference))
     elif verdict == "rising":
-        runs.append(_extend(evidence))
+        runs.append(_extend(found.evidence))
     if "lr_edge" in flags:
-        runs.insert(1 if verdict in ("rising", "undecided") else 0, _beyond_the_edge(evidence, chosen))
+        runs.insert(1 if verdict in ("rising", "undecided") else 0, _beyond_the_edge(found))
     if verdict not in ("no_gain", "undecided"):
-        if evidence.is_point_reading and underpowered(judged, evidence, chosen, verdict):
-            runs.append(_prove(judged, evidence, chosen, margin))
-        else:
-            runs.append(_confirm(evidence, chosen))
+        is_reading = found.evidence.is_point_reading and underpowered(found, verdict)
+        runs.append(_prove(found) if is_reading else _confirm(found))
     return runs
+
+
+def _undecided_rank(found: Comparison) -> tuple[int, Estimate]:
+    """The rank that leaves the answer undecided, and the difference to compare with the margin."""
+    rank = inconclusive_rank(found)
+    if rank is not None:
+        return rank, found.judged[rank].difference
+    rival = possible_rival(found)
+    assert rival is not None
+    return rival, found.judged[rival].difference.reversed()  # how much worse the reference is than the rival
 
 
 def seeds_needed(estimate: Estimate, margin: float) -> int | None:
@@ -82,30 +82,31 @@ def _rounded_up(number: float) -> int:
     return int(math.ceil(number / step) * step)
 
 
-def _settle(rank: int, estimate: Estimate, evidence: Evidence, chosen: int, margin: float) -> list[NextRun]:
+def _settle(found: Comparison, rank: int, difference: Estimate) -> list[NextRun]:
     """More examples or more seeds at `rank` and the reference, the cheaper first; another margin if neither can settle it."""
-    reference = evidence.reference
-    ranks = sorted({rank, reference.rank} - {0})
-    names = _ranks(sorted({rank, reference.rank}))
+    ranks = sorted({rank, found.reference.rank} - {0})
+    names = _ranks(sorted({rank, found.reference.rank}))
     runs = []
-    examples, seeds = examples_needed(estimate, margin), seeds_needed(estimate, margin)
+    examples, seeds = examples_needed(difference, found.margin), seeds_needed(difference, found.margin)
     if examples is not None:
-        sentence = f"Score about {examples:,} held-out examples (now {estimate.examples:,}) at {names} to settle it."
+        sentence = f"Score about {examples:,} held-out examples (now {difference.examples:,}) at {names} to settle it."
         runs.append(NextRun(action="items", ranks=ranks, items=examples, sentence=sentence))
     if seeds is not None:
-        further = seeds - estimate.seeds
-        trials, seconds = len(ranks) * further, _seconds(evidence, ranks, further)
-        sentence = f"Train {names} with {seeds} seeds (now {estimate.seeds}) to settle it ({_cost(trials, seconds)})."
+        further = seeds - difference.seeds
+        trials, seconds = len(ranks) * further, _seconds(found.evidence, ranks, further)
+        sentence = f"Train {names} with {seeds} seeds (now {difference.seeds}) to settle it ({_cost(trials, seconds)})."
         runs.append(
             NextRun(action="seeds", ranks=ranks, seeds=seeds, trials=trials, seconds=seconds, sentence=sentence)
         )
-    if examples is not None and seeds is not None and examples > CHEAP_EXAMPLE_GROWTH * estimate.examples:
+    if examples is not None and seeds is not None and examples > CHEAP_EXAMPLE_GROWTH * difference.examples:
         runs.reverse()
     if not runs:
         start = f"Neither {MAX_SEEDS} seeds nor {MAX_EXAMPLE_GROWTH} times the examples"
-        start = start if estimate.examples else f"Not even {MAX_SEEDS} seeds"
-        sentence = f"{start} would settle {_name(rank)} at this noise: take rank {chosen}, or choose another margin."
-        runs.append(NextRun(action="none", ranks=[chosen], sentence=sentence))
+        start = start if difference.examples else f"Not even {MAX_SEEDS} seeds"
+        sentence = (
+            f"{start} would settle {_name(rank)} at this noise: take rank {found.chosen}, or choose another margin."
+        )
+        runs.append(NextRun(action="none", ranks=[found.chosen], sentence=sentence))
     return runs
 
 
@@ -121,8 +122,8 @@ def _extend(evidence: Evidence) -> NextRun:
     )
 
 
-def _beyond_the_edge(evidence: Evidence, chosen: int) -> NextRun:
-    ranks = sorted({chosen, evidence.reference.rank})
+def _beyond_the_edge(found: Comparison) -> NextRun:
+    evidence, ranks = found.evidence, sorted({found.chosen, found.reference.rank})
     rank, lr = next((rank, lr) for rank in ranks if (lr := _lr_beyond_the_edge(evidence, rank)) is not None)
     seconds = _seconds(evidence, ranks, 1)
     sentence = (
@@ -144,12 +145,11 @@ def _lr_beyond_the_edge(evidence: Evidence, rank: int) -> float | None:
     return lrs[-1] ** 2 / lrs[-2] if lrs[-2] > 0 else EDGE_FACTOR * lrs[-1]
 
 
-def _prove(judged: dict[int, Judged], evidence: Evidence, chosen: int, margin: float) -> NextRun:
+def _prove(found: Comparison) -> NextRun:
     """The seeds that are expected to show what a point reading suggests."""
-    reference = evidence.reference.rank
-    below = max((rank for rank in evidence.contenders if rank < chosen), default=chosen)
-    rank = chosen if chosen != reference else below
-    needed = seeds_needed(judged[rank].difference, margin) if rank != reference else None
+    evidence, reference = found.evidence, found.reference.rank
+    rank = found.chosen if found.chosen != reference else found.next_lower or reference
+    needed = seeds_needed(found.judged[rank].difference, found.margin) if rank != reference else None
     ranks = sorted({rank, reference})
     if needed is None:
         sentence = (
@@ -162,10 +162,10 @@ def _prove(judged: dict[int, Judged], evidence: Evidence, chosen: int, margin: f
     return NextRun(action="seeds", ranks=ranks, seeds=needed, trials=trials, seconds=seconds, sentence=sentence)
 
 
-def _confirm(evidence: Evidence, chosen: int) -> NextRun:
+def _confirm(found: Comparison) -> NextRun:
     """`CONFIRM_SEEDS` paired seeds at the answer, the next lower rank and the reference."""
-    below = [max((rank for rank in evidence.contenders if rank < chosen), default=chosen)]
-    ranks = sorted({chosen, evidence.reference.rank, *below})
+    evidence = found.evidence
+    ranks = sorted({found.chosen, found.reference.rank, found.next_lower or found.chosen})
     missing = sum(max(0, CONFIRM_SEEDS - len(evidence.contenders[rank].cells)) for rank in ranks)
     if missing == 0:
         sentence = f"No further training is needed: evaluate {_ranks(ranks)} once on held-out data that no choice was based on."

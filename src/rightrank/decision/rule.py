@@ -17,7 +17,7 @@ from dataclasses import replace
 from rightrank.decision.evidence import Evidence
 from rightrank.decision.fit import fit_curve
 from rightrank.decision.horizon import horizon_note
-from rightrank.decision.judge import CONFIDENCE, Judged, Unit, judge, staircase, walk_down
+from rightrank.decision.judge import CONFIDENCE, Judged, Unit, compare, staircase
 from rightrank.decision.metrics import default_margin
 from rightrank.decision.next_run import next_runs
 from rightrank.decision.sentences import basis_note, conflict_sentence, sentence_of
@@ -51,25 +51,23 @@ def decide(
     if table.kind == "token_loss" and not token_loss:
         table = replace(table, kind="loss")
     evidence, unit, margin = _prepared(table, margin)
-    oriented = unit.oriented_margin(margin)
-    judged = judge(evidence, oriented)
-    chosen = walk_down(judged, evidence.reference.rank, lambda rank: judged[rank].within)
-    verdict = verdict_of(judged, evidence, chosen, oriented)
-    curve = fit_curve(evidence, unit, oriented)
+    found = compare(evidence, unit.oriented_margin(margin))
+    judged, chosen = found.judged, found.chosen
+    verdict = verdict_of(found)
+    curve = fit_curve(evidence, unit, found.margin)
     horizon = horizon_note(evidence, chosen, margin)
-    gaps = [found.contender.gap for found in judged.values()]
     beside = [answer for answer in (_beside(judged, other, token_loss) for other in others) if answer is not None]
     names = [answer.metric for answer in beside]
-    flags = flags_of(judged, evidence, chosen, oriented, verdict, curve, horizon, horizon_steps, names)
+    flags = flags_of(found, verdict, curve, horizon, horizon_steps, names)
     if any(answer.conflict for answer in beside) and "metric_conflict" not in flags:
         flags.append("metric_conflict")
-    runs = next_runs(judged, evidence, chosen, oriented, verdict, flags)
+    runs = next_runs(found, verdict, flags)
     return Decision(
         rank=None if verdict in ("no_gain", "undecided") else chosen,
         fallback_rank=chosen,
         verdict=verdict,
         flags=flags,
-        sentence=sentence_of(judged, evidence, chosen, margin, verdict, unit),
+        sentence=sentence_of(found, margin, verdict, unit),
         next_run=runs[0].sentence,
         metric=table.metric,
         higher_is_better=table.higher_is_better,
@@ -77,13 +75,13 @@ def decide(
         reference_rank=evidence.reference.rank,
         confidence=CONFIDENCE,
         learning_rate=evidence.contenders[chosen].learning_rate or None,
-        staircase=staircase(judged, evidence.reference.rank, unit),
+        staircase=staircase(found, unit),
         ranks=[_record(judged[rank], unit) for rank in sorted(judged)],
         basis=evidence.basis,
         basis_note=basis_note(evidence),
         next_runs=runs,
         curve=curve,
-        winner_gap=unit.difference(max(gaps)),
+        winner_gap=unit.difference(max(one.contender.gap for one in judged.values())),
         horizon=horizon,
         other_metrics=beside,
     )
@@ -94,7 +92,7 @@ def _beside(judged: Mapping[int, Judged], other: ScoreTable, token_loss: bool) -
     if len(other.ranks()) < 2:
         return None
     answer = decide(other, token_loss=token_loss)
-    ours = {rank: found.non_inferior for rank, found in judged.items() if rank > 0}
+    ours = {rank: one.non_inferior for rank, one in judged.items() if rank > 0}
     theirs = {evidence.rank: evidence for evidence in answer.ranks if evidence.rank > 0}
     against = [rank for rank in ours if rank in theirs and {ours[rank], theirs[rank].non_inferior} == {True, False}]
     return MetricAnswer(

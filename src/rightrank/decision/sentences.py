@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from rightrank.decision.evidence import Evidence
-from rightrank.decision.judge import Judged, Unit
+from rightrank.decision.judge import Comparison, Unit
 from rightrank.decision.verdicts import inconclusive_rank, possible_rival
 from rightrank.records import RankEvidence, Verdict
 
@@ -22,12 +22,10 @@ def amount(value: str, evidence: Evidence) -> str:
     return value if evidence.table.metric == "value" else f"{value} in {evidence.table.metric}"
 
 
-def sentence_of(
-    judged: dict[int, Judged], evidence: Evidence, chosen: int, margin: float, verdict: Verdict, unit: Unit
-) -> str:
-    """The answer in one sentence."""
+def sentence_of(found: Comparison, margin: float, verdict: Verdict, unit: Unit) -> str:
+    """The answer in one sentence. `margin` is in the metric's unit."""
+    evidence, chosen, reference = found.evidence, found.chosen, found.reference.rank
     within = amount(f"{margin:.4g}", evidence)
-    reference = evidence.reference.rank
     verb = "looks" if evidence.is_point_reading else "is"
     caution = "; one number per rank can suggest this, not show it" if evidence.is_point_reading else ""
     match verdict:
@@ -37,7 +35,7 @@ def sentence_of(
                 "so there is no rank to choose."
             )
         case "undecided":
-            return _undecided(judged, evidence, chosen, margin, within, unit)
+            return _undecided(found, within, unit)
         case "overfitting":
             return (
                 f"Rank {chosen} {verb} enough: above rank {reference} held-out results get worse "
@@ -58,29 +56,25 @@ def sentence_of(
                 start = f"Rank {chosen} {verb} enough: it is the best of the ranks tried"
             else:
                 start = f"Rank {chosen} {verb} enough: it is within {within} of the best (rank {reference})"
-            below = max((rank for rank in evidence.contenders if rank < chosen), default=None)
-            if below is None:
+            if found.next_lower is None:
                 return f"{start}, and the smallest tried{caution}."
-            worse = number(unit.difference(judged[below].difference.mean))
-            return f"{start}, and the next lower rank ({below}) is {worse} worse{caution}."
+            worse = number(unit.difference(found.judged[found.next_lower].difference.mean))
+            return f"{start}, and the next lower rank ({found.next_lower}) is {worse} worse{caution}."
 
 
-def _undecided(
-    judged: dict[int, Judged], evidence: Evidence, chosen: int, margin: float, within: str, unit: Unit
-) -> str:
-    reference = evidence.reference.rank
-    inconclusive = inconclusive_rank(judged, evidence, chosen)
+def _undecided(found: Comparison, within: str, unit: Unit) -> str:
+    judged, chosen, reference = found.judged, found.chosen, found.reference.rank
+    inconclusive = inconclusive_rank(found)
     if inconclusive is None:
-        rival = possible_rival(judged, evidence, unit.oriented_margin(margin))
+        rival = possible_rival(found)
         assert rival is not None
         better = number(unit.difference(-judged[rival].low))
         return (
             f"Undecided: rank {reference} has the best mean, but rank {rival} may be better by up to {better}, "
             f"more than the margin of {within}."
         )
-    found = judged[inconclusive]
-    low, high = (number(unit.difference(value)) for value in (found.low, found.high))
-    difference = unit.difference(found.difference.mean)
+    low, high = (number(unit.difference(value)) for value in (judged[inconclusive].low, judged[inconclusive].high))
+    difference = unit.difference(judged[inconclusive].difference.mean)
     worse = f"{number(abs(difference))} {'better' if difference < 0 else 'worse'}"
     if inconclusive == 0:
         return (

@@ -23,28 +23,27 @@ from collections.abc import Collection
 import numpy as np
 
 from rightrank.decision.evidence import Contender, Evidence
-from rightrank.decision.judge import Judged
+from rightrank.decision.judge import Comparison
 from rightrank.decision.metrics import default_margin, direction, kind_of, published_deviation
 from rightrank.records import CurveFit, HorizonNote, Verdict
 
 
-def verdict_of(judged: dict[int, Judged], evidence: Evidence, chosen: int, margin: float) -> Verdict:
+def verdict_of(found: Comparison) -> Verdict:
     """The first row of the table above that applies."""
-    ranks = sorted(evidence.contenders)
-    if 0 in judged and judged[0].within:
+    if 0 in found.judged and found.judged[0].within:
         return "no_gain"
-    if inconclusive_rank(judged, evidence, chosen) is not None or possible_rival(judged, evidence, margin) is not None:
+    if inconclusive_rank(found) is not None or possible_rival(found) is not None:
         return "undecided"
-    if overfits(judged, evidence):
+    if overfits(found):
         return "overfitting"
-    if chosen == ranks[0] and all(_not_worse(judged[rank], evidence) for rank in ranks):
+    if found.chosen == found.ranks[0] and not any(_is_worse(found, rank) for rank in found.ranks):
         return "flat"
-    if chosen == ranks[-1] and rises(judged, evidence, margin):
+    if found.chosen == found.ranks[-1] and rises(found):
         return "rising"
     return "saturated"
 
 
-def inconclusive_rank(judged: dict[int, Judged], evidence: Evidence, chosen: int) -> int | None:
+def inconclusive_rank(found: Comparison) -> int | None:
     """The rank (0: the base) that leaves the answer undecided; None where the answer is known within a factor of two.
 
     The base does if it is inconclusive. Otherwise, with "next" the next lower rank than the chosen one, and "far" the highest
@@ -63,53 +62,55 @@ def inconclusive_rank(judged: dict[int, Judged], evidence: Evidence, chosen: int
     So a rank within a factor of two below the chosen one may stay inconclusive: too much rank costs memory, too little
     costs quality. Below the largest rank it may not, since then it is unknown whether the curve still rises.
     """
-    if evidence.is_point_reading:
+    if found.evidence.is_point_reading:
         return None
+    judged, below = found.judged, found.next_lower
     if 0 in judged and judged[0].non_inferior is None:
         return 0
-    lower = [rank for rank in sorted(evidence.contenders) if rank < chosen]
-    if not lower or judged[lower[-1]].non_inferior is False:
+    if below is None or judged[below].non_inferior is False:
         return None
-    if chosen == max(evidence.contenders):
-        return lower[-1]
-    far = [rank for rank in lower if 2 * rank < chosen]
-    if not far or judged[far[-1]].non_inferior is False:
+    if found.chosen == found.ranks[-1]:
+        return below
+    far = max((rank for rank in found.ranks if 2 * rank < found.chosen), default=None)
+    if far is None or judged[far].non_inferior is False:
         return None
-    return far[-1] if judged[far[-1]].non_inferior is None else lower[-1]
+    return far if judged[far].non_inferior is None else below
 
 
-def possible_rival(judged: dict[int, Judged], evidence: Evidence, margin: float) -> int | None:
+def possible_rival(found: Comparison) -> int | None:
     """The rank above the reference that may be better than it by more than the margin; None if there is none.
 
     It guards against a low rank that came out best by luck.
     """
-    if evidence.is_point_reading:
+    if found.evidence.is_point_reading:
         return None
-    above = [rank for rank in evidence.contenders if rank > evidence.reference.rank and judged[rank].low < -margin]
-    return min(above, key=lambda rank: judged[rank].low, default=None)
+    lows = {rank: found.judged[rank].low for rank in found.ranks if rank > found.reference.rank}
+    return min((rank for rank in lows if lows[rank] < -found.margin), key=lambda rank: lows[rank], default=None)
 
 
-def rises(judged: dict[int, Judged], evidence: Evidence, margin: float) -> bool:
+def rises(found: Comparison) -> bool:
     """Whether the top rank is better than every smaller one by more than the margin and more than its stated deviation."""
-    ranks = sorted(evidence.contenders)
-    if evidence.reference.rank != ranks[-1]:
+    *smaller, top = found.ranks
+    if found.reference.rank != top:
         return False
-    stated = [cell.deviation or 0.0 for cell in evidence.reference.cells.values()]
-    threshold = max(margin, *stated) if evidence.basis == "std" else margin
-    return all(judged[rank].difference.mean > threshold * (1 + 1e-9) for rank in ranks[:-1])
+    stated = [cell.deviation or 0.0 for cell in found.reference.cells.values()]
+    threshold = max(found.margin, *stated) if found.evidence.basis == "std" else found.margin
+    return all(found.judged[rank].difference.mean > threshold * (1 + 1e-9) for rank in smaller)
 
 
-def overfits(judged: dict[int, Judged], evidence: Evidence) -> bool:
+def overfits(found: Comparison) -> bool:
     """Whether the largest rank is worse than the margin allows on held-out data, and better than the reference in training."""
-    top = evidence.contenders[max(evidence.contenders)]
-    if top.rank == evidence.reference.rank or _not_worse(judged[top.rank], evidence):
+    top = found.evidence.contenders[found.ranks[-1]]
+    if top.rank == found.reference.rank or not _is_worse(found, top.rank):
         return False
-    ours, theirs = _train_value(top), _train_value(evidence.reference)
+    ours, theirs = _train_value(top), _train_value(found.reference)
     return ours is not None and theirs is not None and ours < theirs
 
 
-def _not_worse(judged: Judged, evidence: Evidence) -> bool:
-    return judged.within if evidence.is_point_reading else judged.non_inferior is not False
+def _is_worse(found: Comparison, rank: int) -> bool:
+    """Whether the rank is shown to be worse than the margin allows, or read to be in a point reading."""
+    judged = found.judged[rank]
+    return not judged.within if found.evidence.is_point_reading else judged.non_inferior is False
 
 
 def _train_value(contender: Contender) -> float | None:
@@ -119,10 +120,7 @@ def _train_value(contender: Contender) -> float | None:
 
 
 def flags_of(
-    judged: dict[int, Judged],
-    evidence: Evidence,
-    chosen: int,
-    margin: float,
+    found: Comparison,
     verdict: Verdict,
     curve: CurveFit | None,
     horizon: HorizonNote | None,
@@ -134,33 +132,33 @@ def flags_of(
     Args:
         judged_others: other metrics that were judged by intervals, and need no comparison of bare values here.
     """
-    top = max(evidence.contenders)
-    gaps = [judged[rank].contender.gap for rank in (chosen, evidence.reference.rank)]
-    trained = max((cell.steps or 0 for cell in evidence.reference.cells.values()), default=0)
+    evidence, top = found.evidence, found.ranks[-1]
+    answer = {found.chosen, found.reference.rank}
+    trained = max((cell.steps or 0 for cell in found.reference.cells.values()), default=0)
     beyond = curve is not None and curve.diminishing_rank is not None and curve.diminishing_rank > top
     raised = {
-        "underpowered": underpowered(judged, evidence, chosen, verdict),
+        "underpowered": underpowered(found, verdict),
         "rising": verdict == "undecided"
-        and rises(judged, evidence, margin)
-        and all(judged[rank].low > 0 for rank in evidence.contenders if rank < top),
-        "lr_edge": any(_at_edge(evidence, rank) for rank in {chosen, evidence.reference.rank}),
+        and rises(found)
+        and all(found.judged[rank].low > 0 for rank in found.ranks if rank < top),
+        "lr_edge": any(_at_edge(evidence, rank) for rank in answer),
         "unstable": any(evidence.table.missing.values()),
         "one_seed": min(len(contender.cells) for contender in evidence.contenders.values()) < 2,
-        "winner_gap": max(gaps) > margin / 2,
-        "metric_conflict": _conflicts(evidence, chosen, judged_others),
-        "may_be_capacity_limited": _gap_still_grows(judged[chosen], margin, horizon),
+        "winner_gap": max(evidence.contenders[rank].gap for rank in answer) > found.margin / 2,
+        "metric_conflict": _conflicts(evidence, found.chosen, judged_others),
+        "may_be_capacity_limited": _gap_still_grows(found, horizon),
         "extrapolated": beyond or (horizon_steps is not None and 0 < trained < horizon_steps),
     }
     return [flag for flag, raise_it in raised.items() if raise_it]
 
 
-def underpowered(judged: dict[int, Judged], evidence: Evidence, chosen: int, verdict: Verdict) -> bool:
+def underpowered(found: Comparison, verdict: Verdict) -> bool:
     """Whether the data can't show the answer at 95% confidence."""
-    if not evidence.is_point_reading:
+    if not found.evidence.is_point_reading:
         return verdict == "undecided"
-    below = max((rank for rank in evidence.contenders if rank < chosen), default=None)
-    settled = judged[chosen].non_inferior is True and (below is None or judged[below].non_inferior is False)
-    return evidence.basis == "values" or not settled
+    judged, below = found.judged, found.next_lower
+    settled = judged[found.chosen].non_inferior is True and (below is None or judged[below].non_inferior is False)
+    return found.evidence.basis == "values" or not settled
 
 
 def _at_edge(evidence: Evidence, rank: int) -> bool:
@@ -168,11 +166,11 @@ def _at_edge(evidence: Evidence, rank: int) -> bool:
     return len(tried) > 1 and evidence.contenders[rank].learning_rate in (tried[0], tried[-1])
 
 
-def _gap_still_grows(judged: Judged, margin: float, horizon: HorizonNote | None) -> bool:
+def _gap_still_grows(found: Comparison, horizon: HorizonNote | None) -> bool:
     """Whether the chosen rank's gap exceeds the margin if it grows by as much again."""
     if horizon is None or horizon.gap_growth is None or horizon.gap_growth <= 0:
         return False
-    return judged.difference.mean + horizon.gap_growth > margin
+    return found.judged[found.chosen].difference.mean + horizon.gap_growth > found.margin
 
 
 def _conflicts(evidence: Evidence, chosen: int, judged_others: Collection[str]) -> bool:

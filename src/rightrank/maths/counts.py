@@ -1,4 +1,4 @@
-"""What adapters hold: trainable parameters by formula, and the size of a safetensors file to the byte."""
+"""The size of adapters: trainable parameters by formula, and the size of a safetensors file to the byte."""
 
 from __future__ import annotations
 
@@ -20,19 +20,18 @@ def lora_parameters(rank: int, shapes: Iterable[tuple[int, int]], dora: bool = F
 def rank_of_equal_parameters(
     rank: int, shapes: Iterable[tuple[int, int]], other_shapes: Iterable[tuple[int, int]]
 ) -> int:
-    """The rank at which adapters on the other matrices hold about as many parameters as `rank` does on the first, at least 1.
+    """The rank on `other_shapes`, at least 1, with about as many parameters as `rank` has on `shapes`.
 
-    A rank more or less is Σ(d_out + d_in) of the other matrices: so near the counts can be brought.
+    The counts differ by at most half a rank, so by Σ(d_out + d_in) / 2 over the other matrices.
     """
     return max(1, round(lora_parameters(rank, shapes) / lora_parameters(1, other_shapes)))
 
 
 def capacity_rank(data_bits: float, shapes: Iterable[tuple[int, int]]) -> int:
-    """The rank whose adapter can hold all of the data's information at 2 bits a parameter.
+    """The rank whose adapter can hold all information of the data at 2 bits per parameter: ceil(D / (2·Σ(d_out + d_in))).
 
-    ceil(D / (2·Σ(d_out + d_in))), D in bits. The 2 to 3.6 bits a parameter are those that language models were
-    measured to memorise (Allen-Zhu and Li 2024: 2; Morris et al. 2025: 3.6), the lower gives the higher rank: an upper
-    bound that places the top of a range of ranks, not the answer.
+    D is in bits. Language models memorise 2 bits per parameter (Allen-Zhu and Li 2024) to 3.6 (Morris et al. 2025); the lower
+    figure gives the higher rank. The result is an upper bound for the top of a range of ranks and not the answer.
     """
     per_rank = sum(rows + columns for rows, columns in shapes)
     return max(1, math.ceil(data_bits / (2 * per_rank)))
@@ -41,10 +40,10 @@ def capacity_rank(data_bits: float, shapes: Iterable[tuple[int, int]]) -> int:
 def safetensors_bytes(
     tensors: Sequence[tuple[str, str, Sequence[int], int]], metadata: Mapping[str, str] | None = None
 ) -> int:
-    """The size of the file that holds `(name, dtype code, shape, bytes of an element)` tensors.
+    """The size of the file with these tensors, each `(name, dtype code, shape, bytes per element)`.
 
-    8 bytes of header length, the header (JSON without spaces, entries by falling element size and then by name,
-    padded), the data without gaps. https://github.com/huggingface/safetensors#format
+    The file has 8 bytes for the header's length, the header (JSON without spaces, sorted by descending element size and then
+    by name, padded) and the data without gaps. https://github.com/huggingface/safetensors#format
     """
     header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
     position = 0

@@ -1,8 +1,8 @@
-"""Performance against rank as a curve: a power law and its rivals, judged by what they predict.
+"""Loss as a curve over ranks: a power law and its rivals, compared by cross-validation.
 
-The power law is L(r) = a + b·r^-c with b ≥ 0 and c between 0.1 and 2. The rivals are a constant, the best falling
-steps (isotonic regression, Ayer et al. 1955) and a parabola in log2 r that opens upward. Each is judged by leaving
-one rank out and predicting it. Losses are oriented: lower is better.
+The power law is L(r) = a + b·r^-c with b ≥ 0 and c between 0.1 and 2. The rivals are a constant, the best non-increasing
+step function (isotonic regression, Ayer et al. 1955) and a parabola in log2 r. Each predicts one rank from the others in
+turn. Losses are oriented: lower is better.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float64]
 CurveForm: TypeAlias = Literal["power", "constant", "monotone", "u_shaped"]
 
-# Where three ranks leave the exponent open, it is drawn to what 26 published curves had: median 0.57, quartiles 0.38
-# and 0.64. The width is twice theirs, so that data overrule it soon.
+# The prior of the exponent, for curves of few ranks, from 26 published curves: median 0.57, quartiles 0.38 and 0.64. It is
+# twice as wide as they are, so that data soon overrule it.
 TYPICAL_EXPONENT, EXPONENT_WIDTH = 0.57, 0.8  # the width is a standard deviation of log c
 EXPONENTS: Floats = np.geomspace(0.1, 2.0, 61)
-HUBER = 1.5  # residuals beyond so many standard errors are weighted down
+HUBER = 1.5  # larger residuals, in standard errors, get less weight
 ROUNDS = 6
-PREFERENCE = 0.8  # a rival must predict with under this share of the power law's error
+PREFERENCE = 0.8  # a rival is chosen only below this share of the power law's prediction error
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,10 +40,10 @@ class PowerLaw:
 
 
 def fit_power(ranks: Floats, losses: Floats, deviations: Floats) -> PowerLaw:
-    """The law of each row of `losses` [draws, ranks]; `deviations` [ranks] are standard errors above 0.
+    """The power law of each row of `losses` [draws, ranks]; `deviations` [ranks] are standard errors above 0.
 
-    For each exponent of a grid, a and b are the weighted least squares with b ≥ 0; the exponent is the one with the
-    least χ² plus its distance from the typical one.
+    For each exponent of a grid, a and b follow by weighted least squares with b ≥ 0. The exponent minimises χ² plus the
+    penalty of its prior.
     """
     scale = float((deviations**-2.0).sum())
     weights = deviations**-2.0 / scale
@@ -64,7 +64,7 @@ def fit_power(ranks: Floats, losses: Floats, deviations: Floats) -> PowerLaw:
 
 
 def robust_deviations(ranks: Floats, losses: Floats, deviations: Floats) -> Floats:
-    """The standard errors, those of outliers widened (Huber's weights), all widened where the law fits worse than they say."""
+    """The standard errors, increased for outliers (Huber's weights), and for all ranks if the law fits worse than they imply."""
     widened = deviations
     spread = 1.0
     for _ in range(ROUNDS if len(ranks) > 3 else 0):
@@ -75,7 +75,7 @@ def robust_deviations(ranks: Floats, losses: Floats, deviations: Floats) -> Floa
 
 
 def predict(form: CurveForm, ranks: Floats, losses: Floats, deviations: Floats, at: Floats) -> Floats:
-    """[draws, at] of the form that is fitted to each row of `losses` [draws, ranks]."""
+    """[draws, at] the predictions of the form, fitted to each row of `losses` [draws, ranks]."""
     if form == "power":
         return fit_power(ranks, losses, deviations).at(at)
     weights = 1 / deviations**2
@@ -93,7 +93,7 @@ def predict(form: CurveForm, ranks: Floats, losses: Floats, deviations: Floats, 
 
 
 def falling_steps(losses: Floats, weights: Floats) -> Floats:
-    """The nearest sequence that never rises (pool adjacent violators)."""
+    """The nearest non-increasing sequence by weighted least squares (pool adjacent violators)."""
     blocks: list[list[float]] = []  # value, weight, length
     for loss, weight in zip(losses.tolist(), weights.tolist(), strict=True):
         blocks.append([loss, weight, 1])
@@ -105,11 +105,11 @@ def falling_steps(losses: Floats, weights: Floats) -> Floats:
 
 
 def prediction_errors(ranks: Floats, losses: Floats, deviations: Floats) -> dict[CurveForm, float]:
-    """Mean absolute error of each form at ranks left out, one at a time; forms that need more ranks are left out."""
+    """The mean absolute leave-one-out error of each form; without the forms that need more ranks."""
     needs: dict[CurveForm, int] = {"power": 3, "constant": 3, "monotone": 4, "u_shaped": 5}
     errors: dict[CurveForm, float] = {}
-    for form, least in needs.items():
-        if len(ranks) < least:
+    for form, minimum in needs.items():
+        if len(ranks) < minimum:
             continue
         misses = []
         for out in range(len(ranks)):
@@ -121,16 +121,13 @@ def prediction_errors(ranks: Floats, losses: Floats, deviations: Floats) -> dict
 
 
 def choose_form(errors: dict[CurveForm, float]) -> CurveForm:
-    """The form that predicts best; the power law unless a rival is clearly better."""
+    """The form with the lowest error; the power law unless a rival is clearly better."""
     rival = min(errors, key=lambda form: errors[form])
     return rival if errors[rival] < PREFERENCE * errors["power"] else "power"
 
 
 def margin_ranks(grid: Floats, curves: Floats, margin: float) -> Floats:
-    """[draws] the smallest rank from which on each curve [draws, grid] stays within the margin of its lowest point.
-
-    The lowest point is sought on the grid only, and the way to it is walked downward from there.
-    """
+    """[draws] the smallest rank between which and its lowest point each curve [draws, grid] stays within the margin."""
     lowest = np.argmin(curves, axis=1)
     outside = curves - curves.min(axis=1, keepdims=True) >= margin
     outside &= np.arange(len(grid))[None, :] < lowest[:, None]
@@ -140,7 +137,7 @@ def margin_ranks(grid: Floats, curves: Floats, margin: float) -> Floats:
 
 
 def diminishing_rank(law: PowerLaw, margin: float) -> Floats:
-    """[draws] the rank above which a doubling gains less than the margin: (b·(1 - 2^-c) / margin)^(1/c), 1 at least."""
+    """[draws] the rank above which a doubling gains less than the margin: (b·(1 - 2^-c) / margin)^(1/c), at least 1."""
     gain = law.b * (1 - 2.0**-law.c)
-    with np.errstate(over="ignore"):  # a margin of next to nothing: no rank is large enough
+    with np.errstate(over="ignore"):  # for a tiny margin no rank is large enough
         return np.maximum(1.0, np.maximum(gain / margin, 1e-12) ** (1 / law.c))

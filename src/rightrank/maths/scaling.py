@@ -1,4 +1,4 @@
-"""The scale s in W = W0 + s·B·A, and how PEFT is told of it."""
+"""The scale s in W = W0 + s·B·A, and the PEFT settings that give it."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from rightrank.settings import CONSTANT_SCALING_RANK, Scaling
 def lora_scale(scaling: Scaling, lora_alpha: float, rank: int) -> float:
     """The scale s that multiplies B·A.
 
-    `alpha/r` is Hu et al. 2021, `alpha/sqrt(r)` is rsLoRA (Kalajdzievski 2023); `constant` is the
-    scale that alpha/r has at rank 16, at every rank.
+    `alpha/r` is LoRA (Hu et al. 2021), `alpha/sqrt(r)` is rsLoRA (Kalajdzievski 2023), and `constant` is alpha/16 at every
+    rank.
     """
     if scaling == "alpha/r":
         return lora_alpha / rank

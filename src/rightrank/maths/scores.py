@@ -1,4 +1,4 @@
-"""Scores of a written answer against the expected one: 0 worst, 1 best, one an item; and F1 over classes."""
+"""Scores of a generated answer against the expected one, from 0 (worst) to 1 (best), and F1 over classes."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 def normalised(text: str) -> str:
-    """Lower case without punctuation, English articles and extra space, as SQuAD's own script has it."""
+    """Lower case without punctuation, English articles and extra space, as in the evaluation script of SQuAD."""
     return " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split())
 
 
 def exact_match(expected: str, written: str) -> float:
-    """1 where both are the same once normalised."""
+    """1 if both are equal after normalisation."""
     return float(normalised(expected) == normalised(written))
 
 
@@ -30,7 +30,7 @@ def token_f1(expected: str, written: str) -> float:
 
 
 def rouge_l(expected: str, written: str) -> float:
-    """ROUGE-L's F1 (Lin 2004): the longest common subsequence of lower-case words of letters and digits, no stemming."""
+    """The F1 of ROUGE-L (Lin 2004): the longest common subsequence of lower-case words of letters and digits, not stemmed."""
     ours, theirs = _words(written), _words(expected)
     if not ours or not theirs:
         return 0.0
@@ -38,21 +38,21 @@ def rouge_l(expected: str, written: str) -> float:
 
 
 def rouge_n(expected: str, written: str, n: int) -> float:
-    """ROUGE-N's F1 (Lin 2004): runs of n words, each counted as often as it occurs; words as in `rouge_l`."""
-    ours, theirs = _runs(_words(written), n), _runs(_words(expected), n)
+    """The F1 of ROUGE-N (Lin 2004): n-grams, each counted as often as it occurs, of words as in `rouge_l`."""
+    ours, theirs = _ngrams(_words(written), n), _ngrams(_words(expected), n)
     whole = ours.total() + theirs.total()
     return 2 * (ours & theirs).total() / whole if ours and theirs else 0.0
 
 
 def macro_f1(expected: Sequence[str], predicted: Sequence[str]) -> float:
-    """The mean over the classes that occur on either side of each one's F1: scikit-learn's `average="macro"`."""
+    """The mean F1 over the classes that occur on either side, as `average="macro"` in scikit-learn."""
     classes = sorted({*expected, *predicted})
     pairs = Counter(zip(expected, predicted, strict=True))
     counts = [(pairs[name, name], predicted.count(name), expected.count(name)) for name in classes]
     return sum(_f1(common, ours, theirs) for common, ours, theirs in counts) / len(classes)
 
 
-def _runs(words: Sequence[str], n: int) -> Counter[tuple[str, ...]]:
+def _ngrams(words: Sequence[str], n: int) -> Counter[tuple[str, ...]]:
     return Counter(zip(*(words[start:] for start in range(n)), strict=False))
 
 
@@ -65,7 +65,7 @@ def _f1(common: int, ours: int, theirs: int) -> float:
 
 
 def _common_length(first: Sequence[str], second: Sequence[str]) -> int:
-    """The length of the longest common subsequence, a row of the table at a time."""
+    """The length of the longest common subsequence, by dynamic programming one row at a time."""
     row = [0] * (len(second) + 1)
     for word in first:
         above = row

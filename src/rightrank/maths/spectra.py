@@ -1,4 +1,4 @@
-"""Singular spectra: of a product of factors without forming it, of a matrix by sampling, and what they say.
+"""Singular spectra of factored updates, and the ranks that they suggest.
 
 An update is ΔW = s·B·A with B [d, r] and A [r, k]. With B = Q_B R_B and Aᵀ = Q_A R_A, the singular values of B·A are
 those of the r × r matrix R_B R_Aᵀ. All arithmetic is in float64.
@@ -19,7 +19,7 @@ from scipy.optimize import brentq
 Floats = NDArray[np.float64]
 
 ENERGY_FRACTIONS = (0.9, 0.95, 0.99)
-NULL_DRAWS = 200  # fewer for large ranks, where they cost more and vary less
+NULL_DRAWS = 200  # fewer for large ranks, where a draw costs more and varies less
 NULL_QUANTILE = 0.95
 
 
@@ -42,15 +42,15 @@ def _triangle(matrix: Floats) -> Floats:
 
 
 def energy_rank(s: Floats, fraction: float, total: float | None = None) -> int | None:
-    """The fewest leading singular values that hold `fraction` of the energy Σσ²; 0 where there is none.
+    """The smallest number of leading singular values with `fraction` of the energy Σσ²; 0 for the zero matrix.
 
-    `total` is the energy of the whole matrix where `s` holds only its leading part; None if `s` is then too short.
+    `total` is the energy of the whole matrix if `s` is only its leading part. None if `s` is then too short.
     """
     energy = np.cumsum(s**2)
     whole = float(energy[-1]) if total is None else total
     if whole == 0:
         return 0
-    # a rounding's worth of slack, so that 100% of a spectrum is reached by all of it
+    # slack for rounding, so that the whole spectrum reaches 100%
     reached = np.flatnonzero(energy >= fraction * whole * (1 - 1e-12))
     return int(reached[0]) + 1 if len(reached) else None
 
@@ -71,11 +71,11 @@ def effective_rank(s: Floats) -> float:
 
 
 def hard_threshold_rank(s: Floats, rows: int, columns: int) -> int:
-    """Singular values above the optimal hard threshold for unknown noise (Gavish and Donoho 2014).
+    """The number of singular values above the optimal hard threshold for unknown noise (Gavish and Donoho 2014).
 
     `s` must be all min(rows, columns) singular values of a rows × columns matrix: signal plus noise with independent
-    entries of one variance. The threshold is ω(β) times their median, β the aspect ratio. It presumes that less than
-    half of the singular values are signal; where more are, the median is signal and the answer is too low.
+    entries of one variance. The threshold is ω(β) times their median, β the aspect ratio. It assumes that less than
+    half of the singular values are signal. Otherwise the median is signal and the result is too low.
     """
     return int(np.sum(s > hard_threshold_factor(min(rows, columns) / max(rows, columns)) * np.median(s)))
 
@@ -95,7 +95,7 @@ def _marchenko_pastur_median(beta: float) -> float:
     low, high = (1 - math.sqrt(beta)) ** 2, (1 + math.sqrt(beta)) ** 2
 
     def mass_above(x: float) -> float:
-        # the substitution y = low + (high - low)·sin²t takes the square roots at both ends away
+        # the substitution y = low + (high - low)·sin²t removes the square roots at both ends
         def density(t: float) -> float:
             y = low + (high - low) * math.sin(t) ** 2
             return ((high - low) * math.sin(t) * math.cos(t)) ** 2 / (math.pi * beta * y) if y > 0 else 0.0
@@ -107,10 +107,10 @@ def _marchenko_pastur_median(beta: float) -> float:
 
 
 def leading_noise_rank(s: Floats, total: float, rows: int, columns: int) -> int:
-    """The hard threshold where only the leading singular values are known, and the whole energy.
+    """The same if only the leading singular values and the whole energy are known.
 
-    What the kept values leave over is taken for noise: its variance an entry gives σ, and the threshold for known
-    noise applies. Repeated until the count stays the same.
+    The energy that the kept values leave is taken as noise; its variance per entry gives σ, and the threshold for known noise
+    applies. This repeats until the count stays the same.
     """
     short, long = min(rows, columns), max(rows, columns)
     factor = known_noise_factor(short / long)
@@ -126,10 +126,10 @@ def leading_noise_rank(s: Floats, total: float, rows: int, columns: int) -> int:
 
 
 def null_rank(s: Floats, rows: int, columns: int) -> int:
-    """Singular values above what random factors of the same shape give (Horn's parallel analysis).
+    """The number of singular values above those of random factors of the same shape (Horn's parallel analysis).
 
     The null is B·A with independent normal entries, scaled so that its median singular value is the one seen; the bound
-    is the 95% quantile of its largest. As with the hard threshold, less than half may be signal.
+    is the 95% quantile of its largest. As for the hard threshold, less than half may be signal.
     """
     if len(s) < 2:
         return int(np.sum(s > 0))
@@ -150,10 +150,8 @@ def _null_ratio(rows: int, columns: int, rank: int) -> float:
 
 def _random_triangle(generator: np.random.Generator, rows: int, rank: int) -> Floats:
     """The R factor of a normal [rows, rank] matrix, drawn without the matrix (Bartlett's decomposition)."""
-    if rows <= rank:
-        return np.asarray(
-            generator.standard_normal((rows, rank))
-        )  # nothing to reduce: the product has the same singular values
+    if rows <= rank:  # the matrix itself: the product has the same singular values
+        return np.asarray(generator.standard_normal((rows, rank)))
     triangle = np.triu(generator.standard_normal((rank, rank)), 1)
     diagonal = np.sqrt(generator.chisquare(rows - np.arange(rank)))
     filled: Floats = triangle + np.diag(diagonal)
@@ -169,7 +167,7 @@ def tail_norms(s: Floats) -> Floats:
 def ranks_by_water_filling(
     spectra: Sequence[Floats], costs: Sequence[int], budget: int, smallest: int = 1
 ) -> list[int]:
-    """Ranks that keep the most energy for `budget` parameters: singular values taken in the order of σ²/cost.
+    """The ranks that keep the most energy for `budget` parameters, by taking singular values in the order of σ²/cost.
 
     `costs` is the parameters of one rank in each module, d + k. Every module gets at least `smallest`.
     """
