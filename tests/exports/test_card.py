@@ -63,7 +63,7 @@ def test_the_plot_goes_where_the_card_goes(selected: Selected) -> None:
         ("", None),
     ],
 )
-def test_what_a_card_says(text: str, found: Licence | None, tmp_path: Path) -> None:
+def test_the_licence_of_a_card(text: str, found: Licence | None, tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text(text)
     assert licence_of(str(tmp_path)) == found
 

@@ -1,4 +1,4 @@
-"""Pushing to the hub, with the hub's client replaced: what would be sent, and what is said when it can't be."""
+"""Pushing to the hub, with the hub's client replaced: the requests, and the errors."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ def test_the_folder_is_sent_to_a_private_repository(tmp_path: Path, monkeypatch:
     assert calls[1][1]["folder_path"] == tmp_path / "adapter"
 
 
-def test_offline_it_says_so_and_where_the_files_are(tmp_path: Path) -> None:
+def test_offline_the_error_names_the_folder(tmp_path: Path) -> None:
     with pytest.raises(RunError, match=r"offline mode is on .*nothing was pushed; the files are in") as caught:
         push_to_hub(tmp_path, "me/adapter")
     assert "\n" not in str(caught.value)
 
 
-def test_a_wrong_name_or_target_is_told_before_anything_is_written(tmp_path: Path) -> None:
+def test_a_wrong_name_or_target_is_refused_before_anything_is_written(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match="give a repository as owner/name"):
         export(tmp_path, "peft", push_to_hub="adapter")
     with pytest.raises(SettingsError, match="goes with --to peft"):

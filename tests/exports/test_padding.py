@@ -1,4 +1,4 @@
-"""A padded adapter is the same function, whatever its scales were, and says so in the plainest configuration."""
+"""A padded adapter computes the same function, whatever its scales were, with one rank and one scale."""
 
 from __future__ import annotations
 
@@ -60,10 +60,10 @@ def test_a_rank_that_no_power_divides(tmp_path: Path) -> None:
     torch.testing.assert_close(after, before, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize(("kind", "told"), [("dora", "use_dora"), ("lora_bias", "lora_bias")])
-def test_what_zeros_can_not_keep_is_refused(kind: str, told: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("kind", "setting"), [("dora", "use_dora"), ("lora_bias", "lora_bias")])
+def test_adapters_that_zeros_would_change_are_refused(kind: str, setting: str, tmp_path: Path) -> None:
     adapter = make_adapter(make_base(tmp_path / "base", kind), tmp_path / "adapter", kind)
-    with pytest.raises(ModelError, match=f"an adapter with {told} can't be padded"):
+    with pytest.raises(ModelError, match=f"an adapter with {setting} can't be padded"):
         write_padded(adapter, tmp_path / "padded", PADDED)
     assert not (tmp_path / "padded").exists()
 

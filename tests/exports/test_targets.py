@@ -1,4 +1,4 @@
-"""Exports of a real small run: what each target is told, and what is refused."""
+"""Exports of a small run: the content of each target, and what is refused."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ WITH_THE_ADAPTER = ("llama.cpp", "ollama")  # they read the rank from it
 
 
 @pytest.mark.parametrize("target", [target for target in TARGETS if target not in WITH_THE_ADAPTER])
-def test_every_target_is_told_the_rank(selected: Selected, target: str) -> None:
+def test_every_target_contains_the_rank(selected: Selected, target: str) -> None:
     exported = export(selected.run, target)
     assert exported.folder == selected.run / "exports" / target
     text = "".join(
@@ -105,7 +105,7 @@ def test_peft_s_config_makes_the_same_adapter_again(selected: Selected, model_fo
     assert scales[0] == scales[1]
 
 
-def test_layers_are_kept_where_a_trainer_has_no_word_for_them(selected: Selected) -> None:
+def test_layers_are_kept_for_trainers_without_an_option_for_them(selected: Selected) -> None:
     values = yaml.safe_load((written(selected, "trl") / "trl_sft.yaml").read_text())
     assert {name.split(".")[2] for name in values["lora_target_modules"]} == {"1", "2"}
     values = yaml.safe_load((written(selected, "axolotl") / "axolotl.yaml").read_text())
@@ -125,7 +125,7 @@ def test_the_adapter_s_folder_is_named(selected: Selected, target: str) -> None:
     exported = export(selected.run, target)
     (file,) = exported.folder.iterdir()
     assert str(selected.run / "adapter") in file.read_text(encoding="utf-8")
-    assert any("give --pad, or it serves another function" in note for note in exported.notes)  # this one is rsLoRA
+    assert any("without --pad it computes another function" in note for note in exported.notes)  # this one is rsLoRA
 
 
 @pytest.mark.parametrize("target", SERVERS)
@@ -163,9 +163,9 @@ def test_snippets_are_python_whatever_the_names(recipe: Recipe, target: str) -> 
         ast.parse(text)
 
 
-def test_what_a_target_can_not_say_is_a_note(recipe: Recipe) -> None:
+def test_what_a_target_cannot_express_is_a_note(recipe: Recipe) -> None:
     patterned = replace(recipe, rank_pattern={"q_proj": 8})
-    assert trl(patterned).notes == ["TRL's command line has no rank_pattern: one rank for all modules is written"]
+    assert trl(patterned).notes == ["TRL's command line has no rank_pattern; the file has one rank for all modules"]
     assert yaml.safe_load(axolotl(patterned).files["axolotl.yaml"])["lora_rank_pattern"] == {"q_proj": 8}
     with_head = replace(recipe, modules_to_save=("score",), task_type="SEQ_CLS")
     assert len(TARGETS["vllm"](with_head).notes) == 2
@@ -178,7 +178,7 @@ def test_vllm_serves_the_next_rank_that_it_has() -> None:
         assert served in VLLM_RANKS
         assert served >= rank
         assert not [other for other in VLLM_RANKS if rank <= other < served]
-    with pytest.raises(ResultsError, match="rank 513 is above what vLLM serves"):
+    with pytest.raises(ResultsError, match="vLLM serves ranks up to 512, got 513"):
         served_rank(513)
 
 
@@ -195,8 +195,8 @@ def test_trl_s_own_parser_reads_it(selected: Selected) -> None:
     assert trl_module.get_peft_config(model).r == selected.decision.fallback_rank
 
 
-def test_an_unknown_target_says_which_there_are(tmp_path: Path) -> None:
-    with pytest.raises(SettingsError, match=r"'vlm' is not known; did you mean 'vllm'.*there are: peft, trl"):
+def test_an_unknown_target_is_answered_with_the_targets(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match=r"'vlm' is not known; did you mean 'vllm'.*allowed: peft, trl"):
         export(tmp_path, "vlm")
 
 
@@ -232,7 +232,7 @@ def test_the_report_is_written_again_from_the_journal_and_the_adapter(selected: 
 
 @pytest.mark.parametrize("target", ["peft", "trl", "optuna"])
 @pytest.mark.parametrize("place", ["file", "folder", "link", "run", ""])
-def test_nothing_that_is_there_is_written_over(
+def test_existing_paths_are_not_overwritten(
     selected: Selected, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: str, place: str
 ) -> None:
     monkeypatch.chdir(tmp_path)

@@ -62,7 +62,7 @@ def test_json_holds_what_the_contract_names(config_folder: Path, capsys: pytest.
 def test_text_names_peak_and_budget(config_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     status, out, _ = run_command(capsys, str(config_folder), "--ranks", "4", "--memory", "24GiB", *QUICK)
     assert status == 0
-    assert "largest rank asked for that fits in 24.00 GiB: 4" in out
+    assert "largest requested rank that fits in 24.00 GiB: 4" in out
     assert "at its peak" in out
 
 
@@ -213,5 +213,5 @@ def test_text_says_time_and_error(config_folder: Path, capsys: pytest.CaptureFix
     assert status == 0
     assert "selection by bracket: about" in out
     assert "at most" in out
-    assert "seconds come from --calibrate" in out
+    assert "--calibrate on this device adds seconds" in out
     assert "±5%: assumed: not measured on a GPU" in out

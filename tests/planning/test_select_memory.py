@@ -155,7 +155,7 @@ def test_packs_and_classifications_have_their_prediction(
     assert pack is not None
     assert alone < pack
     assert packed[1].predicted_peak_bytes == pytest.approx(pack, rel=0.01)
-    assert "planned, tensors alone" in (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    assert "planned, tensors only" in (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
 
 
 def _alone() -> int:

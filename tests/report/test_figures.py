@@ -13,7 +13,14 @@ from rightrank.decision.run import decide_run, decision_so_far
 from rightrank.records import Decision
 from rightrank.report.draw import draw, inline_svg
 from rightrank.report.figure import Figure, HeatMap, to_csv
-from rightrank.report.figures import figures_of, margin_steps, memory_figure, rank_at, rate_map, truncation_figure
+from rightrank.report.figures import (
+    figures_of,
+    learning_rate_map,
+    margin_steps,
+    memory_figure,
+    rank_at,
+    truncation_figure,
+)
 from rightrank.report.files import write_figures
 from rightrank.report.rank_curve import diminishing_rank, rank_figure
 from tests.report.runs import made_up_run
@@ -54,8 +61,8 @@ def test_diminishing_rank_is_where_doublings_stop_to_pay() -> None:
     assert diminishing_rank(decision()) == 4
 
 
-def test_rate_map_marks_the_best_rate_and_the_cells_without_result() -> None:
-    found = rate_map(made_up_run(diverged=[(64, 3e-3)]))
+def test_learning_rate_map_marks_the_best_and_the_cells_without_result() -> None:
+    found = learning_rate_map(made_up_run(diverged=[(64, 3e-3)]))
     assert found is not None
     assert found.best == (1, 1, 1, 0)
     assert found.values[3][1] is None
@@ -71,23 +78,23 @@ def test_memory_shows_the_plan_beside_the_measurement() -> None:
     ]
     figure = memory_figure(records)
     assert figure is not None
-    assert [series.label for series in figure.series] == ["measured, whole process", "planned, tensors alone"]
+    assert [series.label for series in figure.series] == ["measured, whole process", "planned, tensors only"]
     assert figure.series[1].y == (2048.0,)
 
 
-def test_cuts_stand_beside_trainings_and_not_among_them() -> None:
+def test_truncations_are_shown_next_to_trainings_not_among_them() -> None:
     records = made_up_run((4, 16), (1e-3,))
     parent = records.finished()[-1]
-    cut = parent.model_copy(
-        update={"trial_id": "cut", "rank": 1, "steps": 0, "truncate_from": parent.trial_id, "value": 9.0}
+    truncated = parent.model_copy(
+        update={"trial_id": "truncated", "rank": 1, "steps": 0, "truncate_from": parent.trial_id, "value": 9.0}
     )
     early = parent.model_copy(update={"trial_id": "early", "learning_rate": 3e-3, "stop_at": 5})
-    records.outcomes += [cut, early]
+    records.outcomes += [truncated, early]
     figure = truncation_figure(records)
     assert figure is not None
     assert dict(zip(figure.series[0].x, figure.series[0].y, strict=True)) == {1: 9.0}
     assert figure.series[1].x == (4, 16)
-    found = rate_map(records)
+    found = learning_rate_map(records)
     assert found is not None
     assert found.row_names == ("4", "16")
     assert found.notes[1] == ("", "stopped at step 5")
@@ -137,7 +144,7 @@ def test_drawings_of_one_page_share_no_id() -> None:
     assert len(ids) == len(set(ids))
 
 
-def test_csv_of_a_map_has_a_column_a_rate() -> None:
-    found = rate_map(made_up_run())
+def test_csv_of_a_map_has_a_column_per_learning_rate() -> None:
+    found = learning_rate_map(made_up_run())
     assert isinstance(found, HeatMap)
     assert to_csv(found).splitlines()[0] == "rank,0.001,0.003"

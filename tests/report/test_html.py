@@ -1,4 +1,4 @@
-"""The report as text: what it says, and that nothing from data can leave its place."""
+"""The content of the report, and that data cannot change its structure."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 from rightrank.decision.run import Records, decide_run, decision_so_far
 from rightrank.records import NextRun
 from rightrank.report.html import render_report
-from rightrank.report.sentences import next_run_words, reproduce_command
+from rightrank.report.sentences import next_run_text, reproduce_command
 from tests.report.runs import made_up_run
 
 NASTY = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\"'`{{7*7}}\x00\x1b[31m\u202e\u2028end"
@@ -51,7 +51,7 @@ def test_the_answer_its_confidence_and_its_cost_come_first() -> None:
     start = text[: text.index("Performance against rank")]
     assert f"Rank {made.rank}" in start
     assert made.sentence in start
-    assert "95% confidence, paired over 30 held-out items and 1 seed a rank" in start
+    assert "95% confidence, paired over 30 held-out examples and 1 seed per rank" in start
     assert "Cost: 8 trainings" in start
 
 
@@ -66,7 +66,7 @@ def test_every_part_is_there() -> None:
         "All settings",
         "Data and environment",
         "rightrank select models/small data.jsonl",
-        "Cells without a result: rank 64 at 0.003",
+        "Trainings without a result: rank 64 at 0.003",
     ):
         assert part in text
 
@@ -107,7 +107,7 @@ def test_the_page_data_is_the_slider_s_staircase() -> None:
         assert enough[-1] == step.rank
 
 
-def test_before_two_ranks_it_says_so() -> None:
+def test_before_two_ranks_the_report_has_no_answer() -> None:
     text = Elements(page_of(made_up_run(()))).text
     assert "Running: no answer yet" in text
     assert "1 trial ended so far" in text
@@ -134,8 +134,8 @@ def test_measured_seconds_are_in_the_report_and_not_in_the_decision() -> None:
     asked = decisions[0].model_copy(
         update={"next_runs": [NextRun(action="seeds", ranks=[4, 64], seeds=3, trials=4, sentence="Train more.")]}
     )
-    words = [next_run_words(records, asked) for records in (slow, fast)]
-    assert words[0] != words[1]
-    assert words[0].startswith("4 trainings, about ")
-    assert words[1].endswith(" at the pace so far.")
-    assert all(text in render_report(records, asked) for records, text in zip((slow, fast), words, strict=True))
+    texts = [next_run_text(records, asked) for records in (slow, fast)]
+    assert texts[0] != texts[1]
+    assert texts[0].startswith("4 trainings, about ")
+    assert texts[1].endswith(" at the pace so far.")
+    assert all(text in render_report(records, asked) for records, text in zip((slow, fast), texts, strict=True))

@@ -10,7 +10,7 @@ from rightrank.records import Arm, RunEvent, StepDone, Trial, TrialDiverged, Tri
 from rightrank.report.progress import Progress
 from tests.report.runs import made_up_run
 
-STEP_SECONDS, EVAL_SECONDS = 2.0, 6.0  # an arm's even share, whatever shares the passes with it
+STEP_SECONDS, EVAL_SECONDS = 2.0, 6.0  # an equal share per arm, whatever shares the passes
 
 
 def arms(count: int, steps: int = 20) -> list[Trial]:
@@ -33,16 +33,16 @@ def ended(trial: Trial, seconds: float | None = None) -> TrialFinished:
     return template.model_copy(update=changes)
 
 
-def events(trials: Sequence[Trial], pack_size: int) -> Iterator[tuple[float, RunEvent]]:
-    """`(true seconds left, event)` of trials trained in packs, evaluated once at their end."""
+def events(trials: Sequence[Trial], adapters_per_pass: int) -> Iterator[tuple[float, RunEvent]]:
+    """`(true seconds left, event)` of trials trained with several adapters per pass, evaluated once at their end."""
     left = sum(trial.arm.steps * STEP_SECONDS + EVAL_SECONDS for trial in trials)
-    for first in range(0, len(trials), pack_size):
-        pack = trials[first : first + pack_size]
-        for trial in pack:
+    for first in range(0, len(trials), adapters_per_pass):
+        group = trials[first : first + adapters_per_pass]
+        for trial in group:
             yield left, started(trial)
-        for step in range(1, pack[0].arm.steps + 1):
-            left -= STEP_SECONDS * len(pack)
-            for trial in pack:
+        for step in range(1, group[0].arm.steps + 1):
+            left -= STEP_SECONDS * len(group)
+            for trial in group:
                 yield (
                     left,
                     StepDone(
@@ -53,8 +53,8 @@ def events(trials: Sequence[Trial], pack_size: int) -> Iterator[tuple[float, Run
                         seconds=step * STEP_SECONDS,
                     ),
                 )
-        left -= EVAL_SECONDS * len(pack)
-        for trial in pack:
+        left -= EVAL_SECONDS * len(group)
+        for trial in group:
             yield left, ended(trial)
 
 
@@ -64,32 +64,30 @@ def progress_of(count: int) -> Progress:
     return progress
 
 
-@pytest.mark.parametrize("pack_size", [1, 3, 8])
-def test_the_time_left_is_the_time_left(pack_size: int) -> None:
+@pytest.mark.parametrize("adapters_per_pass", [1, 3, 8])
+def test_the_time_left_is_the_time_left(adapters_per_pass: int) -> None:
     """Within one evaluation an arm: until one has ended, nobody knows what that takes."""
     progress, trials = progress_of(8), arms(8)
-    told = 0
-    for left, event in events(trials, pack_size):
+    checked = 0
+    for left, event in events(trials, adapters_per_pass):
         progress.event(event)
         if (isinstance(event, StepDone) and event.trial_id == trials[-1].trial_id) or isinstance(event, TrialFinished):
             remaining = progress.remaining_seconds()
             assert remaining is not None
             assert abs(remaining - left) <= EVAL_SECONDS * len(trials) + 1e-6
-            told += 1
-    assert told > 8
+            checked += 1
+    assert checked > 8
     assert progress.remaining_seconds() == pytest.approx(0)
 
 
-def test_a_pack_s_start_is_not_the_time_of_one_arm_times_all() -> None:
-    """Eight together, a quarter of the way: three quarters are left, not eight times that and not nothing."""
+def test_the_start_of_a_shared_pass_is_not_the_time_of_one_arm_times_all() -> None:
+    """Eight adapters per pass, a quarter of the way: three quarters are left, not eight times that and not nothing."""
     progress = progress_of(8)
     for left, event in events(arms(8), 8):
         progress.event(event)
         if isinstance(event, StepDone) and event.step == 5 and event.trial_id == "t7":
             assert progress.remaining_seconds() == pytest.approx(left, abs=8 * EVAL_SECONDS)
-            assert "trials 1 to 8 of 8 · 8 together, ranks 1, 2, 4, 8, 16, 32, 64, 128 · step 5/20" in (
-                progress.progress_line()
-            )
+            assert "trials 1 to 8 of 8 · ranks 1, 2, 4, 8, 16, 32, 64, 128 · step 5/20" in (progress.progress_line())
             return
     pytest.fail("never there")
 
@@ -109,7 +107,7 @@ def test_a_resumed_run_counts_what_is_done(tmp_path: object) -> None:
 
 
 def test_a_continued_training_counts_by_itself() -> None:
-    """Stopped at 5 of 20 steps and gone on with: the second arm costs 15 steps, its seconds say 20."""
+    """Stopped at step 5 of 20 and continued: the second arm costs 15 steps, its seconds cover 20."""
     short = Trial(trial_id="short", arm=arms(1)[0].arm.model_copy(update={"stop_at": 5}))
     rest = Trial(trial_id="rest", arm=arms(1)[0].arm.model_copy(update={"continue_from": "short"}))
     progress = progress_of(3)

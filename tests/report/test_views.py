@@ -1,4 +1,4 @@
-"""Looking on: progress lines, the JSON log, `status` and `watch`, completion, and how long a `--help` is."""
+"""The views of a run: progress lines, the JSON log, `status` and `watch`, completion, and the length of `--help`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from rightrank.runs import status
 from tests.report.runs import STARTED, journal_of, made_up_run
 
 
-def test_status_says_what_is_known_and_touches_nothing(tmp_path: Path) -> None:
+def test_status_reports_the_run_and_changes_nothing(tmp_path: Path) -> None:
     run = journal_of(tmp_path / "run", upto=7)
     with (run / "journal.jsonl").open("a") as file:
         file.write('{"type": "trial_fin')  # another process is writing this very line
@@ -47,7 +47,7 @@ def test_while_a_process_works_status_shows_its_progress(tmp_path: Path) -> None
     assert found.running == "r=4 lr=0.001 seed=0"
     assert found.progress is not None
     assert "step 10/40" in found.progress
-    assert status(run).progress is None  # the process is gone, its last words do not count
+    assert status(run).progress is None  # the process is gone, its last report does not count
     file.remove()
     assert not (run / "progress.json").exists()
 
@@ -57,7 +57,7 @@ def test_status_and_watch_on_the_command_line(tmp_path: Path) -> None:
     shown = CliRunner().invoke(cli, ["status", str(run)])
     assert shown.exit_code == 0
     assert "stopped, 9 trials ended" in shown.output
-    assert "go on" in shown.output
+    assert "again to resume" in shown.output
     answer = json.loads(CliRunner().invoke(cli, ["status", str(run), "--json"]).stdout)
     assert answer["trials_ended"] == 9
     watched = CliRunner().invoke(cli, ["watch", str(run)])
@@ -106,7 +106,7 @@ def test_a_live_view_needs_a_terminal_with_colours(monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize("quiet", [True, False])
-def test_plain_lines_hold_no_escape_and_quiet_says_nothing(quiet: bool) -> None:
+def test_plain_lines_contain_no_escape_and_quiet_prints_nothing(quiet: bool) -> None:
     stream = io.StringIO()
     records = made_up_run()
     with PlainView(Console(file=stream), quiet) as view:

@@ -91,7 +91,7 @@ def test_a_sweep_on_real_trainings(
         assert row["parameters"] == pytest.approx(factor * row["shared_parameters"], rel=0.2), row["setting"]
     assert (tmp_path / "run" / "figures" / "sweep.svg").exists()
     page = (tmp_path / "run" / "report.html").read_text()
-    assert "Other settings, each at its own best rate" in page
+    assert "Other settings, each at its best learning rate" in page
     assert "init=gaussian" in page
     values = {row["rank"]: row["value"] for row in answer["ranks"]}
     for row in answer["sweep"]:

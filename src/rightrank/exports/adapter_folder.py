@@ -1,4 +1,4 @@
-"""`adapter/`: the chosen arm's adapter in PEFT format, with a model card that holds the evidence."""
+"""`adapter/`: the chosen adapter in PEFT format, with a model card that holds the evidence."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def hand_over(
     tests: list[TestEvaluated],
     figures: Path,
 ) -> None:
-    """Copy the trial's adapter to `target`, with its card and the rank curve in `figures`; `target` is replaced whole."""
+    """Copy the trial's adapter to `target`, with its card and the rank curve in `figures`. `target` is replaced."""
     with replacing_folder(target) as temporary:
         for path in sorted(path for path in trial_adapter.iterdir() if path.is_file()):
             shutil.copy2(path, temporary / path.name)
@@ -33,7 +33,7 @@ def hand_over(
 
 
 def model_card(started: RunStarted, trial: TrialFinished, decision: Decision, tests: list[TestEvaluated]) -> str:
-    """The card: front matter that the hub reads (the base's licence too), the answer, the evidence, how to load."""
+    """The card: front matter for the hub with the base's licence, the answer, the evidence, how to load the adapter."""
     environment = Environment(
         loader=PackageLoader("rightrank.exports", "templates"),
         autoescape=False,

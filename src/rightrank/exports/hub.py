@@ -1,4 +1,4 @@
-"""Pushing the adapter, its card and its plot to the hub."""
+"""Uploads the adapter, its card and its plot to the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def require_repository(name: str) -> None:
-    """Refuse what is no repository's name.
+    """Refuse a name that is not `owner/name`.
 
     Raises:
-        SettingsError: not `owner/name`.
+        SettingsError: another form.
     """
     if not REPOSITORY.fullmatch(name):
         raise SettingsError(f"--push-to-hub {name!r}: give a repository as owner/name")
 
 
 def push_to_hub(folder: Path, repository: str) -> str:
-    """Upload `folder` (adapter, card, rank curve) as one commit to a private repository; its address.
+    """Upload `folder` (adapter, card, rank curve) to a private repository in one commit; return its address.
 
     Raises:
-        RunError: offline, not logged in, or refused.
+        RunError: offline, not logged in, or refused by the hub.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import OfflineModeIsEnabled

@@ -1,6 +1,7 @@
-"""An adapter at one rank and one scale, alpha/r: what a server takes that knows neither patterns nor rsLoRA.
+"""An adapter at one rank and one scale, alpha/r, for servers that support neither patterns nor rsLoRA.
 
-Rows of zeros below A and columns of zeros beside B add nothing to B·A, so the function stays what it is.
+Rows of zeros appended to A and columns of zeros appended to B leave B·A unchanged, so the adapter computes the same
+function.
 """
 
 from __future__ import annotations
@@ -12,17 +13,17 @@ import torch
 from rightrank.errors import ModelError
 from rightrank.io.adapter_folder import AdapterFolder, AdapterModule, open_adapter, write_adapter
 
-MISSING_IN_SERVERS = ("use_dora", "lora_bias")
+UNSUPPORTED = ("use_dora", "lora_bias")  # by the servers
 
 
 def write_padded(source: Path, out: Path, rank: int) -> None:
-    """Write the adapter in `source` to `out` at `rank` everywhere, with a whole `lora_alpha` and no patterns.
+    """Write the adapter in `source` to `out` with `rank` in every module, an integer `lora_alpha` and no patterns.
 
-    Where a module's scale is not that alpha/rank, the rest goes into its B, rounded to the file's dtype; where it is, every
-    number of the adapter stays as it is.
+    A module whose scale differs from alpha/rank has the ratio multiplied into its B, rounded to the file's dtype. The
+    numbers of all other modules stay the same.
 
     Raises:
-        ModelError: not a LoRA adapter, one of DoRA or with biases, or a module above `rank`.
+        ModelError: not a LoRA adapter, an adapter with DoRA or biases, or a module above `rank`.
         RunFolderError: `out` exists or can't be written.
     """
     adapter = open_adapter(source)
@@ -36,7 +37,7 @@ def write_padded(source: Path, out: Path, rank: int) -> None:
 
 
 def _require_plain(adapter: AdapterFolder, rank: int) -> None:
-    given = [name for name in MISSING_IN_SERVERS if adapter.config.get(name)]
+    given = [name for name in UNSUPPORTED if adapter.config.get(name)]
     if adapter.base_changing_init is not None:
         given.append(f"init_lora_weights {adapter.base_changing_init}")
     if given:
@@ -48,7 +49,7 @@ def _require_plain(adapter: AdapterFolder, rank: int) -> None:
 
 
 def _common_scaling(adapter: AdapterFolder) -> float:
-    """The scale that most modules have: their numbers then stay as they are."""
+    """The most frequent scale, so that as many modules as possible keep their numbers."""
     scalings = [module.scaling for module in adapter.modules]
     return max(scalings, key=scalings.count)
 

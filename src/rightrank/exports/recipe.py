@@ -1,4 +1,4 @@
-"""What a run found, as the numbers that every trainer and server asks for."""
+"""The result of a run in the terms of trainers and servers."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ UNKNOWN_MODEL, UNKNOWN_DATA = "path/to/model", "path/to/data.jsonl"
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """One training that gave the chosen adapter, in PEFT's and transformers' names.
+    """The training of the chosen adapter, in the names of PEFT and transformers.
 
-    `module_names` are the adapted modules by their full names; `layers_to_transform` is None when every layer is
-    adapted, and `target_modules` then says it shorter.
+    `module_names` are the full names of the adapted modules. `layers_to_transform` is None if every layer is adapted;
+    `target_modules` is then enough to name them.
     """
 
     model: str
@@ -54,7 +54,7 @@ class Recipe:
 
     @property
     def alpha(self) -> int | float:
-        """Alpha as an integer where it is one: most schemas want it so."""
+        """Alpha, as an integer if it is whole: most schemas require that."""
         return int(self.lora_alpha) if float(self.lora_alpha).is_integer() else self.lora_alpha
 
     @property
@@ -64,21 +64,21 @@ class Recipe:
 
     @property
     def has_local_model(self) -> bool:
-        """Whether the base is a folder or a file here, not a name on the hub."""
+        """Whether the base is a local folder or file, not a name on the hub."""
         return Path(self.model).exists()
 
     def padded_to(self, rank: int, adapter: Path) -> Recipe:
-        """The same with an adapter of one rank and one scale, in the folder `adapter`."""
+        """The recipe for the padded adapter in the folder `adapter`, with one rank and one scale."""
         return replace(self, adapter=adapter, r=rank, use_rslora=False, rank_pattern={}, alpha_pattern={})
 
     @property
     def explicit_targets(self) -> list[str]:
-        """Names that single out the adapted modules without `layers_to_transform`."""
+        """Names that identify the adapted modules without `layers_to_transform`."""
         return list(self.target_modules if self.layers_to_transform is None else self.module_names)
 
 
 def recipe_of(started: RunStarted, trial: TrialFinished, adapter: Path) -> Recipe:
-    """The recipe of a run's chosen trial.
+    """The recipe of the chosen trial of a run.
 
     Raises:
         RunFolderError: the run has no PEFT adapter.
@@ -122,16 +122,14 @@ def _adapter_config(adapter: Path) -> dict[str, Any]:
     try:
         config = read_json_object(adapter / "adapter_config.json")
     except UnreadableError as error:
-        raise RunFolderError(
-            f"{adapter}: no PEFT adapter there ({error}); let the selection end, then export"
-        ) from None
+        raise RunFolderError(f"{adapter}: no PEFT adapter there ({error}); finish the selection, then export") from None
     if config.get("peft_type") != "LORA" or not isinstance(config.get("target_modules"), list):
-        raise RunFolderError(f"{adapter}: not a LoRA adapter with listed target_modules; only these are exported")
+        raise RunFolderError(f"{adapter}: only LoRA adapters with a list of target_modules can be exported")
     return config
 
 
 def _module_names(adapter: Path) -> tuple[str, ...]:
-    """The adapted modules, from the names in the safetensors header; no tensor is read."""
+    """The adapted modules, from the names in the safetensors header."""
     from safetensors import safe_open
 
     with safe_open(adapter / "adapter_model.safetensors", framework="numpy") as file:

@@ -1,4 +1,4 @@
-"""The trials of a run as an Optuna study (extra `optuna`): its dashboard and its plots open on it."""
+"""The trials of a run as an Optuna study (extra `optuna`), for its dashboard and its plots."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ FILE = "study.db"
 
 
 def write_study(records: Records, decision: Decision | None, folder: Path) -> Exported:
-    """Write `study.db` into `folder`, which is replaced whole. An unfinished run has a study too.
+    """Write `study.db` into `folder`, which is replaced. An unfinished run has a study too.
 
     Raises:
         MissingExtraError: optuna is not installed.
-        ResultsError: nothing was trained yet.
+        ResultsError: no training has ended.
     """
     trained = [outcome for outcome in records.outcomes if outcome.rank > 0]
     if not trained:
-        raise ResultsError("no training has ended yet: a study needs one or more")
+        raise ResultsError("no training has ended yet; a study needs at least one")
     try:
         import optuna
     except ImportError:
@@ -42,37 +42,37 @@ def write_study(records: Records, decision: Decision | None, folder: Path) -> Ex
             study_name="rightrank",
             direction="maximize" if records.started.higher_is_better else "minimize",
         )
-        for name, value in _said_of_all(records, decision).items():
+        for name, value in _study_attributes(records, decision).items():
             study.set_user_attr(name, value)
         study.add_trials([_frozen(outcome, trained, records.started.metric) for outcome in trained])
-        storage.remove_session()  # its file is moved next
+        storage.remove_session()  # the file is moved next
         storage.engine.dispose()
     optuna.logging.set_verbosity(before)
-    notes = ["trainings that were stopped early, and cuts of other adapters, are in it as pruned"]
+    notes = ["trainings that were stopped early and truncated adapters have the state pruned"]
     return Exported(TARGET, folder, [FILE], f"optuna-dashboard sqlite:///{FILE}", notes)
 
 
-def _said_of_all(records: Records, decision: Decision | None) -> dict[str, Any]:
+def _study_attributes(records: Records, decision: Decision | None) -> dict[str, Any]:
     base = next((trial for trial in records.finished() if trial.rank == 0), None)
-    said: dict[str, Any] = {
+    attributes: dict[str, Any] = {
         "metric": records.started.metric,
         "model": records.started.settings.get("model"),
         "data": records.started.settings.get("data"),
     }
     if base is not None:
-        said["base"] = base.metrics
+        attributes["base"] = base.metrics
     if decision is not None:
-        said |= {
+        attributes |= {
             "rank": decision.rank,
             "verdict": decision.verdict,
             "margin": decision.margin,
             "answer": decision.sentence,
         }
-    return said
+    return attributes
 
 
 def _frozen(outcome: TrialOutcome, trained: list[TrialOutcome], metric: str) -> FrozenTrial:
-    """One trial: complete where it is a whole training, pruned where it was stopped or cut, failed without a result."""
+    """One trial: complete, pruned if it was stopped early or truncated, failed without a result."""
     from optuna.trial import TrialState, create_trial
 
     arm = outcome.arm
@@ -104,10 +104,11 @@ def _frozen(outcome: TrialOutcome, trained: list[TrialOutcome], metric: str) -> 
 def _distributions(trained: list[TrialOutcome]) -> dict[str, Any]:
     from optuna.distributions import FloatDistribution, IntDistribution
 
-    ranks, rates = [outcome.rank for outcome in trained], [outcome.learning_rate for outcome in trained]
+    ranks = [outcome.rank for outcome in trained]
+    learning_rates = [outcome.learning_rate for outcome in trained]
     seeds = [outcome.seed for outcome in trained]
     return {
         "rank": IntDistribution(min(ranks), max(ranks), log=True),
-        "learning_rate": FloatDistribution(min(rates), max(rates), log=min(rates) > 0),
+        "learning_rate": FloatDistribution(min(learning_rates), max(learning_rates), log=min(learning_rates) > 0),
         "seed": IntDistribution(0, max(seeds)),
     }

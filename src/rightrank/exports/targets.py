@@ -1,4 +1,4 @@
-"""Every place the answer goes, by name, and the writing of it."""
+"""The export targets by name, and the function that writes one."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ TARGETS: dict[str, Callable[[Recipe], Written]] = {
     "llama.cpp": llama_cpp,
     "ollama": ollama,
 }
-SERVERS = ("vllm", "sglang", "llama.cpp", "ollama")  # they get the adapter itself, which can be padded for them
+SERVERS = ("vllm", "sglang", "llama.cpp", "ollama")  # they load the adapter itself, which --pad can pad
 PADDED_FOLDER = "adapter"
 
 
 @dataclass(frozen=True, slots=True)
 class Exported:
-    """What was written where, the command that uses it (from inside the folder), and what could not be said."""
+    """The written files, the command that uses them from inside the folder, and what the target cannot express."""
 
     target: str
     folder: Path
     files: list[str]
     command: str
     notes: list[str]
-    hub: str | None = None  # the repository's address, where it was pushed to one
+    hub: str | None = None  # address of the repository, if the adapter was pushed
 
     def to_json(self) -> dict[str, object]:
         return {
@@ -55,48 +55,48 @@ def require_target(name: str) -> None:
     """Refuse an unknown target.
 
     Raises:
-        SettingsError: with the targets there are.
+        SettingsError: lists the targets.
     """
     if name not in TARGETS:
         raise SettingsError(
-            f"export target {name!r} is not known{did_you_mean(name, [*TARGETS, 'optuna'])}; there are: {', '.join(TARGETS)}, optuna"
+            f"export target {name!r} is not known{did_you_mean(name, [*TARGETS, 'optuna'])}; allowed: {', '.join(TARGETS)}, optuna"
         )
 
 
 def require_paddable(name: str) -> None:
-    """Refuse to pad for what is no server.
+    """Refuse to pad for a target that is not a server.
 
     Raises:
-        SettingsError: with the servers there are.
+        SettingsError: lists the servers.
     """
     if name not in SERVERS:
         raise SettingsError(f"--pad goes with a server ({', '.join(SERVERS)}), not with --to {name}")
 
 
 def write_export(name: str, recipe: Recipe, folder: Path, pad: bool = False) -> Exported:
-    """Write a target's files into `folder`, which is replaced whole.
+    """Write a target's files into `folder`, which is replaced.
 
     Args:
-        pad: hand the server a copy of the adapter at one rank and one scale: vLLM's next `--max-lora-rank`, or the
-            highest rank of any module.
+        pad: write a copy of the adapter with one rank and one scale for a server: vLLM's next `--max-lora-rank`, or
+            the highest rank of any module.
 
     Raises:
-        SettingsError: an unknown target, or padding for what is no server.
+        SettingsError: an unknown target, or padding for a target that is not a server.
         ResultsError: a rank that the server does not serve.
         ModelError: an adapter that can't be padded.
     """
     require_target(name)
-    told = recipe
+    exported = recipe
     if pad:
         require_paddable(name)
         rank = served_rank(recipe.highest_rank) if name == "vllm" else recipe.highest_rank
-        told = recipe.padded_to(rank, folder / PADDED_FOLDER)
-    written = TARGETS[name](told)
+        exported = recipe.padded_to(rank, folder / PADDED_FOLDER)
+    written = TARGETS[name](exported)
     with replacing_folder(folder) as temporary:
         if pad:
             from rightrank.exports.padding import write_padded  # imports torch
 
-            write_padded(recipe.adapter, temporary / PADDED_FOLDER, told.r)
+            write_padded(recipe.adapter, temporary / PADDED_FOLDER, exported.r)
         if written.with_adapter:
             for path in sorted(path for path in recipe.adapter.iterdir() if path.is_file()):
                 shutil.copy2(path, temporary / path.name)

@@ -1,4 +1,4 @@
-"""Settings for trainers: each target is a pure function from a recipe to files and to what it could not say."""
+"""Settings for trainers. Each target is a pure function from a recipe to its files and to notes on what it lacks."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from rightrank.exports.recipe import Recipe
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """The files of a target by name, the command that uses them, and what the target can't express."""
+    """The files of a target by name, the command that uses them, and what the target cannot express."""
 
     files: dict[str, str]
     command: str
     notes: list[str] = field(default_factory=list)
-    with_adapter: bool = False  # copy the adapter's own files in too
+    with_adapter: bool = False  # copy the files of the adapter too
 
 
 def peft(recipe: Recipe) -> Written:
-    """The adapter folder, and the `LoraConfig` that makes one like it."""
+    """The adapter folder, and the `LoraConfig` that creates an adapter like it."""
     arguments: dict[str, Any] = {
         "task_type": recipe.task_type,
         "r": recipe.r,
@@ -68,7 +68,7 @@ def trl(recipe: Recipe) -> Written:
     values |= _given(lora_modules_to_save=list(recipe.modules_to_save))
     notes = _pattern_notes(recipe, "TRL's command line")
     if recipe.form == "classification":
-        notes.append("TRL's sft trains on text; a classification head needs a script of its own")
+        notes.append("TRL's sft trains on text; a classification head needs a separate script")
     return Written({"trl_sft.yaml": _yaml(values)}, "trl sft --config trl_sft.yaml", notes)
 
 
@@ -162,7 +162,7 @@ def llamafactory(recipe: Recipe) -> Written:
     values |= _given(additional_target=",".join(recipe.modules_to_save))
     notes = _pattern_notes(recipe, "LLaMA-Factory")
     if recipe.form == "messages":
-        notes.append("set `template` to your model's own in LLaMA-Factory's list; `default` is only a stand-in")
+        notes.append("replace the template `default` with the name of your model's template in LLaMA-Factory")
     if recipe.form == "classification":
         notes.append("LLaMA-Factory trains no classification head")
     files = {
@@ -196,34 +196,31 @@ model = FastLanguageModel.get_peft_model(
     bias={recipe.bias!r},
     random_state={recipe.seed},
 )
-learning_rate = {recipe.learning_rate!r}  # for the trainer, with {recipe.max_steps} steps of {recipe.batch_size * recipe.gradient_accumulation_steps} items
+learning_rate = {recipe.learning_rate!r}  # for the trainer, with {recipe.max_steps} steps of {recipe.batch_size * recipe.gradient_accumulation_steps} examples
 """
     return Written({"unsloth_lora.py": code}, "python unsloth_lora.py", _pattern_notes(recipe, "this snippet"))
 
 
 def ms_swift(recipe: Recipe) -> Written:
     """A command of ms-swift."""
-    arguments = _transformers_arguments(recipe)
-    words = ["swift", "sft", "--model", recipe.model, "--dataset", recipe.data, "--tuner_type", "lora"]
-    words += ["--lora_rank", str(recipe.r), "--lora_alpha", str(recipe.alpha)]
-    words += ["--lora_dropout", str(recipe.lora_dropout), "--use_rslora", str(recipe.use_rslora).lower()]
-    words += ["--target_modules", *recipe.explicit_targets, "--max_length", str(recipe.max_length)]
-    words += ["--torch_dtype", recipe.dtype, "--output_dir", "swift-output"]
+    arguments = ["swift", "sft", "--model", recipe.model, "--dataset", recipe.data, "--tuner_type", "lora"]
+    arguments += ["--lora_rank", str(recipe.r), "--lora_alpha", str(recipe.alpha)]
+    arguments += ["--lora_dropout", str(recipe.lora_dropout), "--use_rslora", str(recipe.use_rslora).lower()]
+    arguments += ["--target_modules", *recipe.explicit_targets, "--max_length", str(recipe.max_length)]
+    arguments += ["--torch_dtype", recipe.dtype, "--output_dir", "swift-output"]
     if recipe.modules_to_save:
-        words += ["--modules_to_save", *recipe.modules_to_save]
-    for name, value in arguments.items():
+        arguments += ["--modules_to_save", *recipe.modules_to_save]
+    for name, value in _transformers_arguments(recipe).items():
         if name not in ("bf16", "fp16"):
-            words += [f"--{name}", str(value)]
-    command = shlex.join(words)
+            arguments += [f"--{name}", str(value)]
+    command = shlex.join(arguments)
     notes = _pattern_notes(recipe, "ms-swift's command line")
-    notes.append(
-        "ms-swift reads `messages` or `query` and `response`; rename `prompt` and `completion` if you have them"
-    )
+    notes.append("ms-swift reads `messages` or `query` and `response`; rename `prompt` and `completion` to match")
     return Written({"ms_swift.sh": f"#!/bin/sh\nexec {command}\n"}, "sh ms_swift.sh", notes)
 
 
 def _transformers_arguments(recipe: Recipe) -> dict[str, Any]:
-    """What TRL, LLaMA-Factory and ms-swift take from transformers' TrainingArguments."""
+    """The arguments that TRL, LLaMA-Factory and ms-swift share with transformers' TrainingArguments."""
     return {
         "learning_rate": recipe.learning_rate,
         "max_steps": recipe.max_steps,
@@ -240,12 +237,12 @@ def _transformers_arguments(recipe: Recipe) -> dict[str, Any]:
 
 
 def _pattern_notes(recipe: Recipe, who: str) -> list[str]:
-    lost = [name for name in ("rank_pattern", "alpha_pattern") if getattr(recipe, name)]
-    return [f"{who} has no {' and no '.join(lost)}: one rank for all modules is written"] if lost else []
+    missing = [name for name in ("rank_pattern", "alpha_pattern") if getattr(recipe, name)]
+    return [f"{who} has no {' and no '.join(missing)}; the file has one rank for all modules"] if missing else []
 
 
 def _given(**values: Any) -> dict[str, Any]:
-    """Only what says something: an empty option is left out."""
+    """The values that are not empty."""
     return {name: value for name, value in values.items() if value}
 
 

@@ -1,27 +1,28 @@
-"""A decision in the terminal: the evidence by rank, the answer, what to be wary of, what to do next."""
+"""A decision in the terminal: the evidence by rank, the answer, the flags and the next run."""
 
 from __future__ import annotations
 
 from rightrank.records import Decision, RankEvidence
+from rightrank.report.figures import ENOUGH
 from rightrank.report.format import table_lines, visible
 from rightrank.report.terminal_figures import terminal_curve
 
 FLAGS = {
-    "underpowered": "the data can't show this at 95%",
-    "rising": "the largest rank tried is the best by more than the margin, as far as it was measured",
+    "underpowered": "the data cannot show this at 95% confidence",
+    "rising": "the largest rank tried is the best by more than the margin",
     "lr_edge": "the best learning rate is the smallest or largest tried",
     "unstable": "some trainings ended without a result",
     "one_seed": "some ranks have one seed",
-    "winner_gap": "the best of several rates is optimistic by more than half the margin",
-    "metric_conflict": "another metric of the same trainings says otherwise of a rank",
-    "may_be_capacity_limited": "the ranks were still parting when training ended",
-    "extrapolated": "something named lies outside what was measured",
+    "winner_gap": "the best of several learning rates is optimistic by more than half the margin",
+    "metric_conflict": "another metric of the same trainings contradicts the answer for a rank",
+    "may_be_capacity_limited": "the differences between ranks were still growing when training ended",
+    "extrapolated": "the answer refers to a point outside the measured range",
 }
 CURVE_WIDTH, CURVE_HEIGHT = 72, 14
 
 
 def decision_text(decision: Decision, understood: list[str], colour: bool, width: int) -> str:
-    """All of it, ready to print."""
+    """The whole decision, ready to print."""
     parts = [visible(f"read:    {'; '.join(understood)}")] if understood else []
     trained = [(evidence.rank, evidence.value) for evidence in decision.ranks if evidence.rank > 0]
     curve = terminal_curve(trained, min(width, CURVE_WIDTH), CURVE_HEIGHT, colour)
@@ -31,38 +32,38 @@ def decision_text(decision: Decision, understood: list[str], colour: bool, width
 
 def evidence_lines(decision: Decision) -> list[str]:
     """The table: one line a rank."""
-    rates = any(evidence.learning_rate for evidence in decision.ranks)
+    with_learning_rate = any(evidence.learning_rate for evidence in decision.ranks)
     heading = ["rank", decision.metric, "95% interval", "worse by", "95% bounds", "enough"]
-    heading += ["rate"] * rates + ["seeds"]
-    return table_lines([heading, *(_row(evidence, decision, rates) for evidence in decision.ranks)])
+    heading += ["learning rate"] * with_learning_rate + ["seeds"]
+    return table_lines([heading, *(_row(evidence, decision, with_learning_rate) for evidence in decision.ranks)])
 
 
-def _row(evidence: RankEvidence, decision: Decision, rates: bool) -> list[str]:
+def _row(evidence: RankEvidence, decision: Decision, with_learning_rate: bool) -> list[str]:
     reference = evidence.rank == decision.reference_rank
-    enough = {True: "yes", False: "no", None: "open"}[evidence.non_inferior]
     row = [
         str(evidence.rank) if evidence.rank else "base",
         f"{evidence.value:.5g}",
         f"{evidence.low:.5g} to {evidence.high:.5g}",
         "best" if reference else _short(evidence.difference),
         "" if reference else f"{_short(evidence.difference_low)} to {_short(evidence.difference_high)}",
-        enough,
+        ENOUGH[evidence.non_inferior],
     ]
-    rate = [f"{evidence.learning_rate:.2g}" if evidence.learning_rate else ""] if rates else []
-    return [*row, *rate, str(evidence.seeds)]
+    if with_learning_rate:
+        row.append(f"{evidence.learning_rate:.2g}" if evidence.learning_rate else "")
+    return [*row, str(evidence.seeds)]
 
 
 def answer_lines(decision: Decision) -> list[str]:
     """Verdict, sentence, staircase, flags, next runs."""
     lines = [f"verdict: {decision.verdict.replace('_', ' ')}", f"answer:  {decision.sentence}"]
     if decision.rank is None and decision.verdict == "undecided":
-        lines.append(f"         Until then rank {decision.fallback_rank} is the safe choice.")
+        lines.append(f"         Until this is decided, rank {decision.fallback_rank} is the safe choice.")
     stairs = [f"{step.rank} from {_short(step.margin)}" for step in decision.staircase]
-    lines.append(f"margins: {', '.join(stairs)} (asked: {decision.margin:g})")
+    lines.append(f"margins: {', '.join(stairs)} (requested: {decision.margin:g})")
     lines += curve_lines(decision)
     horizon = decision.horizon
     if horizon is not None:
-        lines.append(f"horizon: read off the evaluations, the same from step {horizon.holds_from} to {horizon.steps}")
+        lines.append(f"horizon: the evaluations give the same answer from step {horizon.holds_from} to {horizon.steps}")
     lines.append(f"basis:   {decision.basis_note}")
     lines += [f"flag:    {flag}: {FLAGS.get(flag, '')}" for flag in decision.flags]
     lines += other_metric_lines(decision)
@@ -70,18 +71,18 @@ def answer_lines(decision: Decision) -> list[str]:
 
 
 def other_metric_lines(decision: Decision) -> list[str]:
-    """One line for each metric measured beside."""
+    """One line for each further metric."""
     return [
-        f"beside:  {other.sentence}"
+        f"metric:  {other.sentence}"
         if other.conflict
-        else f"beside:  {other.metric}: {f'rank {other.rank}' if other.rank else other.verdict.replace('_', ' ')}, "
+        else f"metric:  {other.metric}: {f'rank {other.rank}' if other.rank else other.verdict.replace('_', ' ')}, "
         f"at a margin of {_short(other.margin)}"
         for other in decision.other_metrics
     ]
 
 
 def curve_lines(decision: Decision) -> list[str]:
-    """What the fitted curve says, in one line."""
+    """The fitted curve in one line; empty without one."""
     curve = decision.curve
     if curve is None:
         return []
@@ -89,7 +90,7 @@ def curve_lines(decision: Decision) -> list[str]:
     law = "" if curve.form != "power" else f" {curve.a:.4g} {curve.b:+.3g}·r^-{curve.c:.2f};"
     return [
         f"curve:   {curve.form.replace('_', '-')};{law} within the margin from rank {curve.r_margin:.0f} "
-        f"({curve.r_margin_low:.0f} to {curve.r_margin_high:.0f}); still to come above rank {top}: "
+        f"({curve.r_margin_low:.0f} to {curve.r_margin_high:.0f}); expected gain above rank {top}: "
         f"{_short(curve.gain_to_come)} ({_short(curve.gain_to_come_low)} to {_short(curve.gain_to_come_high)})"
     ]
 

@@ -1,4 +1,4 @@
-"""Events of a running selection for other programs: one JSON object a line, and a small file of where it stands."""
+"""Events of a running selection for other programs: a JSON log and a progress file."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ LONG_FIELDS = {
 
 
 class JsonLog:
-    """A view that writes every event as one JSON object a line. Steps are told once a second at most."""
+    """A view that writes every event as one JSON object a line. It writes steps at most once a second."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
-        self._told = 0.0
+        self._last_step = 0.0
 
     def __enter__(self) -> JsonLog:
         return self
@@ -51,9 +51,9 @@ class JsonLog:
 
     def event(self, event: RunEvent) -> None:
         if isinstance(event, StepDone | Preparing):
-            if time.monotonic() - self._told < 1 and not _is_last(event):
+            if time.monotonic() - self._last_step < 1 and not _is_last(event):
                 return
-            self._told = time.monotonic()
+            self._last_step = time.monotonic()
         self._write(event_name(event), event.model_dump(mode="json", exclude=LONG_FIELDS | {"type", "schema_version"}))
 
     def notice(self, text: str) -> None:
@@ -86,7 +86,7 @@ class ProgressFile:
             self._write()
 
     def remove(self) -> None:
-        with suppress(OSError):  # the run folder may never have come to be, or can't be written to any more
+        with suppress(OSError):  # the run folder may not exist, or may have become read-only
             self._path.unlink()
 
     def _write(self) -> None:

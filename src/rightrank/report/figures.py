@@ -1,4 +1,4 @@
-"""From a run's records to its figures: pure functions, plain data out."""
+"""The figures of a run, computed from its records by pure functions."""
 
 from __future__ import annotations
 
@@ -12,17 +12,18 @@ from rightrank.report.format import amount, metric_unit
 from rightrank.report.rank_curve import rank_figure
 
 MIB = 2**20
+ENOUGH = {True: "yes", False: "no", None: "inconclusive"}  # by `RankEvidence.non_inferior`
 
 
 def figures_of(records: Records, decision: Decision | None) -> list[AnyFigure]:
-    """Every figure that the records have something for, the rank curve first."""
+    """Every figure that the records support, the rank curve first."""
     figures: list[AnyFigure | None] = []
     if decision is not None:
         figures += [rank_figure(decision), staircase_figure(decision), difference_figure(decision)]
     figures += [
         learning_figure(records, decision),
         truncation_figure(records),
-        rate_map(records),
+        learning_rate_map(records),
         memory_figure(records),
         time_figure(records),
     ]
@@ -35,7 +36,7 @@ def trained(decision: Decision) -> list[RankEvidence]:
 
 
 def margin_steps(decision: Decision) -> list[tuple[float, int]]:
-    """`(margin, rank)`: from this margin on, this rank is enough. The first margin is 0."""
+    """`(margin, rank)`: the rank that is enough from this margin on. The first margin is 0."""
     steps = [(step.margin, step.rank) for step in decision.staircase]
     return steps if steps and steps[0][0] == 0 else [(0.0, decision.reference_rank), *steps]
 
@@ -46,7 +47,7 @@ def rank_at(steps: Sequence[tuple[float, int]], margin: float) -> int:
 
 
 def margin_range(decision: Decision) -> tuple[float, float]:
-    """The margins worth looking at: from under the first step to where the smallest rank is enough."""
+    """The interesting margins: from below the first step to above the one at which the smallest rank is enough."""
     needed = [margin for margin, _ in margin_steps(decision) if margin > 0]
     return min([decision.margin / 5, *(m / 2 for m in needed)]), max([decision.margin * 5, *(m * 2 for m in needed)])
 
@@ -58,12 +59,12 @@ def staircase_figure(decision: Decision) -> Figure:
     corners = [(low, rank_at(steps, low))] + [step for step in steps if low < step[0] < high]
     corners.append((high, rank_at(steps, high)))
     ranks = sorted({rank for _, rank in corners})
-    said = "; ".join(f"from {needed:.2g} on, rank {rank}" for needed, rank in corners[1:-1])
+    steps_text = "; ".join(f"from {needed:.2g} on, rank {rank}" for needed, rank in corners[1:-1])
     return Figure(
         name="staircase",
         title="Which rank is enough at which margin",
         alt=f"Staircase of the smallest rank shown to be enough. At a margin of {low:.2g}, rank {corners[0][1]}"
-        + (f"; {said}." if said else " at every margin shown."),
+        + (f"; {steps_text}." if steps_text else " at every margin shown."),
         x=Axis(f"margin, {metric_unit(decision.metric)}", "log10"),
         y=Axis("smallest rank enough", "log2", tuple(ranks)),
         series=(
@@ -75,7 +76,7 @@ def staircase_figure(decision: Decision) -> Figure:
 
 
 def difference_figure(decision: Decision) -> Figure | None:
-    """How much worse each rank is than the reference, paired, with the bounds that are tested."""
+    """The paired difference of each rank from the reference, with the bounds that are tested."""
     rows = [e for e in trained(decision) if e.difference is not None]
     if len(rows) < 2:
         return None
@@ -83,7 +84,6 @@ def difference_figure(decision: Decision) -> Figure | None:
     lows = [d if e.difference_low is None else e.difference_low for d, e in zip(differences, rows, strict=True)]
     highs = [d if e.difference_high is None else e.difference_high for d, e in zip(differences, rows, strict=True)]
     enough = [str(e.rank) for e in rows if e.non_inferior]
-    words = {True: "yes", False: "no", None: "open"}
     return Figure(
         name="paired_differences",
         title=f"Worse than rank {decision.reference_rank} by, paired",
@@ -102,16 +102,16 @@ def difference_figure(decision: Decision) -> Figure | None:
             ),
         ),
         levels=(Level(f"margin {decision.margin:g}", decision.margin), Level("", 0.0)),
-        columns=("rank", "difference", "lower bound", "upper bound", "enough", "optimism of the best rate"),
+        columns=("rank", "difference", "lower bound", "upper bound", "enough", "optimism of the best learning rate"),
         rows=tuple(
-            (e.rank, d, low, high, words[e.non_inferior], e.winner_gap)
+            (e.rank, d, low, high, ENOUGH[e.non_inferior], e.winner_gap)
             for e, d, low, high in zip(rows, differences, lows, highs, strict=True)
         ),
     )
 
 
 def learning_figure(records: Records, decision: Decision | None) -> Figure | None:
-    """Held-out and training values along the steps, each rank at its best rate, means over seeds."""
+    """Held-out and training values by step: each rank at its best learning rate, means over seeds."""
     best = _best_trials(records, decision)
     metric = records.started.points_metric or records.started.metric
     base = next((trial.metrics.get(metric) for trial in records.finished() if trial.rank == 0), None)
@@ -127,7 +127,7 @@ def learning_figure(records: Records, decision: Decision | None) -> Figure | Non
             train.append(fmean(trained_values) if trained_values else None)
             rows.append((rank, step, held[-1], train[-1]))
         known = [(step, value) for step, value in zip(steps, train, strict=True) if value is not None]
-        if steps and base is not None:  # before its first step an adapter changes nothing
+        if steps and base is not None:  # at step 0 the adapter is the base model
             series.append(Series(f"rank {rank}", (0, *steps), (base, *held), tone=place))
         elif steps:
             series.append(Series(f"rank {rank}", tuple(steps), tuple(held), tone=place))
@@ -142,7 +142,7 @@ def learning_figure(records: Records, decision: Decision | None) -> Figure | Non
     return Figure(
         name="learning_curves",
         title="Learning curves (training dashed)",
-        alt=f"Held-out {metric} along training, each rank at its best rate. At the end: {ends}.",
+        alt=f"Held-out {metric} by step, each rank at its best learning rate. At the end: {ends}.",
         x=Axis("step"),
         y=metric_axis(metric, "held-out"),
         series=tuple(series),
@@ -152,65 +152,75 @@ def learning_figure(records: Records, decision: Decision | None) -> Figure | Non
 
 
 def truncation_figure(records: Records) -> Figure | None:
-    """What the cuts of one adapter to lower ranks score, beside the trainings at those ranks."""
+    """The scores of an adapter truncated to lower ranks, next to trainings at those ranks."""
     finished = records.finished()
-    cuts = [trial for trial in finished if trial.truncate_from is not None]
-    if not cuts:
+    truncations = [trial for trial in finished if trial.truncate_from is not None]
+    if not truncations:
         return None
     direct = _best_trials(records, None)
     parents = {trial.trial_id: trial for trial in finished}
-    cut_values = {rank: _best(trials, records).value for rank, trials in _by_rank(cuts).items()}
+    truncated_values = {rank: _best(trials, records).value for rank, trials in _by_rank(truncations).items()}
     trained_values = {rank: trials[0].value for rank, trials in direct.items()}
-    whole = sorted({parents[trial.truncate_from].rank for trial in cuts if trial.truncate_from in parents})
-    ranks = sorted({*cut_values, *trained_values})
+    whole = sorted({parents[trial.truncate_from].rank for trial in truncations if trial.truncate_from in parents})
+    ranks = sorted({*truncated_values, *trained_values})
     series = [
-        Series("cut, best of each rank", tuple(cut_values), tuple(cut_values.values()), dashed=True, tone="second")
+        Series(
+            "truncated, best of each rank",
+            tuple(truncated_values),
+            tuple(truncated_values.values()),
+            dashed=True,
+            tone="second",
+        )
     ]
     if trained_values:
         series.append(Series("trained at that rank", tuple(trained_values), tuple(trained_values.values())))
     origin = f"rank {', '.join(map(str, whole))}" if whole else "a higher rank"
     return Figure(
         name="truncations",
-        title=f"Adapters of {origin} cut to lower ranks",
-        alt=f"Held-out {records.started.metric} of truncated adapters beside trainings. Cut: {_listed(cut_values, '')}. "
+        title=f"Adapters of {origin} truncated to lower ranks",
+        alt=f"Held-out {records.started.metric} of truncated adapters next to trainings. Truncated: {_listed(truncated_values, '')}. "
         f"Trained: {_listed(trained_values, '')}.",
         x=rank_axis(ranks),
         y=metric_axis(records.started.metric, "held-out"),
         series=tuple(series),
-        columns=("rank", "cut", "trained"),
-        rows=tuple((rank, cut_values.get(rank), trained_values.get(rank)) for rank in ranks),
+        columns=("rank", "truncated", "trained"),
+        rows=tuple((rank, truncated_values.get(rank), trained_values.get(rank)) for rank in ranks),
     )
 
 
-def rate_map(records: Records) -> HeatMap | None:
-    """Rank × learning rate: the mean value of each cell, the best rate of each rank marked; whole trainings only, at
-    the setting that all ranks share."""
+def learning_rate_map(records: Records) -> HeatMap | None:
+    """Rank × learning rate: the mean value of each cell, with the best of each rank marked.
+
+    It shows complete trainings with the settings that all ranks share.
+    """
     arms = [outcome for outcome in records.plain() if outcome.rank > 0 and outcome.truncate_from is None]
     ranks = sorted({outcome.rank for outcome in arms})
-    rates = sorted({outcome.learning_rate for outcome in arms})
+    learning_rates = sorted({outcome.learning_rate for outcome in arms})
     finished = [outcome for outcome in arms if isinstance(outcome, TrialFinished)]
     if not finished:
         return None
     values: list[tuple[float | None, ...]] = []
     notes: list[tuple[str, ...]] = []
     for rank in ranks:
-        cells = [[o for o in arms if (o.rank, o.learning_rate) == (rank, rate)] for rate in rates]
+        cells = [[o for o in arms if (o.rank, o.learning_rate) == (rank, lr)] for lr in learning_rates]
         done = [[o.value for o in cell if isinstance(o, TrialFinished) and o.arm.is_direct] for cell in cells]
         values.append(tuple(fmean(cell) if cell else None for cell in done))
         notes.append(tuple(_cell_note(c, len(d)) for c, d in zip(cells, done, strict=True)))
     lower = not records.started.higher_is_better
     best = tuple(best_column(row, lower) for row in values)
-    said = ", ".join(
-        f"rank {rank} at {rates[column]:g}" for rank, column in zip(ranks, best, strict=True) if column is not None
+    best_text = ", ".join(
+        f"rank {rank} at {learning_rates[column]:g}"
+        for rank, column in zip(ranks, best, strict=True)
+        if column is not None
     )
     return HeatMap(
         name="rate_by_rank",
         title="Learning rate by rank",
-        alt=f"Held-out {records.started.metric} of every rank and learning rate. Best rates: {said}.",
+        alt=f"Held-out {records.started.metric} of every rank and learning rate. Best learning rates: {best_text}.",
         row_label="rank",
         column_label="learning rate",
         row_names=tuple(str(rank) for rank in ranks),
-        column_names=tuple(f"{rate:g}" for rate in rates),
+        column_names=tuple(f"{lr:g}" for lr in learning_rates),
         values=tuple(values),
         notes=tuple(notes),
         best=best,
@@ -219,9 +229,9 @@ def rate_map(records: Records) -> HeatMap | None:
 
 
 def memory_figure(records: Records) -> Figure | None:
-    """Peak memory against rank: measured, and what was planned for the same trainings.
+    """Peak memory by rank: measured, and planned for the same trainings.
 
-    On a CPU the measured peak is the whole process's and the planned one that of tensors alone: the labels say so.
+    On a CPU, the measured peak is of the whole process and the planned one of the tensors; the labels say which.
     """
     trained = _by_rank([trial for trial in records.finished() if trial.steps > 0 and trial.peak_bytes > 0])
     highest = {rank: max(trials, key=lambda t: t.peak_bytes) for rank, trials in trained.items() if rank > 0}
@@ -230,7 +240,7 @@ def memory_figure(records: Records) -> Figure | None:
     if not peaks:
         return None
     on_cpu = records.started.environment.get("device") == "cpu"
-    names = ("measured, whole process", "planned, tensors alone") if on_cpu else ("measured", "planned")
+    names = ("measured, whole process", "planned, tensors only") if on_cpu else ("measured", "planned")
     series = [Series(names[0], tuple(peaks), tuple(peaks.values()))]
     if planned:
         series.append(Series(names[1], tuple(planned), tuple(planned.values()), dashed=True, tone="second"))
@@ -247,7 +257,7 @@ def memory_figure(records: Records) -> Figure | None:
 
 
 def time_figure(records: Records) -> Figure | None:
-    """Seconds of a training against rank, the mean over its trials, and of its evaluations."""
+    """Mean seconds of training and of evaluation by rank."""
     direct = [trial for trial in records.finished() if trial.rank > 0 and trial.arm.is_direct]
     groups = _by_rank(direct)
     if not groups:
@@ -257,7 +267,7 @@ def time_figure(records: Records) -> Figure | None:
     return Figure(
         name="time",
         title="Time of a training",
-        alt=f"Seconds a training by rank: {_listed(train, 's')}.",
+        alt=f"Seconds per training by rank: {_listed(train, 's')}.",
         x=rank_axis(list(train)),
         y=Axis("seconds"),
         series=(
@@ -270,7 +280,7 @@ def time_figure(records: Records) -> Figure | None:
 
 
 def _best_trials(records: Records, decision: Decision | None) -> dict[int, list[TrialFinished]]:
-    """Of each rank the trials at its best rate: the decision's where it names them."""
+    """The trials of each rank at its best learning rate: those that the decision names, if there is one."""
     finished = records.finished()
     by_id = {trial.trial_id: trial for trial in finished}
     if decision is not None:
@@ -290,11 +300,11 @@ def _by_rank(trials: Sequence[TrialFinished]) -> dict[int, list[TrialFinished]]:
     return {rank: [trial for trial in trials if trial.rank == rank] for rank in ranks}
 
 
-def _cell_note(asked: Sequence[TrialOutcome], finished: int) -> str:
-    if not asked:
+def _cell_note(outcomes: Sequence[TrialOutcome], finished: int) -> str:
+    if not outcomes:
         return "not tried"
     if finished == 0:
-        stages = [o.stop_at for o in asked if isinstance(o, TrialFinished) and o.stop_at is not None]
+        stages = [o.stop_at for o in outcomes if isinstance(o, TrialFinished) and o.stop_at is not None]
         return f"stopped at step {max(stages)}" if stages else "no result"
     return f"×{finished}" if finished > 1 else ""
 

@@ -1,7 +1,7 @@
-"""`report.html`: one file, no network, opened from disk; everything that comes from data is shown as text.
+"""`report.html`: one file that opens from disk without a network and shows everything from data as text.
 
-It reads without JavaScript (drawings are SVG in the page). With it, plots are interactive and a slider moves the
-margin. The Content-Security-Policy allows the two scripts of this file by their hashes, and nothing from elsewhere.
+Without JavaScript, plots are SVG in the page. With it, plots are interactive and a slider moves the margin. The
+Content-Security-Policy allows the two scripts of this file by their hashes, and no other source.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ from rightrank.decision.run import Records
 from rightrank.records import Decision, TrialDiverged, TrialFailed, TrialFinished, TrialOutcome
 from rightrank.report.draw import inline_svg
 from rightrank.report.figure import AnyFigure, Figure, HeatMap
-from rightrank.report.figures import figures_of, margin_range, margin_steps, rank_at
-from rightrank.report.format import metric_unit, size, visible
+from rightrank.report.figures import ENOUGH, figures_of, margin_range, margin_steps, rank_at
+from rightrank.report.format import metric_unit, size, split_name, visible
 from rightrank.report.sentences import (
     certainty_notes,
-    confidence_words,
+    confidence_text,
     cost_of,
     headline,
-    margin_words,
-    next_run_words,
+    margin_text,
+    next_run_text,
     not_tested,
-    progress_words,
+    progress_text,
     reproduce_command,
 )
 
-MOST_ROWS_IN_SIGHT = 24  # of the trial table; more are folded away
+MAX_VISIBLE_ROWS = 24  # of the trial table; a longer one is folded
 
 
 def render_report(
@@ -55,22 +55,23 @@ def render_report(
         .get_template("report.html")
         .render(
             started=records.started,
-            settings=_settings_shown(records.started.settings),
+            settings=_settings_text(records.started.settings),
             decision=decision,
             headline=headline(decision),
-            sentence=decision.sentence if decision else progress_words(records),
-            confidence=confidence_words(records, decision) if decision else "",
+            sentence=decision.sentence if decision else progress_text(records),
+            confidence=confidence_text(records, decision) if decision else "",
             cost=cost_of(records).sentence(),
+            enough=ENOUGH,
             notes=certainty_notes(decision) if decision else [],
-            next_run_cost=next_run_words(records, decision) if decision else "",
-            margin=margin_words(decision) if decision else "",
+            next_run_cost=next_run_text(records, decision) if decision else "",
+            margin=margin_text(decision) if decision else "",
             slider=_slider(decision),
             rank_plot=next((figure for figure in plots if figure.name == "rank_curve"), None),
             staircase=next((figure for figure in plots if figure.name == "staircase"), None),
             heat_maps=[figure for figure in figures if isinstance(figure, HeatMap)],
             plots=[figure for figure in plots if figure.name not in ("rank_curve", "staircase")],
             rows=[_row(outcome) for outcome in records.outcomes],
-            fold_rows=len(records.outcomes) > MOST_ROWS_IN_SIGHT,
+            fold_rows=len(records.outcomes) > MAX_VISIBLE_ROWS,
             tests=records.tests,
             samples=records.samples,
             certificates=records.certificates,
@@ -96,11 +97,12 @@ def _environment() -> Environment:
         finalize=_finalize,
     )
     environment.filters["cell"] = _cell
+    environment.filters["split_name"] = split_name
     return environment
 
 
 def _finalize(value: Any) -> Any:
-    """Every text that reaches the page has its control characters made visible."""
+    """Makes the control characters of every text visible."""
     return visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
@@ -116,28 +118,28 @@ def _asset(folder: str, name: str) -> str:
 
 
 def _hash(script: str) -> str:
-    """The source expression of an inline script in a Content-Security-Policy."""
+    """The source expression that allows an inline script in a Content-Security-Policy."""
     return "sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
 
 
 def _script_json(value: Any) -> str:
-    """JSON that can stand inside a script element whatever its strings hold."""
-    text = json.dumps(_shown(value), ensure_ascii=True, allow_nan=False)
+    """JSON that is safe inside a script element, whatever its strings contain."""
+    text = json.dumps(_visible_in(value), ensure_ascii=True, allow_nan=False)
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
-def _shown(value: Any) -> Any:
+def _visible_in(value: Any) -> Any:
     if isinstance(value, str):
         return visible(value)
     if isinstance(value, Mapping):
-        return {key: _shown(inner) for key, inner in value.items()}
+        return {key: _visible_in(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
-        return [_shown(inner) for inner in value]
+        return [_visible_in(inner) for inner in value]
     return value
 
 
 def _answer(decision: Decision | None) -> dict[str, Any] | None:
-    """What the slider needs: from which margin on which rank is enough, and what moves in the rank plot."""
+    """The data of the slider: which rank is enough from which margin, and the values that the rank plot needs."""
     if decision is None:
         return None
     values = {evidence.rank: evidence.value for evidence in decision.ranks}
@@ -153,16 +155,16 @@ def _answer(decision: Decision | None) -> dict[str, Any] | None:
 
 
 def _slider(decision: Decision | None) -> dict[str, Any] | None:
-    """Where the slider starts: 0 to 1000 along the logarithm of the margin."""
+    """The slider's start: 0 to 1000 along the logarithm of the margin."""
     if decision is None:
         return None
     low, high = margin_range(decision)
     share = log10(decision.margin / low) / log10(high / low)
     rank = rank_at(margin_steps(decision), decision.margin)
-    return {"start": round(1000 * share), "rank": rank, "margin": margin_words(decision)}
+    return {"start": round(1000 * share), "rank": rank, "margin": margin_text(decision)}
 
 
-def _settings_shown(settings: Mapping[str, Any]) -> list[tuple[str, str]]:
+def _settings_text(settings: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [(name, json.dumps(value, ensure_ascii=False)) for name, value in settings.items()]
 
 
@@ -181,7 +183,7 @@ def _row(outcome: TrialOutcome) -> dict[str, Any]:
     match outcome:
         case TrialFinished():
             row["value"] = f"{outcome.value:.4f}" + (f" ({outcome.value_metric})" if outcome.value_metric else "")
-            row["note"] = "; ".join([row["note"]] * bool(row["note"]) + [*outcome.failed_metrics.values()])
+            row["note"] = "; ".join(filter(None, [row["note"], *outcome.failed_metrics.values()]))
             row["train"] = "" if outcome.train_value is None else f"{outcome.train_value:.4f}"
             row["seconds"] = f"{outcome.train_seconds + outcome.eval_seconds:.0f}"
             row["parameters"] = f"{outcome.trainable_parameters:,}" if outcome.trainable_parameters else ""

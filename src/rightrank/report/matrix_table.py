@@ -1,4 +1,4 @@
-"""Many selections side by side: for the terminal and as CSV."""
+"""The results of several selections as a table: for the terminal and as CSV."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from rightrank.report.format import or_dash, table_lines
 
 @dataclass(frozen=True, slots=True)
 class MatrixRow:
-    """How one selection of a matrix ended."""
+    """The result of one selection of a matrix."""
 
     name: str
-    verdict: str  # `failed` where it gave no decision
-    rank: int | None  # the smallest that is enough; None: not decided
+    verdict: str  # `failed` without a decision
+    rank: int | None  # the smallest that is enough; None: undecided
     handed_over: int | None  # the rank of the adapter in the job's folder
     learning_rate: float | None
     value: float | None  # held-out, of the rank handed over
     reference_rank: int | None
     trainings: int
     run: str
-    reason: str = ""  # why it failed
+    reason: str = ""  # of a failure
 
 
 def matrix_text(rows: Sequence[MatrixRow]) -> str:
-    """One line a selection."""
+    """One line per selection."""
     heading = ["name", "rank", "adapter", "learning rate", "held-out", "best", "trainings", "verdict"]
     cells = [
         [

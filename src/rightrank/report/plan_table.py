@@ -1,4 +1,4 @@
-"""A plan for a person: the table of ranks, where the memory goes, what fits and what to change."""
+"""A plan as text: the table of ranks, the parts of the memory, what fits and what to change."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from rightrank.report.format import duration, or_dash, size, table_lines
 
 
 def plan_text(plan: Plan) -> str:
-    """The whole answer in plain lines."""
+    """The whole plan in plain lines."""
     parts = [
         f"{plan.architecture}: {plan.base_parameters:,} parameters, {size(plan.base_bytes)} of weights; "
         f"{plan.targets} adapted matrices",
         "",
         *_table(plan),
         "",
-        *_where(plan.ranks[-1], plan),
+        *_memory_parts(plan.ranks[-1], plan),
         "",
         *_answer(plan),
     ]
@@ -46,7 +46,7 @@ def _row(row: RankPlan, plan: Plan, timed: bool) -> list[str]:
     return cells
 
 
-def _where(row: RankPlan, plan: Plan) -> list[str]:
+def _memory_parts(row: RankPlan, plan: Plan) -> list[str]:
     parts = [
         f"{'logits, loss' if name == 'logits_and_loss' else name.replace('_', ' ')} {size(count)}"
         for name, count in row.components.items()
@@ -64,8 +64,8 @@ def _answer(plan: Plan) -> list[str]:
     lines = [
         f"peak: {source}; at rank {last.rank} from {size(last.peak_low_bytes)} to {size(last.peak_high_bytes)} "
         f"(±{last.error_share:.0%}: {plan.errors[source].basis})",
-        f"beside it {size(plan.context_bytes)} for the process ({plan.sources['context_bytes']}) and "
-        f"{plan.headroom_share:.0%} of headroom (assumed)",
+        f"in addition {size(plan.context_bytes)} for the process ({plan.sources['context_bytes']}) and "
+        f"{plan.headroom_share:.0%} headroom (assumed)",
     ]
     if plan.memory_bytes is not None:
         lines.append(_fits_line(plan))
@@ -81,7 +81,7 @@ def _answer(plan: Plan) -> list[str]:
     for limit in plan.limits:
         lines.append(f"limit by {limit.name}: {'none' if limit.rank is None else limit.rank} ({limit.reason})")
     if plan.suggested_ranks:
-        lines.append(f"ranks to begin with: {', '.join(map(str, plan.suggested_ranks))}")
+        lines.append(f"suggested ranks: {', '.join(map(str, plan.suggested_ranks))}")
     if plan.selection is not None:
         lines += selection_lines(plan.selection)
     return lines
@@ -90,15 +90,15 @@ def _answer(plan: Plan) -> list[str]:
 def _fits_line(plan: Plan) -> str:
     budget = size(plan.memory_bytes or 0)
     if plan.max_rank is None:
-        return f"no rank asked for fits in {budget}; to make rank {plan.ranks[0].rank} fit, change:"
+        return f"no requested rank fits in {budget}; to make rank {plan.ranks[0].rank} fit, change:"
     possible = ""
     if plan.largest_possible_rank is not None and plan.largest_possible_rank != plan.max_rank:
-        possible = f" (of all ranks: {plan.largest_possible_rank})"
-    return f"largest rank asked for that fits in {budget}: {plan.max_rank}{possible}"
+        possible = f" (largest of all ranks: {plan.largest_possible_rank})"
+    return f"largest requested rank that fits in {budget}: {plan.max_rank}{possible}"
 
 
 def selection_lines(cost: SelectionCost) -> list[str]:
-    """Time and price of a selection: of each rank's training, expected and at most."""
+    """The time and price of a selection, expected and at most, and of one training of each rank."""
     name = "selection" if cost.strategy is None else f"selection by {cost.strategy}"
     lines = []
     if cost.expected == cost.most:
@@ -108,9 +108,9 @@ def selection_lines(cost: SelectionCost) -> list[str]:
     each = ", ".join(
         f"rank {row.rank} {_amount(row.flops) if row.seconds is None else duration(row.seconds)}" for row in cost.ranks
     )
-    lines.append(f"  a whole training with its evaluations: {each}")
+    lines.append(f"  one complete training with its evaluations: {each}")
     if cost.expected.seconds is None:
-        lines.append("  seconds come from --calibrate on this device")
+        lines.append("  --calibrate on this device adds seconds")
     return lines
 
 
@@ -133,12 +133,12 @@ def _amount(flops: float) -> str:
 
 
 def took_line(cost: SelectionCost, trainings: float, seconds: float) -> str:
-    """What a selection took beside what was estimated: for the trainings that were run, and before the start."""
+    """The time of a selection, compared with the estimate for the trainings that ran and with that before the start."""
     assert cost.expected.seconds is not None
     assert cost.most.seconds is not None
     for_these = cost.expected.seconds * trainings / cost.expected.trainings
     return (
-        f"took {duration(seconds)} for {trainings:.3g} trainings; estimated for as many {duration(for_these)} "
-        f"({for_these / seconds - 1:+.0%}), and before the start {duration(cost.expected.seconds)} for "
-        f"{cost.expected.trainings:.3g}, at most {duration(cost.most.seconds)}"
+        f"took {duration(seconds)} for {trainings:.3g} trainings; the estimate for that many was {duration(for_these)} "
+        f"({for_these / seconds - 1:+.0%}); the estimate before the start was {duration(cost.expected.seconds)} for "
+        f"{cost.expected.trainings:.3g} trainings, at most {duration(cost.most.seconds)}"
     )

@@ -1,7 +1,7 @@
-"""Where a running selection is: what has ended, what runs, and how long the rest will take.
+"""The progress of a running selection: what has ended, what runs, and the time left.
 
-Time is counted as the trials count it: where several share the model's passes, each has its even share. The shares add up
-to the time that passes, so the sum over all that is left to do is the time left, however many train together.
+Trials that share a forward pass each count an equal share of its time. The shares add up to the wall time, so the sum
+over the remaining work is the time left, however many adapters train per pass.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from rightrank.report.format import duration, size
 
 
 class Progress:
-    """Takes every event of a selection; answers in words and in seconds."""
+    """Follows a selection from its events and reports where it is, as text and in seconds."""
 
     def __init__(self) -> None:
         self._arms = 1
         self._ended = 0
         self._running: dict[str, TrialStarted] = {}
-        self._begun: dict[str, float] = {}
-        self._steps: dict[str, StepDone] = {}  # the last of each trial
-        self._totals: dict[str, float] = {}  # seconds of each ended trial, with those of the one that it continued
-        self._costs: list[float] = []  # seconds of each training by itself
+        self._started_at: dict[str, float] = {}
+        self._steps: dict[str, StepDone] = {}  # the last step of each trial
+        self._totals: dict[str, float] = {}  # seconds of each ended trial, including the one that it continued
+        self._costs: list[float] = []  # seconds of each training alone
         self._preparing: Preparing | None = None
         self._higher_is_better = False
         self._best: dict[int, float] = {}
@@ -45,23 +45,23 @@ class Progress:
         self._higher_is_better = started.higher_is_better
 
     def resume(self, outcomes: Sequence[TrialOutcome]) -> None:
-        """Take note of what ended before this process began."""
+        """Record the trials that ended before this process began."""
         for outcome in outcomes:
             self._end(outcome)
 
     def event(self, event: RunEvent) -> str | None:
-        """Take note; a line worth keeping, if the event is worth one."""
+        """Record the event; return a line for the log if a trial ended."""
         match event:
             case Preparing():
                 self._preparing = event
             case TrialStarted():
                 self._preparing = None
                 self._running[event.trial_id] = event
-                self._begun[event.trial_id] = time.monotonic()
+                self._started_at[event.trial_id] = time.monotonic()
             case StepDone():
                 self._steps[event.trial_id] = event
             case TrialFinished():
-                return self._line(event, held_out_words(event))
+                return self._line(event, held_out_text(event))
             case TrialDiverged():
                 return self._line(event, f"diverged at step {event.step}: {event.reason}")
             case TrialFailed():
@@ -76,14 +76,14 @@ class Progress:
         if self._preparing is not None:
             done, of, seconds = self._preparing.items, self._preparing.of_items, self._preparing.seconds
             left = seconds / done * (of - done)
-            return f"frozen layers, once for all trials: {done} of {of} items · about {duration(left)} left"
+            return f"frozen layers, once for all trials: {done} of {of} examples · about {duration(left)} left"
         parts = [self._position(), *self._at_work()]
         if (remaining := self.remaining_seconds()) is not None:
             parts.append(f"about {duration(remaining)} left")
         return " · ".join(parts)
 
     def so_far_line(self) -> str:
-        """The best rank so far and the memory it took; empty before there is one."""
+        """The best rank so far and the peak memory; empty before the first result."""
         if not self._best:
             return ""
         pick = max if self._higher_is_better else min
@@ -92,7 +92,7 @@ class Progress:
         return f"best so far: rank {rank} ({self._best[rank]:.4f}){memory}"
 
     def remaining_seconds(self) -> float | None:
-        """What the trials under way still need, and those to come at the mean of the others; None before the first step."""
+        """Seconds left for the running trials and, at the mean cost, for those to come; None before the first step."""
         known = [*self._costs, *(seconds for key in self._running if (seconds := self._whole(key)) is not None)]
         if not known:
             return None
@@ -101,7 +101,7 @@ class Progress:
         return waiting * mean + sum(self._left(key, mean) for key in self._running)
 
     def _position(self) -> str:
-        """`trial 3 of 9`; more than were expected move the end."""
+        """`trial 3 of 9`; the total grows if more trials run than expected."""
         first, last = self._ended + 1, self._ended + max(1, len(self._running))
         end = max(self._arms, self._ended + len(self._running))
         return f"trials {first} to {last} of {end}" if last > first else f"trial {min(first, end)} of {end}"
@@ -115,7 +115,7 @@ class Progress:
             named = "base model" if arm.rank == 0 else f"rank {arm.rank}, learning rate {arm.learning_rate:g}"
         else:
             ranks = sorted({arm.rank for arm in running})
-            named = f"{len(running)} together, rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
+            named = f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
         steps = [self._steps[arm.trial_id] for arm in running if arm.trial_id in self._steps]
         if not steps:
             return [named]
@@ -123,7 +123,7 @@ class Progress:
         return [named, f"step {behind.step}/{behind.steps}, loss {behind.loss:.3f}"]
 
     def _whole(self, key: str) -> float | None:
-        """What a running training takes by itself from its first step to its last, at its pace so far."""
+        """Seconds of a running training from its first step to its last, at its pace so far."""
         step, arm = self._steps.get(key), self._running[key]
         if step is None or arm.rank == 0:
             return None
@@ -133,8 +133,8 @@ class Progress:
         step, arm = self._steps.get(key), self._running[key]
         if arm.rank == 0:
             return 0.0
-        if step is None:  # a trainer of one's own tells no steps
-            return max(0.0, mean - (time.monotonic() - self._begun[key]))
+        if step is None:  # a custom trainer reports no steps
+            return max(0.0, mean - (time.monotonic() - self._started_at[key]))
         return step.seconds / step.step * max(0, _last_step(arm) - step.step)
 
     def _before(self, arm: ArmFields) -> float:
@@ -142,7 +142,7 @@ class Progress:
         return self._totals.get(arm.continue_from or "", 0.0)
 
     def _end(self, event: TrialOutcome) -> float:
-        """Take note of an outcome; the seconds that it took by itself."""
+        """Record an outcome; return the seconds of this trial alone."""
         step = self._steps.pop(event.trial_id, None)
         self._running.pop(event.trial_id, None)
         self._ended += 1
@@ -175,11 +175,9 @@ def _last_step(arm: ArmFields) -> int:
     return arm.steps if arm.stop_at is None else arm.stop_at
 
 
-def held_out_words(trial: TrialFinished) -> str:
-    """The value, by which metric where it is not the decision's, and what the base's answers took."""
-    words = f"held-out {trial.value:.4f}" + (f" ({trial.value_metric})" if trial.value_metric else "")
+def held_out_text(trial: TrialFinished) -> str:
+    """The value, its metric if another one decides, and for the base the time of its generated answers."""
+    text = f"held-out {trial.value:.4f}" + (f" ({trial.value_metric})" if trial.value_metric else "")
     if trial.rank == 0 and trial.answer_seconds >= 1:
-        words += (
-            f"; of which the model's answers took {duration(trial.answer_seconds)}, as they will after each training"
-        )
-    return words
+        text += f"; generating answers took {duration(trial.answer_seconds)}, and takes as long after each training"
+    return text

@@ -10,11 +10,11 @@ from rightrank.report.figure import Band, Figure, Level, Mark, Series, metric_ax
 
 
 def rank_figure(decision: Decision) -> Figure:
-    """Every rank at its best rate, the bound that the rule tests, the margin band, the base, and the chosen rank.
+    """Each rank at its best learning rate, with the tested bound, the margin band, the base and the chosen rank.
 
     The whisker of a rank ends at the reference's value plus the upper bound of the paired difference: a rank is
-    enough where its whisker ends inside the band. (The interval of a value by itself is many times wider, since all
-    ranks share its items; it is in the numbers.)
+    enough if its whisker ends inside the band. The interval of a single value is many times wider, because all ranks
+    share the held-out examples; the figure's rows hold it.
     """
     trained = [evidence for evidence in decision.ranks if evidence.rank > 0]
     base = next((evidence.value for evidence in decision.ranks if evidence.rank == 0), None)
@@ -23,7 +23,7 @@ def rank_figure(decision: Decision) -> Figure:
     ends = [e.value if e.difference_high is None else reference.value + sign * e.difference_high for e in trained]
     ranks = tuple(e.rank for e in trained)
     points = Series(
-        f"held-out, best rate; whisker: paired {decision.confidence:.0%} bound",
+        f"held-out, best learning rate; whisker: paired {decision.confidence:.0%} bound",
         ranks,
         tuple(e.value for e in trained),
         tuple(min(e.value, end) for e, end in zip(trained, ends, strict=True)),
@@ -33,11 +33,11 @@ def rank_figure(decision: Decision) -> Figure:
     band = Band("within the margin of the best", min(reference.value, edge), max(reference.value, edge))
     fitted = _fitted(decision)
     limits = _limits([*points.low, *points.high, band.low, band.high, *(y for s in fitted for y in s.y)], base)
-    said = ", ".join(f"rank {e.rank} {e.value:.4f}" for e in trained)
+    values = ", ".join(f"rank {e.rank} {e.value:.4f}" for e in trained)
     return Figure(
         name="rank_curve",
         title="Performance against rank",
-        alt=f"Held-out {decision.metric} against LoRA rank: {said}"
+        alt=f"Held-out {decision.metric} against LoRA rank: {values}"
         + (f"; base without an adapter {base:.4f}" if base is not None else "")
         + f". {decision.sentence}",
         x=rank_axis(ranks),
@@ -47,15 +47,12 @@ def rank_figure(decision: Decision) -> Figure:
         levels=() if base is None else (_base_level(base, limits),),
         marks=tuple(_marks(decision, trained)),
         columns=("rank", "value", "low", "high", "paired bound"),
-        rows=tuple(
-            (e.rank, e.value, e.low, e.high, None if e.difference_high is None else e.difference_high)
-            for e in decision.ranks
-        ),
+        rows=tuple((e.rank, e.value, e.low, e.high, e.difference_high) for e in decision.ranks),
     )
 
 
 def _fitted(decision: Decision) -> list[Series]:
-    """The fitted curve and the ends of its interval; nothing where no curve was fitted."""
+    """The fitted curve and the ends of its interval; empty if no curve was fitted."""
     if decision.curve is None or not decision.curve.points:
         return []
     points = decision.curve.points
@@ -67,7 +64,7 @@ def _fitted(decision: Decision) -> list[Series]:
 
 
 def _limits(values: list[float], base: float | None) -> tuple[float, float]:
-    """Of the y axis: all of `values`, and the base too unless it would squash them to less than a third."""
+    """The limits of the y axis: all of `values`, and the base unless that shrinks them to less than a third."""
     low, high = min(values), max(values)
     spread = (high - low) or abs(high) or 1.0
     if base is not None and max(high, base) - min(low, base) <= 3 * spread:
@@ -77,7 +74,7 @@ def _limits(values: list[float], base: float | None) -> tuple[float, float]:
 
 
 def _base_level(base: float, limits: tuple[float, float]) -> Level:
-    """The base as a line; at the edge, and said so, where it lies beyond."""
+    """The base as a line; a base off the scale is drawn at the edge and labelled so."""
     low, high = limits
     if low <= base <= high:
         return Level(f"base, no adapter: {base:.4g}", base)
@@ -86,10 +83,10 @@ def _base_level(base: float, limits: tuple[float, float]) -> Level:
 
 
 def diminishing_rank(decision: Decision) -> int | None:
-    """The smallest rank from which no doubling measured gains more than the margin; None where the top still does.
+    """The smallest rank from which no measured doubling gains more than the margin; None if the last one still does.
 
-    It moves with the margin and with the ranks tried, and says nothing of ranks that were not. Measured ranks alone:
-    the fitted curve's own is in the decision.
+    It depends on the margin and on the ranks tried. It uses measured values only; the decision holds the counterpart
+    of the fitted curve.
     """
     ranks = sorted((e for e in decision.ranks if e.rank > 0), key=lambda e: e.rank)
     sign = -1 if decision.higher_is_better else 1
@@ -107,7 +104,7 @@ def _marks(decision: Decision, trained: list[RankEvidence]) -> list[Mark]:
     marks: list[Mark] = []
     diminishing = diminishing_rank(decision)
     if diminishing is not None:
-        marks.append(Mark("a doubling gains under the margin", diminishing, values[diminishing], "second"))
+        marks.append(Mark("doubling gains less than the margin", diminishing, values[diminishing], "second"))
     chosen = decision.rank if decision.rank is not None else decision.fallback_rank
     if chosen in values:
         label = "chosen" if decision.rank is not None else "shown to be enough so far"

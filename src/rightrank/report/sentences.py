@@ -1,4 +1,4 @@
-"""What a report says in words: what it cost, what was not tested, how to do it again."""
+"""The sentences of a report: the answer and its certainty, the cost, what was not tested, the command to run again."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from rightrank.settings import SelectSettings
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """What the trials so far took."""
+    """The cost of the trials so far."""
 
     trainings: int
     without_result: int
@@ -37,13 +37,13 @@ class Cost:
 
 
 def cost_of(records: Records) -> Cost:
-    """The cost of all trials, the base's evaluation included in the seconds.
+    """The cost of all trials; the seconds include the evaluation of the base model.
 
-    A training that went on from a stopped one holds its seconds and tokens: the stopped one is not counted again.
+    A training that continues a stopped one already contains its seconds and tokens, so the stopped one is skipped.
     """
-    went_on = {outcome.continue_from for outcome in records.outcomes if isinstance(outcome, TrialFinished)}
-    finished = [trial for trial in records.finished() if trial.trial_id not in went_on]
-    arms = [outcome for outcome in records.outcomes if outcome.rank > 0 and outcome.trial_id not in went_on]
+    continued = {outcome.continue_from for outcome in records.outcomes if isinstance(outcome, TrialFinished)}
+    finished = [trial for trial in records.finished() if trial.trial_id not in continued]
+    arms = [outcome for outcome in records.outcomes if outcome.rank > 0 and outcome.trial_id not in continued]
     return Cost(
         trainings=len(arms),
         without_result=sum(not isinstance(outcome, TrialFinished) for outcome in arms),
@@ -53,37 +53,39 @@ def cost_of(records: Records) -> Cost:
     )
 
 
-def confidence_words(records: Records, decision: Decision) -> str:
-    """How sure, and from what."""
-    items = len(records.started.evaluation_items)
-    seeds = max((e.seeds for e in decision.ranks if e.rank > 0), default=1)
-    held_out = f", paired over {quantity(items, 'held-out item')}" if items else ""
-    return f"{decision.confidence:.0%} confidence{held_out} and {quantity(seeds, 'seed')} a rank"
+def confidence_text(records: Records, decision: Decision) -> str:
+    """The confidence level and the evidence behind it."""
+    examples = len(records.started.evaluation_items)
+    held_out = f", paired over {quantity(examples, 'held-out example')}" if examples else ""
+    return f"{decision.confidence:.0%} confidence{held_out} and {quantity(_seeds(decision), 'seed')} per rank"
+
+
+def _seeds(decision: Decision) -> int:
+    return max((e.seeds for e in decision.ranks if e.rank > 0), default=1)
 
 
 def certainty_notes(decision: Decision) -> list[str]:
-    """What else is known of how sure the answer is: the fit's own view, the rate's optimism, the horizon."""
-    said = [decision.basis_note] if decision.basis_note else []
+    """Further notes on certainty: the fitted curve, the optimism of the best learning rate, the horizon."""
+    notes = [decision.basis_note] if decision.basis_note else []
     curve, unit = decision.curve, metric_unit(decision.metric)
     if curve is not None:
-        said.append(
-            f"The fitted curve comes within the margin of its best at rank {curve.r_margin:.3g} "
-            f"(95% interval {curve.r_margin_low:.3g} to {curve.r_margin_high:.3g}); still to gain above the largest rank: "
-            f"{curve.gain_to_come:.2g} {unit} ({curve.gain_to_come_low:.2g} to {curve.gain_to_come_high:.2g})."
+        notes.append(
+            f"The fitted curve comes within the margin of its best value at rank {curve.r_margin:.3g} "
+            f"(95% interval {curve.r_margin_low:.3g} to {curve.r_margin_high:.3g}). The expected gain above the largest "
+            f"rank is {curve.gain_to_come:.2g} {unit} ({curve.gain_to_come_low:.2g} to {curve.gain_to_come_high:.2g})."
         )
     if decision.winner_gap:
-        said.append(
-            f"The best of several rates looks up to {decision.winner_gap:.2g} {unit} better than it is; taken out."
+        notes.append(
+            f"The best of several learning rates looks up to {decision.winner_gap:.2g} {unit} better than it is; "
+            "the comparison corrects for that."
         )
     if decision.horizon is not None:
-        said.append(
-            f"The same rank was the answer from step {decision.horizon.holds_from} of {decision.horizon.steps} on."
-        )
-    return said
+        notes.append(f"The answer is the same from step {decision.horizon.holds_from} to {decision.horizon.steps}.")
+    return notes
 
 
-def next_run_words(records: Records, decision: Decision) -> str:
-    """How long the next run would take at the pace of the finished trainings nearest in rank; empty where unknown."""
+def next_run_text(records: Records, decision: Decision) -> str:
+    """The time of the next run, at the pace of the finished trainings of the nearest rank; empty if unknown."""
     run = decision.next_runs[0] if decision.next_runs else None
     finished = [trial for trial in records.finished() if trial.rank > 0 and trial.arm.is_direct]
     if run is None or not run.trials or not finished:
@@ -104,48 +106,48 @@ def headline(decision: Decision | None) -> str:
     return decision.verdict.replace("_", " ").capitalize()
 
 
-def progress_words(records: Records) -> str:
-    """Before there is a decision: how far the run is."""
-    done = len(records.outcomes)
-    return f"{quantity(done, 'trial')} ended so far. A comparison needs two ranks with a result."
+def progress_text(records: Records) -> str:
+    """The state of a run that has no decision yet."""
+    return f"{quantity(len(records.outcomes), 'trial')} ended so far. A comparison needs two ranks with a result."
 
 
 def not_tested(records: Records, decision: Decision | None) -> list[str]:
-    """What the evidence does not speak of."""
+    """The limits of the evidence, one sentence each."""
     settings = records.started.settings
     ranks = sorted({trial.rank for trial in records.finished() if trial.rank > 0 and trial.arm.is_direct})
-    said: list[str] = []
+    limits: list[str] = []
     if ranks:
-        said.append(f"Ranks other than {', '.join(map(str, ranks))}.")
+        limits.append(f"Ranks other than {', '.join(map(str, ranks))}.")
     steps = max((trial.steps for trial in records.finished()), default=0)
     if steps:
-        said.append(f"Trainings longer than {steps} steps: low ranks fall behind later, so a longer one may need more.")
-    beside = [answer.metric for answer in decision.other_metrics] if decision else []
-    said.append(f"Metrics other than {', '.join([records.started.metric, *beside])}; other data, prompts or models.")
+        limits.append(
+            f"Trainings longer than {steps} steps. Low ranks fall behind later, so a longer training may need a higher rank."
+        )
+    others = [answer.metric for answer in decision.other_metrics] if decision else []
+    limits.append(f"Metrics other than {', '.join([records.started.metric, *others])}; other data, prompts or models.")
     if "target_modules" in settings:
-        said.append(
-            f"Other target modules than {_plain(settings['target_modules'])}, other scalings than "
+        limits.append(
+            f"Target modules other than {_plain(settings['target_modules'])}; scalings other than "
             f"{_plain(settings.get('scaling'))} with alpha {_plain(settings.get('lora_alpha'))}."
         )
-    if decision is not None and max((e.seeds for e in decision.ranks if e.rank > 0), default=1) < 2:
-        said.append("The spread between seeds: there is one seed a rank.")
-    lost = [o for o in records.outcomes if o.rank > 0 and not isinstance(o, TrialFinished)]
-    if lost:
-        cells = ", ".join(f"rank {o.rank} at {o.learning_rate:g}" for o in lost[:6])
-        said.append(
-            f"Cells without a result: {cells}{' and more' if len(lost) > 6 else ''}. They count neither for nor against a rank."
-        )
+    if decision is not None and _seeds(decision) < 2:
+        limits.append("Seed noise: each rank has one seed.")
+    missing = [o for o in records.outcomes if o.rank > 0 and not isinstance(o, TrialFinished)]
+    if missing:
+        cells = ", ".join(f"rank {o.rank} at {o.learning_rate:g}" for o in missing[:6])
+        more = f" and {len(missing) - 6} more" if len(missing) > 6 else ""
+        limits.append(f"Trainings without a result: {cells}{more}. They count neither for nor against a rank.")
     if not records.tests:
-        said.append("The test split: it is measured at the end.")
-    return said
+        limits.append("The test split, which is evaluated at the end of the run.")
+    return limits
 
 
 def reproduce_command(settings: Mapping[str, Any]) -> str | None:
-    """The command that makes this run again; None where model or data were objects in memory."""
+    """The command that repeats this run; None if the model or the data were objects in memory."""
     model, data = settings.get("model"), settings.get("data")
     if not isinstance(model, str) or not isinstance(data, str) or "in memory" in (model + data):
         return None
-    words = ["rightrank", "select", model, data, "--out", "run"]
+    arguments = ["rightrank", "select", model, data, "--out", "run"]
     for name, field in SelectSettings.model_fields.items():
         value = settings.get(name)
         if value is None or name not in settings or _plain(value) == _plain(field.default):
@@ -153,15 +155,15 @@ def reproduce_command(settings: Mapping[str, Any]) -> str | None:
         option = "--" + name.replace("_", "-")
         if name == "metrics":
             metrics = value if isinstance(value, list) else [value]
-            words += [word for metric in metrics for word in (option, _plain(metric))]
+            arguments += [part for metric in metrics for part in (option, _plain(metric))]
         elif name in NAMED_OPTIONS:
-            words += [option, _plain(value)]
+            arguments += [option, _plain(value)]
         else:
-            words += ["--set", f"{name}={_plain(value)}"]
-    return shlex.join(words)
+            arguments += ["--set", f"{name}={_plain(value)}"]
+    return shlex.join(arguments)
 
 
-# Settings that `rightrank select` has an option for; the others go through --set.
+# Settings with an option of `rightrank select`; the others go through --set.
 NAMED_OPTIONS = frozenset(
     [
         "strategy",
@@ -184,7 +186,7 @@ NAMED_OPTIONS = frozenset(
 )
 
 
-def margin_words(decision: Decision) -> str:
+def margin_text(decision: Decision) -> str:
     return f"{decision.margin:g} {metric_unit(decision.metric)}"
 
 

@@ -26,7 +26,7 @@ TITLES: dict[Statistic, str] = {
 
 
 def spectrum_figure(inspection: Inspection) -> Figure | None:
-    """The median module's singular values, falling, with the smallest and largest of any module."""
+    """The median of the singular values over the modules, in descending order, with the smallest and the largest."""
     spectra = [module.singular_values for module in inspection.modules if any(v > 0 for v in module.singular_values)]
     if not spectra:
         return None
@@ -37,8 +37,8 @@ def spectrum_figure(inspection: Inspection) -> Figure | None:
     return Figure(
         name="spectrum",
         title=f"Singular values of the adapter, {len(spectra)} modules",
-        alt=f"Singular values of s·B·A over {len(spectra)} modules, from {median(known[0][1]):.3g} in the median "
-        f"for the first to {median(known[-1][1]):.3g} for number {x[-1]}. {inspection.summary.sentence}",
+        alt=f"Singular values of s·B·A over {len(spectra)} modules, median from "
+        f"{median(known[0][1]):.3g} for the first to {median(known[-1][1]):.3g} for number {x[-1]}. {inspection.summary.sentence}",
         x=Axis("singular value, largest first"),
         y=Axis("size", "log10"),
         series=(

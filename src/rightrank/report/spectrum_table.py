@@ -1,4 +1,4 @@
-"""What `inspect`, `resize` and `allocate` print for a person."""
+"""The terminal output of `inspect`, `resize`, `extract` and `allocate`."""
 
 from __future__ import annotations
 
@@ -9,16 +9,17 @@ from rich.console import Console
 from rich.table import Table
 
 from rightrank.records.probe import Allocation, Inspection, ModuleSpectrum, Resized, ResizedTogether
+from rightrank.report.figures import ENOUGH
 from rightrank.report.spectrum_figures import Statistic, spectrum_map
 from rightrank.report.terminal_figures import terminal_map
 
 MAX_ROWS = 20  # modules in the table; the heat map and --json have all
-TABLE_WIDTH = 112  # columns are never cut to a narrow terminal
+TABLE_WIDTH = 112  # minimum, so that a narrow terminal truncates no column
 ProbeRecord: TypeAlias = Inspection | Resized | ResizedTogether | Allocation
 
 
 def print_record(console: Console, record: ProbeRecord, statistic: Statistic, every: bool) -> None:
-    """Whichever of the probe's answers it is."""
+    """Print any record of the probe."""
     console.width = max(console.width, TABLE_WIDTH)
     if isinstance(record, Inspection):
         print_inspection(console, record, statistic, every)
@@ -31,7 +32,7 @@ def print_record(console: Console, record: ProbeRecord, statistic: Statistic, ev
 
 
 def print_inspection(console: Console, inspection: Inspection, statistic: Statistic, every: bool) -> None:
-    """Heat map, modules, summary."""
+    """Print the heat map, the table of modules and the summary."""
     summary, modules = inspection.summary, inspection.modules
     if len(modules) > 1:
         console.print(terminal_map(spectrum_map(modules, statistic)), soft_wrap=True)
@@ -39,7 +40,7 @@ def print_inspection(console: Console, inspection: Inspection, statistic: Statis
     console.print(module_table(shown))
     if len(shown) < len(modules):
         console.print(
-            f"{len(shown)} of {len(modules)} modules: the most and the least concentrated; --all shows every one"
+            f"{len(shown)} of {len(modules)} modules, the most and the least concentrated; --all shows all of them"
         )
     for name, value in summary_lines(inspection):
         console.print(f"{name + ':':<22}{value}", markup=False, highlight=False, soft_wrap=True)
@@ -47,7 +48,7 @@ def print_inspection(console: Console, inspection: Inspection, statistic: Statis
 
 
 def extremes(modules: Sequence[ModuleSpectrum]) -> list[ModuleSpectrum]:
-    """The modules that use least and most of their rank, in the order of the model."""
+    """The modules that use the least and the most of their rank, in the order of the model."""
     half = MAX_ROWS // 2
     by_use = sorted(modules, key=lambda module: (module.effective_rank or module.stable_rank) / module.rank)
     chosen = {module.name for module in by_use[:half] + by_use[-half:]}
@@ -55,7 +56,7 @@ def extremes(modules: Sequence[ModuleSpectrum]) -> list[ModuleSpectrum]:
 
 
 def module_table(modules: Sequence[ModuleSpectrum]) -> Table:
-    """One row a module."""
+    """One row per module."""
     table = Table(box=None, header_style="bold", pad_edge=False)
     for heading in ("module", "shape", "rank", "90%", "95%", "99%", "eff.", "stable", "noise", "‖ΔW‖₂", "/‖W‖₂"):
         table.add_column(heading, justify="left" if heading == "module" else "right", no_wrap=True)
@@ -78,7 +79,7 @@ def module_table(modules: Sequence[ModuleSpectrum]) -> Table:
 
 
 def common_prefix(names: Sequence[str]) -> str:
-    """The dotted parts that all names begin with, such as `model.layers.`; nothing for a single name."""
+    """The dotted parts that all names start with, such as `model.layers.`; empty for a single name."""
     parts = [name.split(".")[:-1] for name in names]
     shared = 0
     while len(names) > 1 and all(len(part) > shared and part[shared] == parts[0][shared] for part in parts):
@@ -87,7 +88,7 @@ def common_prefix(names: Sequence[str]) -> str:
 
 
 def summary_lines(inspection: Inspection) -> list[tuple[str, str]]:
-    """`(name, value)` pairs of the summary that have something to say."""
+    """`(name, value)` pairs of the summary, without empty values."""
     summary = inspection.summary
     ranks = ", ".join(str(rank) for rank in summary.ranks[:8]) + (", …" if len(summary.ranks) > 8 else "")
     energy = ", ".join(f"{float(part):.0%}: {_or_dash(rank)}" for part, rank in summary.energy_rank.items())
@@ -95,21 +96,21 @@ def summary_lines(inspection: Inspection) -> list[tuple[str, str]]:
         ("modules", f"{summary.modules}, rank {ranks}, {summary.parameters:,} parameters"),
         ("scaling", summary.scaling_rule if summary.kind == "adapter" else ""),
         ("base", summary.base_model or ""),
-        ("rank for the energy", f"{energy} (the largest of any module)"),
+        ("rank by energy", f"{energy} (largest of all modules)"),
         ("most concentrated", summary.most_concentrated or ""),
         ("least concentrated", summary.least_concentrated or ""),
         ("untrained (B = 0)", _few(summary.untrained)),
         ("dead", _few(summary.dead)),
         ("modules_to_save", _few(summary.modules_to_save)),
         ("unchanged tensors", str(summary.unchanged) if summary.unchanged else ""),
-        ("changed, no matrix", _few(summary.not_matrices)),
+        ("changed, not a matrix", _few(summary.not_matrices)),
         *(("note", note) for note in summary.notes),
     ]
     return [(name, value) for name, value in lines if value]
 
 
 def print_resized(console: Console, resized: Resized) -> None:
-    """What was written, what it lost."""
+    """Print what was written and the error of the truncation."""
     rank = f"rank {resized.rank}" if resized.rank is not None else "ranks by module"
     console.print(f"{resized.out}: {rank} (by {resized.chosen_by})", highlight=False, soft_wrap=True)
     console.print(
@@ -133,7 +134,7 @@ def print_resized(console: Console, resized: Resized) -> None:
 
 
 def held_out_table(resized: Resized) -> Table:
-    """Held-out results of the truncations, beside the best one."""
+    """Held-out results of the truncations, compared with the best one."""
     table = Table(box=None, header_style="bold", pad_edge=False)
     for heading in ("rank", "held-out", "worse by", "95% bound", "enough"):
         table.add_column(heading, justify="right")
@@ -143,13 +144,13 @@ def held_out_table(resized: Resized) -> Table:
             f"{evidence.value:.4f}",
             "" if evidence.difference is None else f"{evidence.difference:+.4f}",
             "" if evidence.difference_high is None else f"{evidence.difference_high:+.4f}",
-            {True: "yes", False: "no", None: ""}[evidence.non_inferior],
+            ENOUGH[evidence.non_inferior],
         )
     return table
 
 
 def print_together(console: Console, together: ResizedTogether) -> None:
-    """One block an adapter."""
+    """Print one block per adapter."""
     console.print(f"{len(together.adapters)} adapters at the common rank {together.rank}", highlight=False)
     for resized in together.adapters:
         console.print()
@@ -157,7 +158,7 @@ def print_together(console: Console, together: ResizedTogether) -> None:
 
 
 def print_allocation(console: Console, allocation: Allocation) -> None:
-    """The answer and the comparisons behind it."""
+    """Print the answer and the comparisons behind it."""
     console.print(allocation.sentence, soft_wrap=True)
     table = Table(box=None, header_style="bold", pad_edge=False)
     for heading in ("pattern", "seed", "parameters", "held-out"):

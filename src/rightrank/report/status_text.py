@@ -1,4 +1,4 @@
-"""Where a run stands, for `rightrank status` and `rightrank watch`."""
+"""The state of a run, for `rightrank status` and `rightrank watch`."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from rightrank.report.format import quantity
 from rightrank.report.sentences import cost_of, headline
 from rightrank.report.terminal_figures import terminal_curve
 
-STALE_SECONDS = 600  # a progress file older than this is of a process that is gone, or of one very long step
+STALE_SECONDS = 600  # an older progress file belongs to a process that ended, or to one very long step
 CURVE_WIDTH, CURVE_HEIGHT = 72, 12
 
 
 class RunStatus(Record):
-    """Where a run stands: from its journal, and from its process where one is at work."""
+    """The state of a run: from its journal, and from its process if one is at work."""
 
     run: str
-    state: str  # running, stopped (an unfinished run that no process works on), done
+    state: str  # running, stopped (unfinished, and no process works on it), done
     trials_ended: int
     trials_without_result: int
     running: str | None  # the trial at work
-    progress: str | None  # its step and the time left, as the process says
+    progress: str | None  # its step and the time left, as the process reports them
     cost: str
     answer: str
     rank: int | None
@@ -35,7 +35,12 @@ class RunStatus(Record):
 def run_status(
     run: str, journal: Sequence[JournalRecord], records: Records, locked: bool, progress: Mapping[str, object] | None
 ) -> RunStatus:
-    """The status; `locked` says whether a process holds the folder, `progress` is its progress file if it is fresh."""
+    """The state of a run.
+
+    Args:
+        locked: a process holds the folder.
+        progress: the content of its progress file, if that is fresh.
+    """
     decided, current = last_decided(journal), running_trial(journal)
     decision = decision_so_far(records) if decided is None else decided.decision
     cost = cost_of(records)
@@ -57,7 +62,7 @@ def run_status(
 
 
 def status_lines(status: RunStatus, width: int, colour: bool) -> str:
-    """For a person."""
+    """The status as text."""
     so_far = "" if status.state == "done" else " so far"
     lines = [
         f"{status.run}: {status.state}, {quantity(status.trials_ended, 'trial')} ended",
@@ -69,13 +74,13 @@ def status_lines(status: RunStatus, width: int, colour: bool) -> str:
     if status.progress or status.running:
         lines.append(f"now:    {status.progress or status.running}")
     if status.state == "stopped":
-        lines.append("run the same `rightrank select` again to go on")
+        lines.append("run the same `rightrank select` again to resume")
     curve = terminal_curve(status.curve, min(width, CURVE_WIDTH), CURVE_HEIGHT, colour)
     return "\n".join([*lines, curve] if curve else lines)
 
 
 def is_fresh(progress: Mapping[str, object]) -> bool:
-    """Whether a progress file was written lately."""
+    """Whether a progress file was written within `STALE_SECONDS`."""
     at = progress.get("at")
     if not isinstance(at, str):
         return False

@@ -1,4 +1,4 @@
-"""What a sweep found: as a table for the terminal, and settings × ranks as a picture."""
+"""The results of a sweep: a table for the terminal, and a heat map of rank × setting."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ SHARED = "shared by all ranks"
 
 
 def sweep_text(rows: Sequence[SweepRow]) -> str:
-    """One line a setting and rank."""
+    """One line per setting and rank."""
     heading = ["setting", "rank", "learning rate", "held-out", "gain", "parameters", "shared"]
     cells = [
         [
@@ -30,7 +30,10 @@ def sweep_text(rows: Sequence[SweepRow]) -> str:
 
 
 def sweep_map(rows: Sequence[SweepRow], metric: str, higher_is_better: bool) -> HeatMap | None:
-    """Rank × setting, each at its own best rate: whether what is best depends on the rank. None without a sweep."""
+    """Rank × setting, each at its best learning rate; it shows whether the best setting depends on the rank.
+
+    None without a sweep.
+    """
     if not rows:
         return None
     sign = 1 if higher_is_better else -1
@@ -43,18 +46,24 @@ def sweep_map(rows: Sequence[SweepRow], metric: str, higher_is_better: bool) -> 
         for rank in ranks
     )
     notes = tuple(
-        ("", *(f"rate {found[rank, name].learning_rate:g}" if (rank, name) in found else "" for name in settings))
+        (
+            "",
+            *(
+                f"learning rate {found[rank, name].learning_rate:g}" if (rank, name) in found else ""
+                for name in settings
+            ),
+        )
         for rank in ranks
     )
     best = tuple(best_column(row, not higher_is_better) for row in values)
     columns = (SHARED, *settings)
-    said = ", ".join(
+    best_text = ", ".join(
         f"rank {rank} {columns[place]}" for rank, place in zip(ranks, best, strict=True) if place is not None
     )
     return HeatMap(
         name="sweep",
-        title="Other settings, each at its own best rate",
-        alt=f"Held-out {metric} of the ranks that matter under further settings. Best: {said}.",
+        title="Other settings, each at its best learning rate",
+        alt=f"Held-out {metric} of the relevant ranks under further settings. Best: {best_text}.",
         row_label="rank",
         column_label="setting",
         row_names=tuple(str(rank) for rank in ranks),

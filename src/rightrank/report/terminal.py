@@ -1,4 +1,4 @@
-"""A running selection in the terminal: live where there is one, plain lines where there is not."""
+"""A running selection in the terminal: redrawn in place, or as plain lines where the output is no terminal."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from rich.live import Live
 from rich.text import Text
 
 from rightrank.records import RunEvent, RunStarted, TrialOutcome
-from rightrank.report.format import quantity
+from rightrank.report.format import quantity, split_name
 from rightrank.report.progress import Progress
 from rightrank.report.terminal_figures import terminal_curve
 
 CURVE_WIDTH, CURVE_HEIGHT = 72, 14
-PLAIN_SECONDS = 15.0  # between progress lines where nothing can be redrawn
+PLAIN_SECONDS = 15.0  # between progress lines
 
 
 class LiveView:
-    """Redraws progress and curve in place; finished trials scroll by above."""
+    """Redraws the progress and the curve in place; finished trials scroll by above them."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -63,13 +63,13 @@ class LiveView:
 
 
 class PlainView:
-    """One line a finished trial, and a progress line now and then."""
+    """Prints one line for each finished trial, and a progress line every `PLAIN_SECONDS`."""
 
     def __init__(self, console: Console, quiet: bool = False) -> None:
         self._console = console
         self._quiet = quiet
         self._progress = Progress()
-        self._said = time.monotonic()
+        self._last_line = time.monotonic()
 
     def __enter__(self) -> PlainView:
         return self
@@ -91,10 +91,10 @@ class PlainView:
 
     def event(self, event: RunEvent) -> None:
         line = self._progress.event(event)
-        if line is None and time.monotonic() - self._said > PLAIN_SECONDS:
+        if line is None and time.monotonic() - self._last_line > PLAIN_SECONDS:
             line = self._progress.progress_line()
         if line is not None:
-            self._said = time.monotonic()
+            self._last_line = time.monotonic()
             self.notice(line)
 
     def notice(self, text: str) -> None:
@@ -103,29 +103,31 @@ class PlainView:
 
 
 def make_view(console: Console, quiet: bool) -> LiveView | PlainView:
-    """Live on a terminal; plain lines in a pipe, with `NO_COLOR`, or where nothing is to be said."""
+    """`LiveView` on a terminal; `PlainView` in a pipe, with `NO_COLOR` or if `quiet`."""
     return LiveView(console) if console.is_terminal and not (quiet or console.no_color) else PlainView(console, quiet)
 
 
 def plan_line(started: RunStarted, arms: int, steps: int) -> str:
     splits = started.data.splits
-    counts = ", ".join(f"{summary.items} {name}" for name, summary in splits.items())
+    counts = ", ".join(f"{summary.items} {split_name(name)}" for name, summary in splits.items())
     truncated = sum(summary.truncated for summary in splits.values())
     dropped = sum(summary.dropped for summary in splits.values())
-    notes = [f"{truncated} cut to the length limit"] * bool(truncated) + [f"{dropped} dropped, no label left"] * bool(
-        dropped
-    )
+    notes = []
+    if truncated:
+        notes.append(f"{truncated} truncated to the maximum length")
+    if dropped:
+        notes.append(f"{dropped} dropped, no label token left")
     if started.data.unreadable:
-        notes.append(f"{started.data.unreadable} rows left out: half characters, which no tokenizer takes")
+        notes.append(f"{started.data.unreadable} rows skipped: lone surrogates, which no tokenizer accepts")
     if started.data.control_characters:
-        notes.append(f"{started.data.control_characters} items with control characters")
+        notes.append(f"{started.data.control_characters} examples with control characters")
     if started.data.duplicates_across_splits:
         notes.append(f"{started.data.duplicates_across_splits} exact duplicates across splits")
     return (
-        f"items: {counts}{' (' + '; '.join(notes) + ')' if notes else ''}; form: {started.data.form}; "
+        f"examples: {counts}{' (' + '; '.join(notes) + ')' if notes else ''}; form: {started.data.form}; "
         f"about {arms} trials of {steps} steps on {started.environment['device']}"
     )
 
 
 def resume_line(outcomes: Sequence[TrialOutcome]) -> str:
-    return f"going on with a run of which {quantity(len(outcomes), 'trial')} ended already"
+    return f"resuming the run: {quantity(len(outcomes), 'trial')} ended before"

@@ -1,4 +1,4 @@
-"""Experiment trackers: a trial is a run, all trials of a selection are a group, the decision is a run of its own."""
+"""Experiment trackers: each trial is a run, a selection is a group of runs, and the decision is a run of its own."""
 
 from rightrank.trackers.registry import Trackers, require_trackers
 

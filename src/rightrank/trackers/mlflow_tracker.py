@@ -1,4 +1,7 @@
-"""MLflow: one run a trial, tagged with its group. `MLFLOW_TRACKING_URI` and `MLFLOW_EXPERIMENT_NAME` say where."""
+"""MLflow: one run per trial, tagged with its group.
+
+`MLFLOW_TRACKING_URI` and `MLFLOW_EXPERIMENT_NAME` set the destination.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +14,12 @@ from mlflow.entities import Metric, Param, RunTag
 
 from rightrank.trackers.tracked import TrackedRun
 
-MOST_AT_ONCE = {"metrics": 1000, "params": 100}  # of one request, as MLflow's server has it
-LONGEST_PARAM = 6000  # characters
+MAX_PER_REQUEST = {"metrics": 1000, "params": 100}  # limits of MLflow's server
+MAX_PARAM_LENGTH = 6000  # characters
 
 
 class MlflowTracker:
-    """Writes through the client, a run at a time, touching no run of the process's own."""
+    """Writes one run at a time through the client; an active run of the process is left alone."""
 
     def __init__(self) -> None:
         self._client = mlflow.MlflowClient()
@@ -26,20 +29,22 @@ class MlflowTracker:
 
     def write(self, run: TrackedRun) -> None:
         tags = {"rightrank.group": run.group, "rightrank.trial_id": run.key}
-        words = {name: value for name, value in run.summary.items() if isinstance(value, str | None)}
+        texts = {name: value for name, value in run.summary.items() if isinstance(value, str | None)}
         run_id = self._client.create_run(self._experiment, run_name=run.name, tags=tags).info.run_id
-        params = [Param(name, str(value)[:LONGEST_PARAM]) for name, value in run.config.items() if value is not None]
-        for start in range(0, len(params), MOST_AT_ONCE["params"]):
-            self._client.log_batch(run_id, params=params[start : start + MOST_AT_ONCE["params"]])
+        params = [Param(name, str(value)[:MAX_PARAM_LENGTH]) for name, value in run.config.items() if value is not None]
+        for start in range(0, len(params), MAX_PER_REQUEST["params"]):
+            self._client.log_batch(run_id, params=params[start : start + MAX_PER_REQUEST["params"]])
         metrics = list(_metrics(run))
-        for start in range(0, len(metrics), MOST_AT_ONCE["metrics"]):
-            self._client.log_batch(run_id, metrics=metrics[start : start + MOST_AT_ONCE["metrics"]])
-        self._client.log_batch(run_id, tags=[RunTag(name, str(value)[:LONGEST_PARAM]) for name, value in words.items()])
+        for start in range(0, len(metrics), MAX_PER_REQUEST["metrics"]):
+            self._client.log_batch(run_id, metrics=metrics[start : start + MAX_PER_REQUEST["metrics"]])
+        self._client.log_batch(
+            run_id, tags=[RunTag(name, str(value)[:MAX_PARAM_LENGTH]) for name, value in texts.items()]
+        )
         self._client.set_terminated(run_id, "FAILED" if run.failed else "FINISHED")
 
 
 def _metrics(run: TrackedRun) -> Iterator[Metric]:
-    """By step; an item's number is its step."""
+    """The numbers by step; for numbers by example, the step is the example's index."""
     now = int(time.time() * 1000)
     for step, values in run.steps.items():
         yield from (Metric(name, float(value), now, step) for name, value in values.items())

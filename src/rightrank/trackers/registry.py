@@ -1,4 +1,4 @@
-"""Who is told: the trackers asked for, each of every trial once, however often the selection was resumed."""
+"""The trackers of a selection. Each logs every trial once, however often the selection is resumed."""
 
 from __future__ import annotations
 
@@ -17,33 +17,42 @@ from rightrank.records import Decision, RunEvent, RunStarted, TrialDiverged, Tri
 from rightrank.records.observer import Observer
 from rightrank.trackers.tracked import TrackedRun, tracked_decision, tracked_trial
 
-MODULES = {"trackio": "trackio", "wandb": "wandb", "mlflow": "mlflow", "tensorboard": "tensorboard"}  # what each needs
-TOLD_FILE = "tracked.json"
+TRACKERS = ("trackio", "wandb", "mlflow", "tensorboard")  # each is the name of its package too
+LOGGED_FILE = "tracked.json"
 
 
 class Tracker(Protocol):
-    """One tracker. Whatever it raises ends its part in the selection and nothing else."""
+    """Writes finished runs to one tracking system.
 
-    def write(self, run: TrackedRun) -> None: ...
+    An implementation writes a run as a whole and leaves runs of the surrounding process alone. If it raises, the
+    selection goes on without this tracker. Example:
+
+        class PrintTracker:
+            def write(self, run: TrackedRun) -> None:
+                print(run.name, run.config, run.summary)
+    """
+
+    def write(self, run: TrackedRun) -> None:
+        """Write one trial or the decision."""
 
 
 def require_trackers(names: Sequence[str]) -> tuple[str, ...]:
-    """The trackers that are meant; `all` are those installed, `none` is nobody, as in transformers.
+    """The trackers that the names stand for. As in transformers, `all` means the installed ones and `none` means none.
 
     Raises:
-        SettingsError: one that is not known.
-        MissingExtraError: one that is not installed.
+        SettingsError: an unknown tracker.
+        MissingExtraError: a tracker that is not installed.
     """
     if tuple(names) == ("none",):
         return ()
     if tuple(names) == ("all",):
-        return tuple(name for name, module in MODULES.items() if find_spec(module) is not None)
+        return tuple(name for name in TRACKERS if find_spec(name) is not None)
     for name in names:
-        if name not in MODULES:
+        if name not in TRACKERS:
             raise SettingsError(
-                f"report_to {name!r} is not known{did_you_mean(name, MODULES)}; there are: {', '.join(MODULES)}, all, none"
+                f"report_to {name!r} is not known{did_you_mean(name, TRACKERS)}; allowed: {', '.join(TRACKERS)}, all, none"
             )
-        if find_spec(MODULES[name]) is None:
+        if find_spec(name) is None:
             raise MissingExtraError(f"report_to {name!r} needs an extra: pip install 'rightrank[{name}]'")
     return tuple(dict.fromkeys(names))
 
@@ -59,10 +68,10 @@ class Trackers:
         self._notice = notice
         self._group = f"{folder.resolve().name}-{started.fingerprint[:6]}"
         self._trackers = {name: _make(name, folder) for name in require_trackers(names)}
-        self._told: dict[str, list[str]] = self._read()
+        self._logged: dict[str, list[str]] = self._read()
 
     def beside(self, observer: Observer) -> Observer:
-        """The observer with every event sent to the trackers too, after it."""
+        """An observer that also logs every event, after `observer` receives it."""
 
         def on_event(event: RunEvent) -> None:
             observer.on_event(event)
@@ -71,45 +80,45 @@ class Trackers:
         return replace(observer, on_event=on_event)
 
     def catch_up(self, outcomes: Iterable[TrialOutcome]) -> None:
-        """Tell of what an interrupted run had no time to tell."""
+        """Log the trials that an interrupted run did not log."""
         for outcome in outcomes:
             self.event(outcome)
 
     def event(self, event: RunEvent) -> None:
-        """Tell of a trial that ended, whoever has not been told."""
+        """Log a trial that ended to every tracker that does not have it yet."""
         if self._trackers and isinstance(event, TrialFinished | TrialDiverged | TrialFailed):
-            self._tell(tracked_trial(self._started, event, self._group))
+            self._log(tracked_trial(self._started, event, self._group))
 
     def decided(self, decision: Decision) -> None:
-        """Tell of the decision."""
+        """Log the decision."""
         if self._trackers:
-            self._tell(tracked_decision(self._started, decision, self._group))
+            self._log(tracked_decision(self._started, decision, self._group))
 
-    def _tell(self, run: TrackedRun) -> None:
+    def _log(self, run: TrackedRun) -> None:
         for name, tracker in list(self._trackers.items()):
-            told = self._told.setdefault(name, [])
-            if run.key in told:
+            logged = self._logged.setdefault(name, [])
+            if run.key in logged:
                 continue
             try:
-                with redirect_stdout(sys.stderr):  # stdout is for the answer
+                with redirect_stdout(sys.stderr):  # stdout is reserved for the answer
                     tracker.write(run)
-            except Exception as error:  # noqa: BLE001 - a tracker that is away must not end the selection
+            except Exception as error:  # noqa: BLE001 - an unreachable tracker must not end the selection
                 reason = " ".join(str(error).split())[:200]
                 self._notice(
-                    f"{name}: told of nothing more ({type(error).__name__}: {reason}); run again to tell it later"
+                    f"{name}: logging stopped ({type(error).__name__}: {reason}); run again to log the missing trials"
                 )
                 del self._trackers[name]
                 continue
-            told.append(run.key)
-            write_text(self._folder / TOLD_FILE, json.dumps(self._told) + "\n")
+            logged.append(run.key)
+            write_text(self._folder / LOGGED_FILE, json.dumps(self._logged) + "\n")
 
     def _read(self) -> dict[str, list[str]]:
-        """Who was told of what; nobody of anything where that is not known."""
+        """The keys of the runs that each tracker has; empty if unknown."""
         try:
-            told = json.loads((self._folder / TOLD_FILE).read_text(encoding="utf-8"))
+            logged = json.loads((self._folder / LOGGED_FILE).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return {}
-        return told if isinstance(told, dict) and all(isinstance(keys, list) for keys in told.values()) else {}
+        return logged if isinstance(logged, dict) and all(isinstance(keys, list) for keys in logged.values()) else {}
 
 
 def _make(name: str, folder: Path) -> Tracker:

@@ -1,4 +1,4 @@
-"""TensorBoard: a folder of events for each trial, in `tensorboard/` of the run folder."""
+"""TensorBoard: a folder of event files per trial, in `tensorboard/` of the run folder."""
 
 from __future__ import annotations
 
@@ -25,5 +25,5 @@ class TensorboardTracker:
                 for number, score in enumerate(scores):
                     writer.add_scalar(name, score, number)
             last = max(run.steps, default=0)
-            for name, told in (("config", run.config), ("summary", run.summary)):
-                writer.add_text(name, f"```json\n{json.dumps(dict(told), indent=1)}\n```", last)
+            for name, texts in (("config", run.config), ("summary", run.summary)):
+                writer.add_text(name, f"```json\n{json.dumps(dict(texts), indent=1)}\n```", last)

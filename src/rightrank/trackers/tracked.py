@@ -1,4 +1,4 @@
-"""A trial and a decision as any tracker has them: what it was made with, numbers by step, numbers by item, a summary."""
+"""A trial or a decision as a run of a tracker: configuration, numbers by step and by example, summary."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ Plain: TypeAlias = str | int | float | bool | None
 class TrackedRun:
     """One run of a tracker."""
 
-    key: str  # of its own: the trial's identity
-    name: str  # for a person, and fit for a folder
+    key: str  # the trial's identity
+    name: str  # readable, and valid as a folder name
     group: str
     config: Mapping[str, Plain]
     steps: Mapping[int, Mapping[str, float]] = field(default_factory=dict)  # step → name → number
-    items: Mapping[str, list[float]] = field(default_factory=dict)  # name → one number a held-out item
+    items: Mapping[str, list[float]] = field(default_factory=dict)  # name → one number per held-out example
     summary: Mapping[str, Plain] = field(default_factory=dict)
     failed: bool = False
 
@@ -29,8 +29,8 @@ class TrackedRun:
 def tracked_trial(started: RunStarted, outcome: TrialOutcome, group: str) -> TrackedRun:
     """The trial as a run.
 
-    A training that was stopped, cut, or made with another alpha is no point of the curve: its rank is called
-    `stage_rank` and its values `stage/…`, so that nobody compares it with the others.
+    A training that was stopped early, truncated or run with another alpha is no point of the curve. Its rank is logged
+    as `stage_rank` and its values as `stage/…`, which keeps them apart from the others in the tracker's charts.
     """
     arm = outcome.arm
     whole = arm.is_direct and arm.init_lora_weights is None and arm.lora_alpha == started.settings.get("lora_alpha")
@@ -67,7 +67,7 @@ def tracked_trial(started: RunStarted, outcome: TrialOutcome, group: str) -> Tra
 
 
 def tracked_decision(started: RunStarted, decision: Decision, group: str) -> TrackedRun:
-    """The decision as the group's last run."""
+    """The decision as the last run of the group."""
     summary: dict[str, Plain] = {
         f"decision/{name}": plain(value)
         for name, value in decision.model_dump(mode="json").items()
@@ -79,7 +79,7 @@ def tracked_decision(started: RunStarted, decision: Decision, group: str) -> Tra
 
 
 def plain(value: object) -> Plain:
-    """What every tracker can hold."""
+    """The value itself if every tracker can hold it, else JSON."""
     return value if isinstance(value, str | int | float | bool | None) else json.dumps(value)
 
 
@@ -97,7 +97,7 @@ def _steps(started: RunStarted, trial: TrialFinished, prefix: str) -> dict[int, 
 
 
 def _items(metric: str, trial: TrialFinished) -> dict[str, list[float]]:
-    """`items/METRIC` (an item's mean) and its weight, of the metric that decides."""
+    """`items/METRIC` (the mean of each example) and the weights, for the metric that decides."""
     found = trial.items(metric)
     if found is None:
         return {}

@@ -1,4 +1,7 @@
-"""Trackio: one run a trial, in a group; `trackio show` opens it. `TRACKIO_DIR` and `TRACKIO_PROJECT` say where."""
+"""Trackio: one run per trial, in a group; `trackio show` opens them.
+
+`TRACKIO_DIR` and `TRACKIO_PROJECT` set the destination.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from rightrank.trackers.tracked import TrackedRun
 
 
 class TrackioTracker:
-    """Writes into the local store; no dashboard is opened."""
+    """Writes into the local store and opens no dashboard."""
 
     def __init__(self) -> None:
         self._project = os.environ.get("TRACKIO_PROJECT", "rightrank")

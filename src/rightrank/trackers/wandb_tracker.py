@@ -1,6 +1,6 @@
-"""Weights & Biases: one run a trial, in a group. Offline unless there is a key; `wandb sync` sends it later.
+"""Weights & Biases: one run per trial, in a group. Without a key it works offline; `wandb sync` uploads later.
 
-`WANDB_PROJECT`, `WANDB_DIR`, `WANDB_MODE` and `WANDB_ENTITY` mean what they always do.
+`WANDB_PROJECT`, `WANDB_DIR`, `WANDB_MODE` and `WANDB_ENTITY` have their usual meaning.
 """
 
 from __future__ import annotations
@@ -14,12 +14,14 @@ from rightrank.trackers.tracked import TrackedRun
 
 
 class WandbTracker:
-    """Writes through the client, which sends when it can."""
+    """Writes through the client, which uploads when it is online."""
 
     def __init__(self) -> None:
         self._project = os.environ.get("WANDB_PROJECT", "rightrank")
         known = "WANDB_MODE" in os.environ or wandb.login(prompt=False)
-        self._mode: Literal["offline"] | None = None if known else "offline"  # else it would ask, and wait
+        self._mode: Literal["offline"] | None = (
+            None if known else "offline"
+        )  # without a mode or a key, wandb would prompt and wait
 
     def write(self, run: TrackedRun) -> None:
         with wandb.init(

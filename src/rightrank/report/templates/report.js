@@ -8,7 +8,7 @@
   const charts = new Map();
   let margin = page.answer ? page.answer.margin : null;
 
-  // The rank that is enough at a margin: the last step that the margin exceeds.
+  // The rank that is enough at a margin: the last step that the margin reaches.
   function rankAt(value) {
     let found = page.answer.steps[0][1];
     for (const [needed, rank] of page.answer.steps) if (needed <= value) found = rank;
@@ -79,7 +79,7 @@
     };
   }
 
-  // The figure as it is at the slider's margin: the band, the ring and the staircase's mark move.
+  // The figure at the slider's margin: the band, the ring and the mark of the staircase move.
   function atMargin(figure) {
     if (!page.answer || margin === page.answer.margin) return figure;
     const answer = page.answer, rank = rankAt(margin), best = answer.values[answer.reference];
@@ -114,9 +114,9 @@
     const [low, high] = page.answer.range, start = slider.value;
     slider.addEventListener("input", () => {
       margin = slider.value === start ? page.answer.margin : Number((low * (high / low) ** (slider.value / 1000)).toPrecision(3));
-      const said = `${short(margin)} ${page.answer.unit}`;
-      slider.setAttribute("aria-valuetext", said);
-      document.getElementById("answer").textContent = `At a margin of ${said}, the smallest rank shown to be enough is ${rankAt(margin)}.`;
+      const text = `${short(margin)} ${page.answer.unit}`;
+      slider.setAttribute("aria-valuetext", text);
+      document.getElementById("answer").textContent = `At a margin of ${text}, the smallest rank shown to be enough is ${rankAt(margin)}.`;
       document.querySelectorAll('[data-figure="rank_curve"],[data-figure="staircase"],[data-figure="paired_differences"]').forEach(draw);
     });
     slider.setAttribute("aria-valuetext", `${short(margin)} ${page.answer.unit}`);
