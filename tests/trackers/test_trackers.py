@@ -28,7 +28,7 @@ def records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Records:
     return records_of(Journal(tmp_path / "run" / "journal.jsonl").read(), "run")
 
 
-def logged(records: Records, name: str) -> list[str]:
+def log_all(records: Records, name: str) -> list[str]:
     """Tell one tracker of all; what it complained about."""
     notices: list[str] = []
     trackers = Trackers([name], Path("run"), records.started, notices.append)
@@ -53,7 +53,7 @@ def require_same(found: Decided, records: Records) -> None:
 
 def test_tensorboard_there_and_back(records: Records) -> None:
     pytest.importorskip("tensorboard")
-    assert logged(records, "tensorboard") == []
+    assert log_all(records, "tensorboard") == []
     require_same(decide(Path("run/tensorboard"), margin=decide_run(records).margin), records)
 
 
@@ -62,7 +62,7 @@ def test_mlflow_there_and_back(records: Records, monkeypatch: pytest.MonkeyPatch
     mlflow = pytest.importorskip("mlflow")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///mlflow.db")
     mlflow.set_tracking_uri("sqlite:///mlflow.db")
-    assert logged(records, "mlflow") == []
+    assert log_all(records, "mlflow") == []
     require_same(decide(Path("mlflow.db"), margin=decide_run(records).margin), records)
     client = mlflow.MlflowClient()
     experiment = client.get_experiment_by_name("rightrank")
@@ -77,7 +77,7 @@ def test_wandb_offline(records: Records, monkeypatch: pytest.MonkeyPatch) -> Non
     pytest.importorskip("wandb")
     for name, value in (("WANDB_MODE", "offline"), ("WANDB_DIR", "."), ("WANDB_SILENT", "true")):
         monkeypatch.setenv(name, value)
-    assert logged(records, "wandb") == []
+    assert log_all(records, "wandb") == []
     runs = [_wandb_run(path) for path in sorted(Path("wandb").glob("offline-run-*/*.wandb"))]
     assert len(runs) == len(records.outcomes) + 1
     assert {run["group"] for run in runs} == {runs[0]["group"]}
@@ -142,7 +142,7 @@ def test_trackio(records: Records, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("trackio")
     from trackio.sqlite_storage import SQLiteStorage
 
-    assert logged(records, "trackio") == []
+    assert log_all(records, "trackio") == []
     for trial in records.finished():
         runs = [name for name in SQLiteStorage.get_runs("rightrank") if name.endswith(trial.trial_id[:6])]
         logged = SQLiteStorage.get_logs("rightrank", runs[0])
@@ -166,11 +166,11 @@ def test_each_trial_is_logged_once_and_a_failing_tracker_ends_nothing(
 
     monkeypatch.setattr(registry, "find_spec", lambda _name: object())
     monkeypatch.setattr(registry, "_make", lambda _name, _folder: Flaky(2))
-    notices = logged(records, "wandb")
+    notices = log_all(records, "wandb")
     assert len(written) == 2
     assert notices == ["wandb: logging stopped (ConnectionError: no route); run again to log the missing trials"]
     monkeypatch.setattr(registry, "_make", lambda _name, _folder: Flaky(-1))
-    assert logged(records, "wandb") == []
+    assert log_all(records, "wandb") == []
     assert sorted(written) == sorted(["decision", *(outcome.trial_id for outcome in records.outcomes)])
 
 
