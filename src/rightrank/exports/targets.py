@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from rightrank.errors import SettingsError, did_you_mean
@@ -41,14 +41,7 @@ class Exported:
     hub: str | None = None  # address of the repository, if the adapter was pushed
 
     def to_json(self) -> dict[str, object]:
-        return {
-            "target": self.target,
-            "folder": str(self.folder),
-            "files": self.files,
-            "command": self.command,
-            "notes": self.notes,
-            "hub": self.hub,
-        }
+        return asdict(self) | {"folder": str(self.folder)}
 
 
 def require_target(name: str) -> None:

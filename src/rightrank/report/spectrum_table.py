@@ -43,8 +43,8 @@ def print_inspection(console: Console, inspection: Inspection, statistic: Statis
             f"{len(shown)} of {len(modules)} modules, the most and the least concentrated; --all shows all of them"
         )
     for name, value in summary_lines(inspection):
-        console.print(f"{name + ':':<22}{value}", markup=False, highlight=False, soft_wrap=True)
-    console.print(f"\n{summary.sentence}", soft_wrap=True)
+        _print(console, f"{name + ':':<22}{value}")
+    _print(console, f"\n{summary.sentence}")
 
 
 def extremes(modules: Sequence[ModuleSpectrum]) -> list[ModuleSpectrum]:
@@ -112,25 +112,23 @@ def summary_lines(inspection: Inspection) -> list[tuple[str, str]]:
 def print_resized(console: Console, resized: Resized) -> None:
     """Print what was written and the error of the truncation."""
     rank = f"rank {resized.rank}" if resized.rank is not None else "ranks by module"
-    console.print(f"{resized.out}: {rank} (by {resized.chosen_by})", highlight=False, soft_wrap=True)
-    console.print(
+    _print(console, f"{resized.out}: {rank} (by {resized.chosen_by})")
+    _print(
+        console,
         f"parameters {resized.parameters_before:,} → {resized.parameters_after:,}, "
         f"file {resized.bytes_before:,} → {resized.bytes_after:,} bytes",
-        highlight=False,
-        soft_wrap=True,
     )
     worst = max(resized.modules, key=lambda module: module.relative_delta_error)
-    console.print(
+    _print(
+        console,
         f"error of ΔW {resized.relative_delta_error:.3g} of its norm; worst {worst.relative_delta_error:.3g} "
         f"({worst.name}, rank {worst.from_rank} → {worst.rank})",
-        highlight=False,
-        soft_wrap=True,
     )
     if resized.decision is not None:
         console.print(held_out_table(resized))
-        console.print(resized.decision.sentence, soft_wrap=True)
+        _print(console, resized.decision.sentence)
     for note in resized.notes:
-        console.print(f"note: {note}", markup=False, highlight=False, soft_wrap=True)
+        _print(console, f"note: {note}")
 
 
 def held_out_table(resized: Resized) -> Table:
@@ -151,7 +149,7 @@ def held_out_table(resized: Resized) -> Table:
 
 def print_together(console: Console, together: ResizedTogether) -> None:
     """Print one block per adapter."""
-    console.print(f"{len(together.adapters)} adapters at the common rank {together.rank}", highlight=False)
+    _print(console, f"{len(together.adapters)} adapters at the common rank {together.rank}")
     for resized in together.adapters:
         console.print()
         print_resized(console, resized)
@@ -159,7 +157,7 @@ def print_together(console: Console, together: ResizedTogether) -> None:
 
 def print_allocation(console: Console, allocation: Allocation) -> None:
     """Print the answer and the comparisons behind it."""
-    console.print(allocation.sentence, soft_wrap=True)
+    _print(console, allocation.sentence)
     table = Table(box=None, header_style="bold", pad_edge=False)
     for heading in ("pattern", "seed", "parameters", "held-out"):
         table.add_column(heading, justify="left" if heading == "pattern" else "right")
@@ -171,6 +169,11 @@ def print_allocation(console: Console, allocation: Allocation) -> None:
             f"pattern against {verdict.against}: {verdict.difference:+.4f} [{verdict.low:+.4f}, {verdict.high:+.4f}]",
             highlight=False,
         )
+
+
+def _print(console: Console, text: str) -> None:
+    """Print text as it is: paths and names may contain markup."""
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def _or_dash(value: float | None) -> str:
