@@ -27,7 +27,7 @@ def scored(
     train: Mapping[int, float] | None = None,
     seed: int = 0,
 ) -> ScoreTable:
-    """Items × seeds with a true mean for each rank: items differ by `level`, ranks on an item by `noise`."""
+    """Examples × seeds with a true mean for each rank: examples differ by `level`, ranks on an example by `noise`."""
     generator = np.random.default_rng(seed)
     shared = level * generator.standard_normal(items)
     results = []

@@ -15,7 +15,7 @@ def contender(rank: int, **losses: float) -> Contender:
     return Contender(rank, 1e-3, cells, float(np.mean(list(losses.values()))))
 
 
-def test_seed_noise_is_told_apart_where_ranks_share_seeds() -> None:
+def test_common_and_individual_seed_noise_are_separated_where_ranks_share_seeds() -> None:
     """Two ways without replication: rows 1, 2, 6 and 3, 5, 7 over three seeds.
 
     Residuals are ±(.5, 0, -.5)·… by hand: row means 3 and 5, column means 2, 3.5, 6.5, grand mean 4;

@@ -15,7 +15,7 @@ COLOURS = {0: 1.0, 1: 1.0, 4: 5.0, 16: 9.0}  # a number whose name does not say 
 
 
 def measured(form: str = "prompt_completion", **started: object) -> Records:
-    """Ranks 1, 4 and 16; the share of items that are right grows to rank 16, the loss is as good at 4."""
+    """Ranks 1, 4 and 16; the accuracy grows to rank 16, and the loss is as good at 4."""
     records = made_up_run((1, 4, 16), (1e-3,))
     right = {0: 0, 1: ITEMS // 3, 4: ITEMS // 2, 16: ITEMS - 1}
     outcomes = [
@@ -70,7 +70,7 @@ def test_another_metric_may_decide_and_the_loss_stands_beside_it() -> None:
     assert [evidence.rank for evidence in fewer.other_metrics[1].ranks] == [0, 1, 4]
 
 
-def test_a_metric_s_own_direction_can_be_told() -> None:
+def test_the_direction_of_a_metric_can_be_given() -> None:
     higher = run_table(measured(), metric="colour")
     assert (higher.higher_is_better, higher.cells[16, 1e-3, 0].loss) == (True, -9.0)
     told = with_settings(measured(), lower_is_better=["colour"])
@@ -99,7 +99,7 @@ def test_an_answer_for_a_longer_training_is_flagged(horizon: int | None, beyond:
     assert ("extrapolated" in decision.flags) is beyond
 
 
-def test_the_other_numbers_of_a_trainer_of_ones_own_are_no_metrics_with_items() -> None:
+def test_other_numbers_of_a_custom_trainer_are_no_metrics_with_examples() -> None:
     own = measured(form="own", metric="colour", higher_is_better=False)
     decision = decide_run(own)
     assert (decision.metric, decision.higher_is_better, decision.reference_rank) == ("colour", False, 1)
@@ -178,7 +178,7 @@ def test_another_loss_is_of_the_same_kind(token_loss: bool, margin: float) -> No
     assert decision.other_metrics[0].margin == pytest.approx(margin)
 
 
-def test_no_gain_asks_for_a_higher_rate_by_its_number_where_there_is_one() -> None:
+def test_no_gain_names_the_higher_learning_rate_if_one_is_known() -> None:
     losses = {0: 2.0001, 1: 2.0, 4: 2.0}
     bare_run = decide(bare(losses), 0.01).next_runs[0]
     assert bare_run.learning_rates == []
@@ -190,7 +190,7 @@ def test_no_gain_asks_for_a_higher_rate_by_its_number_where_there_is_one() -> No
 
 
 def test_the_trainings_of_a_run_are_taken_as_they_are() -> None:
-    """Recovered cuts of one step count, cuts that were not trained do not."""
+    """Recovered truncations are compared, and truncations without recovery are not."""
     records = made_up_run((1, 4, 16), (1e-3,))
     base, one, _, sixteen = records.finished()
     cut = one.model_copy(update={"trial_id": "cut", "truncate_from": sixteen.trial_id, "steps": 1})

@@ -9,7 +9,7 @@ from rightrank.decision.next_run import examples_needed, seeds_needed, settles
 from rightrank.maths.intervals import estimate
 
 
-def test_so_many_items_settle_it_four_times_in_five() -> None:
+def test_the_examples_needed_settle_it_in_four_of_five_runs() -> None:
     generator = np.random.default_rng(3)
     margin, true = 0.02, 0.012
     pilot = estimate(generator.normal(true, 0.09, size=(1, 96)), np.ones(96))

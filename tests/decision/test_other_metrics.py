@@ -12,7 +12,7 @@ ITEMS = 400
 
 
 def trial(rank: int, seed: int, loss: float, right: float) -> TrialFinished:
-    """A trial whose items scatter about these means, the same way at every rank."""
+    """A trial whose examples scatter about these means, the same way at every rank."""
     generator = np.random.default_rng(seed)
     losses = loss + generator.normal(0, 0.5, ITEMS) + np.random.default_rng([seed, rank]).normal(0, 0.01, ITEMS)
     scores = (np.argsort(np.argsort(np.random.default_rng(7).random(ITEMS))) < right * ITEMS).astype(float)
@@ -70,7 +70,7 @@ def test_metrics_that_agree_raise_nothing() -> None:
     assert not decision.other_metrics[0].conflict
 
 
-def test_trials_without_items_of_a_metric_are_compared_by_value() -> None:
+def test_trials_without_examples_of_a_metric_are_compared_by_value() -> None:
     trials = [trial(rank, seed, 2.0, 0.5) for rank in (1, 4) for seed in (0, 1)]
     ragged = [trials[0].model_copy(update={"item_metrics": {}}), *trials[1:]]
     assert all(cell.examples == 0 for cell in table_of(ragged, "exact_match").cells.values())

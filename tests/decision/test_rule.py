@@ -71,7 +71,7 @@ def test_no_gain_where_the_base_is_within_the_margin() -> None:
     assert decide(bare({0: 2.001, 1: 2.0, 4: 2.0}), 0.01).verdict == "no_gain"
 
 
-def test_a_gain_that_is_open_is_undecided() -> None:
+def test_an_inconclusive_gain_is_undecided() -> None:
     decision = decide(scored({0: 2.008, 1: 2.0, 4: 2.0}, items=40, noise=0.05), 0.01)
     assert (decision.rank, decision.verdict) == (None, "undecided")
     assert "base" in decision.sentence
@@ -145,8 +145,8 @@ def test_default_margins(metric: str, higher: bool, best: float, margin: float) 
     assert decide(bare({1: worse, 4: best}, metric, higher)).margin == pytest.approx(margin)
 
 
-def test_the_best_of_several_rates_is_corrected_by_its_optimism() -> None:
-    """Equal rates with noise: the best looks better than it is by the expected minimum of the noise."""
+def test_the_best_of_several_learning_rates_is_corrected_for_the_winner_s_curse() -> None:
+    """Of equal learning rates with noise, the best looks better than it is by the expected minimum of the noise."""
     cells = {
         (rank, learning_rate, seed): Cell("t", 0.0, *_one(2.0 + 0.01 * seed_noise))
         for rank in (1, 4)
@@ -159,7 +159,7 @@ def test_the_best_of_several_rates_is_corrected_by_its_optimism() -> None:
     assert "winner_gap" in decision.flags
 
 
-def test_a_best_rate_at_the_edge_is_flagged_and_the_next_rate_named() -> None:
+def test_a_best_learning_rate_at_the_edge_is_flagged_and_the_next_one_named() -> None:
     cells = {
         (rank, learning_rate, 0): Cell("t", 0.0, *_one(2.0 + 0.1 / rank - 10 * learning_rate))
         for rank in (1, 4)

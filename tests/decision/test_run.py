@@ -100,7 +100,7 @@ def test_outcomes_may_be_given() -> None:
     assert decision_so_far(records, few) == decide_run(records, few)
 
 
-def test_accuracy_is_read_from_the_items_that_are_right() -> None:
+def test_accuracy_is_read_from_the_correct_examples() -> None:
     records = made_up_run((1, 4), (1e-3,))
     right = {1: [1, 0] * (ITEMS // 2), 4: [1] * ITEMS, 0: [0] * ITEMS}
     outcomes = [
@@ -149,7 +149,7 @@ def test_like_is_compared_with_like() -> None:
     ]
 
 
-def test_recovered_cuts_are_compared_with_each_other() -> None:
+def test_recovered_truncations_are_compared_with_each_other() -> None:
     records = made_up_run((1, 4, 16), (1e-3,))
     base, one, four, sixteen = records.finished()
     recovered = altered(four, trial_id="cut", truncate_from=sixteen.trial_id)
@@ -190,7 +190,7 @@ def test_trainings_of_ones_own_have_any_metric() -> None:
     assert custom_table(own).cells[4, 1e-3, 0].value == 4.0
 
 
-def test_the_best_seed_of_the_best_rate_is_handed_over() -> None:
+def test_the_best_seed_of_the_best_learning_rate_is_handed_over() -> None:
     records = made_up_run((1, 4), (1e-3, 3e-3), (0, 1, 2))
     decision = decide_run(records)
     of_four = [trial for trial in records.finished() if trial.rank == 4]

@@ -15,7 +15,7 @@ def test_one_seed_is_the_textbook_t_interval_but_for_skewness() -> None:
     assert (found.bound(0.025), found.bound(0.975)) == pytest.approx(expected)
 
 
-def test_token_weights_give_the_token_mean_and_equal_weights_the_item_mean() -> None:
+def test_token_weights_give_the_token_mean_and_equal_weights_the_example_mean() -> None:
     tokens = np.array([1.0, 3.0, 6.0])
     means = np.array([2.0, 4.0, 1.0])
     assert estimate((means * tokens)[None, :], tokens).mean == pytest.approx((2 + 12 + 6) / 10)

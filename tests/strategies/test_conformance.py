@@ -1,4 +1,4 @@
-"""What every strategy owes, whatever its idea: one suite over all of them."""
+"""The rules of the strategy protocol, checked for every strategy."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ WORLDS = {
     "steep": lambda: World(gain=1.0),
     "flat": lambda: World(gain=0.0),
     "noisy": lambda: World(noise=0.02),
-    "high rates": lambda: World(best_learning_rate=3e-3),
-    "low rates": lambda: World(best_learning_rate=3e-5),
+    "high learning rates": lambda: World(best_learning_rate=3e-3),
+    "low learning rates": lambda: World(best_learning_rate=3e-5),
     "a table": lambda: World(can_stop_early=False, can_truncate=False),
     "no truncation": lambda: World(can_truncate=False),
     "no early stop": lambda: World(can_stop_early=False, noise=0.01),
@@ -26,10 +26,10 @@ WORLDS = {
 SPACES = {
     "usual": {},
     "three seeds": {"seeds": (0, 1, 2)},
-    "one rate": {"learning_rates": (1e-3,)},
-    "two rates": {"learning_rates": (1e-3, 3e-3)},
+    "one learning rate": {"learning_rates": (1e-3,)},
+    "two learning rates": {"learning_rates": (1e-3, 3e-3)},
     "two ranks": {"ranks": (8, 16)},
-    "octaves": {"ranks": (1, 2, 4, 8, 16, 32, 64)},
+    "powers of two": {"ranks": (1, 2, 4, 8, 16, 32, 64)},
     "relative margin": {"margin": None},
     "no base": {"evaluates_base": False},
     "a sweep": {"variants": (Variant("alpha", "16"), Variant("init", "gaussian"))},
@@ -42,7 +42,7 @@ def name(request: pytest.FixtureRequest) -> str:
 
 
 CASES = [(world, "usual") for world in WORLDS] + [("law", space) for space in SPACES if space != "usual"]
-CASES += [("noisy", "octaves"), ("a table", "three seeds"), ("flat", "two ranks")]
+CASES += [("noisy", "powers of two"), ("a table", "three seeds"), ("flat", "two ranks")]
 
 
 @pytest.fixture(params=CASES, ids=" in ".join)
@@ -61,7 +61,7 @@ def space(case: tuple[World, Space]) -> Space:
     return case[1]
 
 
-def test_asks_inside_the_bounds_and_never_twice(name: str, world: World, space: Space) -> None:
+def test_arms_lie_in_the_space_and_are_asked_for_once(name: str, world: World, space: Space) -> None:
     known = run_all(STRATEGIES[name](space), world)
     arms = [outcome.arm for outcome in known]
     assert len(set(arms)) == len(arms)
@@ -75,7 +75,7 @@ def test_asks_inside_the_bounds_and_never_twice(name: str, world: World, space: 
             assert parent is None or parent in finished
 
 
-def test_keeps_to_the_cost_it_names(name: str, world: World, space: Space) -> None:
+def test_cost_and_arms_stay_within_their_bounds(name: str, world: World, space: Space) -> None:
     strategy = STRATEGIES[name](space)
     known = run_all(strategy, world)
     cost = strategy.cost()
@@ -84,7 +84,7 @@ def test_keeps_to_the_cost_it_names(name: str, world: World, space: Space) -> No
     assert len(known) <= strategy.max_arms()
 
 
-def test_names_a_rank_that_it_trained(name: str, world: World, space: Space) -> None:
+def test_recommends_a_rank_that_it_trained(name: str, world: World, space: Space) -> None:
     strategy = STRATEGIES[name](space)
     known = run_all(strategy, world)
     answer = strategy.recommend(History.of(known))
@@ -109,14 +109,14 @@ def test_stops_at_the_budget(name: str, kind: str, trainings: float) -> None:
     assert [outcome.arm for outcome in known] == [outcome.arm for outcome in whole][: len(known)]
 
 
-def test_stops_at_the_hours(name: str) -> None:
+def test_stops_at_the_budget_in_seconds(name: str) -> None:
     strategy = STRATEGIES[name](make_space(budget_seconds=450.0))
     known = run_all(strategy, World(), order=lambda arms: arms[:1])
     assert spent(known) <= 450
 
 
 def test_a_budget_that_ends_early_errs_upward(name: str) -> None:
-    """With the top at its best rate and nothing below it, the answer is the top."""
+    """With the top rank at its best learning rate and no lower rank trained, the answer is the top rank."""
     space = make_space(budget_steps=2.3 * STEPS)
     if name in ("grid", "ascend"):
         pytest.skip("goes through the ranks in another order")
@@ -150,7 +150,7 @@ def test_resumes_identically_from_every_prefix(name: str, kind: str) -> None:
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_a_lost_arm_is_not_fatal(name: str, seed: int) -> None:
+def test_a_failed_arm_is_not_fatal(name: str, seed: int) -> None:
     """A third of all arms fail or diverge, by a hash of the arm."""
 
     def lost(arm: Arm, which: int) -> bool:
@@ -167,13 +167,13 @@ def test_a_lost_arm_is_not_fatal(name: str, seed: int) -> None:
     assert spent(known) <= strategy.cost().maximum * space.steps
 
 
-def test_everything_lost_ends_without_an_answer(name: str) -> None:
+def test_ends_without_an_answer_where_everything_fails(name: str) -> None:
     strategy = STRATEGIES[name](make_space())
     known = run_all(strategy, World(breaks=lambda arm: arm.rank > 0))
     assert strategy.recommend(History.of(known)).rank is None
 
 
-def test_what_others_ran_changes_nothing(name: str) -> None:
+def test_outcomes_of_other_arms_change_nothing(name: str) -> None:
     """Outcomes that the strategy did not ask for are not evidence."""
     space, world = make_space(), World()
     strategy = STRATEGIES[name](space)
@@ -184,7 +184,7 @@ def test_what_others_ran_changes_nothing(name: str) -> None:
 
 
 def spent(known: list[TrialOutcome]) -> int:
-    """Optimizer steps, failed arms left out."""
+    """Optimizer steps, without failed arms."""
     history = History.of(known)
     return sum(
         steps_of(outcome.arm, history) for outcome in known if isinstance(outcome, TrialFinished) and outcome.rank > 0

@@ -58,8 +58,8 @@ def _parent_steps(known: list[Any], outcome: TrialFinished) -> int:
     return next((other.stop_at or 0 for other in known if other.trial_id == outcome.continue_from), 0)
 
 
-def test_a_high_rate_behind_at_half_goes_on() -> None:
-    """Schedules that decay favour high rates late."""
+def test_a_high_learning_rate_behind_at_half_resumes() -> None:
+    """Decaying schedules favour high learning rates late."""
 
     class Late(World):
         def loss(self, arm: Any) -> float:
@@ -72,7 +72,7 @@ def test_a_high_rate_behind_at_half_goes_on() -> None:
 
 
 def stages(known: list[Any], rank: int, learning_rate: float) -> set[int]:
-    """Where trainings of the rank at the rate were stopped or ended."""
+    """The steps at which trainings of the rank at the learning rate stopped or ended."""
     return {
         outcome.stop_at or outcome.steps
         for outcome in known
@@ -80,14 +80,14 @@ def stages(known: list[Any], rank: int, learning_rate: float) -> set[int]:
     }
 
 
-def test_a_lower_rate_behind_on_the_way_is_left_there() -> None:
+def test_a_lower_learning_rate_behind_at_half_stops_early() -> None:
     known = run_all(strategy_named("bracket")(make_space()), World(best_learning_rate=1e-3))
     assert stages(known, 64, 1e-3) == {25, 50, 100}
     assert stages(known, 64, 3e-4) <= {25, 50}
 
 
-def test_a_lower_rate_goes_on_where_the_best_one_gets_worse() -> None:
-    """On few items a high rate is ahead early and overfits."""
+def test_a_lower_learning_rate_resumes_where_the_best_one_gets_worse() -> None:
+    """On few examples a high learning rate is ahead early and overfits."""
 
     class Overfits(World):
         def loss(self, arm: Any) -> float:
@@ -101,8 +101,8 @@ def test_a_lower_rate_goes_on_where_the_best_one_gets_worse() -> None:
 
 
 @pytest.mark.parametrize("can_stop_early", [True, False])
-def test_rates_beyond_the_valley_do_not_win(can_stop_early: bool) -> None:
-    """Broken trainings level off: the highest rate is the better of two that are both worse than the base."""
+def test_learning_rates_too_high_to_train_do_not_win(can_stop_early: bool) -> None:
+    """The loss of broken trainings is flat: the highest learning rate is the better of two that are worse than the base."""
 
     class Broken(World):
         def loss(self, arm: Any) -> float:
@@ -114,7 +114,7 @@ def test_rates_beyond_the_valley_do_not_win(can_stop_early: bool) -> None:
     assert strategy.recommend(History.of(known)).learning_rate == 3e-4
 
 
-def test_a_leap_to_the_highest_rate_is_doubted_where_the_base_is_unknown() -> None:
+def test_a_large_gain_of_the_highest_learning_rate_is_doubted_where_the_base_is_unknown() -> None:
     class Broken(World):
         def loss(self, arm: Any) -> float:
             return super().loss(arm) + {1e-3: 1.0, 3e-3: 0.8}.get(arm.learning_rate, 0.0)
@@ -125,8 +125,8 @@ def test_a_leap_to_the_highest_rate_is_doubted_where_the_base_is_unknown() -> No
 
 
 @pytest.mark.parametrize("lost", [1e-3, 3e-3, 3e-4])
-def test_a_cell_that_is_missing_hides_no_better_rate(lost: float) -> None:
-    """A table with a hole: what lies beyond it is looked at."""
+def test_a_missing_cell_hides_no_better_learning_rate(lost: float) -> None:
+    """The climb steps over a missing cell of a table."""
     world = World(
         best_learning_rate=1e-4, can_stop_early=False, can_truncate=False, breaks=lambda arm: arm.learning_rate == lost
     )
@@ -134,7 +134,7 @@ def test_a_cell_that_is_missing_hides_no_better_rate(lost: float) -> None:
     assert strategy.recommend(History.of(run_all(strategy, world))).learning_rate == 1e-4
 
 
-def test_a_start_that_diverges_is_followed_downward_in_stages() -> None:
+def test_a_climb_whose_start_diverges_goes_downward_with_early_stopping() -> None:
     world = World(best_learning_rate=1e-3, diverges=lambda arm: arm.learning_rate > 5e-4)
     strategy = strategy_named("bracket")(make_space())
     known = run_all(strategy, world)
@@ -143,7 +143,7 @@ def test_a_start_that_diverges_is_followed_downward_in_stages() -> None:
     assert not stages(known, 64, 3e-3)
 
 
-def test_a_high_rate_that_has_not_settled_at_a_quarter_is_given_time() -> None:
+def test_a_high_learning_rate_that_has_not_settled_at_a_quarter_resumes() -> None:
     """Far behind after a short warm-up, but still below the base, closing in, and the best at the end."""
 
     class Unsettled(World):
@@ -159,7 +159,7 @@ def test_a_high_rate_that_has_not_settled_at_a_quarter_is_given_time() -> None:
     assert strategy.recommend(History.of(known)).learning_rate == 3e-3
 
 
-def test_where_a_higher_rate_won_late_the_next_one_is_tried_too() -> None:
+def test_after_a_higher_learning_rate_wins_late_the_next_one_is_tried() -> None:
     class Late(World):
         def loss(self, arm: Any) -> float:
             behind = 0.15 * math.log(arm.learning_rate / 1e-4) if arm.stop_at is not None and arm.rank else 0.0
@@ -170,8 +170,8 @@ def test_where_a_higher_rate_won_late_the_next_one_is_tried_too() -> None:
     assert strategy.recommend(History.of(known)).learning_rate == 1e-2
 
 
-def test_a_top_that_is_beaten_is_not_the_best_there_is() -> None:
-    """The best lies between the rank that beat the top and the top: the answer is judged against it."""
+def test_ranks_between_the_best_and_a_worse_top_are_tried() -> None:
+    """The best rank lies between the one that beat the top and the top, and becomes the reference."""
 
     class Between(World):
         def loss(self, arm: Any) -> float:
@@ -185,19 +185,19 @@ def test_a_top_that_is_beaten_is_not_the_best_there_is() -> None:
         assert (answer.rank, answer.reference_rank) == (16, 16)
 
 
-def test_a_rate_that_the_top_is_far_worse_at_is_not_tried_below() -> None:
+def test_a_learning_rate_at_which_the_top_is_far_worse_is_not_tried_at_lower_ranks() -> None:
     class Steep(World):
         def loss(self, arm: Any) -> float:
             return super().loss(arm) + (0.5 if arm.rank > 0 and arm.learning_rate > 2e-3 else 0.0)
 
     known = run_all(strategy_named("bracket")(make_space()), Steep(gain=0.04, best_learning_rate=6e-4))
     failed = {outcome.rank for outcome in known if outcome.rank < 64 and outcome.learning_rate == 3e-4}
-    assert failed  # a rank came short of the margin and was tried at the rate below
+    assert failed  # a rank came short of the margin and was tried at the next lower learning rate
     assert not [outcome for outcome in known if 0 < outcome.rank < 64 and outcome.learning_rate == 3e-3]
 
 
-def test_a_rank_that_had_no_time_to_learn_gets_a_higher_rate() -> None:
-    """Its cut holds, its own training at the top's rate was still far from its end."""
+def test_an_undertrained_rank_gets_a_higher_learning_rate() -> None:
+    """Its truncation holds, and its training at the top's learning rate was still improving."""
 
     class Slow(World):
         def loss(self, arm: Any) -> float:
@@ -223,14 +223,14 @@ def test_a_rank_that_had_no_time_to_learn_gets_a_higher_rate() -> None:
         (False, 0.0, 0.1, False, False),
     ],
 )
-def test_which_rates_can_still_win(
+def test_the_decision_table_of_early_stopping(
     is_higher: bool, behind: float, gain: float, at_quarter: bool, at_half: bool
 ) -> None:
     assert stops_at_quarter(is_higher, behind, gain) is at_quarter
     assert stops_at_half(is_higher, behind, gain) is at_half
 
 
-def test_a_rate_that_has_not_settled_or_closes_in_can_still_win() -> None:
+def test_a_learning_rate_that_has_not_settled_or_closes_in_does_not_stop() -> None:
     assert stops_at_quarter(True, 0.5, 0.1, learned=0.4)  # worse than the base
     assert stops_at_quarter(True, 0.5, 0.1, learned=2.0)  # it has learned nearly as much: settled
     assert not stops_at_quarter(True, 0.5, 0.1, learned=1.0)
@@ -247,7 +247,7 @@ def test_confirms_with_further_seeds() -> None:
         assert {outcome.seed for outcome in known if outcome.rank == rank and outcome.arm.is_direct} == {0, 1, 2}
 
 
-def test_item_losses_give_a_bound_above_the_mean() -> None:
+def test_example_losses_give_a_bound_above_the_mean() -> None:
     space = make_space()
     world = World()
     left, right = (world.run(space.arm(rank, 1e-3)) for rank in (4, 64))
@@ -263,7 +263,7 @@ def test_item_losses_give_a_bound_above_the_mean() -> None:
     assert known.high > known.mean
 
 
-def test_higher_is_better_is_turned() -> None:
+def test_higher_is_better_is_oriented() -> None:
     space = make_space(higher_is_better=True)
     trials = Trials(space)
     world = World()
@@ -298,7 +298,7 @@ def test_bad_settings_are_one_clear_line(values: dict[str, Any], words: str) -> 
     assert "\n" not in str(caught.value)
 
 
-def test_the_least_budget_compares_two_ranks() -> None:
+def test_the_smallest_budget_compares_two_ranks() -> None:
     for name in ("grid", "ladder", "bracket"):
         strategy: Strategy = make_strategy(make_settings({"strategy": name}), 100)
         least = strategy.min_trainings()
@@ -308,7 +308,7 @@ def test_the_least_budget_compares_two_ranks() -> None:
 
 
 class Itemed(World):
-    """Item losses whose differences between ranks spread widely around the value."""
+    """Example losses whose differences between ranks scatter widely about the value."""
 
     def run(self, arm: Any) -> Any:
         outcome = super().run(arm)
@@ -320,7 +320,7 @@ class Itemed(World):
         return outcome.model_copy(update={"item_losses": losses, "item_tokens": [1] * 60})
 
 
-def test_values_guide_the_search_and_bounds_ask_for_support() -> None:
+def test_values_guide_the_search_and_bounds_request_support() -> None:
     ranks = (1, 2, 4, 8, 16, 32, 64)
     strategy = strategy_named("bracket")(make_space(ranks=ranks))
     bare = strategy.recommend(History.of(run_all(strategy, World())))

@@ -40,7 +40,7 @@ ARM = Arm(rank=16, learning_rate=1e-3, lora_alpha=32.0, seed=0, steps=100)
         ("scaling=rslora", "alpha/sqrt(r)"),
     ],
 )
-def test_a_sweep_that_is_not_possible_is_one_clear_line(sweep: str, words: str) -> None:
+def test_an_invalid_sweep_is_one_clear_line(sweep: str, words: str) -> None:
     with pytest.raises(SettingsError) as caught:
         variants_of(make_settings({"sweep": (sweep,)}))
     assert words in str(caught.value)

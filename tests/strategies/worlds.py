@@ -94,7 +94,7 @@ Order = Callable[[list[Arm]], list[Arm]]
 
 
 def rounds(strategy: Strategy, world: World, known: list[TrialOutcome], order: Order) -> Iterator[Arm]:
-    """Run to the end; `known` grows. `order` picks which of the arms wanted are run before it is asked again."""
+    """Run to the end; `known` grows. `order` picks the requested arms that run before the next request."""
     for _ in range(2000):
         arms = list(strategy.ask(History.of(known)))
         if not arms:
