@@ -3,7 +3,7 @@
     python -m benchmarks.decide.calibration            # prints the table, writes calibration.json and undecided.svg
     python -m benchmarks.decide.calibration --tables 20 --short
 
-Simulated tables (see simulated.py): four shapes of curve, normal and heavy tails, items of unequal variance and
+Simulated tables (see simulated.py): four shapes of curve, normal and heavy tails, examples of unequal variance and
 length, ranks correlated along the curve, 1 to 5 seeds, 50 to 2,000 items.
 """
 
@@ -98,7 +98,7 @@ def worlds(short: bool) -> list[World]:
     if short:
         return [World(shape, 3, 200, "heavy") for shape in SHAPES]
     scored = [World(shape, s, i, tails) for s, i in SIZES for tails in ("normal", "heavy") for shape in SHAPES]
-    # without item scores the items are what they are: intervals speak of other seeds, and so does the truth
+    # without example scores the examples are what they are: intervals speak of other seeds, and so does the truth
     bare = [
         World(shape, s, 200, "heavy", item_level=0.0, item_rank=0.0, both=0.01, scored=False)
         for s in (2, 3, 5)

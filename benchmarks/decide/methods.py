@@ -6,7 +6,7 @@ The difference of the lowest rank from the top one, 95% two-sided:
 
     pooled      the closed form with seed noise pooled over ranks (what the decision uses)
     own         the closed form with this pair's seeds alone
-    bootstrap   items and seeds drawn with replacement (Owen 2007), 2,000 resamples, percentiles
+    bootstrap   examples and seeds drawn with replacement (Owen 2007), 2,000 resamples, percentiles
     items only  the closed form that forgets seeds
 """
 
@@ -94,7 +94,7 @@ def study(world: World, tables: int, seed: int) -> dict[str, dict[str, float]]:
 
 
 def curve_study(tables: int, seed: int) -> dict[str, float]:
-    """Power laws, 3 seeds × 1,000 items: how often the interval of r_margin holds the true one, and its width."""
+    """Power laws, 3 seeds × 1,000 examples: how often the interval of r_margin holds the true one, and its width."""
     world = World("power", 3, 1000)
     generator = np.random.default_rng(seed)
     grid = np.geomspace(RANKS[0], RANKS[-1], 4001)

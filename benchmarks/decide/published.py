@@ -43,7 +43,7 @@ def ours(curve: Curve) -> Decision:
 
 
 def ours_on_grid(curve: Curve) -> Decision:
-    """The decision on the whole rank × rate grid."""
+    """The decision on the whole rank × learning rate grid."""
     results = [
         Result(trial_id=f"{rank} {rate}", rank=int(rank), learning_rate=float(rate), value=value)
         for rank, rates in curve["lr_grid"].items()
@@ -148,7 +148,7 @@ def misses(all_curves: list[Curve]) -> list[dict[str, Any]]:
 
 
 def grids(all_curves: list[Curve]) -> dict[str, int]:
-    """With all rates in the table: whether the pick is acceptable, and how often a best rate is at the edge."""
+    """With all learning rates in the table: whether the pick is acceptable, and how often a best learning rate is at the edge."""
     with_grid = [curve for curve in all_curves if "lr_grid" in curve]
     decisions = [ours_on_grid(curve) for curve in with_grid]
     return {

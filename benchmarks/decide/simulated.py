@@ -1,4 +1,4 @@
-"""Tables whose truth is known: a curve over ranks, and noise of items, seeds, and both."""
+"""Tables whose truth is known: a curve over ranks, and noise of examples, seeds, and both."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ class World:
     seeds: int
     items: int
     tails: Tails = "normal"
-    item_level: float = 0.6  # of an item's own loss, shared by all ranks and seeds
-    item_rank: float = 0.015  # of an item's taste for a rank, correlated along the ranks
+    item_level: float = 0.6  # of an example's own loss, shared by all ranks and seeds
+    item_rank: float = 0.015  # of an example's taste for a rank, correlated along the ranks
     seed_level: float = 0.0005  # of a seed, shared by all ranks
     seed_rank: float = 0.0003  # of one training, beside its seed
-    both: float = 0.03  # of one item in one training
+    both: float = 0.03  # of one example in one training
     correlation: float = 0.5  # between neighbouring ranks, of the two tastes
     unequal: float = 2.0  # the lowest rank's taste deviations over the highest's
     margin: float = MARGIN
-    scored: bool = True  # item by item; else one number a training
+    scored: bool = True  # one by one; else one number a training
 
 
 def truth(world: World, generator: np.random.Generator) -> Floats:
@@ -61,7 +61,7 @@ def right_rank(losses: Floats, margin: float) -> int:
 
 
 def draw_table(world: World, losses: Floats, generator: np.random.Generator) -> ScoreTable:
-    """One table: every rank at one rate, the same seeds and items for all."""
+    """One table: every rank at one learning rate, the same seeds and examples for all."""
     ranks, seeds, items = len(RANKS), world.seeds, world.items
     tokens = generator.integers(5, 60, size=items).astype(np.float64)
     spread = np.linspace(world.unequal, 1.0, ranks)

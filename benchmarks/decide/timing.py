@@ -2,7 +2,7 @@
 
     python -m benchmarks.decide.timing      # prints, writes timing.json
 
-Two tables: 10,000 rows of rank, rate, seed and value; 1,000 items × 8 ranks × 5 seeds. Each is run five times; the
+Two tables: 10,000 rows of rank, learning rate, seed and value; 1,000 examples × 8 ranks × 5 seeds. Each is run five times; the
 shortest wall time counts, and processor seconds beside it, since other work on the machine stretches the former.
 """
 

@@ -20,7 +20,7 @@ from benchmarks.selection.tables import GridCurve
 
 @dataclass(frozen=True)
 class Pick:
-    """A rank, the rate it would be trained at, and what it cost in whole trainings."""
+    """A rank, the learning rate it would be trained at, and what it cost in whole trainings."""
 
     rank: int | None
     learning_rate: float | None
@@ -28,7 +28,7 @@ class Pick:
 
 
 Baseline = Callable[[GridCurve, float, float, np.random.Generator], Pick]
-Seen = dict[tuple[int, float], float]  # (rank, rate) → loss of the first seed
+Seen = dict[tuple[int, float], float]  # (rank, learning rate) → loss of the first seed
 
 
 def seen_loss(curve: GridCurve, rank: int, learning_rate: float) -> float | None:
@@ -69,14 +69,14 @@ def nearest(values: list[int] | list[float], wanted: float) -> int | float:
 
 
 def always_16(curve: GridCurve, margin: float, budget: float, generator: np.random.Generator) -> Pick:
-    """Rank 16 (the nearest there is), its rate tuned over the whole ladder."""
+    """Rank 16 (the nearest there is), its learning rate tuned over the whole ladder."""
     rank = int(nearest(curve.ranks, 16))
     seen = train(curve, [(rank, learning_rate) for learning_rate in curve.learning_rates])
     return Pick(rank, min(seen, key=lambda cell: seen[cell])[1], len(seen))
 
 
 def argmin_of_one_rate(curve: GridCurve, margin: float, budget: float, generator: np.random.Generator) -> Pick:
-    """Every rank once at the upper middle rate; the best wins."""
+    """Every rank once at the upper middle learning rate; the best wins."""
     learning_rate = curve.learning_rates[len(curve.learning_rates) // 2]
     seen = train(curve, [(rank, learning_rate) for rank in curve.ranks])
     return Pick(min(seen, key=lambda cell: seen[cell])[0], learning_rate, len(seen))
@@ -85,7 +85,7 @@ def argmin_of_one_rate(curve: GridCurve, margin: float, budget: float, generator
 def four_points_at_the_default_rate(
     curve: GridCurve, margin: float, budget: float, generator: np.random.Generator
 ) -> Pick:
-    """Up to four ranks, spread over the range, at the rate nearest to 1e-4."""
+    """Up to four ranks, spread over the range, at the learning rate nearest to 1e-4."""
     learning_rate = float(nearest(curve.learning_rates, 1e-4))
     places = np.unique(np.linspace(0, len(curve.ranks) - 1, min(4, len(curve.ranks))).round().astype(int))
     seen = train(curve, [(curve.ranks[place], learning_rate) for place in places])
@@ -102,7 +102,7 @@ def random_search(curve: GridCurve, margin: float, budget: float, generator: np.
 
 
 def kneedle(curve: GridCurve, margin: float, budget: float, generator: np.random.Generator) -> Pick:
-    """Every rank once at the upper middle rate; the knee over log rank (kneed); the top where there is none."""
+    """Every rank once at the upper middle learning rate; the knee over log rank (kneed); the top where there is none."""
     from kneed import KneeLocator
 
     learning_rate = curve.learning_rates[len(curve.learning_rates) // 2]
@@ -121,7 +121,7 @@ def kneedle(curve: GridCurve, margin: float, budget: float, generator: np.random
 
 
 def energy_95(curve: GridCurve, margin: float, budget: float, generator: np.random.Generator) -> Pick:
-    """The rate ladder at the top rank; the smallest rank that holds 95% of that adapter's squared singular values."""
+    """The learning rate ladder at the top rank; the smallest rank that holds 95% of that adapter's squared singular values."""
     top = curve.ranks[-1]
     seen = train(curve, [(top, learning_rate) for learning_rate in curve.learning_rates])
     learning_rate = min(seen, key=lambda cell: seen[cell])[1]
@@ -149,7 +149,7 @@ def asha(curve: GridCurve, margin: float, budget: float, generator: np.random.Ge
 def _optuna(
     curve: GridCurve, margin: float, budget: float, generator: np.random.Generator, pruner: object, *, tpe: bool
 ) -> Pick:
-    """Optuna over rank × rate, reporting at the checkpoints that the grid has; a cell seen before costs nothing."""
+    """Optuna over rank × learning rate, reporting at the checkpoints that the grid has; a cell seen before costs nothing."""
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)

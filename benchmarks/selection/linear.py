@@ -1,7 +1,7 @@
 """One linear layer, where the right rank is known in closed form.
 
 y = (W + ΔW)x with x ~ N(0, I): the smallest excess risk of rank r is half the sum of ΔW's squared singular values beyond
-the r-th. Students are LoRA pairs that Adam trains on fresh batches; every rank × rate × seed is trained, and the
+the r-th. Students are LoRA pairs that Adam trains on fresh batches; every rank × learning rate × seed is trained, and the
 optimum of each rank is stored beside what training reached.
 
     python -m benchmarks.selection.linear --out benchmarks/selection/linear_grids.json
@@ -68,7 +68,7 @@ def planted(layer: Layer) -> torch.Tensor:
 
 
 def train(layer: Layer, rank: int) -> tuple[list[torch.Tensor], torch.Tensor]:
-    """Every rate × seed of a rank at once: risks [rate × seed] at CHECKPOINTS and at the end; products [rate × seed, W, W].
+    """Every learning rate × seed of a rank at once: risks [learning rate × seed] at CHECKPOINTS and at the end; products [learning rate × seed, W, W].
 
     Students of one seed see the same batches.
     """
@@ -89,7 +89,7 @@ def train(layer: Layer, rank: int) -> tuple[list[torch.Tensor], torch.Tensor]:
         ((error**2).sum(2).mean(1) / 2).sum().backward()
         before = a.detach().clone(), b.detach().clone()
         optimizer.step()
-        with torch.no_grad():  # Adam's step at rate 1, times each student's own rate
+        with torch.no_grad():  # Adam's step at learning rate 1, times each student's own learning rate
             for tensor, old in zip((a, b), before, strict=True):
                 tensor.copy_(old + (tensor - old) * rates * (1 - step / STEPS))
         if step + 1 in [round(part * STEPS) for part in (*CHECKPOINTS, 1.0)]:

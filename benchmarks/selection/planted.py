@@ -1,4 +1,4 @@
-"""Planted truth: a small transformer plus a planted update of known rank is the teacher, and every rank × rate × seed
+"""Planted truth: a small transformer plus a planted update of known rank is the teacher, and every rank × learning rate × seed
 of LoRA students is trained against it.
 
 All students of a teacher train at once, as one batch of matrices. The planted rank is an upper bound on the answer;
@@ -32,7 +32,7 @@ ALPHA = 16.0
 BATCH, LENGTH = 12, 8  # sequences, tokens
 HELD_OUT = 192  # sequences
 CHECKPOINTS = (0.25, 0.5)  # parts of a training after which students are also evaluated
-RECOVERY_RATE = 0.3  # of the rate that the truncated student was trained at
+RECOVERY_RATE = 0.3  # of the learning rate that the truncated student was trained at
 RECOVERY = 0.1  # further steps after a truncation, a part of a training
 PLANTED_RANKS = (0, 1, 2, 3, 4, 6, 8, 12, 16, 24)
 

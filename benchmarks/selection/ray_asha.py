@@ -1,4 +1,4 @@
-"""Ray Tune's ASHA over rank × rate, on grids of finished runs.
+"""Ray Tune's ASHA over rank × learning rate, on grids of finished runs.
 
 `ray_asha` asks Ray Tune's own scheduler object, one trial after the other, without starting Ray. That this is what
 `Tuner.fit` does with one trial at a time is checked by
@@ -31,7 +31,7 @@ Cell = tuple[int, float]
 
 
 def ray_asha(curve: GridCurve, margin: float, budget: float, generator: np.random.Generator) -> Pick:
-    """Cells in random order until the budget is spent; every value on the way is reported, and what is stopped is lost."""
+    """Train cells in random order until the budget is spent. A stopped trial has no result."""
     seen: Seen = {}
     spent = 0.0
     report = scheduler(curve, int(generator.integers(2**31)))
@@ -70,7 +70,7 @@ def run_trial(curve: GridCurve, cell: Cell, report: Callable[[Cell, float, float
 
 
 def scheduler(curve: GridCurve, seed: int) -> Callable[[Cell, float, float], bool]:
-    """Tells Ray Tune's ASHA of a trial's loss after a part of its training; whether the trial goes on."""
+    """A function that reports a trial's loss to Ray Tune's ASHA and returns whether the trial continues."""
     from ray.tune.schedulers import TrialScheduler
 
     asha = make_asha(curve)
@@ -92,7 +92,7 @@ def scheduler(curve: GridCurve, seed: int) -> Callable[[Cell, float, float], boo
 
 
 def make_asha(curve: GridCurve) -> Any:
-    """As it comes, with the first value on the way as its grace period."""
+    """As it comes, with the first value during training as its grace period."""
     from ray.tune.schedulers import ASHAScheduler
 
     first = round(100 * min([*curve.checkpoints, 1.0]))

@@ -1,7 +1,7 @@
 """Exhaustive grids on real models and texts, in small form for replay.
 
-A run folder of `rightrank select MODEL DATA --strategy grid` becomes one curve: every cell's value and item losses,
-its value half of the way (a shorter horizon where the schedule is constant), and the top rank's adapters cut to every
+A run folder of `rightrank select MODEL DATA --strategy grid` becomes one curve: every cell's value and example losses,
+its value half of the way (a shorter horizon where the schedule is constant), and the top rank's adapters truncated to every
 lower rank, evaluated here. A seed that is not finished is left out.
 
     python -m benchmarks.selection.real_grids RUN [RUN ...] --out benchmarks/selection/real_grids.json
@@ -91,7 +91,7 @@ def curve_of_run(run: Path) -> dict[str, Any]:
 
 
 def whole_seeds(records: Sequence[JournalRecord]) -> set[int]:
-    """The seeds that every rank and rate has an outcome of, diverged ones among them: means over seeds need all."""
+    """The seeds that every rank and learning rate has an outcome of, diverged ones among them: means over seeds need all."""
     ended = [record for record in records if isinstance(record, TrialFinished | TrialDiverged | TrialFailed)]
     cells: dict[int, set[tuple[int, float]]] = {}
     for outcome in ended:
@@ -106,7 +106,7 @@ def place(grid: dict[str, Any], trial: TrialFinished, value: object) -> None:
 
 
 def truncated_values(folder: RunFolder, started: RunStarted, trained: list[TrialFinished]) -> dict[str, Any]:
-    """Held-out values of the top rank's adapters cut to every lower rank; the top itself among them."""
+    """Held-out values of the top rank's adapters truncated to every lower rank; the top itself among them."""
     values = {name: value for name, value in started.settings.items() if name not in ("model", "data")}
     settings = make_settings(values | {"max_steps": 1})  # nothing is trained: no training batch is prepared
     splits = load_data(Path(str(started.settings["data"])), settings)

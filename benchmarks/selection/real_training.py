@@ -1,12 +1,12 @@
-"""Exhaustive grids on real models and texts: every rank × rate × seed is trained, with values on the way.
+"""Exhaustive grids on real models and texts: every rank × learning rate × seed is trained, with values during training.
 
     python -m benchmarks.selection.real_training NAME MODEL DATA --work FOLDER --out benchmarks/selection/real_grids.json \\
         [--steps 80] [--seeds 1]
 
-NAME is one of `GRIDS`; its horizon and its seeds may be others, and seeds join those that the file has. Where the rate is constant from the first step, a training stopped half of the way is a whole
-training of half the steps, and one grid gives two horizons, each a curve of its own; where it decays, one. A curve has
-values at its quarter and half, item losses, and the top rank's adapters cut to every lower rank. Finished trainings are
-kept in FOLDER: the same command goes on where it was. A seed that is not whole is left out.
+NAME is one of `GRIDS`. Its horizon and seeds can be changed, and new seeds join those in the file. Where the learning rate is
+constant from the first step, a training stopped at half is a whole training of half the steps, so that one grid gives two
+curves, one for each horizon. A curve has values at its quarter and half, example losses, and the truncations of the top
+rank's adapters. FOLDER keeps finished trainings, and the same command resumes. Incomplete seeds are left out.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ def open_workshop(model: str, data: Path, settings: SelectSettings, work: Path) 
 
 
 def train_grid(shop: Workshop) -> None:
-    """Seed by seed, so that what is there when time ends is whole; cuts as soon as a top rank's adapter is there."""
+    """Seed by seed, so that what is there when time ends is whole; truncations as soon as a top rank's adapter is there."""
     settings = shop.settings
     shop.run(base_arm(settings.lora_alpha))
     for seed in settings.seeds:
@@ -154,7 +154,7 @@ def train_in_stages(shop: Workshop, rank: int, rate: float, seed: int) -> dict[f
 
 
 def cuts_of(shop: Workshop, parent: TrialFinished) -> Iterator[Arm]:
-    """The adapter of a whole or half training cut to every lower rank."""
+    """The adapter of a whole or half training truncated to every lower rank."""
     ends = [round(horizon * parent.steps) for horizon in horizons(shop.settings)]
     if (parent.stop_at or parent.steps) not in ends:
         return
@@ -174,7 +174,7 @@ def cuts_of(shop: Workshop, parent: TrialFinished) -> Iterator[Arm]:
 
 
 def write_adapter_of_checkpoint(folder: RunFolder, identity: str) -> None:
-    """A stopped training leaves a checkpoint; a cut reads an adapter's file."""
+    """A stopped training leaves a checkpoint; a truncation reads an adapter's file."""
     target = folder.trial_adapter(identity) / "adapter_model.safetensors"
     checkpoint = load_checkpoint(folder.checkpoint(identity))
     if target.exists() or checkpoint is None:
@@ -247,7 +247,7 @@ def curve_of(name: str, shop: Workshop, horizon: float, extra: Mapping[str, obje
 
 
 def whole_seeds(shop: Workshop) -> set[int]:
-    """Seeds of which every rank and rate has ended, well or not, at the full horizon."""
+    """Seeds of which every rank and learning rate has ended, well or not, at the full horizon."""
     settings = shop.settings
     assert settings.max_steps is not None
     cells: dict[int, set[tuple[int, float]]] = {}

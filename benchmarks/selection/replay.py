@@ -2,10 +2,10 @@
 
     python -m benchmarks.selection.replay --grids FILE --strategy S --margin M [--json]
 
-Truth is the whole grid's pick at that margin: the smallest rank within the margin of the best over all rates, means
-over seeds. The regret is that of the cell handed over (its rank and its rate); an under-pick is a lower rank than
-truth that even at its best rate is worse than the best by more than the margin. The share of cells is the cost in
-whole trainings over the rank × rate cells of one seed.
+Truth is the whole grid's pick at that margin: the smallest rank within the margin of the best over all learning rates, means
+over seeds. The regret is that of the cell handed over (its rank and its learning rate); an under-pick is a lower rank than
+truth that even at its best learning rate is worse than the best by more than the margin. The share of cells is the cost in
+whole trainings over the rank × learning rate cells of one seed.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Grids of finished runs, played back to a strategy as if they were being trained.
 
-A grid's id and its truth never reach a strategy: it sees ranks, rates, seeds and the margin, and outcomes of what it
+A grid's id and its truth never reach a strategy: it sees ranks, learning rates, seeds and the margin, and outcomes of what it
 asks for. What a table does not hold (a truncation, a training stopped early) comes back as a failed trial.
 """
 
@@ -21,7 +21,7 @@ from rightrank.strategies.protocol import steps_of
 
 REPLAY_STEPS = 1000  # of a whole training: costs are counted in these
 
-SeedGrid = Mapping[int, Mapping[float, Mapping[int, float]]]  # rank → rate → seed → value
+SeedGrid = Mapping[int, Mapping[float, Mapping[int, float]]]  # rank → learning rate → seed → value
 
 
 @dataclass(frozen=True)
@@ -33,11 +33,11 @@ class GridCurve:
     higher_is_better: bool
     cells: SeedGrid
     base: float | None = None
-    truncated: SeedGrid = field(default_factory=dict)  # rank → the top's rate → seed, cut without recovery
-    recovered: SeedGrid = field(default_factory=dict)  # the same after recovery steps
+    truncated: SeedGrid = field(default_factory=dict)  # rank → the top's learning rate → seed, without recovery
+    recovered: SeedGrid = field(default_factory=dict)  # the same with recovery steps
     recovery_part: float = 0.0  # of a training
     checkpoints: Mapping[float, SeedGrid] = field(default_factory=dict)  # part of a training → values then
-    items: Mapping[tuple[int, float, int], list[float]] = field(default_factory=dict)  # summed item losses
+    items: Mapping[tuple[int, float, int], list[float]] = field(default_factory=dict)  # summed example losses
     item_tokens: list[int] = field(default_factory=list)
     energy: Mapping[float, Mapping[int, list[float]]] = field(default_factory=dict)  # the top's, a share per direction
 
@@ -183,7 +183,7 @@ class TableRunner:
         )
 
     def _points(self, arm: Arm) -> list[EvalPoint]:
-        """Values on the way of a whole training, where the table holds them."""
+        """Values during a whole training, where the table holds them."""
         key = arm.rank, arm.learning_rate, arm.seed
         found = {part: _cell(grid, key) for part, grid in self._curve.checkpoints.items() if arm.is_direct}
         return [
@@ -210,7 +210,7 @@ def _cell(grid: SeedGrid, key: tuple[int, float, int]) -> float | None:
 
 
 def space_of_grid(curve: GridCurve, margin: float, seeds: int = 1, budget: float | None = None) -> Space:
-    """All that a strategy is told of a grid."""
+    """The space of a grid: all that a strategy knows of it."""
     return Space(
         ranks=tuple(curve.ranks),
         learning_rates=tuple(curve.learning_rates),
