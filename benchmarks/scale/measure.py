@@ -26,8 +26,9 @@ from benchmarks.machine import machine
 from benchmarks.scale.simulate import lower_bound
 from benchmarks.scale.simulated import TOKEN, VERSIONS, Pace, SimulatedCrew
 from benchmarks.scale.stub_worker import StubRayWorker
+from rightrank.executors.crew import Crew
 from rightrank.executors.messages import Job, WorkerSetup
-from rightrank.executors.pool import Crew, Pool, PoolOptions
+from rightrank.executors.pool import Pool, PoolOptions
 from rightrank.executors.processes import ProcessCrew
 from rightrank.executors.ray_cluster import RayCrew
 from rightrank.executors.worker import versions

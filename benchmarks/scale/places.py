@@ -20,7 +20,8 @@ import psutil
 from benchmarks.scale.measure import STUB, orders_in
 from benchmarks.scale.simulated import TOKEN
 from benchmarks.scale.stub_worker import StubRayWorker
-from rightrank.executors.pool import Crew, Pool, PoolExecutor, PoolOptions
+from rightrank.executors.crew import Crew
+from rightrank.executors.pool import Pool, PoolExecutor, PoolOptions
 from rightrank.executors.processes import ProcessCrew
 from rightrank.executors.ray_cluster import RayCrew
 from rightrank.executors.worker import versions

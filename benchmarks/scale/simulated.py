@@ -7,8 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import count
 
+from rightrank.executors.crew import WorkerLost
 from rightrank.executors.messages import Ready, Step, Task, TaskEnded, WorkerMessage
-from rightrank.executors.pool import WorkerLost
 from rightrank.records import StepDone, Trial, TrialFinished, TrialStarted
 
 VERSIONS = {"rightrank": "simulated"}

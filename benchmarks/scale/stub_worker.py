@@ -15,30 +15,30 @@ SIGN_SECONDS = 0.2  # between two signs of progress
 
 
 class StubWorker(Worker):
-    """The worker's own words and queue; only its training is not one."""
+    """A worker with the real protocol and queue; only the training is replaced."""
 
     def _executor(self, job: Job) -> StubExecutor:  # type: ignore[override]
-        return StubExecutor(self._tell)
+        return StubExecutor(self._send)
 
 
 class StubExecutor:
-    def __init__(self, tell: Callable[[WorkerMessage], None]) -> None:
-        self._tell = tell
+    def __init__(self, send: Callable[[WorkerMessage], None]) -> None:
+        self._send = send
 
     def run(self, trials: Sequence[Trial], base_loss: float | None) -> Iterator[TrialOutcome]:
         for trial in trials:
-            self._tell(TrialStarted(trial_id=trial.trial_id, **trial.arm.model_dump()))
+            self._send(TrialStarted(trial_id=trial.trial_id, **trial.arm.model_dump()))
             until = time.monotonic() + trial.arm.steps / 1000
             while (left := until - time.monotonic()) > 0:
                 time.sleep(min(left, SIGN_SECONDS))
                 if left > SIGN_SECONDS:
-                    self._tell(Step(event=step_of(trial)))
+                    self._send(Step(event=step_of(trial)))
             yield result_of(trial)
 
 
 class StubRayWorker(RayWorker):
-    def service(self, tell: Callable[[WorkerMessage], None]) -> Service:
-        return Service(tell, StubWorker)
+    def make_service(self, send: Callable[[WorkerMessage], None]) -> Service:
+        return Service(send, StubWorker)
 
 
 if __name__ == "__main__":

@@ -133,6 +133,11 @@ def one_line(message: str) -> str:
     return f"{text[: MAX_MESSAGE_CHARACTERS - 500]} … {text[-400:]}"
 
 
+def first_line(error: BaseException) -> str:
+    """The first non-empty line of an error's message."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
 # What allocators say when they have no more. torch says it in a plain RuntimeError, the system in an OSError.
 _OUT_OF_MEMORY = (
     "out of memory", "can't allocate memory", "not enough memory", "bad_alloc", "Cannot allocate memory",

@@ -42,7 +42,7 @@ def test_two_processes_share_an_arm_though_one_is_killed(
     select_rank(str(model_folder), completion_file, tmp_path / "run", settings=settings, watching=watching)
     assert killed
     require_same(tmp_path / "run", alone)
-    assert any("worker-1 is gone: killed by signal 9" in notice for notice in notices)
+    assert any("worker-1 was lost: killed by signal 9" in notice for notice in notices)
     assert not workers_here()
     assert listening <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
 

@@ -41,14 +41,14 @@ def test_a_worker_of_another_version_is_refused(model_folder: Path, completion_f
     launcher = another_rightrank(tmp_path / "old", "0.0.1")
     said = refusal(launcher, model_folder, completion_file, tmp_path / "run")
     assert said == (
-        f"worker-1 has rightrank 0.0.1, this process {rightrank.__version__}: install the same on every machine"
+        f"worker-1 has rightrank 0.0.1, this process {rightrank.__version__}: install the same version on every machine"
     )
 
 
 def test_a_worker_that_does_not_understand_says_so(model_folder: Path, completion_file: Path, tmp_path: Path) -> None:
     launcher = another_rightrank(tmp_path / "old", "0.0.1", changed=("    share: str", "    probe_path: str"))
     said = refusal(launcher, model_folder, completion_file, tmp_path / "run")
-    assert "a worker there, rightrank 0.0.1, does not understand what it is told: install the same version" in said
+    assert "the worker, rightrank 0.0.1, does not understand this command: install the same version" in said
 
 
 def test_a_worker_that_does_not_see_the_run_folder_is_refused(

@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rightrank.errors import InputError, InterruptedRun, RunError
+from rightrank.executors.crew import WorkerLost
 from rightrank.executors.messages import Ready, Refused, WorkerMessage
-from rightrank.executors.pool import MAX_LOSSES, Pool, PoolExecutor, PoolOptions, WorkerLost
+from rightrank.executors.pool import MAX_LOSSES, Pool, PoolExecutor, PoolOptions
 from rightrank.records import Arm, Trial, TrialFailed, TrialFinished
 from rightrank.records.observer import Observer
 
@@ -53,7 +54,7 @@ def test_a_lost_worker_s_trials_go_to_others() -> None:
     crew = SimulatedCrew(Pace(trial=lambda *_: 10.0), ends_at=lambda worker: 5.0 if worker == "worker-1" else None)
     found = ended(make_pool(crew, observer=Observer(notice=notices.append)), trials(6))
     assert sorted(found) == [trial.trial_id for trial in trials(6)]
-    assert notices == ["worker-1 is gone: killed by signal 9"]
+    assert notices == ["worker-1 was lost: killed by signal 9"]
     assert Counter(crew.trained)[crew.trained[0]] == 2
 
 
@@ -167,7 +168,7 @@ def test_left_after_an_outcome_it_hears_the_rest_of_what_was_told_with_it() -> N
     ("words", "message"),
     [
         (Ready(versions={"rightrank": "0.1"}, token=TOKEN), "worker-1 has rightrank 0.1, this process simulated"),
-        (Ready(versions={}, token=TOKEN), "has rightrank of no known version"),
+        (Ready(versions={}, token=TOKEN), "has rightrank of unknown version"),
         (Ready(versions=VERSIONS, token=None), "does not see the run folder that this process writes to"),
         (Ready(versions=VERSIONS, token="another"), "does not see the run folder"),
         (Refused(reason="./model: no such folder", exit_status=2), "no such folder"),

@@ -70,7 +70,7 @@ def test_two_actors_share_an_arm_though_one_is_killed(
     watching = Observer(on_event=kill_one, notice=notices.append)
     select_rank(str(model_folder), completion_file, tmp_path / "run", settings=settings, watching=watching)
     assert killed
-    assert any("worker-1 is gone" in notice for notice in notices)
+    assert any("worker-1 was lost" in notice for notice in notices)
     require_same(tmp_path / "run", alone)
 
 

@@ -13,8 +13,8 @@ import pytest
 from rightrank import Observer, make_settings, select_rank
 from rightrank.errors import MissingExtraError, RunError, SettingsError
 from rightrank.executors import pool_factory
+from rightrank.executors.crew import WorkerLost
 from rightrank.executors.messages import Task, WorkerMessage, WorkerSetup
-from rightrank.executors.pool import WorkerLost
 from rightrank.executors.worker import Worker
 from rightrank.io.run_folder import RunFolder
 from rightrank.io.store import Store, run_store
@@ -56,14 +56,14 @@ class CrewHere:
     def __init__(self, setup: WorkerSetup) -> None:
         self._setup = setup
         self._workers: dict[str, Worker] = {}
-        self._news: list[tuple[str, WorkerMessage | WorkerLost]] = []
+        self._sent: list[tuple[str, WorkerMessage | WorkerLost]] = []
 
     def start(self, worker: str) -> None:
-        self._workers[worker] = Worker(lambda news: self._news.append((worker, news)))
-        self._workers[worker].begin(self._setup)
+        self._workers[worker] = Worker(lambda message: self._sent.append((worker, message)))
+        self._workers[worker].set_up(self._setup)
 
     def assign(self, worker: str, task: Task) -> None:
-        self._workers[worker].work(task)
+        self._workers[worker].run_task(task)
 
     def request_stop(self, worker: str) -> None:
         pass
@@ -72,8 +72,8 @@ class CrewHere:
         self._workers.pop(worker).close()
 
     def messages(self, seconds: float) -> list[tuple[str, WorkerMessage | WorkerLost]]:
-        told, self._news = self._news, []
-        return told
+        sent, self._sent = self._sent, []
+        return sent
 
     def close(self) -> None:
         for worker in list(self._workers):

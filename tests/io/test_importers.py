@@ -4,29 +4,56 @@ from __future__ import annotations
 
 import json
 import sqlite3
+import sys
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
 from rightrank.api import decide
-from rightrank.errors import ResultsError
+from rightrank.errors import MissingExtraError, ResultsError
 
 LOSSES = {1: 2.3, 4: 2.001, 16: 2.0}
 
 
-def test_a_local_mlflow_store(tmp_path: Path) -> None:
-    for rank, loss in LOSSES.items():
-        run = tmp_path / "mlruns" / "0" / f"run{rank}"
-        for folder in ("params", "metrics", "tags"):
-            (run / folder).mkdir(parents=True)
-        (run / "meta.yaml").write_text("run_id: x\n")
-        (run / "params" / "lora_r").write_text(str(rank))
-        (run / "params" / "learning_rate").write_text("0.0001")
-        (run / "metrics" / "eval_loss").write_text(f"1 {loss + 0.5} 50\n2 {loss} 100\n")
-        (run / "metrics" / "train_loss").write_text("1 1.5 60\n")
-    decision = decide(tmp_path / "mlruns", margin=0.005).decision
-    assert decision.rank == 4
-    assert decision.learning_rate == 1e-4
+@pytest.mark.filterwarnings("ignore")  # MLflow's own
+@pytest.mark.parametrize("kind", ["file", "experiment", "sqlite"])
+def test_an_mlflow_store(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mlflow = pytest.importorskip("mlflow")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    store = tmp_path / ("mlflow.db" if kind == "sqlite" else "mlruns")
+    client = mlflow.MlflowClient(f"sqlite:///{store}" if kind == "sqlite" else store.as_uri())
+    experiment = client.create_experiment("lora")
+    for rank, loss in (*LOSSES.items(), (8, 9.9)):
+        run = client.create_run(experiment).info.run_id
+        for name, value in (("lora_r", rank), ("learning_rate", 0.0001)):
+            client.log_param(run, name, value)
+        for step, value in ((50, loss + 0.5), (100, loss)):
+            client.log_metric(run, "eval_loss", value, step=step)
+        client.log_metric(run, "train_loss", float("nan"), step=60)
+        client.set_terminated(run, "FAILED" if rank == 8 else "FINISHED")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    found = decide(store / experiment if kind == "experiment" else store, margin=0.005).decision
+    assert (found.rank, found.learning_rate) == (4, 1e-4)
+    assert {evidence.rank: evidence.value for evidence in found.ranks} == LOSSES  # and none of the failed run
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("package", ["mlflow", "optuna"])
+def test_without_the_library_its_extra_is_named(package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    tables = {"mlflow": ("runs", "params", "metrics"), "optuna": ("studies", "trials", "trial_params", "trial_values")}
+    with closing(sqlite3.connect(tmp_path / "store.db")) as base:
+        base.executescript("".join(f"CREATE TABLE {name} (x INTEGER);" for name in tables[package]))
+    with pytest.raises(MissingExtraError, match=rf"store\.db: .*pip install 'rightrank\[{package}\]'"):
+        decide(tmp_path / "store.db")
+    run = tmp_path / "mlruns" / "0" / "a"
+    (run / "metrics").mkdir(parents=True)
+    (run / "meta.yaml").write_text("run_id: a\n")
+    if package == "mlflow":
+        with pytest.raises(MissingExtraError, match=r"mlruns: .*pip install 'rightrank\[mlflow\]'"):
+            decide(tmp_path / "mlruns")
 
 
 def test_ray_tune_results(tmp_path: Path) -> None:
@@ -66,31 +93,44 @@ def test_a_training_whose_folder_alone_tells_its_rank(tmp_path: Path) -> None:
     assert (decision.rank, decision.learning_rate) == (4, 1e-4)
 
 
+def optuna_study(path: Path, directions: list[str], name: str = "lora") -> None:
+    optuna = pytest.importorskip("optuna")
+    ranks = optuna.distributions.CategoricalDistribution(list(LOSSES))
+    storage = optuna.storages.RDBStorage(f"sqlite:///{path}")
+    study = optuna.create_study(storage=storage, study_name=name, directions=directions)
+    for rank, loss in LOSSES.items():
+        trial = {"params": {"rank": rank}, "distributions": {"rank": ranks}, "values": [-loss] * len(directions)}
+        study.add_trial(optuna.trial.create_trial(**trial, user_attrs={"train_loss": 1.5}))
+    failed = {"params": {"rank": 1}, "distributions": {"rank": ranks}, "state": optuna.trial.TrialState.FAIL}
+    study.add_trial(optuna.trial.create_trial(**failed))
+    storage.remove_session()
+    storage.engine.dispose()
+
+
 def test_an_optuna_study(tmp_path: Path) -> None:
     path = tmp_path / "study.db"
-    with sqlite3.connect(path) as base:
-        base.executescript(
-            """
-            CREATE TABLE studies (study_id INTEGER, study_name TEXT);
-            CREATE TABLE study_directions (study_id INTEGER, direction TEXT, objective INTEGER);
-            CREATE TABLE trials (trial_id INTEGER, number INTEGER, study_id INTEGER, state TEXT);
-            CREATE TABLE trial_params (trial_id INTEGER, param_name TEXT, param_value REAL, distribution_json TEXT);
-            CREATE TABLE trial_values (trial_id INTEGER, objective INTEGER, value REAL);
-            CREATE TABLE trial_user_attributes (trial_id INTEGER, key TEXT, value_json TEXT);
-            INSERT INTO studies VALUES (1, 'lora');
-            INSERT INTO study_directions VALUES (1, 'MAXIMIZE', 0);
-            """
-        )
-        choices = json.dumps({"name": "CategoricalDistribution", "attributes": {"choices": list(LOSSES)}})
-        for number, loss in enumerate(LOSSES.values()):
-            base.execute("INSERT INTO trials VALUES (?, ?, 1, 'COMPLETE')", (number, number))
-            base.execute("INSERT INTO trial_params VALUES (?, 'rank', ?, ?)", (number, float(number), choices))
-            base.execute("INSERT INTO trial_values VALUES (?, 0, ?)", (number, -loss))
-        base.execute("INSERT INTO trials VALUES (3, 3, 1, 'FAIL')")
-        base.execute("INSERT INTO trial_params VALUES (3, 'rank', 0, ?)", (choices,))
-    base.close()
-    decision = decide(path, margin=0.005).decision
-    assert (decision.rank, decision.higher_is_better) == (4, True)
+    optuna_study(path, ["maximize"])
+    before = path.read_bytes()
+    path.chmod(0o400)
+    found = decide(path, margin=0.005).decision
+    assert (found.rank, found.higher_is_better) == (4, True)
+    assert {evidence.rank: -evidence.value for evidence in found.ranks} == LOSSES
+    assert path.read_bytes() == before
+    assert [file.name for file in tmp_path.iterdir()] == ["study.db"]
+
+
+def test_optuna_studies_that_are_no_table_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "study.db"
+    optuna_study(path, ["maximize", "minimize"])
+    with pytest.raises(ResultsError, match="the study has 2 objectives; give a study with a single objective"):
+        decide(path)
+    optuna_study(path, ["maximize"], "other")
+    with pytest.raises(ResultsError, match=r"2 studies \(lora, other\); give a file with one study"):
+        decide(path)
+    with closing(sqlite3.connect(path)) as base, base:
+        base.execute("UPDATE alembic_version SET version_num = 'v0.9.0.a'")
+    with pytest.raises(ResultsError, match=r"Optuna can't read it \(The runtime optuna version .* storage upgrade"):
+        decide(path)
 
 
 def test_an_sqlite_file_of_something_else_is_refused(tmp_path: Path) -> None:

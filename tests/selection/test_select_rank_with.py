@@ -157,13 +157,13 @@ def gives(value: Any) -> Any:
 @pytest.mark.parametrize(
     ("train", "reason"),
     [
-        (gives(None), "train gave back NoneType None; give a mapping such as {'loss': 1.23}"),
-        (gives([1.0]), "train gave back list"),
-        (gives({}), "train gave no 'loss' (it gave nothing)"),
-        (gives({"eval_loss": 1.0}), "train gave no 'loss' (it gave 'eval_loss')"),
-        (gives({"loss": "1"}), "train gave 'loss': str '1'; give names with numbers"),
+        (gives(None), "train returned NoneType None; return a mapping such as {'loss': 1.23}"),
+        (gives([1.0]), "train returned list"),
+        (gives({}), "train returned no 'loss' (it returned nothing)"),
+        (gives({"eval_loss": 1.0}), "train returned no 'loss' (it returned 'eval_loss')"),
+        (gives({"loss": "1"}), "train returned 'loss': str '1'; return names with numbers"),
         (gives({"loss": math.nan}), "loss is not a finite number"),
-        (gives(TrialResult(metrics={"loss": 1.0}, item_scores=[1.0, math.inf])), "an item's score is not a finite"),
+        (gives(TrialResult(metrics={"loss": 1.0}, item_scores=[1.0, math.inf])), "an example's score is not a finite"),
         (gives(TrialResult(metrics={"loss": 1.0}, item_scores=[])), "an empty list of item_scores"),
         (gives(TrialResult(metrics={"loss": 1.0}, item_weights=[1.0])), "item_weights that do not fit"),
     ],
@@ -196,7 +196,7 @@ def test_scores_of_other_items_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("train", "reason"), [(hangs, "train took longer than 12 s and was ended"), (dies, "ended without an answer")]
+    ("train", "reason"), [(hangs, "train took longer than 12 s and was killed"), (dies, "ended without a result")]
 )
 def test_in_a_process_of_its_own_a_trial_may_hang_or_die(tmp_path: Path, train: Any, reason: str) -> None:
     selected = select_rank_with(
@@ -238,7 +238,7 @@ def test_strategies_that_ask_for_less_ask_for_whole_trainings(tmp_path: Path, st
         ({"strategy": "gird"}, "did you mean 'grid'"),
         ({"timeout_seconds": 5}, 'timeout_seconds needs where="process"'),
         ({"where": "moon"}, "where: got 'moon'"),
-        ({"where": "process"}, "can't be sent to a process of its own"),
+        ({"where": "process"}, "can't be sent to another process"),
         ({"train": 3}, "train: got a int"),
         ({"workers": 2}, "workers: got 2 with where='here'"),
         ({"workers": 0, "where": "process"}, "workers: got 0"),

@@ -19,7 +19,7 @@ from rightrank.engine.adapter import ADAPTER, lora_modules
 from rightrank.engine.encode import label_count
 from rightrank.engine.memory import is_recoverable_oom
 from rightrank.engine.runtime import Runtime
-from rightrank.io.models import first_line
+from rightrank.errors import first_line
 from rightrank.maths.truncation import Moments
 
 MOMENT_TOKENS = 8192  # see benchmarks/truncation

@@ -21,8 +21,7 @@ from rightrank.engine.multi_lora import MultiLora
 from rightrank.engine.outcome import Diverged, Progress, Seen, finished
 from rightrank.engine.runtime import Runtime
 from rightrank.engine.scoring import measure
-from rightrank.errors import InterruptedRun, MetricError
-from rightrank.io.models import first_line
+from rightrank.errors import InterruptedRun, MetricError, first_line
 from rightrank.records import Trial, TrialFailed, TrialFinished, TrialOutcome, TrialStarted
 from rightrank.records.observer import Observer
 

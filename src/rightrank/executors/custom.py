@@ -1,4 +1,4 @@
-"""A trainer of one's own: called with a task, in this process or in one of its own with a time limit."""
+"""Custom trainers: a user's function is called with a task, in this process, in a fresh one, or on Ray."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from typing import TypeAlias
 
 from rightrank.errors import InterruptedRun, SettingsError
 from rightrank.records import (
-    EvalPoint,
     Trial,
     TrialDiverged,
     TrialFailed,
@@ -29,16 +28,16 @@ from rightrank.records import (
 from rightrank.records.observer import Observer
 
 TrainFunction: TypeAlias = Callable[[TrialTask], Mapping[str, float] | TrialResult]
-Call: TypeAlias = Callable[[TrialTask], object]  # what the function gave back, whatever it is
-ENDED_WITHOUT_ANSWER = "its process ended without an answer"
+Call: TypeAlias = Callable[[TrialTask], object]  # returns what the user's function returned, unchecked
+NO_RESULT = "its process ended without a result"
 
 
 class TrainerError(Exception):
-    """A call of the trainer that gave no result; the message is the reason."""
+    """The trainer returned no usable result; the message states why."""
 
 
 class CustomExecutor:
-    """Runs trials through a function. What goes wrong inside it is the trial's outcome, not the run's end."""
+    """Runs trials through a function. An error inside it fails the trial and not the run."""
 
     def __init__(
         self,
@@ -47,33 +46,35 @@ class CustomExecutor:
         items: int | None,
         folder_of: Callable[[str], Path],
         observer: Observer,
-        at_once: int = 1,
+        parallel: int = 1,
     ) -> None:
         self._call = call
         self._metric = metric
-        self._items = items  # how many held-out items earlier trials scored; None: not known yet
+        self._items = items  # held-out examples that earlier trials scored; None: not known yet
         self._folder_of = folder_of
         self._observer = observer
-        self._at_once = at_once  # calls under way at a time; above 1, each in a process of its own
+        self._parallel = parallel  # calls at the same time; above 1, each in its own process
 
     def run(self, trials: Sequence[Trial], base_loss: float | None) -> Iterator[TrialOutcome]:
-        for ended, outcome in enumerate(self._one_by_one(trials) if self._at_once == 1 else self._several(trials), 1):
+        for ended, outcome in enumerate(
+            self._run_in_order(trials) if self._parallel == 1 else self._run_in_parallel(trials), 1
+        ):
             yield outcome
             if self._observer.should_stop():
                 raise InterruptedRun(f"stopped after {ended} trials")
 
-    def _one_by_one(self, trials: Sequence[Trial]) -> Iterator[TrialOutcome]:
+    def _run_in_order(self, trials: Sequence[Trial]) -> Iterator[TrialOutcome]:
         for trial in trials:
             self._started(trial)
             yield self._run_one(trial)
 
-    def _several(self, trials: Sequence[Trial]) -> Iterator[TrialOutcome]:
-        """So many at once; left early, it waits for those under way."""
+    def _run_in_parallel(self, trials: Sequence[Trial]) -> Iterator[TrialOutcome]:
+        """Yield outcomes as calls end; if the iterator is closed early, wait for the running calls."""
         waiting = deque(trials)
         running: set[Future[TrialOutcome]] = set()
-        with ThreadPoolExecutor(self._at_once) as threads:  # they only wait for what runs in processes
+        with ThreadPoolExecutor(self._parallel) as threads:  # threads only wait for processes
             while waiting or running:
-                while waiting and len(running) < self._at_once:
+                while waiting and len(running) < self._parallel:
                     trial = waiting.popleft()
                     self._started(trial)
                     running.add(threads.submit(self._run_one, trial))
@@ -108,64 +109,66 @@ class CustomExecutor:
                 trial_id=trial.trial_id, **arm.model_dump(), step=arm.steps, reason=f"{bad} is not a finite number"
             )
         self._items = len(result.item_scores) if result.item_scores is not None else self._items
-        return _finished(trial, result, self._metric, seconds)
+        return finished_trial(trial, result, self._metric, seconds)
 
 
-def parse_result(got: object, metric: str, items: int | None) -> TrialResult:
-    """What a trainer gave back as a result.
+def parse_result(returned: object, metric: str, items: int | None) -> TrialResult:
+    """Check what a trainer returned and convert it to a `TrialResult`.
 
     Raises:
-        TrainerError: not a mapping of numbers, no such metric in it, or scores of other items than before.
+        TrainerError: not a mapping of numbers, the metric is missing, or scores of other examples than before.
     """
-    if isinstance(got, Mapping):
+    if isinstance(returned, Mapping):
         metrics: dict[str, float] = {}
-        for name, value in got.items():
+        for name, value in returned.items():
             if not isinstance(name, str) or isinstance(value, bool) or not hasattr(value, "__float__"):
-                raise TrainerError(f"train gave {name!r}: {_short(value)}; give names with numbers")
+                raise TrainerError(f"train returned {name!r}: {_short(value)}; return names with numbers")
             metrics[name] = float(value)
-        got = TrialResult(metrics=metrics)
-    if not isinstance(got, TrialResult):
+        returned = TrialResult(metrics=metrics)
+    if not isinstance(returned, TrialResult):
         raise TrainerError(
-            f"train gave back {_short(got)}; give a mapping such as {{{metric!r}: 1.23}}, or a TrialResult"
+            f"train returned {_short(returned)}; return a mapping such as {{{metric!r}: 1.23}}, or a TrialResult"
         )
-    if metric not in got.metrics:
-        found = ", ".join(map(repr, got.metrics)) or "nothing"
-        raise TrainerError(f"train gave no {metric!r} (it gave {found}); give it, or another metric=")
-    scores, weights = got.item_scores, got.item_weights
+    if metric not in returned.metrics:
+        found = ", ".join(map(repr, returned.metrics)) or "nothing"
+        raise TrainerError(f"train returned no {metric!r} (it returned {found}); return it, or give another metric=")
+    scores, weights = returned.item_scores, returned.item_weights
     if scores is not None and len(scores) == 0:
-        raise TrainerError("train gave an empty list of item_scores; give one score an item, or None")
+        raise TrainerError("train returned an empty list of item_scores; return one score per example, or None")
     if scores is not None and items is not None and len(scores) != items:
         raise TrainerError(
-            f"train gave {len(scores)} item_scores, earlier trials {items}; score the same items in the same order in every trial"
+            f"train returned {len(scores)} item_scores, earlier trials {items}; score the same examples in the same order in every trial"
         )
     if weights is not None and (scores is None or len(weights) != len(scores) or min(weights) <= 0):
-        raise TrainerError("train gave item_weights that do not fit item_scores; give one weight above 0 an item")
-    return got
+        raise TrainerError(
+            "train returned item_weights that do not match item_scores; return one weight above 0 per example"
+        )
+    return returned
 
 
 def call_inline(train: TrainFunction) -> Call:
-    """Call in this process."""
+    """Call `train` in this process."""
 
     def call(task: TrialTask) -> object:
         try:
             return train(task)
         except Exception as error:
-            raise TrainerError(_told(error)) from error
+            raise TrainerError(_message(error)) from error
 
     return call
 
 
 def call_in_process(train: TrainFunction, timeout_seconds: float | None) -> Call:
-    """Call in a fresh process each time; it is ended when it takes longer than the limit.
+    """Call `train` in a fresh process each time, and kill the process when it exceeds the limit.
 
     Raises:
-        SettingsError: the function can't be sent to another process.
+        SettingsError: the function can't be pickled, as a call in another process needs.
     """
     try:
         pickle.dumps(train)
     except (pickle.PicklingError, AttributeError, TypeError) as error:
         raise SettingsError(
-            f"train can't be sent to a process of its own ({error}); define it at the top level of a module"
+            f"train can't be sent to another process ({error}); define it at the top level of a module"
         ) from None
 
     def call(task: TrialTask) -> object:
@@ -185,12 +188,12 @@ def call_in_process(train: TrainFunction, timeout_seconds: float | None) -> Call
 
 
 def call_on_ray(train: TrainFunction) -> Call:
-    """Call as a task of the Ray cluster that `RAY_ADDRESS` names, or of one on this machine; with a GPU where it has any.
+    """Call `train` as a task of the Ray cluster at `RAY_ADDRESS`, or on this machine; with a GPU if the cluster has any.
 
-    A call whose node is lost is made again by Ray.
+    Ray repeats a call whose node is lost.
 
     Raises:
-        MissingExtraError, RunError: no Ray, or no cluster that can be joined.
+        MissingExtraError, RunError: Ray is not installed, or no cluster can be joined.
     """
     from rightrank.executors.ray_cluster import connected
 
@@ -204,13 +207,13 @@ def call_on_ray(train: TrainFunction) -> Call:
         except ray.exceptions.RayTaskError as error:  # what `train` raised
             raise TrainerError(str(error.cause)) from None
         except ray.exceptions.RayError as error:
-            raise TrainerError(f"{ENDED_WITHOUT_ANSWER} ({type(error).__name__})") from None
+            raise TrainerError(f"{NO_RESULT} ({type(error).__name__})") from None
 
     return call
 
 
 def _answer(sender: Connection, train: TrainFunction, task: TrialTask) -> None:
-    """In the process of its own: `(True, result)` or `(False, reason)`."""
+    """Runs in the new process; sends `(True, result)` or `(False, reason)`."""
     try:
         answer: tuple[bool, object] = (True, call_inline(train)(task))
     except TrainerError as error:
@@ -220,17 +223,17 @@ def _answer(sender: Connection, train: TrainFunction, task: TrialTask) -> None:
 
 def _received(receiver: Connection, timeout_seconds: float | None) -> object:
     if not receiver.poll(timeout_seconds):
-        raise TrainerError(f"train took longer than {timeout_seconds:g} s and was ended")
+        raise TrainerError(f"train took longer than {timeout_seconds:g} s and was killed")
     try:
-        fine, answer = receiver.recv()
+        succeeded, answer = receiver.recv()
     except EOFError:
-        raise TrainerError(ENDED_WITHOUT_ANSWER) from None
-    if not fine:
+        raise TrainerError(NO_RESULT) from None
+    if not succeeded:
         raise TrainerError(str(answer))
     return answer
 
 
-def _finished(trial: Trial, result: TrialResult, metric: str, seconds: float) -> TrialFinished:
+def finished_trial(trial: Trial, result: TrialResult, metric: str, seconds: float) -> TrialFinished:
     return TrialFinished(
         trial_id=trial.trial_id,
         **trial.arm.model_dump(),
@@ -252,19 +255,15 @@ def _finished(trial: Trial, result: TrialResult, metric: str, seconds: float) ->
 
 def _numbers(result: TrialResult) -> Iterator[tuple[str, float]]:
     yield from result.metrics.items()
-    yield from (("an item's score", score) for score in result.item_scores or [])
+    yield from (("an example's score", score) for score in result.item_scores or [])
     if result.train_value is not None:
         yield "train_value", result.train_value
-    yield from (("a point's value", point.value) for point in _points(result))
+    yield from (("a point's value", point.value) for point in result.points)
 
 
-def _points(result: TrialResult) -> list[EvalPoint]:
-    return result.points
-
-
-def _told(error: BaseException) -> str:
-    words = " ".join(str(error).split())
-    return f"train raised {type(error).__name__}" + (f": {words}" if words else "")
+def _message(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    return f"train raised {type(error).__name__}" + (f": {text}" if text else "")
 
 
 def _short(value: object) -> str:

@@ -1,4 +1,4 @@
-"""In this process, on one device: arms one after the other, or several together over the one base."""
+"""Runs trials in this process on one device, one after the other or several adapters per pass."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rightrank.records.observer import Observer
 
 
 class LocalExecutor:
-    """Exceptions that are not about memory come out as they are: in-process, a bug should show where it is."""
+    """The executor of a single process. Errors other than running out of memory propagate with their traceback."""
 
     def __init__(
         self,
@@ -27,7 +27,7 @@ class LocalExecutor:
         self._bench = bench
         self._folder = folder
         self._observer = observer
-        self._largest_pack = largest_pack  # arms that fit together by the plan; None: it does not say
+        self._largest_pack = largest_pack  # adapters per pass that fit by the plan; None: not planned
         self._prepared = False
 
     def run(self, trials: Sequence[Trial], base_loss: float | None) -> Iterator[TrialOutcome]:
@@ -40,7 +40,7 @@ class LocalExecutor:
             self._bench.prepare(self._observer.on_event, self._observer.should_stop)
             self._prepared = True
         arms = [trial.arm for trial in trained]
-        # Of several processes that share an arm all take what the first has measured.
+        # Processes that share an arm must agree: all use the number that process 0 has measured.
         size = broadcast(0, pack_size(self._bench, arms, self._observer.notice, self._largest_pack))
         yield from train_trials(self._bench, trained, base_loss, self._folders, self._observer, size)
 

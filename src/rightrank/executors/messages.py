@@ -1,6 +1,26 @@
-"""What a driver and its workers say to each other: records as lines of JSON, whatever carries them.
+"""The protocol between the driver and its workers: each message is one JSON object on one line.
 
-No pickle: a worker of another version is told apart by its first words instead of failing on what it reads.
+    driver                worker
+    WorkerSetup    ->
+                   <-     Ready                               or Refused
+    Task           ->
+                   <-     TrialStarted, Step, ..., an outcome   for each trial, in any order
+                   <-     TaskEnded
+    Stop           ->                                         at any time
+                   <-     TaskEnded                           trials without an outcome have checkpoints
+
+A worker must keep these rules:
+
+- It answers `WorkerSetup` with `Ready`, which states its package versions and the content of the probe file as it
+  reads it, and receives no task before that.
+- It prepares each `Job` itself. If its fingerprint differs from the driver's, it sends `Refused` and trains nothing.
+- An outcome is sent after the trial's adapter and answers are in the run folder or the store, and once only.
+- During a task it sends a `Step` at least as often as `hang_seconds` allows; otherwise the driver replaces it.
+- Every task ends with exactly one `TaskEnded`, also after `Stop` and after `Refused`.
+- When the stream of commands ends, the driver is gone: the worker saves checkpoints and exits.
+- Whatever else it prints must not reach this stream.
+
+Messages are JSON and never pickled, so that a worker of another version gets a clear error and no code is loaded.
 """
 
 from __future__ import annotations
@@ -23,19 +43,19 @@ from rightrank.records import (
 
 
 class Job(Record):
-    """A selection as its workers know it: they prepare the same request and must come to the same identity."""
+    """One selection. Workers prepare the same request as the driver and must compute the same fingerprint."""
 
     name: str
     model: str
     data: str
-    settings: dict[str, JsonValue]  # with the ranks that were settled
-    folder: Path  # the run folder, which driver and workers share
+    settings: dict[str, JsonValue]  # with the ranks that the driver settled
+    folder: Path  # the run folder, shared by driver and workers
     fingerprint: str
     known_settings: tuple[str, ...] | None = None  # see `Request`
 
 
 class Task(Record):
-    """Trials for one worker, of one job; as many of them train together as pay."""
+    """Trials of one job for one worker, which trains several of them in one pass where that is faster."""
 
     type: Literal["task"] = "task"
     number: int
@@ -45,50 +65,50 @@ class Task(Record):
 
 
 class Group(Record):
-    """Where a process belongs that is one of several which are one worker."""
+    """The place of a process in a worker that consists of several processes."""
 
-    name: str  # the worker's
-    number: int  # of the process; 0 is listened to
+    name: str  # of the worker
+    number: int  # of the process; only process 0 sends messages
     size: int
-    host: str  # where they meet
+    host: str  # of the rendezvous store
     port: int
-    backend: str  # torch.distributed's
+    backend: str  # of torch.distributed
 
 
 class WorkerSetup(Record):
-    """The first thing that a worker is told."""
+    """The first message to a worker."""
 
-    type: Literal["setup"] = "setup"
+    type: Literal["orders"] = "orders"
     jobs: list[Job]
-    working_folder: Path  # what relative paths start from
-    share: str  # what all see: the run folder, or a store's address
-    probe: str  # a file that the driver has written there
-    group: Group | None = None  # None: the process is a worker of its own
+    working_folder: Path  # relative paths start here
+    share: str  # the run folder or the store's address
+    probe: str  # name of a file that the driver wrote there
+    group: Group | None = None  # None: the worker is one process
 
 
 class Stop(Record):
-    """Leave the task under way at its next step, with checkpoints."""
+    """Stop the current task at the next step and save checkpoints."""
 
     type: Literal["stop"] = "stop"
 
 
 class Ready(Record):
-    """The first thing that a worker says."""
+    """The first message from a worker."""
 
     type: Literal["ready"] = "ready"
     versions: dict[str, str]
-    token: str | None  # what it read in the probe; None: no such file where it is
+    token: str | None  # content of the probe file; None: the worker does not see the file
 
 
 class TaskEnded(Record):
-    """The worker is free again: every trial of the task has been told of, or it was asked to stop."""
+    """The worker is idle: every trial of the task has an outcome, or the worker was stopped."""
 
     type: Literal["task_ended"] = "task_ended"
     number: int
 
 
 class Refused(Record):
-    """The worker can't do the job, and no other could: what the user should know."""
+    """The worker can't run the job, and no other worker could; `reason` is for the user."""
 
     type: Literal["refused"] = "refused"
     reason: str
@@ -96,14 +116,14 @@ class Refused(Record):
 
 
 class Notice(Record):
-    """Something worth telling a person."""
+    """A line for the user."""
 
     type: Literal["notice"] = "notice"
     text: str
 
 
 class Step(Record):
-    """Progress; also the sign that the worker is alive."""
+    """Progress, and the sign that the worker is alive."""
 
     type: Literal["step"] = "step"
     event: StepDone | Preparing

@@ -1,7 +1,7 @@
-"""Trials spread over workers: who runs what, what is handed out again when a worker is lost, each outcome once.
+"""Distributes trials over workers, requeues the trials of lost workers, and yields each outcome exactly once.
 
-The pool knows nothing of processes or clusters; a crew does. It is plain code on one thread, driven by the crew's news,
-so it runs in simulated time as in real time.
+The pool knows neither processes nor clusters: a `Crew` does. It runs on one thread and reads the time from an
+injected clock, so tests drive it in simulated time.
 """
 
 from __future__ import annotations
@@ -10,81 +10,48 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, TypeAlias
+from typing import TypeAlias
 
 from rightrank.errors import InputError, InterruptedRun, RunError
+from rightrank.executors.crew import Crew, WorkerLost
 from rightrank.executors.messages import Notice, Ready, Refused, Step, Task, TaskEnded, WorkerMessage
 from rightrank.records import Trial, TrialFailed, TrialOutcome, TrialStarted
 from rightrank.records.observer import Observer
 
 MAX_LOSSES = 3  # workers that a trial may lose before it counts as failed
-BEFORE_STEPS = 6  # times as long a silence is let pass while a worker loads, prepares or evaluates the base
+STARTUP_FACTOR = 6  # longer silence is allowed while a worker loads, prepares or evaluates the base
 POLL_SECONDS = 1.0
-GRACE_SECONDS = 25.0  # for a worker that was asked to stop
+GRACE_SECONDS = 25.0  # for a worker to stop on request
 
 
-@dataclass(frozen=True, slots=True)
-class WorkerLost:
-    """A worker that is gone."""
-
-    reason: str
-    killed: bool = False  # by a signal that it could not answer, as the system does when memory is short
-
-
-class Crew(Protocol):
-    """Workers of one kind. Names are the pool's; a name that was lost or ended is not used again."""
-
-    def start(self, worker: str) -> None:
-        """Begin a worker; its `Ready` or its `WorkerLost` comes as news."""
-        ...
-
-    def assign(self, worker: str, task: Task) -> None: ...
-
-    def request_stop(self, worker: str) -> None:
-        """It leaves its task at the next step, with checkpoints, and tells `TaskEnded`."""
-        ...
-
-    def end(self, worker: str) -> None:
-        """At once, whatever it does. No news comes from it afterwards."""
-        ...
-
-    def messages(self, seconds: float) -> list[tuple[str, WorkerMessage | WorkerLost]]:
-        """What was told since, after waiting at most so long for something."""
-        ...
-
-    def close(self) -> None:
-        """End all."""
-        ...
-
-
-Outcome: TypeAlias = tuple[str, TrialOutcome]  # the job and how a trial of it ended
+Outcome: TypeAlias = tuple[str, TrialOutcome]  # the job and the outcome of one of its trials
 
 
 @dataclass(frozen=True, slots=True)
 class PoolOptions:
-    """What the pool is told of its work."""
+    """Size and limits of a pool, and what its workers must match."""
 
-    workers: int
-    versions: dict[str, str]
-    token: str  # what the probe in the shared folder holds
-    task_trials: int = 1  # trials of a task at most
-    hang_seconds: float = 600.0
+    workers: int  # at most
+    versions: dict[str, str]  # of every package that must be the same everywhere
+    token: str  # content of the probe file in the shared folder
+    task_trials: int = 1  # trials per task, at most
+    hang_seconds: float = 600.0  # without a message: the worker is replaced
 
 
 @dataclass(slots=True)
-class _Member:
-    """A worker as the pool sees it."""
+class _WorkerState:
+    """What the pool knows of a worker."""
 
     is_ready: bool = False
     task: Task | None = None
-    left: dict[str, Trial] = field(default_factory=dict)  # of its task, not yet ended
-    heard: float = 0.0
-    is_stepping: bool = False  # told of a step of its task
-    longest_silence: float = 0.0  # between two steps
+    remaining: dict[str, Trial] = field(default_factory=dict)  # trials of the task without an outcome
+    last_message: float = 0.0  # when it arrived, or when the task was assigned
+    is_stepping: bool = False  # has reported a step of its task
+    longest_silence: float = 0.0  # seconds between two messages while stepping
 
 
 class Pool:
-    """Submit trials, take outcomes as they come, cancel; every trial that was submitted ends in one outcome."""
+    """Takes trials with `submit` and yields exactly one outcome for each from `outcomes`."""
 
     def __init__(
         self,
@@ -99,217 +66,214 @@ class Pool:
         self._observer = observer or Observer()
         self._job_observers = job_observers or {}  # of the events of one job, where they differ
         self._clock = clock
-        self._members: dict[str, _Member] = {}
+        self._workers: dict[str, _WorkerState] = {}
         self._idle: list[str] = []
-        self._waiting: deque[Task] = deque()
-        self._unheard: deque[tuple[str, WorkerMessage | WorkerLost]] = deque()
-        self._open: dict[str, Counter[str]] = {}  # job → trials without an outcome
-        self._losses: Counter[str] = Counter()  # trial → workers lost with it
+        self._queue: deque[Task] = deque()
+        self._unread: deque[tuple[str, WorkerMessage | WorkerLost]] = deque()
+        self._unfinished: dict[str, Counter[str]] = {}  # job → trials without an outcome
+        self._losses: Counter[str] = Counter()  # trial → workers lost while they trained it
         self._started = 0
         self._tasks = 0
         self._failed_starts = 0
-        self._ready_once = False
+        self._any_was_ready = False
 
     def submit(self, job: str, trials: Sequence[Trial], base_loss: float | None) -> None:
-        """Queue trials; the longest first, since what is long and late is what all wait for."""
-        self._open.setdefault(job, Counter()).update(trial.trial_id for trial in trials)
+        """Queue trials, the longest first: a long trial that starts last would delay the end."""
+        self._unfinished.setdefault(job, Counter()).update(trial.trial_id for trial in trials)
         ordered = sorted(trials, key=lambda trial: -trial.arm.steps)
-        # Even shares, none above the most that train together.
+        # An even share for each worker, at most `task_trials`.
         size = max(1, min(self._options.task_trials, -(-len(ordered) // self._options.workers)))
         for start in range(0, len(ordered), size):
-            self._waiting.append(self._task(job, ordered[start : start + size], base_loss))
+            self._queue.append(self._task(job, ordered[start : start + size], base_loss))
 
     def drop(self, job: str) -> None:
-        """Want no more of a job; what runs of it ends unheard."""
-        self._open.pop(job, None)
-        self._waiting = deque(task for task in self._waiting if task.job != job)
+        """Forget a job: queued trials are removed, outcomes of running ones ignored."""
+        self._unfinished.pop(job, None)
+        self._queue = deque(task for task in self._queue if task.job != job)
 
     def is_waiting(self, job: str) -> bool:
         """Whether trials of the job are still without an outcome."""
-        return bool(self._open.get(job))
+        return bool(self._unfinished.get(job))
 
     def busy(self) -> list[str]:
         """The workers that have a task."""
-        return [name for name, member in self._members.items() if member.task is not None]
+        return [name for name, worker in self._workers.items() if worker.task is not None]
 
     def outcomes(self) -> Iterator[Outcome]:
-        """Outcomes as they come, until nothing is under way; more may be submitted meanwhile. Closed early, it cancels.
+        """Yield outcomes as trials end, until no trial is unfinished; `submit` may be called in between.
+
+        Closing the iterator early cancels what is left.
 
         Raises:
-            InterruptedRun: asked to stop; the workers left checkpoints.
-            InputError, RunError: no worker can do this, with the reason.
+            InterruptedRun: `should_stop` returned True; the workers have saved checkpoints.
+            InputError, RunError: no worker can run the job; the message states why.
         """
         try:
-            while any(self._open.values()):
-                self._fill()
-                yield from self._hear_all()
-                yield from self._silent()
+            while any(self._unfinished.values()):
+                self._assign_tasks()
+                yield from self._read_messages()
+                yield from self._replace_hung_workers()
                 if self._observer.should_stop():
-                    yield from self._wind_down()
-                    raise InterruptedRun(f"stopped with {sum(map(len, self._open.values()))} trainings to do")
+                    yield from self._stop_workers()
+                    raise InterruptedRun(f"stopped with {sum(map(len, self._unfinished.values()))} trainings to do")
         finally:
-            if any(self._open.values()):
+            if any(self._unfinished.values()):
                 self.cancel()
 
     def cancel(self) -> None:
-        """Drop what waits and what runs; a worker that does not stop is ended."""
-        self._open.clear()
-        list(self._wind_down())
+        """Remove what is queued and stop what runs; a worker that does not stop in time is ended."""
+        self._unfinished.clear()
+        list(self._stop_workers())
 
-    def _wind_down(self) -> Iterator[Outcome]:
-        """Let the workers stop at their next step, with checkpoints; what ends meanwhile still counts."""
-        self._waiting.clear()
+    def close(self) -> None:
+        self._crew.close()
+        self._workers.clear()
+        self._idle.clear()
+
+    def _stop_workers(self) -> Iterator[Outcome]:
+        """Ask the workers to stop with checkpoints, and yield what still ends within the grace period."""
+        self._queue.clear()
         busy = self.busy()
         for name in busy:
             self._crew.request_stop(name)
         until = self._clock() + GRACE_SECONDS
         while any(map(self._is_busy, busy)) and self._clock() < until:
-            yield from self._hear_all()
+            yield from self._read_messages()
         for name in filter(self._is_busy, busy):
             self._remove(name)
-        self._waiting.clear()  # what was handed out again by those that stopped
+        self._queue.clear()  # stopped trials were queued again
         self._losses.clear()
-
-    def close(self) -> None:
-        self._crew.close()
-        self._members.clear()
-        self._idle.clear()
 
     def _task(self, job: str, trials: Sequence[Trial], base_loss: float | None) -> Task:
         self._tasks += 1
         return Task(number=self._tasks, job=job, trials=list(trials), base_loss=base_loss)
 
-    def _is_busy(self, worker: str) -> bool:
-        return worker in self._members and self._members[worker].task is not None
+    def _is_busy(self, name: str) -> bool:
+        return name in self._workers and self._workers[name].task is not None
 
-    def _fill(self) -> None:
-        """Workers for what waits, and tasks for those that are free."""
-        wanted = min(self._options.workers, len(self._waiting) + len(self.busy()))
-        while len(self._members) < wanted:
+    def _assign_tasks(self) -> None:
+        """Start workers for the queue and assign tasks to idle ones."""
+        wanted = min(self._options.workers, len(self._queue) + len(self.busy()))
+        while len(self._workers) < wanted:
             self._started += 1
             name = f"worker-{self._started}"
-            self._members[name] = _Member(heard=self._clock())
+            self._workers[name] = _WorkerState(last_message=self._clock())
             self._crew.start(name)
-        while self._waiting and self._idle:
-            name, task = self._idle.pop(0), self._waiting.popleft()
-            member = self._members[name]
-            member.task, member.heard, member.is_stepping = task, self._clock(), False
-            member.left = {trial.trial_id: trial for trial in task.trials}
+        while self._queue and self._idle:
+            name, task = self._idle.pop(0), self._queue.popleft()
+            worker = self._workers[name]
+            worker.task, worker.last_message, worker.is_stepping = task, self._clock(), False
+            worker.remaining = {trial.trial_id: trial for trial in task.trials}
             self._crew.assign(name, task)
 
-    def _hear_all(self) -> Iterator[Outcome]:
-        """What was told since. Whoever takes outcomes may leave after any: the rest is then heard the next time."""
-        if not self._unheard:
-            self._unheard.extend(self._crew.messages(POLL_SECONDS))
-        while self._unheard:
-            yield from self._hear(*self._unheard.popleft())
+    def _read_messages(self) -> Iterator[Outcome]:
+        """Handle what has arrived. If the caller stops iterating, the next call handles the rest."""
+        if not self._unread:
+            self._unread.extend(self._crew.messages(POLL_SECONDS))
+        while self._unread:
+            yield from self._handle(*self._unread.popleft())
 
-    def _hear(self, worker: str, news: WorkerMessage | WorkerLost) -> Iterator[Outcome]:
-        member = self._members.get(worker)
-        if member is None:
-            return  # given up before: what it was doing is someone else's now
-        now, before = self._clock(), member.heard
-        member.heard = now
-        match news:
+    def _handle(self, name: str, message: WorkerMessage | WorkerLost) -> Iterator[Outcome]:
+        worker = self._workers.get(name)
+        if worker is None:
+            return  # removed before; its trials are queued or assigned elsewhere
+        now, before = self._clock(), worker.last_message
+        worker.last_message = now
+        match message:
             case Ready():
-                self._admit(worker, member, news)
+                self._admit(name, worker, message)
             case WorkerLost():
-                self._remove(worker)
-                yield from self._after_loss(worker, member, news)
+                self._remove(name)
+                yield from self._requeue_lost(name, worker, message)
             case Refused():
-                raise (InputError if news.exit_status == 2 else RunError)(news.reason)
+                raise (InputError if message.exit_status == 2 else RunError)(message.reason)
             case TaskEnded():
-                yield from self._free(worker, member)
+                yield from self._release(name, worker)
             case Step():
-                if member.is_stepping:
-                    member.longest_silence = max(member.longest_silence, now - before)
-                member.is_stepping = True
-                self._observer_of(member).on_event(news.event)
+                if worker.is_stepping:
+                    worker.longest_silence = max(worker.longest_silence, now - before)
+                worker.is_stepping = True
+                self._observer_of(worker).on_event(message.event)
             case Notice():
-                self._observer.notice(news.text)
+                self._observer.notice(message.text)
             case TrialStarted():
-                if member.task is not None and news.trial_id in member.left:
-                    self._observer_of(member).on_event(news)
+                if worker.task is not None and message.trial_id in worker.remaining:
+                    self._observer_of(worker).on_event(message)
             case _:
-                yield from self._take(member, news)
+                if worker.task is not None and worker.remaining.pop(message.trial_id, None) is not None:
+                    yield from self._resolve(worker.task.job, message)
 
-    def _observer_of(self, member: _Member) -> Observer:
-        return self._observer if member.task is None else self._job_observers.get(member.task.job, self._observer)
+    def _observer_of(self, worker: _WorkerState) -> Observer:
+        return self._observer if worker.task is None else self._job_observers.get(worker.task.job, self._observer)
 
-    def _admit(self, worker: str, member: _Member, ready: Ready) -> None:
-        """Let a worker in, if it is of the same make and sees the same folder."""
-        differing = [name for name, own in self._options.versions.items() if ready.versions.get(name) != own]
-        if differing:
-            name = differing[0]
-            raise InputError(
-                f"{worker} has {name} {ready.versions.get(name, 'of no known version')}, this process "
-                f"{self._options.versions[name]}: install the same on every machine"
-            )
+    def _admit(self, name: str, worker: _WorkerState, ready: Ready) -> None:
+        """Accept a worker that has the driver's versions and sees the driver's files."""
+        for package, version in self._options.versions.items():
+            if ready.versions.get(package) != version:
+                raise InputError(
+                    f"{name} has {package} {ready.versions.get(package, 'of unknown version')}, this process {version}: "
+                    "install the same version on every machine"
+                )
         if ready.token != self._options.token:
             raise InputError(
-                f"{worker} does not see the run folder that this process writes to: give an --out on a disk that all machines share"
+                f"{name} does not see the run folder that this process writes to: give an --out on a disk that all machines share"
             )
-        member.is_ready = True
-        self._ready_once = True
-        self._idle.append(worker)
+        worker.is_ready = self._any_was_ready = True
+        self._idle.append(name)
 
-    def _take(self, member: _Member, outcome: TrialOutcome) -> Iterator[Outcome]:
-        """An outcome, if its trial is still without one."""
-        if member.task is None or member.left.pop(outcome.trial_id, None) is None:
-            return
-        yield from self._settle(member.task.job, outcome)
-
-    def _settle(self, job: str, outcome: TrialOutcome) -> Iterator[Outcome]:
-        if self._open.get(job, Counter()).pop(outcome.trial_id, None) is not None:
+    def _resolve(self, job: str, outcome: TrialOutcome) -> Iterator[Outcome]:
+        """Yield the outcome unless its trial already has one or its job was dropped."""
+        if self._unfinished.get(job, Counter()).pop(outcome.trial_id, None) is not None:
             yield job, outcome
 
-    def _free(self, worker: str, member: _Member) -> Iterator[Outcome]:
-        task, left = member.task, list(member.left.values())
-        member.task, member.left = None, {}
-        self._idle.append(worker)
-        if task is not None and left:
-            yield from self._again(task, left, WorkerLost(f"{worker} left it unfinished"))
+    def _release(self, name: str, worker: _WorkerState) -> Iterator[Outcome]:
+        task, remaining = worker.task, list(worker.remaining.values())
+        worker.task, worker.remaining = None, {}
+        self._idle.append(name)
+        if task is not None and remaining:
+            yield from self._requeue(task, remaining, WorkerLost(f"{name} left it unfinished"))
 
-    def _after_loss(self, worker: str, member: _Member, lost: WorkerLost) -> Iterator[Outcome]:
-        if not member.is_ready:
+    def _requeue_lost(self, name: str, worker: _WorkerState, lost: WorkerLost) -> Iterator[Outcome]:
+        if not worker.is_ready:
             self._failed_starts += 1
-            if not self._ready_once and self._failed_starts > self._options.workers:
+            if not self._any_was_ready and self._failed_starts > self._options.workers:
                 raise RunError(f"no worker could start (the last: {lost.reason})")
-        self._observer.notice(f"{worker} is gone: {lost.reason}")
-        if member.task is not None:
-            yield from self._again(member.task, list(member.left.values()), lost)
+        self._observer.notice(f"{name} was lost: {lost.reason}")
+        if worker.task is not None:
+            yield from self._requeue(worker.task, list(worker.remaining.values()), lost)
 
-    def _again(self, task: Task, left: Sequence[Trial], lost: WorkerLost) -> Iterator[Outcome]:
-        """Hand trials out again, each alone; one that was lost too often has failed."""
-        for trial in left:
+    def _requeue(self, task: Task, trials: Sequence[Trial], lost: WorkerLost) -> Iterator[Outcome]:
+        """Queue each trial as a task of its own; a trial that has lost `MAX_LOSSES` workers fails."""
+        for trial in trials:
             self._losses[trial.trial_id] += 1
-            if trial.trial_id not in self._open.get(task.job, ()):
+            if trial.trial_id not in self._unfinished.get(task.job, ()):
                 continue
             if self._losses[trial.trial_id] < MAX_LOSSES:
-                self._waiting.appendleft(self._task(task.job, [trial], task.base_loss))
-                continue
-            yield from self._settle(task.job, failed_after_losses(trial, lost))
+                self._queue.appendleft(self._task(task.job, [trial], task.base_loss))
+            else:
+                yield from self._resolve(task.job, failed_after_losses(trial, lost))
 
-    def _silent(self) -> Iterator[Outcome]:
-        """Workers that hang: at work and without a word for longer than they ever were."""
+    def _replace_hung_workers(self) -> Iterator[Outcome]:
+        """End workers that are silent for longer than `hang_seconds` and than 20 times their longest silence so far."""
         now = self._clock()
-        for name, member in list(self._members.items()):
-            patience = 1 if member.is_stepping else BEFORE_STEPS
-            limit = max(patience * self._options.hang_seconds, 20 * member.longest_silence)
-            if (member.task is not None or not member.is_ready) and now - member.heard > limit:
+        for name, worker in list(self._workers.items()):
+            factor = 1 if worker.is_stepping else STARTUP_FACTOR
+            limit = max(factor * self._options.hang_seconds, 20 * worker.longest_silence)
+            silence = now - worker.last_message
+            if (worker.task is not None or not worker.is_ready) and silence > limit:
                 self._remove(name)
-                yield from self._after_loss(name, member, WorkerLost(f"no word for {now - member.heard:.0f} s"))
+                yield from self._requeue_lost(name, worker, WorkerLost(f"no message for {silence:.0f} s"))
 
-    def _remove(self, worker: str) -> None:
-        self._crew.end(worker)
-        del self._members[worker]
-        if worker in self._idle:
-            self._idle.remove(worker)
+    def _remove(self, name: str) -> None:
+        self._crew.end(name)
+        del self._workers[name]
+        if name in self._idle:
+            self._idle.remove(name)
 
 
 def failed_after_losses(trial: Trial, lost: WorkerLost) -> TrialFailed:
-    """The outcome of a trial that one worker after another was lost with."""
-    memory = "; the system ends processes so when memory is short" if lost.killed else ""
+    """The outcome of a trial that has lost `MAX_LOSSES` workers."""
+    memory = "; the system kills processes when memory is short" if lost.killed else ""
     return TrialFailed(
         trial_id=trial.trial_id,
         **trial.arm.model_dump(),
@@ -319,7 +283,7 @@ def failed_after_losses(trial: Trial, lost: WorkerLost) -> TrialFailed:
 
 
 class PoolExecutor:
-    """The pool as the executor of one selection."""
+    """A pool as the `Executor` of one job."""
 
     def __init__(self, pool: Pool, job: str) -> None:
         self._pool = pool

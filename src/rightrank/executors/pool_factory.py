@@ -1,4 +1,4 @@
-"""A pool for the jobs of a run: the crew that the settings ask for, and the proof that it sees the run folder."""
+"""Makes the pool that the settings ask for, with a probe file that proves that its workers see the run folder."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ import torch
 
 from rightrank.engine.runtime import Runtime
 from rightrank.errors import SettingsError
+from rightrank.executors.crew import Crew
 from rightrank.executors.messages import Job, WorkerSetup
-from rightrank.executors.pool import Crew, Pool, PoolOptions
+from rightrank.executors.pool import Pool, PoolOptions
 from rightrank.executors.processes import ProcessCrew
 from rightrank.executors.worker import versions
 from rightrank.io.files import write_text
@@ -22,14 +23,14 @@ from rightrank.io.store import Store
 from rightrank.records.observer import Observer
 from rightrank.settings import SelectSettings
 
-MAX_TASK_TRIALS = 16  # trials that a worker is given at once; it finds out how many of them share a pass
+MAX_TASK_TRIALS = 16  # the worker measures how many of them to train in one pass
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerNeeds:
-    """What a worker takes, by the plan; None where the architecture can't be planned."""
+    """What a worker needs."""
 
-    bytes_planned: int | None
+    bytes_planned: int | None  # peak memory; None: the architecture can't be planned
     on_cuda: bool
 
 
@@ -42,14 +43,14 @@ def open_pool(
     observer: Observer,
     job_observers: Mapping[str, Observer] | None = None,
 ) -> Iterator[Pool]:
-    """Workers for `jobs`, whose run folders are in `folder` or are it; they start as there is work.
+    """A pool of workers for `jobs`, whose run folders are `folder` itself or inside it. Workers start on demand.
 
     `observer` receives what concerns all jobs, and the events of those that `job_observers` does not name.
 
     Raises:
-        SettingsError: settings that don't go together.
+        SettingsError: no number of workers, or fewer CUDA devices than `devices_per_arm`.
         MissingExtraError: the executor's package is not installed.
-        RunError: a cluster that does not answer.
+        RunError: the cluster or the store does not answer.
     """
     token = secrets.token_hex(16)
     with _probe(settings.store, folder, token) as name:
@@ -66,9 +67,9 @@ def open_pool(
 
 @contextmanager
 def _probe(address: str, folder: Path, token: str) -> Iterator[str]:
-    """The name of a file with the token, where all workers should see it: in the store, or in the run folder."""
-    for left_over in folder.glob(".share-*"):  # of a driver that was killed; the run folder is ours alone
-        left_over.unlink(missing_ok=True)
+    """Write the token to a file in the run folder, or in the store if there is one, and return the file's name."""
+    for stale in folder.glob(".share-*"):  # from a driver that was killed; this process holds the folder's lock
+        stale.unlink(missing_ok=True)
     probe = folder / f".share-{secrets.token_hex(4)}"
     store = Store(address) if address else None
     write_text(probe, token)
@@ -83,7 +84,7 @@ def _probe(address: str, folder: Path, token: str) -> Iterator[str]:
 
 
 def _crew(settings: SelectSettings, setup: WorkerSetup, folder: Path, needs: WorkerNeeds) -> tuple[Crew, int]:
-    """The crew and how many workers it has at most."""
+    """The crew and its maximum number of workers."""
     logs, size = folder / "workers", settings.devices_per_arm
     if settings.executor == "ray":
         from rightrank.executors.ray_cluster import RayCrew
@@ -92,10 +93,12 @@ def _crew(settings: SelectSettings, setup: WorkerSetup, folder: Path, needs: Wor
         return crew, settings.workers or crew.room()
     devices = torch.cuda.device_count() if needs.on_cuda and not settings.launcher else 0
     if devices and devices < size:
-        raise SettingsError(f"devices_per_arm {size} needs as many CUDA devices: there are {devices}")
+        raise SettingsError(
+            f"devices_per_arm {size} needs {size} CUDA devices, this machine has {devices}; give {devices} or fewer"
+        )
     workers = settings.workers or devices // size
     if not workers:
-        raise SettingsError("executor 'processes' needs workers on a CPU: give their number, such as --workers 2")
+        raise SettingsError("executor 'processes' needs the number of workers on a CPU: give it, such as --workers 2")
     return ProcessCrew(setup, logs, devices, shlex.split(settings.launcher), size=size), workers
 
 
@@ -105,9 +108,9 @@ def _task_trials(settings: SelectSettings, needs: WorkerNeeds) -> int:
 
 @contextmanager
 def offloaded_base(bench: Runtime) -> Iterator[None]:
-    """Keep the driver's own base off the accelerator while workers use it."""
+    """Move the driver's base to the CPU while workers use the accelerator."""
     device = bench.loaded.device
-    if device.type == "cpu" or bench.settings.weight_bits is not None:  # quantised matrices stay where they were made
+    if device.type == "cpu" or bench.settings.weight_bits is not None:  # quantised matrices can't be moved
         yield
         return
     bench.model.to("cpu")

@@ -1,6 +1,6 @@
-"""Workers as processes: on this machine, or wherever a launcher such as `srun` or `ssh` puts them.
+"""Workers as processes on this machine, or wherever a launcher such as `srun` or `ssh` starts them.
 
-A worker is `python -m rightrank.executors.worker` with pipes. Its stderr goes to a file in the run folder.
+A worker is `python -m rightrank.executors.worker`, connected by pipes. Its stderr goes to a file in the run folder.
 """
 
 from __future__ import annotations
@@ -16,25 +16,25 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from rightrank.errors import SettingsError
+from rightrank.executors.crew import WorkerLost
 from rightrank.executors.group import LOOPBACK, Rendezvous
 from rightrank.executors.messages import WORKER_MESSAGE, Command, Stop, Task, WorkerMessage, WorkerSetup
-from rightrank.executors.pool import WorkerLost
 
 WORKER = (sys.executable, "-m", "rightrank.executors.worker")
 CHUNK = 1 << 16
-ONE_MACHINE = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")  # the interface of a group's own talk
-LEAVE_SECONDS = 5.0  # for workers whose commands have ended
+ONE_MACHINE = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")  # network interface between the processes of a group
+EXIT_SECONDS = 5.0  # for a worker to exit after its stdin is closed
 
 
 @dataclass(slots=True)
 class _Process:
-    """A worker: one process, or a group whose first is listened to."""
+    """A worker: one process, or a group of which the first sends messages."""
 
     popens: list[subprocess.Popen[bytes]]
     place: int
     logs: list[Path]
     unread: bytes = b""
-    told: list[WorkerMessage] = field(default_factory=list)
+    received: list[WorkerMessage] = field(default_factory=list)
 
     @property
     def first(self) -> subprocess.Popen[bytes]:
@@ -42,7 +42,7 @@ class _Process:
 
 
 class ProcessCrew:
-    """One process a worker, or several (`size`); with CUDA devices, each process on one of them."""
+    """`size` processes per worker; with CUDA devices, each process gets one of them."""
 
     def __init__(
         self,
@@ -55,7 +55,7 @@ class ProcessCrew:
     ) -> None:
         self._setup = setup
         self._logs = logs
-        self._devices = devices  # CUDA devices to spread over; 0: none
+        self._devices = devices  # CUDA devices to use; 0: none
         self._command = [*launcher, *command]
         self._size = size
         self._rendezvous = Rendezvous(LOOPBACK, size, on_cuda=devices > 0) if size > 1 else None
@@ -70,34 +70,36 @@ class ProcessCrew:
         process = _Process([], place, logs)
         self._running[worker] = process
         for number, log in enumerate(logs):
-            process.popens.append(self._begun(log, place * self._size + number, is_heard=number == 0))
+            process.popens.append(self._launch(log, place * self._size + number, has_output=number == 0))
         pipe = process.first.stdout
         assert pipe is not None
         os.set_blocking(pipe.fileno(), False)
         self._selector.register(pipe, selectors.EVENT_READ, worker)
-        setup = [self._setup] if self._rendezvous is None else self._rendezvous.setups(self._setup, worker)
-        for popen, own in zip(process.popens, setup, strict=True):
-            _write(popen, own)
+        setups = [self._setup] if self._rendezvous is None else self._rendezvous.setups(self._setup, worker)
+        for popen, its_setup in zip(process.popens, setups, strict=True):
+            _write(popen, its_setup)
 
-    def _begun(self, log: Path, device: int, is_heard: bool) -> subprocess.Popen[bytes]:
+    def _launch(self, log: Path, device: int, has_output: bool) -> subprocess.Popen[bytes]:
         try:
             with log.open("wb") as errors:
                 return subprocess.Popen(
                     self._command,
                     stdin=subprocess.PIPE,
-                    stdout=subprocess.PIPE if is_heard else subprocess.DEVNULL,
+                    stdout=subprocess.PIPE if has_output else subprocess.DEVNULL,
                     stderr=errors,
                     env=self._environment(device),
-                    start_new_session=True,  # a Ctrl-C reaches the driver alone
+                    start_new_session=True,  # Ctrl-C reaches the driver alone
                 )
         except OSError as error:
-            raise SettingsError(f"launcher: can't run {self._command[0]!r} ({error.strerror or error})") from None
+            raise SettingsError(
+                f"launcher: can't run {self._command[0]!r} ({error.strerror or error}); give a program that is on the PATH"
+            ) from None
 
     def assign(self, worker: str, task: Task) -> None:
-        self._say(worker, task)
+        self._send(worker, task)
 
     def request_stop(self, worker: str) -> None:
-        self._say(worker, Stop())
+        self._send(worker, Stop())
 
     def end(self, worker: str) -> None:
         process = self._running.pop(worker, None)
@@ -110,12 +112,12 @@ class ProcessCrew:
             worker = key.data
             process = self._running[worker]
             ended = self._read(process)
-            found.extend((worker, news) for news in process.told)
-            process.told.clear()
+            found.extend((worker, message) for message in process.received)
+            process.received.clear()
             if ended:
                 found.append((worker, self._lost(worker)))
         for worker, process in list(self._running.items()):
-            if any(popen.poll() is not None for popen in process.popens[1:]):  # the others wait for it
+            if any(popen.poll() is not None for popen in process.popens[1:]):  # a group waits for a lost member
                 found.append((worker, self._lost(worker)))
         return found
 
@@ -127,8 +129,8 @@ class ProcessCrew:
         for popen in popens:
             assert popen.stdin is not None
             with suppress(OSError):
-                popen.stdin.close()  # it leaves by itself
-        until = time.monotonic() + LEAVE_SECONDS
+                popen.stdin.close()  # the worker then exits by itself
+        until = time.monotonic() + EXIT_SECONDS
         for popen in popens:
             with suppress(subprocess.TimeoutExpired):
                 popen.wait(timeout=max(0.0, until - time.monotonic()))
@@ -137,13 +139,13 @@ class ProcessCrew:
         self._running.clear()
         self._selector.close()
 
-    def _say(self, worker: str, command: Command) -> None:
+    def _send(self, worker: str, command: Command) -> None:
         for popen in self._running[worker].popens:
             _write(popen, command)
 
     def _environment(self, device: int) -> dict[str, str]:
         environment = dict(os.environ)
-        if self._size > 1:  # a group of one machine: what it listens on is for this machine alone
+        if self._size > 1:  # a group on one machine listens on the loopback interface only
             environment = (
                 {**dict.fromkeys(ONE_MACHINE, "lo"), **environment} if sys.platform == "linux" else environment
             )
@@ -154,33 +156,35 @@ class ProcessCrew:
         return environment
 
     def _read(self, process: _Process) -> bool:
-        """Take what was told; whether the pipe has ended."""
+        """Parse the complete lines that have arrived; return whether the pipe has ended."""
         pipe = process.first.stdout
         assert pipe is not None
         while chunk := pipe.read(CHUNK):
             *lines, process.unread = (process.unread + chunk).split(b"\n")
-            process.told.extend(WORKER_MESSAGE.validate_json(line) for line in lines)
+            process.received.extend(WORKER_MESSAGE.validate_json(line) for line in lines)
         return chunk is not None
 
     def _lost(self, worker: str) -> WorkerLost:
-        """Of a worker one of whose processes has ended, or is about to: why."""
+        """End what is left of a worker and state why one of its processes has ended."""
         process = self._running.pop(worker)
-        if all(popen.poll() is None for popen in process.popens):  # its pipe has ended; it will
+        if all(popen.poll() is None for popen in process.popens):  # the pipe has ended, so the process will too
             with suppress(subprocess.TimeoutExpired):
-                process.first.wait(timeout=LEAVE_SECONDS)
+                process.first.wait(timeout=EXIT_SECONDS)
         ended = {number: popen.poll() for number, popen in enumerate(process.popens)}
         self._end(process)
         found = {number: status for number, status in ended.items() if status is not None} or {0: -9}
-        number, status = min(found.items(), key=lambda one: one[1])  # a signal first: the others end of its consequence
+        number, status = min(
+            found.items(), key=lambda item: item[1]
+        )  # signals first: the other processes end as a consequence
         if status < 0:
             return WorkerLost(f"killed by signal {-status}", killed=status == -9)
         log = process.logs[number]
         lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-        said = f": {lines[-1].strip()}" if lines else ""
-        return WorkerLost(f"exit status {status}{said} (see {log})")
+        last_line = f": {lines[-1].strip()}" if lines else ""
+        return WorkerLost(f"exit status {status}{last_line} (see {log})")
 
     def _end(self, process: _Process) -> None:
-        """Whatever it does, all of it."""
+        """Kill all processes of a worker and close its pipes."""
         if process.first.stdout is not None:
             self._selector.unregister(process.first.stdout)
         for popen in process.popens:
@@ -195,6 +199,6 @@ class ProcessCrew:
 
 def _write(popen: subprocess.Popen[bytes], command: Command) -> None:
     assert popen.stdin is not None
-    with suppress(BrokenPipeError):  # that it is gone comes as news
+    with suppress(BrokenPipeError):  # its end is reported by `messages`
         popen.stdin.write(command.model_dump_json().encode() + b"\n")
         popen.stdin.flush()

@@ -1,7 +1,7 @@
 """Workers as actors of a Ray cluster (extra `rightrank[ray]`).
 
-An actor holds one base and trains one task at a time. Its words come as a stream of JSON lines, so that Ray carries short
-texts only: adapters and checkpoints go through the folder that all machines share.
+An actor holds one base and trains one task at a time. Its messages are a stream of JSON lines, so Ray carries short
+texts only; adapters and checkpoints go through the shared folder or the store.
 """
 
 from __future__ import annotations
@@ -16,39 +16,39 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from rightrank.errors import InputError, MissingExtraError, RunError
+from rightrank.executors.crew import WorkerLost
 from rightrank.executors.group import Rendezvous
 from rightrank.executors.messages import WORKER_MESSAGE, Command, Stop, Task, WorkerMessage, WorkerSetup
-from rightrank.executors.pool import WorkerLost
 from rightrank.executors.worker import Service
 
 CONNECT_SECONDS = 10.0
-SPARE = 0.05  # of a GPU's memory, left to what its other workers' kernels take
+SPARE = 0.05  # of a GPU's memory, kept free for the kernels of its workers
 
 
 class RayWorker:
-    """The actor. `listen` is one long stream of what the worker tells."""
+    """The actor. `messages` is one stream that lasts as long as the actor."""
 
     def __init__(self) -> None:
-        self._news: queue.SimpleQueue[str] = queue.SimpleQueue()
-        self._service = self.service(lambda news: self._news.put(news.model_dump_json()))
-        threading.Thread(target=self._service.work, daemon=True).start()
+        self._sent: queue.SimpleQueue[str] = queue.SimpleQueue()
+        self._service = self.make_service(lambda message: self._sent.put(message.model_dump_json()))
+        threading.Thread(target=self._service.run, daemon=True).start()
 
-    def service(self, tell: Callable[[WorkerMessage], None]) -> Service:
-        return Service(tell)
+    def make_service(self, send: Callable[[WorkerMessage], None]) -> Service:
+        return Service(send)
 
-    def say(self, line: str) -> None:
-        self._service.say(line)
+    def receive(self, line: str) -> None:
+        self._service.receive(line)
 
-    def listen(self) -> Iterator[str]:
+    def messages(self) -> Iterator[str]:
         while True:
-            lines = [self._news.get()]
-            while not self._news.empty():
-                lines.append(self._news.get())
+            lines = [self._sent.get()]
+            while not self._sent.empty():
+                lines.append(self._sent.get())
             yield "\n".join(lines)
 
 
 class RayCrew:
-    """Actors placed by what the plan says a worker takes; those that have no room yet wait, which asks an autoscaler."""
+    """Actors with the resources that the plan says a worker needs. Actors without room wait, which triggers autoscaling."""
 
     def __init__(
         self,
@@ -63,16 +63,16 @@ class RayCrew:
         self._ray = connected(address)
         self._setup = setup
         self._resources = resources(bytes_planned, on_cuda)
-        self._require_a_place()
+        self._require_room()
         self._actor = self._ray.remote(actor)
-        self._size = size  # actors a worker, each with a device of its own
+        self._size = size  # actors per worker, each with its own device
         self._rendezvous = Rendezvous(self._ray.util.get_node_ip_address(), size, on_cuda) if size > 1 else None
-        self._actors: dict[str, list[Any]] = {}  # the first is listened to
-        self._places: dict[str, Any] = {}  # of workers of several actors: their placement group
-        self._streams: dict[Any, tuple[str, int]] = {}  # an actor's words → its worker, and which of it
+        self._actors: dict[str, list[Any]] = {}  # the first sends messages
+        self._places: dict[str, Any] = {}  # placement groups of workers with several actors
+        self._streams: dict[Any, tuple[str, int]] = {}  # an actor's messages → its worker and number
 
     def room(self) -> int:
-        """How many workers the nodes that are there hold, one at least."""
+        """How many workers the present nodes have room for, at least 1."""
         nodes = [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
         return max(1, sum(_fit(node, self._resources) for node in nodes) // self._size)
 
@@ -82,19 +82,19 @@ class RayCrew:
             num_cpus=wanted["CPU"],
             num_gpus=wanted.get("GPU", 0),
             memory=wanted.get("memory"),
-            max_concurrency=4,  # it listens to commands while it tells
-            max_restarts=0,  # the pool starts another
+            max_concurrency=4,  # it receives commands while it sends messages
+            max_restarts=0,  # the pool starts a new one
             runtime_env={"env_vars": _environment()},
             **self._place(worker),
         )
         actors = self._actors[worker] = [options.remote() for _ in range(self._size)]
-        setup = [self._setup] if self._rendezvous is None else self._rendezvous.setups(self._setup, worker)
-        for number, (actor, own) in enumerate(zip(actors, setup, strict=True)):
-            self._streams[actor.listen.options(num_returns="streaming").remote()] = (worker, number)
-            actor.say.remote(own.model_dump_json())
+        setups = [self._setup] if self._rendezvous is None else self._rendezvous.setups(self._setup, worker)
+        for number, (actor, its_setup) in enumerate(zip(actors, setups, strict=True)):
+            self._streams[actor.messages.options(num_returns="streaming").remote()] = (worker, number)
+            actor.receive.remote(its_setup.model_dump_json())
 
     def _place(self, worker: str) -> dict[str, Any]:
-        """Of a worker of several actors: a placement group, so that all of them have room or none takes any."""
+        """The placement group of a worker with several actors: either all of them get room or none does."""
         if self._size == 1:
             return {}
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
@@ -104,10 +104,10 @@ class RayCrew:
         return {"scheduling_strategy": PlacementGroupSchedulingStrategy(group)}
 
     def assign(self, worker: str, task: Task) -> None:
-        self._say(worker, task)
+        self._send(worker, task)
 
     def request_stop(self, worker: str) -> None:
-        self._say(worker, Stop())
+        self._send(worker, Stop())
 
     def end(self, worker: str) -> None:
         self._streams = {stream: whose for stream, whose in self._streams.items() if whose[0] != worker}
@@ -121,17 +121,17 @@ class RayCrew:
             threading.Event().wait(seconds)
             return []
         ready, _ = self._ray.wait(list(self._streams), num_returns=1, timeout=seconds)
-        if ready:  # all that is there, not the first alone
+        if ready:  # take all that has arrived, not only the first
             ready, _ = self._ray.wait(list(self._streams), num_returns=len(self._streams), timeout=0)
         found: list[tuple[str, WorkerMessage | WorkerLost]] = []
         for stream in ready:
             if stream not in self._streams:
-                continue  # of a worker that was just found lost
+                continue  # of a worker that was lost in this loop
             worker, number = self._streams[stream]
             try:
                 lines = self._ray.get(next(stream))
             except (self._ray.exceptions.RayError, StopIteration) as error:
-                self.end(worker)  # what is left of it
+                self.end(worker)  # its other actors
                 found.append((worker, WorkerLost(_reason(error))))
             else:
                 found.extend((worker, WORKER_MESSAGE.validate_json(line)) for line in lines.split("\n") if number == 0)
@@ -143,22 +143,22 @@ class RayCrew:
         if not self._joined_before:
             self._ray.shutdown()
 
-    def _say(self, worker: str, command: Command) -> None:
+    def _send(self, worker: str, command: Command) -> None:
         for actor in self._actors[worker]:
-            actor.say.remote(command.model_dump_json())
+            actor.receive.remote(command.model_dump_json())
 
-    def _require_a_place(self) -> None:
+    def _require_room(self) -> None:
         nodes = [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
         if any(_fit(node, self._resources) for node in nodes):
             return
-        wanted = ", ".join(_words(name, amount) for name, amount in self._resources.items())
+        wanted = ", ".join(_amount(name, amount) for name, amount in self._resources.items())
         raise InputError(
             f"no node of the Ray cluster has room for a worker ({wanted}); give smaller ranks, batch_size or seq_len, or larger nodes"
         )
 
 
 def _is_joined() -> bool:
-    """Whether the caller has a Ray session of its own, which is then left open."""
+    """Whether the caller already has a Ray session, which is then left open."""
     ray = sys.modules.get("ray")
     return ray is not None and bool(ray.is_initialized())
 
@@ -168,7 +168,8 @@ def connected(address: str | None) -> Any:
 
     Raises:
         MissingExtraError: Ray is not installed.
-        RunError: nothing answers at the address, or something that is no Ray of the same version.
+        InputError: an address that is not HOST:PORT.
+        RunError: no cluster answers at the address, or one of another Ray version.
     """
     try:
         import ray
@@ -176,22 +177,22 @@ def connected(address: str | None) -> Any:
         raise MissingExtraError("executor 'ray' needs the package ray: pip install 'rightrank[ray]'") from None
     if ray.is_initialized():
         return ray
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # Ray's own advice, where it warns otherwise
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # as Ray recommends; otherwise it warns
     if address is not None:
         _require_answer(address)
     try:
         if address is None:
-            _join_or_begin(ray)
+            _join_or_start(ray)
         else:
             ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
     except (ConnectionError, RuntimeError, ValueError, OSError) as error:
         where = "on this machine" if address is None else f"at {address}"
-        raise RunError(f"the Ray cluster {where} can't be joined: {' '.join(str(error).split())}") from None
+        raise RunError(f"can't join the Ray cluster {where}: {' '.join(str(error).split())}") from None
     return ray
 
 
-def _join_or_begin(ray: Any) -> None:
-    """The cluster that runs on this machine; where none does, one of this run's own that no other machine reaches."""
+def _join_or_start(ray: Any) -> None:
+    """Join the cluster on this machine, or start one that no other machine can reach."""
     try:
         ray.init(address="auto", logging_level=logging.ERROR, log_to_driver=False)
     except ConnectionError:
@@ -201,7 +202,7 @@ def _join_or_begin(ray: Any) -> None:
 
 
 def _require_answer(address: str) -> None:
-    """Ray itself waits long for a head that is not there."""
+    """Fail early: Ray itself waits long for a head that does not answer."""
     host, colon, port = address.removeprefix("ray://").rpartition(":")
     if address == "auto":
         return
@@ -217,14 +218,14 @@ def _require_answer(address: str) -> None:
 
 
 def resources(bytes_planned: int | None, on_cuda: bool) -> dict[str, float]:
-    """What Ray is to keep for a worker: a core; a share of a GPU, or memory, by the plan."""
+    """What Ray reserves for a worker: one core, and a share of a GPU or memory by the plan."""
     if on_cuda:
         return {"CPU": 1.0, "GPU": gpu_share(bytes_planned)}
     return {"CPU": 1.0} if bytes_planned is None else {"CPU": 1.0, "memory": float(bytes_planned)}
 
 
 def gpu_share(bytes_planned: int | None) -> float:
-    """The part of a GPU like the driver's that a worker takes; a whole one where it is not known or over a half."""
+    """The share of a GPU like the driver's that a worker needs; 1.0 where it is unknown or above a half."""
     import torch
 
     if bytes_planned is None or not torch.cuda.is_available():
@@ -233,7 +234,7 @@ def gpu_share(bytes_planned: int | None) -> float:
 
 
 def share_of(needed: int, memory: int) -> float:
-    """The whole fraction 1/n that holds `needed`, so that n workers fill a GPU; 1.0 where not even two fit."""
+    """The fraction 1/n that holds `needed` bytes, so that n workers share a GPU; 1.0 where two don't fit."""
     return 1.0 / max(1, int(memory * (1 - SPARE) // needed))
 
 
@@ -242,15 +243,15 @@ def _fit(node: dict[str, float], wanted: dict[str, float]) -> int:
 
 
 def _environment() -> dict[str, str]:
-    """What workers take over of this process's environment: where the package is, and how many threads."""
+    """The environment variables that workers inherit from this process."""
     names = ("PYTHONPATH", "OMP_NUM_THREADS", "HF_HUB_OFFLINE", "TOKENIZERS_PARALLELISM")
     return {name: os.environ[name] for name in names if name in os.environ}
 
 
 def _reason(error: BaseException) -> str:
-    words = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {words[0]}" if words else type(error).__name__
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
-def _words(name: str, amount: float) -> str:
+def _amount(name: str, amount: float) -> str:
     return f"{amount / 2**30:.2f} GiB of memory" if name == "memory" else f"{amount:g} {name}"

@@ -1,4 +1,4 @@
-"""A worker whose run folder is on its own disk, and a store that takes what others will want of it."""
+"""Keeps a worker's local run folder and the run's store in step, for machines that share no disk."""
 
 from __future__ import annotations
 
@@ -17,78 +17,78 @@ from rightrank.records import Trial, TrialOutcome
 
 
 class StoredExecutor:
-    """Files of an outcome are in the store before the outcome is told."""
+    """Wraps an executor: the files of an outcome are in the store before the outcome is yielded."""
 
     def __init__(self, executor: Executor, sync: StoreSync) -> None:
         self._executor = executor
         self._sync = sync
 
     def run(self, trials: Sequence[Trial], base_loss: float | None) -> Iterator[TrialOutcome]:
-        self._sync.bring_for(trials)
+        self._sync.download_for(trials)
         try:
             for outcome in self._executor.run(trials, base_loss):
-                self._sync.send_of(outcome)
+                self._sync.upload(outcome)
                 yield outcome
-                self._sync.drop_of(outcome)
+                self._sync.clean_up(outcome)
         except InterruptedRun:
-            self._sync.send_checkpoints()
+            self._sync.upload_checkpoints()
             raise
 
 
 class StoreSync:
-    """Brings what trials begin from, sends what they leave."""
+    """Downloads what trials start from and uploads what they leave."""
 
     def __init__(self, folder: RunFolder, store: Store) -> None:
         self._folder = folder
         self._store = store
-        self._under_way: list[Path] = []  # checkpoints of the task's trials
-        self._sent: dict[Path, int] = {}  # checkpoint → when it had been changed last, ns
-        self._next_sending = 0.0  # by the monotonic clock
+        self._checkpoints: list[Path] = []  # of the current task's trials
+        self._uploaded: dict[Path, int] = {}  # checkpoint → its modification time in the store, ns
+        self._next_upload = 0.0  # on the monotonic clock
 
-    def bring_for(self, trials: Sequence[Trial]) -> None:
-        """Checkpoints that other workers may have left; parents' checkpoints and adapters."""
-        self._under_way = [self._folder.checkpoint(trial.trial_id) for trial in trials]
-        for path in self._under_way:
-            if self._bring(path):
-                self._sent[path] = path.stat().st_mtime_ns
+    def download_for(self, trials: Sequence[Trial]) -> None:
+        """Fetch checkpoints that other workers may have left, and parents' checkpoints and adapters."""
+        self._checkpoints = [self._folder.checkpoint(trial.trial_id) for trial in trials]
+        for path in self._checkpoints:
+            if self._download(path):
+                self._uploaded[path] = path.stat().st_mtime_ns
         for arm in (trial.arm for trial in trials):
             if arm.continue_from is not None:
-                self._bring(self._folder.checkpoint(arm.continue_from))
+                self._download(self._folder.checkpoint(arm.continue_from))
             if arm.truncate_from is not None:
-                self._bring(self._folder.trial_adapter(arm.truncate_from))
+                self._download(self._folder.trial_adapter(arm.truncate_from))
 
-    def send_of(self, outcome: TrialOutcome) -> None:
-        """Its adapter and answers; where it was stopped early, its checkpoint: another goes on from there, anywhere."""
+    def upload(self, outcome: TrialOutcome) -> None:
+        """Send the trial's adapter and answers, and its checkpoint if it was stopped early: any worker may resume it."""
         for path in (self._folder.trial_adapter(outcome.trial_id), self._folder.answers(outcome.trial_id)):
             if path.exists():
                 self._store.put(path, self._name(path))
         if outcome.arm.stop_at is not None:
-            self.send_checkpoints()
+            self.upload_checkpoints()
 
-    def drop_of(self, outcome: TrialOutcome) -> None:
-        """What is in the store is not kept here too; nobody goes on from a trial that has ended."""
+    def clean_up(self, outcome: TrialOutcome) -> None:
+        """Remove the local adapter, and the stored checkpoint of a trial that has ended and is never resumed."""
         shutil.rmtree(self._folder.trial_adapter(outcome.trial_id), ignore_errors=True)
         checkpoint = self._folder.checkpoint(outcome.trial_id)
-        if outcome.arm.stop_at is None and self._sent.pop(checkpoint, None) is not None and process_index() == 0:
+        if outcome.arm.stop_at is None and self._uploaded.pop(checkpoint, None) is not None and process_index() == 0:
             self._store.remove(self._name(checkpoint))
 
-    def send_due(self) -> None:
-        """Send checkpoints that were written since, where that costs no more of the time than writing them may."""
+    def upload_due(self) -> None:
+        """Send new checkpoints, so seldom that uploads take at most `CHECKPOINT_SHARE` of the time."""
         begun = time.monotonic()
-        if begun >= self._next_sending and self.send_checkpoints():
+        if begun >= self._next_upload and self.upload_checkpoints():
             ended = time.monotonic()
-            self._next_sending = ended + (ended - begun) / CHECKPOINT_SHARE
+            self._next_upload = ended + (ended - begun) / CHECKPOINT_SHARE
 
-    def send_checkpoints(self) -> bool:
-        """Send those that have changed since they were sent last; whether there were any."""
-        written = {path: path.stat().st_mtime_ns for path in self._under_way if path.exists()}
-        changed = {path: at for path, at in written.items() if self._sent.get(path) != at}
+    def upload_checkpoints(self) -> bool:
+        """Send checkpoints that have changed since their last upload; whether there were any."""
+        written = {path: path.stat().st_mtime_ns for path in self._checkpoints if path.exists()}
+        changed = {path: at for path, at in written.items() if self._uploaded.get(path) != at}
         for path in changed:
             self._store.put(path, self._name(path))
-        self._sent |= changed
+        self._uploaded |= changed
         return bool(changed)
 
-    def _bring(self, path: Path) -> bool:
+    def _download(self, path: Path) -> bool:
         return self._store.get(self._name(path), path)
 
     def _name(self, path: Path) -> str:

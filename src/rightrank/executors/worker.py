@@ -1,12 +1,12 @@
-"""A worker: a process with a base of its own that prepares the same requests as the driver and trains what it is given.
+"""A worker process: it loads its own base, prepares the driver's requests, and trains the tasks that it receives.
 
-`python -m rightrank.executors.worker` reads commands as lines on stdin and tells news as lines on stdout. Where stdin ends,
-the driver is gone: the worker stops at its next step, with checkpoints.
+`python -m rightrank.executors.worker` reads commands as lines from stdin and writes messages as lines to stdout; see
+`executors.messages` for the protocol. When stdin ends, the driver is gone, and the worker stops at its next step with
+checkpoints.
 """
 
 from __future__ import annotations
 
-import contextlib
 import os
 import platform
 import queue
@@ -17,6 +17,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO, TypeAlias
@@ -46,69 +47,71 @@ from rightrank.version import __version__
 if TYPE_CHECKING:
     from rightrank.io.models import LoadedModel
 
-NOT_UNDERSTOOD = f"a worker there, rightrank {__version__}, does not understand what it is told: install the same version on every machine"
-PROGRESS_SECONDS = 0.5  # seconds between two signs of progress
+NOT_UNDERSTOOD = (
+    f"the worker, rightrank {__version__}, does not understand this command: install the same version on every machine"
+)
+STEP_SECONDS = 0.5  # between two `Step` messages, at least
 SAME_EVERYWHERE = ("torch", "transformers", "peft")
 
 
 class Worker:
-    """What runs inside a worker, whatever carries its words."""
+    """Handles commands and sends messages, whatever carries them."""
 
-    def __init__(self, tell: Callable[[WorkerMessage], None]) -> None:
-        self._tell = tell
+    def __init__(self, send: Callable[[WorkerMessage], None]) -> None:
+        self._send = send
         self._jobs: dict[str, Job] = {}
         self._executors: dict[str, Executor] = {}
         self._bases: dict[tuple[object, ...], LoadedModel] = {}
         self._scratch = Path(tempfile.mkdtemp(prefix="rightrank-worker-"))
         self._stop = threading.Event()
-        self._is_asked_to_stop: Callable[[], bool] = self._stop.is_set
-        self._told = 0.0
+        self._should_stop: Callable[[], bool] = self._stop.is_set
+        self._last_step = 0.0
 
-    def begin(self, setup: WorkerSetup) -> None:
-        """Say who this is, and what it sees of the share."""
+    def set_up(self, setup: WorkerSetup) -> None:
+        """Send `Ready` with this worker's versions and what it reads in the probe file."""
         self._jobs = {job.name: job for job in setup.jobs}
-        with contextlib.suppress(OSError):  # not there: then only absolute paths lead anywhere
+        with suppress(OSError):  # no such folder here: then only absolute paths work
             os.chdir(setup.working_folder)
         try:
             ready = Ready(versions=versions(), token=self._token(setup))
-            self._tell(ready if setup.group is None else self._joined(setup.group, ready))
-        except RightrankError as error:  # of a store
-            self._tell(Refused(reason=f"{platform.node()}: {error}", exit_status=error.exit_status))
+            self._send(ready if setup.group is None else self._join_group(setup.group, ready))
+        except RightrankError as error:  # from the store
+            self._send(Refused(reason=f"{platform.node()}: {error}", exit_status=error.exit_status))
 
     def stop(self) -> None:
-        """Leave the task under way at its next step; from any thread."""
+        """Stop the current task at its next step. May be called from any thread."""
         self._stop.set()
 
-    def work(self, task: Task) -> None:
-        """Train what the task holds; what can't be mended is told as `Refused`."""
+    def run_task(self, task: Task) -> None:
+        """Train the trials of a task; an error that no other worker could avoid is sent as `Refused`."""
         self._stop.clear()
         try:
             for outcome in self._executor(self._jobs[task.job]).run(task.trials, task.base_loss):
-                self._tell(outcome)
+                self._send(outcome)
                 if isinstance(outcome, TrialFailed) and outcome.error == "out_of_memory":
-                    self._tell(Notice(text=outcome.reason))
+                    self._send(Notice(text=outcome.reason))
         except InterruptedRun:
-            pass  # its trials have checkpoints
+            pass  # the trials have checkpoints
         except RightrankError as error:
-            self._tell(Refused(reason=str(error), exit_status=error.exit_status))
-        self._tell(TaskEnded(number=task.number))
+            self._send(Refused(reason=str(error), exit_status=error.exit_status))
+        self._send(TaskEnded(number=task.number))
 
     def close(self) -> None:
-        """Remove what lies on this machine's own disk."""
+        """Remove the worker's files from the local disk."""
         shutil.rmtree(self._scratch, ignore_errors=True)
 
-    def _joined(self, group: Group, ready: Ready) -> Ready:
-        """What the first of the group tells for all: one that differs from it, if any does."""
+    def _join_group(self, group: Group, ready: Ready) -> Ready:
+        """Join the group; return the first `Ready` that differs from process 0's, or process 0's if all agree."""
         from rightrank.engine.distributed import broadcast
         from rightrank.executors.group import join
 
         join(group)
-        self._is_asked_to_stop = lambda: bool(broadcast(0, self._stop.is_set()))  # all leave at the same step
-        all_told = [broadcast(number, ready.model_dump()) for number in range(group.size)]
-        return Ready.model_validate(next((one for one in all_told if one != all_told[0]), all_told[0]))
+        self._should_stop = lambda: bool(broadcast(0, self._stop.is_set()))  # all processes stop at the same step
+        readies = [broadcast(number, ready.model_dump()) for number in range(group.size)]
+        return Ready.model_validate(next((other for other in readies if other != readies[0]), readies[0]))
 
     def _token(self, setup: WorkerSetup) -> str | None:
-        """What the probe holds, seen from here; None where it is not there."""
+        """The content of the probe file; None where this worker does not see it."""
         probe = Path(setup.share) / setup.probe
         if "://" in setup.share:
             from rightrank.io.store import Store
@@ -121,12 +124,12 @@ class Worker:
             return None
 
     def _executor(self, job: Job) -> Executor:
-        """What runs the job's trials: built at its first task, over a base that jobs share."""
+        """The job's executor, built at its first task; jobs share a loaded base."""
         if job.name not in self._executors:
-            self._executors[job.name] = self._made(job, self._scratch / str(len(self._executors)))
+            self._executors[job.name] = self._make_executor(job, self._scratch / str(len(self._executors)))
         return self._executors[job.name]
 
-    def _made(self, job: Job, scratch: Path) -> Executor:
+    def _make_executor(self, job: Job, scratch: Path) -> Executor:
         from rightrank.executors.local import LocalExecutor
         from rightrank.executors.stored import StoredExecutor, StoreSync
         from rightrank.io.run_folder import RunFolder
@@ -141,7 +144,7 @@ class Worker:
         )
         if prepared.started.fingerprint != job.fingerprint:
             raise RunError(
-                f"a worker on {platform.node()} found another model or other data under {job.model} and {job.data}: "
+                f"a worker on {platform.node()} found a different model or different data at {job.model} and {job.data}: "
                 "give paths that lead to the same files on every machine"
             )
         folder = RunFolder(scratch / "run" if settings.store else job.folder)
@@ -149,19 +152,19 @@ class Worker:
 
         def on_event(event: RunEvent) -> None:
             if isinstance(event, TrialStarted):
-                self._tell(event)
+                self._send(event)
             elif isinstance(event, StepDone | Preparing):
                 self._step(event)
             if sync is not None and isinstance(event, StepDone):
-                sync.send_due()
+                sync.upload_due()
 
         executor = LocalExecutor(
             prepared.bench,
             folder,
             Observer(
                 on_event=on_event,
-                notice=lambda text: self._tell(Notice(text=text)),
-                should_stop=self._is_asked_to_stop,
+                notice=lambda text: self._send(Notice(text=text)),
+                should_stop=self._should_stop,
             ),
             prepared.planned.largest_pack if prepared.planned else None,
         )
@@ -169,13 +172,13 @@ class Worker:
 
     def _step(self, event: StepDone | Preparing) -> None:
         now = time.monotonic()
-        if now - self._told >= PROGRESS_SECONDS:
-            self._told = now
-            self._tell(Step(event=event))
+        if now - self._last_step >= STEP_SECONDS:
+            self._last_step = now
+            self._send(Step(event=event))
 
 
 def versions() -> dict[str, str]:
-    """What must be the same wherever a selection's trials run."""
+    """Versions that must be the same on every machine."""
     return {
         "rightrank": __version__,
         "python": platform.python_version(),
@@ -183,73 +186,73 @@ def versions() -> dict[str, str]:
     }
 
 
-def main(make: Maker = Worker) -> None:
-    """Commands from stdin, news to what was stdout; whatever else prints goes to stderr."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C is the driver's, which asks its workers to stop
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    news = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)
-    serve(sys.stdin, news, make)
-
-
-Maker: TypeAlias = Callable[[Callable[[WorkerMessage], None]], Worker]
+WorkerFactory: TypeAlias = Callable[[Callable[[WorkerMessage], None]], Worker]
 
 
 class Service:
-    """A worker with a thread of its own for its tasks; what carries the commands calls `say`."""
+    """A worker whose tasks run on the thread that calls `run`, while other threads call `receive`."""
 
-    def __init__(self, tell: Callable[[WorkerMessage], None], make: Maker = Worker) -> None:
-        self.worker = make(tell)
-        self._tell = tell
+    def __init__(self, send: Callable[[WorkerMessage], None], make_worker: WorkerFactory = Worker) -> None:
+        self.worker = make_worker(send)
+        self._send = send
         self._tasks: queue.SimpleQueue[Task | None] = queue.SimpleQueue()
 
-    def say(self, line: str | bytes) -> None:
-        """Take one command."""
+    def receive(self, line: str | bytes) -> None:
+        """Handle one command."""
         try:
             command = COMMAND.validate_json(line)
         except ValidationError:
-            self._tell(Refused(reason=f"{platform.node()}: {NOT_UNDERSTOOD}", exit_status=InputError.exit_status))
+            self._send(Refused(reason=f"{platform.node()}: {NOT_UNDERSTOOD}", exit_status=InputError.exit_status))
             return
         match command:
             case WorkerSetup() as setup:
-                self.worker.begin(setup)
+                self.worker.set_up(setup)
             case Stop():
                 self.worker.stop()
             case Task() as task:
                 self._tasks.put(task)
 
-    def leave(self) -> None:
-        """No more commands will come."""
+    def close(self) -> None:
+        """Stop the current task; `run` then returns."""
         self._tasks.put(None)
         self.worker.stop()
 
-    def work(self) -> None:
-        """Task after task, until told to leave."""
+    def run(self) -> None:
+        """Run tasks until `close`."""
         try:
             while (task := self._tasks.get()) is not None:
-                self.worker.work(task)
+                self.worker.run_task(task)
         finally:
             self.worker.close()
 
 
-def serve(commands: TextIO, news: TextIO, make: Maker = Worker) -> None:
-    """Until the commands end."""
+def serve(commands: TextIO, messages: TextIO, make_worker: WorkerFactory = Worker) -> None:
+    """Run a worker until the stream of commands ends."""
 
-    def tell(message: WorkerMessage) -> None:
+    def send(message: WorkerMessage) -> None:
         try:
-            news.write(message.model_dump_json() + "\n")
-            news.flush()
+            messages.write(message.model_dump_json() + "\n")
+            messages.flush()
         except BrokenPipeError:
-            service.worker.stop()  # nobody listens any more
+            service.worker.stop()  # the driver has ended
 
-    def listen() -> None:
+    def read_commands() -> None:
         for line in commands:
-            service.say(line)
-        service.leave()
+            service.receive(line)
+        service.close()
 
-    service = Service(tell, make)
-    threading.Thread(target=listen, daemon=True).start()
-    service.work()
+    service = Service(send, make_worker)
+    threading.Thread(target=read_commands, daemon=True).start()
+    service.run()
+
+
+def main(make_worker: WorkerFactory = Worker) -> None:
+    """Serve on stdin and stdout; whatever else prints goes to stderr."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the driver, which then stops its workers
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    messages = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    serve(sys.stdin, messages, make_worker)
 
 
 if __name__ == "__main__":

@@ -22,8 +22,15 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from rightrank.errors import DeviceMemoryError, MissingExtraError, ModelError, SettingsError, is_out_of_memory
-from rightrank.io.reading import UnreadableError, kind_of, read_json_object
+from rightrank.errors import (
+    DeviceMemoryError,
+    MissingExtraError,
+    ModelError,
+    SettingsError,
+    first_line,
+    is_out_of_memory,
+)
+from rightrank.io.reading import LIBRARY_ERRORS, UnreadableError, kind_of, read_json_object
 from rightrank.io.weights import safe_shards
 from rightrank.settings import DtypeName
 
@@ -32,11 +39,8 @@ DTYPES: dict[DtypeName, torch.dtype] = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
-# What transformers raises, by model, for files that it does not know, can't read or can't build from.
-LOADING_ERRORS = (
-    OSError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError, RuntimeError, AssertionError,
-    ImportError, SafetensorError, StrictDataclassError,
-)  # fmt: skip
+# What transformers raises, depending on the model, for files that it does not know, can't read or can't build from.
+LOADING_ERRORS = (*LIBRARY_ERRORS, ImportError, SafetensorError, StrictDataclassError)
 _FINGERPRINT_BYTES = 2**20  # of each weight file's beginning and end, beside its size
 
 
@@ -267,11 +271,6 @@ def parameter_fingerprint(model: Any) -> str:
         digest.update(f"{name} {tuple(parameter.shape)}".encode())
         digest.update(values.numpy().tobytes())
     return digest.hexdigest()
-
-
-def first_line(error: BaseException) -> str:
-    """The first non-empty line of an error's message."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def quiet_third_parties() -> None:

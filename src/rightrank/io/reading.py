@@ -10,6 +10,10 @@ from typing import Any, Literal
 import yaml
 
 MAX_TEXT_BYTES = 64 * 2**20  # bytes of a file that is read whole
+# What libraries raise, beside errors of their own, for damaged or unknown files.
+LIBRARY_ERRORS = (
+    OSError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError, RuntimeError, AssertionError,
+)  # fmt: skip
 
 
 class UnreadableError(ValueError):

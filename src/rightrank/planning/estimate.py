@@ -15,8 +15,7 @@ from typing import Any
 import torch
 
 from rightrank.engine.prefix import prefix_depth
-from rightrank.errors import ModelError, MultiLoraError, SettingsError
-from rightrank.io.models import first_line
+from rightrank.errors import ModelError, MultiLoraError, SettingsError, first_line
 from rightrank.maths.counts import safetensors_bytes
 from rightrank.planning.formula import formula_highest
 from rightrank.planning.optimizer import OptimizerMemory, optimizer_memory

@@ -21,8 +21,8 @@ from peft.utils import get_peft_model_state_dict
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from rightrank.engine.targets import ALL_LINEAR, all_linear_names, require_layers, require_names
-from rightrank.errors import ModelError
-from rightrank.io.models import DTYPES, LOADING_ERRORS, find_model, first_line, quiet_third_parties
+from rightrank.errors import ModelError, first_line
+from rightrank.io.models import DTYPES, LOADING_ERRORS, find_model, quiet_third_parties
 from rightrank.planning.quantised import quantise
 from rightrank.settings import PlanSettings
 

@@ -20,10 +20,10 @@ from rightrank.engine.optimizer import learning_rate_schedule
 from rightrank.engine.runtime import Runtime
 from rightrank.engine.steps import OptimizerSteps
 from rightrank.engine.targets import without_peft_noise
-from rightrank.errors import ModelError, RunError, SettingsError
+from rightrank.errors import ModelError, RunError, SettingsError, first_line
 from rightrank.io.adapter_folder import AdapterFolder
 from rightrank.io.data import load_data
-from rightrank.io.models import first_line, load_model
+from rightrank.io.models import load_model
 from rightrank.records import TrialFinished
 from rightrank.settings import SelectSettings
 

@@ -1,65 +1,138 @@
-"""A local MLflow file store: mlruns/EXPERIMENT/RUN with params, metrics and tags as small files."""
+"""MLflow tracking stores, a folder or a SQLite file, read by MLflow (extra `mlflow`).
+
+MLflow writes to every store that it opens, so it opens a copy without the artifacts.
+"""
 
 from __future__ import annotations
 
-import re
+import math
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
 
-from rightrank.errors import ResultsError
+from rightrank.errors import MissingExtraError, ResultsError, first_line
 from rightrank.io.importers.example_series import split_examples
-from rightrank.io.reading import UnreadableError, read_text
+from rightrank.io.reading import LIBRARY_ERRORS
 from rightrank.io.rows import Row
 
-MAX_DEPTH = 3
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Run
+
+META = "meta.yaml"
+EMPTIED = ("artifacts", "datasets", "inputs", "models", "outputs", "traces")
+PAGE = 1000  # runs per request
+# A file store raises an error without the first. Reading results must not send usage data.
+ENVIRONMENT = {"MLFLOW_ALLOW_FILE_STORE": "true", "MLFLOW_DISABLE_TELEMETRY": "true"}
 
 
 def recognizes(source: Path) -> bool:
-    return source.is_dir() and bool(_run_folders(source))
+    return source.is_dir() and bool(_experiments(source))
 
 
 def rows(source: Path) -> list[Row]:
-    """One row for each step at which a run logged metrics, and for each item that it scored alone.
+    """Rows of a file store (`mlruns`) or of one experiment's folder in it.
 
     Raises:
-        ResultsError: no run has a metric, or a metric's file has a line that can't be read.
+        MissingExtraError: MLflow is not installed.
+        ResultsError: MLflow can't read the store, or no run has a metric.
     """
-    found: list[Row] = []
-    for run in _run_folders(source):
-        parameters = {path.name: _text(path) for path in sorted((run / "params").iterdir()) if path.is_file()}
-        steps, items = split_examples(_by_step(run / "metrics"))
-        for step, metrics in steps.items():
-            fields = {"params": parameters, "metrics": metrics, "step": step, "trial": run.name}
-            found.append(Row(fields, f"{run}: step {step}"))
-        for item in items:
-            fields = {"params": parameters, "metrics": item.values, "trial": run.name, **item.place}
-            found.append(Row(fields, f"{run}: item {item.number}"))
+    with TemporaryDirectory(prefix="rightrank-") as folder:
+        copy = Path(folder) / "mlruns"
+        try:
+            for experiment in _experiments(source):
+                shutil.copytree(experiment, copy / experiment.name, ignore=_artifacts)
+        except OSError as error:
+            raise ResultsError(f"{source}: can't read it ({first_line(error)}); restore the store") from None
+        return _rows(source, copy.as_uri())
+
+
+def database_rows(source: Path) -> list[Row]:
+    """Rows of a SQLite store.
+
+    Raises:
+        MissingExtraError, ResultsError: as `rows`.
+    """
+    with TemporaryDirectory(prefix="rightrank-") as folder:
+        return _rows(source, f"sqlite:///{shutil.copy(source, folder)}")
+
+
+def _experiments(source: Path) -> list[Path]:
+    """The experiments' folders in a store; the folder itself where it is an experiment's."""
+    for depth in ("*", "*/*"):
+        runs = [path.parent for path in source.glob(f"{depth}/{META}") if (path.parent / "metrics").is_dir()]
+        if runs:
+            return sorted({run.parent for run in runs})
+    return []
+
+
+def _artifacts(folder: str, names: list[str]) -> list[str]:
+    """Leave the folders of artifacts empty in the copy; MLflow requires that they exist."""
+    path = Path(folder)
+    return names if path.name in EMPTIED and (path.parent / META).is_file() else []
+
+
+def _rows(source: Path, uri: str) -> list[Row]:
+    """One row for each step at which a run logged metrics, and for each example that it scored."""
+    with _environment(ENVIRONMENT):
+        try:
+            from mlflow import MlflowClient
+            from mlflow.exceptions import MlflowException
+            from sqlalchemy.exc import SQLAlchemyError
+        except ImportError:
+            raise MissingExtraError(
+                f"{source}: reading an MLflow store needs an extra: pip install 'rightrank[mlflow]'"
+            ) from None
+        try:
+            client = MlflowClient(tracking_uri=uri)
+            found = [row for run in _runs(client) for row in _run_rows(source, client, run)]
+        except (MlflowException, SQLAlchemyError, *LIBRARY_ERRORS) as error:
+            raise ResultsError(f"{source}: MLflow can't read it ({first_line(error)})") from None
     if not found:
         raise ResultsError(f"{source}: no run of the store has a metric; log one, such as eval_loss")
     return found
 
 
-def _run_folders(source: Path) -> list[Path]:
-    patterns = ("/".join(["*"] * depth + ["meta.yaml"]) for depth in range(MAX_DEPTH))
-    folders = (path.parent for pattern in patterns for path in source.glob(pattern))
-    return sorted(folder for folder in folders if (folder / "params").is_dir() and (folder / "metrics").is_dir())
+def _runs(client: MlflowClient) -> Iterator[Run]:
+    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+    token = None
+    while experiments:
+        page = client.search_runs(
+            experiments, max_results=PAGE, order_by=["attributes.start_time ASC"], page_token=token
+        )
+        yield from page
+        token = page.token
+        if not token:
+            return
 
 
-def _by_step(folder: Path) -> dict[int, dict[str, Any]]:
-    """Step → metric → value. A file's lines are `timestamp value step`; a metric's name may hold slashes."""
-    steps: dict[int, dict[str, Any]] = {}
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        name = path.relative_to(folder).as_posix()
-        for number, line in enumerate(_text(path).splitlines(), start=1):
-            parts = line.split()
-            if len(parts) < 3 or not re.fullmatch(r"\d{1,18}", parts[2], re.ASCII):
-                raise ResultsError(f"{path}:{number}: got {line!r}; MLflow writes `timestamp value step`")
-            steps.setdefault(int(parts[2]), {})[name] = parts[1]
-    return steps
+def _run_rows(source: Path, client: MlflowClient, run: Run) -> Iterator[Row]:
+    run_id = run.info.run_id
+    steps: dict[int, dict[str, float]] = {}
+    for name in run.data.metrics:
+        for point in client.get_metric_history(run_id, name):
+            if not math.isnan(point.value):
+                steps.setdefault(point.step, {})[name] = point.value
+    shared = {"params": run.data.params, "trial": run_id, "status": run.info.status}
+    plain, examples = split_examples(steps)
+    for step, metrics in plain.items():
+        yield Row({**shared, "metrics": metrics, "step": step}, f"{source}: run {run_id}, step {step}")
+    for example in examples:
+        fields = {**shared, "metrics": example.values, **example.place}
+        yield Row(fields, f"{source}: run {run_id}, example {example.number}")
 
 
-def _text(path: Path) -> str:
+@contextmanager
+def _environment(values: Mapping[str, str]) -> Iterator[None]:
+    """Set environment variables that the user has not set, for the duration of the block."""
+    added = {name: value for name, value in values.items() if name not in os.environ}
+    os.environ.update(added)
     try:
-        return read_text(path)
-    except UnreadableError as error:
-        raise ResultsError(f"{path}: can't read it ({error}); restore the file, or leave its run out") from None
+        yield
+    finally:
+        for name in added:
+            os.environ.pop(name, None)
