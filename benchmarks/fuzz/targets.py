@@ -62,7 +62,7 @@ def read_data(data: bytes, folder: Path) -> None:
     suffix, body = _file_type(data)
     path = folder / f"data{suffix}"
     path.write_bytes(body)
-    settings = make_settings({"batch_size": 1, "test_fraction": 0.3, "selection_fraction": 0.3, "seq_len": 64})
+    settings = make_settings({"batch_size": 1, "test_fraction": 0.3, "validation_fraction": 0.3, "seq_len": 64})
     splits = load_data(path, settings)
     encode(splits, SimpleNamespace(tokenizer=_tokenizer()), settings)  # type: ignore[arg-type]
 

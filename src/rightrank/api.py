@@ -18,6 +18,7 @@ from rightrank.records.probe import Allocation, AllocationTrial, Inspection, Res
 from rightrank.returns import Decided, Selected
 from rightrank.settings import PlanSettings, SelectKeywords, SelectSettings, make_plan_settings, make_settings
 from rightrank.settings.resize import ResizeOptions, ResizeRule
+from rightrank.settings.select import renamed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -98,7 +99,7 @@ def select_rank(
     from rightrank.io.run_folder import RunFolder
 
     given = settings.model_dump(include=settings.model_fields_set) if settings is not None else {}
-    settings = make_settings(given | keywords)
+    settings = make_settings(given | renamed(keywords))
     folder = RunFolder(Path(out))
     with folder.locked(), report_disk_errors(folder.path):
         # These imports bring torch, so they follow the lock: a folder that can't be used is refused at once.

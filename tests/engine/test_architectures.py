@@ -35,7 +35,7 @@ def test_losses_are_pefts_and_packs_equal_alone(
     assert multi_lora_obstacle(runtime, arms) is None
     together = run(runtime, arms, tmp_path / "together", 2)
     for one, other in zip(together, alone, strict=True):
-        assert one.pack_size == 2
+        assert one.adapters_per_pass == 2
         assert one.train_losses == pytest.approx(other.train_losses, rel=1e-5)
         assert one.item_losses == pytest.approx(other.item_losses, rel=1e-4)
 
@@ -56,4 +56,4 @@ def test_a_layer_that_mixes_arms_is_found_and_said(completion_file: Path, tmp_pa
     obstacle = multi_lora_obstacle(runtime, arms)
     assert obstacle is not None
     assert re.fullmatch(r"a layer sees \d+ rows that can't be told apart by arm", obstacle)
-    assert run(runtime, arms, tmp_path, 1)[0].pack_size == 1
+    assert run(runtime, arms, tmp_path, 1)[0].adapters_per_pass == 1

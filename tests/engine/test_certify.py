@@ -24,7 +24,7 @@ def certified(run: Path) -> Certified:
 
 
 def test_a_packed_selection_certifies_an_arm(model_folder: Path, completion_file: Path, tmp_path: Path) -> None:
-    settings = small_settings(pack_size=2, max_steps=4)
+    settings = small_settings(adapters_per_pass=2, max_steps=4)
     select_rank(str(model_folder), completion_file, tmp_path / "run", settings=settings)
     assert "certified" not in (tmp_path / "run" / "journal.jsonl").read_text()
     # A finished run can be certified afterwards: it is the same run.
@@ -33,7 +33,7 @@ def test_a_packed_selection_certifies_an_arm(model_folder: Path, completion_file
     )
     certificate = certified(tmp_path / "run")
     assert certificate.passed is True
-    assert certificate.pack_size == 2
+    assert certificate.adapters_per_pass == 2
     assert certificate.steps == 4
     assert max(certificate.loss_difference, certificate.adapter_difference) < 1e-3
     assert certificate.sentence().startswith(
@@ -58,7 +58,7 @@ def test_an_arm_that_was_not_the_same_is_told(model_folder: Path, completion_fil
 def test_bfloat16_is_held_against_the_difference_of_seeds(
     model_folder: Path, completion_file: Path, tmp_path: Path
 ) -> None:
-    settings = small_settings(pack_size=4, max_steps=6, dtype="bfloat16", certify=True, seeds=(0, 1))
+    settings = small_settings(adapters_per_pass=4, max_steps=6, dtype="bfloat16", certify=True, seeds=(0, 1))
     select_rank(str(model_folder), completion_file, tmp_path / "run", settings=settings)
     certificate = certified(tmp_path / "run")
     assert not certificate.exact

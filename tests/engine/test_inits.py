@@ -106,7 +106,7 @@ def test_an_arm_of_its_own_init_shares_a_pass(model_folder: Path, completion_fil
     outcomes = {o.trial_id: o for o in train_trials(runtime, trials, None, folders, Observer(), 2)}
     together = outcomes["t1"]
     assert isinstance(together, TrialFinished)
-    assert together.pack_size == 2
+    assert together.adapters_per_pass == 2
     alone, _, _ = train_ours(runtime, arms[1], tmp_path / "alone")
     assert together.value == pytest.approx(alone.value, rel=1e-4)
 

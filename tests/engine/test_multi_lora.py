@@ -132,7 +132,7 @@ def test_packs_equal_alone_whatever_the_settings(
     ours = run(runtime, arms, tmp_path / "together", 4)
     for trial_id, outcome in ours.items():
         assert isinstance(outcome, TrialFinished)
-        assert outcome.pack_size == 4
+        assert outcome.adapters_per_pass == 4
         assert_same(outcome, theirs[trial_id], tmp_path / "together", tmp_path / "alone")
 
 

@@ -59,7 +59,7 @@ def test_a_pack_over_four_bits_equals_alone(completion_file: Path, tmp_path: Pat
     alone, together = run(runtime, ARMS, tmp_path / "alone", 1), run(runtime, ARMS, tmp_path / "together", 2)
     assert alone[0].train_losses == pytest.approx(plain_losses(runtime, ARMS[0]), rel=1e-4)
     for one, other in zip(together, alone, strict=True):
-        assert one.pack_size == 2
+        assert one.adapters_per_pass == 2
         assert one.train_losses == pytest.approx(other.train_losses, rel=1e-5)
 
 

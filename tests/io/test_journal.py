@@ -16,7 +16,7 @@ from rightrank.errors import RunFolderError
 from rightrank.io import files
 from rightrank.io.journal import Journal, Repaired
 from rightrank.io.journal_lines import Damage, read_line, seal, sealed, split_torn
-from rightrank.records import Arm, DataSummary, JournalRecord, RunStarted, TrialFailed, TrialStarted
+from rightrank.records import SCHEMA_VERSION, Arm, DataSummary, JournalRecord, RunStarted, TrialFailed, TrialStarted
 
 ARM = Arm(rank=4, learning_rate=1e-3, lora_alpha=32.0, seed=0, steps=10)
 
@@ -53,7 +53,7 @@ def test_each_line_is_json_that_a_person_and_any_tool_can_read(tmp_path: Path) -
     lines = write_all(tmp_path / "journal.jsonl").path.read_text(encoding="utf-8").splitlines()
     read = [json.loads(line) for line in lines]
     assert [line["type"] for line in read] == ["run_started", "trial_started", "trial_failed"]
-    assert {line["schema_version"] for line in read} == {2}
+    assert {line["schema_version"] for line in read} == {SCHEMA_VERSION}
     for line, text in zip(read, lines, strict=True):
         assert text[: line["len"]].endswith(f'"trial_id":"{"0" * 12}"') or line["type"] != "trial_started"
         assert len(line["crc"]) == 8
@@ -147,8 +147,8 @@ def test_a_line_that_lost_its_seal_is_not_taken_for_an_old_one(tmp_path: Path) -
 
 def test_a_later_schema_is_refused_with_both_numbers(tmp_path: Path) -> None:
     journal = Journal(tmp_path / "journal.jsonl")
-    journal.append(records()[1].model_copy(update={"schema_version": 3}))
-    with pytest.raises(RunFolderError, match="1: schema 3, and this version reads up to 2: update rightrank"):
+    journal.append(records()[1].model_copy(update={"schema_version": SCHEMA_VERSION + 1}))
+    with pytest.raises(RunFolderError, match="1: schema 4, and this version reads up to 3: update rightrank"):
         journal.read()
 
 
@@ -167,10 +167,10 @@ WHOLE = seal(BODY + b"}")
         (b"", "damaged: it has no length and checksum at its end"),
         (b'{"schema_version":2}', "damaged: it has no length and checksum at its end"),
         (b'{"schema_version":1,"text":"schema_version":2}', "damaged: it has no length and checksum at its end"),
-        (b'{"schema_version":1}', "not a record of schema 2 or before (Unable to extract tag"),
-        (seal(b'{"type":"nonsense"}'), "not a record of schema 2 or before (Input tag 'nonsense' found"),
-        (seal(b'{"type":"trial_started"}'), "not a record of schema 2 or before (Field required)"),
-        (seal(BODY.replace(b'sion":2', b'sion":12') + b"}"), "schema 12, and this version reads up to 2: update"),
+        (b'{"schema_version":1}', "not a record of schema 3 or before (Unable to extract tag"),
+        (seal(b'{"type":"nonsense"}'), "not a record of schema 3 or before (Input tag 'nonsense' found"),
+        (seal(b'{"type":"trial_started"}'), "not a record of schema 3 or before (Field required)"),
+        (seal(BODY.replace(b'sion":3', b'sion":12') + b"}"), "schema 12, and this version reads up to 3: update"),
     ],
 )
 def test_a_line_that_is_no_record_says_why(line: bytes, reason: str) -> None:

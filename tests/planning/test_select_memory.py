@@ -60,7 +60,7 @@ def test_the_plan_counts_what_one_of_several_devices_takes() -> None:
 
 
 def test_the_plan_says_how_many_arms_fit_together() -> None:
-    settings = small_settings(ranks=(1, 8), pack_size=6)
+    settings = small_settings(ranks=(1, 8), adapters_per_pass=6)
     config = tiny_llama_config(400)
     assert plan_selection(config, settings, 32, "cpu").largest_pack is None
     alone = plan_selection(config, settings.model_copy(update={"memory_bytes": 2**40}), 32, "cpu")
@@ -91,10 +91,19 @@ def test_a_pack_that_does_not_fit_is_made_smaller_and_said(
     settings = small_settings(ranks=(1, 4), eval_items=6, seq_len=16)
     need = plan_selection(tiny_llama_config(400), settings, 16, "cpu").needed_bytes[4]
     out = tmp_path / "run"
-    memory = ("--ranks", "1,4", "--memory", f"{need / 2**20 + 0.01:.3f}MiB", "--pack-size", "2", "--seq-len", "16")
+    memory = (
+        "--ranks",
+        "1,4",
+        "--memory",
+        f"{need / 2**20 + 0.01:.3f}MiB",
+        "--adapters-per-pass",
+        "2",
+        "--seq-len",
+        "16",
+    )
     assert command(model_folder, completion_file, out, *memory) == 0
     trials = [record for record in Journal(out / "journal.jsonl").read() if isinstance(record, TrialFinished)]
-    assert [trial.pack_size for trial in trials if trial.rank > 0] == [1, 1]
+    assert [trial.adapters_per_pass for trial in trials if trial.rank > 0] == [1, 1]
 
 
 def test_ranks_that_do_not_fit_are_left_out() -> None:
@@ -146,11 +155,11 @@ def test_packs_and_classifications_have_their_prediction(
     model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = write_jsonl(tmp_path / "d.jsonl", [{"text": t, "label": "ab"[len(t) % 2]} for t in sentences(120)])
-    assert command(model_folder, data, tmp_path / "run", "--ranks", "1,4", "--pack-size", "2") == 0
+    assert command(model_folder, data, tmp_path / "run", "--ranks", "1,4", "--adapters-per-pass", "2") == 0
     capsys.readouterr()
     trials = [r for r in Journal(tmp_path / "run" / "journal.jsonl").read() if isinstance(r, TrialFinished)]
     packed = [trial for trial in trials if trial.rank > 0]
-    assert [trial.pack_size for trial in packed] == [2, 2]
+    assert [trial.adapters_per_pass for trial in packed] == [2, 2]
     pack, alone = packed[0].predicted_peak_bytes, _alone()
     assert pack is not None
     assert alone < pack

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,16 +21,44 @@ def comma_list(value: str) -> list[str]:
 
 
 def gather(config_file: Path | None, assignments: tuple[str, ...], options: dict[str, Any]) -> dict[str, Any]:
-    """Settings from the config file, then `--set`, then named options: the later wins."""
-    from rightrank.io.config import read_config
+    """Settings from the config file, then `--set`, then named options: the later wins.
 
-    values: dict[str, Any] = read_config(config_file) if config_file is not None else {}
-    for assignment in assignments:
-        name, equals, value = assignment.partition("=")
-        if not equals:
-            raise SettingsError(f"--set {assignment!r}: give NAME=VALUE, such as lora_dropout=0.05")
-        values[name.strip().replace("-", "_")] = comma_list(value) if "," in value else value
-    return values | {name: value for name, value in options.items() if value is not None and value != ()}
+    A setting under an earlier name is read, with one notice on stderr.
+    """
+    from rightrank.io.config import read_config
+    from rightrank.settings.migration import current_names
+
+    sources = [
+        read_config(config_file) if config_file is not None else {},
+        dict(_assigned(assignment) for assignment in assignments),
+        {name: value for name, value in options.items() if value is not None and value != ()},
+    ]
+    values: dict[str, Any] = {}
+    notices: dict[str, None] = {}
+    for source in sources:
+        found, renamed = current_names(source)
+        values |= found
+        notices |= dict.fromkeys(renamed)
+    for notice in notices:
+        print_notice(notice)
+    return values
+
+
+def print_notice(text: str) -> None:
+    """One line on stderr, as a JSON event where the command logs JSON."""
+    if click.get_current_context().params.get("log_json"):
+        from rightrank.report.event_log import JsonLog
+
+        JsonLog(sys.stderr).notice(text)
+    else:
+        click.echo(f"note: {text}", err=True)
+
+
+def _assigned(assignment: str) -> tuple[str, Any]:
+    name, equals, value = assignment.partition("=")
+    if not equals:
+        raise SettingsError(f"--set {assignment!r}: give NAME=VALUE, such as lora_dropout=0.05")
+    return name.strip().replace("-", "_"), comma_list(value) if "," in value else value
 
 
 def whole_numbers(values: Sequence[str] | None, option: str) -> list[int] | None:

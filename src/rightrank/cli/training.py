@@ -48,7 +48,10 @@ SELECT_OPTIONS = [
     click.option("--dtype", help="float32 (default), bfloat16 or float16."),
     click.option("--device", help="auto (default), cpu, cuda, cuda:1 or mps."),
     click.option("--memory", "memory_bytes", help="Memory budget, such as 24GiB; ranks that need more are left out."),
-    click.option("--pack-size", type=int, help="Trainings that share the model's passes (default: as many as pay)."),
+    click.option(
+        "--adapters-per-pass", type=int, help="Adapters trained in one pass of the model (default: as many as pay)."
+    ),
+    click.option("--pack-size", type=int, hidden=True),  # the earlier name of --adapters-per-pass
     click.option("--certify", is_flag=True, default=None, help="Train one arm again alone and compare."),
     click.option("--executor", help="Where trainings run: local (default), processes or ray; docs/how-to/clusters.md."),
     click.option(

@@ -22,12 +22,14 @@ CHECK_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-
 TIMED_STEPS = 2
 
 
-def pack_size(runtime: Runtime, arms: Sequence[Arm], notice: Callable[[str], None], most: int | None = None) -> int:
+def adapters_per_pass_for(
+    runtime: Runtime, arms: Sequence[Arm], notice: Callable[[str], None], most: int | None = None
+) -> int:
     """The number of arms to train together; `notice` is told when it is fewer than asked for and why.
 
     `most` is what the plan says of memory; None where it says nothing.
     """
-    asked = runtime.settings.pack_size
+    asked = runtime.settings.adapters_per_pass
     on_cpu = runtime.loaded.device.type == "cpu"
     if asked == 1 or len(arms) < 2 or (asked is None and on_cpu):
         return 1
@@ -38,7 +40,7 @@ def pack_size(runtime: Runtime, arms: Sequence[Arm], notice: Callable[[str], Non
     if asked is None:
         return fastest_count(runtime, arms, MAX_ADAPTERS_PER_PASS if most is None else most)
     if most is not None and most < asked:
-        notice(f"pack_size {asked} needs more memory than there is, by the plan: going on with {most}")
+        notice(f"adapters_per_pass {asked} needs more memory than there is, by the plan: going on with {most}")
         return most
     return asked
 

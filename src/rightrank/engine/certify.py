@@ -56,7 +56,7 @@ def certify(
     return Certified(
         trial_id=trial.trial_id,
         rank=trial.rank,
-        pack_size=trial.pack_size,
+        adapters_per_pass=trial.adapters_per_pass,
         steps=len(trial.train_losses),
         first_step_difference=step,
         loss_difference=run,

@@ -62,7 +62,7 @@ def finished(
     seen: Seen,
     parameters: int,
     peak_bytes: int,
-    pack_size: int,
+    adapters_per_pass: int,
 ) -> TrialFinished:
     scores, measured = seen.scores, seen.measured or Measured()
     value, value_metric = seen.value(runtime.settings.metric_name)
@@ -86,6 +86,6 @@ def finished(
         eval_seconds=progress.eval_seconds,
         answer_seconds=progress.answer_seconds,
         peak_bytes=peak_bytes,
-        pack_size=pack_size,
+        adapters_per_pass=adapters_per_pass,
         train_losses=progress.train_losses,
     )

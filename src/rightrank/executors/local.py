@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from rightrank.engine.adapters_per_pass import pack_size
+from rightrank.engine.adapters_per_pass import adapters_per_pass_for
 from rightrank.engine.arm_training import TrialFolders
 from rightrank.engine.distributed import broadcast
 from rightrank.engine.runtime import Runtime
@@ -41,7 +41,7 @@ class LocalExecutor:
             self._prepared = True
         arms = [trial.arm for trial in trained]
         # Processes that share an arm must agree: all use the number that process 0 has measured.
-        size = broadcast(0, pack_size(self._bench, arms, self._observer.notice, self._largest_pack))
+        size = broadcast(0, adapters_per_pass_for(self._bench, arms, self._observer.notice, self._largest_pack))
         yield from train_trials(self._bench, trained, base_loss, self._folders, self._observer, size)
 
     def _folders(self, trial: Trial) -> TrialFolders:

@@ -103,7 +103,7 @@ def _crew(settings: SelectSettings, setup: WorkerSetup, folder: Path, needs: Wor
 
 
 def _task_trials(settings: SelectSettings, needs: WorkerNeeds) -> int:
-    return settings.pack_size or (MAX_TASK_TRIALS if needs.on_cuda else 1)
+    return settings.adapters_per_pass or (MAX_TASK_TRIALS if needs.on_cuda else 1)
 
 
 @contextmanager

@@ -197,14 +197,14 @@ def _made_split(row: Row, example: Example, settings: SelectSettings) -> SplitNa
     share = _unit_interval(example.item_id if group is None else f"group:{group}")
     if share < settings.test_fraction:
         return "test"
-    return "selection" if share < settings.test_fraction + settings.selection_fraction else "train"
+    return "selection" if share < settings.test_fraction + settings.validation_fraction else "train"
 
 
 def _taken_from_train(rows: RowsBySplit, example: Example, settings: SelectSettings) -> SplitName:
     """The split of a given training example: train, or a held-out one that was not given, by hash."""
     if "test" not in rows and _unit_interval(f"test:{example.item_id}") < settings.test_fraction:
         return "test"
-    if "selection" not in rows and _unit_interval(f"selection:{example.item_id}") < settings.selection_fraction:
+    if "selection" not in rows and _unit_interval(f"selection:{example.item_id}") < settings.validation_fraction:
         return "selection"
     return "train"
 

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 
 from pydantic import ValidationError
 
-from rightrank.records import JOURNAL_RECORD, SCHEMA_VERSION, JournalRecord
+from rightrank.records import JOURNAL_RECORD, SCHEMA_VERSION, JournalRecord, RunStarted
+from rightrank.settings.migration import migrated
 
 _SEAL = re.compile(rb',"len":(0|[1-9][0-9]*),"crc":"([0-9a-f]{8})"\}\Z')
 _VERSION = re.compile(rb'"schema_version":([0-9]+)')
@@ -75,4 +76,10 @@ def _parsed(text: bytes) -> JournalRecord | Damage:
         return Damage(
             f"schema {record.schema_version}, and this version reads up to {SCHEMA_VERSION}: update rightrank"
         )
-    return record
+    return _under_todays_names(record)
+
+
+def _under_todays_names(record: JournalRecord) -> JournalRecord:
+    if not isinstance(record, RunStarted) or record.schema_version == SCHEMA_VERSION:
+        return record
+    return record.model_copy(update={"settings": migrated(record.settings, record.schema_version)})

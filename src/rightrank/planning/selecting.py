@@ -128,11 +128,13 @@ def plan_selection(
         raise SettingsError(_refusal(estimator, needs, memory or 0))
     packs = (
         memory is not None
-        and settings.pack_size != 1
-        and (plan_settings.device == "cuda" or settings.pack_size is not None)
+        and settings.adapters_per_pass != 1
+        and (plan_settings.device == "cuda" or settings.adapters_per_pass is not None)
     )
     largest = (
-        _largest_pack(estimator, held[max(fitting)], settings.pack_size or MAX_ADAPTERS_PER_PASS) if packs else None
+        _largest_pack(estimator, held[max(fitting)], settings.adapters_per_pass or MAX_ADAPTERS_PER_PASS)
+        if packs
+        else None
     )
     return SelectionPlan(estimator, found, peaks, needs, memory, fitting, largest)
 

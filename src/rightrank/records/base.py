@@ -8,7 +8,8 @@ from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
-SCHEMA_VERSION = 2  # of the journal: 2 closes each line with its length and checksum
+# Of the journal: 2 closes each line with its length and checksum, 3 renames pack_size and selection_fraction.
+SCHEMA_VERSION = 3
 IDENTITY_VERSION = 1  # of what a trial id is a hash of: a change gives every trial another id
 
 # Whole numbers that a float holds exactly: a larger one in a file is damage, and would break what computes with it.

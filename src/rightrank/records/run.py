@@ -8,7 +8,7 @@ from pydantic import Field, JsonValue, TypeAdapter, field_validator
 
 from rightrank.records.base import MAX_WHOLE, SCHEMA_VERSION, Record, Whole
 from rightrank.records.decision import Decision
-from rightrank.records.trials import TrialDiverged, TrialFailed, TrialFinished, TrialStarted
+from rightrank.records.trials import ADAPTERS_PER_PASS, TrialDiverged, TrialFailed, TrialFinished, TrialStarted
 
 
 class SplitSummary(Record):
@@ -94,7 +94,7 @@ class Certified(Record):
     schema_version: Whole = SCHEMA_VERSION
     trial_id: str
     rank: Whole
-    pack_size: Whole
+    adapters_per_pass: Whole = Field(validation_alias=ADAPTERS_PER_PASS)
     steps: Whole
     first_step_difference: float  # of the training loss
     loss_difference: float  # of the training loss, the largest over all steps
@@ -106,7 +106,7 @@ class Certified(Record):
 
     def sentence(self) -> str:
         """For a person."""
-        where = f"in a pack of {self.pack_size}" if self.pack_size > 1 else "alone"
+        where = f"in a pack of {self.adapters_per_pass}" if self.adapters_per_pass > 1 else "alone"
         yardstick = "" if self.seed_difference is None else f" (two seeds differ by {self.seed_difference:.2g})"
         verdict = {True: "the same", False: "NOT the same", None: "no second seed to compare with"}[self.passed]
         return (

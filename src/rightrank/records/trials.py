@@ -8,9 +8,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal, TypeAlias
 
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import AliasChoices, ConfigDict, Field, model_validator
 
 from rightrank.records.base import IDENTITY_VERSION, SCHEMA_VERSION, Record, Whole, content_hash
+
+# `pack_size` until schema 2
+ADAPTERS_PER_PASS = AliasChoices("adapters_per_pass", "pack_size")
 
 
 class ArmFields(Record):
@@ -132,7 +135,9 @@ class TrialFinished(ArmFields):
     answer_seconds: float = 0.0  # of them: what the model's answers at the end took, with their scoring
     peak_bytes: Whole  # allocated on the device; on the CPU, the growth of the process's resident memory
     predicted_peak_bytes: Whole | None = None  # allocated by tensors, as planned before the start; None: not planned
-    pack_size: Whole = 1  # arms that shared the passes, and the peak; the seconds are this arm's even share
+    adapters_per_pass: Whole = Field(
+        default=1, validation_alias=ADAPTERS_PER_PASS
+    )  # arms that shared the passes, and the peak; the seconds are this arm's even share
     train_losses: list[float] = Field(default_factory=list)  # nats a label, one for each step
 
     @model_validator(mode="after")

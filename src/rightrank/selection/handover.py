@@ -70,7 +70,9 @@ def certify_selection(selection: Selection, bench: Runtime, decision: Decision, 
     chosen = best_trial(records, decision, decision.fallback_rank)
     whole = [trial for trial in records.finished() if trial.rank > 0 and trial.stop_at is None]
     candidates = [trial for trial in whole if trial.truncate_from is None]
-    trial = chosen if chosen in candidates else max(candidates, key=lambda trial: (trial.pack_size, trial.steps))
+    trial = (
+        chosen if chosen in candidates else max(candidates, key=lambda trial: (trial.adapters_per_pass, trial.steps))
+    )
     scratch = folder.cache / "certify"
     adapter = folder.finished_adapter(trial.trial_id)
     certificate = certify(bench, trial, adapter, scratch, observer, seed_difference(candidates))

@@ -197,9 +197,9 @@ class Selection:
         ranks = self._company.pop(outcome.trial_id, [outcome.rank])
         if outcome.rank == 0 or outcome.arm.steps == 0 or isinstance(outcome, TrialDiverged):
             return outcome
-        if isinstance(outcome, TrialFailed) or outcome.pack_size == 1:
+        if isinstance(outcome, TrialFailed) or outcome.adapters_per_pass == 1:
             ranks = [outcome.rank]
-        elif outcome.pack_size != len(ranks):
+        elif outcome.adapters_per_pass != len(ranks):
             return outcome  # some of those that began were set aside, or ran elsewhere
         predicted = self._options.peak_of(ranks)
         if predicted is None:

@@ -24,6 +24,7 @@ from rightrank.selection.finalize import finish
 from rightrank.selection.select import run_selection
 from rightrank.selection.start import PreparedSelection, prepare_selection
 from rightrank.settings import SelectSettings, make_settings
+from rightrank.settings.migration import current_names
 
 TABLE = "table.csv"
 
@@ -39,7 +40,10 @@ class MatrixSelected:
 
 def select_many(matrix: MatrixConfig, out: Path, further: Mapping[str, object], observer: Observer) -> MatrixSelected:
     """Select a rank for every data set of a matrix; see `rightrank.api.select_matrix`."""
-    requests = {job.name: _request(matrix.model, job, further) for job in matrix.jobs}
+    notices: dict[str, None] = {}
+    requests = {job.name: _request(matrix.model, job, further, notices) for job in matrix.jobs}
+    for notice in notices:
+        observer.notice(notice)
     settings = _placement(requests)
     with ExitStack() as stack:
         folders = {name: RunFolder(out / name) for name in requests}
@@ -53,10 +57,12 @@ def select_many(matrix: MatrixConfig, out: Path, further: Mapping[str, object], 
     return MatrixSelected(rows, selected, out / TABLE)
 
 
-def _request(model: str, job: MatrixJob, further: Mapping[str, object]) -> Request:
-    """The job as a request; its settings and its data are looked at before anything is loaded."""
+def _request(model: str, job: MatrixJob, further: Mapping[str, object], notices: dict[str, None]) -> Request:
+    """The job as a request, its settings and data checked before anything is loaded; `notices` collects what to report."""
     try:
-        settings = make_settings({**job.settings, **further})
+        values, renamed = current_names(job.settings)
+        notices |= dict.fromkeys(renamed)
+        settings = make_settings({**values, **further})
         load_data(Path(job.data), settings)
     except InputError as error:
         raise type(error)(f"job {job.name!r}: {error}") from None
@@ -65,7 +71,16 @@ def _request(model: str, job: MatrixJob, further: Mapping[str, object]) -> Reque
 
 def _placement(requests: Mapping[str, Request]) -> SelectSettings:
     """The settings of where trainings run, which all jobs share."""
-    names = ("executor", "workers", "devices_per_arm", "ray_address", "launcher", "store", "pack_size", "hang_seconds")
+    names = (
+        "executor",
+        "workers",
+        "devices_per_arm",
+        "ray_address",
+        "launcher",
+        "store",
+        "adapters_per_pass",
+        "hang_seconds",
+    )
     found = {tuple(getattr(request.settings, name) for name in names) for request in requests.values()}
     if len(found) > 1:
         raise SettingsError(f"jobs differ in {', '.join(names)}: give these once, for all")

@@ -16,6 +16,7 @@ from rightrank.report.plan_table import selection_lines
 from rightrank.selection.executor import require_placeable
 from rightrank.selection.loop import LoopOptions, Selection
 from rightrank.settings import SelectSettings
+from rightrank.settings.migration import renamed_since
 from rightrank.strategies import Strategy, make_strategy
 from rightrank.trackers import Trackers, require_trackers
 
@@ -42,7 +43,12 @@ def prepare_selection(
     make_strategy(request.settings, request.settings.max_steps or 1)  # refuses a wrong name before anything is loaded
     require_placeable(request)
     require_trackers(request.settings.report_to)
-    request = resuming(request, folder.journal.read(observer.notice))
+    journal = folder.journal.read(observer.notice)
+    if journal and (old := renamed_since(journal[0].schema_version)):
+        observer.notice(
+            f"the run has an earlier version's names of settings ({', '.join(old)}); they are read as {', '.join(old.values())}"
+        )
+    request = resuming(request, journal)
     prepared = prepare(request, folder.cache, observer.notice, bases)
     if request.settings.store:
         folder.store = run_store(request.settings.store, prepared.started.fingerprint)

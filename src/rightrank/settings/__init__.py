@@ -1,17 +1,14 @@
 """What a selection and a plan can be told: flat records, checked once; the defaults are here and nowhere else."""
 
+from rightrank.settings.identity import NOT_IDENTITY, as_begun, settings_difference, settings_of_identity
 from rightrank.settings.keywords import SelectKeywords
 from rightrank.settings.metric_spec import MetricSpec, parse_metric
 from rightrank.settings.plan import DEFAULT_PLAN_RANKS, OptimizerName, PlanSettings, make_plan_settings
 from rightrank.settings.select import (
     CONSTANT_SCALING_RANK,
-    NOT_IDENTITY,
     Scaling,
     SelectSettings,
-    as_begun,
     make_settings,
-    settings_difference,
-    settings_of_identity,
 )
 from rightrank.settings.values import UNITS, DtypeName, checked, parse_bytes
 

@@ -29,7 +29,7 @@ class SelectKeywords(TypedDict, total=False):
     dtype: DtypeName
     device: str
     memory_bytes: int | str  # a number, or with a unit, such as "24GiB"
-    pack_size: int
+    adapters_per_pass: int
     certify: bool
     executor: Literal["local", "processes", "ray"]
     workers: int

@@ -6,31 +6,15 @@ Names that PEFT, transformers and TRL have are used as they have them. Defaults 
 from __future__ import annotations
 
 import re
-from collections.abc import Container, Mapping, Set
+import warnings
+from collections.abc import Mapping
 from typing import Any, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from rightrank.settings.metric_spec import MetricSpec, parse_metrics
+from rightrank.settings.migration import current_names
 from rightrank.settings.values import DtypeName, MemoryBytes, checked
-
-# What changes how a selection runs and not what it finds: it may differ when a run is resumed.
-NOT_IDENTITY = (
-    "pack_size",
-    "certify",
-    "checkpoint_seconds",
-    "memory_bytes",
-    "executor",
-    "workers",
-    "devices_per_arm",
-    "ray_address",
-    "launcher",
-    "store",
-    "hang_seconds",
-    "metric_timeout_seconds",
-    "report_to",
-    "shard_base",
-)
 
 Scaling: TypeAlias = Literal["alpha/r", "alpha/sqrt(r)", "constant"]
 
@@ -95,7 +79,7 @@ class SelectSettings(BaseModel):
 
     # the data
     test_fraction: float = Field(default=0.1, gt=0, lt=1)
-    selection_fraction: float = Field(default=0.1, gt=0, lt=1)
+    validation_fraction: float = Field(default=0.1, gt=0, lt=1)
     long_items: Literal["truncate", "split"] = "truncate"
     eval_items: int = Field(default=200, gt=1)  # held-out items at most, on either split
     eval_points: int = Field(default=4, gt=0)  # held-out evaluations along a training, the end included
@@ -111,7 +95,7 @@ class SelectSettings(BaseModel):
     shard_base: bool = False  # of several processes, each holds its share of the base's blocks
     gradient_checkpointing: bool = False
     cache_prefix: bool = True  # compute frozen layers below the adapters once
-    pack_size: int | None = Field(default=None, gt=0)  # arms trained together; None: as many as pay and fit
+    adapters_per_pass: int | None = Field(default=None, gt=0)  # arms trained together; None: as many as pay and fit
     certify: bool = False  # train one arm again alone and compare
     checkpoint_seconds: float = Field(default=60.0, gt=0)
     executor: Literal["local", "processes", "ray"] = "local"  # in this process, or workers with a base of their own
@@ -176,10 +160,10 @@ class SelectSettings(BaseModel):
             raise ValueError("max_steps and num_train_epochs were both given: give one of them")
         if self.load_in_4bit and self.load_in_8bit:
             raise ValueError("load_in_4bit and load_in_8bit were both given: give one of them")
-        if self.test_fraction + self.selection_fraction >= 0.9:
+        if self.test_fraction + self.validation_fraction >= 0.9:
             raise ValueError(
-                "test_fraction + selection_fraction leave under a tenth of the items for training: "
-                f"got {self.test_fraction:g} + {self.selection_fraction:g}, give less than 0.9 together"
+                "test_fraction + validation_fraction leave under a tenth of the items for training: "
+                f"got {self.test_fraction:g} + {self.validation_fraction:g}, give less than 0.9 together"
             )
         return self
 
@@ -258,36 +242,12 @@ def make_settings(values: Mapping[str, object]) -> SelectSettings:
     Raises:
         SettingsError: an unknown name (with the nearest known one) or a value that is not allowed.
     """
-    return checked(SelectSettings, values)
+    return checked(SelectSettings, renamed(values))
 
 
-BEFORE: dict[str, Any] = {"train_sampling_strategy": "group_by_length"}
-"""What versions did that did not know a setting yet, where that is not its default."""
-
-
-def as_begun(settings: SelectSettings, known: Set[str]) -> SelectSettings:
-    """The settings by which a run goes on that was begun by a version which knew those named `known`."""
-    done = {name: value for name, value in BEFORE.items() if name not in known | settings.model_fields_set}
-    return settings.model_copy(update=done)
-
-
-def settings_of_identity(values: Mapping[str, Any], known: Container[str] | None = None) -> dict[str, Any]:
-    """Those of `values` (JSON) that say what a selection finds.
-
-    With the names `known` to the version that began a run: without what it did not know and what is as it did it, so
-    that the run is the same one under a version with more settings.
-    """
-    defaults = SelectSettings().model_dump(mode="json") | BEFORE
-    return {
-        name: value
-        for name, value in values.items()
-        if name not in NOT_IDENTITY
-        and (known is None or name in known or name not in defaults or value != defaults[name])
-    }
-
-
-def settings_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """The settings whose values differ and whose values matter, one `name: old → new` each."""
-    new = settings_of_identity(new, old)
-    names = sorted((set(old) | set(new)) - set(NOT_IDENTITY))
-    return [f"{name}: {old.get(name)!r} → {new.get(name)!r}" for name in names if old.get(name) != new.get(name)]
+def renamed(values: Mapping[str, object]) -> dict[str, object]:
+    """The values under today's names; each old name among them is a `FutureWarning`."""
+    found, notices = current_names(values)
+    for notice in notices:
+        warnings.warn(notice, FutureWarning, stacklevel=3)
+    return found
