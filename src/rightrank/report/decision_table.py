@@ -18,14 +18,13 @@ FLAGS = {
     "may_be_capacity_limited": "the differences between ranks were still growing when training ended",
     "extrapolated": "the answer refers to a point outside the measured range",
 }
-CURVE_WIDTH, CURVE_HEIGHT = 72, 14
 
 
 def decision_text(decision: Decision, understood: list[str], colour: bool, width: int) -> str:
     """The whole decision, ready to print."""
     parts = [visible(f"read:    {'; '.join(understood)}")] if understood else []
     trained = [(evidence.rank, evidence.value) for evidence in decision.ranks if evidence.rank > 0]
-    curve = terminal_curve(trained, min(width, CURVE_WIDTH), CURVE_HEIGHT, colour)
+    curve = terminal_curve(trained, width, colour)
     evidence, answer = map(visible, evidence_lines(decision)), map(visible, answer_lines(decision))
     return "\n".join([*parts, "", *([curve] if curve else []), *evidence, "", *answer])
 

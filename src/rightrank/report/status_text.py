@@ -12,7 +12,6 @@ from rightrank.report.sentences import cost_of, headline
 from rightrank.report.terminal_figures import terminal_curve
 
 STALE_SECONDS = 600  # an older progress file belongs to a process that ended, or to one very long step
-CURVE_WIDTH, CURVE_HEIGHT = 72, 12
 
 
 class RunStatus(Record):
@@ -75,7 +74,7 @@ def status_lines(status: RunStatus, width: int, colour: bool) -> str:
         lines.append(f"now:    {status.progress or status.running}")
     if status.state == "stopped":
         lines.append("run the same `rightrank select` again to resume")
-    curve = terminal_curve(status.curve, min(width, CURVE_WIDTH), CURVE_HEIGHT, colour)
+    curve = terminal_curve(status.curve, width, colour)
     return "\n".join([*lines, curve] if curve else lines)
 
 

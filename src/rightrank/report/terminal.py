@@ -13,9 +13,8 @@ from rich.text import Text
 from rightrank.records import RunEvent, RunStarted, TrialOutcome
 from rightrank.report.format import quantity, split_name
 from rightrank.report.progress import Progress
-from rightrank.report.terminal_figures import terminal_curve
+from rightrank.report.terminal_figures import MAX_CURVE_WIDTH, terminal_curve
 
-CURVE_WIDTH, CURVE_HEIGHT = 72, 14
 PLAIN_SECONDS = 15.0  # between progress lines
 
 
@@ -58,8 +57,7 @@ class LiveView:
         self._console.print(text, highlight=False)
 
     def _curve(self) -> str:
-        width = min(CURVE_WIDTH, self._console.width)
-        return terminal_curve(self._progress.curve(), width, CURVE_HEIGHT, colour=not self._console.no_color)
+        return terminal_curve(self._progress.curve(), self._console.width, colour=not self._console.no_color)
 
 
 class PlainView:
@@ -77,7 +75,7 @@ class PlainView:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        curve = terminal_curve(self._progress.curve(), CURVE_WIDTH, CURVE_HEIGHT, colour=False)
+        curve = terminal_curve(self._progress.curve(), MAX_CURVE_WIDTH, colour=False)
         if curve and error is None:
             self.notice(curve)
 

@@ -10,18 +10,19 @@ from rightrank.report.format import short, visible
 if TYPE_CHECKING:
     from rich.text import Text
 
+MAX_CURVE_WIDTH, CURVE_HEIGHT = 72, 14  # characters
 SHADES = (17, 18, 24, 30, 65, 101, 143, 185, 227)  # of the 256 terminal colours, dark to light
 
 
-def terminal_curve(points: list[tuple[int, float]], width: int, height: int, colour: bool) -> str:
-    """Values against ranks as text; empty below two ranks."""
+def terminal_curve(points: list[tuple[int, float]], width: int, colour: bool) -> str:
+    """Values against ranks as text, at most `width` characters wide; empty below two ranks."""
     if len(points) < 2:
         return ""
     import plotext
 
     positions = list(range(len(points)))
     plotext.clear_figure()
-    plotext.plot_size(width, height)
+    plotext.plot_size(min(width, MAX_CURVE_WIDTH), CURVE_HEIGHT)
     plotext.plot(positions, [value for _, value in points], marker="braille")
     plotext.scatter(positions, [value for _, value in points], marker="●")
     plotext.xticks(positions, [str(rank) for rank, _ in points])

@@ -77,7 +77,7 @@ def open_selection(
 ) -> tuple[Selection, Trackers]:
     """Open the journal, and report the plan and the trials that ended before to observer and trackers."""
     trackers = Trackers(report_to, folder.path, started, observer.notice)
-    selection = Selection(folder, started, strategy, trackers.beside(observer), options)
+    selection = Selection(folder, started, strategy, trackers.attached_to(observer), options)
     trackers.catch_up(selection.records.outcomes)
     folder.write_config(started.settings)
     observer.on_plan(started, strategy.expected_arms(), steps)

@@ -48,7 +48,7 @@ def _metrics(run: TrackedRun) -> Iterator[Metric]:
     now = int(time.time() * 1000)
     for step, values in run.steps.items():
         yield from (Metric(name, float(value), now, step) for name, value in values.items())
-    for name, scores in run.items.items():
+    for name, scores in run.examples.items():
         yield from (Metric(name, score, now, number) for number, score in enumerate(scores))
     written = {name for values in run.steps.values() for name in values}
     last = max(run.steps, default=0)

@@ -70,7 +70,7 @@ class Trackers:
         self._trackers = {name: _make(name, folder) for name in require_trackers(names)}
         self._logged: dict[str, list[str]] = self._read()
 
-    def beside(self, observer: Observer) -> Observer:
+    def attached_to(self, observer: Observer) -> Observer:
         """An observer that also logs every event, after `observer` receives it."""
 
         def on_event(event: RunEvent) -> None:

@@ -21,7 +21,7 @@ class TensorboardTracker:
             for step, values in run.steps.items():
                 for name, value in values.items():
                     writer.add_scalar(name, value, step)
-            for name, scores in run.items.items():
+            for name, scores in run.examples.items():
                 for number, score in enumerate(scores):
                     writer.add_scalar(name, score, number)
             last = max(run.steps, default=0)

@@ -21,7 +21,7 @@ class TrackedRun:
     group: str
     config: Mapping[str, Plain]
     steps: Mapping[int, Mapping[str, float]] = field(default_factory=dict)  # step → name → number
-    items: Mapping[str, list[float]] = field(default_factory=dict)  # name → one number per held-out example
+    examples: Mapping[str, list[float]] = field(default_factory=dict)  # name → one number per held-out example
     summary: Mapping[str, Plain] = field(default_factory=dict)
     failed: bool = False
 
@@ -54,7 +54,7 @@ def tracked_trial(started: RunStarted, outcome: TrialOutcome, group: str) -> Tra
         group,
         config,
         steps=_steps(started, outcome, prefix),
-        items=_items(started.metric, outcome) if whole else {},
+        examples=_by_example(started.metric, outcome) if whole else {},
         summary={f"{prefix}/{metric}": value for metric, value in outcome.metrics.items()}
         | {
             "outcome": outcome.type,
@@ -96,7 +96,7 @@ def _steps(started: RunStarted, trial: TrialFinished, prefix: str) -> dict[int, 
     return dict(sorted(found.items()))
 
 
-def _items(metric: str, trial: TrialFinished) -> dict[str, list[float]]:
+def _by_example(metric: str, trial: TrialFinished) -> dict[str, list[float]]:
     """`items/METRIC` (the mean of each example) and the weights, for the metric that decides."""
     found = trial.items(metric)
     if found is None:

@@ -38,9 +38,9 @@ class WandbTracker:
         ) as opened:
             for step, values in run.steps.items():
                 opened.log(dict(values), step=step)
-            if run.items:
-                names = list(run.items)
-                rows = [[number, *scores] for number, scores in enumerate(zip(*run.items.values(), strict=True))]
+            if run.examples:
+                names = list(run.examples)
+                rows = [[number, *scores] for number, scores in enumerate(zip(*run.examples.values(), strict=True))]
                 opened.log({"items": wandb.Table(columns=["item", *names], data=rows)})
             opened.summary.update(dict(run.summary))
             if run.failed:
