@@ -158,12 +158,6 @@ def _random_triangle(generator: np.random.Generator, rows: int, rank: int) -> Fl
     return filled
 
 
-def tail_norms(s: Floats) -> Floats:
-    """[q + 1] values: the Frobenius norm of what truncation at 0, 1, … q discards (Eckart and Young 1936)."""
-    norms: Floats = np.sqrt(np.append(np.cumsum((s**2)[::-1])[::-1], 0.0))
-    return norms
-
-
 def ranks_by_water_filling(
     spectra: Sequence[Floats], costs: Sequence[int], budget: int, smallest: int = 1
 ) -> list[int]:
