@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 from rightrank.decision.run import (
     Records,
     best_trial,
     comparable,
-    custom_table,
     decide_run,
     decision_so_far,
     last_decided,
@@ -17,6 +17,7 @@ from rightrank.decision.run import (
     run_table,
     running_trial,
 )
+from rightrank.decision.table import table_of
 from rightrank.errors import RunFolderError
 from rightrank.records import DecisionRecorded, JournalRecord, TrialDiverged, TrialFailed, TrialFinished, TrialStarted
 from tests.report.runs import ITEMS, TOKENS, made_up_run
@@ -160,7 +161,7 @@ def test_recovered_truncations_are_compared_with_each_other() -> None:
     assert comparable(records) == [base, one, sixteen]
 
 
-def test_trainings_of_ones_own_have_any_metric() -> None:
+def test_trainings_of_a_custom_trainer_have_any_metric() -> None:
     records = made_up_run((1, 4), (1e-3,))
     one, four = records.finished()[1:]
     started = records.started.model_copy(
@@ -187,7 +188,7 @@ def test_trainings_of_ones_own_have_any_metric() -> None:
     assert (cell.seconds, cell.steps) == (None, one.steps)
     assert cell.points == tuple((point.step, point.value) for point in one.points)
     assert cell.train_value == one.train_value
-    assert custom_table(own).cells[4, 1e-3, 0].value == 4.0
+    assert table.cells[4, 1e-3, 0].value == 4.0
 
 
 def test_the_best_seed_of_the_best_learning_rate_is_handed_over() -> None:
@@ -201,3 +202,13 @@ def test_the_best_seed_of_the_best_learning_rate_is_handed_over() -> None:
     assert best_trial(records, mirrored, 4) == max(at_rate, key=lambda trial: trial.value)
     tied = Records.of(records.started, [altered(trial, value=2.0) for trial in records.finished()[::-1]])
     assert best_trial(tied, decision, 4).seed == 0
+
+
+def test_a_perplexity_of_weighted_examples_is_the_weighted_mean_of_logarithms() -> None:
+    records = made_up_run((1, 4), (1e-3,))
+    trials = [
+        altered(trial, metrics={"perplexity": 4.0}, item_scores=[2.0, 8.0], item_weights=[3.0, 1.0])
+        for trial in records.finished()[1:]
+    ]
+    cell = table_of(trials, "perplexity").cells[4, 1e-3, 0]
+    assert cell.loss == pytest.approx((3 * np.log(2.0) + np.log(8.0)) / 4)

@@ -7,15 +7,13 @@ from dataclasses import dataclass, field
 
 from rightrank.decision.metrics import higher_is_better
 from rightrank.decision.rule import decide
-from rightrank.decision.table import ScoreTable, table_of, table_of_results
+from rightrank.decision.table import ScoreTable, table_of
 from rightrank.errors import ResultsError, RunFolderError
 from rightrank.records import (
     Certified,
     Decision,
     DecisionRecorded,
     JournalRecord,
-    Result,
-    ResultsTable,
     RunStarted,
     Sample,
     TestEvaluated,
@@ -131,9 +129,9 @@ def run_table(
     """The scores of a run by `metric`, which defaults to the metric that decides."""
     started = records.started
     outcomes = comparable(records) if outcomes is None else outcomes
+    if started.data.form == "own":  # the example scores of a custom trainer are those of the metric that decides
+        return table_of(outcomes, started.metric, started.higher_is_better)
     metric = metric or started.metric
-    if started.data.form == "own":
-        return custom_table(records, outcomes)
     lower = started.settings.get("lower_is_better")
     higher = higher_is_better(metric, lower if isinstance(lower, list) else ())  # type: ignore[arg-type]
     return table_of(outcomes, metric, higher, started.points_metric or started.metric)
@@ -147,37 +145,6 @@ def comparable(records: Records) -> list[TrialOutcome]:
     if recovered:
         return [outcome for outcome in plain if outcome.rank == 0] + recovered
     return [outcome for outcome in plain if outcome.arm.is_direct]
-
-
-def custom_table(records: Records, outcomes: Sequence[TrialOutcome] | None = None) -> ScoreTable:
-    """The scores of a run with a custom trainer. `outcomes` defaults to all."""
-    outcomes = records.outcomes if outcomes is None else outcomes
-    metric = records.started.metric
-    results = [_custom_result(outcome, metric) for outcome in outcomes]
-    return table_of_results(
-        ResultsTable(metric=metric, higher_is_better=records.started.higher_is_better, results=results, understood=[])
-    )
-
-
-def _custom_result(outcome: TrialOutcome, metric: str) -> Result:
-    named = {
-        "trial_id": outcome.trial_id,
-        "rank": outcome.rank,
-        "learning_rate": outcome.learning_rate,
-        "seed": outcome.seed,
-    }
-    if not isinstance(outcome, TrialFinished):
-        return Result(**named, value=None)
-    return Result(
-        **named,
-        value=outcome.metrics[metric],
-        item_values=outcome.item_scores or [],
-        item_weights=outcome.item_weights or [],
-        train_value=outcome.train_value,
-        steps=outcome.steps,
-        points=[(point.step, point.value) for point in outcome.points],
-        others={name: value for name, value in outcome.metrics.items() if name != metric},
-    )
 
 
 def best_trial(records: Records, decision: Decision, rank: int) -> TrialFinished:

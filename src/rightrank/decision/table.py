@@ -99,8 +99,9 @@ def table_of(
     missing: dict[int, int] = {}
     for outcome in outcomes:
         if isinstance(outcome, TrialFinished) and metric in outcome.metrics:
-            scores, weights = examples[outcome.trial_id] or ([outcome.metrics[metric]], [1.0])
-            cell = _cell(outcome, metric, _oriented(scores, kind, higher), np.asarray(weights, dtype=np.float64))
+            scores, weights = map(np.asarray, examples[outcome.trial_id] or ([outcome.metrics[metric]], [1.0]))
+            scale = weights if kind == "perplexity" else np.ones(1)  # the logarithm is of the score without its weight
+            cell = _cell(outcome, metric, _oriented(scores / scale, kind, higher) * scale, weights)
             cell = cell if points_metric in (None, metric) else replace(cell, points=())
             cells[outcome.rank, outcome.learning_rate, outcome.seed] = cell
         else:
