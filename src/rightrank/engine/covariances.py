@@ -1,9 +1,9 @@
 """Second moments of an adapter's modules over training examples, for truncation (`maths.truncation`).
 
-A forward hook on each module's `lora_A` sees h = A·x [n, r], and a hook on that tensor sees the gradient δ of the loss to
-it. Only r × r sums are kept. A pass costs a training step of the same micro-batch without gradients to parameters and
-without the optimizer, so the peak memory stays below that of a training step, and the share of a training's time below
-the share of its tokens.
+A forward hook on each adapted module gives h = A·x [n, r], and a hook on its output g [n, out], from which δ = s·Bᵀ·g. Only
+r × r sums are kept. A pass costs a training step of the same micro-batch without gradients to parameters and without the
+optimizer, so the peak memory stays below that of a training step, and the share of a training's time below the share of
+its tokens.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from rightrank.maths.truncation import Moments
 
 MOMENT_TOKENS = 8192  # see benchmarks/truncation
 MAX_SHARE = 0.1  # of the tokens of a training
+ROUNDING = 1e-6  # of a batch's largest gradient: below it a position has none
 
 See = Callable[[str, torch.Tensor, torch.Tensor], None]
 
@@ -97,25 +98,38 @@ def micro_batches(runtime: Runtime, examples: Sequence[int], tokens: int) -> Ite
 
 @contextmanager
 def rank_space(peft_model: Any, names: Sequence[str], see: See, adapter: str = ADAPTER) -> Iterator[None]:
-    """Within the block, every backward pass gives `see(name, h [n, r], δ [n, r])` of the named modules."""
+    """Within the block, every backward pass gives `see(name, h [n, r], δ [n, r])` of the named modules.
+
+    Whether PEFT's forward pass or that of `multi_lora` runs does not matter. No parameter gets a gradient.
+    """
     modules = lora_modules(peft_model, adapter)
-    handles = [modules[name].lora_A[adapter].register_forward_hook(_hook_of(name, see)) for name in names]
+    trainable = [parameter for parameter in peft_model.parameters() if parameter.requires_grad]
+    handles = [modules[name].register_forward_hook(_hook_of(name, see, adapter)) for name in names]
+    for parameter in trainable:
+        parameter.requires_grad_(False)
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
+        for parameter in trainable:
+            parameter.requires_grad_(True)
 
 
-def _hook_of(name: str, see: See) -> Callable[[Any, Any, torch.Tensor], torch.Tensor]:
-    def hook(_module: Any, _inputs: Any, output: torch.Tensor) -> torch.Tensor:
+def _hook_of(name: str, see: See, adapter: str) -> Callable[[Any, Any, torch.Tensor], torch.Tensor]:
+    def hook(module: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
         if not torch.is_grad_enabled():
             return output
-        if not output.requires_grad:  # the first adapted module of a frozen adapter
+        if not output.requires_grad:  # nothing below the first adapted module asks for a gradient
             output.requires_grad_()
-        hidden = output.detach().flatten(0, -2)
+        a, b = module.lora_A[adapter].weight.detach(), module.lora_B[adapter].weight.detach()
+        hidden = inputs[0].detach().flatten(0, -2).to(a.dtype) @ a.T
+
+        def back(gradient: torch.Tensor) -> None:
+            see(name, hidden, module.scaling[adapter] * gradient.detach().flatten(0, -2).to(b.dtype) @ b)
+
         register: Any = output.register_hook  # untyped in torch
-        register(lambda gradient: see(name, hidden, gradient.detach().flatten(0, -2)))
+        register(back)
         return output
 
     return hook
@@ -126,26 +140,26 @@ class _Sums:
 
     def __init__(self) -> None:
         self.pairs: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
-        self._rows: dict[str, int] = {}
+        self._rows: dict[str, torch.Tensor] = {}
 
     def add(self, name: str, hidden: torch.Tensor, gradients: torch.Tensor) -> None:
         """Positions without a gradient (padding, what reaches no label) are left out of the inputs too."""
-        seen = gradients.ne(0).any(dim=1)
-        hidden, gradients = hidden[seen].float(), gradients[seen].float()
+        hidden, gradients = hidden.float(), gradients.float()
+        size = gradients.abs().amax(dim=1, keepdim=True)
+        seen = size > ROUNDING * size.max()  # multiplied, not indexed: NaN and infinity stay, and no device waits
+        hidden, gradients, rows = hidden * seen, gradients * seen, seen.sum()
         pair = hidden.T @ hidden, gradients.T @ gradients
         if name in self.pairs:
             pair = pair[0] + self.pairs[name][0], pair[1] + self.pairs[name][1]
-        self.pairs[name] = pair
-        self._rows[name] = self._rows.get(name, 0) + len(hidden)
+            rows = rows + self._rows[name]
+        self.pairs[name], self._rows[name] = pair, rows
 
     def moments(self, labels: int) -> dict[str, Moments]:
-        return {
-            name: Moments(
-                inputs.double().cpu().numpy() / max(1, self._rows[name]),
-                gradients.double().cpu().numpy() / max(1, labels),
-            )
-            for name, (inputs, gradients) in self.pairs.items()
-        }
+        found: dict[str, Moments] = {}
+        for name, pair in self.pairs.items():
+            inputs, gradients = (one.cpu().double().numpy() for one in pair)
+            found[name] = Moments(inputs / max(1, int(self._rows[name])), gradients / max(1, labels))
+        return found
 
 
 @dataclass(slots=True)
