@@ -16,7 +16,7 @@ from rich.console import Console
 from rightrank.cli import cli
 from rightrank.records import StepDone
 from rightrank.report.event_log import JsonLog, ProgressFile
-from rightrank.report.terminal import LiveView, PlainView, make_view
+from rightrank.report.terminal import LiveView, PlainView, make_view, plan_line
 from rightrank.runs import status
 from tests.report.runs import STARTED, journal_of, made_up_run
 
@@ -130,6 +130,13 @@ def test_the_live_view_shows_progress_the_best_and_the_time_left() -> None:
         shown = stream.getvalue()
     for part in ("trial 5 of 9", "rank 4, learning rate 0.001", "step 10/40", "left", "best so far: rank", "GiB"):
         assert part in shown
+
+
+def test_the_validation_split_of_older_records_has_its_name() -> None:
+    started = made_up_run().started
+    splits = {"train": started.data.splits["train"], "selection": started.data.splits["train"]}
+    shown = plan_line(started.model_copy(update={"data": started.data.model_copy(update={"splits": splits})}), 9, 40)
+    assert shown.startswith("examples: 30 train, 30 validation; ")
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
