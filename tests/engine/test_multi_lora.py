@@ -133,6 +133,8 @@ def test_packs_equal_alone_whatever_the_settings(
     for trial_id, outcome in ours.items():
         assert isinstance(outcome, TrialFinished)
         assert outcome.adapters_per_pass == 4
+        assert outcome.pass_ranks[0] == outcome.rank
+        assert sorted(outcome.pass_ranks) == [1, 4, 4, 8]
         assert_same(outcome, theirs[trial_id], tmp_path / "together", tmp_path / "alone")
 
 

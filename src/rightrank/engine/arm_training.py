@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -89,7 +89,7 @@ class ArmTraining:
         self._evaluate_at = evaluation_steps(trial.arm.steps, runtime.settings.eval_points)
         self._saved = time.perf_counter()
         self._save_seconds = 0.0  # that the last checkpoint took
-        self.company = 1  # most arms, this one among them, that shared a pass
+        self.pass_ranks = [trial.arm.rank]  # of the adapters in the fullest pass so far, this one first
         self._loss_sum = 0.0  # of the step under way
         self._micro_batch = 0
         self._scores: Scores | None = None  # of the last evaluation
@@ -98,6 +98,11 @@ class ArmTraining:
         is_look = trial.arm.stop_at is not None and not trial.arm.is_annealed
         self._mean = RunningMean(self._named, self._last_step // 2) if is_look else None
         self._start()
+
+    def note_pass(self, others: Sequence[int]) -> None:
+        """Record the ranks of the adapters beside this one in the pass, if it is the fullest so far."""
+        if len(others) >= len(self.pass_ranks):
+            self.pass_ranks = [self.trial.arm.rank, *others]
 
     @property
     def is_done(self) -> bool:
@@ -217,7 +222,7 @@ class ArmTraining:
             self.set_aside()  # another trial may go on from here
         count = sum(parameter.numel() for parameter in self._parameters)
         seen = Seen(self._scores, measured, averaged)
-        return finished(self.trial, self._runtime, self.progress, seen, count, peak_bytes, self.company)
+        return finished(self.trial, self._runtime, self.progress, seen, count, peak_bytes, self.pass_ranks)
 
     def _averaged_loss(self) -> float | None:
         """Held-out loss of the running mean; None where there is none."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from rightrank.engine.evaluation import Scores
@@ -62,7 +63,7 @@ def finished(
     seen: Seen,
     parameters: int,
     peak_bytes: int,
-    adapters_per_pass: int,
+    pass_ranks: Sequence[int],
 ) -> TrialFinished:
     scores, measured = seen.scores, seen.measured or Measured()
     value, value_metric = seen.value(runtime.settings.metric_name)
@@ -86,6 +87,7 @@ def finished(
         eval_seconds=progress.eval_seconds,
         answer_seconds=progress.answer_seconds,
         peak_bytes=peak_bytes,
-        adapters_per_pass=adapters_per_pass,
+        adapters_per_pass=len(pass_ranks),
+        pass_ranks=list(pass_ranks),
         train_losses=progress.train_losses,
     )

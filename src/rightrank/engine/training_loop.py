@@ -75,7 +75,7 @@ def evaluate_base(runtime: Runtime, trial: Trial, folders: TrialFolders) -> Tria
         measured.require(list(measured.failed))
         ended = time.perf_counter()
         progress = Progress(eval_seconds=ended - begun, answer_seconds=ended - evaluated)
-        return finished(trial, runtime, progress, Seen(scores, measured), 0, memory.peak_bytes(), 1)
+        return finished(trial, runtime, progress, Seen(scores, measured), 0, memory.peak_bytes(), [trial.arm.rank])
 
 
 class _Together:
@@ -145,7 +145,7 @@ class _Together:
         # Neighbours of one rank share a batched product.
         self._running.sort(key=lambda training: training.trial.arm.rank)
         for training in self._running:
-            training.company = max(training.company, len(self._running))
+            training.note_pass([other.trial.arm.rank for other in self._running if other is not training])
 
     def _join(self, trial: Trial) -> ArmTraining:
         return ArmTraining(

@@ -138,6 +138,7 @@ class TrialFinished(ArmFields):
     adapters_per_pass: Whole = Field(
         default=1, validation_alias=ADAPTERS_PER_PASS
     )  # arms that shared the passes, and the peak; the seconds are this arm's even share
+    pass_ranks: list[Whole] = Field(default_factory=list)  # of the adapters that shared the fullest pass, its own first
     train_losses: list[float] = Field(default_factory=list)  # nats a label, one for each step
 
     @model_validator(mode="after")

@@ -75,7 +75,6 @@ class Selection:
         else:
             folder.journal.append(started)
         self.records = Records.of(started, existing)
-        self._company: dict[str, list[int]] = {}  # of a trial under way: the ranks of the largest pack it was in
         # One that failed is asked for again, since what was wrong may have been mended; memory does not grow.
         self.records.outcomes = [outcome for outcome in self.records.outcomes if not _is_worth_another_try(outcome)]
 
@@ -115,19 +114,8 @@ class Selection:
 
     def _on_event(self, event: RunEvent) -> None:
         if isinstance(event, TrialStarted):
-            self._note_start(event)
+            self.folder.journal.append(event)
         self._observer.on_event(event)
-
-    def _note_start(self, started: TrialStarted) -> None:
-        self._company[started.trial_id] = [started.rank]
-        ranks = [trial[0] for trial in self._company.values()]  # its own comes first
-        for trial in self._company.values():
-            if len(ranks) > len(trial):
-                own = trial[0]
-                others = list(ranks)
-                others.remove(own)
-                trial[:] = [own, *others]
-        self.folder.journal.append(started)
 
     def keep(self, outcome: TrialOutcome) -> None:
         """Journal how a trial ended, and write the views again where they are due.
@@ -193,23 +181,16 @@ class Selection:
         return self._strategy.evidence(History.of(self.records.outcomes))
 
     def _beside_plan(self, outcome: TrialOutcome) -> TrialOutcome:
-        """The outcome with what the plan said of its rank, where it said anything."""
-        ranks = self._company.pop(outcome.trial_id, [outcome.rank])
+        """The outcome with the peak memory that was planned for it, where there is a plan."""
         if outcome.rank == 0 or outcome.arm.steps == 0 or isinstance(outcome, TrialDiverged):
             return outcome
-        if isinstance(outcome, TrialFailed) or outcome.adapters_per_pass == 1:
-            ranks = [outcome.rank]
-        elif outcome.adapters_per_pass != len(ranks):
-            return outcome  # some of those that began were set aside, or ran elsewhere
-        predicted = self._options.peak_of(ranks)
-        if predicted is None:
-            return outcome
-        if isinstance(outcome, TrialFailed) and outcome.error == "out_of_memory":
-            reason = f"{outcome.reason}; the plan said {size(predicted)}"
-            return outcome.model_copy(update={"reason": reason})
         if isinstance(outcome, TrialFinished):
+            predicted = self._options.peak_of(outcome.pass_ranks or [outcome.rank])
             return outcome.model_copy(update={"predicted_peak_bytes": predicted})
-        return outcome
+        predicted = self._options.peak_of([outcome.rank])
+        if predicted is None or outcome.error != "out_of_memory":
+            return outcome
+        return outcome.model_copy(update={"reason": f"{outcome.reason}; the plan said {size(predicted)}"})
 
 
 def _is_worth_another_try(outcome: TrialOutcome) -> bool:
