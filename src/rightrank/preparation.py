@@ -1,6 +1,6 @@
 """What stands between a request and the first training: data and base loaded, ranks settled, the run's identity taken.
 
-The same request prepared twice, here or in another process, gives the same bench and the same identity.
+The same request prepared twice, here or in another process, gives the same runtime and the same identity.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Request:
 class Prepared:
     """All that a selection stands on."""
 
-    bench: Runtime
+    runtime: Runtime
     settings: SelectSettings  # with the ranks that are left
     steps: int  # optimizer steps of every arm
     started: RunStarted
@@ -69,7 +69,7 @@ class Prepared:
 
     @property
     def is_token_loss(self) -> bool:
-        return not self.bench.data.is_classification
+        return not self.runtime.data.is_classification
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,8 +91,8 @@ def prepare(request: Request, cache: Path, notice: Notice = lambda _: None, base
     sources = _load(request, {} if bases is None else bases, cache.parent)
     settings, planned = _settle(sources, request.settings, notice)
     steps = training_steps(settings, len(sources.encoded.splits["train"]))
-    bench = Runtime(sources.loaded, sources.encoded, settings, steps, cache)
-    return Prepared(bench, settings, steps, _started(request, sources, settings, steps), planned)
+    runtime = Runtime(sources.loaded, sources.encoded, settings, steps, cache)
+    return Prepared(runtime, settings, steps, _started(request, sources, settings, steps), planned)
 
 
 def resuming(request: Request, journal: Sequence[JournalRecord]) -> Request:
@@ -208,13 +208,13 @@ def estimate(prepared: Prepared, strategy: Strategy) -> SelectionCost | None:
 
 def _workload(prepared: Prepared) -> Workload:
     """What a training of this run takes: all its batches are looked at."""
-    data, settings = prepared.bench.data, prepared.settings
+    data, settings = prepared.runtime.data, prepared.settings
     train = data.splits["train"]
-    batches = prepared.bench.batch_plan(settings.seeds[0])
+    batches = prepared.runtime.batch_plan(settings.seeds[0])
     size = settings.batch_size
     micro = [batch[start : start + size] for batch in batches for start in range(0, len(batch), size)]
     used = [train[index] for rows in micro for index in rows]
-    if prepared.bench.fast_paths.sequence_packing:
+    if prepared.runtime.fast_paths.sequence_packing:
         computed = sum(item.length for item in used)
     else:
         computed = sum(len(rows) * max(train[index].length for index in rows) for rows in micro)

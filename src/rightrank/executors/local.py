@@ -19,12 +19,12 @@ class LocalExecutor:
 
     def __init__(
         self,
-        bench: Runtime,
+        runtime: Runtime,
         folder: RunFolder,
         observer: Observer,
         largest_pack: int | None = None,
     ) -> None:
-        self._bench = bench
+        self._runtime = runtime
         self._folder = folder
         self._observer = observer
         self._largest_pack = largest_pack  # adapters per pass that fit by the plan; None: not planned
@@ -33,16 +33,16 @@ class LocalExecutor:
     def run(self, trials: Sequence[Trial], base_loss: float | None) -> Iterator[TrialOutcome]:
         base = [trial for trial in trials if trial.arm.rank == 0]
         trained = [trial for trial in trials if trial.arm.rank > 0]
-        yield from train_trials(self._bench, base, base_loss, self._folders, self._observer)
+        yield from train_trials(self._runtime, base, base_loss, self._folders, self._observer)
         if not trained:
             return
         if not self._prepared:
-            self._bench.prepare(self._observer.on_event, self._observer.should_stop)
+            self._runtime.prepare(self._observer.on_event, self._observer.should_stop)
             self._prepared = True
         arms = [trial.arm for trial in trained]
         # Processes that share an arm must agree: all use the number that process 0 has measured.
-        size = broadcast(0, adapters_per_pass_for(self._bench, arms, self._observer.notice, self._largest_pack))
-        yield from train_trials(self._bench, trained, base_loss, self._folders, self._observer, size)
+        size = broadcast(0, adapters_per_pass_for(self._runtime, arms, self._observer.notice, self._largest_pack))
+        yield from train_trials(self._runtime, trained, base_loss, self._folders, self._observer, size)
 
     def _folders(self, trial: Trial) -> TrialFolders:
         arm, folder = trial.arm, self._folder

@@ -107,15 +107,15 @@ def _task_trials(settings: SelectSettings, needs: WorkerNeeds) -> int:
 
 
 @contextmanager
-def offloaded_base(bench: Runtime) -> Iterator[None]:
+def offloaded_base(runtime: Runtime) -> Iterator[None]:
     """Move the driver's base to the CPU while workers use the accelerator."""
-    device = bench.loaded.device
-    if device.type == "cpu" or bench.settings.weight_bits is not None:  # quantised matrices can't be moved
+    device = runtime.loaded.device
+    if device.type == "cpu" or runtime.settings.weight_bits is not None:  # quantised matrices can't be moved
         yield
         return
-    bench.model.to("cpu")
+    runtime.model.to("cpu")
     torch.cuda.empty_cache()
     try:
         yield
     finally:
-        bench.model.to(device)
+        runtime.model.to(device)

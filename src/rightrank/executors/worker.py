@@ -159,7 +159,7 @@ class Worker:
                 sync.upload_due()
 
         executor = LocalExecutor(
-            prepared.bench,
+            prepared.runtime,
             folder,
             Observer(
                 on_event=on_event,

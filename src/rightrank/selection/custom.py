@@ -1,4 +1,4 @@
-"""`select_rank_with`: the same selection with a trainer of one's own, whatever it trains and with whatever library."""
+"""Selection with a custom trainer: the user's function trains, with any library."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from rightrank.settings import SelectSettings, make_settings
 from rightrank.strategies import make_strategy, space_of, strategy_in
 from rightrank.version import __version__
 
-DIRECT_STRATEGIES = ("grid", "bracket", "ladder", "ascend")  # those that whole trainings are enough for
+DIRECT_STRATEGIES = ("grid", "bracket", "ladder", "ascend")  # those that need whole trainings only
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +65,7 @@ def select_custom(request: CustomRequest, trainer: Trainer, folder: RunFolder, o
         executor = CustomExecutor(
             trainer.call,
             request.metric,
-            _items(selection.records.finished()),
+            _scored_examples(selection.records.finished()),
             folder.trial_adapter,
             selection.observer,
             trainer.workers,
@@ -76,8 +76,8 @@ def select_custom(request: CustomRequest, trainer: Trainer, folder: RunFolder, o
         return Selected(decision, folder.path, adapter, folder.report)
 
 
-def _items(finished: Sequence[TrialFinished]) -> int | None:
-    """How many held-out items the trials so far have scored."""
+def _scored_examples(finished: Sequence[TrialFinished]) -> int | None:
+    """The number of held-out examples that earlier trials scored; None if there is none."""
     return next((len(trial.item_scores) for trial in finished if trial.item_scores), None)
 
 

@@ -1,4 +1,4 @@
-"""From a request's settings to the executor that runs its trials."""
+"""The choice of an executor: this process, or workers in processes or on Ray."""
 
 from __future__ import annotations
 
@@ -14,46 +14,49 @@ from rightrank.executors.pool_factory import WorkerNeeds, offloaded_base, open_p
 from rightrank.preparation import Prepared, Request
 from rightrank.selection.loop import Selection
 
-ONLY = "only"  # the name of a run's one job
+ONLY_JOB = "only"  # the name of the job of a run that has one
 
 
 def require_placeable(request: Request) -> None:
-    """Refuse what workers can't be told of, before anything is loaded.
+    """Refuse a request that workers can't read, before anything is loaded.
 
     Raises:
-        SettingsError: a model or data in memory, where workers are asked for.
+        SettingsError: a model or data in memory, with an executor that has workers.
     """
     if request.settings.executor == "local":
         return
     for what, given in (("model", request.model), ("data", request.data)):
         if not isinstance(given, str) and not hasattr(given, "__fspath__"):
             raise SettingsError(
-                f"executor {request.settings.executor!r}: the {what} is in memory, where workers can't read it; "
+                f"executor {request.settings.executor!r}: the {what} is in memory, which workers can't read; "
                 "give a path or a name, or executor 'local'"
             )
 
 
 @contextmanager
 def executor_of(request: Request, prepared: Prepared, selection: Selection) -> Iterator[Executor]:
-    """In this process, or workers that last as long as the block.
+    """The executor that the settings name; workers run as long as the block.
 
     Raises:
-        InputError, RunError: no worker can be had, and why.
+        InputError: the settings don't fit the executor.
+        RunError: no worker could start.
     """
     if request.settings.executor == "local":
-        most = prepared.planned.largest_pack if prepared.planned else None
-        yield LocalExecutor(prepared.bench, selection.folder, selection.observer, most)
+        largest = prepared.planned.largest_pack if prepared.planned else None
+        yield LocalExecutor(prepared.runtime, selection.folder, selection.observer, largest)
         return
-    job = job_of(ONLY, request, prepared, selection)
+    job = job_of(ONLY_JOB, request, prepared, selection)
     with (
-        offloaded_base(prepared.bench),
-        open_pool(request.settings, [job], selection.folder.path, most_needs([prepared]), selection.observer) as pool,
+        offloaded_base(prepared.runtime),
+        open_pool(
+            request.settings, [job], selection.folder.path, largest_needs([prepared]), selection.observer
+        ) as pool,
     ):
-        yield PoolExecutor(pool, ONLY)
+        yield PoolExecutor(pool, ONLY_JOB)
 
 
 def job_of(name: str, request: Request, prepared: Prepared, selection: Selection) -> Job:
-    """A selection as its workers are told of it: the ranks are settled, so that they settle nothing anew."""
+    """The selection as its workers receive it, with the ranks that the driver has settled."""
     return Job(
         name=name,
         model=request.model_name,
@@ -65,9 +68,9 @@ def job_of(name: str, request: Request, prepared: Prepared, selection: Selection
     )
 
 
-def most_needs(prepared: Sequence[Prepared]) -> WorkerNeeds:
-    """What a worker takes that may train any of these: the most that any of their ranks takes."""
+def largest_needs(prepared: Sequence[Prepared]) -> WorkerNeeds:
+    """What a worker needs to train any rank of any of these."""
     plans = [one.planned for one in prepared]
     needed = [plan.needed_bytes[rank] for plan in plans if plan is not None for rank in plan.ranks]
-    on_cuda = any(one.bench.loaded.device.type == "cuda" for one in prepared)
+    on_cuda = any(one.runtime.loaded.device.type == "cuda" for one in prepared)
     return WorkerNeeds(max(needed) if all(plan is not None for plan in plans) else None, on_cuda)

@@ -1,6 +1,6 @@
-"""The loop: a strategy asks, an executor runs, the journal keeps, `decide` judges.
+"""The loop: a strategy requests arms, an executor runs them, the journal stores the outcomes, `decide` judges.
 
-Everything that the loop knows it reads from the journal, so a run that was killed goes on where it was.
+The journal is the loop's only state, so a run that was killed resumes where it stopped.
 """
 
 from __future__ import annotations
@@ -41,20 +41,27 @@ from rightrank.strategies import History, Strategy
 from rightrank.strategies.protocol import seconds_of, steps_of
 from rightrank.views import write_views
 
-VIEWS_SHARE = 0.05  # of the time at most that goes into views while trials run
-GIVE_UP_AFTER = 3  # trials that failed with none that ended well: something is wrong that is no arm's own
+MAX_VIEWS_SHARE = 0.05  # of the wall time, for writing the report while trials run
+MAX_FAILED_AT_START = 3  # trials that fail before any finishes: then the cause is no single arm
 
 
 @dataclass(frozen=True, slots=True)
 class LoopOptions:
     """What differs between the trainers that a loop drives."""
 
-    advice: str = "give lower learning rates, a smaller batch_size or seq_len, and a new --out"  # where all fails
-    peak_of: Callable[[Sequence[int]], int | None] = lambda _: None  # bytes of ranks trained together, as planned
+    advice: str = "give lower learning rates, a smaller batch_size or seq_len, and a new --out"  # if every trial fails
+    peak_of: Callable[[Sequence[int]], int | None] = lambda _: None  # planned bytes of ranks in one pass
 
 
 class Selection:
-    """One run folder and one strategy; `records` is what its journal holds."""
+    """A run folder and a strategy; `records` holds the records of its journal.
+
+    A folder with a journal is resumed: trials that have ended are not run again, except those that failed for another
+    reason than memory.
+
+    Raises:
+        RunFolderError: the folder was made with another model, other data or other settings.
+    """
 
     def __init__(
         self,
@@ -75,29 +82,29 @@ class Selection:
         else:
             folder.journal.append(started)
         self.records = Records.of(started, existing)
-        # One that failed is asked for again, since what was wrong may have been mended; memory does not grow.
-        self.records.outcomes = [outcome for outcome in self.records.outcomes if not _is_worth_another_try(outcome)]
+        # The cause of a failure may have been removed since; a device's memory does not grow.
+        self.records.outcomes = [outcome for outcome in self.records.outcomes if not _may_succeed_now(outcome)]
 
     def run(self, executor: Executor) -> Decision:
-        """Run every arm that the strategy asks for, then decide.
+        """Run every arm that the strategy requests, then decide.
 
         Raises:
-            AllTrialsFailedError: no two ranks ended with a result, or the first trials all failed.
-            InterruptedRun: asked to stop; what was finished is in the journal.
+            AllTrialsFailedError: fewer than two ranks ended with a result, or the first trials all failed.
+            InterruptedRun: the observer asked to stop; the journal holds what has finished.
         """
         try:
             while trials := self.wanted():
                 for outcome in executor.run(trials, self.base_loss):
                     self.keep(outcome)
                     if outcome.rank == 0:
-                        break  # what the others are judged against is known now: ask anew
+                        break  # trials are judged against the base's loss, which is known now
         except InterruptedRun:
             self._write_views_so_far()
             raise
         return self.decide()
 
     def wanted(self) -> list[Trial]:
-        """The trials to run now; none when the strategy has seen enough."""
+        """The trials to run now; empty when the strategy requests no more."""
         fingerprint = self.records.started.fingerprint
         arms = self._strategy.ask(History.of(self.records.outcomes))
         return [Trial(trial_id=trial_id(fingerprint, arm), arm=arm) for arm in arms]
@@ -118,27 +125,28 @@ class Selection:
         self._observer.on_event(event)
 
     def keep(self, outcome: TrialOutcome) -> None:
-        """Journal how a trial ended, and write the views again where they are due.
+        """Journal an outcome, and write the report again if it is due.
 
         Raises:
             AllTrialsFailedError: the first trials all failed.
         """
-        outcome = self._beside_plan(outcome)
+        outcome = self._with_plan(outcome)
         self.folder.journal.append(outcome)
         self.records.outcomes.append(outcome)
         if time.monotonic() >= self._next_views:
             self._write_views_so_far()
         self._observer.on_event(outcome)
         failed = [outcome for outcome in self.records.outcomes if isinstance(outcome, TrialFailed)]
-        if len(failed) >= GIVE_UP_AFTER and not self.records.finished():
+        if len(failed) >= MAX_FAILED_AT_START and not self.records.finished():
             self._write_views_so_far()
             raise AllTrialsFailedError(f"the first {len(failed)} trials failed (the first: {failed[0].reason})")
 
     def decide(self) -> Decision:
-        """The decision on what was run.
+        """The decision on the trials that the strategy takes as evidence.
 
         Raises:
-            AllTrialsFailedError: no two ranks ended with a result; a DeviceMemoryError where memory was why.
+            DeviceMemoryError: every trial ran out of memory.
+            AllTrialsFailedError: fewer than two ranks ended with a result.
         """
         trained = [outcome for outcome in self.records.outcomes if outcome.rank > 0]
         reasons = [outcome.reason for outcome in trained if not isinstance(outcome, TrialFinished)]
@@ -157,8 +165,8 @@ class Selection:
                 f"{self._options.advice}, or a larger budget"
             ) from None
 
-    def beside_estimate(self, estimate: SelectionCost) -> str:
-        """What the run took, beside what was estimated."""
+    def compared_with(self, estimate: SelectionCost) -> str:
+        """A line for a person: what the run took and what was estimated."""
         history = History.of(self.records.outcomes)
         finished = self.records.finished()
         steps = sum(steps_of(trial.arm, history) for trial in finished)
@@ -170,17 +178,17 @@ class Selection:
         write_views(self.folder, self.records, decision)
 
     def _write_views_so_far(self) -> None:
-        """They grow with the trials, which on many workers come fast: written again when they are a small part of the time."""
-        begun = time.monotonic()
+        """Write the report; with many trials it takes longer, so the next one waits in proportion."""
+        started = time.monotonic()
         self.write_views(decision_so_far(self.records, self._evidence()))
         ended = time.monotonic()
-        self._next_views = ended + (ended - begun) / VIEWS_SHARE
+        self._next_views = ended + (ended - started) / MAX_VIEWS_SHARE
 
     def _evidence(self) -> Sequence[TrialOutcome]:
-        """What the strategy says is comparable, of what was run."""
+        """The outcomes that the strategy compares ranks by."""
         return self._strategy.evidence(History.of(self.records.outcomes))
 
-    def _beside_plan(self, outcome: TrialOutcome) -> TrialOutcome:
+    def _with_plan(self, outcome: TrialOutcome) -> TrialOutcome:
         """The outcome with the peak memory that was planned for it, where there is a plan."""
         if outcome.rank == 0 or outcome.arm.steps == 0 or isinstance(outcome, TrialDiverged):
             return outcome
@@ -193,14 +201,14 @@ class Selection:
         return outcome.model_copy(update={"reason": f"{outcome.reason}; the plan said {size(predicted)}"})
 
 
-def _is_worth_another_try(outcome: TrialOutcome) -> bool:
+def _may_succeed_now(outcome: TrialOutcome) -> bool:
     return isinstance(outcome, TrialFailed) and outcome.error != "out_of_memory"
 
 
 def require_same_run(folder: RunFolder, first: JournalRecord, started: RunStarted) -> None:
-    """Refuse a folder that was made with another model, other data or other settings, and say which."""
+    """Refuse a folder that was made with another model, other data or other settings, and name them."""
     if not isinstance(first, RunStarted):
-        raise RunFolderError(f"{folder.journal.path}: the first line is not a run's start; give another --out")
+        raise RunFolderError(f"{folder.journal.path}: the first line is not the start of a run; give another --out")
     if first.fingerprint == started.fingerprint:
         return
     changed = settings_difference(first.settings, started.settings)

@@ -1,4 +1,4 @@
-"""Many data sets at once: one base, one set of workers, one table; each data set has a run folder of its own."""
+"""Many data sets over one base and one set of workers, with a run folder for each and one table for all."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from rightrank.records import Decision, RunEvent, TrialDiverged, TrialFailed, Tr
 from rightrank.records.observer import Observer
 from rightrank.report.matrix_table import MatrixRow, matrix_csv
 from rightrank.returns import Selected
-from rightrank.selection.executor import job_of, most_needs
-from rightrank.selection.finalize import finish
+from rightrank.selection.executor import job_of, largest_needs
+from rightrank.selection.finalize import finalize
 from rightrank.selection.select import run_selection
 from rightrank.selection.start import PreparedSelection, prepare_selection
 from rightrank.settings import SelectSettings, make_settings
@@ -31,7 +31,7 @@ TABLE = "table.csv"
 
 @dataclass(frozen=True, slots=True)
 class MatrixSelected:
-    """What a matrix leaves: a row and, where it was decided, a selection for each job."""
+    """The result of a matrix: a row for each job, and a selection for each one that was decided."""
 
     rows: tuple[MatrixRow, ...]
     selected: Mapping[str, Selected]
@@ -50,7 +50,7 @@ def select_many(matrix: MatrixConfig, out: Path, further: Mapping[str, object], 
         for folder in folders.values():
             stack.enter_context(folder.locked())
         stack.enter_context(report_disk_errors(out))
-        ended = (_one_by_one if settings.executor == "local" else _together)(requests, folders, out, observer)
+        ended = (_one_by_one if settings.executor == "local" else _on_workers)(requests, folders, out, observer)
         rows = tuple(_row(name, folders[name], ended[name]) for name in requests)
         write_text(out / TABLE, matrix_csv(rows))
     selected = {name: end for name, end in ended.items() if isinstance(end, Selected)}
@@ -70,7 +70,7 @@ def _request(model: str, job: MatrixJob, further: Mapping[str, object], notices:
 
 
 def _placement(requests: Mapping[str, Request]) -> SelectSettings:
-    """The settings of where trainings run, which all jobs share."""
+    """The settings of where trainings run, which all jobs must share."""
     names = (
         "executor",
         "workers",
@@ -93,7 +93,7 @@ Ended = Selected | RunError
 def _one_by_one(
     requests: Mapping[str, Request], folders: Mapping[str, RunFolder], _out: Path, observer: Observer
 ) -> dict[str, Ended]:
-    """In this process: a job after the other, over one base."""
+    """In this process: one job after another, over one base."""
     bases: Bases = {}
     ended: dict[str, Ended] = {}
     for name, request in requests.items():
@@ -105,36 +105,36 @@ def _one_by_one(
     return ended
 
 
-def _together(
+def _on_workers(
     requests: Mapping[str, Request], folders: Mapping[str, RunFolder], out: Path, observer: Observer
 ) -> dict[str, Ended]:
-    """Over workers that all jobs share: whichever job has trials to run, a free worker takes one."""
+    """On workers that all jobs share: a free worker takes a trial of any job."""
     bases: Bases = {}
-    begun = {
+    selections = {
         name: prepare_selection(request, folders[name], _of_job(name, observer), bases)
         for name, request in requests.items()
     }
-    jobs = [job_of(name, requests[name], one.prepared, one.selection) for name, one in begun.items()]
-    observers = {name: one.selection.observer for name, one in begun.items()}
-    prepared = [one.prepared for one in begun.values()]
+    jobs = [job_of(name, requests[name], one.prepared, one.selection) for name, one in selections.items()]
+    observers = {name: one.selection.observer for name, one in selections.items()}
+    prepared = [one.prepared for one in selections.values()]
     settings = prepared[0].settings
     with (
-        offloaded_base(prepared[0].bench),
-        open_pool(settings, jobs, out, most_needs(prepared), observer, observers) as pool,
+        offloaded_base(prepared[0].runtime),
+        open_pool(settings, jobs, out, largest_needs(prepared), observer, observers) as pool,
     ):
-        decisions = _run_all(begun, pool)
+        decisions = _run_all(selections, pool)
     ended: dict[str, Ended] = {}
     for name, decision in decisions.items():
-        ended[name] = decision if isinstance(decision, RunError) else finish(begun[name], decision)
+        ended[name] = decision if isinstance(decision, RunError) else finalize(selections[name], decision)
     return ended
 
 
-def _run_all(begun: Mapping[str, PreparedSelection], pool: Pool) -> dict[str, Decision | RunError]:
-    """Each job's loop, turned inside out: an outcome goes to its job, which asks anew when it waits for none."""
+def _run_all(selections: Mapping[str, PreparedSelection], pool: Pool) -> dict[str, Decision | RunError]:
+    """Run the loops of all jobs at once: each outcome goes to its job, which submits more when it waits for none."""
     ended: dict[str, Decision | RunError] = {}
 
-    def ask(name: str) -> None:
-        selection = begun[name].selection
+    def submit(name: str) -> None:
+        selection = selections[name].selection
         if trials := selection.wanted():
             pool.submit(name, trials, selection.base_loss)
             return
@@ -143,17 +143,17 @@ def _run_all(begun: Mapping[str, PreparedSelection], pool: Pool) -> dict[str, De
         except RunError as error:
             ended[name] = error
 
-    for name in begun:
-        ask(name)
+    for name in selections:
+        submit(name)
     for name, outcome in pool.outcomes():
         try:
-            begun[name].selection.keep(outcome)
+            selections[name].selection.keep(outcome)
         except RunError as error:
             ended[name] = error
             pool.drop(name)
             continue
         if not pool.is_waiting(name):
-            ask(name)
+            submit(name)
     return ended
 
 

@@ -7,7 +7,7 @@ from rightrank.preparation import Request
 from rightrank.records.observer import Observer
 from rightrank.returns import Selected
 from rightrank.selection.executor import executor_of
-from rightrank.selection.finalize import finish
+from rightrank.selection.finalize import finalize
 from rightrank.selection.start import PreparedSelection, prepare_selection
 
 
@@ -20,4 +20,4 @@ def run_selection(prepared: PreparedSelection) -> Selected:
     """Train what the strategy requests, decide, and hand over."""
     with executor_of(prepared.request, prepared.prepared, prepared.selection) as executor:
         decision = prepared.selection.run(executor)
-    return finish(prepared, decision)
+    return finalize(prepared, decision)

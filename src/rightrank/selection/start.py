@@ -87,18 +87,18 @@ def open_selection(
 
 
 def answers_line(settings: SelectSettings, started: RunStarted) -> str:
-    """What the metrics beside the loss will cost, for a person."""
+    """A line for a person: when the metrics besides the loss are measured, on how many examples."""
     names = [spec.name for spec in settings.metric_specs if not spec.is_measured_along]
     when = "at the end of each training" if settings.answers_at == "end" else f"{settings.eval_points} times a training"
-    items = started.data.splits["selection"].items
+    examples = started.data.splits["selection"].items
     return (
         f"{', '.join(names)}: measured on the base, {when}, and on the test split: "
-        f"{items} items, at most {settings.max_new_tokens} new tokens each where the model writes; how long that takes is said after the base"
+        f"{examples} examples, at most {settings.max_new_tokens} new tokens each where the model writes; the time is reported after the base"
     )
 
 
 def cost_line(strategy: Strategy, steps: int) -> str:
-    """What a selection will cost, for a person."""
+    """A line for a person: what the selection will cost."""
     cost = strategy.cost()
     if cost.expected == cost.maximum:
         return f"strategy {strategy.name}: {cost.maximum:.3g} trainings of {steps} steps"
