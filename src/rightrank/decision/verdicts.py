@@ -127,7 +127,7 @@ def flags_of(
     horizon_steps: int | None,
     judged_others: Collection[str] = (),
 ) -> list[str]:
-    """The flags in a fixed order. Each has an entry in docs/how-to/decide.md.
+    """The flags in a fixed order. Each has an entry in docs/reference/decision.md.
 
     Args:
         judged_others: other metrics that were judged by intervals, and need no comparison of bare values here.
