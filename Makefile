@@ -1,4 +1,5 @@
-# Two commands do all the set-up: `make demo` (the main job on a real model and real text) and `make test`.
+# Three commands do all the set-up: `make demo` (the main job on a real model and real text), `make check` (what trains
+# nothing, in about a minute) and `make test` (everything).
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -6,13 +7,16 @@ SUPPLY := $(VENV)/supply/bin
 DEMO_OUT ?= demo
 JOBS ?= 2
 
-.PHONY: demo test lint docs sbom audit dist clean
+.PHONY: demo check test lint docs sbom audit dist clean
 
 demo: $(VENV)/.installed
 	$(BIN)/rightrank demo --out $(DEMO_OUT)
 
+check: lint
+	$(BIN)/python -m pytest -q -m 'not trains'
+
 test: lint
-	$(BIN)/python -m pytest -n $(JOBS) -q
+	$(BIN)/python -m pytest -n $(JOBS) -q --durations=20
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check src tests benchmarks examples

@@ -1,84 +1,109 @@
-"""Every command in the docs runs, every link resolves, every setting is described."""
+"""Links resolve, shown commands parse, and what the reference pages list is what there is."""
 
 from __future__ import annotations
 
 import re
-import shlex
-import shutil
+from contextlib import suppress
 from pathlib import Path
+from typing import get_args
 
+import click
 import pytest
 
-from rightrank.settings import SelectSettings
-from tests.commands import run
-from tests.tiny import write_completions
+from rightrank.cli import cli
+from rightrank.records import Decision
+from rightrank.records.decision import Basis, Verdict
+from rightrank.settings import PlanSettings, SelectSettings
+from tests.docs.pages import FRONT, GUIDES, PAGES, ROOT, name_of, shell_commands, shown_commands
 
-ROOT = Path(__file__).parents[2]
-PAGES = [
-    ROOT / "README.md",
-    ROOT / "CHANGELOG.md",
-    *sorted((ROOT / "docs").rglob("*.md")),
-    *sorted((ROOT / "benchmarks").rglob("*.md")),
-]
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
-COMMANDS = re.compile(r"```(?:sh|bash|console)\n(.*?)```", re.DOTALL)
-# Run by tests of their own: the demo (in short), and what installs things or needs hours.
-ELSEWHERE = ("make ", "pip ", "python -m ", "git ", "rightrank demo")
-FAST = ["--max-steps", "4", "--batch-size", "4", "--seq-len", "32", "--eval-items", "8", "--device", "cpu"]
+OF_OTHERS = {  # options of other programs that pages name
+    *("--max-lora-rank", "--head", "--address", "--ntasks", "--gpus", "--exact", "--branch", "--depth", "--out"),
+    *("--base", "--outfile", "--outtype", "--lora", "--help", "--version", "--no-deps", "--grids"),
+}
 
 
-def commands(page: Path) -> list[str]:
-    blocks = COMMANDS.findall(page.read_text(encoding="utf-8"))
-    lines = [line.removeprefix("$ ").strip() for block in blocks for line in block.replace("\\\n", " ").splitlines()]
-    return [line.split("  #")[0].strip() for line in lines if line and not line.startswith("#")]
-
-
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_links_resolve(page: Path) -> None:
-    for target in LINK.findall(page.read_text(encoding="utf-8")):
-        if not target.startswith(("http://", "https://", "#", "mailto:")):
-            assert (page.parent / target.split("#")[0]).exists(), f"{page.name}: {target}"
-
-
-@pytest.mark.parametrize(
-    "page", [page for page in PAGES if commands(page)], ids=lambda page: str(page.relative_to(ROOT))
-)
-def test_commands_run(
-    page: Path, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """In a folder with a `model`, data and a matrix, made small by options that the docs need not show."""
-    shutil.copytree(model_folder, tmp_path / "model")
-    write_completions(tmp_path / "data.jsonl")
-    (tmp_path / "jobs.yaml").write_text("model: ./model\njobs: {first: data.jsonl}\n")
-    monkeypatch.chdir(tmp_path)
-    for command in commands(page):
-        if command.startswith(ELSEWHERE):
+    for link in LINK.findall(page.read_text(encoding="utf-8")):
+        if link.startswith(("http://", "https://", "mailto:")):
             continue
-        program, *arguments = shlex.split(command)
-        assert program == "rightrank", f"{page.name}: {command!r} is neither ours nor listed as run elsewhere"
-        if arguments[0] == "select":
-            arguments += FAST
-            arguments = _small_ranks(arguments)
-        status, _, err = run(arguments, capsys)
-        assert status == 0, f"{command}: {err}"
+        target, _, anchor = link.partition("#")
+        place = (page.parent / target).resolve() if target else page
+        assert place.exists(), f"{page.name}: {link}"
+        if anchor and place.suffix == ".md":
+            assert anchor in _anchors(place), f"{page.name}: {link}"
+
+
+def _anchors(page: Path) -> set[str]:
+    headings = re.findall(r"(?m)^#+ (.*)$", page.read_text(encoding="utf-8"))
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if list(shown_commands(page))], ids=name_of)
+def test_shown_commands_parse(page: Path) -> None:
+    """Each names a command, options and values that exist; nothing runs."""
+    for arguments in shown_commands(page):
+        name, *rest = arguments
+        if name.startswith("-"):
+            continue
+        assert name in cli.commands, arguments
+        with click.Context(cli) as parent, suppress(click.MissingParameter):  # a command that is only named
+            cli.commands[name].make_context(name, rest, parent=parent)
+
+
+@pytest.mark.parametrize("page", [*FRONT, *GUIDES], ids=name_of)
+def test_options_and_settings_exist(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    options = {
+        option
+        for command in cli.commands.values()
+        for parameter in command.params
+        for option in (*parameter.opts, *parameter.secondary_opts)
+    }
+    assert set(re.findall(r"(?<![\w-])--[a-z][\w-]+", text)) <= options | OF_OTHERS
+    settings = {*SelectSettings.model_fields, *PlanSettings.model_fields}
+    assert set(re.findall(r"--set (\w+)=", text)) <= settings | {"name"}
+
+
+@pytest.mark.parametrize("page", GUIDES, ids=name_of)
+def test_a_page_can_be_read_in_one_sitting(page: Path) -> None:
+    assert len(page.read_text(encoding="utf-8").split()) < 1500
+
+
+def test_the_glossary_fits_a_screen() -> None:
+    assert len((ROOT / "docs" / "glossary.md").read_text(encoding="utf-8").splitlines()) <= 40
 
 
 def test_make_targets_in_the_docs_exist() -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     for page in PAGES:
-        for command in commands(page):
+        for command in shell_commands(page):
             if command.startswith("make "):
                 assert re.search(rf"^{command.split()[1]}:", makefile, re.MULTILINE), command
 
 
-def test_every_setting_is_described() -> None:
+def test_every_setting_is_described_with_its_default() -> None:
     text = (ROOT / "docs" / "reference" / "settings.md").read_text(encoding="utf-8")
     described = re.findall(r"^\| `(\w+)` \| ([^|]*) \|", text, re.MULTILINE)
-    assert [name for name, _ in described] == list(SelectSettings.model_fields)
+    assert described == [(name, _shown(field.default)) for name, field in SelectSettings.model_fields.items()]
 
 
-def _small_ranks(arguments: list[str]) -> list[str]:
-    """The tiny model's matrices hold ranks up to 16."""
-    if "--ranks" not in arguments:
-        return [*arguments, "--ranks", "1,4"]
-    return arguments
+def _shown(default: object) -> str:
+    if default is None or default == "":
+        return "–"
+    if isinstance(default, tuple):
+        return ", ".join(map(_shown, default)) or "none"
+    return f"{default:g}" if isinstance(default, float) else str(default)
+
+
+def test_every_command_is_described() -> None:
+    text = (ROOT / "docs" / "reference" / "commands.md").read_text(encoding="utf-8")
+    assert {name for name in cli.commands if not re.search(rf"^\| `{name}|, `{name}", text, re.MULTILINE)} == set()
+
+
+def test_the_decision_is_described_whole() -> None:
+    text = (ROOT / "docs" / "reference" / "decision.md").read_text(encoding="utf-8")
+    fields = {name for name in Decision.model_fields if f"`{name}`" not in text}
+    values = {value for value in (*get_args(Basis), *get_args(Verdict)) if not re.search(rf"^\| `?{value}", text, re.M)}
+    assert fields | values == set()

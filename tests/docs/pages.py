@@ -1,0 +1,60 @@
+"""What the pages hold: code blocks, commands and links."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parents[2]
+GUIDES = sorted((ROOT / "docs").rglob("*.md"))
+FRONT = [ROOT / f"{name}.md" for name in ("README", "CHANGELOG", "SECURITY", "CONTRIBUTING", "AGENTS")]
+PAGES = [*FRONT, *GUIDES, *sorted((ROOT / "benchmarks").rglob("*.md"))]
+SHELL = ("sh", "bash", "console")
+NOT_RUN = "<!-- not run:"  # in the line above a block, with the reason
+_FENCE = re.compile(r"(?P<above>[^\n]*)\n+[ ]*```(?P<language>[\w-]*)\n(?P<text>.*?)\n[ ]*```", re.DOTALL)
+_INLINE = re.compile(r"`(rightrank [^`]+)`")
+
+
+class Block(NamedTuple):
+    language: str
+    text: str
+    runs: bool
+
+
+def name_of(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+def blocks(page: Path) -> list[Block]:
+    text = page.read_text(encoding="utf-8")
+    return [
+        Block(found["language"], found["text"], not found["above"].strip().startswith(NOT_RUN))
+        for found in _FENCE.finditer(text)
+    ]
+
+
+def shell_commands(page: Path) -> list[str]:
+    """Every command of a shell block; these run."""
+    return [line for block in blocks(page) if block.language in SHELL for line in _lines(block.text)]
+
+
+def shown_commands(page: Path) -> Iterator[list[str]]:
+    """The arguments of every complete `rightrank` command on the page, those that do not run included."""
+    text = page.read_text(encoding="utf-8")
+    indented = re.findall(r"(?m)^ {4,}(?:\$ )?(rightrank (?:\\\n|.)*)$", text)
+    others = [line for block in blocks(page) if block.language in ("text", *SHELL) for line in _lines(block.text)]
+    for command in [*indented, *others, *_INLINE.findall(text)]:
+        if command.startswith("rightrank ") and not re.search(r"…|\[|\.\.\.|COMMAND|SHELL", command):
+            yield shlex.split(command.replace("\\\n", " "))[1:]
+
+
+def python_blocks(page: Path) -> list[str]:
+    return [block.text for block in blocks(page) if block.language == "python" and block.runs]
+
+
+def _lines(text: str) -> list[str]:
+    lines = [line.strip().removeprefix("$ ") for line in text.replace("\\\n", " ").splitlines()]
+    return [line.split("  #")[0].strip() for line in lines if line and not line.startswith("#")]
