@@ -1,4 +1,4 @@
-"""Small random models of the real classes: our losses are PEFT's own, and packs equal alone or are refused in words."""
+"""Small random models of the real classes: our losses are PEFT's own, and arms in one pass equal each alone, or an obstacle is named."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.engine.architectures import (
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_losses_are_pefts_and_packs_equal_alone(
+def test_losses_are_pefts_and_shared_passes_equal_single_ones(
     name: str, completion_file: Path, class_file: Path, tmp_path: Path
 ) -> None:
     runtime = make_runtime(name, class_file if name == "bert" else completion_file, tmp_path / "cache")
@@ -40,7 +40,7 @@ def test_losses_are_pefts_and_packs_equal_alone(
         assert one.item_losses == pytest.approx(other.item_losses, rel=1e-4)
 
 
-def test_a_layer_that_mixes_arms_is_found_and_said(completion_file: Path, tmp_path: Path) -> None:
+def test_a_layer_that_mixes_arms_is_an_obstacle(completion_file: Path, tmp_path: Path) -> None:
     """An adapted layer that sees a choice of tokens, as an expert of a mixture does."""
     runtime = make_runtime("llama", completion_file, tmp_path / "cache")
     mlp = runtime.model.model.layers[0].mlp
@@ -55,5 +55,5 @@ def test_a_layer_that_mixes_arms_is_found_and_said(completion_file: Path, tmp_pa
     arms = [Arm(rank=rank, learning_rate=1e-2, lora_alpha=32.0, seed=0, steps=STEPS) for rank in (2, 4)]
     obstacle = multi_lora_obstacle(runtime, arms)
     assert obstacle is not None
-    assert re.fullmatch(r"a layer sees \d+ rows that can't be told apart by arm", obstacle)
+    assert re.fullmatch(r"a layer sees \d+ rows that can't be assigned to arms", obstacle)
     assert run(runtime, arms, tmp_path, 1)[0].adapters_per_pass == 1

@@ -12,7 +12,7 @@ LENGTHS = np.random.default_rng(0).integers(1, 200, 500)
 SIGMAS = 4.5  # of a standard error, about one chance in 150,000
 
 
-def test_every_item_is_seen_once_a_pass() -> None:
+def test_every_example_is_seen_once_per_pass() -> None:
     plan = batch_plan(500, 10, 100, seed=1)  # two passes
     for begin in (0, 50):
         seen = [index for batch in plan[begin : begin + 50] for index in batch]
@@ -40,15 +40,15 @@ def lengths_by_batch(seeds: int, steps: int) -> np.ndarray:
     return np.array([LENGTHS[batch_plan(500, 8, steps, seed)] for seed in range(seeds)])
 
 
-def test_length_does_not_decide_when_an_item_is_seen() -> None:
+def test_length_does_not_decide_when_an_example_is_seen() -> None:
     """Over many seeds the mean length at each step is that of the data: no curriculum by length."""
     by_step = lengths_by_batch(300, 32).mean(axis=2)
     standard_error = by_step.std(axis=0) / np.sqrt(len(by_step))
     assert np.all(np.abs(by_step.mean(axis=0) - LENGTHS.mean()) < SIGMAS * standard_error)
 
 
-def test_length_does_not_decide_with_whom_an_item_is_seen() -> None:
-    """A step's loss is a mean over its labels. With batches of like length a label of a short item would weigh more
+def test_length_does_not_decide_the_other_examples_of_a_batch() -> None:
+    """A step's loss is a mean over its labels. With batches of like length a label of a short example would weigh more
     than with batches drawn at random, for which the variance of a batch's mean length is known."""
     means = lengths_by_batch(60, 62).mean(axis=2).reshape(-1)
     expected = LENGTHS.var(ddof=1) / 8 * (1 - 8 / 500)  # of a sample without replacement

@@ -23,7 +23,7 @@ def certified(run: Path) -> Certified:
     return found
 
 
-def test_a_packed_selection_certifies_an_arm(model_folder: Path, completion_file: Path, tmp_path: Path) -> None:
+def test_a_multi_lora_selection_certifies_an_arm(model_folder: Path, completion_file: Path, tmp_path: Path) -> None:
     settings = small_settings(adapters_per_pass=2, max_steps=4)
     select_rank(str(model_folder), completion_file, tmp_path / "run", settings=settings)
     assert "certified" not in (tmp_path / "run" / "journal.jsonl").read_text()
@@ -42,7 +42,7 @@ def test_a_packed_selection_certifies_an_arm(model_folder: Path, completion_file
     assert "Certificate: trained together as alone" in (tmp_path / "run" / "report.html").read_text()
 
 
-def test_an_arm_that_was_not_the_same_is_told(model_folder: Path, completion_file: Path, tmp_path: Path) -> None:
+def test_an_arm_that_differs_is_reported(model_folder: Path, completion_file: Path, tmp_path: Path) -> None:
     runtime = make_runtime(model_folder, completion_file, small_settings(max_steps=3), tmp_path / "cache")
     arm = Arm(rank=2, learning_rate=1e-2, lora_alpha=32.0, seed=0, steps=3)
     folders = TrialFolders(tmp_path / "c", tmp_path / "adapter")

@@ -77,6 +77,6 @@ def test_two_processes_equal_one(model_folder: Path, completion_file: Path, tmp_
     assert not (tmp_path / "1.1" / "adapter").exists()
 
 
-def test_one_process_alone_shares_nothing_out(model_folder: Path, completion_file: Path, tmp_path: Path) -> None:
+def test_one_process_computes_every_example(model_folder: Path, completion_file: Path, tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match="shard_base needs more than one process"):
         make_runtime(model_folder, completion_file, settings(shard_base=True), tmp_path)

@@ -72,7 +72,7 @@ def test_conversational_completion_is_labelled_alone(loaded: Any, tmp_path: Path
     assert {labelled_text(loaded, item) for item in data.splits["train"]} == {"new<|im_end|>\n"}
 
 
-def test_long_items_are_cut_and_counted(loaded: Any, tmp_path: Path) -> None:
+def test_long_examples_are_truncated_and_counted(loaded: Any, tmp_path: Path) -> None:
     rows = [{"text": text * 4} for text in sentences(80)]
     data = encode_rows(loaded, rows, tmp_path, seq_len=16)
     summary = data.summary.splits["train"]
@@ -80,7 +80,7 @@ def test_long_items_are_cut_and_counted(loaded: Any, tmp_path: Path) -> None:
     assert all(item.length <= 16 for split in data.splits.values() for item in split)
 
 
-def test_long_items_are_split_without_loss_of_tokens(loaded: Any, tmp_path: Path) -> None:
+def test_long_examples_are_split_without_loss_of_tokens(loaded: Any, tmp_path: Path) -> None:
     rows = [{"text": text * 4} for text in sentences(80)]
     whole = encode_rows(loaded, rows, tmp_path, seq_len=400).summary.splits["train"]
     pieces = encode_rows(loaded, rows, tmp_path, seq_len=16, long_items="split").summary.splits["train"]

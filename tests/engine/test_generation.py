@@ -1,4 +1,4 @@
-"""What the model writes: batches with padding on the left and a cache give what one prompt at a time gives without."""
+"""Generation: batches with left padding and a key-value cache give what one prompt at a time gives without a cache."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def perturb(parameters: dict[str, torch.nn.Parameter], seed: int) -> None:
             parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.2)
 
 
-def test_a_batch_writes_what_each_prompt_alone_does(runtime: Runtime) -> None:
+def test_a_batch_generates_what_each_prompt_alone_does(runtime: Runtime) -> None:
     found = answers(runtime, "selection")
     assert len(found) == len(runtime.examples("selection"))
     assert len({len(answer.prompt) for answer in found}) > 3
@@ -57,7 +57,7 @@ def test_a_batch_writes_what_each_prompt_alone_does(runtime: Runtime) -> None:
         assert answer.completion == greedy_alone(runtime, answer.prompt)
 
 
-def test_each_arm_of_a_pack_writes_its_own(runtime: Runtime) -> None:
+def test_each_adapter_of_several_generates_its_own_answers(runtime: Runtime) -> None:
     arms = [Arm(rank=r, learning_rate=1e-3, lora_alpha=32, seed=0, steps=1) for r in (2, 4)]
     plain = [answer.completion for answer in answers(runtime, "selection")]
     with MultiLora(runtime.model, runtime.settings) as multi_lora:
@@ -80,15 +80,15 @@ def test_each_arm_of_a_pack_writes_its_own(runtime: Runtime) -> None:
 def test_checkpointing_does_not_keep_the_cache_away(runtime: Runtime) -> None:
     plain = [answer.completion for answer in answers(runtime, "selection")]
     recomputed = runtime.settings.model_copy(update={"gradient_checkpointing": True})
-    bench_settings, runtime.settings = runtime.settings, recomputed
+    plain_settings, runtime.settings = runtime.settings, recomputed
     try:
         with runtime.recomputing():
             assert [answer.completion for answer in answers(runtime, "selection")] == plain
     finally:
-        runtime.settings = bench_settings
+        runtime.settings = plain_settings
 
 
-def test_half_the_batch_where_memory_does_not_do(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_out_of_memory_halves_the_batch_of_prompts(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
     plain = answers(runtime, "selection")
     sizes: list[int] = []
     whole = generation._generate_batch
@@ -105,7 +105,7 @@ def test_half_the_batch_where_memory_does_not_do(runtime: Runtime, monkeypatch: 
     assert set(sizes[1:]) <= {1, 2}
 
 
-def test_a_conversation_is_asked_for_its_last_answer(model_folder: Path, tmp_path: Path) -> None:
+def test_a_conversation_is_prompted_for_its_last_answer(model_folder: Path, tmp_path: Path) -> None:
     talks = [
         [
             {"role": "user", "content": text},

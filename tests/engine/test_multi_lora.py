@@ -1,4 +1,4 @@
-"""An arm in a pass is the arm alone: losses, adapters and scores, whatever the others do."""
+"""An arm in a shared pass equals the arm alone: losses, adapter and scores, whatever the other arms do."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ ARMS = st.lists(
 
 @given(arms=ARMS, size=st.integers(2, 6))
 @settings(max_examples=8, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_random_packs_equal_their_arms_alone(
+def test_random_arms_in_one_pass_equal_each_alone(
     runtime: Runtime, tmp_path_factory: pytest.TempPathFactory, arms: list[Arm], size: int
 ) -> None:
     alone, together = tmp_path_factory.mktemp("alone"), tmp_path_factory.mktemp("together")
@@ -122,7 +122,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
 @pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS.keys())
-def test_packs_equal_alone_whatever_the_settings(
+def test_arms_in_one_pass_equal_each_alone_under_every_setting(
     model_folder: Path, completion_file: Path, tmp_path: Path, changes: dict[str, Any]
 ) -> None:
     runtime = make_runtime(model_folder, completion_file, small_settings(max_steps=6, **changes), tmp_path / "cache")
@@ -138,7 +138,9 @@ def test_packs_equal_alone_whatever_the_settings(
         assert_same(outcome, theirs[trial_id], tmp_path / "together", tmp_path / "alone")
 
 
-def test_arms_of_a_pack_may_adapt_different_modules(model_folder: Path, completion_file: Path, tmp_path: Path) -> None:
+def test_arms_of_one_pass_may_adapt_different_modules(
+    model_folder: Path, completion_file: Path, tmp_path: Path
+) -> None:
     changes: dict[str, Any] = {"layers_to_transform": (1, 2), "sweep": ("targets=q_proj+v_proj,down_proj",)}
     runtime = make_runtime(model_folder, completion_file, small_settings(max_steps=6, **changes), tmp_path / "cache")
     narrow = arm(4).model_copy(update={"target_modules": ("q_proj", "v_proj")})
@@ -184,7 +186,7 @@ def test_a_diverged_arm_touches_no_other(runtime: Runtime, tmp_path: Path) -> No
     )
 
 
-def test_out_of_memory_halves_the_pack_and_loses_nothing(
+def test_out_of_memory_halves_the_adapters_per_pass_and_loses_nothing(
     runtime: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     arms = [arm(rank, seed=seed) for rank in (2, 4) for seed in (0, 1)]
@@ -200,7 +202,7 @@ def test_out_of_memory_halves_the_pack_and_loses_nothing(
     monkeypatch.setattr(runtime, "objective", hungry)
     notices: list[str] = []
     ours = run(runtime, arms, tmp_path / "together", 4, notices=notices)
-    assert notices == ["4 trainings together ran out of memory on cpu: going on with 2"]
+    assert notices == ["4 adapters per pass ran out of memory on cpu: continuing with 2"]
     for trial_id, outcome in ours.items():
         assert_same(outcome, theirs[trial_id], tmp_path / "together", tmp_path / "alone")
 
@@ -217,7 +219,7 @@ def test_out_of_memory_alone_is_a_failed_trial(
     assert "ran out of memory on cpu" in str(ours["t0"])
 
 
-def test_a_stopped_pack_goes_on_where_it_was(runtime: Runtime, tmp_path: Path) -> None:
+def test_a_stopped_pass_resumes_where_it_was(runtime: Runtime, tmp_path: Path) -> None:
     arms = [arm(2), arm(4, seed=1), arm(8)]
     steps: list[int] = []
     stop_after = 7  # steps of any arm
@@ -250,6 +252,8 @@ def test_closing_early_keeps_checkpoints(runtime: Runtime, tmp_path: Path) -> No
     assert not any(parameter.requires_grad for parameter in runtime.model.parameters())
 
 
-def test_biases_of_the_base_are_not_packed(model_folder: Path, completion_file: Path, tmp_path: Path) -> None:
+def test_arms_that_train_biases_of_the_base_train_alone(
+    model_folder: Path, completion_file: Path, tmp_path: Path
+) -> None:
     runtime = make_runtime(model_folder, completion_file, small_settings(bias="all"), tmp_path / "cache")
     assert multi_lora_obstacle(runtime, [arm(1), arm(2)]) == "bias='all' trains the base's own biases"

@@ -1,4 +1,4 @@
-"""A base in 4 or 8 bits: refused in one line where it can't be, and packs equal alone where it can."""
+"""A base in 4 or 8 bits: refused in one line without CUDA or bitsandbytes; otherwise arms in one pass equal each alone."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_both_widths_at_once_are_refused() -> None:
         small_settings(load_in_4bit=True, load_in_8bit=True)
 
 
-def quantised_bench(completion_file: Path, folder: Path, bits: int) -> Runtime:
+def quantised_runtime(completion_file: Path, folder: Path, bits: int) -> Runtime:
     tokenizer = make_tokenizer()
     wide = {"hidden_size": 128, "intermediate_size": 128, "head_dim": 32}  # blocks of 64 weights share a scale
     torch.manual_seed(0)
@@ -52,8 +52,8 @@ ARMS = [Arm(rank=rank, learning_rate=1e-2, lora_alpha=32.0, seed=seed, steps=4) 
 
 
 @pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="needs the extra bnb")
-def test_a_pack_over_four_bits_equals_alone(completion_file: Path, tmp_path: Path) -> None:
-    runtime = quantised_bench(completion_file, tmp_path, 4)
+def test_arms_over_four_bits_in_one_pass_equal_each_alone(completion_file: Path, tmp_path: Path) -> None:
+    runtime = quantised_runtime(completion_file, tmp_path, 4)
     assert type(runtime.model.model.layers[0].mlp.up_proj).__name__ == "Linear4bit"
     assert multi_lora_obstacle(runtime, ARMS) is None
     alone, together = run(runtime, ARMS, tmp_path / "alone", 1), run(runtime, ARMS, tmp_path / "together", 2)
@@ -65,8 +65,8 @@ def test_a_pack_over_four_bits_equals_alone(completion_file: Path, tmp_path: Pat
 
 @pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="needs the extra bnb")
 def test_eight_bits_train_alone_as_plain_peft(completion_file: Path, tmp_path: Path) -> None:
-    """LLM.int8 looks for outliers over all rows of a batch, so rows of another arm change an arm's: no packs."""
-    runtime = quantised_bench(completion_file, tmp_path, 8)
+    """LLM.int8 searches outliers over all rows of a batch, so another arm's rows change an arm's output: one arm per pass."""
+    runtime = quantised_runtime(completion_file, tmp_path, 8)
     assert type(runtime.model.model.layers[0].mlp.up_proj).__name__ == "Linear8bitLt"
     assert multi_lora_obstacle(runtime, ARMS) == "this model's losses differ when two arms share a pass"
     (alone,) = run(runtime, ARMS[:1], tmp_path / "alone", 1)

@@ -1,4 +1,4 @@
-"""Items joined into one row: the losses and gradients of padded batches, and nothing passes between items."""
+"""Sequence packing: the losses and gradients of padded batches, and nothing passes between examples."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def drawn_arms(runtime: Runtime, arms: list[Arm]) -> Iterator[tuple[MultiLora, d
 def step(
     runtime: Runtime, multi_lora: MultiLora, arm_batches: list[ArmBatch], parameters: dict[str, Any]
 ) -> tuple[Any, list[torch.Tensor]]:
-    """Item losses, and the gradients of one arm."""
+    """Example losses of every arm, and the gradients of one."""
     losses = runtime.accumulate_gradients(multi_lora, arm_batches)
     gradients = [parameter.grad.clone() for parameter in parameters.values()]
     for arm_batch in arm_batches:
@@ -60,7 +60,7 @@ def step(
     [{}, {"layers_to_transform": (2,)}, {"gradient_checkpointing": True}],
     ids=["plain", "prefix", "checkpointing"],
 )
-def test_joined_items_have_the_losses_and_gradients_of_padded_ones(
+def test_packed_sequences_have_the_losses_and_gradients_of_padded_ones(
     model_folder: Path, completion_file: Path, tmp_path: Path, changes: dict[str, Any]
 ) -> None:
     runtime = make_runtime(model_folder, completion_file, small_settings(**changes), tmp_path / "cache")
@@ -77,10 +77,10 @@ def test_joined_items_have_the_losses_and_gradients_of_padded_ones(
         assert torch.allclose(one, other, rtol=1e-4, atol=1e-5 * float(other.abs().max()))
 
 
-def test_attention_of_all_items_in_one_call_is_that_of_each_alone(
+def test_attention_of_all_examples_in_one_call_is_that_of_each_alone(
     model_folder: Path, completion_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What runs where calls are dear."""
+    """The variant for devices on which calls are expensive."""
     runtime = make_runtime(model_folder, completion_file, small_settings(), tmp_path / "cache")
     with drawn_arms(runtime, ARMS[1:2]) as (multi_lora, named):
         arm_batches = [ArmBatch("a0", runtime.batch("train", range(7)), 0.1, None)]
@@ -89,7 +89,7 @@ def test_attention_of_all_items_in_one_call_is_that_of_each_alone(
         in_one_call = sequence_packing._padded
         monkeypatch.setattr(
             sequence_packing,
-            "_by_item",
+            "_by_example",
             lambda plain, lengths: called.append(1) or in_one_call(plain, lengths, torch.device("cpu")),
         )
         ours, gradients = step(runtime, multi_lora, arm_batches, named["a0"])
@@ -99,12 +99,12 @@ def test_attention_of_all_items_in_one_call_is_that_of_each_alone(
         assert torch.allclose(one, other, rtol=1e-4, atol=1e-5 * float(other.abs().max()))
 
 
-def test_nothing_passes_from_item_to_item(model_folder: Path, completion_file: Path, tmp_path: Path) -> None:
+def test_nothing_passes_from_example_to_example(model_folder: Path, completion_file: Path, tmp_path: Path) -> None:
     runtime = make_runtime(model_folder, completion_file, small_settings(), tmp_path / "cache")
     first = runtime.batch("train", [0, 1, 2])
     with torch.no_grad():
         together = runtime.losses("train", first, 1.0).example_losses
-        for other in (3, 4):  # other company, another length of it, another place
+        for other in (3, 4):  # another example of another length, another position
             changed = runtime.losses("train", runtime.batch("train", [other, 1, 2]), 1.0).example_losses
             assert torch.equal(changed[1:], together[1:])
             assert changed[0] != together[0]
@@ -112,7 +112,7 @@ def test_nothing_passes_from_item_to_item(model_folder: Path, completion_file: P
     assert torch.equal(moved, together[[2, 0, 1]])
 
 
-def test_a_row_holds_real_tokens_and_no_item_predicts_the_next_ones_first(
+def test_a_packed_row_has_no_padding_and_no_label_at_the_start_of_an_example(
     model_folder: Path, completion_file: Path, tmp_path: Path
 ) -> None:
     runtime = make_runtime(model_folder, completion_file, small_settings(), tmp_path / "cache")
@@ -127,11 +127,11 @@ def test_a_row_holds_real_tokens_and_no_item_predicts_the_next_ones_first(
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_an_arm_in_a_pack_computes_what_it_computes_alone(
+def test_an_arm_in_a_shared_pass_computes_what_it_computes_alone(
     model_folder: Path, completion_file: Path, tmp_path: Path, dtype: str
 ) -> None:
-    """Other arms, of other ranks and on other items. No bit differs on the CPUs that were tried; a CPU whose matrix
-    products depend on the number of rows may round otherwise, which one bit of bfloat16 would show."""
+    """With arms of other ranks on other examples. No bit differs on the CPUs that were tried; a CPU whose matrix products
+    depend on the number of rows may round differently, by up to one bit of bfloat16."""
     bound = 1e-6 if dtype == "float32" else 1e-3
     runtime = make_runtime(
         model_folder, completion_file, small_settings(dtype=dtype, lora_dropout=0.1), tmp_path / "cache"
@@ -140,15 +140,15 @@ def test_an_arm_in_a_pack_computes_what_it_computes_alone(
         batches = [runtime.batch("train", indices) for indices in ([0, 1, 2, 3], [4, 5, 6], [7, 8, 9, 10])]
         arm_batches = [ArmBatch(f"a{number}", batch, 0.1, number) for number, batch in enumerate(batches)]
         for number, arm_batch in enumerate(arm_batches):
-            together, in_pack = step(runtime, multi_lora, arm_batches, named[arm_batch.adapter])
+            together, shared_gradients = step(runtime, multi_lora, arm_batches, named[arm_batch.adapter])
             alone, expected = step(runtime, multi_lora, [arm_batch], named[arm_batch.adapter])
             assert torch.allclose(together[number], alone[0], rtol=bound)
-            for one, other in zip(in_pack, expected, strict=True):
+            for one, other in zip(shared_gradients, expected, strict=True):
                 assert float((one - other).norm()) <= bound * float(other.norm())
 
 
 @pytest.mark.parametrize(("window", "joins"), [(None, True), (64, True), (8, False)])
-def test_a_model_that_looks_less_far_back_than_its_items_are_long_is_padded(
+def test_a_model_whose_attention_window_is_shorter_than_its_examples_is_padded(
     completion_file: Path, tmp_path: Path, window: int | None, joins: bool
 ) -> None:
     torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""Trainings in stages, and adapters cut to a lower rank."""
+"""Trainings in stages, and adapters truncated to a lower rank."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from rightrank.engine.arm_training import TrialFolders, arm_schedule
+from rightrank.engine.arm_training import TrialFolders
 from rightrank.engine.averaging import RunningMean
+from rightrank.engine.optimizer import arm_schedule
 from rightrank.engine.training_loop import run_trial
 from rightrank.records import Arm, Trial, TrialFinished
 from rightrank.records.observer import Observer
@@ -41,7 +42,7 @@ def test_stages_end_as_the_whole_does(runtime: object, tmp_path: Path) -> None:
     assert first.value != pytest.approx(whole.value, rel=1e-4)
 
 
-def test_a_lost_checkpoint_costs_steps_and_changes_nothing(runtime: object, tmp_path: Path) -> None:
+def test_a_missing_checkpoint_costs_steps_and_changes_nothing(runtime: object, tmp_path: Path) -> None:
     whole = run(runtime, "whole", ARM, tmp_path)
     arm = ARM.model_copy(update={"continue_from": "gone"})
     again = run(runtime, "again", arm, tmp_path, continue_from=tmp_path / "gone.safetensors")
@@ -92,7 +93,7 @@ def test_the_running_mean() -> None:
     assert weight.tolist() == [3.0, 3.0]
 
 
-def test_a_cut_that_keeps_all_keeps_the_loss(runtime: object, tmp_path: Path) -> None:
+def test_a_truncation_that_keeps_all_keeps_the_loss(runtime: object, tmp_path: Path) -> None:
     whole = run(runtime, "whole", ARM, tmp_path)
     cut = {
         rank: run(
@@ -109,7 +110,7 @@ def test_a_cut_that_keeps_all_keeps_the_loss(runtime: object, tmp_path: Path) ->
     assert cut[1].trainable_parameters < cut[4].trainable_parameters
 
 
-def test_recovery_goes_on_with_the_batches_that_follow(runtime: object, tmp_path: Path) -> None:
+def test_recovery_uses_the_batches_that_follow(runtime: object, tmp_path: Path) -> None:
     run(runtime, "whole", ARM, tmp_path)
     arm = ARM.model_copy(update={"rank": 2, "steps": 4, "learning_rate": 3e-3, "truncate_from": "whole"})
     recovered = run(runtime, "recovered", arm, tmp_path, truncate_from=tmp_path / "whole")

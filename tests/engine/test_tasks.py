@@ -51,7 +51,7 @@ def test_without_the_extra_it_is_named(task: Path, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.filterwarnings("ignore")  # its own
-def test_a_local_task_has_items(
+def test_a_local_task_has_a_score_per_example(
     task: Path, model_folder: Path, completion_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("lm_eval")
@@ -69,7 +69,7 @@ def test_a_local_task_has_items(
         score_task(bench, parse_metric(f"lm-eval:{task}:bleu"))
 
 
-def test_what_is_no_task_is_told(task: Path) -> None:
+def test_a_file_without_a_task_is_refused(task: Path) -> None:
     pytest.importorskip("lm_eval")
     task.write_text("group: many\n")
     with pytest.raises(SettingsError, match="names no single task"):

@@ -1,4 +1,4 @@
-"""Encoded items on disk are what was encoded, and cost memory only when they are asked for."""
+"""Encoded examples on disk are what was encoded, and use memory only when they are read."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> TokenStore:
     return TokenStore(some_items(3000), tmp_path_factory.mktemp("store"))
 
 
-def test_items_come_back_as_they_were(store: TokenStore) -> None:
+def test_examples_are_read_as_they_were_written(store: TokenStore) -> None:
     items = list(some_items(3000))
     assert len(store) == len(items)
     assert list(store) == items

@@ -1,4 +1,4 @@
-"""One trial of one arm on a bench."""
+"""One trial of one arm on a runtime."""
 
 from __future__ import annotations
 

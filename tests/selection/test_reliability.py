@@ -277,7 +277,7 @@ def test_out_of_memory_on_a_cpu_is_tried_twice_and_recorded_and_the_rest_goes_on
     arguments.remove("--quiet")
     ended = limited(arguments, 800 * MIB)
     assert ended.returncode == 0, ended.stderr
-    assert "r=2048 lr=0.01 seed=0 ran out of memory on cpu: trying it once more" in ended.stderr
+    assert "r=2048 lr=0.01 seed=0 ran out of memory on cpu: retrying once" in ended.stderr
     records = Journal(tmp_path / "run" / "journal.jsonl").read()
     failed = [record for record in records if isinstance(record, TrialFailed)]
     assert [(record.rank, record.error) for record in failed] == [(2048, "out_of_memory")]

@@ -1,8 +1,8 @@
-"""One arm's adapter on the base: put on through PEFT, drawn from the run's one draw, taken off again.
+"""One arm's adapter on the base: added by PEFT, initialised from the seed's draw, and removed again.
 
-Rank r takes the first r rows of the draw of each module's A, so that arms of one seed differ in nothing but
-what the further rows add. The distributions are PEFT's: `default` is uniform in ±1/sqrt(in_features) for A,
-`gaussian` is normal with standard deviation 1/r; B is zero (an embedding's A and B change places).
+Rank r takes the first r rows of the draw of each module's A, so arms of one seed differ only in their further rows. The
+distributions are PEFT's: A is uniform in ±1/√in_features (`default`) or normal with standard deviation 1/r (`gaussian`),
+and B is zero. For an embedding A and B swap roles.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ def attached(
 
 
 def wrapped(model: Any, config: LoraConfig, adapter: str = ADAPTER) -> Any:
-    """PEFT's model around the base, new modules in evaluation mode and the base's as they were."""
-    in_training = [module for module in model.modules() if module.training]  # blocks that are recomputed
+    """PEFT's model around the base. New modules are in evaluation mode, the base's modules keep their mode."""
+    in_training = [module for module in model.modules() if module.training]  # checkpointed blocks
     with without_peft_noise():
         peft_model: Any = get_peft_model(model, config, adapter_name=adapter)
     peft_model.train(False)
@@ -84,7 +84,7 @@ def unwrapped(peft_model: Any, biases: Mapping[str, torch.Tensor] | None = None)
 def initialise(
     peft_model: Any, arm: Arm, init: str, adapter: str = ADAPTER, rows: Mapping[str, torch.Tensor] | None = None
 ) -> None:
-    """Draw every A (and zero every B) of the arm's adapter; `rows` are the A of modules that have one of their own."""
+    """Draw every A of the arm's adapter and set every B to zero; `rows` gives the A of modules that do not draw it."""
     with torch.no_grad():
         for name, module in lora_modules(peft_model, adapter).items():
             generator = np.random.default_rng(_draw_seed(arm.seed, name))
@@ -92,8 +92,8 @@ def initialise(
                 start_from_weights(module, adapter, init, arm.rank)
             elif adapter in module.lora_A:
                 a = module.lora_A[adapter].weight
-                own = None if rows is None else rows.get(name)
-                a.copy_((_draw(generator, a.shape[0], a.shape[1], init) if own is None else own).to(a))
+                given = None if rows is None else rows.get(name)
+                a.copy_((_draw(generator, a.shape[0], a.shape[1], init) if given is None else given).to(a))
                 module.lora_B[adapter].weight.zero_()
             elif adapter in module.lora_embedding_A:
                 b = module.lora_embedding_B[adapter]
@@ -105,7 +105,7 @@ def lora_modules(peft_model: Any, adapter: str = ADAPTER) -> dict[str, Any]:
     """The adapted modules by their name in the base model.
 
     Raises:
-        ModelError: an adapted module of a kind that is neither linear nor an embedding.
+        ModelError: an adapted module is neither linear nor an embedding.
     """
     base = peft_model.base_model.model
     found: dict[str, Any] = {name: module for name, module in base.named_modules() if isinstance(module, LoraLayer)}
@@ -126,7 +126,7 @@ def trainable_state(peft_model: Any) -> dict[str, torch.Tensor]:
 
 
 def _draw(generator: np.random.Generator, rank: int, width: int, init: str) -> torch.Tensor:
-    """[rank, width] in float32; rows are drawn one after the other, which is what nests them."""
+    """[rank, width] in float32. Rows are drawn one after the other, so a lower rank gets the first rows."""
     if init == "gaussian":
         return torch.from_numpy(generator.standard_normal((rank, width)) / rank).float()
     bound = 1 / math.sqrt(width)

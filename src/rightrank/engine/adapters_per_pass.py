@@ -1,7 +1,7 @@
-"""How many arms train together: as many as pay, fit by the plan, and can be told apart in one pass.
+"""How many adapters to train in one pass: as many as fit by the plan and make a step of an arm faster.
 
-On a CPU a larger batch is hardly faster an item, so arms train one after the other unless a size is asked for. On an
-accelerator the time of a step is measured at 1, 2, 4, … arms, and doubling stops where it no longer pays or fits.
+On a CPU a larger batch hardly lowers the time per example, so arms train one after the other unless the settings give a
+number. On an accelerator the time of a step is measured at 1, 2, 4, … adapters until doubling no longer pays or fits.
 """
 
 from __future__ import annotations
@@ -17,17 +17,21 @@ from rightrank.errors import MultiLoraError, is_out_of_memory
 from rightrank.records import Arm
 
 MAX_ADAPTERS_PER_PASS = 16
-PAYS = 0.95  # a doubling must bring the time of an arm's step below this share
-CHECK_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2}  # of item losses, relative
+MAX_TIME_RATIO = 0.95  # a doubling pays if the time of an arm's step falls below this share of the time before it
+CHECK_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2}  # relative, of example losses
 TIMED_STEPS = 2
 
 
 def adapters_per_pass_for(
-    runtime: Runtime, arms: Sequence[Arm], notice: Callable[[str], None], most: int | None = None
+    runtime: Runtime, arms: Sequence[Arm], notice: Callable[[str], None], limit: int | None = None
 ) -> int:
-    """The number of arms to train together; `notice` is told when it is fewer than asked for and why.
+    """The number of arms to train in one pass.
 
-    `most` is what the plan says of memory; None where it says nothing.
+    Args:
+        runtime: base, data and settings.
+        arms: the arms to train.
+        notice: receives a line where the number is lower than the settings ask for.
+        limit: the largest number that fits in memory by the plan; None if the plan does not say.
     """
     asked = runtime.settings.adapters_per_pass
     on_cpu = runtime.loaded.device.type == "cpu"
@@ -38,19 +42,19 @@ def adapters_per_pass_for(
         notice(f"arms are trained one after the other: {obstacle}")
         return 1
     if asked is None:
-        return fastest_count(runtime, arms, MAX_ADAPTERS_PER_PASS if most is None else most)
-    if most is not None and most < asked:
-        notice(f"adapters_per_pass {asked} needs more memory than there is, by the plan: going on with {most}")
-        return most
+        return fastest_count(runtime, arms, MAX_ADAPTERS_PER_PASS if limit is None else limit)
+    if limit is not None and limit < asked:
+        notice(f"adapters_per_pass {asked} needs more memory than there is, by the plan: continuing with {limit}")
+        return limit
     return asked
 
 
 def multi_lora_obstacle(runtime: Runtime, arms: Sequence[Arm]) -> str | None:
-    """Why arms can't share a pass over this model, or None: proven on a batch of real data."""
+    """The reason why two arms can't share a pass over this model, found on a batch of real data; None if they can."""
     if runtime.settings.bias != "none":
         return f"bias={runtime.settings.bias!r} trains the base's own biases"
     try:
-        together, alone = _probe_losses(runtime, arms[:2])
+        shared, alone = _probe_losses(runtime, arms[:2])
     except MultiLoraError as error:
         return str(error)
     except (RuntimeError, MemoryError) as error:
@@ -58,25 +62,25 @@ def multi_lora_obstacle(runtime: Runtime, arms: Sequence[Arm]) -> str | None:
             raise
         return f"two don't fit on {runtime.loaded.device}"
     tolerance = CHECK_TOLERANCE[next(runtime.model.parameters()).dtype]
-    if not torch.allclose(together, alone, rtol=tolerance, atol=tolerance):
+    if not torch.allclose(shared, alone, rtol=tolerance, atol=tolerance):
         return "this model's losses differ when two arms share a pass"
     return None
 
 
-def fastest_count(runtime: Runtime, arms: Sequence[Arm], most: int = MAX_ADAPTERS_PER_PASS) -> int:
-    """Double up to `most` while the time of an arm's step falls enough; an out-of-memory ends it."""
-    best, size = _seconds_per_arm(runtime, arms[:1]), 1
-    while size * 2 <= min(most, len(arms)):
+def fastest_count(runtime: Runtime, arms: Sequence[Arm], limit: int = MAX_ADAPTERS_PER_PASS) -> int:
+    """Double the number of adapters up to `limit` while that pays; running out of memory ends the search."""
+    best, count = _seconds_per_arm(runtime, arms[:1]), 1
+    while count * 2 <= min(limit, len(arms)):
         try:
-            seconds = _seconds_per_arm(runtime, arms[: size * 2])
+            seconds = _seconds_per_arm(runtime, arms[: count * 2])
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
             break
-        if seconds > PAYS * best:
+        if seconds > MAX_TIME_RATIO * best:
             break
-        best, size = seconds, size * 2
-    return size
+        best, count = seconds, count * 2
+    return count
 
 
 def _seconds_per_arm(runtime: Runtime, arms: Sequence[Arm]) -> float:
@@ -87,7 +91,7 @@ def _seconds_per_arm(runtime: Runtime, arms: Sequence[Arm]) -> float:
         batch = runtime.batch("train", runtime.batch_plan(arms[0].seed)[0][: runtime.settings.batch_size])
         arm_batches = [ArmBatch(f"scratch_{number}", batch, 1.0, None) for number in range(len(arms))]
         times: list[float] = []
-        for _ in range(1 + TIMED_STEPS):  # the first warms up
+        for _ in range(1 + TIMED_STEPS):  # the first is a warm-up
             begun = time.perf_counter()
             runtime.accumulate_gradients(multi_lora, arm_batches)
             if runtime.loaded.device.type == "cuda":
@@ -97,7 +101,7 @@ def _seconds_per_arm(runtime: Runtime, arms: Sequence[Arm]) -> float:
 
 
 def _probe_losses(runtime: Runtime, arms: Sequence[Arm]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Example losses of two arms with drawn adapters on two batches, together and one by one."""
+    """Example losses of two arms with random adapters on two batches: in one pass, and in a pass each."""
     names = [f"scratch_{number}" for number in range(len(arms))]
     generator = torch.Generator().manual_seed(0)
     with MultiLora(runtime.model, runtime.settings) as multi_lora:
@@ -105,13 +109,12 @@ def _probe_losses(runtime: Runtime, arms: Sequence[Arm]) -> tuple[torch.Tensor, 
             for parameter in multi_lora.add(name, arm, runtime.arm_targets.config(arm)).values():
                 drawn = torch.randn(parameter.shape, generator=generator) * 0.02
                 parameter.data.copy_(parameter.data + drawn.to(parameter))
-        plan = runtime.batch_plan(arms[0].seed)[0]
-        size = runtime.settings.batch_size
+        plan, size = runtime.batch_plan(arms[0].seed)[0], runtime.settings.batch_size
         batches = [
             runtime.batch("train", plan[:size]),
             runtime.batch("train", list(reversed(plan))[: max(1, size // 2)]),
         ]
         arm_batches = [ArmBatch(name, batch, 1.0, None) for name, batch in zip(names, batches, strict=True)]
-        together = torch.cat(runtime.accumulate_gradients(multi_lora, arm_batches))
+        shared = torch.cat(runtime.accumulate_gradients(multi_lora, arm_batches))
         alone = torch.cat([runtime.accumulate_gradients(multi_lora, [arm_batch])[0] for arm_batch in arm_batches])
-    return together, alone
+    return shared, alone

@@ -1,14 +1,14 @@
-"""One arm's training from its seed to its result, with checkpoints on the way; `training_loop.py` runs many of them.
+"""The training of one arm, from its seed to its result, with checkpoints; `training_loop.py` runs several at a time.
 
-Everything is a function of the settings, the arm and the step number: a training that was interrupted and goes on
-from a checkpoint ends with the same values as one that was not.
+Everything is a function of the settings, the arm and the step number, so a training that resumes from a checkpoint ends
+with the same values as an uninterrupted one.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,8 +21,8 @@ from rightrank.engine.batches import Batch
 from rightrank.engine.distributed import process_index
 from rightrank.engine.evaluation import Scores
 from rightrank.engine.multi_lora import ArmBatch, MultiLora
-from rightrank.engine.optimizer import learning_rate_schedule, optimizer_state
-from rightrank.engine.outcome import Diverged, Progress, Seen, finished
+from rightrank.engine.optimizer import arm_schedule, optimizer_state
+from rightrank.engine.outcome import Diverged, Evaluation, Progress, finished
 from rightrank.engine.runtime import Runtime
 from rightrank.engine.scoring import Measured, measure
 from rightrank.engine.steps import OptimizerSteps
@@ -32,30 +32,32 @@ from rightrank.io.truncation import truncated_tensors
 from rightrank.maths.scaling import lora_scale
 from rightrank.records import Arm, EvalPoint, StepDone, Trial, TrialFinished
 from rightrank.records.observer import Observer
-from rightrank.settings import SelectSettings
 
-CHECKPOINT_SHARE = 0.015  # of the time that checkpoints may take
-DIVERGENCE_WINDOW = 8  # steps over which the training loss is averaged before it is called diverged
+CHECKPOINT_SHARE = 0.015  # the largest share of the time that writing checkpoints may take
+DIVERGENCE_WINDOW = 8  # steps over which the training loss is averaged before it is compared with the base's
 
 
 @dataclass(frozen=True, slots=True)
 class TrialFolders:
-    """Where a trial leaves things: a checkpoint while it runs, its adapter when it has finished; and its parent's."""
+    """The files of a trial and of the trial that it starts from."""
 
-    checkpoint: Path
-    adapter: Path
-    continue_from: Path | None = None  # the checkpoint of the trial that this one goes on from
-    truncate_from: Path | None = None  # the adapter of the trial that this one is cut from
-    answers: Path | None = None  # what the model wrote for the held-out items, where a metric asks for it
+    checkpoint: Path  # file, while the trial runs
+    adapter: Path  # folder, when it has finished
+    continue_from: Path | None = None  # the checkpoint of the trial that this one resumes
+    truncate_from: Path | None = None  # the adapter folder of the trial that this one truncates
+    answers: Path | None = None  # file for the model's answers to the held-out examples, if a metric needs them
 
 
 def adapter_name(trial: Trial) -> str:
-    """The name of the trial's adapter in a pass."""
+    """PEFT's name of the trial's adapter while it trains."""
     return f"arm_{trial.trial_id}"
 
 
 class ArmTraining:
-    """One arm's training: its optimizer, schedule, batches, progress and checkpoint; the pass over the base is shared."""
+    """One arm's optimizer, schedule, batches, progress and checkpoint; the passes over the base are shared.
+
+    A step is `micro_batches`, then `arm_batch` and `add_losses` for each, then `update` and `end_step`.
+    """
 
     def __init__(
         self,
@@ -88,12 +90,12 @@ class ArmTraining:
         self._last_step = trial.arm.steps if trial.arm.stop_at is None else trial.arm.stop_at
         self._evaluate_at = evaluation_steps(trial.arm.steps, runtime.settings.eval_points)
         self._saved = time.perf_counter()
-        self._save_seconds = 0.0  # that the last checkpoint took
-        self.pass_ranks = [trial.arm.rank]  # of the adapters in the fullest pass so far, this one first
-        self._loss_sum = 0.0  # of the step under way
+        self._save_seconds = 0.0  # that writing the last checkpoint took
+        self.pass_ranks = [trial.arm.rank]  # of the adapters in the fullest pass so far, its own first
+        self._loss_sum = 0.0  # of the current step
         self._micro_batch = 0
         self._scores: Scores | None = None  # of the last evaluation
-        self._measured: tuple[int, Measured] | None = None  # after which step, and what
+        self._measured: tuple[int, Measured] | None = None  # the step, and the metrics after it
         self.progress = Progress()
         is_look = trial.arm.stop_at is not None and not trial.arm.is_annealed
         self._mean = RunningMean(self._named, self._last_step // 2) if is_look else None
@@ -113,22 +115,22 @@ class ArmTraining:
         return self.progress.step in self._evaluate_at or self.progress.step == self._last_step
 
     def micro_batches(self) -> list[Batch]:
-        """The batches of the step to come."""
+        """Begin a step; its batches."""
         self._loss_sum, self._micro_batch = 0.0, 0
         return self._steps.begin(self.progress.step)
 
     def arm_batch(self, batch: Batch) -> ArmBatch:
-        """This arm's share of the pass over its next micro-batch."""
+        """What this arm adds to the pass over its next micro-batch."""
         per_step = self._settings.gradient_accumulation_steps
-        draw = (self.trial.arm.seed * 1_000_003 + self.progress.step) * per_step + self._micro_batch
+        dropout_seed = (self.trial.arm.seed * 1_000_003 + self.progress.step) * per_step + self._micro_batch
         self._micro_batch += 1
-        return ArmBatch(self.adapter, batch, 1 / self._steps.labels, draw)
+        return ArmBatch(self.adapter, batch, 1 / self._steps.labels, dropout_seed)
 
     def add_losses(self, loss_sum: float) -> None:
         self._loss_sum += loss_sum
 
     def update(self) -> None:
-        """Step, and count the step."""
+        """Update the parameters and count the step."""
         self.progress.train_losses.append(self._steps.update(self._loss_sum))
         self.progress.step += 1
         if self._mean is not None:
@@ -136,10 +138,10 @@ class ArmTraining:
         self.progress.train_tokens += self._steps.tokens
 
     def end_step(self, seconds: float) -> None:
-        """Report the step; end a training that can only get worse.
+        """Report the step and check that the training has not diverged.
 
         Raises:
-            Diverged: the loss is not a number, or far above the base's.
+            Diverged: the loss is not finite, or above `divergence_factor` times the base's.
         """
         progress = self.progress
         progress.train_seconds += seconds
@@ -162,7 +164,7 @@ class ArmTraining:
         """Keep a held-out evaluation.
 
         Raises:
-            Diverged: the held-out loss is far above the base's.
+            Diverged: the held-out loss is above `divergence_factor` times the base's.
         """
         progress = self.progress
         progress.eval_seconds += seconds
@@ -170,12 +172,12 @@ class ArmTraining:
         self._compare_with_base(scores.loss, "held-out")
         since = progress.points[-1].step if progress.points else 0
         recent = progress.train_losses[since:]
-        value = self._value_on_the_way(scores)
-        if progress.step in self._evaluate_at:  # not where a rate is stopped early: points are the same for every arm
+        value = self._point_value(scores)
+        if progress.step in self._evaluate_at:  # early stopping adds no point: every arm has the same
             progress.points.append(EvalPoint(step=progress.step, value=value, train_value=sum(recent) / len(recent)))
 
-    def _value_on_the_way(self, scores: Scores) -> float:
-        """What a point holds: the deciding metric where it is asked for there, else the loss."""
+    def _point_value(self, scores: Scores) -> float:
+        """The value of an evaluation point: the deciding metric if it is measured at points, otherwise the loss."""
         name = self._settings.points_metric
         if name in scores.metrics or self.progress.step not in self._evaluate_at:
             return scores.metrics.get(name, scores.loss)
@@ -184,7 +186,7 @@ class ArmTraining:
         return self._measured[1].values[name]
 
     def _measure(self) -> Measured:
-        """What takes more than a loss: answers of this arm alone, and tasks; as it was where it was just done."""
+        """The metrics of answers and tasks under this arm alone, measured at most once per step."""
         if self._measured is not None and self._measured[0] == self.progress.step:
             return self._measured[1]
         begun = time.perf_counter()
@@ -196,13 +198,14 @@ class ArmTraining:
         return measured
 
     def finish(self, peak_bytes: int) -> TrialFinished:
-        """Measure what is measured at the end, save the adapter, take it off, and give the record. The checkpoint
-        stays until the record is kept.
+        """Measure the end metrics, save the adapter, remove it from the base, and return the record.
+
+        The checkpoint stays until the caller has stored the record (`delete_checkpoint`).
 
         Raises:
-            MetricError: the metric that decides gave no score; the arm is still on.
+            MetricError: the deciding metric gave no score; the adapter is still on the base.
         """
-        if self._scores is None:  # it went on from a checkpoint of its last step
+        if self._scores is None:  # resumed from a checkpoint of its last step
             begun = time.perf_counter()
             self._scores = self._runtime.evaluate_adapters("selection", self._multi_lora, [self.adapter])[0]
             self.progress.eval_seconds += time.perf_counter() - begun
@@ -219,13 +222,13 @@ class ArmTraining:
         elif self.trial.arm.is_annealed:
             self._multi_lora.remove(self.adapter)  # nobody resumes from it
         else:
-            self.set_aside()  # another trial may go on from here
+            self.pause()  # another trial may resume from here
         count = sum(parameter.numel() for parameter in self._parameters)
-        seen = Seen(self._scores, measured, averaged)
-        return finished(self.trial, self._runtime, self.progress, seen, count, peak_bytes, self.pass_ranks)
+        found = Evaluation(self._scores, measured, averaged)
+        return finished(self.trial, self._runtime, self.progress, found, count, peak_bytes, self.pass_ranks)
 
     def _averaged_loss(self) -> float | None:
-        """Held-out loss of the running mean; None where there is none."""
+        """Held-out loss of the running mean of the parameters; None without one."""
         if self._mean is None or self._mean.is_empty:
             return None
         begun = time.perf_counter()
@@ -234,23 +237,22 @@ class ArmTraining:
         self.progress.eval_seconds += time.perf_counter() - begun
         return scores.loss
 
-    def drop_checkpoint(self) -> None:
-        """Once the trial's outcome is kept, nobody goes on from here."""
+    def delete_checkpoint(self) -> None:
+        """Call once the trial's outcome is stored."""
         if process_index() == 0:
             self._folders.checkpoint.unlink(missing_ok=True)
 
-    def leave(self) -> None:
-        """Take the adapter off."""
+    def remove_adapter(self) -> None:
         self._multi_lora.remove(self.adapter)
 
-    def set_aside(self) -> None:
-        """Take the adapter off and keep a checkpoint, to go on from later."""
+    def pause(self) -> None:
+        """Write a checkpoint and remove the adapter from the base, to be resumed later."""
         self.save()
         self._multi_lora.remove(self.adapter)
 
     @property
     def is_checkpoint_due(self) -> bool:
-        """After `checkpoint_seconds`, or later where writing takes so long that it would cost more than its share."""
+        """True after `checkpoint_seconds`, or later where writing would take more than `CHECKPOINT_SHARE` of the time."""
         waited = time.perf_counter() - self._saved
         return waited > max(self._settings.checkpoint_seconds, self._save_seconds / CHECKPOINT_SHARE)
 
@@ -264,7 +266,7 @@ class ArmTraining:
             )
 
     def save(self) -> None:
-        """Write the checkpoint; of several processes, which hold the same, the first does."""
+        """Write the checkpoint, in process 0 alone: every process holds the same state."""
         begun = time.perf_counter()
         if process_index() == 0:
             save_checkpoint(self._folders.checkpoint, self._checkpoint())
@@ -291,9 +293,9 @@ class ArmTraining:
         return Checkpoint(tensors, state)
 
     def _start(self) -> None:
-        """From a checkpoint of this very trial if there is one; else from its parent; else from the first draw.
+        """Start from this trial's checkpoint, else from the trial that it resumes or truncates, else from step 0.
 
-        A parent's checkpoint that is lost costs its steps again and changes no result.
+        A missing checkpoint of the resumed trial costs its steps again and changes no result.
         """
         arm, folders = self.trial.arm, self._folders
         if self._resume(folders.checkpoint, self.trial.trial_id):
@@ -306,7 +308,7 @@ class ArmTraining:
             set_peft_model_state_dict(self._multi_lora.peft_model, tensors, adapter_name=self.adapter)
 
     def _resume(self, checkpoint: Path, trial_id: str) -> bool:
-        """Go on from a checkpoint, if it is there and of that trial."""
+        """Restore a checkpoint; False if there is none, or one of another trial."""
         found = load_checkpoint(checkpoint)
         if found is None or found.state.get("trial_id") != trial_id:
             return False
@@ -329,24 +331,13 @@ class ArmTraining:
         return True
 
 
-def arm_schedule(settings: SelectSettings, arm: Arm) -> Callable[[int], float]:
-    """The factor on the arm's learning rate by step: the settings' schedule over all steps. An annealed copy follows it up to
-    `anneal_from`, then decays linearly to 0 at `stop_at`.
-    """
-    schedule = learning_rate_schedule(settings, arm.steps)
-    start, end = arm.anneal_from, arm.stop_at
-    if start is None or end is None:
-        return schedule
-    return lambda step: schedule(step) if step < start else schedule(start) * (end - step) / (end - start)
-
-
 def training_batches(runtime: Runtime, arm: Arm) -> list[list[int]]:
-    """The batches of an arm's steps; recovery after a cut takes those that follow a whole training's."""
+    """The batches of an arm's steps; recovery after a truncation takes those that follow a whole training's."""
     if arm.truncate_from is None:
         return runtime.batch_plan(arm.seed)[: arm.steps]
     return runtime.batch_plan(arm.seed, runtime.steps + arm.steps)[runtime.steps :]
 
 
 def evaluation_steps(steps: int, points: int) -> set[int]:
-    """The steps after which to evaluate: `points` of them, evenly spaced, the last step always."""
+    """The steps after which to evaluate: `points` of them, evenly spaced, the last step included."""
     return {max(1, round(steps * number / points)) for number in range(1, points + 1)}

@@ -1,7 +1,7 @@
-"""On a CPU, attention in float32 where the rest is in 16 bits.
+"""Attention in float32 on a CPU whose model is in 16 bits.
 
-torch's fused attention for CPUs has no fast backward pass in bfloat16: there it takes several times what it does in
-float32, casts included, and rounds more. Elsewhere attention is left as the model has it.
+torch's fused attention for CPUs has no fast backward pass in bfloat16: with the casts included, it takes several times as
+long as in float32, and it rounds more. On other devices attention runs as the model has it.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ def wants_float32(device: torch.device, dtype: torch.dtype) -> bool:
 
 @contextmanager
 def replaced(table: Any, name: str, function: Any) -> Iterator[None]:
-    """Within the block, `function` under `name` in one of transformers' tables, which are meant to be written to."""
+    """Within the block, `function` is registered under `name` in one of transformers' public tables."""
     before = table[name]
     table[name] = function
     try:
         yield
     finally:
         del table[name]
-        if table[name] is not before:  # a replacement around this one
+        if table[name] is not before:  # nested replacements
             table[name] = before
 
 
 @contextmanager
 def float32_attention() -> Iterator[None]:
-    """Within the block, models that use torch's fused attention compute it in float32."""
+    """Within the block, torch's fused attention computes in float32."""
     functions: Any = ALL_ATTENTION_FUNCTIONS
     plain = functions[FUSED]
 

@@ -1,8 +1,8 @@
-"""Which items train together, and in which order: the same for every arm of a seed.
+"""The batches of a training and their order: the same for every arm of a seed.
 
-Each pass over the data is a fresh permutation, cut into batches as it comes. Batches of like length would pad less,
-but a step's loss is a mean over its labels: a label in a batch of short items would weigh more than one in a batch of
-long items. Where it can be, items are joined into one row instead (`sequence_packing.py`), and nothing is padded.
+Each pass over the data is a fresh permutation, divided into batches in that order. Batches of like length need less
+padding, but a step's loss is the mean over its labels, so a label in a batch of short examples would have more weight than
+one in a batch of long examples. Sequence packing avoids padding without this bias (`sequence_packing.py`).
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ WINDOW_BATCHES = 16
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Right-padded tensors of b items and n positions, and which items they are; or joined, all in one row."""
+    """b examples as right-padded tensors of n positions, or packed into one row (`lengths` is then set)."""
 
     input_ids: torch.Tensor  # [b, n]
     attention_mask: torch.Tensor  # [b, n], 1 on real tokens
-    labels: torch.Tensor  # [b, n], -100 where no loss is taken; [b] for a classification
-    indices: tuple[int, ...]  # into the split
-    tokens: int  # real tokens, no padding
-    lengths: tuple[int, ...] | None = None  # of the items, where they are joined: tensors are [1, tokens]
+    labels: torch.Tensor  # [b, n], -100 where no loss is taken; [b] for classification
+    indices: tuple[int, ...]  # of the examples in the split
+    tokens: int  # without padding
+    lengths: tuple[int, ...] | None = None  # of packed examples: tensors are [1, tokens]
 
     def example_numbers(self) -> torch.Tensor:
-        """Of every position, the number of its item in the batch; shaped as `input_ids`."""
+        """The number in the batch of each position's example, in the shape of `input_ids`."""
         device = self.input_ids.device
         if self.lengths is None:
             return torch.arange(len(self.indices), device=device)[:, None].expand_as(self.input_ids)
@@ -40,22 +40,22 @@ class Batch:
         return torch.arange(len(self.indices), device=device).repeat_interleave(counts)[None]
 
 
-def batch_plan(items: int, batch_size: int, steps: int, seed: int) -> list[list[int]]:
-    """`steps` batches of `batch_size` of the numbers under `items`, drawn in passes over all of them.
+def batch_plan(examples: int, batch_size: int, steps: int, seed: int) -> list[list[int]]:
+    """`steps` batches of `batch_size` example indices, drawn in passes over all examples.
 
-    A pass that does not fill its last batch is continued by the next pass.
+    The next pass completes a batch that a pass does not fill.
     """
     generator = np.random.default_rng([seed, 0x8A7C])
-    passes = -(-batch_size * steps // items)
-    order = np.concatenate([generator.permutation(items) for _ in range(passes)])
+    passes = -(-batch_size * steps // examples)
+    order = np.concatenate([generator.permutation(examples) for _ in range(passes)])
     plan: list[list[int]] = order[: batch_size * steps].reshape(steps, batch_size).tolist()
     return plan
 
 
 def batch_plan_by_length(lengths: npt.NDArray[np.int64], batch_size: int, steps: int, seed: int) -> list[list[int]]:
-    """The same with batches of like length: windows of a pass sorted by length, their batches shuffled.
+    """As `batch_plan`, in batches of like length: each window of a pass is sorted by length and its batches shuffled.
 
-    A window never spans two passes: sorted, an item and its repetition would share a batch.
+    A window never spans two passes, because sorting would put an example and its repetition into one batch.
     """
     generator = np.random.default_rng([seed, 0x8A7C])
     plan: list[list[int]] = []
@@ -71,19 +71,19 @@ def batch_plan_by_length(lengths: npt.NDArray[np.int64], batch_size: int, steps:
     return plan[:steps]
 
 
-def collate(items: Sequence[EncodedExample], indices: Sequence[int], pad_id: int, device: torch.device) -> Batch:
-    """Pad the items at `indices` to their longest."""
-    chosen = [items[index] for index in indices]
-    longest = max(item.length for item in chosen)
+def collate(examples: Sequence[EncodedExample], indices: Sequence[int], pad_id: int, device: torch.device) -> Batch:
+    """The examples at `indices`, padded to the longest."""
+    chosen = [examples[index] for index in indices]
+    longest = max(example.length for example in chosen)
     input_ids = torch.full((len(chosen), longest), pad_id, dtype=torch.long)
     mask = torch.zeros((len(chosen), longest), dtype=torch.long)
     classification = len(chosen[0].labels) == 1 and longest > 1
     labels = torch.full((len(chosen), 1 if classification else longest), IGNORED, dtype=torch.long)
-    for row, item in enumerate(chosen):
-        input_ids[row, : item.length] = torch.as_tensor(item.input_ids)
-        mask[row, : item.length] = 1
-        labels[row, : len(item.labels)] = torch.as_tensor(item.labels)
-    tokens = sum(item.length for item in chosen)
+    for row, example in enumerate(chosen):
+        input_ids[row, : example.length] = torch.as_tensor(example.input_ids)
+        mask[row, : example.length] = 1
+        labels[row, : len(example.labels)] = torch.as_tensor(example.labels)
+    tokens = sum(example.length for example in chosen)
     return Batch(
         input_ids.to(device),
         mask.to(device),
@@ -93,7 +93,7 @@ def collate(items: Sequence[EncodedExample], indices: Sequence[int], pad_id: int
     )
 
 
-def length_sorted_batches(items: Sequence[EncodedExample], batch_size: int) -> list[list[int]]:
-    """All item indices in batches of like length, for evaluation: a fixed composition, so identical values."""
-    order: list[int] = np.argsort(lengths_of(items), kind="stable").tolist()
+def length_sorted_batches(examples: Sequence[EncodedExample], batch_size: int) -> list[list[int]]:
+    """All example indices in batches of like length, for evaluation. The composition is fixed, so values repeat exactly."""
+    order: list[int] = np.argsort(lengths_of(examples), kind="stable").tolist()
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]

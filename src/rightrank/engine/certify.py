@@ -1,4 +1,4 @@
-"""The certificate: one arm of the run trained again, alone, and compared with what it was in its pass."""
+"""The certificate: one arm of the run is trained again, alone, and compared with its result in the run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from rightrank.records.observer import Observer
 
 STEP_BOUND = 1e-5  # relative, of the loss of one step from the same state, float32
 RUN_BOUND = 1e-3  # relative, of losses and adapter over a whole training, float32
-SEED_SHARE = 0.1  # in less than float32: of the difference that another seed makes
+MAX_SEED_SHARE = 0.1  # below float32: of the difference between two seeds
 
 
 def certify(
@@ -28,14 +28,19 @@ def certify(
     observer: Observer,
     seed_difference: float | None,
 ) -> Certified:
-    """Train `trial`'s arm again, alone and from its start, and say how far it is from what it was.
+    """Train the arm of `trial` again, alone and from its start, and return the differences.
 
-    `adapter` is the folder of its trained adapter, `scratch` one to work in. `seed_difference` is how much the held-out
-    value differs between two seeds of one rank and rate, None where there was one seed; it is the yardstick where the
-    model is not in float32.
+    Args:
+        runtime: base, data and settings.
+        trial: the trial to repeat.
+        adapter: the folder of its trained adapter.
+        scratch: a folder for temporary files.
+        observer: receives the steps.
+        seed_difference: the difference of the held-out value between two seeds of one rank and learning rate; None if
+            the run has one seed. It sets the bound for a model that is not in float32.
 
     Raises:
-        RunError: the training did not end with a result this time.
+        RunError: the repeated training ended without a result.
         InterruptedRun: the observer asked to stop; a checkpoint was written.
     """
     arm = trial.arm.model_copy(update={"continue_from": None})
@@ -52,7 +57,7 @@ def certify(
     if exact:
         passed: bool | None = step <= STEP_BOUND and run <= RUN_BOUND and tensors <= RUN_BOUND
     else:
-        passed = None if seed_difference is None else value <= SEED_SHARE * seed_difference
+        passed = None if seed_difference is None else value <= MAX_SEED_SHARE * seed_difference
     return Certified(
         trial_id=trial.trial_id,
         rank=trial.rank,
@@ -69,14 +74,14 @@ def certify(
 
 
 def largest_differences(one: list[float], other: list[float]) -> tuple[float, float]:
-    """`(at the first step, over all steps)`, relative to the second."""
+    """The difference `(at the first step, at the worst step)`, relative to `other`."""
     assert len(one) == len(other)
     differences = [abs(a - b) / max(abs(b), 1e-12) for a, b in zip(one, other, strict=True)]
     return (differences[0], max(differences)) if differences else (0.0, 0.0)
 
 
 def tensor_difference(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor]) -> float:
-    """The norm of the difference over the norm, of all A's and of all B's apart; the larger."""
+    """‖one − other‖ / ‖other‖ over all A, over all B and over any other tensors; the largest of the three."""
     assert one.keys() == other.keys()
     found = 0.0
     for part in ("_A", "_B", ""):

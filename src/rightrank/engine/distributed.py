@@ -1,7 +1,7 @@
-"""More than one process for one arm: each takes its share of every batch, and gradients are summed.
+"""Several processes for one arm: each computes its share of every batch, and gradients are summed.
 
-Every process holds the same adapter and makes the same step. `torch.distributed` must have been started by whoever
-started the processes (torchrun, accelerate, or `torch.multiprocessing`); alone, nothing here does anything.
+Every process holds the same adapter and takes the same steps. Whoever starts the processes (torchrun, accelerate or
+`torch.multiprocessing`) initialises `torch.distributed`. In a single process these functions do nothing.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ def world_size() -> int:
 
 
 def process_index() -> int:
-    """This process's number among them; the one numbered 0 writes."""
+    """The number of this process; process 0 writes files."""
     return dist.get_rank() if world_size() > 1 else 0
 
 
 def require_shares(batch_size: int) -> None:
-    """Every process must get an item of every batch.
+    """Check that every process gets an example of every batch.
 
     Raises:
-        SettingsError: a batch smaller than the number of processes.
+        SettingsError: the batch size is below the number of processes.
     """
     if batch_size < world_size():
         raise SettingsError(
@@ -38,12 +38,12 @@ def require_shares(batch_size: int) -> None:
 
 
 def my_share(rows: Sequence[int]) -> list[int]:
-    """The rows of a batch that this process computes: every `world_size`-th, so that lengths are spread evenly."""
+    """The rows of a batch that this process computes: every `world_size`-th, so that lengths are balanced."""
     return list(rows[process_index() :: world_size()])
 
 
 def all_reduce(tensors: Iterable[torch.Tensor]) -> None:
-    """Sum tensors of one dtype in place over all processes, in one message."""
+    """Sum tensors of one dtype in place over all processes, in one collective."""
     found = list(tensors)
     if world_size() == 1 or not found:
         return
@@ -56,7 +56,7 @@ def all_reduce(tensors: Iterable[torch.Tensor]) -> None:
 
 
 def broadcast(process: int, value: Any) -> Any:
-    """What that process has for `value`, a JSON value, in every process."""
+    """The JSON value that process number `process` passes, in every process."""
     if world_size() == 1:
         return value
     device = "cuda" if dist.get_backend() == "nccl" else "cpu"

@@ -1,7 +1,7 @@
-"""From items to token ids and labels. Labels are -100 wherever no loss is taken.
+"""From examples to token ids and labels. A label is -100 wherever no loss is taken.
 
-The prompt of a completion is masked by the character offsets of one joint tokenisation, so that a token
-across the border counts as completion and no ids differ from what the model sees at inference.
+Prompt and completion are tokenised together, and the prompt is masked by character offsets: a token across the border
+counts as completion, and the ids are those that the model sees at inference.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from rightrank.io.models import LoadedModel
 from rightrank.records import DataSummary, SplitName, SplitSummary
 from rightrank.settings import SelectSettings
 
-IGNORED = -100  # torch's and transformers' label for "no loss here"
+IGNORED = -100  # the label without loss in torch and transformers
 
 
 @dataclass(frozen=True, slots=True)
 class EncodedData:
-    """Every split, encoded, and the summary of what became of the items."""
+    """The encoded splits, and a summary of what was truncated and dropped."""
 
     splits: Mapping[SplitName, Sequence[EncodedExample]]
-    texts: Mapping[SplitName, Sequence[Example]]  # the held-out items, for what the model writes
+    texts: Mapping[SplitName, Sequence[Example]]  # the held-out examples, for generation
     summary: DataSummary
 
     @property
@@ -36,15 +36,15 @@ class EncodedData:
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest item."""
-        return max(int(lengths_of(items).max()) for items in self.splits.values())
+        """Tokens of the longest example."""
+        return max(int(lengths_of(examples).max()) for examples in self.splits.values())
 
 
 def encode(data: DataSplits, model: LoadedModel, settings: SelectSettings, folder: Path | None = None) -> EncodedData:
-    """Tokenise every split, into files in `folder` that are gone with the process.
+    """Tokenise every split, into temporary files in `folder`.
 
     Raises:
-        DataError: a chat template that is missing or that rewrites earlier turns; a split left without any label.
+        DataError: the chat template is missing or rewrites earlier turns, or a split has no label within `seq_len`.
     """
     limit = settings.seq_len
     encoder = _Encoder(model.tokenizer, data.form, data.classes)
@@ -55,9 +55,10 @@ def encode(data: DataSplits, model: LoadedModel, settings: SelectSettings, folde
         pieces = _encode_split(encoder, data.examples[split], limit, settings.long_items, count)
         encoded = TokenStore(pieces, folder)
         if not encoded:
+            shown = "validation" if split == "selection" else split
             raise DataError(
-                f"the {split} split has no label token left after tokenising ({len(data.examples[split])} items, "
-                f"{count.dropped} without a label within {limit} tokens); give items with text to learn, or a larger seq_len"
+                f"the {shown} split has no label token left after tokenising ({len(data.examples[split])} examples, "
+                f"{count.dropped} without a label within {limit} tokens); give examples with text to learn, or a larger seq_len"
             )
         splits[split] = encoded
         summaries[split] = SplitSummary(
@@ -79,16 +80,16 @@ def encode(data: DataSplits, model: LoadedModel, settings: SelectSettings, folde
     return EncodedData(splits, {"selection": data.examples["selection"], "test": data.examples["test"]}, summary)
 
 
-def label_count(item: EncodedExample, classification: bool) -> int:
-    """Labels that carry loss: the first position of a language model has nothing before it to predict from."""
+def label_count(example: EncodedExample, classification: bool) -> int:
+    """The number of labels with a loss. A language model takes none at the first position, which nothing precedes."""
     if classification:
         return 1
-    return sum(label != IGNORED for label in item.labels[1:])
+    return sum(label != IGNORED for label in example.labels[1:])
 
 
 @dataclass(slots=True)
 class _Count:
-    """What became of a split's items, counted as they go by."""
+    """Counts over a split's examples, updated while they are encoded."""
 
     label_tokens: int = 0
     truncated: int = 0
@@ -96,10 +97,10 @@ class _Count:
 
 
 def _encode_split(
-    encoder: _Encoder, items: Iterable[Example], limit: int, long_items: str, count: _Count
+    encoder: _Encoder, examples: Iterable[Example], limit: int, long_items: str, count: _Count
 ) -> Iterator[EncodedExample]:
-    for item in items:
-        ids, labels = encoder(item)
+    for example in examples:
+        ids, labels = encoder(example)
         count.truncated += len(ids) > limit
         pieces = 0
         for start in (
@@ -108,7 +109,7 @@ def _encode_split(
             piece_ids = ids[start : start + limit]
             piece_labels = labels if encoder.is_classification else labels[start : start + limit]
             suffix = f"#{start}" if start else ""
-            piece = EncodedExample(item.item_id + suffix, piece_ids, piece_labels)
+            piece = EncodedExample(example.item_id + suffix, piece_ids, piece_labels)
             found = label_count(piece, encoder.is_classification)
             if piece_ids and found:
                 yield piece
@@ -118,7 +119,7 @@ def _encode_split(
 
 
 class _Encoder:
-    """One tokenizer and one form: item → (input_ids, labels)."""
+    """example → (input_ids, labels), for one tokenizer and one form of data."""
 
     def __init__(self, tokenizer: Any, form: DataForm, classes: list[str] | None) -> None:
         self._tokenizer = tokenizer
@@ -130,8 +131,8 @@ class _Encoder:
                 "the data has `messages` but the tokenizer has no chat template; give `prompt` and `completion`"
             )
 
-    def __call__(self, item: Example) -> tuple[list[int], list[int]]:
-        content = item.content
+    def __call__(self, example: Example) -> tuple[list[int], list[int]]:
+        content = example.content
         if self._form == "classification":
             return self._ids(content["text"]), [self._class_index[str(content["label"])]]
         if self._form == "text":
@@ -139,14 +140,14 @@ class _Encoder:
             ids = self._end(ids)
             return ids, list(ids)
         if self._form == "messages":
-            return self._conversation(content["messages"], 0, item.where)
-        return self._prompt_completion(content["prompt"], content["completion"], item.where)
+            return self._conversation(content["messages"], 0, example.where)
+        return self._prompt_completion(content["prompt"], content["completion"], example.where)
 
     def _prompt_completion(self, prompt: Any, completion: Any, where: str) -> tuple[list[int], list[int]]:
         if isinstance(prompt, list) or isinstance(completion, list):
             if not (isinstance(prompt, list) and isinstance(completion, list)):
                 raise DataError(
-                    f"{where}: `prompt` and `completion` are of two kinds; give two strings or two lists of messages"
+                    f"{where}: `prompt` and `completion` have different types; give two strings or two lists of messages"
                 )
             return self._conversation([*prompt, *completion], len(prompt), where)
         if not completion:
@@ -158,7 +159,7 @@ class _Encoder:
     def _conversation(
         self, messages: Sequence[Mapping[str, str]], first: int, where: str
     ) -> tuple[list[int], list[int]]:
-        """Loss on every assistant turn from message `first` on, located by rendering each prefix of the talk."""
+        """Labels on every assistant turn from message `first` on, located by rendering each prefix of the conversation."""
         whole = self._render(messages, False)
         spans: list[tuple[int, int]] = []
         for index, message in enumerate(messages):
@@ -200,7 +201,7 @@ class _Encoder:
         return ids
 
     def _end(self, ids: list[int]) -> list[int]:
-        """With the end-of-sequence token after it, where the tokenizer has one and did not add it."""
+        """`ids` with the end-of-sequence token, unless the tokenizer has none or has added it."""
         end = self._tokenizer.eos_token_id
         if end is None or not ids or ids[-1] == end:
             return list(ids)

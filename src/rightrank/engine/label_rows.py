@@ -1,8 +1,8 @@
-"""In the last block, position-wise layers run only where a label follows.
+"""Label rows: in the last block, position-wise layers run only at positions whose next token is a label.
 
-What the last block gives at other positions reaches no loss: its queries, its attention output projection and its MLP
-need not be computed there. Keys and values are needed everywhere. The result and every gradient are the same; that
-the model's last block allows it is checked on real data before use.
+The last block's output at other positions reaches no loss, so its query projection, attention output projection and MLP
+are skipped there. Keys and values are needed at every position. Losses and gradients stay the same; `fast_paths.py` checks
+this for each model on real data.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ import torch
 
 from rightrank.engine.batches import Batch
 from rightrank.engine.encode import IGNORED
-from rightrank.engine.multi_lora_layers import Routing
+from rightrank.engine.routing import Routing
 
-WORTH_IT = 0.75  # share of the positions that carry a label, above which gathering rows costs more than it saves
+MAX_LABEL_SHARE = 0.75  # above this share of positions with a label, gathering rows costs more than it saves
 _MLP_NAMES = ("mlp", "feed_forward", "ffn")
 _ATTENTION_NAMES = ("self_attn", "attn", "attention", "self_attention")
 _POSITION_WISE = ("q_proj", "o_proj", "out_proj", "c_proj", "dense")
 
 
 def label_positions(batch: Batch) -> torch.Tensor:
-    """Shaped as the batch: where the next token is a label."""
+    """[b, n]: True where the next token is a label."""
     keep = torch.zeros_like(batch.labels, dtype=torch.bool)
     keep[:, :-1] = batch.labels[:, 1:] != IGNORED
     return keep
@@ -32,9 +32,9 @@ def label_positions(batch: Batch) -> torch.Tensor:
 
 @contextmanager
 def label_rows_only(block: Any, batch: Batch, routing: Routing | None) -> Iterator[None]:
-    """Within the block, `block` (the model's last) computes what it can at label positions alone."""
+    """Within the block, the position-wise layers of `block`, the model's last, run at label positions only."""
     keep = label_positions(batch)
-    if float(keep.float().mean()) > WORTH_IT or not keep.any():
+    if float(keep.float().mean()) > MAX_LABEL_SHARE or not keep.any():
         yield
         return
     rows = keep.reshape(-1).nonzero()[:, 0]
@@ -54,7 +54,7 @@ def label_rows_only(block: Any, batch: Batch, routing: Routing | None) -> Iterat
 
 
 def position_wise_modules(block: Any) -> list[Any]:
-    """The MLP, and the attention's query and output projections, by the names that models give them."""
+    """The MLP and the query and output projections of the attention, by their usual names in transformers."""
     found = [getattr(block, name) for name in _MLP_NAMES if hasattr(block, name)]
     for name in _ATTENTION_NAMES:
         attention = getattr(block, name, None)
@@ -66,7 +66,7 @@ def position_wise_modules(block: Any) -> list[Any]:
 def _on_rows(
     forward: Callable[..., torch.Tensor], rows: torch.Tensor, shape: torch.Size
 ) -> Callable[..., torch.Tensor]:
-    """`forward` on the chosen rows of [b, n, d], zeros elsewhere; on an input of another shape, `forward` itself."""
+    """`forward` on the given rows of an input [b, n, d], and zeros elsewhere; plain `forward` on any other shape."""
 
     def on_rows(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         if x.shape[:-1] != shape:

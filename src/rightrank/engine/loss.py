@@ -1,11 +1,11 @@
-"""The loss of a batch, item by item.
+"""The loss of a batch, per example.
 
-For language models the output head runs only where there is a label, in chunks, and the gradient to the hidden
-states is taken chunk by chunk in the forward pass: no batch × length × vocabulary tensor ever exists. The technique
-is that of fused linear cross-entropy kernels (Liger kernel, Hsu et al. 2024), here for any head module.
+For language models the output head runs only at label positions, in chunks, and the forward pass already computes the
+gradient to the hidden states of each chunk, so no batch × length × vocabulary tensor exists. This is the technique of fused
+linear cross-entropy kernels (Liger kernel, Hsu et al. 2024), for any head module.
 
-Whether a model's logits are its head applied to its last hidden states is checked once on real data; where they are
-not, the model's own logits are used.
+`make_objective` checks on real data whether a model's logits are its head applied to its last hidden states. If they are
+not, the loss is taken from the model's own logits.
 """
 
 from __future__ import annotations
@@ -22,31 +22,31 @@ from rightrank.engine.batches import Batch
 from rightrank.engine.encode import IGNORED
 from rightrank.engine.sequence_packing import position_ids
 
-CHUNK_LOGITS = 2**24  # logits held at once, in elements: 64 MiB in float32
+CHUNK_LOGITS = 2**24  # elements of a chunk's logits: 64 MiB in float32
 HEAD_TOLERANCE = 1e-3  # relative, between the head's loss and the model's own, in the model's dtype
 
 Head: TypeAlias = Callable[[torch.Tensor], torch.Tensor]
-Scale: TypeAlias = float | torch.Tensor  # of every label loss, or [b], of each item's
+Scale: TypeAlias = float | torch.Tensor  # of every label loss; or [b], one per example
 
 
 @dataclass(frozen=True, slots=True)
 class BatchLoss:
-    """What a forward pass over a batch of b items gives."""
+    """The losses of a batch of b examples."""
 
-    total: torch.Tensor  # scalar with a graph: the sum of all label losses times the scale asked for
-    example_losses: torch.Tensor  # [b], summed over each item's labels, nats, no graph, on the CPU
-    example_tokens: torch.Tensor  # [b], labels of each item
-    example_correct: torch.Tensor | None  # [b], 1 where a classification is right
+    total: torch.Tensor  # scalar with a graph: the sum of label losses times the scale
+    example_losses: torch.Tensor  # [b], nats, summed over each example's labels; no graph, on the CPU
+    example_tokens: torch.Tensor  # [b], labels of each example
+    example_correct: torch.Tensor | None  # [b], classification only: 1 where the class is right
 
 
 class Objective(Protocol):
-    """A model and the way its loss is taken."""
+    """How the loss of a model is taken."""
 
     def __call__(self, model: Any, batch: Batch, scale: Scale) -> BatchLoss: ...
 
 
 def make_objective(model: Any, batch: Batch, classification: bool) -> Objective:
-    """The objective that suits the model, proven on `batch`."""
+    """The fastest objective that gives the model's own losses on `batch`."""
     if classification:
         return classification_loss
     if _head_agrees(model, batch):
@@ -55,7 +55,7 @@ def make_objective(model: Any, batch: Batch, classification: bool) -> Objective:
 
 
 def classification_loss(model: Any, batch: Batch, scale: Scale) -> BatchLoss:
-    """Cross-entropy of one label an item."""
+    """Cross-entropy of one label per example."""
     logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits.float()
     losses = F.cross_entropy(logits, batch.labels, reduction="none")
     correct = (logits.argmax(-1) == batch.labels).long()
@@ -65,30 +65,33 @@ def classification_loss(model: Any, batch: Batch, scale: Scale) -> BatchLoss:
 
 
 def head_loss(model: Any, batch: Batch, scale: Scale) -> BatchLoss:
-    """Shifted cross-entropy with the head applied only where there is a label."""
-    # Padding is on the right and every loss is causal, so no position with a label sees a padded one:
-    # the mask can be left out, and attention takes its causal fast path.
+    """Shifted cross-entropy, with the head applied at label positions only."""
+    # Padding is on the right and attention is causal, so no label position attends to padding. Without the mask,
+    # attention takes its causal fast path.
     restarting = {} if batch.lengths is None else {"position_ids": position_ids(batch.lengths, batch.input_ids.device)}
     hidden = model.base_model(input_ids=batch.input_ids, use_cache=False, **restarting).last_hidden_state
     keep, targets = _label_positions(batch)
-    items = batch.example_numbers()[:, 1:][keep]
-    total, losses = chunked_cross_entropy(hidden[:, :-1][keep], targets, output_head(model), _by_label(scale, items))
-    return _by_item(total, losses, items, len(batch.indices))
+    examples = batch.example_numbers()[:, 1:][keep]
+    total, losses = chunked_cross_entropy(hidden[:, :-1][keep], targets, output_head(model), _by_label(scale, examples))
+    return _by_example(total, losses, examples, len(batch.indices))
 
 
 def logits_loss(model: Any, batch: Batch, scale: Scale) -> BatchLoss:
-    """Shifted cross-entropy of the model's own logits, all of them at once."""
+    """Shifted cross-entropy of the model's own logits, at all positions at once."""
     logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
     keep, targets = _label_positions(batch)
     losses = F.cross_entropy(logits[:, :-1][keep].float(), targets, reduction="none")
-    items = batch.example_numbers()[:, 1:][keep]
-    return _by_item((losses * _by_label(scale, items)).sum(), losses.detach(), items, len(batch.indices))
+    examples = batch.example_numbers()[:, 1:][keep]
+    return _by_example((losses * _by_label(scale, examples)).sum(), losses.detach(), examples, len(batch.indices))
 
 
 def chunked_cross_entropy(
     hidden: torch.Tensor, targets: torch.Tensor, head: Head, scale: Scale
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`(sum of scale × losses, losses [n] without a graph)` of `hidden` [n, d] and `targets` [n]; scale is [n] or one."""
+    """Cross-entropy of `head(hidden)` in chunks: `(sum of scale × losses, losses [n] without a graph)`.
+
+    `hidden` is [n, d], `targets` is [n], `scale` is a number or [n].
+    """
     if any(parameter.requires_grad for parameter in _parameters(head)):
         pieces = [
             checkpoint(_chunk_losses, part, labels, head, use_reentrant=False)
@@ -102,7 +105,7 @@ def chunked_cross_entropy(
 
 
 class _FrozenHeadLoss(torch.autograd.Function):
-    """Loss of a frozen head; the gradient to the hidden states is ready when the forward pass ends."""
+    """Loss of a frozen head. The forward pass computes the gradient to the hidden states."""
 
     @staticmethod
     def forward(
@@ -145,7 +148,7 @@ def _chunks(hidden: torch.Tensor, targets: torch.Tensor, head: Head) -> list[tup
 
 
 class _CappedHead:
-    """A model's output embedding followed by the scaling and capping of logits that its configuration names."""
+    """A model's output embedding, then the scaling and soft capping of logits in its configuration."""
 
     def __init__(self, model: Any) -> None:
         config = model.config.get_text_config()
@@ -163,7 +166,7 @@ class _CappedHead:
 
 
 def output_head(model: Any) -> Head:
-    """The model's output head, with what its configuration does to the logits."""
+    """The model's output head, with the scaling and soft capping of its configuration."""
     return _CappedHead(model)
 
 
@@ -172,27 +175,27 @@ def _parameters(head: Head) -> list[torch.nn.Parameter]:
 
 
 def _label_positions(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-    """`(keep [b, n-1], targets [m])`: where the next token is a label, and those labels."""
+    """`(keep [b, n-1], targets [m])`: True where the next token is a label, and those labels."""
     shifted = batch.labels[:, 1:]
     keep = shifted != IGNORED
     return keep, shifted[keep]
 
 
-def _by_label(scale: Scale, items: torch.Tensor) -> Scale:
-    """The scale of each label [m], from the scale of each item [b]."""
-    return scale[items] if isinstance(scale, torch.Tensor) else scale
+def _by_label(scale: Scale, examples: torch.Tensor) -> Scale:
+    """The scale of each label [m], from the scale of each example [b]."""
+    return scale[examples] if isinstance(scale, torch.Tensor) else scale
 
 
-def _by_item(total: torch.Tensor, losses: torch.Tensor, items: torch.Tensor, count: int) -> BatchLoss:
-    """Losses [m] summed by the item [m] of each label."""
-    items = items.cpu()  # summed in float64, which not every device has
-    sums = torch.zeros(count, dtype=torch.float64).index_add_(0, items, losses.cpu().double())
-    return BatchLoss(total, sums, torch.bincount(items, minlength=count), None)
+def _by_example(total: torch.Tensor, losses: torch.Tensor, examples: torch.Tensor, count: int) -> BatchLoss:
+    """Sum the losses [m] by the example [m] of each label."""
+    examples = examples.cpu()  # float64 sums, which not every device supports
+    sums = torch.zeros(count, dtype=torch.float64).index_add_(0, examples, losses.cpu().double())
+    return BatchLoss(total, sums, torch.bincount(examples, minlength=count), None)
 
 
 @torch.no_grad()
 def _head_agrees(model: Any, batch: Batch) -> bool:
-    """Whether head and model give the same losses on `batch`."""
+    """Whether the head alone gives the model's own losses on `batch`."""
     if model.get_output_embeddings() is None or not isinstance(getattr(model, "base_model", None), torch.nn.Module):
         return False
     if model.base_model is model:

@@ -1,7 +1,8 @@
-"""The peak memory of a stretch of work, as the device or the system counts it."""
+"""Out-of-memory errors, and the peak memory that the device or the system counts."""
 
 from __future__ import annotations
 
+import gc
 import resource
 import sys
 from pathlib import Path
@@ -14,21 +15,28 @@ from rightrank.errors import is_out_of_memory
 
 _STATUS = Path("/proc/self/status")
 _CLEAR = Path("/proc/self/clear_refs")
-_RESET_PEAK = "5"  # Linux: forget the peak resident set (man 5 proc)
+_RESET_PEAK = "5"  # Linux: reset the peak resident set (man 5 proc)
 
 
 def is_recoverable_oom(error: BaseException) -> bool:
-    """Whether memory ran out and this process can go on with less at a time.
+    """Whether memory ran out and this process can continue with smaller batches.
 
-    Of several that share an arm none can: the others are in the middle of the same pass and wait for it.
+    Processes that share an arm can't: the others are in the middle of the same pass and wait for this one.
     """
     return world_size() == 1 and is_out_of_memory(error)
 
 
-class PeakMemory:
-    """On CUDA the peak allocated by tensors; on the CPU the process's peak resident set since the block began.
+def free_memory(device: torch.device) -> None:
+    """Return unused memory to the device. Call it outside the `except` block, whose traceback keeps the failed pass."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
-    Where the system can't forget an earlier peak (outside Linux), the process's whole-life peak is given.
+
+class PeakMemory:
+    """Peak memory since the block began: tensor allocations on CUDA, the process's resident set on the CPU.
+
+    Only Linux can reset the peak of the resident set. Elsewhere the peak is that of the process's whole life.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -39,14 +47,14 @@ class PeakMemory:
         return self
 
     def restart(self) -> None:
-        """Forget the peak so far."""
+        """Reset the peak."""
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)
         elif _CLEAR.exists():
             try:
                 _CLEAR.write_text(_RESET_PEAK)
             except PermissionError:
-                return  # a hardened container: the whole-life peak is all there is
+                return  # a hardened container: only the peak of the whole life is available
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

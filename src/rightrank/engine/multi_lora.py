@@ -1,7 +1,7 @@
-"""A pass: the adapters of several arms on one base, each a PEFT adapter of its own name.
+"""Multi-LoRA: several adapters on one base, each a PEFT adapter of its own name, trained in one pass.
 
-PEFT puts the adapters on, matches their targets and saves them; the forward pass is ours (`multi_lora_layers.py`). Arms join and
-leave at any time. The base is as before when the pass is closed.
+PEFT matches the target modules, creates the adapters and saves them. The forward pass is that of `multi_lora_layers.py`.
+Arms can be added and removed at any time.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from peft.utils import ModulesToSaveWrapper
 
 from rightrank.engine.adapter import ADAPTER, initialise, trained_biases, unwrapped, wrapped
 from rightrank.engine.batches import Batch
-from rightrank.engine.multi_lora_layers import Routing, install
+from rightrank.engine.multi_lora_layers import install
+from rightrank.engine.routing import Routing
 from rightrank.engine.targets import without_peft_noise
 from rightrank.records import Arm
 from rightrank.settings import SelectSettings
@@ -27,16 +28,16 @@ from rightrank.settings import SelectSettings
 
 @dataclass(frozen=True, slots=True)
 class ArmBatch:
-    """One arm's share of a pass: its batch, what to scale its losses by, and where its dropout begins."""
+    """What one arm adds to a pass."""
 
     adapter: str
     batch: Batch
-    scale: float
-    dropout_seed: int | None
+    scale: float  # of every label loss
+    dropout_seed: int | None  # None: no dropout
 
 
 class MultiLora:
-    """The arms now on the base. Use as a context: leaving it takes every adapter off."""
+    """The adapters on a base. Use it as a context: leaving it removes every adapter and restores the base."""
 
     def __init__(self, model: Any, settings: SelectSettings) -> None:
         self._model = model
@@ -56,15 +57,15 @@ class MultiLora:
 
     @property
     def peft_model(self) -> Any:
-        """PEFT's model, while there is an arm."""
+        """PEFT's model; None without an adapter."""
         return self._peft_model
 
     def add(
         self, adapter: str, arm: Arm, config: LoraConfig, rows: Mapping[str, torch.Tensor] | None = None
     ) -> dict[str, torch.nn.Parameter]:
-        """Put a freshly initialised arm on the base; its trainable tensors by the names they have alone.
+        """Add a freshly initialised adapter; returns its trainable tensors (see `parameters`).
 
-        `rows` are the first A of modules that have one of their own.
+        `rows` gives the first A of each module that does not draw it.
         """
         if self._peft_model is None:
             self._biases = trained_biases(self._model, self._settings)
@@ -78,37 +79,37 @@ class MultiLora:
         return self.parameters(adapter)
 
     def remove(self, adapter: str) -> None:
-        """Take one arm off, if it is on."""
+        """Remove an adapter, if it is on the base."""
         if adapter not in self._names:
             return
         self._names.remove(adapter)
         if not self._names:
             self._close()
             return
-        self._peft_model.set_adapter(self._names[0])  # PEFT loses track of its active one when that is deleted
+        self._peft_model.set_adapter(self._names[0])  # PEFT fails if its active adapter is deleted
         self._peft_model.delete_adapter(adapter)
         self._settle()
 
     def parameters(self, adapter: str) -> dict[str, torch.nn.Parameter]:
-        """The arm's trainable tensors, named as if the adapter were PEFT's only one."""
+        """The adapter's trainable tensors, by the names that they have when it is PEFT's only one."""
         found: dict[str, torch.nn.Parameter] = {}
         for name, parameter in self._peft_model.named_parameters():
             parts = name.split(".")
             if adapter in parts:
                 found[".".join(ADAPTER if part == adapter else part for part in parts)] = parameter
             elif parameter.requires_grad and not set(parts) & set(self._names):
-                found[name] = parameter  # a bias of the base, which only an arm alone may train
+                found[name] = parameter  # a bias of the base, which an arm trains only alone
         return found
 
     @contextmanager
-    def routed(self, arm_batches: Sequence[ArmBatch], joined: bool = False) -> Iterator[Routing]:
-        """Within the block, the rows of `concatenated(shares)`, padded or joined, go each to its arm."""
+    def routed(self, arm_batches: Sequence[ArmBatch], packed: bool = False) -> Iterator[Routing]:
+        """Within the block, each row of `concatenated(arm_batches)`, padded or packed, goes to its arm's adapter."""
         names, seeds = (
             [arm_batch.adapter for arm_batch in arm_batches],
             [arm_batch.dropout_seed for arm_batch in arm_batches],
         )
-        if joined:
-            self.routing = Routing.joined(names, seeds, [arm_batch.batch.tokens for arm_batch in arm_batches])
+        if packed:
+            self.routing = Routing.packed(names, seeds, [arm_batch.batch.tokens for arm_batch in arm_batches])
         else:
             rows = [len(arm_batch.batch.indices) for arm_batch in arm_batches]
             lengths = [arm_batch.batch.input_ids.shape[1] for arm_batch in arm_batches]
@@ -120,7 +121,7 @@ class MultiLora:
 
     @contextmanager
     def alone(self, adapter: str) -> Iterator[None]:
-        """Within the block, whatever passes through the base goes to this one arm, without dropout."""
+        """Within the block, every row goes to this one adapter, without dropout."""
         self.routing = Routing((adapter,), (None,))
         try:
             yield
@@ -128,7 +129,7 @@ class MultiLora:
             self.routing = None
 
     def _settle(self) -> None:
-        """Every arm trains, whichever PEFT calls active, and every adapted layer has the pack's forward."""
+        """Make every adapter trainable, not only PEFT's active one, and install the multi-LoRA forward pass."""
         for name in self._names:
             for parameter in self.parameters(name).values():
                 parameter.requires_grad_(True)
@@ -145,7 +146,7 @@ class MultiLora:
 
 
 def concatenated(batches: Sequence[Batch], pad_id: int) -> Batch:
-    """One batch of all rows in order, padded to the longest."""
+    """One batch of all rows in order, padded to the longest batch."""
     if len(batches) == 1:
         return batches[0]
     longest = max(batch.input_ids.shape[1] for batch in batches)

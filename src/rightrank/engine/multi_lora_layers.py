@@ -1,127 +1,52 @@
-"""The forward pass of adapted layers with many adapters at once: y = x·W0ᵀ + s·(x·Aᵀ)·Bᵀ, each row with its own arm's A, B.
+"""The forward pass of layers with several adapters: y = x·W₀ᵀ + s·(x·Aᵀ)·Bᵀ, each row with the A and B of its own arm.
 
-The rows of a batch belong to arms, one contiguous part each. The base's product runs once over all rows; the adapters'
-products run grouped: neighbouring arms of one rank and as many rows are one batched product. No rank is padded, so an
-arm multiplies the same shapes as alone. A row never meets another arm's tensors, so NaN in one arm stays there.
+Each arm owns one contiguous part of a batch's rows. The base's product runs once over all rows. The adapters' products run in
+groups: neighbouring arms of equal rank and equally many rows form one batched product. Ranks are never padded, so an arm
+multiplies the same shapes as it does alone, and no row is multiplied by another arm's tensors, so a NaN stays in its arm.
 
-Adapter tensors are float32; they are cast to the dtype of the activations where they are multiplied.
+Example. Arm `a` has rank 2 and 5 tokens, arm `b` has rank 4 and 3 tokens. They share a layer of 16 inputs and 8 outputs;
+their examples are packed into one row::
+
+    x                    [1, 8, 16]     rows 0…4 are a's, rows 5…7 are b's
+    x·W₀ᵀ                [8, 8]         one product for both arms
+    group a: x[0:5]      [1, 5, 16]     A [1, 2, 16] → middle [1, 5, 2]     B [1, 8, 2] → added to y[0:5]
+    group b: x[5:8]      [1, 3, 16]     A [1, 4, 16] → middle [1, 3, 4]     B [1, 8, 4] → added to y[5:8]
+
+With rank 2 and 5 tokens for both arms, x has 10 rows and there is one group: x [2, 5, 16], A [2, 2, 16], B [2, 8, 2].
+
+Adapter tensors are float32 and are cast to the dtype of the activations for the products. Punica's SGMV kernel (Chen et
+al. 2023) groups rows by adapter in the same way, for inference.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from peft.utils import ModulesToSaveWrapper
 
-from rightrank.errors import MultiLoraError
-
-
-@dataclass(frozen=True, slots=True)
-class Part:
-    """The rows of one arm in a layer's flattened input."""
-
-    adapter: str
-    rows: int
-    dropout_seed: int | None  # None: no dropout
-    alone_rows: int  # rows that the arm's input would have alone, where dropout is drawn
-    alone_index: torch.Tensor | None  # [rows] into those; None: the same rows
-
-
-@dataclass(slots=True)
-class Routing:
-    """Which rows of the current batch belong to which adapter, for each number of rows that a layer may see."""
-
-    adapters: tuple[str, ...]
-    dropout_seeds: tuple[int | None, ...]
-    layouts: dict[int, list[Part]] = field(default_factory=dict)  # by rows of the flattened input
-
-    @classmethod
-    def joined(cls, adapters: Sequence[str], seeds: Sequence[int | None], tokens: Sequence[int]) -> Routing:
-        """Arms of `tokens[i]` tokens each, one after the other in one row."""
-        parts = [
-            Part(name, count, seed, count, None) for name, seed, count in zip(adapters, seeds, tokens, strict=True)
-        ]
-        return cls(tuple(adapters), tuple(seeds), {sum(tokens): parts})
-
-    @classmethod
-    def padded(
-        cls, adapters: Sequence[str], seeds: Sequence[int | None], rows: Sequence[int], lengths: Sequence[int]
-    ) -> Routing:
-        """Arms of `rows[i]` items each, padded to `lengths[i]` alone and to the longest together."""
-        routing = cls(tuple(adapters), tuple(seeds))
-        longest = max(lengths)
-        by_item = [
-            Part(name, count, seed, count, None) for name, seed, count in zip(adapters, seeds, rows, strict=True)
-        ]
-        by_token = [
-            Part(name, count * longest, seed, count * length, _padded_index(count, length, longest))
-            for name, seed, count, length in zip(adapters, seeds, rows, lengths, strict=True)
-        ]
-        routing.layouts = {sum(rows): by_item, sum(rows) * longest: by_token}
-        return routing
-
-    def parts(self, rows: int) -> list[Part]:
-        """The arms' parts of a flattened input of `rows` rows.
-
-        Raises:
-            MultiLoraError: a layer that sees neither items nor tokens, while there is more than one arm.
-        """
-        found = self.layouts.get(rows)
-        if found is not None:
-            return found
-        if len(self.adapters) == 1:
-            return [Part(self.adapters[0], rows, self.dropout_seeds[0], rows, None)]
-        raise MultiLoraError(f"a layer sees {rows} rows that can't be told apart by arm")
-
-    @contextmanager
-    def only_rows(self, keep: torch.Tensor) -> Iterator[None]:
-        """Within the block, layers may also see just the rows of the flattened batch that `keep` [b·n] marks."""
-        by_token = self.layouts[keep.numel()]
-        parts: list[Part] = []
-        begin = 0
-        for part in by_token:
-            chosen = keep[begin : begin + part.rows].nonzero()[:, 0]
-            begin += part.rows
-            index = chosen if part.alone_index is None else part.alone_index.to(chosen.device)[chosen]
-            parts.append(Part(part.adapter, len(chosen), part.dropout_seed, part.alone_rows, index))
-        total = sum(part.rows for part in parts)
-        before = self.layouts
-        self.layouts = before | {total: parts}
-        try:
-            yield
-        finally:
-            self.layouts = before
-
-
-def _padded_index(rows: int, length: int, longest: int) -> torch.Tensor | None:
-    """Where each of rows × longest positions is among rows × length; padding is anywhere."""
-    if length == longest:
-        return None
-    columns = torch.arange(longest).clamp(max=length - 1)
-    return (torch.arange(rows)[:, None] * length + columns).reshape(-1)
+from rightrank.engine.routing import Part, Routing
 
 
 @dataclass(frozen=True, slots=True)
 class _Group:
-    """Neighbouring parts of one rank and as many rows: g arms in one batched product."""
+    """Neighbouring parts of equal rank and equally many rows: g arms in one batched product."""
 
     begin: int
     end: int
     parts: tuple[Part, ...]
     scales: tuple[float, ...]
     dropout: float
-    salt: int  # of the layer, so that each draws its own dropout
+    salt: int  # differs between layers, so that each draws its own dropout
 
     def mask(self, width: int, like: torch.Tensor) -> torch.Tensor | None:
-        """[g, rows, width] of 0 and 1/(1-p), the same at every call; None without dropout.
+        """[g, rows, width] of 0 and 1/(1-p); None without dropout.
 
-        Drawn from the arm's seed and the layer, not from a running state: a recomputation draws it again.
+        The mask is a function of the arm's seed and the layer, so gradient checkpointing draws the same one again.
         """
         if self.dropout == 0 or self.parts[0].dropout_seed is None:
             return None
@@ -137,7 +62,7 @@ class _Group:
 
 
 def _groups(module: Any, routing: Routing, rows: int, table: Any) -> tuple[list[_Group], list[str]]:
-    """Groups of the parts whose arm adapts `module` (its A's are in `table`), and the adapters in their order."""
+    """The groups of the arms that adapt `module`, which have an A in `table`, and their adapters in order."""
     runs: list[list[tuple[Part, int]]] = []
     keys: list[tuple[Any, ...]] = []
     begin = 0
@@ -167,7 +92,7 @@ def _groups(module: Any, routing: Routing, rows: int, table: Any) -> tuple[list[
 
 
 class _LoraLinear(torch.autograd.Function):
-    """`x·Wᵀ + bias` (nothing where W is None) plus every group's adapters, added in place."""
+    """`x·Wᵀ + bias` (zero if W is None) plus the output of every group's adapters, added in place."""
 
     @staticmethod
     def forward(
@@ -177,7 +102,7 @@ class _LoraLinear(torch.autograd.Function):
         bias: torch.Tensor | None,
         out_features: int,
         groups: list[_Group],
-        *adapters: torch.Tensor,  # A of every arm in the groups' order, then B
+        *adapters: torch.Tensor,  # the A of every arm in the order of the groups, then the B
     ) -> torch.Tensor:
         rows = x.reshape(-1, x.shape[-1])
         y = rows.new_zeros(rows.shape[0], out_features) if weight is None else F.linear(rows, weight, bias)
@@ -221,7 +146,7 @@ class _LoraLinear(torch.autograd.Function):
 def _stacked(
     groups: Sequence[_Group], adapters: Sequence[torch.Tensor], dtype: torch.dtype
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """`(A [g, r, in], B [g, out, r])` of each group, in `dtype`."""
+    """Yield `(A [g, r, in], B [g, out, r])` of each group, in `dtype`."""
     count = len(adapters) // 2
     begin = 0
     for group in groups:
@@ -235,7 +160,7 @@ def _stack(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
 
 
 def _view(rows: torch.Tensor, group: _Group) -> torch.Tensor:
-    """The group's rows as [g, rows of an arm, features], without a copy."""
+    """The group's rows as a view [g, rows per arm, features]."""
     return rows[group.begin : group.end].view(len(group.parts), -1, rows.shape[-1])
 
 
@@ -245,31 +170,31 @@ def _scale(group: _Group, like: torch.Tensor) -> torch.Tensor | float:
     return torch.tensor(group.scales, dtype=like.dtype, device=like.device)[:, None, None]
 
 
-RoutingNow = Callable[[], Routing | None]
+CurrentRouting = Callable[[], Routing | None]
 
 
-def install(name: str, module: Any, routing_now: RoutingNow) -> None:
-    """Give an adapted module (PEFT's LoraLayer or ModulesToSaveWrapper) the forward pass of its pass."""
+def install(name: str, module: Any, current_routing: CurrentRouting) -> None:
+    """Give an adapted module (PEFT's LoraLayer or ModulesToSaveWrapper) the multi-LoRA forward pass."""
     if isinstance(module, ModulesToSaveWrapper):
-        vars(module)["forward"] = _saved_forward(module, routing_now)
+        vars(module)["forward"] = _saved_forward(module, current_routing)
         return
     digest = hashlib.sha256(name.encode()).digest()
     vars(module)["rightrank_salt"] = int.from_bytes(digest[:6], "big")
     is_embedding = isinstance(module.base_layer, torch.nn.Embedding)
     forward = _embedding_forward if is_embedding else _linear_forward
-    vars(module)["forward"] = forward(module, routing_now)
+    vars(module)["forward"] = forward(module, current_routing)
 
 
-def _linear_forward(module: Any, routing_now: RoutingNow) -> Callable[..., torch.Tensor]:
+def _linear_forward(module: Any, current_routing: CurrentRouting) -> Callable[..., torch.Tensor]:
     def forward(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        base, routing = module.base_layer, routing_now()
+        base, routing = module.base_layer, current_routing()
         if routing is None:
             plain: torch.Tensor = base(x, *args, **kwargs)
             return plain
         groups, names = _groups(module, routing, x.shape[:-1].numel(), module.lora_A)
         tensors = [module.lora_A[name].weight for name in names] + [module.lora_B[name].weight for name in names]
         apply: Any = _LoraLinear.apply  # untyped in torch
-        # A plain frozen linear layer is computed with its adapters in one operation; others keep their own forward.
+        # A plain frozen linear layer runs in one operation with its adapters; any other keeps its own forward pass.
         frozen = type(base) is torch.nn.Linear and not any(p.requires_grad for p in base.parameters())
         if frozen and base.weight.dtype == x.dtype:
             y: torch.Tensor = apply(x, base.weight, base.bias, module.out_features, groups, *tensors)
@@ -282,10 +207,10 @@ def _linear_forward(module: Any, routing_now: RoutingNow) -> Callable[..., torch
     return forward
 
 
-def _embedding_forward(module: Any, routing_now: RoutingNow) -> Callable[..., torch.Tensor]:
+def _embedding_forward(module: Any, current_routing: CurrentRouting) -> Callable[..., torch.Tensor]:
     def forward(ids: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         result: torch.Tensor = module.base_layer(ids, *args, **kwargs)
-        routing = routing_now()
+        routing = current_routing()
         if routing is None:
             return result
         factor = module._get_embed_scale()  # Gemma scales inside its embedding
@@ -305,16 +230,16 @@ def _embedding_forward(module: Any, routing_now: RoutingNow) -> Callable[..., to
     return forward
 
 
-def _saved_forward(module: Any, routing_now: RoutingNow) -> Callable[..., Any]:
-    """A module that every arm trains a copy of (`modules_to_save`): each arm's rows through its own copy."""
+def _saved_forward(module: Any, current_routing: CurrentRouting) -> Callable[..., Any]:
+    """A module in `modules_to_save`, of which every arm trains a copy: each arm's rows go through its own copy."""
 
     def forward(x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        routing = routing_now()
+        routing = current_routing()
         if routing is None:
             return module.original_module(x, *args, **kwargs)
         if len(routing.adapters) == 1:
             return module.modules_to_save[routing.adapters[0]](x, *args, **kwargs)
-        along = 1 if x.shape[0] == 1 else 0  # joined items are one row of tokens; padded ones a row each
+        along = 1 if x.shape[0] == 1 else 0  # packed: one row of tokens; padded: one row per example
         parts = routing.parts(x.shape[along])
         pieces = torch.split(x, [part.rows for part in parts], dim=along)
         outputs = [

@@ -1,4 +1,4 @@
-"""The optimizer of an arm, its state and the schedule of its rate."""
+"""The optimizer of an arm, its state and its learning rate schedule."""
 
 from __future__ import annotations
 
@@ -8,14 +8,17 @@ from collections.abc import Callable, Mapping
 import torch
 from transformers import get_scheduler
 
+from rightrank.records import Arm
 from rightrank.settings import SelectSettings
 
 
-def make_optimizer(parameters: list[torch.nn.Parameter], rate: float, settings: SelectSettings) -> torch.optim.AdamW:
-    """AdamW over the adapter, fused where the device has it."""
+def make_optimizer(
+    parameters: list[torch.nn.Parameter], learning_rate: float, settings: SelectSettings
+) -> torch.optim.AdamW:
+    """AdamW over the adapter's parameters, with torch's fused kernel where the device has one."""
     optimizer = torch.optim.AdamW(
         parameters,
-        lr=rate,
+        lr=learning_rate,
         betas=(settings.adam_beta1, settings.adam_beta2),
         eps=settings.adam_epsilon,
         weight_decay=settings.weight_decay,
@@ -31,7 +34,7 @@ def is_fused(parameter: torch.Tensor) -> bool:
 
 
 def fresh_state(parameter: torch.nn.Parameter, fused: bool) -> dict[str, torch.Tensor]:
-    """AdamW's state before its first step, made when the arm joins: no step then asks for memory half of the way."""
+    """AdamW's state before the first step, allocated when the arm is added, so that the first step needs no new memory."""
     device = parameter.device if fused else torch.device("cpu")
     return {
         "step": torch.zeros((), dtype=torch.float32, device=device),
@@ -41,7 +44,7 @@ def fresh_state(parameter: torch.nn.Parameter, fused: bool) -> dict[str, torch.T
 
 
 def learning_rate_schedule(settings: SelectSettings, steps: int) -> Callable[[int], float]:
-    """transformers' schedule as a pure function of the step: the factor on the learning rate."""
+    """transformers' schedule as a pure function: the factor on the learning rate by step, counted from 0."""
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
     warmup = math.ceil(settings.warmup_ratio * steps)
     name = "constant_with_warmup" if settings.lr_scheduler_type == "constant" else settings.lr_scheduler_type
@@ -50,10 +53,22 @@ def learning_rate_schedule(settings: SelectSettings, steps: int) -> Callable[[in
     return factor
 
 
+def arm_schedule(settings: SelectSettings, arm: Arm) -> Callable[[int], float]:
+    """The factor on the arm's learning rate by step, counted from 0: the settings' schedule over all steps.
+
+    An annealed copy follows it up to `anneal_from`, then decays linearly to 0 at `stop_at`.
+    """
+    schedule = learning_rate_schedule(settings, arm.steps)
+    start, end = arm.anneal_from, arm.stop_at
+    if start is None or end is None:
+        return schedule
+    return lambda step: schedule(step) if step < start else schedule(start) * (end - step) / (end - start)
+
+
 def optimizer_state(
     tensors: Mapping[str, torch.Tensor], index: int, parameter: torch.Tensor
 ) -> dict[str, torch.Tensor]:
-    """The state of one parameter out of a checkpoint's tensors, where the parameter is."""
+    """The state of parameter number `index` from a checkpoint's tensors, on the parameter's device."""
     prefix = f"optimizer.{index}."
     state = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
     return {

@@ -1,4 +1,4 @@
-"""What a training has come to so far, and how it ends: a result, or a divergence."""
+"""The progress of a training, and the records in which it ends."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rightrank.records import EvalPoint, Trial, TrialDiverged, TrialFinished
 
 
 class Diverged(Exception):  # noqa: N818 - an outcome, turned into a record
-    """A training that can only get worse; it ends, and no other is touched."""
+    """The training diverged. It ends, and the other arms of the pass continue."""
 
     def __init__(self, trial: Trial, step: int, reason: str) -> None:
         super().__init__(reason)
@@ -28,27 +28,27 @@ class Diverged(Exception):  # noqa: N818 - an outcome, turned into a record
 
 @dataclass(slots=True)
 class Progress:
-    """What a training has so far; all of it goes into a checkpoint."""
+    """What a checkpoint stores beside tensors."""
 
     step: int = 0
-    train_losses: list[float] = field(default_factory=list)  # nats a label, one for each step
+    train_losses: list[float] = field(default_factory=list)  # nats per label, one per step
     points: list[EvalPoint] = field(default_factory=list)
     train_seconds: float = 0.0
     train_tokens: int = 0
     eval_seconds: float = 0.0
-    answer_seconds: float = 0.0  # of them, at the end
+    answer_seconds: float = 0.0  # part of eval_seconds: the metrics at the end
 
 
 @dataclass(frozen=True, slots=True)
-class Seen:
-    """What was measured of a trial; `measured` is None where it was stopped early, and is then judged by its loss."""
+class Evaluation:
+    """The held-out measurements of a trial."""
 
     scores: Scores
-    measured: Measured | None
-    averaged_loss: float | None = None  # held-out, of the running mean; early looks
+    measured: Measured | None  # None: the trial stopped early and is judged by its loss
+    averaged_loss: float | None = None  # held-out, of the running mean of the parameters; early looks
 
     def value(self, metric: str) -> tuple[float, str | None]:
-        """`(value, its metric where that is not the one asked for)`."""
+        """`(value, None)` of the metric, or `(loss, "loss")` if it was not measured."""
         values = self.values()
         return (values[metric], None) if metric in values else (self.scores.loss, "loss")
 
@@ -60,25 +60,26 @@ def finished(
     trial: Trial,
     runtime: Runtime,
     progress: Progress,
-    seen: Seen,
+    evaluation: Evaluation,
     parameters: int,
     peak_bytes: int,
     pass_ranks: Sequence[int],
 ) -> TrialFinished:
-    scores, measured = seen.scores, seen.measured or Measured()
-    value, value_metric = seen.value(runtime.settings.metric_name)
+    """The record of a trial; `pass_ranks` are the ranks of the arms in its fullest pass, its own first."""
+    scores, measured = evaluation.scores, evaluation.measured or Measured()
+    value, value_metric = evaluation.value(runtime.settings.metric_name)
     return TrialFinished(
         trial_id=trial.trial_id,
         **trial.arm.model_dump(),
         value=value,
         value_metric=value_metric,
-        metrics=seen.values(),
+        metrics=evaluation.values(),
         item_metrics=measured.items,
         failed_metrics=measured.failed,
         item_losses=scores.losses,
         item_tokens=scores.tokens,
         item_correct=scores.correct,
-        averaged_loss=seen.averaged_loss,
+        averaged_loss=evaluation.averaged_loss,
         train_value=progress.points[-1].train_value if progress.points else None,
         points=progress.points,
         trainable_parameters=parameters,

@@ -1,10 +1,10 @@
-"""The frozen layers below the adapters, computed once and kept.
+"""The frozen prefix: hidden states of the blocks below the adapters, computed once and cached.
 
-Blocks below the first adapted one give the same hidden states in every arm and every step. They are computed on
-first use, in fixed groups of items (so that a resumed run sees identical bits), and stored unpadded in one flat
-tensor: in memory when small, else in a memory-mapped file. During training the lower blocks hand out what is
-stored; embeddings, masks and positions are still made by the model's own code, so this works for any stack of
-blocks that take and return hidden states. That it changes no loss is checked on real data before use.
+The blocks below the first adapted one give the same hidden states in every arm and every step. They are computed at first
+use, in fixed groups of examples (so that a resumed run reads the same bits), and stored without padding in one flat tensor:
+in memory if it is small, otherwise in a memory-mapped file. During training the lower blocks return the stored states. The
+model's own code still computes embeddings, masks and positions, so this works for any stack of blocks that take and return
+hidden states. `fast_paths.py` checks on real data that the losses stay the same.
 """
 
 from __future__ import annotations
@@ -25,34 +25,34 @@ from rightrank.io.files import preallocate
 IN_MEMORY_BYTES = 2**30  # a larger store goes to a memory-mapped file
 
 
-class _ReachedBlock(Exception):  # noqa: N818 - not an error: it ends a forward pass early
+class _ReachedBlock(Exception):  # noqa: N818 - not an error: it stops a forward pass early
     pass
 
 
 @dataclass(slots=True)
 class _Store:
-    """Hidden states of one split: a flat [tokens, d] tensor of the items that were expected, and the others apart."""
+    """Hidden states of one split: a flat [tokens, d] tensor of the expected examples; any others are kept apart."""
 
-    items: Sequence[EncodedExample]
+    examples: Sequence[EncodedExample]
     groups: list[list[int]]
     group_of: dict[int, int]
-    begins: dict[int, int]  # of the expected items, in tokens
-    tokens: int  # of the expected items
+    begins: dict[int, int]  # of the expected examples, in tokens
+    tokens: int  # of the expected examples
     hidden: torch.Tensor | None = None
     others: dict[int, torch.Tensor] = field(default_factory=dict)
     filled: set[int] = field(default_factory=set)
 
     def rows(self, index: int) -> torch.Tensor:
-        """[tokens of the item, d]"""
+        """[tokens of the example, d]"""
         if index in self.others:
             return self.others[index]
         assert self.hidden is not None
         begin = self.begins[index]
-        return self.hidden[begin : begin + self.items[index].length]
+        return self.hidden[begin : begin + self.examples[index].length]
 
 
 class FrozenPrefix:
-    """Blocks 0 … depth-1 of `blocks`, computed once for each item."""
+    """Blocks 0 … depth-1 of `blocks`, computed once per example."""
 
     def __init__(
         self, blocks: torch.nn.ModuleList, depth: int, pad_id: int, device: torch.device, folder: Path, group_size: int
@@ -67,16 +67,16 @@ class FrozenPrefix:
         self._returns_tuple = False
         self._current: torch.Tensor | None = None
 
-    def add_split(self, name: str, items: Sequence[EncodedExample], expected: Iterable[int]) -> None:
-        """Items that are expected to be asked for are computed in groups of like length, the others one by one."""
-        together = np.asarray(sorted(set(expected)), np.int64)
-        lengths = lengths_of(items)
-        ordered: list[int] = together[np.argsort(lengths[together], kind="stable")].tolist()
+    def add_split(self, name: str, examples: Sequence[EncodedExample], expected: Iterable[int]) -> None:
+        """Register a split. Examples in `expected` are computed in groups of like length, any others one by one."""
+        indices = np.asarray(sorted(set(expected)), np.int64)
+        lengths = lengths_of(examples)
+        ordered: list[int] = indices[np.argsort(lengths[indices], kind="stable")].tolist()
         groups = [ordered[start : start + self._group_size] for start in range(0, len(ordered), self._group_size)]
         ends = np.cumsum(lengths[ordered])
         begins = dict(zip(ordered, (ends - lengths[ordered]).tolist(), strict=True))
         self._stores[name] = _Store(
-            items,
+            examples,
             groups,
             {index: number for number, group in enumerate(groups) for index in group},
             begins,
@@ -84,14 +84,14 @@ class FrozenPrefix:
         )
 
     def _group_of(self, store: _Store, index: int) -> int:
-        """The number of an item's group; one that nobody expected gets a group of its own."""
+        """The number of an example's group; an unexpected example gets a group of its own."""
         if index not in store.group_of:
             store.group_of[index] = len(store.groups)
             store.groups.append([index])
         return store.group_of[index]
 
     def fill(self, model: Any, split: str, wanted: Iterable[int]) -> Iterator[int]:
-        """Compute what is missing of the items in `wanted`, yielding how many items each group brought."""
+        """Compute the missing groups of the examples in `wanted`; yields the number of examples in each."""
         store = self._stores[split]
         for number in sorted({self._group_of(store, index) for index in wanted} - store.filled):
             self._fill(model, store, split, {number})
@@ -99,10 +99,10 @@ class FrozenPrefix:
 
     @contextmanager
     def serving(self, model: Any, split: str, batch: Batch) -> Iterator[None]:
-        """Within the block, the lower blocks return what is stored for `batch`; `model` is the bare base."""
+        """Within the block, the lower blocks return the stored hidden states of `batch`; `model` is the bare base."""
         store = self._stores[split]
         self._fill(model, store, split, {self._group_of(store, index) for index in batch.indices})
-        distinct = list(dict.fromkeys(batch.indices))  # the arms of a pass ask for the same items
+        distinct = list(dict.fromkeys(batch.indices))  # the arms of a pass share examples
         rows = [store.rows(index) for index in distinct]
         numbers = [distinct.index(index) for index in batch.indices]
         if batch.lengths is None:
@@ -127,12 +127,12 @@ class FrozenPrefix:
     def _fill(self, model: Any, store: _Store, split: str, wanted: set[int]) -> None:
         for number in sorted(wanted - store.filled):
             indices = store.groups[number]
-            batch = collate(store.items, indices, self._pad_id, self._device)
+            batch = collate(store.examples, indices, self._pad_id, self._device)
             hidden = self._lower_blocks(model, batch)
             if store.hidden is None:
                 store.hidden = self._allocate(split, store.tokens, hidden)
             for row, index in enumerate(indices):
-                computed = hidden[row, : store.items[index].length].cpu()
+                computed = hidden[row, : store.examples[index].length].cpu()
                 if index in store.begins:
                     store.rows(index).copy_(computed)
                 else:
@@ -166,7 +166,7 @@ class FrozenPrefix:
 
 
 def find_blocks(model: Any) -> tuple[str, torch.nn.ModuleList] | None:
-    """The one stack of transformer blocks and its name, or None where there is none or more than one."""
+    """The name and the list of a model's transformer blocks; None if it has no such list or more than one."""
     stacks = [
         (name, module)
         for name, module in model.named_modules()
@@ -176,7 +176,7 @@ def find_blocks(model: Any) -> tuple[str, torch.nn.ModuleList] | None:
 
 
 def prefix_depth(blocks_name: str, trainable: Sequence[str], block_count: int) -> int:
-    """How many blocks from the bottom hold nothing trainable; 0 where something before the blocks trains."""
+    """The number of blocks from the bottom without trainable modules; 0 if an embedding below them trains."""
     depth = block_count
     for name in trainable:
         if name.startswith(f"{blocks_name}."):

@@ -27,8 +27,8 @@ from rightrank.engine.gradient_checkpointing import gradient_checkpointing_on
 from rightrank.engine.inits import EVA_BATCHES, input_directions
 from rightrank.engine.loss import BatchLoss, Objective, Scale, make_objective
 from rightrank.engine.multi_lora import ArmBatch, MultiLora, concatenated
-from rightrank.engine.multi_lora_layers import Routing
 from rightrank.engine.prefix import FrozenPrefix, find_blocks, prefix_depth
+from rightrank.engine.routing import Routing
 from rightrank.engine.targets import ArmTargets
 from rightrank.engine.token_store import EncodedExample, lengths_of
 from rightrank.errors import InterruptedRun

@@ -1,4 +1,4 @@
-"""Every metric that is not measured along a training: of what the model answers, and of tasks."""
+"""End metrics: those of the model's answers and of tasks, measured when a training ends."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from pathlib import Path
 from rightrank.engine.distributed import broadcast, process_index
 from rightrank.engine.generation import answers as answers_of
 from rightrank.engine.runtime import Runtime
-from rightrank.engine.tasks import score_task
+from rightrank.engine.tasks import require_task, score_task
 from rightrank.errors import MetricError
 from rightrank.io.scorers import ModelAnswer, Scored, ScorerLimits, require_scorer, score, write_answers
 from rightrank.maths.scores import exact_match, macro_f1, rouge_l, rouge_n, token_f1
 from rightrank.records import SplitName
 from rightrank.settings import MetricSpec, SelectSettings
 
-TEXT_SCORES: dict[str, Callable[[str, str], float]] = {  # of the expected and the written text
+TEXT_SCORES: dict[str, Callable[[str, str], float]] = {  # of the expected and the generated text
     "exact_match": exact_match,
     "f1": token_f1,
     "rouge1": partial(rouge_n, n=1),
@@ -29,7 +29,7 @@ TEXT_SCORES: dict[str, Callable[[str, str], float]] = {  # of the expected and t
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """Metrics by name, and why there is none of some."""
+    """Metrics by name, and the reasons why some failed."""
 
     scored: dict[str, Scored] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
@@ -43,17 +43,18 @@ class Measured:
         return {name: scored.items for name, scored in self.scored.items() if scored.items is not None}
 
     def require(self, names: Sequence[str]) -> None:
-        """
+        """Check that these metrics have a value.
+
         Raises:
-            MetricError: one of these failed.
+            MetricError: one of them failed.
         """
         reason = next((self.failed[name] for name in names if name in self.failed), None)
         if reason is not None:
-            raise MetricError(f"{reason}; what was trained is kept: mend it and run the same command again")
+            raise MetricError(f"{reason}; trained adapters are kept: fix the cause and run the same command again")
 
 
 def end_metrics(settings: SelectSettings) -> list[MetricSpec]:
-    """The metrics that are measured where a training ends."""
+    """The metrics of the settings that are measured when a training ends."""
     return [spec for spec in settings.metric_specs if not spec.is_measured_along]
 
 
@@ -62,14 +63,12 @@ def limits_of(settings: SelectSettings) -> ScorerLimits:
 
 
 def require_scorers(settings: SelectSettings) -> None:
-    """Find out before anything is loaded whether every metric can be had.
+    """Check before anything is loaded that every metric can be measured.
 
     Raises:
-        SettingsError: one can't.
-        MissingExtraError: one needs what is not installed.
+        SettingsError: a metric can't be measured.
+        MissingExtraError: a metric needs an extra that is not installed.
     """
-    from rightrank.engine.tasks import require_task
-
     for spec in settings.metric_specs:
         require_scorer(spec, limits_of(settings))
         if spec.kind == "lm-eval":
@@ -77,12 +76,12 @@ def require_scorers(settings: SelectSettings) -> None:
 
 
 def measure(runtime: Runtime, split: SplitName, keep: Path | None = None) -> Measured:
-    """Every such metric on a split, under whatever adapter the base now carries.
+    """Every end metric on a split, under the adapter that the base now carries.
 
     Args:
         runtime: base, data and settings.
-        split: the items asked; tasks bring their own, the same for every split, and are measured on `selection` alone.
-        keep: the file to keep the answers in.
+        split: the examples to answer. Tasks bring their own examples, so they are measured for `selection` only.
+        keep: a file for the answers.
     """
     specs = end_metrics(runtime.settings)
     measured = Measured()
@@ -105,8 +104,8 @@ def _score(runtime: Runtime, spec: MetricSpec, answered: Sequence[ModelAnswer]) 
     if spec.kind == "lm-eval":
         return score_task(runtime, spec)
     if spec.name in TEXT_SCORES:
-        item_score = TEXT_SCORES[spec.name]
-        return Scored.of_items([item_score(answer.expected, answer.completion) for answer in answered])
+        text_score = TEXT_SCORES[spec.name]
+        return Scored.of_items([text_score(answer.expected, answer.completion) for answer in answered])
     if spec.name == "macro_f1":
         return Scored(macro_f1([a.expected for a in answered], [a.completion for a in answered]), None)
     with tempfile.TemporaryDirectory(prefix="rightrank-") as folder:
@@ -116,19 +115,19 @@ def _score(runtime: Runtime, spec: MetricSpec, answered: Sequence[ModelAnswer]) 
 
 
 def _in_every_process(task: Callable[[], Scored]) -> Scored:
-    """What the first of several processes scores, or its failure.
+    """Run `task` in process 0 and return its result in every process.
 
     Raises:
-        MetricError: it failed there.
+        MetricError: the task failed.
     """
-    told: dict[str, object] = {}
+    result: dict[str, object] = {}
     if process_index() == 0:
         try:
             scored = task()
-            told = {"value": scored.value, "items": scored.items}
+            result = {"value": scored.value, "items": scored.items}
         except MetricError as error:
-            told = {"error": str(error)}
-    told = broadcast(0, told)
-    if "error" in told:
-        raise MetricError(str(told["error"]))
-    return Scored(told["value"], told["items"])  # type: ignore[arg-type]
+            result = {"error": str(error)}
+    result = broadcast(0, result)
+    if "error" in result:
+        raise MetricError(str(result["error"]))
+    return Scored(result["value"], result["items"])  # type: ignore[arg-type]

@@ -1,11 +1,10 @@
-"""The items of a batch end to end in one row: nothing is padded, and attention stays within each item.
+"""Sequence packing: the examples of a batch joined in one row, without padding and with attention within each example.
 
-Everything in a model but its attention works position by position, so a row of all items' tokens gives each what it
-gives alone. Position numbers restart at every item. Attention, which torch's fused kernel computes, runs item by item
-over views of the row; masks that keep items or padding apart are never made.
+Everything in a transformer except attention works position by position, so a packed row gives each example what it gives
+alone. Position ids restart at every example. Attention runs torch's fused kernel on each example; no mask is built.
 
-Which models this suits is checked on real data before use (`runtime.py`): some pass state from token to token by other
-means, or look only so far back.
+`fast_paths.py` checks on real data whether a model can be packed: some models pass state from token to token by other means
+than attention, or attend to a window shorter than an example.
 """
 
 from __future__ import annotations
@@ -25,9 +24,9 @@ from rightrank.engine.encode import IGNORED
 
 
 def packed(batch: Batch) -> Batch:
-    """The batch of b padded items as one row of all its T real tokens: tensors are [1, T].
+    """A batch of b padded examples as one row of its T real tokens: tensors are [1, T].
 
-    An item's first token is no label: nothing before it in the item predicts it.
+    The first token of an example is not a label, because nothing in the example precedes it.
     """
     real = batch.attention_mask.bool()
     labels = batch.labels.clone()
@@ -43,25 +42,26 @@ def packed(batch: Batch) -> Batch:
 
 
 def position_ids(lengths: Sequence[int], device: torch.device) -> torch.Tensor:
-    """[1, T]: each token's place in its item."""
+    """[1, T]: the position of each token in its example."""
     return torch.cat([torch.arange(length, device=device) for length in lengths])[None]
 
 
 @contextmanager
 def packed_attention(lengths: Sequence[int], device: torch.device) -> Iterator[None]:
-    """Within the block, models that use torch's fused attention attend within items of these lengths only.
+    """Within the block, torch's fused attention attends within examples of these lengths.
 
-    On a CPU each item is a call of its own, and nothing is padded. Elsewhere calls are dear: one for all items, padded.
+    On a CPU each example is one call, without padding. On other devices calls are expensive, so the examples are padded
+    for one call.
     """
     plain: Any = ALL_ATTENTION_FUNCTIONS[FUSED]
-    ours = _by_item(plain, lengths) if device.type == "cpu" else _padded(plain, lengths, device)
+    ours = _by_example(plain, lengths) if device.type == "cpu" else _padded(plain, lengths, device)
     functions: Any = ALL_ATTENTION_FUNCTIONS
     masks: Any = ALL_MASK_ATTENTION_FUNCTIONS
     with replaced(functions, FUSED, ours), replaced(masks, FUSED, lambda *_, **__: None):
         yield
 
 
-def _by_item(plain: Any, lengths: Sequence[int]) -> Any:
+def _by_example(plain: Any, lengths: Sequence[int]) -> Any:
     def attend(module: Any, query: Any, key: Any, value: Any, mask: Any, **options: Any) -> Any:
         """query, key, value [1, heads, T, d] → [1, T, heads, d]"""
         parts = zip(*(tensor.split(tuple(lengths), dim=2) for tensor in (query, key, value)), strict=True)
@@ -75,13 +75,13 @@ def _padded(plain: Any, lengths: Sequence[int], device: torch.device) -> Any:
     begins = torch.arange(count, device=device) * longest
     places = begins.repeat_interleave(torch.tensor(lengths, device=device)) + position_ids(lengths, device)[0]
 
-    def spread(row: torch.Tensor) -> torch.Tensor:
-        """[1, heads, T, d] → [b, heads, n, d], zeros at the end of shorter items"""
+    def padded(row: torch.Tensor) -> torch.Tensor:
+        """[1, heads, T, d] → [b, heads, n, d], zeros at the end of shorter examples"""
         whole = row.new_zeros(row.shape[1], count * longest, row.shape[3]).index_copy(1, places, row[0])
         return whole.view(row.shape[1], count, longest, -1).transpose(0, 1)
 
     def attend(module: Any, query: Any, key: Any, value: Any, mask: Any, **options: Any) -> Any:
-        output = plain(module, spread(query), spread(key), spread(value), None, **options)[0]
+        output = plain(module, padded(query), padded(key), padded(value), None, **options)[0]
         return output.flatten(0, 1)[places][None], None
 
     return attend

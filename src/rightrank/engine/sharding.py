@@ -1,8 +1,8 @@
-"""A base that one device can't hold: every process keeps its share of each block (torch's FSDP, `fully_shard`).
+"""A base too large for one device: every process keeps a shard of each block (torch's FSDP, `fully_shard`).
 
-A block's weights are gathered when it runs, forward and backward, and let go after it. The base is frozen, so nothing
-of it is ever reduced; adapters are whole in every process, and their gradients are summed in `distributed.py`. Embeddings,
-the last norm and the output head stay whole: the loss takes the head without the model's own forward.
+A block's weights are gathered for its forward and backward passes and freed after each. The base is frozen, so its gradients
+are never reduced. Adapters are whole in every process, and `distributed.py` sums their gradients. Embeddings, the last norm
+and the output head stay whole, because the loss calls the head outside the model's own forward pass.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from rightrank.io.models import LoadedModel
 
 
 def sharded(loaded: LoadedModel, device: torch.device) -> LoadedModel:
-    """The base with its blocks shared out over the processes, each process's share on `device`.
+    """The base with its blocks sharded over the processes, this process's shard on `device`.
 
-    `loaded` is whole and on the CPU: while it is loaded every process needs that much of the host's memory.
+    `loaded` is whole and on the CPU, so while loading every process needs host memory for the whole base.
 
     Raises:
-        SettingsError: one process alone, or a quantised base.
-        ModelError: no single stack of blocks.
+        SettingsError: there is one process, or the base is quantised.
+        ModelError: the model does not have exactly one stack of blocks.
     """
     if world_size() == 1:
         raise SettingsError(

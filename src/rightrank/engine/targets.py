@@ -1,4 +1,4 @@
-"""Which modules an adapter changes, as PEFT itself matches them, checked before any training."""
+"""The target modules of adapters, matched by PEFT itself and checked before any training."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from rightrank.errors import ModelError
 from rightrank.maths.counts import rank_of_equal_parameters
 from rightrank.maths.scaling import lora_scale, peft_scaling
 from rightrank.records import Arm
-from rightrank.settings import SelectSettings
+from rightrank.settings import PlanSettings, SelectSettings
 from rightrank.variants import modules_of, stored_rank, target_sets, variants_of
 
 ALL_LINEAR = "all-linear"
@@ -25,7 +25,7 @@ ALL_LINEAR = "all-linear"
 
 @dataclass(frozen=True, slots=True)
 class TargetModule:
-    """A matrix that gets an adapter: W is out_features × in_features."""
+    """A matrix W [out_features, in_features] that gets an adapter."""
 
     name: str
     in_features: int
@@ -38,7 +38,7 @@ class TargetModule:
 
 @dataclass(frozen=True, slots=True)
 class Targets:
-    """What is adapted: the names as PEFT takes them, and each matrix."""
+    """The target modules: the names for PEFT, and each matrix."""
 
     names: tuple[str, ...]  # `all-linear` resolved to the last parts of module names
     modules: tuple[TargetModule, ...]
@@ -50,13 +50,13 @@ class Targets:
 
 @contextmanager
 def without_peft_noise() -> Iterator[None]:
-    """Within the block, PEFT keeps to itself what a user can't act on."""
+    """Within the block, PEFT's warnings that a user can't act on are off."""
     with warnings.catch_warnings():
-        # PEFT asks transformers by a name that transformers 5 calls deprecated.
+        # PEFT reads an attribute that transformers 5 deprecates.
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
-        # It finds GPT-2's transposed layers by itself, and says so for each.
+        # PEFT detects GPT-2's transposed layers itself and warns for each.
         warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False but")
-        # It adds patterns for the fused experts of a mixture, which may have no adapter.
+        # PEFT adds patterns for fused experts, which may have no adapter.
         warnings.filterwarnings("ignore", message=r"The following (rank|alpha)_pattern keys did not match")
         yield
 
@@ -68,25 +68,33 @@ def lora_config(settings: SelectSettings, arm: Arm, classification: bool, names:
     if rank != arm.rank:
         alpha, use_rslora = lora_scale(settings.scaling, arm.lora_alpha, arm.rank) * rank, False
     return LoraConfig(
-        task_type=TaskType.SEQ_CLS if classification else TaskType.CAUSAL_LM,
         r=rank,
         lora_alpha=int(alpha) if float(alpha).is_integer() else alpha,  # type: ignore[arg-type]
         use_rslora=use_rslora,
-        lora_dropout=settings.lora_dropout,
         target_modules=list(names),
-        exclude_modules=list(settings.exclude_modules) or None,
-        layers_to_transform=None if settings.layers_to_transform is None else list(settings.layers_to_transform),
-        modules_to_save=list(settings.modules_to_save) or None,
-        bias=settings.bias,
+        **common_fields(settings, classification),
     )
+
+
+def common_fields(settings: SelectSettings | PlanSettings, classification: bool) -> dict[str, Any]:
+    """The fields of PEFT's configuration that training and planning fill alike."""
+    layers = settings.layers_to_transform
+    return {
+        "task_type": TaskType.SEQ_CLS if classification else TaskType.CAUSAL_LM,
+        "lora_dropout": settings.lora_dropout,
+        "exclude_modules": list(settings.exclude_modules) or None,
+        "layers_to_transform": None if layers is None else list(layers),
+        "modules_to_save": list(settings.modules_to_save) or None,
+        "bias": settings.bias,
+    }
 
 
 def find_targets(model: Any, settings: SelectSettings, classification: bool) -> Targets:
     """The modules that PEFT adapts under these settings.
 
     Raises:
-        ModelError: a name that matches nothing (the names there are), a layer that is not there, or a rank in
-            `settings.ranks` that no rank-r update of some matrix can have.
+        ModelError: a name matches no module, a layer does not exist, or a rank in `settings.ranks` is above the largest
+            rank of some matrix.
     """
     require_names(model, settings.target_modules, settings.modules_to_save)
     require_layers(model, settings.layers_to_transform)
@@ -111,7 +119,7 @@ def find_targets(model: Any, settings: SelectSettings, classification: bool) -> 
 
 
 def all_linear_names(model: Any, classification: bool) -> tuple[str, ...]:
-    """What PEFT makes of `all-linear`: every linear module but the output head, by the last parts of their names."""
+    """The names that PEFT resolves `all-linear` to: every linear module but the output head, by the last part of its name."""
     config = LoraConfig(task_type=TaskType.SEQ_CLS if classification else TaskType.CAUSAL_LM, target_modules=ALL_LINEAR)
     with without_peft_noise():
         inject_adapter_in_model(config, _skeleton(model))
@@ -129,10 +137,10 @@ def _size(features: Any) -> int:
 
 
 def require_names(model: Any, target_modules: Sequence[str], modules_to_save: Sequence[str]) -> None:
-    """Refuse a name that matches no module: PEFT takes a list in which one name matches.
+    """Check that every name matches a module; PEFT accepts a list if one of its names matches.
 
     Raises:
-        ModelError: such a name, with the linear modules that there are.
+        ModelError: a name matches no module; the message lists the linear modules.
     """
     names = [name for name, _ in model.named_modules() if name]
     wanted = [name for name in target_modules if name != ALL_LINEAR] + list(modules_to_save)
@@ -146,10 +154,10 @@ def require_names(model: Any, target_modules: Sequence[str], modules_to_save: Se
 
 
 def require_layers(model: Any, layers_to_transform: Sequence[int] | None) -> None:
-    """Refuse a layer that the model does not have.
+    """Check that the model has these layers.
 
     Raises:
-        ModelError: such a layer.
+        ModelError: it does not have one of them.
     """
     if layers_to_transform is None:
         return

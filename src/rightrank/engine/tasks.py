@@ -14,13 +14,14 @@ from rightrank.errors import MetricError, MissingExtraError, SettingsError
 from rightrank.io.scorers import Scored
 from rightrank.settings import MetricSpec
 
-MEAN_TOLERANCE = 1e-9  # between a metric and the mean of its items
+MEAN_TOLERANCE = 1e-9  # relative, between a metric and the mean of its examples' scores
 
 
 def require_task(spec: MetricSpec) -> None:
-    """
+    """Check that a task can be run.
+
     Raises:
-        SettingsError: no such file, or no task in it.
+        SettingsError: there is no such file, or no task in it.
         MissingExtraError: lm-eval is not installed.
     """
     path = Path(spec.target)
@@ -36,10 +37,10 @@ def require_task(spec: MetricSpec) -> None:
 
 
 def score_task(runtime: Runtime, spec: MetricSpec) -> Scored:
-    """The task's metric under whatever adapter the base now carries; its items where it is their mean.
+    """The task's metric under the adapter that the base now carries, with one score per example if it is their mean.
 
     Raises:
-        MetricError: the task can't be run, or has no such metric.
+        MetricError: the task can't be run, or does not have the metric.
     """
     import lm_eval
     from lm_eval.models.huggingface import HFLM
@@ -66,7 +67,7 @@ def score_task(runtime: Runtime, spec: MetricSpec) -> Scored:
 
 
 def _task_name(spec: MetricSpec) -> str:
-    """The name that the file gives its task; read without running the functions that it may name."""
+    """The task's name in the file, read without running the functions that the file may name."""
     import yaml
 
     class Loader(yaml.SafeLoader):
@@ -84,7 +85,7 @@ def _task_name(spec: MetricSpec) -> str:
 
 
 def _scored(spec: MetricSpec, result: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]) -> Scored:
-    """The metric asked for, or the task's first; its filter's name is left out (`acc,none` is `acc`)."""
+    """The requested metric, or the task's first. Names match without the filter (`acc,none` is `acc`)."""
     numbers = {key: value for key, value in result.items() if "," in key and "_stderr" not in key}
     keys = [key for key in numbers if spec.key in (None, key, key.split(",")[0])]
     if not keys or not isinstance(numbers[keys[0]], int | float):
@@ -93,9 +94,9 @@ def _scored(spec: MetricSpec, result: Mapping[str, Any], samples: Sequence[Mappi
     metric, _, chosen = keys[0].partition(",")
     value = float(numbers[keys[0]])
     mine = sorted((s for s in samples if s.get("filter", chosen) == chosen), key=lambda sample: sample["doc_id"])
-    items = [sample.get(metric) for sample in mine]
-    scores = [float(item) for item in items if isinstance(item, int | float)]
-    if not scores or len(scores) < len(items):
+    found = [sample.get(metric) for sample in mine]
+    scores = [float(score) for score in found if isinstance(score, int | float)]
+    if not scores or len(scores) < len(found):
         return Scored(value, None)
     is_mean = abs(sum(scores) / len(scores) - value) <= MEAN_TOLERANCE * max(1.0, abs(value))
     return Scored(value, scores if is_mean else None)

@@ -1,7 +1,7 @@
-"""Encoded items in flat files that are mapped into memory: what is held is a few bytes an item, however many there are.
+"""Encoded examples in flat memory-mapped files, so that the process holds only a few bytes per example.
 
-Token ids and labels are int32, one item after the other, in a file without a name: it is gone with the process. The
-system reads in what a batch asks for and drops it again when memory is wanted.
+Token ids and labels are int32, one example after the other, in unnamed files that the system removes with the process. The
+system reads the pages that a batch needs and evicts them when memory is short.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ import numpy.typing as npt
 
 from rightrank.io.stored_sequence import StoredSequence
 
-BUFFERED_VALUES = 2**16  # held back before they are written
+BUFFERED_VALUES = 2**16  # collected before a write
 
 
 @dataclass(frozen=True, slots=True)
 class EncodedExample:
-    """Token ids and labels of one item, both of length n; for a classification one class instead."""
+    """Token ids of one example [n], with its labels [n], or its class for classification."""
 
     item_id: str
     input_ids: Sequence[int]
@@ -35,25 +35,25 @@ class EncodedExample:
 
 
 class TokenStore(StoredSequence[EncodedExample]):
-    """Items that are read back one by one; written once, then closed."""
+    """A sequence of encoded examples, written once and read one by one."""
 
-    def __init__(self, items: Iterable[EncodedExample], folder: Path | None) -> None:
-        """Take all of `items`, as they come, into files in `folder` (None: where the system keeps temporary files)."""
+    def __init__(self, examples: Iterable[EncodedExample], folder: Path | None) -> None:
+        """Write `examples` to files in `folder`; None for the system's folder for temporary files."""
         self._ids = _FlatFile("u1", folder)
         self._tokens = _FlatFile("i4", folder)
         self._labels = _FlatFile("i4", folder)
         try:
-            for item in items:
-                self._ids.append(item.item_id.encode())
-                self._tokens.append(item.input_ids)
-                self._labels.append(item.labels)
+            for example in examples:
+                self._ids.append(example.item_id.encode())
+                self._tokens.append(example.input_ids)
+                self._labels.append(example.labels)
         finally:
             for file in (self._ids, self._tokens, self._labels):
                 file.close()
 
     @property
     def lengths(self) -> npt.NDArray[np.int64]:
-        """[items], in tokens."""
+        """[examples], in tokens."""
         return np.diff(np.asarray(self._tokens.ends))
 
     def __len__(self) -> int:
@@ -64,11 +64,11 @@ class TokenStore(StoredSequence[EncodedExample]):
         return EncodedExample(name, self._tokens.read(number).tolist(), self._labels.read(number).tolist())
 
 
-def lengths_of(items: Sequence[EncodedExample]) -> npt.NDArray[np.int64]:
-    """[items], in tokens."""
-    if isinstance(items, TokenStore):
-        return items.lengths
-    return np.fromiter((item.length for item in items), np.int64, len(items))
+def lengths_of(examples: Sequence[EncodedExample]) -> npt.NDArray[np.int64]:
+    """[examples], in tokens."""
+    if isinstance(examples, TokenStore):
+        return examples.lengths
+    return np.fromiter((example.length for example in examples), np.int64, len(examples))
 
 
 class _FlatFile:
@@ -93,7 +93,7 @@ class _FlatFile:
             self._write()
 
     def close(self) -> None:
-        """No more rows: map what was written."""
+        """Map the written rows into memory; no more can be added."""
         self._write()
         with self._file as file:  # a mapping outlives its file
             file.flush()

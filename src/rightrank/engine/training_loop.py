@@ -1,24 +1,22 @@
-"""Trials trained together: up to so many arms on one base, each step of all of them in one pass.
+"""The training loop: trains trials with up to `adapters_per_pass` adapters on one base, each step in one pass.
 
-An arm that ends, diverges or is stopped leaves the pass, and the next one joins. When a pass runs out of memory half
-of the arms are set aside with a checkpoint and the others go on; nothing is lost, and the result is the same. An arm
-that runs out of memory alone is tried once more from where it was; then it ends as `out_of_memory`. A checkpoint goes
-when whoever asked for outcomes asks for the next: only then is the outcome known to be kept.
+An arm that finishes, diverges or stops early leaves the base, and the next one joins. When a pass runs out of memory, half
+of the arms write a checkpoint and wait while the others continue; results do not change. An arm that runs out of memory
+alone is retried once from its last step, then ends as `out_of_memory`. The checkpoint of a finished trial is deleted when
+the caller asks for the next outcome, because only then has the caller stored this one.
 """
 
 from __future__ import annotations
 
-import gc
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 
-import torch
-
 from rightrank.engine.arm_training import ArmTraining, TrialFolders, adapter_name
-from rightrank.engine.memory import PeakMemory, is_recoverable_oom
+from rightrank.engine.evaluation import Scores
+from rightrank.engine.memory import PeakMemory, free_memory, is_recoverable_oom
 from rightrank.engine.multi_lora import MultiLora
-from rightrank.engine.outcome import Diverged, Progress, Seen, finished
+from rightrank.engine.outcome import Diverged, Evaluation, Progress, finished
 from rightrank.engine.runtime import Runtime
 from rightrank.engine.scoring import measure
 from rightrank.errors import InterruptedRun, MetricError, first_line
@@ -26,12 +24,13 @@ from rightrank.records import Trial, TrialFailed, TrialFinished, TrialOutcome, T
 from rightrank.records.observer import Observer
 
 Folders = Callable[[Trial], TrialFolders]
+Ended = dict[str, TrialOutcome]  # outcomes of trials that ended without a result, by trial id
 
 
 def run_trial(
     runtime: Runtime, trial: Trial, base_loss: float | None, folders: TrialFolders, observer: Observer
 ) -> TrialOutcome:
-    """Train (or, for rank 0, only evaluate) one trial alone; see `train_trials`."""
+    """Train one trial alone, or evaluate the base for rank 0; see `train_trials`."""
     return next(train_trials(runtime, [trial], base_loss, lambda _: folders, observer))
 
 
@@ -43,13 +42,21 @@ def train_trials(
     observer: Observer,
     adapters_per_pass: int = 1,
 ) -> Iterator[TrialOutcome]:
-    """Outcomes in the order in which the trials end; each finished one's adapter is saved.
+    """Yield outcomes in the order in which the trials end, after saving the adapter of each finished one.
 
-    `base_loss` is the base's held-out loss, against which divergence is judged; None only for the base itself.
-    Closed early, it leaves a checkpoint of every arm under way.
+    Closing the iterator early writes a checkpoint of every running arm.
+
+    Args:
+        runtime: base, data and settings.
+        trials: the trials to train; rank 0 evaluates the base.
+        base_loss: the base's held-out loss, by which divergence is judged; None only for the base itself.
+        folders: the folders of a trial.
+        observer: receives each start and each step.
+        adapters_per_pass: the largest number of adapters in one pass.
 
     Raises:
         InterruptedRun: the observer asked to stop; checkpoints were written.
+        MetricError: the deciding metric gave no score.
     """
     for trial in trials:
         if trial.arm.rank == 0:
@@ -58,14 +65,14 @@ def train_trials(
     trained = [trial for trial in trials if trial.arm.rank > 0]
     if trained:
         with MultiLora(runtime.model, runtime.settings) as multi_lora, runtime.recomputing():
-            yield from _Together(runtime, multi_lora, base_loss, folders, observer, adapters_per_pass).run(trained)
+            yield from _TrainingLoop(runtime, multi_lora, base_loss, folders, observer, adapters_per_pass).run(trained)
 
 
 def evaluate_base(runtime: Runtime, trial: Trial, folders: TrialFolders) -> TrialFinished:
-    """Rank 0: the base itself. A metric that fails here would fail everywhere: nothing is trained.
+    """Rank 0: the base itself. A metric that fails here would fail for every arm, so the error is raised.
 
     Raises:
-        MetricError: one failed.
+        MetricError: a metric failed.
     """
     with PeakMemory(runtime.loaded.device) as memory:
         begun = time.perf_counter()
@@ -75,11 +82,11 @@ def evaluate_base(runtime: Runtime, trial: Trial, folders: TrialFolders) -> Tria
         measured.require(list(measured.failed))
         ended = time.perf_counter()
         progress = Progress(eval_seconds=ended - begun, answer_seconds=ended - evaluated)
-        return finished(trial, runtime, progress, Seen(scores, measured), 0, memory.peak_bytes(), [trial.arm.rank])
+        return finished(trial, runtime, progress, Evaluation(scores, measured), 0, memory.peak_bytes(), [0])
 
 
-class _Together:
-    """The arms under way and those that wait."""
+class _TrainingLoop:
+    """The running arms and the waiting trials."""
 
     def __init__(
         self,
@@ -91,6 +98,7 @@ class _Together:
         adapters_per_pass: int,
     ) -> None:
         self._runtime = runtime
+        self._device = runtime.loaded.device
         self._multi_lora = multi_lora
         self._base_loss = base_loss
         self._folders = folders
@@ -99,131 +107,127 @@ class _Together:
         self._waiting: deque[Trial] = deque()
         self._running: list[ArmTraining] = []
         self._started: set[str] = set()
-        self._retried: set[str] = set()  # ran out of memory alone once
+        self._retried: set[str] = set()  # ids of trials that ran out of memory alone once
 
     def run(self, trials: Sequence[Trial]) -> Iterator[TrialOutcome]:
         self._waiting.extend(by_seed(trials))
         try:
-            with PeakMemory(self._runtime.loaded.device) as memory:
+            with PeakMemory(self._device) as memory:
                 while self._waiting or self._running:
                     before = len(self._running)
-                    yield from self._fill()
+                    yield from self._start_waiting()
                     if len(self._running) > before:
                         memory.restart()
-                    yield from self._finish(memory)  # one that goes on from its last step
+                    yield from self._finish_done(memory)  # arms resumed at their last step
                     if self._running:
                         yield from self._step()
-                        yield from self._finish(memory)
-                    self._pause_if_asked()
-        except GeneratorExit:  # whoever asked wants no more for now
-            for training in self._running:
-                training.save()
+                        yield from self._finish_done(memory)
+                    self._checkpoint_due()
+        except GeneratorExit:  # the caller closed the iterator
+            self._save_all()
             raise
 
-    def _fill(self) -> Iterator[TrialOutcome]:
-        """Let arms join up to the limit; the outcomes of those for which even alone there is no memory."""
+    def _start_waiting(self) -> Iterator[TrialOutcome]:
+        """Add arms up to the limit; yield the outcomes of those that do not fit in memory even alone."""
         while self._waiting and len(self._running) < self._limit:
             trial = self._waiting.popleft()
             if trial.trial_id not in self._started:
                 self._observer.on_event(started(trial))
                 self._started.add(trial.trial_id)
             try:
-                self._running.append(self._join(trial))
+                self._running.append(self._add(trial))
             except (RuntimeError, MemoryError) as error:
                 if not is_recoverable_oom(error):
                     raise
                 reason = first_line(error)
                 self._multi_lora.remove(adapter_name(trial))
-                self._free()
+                free_memory(self._device)
                 if self._running:
                     self._waiting.appendleft(trial)
-                    self._go_on_with(len(self._running), len(self._running) + 1)
+                    self._reduce_limit(len(self._running), len(self._running) + 1)
                 elif self._may_retry(trial):
                     self._waiting.appendleft(trial)
                 else:
                     yield out_of_memory(trial, self._runtime, reason)
-        # Neighbours of one rank share a batched product.
-        self._running.sort(key=lambda training: training.trial.arm.rank)
+        self._running.sort(key=lambda training: training.trial.arm.rank)  # neighbours of one rank share a product
         for training in self._running:
             training.note_pass([other.trial.arm.rank for other in self._running if other is not training])
 
-    def _join(self, trial: Trial) -> ArmTraining:
+    def _add(self, trial: Trial) -> ArmTraining:
         return ArmTraining(
             self._runtime, trial, self._multi_lora, self._base_loss, self._folders(trial), self._observer
         )
 
     def _step(self) -> Iterator[TrialOutcome]:
-        """One step of all; the outcomes of those that end in it without a result."""
+        """One step of every running arm; yield the outcomes of those that end in it without a result."""
         try:
-            lost = step_all(self._runtime, self._multi_lora, self._running)
+            ended = step_all(self._runtime, self._multi_lora, self._running)
         except (RuntimeError, MemoryError) as error:
             if not is_recoverable_oom(error):
                 raise
             reason = first_line(error)
         else:
-            yield from self._lose(lost)
+            yield from self._end(ended)
             return
-        self._free()
+        free_memory(self._device)
         trial = self._running[0].trial
         if len(self._running) > 1:
             self._halve()
         elif self._may_retry(trial):
-            self._running.pop().set_aside()
+            self._running.pop().pause()
             self._waiting.appendleft(trial)
         else:
-            yield from self._lose({trial.trial_id: out_of_memory(trial, self._runtime, reason)})
+            yield from self._end({trial.trial_id: out_of_memory(trial, self._runtime, reason)})
 
     def _may_retry(self, trial: Trial) -> bool:
-        """Once for each trial: what filled the memory may have been passing."""
+        """True once per trial: another process may have filled the memory for a moment."""
         if trial.trial_id in self._retried:
             return False
         self._retried.add(trial.trial_id)
-        self._observer.notice(
-            f"{trial.arm.label()} ran out of memory on {self._runtime.loaded.device}: trying it once more"
-        )
+        self._observer.notice(f"{trial.arm.label()} ran out of memory on {self._device}: retrying once")
         return True
 
-    def _lose(self, lost: dict[str, TrialOutcome]) -> Iterator[TrialOutcome]:
-        for training in [training for training in self._running if training.trial.trial_id in lost]:
+    def _end(self, ended: Ended) -> Iterator[TrialOutcome]:
+        for training in [training for training in self._running if training.trial.trial_id in ended]:
             self._running.remove(training)
-            training.leave()
-            yield lost[training.trial.trial_id]
-            training.drop_checkpoint()
+            training.remove_adapter()
+            yield ended[training.trial.trial_id]
+            training.delete_checkpoint()
 
     def _halve(self) -> None:
         before = len(self._running)
         for training in reversed(self._running[before // 2 :]):
-            training.set_aside()
+            training.pause()
             self._waiting.appendleft(training.trial)
         del self._running[before // 2 :]
-        self._go_on_with(before // 2, before)
+        self._reduce_limit(before // 2, before)
 
-    def _go_on_with(self, limit: int, tried: int) -> None:
+    def _reduce_limit(self, limit: int, tried: int) -> None:
         self._limit = limit
-        self._observer.notice(
-            f"{tried} trainings together ran out of memory on {self._runtime.loaded.device}: going on with {limit}"
-        )
+        self._observer.notice(f"{tried} adapters per pass ran out of memory on {self._device}: continuing with {limit}")
 
-    def _free(self) -> None:
-        free_memory(self._runtime.loaded.device)
-
-    def _finish(self, memory: PeakMemory) -> Iterator[TrialFinished]:
+    def _finish_done(self, memory: PeakMemory) -> Iterator[TrialFinished]:
         for training in [training for training in self._running if training.is_done]:
             try:
                 outcome = training.finish(memory.peak_bytes())
-            except MetricError:  # nothing that was trained is lost
-                for under_way in self._running:
-                    under_way.save()
+            except MetricError:  # keep what has been trained
+                self._save_all()
                 raise
             self._running.remove(training)
             yield outcome
-            if (
-                training.trial.arm.stop_at is None or training.trial.arm.is_annealed
-            ):  # from one stopped early another may go on
-                training.drop_checkpoint()
+            if training.trial.arm.stop_at is None:  # another trial may resume from one that stopped early
+                training.delete_checkpoint()
 
-    def _pause_if_asked(self) -> None:
-        """Checkpoints now and then, and of all when asked to stop."""
+    def _save_all(self) -> None:
+        for training in self._running:
+            training.save()
+
+    def _checkpoint_due(self) -> None:
+        """Write the checkpoints that are due; when asked to stop, write all and raise.
+
+        Raises:
+            InterruptedRun: the observer asked to stop.
+        """
         stopping = bool(self._running) and self._observer.should_stop()
         for training in self._running:
             if stopping or training.is_checkpoint_due:
@@ -236,10 +240,10 @@ class _Together:
             )
 
 
-def step_all(runtime: Runtime, multi_lora: MultiLora, trainings: Sequence[ArmTraining]) -> dict[str, TrialOutcome]:
-    """One optimizer step of every training in one pass over the base; the outcomes of those that are lost in it.
+def step_all(runtime: Runtime, multi_lora: MultiLora, trainings: Sequence[ArmTraining]) -> Ended:
+    """One optimizer step of every training, with one pass over the base per micro-batch.
 
-    The wall time is shared out evenly.
+    The trainings share the wall time evenly. Returns the outcomes of those that end in the step without a result.
     """
     begun = time.perf_counter()
     batches = [training.micro_batches() for training in trainings]
@@ -249,56 +253,56 @@ def step_all(runtime: Runtime, multi_lora: MultiLora, trainings: Sequence[ArmTra
             training.add_losses(float(losses.sum()))
     for training in trainings:
         training.update()
-    lost: dict[str, TrialOutcome] = {}
+    ended: Ended = {}
     seconds = (time.perf_counter() - begun) / len(trainings)
     for training in trainings:
         try:
             training.end_step(seconds)
         except Diverged as reason:
-            lost[training.trial.trial_id] = reason.outcome()
-    due = [t for t in trainings if t.wants_evaluation and t.trial.trial_id not in lost]
-    return lost | (evaluate_all(runtime, multi_lora, due) if due else {})
+            ended[training.trial.trial_id] = reason.outcome()
+    due = [t for t in trainings if t.wants_evaluation and t.trial.trial_id not in ended]
+    return ended | (evaluate_all(runtime, multi_lora, due) if due else {})
 
 
 def evaluate_all(
     runtime: Runtime, multi_lora: MultiLora, trainings: Sequence[ArmTraining], retry: bool = True
-) -> dict[str, TrialOutcome]:
-    """Held-out scores of all; where memory does not do, of each half, and of one once more. The outcomes of the lost."""
+) -> Ended:
+    """Held-out scores of every training; returns the outcomes of those that end without a result.
+
+    On running out of memory each half is evaluated in its own pass, and a single training is retried once.
+    """
     begun = time.perf_counter()
     try:
         all_scores = runtime.evaluate_adapters("selection", multi_lora, [training.adapter for training in trainings])
     except (RuntimeError, MemoryError) as error:
         if not is_recoverable_oom(error):
             raise
-        if len(trainings) == 1 and not retry:
-            trial = trainings[0].trial
-            return {trial.trial_id: out_of_memory(trial, runtime, first_line(error))}
-        all_scores = []
-    if not all_scores and len(trainings) == 1:
+        reason = first_line(error)
+    else:
+        return _take_scores(trainings, all_scores, (time.perf_counter() - begun) / len(trainings))
+    # Outside the `except` block, whose traceback keeps the tensors of the failed pass.
+    if len(trainings) > 1:
+        half = len(trainings) // 2
+        return evaluate_all(runtime, multi_lora, trainings[:half]) | evaluate_all(runtime, multi_lora, trainings[half:])
+    if retry:
         free_memory(runtime.loaded.device)
         return evaluate_all(runtime, multi_lora, trainings, retry=False)
-    half = len(trainings) // 2
-    if not all_scores:
-        return evaluate_all(runtime, multi_lora, trainings[:half]) | evaluate_all(runtime, multi_lora, trainings[half:])
-    seconds = (time.perf_counter() - begun) / len(trainings)
-    lost: dict[str, TrialOutcome] = {}
+    trial = trainings[0].trial
+    return {trial.trial_id: out_of_memory(trial, runtime, reason)}
+
+
+def _take_scores(trainings: Sequence[ArmTraining], all_scores: Sequence[Scores], seconds: float) -> Ended:
+    ended: Ended = {}
     for training, scores in zip(trainings, all_scores, strict=True):
         try:
             training.take_scores(scores, seconds)
         except Diverged as reason:
-            lost[training.trial.trial_id] = reason.outcome()
-    return lost
-
-
-def free_memory(device: torch.device) -> None:
-    """Give back what nobody holds; outside an `except` block, whose traceback holds the failed pass."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
+            ended[training.trial.trial_id] = reason.outcome()
+    return ended
 
 
 def by_seed(trials: Sequence[Trial]) -> list[Trial]:
-    """The trials seed by seed, in the order asked for: arms of one seed share batches, and so pad nothing together."""
+    """The trials grouped by seed, in the given order: arms of one seed share batches, and so need no padding together."""
     seeds = list(dict.fromkeys(trial.arm.seed for trial in trials))
     return sorted(trials, key=lambda trial: seeds.index(trial.arm.seed))
 

@@ -15,12 +15,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft import LoraConfig, TaskType, get_peft_model
+from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.utils import get_peft_model_state_dict
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from rightrank.engine.targets import ALL_LINEAR, all_linear_names, require_layers, require_names
+from rightrank.engine.targets import ALL_LINEAR, all_linear_names, common_fields, require_layers, require_names
 from rightrank.errors import ModelError, first_line
 from rightrank.io.models import DTYPES, LOADING_ERRORS, find_model, quiet_third_parties
 from rightrank.planning.quantised import quantise
@@ -201,18 +201,13 @@ def lora_config(model: Any, settings: PlanSettings, rank: int) -> LoraConfig:
     if targets == (ALL_LINEAR,) and settings.layers_to_transform is not None:
         targets = all_linear_names(model, settings.num_labels is not None)  # PEFT wants names where it is told layers
     return LoraConfig(
-        task_type=TaskType.CAUSAL_LM if settings.num_labels is None else TaskType.SEQ_CLS,
         r=rank,
         target_modules=ALL_LINEAR if targets == (ALL_LINEAR,) else (list(targets) or None),
         target_parameters=list(settings.target_parameters) or None,
-        exclude_modules=list(settings.exclude_modules) or None,
-        layers_to_transform=None if settings.layers_to_transform is None else list(settings.layers_to_transform),
-        modules_to_save=list(settings.modules_to_save) or None,
         rank_pattern=dict(settings.rank_pattern),
-        bias=settings.bias,
         use_rslora=settings.use_rslora,
         use_dora=settings.use_dora,
-        lora_dropout=settings.lora_dropout,
+        **common_fields(settings, settings.num_labels is not None),
     )
 
 
