@@ -36,17 +36,17 @@ def bench_of(model: Path, data: Path, settings: SelectSettings, cache: Path) -> 
     return Runtime(loaded, encode(splits, loaded, settings), settings, 1, cache)
 
 
-def one_at_a_time(bench: Runtime, cached: bool) -> list[str]:
+def one_at_a_time(runtime: Runtime, cached: bool) -> list[str]:
     """transformers' `generate` on one prompt after the other."""
-    tokenizer: Any = bench.loaded.tokenizer
+    tokenizer: Any = runtime.loaded.tokenizer
     written = []
     with torch.no_grad():
-        for prompt in prompts(bench, "selection"):
+        for prompt in prompts(runtime, "selection"):
             given = tokenizer(prompt.text, return_tensors="pt")
-            output = bench.model.generate(
+            output = runtime.model.generate(
                 **given,
                 do_sample=False,
-                max_new_tokens=bench.settings.max_new_tokens,
+                max_new_tokens=runtime.settings.max_new_tokens,
                 use_cache=cached,
                 pad_token_id=tokenizer.pad_token_id,
             )
@@ -54,13 +54,13 @@ def one_at_a_time(bench: Runtime, cached: bool) -> list[str]:
     return written
 
 
-def compare(bench: Runtime, repeats: int) -> dict[str, Any]:
+def compare(runtime: Runtime, repeats: int) -> dict[str, Any]:
     """Seconds of each way, their ratios to the batched one, and how many texts are the same."""
     ways: dict[str, Callable[[], Sequence[str]]] = {
-        "batched, cached": lambda: [answer.completion for answer in answers(bench, "selection")],
-        "one at a time, cached": lambda: one_at_a_time(bench, True),
-        "one at a time, no cache": lambda: one_at_a_time(bench, False),
-        "held-out loss": lambda: [str(bench.evaluate("selection").loss)],
+        "batched, cached": lambda: [answer.completion for answer in answers(runtime, "selection")],
+        "one at a time, cached": lambda: one_at_a_time(runtime, True),
+        "one at a time, no cache": lambda: one_at_a_time(runtime, False),
+        "held-out loss": lambda: [str(runtime.evaluate("selection").loss)],
     }
     seconds = dict.fromkeys(ways, float("inf"))
     texts: dict[str, Sequence[str]] = {}
@@ -72,8 +72,8 @@ def compare(bench: Runtime, repeats: int) -> dict[str, Any]:
     ours = texts["batched, cached"]
     return {
         "items": len(ours),
-        "max_new_tokens": bench.settings.max_new_tokens,
-        "batch": bench.settings.eval_batch_size,
+        "max_new_tokens": runtime.settings.max_new_tokens,
+        "batch": runtime.settings.eval_batch_size,
         "seconds": {name: round(value, 2) for name, value in seconds.items()},
         "times the batched": {name: round(value / seconds["batched, cached"], 2) for name, value in seconds.items()},
         "same texts": {name: sum(a == b for a, b in zip(texts[name], ours, strict=True)) for name in list(ways)[1:3]},

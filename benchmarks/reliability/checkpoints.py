@@ -46,7 +46,7 @@ def save_llama(folder: Path, width: int, layers: int) -> Path:
 def measure(model: Path, root: Path, every: float, rank: int, steps: int) -> dict[str, Any]:
     """One training; seconds in all and in `save`."""
     settings = small_settings(ranks=(rank,), max_steps=steps, eval_points=1, checkpoint_seconds=every)
-    bench = make_runtime(model, write_completions(root / "data.jsonl"), settings, root / "cache")
+    runtime = make_runtime(model, write_completions(root / "data.jsonl"), settings, root / "cache")
     saves: list[float] = []
     sizes: list[int] = []
     real = ArmTraining.save
@@ -61,7 +61,7 @@ def measure(model: Path, root: Path, every: float, rank: int, steps: int) -> dic
     arm = Arm(rank=rank, learning_rate=1e-4, lora_alpha=32.0, seed=0, steps=steps)
     arm_training.ArmTraining.save = timed  # type: ignore[method-assign]
     begun = time.perf_counter()
-    outcome = run_trial(bench, Trial(trial_id="a" * 12, arm=arm), 20.0, folders, Observer())
+    outcome = run_trial(runtime, Trial(trial_id="a" * 12, arm=arm), 20.0, folders, Observer())
     seconds = time.perf_counter() - begun
     arm_training.ArmTraining.save = real  # type: ignore[method-assign]
     assert isinstance(outcome, TrialFinished)

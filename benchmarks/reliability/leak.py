@@ -46,7 +46,7 @@ def measure(arms: int, root: Path) -> dict[str, Any]:
     """Train them all, one after the other."""
     model, data = save_tiny_llama(root / "model"), write_completions(root / "data.jsonl")
     settings = small_settings(ranks=RANKS, max_steps=3, eval_points=1, checkpoint_seconds=0.01)
-    bench = make_runtime(model, data, settings, root / "cache")
+    runtime = make_runtime(model, data, settings, root / "cache")
     folder = RunFolder(root / "run")
     folder.path.mkdir()
 
@@ -54,7 +54,7 @@ def measure(arms: int, root: Path) -> dict[str, Any]:
         if isinstance(event, TrialStarted):
             folder.journal.append(event)
 
-    executor = LocalExecutor(bench, folder, Observer(on_event=journal_start))
+    executor = LocalExecutor(runtime, folder, Observer(on_event=journal_start))
     resident: list[int] = []
     ended = 0
     for outcome in executor.run(trials_of(arms), base_loss=None):

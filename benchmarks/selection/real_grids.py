@@ -116,8 +116,8 @@ def truncated_values(folder: RunFolder, started: RunStarted, trained: list[Trial
     top = max(trial.rank for trial in trained)
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as temporary:
-        bench = Runtime(loaded, encoded, settings, steps, Path(temporary))
-        executor = LocalExecutor(bench, folder, Observer())
+        runtime = Runtime(loaded, encoded, settings, steps, Path(temporary))
+        executor = LocalExecutor(runtime, folder, Observer())
         for parent in (trial for trial in trained if trial.rank == top):
             place(found, parent, round(parent.value, DIGITS))
             for rank in sorted({trial.rank for trial in trained} - {top}):

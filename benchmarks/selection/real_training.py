@@ -107,12 +107,12 @@ def open_workshop(model: str, data: Path, settings: SelectSettings, work: Path) 
     encoded = encode(splits, loaded, settings)
     work.mkdir(parents=True, exist_ok=True)
     folder = RunFolder(work)
-    bench = Runtime(loaded, encoded, settings, settings.max_steps, folder.cache)
+    runtime = Runtime(loaded, encoded, settings, settings.max_steps, folder.cache)
     known = [o for o in folder.journal.read() if isinstance(o, TrialFinished | TrialDiverged | TrialFailed)]
     fingerprint = content_hash(
         {"settings": settings.model_dump(mode="json"), "model": loaded.fingerprint, "data": splits.fingerprint}
     )
-    executor = LocalExecutor(bench, folder, Observer())
+    executor = LocalExecutor(runtime, folder, Observer())
     return Workshop(settings, folder, executor, fingerprint, {outcome.arm: outcome for outcome in known})
 
 

@@ -55,18 +55,18 @@ def test_a_local_task_has_a_score_per_example(
     task: Path, model_folder: Path, completion_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("lm_eval")
-    bench: Runtime = make_runtime(model_folder, completion_file, small_settings(), tmp_path / "cache")
+    runtime: Runtime = make_runtime(model_folder, completion_file, small_settings(), tmp_path / "cache")
     spec = parse_metric(f"lm-eval:{task}:acc")
     assert spec.name == "cats_acc"
     require_task(spec)
-    scored = score_task(bench, spec)
+    scored = score_task(runtime, spec)
     assert scored.items is not None
     assert len(scored.items) == 10
     assert set(scored.items) <= {0.0, 1.0}
     assert scored.value == sum(scored.items) / 10
     assert capsys.readouterr().out == ""
     with pytest.raises(MetricError, match="it has: acc"):
-        score_task(bench, parse_metric(f"lm-eval:{task}:bleu"))
+        score_task(runtime, parse_metric(f"lm-eval:{task}:bleu"))
 
 
 def test_a_file_without_a_task_is_refused(task: Path) -> None:

@@ -162,3 +162,17 @@ def test_measuring_an_adapter_with_modules_to_save_restores_the_base(
     with adapter_on(runtime, adapter.path):
         assert runtime.evaluate("selection").losses != before
     assert runtime.evaluate("selection").losses == before
+
+
+def test_a_module_trained_whole_is_taken_off_again(model_folder: Path, completion_file: Path, tmp_path: Path) -> None:
+    settings = small_settings(max_steps=2, modules_to_save=("norm",))
+    runtime = make_runtime(model_folder, completion_file, settings, tmp_path / "cache")
+    before = {name: value.clone() for name, value in runtime.model.state_dict().items()}
+    arm = Arm(rank=2, learning_rate=1e-2, lora_alpha=32.0, seed=0, steps=2)
+    folders = TrialFolders(tmp_path / "checkpoint", tmp_path / "adapter")
+    run_trial(runtime, Trial(trial_id="t", arm=arm), None, folders, Observer())
+    with adapter_on(runtime, tmp_path / "adapter"):
+        assert not torch.equal(runtime.model.model.norm.weight, before["model.norm.weight"])
+    after = runtime.model.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], before[name]) for name in before)

@@ -289,16 +289,16 @@ def test_memory_that_was_short_for_a_moment_costs_nothing(
     model_folder: Path, completion_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As CUDA says it, in the middle of a step and in an evaluation: the same values as without."""
-    bench = make_runtime(model_folder, completion_file, small_settings(), tmp_path / "cache")
+    runtime = make_runtime(model_folder, completion_file, small_settings(), tmp_path / "cache")
     arm = Arm(rank=4, learning_rate=1e-2, lora_alpha=32.0, seed=0, steps=8)
 
     def train(name: str) -> training_loop.TrialOutcome:
         folders = TrialFolders(tmp_path / name / "checkpoint", tmp_path / name / "adapter")
-        return training_loop.run_trial(bench, Trial(trial_id="a" * 12, arm=arm), 20.0, folders, Observer())
+        return training_loop.run_trial(runtime, Trial(trial_id="a" * 12, arm=arm), 20.0, folders, Observer())
 
     whole = train("whole")
     passes, evaluations = iter(range(1000)), iter(range(1000))
-    real_pass, real_evaluation = bench.accumulate_gradients, bench.evaluate_adapters
+    real_pass, real_evaluation = runtime.accumulate_gradients, runtime.evaluate_adapters
 
     def short_pass(*arguments: object) -> object:
         if next(passes) == 5:
@@ -310,8 +310,8 @@ def test_memory_that_was_short_for_a_moment_costs_nothing(
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3.00 GiB")
         return real_evaluation(*arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(bench, "accumulate_gradients", short_pass)
-    monkeypatch.setattr(bench, "evaluate_adapters", short_evaluation)
+    monkeypatch.setattr(runtime, "accumulate_gradients", short_pass)
+    monkeypatch.setattr(runtime, "evaluate_adapters", short_evaluation)
     again = train("again")
     assert isinstance(whole, TrialFinished)
     assert isinstance(again, TrialFinished)
@@ -356,14 +356,14 @@ def test_what_the_system_says_when_memory_is_gone_is_understood() -> None:
 def test_a_flipped_bit_in_a_checkpoint_is_found_and_the_trial_starts_again(
     model_folder: Path, completion_file: Path, tmp_path: Path
 ) -> None:
-    bench = make_runtime(model_folder, completion_file, small_settings(), tmp_path / "cache")
+    runtime = make_runtime(model_folder, completion_file, small_settings(), tmp_path / "cache")
     arm = Arm(rank=4, learning_rate=1e-2, lora_alpha=32.0, seed=0, steps=8)
     trial = Trial(trial_id="a" * 12, arm=arm)
     folders = TrialFolders(tmp_path / "checkpoint", tmp_path / "adapter")
     steps = iter(range(1000))
     stopper = Observer(should_stop=lambda: next(steps) == 3)
     with pytest.raises(Exception, match="stopped at step 4"):
-        training_loop.run_trial(bench, trial, 20.0, folders, stopper)
+        training_loop.run_trial(runtime, trial, 20.0, folders, stopper)
     whole = folders.checkpoint.read_bytes()
     assert load_checkpoint(folders.checkpoint) is not None
     length = 8 + int.from_bytes(whole[:8], "little")
@@ -372,7 +372,7 @@ def test_a_flipped_bit_in_a_checkpoint_is_found_and_the_trial_starts_again(
         damaged[position] ^= 2
         folders.checkpoint.write_bytes(bytes(damaged))
         assert load_checkpoint(folders.checkpoint) is None, position
-    outcome = training_loop.run_trial(bench, trial, 20.0, folders, Observer())
+    outcome = training_loop.run_trial(runtime, trial, 20.0, folders, Observer())
     assert isinstance(outcome, TrialFinished)
     assert len(outcome.train_losses) == 8
 
@@ -414,13 +414,13 @@ def test_checkpoints_never_take_more_than_their_share(
 
     monkeypatch.setattr(arm_training, "save_checkpoint", save)
     settings = small_settings(max_steps=500, eval_points=1, checkpoint_seconds=10)
-    bench = make_runtime(model_folder, completion_file, settings, tmp_path / "cache")
+    runtime = make_runtime(model_folder, completion_file, settings, tmp_path / "cache")
     monkeypatch.setattr(training_loop, "step_all", lambda *_: clock.__setitem__(0, clock[0] + 1.0) or {})
     stop = Observer(should_stop=lambda: clock[0] > 2000)
     arm = Arm(rank=1, learning_rate=1e-2, lora_alpha=32.0, seed=0, steps=500)
     folders = TrialFolders(tmp_path / "checkpoint", tmp_path / "adapter")
     with pytest.raises(Exception, match="stopped at step"):
-        training_loop.run_trial(bench, Trial(trial_id="a" * 12, arm=arm), 20.0, folders, stop)
+        training_loop.run_trial(runtime, Trial(trial_id="a" * 12, arm=arm), 20.0, folders, stop)
     due = saved[:-1]  # the last is the stop's
     assert due[0] - 1000 == pytest.approx(11)  # the first after checkpoint_seconds, and then by what one costs
     assert 3.0 / arm_training.CHECKPOINT_SHARE < due[1] - due[0] < 3.0 / arm_training.CHECKPOINT_SHARE + 6

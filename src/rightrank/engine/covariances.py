@@ -78,21 +78,21 @@ def gather_moments(
 
 def moment_tokens(runtime: Runtime) -> int:
     """`MOMENT_TOKENS`, or the share of a training's tokens that gathering may take where that is less."""
-    items = runtime.examples("train")
-    mean = sum(items[index].length for index in range(min(len(items), 256))) / min(len(items), 256)
+    encoded = runtime.examples("train")
+    mean = sum(encoded[index].length for index in range(min(len(encoded), 256))) / min(len(encoded), 256)
     training = runtime.steps * runtime.settings.items_per_step * mean
     return max(1, min(MOMENT_TOKENS, int(MAX_SHARE * training)))
 
 
 def micro_batches(runtime: Runtime, examples: Sequence[int], tokens: int) -> Iterator[Sequence[int]]:
     """Training examples in micro-batches until so many tokens are reached."""
-    items, size = runtime.examples("train"), runtime.settings.batch_size
+    encoded, size = runtime.examples("train"), runtime.settings.batch_size
     read = 0
     for start in range(0, len(examples), size):
         if read >= tokens:
             return
         indices = examples[start : start + size]
-        read += sum(items[index].length for index in indices)
+        read += sum(encoded[index].length for index in indices)
         yield indices
 
 
@@ -169,10 +169,10 @@ class _Read:
     labels: int = 0
 
     def add(self, runtime: Runtime, indices: Sequence[int], tokens: int) -> None:
-        items = runtime.examples("train")
+        encoded = runtime.examples("train")
         self.examples += len(indices)
         self.tokens += tokens
-        self.labels += sum(label_count(items[index], runtime.data.is_classification) for index in indices)
+        self.labels += sum(label_count(encoded[index], runtime.data.is_classification) for index in indices)
 
 
 def _is_plain(module: Any, adapter: str) -> bool:
