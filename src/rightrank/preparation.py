@@ -71,6 +71,12 @@ class Prepared:
     def is_token_loss(self) -> bool:
         return not self.runtime.data.is_classification
 
+    @property
+    def unseen_steps(self) -> int:
+        """Steps that the training examples last beyond those of one training; 0 if it sees every example."""
+        per_step = self.settings.items_per_step
+        return max(0, len(self.runtime.examples("train")) // per_step - self.steps)
+
 
 @dataclass(frozen=True, slots=True)
 class _Sources:

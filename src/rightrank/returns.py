@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from rightrank.records import Decision, Sample, SweepRow
 
@@ -12,16 +14,28 @@ from rightrank.records import Decision, Sample, SweepRow
 class Selected:
     """The result of a selection: the decision, and where run folder, adapter and report are."""
 
-    decision: Decision
+    decision: Decision | None  # of the training rank; None with goal "adapter"
     run: Path
-    adapter: Path | None  # None: a custom trainer that saved none
+    adapter: Path | None  # the answer to the first question; None: a custom trainer that saved none
     report: Path
+    answers: Mapping[str, Any]  # both answers, as in decision.json
     samples: list[Sample] = field(default_factory=list)
     sweep: list[SweepRow] = field(default_factory=list)
     trainings: int = 0  # trials of ranks above 0; each stage of a training counts
 
-    def _repr_html_(self) -> str:
-        return _decision_html(self.decision)
+    @property
+    def adapter_rank(self) -> int | None:
+        """The rank of the adapter that is handed over; None without one."""
+        handed_over = self.answers["handed_over"]
+        return None if handed_over is None else handed_over["rank"]
+
+    @property
+    def training_rank(self) -> int | None:
+        """The rank to train at; None where that is undecided or was not asked."""
+        return None if self.decision is None else self.decision.rank
+
+    def _repr_html_(self) -> str | None:
+        return None if self.decision is None else _decision_html(self.decision)
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from rightrank.decision.answers import document
 from rightrank.decision.run import Records
 from rightrank.errors import InputError
 from rightrank.io.files import write_text
@@ -15,13 +16,14 @@ from rightrank.report.files import write_figures
 from rightrank.report.html import render_report
 from rightrank.report.spectrum_figures import spectrum_figure
 from rightrank.report.sweep_table import sweep_map
+from rightrank.settings import Goal
 from rightrank.strategies.sweep import sweep_rows
 
 
-def write_views(folder: RunFolder, records: Records, decision: Decision | None) -> None:
-    """Write decision.json, where there is a decision, and the report."""
-    if decision is not None:
-        folder.write_decision(decision)
+def write_views(folder: RunFolder, records: Records, decision: Decision | None, goal: Goal) -> None:
+    """Write decision.json, once either question has an answer, and the report."""
+    if decision is not None or records.adapters:
+        folder.write_decision(document(records, decision, goal))
     write_report(folder, records, decision)
 
 

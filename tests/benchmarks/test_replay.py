@@ -39,7 +39,7 @@ def write(path: Path, *curves: object) -> Path:
     return path
 
 
-@pytest.mark.parametrize("strategy", ["ladder", "bracket"])
+@pytest.mark.parametrize("strategy", ["bracket"])
 @pytest.mark.parametrize("margin", [0.002, 0.005])
 def test_published_grids_meet_the_goal(strategy: str, margin: float) -> None:
     found = summary(replay_all(read_grids(PUBLISHED), strategy_named(strategy), margin))
@@ -122,7 +122,7 @@ def test_bad_input_is_one_line(
     path = tmp_path / "grids.json"
     if content is not None:
         path.write_text(content)
-    usual = ["--grids", str(path), "--strategy", "ladder", "--margin", "0.01"]
+    usual = ["--grids", str(path), "--strategy", "bracket", "--margin", "0.01"]
     assert main([*usual, *options]) == 2
     captured = capsys.readouterr()
     assert words in captured.err

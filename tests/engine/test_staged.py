@@ -110,6 +110,19 @@ def test_a_truncation_that_keeps_all_keeps_the_loss(runtime: object, tmp_path: P
     assert cut[1].trainable_parameters < cut[4].trainable_parameters
 
 
+def test_a_truncation_gathers_moments_once_and_uses_them(runtime: object, tmp_path: Path) -> None:
+    run(runtime, "whole", ARM, tmp_path)
+    arm = ARM.model_copy(update={"rank": 1, "steps": 0, "truncate_from": "whole"})
+    parents = {"truncate_from": tmp_path / "whole", "moments": tmp_path / "whole.moments.safetensors"}
+    first = run(runtime, "first", arm, tmp_path, **parents)
+    gathered = parents["moments"].read_bytes()
+    again = run(runtime, "again", arm, tmp_path, **parents)
+    plain = run(runtime, "plain", arm, tmp_path, truncate_from=tmp_path / "whole")
+    assert parents["moments"].read_bytes() == gathered
+    assert again.value == first.value
+    assert first.value != pytest.approx(plain.value, abs=1e-7)
+
+
 def test_recovery_uses_the_batches_that_follow(runtime: object, tmp_path: Path) -> None:
     run(runtime, "whole", ARM, tmp_path)
     arm = ARM.model_copy(update={"rank": 2, "steps": 4, "learning_rate": 3e-3, "truncate_from": "whole"})

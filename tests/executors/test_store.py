@@ -81,7 +81,7 @@ class CrewHere:
 
 
 @pytest.mark.filterwarnings("ignore")  # the server's own
-@pytest.mark.parametrize(("strategy", "kind"), [("bracket", "bucket"), ("descend", "share")])
+@pytest.mark.parametrize(("strategy", "kind"), [("bracket", "bucket"), ("grid", "share")])
 def test_the_decision_is_that_of_one_process(
     strategy: str,
     kind: str,

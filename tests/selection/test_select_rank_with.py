@@ -214,7 +214,7 @@ def test_several_calls_at_once_come_to_the_same_decision(tmp_path: Path) -> None
     assert several.model_dump(exclude=measured) == alone.model_dump(exclude=measured)
 
 
-@pytest.mark.parametrize("strategy", ["bracket", "ladder", "ascend"])
+@pytest.mark.parametrize("strategy", ["bracket"])
 def test_strategies_that_ask_for_less_ask_for_whole_trainings(tmp_path: Path, strategy: str) -> None:
     calls: list[TrialTask] = []
 

@@ -19,7 +19,7 @@ def finished(run: Path) -> list[TrialFinished]:
     return [record for record in Journal(run / "journal.jsonl").read() if isinstance(record, TrialFinished)]
 
 
-@pytest.mark.parametrize("strategy", ["bracket", "descend"])
+@pytest.mark.parametrize("strategy", ["bracket"])
 def test_a_strategy_trains_in_stages_and_resumes(
     model_folder: Path, completion_file: Path, tmp_path: Path, strategy: str
 ) -> None:
@@ -54,7 +54,7 @@ def test_a_strategy_trains_in_stages_and_resumes(
 
 
 def test_a_budget_holds_on_real_trainings(model_folder: Path, completion_file: Path, tmp_path: Path) -> None:
-    settings = small_settings(strategy="ladder", budget_trainings=3.5, **STAGED)
+    settings = small_settings(strategy="bracket", budget_trainings=3.5, **STAGED)
     select_rank(str(model_folder), completion_file, tmp_path / "run", settings=settings)
     trials = finished(tmp_path / "run")
     stages = {trial.trial_id: trial.stop_at or 0 for trial in trials}

@@ -42,7 +42,7 @@ class World:
 
     def loss(self, arm: Arm) -> float:
         if arm.rank == 0:
-            return 1.0 + 2 * self.gain
+            return 1.5 + 2 * self.gain
         off = math.log(arm.learning_rate / self.best_learning_rate) / math.log(3)
         value = 1.0 + self.gain * arm.rank**-0.57 + 0.02 * off**2
         if arm.stop_at is not None:

@@ -25,7 +25,7 @@ PLAN_OPTIONS = [
     click.option("--optimizer", help="adamw (default), adamw_fused, adamw_8bit, paged_adamw_8bit or sgd."),
     click.option("--loss", help="full (default, as Trainer) or chunked (as `rightrank select`)."),
     click.option("--calibrate", is_flag=True, default=None, help="Run a few real steps here first: seconds a step."),
-    click.option("--strategy", help="Time and price of a whole selection by bracket, ladder, ascend, descend or grid."),
+    click.option("--strategy", help="Time and price of a whole selection by bracket or grid."),
     click.option("--steps", type=int, help="Optimizer steps of each training, for its time and price."),
     click.option("--price-per-hour", type=float, help="What an hour of this device costs."),
     click.option("--arms", type=int, help="Trainings packed over one frozen base (default 1)."),

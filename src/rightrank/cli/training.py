@@ -18,12 +18,17 @@ from rightrank.errors import InterruptedRun, RunError, SettingsError, Terminated
 
 if TYPE_CHECKING:
     from rightrank.api import Observer, Selected
-    from rightrank.records import RunEvent, RunStarted, TrialOutcome
+    from rightrank.records import Decision, RunEvent, RunStarted, TrialOutcome
 
 Found = TypeVar("Found")
 
 SELECT_OPTIONS = [
-    click.option("--strategy", help="What to train next: bracket (default), ladder, ascend, descend or grid."),
+    click.option(
+        "--goal",
+        type=click.Choice(["adapter", "training-rank"]),
+        help="Stop at the smallest adapter that loses nothing, or go on to the rank to train at (default).",
+    ),
+    click.option("--strategy", help="What to train next: bracket (default) or grid."),
     click.option("--ranks", callback=comma, help="Ranks to compare, such as 4,16,64."),
     click.option("--learning-rates", callback=comma, help="Rates to try at each rank, such as 1e-4,3e-4."),
     click.option("--seeds", callback=comma, help="Seeds, such as 0,1,2."),
@@ -140,7 +145,7 @@ def _select_matrix(file: Path, out: Path, further: dict[str, Any], as_json: bool
 
 
 def _decision_of(selected: Selected | None) -> dict[str, Any] | None:
-    return None if selected is None else selected.decision.model_dump(mode="json")
+    return None if selected is None else dict(selected.answers)
 
 
 @click.command(epilog="Example: rightrank demo --out demo")
@@ -205,10 +210,9 @@ def _command() -> str:
 
 
 def _print_json(selected: Selected) -> None:
-    answer = selected.decision.model_dump(mode="json")
     click.echo(
         json.dumps(
-            answer
+            dict(selected.answers)
             | {"run": str(selected.run), "adapter": str(selected.adapter), "report": str(selected.report)}
             | {"sweep": [row.model_dump() for row in selected.sweep]}
         )
@@ -216,23 +220,31 @@ def _print_json(selected: Selected) -> None:
 
 
 def _print_answer(selected: Selected) -> None:
-    decision = selected.decision
-    click.echo(f"\n{decision.sentence}")
-    click.echo(f"verdict: {decision.verdict}" + (f" ({', '.join(decision.flags)})" if decision.flags else ""))
-    from rightrank.report.decision_table import other_metric_lines
-
-    for line in other_metric_lines(decision):
-        click.echo(line)
-    click.echo(f"next:    {decision.next_run}")
-    for sample in selected.samples:
+    adapter_sentence = selected.answers["adapter_sentence"]
+    if adapter_sentence:
+        click.echo(f"\nAdapter: {adapter_sentence}")
+    if selected.decision is not None:
+        _print_decision(selected.decision)
+    for sample in selected.samples[-1:]:
         click.echo(
-            f"\nA held-out item:\n{_indented(sample.prompt)}\n  before:\n{_indented(sample.before)}\n  after:\n{_indented(sample.after)}"
+            f"\nA held-out example:\n{_indented(sample.prompt)}\n  before:\n{_indented(sample.before)}\n  after:\n{_indented(sample.after)}"
         )
     if selected.sweep:
         from rightrank.report.sweep_table import sweep_text
 
         click.echo("\nOther settings, each at its own best rate:\n" + sweep_text(selected.sweep))
-    click.echo(f"\nreport:  {selected.report}\nadapter: {selected.adapter}  (rank {decision.fallback_rank})")
+    rank = "" if selected.adapter_rank is None else f"  (rank {selected.adapter_rank})"
+    click.echo(f"\nreport:  {selected.report}\nadapter: {selected.adapter}{rank}")
+
+
+def _print_decision(decision: Decision) -> None:
+    from rightrank.report.decision_table import other_metric_lines
+
+    click.echo(f"Training rank: {decision.sentence}")
+    click.echo(f"verdict: {decision.verdict}" + (f" ({', '.join(decision.flags)})" if decision.flags else ""))
+    for line in other_metric_lines(decision):
+        click.echo(line)
+    click.echo(f"next:    {decision.next_run}")
 
 
 def _indented(text: str) -> str:

@@ -20,9 +20,9 @@ import numpy as np
 
 from rightrank.decision.judge import CONFIDENCE
 from rightrank.decision.metrics import default_margin
-from rightrank.decision.table import Cell, ScoreTable, table_of
+from rightrank.decision.table import Cell, Floats, ScoreTable, table_of
 from rightrank.maths.intervals import Estimate, estimate
-from rightrank.records import TrialFinished, TrialOutcome
+from rightrank.records import TestEvaluated, TrialFinished, TrialOutcome
 from rightrank.records.adapter import AdapterAnswer, AdapterCandidate, AdapterOrigin
 
 MAX_DIRECT_RANK = 4  # at these ranks a direct training can beat a truncation (SCIENCE.md, truncated against trained)
@@ -36,6 +36,7 @@ class Question:
     higher_is_better: bool
     margin: float | None  # None: the metric's default
     token_loss: bool = True
+    trusts_values: bool = False  # whether a difference without scores by example is taken as exact, as in a replay
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,10 +80,8 @@ def adapter_answer(
     children = [file for file in files.values() if file.trial.truncate_from == top.trial.trial_id]
     extra = next((file for file in children if file.trial.rank == top.trial.rank and file.how == "recovered"), None)
     reference = extra if extra is not None and extra.loss < top.loss else top
-    margin = question.margin
-    if margin is None:
-        margin = default_margin(table.kind, reference.cell.value, table.values())
-    against = _Against(reference, table, margin)
+    margin = _margin(question, reference, table)
+    against = _Against(reference, table, margin, question.trusts_values)
     chosen, tested = _walk(children, against, top.trial.rank)
     judged = [against.judged(file) for file in sorted(children, key=lambda file: (-file.trial.rank, file.trial.steps))]
     answer = against.judged(chosen)
@@ -104,6 +103,105 @@ def adapter_answer(
     )
 
 
+def trained_answer(trial: TrialFinished, question: Question, reference: TrialFinished | None = None) -> AdapterAnswer:
+    """The answer where no truncation was compared: a trained adapter, against the best one of the run (itself by default)."""
+    files, table = _files([trial, *([] if reference is None else [reference])], question)
+    best = files[(reference or trial).trial_id]
+    margin = _margin(question, best, table)
+    against = _Against(best, table, margin, question.trusts_values)
+    answer = against.judged(files[trial.trial_id])
+    return AdapterAnswer(
+        rank=trial.rank,
+        how="trained",
+        trial_id=trial.trial_id,
+        trained_rank=trial.rank,
+        trained_id=trial.trial_id,
+        reference_id=best.trial.trial_id,
+        reference_how="trained",
+        extra_steps_difference=None,
+        difference=answer.difference,
+        difference_high=answer.difference_high,
+        margin=margin,
+        candidates=[answer],
+        sentence=f"The adapter is the one trained at rank {trial.rank}; no truncation was compared.",
+    )
+
+
+def improved_by_training(
+    answer: AdapterAnswer, outcomes: Sequence[TrialOutcome], question: Question
+) -> AdapterAnswer | None:
+    """The answer with a direct training in place of the truncation, where one is better; None where none is.
+
+    A training of a lower rank must hold against the same reference. One of the same rank must be shown to be better: the
+    95% upper bound of its difference from the present adapter is below 0.
+    """
+    files, table = _files(outcomes, question)
+    if answer.reference_id not in files or answer.trial_id not in files:
+        return None
+    against = _Against(files[answer.reference_id], table, answer.margin, question.trusts_values)
+    present = files[answer.trial_id]
+    found: list[AdapterCandidate] = []
+    for file in files.values():
+        if file.how != "trained" or file.trial.rank > answer.rank or file is present:
+            continue
+        candidate = against.judged(file)
+        is_lower = file.trial.rank < answer.rank
+        if candidate.holds and (is_lower or against.difference(file.cell, present.cell).bound(CONFIDENCE) < 0):
+            found.append(candidate)
+    if not found:
+        return None
+    best = min(found, key=lambda one: (one.rank, one.difference, one.trial_id))
+    return answer.model_copy(
+        update={
+            "rank": best.rank,
+            "how": "trained",
+            "trial_id": best.trial_id,
+            "difference": best.difference,
+            "difference_high": best.difference_high,
+            "candidates": [*answer.candidates, best],
+            "sentence": (
+                f"The smallest adapter that loses nothing has rank {best.rank}, trained at that rank: its held-out difference "
+                f"from the reference is {_with_bound(best)}, within the margin of {answer.margin:g}."
+            ),
+        }
+    )
+
+
+def test_difference(
+    chosen: TestEvaluated | None, reference: TestEvaluated | None, question: Question
+) -> tuple[float, float | None] | None:
+    """`(difference from the reference, its 95% upper bound)` on the test split; None where either was not read there."""
+    if chosen is None or reference is None:
+        return None
+    sides = [_test_scores(one, question.metric) for one in (chosen, reference)]
+    sign = -1.0 if question.higher_is_better else 1.0
+    if sides[0] is None or sides[1] is None:
+        return sign * (chosen.value - reference.value), None
+    found = estimate(sign * (sides[0][0] - sides[1][0])[None, :], sides[0][1])
+    return found.mean, found.bound(CONFIDENCE) if found.examples else None
+
+
+def _test_scores(test: TestEvaluated, metric: str) -> tuple[Floats, Floats] | None:
+    """`(sums, weights)` by example; None for a metric without scores by example on the test split."""
+    if metric == "loss":
+        return np.asarray(test.item_losses, dtype=np.float64), np.asarray(test.item_tokens, dtype=np.float64)
+    if metric == "accuracy" and test.item_correct is not None:
+        correct = np.asarray(test.item_correct, dtype=np.float64)
+        return correct, np.ones_like(correct)
+    return None
+
+
+def _margin(question: Question, reference: _File, table: ScoreTable) -> float:
+    if question.margin is not None:
+        return question.margin
+    return default_margin(table.kind, reference.cell.value, table.values())
+
+
+def _with_bound(candidate: AdapterCandidate) -> str:
+    bound = "" if candidate.difference_high is None else f" (95% upper bound {candidate.difference_high:+.2g})"
+    return f"{candidate.difference:+.2g}{bound}"
+
+
 @dataclass(frozen=True, slots=True)
 class _Against:
     """Comparison with the reference file."""
@@ -111,6 +209,7 @@ class _Against:
     reference: _File
     table: ScoreTable
     margin: float
+    trusts_values: bool
 
     def difference(self, cell: Cell, other: Cell | None = None) -> Estimate:
         """Paired over examples, metric's unit; above 0 is worse. A perplexity's is relative to the reference's."""
@@ -130,8 +229,13 @@ class _Against:
             value=file.cell.value,
             difference=difference,
             difference_high=high,
-            holds=high is not None and high < self.margin,
+            holds=self._holds(difference, high),
         )
+
+    def _holds(self, difference: float, high: float | None) -> bool:
+        if high is None:
+            return self.trusts_values and difference <= self.margin
+        return high < self.margin
 
     def _unit(self, oriented: float) -> float:
         if self.table.kind != "perplexity":
@@ -191,8 +295,7 @@ def _sentence(answer: AdapterCandidate, top: _File, reference: _File, margin: fl
     if answer.rank < top.trial.rank:
         return (
             f"The smallest adapter of this training that loses nothing has rank {answer.rank}: its held-out difference from the "
-            f"rank {top.trial.rank} adapter is {answer.difference:+.2g} (95% upper bound {answer.difference_high:+.2g}), "
-            f"within the margin of {margin:g}."
+            f"rank {top.trial.rank} adapter is {_with_bound(answer)}, within the margin of {margin:g}."
         )
     if not top.cell.examples:
         return (

@@ -10,6 +10,7 @@ from rightrank.decision.rule import decide
 from rightrank.decision.table import ScoreTable, table_of
 from rightrank.errors import ResultsError, RunFolderError
 from rightrank.records import (
+    AdapterRecorded,
     Certified,
     Decision,
     DecisionRecorded,
@@ -34,6 +35,7 @@ class Records:
     tests: list[TestEvaluated]
     samples: list[Sample]
     certificates: list[Certified] = field(default_factory=list)
+    adapters: list[AdapterRecorded] = field(default_factory=list)  # answers to the first question, the last one valid
 
     @classmethod
     def of(cls, started: RunStarted, records: Sequence[JournalRecord]) -> Records:
@@ -43,6 +45,7 @@ class Records:
             [record for record in records if isinstance(record, TestEvaluated)],
             [record for record in records if isinstance(record, Sample)],
             [record for record in records if isinstance(record, Certified)],
+            [record for record in records if isinstance(record, AdapterRecorded)],
         )
 
     def finished(self) -> list[TrialFinished]:
@@ -111,10 +114,15 @@ def decide_on(
     return decide(
         run_table(records, outcomes, metric),
         float(margin) if isinstance(margin, int | float) else None,
-        token_loss=records.started.data.form not in ("classification", "own"),
+        token_loss=is_token_loss(records),
         horizon_steps=horizon_steps,
         others=others if records.started.data.form != "own" else (),
     )
+
+
+def is_token_loss(records: Records) -> bool:
+    """Whether the run's loss is one a token, for which a default margin is known."""
+    return records.started.data.form not in ("classification", "own")
 
 
 def metrics_of(records: Records) -> list[str]:
@@ -138,12 +146,15 @@ def run_table(
 
 
 def comparable(records: Records) -> list[TrialOutcome]:
-    """The outcomes that may be compared: whole trainings at the setting that all ranks share, or the recovered truncations
-    of a run that has them."""
+    """The outcomes that may be compared: whole trainings at the setting that all ranks share.
+
+    Of a run with the former strategy `descend`, which trained the top rank alone, they are the recovered truncations.
+    """
     plain = records.plain()
-    recovered = [outcome for outcome in plain if outcome.truncate_from is not None and outcome.steps > 0]
-    if recovered:
-        return [outcome for outcome in plain if outcome.rank == 0] + recovered
+    if records.started.settings.get("strategy") == "descend":
+        recovered = [outcome for outcome in plain if outcome.truncate_from is not None and outcome.steps > 0]
+        if recovered:
+            return [outcome for outcome in plain if outcome.rank == 0] + recovered
     return [outcome for outcome in plain if outcome.arm.is_direct]
 
 

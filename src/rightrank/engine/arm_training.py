@@ -28,7 +28,7 @@ from rightrank.engine.scoring import Measured, measure
 from rightrank.engine.steps import OptimizerSteps
 from rightrank.io.adapters import save_adapter
 from rightrank.io.checkpoints import Checkpoint, load_checkpoint, save_checkpoint
-from rightrank.io.truncation import truncated_tensors
+from rightrank.io.truncation import load_moments, truncated_tensors
 from rightrank.maths.scaling import lora_scale
 from rightrank.records import Arm, EvalPoint, StepDone, Trial, TrialFinished
 from rightrank.records.observer import Observer
@@ -45,6 +45,7 @@ class TrialFolders:
     adapter: Path  # folder, when it has finished
     continue_from: Path | None = None  # the checkpoint of the trial that this one resumes
     truncate_from: Path | None = None  # the adapter folder of the trial that this one truncates
+    moments: Path | None = None  # file of the moments of that adapter (`engine.covariances`)
     answers: Path | None = None  # file for the model's answers to the held-out examples, if a metric needs them
 
 
@@ -304,7 +305,8 @@ class ArmTraining:
             self._resume(folders.continue_from, arm.continue_from)
         if folders.truncate_from is not None:
             scale = partial(lora_scale, self._settings.scaling, arm.lora_alpha)
-            tensors = truncated_tensors(folders.truncate_from, arm.rank, scale)
+            moments = {} if folders.moments is None else load_moments(folders.moments)
+            tensors = truncated_tensors(folders.truncate_from, arm.rank, scale, moments)
             set_peft_model_state_dict(self._multi_lora.peft_model, tensors, adapter_name=self.adapter)
 
     def _resume(self, checkpoint: Path, trial_id: str) -> bool:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +21,11 @@ from rightrank.engine.encode import label_count
 from rightrank.engine.memory import is_recoverable_oom
 from rightrank.engine.runtime import Runtime
 from rightrank.errors import first_line
+from rightrank.io.adapters import restore_adapter
+from rightrank.io.files import replacing
+from rightrank.io.truncation import adapter_rank, save_moments
 from rightrank.maths.truncation import Moments
+from rightrank.records import Arm
 
 MOMENT_TOKENS = 8192  # see benchmarks/truncation
 MAX_SHARE = 0.1  # of the tokens of a training
@@ -74,6 +79,33 @@ def gather_moments(
     if not all(bool(torch.isfinite(one).all()) for pair in sums.pairs.values() for one in pair):
         moments, notices = {}, ("no moments for truncation: a gradient is not finite; the plain SVD is used",)
     return Gathered(moments, read.examples, read.tokens, notices)
+
+
+def ensure_moments(runtime: Runtime, arm: Arm, adapter: Path, path: Path) -> tuple[str, ...]:
+    """Gather the moments of a finished training's adapter into `path` before it is truncated, once; return notices.
+
+    Examples that the training did not see come first; where it saw all, its own are read again.
+
+    Args:
+        arm: A truncation of the training.
+        adapter: The folder that holds the training's adapter.
+        path: A file beside the run's checkpoints. An adapter that gets no moments leaves an empty one.
+    """
+    if path.exists():
+        return ()
+    plain = arm.init_lora_weights is None and runtime.settings.init_lora_weights in ("default", "gaussian")
+    gathered = Gathered({}, 0, 0, () if plain else ("an initialisation with a frozen half is truncated by plain SVD",))
+    if plain:
+        trained = arm.model_copy(update={"rank": adapter_rank(adapter), "steps": runtime.steps, "truncate_from": None})
+        unseen = runtime.batch_plan(arm.seed, 2 * runtime.steps)[runtime.steps :]
+        with runtime.arm(trained) as peft_model:
+            restore_adapter(peft_model, adapter)
+            examples = [index for batch in unseen for index in batch]
+            gathered = gather_moments(runtime, peft_model, examples, moment_tokens(runtime))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as temporary:
+        save_moments(temporary, gathered.moments)
+    return gathered.notices
 
 
 def moment_tokens(runtime: Runtime) -> int:

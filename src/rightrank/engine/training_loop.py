@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 
 from rightrank.engine.arm_training import ArmTraining, TrialFolders, adapter_name
+from rightrank.engine.covariances import ensure_moments
 from rightrank.engine.evaluation import Scores
 from rightrank.engine.memory import PeakMemory, free_memory, is_recoverable_oom
 from rightrank.engine.multi_lora import MultiLora
@@ -63,6 +64,11 @@ def train_trials(
             observer.on_event(started(trial))
             yield evaluate_base(runtime, trial, folders(trial))
     trained = [trial for trial in trials if trial.arm.rank > 0]
+    for trial in trained:
+        found = folders(trial)
+        if found.truncate_from is not None and found.moments is not None:
+            for notice in ensure_moments(runtime, trial.arm, found.truncate_from, found.moments):
+                observer.notice(notice)
     if trained:
         with MultiLora(runtime.model, runtime.settings) as multi_lora, runtime.recomputing():
             yield from _TrainingLoop(runtime, multi_lora, base_loss, folders, observer, adapters_per_pass).run(trained)

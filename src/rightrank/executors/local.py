@@ -51,5 +51,6 @@ class LocalExecutor:
             folder.trial_adapter(trial.trial_id),
             None if arm.continue_from is None else folder.checkpoint(arm.continue_from),
             None if arm.truncate_from is None else folder.trial_adapter(arm.truncate_from),
+            None if arm.truncate_from is None else folder.moments(arm.truncate_from),
             folder.answers(trial.trial_id),
         )

@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from rightrank.io.files import replacing_folder
 from rightrank.io.licence import licence_of
-from rightrank.records import Decision, RunStarted, TestEvaluated, TrialFinished
+from rightrank.records import Decision, HandedOver, RunStarted, TestEvaluated, TrialFinished
 
 CURVE = "rank_curve.png"
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterCardFacts:
+    """What the card says of the adapter itself."""
+
+    sentence: str  # the answer to the first question
+    origin: str  # how it was made
+    handed_over: HandedOver
+    margin: float
+    learning_rate: float  # of the training at the trained rank
 
 
 def hand_over(
@@ -19,9 +31,10 @@ def hand_over(
     target: Path,
     started: RunStarted,
     trial: TrialFinished,
-    decision: Decision,
+    decision: Decision | None,
     tests: list[TestEvaluated],
     figures: Path,
+    adapter: AdapterCardFacts,
 ) -> None:
     """Copy the trial's adapter to `target`, with its card and the rank curve in `figures`. `target` is replaced."""
     with replacing_folder(target) as temporary:
@@ -29,11 +42,17 @@ def hand_over(
             shutil.copy2(path, temporary / path.name)
         if (figures / CURVE).exists():
             shutil.copy2(figures / CURVE, temporary / CURVE)
-        (temporary / "README.md").write_text(model_card(started, trial, decision, tests), encoding="utf-8")
+        (temporary / "README.md").write_text(model_card(started, trial, decision, tests, adapter), encoding="utf-8")
 
 
-def model_card(started: RunStarted, trial: TrialFinished, decision: Decision, tests: list[TestEvaluated]) -> str:
-    """The card: front matter for the hub with the base's licence, the answer, the evidence, how to load the adapter."""
+def model_card(
+    started: RunStarted,
+    trial: TrialFinished,
+    decision: Decision | None,
+    tests: list[TestEvaluated],
+    adapter: AdapterCardFacts,
+) -> str:
+    """The card: front matter for the hub with the base's licence, the answers, the evidence, how to load the adapter."""
     environment = Environment(
         loader=PackageLoader("rightrank.exports", "templates"),
         autoescape=False,
@@ -45,6 +64,7 @@ def model_card(started: RunStarted, trial: TrialFinished, decision: Decision, te
         started=started,
         trial=trial,
         decision=decision,
+        adapter=adapter,
         tests=tests,
         classification=started.data.form == "classification",
         licence=licence_of(started.settings.get("model")),

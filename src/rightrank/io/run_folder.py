@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,6 @@ from rightrank.errors import RunError, RunFolderError
 from rightrank.io.files import sweep_leftovers, write_text
 from rightrank.io.journal import Journal
 from rightrank.io.store import Store
-from rightrank.records import Decision
 
 
 class RunFolder:
@@ -36,6 +36,10 @@ class RunFolder:
 
     def checkpoint(self, trial_id: str) -> Path:
         return self.path / "checkpoints" / f"{self._name(trial_id)}.safetensors"
+
+    def moments(self, trial_id: str) -> Path:
+        """Where the moments of a trial's adapter are while it is truncated (`engine.covariances`)."""
+        return self.path / "checkpoints" / f"{self._name(trial_id)}.moments.safetensors"
 
     def trial_adapter(self, trial_id: str) -> Path:
         return self.path / "trials" / self._name(trial_id)
@@ -131,8 +135,8 @@ class RunFolder:
     def write_config(self, values: dict[str, Any]) -> None:
         write_text(self.config, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
 
-    def write_decision(self, decision: Decision) -> None:
-        write_text(self.decision, decision.model_dump_json(indent=2) + "\n")
+    def write_decision(self, document: Mapping[str, Any]) -> None:
+        write_text(self.decision, json.dumps(document, indent=2, allow_nan=False) + "\n")
 
     def drop_working_files(self) -> None:
         """Remove what only a running selection needs."""

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from rightrank.io.adapter_folder import PREFIX, WEIGHTS_FILE
@@ -48,6 +49,13 @@ def truncated_tensors(
         new_b, new_a = resized_factors(b.float(), a.float(), rank, before / scale(rank), found, before)
         tensors[name], tensors[partner] = new_a.to(a.dtype).contiguous(), new_b.to(b.dtype).contiguous()
     return tensors
+
+
+def adapter_rank(folder: Path) -> int:
+    """The rank of the adapter's first module, from the header of its weights."""
+    with safe_open(folder / WEIGHTS_FILE, framework="pt") as file:
+        name = next(name for name in sorted(file.keys()) if "lora_A" in name or "lora_embedding_A" in name)
+        return int(file.get_slice(name).get_shape()[0])
 
 
 def save_moments(path: Path, moments: Mapping[str, Moments]) -> None:

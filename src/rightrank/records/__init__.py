@@ -24,6 +24,7 @@ from rightrank.records.decision import (
 )
 from rightrank.records.run import (
     JOURNAL_RECORD,
+    AdapterRecorded,
     Certified,
     DataSummary,
     DecisionRecorded,
@@ -57,6 +58,7 @@ __all__ = [
     "AdapterAnswer",
     "AdapterCandidate",
     "AdapterOrigin",
+    "AdapterRecorded",
     "Arm",
     "ArmFields",
     "Basis",

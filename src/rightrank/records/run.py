@@ -6,6 +6,7 @@ from typing import Annotated, Literal, TypeAlias
 
 from pydantic import Field, JsonValue, TypeAdapter, field_validator
 
+from rightrank.records.adapter import AdapterAnswer, HandedOver
 from rightrank.records.base import MAX_WHOLE, SCHEMA_VERSION, Record, Whole
 from rightrank.records.decision import Decision
 from rightrank.records.trials import ADAPTERS_PER_PASS, TrialDiverged, TrialFailed, TrialFinished, TrialStarted
@@ -116,6 +117,16 @@ class Certified(Record):
         )
 
 
+class AdapterRecorded(Record):
+    """The answer to the first question, and what `adapter/` holds from then on."""
+
+    type: Literal["adapter_recorded"] = "adapter_recorded"
+    schema_version: Whole = SCHEMA_VERSION
+    answer: AdapterAnswer
+    handed_over: HandedOver
+    trainings: float  # cost up to the answer, in whole trainings
+
+
 class DecisionRecorded(Record):
     """A decision in the journal, with what was handed over."""
 
@@ -134,6 +145,7 @@ JournalRecord: TypeAlias = Annotated[
     | TestEvaluated
     | Sample
     | Certified
+    | AdapterRecorded
     | DecisionRecorded,
     Field(discriminator="type"),
 ]

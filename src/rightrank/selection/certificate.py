@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import combinations
 
-from rightrank.decision.run import best_trial
 from rightrank.engine.certify import certify
 from rightrank.engine.runtime import Runtime
 from rightrank.records import Certified, Decision, TrialFinished
@@ -13,7 +12,9 @@ from rightrank.records.observer import Observer
 from rightrank.selection.loop import Selection
 
 
-def certify_selection(selection: Selection, runtime: Runtime, decision: Decision, observer: Observer) -> Certified:
+def certify_selection(
+    selection: Selection, runtime: Runtime, decision: Decision | None, observer: Observer
+) -> Certified:
     """Train one arm again, alone, and journal how far it is from its trial.
 
     The arm is the one handed over. If that one was truncated from another adapter, it is the arm that shared its
@@ -22,10 +23,11 @@ def certify_selection(selection: Selection, runtime: Runtime, decision: Decision
     records, folder = selection.records, selection.folder
     if records.certificates:
         return records.certificates[-1]
-    chosen = best_trial(records, decision, decision.fallback_rank)
+    handed_over = records.adapters[-1].answer.trial_id if records.adapters else None
     whole = [trial for trial in records.finished() if trial.rank > 0 and trial.stop_at is None]
     candidates = [trial for trial in whole if trial.truncate_from is None]
-    trial = chosen if chosen in candidates else max(candidates, key=lambda one: (one.adapters_per_pass, one.steps))
+    fullest = max(candidates, key=lambda one: (one.adapters_per_pass, one.steps))
+    trial = next((one for one in candidates if one.trial_id == handed_over), fullest)
     scratch = folder.cache / "certify"
     adapter = folder.finished_adapter(trial.trial_id)
     certificate = certify(runtime, trial, adapter, scratch, observer, seed_difference(candidates))

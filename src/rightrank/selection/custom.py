@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
+from rightrank.decision.answers import document
 from rightrank.decision.metrics import direction
 from rightrank.errors import SettingsError
 from rightrank.executors.custom import Call, CustomExecutor, TrainFunction, call_in_process, call_inline, call_on_ray
@@ -21,8 +22,6 @@ from rightrank.selection.start import open_selection
 from rightrank.settings import SelectSettings, make_settings
 from rightrank.strategies import make_strategy, space_of, strategy_in
 from rightrank.version import __version__
-
-DIRECT_STRATEGIES = ("grid", "bracket", "ladder", "ascend")  # those that need whole trainings only
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,10 +54,11 @@ def select_custom(request: CustomRequest, trainer: Trainer, folder: RunFolder, o
             space_of(request.settings, request.steps, token_loss=False),
             stages=False,
             evaluates_base=request.with_base,
+            truncates=False,
             higher_is_better=request.higher_is_better,
         )
         strategy = strategy_in(request.settings.strategy, space)
-        options = LoopOptions(advice="give another range of learning rates, and a new out")
+        options = LoopOptions(request.settings.goal, "give another range of learning rates, and a new out")
         selection, trackers = open_selection(
             folder, started, request.steps, strategy, options, request.report_to, observer
         )
@@ -72,8 +72,10 @@ def select_custom(request: CustomRequest, trainer: Trainer, folder: RunFolder, o
         )
         decision = selection.run(executor)
         adapter = hand_over_saved(selection, decision)
-        trackers.decided(decision)
-        return Selected(decision, folder.path, adapter, folder.report)
+        if decision is not None:
+            trackers.decided(decision)
+        answers = document(selection.records, decision, request.settings.goal)
+        return Selected(decision, folder.path, adapter, folder.report, answers)
 
 
 def _scored_examples(finished: Sequence[TrialFinished]) -> int | None:
@@ -106,15 +108,10 @@ def checked_settings(values: Mapping[str, object]) -> SelectSettings:
     """The settings of a selection with a custom trainer.
 
     Raises:
-        SettingsError: a value that is not allowed, or a strategy that needs more than whole trainings.
+        SettingsError: a value that is not allowed, or an unknown strategy.
     """
     settings = make_settings(values)
     make_strategy(settings, 1)  # refuses an unknown name first
-    if settings.strategy not in DIRECT_STRATEGIES:
-        raise SettingsError(
-            f"strategy {settings.strategy!r} truncates adapters to lower ranks and trains them further, which a custom "
-            f"trainer can't do; give {', '.join(DIRECT_STRATEGIES)}"
-        )
     return settings
 
 

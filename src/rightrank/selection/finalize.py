@@ -2,25 +2,39 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
+from rightrank.decision.answers import document
 from rightrank.decision.run import best_trial
 from rightrank.engine.generation import promptable_examples, write_completion
 from rightrank.engine.runtime import Runtime
 from rightrank.engine.scoring import measure
 from rightrank.io.adapters import restore_adapter
-from rightrank.records import Decision, RunEvent, Sample, StepDone, TestEvaluated, TrialFinished
+from rightrank.records import AdapterAnswer, Decision, RunEvent, Sample, StepDone, TestEvaluated, TrialFinished
 from rightrank.records.observer import Observer
 from rightrank.returns import Selected
 from rightrank.selection.certificate import certify_selection
-from rightrank.selection.handover import hand_over_trained
+from rightrank.selection.handover import final_answer, hand_over_answer, hand_over_at_end
 from rightrank.selection.loop import Selection
 from rightrank.selection.start import PreparedSelection
 from rightrank.strategies.sweep import sweep_rows
 
 
-def finalize(prepared: PreparedSelection, decision: Decision) -> Selected:
-    """Evaluate on the test split, write samples, and hand over the adapter of the chosen trial.
+def finalize_adapter(prepared: PreparedSelection, answer: AdapterAnswer, *, reads_test_split: bool) -> None:
+    """Hand over the answer to the first question while the second is still open: adapter, decision.json, report, one line."""
+    selection = prepared.selection
+    if reads_test_split:
+        _read_test_split(prepared, [answer.trial_id, answer.reference_id])
+    hand_over_answer(selection, answer)
+    selection.write_views(None)
+    prepared.observer.notice(f"adapter: {answer.sentence} It is in {selection.folder.adapter}.")
+    for note in answer.notes:
+        prepared.observer.notice(note)
+
+
+def finalize(prepared: PreparedSelection, decision: Decision | None) -> Selected:
+    """Evaluate on the test split, write samples, and hand over the adapter. `decision` is None where only the adapter was asked for.
 
     What an interrupted run has done of this already is not done again.
     """
@@ -28,15 +42,22 @@ def finalize(prepared: PreparedSelection, decision: Decision) -> Selected:
     if prepared.estimate is not None:
         observer.notice(selection.compared_with(prepared.estimate))
     records, folder = selection.records, selection.folder
-    chosen = best_trial(records, decision, decision.fallback_rank)
-    reference = best_trial(records, decision, decision.reference_rank)
-    base = next(trial for trial in records.finished() if trial.rank == 0)
-    for trial in {trial.trial_id: trial for trial in (base, chosen, reference)}.values():
-        _evaluate_on_test_split(selection, runtime, trial)
-    if not records.samples:
+    answer = final_answer(selection, decision)
+    read = [
+        next(trial.trial_id for trial in records.finished() if trial.rank == 0),
+        answer.trial_id,
+        answer.reference_id,
+    ]
+    if decision is not None:
+        ranks = (decision.fallback_rank, decision.reference_rank)
+        read += [best_trial(records, decision, rank).trial_id for rank in ranks]
+    _read_test_split(prepared, read)
+    chosen = next(trial for trial in records.finished() if trial.trial_id == answer.trial_id)
+    if not any(sample.trial_id == chosen.trial_id for sample in records.samples):
         _write_samples(selection, runtime, chosen)
-    hand_over_trained(selection, decision)
-    prepared.trackers.decided(decision)
+    hand_over_at_end(selection, answer, decision)
+    if decision is not None:
+        prepared.trackers.decided(decision)
     if prepared.request.settings.certify:
         observer.notice(certify_selection(selection, runtime, decision, _steps_only(observer)).sentence())
     return Selected(
@@ -44,10 +65,18 @@ def finalize(prepared: PreparedSelection, decision: Decision) -> Selected:
         folder.path,
         folder.adapter,
         folder.report,
+        document(records, decision, prepared.prepared.settings.goal),
         records.samples,
         sweep_rows(records.started, records.outcomes),
         sum(outcome.rank > 0 for outcome in records.outcomes),
     )
+
+
+def _read_test_split(prepared: PreparedSelection, trial_ids: Sequence[str]) -> None:
+    """Evaluate trials on the test split, each once in a run."""
+    trials = {trial.trial_id: trial for trial in prepared.selection.records.finished()}
+    for trial_id in dict.fromkeys(trial_ids):
+        _evaluate_on_test_split(prepared.selection, prepared.prepared.runtime, trials[trial_id])
 
 
 def _steps_only(observer: Observer) -> Observer:

@@ -1,44 +1,131 @@
-"""The hand-over: the chosen trial's adapter with its card and figures, and the decision in the journal."""
+"""The hand-over: `adapter/` holds the answer to the first question, with its card, from the first answer on."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from rightrank.decision.run import best_trial
-from rightrank.exports.adapter_folder import hand_over
-from rightrank.records import Decision, DecisionRecorded
+from rightrank.decision.adapter import (
+    adapter_answer,
+    improved_by_training,
+    origin_phrase,
+    test_difference,
+    trained_answer,
+)
+from rightrank.decision.answers import question_of
+from rightrank.decision.run import Records, best_trial
+from rightrank.errors import AllTrialsFailedError
+from rightrank.exports.adapter_folder import AdapterCardFacts, hand_over
+from rightrank.io.reading import UnreadableError, read_json_object
+from rightrank.records import AdapterAnswer, Decision, DecisionRecorded, HandedOver
 from rightrank.report.figures import figures_of
 from rightrank.report.files import write_figures
 from rightrank.selection.loop import Selection
 from rightrank.views import further_figures
 
+CONFIG = "adapter_config.json"
 
-def hand_over_trained(selection: Selection, decision: Decision) -> None:
-    """Write the adapter of the chosen trial, its card, the report and the figures; drop the working files."""
+
+def hand_over_answer(selection: Selection, answer: AdapterAnswer, decision: Decision | None = None) -> None:
+    """Make `adapter/` the answer to the first question, and record it in the journal.
+
+    A second call with the same answer writes the adapter and its card again, with the figures that are known by then.
+    """
     records, folder = selection.records, selection.folder
-    chosen = best_trial(records, decision, decision.fallback_rank)
+    saved = folder.finished_adapter(answer.trial_id)
+    handed_over = _handed_over(records, answer, saved)
+    trials = {trial.trial_id: trial for trial in records.finished()}
+    chosen = trials[answer.trial_id]
+    facts = AdapterCardFacts(
+        sentence=answer.sentence,
+        origin=origin_phrase(answer.how, answer.trained_rank, chosen.steps if answer.how == "recovered" else 0),
+        handed_over=handed_over,
+        margin=answer.margin,
+        learning_rate=trials.get(answer.trained_id, chosen).learning_rate,
+    )
+    hand_over(saved, folder.adapter, records.started, chosen, decision, records.tests, folder.figures, facts)
+    last = records.adapters[-1] if records.adapters else None
+    if last is None or (last.answer, last.handed_over) != (answer, handed_over):
+        selection.keep_adapter(answer, handed_over)
+
+
+def hand_over_at_end(selection: Selection, answer: AdapterAnswer, decision: Decision | None) -> None:
+    """Write the adapter, its card, the report and the figures, and the decision into the journal; drop the working files."""
+    records, folder = selection.records, selection.folder
     write_figures(folder.figures, figures_of(records, decision))
-    saved = folder.finished_adapter(chosen.trial_id)
-    hand_over(saved, folder.adapter, records.started, chosen, decision, records.tests, folder.figures)
-    folder.journal.append(DecisionRecorded(decision=decision, adapter_trial_id=chosen.trial_id))
+    hand_over_answer(selection, answer, decision)
+    if decision is not None:
+        folder.journal.append(DecisionRecorded(decision=decision, adapter_trial_id=answer.trial_id))
     selection.write_views(decision)
     write_figures(folder.figures, further_figures(records, folder.adapter))
     folder.drop_working_files()
 
 
-def hand_over_saved(selection: Selection, decision: Decision) -> Path | None:
+def hand_over_saved(selection: Selection, decision: Decision | None) -> Path | None:
     """Hand over what a custom trainer saved for the chosen trial, and write the report and the figures.
 
     Returns:
         The adapter's folder; None if the trainer saved nothing.
     """
     records, folder = selection.records, selection.folder
-    chosen = best_trial(records, decision, decision.fallback_rank)
-    saved = folder.trial_adapter(chosen.trial_id)
+    answer = final_answer(selection, decision)
+    saved = folder.trial_adapter(answer.trial_id)
     adapter = folder.adapter if any(path.is_file() for path in saved.iterdir()) else None
     write_figures(folder.figures, figures_of(records, decision))
     if adapter is not None:
-        hand_over(saved, adapter, records.started, chosen, decision, [], folder.figures)
-    folder.journal.append(DecisionRecorded(decision=decision, adapter_trial_id=chosen.trial_id))
+        hand_over_answer(selection, answer, decision)
+    if decision is not None:
+        folder.journal.append(DecisionRecorded(decision=decision, adapter_trial_id=answer.trial_id))
     selection.write_views(decision)
     return adapter
+
+
+def final_answer(selection: Selection, decision: Decision | None) -> AdapterAnswer:
+    """The answer to the first question at the end of a run.
+
+    It is the recorded one, or one from the candidates that a budget left, or the best trained adapter. A direct training of
+    the second question takes its place where it is better.
+
+    Raises:
+        AllTrialsFailedError: no training ended.
+    """
+    records = selection.records
+    question, plain = question_of(records), records.plain()
+    known = records.adapters[-1].answer if records.adapters else adapter_answer(plain, question)
+    if known is not None:
+        return improved_by_training(known, plain, question) or known
+    if decision is not None:
+        ranks = (decision.fallback_rank, decision.reference_rank)
+        chosen, reference = (best_trial(records, decision, rank) for rank in ranks)
+        return trained_answer(chosen, question, reference)
+    direct = [trial for trial in records.finished() if trial.rank > 0 and trial.arm.is_direct]
+    if not direct:
+        raise AllTrialsFailedError("no training at the top rank ended: give a larger budget, or lower learning rates")
+    sign = -1 if question.higher_is_better else 1
+    return trained_answer(min(direct, key=lambda trial: (-trial.rank, sign * trial.value)), question)
+
+
+def _handed_over(records: Records, answer: AdapterAnswer, saved: Path) -> HandedOver:
+    tests = {test.trial_id: test for test in records.tests}
+    test = test_difference(tests.get(answer.trial_id), tests.get(answer.reference_id), question_of(records))
+    return HandedOver(
+        rank=answer.rank,
+        max_module_rank=_max_module_rank(saved, answer.rank),
+        how=answer.how,
+        trained_rank=answer.trained_rank,
+        reference_adapter=f"trials/{answer.reference_id}",
+        difference=answer.difference,
+        difference_high=answer.difference_high,
+        test_difference=test and test[0],
+        test_difference_high=test and test[1],
+    )
+
+
+def _max_module_rank(adapter: Path, rank: int) -> int:
+    """The largest rank of any module, by the adapter's configuration; `rank` where it has none."""
+    try:
+        config = read_json_object(adapter / CONFIG)
+    except UnreadableError:
+        return rank
+    pattern = config.get("rank_pattern")
+    ranks = [value for value in pattern.values() if isinstance(value, int)] if isinstance(pattern, dict) else []
+    return max([rank, *ranks])

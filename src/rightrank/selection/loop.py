@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+from rightrank.decision.answers import trainings
 from rightrank.decision.run import Records, decide_run, decision_so_far
 from rightrank.errors import (
     AllTrialsFailedError,
@@ -20,7 +21,10 @@ from rightrank.errors import (
 from rightrank.executors import Executor
 from rightrank.io.run_folder import RunFolder
 from rightrank.records import (
+    AdapterAnswer,
+    AdapterRecorded,
     Decision,
+    HandedOver,
     JournalRecord,
     RunEvent,
     RunStarted,
@@ -36,7 +40,7 @@ from rightrank.records.observer import Observer
 from rightrank.records.plan import SelectionCost
 from rightrank.report.format import size
 from rightrank.report.plan_table import took_line
-from rightrank.settings import settings_difference
+from rightrank.settings import Goal, settings_difference
 from rightrank.strategies import History, Strategy
 from rightrank.strategies.protocol import seconds_of, steps_of
 from rightrank.views import write_views
@@ -49,6 +53,7 @@ MAX_FAILED_AT_START = 3  # trials that fail before any finishes: then the cause 
 class LoopOptions:
     """What differs between the trainers that a loop drives."""
 
+    goal: Goal = "training-rank"
     advice: str = "give lower learning rates, a smaller batch_size or seq_len, and a new --out"  # if every trial fails
     peak_of: Callable[[Sequence[int]], int | None] = lambda _: None  # planned bytes of ranks in one pass
 
@@ -85,15 +90,21 @@ class Selection:
         # The cause of a failure may have been removed since; a device's memory does not grow.
         self.records.outcomes = [outcome for outcome in self.records.outcomes if not _may_succeed_now(outcome)]
 
-    def run(self, executor: Executor) -> Decision:
-        """Run every arm that the strategy requests, then decide.
+    def run(self, executor: Executor, on_adapter: Callable[[AdapterAnswer], None] = lambda _: None) -> Decision | None:
+        """Run every arm that the strategy requests, then decide; None where the goal is the adapter.
+
+        `on_adapter` is called once, between two rounds of arms, as soon as the first question is answered.
 
         Raises:
             AllTrialsFailedError: fewer than two ranks ended with a result, or the first trials all failed.
             InterruptedRun: the observer asked to stop; the journal holds what has finished.
         """
         try:
-            while trials := self.wanted():
+            while True:
+                self._answer_adapter(on_adapter)
+                trials = self.wanted()
+                if not trials:
+                    break
                 for outcome in executor.run(trials, self.base_loss):
                     self.keep(outcome)
                     if outcome.rank == 0:
@@ -101,7 +112,20 @@ class Selection:
         except InterruptedRun:
             self._write_views_so_far()
             raise
-        return self.decide()
+        return self.decide() if self._options.goal == "training-rank" else None
+
+    def _answer_adapter(self, on_adapter: Callable[[AdapterAnswer], None]) -> None:
+        if not self.records.adapters:
+            answer = self._strategy.adapter(History.of(self.records.outcomes))
+            if answer is not None:
+                on_adapter(answer)
+
+    def keep_adapter(self, answer: AdapterAnswer, handed_over: HandedOver) -> None:
+        """Journal the answer to the first question. The cost is that of the trials so far, or of the first answer."""
+        first = self.records.adapters[0].trainings if self.records.adapters else trainings(self.records)
+        record = AdapterRecorded(answer=answer, handed_over=handed_over, trainings=first)
+        self.folder.journal.append(record)
+        self.records.adapters.append(record)
 
     def wanted(self) -> list[Trial]:
         """The trials to run now; empty when the strategy requests no more."""
@@ -175,7 +199,7 @@ class Selection:
 
     def write_views(self, decision: Decision | None) -> None:
         """Write decision.json and the report."""
-        write_views(self.folder, self.records, decision)
+        write_views(self.folder, self.records, decision, self._options.goal)
 
     def _write_views_so_far(self) -> None:
         """Write the report; with many trials it takes longer, so the next one waits in proportion."""

@@ -182,6 +182,11 @@ def _row(name: str, folder: RunFolder, ended: Ended) -> MatrixRow:
     if isinstance(ended, RunError):
         return MatrixRow(name, "failed", None, None, None, None, None, 0, str(folder.path), str(ended))
     decision = ended.decision
+    if decision is None:
+        answer = ended.answers["adapter_answer"]
+        value = next(one["value"] for one in answer["candidates"] if one["trial_id"] == answer["trial_id"])
+        top, trained = answer["trained_rank"], ended.trainings
+        return MatrixRow(name, "adapter", None, answer["rank"], None, value, top, trained, str(folder.path))
     chosen = next(evidence for evidence in decision.ranks if evidence.rank == decision.fallback_rank)
     return MatrixRow(
         name,

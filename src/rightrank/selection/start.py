@@ -52,9 +52,12 @@ def prepare_selection(
     prepared = prepare(request, folder.cache, observer.notice, bases)
     if request.settings.store:
         folder.store = run_store(request.settings.store, prepared.started.fingerprint)
-    strategy = make_strategy(prepared.settings, prepared.steps, token_loss=prepared.is_token_loss)
+    strategy = make_strategy(
+        prepared.settings, prepared.steps, token_loss=prepared.is_token_loss, unseen_steps=prepared.unseen_steps
+    )
     cost = estimate(prepared, strategy)
-    options = LoopOptions(peak_of=prepared.planned.peak_of) if prepared.planned else LoopOptions()
+    goal = prepared.settings.goal
+    options = LoopOptions(goal, peak_of=prepared.planned.peak_of) if prepared.planned else LoopOptions(goal)
     report_to = request.settings.report_to
     selection, trackers = open_selection(
         folder, prepared.started, prepared.steps, strategy, options, report_to, observer

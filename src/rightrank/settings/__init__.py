@@ -6,6 +6,7 @@ from rightrank.settings.metric_spec import MetricSpec, parse_metric
 from rightrank.settings.plan import DEFAULT_PLAN_RANKS, OptimizerName, PlanSettings, make_plan_settings
 from rightrank.settings.select import (
     CONSTANT_SCALING_RANK,
+    Goal,
     Scaling,
     SelectSettings,
     make_settings,
@@ -18,6 +19,7 @@ __all__ = [
     "NOT_IDENTITY",
     "UNITS",
     "DtypeName",
+    "Goal",
     "MetricSpec",
     "OptimizerName",
     "PlanSettings",

@@ -9,6 +9,7 @@ from rightrank.settings.migration import BEHAVIOUR_BEFORE, IDENTITY_NAMES
 from rightrank.settings.select import SelectSettings
 
 NOT_IDENTITY = (
+    "goal",
     "adapters_per_pass",
     "certify",
     "checkpoint_seconds",

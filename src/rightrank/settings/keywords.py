@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal, TypedDict
 
+from rightrank.settings.select import Goal
 from rightrank.settings.values import DtypeName
 
 
 class SelectKeywords(TypedDict, total=False):
     """What most selections are told. Every other setting goes through `settings`."""
 
+    goal: Goal
     strategy: str
     ranks: Sequence[int]
     learning_rates: Sequence[float]

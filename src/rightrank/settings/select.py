@@ -17,6 +17,7 @@ from rightrank.settings.migration import current_names
 from rightrank.settings.values import DtypeName, MemoryBytes, checked
 
 Scaling: TypeAlias = Literal["alpha/r", "alpha/sqrt(r)", "constant"]
+Goal: TypeAlias = Literal["adapter", "training-rank"]
 
 # `constant` scaling is stated through alpha too: it is the scale that alpha/r has at this rank,
 # so that alpha = 32 means s = 2 at every rank (the common "alpha = 2r" habit).
@@ -28,6 +29,8 @@ class SelectSettings(BaseModel):
     """Everything that a selection can be told beside MODEL, DATA and --out."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    goal: Goal = "training-rank"  # "adapter" stops once the smallest adapter of the top training is known
 
     # what to compare
     strategy: str = "bracket"

@@ -10,11 +10,8 @@ from collections.abc import Callable
 
 from rightrank.errors import SettingsError, did_you_mean
 from rightrank.settings import SelectSettings
-from rightrank.strategies.ascend import Ascend
 from rightrank.strategies.bracket import Bracket
-from rightrank.strategies.descend import Descend
 from rightrank.strategies.grid import Grid
-from rightrank.strategies.ladder import Ladder
 from rightrank.strategies.protocol import CostEstimate, History, Recommendation, Strategy
 from rightrank.strategies.space import Space, space_of
 
@@ -32,21 +29,18 @@ __all__ = [
 ]
 
 STRATEGIES: dict[str, Callable[[Space], Strategy]] = {
-    "ladder": Ladder,
     "bracket": Bracket,
     "grid": Grid,
-    "ascend": Ascend,
-    "descend": Descend,
 }
 
 
-def make_strategy(settings: SelectSettings, steps: int, token_loss: bool = True) -> Strategy:
+def make_strategy(settings: SelectSettings, steps: int, token_loss: bool = True, unseen_steps: int = 0) -> Strategy:
     """The strategy that `settings.strategy` names, for trainings of `steps` optimizer steps.
 
     Raises:
         SettingsError: an unknown name, an invalid sweep, or a budget too small to compare two ranks.
     """
-    return strategy_in(settings.strategy, space_of(settings, steps, token_loss))
+    return strategy_in(settings.strategy, space_of(settings, steps, token_loss, unseen_steps))
 
 
 def strategy_in(name: str, space: Space) -> Strategy:

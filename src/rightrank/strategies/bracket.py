@@ -1,34 +1,59 @@
-"""`bracket`: the truncations of the top rank's adapter show where to look, and trainings show what is right."""
+"""`bracket`: the adapter first, from one training at the top rank; then the rank to train at, from there downward."""
 
 from __future__ import annotations
 
+import math
+
 from rightrank.decision.judge import walk_down
-from rightrank.records import Arm
+from rightrank.strategies.adapter_question import (
+    adapter_question_cost,
+    answer_adapter_question,
+    max_adapter_arms,
+    max_adapter_cost,
+)
 from rightrank.strategies.climb import Requests
-from rightrank.strategies.ladder import predicted_rank
-from rightrank.strategies.moves import try_rank, walk
-from rightrank.strategies.search import Search
+from rightrank.strategies.learning_rates import (
+    find_learning_rate,
+    find_learning_rate_cost,
+    max_search_trainings,
+    min_trainings,
+)
+from rightrank.strategies.moves import (
+    confirm,
+    confirmation_cost,
+    max_trainings,
+    settle,
+    support,
+    try_rank,
+    walk,
+)
+from rightrank.strategies.protocol import CostEstimate
+from rightrank.strategies.script import Scripted
 from rightrank.strategies.space import Space
 from rightrank.strategies.trials import Trials, excess_of, is_within
 
+DECAY = 0.57  # median exponent c of L(r) = a + b·r^-c over 26 published curves (quartiles 0.38 to 0.64)
+STAGES = 5  # of one training at most: a look, two stages, the end, and an annealed copy
 
-class Bracket(Search):
-    """Find the learning rate at the top rank, evaluate the truncations of that adapter to every lower rank, then train downward
-    from the smallest truncation that loses at most the margin until a rank fails.
 
-    Where adapters can't be truncated (a table of finished runs), a training at a quarter of the top rank replaces them.
+class Bracket(Scripted):
+    """Find the learning rate at the top rank and answer the first question from that training. For the second question, train
+    downward from the smallest truncation that loses at most the margin until a rank fails, then add seeds.
+
+    Where adapters can't be truncated (a table of finished runs), a training at a quarter of the top rank shows where to start.
     """
 
     name = "bracket"
 
-    def first_rank(self) -> int:
-        return self.space.top
-
-    def explore(self, trials: Trials, learning_rate: float) -> Requests:
+    def script(self, trials: Trials) -> Requests:
         space = self.space
-        truncated = truncations(space, trials, space.top, learning_rate)
-        yield truncated
-        start = smallest_truncation_that_holds(space, trials, truncated, learning_rate)
+        learning_rate = yield from find_learning_rate(space, trials, space.top)
+        if learning_rate is None:
+            return
+        yield from answer_adapter_question(space, trials, learning_rate)
+        if space.goal == "adapter":
+            return
+        start = smallest_truncation_that_holds(space, trials, learning_rate)
         if start is None:
             second = space.a_quarter_of_the_top()
             yield from try_rank(space, trials, second, learning_rate)
@@ -36,33 +61,50 @@ class Bracket(Search):
         elif start == space.top:
             start = space.below(start) or start
         yield from walk(space, trials, start, learning_rate)
+        yield from settle(space, trials)
+        yield from support(space, trials)
+        yield from confirm(space, trials)
+        yield from settle(space, trials)
+        yield from confirm(space, trials)
 
-    def exploration_cost(self) -> float:
-        return min(2.0, len(self.space.ranks) - 1.0)
+    def unbounded_cost(self) -> CostEstimate:
+        space = self.space
+        to_adapter = find_learning_rate_cost(space) + adapter_question_cost(space)
+        if space.goal == "adapter":
+            return CostEstimate(to_adapter, max_search_trainings(space) + max_adapter_cost(space), to_adapter)
+        expected = to_adapter + min(2.0, len(space.ranks) - 1.0) + confirmation_cost(space)
+        return CostEstimate(expected, max_trainings(space) + max_adapter_cost(space), to_adapter)
+
+    def min_trainings(self) -> float:
+        found = min_trainings(self.space)
+        return found - 1.0 if self.space.goal == "adapter" else found
 
     def max_script_arms(self) -> int:
-        return super().max_script_arms() + len(self.space.ranks) - 1
+        return 1 + STAGES * math.ceil(max_trainings(self.space)) + max_adapter_arms(self.space)
 
 
-def truncations(space: Space, trials: Trials, rank: int, learning_rate: float) -> list[Arm]:
-    """The adapter of a finished training truncated to every lower rank, without recovery, descending."""
-    parent = trials.direct().get((rank, learning_rate, space.seeds[0]))
-    if parent is None or not space.stages:
-        return []
-    return [
-        space.arm(lower, learning_rate).model_copy(update={"steps": 0, "truncate_from": parent.trial_id})
-        for lower in reversed(space.ranks)
-        if lower < rank
-    ]
-
-
-def smallest_truncation_that_holds(
-    space: Space, trials: Trials, truncated: list[Arm], learning_rate: float
-) -> int | None:
-    """The result of the walk down over the truncations of the top rank; None where none has a result."""
+def smallest_truncation_that_holds(space: Space, trials: Trials, learning_rate: float) -> int | None:
+    """The result of the walk down over the plain truncations of the top rank; None where none has a result."""
     parent = trials.direct().get((space.top, learning_rate, space.seeds[0]))
-    known = {arm.rank: outcome for arm in truncated if (outcome := trials.finished(arm)) is not None}
-    if parent is None or not known:
+    if parent is None:
+        return None
+    known = {
+        arm.rank: outcome
+        for arm in trials.outcomes
+        if arm.truncate_from == parent.trial_id and arm.steps == 0 and arm.rank in space.ranks
+        if (outcome := trials.finished(arm)) is not None
+    }
+    if not known:
         return None
     margin = space.margin_at(trials.best_loss(space.top))
     return walk_down(known, space.top, lambda rank: is_within(excess_of([(known[rank], parent)], space).mean, margin))
+
+
+def predicted_rank(space: Space, trials: Trials, second: int) -> int:
+    """The smallest rank r with b·(r^-c - R^-c) within the margin; R is the top rank, and b follows from R and `second`."""
+    drop = trials.best_loss(second) - trials.best_loss(space.top)
+    b = max(drop, 0.0) / (second**-DECAY - space.top**-DECAY)
+    margin = space.margin_at(trials.best_loss(space.top))
+    if not math.isfinite(b):  # the second rank gave no result
+        return space.above(second) or space.top
+    return next(rank for rank in space.ranks if b * (rank**-DECAY - space.top**-DECAY) <= margin)

@@ -1,158 +1,214 @@
-"""The search for the learning rate of one rank, with early stopping.
+"""The search for the learning rate of one rank, for about a third of a training beside the winner's own.
 
-Trainings at several learning rates are compared after a quarter and after half of their steps, and those that can't win
-stop there. This is successive halving between learning rates. Between ranks it would be unsound: a low rank falls behind
-late. A challenger is compared with a holder, which is known up to half:
+Every learning rate that is tried is trained to an eighth of the full schedule (a *look*) and measured twice: as it is, and
+as the running mean of A and of B over the second half of its steps. The score is the lower of the two: current weights
+alone favor low learning rates, which oscillate less, and means alone favor high ones. Then two learning rates compare so:
 
-    behind   how much worse the challenger is than the holder
-    gain     how much the holder gains between a quarter and half
-    learned  how much the holder gains between the base and a quarter
-    closing  by how much `behind` falls between a quarter and half
+    ==============================================  =====================================================
+    the worse score is behind by                    then
+    ==============================================  =====================================================
+    more than CLOSE of all that the better one has  the better score wins
+    learned since the base
+    less                                            both are copied with their optimizer state and annealed:
+                                                    a linear decay to 0 over ANNEAL of the steps. The lower loss
+                                                    wins, and the copies are thrown away
+    ==============================================  =====================================================
 
-    =========  =======================================  ============================================
-    compared   a lower learning rate stops early if     a higher learning rate stops early if
-    =========  =======================================  ============================================
-    a quarter  gain > 0 and behind > PATIENCE · gain    behind > PATIENCE · max(gain, 0), unless
-                                                        learned · UNSETTLED < behind < learned
-    half       gain > 0 and behind > 0                  behind > max(PATIENCE · gain, closing, 0)
-    =========  =======================================  ============================================
+The climb starts at the upper middle and ends at a learning rate that beats both its neighbors, since the loss has one
+valley over the logarithm of the learning rate. Only the winner is trained on. If its loss rises between two stages, as it does
+when few examples are memorized, the next lower learning rate is brought to the same step, and the better one goes on.
 
-The reasons: The order may turn as long as the holder still gains. A decaying schedule favours high learning rates late, so
-a lower one that is behind at half catches up only if the holder gets worse, as it does where it overfits few examples. A
-higher one that has learned something, but less than two thirds of what the holder has, is still settling, and the
-holder's gain says nothing about it.
+Where a table has no look at an eighth, a look at a quarter replaces it; where it has no annealed copies, two close
+learning rates are both trained whole. Where trainings can't stop early, every training is whole.
 """
 
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
 
-from rightrank.records import Arm
+from rightrank.records import Arm, TrialFinished
 from rightrank.strategies.climb import HALF, QUARTER, Requests, climb, early_arm, early_step
+from rightrank.strategies.protocol import base_arm
 from rightrank.strategies.space import Space
-from rightrank.strategies.trials import Trials
+from rightrank.strategies.trials import Trials, oriented
 
-PATIENCE = 1.5  # times the holder's gain
-UNSETTLED = 1 / 3  # of what the holder has learned since the base
+LOOK = 0.125  # of a training; earlier looks name a wrong learning rate
+ANNEAL = 0.05  # of a training
+CLOSE = 0.1  # of what the better learning rate has learned since the base
+STAGES = (QUARTER, HALF)  # where the winner is checked for a loss that rises
+
+Choice = Generator[Sequence[Arm], None, float | None]
 
 
-def find_learning_rate(space: Space, trials: Trials, rank: int) -> Generator[Sequence[Arm], None, float | None]:
-    """Return the best learning rate at `rank`, or None if no training finished.
-
-    Trainings stop early where the trainer can do so and the space has three learning rates or more: a climb on values at a
-    quarter, the best and its neighbours to half, the winners to the end. Otherwise every training is whole.
-    """
-    if space.stages and len(space.learning_rates) >= 3 and early_step(space, QUARTER) != early_step(space, HALF):
-        yield from climb(space, trials, rank, part=QUARTER)
-        yield from _finish_the_best(space, trials, rank)
-    if trials.best_learning_rate(rank) is None and not _can_stop_early(space, trials, rank):
+def find_learning_rate(space: Space, trials: Trials, rank: int) -> Choice:
+    """Return the best learning rate at `rank`, trained whole, or None if no training finished."""
+    if not _can_look(space):
+        yield from climb(space, trials, rank)
+        return trials.best_learning_rate(rank)
+    for part in (LOOK, QUARTER):
+        winner = yield from _climb_looks(space, trials, rank, part)
+        if winner is not None:
+            yield from _finish(space, trials, rank, winner, part)
+        if winner is not None or any(trials.diverged(early_arm(space, rank, lr, part)) for lr in space.learning_rates):
+            break
+    if trials.best_learning_rate(rank) is None:  # no looks here, or the winner diverged later
         yield from climb(space, trials, rank)
     return trials.best_learning_rate(rank)
 
 
-def _can_stop_early(space: Space, trials: Trials, rank: int) -> bool:
-    """Whether any training of the rank stopped at a quarter with a result."""
-    return any(trials.loss(early_arm(space, rank, lr, QUARTER)) is not None for lr in space.learning_rates)
-
-
-def _finish_the_best(space: Space, trials: Trials, rank: int) -> Requests:
-    """Go from values at a quarter to whole trainings of the learning rates that may be the best."""
-    quarter = {lr: trials.loss(early_arm(space, rank, lr, QUARTER)) for lr in space.learning_rates}
-    known = sorted((loss, lr) for lr, loss in quarter.items() if loss is not None)
-    if not known:
+def train(space: Space, trials: Trials, rank: int, learning_rate: float) -> Requests:
+    """Train `rank` whole with the first seed, with a look on the way that other learning rates can be compared with."""
+    if (rank, learning_rate, space.seeds[0]) in trials.direct():
         return
-    first = known[0][1]
-    halfway = yield from _run_to_half(space, trials, rank, first, [lr for _, lr in known[1:]])
-    if halfway:
-        halfway.sort(key=lambda arm: (trials.loss(arm), arm.learning_rate))
-        rivals = [arm for arm in halfway[1:] if arm.learning_rate > halfway[0].learning_rate]
-        yield [_resumed(trials, arm) for arm in (halfway[0], *rivals[:1])]
-        yield from _challenge_upward(space, trials, rank, first)
-    for _, lr in known[1:]:  # only where the better ones diverged after half
-        if trials.best_learning_rate(rank) is not None:
+    if _can_look(space):
+        look = early_arm(space, rank, learning_rate, LOOK)
+        yield [look]
+        if trials.finished(look) is not None:
+            yield [_resumed(trials, look)]
             return
-        yield from _finish(space, trials, rank, lr)
-
-
-def _run_to_half(
-    space: Space, trials: Trials, rank: int, first: float, others: Sequence[float]
-) -> Generator[Sequence[Arm], None, list[Arm]]:
-    """Resume the best at a quarter, and its neighbours that do not stop early, to half; return those that may still win."""
-    halfway: list[Arm] = []
-    for lr in [first, *(lr for lr in others if _are_neighbours(space, lr, first))]:
-        if stops_early(space, trials, rank, first, lr, QUARTER):  # never true of `first` itself
-            continue
-        arm = _to_half(space, trials, rank, lr)
-        yield [arm]
-        if trials.loss(arm) is not None and not stops_early(space, trials, rank, first, lr, HALF):
-            halfway.append(arm)
-    return halfway
-
-
-def _challenge_upward(space: Space, trials: Trials, rank: int, first: float) -> Requests:
-    """While a learning rate above `first` wins, let the next higher one challenge it."""
-    winner = trials.best_learning_rate(rank)
-    while winner is not None and winner > first and winner < space.learning_rates[-1]:
-        above = space.learning_rates[space.learning_rates.index(winner) + 1]
-        yield from challenge(space, trials, rank, winner, above)
-        if trials.best_learning_rate(rank) == winner:
+        if trials.diverged(look):
             return
-        winner = trials.best_learning_rate(rank)
+    yield [space.arm(rank, learning_rate)]
 
 
 def challenge(space: Space, trials: Trials, rank: int, holder: float, challenger: float) -> Requests:
-    """Train `rank` at `challenger` and stop early once it can't beat `holder`, a whole training."""
-    known = [trials.loss_after(rank, holder, early_step(space, part)) for part in (QUARTER, HALF)]
-    if not space.stages or None in known:
+    """Train `rank` at `challenger`, whole only if its look beats that of `holder`."""
+    part = next(
+        (part for part in (LOOK, QUARTER) if _score(trials, early_arm(space, rank, holder, part)) is not None), None
+    )
+    if part is None or not _can_look(space):
         yield [space.arm(rank, challenger)]
         return
-    stage = early_arm(space, rank, challenger, QUARTER)
-    yield [stage]
-    if trials.loss(stage) is None or stops_early(space, trials, rank, holder, challenger, QUARTER):
+    look = early_arm(space, rank, challenger, part)
+    yield [look]
+    if trials.finished(look) is None:
         return
-    stage = _to_half(space, trials, rank, challenger)
-    yield [stage]
-    if trials.loss(stage) is not None and not stops_early(space, trials, rank, holder, challenger, HALF):
-        yield [_resumed(trials, stage)]
+    winner = yield from _compare(space, trials, rank, (holder, challenger), part)
+    if winner == challenger:
+        yield [_resumed(trials, look)]
 
 
-def stops_early(space: Space, trials: Trials, rank: int, holder: float, challenger: float, part: float) -> bool:
-    """Whether `challenger`, trained up to `part`, can no longer beat `holder`. False where the holder's values are unknown."""
-    steps = early_step(space, QUARTER), early_step(space, HALF)
-    quarter, half = (trials.loss_after(rank, holder, step) for step in steps)
-    challenger_quarter, challenger_half = (trials.loss_after(rank, challenger, step) for step in steps)
-    if quarter is None or half is None or challenger_quarter is None:
-        return False
-    is_higher, gain = challenger > holder, quarter - half
-    behind = challenger_quarter - quarter
-    if part == QUARTER:
-        base = trials.base_loss(during_training=True)
-        return stops_at_quarter(is_higher, behind, gain, 0.0 if base is None else base - quarter)
-    if challenger_half is None:
-        return False
-    return stops_at_half(is_higher, challenger_half - half, gain, challenger_quarter - challenger_half - gain)
+def _climb_looks(space: Space, trials: Trials, rank: int, part: float) -> Choice:
+    """The winner among looks at `part` of a training; None if trainings can't stop there or all looks diverged."""
+    learning_rates = space.learning_rates
+    best = start = len(learning_rates) // 2
+    first = early_arm(space, rank, learning_rates[start], part)
+    yield [first]
+    if trials.finished(first) is None and not trials.diverged(first):
+        return None
+    for direction in (1, -1):
+        place = start + direction
+        while 0 <= place < len(learning_rates) and not (direction == 1 and trials.diverged(first)):
+            yield [early_arm(space, rank, learning_rates[place], part)]
+            pair = (learning_rates[best], learning_rates[place])
+            winner = yield from _compare(space, trials, rank, pair, part)
+            if winner != pair[1] and trials.finished(early_arm(space, rank, pair[0], part)):
+                break
+            best = place
+            place += direction
+        if best != start and not _is_worse_than_base(trials, early_arm(space, rank, learning_rates[best], part)):
+            break
+    return learning_rates[best] if trials.finished(early_arm(space, rank, learning_rates[best], part)) else None
 
 
-def stops_at_quarter(is_higher: bool, behind: float, gain: float, learned: float = 0.0) -> bool:
-    """The first row of the table above; `learned` is 0 where the base is unknown."""
-    is_settled = not (is_higher and UNSETTLED * learned < behind < learned)
-    return is_settled and behind > PATIENCE * max(gain, 0.0) and (is_higher or gain > 0)
+def _compare(space: Space, trials: Trials, rank: int, pair: tuple[float, float], part: float) -> Choice:
+    """The better of two learning rates with a look at `part`; a look without a result loses."""
+    looks = {lr: early_arm(space, rank, lr, part) for lr in pair}
+    scores = {lr: score for lr, look in looks.items() if (score := _score(trials, look)) is not None}
+    if len(scores) < 2:
+        return next(iter(scores), None)
+    better, worse = sorted(pair, key=lambda lr: (scores[lr], lr))
+    base = _look_loss(trials.finished(base_arm(space.lora_alpha)), space)
+    if base is not None and scores[worse] - scores[better] > CLOSE * (base - scores[better]):
+        return better
+    copies = {lr: _annealed(space, trials, look) for lr, look in looks.items()}
+    yield list(copies.values())
+    annealed = {
+        lr: loss for lr, copy in copies.items() if (loss := _look_loss(trials.finished(copy), space)) is not None
+    }
+    if len(annealed) == 2:
+        return min(pair, key=lambda lr: (annealed[lr], lr))
+    if any(trials.diverged(copy) for copy in copies.values()):
+        return next(iter(annealed), better)
+    for lr in pair:  # no annealed copies here
+        if (rank, lr, space.seeds[0]) not in trials.direct():
+            yield [_resumed(trials, looks[lr])]
+    return min(pair, key=lambda lr: (trials.whole_loss(rank, lr), lr))
 
 
-def stops_at_half(is_higher: bool, behind: float, gain: float, closing: float = 0.0) -> bool:
-    """The second row of the table above."""
-    if is_higher:
-        return behind > max(PATIENCE * gain, closing, 0.0)
-    return behind > 0 and gain > 0
+def _finish(space: Space, trials: Trials, rank: int, learning_rate: float, part: float) -> Requests:
+    """Train the winner from its look to its end; a lower learning rate takes its place where its loss rises."""
+    if (rank, learning_rate, space.seeds[0]) in trials.direct():
+        return
+    stage = early_arm(space, rank, learning_rate, part)
+    before = _look_loss(trials.finished(stage), space)
+    for later in STAGES:
+        step = early_step(space, later)
+        if step <= (stage.stop_at or 0):
+            continue
+        following = _resumed(trials, stage, step)
+        yield [following]
+        loss = _look_loss(trials.finished(following), space)
+        if loss is None or before is None:
+            return
+        stage = following
+        lower = max((lr for lr in space.learning_rates if lr < stage.learning_rate), default=None)
+        if loss > before and lower is not None:
+            rival = yield from _bring_to(space, trials, rank, lower, step)
+            rival_loss = _look_loss(trials.finished(rival), space)
+            if rival_loss is not None and rival_loss < loss:
+                stage, loss = rival, rival_loss
+        before = loss
+    yield [_resumed(trials, stage)]
 
 
-def _are_neighbours(space: Space, learning_rate: float, other: float) -> bool:
-    return abs(space.learning_rates.index(learning_rate) - space.learning_rates.index(other)) == 1
+def _bring_to(
+    space: Space, trials: Trials, rank: int, learning_rate: float, step: int
+) -> Generator[Sequence[Arm], None, Arm]:
+    """The arm that trains to `step`, from the latest look at the learning rate that there is."""
+    for part in (QUARTER, LOOK):
+        look = early_arm(space, rank, learning_rate, part)
+        if trials.finished(look) is not None and (look.stop_at or 0) < step:
+            arm = _resumed(trials, look, step)
+            break
+    else:
+        arm = early_arm(space, rank, learning_rate, 1.0).model_copy(update={"stop_at": step})
+    yield [arm]
+    return arm
 
 
-def _to_half(space: Space, trials: Trials, rank: int, learning_rate: float) -> Arm:
-    """The arm that resumes a training at a quarter and stops at half."""
-    return _resumed(trials, early_arm(space, rank, learning_rate, QUARTER), early_step(space, HALF))
+def _can_look(space: Space) -> bool:
+    """Whether trainings can stop early, are long enough for a look, and have learning rates to compare."""
+    return space.stages and len(space.learning_rates) > 1 and space.steps >= 1 / LOOK
+
+
+def _is_worse_than_base(trials: Trials, look: Arm) -> bool:
+    """Whether a look learned nothing. Learning rates that are too high to train level off, and a higher one may look better."""
+    base = _look_loss(trials.finished(base_arm(trials.space.lora_alpha)), trials.space)
+    score = _score(trials, look)
+    return base is not None and score is not None and score > base
+
+
+def _score(trials: Trials, look: Arm) -> float | None:
+    """The lower of the loss and the loss of the running mean; None without a result."""
+    outcome = trials.finished(look)
+    loss = _look_loss(outcome, trials.space)
+    if outcome is None or loss is None or outcome.averaged_loss is None:
+        return loss
+    return min(loss, outcome.averaged_loss)
+
+
+def _look_loss(outcome: TrialFinished | None, space: Space) -> float | None:
+    """The held-out loss, whatever the metric; the oriented value where a table has no loss."""
+    return None if outcome is None else outcome.metrics.get("loss", oriented(outcome, space))
+
+
+def _annealed(space: Space, trials: Trials, look: Arm) -> Arm:
+    """The copy of a look that decays to a learning rate of 0 over `ANNEAL` of a training."""
+    start = look.stop_at
+    assert start is not None
+    end = min(space.steps, start + early_step(space, ANNEAL))
+    return _resumed(trials, look, end).model_copy(update={"anneal_from": start})
 
 
 def _resumed(trials: Trials, stopped: Arm, stop_at: int | None = None) -> Arm:
@@ -162,21 +218,23 @@ def _resumed(trials: Trials, stopped: Arm, stop_at: int | None = None) -> Arm:
     return stopped.model_copy(update={"stop_at": stop_at, "continue_from": before.trial_id})
 
 
-def _finish(space: Space, trials: Trials, rank: int, learning_rate: float) -> Requests:
-    """The rest of a training that stopped early."""
-    half = _to_half(space, trials, rank, learning_rate)
-    if half not in trials.outcomes:
-        yield [_resumed(trials, early_arm(space, rank, learning_rate, QUARTER))]
-    elif trials.finished(half) is not None:
-        yield [_resumed(trials, half)]
-
-
 def find_learning_rate_cost(space: Space) -> float:
-    """Expected trainings: three learning rates to a quarter, two or three of them to half, one or two to the end."""
-    return 2.0 if len(space.learning_rates) >= 3 else float(len(space.learning_rates))
+    """Expected trainings: three looks, two pairs of annealed copies and the rest of the winner."""
+    count = len(space.learning_rates)
+    if not _can_look(space):
+        return float(count)
+    return 1.0 + min(count - 1, 2) * (LOOK + 1.5 * ANNEAL)
+
+
+def max_search_trainings(space: Space) -> float:
+    """An upper bound for one rank: a look and two annealed copies at every learning rate, and each of them whole."""
+    count = len(space.learning_rates)
+    return count * (1.0 + 2 * ANNEAL) if _can_look(space) else float(count)
 
 
 def min_trainings(space: Space) -> float:
-    """One rank's learning rate in the most expensive case of early stopping, and one training of another rank."""
+    """One rank's learning rate in the most expensive case of looks and copies, and one training of another rank."""
     count = len(space.learning_rates)
-    return 1.0 + (count if count < 3 else count * QUARTER + 2 * (1 - QUARTER) + (HALF - QUARTER))
+    if not _can_look(space):
+        return 1.0 + count
+    return 2.0 + (count - 1) * (LOOK + 2 * ANNEAL) + (HALF - LOOK)

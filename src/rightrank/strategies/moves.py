@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from rightrank.strategies.climb import HALF, QUARTER, Requests, early_step
-from rightrank.strategies.learning_rates import challenge
+from rightrank.strategies.learning_rates import ANNEAL, LOOK, challenge, max_search_trainings, train
 from rightrank.strategies.space import Space
 from rightrank.strategies.trials import Trials, is_within
 
@@ -18,9 +18,9 @@ MAX_DEFICIT_AT_TOP = 2.0
 def try_rank(space: Space, trials: Trials, rank: int, learning_rate: float) -> Requests:
     """Train `rank` at `learning_rate`, and at neighbouring learning rates until one makes it hold.
 
-    The latter stop early once they can't beat `learning_rate`.
+    The latter are trained whole only where their look beats that of `learning_rate`.
     """
-    yield [space.arm(rank, learning_rate)]
+    yield from train(space, trials, rank, learning_rate)
     for neighbour in promising_neighbours(space, trials, rank, learning_rate):
         if trials.holds(rank):
             return
@@ -73,7 +73,7 @@ def _is_undertrained(space: Space, trials: Trials, rank: int, learning_rate: flo
 
 def _deficit_at_top(space: Space, trials: Trials, neighbour: float, learning_rate: float) -> float:
     """How much worse the top rank is at `neighbour`, at the latest step that both reached; 0 where unknown."""
-    for step in (space.steps, early_step(space, HALF), early_step(space, QUARTER)):
+    for step in (space.steps, *(early_step(space, part) for part in (HALF, QUARTER, LOOK))):
         losses = [trials.loss_after(space.top, lr, step) for lr in (neighbour, learning_rate)]
         if losses[0] is not None and losses[1] is not None:
             return losses[0] - losses[1]
@@ -158,11 +158,11 @@ def confirm(space: Space, trials: Trials) -> Requests:
             return
 
 
-def max_trainings(space: Space) -> int:
+def max_trainings(space: Space) -> float:
     """An upper bound: all learning rates at the top, three at every other rank, and every further seed."""
     tried = min(len(space.learning_rates), 3)
-    first_seed = len(space.learning_rates) + tried * (len(space.ranks) - 1)
-    return first_seed + (len(space.seeds) - 1) * tried * len(space.ranks)
+    others = tried * (1 + 2 * ANNEAL) * (len(space.ranks) - 1)
+    return max_search_trainings(space) + others + (len(space.seeds) - 1) * tried * len(space.ranks)
 
 
 def confirmation_cost(space: Space) -> float:

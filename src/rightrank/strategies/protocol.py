@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from rightrank.records import Arm, TrialFinished, TrialOutcome
+from rightrank.records import AdapterAnswer, Arm, TrialFinished, TrialOutcome
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +29,7 @@ class CostEstimate:
 
     expected: float
     maximum: float
+    to_adapter: float  # expected, until the first question is answered
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +93,10 @@ class Strategy(Protocol):
 
     def evidence(self, history: History) -> list[TrialOutcome]:
         """Return the outcomes that the decision may compare: trainings of one length at one setting."""
+        ...
+
+    def adapter(self, history: History) -> AdapterAnswer | None:
+        """Return the answer to the first question; None until all its candidates have run."""
         ...
 
     def recommend(self, history: History) -> Recommendation:

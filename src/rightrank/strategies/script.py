@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from rightrank.records import Arm, TrialFinished, TrialOutcome
+from rightrank.records import AdapterAnswer, Arm, TrialFinished, TrialOutcome
 from rightrank.strategies.climb import Requests, climb
 from rightrank.strategies.protocol import CostEstimate, History, Recommendation, base_arm, seconds_of, steps_of
 from rightrank.strategies.space import Space
@@ -45,7 +45,7 @@ class Scripted(ABC):
 
     def unbounded_cost(self) -> CostEstimate:
         """The cost without a budget and without a sweep."""
-        return CostEstimate(self._cells(), self._cells())
+        return CostEstimate(self._cells(), self._cells(), self._cells())
 
     def max_script_arms(self) -> int:
         """An upper bound of the number of arms without a sweep, the base included."""
@@ -73,11 +73,14 @@ class Scripted(ABC):
         expected = cost.expected + climbs * min(3, len(space.learning_rates))
         maximum = cost.maximum + climbs * len(space.learning_rates)
         maximum = maximum if budget is None else min(maximum, budget / space.steps)
-        return CostEstimate(min(expected, maximum), maximum)
+        return CostEstimate(min(expected, maximum), maximum, min(cost.to_adapter, maximum))
 
     def evidence(self, history: History) -> list[TrialOutcome]:
         outcomes = self._replay(history).trials.outcomes
         return [outcome for arm, outcome in outcomes.items() if arm.is_direct and self.space.is_plain(arm)]
+
+    def adapter(self, history: History) -> AdapterAnswer | None:
+        return self._replay(history).trials.adapter
 
     def recommend(self, history: History) -> Recommendation:
         replay = self._replay(history)

@@ -8,8 +8,12 @@ from itertools import pairwise
 from rightrank.decision.metrics import MetricKind, default_margin, higher_is_better, kind_of
 from rightrank.errors import SettingsError
 from rightrank.records import Arm
-from rightrank.settings import Scaling, SelectSettings
+from rightrank.settings import Goal, Scaling, SelectSettings
 from rightrank.variants import Variant, variants_of
+
+RECOVERY_PART = 0.1  # of a training
+MIN_RECOVERY_PART = 0.05
+RECOVERY_LR_FACTOR = 0.1  # of the learning rate that the adapter was trained at: .3 made the adapter worse
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,10 +30,12 @@ class Space:
     kind: MetricKind = "loss"
     higher_is_better: bool = False
     points_are_losses: bool = False  # whether evaluations during training measure the loss instead of the metric
-    stages: bool = (
-        True  # whether trainings can stop early and resume, and adapters be truncated; False for custom trainers
-    )
     evaluates_base: bool = True  # False: no trial of rank 0, and nothing is compared with the base
+    goal: Goal = "training-rank"
+    stages: bool = True  # whether trainings can stop early and resume; False for custom trainers
+    truncates: bool = True  # whether adapters can be truncated and evaluated
+    recovery_steps: int = 0  # of training after truncation, on examples that were not trained on; 0: none are left
+    trusts_values: bool = False  # whether values without scores by example can show that a truncation holds (tables)
     scaling: Scaling = "alpha/r"
     variants: tuple[Variant, ...] = ()  # the values of a sweep, tried at the end
     budget_steps: float | None = None  # optimizer steps over all arms
@@ -58,6 +64,12 @@ class Space:
             return self.margin
         return default_margin(self.kind, abs(reference_loss), [abs(reference_loss)])
 
+    @property
+    def truncated_ranks(self) -> list[int]:
+        """The ranks that the top adapter is truncated to, descending: lower ranks of the space and powers of two."""
+        powers = {2**power for power in range(self.top.bit_length())}
+        return sorted((rank for rank in powers | set(self.ranks) if rank < self.top), reverse=True)
+
     def below(self, rank: int) -> int | None:
         """The next lower rank, None at the bottom."""
         return next((low for low, high in pairwise(self.ranks) if high == rank), None)
@@ -71,8 +83,10 @@ class Space:
         return next((high for low, high in pairwise(self.ranks) if low == rank), None)
 
 
-def space_of(settings: SelectSettings, steps: int, token_loss: bool = True) -> Space:
+def space_of(settings: SelectSettings, steps: int, token_loss: bool = True, unseen_steps: int = 0) -> Space:
     """The space of a selection with trainings of `steps` steps.
+
+    `unseen_steps` is how many more steps the training examples last that no training sees.
 
     Raises:
         SettingsError: one rank alone, or an invalid sweep.
@@ -91,6 +105,8 @@ def space_of(settings: SelectSettings, steps: int, token_loss: bool = True) -> S
         seeds=settings.seeds,
         lora_alpha=settings.lora_alpha,
         steps=steps,
+        goal=settings.goal,
+        recovery_steps=recovery_steps(steps, unseen_steps),
         margin=settings.margin,
         metric=name,
         kind=kind,
@@ -101,6 +117,12 @@ def space_of(settings: SelectSettings, steps: int, token_loss: bool = True) -> S
         budget_steps=_budget_steps(settings, steps),
         budget_seconds=None if settings.budget_hours is None else settings.budget_hours * 3600,
     )
+
+
+def recovery_steps(steps: int, unseen_steps: int) -> int:
+    """`RECOVERY_PART` of a training, or what the unseen examples last; 0 where that is too little to recover anything."""
+    found = min(round(RECOVERY_PART * steps), unseen_steps)
+    return found if found >= MIN_RECOVERY_PART * steps else 0
 
 
 def _budget_steps(settings: SelectSettings, steps: int) -> float | None:

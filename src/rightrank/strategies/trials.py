@@ -10,7 +10,7 @@ import numpy as np
 
 from rightrank.decision.judge import CONFIDENCE, walk_down
 from rightrank.maths.intervals import estimate
-from rightrank.records import Arm, TrialDiverged, TrialFinished, TrialOutcome
+from rightrank.records import AdapterAnswer, Arm, TrialDiverged, TrialFinished, TrialOutcome
 from rightrank.strategies.protocol import base_arm
 from rightrank.strategies.space import Space
 
@@ -29,6 +29,7 @@ class Trials:
 
     space: Space
     outcomes: dict[Arm, TrialOutcome] = field(default_factory=dict)
+    adapter: AdapterAnswer | None = None  # the answer to the first question, once the script has it
 
     def add(self, arm: Arm, outcome: TrialOutcome) -> None:
         self.outcomes[arm] = outcome
@@ -91,6 +92,11 @@ class Trials:
         """The mean over seeds."""
         cell = (rank, learning_rate)
         return float(np.mean([oriented(t, self.space) for key, t in self.direct().items() if key[:2] == cell]))
+
+    def whole_loss(self, rank: int, learning_rate: float) -> float:
+        """Of the whole training with the first seed; infinite without a result."""
+        outcome = self.direct().get((rank, learning_rate, self.space.seeds[0]))
+        return math.inf if outcome is None else oriented(outcome, self.space)
 
     def best_learning_rate(self, rank: int) -> float | None:
         """The learning rate with the best mean over seeds among those with the most seeds, so that one lucky seed loses."""

@@ -1,0 +1,57 @@
+"""The two answers of a run side by side: the adapter that is handed over, and the rank to train at.
+
+`document` is what `decision.json` and `select --json` hold. The keys of the second question are null where it was not asked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rightrank.decision.adapter import Question
+from rightrank.decision.run import Records, is_token_loss
+from rightrank.records import Decision, TrialFinished
+
+SECOND_QUESTION = ("rank", "verdict", "confidence", "sentence")
+
+
+def question_of(records: Records) -> Question:
+    """The metric and the margin of the run."""
+    started = records.started
+    margin = started.settings.get("margin")
+    return Question(
+        started.metric,
+        started.higher_is_better,
+        float(margin) if isinstance(margin, int | float) else None,
+        is_token_loss(records),
+    )
+
+
+def trainings(records: Records, until: int | None = None) -> float:
+    """Optimizer steps of the first `until` outcomes over those of a whole training; an arm that resumes pays for the rest."""
+    finished = [one for one in records.outcomes[:until] if isinstance(one, TrialFinished) and one.rank > 0]
+    stops = {one.trial_id: one.stop_at or 0 for one in finished}
+    whole = max((one.steps for one in finished if one.truncate_from is None), default=0)
+    steps = sum((one.stop_at or one.steps) - stops.get(one.continue_from or "", 0) for one in finished)
+    return round(steps / whole, 3) if whole else float(len(finished))
+
+
+def document(records: Records, decision: Decision | None, goal: str) -> dict[str, Any]:
+    """Both answers as one JSON object."""
+    found: dict[str, Any] = dict.fromkeys(SECOND_QUESTION)
+    if decision is not None:
+        found |= decision.model_dump(mode="json")
+    adapter = records.adapters[-1] if records.adapters else None
+    return {
+        "goal": goal,
+        **found,
+        "adapter_sentence": adapter and adapter.answer.sentence,
+        "cost": {"trainings": trainings(records), "trainings_to_adapter": adapter and adapter.trainings},
+        "handed_over": adapter and adapter.handed_over.model_dump(mode="json"),
+        "adapter_answer": adapter and adapter.answer.model_dump(mode="json"),
+    }
+
+
+def goal_of(settings: Mapping[str, object]) -> str:
+    """The goal in the settings of a run; runs of earlier versions asked for the training rank."""
+    return str(settings.get("goal", "training-rank"))
