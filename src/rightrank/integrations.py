@@ -1,6 +1,6 @@
-"""Helpers for trainers of one's own: per-item losses, and a callback for transformers' `Trainer` (TRL's too).
+"""Helpers for custom trainers: per-example losses, and a callback for the `Trainer` of transformers and TRL.
 
-Imports torch and transformers: `from rightrank.integrations import ...` only where they are used anyway.
+The module imports torch and transformers.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ IGNORED = -100
 
 @dataclass(frozen=True, slots=True)
 class ItemScores:
-    """One number an item, in the order of the items, and what it weighs in the mean."""
+    """A score and a weight for each example, in the order of the examples."""
 
     scores: list[float]
     weights: list[float]
@@ -31,10 +31,12 @@ class ItemScores:
 
 @torch.no_grad()
 def causal_item_losses(model: Any, batches: Iterable[Mapping[str, torch.Tensor]]) -> ItemScores:
-    """Of every item its mean loss a label token (nats), weighted by its label tokens.
+    """The mean loss per label token of each example, in nats, with its number of label tokens as the weight.
 
-    `batches` are collated as for training: `input_ids` and `labels` [batch, length], labels -100 where no loss is
-    taken. The model is left in the mode that it was in.
+    Args:
+        model: a causal language model; it keeps its training mode.
+        batches: collated as for training: `input_ids` and `labels` of shape (batch, length), labels -100 where no loss
+            is computed.
     """
     was_training, losses, counts = model.training, [], []
     model.eval()
@@ -52,11 +54,15 @@ def causal_item_losses(model: Any, batches: Iterable[Mapping[str, torch.Tensor]]
 
 
 class RankSelectionCallback(TrainerCallback):
-    """Collects what `select_rank_with` wants from a `Trainer`: values on the way, and per-item scores at the end.
+    """Collect a `TrialResult` from a `Trainer`: values during training, and per-example scores at the end.
 
-    callback = RankSelectionCallback("eval_loss", score_items=lambda model: causal_item_losses(model, batches))
-    trainer.add_callback(callback); trainer.train(); trainer.evaluate()
-    return callback.result()
+    Example::
+
+        callback = RankSelectionCallback("eval_loss", score_items=lambda model: causal_item_losses(model, batches))
+        trainer.add_callback(callback)
+        trainer.train()
+        trainer.evaluate()
+        return callback.result()
     """
 
     def __init__(
@@ -88,7 +94,7 @@ class RankSelectionCallback(TrainerCallback):
             self._items = self._score_items(model)
 
     def result(self) -> TrialResult:
-        """The trial's result: the items' own mean where items were scored, else the trainer's last evaluation."""
+        """The trial's result: the mean over examples if they were scored, else the trainer's last evaluation."""
         value = self._items.mean if self._items is not None else self._final.get(self._metric)
         metrics = dict(self._final) | ({self._name: value} if value is not None else {})
         train = self._train_losses[-1] if self._train_losses else None
@@ -105,7 +111,7 @@ class RankSelectionCallback(TrainerCallback):
 def padded_batches(
     rows: Sequence[Mapping[str, Sequence[int]]], pad_id: int, batch_size: int
 ) -> list[dict[str, torch.Tensor]]:
-    """Rows of `input_ids` and `labels` as right-padded batches in their order, for `causal_item_losses`."""
+    """Right-padded batches of `input_ids` and `labels` in the order of the rows, for `causal_item_losses`."""
     return [_padded(rows[start : start + batch_size], pad_id) for start in range(0, len(rows), batch_size)]
 
 

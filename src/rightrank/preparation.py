@@ -1,6 +1,6 @@
-"""What stands between a request and the first training: data and base loaded, ranks settled, the run's identity taken.
+"""From a request to a selection that can start: load data and base, settle the ranks, compute the run's identity.
 
-The same request prepared twice, here or in another process, gives the same runtime and the same identity.
+Preparing the same request again, here or in another process, gives an equal runtime and the same identity.
 """
 
 from __future__ import annotations
@@ -38,13 +38,15 @@ Notice: TypeAlias = Callable[[str], None]
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What a selection is asked: a base, data, and settings."""
+    """A base, data and settings."""
 
     model: str | PreTrainedModel
     tokenizer: PreTrainedTokenizerBase | None
     data: str | Path | Rows | Mapping[str, Rows]
     settings: SelectSettings
-    known_settings: tuple[str, ...] | None = None  # of a run that goes on: all that the version which began it knew
+    known_settings: tuple[str, ...] | None = (
+        None  # if it resumes a run: the settings that the version that began it knew
+    )
 
     @property
     def model_name(self) -> str:
@@ -59,10 +61,10 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """All that a selection stands on."""
+    """What a selection needs before its first trial."""
 
     runtime: Runtime
-    settings: SelectSettings  # with the ranks that are left
+    settings: SelectSettings  # with the settled ranks
     steps: int  # optimizer steps of every arm
     started: RunStarted
     planned: SelectionPlan | None  # None: an architecture that can't be planned
@@ -85,11 +87,17 @@ class _Sources:
     encoded: EncodedData
 
 
-Bases: TypeAlias = dict[tuple[object, ...], LoadedModel]  # what was loaded, by all that its loading depends on
+Bases: TypeAlias = dict[tuple[object, ...], LoadedModel]  # loaded base models, by everything that loading depends on
 
 
 def prepare(request: Request, cache: Path, notice: Notice = lambda _: None, bases: Bases | None = None) -> Prepared:
-    """Load, encode, plan; `cache` is the folder for what the arms share on disk, `bases` what other requests loaded.
+    """Load, encode and plan.
+
+    Args:
+        request: what to select for.
+        cache: the folder for what all arms share on disk.
+        notice: receives each line for a person.
+        bases: base models that other requests have loaded; this one adds its own.
 
     Raises:
         InputError: model, data or settings can't be used.
@@ -102,7 +110,7 @@ def prepare(request: Request, cache: Path, notice: Notice = lambda _: None, base
 
 
 def resuming(request: Request, journal: Sequence[JournalRecord]) -> Request:
-    """The request as the version that began the run would have made it, where there is a run."""
+    """The request with the settings under which the journal's run was begun; unchanged if the journal is empty."""
     first = journal[0] if journal else None
     if not isinstance(first, RunStarted):
         return request
@@ -114,9 +122,9 @@ def _load(request: Request, bases: Bases, folder: Path) -> _Sources:
     settings = request.settings
     require_scorers(settings)
     if isinstance(request.model, str):
-        find_model(request.model)  # a wrong name is told before the data is read
+        find_model(request.model)  # refuses a wrong name before the data is read
         if request.tokenizer is not None:
-            raise SettingsError("tokenizer: given beside the name of a model, which brings its own; leave it out")
+            raise SettingsError("tokenizer: a model given by name brings its own; leave it out")
     splits = load_data(Path(request.data) if isinstance(request.data, str) else request.data, settings, folder)
     _require_metrics_fit(settings, splits.form)
     loaded = _base(request, splits.classes, bases)
@@ -124,7 +132,7 @@ def _load(request: Request, bases: Bases, folder: Path) -> _Sources:
 
 
 def _base(request: Request, classes: list[str] | None, bases: Bases) -> LoadedModel:
-    """The frozen base; loaded once for all requests that name the same."""
+    """The frozen base, loaded once for all requests that name it with the same settings."""
     if not isinstance(request.model, str):
         return _loaded(request, classes)
     settings, labels = request.settings, None if classes is None else tuple(classes)
@@ -137,7 +145,7 @@ def _base(request: Request, classes: list[str] | None, bases: Bases) -> LoadedMo
 
 def _loaded(request: Request, classes: list[str] | None) -> LoadedModel:
     settings = request.settings
-    place = "cpu" if settings.shard_base else settings.device  # what is shared out is loaded whole on the host
+    place = "cpu" if settings.shard_base else settings.device  # a base to be sharded is loaded whole on the host
     if isinstance(request.model, str):
         trusted, bits = settings.trust_remote_code, settings.weight_bits
         loaded = load_model(request.model, settings.dtype, place, classes, trusted, bits)
@@ -150,7 +158,7 @@ def _require_metrics_fit(settings: SelectSettings, form: DataForm) -> None:
     """Refuse metrics that data of this form can't have.
 
     Raises:
-        SettingsError: one of classes, or of written answers, where there are none.
+        SettingsError: a classification metric for other data, or a metric of generated text for data without prompts.
     """
     for spec in settings.metric_specs:
         if spec.kind == "classes" and form != "classification":
@@ -159,13 +167,13 @@ def _require_metrics_fit(settings: SelectSettings, form: DataForm) -> None:
             )
         if form == "text" and spec.needs_answers:
             raise SettingsError(
-                f"metric {spec.name!r} is of what the model writes for a prompt, and the data has `text` alone: "
+                f"metric {spec.name!r} needs the model to write for a prompt, and the data has only `text`: "
                 "give `prompt` and `completion`, or metric 'loss'"
             )
 
 
 def _settle(sources: _Sources, settings: SelectSettings, notice: Notice) -> tuple[SelectSettings, SelectionPlan | None]:
-    """The settings with the ranks to begin with: those asked for, or a range that data and model suggest, that fit."""
+    """The settings with the ranks that fit: those given, or a range that data and model suggest."""
     config, encoded = sources.loaded.model.config, sources.encoded
     if not is_known(config, encoded.is_classification):  # the plan builds the model from its configuration
         return settings, None
@@ -198,7 +206,7 @@ def _started(request: Request, sources: _Sources, settings: SelectSettings, step
         settings=values,
         environment=environment(str(sources.loaded.device)),
         data=sources.encoded.summary,
-        evaluation_items=[item.item_id for item in sources.encoded.splits["selection"]],
+        evaluation_items=[example.item_id for example in sources.encoded.splits["selection"]],
         metric=settings.metric_name,
         higher_is_better=higher_is_better(settings.metric_name, settings.lower_is_better),
         points_metric=settings.points_metric if settings.points_metric != settings.metric_name else None,
@@ -207,13 +215,13 @@ def _started(request: Request, sources: _Sources, settings: SelectSettings, step
 
 
 def estimate(prepared: Prepared, strategy: Strategy) -> SelectionCost | None:
-    """The time that the selection will take; None where nothing was measured on this device before."""
+    """The time that the selection will take; None if this device has no stored measurement."""
     planned = prepared.planned
     return planned.cost(strategy, _workload(prepared)) if planned is not None and planned.is_timed else None
 
 
 def _workload(prepared: Prepared) -> Workload:
-    """What a training of this run takes: all its batches are looked at."""
+    """The work of one training, counted over all its batches."""
     data, settings = prepared.runtime.data, prepared.settings
     train = data.splits["train"]
     batches = prepared.runtime.batch_plan(settings.seeds[0])
@@ -221,10 +229,10 @@ def _workload(prepared: Prepared) -> Workload:
     micro = [batch[start : start + size] for batch in batches for start in range(0, len(batch), size)]
     used = [train[index] for rows in micro for index in rows]
     if prepared.runtime.fast_paths.sequence_packing:
-        computed = sum(item.length for item in used)
+        computed = sum(example.length for example in used)
     else:
         computed = sum(len(rows) * max(train[index].length for index in rows) for rows in micro)
-    labels = sum(label_count(item, data.is_classification) for item in used)
+    labels = sum(label_count(example, data.is_classification) for example in used)
     return Workload(
         steps=prepared.steps,
         items=len({index for rows in micro for index in rows}),
@@ -236,15 +244,15 @@ def _workload(prepared: Prepared) -> Workload:
     )
 
 
-def training_steps(settings: SelectSettings, train_items: int) -> int:
+def training_steps(settings: SelectSettings, train_examples: int) -> int:
     """Optimizer steps of every arm: `max_steps`, or `num_train_epochs` (1 by default) passes over the data."""
     if settings.max_steps is not None:
         return settings.max_steps
-    return max(1, round((settings.num_train_epochs or 1.0) * train_items / settings.items_per_step))
+    return max(1, round((settings.num_train_epochs or 1.0) * train_examples / settings.items_per_step))
 
 
 def environment(device: str) -> dict[str, str]:
-    """What a run's numbers depend on beside its settings; no names of people, machines or paths."""
+    """Versions and hardware that a run's numbers depend on; no names of people, machines or paths."""
     import peft
     import torch
     import transformers

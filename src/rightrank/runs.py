@@ -1,4 +1,4 @@
-"""What can be done with a run folder: write its report again, export it, see where it stands."""
+"""Verbs on a run folder: report, export, repair, status. `rightrank.api` documents them."""
 
 from __future__ import annotations
 
@@ -42,23 +42,7 @@ def write_report(run: str | Path) -> Path:
 def export(
     run: str | Path, to: str, out: str | Path | None = None, *, pad: bool = False, push_to_hub: str | None = None
 ) -> Exported:
-    """Write what another program needs to train or serve the run's adapter.
-
-    Args:
-        run: a run folder whose selection has ended.
-        to: peft, trl, axolotl, llamafactory, unsloth, ms-swift, vllm, sglang, llama.cpp or ollama; or
-            optuna, a study of the trials, of an unfinished run too.
-        out: the folder to write, which must not exist; None for `exports/<to>` in the run folder, replaced whole.
-        pad: for a server: a copy of the adapter at one rank that it serves and one scale, the same function.
-        push_to_hub: with `to="peft"`, `owner/name` of a repository to upload the adapter, its card and its plot to.
-
-    Raises:
-        SettingsError: an unknown target.
-        RunFolderError: no run there, one without a decision or an adapter, or `out` exists.
-        ResultsError: a rank that the server does not serve.
-        ModelError: an adapter that can't be padded.
-        RunError: the hub could not be reached or refused; the files are written all the same.
-    """
+    """Write what another program needs to train or serve the run's adapter; see `rightrank.api.export`."""
     if to == STUDY:
         return _export_study(run, out, pad or push_to_hub is not None)
     require_target(to)
@@ -108,7 +92,7 @@ def _export_study(run: str | Path, out: str | Path | None, with_more: bool) -> E
 
 
 def _place(folder: RunFolder, to: str, out: str | Path | None) -> Path:
-    """Where an export goes: a folder of the user's is never written over, the run's own is."""
+    """The folder of an export: a folder that the user names must not exist, the run's own is replaced."""
     if out is None:
         return folder.path / "exports" / to
     require_absent(Path(out))
@@ -116,7 +100,7 @@ def _place(folder: RunFolder, to: str, out: str | Path | None) -> Path:
 
 
 def existing_run(run: str | Path) -> RunFolder:
-    """A run folder that is there.
+    """The run folder at `run`.
 
     Raises:
         RunFolderError: no folder, or no journal in it.
@@ -144,5 +128,5 @@ def _progress_of(folder: Path) -> dict[str, object] | None:
     try:
         progress: dict[str, object] = read_json_object(folder / PROGRESS_FILE)
     except UnreadableError:
-        return None  # no process at work, or one that just ended
+        return None  # no process runs, or it has just ended
     return progress if "progress" in progress and is_fresh(progress) else None

@@ -50,9 +50,9 @@ def test_two_processes_share_an_arm_though_one_is_killed(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"devices_per_arm": 2}, "devices_per_arm 2 is for executor processes or ray"),
-        ({"devices_per_arm": 2, "executor": "processes", "launcher": "srun"}, "devices_per_arm takes no launcher"),
-        ({"devices_per_arm": 16, "executor": "ray"}, "batch_size 8 can't be shared by devices_per_arm 16"),
+        ({"devices_per_arm": 2}, "devices_per_arm 2 needs executor processes or ray"),
+        ({"devices_per_arm": 2, "executor": "processes", "launcher": "srun"}, "devices_per_arm and launcher were both given"),
+        ({"devices_per_arm": 16, "executor": "ray"}, "batch_size 8 can't be split over devices_per_arm 16"),
     ],
 )
 def test_what_does_not_go_together_is_one_line(changes: dict[str, object], message: str) -> None:

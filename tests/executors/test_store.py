@@ -140,11 +140,11 @@ def test_a_store_keeps_files_and_folders(share: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("address", "message"),
     [
-        ("memory://runs", "is not an address that several machines reach"),
-        ("/shared/runs", "is not an address that several machines reach"),
-        ("s3://", "is not an address that several machines reach"),
-        ("s3://key:secret@bucket/runs", "credentials as the environment or the machine has them"),
-        ("simplecache::s3://bucket", "or several steps is not taken"),
+        ("memory://runs", "is not an address that several machines can reach"),
+        ("/shared/runs", "is not an address that several machines can reach"),
+        ("s3://", "is not an address that several machines can reach"),
+        ("s3://key:secret@bucket/runs", "credentials through the environment"),
+        ("simplecache::s3://bucket", "or chained protocols is refused"),
     ],
 )
 def test_addresses_that_do_not_do_are_one_line(address: str, message: str) -> None:

@@ -99,7 +99,7 @@ def test_a_smaller_budget_never_allows_a_larger_rank(config_folder: Path, capsys
     [
         (("--memory", "24"), "has no unit"),
         (("--memory", "many"), "is not a size"),
-        (("--memory", "0GiB"), "is nothing"),
+        (("--memory", "0GiB"), "is zero"),
         (("--batch-size", "0"), "batch_size"),
         (("--ranks", "0"), "rank 0 is not allowed"),
         (("--ranks", "two"), "ranks"),

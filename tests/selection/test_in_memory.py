@@ -42,7 +42,7 @@ def test_in_memory_gives_what_the_folder_gives(model_folder: Path, completion_fi
     [
         ("no tokenizer", ModelError, "its tokenizer must be given too"),
         ("not a model", ModelError, "got a dict; give a transformers model"),
-        ("named", SettingsError, "given beside the name of a model"),
+        ("named", SettingsError, "a model given by name brings its own"),
         ("wrong head", ModelError, "a head of 5 labels for data of 2 classes"),
     ],
 )

@@ -91,7 +91,7 @@ def test_one_metric_decides_and_the_others_are_kept(
         ("x=command:'unclosed", "can't be read as a command"),
         ("evaluate:rouge", "trust_remote_code"),
         ("lm-eval:absent.yaml", "no task file"),
-        ("loss=command:wc", "a metric of our own"),
+        ("loss=command:wc", "a built-in metric"),
     ],
 )
 def test_a_metric_that_is_not_there_is_told_before_anything_starts(

@@ -72,7 +72,7 @@ def test_a_later_source_wins_whichever_name_it_uses(tmp_path: Path, capsys: pyte
     data, config = write_completions(tmp_path / "data.jsonl"), tmp_path / "config.yaml"
     config.write_text("selection_fraction: 0.85\n")
     command = ["select", "model", str(data), "--out", str(tmp_path / "run"), "--config", str(config)]
-    refused = "test_fraction + validation_fraction leave under a tenth"
+    refused = "test_fraction + validation_fraction leave less than a tenth"
     assert refused in run(command, capsys)[2]
     assert refused not in run([*command, "--set", "validation_fraction=0.2"], capsys)[2]
 

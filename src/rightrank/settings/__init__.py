@@ -1,4 +1,4 @@
-"""What a selection and a plan can be told: flat records, checked once; the defaults are here and nowhere else."""
+"""The settings of a selection and of a plan: flat records, validated once. All defaults are here."""
 
 from rightrank.settings.identity import NOT_IDENTITY, as_begun, settings_difference, settings_of_identity
 from rightrank.settings.keywords import SelectKeywords

@@ -1,4 +1,4 @@
-"""The options of `rightrank select` as keywords of `select_rank`, typed for a user's checker; values as the settings have them."""
+"""The options of `rightrank select` as typed keywords of `select_rank`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from rightrank.settings.values import DtypeName
 
 
 class SelectKeywords(TypedDict, total=False):
-    """What most selections are told. Every other setting goes through `settings`."""
+    """The settings that most selections use. Pass all others through `settings`."""
 
     goal: Goal
     strategy: str
@@ -30,7 +30,7 @@ class SelectKeywords(TypedDict, total=False):
     eval_items: int
     dtype: DtypeName
     device: str
-    memory_bytes: int | str  # a number, or with a unit, such as "24GiB"
+    memory_bytes: int | str  # bytes, or a number with a unit such as "24GiB"
     adapters_per_pass: int
     certify: bool
     executor: Literal["local", "processes", "ray"]

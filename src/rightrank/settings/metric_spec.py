@@ -1,8 +1,8 @@
-"""What a metric is asked for as: a name there is, or `NAME=KIND:…` for one that somebody else computes.
+"""The text that names a metric: a built-in name, or `NAME=KIND:…` for one that other code computes.
 
-loss                            nats a token (of a classification: an item)
-accuracy, macro_f1              of a classification
-exact_match, f1, rouge1, rouge2, rougeL    of what the model writes for a prompt
+loss                            nats per token (per example for a classification)
+accuracy, macro_f1              for a classification
+exact_match, f1, rouge1, rouge2, rougeL    of the text that the model generates for a prompt
 MODULE:FUNCTION                 a Python function; MODULE may be a file
 NAME=command:PROGRAM {file}     a program that reads the answers as JSONL and prints scores
 evaluate:NAME[:KEY]             a metric of Hugging Face `evaluate`, or a folder with one
@@ -35,36 +35,36 @@ FORMS = f"{', '.join(BUILT_IN)}, MODULE:FUNCTION, NAME=command:PROGRAM, evaluate
 
 
 class MetricSpec(NamedTuple):
-    """One metric."""
+    """One metric and who computes it."""
 
-    name: str  # what it is called in every record
+    name: str  # its name in every record
     kind: SpecKind
     target: str = ""  # the function, command line, metric or task file
-    key: str | None = None  # of evaluate and lm-eval: which of its numbers
+    key: str | None = None  # evaluate and lm-eval: the key of the number
 
     @property
     def needs_answers(self) -> bool:
-        """Whether the model must answer the held-out items one by one: write a text, or name a class."""
+        """Whether the metric needs the model's answer to each held-out example: a generated text or a class."""
         return self.kind not in ("loss", "lm-eval") and self.name != "accuracy"
 
     @property
     def is_measured_along(self) -> bool:
-        """Whether every held-out evaluation gives it, at no cost."""
+        """Whether every held-out evaluation measures it at no further cost."""
         return self.name in ("loss", "accuracy")
 
 
 def parse_metric(text: str) -> MetricSpec:
-    """The metric that a text asks for.
+    """The metric that `text` names.
 
     Raises:
-        ValueError: not one; the message says which there are.
+        ValueError: an unknown metric; the message lists the known forms.
     """
     named = _NAMED.fullmatch(text) if not text.startswith("command:") else None
     name, rest = (named[1], named[2]) if named else (None, text)
     if rest in BUILT_IN and (name is None or name == rest):
         return MetricSpec(rest, BUILT_IN[rest])
     if name in BUILT_IN:
-        raise ValueError(f"metric {text!r}: {name!r} is a metric of our own; give yours another name")
+        raise ValueError(f"metric {text!r}: {name!r} is a built-in metric; give yours another name")
     spec = _parse_foreign(name, rest.strip())
     if spec is None:
         raise ValueError(f"metric {text!r} is not known{did_you_mean(rest, BUILT_IN)}; there are: {FORMS}")
@@ -106,7 +106,7 @@ def parse_metrics(deciding: str, others: Sequence[str]) -> tuple[MetricSpec, ...
     """The metric that decides, then the others.
 
     Raises:
-        ValueError: one that is not known, or two of one name.
+        ValueError: an unknown metric, or two with one name.
     """
     specs = tuple(parse_metric(text) for text in (deciding, *others))
     names = [spec.name for spec in specs]

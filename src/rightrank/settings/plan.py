@@ -15,7 +15,7 @@ DEFAULT_PLAN_RANKS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 
 
 class PlanSettings(BaseModel):
-    """Everything that `plan` can be told beside MODEL. Names are PEFT's and transformers' where they have one."""
+    """All settings of `plan` besides MODEL. Names are those of PEFT and transformers where they have one."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -116,9 +116,9 @@ class PlanSettings(BaseModel):
 
 
 def make_plan_settings(values: Mapping[str, Any]) -> PlanSettings:
-    """Plan settings from plain values; the first thing that is wrong becomes one clear line.
+    """Plan settings from plain values.
 
-    With a strategy, what is not said about the step is as `select` has it.
+    With a strategy, the settings of the step default to those that `select` uses.
 
     Raises:
         SettingsError: an unknown name (with the nearest known one) or a value that is not allowed.

@@ -1,4 +1,4 @@
-"""How `resize` and `extract` choose a rank, and what they may be given beside it."""
+"""How `resize` and `extract` choose a rank, and their options."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rightrank.settings.values import DtypeName
 
 @dataclass(frozen=True, slots=True)
 class ResizeRule:
-    """How the rank is chosen: exactly one of `rank`, `energy`, `noise` and `data`."""
+    """The rule that chooses the rank: exactly one of `rank`, `energy`, `noise` and `data`."""
 
     rank: int | None = None
     energy: float | None = None
@@ -21,6 +21,7 @@ class ResizeRule:
     data: Path | None = None
 
     def require_one(self) -> None:
+        """Raise `SettingsError` unless exactly one is given."""
         given = [
             name
             for name, value in (("--rank", self.rank), ("--energy", self.energy), ("--data", self.data))
@@ -35,13 +36,13 @@ class ResizeRule:
 
 @dataclass(frozen=True, slots=True)
 class ResizeOptions:
-    """What a resize may be told beside the rule. All but `dtype` and `uniform` matter only with data."""
+    """Options besides the rule. All but `dtype` and `uniform` have an effect only with data."""
 
-    dtype: DtypeName | None = None  # of the written tensors; None: as they are
-    uniform: bool = False  # one rank for all modules: the largest that any needs
-    base: str | None = None  # the base model; None: the one that the adapter names
+    dtype: DtypeName | None = None  # of the written tensors; None keeps theirs
+    uniform: bool = False  # one rank for all modules, the largest that any of them needs
+    base: str | None = None  # the base model; None for the one that the adapter names
     settings: SelectSettings = field(default_factory=lambda: make_settings({}))
-    ranks: Sequence[int] | None = None  # candidates; None: the powers of two
+    ranks: Sequence[int] | None = None  # candidates; None for the powers of two
     recover_steps: int = 0
     learning_rate: float | None = None  # of recovery
     on_rank: Callable[[int, float], None] = lambda _rank, _value: None

@@ -1,6 +1,6 @@
-"""The settings of a selection: one flat record, checked once, echoed whole into the run folder.
+"""The settings of a selection: one flat record, validated once, stored whole in the run folder.
 
-Names that PEFT, transformers and TRL have are used as they have them. Defaults are here and nowhere else.
+Names are those of PEFT, transformers and TRL where they have one.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ Goal: TypeAlias = Literal["adapter", "training-rank"]
 # `constant` scaling is stated through alpha too: it is the scale that alpha/r has at this rank,
 # so that alpha = 32 means s = 2 at every rank (the common "alpha = 2r" habit).
 CONSTANT_SCALING_RANK = 16
-LARGEST_SEED = 2**53
+MAX_SEED = 2**53
 
 
 class SelectSettings(BaseModel):
-    """Everything that a selection can be told beside MODEL, DATA and --out."""
+    """All settings of a selection besides MODEL, DATA and --out."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -38,20 +38,22 @@ class SelectSettings(BaseModel):
     learning_rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3)
     seeds: tuple[int, ...] = (0,)
 
-    # what it may cost: the tightest counts; a strategy stops inside it
+    # the budget: the tightest applies, and a strategy stops within it
     budget_trainings: float | None = Field(default=None, gt=0)  # whole trainings
     budget_steps: int | None = Field(default=None, gt=0)  # optimizer steps over all trainings
     budget_hours: float | None = Field(default=None, gt=0)  # of training and evaluation
-    sweep: tuple[str, ...] = ()  # such as alpha=16,64: further values at the ranks that matter
+    sweep: tuple[str, ...] = ()  # such as alpha=16,64: further values, tried at the chosen rank and at the reference
 
     # how to decide
     metric: str = "loss"  # see metric_spec
-    margin: float | None = Field(default=None, gt=0)  # None: by the metric (see decide.default_margin)
-    metrics: tuple[str, ...] = ()  # further ones, measured and kept beside the one that decides
-    lower_is_better: tuple[str, ...] = ()  # metrics of somebody else whose name does not say so
-    answers_at: Literal["end", "points"] = "end"  # when the model writes: after each training, or at every evaluation
-    max_new_tokens: int = Field(default=64, gt=0)  # of what it writes for one item
-    metric_timeout_seconds: float = Field(default=600.0, gt=0)  # for a function or program that scores
+    margin: float | None = Field(default=None, gt=0)  # None for the metric's default (decision.metrics)
+    metrics: tuple[str, ...] = ()  # further metrics, measured and reported; they don't decide
+    lower_is_better: tuple[str, ...] = ()  # metrics whose name does not imply it
+    answers_at: Literal["end", "points"] = (
+        "end"  # when the model generates: after each training, or at every evaluation
+    )
+    max_new_tokens: int = Field(default=64, gt=0)  # that the model generates for one example
+    metric_timeout_seconds: float = Field(default=600.0, gt=0)  # for a function or program that computes a metric
 
     # the adapter, in PEFT's names
     lora_alpha: float = Field(default=32.0, gt=0)
@@ -84,32 +86,34 @@ class SelectSettings(BaseModel):
     test_fraction: float = Field(default=0.1, gt=0, lt=1)
     validation_fraction: float = Field(default=0.1, gt=0, lt=1)
     long_items: Literal["truncate", "split"] = "truncate"
-    eval_items: int = Field(default=200, gt=1)  # held-out items at most, on either split
-    eval_points: int = Field(default=4, gt=0)  # held-out evaluations along a training, the end included
+    eval_items: int = Field(default=200, gt=1)  # at most, on the validation and on the test split
+    eval_points: int = Field(default=4, gt=0)  # held-out evaluations during a training, the one at its end included
     eval_batch_size: int = Field(default=16, gt=0)
-    samples: int = Field(default=1, ge=0)  # test items to write out before and after, where items have a prompt
+    samples: int = Field(default=1, ge=0)  # test examples to generate for, before and after, if examples have a prompt
 
     # where and how it runs
     dtype: DtypeName = "float32"
     device: str = "auto"
-    memory_bytes: MemoryBytes | None = None  # the budget; None: a CUDA device's own, else none
+    memory_bytes: MemoryBytes | None = None  # the budget; None for that of the CUDA device, else unlimited
     load_in_4bit: bool = False  # the base's matrices in 4 bits (NF4); adapters and optimizer stay in float32
     load_in_8bit: bool = False  # the base's matrices in 8 bits
-    shard_base: bool = False  # of several processes, each holds its share of the base's blocks
+    shard_base: bool = False  # each of several processes holds a share of the base's blocks (FSDP)
     gradient_checkpointing: bool = False
-    cache_prefix: bool = True  # compute frozen layers below the adapters once
-    adapters_per_pass: int | None = Field(default=None, gt=0)  # arms trained together; None: as many as pay and fit
+    cache_prefix: bool = True  # compute the frozen layers below the adapters once per example
+    adapters_per_pass: int | None = Field(
+        default=None, gt=0
+    )  # arms trained in one pass; None for as many as pay and fit
     certify: bool = False  # train one arm again alone and compare
     checkpoint_seconds: float = Field(default=60.0, gt=0)
-    executor: Literal["local", "processes", "ray"] = "local"  # in this process, or workers with a base of their own
-    workers: int | None = Field(default=None, gt=0)  # None: one a CUDA device, on Ray as many as it has room for
-    devices_per_arm: int = Field(default=1, gt=0)  # processes that share each batch of an arm, one a CUDA device
-    ray_address: str | None = None  # None: a cluster that runs on this machine, else one of this run's own
+    executor: Literal["local", "processes", "ray"] = "local"  # this process, or workers that each load the base
+    workers: int | None = Field(default=None, gt=0)  # None for one per CUDA device, on Ray for as many as fit
+    devices_per_arm: int = Field(default=1, gt=0)  # processes that share each batch of an arm, one per CUDA device
+    ray_address: str | None = None  # None for a cluster on this machine, else a new one for this run
     launcher: str = ""  # words before the command of a worker process, such as "srun --ntasks=1 --gpus=1"
-    store: str = ""  # fsspec address for what workers leave, where machines share no disk: "s3://bucket/runs"
-    hang_seconds: float = Field(default=600.0, gt=0)  # without a step of a worker, before it is given up
+    store: str = ""  # fsspec address for the workers' files if machines share no disk: "s3://bucket/runs"
+    hang_seconds: float = Field(default=600.0, gt=0)  # without a step, after which a worker counts as lost
     trust_remote_code: bool = False
-    report_to: tuple[str, ...] = ()  # trackers that are told of every trial: trackio, wandb, mlflow, tensorboard
+    report_to: tuple[str, ...] = ()  # trackers that log every trial: trackio, wandb, mlflow, tensorboard
 
     @field_validator("metrics", "lower_is_better", "report_to", mode="before")
     @classmethod
@@ -128,11 +132,13 @@ class SelectSettings(BaseModel):
 
     @field_validator("learning_rates")
     @classmethod
-    def _rates_positive(cls, rates: tuple[float, ...]) -> tuple[float, ...]:
-        for rate in rates:
-            if rate <= 0:
-                raise ValueError(f"learning rate {rate:g} is not allowed: rates are numbers above 0, such as 1e-4")
-        return _distinct(rates, "learning_rates")
+    def _learning_rates_positive(cls, learning_rates: tuple[float, ...]) -> tuple[float, ...]:
+        for learning_rate in learning_rates:
+            if learning_rate <= 0:
+                raise ValueError(
+                    f"learning rate {learning_rate:g} is not allowed: learning rates are numbers above 0, such as 1e-4"
+                )
+        return _distinct(learning_rates, "learning_rates")
 
     @field_validator("store")
     @classmethod
@@ -140,12 +146,12 @@ class SelectSettings(BaseModel):
         scheme, colon, rest = store.partition("://")
         if store and (not colon or not rest or scheme == "memory"):
             raise ValueError(
-                f"{store!r} is not an address that several machines reach: give one such as s3://bucket/runs or file:///mnt/share"
+                f"{store!r} is not an address that several machines can reach: give one such as s3://bucket/runs or file:///mnt/share"
             )
         if re.match(r"[^/]*:[^/]*@", rest) or "?" in rest or "::" in store:
             raise ValueError(
-                "an address with credentials, options or several steps is not taken, as it would be written down: "
-                "give SCHEME://PLACE, and credentials as the environment or the machine has them"
+                "an address with credentials, options or chained protocols is refused, because it would be stored: "
+                "give SCHEME://PLACE, and credentials through the environment"
             )
         return store
 
@@ -153,8 +159,8 @@ class SelectSettings(BaseModel):
     @classmethod
     def _seeds_natural(cls, seeds: tuple[int, ...]) -> tuple[int, ...]:
         for seed in seeds:
-            if not 0 <= seed <= LARGEST_SEED:
-                raise ValueError(f"seed {seed} is not allowed: seeds are integers from 0 to {LARGEST_SEED}")
+            if not 0 <= seed <= MAX_SEED:
+                raise ValueError(f"seed {seed} is not allowed: seeds are integers from 0 to {MAX_SEED}")
         return _distinct(seeds, "seeds")
 
     @model_validator(mode="after")
@@ -165,7 +171,7 @@ class SelectSettings(BaseModel):
             raise ValueError("load_in_4bit and load_in_8bit were both given: give one of them")
         if self.test_fraction + self.validation_fraction >= 0.9:
             raise ValueError(
-                "test_fraction + validation_fraction leave under a tenth of the items for training: "
+                "test_fraction + validation_fraction leave less than a tenth of the examples for training: "
                 f"got {self.test_fraction:g} + {self.validation_fraction:g}, give less than 0.9 together"
             )
         return self
@@ -184,16 +190,16 @@ class SelectSettings(BaseModel):
                 )
         if self.devices_per_arm > 1 and self.executor == "local":
             raise ValueError(
-                f"devices_per_arm {self.devices_per_arm} is for executor processes or ray: give one of them"
+                f"devices_per_arm {self.devices_per_arm} needs executor processes or ray: give one of them"
             )
         if self.devices_per_arm > 1 and self.launcher:
             raise ValueError(
-                "devices_per_arm takes no launcher: its processes meet on this machine; leave one of them out"
+                "devices_per_arm and launcher were both given: the processes of an arm run on this machine; leave one of them out"
             )
         if self.devices_per_arm > self.batch_size:
             raise ValueError(
-                f"batch_size {self.batch_size} can't be shared by devices_per_arm {self.devices_per_arm}: "
-                "give a batch_size as large, or fewer devices"
+                f"batch_size {self.batch_size} can't be split over devices_per_arm {self.devices_per_arm}: "
+                "give a batch_size at least as large, or fewer devices"
             )
         return self
 
@@ -202,7 +208,7 @@ class SelectSettings(BaseModel):
         names = [spec.name for spec in parse_metrics(self.metric, self.metrics)]
         unknown = next((name for name in self.lower_is_better if name not in names), None)
         if unknown is not None:
-            raise ValueError(f"lower_is_better: {unknown!r} is none of the metrics asked for ({', '.join(names)})")
+            raise ValueError(f"lower_is_better: {unknown!r} is not one of the metrics ({', '.join(names)})")
         return self
 
     @property
@@ -212,18 +218,18 @@ class SelectSettings(BaseModel):
 
     @property
     def metric_name(self) -> str:
-        """What the metric that decides is called."""
+        """The name of the metric that decides."""
         return self.metric_specs[0].name
 
     @property
     def points_metric(self) -> str:
-        """The metric of the evaluations along a training: the one that decides where it is measured there, else loss."""
+        """The metric of the evaluations during a training: the one that decides if it is measured there, else the loss."""
         spec = self.metric_specs[0]
         return spec.name if spec.is_measured_along or self.answers_at == "points" else "loss"
 
     @property
     def weight_bits(self) -> int | None:
-        """Bits of a quantised base; None for a base in `dtype`."""
+        """The bits of a quantised base; None for a base in `dtype`."""
         return 4 if self.load_in_4bit else 8 if self.load_in_8bit else None
 
     @property
@@ -240,7 +246,7 @@ def _distinct(values: tuple[Any, ...], name: str) -> tuple[Any, ...]:
 
 
 def make_settings(values: Mapping[str, object]) -> SelectSettings:
-    """Settings from plain values; the first thing that is wrong becomes one clear line.
+    """Settings from plain values.
 
     Raises:
         SettingsError: an unknown name (with the nearest known one) or a value that is not allowed.

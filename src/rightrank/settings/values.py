@@ -1,4 +1,4 @@
-"""Values that settings are made of, and the one way in which wrong ones are told."""
+"""The types of settings, and the message for a wrong value."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ AnySettings = TypeVar("AnySettings", bound=BaseModel)
 DtypeName: TypeAlias = Literal["float32", "bfloat16", "float16"]
 
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
-MOST_BYTES = MAX_WHOLE
+MAX_BYTES = MAX_WHOLE
 
 
 def parse_bytes(text: str) -> int:
@@ -32,11 +32,11 @@ def parse_bytes(text: str) -> int:
         reason = "has no unit" if match is not None and not match[2] else "is not a size"
         raise SettingsError(f"memory {text!r} {reason}: give a number and one of {known}, such as 24GiB")
     amount = float(match[1]) * units[match[2].lower()]
-    if amount > MOST_BYTES:
-        raise SettingsError(f"memory {text!r} is more than any machine has: give at most {MOST_BYTES // 2**50} PiB")
+    if amount > MAX_BYTES:
+        raise SettingsError(f"memory {text!r} is too large: give at most {MAX_BYTES // 2**50} PiB")
     size = round(amount)
     if size == 0:
-        raise SettingsError(f"memory {text!r} is nothing: give a size above 0, such as 24GiB")
+        raise SettingsError(f"memory {text!r} is zero: give a size above 0, such as 24GiB")
     return size
 
 
@@ -48,7 +48,7 @@ MemoryBytes: TypeAlias = Annotated[int, BeforeValidator(_bytes), Field(gt=0)]  #
 
 
 def checked(kind: type[AnySettings], values: Mapping[str, object]) -> AnySettings:
-    """A record of settings of some kind from plain values.
+    """Settings of a kind from plain values.
 
     Raises:
         SettingsError: an unknown name (with the nearest known one) or a value that is not allowed.
