@@ -51,7 +51,10 @@ def test_two_processes_share_an_arm_though_one_is_killed(
     ("changes", "message"),
     [
         ({"devices_per_arm": 2}, "devices_per_arm 2 needs executor processes or ray"),
-        ({"devices_per_arm": 2, "executor": "processes", "launcher": "srun"}, "devices_per_arm and launcher were both given"),
+        (
+            {"devices_per_arm": 2, "executor": "processes", "launcher": "srun"},
+            "devices_per_arm and launcher were both given",
+        ),
         ({"devices_per_arm": 16, "executor": "ray"}, "batch_size 8 can't be split over devices_per_arm 16"),
     ],
 )

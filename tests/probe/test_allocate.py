@@ -189,4 +189,4 @@ def test_the_gradient_spectrum_at_the_command_line(
     assert all(module["spectral_norm"] > 0 for module in answer["modules"])
     status, _, err = run(capsys, "inspect", model_folder, "--gradient", model_folder, completion_file)
     assert status == 2
-    assert "stands alone" in err
+    assert "can't be combined with" in err

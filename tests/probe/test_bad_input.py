@@ -184,7 +184,7 @@ def test_figures_and_plots(capsys: pytest.CaptureFixture[str], adapter: Path, tm
 def test_settings_and_ranks_that_nothing_would_come_of(
     capsys: pytest.CaptureFixture[str], adapter: Path, tmp_path: Path
 ) -> None:
-    assert "--set goes with --gradient" in complaint(capsys, "inspect", adapter, "--set", "seq_len=32")
+    assert "--set needs --gradient" in complaint(capsys, "inspect", adapter, "--set", "seq_len=32")
     data = tmp_path / "data.jsonl"
     data.write_text('{"text": "a"}\n')
     words = ("--rank", "9999", "--learning-rate", "1e-3", "--max-steps", "1")

@@ -252,7 +252,7 @@ def test_sigterm_writes_a_checkpoint_and_says_how_to_resume(
 def _work_on_and_on() -> None:
     with stopping.listening(lambda _: None) as stop:
         os.kill(os.getpid(), signal.SIGTERM)
-        assert stop.asked
+        assert stop.requested
         time.sleep(30)
 
 
@@ -334,7 +334,7 @@ def test_out_of_memory_anywhere_is_one_line(
     monkeypatch.setattr("rightrank.runs.write_report", short)
     status, out, err = run(["report", "run"], capsys)
     assert (status, out) == (1, "")
-    assert err.startswith("rightrank: out of memory; what was finished is kept")
+    assert err.startswith("rightrank: out of memory; finished trials are kept")
     assert err.count("\n") == 1
 
 

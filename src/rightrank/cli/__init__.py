@@ -1,7 +1,7 @@
-"""The command line: parse, call the API, print. One function a command.
+"""The command line: parse, call the API, print. One function for each command.
 
-Answers go to stdout, progress and complaints to stderr. Exit status: 0 done, 1 began and could not finish,
-2 bad usage or bad input, 130 stopped by the user, 143 stopped by SIGTERM.
+Answers go to stdout, progress and errors to stderr. Exit status: 0 done, 1 started and could not finish, 2 bad usage or
+bad input, 130 interrupted by the user, 143 by SIGTERM.
 """
 
 from __future__ import annotations
@@ -63,33 +63,33 @@ def main(arguments: list[str] | None = None) -> None:
         click.echo(error.format_message(), err=True)
         sys.exit(2)
     except click.ClickException as error:
-        _complain(error.format_message())
+        _print_error(error.format_message())
         sys.exit(2)
     except (click.Abort, KeyboardInterrupt):
-        _complain("stopped; run the same command again to resume")
+        _print_error("stopped; run the same command again to resume")
         sys.exit(130)
     except RightrankError as error:
-        _complain(str(error))
+        _print_error(str(error))
         sys.exit(error.exit_status)
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        _complain(
-            "out of memory; what was finished is kept: free some, or ask for less, and run the same command again"
+        _print_error(
+            "out of memory; finished trials are kept: free memory or lower the settings, and run the same command again"
         )
         sys.exit(1)
     except BrokenPipeError:
-        sys.stderr.close()  # whoever read our output has left: there is nobody to tell
+        sys.stderr.close()  # the reader of the output has closed it
         sys.exit(1)
     except OSError as error:
-        place = error.filename2 or error.filename or "the system"  # of a rename, where it was to go
-        _complain(f"{place}: {error.strerror or error}; give a path that can be read or written")
+        place = error.filename2 or error.filename or "the system"  # of a rename, its target
+        _print_error(f"{place}: {error.strerror or error}; give a path that can be read or written")
         sys.exit(1)
     sys.exit(status if isinstance(status, int) else 0)
 
 
 def _prepare_streams() -> None:
-    """What is written is UTF-8, as JSON has to be, whatever the locale says; a stream that was closed swallows all."""
+    """Write UTF-8 whatever the locale is, as JSON requires; write to nowhere if a stream is closed."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:
@@ -98,7 +98,7 @@ def _prepare_streams() -> None:
             stream.reconfigure(encoding="utf-8", errors="backslashreplace")
 
 
-def _complain(message: str) -> None:
-    """One line, whatever the message holds; the exit status tells it where nothing can be written."""
+def _print_error(message: str) -> None:
+    """Print the message as one line; if stderr can't be written, the exit status remains."""
     with suppress(OSError):
         click.echo("rightrank: " + one_line(message), err=True)

@@ -1,4 +1,4 @@
-"""`inspect`, `resize`, `extract` and `allocate`: adapters that exist."""
+"""`inspect`, `resize`, `extract` and `allocate`: commands on adapters."""
 
 from __future__ import annotations
 
@@ -14,11 +14,13 @@ from rightrank.errors import SettingsError
 @click.command(epilog="Example: rightrank inspect run/adapter --plot spectrum.svg")
 @click.argument("adapter", required=False, type=click.Path(path_type=Path))
 @click.option("--base", type=click.Path(path_type=Path), help="Base model folder.")
-@click.option("--finetuned", type=click.Path(path_type=Path), help="Fully fine-tuned model folder, against --base.")
-@click.option("--gradient", nargs=2, metavar="MODEL DATA", help="The gradient at initialisation instead.")
-@click.option("--set", "assignments", multiple=True, metavar="NAME=VALUE", help="With --gradient: settings of select.")
-@click.option("--plot", type=click.Path(path_type=Path), help="Draw the heat map to this .svg or .png file.")
-@click.option("--figure", default="effective_rank", show_default=True, help="What the heat map shows.")
+@click.option(
+    "--finetuned", type=click.Path(path_type=Path), help="Fully fine-tuned model folder, compared with --base."
+)
+@click.option("--gradient", nargs=2, metavar="MODEL DATA", help="Inspect the gradient at initialisation instead.")
+@click.option("--set", "assignments", multiple=True, metavar="NAME=VALUE", help="With --gradient: a setting of select.")
+@click.option("--plot", type=click.Path(path_type=Path), help="Write the heat map to this .svg or .png file.")
+@click.option("--figure", default="effective_rank", show_default=True, help="The statistic of the heat map.")
 @click.option("--all", "every", is_flag=True, help="Show every module in the table.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def inspect(
@@ -32,10 +34,10 @@ def inspect(
     every: bool,
     as_json: bool,
 ) -> None:
-    """Where an update's energy is: the singular spectrum of every module of a LoRA ADAPTER.
+    """Show the singular spectrum of every module of a LoRA ADAPTER.
 
-    With --base A --finetuned B instead: of every matrix that full fine-tuning changed. With --gradient MODEL DATA: of
-    the loss's gradient before any training.
+    With --base A --finetuned B: of every matrix that full fine-tuning changed. With --gradient MODEL DATA: of the
+    gradient of the loss before any training.
     """
     from rightrank import api
     from rightrank.report.files import image_format_of, write_plot
@@ -47,10 +49,10 @@ def inspect(
         image_format_of(plot)  # refuses another ending before the spectra are computed
     if gradient is not None:
         if adapter is not None or base is not None or finetuned is not None:
-            raise SettingsError("--gradient stands alone: leave out the adapter, --base and --finetuned")
+            raise SettingsError("--gradient can't be combined with an adapter, --base or --finetuned: leave them out")
         found = api.inspect_gradient(*gradient, settings=make_settings(gather(None, assignments, {})))
     elif assignments:
-        raise SettingsError("--set goes with --gradient MODEL DATA, which was not given; give both, or leave it out")
+        raise SettingsError("--set needs --gradient MODEL DATA: give both, or leave it out")
     else:
         found = api.inspect(adapter, base=base, finetuned=finetuned)
     if plot is not None:
@@ -60,24 +62,24 @@ def inspect(
 
 @click.command(epilog="Example: rightrank resize run/adapter small --data held_out.jsonl --margin 0.005")
 @click.argument("adapters", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="ADAPTER... OUT")
-@click.option("--rank", type=int, help="One rank for all modules; above the present one it pads.")
-@click.option("--energy", type=float, help="Each module's fewest singular values that hold this fraction.")
-@click.option("--noise", is_flag=True, help="Each module's singular values above the optimal hard threshold.")
+@click.option("--rank", type=int, help="One rank for all modules; a rank above the present one pads.")
+@click.option("--energy", type=float, help="Per module, the fewest singular values with this fraction of the energy.")
+@click.option("--noise", is_flag=True, help="Per module, the singular values above the optimal hard threshold.")
 @click.option(
-    "--data", type=click.Path(path_type=Path), help="The smallest rank that is enough on held-out rows of it."
+    "--data", type=click.Path(path_type=Path), help="The smallest rank that is enough on held-out rows of this file."
 )
 @click.option("--margin", type=float, help="With --data: how much worse than the best is still enough.")
 @click.option("--ranks", callback=comma, help="With --data: ranks to measure (default: powers of two).")
 @click.option("--recover", type=int, default=0, help="With --data: training steps after each truncation.")
-@click.option("--learning-rate", type=float, help="With --recover: its learning rate.")
+@click.option("--learning-rate", type=float, help="With --recover: the learning rate.")
 @click.option("--base", help="With --data: the base model (default: the one that the adapter names).")
-@click.option("--uniform", is_flag=True, help="With --energy or --noise: one rank for all, the largest needed.")
+@click.option("--uniform", is_flag=True, help="With --energy or --noise: one rank for all modules, the largest needed.")
 @click.option(
     "--dtype",
     type=click.Choice(["float32", "bfloat16", "float16"]),
-    help="Of the written tensors (default: as they are).",
+    help="Type of the written tensors (default: unchanged).",
 )
-@click.option("--set", "assignments", multiple=True, metavar="NAME=VALUE", help="With --data: settings of select.")
+@click.option("--set", "assignments", multiple=True, metavar="NAME=VALUE", help="With --data: a setting of select.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def resize(
     adapters: tuple[Path, ...],
@@ -95,9 +97,9 @@ def resize(
     assignments: tuple[str, ...],
     as_json: bool,
 ) -> None:
-    """Write ADAPTER to OUT at another rank, with the loss of it measured.
+    """Write ADAPTER to OUT at another rank and report the truncation error.
 
-    Several adapters are brought to one common rank; OUT then gets a folder for each.
+    Several adapters are written at one common rank, each to a folder in OUT.
     """
     from rightrank import api
     from rightrank.settings import make_settings
@@ -132,15 +134,15 @@ def resize(
 @click.argument("finetuned", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--rank", type=int, help="One rank for all modules.")
-@click.option("--energy", type=float, help="Each module's fewest singular values that hold this fraction.")
-@click.option("--noise", is_flag=True, help="Each module's singular values above the optimal hard threshold.")
+@click.option("--energy", type=float, help="Per module, the fewest singular values with this fraction of the energy.")
+@click.option("--noise", is_flag=True, help="Per module, the singular values above the optimal hard threshold.")
 @click.option(
-    "--data", type=click.Path(path_type=Path), help="The smallest rank that is enough on held-out rows of it."
+    "--data", type=click.Path(path_type=Path), help="The smallest rank that is enough on held-out rows of this file."
 )
 @click.option("--margin", type=float, help="With --data: how much worse than the best is still enough.")
-@click.option("--max-rank", type=int, default=128, show_default=True, help="Singular values to look at, at most.")
-@click.option("--uniform", is_flag=True, help="With --energy or --noise: one rank for all, the largest needed.")
-@click.option("--set", "assignments", multiple=True, metavar="NAME=VALUE", help="With --data: settings of select.")
+@click.option("--max-rank", type=int, default=128, show_default=True, help="Singular values to compute, at most.")
+@click.option("--uniform", is_flag=True, help="With --energy or --noise: one rank for all modules, the largest needed.")
+@click.option("--set", "assignments", multiple=True, metavar="NAME=VALUE", help="With --data: a setting of select.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def extract(
     base: Path,
@@ -156,7 +158,7 @@ def extract(
     assignments: tuple[str, ...],
     as_json: bool,
 ) -> None:
-    """A LoRA adapter on BASE, written to OUT, that approximates the full fine-tune FINETUNED."""
+    """Write a LoRA adapter on BASE to OUT that approximates the full fine-tune FINETUNED."""
     from rightrank import api
     from rightrank.settings import make_settings
     from rightrank.settings.resize import require_data_for
@@ -175,15 +177,15 @@ def extract(
 )
 @click.argument("adapter", type=click.Path(path_type=Path))
 @click.argument("data", type=click.Path(path_type=Path))
-@click.option("--rank", type=int, required=True, help="Of the uniform adapter that sets the parameters.")
-@click.option("--learning-rate", type=float, required=True, help="Of every training.")
+@click.option("--rank", type=int, required=True, help="Rank of the uniform adapter that sets the number of parameters.")
+@click.option("--learning-rate", type=float, required=True, help="Learning rate of every training.")
 @click.option("--max-steps", type=int, required=True, help="Optimizer steps of every training.")
-@click.option("--by", default="sensitivity", show_default=True, help="sensitivity, spectra, gradient or eva.")
+@click.option("--by", default="sensitivity", show_default=True, help="Measure: sensitivity, spectra, gradient or eva.")
 @click.option("--pattern", type=click.Path(path_type=Path), help="Test this JSON file of {module: rank} instead.")
 @click.option("--seeds", callback=comma, help="Seeds (default 0,1).")
 @click.option("--base", help="The base model (default: the one that the adapter names).")
 @click.option(
-    "--set", "assignments", multiple=True, metavar="NAME=VALUE", help="Settings of select, such as seq_len=256."
+    "--set", "assignments", multiple=True, metavar="NAME=VALUE", help="A setting of select, such as seq_len=256."
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def allocate(
@@ -199,10 +201,10 @@ def allocate(
     assignments: tuple[str, ...],
     as_json: bool,
 ) -> None:
-    """Ranks that differ by module, if trained evidence is for them: else the answer is uniform.
+    """Propose a rank for each module if trained evidence supports it; otherwise answer uniform.
 
-    The pattern is made from the trained ADAPTER and DATA. It must beat the uniform rank at equal parameters, and the
-    same ranks shuffled over the modules.
+    The pattern comes from the trained ADAPTER and DATA. It must beat the uniform rank at equal parameters, and the same
+    ranks shuffled over the modules.
     """
     from rightrank import api
     from rightrank.settings import make_settings
@@ -224,7 +226,7 @@ def allocate(
 
 
 def _print_record(record: Any, as_json: bool, statistic: Any = "effective_rank", every: bool = False) -> None:
-    """A record of the probe: as one JSON object, or for a person."""
+    """Print a record of the probe as one JSON object, or as a table."""
     if as_json:
         click.echo(record.model_dump_json())
         return

@@ -1,4 +1,4 @@
-"""`decide`: a rank from trainings that are done."""
+"""`decide`: a rank from finished trainings."""
 
 from __future__ import annotations
 
@@ -22,12 +22,21 @@ def _mapping(_context: click.Context, _parameter: click.Parameter, values: tuple
 
 @click.command(epilog="Example: rightrank decide runs.csv --metric eval_loss --margin 0.005")
 @click.argument("results", type=click.Path(path_type=Path))
-@click.option("--metric", help="Column of the held-out number, or what to call the column `value`.")
-@click.option("--higher-is-better/--lower-is-better", default=None, help="Default: from the metric's name, else lower.")
+@click.option("--metric", help="Column of the held-out metric, or the name of the column `value`.")
+@click.option(
+    "--higher-is-better/--lower-is-better", default=None, help="Default: as the metric's name implies, else lower."
+)
 @click.option("--margin", type=float, help="How much worse than the best is still enough, in the metric's unit.")
-@click.option("--map", "columns", multiple=True, callback=_mapping, metavar="NAME=COLUMN", help="What a column is.")
-@click.option("--horizon", "horizon_steps", type=click.IntRange(min=1), help="Steps that the answer is wanted for.")
-@click.option("--plot", "plot_file", type=click.Path(path_type=Path), help="Write the curve as FILE.svg or FILE.png.")
+@click.option(
+    "--map",
+    "columns",
+    multiple=True,
+    callback=_mapping,
+    metavar="NAME=COLUMN",
+    help="The column of a field, such as rank=lora_r.",
+)
+@click.option("--horizon", "horizon_steps", type=click.IntRange(min=1), help="Training length in steps to answer for.")
+@click.option("--plot", "plot_file", type=click.Path(path_type=Path), help="Write the curve to this .svg or .png file.")
 @click.option("--json", "as_json", is_flag=True, help="Print the decision as one JSON object.")
 def decide(
     results: Path,
@@ -39,7 +48,7 @@ def decide(
     plot_file: Path | None,
     as_json: bool,
 ) -> None:
-    """Decide on trainings that are done, whoever ran them.
+    """Decide on finished trainings, whoever ran them.
 
     RESULTS is a CSV or JSONL file with `rank`, `value` and, if there are any, `lr`, `seed`, `std`, `item`; a run
     folder; or results of W&B, MLflow, TensorBoard, Trainer, Optuna or Ray Tune.

@@ -1,4 +1,4 @@
-"""`report`, `export` and `repair`: what can be done with a run that is there."""
+"""`report`, `export` and `repair`: commands on a run folder."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import click
 def report(run: Path, as_json: bool) -> None:
     """Write report.html and the figures of RUN again, from its journal alone.
 
-    It works while a selection runs, too: the report then shows what is known so far.
+    While a selection runs, the report shows what is known so far.
     """
     from rightrank import api
 
@@ -30,13 +30,13 @@ def report(run: Path, as_json: bool) -> None:
     help="peft, trl, axolotl, llamafactory, unsloth, ms-swift, vllm, sglang, llama.cpp, ollama, or optuna.",
 )
 @click.option("--out", type=click.Path(path_type=Path), help="New folder to write (default: RUN/exports/TARGET).")
+@click.option("--pad", is_flag=True, help="For a server: the same function at one rank that it serves and one scale.")
 @click.option(
-    "--pad", is_flag=True, help="For a server: the adapter at one rank it serves and one scale, same function."
+    "--push-to-hub", "repository", metavar="OWNER/NAME", help="With --to peft: upload to a private repository."
 )
-@click.option("--push-to-hub", "repository", metavar="OWNER/NAME", help="With --to peft: upload it, private.")
 @click.option("--json", "as_json", is_flag=True, help="Print what was written as one JSON object.")
 def export(run: Path, to: str, out: Path | None, pad: bool, repository: str | None, as_json: bool) -> None:
-    """Write what another program needs to train with RUN's rank, or to serve its adapter; or its trials for Optuna."""
+    """Write what another program needs to train with RUN's rank or to serve its adapter, or the trials for Optuna."""
     from rightrank import api
 
     exported = api.export(run, to, out, pad=pad, push_to_hub=repository)
@@ -54,9 +54,9 @@ def export(run: Path, to: str, out: Path | None, pad: bool, repository: str | No
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="Print what was kept as one JSON object.")
 def repair(run: Path, as_json: bool) -> None:
-    """Keep the whole records of RUN's journal where some are damaged, and set the damaged lines aside.
+    """Keep the intact records of RUN's damaged journal, and move the damaged lines to a file of their own.
 
-    `rightrank select` with the same arguments then trains again only what was lost.
+    `rightrank select` with the same arguments then trains only what is missing.
     """
     from rightrank import api
 
@@ -65,8 +65,8 @@ def repair(run: Path, as_json: bool) -> None:
         aside = None if repaired.aside is None else str(repaired.aside)
         click.echo(json.dumps({"kept": repaired.kept, "set_aside": repaired.set_aside, "file": aside}))
     elif repaired.aside is None:
-        click.echo(f"{run}: all {repaired.kept} records are whole; nothing was changed")
+        click.echo(f"{run}: all {repaired.kept} records are intact; nothing was changed")
     else:
         click.echo(
-            f"{run}: {repaired.kept} records kept; damaged lines set aside in {repaired.aside}: {repaired.set_aside}"
+            f"{run}: {repaired.kept} records kept; damaged lines moved to {repaired.aside}: {repaired.set_aside}"
         )

@@ -1,4 +1,4 @@
-"""What several commands read alike: lists, settings files, assignments."""
+"""Options that several commands share: lists, settings files, assignments."""
 
 from __future__ import annotations
 

