@@ -1,6 +1,6 @@
 """The errors that `rightrank` raises, and what each means at the command line.
 
-    RightrankError                  any of ours; the message is one line for a person
+    RightrankError                  base class; the message is one line for a person
     ├── InputError(ValueError)      exit 2: bad usage or bad input, nothing was started
     │   ├── SettingsError           a setting, an option or a config file
     │   ├── DataError               a data file or its rows
@@ -8,16 +8,16 @@
     │   ├── ResultsError            a table of finished runs
     │   ├── RunFolderError          a run folder: made with other settings, locked, damaged
     │   └── MissingExtraError       an optional dependency that is not installed
-    ├── RunError(RuntimeError)      exit 1: it began and could not finish
-    │   ├── DeviceMemoryError       out of memory, with the arm that asked
-    │   ├── MetricError             a function, program or task that scores gave no score
-    │   ├── MultiLoraError            arms that can't be trained in one pass; they are then trained alone
-    │   └── AllTrialsFailedError    not one trial ended with a result
+    ├── RunError(RuntimeError)      exit 1: the command started and could not finish
+    │   ├── DeviceMemoryError       a device ran out of memory in a trial
+    │   ├── MetricError             a function, program or task gave no score
+    │   ├── MultiLoraError          arms that can't share a pass; they are then trained alone
+    │   └── AllTrialsFailedError    no trial, or too few, ended with a result
     └── InterruptedRun              exit 130: stopped by the user, can be resumed
-        └── TerminatedRun           exit 143: stopped by SIGTERM, as before a machine is taken away
+        └── TerminatedRun           exit 143: stopped by SIGTERM
 
-Every message says what was got, what is allowed, and what to do. All survive pickling:
-they carry one string and nothing else. A message is one line of at most 1,500 visible characters.
+Every message states what was got, what is allowed, and what to do, in one line of at most 1,500 visible characters.
+All errors survive pickling: they carry one string and nothing else.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ __all__ = [
 ]
 
 
-MAX_MESSAGE_CHARACTERS = 1500  # characters; what is longer quotes something that nobody reads to its end
-# Control characters, marks that turn or hide text, halves of characters: written out, as Python writes them.
+MAX_MESSAGE_CHARACTERS = 1500  # a longer message quotes a long value, whose middle is left out
+# Control characters, bidirectional and invisible marks, and surrogates: replaced by their escapes.
 _INVISIBLE = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 161))} | {
     code: f"\\u{code:04x}"
     for code in (*range(0x200B, 0x2010), *range(0x2028, 0x2030), *range(0x2060, 0x2070), *range(0xD800, 0xE000), 0xFEFF)
@@ -54,7 +54,7 @@ _INVISIBLE = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 161))}
 
 
 class RightrankError(Exception):
-    """Base of every error raised on purpose by this package. Its message is one line, whatever it quotes."""
+    """Base class of the errors of this package. The message is one line, whatever it quotes."""
 
     exit_status: int = 1
 
@@ -93,7 +93,7 @@ class MissingExtraError(InputError, ImportError):
 
 
 class RunError(RightrankError, RuntimeError):
-    """It began and could not finish."""
+    """The command started and could not finish."""
 
 
 class DeviceMemoryError(RunError):
@@ -101,32 +101,34 @@ class DeviceMemoryError(RunError):
 
 
 class MetricError(RunError):
-    """A function, program or task that scores failed, took too long, or gave something else than scores."""
+    """A function, program or task for a metric failed, took too long, or did not return scores."""
 
 
 class MultiLoraError(RunError):
-    """Arms that can't be trained in one pass over this model; they are then trained alone."""
+    """Arms that can't share a pass over this model; they are then trained alone."""
 
 
 class AllTrialsFailedError(RunError):
-    """Not one trial ended with a result."""
+    """No trial, or too few to compare two ranks, ended with a result."""
 
 
-class InterruptedRun(RightrankError):  # noqa: N818 - not a fault: the user asked for it
-    """Stopped by the user; what was finished is kept and the run can be resumed."""
+class InterruptedRun(RightrankError):  # noqa: N818 - not a fault: the user requested it
+    """Stopped by the user; finished trials are kept and the run can be resumed."""
 
     exit_status = 130
 
 
 class TerminatedRun(InterruptedRun):
-    """Stopped by SIGTERM: pre-empted; what was finished is kept and the run can be resumed."""
+    """Stopped by SIGTERM; finished trials are kept and the run can be resumed."""
 
     exit_status = 143
 
 
 def one_line(message: str) -> str:
-    """The message with white space as single blanks, control characters written out, and its middle left out where it
-    is too long: what a file holds can't move the reader's cursor or fill the screen."""
+    """The message on one line, with control characters escaped and the middle of a long one left out.
+
+    Text quoted from a file then can't move the cursor or fill the screen.
+    """
     text = " ".join(message.split()).translate(_INVISIBLE)
     if len(text) <= MAX_MESSAGE_CHARACTERS:
         return text
@@ -138,7 +140,7 @@ def first_line(error: BaseException) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
-# What allocators say when they have no more. torch says it in a plain RuntimeError, the system in an OSError.
+# Texts of allocators' errors: torch raises a plain RuntimeError, the system an OSError.
 _OUT_OF_MEMORY = (
     "out of memory", "can't allocate memory", "not enough memory", "bad_alloc", "Cannot allocate memory",
     "can't start new thread",
@@ -146,7 +148,7 @@ _OUT_OF_MEMORY = (
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether the device or the process had no more memory; torch's own error is known by its name, without torch."""
+    """Whether the device or the process ran out of memory. torch's error is matched by name, so that torch is not imported."""
     named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
     return named or any(sign in str(error) for sign in _OUT_OF_MEMORY)
 

@@ -16,7 +16,7 @@ class Selected:
 
     decision: Decision | None  # of the training rank; None with goal "adapter"
     run: Path
-    adapter: Path | None  # the answer to the first question; None: a custom trainer that saved none
+    adapter: Path | None  # the answer to the first question; None if a custom trainer saved none
     report: Path
     answers: Mapping[str, Any]  # both answers, as in decision.json
     samples: list[Sample] = field(default_factory=list)
@@ -31,7 +31,7 @@ class Selected:
 
     @property
     def training_rank(self) -> int | None:
-        """The rank to train at; None where that is undecided or was not asked."""
+        """The rank to train at; None if that is undecided or was not requested."""
         return None if self.decision is None else self.decision.rank
 
     def _repr_html_(self) -> str | None:
