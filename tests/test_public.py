@@ -91,6 +91,10 @@ def test_the_public_names_are_these_and_are_there() -> None:
         getattr(rightrank, "nonsense")  # noqa: B009
 
 
+def test_watching_is_the_earlier_name_of_observer() -> None:
+    assert rightrank.Watching is rightrank.Observer
+
+
 def type_checked(folder: Path, *scripts: str) -> str:
     """What mypy says, with the project's own settings (strict), so that its cache serves."""
     files = [folder / f"script_{number}.py" for number in range(len(scripts))]
