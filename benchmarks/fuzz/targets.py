@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import sqlite3
 import tempfile
 from collections.abc import Callable
 from contextlib import suppress
@@ -215,28 +214,22 @@ def imported_seeds() -> list[bytes]:
 
 
 def _optuna_file() -> bytes:
-    statements = """
-        CREATE TABLE studies (study_id INTEGER, study_name TEXT);
-        CREATE TABLE study_directions (direction TEXT, objective INTEGER);
-        CREATE TABLE trials (trial_id INTEGER, number INTEGER, state TEXT);
-        CREATE TABLE trial_params (trial_id INTEGER, param_name TEXT, param_value FLOAT, distribution_json TEXT);
-        CREATE TABLE trial_values (trial_id INTEGER, value FLOAT);
-        CREATE TABLE trial_user_attributes (trial_id INTEGER, key TEXT, value_json TEXT);
-        INSERT INTO studies VALUES (1, 's');
-        INSERT INTO study_directions VALUES ('MINIMIZE', 0);
-    """
-    choices = json.dumps({"name": "CategoricalDistribution", "attributes": {"choices": [4, 8, 16]}})
-    rows = [
-        f"INSERT INTO trials VALUES ({n}, {n}, 'COMPLETE'); INSERT INTO trial_values VALUES ({n}, {2.0 - n / 10});"
-        f"INSERT INTO trial_params VALUES ({n}, 'lora_r', {n}, '{choices}');"
-        f"INSERT INTO trial_user_attributes VALUES ({n}, 'note', '\"x\"');"
-        for n in range(3)
-    ]
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    ranks = {"lora_r": optuna.distributions.CategoricalDistribution([4, 8, 16])}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "study.db"
-        connection = sqlite3.connect(path)
-        connection.executescript("PRAGMA page_size=512;" + statements + "".join(rows))
-        connection.close()
+        storage = optuna.storages.RDBStorage(f"sqlite:///{path}")
+        study = optuna.create_study(storage=storage, study_name="s")
+        for number, rank in enumerate((4, 8, 16)):
+            study.add_trial(
+                optuna.trial.create_trial(
+                    params={"lora_r": rank}, distributions=ranks, value=2.0 - number / 10, user_attrs={"note": "x"}
+                )
+            )
+        storage.remove_session()
+        storage.engine.dispose()
         return path.read_bytes()
 
 

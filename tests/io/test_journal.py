@@ -78,7 +78,7 @@ def test_cut_at_every_byte_the_whole_records_are_kept_and_the_rest_is_set_aside(
         if aside.exists():
             assert remaining + aside.read_bytes() == whole[:cut]
             assert len(told) == 1
-            assert "the last line was cut off" in told[0]
+            assert "the last line was incomplete" in told[0]
         else:
             assert remaining == whole[: ends[complete - 1] + 1 if complete else 0]
             assert told == []
@@ -109,7 +109,7 @@ def test_a_flipped_bit_is_told_in_one_line_with_what_can_be_saved_and_repaired(t
     with pytest.raises(RunFolderError) as told:
         journal.read()
     message = str(told.value)
-    assert re.search(r"journal.jsonl:2: damaged: its checksum does not fit; 2 of 3 records are whole", message)
+    assert re.search(r"journal.jsonl:2: damaged: its checksum does not match; 2 of 3 records are undamaged", message)
     assert f"rightrank repair {tmp_path}" in message
     assert "\n" not in message
     repaired = journal.repair()
@@ -148,7 +148,7 @@ def test_a_line_that_lost_its_seal_is_not_taken_for_an_old_one(tmp_path: Path) -
 def test_a_later_schema_is_refused_with_both_numbers(tmp_path: Path) -> None:
     journal = Journal(tmp_path / "journal.jsonl")
     journal.append(records()[1].model_copy(update={"schema_version": SCHEMA_VERSION + 1}))
-    with pytest.raises(RunFolderError, match="1: schema 4, and this version reads up to 3: update rightrank"):
+    with pytest.raises(RunFolderError, match="1: schema 4, and this version reads at most 3: update rightrank"):
         journal.read()
 
 
@@ -161,7 +161,7 @@ WHOLE = seal(BODY + b"}")
     [
         (WHOLE[:5] + WHOLE[6:], f"damaged: {len(BODY) - 1} bytes where {len(BODY)} were written"),
         (b" " + WHOLE, f"damaged: {len(BODY) + 1} bytes where {len(BODY)} were written"),
-        (WHOLE.replace(b"0000", b"0010", 1), "damaged: its checksum does not fit"),
+        (WHOLE.replace(b"0000", b"0010", 1), "damaged: its checksum does not match"),
         (WHOLE + b" ", "damaged: it has no length and checksum at its end"),
         (WHOLE.replace(b',"len":', b',"len":0'), "damaged: it has no length and checksum at its end"),
         (b"", "damaged: it has no length and checksum at its end"),
@@ -170,7 +170,7 @@ WHOLE = seal(BODY + b"}")
         (b'{"schema_version":1}', "not a record of schema 3 or before (Unable to extract tag"),
         (seal(b'{"type":"nonsense"}'), "not a record of schema 3 or before (Input tag 'nonsense' found"),
         (seal(b'{"type":"trial_started"}'), "not a record of schema 3 or before (Field required)"),
-        (seal(BODY.replace(b'sion":3', b'sion":12') + b"}"), "schema 12, and this version reads up to 3: update"),
+        (seal(BODY.replace(b'sion":3', b'sion":12') + b"}"), "schema 12, and this version reads at most 3: update"),
     ],
 )
 def test_a_line_that_is_no_record_says_why(line: bytes, reason: str) -> None:
@@ -214,7 +214,7 @@ def test_each_torn_end_has_a_file_of_its_own(tmp_path: Path) -> None:
         assert journal.read(told.append) == records()
     asides = [tmp_path / f"journal.jsonl.torn-{number}" for number in (1, 2, 3)]
     assert [aside.read_bytes() for aside in asides] == [b'{"type":"tri', b'{"t', b"\x00\x00"]
-    assert told[1] == f"{journal.path}: the last line was cut off (3 bytes) and was set aside in {asides[1].name}"
+    assert told[1] == f"{journal.path}: the last line was incomplete (3 bytes) and was moved to {asides[1].name}"
     assert journal.path.read_bytes() == b"".join(sealed(record) for record in records())
 
 
@@ -229,7 +229,7 @@ def test_who_looks_on_reads_whole_records_and_touches_nothing(tmp_path: Path) ->
         journal.path.write_bytes(whole[: -len(more)])
     journal.path.write_bytes(b"nothing of ours\n" + journal.path.read_bytes())
     with pytest.raises(
-        RunFolderError, match=r"journal\.jsonl:1: damaged: it has no length.*; 3 of 4 records are whole"
+        RunFolderError, match=r"journal\.jsonl:1: damaged: it has no length.*; 3 of 4 records are undamaged"
     ):
         journal.read_settled()
 
@@ -239,7 +239,7 @@ def test_of_several_damaged_lines_the_first_is_told_and_all_are_set_aside(tmp_pa
     lines = [sealed(record) for record in records()]
     damaged = [lines[1].replace(b"0000", b"0100", 1), b"x\n", lines[2][:-9]]
     journal.path.write_bytes(lines[0] + damaged[0] + lines[1] + damaged[1] + lines[2] + damaged[2])
-    with pytest.raises(RunFolderError, match=r":2: damaged: its checksum does not fit and 1 more; 3 of 5 records"):
+    with pytest.raises(RunFolderError, match=r":2: damaged: its checksum does not match and 1 more; 3 of 5 records"):
         journal.read_settled()
     aside = tmp_path / "journal.jsonl.torn-1"
     assert journal.repair() == Repaired(kept=3, set_aside=3, aside=aside)

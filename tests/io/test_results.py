@@ -141,7 +141,7 @@ def test_a_training_without_a_result_is_missing_and_flagged(tmp_path: Path) -> N
         ("rank,value\n1,2\n2,inf\n", "runs.csv:3: value is inf"),
         ("rank,value\n1,2\n2,two\n", "runs.csv:3: value is 'two', not a number"),
         ("rank,value\n1,2\n2,2\n4,2\n", "every training has the value 2"),
-        ("rank,value\n1,2\n2,3\n2,4\n", "runs.csv:4: rank 2, seed 0 is there twice with different values"),
+        ("rank,value\n1,2\n2,3\n2,4\n", "runs.csv:4: rank 2, seed 0 occurs twice with different values"),
         ("rank,metric,value\n1,loss,2\n1,acc,3\n2,loss,2\n", "several metrics"),
         ("rank,higher_is_better,value\n1,true,2\n2,false,3\n", "says both"),
         ("rank,item,value\n1,a,2\n1,b,2\n2,a,3\n", "runs.csv:4: rank 2 is scored on other items"),
@@ -164,7 +164,7 @@ def test_bad_tables_are_refused_with_file_and_row(tmp_path: Path, text: str, mes
 def test_rows_that_repeat_are_left_out_and_said(tmp_path: Path) -> None:
     decided = decide(write(tmp_path, GOOD + "64,2.0\n"), margin=0.005)
     assert decided.decision.rank == 16
-    assert "1 rows that repeat another left out" in decided.understood
+    assert "1 repeated rows left out" in decided.understood
 
 
 def test_another_encoding_is_refused(tmp_path: Path) -> None:

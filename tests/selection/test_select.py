@@ -133,7 +133,7 @@ def test_a_torn_last_line_is_set_aside_and_said(
     (folder / "journal.jsonl").write_bytes(whole[:-25])
     status, _, err = run(select_arguments(model_folder, completion_file, folder), capsys)
     assert status == 0
-    assert "the last line was cut off" in err
+    assert "the last line was incomplete" in err
     assert (folder / "journal.jsonl.torn-1").exists()
     assert values_of(folder) == values_of(finished_run)
 

@@ -1,6 +1,6 @@
-"""LoRA adapters on disk, as PEFT writes them: read by safetensors alone, checked before anything is computed.
+"""LoRA adapters on disk in PEFT's format, read with safetensors alone and checked before anything is computed.
 
-Neither PEFT nor the base model is needed: the names and shapes of the tensors and `adapter_config.json` say it all.
+Neither PEFT nor the base model is needed: tensor names, shapes and `adapter_config.json` define the adapter.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from rightrank.records.probe import ModuleKind
 
 Floats = NDArray[np.float64]
 
-# Adapters are trained in 32 bits or fewer: values beyond these are damage, and their squares would leave 64 bits.
+# Adapters are trained in at most 32 bits. Values beyond these are damage, and their squares overflow 64 bits.
 MIN_VALUE, MAX_VALUE = float(np.finfo(np.float32).smallest_subnormal), float(np.finfo(np.float32).max)
 MIN_ALPHA, MAX_ALPHA = 1e-9, 1e9
 MAX_CONFIG_BYTES = 16 * 2**20  # bytes
@@ -35,9 +35,9 @@ MAX_CONFIG_BYTES = 16 * 2**20  # bytes
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
-# Options that change what the factors mean: such an adapter's update is not s·B·A.
+# Options with which the adapter's update is not s·B·A.
 FOREIGN_OPTIONS = ("target_parameters", "use_qalora", "use_bdlora", "kasa_config", "arrow_config", "monteclora_config")
-# Initialisations that change the base's weights when the adapter is loaded: there, ΔW is not s·B·A alone.
+# Initialisations that change the base's weights on loading, so that ΔW is not s·B·A alone.
 BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga", "mica")
 
 _FACTOR = re.compile(r"^(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<side>[AB])(?P<weight>\.weight)?$")
@@ -45,7 +45,7 @@ _FACTOR = re.compile(r"^(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<side>
 
 @dataclass(frozen=True, slots=True)
 class AdapterModule:
-    """One adapted module: where its tensors are and how they count."""
+    """One adapted module: its tensors, their shapes and its scale."""
 
     name: str  # in the base model
     kind: ModuleKind
@@ -66,7 +66,7 @@ class AdapterModule:
 
 @dataclass(frozen=True, slots=True)
 class AdapterFolder:
-    """A checked adapter; tensors are read when asked for."""
+    """A checked adapter; tensors are read on access."""
 
     path: Path
     config: Mapping[str, Any]
@@ -104,7 +104,7 @@ class AdapterFolder:
 
     @property
     def base_changing_init(self) -> str | None:
-        """The initialisation that changes the base on loading, if there is one."""
+        """The initialisation if it changes the base on loading, else None."""
         init = str(self.config.get("init_lora_weights", ""))
         return init if init.startswith(BASE_CHANGING_INITS) else None
 
@@ -128,7 +128,7 @@ class AdapterFolder:
             values: Floats = file.get_tensor(key).double().numpy()
         if not (np.abs(values) <= MAX_VALUE).all():
             raise ModelError(
-                f"{self.weights}: {key} holds NaN or infinite values; the training diverged: give an adapter from before it"
+                f"{self.weights}: {key} holds NaN or infinite values; the training diverged: give an earlier checkpoint"
             )
         values[np.abs(values) < MIN_VALUE] = 0.0
         return values
@@ -138,7 +138,7 @@ def open_adapter(path: Path) -> AdapterFolder:
     """Read and check the configuration and the header of the weights.
 
     Raises:
-        ModelError: not an adapter, not LoRA, pickled weights, missing tensors, or shapes that the configuration denies.
+        ModelError: not a LoRA adapter, pickled weights, missing tensors, or shapes that contradict the configuration.
     """
     config = _read_config(path)
     shapes = _read_shapes(path)
@@ -188,7 +188,7 @@ def _read_config(path: Path) -> dict[str, Any]:
 def _check_config(file: Path, config: dict[str, Any]) -> None:
     kind = config.get("peft_type")
     if kind != "LORA":
-        raise ModelError(f"{file}: peft_type is {kind!r}; only 'LORA' has factors to look at")
+        raise ModelError(f"{file}: peft_type is {kind!r}; only 'LORA' is supported")
     rank, alpha = config.get("r"), config.get("lora_alpha")
     if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
         raise ModelError(f"{file}: r is {rank!r}; it must be a whole number from 1")
@@ -215,12 +215,12 @@ def _is_alpha(value: object) -> bool:
 
 
 def _read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """Names and shapes from the header alone."""
+    """Names and shapes of the tensors, from the file's header."""
     file = path / WEIGHTS_FILE
     if not file.exists():
         if (path / "adapter_model.bin").exists():
             raise ModelError(
-                f"{path}: only pickled weights (adapter_model.bin), which are not read; convert them once where you trust "
+                f"{path}: only pickled weights (adapter_model.bin), which can run code when read; convert them if you trust "
                 "the file: PeftModel.from_pretrained(base, folder).save_pretrained(folder, safe_serialization=True)"
             )
         raise ModelError(f"{path}: there is no {WEIGHTS_FILE}; save the adapter again with save_pretrained")
@@ -240,7 +240,7 @@ class _Pair:
 
 
 def _pair_up(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> tuple[dict[str, _Pair], set[str]]:
-    """The A and B of every module by its full key, and the keys that belong to no pair."""
+    """The keys of A and B by module, and the keys that belong to no pair."""
     pairs: dict[str, _Pair] = {}
     other: set[str] = set()
     for key in shapes:
@@ -279,10 +279,10 @@ def _module(
         raise ModelError(
             f"{path}: {name} has A {list(a_shape)} and B {list(b_shape)}, which do not multiply; save the adapter again"
         )
-    told = pattern_value(config["rank_pattern"], name, config["r"])
-    if told != rank:
+    configured = pattern_value(config["rank_pattern"], name, config["r"])
+    if configured != rank:
         raise ModelError(
-            f"{path}: {name} has rank {rank} in the weights and {told} in {CONFIG_FILE}; the two are not of one adapter"
+            f"{path}: {name} has rank {rank} in the weights and {configured} in {CONFIG_FILE}; give the config and weights of one adapter"
         )
     alpha = float(pattern_value(config["alpha_pattern"], name, config["lora_alpha"]))
     kind: ModuleKind = "embedding" if pair.embedding else "linear" if len(a_shape) == 2 else "convolution"

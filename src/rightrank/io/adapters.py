@@ -12,22 +12,22 @@ from rightrank.io.files import replacing_folder
 
 
 def save_adapter(peft_model: Any, folder: Path, base_name: str, adapter: str = "default") -> None:
-    """Write `adapter_config.json` and `adapter_model.safetensors`, naming the base that was asked for."""
+    """Write `adapter_config.json` and `adapter_model.safetensors`, with the base's name as the user gave it."""
     config = peft_model.peft_config[adapter]
     config.base_model_name_or_path = base_name
     with replacing_folder(folder) as temporary:
         peft_model.save_pretrained(
             str(temporary), safe_serialization=True, selected_adapters=[adapter], save_embedding_layers=False
         )
-        if adapter != "default":  # PEFT puts an adapter of another name into a folder of that name
+        if adapter != "default":  # PEFT saves a named adapter in a subfolder
             for path in list((temporary / adapter).iterdir()):
                 path.replace(temporary / path.name)
             (temporary / adapter).rmdir()
-        readme = temporary / "README.md"  # PEFT's empty template; the model card is written at hand-over
+        readme = temporary / "README.md"  # PEFT's empty template; the final adapter gets a model card of its own
         readme.unlink(missing_ok=True)
 
 
 def restore_adapter(peft_model: Any, folder: Path, adapter: str = "default") -> None:
-    """Put the saved tensors of `folder` into an adapter of the same shape."""
+    """Load the saved tensors of `folder` into an adapter of the same shapes."""
     tensors = load_file(folder / "adapter_model.safetensors")
     set_peft_model_state_dict(peft_model, tensors, adapter_name=adapter)

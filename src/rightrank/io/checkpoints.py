@@ -1,4 +1,4 @@
-"""Checkpoints of a trial that is still running: one safetensors file, replaced whole, never a pickle."""
+"""Checkpoints of a running trial: one safetensors file with a checksum, replaced atomically."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from rightrank.io.reading import UnreadableError, parse_json
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """Tensors by name, and the JSON state that goes with them."""
+    """Tensors by name, and JSON state."""
 
     tensors: Mapping[str, torch.Tensor]
     state: Mapping[str, Any]
@@ -33,7 +33,7 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
 
 
 def load_checkpoint(path: Path) -> Checkpoint | None:
-    """The checkpoint, or None where there is none or it can't be read (the trial then starts again)."""
+    """The checkpoint; None if there is none or it is damaged (the trial then starts again)."""
     if not path.exists():
         return None
     try:

@@ -1,4 +1,4 @@
-"""Which column of a results table is what: near names understood, each said aloud."""
+"""Identifies the columns of a results table, also by synonyms, and states each match."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ SYNONYMS: dict[str, tuple[str, ...]] = {
     "status": ("status", "state"),
     "trial": ("trial_id", "run_id", "run", "trial", "name", "id"),
 }
-# What holds the held-out number, in this order. A bare `loss` comes last and is said to be taken as held-out; a
-# training loss is never taken for it.
+# Columns of the held-out value, in order of preference. A bare `loss` comes last and the output states that it was
+# taken as held-out; a training loss never is.
 VALUES = (
     "value",
     *(f"{split}_{name}" for name in ("loss", "nll", "perplexity", "ppl") for split in ("eval", "val", "validation", "valid", "dev", "heldout", "held_out", "test")),
@@ -63,14 +63,14 @@ class Columns:
     by_name: Mapping[str, str]
     value: str
     metric: str  # what the value is called
-    others: tuple[str, ...]  # further held-out metrics
+    others: tuple[str, ...]  # columns of further held-out metrics
 
     def get(self, name: str) -> str | None:
         return self.by_name.get(name)
 
 
 def plain(name: str) -> str:
-    """`config.lora.r` and `params/lora_r` as `r` and `lora_r`; `eval/loss` as `eval_loss`."""
+    """Normalize a column's name: `config.lora.r` → `r`, `params/lora_r` → `lora_r`, `eval/loss` → `eval_loss`."""
     parts = [part for part in re.split(r"[./:\s]+", re.sub(r"\((.*)\)", "", name.strip().lower())) if part]
     while len(parts) > 1 and (parts[0] in _CONTAINERS or _CONTAINER_LIKE.search(parts[0])):
         parts.pop(0)
@@ -86,8 +86,8 @@ def identify_columns(
         names: all column names of the table.
         metric: the user's `--metric`: a column, or what to call the `value` column.
         mapping: the user's `--map`, canonical name → column.
-        direction_of: name of a metric → whether higher is better, None where the name is no metric's.
-        where: the table, for complaints.
+        direction_of: name of a metric → whether higher is better; None if the name is not a known metric's.
+        where: the table's name in error messages.
 
     Raises:
         ResultsError: no rank or no held-out value, or a mapped column that isn't there.
@@ -100,11 +100,11 @@ def identify_columns(
     by_plain: dict[str, str] = {}
     for column in names:
         by_plain.setdefault(plain(column), column)
-    near = {name: _first(words, by_plain) for name, words in SYNONYMS.items()}
+    near = {name: _first(synonyms, by_plain) for name, synonyms in SYNONYMS.items()}
     found = {name: column for name, column in near.items() if column is not None}
     found |= mapping
     if "rank" not in found:
-        raise ResultsError(f"{where}: no column for the rank among {_listed(names)}; name it: --map rank=COLUMN")
+        raise ResultsError(f"{where}: no column for the rank among {_listed(names)}; name it with --map rank=COLUMN")
     unused = [name for name in names if name not in found.values()]
     value, called = _value_column(unused, by_plain, metric, mapping, direction_of, where)
     taken = {*found.values(), value}
@@ -120,7 +120,7 @@ def _value_column(
     direction_of: DirectionOf,
     where: str,
 ) -> tuple[str, str]:
-    """`(column, what the number is called)`; `names` are the columns not taken for something else."""
+    """`(column, name of the metric)`; `names` are the columns without another role."""
     if "value" in mapping:
         return mapping["value"], metric or mapping["value"]
     if metric is not None:
@@ -134,21 +134,21 @@ def _value_column(
         )
     column = _first(VALUES, by_plain) or _any_metric(names, direction_of)
     if column is None:
-        trained = " (a training loss says nothing on held-out data)" if "train_loss" in by_plain else ""
+        trained = " (a training loss does not measure held-out data)" if "train_loss" in by_plain else ""
         raise ResultsError(
-            f"{where}: no column for the held-out value among {_listed(names)}{trained}; name it: --metric COLUMN"
+            f"{where}: no column for the held-out value among {_listed(names)}{trained}; name it with --metric COLUMN"
         )
     return column, "value" if plain(column) == "value" else column
 
 
 def _any_metric(names: Sequence[str], direction_of: DirectionOf) -> str | None:
-    """The one column that is named like a metric and is not of the training; none if there are several."""
+    """The column named like a metric that is not a training metric; None if there are several."""
     like = [name for name in names if direction_of(name) is not None and "train" not in name.lower()]
     return like[0] if len(like) == 1 else None
 
 
-def _first(words: Iterable[str], by_plain: Mapping[str, str]) -> str | None:
-    return next((by_plain[word] for word in words if word in by_plain), None)
+def _first(candidates: Iterable[str], by_plain: Mapping[str, str]) -> str | None:
+    return next((by_plain[name] for name in candidates if name in by_plain), None)
 
 
 def _listed(names: Sequence[str]) -> str:

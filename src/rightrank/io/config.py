@@ -8,11 +8,11 @@ from typing import Any
 from rightrank.errors import SettingsError
 from rightrank.io.reading import UnreadableError, parse_yaml, read_text
 
-MAX_FILE_BYTES = 100 * 2**10  # bytes; settings are a page of text
+MAX_FILE_BYTES = 100 * 2**10
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The settings in a YAML file, names with - read as _.
+    """The settings in a YAML file; `-` in names is read as `_`.
 
     Raises:
         SettingsError: no such file, not YAML of plain values, or not a mapping.

@@ -1,8 +1,7 @@
-"""From rows to examples in splits: which form the data has, and which examples are held out.
+"""Turns rows into examples in splits: detects the form of the data and holds examples out.
 
-Splits that are given are kept. Otherwise each example goes to train, selection or test by a hash of its
-content (of its `group`, where there is such a column): duplicates fall on one side, and a data set that
-grows moves nothing.
+Given splits are kept. Otherwise a hash of an example's content (or of its `group` column) decides between train,
+validation and test: duplicates fall into one split, and examples stay in their split when the data set grows.
 """
 
 from __future__ import annotations
@@ -24,6 +23,7 @@ from rightrank.io.example_store import Example, ExampleStore
 from rightrank.io.reading import is_text
 from rightrank.io.rows import Row, RowsBySplit, read_rows, rows_from_memory
 from rightrank.records import SplitName
+from rightrank.records.base import split_name
 from rightrank.settings import SelectSettings
 
 DataForm: TypeAlias = Literal["text", "prompt_completion", "messages", "classification"]
@@ -32,7 +32,7 @@ HELD_OUT: tuple[SplitName, ...] = ("selection", "test")
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
 
-COLUMNS: dict[DataForm, tuple[str, ...]] = {  # the first form whose columns are there is taken
+COLUMNS: dict[DataForm, tuple[str, ...]] = {  # the first form whose columns all exist is used
     "messages": ("messages",),
     "prompt_completion": ("prompt", "completion"),
     "classification": ("text", "label"),
@@ -42,22 +42,22 @@ COLUMNS: dict[DataForm, tuple[str, ...]] = {  # the first form whose columns are
 
 @dataclass(frozen=True, slots=True)
 class DataSplits:
-    """Examples by split, and what was noticed on the way."""
+    """Examples by split, and what was found while reading."""
 
     form: DataForm
     examples: Mapping[SplitName, Sequence[Example]]
     splits_given: bool
     duplicates_across_splits: int
     fingerprint: str
-    classes: list[str] | None  # of a classification, sorted
-    unreadable: int = 0  # rows left out: they hold half characters, which no tokenizer takes
-    control_characters: int = 0  # examples that hold them; they are kept
+    classes: list[str] | None  # classification: the labels, sorted
+    unreadable: int = 0  # rows left out because of lone surrogates, which no tokenizer accepts
+    control_characters: int = 0  # examples with control characters; they are kept
 
 
 def load_data(source: Path | Any, settings: SelectSettings, folder: Path | None = None) -> DataSplits:
-    """Read `source` (a path, an in-memory `datasets` object or an iterable of mappings) and split it, row by row.
+    """Read `source` (a path, an in-memory `datasets` object or an iterable of mappings) and split it.
 
-    The texts of training examples go into a file in `folder` that is gone with the process.
+    Reading streams: the texts of training examples go to an unnamed temporary file in `folder`.
 
     Raises:
         DataError: no known columns, a row that breaks its form, one class only, or too few examples for a split.
@@ -86,16 +86,16 @@ def load_data(source: Path | Any, settings: SelectSettings, folder: Path | None 
 
 
 class _SplitBuilder:
-    """Examples go by one by one: those to train on to the disk, of the held-out ones the few that are kept."""
+    """Collects a stream of examples: training examples on disk, and as many held-out ones as are evaluated."""
 
     def __init__(self, form: DataForm, settings: SelectSettings, folder: Path | None) -> None:
         self.train = ExampleStore(folder)
         self.held_out: dict[SplitName, _SmallestHashes] = {
             split: _SmallestHashes(settings.eval_items) for split in HELD_OUT
         }
-        self.labels: set[str] = set()  # of a classification's training examples
+        self.labels: set[str] = set()  # classification: of the training examples
         self.unreadable = 0
-        self.control_characters = 0  # training examples that hold them
+        self.control_characters = 0  # in training examples
         self._is_classification = form == "classification"
 
     def add(self, split: SplitName, example: Example) -> None:
@@ -108,19 +108,19 @@ class _SplitBuilder:
             self.labels.add(str(example.content["label"]))
 
     def duplicates_across(self) -> int:
-        """Distinct examples of selection that are in train, and of test that are in either."""
-        train, selection, test = (
+        """The number of distinct validation examples that are in train, and of test examples that are in either."""
+        train, validation, test = (
             np.unique(np.frombuffer(ids, np.uint64))
             for ids in (self.train.ids, self.held_out["selection"].ids, self.held_out["test"].ids)
         )
-        return len(np.intersect1d(train, selection)) + len(np.intersect1d(np.union1d(train, selection), test))
+        return len(np.intersect1d(train, validation)) + len(np.intersect1d(np.union1d(train, validation), test))
 
 
 class _SmallestHashes:
-    """At most `limit` distinct examples: those of the smallest hashes, so that growth moves few of them."""
+    """Keeps the `limit` distinct examples with the smallest hashes, so that few change when the data set grows."""
 
     def __init__(self, limit: int) -> None:
-        self.ids = array("Q")  # of all that came
+        self.ids = array("Q")  # of all examples that were added
         self._limit = limit
         self._kept: dict[str, Example] = {}
 
@@ -146,7 +146,7 @@ def _fingerprint(builder: _SplitBuilder, examples: Mapping[SplitName, Sequence[E
 
 
 def _detect_form(rows: RowsBySplit, name: str) -> tuple[DataForm, RowsBySplit]:
-    """The form that the first row has, and the rows, that one among them."""
+    """The form of the first row, and all rows including the first."""
     first: Row | None = None
     begun: RowsBySplit = {}
     for split, found in rows.items():
@@ -154,7 +154,7 @@ def _detect_form(rows: RowsBySplit, name: str) -> tuple[DataForm, RowsBySplit]:
         begun[split] = found if row is None else chain([row], found)
         first = first or row
     if first is None:
-        raise DataError(f"{name}: no rows; give one row of text or more")
+        raise DataError(f"{name}: no rows; give at least one row of text")
     for form, columns in COLUMNS.items():
         if all(column in first.fields for column in columns):
             return form, begun
@@ -166,12 +166,12 @@ def _detect_form(rows: RowsBySplit, name: str) -> tuple[DataForm, RowsBySplit]:
 def _placed(
     rows: RowsBySplit, form: DataForm, settings: SelectSettings, builder: _SplitBuilder
 ) -> Iterator[tuple[SplitName, Example]]:
-    """Every example whose text is text, and its split."""
+    """Yield every readable example with its split."""
     given = None not in rows
     for split in (None, *SPLITS):
         for row in rows.get(split, ()):
             if not all(map(is_text, _strings([row.fields.get(name) for name in COLUMNS[form]]))):
-                builder.unreadable += 1  # half of a surrogate pair has no place in UTF-8
+                builder.unreadable += 1  # a lone surrogate can't be encoded as UTF-8
                 continue
             example = _example(row, form)
             if split is None:
@@ -181,7 +181,7 @@ def _placed(
 
 
 def _strings(value: Any) -> Iterator[str]:
-    """Every string in a cell or an example."""
+    """All strings in a cell or example, at any depth."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping):
@@ -201,7 +201,7 @@ def _made_split(row: Row, example: Example, settings: SelectSettings) -> SplitNa
 
 
 def _taken_from_train(rows: RowsBySplit, example: Example, settings: SelectSettings) -> SplitName:
-    """The split of a given training example: train, or a held-out one that was not given, by hash."""
+    """The split of a row from a given train split: train, or a held-out split that was not given, by hash."""
     if "test" not in rows and _unit_interval(f"test:{example.item_id}") < settings.test_fraction:
         return "test"
     if "selection" not in rows and _unit_interval(f"selection:{example.item_id}") < settings.validation_fraction:
@@ -215,22 +215,24 @@ def _check_sizes(
     needed: dict[SplitName, int] = {"train": settings.items_per_step, "selection": 2, "test": 2}
     for split, least in needed.items():
         if len(examples[split]) < least:
-            remedy = f"give a {split} split of {least} or more" if given else "give more rows or larger fractions"
+            remedy = (
+                f"give a {split_name(split)} split of {least} or more"
+                if given
+                else "give more rows or larger fractions"
+            )
             raise DataError(
-                f"{name}: {len(examples[split])} distinct examples for the {split} split, at least {least} needed; {remedy}"
+                f"{name}: {len(examples[split])} distinct examples for the {split_name(split)} split, at least {least} needed; {remedy}"
             )
 
 
 def _classes(found: set[str], examples: Mapping[SplitName, Sequence[Example]], name: str) -> list[str]:
     if len(found) < 2:
-        raise DataError(
-            f"{name}: one class only ({next(iter(found))!r}); a classification needs two labels or more in train"
-        )
+        raise DataError(f"{name}: one class only ({next(iter(found))!r}); give two or more labels in train")
     for split in HELD_OUT:
         for example in examples[split]:
             if str(example.content["label"]) not in found:
                 raise DataError(
-                    f"{example.where}: label {example.content['label']!r} of the {split} split does not occur in train"
+                    f"{example.where}: label {example.content['label']!r} of the {split_name(split)} split does not occur in train; add examples of it to train"
                 )
     return sorted(found)
 

@@ -1,4 +1,4 @@
-"""Items on disk: what is held is sixteen bytes an item, however long their texts are."""
+"""Examples on disk. Memory holds sixteen bytes per example, however long its text is."""
 
 from __future__ import annotations
 
@@ -16,30 +16,30 @@ from rightrank.io.stored_sequence import StoredSequence
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One example: the columns of its form, and an identity that is a hash of them."""
+    """One example: the columns of its form, and a hash of them as its identity."""
 
     item_id: str  # 16 hexadecimal digits
     content: Mapping[str, Any]  # of JSON values
-    where: str
+    where: str  # file and row
 
 
 class ExampleStore(StoredSequence[Example]):
-    """Items in the order in which they were added, in a file without a name that is gone with the process."""
+    """Examples in the order in which they were added, in an unnamed temporary file."""
 
     def __init__(self, folder: Path | None) -> None:
-        """The file is in `folder`; None: where the system keeps temporary files."""
+        """Create the file in `folder`; None: in the system's folder for temporary files."""
         self.ids = array("Q")
         self._begins = array("q")
         self._end = 0
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
-        self._file: Any = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - closed when this goes
+        self._file: Any = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - closed by the finalizer
         weakref.finalize(self, self._file.close)
         self._is_at_end = True
 
-    def append(self, item: Example) -> None:
-        line = json.dumps([item.where, dict(item.content)], default=str).encode() + b"\n"
-        self.ids.append(int(item.item_id, 16))
+    def append(self, example: Example) -> None:
+        line = json.dumps([example.where, dict(example.content)], default=str).encode() + b"\n"
+        self.ids.append(int(example.item_id, 16))
         self._begins.append(self._end)
         if not self._is_at_end:
             self._file.seek(self._end)

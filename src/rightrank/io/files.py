@@ -1,4 +1,4 @@
-"""Writing whole files: to a temporary neighbour first, then in place."""
+"""Atomic writes: to a temporary file beside the target, which then replaces it."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ _DISK_ERRORS = {
     errno.EIO,
     errno.ESTALE,
 }
-_NO_FOLDER_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EBADF}  # network file systems that can't flush a folder
+_NO_FOLDER_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EBADF}  # from network file systems that can't flush a folder
 _LEFTOVER = re.compile(r"\.(?P<name>.+)\.\d+\.(?P<kind>tmp|old)")
 
 
 @contextmanager
 def replacing(path: Path, flush: bool = True) -> Iterator[Path]:
-    """A temporary path beside `path`; what is written there replaces `path` when the block ends well.
+    """Yield a temporary path beside `path`, which replaces `path` when the block succeeds.
 
-    `flush=False`: whole for who reads it, and not worth the wait for the disk, such as a sign of life.
+    With `flush=False` the replacement is atomic but may be lost in a power failure, as is fine for a progress file.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _neighbour(path, "tmp")
@@ -50,10 +50,9 @@ def replacing(path: Path, flush: bool = True) -> Iterator[Path]:
 
 @contextmanager
 def replacing_folder(path: Path) -> Iterator[Path]:
-    """A temporary folder beside `path`; it takes the place of `path` when the block ends well.
+    """Yield a temporary folder beside `path`, which replaces `path` when the block succeeds.
 
-    No system call swaps two folders everywhere: killed between the two renames, the old one is left under another
-    name, and `sweep_leftovers` puts it back.
+    Replacing takes two renames. If the process is killed between them, `sweep_leftovers` restores the old folder.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary, old = _neighbour(path, "tmp"), _neighbour(path, "old")
@@ -74,7 +73,7 @@ def replacing_folder(path: Path) -> Iterator[Path]:
 
 
 def require_absent(out: Path) -> None:
-    """Refuse to write over anything.
+    """Require that `out` does not exist.
 
     Raises:
         RunFolderError: `out` exists.
@@ -89,9 +88,9 @@ def write_text(path: Path, text: str, flush: bool = True) -> None:
 
 
 def sweep_leftovers(folder: Path) -> None:
-    """Remove what a killed process left half written under `folder`, and put back a folder it had moved aside.
+    """Remove what a killed process left half written under `folder`, and restore a folder that it had moved aside.
 
-    Only for who holds the folder's lock: a file half written by a living process looks the same.
+    The caller must hold the folder's lock: the half-written files of a running process look the same.
     """
     for path in sorted(folder.rglob(".*")):
         found = _LEFTOVER.fullmatch(path.name)
@@ -107,10 +106,12 @@ def sweep_leftovers(folder: Path) -> None:
 
 
 def preallocate(path: Path, size: int) -> None:
-    """A new file of so many bytes, on the disk now: a mapped file whose disk fills up later kills the process.
+    """Create a file of `size` bytes with its disk space allocated.
+
+    Writing to a mapped file on a full disk would kill the process.
 
     Raises:
-        OSError: there is no room.
+        OSError: the disk is full.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     path.unlink(missing_ok=True)
@@ -122,7 +123,7 @@ def preallocate(path: Path, size: int) -> None:
 
 
 def flush_to_disk(path: Path) -> None:
-    """Wait until the system has put a file or folder on the disk."""
+    """Wait until a file or folder is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -134,13 +135,15 @@ def flush_to_disk(path: Path) -> None:
 
 
 def _neighbour(path: Path, kind: str) -> Path:
-    drawn = secrets.randbelow(10**12)  # two machines on one share can have processes of the same number
-    return path.with_name(f".{path.name}.{drawn}.{kind}")
+    number = secrets.randbelow(10**12)  # process ids are not unique across machines that share a disk
+    return path.with_name(f".{path.name}.{number}.{kind}")
 
 
 def _rename(source: Path, target: Path) -> None:
-    """Rename, replacing a file. On NFS a rename whose answer was lost is sent again and then finds nothing to rename:
-    where the target is what the source was, it was done.
+    """Rename, replacing a file.
+
+    NFS repeats a rename whose reply was lost, and the repetition finds no source. If the target then is the former
+    source, the rename has succeeded.
     """
     before = source.stat()
     try:
@@ -152,7 +155,7 @@ def _rename(source: Path, target: Path) -> None:
 
 @contextmanager
 def report_disk_errors(folder: Path) -> Iterator[None]:
-    """A disk that is full or gone while a run goes on becomes one line; what was written before is kept.
+    """Report a full or failing disk as a `RunError` of one line; what was written before stays.
 
     Raises:
         RunError: in place of the system's error.
@@ -163,8 +166,8 @@ def report_disk_errors(folder: Path) -> Iterator[None]:
     except SafetensorError as error:
         if "IoError" not in str(error):
             raise
-        raise RunError(f"{folder}: can't write there any more ({error}); {advice}") from None
+        raise RunError(f"{folder}: can't write there ({error}); {advice}") from None
     except OSError as error:
         if error.errno not in _DISK_ERRORS:
             raise
-        raise RunError(f"{folder}: can't write there any more ({error.strerror}); {advice}") from None
+        raise RunError(f"{folder}: can't write there ({error.strerror}); {advice}") from None

@@ -1,4 +1,4 @@
-"""Rows of a results table gathered by training, each cell read with suspicion."""
+"""Groups the rows of a results table by training and validates every cell."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from rightrank.io.rows import Row
 from rightrank.records import Result
 from rightrank.records.base import MAX_WHOLE
 
-FAILED = {"failed", "crashed", "killed", "error", "fail", "diverged", "oom", "pruned"}
+FAILED_STATUS = {"failed", "crashed", "killed", "error", "fail", "diverged", "oom", "pruned"}
 MAX_RANK = 2**20
-MIN_NUMBER = 1e-30  # what is nearer to nothing is nothing: a number that has left the normal ones of a float
-MAX_NUMBER = 1e12  # beyond it a held-out value is a mistake, and squares lose their meaning
+MIN_NUMBER = 1e-30  # smaller magnitudes are read as 0, before they become subnormal
+MAX_NUMBER = 1e12  # a larger held-out value is a mistake, and its square loses precision
 
 Key = tuple[int, float, int]  # rank, learning rate, seed
 
 
 @dataclass(slots=True)
-class Run:
-    """The rows of one training, as they come in."""
+class TrainingRows:
+    """The rows of one training."""
 
     where: str
     trial: str
@@ -36,9 +36,11 @@ class Run:
     others: dict[str, float] = field(default_factory=dict)
 
 
-def gather(rows: Iterable[Row], columns: Columns, metric: str) -> tuple[dict[Key, Run], list[Result], list[str]]:
-    """Rows gathered by training; trainings without a result; what was left out."""
-    runs: dict[Key, Run] = {}
+def gather(
+    rows: Iterable[Row], columns: Columns, metric: str
+) -> tuple[dict[Key, TrainingRows], list[Result], list[str]]:
+    """`(rows by training, trainings without a result, notes on what was left out)`."""
+    trainings: dict[Key, TrainingRows] = {}
     empty: dict[Key, Row] = {}
     rankless = repeated = 0
     positive = "perplexity" in metric.lower() or metric.lower() == "ppl"
@@ -47,24 +49,26 @@ def gather(rows: Iterable[Row], columns: Columns, metric: str) -> tuple[dict[Key
             rankless += 1
             continue
         key = _key(row, columns)
-        failed = str(row.fields.get(columns.get("status") or "", "")).strip().lower() in FAILED
+        failed = str(row.fields.get(columns.get("status") or "", "")).strip().lower() in FAILED_STATUS
         value = None if failed else _number(row, columns.value)
         if value is None:
             empty.setdefault(key, row)
             continue
         if positive and value <= 0:
             raise ResultsError(f"{row.where}: a perplexity of {value:g} is not possible; perplexities are above 0")
-        run = runs.setdefault(key, Run(row.where, str(row.fields.get(columns.get("trial") or "", "") or row.where)))
-        repeated += _take(run, row, key, value, columns)
+        training = trainings.setdefault(
+            key, TrainingRows(row.where, str(row.fields.get(columns.get("trial") or "", "") or row.where))
+        )
+        repeated += _take(training, row, key, value, columns)
     missing = [
         Result(trial_id=row.where, rank=key[0], learning_rate=key[1], seed=key[2], value=None)
         for key, row in empty.items()
-        if key not in runs
+        if key not in trainings
     ]
     notes = [f"{rankless} rows without a rank left out"] * bool(rankless)
-    notes += [f"{repeated} rows that repeat another left out"] * bool(repeated)
+    notes += [f"{repeated} repeated rows left out"] * bool(repeated)
     notes += [f"{len(missing)} trainings without a result"] * bool(missing)
-    return runs, missing, notes
+    return trainings, missing, notes
 
 
 def _key(row: Row, columns: Columns) -> Key:
@@ -76,110 +80,116 @@ def _key(row: Row, columns: Columns) -> Key:
     if rank > 0 and column is not None and not is_blank(row.fields.get(column)):
         rate = _number(row, column) or 0.0
         if rate <= 0:
-            raise ResultsError(f"{row.where}: learning rate {row.fields[column]!r} is not allowed: rates are above 0")
+            raise ResultsError(
+                f"{row.where}: learning rate {row.fields[column]!r} is not allowed: give a number above 0"
+            )
     column = columns.get("seed")
     if column is not None and not is_blank(row.fields.get(column)):
         seed = _integer(row, column, "seed", "an integer from 0")
     return rank, rate, seed
 
 
-def _take(run: Run, row: Row, key: Key, value: float, columns: Columns) -> bool:
-    """Add a row to its training; whether it only repeats another.
+def _take(training: TrainingRows, row: Row, key: Key, value: float, columns: Columns) -> bool:
+    """Add a row to its training; return whether it repeats another row.
 
     Raises:
-        ResultsError: the same training, item and step again with another value.
+        ResultsError: another row has a different value for the same training, example and step.
     """
     item, step = columns.get("item"), columns.get("step")
     if item is not None and (step is None or not is_blank(row.fields.get(item))):
         name = str(row.fields.get(item))
         weight = _positive(row, columns.get("weight")) or 1.0
-        first, _, where = run.by_item.setdefault(name, (value, weight, row.where))
-        what = f", item {name}"
+        first, _, where = training.by_item.setdefault(name, (value, weight, row.where))
+        what = f", example {name}"
     else:
         at = 0 if step is None or is_blank(row.fields.get(step)) else _integer(row, step, "step", "an integer from 0")
-        first, where = run.by_step.setdefault(at, (value, row.where))
+        first, where = training.by_step.setdefault(at, (value, row.where))
         what = f", step {at}" if step else ""
     if where == row.where:
-        _note_details(run, row, columns)
+        _note_details(training, row, columns)
         return False
     if first != value:
-        raise ResultsError(_twice(key, row.where, where, what))
+        raise ResultsError(_conflict(key, row.where, where, what))
     return True
 
 
-def _note_details(run: Run, row: Row, columns: Columns) -> None:
-    """What else the row says of its training; the last row that says it counts."""
+def _note_details(training: TrainingRows, row: Row, columns: Columns) -> None:
+    """Store the row's further numbers; later rows override earlier ones."""
     std = _optional(row, columns.get("std"), strict=True)
     if std is not None and std < 0:
         raise ResultsError(f"{row.where}: std {std:g} is not allowed: a standard deviation is 0 or above")
     if std is not None:
-        run.std, run.std_seeds = std, _seed_count(row, columns.get("std_seeds"))
+        training.std, training.std_seeds = std, _seed_count(row, columns.get("std_seeds"))
     train, seconds = _optional(row, columns.get("train_value")), _optional(row, columns.get("seconds"))
-    run.train_value = run.train_value if train is None else train
-    run.seconds = run.seconds if seconds is None else seconds
+    training.train_value = training.train_value if train is None else train
+    training.seconds = training.seconds if seconds is None else seconds
     for other in columns.others:
         found = _number(row, other, strict=False)
         if found is not None:
-            run.others[other] = found
+            training.others[other] = found
 
 
 def _optional(row: Row, column: str | None, strict: bool = False) -> float | None:
-    """The number in a column that the table may not have."""
+    """The number in an optional column."""
     return None if column is None else _number(row, column, strict)
 
 
-def results_of(runs: Mapping[Key, Run], columns: Columns) -> Iterator[Result]:
-    """One result a training; items in one order, or a complaint that they are ragged."""
+def results_of(trainings: Mapping[Key, TrainingRows], columns: Columns) -> Iterator[Result]:
+    """Yield one result per training, with the examples in one order.
+
+    Raises:
+        ResultsError: trainings were scored on different examples, or with different weights.
+    """
     items: list[str] | None = None
     tokens: list[float] = []
-    for (rank, rate, seed), run in runs.items():
+    for (rank, rate, seed), training in trainings.items():
         values: list[float] = []
         weights: list[float] = []
-        if run.by_item:
-            names = sorted(run.by_item)
+        if training.by_item:
+            names = sorted(training.by_item)
             if items is None:
                 items = names
             elif names != items:
                 odd = sorted(set(names) ^ set(items))
                 raise ResultsError(
-                    f"{run.where}: rank {rank} is scored on other items than the rank before ({len(odd)} differ, such as "
-                    f"item {odd[0]}); every training must be scored on the same items"
+                    f"{training.where}: rank {rank} is scored on other examples than the rank before ({len(odd)} differ, such as "
+                    f"{odd[0]}); score every training on the same examples"
                 )
-            values = [run.by_item[name][0] for name in items]
-            weights = [run.by_item[name][1] for name in items]
+            values = [training.by_item[name][0] for name in items]
+            weights = [training.by_item[name][1] for name in items]
             tokens = tokens or weights
             if weights != tokens:
                 raise ResultsError(
-                    f"{run.where}: rank {rank} has other token counts than the rank before for the same items; an item's "
-                    "tokens are the same for every training"
+                    f"{training.where}: rank {rank} has other token counts than the rank before for the same examples; "
+                    "give each example the same count in every training"
                 )
             value = sum(v * w for v, w in zip(values, weights, strict=True)) / sum(weights)
         else:
-            value = run.by_step[max(run.by_step)][0]
-        last = max(run.by_step, default=0)
+            value = training.by_step[max(training.by_step)][0]
+        last = max(training.by_step, default=0)
         yield Result(
-            trial_id=run.trial,
+            trial_id=training.trial,
             rank=rank,
             learning_rate=rate,
             seed=seed,
             value=value,
             item_values=values,
             item_weights=weights if columns.get("weight") else [],
-            std=run.std,
-            std_seeds=run.std_seeds,
-            train_value=run.train_value,
-            seconds=run.seconds,
+            std=training.std,
+            std_seeds=training.std_seeds,
+            train_value=training.train_value,
+            seconds=training.seconds,
             steps=last or None,
-            points=[(step, run.by_step[step][0]) for step in sorted(run.by_step)] if last else [],
-            others=run.others,
+            points=[(step, training.by_step[step][0]) for step in sorted(training.by_step)] if last else [],
+            others=training.others,
         )
 
 
-def _twice(key: Key, here: str, there: str, what: str) -> str:
+def _conflict(key: Key, here: str, there: str, what: str) -> str:
     rate = f", lr {key[1]:g}" if key[1] else ""
     return (
-        f"{here}: rank {key[0]}{rate}, seed {key[2]}{what} is there twice with different values (also {there}); "
-        "add the column that tells them apart (seed, lr or item), or remove one"
+        f"{here}: rank {key[0]}{rate}, seed {key[2]}{what} occurs twice with different values (also {there}); "
+        "add the column that distinguishes them (seed, lr or item), or remove one"
     )
 
 
@@ -188,7 +198,7 @@ def is_blank(value: Any) -> bool:
 
 
 def _number(row: Row, column: str, strict: bool = True) -> float | None:
-    """A finite number, or None for an empty cell."""
+    """The finite number in a cell; None for an empty cell."""
     value: Any = row.fields.get(column)
     if is_blank(value):
         return None
@@ -205,7 +215,7 @@ def _number(row: Row, column: str, strict: bool = True) -> float | None:
             f"{row.where}: {column} is {number}; leave the cell empty where a training ended without a result"
         )
     if abs(number) > MAX_NUMBER:
-        raise ResultsError(f"{row.where}: {column} is {number:g}; numbers up to {MAX_NUMBER:g} are understood")
+        raise ResultsError(f"{row.where}: {column} is {number:g}; give a number up to {MAX_NUMBER:g}")
     return number if abs(number) >= MIN_NUMBER else 0.0
 
 
@@ -217,7 +227,7 @@ def _positive(row: Row, column: str | None) -> float | None:
 
 
 def _seed_count(row: Row, column: str | None) -> int:
-    """How many seeds a stated deviation is over: 1 where nothing says."""
+    """The number of seeds behind a stated deviation, 1 by default."""
     number = _positive(row, column) or 1.0
     if number != int(number):
         raise ResultsError(f"{row.where}: {column} {number:g} is not allowed: give a whole number from 1")

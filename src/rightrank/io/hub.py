@@ -1,11 +1,13 @@
-"""The hub's client."""
+"""The client of the Hugging Face hub."""
 
 from __future__ import annotations
 
 
 def hub_errors() -> tuple[type[BaseException], ...]:
-    """What the client raises where the hub can't be reached or refuses: its own errors, those of the HTTP library that
-    they are built on (another one from version to version), and the system's; offline mode is among them."""
+    """What the client raises if the hub can't be reached, refuses, or is switched off by offline mode.
+
+    The errors of the client derive from those of an HTTP library that differs between versions.
+    """
     from huggingface_hub.errors import HfHubHTTPError
 
     return (OSError, *HfHubHTTPError.__bases__)

@@ -1,8 +1,20 @@
-"""The journal: one JSON object a line, appended and flushed to the disk by one writer.
+"""The journal of a run: one JSON object per line, appended by one writer.
 
-It is the single source of truth of a run. Each line ends in `,"len":N,"crc":"xxxxxxxx"}`: the bytes of the record
-before it, and their CRC-32 (see `io.journal_lines`). A last line that was cut off (the process was killed while it
-wrote) is set aside in a file of its own and said; damage anywhere else is refused, and told with what can be saved.
+The journal is the single source of truth of a run: everything else in the run folder can be made from it again, except
+adapters and checkpoints. Its guarantees:
+
+- One process writes, under the lock of the run folder. Others may read at any time (`read_settled`).
+- `append` returns when the record is on the disk. A record that can't be written completely leaves no trace.
+- A record is never changed. A later record about the same trial overrides an earlier one.
+- Each line ends in its length and CRC-32 (`io.journal_lines`), so that damage is found.
+- An incomplete last line, left by a killed process, is moved to `journal.jsonl.torn-N` with a notice. Any other damage
+  is an error; `repair` keeps the undamaged records.
+
+A change of a record's fields must keep older journals readable: new fields have defaults and old ones are not removed.
+
+    journal = Journal(folder / "journal.jsonl")
+    journal.append(started)
+    records = journal.read(notice=print)
 """
 
 from __future__ import annotations
@@ -23,21 +35,25 @@ Notice = Callable[[str], None]
 
 @dataclass(frozen=True, slots=True)
 class Repaired:
-    """What a repair kept and what it set aside."""
+    """The result of a repair."""
 
-    kept: int
-    set_aside: int
-    aside: Path | None  # None: nothing was damaged
+    kept: int  # records
+    set_aside: int  # damaged lines
+    aside: Path | None  # the file with the damaged lines; None: nothing was damaged
 
 
 class Journal:
-    """Append-only records in `path`."""
+    """An append-only file of records."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def append(self, record: JournalRecord) -> None:
-        """Write one record and wait until the disk has it; a record that can't be written whole leaves nothing."""
+        """Write one record and wait until it is on the disk.
+
+        Raises:
+            OSError: the record can't be written; the file is as it was before.
+        """
         new = not self.path.exists()
         with self.path.open("ab", buffering=0) as file:
             end = file.seek(0, os.SEEK_END)
@@ -45,16 +61,16 @@ class Journal:
                 _write_all(file.fileno(), sealed(record))
                 os.fsync(file.fileno())
             except OSError:
-                with suppress(OSError):  # a disk that is gone; what is half written is found when it is read
+                with suppress(OSError):  # the disk has failed; `read` will find the incomplete line
                     file.truncate(end)
                 raise
         if new:
             flush_to_disk(self.path.parent)
 
     def read(self, notice: Notice = lambda _: None) -> list[JournalRecord]:
-        """All records; a torn last line is set aside first and told to `notice`.
+        """Return all records, after moving an incomplete last line to another file with a notice.
 
-        A last record that is whole but for its line end is kept.
+        A complete last record without its line end is kept.
 
         Raises:
             RunFolderError: damaged lines, or records of a later schema.
@@ -71,11 +87,11 @@ class Journal:
             with self.path.open("r+b") as file:
                 file.truncate(len(body))
                 os.fsync(file.fileno())
-            notice(f"{self.path}: the last line was cut off ({len(torn)} bytes) and was set aside in {aside.name}")
+            notice(f"{self.path}: the last line was incomplete ({len(torn)} bytes) and was moved to {aside.name}")
         return self._records(body)
 
     def read_settled(self) -> list[JournalRecord]:
-        """All whole records, touching nothing: for who looks on while another process writes.
+        """Return all complete records without changing the file, for readers beside a writing process.
 
         Raises:
             RunFolderError: damaged lines, or records of a later schema.
@@ -84,10 +100,10 @@ class Journal:
         return self._records(body)
 
     def repair(self) -> Repaired:
-        """Keep the whole records, set damaged lines aside in a file of their own.
+        """Keep the undamaged records and move damaged lines to another file.
 
         Raises:
-            RunFolderError: the run's start is among the damaged, so that nothing can be resumed.
+            RunFolderError: the first record, the run's start, is damaged, so that nothing can be resumed.
         """
         body, torn = split_torn(self.path.read_bytes())
         lines = body.split(b"\n")[:-1] + ([torn] if torn else [])
@@ -98,8 +114,8 @@ class Journal:
             return Repaired(len(kept), 0, None)
         if not isinstance(read[0], RunStarted):
             raise RunFolderError(
-                f"{self.path}: the first line, the run's start, is damaged, and no run goes on without it; "
-                f"restore the file, or start again in another folder (the other {len(kept)} records are whole and stay)"
+                f"{self.path}: the first line, the run's start, is damaged, and a run can't be resumed without it; "
+                f"restore the file, or start again in another folder (the other {len(kept)} records are undamaged and stay)"
             )
         aside = self._set_aside(b"\n".join(damaged) + b"\n")
         self._replace(b"".join(line + b"\n" for line in kept))
@@ -118,8 +134,8 @@ class Journal:
         if damaged:
             more = f" and {len(damaged) - 1} more" if len(damaged) > 1 else ""
             raise RunFolderError(
-                f"{self.path}:{damaged[0]}{more}; {len(records)} of {len(lines)} records are whole: "
-                f"`rightrank repair {self.path.parent}` keeps those and sets the damaged aside"
+                f"{self.path}:{damaged[0]}{more}; {len(records)} of {len(lines)} records are undamaged: "
+                f"`rightrank repair {self.path.parent}` keeps those and moves the damaged lines to another file"
             )
         return records
 
@@ -137,7 +153,7 @@ class Journal:
 
 
 def _write_all(descriptor: int, line: bytes) -> None:
-    """One write where the system takes it whole; a disk that fills up takes a part first and then says so."""
+    """Write all bytes; a disk that fills up accepts a part first and then raises an error."""
     view = memoryview(line)
     while view:
         view = view[os.write(descriptor, view) :]

@@ -1,9 +1,9 @@
-"""One line of a journal: a record as JSON, closed by its length and checksum, still one JSON object.
+"""One line of a journal: a record as a JSON object that ends in its own length and checksum.
 
     {"type":"trial_started", … ,"trial_id":"0a1b…","len":231,"crc":"5d41402a"}
 
-`len` counts the bytes before `,"len":`, and `crc` is their CRC-32 (as in zlib) in hex. Any one flipped bit is found,
-wherever in the line it is. Lines of schema 1 have neither and are read as they are.
+`len` counts the bytes before `,"len":`, and `crc` is their CRC-32 (as in zlib) in hex. Any single flipped bit in the
+line is detected. Lines of schema 1 have neither field and are read unchecked.
 """
 
 from __future__ import annotations
@@ -24,24 +24,24 @@ FIRST_SEALED_SCHEMA = 2
 
 @dataclass(frozen=True, slots=True)
 class Damage:
-    """A line that is no record; `reason` follows `journal.jsonl:5: `."""
+    """Why a line is not a record; `reason` is printed after `journal.jsonl:5: `."""
 
     reason: str
 
 
 def sealed(record: JournalRecord) -> bytes:
-    """The record's line, its end included."""
+    """The record's line, with its line end."""
     return seal(record.model_dump_json().encode()) + b"\n"
 
 
 def seal(line: bytes) -> bytes:
-    """A JSON object, closed by its length and checksum."""
+    """Append length and checksum to a JSON object."""
     body = line[:-1]
     return body + b',"len":%d,"crc":"%08x"}' % (len(body), zlib.crc32(body))
 
 
 def read_line(line: bytes) -> JournalRecord | Damage:
-    """The record of a line without its end, or what is wrong with it."""
+    """Parse a line without its line end: the record, or what is wrong with the line."""
     found = _SEAL.search(line)
     if found is None:
         return _unsealed(line)
@@ -49,18 +49,18 @@ def read_line(line: bytes) -> JournalRecord | Damage:
     if len(body) != length:
         return Damage(f"damaged: {len(body)} bytes where {length} were written")
     if zlib.crc32(body) != checksum:
-        return Damage("damaged: its checksum does not fit")
+        return Damage("damaged: its checksum does not match")
     return _parsed(body + b"}")
 
 
 def split_torn(whole: bytes) -> tuple[bytes, bytes]:
-    """`(complete lines, what follows the last line end)`."""
+    """Split into `(complete lines, what follows the last line end)`."""
     end = whole.rfind(b"\n") + 1
     return whole[:end], whole[end:]
 
 
 def _unsealed(line: bytes) -> JournalRecord | Damage:
-    """A line of schema 1, which had no seal; else one that lost it."""
+    """Parse a line of schema 1, which has no checksum; a later schema without one is damaged."""
     versions = [int(version) for version in _VERSION.findall(line)]
     if not versions or max(versions) >= FIRST_SEALED_SCHEMA:
         return Damage("damaged: it has no length and checksum at its end")
@@ -74,7 +74,7 @@ def _parsed(text: bytes) -> JournalRecord | Damage:
         return Damage(f"not a record of schema {SCHEMA_VERSION} or before ({error.errors()[0]['msg']})")
     if record.schema_version > SCHEMA_VERSION:
         return Damage(
-            f"schema {record.schema_version}, and this version reads up to {SCHEMA_VERSION}: update rightrank"
+            f"schema {record.schema_version}, and this version reads at most {SCHEMA_VERSION}: update rightrank"
         )
     return _under_todays_names(record)
 

@@ -1,4 +1,4 @@
-"""The licence of a base model, where the model's own card or file says it."""
+"""The licence of a base model, as its model card or GGUF header states it."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from rightrank.io.reading import UnreadableError, parse_yaml, read_text
 
 CARD = "README.md"
 HUB_SECONDS = 5.0
-MAX_FRONT_MATTER = 100 * 2**10  # characters of the card's front matter
-MAX_CARD_BYTES = 2**20  # bytes
+MAX_FRONT_MATTER = 100 * 2**10  # characters of a model card's YAML header
+MAX_CARD_BYTES = 2**20
 GGUF_FIELDS = {"general.license": "identifier", "general.license.name": "name", "general.license.link": "link"}
 
 
 @dataclass(frozen=True, slots=True)
 class Licence:
-    """As a model card's front matter has it: `identifier` is `license`, and for one of its own `name` and `link`."""
+    """The fields `license`, and for a custom licence `license_name` and `license_link`, of a model card."""
 
     identifier: str
     name: str | None = None
@@ -26,9 +26,9 @@ class Licence:
 
 
 def licence_of(model: object) -> Licence | None:
-    """The licence that a model folder's card, a GGUF file's header or the hub names; None where none does.
+    """The licence stated by a model folder's card, a GGUF file's header or the hub; None if none is found.
 
-    The hub is asked only for a model that is no file here, and a hub that can't be reached is no error.
+    The hub is asked only for a model that is not a local file. A hub that can't be reached is not an error.
     """
     if not isinstance(model, str):
         return None

@@ -1,4 +1,4 @@
-"""A YAML file of several selections: one model, one data set each."""
+"""A YAML file of several selections on one model, one data set each."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ _JOB_SHAPE = "give `NAME: DATA`, or `NAME:` with `data:` and settings below it"
 
 @dataclass(frozen=True, slots=True)
 class MatrixJob:
-    """One selection of a matrix; `settings` holds those of the file with the job's own over them."""
+    """One selection; `settings` are the file's settings, overridden by the job's."""
 
-    name: str  # of its folder too
+    name: str  # also the name of its folder
     data: str
     settings: Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
 class MatrixConfig:
-    """Selections that share a base."""
+    """Selections that share a base model."""
 
     model: str
     jobs: tuple[MatrixJob, ...]
 
 
 def read_matrix(path: Path) -> MatrixConfig:
-    """The matrix in a YAML file. Paths in it are as on the command line: from the folder one is in.
+    """Read the selections of a YAML file. Relative paths in it start at the current folder.
 
     Raises:
-        SettingsError: no such file, not YAML, no model, no jobs, a job without data or with a name that is no folder's.
+        SettingsError: no such file, not YAML, no model, no jobs, or a job without data or with an invalid name.
     """
     values = read_config(path)
     model, jobs = values.pop("model", None), values.pop("jobs", None)
@@ -49,7 +49,9 @@ def read_matrix(path: Path) -> MatrixConfig:
 
 def _job(path: Path, name: object, value: object, shared: Mapping[str, Any]) -> MatrixJob:
     if not isinstance(name, str) or not _NAME.fullmatch(name):
-        raise SettingsError(f"{path}: job {name!r}: a name is letters, digits, '_', '-' and '.', as its folder's is")
+        raise SettingsError(
+            f"{path}: job {name!r}: a job's name is its folder's; use letters, digits, '_', '-' and '.'"
+        )
     if isinstance(value, str):
         return MatrixJob(name, value, shared)
     if not isinstance(value, dict) or not isinstance(value.get("data"), str):

@@ -1,4 +1,4 @@
-"""Reading small files that others made: regular files of a sane size, JSON and YAML whatever they hold."""
+"""Reads untrusted small files: regular files of limited size, and JSON or YAML with any content."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import yaml
 
-MAX_TEXT_BYTES = 64 * 2**20  # bytes of a file that is read whole
+MAX_TEXT_BYTES = 64 * 2**20  # of a file that is read at once
 # What libraries raise, beside errors of their own, for damaged or unknown files.
 LIBRARY_ERRORS = (
     OSError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError, RuntimeError, AssertionError,
@@ -17,7 +17,7 @@ LIBRARY_ERRORS = (
 
 
 class UnreadableError(ValueError):
-    """Why a file or a text can't be read, in words that fit behind its name."""
+    """A file or text can't be read; the message completes `FILE: can't read it (...)`."""
 
     def __init__(self, reason: str, line: int = 1) -> None:
         super().__init__(reason)
@@ -25,7 +25,7 @@ class UnreadableError(ValueError):
 
 
 def kind_of(path: Path) -> Literal["file", "folder", "other", "missing"]:
-    """What is at `path`: devices, pipes and sockets are `other`; a name that no file can have is missing."""
+    """What is at `path`. Devices, pipes and sockets are `other`; an invalid name is `missing`."""
     try:
         mode = path.stat().st_mode
     except (OSError, ValueError):
@@ -35,19 +35,19 @@ def kind_of(path: Path) -> Literal["file", "folder", "other", "missing"]:
     return "folder" if stat.S_ISDIR(mode) else "other"
 
 
-def read_text(path: Path, largest: int = MAX_TEXT_BYTES) -> str:
-    """The text of a regular file, UTF-8 with or without a byte order mark.
+def read_text(path: Path, max_bytes: int = MAX_TEXT_BYTES) -> str:
+    """The text of a regular UTF-8 file, with or without a byte order mark.
 
     Raises:
-        UnreadableError: no regular file, above `largest` bytes, not UTF-8, or the system refuses.
+        UnreadableError: not a regular file, above `max_bytes`, not UTF-8, or not readable.
     """
     found = kind_of(path)
     if found in ("folder", "other"):
-        raise UnreadableError("a folder" if found == "folder" else "no regular file")
+        raise UnreadableError("a folder" if found == "folder" else "not a regular file")
     try:
         size = path.stat().st_size
-        if size > largest:
-            raise UnreadableError(f"{size / 2**20:,.1f} MiB are too much, at most {largest / 2**20:,.1f} MiB are read")
+        if size > max_bytes:
+            raise UnreadableError(f"{size / 2**20:,.1f} MiB, the limit is {max_bytes / 2**20:,.1f} MiB")
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise UnreadableError(f"not UTF-8 text (byte {error.start}: {error.reason})") from None
@@ -59,7 +59,7 @@ def parse_json(text: str) -> Any:
     """A JSON value.
 
     Raises:
-        UnreadableError: not JSON, nested too deeply, or a whole number of thousands of digits.
+        UnreadableError: not JSON, nested too deeply, or an integer of thousands of digits.
     """
     try:
         return json.loads(text)
@@ -68,11 +68,11 @@ def parse_json(text: str) -> Any:
     except RecursionError:
         raise UnreadableError("nested too deeply") from None
     except ValueError:
-        raise UnreadableError("a whole number of thousands of digits") from None
+        raise UnreadableError("an integer of thousands of digits") from None
 
 
 class _PlainLoader(yaml.SafeLoader):
-    """YAML's plain values alone: no tags of Python's, and no aliases, whose copies of copies can be without end."""
+    """Loads plain values only: no Python tags, and no aliases, which can expand without limit."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
@@ -81,10 +81,10 @@ class _PlainLoader(yaml.SafeLoader):
 
 
 def parse_yaml(text: str) -> Any:
-    """A YAML value of plain values.
+    """A YAML value without tags and aliases.
 
     Raises:
-        UnreadableError: not YAML, tags or aliases, nested too deeply, or a date or number that is none.
+        UnreadableError: not YAML, tags or aliases, nested too deeply, or an invalid date or number.
     """
     try:
         return yaml.load(text, _PlainLoader)
@@ -94,21 +94,21 @@ def parse_yaml(text: str) -> Any:
         raise UnreadableError(" ".join(str(error).split())) from None
 
 
-def read_json(path: Path, largest: int = MAX_TEXT_BYTES) -> Any:
+def read_json(path: Path, max_bytes: int = MAX_TEXT_BYTES) -> Any:
     """The JSON value in a file.
 
     Raises:
         UnreadableError: as `read_text` and `parse_json`.
     """
-    text = read_text(path, largest)
+    text = read_text(path, max_bytes)
     value = parse_json(text)
     if "\\ud" in text.lower() and not is_text(json.dumps(value, ensure_ascii=False)):
-        raise UnreadableError("half a character (a lone surrogate), which no text holds")
+        raise UnreadableError("a lone surrogate, which is not text")
     return value
 
 
 def is_text(text: str) -> bool:
-    """Whether UTF-8 can hold it: half of a surrogate pair is no character."""
+    """Whether the string can be encoded as UTF-8; one with a lone surrogate can't."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -116,13 +116,13 @@ def is_text(text: str) -> bool:
     return True
 
 
-def read_json_object(path: Path, largest: int = MAX_TEXT_BYTES) -> dict[str, Any]:
+def read_json_object(path: Path, max_bytes: int = MAX_TEXT_BYTES) -> dict[str, Any]:
     """The JSON object in a file.
 
     Raises:
-        UnreadableError: as `read_json`, or another value than an object.
+        UnreadableError: as `read_json`, or a value other than an object.
     """
-    value = read_json(path, largest)
+    value = read_json(path, max_bytes)
     if not isinstance(value, dict):
         raise UnreadableError(f"a {type(value).__name__}, not one JSON object")
     return value

@@ -9,7 +9,7 @@ from typing import Any
 
 from rightrank.errors import DataError, ResultsError
 from rightrank.io.columns import Columns, DirectionOf, identify_columns
-from rightrank.io.gathering import Key, Run, gather, is_blank, results_of
+from rightrank.io.gathering import Key, TrainingRows, gather, is_blank, results_of
 from rightrank.io.importers import import_rows
 from rightrank.io.reading import UnreadableError, is_text, kind_of, parse_json
 from rightrank.io.rows import FILE_TYPES, Row, read_rows
@@ -51,9 +51,9 @@ def results_of_rows(rows: list[Row], asked: TableOptions, direction_of: Directio
     higher, why = _direction(rows, columns, metric, asked.higher_is_better, direction_of)
     understood = [f"{name} from column {column}" for name, column in columns.by_name.items() if name != column]
     understood.append(f"value from column {columns.value}: {'higher' if higher else 'lower'} is better ({why})")
-    runs, missing, notes = gather(rows, columns, metric)
-    results = [*results_of(runs, columns), *missing]
-    _require_comparable(results, runs, where)
+    trainings, missing, notes = gather(rows, columns, metric)
+    results = [*results_of(trainings, columns), *missing]
+    _require_comparable(results, trainings, where)
     return ResultsTable(metric=metric, higher_is_better=higher, results=results, understood=understood + notes)
 
 
@@ -153,7 +153,7 @@ def _direction(
     return False, "nothing says otherwise; if not, give --higher-is-better"
 
 
-def _require_comparable(results: list[Result], runs: Mapping[Key, Run], where: str) -> None:
+def _require_comparable(results: list[Result], trainings: Mapping[Key, TrainingRows], where: str) -> None:
     trained = [result for result in results if result.rank > 0 and result.value is not None]
     ranks = {result.rank for result in trained}
     if not ranks:
@@ -166,7 +166,7 @@ def _require_comparable(results: list[Result], runs: Mapping[Key, Run], where: s
         )
     rates = {result.learning_rate > 0 for result in trained}
     if len(rates) > 1:
-        bare = next(run for key, run in runs.items() if key[0] > 0 and key[1] == 0)
+        bare = next(run for key, run in trainings.items() if key[0] > 0 and key[1] == 0)
         raise ResultsError(
             f"{bare.where}: no learning rate, though other rows have one; give it, or leave the column out"
         )

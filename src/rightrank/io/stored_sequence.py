@@ -1,4 +1,4 @@
-"""A sequence whose items are made anew, one by one, whenever they are asked for."""
+"""A sequence whose entries are read on access."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ Entry = TypeVar("Entry")
 
 
 class StoredSequence(Sequence[Entry]):
-    """Indices, slices and iteration over what `read` gives."""
+    """Implements indexing, slicing and iteration; a subclass implements `read` and `__len__`."""
 
     @abstractmethod
     def read(self, number: int) -> Entry:
-        """The item of this number, which is from 0 and below the length."""
+        """The entry with this number, from 0 to the length - 1."""
 
     @overload
     def __getitem__(self, index: int) -> Entry: ...

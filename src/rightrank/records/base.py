@@ -1,4 +1,4 @@
-"""What every record is: frozen, typed, one JSON object."""
+"""The base of every record: frozen, typed, one JSON object."""
 
 from __future__ import annotations
 
@@ -8,18 +8,16 @@ from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
-# Of the journal: 2 closes each line with its length and checksum, 3 renames pack_size and selection_fraction.
+# Of the journal: 2 adds the length and checksum of each line, 3 renames pack_size and selection_fraction.
 SCHEMA_VERSION = 3
-IDENTITY_VERSION = 1  # of what a trial id is a hash of: a change gives every trial another id
+IDENTITY_VERSION = 1  # of the content that a trial id is a hash of; a change gives every trial a new id
 
-# Whole numbers that a float holds exactly: a larger one in a file is damage, and would break what computes with it.
+# The integers that a float holds exactly. A larger one in a file is damage.
 MAX_WHOLE = 2**53
 Whole: TypeAlias = Annotated[int, Field(ge=-MAX_WHOLE, le=MAX_WHOLE)]
 
-MetricName: TypeAlias = str  # `loss`, `accuracy`, or what a metric of the settings is called
-
-
-SplitName: TypeAlias = Literal["train", "selection", "test"]
+MetricName: TypeAlias = str  # `loss`, `accuracy`, or the name of a metric in the settings
+SplitName: TypeAlias = Literal["train", "selection", "test"]  # as stored; `split_name` gives the name that is shown
 
 
 class Record(BaseModel):
@@ -28,7 +26,12 @@ class Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
+def split_name(stored: str) -> str:
+    """The split's name for readers: the validation split is stored as `selection`."""
+    return "validation" if stored == "selection" else stored
+
+
 def content_hash(value: JsonValue | dict[str, Any]) -> str:
-    """SHA-256 in hex of a JSON value with sorted keys."""
+    """SHA-256 in hex of a JSON value, with sorted keys."""
     text = json.dumps(value, sort_keys=True, ensure_ascii=True, allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()

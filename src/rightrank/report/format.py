@@ -25,11 +25,6 @@ def metric_unit(metric: str) -> str:
     return "nats" if metric == "loss" else visible(metric)
 
 
-def split_name(name: str) -> str:
-    """The name that readers see; older records call the validation split `selection`."""
-    return "validation" if name == "selection" else name
-
-
 def quantity(count: int, noun: str) -> str:
     """`1 seed`, `3 seeds`."""
     return f"{count:,} {noun}" + ("" if count == 1 else "s")

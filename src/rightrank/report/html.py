@@ -21,10 +21,11 @@ from markupsafe import Markup
 
 from rightrank.decision.run import Records
 from rightrank.records import Decision, TrialDiverged, TrialFailed, TrialFinished, TrialOutcome
+from rightrank.records.base import split_name
 from rightrank.report.draw import inline_svg
 from rightrank.report.figure import AnyFigure, Figure, HeatMap
 from rightrank.report.figures import ENOUGH, figures_of, margin_range, margin_steps, rank_at
-from rightrank.report.format import metric_unit, size, split_name, visible
+from rightrank.report.format import metric_unit, size, visible
 from rightrank.report.sentences import (
     certainty_notes,
     confidence_text,

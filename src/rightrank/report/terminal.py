@@ -11,7 +11,8 @@ from rich.live import Live
 from rich.text import Text
 
 from rightrank.records import RunEvent, RunStarted, TrialOutcome
-from rightrank.report.format import quantity, split_name
+from rightrank.records.base import split_name
+from rightrank.report.format import quantity
 from rightrank.report.progress import Progress
 from rightrank.report.terminal_figures import MAX_CURVE_WIDTH, terminal_curve
 
