@@ -101,7 +101,7 @@ class Faults:
         self._case.moments.wait(first, 10 * self._seconds + 60)
         if end_of(self._case.start(out)) != 2:
             raise RuntimeError("the second process was let in")
-        self._require_told("another process is at work")
+        self._require_told("another process is using this folder")
         if end_of(first) != 0:
             raise RuntimeError(f"the first process failed: {self._case.log()[-300:]}")
         return set()

@@ -36,7 +36,7 @@ SETTINGS: list[tuple[list[str], str]] = [
     (["--lora-alpha", "-1"], r"lora_alpha: got -1\.0"),
     (["--dtype", "int3"], r"dtype: got 'int3'; input should be 'float32', 'bfloat16' or 'float16'"),
     (["--device", "tpu9"], r"device 'tpu9' is not known"),
-    (["--device", "cuda:7"], r"device 'cuda:7' is not there; here there are: cpu"),
+    (["--device", "cuda:7"], r"device 'cuda:7' does not exist; this machine has cpu"),
     (["--strategy", "gird"], r"unknown strategy 'gird'; did you mean 'grid'\?"),
     (["--metric", "accuracy"], r"metric 'accuracy' needs `text` and `label`"),
     (["--target-modules", "q_proj,v_prj"], r"no module is named 'v_prj'; linear modules there are: .*v_proj"),

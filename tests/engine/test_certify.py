@@ -37,7 +37,7 @@ def test_a_multi_lora_selection_certifies_an_arm(model_folder: Path, completion_
     assert certificate.steps == 4
     assert max(certificate.loss_difference, certificate.adapter_difference) < 1e-3
     assert certificate.sentence().startswith(
-        f"Rank {certificate.rank} was trained in a pack of 2, and again alone: the same."
+        f"Rank {certificate.rank} was trained with 2 adapters per pass and again alone: the same."
     )
     assert "Certificate: trained together as alone" in (tmp_path / "run" / "report.html").read_text()
 

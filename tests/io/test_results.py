@@ -143,7 +143,7 @@ def test_a_training_without_a_result_is_missing_and_flagged(tmp_path: Path) -> N
         ("rank,value\n1,2\n2,2\n4,2\n", "every training has the value 2"),
         ("rank,value\n1,2\n2,3\n2,4\n", "runs.csv:4: rank 2, seed 0 occurs twice with different values"),
         ("rank,metric,value\n1,loss,2\n1,acc,3\n2,loss,2\n", "several metrics"),
-        ("rank,higher_is_better,value\n1,true,2\n2,false,3\n", "says both"),
+        ("rank,higher_is_better,value\n1,true,2\n2,false,3\n", "has both values"),
         ("rank,item,value\n1,a,2\n1,b,2\n2,a,3\n", "runs.csv:4: rank 2 is scored on other items"),
         ("rank,item,tokens,value\n1,a,3,2\n1,b,1,2\n2,a,4,3\n2,b,1,3\n", "other token counts"),
         ("rank,std,value\n1,-0.1,2\n2,0.1,3\n", "runs.csv:2: std -0.1 is not allowed"),

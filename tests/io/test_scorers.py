@@ -60,10 +60,10 @@ def test_what_it_may_print(printed: str, scored: Scored, path: Path) -> None:
     [
         ("print('fine, thanks')", "it printed 'fine, thanks'"),
         ("print('1 2 3')", "one number, or 8"),
-        ("print([1, 2])", "2 scores for 8 items"),
+        ("print([1, 2])", "2 scores for 8 examples"),
         ("print('nan')", "finite numbers"),
         ("print(['a'] * 8)", "it printed"),
-        ("print('{\"loss\": 1}')", "it gave None"),
+        ("print('{\"loss\": 1}')", "it returned None"),
         ("pass", "it printed ''"),
         ("raise SystemExit('no licence')", "ended with status 1: no licence"),
         ("import os; os.kill(os.getpid(), 9)", "ended with status -9"),
@@ -80,7 +80,7 @@ def test_a_bad_program_is_one_line(code: str, said: str, path: Path) -> None:
 def test_a_program_that_hangs_is_ended_with_all_that_it_started(path: Path) -> None:
     code = "import subprocess,time; subprocess.Popen(['sh','-c','sleep 3; touch late']); time.sleep(60)"
     begun = time.monotonic()
-    with pytest.raises(MetricError, match=r"longer than 1\.5 s and was ended"):
+    with pytest.raises(MetricError, match=r"longer than 1\.5 s and was killed"):
         score(parse_metric(program(code)), path, COUNT, ScorerLimits(timeout_seconds=1.5))
     assert time.monotonic() - begun < 30
     time.sleep(3)
@@ -129,11 +129,11 @@ def test_python_functions(path: Path) -> None:
 @pytest.mark.parametrize(
     ("function", "said"),
     [
-        ("wrong_count", "1 scores for 8 items"),
+        ("wrong_count", "1 scores for 8 examples"),
         ("raises", "raised ValueError: not today"),
-        ("nothing", "gave NoneType"),
+        ("nothing", "returned NoneType"),
         ("gone", "status 3"),
-        ("greedy", "wants temperature; it is given prompts, completions, expected"),
+        ("greedy", "requires temperature; it can take prompts, completions, expected"),
     ],
 )
 def test_a_bad_function_is_one_line(function: str, said: str, path: Path) -> None:
@@ -146,7 +146,7 @@ def test_a_bad_function_is_one_line(function: str, said: str, path: Path) -> Non
 
 def test_a_function_that_hangs_is_ended(path: Path) -> None:
     Path("mine.py").write_text(FUNCTIONS)
-    with pytest.raises(MetricError, match="was ended"):
+    with pytest.raises(MetricError, match="was killed"):
         score(parse_metric("mine:hangs"), path, COUNT, ScorerLimits(timeout_seconds=3))
 
 

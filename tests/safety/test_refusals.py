@@ -159,11 +159,15 @@ def test_a_small_parquet_file_of_a_very_large_table(tmp_path: Path, monkeypatch:
     column = pyarrow.DictionaryArray.from_arrays(pyarrow.array(np.zeros(3_000_000, np.int32)), pyarrow.array(["a"]))
     pyarrow.parquet.write_table(pyarrow.table({"text": column}), path, compression="zstd")
     assert path.stat().st_size < 100_000
-    require_refused(lambda: load_data(path, small_settings()), r"3,000,000 rows in [\d,]+ bytes are no data", DataError)
+    require_refused(
+        lambda: load_data(path, small_settings()), r"3,000,000 rows in [\d,]+ bytes are implausible", DataError
+    )
     monkeypatch.setattr("rightrank.io.rows.ALWAYS_ALLOWED_BYTES", 2**20)
     wide = pyarrow.table({"text": pyarrow.array(["a" * 2**20, "b" * 2**20])})
     pyarrow.parquet.write_table(wide, path, compression="zstd", use_dictionary=False)
-    require_refused(lambda: load_data(path, small_settings()), r"bytes that grow to [\d,]+ are no data", DataError)
+    require_refused(
+        lambda: load_data(path, small_settings()), r"bytes that expand to [\d,]+ are implausible", DataError
+    )
 
 
 ALIASES = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(

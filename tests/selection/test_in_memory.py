@@ -40,7 +40,7 @@ def test_in_memory_gives_what_the_folder_gives(model_folder: Path, completion_fi
 @pytest.mark.parametrize(
     ("what", "error", "message"),
     [
-        ("no tokenizer", ModelError, "its tokenizer must be given too"),
+        ("no tokenizer", ModelError, "it is in memory and has no tokenizer"),
         ("not a model", ModelError, "got a dict; give a transformers model"),
         ("named", SettingsError, "a model given by name brings its own"),
         ("wrong head", ModelError, "a head of 5 labels for data of 2 classes"),

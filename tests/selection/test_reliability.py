@@ -227,7 +227,7 @@ def test_of_many_processes_at_once_one_works_and_the_others_are_told(tmp_path: P
     for process in processes:
         process.join()
     assert told.count("held") == 1
-    assert sum("another process is at work in this folder" in text for text in told) == 2
+    assert sum("another process is using this folder" in text for text in told) == 2
 
 
 def test_sigterm_writes_a_checkpoint_and_says_how_to_resume(

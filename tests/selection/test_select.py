@@ -144,7 +144,7 @@ def test_a_second_process_is_refused(
     with RunFolder(finished_run).locked():
         status, _, err = run(select_arguments(model_folder, completion_file, finished_run), capsys)
     assert status == 2
-    assert "another process is at work" in err
+    assert "another process is using this folder" in err
 
 
 @pytest.mark.parametrize("kill", [signal.SIGINT, signal.SIGKILL], ids=["ctrl-c", "kill -9"])

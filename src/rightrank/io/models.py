@@ -1,4 +1,4 @@
-"""Loading a base model and its tokenizer: a local folder, a hub name, or a GGUF file."""
+"""Loads a base model and its tokenizer from a local folder, a hub name, or a GGUF file."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ DTYPES: dict[DtypeName, torch.dtype] = {
 }
 # What transformers raises, depending on the model, for files that it does not know, can't read or can't build from.
 LOADING_ERRORS = (*LIBRARY_ERRORS, ImportError, SafetensorError, StrictDataclassError)
-_FINGERPRINT_BYTES = 2**20  # of each weight file's beginning and end, beside its size
+_FINGERPRINT_BYTES = 2**20  # at the beginning and end of each weight file
 
 
 @dataclass(frozen=True, slots=True)
 class ModelSource:
-    """Where a model is: a folder or hub name, and the GGUF file in it if it is one."""
+    """Where a model is: a folder or hub name, and the name of a GGUF file in the folder."""
 
     name: str
     gguf_file: str | None
@@ -60,7 +60,7 @@ class ModelSource:
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
-    """A base model in evaluation mode on its device, with its tokenizer."""
+    """A frozen base model in evaluation mode on its device, with its tokenizer."""
 
     model: Any  # transformers.PreTrainedModel
     tokenizer: Any  # transformers.PreTrainedTokenizerBase
@@ -70,10 +70,10 @@ class LoadedModel:
 
 
 def find_model(reference: str) -> ModelSource:
-    """Tell what kind of model `reference` is, without loading it.
+    """Locate a model without loading it.
 
     Raises:
-        ModelError: a local folder without config or weights, or a file that is not GGUF.
+        ModelError: a local folder without config, a file that is not GGUF, or a path that does not exist.
         MissingExtraError: a GGUF file without the `gguf` package.
     """
     path = Path(reference).expanduser()
@@ -91,20 +91,20 @@ def find_model(reference: str) -> ModelSource:
             ggufs = sorted(found.name for found in path.glob("*.gguf"))
             hint = f"; give the file: {path / ggufs[0]}" if ggufs else "; give a folder that save_pretrained wrote"
             raise ModelError(f"{reference}: no config.json in the folder{hint}")
-        if (path / "adapter_config.json").exists():  # transformers would load the base that it names instead
+        if (path / "adapter_config.json").exists():  # transformers would load the base that it names
             raise ModelError(f"{reference}: holds an adapter_config.json too; give the folder of the base model alone")
-        _require_no_foreign_code(path / "config.json")
+        _reject_hub_code(path / "config.json")
         return ModelSource(str(path), None)
     if path.is_absolute() or reference.startswith((".", "~")) or reference.count("/") > 1:
         raise ModelError(f"{reference}: no such folder; give a model folder, a GGUF file, or a hub name")
     return ModelSource(reference, None)
 
 
-def _require_no_foreign_code(file: Path) -> None:
-    """Refuse a configuration that names compiled code on the hub: transformers would fetch and run it, trusted or not.
+def _reject_hub_code(file: Path) -> None:
+    """Reject a configuration that names compiled code on the hub: transformers runs it even without trust.
 
     Raises:
-        ModelError: such a name, or no JSON object.
+        ModelError: such a name, or not a JSON object.
     """
     try:
         config = read_json_object(file)
@@ -118,7 +118,7 @@ def _require_no_foreign_code(file: Path) -> None:
 
 
 def _implementations(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Every name of an implementation in a configuration and in those inside it."""
+    """Yield `(key, value)` of every `*_implementation` in a configuration, at any depth."""
     for name, value in config.items():
         inner = value.values() if isinstance(value, dict) and name.endswith("_implementation") else [value]
         if name.endswith("_implementation"):
@@ -137,11 +137,12 @@ def load_model(
 ) -> LoadedModel:
     """Load for causal language modelling, or with a classification head when `classes` are given.
 
-    `weight_bits` 4 or 8 quantises the matrices on loading, through bitsandbytes.
+    `weight_bits` 4 or 8 quantises the matrices on loading, with bitsandbytes.
 
     Raises:
-        ModelError: no weights, no tokenizer, or nothing that transformers can load.
-        SettingsError: a device that is not there, or that has no quantised matrices.
+        ModelError: no weights, no tokenizer, or a model that transformers can't load.
+        DeviceMemoryError: out of memory while loading.
+        SettingsError: the device does not exist, or does not support quantised matrices.
         MissingExtraError: quantised weights without bitsandbytes.
     """
     found = find_device(device)
@@ -162,14 +163,14 @@ def load_model(
     if weight_bits is not None:
         arguments |= {"quantization_config": quantisation(weight_bits, dtype), "device_map": {"": found}}
     quiet_third_parties()
-    torch.manual_seed(0)  # a new classification head is drawn here: the same in every run
+    torch.manual_seed(0)  # the same new classification head in every run
     try:
         model = loader.from_pretrained(
             source.name, dtype=DTYPES[dtype], use_safetensors=source.gguf_file is None, **arguments
         )
     except LOADING_ERRORS as error:
         if is_out_of_memory(error):
-            raise DeviceMemoryError(f"{reference}: out of memory while it was loaded ({first_line(error)})") from None
+            raise DeviceMemoryError(f"{reference}: out of memory while loading ({first_line(error)})") from None
         raise ModelError(f"{reference}: transformers can't load it ({first_line(error)})") from None
     if model.config.get_text_config().pad_token_id is None:
         model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
@@ -179,7 +180,7 @@ def load_model(
 def prepare_model(
     model: Any, tokenizer: Any, name: str, device: torch.device, fingerprint: str | None = None
 ) -> LoadedModel:
-    """An in-memory model made ready: frozen, in evaluation mode, on `device`."""
+    """Freeze a model, put it in evaluation mode and move it to `device`."""
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     if tokenizer.pad_token_id is None:
@@ -190,25 +191,25 @@ def prepare_model(
     model.eval()
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
-            # On a CPU bitsandbytes repacks 4-bit weights in evaluation mode for a product that has no gradient:
-            # what trains through the base would then silently learn nothing.
+            # On a CPU, bitsandbytes repacks 4-bit weights in evaluation mode for a product without a gradient:
+            # adapters would then silently learn nothing.
             module.support_avx512bf16_for_cpu = False
-    if not getattr(model, "is_quantized", False):  # those were loaded where they are to be, and can't be moved
+    if not getattr(model, "is_quantized", False):  # quantised models are loaded on their device and can't be moved
         model.to(device)
     return LoadedModel(model, tokenizer, name, fingerprint or parameter_fingerprint(model), device)
 
 
 def adopt_model(model: Any, tokenizer: Any, device: str, classes: list[str] | None) -> LoadedModel:
-    """A model and tokenizer that the caller already has. The model is frozen, put in evaluation mode and moved.
+    """Use a model and tokenizer from memory. The model is frozen, put in evaluation mode and moved to the device.
 
     Raises:
-        ModelError: not a transformers model, no tokenizer, or a head that does not fit the data's classes.
-        SettingsError: a device that is not there.
+        ModelError: not a transformers model, no tokenizer, or a head that does not match the data's classes.
+        SettingsError: the device does not exist.
     """
     if not isinstance(model, PreTrainedModel):
         raise ModelError(f"model: got a {type(model).__name__}; give a transformers model, a folder, or a hub name")
     if tokenizer is None:
-        raise ModelError("model: it is in memory, so its tokenizer must be given too: tokenizer=...")
+        raise ModelError("model: it is in memory and has no tokenizer; give tokenizer=...")
     if classes is not None and getattr(model.config, "num_labels", None) != len(classes):
         raise ModelError(
             f"model: a head of {getattr(model.config, 'num_labels', 0)} labels for data of {len(classes)} classes "
@@ -228,7 +229,7 @@ def require_quantisation(bits: int, device: torch.device) -> None:
 
 
 def quantisation(bits: int, dtype: DtypeName) -> BitsAndBytesConfig:
-    """NF4 with products in `dtype`, as QLoRA has it (Dettmers et al. 2023), or LLM.int8()."""
+    """4 bits: NF4 with products in `dtype` (QLoRA, Dettmers et al. 2023). 8 bits: LLM.int8()."""
     make: Callable[..., BitsAndBytesConfig] = BitsAndBytesConfig  # untyped in transformers
     if bits == 8:
         return make(load_in_8bit=True)
@@ -251,20 +252,20 @@ def find_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise SettingsError(f"device {name!r} is not known; here there are: {', '.join(available)}") from None
+        raise SettingsError(f"device {name!r} is not known; this machine has {', '.join(available)}") from None
     count = torch.cuda.device_count() if device.type == "cuda" else 1
     if device.type not in available or (device.index or 0) >= count:
-        raise SettingsError(f"device {name!r} is not there; here there are: {', '.join(available)}")
+        raise SettingsError(f"device {name!r} does not exist; this machine has {', '.join(available)}")
     return device
 
 
 def device_memory() -> int | None:
-    """Bytes of the first CUDA device; None where there is none."""
+    """Memory of the first CUDA device in bytes; None without CUDA."""
     return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
 
 
 def parameter_fingerprint(model: Any) -> str:
-    """A hash of names, shapes and a sample of the values of a model's parameters."""
+    """A hash of the names, shapes and first values of a model's parameters."""
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
         values = parameter.detach().reshape(-1)[:64].float().cpu()
@@ -274,7 +275,7 @@ def parameter_fingerprint(model: Any) -> str:
 
 
 def quiet_third_parties() -> None:
-    """No progress bars and notices of third parties between our own."""
+    """Switch off the progress bars and notices of transformers."""
     logging: Any = transformers_logging
     logging.disable_progress_bar()
     logging.set_verbosity_error()
@@ -297,7 +298,7 @@ def _require_weights(source: ModelSource, reference: str) -> None:
 
 
 def _file_fingerprint(source: ModelSource) -> str | None:
-    """A hash of the configuration and of size, beginning and end of each weight file; None for a hub name."""
+    """A hash of the configuration and of each weight file's size, beginning and end; None for a hub name."""
     folder = Path(source.name)
     if not folder.is_dir():
         return None
@@ -319,7 +320,7 @@ def _file_fingerprint(source: ModelSource) -> str | None:
 def linear_modules(reference: str) -> dict[str, str]:
     """The linear modules of a model folder by name, `Linear` or `Conv1D`, without its weights.
 
-    The output head is left out where it is the embedding itself.
+    The output head is left out if it is tied to the embedding.
 
     Raises:
         ModelError: no configuration, or one that transformers does not know.

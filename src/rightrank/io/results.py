@@ -1,4 +1,4 @@
-"""Tables of finished trainings that others ran, read with suspicion: every complaint names file and row."""
+"""Tables of finished trainings from other tools; every error names the file and the row."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from rightrank.io.reading import UnreadableError, is_text, kind_of, parse_json
 from rightrank.io.rows import FILE_TYPES, Row, read_rows
 from rightrank.records import Result, ResultsTable
 
-MAX_FILE_BYTES = 200 * 2**20  # bytes; 5 million rows
+MAX_FILE_BYTES = 200 * 2**20  # about 5 million rows
 MAX_DEPTH = 8
 
 
 @dataclass(frozen=True, slots=True)
 class TableOptions:
-    """What the user said of the table."""
+    """The user's options for reading a table."""
 
     metric: str | None = None
     higher_is_better: bool | None = None
@@ -29,22 +29,22 @@ class TableOptions:
 
 
 def read_results(source: Path, asked: TableOptions, direction_of: DirectionOf) -> ResultsTable:
-    """The table in a file or folder.
+    """Read the table in a file or folder.
 
     Args:
         source: CSV, TSV, JSONL, JSON, Parquet, an Optuna or MLflow SQLite file, or a folder that an importer knows.
-        asked: metric, direction and columns as the user gave them.
-        direction_of: name of a metric → whether higher is better, None where the name doesn't tell.
+        asked: metric, direction and columns that the user gave.
+        direction_of: name of a metric → whether higher is better; None if the name is not a known metric's.
 
     Raises:
-        ResultsError: anything that can't be used, with file and row.
+        ResultsError: something in it can't be used.
     """
     rows = [Row(dict(_flat(row.fields)), row.where) for row in _raw_rows(source)]
     return results_of_rows(rows, asked, direction_of, str(source))
 
 
 def results_of_rows(rows: list[Row], asked: TableOptions, direction_of: DirectionOf, where: str) -> ResultsTable:
-    """The table of rows that are mappings already."""
+    """Make the table from rows."""
     names = list(dict.fromkeys(name for row in rows for name in row.fields))
     columns = identify_columns(names, asked.metric, asked.mapping, direction_of, where)
     rows, metric = _one_metric(rows, columns, asked.metric, where)
@@ -58,7 +58,11 @@ def results_of_rows(rows: list[Row], asked: TableOptions, direction_of: Directio
 
 
 def rows_of_mappings(mappings: Iterable[Mapping[str, Any]]) -> list[Row]:
-    """Rows of a table in memory."""
+    """Rows of a table in memory.
+
+    Raises:
+        ResultsError: an entry that is not a mapping, or no entries.
+    """
     rows = []
     for number, fields in enumerate(mappings, start=1):
         if not isinstance(fields, Mapping):
@@ -89,7 +93,7 @@ def _raw_rows(source: Path) -> list[Row]:
 
 
 def _require_table_size(path: Path) -> None:
-    """Refuse, unread, what is no table of results."""
+    """Reject empty and very large files before reading them."""
     size = path.stat().st_size
     if size == 0:
         raise ResultsError(f"{path}: the file is empty; give a header and one row for each training")
@@ -101,7 +105,7 @@ def _require_table_size(path: Path) -> None:
 
 
 def _flat(fields: Mapping[str, Any], prefix: str = "", depth: int = 0) -> Iterator[tuple[str, Any]]:
-    """Nested mappings, and cells that hold a JSON object, as dotted names."""
+    """Flatten nested mappings and JSON objects in cells to dotted names."""
     for name, value in fields.items():
         if isinstance(value, str) and not is_text(value):
             value = value.encode("utf-8", "replace").decode()
@@ -121,7 +125,7 @@ def _object(text: str) -> Any:
 
 
 def _one_metric(rows: list[Row], columns: Columns, asked: str | None, where: str) -> tuple[list[Row], str]:
-    """The rows of one metric, where a column names several."""
+    """`(rows of the metric, its name)`; a metric column selects the rows."""
     column = columns.get("metric")
     if column is None or column == columns.value:
         return rows, columns.metric
@@ -138,19 +142,21 @@ def _direction(
 ) -> tuple[bool, str]:
     """`(higher is better, why)`."""
     if asked is not None:
-        return asked, "as you said"
+        return asked, "as given"
     column = columns.get("higher_is_better")
     if column is not None:
-        said = {str(row.fields.get(column)).strip().lower() for row in rows if not is_blank(row.fields.get(column))}
-        if len(said) > 1:
-            raise ResultsError(f"{rows[0].where}: column {column} says both; give one direction, or --higher-is-better")
-        if said:
-            return said.pop() in ("true", "1", "1.0", "yes"), f"column {column}"
+        values = {str(row.fields.get(column)).strip().lower() for row in rows if not is_blank(row.fields.get(column))}
+        if len(values) > 1:
+            raise ResultsError(
+                f"{rows[0].where}: column {column} has both values; give one direction, or --higher-is-better"
+            )
+        if values:
+            return values.pop() in ("true", "1", "1.0", "yes"), f"column {column}"
     for name in (metric, columns.value):
-        told = direction_of(name)
-        if told is not None:
-            return bool(told), f"from its name, {name}"
-    return False, "nothing says otherwise; if not, give --higher-is-better"
+        known = direction_of(name)
+        if known is not None:
+            return bool(known), f"from its name, {name}"
+    return False, "assumed; otherwise give --higher-is-better"
 
 
 def _require_comparable(results: list[Result], trainings: Mapping[Key, TrainingRows], where: str) -> None:
@@ -159,10 +165,10 @@ def _require_comparable(results: list[Result], trainings: Mapping[Key, TrainingR
     if not ranks:
         raise ResultsError(f"{where}: no row has both a rank and a held-out value; give one row for each training")
     if len(ranks) < 2:
-        raise ResultsError(f"{where}: one rank only ({ranks.pop()}); a comparison needs two or more")
+        raise ResultsError(f"{where}: one rank only ({ranks.pop()}); give two or more to compare")
     if len({result.value for result in trained}) == 1 and len({tuple(result.item_values) for result in trained}) == 1:
         raise ResultsError(
-            f"{where}: every training has the value {trained[0].value:g}; is this the held-out metric? There is nothing to compare"
+            f"{where}: every training has the value {trained[0].value:g}, so there is nothing to compare; give the held-out metric"
         )
     rates = {result.learning_rate > 0 for result in trained}
     if len(rates) > 1:

@@ -1,6 +1,6 @@
-"""Rows from files: JSONL, JSON, CSV, TSV, Parquet, and saved `datasets` folders.
+"""Reads rows from JSONL, JSON, CSV, TSV, Parquet and saved `datasets` folders.
 
-A row is a mapping with the place that it came from, so that every complaint can name file and line.
+A row is a mapping with its origin, so that every error can name file and line.
 """
 
 from __future__ import annotations
@@ -29,32 +29,32 @@ SPLIT_NAMES: dict[str, SplitName] = {
     "eval": "selection",
     "test": "test",
 }
-# A Parquet file beyond both is one that is meant to fill the memory.
+# Limits on what a Parquet file expands to; a file beyond them is meant to fill the memory.
 ALWAYS_ALLOWED_ROWS, MAX_ROWS_PER_BYTE = 1_000_000, 4
 ALWAYS_ALLOWED_BYTES, MAX_GROWTH = 2**28, 200
-MAX_LINE_CHARACTERS = 2**26  # characters of a JSONL line: 64 MiB of one item is a mistake
-_CSV_FIELD_LIMIT = 2**24  # a document in one cell is fine, 16 MiB of it is not a cell
+MAX_LINE_CHARACTERS = 2**26  # of a JSONL line; 64 MiB in one example is a mistake
+_CSV_FIELD_LIMIT = 2**24  # characters
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One row and where it was found (`file:line`)."""
+    """One row and its origin (`file:line`)."""
 
     fields: Mapping[str, Any]
     where: str
 
 
-RowsBySplit = dict[SplitName | None, Iterator[Row]]  # read as they are asked for, once; None: not split yet
+RowsBySplit = dict[SplitName | None, Iterator[Row]]  # iterators that read on demand, once; key None: not yet split
 
 
 def read_rows(source: Path) -> RowsBySplit:
     """The rows of a file or folder, by split where the folder names splits.
 
-    In a folder, a file whose name begins with train, validation (or val, dev, selection) or test is
-    that split; the others together are rows still to be split.
+    In a folder, a file whose name begins with train, validation (or val, dev, selection) or test is that split. If no
+    file's name does, the rows are not yet split.
 
     Raises:
-        DataError: nothing there, nothing of a known type; when they are asked for: a row that can't be read.
+        DataError: no such file, or none of a known type; while iterating: a row that can't be read.
     """
     found_kind = kind_of(source)
     if found_kind == "missing":
@@ -75,7 +75,7 @@ def read_rows(source: Path) -> RowsBySplit:
     if None in found and len(found) > 1:
         unnamed = next(path.name for path in files if _split_of(path.stem) is None)
         raise DataError(
-            f"{source}: {unnamed} belongs to no split beside files that do; name every file train*, validation* or test*, or none"
+            f"{source}: {unnamed} belongs to no split but other files do; name every file train*, validation* or test*, or none"
         )
     return found
 
@@ -84,7 +84,7 @@ def rows_from_memory(source: Any) -> RowsBySplit:
     """Rows of an in-memory `datasets` object, or of an iterable of mappings, or of a mapping of splits.
 
     Raises:
-        DataError: a split with an unknown name; when they are asked for: a row that is not a mapping.
+        DataError: a split with an unknown name; while iterating: a row that is not a mapping.
     """
     if not isinstance(source, Mapping):
         return {None: _memory_rows(source, "row")}
@@ -109,7 +109,7 @@ def _file_rows(path: Path) -> Iterator[Row]:
     if suffix not in FILE_TYPES:
         raise DataError(f"{path}: files of type {suffix or '(no ending)'!r} are not read; give {_types_allowed()}")
     if path.stat().st_size == 0:
-        raise DataError(f"{path}: the file is empty; give one row of text or more")
+        raise DataError(f"{path}: the file is empty; give at least one row of text")
     try:
         if suffix == ".parquet":
             yield from _parquet_rows(path)
@@ -184,26 +184,26 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
 
     try:
         file = pyarrow.parquet.ParquetFile(path)
-        _require_grown_within_reason(path, file.metadata)
+        _require_plausible_size(path, file.metadata)
         number = 0
         for batch in file.iter_batches():
             for fields in batch.to_pylist():
                 number += 1
                 yield Row(fields, f"{path}: row {number}")
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
-        # what pyarrow raises for damage; ValueError and OverflowError for dates and texts that Python can't have
-        raise DataError(f"{path}: not a readable Parquet file ({error})") from None
+        # ValueError and OverflowError: dates and texts that Python can't represent
+        raise DataError(f"{path}: not a readable Parquet file ({error}); write it again") from None
 
 
-def _require_grown_within_reason(path: Path, metadata: Any) -> None:
-    """Refuse, unread, a small file that says it holds a very large table."""
+def _require_plausible_size(path: Path, metadata: Any) -> None:
+    """Reject a small file that expands to a very large table, before reading it."""
     size = path.stat().st_size
     groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
     grown = sum(max(0, group.total_byte_size) for group in groups)
     if metadata.num_rows > max(ALWAYS_ALLOWED_ROWS, MAX_ROWS_PER_BYTE * size):
-        raise DataError(f"{path}: {metadata.num_rows:,} rows in {size:,} bytes are no data; write the file again")
+        raise DataError(f"{path}: {metadata.num_rows:,} rows in {size:,} bytes are implausible; write the file again")
     if grown > max(ALWAYS_ALLOWED_BYTES, MAX_GROWTH * size):
-        raise DataError(f"{path}: {size:,} bytes that grow to {grown:,} are no data; write the file again")
+        raise DataError(f"{path}: {size:,} bytes that expand to {grown:,} are implausible; write the file again")
 
 
 def _is_saved_dataset(folder: Path) -> bool:
@@ -211,7 +211,7 @@ def _is_saved_dataset(folder: Path) -> bool:
 
 
 def _saved_dataset_rows(folder: Path) -> RowsBySplit:
-    """Rows as they lie in the Arrow tables: no image or sound is opened, from a file or an address that a row names."""
+    """Rows of the Arrow tables without decoding: no file or address that a row names is opened."""
     import datasets
 
     with _reading_saved(folder):
@@ -230,7 +230,7 @@ def _plain_rows(dataset: Any, folder: Path) -> Iterator[dict[str, Any]]:
 
 @contextmanager
 def _reading_saved(folder: Path) -> Iterator[None]:
-    """What damage raises, in one line."""
+    """Report what `datasets` raises on damaged files as a `DataError`."""
     import pyarrow
 
     try:
@@ -238,11 +238,13 @@ def _reading_saved(folder: Path) -> Iterator[None]:
     except DataError:
         raise
     except (OSError, ValueError, TypeError, LookupError, AttributeError, pyarrow.ArrowException) as error:
-        raise DataError(f"{folder}: not a folder that datasets.save_to_disk wrote ({error})") from None
+        raise DataError(
+            f"{folder}: not a folder that datasets.save_to_disk wrote ({error}); save the dataset again"
+        ) from None
 
 
 def _require_own_files(folder: Path) -> None:
-    """Refuse a saved dataset whose splits or tables lie outside its folder."""
+    """Reject a saved dataset with splits or tables outside its folder."""
     splits = folder / "dataset_dict.json"
     names = read_json_object(splits)["splits"] if splits.exists() else []
     states = [folder / name / "state.json" for name in names] if names else [folder / "state.json"]

@@ -1,4 +1,4 @@
-"""The run folder: where everything of a selection is, and the lock that keeps it to one process."""
+"""The run folder: the paths of a selection's files, and the lock that admits one process."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class RunFolder:
         self.figures = path / "figures"
         self.adapter = path / "adapter"
         self.cache = path / "cache"
-        self.store: Store | None = None  # where workers that do not see this folder put what they leave
+        self.store: Store | None = None  # for workers that do not see this folder
 
     def checkpoint(self, trial_id: str) -> Path:
         return self.path / "checkpoints" / f"{self._name(trial_id)}.safetensors"
@@ -45,7 +45,7 @@ class RunFolder:
         return self.path / "trials" / self._name(trial_id)
 
     def finished_adapter(self, trial_id: str) -> Path:
-        """The adapter that a trial left, brought in from the store where it is not here.
+        """The folder of a trial's adapter, downloaded from the store if it is not here.
 
         Raises:
             RunError: the store does not answer, or the adapter is in neither place.
@@ -56,26 +56,24 @@ class RunFolder:
         ):
             return adapter
         where = f"nor in the store {self.store.address}" if self.store is not None else "and no store was given"
-        raise RunError(
-            f"{adapter}: the trial's adapter is not there, {where}; give the store that the run was begun with"
-        )
+        raise RunError(f"{adapter}: the trial's adapter is missing, {where}; give the store that the run started with")
 
     def _name(self, trial_id: str) -> str:
-        """The identity as a file's name; one that a journal of somebody else's may hold must not lead elsewhere."""
+        """The trial id as a file name; an id from an untrusted journal must not lead out of the folder."""
         if not re.fullmatch(r"[\w-]{1,64}", trial_id, re.ASCII):
             raise RunFolderError(f"{self.journal.path}: trial id {trial_id!r} is not allowed: letters, digits, _ and -")
         return trial_id
 
     def answers(self, trial_id: str) -> Path:
-        """What the model wrote for the held-out items, one JSON object a line."""
+        """The model's answers to the held-out examples, one JSON object per line."""
         return self.path / "answers" / f"{trial_id}.jsonl"
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Make the folder and hold its lock; what a killed process left half written is swept away.
+        """Create the folder, hold its lock, and remove what a killed process left half written.
 
         Raises:
-            RunFolderError: not writable, a file in its place, foreign content, or another process at work in it.
+            RunFolderError: not writable, not a run folder, links out of it, or locked by another process.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -83,7 +81,7 @@ class RunFolder:
             lock.acquire()
         except Timeout:
             raise RunFolderError(
-                f"{self.path}: another process is at work in this folder; wait for it, or give another --out"
+                f"{self.path}: another process is using this folder; wait for it, or give another --out"
             ) from None
         except OSError as error:
             raise RunFolderError(
@@ -98,7 +96,7 @@ class RunFolder:
             lock.release()
 
     def is_locked(self) -> bool:
-        """Whether a process is at work in the folder."""
+        """Whether a process holds the lock."""
         if not (self.path / ".lock").exists():
             return False
         lock = FileLock(self.path / ".lock", timeout=0)
@@ -108,7 +106,7 @@ class RunFolder:
         except Timeout:
             return True
         except OSError:
-            return False  # a folder that can't be written to: nobody works in it
+            return False  # a read-only folder: no process uses it
 
     def _require_run_folder(self) -> None:
         known = {".lock", "base_model", "progress.json"}
@@ -118,10 +116,10 @@ class RunFolder:
             )
 
     def reject_external_symlinks(self) -> None:
-        """Refuse links that lead out of the folder: what they point at would be written over, exported or pushed.
+        """Reject symbolic links out of the folder: their targets would be overwritten, exported or pushed.
 
         Raises:
-            RunFolderError: there is one; the folder itself may be a link.
+            RunFolderError: there is one. The folder itself may be a link.
         """
         inside = self.path.resolve()
         for folder, folders, files in os.walk(inside):
@@ -129,7 +127,7 @@ class RunFolder:
                 entry = Path(folder, name)
                 if entry.is_symlink() and not entry.resolve().is_relative_to(inside):
                     raise RunFolderError(
-                        f"{entry}: a link out of the run folder; put what it points at in its place, or remove it"
+                        f"{entry}: a link out of the run folder; replace it by a copy of its target, or remove it"
                     )
 
     def write_config(self, values: dict[str, Any]) -> None:
@@ -139,7 +137,7 @@ class RunFolder:
         write_text(self.decision, json.dumps(document, indent=2, allow_nan=False) + "\n")
 
     def drop_working_files(self) -> None:
-        """Remove what only a running selection needs."""
+        """Remove the files that only a running selection needs."""
         shutil.rmtree(self.cache, ignore_errors=True)
         shutil.rmtree(self.path / "checkpoints", ignore_errors=True)
         if self.store is not None:

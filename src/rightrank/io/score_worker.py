@@ -1,7 +1,7 @@
-"""The process in which a Python function or a metric of `evaluate` scores: `python -m rightrank.io.score_worker TASK`.
+"""Runs a Python function or a metric of `evaluate` in its own process: `python -m rightrank.io.score_worker TASK`.
 
-TASK is a JSON object: kind, target, key, answers (a JSONL file; null only to find out whether all is there), out. What
-comes of it goes to the file `out`: `{"scores": …}` or `{"error": …}`.
+TASK is a JSON object with kind, target, key, answers (a JSONL file; null to check only that the target exists) and
+out. The result is written to the file `out`: `{"scores": …}` or `{"error": …}`.
 """
 
 from __future__ import annotations
@@ -16,29 +16,29 @@ from pathlib import Path
 from typing import Any
 
 NO_EXTRA = "it needs an extra: pip install 'rightrank[evaluate]'"
-MEAN_TOLERANCE = 1e-9  # between a metric of all items and the mean over them alone
+MEAN_TOLERANCE = 1e-9  # relative, between a metric of all examples and the mean over single ones
 
 
 class ScorerError(Exception):
-    """The message is the reason."""
+    """Scoring failed; the message states why."""
 
 
 def main(task: Mapping[str, Any]) -> None:
-    """Score, and write what came of it."""
+    """Score, and write the result."""
     try:
-        told: dict[str, object] = {"scores": scores(task)}
+        result: dict[str, object] = {"scores": scores(task)}
     except ScorerError as error:
-        told = {"error": str(error)}
-    except Exception as error:  # noqa: BLE001 - somebody else's code: what it raises is the answer
-        told = {"error": f"{task['target']} raised {type(error).__name__}: {' '.join(str(error).split())[:300]}"}
-    Path(task["out"]).write_text(json.dumps(told), encoding="utf-8")
+        result = {"error": str(error)}
+    except Exception as error:  # noqa: BLE001 - user code: its error is the result
+        result = {"error": f"{task['target']} raised {type(error).__name__}: {' '.join(str(error).split())[:300]}"}
+    Path(task["out"]).write_text(json.dumps(result), encoding="utf-8")
 
 
 def scores(task: Mapping[str, Any]) -> object:
-    """A number, a list of one an item, or None where there is nothing to score.
+    """A number, a list with one number per example, or None without answers.
 
     Raises:
-        ScorerError: no such function or metric, or no number from it.
+        ScorerError: no such function or metric, or it returned no number.
     """
     answers = None
     if task["answers"] is not None:
@@ -58,7 +58,7 @@ def scores(task: Mapping[str, Any]) -> object:
 
 
 def find_function(target: str) -> Callable[..., object]:
-    """`module:name`, or `file.py:name`.
+    """Import the function `module:name` or `file.py:name`.
 
     Raises:
         ScorerError: no such module, file or function.
@@ -85,19 +85,19 @@ def find_function(target: str) -> Callable[..., object]:
 
 
 def _accepted(function: Callable[..., object], given: dict[str, list[str]]) -> dict[str, list[str]]:
-    """The arguments that the function names; all of them where it takes any."""
+    """The arguments that the function accepts."""
     parameters = inspect.signature(function).parameters.values()
     if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters):
         return given
     names = {parameter.name for parameter in parameters}
     missing = [p.name for p in parameters if p.name not in given and p.default is inspect.Parameter.empty]
     if missing:
-        raise ScorerError(f"the function wants {', '.join(missing)}; it is given {', '.join(given)}")
+        raise ScorerError(f"the function requires {', '.join(missing)}; it can take {', '.join(given)}")
     return {name: value for name, value in given.items() if name in names}
 
 
 def plain(value: Any) -> object:
-    """Numbers of numpy, torch or Python as JSON has them."""
+    """Convert numbers of numpy, torch or Python to JSON values."""
     if hasattr(value, "tolist"):
         value = value.tolist()
     if isinstance(value, list | tuple):
@@ -105,12 +105,12 @@ def plain(value: Any) -> object:
     if isinstance(value, bool | int | float):
         return float(value)
     raise ScorerError(
-        f"it gave {type(value).__name__} {str(value)[:60]!r}; a number, or a list of one an item, is expected"
+        f"it returned {type(value).__name__} {str(value)[:60]!r}; return a number, or a list with one per example"
     )
 
 
 def _evaluate(target: str, key: str | None, answers: list[dict[str, str]] | None) -> object:
-    """The metric on all items; its items too, where it is the mean over them."""
+    """The metric on all examples; as a list with one score per example if the metric is their mean."""
     try:
         import evaluate
     except ImportError:
@@ -126,14 +126,14 @@ def _evaluate(target: str, key: str | None, answers: list[dict[str, str]] | None
             _one(metric.compute(predictions=[ours], references=[theirs]), key)
             for ours, theirs in zip(predictions, references, strict=True)
         ]
-    except Exception:  # noqa: BLE001 - somebody else's code, which may have no answer for one item alone
+    except Exception:  # noqa: BLE001 - third-party code that may not support a single example
         return whole
     is_mean = abs(sum(alone) / len(alone) - whole) <= MEAN_TOLERANCE * max(1.0, abs(whole))
     return alone if is_mean else whole
 
 
 def _converted(metric: Any, side: str, texts: list[str], answers: list[dict[str, str]]) -> list[Any]:
-    """Texts as the metric's column wants them: as they are, as numbers, or (whole numbers) as the classes' order."""
+    """Texts in the type of the metric's column: unchanged, as floats, or as class indices for integers."""
     features = metric.features[0] if isinstance(metric.features, list) else metric.features
     kind = str(getattr(features[side], "dtype", "string"))
     if kind.startswith("float"):

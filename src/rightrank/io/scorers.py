@@ -1,7 +1,7 @@
-"""Scores that somebody else's code computes: a Python function, a metric of `evaluate`, a program.
+"""Scores from external code: a Python function, a metric of `evaluate`, or a program.
 
-All run in a process of their own, with a time limit, and read the answers from a JSONL file: what was trained is safe
-from them. No text of the data reaches a command line, and no shell is between.
+Each runs in its own process with a time limit and reads the answers from a JSONL file, so that it can't affect the
+training. Texts of the data never reach a command line, and no shell is used.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from rightrank.io.files import replacing
 from rightrank.settings import MetricSpec
 
 WORKER = "rightrank.io.score_worker"
-LOOK_SECONDS = 0.05  # between looks at a process that runs
-MAX_OUTPUT_BYTES = 16 * 2**20  # bytes; scores of a million items
-PLACE = "{file}"  # in a command: where the path of the answers goes; at the end where it is missing
+POLL_SECONDS = 0.05
+MAX_OUTPUT_BYTES = 16 * 2**20  # about a million scores
+PLACEHOLDER = "{file}"  # of the answers' path in a command; without it the path is appended
 
 
 @dataclass(frozen=True, slots=True)
 class ModelAnswer:
-    """What the model wrote for one held-out item; of a classification, the class it named."""
+    """The model's answer to one held-out example; for classification, the predicted class."""
 
     item_id: str
     prompt: str
@@ -43,7 +43,7 @@ class ModelAnswer:
 
 @dataclass(frozen=True, slots=True)
 class Scored:
-    """A metric's number and, where it is their mean, the scores of the items."""
+    """A metric's value, and the examples' scores if the value is their mean."""
 
     value: float
     items: list[float] | None
@@ -55,33 +55,33 @@ class Scored:
 
 @dataclass(frozen=True, slots=True)
 class ScorerLimits:
-    """What a scorer may."""
+    """Limits of a scorer."""
 
     timeout_seconds: float
     trust_remote_code: bool = False
 
 
 def write_answers(answers: Iterable[ModelAnswer], path: Path) -> None:
-    """One JSON object a line: item_id, prompt, completion, expected."""
+    """Write one JSON object per line: item_id, prompt, completion, expected."""
     with replacing(path) as temporary:
         lines = (json.dumps(asdict(answer), ensure_ascii=False) + "\n" for answer in answers)
         temporary.write_text("".join(lines), encoding="utf-8")
 
 
 def require_scorer(spec: MetricSpec, limits: ScorerLimits) -> None:
-    """Find out before anything is trained whether there is such a function, metric or program.
+    """Check before training that the function, metric or program exists.
 
     Raises:
-        SettingsError: there is none, or it would run code from the hub that nobody asked for.
+        SettingsError: it does not exist, or it would run code from the hub without `trust_remote_code`.
     """
     if spec.kind == "command":
-        program = _words(spec)[0]
+        program = _command(spec)[0]
         if shutil.which(program) is None:
-            raise SettingsError(f"metric {spec.name!r}: no program {program!r} that can be run; give its path")
+            raise SettingsError(f"metric {spec.name!r}: no program {program!r} on the PATH; give its path")
     elif spec.kind in ("function", "evaluate"):
         if spec.kind == "evaluate" and not Path(spec.target).exists() and not limits.trust_remote_code:
             raise SettingsError(
-                f"metric {spec.name!r}: {spec.target!r} is no local file or folder, and one of the hub runs code that comes from "
+                f"metric {spec.name!r}: {spec.target!r} is not a local file or folder, and a metric from the hub runs code from "
                 "there; give a local metric, or trust_remote_code"
             )
         try:
@@ -91,16 +91,16 @@ def require_scorer(spec: MetricSpec, limits: ScorerLimits) -> None:
 
 
 def score(spec: MetricSpec, path: Path, items: int, limits: ScorerLimits) -> Scored:
-    """Score the answers in a file of so many.
+    """Score the `items` answers in a file.
 
     Raises:
-        MetricError: it failed, took too long, or gave something else than scores.
+        MetricError: the scorer failed, took too long, or returned something other than scores.
     """
     if spec.kind == "command":
-        words = _words(spec)
-        placed = [word.replace(PLACE, str(path)) for word in words]
+        words = _command(spec)
+        placed = [word.replace(PLACEHOLDER, str(path)) for word in words]
         printed = _run(spec, placed if placed != words else [*placed, str(path)], path, limits)
-        found: object = _understood(spec, printed, items)
+        found: object = _parse_scores(spec, printed, items)
     else:
         found = _ask_worker(spec, path, limits)
     if isinstance(found, list):
@@ -109,7 +109,7 @@ def score(spec: MetricSpec, path: Path, items: int, limits: ScorerLimits) -> Sco
 
 
 def _ask_worker(spec: MetricSpec, path: Path | None, limits: ScorerLimits) -> object:
-    """What the function or metric gave; without answers, None where it is there."""
+    """The result of the function or metric; None without answers, which only checks that it exists."""
     with tempfile.TemporaryDirectory(prefix="rightrank-") as folder:
         out = Path(folder) / "scores.json"
         task = {
@@ -121,71 +121,73 @@ def _ask_worker(spec: MetricSpec, path: Path | None, limits: ScorerLimits) -> ob
         }
         _run(spec, [sys.executable, "-m", WORKER, json.dumps(task)], path, limits)
         try:
-            told = json.loads(out.read_text(encoding="utf-8"))
+            result = json.loads(out.read_text(encoding="utf-8"))
         except (OSError, json.JSONDecodeError):
-            raise MetricError(f"metric {spec.name!r}: its process ended without an answer") from None
-    if "error" in told:
-        raise MetricError(f"metric {spec.name!r}: {told['error']}")
-    found: object = told["scores"]
+            raise MetricError(f"metric {spec.name!r}: its process ended without a result") from None
+    if "error" in result:
+        raise MetricError(f"metric {spec.name!r}: {result['error']}")
+    found: object = result["scores"]
     return found
 
 
-def _words(spec: MetricSpec) -> list[str]:
+def _command(spec: MetricSpec) -> list[str]:
     try:
-        words = shlex.split(spec.target)
+        command = shlex.split(spec.target)
     except ValueError as error:
         raise SettingsError(f"metric {spec.name!r}: {spec.target!r} can't be read as a command ({error})") from None
-    if not words:
+    if not command:
         raise SettingsError(f"metric {spec.name!r}: an empty command; give NAME=command:PROGRAM")
-    return words
+    return command
 
 
-def _run(spec: MetricSpec, words: Sequence[str], path: Path | None, limits: ScorerLimits) -> str:
-    """What the program printed.
+def _run(spec: MetricSpec, command: Sequence[str], path: Path | None, limits: ScorerLimits) -> str:
+    """Run a program and return what it printed.
 
     Raises:
-        MetricError: it could not be started, ended with another status than 0, took too long or printed too much.
+        MetricError: it could not be started, ended with a status other than 0, took too long or printed too much.
     """
     environment = os.environ | {"RIGHTRANK_ANSWERS": "" if path is None else str(path)}
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         try:
             process = subprocess.Popen(
-                list(words), stdin=subprocess.DEVNULL, stdout=out, stderr=err, env=environment, start_new_session=True
+                list(command), stdin=subprocess.DEVNULL, stdout=out, stderr=err, env=environment, start_new_session=True
             )
         except OSError as error:
-            raise MetricError(f"metric {spec.name!r}: can't run {words[0]!r} ({error.strerror or error})") from None
+            raise MetricError(f"metric {spec.name!r}: can't run {command[0]!r} ({error.strerror or error})") from None
         try:
             _wait(process, spec, limits.timeout_seconds, out.fileno())
         finally:
             if process.poll() is None:
-                _end(process)
+                _kill(process)
         out.seek(0)
         err.seek(0)
         printed = out.read().decode("utf-8", errors="replace")
-        complaints = err.read().decode("utf-8", errors="replace").strip().splitlines()
+        error_lines = err.read().decode("utf-8", errors="replace").strip().splitlines()
     if process.returncode != 0:
-        said = f": {_short(complaints[-1])}" if complaints else ""
-        raise MetricError(f"metric {spec.name!r}: {_short(words[0])} ended with status {process.returncode}{said}")
+        detail = f": {_short(error_lines[-1])}" if error_lines else ""
+        raise MetricError(f"metric {spec.name!r}: {_short(command[0])} ended with status {process.returncode}{detail}")
     return printed
 
 
 def _wait(process: subprocess.Popen[bytes], spec: MetricSpec, seconds: float, output: int) -> None:
     end = time.monotonic() + seconds
     while True:
-        has_ended = process.poll() is not None  # asked first: a quick one prints much and ends between two looks
+        has_ended = (
+            process.poll() is not None
+        )  # checked first: a fast process may print much and end between two checks
         if os.fstat(output).st_size > MAX_OUTPUT_BYTES:
-            raise MetricError(f"metric {spec.name!r}: it printed more than {MAX_OUTPUT_BYTES >> 20} MiB and was ended")
+            raise MetricError(f"metric {spec.name!r}: it printed more than {MAX_OUTPUT_BYTES >> 20} MiB and was killed")
         if has_ended:
             return
         if time.monotonic() > end:
             raise MetricError(
-                f"metric {spec.name!r}: it took longer than {seconds:g} s and was ended; give metric_timeout_seconds if it needs more"
+                f"metric {spec.name!r}: it took longer than {seconds:g} s and was killed; give metric_timeout_seconds if it needs more"
             )
-        time.sleep(LOOK_SECONDS)
+        time.sleep(POLL_SECONDS)
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """The program and all that it started."""
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    """Kill the program and its child processes."""
     try:
         os.killpg(process.pid, signal.SIGKILL)
     except (ProcessLookupError, PermissionError):
@@ -193,15 +195,15 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
-def _understood(spec: MetricSpec, printed: str, items: int) -> object:
-    """One number, as many numbers as items, or JSON of either (alone or under `score` or `scores`)."""
+def _parse_scores(spec: MetricSpec, printed: str, items: int) -> object:
+    """One number, one number per example, or JSON of either (bare, or under `score` or `scores`)."""
     try:
         value = json.loads(printed)
     except (json.JSONDecodeError, RecursionError):
         value = [_number(word) for word in re.split(r"[\s,]+", printed.strip())]
         if not value or None in value or len(value) not in (1, items):
             raise MetricError(
-                f"metric {spec.name!r}: it printed {_short(printed)!r}; one number, or {items} (one an item), are expected"
+                f"metric {spec.name!r}: it printed {_short(printed)!r}; one number, or {items} (one per example), are expected"
             ) from None
         return value[0] if len(value) == 1 else value
     if isinstance(value, dict):
@@ -219,11 +221,11 @@ def _number(word: str) -> float | None:
 def _numbers(spec: MetricSpec, values: Sequence[object], items: int) -> list[float]:
     if len(values) != items:
         raise MetricError(
-            f"metric {spec.name!r}: it gave {len(values)} scores for {items} items; one an item is expected"
+            f"metric {spec.name!r}: it returned {len(values)} scores for {items} examples; one per example is expected"
         )
     for value in values:
         if not isinstance(value, int | float) or not math.isfinite(value):
-            raise MetricError(f"metric {spec.name!r}: it gave {_short(repr(value))}; finite numbers are expected")
+            raise MetricError(f"metric {spec.name!r}: it returned {_short(repr(value))}; finite numbers are expected")
     return [float(value) for value in values if isinstance(value, int | float)]
 
 

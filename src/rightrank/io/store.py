@@ -1,8 +1,8 @@
-"""A folder at an fsspec address (`s3://bucket/runs`, `file:///mnt/share`), for machines that mount no common disk.
+"""A store at an fsspec address (`s3://bucket/runs`, `file:///mnt/share`), for machines that share no disk.
 
-Files have the paths there that they have in a run folder, below the run's fingerprint. Credentials are found as the
-address's own package finds them (environment, configuration files, the machine's role): none are taken in an address,
-so none reach a journal, a report or a log.
+Files have the same paths as in the run folder, below the run's fingerprint. The package behind the address finds the
+credentials (environment, configuration files, machine role). Addresses with credentials are rejected, so that none
+reach a journal, a report or a log.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from rightrank.io.files import replacing
 
 
 def run_store(address: str, fingerprint: str) -> Store:
-    """Where the files of one run are; runs share an address."""
+    """The store of one run; several runs may use one address."""
     return Store(f"{address.rstrip('/')}/{fingerprint}")
 
 
 class Store:
-    """Files and folders by their name below the address; a name is relative, with slashes.
+    """Files and folders below the address. Names are relative, with slashes.
 
     Raises:
         MissingExtraError: the package for this kind of address is not installed.
-        RunError: from every call, where the store does not answer as it should.
+        RunError: from every method, if the store fails.
     """
 
     def __init__(self, address: str) -> None:
@@ -34,24 +34,24 @@ class Store:
 
         self.address = address
         try:
-            with self._told("open"):
-                self._files, self._root = url_to_fs(address, use_listings_cache=False)  # other machines write here too
+            with self._reporting_errors("open"):
+                self._files, self._root = url_to_fs(address, use_listings_cache=False)  # other machines write to it
         except ImportError as error:
             raise MissingExtraError(
                 f"store {address}: {error} (for s3: pip install 'rightrank[store]'), on every machine"
             ) from None
 
     def put(self, path: Path, name: str) -> None:
-        """Copy a file there, or the files of a folder."""
+        """Upload a file, or the files of a folder."""
         files = [(path, name)] if path.is_file() else [(file, f"{name}/{file.name}") for file in path.iterdir()]
-        with self._told(f"write {name} to"):
+        with self._reporting_errors(f"write {name} to"):
             for file, its_name in files:
                 self._files.makedirs(self._at(its_name).rpartition("/")[0], exist_ok=True)
                 self._files.put_file(str(file), self._at(its_name))
 
     def get(self, name: str, path: Path) -> bool:
-        """Copy a file, or the files of a folder, to `path`, each replaced whole; False where there is none."""
-        with self._told(f"read {name} from"):
+        """Download a file, or the files of a folder, to `path`; False if there is none."""
+        with self._reporting_errors(f"read {name} from"):
             if self._files.isfile(self._at(name)):
                 found = {self._at(name): path}
             else:
@@ -62,8 +62,8 @@ class Store:
             return bool(found)
 
     def remove(self, name: str) -> None:
-        """Remove a file or a folder, if it is there."""
-        with self._told(f"remove {name} from"):
+        """Remove a file or a folder if it exists."""
+        with self._reporting_errors(f"remove {name} from"):
             if self._files.exists(self._at(name)):
                 self._files.rm(self._at(name), recursive=True)
 
@@ -71,19 +71,17 @@ class Store:
         return f"{self._root.rstrip('/')}/{name}"
 
     @contextmanager
-    def _told(self, what: str) -> Iterator[None]:
-        """What a file system of somebody else's raises, in one line."""
+    def _reporting_errors(self, what: str) -> Iterator[None]:
+        """Report an error of the file system as a `RunError` of one line."""
         try:
             yield
-        except _faults() as error:
+        except _store_errors() as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise RunError(f"can't {what} the store {self.address}: {reason}") from error
 
 
-def _faults() -> tuple[type[Exception], ...]:
-    """What stores raise: OSError by fsspec's own rule, ValueError for addresses, and the errors of the S3 client, which
-    says so where it has no credentials or gets no answer; found only where it has been loaded.
-    """
+def _store_errors() -> tuple[type[Exception], ...]:
+    """What stores raise: OSError as fsspec requires, ValueError for addresses, and the errors of the S3 client if loaded."""
     client = sys.modules.get("botocore.exceptions")
     of_client = () if client is None else (client.BotoCoreError, client.ClientError)
     return OSError, ValueError, RuntimeError, *of_client

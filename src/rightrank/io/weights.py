@@ -1,4 +1,4 @@
-"""The weights of a checkpoint folder, tensor by tensor, shard by shard, from safetensors."""
+"""The weights of a model folder in safetensors, read one tensor at a time."""
 
 from __future__ import annotations
 
@@ -17,27 +17,27 @@ INDEX_FILE = "model.safetensors.index.json"
 
 @dataclass(frozen=True, slots=True)
 class WeightFolder:
-    """Names, files and shapes; a tensor is read when asked for, and its file closed again."""
+    """Names, files and shapes of the tensors; a tensor is read on access."""
 
     path: Path
     files: Mapping[str, Path]
     shapes: Mapping[str, tuple[int, ...]]
 
     def tensor(self, name: str) -> torch.Tensor:
-        # The file is opened for each tensor: closing it gives its mapped pages back, so that memory stays at one tensor.
+        # Closing the file releases its mapped pages, so that memory holds one tensor at a time.
         with safe_open(self.files[name], framework="pt") as file:
             tensor: torch.Tensor = file.get_tensor(name)
             return tensor
 
     def weight_of(self, module: str) -> str | None:
-        """The name of a module's weight here; models saved without their head's prefix are found too."""
+        """The name of a module's weight, also if the model was saved without the prefix of its head."""
         parts = module.split(".")
         candidates = (f"{'.'.join(parts[start:])}.weight" for start in range(min(2, len(parts))))
         return next((name for name in candidates if name in self.files), None)
 
 
 def open_weights(path: Path) -> WeightFolder:
-    """The tensors of a model folder, from headers alone.
+    """Read the headers of a model folder's tensors.
 
     Raises:
         ModelError: no such folder, no safetensors, pickled weights, or a shard that is missing or damaged.
@@ -59,10 +59,10 @@ def open_weights(path: Path) -> WeightFolder:
 
 
 def safe_shards(path: Path) -> list[Path]:
-    """The safetensors files of a model folder, those that its index names where it has one.
+    """The safetensors files of a model folder: those in its index if it has one, else all.
 
     Raises:
-        ModelError: no safetensors, an index that can't be read or that names files elsewhere, or a missing shard.
+        ModelError: no safetensors, a damaged index, an index with files outside the folder, or a missing shard.
     """
     index = path / INDEX_FILE
     if index.exists():
@@ -76,13 +76,13 @@ def safe_shards(path: Path) -> list[Path]:
         return found
     if next(path.glob("*.bin"), None) is not None:
         raise ModelError(
-            f"{path}: only pickled weights (*.bin), which are not read; re-save with save_pretrained(safe_serialization=True)"
+            f"{path}: only pickled weights (*.bin), which can run code when read; save the model again with save_pretrained(safe_serialization=True)"
         )
     raise ModelError(f"{path}: no weights (*.safetensors) in the folder; give a folder that save_pretrained wrote")
 
 
 def _shard_names(index: Path) -> list[str]:
-    """The shards that an index names: plain names of safetensors files, never a path to somewhere else."""
+    """The shards in an index, all of which must be safetensors files in the folder."""
     try:
         names = read_json_object(index)["weight_map"].values()
     except (UnreadableError, KeyError, AttributeError):

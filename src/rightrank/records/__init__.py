@@ -1,8 +1,8 @@
-"""The records that every part of `rightrank` speaks in: frozen, typed, one JSON object each.
+"""The records that the parts of `rightrank` exchange: frozen, typed, one JSON object each.
 
-An `Arm` is what a strategy asks for. A `Trial` is an arm with the identity that the run gives it. Trials end in exactly
-one of `TrialFinished`, `TrialDiverged` or `TrialFailed`. A `Decision` is what `decide` makes of finished trials. Those of
-`plan` and of the probe are in `records.plan` and `records.probe`.
+An `Arm` is a training that a strategy requests. A `Trial` is one run of an arm, with the identity that the run gives it.
+A trial ends in exactly one of `TrialFinished`, `TrialDiverged` or `TrialFailed`. `decide` makes a `Decision` of finished
+trials. The records of `plan` and of the probe are in `records.plan` and `records.probe`.
 """
 
 from rightrank.records.adapter import AdapterAnswer, AdapterCandidate, AdapterOrigin, HandedOver

@@ -1,7 +1,7 @@
-"""What a plan answers.
+"""The records of `plan`.
 
-Every number carries where it comes from: `exact` (counted), `traced` (the real step followed allocation by
-allocation), `formula` (a per-module rule, where the step can't be traced), `measured` (on this device), or `assumed`.
+Every number has a source: `exact` (counted), `traced` (every allocation of a real step), `formula` (a rule per module,
+if the step can't be traced), `measured` (on this device), or `assumed`.
 """
 
 from __future__ import annotations
@@ -17,27 +17,27 @@ Components: TypeAlias = dict[str, int]
 
 
 class RankPlan(Record):
-    """What one rank takes."""
+    """The memory and compute of one rank."""
 
     rank: int
     trainable_parameters: int
     adapter_bytes: int  # of adapter_model.safetensors
-    peak_bytes: int  # allocated, at the step's highest point
+    peak_bytes: int  # allocated, at the peak of the step
     peak_reserved_bytes: int  # with the CUDA allocator's segments; on the CPU the same as peak_bytes
     total_bytes: int  # reserved, with the CUDA context: what nvidia-smi shows
-    needed_bytes: int  # total_bytes and the headroom: what is compared with the memory there is
+    needed_bytes: int  # total_bytes and the headroom; compared with the available memory
     components: Components  # they add up to peak_bytes
     peak_at: str  # where in the step the peak is
-    fits: bool | None  # None where no memory was given or found
+    fits: bool | None  # None: the available memory is unknown
     flops_per_step: int
     seconds_per_step: float | None = None
-    error_share: float  # how far the peak may be off, as a share of it
-    peak_low_bytes: int  # the peak with that error, either way
+    error_share: float  # relative error of the peak
+    peak_low_bytes: int  # the peak minus and plus that error
     peak_high_bytes: int
 
 
 class AxisPrice(Record):
-    """What a change of one axis costs, at the largest rank that was asked."""
+    """The cost of changing one setting, at the largest requested rank."""
 
     axis: str  # such as "batch_size 4 → 8"
     peak_reserved_bytes: int
@@ -46,17 +46,17 @@ class AxisPrice(Record):
 
 
 class Change(Record):
-    """A change that saves memory, and what the plan is with it and all the changes before it."""
+    """A change that saves memory, and the plan with this change and all before it."""
 
     setting: str
     value: str
     peak_reserved_bytes: int
     fits: bool
-    price: str  # what it costs beside
+    price: str  # what the change costs
 
 
 class RangeLimit(Record):
-    """One reason for an end of the range of ranks."""
+    """One limit of the range of ranks."""
 
     name: Literal["capacity", "matrices", "memory"]
     rank: int | None  # None: no limit known
@@ -64,16 +64,16 @@ class RangeLimit(Record):
 
 
 class Extent(Record):
-    """So much of trainings, and what they take; evaluations and the frozen prefix are in it."""
+    """An amount of training and its cost, including evaluations and the frozen prefix."""
 
-    trainings: float  # whole ones; one stopped early counts for its part
+    trainings: float  # complete ones; early stopping counts in proportion
     flops: float
-    seconds: float | None  # None: nothing was measured on this device
-    price: float | None  # None: no price an hour was given
+    seconds: float | None  # None: not measured on this device
+    price: float | None  # None: no hourly price was given
 
 
 class RankTraining(Record):
-    """One whole training of one rank, with the evaluations on its way."""
+    """One complete training of one rank, including its evaluations."""
 
     rank: int
     flops: float
@@ -82,26 +82,26 @@ class RankTraining(Record):
 
 
 class SelectionCost(Record):
-    """Time and price of a whole selection, its trainings one after the other."""
+    """Time and price of a selection with one training after the other."""
 
     strategy: str | None  # None: a number of trainings was given
-    steps: int  # of a whole training
+    steps: int  # of a complete training
     ranks: list[RankTraining]
     prefix_flops: float  # frozen blocks below the adapters, computed once
-    evaluation_flops: float  # one pass over the held-out items
+    evaluation_flops: float  # one pass over the held-out examples
     expected: Extent  # at the mean cost of the ranks
-    most: Extent  # at the cost of the dearest rank
+    most: Extent  # at the cost of the most expensive rank
 
 
 class Error(Record):
-    """How far numbers of one source may be off, as a share, and where that is known from."""
+    """The relative error of numbers from one source, and the basis of that estimate."""
 
     share: float
     basis: str
 
 
 class Plan(Record):
-    """The answer: what every rank takes, which is the largest that fits, and why."""
+    """The cost of every rank, and the largest rank that fits."""
 
     model: str
     architecture: str
@@ -109,21 +109,19 @@ class Plan(Record):
     base_bytes: int
     targets: int  # adapted matrices
     ranks: list[RankPlan]
-    max_rank: int | None  # the largest rank asked for that fits; None where none does, or no memory is known
-    largest_possible_rank: int | None = None  # of all ranks, not only of those asked for
+    max_rank: int | None  # the largest requested rank that fits; None: none fits, or the memory is unknown
+    largest_possible_rank: int | None = None  # of all ranks, also those that were not requested
     memory_bytes: int | None = None
     headroom_share: float
     context_bytes: int
     activations: Components  # kept for the backward pass at the largest rank, by kind of module
     prices: list[AxisPrice] = Field(default_factory=list)
-    changes: list[Change] = Field(
-        default_factory=list
-    )  # the shortest list that makes the smallest rank fit, when none does
+    changes: list[Change] = Field(default_factory=list)  # the fewest that make the smallest rank fit, if none fits
     limits: list[RangeLimit] = Field(default_factory=list)
     suggested_ranks: list[int] = Field(default_factory=list)
     selection: SelectionCost | None = None
     sources: dict[str, Source]
     errors: dict[str, Error] = Field(default_factory=dict)  # by source
     notes: list[str] = Field(default_factory=list)
-    seconds: float  # that planning took
+    seconds: float  # spent on planning
     settings: dict[str, Any]

@@ -1,4 +1,4 @@
-"""The records of the probe: what `inspect`, `resize` and `allocate` answer with; one JSON object each."""
+"""The records of `inspect`, `resize` and `allocate`; one JSON object each."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ class ModuleSpectrum(Record):
     name: str
     kind: ModuleKind
     shape: tuple[int, int]  # of ΔW: out × in
-    rank: int  # of the factors; of a matrix its shorter side
+    rank: int  # of the factors; for a matrix, its shorter side
     scaling: float  # s in s·B·A; 1 for a matrix
-    singular_values: list[float]  # of s·B·A, falling; of a large matrix the leading ones
+    singular_values: list[float]  # of s·B·A, descending; for a large matrix, the leading ones
     frobenius_norm: float
     spectral_norm: float
     stable_rank: float
-    effective_rank: float | None  # None where too little of the spectrum is known
-    energy_rank: dict[str, int | None]  # by fraction; None where it lies beyond the known singular values
+    effective_rank: float | None  # None: too little of the spectrum is known
+    energy_rank: dict[str, int | None]  # by fraction; None: beyond the known singular values
     noise_rank: int  # above the optimal hard threshold
     null_rank: int | None  # above random factors of the same shape; None for a matrix
-    base_spectral_norm: float | None = None  # of the base's weight, where it is at hand
+    base_spectral_norm: float | None = None  # of the base's weight, if available
     flags: list[str] = Field(default_factory=list)  # untrained, dead, dora, lora_bias, noise_unclear, partial_spectrum
 
 
@@ -38,20 +38,18 @@ class InspectionSummary(Record):
     kind: Literal["adapter", "checkpoints", "gradient"]
     modules: int
     parameters: int  # of the factors
-    ranks: list[int]  # those that occur
+    ranks: list[int]  # the different ranks
     scaling_rule: str
     base_model: str | None
-    energy_rank: dict[str, int | None]  # the largest of any module: what one common rank would have to be
+    energy_rank: dict[str, int | None]  # the maximum over modules, as one common rank requires
     median_effective_rank: float | None
-    most_concentrated: str | None  # the module that uses least of its rank
+    most_concentrated: str | None  # the module that uses the least of its rank
     least_concentrated: str | None
-    untrained: list[str]  # B = 0: no step was taken
+    untrained: list[str]  # B = 0: never trained
     dead: list[str]  # updates under a thousandth of the median module's
-    modules_to_save: list[str]  # trained whole, beside the factors
-    unchanged: int = 0  # checkpoints: matrices that are equal in both
-    not_matrices: list[str] = Field(
-        default_factory=list
-    )  # checkpoints: changed tensors that have no rank (norms, biases)
+    modules_to_save: list[str]  # fully trained modules
+    unchanged: int = 0  # checkpoints: matrices without a difference
+    not_matrices: list[str] = Field(default_factory=list)  # checkpoints: changed norms and biases, which have no rank
     notes: list[str] = Field(default_factory=list)
     sentence: str
 
@@ -64,7 +62,7 @@ class Inspection(Record):
 
 
 class ModuleResize(Record):
-    """What became of one module."""
+    """The change of one module."""
 
     name: str
     from_rank: int
@@ -83,8 +81,8 @@ class HeldOut(Record):
 class Resized(Record):
     """`resize --json`."""
 
-    rank: int | None  # None where modules differ
-    relative_delta_error: float  # over all modules, ΔW as written against ΔW as it was
+    rank: int | None  # None: modules differ
+    relative_delta_error: float  # over all modules, of the written tensors
     modules: list[ModuleResize]
     out: str
     parameters_before: int
@@ -105,7 +103,7 @@ class ResizedTogether(Record):
 
 
 class AllocationTrial(Record):
-    """One trained pattern at the budget of parameters."""
+    """One trained pattern with the given number of parameters."""
 
     pattern: Literal["uniform", "allocated", "shuffled"]
     seed: int
@@ -115,7 +113,7 @@ class AllocationTrial(Record):
 
 
 class AllocationVerdict(Record):
-    """One paired comparison: positive differences mean that the allocated ranks are worse."""
+    """A paired comparison. Positive differences mean that the allocated ranks are worse."""
 
     against: Literal["uniform", "shuffled"]
     difference: float
@@ -130,9 +128,9 @@ class Allocation(Record):
     proposal: Literal["uniform", "pattern"]
     sentence: str
     by: str
-    rank: int  # of the uniform adapter at the same budget
+    rank: int  # of the uniform adapter with as many parameters
     parameters: int
-    rank_pattern: dict[str, int]  # of every module, for PEFT's LoraConfig; empty where uniform is the answer
+    rank_pattern: dict[str, int]  # by module, for PEFT's LoraConfig; empty if uniform is the answer
     lora_alpha: float  # the same for every module
     verdicts: list[AllocationVerdict]
     trials: list[AllocationTrial]

@@ -1,4 +1,4 @@
-"""What a run folder keeps in its journal, and the events that whoever looks on is told."""
+"""The records of a run's journal, and the events that an observer receives."""
 
 from __future__ import annotations
 
@@ -13,29 +13,29 @@ from rightrank.records.trials import ADAPTERS_PER_PASS, TrialDiverged, TrialFail
 
 
 class SplitSummary(Record):
-    """What a split holds after tokenising."""
+    """Counts of a split after tokenising."""
 
     items: Whole
     tokens: Whole
     label_tokens: Whole
-    truncated: Whole  # items cut to the length limit
-    dropped: Whole  # items left without a label token
+    truncated: Whole  # examples truncated to the length limit
+    dropped: Whole  # examples without a label token
 
 
 class DataSummary(Record):
-    """What was understood of the data."""
+    """How the data was read."""
 
-    form: Literal["text", "prompt_completion", "messages", "classification", "own"]  # own: known to its trainer alone
+    form: Literal["text", "prompt_completion", "messages", "classification", "own"]  # own: read by a custom trainer
     splits: dict[str, SplitSummary]
     splits_given: bool
     duplicates_across_splits: Whole
     classes: list[str] | None = None
-    unreadable: Whole = 0  # rows left out: half characters, which no tokenizer takes
-    control_characters: Whole = 0  # items that hold them; they are kept
+    unreadable: Whole = 0  # rows left out because of lone surrogates, which no tokenizer accepts
+    control_characters: Whole = 0  # examples with control characters; they are kept
 
 
 class RunStarted(Record):
-    """The first line of a journal: all that the trials share."""
+    """The first line of a journal: everything that the trials share."""
 
     type: Literal["run_started"] = "run_started"
     schema_version: Whole = SCHEMA_VERSION
@@ -44,10 +44,10 @@ class RunStarted(Record):
     settings: dict[str, JsonValue]
     environment: dict[str, str]
     data: DataSummary
-    evaluation_items: list[str]  # content hashes, in the order of every item list
+    evaluation_items: list[str]  # content hashes, in the order of all lists of examples
     metric: str
     higher_is_better: bool
-    points_metric: str | None = None  # of the evaluations along a training, where it is not the one that decides
+    points_metric: str | None = None  # of the evaluations during a training, if it is not the deciding metric
     started_at: str
 
     @field_validator("settings")
@@ -59,9 +59,9 @@ class RunStarted(Record):
 
 
 class TestEvaluated(Record):
-    """A finished trial's number on the split that selection never saw."""
+    """A finished trial's value on the test split, which the selection never uses."""
 
-    __test__ = False  # not a test, whatever pytest thinks of the name
+    __test__ = False  # the class is not a pytest test
 
     type: Literal["test_evaluated"] = "test_evaluated"
     schema_version: Whole = SCHEMA_VERSION
@@ -71,12 +71,12 @@ class TestEvaluated(Record):
     item_losses: list[float]
     item_tokens: list[Whole]
     item_correct: list[Whole] | None = None
-    metrics: dict[str, float] = Field(default_factory=dict)  # every metric measured there
-    metric: str | None = None  # of `value`, where it is not the decision's: a task has no split of its own
+    metrics: dict[str, float] = Field(default_factory=dict)  # all metrics measured on the test split
+    metric: str | None = None  # of `value`, if it is not the deciding metric: a task has no test split
 
 
 class Sample(Record):
-    """A held-out item and what the model writes for it before and after training."""
+    """A held-out example and the model's answers before and after training."""
 
     type: Literal["sample"] = "sample"
     schema_version: Whole = SCHEMA_VERSION
@@ -89,7 +89,7 @@ class Sample(Record):
 
 
 class Certified(Record):
-    """An arm trained again alone, and how far that is from what it was in its pack. Differences are relative."""
+    """An arm trained again alone, compared with its multi-LoRA training. Differences are relative unless stated."""
 
     type: Literal["certified"] = "certified"
     schema_version: Whole = SCHEMA_VERSION
@@ -98,20 +98,20 @@ class Certified(Record):
     adapters_per_pass: Whole = Field(validation_alias=ADAPTERS_PER_PASS)
     steps: Whole
     first_step_difference: float  # of the training loss
-    loss_difference: float  # of the training loss, the largest over all steps
-    adapter_difference: float  # of the adapter's tensors when it has finished, in norm
-    value_difference: float  # of the held-out value, absolute
-    seed_difference: float | None  # between two seeds of one rank and rate, absolute; None: one seed
+    loss_difference: float  # of the training loss, the maximum over all steps
+    adapter_difference: float  # of the norm of the final adapter's tensors
+    value_difference: float  # of the held-out value; absolute
+    seed_difference: float | None  # between two seeds of one rank and learning rate; absolute; None: one seed
     exact: bool  # the model is in float32
-    passed: bool | None  # None: not in float32 and no second seed to compare with
+    passed: bool | None  # None: not in float32, and no second seed to compare with
 
     def sentence(self) -> str:
-        """For a person."""
-        where = f"in a pack of {self.adapters_per_pass}" if self.adapters_per_pass > 1 else "alone"
+        """The comparison in one paragraph."""
+        where = f"with {self.adapters_per_pass} adapters per pass" if self.adapters_per_pass > 1 else "alone"
         yardstick = "" if self.seed_difference is None else f" (two seeds differ by {self.seed_difference:.2g})"
         verdict = {True: "the same", False: "NOT the same", None: "no second seed to compare with"}[self.passed]
         return (
-            f"Rank {self.rank} was trained {where}, and again alone: {verdict}. Relative differences: "
+            f"Rank {self.rank} was trained {where} and again alone: {verdict}. Relative differences: "
             f"{self.first_step_difference:.1e} in the first step's loss, {self.loss_difference:.1e} at most in "
             f"{self.steps} steps, {self.adapter_difference:.1e} in the adapter; held-out {self.value_difference:.1e}{yardstick}."
         )
@@ -128,7 +128,7 @@ class AdapterRecorded(Record):
 
 
 class DecisionRecorded(Record):
-    """A decision in the journal, with what was handed over."""
+    """A decision, and the trial whose adapter is the result."""
 
     type: Literal["decided"] = "decided"
     schema_version: Whole = SCHEMA_VERSION
@@ -155,17 +155,17 @@ JOURNAL_RECORD: TypeAdapter[JournalRecord] = TypeAdapter(JournalRecord)
 
 
 class StepDone(Record):
-    """Progress of a running trial; shown, never journalled."""
+    """Progress of a running trial; not part of the journal."""
 
     trial_id: str
     step: Whole
     steps: Whole
     loss: float
-    seconds: float  # since the trial began
+    seconds: float  # since the trial started
 
 
 class Preparing(Record):
-    """Progress of the work that comes before the first training: the frozen layers, once for each item."""
+    """Progress of the work before the first training: the outputs of the frozen layers for each example."""
 
     items: Whole
     of_items: Whole

@@ -1,6 +1,6 @@
-"""Arms, trials, and the three ways in which a trial ends.
+"""Arms, trials, and the three outcomes of a trial.
 
-Losses are in nats: per label token for language models, per item for classification.
+Losses are in nats: per label token for language models, per example for classification.
 """
 
 from __future__ import annotations
@@ -19,39 +19,40 @@ ADAPTERS_PER_PASS = AliasChoices("adapters_per_pass", "pack_size")
 class ArmFields(Record):
     """Everything that may differ between the trainings of a selection.
 
-    A training may be stopped part of the way (`stop_at`) and another arm go on from there (`continue_from`). An
-    adapter may be cut to a lower rank (`truncate_from`); `steps` are then the recovery steps after the cut, 0 for none.
-    Both name the trial they come from.
+    A training may be stopped early (`stop_at`), and another arm may resume it (`continue_from`). An adapter may be
+    truncated to a lower rank (`truncate_from`); `steps` are then the recovery steps after the truncation, 0 for none.
     """
 
-    rank: Whole = Field(ge=0)  # 0 is the base model itself, evaluated and never trained
+    rank: Whole = Field(ge=0)  # 0: the base model, which is evaluated and not trained
     learning_rate: float = Field(ge=0)
     lora_alpha: float = Field(gt=0)
-    seed: Whole = Field(ge=0)  # of the batch order, of the first A, and of dropout
-    steps: Whole = Field(ge=0)  # optimizer steps, which the rate's schedule spans
-    stop_at: Whole | None = Field(default=None, gt=0)  # end after this many of the steps, the schedule unchanged
-    continue_from: str | None = None  # trial id: the same arm, stopped early
-    truncate_from: str | None = None  # trial id: a finished training at a rank not below this one
+    seed: Whole = Field(ge=0)  # of the batch order, the initial A, and dropout
+    steps: Whole = Field(ge=0)  # optimizer steps, the length of the learning rate schedule
+    stop_at: Whole | None = Field(default=None, gt=0)  # stop after this many steps; the schedule is unchanged
+    continue_from: str | None = None  # id of a trial of the same arm that was stopped early
+    truncate_from: str | None = None  # id of a finished trial at this rank or a higher one
     anneal_from: Whole | None = None  # from this step the learning rate decays linearly to 0 at `stop_at`
-    init_lora_weights: str | None = None  # None: as the settings say
-    target_modules: tuple[str, ...] | None = None  # None: as the settings say
-    equal_parameters: bool | None = None  # True: at the rank that has as many as `rank` over the settings' modules
+    init_lora_weights: str | None = None  # None: from the settings
+    target_modules: tuple[str, ...] | None = None  # None: from the settings
+    equal_parameters: bool | None = (
+        None  # True: use the rank with as many parameters as `rank` has over the settings' modules
+    )
 
     @property
     def arm(self) -> Arm:
         return Arm(**{name: getattr(self, name) for name in ArmFields.model_fields})
 
     def is_plain(self, lora_alpha: float) -> bool:
-        """At the setting that all ranks share, whose alpha is given, and not at a variant's of a sweep."""
+        """Whether the arm has the setting that all ranks share, with this alpha, and not a variant's of a sweep."""
         return self.lora_alpha == lora_alpha and self.init_lora_weights is None and self.target_modules is None
 
 
 class Arm(ArmFields):
-    """One training to run."""
+    """One training to run. Trials are runs of an arm."""
 
     @property
     def is_direct(self) -> bool:
-        """A whole training from its own start: what ranks are compared by."""
+        """Whether this is a complete training from the start, as the comparison of ranks requires."""
         return self.stop_at is None and self.truncate_from is None
 
     @property
@@ -60,16 +61,16 @@ class Arm(ArmFields):
         return self.anneal_from is not None
 
     def label(self) -> str:
-        """A short name for a person."""
+        """A short name, such as `r=8 lr=0.0001 seed=0`."""
         if self.rank == 0:
             return "base"
         name = f"r={self.rank} lr={self.learning_rate:g} seed={self.seed}"
         return f"{name} {self.stage()}" if self.stage() else name
 
     def stage(self) -> str:
-        """What sets the arm apart from a whole training; empty for one."""
+        """How the arm differs from a complete training; empty if it does not."""
         if self.truncate_from is not None:
-            return f"cut, {self.steps} steps of recovery" if self.steps else "cut"
+            return f"truncated, {self.steps} recovery steps" if self.steps else "truncated"
         if self.is_annealed:
             return f"annealed to step {self.stop_at}"
         return "" if self.stop_at is None else f"to step {self.stop_at}"
@@ -83,20 +84,20 @@ class Trial(Record):
 
 
 def trial_id(context_fingerprint: str, arm: Arm) -> str:
-    """The identity of a trial: 12 hex digits of a hash of all that defines it, never a position.
+    """The identity of a trial: 12 hex digits of a hash of everything that defines it.
 
-    `context_fingerprint` stands for the model, the data and the settings that all arms share.
+    `context_fingerprint` covers the model, the data and the settings that all arms share.
     """
-    arm_fields = arm.model_dump(exclude_none=True)  # a field that says nothing new leaves old identities as they are
+    arm_fields = arm.model_dump(exclude_none=True)  # new fields that are None keep the ids of older trials
     return content_hash({"schema": IDENTITY_VERSION, "context": context_fingerprint, "arm": arm_fields})[:12]
 
 
 class EvalPoint(Record):
-    """The held-out value part of the way through a training."""
+    """The held-out value at a step of a training."""
 
     step: Whole
     value: float
-    train_value: float | None  # mean training loss since the point before, the same batches for every arm
+    train_value: float | None  # mean training loss since the previous point, over the same batches for every arm
 
 
 class TrialStarted(ArmFields):
@@ -106,40 +107,39 @@ class TrialStarted(ArmFields):
 
 
 class TrialFinished(ArmFields):
-    """A trial that ended with a result. Item lists follow the order of the run's evaluation items."""
+    """A trial that ended with a result. Lists per example have the order of the run's `evaluation_items`."""
 
     type: Literal["trial_finished"] = "trial_finished"
     schema_version: Whole = SCHEMA_VERSION
     trial_id: str
-    value: float  # held-out, the decision's metric, on the selection split
-    metrics: dict[str, float]  # every metric measured on the selection split
-    item_losses: list[float]  # summed over the item's label tokens, nats
-    item_tokens: list[Whole]  # label tokens of the item
-    item_correct: list[Whole] | None = None  # classification: 1 where the prediction is right
-    item_scores: list[float] | None = None  # of a trainer of one's own: the metric itself, item by item
-    item_weights: list[float] | None = None  # beside item_scores; None: all alike
-    item_metrics: dict[str, list[float]] = Field(default_factory=dict)  # of written answers and tasks, one an item
-    failed_metrics: dict[str, str] = Field(default_factory=dict)  # name: why there is none
-    value_metric: str | None = (
-        None  # of `value`, where it is not the decision's: a training stopped early has no answers
-    )
+    value: float  # of the deciding metric, on the validation split
+    metrics: dict[str, float]  # all metrics measured on the validation split
+    item_losses: list[float]  # summed over the example's label tokens, nats
+    item_tokens: list[Whole]  # label tokens of the example
+    item_correct: list[Whole] | None = None  # classification: 1 if the prediction is right
+    item_scores: list[float] | None = None  # custom trainers: the metric of each example
+    item_weights: list[float] | None = None  # of item_scores; None: equal weights
+    item_metrics: dict[str, list[float]] = Field(
+        default_factory=dict
+    )  # by metric of written answers or task: one value per example
+    failed_metrics: dict[str, str] = Field(default_factory=dict)  # metric → why it has no value
+    value_metric: str | None = None  # of `value`, if not the deciding metric: early stopping measures no answers
     averaged_loss: float | None = (
         None  # held-out, of the mean of A and of B over the second half of the steps; early looks
     )
-    train_value: float | None  # mean training loss of the last stretch before the end
+    train_value: float | None  # mean training loss since the last point
     points: list[EvalPoint]
     trainable_parameters: Whole
     train_seconds: float
-    train_tokens: Whole  # labelled and unlabelled, no padding
+    train_tokens: Whole  # with and without labels, without padding
     eval_seconds: float
-    answer_seconds: float = 0.0  # of them: what the model's answers at the end took, with their scoring
-    peak_bytes: Whole  # allocated on the device; on the CPU, the growth of the process's resident memory
-    predicted_peak_bytes: Whole | None = None  # allocated by tensors, as planned before the start; None: not planned
-    adapters_per_pass: Whole = Field(
-        default=1, validation_alias=ADAPTERS_PER_PASS
-    )  # arms that shared the passes, and the peak; the seconds are this arm's even share
-    pass_ranks: list[Whole] = Field(default_factory=list)  # of the adapters that shared the fullest pass, its own first
-    train_losses: list[float] = Field(default_factory=list)  # nats a label, one for each step
+    answer_seconds: float = 0.0  # of eval_seconds: generating and scoring the model's answers
+    peak_bytes: Whole  # allocated on the device; on the CPU, growth of the resident memory
+    predicted_peak_bytes: Whole | None = None  # of tensors, by the plan; None: not planned
+    # Adapters that share the passes and the peak; seconds are an even share.
+    adapters_per_pass: Whole = Field(default=1, validation_alias=ADAPTERS_PER_PASS)
+    pass_ranks: list[Whole] = Field(default_factory=list)  # of the adapters in the fullest pass, its own first
+    train_losses: list[float] = Field(default_factory=list)  # nats per label, one per step
 
     @model_validator(mode="after")
     def _items_alike(self) -> TrialFinished:
@@ -147,14 +147,14 @@ class TrialFinished(ArmFields):
         if len(self.item_losses) != len(self.item_tokens) or (
             weighed and len(self.item_scores or ()) != len(self.item_weights or ())
         ):
-            raise ValueError("its items have scores and weights of different number")
+            raise ValueError("the numbers of scores and weights of its examples differ")
         return self
 
     def items(self, metric: str) -> tuple[list[float], list[float]] | None:
-        """`(scores summed over the item's weight, weights)` of a metric, in its own direction; None without items."""
+        """`(scores times weights, weights)` of a metric by example, in the metric's direction; None if not measured."""
         if metric == "loss" and self.item_losses:
             return self.item_losses, [float(tokens) for tokens in self.item_tokens]
-        if self.item_scores is not None:  # of the metric that decides, whatever a trainer of one's own calls it
+        if self.item_scores is not None:  # the deciding metric, under any name that a custom trainer gives it
             weights = self.item_weights or [1.0] * len(self.item_scores)
             return [score * weight for score, weight in zip(self.item_scores, weights, strict=True)], weights
         scores = self.item_metrics.get(metric)
@@ -164,7 +164,7 @@ class TrialFinished(ArmFields):
 
 
 class TrialDiverged(ArmFields):
-    """A trial whose loss became NaN or rose above the base's: a missing cell, not evidence against a rank."""
+    """A trial whose loss became NaN or rose above the base's: a missing value, not evidence against a rank."""
 
     type: Literal["trial_diverged"] = "trial_diverged"
     schema_version: Whole = SCHEMA_VERSION
@@ -174,7 +174,7 @@ class TrialDiverged(ArmFields):
 
 
 class TrialFailed(ArmFields):
-    """A trial that could not be run to its end."""
+    """A trial that ended with an error."""
 
     type: Literal["trial_failed"] = "trial_failed"
     schema_version: Whole = SCHEMA_VERSION
@@ -187,29 +187,29 @@ TrialOutcome: TypeAlias = TrialFinished | TrialDiverged | TrialFailed
 
 
 class TrialTask(Record):
-    """What a trainer of one's own is asked for: one training, or the base's evaluation where the rank is 0."""
+    """What a custom trainer receives: one training to run, or for rank 0 the evaluation of the base."""
 
     trial_id: str
     rank: Whole
     learning_rate: float
     lora_alpha: float
     seed: Whole
-    steps: Whole  # 0: as the trainer has it
-    folder: Path  # there, and the trial's own: an adapter saved into it is handed over if the trial is chosen
+    steps: Whole  # 0: the trainer's own number
+    folder: Path  # exists; an adapter saved here is the result if the trial is chosen
 
 
 class TrialResult(Record):
-    """What a trainer of one's own may return in place of a mapping of metrics. A NaN counts as diverged."""
+    """What a custom trainer may return instead of a mapping of metrics. NaN counts as diverged."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=True)
 
-    metrics: dict[str, float]  # held-out; the metric decided by is one of them
-    item_scores: list[float] | None = None  # that metric for each held-out item, the same items in every trial
-    item_weights: list[float] | None = None  # such as the tokens of each item; None: all alike
+    metrics: dict[str, float]  # held-out; includes the deciding metric
+    item_scores: list[float] | None = None  # that metric for each held-out example; the same examples in every trial
+    item_weights: list[float] | None = None  # such as tokens per example; None: equal weights
     train_value: float | None = None  # the metric on training data at the end
-    points: list[EvalPoint] = Field(default_factory=list)  # held-out values on the way
+    points: list[EvalPoint] = Field(default_factory=list)  # held-out values during the training
     trainable_parameters: Whole = 0
     train_tokens: Whole = 0
-    train_seconds: float | None = None  # None: the whole call
+    train_seconds: float | None = None  # None: the duration of the call
     eval_seconds: float = 0.0
     peak_bytes: Whole = 0

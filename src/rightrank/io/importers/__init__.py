@@ -1,4 +1,4 @@
-"""Results as other tools keep them, brought to rows. Each importer says whether a path is one of its own."""
+"""Importers: turn the results of other tools into rows. Each importer recognizes its own kind of path."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from rightrank.errors import ResultsError
 from rightrank.io.importers import mlflow_store, ray_tune, sqlite_store, tensorboard_events, trainer_state
 from rightrank.io.rows import FILE_TYPES, Row
 
-# Each pair: what makes it ours, and how to read it. The first that recognizes the path reads it.
+# (recognizes, rows) of each importer. The first that recognizes a path reads it.
 IMPORTERS = (
     (sqlite_store.recognizes, sqlite_store.rows),
     (mlflow_store.recognizes, mlflow_store.rows),
@@ -22,14 +22,15 @@ def import_rows(source: Path) -> list[Row] | None:
     """Rows of a path that an importer recognizes; None for a plain table.
 
     Raises:
-        ResultsError: an importer's own complaint, or a folder with nothing that is known.
+        MissingExtraError: the importer's library is not installed.
+        ResultsError: the importer can't read the path, or a folder without known results.
     """
     for recognizes, read in IMPORTERS:
         if recognizes(source):
             return read(source)
     if source.is_dir() and not any(path.suffix.lower() in FILE_TYPES for path in source.iterdir()):
         raise ResultsError(
-            f"{source}: the folder holds no results that are known: give a run folder, an mlruns store, Ray Tune results, "
+            f"{source}: the folder holds no known results; give a run folder, an mlruns store, Ray Tune results, "
             "TensorBoard events, trainer_state.json files, or a folder of CSV or JSONL files"
         )
     return None

@@ -1,4 +1,4 @@
-"""Scores of single items as our own trackers keep them: series `items/NAME` whose step is the item's number."""
+"""Scores per example in trackers: `rightrank` logs them as series `items/NAME` whose step is the example's number."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ WEIGHTS = "tokens"
 
 @dataclass(frozen=True, slots=True)
 class ExampleScores:
-    """One item's scores in one training."""
+    """The scores of one example in one training."""
 
     number: str
     weight: Any
-    values: Mapping[str, Any]  # by the names that the whole training's numbers have
+    values: Mapping[str, Any]  # by metric, named as for the whole training
 
     @property
     def place(self) -> dict[str, Any]:
@@ -26,9 +26,9 @@ class ExampleScores:
 
 
 def split_examples(steps: Steps) -> tuple[dict[int, dict[str, Any]], list[ExampleScores]]:
-    """`(numbers by step without the items, the items)`."""
+    """Separate the series of examples: `(other numbers by step, scores by example)`."""
     others: dict[int, dict[str, Any]] = {}
-    items: list[ExampleScores] = []
+    examples: list[ExampleScores] = []
     for step, values in sorted(steps.items()):
         plain = {name: value for name, value in values.items() if not name.startswith(PREFIX)}
         scores = {name.removeprefix(PREFIX): value for name, value in values.items() if name.startswith(PREFIX)}
@@ -36,7 +36,7 @@ def split_examples(steps: Steps) -> tuple[dict[int, dict[str, Any]], list[Exampl
             others[step] = plain
         if scores:
             weight = scores.pop(WEIGHTS, 1.0)
-            items.append(
+            examples.append(
                 ExampleScores(f"{step:06d}", weight, {f"eval/{name}": value for name, value in scores.items()})
             )
-    return others, items
+    return others, examples

@@ -1,4 +1,4 @@
-"""What the files around a result say of its training: adapter_config.json, and the names of its folders."""
+"""The rank, learning rate and seed of a training, from adapter_config.json and the names of its folders."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from rightrank.errors import ResultsError
 from rightrank.io.reading import UnreadableError, read_json_object
 
-# A part of a folder's name that tells: r16, r=16, rank_16, lora-r-16; lr1e-4, lr=0.0003; seed3.
+# Parts of a folder's name such as r16, r=16, rank_16, lora-r-16; lr1e-4, lr=0.0003; seed3.
 _NAMED = {
     "rank": re.compile(r"(?:^|[^a-z])(?:lora[-_=]?)?(?:rank|r)[-_=]?(\d+)(?![\d.])", re.IGNORECASE),
     "lr": re.compile(r"(?:^|[^a-z])(?:lr|learning[-_]?rate)[-_=]?(\d+(?:\.\d+)?(?:e-?\d+)?)", re.IGNORECASE),
@@ -18,25 +18,25 @@ _NAMED = {
 
 
 def settings_from_path(folder: Path, root: Path) -> dict[str, Any]:
-    """`rank`, `lr` and `seed` as far as they are told: the nearest adapter_config.json up to `root`, then names.
+    """`rank`, `lr` and `seed` where known: from the nearest adapter_config.json up to `root`, then from names.
 
     Raises:
         ResultsError: an adapter_config.json that isn't JSON.
     """
-    said: dict[str, Any] = {}
+    settings: dict[str, Any] = {}
     for place in _upward(folder, root):
         for name, pattern in _NAMED.items():
             found = pattern.search(place.name)
-            if found and name not in said:
-                said[name] = found.group(1)
+            if found and name not in settings:
+                settings[name] = found.group(1)
     rank = _adapter_rank(folder, root)
-    return said if rank is None else said | {"rank": rank}
+    return settings if rank is None else settings | {"rank": rank}
 
 
 def _adapter_rank(folder: Path, root: Path) -> int | None:
-    """`r` of the adapter in the folder or in one inside it (a checkpoint), else of the folders above up to `root`.
+    """`r` of the adapter in the folder or in a folder inside it (a checkpoint), else of those above up to `root`.
 
-    Adapters of different ranks in one place tell nothing.
+    None if adapters in one place have different ranks.
     """
     for place in _upward(folder, root):
         paths = [place / "adapter_config.json", *sorted(place.glob("*/adapter_config.json"))]
@@ -47,7 +47,7 @@ def _adapter_rank(folder: Path, root: Path) -> int | None:
 
 
 def _upward(folder: Path, root: Path) -> list[Path]:
-    """The folder and those above it, `root` included."""
+    """The folder and its parents up to and including `root`."""
     places = [folder]
     while places[-1] != root and root in places[-1].parents:
         places.append(places[-1].parent)
@@ -58,7 +58,7 @@ def read_object(path: Path) -> dict[str, Any]:
     """The JSON object in a file.
 
     Raises:
-        ResultsError: not one.
+        ResultsError: not a JSON object.
     """
     try:
         return read_json_object(path)

@@ -1,4 +1,4 @@
-"""Ray Tune's result folders: params.json beside result.json (one JSON object a report) or progress.csv."""
+"""Ray Tune's result folders: params.json beside result.json (one JSON object per report) or progress.csv."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rightrank.io.rows import Row, read_rows
 
 MAX_DEPTH = 3
 MAX_BYTES = 2**28  # of one trial's reports
-# Ray's own, in every report: no results of the training.
+# Fields that Ray adds to every report.
 _HOUSEKEEPING = {"pid", "hostname", "node_ip", "date", "timestamp", "trial_id", "done", "config"}
 
 
@@ -21,17 +21,17 @@ def recognizes(source: Path) -> bool:
 
 
 def rows(source: Path) -> list[Row]:
-    """One row a report: the trial's parameters and what it reported.
+    """One row per report, with the trial's parameters.
 
     Raises:
-        ResultsError: a report that isn't JSON.
+        ResultsError: a report that is not JSON, or no reports.
     """
     found: list[Row] = []
     for trial in _trials(source):
         parameters = read_object(trial / "params.json")
         for report, where in _reports(trial):
-            told = {name: value for name, value in report.items() if name not in _HOUSEKEEPING}
-            found.append(Row({"config": parameters, **told, "trial": trial.name}, where))
+            values = {name: value for name, value in report.items() if name not in _HOUSEKEEPING}
+            found.append(Row({"config": parameters, **values, "trial": trial.name}, where))
     if not found:
         raise ResultsError(f"{source}: the trials reported nothing (empty result.json files)")
     return found
@@ -56,7 +56,7 @@ def _reports(trial: Path) -> list[tuple[dict[str, Any], str]]:
         try:
             report = parse_json(line)
         except UnreadableError:
-            raise ResultsError(f"{path}:{number}: not JSON; remove the line if the trial was cut off") from None
+            raise ResultsError(f"{path}:{number}: not JSON; remove the line if the trial was interrupted") from None
         if isinstance(report, dict):
             found.append((report, f"{path}:{number}"))
     return found

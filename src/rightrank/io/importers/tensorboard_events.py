@@ -1,4 +1,4 @@
-"""TensorBoard event folders, one a training; read by tensorboard itself (extra `tensorboard`)."""
+"""TensorBoard event folders, one per training, read by TensorBoard (extra `tensorboard`)."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ def recognizes(source: Path) -> bool:
 
 
 def rows(source: Path) -> list[Row]:
-    """One row a step at which scalars were written.
+    """One row for each step at which scalars were written.
 
     Raises:
-        MissingExtraError: tensorboard is not installed.
+        MissingExtraError: TensorBoard is not installed.
         ResultsError: no scalars.
     """
     try:
@@ -33,18 +33,18 @@ def rows(source: Path) -> list[Row]:
     for folder in sorted({path.parent for path in source.rglob(PATTERN)}):
         events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
         events.Reload()
-        said = settings_from_path(folder, source)
+        settings = settings_from_path(folder, source)
         steps: dict[int, dict[str, float]] = {}
         for tag in events.Tags()["scalars"]:
             for scalar in events.Scalars(tag):
                 steps.setdefault(scalar.step, {})[tag] = scalar.value
         name = folder.relative_to(source).as_posix()
-        plain, items = split_examples(steps)
+        plain, examples = split_examples(steps)
         for step, scalars in plain.items():
-            found.append(Row({**said, "trial": name, "step": step, **scalars}, f"{folder}: step {step}"))
-        for item in items:
-            fields = {**said, "trial": name, **item.place, **item.values}
-            found.append(Row(fields, f"{folder}: item {item.number}"))
+            found.append(Row({**settings, "trial": name, "step": step, **scalars}, f"{folder}: step {step}"))
+        for example in examples:
+            fields = {**settings, "trial": name, **example.place, **example.values}
+            found.append(Row(fields, f"{folder}: example {example.number}"))
     if not found:
         raise ResultsError(f"{source}: the event files hold no scalars; log the held-out loss, such as eval/loss")
     return found

@@ -1,4 +1,4 @@
-"""Folders that transformers' `Trainer` left: trainer_state.json with an adapter_config.json near."""
+"""Output folders of transformers' `Trainer`: trainer_state.json with an adapter_config.json nearby."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ def recognizes(source: Path) -> bool:
 
 
 def rows(source: Path) -> list[Row]:
-    """One row for each evaluation of each training, the last state of each training only.
+    """One row for each evaluation of each training.
 
     Raises:
-        ResultsError: a state without evaluations, or one that isn't JSON.
+        ResultsError: no evaluations, or a state that is not JSON.
     """
     found: list[Row] = []
     for path in _last_states(_states(source)):
@@ -37,7 +37,7 @@ def _states(source: Path) -> list[Path]:
 
 
 def _last_states(paths: list[Path]) -> list[Path]:
-    """Of the checkpoints of one training, the one furthest on: it holds the others' history."""
+    """The last checkpoint of each training, which holds the whole history."""
     last: dict[Path, tuple[int, Path]] = {}
     for path in paths:
         training = path.parent.parent if path.parent.name.startswith("checkpoint-") else path.parent
@@ -50,10 +50,10 @@ def _last_states(paths: list[Path]) -> list[Path]:
 def _rows_of(path: Path, source: Path) -> list[Row]:
     state = read_object(path)
     history = _history(state)
-    said = settings_from_path(path.parent, source)
+    settings = settings_from_path(path.parent, source)
     rates = [entry["learning_rate"] for entry in history if isinstance(entry.get("learning_rate"), int | float)]
-    if rates and "lr" not in said:
-        said["lr"] = max(rates)  # the peak, as far as it was logged
+    if rates and "lr" not in settings:
+        settings["lr"] = max(rates)  # the highest that was logged
     losses = {entry["step"]: entry["loss"] for entry in history if "loss" in entry}
     training = path.parent.parent if path.parent.name.startswith("checkpoint-") else path.parent
     found: list[Row] = []
@@ -62,13 +62,13 @@ def _rows_of(path: Path, source: Path) -> list[Row]:
         if held_out:
             before = [loss for step, loss in losses.items() if step <= entry["step"]]
             trained = {"train_loss": before[-1]} if before else {}
-            fields = {**said, **trained, "trial": training.name, "step": entry["step"], **held_out}
+            fields = {**settings, **trained, "trial": training.name, "step": entry["step"], **held_out}
             found.append(Row(fields, f"{path}: step {entry['step']}"))
     return found
 
 
 def _history(state: dict[str, Any]) -> list[dict[str, Any]]:
-    """The entries of the log that say their step."""
+    """The entries of the log that have a step."""
     log = state.get("log_history")
     entries = [entry for entry in log if isinstance(entry, dict)] if isinstance(log, list) else []
     return [entry for entry in entries if isinstance(entry.get("step"), int)]
