@@ -32,7 +32,7 @@ SETTINGS: list[tuple[list[str], str]] = [
     (["--margin", "0"], r"margin: got 0\.0; input should be greater than 0"),
     (["--max-steps", "0"], r"max_steps: got 0"),
     (["--batch-size", "0"], r"batch_size: got 0"),
-    (["--batch-size", "100000"], r"items for the train split, at least 100000 needed"),
+    (["--batch-size", "100000"], r"examples for the train split, at least 100000 needed"),
     (["--lora-alpha", "-1"], r"lora_alpha: got -1\.0"),
     (["--dtype", "int3"], r"dtype: got 'int3'; input should be 'float32', 'bfloat16' or 'float16'"),
     (["--device", "tpu9"], r"device 'tpu9' is not known"),
