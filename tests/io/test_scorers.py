@@ -36,7 +36,7 @@ def test_texts_and_paths_reach_no_shell(path: Path) -> None:
     code = "import json,sys; print(json.dumps([len(json.loads(l)['completion']) for l in open(sys.argv[1], newline='\\n')]))"
     lengths = [float(len(text)) for text in NASTY]
     for more in ("{file}", ""):
-        assert score(parse_metric(program(code, more)), path, COUNT, LIMITS) == Scored.of_items(lengths)
+        assert score(parse_metric(program(code, more)), path, COUNT, LIMITS) == Scored.of_examples(lengths)
     by_shell = "x=command:sh -c 'wc -l < \"$RIGHTRANK_ANSWERS\"'"
     assert score(parse_metric(by_shell), path, COUNT, LIMITS) == Scored(float(COUNT), None)
     assert not (path.parent.parent / "owned").exists()
@@ -47,8 +47,8 @@ def test_texts_and_paths_reach_no_shell(path: Path) -> None:
     [
         ("0.25", Scored(0.25, None)),
         ('{"score": 0.5}', Scored(0.5, None)),
-        (json.dumps({"scores": [1, 0] * 4}), Scored.of_items([1.0, 0.0] * 4)),
-        ("\n".join(["1", "0"] * 4), Scored.of_items([1.0, 0.0] * 4)),
+        (json.dumps({"scores": [1, 0] * 4}), Scored.of_examples([1.0, 0.0] * 4)),
+        ("\n".join(["1", "0"] * 4), Scored.of_examples([1.0, 0.0] * 4)),
     ],
 )
 def test_what_it_may_print(printed: str, scored: Scored, path: Path) -> None:
@@ -122,7 +122,7 @@ A_NUMBER = 3
 def test_python_functions(path: Path) -> None:
     Path("mine.py").write_text(FUNCTIONS)
     lengths = [float(len(text)) for text in NASTY]
-    assert score(parse_metric("mine:by_item"), path, COUNT, LIMITS) == Scored.of_items(lengths)
+    assert score(parse_metric("mine:by_item"), path, COUNT, LIMITS) == Scored.of_examples(lengths)
     assert score(parse_metric("mine.py:whole"), path, COUNT, LIMITS) == Scored(sum(lengths), None)
 
 

@@ -40,7 +40,7 @@ class Measured:
 
     @property
     def items(self) -> dict[str, list[float]]:
-        return {name: scored.items for name, scored in self.scored.items() if scored.items is not None}
+        return {name: scored.examples for name, scored in self.scored.items() if scored.examples is not None}
 
     def require(self, names: Sequence[str]) -> None:
         """Check that these metrics have a value.
@@ -105,7 +105,7 @@ def _score(runtime: Runtime, spec: MetricSpec, answered: Sequence[ModelAnswer]) 
         return score_task(runtime, spec)
     if spec.name in TEXT_SCORES:
         text_score = TEXT_SCORES[spec.name]
-        return Scored.of_items([text_score(answer.expected, answer.completion) for answer in answered])
+        return Scored.of_examples([text_score(answer.expected, answer.completion) for answer in answered])
     if spec.name == "macro_f1":
         return Scored(macro_f1([a.expected for a in answered], [a.completion for a in answered]), None)
     with tempfile.TemporaryDirectory(prefix="rightrank-") as folder:
@@ -124,7 +124,7 @@ def _in_every_process(task: Callable[[], Scored]) -> Scored:
     if process_index() == 0:
         try:
             scored = task()
-            result = {"value": scored.value, "items": scored.items}
+            result = {"value": scored.value, "items": scored.examples}
         except MetricError as error:
             result = {"error": str(error)}
     result = broadcast(0, result)

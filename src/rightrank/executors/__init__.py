@@ -27,7 +27,7 @@ class Executor(Protocol):
             def run(self, trials: Sequence[Trial], base_loss: float | None) -> Iterator[TrialOutcome]:
                 for trial in trials:
                     result = TrialResult(metrics={"loss": 1.0 + 1.0 / (1 + trial.arm.rank)})
-                    yield finished_trial(trial, result, metric="loss", seconds=0.0)
+                    yield outcome_of(trial, result, metric="loss", seconds=0.0)
     """
 
     def run(self, trials: Sequence[Trial], base_loss: float | None) -> Iterator[TrialOutcome]:

@@ -43,14 +43,14 @@ class CustomExecutor:
         self,
         call: Call,
         metric: str,
-        items: int | None,
+        examples: int | None,
         folder_of: Callable[[str], Path],
         observer: Observer,
         parallel: int = 1,
     ) -> None:
         self._call = call
         self._metric = metric
-        self._items = items  # held-out examples that earlier trials scored; None: not known yet
+        self._examples = examples  # held-out examples that earlier trials scored; None: not known yet
         self._folder_of = folder_of
         self._observer = observer
         self._parallel = parallel  # calls at the same time; above 1, each in its own process
@@ -99,7 +99,7 @@ class CustomExecutor:
         )
         begun = time.perf_counter()
         try:
-            result = parse_result(self._call(task), self._metric, self._items)
+            result = parse_result(self._call(task), self._metric, self._examples)
         except TrainerError as error:
             return TrialFailed(trial_id=trial.trial_id, **arm.model_dump(), error="error", reason=str(error))
         seconds = time.perf_counter() - begun
@@ -108,11 +108,11 @@ class CustomExecutor:
             return TrialDiverged(
                 trial_id=trial.trial_id, **arm.model_dump(), step=arm.steps, reason=f"{bad} is not a finite number"
             )
-        self._items = len(result.item_scores) if result.item_scores is not None else self._items
-        return finished_trial(trial, result, self._metric, seconds)
+        self._examples = len(result.item_scores) if result.item_scores is not None else self._examples
+        return outcome_of(trial, result, self._metric, seconds)
 
 
-def parse_result(returned: object, metric: str, items: int | None) -> TrialResult:
+def parse_result(returned: object, metric: str, examples: int | None) -> TrialResult:
     """Check what a trainer returned and convert it to a `TrialResult`.
 
     Raises:
@@ -135,9 +135,9 @@ def parse_result(returned: object, metric: str, items: int | None) -> TrialResul
     scores, weights = returned.item_scores, returned.item_weights
     if scores is not None and len(scores) == 0:
         raise TrainerError("train returned an empty list of item_scores; return one score per example, or None")
-    if scores is not None and items is not None and len(scores) != items:
+    if scores is not None and examples is not None and len(scores) != examples:
         raise TrainerError(
-            f"train returned {len(scores)} item_scores, earlier trials {items}; score the same examples in the same order in every trial"
+            f"train returned {len(scores)} item_scores, earlier trials {examples}; score the same examples in the same order in every trial"
         )
     if weights is not None and (scores is None or len(weights) != len(scores) or min(weights) <= 0):
         raise TrainerError(
@@ -233,7 +233,7 @@ def _received(receiver: Connection, timeout_seconds: float | None) -> object:
     return answer
 
 
-def finished_trial(trial: Trial, result: TrialResult, metric: str, seconds: float) -> TrialFinished:
+def outcome_of(trial: Trial, result: TrialResult, metric: str, seconds: float) -> TrialFinished:
     return TrialFinished(
         trial_id=trial.trial_id,
         **trial.arm.model_dump(),

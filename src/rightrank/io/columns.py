@@ -39,16 +39,8 @@ VALUES = (
     "loss",
 )  # fmt: skip
 _CONTAINERS = {
-    "summary",
-    "metrics",
-    "hyperparameters",
-    "user_attrs",
-    "peft",
-    "lora",
-    "model",
-    "trainer",
-    "attributes",
-}
+    "summary", "metrics", "hyperparameters", "user_attrs", "peft", "lora", "model", "trainer", "attributes",
+}  # fmt: skip
 _CONTAINER_LIKE = re.compile(r"(params?|config|args|kwargs)$")
 _MAX_NAMES = 12
 

@@ -27,7 +27,7 @@ class TrainingRows:
 
     where: str
     trial: str
-    by_item: dict[str, tuple[float, float, str]] = field(default_factory=dict)  # value, weight, where
+    by_example: dict[str, tuple[float, float, str]] = field(default_factory=dict)  # value, weight, where
     by_step: dict[int, tuple[float, str]] = field(default_factory=dict)
     std: float | None = None
     std_seeds: int = 1
@@ -75,18 +75,18 @@ def _key(row: Row, columns: Columns) -> Key:
     rank = _integer(row, columns.by_name["rank"], "rank", "a positive integer, or 0 for the base")
     if rank > MAX_RANK:
         raise ResultsError(f"{row.where}: rank {rank} is not allowed: no adapter has more than {MAX_RANK:,}")
-    rate, seed = 0.0, 0
+    learning_rate, seed = 0.0, 0
     column = columns.get("lr")
     if rank > 0 and column is not None and not is_blank(row.fields.get(column)):
-        rate = _number(row, column) or 0.0
-        if rate <= 0:
+        learning_rate = _number(row, column) or 0.0
+        if learning_rate <= 0:
             raise ResultsError(
                 f"{row.where}: learning rate {row.fields[column]!r} is not allowed: give a number above 0"
             )
     column = columns.get("seed")
     if column is not None and not is_blank(row.fields.get(column)):
         seed = _integer(row, column, "seed", "an integer from 0")
-    return rank, rate, seed
+    return rank, learning_rate, seed
 
 
 def _take(training: TrainingRows, row: Row, key: Key, value: float, columns: Columns) -> bool:
@@ -99,7 +99,7 @@ def _take(training: TrainingRows, row: Row, key: Key, value: float, columns: Col
     if item is not None and (step is None or not is_blank(row.fields.get(item))):
         name = str(row.fields.get(item))
         weight = _positive(row, columns.get("weight")) or 1.0
-        first, _, where = training.by_item.setdefault(name, (value, weight, row.where))
+        first, _, where = training.by_example.setdefault(name, (value, weight, row.where))
         what = f", example {name}"
     else:
         at = 0 if step is None or is_blank(row.fields.get(step)) else _integer(row, step, "step", "an integer from 0")
@@ -140,23 +140,23 @@ def results_of(trainings: Mapping[Key, TrainingRows], columns: Columns) -> Itera
     Raises:
         ResultsError: trainings were scored on different examples, or with different weights.
     """
-    items: list[str] | None = None
+    examples: list[str] | None = None
     tokens: list[float] = []
-    for (rank, rate, seed), training in trainings.items():
+    for (rank, learning_rate, seed), training in trainings.items():
         values: list[float] = []
         weights: list[float] = []
-        if training.by_item:
-            names = sorted(training.by_item)
-            if items is None:
-                items = names
-            elif names != items:
-                odd = sorted(set(names) ^ set(items))
+        if training.by_example:
+            names = sorted(training.by_example)
+            if examples is None:
+                examples = names
+            elif names != examples:
+                odd = sorted(set(names) ^ set(examples))
                 raise ResultsError(
                     f"{training.where}: rank {rank} is scored on other examples than the rank before ({len(odd)} differ, such as "
                     f"{odd[0]}); score every training on the same examples"
                 )
-            values = [training.by_item[name][0] for name in items]
-            weights = [training.by_item[name][1] for name in items]
+            values = [training.by_example[name][0] for name in examples]
+            weights = [training.by_example[name][1] for name in examples]
             tokens = tokens or weights
             if weights != tokens:
                 raise ResultsError(
@@ -170,7 +170,7 @@ def results_of(trainings: Mapping[Key, TrainingRows], columns: Columns) -> Itera
         yield Result(
             trial_id=training.trial,
             rank=rank,
-            learning_rate=rate,
+            learning_rate=learning_rate,
             seed=seed,
             value=value,
             item_values=values,
@@ -186,9 +186,9 @@ def results_of(trainings: Mapping[Key, TrainingRows], columns: Columns) -> Itera
 
 
 def _conflict(key: Key, here: str, there: str, what: str) -> str:
-    rate = f", lr {key[1]:g}" if key[1] else ""
+    learning_rate = f", lr {key[1]:g}" if key[1] else ""
     return (
-        f"{here}: rank {key[0]}{rate}, seed {key[2]}{what} occurs twice with different values (also {there}); "
+        f"{here}: rank {key[0]}{learning_rate}, seed {key[2]}{what} occurs twice with different values (also {there}); "
         "add the column that distinguishes them (seed, lr or item), or remove one"
     )
 

@@ -46,11 +46,11 @@ class Scored:
     """A metric's value, and the examples' scores if the value is their mean."""
 
     value: float
-    items: list[float] | None
+    examples: list[float] | None
 
     @classmethod
-    def of_items(cls, items: Sequence[float]) -> Scored:
-        return cls(sum(items) / len(items), list(items))
+    def of_examples(cls, scores: Sequence[float]) -> Scored:
+        return cls(sum(scores) / len(scores), list(scores))
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,8 +90,8 @@ def require_scorer(spec: MetricSpec, limits: ScorerLimits) -> None:
             raise SettingsError(str(error)) from None
 
 
-def score(spec: MetricSpec, path: Path, items: int, limits: ScorerLimits) -> Scored:
-    """Score the `items` answers in a file.
+def score(spec: MetricSpec, path: Path, count: int, limits: ScorerLimits) -> Scored:
+    """Score the `count` answers in a file.
 
     Raises:
         MetricError: the scorer failed, took too long, or returned something other than scores.
@@ -100,11 +100,11 @@ def score(spec: MetricSpec, path: Path, items: int, limits: ScorerLimits) -> Sco
         words = _command(spec)
         placed = [word.replace(PLACEHOLDER, str(path)) for word in words]
         printed = _run(spec, placed if placed != words else [*placed, str(path)], path, limits)
-        found: object = _parse_scores(spec, printed, items)
+        found: object = _parse_scores(spec, printed, count)
     else:
         found = _ask_worker(spec, path, limits)
     if isinstance(found, list):
-        return Scored.of_items(_numbers(spec, found, items))
+        return Scored.of_examples(_numbers(spec, found, count))
     return Scored(_numbers(spec, [found], 1)[0], None)
 
 
@@ -195,15 +195,15 @@ def _kill(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
-def _parse_scores(spec: MetricSpec, printed: str, items: int) -> object:
+def _parse_scores(spec: MetricSpec, printed: str, count: int) -> object:
     """One number, one number per example, or JSON of either (bare, or under `score` or `scores`)."""
     try:
         value = json.loads(printed)
     except (json.JSONDecodeError, RecursionError):
         value = [_number(word) for word in re.split(r"[\s,]+", printed.strip())]
-        if not value or None in value or len(value) not in (1, items):
+        if not value or None in value or len(value) not in (1, count):
             raise MetricError(
-                f"metric {spec.name!r}: it printed {_short(printed)!r}; one number, or {items} (one per example), are expected"
+                f"metric {spec.name!r}: it printed {_short(printed)!r}; one number, or {count} (one per example), are expected"
             ) from None
         return value[0] if len(value) == 1 else value
     if isinstance(value, dict):
@@ -218,10 +218,10 @@ def _number(word: str) -> float | None:
         return None
 
 
-def _numbers(spec: MetricSpec, values: Sequence[object], items: int) -> list[float]:
-    if len(values) != items:
+def _numbers(spec: MetricSpec, values: Sequence[object], count: int) -> list[float]:
+    if len(values) != count:
         raise MetricError(
-            f"metric {spec.name!r}: it returned {len(values)} scores for {items} examples; one per example is expected"
+            f"metric {spec.name!r}: it returned {len(values)} scores for {count} examples; one per example is expected"
         )
     for value in values:
         if not isinstance(value, int | float) or not math.isfinite(value):
