@@ -147,5 +147,5 @@ def test_folder_with_an_unnamed_file_beside_splits(tmp_path: Path) -> None:
 def test_a_label_that_train_lacks(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "train.jsonl", [{"text": text, "label": n % 2} for n, text in enumerate(sentences(60))])
     write_jsonl(tmp_path / "validation.jsonl", [{"text": f"v {n}", "label": 7} for n in range(10)])
-    with pytest.raises(DataError, match="label 7 of the selection split does not occur in train"):
+    with pytest.raises(DataError, match="label 7 of the validation split does not occur in train"):
         load_data(tmp_path, small_settings())

@@ -131,7 +131,7 @@ def test_a_training_without_a_result_is_missing_and_flagged(tmp_path: Path) -> N
         ("rank,value\n", "a header and no rows"),
         ("size,value\n1,2\n2,3\n", "no column for the rank among size, value"),
         ("rank,other\n1,2\n2,3\n", "no column for the held-out value"),
-        ("rank,train_loss\n1,2\n2,3\n", "a training loss says nothing"),
+        ("rank,train_loss\n1,2\n2,3\n", "a training loss does not measure held-out data"),
         ("rank,value\n1.5,2\n2,3\n", "runs.csv:2: rank '1.5' is not allowed"),
         ("rank,value\n-1,2\n2,3\n", "runs.csv:2: rank '-1' is not allowed"),
         ("rank,value\nbig,2\n2,3\n", "runs.csv:2: rank 'big' is not allowed"),
@@ -144,7 +144,7 @@ def test_a_training_without_a_result_is_missing_and_flagged(tmp_path: Path) -> N
         ("rank,value\n1,2\n2,3\n2,4\n", "runs.csv:4: rank 2, seed 0 occurs twice with different values"),
         ("rank,metric,value\n1,loss,2\n1,acc,3\n2,loss,2\n", "several metrics"),
         ("rank,higher_is_better,value\n1,true,2\n2,false,3\n", "has both values"),
-        ("rank,item,value\n1,a,2\n1,b,2\n2,a,3\n", "runs.csv:4: rank 2 is scored on other items"),
+        ("rank,item,value\n1,a,2\n1,b,2\n2,a,3\n", "runs.csv:4: rank 2 is scored on other examples"),
         ("rank,item,tokens,value\n1,a,3,2\n1,b,1,2\n2,a,4,3\n2,b,1,3\n", "other token counts"),
         ("rank,std,value\n1,-0.1,2\n2,0.1,3\n", "runs.csv:2: std -0.1 is not allowed"),
         ("rank,lr,value\n1,0,2\n2,1e-3,3\n", "runs.csv:2: learning rate '0' is not allowed"),
@@ -185,5 +185,5 @@ def test_a_huge_file_is_refused_unread(tmp_path: Path) -> None:
 def test_nothing_there_is_said(tmp_path: Path) -> None:
     with pytest.raises(ResultsError, match="no such file"):
         decide(tmp_path / "none.csv")
-    with pytest.raises(ResultsError, match="holds no results"):
+    with pytest.raises(ResultsError, match="holds no known results"):
         decide(tmp_path)
