@@ -18,7 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.selection.tables import GridCurve, Replayed, read_grids, replay, space_of_grid
-from rightrank.errors import InputError, SettingsError
+from rightrank.errors import InputError, ResultsError, SettingsError
+from rightrank.settings import Goal
 from rightrank.strategies import Space, Strategy, strategy_named
 
 
@@ -38,6 +39,7 @@ class Judged:
     regret: float  # max(0, loss of the picked cell - best - margin)
     trainings: float
     share: float
+    false_pass: bool = False  # what was handed over is worse than the reference by more than the margin
 
 
 def judge(curve: GridCurve, margin: float, pick: int | None, learning_rate: float | None, trainings: float) -> Judged:
@@ -62,6 +64,48 @@ def judge(curve: GridCurve, margin: float, pick: int | None, learning_rate: floa
         regret=regret if regret > 1e-9 else 0.0,
         trainings=trainings,
         share=trainings / curve.size,
+        false_pass=regret > 1e-9,
+    )
+
+
+def judge_adapter(curve: GridCurve, margin: float, done: Replayed) -> Judged:
+    """Compare the adapter handed over with all adapters of the same seed: trained, truncated and recovered.
+
+    Truth is the smallest rank at which any of them is within the margin of the best. Values are those of the test split
+    where the grid has them, which chose nothing.
+    """
+    assert done.adapter is not None
+    seed, sign = curve.seeds[0], -1 if curve.higher_is_better else 1
+    grids = curve.tests or {"trained": curve.cells, "truncated": curve.truncated, "recovered": curve.recovered}
+    known = {
+        (kind, rank, learning_rate): sign * by_seed[seed]
+        for kind, grid in grids.items()
+        for rank, by_learning_rate in grid.items()
+        for learning_rate, by_seed in by_learning_rate.items()
+        if seed in by_seed
+    }
+    best = min(known.values())
+    truth = min(rank for (_, rank, _), loss in known.items() if loss <= best + margin + 1e-9)
+    pick = done.adapter.rank
+    ranks = sorted({rank for _, rank, _ in known})
+    found = known.get((done.adapter.how, pick, done.parent_learning_rate))
+    reference = known.get((done.adapter.reference_how, done.adapter.trained_rank, done.parent_learning_rate))
+    regret = 0.0 if found is None else max(0.0, found - best - margin)
+    worse = 0.0 if found is None or reference is None else found - reference
+    return Judged(
+        name=curve.name,
+        family=curve.family,
+        truth=truth,
+        pick=pick,
+        learning_rate=done.parent_learning_rate,
+        exact=pick == truth,
+        neighbour=abs(ranks.index(pick) - ranks.index(truth)) <= 1,
+        under=pick < truth,
+        over=pick > truth,
+        regret=regret if regret > 1e-9 else 0.0,
+        trainings=done.trainings,
+        share=done.trainings / curve.size,
+        false_pass=worse > margin + 1e-9,
     )
 
 
@@ -77,17 +121,28 @@ def summary(judged: Sequence[Judged]) -> dict[str, float | int]:
         "mean_excess_regret": round(sum(one.regret for one in judged) / count, 6),
         "share_of_cells": round(sum(one.share for one in judged) / count, 4),
         "abstentions": sum(one.pick is None for one in judged),
+        "false_passes": sum(one.false_pass for one in judged),
         "mean_trainings": round(sum(one.trainings for one in judged) / count, 3),
     }
 
 
 def replay_all(
-    curves: Sequence[GridCurve], make: Callable[[Space], Strategy], margin: float, seeds: int = 1
+    curves: Sequence[GridCurve],
+    make: Callable[[Space], Strategy],
+    margin: float,
+    seeds: int = 1,
+    goal: Goal = "training-rank",
 ) -> list[Judged]:
+    """Replay on every grid. With goal "adapter" a grid without truncations is left out: it answers the training rank alone."""
     judged = []
     for curve in curves:
-        done: Replayed = replay(curve, make, space_of_grid(curve, margin, seeds))
-        judged.append(judge(curve, margin, done.answer.rank, done.answer.learning_rate, done.trainings))
+        if goal == "adapter" and not curve.truncated:
+            continue
+        done: Replayed = replay(curve, make, space_of_grid(curve, margin, seeds, goal=goal))
+        if goal == "adapter" and done.adapter is not None:
+            judged.append(judge_adapter(curve, margin, done))
+        else:
+            judged.append(judge(curve, margin, done.answer.rank, done.answer.learning_rate, done.trainings))
     return judged
 
 
@@ -97,12 +152,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--strategy", required=True, metavar="S")
     parser.add_argument("--margin", type=float, required=True, metavar="M", help="in the metric's unit")
     parser.add_argument("--seeds", type=int, default=1, help="seeds that the strategy may use (default 1)")
+    parser.add_argument("--goal", choices=["adapter", "training-rank"], default="training-rank", help="which question")
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
     options = parser.parse_args(arguments)
     try:
         if not options.margin > 0 or options.seeds < 1:
             raise SettingsError(f"margin {options.margin:g}, seeds {options.seeds}: give numbers above 0")
-        judged = replay_all(read_grids(options.grids), strategy_named(options.strategy), options.margin, options.seeds)
+        judged = replay_all(
+            read_grids(options.grids), strategy_named(options.strategy), options.margin, options.seeds, options.goal
+        )
+        if not judged:
+            raise ResultsError(f"{options.grids}: no grid has truncations; give --goal training-rank")
     except InputError as error:
         print(f"replay: {error}", file=sys.stderr)
         return 2

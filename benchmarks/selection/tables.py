@@ -15,13 +15,16 @@ from typing import Any
 import numpy as np
 
 from rightrank.errors import ResultsError
-from rightrank.records import Arm, EvalPoint, TrialFailed, TrialFinished, TrialOutcome, trial_id
+from rightrank.records import AdapterAnswer, Arm, EvalPoint, TrialFailed, TrialFinished, TrialOutcome, trial_id
+from rightrank.settings import Goal
 from rightrank.strategies import History, Recommendation, Space, Strategy
 from rightrank.strategies.protocol import steps_of
 
+METRIC = "loss"  # of every table, whatever its direction
 REPLAY_STEPS = 1000  # of a whole training: costs are counted in these
 
 SeedGrid = Mapping[int, Mapping[float, Mapping[int, float]]]  # rank → learning rate → seed → value
+Items = Mapping[tuple[int, float, int], list[float]]
 
 
 @dataclass(frozen=True)
@@ -36,8 +39,17 @@ class GridCurve:
     truncated: SeedGrid = field(default_factory=dict)  # rank → the top's learning rate → seed, without recovery
     recovered: SeedGrid = field(default_factory=dict)  # the same with recovery steps
     recovery_part: float = 0.0  # of a training
+    averaged: Mapping[float, SeedGrid] = field(default_factory=dict)  # part of a training → losses of the running mean
+    annealed: Mapping[float, SeedGrid] = field(default_factory=dict)  # part → losses of copies annealed from there
+    truncated_items: Items = field(
+        default_factory=dict
+    )  # summed example losses of truncations, by rank, top's learning rate, seed
+    recovered_items: Items = field(default_factory=dict)
+    tests: Mapping[str, SeedGrid] = field(
+        default_factory=dict
+    )  # trained, truncated, recovered → values on the test split
     checkpoints: Mapping[float, SeedGrid] = field(default_factory=dict)  # part of a training → values then
-    items: Mapping[tuple[int, float, int], list[float]] = field(default_factory=dict)  # summed example losses
+    items: Items = field(default_factory=dict)  # summed example losses
     item_tokens: list[int] = field(default_factory=list)
     energy: Mapping[float, Mapping[int, list[float]]] = field(default_factory=dict)  # the top's, a share per direction
 
@@ -109,12 +121,12 @@ def _curve(entry: Mapping[str, Any]) -> GridCurve:
         recovered=_seed_grid(entry.get("recovery_grid", {})),
         recovery_part=float(entry.get("recovery_part", 0.0)),
         checkpoints={float(part): _seed_grid(grid) for part, grid in entry.get("checkpoints", {}).items()},
-        items={
-            (int(rank), float(learning_rate), int(seed)): losses
-            for rank, by_rate in entry.get("item_losses", {}).items()
-            for learning_rate, by_seed in by_rate.items()
-            for seed, losses in by_seed.items()
-        },
+        averaged={float(part): _seed_grid(grid) for part, grid in entry.get("averaged", {}).items()},
+        annealed={float(part): _seed_grid(grid) for part, grid in entry.get("annealed", {}).items()},
+        truncated_items=_items(entry.get("truncation_items", {})),
+        recovered_items=_items(entry.get("recovery_items", {})),
+        tests={kind: _seed_grid(grid) for kind, grid in entry.get("test_grids", {}).items()},
+        items=_items(entry.get("item_losses", {})),
         item_tokens=list(entry.get("item_tokens", [])),
         energy={
             float(learning_rate): {int(seed): shares for seed, shares in by_seed.items()}
@@ -133,6 +145,15 @@ def _seed_grid(grid: Mapping[str, Any]) -> dict[int, dict[float, dict[int, float
     return found
 
 
+def _items(grid: Mapping[str, Any]) -> dict[tuple[int, float, int], list[float]]:
+    return {
+        (int(rank), float(learning_rate), int(seed)): losses
+        for rank, by_rate in grid.items()
+        for learning_rate, by_seed in by_rate.items()
+        for seed, losses in by_seed.items()
+    }
+
+
 def _one_seed(grid: Mapping[str, Any]) -> dict[int, dict[float, dict[int, float]]]:
     return _seed_grid(
         {rank: {learning_rate: {"0": v} for learning_rate, v in by_rate.items()} for rank, by_rate in grid.items()}
@@ -148,6 +169,8 @@ class Replayed:
     """What a strategy did on a grid."""
 
     answer: Recommendation
+    adapter: AdapterAnswer | None  # None: the grid has no truncations
+    parent_learning_rate: float | None  # of the training that the adapter comes from
     trainings: float  # cost in whole trainings
     arms: int
 
@@ -165,12 +188,13 @@ class TableRunner:
         value = self._value(arm)
         if value is None:
             return TrialFailed(trial_id=identity, **arm.model_dump(), error="error", reason="not in the table")
-        items = self._curve.items.get((arm.rank, arm.learning_rate, arm.seed), []) if arm.is_direct else []
+        items = self._items(arm)
         return TrialFinished(
             trial_id=identity,
             **arm.model_dump(),
             value=value,
-            metrics={},
+            metrics={METRIC: value},
+            averaged_loss=self._averaged(arm),
             item_losses=items,
             item_tokens=self._curve.item_tokens if items else [],
             train_value=None,
@@ -196,20 +220,39 @@ class TableRunner:
         curve = self._curve
         if arm.rank == 0:
             return curve.base
-        key = arm.rank, arm.learning_rate, arm.seed
+        key = self._key(arm)
         if arm.truncate_from is not None:
-            key = arm.rank, self._arms[arm.truncate_from].learning_rate, arm.seed
             return _cell(curve.truncated if arm.steps == 0 else curve.recovered, key)
+        if arm.anneal_from is not None:
+            return _cell(curve.annealed.get(arm.anneal_from / arm.steps, {}), key)
         if arm.stop_at is not None:
             return _cell(curve.checkpoints.get(arm.stop_at / arm.steps, {}), key)
         return _cell(curve.cells, key)
+
+    def _key(self, arm: Arm) -> tuple[int, float, int]:
+        """The cell of an arm. A recovered truncation has a learning rate of its own, and the cell of its parent's."""
+        parent = None if arm.truncate_from is None else self._arms[arm.truncate_from]
+        return arm.rank, (parent or arm).learning_rate, arm.seed
+
+    def _items(self, arm: Arm) -> list[float]:
+        if arm.stop_at is not None:
+            return []
+        grids = {None: self._curve.items, False: self._curve.truncated_items, True: self._curve.recovered_items}
+        return grids[None if arm.truncate_from is None else arm.steps > 0].get(self._key(arm), [])
+
+    def _averaged(self, arm: Arm) -> float | None:
+        if arm.stop_at is None or arm.anneal_from is not None:
+            return None
+        return _cell(self._curve.averaged.get(arm.stop_at / arm.steps, {}), self._key(arm))
 
 
 def _cell(grid: SeedGrid, key: tuple[int, float, int]) -> float | None:
     return grid.get(key[0], {}).get(key[1], {}).get(key[2])
 
 
-def space_of_grid(curve: GridCurve, margin: float, seeds: int = 1, budget: float | None = None) -> Space:
+def space_of_grid(
+    curve: GridCurve, margin: float, seeds: int = 1, budget: float | None = None, goal: Goal = "training-rank"
+) -> Space:
     """The space of a grid: all that a strategy knows of it."""
     return Space(
         ranks=tuple(curve.ranks),
@@ -218,6 +261,10 @@ def space_of_grid(curve: GridCurve, margin: float, seeds: int = 1, budget: float
         lora_alpha=32.0,
         steps=REPLAY_STEPS,
         margin=margin,
+        goal=goal,
+        truncates=bool(curve.truncated),
+        recovery_steps=round(curve.recovery_part * REPLAY_STEPS) if curve.recovered else 0,
+        trusts_values=not curve.truncated_items,
         higher_is_better=curve.higher_is_better,
         budget_steps=None if budget is None else budget * REPLAY_STEPS,
     )
@@ -238,4 +285,7 @@ def replay(curve: GridCurve, make: Callable[[Space], Strategy], space: Space) ->
             if isinstance(outcome, TrialFinished) and arm.rank > 0:
                 steps += steps_of(arm, history)
             outcomes.append(outcome)
-    return Replayed(strategy.recommend(history), steps / REPLAY_STEPS, len(outcomes))
+    adapter = strategy.adapter(history)
+    parent = next((one for one in outcomes if adapter is not None and one.trial_id == adapter.trained_id), None)
+    learning_rate = None if parent is None else parent.learning_rate
+    return Replayed(strategy.recommend(history), adapter, learning_rate, steps / REPLAY_STEPS, len(outcomes))

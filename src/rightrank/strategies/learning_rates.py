@@ -35,6 +35,7 @@ from rightrank.strategies.trials import Trials, oriented
 LOOK = 0.125  # of a training; earlier looks name a wrong learning rate
 ANNEAL = 0.05  # of a training
 CLOSE = 0.1  # of what the better learning rate has learned since the base
+CLOSE_WITHOUT_MEAN = 0.5  # the same for a higher learning rate of which only the current weights were measured
 STAGES = (QUARTER, HALF)  # where the winner is checked for a loss that rises
 
 Choice = Generator[Sequence[Arm], None, float | None]
@@ -119,7 +120,8 @@ def _compare(space: Space, trials: Trials, rank: int, pair: tuple[float, float],
         return next(iter(scores), None)
     better, worse = sorted(pair, key=lambda lr: (scores[lr], lr))
     base = _look_loss(trials.finished(base_arm(space.lora_alpha)), space)
-    if base is not None and scores[worse] - scores[better] > CLOSE * (base - scores[better]):
+    close = CLOSE if _has_mean(trials, looks[worse]) or worse < better else CLOSE_WITHOUT_MEAN
+    if base is not None and scores[worse] - scores[better] > close * (base - scores[better]):
         return better
     copies = {lr: _annealed(space, trials, look) for lr, look in looks.items()}
     yield list(copies.values())
@@ -187,6 +189,11 @@ def _is_worse_than_base(trials: Trials, look: Arm) -> bool:
     base = _look_loss(trials.finished(base_arm(trials.space.lora_alpha)), trials.space)
     score = _score(trials, look)
     return base is not None and score is not None and score > base
+
+
+def _has_mean(trials: Trials, look: Arm) -> bool:
+    outcome = trials.finished(look)
+    return outcome is not None and outcome.averaged_loss is not None
 
 
 def _score(trials: Trials, look: Arm) -> float | None:
