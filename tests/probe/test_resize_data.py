@@ -12,11 +12,14 @@ import torch
 from rightrank import ResizeOptions, make_settings, resize
 from rightrank.cli import main
 from rightrank.engine.arm_training import TrialFolders
+from rightrank.engine.covariances import gather_moments
 from rightrank.engine.training_loop import run_trial
 from rightrank.io.adapter_folder import open_adapter
 from rightrank.io.adapters import save_adapter
 from rightrank.probe.adapter_runtime import DataUse, adapter_on, adapter_runtime
 from rightrank.probe.held_out import Recovery, measure
+from rightrank.probe.rank_choice import RankChoice
+from rightrank.probe.resize import write_resized
 from rightrank.records import Arm, Trial, TrialFinished
 from rightrank.records.observer import Observer
 from tests.helpers import make_runtime
@@ -60,6 +63,25 @@ def test_the_rank_is_the_decisions(
     chosen = next(entry for entry in decision["ranks"] if entry["rank"] == answer["rank"])
     assert chosen["non_inferior"]
     assert open_adapter(out).config["r"] == answer["rank"]
+
+
+def test_the_written_adapter_is_truncated_by_k_fac(trained: Path, completion_file: Path, tmp_path: Path) -> None:
+    """The folder holds what the writer makes of the gathered moments, and not the plain SVD."""
+    settings = make_settings({"seq_len": 32, "eval_items": 12, "batch_size": 4, "margin": 10.0, "device": "cpu"})
+    options = ResizeOptions(settings=settings, ranks=(2,))
+    found = resize(trained, tmp_path / "small", data=completion_file, options=options)
+    assert any("K-FAC over" in note for note in found.notes)
+    adapter = open_adapter(trained)
+    runtime = adapter_runtime(adapter, None, DataUse(completion_file, settings, tmp_path / "cache"))
+    plan = [index for indices in runtime.batch_plan(0, len(runtime.examples("train"))) for index in indices]
+    with adapter_on(runtime, trained) as peft_model:
+        moments = gather_moments(runtime, peft_model, list(dict.fromkeys(plan))).moments
+    choice = RankChoice({module.name: 2 for module in adapter.modules}, "test")
+    write_resized(adapter, tmp_path / "kfac", choice, None, moments)
+    write_resized(adapter, tmp_path / "svd", choice)
+    small, kfac, svd = (tensors_of(tmp_path / name) for name in ("small", "kfac", "svd"))
+    assert all(torch.equal(small[key], kfac[key]) for key in small)
+    assert any(not torch.allclose(small[key], svd[key], atol=1e-4) for key in small)
 
 
 def test_the_value_told_is_that_of_the_folder_written(

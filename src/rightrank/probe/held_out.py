@@ -1,7 +1,8 @@
 """`resize --data`: the smallest rank whose held-out loss is not worse by the margin, by the decision's own rule.
 
-Every candidate is written as the adapter that it would be, put on the base by PEFT, and measured on the same items;
-with recovery each is trained for the same steps on the same batches, the reference too.
+Every candidate is truncated by K-FAC over training examples, written as the adapter that it would be, put on the base by
+PEFT, and measured on the same examples; with recovery each is trained for the same steps on the same batches, the
+reference too.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from pathlib import Path
 import torch
 
 from rightrank.decision import decide, table_of
+from rightrank.engine.covariances import MOMENT_TOKENS, Gathered, gather_moments
 from rightrank.engine.evaluation import Scores
 from rightrank.engine.runtime import Runtime
 from rightrank.io.adapter_folder import AdapterFolder, open_adapter, write_adapter
@@ -51,6 +53,7 @@ class TruncationCurve:
 
     trials: list[TrialFinished]
     written: dict[int, Resized]
+    gathered: Gathered
     decision: Decision
     rank: int
 
@@ -74,7 +77,9 @@ def resize_by_data(
     write_adapter(out, chosen.config, {key: _as_before(adapter, chosen, key, candidates.dtype) for key in chosen.keys})
     resized = curve.written[curve.rank]
     recovery = candidates.recovery
-    notes = list(resized.notes)
+    notes = [*resized.notes, *curve.gathered.notices]
+    if curve.gathered.moments:
+        notes.append(f"truncated by K-FAC over {curve.gathered.tokens} tokens of the training split")
     if curve.rank == max(module.rank for module in adapter.modules):
         notes.append("no lower rank is shown to lose less than the margin: the adapter keeps its rank")
     if recovery is not None:
@@ -112,16 +117,24 @@ def truncation_curve(
         RunError: recovery diverged.
     """
     metric, recovery = runtime.settings.metric, candidates.recovery
+    gathered = _moments(adapter, runtime)
     trials = [finished_trial("base", 0, runtime.evaluate("selection"), metric)]
     written: dict[int, Resized] = {}
     for rank in sorted(candidates.ranks, reverse=True):
         folder = working / f"r{rank}"
-        written[rank] = write_resized(adapter, folder, capped(adapter, rank), candidates.dtype)
+        written[rank] = write_resized(adapter, folder, capped(adapter, rank), candidates.dtype, gathered.moments)
         scores = measure(runtime, folder, recovery)
         trials.append(finished_trial(f"r{rank}", rank, scores, metric, steps=recovery.steps if recovery else 0))
         candidates.on_rank(rank, trials[-1].value)
     decision = decide(table_of(trials, metric), runtime.settings.margin, token_loss=not runtime.data.is_classification)
-    return TruncationCurve(trials, written, decision, decision.fallback_rank)
+    return TruncationCurve(trials, written, gathered, decision, decision.fallback_rank)
+
+
+def _moments(adapter: AdapterFolder, runtime: Runtime) -> Gathered:
+    """Moments over the training split; which of its examples the adapter was trained on is not known."""
+    examples = [index for indices in runtime.batch_plan(0, len(runtime.examples("train"))) for index in indices]
+    with adapter_on(runtime, adapter.path) as peft_model:
+        return gather_moments(runtime, peft_model, list(dict.fromkeys(examples)), MOMENT_TOKENS)
 
 
 def capped(adapter: AdapterFolder, rank: int) -> RankChoice:
