@@ -190,8 +190,9 @@ def test_no_gain_names_the_higher_learning_rate_if_one_is_known() -> None:
 
 
 def test_the_trainings_of_a_run_are_taken_as_they_are() -> None:
-    """Recovered truncations are compared, and truncations without recovery are not."""
+    """Of a run of the former strategy `descend`, recovered truncations are compared, and others are not."""
     records = made_up_run((1, 4, 16), (1e-3,))
+    records.started.settings["strategy"] = "descend"
     base, one, _, sixteen = records.finished()
     cut = one.model_copy(update={"trial_id": "cut", "truncate_from": sixteen.trial_id, "steps": 1})
     records.outcomes[:] = [base, cut, sixteen]

@@ -1,4 +1,4 @@
-"""Locating a model without loading it."""
+"""What kind of model a reference names, told without loading it."""
 
 from __future__ import annotations
 

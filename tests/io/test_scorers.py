@@ -106,7 +106,7 @@ def raises(completions):
 def nothing(completions):
     return None
 
-def exits(completions):
+def gone(completions):
     os._exit(3)
 
 def greedy(completions, temperature):
@@ -132,7 +132,7 @@ def test_python_functions(path: Path) -> None:
         ("wrong_count", "1 scores for 8 examples"),
         ("raises", "raised ValueError: not today"),
         ("nothing", "returned NoneType"),
-        ("exits", "status 3"),
+        ("gone", "status 3"),
         ("greedy", "requires temperature; it can take prompts, completions, expected"),
     ],
 )

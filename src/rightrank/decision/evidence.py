@@ -3,22 +3,33 @@
 The data decide what an interval rests on (`Evidence.basis`):
 
     items and seeds   examples and seeds vary: the closed form of two crossed factors
-    items             one seed: the examples are measured, and a published seed noise is added
+    items             one seed: the examples are measured, and the noise over seeds is unknown
     seeds             one number a training, two or more trainings at a rank
     std               one number a rank with a stated standard deviation
-    values            one number a rank and no deviation: scatter about the curve, at least the published seed noise
+    values            one number a rank and no deviation: scatter about the curve
+
+Ranks and learning rates are compared on the seeds that they share. A single seed gives an indication: its intervals leave
+out the noise over seeds.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 from numpy.typing import NDArray
 
-from rightrank.decision.metrics import published_deviation
+from rightrank.decision.seed_noise import (
+    PairNoise,
+    Prior,
+    adjusted_means,
+    best_learning_rate,
+    pair_noise,
+    prior_of,
+    start_of,
+)
 from rightrank.decision.table import Cell, ScoreTable
 from rightrank.maths.curve import fit_power
 from rightrank.maths.intervals import Estimate, estimate, seed_parts, winners_gap
@@ -27,6 +38,7 @@ from rightrank.records import Basis
 Floats = NDArray[np.float64]
 
 MIN_CURVE_RANKS = 4  # one more than the power law has parameters
+SURE = 0.95  # with which a learning rate of fewer seeds must win to replace one of more
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,11 +50,12 @@ class Contender:
     cells: Mapping[int, Cell]  # by seed
     loss: float  # oriented mean over seeds: lower is better
     gap: float = 0.0  # the winner's curse: how optimistic `loss` is as the best of several learning rates
+    seed_shift: float = 0.0  # of `loss`, to where it would be with the seeds of all ranks
 
     @property
     def fair_loss(self) -> float:
-        """The loss corrected for the winner's curse."""
-        return self.loss + self.gap
+        """The loss on common terms: the seeds of all ranks, and without the winner's curse."""
+        return self.loss + self.seed_shift + self.gap
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,8 +80,8 @@ class Evidence:
 
     def __init__(self, table: ScoreTable) -> None:
         self.table = table
-        self._bare = {rank: _contender(table, rank) for rank in table.ranks()}
-        self.contenders = {rank: replace(found, gap=self._gap(rank)) for rank, found in self._bare.items()}
+        self._bare = _on_common_seeds([_contender(table, rank) for rank in table.ranks()])
+        self.contenders = {rank: replace(found, gap=self._gap(found)) for rank, found in self._bare.items()}
         self.base = _contender(table, 0) if table.learning_rates(0) else None
         self.reference = min(self.contenders.values(), key=lambda contender: (contender.fair_loss, contender.rank))
 
@@ -87,27 +100,35 @@ class Evidence:
         """Whether the table has one number a rank: differences are then read from the values, and nothing is shown."""
         return self.basis in ("std", "values")
 
+    @property
+    def has_examples(self) -> bool:
+        return self.basis in ("items and seeds", "items")
+
     @cached_property
     def noise(self) -> SeedNoise:
+        """Of the ranks' own means, and of differences from the base, which has no seed."""
         if self.basis in ("items and seeds", "seeds"):
             return measured_noise(list(self._bare.values()))
-        if self.basis == "items" and self.table.kind in ("loss", "other"):
-            return SeedNoise(0.0, 0.0, 0.0, 0.0)  # no noise is published for such a metric; `basis_note` states it
-        level = min(contender.loss for contender in self._bare.values())
-        floor = published_deviation(self.table.kind, level, self.table.values()) ** 2
-        if self.basis == "values":
-            floor = max(floor, curve_scatter(list(self._bare.values()), floor**0.5) ** 2)
-        return SeedNoise(0.0, 0.0, floor, 0.0)
+        scatter = curve_scatter(list(self._bare.values())) ** 2 if self.basis == "values" else 0.0
+        return SeedNoise(0.0, 0.0, scatter, 0.0)
+
+    @cached_property
+    def prior(self) -> Prior | None:
+        """The seed noise that is expected of a difference between ranks; None where no two seeds were compared."""
+        best = min(self._bare.values(), key=lambda contender: (contender.fair_loss, contender.rank))
+        pairs = [_noise_of(_pairs(found, best)) for found in self._bare.values() if found.rank != best.rank]
+        return prior_of(pairs, self.table.kind, has_examples=self.has_examples)
 
     @cached_property
     def covariance(self) -> Floats:
         """[ranks, ranks] covariance of the noise of the ranks' means, without the part that all ranks share."""
         contenders = [self.contenders[rank] for rank in sorted(self.contenders)]
-        columns = [list(contender.cells.values()) for contender in contenders]
-        stated = [self._stated(contender) for contender in contenders]
-        measured = [self.noise.individual / len(column) for column in columns]
-        seeds = np.diag([ours if given is None else given for given, ours in zip(stated, measured, strict=True)])
-        covariance: Floats = seeds + _examples_part(columns)
+        examples = _examples_part([list(contender.cells.values()) for contender in contenders])
+        if self.is_point_reading:
+            stated = [self._stated(contender) for contender in contenders]
+            return np.diag([self.noise.individual if given is None else given for given in stated]) + examples
+        found = [0.0 if c is self.reference else self.difference(c).seeds_variance for c in contenders]
+        covariance: Floats = _about_the_best(found) + examples
         return covariance
 
     @cached_property
@@ -140,9 +161,18 @@ class Evidence:
             return found.with_seeds(sum(variance for variance in stated if variance is not None), 0.0)
         if contender.rank == 0 or against.rank == 0:
             variance, degrees = self.noise.of_mean(len(pairs))
+        elif self.is_point_reading:
+            variance, degrees = 2 * self.noise.individual, 0.0
         else:
-            variance, degrees = 2 * self.noise.individual / len(pairs), self.noise.individual_degrees
+            variance, degrees = _seeds_part(pairs, self.prior)
         return found.with_seeds(max(variance, found.interaction_variance), degrees)
+
+    def expected(self, contender: Contender, seeds: int) -> Estimate:
+        """The difference that `seeds` seeds are expected to show, at the seed noise of earlier grids: for plans alone."""
+        pairs, start = _pairs(contender, self.reference), start_of(self.table.kind)
+        found = _estimate(pairs, shift=contender.gap - self.reference.gap)
+        variance = start.ratio * _noise_of(pairs).spread / seeds
+        return replace(found, seeds=seeds).with_seeds(variance, start.degrees + seeds - 1)
 
     def _stated(self, contender: Contender) -> float | None:
         """The variance of the contender's mean that the table states, if the evidence rests on stated deviations."""
@@ -151,14 +181,25 @@ class Evidence:
         cell = next(iter(contender.cells.values()))
         return None if cell.deviation is None else cell.deviation**2 / cell.deviation_seeds
 
-    def _gap(self, rank: int) -> float:
+    def _gap(self, contender: Contender) -> float:
         """The winner's curse of the best of the rank's learning rates."""
-        columns = [self.table.column(rank, lr) for lr in self.table.learning_rates(rank)]
+        rank, best = contender.rank, contender.learning_rate
+        columns = {lr: self.table.column(rank, lr) for lr in self.table.learning_rates(rank)}
         if len(columns) < 2:
             return 0.0
-        means = np.array([_mean_loss(column) for column in columns])
-        seeds = np.diag([self.noise.individual / len(column) for column in columns])
-        return winners_gap(means, seeds + _examples_part(columns))
+        by_seed = {lr: _by_seed(self.table, rank, lr) for lr in columns}
+        means = np.array(adjusted_means([_losses(cells) for cells in by_seed.values()]))
+        if self.is_point_reading:
+            seeds = np.diag([self.noise.individual] * len(columns))
+        else:
+            seeds = _about_the_best(
+                [0.0 if lr == best else self._lr_noise(by_seed[lr], contender.cells) for lr in columns]
+            )
+        return winners_gap(means, seeds + _examples_part(list(columns.values())))
+
+    def _lr_noise(self, cells: Mapping[int, Cell], best: Mapping[int, Cell]) -> float:
+        """The seed variance of the mean difference between two learning rates of one rank."""
+        return _seeds_part(_shared_pairs(cells, best), self.prior)[0] if cells.keys() & best.keys() else 0.0
 
 
 def measured_noise(contenders: list[Contender]) -> SeedNoise:
@@ -178,28 +219,48 @@ def measured_noise(contenders: list[Contender]) -> SeedNoise:
     return SeedNoise(0.0, 0.0, squares / degrees, degrees)
 
 
-def curve_scatter(contenders: list[Contender], floor: float) -> float:
+def curve_scatter(contenders: list[Contender]) -> float:
     """The standard deviation of bare values about the power law; 0 below `MIN_CURVE_RANKS` ranks."""
     if len(contenders) < MIN_CURVE_RANKS:
         return 0.0
     ordered = sorted(contenders, key=lambda contender: contender.rank)
     ranks = np.array([float(contender.rank) for contender in ordered])
     losses = np.array([contender.loss for contender in ordered])
-    deviations = np.full(len(ranks), max(floor, 1e-12))
+    deviations = np.full(len(ranks), max(float(np.ptp(losses)) * 1e-3, 1e-12))
     residuals = losses - fit_power(ranks, losses[None, :], deviations).at(ranks)[0]
     return float(np.sqrt((residuals**2).sum() / (len(ranks) - 3)))
 
 
-def _mean_loss(cells: list[Cell]) -> float:
-    return float(np.mean([cell.loss for cell in cells]))
+def _losses(cells: Mapping[int, Cell]) -> dict[int, float]:
+    return {seed: cell.loss for seed, cell in cells.items()}
+
+
+def _by_seed(table: ScoreTable, rank: int, learning_rate: float) -> dict[int, Cell]:
+    return {seed: table.cells[rank, learning_rate, seed] for seed in table.seeds(rank, learning_rate)}
 
 
 def _contender(table: ScoreTable, rank: int) -> Contender:
-    """The rank at the learning rate with the best mean over seeds, the lower one on ties."""
-    losses = {lr: _mean_loss(table.column(rank, lr)) for lr in table.learning_rates(rank)}
-    best = min(losses, key=lambda lr: (losses[lr], lr))
-    cells = {seed: table.cells[rank, best, seed] for seed in table.seeds(rank, best)}
-    return Contender(rank, best, cells, losses[best])
+    """The rank at its best learning rate."""
+    columns = {lr: _by_seed(table, rank, lr) for lr in table.learning_rates(rank)}
+    best = best_learning_rate({lr: _losses(cells) for lr, cells in columns.items()}, partial(_is_surely_lower, columns))
+    cells = columns[best]
+    return Contender(rank, best, cells, float(np.mean([cell.loss for cell in cells.values()])))
+
+
+def _is_surely_lower(columns: Mapping[float, Mapping[int, Cell]], one: float, other: float) -> bool:
+    """Whether one learning rate is shown to be better than another on the seeds that both have.
+
+    One number a training shows no noise: there the means decide.
+    """
+    return _estimate(_shared_pairs(columns[one], columns[other])).bound(SURE) < 0
+
+
+def _on_common_seeds(contenders: list[Contender]) -> dict[int, Contender]:
+    adjusted = adjusted_means([_losses(contender.cells) for contender in contenders])
+    return {
+        contender.rank: replace(contender, seed_shift=mean - contender.loss)
+        for contender, mean in zip(contenders, adjusted, strict=True)
+    }
 
 
 def _estimate(cells: list[Cell], shift: float = 0.0) -> Estimate:
@@ -214,11 +275,44 @@ def _pairs(contender: Contender, against: Contender) -> list[Cell]:
         both = [(next(iter(left.values())), cell) for cell in right.values()]
     elif against.rank == 0 and len(right) == 1:
         both = [(cell, next(iter(right.values()))) for cell in left.values()]
-    elif shared := sorted(left.keys() & right.keys()):
-        both = [(left[seed], right[seed]) for seed in shared]
+    elif left.keys() & right.keys():
+        return _shared_pairs(left, right)
     else:
         both = list(zip(left.values(), right.values(), strict=False))
-    return [Cell(a.trial_id, a.value - b.value, a.sums - b.sums, a.weights) for a, b in both]
+    return [_minus(a, b) for a, b in both]
+
+
+def _shared_pairs(left: Mapping[int, Cell], right: Mapping[int, Cell]) -> list[Cell]:
+    """Differences by shared seed."""
+    return [_minus(left[seed], right[seed]) for seed in sorted(left.keys() & right.keys())]
+
+
+def _minus(one: Cell, other: Cell) -> Cell:
+    return Cell(one.trial_id, one.value - other.value, one.sums - other.sums, one.weights)
+
+
+def _noise_of(pairs: list[Cell]) -> PairNoise:
+    return pair_noise(np.stack([cell.sums for cell in pairs]), pairs[0].weights)
+
+
+def _seeds_part(pairs: list[Cell], prior: Prior | None) -> tuple[float, float]:
+    """The seed variance of the mean of paired differences, and its degrees of freedom; 0 where nothing was measured."""
+    noise = _noise_of(pairs)
+    if prior is None:
+        return noise.variance / len(pairs), noise.degrees
+    variance, degrees = prior.moderated(noise)
+    return variance / len(pairs), degrees
+
+
+def _about_the_best(differences: list[float]) -> Floats:
+    """[columns, columns] covariance of the columns' noise less that of the best column, from the differences' variances.
+
+    Two differences share the noise of the best column: half of the smaller variance.
+    """
+    variances = np.array(differences)
+    covariance: Floats = np.minimum.outer(variances, variances) / 2
+    np.fill_diagonal(covariance, variances)
+    return covariance
 
 
 def _examples_part(columns: list[list[Cell]]) -> Floats:

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rightrank.decision.evidence import Evidence
-from rightrank.decision.judge import Unit
+from rightrank.decision.judge import Comparison, Unit
 from rightrank.maths.curve import (
     CurveForm,
     PowerLaw,
@@ -30,8 +30,12 @@ GRID_POINTS = 257
 MAX_DIMINISHING_RANK = 2.0**20  # a larger rank of diminishing returns is not reported
 
 
-def fit_curve(evidence: Evidence, unit: Unit, margin: float) -> CurveFit | None:
-    """The fit with its intervals; None below `MIN_RANKS` ranks. `margin` is in the oriented unit."""
+def fit_curve(found: Comparison, unit: Unit) -> CurveFit | None:
+    """The fit with its intervals; None below `MIN_RANKS` ranks.
+
+    The decision's evidence comes before the fit: no fitted curve is within the margin at a rank that was refuted.
+    """
+    evidence, margin = found.evidence, found.margin
     contenders = [evidence.contenders[rank] for rank in sorted(evidence.contenders)]
     if len(contenders) < MIN_RANKS:
         return None
@@ -45,6 +49,7 @@ def fit_curve(evidence: Evidence, unit: Unit, margin: float) -> CurveFit | None:
     grid = np.geomspace(ranks[0], ranks[-1], GRID_POINTS)
     law = fit_power(ranks, draws, deviations)
     meets = margin_ranks(grid, predict(form, ranks, draws, deviations, grid), margin)
+    meets = np.maximum(meets, smallest_possible_rank(found))
     lows, highs = np.quantile(meets[1:], two_sided(0.95))
     gain = law.b * ranks[-1] ** -law.c
     doubling = gain * (1 - 2.0**-law.c)
@@ -65,6 +70,12 @@ def fit_curve(evidence: Evidence, unit: Unit, margin: float) -> CurveFit | None:
         gain_to_come_low=unit.difference(float(come_low)) if power_like else 0.0,
         gain_to_come_high=unit.difference(float(come_high)),
     )
+
+
+def smallest_possible_rank(found: Comparison) -> float:
+    """The smallest rank that may be enough: one above the largest that is shown not to be, below the reference."""
+    refuted = [rank for rank in found.ranks if found.judged[rank].non_inferior is False and rank < found.reference.rank]
+    return float(max(refuted, default=0) + 1)
 
 
 def _noise(evidence: Evidence, widened: Floats) -> Floats:

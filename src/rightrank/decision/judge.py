@@ -48,6 +48,7 @@ class Judged:
     difference: Estimate
     low: float  # one-sided 95% bounds of the difference; the lower one is corrected for the reference's winner's curse
     high: float
+    further: Estimate | None  # the difference that a further seed would show; None where seed noise was not measured
     within: bool  # taken as enough: shown by the upper bound, or by the mean alone in a point reading
     non_inferior: bool | None  # True: shown to be enough; False: shown not to be; None: inconclusive
     threshold: float  # the smallest margin at which the rank is taken as enough
@@ -72,6 +73,16 @@ class Comparison:
         return sorted(self.evidence.contenders)
 
     @property
+    def is_indication(self) -> bool:
+        """Whether a rank that the answer rests on was compared with the reference on fewer than two seeds."""
+        if self.evidence.basis == "std":
+            return False  # the table states the noise over seeds
+        if self.chosen == self.reference.rank and len(self.reference.cells) < 2:
+            return True
+        answer = {self.chosen, self.next_lower or self.chosen} - {self.reference.rank}
+        return any(self.judged[rank].difference.seeds < 2 for rank in answer)
+
+    @property
     def next_lower(self) -> int | None:
         """The highest rank below the chosen one."""
         return max((rank for rank in self.ranks if rank < self.chosen), default=None)
@@ -88,15 +99,16 @@ def _judge(contender: Contender, evidence: Evidence, margin: float) -> Judged:
     mean = evidence.value(contender)
     if contender.rank == evidence.reference.rank:
         zero = Estimate(0.0, 0.0, 0.0, 0.0, 0, 1, 0.0, 0.0)
-        return Judged(contender, mean, zero, 0.0, 0.0, True, True, 0.0)
+        return Judged(contender, mean, zero, 0.0, 0.0, None, True, True, 0.0)
     difference = evidence.difference(contender)
     gap = evidence.reference_gap
     low, high = difference.bound(1 - CONFIDENCE) - gap, difference.bound(CONFIDENCE)
     refuted = difference.probability_below(margin + gap) < 1 - REFUTED
-    shown = True if high < margin else False if refuted else None
+    shown = None if evidence.basis == "values" else True if high < margin else False if refuted else None
+    further = difference.of_a_further_seed() if evidence.prior is not None and contender.rank > 0 else None
     threshold = max(difference.mean if evidence.is_point_reading else high, 0.0)
     within = difference.mean <= margin * (1 + TIE) + 1e-12 if evidence.is_point_reading else high < margin
-    return Judged(contender, mean, difference, low, high, within, shown, threshold)
+    return Judged(contender, mean, difference, low, high, further, within, shown, threshold)
 
 
 def walk_down(ranks: Iterable[int], reference: int, holds: Callable[[int], bool]) -> int:

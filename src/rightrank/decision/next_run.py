@@ -10,11 +10,12 @@ import math
 
 from rightrank.decision.evidence import Evidence
 from rightrank.decision.judge import CONFIDENCE, REFUTED, Comparison
-from rightrank.decision.verdicts import inconclusive_rank, possible_rival, underpowered
+from rightrank.decision.verdicts import inconclusive_rank, lengths, possible_rival, underpowered
 from rightrank.maths.intervals import Estimate, normal_quantile
 from rightrank.records import NextRun, Verdict
 
 POWER = 0.8
+MIN_SEEDS = 2  # with which the noise over seeds is measured
 MAX_SEEDS = 32
 MAX_EXAMPLE_GROWTH = 64
 CHEAP_EXAMPLE_GROWTH = 24  # scoring up to so many times the examples usually costs less than further trainings
@@ -30,14 +31,26 @@ def next_runs(found: Comparison, verdict: Verdict, flags: list[str]) -> list[Nex
     elif verdict == "undecided":
         rank, difference = _undecided_rank(found)
         runs.extend(_settle(found, rank, difference))
-    elif verdict == "rising":
+    elif found.chosen == found.ranks[-1] and (verdict == "rising" or not found.evidence.is_point_reading):
         runs.append(_extend(found.evidence))
     if "lr_edge" in flags:
         runs.insert(1 if verdict in ("rising", "undecided") else 0, _beyond_the_edge(found))
+    if "unequal_length" in flags:
+        runs.append(_equal_lengths(found.evidence))
     if verdict not in ("no_gain", "undecided"):
-        is_reading = found.evidence.is_point_reading and underpowered(found, verdict)
-        runs.append(_prove(found) if is_reading else _confirm(found))
+        runs.append(_confirmation(found, verdict))
     return runs
+
+
+def _confirmation(found: Comparison, verdict: Verdict) -> NextRun:
+    if found.evidence.is_point_reading and underpowered(found, verdict):
+        return _prove(found)
+    return _further_seeds(found) if _is_indication(found) else _confirm(found)
+
+
+def _is_indication(found: Comparison) -> bool:
+    """Whether examples alone speak for the answer, so that further seeds make it a decision."""
+    return found.is_indication and found.evidence.has_examples
 
 
 def _undecided_rank(found: Comparison) -> tuple[int, Estimate]:
@@ -87,7 +100,8 @@ def _settle(found: Comparison, rank: int, difference: Estimate) -> list[NextRun]
     ranks = sorted({rank, found.reference.rank} - {0})
     names = _ranks(sorted({rank, found.reference.rank}))
     runs = []
-    examples, seeds = examples_needed(difference, found.margin), seeds_needed(difference, found.margin)
+    examples = examples_needed(difference, found.margin)
+    seeds = None if _is_indication(found) else seeds_needed(difference, found.margin)
     if examples is not None:
         sentence = f"Score about {examples:,} held-out examples (now {difference.examples:,}) at {names} to settle it."
         runs.append(NextRun(action="items", ranks=ranks, items=examples, sentence=sentence))
@@ -100,14 +114,87 @@ def _settle(found: Comparison, rank: int, difference: Estimate) -> list[NextRun]
         )
     if examples is not None and seeds is not None and examples > CHEAP_EXAMPLE_GROWTH * difference.examples:
         runs.reverse()
-    if not runs:
-        start = f"Neither {MAX_SEEDS} seeds nor {MAX_EXAMPLE_GROWTH} times the examples"
-        start = start if difference.examples else f"Not even {MAX_SEEDS} seeds"
-        sentence = (
-            f"{start} would settle {_name(rank)} at this noise: take rank {found.chosen}, or choose another margin."
-        )
-        runs.append(NextRun(action="none", ranks=[found.chosen], sentence=sentence))
+    if _is_indication(found):
+        runs.append(_further_seeds(found, rank))
+    elif not runs:
+        runs.append(_more_of_both(found, rank, difference))
     return runs
+
+
+def _more_of_both(found: Comparison, rank: int, difference: Estimate) -> NextRun:
+    """The fewest further seeds with which more examples settle it; another margin if not even they do."""
+    ranks = sorted({rank, found.reference.rank} - {0})
+    for seeds in range(difference.seeds + 1, MAX_SEEDS + 1):
+        examples = examples_needed(difference.at(difference.examples, seeds), found.margin)
+        if examples is not None:
+            further = seeds - difference.seeds
+            trials, seconds = len(ranks) * further, _seconds(found.evidence, ranks, further)
+            sentence = (
+                f"Train {_ranks(ranks)} with {seeds} seeds (now {difference.seeds}) and score about {examples:,} held-out "
+                f"examples (now {difference.examples:,}) to settle it ({_cost(trials, seconds)})."
+            )
+            return NextRun(
+                action="seeds",
+                ranks=ranks,
+                seeds=seeds,
+                items=examples,
+                trials=trials,
+                seconds=seconds,
+                sentence=sentence,
+            )
+    start = (
+        f"Not even {MAX_SEEDS} seeds with {MAX_EXAMPLE_GROWTH} times the examples"
+        if difference.examples
+        else (f"Not even {MAX_SEEDS} seeds")
+    )
+    sentence = f"{start} would settle {_name(rank)} at this noise: take rank {found.chosen}, or choose another margin."
+    return NextRun(action="none", ranks=[found.chosen], sentence=sentence)
+
+
+def _further_seeds(found: Comparison, undecided: int | None = None) -> NextRun:
+    """The seeds that are expected to make a decision of an indication, at the seed noise of earlier grids."""
+    evidence, reference = found.evidence, found.reference.rank
+    compared = {found.chosen, found.next_lower or found.chosen, undecided or found.chosen} - {reference}
+    known = [
+        rank
+        for rank in sorted(compared)
+        if rank in (found.chosen, undecided) or found.judged[rank].non_inferior is False
+    ]
+    needed = [_seeds_expected(found, rank) for rank in known]
+    enough = [seeds for seeds in needed if seeds is not None]
+    seeds = max(enough, default=MIN_SEEDS) if len(enough) == len(needed) else MIN_SEEDS
+    ranks = sorted(compared | {reference})
+    missing = sum(max(0, seeds - len(evidence.contenders[rank].cells)) for rank in ranks)
+    seconds = _seconds(evidence, ranks, missing / len(ranks))
+    start = f"Train {_ranks(ranks)} with {seeds} seeds (now 1)"
+    if len(enough) == len(needed):
+        sentence = (
+            f"{start} to make it a decision, if the seed noise is that of earlier grids ({_cost(missing, seconds)})."
+        )
+    else:
+        sentence = (
+            f"{start} to measure the noise over seeds ({_cost(missing, seconds)}); at that of earlier grids, {MAX_SEEDS} seeds "
+            "would not make it a decision at this margin."
+        )
+    return NextRun(action="seeds", ranks=ranks, seeds=seeds, trials=missing, seconds=seconds, sentence=sentence)
+
+
+def _seeds_expected(found: Comparison, rank: int) -> int | None:
+    contender = found.evidence.contenders[rank]
+    sizes = range(MIN_SEEDS, MAX_SEEDS + 1)
+    return next((size for size in sizes if settles(found.evidence.expected(contender, size), found.margin)), None)
+
+
+def _equal_lengths(evidence: Evidence) -> NextRun:
+    """All trainings at the length of the longest."""
+    steps = max(lengths(evidence))
+    short = {
+        rank: sum(cell.steps not in (None, steps) for cell in found.cells.values())
+        for rank, found in sorted(evidence.contenders.items())
+    }
+    ranks, trials = [rank for rank in short if short[rank]], sum(short.values())
+    sentence = f"Train {_ranks(ranks)} for {steps} steps too ({_cost(trials, None)}): trainings of unequal length are compared."
+    return NextRun(action="steps", ranks=ranks, steps=steps, trials=trials, sentence=sentence)
 
 
 def _extend(evidence: Evidence) -> NextRun:
@@ -137,7 +224,7 @@ def _beyond_the_edge(found: Comparison) -> NextRun:
 
 def _lr_beyond_the_edge(evidence: Evidence, rank: int) -> float | None:
     """The next learning rate outward, by the same factor as the last step inward; None where the best is not at the edge."""
-    lrs, best = evidence.table.learning_rates(rank), evidence.contenders[rank].learning_rate
+    lrs, best = evidence.table.tried_learning_rates(rank), evidence.contenders[rank].learning_rate
     if len(lrs) < 2 or best not in (lrs[0], lrs[-1]):
         return None
     if best == lrs[0]:
@@ -149,7 +236,8 @@ def _prove(found: Comparison) -> NextRun:
     """The seeds that are expected to show what a point reading suggests."""
     evidence, reference = found.evidence, found.reference.rank
     rank = found.chosen if found.chosen != reference else found.next_lower or reference
-    needed = seeds_needed(found.judged[rank].difference, found.margin) if rank != reference else None
+    difference = found.judged[rank].difference
+    needed = seeds_needed(difference, found.margin) if difference.variance > 0 else None
     ranks = sorted({rank, reference})
     if needed is None:
         sentence = (

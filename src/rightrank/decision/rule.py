@@ -6,6 +6,9 @@ of tests needs no correction for multiplicity.
 
 A table with one number per rank proves nothing. There the rule reads the differences themselves, as a careful reader of a
 published table does; the decision has the flag `underpowered`, and `non_inferior` is None.
+
+One seed gives an indication: the rank and the verdict follow from the bounds over examples, the decision has the flag
+`one_seed`, and its `confidence` is None, since the noise over seeds is unknown.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ from dataclasses import replace
 from rightrank.decision.evidence import Evidence
 from rightrank.decision.fit import fit_curve
 from rightrank.decision.horizon import horizon_note
-from rightrank.decision.judge import CONFIDENCE, Judged, Unit, compare, staircase
+from rightrank.decision.judge import CONFIDENCE, Comparison, Judged, Unit, compare, staircase
 from rightrank.decision.metrics import default_margin
 from rightrank.decision.next_run import next_runs
 from rightrank.decision.sentences import basis_note, conflict_sentence, sentence_of
@@ -54,7 +57,7 @@ def decide(
     found = compare(evidence, unit.oriented_margin(margin))
     judged, chosen = found.judged, found.chosen
     verdict = verdict_of(found)
-    curve = fit_curve(evidence, unit, found.margin)
+    curve = fit_curve(found, unit)
     horizon = horizon_note(evidence, chosen, margin)
     beside = [answer for answer in (_beside(judged, other, token_loss) for other in others) if answer is not None]
     names = [answer.metric for answer in beside]
@@ -73,10 +76,10 @@ def decide(
         higher_is_better=table.higher_is_better,
         margin=margin,
         reference_rank=evidence.reference.rank,
-        confidence=CONFIDENCE,
+        confidence=None if found.is_indication or evidence.basis == "values" else CONFIDENCE,
         learning_rate=evidence.contenders[chosen].learning_rate or None,
         staircase=staircase(found, unit),
-        ranks=[_record(judged[rank], unit) for rank in sorted(judged)],
+        ranks=[_record(found, judged[rank], unit) for rank in sorted(judged)],
         basis=evidence.basis,
         basis_note=basis_note(evidence),
         next_runs=runs,
@@ -125,8 +128,10 @@ def _prepared(table: ScoreTable, margin: float | None) -> tuple[Evidence, Unit, 
     return evidence, unit, margin
 
 
-def _record(judged: Judged, unit: Unit) -> RankEvidence:
+def _record(found: Comparison, judged: Judged, unit: Unit) -> RankEvidence:
     contender = judged.contender
+    is_reference = contender.rank == found.reference.rank
+    unknown = found.evidence.basis == "values" and judged.difference.variance == 0 and not is_reference
     ends = sorted(unit.value(judged.mean.bound(level)) for level in two_sided(CONFIDENCE))
     return RankEvidence(
         rank=contender.rank,
@@ -134,11 +139,19 @@ def _record(judged: Judged, unit: Unit) -> RankEvidence:
         low=ends[0],
         high=ends[1],
         difference=unit.difference(judged.difference.mean),
-        difference_low=unit.difference(judged.low),
-        difference_high=unit.difference(judged.high),
+        difference_low=None if unknown else unit.difference(judged.low),
+        difference_high=None if unknown else unit.difference(judged.high),
+        **_further_seed(judged, unit),
         non_inferior=judged.non_inferior,
         learning_rate=contender.learning_rate or None,
         seeds=len(contender.cells),
         trial_ids=[cell.trial_id for cell in contender.cells.values()],
         winner_gap=unit.difference(contender.gap),
     )
+
+
+def _further_seed(judged: Judged, unit: Unit) -> dict[str, float]:
+    if judged.further is None:
+        return {}
+    low, high = (unit.difference(judged.further.bound(level)) for level in two_sided(CONFIDENCE))
+    return {"further_seed_low": low, "further_seed_high": high}

@@ -122,7 +122,7 @@ def decide_on(
 
 def is_token_loss(records: Records) -> bool:
     """Whether the run's loss is one a token, for which a default margin is known."""
-    return records.started.data.form not in ("classification", "own")
+    return records.started.data.form != "classification"
 
 
 def metrics_of(records: Records) -> list[str]:
@@ -142,7 +142,7 @@ def run_table(
     metric = metric or started.metric
     lower = started.settings.get("lower_is_better")
     higher = higher_is_better(metric, lower if isinstance(lower, list) else ())  # type: ignore[arg-type]
-    return table_of(outcomes, metric, higher, started.points_metric or started.metric)
+    return table_of(outcomes, metric, higher, started.points_metric or started.metric, looks=records.plain())
 
 
 def comparable(records: Records) -> list[TrialOutcome]:

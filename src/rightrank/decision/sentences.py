@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from rightrank.decision.evidence import Evidence
 from rightrank.decision.judge import Comparison, Unit
+from rightrank.decision.metrics import published_noise
 from rightrank.decision.verdicts import inconclusive_rank, possible_rival
 from rightrank.records import RankEvidence, Verdict
 
@@ -26,20 +27,20 @@ def sentence_of(found: Comparison, margin: float, verdict: Verdict, unit: Unit) 
     """The answer in one sentence. `margin` is in the metric's unit."""
     evidence, chosen, reference = found.evidence, found.chosen, found.reference.rank
     within = amount(f"{margin:.4g}", evidence)
-    verb = "looks" if evidence.is_point_reading else "is"
-    caution = "; one number per rank can suggest this, not show it" if evidence.is_point_reading else ""
+    verb = "looks" if evidence.is_point_reading or found.is_indication else "is"
+    caution = _caution(found)
     match verdict:
         case "no_gain":
             return (
                 f"No gain: the base itself is within {within} of the best adapter (rank {reference}), "
-                "so there is no rank to choose."
+                f"so there is no rank to choose{caution}."
             )
         case "undecided":
             return _undecided(found, within, unit)
         case "overfitting":
             return (
                 f"Rank {chosen} {verb} enough: above rank {reference} held-out results get worse "
-                "while training results still improve."
+                f"while training results still improve{caution}."
             )
         case "flat":
             return (
@@ -60,6 +61,12 @@ def sentence_of(found: Comparison, margin: float, verdict: Verdict, unit: Unit) 
                 return f"{start}, and the smallest tried{caution}."
             worse = number(unit.difference(found.judged[found.next_lower].difference.mean))
             return f"{start}, and the next lower rank ({found.next_lower}) is {worse} worse{caution}."
+
+
+def _caution(found: Comparison) -> str:
+    if found.evidence.is_point_reading:
+        return "; one number per rank can suggest this, not show it"
+    return "; one seed indicates this, and further seeds may change it" if found.is_indication else ""
 
 
 def _undecided(found: Comparison, within: str, unit: Unit) -> str:
@@ -99,23 +106,39 @@ def conflict_sentence(metric: str, against: Sequence[int], theirs: Mapping[int, 
 
 def basis_note(evidence: Evidence) -> str:
     """What the intervals cover, and what they leave out."""
-    deviation = number(evidence.noise.individual**0.5)
     match evidence.basis:
         case "items and seeds":
-            return "Intervals cover other held-out examples and other seeds."
+            return f"Intervals cover other held-out examples and other seeds.{_noise_note(evidence)}"
         case "items":
-            covered = "Intervals cover other held-out examples. One seed does not show the noise over seeds: "
-            if evidence.noise.individual == 0:
-                return f"{covered}none is added, and so the intervals are too narrow."
+            published = published_noise(evidence.table.kind, evidence.table.values())
             return (
-                f"{covered}a published value of {deviation} is added for each training, and this run's may be larger."
+                "Intervals cover other held-out examples alone. The noise over seeds is unknown: one seed does not show it."
+                + (f" {published}" if published else "")
             )
         case "seeds":
-            return "Intervals cover other seeds, on these held-out examples."
+            return f"Intervals cover other seeds, on these held-out examples.{_noise_note(evidence)}"
         case "std":
             return "Intervals rest on the stated standard deviations alone."
         case "values":
+            if evidence.noise.individual == 0:
+                return "One number per rank without a stated deviation: the noise of a training is unknown."
             return (
-                f"One number per rank without a stated deviation: {deviation} is assumed for each training, "
-                "the larger of published seed noise and the scatter about the curve."
+                f"One number per rank without a stated deviation: {number(evidence.noise.individual**0.5)}, the scatter about "
+                "the curve, is taken as the noise of each training."
             )
+
+
+def _noise_note(evidence: Evidence) -> str:
+    """What the noise over seeds was measured on."""
+    if evidence.prior is None:
+        return " No two ranks share two seeds, so the noise over seeds is known of single ranks alone."
+    seeds = sorted(
+        {evidence.difference(one).seeds for one in evidence.contenders.values() if one is not evidence.reference}
+    )
+    counts = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
+    return (
+        f" The noise over seeds is that of each rank's paired difference over {counts} seeds, moderated by what its variation "
+        "between examples leads to expect."
+        if evidence.has_examples
+        else f" The noise over seeds is that of each rank's paired difference over {counts} seeds, moderated by the other ranks'."
+    )

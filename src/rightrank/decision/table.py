@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from rightrank.decision.metrics import MetricKind, kind_of
 from rightrank.decision.metrics import higher_is_better as metric_is_higher_better
-from rightrank.records import MetricName, Result, ResultsTable, TrialFinished, TrialOutcome
+from rightrank.records import MetricName, Result, ResultsTable, TrialFailed, TrialFinished, TrialOutcome
 
 Floats = NDArray[np.float64]
 
@@ -45,13 +45,17 @@ class Cell:
 
 @dataclass(frozen=True, slots=True)
 class ScoreTable:
-    """Cells by (rank, learning rate, seed). `missing` counts the trials of a rank without a result."""
+    """Cells by (rank, learning rate, seed). `missing` counts the trials of a rank without a result.
+
+    `tried` holds learning rates of trainings that stopped early or diverged: they are no cells, and bound the best one.
+    """
 
     metric: str
     higher_is_better: bool
     cells: Mapping[tuple[int, float, int], Cell]
     missing: Mapping[int, int] = field(default_factory=dict)
     kind: MetricKind = "token_loss"
+    tried: Mapping[int, Collection[float]] = field(default_factory=dict)
 
     def ranks(self) -> list[int]:
         """The ranks with a finished trial, ascending, without the base."""
@@ -59,6 +63,10 @@ class ScoreTable:
 
     def learning_rates(self, rank: int) -> list[float]:
         return sorted({learning_rate for r, learning_rate, _ in self.cells if r == rank})
+
+    def tried_learning_rates(self, rank: int) -> list[float]:
+        """Those with a finished trial, and those that were stopped early or diverged."""
+        return sorted({*self.learning_rates(rank), *self.tried.get(rank, ())})
 
     def seeds(self, rank: int, learning_rate: float) -> list[int]:
         return sorted(seed for r, lr, seed in self.cells if (r, lr) == (rank, learning_rate))
@@ -77,6 +85,7 @@ def table_of(
     metric: MetricName,
     higher_is_better: bool | None = None,
     points_metric: str | None = None,
+    looks: Iterable[TrialOutcome] = (),
 ) -> ScoreTable:
     """The table of a run's outcomes.
 
@@ -85,6 +94,7 @@ def table_of(
         metric: a metric that the run measured.
         higher_is_better: None to take it from the metric's name.
         points_metric: the metric of the evaluations during training; None for `metric`.
+        looks: trainings that are not compared, such as those stopped early; their learning rates count as tried.
     """
     outcomes = list(outcomes)
     higher = metric_is_higher_better(metric) if higher_is_better is None else higher_is_better
@@ -106,7 +116,16 @@ def table_of(
             cells[outcome.rank, outcome.learning_rate, outcome.seed] = cell
         else:
             missing[outcome.rank] = missing.get(outcome.rank, 0) + 1
-    return ScoreTable(metric, higher, cells, missing, kind)
+    return ScoreTable(metric, higher, cells, missing, kind, _tried([*outcomes, *looks]))
+
+
+def _tried(outcomes: Iterable[TrialOutcome]) -> dict[int, set[float]]:
+    """Learning rates by rank, of trainings from their own start that did not fail for want of memory or by an error."""
+    found: dict[int, set[float]] = {}
+    for outcome in outcomes:
+        if outcome.rank > 0 and outcome.truncate_from is None and not isinstance(outcome, TrialFailed):
+            found.setdefault(outcome.rank, set()).add(outcome.learning_rate)
+    return found
 
 
 def _oriented(scores: Sequence[float], kind: MetricKind, higher: bool) -> Floats:

@@ -8,7 +8,7 @@ The verdict is the first row that applies, from the most sobering to the plaines
                  rank may be better than the reference by more than the margin (`possible_rival`)
     overfitting  the largest rank is worse than the margin allows on held-out data and better in training
     flat         the smallest rank is chosen, and no rank is shown to be worse than the margin allows
-    rising       the largest rank is chosen, and better than every smaller one by more than the margin
+    rising       the largest rank is chosen, and every smaller one is shown to be worse than the margin allows
     saturated    otherwise
     ===========  =====================================================================================
 
@@ -38,7 +38,7 @@ def verdict_of(found: Comparison) -> Verdict:
         return "overfitting"
     if found.chosen == found.ranks[0] and not any(_is_worse(found, rank) for rank in found.ranks):
         return "flat"
-    if found.chosen == found.ranks[-1] and rises(found):
+    if rises(found) and all(_is_worse(found, rank) for rank in found.ranks[:-1]):
         return "rising"
     return "saturated"
 
@@ -89,7 +89,7 @@ def possible_rival(found: Comparison) -> int | None:
 
 
 def rises(found: Comparison) -> bool:
-    """Whether the top rank is better than every smaller one by more than the margin and more than its stated deviation."""
+    """Whether the top rank's mean is better than every smaller one's by more than the margin and its stated deviation."""
     *smaller, top = found.ranks
     if found.reference.rank != top:
         return False
@@ -143,7 +143,8 @@ def flags_of(
         and all(found.judged[rank].low > 0 for rank in found.ranks if rank < top),
         "lr_edge": any(_at_edge(evidence, rank) for rank in answer),
         "unstable": any(evidence.table.missing.values()),
-        "one_seed": min(len(contender.cells) for contender in evidence.contenders.values()) < 2,
+        "unequal_length": len(lengths(evidence)) > 1,
+        "one_seed": found.is_indication,
         "winner_gap": max(evidence.contenders[rank].gap for rank in answer) > found.margin / 2,
         "metric_conflict": _conflicts(evidence, found.chosen, judged_others),
         "may_be_capacity_limited": _gap_still_grows(found, horizon),
@@ -161,8 +162,13 @@ def underpowered(found: Comparison, verdict: Verdict) -> bool:
     return found.evidence.basis == "values" or not settled
 
 
+def lengths(evidence: Evidence) -> set[int]:
+    """The different numbers of steps of the trainings that are compared, where the table states them."""
+    return {cell.steps for found in evidence.contenders.values() for cell in found.cells.values() if cell.steps}
+
+
 def _at_edge(evidence: Evidence, rank: int) -> bool:
-    tried = evidence.table.learning_rates(rank)
+    tried = evidence.table.tried_learning_rates(rank)
     return len(tried) > 1 and evidence.contenders[rank].learning_rate in (tried[0], tried[-1])
 
 

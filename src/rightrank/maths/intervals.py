@@ -84,6 +84,10 @@ class Estimate:
         """The same mean with another seed variance, such as a pooled or a published one."""
         return replace(self, seeds_variance=variance, seeds_degrees=degrees)
 
+    def of_a_further_seed(self) -> Estimate:
+        """The estimate of the difference that one further seed shows: the seed part times 1 + seeds."""
+        return replace(self, seeds_variance=self.seeds_variance * (1 + self.seeds))
+
     def reversed(self) -> Estimate:
         """The estimate of the opposite difference."""
         return replace(self, mean=-self.mean, skewness=-self.skewness)
@@ -96,8 +100,8 @@ class Estimate:
         pure_seeds = max(self.seeds_variance - self.interaction_variance, 0.0) * seed_ratio
         both = self.interaction_variance * example_ratio * seed_ratio
         degrees = self.seeds_degrees
-        if self.seeds > 1 and seeds > 1:
-            degrees = degrees * (seeds - 1) / (self.seeds - 1)
+        if degrees > 0:
+            degrees = max(degrees + seeds - self.seeds, 1.0)
         return Estimate(
             self.mean, pure_examples + both, pure_seeds + both, both, examples, seeds, degrees, self.skewness
         )

@@ -1,4 +1,4 @@
-"""The memory budget: what fits, what each axis costs, and the changes that save memory, cheapest first."""
+"""What fits: the budget, the price of each axis, and the changes that save memory, cheapest first."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ CPU_PROCESS_BYTES = 700 * 2**20  # the interpreter with torch, transformers and 
 
 
 @dataclass(frozen=True, slots=True)
-class _Saving:
-    """A change of settings that saves memory, and its cost in words."""
+class _Step:
+    """A change of settings and what it costs."""
 
     values: dict[str, Any]
     price: str
 
 
 def context_bytes(settings: PlanSettings) -> int:
-    """Bytes of the process beside its tensors."""
+    """What the process takes beside its tensors."""
     if settings.context_bytes is not None:
         return settings.context_bytes
     return CUDA_CONTEXT_BYTES if settings.device == "cuda" else CPU_PROCESS_BYTES
@@ -33,22 +33,12 @@ def total(reserved_bytes: int, settings: PlanSettings) -> int:
 
 
 def needed(reserved_bytes: int, settings: PlanSettings) -> int:
-    """Bytes that must be available: tensors, process and headroom."""
+    """What has to be there: tensors, context and the headroom."""
     return total(reserved_bytes, settings) + round(settings.headroom * reserved_bytes)
 
 
-def rank_fits(estimator: Estimator, rank: int) -> bool:
-    """`fits`, of the peak of `rank`."""
-    return fits(estimator.estimate(rank).peak.reserved_bytes, estimator.settings)
-
-
-def fits(reserved: int, settings: PlanSettings) -> bool:
-    """Whether so many reserved bytes fit the memory of the settings; False where that is unknown."""
-    return settings.memory_bytes is not None and needed(reserved, settings) <= settings.memory_bytes
-
-
 def axis_prices(estimator: Estimator, largest: RankEstimate) -> list[AxisPrice]:
-    """The cost of doubling the rank, the batch and the length, and of adapting all linear modules instead of some."""
+    """What the next doubling of rank, batch and length costs, and all linear modules in the place of some."""
     settings, rank = estimator.settings, largest.rank
     batch, length = settings.batch_size, settings.seq_len
     axes: list[tuple[str, dict[str, Any]]] = [
@@ -64,12 +54,12 @@ def axis_prices(estimator: Estimator, largest: RankEstimate) -> list[AxisPrice]:
     for axis, values in axes:
         changed = estimator.variant(**values)
         estimate = changed.estimate(max(changed.settings.ranks))
-        reserved = estimate.peak.reserved_bytes
+        reserved = estimate.highest.reserved_bytes
         prices.append(
             AxisPrice(
                 axis=axis,
                 peak_reserved_bytes=reserved,
-                difference_bytes=reserved - largest.peak.reserved_bytes,
+                difference_bytes=reserved - largest.highest.reserved_bytes,
                 flops_factor=estimate.flops / largest.flops,
             )
         )
@@ -77,94 +67,93 @@ def axis_prices(estimator: Estimator, largest: RankEstimate) -> list[AxisPrice]:
 
 
 def cheapest_changes(estimator: Estimator) -> list[Change]:
-    """Changes that make the smallest rank fit, cheapest first; those that save nothing are omitted.
+    """Changes for the smallest rank, from the cheapest on, until it fits; those that save nothing are left out.
 
-    Changes are added until the rank fits; then each that is no longer needed is removed, the costliest first.
+    What is not needed once the last is taken is taken out again, the dearest tried first.
     """
     start = estimator.variant(ranks=(min(estimator.settings.ranks),))
-    taken: list[_Saving] = []
+    taken: list[_Step] = []
     current, reserved = start, _reserved(start)
-    for saving in _savings(start.settings):
-        changed = current.variant(**saving.values)
+    for step in _steps(start.settings):
+        changed = current.variant(**step.values)
         saved = _reserved(changed)
         if saved >= reserved:
             continue
-        taken.append(saving)
+        taken.append(step)
         current, reserved = changed, saved
-        if fits(reserved, current.settings):
+        if _fits(reserved, current.settings):
             taken = _shortest(start, taken)
             break
     return _as_changes(start, taken)
 
 
-def _savings(settings: PlanSettings) -> list[_Saving]:
-    """Candidate changes in order of cost: first those that cost no quality and no time, then time, then precision."""
-    savings = []
+def _steps(settings: PlanSettings) -> list[_Step]:
+    """Changes by what they cost: first none of quality or time, then time, then precision."""
+    steps = []
     if settings.loss == "full":
-        savings.append(_Saving({"loss": "chunked"}, "none: the same loss, with the logits in chunks"))
+        steps.append(_Step({"loss": "chunked"}, "nothing: the same loss, the logits in pieces"))
     if settings.attn_implementation == "eager":
-        savings.append(_Saving({"attn_implementation": "sdpa"}, "none: the same attention, fused"))
+        steps.append(_Step({"attn_implementation": "sdpa"}, "nothing: the same attention, fused"))
     if settings.optimizer in ("adamw", "adamw_fused"):
-        savings.append(_Saving({"optimizer": "paged_adamw_8bit"}, "8-bit optimizer states; needs bitsandbytes"))
+        steps.append(_Step({"optimizer": "paged_adamw_8bit"}, "8-bit optimizer states; needs bitsandbytes"))
     if settings.dtype == "float32" and settings.autocast is None and settings.device == "cuda":
-        savings.append(_Saving({"dtype": "bfloat16"}, "frozen weights and activations in 16 bits"))
+        steps.append(_Step({"dtype": "bfloat16"}, "frozen weights and activations in 16 bits"))
     if settings.device == "cpu":
-        savings = [saving for saving in savings if "optimizer" not in saving.values]
+        steps = [step for step in steps if "optimizer" not in step.values]
     if settings.arms > 1:
-        savings.append(_Saving({"arms": 1}, "arms train one after the other: more time"))
+        steps.append(_Step({"arms": 1}, "arms one after the other: more time"))
     if not settings.gradient_checkpointing:
-        savings.append(_Saving({"gradient_checkpointing": True}, "about a third more time per step"))
+        steps.append(_Step({"gradient_checkpointing": True}, "about a third more time a step"))
     batch = settings.batch_size
     while batch > 1:
         batch //= 2
-        savings.append(_Saving({"batch_size": batch}, "gradients accumulate over more batches: more time"))
+        steps.append(_Step({"batch_size": batch}, "accumulate gradients over more batches: more time"))
     if not (settings.load_in_4bit or settings.load_in_8bit):
-        savings.append(_Saving({"load_in_4bit": True}, "frozen weights in 4 bits: lower quality, slower steps"))
+        steps.append(_Step({"load_in_4bit": True}, "frozen weights in 4 bits: some quality, slower steps"))
     length = settings.seq_len
     while length > 256:
         length //= 2
-        savings.append(_Saving({"seq_len": length}, "longer examples are truncated"))
-    return savings
+        steps.append(_Step({"seq_len": length}, "longer items are cut"))
+    return steps
 
 
-def _shortest(start: Estimator, taken: list[_Saving]) -> list[_Saving]:
+def _shortest(start: Estimator, taken: list[_Step]) -> list[_Step]:
     kept = _last_of_each(taken)
-    for saving in reversed(kept[:-1]):
-        fewer = [other for other in kept if other is not saving]
+    for step in reversed(kept[:-1]):
+        fewer = [other for other in kept if other is not step]
         changed = start.variant(**_merged(fewer))
-        if fits(_reserved(changed), changed.settings):
+        if _fits(_reserved(changed), changed.settings):
             kept = fewer
     return kept
 
 
-def _as_changes(start: Estimator, savings: list[_Saving]) -> list[Change]:
+def _as_changes(start: Estimator, steps: list[_Step]) -> list[Change]:
     changes = []
     current = start
-    for saving in _last_of_each(savings):
-        current = current.variant(**saving.values)
+    for step in _last_of_each(steps):
+        current = current.variant(**step.values)
         reserved = _reserved(current)
-        ((name, value),) = saving.values.items()
+        ((name, value),) = step.values.items()
+        fits = _fits(reserved, current.settings)
         changes.append(
-            Change(
-                setting=name,
-                value=str(value),
-                peak_reserved_bytes=reserved,
-                fits=fits(reserved, current.settings),
-                price=saving.price,
-            )
+            Change(setting=name, value=str(value), peak_reserved_bytes=reserved, fits=fits, price=step.price)
         )
     return changes
 
 
-def _last_of_each(savings: list[_Saving]) -> list[_Saving]:
-    """Of several changes to one setting, the last."""
-    last = {name: saving for saving in savings for name in saving.values}
-    return [saving for saving in savings if all(last[name] is saving for name in saving.values)]
+def _last_of_each(steps: list[_Step]) -> list[_Step]:
+    """Of steps on one setting, only the last counts."""
+    last = {name: step for step in steps for name in step.values}
+    return [step for step in steps if all(last[name] is step for name in step.values)]
 
 
-def _merged(savings: list[_Saving]) -> dict[str, Any]:
-    return {name: value for saving in savings for name, value in saving.values.items()}
+def _merged(steps: list[_Step]) -> dict[str, Any]:
+    return {name: value for step in steps for name, value in step.values.items()}
 
 
 def _reserved(estimator: Estimator) -> int:
-    return estimator.estimate(estimator.settings.ranks[0]).peak.reserved_bytes
+    return estimator.estimate(estimator.settings.ranks[0]).highest.reserved_bytes
+
+
+def _fits(reserved: int, settings: PlanSettings) -> bool:
+    return settings.memory_bytes is not None and needed(reserved, settings) <= settings.memory_bytes

@@ -69,6 +69,8 @@ class RankEvidence(Record):
     difference: float | None = None  # how much worse than the reference, in the metric's unit
     difference_low: float | None = None  # one-sided 95% lower bound
     difference_high: float | None = None  # one-sided 95% upper bound
+    further_seed_low: float | None = None  # two-sided 95% interval of the difference that a further seed would show
+    further_seed_high: float | None = None  # None: the seed noise was not measured
     non_inferior: bool | None = None  # within the margin; None: inconclusive
     learning_rate: float | None = None
     seeds: Whole = 1
@@ -101,7 +103,7 @@ class CurveFit(Record):
     c: float
     prediction_error: dict[str, float]  # by form: mean absolute error at a rank that was left out of the fit
     points: list[FittedPoint]  # from the lowest to the highest rank, for plotting
-    r_margin: float  # the rank where the curve comes within the margin of its best
+    r_margin: float  # the rank where the curve comes within the margin of its best, above every refuted rank
     r_margin_low: float
     r_margin_high: float
     diminishing_rank: float | None  # beyond it, doubling the rank gains less than the margin
@@ -172,7 +174,7 @@ class Decision(Record):
     higher_is_better: bool
     margin: float
     reference_rank: Whole
-    confidence: float
+    confidence: float | None  # None where nothing is shown at a level: one seed (an indication), or one number a rank
     learning_rate: float | None
     staircase: list[StaircaseStep]
     ranks: list[RankEvidence]

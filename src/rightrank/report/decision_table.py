@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from rightrank.records import Decision, RankEvidence
 from rightrank.report.figures import ENOUGH
-from rightrank.report.format import table_lines, visible
+from rightrank.report.format import coverage, table_lines, visible
 from rightrank.report.terminal_figures import terminal_curve
 
 FLAGS = {
-    "underpowered": "the data cannot show this at 95% confidence",
+    "underpowered": "the data cannot show this",
     "rising": "the largest rank tried is the best by more than the margin",
     "lr_edge": "the best learning rate is the smallest or largest tried",
     "unstable": "some trainings ended without a result",
-    "one_seed": "some ranks have one seed",
+    "one_seed": "a rank that the answer rests on has one seed: the answer is an indication",
+    "unequal_length": "trainings of unequal length are compared",
     "winner_gap": "the best of several learning rates is optimistic by more than half the margin",
     "metric_conflict": "another metric of the same trainings contradicts the answer for a rank",
     "may_be_capacity_limited": "the differences between ranks were still growing when training ended",
@@ -32,7 +33,14 @@ def decision_text(decision: Decision, understood: list[str], colour: bool, width
 def evidence_lines(decision: Decision) -> list[str]:
     """The table: one line a rank."""
     with_learning_rate = any(evidence.learning_rate for evidence in decision.ranks)
-    heading = ["rank", decision.metric, "95% interval", "worse by", "95% bounds", "enough"]
+    heading = [
+        "rank",
+        decision.metric,
+        coverage(decision, "interval"),
+        "worse by",
+        coverage(decision, "bounds"),
+        "enough",
+    ]
     heading += ["learning rate"] * with_learning_rate + ["seeds"]
     return table_lines([heading, *(_row(evidence, decision, with_learning_rate) for evidence in decision.ranks)])
 
@@ -44,12 +52,16 @@ def _row(evidence: RankEvidence, decision: Decision, with_learning_rate: bool) -
         f"{evidence.value:.5g}",
         f"{evidence.low:.5g} to {evidence.high:.5g}",
         "best" if reference else _short(evidence.difference),
-        "" if reference else f"{_short(evidence.difference_low)} to {_short(evidence.difference_high)}",
+        "" if evidence.difference_low is None or reference else _bounds(evidence),
         ENOUGH[evidence.non_inferior],
     ]
     if with_learning_rate:
         row.append(f"{evidence.learning_rate:.2g}" if evidence.learning_rate else "")
     return [*row, str(evidence.seeds)]
+
+
+def _bounds(evidence: RankEvidence) -> str:
+    return f"{_short(evidence.difference_low)} to {_short(evidence.difference_high)}"
 
 
 def answer_lines(decision: Decision) -> list[str]:

@@ -8,7 +8,7 @@ from statistics import fmean
 from rightrank.decision.run import Records
 from rightrank.records import Decision, RankEvidence, TrialFinished, TrialOutcome
 from rightrank.report.figure import AnyFigure, Axis, Figure, HeatMap, Level, Series, best_column, metric_axis, rank_axis
-from rightrank.report.format import amount, metric_unit
+from rightrank.report.format import amount, coverage, metric_unit
 from rightrank.report.rank_curve import rank_figure
 
 MIB = 2**20
@@ -93,7 +93,7 @@ def difference_figure(decision: Decision) -> Figure | None:
         y=Axis(f"worse by, {metric_unit(decision.metric)}"),
         series=(
             Series(
-                f"difference and its one-sided {decision.confidence:.0%} bounds",
+                f"difference and its one-sided {coverage(decision, 'bounds')}",
                 tuple(e.rank for e in rows),
                 tuple(differences),
                 low=tuple(min(d, low) for d, low in zip(differences, lows, strict=True)),

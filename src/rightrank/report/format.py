@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
+from rightrank.records import Decision
+
 CONTROL_PICTURES = {code: 0x2400 + code for code in range(0x20) if chr(code) not in "\n\t"}
 # Invisible characters that can disguise text: DEL, C1 controls, bidirectional marks, separators, surrogates.
 HIDDEN = {
@@ -23,6 +25,13 @@ def visible(text: str) -> str:
 def metric_unit(metric: str) -> str:
     """The unit of a metric's differences."""
     return "nats" if metric == "loss" else visible(metric)
+
+
+def coverage(decision: Decision, noun: str) -> str:
+    """`95% interval`; `interval over examples` for one seed; `interval` where the table shows no level."""
+    if decision.confidence is not None:
+        return f"{decision.confidence:.0%} {noun}"
+    return f"{noun} over examples" if decision.basis.startswith("items") else noun
 
 
 def quantity(count: int, noun: str) -> str:

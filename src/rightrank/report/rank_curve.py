@@ -7,6 +7,7 @@ from math import log2
 
 from rightrank.records import Decision, RankEvidence
 from rightrank.report.figure import Band, Figure, Level, Mark, Series, metric_axis, rank_axis
+from rightrank.report.format import coverage
 
 
 def rank_figure(decision: Decision) -> Figure:
@@ -23,7 +24,7 @@ def rank_figure(decision: Decision) -> Figure:
     ends = [e.value if e.difference_high is None else reference.value + sign * e.difference_high for e in trained]
     ranks = tuple(e.rank for e in trained)
     points = Series(
-        f"held-out, best learning rate; whisker: paired {decision.confidence:.0%} bound",
+        f"held-out, best learning rate; whisker: paired {coverage(decision, 'bound')}",
         ranks,
         tuple(e.value for e in trained),
         tuple(min(e.value, end) for e, end in zip(trained, ends, strict=True)),
@@ -57,7 +58,7 @@ def _fitted(decision: Decision) -> list[Series]:
         return []
     points = decision.curve.points
     x = tuple(point.rank for point in points)
-    label = f"fitted {decision.curve.form.replace('_', '-')} curve, 95% interval"
+    label = f"fitted {decision.curve.form.replace('_', '-')} curve, {coverage(decision, 'interval')}"
     ends = [tuple(point.low for point in points), tuple(point.high for point in points)]
     middle = Series(label, x, tuple(point.value for point in points), kind="line", tone="second")
     return [middle, *(Series(label, x, end, kind="line", tone="faint", dashed=True) for end in ends)]

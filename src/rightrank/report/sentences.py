@@ -10,7 +10,7 @@ from typing import Any
 
 from rightrank.decision.run import Records
 from rightrank.records import Decision, TrialFinished
-from rightrank.report.format import duration, metric_unit, quantity, size
+from rightrank.report.format import coverage, duration, metric_unit, quantity, size
 from rightrank.settings import SelectSettings
 
 
@@ -54,10 +54,11 @@ def cost_of(records: Records) -> Cost:
 
 
 def confidence_text(records: Records, decision: Decision) -> str:
-    """The confidence level and the evidence behind it."""
+    """The confidence level, or that the answer is an indication, and the evidence behind it."""
     examples = len(records.started.evaluation_items)
     held_out = f", paired over {quantity(examples, 'held-out example')}" if examples else ""
-    return f"{decision.confidence:.0%} confidence{held_out} and {quantity(_seeds(decision), 'seed')} per rank"
+    level = "An indication" if decision.confidence is None else f"{decision.confidence:.0%} confidence"
+    return f"{level}{held_out} and {quantity(_seeds(decision), 'seed')} per rank"
 
 
 def _seeds(decision: Decision) -> int:
@@ -71,7 +72,7 @@ def certainty_notes(decision: Decision) -> list[str]:
     if curve is not None:
         notes.append(
             f"The fitted curve comes within the margin of its best value at rank {curve.r_margin:.3g} "
-            f"(95% interval {curve.r_margin_low:.3g} to {curve.r_margin_high:.3g}). The expected gain above the largest "
+            f"({coverage(decision, 'interval')} {curve.r_margin_low:.3g} to {curve.r_margin_high:.3g}). The expected gain above the largest "
             f"rank is {curve.gain_to_come:.2g} {unit} ({curve.gain_to_come_low:.2g} to {curve.gain_to_come_high:.2g})."
         )
     if decision.winner_gap:

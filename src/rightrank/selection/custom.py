@@ -51,7 +51,7 @@ def select_custom(request: CustomRequest, trainer: Trainer, folder: RunFolder, o
     started = _run_started(request, trainer.train)
     with folder.locked(), report_disk_errors(folder.path):
         space = replace(
-            space_of(request.settings, request.steps, token_loss=False),
+            space_of(request.settings, request.steps),
             stages=False,
             evaluates_base=request.with_base,
             truncates=False,

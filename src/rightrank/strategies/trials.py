@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from rightrank.decision.judge import CONFIDENCE, walk_down
+from rightrank.decision.seed_noise import adjusted_means, best_learning_rate
 from rightrank.maths.intervals import estimate
 from rightrank.records import AdapterAnswer, Arm, TrialDiverged, TrialFinished, TrialOutcome
 from rightrank.strategies.protocol import base_arm
@@ -99,26 +100,43 @@ class Trials:
         return math.inf if outcome is None else oriented(outcome, self.space)
 
     def best_learning_rate(self, rank: int) -> float | None:
-        """The learning rate with the best mean over seeds among those with the most seeds, so that one lucky seed loses."""
-        direct = self.direct()
-        counts = {lr: sum((rank, lr) == key[:2] for key in direct) for lr in self.learning_rates(rank)}
-        candidates = [lr for lr, count in counts.items() if count == max(counts.values())]
-        return min(candidates, key=lambda lr: (self.mean_loss(rank, lr), lr), default=None)
+        """The learning rate with the best mean, compared on shared seeds as the decision does; None without a result."""
+        trials = {lr: self.by_seed(rank, lr) for lr in self.learning_rates(rank)}
+        if not trials:
+            return None
+
+        def is_surely_lower(one: float, other: float) -> bool:
+            return excess_of(_pairs(trials[one], trials[other]), self.space).high < 0
+
+        losses = {lr: {seed: oriented(t, self.space) for seed, t in found.items()} for lr, found in trials.items()}
+        return best_learning_rate(losses, is_surely_lower)
+
+    def by_seed(self, rank: int, learning_rate: float) -> dict[int, TrialFinished]:
+        """Whole trainings of the rank at the learning rate."""
+        return {seed: trial for (r, lr, seed), trial in self.direct().items() if (r, lr) == (rank, learning_rate)}
 
     def best_loss(self, rank: int) -> float:
         learning_rate = self.best_learning_rate(rank)
         return math.inf if learning_rate is None else self.mean_loss(rank, learning_rate)
 
     def reference(self) -> int | None:
-        """The rank with the best mean."""
-        return min(self.ranks(), key=lambda rank: (self.best_loss(rank), rank), default=None)
+        """The rank with the best mean, compared on shared seeds."""
+        ranks = [rank for rank in self.ranks() if self.best_learning_rate(rank) is not None]
+        means = adjusted_means([self._losses_by_seed(rank) for rank in ranks]) if ranks else []
+        by_rank = dict(zip(ranks, means, strict=True))
+        return min(ranks, key=lambda rank: (by_rank[rank], rank), default=None)
+
+    def _losses_by_seed(self, rank: int) -> dict[int, float]:
+        trials = self.by_seed(rank, self.best_learning_rate(rank) or 0.0)
+        return {seed: oriented(trial, self.space) for seed, trial in trials.items()}
 
     def excess(self, rank: int, reference: int) -> Excess:
         """`rank` against `reference`, each at its best learning rate, over the seeds that both have."""
-        cells = [(one, self.best_learning_rate(one)) for one in (rank, reference)]
-        direct = self.direct()
-        sides = [{seed: trial for (r, lr, seed), trial in direct.items() if (r, lr) == cell} for cell in cells]
-        pairs = [(sides[0][seed], sides[1][seed]) for seed in self.space.seeds if seed in sides[0] and seed in sides[1]]
+        rates = [self.best_learning_rate(one) for one in (rank, reference)]
+        left, right = (
+            {} if lr is None else self.by_seed(one, lr) for one, lr in zip((rank, reference), rates, strict=True)
+        )
+        pairs = _pairs(left, right)
         return excess_of(pairs, self.space) if pairs else Excess(math.inf, math.inf)
 
     def holds(self, rank: int) -> bool:
@@ -140,6 +158,13 @@ class Trials:
         """The result of the walk down from the reference over the ranks trained."""
         reference = self.reference()
         return None if reference is None else walk_down(self.ranks(), reference, self.holds)
+
+
+def _pairs(
+    left: Mapping[int, TrialFinished], right: Mapping[int, TrialFinished]
+) -> list[tuple[TrialFinished, TrialFinished]]:
+    """By shared seed."""
+    return [(left[seed], right[seed]) for seed in sorted(left.keys() & right.keys())]
 
 
 def oriented(outcome: TrialFinished, space: Space) -> float:

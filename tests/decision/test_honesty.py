@@ -1,0 +1,215 @@
+"""What a decision may claim: one seed, seeds that ranks do not share, learning rates that were tried, curves and lengths."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+
+from rightrank.decision import Cell, ScoreTable, decide, table_of
+from rightrank.decision.evidence import Evidence
+from rightrank.maths.intervals import estimate
+from rightrank.records import Decision, TrialDiverged, TrialFinished
+from tests.decision.tables import bare, scored
+from tests.report.runs import made_up_run
+
+SATURATED = {1: 2.3, 4: 2.05, 16: 2.001, 64: 2.0}
+OTHERS = {
+    "saturated": SATURATED,
+    "rising": {1: 2.4, 4: 2.2, 16: 2.1, 64: 2.0},
+    "flat": {1: 2.0003, 4: 2.0002, 16: 2.0001, 64: 2.0},
+    "no_gain": {0: 2.0001, 1: 2.0002, 4: 2.0},
+}
+
+
+def decided(losses: dict[int, float], seeds: Sequence[int] = (0,), **options: object) -> Decision:
+    return decide(scored(losses, seeds=seeds, **options), 0.01)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("verdict", OTHERS)
+def test_one_seed_gives_an_indication(verdict: str) -> None:
+    decision = decided(OTHERS[verdict])
+    assert (decision.verdict, decision.confidence) == (verdict, None)
+    assert "one_seed" in decision.flags
+    assert "95%" not in decision.sentence
+    assert "confidence" not in decision.sentence
+    assert "one seed indicates this" in decision.sentence
+    assert "noise over seeds is unknown" in decision.basis_note
+    assert "not a measurement of these trainings" in decision.basis_note
+    assert all(evidence.further_seed_high is None for evidence in decision.ranks)
+    if verdict != "no_gain":
+        run = next(run for run in decision.next_runs if run.action == "seeds")
+        assert (run.seeds or 0) >= 2
+        assert "decision" in run.sentence
+
+
+def test_the_rank_of_one_seed_rests_on_the_bounds_over_examples() -> None:
+    table = scored(SATURATED, seeds=(0,))
+    decision = decide(table, 0.01)
+    cells = [table.cells[rank, 1e-3, 0] for rank in (4, decision.reference_rank)]
+    over_examples = estimate((cells[0].sums - cells[1].sums)[None, :], cells[0].weights)
+    evidence = next(evidence for evidence in decision.ranks if evidence.rank == 4)
+    assert evidence.difference_high == pytest.approx(over_examples.bound(0.95))
+    assert (decision.rank, evidence.non_inferior) == (16, False)
+
+
+def test_undecided_on_one_seed_asks_for_examples_or_seeds() -> None:
+    decision = decided({1: 2.3, 4: 2.006, 16: 2.001, 64: 2.0}, items=60, noise=0.03)
+    assert (decision.verdict, decision.confidence) == ("undecided", None)
+    assert "95%" not in decision.sentence
+    assert {run.action for run in decision.next_runs} == {"items", "seeds"}
+
+
+def test_two_seeds_give_a_decision_with_the_interval_of_a_further_seed() -> None:
+    decision = decided(SATURATED, (0, 1), noise=0.004)
+    assert (decision.rank, decision.confidence) == (16, 0.95)
+    assert "one_seed" not in decision.flags
+    assert "is enough" in decision.sentence
+    evidence = next(evidence for evidence in decision.ranks if evidence.rank == 16)
+    assert evidence.difference_high is not None
+    assert evidence.further_seed_low is not None
+    assert evidence.further_seed_high is not None
+    assert (
+        evidence.further_seed_low < (evidence.difference or 0.0) < evidence.difference_high < evidence.further_seed_high
+    )
+
+
+def without(table: ScoreTable, *cells: tuple[int, int]) -> ScoreTable:
+    kept = {key: cell for key, cell in table.cells.items() if (key[0], key[2]) not in cells}
+    return ScoreTable(table.metric, table.higher_is_better, kept, table.missing, table.kind)
+
+
+def test_ranks_that_the_answer_does_not_rest_on_may_have_one_seed() -> None:
+    table = scored(SATURATED, seeds=(0, 1), noise=0.004)
+    assert decide(without(table, (1, 1)), 0.01).confidence == 0.95
+    for rank in (4, 16, 64):  # the next lower rank, the answer, the reference
+        decision = decide(without(table, (rank, 1)), 0.01)
+        assert (decision.rank, decision.confidence) == (16, None)
+        assert "one_seed" in decision.flags
+
+
+def test_one_number_a_rank_claims_no_level() -> None:
+    decision = decide(bare(SATURATED), 0.005)
+    assert (decision.rank, decision.confidence) == (16, None)
+    assert "underpowered" in decision.flags
+    assert {evidence.non_inferior for evidence in decision.ranks if evidence.rank < 64} == {None}
+    assert "95%" not in decision.sentence + decision.basis_note
+    assert decide(bare(SATURATED, std=0.0003), 0.005).confidence == 0.95
+    two = decide(bare({4: 2.1, 16: 2.0}), 0.005)
+    assert "noise of a training is unknown" in two.basis_note
+    assert two.ranks[0].difference_high is None
+
+
+def measured(differences: dict[int, list[float]], spread: dict[int, float], examples: int = 300) -> ScoreTable:
+    """Rank 64 at 2, the others with these differences by seed and this deviation between examples."""
+    generator = np.random.default_rng(5)
+    level = 2 + 0.5 * generator.standard_normal(examples)
+    cells = {}
+    for rank, by_seed in {64: [0.0] * len(next(iter(differences.values()))), **differences}.items():
+        for seed, difference in enumerate(by_seed):
+            noise = generator.standard_normal(examples)
+            scores = level + difference + spread.get(rank, 0.0) * (noise - noise.mean()) / noise.std()
+            cells[rank, 1e-3, seed] = Cell(f"{rank}-{seed}", float(scores.mean()), scores, np.ones(examples))
+    return ScoreTable("loss", False, cells)
+
+
+def test_a_noisy_rank_does_not_widen_the_bound_of_a_quiet_one() -> None:
+    """A difference of .0006 ± .0011 got a bound of .012 and a request for 28 seeds."""
+    noisy = {1: [0.7166, 0.1066, 0.2276], 16: [0.0006, 0.0017, -0.0005]}
+    decision = decide(measured(noisy, {1: 0.75, 16: 0.019}), 0.01)
+    quiet = next(evidence for evidence in decision.ranks if evidence.rank == 16)
+    assert quiet.difference_high is not None
+    assert quiet.difference_high < 0.006
+    loud = next(evidence for evidence in decision.ranks if evidence.rank == 1)
+    assert loud.difference_low is not None
+    assert loud.difference_low < 0.2
+    assert all((run.seeds or 0) <= 8 for run in decision.next_runs)
+
+
+def test_a_best_learning_rate_is_chosen_on_shared_seeds() -> None:
+    losses = {
+        (16, 1e-3): {0: 6.0598, 1: 6.0617, 2: 6.0624},
+        (16, 3e-3): {0: 6.0608},
+        (64, 1e-3): {0: 6.0590, 1: 6.0611, 2: 6.0619},
+    }
+    cells = {
+        (rank, lr, seed): Cell(f"{rank} {lr} {seed}", loss, np.array([loss]), np.ones(1))
+        for (rank, lr), by_seed in losses.items()
+        for seed, loss in by_seed.items()
+    }
+    evidence = Evidence(ScoreTable("loss", False, cells))
+    assert evidence.contenders[16].learning_rate == 1e-3
+    assert len(evidence.contenders[16].cells) == 3
+    decision = decide(ScoreTable("loss", False, cells), 0.02)
+    assert (decision.rank, decision.confidence) == (16, 0.95)
+
+
+def test_the_reference_is_chosen_on_shared_seeds() -> None:
+    """Seed 1 is worse for all: rank 4 without it has the lower mean, and rank 16 is better on the seed that both have."""
+    losses = {(4, 0): 2.0, (16, 0): 1.99, (16, 1): 2.19}
+    cells = {
+        (rank, 1e-3, seed): Cell(f"{rank} {seed}", loss, np.array([loss]), np.ones(1))
+        for (rank, seed), loss in losses.items()
+    }
+    assert Evidence(ScoreTable("loss", False, cells)).reference.rank == 16
+
+
+def looked(trial: TrialFinished, learning_rate: float) -> TrialFinished:
+    return trial.model_copy(
+        update={"trial_id": f"{trial.rank} {learning_rate}", "learning_rate": learning_rate, "stop_at": 5}
+    )
+
+
+def test_learning_rates_that_were_stopped_early_count_as_tried() -> None:
+    records = made_up_run((4, 64), (1e-3,))
+    whole = [outcome for outcome in records.finished() if outcome.rank]
+    top = whole[-1]
+    around = [looked(top, 3e-4), looked(top, 3e-3)]
+    assert "lr_edge" not in decide(table_of(whole, "loss", looks=around), 0.02).flags
+    below = decide(table_of(whole, "loss", looks=[looked(top, 3e-4)]), 0.02)
+    assert "lr_edge" in below.flags  # the best is the highest that was tried
+    run = next(run for run in below.next_runs if run.action == "rates")
+    assert run.learning_rates == [pytest.approx(1e-3**2 / 3e-4)]
+    diverged = TrialDiverged(
+        trial_id="x", **top.arm.model_copy(update={"learning_rate": 3e-3}).model_dump(), step=3, reason="NaN"
+    )
+    assert "lr_edge" not in decide(table_of([*whole, diverged], "loss", looks=[looked(top, 3e-4)]), 0.02).flags
+
+
+def test_still_rising_is_not_said_of_means() -> None:
+    """Rank 1 is worse by .07 in the mean, with bounds from below 0 to .15: it is not shown to be worse by more than .02."""
+    table = measured({1: [0.03, 0.11], 4: [0.2, 0.21], 16: [0.1, 0.11]}, {1: 0.3, 4: 0.02, 16: 0.02})
+    decision = decide(table, 0.02)
+    wide = next(evidence for evidence in decision.ranks if evidence.rank == 1)
+    assert wide.non_inferior is None
+    assert (wide.difference or 0.0) > 0.02
+    assert decision.verdict != "rising"
+    assert "every smaller" not in decision.sentence
+    assert decision.next_runs[0].ranks == [128]  # a larger rank is worth a training all the same
+    steady = decide(measured({1: [0.3, 0.31], 16: [0.1, 0.11]}, {1: 0.02, 16: 0.02}), 0.02)
+    assert steady.verdict == "rising"
+
+
+def test_the_curve_is_not_within_the_margin_at_a_rank_that_was_refuted() -> None:
+    table = measured({1: [0.05, 0.051], 4: [0.001, 0.0], 16: [0.0, 0.001]}, {1: 0.01, 4: 0.1, 16: 0.1})
+    decision = decide(table, 0.02)
+    assert next(evidence for evidence in decision.ranks if evidence.rank == 1).non_inferior is False
+    assert decision.curve is not None
+    assert min(decision.curve.r_margin, decision.curve.r_margin_low) >= 2
+
+
+def test_trainings_of_unequal_length_are_flagged() -> None:
+    def table(steps: dict[int, int]) -> ScoreTable:
+        cells = {
+            (rank, 1e-3, 0): Cell(f"{rank}", 2 + 0.1 / rank, np.array([2 + 0.1 / rank]), np.ones(1), steps=steps[rank])
+            for rank in steps
+        }
+        return ScoreTable("loss", False, cells)
+
+    assert "unequal_length" not in decide(table({4: 400, 16: 400, 64: 400}), 0.005).flags
+    decision = decide(table({4: 400, 16: 250, 64: 400}), 0.005)
+    assert "unequal_length" in decision.flags
+    run = next(run for run in decision.next_runs if run.action == "steps")
+    assert (run.ranks, run.steps, run.trials) == ([16], 400, 1)
+    assert "unequal_length" not in decide(bare({1: 3.0, 4: 2.25, 16: 2.06})).flags  # no length is stated

@@ -1,0 +1,102 @@
+"""Seed noise of paired differences, and comparisons on shared seeds."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from rightrank.decision.seed_noise import (
+    START,
+    WITHIN_DEGREES,
+    PairNoise,
+    Prior,
+    adjusted_means,
+    best_learning_rate,
+    pair_noise,
+    prior_of,
+)
+
+
+def test_the_noise_of_a_difference_by_hand() -> None:
+    """Seeds differ by 2 in the mean: variance 2; each seed's examples vary by 1 and 3 about it."""
+    found = pair_noise(np.array([[0.0, 2.0], [1.0, 5.0]]), np.ones(2))
+    assert (found.variance, found.degrees) == (2.0, 1.0)
+    assert found.spread == pytest.approx((2.0 + 8.0) / 2)
+    assert pair_noise(np.array([[1.0], [3.0], [5.0]]), np.ones(1)) == PairNoise(4.0, 2.0, 1.0)
+
+
+def test_longer_examples_weigh_more() -> None:
+    weights = np.array([3.0, 1.0])
+    assert pair_noise(np.array([[3.0, 5.0]]), weights).spread == pytest.approx(2 * (1.5**2))
+
+
+def test_a_variance_is_moderated_by_degrees_of_freedom() -> None:
+    pair = PairNoise(variance=8.0, degrees=1.0, spread=100.0)
+    assert Prior(0.02, 3.0).moderated(pair) == ((3 * 2.0 + 8.0) / 4, 4.0)
+
+
+def test_one_seed_measures_nothing() -> None:
+    assert prior_of([PairNoise(0.0, 0.0, 1.0)] * 3, "token_loss", has_examples=True) is None
+
+
+def test_the_ratio_starts_at_that_of_earlier_grids_and_follows_the_ranks_at_hand() -> None:
+    start = START["loss"]
+    quiet = [PairNoise(0.0, 1.0, 1.0)] * 4
+    found = prior_of(quiet, "token_loss", has_examples=True)
+    assert found is not None
+    assert found.ratio == pytest.approx(start.ratio * start.degrees / (start.degrees + 2))
+    assert found.degrees == pytest.approx(1 / (1 / WITHIN_DEGREES + 1 / (start.degrees + 2)))
+    many = prior_of(quiet * 100, "token_loss", has_examples=True)
+    assert many is not None
+    assert many.ratio < start.ratio / 20
+    bare = prior_of([PairNoise(4.0, 1.0, 1.0), PairNoise(8.0, 1.0, 1.0)], "token_loss", has_examples=False)
+    assert bare is not None
+    assert bare.ratio == 6.0
+
+
+def test_a_noisy_rank_does_not_widen_a_quiet_one_much() -> None:
+    pairs = [PairNoise(0.3**2, 2.0, 0.75**2), PairNoise(0.0006**2, 2.0, 0.01**2)]
+    prior = prior_of(pairs, "token_loss", has_examples=True)
+    assert prior is not None
+    assert prior.moderated(pairs[1])[0] ** 0.5 < 0.003
+    assert prior.moderated(pairs[0])[0] ** 0.5 > 0.15
+
+
+def test_rows_with_all_seeds_keep_their_means() -> None:
+    assert adjusted_means([{0: 1.0, 1: 3.0}, {0: 2.0, 1: 2.5}]) == [2.0, 2.25]
+
+
+def test_rows_are_compared_on_the_seeds_that_they_share() -> None:
+    """Seed 1 is worse by 2 for every row: a row without it is not better for that."""
+    first, second, third = adjusted_means([{0: 1.0, 1: 3.0}, {0: 1.1}, {0: 0.9, 1: 2.9}])
+    assert second - first == pytest.approx(0.1, abs=1e-6)
+    assert third - first == pytest.approx(-0.1, abs=1e-6)
+
+
+def test_rows_without_a_common_seed_keep_their_means() -> None:
+    assert adjusted_means([{0: 1.0}, {1: 3.0}]) == pytest.approx([1.0, 3.0], abs=1e-6)
+
+
+THREE = {0: 6.0598, 1: 6.0617, 2: 6.0624}
+
+
+@pytest.mark.parametrize(
+    ("other", "best"),
+    [
+        ({0: 6.0608}, 1e-3),  # below the mean of three, and worse on the seed that both have
+        ({1: 6.0608}, 3e-3),
+        ({0: 6.0599, 1: 6.0617, 2: 6.0625}, 1e-3),
+        ({0: 6.0597, 1: 6.0617, 2: 6.0623}, 3e-3),
+        ({7: 5.0}, 1e-3),  # no seed in common
+        (dict(THREE), 1e-3),  # the lower one on ties
+    ],
+)
+def test_learning_rates_are_compared_on_shared_seeds(other: dict[int, float], best: float) -> None:
+    losses = {1e-3: THREE, 3e-3: other}
+
+    def is_lower(one: float, against: float) -> bool:
+        shared = losses[one].keys() & losses[against].keys()
+        return sum(losses[one][seed] - losses[against][seed] for seed in shared) < 0
+
+    assert best_learning_rate(losses, is_lower) == best
+    assert best_learning_rate(losses, lambda *_: False) == (1e-3 if len(other) < 3 else best)
