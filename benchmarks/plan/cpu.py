@@ -93,7 +93,7 @@ def compare(name: str, make: Any, case: dict[str, Any]) -> dict[str, Any]:
     measured = measure(make(), settings, row.rank)
     estimator = Estimator(make(), settings)
     estimator.untraceable = "asked for"
-    formula = estimator.estimate(row.rank).highest.peak_bytes
+    formula = estimator.estimate(row.rank).peak.peak_bytes
     return {
         "architecture": name,
         "case": case,

@@ -42,7 +42,7 @@ def measure(config: Any, settings: PlanSettings, rank: int) -> Measured:
     torch.manual_seed(0)
     model = _built(config, settings)
     if settings.packed or settings.arms > 1:
-        return _measure_pack(model, settings, rank)
+        return _measure_multi_lora(model, settings, rank)
     device = torch.device(settings.device)
     targets: Any = "all-linear" if settings.target_modules == ("all-linear",) else list(settings.target_modules)
     adapted: Any = get_peft_model(
@@ -93,7 +93,7 @@ def _built(config: Any, settings: PlanSettings) -> Any:
     return model
 
 
-def _measure_pack(model: Any, settings: PlanSettings, rank: int) -> Measured:
+def _measure_multi_lora(model: Any, settings: PlanSettings, rank: int) -> Measured:
     """As many arms as `settings` says in one pass, as `select` trains them."""
     model.requires_grad_(False)
     model.eval()
@@ -145,13 +145,13 @@ def _third_step(step: Callable[[], None], model: Any, optimizers: Sequence[Any],
         torch.cuda.reset_peak_memory_stats()
         step()
         return Measured(torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved())
-    standing = _standing_bytes(model, optimizers)
+    standing = _persistent_bytes(model, optimizers)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         step()
-    return Measured(standing + _highest(profiler), None)
+    return Measured(standing + _peak_of(profiler), None)
 
 
-def _highest(profiler: Any) -> int:
+def _peak_of(profiler: Any) -> int:
     """The highest sum of the profiler's memory events, in order of time."""
     events = profiler.profiler.kineto_results.events()
     changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
@@ -162,7 +162,7 @@ def _highest(profiler: Any) -> int:
     return highest
 
 
-def _standing_bytes(model: Any, optimizers: Sequence[Any]) -> int:
+def _persistent_bytes(model: Any, optimizers: Sequence[Any]) -> int:
     """Parameters, buffers, constants of quantised weights and optimizer states: there before the step and after it."""
     states = [state for optimizer in optimizers for state in optimizer.state.values()]
     tensors = [*model.parameters(), *model.buffers()]

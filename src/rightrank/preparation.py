@@ -21,7 +21,7 @@ from rightrank.errors import SettingsError
 from rightrank.io.data import DataForm, DataSplits, load_data
 from rightrank.io.models import LoadedModel, adopt_model, find_device, find_model, load_model
 from rightrank.planning.duration import Workload
-from rightrank.planning.selecting import SelectionPlan, first_pass_loss, plan_selection, ranks_for_data
+from rightrank.planning.selection_plan import SelectionPlan, first_pass_loss, plan_selection, ranks_for_data
 from rightrank.planning.skeleton import is_known
 from rightrank.records import JournalRecord, RunStarted, content_hash
 from rightrank.records.plan import SelectionCost
@@ -235,8 +235,8 @@ def _workload(prepared: Prepared) -> Workload:
     labels = sum(label_count(example, data.is_classification) for example in used)
     return Workload(
         steps=prepared.steps,
-        items=len({index for rows in micro for index in rows}),
-        eval_items=len(data.splits["selection"]),
+        examples=len({index for rows in micro for index in rows}),
+        eval_examples=len(data.splits["selection"]),
         eval_points=settings.eval_points,
         passes=settings.gradient_accumulation_steps,
         filled=computed / (len(used) * data.longest),

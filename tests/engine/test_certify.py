@@ -39,7 +39,9 @@ def test_a_multi_lora_selection_certifies_an_arm(model_folder: Path, completion_
     assert certificate.sentence().startswith(
         f"Rank {certificate.rank} was trained with 2 adapters per pass and again alone: the same."
     )
-    assert "Certificate: trained together as alone" in (tmp_path / "run" / "report.html").read_text()
+    assert (
+        "Certificate: multi-LoRA training agrees with training alone" in (tmp_path / "run" / "report.html").read_text()
+    )
 
 
 def test_an_arm_that_differs_is_reported(model_folder: Path, completion_file: Path, tmp_path: Path) -> None:

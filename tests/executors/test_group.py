@@ -1,4 +1,4 @@
-"""A worker of two processes that share each batch (gloo, on a CPU): the decision of one process, one of them killed on the way."""
+"""A worker of two processes that share each batch (gloo, on a CPU), one of which is killed: the same decision."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Workers that do not belong, for real: of another version, of other words, of a machine that does not see the run folder."""
+"""Real workers of another version, with another protocol, or on a machine that does not see the run folder."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ HIDING = "mount -t tmpfs none {} && exec"  # in a namespace of its own: another 
 
 
 def another_rightrank(folder: Path, version: str, changed: tuple[str, str] | None = None) -> str:
-    """The words that start a worker of a changed copy of the package."""
+    """The launcher that starts a worker from a changed copy of the package."""
     package = folder / "rightrank"
     shutil.copytree(Path(rightrank.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__", "vendor"))
     (package / "version.py").write_text(f'__version__ = "{version}"\n')
@@ -39,16 +39,16 @@ def refusal(launcher: str, model: Path, data: Path, out: Path) -> str:
 
 def test_a_worker_of_another_version_is_refused(model_folder: Path, completion_file: Path, tmp_path: Path) -> None:
     launcher = another_rightrank(tmp_path / "old", "0.0.1")
-    said = refusal(launcher, model_folder, completion_file, tmp_path / "run")
-    assert said == (
+    message = refusal(launcher, model_folder, completion_file, tmp_path / "run")
+    assert message == (
         f"worker-1 has rightrank 0.0.1, this process {rightrank.__version__}: install the same version on every machine"
     )
 
 
 def test_a_worker_that_does_not_understand_says_so(model_folder: Path, completion_file: Path, tmp_path: Path) -> None:
     launcher = another_rightrank(tmp_path / "old", "0.0.1", changed=("    share: str", "    probe_path: str"))
-    said = refusal(launcher, model_folder, completion_file, tmp_path / "run")
-    assert "the worker, rightrank 0.0.1, does not understand this command: install the same version" in said
+    message = refusal(launcher, model_folder, completion_file, tmp_path / "run")
+    assert "the worker, rightrank 0.0.1, does not understand this command: install the same version" in message
 
 
 def test_a_worker_that_does_not_see_the_run_folder_is_refused(
@@ -56,8 +56,11 @@ def test_a_worker_that_does_not_see_the_run_folder_is_refused(
 ) -> None:
     out = tmp_path / "run"
     out.mkdir()
-    words = ["unshare", "--mount", "sh", "-c", f'{HIDING.format(shlex.quote(str(out)))} "$@"', "sh"]
-    if shutil.which("unshare") is None or subprocess.run([*words, "true"], check=False, capture_output=True).returncode:
-        pytest.skip("no namespace of one's own for disks here")
-    said = refusal(shlex.join(words), model_folder, completion_file, out)
-    assert "does not see the run folder that this process writes to" in said
+    launcher = ["unshare", "--mount", "sh", "-c", f'{HIDING.format(shlex.quote(str(out)))} "$@"', "sh"]
+    if (
+        shutil.which("unshare") is None
+        or subprocess.run([*launcher, "true"], check=False, capture_output=True).returncode
+    ):
+        pytest.skip("no mount namespaces here")
+    message = refusal(shlex.join(launcher), model_folder, completion_file, out)
+    assert "does not see the run folder that this process writes to" in message

@@ -58,7 +58,7 @@ def test_a_lost_worker_s_trials_go_to_others() -> None:
     assert Counter(crew.trained)[crew.trained[0]] == 2
 
 
-def test_a_trial_that_loses_every_worker_has_failed_and_the_others_go_on() -> None:
+def test_a_trial_that_loses_every_worker_fails_and_the_others_continue() -> None:
     class Poisoned(SimulatedCrew):
         def assign(self, worker: str, task: object) -> None:
             super().assign(worker, task)  # type: ignore[arg-type]
@@ -74,10 +74,10 @@ def test_a_trial_that_loses_every_worker_has_failed_and_the_others_go_on() -> No
     assert len(outcomes) == 4
 
 
-def test_a_worker_that_hangs_is_replaced_and_what_it_says_later_counts_for_nothing() -> None:
+def test_a_hung_worker_is_replaced_and_its_late_messages_are_ignored() -> None:
     slow = SimulatedCrew(
         Pace(trial=lambda worker, _: 5000.0 if worker == "worker-1" else 10.0, step=1e9), is_deaf=True
-    )  # it answers after all, long after it was given up
+    )  # it answers long after it was replaced
     found = ended(make_pool(slow), trials(700))
     assert sorted(found) == [trial.trial_id for trial in trials(700)]
     assert max(Counter(found).values()) == 1
@@ -125,7 +125,7 @@ def test_each_trial_ends_once_whatever_happens(
     )
 
 
-def test_asked_to_stop_it_winds_down_and_counts_what_ends_meanwhile() -> None:
+def test_a_stop_request_ends_the_workers_and_keeps_what_ends_meanwhile() -> None:
     crew = SimulatedCrew(Pace(trial=lambda *_: 10.0))
     pool = make_pool(crew, observer=Observer(should_stop=lambda: crew.now > 15))
     found: list[str] = []
@@ -145,9 +145,9 @@ def test_closed_early_it_can_be_used_again() -> None:
     assert len(list(executor.run(rest, None))) == 5
 
 
-def test_left_after_an_outcome_it_hears_the_rest_of_what_was_told_with_it() -> None:
+def test_closed_after_an_outcome_it_handles_the_other_messages_next_time() -> None:
     class Gathering(SimulatedCrew):
-        """Tells all that comes at one moment at once, as a pipe does."""
+        """Delivers all messages of one moment together, as a pipe does."""
 
         def messages(self, seconds: float) -> list[tuple[str, WorkerMessage | WorkerLost]]:
             found = super().messages(seconds)
@@ -161,11 +161,11 @@ def test_left_after_an_outcome_it_hears_the_rest_of_what_was_told_with_it() -> N
     next(first)
     first.close()  # type: ignore[attr-defined]
     assert len(list(executor.run(trials(2)[1:], None))) == 1
-    assert crew.now < 10  # and not after the worker was given up as hung
+    assert crew.now < 10  # and not only when the worker counts as hung
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("first", "message"),
     [
         (Ready(versions={"rightrank": "0.1"}, token=TOKEN), "worker-1 has rightrank 0.1, this process simulated"),
         (Ready(versions={}, token=TOKEN), "has rightrank of unknown version"),
@@ -174,24 +174,24 @@ def test_left_after_an_outcome_it_hears_the_rest_of_what_was_told_with_it() -> N
         (Refused(reason="./model: no such folder", exit_status=2), "no such folder"),
     ],
 )
-def test_workers_that_do_not_belong_are_refused_in_one_line(words: Ready | Refused, message: str) -> None:
-    class Stranger(SimulatedCrew):
+def test_incompatible_workers_are_refused_in_one_line(first: Ready | Refused, message: str) -> None:
+    class Incompatible(SimulatedCrew):
         def start(self, worker: str) -> None:
-            self._plan(self.now, worker, words)
+            self._plan(self.now, worker, first)
 
-    crew = Stranger(Pace(trial=lambda *_: 1.0))
+    crew = Incompatible(Pace(trial=lambda *_: 1.0))
     with pytest.raises(InputError, match=message) as caught:
         ended(make_pool(crew), trials(2))
     assert "\n" not in str(caught.value)
 
 
 def test_workers_that_never_start_end_the_run() -> None:
-    class Stillborn(SimulatedCrew):
+    class NeverReady(SimulatedCrew):
         def start(self, worker: str) -> None:
             self._plan(self.now, worker, WorkerLost("exit status 1: no such module"))
 
     with pytest.raises(RunError, match=r"no worker could start .*no such module"):
-        ended(make_pool(Stillborn(Pace(trial=lambda *_: 1.0))), trials(2))
+        ended(make_pool(NeverReady(Pace(trial=lambda *_: 1.0))), trials(2))
 
 
 def test_two_jobs_share_the_workers() -> None:

@@ -34,18 +34,18 @@ def test_a_node_leaves_and_the_decision_is_that_of_one_process(
     cluster: Any, alone: Path, model_folder: Path, completion_file: Path, tmp_path: Path
 ) -> None:
     nodes = [cluster.add_node(num_cpus=cpus, object_store_memory=80 * 2**20) for cpus in (1, 2)]
-    gone: list[str] = []
+    removed: list[str] = []
 
     def take_a_node(event: RunEvent) -> None:
-        if isinstance(event, TrialFinished) and not gone:
-            gone.append(event.trial_id)
+        if isinstance(event, TrialFinished) and not removed:
+            removed.append(event.trial_id)
             cluster.remove_node(nodes[0])
 
     settings = small_settings(**STEPS, executor="ray", ray_address=cluster.address, workers=3)
     select_rank(
         str(model_folder), completion_file, tmp_path / "run", settings=settings, watching=Observer(on_event=take_a_node)
     )
-    assert gone
+    assert removed
     assert decision_of(tmp_path / "run") == decision_of(alone)
     assert values_of(tmp_path / "run") == values_of(alone)
 
@@ -75,7 +75,7 @@ def test_two_actors_share_an_arm_though_one_is_killed(
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_a_trainer_of_one_s_own_goes_there_too(cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_custom_trainer_runs_on_ray(cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import ray
 
     cluster.add_node(num_cpus=2, object_store_memory=80 * 2**20)

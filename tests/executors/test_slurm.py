@@ -1,4 +1,4 @@
-"""The Slurm example, with an `srun` that runs its step here and a `scontrol` that notes what it was asked."""
+"""The Slurm example, with a fake `srun` that runs its step here and a fake `scontrol` that logs its arguments."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Machines that share no disk: what workers leave goes through a store, and the decision stays."""
+"""Machines that share no disk: workers upload to a store, and the decision is the same."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SECRET = "not-to-be-seen-anywhere"
 
 @pytest.fixture
 def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """An S3 of this machine's own, listening on loopback."""
+    """A local S3 server on the loopback interface."""
     server_module = pytest.importorskip("moto.server")
     pytest.importorskip("s3fs")
     server = server_module.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
@@ -50,8 +50,8 @@ def share(tmp_path: Path) -> str:
     return f"file://{tmp_path}/share/runs"
 
 
-class CrewHere:
-    """Real workers one after the other in this process: each with a folder and a base of its own, as on two machines."""
+class InProcessCrew:
+    """Real workers in this process, one after the other, each with its own folder and base, as on two machines."""
 
     def __init__(self, setup: WorkerSetup) -> None:
         self._setup = setup
@@ -91,7 +91,7 @@ def test_the_decision_is_that_of_one_process(
     completion_file: Path,
     tmp_path: Path,
 ) -> None:
-    monkeypatch.setattr(pool_factory, "_crew", lambda settings, setup, *_: (CrewHere(setup), settings.workers))
+    monkeypatch.setattr(pool_factory, "_crew", lambda settings, setup, *_: (InProcessCrew(setup), settings.workers))
     address = request.getfixturevalue(kind)
     how: dict[str, Any] = {"strategy": strategy, "ranks": (1, 2, 4), "learning_rates": (3e-3, 1e-2), "max_steps": 6}
     how["checkpoint_seconds"] = 0.01
@@ -104,14 +104,14 @@ def test_the_decision_is_that_of_one_process(
     assert selected.adapter is not None
     ours, theirs = (folder / "adapter" / "adapter_model.safetensors" for folder in (run, tmp_path / "alone"))
     assert ours.read_bytes() == theirs.read_bytes()
-    # Only what the driver wants was brought in; the rest lies in the store, but for what is of no more use.
+    # The driver downloads only what it needs; the store keeps the adapters and no checkpoints.
     fingerprint = RunFolder(run).journal.read()[0].fingerprint  # type: ignore[union-attr]
     files = run_store(address, fingerprint)._files.find(f"{address.partition('://')[2]}/{fingerprint}")
     kept = {path.rpartition(f"{fingerprint}/")[2].split("/")[0] for path in files}
     assert kept == {"trials"}
-    brought = {path.name for path in (run / "trials").iterdir()}
-    assert 1 <= len(brought) <= 2
-    assert len({path.split("/")[-2] for path in files}) > len(brought)
+    downloaded = {path.name for path in (run / "trials").iterdir()}
+    assert 1 <= len(downloaded) <= 2
+    assert len({path.split("/")[-2] for path in files}) > len(downloaded)
     texts = [path.read_bytes() for path in run.rglob("*") if path.is_file()]
     assert not any(SECRET.encode() in text for text in texts)
 
@@ -147,7 +147,7 @@ def test_a_store_keeps_files_and_folders(share: str, tmp_path: Path) -> None:
         ("simplecache::s3://bucket", "or chained protocols is refused"),
     ],
 )
-def test_addresses_that_do_not_do_are_one_line(address: str, message: str) -> None:
+def test_invalid_addresses_are_one_line(address: str, message: str) -> None:
     with pytest.raises(SettingsError, match=message) as caught:
         make_settings({"executor": "processes", "workers": 2, "store": address})
     assert "secret" not in str(caught.value)
@@ -159,7 +159,7 @@ def test_a_store_is_for_workers() -> None:
         make_settings({"store": "s3://bucket/runs"})
 
 
-def test_a_store_whose_package_is_not_there_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_store_without_its_package_names_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "gcsfs", None)
     with pytest.raises(MissingExtraError, match=r"install gcsfs .*pip install 'rightrank\[store\]'"):
         Store("gs://bucket/runs")
@@ -168,14 +168,14 @@ def test_a_store_whose_package_is_not_there_names_it(monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root writes anywhere")
-def test_a_store_that_can_not_be_written_to_is_one_line(tmp_path: Path) -> None:
+def test_a_read_only_store_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "locked").mkdir(mode=0o500)
     (tmp_path / "file").write_text("")
     with pytest.raises(RunError, match="can't write a to the store"):
         Store(f"file://{tmp_path}/locked/runs").put(tmp_path / "file", "a")
 
 
-def test_a_store_that_is_not_there_ends_the_run_before_it_begins(
+def test_a_missing_store_ends_the_run_before_it_starts(
     model_folder: Path, completion_file: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "share").write_text("a file where a folder should be")

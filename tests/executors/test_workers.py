@@ -1,4 +1,4 @@
-"""Real workers: the same decision as in one process, one of them killed on the way."""
+"""Real workers, one of which is killed: the same decision as in one process."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_settings_that_do_not_go_together_are_one_line(changes: dict[str, Any], 
         make_settings(changes)
 
 
-def test_what_is_in_memory_can_not_be_spread(model_folder: Path, tmp_path: Path) -> None:
+def test_data_in_memory_needs_the_local_executor(model_folder: Path, tmp_path: Path) -> None:
     settings = small_settings(executor="processes", workers=2)
     with pytest.raises(SettingsError, match="the data is in memory"):
         select_rank(str(model_folder), [{"text": "a"}], tmp_path / "run", settings=settings)
@@ -75,7 +75,7 @@ def test_without_ray_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None
         connected(None)
 
 
-def test_an_address_that_does_not_answer_is_said() -> None:
+def test_an_address_that_does_not_answer_is_reported() -> None:
     pytest.importorskip("ray")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -86,22 +86,22 @@ def test_an_address_that_does_not_answer_is_said() -> None:
         connected("head-node")
 
 
-def test_a_worker_says_who_it_is_and_what_it_sees(tmp_path: Path) -> None:
+def test_a_worker_sends_its_versions_and_the_token_that_it_reads(tmp_path: Path) -> None:
     (tmp_path / "probe").write_text("secret")
     for probe, token in (("probe", "secret"), ("elsewhere", None)):
         setup = WorkerSetup(jobs=[], working_folder=Path.cwd(), share=str(tmp_path), probe=probe)
-        told = StringIO()
-        serve(StringIO(setup.model_dump_json() + "\n" + Stop().model_dump_json() + "\n"), told)
-        assert WORKER_MESSAGE.validate_json(told.getvalue()) == Ready(versions=versions(), token=token)
+        sent = StringIO()
+        serve(StringIO(setup.model_dump_json() + "\n" + Stop().model_dump_json() + "\n"), sent)
+        assert WORKER_MESSAGE.validate_json(sent.getvalue()) == Ready(versions=versions(), token=token)
 
 
-def test_a_launcher_that_is_not_there_is_one_line(tmp_path: Path) -> None:
+def test_a_missing_launcher_is_one_line(tmp_path: Path) -> None:
     setup = WorkerSetup(jobs=[], working_folder=Path.cwd(), share=str(tmp_path), probe="probe")
     with pytest.raises(SettingsError, match="launcher: can't run 'no-such-srun'"):
         ProcessCrew(setup, tmp_path, launcher=["no-such-srun"]).start("worker-1")
 
 
-def test_a_worker_takes_what_the_plan_says() -> None:
+def test_a_worker_reserves_what_the_plan_states() -> None:
     assert resources(3 * 2**30, on_cuda=False) == {"CPU": 1.0, "memory": 3.0 * 2**30}
     assert resources(None, on_cuda=False) == {"CPU": 1.0}
     assert share_of(20 * 2**30, 80 * 2**30) == pytest.approx(1 / 3)  # four would leave no spare

@@ -1,4 +1,4 @@
-"""The journal on a disk that is cut, flipped, full, or on a network: every fault is told, and nothing whole is lost."""
+"""The journal with truncated lines, flipped bits, a full disk and a network disk: damage is reported, records are kept."""
 
 from __future__ import annotations
 
@@ -69,19 +69,19 @@ def test_cut_at_every_byte_the_whole_records_are_kept_and_the_rest_is_set_aside(
     for cut in range(len(whole) + 1):
         journal = Journal(tmp_path / f"{cut}.jsonl")
         journal.path.write_bytes(whole[:cut])
-        told: list[str] = []
-        kept = journal.read(told.append)
+        notices: list[str] = []
+        kept = journal.read(notices.append)
         complete = sum(end <= cut for end in ends)  # a record that lacks only its line end is whole
         assert kept == records()[:complete], cut
         aside = journal.path.with_name(f"{cut}.jsonl.torn-1")
         remaining = journal.path.read_bytes()
         if aside.exists():
             assert remaining + aside.read_bytes() == whole[:cut]
-            assert len(told) == 1
-            assert "the last line was incomplete" in told[0]
+            assert len(notices) == 1
+            assert "the last line was incomplete" in notices[0]
         else:
             assert remaining == whole[: ends[complete - 1] + 1 if complete else 0]
-            assert told == []
+            assert notices == []
         journal.append(records()[-1])
         assert len(journal.read()) == complete + 1
 
@@ -106,9 +106,9 @@ def test_a_flipped_bit_is_told_in_one_line_with_what_can_be_saved_and_repaired(t
     damaged = bytearray(whole[1])
     damaged[40] ^= 4
     journal.path.write_bytes(whole[0] + bytes(damaged) + whole[2])
-    with pytest.raises(RunFolderError) as told:
+    with pytest.raises(RunFolderError) as caught:
         journal.read()
-    message = str(told.value)
+    message = str(caught.value)
     assert re.search(r"journal.jsonl:2: damaged: its checksum does not match; 2 of 3 records are undamaged", message)
     assert f"rightrank repair {tmp_path}" in message
     assert "\n" not in message
@@ -207,14 +207,14 @@ def test_a_journal_that_is_not_there_holds_nothing(tmp_path: Path) -> None:
 
 def test_each_torn_end_has_a_file_of_its_own(tmp_path: Path) -> None:
     journal = write_all(tmp_path / "journal.jsonl")
-    told: list[str] = []
+    notices: list[str] = []
     for half in (b'{"type":"tri', b'{"t', b"\x00\x00"):
         with journal.path.open("ab") as file:
             file.write(half)
-        assert journal.read(told.append) == records()
+        assert journal.read(notices.append) == records()
     asides = [tmp_path / f"journal.jsonl.torn-{number}" for number in (1, 2, 3)]
     assert [aside.read_bytes() for aside in asides] == [b'{"type":"tri', b'{"t', b"\x00\x00"]
-    assert told[1] == f"{journal.path}: the last line was incomplete (3 bytes) and was moved to {asides[1].name}"
+    assert notices[1] == f"{journal.path}: the last line was incomplete (3 bytes) and was moved to {asides[1].name}"
     assert journal.path.read_bytes() == b"".join(sealed(record) for record in records())
 
 
@@ -234,7 +234,7 @@ def test_who_looks_on_reads_whole_records_and_touches_nothing(tmp_path: Path) ->
         journal.read_settled()
 
 
-def test_of_several_damaged_lines_the_first_is_told_and_all_are_set_aside(tmp_path: Path) -> None:
+def test_the_first_of_several_damaged_lines_is_reported_and_all_are_moved(tmp_path: Path) -> None:
     journal = Journal(tmp_path / "journal.jsonl")
     lines = [sealed(record) for record in records()]
     damaged = [lines[1].replace(b"0000", b"0100", 1), b"x\n", lines[2][:-9]]

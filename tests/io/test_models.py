@@ -1,4 +1,4 @@
-"""What kind of model a reference names, told without loading it."""
+"""Locating a model without loading it."""
 
 from __future__ import annotations
 

@@ -106,7 +106,7 @@ def raises(completions):
 def nothing(completions):
     return None
 
-def gone(completions):
+def exits(completions):
     os._exit(3)
 
 def greedy(completions, temperature):
@@ -132,7 +132,7 @@ def test_python_functions(path: Path) -> None:
         ("wrong_count", "1 scores for 8 examples"),
         ("raises", "raised ValueError: not today"),
         ("nothing", "returned NoneType"),
-        ("gone", "status 3"),
+        ("exits", "status 3"),
         ("greedy", "requires temperature; it can take prompts, completions, expected"),
     ],
 )

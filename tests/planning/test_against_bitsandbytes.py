@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from rightrank.planning.estimate import anatomy
+from rightrank.planning.estimate import inventory
 from rightrank.planning.optimizer import optimizer_memory
 from rightrank.planning.skeleton import adapt, build_base
 from rightrank.settings import make_plan_settings
@@ -24,7 +24,7 @@ def test_stored_bytes_of_a_quantised_model_are_its_own(name: str, bits: str, tmp
     double, width = "double" in bits, bits[:4]
     values = {"device": "cpu", "dtype": "float32", "ranks": (2,), f"load_in_{width}": True}
     settings = make_plan_settings(values | {"bnb_4bit_use_double_quant": double, "batch_size": 1, "seq_len": 16})
-    planned = anatomy(adapt(build_base(CONFIGS[name](), settings), settings, 2), 2).stored
+    planned = inventory(adapt(build_base(CONFIGS[name](), settings), settings, 2), 2).stored
     assert sum(tensor.size for tensor in planned if not tensor.trainable) == _real_bytes(name, width, double, tmp_path)
 
 

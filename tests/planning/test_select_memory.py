@@ -11,7 +11,7 @@ from rightrank.cli import main
 from rightrank.io.journal import Journal
 from rightrank.planning.budget import needed
 from rightrank.planning.estimate import Estimator
-from rightrank.planning.selecting import _plan_settings, plan_selection, ranks_for_data
+from rightrank.planning.selection_plan import _plan_settings, plan_selection, ranks_for_data
 from rightrank.records import TrialFinished
 from tests.tiny import sentences, small_settings, tiny_llama_config, write_jsonl
 
@@ -62,19 +62,19 @@ def test_the_plan_counts_what_one_of_several_devices_takes() -> None:
 def test_the_plan_says_how_many_arms_fit_together() -> None:
     settings = small_settings(ranks=(1, 8), adapters_per_pass=6)
     config = tiny_llama_config(400)
-    assert plan_selection(config, settings, 32, "cpu").largest_pack is None
+    assert plan_selection(config, settings, 32, "cpu").max_adapters_per_pass is None
     alone = plan_selection(config, settings.model_copy(update={"memory_bytes": 2**40}), 32, "cpu")
-    assert alone.largest_pack == 6
+    assert alone.max_adapters_per_pass == 6
     tight = settings.model_copy(update={"memory_bytes": alone.needed_bytes[8]})
-    assert plan_selection(config, tight, 32, "cpu").largest_pack == 1
+    assert plan_selection(config, tight, 32, "cpu").max_adapters_per_pass == 1
     needs = {}
     for arms in (4, 6):
         changed = Estimator(
             config, _plan_settings(config, settings.model_copy(update={"memory_bytes": 2**40}), 32, "cpu", None)
         ).variant(arms=arms)
-        needs[arms] = needed(changed.estimate(8).highest.reserved_bytes, changed.settings)
+        needs[arms] = needed(changed.estimate(8).peak.reserved_bytes, changed.settings)
     between = settings.model_copy(update={"memory_bytes": (needs[4] + needs[6]) // 2})
-    assert plan_selection(config, between, 32, "cpu").largest_pack == 4
+    assert plan_selection(config, between, 32, "cpu").max_adapters_per_pass == 4
 
 
 def test_an_initialisation_that_doubles_the_rank_is_planned_at_twice_the_rank() -> None:
@@ -132,7 +132,7 @@ def test_ranks_come_from_the_data_where_none_are_named(
     told = " ".join(capsys.readouterr().err.split())
     assert "limit by capacity: " in told
     assert "label tokens at" in told
-    assert "limit by memory: none (no memory known)" in told
+    assert "limit by memory: none (the memory is unknown)" in told
     trials = [record for record in Journal(out / "journal.jsonl").read() if isinstance(record, TrialFinished)]
     ranks = sorted({trial.rank for trial in trials if trial.rank > 0})
     assert ranks[0] == 1

@@ -60,7 +60,7 @@ def test_two_ranks_give_the_ranks_between(name: str) -> None:
     between = Estimator(CONFIGS[name](), settings).estimate(8)
     direct = Estimator(CONFIGS[name](), settings.model_copy(update={"ranks": (8,)})).estimate(8)
     assert between.training == direct.training
-    assert between.anatomy.stored == direct.anatomy.stored
+    assert between.inventory.stored == direct.inventory.stored
     assert between.flops == direct.flops
     assert between.source == direct.source == "traced"
 
@@ -96,7 +96,7 @@ def test_a_step_that_cannot_be_traced_is_planned_by_formula_and_says_so(monkeypa
     plan = plan_config(CONFIGS["llama"](), "llama", settings, prices=True)
     assert plan.sources["peak_bytes"] == "formula"
     assert plan.sources["trainable_parameters"] == "exact"
-    assert any("can't be traced" in note for note in plan.notes)
+    assert any("cannot be traced" in note for note in plan.notes)
     assert plan.ranks[0].trainable_parameters == traced.ranks[0].trainable_parameters
     share = plan.ranks[0].error_share
     assert share > traced.ranks[0].error_share
@@ -119,4 +119,4 @@ def test_classifications_are_traced(name: str) -> None:
     settings = settings_of(num_labels=3, padding=True, packed=True)
     estimate = Estimator(CONFIGS[name](), settings).estimate(8)
     assert estimate.source == "traced"
-    assert "classifier" in str(estimate.anatomy.saved) or "score" in str(estimate.anatomy.saved)
+    assert "classifier" in str(estimate.inventory.saved) or "score" in str(estimate.inventory.saved)

@@ -17,7 +17,7 @@ from rightrank.engine.training_loop import run_trial
 from rightrank.io.adapter_folder import open_adapter
 from rightrank.io.adapters import save_adapter
 from rightrank.probe.adapter_runtime import DataUse, adapter_on, adapter_runtime
-from rightrank.probe.held_out import Recovery, measure
+from rightrank.probe.held_out import Recovery, capped, measure
 from rightrank.probe.rank_choice import RankChoice
 from rightrank.probe.resize import write_resized
 from rightrank.records import Arm, Trial, TrialFinished
@@ -76,9 +76,11 @@ def test_the_written_adapter_is_truncated_by_k_fac(trained: Path, completion_fil
     plan = [index for indices in runtime.batch_plan(0, len(runtime.examples("train"))) for index in indices]
     with adapter_on(runtime, trained) as peft_model:
         moments = gather_moments(runtime, peft_model, list(dict.fromkeys(plan))).moments
-    choice = RankChoice({module.name: 2 for module in adapter.modules}, "test")
+    choice = capped(adapter, 2, moments)
+    assert found.rank == 2 < max(choice.ranks.values()) <= 8
+    assert found.parameters_after <= 2 * sum(module.rows + module.columns for module in adapter.modules)
     write_resized(adapter, tmp_path / "kfac", choice, None, moments)
-    write_resized(adapter, tmp_path / "svd", choice)
+    write_resized(adapter, tmp_path / "svd", RankChoice(dict(choice.ranks), "test"))
     small, kfac, svd = (tensors_of(tmp_path / name) for name in ("small", "kfac", "svd"))
     assert all(torch.equal(small[key], kfac[key]) for key in small)
     assert any(not torch.allclose(small[key], svd[key], atol=1e-4) for key in small)

@@ -60,8 +60,8 @@ def adapter(folder: Path, config: dict[str, Any] | None = None, **tensors: list[
     save_file(
         {name: np.ones(shape, np.float32) for name, shape in shapes.items()}, folder / "adapter_model.safetensors"
     )
-    told = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"]} | (config or {})
-    (folder / "adapter_config.json").write_text(json.dumps(told))
+    config_json = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"]} | (config or {})
+    (folder / "adapter_config.json").write_text(json.dumps(config_json))
     return folder
 
 
@@ -127,7 +127,7 @@ def test_pickled_weights_beside_other_safetensors_are_not_read(tmp_path: Path, m
     assert not (tmp_path / "mark").exists()
 
 
-# sizes told in headers, bombs
+# sizes in headers, decompression bombs
 
 
 @pytest.mark.parametrize(
@@ -144,8 +144,8 @@ def test_pickled_weights_beside_other_safetensors_are_not_read(tmp_path: Path, m
 )
 def test_safetensors_headers_that_lie(tmp_path: Path, length: int | None, header: bytes) -> None:
     folder = adapter(tmp_path / "adapter")
-    told = (len(header) if length is None else length).to_bytes(8, "little")
-    (folder / "adapter_model.safetensors").write_bytes(told + header + b"\0" * 16)
+    size = (len(header) if length is None else length).to_bytes(8, "little")
+    (folder / "adapter_model.safetensors").write_bytes(size + header + b"\0" * 16)
     require_refused(lambda: inspect(folder), "not a readable safetensors file", ModelError)
     (folder / "adapter_model.safetensors").rename(folder / "model.safetensors")
     require_refused(lambda: open_weights(folder), "not a readable safetensors file", ModelError)

@@ -10,7 +10,7 @@ import pytest
 
 SOURCE = Path(__file__).parents[2] / "src" / "rightrank"
 PICKLES = {"pickle", "_pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
-# Between our own processes alone, and never from a file: the import is there to tell a function that can't be sent.
+# Only between own processes and never from a file: it checks whether a function can be sent to another process.
 MAY_PICKLE = {"executors/custom.py"}
 # A task file of lm-evaluation-harness runs what it names, by the user's own `--metric`; reading its name runs nothing.
 RUN_BY_THE_USER = {("engine/tasks.py", "yaml.load", "Loader")}
@@ -77,7 +77,7 @@ def test_every_subprocess_is_a_list_of_words() -> None:
 
 
 def test_models_are_loaded_with_the_user_s_word_on_foreign_code() -> None:
-    """Every `from_pretrained` and `from_config` of a model or tokenizer is told `trust_remote_code`, or builds from a
+    """Every `from_pretrained` and `from_config` of a model or tokenizer sets `trust_remote_code`, or builds from a
     configuration that transformers itself knows."""
     literal = [
         f"{name}:{keyword.lineno}"

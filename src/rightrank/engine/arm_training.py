@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from peft import set_peft_model_state_dict
+from peft import LoraConfig, set_peft_model_state_dict
 
 from rightrank.engine.averaging import RunningMean
 from rightrank.engine.batches import Batch
@@ -26,9 +26,11 @@ from rightrank.engine.outcome import Diverged, Evaluation, Progress, finished
 from rightrank.engine.runtime import Runtime
 from rightrank.engine.scoring import Measured, measure
 from rightrank.engine.steps import OptimizerSteps
+from rightrank.exports.servers import max_module_rank
 from rightrank.io.adapters import save_adapter
 from rightrank.io.checkpoints import Checkpoint, load_checkpoint, save_checkpoint
-from rightrank.io.truncation import load_moments, truncated_tensors
+from rightrank.io.patterns import exact_pattern, lora_scaling
+from rightrank.io.truncation import load_moments, module_ranks, truncated_tensors
 from rightrank.maths.scaling import lora_scale
 from rightrank.records import Arm, EvalPoint, StepDone, Trial, TrialFinished
 from rightrank.records.observer import Observer
@@ -77,9 +79,9 @@ class ArmTraining:
         self._folders = folders
         self._observer = observer
         self._settings = runtime.settings
-        self._named = multi_lora.add(
-            self.adapter, trial.arm, runtime.arm_targets.config(trial.arm), runtime.first_rows(trial.arm)
-        )
+        config = runtime.arm_targets.config(trial.arm)
+        self._truncated = self._truncate(config)
+        self._named = multi_lora.add(self.adapter, trial.arm, config, runtime.first_rows(trial.arm))
         self._parameters = list(self._named.values())
         self._steps = OptimizerSteps(
             runtime,
@@ -299,15 +301,25 @@ class ArmTraining:
         A missing checkpoint of the resumed trial costs its steps again and changes no result.
         """
         arm, folders = self.trial.arm, self._folders
+        truncated, self._truncated = self._truncated, {}
         if self._resume(folders.checkpoint, self.trial.trial_id):
             return
         if folders.continue_from is not None and arm.continue_from is not None:
             self._resume(folders.continue_from, arm.continue_from)
-        if folders.truncate_from is not None:
-            scale = partial(lora_scale, self._settings.scaling, arm.lora_alpha)
-            moments = {} if folders.moments is None else load_moments(folders.moments)
-            tensors = truncated_tensors(folders.truncate_from, arm.rank, scale, moments)
-            set_peft_model_state_dict(self._multi_lora.peft_model, tensors, adapter_name=self.adapter)
+        if truncated:
+            set_peft_model_state_dict(self._multi_lora.peft_model, truncated, adapter_name=self.adapter)
+
+    def _truncate(self, config: LoraConfig) -> dict[str, torch.Tensor]:
+        """The tensors of a truncation, whose ranks go into `config`; none for an arm that starts from its first draw."""
+        arm, folders = self.trial.arm, self._folders
+        if folders.truncate_from is None:
+            return {}
+        scale = partial(lora_scale, self._settings.scaling, arm.lora_alpha)
+        new_scale = partial(lora_scaling, config.lora_alpha, use_rslora=bool(config.use_rslora))
+        moments = {} if folders.moments is None else load_moments(folders.moments)
+        ranks = module_ranks(folders.truncate_from, arm.rank, max_module_rank(arm.rank), scale, moments)
+        config.rank_pattern = exact_pattern(ranks, config.r, ranks)
+        return truncated_tensors(folders.truncate_from, ranks, scale, new_scale, moments)
 
     def _resume(self, checkpoint: Path, trial_id: str) -> bool:
         """Restore a checkpoint; False if there is none, or one of another trial."""

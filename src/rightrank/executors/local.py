@@ -22,12 +22,12 @@ class LocalExecutor:
         runtime: Runtime,
         folder: RunFolder,
         observer: Observer,
-        largest_pack: int | None = None,
+        max_adapters_per_pass: int | None = None,
     ) -> None:
         self._runtime = runtime
         self._folder = folder
         self._observer = observer
-        self._largest_pack = largest_pack  # adapters per pass that fit by the plan; None: not planned
+        self._max_adapters_per_pass = max_adapters_per_pass  # adapters per pass that fit by the plan; None: not planned
         self._prepared = False
 
     def run(self, trials: Sequence[Trial], base_loss: float | None) -> Iterator[TrialOutcome]:
@@ -41,7 +41,9 @@ class LocalExecutor:
             self._prepared = True
         arms = [trial.arm for trial in trained]
         # Processes that share an arm must agree: all use the number that process 0 has measured.
-        size = broadcast(0, adapters_per_pass_for(self._runtime, arms, self._observer.notice, self._largest_pack))
+        size = broadcast(
+            0, adapters_per_pass_for(self._runtime, arms, self._observer.notice, self._max_adapters_per_pass)
+        )
         yield from train_trials(self._runtime, trained, base_loss, self._folders, self._observer, size)
 
     def _folders(self, trial: Trial) -> TrialFolders:

@@ -166,7 +166,7 @@ class Worker:
                 notice=lambda text: self._send(Notice(text=text)),
                 should_stop=self._should_stop,
             ),
-            prepared.planned.largest_pack if prepared.planned else None,
+            prepared.planned.max_adapters_per_pass if prepared.planned else None,
         )
         return executor if sync is None else StoredExecutor(executor, sync)
 

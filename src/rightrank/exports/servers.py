@@ -27,6 +27,11 @@ def served_rank(rank: int) -> int:
     return found
 
 
+def max_module_rank(rank: int) -> int:
+    """The rank that a server reserves for an adapter of `rank`: modules up to it cost no memory. `rank` above all of them."""
+    return next((served for served in VLLM_RANKS if served >= rank), rank)
+
+
 def vllm(recipe: Recipe) -> Written:
     """`vllm serve` with the adapter; vLLM pads adapters below the maximum itself."""
     arguments = ["vllm", "serve", recipe.model, "--host", LOOPBACK, "--enable-lora"]

@@ -18,7 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from rightrank.io.adapter_folder import PREFIX, WEIGHTS_FILE
-from rightrank.maths.truncation import Moments, components
+from rightrank.maths.truncation import Moments, components, shared_ranks
 
 Factors = tuple[torch.Tensor, torch.Tensor]
 
@@ -27,28 +27,62 @@ ZERO_SHARE = 1e-12  # of the largest singular value; a direction below it is rou
 
 
 def truncated_tensors(
-    folder: Path, rank: int, scale: Callable[[int], float], moments: Mapping[str, Moments] | None = None
+    folder: Path,
+    ranks: Mapping[str, int],
+    scale: Callable[[int], float],
+    new_scale: Callable[[int], float],
+    moments: Mapping[str, Moments],
 ) -> dict[str, torch.Tensor]:
-    """The tensors of the adapter in `folder`, in PEFT's names, every A and B truncated to `rank`; all others as saved.
+    """The tensors of the adapter in `folder`, in PEFT's names, every A and B truncated; all others as saved.
 
     Args:
         folder: an adapter folder as PEFT saves it.
-        rank: the rank of every module.
-        scale: PEFT's scale s by rank.
-        moments: by module name in the base; modules that have them are truncated by K-FAC, the others by singular values.
+        ranks: the rank of each module, by its name in the base.
+        scale: PEFT's scale s of the saved adapter by rank.
+        new_scale: PEFT's scale s' of the truncated adapter by rank.
+        moments: by module name; modules that have them are truncated by K-FAC, the others by singular values.
     """
     tensors = load_file(folder / WEIGHTS_FILE)
-    known = moments or {}
-    for name, a in list(tensors.items()):
-        if "lora_A" not in name and "lora_embedding_A" not in name:
-            continue
-        partner = name.replace("lora_A", "lora_B").replace("lora_embedding_A", "lora_embedding_B")
-        b = tensors[partner]
+    for module, (key_b, key_a) in _factor_keys(tensors).items():
+        b, a, rank = tensors[key_b], tensors[key_a], ranks[module]
         before = scale(a.shape[0])
-        found = known.get(name.removeprefix(PREFIX).partition(".lora_")[0])
-        new_b, new_a = resized_factors(b.float(), a.float(), rank, before / scale(rank), found, before)
-        tensors[name], tensors[partner] = new_a.to(a.dtype).contiguous(), new_b.to(b.dtype).contiguous()
+        ratio = before / new_scale(rank)
+        new_b, new_a = resized_factors(b.float(), a.float(), rank, ratio, moments.get(module), before)
+        tensors[key_b], tensors[key_a] = new_b.to(b.dtype).contiguous(), new_a.to(a.dtype).contiguous()
     return tensors
+
+
+def module_ranks(
+    folder: Path, rank: int, max_rank: int, scale: Callable[[int], float], moments: Mapping[str, Moments]
+) -> dict[str, int]:
+    """The rank of each module of a truncation that holds at most the parameters of a uniform `rank`.
+
+    One threshold on the K-FAC cost per parameter shares the parameters out over the modules, up to `max_rank` in each.
+    Where a module has no moments, or the adapter is no larger than `rank`, every module gets `rank`.
+    """
+    tensors = load_file(folder / WEIGHTS_FILE)
+    keys = _factor_keys(tensors)
+    uniform = dict.fromkeys(keys, rank)
+    pairs = {module: (tensors[key_b].double(), tensors[key_a].double()) for module, (key_b, key_a) in keys.items()}
+    if max_rank == rank or any(module not in moments or a.shape[0] <= rank for module, (_, a) in pairs.items()):
+        return uniform
+    worth = [
+        components(b.numpy(), a.numpy(), scale(a.shape[0]), moments[module]).costs for module, (b, a) in pairs.items()
+    ]
+    parameters = [b.shape[0] + a.shape[1] for b, a in pairs.values()]
+    return dict(zip(keys, shared_ranks(worth, parameters, rank, max_rank), strict=True))
+
+
+def _factor_keys(tensors: Mapping[str, torch.Tensor]) -> dict[str, tuple[str, str]]:
+    """The names of B and A of each module, by its name in the base."""
+    names = [name for name in tensors if "lora_A" in name or "lora_embedding_A" in name]
+    return {
+        name.removeprefix(PREFIX).partition(".lora_")[0]: (
+            name.replace("lora_A", "lora_B").replace("lora_embedding_A", "lora_embedding_B"),
+            name,
+        )
+        for name in names
+    }
 
 
 def adapter_rank(folder: Path) -> int:

@@ -1,5 +1,6 @@
 """What fits and what it costs, before any weight is loaded.
 
-trace (the real step on meta tensors, with the device's kernels) → stack (the whole depth from a few blocks) →
-estimate (every rank from two traces) → simulate with allocator (the highest point) → planner (the answer).
+skeleton (the model without weights) → step, trace and kernels (what the real step allocates on the device) → stack (the
+whole depth from a few blocks) → estimate (every rank from two traces) → simulate and allocator (the peak) → planner
+(the plan) and selection_plan (the plan of a `select`).
 """

@@ -1,15 +1,15 @@
-"""A model of torch's CUDA caching allocator: what it reserves from the device for a sequence of requests.
+"""A model of torch's CUDA caching allocator: the bytes it reserves from the device for a sequence of requests.
 
 The rules are those of `c10/cuda/CUDACachingAllocator.cpp` at its default settings (torch 2.x):
 
 - a request is rounded up to 512 bytes;
-- requests up to 1 MiB are served from segments of 2 MiB, requests below 10 MiB from segments of 20 MiB, and larger
-  ones from a segment of their own, rounded up to 2 MiB;
-- the smallest free block that fits is taken, and split when more than 1 MiB (512 bytes in the small pool) is left over;
-- a freed block joins its free neighbours in the segment; segments are kept.
+- a request up to 1 MiB is served from a segment of 2 MiB, one below 10 MiB from a segment of 20 MiB, and a larger one
+  from its own segment, rounded up to 2 MiB;
+- the smallest free block that fits is taken, and split where more than 1 MiB (512 bytes in the small pool) remains;
+- a freed block merges with its free neighbours in the segment; segments are kept.
 
 Not covered: `expandable_segments`, `max_split_size_mb`, several streams, and the release of cached segments when the
-device is full (which lowers what is reserved, at the price of time).
+device is full, which reserves less and takes more time.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ SEGMENT_ROUNDING = 2 * 2**20
 
 @dataclass(slots=True, eq=False)
 class _Block:
-    """A stretch of a segment, taken or free, and its neighbours there."""
+    """A range of a segment, taken or free, with its neighbours."""
 
     address: int
     size: int
@@ -38,7 +38,7 @@ class _Block:
 
 
 class CachingAllocator:
-    """Takes requests by name, and counts what is allocated and what is reserved."""
+    """Serves requests by name, and counts allocated and reserved bytes."""
 
     def __init__(self) -> None:
         self.allocated = 0  # bytes of taken blocks, rounded as torch counts them
@@ -50,7 +50,7 @@ class CachingAllocator:
         self._next_address = 0
 
     def allocate(self, name: int, size: int) -> None:
-        """Serve a request of `size` bytes; nothing is taken for an empty tensor."""
+        """Serve a request of `size` bytes; an empty tensor takes nothing."""
         if size <= 0:
             return
         rounded = round_request(size)
@@ -69,11 +69,11 @@ class CachingAllocator:
         block.taken = False
         for neighbour in (block.before, block.after):
             if neighbour is not None and not neighbour.taken:
-                block = self._joined(block, neighbour)
+                block = self._merged(block, neighbour)
         insort(self._free[block.small], (block.size, block.address, block))
 
     def empty_cache(self) -> None:
-        """Give segments without a taken block back, as `torch.cuda.empty_cache` does."""
+        """Release every segment without a taken block, as `torch.cuda.empty_cache` does."""
         for pool in self._free:
             kept = [entry for entry in pool if entry[2].before is not None or entry[2].after is not None]
             self.reserved -= sum(entry[0] for entry in pool) - sum(entry[0] for entry in kept)
@@ -103,8 +103,8 @@ class CachingAllocator:
         block.size = size
         insort(self._free[block.small], (rest.size, rest.address, rest))
 
-    def _joined(self, block: _Block, neighbour: _Block) -> _Block:
-        """Both as one block; `neighbour` is free and leaves the pool."""
+    def _merged(self, block: _Block, neighbour: _Block) -> _Block:
+        """Merge both into one block; `neighbour` is free and leaves the pool."""
         pool = self._free[neighbour.small]
         del pool[bisect_left(pool, (neighbour.size, neighbour.address))]
         first, second = (neighbour, block) if neighbour.address < block.address else (block, neighbour)
@@ -117,12 +117,12 @@ class CachingAllocator:
 
 
 def round_request(size: int) -> int:
-    """Bytes that a request of `size` bytes takes."""
+    """Bytes that a request of `size` bytes occupies."""
     return max(ROUNDING, -(-size // ROUNDING) * ROUNDING)
 
 
 def segment_size(size: int) -> int:
-    """Bytes of the segment that is reserved for a rounded request which no free block can serve."""
+    """Bytes of the segment reserved for a rounded request that no free block can serve."""
     if size <= SMALL_REQUEST:
         return SMALL_SEGMENT
     if size < LARGE_REQUEST:

@@ -1,4 +1,4 @@
-"""What fits: the budget, the price of each axis, and the changes that save memory, cheapest first."""
+"""The memory budget: what fits, what each axis costs, and the changes that save memory, cheapest first."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ CPU_PROCESS_BYTES = 700 * 2**20  # the interpreter with torch, transformers and 
 
 
 @dataclass(frozen=True, slots=True)
-class _Step:
-    """A change of settings and what it costs."""
+class _Saving:
+    """A change of settings that saves memory, and its cost in words."""
 
     values: dict[str, Any]
     price: str
 
 
 def context_bytes(settings: PlanSettings) -> int:
-    """What the process takes beside its tensors."""
+    """Bytes of the process beside its tensors."""
     if settings.context_bytes is not None:
         return settings.context_bytes
     return CUDA_CONTEXT_BYTES if settings.device == "cuda" else CPU_PROCESS_BYTES
@@ -33,12 +33,22 @@ def total(reserved_bytes: int, settings: PlanSettings) -> int:
 
 
 def needed(reserved_bytes: int, settings: PlanSettings) -> int:
-    """What has to be there: tensors, context and the headroom."""
+    """Bytes that must be available: tensors, process and headroom."""
     return total(reserved_bytes, settings) + round(settings.headroom * reserved_bytes)
 
 
+def rank_fits(estimator: Estimator, rank: int) -> bool:
+    """`fits`, of the peak of `rank`."""
+    return fits(estimator.estimate(rank).peak.reserved_bytes, estimator.settings)
+
+
+def fits(reserved: int, settings: PlanSettings) -> bool:
+    """Whether so many reserved bytes fit the memory of the settings; False where that is unknown."""
+    return settings.memory_bytes is not None and needed(reserved, settings) <= settings.memory_bytes
+
+
 def axis_prices(estimator: Estimator, largest: RankEstimate) -> list[AxisPrice]:
-    """What the next doubling of rank, batch and length costs, and all linear modules in the place of some."""
+    """The cost of doubling the rank, the batch and the length, and of adapting all linear modules instead of some."""
     settings, rank = estimator.settings, largest.rank
     batch, length = settings.batch_size, settings.seq_len
     axes: list[tuple[str, dict[str, Any]]] = [
@@ -54,12 +64,12 @@ def axis_prices(estimator: Estimator, largest: RankEstimate) -> list[AxisPrice]:
     for axis, values in axes:
         changed = estimator.variant(**values)
         estimate = changed.estimate(max(changed.settings.ranks))
-        reserved = estimate.highest.reserved_bytes
+        reserved = estimate.peak.reserved_bytes
         prices.append(
             AxisPrice(
                 axis=axis,
                 peak_reserved_bytes=reserved,
-                difference_bytes=reserved - largest.highest.reserved_bytes,
+                difference_bytes=reserved - largest.peak.reserved_bytes,
                 flops_factor=estimate.flops / largest.flops,
             )
         )
@@ -67,93 +77,94 @@ def axis_prices(estimator: Estimator, largest: RankEstimate) -> list[AxisPrice]:
 
 
 def cheapest_changes(estimator: Estimator) -> list[Change]:
-    """Changes for the smallest rank, from the cheapest on, until it fits; those that save nothing are left out.
+    """Changes that make the smallest rank fit, cheapest first; those that save nothing are omitted.
 
-    What is not needed once the last is taken is taken out again, the dearest tried first.
+    Changes are added until the rank fits; then each that is no longer needed is removed, the costliest first.
     """
     start = estimator.variant(ranks=(min(estimator.settings.ranks),))
-    taken: list[_Step] = []
+    taken: list[_Saving] = []
     current, reserved = start, _reserved(start)
-    for step in _steps(start.settings):
-        changed = current.variant(**step.values)
+    for saving in _savings(start.settings):
+        changed = current.variant(**saving.values)
         saved = _reserved(changed)
         if saved >= reserved:
             continue
-        taken.append(step)
+        taken.append(saving)
         current, reserved = changed, saved
-        if _fits(reserved, current.settings):
+        if fits(reserved, current.settings):
             taken = _shortest(start, taken)
             break
     return _as_changes(start, taken)
 
 
-def _steps(settings: PlanSettings) -> list[_Step]:
-    """Changes by what they cost: first none of quality or time, then time, then precision."""
-    steps = []
+def _savings(settings: PlanSettings) -> list[_Saving]:
+    """Candidate changes in order of cost: first those that cost no quality and no time, then time, then precision."""
+    savings = []
     if settings.loss == "full":
-        steps.append(_Step({"loss": "chunked"}, "nothing: the same loss, the logits in pieces"))
+        savings.append(_Saving({"loss": "chunked"}, "none: the same loss, with the logits in chunks"))
     if settings.attn_implementation == "eager":
-        steps.append(_Step({"attn_implementation": "sdpa"}, "nothing: the same attention, fused"))
+        savings.append(_Saving({"attn_implementation": "sdpa"}, "none: the same attention, fused"))
     if settings.optimizer in ("adamw", "adamw_fused"):
-        steps.append(_Step({"optimizer": "paged_adamw_8bit"}, "8-bit optimizer states; needs bitsandbytes"))
+        savings.append(_Saving({"optimizer": "paged_adamw_8bit"}, "8-bit optimizer states; needs bitsandbytes"))
     if settings.dtype == "float32" and settings.autocast is None and settings.device == "cuda":
-        steps.append(_Step({"dtype": "bfloat16"}, "frozen weights and activations in 16 bits"))
+        savings.append(_Saving({"dtype": "bfloat16"}, "frozen weights and activations in 16 bits"))
     if settings.device == "cpu":
-        steps = [step for step in steps if "optimizer" not in step.values]
+        savings = [saving for saving in savings if "optimizer" not in saving.values]
     if settings.arms > 1:
-        steps.append(_Step({"arms": 1}, "arms one after the other: more time"))
+        savings.append(_Saving({"arms": 1}, "arms train one after the other: more time"))
     if not settings.gradient_checkpointing:
-        steps.append(_Step({"gradient_checkpointing": True}, "about a third more time a step"))
+        savings.append(_Saving({"gradient_checkpointing": True}, "about a third more time per step"))
     batch = settings.batch_size
     while batch > 1:
         batch //= 2
-        steps.append(_Step({"batch_size": batch}, "accumulate gradients over more batches: more time"))
+        savings.append(_Saving({"batch_size": batch}, "gradients accumulate over more batches: more time"))
     if not (settings.load_in_4bit or settings.load_in_8bit):
-        steps.append(_Step({"load_in_4bit": True}, "frozen weights in 4 bits: some quality, slower steps"))
+        savings.append(_Saving({"load_in_4bit": True}, "frozen weights in 4 bits: lower quality, slower steps"))
     length = settings.seq_len
     while length > 256:
         length //= 2
-        steps.append(_Step({"seq_len": length}, "longer items are cut"))
-    return steps
+        savings.append(_Saving({"seq_len": length}, "longer examples are truncated"))
+    return savings
 
 
-def _shortest(start: Estimator, taken: list[_Step]) -> list[_Step]:
+def _shortest(start: Estimator, taken: list[_Saving]) -> list[_Saving]:
     kept = _last_of_each(taken)
-    for step in reversed(kept[:-1]):
-        fewer = [other for other in kept if other is not step]
+    for saving in reversed(kept[:-1]):
+        fewer = [other for other in kept if other is not saving]
         changed = start.variant(**_merged(fewer))
-        if _fits(_reserved(changed), changed.settings):
+        if fits(_reserved(changed), changed.settings):
             kept = fewer
     return kept
 
 
-def _as_changes(start: Estimator, steps: list[_Step]) -> list[Change]:
+def _as_changes(start: Estimator, savings: list[_Saving]) -> list[Change]:
     changes = []
     current = start
-    for step in _last_of_each(steps):
-        current = current.variant(**step.values)
+    for saving in _last_of_each(savings):
+        current = current.variant(**saving.values)
         reserved = _reserved(current)
-        ((name, value),) = step.values.items()
-        fits = _fits(reserved, current.settings)
+        ((name, value),) = saving.values.items()
         changes.append(
-            Change(setting=name, value=str(value), peak_reserved_bytes=reserved, fits=fits, price=step.price)
+            Change(
+                setting=name,
+                value=str(value),
+                peak_reserved_bytes=reserved,
+                fits=fits(reserved, current.settings),
+                price=saving.price,
+            )
         )
     return changes
 
 
-def _last_of_each(steps: list[_Step]) -> list[_Step]:
-    """Of steps on one setting, only the last counts."""
-    last = {name: step for step in steps for name in step.values}
-    return [step for step in steps if all(last[name] is step for name in step.values)]
+def _last_of_each(savings: list[_Saving]) -> list[_Saving]:
+    """Of several changes to one setting, the last."""
+    last = {name: saving for saving in savings for name in saving.values}
+    return [saving for saving in savings if all(last[name] is saving for name in saving.values)]
 
 
-def _merged(steps: list[_Step]) -> dict[str, Any]:
-    return {name: value for step in steps for name, value in step.values.items()}
+def _merged(savings: list[_Saving]) -> dict[str, Any]:
+    return {name: value for saving in savings for name, value in saving.values.items()}
 
 
 def _reserved(estimator: Estimator) -> int:
-    return estimator.estimate(estimator.settings.ranks[0]).highest.reserved_bytes
-
-
-def _fits(reserved: int, settings: PlanSettings) -> bool:
-    return settings.memory_bytes is not None and needed(reserved, settings) <= settings.memory_bytes
+    return estimator.estimate(estimator.settings.ranks[0]).peak.reserved_bytes

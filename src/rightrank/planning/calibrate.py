@@ -1,7 +1,7 @@
-"""A few real steps on this device: what an operation takes here, and how far the trace is off in memory.
+"""Calibration: a few real steps on this device give the seconds per operation and the error of the trace in memory.
 
-Four groups of the model's blocks with random weights stand for the model: the same shapes, types and kernels in a
-fraction of the memory. What was measured is kept in the user's cache folder, by device, type, width and training loop.
+Four groups of the model's blocks with random weights represent the model: the same shapes, types and kernels in a
+fraction of the memory. The result is stored in the user's cache folder, by device, type, width and training loop.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ from rightrank.errors import SettingsError
 from rightrank.io.files import write_text
 from rightrank.io.models import DTYPES, find_device, quantisation, quiet_third_parties, require_quantisation
 from rightrank.planning.estimate import Estimator, RankEstimate
-from rightrank.planning.simulate import STANDING
+from rightrank.planning.simulate import PERSISTENT
 from rightrank.planning.skeleton import Skeleton, lora_config
 from rightrank.planning.stack import TRACED_GROUPS, reduced_config
-from rightrank.planning.step import mode_of, packed_layers
+from rightrank.planning.step import multi_lora_forward, training_mode
 from rightrank.settings import PlanSettings
 
 STEPS = 4  # timed; the first warms up
@@ -41,13 +41,13 @@ STEPS = 4  # timed; the first warms up
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """What was measured on one device."""
+    """Measurements of one device."""
 
     key: str
     seconds_per_flop: float  # of a training step
     seconds_per_forward_flop: float  # of an evaluation
-    step_factor: float  # measured over traced, of what a step takes beside weights, adapter and optimizer
-    process_bytes: int | None  # of the process beside its tensors, on a CPU; None: not measured on this device
+    step_factor: float  # measured over traced bytes of a step, without weights, adapter and optimizer
+    process_bytes: int | None  # of the process beside its tensors, on a CPU; None on CUDA
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,18 +59,18 @@ class _Measured:
 
 
 def calibrate(config: Any, settings: PlanSettings) -> Calibration:
-    """Run the steps and keep what they took.
+    """Run the steps, and store what they took.
 
     Raises:
-        SettingsError: a device that is not here, or settings that are not measured.
+        SettingsError: the device is not available, or the settings cannot be measured.
         MissingExtraError: quantised weights without bitsandbytes.
     """
     if settings.device == "cuda" and not torch.cuda.is_available():
         raise SettingsError(
-            "calibrate needs the device that is planned for: there is no CUDA device here; give device cpu"
+            "calibrate needs the device that is planned for, and no CUDA device is available; give device cpu"
         )
     if settings.autocast or settings.arms > 1 or settings.sharding != "none":
-        raise SettingsError("calibrate measures one arm on one device: leave out autocast, arms and sharding")
+        raise SettingsError("calibrate measures one arm on one device; leave out autocast, arms and sharding")
     if bits := _bits(settings):
         require_quantisation(bits, find_device(settings.device))
     text = config.get_text_config()
@@ -95,12 +95,12 @@ def calibrate(config: Any, settings: PlanSettings) -> Calibration:
 
 
 def stored_calibration(config: Any, settings: PlanSettings) -> Calibration | None:
-    """What was measured before for this device, type, width and loop."""
+    """The stored calibration of this device, type, width and training loop."""
     values = _read().get(calibration_key(config, settings))
     try:
         return None if values is None else Calibration(**values)
     except TypeError:
-        return None  # kept by an earlier version: it can be measured again
+        return None  # of an earlier version: measured again on demand
 
 
 def calibration_key(config: Any, settings: PlanSettings) -> str:
@@ -123,13 +123,13 @@ def _bits(settings: PlanSettings) -> int | None:
 
 
 def _step_factor(estimate: RankEstimate, measured_bytes: int) -> float:
-    """Weights, adapter and optimizer states are exact; what is measured otherwise is the step's own."""
-    standing = sum(estimate.training.components.get(name, 0) for name in STANDING)
-    return max(0.0, measured_bytes - standing) / (estimate.training.peak_bytes - standing)
+    """Measured over traced bytes, without weights, adapter and optimizer states, which are exact."""
+    persistent = sum(estimate.training.components.get(name, 0) for name in PERSISTENT)
+    return max(0.0, measured_bytes - persistent) / (estimate.training.peak_bytes - persistent)
 
 
 def _measure(config: Any, settings: PlanSettings, rank: int) -> _Measured:
-    """The fastest step and forward pass, and the peak of tensors: the allocator's count on CUDA, else the profiler's."""
+    """The fastest step and forward pass, and the peak of tensors: by the allocator on CUDA, by the profiler elsewhere."""
     device = torch.device(settings.device)
     with PeakMemory(device) as memory:
         model = _built(config, settings)
@@ -150,18 +150,18 @@ def _measure(config: Any, settings: PlanSettings, rank: int) -> _Measured:
             with torch.no_grad():
                 _loss(adapted, model, ids, settings)
 
-        with packed_layers(skeleton, settings, settings.batch_size), mode_of(adapted, settings, True):
+        with multi_lora_forward(skeleton, settings, settings.batch_size), training_mode(adapted, settings, True):
             step_seconds = _fastest(step, device)
             process = memory.peak_bytes()
             peak = _peak(step, device, adapted, optimizer)
-        with packed_layers(skeleton, settings, settings.batch_size), mode_of(adapted, settings, False):
+        with multi_lora_forward(skeleton, settings, settings.batch_size), training_mode(adapted, settings, False):
             forward_seconds = _fastest(forward, device)
-    beside = max(0, process - peak) if device.type == "cpu" else None
-    return _Measured(step_seconds, forward_seconds, peak, beside)
+    process_bytes = max(0, process - peak) if device.type == "cpu" else None
+    return _Measured(step_seconds, forward_seconds, peak, process_bytes)
 
 
 def _built(config: Any, settings: PlanSettings) -> Any:
-    """The reduced model with random weights on its device; quantised as transformers loads it."""
+    """The reduced model with random weights on its device, quantised as transformers loads it."""
     auto: Any = AutoModelForCausalLM
     if settings.num_labels is not None:
         auto, config.num_labels = AutoModelForSequenceClassification, settings.num_labels
@@ -194,7 +194,7 @@ def _fastest(run: Callable[[], None], device: torch.device) -> float:
 
 
 def _peak(step: Callable[[], None], device: torch.device, adapted: Any, optimizer: Any) -> int:
-    """The highest point of tensor memory in one step."""
+    """The peak of tensor memory in one step, bytes."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         step()
@@ -208,10 +208,10 @@ def _peak(step: Callable[[], None], device: torch.device, adapted: Any, optimize
     for _, change in changes:
         now += change
         highest = max(highest, now)
-    return highest + _standing_tensors(adapted, optimizer)
+    return highest + _persistent_bytes(adapted, optimizer)
 
 
-def _standing_tensors(adapted: Any, optimizer: Any) -> int:
+def _persistent_bytes(adapted: Any, optimizer: Any) -> int:
     states = [value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
     tensors = [*adapted.parameters(), *adapted.buffers(), *states]
     for module in adapted.modules():
@@ -243,7 +243,7 @@ def _path() -> Path:
 
 
 def _read() -> dict[str, Any]:
-    """What is kept; nothing where the file is missing or damaged: it can be measured again."""
+    """The stored calibrations; empty where the file is missing or damaged, since they can be measured again."""
     try:
         known = json.loads(_path().read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -1,7 +1,8 @@
-"""Every rank from two traces: what PEFT builds and what the step allocates, each size affine in the rank.
+"""Every rank from two traces: each size that PEFT builds or the step allocates is affine in the rank.
 
-Sizes at the lowest and the highest rank asked for give every rank between, where both traces are the same event for
-event and each size differs by a whole number of bytes a rank. Where they are not, every rank is traced.
+The traces at the lowest rank r₀ and the highest r₁ give every rank between, size(r) = size(r₀) + slope · (r − r₀) with
+slope = (size(r₁) − size(r₀)) / (r₁ − r₀), where both traces have the same events and every slope is a whole number of
+bytes. Otherwise every rank is traced.
 """
 
 from __future__ import annotations
@@ -17,11 +18,11 @@ import torch
 from rightrank.engine.prefix import prefix_depth
 from rightrank.errors import ModelError, MultiLoraError, SettingsError, first_line
 from rightrank.maths.counts import safetensors_bytes
-from rightrank.planning.formula import formula_highest
+from rightrank.planning.formula import formula_peak
 from rightrank.planning.optimizer import OptimizerMemory, optimizer_memory
 from rightrank.planning.quantised import count_parameters
 from rightrank.planning.sharding import sharded
-from rightrank.planning.simulate import Highest, Resident, corrected, highest_point
+from rightrank.planning.simulate import Peak, Resident, corrected, simulate_peak
 from rightrank.planning.skeleton import SAFETENSORS_CODES, Skeleton, adapt, build_base
 from rightrank.planning.stack import TRACED_GROUPS, deepen, find_reduction, reduced_config, same_kinds
 from rightrank.planning.step import Groups, blocks_name, blocks_of, trace_step
@@ -29,18 +30,18 @@ from rightrank.planning.trace import StepTrace
 from rightrank.records.plan import Source
 from rightrank.settings import PlanSettings
 
-# What a model's own code raises on tensors without values or on kernels that meta tensors lack.
+# What a model's own code raises on tensors without values, or on kernels that meta tensors lack.
 UNTRACEABLE = (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError, IndexError, KeyError)
-CUBLAS_BYTES = 8_519_680  # cuBLAS work space that torch takes from its allocator (`:4096:2:16:8`); 32 MiB on Hopper
-# Settings that change the step and not what the model is made of.
+CUBLAS_BYTES = 8_519_680  # cuBLAS workspace from torch's allocator (`:4096:2:16:8`); 32 MiB on Hopper
+# Settings that change the step and not the tensors of the model.
 STEP_ONLY = {"ranks", "batch_size", "seq_len", "loss", "gradient_checkpointing", "optimizer", "padding", "arms"}
 STEP_ONLY |= {"packed", "eval_batch_size"}
 BLOCK_NUMBER = re.compile(r"\.\d+\.")
 
 
 @dataclass(frozen=True, slots=True)
-class Tensor:
-    """Name, shape and type of a tensor that is there before the step."""
+class TensorSpec:
+    """Name, shape and type of a tensor that exists before the step."""
 
     name: str
     shape: tuple[int, ...]
@@ -57,12 +58,12 @@ class Tensor:
 
 
 @dataclass(frozen=True, slots=True)
-class Anatomy:
-    """What a model with an adapter of one rank is made of."""
+class Inventory:
+    """The tensors of a model with an adapter of one rank."""
 
     rank: int
-    stored: tuple[Tensor, ...]  # parameters and buffers
-    saved: tuple[Tensor, ...]  # what PEFT writes into the adapter's file
+    stored: tuple[TensorSpec, ...]  # parameters and buffers
+    saved: tuple[TensorSpec, ...]  # in the adapter's file as PEFT writes it
 
     @property
     def trainable_parameters(self) -> int:
@@ -82,27 +83,27 @@ class Anatomy:
 
 @dataclass(frozen=True, slots=True)
 class RankEstimate:
-    """One rank: counts, and the step's highest point in training and, if it was asked for, in evaluation."""
+    """One rank: counts, and the peak of a training step and, where `eval_batch_size` is set, of an evaluation batch."""
 
     rank: int
-    anatomy: Anatomy
-    training: Highest
-    evaluation: Highest | None
+    inventory: Inventory
+    training: Peak
+    evaluation: Peak | None
     flops: int
     source: Source
 
     @property
-    def highest(self) -> Highest:
+    def peak(self) -> Peak:
         if self.evaluation is not None and self.evaluation.peak_bytes > self.training.peak_bytes:
             return self.evaluation
         return self.training
 
 
 class Estimator:
-    """One model and one way to train it; the base is built once, traces are made once."""
+    """One model and one way to train it. The base is built once, and each trace is made once."""
 
     def __init__(self, config: Any, settings: PlanSettings, step_factor: float | None = None) -> None:
-        """`step_factor`: measured over traced, of what the step takes beside what stands; None: not measured."""
+        """`step_factor`: measured over traced bytes of the step (see `Calibration`); None: not measured."""
         self._config = config
         self.settings = settings
         self.step_factor = step_factor
@@ -110,66 +111,68 @@ class Estimator:
         base = build_base(config, settings)
         self.base_parameters = count_parameters(base)
         self.skeleton = adapt(base, settings, self._ends[0])
-        self._anatomies = {self._ends[0]: anatomy(self.skeleton, self._ends[0])}
+        self._inventories = {self._ends[0]: inventory(self.skeleton, self._ends[0])}
         self._blocks = blocks_of(self.skeleton.base)
-        # Layers that are named by number are not there in a shorter stack.
+        # Layers selected by number do not exist in a shorter stack.
         whole = self._blocks is None or self.settings.layers_to_transform is not None
         self._reduction = None if whole else find_reduction(self._blocks or ())
         self._small: dict[tuple[int, int], Skeleton] = {}  # by rank and arms
         self._traces: dict[tuple[int, bool], StepTrace] = {}
-        self.untraceable: str | None = None  # why the step can't be traced
+        self.untraceable: str | None = None  # why the step cannot be traced
 
     @property
     def rank_limit(self) -> int:
-        """The largest rank that every adapted matrix can have."""
-        return min(min(matrix.out_features, matrix.in_features) for matrix in self.skeleton.matrices)
+        """The largest rank that every adapted matrix allows."""
+        return min(target.max_rank for target in self.skeleton.targets)
 
     def variant(self, **changes: Any) -> Estimator:
-        """The same model under other settings; what the changes do not touch is shared."""
+        """The same model under other settings; whatever the changes do not affect is shared."""
         settings = self.settings.model_copy(update=changes)
         if not STEP_ONLY.issuperset(changes) or min(settings.ranks) != self._ends[0]:
             return Estimator(self._config, settings, self.step_factor)
         other = copy.copy(self)
         other.settings = settings
         other._ends = (min(settings.ranks), max(settings.ranks))
-        other._anatomies = {self._ends[0]: self._anatomies[self._ends[0]]}
+        other._inventories = {self._ends[0]: self._inventories[self._ends[0]]}
         other._traces = dict(self._traces) if set(changes) == {"ranks"} else {}
         return other
 
     def estimate(self, rank: int) -> RankEstimate:
-        """The estimate for a rank between the lowest and the highest of the settings."""
-        parts = self.anatomy(rank)
+        """The estimate of a rank between the lowest and the highest of the settings."""
+        parts = self.inventory(rank)
         if self.untraceable is None:
             try:
-                training = self._highest(rank, True)
-                evaluation = None if self.settings.eval_batch_size is None else self._highest(rank, False)
+                training = self._peak_of(rank, True)
+                evaluation = None if self.settings.eval_batch_size is None else self._peak_of(rank, False)
                 source: Source = "traced" if self.step_factor is None else "measured"
                 return RankEstimate(rank, parts, training, evaluation, self.flops(rank), source)
             except MultiLoraError as error:
-                raise SettingsError(f"arms: this model's trainings can't share a pass ({error}); give arms 1") from None
+                raise SettingsError(
+                    f"arms: adapters on this model cannot share a pass ({error}); give arms 1"
+                ) from None
             except UNTRACEABLE as error:
                 self.untraceable = f"{type(error).__name__}: {first_line(error)}"
         residents, optimizer = self._residents(rank)
-        highest = formula_highest(self.skeleton.base, residents, optimizer, self.settings)
+        peak = formula_peak(self.skeleton.base, residents, optimizer, self.settings)
         tokens = self.settings.batch_size * self.settings.arms * self.settings.seq_len
-        return RankEstimate(rank, parts, highest, None, 4 * parts.parameters * tokens, "formula")
+        return RankEstimate(rank, parts, peak, None, 4 * parts.parameters * tokens, "formula")
 
-    def anatomy(self, rank: int) -> Anatomy:
-        """What the adapted model of that rank is made of, from PEFT's own at the two ends."""
+    def inventory(self, rank: int) -> Inventory:
+        """The tensors of the adapted model of that rank, interpolated between PEFT's own at the two ends."""
         low, high = self._ends
-        if rank not in self._anatomies and high not in self._anatomies:
-            self._anatomies[high] = self._anatomy_at_high()
-        if rank not in self._anatomies:
-            first, last = self._anatomies[low], self._anatomies[high]
+        if rank not in self._inventories and high not in self._inventories:
+            self._inventories[high] = self._inventory_at_high()
+        if rank not in self._inventories:
+            first, last = self._inventories[low], self._inventories[high]
             between = [
                 tuple(_between_tensors(a, b, self._ends, rank) for a, b in zip(ours, theirs, strict=True))
                 for ours, theirs in ((first.stored, last.stored), (first.saved, last.saved))
             ]
-            self._anatomies[rank] = Anatomy(rank, between[0], between[1])
-        return self._anatomies[rank]
+            self._inventories[rank] = Inventory(rank, between[0], between[1])
+        return self._inventories[rank]
 
     def flops(self, rank: int) -> int:
-        """Floating-point operations of a step, a multiply and an add counted as two."""
+        """Floating-point operations of a step; a multiply and an add count as two."""
         if rank in self._ends:
             return sum(self._trace(rank, True).flops.values())
         counts = [self.flops(end) for end in self._ends]
@@ -207,17 +210,17 @@ class Estimator:
         return self.settings.batch_size * self.settings.arms
 
     def _trained_names(self) -> list[str]:
-        return [matrix.name for matrix in self.skeleton.matrices] + list(self.settings.modules_to_save)
+        return [target.name for target in self.skeleton.targets] + list(self.settings.modules_to_save)
 
-    def _highest(self, rank: int, training: bool) -> Highest:
+    def _peak_of(self, rank: int, training: bool) -> Peak:
         trace, sizes = self._sizes(rank, training)
         residents, optimizer = self._residents(rank)
-        highest = highest_point(residents, trace, sizes, optimizer, self.settings.device)
-        return highest if self.step_factor is None else corrected(highest, self.step_factor)
+        peak = simulate_peak(residents, trace, sizes, optimizer, self.settings.device)
+        return peak if self.step_factor is None else corrected(peak, self.step_factor)
 
     def _residents(self, rank: int) -> tuple[list[Resident], OptimizerMemory]:
-        """What one device holds before the step, and what its optimizer takes."""
-        parts, settings = self.anatomy(rank), self.settings
+        """The tensors that one device holds before the step, and its optimizer's memory."""
+        parts, settings = self.inventory(rank), self.settings
         trained = [
             torch.empty(tensor.shape, dtype=tensor.dtype, device="meta") for tensor in parts.stored if tensor.trainable
         ] * settings.arms
@@ -237,7 +240,7 @@ class Estimator:
         return max(sizes, default=0)
 
     def _sizes(self, rank: int, training: bool) -> tuple[StepTrace, list[int]]:
-        """The step's events, and bytes of each allocation at `rank`."""
+        """The step's events, and the bytes of each allocation at `rank`."""
         if rank in self._ends:
             trace = self._trace(rank, training)
             return trace, trace.sizes
@@ -256,8 +259,8 @@ class Estimator:
         return self._traces[rank, training]
 
     def _reduced_trace(self, rank: int, training: bool) -> StepTrace | None:
-        """From four groups of blocks, where the model's blocks repeat."""
-        if self._small_skeleton(self._ends[0]) is None:  # whether a few blocks can stand for all
+        """The trace of the whole depth from four groups of blocks; None where the blocks do not repeat."""
+        if self._small_skeleton(self._ends[0]) is None:  # whether a few blocks can represent all
             return None
         small, reduction = self._small_skeleton(rank, self.settings.arms), self._reduction
         if small is None or reduction is None:
@@ -284,7 +287,7 @@ class Estimator:
         return self._small[rank, arms]
 
     def _full_trace(self, rank: int, training: bool) -> StepTrace:
-        """Of the whole model, its blocks told apart: what the frozen ones below the adapters count is in it."""
+        """The trace of the whole model, one segment a block: operations of frozen blocks count separately."""
         arms = self.settings.arms
         as_built = rank == self._ends[0] and arms == 1
         skeleton = self.skeleton if as_built else adapt(self._base(), self.settings, rank, arms)
@@ -295,34 +298,38 @@ class Estimator:
         config = self._config if depth is None else reduced_config(self._config, depth)
         return build_base(config, self.settings)
 
-    def _anatomy_at_high(self) -> Anatomy:
-        """At the highest rank: shapes of like tensors from the small models, or the full model built again."""
+    def _inventory_at_high(self) -> Inventory:
+        """The tensors at the highest rank: by like tensors of two small models, or from the full model built again."""
         low, high = self._ends
-        ours = self._anatomies[low]
+        ours = self._inventories[low]
         small = [self._small_skeleton(end) for end in self._ends]
         if small[0] is not None and small[1] is not None:
-            pair = anatomy(small[0], low), anatomy(small[1], high)
+            pair = inventory(small[0], low), inventory(small[1], high)
             stored = _grown(ours.stored, pair[0].stored, pair[1].stored)
             saved = _grown(ours.saved, pair[0].saved, pair[1].saved)
             if stored is not None and saved is not None:
-                return Anatomy(high, stored, saved)
-        return anatomy(adapt(self._base(), self.settings, high), high)
+                return Inventory(high, stored, saved)
+        return inventory(adapt(self._base(), self.settings, high), high)
 
 
-def anatomy(skeleton: Skeleton, rank: int) -> Anatomy:
-    """Read an adapted model: storages that are shared are there once."""
+def inventory(skeleton: Skeleton, rank: int) -> Inventory:
+    """The tensors of an adapted model; shared ones count once."""
     stored, seen = [], set()
     named = [*skeleton.model.named_parameters(), *skeleton.model.named_buffers()]
     for name, tensor in named:
         if id(tensor) not in seen:
             seen.add(id(tensor))
-            stored.append(Tensor(name, tuple(tensor.shape), tensor.dtype, tensor.requires_grad))
-    saved = [Tensor(name, tuple(value.shape), value.dtype, True) for name, value in skeleton.adapter_state().items()]
-    return Anatomy(rank, tuple(stored), tuple(saved))
+            stored.append(TensorSpec(name, tuple(tensor.shape), tensor.dtype, tensor.requires_grad))
+    saved = [
+        TensorSpec(name, tuple(value.shape), value.dtype, True) for name, value in skeleton.adapter_state().items()
+    ]
+    return Inventory(rank, tuple(stored), tuple(saved))
 
 
-def _grown(ours: Sequence[Tensor], low: Sequence[Tensor], high: Sequence[Tensor]) -> tuple[Tensor, ...] | None:
-    """`ours` at the higher rank, by tensors of the same name and shape, block numbers aside; None where in doubt."""
+def _grown(
+    ours: Sequence[TensorSpec], low: Sequence[TensorSpec], high: Sequence[TensorSpec]
+) -> tuple[TensorSpec, ...] | None:
+    """`ours` at the higher rank, by tensors of the same name (block numbers aside) and shape; None where ambiguous."""
     known: dict[tuple[str, tuple[int, ...]], tuple[int, ...]] = {}
     for before, after in zip(low, high, strict=True):
         key = (BLOCK_NUMBER.sub(".#.", before.name), before.shape)
@@ -333,20 +340,20 @@ def _grown(ours: Sequence[Tensor], low: Sequence[Tensor], high: Sequence[Tensor]
         shape = known.get((BLOCK_NUMBER.sub(".#.", tensor.name), tensor.shape))
         if shape is None:
             return None
-        grown.append(Tensor(tensor.name, shape, tensor.dtype, tensor.trainable))
+        grown.append(TensorSpec(tensor.name, shape, tensor.dtype, tensor.trainable))
     return tuple(grown)
 
 
-def _between_tensors(low: Tensor, high: Tensor, ends: tuple[int, int], rank: int) -> Tensor:
+def _between_tensors(low: TensorSpec, high: TensorSpec, ends: tuple[int, int], rank: int) -> TensorSpec:
     shape = tuple(_between(a, b, ends, rank) for a, b in zip(low.shape, high.shape, strict=True))
     if any(part is None for part in shape):
-        raise ModelError(f"{low.name}: its shape does not grow evenly with the rank; give fewer ranks at a time")
-    return Tensor(low.name, tuple(part for part in shape if part is not None), low.dtype, low.trainable)
+        raise ModelError(f"{low.name}: its shape is not affine in the rank; give fewer ranks at a time")
+    return TensorSpec(low.name, tuple(part for part in shape if part is not None), low.dtype, low.trainable)
 
 
 def _between(low: int, high: int, ends: tuple[int, int], rank: int) -> int | None:
-    """The affine value at `rank`; None where a rank would add a fraction."""
+    """The affine value at `rank`; None where the slope is not a whole number."""
     if low == high:
         return low
-    slope, left = divmod(high - low, ends[1] - ends[0])
-    return None if left else low + slope * (rank - ends[0])
+    slope, remainder = divmod(high - low, ends[1] - ends[0])
+    return None if remainder else low + slope * (rank - ends[0])

@@ -1,7 +1,9 @@
-"""The peak by rule, for a model whose step can't run on meta tensors. Wider by far than a trace, and said so.
+"""The peak by formula, for a model whose step cannot run on meta tensors; `accuracy.FORMULA` is its error bound.
 
-Each linear module keeps its input and its output once in the compute type; norms and activations keep two float32
-copies of the hidden states a block; the loss holds the logits once in the compute type and three times in float32.
+    peak = weights + adapter + optimizer + gradients + activations + logits
+
+Activations: each linear module keeps its input and its output once in the compute type, and each block keeps two
+float32 copies of the hidden states. Logits: once in the compute type and three times in float32.
 """
 
 from __future__ import annotations
@@ -12,21 +14,19 @@ from typing import Any
 from rightrank.engine.loss import CHUNK_LOGITS
 from rightrank.io.models import DTYPES
 from rightrank.planning.optimizer import OptimizerMemory
-from rightrank.planning.simulate import Highest, Resident
+from rightrank.planning.simulate import Peak, Resident
 from rightrank.records.plan import Components
 from rightrank.settings import PlanSettings
 
-RESERVED_FACTOR = 1.06  # of allocated bytes: what the allocator model adds in traced cases
+RESERVED_FACTOR = 1.06  # reserved over allocated bytes, as the allocator model gives in traced cases
 
 
-def formula_highest(
-    model: Any, residents: Sequence[Resident], optimizer: OptimizerMemory, settings: PlanSettings
-) -> Highest:
-    """The highest point of a step of `settings` by rule."""
+def formula_peak(model: Any, residents: Sequence[Resident], optimizer: OptimizerMemory, settings: PlanSettings) -> Peak:
+    """The peak of a step of `settings` by formula, bytes."""
     tokens = settings.batch_size * settings.arms * settings.seq_len
     width = DTYPES[settings.autocast or settings.dtype].itemsize
     config = model.config.get_text_config()
-    # An adapted module is counted once: not its base beside it, nor A and B, which keep little.
+    # An adapted module counts once: neither its base layer nor A and B, which keep little, count again.
     inside = (".lora_", ".base_layer")
     linear = [m for name, m in model.named_modules() if _is_linear(m) and not any(part in name for part in inside)]
     kept = sum(tokens * (module.in_features + module.out_features) * width for module in linear)
@@ -46,7 +46,7 @@ def formula_highest(
     components["logits_and_loss"] = logits
     total = sum(components.values())
     reserved = total if settings.device == "cpu" else round(total * RESERVED_FACTOR)
-    return Highest(total, reserved, components, {}, "loss, by formula")
+    return Peak(total, reserved, components, {}, "loss, by formula")
 
 
 def _is_linear(module: Any) -> bool:

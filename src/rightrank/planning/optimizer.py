@@ -1,8 +1,11 @@
-"""What an optimizer keeps for each trained parameter, and what it takes while it steps.
+"""Optimizer memory: the states of each trained parameter, and the workspace of a step.
 
-Sources: torch's `optim/adamw.py` (its foreach form on CUDA makes one list of square roots; its plain form on the CPU
-two tensors for one parameter at a time; its fused form none), bitsandbytes' `optim/optimizer.py` (a byte and a share
-of a block constant for each state of tensors of 4,096 elements and more; paged states live in host memory).
+For n elements of e bytes: AdamW keeps 2·n·e; its fused form also 4 bytes for the step count; the 8-bit forms keep n
+bytes and ⌈n/256⌉ float32 constants for each of two states, where n ≥ 4,096, and 8·n bytes below that.
+
+Sources: torch's `optim/adamw.py` (the foreach form on CUDA allocates square roots of all parameters at once, the plain
+form on the CPU two tensors for one parameter at a time, the fused form none) and bitsandbytes' `optim/optimizer.py`
+(paged states of 100,000 elements and more are in host memory).
 """
 
 from __future__ import annotations
@@ -16,23 +19,23 @@ import torch
 from rightrank.planning.kernels import DeviceKind
 from rightrank.settings import OptimizerName
 
-SMALLEST_8BIT = 4096  # elements; smaller tensors keep 32-bit states
-SMALLEST_PAGED = 100_000  # elements
+MIN_8BIT_ELEMENTS = 4096  # smaller tensors keep 32-bit states
+MIN_PAGED_ELEMENTS = 100_000
 BLOCK_8BIT = 256
-CODE_BYTES = 2 * 256 * 4  # the two tables that 8-bit states are read with
-STEP_BYTES = 4  # fused forms keep each parameter's step count on the device
+CODE_BYTES = 2 * 256 * 4  # two tables that decode 8-bit states
+STEP_BYTES = 4  # of each parameter's step count, which the fused form keeps on the device
 
 
 @dataclass(frozen=True, slots=True)
 class OptimizerMemory:
-    """States that stay, and stages of work space: what a stage lists is there together."""
+    """Bytes of persistent states, and of workspace by stage; the entries of one stage exist at the same time."""
 
     states: tuple[int, ...]
     work: tuple[tuple[int, ...], ...]
 
 
 def optimizer_memory(parameters: Sequence[torch.Tensor], name: OptimizerName, device: DeviceKind) -> OptimizerMemory:
-    """Bytes that `name` takes for these parameters."""
+    """The memory of optimizer `name` for these parameters, bytes."""
     sizes = [parameter.numel() * parameter.element_size() for parameter in parameters]
     if name == "sgd":
         return OptimizerMemory((), ())
@@ -49,9 +52,9 @@ def optimizer_memory(parameters: Sequence[torch.Tensor], name: OptimizerName, de
 
 
 def _states_8bit(elements: int, name: OptimizerName) -> tuple[int, ...]:
-    if elements < SMALLEST_8BIT:
+    if elements < MIN_8BIT_ELEMENTS:
         return (elements * 4, elements * 4)
     blocks = math.ceil(elements / BLOCK_8BIT) * 4
-    if name == "paged_adamw_8bit" and elements >= SMALLEST_PAGED:
+    if name == "paged_adamw_8bit" and elements >= MIN_PAGED_ELEMENTS:
         return (blocks, blocks)
     return (elements, elements, blocks, blocks)

@@ -1,4 +1,4 @@
-"""The answer: every rank's table, what fits, what each axis costs, and what to change where nothing fits."""
+"""The plan: memory and time of every rank, what fits, what each axis costs, and what to change where nothing fits."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import Any
 
 from rightrank.errors import ModelError, SettingsError
 from rightrank.planning.accuracy import FORMULA, errors_of, peak_error
-from rightrank.planning.budget import axis_prices, cheapest_changes, context_bytes, needed, total
+from rightrank.planning.budget import axis_prices, cheapest_changes, context_bytes, fits, needed, rank_fits, total
 from rightrank.planning.calibrate import Calibration, calibrate, stored_calibration
 from rightrank.planning.capacity import starting_range
-from rightrank.planning.duration import Pace, asked_by, selection_cost, workload_of
+from rightrank.planning.duration import Speed, planned_trainings, selection_cost, workload_of
 from rightrank.planning.estimate import Estimator, RankEstimate
 from rightrank.planning.skeleton import read_config, require_rank
 from rightrank.records.plan import Plan, RankPlan, Source
@@ -26,60 +26,59 @@ def make_plan(model: str, settings: PlanSettings) -> Plan:
         settings: see `PlanSettings`.
 
     Raises:
-        ModelError: the model, its modules or a rank can't be used.
-        SettingsError: a length above the model's positions, or a device that can't be calibrated.
+        ModelError: the model, its modules or a rank cannot be used.
+        SettingsError: a length above the model's positions, or a device that cannot be calibrated.
     """
     config = read_config(model, settings.trust_remote_code, settings.num_labels is not None)
     _require_length(config, settings)
-    found = calibrate(config, settings) if settings.calibrate else stored_calibration(config, settings)
-    return plan_config(config, model, settings, found)
+    calibration = calibrate(config, settings) if settings.calibrate else stored_calibration(config, settings)
+    return plan_config(config, model, settings, calibration)
 
 
 def plan_config(
-    config: Any, name: str, settings: PlanSettings, found: Calibration | None = None, prices: bool = True
+    config: Any, name: str, settings: PlanSettings, calibration: Calibration | None = None, prices: bool = True
 ) -> Plan:
-    """The plan for a configuration in memory, with what was found on the device; `prices` also works out each axis."""
+    """The plan for a configuration in memory, with a calibration of the device; `prices` adds the cost of each axis."""
     begun = time.perf_counter()
     _require_length(config, settings)
-    settings = with_measured_process(settings, found)
-    asked = asked_by(settings)
-    estimator = Estimator(config, settings, None if found is None else found.step_factor)
-    if "ranks" not in settings.model_fields_set:  # nobody asked for these ranks: leave out those no matrix can have
+    settings = with_measured_process(settings, calibration)
+    planned = planned_trainings(settings)
+    estimator = Estimator(config, settings, None if calibration is None else calibration.step_factor)
+    if "ranks" not in settings.model_fields_set:  # default ranks: leave out those above the limit of a matrix
         limit = estimator.rank_limit
         settings = settings.model_copy(update={"ranks": tuple(r for r in settings.ranks if r <= limit)})
         estimator = estimator.variant(ranks=settings.ranks)
     require_rank(estimator.skeleton, settings)
     estimates = [estimator.estimate(rank) for rank in settings.ranks]
-    pace = pace_of(found, settings)
-    rows = [_rank_plan(estimate, settings, pace) for estimate in estimates]
+    speed = speed_of(calibration, settings)
+    rows = [_rank_plan(estimate, settings, speed) for estimate in estimates]
     fitting = [row.rank for row in rows if row.fits]
     first, last = estimates[0], estimates[-1]
-    stored = first.anatomy.stored
+    stored = first.inventory.stored
     plan = Plan(
         model=name,
         architecture=type(estimator.skeleton.base).__name__,
         base_parameters=estimator.base_parameters,
         base_bytes=sum(tensor.size for tensor in stored if not tensor.trainable),
-        targets=len(estimator.skeleton.matrices),
+        targets=len(estimator.skeleton.targets),
         ranks=rows,
         max_rank=max(fitting, default=None),
         memory_bytes=settings.memory_bytes,
         headroom_share=settings.headroom,
         context_bytes=context_bytes(settings),
-        activations=last.highest.activations,
-        selection=None if asked is None else selection_cost(estimator, asked, workload_of(settings), pace),
-        sources=_sources(settings, first, found),
+        activations=last.peak.activations,
+        selection=None if planned is None else selection_cost(estimator, planned, workload_of(settings), speed),
+        sources=_sources(settings, first, calibration),
         errors=errors_of(settings, first.source),
-        notes=_notes(estimator, settings, found),
+        notes=_notes(estimator, settings, calibration),
         seconds=0.0,
         settings=settings.model_dump(mode="json"),
     )
     largest = largest_rank(estimator, estimates)
     extra: dict[str, Any] = {"largest_possible_rank": largest}
     if settings.data_tokens is not None and settings.first_loss is not None:
-        shapes = [(matrix.out_features, matrix.in_features) for matrix in estimator.skeleton.matrices]
         limits, ranks = starting_range(
-            shapes, settings.data_tokens, settings.first_loss, _memory_limit(largest, settings)
+            estimator.skeleton.shapes, settings.data_tokens, settings.first_loss, _memory_limit(largest, settings)
         )
         extra |= {"limits": limits, "suggested_ranks": ranks}
     if settings.memory_bytes is not None and not fitting:
@@ -90,23 +89,21 @@ def plan_config(
 
 
 def largest_rank(estimator: Estimator, estimates: Sequence[RankEstimate]) -> int | None:
-    """The largest rank at all that fits, between the ranks asked for and above them; None where none of them fits.
+    """The largest rank that fits, whether it is in the settings or not; None where none of the settings' ranks fits.
 
-    What is reserved may fall a little from one rank to the next, as blocks happen to fit into segments: this is the
-    largest rank that bisection finds, and never below the largest asked for that fits.
+    Reserved bytes may fall slightly from one rank to the next, where blocks fit better into segments. The result is the
+    largest rank that bisection finds, and never below the largest fitting rank of the settings.
     """
-    memory = estimator.settings.memory_bytes
-    if memory is None:
-        return None
-    fitting = [e.rank for e in estimates if needed(e.highest.reserved_bytes, estimator.settings) <= memory]
+    settings = estimator.settings
+    fitting = [e.rank for e in estimates if fits(e.peak.reserved_bytes, settings)]
     if not fitting:
         return None
     low = max(fitting)
     high = min([e.rank for e in estimates if e.rank > low], default=estimator.rank_limit + 1)
-    wider = estimator.variant(ranks=(*estimator.settings.ranks, max(high - 1, max(estimator.settings.ranks))))
+    wider = estimator.variant(ranks=(*settings.ranks, max(high - 1, max(settings.ranks))))
     while high - low > max(1, low // 16):
         middle = (low + high) // 2
-        if needed(wider.estimate(middle).highest.reserved_bytes, estimator.settings) <= memory:
+        if rank_fits(wider, middle):
             low = middle
         else:
             high = middle
@@ -114,56 +111,56 @@ def largest_rank(estimator: Estimator, estimates: Sequence[RankEstimate]) -> int
 
 
 def _memory_limit(largest: int | None, settings: PlanSettings) -> int | None:
-    """The largest rank that fits, 0 where none does; None where no memory is known."""
+    """The largest rank that fits, 0 where none fits; None where the memory is unknown."""
     return None if settings.memory_bytes is None else largest or 0
 
 
-def pace_of(found: Calibration | None, settings: PlanSettings) -> Pace:
-    if found is None:
-        return Pace(price_per_hour=settings.price_per_hour)
-    return Pace(found.seconds_per_flop, found.seconds_per_forward_flop, settings.price_per_hour)
+def speed_of(calibration: Calibration | None, settings: PlanSettings) -> Speed:
+    if calibration is None:
+        return Speed(price_per_hour=settings.price_per_hour)
+    return Speed(calibration.seconds_per_flop, calibration.seconds_per_forward_flop, settings.price_per_hour)
 
 
-def with_measured_process(settings: PlanSettings, found: Calibration | None) -> PlanSettings:
-    """The settings with what the process was seen to take, where nobody says otherwise."""
-    if found is None or found.process_bytes is None or settings.context_bytes is not None:
+def with_measured_process(settings: PlanSettings, calibration: Calibration | None) -> PlanSettings:
+    """The settings with the measured bytes of the process, where none are given."""
+    if calibration is None or calibration.process_bytes is None or settings.context_bytes is not None:
         return settings
-    return settings.model_copy(update={"context_bytes": found.process_bytes})
+    return settings.model_copy(update={"context_bytes": calibration.process_bytes})
 
 
-def _rank_plan(estimate: RankEstimate, settings: PlanSettings, pace: Pace) -> RankPlan:
-    highest = estimate.highest
+def _rank_plan(estimate: RankEstimate, settings: PlanSettings, speed: Speed) -> RankPlan:
+    peak = estimate.peak
     memory = settings.memory_bytes
-    need = needed(highest.reserved_bytes, settings)
+    need = needed(peak.reserved_bytes, settings)
     error = peak_error(settings, estimate.source).share
     return RankPlan(
         rank=estimate.rank,
-        trainable_parameters=estimate.anatomy.trainable_parameters,
-        adapter_bytes=estimate.anatomy.adapter_bytes,
-        peak_bytes=highest.peak_bytes,
-        peak_reserved_bytes=highest.reserved_bytes,
-        total_bytes=total(highest.reserved_bytes, settings),
+        trainable_parameters=estimate.inventory.trainable_parameters,
+        adapter_bytes=estimate.inventory.adapter_bytes,
+        peak_bytes=peak.peak_bytes,
+        peak_reserved_bytes=peak.reserved_bytes,
+        total_bytes=total(peak.reserved_bytes, settings),
         needed_bytes=need,
-        components=highest.components,
-        peak_at=highest.at,
+        components=peak.components,
+        peak_at=peak.at,
         fits=None if memory is None else need <= memory,
         flops_per_step=estimate.flops,
-        seconds_per_step=pace.seconds(estimate.flops, 0.0),
+        seconds_per_step=speed.seconds(estimate.flops, 0.0),
         error_share=error,
-        peak_low_bytes=round(highest.peak_bytes / (1 + error)),
-        peak_high_bytes=round(highest.peak_bytes * (1 + error)),
+        peak_low_bytes=round(peak.peak_bytes / (1 + error)),
+        peak_high_bytes=round(peak.peak_bytes * (1 + error)),
     )
 
 
 def _require_length(config: Any, settings: PlanSettings) -> None:
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     if isinstance(positions, int) and settings.seq_len > positions:
-        raise SettingsError(f"seq_len {settings.seq_len} is above the model's {positions} positions; give up to that")
+        raise SettingsError(f"seq_len {settings.seq_len} is above the model's {positions} positions; give at most that")
     if config.get_text_config().num_hidden_layers < 1:
         raise ModelError("the configuration names no layers (num_hidden_layers)")
 
 
-def _sources(settings: PlanSettings, estimate: RankEstimate, found: Calibration | None) -> dict[str, Source]:
+def _sources(settings: PlanSettings, estimate: RankEstimate, calibration: Calibration | None) -> dict[str, Source]:
     counted: Source = "formula" if estimate.source == "formula" else "traced"
     on_cpu = settings.device == "cpu"
     sources: dict[str, Source] = {
@@ -185,26 +182,26 @@ def _sources(settings: PlanSettings, estimate: RankEstimate, found: Calibration 
         sources["quantisation"] = counted if on_cpu else "formula"
     if settings.optimizer in ("adamw_8bit", "paged_adamw_8bit"):
         sources["optimizer"] = "exact" if settings.optimizer == "adamw_8bit" else "formula"
-    if found is not None:
+    if calibration is not None:
         sources["seconds_per_step"] = "measured"
     return sources
 
 
-def _notes(estimator: Estimator, settings: PlanSettings, found: Calibration | None) -> list[str]:
+def _notes(estimator: Estimator, settings: PlanSettings, calibration: Calibration | None) -> list[str]:
     notes = []
     if estimator.untraceable is not None:
         notes.append(
-            f"the step can't be traced ({estimator.untraceable}); the peak is by formula: it may be {1 + FORMULA.share:.2f} times as much, or as little"
+            f"the step cannot be traced ({estimator.untraceable}), so the peak comes from a formula and may be off by a factor of {1 + FORMULA.share:.2f} either way"
         )
-    if found is not None:
+    if calibration is not None:
         notes.append(
-            f"on this device four groups of blocks took {found.step_factor:.1%} of what was traced beside "
-            "weights, adapter and optimizer: the peaks are corrected by it"
+            f"on this device four groups of blocks took {calibration.step_factor:.1%} of the traced bytes (without "
+            "weights, adapter and optimizer); the peaks are scaled by it"
         )
     if settings.optimizer == "paged_adamw_8bit" and settings.device == "cpu":
-        notes.append("bitsandbytes has no paged states on a CPU: they are planned as those of adamw_8bit")
+        notes.append("bitsandbytes has no paged states on a CPU; they are planned as those of adamw_8bit")
     if settings.attn_implementation == "flash_attention_2":
-        notes.append("flash attention is planned as torch's own flash kernel")
+        notes.append("flash_attention_2 is planned as torch's own flash kernel")
     if settings.memory_bytes is None:
-        notes.append("no memory was given or found: give --memory to learn what fits")
+        notes.append("the memory is unknown; give --memory to see what fits")
     return notes

@@ -1,13 +1,14 @@
-"""Weights in 4 or 8 bits, as bitsandbytes keeps them, in shapes and types alone.
+"""Weights in 4 or 8 bits, in the shapes and types in which bitsandbytes stores them.
 
-4 bits: two weights a byte; a float32 constant for every 64 weights, or with double quantisation one byte for every 64,
+4 bits: two weights a byte, and a float32 constant for every 64 weights; with double quantisation one byte for every 64,
 a float32 for every 256 of those and one for the matrix. 8 bits: a byte a weight and a float32 a row. A product in 4
-bits decompresses the whole matrix into the compute type, uses it and drops it, forwards and backwards. A product in 8
-bits takes the rows in 8 bits too, keeps the rows as they came for the backward pass, and decompresses there; on a CPU,
-in training mode, it decompresses forwards as well. Embeddings, norms and the output head stay as they are.
+bits decompresses the whole matrix into the compute type, forward and backward, and drops it. A product in 8 bits
+quantises the input rows too, keeps the original rows for the backward pass, and decompresses there; on a CPU in training
+mode it also decompresses forward. Embeddings, norms and the output head are not quantised.
 
 Source: bitsandbytes 0.50, `autograd/_functions.py`, `functional.py`, `backends/default/ops.py`. A test compares the bytes
-with those of its own modules. On CUDA its fused 4-bit kernel, which takes no work space, is left out: it runs for few rows.
+with those of its own modules. Its fused 4-bit kernel on CUDA, which takes no workspace, is not modelled: it runs for few
+rows only.
 """
 
 from __future__ import annotations
@@ -23,12 +24,12 @@ from rightrank.settings import PlanSettings
 
 BLOCK = 64  # weights that share a 4-bit constant
 DOUBLE_BLOCK = 256  # constants that share a constant
-TABLE = 256  # values that the constants of double quantisation are read with; every matrix has its own copy
+TABLE = 256  # values of the table that decodes the constants of double quantisation; every matrix has its own
 CLASSIFICATION_HEADS = ("score", "classifier")  # trained whole: PEFT's default for classification
 
 
 class QuantisedLinear(torch.nn.Linear):
-    """A linear module on the meta device whose weight takes 4 or 8 bits."""
+    """A linear module on the meta device with a weight in 4 or 8 bits."""
 
     def __init__(self, features: tuple[int, int], bias: Any, kind: QuantisedKind) -> None:
         torch.nn.Module.__init__(self)
@@ -37,7 +38,7 @@ class QuantisedLinear(torch.nn.Linear):
         self.compute_dtype = kind.compute_dtype
         self.nested = kind.nested
         self.on_cpu = kind.on_cpu
-        self.copies_output = False  # PEFT clones what an adapted 4-bit module gives
+        self.copies_output = False  # PEFT clones the output of an adapted 4-bit module
         weights = self.in_features * self.out_features
         packed = (math.ceil(weights / 2), 1) if bits == 4 else (self.out_features, self.in_features)
         code = torch.uint8 if bits == 4 else torch.int8
@@ -54,7 +55,7 @@ class QuantisedLinear(torch.nn.Linear):
         return out.clone() if self.copies_output else out
 
     def decompressed(self) -> torch.Tensor:
-        if self.nested:  # the constants first
+        if self.nested:  # decompresses the constants first
             blocks = math.ceil(self.in_features * self.out_features / BLOCK)
             _constants = torch.empty(blocks, dtype=torch.float32, device="meta") + 0
         return torch.empty((self.out_features, self.in_features), dtype=self.compute_dtype, device="meta")
@@ -62,7 +63,7 @@ class QuantisedLinear(torch.nn.Linear):
 
 @dataclass(frozen=True, slots=True)
 class QuantisedKind:
-    """How a model's matrices are quantised."""
+    """How the matrices of a model are quantised."""
 
     bits: int
     compute_dtype: torch.dtype
@@ -76,7 +77,7 @@ class _QuantisedProduct(torch.autograd.Function):
         ctx.module = module
         if module.bits == 4:
             return input @ module.decompressed().t()
-        ctx.rows = input  # kept as it came
+        ctx.rows = input  # kept for the backward pass
         if module.on_cpu and module.training:
             return input @ module.decompressed().t()
         rows = input.numel() // module.in_features
@@ -103,7 +104,7 @@ def constants(rows: int, weights: int, bits: int, double: bool) -> list[tuple[in
 
 
 def quantise(model: Any, settings: PlanSettings) -> None:
-    """Put 4-bit or 8-bit modules in the place of the model's linear ones, the output head left out."""
+    """Replace the model's linear modules, except the output head, by 4-bit or 8-bit ones."""
     bits = 4 if settings.load_in_4bit else 8 if settings.load_in_8bit else None
     if bits is None:
         return
@@ -123,7 +124,7 @@ def quantise(model: Any, settings: PlanSettings) -> None:
 
 
 def mark_adapted(model: Any, by_peft: bool) -> None:
-    """Tell adapted 4-bit modules whether what they give is cloned: PEFT's forward does so, that of packs does not."""
+    """Set whether adapted 4-bit modules clone their output: PEFT's forward pass does, the multi-LoRA one does not."""
     for module in model.modules():
         base = getattr(module, "base_layer", None)
         if isinstance(base, QuantisedLinear) and base.bits == 4:
@@ -131,7 +132,7 @@ def mark_adapted(model: Any, by_peft: bool) -> None:
 
 
 def count_parameters(model: Any) -> int:
-    """Parameters of a model, a 4-bit or 8-bit weight counted as what it stands for."""
+    """Parameters of a model; a quantised weight counts its unquantised elements."""
     total: int = sum(parameter.numel() for parameter in model.parameters())
     for module in model.modules():
         if isinstance(module, QuantisedLinear):

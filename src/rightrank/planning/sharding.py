@@ -1,8 +1,9 @@
-"""Several devices: what each of them holds. By rule, not traced.
+"""Several devices: what each of them holds, by formula and not by trace.
 
 DDP: every device holds everything, and buckets as large as all gradients, in which they are summed. FSDP (full
-sharding, one unit a block): parameters, gradients and optimizer states are split evenly; of the frozen weights two
-blocks are whole at a time, the one that runs and the one that is fetched. Source: torch's DDP and FSDP notes.
+sharding, one unit a block) over n devices: parameters, gradients and optimizer states take 1/n each, and the frozen
+weights of two blocks are whole at a time, the block that runs and the one that is prefetched. Source: torch's DDP and
+FSDP notes.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ WHOLE_BLOCKS = 2
 def sharded(
     residents: Sequence[Resident], optimizer: OptimizerMemory, settings: PlanSettings, block_bytes: int = 0
 ) -> tuple[list[Resident], OptimizerMemory]:
-    """What one of the devices holds."""
+    """What one of the devices holds, `block_bytes` being the weights of the largest block."""
     count = settings.num_devices
     if settings.sharding == "none":
         return list(residents), optimizer

@@ -1,4 +1,22 @@
-"""From what a step allocates to what it takes: the highest point, what lives there, and what the allocator reserves."""
+"""From the allocations of a step to its peak: the bytes, what they are, and what the allocator reserves.
+
+`simulate_peak` runs the step of a trace `STEPS` times through a model of the device's allocator. Time goes to the right,
+a bar is the life of an allocation (+n its birth in the trace, −n its death), and the peak is the column with the most bytes:
+
+                 |------- forward -------|------- backward -------|- optimizer -|
+    weights      ################################################################  residents: before, during and
+    adapter      ################################################################  after every step
+    optimizer    ################################################################  states, created at the end of step 1
+    activations    +n #####################################-n                      kept for the backward pass
+                          ##########################
+    logits                            ################
+    gradients                                +n ##############################-n  freed when the step ends
+    temporary      #  #  #  #  #  #  #   #  #  #  #  #  #  #         #######       workspace of one operation
+                                            ^ peak
+
+The first step runs without optimizer states; the second leaves the segments that the allocator reserves for all of
+them; the third gives the result. On a CPU the allocator reserves what is allocated.
+"""
 
 from __future__ import annotations
 
@@ -11,32 +29,32 @@ from rightrank.planning.optimizer import OptimizerMemory
 from rightrank.planning.trace import Origin, StepTrace
 from rightrank.records.plan import Components
 
-STEPS = 3  # the first makes the optimizer's states; after two more what is reserved no longer grows
-STANDING = ("weights", "adapter", "optimizer")  # exact: nothing of them is measured otherwise
-FIRST_NAME = 2**40  # names of what is not in the trace begin here
+STEPS = 3  # the first creates the optimizer's states; after two more the reserved bytes no longer grow
+PERSISTENT = ("weights", "adapter", "optimizer")  # components that a calibration does not correct: they are exact
+FIRST_NAME = 2**40  # of allocations that are not in the trace
 
 
 @dataclass(frozen=True, slots=True)
 class Resident:
-    """A tensor that is there before the step and after it."""
+    """A tensor that exists before the step and after it."""
 
     size: int  # bytes
     component: str
 
 
 @dataclass(frozen=True, slots=True)
-class Highest:
-    """A step's highest point."""
+class Peak:
+    """The peak of a step."""
 
     peak_bytes: int  # allocated
     reserved_bytes: int
-    components: Components  # add up to peak_bytes
-    activations: Components  # of the component of that name, by kind of module
-    at: str
+    components: Components  # bytes by component; they add up to peak_bytes
+    activations: Components  # the component of that name by kind of module, bytes
+    at: str  # where in the step
 
 
-class _Exact:
-    """The CPU's allocator: every request is what it is."""
+class _ExactAllocator:
+    """The CPU's allocator: no rounding, no segments."""
 
     def __init__(self) -> None:
         self.allocated = self.peak_allocated = 0
@@ -55,22 +73,22 @@ class _Exact:
         return self.peak_allocated
 
 
-def highest_point(
+def simulate_peak(
     residents: Sequence[Resident],
     trace: StepTrace,
     sizes: Sequence[int],
     optimizer: OptimizerMemory,
     device: DeviceKind,
-) -> Highest:
-    """Run the step `STEPS` times through the device's allocator.
+) -> Peak:
+    """Run the step `STEPS` times through the device's allocator; the peak of the last.
 
     Args:
         residents: weights, adapters and buffers, in the order in which they are loaded.
         trace: the step.
         sizes: bytes of each of its allocations.
-        optimizer: states and work space.
+        optimizer: states and workspace.
     """
-    allocator = CachingAllocator() if device == "cuda" else _Exact()
+    allocator = CachingAllocator() if device == "cuda" else _ExactAllocator()
     name = FIRST_NAME
     for resident in residents:
         allocator.allocate(name := name + 1, resident.size)
@@ -100,13 +118,13 @@ def highest_point(
     return _described(residents, trace, sizes, optimizer, (best, allocator.peak_reserved, where))
 
 
-def corrected(highest: Highest, step_factor: float) -> Highest:
-    """The highest point with what was measured on the device: `step_factor` of what the step takes of its own."""
-    standing = sum(highest.components.get(name, 0) for name in STANDING)
-    difference = round((step_factor - 1) * (highest.peak_bytes - standing))
-    components = highest.components | {"correction": difference}
-    reserved = max(highest.reserved_bytes + difference, highest.peak_bytes + difference)
-    return replace(highest, peak_bytes=highest.peak_bytes + difference, reserved_bytes=reserved, components=components)
+def corrected(peak: Peak, step_factor: float) -> Peak:
+    """The peak with the bytes of the step itself (without PERSISTENT components) times `step_factor`."""
+    persistent = sum(peak.components.get(name, 0) for name in PERSISTENT)
+    difference = round((step_factor - 1) * (peak.peak_bytes - persistent))
+    components = peak.components | {"correction": difference}
+    reserved = max(peak.reserved_bytes + difference, peak.peak_bytes + difference)
+    return replace(peak, peak_bytes=peak.peak_bytes + difference, reserved_bytes=reserved, components=components)
 
 
 def _never_freed(trace: StepTrace) -> list[int]:
@@ -120,7 +138,7 @@ def _described(
     sizes: Sequence[int],
     optimizer: OptimizerMemory,
     found: tuple[int, int, int],
-) -> Highest:
+) -> Peak:
     best, reserved, where = found
     components: Components = {}
     activations: Components = {}
@@ -140,7 +158,7 @@ def _described(
         components["temporary"] = components.get("temporary", 0) + max(sum(stage) for stage in optimizer.work)
     components["rounding"] = best - sum(components.values())
     ordered = dict(sorted(activations.items(), key=lambda item: -item[1]))
-    return Highest(best, reserved, components, ordered, at)
+    return Peak(best, reserved, components, ordered, at)
 
 
 def _alive_at(trace: StepTrace, where: int) -> set[int]:
@@ -154,7 +172,7 @@ def _alive_at(trace: StepTrace, where: int) -> set[int]:
 
 
 def _kept_for_backward(trace: StepTrace) -> set[int]:
-    """Allocations of the forward pass that are still there when the backward pass begins."""
+    """Allocations of the forward pass that are alive when the backward pass begins."""
     alive: set[int] = set()
     for event in trace.events:
         if event > 0:
@@ -171,13 +189,15 @@ def _component(origin: Origin, is_gradient: bool, kept: bool) -> str:
         return "gradients"
     if origin.has_vocabulary:
         return "logits_and_loss"
-    if kept or (origin.phase == "backward" and origin.module):  # a module that runs in the backward pass recomputes
+    if kept or (
+        origin.phase == "backward" and origin.module
+    ):  # a module that runs in the backward pass recomputes activations
         return "activations"
     return "temporary"
 
 
 def kind_of_module(name: str) -> str:
-    """`model.layers.3.mlp.up_proj` as `layers.mlp.up_proj`: the same for every block."""
+    """The same name for every block: `layers.mlp.up_proj` for `model.layers.3.mlp.up_proj`."""
     parts = [part for part in name.split(".") if not part.isdigit() and part not in ("base_model", "model", "default")]
     return ".".join(parts) or "model"
 

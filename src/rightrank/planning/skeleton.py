@@ -1,7 +1,6 @@
-"""The model without weights: built on the meta device from its configuration, adapted by PEFT itself.
+"""The model without weights: built on the meta device from its configuration, with adapters attached by PEFT itself.
 
-Nothing is downloaded or loaded beyond `config.json` (or a GGUF header), and no code of a model's own is run unless
-that was allowed.
+Only `config.json` (or a GGUF header) is downloaded or read, and a model's own code runs only with `trust_remote_code`.
 """
 
 from __future__ import annotations
@@ -20,14 +19,21 @@ from peft.tuners.lora import LoraLayer
 from peft.utils import get_peft_model_state_dict
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from rightrank.engine.targets import ALL_LINEAR, all_linear_names, common_fields, require_layers, require_names
+from rightrank.engine.targets import (
+    ALL_LINEAR,
+    TargetModule,
+    all_linear_names,
+    common_fields,
+    require_layers,
+    require_names,
+)
 from rightrank.errors import ModelError, first_line
 from rightrank.io.models import DTYPES, LOADING_ERRORS, find_model, quiet_third_parties
 from rightrank.planning.quantised import quantise
 from rightrank.settings import PlanSettings
 
-MOST_LAYERS = 1000
-LARGEST_SIZE = 2**40
+MAX_LAYERS = 1000
+MAX_SIZE = 2**40
 SAFETENSORS_CODES = {
     torch.float32: "F32",
     torch.float16: "F16",
@@ -40,37 +46,35 @@ SAFETENSORS_CODES = {
 
 
 @dataclass(frozen=True, slots=True)
-class Matrix:
-    """An adapted weight of out_features × in_features."""
-
-    name: str
-    out_features: int
-    in_features: int
-
-
-@dataclass(frozen=True, slots=True)
 class Skeleton:
     """A PEFT model on the meta device."""
 
     model: Any  # PeftModel
-    matrices: tuple[Matrix, ...]
-    arms: tuple[str, ...]  # names of the adapters
+    targets: tuple[TargetModule, ...]
+    arms: tuple[str, ...]  # adapter names
 
     @property
     def base(self) -> Any:
         return self.model.get_base_model()
 
+    @property
+    def shapes(self) -> list[tuple[int, int]]:
+        """Rows and columns of the adapted matrices."""
+        return [(target.out_features, target.in_features) for target in self.targets]
+
     def trainable(self) -> list[torch.nn.Parameter]:
         return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
 
     def stored(self) -> list[torch.Tensor]:
-        """All parameters and buffers, tied ones once."""
+        """All parameters and buffers; tied ones once."""
         return [*self.model.parameters(), *self.model.buffers()]
 
     def adapter_state(self) -> dict[str, torch.Tensor]:
-        """What PEFT writes into `adapter_model.safetensors`."""
+        """The tensors that PEFT writes into `adapter_model.safetensors`."""
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # PEFT says that an embedding is saved with the adapter: it is counted
+            warnings.simplefilter(
+                "ignore"
+            )  # PEFT warns that it saves an embedding with the adapter; the plan counts it
             state: dict[str, torch.Tensor] = get_peft_model_state_dict(self.model)
         return state
 
@@ -79,7 +83,7 @@ def read_config(reference: str, trust_remote_code: bool, classification: bool = 
     """The configuration of a model folder, a GGUF file or a hub name.
 
     Raises:
-        ModelError: no configuration there, an unknown architecture, or one that needs code of its own.
+        ModelError: no configuration, an unknown architecture, or one that needs its own code.
     """
     source = find_model(reference)
     quiet_third_parties()
@@ -98,41 +102,41 @@ def read_config(reference: str, trust_remote_code: bool, classification: bool = 
 
 
 def _require_sane_sizes(reference: str, text: Any) -> None:
-    """Refuse a configuration whose building alone would not end.
+    """Refuse a configuration that would take for ever to build.
 
     Raises:
-        ModelError: more layers than any model has, or a size beyond them all.
+        ModelError: heads that do not divide, or a number of layers or a size beyond any model.
     """
     heads, groups = getattr(text, "num_attention_heads", 1), getattr(text, "num_key_value_heads", None) or 1
     if isinstance(heads, int) and isinstance(groups, int) and (heads < 1 or groups < 1 or heads % groups):
         raise ModelError(
-            f"{reference}: {heads} heads do not share {groups} key-value heads evenly; restore config.json"
+            f"{reference}: {heads} heads are not a multiple of {groups} key-value heads; restore config.json"
         )
     layers = getattr(text, "num_hidden_layers", 0)
-    if isinstance(layers, int) and layers > MOST_LAYERS:
-        raise ModelError(f"{reference}: {layers} layers are more than any model has (at most {MOST_LAYERS})")
+    if isinstance(layers, int) and layers > MAX_LAYERS:
+        raise ModelError(f"{reference}: {layers} layers are more than any model has (at most {MAX_LAYERS})")
     for name, value in text.to_dict().items():
-        if isinstance(value, int) and abs(value) > LARGEST_SIZE:
-            raise ModelError(f"{reference}: {name} is {value}, more than any model has (at most {LARGEST_SIZE})")
+        if isinstance(value, int) and abs(value) > MAX_SIZE:
+            raise ModelError(f"{reference}: {name} is {value}, more than any model has (at most {MAX_SIZE})")
 
 
 def is_known(config: Any, classification: bool) -> bool:
-    """Whether transformers itself has a causal language (or a classification) model for this configuration."""
+    """Whether transformers has a causal language (or classification) model for this configuration."""
     auto: Any = AutoModelForSequenceClassification if classification else AutoModelForCausalLM
     return type(config) in auto._model_mapping
 
 
 def build_base(config: Any, settings: PlanSettings) -> Any:
-    """The base model on the meta device, frozen, quantised as asked.
+    """The base model on the meta device, frozen, and quantised where the settings say so.
 
     Raises:
-        ModelError: transformers can't build it.
+        ModelError: transformers cannot build it.
     """
     # None is transformers' own choice: torch's fused attention, for the models that can take it.
     attention = "eager" if settings.attn_implementation == "eager" else None
     plain = copy.deepcopy(config)
     if hasattr(plain, "quantization_config"):
-        del plain.quantization_config  # weights are quantised below, in shapes alone
+        del plain.quantization_config  # `quantise` below does it in shapes
     text = plain.get_text_config()
     auto: Any = AutoModelForCausalLM
     if settings.num_labels is not None:
@@ -148,17 +152,17 @@ def build_base(config: Any, settings: PlanSettings) -> Any:
                 trust_remote_code=settings.trust_remote_code,
             )
     except LOADING_ERRORS as error:
-        raise ModelError(f"{config.model_type}: transformers can't build the model ({first_line(error)})") from None
+        raise ModelError(f"{config.model_type}: transformers cannot build the model ({first_line(error)})") from None
     model.requires_grad_(False)
     quantise(model, settings)
     return model
 
 
 def adapt(model: Any, settings: PlanSettings, rank: int, arms: int = 1) -> Skeleton:
-    """`model` with adapters of `rank` put on by PEFT, one for each arm. The model itself is changed.
+    """`model` with an adapter of `rank` for each arm, attached by PEFT in place.
 
     Raises:
-        ModelError: targets that match nothing or only in part, or that PEFT can't adapt.
+        ModelError: a target that matches nothing, or one that PEFT cannot adapt.
     """
     require_names(model, settings.target_modules, settings.modules_to_save)
     require_layers(model, settings.layers_to_transform)
@@ -172,26 +176,26 @@ def adapt(model: Any, settings: PlanSettings, rank: int, arms: int = 1) -> Skele
             for name in names[1:]:
                 adapted.add_adapter(name, copy.deepcopy(config), **how)
     except (ValueError, TypeError) as error:
-        raise ModelError(f"PEFT can't adapt the model ({first_line(error)})") from None
+        raise ModelError(f"PEFT cannot adapt the model ({first_line(error)})") from None
     for name, parameter in adapted.named_parameters():
         if not set(names[1:]).isdisjoint(name.split(".")):
-            parameter.requires_grad_(True)  # PEFT trains the active one alone
-    return Skeleton(adapted, tuple(_matrices(adapted)), names)
+            parameter.requires_grad_(True)  # PEFT trains only the active adapter
+    return Skeleton(adapted, tuple(_targets(adapted)), names)
 
 
 def require_rank(skeleton: Skeleton, settings: PlanSettings) -> None:
-    """Refuse a rank above what a matrix can have, and name the matrix.
+    """Refuse a rank above the limit of an adapted matrix.
 
     Raises:
-        ModelError: such a rank.
+        ModelError: such a rank; the message names the matrix.
     """
     largest = max(settings.ranks)
-    for matrix in skeleton.matrices:
-        limit = min(matrix.out_features, matrix.in_features)
-        if largest > limit and not any(matrix.name.endswith(name) for name in settings.rank_pattern):
+    for target in skeleton.targets:
+        limit = target.max_rank
+        if largest > limit and not any(target.name.endswith(name) for name in settings.rank_pattern):
             raise ModelError(
-                f"rank {largest} is above the {limit} that {matrix.name} ({matrix.out_features} × "
-                f"{matrix.in_features}) can have; give ranks up to {limit}, or exclude_modules"
+                f"rank {largest} is above the {limit} that {target.name} ({target.out_features} × "
+                f"{target.in_features}) can have; give ranks up to {limit}, or exclude_modules"
             )
 
 
@@ -199,7 +203,7 @@ def lora_config(model: Any, settings: PlanSettings, rank: int) -> LoraConfig:
     """PEFT's configuration of an adapter of `rank` under these settings."""
     targets = settings.target_modules
     if targets == (ALL_LINEAR,) and settings.layers_to_transform is not None:
-        targets = all_linear_names(model, settings.num_labels is not None)  # PEFT wants names where it is told layers
+        targets = all_linear_names(model, settings.num_labels is not None)  # PEFT needs names where layers are given
     return LoraConfig(
         r=rank,
         target_modules=ALL_LINEAR if targets == (ALL_LINEAR,) else (list(targets) or None),
@@ -211,21 +215,20 @@ def lora_config(model: Any, settings: PlanSettings, rank: int) -> LoraConfig:
     )
 
 
-def _matrices(model: Any) -> Iterator[Matrix]:
+def _targets(model: Any) -> Iterator[TargetModule]:
     prefix = "base_model.model."
     for name, module in model.named_modules():
         if isinstance(module, LoraLayer):
-            rows: Any = module.out_features
-            columns: Any = module.in_features
-            yield Matrix(name.removeprefix(prefix), int(rows), int(columns))
+            features: tuple[Any, Any] = module.in_features, module.out_features
+            yield TargetModule(name.removeprefix(prefix), int(features[0]), int(features[1]))
 
 
 def _require_patterns(model: Any, rank_pattern: Mapping[str, int]) -> None:
-    """PEFT ignores a misspelt key of `rank_pattern`; here it is an error."""
+    """PEFT ignores a misspelt key of `rank_pattern`; the plan refuses it."""
     names = [name for name, _ in model.named_modules()]
     for key, rank in rank_pattern.items():
         if rank < 1:
-            raise ModelError(f"rank_pattern: got {key}: {rank}; ranks are integers from 1")
+            raise ModelError(f"rank_pattern: got {key}: {rank}; give integers from 1")
         if not _matches_any(key, names):
             raise ModelError(f"rank_pattern: no module matches {key!r}; keys are ends of module names, or patterns")
 
@@ -237,5 +240,5 @@ def _matches_any(key: str, names: list[str]) -> bool:
 @contextmanager
 def _peft_quiet() -> Iterator[None]:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of PEFT and transformers about each other: nothing a user could act on
+        warnings.simplefilter("ignore")  # of PEFT and transformers about each other; a user cannot act on them
         yield

@@ -1,9 +1,13 @@
-"""A deep model from a trace of a few of its blocks.
+"""The trace of a deep model from a trace of a few of its blocks.
 
-Blocks of a transformer repeat, alone or in groups (a sliding-window block and a full one, say). A trace of four groups
-holds everything: the first, the last, and two in the middle. Where the two middle ones do the same (allocation for
-allocation, each freed at the same place relative to its group) the trace of the whole depth is written out by
-repeating the middle; where they don't, or where the full model's blocks are not alike, the full model is traced.
+Blocks of a transformer repeat, alone or in groups (such as a sliding-window block and a full one). A trace of four
+groups has everything: the first, the last, and two in the middle. Where the two middle groups have the same allocations,
+each freed at the same place relative to its group, the trace of the whole depth repeats the middle:
+
+    traced     first  middle  middle  last
+    whole      first  middle  middle  middle  …  middle  last
+
+Otherwise, or where the blocks of the full model differ, the full model is traced.
 """
 
 from __future__ import annotations
@@ -18,12 +22,12 @@ import torch
 from rightrank.planning.trace import StepTrace
 
 TRACED_GROUPS = 4
-MOST_PERIOD = 8  # longer patterns are traced whole
+MAX_PERIOD = 8  # blocks; a stack with a longer pattern is traced whole
 
 
 @dataclass(frozen=True, slots=True)
 class Reduction:
-    """How a deep stack is traced: `groups` groups of `period` blocks, of which four are traced."""
+    """A stack of `groups` groups of `period` blocks, four groups of which are traced."""
 
     period: int
     groups: int
@@ -42,13 +46,13 @@ def reduced_config(config: Any, depth: int) -> Any:
 
 
 def find_reduction(blocks: Sequence[torch.nn.Module]) -> Reduction | None:
-    """The shortest period with which the blocks repeat, or None where a reduced trace would save nothing.
+    """The shortest period with which the blocks repeat; None where a reduced trace saves nothing.
 
     The first and the last group may differ from the middle.
     """
     kinds = [signature(block) for block in blocks]
     count = len(kinds)
-    for period in range(1, MOST_PERIOD + 1):
+    for period in range(1, MAX_PERIOD + 1):
         groups = count // period
         if count % period == 0 and groups > TRACED_GROUPS:
             middle = kinds[period:-period]
@@ -58,14 +62,14 @@ def find_reduction(blocks: Sequence[torch.nn.Module]) -> Reduction | None:
 
 
 def same_kinds(full: Sequence[torch.nn.Module], reduced: Sequence[torch.nn.Module], period: int) -> bool:
-    """Whether the reduced stack has the full one's first group, middle and last group."""
+    """Whether the reduced stack has the first, middle and last group of the full one."""
     ours, theirs = [signature(block) for block in reduced], [signature(block) for block in full]
     middle = theirs[period : 2 * period] * (TRACED_GROUPS - 2)
     return ours == theirs[:period] + middle + theirs[-period:]
 
 
 def signature(block: torch.nn.Module) -> str:
-    """All about a block that its memory could depend on: modules, shapes, types, what trains, plain attributes."""
+    """Everything that a block's memory may depend on: modules, shapes, types, what is trained, plain attributes."""
     parts = []
     for name, module in block.named_modules():
         plain = sorted(
@@ -80,7 +84,7 @@ def signature(block: torch.nn.Module) -> str:
 
 @dataclass(frozen=True, slots=True)
 class _Event:
-    """A birth, or a death with the place of the birth: its segment and its number among that segment's births."""
+    """A birth, or a death with the place of its birth: the segment, and the number among that segment's births."""
 
     birth: bool
     segment: int
@@ -88,7 +92,8 @@ class _Event:
 
 
 def deepen(trace: StepTrace, groups: int) -> StepTrace | None:
-    """The trace of `groups` groups from that of four; None where the middle groups differ or the ends reach into them."""
+    """The trace of `groups` groups from that of four; None where the middle groups differ, or where the ends free
+    allocations of them."""
     parts = _parts(trace)
     if parts is None:
         return None
@@ -108,14 +113,14 @@ class _Segment:
 
 
 def _layout(groups: int) -> list[tuple[str, int]]:
-    """`(kind, group)` of every segment in order of time."""
+    """`(kind, group)` of every segment, in order of time."""
     forward = [("forward", number) for number in range(groups)]
     backward = [("backward", number) for number in reversed(range(groups))]
     return [("before", 0), *forward, ("head", 0), ("head backward", 0), *backward]
 
 
 def _parts(trace: StepTrace) -> list[tuple[_Event, ...]] | None:
-    """The events of each segment; None where time does not run through the segments in order."""
+    """The events of each segment; None where events are not in the order of segments."""
     births: dict[int, tuple[int, int]] = {}
     counts: dict[int, int] = {}
     parts: list[list[_Event]] = [[] for _ in _layout(TRACED_GROUPS)]
@@ -134,7 +139,7 @@ def _parts(trace: StepTrace) -> list[tuple[_Event, ...]] | None:
 
 
 def _relative(segment: _Segment, source: Sequence[_Segment]) -> list[tuple[bool, str, int, int]]:
-    """The segment's events with groups counted from its own."""
+    """The segment's events, with groups counted from its own."""
     found = []
     for event in segment.events:
         born = source[event.segment]
@@ -180,7 +185,7 @@ class _Writer:
         return self._out
 
     def _numbers(self) -> dict[tuple[int, int], int]:
-        """The allocation that is born at a segment's nth birth."""
+        """The allocation of each segment's nth birth."""
         births: dict[tuple[int, int], int] = {}
         counts: dict[int, int] = {}
         for event, segment in zip(self._trace.events, self._trace.segments, strict=True):
@@ -190,19 +195,19 @@ class _Writer:
         return births
 
     def _template(self, kind: str, number: int) -> int:
-        """Which traced group stands for group `number`."""
+        """The traced group that represents group `number`."""
         if kind not in ("forward", "backward") or number == 0:
             return 0
         return TRACED_GROUPS - 1 if number == self._groups - 1 else 1
 
     def _place(self, template: _Segment, event: _Event, number: int) -> tuple[str, int, int] | None:
-        """Where the event's allocation is born in the deep trace."""
+        """The place in the deep trace where the event's allocation is born; None where it is not known."""
         born = self._source[event.segment]
         if born.kind not in ("forward", "backward"):
             return born.kind, 0, event.ordinal
         if template.kind in ("forward", "backward"):
             return born.kind, number + born.number - template.number, event.ordinal
-        # Outside the groups: the first, the last, and the one before the last. What reached into group 1 would reach
-        # into every middle group, and is not repeated here.
+        # Outside the groups only the first, the last and the second to last are known: a reference to group 1 would be
+        # one to every middle group.
         ends = {0: 0, TRACED_GROUPS - 2: self._groups - 2, TRACED_GROUPS - 1: self._groups - 1}
         return None if born.number not in ends else (born.kind, ends[born.number], event.ordinal)

@@ -38,10 +38,13 @@ class Groups:
 
 
 def trace_step(skeleton: Skeleton, settings: PlanSettings, groups: Groups | None, training: bool = True) -> StepTrace:
-    """What a step (or, without `training`, an evaluation batch) of `settings` allocates on the device.
+    """The allocations of a step (or, without `training`, of an evaluation batch) of `settings` on the device.
 
-    The segments of the trace: 0 before the blocks, 1 … G for the groups, G+1 after them; in the backward pass G+2
-    before the blocks, then the groups from the last to the first.
+    Segments of the trace, for G groups of blocks:
+
+        0         1 … G     G+1         G+2         G+3 … 2G+2
+        embedding groups    head, loss  the same,   groups from the last to the first, backward
+                                        backward
     """
     model, device = skeleton.model, settings.device
     autocast = None if settings.autocast is None else DTYPES[settings.autocast]
@@ -49,8 +52,8 @@ def trace_step(skeleton: Skeleton, settings: PlanSettings, groups: Groups | None
     kernels = DeviceKernels(device, settings.padding, autocast)
     batch = settings.batch_size if training else settings.eval_batch_size or settings.batch_size
     with ExitStack() as stack:
-        stack.enter_context(packed_layers(skeleton, settings, batch))
-        stack.enter_context(mode_of(model, settings, training))
+        stack.enter_context(multi_lora_forward(skeleton, settings, batch))
+        stack.enter_context(training_mode(model, settings, training))
         stack.enter_context(tracer.named_modules(model))
         stack.enter_context(_segments(tracer, groups))
         stack.enter_context(nullcontext() if training else torch.no_grad())
@@ -72,19 +75,19 @@ def trace_step(skeleton: Skeleton, settings: PlanSettings, groups: Groups | None
 
 
 def _backward(loss: torch.Tensor) -> None:
-    """`loss.backward()` with the function modes left on: torch takes them off inside `Tensor.backward`, and blocks
-    that are recomputed there would run on other kernels than before."""
+    """`loss.backward()` with the function modes on: torch disables them inside `Tensor.backward`, where checkpointed
+    blocks would then run on other kernels than in the forward pass."""
     engine: Any = torch.autograd.graph._engine_run_backward
     engine((loss,), (torch.ones_like(loss),), False, False, (), allow_unreachable=True, accumulate_grad=True)
 
 
-def _loss(skeleton: Skeleton, settings: PlanSettings, items: int) -> tuple[torch.Tensor, Any]:
-    """The loss, and what whoever trains keeps beside it."""
-    ids = torch.empty((items, settings.seq_len), dtype=torch.long)
+def _loss(skeleton: Skeleton, settings: PlanSettings, rows: int) -> tuple[torch.Tensor, Any]:
+    """The loss, and whatever else the training loop keeps alive."""
+    ids = torch.empty((rows, settings.seq_len), dtype=torch.long)
     mask = {"attention_mask": torch.empty_like(ids)} if settings.padding else {}
     if settings.num_labels is not None:
         out = skeleton.model(input_ids=ids, **mask)
-        labels = torch.empty((items,), dtype=torch.long)
+        labels = torch.empty((rows,), dtype=torch.long)
         return F.cross_entropy(out.logits.float(), labels), out if settings.keep_logits else None
     if settings.loss == "full":
         out = skeleton.model(input_ids=ids, labels=torch.empty_like(ids), use_cache=False, **mask)
@@ -97,8 +100,8 @@ def _loss(skeleton: Skeleton, settings: PlanSettings, items: int) -> tuple[torch
 
 
 @contextmanager
-def packed_layers(skeleton: Skeleton, settings: PlanSettings, rows: int) -> Iterator[None]:
-    """The forward pass of adapted layers: PEFT's, or that of packs, each arm with `rows` rows of its own."""
+def multi_lora_forward(skeleton: Skeleton, settings: PlanSettings, rows: int) -> Iterator[None]:
+    """Within the block, adapted layers run PEFT's forward pass or the multi-LoRA one, with `rows` rows for each arm."""
     mark_adapted(skeleton.model, by_peft=not settings.is_packed)
     if not settings.is_packed:
         yield
@@ -121,8 +124,8 @@ def packed_layers(skeleton: Skeleton, settings: PlanSettings, rows: int) -> Iter
 
 
 @contextmanager
-def mode_of(model: Any, settings: PlanSettings, training: bool) -> Iterator[None]:
-    """Training or evaluation mode, with blocks recomputed where that was asked for."""
+def training_mode(model: Any, settings: PlanSettings, training: bool) -> Iterator[None]:
+    """Within the block, training or evaluation mode, with gradient checkpointing where the settings have it."""
     as_trainer = settings.loss == "full" and not settings.is_packed  # `select` trains in evaluation mode
     model.train(training and as_trainer)
     if not (settings.gradient_checkpointing and training):
@@ -139,7 +142,7 @@ def mode_of(model: Any, settings: PlanSettings, training: bool) -> Iterator[None
 
 @contextmanager
 def _segments(tracer: Tracer, groups: Groups | None) -> Iterator[None]:
-    """Tell the tracer which group of blocks runs, forwards and backwards."""
+    """Within the block, the tracer's segment is that of the group of blocks that runs, forward or backward."""
     if groups is None:
         yield
         return

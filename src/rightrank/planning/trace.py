@@ -1,8 +1,11 @@
-"""What a training step allocates, in order: the real step on meta tensors, every storage followed from birth to death.
+"""The allocations of a training step, in order: the real step on meta tensors, each storage from birth to death.
 
-A meta tensor has shape, type and a storage without memory. The model's own code, autograd and PEFT run on them as
-they are; a dispatch mode notes each new storage, and a finalizer notes its end. The step's kernels are those of the
-device planned for (see `kernels`). What a kernel allocates inside itself is not seen, and is added from a table there.
+A meta tensor has a shape, a type and a storage without memory. The model's own code, autograd and PEFT run on meta
+tensors unchanged; a dispatch mode records each new storage, and a finalizer records its end. The kernels are those of
+the device that is planned for (see `kernels`), which also gives the workspace that a kernel allocates inside itself.
+
+torch's own tracker (`torch.distributed._tools.mem_tracker` under `FakeTensorMode`) is less exact here and cannot plan
+for CUDA on a machine without it; `docs/explanation/dependencies.md` gives the figures.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ from rightrank.planning.kernels import DeviceKind, scratch_bytes
 
 Phase: TypeAlias = Literal["forward", "backward"]
 
-# torch's table of operations knows these by the names of those that do not write in place.
+# torch's table of operation counts lists these under the variants that do not write in place.
 _IN_PLACE: dict[Any, Any] = {
     torch.ops.aten.baddbmm_: torch.ops.aten.baddbmm,
     torch.ops.aten.addmm_: torch.ops.aten.addmm,
@@ -30,27 +33,27 @@ _IN_PLACE: dict[Any, Any] = {
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """Where in the step a storage comes from."""
+    """The place in the step where a storage is allocated."""
 
     op: str
-    module: str  # the module that ran, by its name; empty outside every module
+    module: str  # name of the module that ran; empty outside every module
     phase: Phase
-    has_vocabulary: bool  # one of its dimensions is the vocabulary
+    has_vocabulary: bool  # one of its dimensions is the vocabulary size
 
 
 @dataclass(slots=True)
 class StepTrace:
-    """Births (+n) and deaths (−n) of allocation n−1, in order; those without a death live until the step is over."""
+    """Births (+n) and deaths (−n) of allocation n−1, in order; an allocation without a death lives until the step ends."""
 
     sizes: list[int] = field(default_factory=list)  # bytes, not rounded
     origins: list[Origin] = field(default_factory=list)
     events: list[int] = field(default_factory=list)
     segments: list[int] = field(default_factory=list)  # of each event
-    flops: dict[int, int] = field(default_factory=dict)  # by segment; a multiply and an add are two
-    gradients: frozenset[int] = frozenset()  # allocations that end as gradients of trainable parameters
+    flops: dict[int, int] = field(default_factory=dict)  # by segment; a multiply and an add count as two
+    gradients: frozenset[int] = frozenset()  # allocations that hold gradients of trained parameters at the end
 
     def add(self, size: int, origin: Origin, segment: int) -> int:
-        """A birth; its number."""
+        """Record a birth, and return its number."""
         self.sizes.append(size)
         self.origins.append(origin)
         self.events.append(len(self.sizes))
@@ -63,7 +66,7 @@ class StepTrace:
 
 
 class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's __init_subclass__
-    """Fills a `StepTrace` while it is active; storages of `known` tensors were there before."""
+    """Fills a `StepTrace` while it is active; storages of `known` tensors existed before."""
 
     def __init__(self, known: Iterable[torch.Tensor], vocabulary: int, device: DeviceKind) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -79,7 +82,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's __i
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default:
-            return 0  # no value is known; branches on values are answered by `kernels`
+            return 0  # no value is known; `kernels` answers branches on values
         keywords = kwargs or {}
         out = func(*args, **keywords)
         scratch = [
@@ -103,13 +106,13 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's __i
         return frozenset(self._alive[gradient.untyped_storage()._cdata] - 1 for gradient in gradients)
 
     def stop(self) -> None:
-        """Forget what is still alive: it lives until the step is over."""
+        """Record no more deaths: what is alive now lives until the step ends."""
         for finalizer in self._finalizers:
             finalizer.detach()
 
     @contextmanager
     def named_modules(self, model: torch.nn.Module) -> Iterator[None]:
-        """Within the block, know which module runs."""
+        """Within the block, each storage records the module that runs."""
         names = {id(module): name for name, module in model.named_modules()}
 
         def enter(module: torch.nn.Module, _inputs: Any) -> None:

@@ -7,7 +7,7 @@ reference too.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,9 +17,11 @@ from rightrank.decision import decide, table_of
 from rightrank.engine.covariances import MOMENT_TOKENS, Gathered, gather_moments
 from rightrank.engine.evaluation import Scores
 from rightrank.engine.runtime import Runtime
+from rightrank.exports.servers import max_module_rank
 from rightrank.io.adapter_folder import AdapterFolder, open_adapter, write_adapter
 from rightrank.io.adapters import save_adapter
 from rightrank.io.files import require_absent
+from rightrank.maths.truncation import Moments, components, shared_ranks
 from rightrank.probe.adapter_runtime import adapter_on, finished_trial, train_attached
 from rightrank.probe.rank_choice import RankChoice
 from rightrank.probe.resize import write_resized
@@ -87,6 +89,7 @@ def resize_by_data(
     return resized.model_copy(
         update={
             "out": str(out),
+            "rank": curve.rank,
             "bytes_after": chosen.weights.stat().st_size,
             "chosen_by": f"data, margin {curve.decision.margin:g}"
             + (f", {recovery.steps} recovery steps" if recovery else ""),
@@ -122,7 +125,9 @@ def truncation_curve(
     written: dict[int, Resized] = {}
     for rank in sorted(candidates.ranks, reverse=True):
         folder = working / f"r{rank}"
-        written[rank] = write_resized(adapter, folder, capped(adapter, rank), candidates.dtype, gathered.moments)
+        written[rank] = write_resized(
+            adapter, folder, capped(adapter, rank, gathered.moments), candidates.dtype, gathered.moments
+        )
         scores = measure(runtime, folder, recovery)
         trials.append(finished_trial(f"r{rank}", rank, scores, metric, steps=recovery.steps if recovery else 0))
         candidates.on_rank(rank, trials[-1].value)
@@ -137,9 +142,21 @@ def _moments(adapter: AdapterFolder, runtime: Runtime) -> Gathered:
         return gather_moments(runtime, peft_model, list(dict.fromkeys(examples)), MOMENT_TOKENS)
 
 
-def capped(adapter: AdapterFolder, rank: int) -> RankChoice:
-    """This rank for every module that has more; the others stay."""
-    return RankChoice({module.name: min(rank, module.rank) for module in adapter.modules}, f"rank {rank} at most")
+def capped(adapter: AdapterFolder, rank: int, moments: Mapping[str, Moments] | None = None) -> RankChoice:
+    """This rank for every module that has more; the others stay.
+
+    With moments of every module, the parameters are shared out over the modules as in a selection, up to the rank that a
+    server reserves.
+    """
+    uniform = {module.name: min(rank, module.rank) for module in adapter.modules}
+    known = moments or {}
+    highest = max_module_rank(rank)
+    if highest == rank or any(module.name not in known or module.rank <= rank for module in adapter.modules):
+        return RankChoice(uniform, f"rank {rank} at most")
+    worth = [components(*adapter.factors(one), one.scaling, known[one.name]).costs for one in adapter.modules]
+    parameters = [module.rows + module.columns for module in adapter.modules]
+    ranks = dict(zip(uniform, shared_ranks(worth, parameters, rank, highest), strict=True))
+    return RankChoice(ranks, f"parameters of rank {rank}, shared out over the modules")
 
 
 def measure(runtime: Runtime, folder: Path, recovery: Recovery | None = None) -> Scores:

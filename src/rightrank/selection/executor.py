@@ -42,7 +42,7 @@ def executor_of(request: Request, prepared: Prepared, selection: Selection) -> I
         RunError: no worker could start.
     """
     if request.settings.executor == "local":
-        largest = prepared.planned.largest_pack if prepared.planned else None
+        largest = prepared.planned.max_adapters_per_pass if prepared.planned else None
         yield LocalExecutor(prepared.runtime, selection.folder, selection.observer, largest)
         return
     job = job_of(ONLY_JOB, request, prepared, selection)
