@@ -18,6 +18,7 @@ from rightrank.settings import SelectKeywords, SelectSettings
 NOT_SETTINGS = {"model", "data", "out", "matrix", "config_file", "assignments", "as_json", "quiet", "log_json"}
 
 PUBLIC = {
+    "AdapterComparison",
     "Decided",
     "Decision",
     "EvalPoint",
@@ -33,6 +34,7 @@ PUBLIC = {
     "TrialTask",
     "Watching",
     "__version__",
+    "compare",
     "decide",
     "export",
     "inspect",

@@ -14,6 +14,7 @@ from rightrank.version import __version__
 
 if TYPE_CHECKING:
     from rightrank.api import (
+        AdapterComparison,
         Decided,
         Decision,
         EvalPoint,
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
         TrialResult,
         TrialTask,
         Watching,
+        compare,
         decide,
         export,
         inspect,
@@ -41,6 +43,7 @@ if TYPE_CHECKING:
     )
 
 __all__ = [
+    "AdapterComparison",
     "Decided",
     "Decision",
     "EvalPoint",
@@ -56,6 +59,7 @@ __all__ = [
     "TrialTask",
     "Watching",
     "__version__",
+    "compare",
     "decide",
     "export",
     "inspect",

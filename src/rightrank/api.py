@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, Unpack
 
 from rightrank.errors import SettingsError
 from rightrank.records import Decision, EvalPoint, TrialResult, TrialTask
+from rightrank.records.compare import AdapterComparison
 from rightrank.records.observer import Observer
 from rightrank.records.plan import Plan
 from rightrank.records.probe import Allocation, AllocationTrial, Inspection, Resized, ResizedTogether
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from rightrank.selection.many import MatrixSelected
 
 __all__ = [
+    "AdapterComparison",
     "Decided",
     "Decision",
     "EvalPoint",
@@ -47,6 +49,7 @@ __all__ = [
     "TrialTask",
     "Watching",
     "allocate",
+    "compare",
     "decide",
     "export",
     "extract",
@@ -412,6 +415,34 @@ def allocate(
         on_trial,
     )
     return allocate_ranks(Path(adapter), Path(data), options)
+
+
+def compare(
+    a: str | Path,
+    b: str | Path,
+    *,
+    model: str,
+    data: str | Path | Sequence[str | Path],
+    settings: SelectSettings | None = None,
+) -> AdapterComparison:
+    """Whether adapter `b` is no worse than adapter `a`, paired over all examples of `data`.
+
+    Args:
+        a: an adapter folder that PEFT loads, a model folder, or "base".
+        b: the same.
+        model: the base model of the adapters.
+        data: a file or a folder, or several. A folder with given splits is read at its test split.
+        settings: `margin`, `metric`, `metrics`, `seq_len` and how models are loaded; None for the defaults.
+
+    Raises:
+        InputError: a side, the model, the data or a metric can't be used.
+        MetricError: a metric gave no score.
+    """
+    from rightrank.probe.compare import CompareRequest, compare_adapters
+
+    files = [data] if isinstance(data, str | Path) else list(data)
+    request = CompareRequest(str(a), str(b), model, [Path(file) for file in files], settings or make_settings({}))
+    return compare_adapters(request)
 
 
 def write_report(run: str | Path) -> Path:

@@ -1,7 +1,7 @@
 """The command line: parse, call the API, print. One function for each command.
 
 Answers go to stdout, progress and errors to stderr. Exit status: 0 done, 1 started and could not finish, 2 bad usage or
-bad input, 130 interrupted by the user, 143 by SIGTERM.
+bad input, 130 interrupted by the user, 143 by SIGTERM. `compare` also ends with 3 (worse) or 4 (cannot tell).
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from contextlib import suppress
 import click
 
 from rightrank.cli.adapters import allocate, extract, inspect, resize
+from rightrank.cli.comparing import compare
 from rightrank.cli.deciding import decide
 from rightrank.cli.handing_over import export, repair, report
 from rightrank.cli.planning import plan
@@ -27,6 +28,7 @@ COMMANDS = (
     select,
     plan,
     decide,
+    compare,
     inspect,
     resize,
     extract,

@@ -1,0 +1,195 @@
+"""`compare`: is adapter B no worse than adapter A?
+
+Both are read on the same examples, all of those in the data, and compared in pairs. B is *not worse* if the one-sided 95% upper
+bound of its mean difference is below the margin, *worse* if the lower bound is above the margin, and otherwise the
+examples cannot tell. Each side is an adapter folder that PEFT loads, the base itself, or a whole model (such as a merged one).
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+
+from rightrank.decision.judge import CONFIDENCE
+from rightrank.decision.metrics import default_margin
+from rightrank.decision.table import Cell, ScoreTable, table_of
+from rightrank.engine.encode import encode
+from rightrank.engine.runtime import Runtime
+from rightrank.engine.scoring import measure, require_scorers
+from rightrank.errors import ModelError, SettingsError
+from rightrank.io.data import DataSplits, load_data
+from rightrank.io.models import LoadedModel, load_model
+from rightrank.io.rows import read_rows
+from rightrank.maths.intervals import Estimate, estimate
+from rightrank.probe.adapter_runtime import adapter_on, finished_trial
+from rightrank.records import TrialFinished
+from rightrank.records.compare import AdapterComparison, ComparisonVerdict, MetricComparison
+from rightrank.settings import SelectSettings
+
+BASE = "base"
+ADAPTER_CONFIG = "adapter_config.json"
+SEVERITY: tuple[ComparisonVerdict, ...] = ("not_worse", "cannot_tell", "worse")
+
+
+@dataclass(frozen=True, slots=True)
+class CompareRequest:
+    """What to compare; see `rightrank.compare` for each field."""
+
+    a: str
+    b: str
+    model: str
+    data: Sequence[Path]
+    settings: SelectSettings
+
+
+def compare_adapters(request: CompareRequest) -> AdapterComparison:
+    """Read A and B on every data set and compare them by every metric.
+
+    Raises:
+        InputError: a side, the model, the data or a metric can't be used.
+    """
+    if not request.data:
+        raise SettingsError("no data: give --data FILE, once or more")
+    require_scorers(request.settings)
+    for side in (request.a, request.b):
+        _require_side(side)
+    found: list[MetricComparison] = []
+    for data in request.data:
+        with tempfile.TemporaryDirectory(prefix="rightrank-") as name:
+            sides = _read_sides(request, data, Path(name))
+            found += [_compare(*sides, metric, data, request.settings) for metric in _metrics(request.settings)]
+    worst = max(found, key=lambda one: SEVERITY.index(one.verdict))
+    kept = worst.model_dump(exclude={"data", "value_a", "value_b"})
+    return AdapterComparison(sentence=_sentence(request, worst, len(found)), comparisons=found, **kept)
+
+
+def _metrics(settings: SelectSettings) -> list[str]:
+    return [spec.name for spec in settings.metric_specs]
+
+
+def _require_side(side: str) -> None:
+    if side == BASE:
+        return
+    folder = Path(side)
+    if not (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file():
+        raise ModelError(
+            f"{side}: neither an adapter folder (adapter_config.json) nor a model folder (config.json); give one, or 'base'"
+        )
+
+
+def _read_sides(request: CompareRequest, data: Path, cache: Path) -> tuple[TrialFinished, TrialFinished]:
+    """The scores of A and B on all examples of `data`, in one order."""
+    splits, settings = load_all(data, request.settings)
+    base: Runtime | None = None
+    read = []
+    for number, side in enumerate((request.a, request.b)):
+        if side == BASE or (Path(side) / ADAPTER_CONFIG).is_file():
+            if base is None:
+                base = _runtime(_load(request.model, splits, settings), splits, settings, cache / "base")
+            read.append(_scored(base, side, None if side == BASE else Path(side)))
+        else:
+            whole = _runtime(_load(side, splits, settings), splits, settings, cache / str(number))
+            read.append(_scored(whole, side, None))
+    return read[0], read[1]
+
+
+def load_all(data: Path, settings: SelectSettings) -> tuple[DataSplits, SelectSettings]:
+    """All rows of `data` as held-out examples, and settings that evaluate all of them.
+
+    A folder with given splits gives its test split, or its validation split if it has no test split.
+    """
+    rows = read_rows(data)
+    kept = next((split for split in ("test", "selection") if split in rows), None)
+    chosen = rows[kept] if kept is not None else chain.from_iterable(rows.values())
+    listed = [row.fields for row in chosen]
+    every = settings.model_copy(update={"eval_items": max(2, len(listed)), "ranks": (1,), "cache_prefix": False})
+    return load_data({"train": listed, "validation": listed, "test": listed}, every), every
+
+
+def _load(model: str, splits: DataSplits, settings: SelectSettings) -> LoadedModel:
+    return load_model(
+        model, settings.dtype, settings.device, splits.classes, settings.trust_remote_code, settings.weight_bits
+    )
+
+
+def _runtime(loaded: LoadedModel, splits: DataSplits, settings: SelectSettings, cache: Path) -> Runtime:
+    return Runtime(loaded, encode(splits, loaded, settings), settings, 1, cache)
+
+
+def _scored(runtime: Runtime, name: str, adapter: Path | None) -> TrialFinished:
+    """The held-out scores of the base, or of an adapter on it, by every metric of the settings."""
+
+    def read() -> TrialFinished:
+        scores, measured = runtime.evaluate("selection"), measure(runtime, "selection")
+        measured.require(list(measured.failed))
+        trial = finished_trial(name, 1, scores, "loss")
+        return trial.model_copy(update={"metrics": scores.metrics | measured.values, "item_metrics": measured.items})
+
+    if adapter is None:
+        return read()
+    with adapter_on(runtime, adapter):
+        return read()
+
+
+def _compare(a: TrialFinished, b: TrialFinished, metric: str, data: Path, settings: SelectSettings) -> MetricComparison:
+    higher = None if metric not in settings.lower_is_better else False
+    tables = [table_of([trial], metric, higher) for trial in (a, b)]
+    cells = [next(iter(table.cells.values())) for table in tables]
+    if not all(cell.examples for cell in cells):
+        raise SettingsError(
+            f"metric {metric!r} gives no score by example: two adapters can't be compared in pairs by it"
+        )
+    found = estimate((cells[1].sums - cells[0].sums)[None, :], cells[0].weights)
+    margin = settings.margin if settings.margin is not None else _default_margin(tables[0], cells[0], a)
+    low, high = found.bound(1 - CONFIDENCE), found.bound(CONFIDENCE)
+    verdict: ComparisonVerdict = "not_worse" if high < margin else "worse" if low > margin else "cannot_tell"
+    return MetricComparison(
+        data=str(data),
+        metric=metric,
+        verdict=verdict,
+        value_a=cells[0].value,
+        value_b=cells[1].value,
+        difference=found.mean,
+        difference_low=low,
+        difference_high=high,
+        margin=margin,
+        examples=cells[0].examples,
+        examples_needed=_examples_needed(found, margin) if verdict == "cannot_tell" else None,
+    )
+
+
+def _default_margin(table: ScoreTable, cell: Cell, trial: TrialFinished) -> float:
+    kind = "loss" if table.kind == "token_loss" and trial.item_correct is not None else table.kind
+    return default_margin(kind, cell.value, [cell.value])
+
+
+def _examples_needed(found: Estimate, margin: float) -> int | None:
+    """The number at which the bound falls below the margin, if the difference and the spread stay as they are."""
+    room = margin - found.mean
+    if room <= 0:
+        return None
+    reach = found.bound(CONFIDENCE) - found.mean
+    return math.ceil(found.examples * (reach / room) ** 2 * (1 + 1e-9)) + 1
+
+
+def _sentence(request: CompareRequest, worst: MetricComparison, count: int) -> str:
+    names = f"B ({Path(request.b).name}) against A ({Path(request.a).name})"
+    figures = (
+        f"{worst.metric} differs by {worst.difference:+.3g} (95% bounds {worst.difference_low:+.3g} to "
+        f"{worst.difference_high:+.3g}) on {worst.examples} examples, margin {worst.margin:g}"
+    )
+    among = "" if count == 1 else f" The worst of {count} comparisons is on {Path(worst.data).name}."
+    if worst.verdict == "not_worse":
+        return f"{names}: not worse; {figures}.{among}"
+    if worst.verdict == "worse":
+        return f"{names}: worse by more than the margin; {figures}.{among}"
+    cure = (
+        f"about {worst.examples_needed} examples would show it"
+        if worst.examples_needed is not None
+        else "more examples would show whether it is worse"
+    )
+    return f"{names}: these examples cannot tell; {figures}; {cure}.{among}"
