@@ -187,3 +187,20 @@ def test_nothing_there_is_said(tmp_path: Path) -> None:
         decide(tmp_path / "none.csv")
     with pytest.raises(ResultsError, match="holds no known results"):
         decide(tmp_path)
+
+
+@pytest.mark.parametrize("status", ["running", "RUNNING", "Scheduled", "waiting"])
+def test_trainings_that_still_run_are_not_counted(tmp_path: Path, status: str) -> None:
+    """The last value of a training that runs is one part of the way: rank 64 would look worse than it is."""
+    text = f"Name,State,lora_r,eval/loss\na,finished,1,2.3\nb,finished,4,2.05\nc,finished,16,2.001\nd,{status},64,2.9\n"
+    decided = decide(write(tmp_path, text), margin=0.005)
+    assert [evidence.rank for evidence in decided.decision.ranks] == [1, 4, 16]
+    assert "1 trainings that have not ended left out" in decided.understood
+    assert "unstable" not in decided.decision.flags
+
+
+def test_trainings_of_unequal_length_are_flagged(tmp_path: Path) -> None:
+    rows = [f"{rank},{step},{2 + 1 / rank}\n" for rank in (1, 4, 16) for step in (100, 200) if (rank, step) != (4, 200)]
+    decision = decide(write(tmp_path, "rank,step,eval_loss\n" + "".join(rows)), margin=0.005).decision
+    assert "unequal_length" in decision.flags
+    assert next(run for run in decision.next_runs if run.action == "steps").ranks == [4]

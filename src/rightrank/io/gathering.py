@@ -14,6 +14,7 @@ from rightrank.records import Result
 from rightrank.records.base import MAX_WHOLE
 
 FAILED_STATUS = {"failed", "crashed", "killed", "error", "fail", "diverged", "oom", "pruned"}
+UNFINISHED_STATUS = {"running", "unfinished", "in_progress", "scheduled", "pending", "waiting", "queued", "preempting"}
 MAX_RANK = 2**20
 MIN_NUMBER = 1e-30  # smaller magnitudes are read as 0, before they become subnormal
 MAX_NUMBER = 1e12  # a larger held-out value is a mistake, and its square loses precision
@@ -42,6 +43,7 @@ def gather(
     """`(rows by training, trainings without a result, notes on what was left out)`."""
     trainings: dict[Key, TrainingRows] = {}
     empty: dict[Key, Row] = {}
+    running: set[Key] = set()
     rankless = repeated = 0
     positive = "perplexity" in metric.lower() or metric.lower() == "ppl"
     for row in rows:
@@ -49,8 +51,11 @@ def gather(
             rankless += 1
             continue
         key = _key(row, columns)
-        failed = str(row.fields.get(columns.get("status") or "", "")).strip().lower() in FAILED_STATUS
-        value = None if failed else _number(row, columns.value)
+        status = str(row.fields.get(columns.get("status") or "", "")).strip().lower()
+        if status in UNFINISHED_STATUS:  # its last value is one part of the way
+            running.add(key)
+            continue
+        value = None if status in FAILED_STATUS else _number(row, columns.value)
         if value is None:
             empty.setdefault(key, row)
             continue
@@ -68,6 +73,7 @@ def gather(
     notes = [f"{rankless} rows without a rank left out"] * bool(rankless)
     notes += [f"{repeated} repeated rows left out"] * bool(repeated)
     notes += [f"{len(missing)} trainings without a result"] * bool(missing)
+    notes += [f"{len(running)} trainings that have not ended left out"] * bool(running)
     return trainings, missing, notes
 
 
