@@ -7,14 +7,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rightrank.errors import ResultsError
 from rightrank.records import Decision, Sample, SweepRow
 
 
 @dataclass(frozen=True, slots=True)
 class Selected:
-    """The result of a selection: the decision, and where run folder, adapter and report are."""
+    """The result of a selection: both answers, and where run folder, adapter and report are."""
 
-    decision: Decision | None  # of the training rank; None with goal "adapter"
+    decided: Decision | None  # of the training rank; None with goal "adapter"
     run: Path
     adapter: Path | None  # the answer to the first question; None if a custom trainer saved none
     report: Path
@@ -22,6 +23,20 @@ class Selected:
     samples: list[Sample] = field(default_factory=list)
     sweep: list[SweepRow] = field(default_factory=list)
     trainings: int = 0  # trials of ranks above 0; each stage of a training counts
+
+    @property
+    def decision(self) -> Decision:
+        """The decision on the training rank.
+
+        Raises:
+            ResultsError: the goal was "adapter", and the training rank was not asked.
+        """
+        if self.decided is None:
+            raise ResultsError(
+                f"{self.run}: goal 'adapter' has no decision on the training rank; see adapter_rank and answers, or select "
+                "again with goal 'training-rank'"
+            )
+        return self.decided
 
     @property
     def adapter_rank(self) -> int | None:
@@ -32,10 +47,10 @@ class Selected:
     @property
     def training_rank(self) -> int | None:
         """The rank to train at; None if that is undecided or was not requested."""
-        return None if self.decision is None else self.decision.rank
+        return None if self.decided is None else self.decided.rank
 
     def _repr_html_(self) -> str | None:
-        return None if self.decision is None else _decision_html(self.decision)
+        return None if self.decided is None else _decision_html(self.decided)
 
 
 @dataclass(frozen=True, slots=True)

@@ -165,7 +165,7 @@ def gives(value: Any) -> Any:
         (gives({"loss": math.nan}), "loss is not a finite number"),
         (gives(TrialResult(metrics={"loss": 1.0}, item_scores=[1.0, math.inf])), "an example's score is not a finite"),
         (gives(TrialResult(metrics={"loss": 1.0}, item_scores=[])), "an empty list of item_scores"),
-        (gives(TrialResult(metrics={"loss": 1.0}, item_weights=[1.0])), "item_weights that do not fit"),
+        (gives(TrialResult(metrics={"loss": 1.0}, item_weights=[1.0])), "item_weights that do not match"),
     ],
 )
 def test_nonsense_is_one_clear_line(tmp_path: Path, train: Any, reason: str) -> None:
@@ -192,7 +192,7 @@ def test_scores_of_other_items_are_refused(tmp_path: Path) -> None:
         return TrialResult(metrics={"loss": 1 / task.rank}, item_scores=[1 / task.rank] * (3 if task.rank == 4 else 2))
 
     report = select_rank_with(train, tmp_path / "run", ranks=RANKS, learning_rates=(1e-3,)).report
-    assert "earlier trials 2; score the same items" in report.read_text(encoding="utf-8")
+    assert "earlier trials 2; score the same examples" in report.read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(

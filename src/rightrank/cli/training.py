@@ -224,8 +224,8 @@ def _print_answer(selected: Selected) -> None:
     adapter_sentence = selected.answers["adapter_sentence"]
     if adapter_sentence:
         click.echo(f"\nAdapter: {adapter_sentence}")
-    if selected.decision is not None:
-        _print_decision(selected.decision)
+    if selected.decided is not None:
+        _print_decision(selected.decided)
     for sample in selected.samples[-1:]:
         click.echo(
             f"\nA held-out example:\n{_indented(sample.prompt)}\n  before:\n{_indented(sample.before)}\n  after:\n{_indented(sample.after)}"

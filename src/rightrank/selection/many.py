@@ -181,7 +181,7 @@ def _notice_outcome(event: RunEvent, notice: Callable[[str], None]) -> None:
 def _row(name: str, folder: RunFolder, ended: Ended) -> MatrixRow:
     if isinstance(ended, RunError):
         return MatrixRow(name, "failed", None, None, None, None, None, 0, str(folder.path), str(ended))
-    decision = ended.decision
+    decision = ended.decided
     if decision is None:
         answer = ended.answers["adapter_answer"]
         value = next(one["value"] for one in answer["candidates"] if one["trial_id"] == answer["trial_id"])
