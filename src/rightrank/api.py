@@ -311,7 +311,7 @@ def resize(
         InputError: the adapter, the rule, the data or `out` can't be used; nothing was written.
         RunError: recovery started and could not finish.
     """
-    from rightrank.probe.resizing import resize_adapter
+    from rightrank.probe.resize import resize_adapter
 
     rule = ResizeRule(rank, energy, noise, None if data is None else Path(data))
     return resize_adapter(Path(adapter), Path(out), rule, options or ResizeOptions())
@@ -333,7 +333,7 @@ def resize_together(
     Raises:
         InputError: one of the adapters can't be used, or two have the same name; nothing was written.
     """
-    from rightrank.probe.resizing import resize_together as resize_all
+    from rightrank.probe.resize import resize_together as resize_all
 
     rule = ResizeRule(rank, energy, noise)
     return resize_all([Path(adapter) for adapter in adapters], Path(out), rule, options or ResizeOptions())

@@ -16,11 +16,11 @@ from rightrank.engine.evaluation import Scores
 from rightrank.engine.training_loop import run_trial
 from rightrank.io.adapter_folder import AdapterFolder, open_adapter
 from rightrank.probe import importance
-from rightrank.probe.adapter_runtime import DataUse, adapter_on, adapter_runtime
-from rightrank.probe.allocate import _Trained, compare, shuffled
+from rightrank.probe.adapter_runtime import DataUse, adapter_attached, adapter_runtime
+from rightrank.probe.allocate import _TrainedPattern, compare, shuffled
 from rightrank.probe.held_out import measure
 from rightrank.probe.rank_choice import RankChoice
-from rightrank.probe.resize import write_resized
+from rightrank.probe.resized_adapter import write_resized
 from rightrank.records import Arm, Trial
 from rightrank.records.observer import Observer
 from rightrank.records.probe import AllocationTrial
@@ -71,13 +71,13 @@ def test_sensitivity_is_the_loss_of_the_truncated_adapter(trained: AdapterFolder
     ranks = {module.name: module.rank for module in trained.modules} | {name: 2}
     write_resized(trained, tmp_path / "one", RankChoice(ranks, "test"))
     assert curves[name][2] == pytest.approx(measure(runtime, tmp_path / "one").loss, rel=1e-5)
-    with adapter_on(runtime, trained.path):
+    with adapter_attached(runtime, trained.path):
         assert curves[name][8] == pytest.approx(runtime.evaluate("selection").loss, rel=1e-6)
 
 
 def test_gradients_are_those_of_the_loss(trained: AdapterFolder, runtime: Any) -> None:
     name = trained.modules[0].name
-    gradient = importance.weight_gradients(runtime, [name], items=4)[name]
+    gradient = importance.weight_gradients(runtime, [name], examples=4)[name]
     weight = runtime.model.get_submodule(name).weight
     batch = runtime.batch("train", range(4))
     step = 1e-3 * gradient / gradient.norm()
@@ -105,9 +105,9 @@ def test_a_shuffle_keeps_the_ranks_and_nearly_the_parameters(trained: AdapterFol
     assert cost(trained, other) == pytest.approx(cost(trained, ranks), rel=0.02)
 
 
-def made_up(losses: np.ndarray[Any, Any], seed: int) -> _Trained:
+def made_up(losses: np.ndarray[Any, Any], seed: int) -> _TrainedPattern:
     record = AllocationTrial(pattern="uniform", seed=seed, parameters=1, value=0.0, ranks={})
-    return _Trained(record, Scores(losses.tolist(), [10] * len(losses), None))
+    return _TrainedPattern(record, Scores(losses.tolist(), [10] * len(losses), None))
 
 
 def test_the_comparison_is_paired_and_can_say_no() -> None:

@@ -12,7 +12,7 @@ import torch
 from rightrank.io.adapter_folder import AdapterFolder, open_adapter
 from rightrank.maths.truncation import Moments, components, shared_ranks
 from rightrank.probe.rank_choice import RankChoice
-from rightrank.probe.resize import write_resized
+from rightrank.probe.resized_adapter import write_resized
 from tests.probe.adapters import deltas, load_strictly, make_adapter, make_base
 
 

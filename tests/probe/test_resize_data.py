@@ -16,10 +16,10 @@ from rightrank.engine.covariances import gather_moments
 from rightrank.engine.training_loop import run_trial
 from rightrank.io.adapter_folder import open_adapter
 from rightrank.io.adapters import save_adapter
-from rightrank.probe.adapter_runtime import DataUse, adapter_on, adapter_runtime
+from rightrank.probe.adapter_runtime import DataUse, adapter_attached, adapter_runtime
 from rightrank.probe.held_out import Recovery, capped, measure
 from rightrank.probe.rank_choice import RankChoice
-from rightrank.probe.resize import write_resized
+from rightrank.probe.resized_adapter import write_resized
 from rightrank.records import Arm, Trial, TrialFinished
 from rightrank.records.observer import Observer
 from tests.helpers import make_runtime
@@ -74,7 +74,7 @@ def test_the_written_adapter_is_truncated_by_k_fac(trained: Path, completion_fil
     adapter = open_adapter(trained)
     runtime = adapter_runtime(adapter, None, DataUse(completion_file, settings, tmp_path / "cache"))
     plan = [index for indices in runtime.batch_plan(0, len(runtime.examples("train"))) for index in indices]
-    with adapter_on(runtime, trained) as peft_model:
+    with adapter_attached(runtime, trained) as peft_model:
         moments = gather_moments(runtime, peft_model, list(dict.fromkeys(plan))).moments
     choice = capped(adapter, 2, moments)
     assert found.rank == 2 < max(choice.ranks.values()) <= 8
@@ -95,7 +95,7 @@ def test_the_value_told_is_that_of_the_folder_written(
     adapter = open_adapter(tmp_path / "small")
     runtime = adapter_runtime(adapter, None, DataUse(completion_file, settings, tmp_path / "cache"))
     before = runtime.evaluate("selection").loss
-    with adapter_on(runtime, tmp_path / "small"):
+    with adapter_attached(runtime, tmp_path / "small"):
         loss = runtime.evaluate("selection").loss
     by_rank = {entry.rank: entry.value for entry in told.held_out}
     assert loss == pytest.approx(by_rank[told.rank or 0], rel=1e-5)
@@ -183,7 +183,7 @@ def test_measuring_an_adapter_with_modules_to_save_restores_the_base(
     adapter = open_adapter(make_adapter(model_folder, tmp_path / "adapter", "modules_to_save"))
     runtime = adapter_runtime(adapter, None, DataUse(completion_file, small_settings(), tmp_path / "cache"))
     before = runtime.evaluate("selection").losses
-    with adapter_on(runtime, adapter.path):
+    with adapter_attached(runtime, adapter.path):
         assert runtime.evaluate("selection").losses != before
     assert runtime.evaluate("selection").losses == before
 
@@ -195,7 +195,7 @@ def test_a_module_trained_whole_is_taken_off_again(model_folder: Path, completio
     arm = Arm(rank=2, learning_rate=1e-2, lora_alpha=32.0, seed=0, steps=2)
     folders = TrialFolders(tmp_path / "checkpoint", tmp_path / "adapter")
     run_trial(runtime, Trial(trial_id="t", arm=arm), None, folders, Observer())
-    with adapter_on(runtime, tmp_path / "adapter"):
+    with adapter_attached(runtime, tmp_path / "adapter"):
         assert not torch.equal(runtime.model.model.norm.weight, before["model.norm.weight"])
     after = runtime.model.state_dict()
     assert after.keys() == before.keys()

@@ -1,1 +1,5 @@
-"""What rank an update really has, and an adapter of that rank: inspect, resize, extract, allocate."""
+"""Spectra of updates, and adapters of another rank.
+
+inspect: adapter_spectra, checkpoint_spectra, gradient_spectra → spectrum. resize: rank_choice (without data) or
+held_out (with data) → resized_adapter. extract: a full fine-tune as an adapter. allocate: importance → ranks by module.
+"""

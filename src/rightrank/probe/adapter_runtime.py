@@ -30,26 +30,26 @@ from rightrank.settings import SelectSettings
 
 @dataclass(frozen=True, slots=True)
 class DataUse:
-    """Data to measure on (and to train on), how, and where working files may be."""
+    """The data to measure and train on, the settings, and a folder for working files."""
 
     data: Path
     settings: SelectSettings
     cache: Path
-    steps: int = 0  # of training, for each adapter
+    steps: int = 0  # of training each adapter
 
 
 def make_runtime(base: str, modules: tuple[str, ...] | None, use: DataUse) -> Runtime:
     """The runtime that measures and trains adapters of exactly these modules; None takes the settings' own.
 
     Raises:
-        SettingsError: a metric that takes more than an evaluation.
-        ModelError: the base can't be loaded, or lacks a module.
-        DataError: the data can't be used.
+        SettingsError: a metric that needs more than an evaluation of losses.
+        ModelError: the base cannot be loaded, or lacks a module.
+        DataError: the data cannot be used.
     """
     settings = use.settings.model_copy(update={"ranks": (1,)})
     if not settings.metric_specs[0].is_measured_along or settings.metrics:
         raise SettingsError(
-            f"metric {settings.metric_name!r}: adapters are measured by loss or accuracy here; give one of them, and no metrics"
+            f"metric {settings.metric_name!r}: adapters are measured by loss or accuracy here; give one of them, and leave out metrics"
         )
     if modules is not None:
         settings = settings.model_copy(update={"target_modules": modules, "layers_to_transform": None})
@@ -65,31 +65,31 @@ def adapter_runtime(adapter: AdapterFolder, base: str | None, use: DataUse) -> R
     """The runtime that measures an adapter and its truncations.
 
     Raises:
-        ModelError: no base is known, it can't be loaded, or it lacks a module of the adapter.
-        DataError: the data can't be used.
+        ModelError: no base is known, it cannot be loaded, or it lacks a module of the adapter.
+        DataError: the data cannot be used.
     """
     name = base or adapter.base_model
     if name is None:
-        raise ModelError(f"{adapter.path}: names no base model; give it with --base MODEL")
-    # Tensors trained whole may be anywhere, and a cached prefix below them would be stale.
+        raise ModelError(f"{adapter.path}: names no base model; give one with --base MODEL")
+    # A module that is trained whole may lie below the first adapter, where a cached prefix would be stale.
     caching = use.settings.cache_prefix and not adapter.other_keys
     use = replace(use, settings=use.settings.model_copy(update={"cache_prefix": caching}))
     return make_runtime(name, tuple(module.name for module in adapter.modules), use)
 
 
 @contextmanager
-def adapter_on(runtime: Runtime, folder: Path, *, trainable: bool = False) -> Iterator[Any]:
+def adapter_attached(runtime: Runtime, folder: Path, *, trainable: bool = False) -> Iterator[Any]:
     """The PeftModel of an adapter folder around the runtime's base, which is restored when the block ends.
 
     Raises:
-        ModelError: PEFT can't put this adapter on this base.
+        ModelError: PEFT cannot attach this adapter to this base.
     """
     try:
         with without_peft_noise():
             peft_model: Any = PeftModel.from_pretrained(runtime.model, str(folder), is_trainable=trainable)
     except (RuntimeError, ValueError, KeyError, TypeError) as error:
         raise ModelError(
-            f"{folder}: PEFT can't put it on {runtime.loaded.name} ({first_line(error)}); give the base that it was trained on with --base"
+            f"{folder}: PEFT cannot attach it to {runtime.loaded.name} ({first_line(error)}); give the base that it was trained on with --base"
         ) from None
     peft_model.train(False)
     try:
@@ -99,7 +99,7 @@ def adapter_on(runtime: Runtime, folder: Path, *, trainable: bool = False) -> It
 
 
 def train_attached(runtime: Runtime, peft_model: Any, learning_rate: float, seed: int = 0) -> None:
-    """Train what is trainable for the runtime's steps, on the batches of `seed`: the same for whatever is attached.
+    """Train the attached adapter for the runtime's steps; the batches depend on `seed` alone, not on the adapter.
 
     Raises:
         RunError: the loss became NaN or infinite.
@@ -124,7 +124,7 @@ def train_attached(runtime: Runtime, peft_model: Any, learning_rate: float, seed
 def finished_trial(
     name: str, rank: int, scores: Scores, metric: str, *, seed: int = 0, steps: int = 0, learning_rate: float = 0.0
 ) -> TrialFinished:
-    """Held-out scores as the record that `decide` reads."""
+    """Held-out scores as a record that `decide` reads."""
     return TrialFinished(
         trial_id=name,
         rank=rank,

@@ -1,4 +1,4 @@
-"""`inspect ADAPTER`: exact singular values of every module's s·B·A, from the files alone."""
+"""`inspect ADAPTER`: the exact singular values of every module's s·B·A, from the adapter folder."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from rightrank.errors import ModelError
 from rightrank.io.adapter_folder import PREFIX, AdapterFolder, AdapterModule, open_adapter
 from rightrank.io.weights import WeightFolder, open_weights
 from rightrank.maths.spectra import factored_singular_values
-from rightrank.probe.spectrum import Circumstances, Update, describe, flag_dead, summarise
+from rightrank.probe.spectrum import InspectionInfo, Update, describe, flag_dead, summarise
 from rightrank.records.probe import Inspection
 
-POWER_STEPS = 40  # of the power iteration for a base weight's norm; from below, within about 1%
+POWER_STEPS = 40  # of the power iteration for the norm of a base weight; the error is about −1% at most
 
 
 def inspect_adapter(path: Path, base: Path | None = None) -> Inspection:
-    """The spectra of an adapter; with `base`, each beside the norm of the weight that it changes.
+    """The spectra of an adapter; with `base`, also the norm of each adapted weight.
 
     Raises:
-        ModelError: not a readable LoRA adapter, NaN weights, or a base of other shapes.
+        ModelError: no readable LoRA adapter, NaN weights, or a base of other shapes.
     """
     adapter = open_adapter(path)
     weights = None if base is None else open_weights(base)
     updates = [_update(adapter, module, weights) for module in adapter.modules]
     modules = flag_dead([describe(update) for update in updates])
-    about = Circumstances(
+    about = InspectionInfo(
         "adapter",
         adapter.scaling_rule,
         adapter.base_model,
@@ -39,15 +39,15 @@ def inspect_adapter(path: Path, base: Path | None = None) -> Inspection:
 
 
 def adapter_notes(adapter: AdapterFolder) -> list[str]:
-    """What a reader should know beside the figures."""
+    """Notes to the figures: patterns without effect, DoRA, initialisations that change the base."""
     notes: list[str] = []
     if adapter.unused_patterns:
-        notes.append(f"patterns that match no module, and so do nothing: {', '.join(adapter.unused_patterns)}")
+        notes.append(f"patterns that match no module and have no effect: {', '.join(adapter.unused_patterns)}")
     if adapter.use_dora:
-        notes.append("DoRA: the spectra are of s·B·A; the magnitudes are kept apart")
+        notes.append("DoRA: the spectra are those of s·B·A, without the magnitudes")
     if (init := adapter.base_changing_init) is not None:
         notes.append(
-            f"initialised by {init}, which changes the base on loading: the figures are of s·B·A, not of the whole update"
+            f"initialised by {init}, which changes the base on loading: the figures are those of s·B·A, not of the whole update"
         )
     return notes
 
@@ -56,7 +56,7 @@ def _update(adapter: AdapterFolder, module: AdapterModule, weights: WeightFolder
     b, a = adapter.factors(module)
     values = abs(module.scaling) * factored_singular_values(b, a)
     flags = []
-    # PEFT begins with B at zero, an embedding's A; whichever it was, the product is still zero
+    # PEFT starts with B = 0 (with A = 0 for an embedding)
     if not b.any() or not a.any():
         flags.append("untrained")
     if module.magnitude_key is not None:
@@ -78,7 +78,7 @@ def _update(adapter: AdapterFolder, module: AdapterModule, weights: WeightFolder
 
 
 def base_norm(weights: WeightFolder, module: AdapterModule) -> float:
-    """The spectral norm of the weight that a module changes.
+    """The spectral norm of the weight that a module adapts.
 
     Raises:
         ModelError: the base has no such weight, or one of another size.
@@ -95,7 +95,7 @@ def base_norm(weights: WeightFolder, module: AdapterModule) -> float:
 
 
 def spectral_norm(matrix: torch.Tensor) -> float:
-    """‖W‖₂ by power iteration from a seeded start."""
+    """‖W‖₂ by power iteration on WᵀW from a seeded start, a lower bound."""
     vector = torch.randn(matrix.shape[1], generator=torch.Generator().manual_seed(0))
     for _ in range(POWER_STEPS):
         vector = matrix.T @ (matrix @ vector)

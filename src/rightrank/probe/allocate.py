@@ -1,8 +1,9 @@
-"""`allocate`: a rank for each module, proposed only if trained evidence is for it.
+"""`allocate`: a rank for each module, proposed only where trainings support it.
 
-A pattern wins if, trained from the start at no more parameters than the uniform adapter, it beats that by the paired
-rule, and beats the same ranks shuffled over the modules too: else what helped was not where the ranks are.
-The pattern is made on the training and selection splits; all comparisons are on the test split.
+A pattern and the uniform adapter are trained from the start, the pattern with no more parameters. The pattern wins where
+the 95% interval of the paired difference is below zero against the uniform adapter, and also against the same ranks
+shuffled over the modules: otherwise the distribution of the ranks, not their place, made the difference. The pattern is
+made on the training and validation splits; all comparisons use the test split.
 """
 
 from __future__ import annotations
@@ -33,20 +34,20 @@ from rightrank.settings import SelectSettings, make_settings
 
 MEASURES = ("sensitivity", "spectra", "gradient", "eva")
 CONFIDENCE = 0.95  # of the two-sided interval
-SHUFFLES = 400  # draws, of which the nearest to the budget is taken
+SHUFFLES = 400  # permutations, of which the nearest in parameters is taken
 
 PatternKind = Literal["uniform", "allocated", "shuffled"]
 
 
 @dataclass(frozen=True, slots=True)
 class AllocateOptions:
-    """What is trained, and how the pattern is made."""
+    """What to train, and how to make the pattern."""
 
     rank: int  # of the uniform adapter that sets the budget
     learning_rate: float
     steps: int
     by: str = "sensitivity"
-    pattern: Path | None = None  # a JSON file of ranks by module, to be tested instead of a measure's
+    pattern: Path | None = None  # a JSON file of ranks by module, tested instead of a measure's pattern
     seeds: tuple[int, ...] = (0, 1)
     base: str | None = None
     settings: SelectSettings = field(default_factory=lambda: make_settings({}))
@@ -54,21 +55,21 @@ class AllocateOptions:
 
 
 @dataclass(frozen=True, slots=True)
-class _Trained:
+class _TrainedPattern:
     record: AllocationTrial
     scores: Scores
 
 
 def allocate(path: Path, data: Path, options: AllocateOptions) -> Allocation:
-    """Make a pattern from a trained adapter, train it beside its rivals, and say whether it pays.
+    """Make a pattern from a trained adapter, train it and its rivals, and compare them.
 
     Raises:
-        InputError: the adapter, data, measure or pattern can't be used.
+        InputError: the adapter, data, measure or pattern cannot be used.
         RunError: a training diverged.
     """
     _check(options)
     adapter = open_adapter(path)
-    by_rank(adapter, options.rank)  # refuses what no module can have
+    by_rank(adapter, options.rank)  # refuses a rank above a module's limit
     given = None if options.pattern is None else read_pattern(options.pattern, adapter)
     budget = options.rank * sum(module.rows + module.columns for module in adapter.modules)
     with tempfile.TemporaryDirectory(prefix="rightrank-") as name:
@@ -81,7 +82,7 @@ def allocate(path: Path, data: Path, options: AllocateOptions) -> Allocation:
             "allocated": ranks,
             "shuffled": shuffled(adapter, ranks, seed=0),
         }
-        trained: dict[PatternKind, list[_Trained]] = {"uniform": [], "allocated": [], "shuffled": []}
+        trained: dict[PatternKind, list[_TrainedPattern]] = {"uniform": [], "allocated": [], "shuffled": []}
         for kind, found in trained.items():
             for seed in options.seeds:
                 found.append(_train(runtime, adapter, kind, patterns[kind], seed, options))
@@ -90,7 +91,7 @@ def allocate(path: Path, data: Path, options: AllocateOptions) -> Allocation:
 
 
 def make_pattern(adapter: AdapterFolder, runtime: Runtime, budget: int, options: AllocateOptions) -> dict[str, int]:
-    """Ranks by the measure that was asked for, within the budget of parameters."""
+    """Ranks by the measure of the options, within a budget of parameters."""
     if options.by == "spectra":
         return importance.by_spectra(adapter, budget)
     if options.by == "gradient":
@@ -101,10 +102,10 @@ def make_pattern(adapter: AdapterFolder, runtime: Runtime, budget: int, options:
 
 
 def read_pattern(path: Path, adapter: AdapterFolder) -> dict[str, int]:
-    """Ranks by exact module name; modules that are not named have none and so every one must be.
+    """Ranks by exact module name, one for every module of the adapter.
 
     Raises:
-        SettingsError: not such a file, a name that is no module of the adapter, a module left out, or no rank.
+        SettingsError: an unreadable file, an unknown or missing module, or a value that is no rank.
     """
     try:
         pattern = read_json_object(path)
@@ -124,7 +125,7 @@ def read_pattern(path: Path, adapter: AdapterFolder) -> dict[str, int]:
 
 
 def shuffled(adapter: AdapterFolder, ranks: Mapping[str, int], seed: int) -> dict[str, int]:
-    """The same ranks over other modules, at parameters as near to the pattern's as a draw gives."""
+    """The same ranks permuted over the modules; of SHUFFLES permutations the nearest in parameters."""
     costs = np.array([module.rows + module.columns for module in adapter.modules])
     limits = np.array([min(module.rows, module.columns) for module in adapter.modules])
     values = np.array([ranks[module.name] for module in adapter.modules])
@@ -139,12 +140,10 @@ def shuffled(adapter: AdapterFolder, ranks: Mapping[str, int], seed: int) -> dic
 def _check(options: AllocateOptions) -> None:
     if len(options.seeds) < 2:
         raise SettingsError(
-            f"--seeds: got {len(options.seeds)}; give two or more: one can't show what another would give"
+            f"--seeds: got {len(options.seeds)}; give two or more, since a single seed does not show the seed noise"
         )
     if options.settings.scaling == "constant":
-        raise SettingsError(
-            "scaling 'constant' needs an alpha of its own at each rank; give 'alpha/r' or 'alpha/sqrt(r)'"
-        )
+        raise SettingsError("scaling 'constant' needs another alpha at each rank; give 'alpha/r' or 'alpha/sqrt(r)'")
     if options.pattern is None and options.by not in MEASURES:
         hint = did_you_mean(options.by, MEASURES)
         raise SettingsError(f"--by {options.by!r} is not known{hint or '; allowed: ' + ', '.join(MEASURES)}")
@@ -159,8 +158,8 @@ def _train(
     ranks: Mapping[str, int],
     seed: int,
     options: AllocateOptions,
-) -> _Trained:
-    """Train one pattern from a fresh start and measure it on the test split."""
+) -> _TrainedPattern:
+    """Train one pattern from a fresh initialisation, and measure it on the test split."""
     settings = runtime.settings
     arm = Arm(
         rank=max(ranks.values()),
@@ -176,13 +175,13 @@ def _train(
         scores = runtime.evaluate("test")
     parameters = sum(ranks[module.name] * (module.rows + module.columns) for module in adapter.modules)
     record = AllocationTrial(pattern=kind, seed=seed, parameters=parameters, value=scores.loss, ranks=dict(ranks))
-    return _Trained(record, scores)
+    return _TrainedPattern(record, scores)
 
 
 def _answer(
     adapter: AdapterFolder,
     ranks: Mapping[str, int],
-    trained: Mapping[PatternKind, list[_Trained]],
+    trained: Mapping[PatternKind, list[_TrainedPattern]],
     options: AllocateOptions,
 ) -> Allocation:
     verdicts = [
@@ -211,8 +210,10 @@ def _answer(
     )
 
 
-def compare(left: list[_Trained], right: list[_Trained], against: Literal["uniform", "shuffled"]) -> AllocationVerdict:
-    """Left minus right, nats, paired over seeds and items, with its 95% interval."""
+def compare(
+    left: list[_TrainedPattern], right: list[_TrainedPattern], against: Literal["uniform", "shuffled"]
+) -> AllocationVerdict:
+    """Left minus right in nats, paired over seeds and examples, with its 95% interval."""
     sums = np.array([a.scores.losses for a in left]) - np.array([b.scores.losses for b in right])
     found = estimate(sums, np.array(left[0].scores.tokens, dtype=np.float64))
     low, high = (found.bound(level) for level in ((1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2))

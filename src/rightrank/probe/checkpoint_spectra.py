@@ -1,8 +1,7 @@
-"""`inspect --base A --finetuned B`: every matrix that full fine-tuning changed, one at a time.
+"""`inspect --base A --finetuned B`: the spectrum of every matrix that full fine-tuning changed, one at a time.
 
-Small matrices are decomposed exactly. Of larger ones the leading singular values come from a randomised range finder
-with power iterations (Halko, Martinsson and Tropp 2011); the energy of the whole difference is exact, so what the
-leading values leave over is known.
+Small matrices are decomposed exactly. Of larger ones a randomised range finder with power iterations (Halko, Martinsson
+and Tropp 2011) gives the leading singular values; the energy ‖Δ‖²_F is exact, and so is that of the remainder.
 """
 
 from __future__ import annotations
@@ -17,21 +16,21 @@ from numpy.typing import NDArray
 
 from rightrank.errors import ModelError
 from rightrank.io.weights import WeightFolder, open_weights
-from rightrank.probe.spectrum import Circumstances, Update, describe, flag_dead, summarise
+from rightrank.probe.spectrum import InspectionInfo, Update, describe, flag_dead, summarise
 from rightrank.records.probe import Inspection
 
 Floats = NDArray[np.float64]
 
-EXACT_SIDE = 1024  # up to this shorter side a difference is decomposed exactly
+EXACT_SIDE = 1024  # shorter side up to which a difference is decomposed exactly
 SKETCH_RANK = 128
 BLOCK_ROWS = 1024
 OVERSAMPLING = 32
-POWER_ITERATIONS = 3  # a singular value well above the rest then has a relative error under 1e-3
+POWER_ITERATIONS = 3  # gives a singular value well above the rest within a relative error of 1e-3
 
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """A tensor that both checkpoints hold, and by how much it changed."""
+    """A tensor of both checkpoints, and its change."""
 
     name: str
     shape: tuple[int, ...]
@@ -41,7 +40,7 @@ class Difference:
 def inspect_checkpoints(
     base: Path, finetuned: Path, sketch_rank: int = SKETCH_RANK, on_matrix: Callable[[str], None] = lambda _: None
 ) -> Inspection:
-    """The spectra of `finetuned` minus `base`; memory is that of one matrix.
+    """The spectra of `finetuned` minus `base`; only one matrix is in memory at a time.
 
     Raises:
         ModelError: a folder without safetensors, or two that differ in names or shapes.
@@ -62,7 +61,7 @@ def inspect_checkpoints(
     if not updates and not not_matrices:
         raise ModelError(f"{finetuned}: every tensor is equal to that of {base}; give a fine-tuned model of this base")
     modules = flag_dead([describe(update) for update in updates])
-    about = Circumstances(
+    about = InspectionInfo(
         "checkpoints",
         "none",
         str(base),
@@ -74,10 +73,10 @@ def inspect_checkpoints(
 
 
 def require_alike(before: WeightFolder, after: WeightFolder) -> None:
-    """Refuse two checkpoints that are not of one architecture.
+    """Refuse two checkpoints of different architectures.
 
     Raises:
-        ModelError: a name or a shape that only one has.
+        ModelError: a tensor name or shape that only one of them has.
     """
     for ours, theirs in ((before, after), (after, before)):
         missing = sorted(ours.files.keys() - theirs.files.keys())
@@ -93,12 +92,12 @@ def require_alike(before: WeightFolder, after: WeightFolder) -> None:
 
 
 def differences(before: WeightFolder, after: WeightFolder) -> Iterator[Difference]:
-    """Every tensor of both, in the order of names; integer buffers are left out.
+    """The change of every floating-point tensor, in the natural order of names.
 
     Raises:
         ModelError: a value that is NaN or infinite.
     """
-    for name in sorted(before.files, key=natural):
+    for name in sorted(before.files, key=natural_order):
         old, new = before.tensor(name), after.tensor(name)
         if not old.is_floating_point():
             continue
@@ -107,15 +106,15 @@ def differences(before: WeightFolder, after: WeightFolder) -> Iterator[Differenc
             continue
         delta = _subtracted(new, old)
         del old, new
-        if not all(torch.isfinite(bound) for bound in torch.aminmax(delta)):  # without a copy, as isfinite makes
+        if not all(torch.isfinite(bound) for bound in torch.aminmax(delta)):  # without the copy that isfinite makes
             raise ModelError(
-                f"{name}: NaN or infinite values in {before.path} or {after.path}; give a sound checkpoint"
+                f"{name}: NaN or infinite values in {before.path} or {after.path}; give an undamaged checkpoint"
             )
         yield Difference(name, before.shapes[name], delta)
 
 
 def _subtracted(new: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
-    """`new - old` in float32, a block of rows at a time: torch would make a whole float32 copy of either."""
+    """`new - old` in float32, a block of rows at a time, without a whole float32 copy of either."""
     if new.dim() == 0:
         return new.float() - old.float()
     delta = torch.empty(new.shape, dtype=torch.float32)
@@ -125,13 +124,13 @@ def _subtracted(new: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
     return delta
 
 
-def natural(name: str) -> list[tuple[int, int, str]]:
-    """Sorts layer 2 before layer 10."""
+def natural_order(name: str) -> list[tuple[int, int, str]]:
+    """Sort key that puts layer 2 before layer 10."""
     return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in name.split(".")]
 
 
 def matrix_update(name: str, delta: torch.Tensor, sketch_rank: int) -> Update:
-    """The record of one difference; exact up to a shorter side of EXACT_SIDE, and else its leading part."""
+    """The record of one difference: all singular values up to a shorter side of EXACT_SIDE, else the leading ones."""
     energy = float(delta.double().square().sum()) if delta.numel() < 2**22 else _energy(delta)
     if min(delta.shape) <= EXACT_SIDE:
         values = exact_values(delta)
@@ -151,7 +150,7 @@ def matrix_update(name: str, delta: torch.Tensor, sketch_rank: int) -> Update:
 
 
 def exact_values(delta: torch.Tensor) -> Floats:
-    """All singular values, through the QR of the taller orientation."""
+    """All singular values, by the R of a QR decomposition of the taller orientation."""
     tall = delta if delta.shape[0] >= delta.shape[1] else delta.T
     triangle = torch.linalg.qr(tall, mode="r").R.double()
     values: Floats = torch.linalg.svdvals(triangle).numpy()
@@ -159,7 +158,8 @@ def exact_values(delta: torch.Tensor) -> Floats:
 
 
 def sketched_svd(delta: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The leading `(U [d, rank], s [rank], Vᵀ [rank, k])` of a matrix, in float64 once it is small."""
+    """The leading `(U [d, rank], s [rank], Vᵀ [rank, k])` of `delta` [d, k]; the small matrix QᵀΔ is decomposed in
+    float64."""
     width = min(rank + OVERSAMPLING, *delta.shape)
     probe = torch.randn(delta.shape[1], width, generator=torch.Generator().manual_seed(0))
     basis = torch.linalg.qr(delta @ probe).Q

@@ -1,7 +1,7 @@
 """`extract`: a full fine-tune as a LoRA adapter, from two checkpoints.
 
-Every linear module that changed gets the leading part of its difference. What changed and is no linear module (norms,
-biases, embeddings) can't be carried by factors: it is left out, and named.
+Every changed linear module gets the leading singular triplets of its difference. Factors cannot represent changes of
+norms, biases and embeddings: those are left out, and a note names them.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from rightrank.io.weights import open_weights
 from rightrank.maths.spectra import energy_rank
 from rightrank.probe.checkpoint_spectra import EXACT_SIDE, differences, require_alike, sketched_svd
 from rightrank.probe.rank_choice import RankChoice
-from rightrank.probe.resize import write_resized
-from rightrank.probe.resizing import resize_adapter
+from rightrank.probe.resize import resize_adapter
+from rightrank.probe.resized_adapter import write_resized
 from rightrank.probe.spectrum import Update, describe
 from rightrank.records.probe import Resized
 from rightrank.settings.resize import ResizeOptions, ResizeRule
@@ -36,16 +36,16 @@ MAX_RANK = 128
 
 @dataclass(frozen=True, slots=True)
 class ExtractOptions:
-    """How far to look, and how to measure."""
+    """Options of `extract`."""
 
-    max_rank: int = MAX_RANK  # singular values to keep at most
+    max_rank: int = MAX_RANK  # singular values kept of each module
     resize: ResizeOptions = field(default_factory=lambda: ResizeOptions(dtype="float32"))
     on_matrix: Callable[[str], None] = lambda _: None
 
 
 @dataclass(frozen=True, slots=True)
-class _Leading:
-    """The adapter of all leading parts, still to be cut to size."""
+class _LeadingParts:
+    """The adapter of all leading parts, before its rank is chosen."""
 
     tensors: dict[str, torch.Tensor]
     updates: list[Update]
@@ -54,10 +54,10 @@ class _Leading:
 
 
 def extract(base: Path, finetuned: Path, out: Path, rule: ResizeRule, options: ExtractOptions) -> Resized:
-    """Write an adapter on `base` that approximates `finetuned`; errors are of the whole difference.
+    """Write an adapter on `base` that approximates `finetuned`; errors are relative to the whole difference.
 
     Raises:
-        InputError: two checkpoints that don't belong together, a rule that can't be, or an `out` that exists.
+        InputError: checkpoints of different architectures, a rule that cannot be applied, or an `out` that exists.
     """
     rule.require_one()
     require_absent(out)
@@ -74,7 +74,7 @@ def extract(base: Path, finetuned: Path, out: Path, rule: ResizeRule, options: E
     return _of_whole_difference(written, leading)
 
 
-def _leading_parts(base: Path, finetuned: Path, options: ExtractOptions) -> _Leading:
+def _leading_parts(base: Path, finetuned: Path, options: ExtractOptions) -> _LeadingParts:
     before, after = open_weights(base), open_weights(finetuned)
     require_alike(before, after)
     kinds = linear_modules(str(base))
@@ -96,9 +96,9 @@ def _leading_parts(base: Path, finetuned: Path, options: ExtractOptions) -> _Lea
         updates.append(update)
     if not updates:
         raise ModelError(
-            f"{finetuned}: no linear module differs from {base}; there is nothing that factors could carry"
+            f"{finetuned}: no linear module differs from {base}; give a model with fine-tuned linear modules"
         )
-    return _Leading(tensors, updates, left_out, "Conv1D" in {kinds[update.name] for update in updates})
+    return _LeadingParts(tensors, updates, left_out, "Conv1D" in {kinds[update.name] for update in updates})
 
 
 def leading_part(name: str, delta: torch.Tensor, max_rank: int) -> tuple[Update, Factors]:
@@ -121,8 +121,8 @@ def leading_part(name: str, delta: torch.Tensor, max_rank: int) -> tuple[Update,
     return update, balanced_factors(u, s, vt, kept)
 
 
-def _config(base: Path, leading: _Leading) -> dict[str, Any]:
-    """A LoraConfig of the leading parts: alpha = r, so that the scale is 1 before it is cut."""
+def _config(base: Path, leading: _LeadingParts) -> dict[str, Any]:
+    """A LoraConfig of the leading parts with alpha = r, so that the scale is 1."""
     largest = max(update.rank for update in leading.updates)
     return {
         "peft_type": "LORA",
@@ -140,8 +140,8 @@ def _config(base: Path, leading: _Leading) -> dict[str, Any]:
     }
 
 
-def _choice(leading: _Leading, rule: ResizeRule, options: ExtractOptions) -> RankChoice:
-    """By energy or noise of the whole difference; a module that would need more than was kept gets all of that."""
+def _choice(leading: _LeadingParts, rule: ResizeRule, options: ExtractOptions) -> RankChoice:
+    """Ranks by energy or noise of the whole difference, at most the number of kept singular values."""
     if rule.energy is not None and not 0 < rule.energy <= 1:
         raise SettingsError(
             f"--energy {rule.energy:g} is not allowed: give a fraction above 0 and up to 1, such as 0.99"
@@ -155,13 +155,13 @@ def _choice(leading: _Leading, rule: ResizeRule, options: ExtractOptions) -> Ran
             wanted = energy_rank(update.values[: update.rank], rule.energy or 1.0, update.energy)
         short += wanted is None or wanted > update.rank
         ranks[update.name] = max(1, min(wanted or update.rank, update.rank))
-    note = f"{short} module(s) would need more than --max-rank {options.max_rank} and got that"
+    note = f"{short} module(s) need more than --max-rank {options.max_rank}, which they got"
     choice = RankChoice(ranks, "noise" if rule.noise else f"energy {rule.energy:g}", (note,) if short else ())
     return choice.as_common() if options.resize.uniform else choice
 
 
-def _of_whole_difference(written: Resized, leading: _Leading) -> Resized:
-    """Errors with what the leading parts already left out: the two parts are orthogonal."""
+def _of_whole_difference(written: Resized, leading: _LeadingParts) -> Resized:
+    """Errors relative to the whole difference: √(error² + what the leading parts omit), since both are orthogonal."""
     updates = {update.name: update for update in leading.updates}
     modules, errors = [], []
     for module in written.modules:
@@ -175,7 +175,7 @@ def _of_whole_difference(written: Resized, leading: _Leading) -> Resized:
     notes = list(written.notes)
     if leading.left_out:
         named = ", ".join(leading.left_out[:4]) + (", …" if len(leading.left_out) > 4 else "")
-        notes.append(f"{len(leading.left_out)} changed tensor(s) that factors can't carry were left out: {named}")
+        notes.append(f"{len(leading.left_out)} changed tensor(s) that factors cannot represent were left out: {named}")
     return written.model_copy(
         update={
             "relative_delta_error": math.hypot(*errors) / total,

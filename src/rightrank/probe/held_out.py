@@ -1,8 +1,7 @@
-"""`resize --data`: the smallest rank whose held-out loss is not worse by the margin, by the decision's own rule.
+"""`resize --data`: the smallest rank whose held-out loss is not worse by the margin, by the rule of `decide`.
 
-Every candidate is truncated by K-FAC over training examples, written as the adapter that it would be, put on the base by
-PEFT, and measured on the same examples; with recovery each is trained for the same steps on the same batches, the
-reference too.
+Every candidate is written as an adapter folder, attached to the base by PEFT, and measured on the same examples. With
+recovery, every candidate and the reference are trained for the same steps on the same batches.
 """
 
 from __future__ import annotations
@@ -22,9 +21,9 @@ from rightrank.io.adapter_folder import AdapterFolder, open_adapter, write_adapt
 from rightrank.io.adapters import save_adapter
 from rightrank.io.files import require_absent
 from rightrank.maths.truncation import Moments, components, shared_ranks
-from rightrank.probe.adapter_runtime import adapter_on, finished_trial, train_attached
+from rightrank.probe.adapter_runtime import adapter_attached, finished_trial, train_attached
 from rightrank.probe.rank_choice import RankChoice
-from rightrank.probe.resize import write_resized
+from rightrank.probe.resized_adapter import write_resized
 from rightrank.records import Decision, TrialFinished
 from rightrank.records.probe import HeldOut, Resized
 from rightrank.settings import DtypeName
@@ -41,7 +40,7 @@ class Recovery:
 
 @dataclass(frozen=True, slots=True)
 class Candidates:
-    """What to measure, and how."""
+    """The ranks to measure, and how."""
 
     ranks: Sequence[int]
     recovery: Recovery | None = None
@@ -51,7 +50,7 @@ class Candidates:
 
 @dataclass(frozen=True, slots=True)
 class TruncationCurve:
-    """Held-out results by rank, the base as rank 0, and what the rule makes of them."""
+    """Held-out results by rank, with the base as rank 0, and the decision on them."""
 
     trials: list[TrialFinished]
     written: dict[int, Resized]
@@ -76,16 +75,16 @@ def resize_by_data(
     require_absent(out)
     curve = truncation_curve(adapter, runtime, candidates, working)
     chosen = open_adapter(working / f"r{curve.rank}")
-    write_adapter(out, chosen.config, {key: _as_before(adapter, chosen, key, candidates.dtype) for key in chosen.keys})
+    write_adapter(out, chosen.config, {key: _in_dtype(adapter, chosen, key, candidates.dtype) for key in chosen.keys})
     resized = curve.written[curve.rank]
     recovery = candidates.recovery
     notes = [*resized.notes, *curve.gathered.notices]
     if curve.gathered.moments:
         notes.append(f"truncated by K-FAC over {curve.gathered.tokens} tokens of the training split")
     if curve.rank == max(module.rank for module in adapter.modules):
-        notes.append("no lower rank is shown to lose less than the margin: the adapter keeps its rank")
+        notes.append("no lower rank is shown to lose less than the margin, so the adapter keeps its rank")
     if recovery is not None:
-        notes.append("recovered: the error is that of the truncation before training")
+        notes.append("recovered: the error is that of the truncation, before training")
     return resized.model_copy(
         update={
             "out": str(out),
@@ -102,8 +101,8 @@ def resize_by_data(
     )
 
 
-def _as_before(adapter: AdapterFolder, chosen: AdapterFolder, key: str, dtype: DtypeName | None) -> torch.Tensor:
-    """A tensor in the dtype asked for, or in that of the adapter it came from: training works in the base's."""
+def _in_dtype(adapter: AdapterFolder, chosen: AdapterFolder, key: str, dtype: DtypeName | None) -> torch.Tensor:
+    """A tensor of the chosen candidate in `dtype`, or in the original dtype: training works in that of the base."""
     tensor = chosen.tensor(key)
     if dtype is not None or key not in adapter.keys:
         return tensor
@@ -113,7 +112,7 @@ def _as_before(adapter: AdapterFolder, chosen: AdapterFolder, key: str, dtype: D
 def truncation_curve(
     adapter: AdapterFolder, runtime: Runtime, candidates: Candidates, working: Path
 ) -> TruncationCurve:
-    """The held-out loss of every truncation; the candidates stay in `working` as r1, r2, …
+    """The held-out loss of every truncation; `working` keeps the candidates as r1, r2, …
 
     Raises:
         ModelError: the adapter does not fit the base.
@@ -138,15 +137,15 @@ def truncation_curve(
 def _moments(adapter: AdapterFolder, runtime: Runtime) -> Gathered:
     """Moments over the training split; which of its examples the adapter was trained on is not known."""
     examples = [index for indices in runtime.batch_plan(0, len(runtime.examples("train"))) for index in indices]
-    with adapter_on(runtime, adapter.path) as peft_model:
+    with adapter_attached(runtime, adapter.path) as peft_model:
         return gather_moments(runtime, peft_model, list(dict.fromkeys(examples)), MOMENT_TOKENS)
 
 
 def capped(adapter: AdapterFolder, rank: int, moments: Mapping[str, Moments] | None = None) -> RankChoice:
-    """This rank for every module that has more; the others stay.
+    """This rank for every module with a higher one; the others keep theirs.
 
-    With moments of every module, the parameters are shared out over the modules as in a selection, up to the rank that a
-    server reserves.
+    With moments of every module, the parameters of this rank are distributed over the modules as in a selection, up to
+    the rank that a server reserves.
     """
     uniform = {module.name: min(rank, module.rank) for module in adapter.modules}
     known = moments or {}
@@ -160,8 +159,8 @@ def capped(adapter: AdapterFolder, rank: int, moments: Mapping[str, Moments] | N
 
 
 def measure(runtime: Runtime, folder: Path, recovery: Recovery | None = None) -> Scores:
-    """Held-out scores of an adapter folder; with recovery trained first, and the folder replaced by the result."""
-    with adapter_on(runtime, folder, trainable=recovery is not None) as peft_model:
+    """Held-out scores of an adapter folder; with recovery it is trained first, and the folder holds the result."""
+    with adapter_attached(runtime, folder, trainable=recovery is not None) as peft_model:
         if recovery is not None:
             train_attached(runtime, peft_model, recovery.learning_rate, recovery.seed)
             base_name = str(peft_model.peft_config["default"].base_model_name_or_path)

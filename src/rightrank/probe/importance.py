@@ -1,6 +1,6 @@
-"""Where rank could pay: what each module would gain from each further rank, by four measures.
+"""Ranks by module within a budget of parameters, by four measures of what a further rank of a module gains.
 
-Every measure ends in ranks of at most the budget's parameters, one for each module and at least 1.
+Every measure gives every module a rank of at least 1.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from rightrank.engine.runtime import Runtime
 from rightrank.io.adapter_folder import AdapterFolder
 from rightrank.io.truncation import resized_factors
 from rightrank.maths.spectra import factored_singular_values, ranks_by_water_filling
-from rightrank.probe.adapter_runtime import adapter_on
+from rightrank.probe.adapter_runtime import adapter_attached
 from rightrank.records import SplitName
 
-GRADIENT_ITEMS = 64  # training items that the gradient is averaged over
+GRADIENT_EXAMPLES = 64  # training examples over which the gradient is averaged
 EVA_BATCHES = 16
 EVA_RHO = 2.0  # PEFT's default: at most twice the rank anywhere
 
 
 def by_spectra(adapter: AdapterFolder, budget: int) -> dict[str, int]:
-    """Water-filling by the energy of the trained update: σ² of s·B·A for its parameters."""
+    """Water-filling by the energy of the trained update: largest σ² of s·B·A per parameter first."""
     spectra = [factored_singular_values(*adapter.factors(module)) * abs(module.scaling) for module in adapter.modules]
     return _named(adapter, ranks_by_water_filling(spectra, _costs(adapter), budget))
 
@@ -36,18 +36,18 @@ def by_spectra(adapter: AdapterFolder, budget: int) -> dict[str, int]:
 def by_sensitivity(
     adapter: AdapterFolder, runtime: Runtime, budget: int, split: SplitName = "selection"
 ) -> dict[str, int]:
-    """Greedy by held-out loss: the step up the ranks of one module that saves most loss for its parameters.
+    """Greedy by held-out loss: the step to a higher rank of one module that reduces the loss most per parameter first.
 
-    Every module is truncated alone, to 1, 2, 4, … below its rank, the others staying whole.
+    Each module is truncated alone, to 1, 2, 4, … below its rank, while the others keep theirs.
     """
     curves = truncation_sensitivity(adapter, runtime, split)
     return greedy_ranks(curves, dict(zip(curves, _costs(adapter), strict=True)), budget)
 
 
 def truncation_sensitivity(adapter: AdapterFolder, runtime: Runtime, split: SplitName) -> dict[str, dict[int, float]]:
-    """The loss of `split` by module and rank of that module."""
+    """The loss of `split`, nats a label, by module and rank of that module."""
     curves: dict[str, dict[int, float]] = {}
-    with adapter_on(runtime, adapter.path) as peft_model:
+    with adapter_attached(runtime, adapter.path) as peft_model:
         whole = runtime.evaluate(split).loss
         modules = lora_modules(peft_model)
         for module in adapter.modules:
@@ -63,9 +63,9 @@ def truncation_sensitivity(adapter: AdapterFolder, runtime: Runtime, split: Spli
 
 
 def greedy_ranks(curves: Mapping[str, Mapping[int, float]], costs: Mapping[str, int], budget: int) -> dict[str, int]:
-    """Steps up the measured ranks, the one that saves most loss a parameter first, while the budget lasts.
+    """Steps to higher measured ranks, the largest loss reduction per parameter first, while the budget lasts.
 
-    A step may jump levels that save nothing: of all higher levels the best ratio counts.
+    A step may skip levels that reduce nothing: of all higher levels, the one with the best ratio counts.
     """
     ranks = {name: min(curve) for name, curve in curves.items()}
     left = budget - sum(costs[name] * rank for name, rank in ranks.items())
@@ -83,7 +83,7 @@ def greedy_ranks(curves: Mapping[str, Mapping[int, float]], costs: Mapping[str, 
 
 
 def _best_step(name: str, curve: Mapping[int, float], rank: int, cost: int, left: int) -> tuple[float, str, int] | None:
-    """`(-saving a parameter, name, level)` of the best affordable step up; None where there is none."""
+    """`(-reduction per parameter, name, level)` of the best affordable step; None where there is none."""
     steps = [
         (-(curve[rank] - loss) / (cost * (level - rank)), name, level)
         for level, loss in curve.items()
@@ -93,7 +93,7 @@ def _best_step(name: str, curve: Mapping[int, float], rank: int, cost: int, left
 
 
 def by_gradient(adapter: AdapterFolder, runtime: Runtime, budget: int) -> dict[str, int]:
-    """Water-filling by the energy of the loss's gradient to each weight, at the base, before any training."""
+    """Water-filling by the energy of the gradient of the loss with respect to each weight of the untrained base."""
     gradients = weight_gradients(runtime, [module.name for module in adapter.modules])
     limits = [min(module.rows, module.columns) for module in adapter.modules]
     spectra = [
@@ -103,13 +103,15 @@ def by_gradient(adapter: AdapterFolder, runtime: Runtime, budget: int) -> dict[s
     return _named(adapter, ranks_by_water_filling(spectra, _costs(adapter), budget))
 
 
-def weight_gradients(runtime: Runtime, names: Sequence[str], items: int = GRADIENT_ITEMS) -> dict[str, torch.Tensor]:
-    """The gradient of the mean training loss to each named weight of the bare base, over the first `items` items."""
+def weight_gradients(
+    runtime: Runtime, names: Sequence[str], examples: int = GRADIENT_EXAMPLES
+) -> dict[str, torch.Tensor]:
+    """The gradient of the mean loss over the first training examples, with respect to each named weight of the base."""
     weights = {name: runtime.model.get_submodule(name).weight for name in names}
     for weight in weights.values():
         weight.requires_grad_(True)
     try:
-        count = min(items, len(runtime.examples("train")))
+        count = min(examples, len(runtime.examples("train")))
         size = runtime.settings.batch_size
         for start in range(0, count, size):
             batch = runtime.batch("train", range(start, min(start + size, count)))
@@ -122,9 +124,9 @@ def weight_gradients(runtime: Runtime, names: Sequence[str], items: int = GRADIE
 
 
 def by_eva(adapter: AdapterFolder, runtime: Runtime, budget: int, rank: int) -> dict[str, int]:
-    """PEFT's EVA: ranks by the variance that each further direction of a module's inputs explains.
+    """PEFT's EVA (Paischer et al. 2024): ranks by the variance of a module's inputs that each direction explains.
 
-    EVA shares out ranks, not parameters; where its pattern costs more than the budget it is scaled down.
+    EVA distributes ranks and not parameters; a pattern beyond the budget is scaled down.
     """
     config = LoraConfig(
         r=rank,
@@ -134,7 +136,7 @@ def by_eva(adapter: AdapterFolder, runtime: Runtime, budget: int, rank: int) -> 
         task_type="CAUSAL_LM",
     )
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # PEFT's remarks on EVA, which is used only for its ranks
+        warnings.simplefilter("ignore")  # of PEFT about EVA's factors, which only give ranks here
         peft_model = wrapped(runtime.model, config)
         try:
             initialize_lora_eva_weights(peft_model, list(_batches(runtime)), show_progress_bar=False)
@@ -156,7 +158,7 @@ def _batches(runtime: Runtime) -> Iterator[dict[str, torch.Tensor]]:
 
 @contextmanager
 def _factors_set(module: Any, b: torch.Tensor, a: torch.Tensor) -> Iterator[None]:
-    """Factors of a lower rank in the place of a module's own, the rest of its rank at zero."""
+    """Within the block, factors of a lower rank replace those of a module, whose other ranks are zero."""
     weights = (module.lora_A[ADAPTER].weight, module.lora_B[ADAPTER].weight)
     kept = [weight.detach().clone() for weight in weights]
     rank = b.shape[1]

@@ -1,4 +1,4 @@
-"""Which rank each module gets: one rank for all, or by energy, or by what stands above the noise."""
+"""The rank of each module: one for all, by energy, or by the singular values above the noise."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rightrank.probe.adapter_spectra import inspect_adapter
 
 @dataclass(frozen=True, slots=True)
 class RankChoice:
-    """A rank for every module, and by which rule."""
+    """A rank for every module, and the rule that chose it."""
 
     ranks: Mapping[str, int]
     chosen_by: str
@@ -22,11 +22,11 @@ class RankChoice:
 
     @property
     def common(self) -> int:
-        """The one rank that is enough for every module."""
+        """The largest rank of any module."""
         return max(self.ranks.values())
 
     def as_common(self, rank: int | None = None) -> RankChoice:
-        """The same for all modules: the largest that any needs, or the rank given."""
+        """One rank for all modules: `rank`, or the largest of any."""
         return RankChoice(dict.fromkeys(self.ranks, rank or self.common), self.chosen_by, self.notes)
 
 
@@ -34,7 +34,7 @@ def by_rank(adapter: AdapterFolder, rank: int) -> RankChoice:
     """One rank for all modules.
 
     Raises:
-        SettingsError: below 1, or above what some module's ΔW can have.
+        SettingsError: below 1, or above the limit of a module's ΔW.
     """
     if rank < 1:
         raise SettingsError(f"--rank {rank} is not allowed: give a whole number from 1")
@@ -48,10 +48,10 @@ def by_rank(adapter: AdapterFolder, rank: int) -> RankChoice:
 
 
 def by_energy(adapter: AdapterFolder, fraction: float) -> RankChoice:
-    """The fewest singular values of each module that hold this fraction of its energy; never more than it has.
+    """The fewest singular values of each module with this fraction of its energy Σσ².
 
     Raises:
-        SettingsError: not a fraction.
+        SettingsError: `fraction` is not above 0 and up to 1.
     """
     if not (0 < fraction <= 1) or math.isnan(fraction):
         raise SettingsError(f"--energy {fraction:g} is not allowed: give a fraction above 0 and up to 1, such as 0.99")
@@ -63,7 +63,7 @@ def by_energy(adapter: AdapterFolder, fraction: float) -> RankChoice:
 
 
 def by_noise(adapter: AdapterFolder) -> RankChoice:
-    """The singular values of each module above the optimal hard threshold; a module where noise is unclear keeps all."""
+    """The number of singular values above the optimal hard threshold; a module where the noise is unclear keeps its rank."""
     ranks: dict[str, int] = {}
     unclear: list[str] = []
     for module, found in zip(adapter.modules, inspect_adapter(adapter.path).modules, strict=True):
@@ -71,12 +71,16 @@ def by_noise(adapter: AdapterFolder) -> RankChoice:
         if "noise_unclear" in found.flags:
             ranks[module.name] = module.rank
             unclear.append(module.name)
-    notes = (f"{len(unclear)} module(s) keep their rank: too few singular values to tell noise by",) if unclear else ()
+    notes = (
+        (f"{len(unclear)} module(s) keep their rank, with too few singular values to estimate the noise",)
+        if unclear
+        else ()
+    )
     return RankChoice(ranks, "noise", notes)
 
 
 def candidate_ranks(adapter: AdapterFolder, asked: Sequence[int] | None = None) -> list[int]:
-    """The ranks to measure: those asked for, or every power of two below the adapter's largest, and that itself.
+    """The ranks to measure: `asked`, or every power of two below the adapter's largest rank; and that rank.
 
     Raises:
         SettingsError: a rank above the adapter's.
@@ -84,13 +88,11 @@ def candidate_ranks(adapter: AdapterFolder, asked: Sequence[int] | None = None) 
     top = max(module.rank for module in adapter.modules)
     if top == 1:
         raise SettingsError(
-            f"{adapter.path}: its rank is 1, and there is none below to measure; nothing can be taken away"
+            f"{adapter.path}: its rank is 1, and there is no lower rank to measure; give an adapter of a higher rank"
         )
     if asked:
         for rank in asked:
             if not 1 <= rank <= top:
-                raise SettingsError(
-                    f"rank {rank} can't be measured by truncation: the adapter's ranks go from 1 to {top}"
-                )
+                raise SettingsError(f"rank {rank} cannot be reached by truncation; give ranks from 1 to {top}")
         return sorted({*asked, top})
     return sorted({2**power for power in range(top.bit_length()) if 2**power < top} | {top})

@@ -1,155 +1,101 @@
-"""An adapter folder at other ranks: new factors, new configuration, and the error measured on what was written."""
+"""`resize`: from the rule and the options to the folder that is written."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-import torch
-
-from rightrank.errors import ModelError
-from rightrank.io.adapter_folder import (
-    WEIGHTS_FILE,
-    AdapterFolder,
-    AdapterModule,
-    write_adapter,
-)
-from rightrank.io.files import require_absent
-from rightrank.io.patterns import exact_pattern, lora_scaling
-from rightrank.io.truncation import resized_factors
-from rightrank.maths.spectra import factored_distance
-from rightrank.maths.truncation import Moments
-from rightrank.probe.rank_choice import RankChoice
-from rightrank.records.probe import ModuleResize, Resized
-from rightrank.settings import DtypeName
+from rightrank.errors import RunFolderError, SettingsError
+from rightrank.io.adapter_folder import AdapterFolder, open_adapter
+from rightrank.io.files import replacing_folder, require_absent
+from rightrank.probe.rank_choice import RankChoice, by_energy, by_noise, by_rank, candidate_ranks
+from rightrank.probe.resized_adapter import require_plain_update, write_resized
+from rightrank.records.probe import Resized, ResizedTogether
+from rightrank.settings.resize import ResizeOptions, ResizeRule
 
 
-@dataclass(frozen=True, slots=True)
-class NewModule:
-    """A module's tensors at its new rank, and how far its ΔW is from what it was."""
-
-    tensors: Mapping[str, torch.Tensor]
-    error: float  # ‖ΔW' − ΔW‖_F after rounding to the file's dtype
-    norm: float  # ‖ΔW‖_F
-    record: ModuleResize
-
-
-def write_resized(
-    adapter: AdapterFolder,
-    out: Path,
-    choice: RankChoice,
-    dtype: DtypeName | None = None,
-    moments: Mapping[str, Moments] | None = None,
-) -> Resized:
-    """Write `adapter` at the chosen ranks to `out`; dtype None keeps that of every tensor.
-
-    Modules with moments are truncated by K-FAC, the others by singular values.
+def resize_adapter(path: Path, out: Path, rule: ResizeRule, options: ResizeOptions) -> Resized:
+    """Write the adapter in `path` at other ranks to `out`.
 
     Raises:
-        ModelError: NaN weights, or an initialisation that changes the base.
-        RunFolderError: `out` exists or can't be written.
+        InputError: the adapter, the rule, the data or `out` cannot be used; nothing is written.
+        RunError: recovery diverged.
     """
+    rule.require_one()
     require_absent(out)
+    adapter = open_adapter(path)
     require_plain_update(adapter)
-    known = moments or {}
-    modules = [
-        _new_module(adapter, module, choice.ranks[module.name], dtype, known.get(module.name))
-        for module in adapter.modules
-    ]
-    tensors = {key: value for module in modules for key, value in module.tensors.items()}
-    tensors |= {key: adapter.tensor(key) for key in adapter.other_keys}
-    write_adapter(out, resized_config(adapter, choice.ranks), tensors)
-    ranks = set(choice.ranks.values())
-    return Resized(
-        rank=ranks.pop() if len(ranks) == 1 else None,
-        relative_delta_error=_relative(
-            math.hypot(*(module.error for module in modules)), math.hypot(*(module.norm for module in modules))
-        ),
-        modules=[module.record for module in modules],
-        out=str(out),
-        parameters_before=sum(module.parameters for module in adapter.modules),
-        parameters_after=sum(choice.ranks[module.name] * (module.rows + module.columns) for module in adapter.modules),
-        bytes_before=adapter.weights.stat().st_size,
-        bytes_after=(out / WEIGHTS_FILE).stat().st_size,
-        chosen_by=choice.chosen_by,
-        notes=[*choice.notes, *_notes(adapter)],
-    )
+    if rule.data is None:
+        return write_resized(adapter, out, _choice(adapter, rule, options), options.dtype)
+    return _by_data(adapter, out, rule.data, options)
 
 
-def require_plain_update(adapter: AdapterFolder) -> None:
-    """Refuse an adapter whose ΔW is not s·B·A alone.
+def resize_together(paths: Sequence[Path], out: Path, rule: ResizeRule, options: ResizeOptions) -> ResizedTogether:
+    """Several adapters at one common rank, each in a folder of its name under `out`.
+
+    The common rank is that of the rule, or the largest that any module of any adapter needs: the `max_lora_rank` of a
+    server.
 
     Raises:
-        ModelError: the initialisation changes the base whenever the adapter is loaded.
+        InputError: one of them cannot be used, or two have the same name; nothing is written.
     """
-    if (init := adapter.base_changing_init) is not None:
-        raise ModelError(
-            f"{adapter.path}: init_lora_weights is {init!r}, which changes the base on loading, by an amount that depends on "
-            "the rank; convert it first: save_pretrained(..., path_initial_model_for_weight_conversion=...)"
+    rule.require_one()
+    require_absent(out)
+    if rule.data is not None:
+        raise SettingsError("--data measures one adapter on its own data; resize each alone, then all with --rank")
+    names = [path.resolve().name for path in paths]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise SettingsError(
+            f"two adapters are in folders named {twice!r}; rename one, since OUT gets one folder for each adapter"
         )
+    adapters = [open_adapter(path) for path in paths]
+    for adapter in adapters:
+        require_plain_update(adapter)
+    choices = [_choice(adapter, rule, options) for adapter in adapters]
+    rank = max(choice.common for choice in choices)
+    for adapter in adapters:
+        by_rank(adapter, rank)  # refuses a rank above a module's limit before anything is written
+    _require_writable(out)
+    with replacing_folder(out) as temporary:
+        written = [
+            write_resized(adapter, temporary / folder, choice.as_common(rank), options.dtype)
+            for adapter, folder, choice in zip(adapters, names, choices, strict=True)
+        ]
+    moved = [one.model_copy(update={"out": str(out / folder)}) for one, folder in zip(written, names, strict=True)]
+    return ResizedTogether(rank=rank, adapters=moved)
 
 
-def resized_config(adapter: AdapterFolder, ranks: Mapping[str, int]) -> dict[str, Any]:
-    """The configuration with `r` the largest rank and `rank_pattern` for the modules that differ; alphas stay."""
-    largest = max(ranks.values())
-    used = {key: value for key, value in adapter.config["alpha_pattern"].items() if key not in adapter.unused_patterns}
-    return dict(adapter.config) | {
-        "r": largest,
-        "rank_pattern": exact_pattern(ranks, largest, ranks),
-        "alpha_pattern": used,
-    }
+def _require_writable(out: Path) -> None:
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunFolderError(f"{out}: cannot write there ({error.strerror or error}); give a writable folder") from None
 
 
-def _new_module(
-    adapter: AdapterFolder, module: AdapterModule, rank: int, dtype: DtypeName | None, moments: Moments | None
-) -> NewModule:
-    b, a = adapter.factors(module)
-    old_b, old_a = adapter.tensor(module.b_key), adapter.tensor(module.a_key)
-    scaling = lora_scaling(module.lora_alpha, rank, adapter.use_rslora)
-    ratio = module.scaling / scaling
-    old = torch.from_numpy(b), torch.from_numpy(a)
-    if rank == module.rank:
-        new_b, new_a = old[0] * ratio, old[1]
-    else:
-        new_b, new_a = resized_factors(*old, rank, ratio, moments, module.scaling)
-    tensors = {
-        module.b_key: _like(new_b, old_b, rank, dtype, first=False),
-        module.a_key: _like(new_a, old_a, rank, dtype, first=True),
-    }
-    if module.bias_key is not None:  # it is scaled with B
-        bias = adapter.tensor(module.bias_key)
-        tensors[module.bias_key] = (bias.double() * ratio).to(bias.dtype)
-    if module.magnitude_key is not None:
-        tensors[module.magnitude_key] = adapter.tensor(module.magnitude_key)
-    written_b = tensors[module.b_key].double().reshape(module.rows, rank).numpy()
-    written_a = tensors[module.a_key].double().reshape(rank, module.columns).numpy()
-    error = factored_distance(b * module.scaling, a, written_b * scaling, written_a)
-    norm = factored_distance(b * module.scaling, a, np.zeros((module.rows, 0)), np.zeros((0, module.columns)))
-    record = ModuleResize(
-        name=module.name, from_rank=module.rank, rank=rank, relative_delta_error=_relative(error, norm)
+def _choice(adapter: AdapterFolder, rule: ResizeRule, options: ResizeOptions) -> RankChoice:
+    if rule.rank is not None:
+        return by_rank(adapter, rule.rank)
+    choice = by_noise(adapter) if rule.noise else by_energy(adapter, rule.energy or 0.0)
+    return choice.as_common() if options.uniform else choice
+
+
+def _by_data(adapter: AdapterFolder, out: Path, data: Path, options: ResizeOptions) -> Resized:
+    # Only a measurement needs these heavy imports.
+    from rightrank.probe.adapter_runtime import DataUse, adapter_runtime
+    from rightrank.probe.held_out import Candidates, Recovery, resize_by_data
+
+    if options.recover_steps and options.learning_rate is None:
+        raise SettingsError("--recover needs --learning-rate; give the one that the adapter was trained at")
+    recovery = Recovery(options.recover_steps, options.learning_rate) if options.learning_rate else None
+    candidates = Candidates(
+        candidate_ranks(adapter, options.ranks),
+        recovery if options.recover_steps else None,
+        options.dtype,
+        options.on_rank,
     )
-    return NewModule(tensors, error, norm, record)
-
-
-def _like(values: torch.Tensor, old: torch.Tensor, rank: int, dtype: DtypeName | None, *, first: bool) -> torch.Tensor:
-    """`values` in the layout of `old`, its rank dimension replaced."""
-    shape = list(old.shape)
-    shape[0 if first else 1] = rank
-    return values.reshape(shape).to(old.dtype if dtype is None else getattr(torch, dtype))
-
-
-def _relative(error: float, norm: float) -> float:
-    return error / norm if norm > 0 else 0.0
-
-
-def _notes(adapter: AdapterFolder) -> list[str]:
-    notes: list[str] = []
-    if adapter.unused_patterns:
-        notes.append(f"left out patterns that match no module: {', '.join(adapter.unused_patterns)}")
-    if adapter.use_dora:
-        notes.append("DoRA: magnitudes are kept; the error is that of s·B·A")
-    return notes
+    with tempfile.TemporaryDirectory(prefix="rightrank-") as name:
+        use = DataUse(data, options.settings, Path(name) / "cache", options.recover_steps)
+        runtime = adapter_runtime(adapter, options.base, use)
+        return resize_by_data(adapter, out, runtime, candidates, Path(name))

@@ -1,4 +1,4 @@
-"""From singular values to a module's record, and from the modules' records to the summary."""
+"""The record of a module from its singular values, and the summary of the records."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from rightrank.records.probe import InspectionSummary, ModuleKind, ModuleSpectru
 
 Floats = NDArray[np.float64]
 
-DEAD_FRACTION = 1e-3  # of the median module's norm
-ROUNDING = 1e-6  # of the largest singular value: below it a value is the rounding of float32 files, not noise
-FEWEST_FOR_NOISE = 8  # singular values from which a median says something of noise
+DEAD_FRACTION = 1e-3  # of the median norm of the modules
+ROUNDING = 1e-6  # of the largest singular value; below it a value is rounding of float32 files, and not noise
+MIN_VALUES_FOR_NOISE = 8  # the median of fewer singular values does not estimate noise
 SENTENCE = (
     "A spectrum describes where an update's energy is; it does not say which rank is enough: "
     "held-out data decide (rightrank resize --data, rightrank select)."
@@ -26,14 +26,14 @@ SENTENCE = (
 
 @dataclass(frozen=True, slots=True)
 class Update:
-    """One module's ΔW as far as its spectrum is known."""
+    """One module's ΔW, with its known singular values."""
 
     name: str
     kind: ModuleKind
     shape: tuple[int, int]
     rank: int
     scaling: float
-    values: Floats  # singular values, falling; all of them unless `energy` is larger than their squares
+    values: Floats  # singular values, descending; all of them unless `energy` exceeds the sum of their squares
     energy: float  # ‖ΔW‖²_F
     parameters: int
     base_spectral_norm: float | None = None
@@ -41,15 +41,15 @@ class Update:
 
 
 def describe(update: Update) -> ModuleSpectrum:
-    """The figures of one update."""
+    """The record of one update."""
     s, total = update.values, update.energy
     partial = update.kind == "matrix" and len(s) < min(update.shape)
     flags = list(update.flags)
     if partial:
         flags.append("partial_spectrum")
     noise, null = _ranks_above_noise(update, partial)
-    if s.any() and not partial and (2 * noise >= len(s) or len(s) < FEWEST_FOR_NOISE):
-        flags.append("noise_unclear")  # the median, taken for noise, may be signal
+    if s.any() and not partial and (2 * noise >= len(s) or len(s) < MIN_VALUES_FOR_NOISE):
+        flags.append("noise_unclear")  # the median may be signal
     return ModuleSpectrum(
         name=update.name,
         kind=update.kind,
@@ -70,9 +70,9 @@ def describe(update: Update) -> ModuleSpectrum:
 
 
 def _ranks_above_noise(update: Update, partial: bool) -> tuple[int, int | None]:
-    """By the hard threshold, and by random factors of the same shape.
+    """Ranks by the hard threshold, and by random factors of the same shape.
 
-    For an adapter the noise is taken to live in the r × r core that its factors span; for a matrix, in all entries.
+    The noise of an adapter is assumed in the r × r core that its factors span, that of a matrix in all entries.
     """
     s, (rows, columns) = update.values, update.shape
     if not s.any():
@@ -86,7 +86,7 @@ def _ranks_above_noise(update: Update, partial: bool) -> tuple[int, int | None]:
 
 
 def flag_dead(modules: Sequence[ModuleSpectrum]) -> list[ModuleSpectrum]:
-    """With `dead` on every module whose update is tiny beside the others'."""
+    """The records with the flag `dead` on every module with a norm below DEAD_FRACTION of the median."""
     norms = [module.frobenius_norm for module in modules if module.frobenius_norm > 0]
     limit = DEAD_FRACTION * median(norms) if norms else 0.0
     return [
@@ -98,8 +98,8 @@ def flag_dead(modules: Sequence[ModuleSpectrum]) -> list[ModuleSpectrum]:
 
 
 @dataclass(frozen=True, slots=True)
-class Circumstances:
-    """What the summary says beside the modules' figures."""
+class InspectionInfo:
+    """What the summary states beside the figures of the modules."""
 
     kind: Literal["adapter", "checkpoints", "gradient"]
     scaling_rule: str
@@ -111,8 +111,8 @@ class Circumstances:
     notes: tuple[str, ...] = ()
 
 
-def summarise(modules: Sequence[ModuleSpectrum], about: Circumstances) -> InspectionSummary:
-    """The whole from its parts."""
+def summarise(modules: Sequence[ModuleSpectrum], about: InspectionInfo) -> InspectionSummary:
+    """The summary of all modules."""
     alive = [module for module in modules if module.frobenius_norm > 0]
     known = [module for module in alive if module.effective_rank is not None]
     by_use = sorted(known, key=lambda module: (module.effective_rank or 0.0) / module.rank)
