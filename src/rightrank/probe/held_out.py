@@ -1,7 +1,8 @@
 """`resize --data`: the smallest rank whose held-out loss is not worse by the margin, by the rule of `decide`.
 
-Every candidate is written as an adapter folder, attached to the base by PEFT, and measured on the same examples. With
-recovery, every candidate and the reference are trained for the same steps on the same batches.
+Every candidate is truncated by K-FAC over training examples, written as an adapter folder, attached to the base by PEFT,
+and measured on the same examples. With recovery, every candidate and the reference are trained for the same steps on the
+same batches.
 """
 
 from __future__ import annotations
