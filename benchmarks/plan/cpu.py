@@ -3,7 +3,7 @@
     python -m benchmarks.plan.cpu [--out benchmarks/plan/results/cpu.json] [--bits]
 
 Prints the error of every case and the worst of all, and ends with status 1 when the worst is above 3%. Beside the
-trace, what the formula says of the same case, which is used where a model can't be traced. `--bits` runs the cases in
+trace, the formula of the same case, which the plan uses where a model cannot be traced. `--bits` runs the cases in
 4 and 8 bits alone, which need bitsandbytes.
 """
 
@@ -92,7 +92,7 @@ def compare(name: str, make: Any, case: dict[str, Any]) -> dict[str, Any]:
     row = plan.ranks[0]
     measured = measure(make(), settings, row.rank)
     estimator = Estimator(make(), settings)
-    estimator.untraceable = "asked for"
+    estimator.untraceable = "by request"
     formula = estimator.estimate(row.rank).peak.peak_bytes
     return {
         "architecture": name,

@@ -3,7 +3,7 @@
     python -m benchmarks.plan.gpu [--out benchmarks/plan/results/gpu.json] [--dry-run]
 
 Three architectures, each with other ranks, batches, lengths, types, checkpointing, padding, losses, 4-bit weights and
-packed arms. Ends with status 1 when a peak is more than 3% off allocated or 5% off reserved: the worst case, not the
+several adapters per pass. Ends with status 1 when a peak is more than 3% off allocated or 5% off reserved: the worst case, not the
 mean. `--dry-run` plans every case on meta tensors and measures nothing; a test does so with small models.
 """
 

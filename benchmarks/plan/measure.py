@@ -94,7 +94,7 @@ def _built(config: Any, settings: PlanSettings) -> Any:
 
 
 def _measure_multi_lora(model: Any, settings: PlanSettings, rank: int) -> Measured:
-    """As many arms as `settings` says in one pass, as `select` trains them."""
+    """The arms of the settings in one pass, as `select` trains them."""
     model.requires_grad_(False)
     model.eval()
     select = make_settings({"ranks": (rank, rank + 1), "target_modules": settings.target_modules})
@@ -121,8 +121,8 @@ def _measure_multi_lora(model: Any, settings: PlanSettings, rank: int) -> Measur
 
         def step() -> None:
             with multi_lora.routed(arm_batches):
-                together = concatenated([arm_batch.batch for arm_batch in arm_batches], 0)
-                torch.autograd.backward(objective(model, together, 1.0).total)
+                rows = concatenated([arm_batch.batch for arm_batch in arm_batches], 0)
+                torch.autograd.backward(objective(model, rows, 1.0).total)
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)

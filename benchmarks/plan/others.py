@@ -1,6 +1,6 @@
 """Other calculators on the same cases, each at its best settings, against PEFT's published peaks.
 
-Each is installed from the index into an environment of its own, since their pins conflict:
+Each is installed from the index into a separate environment, since their pins conflict:
 
     python -m venv ENV && ENV/bin/pip install fitcheck-llm==0.3.1      # likewise canifinetune==0.4.1, peft-doctor==0.9.2
     python -m benchmarks.plan.others --fitcheck ENV/bin/fitcheck --canifinetune ... --peft-doctor ...

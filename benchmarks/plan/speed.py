@@ -1,4 +1,4 @@
-"""Time and memory of `plan` itself: a table of ten ranks, each model in a process of its own.
+"""Time and memory of `plan` itself: a table of ten ranks, each model in a separate process.
 
     python -m benchmarks.plan.speed [--out benchmarks/plan/results/speed.json]
 

@@ -6,7 +6,7 @@ An adapter of rank r = 32 has a signal of rank r* and noise, in three models of 
 
     core     independent entries in the r × r core that the factors span (what the hard threshold presumes)
     factors  independent entries in B; A a random draw, as a training that moves B in all directions would leave
-    matrix   independent entries in the whole d × k update, which is then cut to its leading r directions
+    matrix   independent entries in the whole d × k update, truncated to its leading r directions
 
 The noise level is the noise's largest singular value over the signal's smallest. The signal falls linearly from 3 to 1.
 """

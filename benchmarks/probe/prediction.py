@@ -37,7 +37,7 @@ SHARES = (0.01, 0.05)  # the margin, as a share of what the best rank gains over
 
 
 def trial(rank: int, losses: Any) -> TrialFinished:
-    """Item losses as the record that `decide` reads."""
+    """Example losses as the record that `decide` reads."""
     return TrialFinished(
         trial_id=f"r{rank}", rank=rank, learning_rate=0.0 if rank == 0 else 1e-2, lora_alpha=1.0, seed=0, steps=STEPS,
         value=float(losses.mean()), metrics={"loss": float(losses.mean())}, item_losses=losses.tolist(),
@@ -144,13 +144,13 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     for number in range(arguments.tasks):
         trials, (b, a), losses = planted_task(number)
-        cut = [trials[0], *(trial(rank, losses(*truncated(b, a, rank))) for rank in RANKS)]
+        truncations = [trials[0], *(trial(rank, losses(*truncated(b, a, rank))) for rank in RANKS)]
         gain = trials[0].value - min(one.value for one in trials[1:])
         row: dict[str, Any] = {"task": number, **figures(b, a)}
         for share in SHARES:
             margin = max(share * gain, 1e-9)
             row[f"decided {share:g}"] = decide(table_of(trials, "loss"), margin).fallback_rank
-            row[f"truncation {share:g}"] = decide(table_of(cut, "loss"), margin).fallback_rank
+            row[f"truncation {share:g}"] = decide(table_of(truncations, "loss"), margin).fallback_rank
         rows.append(row)
     result: dict[str, Any] = {}
     for share in SHARES:

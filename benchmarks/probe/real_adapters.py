@@ -3,8 +3,8 @@
     python -m benchmarks.probe.real_adapters RUN DATA [--recover 12] [--top 64]
 
 RUN is a run folder of `rightrank select` (or `demo/run`) with several ranks; DATA is what it was trained on. For each
-learning rate the top rank's adapter is truncated to the other ranks and measured on the run's own held-out items;
-differences from direct training at that rank are paired over the items. Recovery trains all candidates, the top too.
+learning rate the top rank's adapter is truncated to the other ranks and measured on the run's own held-out examples;
+differences from direct training at that rank are paired over the examples. Recovery trains all candidates, the top too.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def run_settings(run: Path) -> SelectSettings:
 
 
 def difference(left: Any, right: Any) -> dict[str, float]:
-    """Left minus right, nats a token, with its 95% interval, paired over items."""
+    """Left minus right, nats a token, with its 95% interval, paired over examples."""
     sums = np.array([left.item_losses]) - np.array([right.item_losses])
     found = estimate(sums, np.array(left.item_tokens, dtype=float))
     return {"difference": found.mean, "low": found.bound(0.025), "high": found.bound(0.975)}

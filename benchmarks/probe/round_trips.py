@@ -1,10 +1,10 @@
-"""Resizing every kind of adapter: what reloads, and how far the error told is from the error after reloading.
+"""Resizing every kind of adapter: what reloads, and how far the reported error is from the error after reloading.
 
     python -m benchmarks.probe.round_trips [--gradience PATH/TO/gradience]
 
-Each adapter of rank 8 is cut to rank 3 by rightrank, by `gradience truncate`, and by PEFT's `convert_to_lora`, and loaded
+Each adapter of rank 8 is truncated to rank 3 by rightrank, by `gradience truncate`, and by PEFT's `convert_to_lora`, and loaded
 with `PeftModel.from_pretrained`. The error is that of ΔW as PEFT itself computes it, against the adapter as it was; the
-best possible is the discarded energy. `told` is what the tool said it lost, in the same terms, where it says so (of
+best possible is the discarded energy. `told` is the loss that the tool reports, in the same terms, where it reports one (of
 gradience, from its mean energy retained). `function` is the distance of the logits from what they were, as a share of
 what the adapter had changed in them: a tool that drops magnitudes, biases or whole modules shows there.
 """
@@ -71,7 +71,7 @@ def by_gradience(program: str) -> Callable[[Path, Path, Path], float | None]:
 
 
 def retained(text: str) -> float | None:
-    """sqrt(1 - energy retained) where the tool tells that."""
+    """sqrt(1 - energy retained), where the tool reports it."""
     try:
         answer = json.loads(text[text.index("{") : text.rindex("}") + 1])
     except ValueError:

@@ -3,7 +3,7 @@
     python -m benchmarks.probe.scale adapter [--gradience PATH]     # r = 64, all linear layers of a Llama 7B, bfloat16
     python -m benchmarks.probe.scale checkpoints [--layers 2]       # embeddings and that many of its 32 layers
 
-Each measured command is a process of its own; its peak is the resident set that the system reports for it. Memory of
+Each measured command is a separate process; its peak is the resident set that the system reports for it. Memory of
 the checkpoint comparison does not depend on the number of layers; time is proportional to it.
 """
 
@@ -34,7 +34,7 @@ RANK = 64
 
 
 def elsewhere(function: Callable[..., None], *arguments: Any) -> None:
-    """In a process of its own: what it holds would count as the peak of every process started afterwards."""
+    """In a separate process: what it holds would count as the peak of every process started afterwards."""
     worker = get_context("spawn").Process(target=function, args=arguments)
     worker.start()
     worker.join()

@@ -1,4 +1,4 @@
-"""What quantised weights and 8-bit optimizer states take: the plan's bytes against bitsandbytes' own, on the CPU."""
+"""Bytes of quantised weights and 8-bit optimizer states: the plan's against those of bitsandbytes, on the CPU."""
 
 from __future__ import annotations
 

@@ -11,15 +11,15 @@ from rightrank.planning.planner import plan_config
 from rightrank.settings import make_plan_settings
 from tests.planning import CONFIGS
 
-PACK: dict[str, Any] = {"packed": True, "loss": "chunked", "optimizer": "adamw_fused"}
+MULTI_LORA: dict[str, Any] = {"packed": True, "loss": "chunked", "optimizer": "adamw_fused"}
 CASES: list[tuple[str, dict[str, Any]]] = [
     ("llama", {}),
     ("qwen", {"loss": "chunked", "optimizer": "adamw_fused", "gradient_checkpointing": True}),
     ("gpt2", {"target_modules": ("c_attn",)}),
     ("mistral", {"padding": True}),
     ("moe", {"exclude_modules": ("shared_expert_gate",)}),
-    ("gpt2", PACK | {"arms": 2}),
-    ("llama", PACK | {"arms": 3, "gradient_checkpointing": True}),
+    ("gpt2", MULTI_LORA | {"arms": 2}),
+    ("llama", MULTI_LORA | {"arms": 3, "gradient_checkpointing": True}),
     ("bert", {"packed": True, "optimizer": "adamw_fused", "num_labels": 3, "padding": True, "arms": 2}),
 ]
 

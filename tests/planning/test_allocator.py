@@ -37,7 +37,7 @@ def test_a_remainder_up_to_one_mebibyte_is_not_split_off() -> None:
     assert allocator.allocated == 64 * MIB
 
 
-def test_neighbours_join_again() -> None:
+def test_free_neighbours_merge() -> None:
     allocator = CachingAllocator()
     for name in (1, 2, 3):
         allocator.allocate(name, 5 * MIB)  # all in one segment of 20 MiB
@@ -58,7 +58,7 @@ def test_small_and_large_requests_do_not_share_segments() -> None:
 
 
 @given(st.lists(st.tuples(st.integers(1, 40), st.integers(1, 60 * MIB)), max_size=80))
-def test_nothing_is_lost(requests: list[tuple[int, int]]) -> None:
+def test_every_byte_is_accounted_for(requests: list[tuple[int, int]]) -> None:
     """Names that come again are freed; at any time reserved ≥ allocated ≥ what is wanted, and all can be given back."""
     allocator = CachingAllocator()
     wanted: dict[int, int] = {}

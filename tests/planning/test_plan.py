@@ -95,7 +95,7 @@ def test_a_smaller_budget_never_allows_a_larger_rank(config_folder: Path, capsys
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "expected"),
     [
         (("--memory", "24"), "has no unit"),
         (("--memory", "many"), "is not a size"),
@@ -118,17 +118,17 @@ def test_a_smaller_budget_never_allows_a_larger_rank(config_folder: Path, capsys
     ],
 )
 def test_bad_input_is_one_line(
-    config_folder: Path, capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], told: str
+    config_folder: Path, capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], expected: str
 ) -> None:
     status, out, error = run_command(capsys, str(config_folder), *QUICK, *arguments)
     assert status == 2
     assert out == ""
-    assert told in error
+    assert expected in error
     assert len(error.strip().splitlines()) == 1
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "expected"),
     [
         (None, "no config.json"),
         ('{"model_type": "no_such_model"}', "transformers knows no such model"),
@@ -138,13 +138,13 @@ def test_bad_input_is_one_line(
     ],
 )
 def test_bad_models_are_one_line(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str | None, told: str
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str | None, expected: str
 ) -> None:
     if content is not None:
         (tmp_path / "config.json").write_text(content)
     status, _, error = run_command(capsys, str(tmp_path))
     assert status == 2
-    assert told in error
+    assert expected in error
     assert len(error.strip().splitlines()) == 1
 
 
@@ -207,7 +207,7 @@ def test_frozen_blocks_are_counted_once(config_folder: Path, capsys: pytest.Capt
     assert tail["ranks"][0]["flops"] < whole["ranks"][0]["flops"] / 2
 
 
-def test_text_says_time_and_error(config_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_text_shows_time_and_error(config_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ("--ranks", "2,4", *QUICK, "--strategy", "bracket", "--steps", "50")
     status, out, _ = run_command(capsys, str(config_folder), *options)
     assert status == 0

@@ -59,7 +59,7 @@ def test_the_plan_counts_what_one_of_several_devices_takes() -> None:
     assert half.peak_bytes[8] <= two.peak_bytes[8] < one.peak_bytes[8]  # its share of a batch, and the sums
 
 
-def test_the_plan_says_how_many_arms_fit_together() -> None:
+def test_the_plan_gives_the_adapters_that_fit_in_a_pass() -> None:
     settings = small_settings(ranks=(1, 8), adapters_per_pass=6)
     config = tiny_llama_config(400)
     assert plan_selection(config, settings, 32, "cpu").max_adapters_per_pass is None
@@ -85,7 +85,7 @@ def test_an_initialisation_that_doubles_the_rank_is_planned_at_twice_the_rank() 
     assert swept.peak_bytes == plain.peak_bytes  # of the arms that the answer rests on
 
 
-def test_a_pack_that_does_not_fit_is_made_smaller_and_said(
+def test_fewer_adapters_per_pass_where_memory_is_short(
     model_folder: Path, completion_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     settings = small_settings(ranks=(1, 4), eval_items=6, seq_len=16)
@@ -129,10 +129,10 @@ def test_ranks_come_from_the_data_where_none_are_named(
     with pytest.raises(SystemExit) as ended:
         main(arguments)
     assert ended.value.code == 0
-    told = " ".join(capsys.readouterr().err.split())
-    assert "limit by capacity: " in told
-    assert "label tokens at" in told
-    assert "limit by memory: none (the memory is unknown)" in told
+    output = " ".join(capsys.readouterr().err.split())
+    assert "limit by capacity: " in output
+    assert "label tokens at" in output
+    assert "limit by memory: none (the memory is unknown)" in output
     trials = [record for record in Journal(out / "journal.jsonl").read() if isinstance(record, TrialFinished)]
     ranks = sorted({trial.rank for trial in trials if trial.rank > 0})
     assert ranks[0] == 1
@@ -151,19 +151,19 @@ def test_memory_limits_the_range_beside_data_and_matrices() -> None:
     assert any(reason.startswith(f"limit by memory: {ranks[-1]}") for reason in reasons)
 
 
-def test_packs_and_classifications_have_their_prediction(
+def test_several_adapters_per_pass_and_classifications_have_a_prediction(
     model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = write_jsonl(tmp_path / "d.jsonl", [{"text": t, "label": "ab"[len(t) % 2]} for t in sentences(120)])
     assert command(model_folder, data, tmp_path / "run", "--ranks", "1,4", "--adapters-per-pass", "2") == 0
     capsys.readouterr()
     trials = [r for r in Journal(tmp_path / "run" / "journal.jsonl").read() if isinstance(r, TrialFinished)]
-    packed = [trial for trial in trials if trial.rank > 0]
-    assert [trial.adapters_per_pass for trial in packed] == [2, 2]
-    pack, alone = packed[0].predicted_peak_bytes, _alone()
-    assert pack is not None
-    assert alone < pack
-    assert packed[1].predicted_peak_bytes == pytest.approx(pack, rel=0.01)
+    trained = [trial for trial in trials if trial.rank > 0]
+    assert [trial.adapters_per_pass for trial in trained] == [2, 2]
+    several, alone = trained[0].predicted_peak_bytes, _alone()
+    assert several is not None
+    assert alone < several
+    assert trained[1].predicted_peak_bytes == pytest.approx(several, rel=0.01)
     assert "planned, tensors only" in (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
 
 
@@ -192,6 +192,6 @@ def test_a_calibrated_device_has_an_estimate_that_is_compared_at_the_end(
         settings=settings,
         watching=Observer(notice=notices.append),
     )
-    told = " | ".join(notices)
-    assert "selection by grid: 2 trainings of 2 steps" in told or "selection by grid: about 2 trainings" in told
-    assert "for 2 trainings; estimated for as many" in told
+    printed = " | ".join(notices)
+    assert "selection by grid: 2 trainings of 2 steps" in printed or "selection by grid: about 2 trainings" in printed
+    assert "for 2 trainings; estimated for as many" in printed

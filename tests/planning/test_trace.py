@@ -82,7 +82,7 @@ def test_blocks_that_differ_are_traced_whole() -> None:
     assert estimator.estimate(12).source == "traced"
 
 
-def test_a_step_that_cannot_be_traced_is_planned_by_formula_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_that_cannot_be_traced_is_planned_by_formula_with_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
     from rightrank.planning import estimate
     from rightrank.planning.planner import plan_config
 
@@ -104,14 +104,14 @@ def test_a_step_that_cannot_be_traced_is_planned_by_formula_and_says_so(monkeypa
 
 
 def test_arms_add_evenly() -> None:
-    """What an arm adds to a pack is the same for the second, third and fourth: a pack is planned from two traces."""
-    packs = {
+    """The second, third and fourth arm of a pass add the same bytes, so two traces predict any number of arms."""
+    passes = {
         arms: Estimator(CONFIGS["llama"](), settings_of(loss="chunked", arms=arms, device="cpu")).estimate(4)
         for arms in (2, 3, 4)
     }
-    peaks = {arms: estimate.training.peak_bytes for arms, estimate in packs.items()}
+    peaks = {arms: estimate.training.peak_bytes for arms, estimate in passes.items()}
     assert peaks[4] - peaks[3] == pytest.approx(peaks[3] - peaks[2], rel=0.001)
-    assert all(estimate.source == "traced" for estimate in packs.values())
+    assert all(estimate.source == "traced" for estimate in passes.values())
 
 
 @pytest.mark.parametrize("name", ["llama", "bert"])

@@ -110,16 +110,16 @@ def made_up(losses: np.ndarray[Any, Any], seed: int) -> _TrainedPattern:
     return _TrainedPattern(record, Scores(losses.tolist(), [10] * len(losses), None))
 
 
-def test_the_comparison_is_paired_and_can_say_no() -> None:
+def test_the_comparison_is_paired_and_can_be_negative() -> None:
     generator = np.random.default_rng(0)
-    items = 20 + 10 * generator.standard_normal(100)  # items differ by far more than the patterns
-    right = [made_up(items, seed) for seed in (0, 1)]
-    worse = compare([made_up(items + 0.1 * generator.random(100), seed) for seed in (0, 1)], right, "uniform")
+    losses = 20 + 10 * generator.standard_normal(100)  # examples differ by far more than the patterns
+    right = [made_up(losses, seed) for seed in (0, 1)]
+    worse = compare([made_up(losses + 0.1 * generator.random(100), seed) for seed in (0, 1)], right, "uniform")
     assert not worse.better
     assert worse.low > 0
-    better = compare([made_up(items - 0.1 * generator.random(100), seed) for seed in (0, 1)], right, "uniform")
+    better = compare([made_up(losses - 0.1 * generator.random(100), seed) for seed in (0, 1)], right, "uniform")
     assert better.better
-    same = compare([made_up(items + 0.1 * generator.standard_normal(100), seed) for seed in (0, 1)], right, "uniform")
+    same = compare([made_up(losses + 0.1 * generator.standard_normal(100), seed) for seed in (0, 1)], right, "uniform")
     assert not same.better
 
 
@@ -155,7 +155,7 @@ def test_allocate_answers_with_its_evidence(
     assert bool(answer["rank_pattern"]) == proposed
 
 
-def test_patterns_that_cannot_be(
+def test_bad_patterns(
     trained: AdapterFolder, completion_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     ranks = {module.name: 2 for module in trained.modules}

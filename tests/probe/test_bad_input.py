@@ -116,7 +116,7 @@ def test_factors_that_do_not_multiply(capsys: pytest.CaptureFixture[str], adapte
         (["--data", "none.jsonl", "--recover", 5], "--learning-rate"),
     ],
 )
-def test_a_rule_that_cannot_be(
+def test_bad_rules(
     capsys: pytest.CaptureFixture[str], adapter: Path, tmp_path: Path, arguments: list[Any], word: str
 ) -> None:
     assert word in complaint(capsys, "resize", adapter, tmp_path / "out", *arguments)
@@ -181,9 +181,7 @@ def test_figures_and_plots(capsys: pytest.CaptureFixture[str], adapter: Path, tm
     assert ".svg or .png" in complaint(capsys, "inspect", adapter, "--plot", tmp_path / "x.pdf")
 
 
-def test_settings_and_ranks_that_nothing_would_come_of(
-    capsys: pytest.CaptureFixture[str], adapter: Path, tmp_path: Path
-) -> None:
+def test_settings_and_ranks_without_effect(capsys: pytest.CaptureFixture[str], adapter: Path, tmp_path: Path) -> None:
     assert "--set needs --gradient" in complaint(capsys, "inspect", adapter, "--set", "seq_len=32")
     data = tmp_path / "data.jsonl"
     data.write_text('{"text": "a"}\n')

@@ -1,4 +1,4 @@
-"""A full fine-tune as an adapter: what factors can carry is carried, and the error told is that of the difference."""
+"""A full fine-tune as an adapter: the linear modules are represented, and the error is that of the whole difference."""
 
 from __future__ import annotations
 
@@ -42,7 +42,9 @@ def answer_of(capsys: pytest.CaptureFixture[str], *arguments: Any, status: int =
 
 
 @pytest.mark.parametrize("kind", ["plain", "conv1d"])
-def test_an_update_of_low_rank_is_carried_whole(tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str) -> None:
+def test_an_update_of_low_rank_is_extracted_exactly(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str
+) -> None:
     base = make_base(tmp_path / "base", kind)
     tuned = fine_tuned(base, tmp_path / "tuned", 3, noise=0)
     answer = answer_of(capsys, base, tuned, tmp_path / "out", "--energy", 0.9999)
@@ -55,7 +57,7 @@ def test_an_update_of_low_rank_is_carried_whole(tmp_path: Path, capsys: pytest.C
 
 @pytest.mark.parametrize("exact_side", [1024, 8], ids=["exact", "sketched"])
 @pytest.mark.parametrize("rule", [["--rank", 2], ["--energy", 0.6], ["--noise"]], ids=["rank", "energy", "noise"])
-def test_the_error_told_is_of_the_whole_difference(
+def test_the_reported_error_is_of_the_whole_difference(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,

@@ -1,4 +1,4 @@
-"""What `inspect` says of adapters and checkpoints whose updates are known."""
+"""`inspect` of adapters and checkpoints with known updates."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_values_are_those_of_pefts_own_delta(base: Path, tmp_path: Path, kind: s
         assert ("dora" in module.flags) == (kind == "dora")
 
 
-def test_untrained_and_dead_modules_and_useless_patterns_are_told(base: Path, tmp_path: Path) -> None:
+def test_untrained_and_dead_modules_and_useless_patterns_are_reported(base: Path, tmp_path: Path) -> None:
     adapter = make_adapter(base, tmp_path / "adapter", rank_pattern={"no_such_module": 4})
     tensors = tensors_of(adapter)
     keys = [key for key in tensors if "lora_B" in key]

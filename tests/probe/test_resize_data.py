@@ -23,7 +23,7 @@ from rightrank.probe.resized_adapter import write_resized
 from rightrank.records import Arm, Trial, TrialFinished
 from rightrank.records.observer import Observer
 from tests.helpers import make_runtime
-from tests.probe.adapters import load_strictly, make_adapter, tensors_of
+from tests.probe.adapters import load_strictly, tensors_of
 from tests.tiny import small_settings
 
 SETTINGS = ["--set", "seq_len=32", "--set", "eval_items=12", "--set", "batch_size=4"]
@@ -86,19 +86,19 @@ def test_the_written_adapter_is_truncated_by_k_fac(trained: Path, completion_fil
     assert any(not torch.allclose(small[key], svd[key], atol=1e-4) for key in small)
 
 
-def test_the_value_told_is_that_of_the_folder_written(
+def test_the_reported_value_is_that_of_the_written_folder(
     model_folder: Path, trained: Path, completion_file: Path, tmp_path: Path
 ) -> None:
     """Loaded anew through PEFT, the written adapter gives the held-out loss that decided."""
     settings = make_settings({"seq_len": 32, "eval_items": 12, "margin": 0.05})
-    told = resize(trained, tmp_path / "small", data=completion_file, options=ResizeOptions(settings=settings))
+    resized = resize(trained, tmp_path / "small", data=completion_file, options=ResizeOptions(settings=settings))
     adapter = open_adapter(tmp_path / "small")
     runtime = adapter_runtime(adapter, None, DataUse(completion_file, settings, tmp_path / "cache"))
     before = runtime.evaluate("selection").loss
     with adapter_attached(runtime, tmp_path / "small"):
         loss = runtime.evaluate("selection").loss
-    by_rank = {entry.rank: entry.value for entry in told.held_out}
-    assert loss == pytest.approx(by_rank[told.rank or 0], rel=1e-5)
+    by_rank = {entry.rank: entry.value for entry in resized.held_out}
+    assert loss == pytest.approx(by_rank[resized.rank or 0], rel=1e-5)
     assert runtime.evaluate("selection").loss == before == pytest.approx(by_rank[0], rel=1e-6)
     load_strictly(model_folder, tmp_path / "small")
 
@@ -124,7 +124,7 @@ def test_recovery_trains_every_candidate_and_the_reference_too(
     )
 
 
-def test_training_an_adapter_that_exists_is_the_engines_training(
+def test_training_an_existing_adapter_is_the_engines_training(
     model_folder: Path, completion_file: Path, tmp_path: Path
 ) -> None:
     settings = small_settings()
@@ -176,19 +176,7 @@ def test_rank_1_leaves_nothing_to_measure(
     assert "its rank is 1" in capsys.readouterr().err
 
 
-def test_measuring_an_adapter_with_modules_to_save_restores_the_base(
-    model_folder: Path, completion_file: Path, tmp_path: Path
-) -> None:
-    """PEFT's own unload leaves the adapter's copy of the module in the base."""
-    adapter = open_adapter(make_adapter(model_folder, tmp_path / "adapter", "modules_to_save"))
-    runtime = adapter_runtime(adapter, None, DataUse(completion_file, small_settings(), tmp_path / "cache"))
-    before = runtime.evaluate("selection").losses
-    with adapter_attached(runtime, adapter.path):
-        assert runtime.evaluate("selection").losses != before
-    assert runtime.evaluate("selection").losses == before
-
-
-def test_a_module_trained_whole_is_taken_off_again(model_folder: Path, completion_file: Path, tmp_path: Path) -> None:
+def test_a_module_to_save_is_restored(model_folder: Path, completion_file: Path, tmp_path: Path) -> None:
     settings = small_settings(max_steps=2, modules_to_save=("norm",))
     runtime = make_runtime(model_folder, completion_file, settings, tmp_path / "cache")
     before = {name: value.clone() for name, value in runtime.model.state_dict().items()}

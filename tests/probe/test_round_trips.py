@@ -1,4 +1,4 @@
-"""Every kind of adapter, resized, loads in PEFT without a warning, and is as far from what it was as was said."""
+"""Every kind of adapter, resized, loads in PEFT without a warning, at the reported distance from the original."""
 
 from __future__ import annotations
 
@@ -32,17 +32,17 @@ def relative_distance(old: dict[str, torch.Tensor], new: dict[str, torch.Tensor]
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("how", [{"rank": 3}, {"energy": 0.8}], ids=["rank", "energy"])
-def test_the_error_told_is_the_error_after_reloading(
+def test_the_reported_error_is_the_error_after_reloading(
     bases: Any, tmp_path: Path, kind: str, how: dict[str, Any]
 ) -> None:
     base = bases(kind)
     adapter = make_adapter(base, tmp_path / "adapter", kind)
-    told = resize(adapter, tmp_path / "small", **how)
+    resized = resize(adapter, tmp_path / "small", **how)
     old, new = load_strictly(base, adapter), load_strictly(base, tmp_path / "small")
     measured = relative_distance(deltas(old), deltas(new))
-    assert 0.01 < told.relative_delta_error < 0.9
-    assert measured == pytest.approx(told.relative_delta_error, abs=1e-6)
-    for module in told.modules:
+    assert 0.01 < resized.relative_delta_error < 0.9
+    assert measured == pytest.approx(resized.relative_delta_error, abs=1e-6)
+    for module in resized.modules:
         before, after = deltas(old)[module.name], deltas(new)[module.name]
         assert float((after - before).norm() / before.norm()) == pytest.approx(module.relative_delta_error, abs=1e-6)
         assert module.rank <= module.from_rank
@@ -52,8 +52,8 @@ def test_the_error_told_is_the_error_after_reloading(
 def test_at_full_rank_nothing_changes(bases: Any, tmp_path: Path, kind: str) -> None:
     base = bases(kind)
     adapter = make_adapter(base, tmp_path / "adapter", kind)
-    told = resize(adapter, tmp_path / "same", energy=1.0)
-    assert told.relative_delta_error == pytest.approx(0, abs=1e-7)
+    resized = resize(adapter, tmp_path / "same", energy=1.0)
+    assert resized.relative_delta_error == pytest.approx(0, abs=1e-7)
     old, new = logits(load_strictly(base, adapter)), logits(load_strictly(base, tmp_path / "same"))
     assert not torch.allclose(old, logits(load_base(base)), atol=1e-3)  # the adapter does something
     assert torch.allclose(new, old, atol=1e-5)
@@ -63,9 +63,9 @@ def test_at_full_rank_nothing_changes(bases: Any, tmp_path: Path, kind: str) -> 
 def test_padding_keeps_the_function(bases: Any, tmp_path: Path, kind: str) -> None:
     base = bases(kind)
     adapter = make_adapter(base, tmp_path / "adapter", kind)
-    told = resize(adapter, tmp_path / "wide", rank=16)
-    assert told.rank == 16
-    assert told.relative_delta_error == pytest.approx(0, abs=5e-3 if kind == "bfloat16" else 1e-6)
+    resized = resize(adapter, tmp_path / "wide", rank=16)
+    assert resized.rank == 16
+    assert resized.relative_delta_error == pytest.approx(0, abs=5e-3 if kind == "bfloat16" else 1e-6)
     new = load_strictly(base, tmp_path / "wide")
     assert torch.allclose(logits(new), logits(load_strictly(base, adapter)), atol=1e-4)
     # the new directions can learn: a row of zeros in A beside a column of zeros in B never would
@@ -90,9 +90,9 @@ def test_the_dtype_of_the_file_is_kept_or_chosen(bases: Any, tmp_path: Path) -> 
     assert {value.dtype for value in tensors_of(tmp_path / "kept").values()} == {torch.bfloat16}
     from rightrank import ResizeOptions
 
-    told = resize(adapter, tmp_path / "wide", rank=8, options=ResizeOptions(dtype="float32"))
+    resized = resize(adapter, tmp_path / "wide", rank=8, options=ResizeOptions(dtype="float32"))
     assert {value.dtype for value in tensors_of(tmp_path / "wide").values()} == {torch.float32}
-    assert told.relative_delta_error < 1e-7
+    assert resized.relative_delta_error < 1e-7
 
 
 def test_a_sharded_base(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from rightrank.engine.prefix import prefix_depth
+from rightrank.engine.prefix import find_blocks, prefix_depth
 from rightrank.errors import ModelError, MultiLoraError, SettingsError, first_line
 from rightrank.maths.counts import safetensors_bytes
 from rightrank.planning.formula import formula_peak
@@ -25,7 +25,7 @@ from rightrank.planning.sharding import sharded
 from rightrank.planning.simulate import Peak, Resident, corrected, simulate_peak
 from rightrank.planning.skeleton import SAFETENSORS_CODES, Skeleton, adapt, build_base
 from rightrank.planning.stack import TRACED_GROUPS, deepen, find_reduction, reduced_config, same_kinds
-from rightrank.planning.step import Groups, blocks_name, blocks_of, trace_step
+from rightrank.planning.step import Groups, blocks_of, trace_step
 from rightrank.planning.trace import StepTrace
 from rightrank.records.plan import Source
 from rightrank.settings import PlanSettings
@@ -190,8 +190,9 @@ class Estimator:
     @property
     def frozen_flops(self) -> float:
         """Operations of one row's forward pass through the blocks below the first adapted one."""
-        name = blocks_name(self.skeleton.base)
-        depth = 0 if name is None else prefix_depth(name, self._trained_names(), len(self._blocks or ()))
+        found = find_blocks(self.skeleton.base)
+        trained = [*(target.name for target in self.skeleton.targets), *self.settings.modules_to_save]
+        depth = 0 if found is None else prefix_depth(found[0], trained, len(found[1]))
         if depth == 0 or self.untraceable is not None:
             return 0.0
         flops = self._trace(self._ends[0], True).flops  # adapters on some blocks only: traced block by block
@@ -208,9 +209,6 @@ class Estimator:
     @property
     def _rows(self) -> int:
         return self.settings.batch_size * self.settings.arms
-
-    def _trained_names(self) -> list[str]:
-        return [target.name for target in self.skeleton.targets] + list(self.settings.modules_to_save)
 
     def _peak_of(self, rank: int, training: bool) -> Peak:
         trace, sizes = self._sizes(rank, training)

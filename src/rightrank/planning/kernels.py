@@ -1,11 +1,11 @@
-"""Which kernels a device runs, told to a step that runs on meta tensors.
+"""The kernels of a device, for a step that runs on meta tensors.
 
-On the meta device torch takes the slow composite path of attention, knows no autocast, and can't answer a branch on a
+On the meta device torch takes the slow composite path of attention, knows no autocast, and cannot answer a branch on a
 value. A function mode answers for the device: attention goes to the fused kernel that the device would choose (flash
 without a mask, memory-efficient with one, the CPU's flash kernel there), autocast casts what CUDA's lists name, and a
-branch on a mask is answered as "there is padding" or "there is none", as the workload says.
+branch on a mask takes the path with padding or without, as the settings have it.
 
-Sources: torch's `aten/src/ATen/native/transformers` (choice of kernel, conversion of boolean masks, work space of the
+Sources: torch's `aten/src/ATen/native/transformers` (choice of kernel, conversion of boolean masks, workspace of the
 backward kernels) and `aten/src/ATen/autocast_mode.h` (the lists), torch 2.x.
 """
 
@@ -38,7 +38,7 @@ _FLOAT32: frozenset[Any] = frozenset(
 )
 
 
-# Rows of several experts times each expert's own matrix, where this torch has it.
+# Rows of several experts times the matrix of each expert, where this torch has it.
 _GROUPED: frozenset[Any] = frozenset(
     getattr(home, name) for home, name in ((F, "grouped_mm"), (torch, "_grouped_mm")) if hasattr(home, name)
 )
@@ -66,7 +66,7 @@ class DeviceKernels(TorchFunctionMode):
             product: Any = _GroupedProduct.apply  # untyped in torch
             return product(args[0], args[1])
         if func is torch.Tensor.__bool__:
-            return not self.padded  # the only branches are "is everything real?"
+            return not self.padded  # the only branches ask whether there is no padding
         if self.autocast is not None:
             if func in _LOWER_PRECISION:
                 args, keywords = self._cast(args, self.autocast), {k: self._lower(v) for k, v in keywords.items()}
@@ -89,7 +89,7 @@ class DeviceKernels(TorchFunctionMode):
         return self._casts[id(value)]
 
     def drop_casts(self) -> None:
-        """The forward pass is over, and with it autocast's cache; blocks that are recomputed are cast again."""
+        """Clear autocast's cache at the end of the forward pass; recomputed blocks cast again."""
         self._casts.clear()
 
     def _attention(
@@ -123,12 +123,12 @@ class DeviceKernels(TorchFunctionMode):
 
 
 class _GroupedProduct(torch.autograd.Function):
-    """A grouped product in any type: on meta tensors torch has it for bfloat16 alone."""
+    """A grouped product in any type; torch has it on meta tensors in bfloat16 only."""
 
     @staticmethod
     def forward(ctx: Any, rows: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(rows if weights.requires_grad else None, weights)  # frozen experts need no rows
-        return torch.mm(rows, weights[0])  # every row meets one expert's matrix
+        ctx.save_for_backward(rows if weights.requires_grad else None, weights)  # frozen experts do not need the rows
+        return torch.mm(rows, weights[0])  # each row is multiplied by the matrix of one expert
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
@@ -149,7 +149,7 @@ def _flash(query: Any, key: Any, value: Any, dropout_p: float, is_causal: bool, 
 
 
 def _additive(mask: torch.Tensor | None, query: torch.Tensor) -> torch.Tensor | None:
-    """torch turns a boolean mask into an additive one, anew in every call."""
+    """The additive mask that torch makes of a boolean one in every call."""
     if mask is None or mask.dtype is not torch.bool:
         return mask
     zero = torch.zeros((), dtype=query.dtype, device=query.device)
@@ -157,7 +157,7 @@ def _additive(mask: torch.Tensor | None, query: torch.Tensor) -> torch.Tensor | 
 
 
 def _aligned(bias: torch.Tensor) -> torch.Tensor:
-    """The memory-efficient kernel wants rows of a multiple of 16 elements, and copies the bias where they are not."""
+    """The bias in rows of a multiple of 16 elements, which the memory-efficient kernel copies where necessary."""
     length = bias.shape[-1]
     missing = -length % 16
     return F.pad(bias, [0, missing])[..., :length] if missing else bias
@@ -168,7 +168,7 @@ def _to_float32(value: Any) -> Any:
 
 
 def scratch_bytes(func: Any, args: Any, device: DeviceKind) -> tuple[int, ...]:
-    """Work space that a kernel takes and gives back while it runs, in bytes."""
+    """Workspace that a kernel allocates and frees while it runs, bytes."""
     if device != "cuda":
         return ()
     if func is aten._scaled_dot_product_flash_attention_backward.default:

@@ -77,8 +77,9 @@ def plan_config(
     largest = largest_rank(estimator, estimates)
     extra: dict[str, Any] = {"largest_possible_rank": largest}
     if settings.data_tokens is not None and settings.first_loss is not None:
+        memory_rank = None if settings.memory_bytes is None else largest or 0
         limits, ranks = starting_range(
-            estimator.skeleton.shapes, settings.data_tokens, settings.first_loss, _memory_limit(largest, settings)
+            estimator.skeleton.shapes, settings.data_tokens, settings.first_loss, memory_rank
         )
         extra |= {"limits": limits, "suggested_ranks": ranks}
     if settings.memory_bytes is not None and not fitting:
@@ -108,11 +109,6 @@ def largest_rank(estimator: Estimator, estimates: Sequence[RankEstimate]) -> int
         else:
             high = middle
     return low
-
-
-def _memory_limit(largest: int | None, settings: PlanSettings) -> int | None:
-    """The largest rank that fits, 0 where none fits; None where the memory is unknown."""
-    return None if settings.memory_bytes is None else largest or 0
 
 
 def speed_of(calibration: Calibration | None, settings: PlanSettings) -> Speed:

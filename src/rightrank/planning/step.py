@@ -181,12 +181,6 @@ def _segments(tracer: Tracer, groups: Groups | None) -> Iterator[None]:
             handle.remove()
 
 
-def blocks_name(model: Any) -> str | None:
-    """The name of the model's one stack of blocks, or None."""
-    found = find_blocks(model)
-    return None if found is None else found[0]
-
-
 def blocks_of(model: Any) -> Sequence[Any] | None:
     """The model's one stack of blocks, or None."""
     found = find_blocks(model)

@@ -24,7 +24,7 @@ from rightrank.io.truncation import Factors, balanced_factors
 from rightrank.io.weights import open_weights
 from rightrank.maths.spectra import energy_rank
 from rightrank.probe.checkpoint_spectra import EXACT_SIDE, differences, require_alike, sketched_svd
-from rightrank.probe.rank_choice import RankChoice
+from rightrank.probe.rank_choice import RankChoice, require_fraction
 from rightrank.probe.resize import resize_adapter
 from rightrank.probe.resized_adapter import write_resized
 from rightrank.probe.spectrum import Update, describe
@@ -142,10 +142,8 @@ def _config(base: Path, leading: _LeadingParts) -> dict[str, Any]:
 
 def _choice(leading: _LeadingParts, rule: ResizeRule, options: ExtractOptions) -> RankChoice:
     """Ranks by energy or noise of the whole difference, at most the number of kept singular values."""
-    if rule.energy is not None and not 0 < rule.energy <= 1:
-        raise SettingsError(
-            f"--energy {rule.energy:g} is not allowed: give a fraction above 0 and up to 1, such as 0.99"
-        )
+    if rule.energy is not None:
+        require_fraction(rule.energy)
     ranks: dict[str, int] = {}
     short = 0
     for update in leading.updates:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -53,13 +52,18 @@ def by_energy(adapter: AdapterFolder, fraction: float) -> RankChoice:
     Raises:
         SettingsError: `fraction` is not above 0 and up to 1.
     """
-    if not (0 < fraction <= 1) or math.isnan(fraction):
-        raise SettingsError(f"--energy {fraction:g} is not allowed: give a fraction above 0 and up to 1, such as 0.99")
+    require_fraction(fraction)
     ranks: dict[str, int] = {}
     for module in adapter.modules:
         s = factored_singular_values(*adapter.factors(module))
         ranks[module.name] = max(1, energy_rank(s, fraction) or module.rank)
     return RankChoice(ranks, f"energy {fraction:g}")
+
+
+def require_fraction(energy: float) -> None:
+    """Raise `SettingsError` unless 0 < energy ≤ 1."""
+    if not 0 < energy <= 1:
+        raise SettingsError(f"--energy {energy:g} is not allowed: give a fraction above 0 and up to 1, such as 0.99")
 
 
 def by_noise(adapter: AdapterFolder) -> RankChoice:
