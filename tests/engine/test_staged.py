@@ -13,7 +13,7 @@ from rightrank.engine.averaging import RunningMean
 from rightrank.engine.optimizer import arm_schedule
 from rightrank.engine.training_loop import run_trial
 from rightrank.io.adapter_folder import open_adapter
-from rightrank.probe.adapter_runtime import adapter_on
+from rightrank.probe.adapter_runtime import adapter_attached
 from rightrank.records import Arm, Trial, TrialFinished
 from rightrank.records.observer import Observer
 from tests.helpers import make_runtime
@@ -144,7 +144,7 @@ def test_a_low_rank_is_shared_out_over_the_modules(runtime: object, tmp_path: Pa
     assert not json.loads((tmp_path / "uniform" / "adapter_config.json").read_text())["rank_pattern"]
     ranks = {module.name: module.rank for module in open_adapter(tmp_path / "shared").modules}
     assert len(set(ranks.values())) > 1
-    with adapter_on(runtime, tmp_path / "shared"):  # type: ignore[arg-type]
+    with adapter_attached(runtime, tmp_path / "shared"):  # type: ignore[arg-type]
         scores = runtime.evaluate("selection")  # type: ignore[attr-defined]
     assert scores.losses == pytest.approx(shared.item_losses, rel=1e-4)
 

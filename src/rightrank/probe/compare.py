@@ -25,7 +25,7 @@ from rightrank.io.data import DataSplits, load_data
 from rightrank.io.models import LoadedModel, load_model
 from rightrank.io.rows import read_rows
 from rightrank.maths.intervals import Estimate, estimate
-from rightrank.probe.adapter_runtime import adapter_on, finished_trial
+from rightrank.probe.adapter_runtime import adapter_attached, finished_trial
 from rightrank.records import TrialFinished
 from rightrank.records.compare import AdapterComparison, ComparisonVerdict, MetricComparison
 from rightrank.settings import SelectSettings
@@ -131,7 +131,7 @@ def _scored(runtime: Runtime, name: str, adapter: Path | None) -> TrialFinished:
 
     if adapter is None:
         return read()
-    with adapter_on(runtime, adapter):
+    with adapter_attached(runtime, adapter):
         return read()
 
 
