@@ -146,21 +146,14 @@ def results_of(trainings: Mapping[Key, TrainingRows], columns: Columns) -> Itera
     Raises:
         ResultsError: trainings were scored on different examples, or with different weights.
     """
-    examples: list[str] | None = None
+    examples: list[str] = []
     tokens: list[float] = []
     for (rank, learning_rate, seed), training in trainings.items():
         values: list[float] = []
         weights: list[float] = []
         if training.by_example:
-            names = sorted(training.by_example)
-            if examples is None:
-                examples = names
-            elif names != examples:
-                odd = sorted(set(names) ^ set(examples))
-                raise ResultsError(
-                    f"{training.where}: rank {rank} is scored on other examples than the rank before ({len(odd)} differ, such as "
-                    f"{odd[0]}); score every training on the same examples"
-                )
+            examples = examples or sorted(training.by_example)
+            _require_same_examples(training, rank, examples)
             values = [training.by_example[name][0] for name in examples]
             weights = [training.by_example[name][1] for name in examples]
             tokens = tokens or weights
@@ -169,25 +162,35 @@ def results_of(trainings: Mapping[Key, TrainingRows], columns: Columns) -> Itera
                     f"{training.where}: rank {rank} has other token counts than the rank before for the same examples; "
                     "give each example the same count in every training"
                 )
-            value = sum(v * w for v, w in zip(values, weights, strict=True)) / sum(weights)
-        else:
-            value = training.by_step[max(training.by_step)][0]
-        last = max(training.by_step, default=0)
+        steps = sorted(training.by_step)
         yield Result(
             trial_id=training.trial,
             rank=rank,
             learning_rate=learning_rate,
             seed=seed,
-            value=value,
+            value=_mean(values, weights) if values else training.by_step[steps[-1]][0],
             item_values=values,
             item_weights=weights if columns.get("weight") else [],
             std=training.std,
             std_seeds=training.std_seeds,
             train_value=training.train_value,
             seconds=training.seconds,
-            steps=last or None,
-            points=[(step, training.by_step[step][0]) for step in sorted(training.by_step)] if last else [],
+            steps=max(steps, default=0) or None,
+            points=[(step, training.by_step[step][0]) for step in steps] if any(steps) else [],
             others=training.others,
+        )
+
+
+def _mean(values: list[float], weights: list[float]) -> float:
+    return sum(v * w for v, w in zip(values, weights, strict=True)) / sum(weights)
+
+
+def _require_same_examples(training: TrainingRows, rank: int, examples: list[str]) -> None:
+    odd = sorted(set(training.by_example) ^ set(examples))
+    if odd:
+        raise ResultsError(
+            f"{training.where}: rank {rank} is scored on other examples than the rank before ({len(odd)} differ, such as "
+            f"{odd[0]}); score every training on the same examples"
         )
 
 

@@ -15,7 +15,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from rightrank.errors import MissingExtraError, ResultsError, first_line
-from rightrank.io.importers.example_series import split_examples
+from rightrank.io.importers.example_series import series_rows
 from rightrank.io.reading import LIBRARY_ERRORS
 from rightrank.io.rows import Row
 
@@ -118,12 +118,7 @@ def _run_rows(source: Path, client: MlflowClient, run: Run) -> Iterator[Row]:
             if not math.isnan(point.value):
                 steps.setdefault(point.step, {})[name] = point.value
     shared = {"params": run.data.params, "trial": run_id, "status": run.info.status}
-    plain, examples = split_examples(steps)
-    for step, metrics in plain.items():
-        yield Row({**shared, "metrics": metrics, "step": step}, f"{source}: run {run_id}, step {step}")
-    for example in examples:
-        fields = {**shared, "metrics": example.values, **example.place}
-        yield Row(fields, f"{source}: run {run_id}, example {example.number}")
+    return series_rows(steps, shared, f"{source}: run {run_id}", container="metrics")
 
 
 @contextmanager

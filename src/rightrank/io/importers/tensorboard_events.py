@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from rightrank.errors import MissingExtraError, ResultsError
-from rightrank.io.importers.example_series import split_examples
+from rightrank.io.importers.example_series import series_rows
 from rightrank.io.importers.path_settings import settings_from_path
 from rightrank.io.rows import Row
 
@@ -38,13 +38,8 @@ def rows(source: Path) -> list[Row]:
         for tag in events.Tags()["scalars"]:
             for scalar in events.Scalars(tag):
                 steps.setdefault(scalar.step, {})[tag] = scalar.value
-        name = folder.relative_to(source).as_posix()
-        plain, examples = split_examples(steps)
-        for step, scalars in plain.items():
-            found.append(Row({**settings, "trial": name, "step": step, **scalars}, f"{folder}: step {step}"))
-        for example in examples:
-            fields = {**settings, "trial": name, **example.place, **example.values}
-            found.append(Row(fields, f"{folder}: example {example.number}"))
+        shared = {**settings, "trial": folder.relative_to(source).as_posix()}
+        found.extend(series_rows(steps, shared, str(folder)))
     if not found:
         raise ResultsError(f"{source}: the event files hold no scalars; log the held-out loss, such as eval/loss")
     return found
