@@ -14,9 +14,10 @@ from benchmarks.scale.simulated import TOKEN, VERSIONS, Pace, SimulatedCrew
 
 from rightrank.errors import AllTrialsFailedError, SettingsError
 from rightrank.executors.pool import Pool, PoolOptions
+from rightrank.io.journal import Journal
 from rightrank.io.matrix import MatrixJob, read_matrix
 from rightrank.preparation import load_model
-from rightrank.records import Arm, Trial, TrialOutcome
+from rightrank.records import Arm, Trial, TrialFinished, TrialOutcome
 from rightrank.selection.many import _run_all
 from rightrank.selection.start import PreparedSelection
 from tests.commands import run, values_of
@@ -59,7 +60,11 @@ def test_two_data_sets_one_base_one_table(
     assert [job["name"] for job in found["jobs"]] == ["one", "two"]
     assert all(job["decision"]["reference_rank"] in (1, 4) for job in found["jobs"])
     rows = list(csv.DictReader((tmp_path / "out" / "table.csv").read_text(encoding="utf-8").splitlines()))
-    assert [row["trainings"] for row in rows] == ["2", "2"]
+    for row in rows:
+        journal = Journal(tmp_path / "out" / row["name"] / "journal.jsonl").read()
+        trials = [record for record in journal if isinstance(record, TrialFinished) and record.rank > 0]
+        assert row["trainings"] == str(len(trials))
+        assert [trial.rank for trial in trials if trial.arm.is_direct] == [4, 1]
     config = yaml.safe_load((tmp_path / "out" / "two" / "config.yaml").read_text())
     assert (config["max_steps"], config["ranks"]) == (3, [1, 4])
     assert (tmp_path / "out" / "one" / "adapter" / "adapter_config.json").exists()

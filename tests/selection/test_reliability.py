@@ -78,11 +78,11 @@ def selected(capsys: pytest.CaptureFixture[str], *more: str) -> tuple[int, str]:
 def require_right(folder: Path, schema: int = 1) -> None:
     """The first arm was trained once, by the first version; the second by this one; and the answer is there."""
     records = Journal(folder / "journal.jsonl").read()
-    finished = [record for record in records if isinstance(record, TrialFinished)]
-    assert [(record.rank, record.schema_version) for record in finished] == [
+    trained = [record for record in records if isinstance(record, TrialFinished) and record.arm.is_direct]
+    assert [(record.rank, record.schema_version) for record in trained] == [
         (0, schema), (4, schema), (1, SCHEMA_VERSION),
     ]  # fmt: skip
-    assert len([r for r in records if isinstance(r, TrialStarted) and r.rank == 4]) == 1
+    assert len([r for r in records if isinstance(r, TrialStarted) and r.rank == 4 and r.arm.is_direct]) == 1
     known = json.loads((RUNS / f"schema-{schema}" / "run" / "decision.json").read_text())
     decision = json.loads((folder / "decision.json").read_text())
     assert {name: decision[name] for name in ("rank", "fallback_rank", "verdict")} == {
