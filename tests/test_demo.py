@@ -11,6 +11,8 @@ from rightrank import demo
 from rightrank.api import Observer
 from rightrank.errors import MissingExtraError
 
+pytestmark = [pytest.mark.trains, pytest.mark.draws]
+
 SHORT = demo.DEMO_SETTINGS | {
     "ranks": (1, 8),
     "learning_rates": (5e-3,),

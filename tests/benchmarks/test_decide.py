@@ -9,6 +9,8 @@ import pytest
 from benchmarks.decide import calibration, published
 from benchmarks.decide.simulated import World
 
+pytestmark = pytest.mark.trains
+
 
 def test_published_curves_are_picked_and_called_rising_as_stored() -> None:
     curves = published.curves()

@@ -10,6 +10,8 @@ import pytest
 from benchmarks.engine import compare, held_out, items, profile_step
 from benchmarks.engine.common import make_runtime
 
+pytestmark = pytest.mark.trains
+
 
 @pytest.fixture(autouse=True)
 def _trainers_may_warn() -> Iterator[None]:

@@ -21,7 +21,8 @@ INPUTS = {"model": 12, "journal": 25}  # these take a tenth of a second each
 USUAL_INPUTS = 150
 CASES = json.loads((Path(run.__file__).parent / "cases.json").read_text(encoding="utf-8"))
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # of numbers that overflow, which are then refused
+# warnings are of numbers that overflow, which are then refused
+pytestmark = [pytest.mark.trains, pytest.mark.filterwarnings("ignore")]
 
 
 @pytest.mark.parametrize("name", TARGETS)

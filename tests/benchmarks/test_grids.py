@@ -12,6 +12,8 @@ from benchmarks.selection.planted import teachers
 from benchmarks.selection.ray_asha import ray_asha, reports
 from benchmarks.selection.tables import GridCurve, read_grids
 
+pytestmark = pytest.mark.trains
+
 STORED = Path(linear.__file__).parent
 
 

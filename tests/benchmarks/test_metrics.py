@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 from benchmarks.metrics.answers import bench_of, compare
 
 from tests.tiny import small_settings
+
+pytestmark = pytest.mark.trains
 
 
 def test_every_way_of_writing_gives_the_same_texts(model_folder: Path, completion_file: Path, tmp_path: Path) -> None:

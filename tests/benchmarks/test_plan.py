@@ -8,6 +8,8 @@ import pytest
 from benchmarks.plan.architectures import SMALL_CONFIGS
 from benchmarks.plan.gpu import CASES, CONFIGS, dry_run
 
+pytestmark = pytest.mark.trains
+
 AXES = ("ranks", "batch_size", "seq_len", "gradient_checkpointing", "dtype", "load_in_4bit", "arms")
 
 

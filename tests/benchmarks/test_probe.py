@@ -7,7 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from benchmarks.probe.planted import LEVELS, our_answers, table, write_cases
+
+pytestmark = pytest.mark.trains
 
 
 def exact(result: Mapping[str, Any], estimator: str, model: str, levels: tuple[float, ...]) -> float:

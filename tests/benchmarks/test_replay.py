@@ -11,6 +11,8 @@ from benchmarks.selection.tables import read_grids
 
 from rightrank.strategies import STRATEGIES, strategy_named
 
+pytestmark = pytest.mark.trains
+
 PUBLISHED = Path(__file__).parents[2] / "benchmarks/selection/published_grids.json"
 KEYS = {
     "curves",

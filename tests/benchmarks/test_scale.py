@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 from benchmarks.scale.simulate import asked_of, grid_of, lower_bound
 
+pytestmark = pytest.mark.trains
+
 
 def test_the_bound_is_the_largest_of_three() -> None:
     assert lower_bound([4.0, 4.0, 4.0, 4.0], 2) == 8.0  # the work

@@ -17,6 +17,8 @@ from rightrank.io.journal import Journal
 from rightrank.records import TrialFailed, TrialFinished
 from tests.commands import run, select_arguments
 
+pytestmark = pytest.mark.trains
+
 SETTINGS: list[tuple[list[str], str]] = [
     (["--ranks", "0,4"], r"rank 0 is not allowed: ranks are integers from 1"),
     (["--ranks", "-2"], r"rank -2 is not allowed"),

@@ -19,6 +19,8 @@ from tests.probe.adapters import make_adapter, make_base
 from tests.report.runs import journal_of
 from tests.tiny import small_settings, write_completions, write_jsonl
 
+pytestmark = pytest.mark.trains
+
 TABLE = [{"rank": rank, "seed": seed, "value": 1 + 1 / rank + seed / 1000} for rank in (1, 4, 16) for seed in (0, 1)]
 SMALL = "--ranks 1,4 --learning-rates 1e-2 --max-steps 4 --batch-size 4 --seq-len 32 --eval-items 8 --device cpu"
 TRAINING = "--learning-rate 1e-2 --max-steps 2 --seeds 0,1 --set seq_len=32 --set batch_size=4 --set eval_items=8"

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.trains
+
 RUN = Path(__file__).parents[1] / "fixtures" / "runs" / "schema-3" / "run"
 CODE = """\
 import sys

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.trains
+
 FRAME = "\u2524"  # of the picture: in no 8-bit character set
 
 

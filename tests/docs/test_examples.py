@@ -14,6 +14,8 @@ import pytest
 
 from tests.tiny import sentences, write_completions, write_jsonl
 
+pytestmark = [pytest.mark.trains, pytest.mark.draws]
+
 EXAMPLES = Path(__file__).parents[2] / "examples"
 WITH_DATA = (
     "plain_loop.py",

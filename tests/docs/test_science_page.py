@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import re
 
+import pytest
 from benchmarks.science import PAGE, TABLES, with_tables
+
+pytestmark = pytest.mark.trains
 
 
 def test_tables_are_those_of_the_results() -> None:

@@ -11,6 +11,8 @@ import pytest
 
 import rightrank
 
+pytestmark = pytest.mark.trains
+
 ROOT = Path(__file__).parents[2]
 NOT_IN_THE_REFERENCE = {
     "__version__",

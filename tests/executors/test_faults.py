@@ -9,6 +9,8 @@ import pytest
 from benchmarks.scale.faults import FAULTS, Work, one_try
 from benchmarks.scale.places import Nodes, Place
 
+pytestmark = pytest.mark.trains
+
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Work:

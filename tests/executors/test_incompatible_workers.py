@@ -14,6 +14,8 @@ from rightrank import select_rank
 from rightrank.errors import InputError
 from tests.tiny import small_settings
 
+pytestmark = pytest.mark.trains
+
 HIDING = "mount -t tmpfs none {} && exec"  # in a namespace of its own: another disk where the run folder is
 
 

@@ -16,6 +16,8 @@ from rightrank.executors.pool import MAX_LOSSES, Pool, PoolExecutor, PoolOptions
 from rightrank.records import Arm, Trial, TrialFailed, TrialFinished
 from rightrank.records.observer import Observer
 
+pytestmark = pytest.mark.trains
+
 
 def trials(count: int) -> list[Trial]:
     arms = [Arm(rank=1 + n, learning_rate=1e-3, lora_alpha=32.0, seed=0, steps=10 + n) for n in range(count)]

@@ -9,6 +9,10 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
+pytestmark = pytest.mark.trains
+
 SCRIPT = Path(__file__).parents[2] / "examples" / "slurm.sh"
 SRUN = """#!/bin/bash
 echo "$@" >> "$(dirname "$0")/steps"

@@ -13,6 +13,8 @@ from rightrank import Selected, export, select_rank
 from rightrank.io.licence import Licence, licence_of
 from tests.tiny import small_settings
 
+pytestmark = [pytest.mark.trains, pytest.mark.draws]
+
 FRONT = """---
 license: other
 license_name: some-licence

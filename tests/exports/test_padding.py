@@ -13,6 +13,8 @@ from rightrank.exports.padding import write_padded
 from rightrank.runs import export
 from tests.probe.adapters import load_strictly, logits, make_adapter, make_base, tensors_of
 
+pytestmark = pytest.mark.trains
+
 PADDED = 16
 SERVED_AS_IT_IS = ("plain", "embedding", "layers", "conv1d", "bfloat16", "modules_to_save")  # 2 · 16 is a whole alpha
 

@@ -27,6 +27,8 @@ from rightrank.io.run_folder import RunFolder
 from rightrank.records import RunStarted, TrialFinished
 from tests.tiny import small_settings
 
+pytestmark = pytest.mark.trains
+
 
 @pytest.fixture(scope="module")
 def selected(model_folder: Path, completion_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Selected:

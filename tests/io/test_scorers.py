@@ -14,6 +14,8 @@ from rightrank.errors import MetricError, SettingsError
 from rightrank.io.scorers import ModelAnswer, Scored, ScorerLimits, require_scorer, score, write_answers
 from rightrank.settings import parse_metric
 
+pytestmark = pytest.mark.trains
+
 NASTY = ["$(touch owned)", "`touch owned`", "; touch owned", "a\nb\u2028c", "'\"\\", "", "{file}", "-n"]
 ANSWERS = [ModelAnswer(str(n), text, text, "expected") for n, text in enumerate(NASTY)]
 COUNT = len(ANSWERS)

@@ -14,6 +14,8 @@ from rightrank.planning.skeleton import adapt, build_base
 from rightrank.settings import make_plan_settings
 from tests.planning import CONFIGS
 
+pytestmark = pytest.mark.trains
+
 bitsandbytes = pytest.importorskip("bitsandbytes", reason="needs the extra bnb")
 
 

@@ -11,6 +11,8 @@ from rightrank.planning.planner import plan_config
 from rightrank.settings import make_plan_settings
 from tests.planning import CONFIGS
 
+pytestmark = pytest.mark.trains
+
 MULTI_LORA: dict[str, Any] = {"packed": True, "loss": "chunked", "optimizer": "adamw_fused"}
 CASES: list[tuple[str, dict[str, Any]]] = [
     ("llama", {}),

@@ -19,6 +19,8 @@ from rightrank.planning.planner import plan_config
 from rightrank.settings import make_plan_settings
 from tests.planning import CONFIGS
 
+pytestmark = pytest.mark.trains
+
 CASES: list[tuple[str, dict[str, Any]]] = [
     ("llama", {}),
     ("llama", {"use_rslora": True}),

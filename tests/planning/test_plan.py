@@ -12,6 +12,8 @@ from rightrank.cli import main
 from rightrank.settings import parse_bytes
 from tests.planning import CONFIGS
 
+pytestmark = pytest.mark.trains
+
 QUICK = ("--batch-size", "2", "--seq-len", "32", "--target-modules", "q_proj,v_proj")
 
 

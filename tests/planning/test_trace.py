@@ -13,6 +13,8 @@ from rightrank.planning.step import Groups, blocks_of, trace_step
 from rightrank.settings import PlanSettings, make_plan_settings
 from tests.planning import CONFIGS
 
+pytestmark = pytest.mark.trains
+
 SETTINGS: list[dict[str, Any]] = [
     {},
     {"padding": True},

@@ -27,6 +27,8 @@ from rightrank.records.probe import AllocationTrial
 from tests.helpers import make_runtime
 from tests.tiny import small_settings
 
+pytestmark = pytest.mark.trains
+
 
 @pytest.fixture(scope="module")
 def trained(model_folder: Path, completion_file: Path, tmp_path_factory: pytest.TempPathFactory) -> AdapterFolder:

@@ -14,6 +14,8 @@ from safetensors.torch import save_file
 from rightrank.cli import main
 from tests.probe.adapters import edit_config, make_adapter, make_base, rewrite, tensors_of
 
+pytestmark = pytest.mark.trains
+
 
 @pytest.fixture(scope="module")
 def original(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:

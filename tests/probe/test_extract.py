@@ -16,6 +16,8 @@ from rightrank.cli import main
 from rightrank.probe import checkpoint_spectra, extract
 from tests.probe.adapters import deltas, load_base, load_strictly, logits, make_base
 
+pytestmark = pytest.mark.trains
+
 
 def fine_tuned(base: Path, folder: Path, rank: int, noise: float, norm_too: bool = False) -> Path:
     """Planted updates of that rank in every matrix of a layer."""

@@ -18,6 +18,8 @@ from rightrank.report.draw import draw
 from rightrank.report.spectrum_figures import spectrum_map, split_name
 from tests.probe.adapters import KINDS, deltas, load_strictly, make_adapter, make_base, rewrite, tensors_of
 
+pytestmark = [pytest.mark.trains, pytest.mark.draws]
+
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:

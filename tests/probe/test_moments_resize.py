@@ -15,6 +15,8 @@ from rightrank.probe.rank_choice import RankChoice
 from rightrank.probe.resized_adapter import write_resized
 from tests.probe.adapters import deltas, load_strictly, make_adapter, make_base
 
+pytestmark = pytest.mark.trains
+
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -26,6 +26,8 @@ from tests.helpers import make_runtime
 from tests.probe.adapters import load_strictly, tensors_of
 from tests.tiny import small_settings
 
+pytestmark = pytest.mark.trains
+
 SETTINGS = ["--set", "seq_len=32", "--set", "eval_items=12", "--set", "batch_size=4"]
 
 

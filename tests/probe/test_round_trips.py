@@ -12,6 +12,8 @@ import torch
 from rightrank.api import inspect, resize
 from tests.probe.adapters import KINDS, deltas, load_base, load_strictly, logits, make_adapter, make_base, tensors_of
 
+pytestmark = pytest.mark.trains
+
 
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory: pytest.TempPathFactory) -> Any:

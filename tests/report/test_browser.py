@@ -27,7 +27,11 @@ FLAGS = [
     "--disable-sync",
 ]
 sync_api: Any = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium here (Debian: apt-get install chromium)")
+pytestmark = [
+    pytest.mark.trains,
+    pytest.mark.draws,
+    pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium here (Debian: apt-get install chromium)"),
+]
 
 RUNS = {
     1: lambda: made_up_run(()),

@@ -25,6 +25,8 @@ from rightrank.report.files import write_figures
 from rightrank.report.rank_curve import diminishing_rank, rank_figure
 from tests.report.runs import made_up_run
 
+pytestmark = pytest.mark.draws
+
 
 def decision() -> Decision:
     return decide_run(made_up_run())

@@ -16,6 +16,8 @@ from rightrank.report.html import render_report
 from rightrank.report.sentences import next_run_text, reproduce_command
 from tests.report.runs import made_up_run
 
+pytestmark = pytest.mark.draws
+
 NASTY = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\"'`{{7*7}}\x00\x1b[31m\u202e\u2028end"
 
 

@@ -10,6 +10,8 @@ from rightrank.records import Arm, RunEvent, StepDone, Trial, TrialDiverged, Tri
 from rightrank.report.progress import Progress
 from tests.report.runs import made_up_run
 
+pytestmark = pytest.mark.draws
+
 STEP_SECONDS, EVAL_SECONDS = 2.0, 6.0  # an equal share per arm, whatever shares the passes
 
 

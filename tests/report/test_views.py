@@ -20,6 +20,8 @@ from rightrank.report.terminal import LiveView, PlainView, make_view, plan_line
 from rightrank.runs import status
 from tests.report.runs import STARTED, journal_of, made_up_run
 
+pytestmark = pytest.mark.draws
+
 
 def test_status_reports_the_run_and_changes_nothing(tmp_path: Path) -> None:
     run = journal_of(tmp_path / "run", upto=7)

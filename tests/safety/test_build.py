@@ -17,6 +17,8 @@ import pytest
 
 from tests.safety.audit import summary
 
+pytestmark = pytest.mark.trains
+
 ROOT = Path(__file__).parents[2]
 PACKAGED = ("src", "pyproject.toml", "README.md", "LICENSE")
 

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from rightrank import select_rank
 from tests.tiny import small_settings
+
+pytestmark = pytest.mark.trains
 
 
 def test_adapters_that_learned_nothing_end_in_no_gain(

@@ -17,6 +17,8 @@ from rightrank.io.run_folder import RunFolder
 from rightrank.records import TrialDiverged, TrialFinished, TrialStarted
 from tests.commands import run, select_arguments, start, values_of, wait_for_trial
 
+pytestmark = pytest.mark.draws
+
 
 @pytest.fixture(scope="module")
 def finished_run(model_folder: Path, completion_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -15,6 +15,8 @@ import pytest
 from rightrank import Observer, TrialResult, TrialTask, decide, select_rank_with
 from rightrank.errors import AllTrialsFailedError, InterruptedRun, RightrankError, RunFolderError, SettingsError
 
+pytestmark = pytest.mark.trains
+
 RANKS, RATES = (1, 4, 16), (1e-3, 3e-3)
 ITEMS = [random.Random(0).gauss(0, 1) for _ in range(40)]
 

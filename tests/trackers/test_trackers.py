@@ -19,6 +19,8 @@ from rightrank.trackers import Trackers, registry, require_trackers
 from tests.commands import run, select_arguments
 from tests.report.runs import journal_of
 
+pytestmark = pytest.mark.trains
+
 
 @pytest.fixture
 def records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Records:
