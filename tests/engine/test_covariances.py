@@ -10,8 +10,10 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
+from rightrank.engine.batches import Batch
 from rightrank.engine.covariances import gather_moments, micro_batches, moment_tokens
 from rightrank.engine.multi_lora import MultiLora
+from rightrank.engine.prefix import FrozenPrefix
 from rightrank.engine.runtime import Runtime
 from rightrank.io.truncation import load_moments, save_moments
 from rightrank.records import Arm
@@ -79,6 +81,33 @@ def test_the_base_and_its_losses_are_as_before(runtime: Runtime) -> None:
     before = runtime.evaluate("selection").losses
     gather_moments(runtime, peft_model, EXAMPLES)
     assert runtime.evaluate("selection").losses == before
+
+
+def test_frozen_layers_are_computed_in_groups_and_change_nothing(
+    model_folder: Path, completion_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of examples that no training asks for too."""
+    sizes: list[int] = []
+    lower_blocks = FrozenPrefix._lower_blocks
+
+    def counted(prefix: FrozenPrefix, model: Any, batch: Batch) -> torch.Tensor:
+        sizes.append(len(batch.indices))
+        return lower_blocks(prefix, model, batch)
+
+    monkeypatch.setattr(FrozenPrefix, "_lower_blocks", counted)
+    found = []
+    for caching in (True, False):
+        settings = small_settings(
+            batch_size=4, eval_batch_size=4, max_steps=1, layers_to_transform=(2,), cache_prefix=caching
+        )
+        runtime = make_runtime(model_folder, completion_file, settings, tmp_path / str(caching))
+        sizes.clear()
+        found.append(gather_moments(runtime, adapted(runtime, layers_to_transform=[2]), EXAMPLES).moments)
+        assert sum(sizes) >= len(EXAMPLES) - 4 if caching else not sizes
+        assert sizes.count(1) <= 3
+    for name, plain in found[1].items():
+        assert np.allclose(found[0][name].inputs, plain.inputs, rtol=1e-3)
+        assert np.allclose(found[0][name].gradients, plain.gradients, rtol=1e-3, atol=1e-9)
 
 
 def test_multi_lora_gives_the_same_and_leaves_the_training_as_it_was(runtime: Runtime) -> None:

@@ -65,9 +65,11 @@ def gather_moments(
     if not plain:
         return Gathered({}, 0, 0, notices)
     sums, read = _Sums(), _Read()
+    batches = list(micro_batches(runtime, examples, tokens))
+    runtime.expect("train", [index for indices in batches for index in indices])
     try:
         with rank_space(peft_model, plain, sums.add, adapter), runtime.recomputing(), runtime.without_dropout():
-            for indices in micro_batches(runtime, examples, tokens):
+            for indices in batches:
                 batch = runtime.batch("train", indices)
                 runtime.backpropagate("train", batch, 1.0)
                 read.add(runtime, indices, batch.tokens)

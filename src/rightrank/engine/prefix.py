@@ -83,6 +83,16 @@ class FrozenPrefix:
             int(lengths[ordered].sum()),
         )
 
+    def expect(self, name: str, indices: Iterable[int]) -> None:
+        """Group examples of a split that nobody has asked for so far, to compute them together when one is used."""
+        store = self._stores[name]
+        new = np.asarray(sorted(set(indices) - store.group_of.keys()), np.int64)
+        ordered: list[int] = new[np.argsort(lengths_of(store.examples)[new], kind="stable")].tolist()
+        for start in range(0, len(ordered), self._group_size):
+            group = ordered[start : start + self._group_size]
+            store.group_of.update(dict.fromkeys(group, len(store.groups)))
+            store.groups.append(group)
+
     def _group_of(self, store: _Store, index: int) -> int:
         """The number of an example's group; an unexpected example gets a group of its own."""
         if index not in store.group_of:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -35,6 +36,8 @@ from rightrank.errors import InterruptedRun
 from rightrank.io.models import LoadedModel
 from rightrank.records import Arm, Preparing, SplitName
 from rightrank.settings import SelectSettings
+
+FURTHER_SHARE = 0.1  # of a training's steps: the examples that follow it, for moments and recovery after a truncation
 
 
 class Runtime:
@@ -229,5 +232,11 @@ class Runtime:
         """The indices of a split's examples that the arms will use."""
         if split != "train":
             return set(range(len(self.examples(split))))
-        plans = (self.batch_plan(seed) for seed in self.settings.seeds)
+        further = self.steps + math.ceil(FURTHER_SHARE * self.steps)
+        plans = [self.batch_plan(self.settings.seeds[0], further), *map(self.batch_plan, self.settings.seeds[1:])]
         return {index for plan in plans for indices in plan for index in indices}
+
+    def expect(self, split: SplitName, indices: Sequence[int]) -> None:
+        """Announce examples that will be used, so that their frozen layers are computed in groups and not one by one."""
+        if self.fast_paths.prefix is not None:
+            self.fast_paths.prefix.expect(split, indices)
