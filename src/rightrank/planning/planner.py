@@ -74,19 +74,25 @@ def plan_config(
         seconds=0.0,
         settings=settings.model_dump(mode="json"),
     )
+    additions = _additions(estimator, estimates, prices)
+    return plan.model_copy(update=additions | {"seconds": time.perf_counter() - begun})
+
+
+def _additions(estimator: Estimator, estimates: Sequence[RankEstimate], prices: bool) -> dict[str, Any]:
+    """The fields of a plan that need further estimates: the largest rank, a range of ranks, changes or prices."""
+    settings = estimator.settings
     largest = largest_rank(estimator, estimates)
-    extra: dict[str, Any] = {"largest_possible_rank": largest}
+    found: dict[str, Any] = {"largest_possible_rank": largest}
     if settings.data_tokens is not None and settings.first_loss is not None:
         memory_rank = None if settings.memory_bytes is None else largest or 0
-        limits, ranks = starting_range(
-            estimator.skeleton.shapes, settings.data_tokens, settings.first_loss, memory_rank
-        )
-        extra |= {"limits": limits, "suggested_ranks": ranks}
-    if settings.memory_bytes is not None and not fitting:
-        extra["changes"] = cheapest_changes(estimator)
-    elif prices and first.source != "formula":
-        extra["prices"] = axis_prices(estimator, last)
-    return plan.model_copy(update=extra | {"seconds": time.perf_counter() - begun})
+        shapes = estimator.skeleton.shapes
+        limits, ranks = starting_range(shapes, settings.data_tokens, settings.first_loss, memory_rank)
+        found |= {"limits": limits, "suggested_ranks": ranks}
+    if settings.memory_bytes is not None and largest is None:
+        found["changes"] = cheapest_changes(estimator)
+    elif prices and estimates[0].source != "formula":
+        found["prices"] = axis_prices(estimator, estimates[-1])
+    return found
 
 
 def largest_rank(estimator: Estimator, estimates: Sequence[RankEstimate]) -> int | None:
@@ -187,7 +193,8 @@ def _notes(estimator: Estimator, settings: PlanSettings, calibration: Calibratio
     notes = []
     if estimator.untraceable is not None:
         notes.append(
-            f"the step cannot be traced ({estimator.untraceable}), so the peak comes from a formula and may be off by a factor of {1 + FORMULA.share:.2f} either way"
+            f"the step cannot be traced ({estimator.untraceable}), so the peak comes from a formula and may be off by a "
+            f"factor of {1 + FORMULA.share:.2f} either way"
         )
     if calibration is not None:
         notes.append(
