@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from rightrank.cli import main
-from rightrank.settings import parse_bytes
+from rightrank.settings import make_settings, parse_bytes
+from rightrank.strategies import make_strategy
 from tests.planning import CONFIGS
 
 pytestmark = pytest.mark.trains
@@ -194,9 +195,13 @@ def test_a_selection_is_its_strategy_s_trainings_and_evaluations(
     arguments = (str(config_folder), "--ranks", "2,4,8", "--steps", "50", *QUICK, "--strategy")
     grid, bracket = (plan_json(capsys, *arguments, name)["selection"] for name in ("grid", "bracket"))
     flops = [row["flops"] for row in grid["ranks"]]
-    once = 4 * grid["evaluation_flops"]
-    assert grid["expected"]["flops"] == pytest.approx(3 * sum(flops) + once)
-    assert grid["most"]["flops"] == pytest.approx(9 * flops[-1] + once)
+    evaluation = grid["evaluation_flops"]
+    strategy = make_strategy(make_settings({"strategy": "grid", "ranks": (2, 4, 8)}), 50)
+    truncated = strategy.expected_arms() - 1 - 9, strategy.max_arms() - 1 - 9  # evaluated and not trained
+    assert 0 < truncated[0] <= truncated[1]
+    assert grid["expected"]["flops"] == pytest.approx(3 * sum(flops) + (4 + truncated[0]) * evaluation)
+    most = 9 * flops[-1] + (4 + truncated[1]) * evaluation  # truncations evaluated at the largest rank take more
+    assert most < grid["most"]["flops"] < most + 0.05 * truncated[1] * evaluation
     assert bracket["expected"]["trainings"] < bracket["most"]["trainings"] <= grid["most"]["trainings"]
     assert flops[0] > 50 * plan_json(capsys, *arguments, "grid")["ranks"][0]["flops_per_step"]  # evaluations are in it
 
