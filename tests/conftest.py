@@ -27,7 +27,25 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
-def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def traced_once() -> Iterator[None]:
+    """A step of one model with one setting is traced once: traces take a sixth of a small selection."""
+    from rightrank.planning.estimate import Estimator
+
+    trace, known = Estimator._full_trace, {}
+
+    def remembered(self: Estimator, rank: int, training: bool) -> Any:
+        key = self._config.to_json_string(), self.settings.model_dump_json(), rank, training
+        if key not in known:
+            known[key] = trace(self, rank, training)
+        return known[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Estimator, "_full_trace", remembered)
+        yield
+
+
+@pytest.fixture(scope="session")
+def model_folder(traced_once: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random 3-layer Llama with a byte-level tokenizer."""
     return save_tiny_llama(tmp_path_factory.mktemp("model") / "tiny-llama")
 

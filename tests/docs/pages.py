@@ -38,23 +38,20 @@ def blocks(page: Path) -> list[Block]:
 
 def shell_commands(page: Path) -> list[str]:
     """Every command of a shell block; these run."""
-    return [line for block in blocks(page) if block.language in SHELL for line in _lines(block.text)]
+    return [line for block in blocks(page) if block.language in SHELL for line in lines_of(block.text)]
 
 
 def shown_commands(page: Path) -> Iterator[list[str]]:
     """The arguments of every complete `rightrank` command on the page, those that do not run included."""
     text = page.read_text(encoding="utf-8")
     indented = re.findall(r"(?m)^ {4,}(?:\$ )?(rightrank (?:\\\n|.)*)$", text)
-    others = [line for block in blocks(page) if block.language in ("text", *SHELL) for line in _lines(block.text)]
+    others = [line for block in blocks(page) if block.language in ("text", *SHELL) for line in lines_of(block.text)]
     for command in [*indented, *others, *_INLINE.findall(text)]:
         if command.startswith("rightrank ") and not re.search(r"…|\[|\.\.\.|COMMAND|SHELL", command):
             yield shlex.split(command.replace("\\\n", " "))[1:]
 
 
-def python_blocks(page: Path) -> list[str]:
-    return [block.text for block in blocks(page) if block.language == "python" and block.runs]
-
-
-def _lines(text: str) -> list[str]:
+def lines_of(text: str) -> list[str]:
+    """The commands of a block, without comments and prompts."""
     lines = [line.strip().removeprefix("$ ") for line in text.replace("\\\n", " ").splitlines()]
     return [line.split("  #")[0].strip() for line in lines if line and not line.startswith("#")]
