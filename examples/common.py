@@ -1,4 +1,4 @@
-"""What the examples share: options, rows of text, and tokenised rows."""
+"""Shared by the examples: options, rows of text, and tokenized rows."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def rows_of(path: Path) -> list[dict[str, Any]]:
 
 
 def tokenised(tokenizer: Any, rows: list[dict[str, Any]], max_length: int = 128) -> list[dict[str, list[int]]]:
-    """`input_ids` and `labels` of prompt and completion, loss on the completion alone."""
+    """`input_ids` and `labels` of prompt and completion, with the loss on the completion only."""
     made = []
     for row in rows:
         prompt = tokenizer(row["prompt"])["input_ids"]

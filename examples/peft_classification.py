@@ -1,4 +1,4 @@
-"""A PEFT script for classification: accuracy decides, one item of the held-out data at a time.
+"""A PEFT script for classification. Accuracy decides, and ranks are compared example by example.
 
 python examples/peft_classification.py --model path/to/model --data data.jsonl     (rows of text and label)
 """
@@ -29,7 +29,7 @@ def batch_of(some: list[dict[str, str]]) -> BatchEncoding:
 
 @torch.no_grad()
 def right_answers(model: PeftModel) -> list[float]:
-    """1 or 0 for every held-out item, in their order."""
+    """1 or 0 for every held-out example, in order."""
     model.eval()
     right: list[float] = []
     for start in range(0, len(held_out), 16):

@@ -1,4 +1,4 @@
-"""A training loop of one's own with PEFT: the smallest thing that `select_rank_with` can work with.
+"""A plain training loop with PEFT: the smallest trainer for `select_rank_with`.
 
 python examples/plain_loop.py --model path/to/model --data data.jsonl     (rows of prompt and completion)
 """

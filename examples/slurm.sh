@@ -6,8 +6,8 @@
 #SBATCH --mem-per-gpu=64G
 #SBATCH --signal=B:TERM@120
 #SBATCH --requeue
-# One worker a task, each a step of this job; the driver runs on the first node. Before the time is over it is asked to
-# stop: workers leave checkpoints, the job is put back into the queue, and the same command goes on.
+# One worker for each task, each a step of this job; the driver runs on the first node. Before the time limit the driver
+# receives SIGTERM: workers write checkpoints, the job is requeued, and the same command resumes.
 #
 #   sbatch examples/slurm.sh /shared/model /shared/data.jsonl --out /shared/run
 

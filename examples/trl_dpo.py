@@ -1,4 +1,4 @@
-"""TRL's `DPOTrainer`: each held-out pair is an item, scored by how much further apart training puts it.
+"""TRL's `DPOTrainer`. Each held-out pair is an example, scored by the reward margin that training gives it.
 
 python examples/trl_dpo.py --model path/to/model --data pairs.jsonl     (rows of prompt, chosen and rejected)
 """

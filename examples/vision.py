@@ -1,4 +1,4 @@
-"""A vision transformer that learns where a bright square is: any model that PEFT adapts will do.
+"""A vision transformer that learns where a bright square is. Any model that PEFT adapts works the same way.
 
 python examples/vision.py     (makes its own images; ViT's real class, random weights)
 """
@@ -17,7 +17,7 @@ SIDE, CLASSES = 32, 4
 
 
 def images(count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Noise with a bright square in one of the four corners, which is the class."""
+    """Noise with a bright square in one of the four corners; the corner is the class."""
     generator = torch.Generator().manual_seed(seed)
     pixels = torch.randn(count, 3, SIDE, SIDE, generator=generator)
     corners = torch.randint(CLASSES, (count,), generator=generator)
