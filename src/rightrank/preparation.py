@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from rightrank.decision.metrics import higher_is_better
 from rightrank.engine.encode import EncodedData, encode, label_count
@@ -25,7 +25,7 @@ from rightrank.planning.selection_plan import SelectionPlan, first_pass_loss, pl
 from rightrank.planning.skeleton import is_known
 from rightrank.records import JournalRecord, RunStarted, content_hash
 from rightrank.records.plan import SelectionCost
-from rightrank.settings import SelectSettings, as_begun, settings_of_identity
+from rightrank.settings import SelectSettings, as_begun, settings_of_identity, with_identity_of
 from rightrank.strategies import Strategy
 from rightrank.version import __version__
 
@@ -47,6 +47,7 @@ class Request:
     known_settings: tuple[str, ...] | None = (
         None  # if it resumes a run: the settings that the version that began it knew
     )
+    begun: Mapping[str, Any] | None = None  # if it resumes a run: the settings that the run began with
 
     @property
     def model_name(self) -> str:
@@ -115,7 +116,7 @@ def resuming(request: Request, journal: Sequence[JournalRecord]) -> Request:
     if not isinstance(first, RunStarted):
         return request
     settings = as_begun(request.settings, first.settings.keys())
-    return replace(request, settings=settings, known_settings=tuple(first.settings))
+    return replace(request, settings=settings, known_settings=tuple(first.settings), begun=first.settings)
 
 
 def _load(request: Request, bases: Bases, folder: Path) -> _Sources:
@@ -195,7 +196,7 @@ def _settle(sources: _Sources, settings: SelectSettings, notice: Notice) -> tupl
 def _started(request: Request, sources: _Sources, settings: SelectSettings, steps: int) -> RunStarted:
     values = {"model": request.model_name, "data": request.data_name, **settings.model_dump(mode="json")}
     identity = {
-        "settings": settings_of_identity(values, request.known_settings),
+        "settings": settings_of_identity(with_identity_of(values, request.begun or {}), request.known_settings),
         "model": sources.loaded.fingerprint,
         "data": sources.splits.fingerprint,
         "steps": steps,

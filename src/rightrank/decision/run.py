@@ -15,6 +15,7 @@ from rightrank.records import (
     Decision,
     DecisionRecorded,
     JournalRecord,
+    RunContinued,
     RunStarted,
     Sample,
     TestEvaluated,
@@ -65,7 +66,15 @@ def records_of(journal: Sequence[JournalRecord], where: str) -> Records:
     """
     if not journal or not isinstance(journal[0], RunStarted):
         raise RunFolderError(f"{where}: no run has started here; give a folder that `rightrank select --out` made")
-    return Records.of(journal[0], journal)
+    return Records.of(settled_start(journal), journal)
+
+
+def settled_start(journal: Sequence[JournalRecord]) -> RunStarted:
+    """The start of the run, with the settings that it was last continued with."""
+    started = journal[0]
+    assert isinstance(started, RunStarted)
+    changed = {name: value for one in journal if isinstance(one, RunContinued) for name, value in one.settings.items()}
+    return started.model_copy(update={"settings": started.settings | changed}) if changed else started
 
 
 def last_outcomes(records: Sequence[JournalRecord]) -> list[TrialOutcome]:

@@ -52,6 +52,7 @@ class Job(Record):
     folder: Path  # the run folder, shared by driver and workers
     fingerprint: str
     known_settings: tuple[str, ...] | None = None  # see `Request`
+    begun: dict[str, JsonValue] | None = None  # see `Request`
 
 
 class Task(Record):

@@ -140,7 +140,9 @@ class Worker:
         settings = make_settings(job.settings)
         scratch.mkdir()
         prepared = prepare(
-            Request(job.model, None, job.data, settings, job.known_settings), scratch / "cache", bases=self._bases
+            Request(job.model, None, job.data, settings, job.known_settings, job.begun),
+            scratch / "cache",
+            bases=self._bases,
         )
         if prepared.started.fingerprint != job.fingerprint:
             raise RunError(

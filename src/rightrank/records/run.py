@@ -117,6 +117,14 @@ class Certified(Record):
         )
 
 
+class RunContinued(Record):
+    """The run was continued with other values of settings that change no trial; they hold from here on."""
+
+    type: Literal["run_continued"] = "run_continued"
+    schema_version: Whole = SCHEMA_VERSION
+    settings: dict[str, JsonValue]
+
+
 class AdapterRecorded(Record):
     """The answer to the first question, and what `adapter/` holds from then on."""
 
@@ -145,6 +153,7 @@ JournalRecord: TypeAlias = Annotated[
     | TestEvaluated
     | Sample
     | Certified
+    | RunContinued
     | AdapterRecorded
     | DecisionRecorded,
     Field(discriminator="type"),

@@ -19,7 +19,7 @@ from rightrank.returns import Selected
 from rightrank.selection.handover import hand_over_saved
 from rightrank.selection.loop import LoopOptions
 from rightrank.selection.start import open_selection
-from rightrank.settings import SelectSettings, make_settings
+from rightrank.settings import SelectSettings, make_settings, with_identity_of
 from rightrank.strategies import make_strategy, space_of, strategy_in
 from rightrank.version import __version__
 
@@ -48,8 +48,8 @@ class Trainer:
 
 def select_custom(request: CustomRequest, trainer: Trainer, folder: RunFolder, observer: Observer) -> Selected:
     """Run the selection, and hand over what the trainer saved."""
-    started = _run_started(request, trainer.train)
     with folder.locked(), report_disk_errors(folder.path):
+        started = _run_started(request, trainer.train, folder)
         space = replace(
             space_of(request.settings, request.steps),
             stages=False,
@@ -127,7 +127,7 @@ def direction_of(metric: str, higher_is_better: bool | None) -> bool:
     return higher
 
 
-def _run_started(request: CustomRequest, train: TrainFunction) -> RunStarted:
+def _run_started(request: CustomRequest, train: TrainFunction, folder: RunFolder) -> RunStarted:
     name = f"{getattr(train, '__module__', '?')}.{getattr(train, '__qualname__', type(train).__name__)}"
     kept = ("strategy", "ranks", "learning_rates", "seeds", "lora_alpha", "margin")
     values = {
@@ -140,9 +140,11 @@ def _run_started(request: CustomRequest, train: TrainFunction) -> RunStarted:
         "higher_is_better": request.higher_is_better,
         **request.settings.model_dump(mode="json", include=set(kept)),
     }
+    first = next(iter(folder.journal.read()), None)
+    begun = first.settings if isinstance(first, RunStarted) else {}
     return RunStarted(
         rightrank_version=__version__,
-        fingerprint=content_hash({"settings": values}),
+        fingerprint=content_hash({"settings": with_identity_of(values, begun)}),
         settings=values,
         environment={
             "python": platform.python_version(),

@@ -65,6 +65,7 @@ def job_of(name: str, request: Request, prepared: Prepared, selection: Selection
         folder=selection.folder.path.absolute(),
         fingerprint=prepared.started.fingerprint,
         known_settings=request.known_settings,
+        begun=None if request.begun is None else dict(request.begun),
     )
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from rightrank.decision.answers import trainings
-from rightrank.decision.run import Records, decide_run, decision_so_far
+from rightrank.decision.run import Records, decide_run, decision_so_far, settled_start
 from rightrank.errors import (
     AllTrialsFailedError,
     DeviceMemoryError,
@@ -26,6 +26,7 @@ from rightrank.records import (
     Decision,
     HandedOver,
     JournalRecord,
+    RunContinued,
     RunEvent,
     RunStarted,
     Trial,
@@ -40,7 +41,7 @@ from rightrank.records.observer import Observer
 from rightrank.records.plan import SelectionCost
 from rightrank.report.format import size
 from rightrank.report.plan_table import took_line
-from rightrank.settings import Goal, settings_difference
+from rightrank.settings import CONTINUABLE, Goal, settings_difference
 from rightrank.strategies import History, Strategy
 from rightrank.strategies.protocol import seconds_of, steps_of
 from rightrank.views import write_views
@@ -84,6 +85,7 @@ class Selection:
         existing = folder.journal.read()
         if existing:
             require_same_run(folder, existing[0], started)
+            continue_run(folder, existing, started)
         else:
             folder.journal.append(started)
         self.records = Records.of(started, existing)
@@ -115,10 +117,11 @@ class Selection:
         return self.decide() if self._options.goal == "training-rank" else None
 
     def _answer_adapter(self, on_adapter: Callable[[AdapterAnswer], None]) -> None:
-        if not self.records.adapters:
-            answer = self._strategy.adapter(History.of(self.records.outcomes))
-            if answer is not None:
-                on_adapter(answer)
+        answer = self._strategy.adapter(History.of(self.records.outcomes))
+        last = self.records.adapters[-1].answer if self.records.adapters else None
+        if answer is None or (last and (last.margin, last.trained_id) == (answer.margin, answer.trained_id)):
+            return  # not known yet, or recorded: a continued run may ask at another margin or top rank
+        on_adapter(answer)
 
     def keep_adapter(self, answer: AdapterAnswer, handed_over: HandedOver) -> None:
         """Journal the answer to the first question. The cost is that of the trials so far, or of the first answer."""
@@ -227,6 +230,15 @@ class Selection:
 
 def _may_succeed_now(outcome: TrialOutcome) -> bool:
     return isinstance(outcome, TrialFailed) and outcome.error != "out_of_memory"
+
+
+def continue_run(folder: RunFolder, existing: Sequence[JournalRecord], started: RunStarted) -> None:
+    """Journal the settings with which a run is continued, where they are not those that it had last."""
+    before = settled_start(existing).settings
+    names = [name for name in CONTINUABLE if name in started.settings and name in before]
+    changed = {name: started.settings[name] for name in names if started.settings[name] != before[name]}
+    if changed:
+        folder.journal.append(RunContinued(settings=changed))
 
 
 def require_same_run(folder: RunFolder, first: JournalRecord, started: RunStarted) -> None:

@@ -1,6 +1,13 @@
 """The settings of a selection and of a plan: flat records, validated once. All defaults are here."""
 
-from rightrank.settings.identity import NOT_IDENTITY, as_begun, settings_difference, settings_of_identity
+from rightrank.settings.identity import (
+    CONTINUABLE,
+    NOT_IDENTITY,
+    as_begun,
+    settings_difference,
+    settings_of_identity,
+    with_identity_of,
+)
 from rightrank.settings.keywords import SelectKeywords
 from rightrank.settings.metric_spec import MetricSpec, parse_metric
 from rightrank.settings.plan import DEFAULT_PLAN_RANKS, OptimizerName, PlanSettings, make_plan_settings
@@ -15,6 +22,7 @@ from rightrank.settings.values import UNITS, DtypeName, checked, parse_bytes
 
 __all__ = [
     "CONSTANT_SCALING_RANK",
+    "CONTINUABLE",
     "DEFAULT_PLAN_RANKS",
     "NOT_IDENTITY",
     "UNITS",
@@ -34,4 +42,5 @@ __all__ = [
     "parse_metric",
     "settings_difference",
     "settings_of_identity",
+    "with_identity_of",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Container, Mapping, Set
+from pathlib import Path
 from typing import Any
 
 from rightrank.settings.migration import BEHAVIOUR_BEFORE, IDENTITY_NAMES
@@ -28,6 +29,38 @@ NOT_IDENTITY = (
 """Settings that change how a selection runs and not what it finds: they may differ when a run is resumed."""
 
 
+CONTINUABLE = (
+    "margin",
+    "ranks",
+    "learning_rates",
+    "seeds",
+    "strategy",
+    "sweep",
+    "budget_trainings",
+    "budget_steps",
+    "budget_hours",
+)
+"""Settings that choose trials and judge them, and change no trial: a run folder may be continued with other values."""
+
+
+def with_identity_of(values: Mapping[str, Any], begun: Mapping[str, Any]) -> dict[str, Any]:
+    """`values` with those of the begun run where a difference makes no other run: the same trials keep their identity.
+
+    Two spellings of one path, such as `model` and `./model`, are the same.
+    """
+    kept = {name: begun[name] for name in CONTINUABLE if name in begun}
+    for name in ("model", "data"):
+        if name in begun and _is_same_place(values.get(name), begun[name]):
+            kept[name] = begun[name]
+    return {**values, **kept}
+
+
+def _is_same_place(one: object, other: object) -> bool:
+    if not isinstance(one, str) or not isinstance(other, str):
+        return False
+    return Path(one).exists() and Path(one).resolve() == Path(other).resolve()
+
+
 def as_begun(settings: SelectSettings, known: Set[str]) -> SelectSettings:
     """The settings with which to resume a run begun by a version that knew the settings named `known`."""
     before = {name: value for name, value in BEHAVIOUR_BEFORE.items() if name not in known | settings.model_fields_set}
@@ -51,7 +84,7 @@ def settings_of_identity(values: Mapping[str, Any], known: Container[str] | None
 
 def settings_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """The settings whose values differ and matter, one `name: old → new` each."""
-    before, after = settings_of_identity(old), settings_of_identity(new, old)
+    before, after = settings_of_identity(old), settings_of_identity(with_identity_of(new, old), old)
     shown = {identity: name for name, identity in IDENTITY_NAMES.items()}
     return [
         f"{shown.get(name, name)}: {before.get(name)!r} → {after.get(name)!r}"

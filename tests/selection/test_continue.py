@@ -1,0 +1,79 @@
+"""A run folder continued with more seeds, ranks or learning rates, or at another margin."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from rightrank.api import select_rank
+from rightrank.errors import RunFolderError
+from rightrank.io.journal import Journal
+from rightrank.records import RunContinued, TrialFinished, TrialStarted
+from rightrank.runs import write_report
+from tests.tiny import small_settings
+
+
+def journal(run: Path) -> list[object]:
+    return list(Journal(run / "journal.jsonl").read())
+
+
+def trained(run: Path) -> dict[tuple[int, float, int], float]:
+    """The value of each whole training by rank, learning rate and seed."""
+    return {
+        (one.rank, one.learning_rate, one.seed): one.value
+        for one in journal(run)
+        if isinstance(one, TrialFinished) and one.rank > 0 and one.arm.is_direct
+    }
+
+
+@pytest.fixture(scope="module")
+def begun(model_folder: Path, completion_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("begun") / "run"
+    select_rank(str(model_folder), completion_file, run, settings=small_settings(max_steps=4))
+    return run
+
+
+def test_a_run_continued_equals_one_made_at_once(
+    begun: Path, model_folder: Path, completion_file: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(begun, run)
+    before = [one for one in journal(run) if isinstance(one, TrialStarted)]
+    more = small_settings(max_steps=4, ranks=(1, 2, 4), seeds=(0, 1), margin=0.5)
+    continued = select_rank(str(model_folder), completion_file, run, settings=more)
+    again = [one for one in journal(run) if isinstance(one, TrialStarted)][len(before) :]
+    assert {one.trial_id for one in before}.isdisjoint(one.trial_id for one in again)  # nothing is trained twice
+    assert [one.settings.keys() for one in journal(run) if isinstance(one, RunContinued)] == [
+        {"margin", "ranks", "seeds"}
+    ]
+    whole = select_rank(str(model_folder), completion_file, tmp_path / "whole", settings=more)
+    assert trained(run) == trained(tmp_path / "whole")
+    assert continued.decision.margin == 0.5
+    same = {"next_runs", "ranks"}  # these name trials, whose identities are the run's own
+    assert continued.decision.model_dump(exclude=same) == whole.decision.model_dump(exclude=same)
+
+
+def test_another_spelling_of_the_same_paths_is_the_same_run(
+    begun: Path, model_folder: Path, completion_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(model_folder.parent)
+    started = len(journal(begun))
+    select_rank(f"./{model_folder.name}", completion_file, begun, settings=small_settings(max_steps=4))
+    assert not [one for one in journal(begun)[started:] if isinstance(one, TrialStarted)]
+
+
+def test_a_report_shows_the_settings_that_the_run_was_continued_with(
+    begun: Path, model_folder: Path, completion_file: Path
+) -> None:
+    settings = small_settings(max_steps=4, margin=0.25)
+    selected = select_rank(str(model_folder), completion_file, begun, settings=settings)
+    assert selected.decision.margin == 0.25
+    write_report(begun)
+    assert "0.25" in (begun / "report.html").read_text(encoding="utf-8")
+
+
+def test_what_changes_trials_is_still_refused(begun: Path, model_folder: Path, completion_file: Path) -> None:
+    with pytest.raises(RunFolderError, match="max_steps"):
+        select_rank(str(model_folder), completion_file, begun, settings=small_settings(max_steps=5, margin=0.1))
