@@ -27,7 +27,7 @@ from rightrank.io.truncation import adapter_rank, save_moments
 from rightrank.maths.truncation import Moments
 from rightrank.records import Arm
 
-MOMENT_TOKENS = 8192  # see benchmarks/truncation
+MOMENT_TOKENS = 4096  # see benchmarks/truncation
 MAX_SHARE = 0.1  # of the tokens of a training
 ROUNDING = 1e-6  # of a batch's largest gradient: below it a position has none
 
