@@ -47,7 +47,7 @@ from rightrank.strategies.protocol import base_arm
 RANKS = (1, 4, 16, 64)
 SEEDS = (0, 1)
 DIGITS = 5
-CHECKPOINTS = (0.25, 0.5)  # of a horizon
+CHECKPOINTS = (0.125, 0.25, 0.5)  # of a horizon
 
 COMMON = {
     "ranks": RANKS,
@@ -59,12 +59,22 @@ COMMON = {
 CAUSAL = {"layers_to_transform": (28, 29), "max_steps": 40, "seq_len": 48, "eval_items": 96}
 ENCODER = {"layers_to_transform": (4, 5), "max_steps": 80, "seq_len": 48, "eval_items": 300}
 CONSTANT = {"lr_scheduler_type": "constant", "warmup_ratio": 0.0}
+LONG = {"seeds": (0, 1, 2), "max_steps": 400, "eval_batch_size": 32}
+ENCODER_LONG = {"layers_to_transform": (4, 5), "seq_len": 64, "eval_items": 400}
+CAUSAL_LONG = {"layers_to_transform": (28, 29), "seq_len": 32, "eval_items": 300, "dtype": "bfloat16"}
+FEW = {"test_fraction": 0.35, "validation_fraction": 0.35}  # of 1,200 rows
 GRIDS: dict[str, dict[str, object]] = {
     "packages": COMMON | CAUSAL | CONSTANT | {"learning_rates": (1e-3, 3e-3, 1e-2)},
     "glosses": COMMON | CAUSAL | {"learning_rates": (1e-3, 3e-3, 1e-2)},
     "docstrings": COMMON | CAUSAL | {"learning_rates": (1e-3, 3e-3, 1e-2), "seq_len": 128},
     "movies": COMMON | ENCODER | {"learning_rates": (3e-4, 1e-3, 3e-3)},
     "senses": COMMON | ENCODER | {"learning_rates": (3e-4, 1e-3, 3e-3, 1e-2)},
+    "senses_long": COMMON | LONG | ENCODER_LONG | {"learning_rates": (3e-4, 1e-3, 3e-3)},
+    "movies_long": COMMON | LONG | ENCODER_LONG | {"learning_rates": (3e-4, 1e-3, 3e-3)},
+    "newsgroups_long": COMMON | LONG | ENCODER_LONG | {"learning_rates": (3e-4, 1e-3, 3e-3), "metric": "accuracy"},
+    "senses_few": COMMON | LONG | ENCODER_LONG | FEW | {"learning_rates": (1e-4, 3e-4, 1e-3)},
+    "glosses_long": COMMON | LONG | CAUSAL_LONG | {"learning_rates": (1e-3, 3e-3)},
+    "packages_long": COMMON | LONG | CAUSAL_LONG | {"learning_rates": (1e-3, 3e-3)},
 }
 
 
@@ -204,7 +214,8 @@ def curve_of(name: str, shop: Workshop, horizon: float, extra: Mapping[str, obje
     grid: dict[str, Any] = {}
     items: dict[str, Any] = {}
     cuts: dict[str, Any] = {}
-    checkpoints: dict[str, Any] = {"0.25": {}, "0.5": {}}
+    checkpoints: dict[str, Any] = {f"{part:g}": {} for part in CHECKPOINTS}
+    truncation_items: dict[str, Any] = {}
     for (rank, rate, seed, step), outcome in sorted(ended.items()):
         if seed not in seeds:
             continue
@@ -221,6 +232,8 @@ def curve_of(name: str, shop: Workshop, horizon: float, extra: Mapping[str, obje
             parent = by_id[outcome.truncate_from]
             if (parent.stop_at or parent.steps) == wanted:
                 place(cuts, outcome.rank, outcome.learning_rate, outcome.seed, round(outcome.value, DIGITS))
+                losses = [round(loss, 3) for loss in outcome.item_losses]
+                place(truncation_items, outcome.rank, outcome.learning_rate, outcome.seed, losses)
     base = shop.outcomes[base_arm(shop.settings.lora_alpha)]
     assert isinstance(base, TrialFinished)
     return {
@@ -232,13 +245,14 @@ def curve_of(name: str, shop: Workshop, horizon: float, extra: Mapping[str, obje
         "machine": machine(),
         "seeds": sorted(seeds),
         "ranks": list(shop.settings.ranks),
-        "higher_is_better": False,
+        "higher_is_better": shop.settings.metric_name == "accuracy",
         "base": round(base.value, DIGITS),
         "item_tokens": base.item_tokens,
         "seed_grid": grid,
         "lr_grid": means_of(grid),
         "checkpoints": checkpoints,
         "truncation_grid": cuts,
+        "truncation_items": truncation_items,
         "item_losses": items,
         "seconds": round(
             sum(o.train_seconds + o.eval_seconds for (_, _, seed, step), o in ended.items() if step == wanted), 1
@@ -281,7 +295,7 @@ def with_seeds_of(curve: dict[str, Any], known: Mapping[str, Any]) -> dict[str, 
         return {key: joined(new[key], old[key]) if key in old else new[key] for key in new} | taken
 
     found = curve | {"seeds": sorted({*curve["seeds"], *known["seeds"]})}
-    for part in ("seed_grid", "checkpoints", "truncation_grid", "item_losses"):
+    for part in ("seed_grid", "checkpoints", "truncation_grid", "truncation_items", "item_losses"):
         found[part] = joined(curve[part], known[part])
     found["lr_grid"] = means_of(found["seed_grid"])
     found["settings"] = curve["settings"] | {"seeds": found["seeds"]}
