@@ -1,4 +1,4 @@
-"""TRL's `DPOTrainer`. Each held-out pair is an example, scored by the reward margin that training gives it.
+"""TRL's `DPOTrainer`. Each held-out pair is an example, scored by the log-likelihood of its chosen answer minus that of its rejected one.
 
 python examples/trl_dpo.py --model path/to/model --data pairs.jsonl     (rows of prompt, chosen and rejected)
 """
