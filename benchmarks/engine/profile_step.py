@@ -2,7 +2,7 @@
 
     python -m benchmarks.engine.profile_step MODEL DATA [--layers 28,29] [--arms 1] [--dtype float32] [--steps 6]
 
-Operators are told apart by their shapes: a matrix product with a side of the arm's rank is an adapter's, one with a
+Operators are distinguished by their shapes: a matrix product with a side of the arm's rank is an adapter's, one with a
 side of the vocabulary is the head's, the others are the base's. What the operators don't account for is Python. Beside
 it the rate of products of the base's shapes, and of one large product: what this processor can do.
 """

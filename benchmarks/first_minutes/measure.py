@@ -5,7 +5,7 @@
     python -m benchmarks.first_minutes.measure --gradience PROGRAM    # beside gradience, in an environment of its own
 
 Weights are of a distribution and all that it requires, as installed where this runs; an extra of which something is not
-installed is told as that. Times are the median of five fresh processes, each with its files already in the system's
+installed is reported as such. Times are the median of five fresh processes, each with its files already in the system's
 cache; alternatives are measured between ours, in the same run.
 """
 

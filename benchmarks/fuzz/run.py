@@ -4,7 +4,7 @@
 
 Needs `pip install atheris` beside the package (no part of the extras: it has wheels for Linux alone). Every target gets
 an even share of the minutes, of CPU and not of the clock, in a process of its own; one that dies is counted as a crash, and
-another goes on with what is left of its share. A find is any error but ours, a complaint of more than a line,
+another continues with the rest of its share. A find is any error but ours, a message of more than a line,
 over 5 seconds of CPU, or over 1 GiB. `--replay FILE` reads the inputs of a result again, without atheris.
 """
 

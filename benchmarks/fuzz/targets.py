@@ -132,7 +132,7 @@ def _refusable(read: Callable[[], object]) -> None:
 
 
 def read_adapter(data: bytes, folder: Path) -> None:
-    """adapter_config.json, then the header and the data of the weights. The header's length is told right unless the
+    """adapter_config.json, then the header and the data of the weights. The header's length is correct unless the
     first byte says otherwise."""
     config, header, body = _parts(data[1:], 3)
     told = len(header) if data[:1] != b"\xff" else int.from_bytes(body[:8].ljust(8, b"\xff"), "little")

@@ -21,7 +21,7 @@ _RECORD = struct.Struct("<qd")  # entries, seconds
 
 
 class Moments:
-    """The shared page, and a pipe by which a phase's entry is told."""
+    """The shared page, and a pipe that reports the entry of a phase."""
 
     def __init__(self) -> None:
         self._page = mmap.mmap(-1, 4096)

@@ -74,7 +74,7 @@ def ray_crew(folder: Path) -> Iterator[RayCrew]:
 
 
 def timed(crew: Crew, trials: Sequence[Trial], workers: int) -> dict[str, float]:
-    """Seconds until the first start is told of, and from there to the last outcome."""
+    """Seconds until the first start is reported, and from there to the last outcome."""
     pool = Pool(crew, PoolOptions(workers, versions(), TOKEN))
     pool.submit("warm", sleeping_trials(workers, 1000, 1000, 0), None)  # all are up before the clock starts
     list(pool.outcomes())

@@ -131,7 +131,7 @@ def kill_worker(place: Place) -> None:
 
 
 def slow_worker(place: Place) -> None:
-    """Stopped for a while, then going on: not given up, nothing counted twice."""
+    """Stopped for a while, then continued: not replaced, and nothing is counted twice."""
     worker = worker_at_work(place)
     worker.suspend()
     Timer(PAUSE_SECONDS, worker.resume).start()

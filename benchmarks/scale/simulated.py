@@ -29,7 +29,7 @@ class SimulatedCrew:
     """A crew whose clock jumps to what comes next.
 
     `ends_at` says when a worker dies by itself (None: never), `hangs_at` from when it says nothing more. A worker
-    that is ended goes on talking where `is_deaf`, as one behind a broken network would.
+    that is ended still reports where `is_deaf`, as one behind a broken network would.
     """
 
     def __init__(

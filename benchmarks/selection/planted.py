@@ -6,7 +6,7 @@ the exhaustive grid is the truth. Values are the held-out Kullback-Leibler diver
 
     python -m benchmarks.selection.planted --count 64 --out benchmarks/selection/planted_grids.json
 
-Finished teachers are kept in OUT: the same command goes on where it was.
+Finished teachers are kept in OUT: the same command resumes.
 """
 
 from __future__ import annotations

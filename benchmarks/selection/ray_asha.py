@@ -24,7 +24,7 @@ from benchmarks.machine import machine
 from benchmarks.selection.baselines import Pick, Seen, seen_early, seen_loss, smallest_within
 from benchmarks.selection.tables import GridCurve, read_grids
 
-FACTOR = 4  # Ray Tune's default: a quarter of the trials goes on
+FACTOR = 4  # Ray Tune's default: a quarter of the trials continues
 HERE = Path(__file__).parent
 
 Cell = tuple[int, float]

@@ -56,7 +56,7 @@ def arguments(name: str, folder: Path, model: Path, data: Path) -> list[str]:
 
 
 def check(run: Path, printed: str) -> None:
-    """A decision that was told, an adapter, and the same held-out items in every trial."""
+    """A printed decision, an adapter, and the same held-out examples in every trial."""
     decision = json.loads((run / "decision.json").read_text())
     assert decision["sentence"] in printed
     assert (run / "adapter" / "adapter_model.safetensors").exists()

@@ -84,5 +84,5 @@ def test_water_filling_takes_the_most_energy_a_parameter() -> None:
     strong, weak = np.array([10.0, 9.0, 8.0, 7.0]), np.array([1.0, 0.1])
     assert spectra.ranks_by_water_filling([strong, weak], [10, 10], 50) == [4, 1]
     assert spectra.ranks_by_water_filling([strong, weak], [10, 10], 20) == [1, 1]
-    dear = spectra.ranks_by_water_filling([strong, strong], [10, 1000], 1040)
-    assert dear == [4, 1]
+    costly = spectra.ranks_by_water_filling([strong, strong], [10, 1000], 1040)
+    assert costly == [4, 1]

@@ -1,6 +1,6 @@
 """What a selection goes through on machines that are taken away, fill up, or have their clock set back.
 
-The run under test was made by the first version of the journal and stopped half of the way: each test goes on from it. One
+The run under test was made by the first version of the journal and stopped at half: each test resumes it. One
 run folder of each schema there ever was is kept under `fixtures/runs`, over the model and the data of the first.
 """
 

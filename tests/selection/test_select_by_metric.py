@@ -117,7 +117,7 @@ def test_a_program_that_fails_later_loses_nothing(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """It works on the base and fails after the first training; mended, the run goes on from the end of that training."""
+    """It works on the base and fails after the first training; fixed, the run resumes from the end of that training."""
     monkeypatch.chdir(tmp_path)
     program = tmp_path / "count.py"
     program.write_text(

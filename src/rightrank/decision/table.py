@@ -120,7 +120,7 @@ def table_of(
 
 
 def _tried(outcomes: Iterable[TrialOutcome]) -> dict[int, set[float]]:
-    """Learning rates by rank, of trainings from their own start that did not fail for want of memory or by an error."""
+    """Learning rates by rank, of trainings from their own start that did not run out of memory or fail with an error."""
     found: dict[int, set[float]] = {}
     for outcome in outcomes:
         if outcome.rank > 0 and outcome.truncate_from is None and not isinstance(outcome, TrialFailed):

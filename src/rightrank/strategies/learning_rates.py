@@ -16,7 +16,7 @@ alone favor low learning rates, which oscillate less, and means alone favor high
 
 The climb starts at the upper middle and ends at a learning rate that beats both its neighbors, since the loss has one
 valley over the logarithm of the learning rate. Only the winner is trained on. If its loss rises between two stages, as it does
-when few examples are memorized, the next lower learning rate is brought to the same step, and the better one goes on.
+when few examples are memorized, the next lower learning rate is brought to the same step, and the better one continues.
 
 Where a table has no look at an eighth, a look at a quarter replaces it; where it has no annealed copies, two close
 learning rates are both trained whole. Where trainings can't stop early, every training is whole.

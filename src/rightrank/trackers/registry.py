@@ -25,7 +25,7 @@ class Tracker(Protocol):
     """Writes finished runs to one tracking system.
 
     An implementation writes a run as a whole and leaves runs of the surrounding process alone. If it raises, the
-    selection goes on without this tracker. Example:
+    selection continues without this tracker. Example:
 
         class PrintTracker:
             def write(self, run: TrackedRun) -> None:

@@ -1,0 +1,23 @@
+"""The pages, the code and its messages keep to the glossary."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.docs.pages import FRONT, GUIDES, ROOT, name_of
+
+SOURCES = sorted((ROOT / "src" / "rightrank").rglob("*.py"))
+AVOIDED = re.compile(
+    r"\b(octaves?|tally|go(es|ing)? on|dear(er|est)?|(left|lost) on the way|(is|are|was|were) told|for want of"
+    r"|selection split|within a rank)\b",
+    re.IGNORECASE,
+)
+
+
+@pytest.mark.parametrize("path", [*FRONT, *GUIDES, *SOURCES], ids=name_of)
+def test_terms_of_the_glossary_are_used(path: Path) -> None:
+    found = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if AVOIDED.search(line)]
+    assert found == []
