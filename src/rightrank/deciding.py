@@ -55,10 +55,17 @@ def _decide_run(folder: RunFolder, question: Question) -> Decided:
     known = metrics_of(records)
     if metric not in known or (started.data.form == "own" and metric != started.metric):
         raise ResultsError(f"{folder.path}: the run has no metric {metric!r}; it has {', '.join(known)}")
+    ranks = {outcome.rank for outcome in records.finished() if outcome.rank > 0 and outcome.arm.is_direct}
+    if records.adapters and len(ranks) < 2:
+        raise ResultsError(
+            f"{folder.path}: one rank was trained, so the rank to train at is open (rightrank select with --goal training-rank "
+            f"continues the run); the adapter: {records.adapters[-1].answer.sentence}"
+        )
     outcomes, margin = direct, question.margin
     if metric == started.metric:
         outcomes = comparable(records)
         own = started.settings.get("margin")
         margin = own if margin is None and isinstance(own, int | float) else margin
     decision = decide_on(records, outcomes, metric, margin, horizon_steps=question.horizon_steps)
-    return Decided(decision, [f"{len(direct)} trainings of a run folder"])
+    adapter = records.adapters[-1].answer.sentence if records.adapters else None
+    return Decided(decision, [f"{len(direct)} trainings of a run folder"], adapter)

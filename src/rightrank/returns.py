@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rightrank.errors import ResultsError
-from rightrank.records import Decision, Sample, SweepRow
+from rightrank.records import AdapterAnswer, AdapterCandidate, Decision, HandedOver, Sample, SweepRow
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +22,14 @@ class Selected:
     answers: Mapping[str, Any]  # both answers, as in decision.json
     samples: list[Sample] = field(default_factory=list)
     sweep: list[SweepRow] = field(default_factory=list)
-    trainings: int = 0  # trials of ranks above 0; each stage of a training counts
+    trainings: float = 0.0  # the cost in whole trainings: optimizer steps of all trials over those of one training
+    adapters: list[AdapterCandidate] = field(default_factory=list)  # every adapter of the run against the reference
+
+    @property
+    def handed_over(self) -> HandedOver | None:
+        """What the adapter's folder holds; None without one."""
+        found = self.answers["handed_over"]
+        return None if found is None else HandedOver.model_validate(found)
 
     @property
     def decision(self) -> Decision:
@@ -41,16 +48,24 @@ class Selected:
     @property
     def adapter_rank(self) -> int | None:
         """The rank of the adapter that is handed over; None without one."""
-        handed_over = self.answers["handed_over"]
-        return None if handed_over is None else handed_over["rank"]
+        return None if self.handed_over is None else self.handed_over.rank
 
     @property
     def training_rank(self) -> int | None:
         """The rank to train at; None if that is undecided or was not requested."""
         return None if self.decided is None else self.decided.rank
 
-    def _repr_html_(self) -> str | None:
-        return None if self.decided is None else _decision_html(self.decided)
+    def _repr_html_(self) -> str:
+        from rightrank.report.notebook import adapter_html  # brings matplotlib
+
+        found = self.answers["adapter_answer"]
+        parts = []
+        if found is not None and self.adapters:
+            metric, higher = self.answers["metric"], self.answers["higher_is_better"]
+            parts.append(adapter_html(AdapterAnswer.model_validate(found), self.adapters, metric, higher))
+        if self.decided is not None:
+            parts.append(_decision_html(self.decided))
+        return "".join(parts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +74,7 @@ class Decided:
 
     decision: Decision
     understood: list[str]
+    adapter_sentence: str | None = None  # the answer to the first question, of a run folder that has one
 
     def _repr_html_(self) -> str:
         return _decision_html(self.decision)

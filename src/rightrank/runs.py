@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from rightrank import views
-from rightrank.decision.run import decision_so_far, last_decided, records_of
+from rightrank.decision.run import Records, decision_so_far, last_decided, records_of
 from rightrank.errors import RunFolderError, SettingsError
 from rightrank.exports.hub import push_to_hub as upload
 from rightrank.exports.hub import require_repository
@@ -18,8 +19,10 @@ from rightrank.io.files import report_disk_errors, require_absent
 from rightrank.io.journal import Repaired
 from rightrank.io.reading import UnreadableError, read_json_object
 from rightrank.io.run_folder import RunFolder
+from rightrank.records import Decision, JournalRecord
 from rightrank.report.event_log import PROGRESS_FILE
 from rightrank.report.status_text import RunStatus, is_fresh, run_status
+from rightrank.settings import Goal
 
 
 def write_report(run: str | Path) -> Path:
@@ -31,12 +34,24 @@ def write_report(run: str | Path) -> Path:
     folder = existing_run(run)
     journal = folder.journal.read()
     records = records_of(journal, str(folder.path))
-    decided = last_decided(journal)
-    decision = decision_so_far(records) if decided is None else decided.decision
+    goal = _goal(folder, records)
+    decision = None if goal == "adapter" else _decision(journal, records)
     with report_disk_errors(folder.path):
-        views.write_report(folder, records, decision)
+        views.write_report(folder, records, decision, goal)
         views.write_all_figures(folder, records, decision)
     return folder.report
+
+
+def _decision(journal: Sequence[JournalRecord], records: Records) -> Decision | None:
+    """The decision of the run, or the one so far."""
+    decided = last_decided(journal)
+    return decision_so_far(records) if decided is None else decided.decision
+
+
+def _goal(folder: RunFolder, records: Records) -> Goal:
+    """The goal of the last `select`; runs of earlier versions had the training rank as theirs."""
+    goal = folder.goal() or records.started.settings.get("goal")
+    return "adapter" if goal == "adapter" else "training-rank"
 
 
 def export(
@@ -84,11 +99,8 @@ def _export_study(run: str | Path, out: str | Path | None, with_more: bool) -> E
     folder = existing_run(run)
     journal = folder.journal.read()
     records = records_of(journal, str(folder.path))
-    decided = last_decided(journal)
     with report_disk_errors(folder.path):
-        return write_study(
-            records, decided.decision if decided else decision_so_far(records), _place(folder, STUDY, out)
-        )
+        return write_study(records, _decision(journal, records), _place(folder, STUDY, out))
 
 
 def _place(folder: RunFolder, to: str, out: str | Path | None) -> Path:
@@ -121,7 +133,8 @@ def status(run: str | Path) -> RunStatus:
     folder = existing_run(run)
     journal = folder.journal.read_settled()
     records = records_of(journal, str(folder.path))
-    return run_status(str(run), journal, records, folder.is_locked(), _progress_of(folder.path))
+    progress = _progress_of(folder.path)
+    return run_status(str(run), journal, records, _goal(folder, records), folder.is_locked(), progress)
 
 
 def _progress_of(folder: Path) -> dict[str, object] | None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from rightrank.decision.answers import document
 from rightrank.decision.run import Records
 from rightrank.errors import InputError
 from rightrank.io.files import write_text
 from rightrank.io.run_folder import RunFolder
-from rightrank.records import Decision
+from rightrank.records import Decision, TrainingRankEstimate
 from rightrank.report.figure import AnyFigure, Figure
 from rightrank.report.figures import figures_of
 from rightrank.report.files import write_figures
@@ -17,20 +18,31 @@ from rightrank.report.html import render_report
 from rightrank.report.spectrum_figures import spectrum_figure
 from rightrank.report.sweep_table import sweep_map
 from rightrank.settings import Goal
+from rightrank.strategies.outlook import training_rank_estimate
 from rightrank.strategies.sweep import sweep_rows
 
 
 def write_views(folder: RunFolder, records: Records, decision: Decision | None, goal: Goal) -> None:
     """Write decision.json, once either question has an answer, and the report."""
     if decision is not None or records.adapters:
-        folder.write_decision(document(records, decision, goal))
-    write_report(folder, records, decision)
+        folder.write_decision(answers(records, decision, goal))
+    write_report(folder, records, decision, goal)
 
 
-def write_report(folder: RunFolder, records: Records, decision: Decision | None) -> None:
+def answers(records: Records, decision: Decision | None, goal: Goal) -> dict[str, Any]:
+    """Both answers as one JSON object; with goal "adapter", an estimate in place of the second."""
+    return document(records, decision, goal, _estimate(records, goal))
+
+
+def write_report(folder: RunFolder, records: Records, decision: Decision | None, goal: Goal) -> None:
     """Write report.html."""
     further = further_figures(records, folder.adapter)
-    write_text(folder.report, render_report(records, decision, further_figures=further))
+    page = render_report(records, decision, further, goal=goal, estimate=_estimate(records, goal))
+    write_text(folder.report, page)
+
+
+def _estimate(records: Records, goal: Goal) -> TrainingRankEstimate | None:
+    return training_rank_estimate(records) if goal == "adapter" else None
 
 
 def write_all_figures(folder: RunFolder, records: Records, decision: Decision | None) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from rightrank.decision.adapter import Question, adapter_answer
+from rightrank.decision.adapter import adapter_answer
+from rightrank.decision.adapter_files import Question
 from rightrank.records import AdapterAnswer, TrialFinished
 
 EXAMPLES, TOKENS = 400, 10

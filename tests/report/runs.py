@@ -5,13 +5,19 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+from rightrank.decision.adapter import adapter_answer
+from rightrank.decision.answers import question_of
 from rightrank.decision.run import Records
 from rightrank.io.journal import Journal
 from rightrank.records import (
+    AdapterRecorded,
     Arm,
     DataSummary,
     EvalPoint,
+    HandedOver,
+    JournalRecord,
     RunStarted,
     Sample,
     SplitSummary,
@@ -108,6 +114,52 @@ def _finished(
     )
 
 
+def answered_run(*, direct: Sequence[int] = (), recovers: bool = True) -> Records:
+    """A run whose first question is answered: rank 64 trained, its truncations, two of them recovered.
+
+    `direct` are the lower ranks that have been trained since.
+    """
+    records = made_up_run((*direct, 64), (3e-3,))
+    records.tests, records.samples = [], []
+    settings = records.started.settings | {"ranks": [1, 4, 16, 64]}
+    records.started = records.started.model_copy(update={"settings": settings})
+    generator = random.Random(11)
+    top = next(trial for trial in records.finished() if trial.rank == 64)
+    losses = {32: 0.001, 16: 0.003, 8: 0.008, 4: 0.04}
+    for rank, loss in losses.items():
+        records.outcomes.append(_truncated(top, rank, loss, 0, generator))
+    if recovers:
+        records.outcomes += [_truncated(top, rank, loss, 4, generator) for rank, loss in ((64, -0.001), (8, 0.002))]
+    answer = adapter_answer(records.plain(), question_of(records))
+    assert answer is not None
+    handed_over = HandedOver(
+        rank=answer.rank,
+        max_module_rank=answer.rank,
+        how=answer.how,
+        trained_rank=64,
+        reference_adapter=f"trials/{answer.reference_id}",
+        difference=answer.difference,
+        difference_high=answer.difference_high,
+        test_difference=0.0012,
+        test_difference_high=0.0031,
+    )
+    records.adapters.append(AdapterRecorded(answer=answer, handed_over=handed_over, trainings=1.2))
+    return records
+
+
+def _truncated(top: TrialFinished, rank: int, loss: float, steps: int, generator: random.Random) -> TrialFinished:
+    """`top` truncated: worse by `loss` nats a token, with noise by example."""
+    items = [one + TOKENS * (loss + generator.gauss(0, 0.002)) for one in top.item_losses]
+    changes = {"rank": rank, "steps": steps, "truncate_from": top.trial_id, "learning_rate": 3e-4 if steps else 3e-3}
+    value = sum(items) / (TOKENS * len(items))
+    arm = top.arm.model_copy(update=changes)
+    return top.model_copy(
+        update=changes
+        | {"trial_id": trial_id("x", arm), "item_losses": items, "value": value, "metrics": {"loss": value}}
+        | {"points": [], "train_seconds": steps / 4, "truncation": "kfac"}
+    )
+
+
 STARTED = TrialStarted(
     trial_id="x", **Arm(rank=4, learning_rate=1e-3, lora_alpha=32, seed=0, steps=40).model_dump(exclude_none=True)
 )
@@ -115,9 +167,20 @@ STARTED = TrialStarted(
 
 def journal_of(folder: Path, upto: int | None = None) -> Path:
     """A run folder that holds a made-up journal alone."""
-    folder.mkdir(exist_ok=True)
     records = made_up_run()
+    return journal_with(folder, [records.started, *records.outcomes[:upto], STARTED])
+
+
+def answered_folder(folder: Path, goal: str = "training-rank", **made: Any) -> Path:
+    """The run folder of `answered_run`: its journal alone."""
+    records = answered_run(**made)
+    started = records.started.model_copy(update={"settings": records.started.settings | {"goal": goal}})
+    return journal_with(folder, [started, *records.outcomes, *records.adapters])
+
+
+def journal_with(folder: Path, records: Sequence[JournalRecord]) -> Path:
+    folder.mkdir(exist_ok=True)
     journal = Journal(folder / "journal.jsonl")
-    for record in [records.started, *records.outcomes[:upto], STARTED]:
+    for record in records:
         journal.append(record)
     return folder

@@ -113,7 +113,7 @@ def test_the_page_data_is_the_slider_s_staircase() -> None:
 def test_before_two_ranks_the_report_has_no_answer() -> None:
     text = Elements(page_of(made_up_run(()))).text
     assert "Running: no answer yet" in text
-    assert "1 trial ended so far" in text
+    assert "0 trainings so far" in text
 
 
 @pytest.mark.parametrize(

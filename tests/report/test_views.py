@@ -58,13 +58,13 @@ def test_status_and_watch_on_the_command_line(tmp_path: Path) -> None:
     run = journal_of(tmp_path / "run")
     shown = CliRunner().invoke(cli, ["status", str(run)])
     assert shown.exit_code == 0
-    assert "stopped, 9 trials ended" in shown.output
+    assert "stopped, 8 trainings so far" in shown.output
     assert "again to resume" in shown.output
     answer = json.loads(CliRunner().invoke(cli, ["status", str(run), "--json"]).stdout)
     assert answer["trials_ended"] == 9
     watched = CliRunner().invoke(cli, ["watch", str(run)])
     assert watched.exit_code == 0
-    assert "answer: Rank" in watched.output
+    assert "answer: Training rank: " in watched.output
 
 
 @pytest.mark.parametrize("command", ["status", "watch", "report"])
@@ -137,7 +137,7 @@ def test_the_live_view_shows_progress_the_best_and_the_time_left() -> None:
 def test_the_validation_split_of_older_records_has_its_name() -> None:
     started = made_up_run().started
     splits = {"train": started.data.splits["train"], "selection": started.data.splits["train"]}
-    shown = plan_line(started.model_copy(update={"data": started.data.model_copy(update={"splits": splits})}), 9, 40)
+    shown = plan_line(started.model_copy(update={"data": started.data.model_copy(update={"splits": splits})}), 40)
     assert shown.startswith("examples: 30 train, 30 validation; ")
 
 

@@ -69,12 +69,16 @@ def decide(
 
         write_plot(rank_figure(decided.decision), plot_file)
     if as_json:
-        click.echo(json.dumps(decided.decision.model_dump(mode="json") | {"understood": decided.understood}))
+        further = {"understood": decided.understood, "adapter_sentence": decided.adapter_sentence}
+        click.echo(json.dumps(decided.decision.model_dump(mode="json") | further))
         return
     from rightrank.report.decision_table import decision_text
+    from rightrank.report.format import visible
 
     click.echo(
         decision_text(
             decided.decision, decided.understood, sys.stdout.isatty(), shutil.get_terminal_size((100, 24)).columns
         )
     )
+    if decided.adapter_sentence is not None:
+        click.echo(f"adapter: {visible(decided.adapter_sentence)}")

@@ -191,12 +191,25 @@ def _watched(run: Callable[[Observer], Found], quiet: bool, out: Path, log_json:
             view.plan(started, arms, steps)
             progress.plan(started, arms, steps)
 
+        def on_cost(trainings: float) -> None:
+            view.cost(trainings)
+            progress.cost(trainings)
+
         def on_resume(outcomes: Sequence[TrialOutcome]) -> None:
             view.resume(outcomes)
             progress.resume(outcomes)
 
         try:
-            return run(Observer(on_event, on_plan, on_resume, view.notice, lambda: stop.requested))
+            return run(
+                Observer(
+                    on_event=on_event,
+                    on_plan=on_plan,
+                    on_cost=on_cost,
+                    on_resume=on_resume,
+                    notice=view.notice,
+                    should_stop=lambda: stop.requested,
+                )
+            )
         except InterruptedRun as stopped:
             kind = TerminatedRun if stop.terminated else InterruptedRun
             raise kind(f"{stopped}; run the same command again to resume {out}: {_command()}") from None
@@ -221,9 +234,8 @@ def _print_json(selected: Selected) -> None:
 
 
 def _print_answer(selected: Selected) -> None:
-    adapter_sentence = selected.answers["adapter_sentence"]
-    if adapter_sentence:
-        click.echo(f"\nAdapter: {adapter_sentence}")
+    click.echo()
+    _print_adapter(selected)
     if selected.decided is not None:
         _print_decision(selected.decided)
     for sample in selected.samples[-1:]:
@@ -236,6 +248,23 @@ def _print_answer(selected: Selected) -> None:
         click.echo("\nOther settings, each at its best learning rate:\n" + sweep_text(selected.sweep))
     rank = "" if selected.adapter_rank is None else f"  (rank {selected.adapter_rank})"
     click.echo(f"\nreport:  {selected.report}\nadapter: {selected.adapter}{rank}")
+
+
+def _print_adapter(selected: Selected) -> None:
+    """The answer to the first question, and in place of the second, where it was not asked, an estimate."""
+    from rightrank.report.sentences import test_text
+
+    answers = selected.answers
+    if answers["adapter_sentence"] is not None:
+        click.echo(f"Adapter: {answers['adapter_sentence']}")
+        if answers["adapter_making"] is not None:
+            click.echo(f"         It was {answers['adapter_making']}.")
+        on_test_split = selected.handed_over and test_text(selected.handed_over)
+        if on_test_split:
+            click.echo(f"         {on_test_split}")
+    estimate = answers["training_rank_estimate"]
+    if estimate is not None:
+        click.echo(f"Training rank: not asked (--goal adapter). {estimate['sentence']}")
 
 
 def _print_decision(decision: Decision) -> None:

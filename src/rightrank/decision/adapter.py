@@ -12,49 +12,19 @@ steps gain, which says nothing of its rank.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from rightrank.decision.adapter_files import AdapterFile, Against, Question, files_of, margin_of
 from rightrank.decision.judge import CONFIDENCE
-from rightrank.decision.metrics import default_margin
-from rightrank.decision.table import Cell, Floats, ScoreTable, table_of
-from rightrank.maths.intervals import Estimate, estimate
+from rightrank.decision.table import Floats
+from rightrank.maths.intervals import estimate
 from rightrank.records import TestEvaluated, TrialFinished, TrialOutcome
-from rightrank.records.adapter import AdapterAnswer, AdapterCandidate, AdapterOrigin
+from rightrank.records.adapter import AdapterAnswer, AdapterCandidate
 
 MAX_DIRECT_RANK = 4  # at these ranks a direct training can beat a truncation (SCIENCE.md, truncated against trained)
-
-
-@dataclass(frozen=True, slots=True)
-class Question:
-    """What candidates are compared by."""
-
-    metric: str
-    higher_is_better: bool
-    margin: float | None  # None: the metric's default
-    token_loss: bool = True
-    trusts_values: bool = False  # whether a difference without scores by example is taken as exact, as in a replay
-
-
-@dataclass(frozen=True, slots=True)
-class _File:
-    """One adapter file and its scores."""
-
-    trial: TrialFinished
-    cell: Cell
-
-    @property
-    def how(self) -> AdapterOrigin:
-        if self.trial.truncate_from is None:
-            return "trained"
-        return "recovered" if self.trial.steps > 0 else "truncated"
-
-    @property
-    def loss(self) -> float:
-        return self.cell.loss
 
 
 def adapter_answer(
@@ -67,7 +37,7 @@ def adapter_answer(
         question: the metric and the margin.
         top_id: the training to take candidates from; None: the best of those that were truncated.
     """
-    files, table = _files(outcomes, question)
+    files, table = files_of(outcomes, question)
     parents = {file.trial.truncate_from for file in files.values()}
     tops = {trial_id for trial_id in files if trial_id in parents}
     if top_id is not None:
@@ -80,8 +50,8 @@ def adapter_answer(
     children = [file for file in files.values() if file.trial.truncate_from == top.trial.trial_id]
     extra = next((file for file in children if file.trial.rank == top.trial.rank and file.how == "recovered"), None)
     reference = extra if extra is not None and extra.loss < top.loss else top
-    margin = _margin(question, reference, table)
-    against = _Against(reference, table, margin, question.trusts_values)
+    margin = margin_of(question, reference, table)
+    against = Against(reference, table, margin, question.trusts_values)
     chosen, tested = _walk(children, against, top.trial.rank)
     judged = [against.judged(file) for file in sorted(children, key=lambda file: (-file.trial.rank, file.trial.steps))]
     answer = against.judged(chosen)
@@ -105,10 +75,10 @@ def adapter_answer(
 
 def trained_answer(trial: TrialFinished, question: Question, reference: TrialFinished | None = None) -> AdapterAnswer:
     """The answer where no truncation was compared: a trained adapter, against the best one of the run (itself by default)."""
-    files, table = _files([trial, *([] if reference is None else [reference])], question)
+    files, table = files_of([trial, *([] if reference is None else [reference])], question)
     best = files[(reference or trial).trial_id]
-    margin = _margin(question, best, table)
-    against = _Against(best, table, margin, question.trusts_values)
+    margin = margin_of(question, best, table)
+    against = Against(best, table, margin, question.trusts_values)
     answer = against.judged(files[trial.trial_id])
     return AdapterAnswer(
         rank=trial.rank,
@@ -135,10 +105,10 @@ def improved_by_training(
     A training of a lower rank must hold against the same reference. One of the same rank must be shown to be better: the
     95% upper bound of its difference from the present adapter is below 0.
     """
-    files, table = _files(outcomes, question)
+    files, table = files_of(outcomes, question)
     if answer.reference_id not in files or answer.trial_id not in files:
         return None
-    against = _Against(files[answer.reference_id], table, answer.margin, question.trusts_values)
+    against = Against(files[answer.reference_id], table, answer.margin, question.trusts_values)
     present = files[answer.trial_id]
     found: list[AdapterCandidate] = []
     for file in files.values():
@@ -191,59 +161,12 @@ def _test_scores(test: TestEvaluated, metric: str) -> tuple[Floats, Floats] | No
     return None
 
 
-def _margin(question: Question, reference: _File, table: ScoreTable) -> float:
-    if question.margin is not None:
-        return question.margin
-    return default_margin(table.kind, reference.cell.value, table.values())
-
-
 def _with_bound(candidate: AdapterCandidate) -> str:
     bound = "" if candidate.difference_high is None else f" (95% upper bound {candidate.difference_high:+.2g})"
     return f"{candidate.difference:+.2g}{bound}"
 
 
-@dataclass(frozen=True, slots=True)
-class _Against:
-    """Comparison with the reference file."""
-
-    reference: _File
-    table: ScoreTable
-    margin: float
-    trusts_values: bool
-
-    def difference(self, cell: Cell, other: Cell | None = None) -> Estimate:
-        """Paired over examples, metric's unit; above 0 is worse. A perplexity's is relative to the reference's."""
-        against = other or self.reference.cell
-        return estimate(np.stack([cell.sums - against.sums]), cell.weights)
-
-    def judged(self, file: _File) -> AdapterCandidate:
-        difference, high = 0.0, 0.0 if file is self.reference or file.cell.examples else None
-        if file.trial.trial_id != self.reference.trial.trial_id:
-            found = self.difference(file.cell)
-            difference = self._unit(found.mean)
-            high = self._unit(found.bound(CONFIDENCE)) if file.cell.examples else None
-        return AdapterCandidate(
-            rank=file.trial.rank,
-            how=file.how,
-            trial_id=file.trial.trial_id,
-            value=file.cell.value,
-            difference=difference,
-            difference_high=high,
-            holds=self._holds(difference, high),
-        )
-
-    def _holds(self, difference: float, high: float | None) -> bool:
-        if high is None:
-            return self.trusts_values and difference <= self.margin
-        return high < self.margin
-
-    def _unit(self, oriented: float) -> float:
-        if self.table.kind != "perplexity":
-            return oriented
-        return self.reference.cell.value * math.expm1(min(oriented, 100.0))
-
-
-def _walk(children: Sequence[_File], against: _Against, top_rank: int) -> tuple[_File, list[int]]:
+def _walk(children: Sequence[AdapterFile], against: Against, top_rank: int) -> tuple[AdapterFile, list[int]]:
     """`(the smallest file that holds, the ranks that could have failed)`, from the top downward."""
     chosen, tested = against.reference, []
     needs_steps = against.reference.how == "recovered"
@@ -259,39 +182,53 @@ def _walk(children: Sequence[_File], against: _Against, top_rank: int) -> tuple[
     return chosen, tested
 
 
-def _files(outcomes: Sequence[TrialOutcome], question: Question) -> tuple[dict[str, _File], ScoreTable]:
-    """Finished whole trainings and truncations by trial id, with the cells of a table that holds them all."""
-    trials = [
-        outcome
-        for outcome in outcomes
-        if isinstance(outcome, TrialFinished)
-        and outcome.rank > 0
-        and outcome.stop_at is None
-        and question.metric in outcome.metrics
-    ]
-    if not trials:
-        return {}, ScoreTable(question.metric, question.higher_is_better, {})
-    files: dict[str, _File] = {}
-    lengths = {len(items[0]) if (items := trial.items(question.metric)) else 0 for trial in trials}
-    table = ScoreTable(question.metric, question.higher_is_better, {})
-    for trial in trials:
-        bare = trial if len(lengths) == 1 else trial.model_copy(update={"item_losses": [], "item_tokens": []})
-        table = table_of([bare], question.metric, question.higher_is_better)
-        files[trial.trial_id] = _File(trial, next(iter(table.cells.values())))
-    kind = "loss" if table.kind == "token_loss" and not question.token_loss else table.kind
-    cells = {(index, 0.0, 0): file.cell for index, file in enumerate(files.values())}
-    return files, ScoreTable(question.metric, question.higher_is_better, cells, {}, kind)
+@dataclass(frozen=True, slots=True)
+class Making:
+    """How an adapter was made; enough to make it again."""
+
+    rank: int
+    trained_rank: int
+    learning_rate: float
+    steps: int  # of the training; 0: a custom trainer's own number
+    truncation: str | None  # the method; None: it was not truncated
+    recovery_steps: int
+    recovery_learning_rate: float
+
+    def sentence(self) -> str:
+        """Such as "trained at rank 64 (learning rate 0.003, 240 steps), truncated to rank 8 by K-FAC"."""
+        steps = f", {self.steps} steps" if self.steps else ""
+        parts = [f"trained at rank {self.trained_rank} (learning rate {self.learning_rate:g}{steps})"]
+        if self.truncation is not None:
+            parts.append(f"truncated to rank {self.rank} by {self.truncation}")
+        if self.recovery_steps:
+            parts.append(
+                f"{self.recovery_steps} steps of recovery on unseen examples (learning rate {self.recovery_learning_rate:g})"
+            )
+        return ", ".join(parts)
 
 
-def origin_phrase(how: AdapterOrigin, trained_rank: int, steps: int) -> str:
-    """How an adapter was made: "trained at rank 64, truncated, 24 steps of recovery"."""
-    if how == "trained":
-        return f"trained at rank {trained_rank}"
-    recovery = f", {steps} steps of recovery" if how == "recovered" else ""
-    return f"trained at rank {trained_rank}, truncated{recovery}"
+METHODS = {"kfac": "K-FAC", "svd": "SVD"}
 
 
-def _sentence(answer: AdapterCandidate, top: _File, reference: _File, margin: float, tested: Sequence[int]) -> str:
+def making_of(trial: TrialFinished, finished: Sequence[TrialFinished]) -> Making:
+    """How the adapter of `trial` was made, by the records of the run."""
+    parent = next((one for one in finished if one.trial_id == trial.truncate_from), trial)
+    is_truncated = trial.rank < parent.rank
+    recovery = trial.steps if trial.truncate_from is not None else 0
+    return Making(
+        rank=trial.rank,
+        trained_rank=parent.rank,
+        learning_rate=parent.learning_rate,
+        steps=parent.steps,
+        truncation=METHODS[trial.truncation or "svd"] if is_truncated else None,
+        recovery_steps=recovery,
+        recovery_learning_rate=trial.learning_rate if recovery else 0.0,
+    )
+
+
+def _sentence(
+    answer: AdapterCandidate, top: AdapterFile, reference: AdapterFile, margin: float, tested: Sequence[int]
+) -> str:
     if answer.rank < top.trial.rank:
         return (
             f"The smallest adapter of this training that loses nothing has rank {answer.rank}: its held-out difference from the "
@@ -308,7 +245,11 @@ def _sentence(answer: AdapterCandidate, top: _File, reference: _File, margin: fl
 
 
 def _notes(
-    answer: AdapterCandidate, judged: Sequence[AdapterCandidate], top: _File, margin: float, higher_is_better: bool
+    answer: AdapterCandidate,
+    judged: Sequence[AdapterCandidate],
+    top: AdapterFile,
+    margin: float,
+    higher_is_better: bool,
 ) -> list[str]:
     notes = []
     failing = [one.rank for one in judged if one.rank < answer.rank and not one.holds]

@@ -5,12 +5,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
-from rightrank.decision.adapter import Question
+from rightrank.decision.adapter import making_of
+from rightrank.decision.adapter_files import Question
 from rightrank.decision.run import Records, is_token_loss
-from rightrank.records import Decision, TrialFinished
+from rightrank.records import Decision, TrainingRankEstimate, TrialFinished
 
 SECOND_QUESTION = ("rank", "verdict", "confidence", "sentence")
 
@@ -36,22 +36,25 @@ def trainings(records: Records, until: int | None = None) -> float:
     return round(steps / whole, 3) if whole else float(len(finished))
 
 
-def document(records: Records, decision: Decision | None, goal: str) -> dict[str, Any]:
-    """Both answers as one JSON object."""
+def document(
+    records: Records, decision: Decision | None, goal: str, estimate: TrainingRankEstimate | None = None
+) -> dict[str, Any]:
+    """Both answers as one JSON object. `estimate` is of the second question, where it was not asked."""
     found: dict[str, Any] = dict.fromkeys(SECOND_QUESTION)
     if decision is not None:
         found |= decision.model_dump(mode="json")
     adapter = records.adapters[-1] if records.adapters else None
+    finished = records.finished()
+    chosen = next((one for one in finished if adapter is not None and one.trial_id == adapter.answer.trial_id), None)
     return {
+        "metric": records.started.metric,
+        "higher_is_better": records.started.higher_is_better,
         "goal": goal,
         **found,
         "adapter_sentence": adapter and adapter.answer.sentence,
         "cost": {"trainings": trainings(records), "trainings_to_adapter": adapter and adapter.trainings},
+        "adapter_making": chosen and making_of(chosen, finished).sentence(),
         "handed_over": adapter and adapter.handed_over.model_dump(mode="json"),
         "adapter_answer": adapter and adapter.answer.model_dump(mode="json"),
+        "training_rank_estimate": estimate and estimate.model_dump(mode="json"),
     }
-
-
-def goal_of(settings: Mapping[str, object]) -> str:
-    """The goal in the settings of a run; runs of earlier versions asked for the training rank."""
-    return str(settings.get("goal", "training-rank"))

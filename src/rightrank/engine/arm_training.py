@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import torch
 from peft import LoraConfig, set_peft_model_state_dict
@@ -32,6 +33,7 @@ from rightrank.io.checkpoints import Checkpoint, load_checkpoint, save_checkpoin
 from rightrank.io.patterns import exact_pattern, lora_scaling
 from rightrank.io.truncation import load_moments, module_ranks, truncated_tensors
 from rightrank.maths.scaling import lora_scale
+from rightrank.maths.truncation import Moments
 from rightrank.records import Arm, EvalPoint, StepDone, Trial, TrialFinished
 from rightrank.records.observer import Observer
 
@@ -228,7 +230,8 @@ class ArmTraining:
             self.pause()  # another trial may resume from here
         count = sum(parameter.numel() for parameter in self._parameters)
         found = Evaluation(self._scores, measured, averaged)
-        return finished(self.trial, self._runtime, self.progress, found, count, peak_bytes, self.pass_ranks)
+        record = finished(self.trial, self._runtime, self.progress, found, count, peak_bytes, self.pass_ranks)
+        return record.model_copy(update={"truncation": self._truncation()})
 
     def _averaged_loss(self) -> float | None:
         """Held-out loss of the running mean of the parameters; None without one."""
@@ -295,6 +298,16 @@ class ArmTraining:
         }
         return Checkpoint(tensors, state)
 
+    def _truncation(self) -> Literal["svd", "kfac"] | None:
+        """The method that the adapter was truncated by; None if it was not."""
+        if self._folders.truncate_from is None:
+            return None
+        return "kfac" if self._moments() else "svd"
+
+    def _moments(self) -> dict[str, Moments]:
+        """Those of the adapter to truncate, by module; none where they could not be gathered."""
+        return {} if self._folders.moments is None else load_moments(self._folders.moments)
+
     def _start(self) -> None:
         """Start from this trial's checkpoint, else from the trial that it resumes or truncates, else from step 0.
 
@@ -316,7 +329,7 @@ class ArmTraining:
             return {}
         scale = partial(lora_scale, self._settings.scaling, arm.lora_alpha)
         new_scale = partial(lora_scaling, config.lora_alpha, use_rslora=bool(config.use_rslora))
-        moments = {} if folders.moments is None else load_moments(folders.moments)
+        moments = self._moments()
         ranks = module_ranks(folders.truncate_from, arm.rank, max_module_rank(arm.rank), scale, moments)
         config.rank_pattern = exact_pattern(ranks, config.r, ranks)
         return truncated_tensors(folders.truncate_from, ranks, scale, new_scale, moments)

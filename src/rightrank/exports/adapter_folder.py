@@ -8,11 +8,12 @@ from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from rightrank.decision.adapter import Making
 from rightrank.io.files import replacing_folder
 from rightrank.io.licence import licence_of
 from rightrank.records import Decision, HandedOver, RunStarted, TestEvaluated, TrialFinished
 
-CURVE = "rank_curve.png"
+PICTURE, CURVE = "adapters.png", "rank_curve.png"
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,10 +21,10 @@ class AdapterCardFacts:
     """What the card says of the adapter itself."""
 
     sentence: str  # the answer to the first question
-    origin: str  # how it was made
+    making: Making
     handed_over: HandedOver
     margin: float
-    learning_rate: float  # of the training at the trained rank
+    candidates: list[list[str]]  # the adapters that were compared, a heading first
 
 
 def hand_over(
@@ -32,16 +33,17 @@ def hand_over(
     started: RunStarted,
     trial: TrialFinished,
     decision: Decision | None,
-    tests: list[TestEvaluated],
+    tests: list[tuple[str, TestEvaluated]],
     figures: Path,
     adapter: AdapterCardFacts,
 ) -> None:
-    """Copy the trial's adapter to `target`, with its card and the rank curve in `figures`. `target` is replaced."""
+    """Copy the trial's adapter to `target`, with its card and the card's figures. `target` is replaced."""
     with replacing_folder(target) as temporary:
         for path in sorted(path for path in trial_adapter.iterdir() if path.is_file()):
             shutil.copy2(path, temporary / path.name)
-        if (figures / CURVE).exists():
-            shutil.copy2(figures / CURVE, temporary / CURVE)
+        for name in (PICTURE, CURVE):
+            if (figures / name).exists():
+                shutil.copy2(figures / name, temporary / name)
         (temporary / "README.md").write_text(model_card(started, trial, decision, tests, adapter), encoding="utf-8")
 
 
@@ -49,7 +51,7 @@ def model_card(
     started: RunStarted,
     trial: TrialFinished,
     decision: Decision | None,
-    tests: list[TestEvaluated],
+    tests: list[tuple[str, TestEvaluated]],
     adapter: AdapterCardFacts,
 ) -> str:
     """The card: front matter for the hub with the base's licence, the answers, the evidence, how to load the adapter."""
@@ -68,5 +70,6 @@ def model_card(
         tests=tests,
         classification=started.data.form == "classification",
         licence=licence_of(started.settings.get("model")),
+        picture=PICTURE,
         curve=CURVE,
     )

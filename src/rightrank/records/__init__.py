@@ -5,7 +5,7 @@ A trial ends in exactly one of `TrialFinished`, `TrialDiverged` or `TrialFailed`
 trials. The records of `plan` and of the probe are in `records.plan` and `records.probe`.
 """
 
-from rightrank.records.adapter import AdapterAnswer, AdapterCandidate, AdapterOrigin, HandedOver
+from rightrank.records.adapter import AdapterAnswer, AdapterCandidate, AdapterOrigin, HandedOver, TrainingRankEstimate
 from rightrank.records.base import SCHEMA_VERSION, MetricName, Record, SplitName, content_hash
 from rightrank.records.decision import (
     Basis,
@@ -91,6 +91,7 @@ __all__ = [
     "StepDone",
     "SweepRow",
     "TestEvaluated",
+    "TrainingRankEstimate",
     "Trial",
     "TrialDiverged",
     "TrialFailed",

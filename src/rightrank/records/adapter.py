@@ -19,7 +19,8 @@ class AdapterCandidate(Record):
     trial_id: str
     value: float  # held-out, metric's unit and direction
     difference: float  # worse than the reference by this much, metric's unit
-    difference_high: float | None  # 95% upper bound of it, one-sided, over examples; None without example scores
+    difference_low: float | None = None  # its 95% lower bound, one-sided, over examples; None without example scores
+    difference_high: float | None  # its 95% upper bound, the one that is tested
     holds: bool  # the bound is below the margin
 
 
@@ -43,6 +44,15 @@ class AdapterAnswer(Record):
     candidates: list[AdapterCandidate]  # by descending rank
     sentence: str
     notes: list[str] = Field(default_factory=list)  # what else a person should know, each with what to do
+
+
+class TrainingRankEstimate(Record):
+    """Where the training rank probably lies, by the first question's evidence. It is no evidence for that rank."""
+
+    low: Whole
+    high: Whole
+    trainings: float  # expected, to answer the second question from here
+    sentence: str
 
 
 class HandedOver(Record):

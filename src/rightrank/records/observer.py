@@ -35,3 +35,6 @@ class Observer:
 
     should_stop: Callable[[], bool] = lambda: False
     """Is asked after each step; on True every running trial writes a checkpoint and `InterruptedRun` is raised."""
+
+    on_cost: Callable[[float], None] = lambda _: None
+    """Receives the expected cost in whole trainings, once before the first trial."""

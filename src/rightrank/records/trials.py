@@ -123,6 +123,9 @@ class TrialFinished(ArmFields):
         default_factory=dict
     )  # by metric of written answers or task: one value per example
     failed_metrics: dict[str, str] = Field(default_factory=dict)  # metric → why it has no value
+    truncation: Literal["svd", "kfac"] | None = (
+        None  # how an adapter was truncated; None: it was not, or in an older run
+    )
     value_metric: str | None = None  # of `value`, if not the deciding metric: early stopping measures no answers
     averaged_loss: float | None = (
         None  # held-out, of the mean of A and of B over the second half of the steps; early looks

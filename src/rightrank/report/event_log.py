@@ -46,6 +46,9 @@ class JsonLog:
     def plan(self, started: RunStarted, arms: int, steps: int) -> None:
         self._write("plan", {"expected_trials": arms, "steps": steps, "data": started.data.model_dump(mode="json")})
 
+    def cost(self, trainings: float) -> None:
+        self._write("cost", {"expected_trainings": trainings})
+
     def resume(self, outcomes: Sequence[TrialOutcome]) -> None:
         self._write("resumed", {"trials_ended": len(outcomes)})
 
@@ -74,7 +77,10 @@ class ProgressFile:
         self._written = 0.0
 
     def plan(self, started: RunStarted, arms: int, steps: int) -> None:
-        self._progress.plan(started, arms)
+        self._progress.plan(started, arms, steps)
+
+    def cost(self, trainings: float) -> None:
+        self._progress.expect(trainings)
 
     def resume(self, outcomes: Sequence[TrialOutcome]) -> None:
         self._progress.resume(outcomes)

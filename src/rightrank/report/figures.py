@@ -7,6 +7,7 @@ from statistics import fmean
 
 from rightrank.decision.run import Records
 from rightrank.records import Decision, RankEvidence, TrialFinished, TrialOutcome
+from rightrank.report.adapter_view import adapter_figure
 from rightrank.report.figure import AnyFigure, Axis, Figure, HeatMap, Level, Series, best_column, metric_axis, rank_axis
 from rightrank.report.format import amount, coverage, metric_unit
 from rightrank.report.rank_curve import rank_figure
@@ -22,7 +23,7 @@ def figures_of(records: Records, decision: Decision | None) -> list[AnyFigure]:
         figures += [rank_figure(decision), staircase_figure(decision), difference_figure(decision)]
     figures += [
         learning_figure(records, decision),
-        truncation_figure(records),
+        adapter_figure(records) or truncation_figure(records),
         learning_rate_map(records),
         memory_figure(records),
         time_figure(records),

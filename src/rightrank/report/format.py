@@ -34,9 +34,10 @@ def coverage(decision: Decision, noun: str) -> str:
     return f"{noun} over examples" if decision.basis.startswith("items") else noun
 
 
-def quantity(count: int, noun: str) -> str:
-    """`1 seed`, `3 seeds`."""
-    return f"{count:,} {noun}" + ("" if count == 1 else "s")
+def quantity(count: float, noun: str) -> str:
+    """`1 seed`, `3 seeds`, `4.3 trainings`."""
+    text = f"{count:,.0f}" if float(count).is_integer() else f"{count:,.1f}"
+    return f"{text} {noun}" + ("" if count == 1 else "s")
 
 
 def amount(value: float) -> str:

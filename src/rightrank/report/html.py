@@ -20,8 +20,9 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from rightrank.decision.run import Records
-from rightrank.records import Decision, TrialDiverged, TrialFailed, TrialFinished, TrialOutcome
+from rightrank.records import Decision, TrainingRankEstimate, TrialDiverged, TrialFailed, TrialFinished, TrialOutcome
 from rightrank.records.base import split_name
+from rightrank.report.adapter_view import candidate_table
 from rightrank.report.draw import inline_svg
 from rightrank.report.figure import AnyFigure, Figure, HeatMap
 from rightrank.report.figures import ENOUGH, figures_of, margin_range, margin_steps, rank_at
@@ -31,12 +32,16 @@ from rightrank.report.sentences import (
     confidence_text,
     cost_of,
     headline,
+    making_text,
     margin_text,
     next_run_text,
     not_tested,
     progress_text,
     reproduce_command,
+    test_rows,
+    test_text,
 )
+from rightrank.settings import Goal
 
 MAX_VISIBLE_ROWS = 24  # of the trial table; a longer one is folded
 
@@ -45,8 +50,12 @@ def render_report(
     records: Records,
     decision: Decision | None,
     further_figures: Sequence[AnyFigure] = (),
+    *,
+    goal: Goal = "training-rank",
+    estimate: TrainingRankEstimate | None = None,
 ) -> str:
-    """The report as one HTML document."""
+    """The report as one HTML document. `estimate` is of the training rank, where it was not asked."""
+    adapter = records.adapters[-1] if records.adapters else None
     figures = [*figures_of(records, decision), *further_figures]
     plots = [figure for figure in figures if isinstance(figure, Figure)]
     page_data = {"figures": {figure.name: asdict(figure) for figure in plots}, "answer": _answer(decision)}
@@ -58,7 +67,14 @@ def render_report(
             started=records.started,
             settings=_settings_text(records.started.settings),
             decision=decision,
-            headline=headline(decision),
+            goal=goal,
+            estimate=estimate,
+            adapter=adapter,
+            adapter_plot=next((figure for figure in plots if figure.name == "adapters"), None),
+            candidates=candidate_table(adapter.answer, records.started.metric) if adapter else [],
+            making=making_text(adapter, records) if adapter else "",
+            test_text=test_text(adapter.handed_over) if adapter else "",
+            headline=headline(decision, adapter.answer if adapter else None, goal),
             sentence=decision.sentence if decision else progress_text(records),
             confidence=confidence_text(records, decision) if decision else "",
             cost=cost_of(records).sentence(),
@@ -70,10 +86,10 @@ def render_report(
             rank_plot=next((figure for figure in plots if figure.name == "rank_curve"), None),
             staircase=next((figure for figure in plots if figure.name == "staircase"), None),
             heat_maps=[figure for figure in figures if isinstance(figure, HeatMap)],
-            plots=[figure for figure in plots if figure.name not in ("rank_curve", "staircase")],
+            plots=[figure for figure in plots if figure.name not in ("adapters", "rank_curve", "staircase")],
             rows=[_row(outcome) for outcome in records.outcomes],
             fold_rows=len(records.outcomes) > MAX_VISIBLE_ROWS,
-            tests=records.tests,
+            tests=test_rows(records),
             samples=records.samples,
             certificates=records.certificates,
             not_tested=not_tested(records, decision),

@@ -21,7 +21,7 @@ class MatrixRow:
     learning_rate: float | None
     value: float | None  # held-out, of the rank handed over
     reference_rank: int | None
-    trainings: int
+    trainings: float  # the cost in whole trainings
     run: str
     reason: str = ""  # of a failure
 
@@ -37,7 +37,7 @@ def matrix_text(rows: Sequence[MatrixRow]) -> str:
             or_dash(row.learning_rate),
             or_dash(row.value, ".4f"),
             or_dash(row.reference_rank),
-            str(row.trainings),
+            f"{row.trainings:.1f}",
             f"{row.verdict}: {row.reason}" if row.reason else row.verdict,
         ]
         for row in rows

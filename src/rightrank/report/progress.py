@@ -29,6 +29,10 @@ class Progress:
 
     def __init__(self) -> None:
         self._arms = 1
+        self._expected: float | None = None  # whole trainings; None: counted in trials
+        self._whole_steps = 0  # of a whole training; 0: a custom trainer's own number
+        self._spent = 0.0  # whole trainings that have ended
+        self._ends_at: dict[str, int] = {}  # the last step of each trial that has ended
         self._ended = 0
         self._running: dict[str, TrialStarted] = {}
         self._started_at: dict[str, float] = {}
@@ -38,11 +42,17 @@ class Progress:
         self._preparing: Preparing | None = None
         self._higher_is_better = False
         self._best: dict[int, float] = {}
+        self._truncated: dict[int, float] = {}
         self._peak_bytes = 0
 
-    def plan(self, started: RunStarted, arms: int) -> None:
+    def plan(self, started: RunStarted, arms: int, steps: int = 0) -> None:
         self._arms = arms
+        self._whole_steps = steps
         self._higher_is_better = started.higher_is_better
+
+    def expect(self, trainings: float) -> None:
+        """Count in whole trainings, of which so many are expected."""
+        self._expected = trainings
 
     def resume(self, outcomes: Sequence[TrialOutcome]) -> None:
         """Record the trials that ended before this process began."""
@@ -69,8 +79,12 @@ class Progress:
         return None
 
     def curve(self) -> list[tuple[int, float]]:
-        """The best value of each rank so far."""
+        """The best trained value of each rank so far."""
         return sorted(self._best.items())
+
+    def truncated(self) -> list[tuple[int, float]]:
+        """The best truncation of each rank so far, recovered or not."""
+        return sorted(self._truncated.items())
 
     def progress_line(self) -> str:
         if self._preparing is not None:
@@ -96,12 +110,37 @@ class Progress:
         known = [*self._costs, *(seconds for key in self._running if (seconds := self._whole(key)) is not None)]
         if not known:
             return None
+        if self._expected is not None and self._spent > 0:
+            return self._remaining_by_cost(self._expected)
         mean = sum(known) / len(known)
         waiting = max(0, self._arms - self._ended - len(self._running))
         return waiting * mean + sum(self._left(key, mean) for key in self._running)
 
+    def _remaining_by_cost(self, expected: float) -> float:
+        """The running trials, and the trainings to come at the pace so far, evaluations included."""
+        pace = sum(self._costs) / self._spent
+        running = sum(self._share(arm) for arm in self._running.values())
+        return max(0.0, expected - self._spent - running) * pace + sum(self._left(key, pace) for key in self._running)
+
+    def _share(self, arm: ArmFields) -> float:
+        """The whole trainings that an arm adds to those of the one that it resumes."""
+        before = self._ends_at.get(arm.continue_from or "", 0)
+        return (_last_step(arm) - before) / self._whole_steps if self._whole_steps else float(arm.rank > 0)
+
+    def _spent_now(self) -> float:
+        """Whole trainings so far, the running ones in proportion."""
+        running = 0.0
+        for key, arm in self._running.items():
+            step, before = self._steps.get(key), self._ends_at.get(arm.continue_from or "", 0)
+            if step is not None and self._whole_steps:
+                running += max(0, step.step - before) / self._whole_steps
+        return self._spent + running
+
     def _position(self) -> str:
-        """`trial 3 of 9`; the total grows if more trials run than expected."""
+        """`1.4 of about 3.8 trainings`, or `trial 3 of 9`; the total grows if more runs than expected."""
+        if self._expected is not None:
+            spent = self._spent_now()
+            return f"{spent:.1f} of about {max(self._expected, spent):.1f} trainings"
         first, last = self._ended + 1, self._ended + max(1, len(self._running))
         end = max(self._arms, self._ended + len(self._running))
         return f"trials {first} to {last} of {end}" if last > first else f"trial {min(first, end)} of {end}"
@@ -151,6 +190,8 @@ class Progress:
             total = event.train_seconds + event.eval_seconds
             self._peak_bytes = max(self._peak_bytes, event.peak_bytes)
             self._note_value(event)
+        self._spent += self._share(event)
+        self._ends_at[event.trial_id] = _last_step(event)
         seconds = max(0.0, total - self._before(event))
         self._totals[event.trial_id] = total
         if event.rank > 0 and total > 0:
@@ -158,9 +199,11 @@ class Progress:
         return seconds
 
     def _note_value(self, event: TrialFinished) -> None:
-        if event.rank > 0 and event.arm.is_direct:
-            better = max if self._higher_is_better else min
-            self._best[event.rank] = better(event.value, self._best.get(event.rank, event.value))
+        if event.rank == 0 or event.stop_at is not None:
+            return
+        values = self._best if event.arm.is_direct else self._truncated
+        better = max if self._higher_is_better else min
+        values[event.rank] = better(event.value, values.get(event.rank, event.value))
 
     def _line(self, event: TrialOutcome, text: str) -> str:
         seconds = self._end(event)

@@ -8,17 +8,20 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
+from rightrank.decision.adapter import making_of
+from rightrank.decision.answers import trainings
 from rightrank.decision.run import Records
-from rightrank.records import Decision, TrialFinished
+from rightrank.records import AdapterAnswer, AdapterRecorded, Decision, HandedOver, TestEvaluated, TrialFinished
 from rightrank.report.format import coverage, duration, metric_unit, quantity, size
-from rightrank.settings import SelectSettings
+from rightrank.settings import Goal, SelectSettings
 
 
 @dataclass(frozen=True, slots=True)
 class Cost:
     """The cost of the trials so far."""
 
-    trainings: int
+    trainings: float  # optimizer steps over those of a whole training
+    truncations: int  # evaluated without a training step
     without_result: int
     seconds: float
     tokens: int
@@ -26,8 +29,10 @@ class Cost:
 
     def sentence(self) -> str:
         parts = [quantity(self.trainings, "training")]
+        if self.truncations:
+            parts.append(quantity(self.truncations, "truncation"))
         if self.without_result:
-            parts.append(f"{self.without_result} of them without a result")
+            parts.append(f"{quantity(self.without_result, 'trial')} without a result")
         parts.append(duration(self.seconds))
         if self.tokens:
             parts.append(quantity(self.tokens, "token"))
@@ -39,18 +44,23 @@ class Cost:
 def cost_of(records: Records) -> Cost:
     """The cost of all trials; the seconds include the evaluation of the base model.
 
-    A training that continues a stopped one already contains its seconds and tokens, so the stopped one is skipped.
+    A training that resumes a stopped one contains its seconds and tokens, so those of the stopped one are subtracted.
     """
-    continued = {outcome.continue_from for outcome in records.outcomes if isinstance(outcome, TrialFinished)}
-    finished = [trial for trial in records.finished() if trial.trial_id not in continued]
-    arms = [outcome for outcome in records.outcomes if outcome.rank > 0 and outcome.trial_id not in continued]
+    finished = records.finished()
+    by_id = {trial.trial_id: trial for trial in finished}
+    resumed = [by_id[trial.continue_from] for trial in finished if trial.continue_from in by_id]
     return Cost(
-        trainings=len(arms),
-        without_result=sum(not isinstance(outcome, TrialFinished) for outcome in arms),
-        seconds=sum(trial.train_seconds + trial.eval_seconds for trial in finished),
-        tokens=sum(trial.train_tokens for trial in finished),
+        trainings=trainings(records),
+        truncations=sum(trial.truncate_from is not None and trial.steps == 0 for trial in finished),
+        without_result=sum(not isinstance(outcome, TrialFinished) for outcome in records.outcomes),
+        seconds=sum(map(_seconds, finished)) - sum(map(_seconds, resumed)),
+        tokens=sum(trial.train_tokens for trial in finished) - sum(trial.train_tokens for trial in resumed),
         peak_bytes=max((trial.peak_bytes for trial in finished), default=0),
     )
+
+
+def _seconds(trial: TrialFinished) -> float:
+    return trial.train_seconds + trial.eval_seconds
 
 
 def confidence_text(records: Records, decision: Decision) -> str:
@@ -85,6 +95,16 @@ def certainty_notes(decision: Decision) -> list[str]:
     return notes
 
 
+def test_rows(records: Records) -> list[tuple[str, TestEvaluated]]:
+    """`(adapter, its reading on the test split)`: "base", "rank 16", "rank 4, truncated"."""
+    stages = {trial.trial_id: trial.arm.stage() for trial in records.finished()}
+    names = [f"rank {test.rank}" if test.rank else "base" for test in records.tests]
+    return [
+        (", ".join(filter(None, [name, stages.get(test.trial_id)])), test)
+        for name, test in zip(names, records.tests, strict=True)
+    ]
+
+
 def next_run_text(records: Records, decision: Decision) -> str:
     """The time of the next run, at the pace of the finished trainings of the nearest rank; empty if unknown."""
     run = decision.next_runs[0] if decision.next_runs else None
@@ -99,17 +119,41 @@ def next_run_text(records: Records, decision: Decision) -> str:
     return f"{quantity(run.trials, 'training')}, about {duration(seconds)} at the pace so far."
 
 
-def headline(decision: Decision | None) -> str:
-    if decision is None:
+def headline(decision: Decision | None, adapter: AdapterAnswer | None = None, goal: Goal = "training-rank") -> str:
+    """Both answers in a few words; of the second one alone where the first has no record."""
+    if decision is None and adapter is None:
         return "Running: no answer yet"
-    if decision.rank is not None:
-        return f"Rank {decision.rank}"
-    return decision.verdict.replace("_", " ").capitalize()
+    parts = [] if adapter is None else [f"Adapter: rank {adapter.rank}"]
+    if goal == "training-rank":
+        parts.append(f"Training rank: {_rank_in_words(decision)}")
+    return " · ".join(parts)
+
+
+def _rank_in_words(decision: Decision | None) -> str:
+    if decision is None:
+        return "not known yet"
+    return str(decision.rank) if decision.rank is not None else decision.verdict.replace("_", " ")
 
 
 def progress_text(records: Records) -> str:
     """The state of a run that has no decision yet."""
-    return f"{quantity(len(records.outcomes), 'trial')} ended so far. A comparison needs two ranks with a result."
+    return f"{quantity(trainings(records), 'training')} so far. A comparison needs two ranks with a result."
+
+
+def making_text(recorded: AdapterRecorded, records: Records) -> str:
+    """How the adapter that is handed over was made; empty if the journal lacks its trial."""
+    finished = records.finished()
+    trial = next((trial for trial in finished if trial.trial_id == recorded.answer.trial_id), None)
+    return "" if trial is None else f"How it was made: {making_of(trial, finished).sentence()}."
+
+
+def test_text(found: HandedOver) -> str:
+    """The reading on the test split; empty without one."""
+    if found.test_difference is None:
+        return ""
+    high = found.test_difference_high
+    bound = "" if high is None else f" (95% upper bound {high:+.2g})"
+    return f"On the test split, read once, it differs from the reference by {found.test_difference:+.2g}{bound}."
 
 
 def not_tested(records: Records, decision: Decision | None) -> list[str]:
@@ -167,6 +211,7 @@ def reproduce_command(settings: Mapping[str, Any]) -> str | None:
 # Settings with an option of `rightrank select`; the others go through --set.
 NAMED_OPTIONS = frozenset(
     [
+        "goal",
         "strategy",
         "ranks",
         "learning_rates",

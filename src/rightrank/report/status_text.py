@@ -10,6 +10,7 @@ from rightrank.records import JournalRecord, Record
 from rightrank.report.format import quantity
 from rightrank.report.sentences import cost_of, headline
 from rightrank.report.terminal_figures import terminal_curve
+from rightrank.settings import Goal
 
 STALE_SECONDS = 600  # an older progress file belongs to a process that ended, or to one very long step
 
@@ -19,44 +20,62 @@ class RunStatus(Record):
 
     run: str
     state: str  # running, stopped (unfinished, and no process works on it), done
+    goal: Goal
+    trainings: float  # so far, in whole ones
     trials_ended: int
     trials_without_result: int
     running: str | None  # the trial at work
     progress: str | None  # its step and the time left, as the process reports them
     cost: str
     answer: str
+    adapter_sentence: str | None  # the answer to the first question
     rank: int | None
     verdict: str | None
     next_run: str | None
-    curve: list[tuple[int, float]]
+    curve: list[tuple[int, float]]  # of the trained ranks
+    truncated_curve: list[tuple[int, float]]  # of the truncations, recovered or not: the best of each rank
 
 
 def run_status(
-    run: str, journal: Sequence[JournalRecord], records: Records, locked: bool, progress: Mapping[str, object] | None
+    run: str,
+    journal: Sequence[JournalRecord],
+    records: Records,
+    goal: Goal,
+    locked: bool,
+    progress: Mapping[str, object] | None,
 ) -> RunStatus:
     """The state of a run.
 
     Args:
+        goal: of the last `select`.
         locked: a process holds the folder.
         progress: the content of its progress file, if that is fresh.
     """
     decided, current = last_decided(journal), running_trial(journal)
     decision = decision_so_far(records) if decided is None else decided.decision
+    adapter = records.adapters[-1].answer if records.adapters else None
+    if goal == "adapter":
+        decision = None
     cost = cost_of(records)
-    state = "running" if locked else "done" if decided is not None else "stopped"
+    is_done = decided is not None or (goal == "adapter" and adapter is not None)
+    state = "running" if locked else "done" if is_done else "stopped"
     return RunStatus(
         run=run,
         state=state,
+        goal=goal,
+        trainings=cost.trainings,
         trials_ended=len(records.outcomes),
         trials_without_result=cost.without_result,
         running=current.arm.label() if current is not None and locked else None,
         progress=str(progress["progress"]) if progress is not None and locked else None,
         cost=cost.sentence(),
-        answer=headline(decision) if decision is not None else "no answer yet",
+        answer="no answer yet" if decision is None and adapter is None else headline(decision, adapter, goal),
+        adapter_sentence=None if adapter is None else adapter.sentence,
         rank=decision.rank if decision is not None else None,
         verdict=decision.verdict if decision is not None else None,
         next_run=decision.next_run if decision is not None else None,
-        curve=[] if decision is None else [(e.rank, e.value) for e in decision.ranks if e.rank > 0],
+        curve=[(e.rank, e.value) for e in decision.ranks if e.rank > 0] if decision else best_by_rank(records, True),
+        truncated_curve=best_by_rank(records, False),
     )
 
 
@@ -64,18 +83,30 @@ def status_lines(status: RunStatus, width: int, colour: bool) -> str:
     """The status as text."""
     so_far = "" if status.state == "done" else " so far"
     lines = [
-        f"{status.run}: {status.state}, {quantity(status.trials_ended, 'trial')} ended",
+        f"{status.run}: {status.state}, {quantity(status.trainings, 'training')}{so_far}",
         f"cost:   {status.cost}",
-        f"answer: {status.answer}{so_far}" + (f" ({status.verdict})" if status.verdict else ""),
+        f"answer: {status.answer}{so_far}" + (f" ({status.verdict})" if status.rank is not None else ""),
     ]
+    if status.adapter_sentence:
+        lines.append(f"        {status.adapter_sentence}")
     if status.next_run:
         lines.append(f"next:   {status.next_run}")
     if status.progress or status.running:
         lines.append(f"now:    {status.progress or status.running}")
     if status.state == "stopped":
         lines.append("run the same `rightrank select` again to resume")
-    curve = terminal_curve(status.curve, width, colour)
+    curve = terminal_curve(status.curve, width, colour, status.truncated_curve)
     return "\n".join([*lines, curve] if curve else lines)
+
+
+def best_by_rank(records: Records, trained: bool) -> list[tuple[int, float]]:
+    """The best value of each rank: of whole trainings, or of truncations, recovered or not."""
+    best: dict[int, float] = {}
+    better = max if records.started.higher_is_better else min
+    for trial in records.finished():
+        if trial.rank > 0 and trial.stop_at is None and (trial.truncate_from is None) == trained:
+            best[trial.rank] = better(trial.value, best.get(trial.rank, trial.value))
+    return sorted(best.items())
 
 
 def is_fresh(progress: Mapping[str, object]) -> bool:

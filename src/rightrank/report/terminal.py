@@ -40,8 +40,11 @@ class LiveView:
             self._console.print(Text.from_ansi(curve))
 
     def plan(self, started: RunStarted, arms: int, steps: int) -> None:
-        self._progress.plan(started, arms)
-        self.notice(plan_line(started, arms, steps))
+        self._progress.plan(started, arms, steps)
+        self.notice(plan_line(started, steps))
+
+    def cost(self, trainings: float) -> None:
+        self._progress.expect(trainings)
 
     def resume(self, outcomes: Sequence[TrialOutcome]) -> None:
         self._progress.resume(outcomes)
@@ -58,7 +61,8 @@ class LiveView:
         self._console.print(text, highlight=False)
 
     def _curve(self) -> str:
-        return terminal_curve(self._progress.curve(), self._console.width, colour=not self._console.no_color)
+        colour = not self._console.no_color
+        return terminal_curve(self._progress.curve(), self._console.width, colour, self._progress.truncated())
 
 
 class PlainView:
@@ -76,13 +80,16 @@ class PlainView:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        curve = terminal_curve(self._progress.curve(), MAX_CURVE_WIDTH, colour=False)
+        curve = terminal_curve(self._progress.curve(), MAX_CURVE_WIDTH, False, self._progress.truncated())
         if curve and error is None:
             self.notice(curve)
 
     def plan(self, started: RunStarted, arms: int, steps: int) -> None:
-        self._progress.plan(started, arms)
-        self.notice(plan_line(started, arms, steps))
+        self._progress.plan(started, arms, steps)
+        self.notice(plan_line(started, steps))
+
+    def cost(self, trainings: float) -> None:
+        self._progress.expect(trainings)
 
     def resume(self, outcomes: Sequence[TrialOutcome]) -> None:
         self._progress.resume(outcomes)
@@ -106,7 +113,7 @@ def make_view(console: Console, quiet: bool) -> LiveView | PlainView:
     return LiveView(console) if console.is_terminal and not (quiet or console.no_color) else PlainView(console, quiet)
 
 
-def plan_line(started: RunStarted, arms: int, steps: int) -> str:
+def plan_line(started: RunStarted, steps: int) -> str:
     splits = started.data.splits
     counts = ", ".join(f"{summary.items} {split_name(name)}" for name, summary in splits.items())
     truncated = sum(summary.truncated for summary in splits.values())
@@ -124,9 +131,9 @@ def plan_line(started: RunStarted, arms: int, steps: int) -> str:
         notes.append(f"{started.data.duplicates_across_splits} exact duplicates across splits")
     return (
         f"examples: {counts}{' (' + '; '.join(notes) + ')' if notes else ''}; form: {started.data.form}; "
-        f"about {arms} trials of {steps} steps on {started.environment['device']}"
+        f"trainings of {steps} steps on {started.environment['device']}"
     )
 
 
 def resume_line(outcomes: Sequence[TrialOutcome]) -> str:
-    return f"resuming the run: {quantity(len(outcomes), 'trial')} ended before"
+    return f"resuming the run: {quantity(len(outcomes), 'trial')} ended before"  # each stage and truncation is one

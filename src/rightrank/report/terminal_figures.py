@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, TypeAlias
 
 from rightrank.report.figure import HeatMap
 from rightrank.report.format import short, visible
@@ -11,22 +12,31 @@ if TYPE_CHECKING:
     from rich.text import Text
 
 MAX_CURVE_WIDTH, CURVE_HEIGHT = 72, 14  # characters
+Points: TypeAlias = Sequence[tuple[int, float]]  # rank and value, by ascending rank
 SHADES = (17, 18, 24, 30, 65, 101, 143, 185, 227)  # of the 256 terminal colours, dark to light
 
 
-def terminal_curve(points: list[tuple[int, float]], width: int, colour: bool) -> str:
-    """Values against ranks as text, at most `width` characters wide; empty below two ranks."""
-    if len(points) < 2:
+def terminal_curve(points: Points, width: int, colour: bool, truncated: Points = ()) -> str:
+    """Values against ranks as text, at most `width` characters wide; empty below two ranks.
+
+    `points` are trained adapters (●), `truncated` those truncated from a higher rank (○).
+    """
+    ranks = sorted({rank for rank, _ in (*points, *truncated)})
+    if len(ranks) < 2:
         return ""
     import plotext
 
-    positions = list(range(len(points)))
+    place = {rank: position for position, rank in enumerate(ranks)}
     plotext.clear_figure()
     plotext.plot_size(min(width, MAX_CURVE_WIDTH), CURVE_HEIGHT)
-    plotext.plot(positions, [value for _, value in points], marker="braille")
-    plotext.scatter(positions, [value for _, value in points], marker="●")
-    plotext.xticks(positions, [str(rank) for rank, _ in points])
-    plotext.xlabel("LoRA rank")
+    for series, marker in ((truncated, "○"), (points, "●")):
+        if not series:
+            continue
+        positions, values = [place[rank] for rank, _ in series], [value for _, value in series]
+        plotext.plot(positions, values, marker="braille")
+        plotext.scatter(positions, values, marker=marker)
+    plotext.xticks(list(range(len(ranks))), [str(rank) for rank in ranks])
+    plotext.xlabel("LoRA rank (● trained, ○ truncated)" if truncated else "LoRA rank")
     plotext.theme("clear")
     text: str = plotext.build()
     return text if colour else plotext.uncolorize(text)

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
-from rightrank.decision.answers import document
 from rightrank.decision.metrics import direction
 from rightrank.errors import SettingsError
 from rightrank.executors.custom import Call, CustomExecutor, TrainFunction, call_in_process, call_inline, call_on_ray
@@ -22,6 +21,7 @@ from rightrank.selection.start import open_selection
 from rightrank.settings import SelectSettings, make_settings, with_identity_of
 from rightrank.strategies import make_strategy, space_of, strategy_in
 from rightrank.version import __version__
+from rightrank.views import answers
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,8 +74,8 @@ def select_custom(request: CustomRequest, trainer: Trainer, folder: RunFolder, o
         adapter = hand_over_saved(selection, decision)
         if decision is not None:
             trackers.decided(decision)
-        answers = document(selection.records, decision, request.settings.goal)
-        return Selected(decision, folder.path, adapter, folder.report, answers)
+        found = answers(selection.records, decision, request.settings.goal)
+        return Selected(decision, folder.path, adapter, folder.report, found)
 
 
 def _scored_examples(finished: Sequence[TrialFinished]) -> int | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from rightrank.decision.answers import document
+from rightrank.decision.answers import trainings
 from rightrank.decision.run import best_trial
 from rightrank.engine.generation import promptable_examples, write_completion
 from rightrank.engine.runtime import Runtime
@@ -13,12 +13,14 @@ from rightrank.engine.scoring import measure
 from rightrank.io.adapters import restore_adapter
 from rightrank.records import AdapterAnswer, Decision, RunEvent, Sample, StepDone, TestEvaluated, TrialFinished
 from rightrank.records.observer import Observer
+from rightrank.report.adapter_view import compared
 from rightrank.returns import Selected
 from rightrank.selection.certificate import certify_selection
 from rightrank.selection.handover import final_answer, hand_over_answer, hand_over_at_end
 from rightrank.selection.loop import Selection
 from rightrank.selection.start import PreparedSelection
 from rightrank.strategies.sweep import sweep_rows
+from rightrank.views import answers
 
 
 def finalize_adapter(prepared: PreparedSelection, answer: AdapterAnswer, *, reads_test_split: bool) -> None:
@@ -65,10 +67,11 @@ def finalize(prepared: PreparedSelection, decision: Decision | None) -> Selected
         folder.path,
         folder.adapter,
         folder.report,
-        document(records, decision, prepared.prepared.settings.goal),
+        answers(records, decision, prepared.prepared.settings.goal),
         records.samples,
         sweep_rows(records.started, records.outcomes),
-        sum(outcome.rank > 0 for outcome in records.outcomes),
+        trainings(records),
+        compared(records),
     )
 
 

@@ -7,18 +7,21 @@ from pathlib import Path
 from rightrank.decision.adapter import (
     adapter_answer,
     improved_by_training,
-    origin_phrase,
+    making_of,
     test_difference,
     trained_answer,
 )
+from rightrank.decision.adapter_files import compared_adapters
 from rightrank.decision.answers import question_of
 from rightrank.decision.run import Records, best_trial
 from rightrank.errors import AllTrialsFailedError
 from rightrank.exports.adapter_folder import AdapterCardFacts, hand_over
 from rightrank.io.reading import UnreadableError, read_json_object
 from rightrank.records import AdapterAnswer, Decision, DecisionRecorded, HandedOver
+from rightrank.report.adapter_view import candidate_table, figure_of
 from rightrank.report.figures import figures_of
 from rightrank.report.files import write_figures
+from rightrank.report.sentences import test_rows
 from rightrank.selection.loop import Selection
 from rightrank.views import further_figures
 
@@ -28,7 +31,7 @@ CONFIG = "adapter_config.json"
 def hand_over_answer(selection: Selection, answer: AdapterAnswer, decision: Decision | None = None) -> None:
     """Make `adapter/` the answer to the first question, and record it in the journal.
 
-    A second call with the same answer writes the adapter and its card again, with the figures that are known by then.
+    A second call with the same answer writes the card again, with what is known by then.
     """
     records, folder = selection.records, selection.folder
     saved = folder.finished_adapter(answer.trial_id)
@@ -37,12 +40,14 @@ def hand_over_answer(selection: Selection, answer: AdapterAnswer, decision: Deci
     chosen = trials[answer.trial_id]
     facts = AdapterCardFacts(
         sentence=answer.sentence,
-        origin=origin_phrase(answer.how, answer.trained_rank, chosen.steps if answer.how == "recovered" else 0),
+        making=making_of(chosen, records.finished()),
         handed_over=handed_over,
         margin=answer.margin,
-        learning_rate=trials.get(answer.trained_id, chosen).learning_rate,
+        candidates=candidate_table(answer, records.started.metric),
     )
-    hand_over(saved, folder.adapter, records.started, chosen, decision, records.tests, folder.figures, facts)
+    started, adapters = records.started, compared_adapters(answer, records.plain(), question_of(records))
+    write_figures(folder.figures, [figure_of(answer, adapters, started.metric, started.higher_is_better)])
+    hand_over(saved, folder.adapter, started, chosen, decision, test_rows(records), folder.figures, facts)
     last = records.adapters[-1] if records.adapters else None
     if last is None or (last.answer, last.handed_over) != (answer, handed_over):
         selection.keep_adapter(answer, handed_over)

@@ -207,7 +207,8 @@ class Selection:
     def _write_views_so_far(self) -> None:
         """Write the report; with many trials it takes longer, so the next one waits in proportion."""
         started = time.monotonic()
-        self.write_views(decision_so_far(self.records, self._evidence()))
+        asked = self._options.goal == "training-rank"
+        self.write_views(decision_so_far(self.records, self._evidence()) if asked else None)
         ended = time.monotonic()
         self._next_views = ended + (ended - started) / MAX_VIEWS_SHARE
 

@@ -84,6 +84,7 @@ def open_selection(
     trackers.catch_up(selection.records.outcomes)
     folder.write_config(started.settings)
     observer.on_plan(started, strategy.expected_arms(), steps)
+    observer.on_cost(strategy.cost().expected)
     if selection.records.outcomes:
         observer.on_resume(selection.records.outcomes)
     return selection, trackers

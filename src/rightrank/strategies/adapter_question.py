@@ -8,7 +8,8 @@ adapters worse, so there is none without unseen examples. `decision.adapter` jud
 
 from __future__ import annotations
 
-from rightrank.decision.adapter import Question, adapter_answer
+from rightrank.decision.adapter import adapter_answer
+from rightrank.decision.adapter_files import Question
 from rightrank.records import AdapterAnswer, Arm, TrialFinished
 from rightrank.strategies.climb import Requests
 from rightrank.strategies.space import RECOVERY_LR_FACTOR, Space

@@ -32,7 +32,7 @@
   // One vertical line with two caps, from low to high.
   function interval(series) {
     return {
-      type: "custom", name: series.label, silent: true, z: 1, data: series.x.map((x, i) => [x, series.low[i], series.high[i]]), encode: { x: 0, y: [1, 2] },
+      type: "custom", name: series.label, silent: true, clip: true, z: 1, data: series.x.map((x, i) => [x, series.low[i], series.high[i]]), encode: { x: 0, y: [1, 2] },
       renderItem: (_, api) => {
         const top = api.coord([api.value(0), api.value(2)]), bottom = api.coord([api.value(0), api.value(1)]);
         const line = (x1, y1, x2, y2) => ({ type: "line", shape: { x1, y1, x2, y2 }, style: { stroke: tone(series.tone), lineWidth: 1.2, opacity: 0.6 } });

@@ -1,0 +1,53 @@
+"""What the first question's answer suggests about the second one, which was not asked, and what an answer would cost."""
+
+from __future__ import annotations
+
+from rightrank.decision.adapter import MAX_DIRECT_RANK
+from rightrank.decision.run import Records, is_token_loss
+from rightrank.records import AdapterAnswer, TrainingRankEstimate
+from rightrank.settings import SelectSettings, make_settings
+from rightrank.strategies import make_strategy
+
+
+def training_rank_estimate(records: Records) -> TrainingRankEstimate | None:
+    """Estimate the training rank from the plain truncations of the top adapter; None without an answer to the first question.
+
+    Above rank 4 a training loses more than a truncation to the same rank, at lower ranks it may lose less. So the
+    smallest truncation that loses at most the margin is near the lower end of where the training rank lies.
+    """
+    answer = records.adapters[-1].answer if records.adapters else None
+    if answer is None or records.started.data.form == "own":
+        return None
+    holding = _smallest_holding_truncation(answer)
+    low = holding if holding > MAX_DIRECT_RANK else max(1, holding // 2)
+    high = min(answer.trained_rank, 2 * holding)
+    where = f"{low}" if low == high else f"{low} to {high}"
+    trainings = _trainings_left(records)
+    cost = f"about {trainings:.2g} more trainings" if trainings else "no further training"
+    sentence = (
+        f"An estimate, not evidence: the rank to train at probably is {where}, since the smallest truncation that loses at "
+        f"most the margin has rank {holding}. To show it takes {cost}: run the same command with --goal training-rank."
+    )
+    return TrainingRankEstimate(low=low, high=high, trainings=trainings, sentence=sentence)
+
+
+def _smallest_holding_truncation(answer: AdapterAnswer) -> int:
+    """The smallest plain truncation within the margin of the top as trained, from the top downward; else the top's rank."""
+    top = next((one for one in answer.candidates if one.trial_id == answer.trained_id), None)
+    found = answer.trained_rank
+    truncated = [one for one in answer.candidates if one.how == "truncated"]
+    for one in sorted(truncated, key=lambda one: -one.rank):
+        if one.difference - (0.0 if top is None else top.difference) > answer.margin:
+            break
+        found = one.rank
+    return found
+
+
+def _trainings_left(records: Records) -> float:
+    """The expected cost of the second question alone, without a budget."""
+    known = {name: value for name, value in records.started.settings.items() if name in SelectSettings.model_fields}
+    unlimited = dict.fromkeys(("budget_trainings", "budget_steps", "budget_hours"))
+    settings = make_settings({**known, **unlimited, "goal": "training-rank"})
+    steps = max((trial.steps for trial in records.finished() if trial.arm.is_direct), default=1) or 1
+    cost = make_strategy(settings, steps, token_loss=is_token_loss(records)).cost()
+    return round(cost.expected - cost.to_adapter, 2)
