@@ -19,7 +19,7 @@ from rightrank.io.files import report_disk_errors, require_absent
 from rightrank.io.journal import Repaired
 from rightrank.io.reading import UnreadableError, read_json_object
 from rightrank.io.run_folder import RunFolder
-from rightrank.records import Decision, JournalRecord
+from rightrank.records import Decision, JournalRecord, TrialFinished
 from rightrank.report.event_log import PROGRESS_FILE
 from rightrank.report.status_text import RunStatus, is_fresh, run_status
 from rightrank.settings import Goal
@@ -70,16 +70,33 @@ def export(
     folder = existing_run(run)
     journal = folder.journal.read()
     records = records_of(journal, str(folder.path))
-    decided = last_decided(journal)
-    if decided is None:
-        raise RunFolderError(f"{folder.path}: no decision yet; run the selection to its end, then export")
-    trial = next(trial for trial in records.finished() if trial.trial_id == decided.adapter_trial_id)
-    recipe = recipe_of(records.started, trial, folder.adapter)
+    recipe = recipe_of(records.started, _handed_over(folder, journal, records), folder.adapter, records.finished())
     with report_disk_errors(folder.path):
         exported = write_export(to, recipe, _place(folder, to, out), pad)
     if push_to_hub is None:
         return exported
     return replace(exported, hub=upload(exported.folder, push_to_hub))
+
+
+def _handed_over(folder: RunFolder, journal: Sequence[JournalRecord], records: Records) -> TrialFinished:
+    """The trial whose adapter is in `adapter/`: by the answer to the first question, or in an older run by the decision.
+
+    Raises:
+        RunFolderError: neither has been recorded.
+    """
+    decided = last_decided(journal)
+    if records.adapters:
+        chosen = records.adapters[-1].answer.trial_id
+    elif decided is not None and decided.adapter_trial_id is not None:
+        chosen = decided.adapter_trial_id
+    else:
+        raise RunFolderError(f"{folder.path}: no adapter yet; run `rightrank select` again, then export")
+    trial = next((trial for trial in records.finished() if trial.trial_id == chosen), None)
+    if trial is None:
+        raise RunFolderError(
+            f"{folder.path}: the journal lacks the trial {chosen} of the adapter; run `rightrank repair`"
+        )
+    return trial
 
 
 def repair(run: str | Path) -> Repaired:

@@ -21,7 +21,7 @@ from rightrank import Selected, export, inspect, select_rank, write_report
 from rightrank.errors import ResultsError, RunFolderError, SettingsError
 from rightrank.exports.recipe import Recipe, recipe_of
 from rightrank.exports.servers import VLLM_RANKS, served_rank
-from rightrank.exports.targets import SERVERS, TARGETS
+from rightrank.exports.targets import SERVERS, TARGETS, write_export
 from rightrank.exports.trainers import axolotl, trl
 from rightrank.io.run_folder import RunFolder
 from rightrank.records import RunStarted, TrialFinished
@@ -41,13 +41,20 @@ def selected(model_folder: Path, completion_file: Path, tmp_path_factory: pytest
 def recipe(selected: Selected) -> Recipe:
     journal = RunFolder(selected.run).journal.read()
     started = next(record for record in journal if isinstance(record, RunStarted))
-    trial = next(
-        record
-        for record in journal
-        if isinstance(record, TrialFinished) and record.rank == selected.decision.fallback_rank
-    )
+    finished = [record for record in journal if isinstance(record, TrialFinished)]
+    chosen = selected.answers["adapter_answer"]["trial_id"]
+    trial = next(record for record in finished if record.trial_id == chosen)
     assert selected.adapter is not None
-    return recipe_of(started, trial, selected.adapter)
+    return recipe_of(started, trial, selected.adapter, finished)
+
+
+@pytest.fixture(scope="module")
+def recovered(model_folder: Path, completion_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Selected:
+    """A run with the goal adapter: rank 4 trained, and so wide a margin that rank 1 is handed over, with recovery."""
+    settings = small_settings(
+        strategy="bracket", goal="adapter", margin=5.0, max_steps=20, eval_points=1, scaling="alpha/sqrt(r)"
+    )
+    return select_rank(str(model_folder), completion_file, tmp_path_factory.mktemp("run") / "run", settings=settings)
 
 
 def written(selected: Selected, target: str) -> Path:
@@ -66,8 +73,10 @@ def test_every_target_contains_the_rank(selected: Selected, target: str) -> None
         for path in exported.folder.iterdir()
         if path.suffix in (".py", ".yaml", ".sh", ".json")
     )
-    rank = served_rank(selected.decision.fallback_rank) if target == "vllm" else selected.decision.fallback_rank
-    assert str(rank) in text
+    handed_over = selected.handed_over
+    assert handed_over is not None
+    ranks = {"vllm": served_rank(handed_over.rank), "sglang": handed_over.rank, "peft": handed_over.rank}
+    assert str(ranks.get(target, handed_over.trained_rank)) in text
     assert exported.command
     assert exported.files == sorted(path.name for path in exported.folder.iterdir())
 
@@ -140,7 +149,8 @@ def test_a_server_is_given_the_padded_adapter(selected: Selected, model_folder: 
     script = next(path for path in exported.folder.iterdir() if path.is_file()).read_text(encoding="utf-8")
     assert str(padded) in script
     assert not any("--pad" in note for note in exported.notes)
-    rank = selected.decision.fallback_rank
+    rank = selected.adapter_rank
+    assert rank is not None
     expected = served_rank(rank) if target == "vllm" else rank
     found = []
     for folder in (selected.adapter, padded):
@@ -194,7 +204,65 @@ def test_trl_s_own_parser_reads_it(selected: Selected) -> None:
     )
     file = written(selected, "trl") / "trl_sft.yaml"
     _, _, model, _ = parser.parse_args_and_config(["--config", str(file), "--use_cpu", "true"])
-    assert trl_module.get_peft_config(model).r == selected.decision.fallback_rank
+    assert selected.handed_over is not None
+    assert trl_module.get_peft_config(model).r == selected.handed_over.trained_rank
+
+
+def test_with_goal_adapter_servers_get_the_small_adapter(recovered: Selected) -> None:
+    from peft import AutoPeftModelForCausalLM
+
+    assert recovered.decision is None
+    assert recovered.handed_over is not None
+    assert (recovered.handed_over.rank, recovered.handed_over.how) == (1, "recovered")
+    folder = written(recovered, "peft")
+    assert AutoPeftModelForCausalLM.from_pretrained(str(folder)).peft_config["default"].r == 1
+    script = (written(recovered, "vllm") / "vllm.sh").read_text(encoding="utf-8")
+    words = shlex.split(script, comments=True)
+    assert words[words.index("--max-lora-rank") + 1] == str(served_rank(recovered.handed_over.max_module_rank))
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # of transformers, as TRL builds its arguments
+def test_trainers_get_the_training_that_a_smaller_adapter_comes_from(recovered: Selected) -> None:
+    values = yaml.safe_load((written(recovered, "axolotl") / "axolotl.yaml").read_text())
+    assert (values["lora_r"], values["lora_alpha"], values["max_steps"]) == (4, 32, 20)
+    assert values["learning_rate"] == 1e-2  # of the training, not of its recovery
+    values = yaml.safe_load((written(recovered, "trl") / "trl_sft.yaml").read_text())
+    assert (values["lora_r"], values["use_rslora"], values["max_steps"]) == (4, True, 20)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_files_say_how_to_make_a_smaller_adapter_again(recovered: Selected, completion_file: Path, target: str) -> None:
+    exported = export(recovered.run, target)
+    assert any(
+        note.startswith("The adapter of rank 1 was trained at rank 4 (learning rate 0.01") for note in exported.notes
+    )
+    files = [
+        path for path in exported.folder.iterdir() if path.suffix in (".py", ".yaml", ".sh") or path.name == "Modelfile"
+    ]
+    for path in files:
+        lines = path.read_text(encoding="utf-8").splitlines()
+        command = next(line for line in lines if "rightrank resize" in line).partition("then: ")[2]
+        words = shlex.split(command)
+        assert words[:4] == ["rightrank", "resize", "TRAINED", "SMALLER"]
+        options = dict(zip(words[4::2], words[5::2], strict=True))
+        assert (options["--ranks"], options["--data"]) == ("1", str(completion_file))
+        assert (options["--recover"], float(options["--learning-rate"])) == ("2", 1e-3)
+        if path.suffix == ".sh":
+            subprocess.run(["sh", "-n", str(path)], check=True)
+    assert files
+
+
+def test_a_trained_adapter_has_no_such_line(recipe: Recipe, tmp_path: Path) -> None:
+    making = replace(recipe.making, rank=recipe.r, trained_rank=recipe.r, truncation=None, recovery_steps=0)
+    trained = replace(recipe, making=making)
+    assert trained.comments() == []
+    assert trained.training() == trained
+
+
+def test_a_name_with_a_line_break_stays_in_its_comment(recipe: Recipe, tmp_path: Path) -> None:
+    making = replace(recipe.making, rank=1, trained_rank=4, truncation="K-FAC")
+    exported = write_export("trl", replace(recipe, making=making, data="a\nevil: 1\u2028b"), tmp_path / "out")
+    assert "evil" not in yaml.safe_load((exported.folder / "trl_sft.yaml").read_text(encoding="utf-8"))
 
 
 def test_an_unknown_target_is_answered_with_the_targets(tmp_path: Path) -> None:
@@ -202,14 +270,16 @@ def test_an_unknown_target_is_answered_with_the_targets(tmp_path: Path) -> None:
         export(tmp_path, "vlm")
 
 
-def test_a_folder_without_a_run_or_a_decision_is_refused(selected: Selected, tmp_path: Path) -> None:
+def test_a_folder_without_a_run_or_an_adapter_is_refused(selected: Selected, tmp_path: Path) -> None:
     with pytest.raises(RunFolderError, match=r"no journal\.jsonl there"):
         export(tmp_path, "peft")
     with pytest.raises(RunFolderError, match=r"no journal\.jsonl there"):
         write_report(tmp_path / "nowhere")
     lines = (selected.run / "journal.jsonl").read_text().splitlines(keepends=True)
-    (tmp_path / "journal.jsonl").write_text("".join(line for line in lines if '"type":"decided"' not in line))
-    with pytest.raises(RunFolderError, match="no decision yet"):
+    answered = ('"type":"decided"', '"type":"adapter_recorded"')
+    unfinished = [line for line in lines if not any(name in line for name in answered)]
+    (tmp_path / "journal.jsonl").write_text("".join(unfinished))
+    with pytest.raises(RunFolderError, match="no adapter yet"):
         export(tmp_path, "peft")
 
 
@@ -217,7 +287,7 @@ def test_the_report_shows_the_adapter_s_spectrum(selected: Selected) -> None:
     assert selected.adapter is not None
     rows = list(csv.DictReader((selected.run / "figures" / "spectrum.csv").read_text().splitlines()))
     found = inspect(selected.adapter)
-    assert len(rows) == selected.decision.fallback_rank
+    assert len(rows) == selected.adapter_rank
     largest = max(module.singular_values[0] for module in found.modules)
     assert float(rows[0]["largest"]) == pytest.approx(largest)
 

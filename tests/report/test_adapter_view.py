@@ -35,7 +35,7 @@ def test_the_figure_has_trained_truncated_and_recovered_adapters_by_rank() -> No
     assert {series.label: series.x for series in found.series} == {
         "trained at that rank": (4, 16, 64),
         "truncated from the top rank": (4, 8, 16, 32),
-        "truncated, then recovery steps": (8, 64),
+        "with steps of recovery": (8, 64),
     }
     assert [(row[0], row[1]) for row in found.rows[:2]] == [(64, "recovered"), (64, "trained")]
     (mark,) = found.marks
@@ -51,7 +51,7 @@ def test_an_adapter_holds_where_its_whisker_ends_inside_the_band() -> None:
         for series in found.series
         for rank, end in zip(series.x, series.high, strict=True)
     }
-    holds = {(one.rank, "truncated," if one.how == "recovered" else one.how): one.holds for one in compared(records)}
+    holds = {(one.rank, "with" if one.how == "recovered" else one.how): one.holds for one in compared(records)}
     assert inside == holds
     assert set(inside.values()) == {True, False}
 

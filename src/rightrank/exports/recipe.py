@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from rightrank.decision.adapter import METHODS, Making, making_of
 from rightrank.errors import RunFolderError
 from rightrank.io.reading import UnreadableError, read_json_object
+from rightrank.maths.scaling import peft_scaling
 from rightrank.records import RunStarted, TrialFinished
 
 UNKNOWN_MODEL, UNKNOWN_DATA = "path/to/model", "path/to/data.jsonl"
@@ -17,8 +20,9 @@ UNKNOWN_MODEL, UNKNOWN_DATA = "path/to/model", "path/to/data.jsonl"
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """The training of the chosen adapter, in the names of PEFT and transformers.
+    """The adapter that was handed over and the training that it comes from, in the names of PEFT and transformers.
 
+    `r`, `lora_alpha` and the patterns are the adapter's; `learning_rate`, `max_steps` and `seed` are the training's.
     `module_names` are the full names of the adapted modules. `layers_to_transform` is None if every layer is adapted;
     `target_modules` is then enough to name them.
     """
@@ -51,6 +55,8 @@ class Recipe:
     max_grad_norm: float
     dtype: str
     seed: int
+    making: Making
+    trained_alpha: float  # PEFT's lora_alpha at the rank that was trained
 
     @property
     def alpha(self) -> int | float:
@@ -67,6 +73,39 @@ class Recipe:
         """Whether the base is a local folder or file, not a name on the hub."""
         return Path(self.model).exists()
 
+    @property
+    def is_made_smaller(self) -> bool:
+        """Whether training alone does not give this adapter: it was truncated, or got steps of recovery."""
+        return self.making.truncation is not None or self.making.recovery_steps > 0
+
+    def training(self) -> Recipe:
+        """The recipe of the training that the adapter comes from; itself for an adapter that is as trained."""
+        if not self.is_made_smaller:
+            return self
+        return replace(
+            self, r=self.making.trained_rank, lora_alpha=self.trained_alpha, rank_pattern={}, alpha_pattern={}
+        )
+
+    def comments(self) -> list[str]:
+        """How to make the adapter again where training alone does not give it; empty otherwise."""
+        if not self.is_made_smaller:
+            return []
+        return [
+            f"The adapter of rank {self.making.rank} was {self.making.sentence()}.",
+            f"To make it again, train at rank {self.making.trained_rank}, then: {shlex.join(self._resize_command())}",
+        ]
+
+    def _resize_command(self) -> list[str]:
+        making = self.making
+        command = ["rightrank", "resize", "TRAINED", "SMALLER"]
+        if making.truncation == METHODS["svd"] and not making.recovery_steps:
+            return [*command, "--rank", str(making.rank)]
+        command += ["--data", self.data, "--ranks", str(making.rank), "--base", self.model]
+        if making.recovery_steps:
+            command += ["--recover", str(making.recovery_steps)]
+            command += ["--learning-rate", f"{making.recovery_learning_rate:g}"]
+        return command
+
     def padded_to(self, rank: int, adapter: Path) -> Recipe:
         """The recipe for the padded adapter in the folder `adapter`, with one rank and one scale."""
         return replace(self, adapter=adapter, r=rank, use_rslora=False, rank_pattern={}, alpha_pattern={})
@@ -77,14 +116,24 @@ class Recipe:
         return list(self.target_modules if self.layers_to_transform is None else self.module_names)
 
 
-def recipe_of(started: RunStarted, trial: TrialFinished, adapter: Path) -> Recipe:
+def recipe_of(
+    started: RunStarted, trial: TrialFinished, adapter: Path, finished: Sequence[TrialFinished] = ()
+) -> Recipe:
     """The recipe of the chosen trial of a run.
+
+    Args:
+        started: the start of the run.
+        trial: whose adapter was handed over.
+        adapter: the folder of that adapter.
+        finished: the trials of the run; among them the one that `trial` truncates, if it does.
 
     Raises:
         RunFolderError: the run has no PEFT adapter.
     """
     config = _adapter_config(adapter)
     settings: Mapping[str, Any] = started.settings
+    making = making_of(trial, finished)
+    is_trained = making.trained_rank == config["r"]
     layers = config.get("layers_to_transform")
     return Recipe(
         model=_named(settings.get("model"), UNKNOWN_MODEL),
@@ -104,18 +153,25 @@ def recipe_of(started: RunStarted, trial: TrialFinished, adapter: Path) -> Recip
         modules_to_save=tuple(config.get("modules_to_save") or ()),
         rank_pattern=config.get("rank_pattern") or {},
         alpha_pattern=config.get("alpha_pattern") or {},
-        learning_rate=trial.learning_rate,
-        max_steps=trial.steps,
+        learning_rate=making.learning_rate,
+        max_steps=making.steps,
         batch_size=settings.get("batch_size", 8),
         gradient_accumulation_steps=settings.get("gradient_accumulation_steps", 1),
         max_length=settings.get("seq_len", 512),
         lr_scheduler_type=settings.get("lr_scheduler_type", "linear"),
-        warmup_steps=math.ceil(settings.get("warmup_ratio", 0.0) * trial.steps),
+        warmup_steps=math.ceil(settings.get("warmup_ratio", 0.0) * making.steps),
         weight_decay=settings.get("weight_decay", 0.0),
         max_grad_norm=settings.get("max_grad_norm", 1.0),
         dtype=settings.get("dtype", "float32"),
         seed=trial.seed,
+        making=making,
+        trained_alpha=config["lora_alpha"] if is_trained else _trained_alpha(settings, trial, making),
     )
+
+
+def _trained_alpha(settings: Mapping[str, Any], trial: TrialFinished, making: Making) -> float:
+    alpha, _ = peft_scaling(settings.get("scaling", "alpha/r"), trial.lora_alpha, making.trained_rank)
+    return alpha
 
 
 def _adapter_config(adapter: Path) -> dict[str, Any]:

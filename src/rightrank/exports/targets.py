@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -84,7 +84,9 @@ def write_export(name: str, recipe: Recipe, folder: Path, pad: bool = False) -> 
         require_paddable(name)
         rank = served_rank(recipe.highest_rank) if name == "vllm" else recipe.highest_rank
         exported = recipe.padded_to(rank, folder / PADDED_FOLDER)
-    written = TARGETS[name](exported)
+    uses_adapter = name in SERVERS or name == "peft"
+    written = TARGETS[name](exported if uses_adapter else exported.training())
+    comments = recipe.comments()
     with replacing_folder(folder) as temporary:
         if pad:
             from rightrank.exports.padding import write_padded  # imports torch
@@ -94,6 +96,15 @@ def write_export(name: str, recipe: Recipe, folder: Path, pad: bool = False) -> 
             for path in sorted(path for path in recipe.adapter.iterdir() if path.is_file()):
                 shutil.copy2(path, temporary / path.name)
         for file, text in written.files.items():
-            (temporary / file).write_text(text, encoding="utf-8")
+            (temporary / file).write_text(_commented(file, text, comments), encoding="utf-8")
     files = sorted(path.name for path in folder.iterdir())
-    return Exported(name, folder, files, written.command, written.notes)
+    return Exported(name, folder, files, written.command, [*written.notes, *comments])
+
+
+def _commented(file: str, text: str, comments: Sequence[str]) -> str:
+    """The text of a file with comments at its start, below the interpreter's line; JSON has none."""
+    if file.endswith(".json") or not comments:
+        return text
+    lines = "".join(f"# {' '.join(comment.splitlines())}\n" for comment in comments)  # a name may hold a line's end
+    first, newline, rest = text.partition("\n")
+    return f"{first}{newline}{lines}{rest}" if first.startswith("#!") else lines + text

@@ -13,9 +13,9 @@ from rightrank.report.figure import Band, Figure, Mark, Series, Tone, metric_axi
 SERIES: dict[str, tuple[str, Tone]] = {
     "trained": ("trained at that rank", "main"),
     "truncated": ("truncated from the top rank", "second"),
-    "recovered": ("truncated, then recovery steps", 2),
+    "recovered": ("with steps of recovery", 2),
 }
-MAX_MARGINS = 12.0  # worse than the reference by more: off the scale, so that the margin stays readable
+MAX_MARGINS = 6.0  # worse than the reference by more: off the scale, so that the margin stays readable
 HOLDS = {True: "yes", False: "no"}
 
 
@@ -54,12 +54,12 @@ def figure_of(
     off_text = f" (off the scale: rank {', '.join(map(str, off))})" if off else ""
     return Figure(
         name="adapters",
-        title=f"Adapters against the reference, paired{off_text}",
+        title=f"Trained and truncated adapters by rank{off_text}",
         alt=f"Held-out {metric} by LoRA rank. " + " ".join(map(_in_words, adapters)) + f" {answer.sentence}",
         x=rank_axis([one.rank for one in adapters]),
         y=metric_axis(metric, "held-out", (min(ends) - room, max(ends) + room)),
         series=tuple(_series(how, adapters, reference, sign) for how in SERIES if any(a.how == how for a in adapters)),
-        bands=(Band("within the margin of the reference", min(reference, edge), max(reference, edge)),),
+        bands=(Band("within the margin; whiskers: paired 95% bounds", min(reference, edge), max(reference, edge)),),
         marks=(Mark(f"handed over: rank {chosen.rank}, {chosen.how}", chosen.rank, chosen.value),),
         columns=("rank", "how", "value", "difference", "lower bound", "upper bound", "holds"),
         rows=tuple(
