@@ -211,7 +211,7 @@ def test_trl_s_own_parser_reads_it(selected: Selected) -> None:
 def test_with_goal_adapter_servers_get_the_small_adapter(recovered: Selected) -> None:
     from peft import AutoPeftModelForCausalLM
 
-    assert recovered.decision is None
+    assert recovered.decided is None
     assert recovered.handed_over is not None
     assert (recovered.handed_over.rank, recovered.handed_over.how) == (1, "recovered")
     folder = written(recovered, "peft")

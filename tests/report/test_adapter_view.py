@@ -183,6 +183,6 @@ def test_a_notebook_shows_both(tmp_path: Path) -> None:
     assert "<strong>Adapter: rank 8</strong>" in html
     assert "<strong>Training rank: " in html
     assert html.count("<svg") == 2
-    alone = replace(selected, decision=None)._repr_html_()
+    alone = replace(selected, decided=None)._repr_html_()
     assert "Training rank" not in alone
     assert alone.count("<svg") == 1
