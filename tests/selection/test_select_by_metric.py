@@ -76,7 +76,7 @@ def test_one_metric_decides_and_the_others_are_kept(
     again = decide(tmp_path / "run", metric="f1").decision
     assert (again.metric, again.basis, again.higher_is_better) == ("f1", "items", True)
     page = (tmp_path / "run" / "report.html").read_text()
-    assert "By other metrics" in page
+    assert '<h2 id="other-metrics">Other metrics</h2>' in page
 
 
 @pytest.mark.parametrize(
