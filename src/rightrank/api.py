@@ -17,14 +17,14 @@ from rightrank.records.observer import Observer
 from rightrank.records.plan import Plan
 from rightrank.records.probe import Allocation, AllocationTrial, Inspection, Resized, ResizedTogether
 from rightrank.returns import Decided, Selected
-from rightrank.settings import PlanSettings, SelectKeywords, SelectSettings, make_plan_settings, make_settings
+from rightrank.settings import Goal, PlanSettings, SelectKeywords, SelectSettings, make_plan_settings, make_settings
 from rightrank.settings.resize import ResizeOptions, ResizeRule
 from rightrank.settings.select import renamed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from rightrank.executors.custom import TrainFunction
+    from rightrank.executors.custom import EvaluateFunction, TrainFunction
     from rightrank.exports.targets import Exported
     from rightrank.io.journal import Repaired
     from rightrank.io.matrix import MatrixConfig
@@ -136,6 +136,8 @@ def select_rank_with(
     train: TrainFunction,
     out: str | Path,
     *,
+    evaluate: EvaluateFunction | None = None,
+    goal: Goal = "training-rank",
     ranks: Sequence[int] = (1, 4, 16, 64),
     learning_rates: Sequence[float] = (3e-4, 1e-3, 3e-3),
     seeds: Sequence[int] = (0,),
@@ -161,6 +163,10 @@ def select_rank_with(
             resolves far smaller differences. All randomness must come from `task.seed`, so that ranks differ in
             nothing else.
         out: the run folder. A second call with the same arguments resumes; trials that failed run again.
+        evaluate: called with a PEFT adapter folder and a `TrialTask`; returns the same as `train`. With it the adapter that
+            `train` saved for the largest rank is truncated to every lower rank, and the smallest that loses nothing is
+            handed over (the first question).
+        goal: "adapter" stops there and needs `evaluate`; "training-rank" goes on to the rank to train at.
         steps: passed to `train` in the task; 0 leaves the length to it.
         metric: the name of the metric that decides.
         higher_is_better: None for the direction that the metric's name implies (accuracy, f1 and reward are better
@@ -187,7 +193,13 @@ def select_rank_with(
     from rightrank.selection import custom
     from rightrank.trackers import require_trackers
 
+    if goal == "adapter" and evaluate is None:
+        raise SettingsError(
+            "goal 'adapter' needs evaluate=, a function of an adapter folder and a TrialTask that returns held-out scores; "
+            "give it, or goal 'training-rank'"
+        )
     values = {
+        "goal": goal,
         "ranks": tuple(ranks),
         "learning_rates": tuple(learning_rates),
         "seeds": tuple(seeds),
@@ -204,7 +216,7 @@ def select_rank_with(
         version=version,
         report_to=require_trackers(report_to),
     )
-    trainer = custom.make_trainer(train, where, timeout_seconds, workers)
+    trainer = custom.make_trainer(train, where, timeout_seconds, workers, evaluate)
     return custom.select_custom(request, trainer, RunFolder(Path(out)), watching or Observer())
 
 

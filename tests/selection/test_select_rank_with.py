@@ -14,6 +14,7 @@ import pytest
 
 from rightrank import Observer, TrialResult, TrialTask, decide, select_rank_with
 from rightrank.errors import AllTrialsFailedError, InterruptedRun, RightrankError, RunFolderError, SettingsError
+from tests.probe.adapters import make_adapter, make_base
 
 pytestmark = pytest.mark.trains
 
@@ -270,3 +271,46 @@ def test_answers_show_a_plot_in_a_notebook_and_convert_to_pandas(tmp_path: Path)
     frame = selected.decision.to_pandas()
     assert list(frame.index) == list(RANKS)
     assert frame.loc[4, "value"] == pytest.approx(selected.decision.ranks[1].value)
+
+
+def test_with_evaluate_the_adapter_is_truncated_and_handed_over(tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base")
+
+    def train(task: TrialTask) -> TrialResult:
+        make_adapter(base, task.folder, rank=task.rank)
+        return scored(task.rank)
+
+    def scored(rank: int) -> TrialResult:
+        scores = [2.0 + ease + {1: 0.1, 2: 0.05}.get(rank, 0.001 / rank) for ease in ITEMS]
+        return TrialResult(metrics={"loss": sum(scores) / len(scores)}, item_scores=scores)
+
+    def evaluate(folder: Path, task: TrialTask) -> TrialResult:
+        config = json.loads((folder / "adapter_config.json").read_text())
+        assert config["r"] == task.rank
+        return scored(task.rank)
+
+    selected = select_rank_with(
+        train, tmp_path / "run", evaluate=evaluate, goal="adapter", ranks=(1, 8), learning_rates=(1e-3,), margin=0.01,
+        strategy="bracket",
+    )  # fmt: skip
+    handed_over = selected.answers["handed_over"]
+    assert (handed_over["rank"], handed_over["how"], handed_over["trained_rank"]) == (4, "truncated", 8)
+    assert selected.answers["rank"] is None
+    assert selected.adapter is not None
+    assert json.loads((selected.adapter / "adapter_config.json").read_text())["r"] == 4
+    assert (selected.run / handed_over["reference_adapter"] / "adapter_config.json").is_file()
+    assert (selected.adapter_rank, selected.training_rank) == (4, None)
+
+
+def test_the_adapter_goal_needs_evaluate(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="needs evaluate="):
+        select_rank_with(by_number, tmp_path / "run", goal="adapter")
+
+
+def test_an_adapter_that_can_not_be_truncated_leaves_the_trained_one(tmp_path: Path) -> None:
+    selected = select_rank_with(
+        by_number, tmp_path / "run", evaluate=lambda _folder, _task: {"loss": 1.0}, ranks=(1, 4), learning_rates=(1e-3,)
+    )
+    assert selected.adapter is None
+    assert selected.answers["handed_over"] is None
+    assert selected.decision.reference_rank == 4

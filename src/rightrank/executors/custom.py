@@ -6,15 +6,17 @@ import math
 import multiprocessing
 import os
 import pickle
+import shutil
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TypeAlias
 
-from rightrank.errors import InterruptedRun, SettingsError
+from rightrank.errors import InputError, InterruptedRun, SettingsError
 from rightrank.records import (
     Trial,
     TrialDiverged,
@@ -28,12 +30,23 @@ from rightrank.records import (
 from rightrank.records.observer import Observer
 
 TrainFunction: TypeAlias = Callable[[TrialTask], Mapping[str, float] | TrialResult]
+EvaluateFunction: TypeAlias = Callable[[Path, TrialTask], Mapping[str, float] | TrialResult]
 Call: TypeAlias = Callable[[TrialTask], object]  # returns what the user's function returned, unchecked
 NO_RESULT = "its process ended without a result"
 
 
 class TrainerError(Exception):
     """The trainer returned no usable result; the message states why."""
+
+
+@dataclass(frozen=True, slots=True)
+class FolderEvaluation:
+    """A user's `evaluate` as a function of a task alone: the adapter is in the task's folder."""
+
+    evaluate: EvaluateFunction
+
+    def __call__(self, task: TrialTask) -> Mapping[str, float] | TrialResult:
+        return self.evaluate(task.folder, task)
 
 
 class CustomExecutor:
@@ -47,8 +60,10 @@ class CustomExecutor:
         folder_of: Callable[[str], Path],
         observer: Observer,
         parallel: int = 1,
+        evaluate: Call | None = None,
     ) -> None:
         self._call = call
+        self._evaluate = evaluate  # of an adapter in the task's folder; None: adapters are not truncated
         self._metric = metric
         self._examples = examples  # held-out examples that earlier trials scored; None: not known yet
         self._folder_of = folder_of
@@ -86,8 +101,14 @@ class CustomExecutor:
 
     def _run_one(self, trial: Trial) -> TrialOutcome:
         folder = self._folder_of(trial.trial_id)
+        arm, call = trial.arm, self._call
+        if arm.truncate_from is not None and self._evaluate is not None:
+            call = self._evaluate
+            try:
+                write_truncated(self._folder_of(arm.truncate_from), folder, arm.rank)
+            except InputError as error:
+                return TrialFailed(trial_id=trial.trial_id, **arm.model_dump(), error="error", reason=str(error))
         folder.mkdir(parents=True, exist_ok=True)
-        arm = trial.arm
         task = TrialTask(
             trial_id=trial.trial_id,
             rank=arm.rank,
@@ -99,7 +120,7 @@ class CustomExecutor:
         )
         begun = time.perf_counter()
         try:
-            result = parse_result(self._call(task), self._metric, self._examples)
+            result = parse_result(call(task), self._metric, self._examples)
         except TrainerError as error:
             return TrialFailed(trial_id=trial.trial_id, **arm.model_dump(), error="error", reason=str(error))
         seconds = time.perf_counter() - begun
@@ -110,6 +131,22 @@ class CustomExecutor:
             )
         self._examples = len(result.item_scores) if result.item_scores is not None else self._examples
         return outcome_of(trial, result, self._metric, seconds)
+
+
+def write_truncated(parent: Path, folder: Path, rank: int) -> None:
+    """Write the PEFT adapter in `parent`, truncated to `rank` by singular values, to `folder`, which is replaced.
+
+    Raises:
+        InputError: no PEFT adapter there, or of a kind that can't be truncated.
+    """
+    from rightrank.io.adapter_folder import open_adapter  # these bring torch, which a trainer may not need
+    from rightrank.probe.rank_choice import RankChoice
+    from rightrank.probe.resized_adapter import write_resized
+
+    adapter = open_adapter(parent)
+    ranks = {module.name: min(rank, module.rank) for module in adapter.modules}
+    shutil.rmtree(folder, ignore_errors=True)
+    write_resized(adapter, folder, RankChoice(ranks, f"rank {rank} at most"))
 
 
 def parse_result(returned: object, metric: str, examples: int | None) -> TrialResult:

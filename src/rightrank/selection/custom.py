@@ -9,7 +9,16 @@ from datetime import UTC, datetime
 
 from rightrank.decision.metrics import direction
 from rightrank.errors import SettingsError
-from rightrank.executors.custom import Call, CustomExecutor, TrainFunction, call_in_process, call_inline, call_on_ray
+from rightrank.executors.custom import (
+    Call,
+    CustomExecutor,
+    EvaluateFunction,
+    FolderEvaluation,
+    TrainFunction,
+    call_in_process,
+    call_inline,
+    call_on_ray,
+)
 from rightrank.io.files import report_disk_errors
 from rightrank.io.run_folder import RunFolder
 from rightrank.records import DataSummary, RunStarted, TrialFinished, content_hash
@@ -44,6 +53,7 @@ class Trainer:
     train: TrainFunction
     call: Call
     workers: int
+    evaluate: Call | None = None  # of an adapter in a task's folder; None: the first question is not asked
 
 
 def select_custom(request: CustomRequest, trainer: Trainer, folder: RunFolder, observer: Observer) -> Selected:
@@ -54,7 +64,7 @@ def select_custom(request: CustomRequest, trainer: Trainer, folder: RunFolder, o
             space_of(request.settings, request.steps),
             stages=False,
             evaluates_base=request.with_base,
-            truncates=False,
+            truncates=trainer.evaluate is not None,
             higher_is_better=request.higher_is_better,
         )
         strategy = strategy_in(request.settings.strategy, space)
@@ -69,6 +79,7 @@ def select_custom(request: CustomRequest, trainer: Trainer, folder: RunFolder, o
             folder.trial_adapter,
             selection.observer,
             trainer.workers,
+            trainer.evaluate,
         )
         decision = selection.run(executor)
         adapter = hand_over_saved(selection, decision)
@@ -83,7 +94,13 @@ def _scored_examples(finished: Sequence[TrialFinished]) -> int | None:
     return next((len(trial.item_scores) for trial in finished if trial.item_scores), None)
 
 
-def make_trainer(train: TrainFunction, where: str, timeout_seconds: float | None, workers: int) -> Trainer:
+def make_trainer(
+    train: TrainFunction,
+    where: str,
+    timeout_seconds: float | None,
+    workers: int,
+    evaluate: EvaluateFunction | None = None,
+) -> Trainer:
     """The trainer of a function, its arguments checked.
 
     Raises:
@@ -97,11 +114,18 @@ def make_trainer(train: TrainFunction, where: str, timeout_seconds: float | None
         raise SettingsError(f'where: got {where!r}; give "here", "process" or "ray"')
     if workers < 1 or (workers > 1 and where == "here"):
         raise SettingsError(f'workers: got {workers} with where={where!r}; give 1, or more with "process" or "ray"')
-    if where == "ray":
-        call = call_on_ray(train)
-    else:
-        call = call_inline(train) if where == "here" else call_in_process(train, timeout_seconds)
-    return Trainer(train, call, workers)
+    if evaluate is not None and not callable(evaluate):
+        raise SettingsError(
+            f"evaluate: got a {type(evaluate).__name__}; give a function of an adapter folder and a TrialTask"
+        )
+
+    def call_of(function: TrainFunction) -> Call:
+        if where == "ray":
+            return call_on_ray(function)
+        return call_inline(function) if where == "here" else call_in_process(function, timeout_seconds)
+
+    evaluation = None if evaluate is None else call_of(FolderEvaluation(evaluate))
+    return Trainer(train, call_of(train), workers, evaluation)
 
 
 def checked_settings(values: Mapping[str, object]) -> SelectSettings:
