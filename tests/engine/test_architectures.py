@@ -19,6 +19,8 @@ from tests.engine.architectures import (
     run,
 )
 
+pytestmark = pytest.mark.trains
+
 
 @pytest.mark.parametrize("name", MODELS)
 def test_losses_are_pefts_and_shared_passes_equal_single_ones(

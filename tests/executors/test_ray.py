@@ -14,6 +14,8 @@ from rightrank.records import RunEvent, StepDone, TrialFinished
 from tests.executors.runs import STEPS, decision_of, require_same, values_of
 from tests.tiny import small_settings
 
+pytestmark = pytest.mark.trains
+
 pytest.importorskip("ray")
 
 

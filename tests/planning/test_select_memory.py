@@ -15,6 +15,8 @@ from rightrank.planning.selection_plan import _plan_settings, plan_selection, ra
 from rightrank.records import TrialFinished
 from tests.tiny import sentences, small_settings, tiny_llama_config, write_jsonl
 
+pytestmark = pytest.mark.trains
+
 SMALL = ("--learning-rates", "1e-2", "--max-steps", "2", "--batch-size", "4", "--seq-len", "32", "--eval-items", "6")
 SETS = ("--set", "samples=0", "--set", "eval_points=1", "--strategy", "grid", "--quiet")
 

@@ -37,6 +37,8 @@ from tests.commands import run, start, wait_for_trial
 from tests.helpers import make_runtime
 from tests.tiny import small_settings
 
+pytestmark = pytest.mark.trains
+
 RUNS = Path(__file__).parents[1] / "fixtures" / "runs"
 FIXTURE = RUNS / "schema-1"
 SCHEMAS = range(1, SCHEMA_VERSION + 1)
