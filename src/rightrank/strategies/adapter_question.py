@@ -1,9 +1,10 @@
 """The first question as moves: the smallest adapter that one training at the top rank gives.
 
-The top adapter is truncated to every lower rank, which costs evaluations only. Where training examples are left that no
-training has seen, the top adapter gets extra steps on them, and so do truncations: from the smallest rank whose plain
-truncation holds, downward while they hold, or upward until one holds. Recovery on examples that were trained on makes
-adapters worse, so there is none without unseen examples. `decision.adapter` judges the candidates.
+The top adapter is truncated to every lower rank, which costs evaluations only. Extra steps after truncation gain nothing at
+ranks of 8 and above (benchmarks/truncation), where a truncation loses little. So recovery is tried only where the next rank to be won is
+4 or less, and only on training examples that no training has seen: on examples that were trained on it makes adapters
+worse. The top adapter then gets the same extra steps, and ranks are recovered from the one that the plain truncations name: downward
+while they hold, or upward until one holds. `decision.adapter` judges the candidates.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from rightrank.strategies.climb import Requests
 from rightrank.strategies.space import RECOVERY_LR_FACTOR, Space
 from rightrank.strategies.trials import Trials
 
+MAX_RECOVERED_RANK = 4
+
 
 def answer_adapter_question(space: Space, trials: Trials, learning_rate: float) -> Requests:
     """Ask for the candidates of the first question and keep its answer in `trials.adapter`."""
@@ -23,10 +26,16 @@ def answer_adapter_question(space: Space, trials: Trials, learning_rate: float) 
         return
     yield truncations(space, parent)
     plain = current_answer(space, trials, parent)
-    if plain is not None and space.recovery_steps:
+    if plain is not None and space.recovery_steps and _may_recover(space, plain):
         yield [recovery(space, parent, space.top)]
         yield from _recover(space, trials, parent, plain)
     trials.adapter = current_answer(space, trials, parent)
+
+
+def _may_recover(space: Space, plain: AdapterAnswer) -> bool:
+    """Whether the next rank to be won is one that recovery helps."""
+    lower = [rank for rank in space.truncated_ranks if rank < plain.rank]
+    return bool(lower) and lower[0] <= MAX_RECOVERED_RANK
 
 
 def current_answer(space: Space, trials: Trials, parent: TrialFinished) -> AdapterAnswer | None:

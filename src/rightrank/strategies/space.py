@@ -11,7 +11,7 @@ from rightrank.records import Arm
 from rightrank.settings import Goal, Scaling, SelectSettings
 from rightrank.variants import Variant, variants_of
 
-RECOVERY_PART = 0.1  # of a training
+RECOVERY_PART = 0.2  # of a training
 MIN_RECOVERY_PART = 0.05
 RECOVERY_LR_FACTOR = 0.1  # of the learning rate that the adapter was trained at: .3 made the adapter worse
 
