@@ -34,7 +34,7 @@ def write_report(run: str | Path) -> Path:
     folder = existing_run(run)
     journal = folder.journal.read()
     records = records_of(journal, str(folder.path))
-    goal = _goal(folder, records)
+    goal = _goal(records)
     decision = None if goal == "adapter" else _decision(journal, records)
     with report_disk_errors(folder.path):
         views.write_report(folder, records, decision, goal)
@@ -48,10 +48,9 @@ def _decision(journal: Sequence[JournalRecord], records: Records) -> Decision | 
     return decision_so_far(records) if decided is None else decided.decision
 
 
-def _goal(folder: RunFolder, records: Records) -> Goal:
+def _goal(records: Records) -> Goal:
     """The goal of the last `select`; runs of earlier versions had the training rank as theirs."""
-    goal = folder.goal() or records.started.settings.get("goal")
-    return "adapter" if goal == "adapter" else "training-rank"
+    return "adapter" if records.started.settings.get("goal") == "adapter" else "training-rank"
 
 
 def export(
@@ -151,7 +150,7 @@ def status(run: str | Path) -> RunStatus:
     journal = folder.journal.read_settled()
     records = records_of(journal, str(folder.path))
     progress = _progress_of(folder.path)
-    return run_status(str(run), journal, records, _goal(folder, records), folder.is_locked(), progress)
+    return run_status(str(run), journal, records, _goal(records), folder.is_locked(), progress)
 
 
 def _progress_of(folder: Path) -> dict[str, object] | None:

@@ -8,6 +8,7 @@ import pytest
 
 from rightrank.api import Observer, select_rank
 from rightrank.cli import main
+from rightrank.errors import SettingsError
 from rightrank.io.journal import Journal
 from rightrank.planning.budget import needed
 from rightrank.planning.estimate import Estimator
@@ -50,6 +51,25 @@ def test_too_little_memory_is_refused_before_the_start(
     assert "rank 1 needs" in error
     assert len(error.strip().splitlines()) == 1
     assert not any(isinstance(record, TrialFinished) for record in Journal(out / "journal.jsonl").read())
+
+
+def test_where_only_the_lowest_rank_fits_the_next_one_is_named(
+    model_folder: Path, completion_file: Path, tmp_path: Path
+) -> None:
+    config = tiny_llama_config(400)
+    planned = plan_selection(config, small_settings(ranks=(1, 4096), memory_bytes=2**40), 32, "cpu")
+    between = (planned.needed_bytes[1] + planned.needed_bytes[4096]) // 2
+    settings = small_settings(ranks=(1, 4096), memory_bytes=between, goal="adapter")
+    notices: list[str] = []
+    with pytest.raises(SettingsError, match=r"rank 4096 needs .* are available; give more --memory, lower ranks"):
+        select_rank(
+            str(model_folder),
+            completion_file,
+            tmp_path / "run",
+            settings=settings,
+            watching=Observer(notice=notices.append),
+        )
+    assert not any(line.startswith("top rank") for line in notices)
 
 
 def test_the_plan_counts_what_one_of_several_devices_takes() -> None:

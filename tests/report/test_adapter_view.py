@@ -13,6 +13,8 @@ from rightrank import Selected
 from rightrank.cli import cli
 from rightrank.decision.adapter import making_of
 from rightrank.decision.run import Records, decide_run, decision_so_far
+from rightrank.io.journal import Journal
+from rightrank.records import RunContinued
 from rightrank.report.adapter_view import MAX_MARGINS, adapter_figure, candidate_table, compared
 from rightrank.report.figure import Figure
 from rightrank.report.html import render_report
@@ -146,7 +148,7 @@ def test_the_report_of_the_folder_alone_knows_the_goal(tmp_path: Path) -> None:
     run = answered_folder(tmp_path / "run", "adapter")
     assert "not asked (goal: adapter)" in write_report(run).read_text(encoding="utf-8")
     assert (run / "figures" / "adapters.png").read_bytes().startswith(b"\x89PNG")
-    (run / "decision.json").write_text(json.dumps({"goal": "training-rank"}))  # the run was resumed with the other goal
+    Journal(run / "journal.jsonl").append(RunContinued(settings={"goal": "training-rank"}))
     assert "not asked" not in write_report(run).read_text(encoding="utf-8")
 
 

@@ -17,7 +17,6 @@ from filelock import FileLock, Timeout
 from rightrank.errors import RunError, RunFolderError
 from rightrank.io.files import sweep_leftovers, write_text
 from rightrank.io.journal import Journal
-from rightrank.io.reading import UnreadableError, read_json_object
 from rightrank.io.store import Store
 
 
@@ -136,14 +135,6 @@ class RunFolder:
 
     def write_decision(self, document: Mapping[str, Any]) -> None:
         write_text(self.decision, json.dumps(document, indent=2, allow_nan=False) + "\n")
-
-    def goal(self) -> str | None:
-        """The goal of the last `select`, as decision.json has it; None before the first answer."""
-        try:
-            goal = read_json_object(self.decision).get("goal")
-        except UnreadableError:
-            return None
-        return goal if isinstance(goal, str) else None
 
     def drop_working_files(self) -> None:
         """Remove the files that only a running selection needs."""

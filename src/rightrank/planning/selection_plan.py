@@ -204,13 +204,13 @@ def ranks_for_data(
 
 
 def _refusal(estimator: Estimator, needs: dict[int, int], memory: int) -> str:
-    smallest = min(needs)
+    smallest = min(rank for rank, size in needs.items() if size > memory)
     tensors = needs[smallest] - context_bytes(estimator.settings)
     changes = [change for change in cheapest_changes(estimator) if change.setting in SELECT_CHANGES]
     advice = ", ".join(f"{change.setting} {change.value}" for change in changes)
     return (
         f"rank {smallest} needs {_gib(needs[smallest])} ({_gib(tensors)} for tensors, the rest for the process), and "
-        f"{_gib(memory)} are available; give more --memory, fewer ranks{', or ' + advice if advice else ''}"
+        f"{_gib(memory)} are available; give more --memory, lower ranks{', or ' + advice if advice else ''}"
     )
 
 

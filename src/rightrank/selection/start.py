@@ -15,7 +15,7 @@ from rightrank.records.plan import SelectionCost
 from rightrank.report.plan_table import selection_lines
 from rightrank.selection.executor import require_placeable
 from rightrank.selection.loop import LoopOptions, Selection
-from rightrank.settings import SelectSettings
+from rightrank.selection.notices import adapter_lines, answers_line, cost_line
 from rightrank.settings.migration import renamed_since
 from rightrank.strategies import Strategy, make_strategy
 from rightrank.trackers import Trackers, require_trackers
@@ -62,7 +62,8 @@ def prepare_selection(
     selection, trackers = open_selection(
         folder, prepared.started, prepared.steps, strategy, options, report_to, observer
     )
-    for line in selection_lines(cost) if cost else [cost_line(strategy, prepared.steps)]:
+    cost_lines = selection_lines(cost) if cost else [cost_line(strategy, prepared.steps)]
+    for line in [*cost_lines, *adapter_lines(prepared)]:
         observer.notice(line)
     if end_metrics(prepared.settings):
         observer.notice(answers_line(prepared.settings, prepared.started))
@@ -88,25 +89,3 @@ def open_selection(
     if selection.records.outcomes:
         observer.on_resume(selection.records.outcomes)
     return selection, trackers
-
-
-def answers_line(settings: SelectSettings, started: RunStarted) -> str:
-    """A line for a person: when the metrics besides the loss are measured, on how many examples."""
-    names = [spec.name for spec in settings.metric_specs if not spec.is_measured_along]
-    when = "at the end of each training" if settings.answers_at == "end" else f"{settings.eval_points} times a training"
-    examples = started.data.splits["selection"].items
-    return (
-        f"{', '.join(names)}: measured on the base, {when}, and on the test split: "
-        f"{examples} examples, at most {settings.max_new_tokens} new tokens each where the model writes; the time is reported after the base"
-    )
-
-
-def cost_line(strategy: Strategy, steps: int) -> str:
-    """A line for a person: what the selection will cost."""
-    cost = strategy.cost()
-    if cost.expected == cost.maximum:
-        return f"strategy {strategy.name}: {cost.maximum:.3g} trainings of {steps} steps"
-    return (
-        f"strategy {strategy.name}: about {cost.expected:.3g} trainings of {steps} steps, {cost.maximum:.3g} at most "
-        "(one stopped early counts for its part)"
-    )
