@@ -261,7 +261,7 @@ def _work_on_and_on() -> None:
 def test_a_step_longer_than_the_grace_is_left_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stopping, "GRACE_SECONDS", 0.05)
     before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(TerminatedRun, match="the last checkpoint stands"):
+    with pytest.raises(TerminatedRun, match="the run resumes from the last checkpoint"):
         _work_on_and_on()
     assert signal.getsignal(signal.SIGTERM) == before
     assert signal.getitimer(signal.ITIMER_REAL)[0] == 0
