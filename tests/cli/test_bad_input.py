@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from rightrank.engine import arm_training
+from rightrank.engine import steps
 from rightrank.io.journal import Journal
 from rightrank.records import TrialFailed, TrialFinished
 from tests.commands import run, select_arguments
@@ -200,7 +200,7 @@ def test_out_of_memory_is_recorded_and_the_rest_goes_on(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    real = arm_training.make_optimizer
+    real = steps.make_optimizer
 
     def hungry(parameters: Any, rate: float, settings: Any) -> Any:
         if (
@@ -210,7 +210,7 @@ def test_out_of_memory_is_recorded_and_the_rest_goes_on(
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3.00 GiB")
         return real(parameters, rate, settings)
 
-    monkeypatch.setattr(arm_training, "make_optimizer", hungry)
+    monkeypatch.setattr(steps, "make_optimizer", hungry)
     arguments = select_arguments(model_folder, completion_file, tmp_path / "run", "--ranks", "1,2,4")
     status, _, err = run(arguments, capsys)
     assert status == 0, err
