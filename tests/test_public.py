@@ -106,6 +106,7 @@ def type_checked(folder: Path, *scripts: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT).stdout
 
 
+@pytest.mark.trains
 def test_a_typed_script_has_no_any_and_a_wrong_one_is_told(tmp_path: Path) -> None:
     said = type_checked(tmp_path, SCRIPT, WRONG).splitlines()
     revealed = [line for line in said if "Revealed type" in line]
