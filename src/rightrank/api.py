@@ -166,7 +166,7 @@ def select_rank_with(
         evaluate: called with a PEFT adapter folder and a `TrialTask`; returns the same as `train`. With it the adapter that
             `train` saved for the largest rank is truncated to every lower rank, and the smallest that loses nothing is
             handed over (the first question).
-        goal: "adapter" stops there and needs `evaluate`; "training-rank" goes on to the rank to train at.
+        goal: "adapter" stops there and needs `evaluate`; "training-rank" continues to the rank to train at.
         steps: passed to `train` in the task; 0 leaves the length to it.
         metric: the name of the metric that decides.
         higher_is_better: None for the direction that the metric's name implies (accuracy, f1 and reward are better

@@ -22,8 +22,8 @@ from rightrank.report.sentences import cost_of
 from rightrank.runs import status, write_report
 from rightrank.strategies.outlook import training_rank_estimate
 from rightrank.views import answers
+from tests.report.elements import Elements
 from tests.report.runs import answered_folder, answered_run
-from tests.report.test_html import Elements
 
 
 def figure(records: Records) -> Figure:

@@ -6,7 +6,6 @@ import base64
 import hashlib
 import json
 import re
-from html.parser import HTMLParser
 
 import pytest
 
@@ -14,32 +13,12 @@ from rightrank.decision.run import Records, decide_run, decision_so_far
 from rightrank.records import NextRun
 from rightrank.report.html import render_report
 from rightrank.report.sentences import next_run_text, reproduce_command
+from tests.report.elements import Elements
 from tests.report.runs import made_up_run
 
 pytestmark = pytest.mark.draws
 
 NASTY = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\"'`{{7*7}}\x00\x1b[31m\u202e\u2028end"
-
-
-class Elements(HTMLParser):
-    """Elements and the text outside of scripts and styles."""
-
-    def __init__(self, page: str) -> None:
-        super().__init__()
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.text = ""
-        self._silent = ""
-        self.feed(page)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-        self._silent = tag if tag in ("script", "style") else self._silent
-
-    def handle_endtag(self, tag: str) -> None:
-        self._silent = "" if tag == self._silent else self._silent
-
-    def handle_data(self, data: str) -> None:
-        self.text += "" if self._silent else data
 
 
 def page_of(records: Records) -> str:

@@ -74,9 +74,9 @@ def test_a_server_s_script_listens_on_loopback(small_run: tuple[Path, subprocess
 
 def test_foreign_code_is_shown_in_the_report() -> None:
     records = made_up_run()
-    assert "Code that came with the model was run" not in render_report(records, None)
+    assert "The run executed code from the model's repository" not in render_report(records, None)
     records.started.settings["trust_remote_code"] = True
-    assert "Code that came with the model was run" in render_report(records, None)
+    assert "The run executed code from the model's repository" in render_report(records, None)
 
 
 # one line

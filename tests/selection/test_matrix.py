@@ -80,7 +80,7 @@ def test_two_data_sets_one_base_one_table(
         ({"jobs": {"a": "x.jsonl"}}, "got model None; give `model:`"),
         ({"model": "m"}, "got jobs None; give `NAME: DATA`"),
         ({"model": "m", "jobs": ["x.jsonl"]}, "give `NAME: DATA`"),
-        ({"model": "m", "jobs": {"../up": "x.jsonl"}}, "a name is letters, digits"),
+        ({"model": "m", "jobs": {"../up": "x.jsonl"}}, "a job's name is its folder's; use letters, digits"),
         ({"model": "m", "jobs": {"a": {"ranks": [1]}}}, "job 'a': got {'ranks': [1]}"),
         ({"model": "m", "jobs": {"a": "nowhere.jsonl"}}, "job 'a': nowhere.jsonl"),
         ({"model": "m", "jobs": {"a": {"data": "x.jsonl", "rank": 3}}}, "job 'a': unknown setting 'rank'"),
