@@ -17,7 +17,7 @@ from rightrank.io.journal import Journal
 from rightrank.records import AdapterRecorded, TrialFinished
 from rightrank.runs import export, status, write_report
 from rightrank.settings import SelectSettings
-from tests.report.test_html import Elements
+from tests.report.elements import Elements
 from tests.tiny import small_settings
 
 WIDE = 0.3  # a margin that a truncation of the tiny model holds
