@@ -29,6 +29,11 @@ def command(model: Path, data: Path, out: Path, *more: str) -> int:
     return ended.value.code
 
 
+def direct(trials: list[TrialFinished]) -> list[TrialFinished]:
+    """Trainings from the start, without the base and the truncations."""
+    return [trial for trial in trials if trial.rank > 0 and trial.truncate_from is None]
+
+
 def test_predicted_and_measured_peaks_are_recorded(
     model_folder: Path, completion_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -36,7 +41,7 @@ def test_predicted_and_measured_peaks_are_recorded(
     assert command(model_folder, completion_file, out, "--ranks", "1,2,4", "--memory", "24GiB") == 0
     capsys.readouterr()
     trials = [record for record in Journal(out / "journal.jsonl").read() if isinstance(record, TrialFinished)]
-    predicted = {trial.rank: trial.predicted_peak_bytes for trial in trials if trial.rank > 0}
+    predicted = {trial.rank: trial.predicted_peak_bytes for trial in direct(trials)}
     assert set(predicted) == {1, 2, 4}
     assert 0 < (predicted[1] or 0) < (predicted[2] or 0) < (predicted[4] or 0)
     assert all(trial.peak_bytes > 0 for trial in trials)
@@ -125,7 +130,7 @@ def test_fewer_adapters_per_pass_where_memory_is_short(
     )
     assert command(model_folder, completion_file, out, *memory) == 0
     trials = [record for record in Journal(out / "journal.jsonl").read() if isinstance(record, TrialFinished)]
-    assert [trial.adapters_per_pass for trial in trials if trial.rank > 0] == [1, 1]
+    assert [trial.adapters_per_pass for trial in direct(trials)] == [1, 1]
 
 
 def test_ranks_that_do_not_fit_are_left_out() -> None:
@@ -156,7 +161,7 @@ def test_ranks_come_from_the_data_where_none_are_named(
     assert "label tokens at" in output
     assert "limit by memory: none (the memory is unknown)" in output
     trials = [record for record in Journal(out / "journal.jsonl").read() if isinstance(record, TrialFinished)]
-    ranks = sorted({trial.rank for trial in trials if trial.rank > 0})
+    ranks = sorted({trial.rank for trial in direct(trials)})
     assert ranks[0] == 1
     assert 2 <= len(ranks) <= 4
 
@@ -180,7 +185,7 @@ def test_several_adapters_per_pass_and_classifications_have_a_prediction(
     assert command(model_folder, data, tmp_path / "run", "--ranks", "1,4", "--adapters-per-pass", "2") == 0
     capsys.readouterr()
     trials = [r for r in Journal(tmp_path / "run" / "journal.jsonl").read() if isinstance(r, TrialFinished)]
-    trained = [trial for trial in trials if trial.rank > 0]
+    trained = direct(trials)
     assert [trial.adapters_per_pass for trial in trained] == [2, 2]
     several, alone = trained[0].predicted_peak_bytes, _alone()
     assert several is not None
@@ -216,4 +221,4 @@ def test_a_calibrated_device_has_an_estimate_that_is_compared_at_the_end(
     )
     printed = " | ".join(notices)
     assert "selection by grid: 2 trainings of 2 steps" in printed or "selection by grid: about 2 trainings" in printed
-    assert "for 2 trainings; estimated for as many" in printed
+    assert "for 2 trainings; the estimate for that many was" in printed
