@@ -49,8 +49,8 @@ def recipe(selected: Selected) -> Recipe:
 
 
 @pytest.fixture(scope="module")
-def recovered(model_folder: Path, completion_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Selected:
-    """A run with the goal adapter: rank 4 trained, and so wide a margin that rank 1 is handed over, with recovery."""
+def truncated(model_folder: Path, completion_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Selected:
+    """A run with the goal adapter: rank 4 trained, and so wide a margin that rank 1 is handed over."""
     settings = small_settings(
         strategy="bracket", goal="adapter", margin=5.0, max_steps=20, eval_points=1, scaling="alpha/sqrt(r)"
     )
@@ -208,31 +208,31 @@ def test_trl_s_own_parser_reads_it(selected: Selected) -> None:
     assert trl_module.get_peft_config(model).r == selected.handed_over.trained_rank
 
 
-def test_with_goal_adapter_servers_get_the_small_adapter(recovered: Selected) -> None:
+def test_with_goal_adapter_servers_get_the_small_adapter(truncated: Selected) -> None:
     from peft import AutoPeftModelForCausalLM
 
-    assert recovered.decided is None
-    assert recovered.handed_over is not None
-    assert (recovered.handed_over.rank, recovered.handed_over.how) == (1, "recovered")
-    folder = written(recovered, "peft")
+    assert truncated.decided is None
+    assert truncated.handed_over is not None
+    assert (truncated.handed_over.rank, truncated.handed_over.how) == (1, "truncated")
+    folder = written(truncated, "peft")
     assert AutoPeftModelForCausalLM.from_pretrained(str(folder)).peft_config["default"].r == 1
-    script = (written(recovered, "vllm") / "vllm.sh").read_text(encoding="utf-8")
+    script = (written(truncated, "vllm") / "vllm.sh").read_text(encoding="utf-8")
     words = shlex.split(script, comments=True)
-    assert words[words.index("--max-lora-rank") + 1] == str(served_rank(recovered.handed_over.max_module_rank))
+    assert words[words.index("--max-lora-rank") + 1] == str(served_rank(truncated.handed_over.max_module_rank))
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # of transformers, as TRL builds its arguments
-def test_trainers_get_the_training_that_a_smaller_adapter_comes_from(recovered: Selected) -> None:
-    values = yaml.safe_load((written(recovered, "axolotl") / "axolotl.yaml").read_text())
+def test_trainers_get_the_training_that_a_smaller_adapter_comes_from(truncated: Selected) -> None:
+    values = yaml.safe_load((written(truncated, "axolotl") / "axolotl.yaml").read_text())
     assert (values["lora_r"], values["lora_alpha"], values["max_steps"]) == (4, 32, 20)
     assert values["learning_rate"] == 1e-2  # of the training, not of its recovery
-    values = yaml.safe_load((written(recovered, "trl") / "trl_sft.yaml").read_text())
+    values = yaml.safe_load((written(truncated, "trl") / "trl_sft.yaml").read_text())
     assert (values["lora_r"], values["use_rslora"], values["max_steps"]) == (4, True, 20)
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_files_say_how_to_make_a_smaller_adapter_again(recovered: Selected, completion_file: Path, target: str) -> None:
-    exported = export(recovered.run, target)
+def test_files_say_how_to_make_a_smaller_adapter_again(truncated: Selected, completion_file: Path, target: str) -> None:
+    exported = export(truncated.run, target)
     assert any(
         note.startswith("The adapter of rank 1 was trained at rank 4 (learning rate 0.01") for note in exported.notes
     )
@@ -246,10 +246,20 @@ def test_files_say_how_to_make_a_smaller_adapter_again(recovered: Selected, comp
         assert words[:4] == ["rightrank", "resize", "TRAINED", "SMALLER"]
         options = dict(zip(words[4::2], words[5::2], strict=True))
         assert (options["--ranks"], options["--data"]) == ("1", str(completion_file))
-        assert (options["--recover"], float(options["--learning-rate"])) == ("2", 1e-3)
+        assert "--recover" not in options
         if path.suffix == ".sh":
             subprocess.run(["sh", "-n", str(path)], check=True)
     assert files
+
+
+def test_recovery_is_part_of_how_it_is_made(recipe: Recipe) -> None:
+    making = replace(
+        recipe.making, rank=2, trained_rank=4, truncation="K-FAC", recovery_steps=6, recovery_learning_rate=1e-3
+    )
+    made, command = replace(recipe, making=making).comments()
+    assert made.endswith("truncated to rank 2 by K-FAC, 6 steps of recovery on unseen examples (learning rate 0.001).")
+    assert command.endswith("--recover 6 --learning-rate 0.001")
+    assert shlex.split(command.partition("then: ")[2])[:4] == ["rightrank", "resize", "TRAINED", "SMALLER"]
 
 
 def test_a_trained_adapter_has_no_such_line(recipe: Recipe, tmp_path: Path) -> None:

@@ -32,6 +32,7 @@ STRATEGIES: dict[str, Callable[[Space], Strategy]] = {
     "bracket": Bracket,
     "grid": Grid,
 }
+REMOVED = ("ladder", "ascend", "descend")  # strategies of earlier versions; their run folders stay readable
 
 
 def make_strategy(settings: SelectSettings, steps: int, token_loss: bool = True, unseen_steps: int = 0) -> Strategy:
@@ -67,6 +68,8 @@ def strategy_named(name: str) -> Callable[[Space], Strategy]:
         SettingsError: an unknown name.
     """
     factory = STRATEGIES.get(name)
+    if name in REMOVED:
+        raise SettingsError(f"strategy {name!r} was removed; there are: {', '.join(STRATEGIES)}")
     if factory is None:
         near = did_you_mean(name, STRATEGIES)
         raise SettingsError(f"unknown strategy {name!r}{near}; there are: {', '.join(STRATEGIES)}")
