@@ -4,7 +4,7 @@
 
 The difference of the lowest rank from the top one, 95% two-sided:
 
-    pooled      the closed form with seed noise pooled over ranks (what the decision uses)
+    moderated   the closed form with this pair's seed noise, moderated (what the decision uses)
     own         the closed form with this pair's seeds alone
     bootstrap   examples and seeds drawn with replacement (Owen 2007), 2,000 resamples, percentiles
     items only  the closed form that forgets seeds
@@ -32,7 +32,7 @@ RESAMPLES = 2000
 Interval = tuple[float, float]
 
 
-def pooled(table: ScoreTable) -> Interval:
+def moderated(table: ScoreTable) -> Interval:
     evidence = Evidence(table)
     found = evidence.difference(evidence.contenders[RANKS[0]], evidence.contenders[RANKS[-1]])
     return found.bound(0.025), found.bound(0.975)

@@ -1,0 +1,386 @@
+"""Does the interval hold what a further seed shows? Grids of real trainings with two seeds or more.
+
+    python -m benchmarks.decide.seed_coverage                      # judges, and writes seed_coverage.json
+    python -m benchmarks.decide.seed_coverage --add RUN ...        # stores the grids of run folders in seed_grids.json first
+    python -m benchmarks.decide.seed_coverage --glue results.csv   # stores github.com/silversuncn/lora-rank-scaling (MIT)
+    python -m benchmarks.decide.seed_coverage --plant 12           # trains planted teachers with five seeds, and stores them
+
+A decision is made from some seeds of a grid, each rank at its best learning rate on them. For every rank below or above the
+reference, the interval is compared with the paired difference of a seed that the decision has not seen, at the same
+learning rates and on the same held-out examples. Every choice of seeds is tried.
+
+    before      one seed: other examples and the published .0003 nats; more: the seed noise pooled over ranks
+    own         the rank's own variance over seeds alone, Student's t
+    pooled      the ratio of seed noise to the spread between examples, pooled over the ranks at hand
+    expected    the ratio of earlier grids alone (`START`), nothing measured
+    after       what the decision gives as `further_seed_low` and `further_seed_high`
+
+Before and own are also widened for the further seed's own noise where they know any. Shares are given with the number of
+differences and a 95% interval that resamples whole grids, since the differences of a grid share seeds and examples.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import itertools
+import json
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy.special import stdtrit
+
+from benchmarks.machine import machine
+from rightrank.decision import Cell, ScoreTable
+from rightrank.decision.evidence import Contender, Evidence, measured_noise
+from rightrank.decision.seed_noise import PairNoise, pair_noise, start_of
+from rightrank.io.journal import Journal
+from rightrank.maths.intervals import Estimate, estimate
+from rightrank.records import TrialFinished
+
+HERE = Path(__file__).parent
+STORED = HERE / "seed_grids.json"
+REAL_GRIDS = HERE.parent / "selection" / "real_grids.json"
+LEARNED = {
+    "packages_20_steps",
+    "packages_40_steps",
+    "docstrings_40_steps",
+    "senses_80_steps",
+}  # START was chosen on these
+PUBLISHED = 0.0003  # nats: the constant that intervals of one seed had
+RESAMPLES = 2000
+DIGITS = 4
+
+Grid = dict[str, Any]
+Interval = tuple[
+    float, float, float
+]  # the two-sided 95% interval and the one-sided upper bound, about the mean as measured
+
+
+def stored_grids() -> dict[str, Grid]:
+    found: dict[str, Grid] = json.loads(STORED.read_text(encoding="utf-8")) if STORED.exists() else {}
+    return found
+
+
+def grids_in(path: Path) -> Iterator[tuple[str, Grid]]:
+    """The grids of a file of `benchmarks/selection` that have two seeds or more."""
+    for curve in json.loads(path.read_text(encoding="utf-8"))["curves"]:
+        cells = [
+            [int(rank), float(rate), int(seed), losses]
+            for rank, by_rate in curve.get("item_losses", {}).items()
+            for rate, by_seed in by_rate.items()
+            for seed, losses in by_seed.items()
+        ]
+        if len({cell[2] for cell in cells}) > 1:
+            steps = curve.get("steps") or curve["settings"].get("max_steps")
+            yield curve["id"], _grid("real", curve["id"], "loss", steps, curve["item_tokens"], cells)
+
+
+def grids_of_run(folder: Path) -> Iterator[tuple[str, Grid]]:
+    trials = [record for record in Journal(folder / "journal.jsonl").read() if isinstance(record, TrialFinished)]
+    whole = [trial for trial in trials if trial.rank > 0 and trial.arm.is_direct]
+    cells: list[list[Any]] = [
+        [trial.rank, trial.learning_rate, trial.seed, [round(loss, DIGITS) for loss in trial.item_losses]]
+        for trial in whole
+    ]
+    steps = max(trial.steps for trial in whole)
+    name = f"{folder.name}_{steps}_steps"
+    yield name, _grid("real", folder.name, "loss", steps, whole[0].item_tokens, cells)
+    if all(trial.item_correct for trial in whole):
+        cells = [[trial.rank, trial.learning_rate, trial.seed, trial.item_correct] for trial in whole]
+        yield f"{name}_accuracy", _grid("real", folder.name, "accuracy", steps, [1] * len(cells[0][3]), cells)
+
+
+def glue(path: Path) -> Iterator[tuple[str, Grid]]:
+    """Accuracies on GLUE with 50 to 5,000 training examples, six ranks, five seeds, one number a training."""
+    cells: dict[str, list[list[Any]]] = {}
+    with path.open(encoding="utf-8", newline="") as file:
+        for row in csv.DictReader(file):
+            name = f"{row['model']} {row['task']} {row['n']}"
+            cells.setdefault(name, []).append([int(row["rank"]), 1e-3, int(row["seed"]), [float(row["accuracy"])]])
+    for name, found in cells.items():
+        yield name, _grid("GLUE", name.rpartition(" ")[0], "accuracy", 0, [1], found)
+
+
+def _grid(family: str, task: str, metric: str, steps: int, tokens: list[int], cells: list[list[Any]]) -> Grid:
+    return {"family": family, "task": task, "metric": metric, "steps": steps, "tokens": tokens, "cells": cells}
+
+
+def planted(count: int) -> Iterator[tuple[str, Grid]]:
+    """Students of planted teachers (`benchmarks.selection.planted`) with five seeds, at the two middle learning rates."""
+    import torch
+
+    from benchmarks.selection import planted as teachers
+
+    def scores(data: teachers.Data, delta: dict[str, torch.Tensor], student: int) -> list[float]:
+        one = {name: value[student : student + 1] for name, value in delta.items()}
+        log_q = torch.log_softmax(teachers.logits(data.weights, data.held_out, one), -1)
+        divergence = (data.held_out_log_p.exp() * (data.held_out_log_p - log_q)).sum(-1).sum(-1)[0]
+        return [round(float(value), 5) for value in divergence]
+
+    for teacher in teachers.teachers(count):
+        if teacher.planted_rank == 0:
+            continue  # nothing to learn: all ranks are alike
+        arms = list(itertools.product(teachers.RANKS, teachers.RATES[1:3], range(5)))
+        ranks, rates, seeds = (list(column) for column in zip(*arms, strict=True))
+        students = teachers.Students(ranks, rates, seeds)
+        data = teachers.Data(teacher)
+        adapters, _ = teachers.train(data, students, teachers.initial(students), 0, teacher.steps)
+        delta = teachers.deltas(adapters, teachers.scale_of(students))
+        with torch.no_grad():
+            cells = [[*arm, scores(data, delta, place)] for place, arm in enumerate(arms)]
+        tokens = [teachers.LENGTH] * teachers.HELD_OUT
+        yield teacher.name, _grid("planted", teacher.name, "loss", teacher.steps, tokens, cells)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A grid as cells."""
+
+    name: str
+    task: str  # and model
+    family: str
+    metric: str
+    cells: dict[tuple[int, float, int], Cell]
+
+    @property
+    def seeds(self) -> list[int]:
+        """The seeds that every rank and learning rate of the grid has, a diverged cell aside."""
+        counts: dict[int, int] = {}
+        for _, _, seed in self.cells:
+            counts[seed] = counts.get(seed, 0) + 1
+        return sorted(seed for seed, count in counts.items() if count >= max(counts.values()) - 1)
+
+    def table(self, seeds: tuple[int, ...]) -> ScoreTable:
+        cells = {key: cell for key, cell in self.cells.items() if key[2] in seeds}
+        higher = self.metric == "accuracy"
+        return ScoreTable(self.metric, higher, cells, kind="accuracy" if higher else "token_loss")
+
+
+def source_of(name: str, grid: Grid) -> Source:
+    weights = np.asarray(grid["tokens"], dtype=np.float64)
+    sign = -1.0 if grid["metric"] == "accuracy" else 1.0
+    cells = {}
+    for rank, rate, seed, scores in grid["cells"]:
+        sums = sign * np.asarray(scores, dtype=np.float64)
+        value = sign * float(sums.sum() / weights.sum())
+        cells[int(rank), float(rate), int(seed)] = Cell(f"{rank} {rate} {seed}", value, sums, weights)
+    return Source(name, grid["task"], grid["family"], grid["metric"], cells)
+
+
+@dataclass(frozen=True)
+class Seen:
+    """One rank against the reference as a decision from some seeds sees it."""
+
+    evidence: Evidence
+    contender: Contender
+    sums: np.ndarray  # [seeds, examples] of the differences
+    weights: np.ndarray
+    noise: PairNoise
+
+    @property
+    def plain(self) -> Estimate:
+        return estimate(self.sums, self.weights)
+
+
+def before(seen: Seen) -> Interval:
+    found = seen.plain
+    if found.seeds == 1:
+        level = seen.evidence.table.kind == "accuracy"
+        return _ends(found.with_seeds(2 * (0.007 if level else PUBLISHED) ** 2, 0.0))
+    noise = measured_noise(list(seen.evidence.contenders.values()))
+    pooled = found.with_seeds(2 * noise.individual / found.seeds, noise.individual_degrees)
+    return _ends(pooled.of_a_further_seed())
+
+
+def own(seen: Seen) -> Interval:
+    return _ends(seen.plain.of_a_further_seed())
+
+
+def at_ratio(seen: Seen, ratio: float, degrees: float) -> Interval:
+    found = seen.plain
+    return _ends(found.with_seeds(ratio * seen.noise.spread / found.seeds, degrees).of_a_further_seed())
+
+
+def pooled(seen: Seen) -> Interval:
+    evidence = seen.evidence
+    others = [one for one in evidence.contenders.values() if one is not evidence.reference]
+    noises = [seen_of(evidence, other).noise for other in others]
+    degrees = sum(noise.degrees for noise in noises)
+    return at_ratio(seen, sum(noise.degrees * noise.ratio for noise in noises) / degrees, degrees)
+
+
+def expected(seen: Seen) -> Interval:
+    start = start_of(seen.evidence.table.kind)
+    return at_ratio(seen, start.ratio, start.degrees)
+
+
+def after(seen: Seen) -> Interval:
+    found = seen.evidence.difference(seen.contender)
+    return _ends(found if found.seeds == 1 else found.of_a_further_seed())
+
+
+METHODS: dict[str, Callable[[Seen], Interval]] = {
+    "before": before, "own": own, "pooled": pooled, "expected": expected, "after": after,
+}  # fmt: skip
+OF_ONE_SEED = ("before", "expected", "after")
+OF_EXAMPLES = ("expected",)
+
+
+def methods_for(seeds: int, has_examples: bool) -> list[str]:
+    return [
+        name for name in METHODS if (seeds > 1 or name in OF_ONE_SEED) and (has_examples or name not in OF_EXAMPLES)
+    ]
+
+
+def seen_of(evidence: Evidence, contender: Contender) -> Seen:
+    shared = sorted(contender.cells.keys() & evidence.reference.cells.keys())
+    sums = np.stack([contender.cells[seed].sums - evidence.reference.cells[seed].sums for seed in shared])
+    weights = evidence.reference.cells[shared[0]].weights
+    return Seen(evidence, contender, sums, weights, pair_noise(sums, weights))
+
+
+def _ends(found: Estimate) -> Interval:
+    both, upper = (float(stdtrit(found.degrees, level)) * found.standard_error for level in (0.975, 0.95))
+    return found.mean - both, found.mean + both, found.mean + upper
+
+
+@dataclass(frozen=True)
+class Check:
+    """One interval against one seed that it has not seen."""
+
+    grid: str  # grids of the same model and task are one
+    seeds: int
+    method: str
+    held: bool
+    below: bool  # the seed's difference is below the one-sided 95% bound
+    width: float  # half of the interval: over the spread between examples, or in the metric's unit without examples
+
+
+def checks(source: Source) -> Iterator[Check]:
+    for size in range(1, len(source.seeds)):
+        for chosen in itertools.combinations(source.seeds, size):
+            evidence = Evidence(source.table(chosen))
+            reference = evidence.reference
+            for contender in evidence.contenders.values():
+                if contender is reference or not contender.cells.keys() & reference.cells.keys():
+                    continue
+                seen = seen_of(evidence, contender)
+                for held_out in set(source.seeds) - set(chosen):
+                    shown = _difference(source, contender, reference, held_out)
+                    if shown is None:
+                        continue
+                    for method in methods_for(size, evidence.has_examples):
+                        low, high, upper = METHODS[method](seen)
+                        width = (high - low) / 2 / math.sqrt(seen.noise.spread) if seen.noise.spread > 0 else 0.0
+                        yield Check(source.task, size, method, low <= shown <= high, shown <= upper, width)
+
+
+def _difference(source: Source, contender: Contender, reference: Contender, seed: int) -> float | None:
+    keys = [(one.rank, one.learning_rate, seed) for one in (contender, reference)]
+    if not all(key in source.cells for key in keys):
+        return None
+    ours, theirs = (source.cells[key] for key in keys)
+    return ours.loss - theirs.loss
+
+
+def share(found: list[Check], held: Callable[[Check], bool]) -> dict[str, Any]:
+    """The share with its count, and a 95% interval that resamples whole grids; None with fewer than three grids."""
+    by_grid: dict[str, list[bool]] = {}
+    for check in found:
+        by_grid.setdefault(check.grid, []).append(held(check))
+    values = list(by_grid.values())
+    entry: dict[str, Any] = {
+        "share": round(float(np.mean(list(itertools.chain(*values)))), 3),
+        "of": sum(map(len, values)),
+        "grids": len(values),
+        "interval": None,
+    }
+    if len(values) >= 3:
+        generator = np.random.default_rng(0x5EED)
+        draws = generator.integers(len(values), size=(RESAMPLES, len(values)))
+        means = [np.mean(list(itertools.chain(*(values[place] for place in draw)))) for draw in draws]
+        entry["interval"] = [round(float(end), 3) for end in np.quantile(means, (0.025, 0.975))]
+    return entry
+
+
+def summary(found: list[Check]) -> dict[str, Any]:
+    """By number of seeds and method."""
+    table: dict[str, Any] = {}
+    for seeds, method in sorted({(check.seeds, check.method) for check in found}):
+        of = [check for check in found if (check.seeds, check.method) == (seeds, method)]
+        table.setdefault(str(seeds), {})[method] = {
+            **share(of, lambda check: check.held),
+            "below": share(of, lambda check: check.below)["share"],
+            "median_half_width": round(float(np.median([check.width for check in of])), 3),
+        }
+    return table
+
+
+def groups(sources: list[Source]) -> dict[str, list[Source]]:
+    """Losses of real grids that the ratio was learned on, of those that chose nothing, and the other families."""
+    real = [source for source in sources if source.family == "real"]
+    losses = [source for source in real if source.metric == "loss"]
+    return {
+        "real, learned on": [source for source in losses if source.name in LEARNED],
+        "real, chose nothing": [source for source in losses if source.name not in LEARNED],
+        "accuracy": [source for source in real if source.metric == "accuracy"],
+        "GLUE, one number": [source for source in sources if source.family == "GLUE"],
+        "planted": [source for source in sources if source.family == "planted"],
+    }
+
+
+def judge(sources: list[Source]) -> dict[str, Any]:
+    found = {source.name: list(checks(source)) for source in sources}
+    result: dict[str, Any] = {"groups": {}, "grids": {}}
+    for name, members in groups(sources).items():
+        if members:
+            result["groups"][name] = summary([check for source in members for check in found[source.name]])
+    for source in sources:
+        if source.family == "real":
+            result["grids"][source.name] = {"seeds": len(source.seeds)} | summary(found[source.name])
+    return result
+
+
+def show(result: dict[str, Any]) -> None:
+    print(f"{'':22} seeds {'method':10} holds  of    grids  interval          below   half width")
+    for group, by_seeds in (result["groups"] | result["grids"]).items():
+        for seeds, by_method in ((key, value) for key, value in by_seeds.items() if key != "seeds"):
+            for method, entry in by_method.items():
+                interval = entry["interval"] and "{:.0%} to {:.0%}".format(*entry["interval"])
+                print(
+                    f"{group[:22]:22} {seeds:5} {method:10} {entry['share']:5.0%} {entry['of']:5} {entry['grids']:6}  "
+                    f"{interval or 'too few':16} {entry['below']:5.0%} {entry['median_half_width']:9.2f}"
+                )
+
+
+def rounded(grid: Grid) -> Grid:
+    cells = [[*cell[:3], [round(float(score), DIGITS) for score in cell[3]]] for cell in grid["cells"]]
+    return grid | {"cells": cells}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--add", type=Path, nargs="+", default=[])
+    parser.add_argument("--glue", type=Path)
+    parser.add_argument("--plant", type=int, default=0)
+    asked = parser.parse_args()
+    known = stored_grids()
+    for run in asked.add:
+        known |= {name: rounded(grid) for name, grid in grids_of_run(run)}
+    known |= dict(glue(asked.glue)) if asked.glue else {}
+    known |= dict(planted(asked.plant))
+    if asked.add or asked.glue or asked.plant:
+        STORED.write_text(json.dumps(known, separators=(",", ":")) + "\n", encoding="utf-8")
+    sources = [source_of(name, grid) for name, grid in (dict(grids_in(REAL_GRIDS)) | known).items()]
+    result = {"machine": machine(), **judge([source for source in sources if len(source.seeds) > 1])}
+    show(result)
+    (HERE / "seed_coverage.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
