@@ -60,7 +60,7 @@ def bootstrap(table: ScoreTable) -> Interval:
     return float(low), float(high)
 
 
-METHODS = {"pooled": pooled, "own": own, "bootstrap": bootstrap, "items only": items_only}
+METHODS = {"moderated": moderated, "own": own, "bootstrap": bootstrap, "items only": items_only}
 
 
 def _differences(table: ScoreTable) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

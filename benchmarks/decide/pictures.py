@@ -22,7 +22,7 @@ def main() -> None:
     cases = {
         "saturated": (2.0 + 0.08 * ranks**-0.9, World("power", 3, 1000)),
         "rising": (2.0 + 0.012 * (7 - np.log2(ranks)), World("rising", 3, 1000)),
-        "undecided_curve": (2.0 + 0.03 * ranks**-0.6, World("power", 1, 100, "heavy", item_rank=0.03)),
+        "undecided_curve": (2.0 + 0.03 * ranks**-0.6, World("power", 1, 100, "heavy", item_rank=0.03, both=0.03)),
     }
     for name, (losses, world) in cases.items():
         decision = decide(draw_table(world, losses, np.random.default_rng(11)), world.margin)
