@@ -116,7 +116,7 @@ def main() -> None:
     asked = parser.parse_args()
     found = {}
     for seeds, items in SIZES:
-        world = World("power", seeds, items, "heavy", seed_rank=0.001)
+        world = World("power", seeds, items, "heavy")
         found[f"{seeds} seeds, {items} items"] = study(world, asked.tables, 5)
     for size, methods in found.items():
         for name, one in methods.items():

@@ -20,7 +20,7 @@ HERE = Path(__file__).parent
 def main() -> None:
     ranks = np.array(RANKS, dtype=np.float64)
     cases = {
-        "saturated": (2.0 + 0.08 * ranks**-0.9, World("power", 3, 1000)),
+        "saturated": (2.0 + 0.08 * ranks**-0.9, World("power", 3, 1000, item_rank=0.002, both=0.004, seed_rank=0.0005)),
         "rising": (2.0 + 0.012 * (7 - np.log2(ranks)), World("rising", 3, 1000)),
         "undecided_curve": (2.0 + 0.03 * ranks**-0.6, World("power", 1, 100, "heavy", item_rank=0.03, both=0.03)),
     }

@@ -26,7 +26,7 @@ import csv
 import itertools
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ import numpy as np
 from scipy.special import stdtrit
 
 from benchmarks.machine import machine
-from rightrank.decision import Cell, ScoreTable
+from rightrank.decision import Cell, ScoreTable, decide
 from rightrank.decision.evidence import Contender, Evidence, measured_noise
 from rightrank.decision.seed_noise import PairNoise, pair_noise, start_of
 from rightrank.io.journal import Journal
@@ -261,8 +261,9 @@ class Check:
     width: float  # half of the interval: over the spread between examples, or in the metric's unit without examples
 
 
-def checks(source: Source) -> Iterator[Check]:
-    for size in range(1, len(source.seeds)):
+def checks(source: Source, sizes: Sequence[int] | None = None) -> Iterator[Check]:
+    """Every choice of `sizes` seeds (default: of every size) against every seed left."""
+    for size in sizes or range(1, len(source.seeds)):
         for chosen in itertools.combinations(source.seeds, size):
             evidence = Evidence(source.table(chosen))
             reference = evidence.reference
@@ -334,12 +335,39 @@ def groups(sources: list[Source]) -> dict[str, list[Source]]:
     }
 
 
+def answers(sources: list[Source], sizes: Sequence[int] = (1, 2, 3)) -> dict[str, Any]:
+    """What the decision names from some seeds, against the mean of the seeds that it has not seen.
+
+    `named` of the choices of seeds get a rank; of those, `worse` are worse than the best rank by more than the margin in
+    the mean of the other seeds, at their learning rates.
+    """
+    found: dict[str, Any] = {}
+    for size in sizes:
+        named, worse, choices = 0, 0, 0
+        for source in sources:
+            for chosen in itertools.combinations(source.seeds, size):
+                rest = tuple(seed for seed in source.seeds if seed not in chosen)
+                if not rest:
+                    continue
+                choices += 1
+                decision = decide(source.table(chosen))
+                if decision.rank is not None:
+                    others = Evidence(source.table(rest))
+                    loss = others.contenders[decision.rank].fair_loss
+                    named += 1
+                    worse += loss - others.reference.fair_loss > decision.margin
+        if choices:
+            found[str(size)] = {"choices": choices, "named": named, "worse": worse}
+    return found
+
+
 def judge(sources: list[Source]) -> dict[str, Any]:
     found = {source.name: list(checks(source)) for source in sources}
-    result: dict[str, Any] = {"groups": {}, "grids": {}}
+    result: dict[str, Any] = {"groups": {}, "grids": {}, "answers": {}}
     for name, members in groups(sources).items():
         if members:
             result["groups"][name] = summary([check for source in members for check in found[source.name]])
+            result["answers"][name] = answers(members)
     for source in sources:
         if source.family == "real":
             result["grids"][source.name] = {"seeds": len(source.seeds)} | summary(found[source.name])
@@ -356,6 +384,9 @@ def show(result: dict[str, Any]) -> None:
                     f"{group[:22]:22} {seeds:5} {method:10} {entry['share']:5.0%} {entry['of']:5} {entry['grids']:6}  "
                     f"{interval or 'too few':16} {entry['below']:5.0%} {entry['median_half_width']:9.2f}"
                 )
+
+    for group, by_seeds in result["answers"].items():
+        print(group, json.dumps(by_seeds))
 
 
 def rounded(grid: Grid) -> Grid:

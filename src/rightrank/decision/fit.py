@@ -79,10 +79,16 @@ def smallest_possible_rank(found: Comparison) -> float:
 
 
 def _noise(evidence: Evidence, widened: Floats) -> Floats:
-    """[draws, ranks] of the noise of the means, with their covariance; `widened` [ranks] scales the deviations."""
+    """[draws, ranks] of the noise of the means, with their covariance; `widened` [ranks] scales the deviations.
+
+    A multivariate t: variances that few seeds measured are themselves uncertain.
+    """
     generator = np.random.default_rng(0x5EED)
     covariance = evidence.covariance * np.outer(widened, widened)
-    noise: Floats = generator.multivariate_normal(np.zeros(len(widened)), covariance, size=DRAWS, method="eigh")
+    noise = generator.multivariate_normal(np.zeros(len(widened)), covariance, size=DRAWS, method="eigh")
+    others = [one for one in evidence.contenders.values() if one is not evidence.reference]
+    degrees = float(np.median([evidence.difference(contender).degrees for contender in others]))
+    noise /= np.sqrt(generator.chisquare(degrees, size=DRAWS) / degrees)[:, None]
     return noise
 
 
