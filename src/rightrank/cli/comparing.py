@@ -12,7 +12,7 @@ from rightrank.cli.options import gather
 EXIT = {"not_worse": 0, "worse": 3, "cannot_tell": 4}
 
 
-@click.command(epilog="Example: rightrank compare old new --model ./model --data held_out.jsonl")
+@click.command(epilog="Example: rightrank compare old new --model ./model --data held_out.jsonl --margin 0.01")
 @click.argument("a")
 @click.argument("b")
 @click.option("--model", required=True, help="The base model of the adapters.")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 
 from rightrank.decision.answers import trainings
@@ -11,6 +12,7 @@ from rightrank.engine.generation import promptable_examples, write_completion
 from rightrank.engine.runtime import Runtime
 from rightrank.engine.scoring import measure
 from rightrank.io.adapters import restore_adapter
+from rightrank.probe.adapter_runtime import adapter_attached
 from rightrank.records import AdapterAnswer, Decision, RunEvent, Sample, StepDone, TestEvaluated, TrialFinished
 from rightrank.records.observer import Observer
 from rightrank.report.adapter_view import compared
@@ -96,9 +98,7 @@ def _evaluate_on_test_split(selection: Selection, runtime: Runtime, trial: Trial
     records, folder = selection.records, selection.folder
     if any(test.trial_id == trial.trial_id for test in records.tests):
         return
-    with runtime.arm(trial.arm) as model:
-        if trial.rank > 0:
-            restore_adapter(model, folder.finished_adapter(trial.trial_id))
+    with _adapter_of(selection, runtime, trial):
         scores = runtime.evaluate("test")
         measured = measure(runtime, "test")
     metric = records.started.metric
@@ -118,11 +118,23 @@ def _evaluate_on_test_split(selection: Selection, runtime: Runtime, trial: Trial
     records.tests.append(record)
 
 
+@contextmanager
+def _adapter_of(selection: Selection, runtime: Runtime, trial: TrialFinished) -> Iterator[None]:
+    """The base with the trial's adapter inside the block; the base alone for rank 0."""
+    if trial.truncate_from is not None:  # its modules may have ranks of their own, which its configuration names
+        with adapter_attached(runtime, selection.folder.finished_adapter(trial.trial_id)):
+            yield
+        return
+    with runtime.arm(trial.arm) as model:
+        if trial.rank > 0:
+            restore_adapter(model, selection.folder.finished_adapter(trial.trial_id))
+        yield
+
+
 def _write_samples(selection: Selection, runtime: Runtime, chosen: TrialFinished) -> None:
     examples = promptable_examples(runtime, runtime.settings.samples)
     before = [write_completion(runtime, example) for example in examples]
-    with runtime.arm(chosen.arm) as model:
-        restore_adapter(model, selection.folder.finished_adapter(chosen.trial_id))
+    with _adapter_of(selection, runtime, chosen):
         after = [write_completion(runtime, example) for example in examples]
     for example, first, then in zip(examples, before, after, strict=True):
         sample = Sample(
