@@ -153,24 +153,40 @@ def test_a_second_process_is_refused(
     assert "another process is using this folder" in err
 
 
+LONG = ("--max-steps", "60", "--set", "checkpoint_seconds=0.05")  # so long that a signal arrives during a training
+
+
+@pytest.fixture(scope="module")
+def undisturbed(model_folder: Path, completion_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run that interrupted ones are compared with."""
+    out = tmp_path_factory.mktemp("undisturbed") / "run"
+    with pytest.raises(SystemExit) as ended:
+        main([*select_arguments(model_folder, completion_file, out, *LONG), "--quiet"])
+    assert ended.value.code == 0
+    return out
+
+
 @pytest.mark.parametrize("kill", [signal.SIGINT, signal.SIGKILL], ids=["ctrl-c", "kill -9"])
 def test_stopped_and_resumed_it_ends_the_same(
-    model_folder: Path, completion_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], kill: signal.Signals
+    undisturbed: Path,
+    model_folder: Path,
+    completion_file: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    kill: signal.Signals,
 ) -> None:
-    long = ("--max-steps", "150", "--set", "checkpoint_seconds=0.05")
-    process = start(model_folder, completion_file, tmp_path / "run", *long)
+    process = start(model_folder, completion_file, tmp_path / "run", *LONG)
     wait_for_trial(tmp_path / "run", process)
     process.send_signal(kill)
     err = process.communicate(timeout=60)[1]
     if kill == signal.SIGINT:
         assert process.returncode == 130
         assert "run the same command again to resume" in err
-    assert run(select_arguments(model_folder, completion_file, tmp_path / "run", *long), capsys)[0] == 0
-    assert run(select_arguments(model_folder, completion_file, tmp_path / "whole", *long), capsys)[0] == 0
-    assert values_of(tmp_path / "run") == values_of(tmp_path / "whole")
+    assert run(select_arguments(model_folder, completion_file, tmp_path / "run", *LONG), capsys)[0] == 0
+    assert values_of(tmp_path / "run") == values_of(undisturbed)
     ended = [
         [record.trial_id for record in Journal(path / "journal.jsonl").read() if isinstance(record, TrialFinished)]
-        for path in (tmp_path / "run", tmp_path / "whole")
+        for path in (tmp_path / "run", undisturbed)
     ]
     assert len(ended[0]) == len(set(ended[0]))
     assert set(ended[0]) == set(ended[1])
