@@ -103,7 +103,7 @@ class Selection:
         """
         try:
             while True:
-                self._answer_adapter(on_adapter)
+                self.answer_adapter(on_adapter)
                 trials = self.wanted()
                 if not trials:
                     break
@@ -114,9 +114,18 @@ class Selection:
         except InterruptedRun:
             self._write_views_so_far()
             raise
+        return self.end()
+
+    def end(self) -> Decision | None:
+        """The decision on the training rank; None where the goal is the adapter.
+
+        Raises:
+            RunError: as `decide`.
+        """
         return self.decide() if self._options.goal == "training-rank" else None
 
-    def _answer_adapter(self, on_adapter: Callable[[AdapterAnswer], None]) -> None:
+    def answer_adapter(self, on_adapter: Callable[[AdapterAnswer], None]) -> None:
+        """Call `on_adapter` where the trials so far answer the first question and no record has the answer."""
         answer = self._strategy.adapter(History.of(self.records.outcomes))
         last = self.records.adapters[-1].answer if self.records.adapters else None
         if answer is None or (last and (last.margin, last.trained_id) == (answer.margin, answer.trained_id)):

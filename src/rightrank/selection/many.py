@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from rightrank.errors import InputError, RunError, SettingsError
@@ -20,7 +21,7 @@ from rightrank.records.observer import Observer
 from rightrank.report.matrix_table import MatrixRow, matrix_csv
 from rightrank.returns import Selected
 from rightrank.selection.executor import job_of, largest_needs
-from rightrank.selection.finalize import finalize
+from rightrank.selection.finalize import finalize, finalize_adapter
 from rightrank.selection.select import run_selection
 from rightrank.selection.start import PreparedSelection, prepare_selection
 from rightrank.settings import SelectSettings, make_settings
@@ -129,17 +130,19 @@ def _on_workers(
     return ended
 
 
-def _run_all(selections: Mapping[str, PreparedSelection], pool: Pool) -> dict[str, Decision | RunError]:
+def _run_all(selections: Mapping[str, PreparedSelection], pool: Pool) -> dict[str, Decision | RunError | None]:
     """Run the loops of all jobs at once: each outcome goes to its job, which submits more when it waits for none."""
-    ended: dict[str, Decision | RunError] = {}
+    ended: dict[str, Decision | RunError | None] = {}
 
     def submit(name: str) -> None:
         selection = selections[name].selection
+        # While workers have the base, the test split can't be read: it is at the end.
+        selection.answer_adapter(partial(finalize_adapter, selections[name], reads_test_split=False))
         if trials := selection.wanted():
             pool.submit(name, trials, selection.base_loss)
             return
         try:
-            ended[name] = selection.decide()
+            ended[name] = selection.end()
         except RunError as error:
             ended[name] = error
 
