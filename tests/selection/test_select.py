@@ -44,6 +44,7 @@ def test_the_run_folder_holds_what_it_should(finished_run: Path) -> None:
         "adapter_config.json",
         "adapter_model.safetensors",
         "README.md",
+        "adapters.png",
         "rank_curve.png",
     }
     assert not (finished_run / "cache").exists()
