@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from peft import AutoPeftModelForCausalLM
 
 from rightrank.api import Observer, select_rank
 from rightrank.cli import main
-from rightrank.errors import InterruptedRun
+from rightrank.errors import InterruptedRun, SettingsError
 from rightrank.io.journal import Journal
 from rightrank.records import AdapterRecorded, TrialFinished
 from rightrank.runs import export, status, write_report
@@ -70,6 +71,23 @@ def test_goal_adapter_ends_with_the_first_answer(answered: Path) -> None:
     assert write_report(answered).read_text(encoding="utf-8") == (answered / "report.html").read_text(encoding="utf-8")
     assert status(answered).state == "done"
     assert export(answered, "vllm").files == ["vllm.sh"]
+
+
+def test_one_rank_is_enough_for_the_adapter_and_is_continued_with_others(
+    model_folder: Path, completion_file: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    alone = select_rank(str(model_folder), completion_file, run, settings=settings_for("adapter", ranks=(4,)))
+    assert alone.handed_over is not None
+    assert alone.handed_over.trained_rank == 4
+    sentence = alone.answers["training_rank_estimate"]["sentence"]
+    assert re.search(r"--goal training-rank --ranks [\d,]*4\.$", sentence)
+    with pytest.raises(SettingsError, match="ranks: got 4 alone; a comparison needs two or more"):
+        select_rank(str(model_folder), completion_file, run, settings=settings_for("training-rank", ranks=(4,)))
+    trained = trial_ids(run)
+    selected = select_rank(str(model_folder), completion_file, run, settings=settings_for("training-rank"))
+    assert selected.decision.reference_rank in (1, 2, 4)
+    assert trial_ids(run)[: len(trained)] == trained
 
 
 def test_the_same_folder_goes_on_to_the_training_rank(

@@ -22,11 +22,15 @@ def training_rank_estimate(records: Records) -> TrainingRankEstimate | None:
     low = holding if holding > MAX_DIRECT_RANK else max(1, holding // 2)
     high = min(answer.trained_rank, 2 * holding)
     where = f"{low}" if low == high else f"{low} to {high}"
-    trainings = _trainings_left(records)
+    ranks = _settings(records).ranks
+    compared = ranks if len(ranks) > 1 else tuple(sorted({low, high, answer.trained_rank} | {max(1, low // 2)}))
+    trainings = _trainings_left(records, compared)
     cost = f"about {trainings:.2g} more trainings" if trainings else "no further training"
+    further = "" if compared == ranks else f" --ranks {','.join(map(str, compared))}"
     sentence = (
         f"An estimate, not evidence: the rank to train at probably is {where}, since the smallest truncation that loses at "
-        f"most the margin has rank {holding}. To show it takes {cost}: run the same command with --goal training-rank."
+        f"most the margin has rank {holding}. To show it takes {cost}: run the same command with "
+        f"--goal training-rank{further}."
     )
     return TrainingRankEstimate(low=low, high=high, trainings=trainings, sentence=sentence)
 
@@ -43,11 +47,16 @@ def _smallest_holding_truncation(answer: AdapterAnswer) -> int:
     return found
 
 
-def _trainings_left(records: Records) -> float:
-    """The expected cost of the second question alone, without a budget."""
+def _settings(records: Records) -> SelectSettings:
+    """The settings of the run, for the training rank and without a budget."""
     known = {name: value for name, value in records.started.settings.items() if name in SelectSettings.model_fields}
     unlimited = dict.fromkeys(("budget_trainings", "budget_steps", "budget_hours"))
-    settings = make_settings({**known, **unlimited, "goal": "training-rank"})
+    return make_settings({**known, **unlimited, "goal": "training-rank"})
+
+
+def _trainings_left(records: Records, ranks: tuple[int, ...]) -> float:
+    """The expected cost of the second question alone."""
+    settings = _settings(records).model_copy(update={"ranks": ranks})
     steps = max((trial.steps for trial in records.finished() if trial.arm.is_direct), default=1) or 1
     cost = make_strategy(settings, steps, token_loss=is_token_loss(records)).cost()
     return round(cost.expected - cost.to_adapter, 2)

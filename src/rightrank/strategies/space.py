@@ -89,9 +89,9 @@ def space_of(settings: SelectSettings, steps: int, token_loss: bool = True, unse
     `unseen_steps` is how many more steps the training examples last that no training sees.
 
     Raises:
-        SettingsError: one rank alone, or an invalid sweep.
+        SettingsError: one rank alone where ranks are to be compared, or an invalid sweep.
     """
-    if len(settings.ranks) < 2:
+    if len(settings.ranks) < 2 and settings.goal == "training-rank":
         raise SettingsError(
             f"ranks: got {settings.ranks[0]} alone; a comparison needs two or more, such as {settings.ranks[0]},"
             f"{4 * settings.ranks[0]}"
