@@ -9,7 +9,6 @@ from rightrank.engine.runtime import Runtime
 from rightrank.engine.sharding import sharded
 from rightrank.io.data import load_data
 from rightrank.io.models import load_model
-from rightrank.preparation import training_steps
 from rightrank.settings import SelectSettings
 
 
@@ -20,4 +19,4 @@ def make_runtime(model: Path, data: Path, settings: SelectSettings, cache: Path)
     if settings.shard_base:
         loaded = sharded(loaded, loaded.device)
     encoded = encode(splits, loaded, settings)
-    return Runtime(loaded, encoded, settings, training_steps(settings, len(encoded.splits["train"])), cache)
+    return Runtime(loaded, encoded, settings, settings.training_steps(len(encoded.splits["train"])), cache)

@@ -57,30 +57,30 @@ def main() -> None:
     for top in (trial for trial in trials if trial.rank == arguments.top):
         direct = {t.rank: t for t in trials if t.learning_rate == top.learning_rate and t.seed == top.seed}
         adapter = open_adapter(arguments.run / "trials" / top.trial_id)
-        for steps in (0, arguments.recover):
-            recovery = Recovery(steps, top.learning_rate, seed=top.seed + 1) if steps else None
-            with tempfile.TemporaryDirectory() as name:
-                runtime = adapter_runtime(adapter, None, DataUse(arguments.data, settings, Path(name) / "cache", steps))
-                curve = truncation_curve(adapter, runtime, Candidates(sorted(direct), recovery), Path(name))
-            for measured in curve.trials:
-                if measured.rank == 0:
-                    continue
-                row = {
-                    "learning_rate": top.learning_rate,
-                    "seed": top.seed,
-                    "rank": measured.rank,
-                    "recovery_steps": steps,
-                    "value": measured.value,
-                    "direct": direct[measured.rank].value,
-                    "against_direct": difference(measured, direct[measured.rank]),
-                }
-                rows.append(row)
-                print(
-                    f"lr {top.learning_rate:g} rank {measured.rank:>3} recovery {steps:>3}: {measured.value:.4f} "
-                    f"direct {row['direct']:.4f} difference {row['against_direct']['difference']:+.4f} "
-                    f"[{row['against_direct']['low']:+.4f}, {row['against_direct']['high']:+.4f}]",
-                    flush=True,
-                )
+        recovery = Recovery(arguments.recover, top.learning_rate, seed=top.seed + 1)
+        with tempfile.TemporaryDirectory() as name:
+            use = DataUse(arguments.data, settings, Path(name) / "cache", arguments.recover)
+            runtime = adapter_runtime(adapter, None, use)
+            curve = truncation_curve(adapter, runtime, Candidates(sorted(direct), recovery), Path(name))
+        for measured in sorted(curve.trials, key=lambda trial: (trial.steps, trial.rank)):
+            if measured.rank == 0:
+                continue
+            row = {
+                "learning_rate": top.learning_rate,
+                "seed": top.seed,
+                "rank": measured.rank,
+                "recovery_steps": measured.steps,
+                "value": measured.value,
+                "direct": direct[measured.rank].value,
+                "against_direct": difference(measured, direct[measured.rank]),
+            }
+            rows.append(row)
+            print(
+                f"lr {top.learning_rate:g} rank {measured.rank:>3} recovery {measured.steps:>3}: {measured.value:.4f} "
+                f"direct {row['direct']:.4f} difference {row['against_direct']['difference']:+.4f} "
+                f"[{row['against_direct']['low']:+.4f}, {row['against_direct']['high']:+.4f}]",
+                flush=True,
+            )
     store(arguments.name, {"run": {"steps": trials[-1].steps, "top": arguments.top}, "rows": rows})
 
 

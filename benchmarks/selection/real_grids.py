@@ -23,7 +23,6 @@ from rightrank.executors.local import LocalExecutor
 from rightrank.io.data import load_data
 from rightrank.io.models import load_model
 from rightrank.io.run_folder import RunFolder
-from rightrank.preparation import training_steps
 from rightrank.records import (
     Arm,
     JournalRecord,
@@ -112,7 +111,7 @@ def truncated_values(folder: RunFolder, started: RunStarted, trained: list[Trial
     splits = load_data(Path(str(started.settings["data"])), settings)
     loaded = load_model(str(started.settings["model"]), settings.dtype, settings.device, splits.classes)
     encoded = encode(splits, loaded, settings)
-    steps = training_steps(settings, len(encoded.splits["train"]))
+    steps = settings.training_steps(len(encoded.splits["train"]))
     top = max(trial.rank for trial in trained)
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as temporary:

@@ -105,7 +105,7 @@ def prepare(request: Request, cache: Path, notice: Notice = lambda _: None, base
     """
     sources = _load(request, {} if bases is None else bases, cache.parent)
     settings, planned = _settle(sources, request.settings, notice)
-    steps = training_steps(settings, len(sources.encoded.splits["train"]))
+    steps = settings.training_steps(len(sources.encoded.splits["train"]))
     runtime = Runtime(sources.loaded, sources.encoded, settings, steps, cache)
     return Prepared(runtime, settings, steps, _started(request, sources, settings, steps), planned)
 
@@ -243,13 +243,6 @@ def _workload(prepared: Prepared) -> Workload:
         filled=computed / (len(used) * data.longest),
         labelled=1.0 if data.is_classification else labels / computed,
     )
-
-
-def training_steps(settings: SelectSettings, train_examples: int) -> int:
-    """Optimizer steps of every arm: `max_steps`, or `num_train_epochs` (1 by default) passes over the data."""
-    if settings.max_steps is not None:
-        return settings.max_steps
-    return max(1, round((settings.num_train_epochs or 1.0) * train_examples / settings.items_per_step))
 
 
 def environment(device: str) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""`resize --data`: measured on held-out items, decided by the decision's rule, recovered on request."""
+"""`resize --data`: measured on held-out examples, decided by the rule of `select`, recovered on request."""
 
 from __future__ import annotations
 
@@ -51,19 +51,21 @@ def answer_of(capsys: pytest.CaptureFixture[str], *arguments: Any) -> dict[str, 
     return answer
 
 
-def test_the_rank_is_the_decisions(
+def test_the_rank_is_the_smallest_truncation_that_holds_against_the_adapter(
     trained: Path, completion_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "small"
-    answer = answer_of(capsys, trained, out, "--data", completion_file, "--margin", 0.05, *SETTINGS)
-    decision = answer["decision"]
-    assert answer["rank"] == decision["fallback_rank"]
-    by_rank = {entry["rank"]: entry["value"] for entry in answer["held_out"]}
+    resized = answer_of(capsys, trained, out, "--data", completion_file, "--margin", 0.05, *SETTINGS)
+    answer = resized["answer"]
+    assert (resized["rank"], answer["trained_rank"], answer["reference_id"]) == (answer["rank"], 8, "r8")
+    by_rank = {entry["rank"]: entry["value"] for entry in resized["held_out"]}
     assert set(by_rank) == {0, 1, 2, 4, 8}
     assert by_rank[8] < by_rank[0] - 0.1  # it had learned
-    assert [entry["value"] for entry in decision["ranks"]] == [by_rank[rank] for rank in sorted(by_rank)]
-    chosen = next(entry for entry in decision["ranks"] if entry["rank"] == answer["rank"])
-    assert chosen["non_inferior"]
+    for candidate in answer["candidates"]:
+        assert candidate["value"] == by_rank[candidate["rank"]]
+        assert candidate["difference"] == pytest.approx(by_rank[candidate["rank"]] - by_rank[8], abs=1e-6)
+        assert candidate["holds"] == (candidate["difference_high"] < 0.05)
+    assert all(one["holds"] for one in answer["candidates"] if one["rank"] >= answer["rank"])
     assert open_adapter(out).config["r"] == answer["rank"]
 
 
@@ -105,25 +107,22 @@ def test_the_reported_value_is_that_of_the_written_folder(
     load_strictly(model_folder, tmp_path / "small")
 
 
-def test_recovery_trains_every_candidate_and_the_reference_too(
+def test_recovery_trains_every_candidate_and_the_adapter_too(
     model_folder: Path, trained: Path, completion_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rule = ["--data", completion_file, "--margin", 0.05, "--ranks", "1,4"]
     plain = answer_of(capsys, trained, tmp_path / "plain", *rule, *SETTINGS)
     more = ["--recover", 20, "--learning-rate", 2e-3]
     recovered = answer_of(capsys, trained, tmp_path / "recovered", *rule, *more, *SETTINGS)
-    assert {entry["recovered_steps"] for entry in recovered["held_out"] if entry["rank"]} == {20}
-    before = {entry["rank"]: entry["value"] for entry in plain["held_out"]}
-    after = {entry["rank"]: entry["value"] for entry in recovered["held_out"]}
-    assert after[0] == before[0]
-    assert after[1] < before[1]
-    assert after[8] != before[8]
-    assert any("before training" in note for note in recovered["notes"])
+    values = {(entry["rank"], entry["recovered_steps"]): entry["value"] for entry in recovered["held_out"]}
+    assert set(values) == {(0, 0), (8, 0), (8, 20), (4, 0), (4, 20), (1, 0), (1, 20)}
+    assert {(entry["rank"], 0): entry["value"] for entry in plain["held_out"]}.items() <= values.items()
+    assert values[1, 20] < values[1, 0]
+    assert values[8, 20] != values[8, 0]
+    answer = recovered["answer"]
+    assert answer["reference_how"] == ("recovered" if values[8, 20] < values[8, 0] else "trained")
+    assert answer["extra_steps_difference"] == pytest.approx(values[8, 20] - values[8, 0], abs=1e-6)
     load_strictly(model_folder, tmp_path / "recovered")
-    truncated, trained_on = tensors_of(tmp_path / "plain"), tensors_of(tmp_path / "recovered")
-    assert plain["rank"] != recovered["rank"] or any(
-        not torch.equal(truncated[key], trained_on[key]) for key in truncated
-    )
 
 
 def test_training_an_existing_adapter_is_the_engines_training(

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from peft import AutoPeftModelForCausalLM
 
-from rightrank.api import Observer, select_rank
+from rightrank.api import Observer, ResizeOptions, resize, select_rank
 from rightrank.cli import main
 from rightrank.errors import InterruptedRun, SettingsError
 from rightrank.io.journal import Journal
@@ -88,6 +88,23 @@ def test_one_rank_is_enough_for_the_adapter_and_is_continued_with_others(
     selected = select_rank(str(model_folder), completion_file, run, settings=settings_for("training-rank"))
     assert selected.decision.reference_rank in (1, 2, 4)
     assert trial_ids(run)[: len(trained)] == trained
+
+
+def test_resize_gives_the_same_answer_from_the_same_adapter_and_data(
+    answered: Path, completion_file: Path, tmp_path: Path
+) -> None:
+    (recorded_answer,) = recorded(answered)
+    answer = recorded_answer.answer
+    options = ResizeOptions(settings=settings_for("adapter"))
+    found = resize(answered / "trials" / answer.trained_id, tmp_path / "small", data=completion_file, options=options)
+    assert found.answer is not None
+    assert (found.rank, found.answer.margin) == (answer.rank, answer.margin)
+    mine = [(one.rank, one.difference, one.difference_high) for one in found.answer.candidates]
+    assert mine == [
+        (one.rank, pytest.approx(one.difference, abs=1e-5), pytest.approx(one.difference_high, abs=1e-5))
+        for one in answer.candidates
+        if one.how != "recovered"
+    ]
 
 
 def test_the_same_folder_goes_on_to_the_training_rank(

@@ -99,22 +99,26 @@ def ensure_moments(runtime: Runtime, arm: Arm, adapter: Path, path: Path) -> tup
     gathered = Gathered({}, 0, 0, () if plain else ("an initialisation with a frozen half is truncated by plain SVD",))
     if plain:
         trained = arm.model_copy(update={"rank": adapter_rank(adapter), "steps": runtime.steps, "truncate_from": None})
-        unseen = runtime.batch_plan(arm.seed, 2 * runtime.steps)[runtime.steps :]
+        examples = unseen_first(runtime, arm.seed, runtime.steps)
         with runtime.arm(trained) as peft_model:
             restore_adapter(peft_model, adapter)
-            examples = [index for batch in unseen for index in batch]
-            gathered = gather_moments(runtime, peft_model, examples, moment_tokens(runtime))
+            gathered = gather_moments(runtime, peft_model, examples, moment_tokens(runtime, runtime.steps))
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
         save_moments(temporary, gathered.moments)
     return gathered.notices
 
 
-def moment_tokens(runtime: Runtime) -> int:
-    """`MOMENT_TOKENS`, or the share of a training's tokens that gathering may take where that is less."""
+def unseen_first(runtime: Runtime, seed: int, steps: int) -> list[int]:
+    """Numbers of training examples in the order that a training of `seed` reads after its `steps`."""
+    return [index for batch in runtime.batch_plan(seed, 2 * steps)[steps:] for index in batch]
+
+
+def moment_tokens(runtime: Runtime, steps: int) -> int:
+    """`MOMENT_TOKENS`, or the share of the tokens of `steps` that gathering may take where that is less."""
     encoded = runtime.examples("train")
     mean = sum(encoded[index].length for index in range(min(len(encoded), 256))) / min(len(encoded), 256)
-    training = runtime.steps * runtime.settings.items_per_step * mean
+    training = steps * runtime.settings.items_per_step * mean
     return max(1, min(MOMENT_TOKENS, int(MAX_SHARE * training)))
 
 

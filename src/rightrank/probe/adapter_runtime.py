@@ -122,7 +122,15 @@ def train_attached(runtime: Runtime, peft_model: Any, learning_rate: float, seed
 
 
 def finished_trial(
-    name: str, rank: int, scores: Scores, metric: str, *, seed: int = 0, steps: int = 0, learning_rate: float = 0.0
+    name: str,
+    rank: int,
+    scores: Scores,
+    metric: str,
+    *,
+    seed: int = 0,
+    steps: int = 0,
+    learning_rate: float = 0.0,
+    truncate_from: str | None = None,
 ) -> TrialFinished:
     """Held-out scores as a record that `decide` reads."""
     return TrialFinished(
@@ -132,6 +140,7 @@ def finished_trial(
         lora_alpha=1.0,
         seed=seed,
         steps=steps,
+        truncate_from=truncate_from,
         value=scores.metrics[metric],
         metrics=scores.metrics,
         item_losses=scores.losses,

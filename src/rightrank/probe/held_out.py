@@ -1,20 +1,23 @@
-"""`resize --data`: the smallest rank whose held-out loss is not worse by the margin, by the rule of `decide`.
+"""`resize --data`: the smallest truncation that is not worse than the adapter by the margin, by the rule of `select`.
 
 Every candidate is truncated by K-FAC over training examples, written as an adapter folder, attached to the base by PEFT,
-and measured on the same examples. With recovery, every candidate and the reference are trained for the same steps on the
-same batches.
+and measured on the same examples. With recovery, each is also trained for the same steps on the same batches, and so is the
+adapter itself: the reference is the better of the adapter as it is and after these steps.
 """
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from rightrank.decision import decide, table_of
-from rightrank.engine.covariances import MOMENT_TOKENS, Gathered, gather_moments
+from rightrank.decision.adapter import adapter_answer
+from rightrank.decision.adapter_files import Question
+from rightrank.decision.metrics import higher_is_better
+from rightrank.engine.covariances import Gathered, gather_moments, moment_tokens, unseen_first
 from rightrank.engine.evaluation import Scores
 from rightrank.engine.runtime import Runtime
 from rightrank.exports.servers import max_module_rank
@@ -25,7 +28,7 @@ from rightrank.maths.truncation import Moments, components, shared_ranks
 from rightrank.probe.adapter_runtime import adapter_attached, finished_trial, train_attached
 from rightrank.probe.rank_choice import RankChoice
 from rightrank.probe.resized_adapter import write_resized
-from rightrank.records import Decision, TrialFinished
+from rightrank.records import AdapterAnswer, TrialFinished
 from rightrank.records.probe import HeldOut, Resized
 from rightrank.settings import DtypeName
 
@@ -51,13 +54,12 @@ class Candidates:
 
 @dataclass(frozen=True, slots=True)
 class TruncationCurve:
-    """Held-out results by rank, with the base as rank 0, and the decision on them."""
+    """Held-out results by rank, with the base as rank 0, and the answer that they give."""
 
     trials: list[TrialFinished]
     written: dict[int, Resized]
     gathered: Gathered
-    decision: Decision
-    rank: int
+    answer: AdapterAnswer
 
 
 def resize_by_data(
@@ -75,28 +77,26 @@ def resize_by_data(
     """
     require_absent(out)
     curve = truncation_curve(adapter, runtime, candidates, working)
-    chosen = open_adapter(working / f"r{curve.rank}")
+    answer = curve.answer
+    chosen = open_adapter(working / answer.trial_id)
     write_adapter(out, chosen.config, {key: _in_dtype(adapter, chosen, key, candidates.dtype) for key in chosen.keys})
-    resized = curve.written[curve.rank]
-    recovery = candidates.recovery
+    resized = curve.written[answer.rank]
     notes = [*resized.notes, *curve.gathered.notices]
     if curve.gathered.moments:
         notes.append(f"truncated by K-FAC over {curve.gathered.tokens} tokens of the training split")
-    if curve.rank == max(module.rank for module in adapter.modules):
-        notes.append("no lower rank is shown to lose less than the margin, so the adapter keeps its rank")
-    if recovery is not None:
+    if answer.how == "recovered":
         notes.append("recovered: the error is that of the truncation, before training")
+    recovery = candidates.recovery
     return resized.model_copy(
         update={
             "out": str(out),
-            "rank": curve.rank,
+            "rank": answer.rank,
             "bytes_after": chosen.weights.stat().st_size,
-            "chosen_by": f"data, margin {curve.decision.margin:g}"
-            + (f", {recovery.steps} recovery steps" if recovery else ""),
+            "chosen_by": f"data, margin {answer.margin:g}" + (f", {recovery.steps} recovery steps" if recovery else ""),
             "held_out": [
                 HeldOut(rank=trial.rank, value=trial.value, recovered_steps=trial.steps) for trial in curve.trials
             ],
-            "decision": curve.decision,
+            "answer": answer,
             "notes": notes,
         }
     )
@@ -119,27 +119,47 @@ def truncation_curve(
         ModelError: the adapter does not fit the base.
         RunError: recovery diverged.
     """
-    metric, recovery = runtime.settings.metric, candidates.recovery
     gathered = _moments(adapter, runtime)
+    metric = runtime.settings.metric
     trials = [finished_trial("base", 0, runtime.evaluate("selection"), metric)]
     written: dict[int, Resized] = {}
+    top = max(candidates.ranks)
     for rank in sorted(candidates.ranks, reverse=True):
-        folder = working / f"r{rank}"
+        plain = working / f"r{rank}"
         written[rank] = write_resized(
-            adapter, folder, capped(adapter, rank, gathered.moments), candidates.dtype, gathered.moments
+            adapter, plain, capped(adapter, rank, gathered.moments), candidates.dtype, gathered.moments
         )
-        scores = measure(runtime, folder, recovery)
-        trials.append(finished_trial(f"r{rank}", rank, scores, metric, steps=recovery.steps if recovery else 0))
+        parent = None if rank == top else f"r{top}"
+        trials.append(finished_trial(plain.name, rank, measure(runtime, plain), metric, truncate_from=parent))
+        if candidates.recovery is not None:
+            recovered = working / f"r{rank}-recovered"
+            shutil.copytree(plain, recovered)
+            scores, steps = measure(runtime, recovered, candidates.recovery), candidates.recovery.steps
+            trials.append(finished_trial(recovered.name, rank, scores, metric, steps=steps, truncate_from=f"r{top}"))
         candidates.on_rank(rank, trials[-1].value)
-    decision = decide(table_of(trials, metric), runtime.settings.margin, token_loss=not runtime.data.is_classification)
-    return TruncationCurve(trials, written, gathered, decision, decision.fallback_rank)
+    return TruncationCurve(trials, written, gathered, _answer(trials, runtime))
+
+
+def _answer(trials: Sequence[TrialFinished], runtime: Runtime) -> AdapterAnswer:
+    metric = runtime.settings.metric_name
+    question = Question(
+        metric, higher_is_better(metric), runtime.settings.margin, token_loss=not runtime.data.is_classification
+    )
+    answer = adapter_answer(trials, question)
+    assert answer is not None  # there is a top and at least one truncation of it
+    return answer
 
 
 def _moments(adapter: AdapterFolder, runtime: Runtime) -> Gathered:
-    """Moments over the training split; which of its examples the adapter was trained on is not known."""
-    examples = [index for indices in runtime.batch_plan(0, len(runtime.examples("train"))) for index in indices]
+    """Moments over the examples that `select` reads after a training with these settings.
+
+    Which examples another training saw is not known.
+    """
+    settings = runtime.settings
+    steps = settings.training_steps(len(runtime.examples("train")))
+    examples = unseen_first(runtime, settings.seeds[0], steps)
     with adapter_attached(runtime, adapter.path) as peft_model:
-        return gather_moments(runtime, peft_model, list(dict.fromkeys(examples)), MOMENT_TOKENS)
+        return gather_moments(runtime, peft_model, examples, moment_tokens(runtime, steps))
 
 
 def capped(adapter: AdapterFolder, rank: int, moments: Mapping[str, Moments] | None = None) -> RankChoice:

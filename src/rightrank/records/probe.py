@@ -6,8 +6,8 @@ from typing import Literal, TypeAlias
 
 from pydantic import Field
 
+from rightrank.records.adapter import AdapterAnswer
 from rightrank.records.base import Record
-from rightrank.records.decision import Decision
 
 ModuleKind: TypeAlias = Literal["linear", "embedding", "convolution", "matrix"]
 
@@ -91,7 +91,7 @@ class Resized(Record):
     bytes_after: int
     chosen_by: str
     held_out: list[HeldOut] = Field(default_factory=list)
-    decision: Decision | None = None
+    answer: AdapterAnswer | None = None  # with data: the truncation that is enough, and every candidate
     notes: list[str] = Field(default_factory=list)
 
 

@@ -8,8 +8,9 @@ from typing import TypeAlias
 from rich.console import Console
 from rich.table import Table
 
+from rightrank.records import AdapterAnswer
 from rightrank.records.probe import Allocation, Inspection, ModuleSpectrum, Resized, ResizedTogether
-from rightrank.report.figures import ENOUGH
+from rightrank.report.adapter_view import candidate_table
 from rightrank.report.spectrum_figures import Statistic, spectrum_map
 from rightrank.report.terminal_figures import terminal_map
 
@@ -124,26 +125,22 @@ def print_resized(console: Console, resized: Resized) -> None:
         f"error of ΔW {resized.relative_delta_error:.3g} of its norm; worst {worst.relative_delta_error:.3g} "
         f"({worst.name}, rank {worst.from_rank} → {worst.rank})",
     )
-    if resized.decision is not None:
-        console.print(held_out_table(resized))
-        _print(console, resized.decision.sentence)
+    if resized.answer is not None:
+        console.print(_candidates(resized.answer))
+        for sentence in (resized.answer.sentence, *resized.answer.notes):
+            _print(console, sentence)
     for note in resized.notes:
         _print(console, f"note: {note}")
 
 
-def held_out_table(resized: Resized) -> Table:
-    """Held-out results of the truncations, compared with the best one."""
+def _candidates(answer: AdapterAnswer) -> Table:
+    """The truncations, compared with the adapter."""
+    heading, *rows = candidate_table(answer, "held-out")
     table = Table(box=None, header_style="bold", pad_edge=False)
-    for heading in ("rank", "held-out", "worse by", "95% bound", "enough"):
-        table.add_column(heading, justify="right")
-    for evidence in resized.decision.ranks if resized.decision else []:
-        table.add_row(
-            "base" if evidence.rank == 0 else str(evidence.rank),
-            f"{evidence.value:.4f}",
-            "" if evidence.difference is None else f"{evidence.difference:+.4f}",
-            "" if evidence.difference_high is None else f"{evidence.difference_high:+.4f}",
-            ENOUGH[evidence.non_inferior],
-        )
+    for name in heading:
+        table.add_column(name, justify="right")
+    for row in rows:
+        table.add_row(*row)
     return table
 
 

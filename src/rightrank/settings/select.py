@@ -236,6 +236,12 @@ class SelectSettings(BaseModel):
     def items_per_step(self) -> int:
         return self.batch_size * self.gradient_accumulation_steps
 
+    def training_steps(self, train_examples: int) -> int:
+        """Optimizer steps of every arm: `max_steps`, or `num_train_epochs` (1 by default) passes over the data."""
+        if self.max_steps is not None:
+            return self.max_steps
+        return max(1, round((self.num_train_epochs or 1.0) * train_examples / self.items_per_step))
+
 
 def _distinct(values: tuple[Any, ...], name: str) -> tuple[Any, ...]:
     if not values:
