@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType, NoneType
 from typing import Literal, get_args, get_origin, get_type_hints
@@ -97,6 +97,9 @@ def test_watching_is_the_earlier_name_of_observer() -> None:
     assert rightrank.Watching is rightrank.Observer
 
 
+OTHER_KINDS: dict[str, set[object]] = {"memory_bytes": {str}, "columns": {Mapping}}  # that become the setting's own
+
+
 def type_checked(folder: Path, *scripts: str) -> str:
     """What mypy says, with the project's own settings (strict), so that its cache serves."""
     files = [folder / f"script_{number}.py" for number in range(len(scripts))]
@@ -125,13 +128,16 @@ def test_keywords_are_the_command_s_options_and_settings_of_that_type() -> None:
     assert keywords.keys() == options - NOT_SETTINGS
     for name, hint in keywords.items():
         setting = SelectSettings.model_fields[name].annotation
-        assert plain(hint) <= plain(setting) | ({str} if name == "memory_bytes" else set()), name
+        allowed = plain(setting) | {one for kind in plain(setting) if isinstance(kind, tuple) for one in kind[1:]}
+        assert plain(hint) <= allowed | OTHER_KINDS.get(name, set()), name
 
 
 def plain(hint: object) -> set[object]:
     """The types in a hint, a sequence and a tuple taken for the same."""
     if get_origin(hint) in (Sequence, tuple):
         return {(Sequence, *plain(get_args(hint)[0]))}
+    if get_origin(hint) is Mapping:
+        return {Mapping}
     if get_origin(hint) is Literal:
         return set(get_args(hint))
     parts = get_args(hint)

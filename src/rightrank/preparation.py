@@ -166,9 +166,9 @@ def _require_metrics_fit(settings: SelectSettings, form: DataForm) -> None:
             raise SettingsError(
                 f"metric {spec.name!r} needs `text` and `label`; the data has the form {form!r}: give metric 'loss'"
             )
-        if form == "text" and spec.needs_answers:
+        if form in ("text", "tokens") and spec.needs_answers:
             raise SettingsError(
-                f"metric {spec.name!r} needs the model to write for a prompt, and the data has only `text`: "
+                f"metric {spec.name!r} needs the model to write for a prompt, and the data has the form {form!r}: "
                 "give `prompt` and `completion`, or metric 'loss'"
             )
 

@@ -44,6 +44,12 @@ SELECT_OPTIONS = [
         help="The metric that decides: loss (default), accuracy, exact_match, f1, rougeL, …: docs/how-to/metrics.md.",
     ),
     click.option("--metrics", multiple=True, metavar="METRIC", help="A further metric to measure; may be repeated."),
+    click.option(
+        "--columns",
+        callback=comma,
+        help="Columns of DATA with other names, such as prompt=question,completion=answer.",
+    ),
+    click.option("--validation", metavar="FILE", help="File whose rows are the validation split."),
     click.option("--max-steps", type=int, help="Optimizer steps of each training (default: one epoch)."),
     click.option("--target-modules", callback=comma, help="Module names, or all-linear (default)."),
     click.option("--layers-to-transform", callback=comma, help="Layer numbers, such as 26,27 (default: all)."),
@@ -105,8 +111,9 @@ def select(
 ) -> None:
     """Train a range of LoRA ranks on DATA and hand over the smallest that is enough.
 
-    MODEL is a model folder, a GGUF file or a hub name. DATA is a JSONL, CSV or Parquet file, or a folder, with
-    `text`; `prompt` and `completion`; `messages`; or `text` and `label`.
+    MODEL is a model folder, a GGUF file or a hub name. DATA is a JSONL, CSV or Parquet file, a folder, or the hub name
+    of a data set, with `text`; `prompt` and `completion`; `messages`; `text` and `label`; or `input_ids`. Alpaca,
+    ShareGPT and question/answer are recognised; --columns names other columns.
     """
     if matrix is not None:
         if model is not None:

@@ -37,7 +37,7 @@ class EncodedData:
     @property
     def longest(self) -> int:
         """Tokens of the longest example."""
-        return max(int(lengths_of(examples).max()) for examples in self.splits.values())
+        return max(int(lengths_of(examples).max(initial=0)) for examples in self.splits.values())
 
 
 def encode(data: DataSplits, model: LoadedModel, settings: SelectSettings, folder: Path | None = None) -> EncodedData:
@@ -47,14 +47,14 @@ def encode(data: DataSplits, model: LoadedModel, settings: SelectSettings, folde
         DataError: the chat template is missing or rewrites earlier turns, or a split has no label within `seq_len`.
     """
     limit = settings.seq_len
-    encoder = _Encoder(model.tokenizer, data.form, data.classes)
+    encoder = _Encoder(model.tokenizer, data.form, data.classes, model.model.get_input_embeddings().num_embeddings)
     splits: dict[SplitName, Sequence[EncodedExample]] = {}
     summaries: dict[str, SplitSummary] = {}
     for split in SPLITS:
         count = _Count()
         pieces = _encode_split(encoder, data.examples[split], limit, settings.long_items, count)
         encoded = TokenStore(pieces, folder)
-        if not encoded:
+        if not encoded and data.examples[split]:
             shown = "validation" if split == "selection" else split
             raise DataError(
                 f"the {shown} split has no label token left after tokenising ({len(data.examples[split])} examples, "
@@ -76,6 +76,10 @@ def encode(data: DataSplits, model: LoadedModel, settings: SelectSettings, folde
         classes=data.classes,
         unreadable=data.unreadable,
         control_characters=data.control_characters,
+        rows=data.rows,
+        repeated=data.repeated,
+        not_evaluated=data.not_evaluated,
+        shape=data.shape,
     )
     return EncodedData(splits, {"selection": data.examples["selection"], "test": data.examples["test"]}, summary)
 
@@ -121,8 +125,9 @@ def _encode_split(
 class _Encoder:
     """example → (input_ids, labels), for one tokenizer and one form of data."""
 
-    def __init__(self, tokenizer: Any, form: DataForm, classes: list[str] | None) -> None:
+    def __init__(self, tokenizer: Any, form: DataForm, classes: list[str] | None, vocabulary: int) -> None:
         self._tokenizer = tokenizer
+        self._vocabulary = vocabulary
         self._form = form
         self._class_index = {name: index for index, name in enumerate(classes or [])}
         self.is_classification = form == "classification"
@@ -139,9 +144,24 @@ class _Encoder:
             ids = self._ids(content["text"]) if content["text"] else []
             ids = self._end(ids)
             return ids, list(ids)
+        if self._form == "tokens":
+            return self._known(content["input_ids"], example.where), self._known(content["labels"], example.where)
         if self._form == "messages":
             return self._conversation(content["messages"], 0, example.where)
         return self._prompt_completion(content["prompt"], content["completion"], example.where)
+
+    def _known(self, ids: list[int], where: str) -> list[int]:
+        """Token ids or labels of the data.
+
+        Raises:
+            DataError: one that the model does not have.
+        """
+        wrong = next((token for token in ids if token != IGNORED and not 0 <= token < self._vocabulary), None)
+        if wrong is not None:
+            raise DataError(
+                f"{where}: token {wrong}, and the model has 0 to {self._vocabulary - 1}; tokenise with this model's tokenizer"
+            )
+        return ids
 
     def _prompt_completion(self, prompt: Any, completion: Any, where: str) -> tuple[list[int], list[int]]:
         if isinstance(prompt, list) or isinstance(completion, list):

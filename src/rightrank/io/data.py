@@ -22,11 +22,12 @@ from rightrank.errors import DataError
 from rightrank.io.example_store import Example, ExampleStore
 from rightrank.io.reading import is_text
 from rightrank.io.rows import Row, RowsBySplit, read_rows, rows_from_memory
+from rightrank.io.shapes import shape_of
 from rightrank.records import SplitName
 from rightrank.records.base import split_name
 from rightrank.settings import SelectSettings
 
-DataForm: TypeAlias = Literal["text", "prompt_completion", "messages", "classification"]
+DataForm: TypeAlias = Literal["text", "prompt_completion", "messages", "classification", "tokens"]
 SPLITS: tuple[SplitName, ...] = ("train", "selection", "test")
 HELD_OUT: tuple[SplitName, ...] = ("selection", "test")
 
@@ -37,6 +38,7 @@ COLUMNS: dict[DataForm, tuple[str, ...]] = {  # the first form whose columns all
     "prompt_completion": ("prompt", "completion"),
     "classification": ("text", "label"),
     "text": ("text",),
+    "tokens": ("input_ids", "labels"),
 }
 
 
@@ -52,6 +54,10 @@ class DataSplits:
     classes: list[str] | None  # classification: the labels, sorted
     unreadable: int = 0  # rows left out because of lone surrogates, which no tokenizer accepts
     control_characters: int = 0  # examples with control characters; they are kept
+    rows: int = 0  # that were read
+    repeated: int = 0  # held-out rows left out because another row is equal
+    not_evaluated: int = 0  # held-out rows beyond the number that is evaluated
+    shape: str | None = None  # how rows of another shape got the form's columns
 
 
 def load_data(source: Path | Any, settings: SelectSettings, folder: Path | None = None) -> DataSplits:
@@ -64,7 +70,9 @@ def load_data(source: Path | Any, settings: SelectSettings, folder: Path | None 
     """
     rows = read_rows(source) if isinstance(source, Path) else rows_from_memory(source)
     name = str(source) if isinstance(source, Path) else "the data"
-    form, rows = _detect_form(rows, name)
+    if settings.validation:
+        rows = _with_validation(rows, Path(settings.validation), name)
+    form, shape, rows = _detect_form(rows, name, settings.columns)
     given = None not in rows
     builder = _SplitBuilder(form, settings, folder)
     for split, example in _placed(rows, form, settings, builder):
@@ -75,13 +83,26 @@ def load_data(source: Path | Any, settings: SelectSettings, folder: Path | None 
         "test": builder.held_out["test"].examples(),
     }
     _check_sizes(examples, settings, name, given)
+    held_out = {split: builder.held_out[split] for split in HELD_OUT}
     classes = _classes(builder.labels, examples, name) if form == "classification" else None
     control = builder.control_characters + sum(
         _has_control(example.content) for split in HELD_OUT for example in examples[split]
     )
     across = builder.duplicates_across()
+    distinct = {split: len(np.unique(np.frombuffer(held.ids, np.uint64))) for split, held in held_out.items()}
     return DataSplits(
-        form, examples, given, across, _fingerprint(builder, examples), classes, builder.unreadable, control
+        form,
+        examples,
+        given,
+        across,
+        _fingerprint(builder, examples),
+        classes,
+        builder.unreadable,
+        control,
+        rows=len(builder.train) + sum(len(held.ids) for held in held_out.values()) + builder.unreadable,
+        repeated=sum(len(held.ids) - distinct[split] for split, held in held_out.items()),
+        not_evaluated=sum(distinct[split] - len(examples[split]) for split in HELD_OUT),
+        shape=shape,
     )
 
 
@@ -145,8 +166,22 @@ def _fingerprint(builder: _SplitBuilder, examples: Mapping[SplitName, Sequence[E
     return digest.hexdigest()
 
 
-def _detect_form(rows: RowsBySplit, name: str) -> tuple[DataForm, RowsBySplit]:
-    """The form of the first row, and all rows including the first."""
+def _with_validation(rows: RowsBySplit, file: Path, name: str) -> RowsBySplit:
+    """`rows` with the rows of `file` as the validation split; what was not split yet is the train split.
+
+    Raises:
+        DataError: `rows` have a validation split already.
+    """
+    if "selection" in rows:
+        raise DataError(f"{name}: has a validation split, and validation names {file}; give one of them")
+    found = read_rows(file)
+    chosen = found["selection"] if "selection" in found else chain.from_iterable(found.values())
+    others: RowsBySplit = {"train" if split is None else split: read for split, read in rows.items()}
+    return {**others, "selection": chosen}
+
+
+def _detect_form(rows: RowsBySplit, name: str, named: Sequence[str]) -> tuple[DataForm, str | None, RowsBySplit]:
+    """The form of the first row, how rows get its columns, and all rows with these columns."""
     first: Row | None = None
     begun: RowsBySplit = {}
     for split, found in rows.items():
@@ -155,12 +190,20 @@ def _detect_form(rows: RowsBySplit, name: str) -> tuple[DataForm, RowsBySplit]:
         first = first or row
     if first is None:
         raise DataError(f"{name}: no rows; give at least one row of text")
+    known = {column for columns in COLUMNS.values() for column in columns} | {"group"}
+    shape = shape_of(first, named, known)
+    changed = first if shape is None else shape(first)
+    if shape is not None:
+        begun = {split: map(shape, found) for split, found in begun.items()}
     for form, columns in COLUMNS.items():
-        if all(column in first.fields for column in columns):
-            return form, begun
-    known = "; or ".join(", ".join(f"`{column}`" for column in columns) for columns in COLUMNS.values())
+        if all(column in changed.fields for column in columns):
+            return form, None if shape is None else shape.name, begun
+    allowed = "; or ".join(", ".join(f"`{column}`" for column in columns) for columns in COLUMNS.values())
     found_columns = ", ".join(f"`{column}`" for column in first.fields) or "none"
-    raise DataError(f"{first.where}: no known columns: found {found_columns}; give {known}")
+    raise DataError(
+        f"{first.where}: no known columns: found {found_columns}; give {allowed}, or name yours: "
+        "--columns prompt=question,completion=answer"
+    )
 
 
 def _placed(
@@ -212,7 +255,8 @@ def _taken_from_train(rows: RowsBySplit, example: Example, settings: SelectSetti
 def _check_sizes(
     examples: Mapping[SplitName, Sequence[Example]], settings: SelectSettings, name: str, given: bool
 ) -> None:
-    needed: dict[SplitName, int] = {"train": settings.items_per_step, "selection": 2, "test": 2}
+    least_test = 2 if settings.test_fraction or examples["test"] else 0
+    needed: dict[SplitName, int] = {"train": settings.items_per_step, "selection": 2, "test": least_test}
     for split, least in needed.items():
         if len(examples[split]) < least:
             remedy = (
@@ -286,7 +330,14 @@ def _kind(value: Any) -> str:
     return "nothing" if value is None else f"a {type(value).__name__}" if value != "" else "an empty string"
 
 
+def _check_tokens(value: Any, where: str) -> None:
+    if not isinstance(value, list) or not all(type(token) is int for token in value):
+        raise DataError(f"{where}: got {_kind(value)}; give a list of integers")
+
+
 _CHECKS: dict[str, Callable[[Any, str], None]] = {
+    "input_ids": _check_tokens,
+    "labels": _check_tokens,
     "text": _check_text,
     "prompt": _check_prompt,
     "completion": _check_prompt,

@@ -6,6 +6,7 @@ A row is a mapping with its origin, so that every error can name file and line.
 from __future__ import annotations
 
 import csv
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,7 +14,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from rightrank.errors import DataError
+from rightrank.errors import DataError, first_line
+from rightrank.io.hub import hub_errors
 from rightrank.io.reading import UnreadableError, kind_of, parse_json, read_json_object
 from rightrank.records import SplitName
 
@@ -33,6 +35,8 @@ SPLIT_NAMES: dict[str, SplitName] = {
 ALWAYS_ALLOWED_ROWS, MAX_ROWS_PER_BYTE = 1_000_000, 4
 ALWAYS_ALLOWED_BYTES, MAX_GROWTH = 2**28, 200
 MAX_LINE_CHARACTERS = 2**26  # of a JSONL line; 64 MiB in one example is a mistake
+HUB_SECONDS = 10.0  # for the hub to answer
+_HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(:[\w.-]+)?")
 _CSV_FIELD_LIMIT = 2**24  # characters
 
 
@@ -57,6 +61,8 @@ def read_rows(source: Path) -> RowsBySplit:
         DataError: no such file, or none of a known type; while iterating: a row that can't be read.
     """
     found_kind = kind_of(source)
+    if found_kind == "missing" and is_hub_name(str(source)):
+        return _hub_rows(str(source))
     if found_kind == "missing":
         raise DataError(f"{source}: no such file or folder; give {_types_allowed()}")
     if found_kind == "other":
@@ -204,6 +210,34 @@ def _require_plausible_size(path: Path, metadata: Any) -> None:
         raise DataError(f"{path}: {metadata.num_rows:,} rows in {size:,} bytes are implausible; write the file again")
     if grown > max(ALWAYS_ALLOWED_BYTES, MAX_GROWTH * size):
         raise DataError(f"{path}: {size:,} bytes that expand to {grown:,} are implausible; write the file again")
+
+
+def is_hub_name(name: str) -> bool:
+    """Whether `name` can be that of a data set on the hub: OWNER/NAME or OWNER/NAME:CONFIG."""
+    return bool(_HUB_NAME.fullmatch(name)) and Path(name).suffix.lower() not in FILE_TYPES
+
+
+def _hub_rows(name: str) -> RowsBySplit:
+    """Rows of a data set on the hub, downloaded or from the cache, without decoding.
+
+    Raises:
+        DataError: no file of this name, and no data set that can be reached.
+    """
+    import datasets
+    from huggingface_hub import HfApi
+    from huggingface_hub.constants import HF_HUB_OFFLINE
+
+    repository, _, config = name.partition(":")
+    try:
+        if not HF_HUB_OFFLINE:
+            HfApi().dataset_info(repository, timeout=HUB_SECONDS)  # one try: load_dataset retries for a minute
+        loaded: Any = datasets.load_dataset(repository, config or None)
+    except (*hub_errors(), ValueError, LookupError, datasets.exceptions.DatasetsError) as error:
+        raise DataError(
+            f"{name}: no such file or folder, and not read as a data set of the hub ({first_line(error)}); "
+            f"give {_types_allowed()}, or OWNER/NAME of a data set that can be reached"
+        ) from None
+    return rows_from_memory({split: _plain_rows(table, Path(name)) for split, table in loaded.items()})
 
 
 def _is_saved_dataset(folder: Path) -> bool:

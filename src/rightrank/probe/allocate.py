@@ -142,6 +142,8 @@ def _check(options: AllocateOptions) -> None:
         raise SettingsError(
             f"--seeds: got {len(options.seeds)}; give two or more, since a single seed does not show the seed noise"
         )
+    if options.settings.test_fraction == 0:
+        raise SettingsError("test_fraction 0 leaves no test split, which allocate compares on; give one above 0")
     if options.settings.scaling == "constant":
         raise SettingsError("scaling 'constant' needs another alpha at each rank; give 'alpha/r' or 'alpha/sqrt(r)'")
     if options.pattern is None and options.by not in MEASURES:

@@ -25,13 +25,19 @@ class SplitSummary(Record):
 class DataSummary(Record):
     """How the data was read."""
 
-    form: Literal["text", "prompt_completion", "messages", "classification", "own"]  # own: read by a custom trainer
+    form: Literal[
+        "text", "prompt_completion", "messages", "classification", "tokens", "own"
+    ]  # own: read by a custom trainer
     splits: dict[str, SplitSummary]
     splits_given: bool
     duplicates_across_splits: Whole
     classes: list[str] | None = None
     unreadable: Whole = 0  # rows left out because of lone surrogates, which no tokenizer accepts
     control_characters: Whole = 0  # examples with control characters; they are kept
+    rows: Whole = 0  # that were read; 0 in journals of earlier versions
+    repeated: Whole = 0  # held-out rows left out because another row is equal
+    not_evaluated: Whole = 0  # held-out rows beyond the number that is evaluated
+    shape: str | None = None  # how rows of another shape got the form's columns
 
 
 class RunStarted(Record):

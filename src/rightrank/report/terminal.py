@@ -10,7 +10,7 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
-from rightrank.records import RunEvent, RunStarted, TrialOutcome
+from rightrank.records import DataSummary, RunEvent, RunStarted, TrialOutcome
 from rightrank.records.base import split_name
 from rightrank.report.format import quantity
 from rightrank.report.progress import Progress
@@ -116,23 +116,28 @@ def make_view(console: Console, quiet: bool) -> LiveView | PlainView:
 def plan_line(started: RunStarted, steps: int) -> str:
     splits = started.data.splits
     counts = ", ".join(f"{summary.items} {split_name(name)}" for name, summary in splits.items())
-    truncated = sum(summary.truncated for summary in splits.values())
-    dropped = sum(summary.dropped for summary in splits.values())
-    notes = []
-    if truncated:
-        notes.append(f"{truncated} truncated to the maximum length")
-    if dropped:
-        notes.append(f"{dropped} dropped, no label token left")
-    if started.data.unreadable:
-        notes.append(f"{started.data.unreadable} rows skipped: lone surrogates, which no tokenizer accepts")
-    if started.data.control_characters:
-        notes.append(f"{started.data.control_characters} examples with control characters")
-    if started.data.duplicates_across_splits:
-        notes.append(f"{started.data.duplicates_across_splits} exact duplicates across splits")
+    notes = left_out(started.data)
+    read = f"{started.data.rows:,} rows; " if started.data.rows else ""
+    form = started.data.form + (f" (from {started.data.shape})" if started.data.shape else "")
     return (
-        f"examples: {counts}{' (' + '; '.join(notes) + ')' if notes else ''}; form: {started.data.form}; "
+        f"{read}examples: {counts}{' (' + '; '.join(notes) + ')' if notes else ''}; form: {form}; "
         f"trainings of {steps} steps on {started.environment['device']}"
     )
+
+
+def left_out(data: DataSummary) -> list[str]:
+    """What was left out, truncated or found doubtful while reading, with its number."""
+    splits = data.splits.values()
+    counts = (
+        (data.repeated, "equal held-out rows left out"),
+        (data.not_evaluated, "held-out rows not evaluated, beyond --eval-items"),
+        (sum(summary.truncated for summary in splits), "truncated to the maximum length"),
+        (sum(summary.dropped for summary in splits), "dropped, no label token left"),
+        (data.unreadable, "rows skipped: lone surrogates, which no tokenizer accepts"),
+        (data.control_characters, "examples with control characters"),
+        (data.duplicates_across_splits, "exact duplicates across splits"),
+    )
+    return [f"{count:,} {what}" for count, what in counts if count]
 
 
 def resume_line(outcomes: Sequence[TrialOutcome]) -> str:

@@ -78,7 +78,9 @@ def finalize(prepared: PreparedSelection, decision: Decision | None) -> Selected
 
 
 def _read_test_split(prepared: PreparedSelection, trial_ids: Sequence[str]) -> None:
-    """Evaluate trials on the test split, each once in a run."""
+    """Evaluate trials on the test split, each once in a run; without a test split, none."""
+    if not prepared.prepared.runtime.examples("test"):
+        return
     trials = {trial.trial_id: trial for trial in prepared.selection.records.finished()}
     for trial_id in dict.fromkeys(trial_ids):
         _evaluate_on_test_split(prepared.selection, prepared.prepared.runtime, trials[trial_id])

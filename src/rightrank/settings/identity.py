@@ -49,7 +49,7 @@ def with_identity_of(values: Mapping[str, Any], begun: Mapping[str, Any]) -> dic
     Two spellings of one path, such as `model` and `./model`, are the same.
     """
     kept = {name: begun[name] for name in CONTINUABLE if name in begun}
-    for name in ("model", "data"):
+    for name in ("model", "data", "validation"):
         if name in begun and _is_same_place(values.get(name), begun[name]):
             kept[name] = begun[name]
     return {**values, **kept}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal, TypedDict
 
 from rightrank.settings.select import Goal
@@ -14,16 +14,18 @@ class SelectKeywords(TypedDict, total=False):
 
     goal: Goal
     strategy: str
-    ranks: Sequence[int]
-    learning_rates: Sequence[float]
-    seeds: Sequence[int]
-    sweep: Sequence[str]
+    ranks: Sequence[int] | int
+    learning_rates: Sequence[float] | float
+    seeds: Sequence[int] | int
+    sweep: Sequence[str] | str
     margin: float
     metric: str
-    metrics: Sequence[str]
+    metrics: Sequence[str] | str
+    columns: Mapping[str, str] | Sequence[str]  # {"prompt": "question"} or ["prompt=question"]
+    validation: str
     max_steps: int
-    target_modules: Sequence[str]
-    layers_to_transform: Sequence[int]
+    target_modules: Sequence[str] | str
+    layers_to_transform: Sequence[int] | int
     lora_alpha: float
     batch_size: int
     seq_len: int
@@ -36,4 +38,4 @@ class SelectKeywords(TypedDict, total=False):
     executor: Literal["local", "processes", "ray"]
     workers: int
     ray_address: str
-    report_to: Sequence[str]
+    report_to: Sequence[str] | str

@@ -23,6 +23,17 @@ Goal: TypeAlias = Literal["adapter", "training-rank"]
 # so that alpha = 32 means s = 2 at every rank (the common "alpha = 2r" habit).
 CONSTANT_SCALING_RANK = 16
 MAX_SEED = 2**53
+LISTS = (  # settings that take one value as well as several
+    "ranks",
+    "learning_rates",
+    "seeds",
+    "target_modules",
+    "exclude_modules",
+    "layers_to_transform",
+    "modules_to_save",
+    "report_to",
+    "columns",
+)
 
 
 class SelectSettings(BaseModel):
@@ -83,7 +94,9 @@ class SelectSettings(BaseModel):
     divergence_factor: float = Field(default=2.0, gt=1)  # diverged above this times the base's loss
 
     # the data
-    test_fraction: float = Field(default=0.1, gt=0, lt=1)
+    columns: tuple[str, ...] = ()  # NAME=COLUMN for columns of other names, such as prompt=question
+    validation: str = ""  # a file or folder whose rows are the validation split
+    test_fraction: float = Field(default=0.1, ge=0, lt=1)  # 0 for no test split
     validation_fraction: float = Field(default=0.1, gt=0, lt=1)
     long_items: Literal["truncate", "split"] = "truncate"
     eval_items: int = Field(default=200, gt=1)  # at most, on the validation and on the test split
@@ -115,10 +128,32 @@ class SelectSettings(BaseModel):
     trust_remote_code: bool = False
     report_to: tuple[str, ...] = ()  # trackers that log every trial: trackio, wandb, mlflow, tensorboard
 
-    @field_validator("metrics", "lower_is_better", "report_to", mode="before")
+    @field_validator("metrics", "lower_is_better", "sweep", mode="before")
     @classmethod
     def _one_or_several(cls, value: object) -> object:
         return (value,) if isinstance(value, str) else value
+
+    @field_validator("columns", mode="before")
+    @classmethod
+    def _columns_of_a_mapping(cls, value: object) -> object:
+        return [f"{name}={column}" for name, column in value.items()] if isinstance(value, Mapping) else value
+
+    @field_validator(*LISTS, mode="before")
+    @classmethod
+    def _listed(cls, value: object) -> object:
+        """One value, or a string with commas between, as a list: `learning_rates=1e-3`, `target_modules="all-linear"`."""
+        if isinstance(value, str):
+            return [part.strip() for part in value.split(",") if part.strip()]
+        return (value,) if isinstance(value, int | float) and not isinstance(value, bool) else value
+
+    @field_validator("columns")
+    @classmethod
+    def _columns_named(cls, columns: tuple[str, ...]) -> tuple[str, ...]:
+        for entry in columns:
+            name, equals, column = entry.partition("=")
+            if not (name and equals and column):
+                raise ValueError(f"columns: got {entry!r}; give NAME=COLUMN, such as prompt=question,completion=answer")
+        return columns
 
     @field_validator("ranks")
     @classmethod

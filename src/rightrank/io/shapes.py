@@ -1,0 +1,155 @@
+"""Gives rows the columns of a form of data: columns named by hand, Alpaca, ShareGPT, question and answer, tokenised rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from rightrank.errors import DataError, did_you_mean
+from rightrank.io.rows import Row
+
+Change: TypeAlias = Callable[[Row], Mapping[str, Any]]
+
+PAIRS = (  # further names of prompt and completion, in the order in which they are looked for
+    ("prompt", "response"),
+    ("question", "answer"),
+    ("query", "response"),
+    ("instruction", "response"),
+    ("question", "response"),
+    ("input", "output"),
+)
+CONVERSATIONS = ("messages", "conversations", "conversation")
+ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+ALPACA_WITH_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
+)
+ALPACA = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Response:\n"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """How rows of one shape become rows of a form."""
+
+    name: str  # as it is reported: "alpaca", "sharegpt", "tokens", or the columns that were renamed
+    change: Change
+
+    def __call__(self, row: Row) -> Row:
+        return Row(self.change(row), row.where)
+
+
+def shape_of(first: Row, columns: Sequence[str], known: Collection[str]) -> Shape | None:
+    """How to change rows like `first`; None for rows that have a form's columns as they are.
+
+    Args:
+        first: the first row.
+        columns: `NAME=COLUMN` for each column that has another name.
+        known: the column names of all forms.
+
+    Raises:
+        DataError: `columns` names a column that no form has, or that the row lacks.
+    """
+    if not columns:
+        return _found(first.fields)
+    renamed = _renaming(first, columns, known)
+    inner = _found(renamed.change(first))
+    if inner is None:
+        return renamed
+    return Shape(renamed.name, lambda row: inner.change(renamed(row)))
+
+
+def _renaming(first: Row, columns: Sequence[str], known: Collection[str]) -> Shape:
+    names = dict(entry.split("=", 1) for entry in columns)
+    for name, column in names.items():
+        if name not in known:
+            near = did_you_mean(name, list(known))
+            raise DataError(
+                f"columns: {name!r} is no column of a form{near or '; allowed: ' + ', '.join(sorted(known))}"
+            )
+        if column not in first.fields:
+            found = ", ".join(f"`{one}`" for one in first.fields)
+            raise DataError(f"{first.where}: no column {column!r}, which columns names for `{name}`; found {found}")
+
+    def change(row: Row) -> Mapping[str, Any]:
+        return dict(row.fields) | {name: row.fields.get(column) for name, column in names.items()}
+
+    return Shape(", ".join(f"{column} → {name}" for name, column in names.items()), change)
+
+
+def _found(fields: Mapping[str, Any]) -> Shape | None:
+    conversation = next((name for name in CONVERSATIONS if name in fields), None)
+    if conversation is not None and (conversation != "messages" or _is_sharegpt(fields[conversation])):
+        return Shape("sharegpt", lambda row: {**row.fields, "messages": _messages(row, conversation)})
+    if {"prompt", "completion"} <= fields.keys() or "messages" in fields or "text" in fields:
+        return None
+    if {"instruction", "output"} <= fields.keys():
+        return Shape("alpaca", _alpaca)
+    pair = next((pair for pair in PAIRS if fields.keys() >= set(pair)), None)
+    if pair is not None:
+        prompt, completion = pair
+        names = {prompt: "prompt", completion: "completion"}
+        shown = ", ".join(f"{column} → {name}" for column, name in names.items() if column != name)
+        return Shape(
+            shown,
+            lambda row: {
+                **row.fields,
+                "prompt": row.fields.get(prompt),
+                "completion": row.fields.get(completion),
+            },
+        )
+    return Shape("tokens", _tokens) if "input_ids" in fields else None
+
+
+def _is_sharegpt(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and isinstance(value[0], Mapping) and "from" in value[0]
+
+
+def _messages(row: Row, column: str) -> Any:
+    turns = row.fields.get(column)
+    if not isinstance(turns, list) or not all(isinstance(turn, Mapping) for turn in turns):
+        return turns  # the check of `messages` reports it
+    return [dict(turn) if "role" in turn else _message(turn, row.where) for turn in turns]
+
+
+def _message(turn: Mapping[str, Any], where: str) -> dict[str, Any]:
+    role = ROLES.get(str(turn.get("from")))
+    if role is None:
+        raise DataError(
+            f"{where}: a turn is from {turn.get('from')!r}; known: {', '.join(ROLES)} (give `messages` for other roles)"
+        )
+    return {"role": role, "content": turn.get("value")}
+
+
+def _alpaca(row: Row) -> Mapping[str, Any]:
+    """The prompt of Stanford Alpaca, which axolotl's `alpaca` and others use."""
+    instruction, context = row.fields.get("instruction"), row.fields.get("input")
+    if not isinstance(instruction, str) or not isinstance(context, str | None):
+        raise DataError(f"{row.where}: `instruction` and `input` must be strings")
+    template = ALPACA_WITH_INPUT if context else ALPACA
+    prompt = template.format(instruction=instruction, input=context)
+    return {**row.fields, "prompt": prompt, "completion": row.fields.get("output")}
+
+
+def _tokens(row: Row) -> Mapping[str, Any]:
+    """`input_ids` without padding, and a label for each: `labels`, those of `completion_mask`, or all tokens."""
+    ids = row.fields.get("input_ids")
+    attended = row.fields.get("attention_mask")
+    completion = row.fields.get("completion_mask")
+    labels = row.fields.get("labels")
+    if labels is None and _are_numbers(ids) and _are_numbers(completion):
+        labels = [token if kept else -100 for token, kept in zip(ids, completion, strict=False)]
+    labels = ids if labels is None else labels
+    for name, values in {"input_ids": ids, "labels": labels, "attention_mask": attended or ids}.items():
+        if not _are_numbers(values) or len(values) != len(ids):
+            raise DataError(f"{row.where}: `{name}` must be a list of integers, one for each of `input_ids`")
+    kept = [place for place in range(len(ids)) if not attended or attended[place]]
+    return {**row.fields, "input_ids": [ids[place] for place in kept], "labels": [labels[place] for place in kept]}
+
+
+def _are_numbers(values: Any) -> bool:
+    return isinstance(values, list) and all(type(value) is int for value in values)

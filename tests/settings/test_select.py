@@ -1,0 +1,28 @@
+"""Settings of a selection as people write them in Python and in YAML."""
+
+from __future__ import annotations
+
+import pytest
+
+from rightrank.errors import SettingsError
+from rightrank.settings import make_settings
+
+
+def test_one_value_is_a_list_of_one() -> None:
+    settings = make_settings({"ranks": 8, "learning_rates": 1e-3, "seeds": 0, "target_modules": "all-linear"})
+    assert (settings.ranks, settings.learning_rates, settings.seeds) == ((8,), (1e-3,), (0,))
+    assert settings.target_modules == ("all-linear",)
+
+
+def test_a_string_with_commas_is_a_list() -> None:
+    settings = make_settings({"ranks": "4,8", "learning_rates": "1e-4, 3e-4", "target_modules": "q_proj,v_proj"})
+    assert settings.ranks == (4, 8)
+    assert settings.learning_rates == (1e-4, 3e-4)
+    assert settings.target_modules == ("q_proj", "v_proj")
+    assert make_settings({"sweep": "alpha=16,64"}).sweep == ("alpha=16,64",)
+
+
+@pytest.mark.parametrize("values", [{"ranks": True}, {"seeds": "first"}, {"learning_rates": ""}, {"columns": "ask"}])
+def test_other_values_are_refused(values: dict[str, object]) -> None:
+    with pytest.raises(SettingsError, match=next(iter(values))):
+        make_settings(values)
