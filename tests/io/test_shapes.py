@@ -76,7 +76,7 @@ def test_token_rows_lose_their_padding_and_keep_their_labels(tmp_path: Path) -> 
     assert all(content["labels"] == [-100, 5, 6] for content in contents(splits))
     masked = [{"input_ids": [n, 5, 6], "completion_mask": [0, 1, 1]} for n in range(60)]
     assert loaded(tmp_path, masked).fingerprint == splits.fingerprint
-    with pytest.raises(DataError, match="`labels` must be a list of integers, one for each of `input_ids`"):
+    with pytest.raises(DataError, match="`labels` has 1 numbers for 2 `input_ids`"):
         loaded(tmp_path, [{"input_ids": [1, 2], "labels": [1]}])
 
 

@@ -137,19 +137,23 @@ def _alpaca(row: Row) -> Mapping[str, Any]:
 
 def _tokens(row: Row) -> Mapping[str, Any]:
     """`input_ids` without padding, and a label for each: `labels`, those of `completion_mask`, or all tokens."""
-    ids = row.fields.get("input_ids")
-    attended = row.fields.get("attention_mask")
-    completion = row.fields.get("completion_mask")
-    labels = row.fields.get("labels")
-    if labels is None and _are_numbers(ids) and _are_numbers(completion):
-        labels = [token if kept else -100 for token, kept in zip(ids, completion, strict=False)]
-    labels = ids if labels is None else labels
-    for name, values in {"input_ids": ids, "labels": labels, "attention_mask": attended or ids}.items():
-        if not _are_numbers(values) or len(values) != len(ids):
-            raise DataError(f"{row.where}: `{name}` must be a list of integers, one for each of `input_ids`")
-    kept = [place for place in range(len(ids)) if not attended or attended[place]]
+    ids = _numbers(row, "input_ids")
+    attended = _numbers(row, "attention_mask", len(ids)) if row.fields.get("attention_mask") else [1] * len(ids)
+    if row.fields.get("labels") is not None:
+        labels = _numbers(row, "labels", len(ids))
+    elif row.fields.get("completion_mask") is not None:
+        mask = _numbers(row, "completion_mask", len(ids))
+        labels = [token if kept else -100 for token, kept in zip(ids, mask, strict=True)]
+    else:
+        labels = ids
+    kept = [place for place, seen in enumerate(attended) if seen]
     return {**row.fields, "input_ids": [ids[place] for place in kept], "labels": [labels[place] for place in kept]}
 
 
-def _are_numbers(values: Any) -> bool:
-    return isinstance(values, list) and all(type(value) is int for value in values)
+def _numbers(row: Row, name: str, count: int | None = None) -> list[int]:
+    values = row.fields.get(name)
+    if not isinstance(values, list) or not all(type(value) is int for value in values):
+        raise DataError(f"{row.where}: `{name}` must be a list of integers")
+    if count is not None and len(values) != count:
+        raise DataError(f"{row.where}: `{name}` has {len(values)} numbers for {count} `input_ids`; give one for each")
+    return values
