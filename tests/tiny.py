@@ -103,9 +103,9 @@ def save_tiny_llama(folder: Path) -> Path:
     return folder
 
 
-def write_completions(path: Path, count: int = 200) -> Path:
+def write_completions(path: Path, count: int = 200, seed: int = 1) -> Path:
     """Prompt and completion: the completion repeats the prompt's first words, which can be learned."""
-    rows = [{"prompt": f"{text} : ", "completion": " ".join(text.split()[:3])} for text in sentences(count, seed=1)]
+    rows = [{"prompt": f"{text} : ", "completion": " ".join(text.split()[:3])} for text in sentences(count, seed)]
     return write_jsonl(path, rows)
 
 

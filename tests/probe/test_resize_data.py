@@ -9,22 +9,25 @@ from typing import Any
 import pytest
 import torch
 
-from rightrank import ResizeOptions, make_settings, resize
+from rightrank import ResizeOptions, make_settings, resize, select_rank
 from rightrank.cli import main
 from rightrank.engine.arm_training import TrialFolders
-from rightrank.engine.covariances import gather_moments
+from rightrank.engine.covariances import gather_moments, moment_tokens, unseen_first
 from rightrank.engine.training_loop import run_trial
+from rightrank.errors import DataError
 from rightrank.io.adapter_folder import open_adapter
 from rightrank.io.adapters import save_adapter
+from rightrank.io.data import load_data
 from rightrank.probe.adapter_runtime import DataUse, adapter_attached, adapter_runtime
 from rightrank.probe.held_out import Recovery, capped, measure
 from rightrank.probe.rank_choice import RankChoice
 from rightrank.probe.resized_adapter import write_resized
+from rightrank.probe.scored_data import scored_data
 from rightrank.records import Arm, Trial, TrialFinished
 from rightrank.records.observer import Observer
 from tests.helpers import make_runtime
 from tests.probe.adapters import load_strictly, tensors_of
-from tests.tiny import small_settings
+from tests.tiny import small_settings, write_completions
 
 pytestmark = pytest.mark.trains
 
@@ -72,14 +75,15 @@ def test_the_rank_is_the_smallest_truncation_that_holds_against_the_adapter(
 def test_the_written_adapter_is_truncated_by_k_fac(trained: Path, completion_file: Path, tmp_path: Path) -> None:
     """The folder holds what the writer makes of the gathered moments, and not the plain SVD."""
     settings = make_settings({"seq_len": 32, "eval_items": 12, "batch_size": 4, "margin": 10.0, "device": "cpu"})
-    options = ResizeOptions(settings=settings, ranks=(2,))
+    options = ResizeOptions(settings=settings, ranks=(2,), train=completion_file)
     found = resize(trained, tmp_path / "small", data=completion_file, options=options)
     assert any("K-FAC over" in note for note in found.notes)
     adapter = open_adapter(trained)
     runtime = adapter_runtime(adapter, None, DataUse(completion_file, settings, tmp_path / "cache"))
-    plan = [index for indices in runtime.batch_plan(0, len(runtime.examples("train"))) for index in indices]
+    steps = settings.training_steps(len(runtime.examples("train")))
     with adapter_attached(runtime, trained) as peft_model:
-        moments = gather_moments(runtime, peft_model, list(dict.fromkeys(plan))).moments
+        unseen = unseen_first(runtime, 0, steps)
+        moments = gather_moments(runtime, peft_model, unseen, moment_tokens(runtime, steps)).moments
     choice = capped(adapter, 2, moments)
     assert found.rank == 2 < max(choice.ranks.values()) <= 8
     assert found.parameters_after <= 2 * sum(module.rows + module.columns for module in adapter.modules)
@@ -95,9 +99,11 @@ def test_the_reported_value_is_that_of_the_written_folder(
 ) -> None:
     """Loaded anew through PEFT, the written adapter gives the held-out loss that decided."""
     settings = make_settings({"seq_len": 32, "eval_items": 12, "margin": 0.05})
-    resized = resize(trained, tmp_path / "small", data=completion_file, options=ResizeOptions(settings=settings))
+    options = ResizeOptions(settings=settings, train=completion_file)
+    resized = resize(trained, tmp_path / "small", data=completion_file, options=options)
     adapter = open_adapter(tmp_path / "small")
-    runtime = adapter_runtime(adapter, None, DataUse(completion_file, settings, tmp_path / "cache"))
+    splits = scored_data(adapter, completion_file, completion_file, settings).splits
+    runtime = adapter_runtime(adapter, None, DataUse(completion_file, settings, tmp_path / "cache", splits=splits))
     before = runtime.evaluate("selection").loss
     with adapter_attached(runtime, tmp_path / "small"):
         loss = runtime.evaluate("selection").loss
@@ -107,10 +113,55 @@ def test_the_reported_value_is_that_of_the_written_folder(
     load_strictly(model_folder, tmp_path / "small")
 
 
+def test_a_file_without_splits_is_scored_whole_and_the_number_is_stated(trained: Path, tmp_path: Path) -> None:
+    """Each half of it by the truncation whose moments come from the other half."""
+    held_out = write_completions(tmp_path / "held_out.jsonl", count=30, seed=7)
+    notices: list[str] = []
+    options = ResizeOptions(settings=make_settings({"seq_len": 32}), ranks=(2,), notice=notices.append)
+    resized = resize(trained, tmp_path / "out", data=held_out, options=options)
+    assert resized.scored_examples == 30
+    assert notices[0] in resized.notes
+    assert notices[0].startswith("scored on 30 examples of ")
+    assert notices[0].endswith("name its training data with --train")
+
+
+def test_training_examples_are_left_out_of_the_scores(trained: Path, completion_file: Path, tmp_path: Path) -> None:
+    lines = completion_file.read_text(encoding="utf-8").splitlines()
+    train = tmp_path / "train.jsonl"
+    train.write_text("\n".join(lines[:150]) + "\n", encoding="utf-8")
+    adapter, settings = open_adapter(trained), make_settings({"seq_len": 32})
+    known = scored_data(adapter, completion_file, train, settings)
+    texts = {json.dumps(dict(one.content)) for one in known.splits.examples["selection"]}
+    assert texts == {json.dumps(json.loads(line)) for line in lines[150:]} - {
+        json.dumps(json.loads(line)) for line in lines[:150]
+    }
+    assert "training examples of the adapter left out" in known.note
+    with pytest.raises(DataError, match="are among the adapter's training examples"):
+        scored_data(
+            adapter,
+            train,
+            completion_file,
+            make_settings({"seq_len": 32, "test_fraction": 0.0, "columns": "prompt=prompt"}),
+        )
+
+
+def test_a_run_folder_tells_what_its_adapter_was_trained_on(
+    model_folder: Path, completion_file: Path, tmp_path: Path
+) -> None:
+    settings = small_settings(max_steps=2, goal="adapter")
+    run = select_rank(str(model_folder), completion_file, tmp_path / "run", settings=settings).run
+    trained_on = {one.item_id for one in load_data(completion_file, settings).examples["train"]}
+    found = scored_data(open_adapter(run / "adapter"), completion_file, None, make_settings({"seq_len": 32}))
+    scored = {one.item_id for one in found.splits.examples["selection"]}
+    assert scored
+    assert not scored & trained_on
+    assert not found.scores_training_examples
+
+
 def test_recovery_trains_every_candidate_and_the_adapter_too(
     model_folder: Path, trained: Path, completion_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    rule = ["--data", completion_file, "--margin", 0.05, "--ranks", "1,4"]
+    rule = ["--data", completion_file, "--train", completion_file, "--margin", 0.05, "--ranks", "1,4"]
     plain = answer_of(capsys, trained, tmp_path / "plain", *rule, *SETTINGS)
     more = ["--recover", 20, "--learning-rate", 2e-3]
     recovered = answer_of(capsys, trained, tmp_path / "recovered", *rule, *more, *SETTINGS)

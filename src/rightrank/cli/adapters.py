@@ -68,6 +68,11 @@ def inspect(
 @click.option(
     "--data", type=click.Path(path_type=Path), help="The smallest rank that is enough on held-out rows of this file."
 )
+@click.option(
+    "--train",
+    type=click.Path(path_type=Path),
+    help="With --data: what the adapter was trained on; these rows are not scored.",
+)
 @click.option("--margin", type=float, help="With --data: how much worse than the best is still enough.")
 @click.option("--ranks", callback=comma, help="With --data: ranks to measure (default: powers of two).")
 @click.option("--recover", type=int, default=0, help="With --data: training steps after each truncation.")
@@ -87,6 +92,7 @@ def resize(
     energy: float | None,
     noise: bool,
     data: Path | None,
+    train: Path | None,
     margin: float | None,
     ranks: list[str] | None,
     recover: int,
@@ -108,7 +114,14 @@ def resize(
     *sources, out = adapters
     if not sources:
         raise SettingsError(f"got one folder, {out}; give the adapter and the folder to write: ADAPTER OUT")
-    needing = {"--margin": margin, "--ranks": ranks, "--recover": recover, "--base": base, "--set": assignments}
+    needing: dict[str, object] = {
+        "--margin": margin,
+        "--ranks": ranks,
+        "--recover": recover,
+        "--base": base,
+        "--set": assignments,
+    }
+    needing["--train"] = train
     require_data_for(needing, data)
     options = api.ResizeOptions(
         dtype,
@@ -118,7 +131,9 @@ def resize(
         whole_numbers(ranks, "--ranks"),
         recover,
         learning_rate,
-        lambda at, value: click.echo(f"rank {at}: held-out {value:.4f}", err=True),
+        train=train,
+        notice=lambda line: click.echo(line, err=True),
+        on_rank=lambda at, value: click.echo(f"rank {at}: held-out {value:.4f}", err=True),
     )
     if len(sources) == 1:
         resized = api.resize(sources[0], out, rank=rank, energy=energy, noise=noise, data=data, options=options)

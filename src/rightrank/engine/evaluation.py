@@ -23,6 +23,19 @@ class Scores:
     def zeros(cls, count: int, classification: bool) -> Scores:
         return cls([0.0] * count, [0] * count, [0] * count if classification else None)
 
+    def with_examples_of(self, other: Scores, indices: Sequence[int]) -> Scores:
+        """These scores, with those of `other` at the given examples."""
+        taken = set(indices)
+
+        def merged(mine: list[float], theirs: list[float]) -> list[float]:
+            return [theirs[index] if index in taken else value for index, value in enumerate(mine)]
+
+        def counted(mine: list[int], theirs: list[int]) -> list[int]:
+            return [theirs[index] if index in taken else value for index, value in enumerate(mine)]
+
+        correct = None if self.correct is None else counted(self.correct, other.correct or [])
+        return Scores(merged(self.losses, other.losses), counted(self.tokens, other.tokens), correct)
+
     @property
     def loss(self) -> float:
         """Token-weighted mean loss, nats per label."""

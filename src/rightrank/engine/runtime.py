@@ -126,10 +126,13 @@ class Runtime:
         return list(torch.split(result.example_losses, counts))
 
     @torch.no_grad()
-    def evaluate(self, split: SplitName) -> Scores:
-        """Scores of every example of a split, in batches of fixed composition, without adapter dropout."""
+    def evaluate(self, split: SplitName, only: Sequence[int] | None = None) -> Scores:
+        """Scores of every example of a split, or of those at `only`, without adapter dropout.
+
+        Batches have a fixed composition. Examples that are left out have zeros.
+        """
         with self.without_dropout():
-            return self._evaluate(split, 1, lambda batch: self.losses(split, batch, 1.0))[0]
+            return self._evaluate(split, 1, lambda batch: self.losses(split, batch, 1.0), only)[0]
 
     @torch.no_grad()
     def evaluate_adapters(self, split: SplitName, multi_lora: MultiLora, adapters: Sequence[str]) -> list[Scores]:
@@ -142,10 +145,20 @@ class Runtime:
 
         return self._evaluate(split, len(adapters), losses)
 
-    def _evaluate(self, split: SplitName, adapters: int, losses: Callable[[Batch], BatchLoss]) -> list[Scores]:
+    def _evaluate(
+        self,
+        split: SplitName,
+        adapters: int,
+        losses: Callable[[Batch], BatchLoss],
+        only: Sequence[int] | None = None,
+    ) -> list[Scores]:
         examples = self.examples(split)
+        batches = length_sorted_batches(examples, self.settings.eval_batch_size)
+        if only is not None:
+            kept = set(only)
+            batches = [here for batch in batches if (here := [index for index in batch if index in kept])]
         return score_batches(
-            length_sorted_batches(examples, self.settings.eval_batch_size),
+            batches,
             lambda indices: losses(self.batch(split, indices)),
             [Scores.zeros(len(examples), self.data.is_classification) for _ in range(adapters)],
             in_step=self.settings.shard_base,

@@ -100,7 +100,7 @@ class Recipe:
         command = ["rightrank", "resize", "TRAINED", "SMALLER"]
         if making.truncation == METHODS["svd"] and not making.recovery_steps:
             return [*command, "--rank", str(making.rank)]
-        command += ["--data", self.data, "--ranks", str(making.rank), "--base", self.model]
+        command += ["--data", self.data, "--train", self.data, "--ranks", str(making.rank), "--base", self.model]
         if making.recovery_steps:
             command += ["--recover", str(making.recovery_steps)]
             command += ["--learning-rate", f"{making.recovery_learning_rate:g}"]

@@ -50,6 +50,9 @@ class Candidates:
     recovery: Recovery | None = None
     dtype: DtypeName | None = None
     on_rank: Callable[[int, float], None] = lambda _rank, _value: None
+    by_halves: bool = (
+        False  # moments and scores come from the same examples: each half is scored with the other's moments
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +123,7 @@ def truncation_curve(
         RunError: recovery diverged.
     """
     gathered = _moments(adapter, runtime)
+    halves = _halves(adapter, runtime) if candidates.by_halves else []
     metric = runtime.settings.metric
     trials = [finished_trial("base", 0, runtime.evaluate("selection"), metric)]
     written: dict[int, Resized] = {}
@@ -130,7 +134,8 @@ def truncation_curve(
             adapter, plain, capped(adapter, rank, gathered.moments), candidates.dtype, gathered.moments
         )
         parent = None if rank == top else f"r{top}"
-        trials.append(finished_trial(plain.name, rank, measure(runtime, plain), metric, truncate_from=parent))
+        scores = _by_halves(adapter, runtime, halves, rank, working) if halves else measure(runtime, plain)
+        trials.append(finished_trial(plain.name, rank, scores, metric, truncate_from=parent))
         if candidates.recovery is not None:
             recovered = working / f"r{rank}-recovered"
             shutil.copytree(plain, recovered)
@@ -138,6 +143,42 @@ def truncation_curve(
             trials.append(finished_trial(recovered.name, rank, scores, metric, steps=steps, truncate_from=f"r{top}"))
         candidates.on_rank(rank, trials[-1].value)
     return TruncationCurve(trials, written, gathered, _answer(trials, runtime))
+
+
+@dataclass(frozen=True, slots=True)
+class _Half:
+    """Half of the scored examples, with moments over the other half."""
+
+    scored: list[int]
+    gathered: Gathered
+
+
+def _halves(adapter: AdapterFolder, runtime: Runtime) -> list[_Half]:
+    """Two halves of the validation split, so that no example is scored by a truncation that was fitted to it.
+
+    The written adapter has moments over all examples, like each half's but of twice as many.
+    """
+    held_out = [example.item_id for example in runtime.examples("selection")]
+    halves = [[index for index, name in enumerate(held_out) if int(name[:16], 16) % 2 == half] for half in (0, 1)]
+    names = [{held_out[index] for index in half} for half in halves]
+    train = [example.item_id for example in runtime.examples("train")]
+    with adapter_attached(runtime, adapter.path) as peft_model:
+        return [
+            _Half(half, gather_moments(runtime, peft_model, [i for i, name in enumerate(train) if name in other]))
+            for half, other in zip(halves, reversed(names), strict=True)
+        ]
+
+
+def _by_halves(adapter: AdapterFolder, runtime: Runtime, halves: Sequence[_Half], rank: int, working: Path) -> Scores:
+    """The scores of every example under the truncation whose moments come from the half without it."""
+    found = []
+    for number, half in enumerate(halves):
+        folder = working / f"r{rank}-half{number}"
+        moments = half.gathered.moments
+        write_resized(adapter, folder, capped(adapter, rank, moments), None, moments)
+        with adapter_attached(runtime, folder):
+            found.append(runtime.evaluate("selection", half.scored))
+    return found[0].with_examples_of(found[1], halves[1].scored)
 
 
 def _answer(trials: Sequence[TrialFinished], runtime: Runtime) -> AdapterAnswer:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from rightrank.errors import RunFolderError, SettingsError
 from rightrank.io.adapter_folder import AdapterFolder, open_adapter
 from rightrank.io.files import replacing_folder, require_absent
+from rightrank.io.rows import read_rows
 from rightrank.probe.rank_choice import RankChoice, by_energy, by_noise, by_rank, candidate_ranks
 from rightrank.probe.resized_adapter import require_plain_update, write_resized
 from rightrank.records.probe import Resized, ResizedTogether
@@ -85,17 +87,25 @@ def _by_data(adapter: AdapterFolder, out: Path, data: Path, options: ResizeOptio
     # Only a measurement needs these heavy imports.
     from rightrank.probe.adapter_runtime import DataUse, adapter_runtime
     from rightrank.probe.held_out import Candidates, Recovery, resize_by_data
+    from rightrank.probe.scored_data import scored_data
 
     if options.recover_steps and options.learning_rate is None:
         raise SettingsError("--recover needs --learning-rate; give the one that the adapter was trained at")
+    if options.recover_steps and options.train is None and None in read_rows(data):
+        options = replace(options, train=data)  # recovery needs training examples: the split that select makes
+    scored = scored_data(adapter, data, options.train, options.settings)
+    options.notice(scored.note)
     recovery = Recovery(options.recover_steps, options.learning_rate) if options.learning_rate else None
     candidates = Candidates(
         candidate_ranks(adapter, options.ranks),
         recovery if options.recover_steps else None,
         options.dtype,
         options.on_rank,
+        by_halves=scored.scores_training_examples,
     )
     with tempfile.TemporaryDirectory(prefix="rightrank-") as name:
-        use = DataUse(data, options.settings, Path(name) / "cache", options.recover_steps)
+        use = DataUse(data, options.settings, Path(name) / "cache", options.recover_steps, scored.splits)
         runtime = adapter_runtime(adapter, options.base, use)
-        return resize_by_data(adapter, out, runtime, candidates, Path(name))
+        resized = resize_by_data(adapter, out, runtime, candidates, Path(name))
+    scores = len(scored.splits.examples["selection"])
+    return resized.model_copy(update={"notes": [*resized.notes, scored.note], "scored_examples": scores})

@@ -91,6 +91,7 @@ class Resized(Record):
     bytes_after: int
     chosen_by: str
     held_out: list[HeldOut] = Field(default_factory=list)
+    scored_examples: int | None = None  # with data: how many held-out examples every candidate was measured on
     answer: AdapterAnswer | None = None  # with data: the truncation that is enough, and every candidate
     notes: list[str] = Field(default_factory=list)
 

@@ -46,6 +46,10 @@ class ResizeOptions:
     recover_steps: int = 0
     learning_rate: float | None = None  # of recovery
     on_rank: Callable[[int, float], None] = lambda _rank, _value: None
+    train: Path | None = (
+        None  # what the adapter was trained on: left out of the scores, and read for K-FAC and recovery
+    )
+    notice: Callable[[str], None] = lambda _: None  # receives each line for a person
 
 
 def require_data_for(options: Mapping[str, object], data: Path | None) -> None:

@@ -1,0 +1,121 @@
+"""The data of `resize --data`: which rows are scored, and which training examples of the adapter are kept out of its judgement.
+
+A file without splits is scored whole. Training examples are left out where they are known: from `--train`, or from the run
+folder that holds the adapter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import chain
+from pathlib import Path
+
+from rightrank.errors import DataError
+from rightrank.io.adapter_folder import AdapterFolder
+from rightrank.io.data import DataSplits, load_data
+from rightrank.io.example_store import Example
+from rightrank.io.journal import Journal
+from rightrank.io.rows import read_rows
+from rightrank.records import RunStarted
+from rightrank.settings import SelectSettings, make_settings
+
+OF_DATA = ("columns", "validation", "test_fraction", "validation_fraction", "eval_items")
+
+
+@dataclass(frozen=True, slots=True)
+class ScoredData:
+    """Examples to score in the validation split, and training examples in the train split."""
+
+    splits: DataSplits
+    scores_training_examples: bool  # the train split is the validation split: nothing else is known
+    note: str
+
+
+def scored_data(adapter: AdapterFolder, data: Path, train: Path | None, settings: SelectSettings) -> ScoredData:
+    """The rows of `data` to score, without those that the adapter is known to be trained on.
+
+    Raises:
+        DataError: rows that can't be used, or fewer than two that the adapter was not trained on.
+    """
+    trained = _trained_on(adapter, train, data, settings)
+    if trained is None and None not in read_rows(data):
+        splits = load_data(data, _all(settings, sum(len(list(rows)) for rows in read_rows(data).values())))
+        scored = _at_most(splits.examples["selection"], settings)
+        return ScoredData(_with(splits, scored), False, _note(data, scored, "its validation split"))
+    whole = _whole(data, settings)
+    if trained is None:
+        scored = _at_most(whole.examples["selection"], settings)
+        unknown = "if the adapter was trained on some of them, name its training data with --train"
+        return ScoredData(_with(whole, scored), True, f"{_note(data, scored, 'all rows')}; {unknown}")
+    if whole.form != trained.form:
+        raise DataError(f"{data}: has the form {whole.form}, and the adapter's training data {trained.form}")
+    seen = _ids(trained.examples["train"])
+    unseen = [example for example in whole.examples["selection"] if example.item_id not in seen]
+    left_out = len(whole.examples["selection"]) - len(unseen)
+    if len(unseen) < 2:
+        raise DataError(
+            f"{data}: {left_out} of {left_out + len(unseen)} distinct rows are among the adapter's training examples; "
+            "give rows that it was not trained on"
+        )
+    scored = _at_most(unseen, settings)
+    note = f"{_note(data, scored, 'rows')}; {left_out:,} training examples of the adapter left out"
+    return ScoredData(_with(trained, scored), False, note)
+
+
+def _with(splits: DataSplits, scored: Sequence[Example]) -> DataSplits:
+    return replace(splits, examples={"train": splits.examples["train"], "selection": scored, "test": []})
+
+
+def _at_most(examples: Sequence[Example], settings: SelectSettings) -> Sequence[Example]:
+    """All examples; `eval_items` of them if that was given."""
+    return examples[: settings.eval_items] if "eval_items" in settings.model_fields_set else examples
+
+
+def _note(data: Path, scored: Sequence[Example], what: str) -> str:
+    return f"scored on {len(scored):,} examples of {data} ({what})"
+
+
+def _ids(examples: Sequence[Example]) -> set[str]:
+    return {example.item_id for example in examples}
+
+
+def _trained_on(adapter: AdapterFolder, train: Path | None, data: Path, settings: SelectSettings) -> DataSplits | None:
+    """The training examples of the adapter; None where they are not known.
+
+    Where training data and scored data are one file without splits, `select`'s training split of it.
+    """
+    if train is not None:
+        if train.exists() and data.exists() and train.resolve() == data.resolve():
+            return load_data(train, settings)
+        return load_data(train, settings) if None not in read_rows(train) else _whole(train, settings)
+    started = _run_of(adapter)
+    source = None if started is None else started.settings.get("data")
+    if started is None or not isinstance(source, str) or not Path(source).exists():
+        return None
+    values = {name: started.settings[name] for name in OF_DATA if name in started.settings}
+    return load_data(Path(source), settings.model_copy(update=make_settings(values).model_dump(include=set(values))))
+
+
+def _run_of(adapter: AdapterFolder) -> RunStarted | None:
+    """The start of the run whose folder holds the adapter."""
+    journal = adapter.path.resolve().parent / "journal.jsonl"
+    if not journal.is_file():
+        return None
+    first = next(iter(Journal(journal).read_settled()), None)
+    return first if isinstance(first, RunStarted) else None
+
+
+def _whole(data: Path, settings: SelectSettings) -> DataSplits:
+    """Every row of `data` in the train split and in the validation split; of given splits, the held-out ones."""
+    found = read_rows(data)
+    kept = [found[split] for split in ("selection", "test") if split in found] or list(found.values())
+    listed = [row.fields for row in chain.from_iterable(kept)]
+    return load_data({"train": listed, "validation": listed}, _all(settings, len(listed)))
+
+
+def _all(settings: SelectSettings, count: int) -> SelectSettings:
+    """Settings that hold all of `count` rows in the validation split."""
+    small = {"batch_size": 1, "gradient_accumulation_steps": 1}  # the rows need not fill a step of training
+    whole = {"eval_items": max(2, count), "test_fraction": 0.0, "validation": ""}
+    return settings.model_copy(update=whole | small)
