@@ -24,7 +24,8 @@ from rightrank.settings.select import renamed
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from rightrank.executors.custom import EvaluateFunction, TrainFunction
+    from rightrank.executors.calls import TrainFunction
+    from rightrank.executors.custom import EvaluateFunction
     from rightrank.exports.targets import Exported
     from rightrank.io.journal import Repaired
     from rightrank.io.matrix import MatrixConfig
@@ -148,7 +149,7 @@ def select_rank_with(
     margin: float | None = None,
     strategy: str = "grid",
     with_base: bool = False,
-    where: Literal["here", "process", "ray"] = "here",
+    where: Literal["here", "threads", "process", "ray"] = "here",
     workers: int = 1,
     timeout_seconds: float | None = None,
     version: str = "",
@@ -160,8 +161,8 @@ def select_rank_with(
     Args:
         train: called with a `TrialTask`; returns a mapping of held-out metrics or a `TrialResult`. With
             `item_scores` in it (the same examples in every trial) ranks are compared example by example, which
-            resolves far smaller differences. All randomness must come from `task.seed`, so that ranks differ in
-            nothing else.
+            resolves far smaller differences. `task.report(step, value, item_scores)` reports values along the way. All
+            randomness must come from `task.seed`, so that ranks differ in nothing else.
         out: the run folder. A second call with the same arguments resumes; trials that failed run again.
         evaluate: called with a PEFT adapter folder and a `TrialTask`; returns the same as `train`. With it the adapter that
             `train` saved for the largest rank is truncated to every lower rank, and the smallest that loses nothing is
@@ -173,9 +174,10 @@ def select_rank_with(
             when higher, losses and errors when lower).
         margin: how much worse than the best is still enough; None for the metric's default.
         with_base: also call `train` with rank 0, to evaluate the base without training.
-        where: "here"; or each call in a new process, on this machine ("process") or on a Ray cluster ("ray": the one
-            that RAY_ADDRESS names, or one on this machine; `out` must be on a disk that its nodes share).
-        workers: concurrent calls; above 1 only with "process" or "ray".
+        where: "here"; "threads" of this process, for functions that wait for a service; or each call in a new process,
+            on this machine ("process") or on a Ray cluster ("ray": the one that RAY_ADDRESS names, or one on this machine;
+            `out` must be on a disk that its nodes share).
+        workers: concurrent calls; above 1 only with "threads", "process" or "ray".
         timeout_seconds: end a training that takes longer; needs `where="process"`.
         version: change this when `train` changes, so that old trials are not reused.
         report_to: trackers that log every trial: trackio, wandb, mlflow, tensorboard.

@@ -10,6 +10,7 @@
     │   └── MissingExtraError       an optional dependency that is not installed
     ├── RunError(RuntimeError)      exit 1: the command started and could not finish
     │   ├── DeviceMemoryError       a device ran out of memory in a trial
+    │   ├── NotFiniteError          a custom trainer reported NaN or an infinite value
     │   ├── MetricError             a function, program or task gave no score
     │   ├── MultiLoraError          arms that can't share a pass; they are then trained alone
     │   └── AllTrialsFailedError    no trial, or too few, ended with a result
@@ -35,6 +36,7 @@ __all__ = [
     "MissingExtraError",
     "ModelError",
     "MultiLoraError",
+    "NotFiniteError",
     "ResultsError",
     "RightrankError",
     "RunError",
@@ -102,6 +104,10 @@ class DeviceMemoryError(RunError):
 
 class MetricError(RunError):
     """A function, program or task for a metric failed, took too long, or did not return scores."""
+
+
+class NotFiniteError(RunError):
+    """A held-out value that a custom trainer reported is NaN or infinite: the trial has diverged."""
 
 
 class MultiLoraError(RunError):

@@ -10,18 +10,19 @@ from rightrank.decision.rule import decide
 from rightrank.decision.table import ScoreTable, table_of
 from rightrank.errors import ResultsError, RunFolderError
 from rightrank.records import (
+    OUTCOMES,
     AdapterRecorded,
     Certified,
     Decision,
     DecisionRecorded,
+    EvalPoint,
     JournalRecord,
     RunContinued,
     RunStarted,
     Sample,
     TestEvaluated,
-    TrialDiverged,
-    TrialFailed,
     TrialFinished,
+    TrialLook,
     TrialOutcome,
     TrialStarted,
 )
@@ -37,6 +38,7 @@ class Records:
     samples: list[Sample]
     certificates: list[Certified] = field(default_factory=list)
     adapters: list[AdapterRecorded] = field(default_factory=list)  # answers to the first question, the last one valid
+    looks: dict[str, list[EvalPoint]] = field(default_factory=dict)  # by trial: what custom trainers reported
 
     @classmethod
     def of(cls, started: RunStarted, records: Sequence[JournalRecord]) -> Records:
@@ -47,6 +49,7 @@ class Records:
             [record for record in records if isinstance(record, Sample)],
             [record for record in records if isinstance(record, Certified)],
             [record for record in records if isinstance(record, AdapterRecorded)],
+            looks_of(records),
         )
 
     def finished(self) -> list[TrialFinished]:
@@ -79,8 +82,23 @@ def settled_start(journal: Sequence[JournalRecord]) -> RunStarted:
 
 def last_outcomes(records: Sequence[JournalRecord]) -> list[TrialOutcome]:
     """The outcome of each trial; the last one if it ran more than once."""
-    ended = [record for record in records if isinstance(record, TrialFinished | TrialDiverged | TrialFailed)]
+    ended = [record for record in records if isinstance(record, OUTCOMES)]
     return list({outcome.trial_id: outcome for outcome in ended}.values())
+
+
+def looks_of(records: Sequence[JournalRecord]) -> dict[str, list[EvalPoint]]:
+    """The values that each trial reported along the way. Those of a trial that started again are dropped.
+
+    A step that is reported again replaces the earlier report and all later ones.
+    """
+    found: dict[str, list[EvalPoint]] = {}
+    for record in records:
+        if isinstance(record, TrialStarted):
+            found.pop(record.trial_id, None)
+        elif isinstance(record, TrialLook):
+            before = [point for point in found.get(record.trial_id, []) if point.step < record.step]
+            found[record.trial_id] = [*before, record.point]
+    return found
 
 
 def last_decided(journal: Sequence[JournalRecord]) -> DecisionRecorded | None:
@@ -90,7 +108,7 @@ def last_decided(journal: Sequence[JournalRecord]) -> DecisionRecorded | None:
 
 def running_trial(journal: Sequence[JournalRecord]) -> TrialStarted | None:
     """The trial that began last and has not ended."""
-    ended = {record.trial_id for record in journal if isinstance(record, TrialFinished | TrialDiverged | TrialFailed)}
+    ended = {record.trial_id for record in journal if isinstance(record, OUTCOMES)}
     begun = [record for record in journal if isinstance(record, TrialStarted) and record.trial_id not in ended]
     return begun[-1] if begun else None
 

@@ -1,27 +1,29 @@
-"""Custom trainers: a user's function is called with a task, in this process, in a fresh one, or on Ray."""
+"""Custom trainers: a user's function trains each trial, and what it returns and reports becomes the outcome."""
 
 from __future__ import annotations
 
 import math
-import multiprocessing
-import os
-import pickle
+import queue
 import shutil
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TypeAlias
 
-from rightrank.errors import InputError, InterruptedRun, SettingsError
+from rightrank.decision.collapse import Collapse, collapse_of
+from rightrank.errors import InputError, InterruptedRun
+from rightrank.executors.calls import Call, TrainerDivergedError, TrainerError
 from rightrank.records import (
+    EvalPoint,
     Trial,
+    TrialCollapsed,
     TrialDiverged,
     TrialFailed,
     TrialFinished,
+    TrialLook,
     TrialOutcome,
     TrialResult,
     TrialStarted,
@@ -29,14 +31,11 @@ from rightrank.records import (
 )
 from rightrank.records.observer import Observer
 
-TrainFunction: TypeAlias = Callable[[TrialTask], Mapping[str, float] | TrialResult]
 EvaluateFunction: TypeAlias = Callable[[Path, TrialTask], Mapping[str, float] | TrialResult]
-Call: TypeAlias = Callable[[TrialTask], object]  # returns what the user's function returned, unchecked
-NO_RESULT = "its process ended without a result"
-
-
-class TrainerError(Exception):
-    """The trainer returned no usable result; the message states why."""
+NO_LOOKS = (
+    "train reports no values along the way, so a collapse can be seen only at the end of a training: call "
+    "task.report(step, value, item_scores) in it, or return points"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,14 +48,23 @@ class FolderEvaluation:
         return self.evaluate(task.folder, task)
 
 
+@dataclass(frozen=True, slots=True)
+class Measure:
+    """The metric that decides, and what counts as a collapse in it."""
+
+    metric: str
+    higher_is_better: bool = False
+    collapse_drop: float | None = None  # None: collapses are not judged
+
+
 class CustomExecutor:
     """Runs trials through a function. An error inside it fails the trial and not the run."""
 
     def __init__(
         self,
         call: Call,
-        metric: str,
-        examples: int | None,
+        measure: Measure,
+        earlier: Sequence[TrialFinished],
         folder_of: Callable[[str], Path],
         observer: Observer,
         parallel: int = 1,
@@ -64,16 +72,22 @@ class CustomExecutor:
     ) -> None:
         self._call = call
         self._evaluate = evaluate  # of an adapter in the task's folder; None: adapters are not truncated
-        self._metric = metric
-        self._examples = examples  # held-out examples that earlier trials scored; None: not known yet
+        self._measure = measure
+        self._base = next((trial for trial in earlier if trial.rank == 0), None)
+        # The held-out examples that earlier trials scored, at the end and at their looks; None: not known yet.
+        self._examples = next((len(trial.item_scores) for trial in earlier if trial.item_scores), None)
+        scored = (point.item_scores for trial in earlier for point in trial.points)
+        self._look_examples = next((len(scores) for scores in scored if scores), None)
         self._folder_of = folder_of
         self._observer = observer
-        self._parallel = parallel  # calls at the same time; above 1, each in its own process
+        self._parallel = parallel  # calls at the same time
+        self._noticed = any(trial.rank > 0 for trial in earlier)
 
     def run(self, trials: Sequence[Trial], base_loss: float | None) -> Iterator[TrialOutcome]:
         for ended, outcome in enumerate(
             self._run_in_order(trials) if self._parallel == 1 else self._run_in_parallel(trials), 1
         ):
+            self._notice_missing_looks(outcome)
             yield outcome
             if self._observer.should_stop():
                 raise InterruptedRun(f"stopped after {ended} trials")
@@ -81,25 +95,42 @@ class CustomExecutor:
     def _run_in_order(self, trials: Sequence[Trial]) -> Iterator[TrialOutcome]:
         for trial in trials:
             self._started(trial)
-            yield self._run_one(trial)
+            yield self._run_one(trial, self._observer.on_event)
 
     def _run_in_parallel(self, trials: Sequence[Trial]) -> Iterator[TrialOutcome]:
-        """Yield outcomes as calls end; if the iterator is closed early, wait for the running calls."""
-        waiting = deque(trials)
-        running: set[Future[TrialOutcome]] = set()
-        with ThreadPoolExecutor(self._parallel) as threads:  # threads only wait for processes
+        """Yield outcomes as calls end; if the iterator is closed early, wait for the running calls.
+
+        Looks and ends of all calls pass through one queue, so that this thread alone writes to the journal.
+        """
+        waiting, running = deque(trials), 0
+        arrived: queue.SimpleQueue[TrialLook | Future[TrialOutcome]] = queue.SimpleQueue()
+        with ThreadPoolExecutor(self._parallel) as threads:
             while waiting or running:
-                while waiting and len(running) < self._parallel:
+                while waiting and running < self._parallel:
                     trial = waiting.popleft()
                     self._started(trial)
-                    running.add(threads.submit(self._run_one, trial))
-                done, running = wait(running, return_when=FIRST_COMPLETED)
-                yield from (future.result() for future in done)
+                    threads.submit(self._run_one, trial, arrived.put).add_done_callback(arrived.put)
+                    running += 1
+                event = arrived.get()
+                if isinstance(event, TrialLook):
+                    self._observer.on_event(event)
+                    continue
+                running -= 1
+                yield event.result()
 
     def _started(self, trial: Trial) -> None:
         self._observer.on_event(TrialStarted(trial_id=trial.trial_id, **trial.arm.model_dump()))
 
-    def _run_one(self, trial: Trial) -> TrialOutcome:
+    def _notice_missing_looks(self, outcome: TrialOutcome) -> None:
+        """One notice for a trainer whose first result came without values along the way."""
+        judged = self._measure.collapse_drop is not None and outcome.rank > 0
+        if self._noticed or not judged or not isinstance(outcome, TrialFinished):
+            return
+        self._noticed = True
+        if not outcome.points:
+            self._observer.notice(NO_LOOKS)
+
+    def _run_one(self, trial: Trial, on_look: Callable[[TrialLook], None]) -> TrialOutcome:
         folder = self._folder_of(trial.trial_id)
         arm, call = trial.arm, self._call
         if arm.truncate_from is not None and self._evaluate is not None:
@@ -109,6 +140,14 @@ class CustomExecutor:
             except InputError as error:
                 return TrialFailed(trial_id=trial.trial_id, **arm.model_dump(), error="error", reason=str(error))
         folder.mkdir(parents=True, exist_ok=True)
+        looks: list[EvalPoint] = []
+
+        def receive(point: EvalPoint) -> None:
+            looks[:] = [*(look for look in looks if look.step < point.step), point]
+            on_look(
+                TrialLook(trial_id=trial.trial_id, step=point.step, value=point.value, item_scores=point.item_scores)
+            )
+
         task = TrialTask(
             trial_id=trial.trial_id,
             rank=arm.rank,
@@ -117,20 +156,77 @@ class CustomExecutor:
             seed=arm.seed,
             steps=arm.steps,
             folder=folder,
-        )
+            collapse_drop=self._measure.collapse_drop,
+        ).reporting_to(receive)
         begun = time.perf_counter()
         try:
-            result = parse_result(call(task), self._metric, self._examples)
+            result = parse_result(call(task), self._measure.metric, self._examples)
+            result = result.model_copy(update={"points": merged(looks, result.points)})
+            self._require_same_looks(result.points)
+        except TrainerDivergedError as error:
+            step = looks[-1].step if looks else 0
+            return TrialDiverged(trial_id=trial.trial_id, **arm.model_dump(), step=step, reason=str(error))
         except TrainerError as error:
             return TrialFailed(trial_id=trial.trial_id, **arm.model_dump(), error="error", reason=str(error))
-        seconds = time.perf_counter() - begun
+        return self._judged(trial, result, time.perf_counter() - begun)
+
+    def _judged(self, trial: Trial, result: TrialResult, seconds: float) -> TrialOutcome:
+        """The outcome of a trial whose function returned."""
         bad = next((name for name, value in _numbers(result) if not math.isfinite(value)), None)
         if bad is not None:
             return TrialDiverged(
-                trial_id=trial.trial_id, **arm.model_dump(), step=arm.steps, reason=f"{bad} is not a finite number"
+                trial_id=trial.trial_id,
+                **trial.arm.model_dump(),
+                step=trial.arm.steps,
+                reason=f"{bad} is not a finite number",
+            )
+        collapse = self._collapse_of(trial, result)
+        if collapse is not None:
+            return TrialCollapsed(
+                trial_id=trial.trial_id,
+                **trial.arm.model_dump(),
+                step=collapse.last.step,
+                value=collapse.last.value,
+                best_step=collapse.best.step,
+                best_value=collapse.best.value,
+                reason=collapse.reason,
+                points=result.points,
+                train_seconds=seconds if result.train_seconds is None else result.train_seconds,
             )
         self._examples = len(result.item_scores) if result.item_scores is not None else self._examples
-        return outcome_of(trial, result, self._metric, seconds)
+        outcome = outcome_of(trial, result, self._measure.metric, seconds)
+        self._base = outcome if trial.arm.rank == 0 else self._base
+        return outcome
+
+    def _collapse_of(self, trial: Trial, result: TrialResult) -> Collapse | None:
+        """A fall along the looks, or to an end below the base."""
+        drop, higher = self._measure.collapse_drop, self._measure.higher_is_better
+        if drop is None or trial.arm.rank == 0:
+            return None
+        end = EvalPoint(
+            step=trial.arm.steps, value=result.metrics[self._measure.metric], item_scores=result.item_scores
+        )
+        start = [EvalPoint(step=0, value=self._base.value, item_scores=self._base.item_scores)] if self._base else []
+        return collapse_of(result.points, drop, higher) or collapse_of([*start, end], drop, higher)
+
+    def _require_same_looks(self, points: Sequence[EvalPoint]) -> None:
+        """Check that all looks score as many examples, in this trial and in earlier ones.
+
+        Raises:
+            TrainerError: they do not.
+        """
+        counts = {len(point.item_scores) for point in points if point.item_scores is not None}
+        known = counts if self._look_examples is None else counts | {self._look_examples}
+        if len(known) > 1 or 0 in known:
+            listed = " and ".join(map(str, sorted(known)))
+            raise TrainerError(f"looks have {listed} item_scores; score the same examples at every look of every trial")
+        self._look_examples = next(iter(known), None)
+
+
+def merged(reported: Sequence[EvalPoint], returned: Sequence[EvalPoint]) -> list[EvalPoint]:
+    """The looks of a trial by step; one that was returned replaces one that was reported."""
+    by_step = {point.step: point for point in (*reported, *returned)}
+    return [by_step[step] for step in sorted(by_step)]
 
 
 def write_truncated(parent: Path, folder: Path, rank: int) -> None:
@@ -183,93 +279,6 @@ def parse_result(returned: object, metric: str, examples: int | None) -> TrialRe
     return returned
 
 
-def call_inline(train: TrainFunction) -> Call:
-    """Call `train` in this process."""
-
-    def call(task: TrialTask) -> object:
-        try:
-            return train(task)
-        except Exception as error:
-            raise TrainerError(_message(error)) from error
-
-    return call
-
-
-def call_in_process(train: TrainFunction, timeout_seconds: float | None) -> Call:
-    """Call `train` in a fresh process each time, and kill the process when it exceeds the limit.
-
-    Raises:
-        SettingsError: the function can't be pickled, as a call in another process needs.
-    """
-    try:
-        pickle.dumps(train)
-    except (pickle.PicklingError, AttributeError, TypeError) as error:
-        raise SettingsError(
-            f"train can't be sent to another process ({error}); define it at the top level of a module"
-        ) from None
-
-    def call(task: TrialTask) -> object:
-        context = multiprocessing.get_context("spawn")
-        receiver, sender = context.Pipe(duplex=False)
-        process = context.Process(target=_answer, args=(sender, train, task), daemon=True)
-        process.start()
-        sender.close()
-        try:
-            return _received(receiver, timeout_seconds)
-        finally:
-            process.kill()
-            process.join()
-            receiver.close()
-
-    return call
-
-
-def call_on_ray(train: TrainFunction) -> Call:
-    """Call `train` as a task of the Ray cluster at `RAY_ADDRESS`, or on this machine; with a GPU if the cluster has any.
-
-    Ray repeats a call whose node is lost.
-
-    Raises:
-        MissingExtraError, RunError: Ray is not installed, or no cluster can be joined.
-    """
-    from rightrank.executors.ray_cluster import connected
-
-    ray = connected(os.environ.get("RAY_ADDRESS"))
-    gpus = 1 if ray.cluster_resources().get("GPU", 0) else 0
-    remote = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=2, max_calls=1)(call_inline(train))
-
-    def call(task: TrialTask) -> object:
-        try:
-            return ray.get(remote.remote(task))
-        except ray.exceptions.RayTaskError as error:  # what `train` raised
-            raise TrainerError(str(error.cause)) from None
-        except ray.exceptions.RayError as error:
-            raise TrainerError(f"{NO_RESULT} ({type(error).__name__})") from None
-
-    return call
-
-
-def _answer(sender: Connection, train: TrainFunction, task: TrialTask) -> None:
-    """Runs in the new process; sends `(True, result)` or `(False, reason)`."""
-    try:
-        answer: tuple[bool, object] = (True, call_inline(train)(task))
-    except TrainerError as error:
-        answer = (False, str(error))
-    sender.send(answer)
-
-
-def _received(receiver: Connection, timeout_seconds: float | None) -> object:
-    if not receiver.poll(timeout_seconds):
-        raise TrainerError(f"train took longer than {timeout_seconds:g} s and was killed")
-    try:
-        succeeded, answer = receiver.recv()
-    except EOFError:
-        raise TrainerError(NO_RESULT) from None
-    if not succeeded:
-        raise TrainerError(str(answer))
-    return answer
-
-
 def outcome_of(trial: Trial, result: TrialResult, metric: str, seconds: float) -> TrialFinished:
     return TrialFinished(
         trial_id=trial.trial_id,
@@ -296,11 +305,7 @@ def _numbers(result: TrialResult) -> Iterator[tuple[str, float]]:
     if result.train_value is not None:
         yield "train_value", result.train_value
     yield from (("a point's value", point.value) for point in result.points)
-
-
-def _message(error: BaseException) -> str:
-    text = " ".join(str(error).split())
-    return f"train raised {type(error).__name__}" + (f": {text}" if text else "")
+    yield from (("a point's score", score) for point in result.points for score in point.item_scores or [])
 
 
 def _short(value: object) -> str:

@@ -35,6 +35,7 @@ from rightrank.records import (
     Record,
     StepDone,
     Trial,
+    TrialCollapsed,
     TrialDiverged,
     TrialFailed,
     TrialFinished,
@@ -132,7 +133,16 @@ class Step(Record):
 
 Command: TypeAlias = Annotated[WorkerSetup | Task | Stop, Field(discriminator="type")]
 WorkerMessage: TypeAlias = Annotated[
-    Ready | TaskEnded | Refused | Notice | Step | TrialStarted | TrialFinished | TrialDiverged | TrialFailed,
+    Ready
+    | TaskEnded
+    | Refused
+    | Notice
+    | Step
+    | TrialStarted
+    | TrialFinished
+    | TrialCollapsed
+    | TrialDiverged
+    | TrialFailed,
     Field(discriminator="type"),
 ]
 COMMAND: TypeAdapter[Command] = TypeAdapter(Command)

@@ -10,7 +10,7 @@ from rightrank.decision.run import Records
 from rightrank.errors import MissingExtraError, ResultsError
 from rightrank.exports.targets import Exported
 from rightrank.io.files import replacing_folder
-from rightrank.records import Decision, TrialFinished, TrialOutcome
+from rightrank.records import Decision, TrialCollapsed, TrialFinished, TrialOutcome
 
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
@@ -91,6 +91,8 @@ def _frozen(outcome: TrialOutcome, trained: list[TrialOutcome], metric: str) -> 
         attributes |= {"metrics": outcome.metrics, "train_seconds": outcome.train_seconds}
     else:
         attributes["reason"] = outcome.reason
+        if isinstance(outcome, TrialCollapsed):
+            points = {point.step: point.value for point in outcome.points}
     return create_trial(
         state=state,
         value=value,

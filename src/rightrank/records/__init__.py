@@ -1,8 +1,8 @@
 """The records that the parts of `rightrank` exchange: frozen, typed, one JSON object each.
 
 An `Arm` is a training that a strategy requests. A `Trial` is one run of an arm, with the identity that the run gives it.
-A trial ends in exactly one of `TrialFinished`, `TrialDiverged` or `TrialFailed`. `decide` makes a `Decision` of finished
-trials. The records of `plan` and of the probe are in `records.plan` and `records.probe`.
+A trial ends in exactly one of `TrialFinished`, `TrialCollapsed`, `TrialDiverged` or `TrialFailed`. `decide` makes a `Decision`
+of finished trials. The records of `plan` and of the probe are in `records.plan` and `records.probe`.
 """
 
 from rightrank.records.adapter import AdapterAnswer, AdapterCandidate, AdapterOrigin, HandedOver, TrainingRankEstimate
@@ -39,13 +39,16 @@ from rightrank.records.run import (
     TestEvaluated,
 )
 from rightrank.records.trials import (
+    OUTCOMES,
     Arm,
     ArmFields,
     EvalPoint,
     Trial,
+    TrialCollapsed,
     TrialDiverged,
     TrialFailed,
     TrialFinished,
+    TrialLook,
     TrialOutcome,
     TrialResult,
     TrialStarted,
@@ -55,6 +58,7 @@ from rightrank.records.trials import (
 
 __all__ = [
     "JOURNAL_RECORD",
+    "OUTCOMES",
     "SCHEMA_VERSION",
     "AdapterAnswer",
     "AdapterCandidate",
@@ -93,9 +97,11 @@ __all__ = [
     "TestEvaluated",
     "TrainingRankEstimate",
     "Trial",
+    "TrialCollapsed",
     "TrialDiverged",
     "TrialFailed",
     "TrialFinished",
+    "TrialLook",
     "TrialOutcome",
     "TrialResult",
     "TrialStarted",

@@ -9,7 +9,15 @@ from pydantic import Field, JsonValue, TypeAdapter, field_validator
 from rightrank.records.adapter import AdapterAnswer, HandedOver
 from rightrank.records.base import MAX_WHOLE, SCHEMA_VERSION, Record, Whole
 from rightrank.records.decision import Decision
-from rightrank.records.trials import ADAPTERS_PER_PASS, TrialDiverged, TrialFailed, TrialFinished, TrialStarted
+from rightrank.records.trials import (
+    ADAPTERS_PER_PASS,
+    TrialCollapsed,
+    TrialDiverged,
+    TrialFailed,
+    TrialFinished,
+    TrialLook,
+    TrialStarted,
+)
 
 
 class SplitSummary(Record):
@@ -153,7 +161,9 @@ class DecisionRecorded(Record):
 JournalRecord: TypeAlias = Annotated[
     RunStarted
     | TrialStarted
+    | TrialLook
     | TrialFinished
+    | TrialCollapsed
     | TrialDiverged
     | TrialFailed
     | TestEvaluated
@@ -188,5 +198,13 @@ class Preparing(Record):
 
 
 RunEvent: TypeAlias = (
-    Preparing | StepDone | TrialStarted | TrialFinished | TrialDiverged | TrialFailed | DecisionRecorded
+    Preparing
+    | StepDone
+    | TrialStarted
+    | TrialLook
+    | TrialFinished
+    | TrialCollapsed
+    | TrialDiverged
+    | TrialFailed
+    | DecisionRecorded
 )

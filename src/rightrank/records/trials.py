@@ -1,15 +1,18 @@
-"""Arms, trials, and the three outcomes of a trial.
+"""Arms, trials, and the four outcomes of a trial.
 
 Losses are in nats: per label token for language models, per example for classification.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal, TypeAlias
 
-from pydantic import AliasChoices, ConfigDict, Field, model_validator
+from pydantic import AliasChoices, ConfigDict, Field, PrivateAttr, model_validator
 
+from rightrank.errors import NotFiniteError
 from rightrank.records.base import IDENTITY_VERSION, SCHEMA_VERSION, Record, Whole, content_hash
 
 # `pack_size` until schema 2
@@ -93,11 +96,14 @@ def trial_id(context_fingerprint: str, arm: Arm) -> str:
 
 
 class EvalPoint(Record):
-    """The held-out value at a step of a training."""
+    """The held-out value at a step of a training. A custom trainer's NaN means that the trial diverged."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=True)
 
     step: Whole
     value: float
-    train_value: float | None  # mean training loss since the previous point, over the same batches for every arm
+    train_value: float | None = None  # mean training loss since the previous point, over the same batches for every arm
+    item_scores: list[float] | None = None  # of the examples of the looks: the same ones at every step of every trial
 
 
 class TrialStarted(ArmFields):
@@ -176,6 +182,36 @@ class TrialDiverged(ArmFields):
     reason: str
 
 
+class TrialCollapsed(ArmFields):
+    """A trial whose held-out value fell far below its own best: no evidence, and nothing of it is handed over."""
+
+    type: Literal["trial_collapsed"] = "trial_collapsed"
+    schema_version: Whole = SCHEMA_VERSION
+    trial_id: str
+    step: Whole  # of the last look
+    value: float  # at that step
+    best_step: Whole
+    best_value: float
+    reason: str
+    points: list[EvalPoint] = Field(default_factory=list)
+    train_seconds: float = 0.0
+
+
+class TrialLook(Record):
+    """A held-out value that a running trial reported. The looks of a trial that is run again are dropped."""
+
+    type: Literal["trial_look"] = "trial_look"
+    schema_version: Whole = SCHEMA_VERSION
+    trial_id: str
+    step: Whole
+    value: float
+    item_scores: list[float] | None = None
+
+    @property
+    def point(self) -> EvalPoint:
+        return EvalPoint(step=self.step, value=self.value, item_scores=self.item_scores)
+
+
 class TrialFailed(ArmFields):
     """A trial that ended with an error."""
 
@@ -186,7 +222,8 @@ class TrialFailed(ArmFields):
     reason: str
 
 
-TrialOutcome: TypeAlias = TrialFinished | TrialDiverged | TrialFailed
+TrialOutcome: TypeAlias = TrialFinished | TrialCollapsed | TrialDiverged | TrialFailed
+OUTCOMES = (TrialFinished, TrialCollapsed, TrialDiverged, TrialFailed)
 
 
 class TrialTask(Record):
@@ -199,6 +236,34 @@ class TrialTask(Record):
     seed: Whole
     steps: Whole  # 0: the trainer's own number
     folder: Path  # exists; an adapter saved here is the result if the trial is chosen
+    collapse_drop: float | None = None  # a fall of the held-out value by more than this is a collapse; None: not judged
+
+    _receive: Callable[[EvalPoint], None] | None = PrivateAttr(default=None)
+
+    def report(self, step: int, value: float, item_scores: Sequence[float] | None = None) -> None:
+        """Report the held-out value after `step` optimizer steps. It is in the journal at once.
+
+        Args:
+            step: optimizer steps so far; 0 is the untrained adapter. A step that is reported again replaces the earlier
+                report and all later ones.
+            value: the metric that decides, on validation examples.
+            item_scores: that metric for each validation example, the same examples at every look of every trial.
+
+        Raises:
+            NotFiniteError: a value or a score is NaN or infinite. A function that lets it pass has diverged.
+        """
+        scores = None if item_scores is None else [float(score) for score in item_scores]
+        bad = next((score for score in (float(value), *(scores or ())) if not math.isfinite(score)), None)
+        if bad is not None:
+            raise NotFiniteError(f"step {step}: reported {bad}; report finite numbers")
+        if self._receive is not None:
+            self._receive(EvalPoint(step=step, value=float(value), item_scores=scores))
+
+    def reporting_to(self, receive: Callable[[EvalPoint], None] | None) -> TrialTask:
+        """A copy of the task whose `report` calls `receive`; None for a task that can be sent to another process."""
+        task = self.model_copy()
+        task._receive = receive
+        return task
 
 
 class TrialResult(Record):

@@ -57,7 +57,9 @@ class JsonLog:
             if time.monotonic() - self._last_step < 1 and not _is_last(event):
                 return
             self._last_step = time.monotonic()
-        self._write(event_name(event), event.model_dump(mode="json", exclude=LONG_FIELDS | {"type", "schema_version"}))
+        excluded: Any = dict.fromkeys(LONG_FIELDS | {"type", "schema_version"}, True)
+        excluded["points"] = {"__all__": {"item_scores"}}
+        self._write(event_name(event), event.model_dump(mode="json", exclude=excluded))
 
     def notice(self, text: str) -> None:
         self._write("notice", {"text": text})

@@ -20,7 +20,15 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from rightrank.decision.run import Records
-from rightrank.records import Decision, TrainingRankEstimate, TrialDiverged, TrialFailed, TrialFinished, TrialOutcome
+from rightrank.records import (
+    Decision,
+    TrainingRankEstimate,
+    TrialCollapsed,
+    TrialDiverged,
+    TrialFailed,
+    TrialFinished,
+    TrialOutcome,
+)
 from rightrank.records.base import split_name
 from rightrank.report.adapter_view import candidate_table
 from rightrank.report.draw import inline_svg
@@ -205,6 +213,8 @@ def _row(outcome: TrialOutcome) -> dict[str, Any]:
             row["seconds"] = f"{outcome.train_seconds + outcome.eval_seconds:.0f}"
             row["parameters"] = f"{outcome.trainable_parameters:,}" if outcome.trainable_parameters else ""
             row["memory"] = size(outcome.peak_bytes) if outcome.peak_bytes else ""
+        case TrialCollapsed():
+            row["note"] = f"collapsed: {outcome.reason}"
         case TrialDiverged():
             row["note"] = f"diverged at step {outcome.step}: {outcome.reason}"
         case TrialFailed():

@@ -15,9 +15,11 @@ from rightrank.records import (
     RunEvent,
     RunStarted,
     StepDone,
+    TrialCollapsed,
     TrialDiverged,
     TrialFailed,
     TrialFinished,
+    TrialLook,
     TrialOutcome,
     TrialStarted,
 )
@@ -37,6 +39,7 @@ class Progress:
         self._running: dict[str, TrialStarted] = {}
         self._started_at: dict[str, float] = {}
         self._steps: dict[str, StepDone] = {}  # the last step of each trial
+        self._looks: dict[str, TrialLook] = {}  # the last look of each trial of a custom trainer
         self._totals: dict[str, float] = {}  # seconds of each ended trial, including the one that it continued
         self._costs: list[float] = []  # seconds of each training alone
         self._preparing: Preparing | None = None
@@ -72,6 +75,10 @@ class Progress:
                 self._steps[event.trial_id] = event
             case TrialFinished():
                 return self._line(event, held_out_text(event))
+            case TrialLook():
+                self._looks[event.trial_id] = event
+            case TrialCollapsed():
+                return self._line(event, f"collapsed: {event.reason}")
             case TrialDiverged():
                 return self._line(event, f"diverged at step {event.step}: {event.reason}")
             case TrialFailed():
@@ -156,6 +163,10 @@ class Progress:
             ranks = sorted({arm.rank for arm in running})
             named = f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
         steps = [self._steps[arm.trial_id] for arm in running if arm.trial_id in self._steps]
+        looks = [self._looks[arm.trial_id] for arm in running if arm.trial_id in self._looks]
+        if not steps and looks:
+            behind_look = min(looks, key=lambda look: look.step)
+            return [named, f"step {behind_look.step}, held-out {behind_look.value:.4g}"]
         if not steps:
             return [named]
         behind = min(steps, key=lambda step: step.step / step.steps)
@@ -183,6 +194,7 @@ class Progress:
     def _end(self, event: TrialOutcome) -> float:
         """Record an outcome; return the seconds of this trial alone."""
         step = self._steps.pop(event.trial_id, None)
+        self._looks.pop(event.trial_id, None)
         self._running.pop(event.trial_id, None)
         self._ended += 1
         total = step.seconds if step is not None else 0.0

@@ -3,25 +3,17 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
 from rightrank.decision.metrics import direction
 from rightrank.errors import SettingsError
-from rightrank.executors.custom import (
-    Call,
-    CustomExecutor,
-    EvaluateFunction,
-    FolderEvaluation,
-    TrainFunction,
-    call_in_process,
-    call_inline,
-    call_on_ray,
-)
+from rightrank.executors.calls import Call, TrainFunction, call_in_process, call_inline, call_on_ray
+from rightrank.executors.custom import CustomExecutor, EvaluateFunction, FolderEvaluation, Measure
 from rightrank.io.files import report_disk_errors
 from rightrank.io.run_folder import RunFolder
-from rightrank.records import DataSummary, RunStarted, TrialFinished, content_hash
+from rightrank.records import DataSummary, RunStarted, content_hash
 from rightrank.records.observer import Observer
 from rightrank.returns import Selected
 from rightrank.selection.handover import hand_over_saved
@@ -74,8 +66,8 @@ def select_custom(request: CustomRequest, trainer: Trainer, folder: RunFolder, o
         )
         executor = CustomExecutor(
             trainer.call,
-            request.metric,
-            _scored_examples(selection.records.finished()),
+            Measure(request.metric, request.higher_is_better, None),
+            selection.records.finished(),
             folder.trial_adapter,
             selection.observer,
             trainer.workers,
@@ -87,11 +79,6 @@ def select_custom(request: CustomRequest, trainer: Trainer, folder: RunFolder, o
             trackers.decided(decision)
         found = answers(selection.records, decision, request.settings.goal)
         return Selected(decision, folder.path, adapter, folder.report, found)
-
-
-def _scored_examples(finished: Sequence[TrialFinished]) -> int | None:
-    """The number of held-out examples that earlier trials scored; None if there is none."""
-    return next((len(trial.item_scores) for trial in finished if trial.item_scores), None)
 
 
 def make_trainer(
@@ -110,10 +97,12 @@ def make_trainer(
         raise SettingsError(f"train: got a {type(train).__name__}; give a function of one TrialTask")
     if timeout_seconds is not None and (where != "process" or timeout_seconds <= 0):
         raise SettingsError('timeout_seconds needs where="process" and a number above 0: other calls can\'t be ended')
-    if where not in ("here", "process", "ray"):
-        raise SettingsError(f'where: got {where!r}; give "here", "process" or "ray"')
+    if where not in ("here", "threads", "process", "ray"):
+        raise SettingsError(f'where: got {where!r}; give "here", "threads", "process" or "ray"')
     if workers < 1 or (workers > 1 and where == "here"):
-        raise SettingsError(f'workers: got {workers} with where={where!r}; give 1, or more with "process" or "ray"')
+        raise SettingsError(
+            f'workers: got {workers} with where={where!r}; give 1, or more with "threads", "process" or "ray"'
+        )
     if evaluate is not None and not callable(evaluate):
         raise SettingsError(
             f"evaluate: got a {type(evaluate).__name__}; give a function of an adapter folder and a TrialTask"
@@ -122,7 +111,7 @@ def make_trainer(
     def call_of(function: TrainFunction) -> Call:
         if where == "ray":
             return call_on_ray(function)
-        return call_inline(function) if where == "here" else call_in_process(function, timeout_seconds)
+        return call_in_process(function, timeout_seconds) if where == "process" else call_inline(function)
 
     evaluation = None if evaluate is None else call_of(FolderEvaluation(evaluate))
     return Trainer(train, call_of(train), workers, evaluation)

@@ -30,9 +30,11 @@ from rightrank.records import (
     RunEvent,
     RunStarted,
     Trial,
+    TrialCollapsed,
     TrialDiverged,
     TrialFailed,
     TrialFinished,
+    TrialLook,
     TrialOutcome,
     TrialStarted,
     trial_id,
@@ -156,7 +158,7 @@ class Selection:
         return replace(self._observer, on_event=self._on_event)
 
     def _on_event(self, event: RunEvent) -> None:
-        if isinstance(event, TrialStarted):
+        if isinstance(event, TrialStarted | TrialLook):
             self.folder.journal.append(event)
         self._observer.on_event(event)
 
@@ -227,7 +229,7 @@ class Selection:
 
     def _with_plan(self, outcome: TrialOutcome) -> TrialOutcome:
         """The outcome with the peak memory that was planned for it, where there is a plan."""
-        if outcome.rank == 0 or outcome.arm.steps == 0 or isinstance(outcome, TrialDiverged):
+        if outcome.rank == 0 or outcome.arm.steps == 0 or isinstance(outcome, TrialCollapsed | TrialDiverged):
             return outcome
         if isinstance(outcome, TrialFinished):
             predicted = self._options.peak_of(outcome.pass_ranks or [outcome.rank])

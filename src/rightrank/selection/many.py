@@ -16,7 +16,7 @@ from rightrank.io.files import report_disk_errors, write_text
 from rightrank.io.matrix import MatrixConfig, MatrixJob
 from rightrank.io.run_folder import RunFolder
 from rightrank.preparation import Bases, Request
-from rightrank.records import Decision, RunEvent, TrialDiverged, TrialFailed, TrialFinished
+from rightrank.records import Decision, RunEvent, TrialCollapsed, TrialDiverged, TrialFailed, TrialFinished
 from rightrank.records.observer import Observer
 from rightrank.report.matrix_table import MatrixRow, matrix_csv
 from rightrank.returns import Selected
@@ -175,7 +175,7 @@ def _notice_outcome(event: RunEvent, notice: Callable[[str], None]) -> None:
     match event:
         case TrialFinished():
             notice(f"{event.arm.label()} held-out {event.value:.4f}")
-        case TrialDiverged() | TrialFailed():
+        case TrialCollapsed() | TrialDiverged() | TrialFailed():
             notice(f"{event.arm.label()} {event.reason}")
         case _:
             pass

@@ -13,7 +13,7 @@ from typing import Protocol
 
 from rightrank.errors import MissingExtraError, SettingsError, did_you_mean
 from rightrank.io.files import write_text
-from rightrank.records import Decision, RunEvent, RunStarted, TrialDiverged, TrialFailed, TrialFinished, TrialOutcome
+from rightrank.records import OUTCOMES, Decision, RunEvent, RunStarted, TrialOutcome
 from rightrank.records.observer import Observer
 from rightrank.trackers.tracked import TrackedRun, tracked_decision, tracked_trial
 
@@ -86,7 +86,7 @@ class Trackers:
 
     def event(self, event: RunEvent) -> None:
         """Log a trial that ended to every tracker that does not have it yet."""
-        if self._trackers and isinstance(event, TrialFinished | TrialDiverged | TrialFailed):
+        if self._trackers and isinstance(event, OUTCOMES):
             self._log(tracked_trial(self._started, event, self._group))
 
     def decided(self, decision: Decision) -> None:

@@ -1,0 +1,213 @@
+"""Ready `train` functions for TRL's `GRPOTrainer` and `DPOTrainer` (extra `trl`).
+
+Each one trains a task with its rank, learning rate and seed, reports the held-out scores along the way, ends a run that has
+collapsed, restores the best checkpoint by the validation rows, and measures it on the test rows.
+
+    train = GRPOTrain("model", GRPOConfig(max_completion_length=64), prompts, validation, test, reward_funcs=reward)
+    select_rank_with(train, "run", profile="rl", steps=200, learning_rates=(1e-5, 3e-5, 1e-4))
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import import_module
+from typing import Any, Literal, TypeAlias
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from rightrank.errors import MissingExtraError
+from rightrank.integrations.looks import Looks
+from rightrank.integrations.rewards import RewardFunction, checked_reward, greedy_rewards
+from rightrank.integrations.trainers import IGNORED, causal_item_losses, padded_batches
+from rightrank.records import TrialResult, TrialTask
+
+Rows: TypeAlias = Any  # a `datasets.Dataset`, or a list of rows
+DPOMetric: TypeAlias = Literal["loss", "reward_accuracy", "reward_margin"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainWithTRL(ABC):
+    """One training with TRL: the adapter, the looks, the best checkpoint and its test.
+
+    The function that it is can be sent to another process, so it works with every `where`.
+    """
+
+    model: str
+    """Folder or hub name of the base."""
+    args: Any
+    """The trainer's configuration. Learning rate, seed, steps and output folder come from the task."""
+    train_dataset: Rows
+    validation: Rows
+    """Rows of the looks. The best checkpoint is the one with the best mean over them."""
+    test: Rows
+    """Rows that measure the best checkpoint. Ranks are compared by them."""
+    looks: int = 10
+    """Evaluations along the training, beside the one before the first step."""
+    eval_batch_size: int = 64
+    lora: Mapping[str, Any] = field(default_factory=dict)
+    """Further settings of `LoraConfig`, such as `target_modules`; all linear layers by default."""
+
+    def __call__(self, task: TrialTask) -> TrialResult:
+        """Train the task. Rank 0 is the base, which is measured and not trained."""
+        tokenizer = AutoTokenizer.from_pretrained(self.model)
+        if task.rank == 0:
+            base = AutoModelForCausalLM.from_pretrained(self.model, **(self.args.model_init_kwargs or {}))
+            return self._measured(base, tokenizer)
+
+        def score(model: Any) -> list[float]:
+            return self.scores(model, tokenizer, self.validation)[self.metric]
+
+        looks = Looks(task, score, self.looks, self.higher_is_better)
+        trainer = self.make_trainer(self._args_of(task), self._lora_of(task), looks)
+        trainer.train()
+        looks.restore_best(trainer.model)
+        trainer.model.save_pretrained(task.folder)
+        return self._measured(trainer.model, tokenizer, looks)
+
+    @property
+    @abstractmethod
+    def metric(self) -> str:
+        """The metric that decides, one of those that `scores` returns."""
+
+    @property
+    def higher_is_better(self) -> bool:
+        return self.metric != "loss"
+
+    @abstractmethod
+    def make_trainer(self, args: Any, lora: Any, looks: Looks) -> Any:
+        """TRL's trainer of one task."""
+
+    @abstractmethod
+    def scores(self, model: Any, tokenizer: Any, rows: Rows) -> dict[str, list[float]]:
+        """Scores of each row, by metric."""
+
+    def _measured(self, model: Any, tokenizer: Any, looks: Looks | None = None) -> TrialResult:
+        scores = self.scores(model, tokenizer, self.test)
+        return TrialResult(
+            metrics={name: sum(values) / len(values) for name, values in scores.items()},
+            item_scores=scores[self.metric],
+            points=[] if looks is None else looks.points,
+            trainable_parameters=sum(one.numel() for one in model.parameters() if one.requires_grad) if looks else 0,
+        )
+
+    def _args_of(self, task: TrialTask) -> Any:
+        """A copy of the configuration with what the task decides, without checkpoints and evaluations of its own."""
+        args = copy.deepcopy(self.args)
+        args.output_dir = str(task.folder / "trainer")
+        args.learning_rate, args.seed, args.data_seed = task.learning_rate, task.seed, task.seed
+        args.max_steps = task.steps or args.max_steps
+        args.save_strategy = args.eval_strategy = "no"
+        return args
+
+    def _lora_of(self, task: TrialTask) -> Any:
+        from peft import LoraConfig
+
+        settings = {"target_modules": "all-linear", "task_type": "CAUSAL_LM", **self.lora}
+        return LoraConfig(r=task.rank, lora_alpha=task.lora_alpha, **settings)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True, kw_only=True)
+class GRPOTrain(TrainWithTRL):
+    """`GRPOTrainer`: the reward of one greedy completion of each held-out prompt decides.
+
+    Rows have `prompt`, a string or a list of messages, and the columns that the reward functions read.
+    """
+
+    reward_funcs: RewardFunction | Sequence[RewardFunction]
+
+    @property
+    def metric(self) -> str:
+        return "reward"
+
+    def make_trainer(self, args: Any, lora: Any, looks: Looks) -> Any:
+        return _trl().GRPOTrainer(
+            self.model,
+            reward_funcs=self._functions(),
+            args=args,
+            train_dataset=self.train_dataset,
+            peft_config=lora,
+            callbacks=[looks],
+        )
+
+    def scores(self, model: Any, tokenizer: Any, rows: Rows) -> dict[str, list[float]]:
+        functions = self._functions()
+        weights = self.args.reward_weights or [1.0] * len(functions)
+        length, size = self.args.max_completion_length, self.eval_batch_size
+        return {"reward": greedy_rewards(model, tokenizer, rows, functions, weights, length, size)}
+
+    def _functions(self) -> list[RewardFunction]:
+        given = self.reward_funcs
+        return [checked_reward(one) for one in ([given] if callable(given) else given)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DPOTrain(TrainWithTRL):
+    """`DPOTrainer` with the sigmoid loss: the preference loss of each held-out pair decides, or another of its metrics.
+
+    Rows have `prompt`, `chosen` and `rejected`, strings or lists of messages.
+    """
+
+    decides_by: DPOMetric = "loss"
+
+    @property
+    def metric(self) -> str:
+        return self.decides_by
+
+    def make_trainer(self, args: Any, lora: Any, looks: Looks) -> Any:
+        return _trl().DPOTrainer(
+            self.model, args=args, train_dataset=self.train_dataset, peft_config=lora, callbacks=[looks]
+        )
+
+    def scores(self, model: Any, tokenizer: Any, rows: Rows) -> dict[str, list[float]]:
+        """Of each pair: the loss -log σ(margin), whether the margin is above 0, and the margin β·(log-ratio chosen - rejected)."""
+        sides = [
+            [_encoded(tokenizer, row, side, self.args.max_length) for row in rows] for side in ("chosen", "rejected")
+        ]
+        batches = [padded_batches(one, tokenizer.pad_token_id, self.eval_batch_size) for one in sides]
+        trained = [_log_likelihoods(model, one) for one in batches]
+        with _base_of(model):
+            base = [_log_likelihoods(model, one) for one in batches]
+        margins = [
+            self.args.beta * ((good - good_base) - (bad - bad_base))
+            for good, bad, good_base, bad_base in zip(*trained, *base, strict=True)
+        ]
+        return {
+            "loss": [-math.log(1 / (1 + math.exp(-margin))) if margin > -500 else -margin for margin in margins],
+            "reward_accuracy": [float(margin > 0) for margin in margins],
+            "reward_margin": margins,
+        }
+
+
+def _base_of(model: Any) -> Any:
+    """A context in which the adapter is off; the model itself where it has none."""
+    return model.disable_adapter() if hasattr(model, "disable_adapter") else torch.no_grad()
+
+
+def _log_likelihoods(model: Any, batches: list[dict[str, torch.Tensor]]) -> list[float]:
+    found = causal_item_losses(model, batches)
+    return [-loss * tokens for loss, tokens in zip(found.scores, found.weights, strict=True)]
+
+
+def _encoded(tokenizer: Any, row: Mapping[str, Any], side: str, max_length: int | None) -> dict[str, list[int]]:
+    """Prompt and answer as tokens, with labels on the answer alone."""
+    if isinstance(row["prompt"], str):
+        prompt = tokenizer(row["prompt"])["input_ids"]
+        answer = tokenizer(row[side], add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+        whole = prompt + answer
+    else:
+        prompt = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, return_dict=False)
+        whole = tokenizer.apply_chat_template(row["prompt"] + row[side], return_dict=False)
+    labels = [IGNORED] * len(prompt) + whole[len(prompt) :]
+    return {"input_ids": whole[:max_length], "labels": labels[:max_length]}
+
+
+def _trl() -> Any:
+    try:
+        return import_module("trl")
+    except ImportError as error:
+        raise MissingExtraError("TRL is not installed: pip install 'rightrank[trl]'") from error
