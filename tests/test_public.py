@@ -15,7 +15,19 @@ import rightrank
 from rightrank.cli import cli
 from rightrank.settings import SelectKeywords, SelectSettings
 
-NOT_SETTINGS = {"model", "data", "out", "matrix", "config_file", "assignments", "as_json", "quiet", "log_json"}
+NOT_SETTINGS = {
+    "model",
+    "data",
+    "out",
+    "dry_run",
+    "price_per_hour",
+    "matrix",
+    "config_file",
+    "assignments",
+    "as_json",
+    "quiet",
+    "log_json",
+}
 
 PUBLIC = {
     "AdapterComparison",
@@ -26,6 +38,7 @@ PUBLIC = {
     "Observer",
     "Plan",
     "PlanSettings",
+    "Preflight",
     "ResizeOptions",
     "Resized",
     "SelectSettings",
@@ -41,6 +54,7 @@ PUBLIC = {
     "make_plan_settings",
     "make_settings",
     "plan",
+    "preflight",
     "resize",
     "select_rank",
     "select_rank_with",

@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Any, Literal, Unpack
 from rightrank.errors import SettingsError
 from rightrank.records import Decision, EvalPoint, TrialResult, TrialTask
 from rightrank.records.compare import AdapterComparison
+from rightrank.records.doctor import Doctor
 from rightrank.records.observer import Observer
 from rightrank.records.plan import Plan
+from rightrank.records.preflight import Preflight
 from rightrank.records.probe import Allocation, AllocationTrial, Inspection, Resized, ResizedTogether
 from rightrank.returns import Decided, Selected
 from rightrank.settings import Goal, PlanSettings, SelectKeywords, SelectSettings, make_plan_settings, make_settings
@@ -42,6 +44,7 @@ __all__ = [
     "Observer",
     "Plan",
     "PlanSettings",
+    "Preflight",
     "ResizeOptions",
     "Resized",
     "SelectSettings",
@@ -52,6 +55,7 @@ __all__ = [
     "allocate",
     "compare",
     "decide",
+    "doctor",
     "export",
     "extract",
     "inspect",
@@ -59,6 +63,7 @@ __all__ = [
     "make_plan_settings",
     "make_settings",
     "plan",
+    "preflight",
     "repair",
     "resize",
     "resize_together",
@@ -111,6 +116,32 @@ def select_rank(
         from rightrank.selection.select import select
 
         return select(Request(model, tokenizer, data, settings), folder, watching or Observer())
+
+
+def preflight(
+    model: str | PreTrainedModel,
+    data: str | Path | Rows | Mapping[str, Rows],
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    settings: SelectSettings | None = None,
+    price_per_hour: float | None = None,
+    **keywords: Unpack[SelectKeywords],
+) -> Preflight:
+    """Say what `select_rank` with the same arguments will do, cost and be able to show; nothing is trained or written.
+
+    Args:
+        model: as in `select_rank`, and so are `data`, `tokenizer`, `settings` and `keywords`.
+        price_per_hour: of this device, for the price.
+
+    Raises:
+        InputError: model, data or settings can't be used.
+    """
+    given = settings.model_dump(include=settings.model_fields_set) if settings is not None else {}
+    settings = make_settings(given | renamed(keywords))
+    from rightrank.preparation import Request
+    from rightrank.selection.preflight import preflight as prepare_only
+
+    return prepare_only(Request(model, tokenizer, data, settings), price_per_hour)
 
 
 def select_matrix(
@@ -468,6 +499,13 @@ def write_report(run: str | Path) -> Path:
     from rightrank import runs
 
     return runs.write_report(run)
+
+
+def doctor() -> Doctor:
+    """Look at this machine: versions, device, memory, disk, extras and writable places."""
+    from rightrank.io.system import examine
+
+    return examine()
 
 
 def export(

@@ -19,7 +19,7 @@ from rightrank.cli.deciding import decide
 from rightrank.cli.handing_over import export, repair, report
 from rightrank.cli.planning import plan
 from rightrank.cli.training import demo, select
-from rightrank.cli.views import completion, status, watch
+from rightrank.cli.views import completion, doctor, status, watch
 from rightrank.errors import RightrankError, is_out_of_memory, one_line
 from rightrank.version import __version__
 
@@ -38,6 +38,7 @@ COMMANDS = (
     repair,
     status,
     watch,
+    doctor,
     completion,
 )
 

@@ -91,7 +91,11 @@ def _select_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.command(epilog="Example: rightrank select ./model data.jsonl --out run --ranks 4,16,64 --max-steps 200")
 @click.argument("model", required=False)
 @click.argument("data", required=False, type=click.Path(path_type=Path))
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="Run folder; the same command resumes it.")
+@click.option("--out", type=click.Path(path_type=Path), help="Run folder; the same command resumes it.")
+@click.option(
+    "--dry-run", is_flag=True, help="Say what the selection will do, cost and be able to show; train and write nothing."
+)
+@click.option("--price-per-hour", type=float, help="With --dry-run: price of an hour of this device.")
 @click.option("--matrix", type=click.Path(path_type=Path), help="YAML file of many data sets, instead of MODEL DATA.")
 @_select_options
 @click.option("--json", "as_json", is_flag=True, help="Print the decision as one JSON object.")
@@ -100,7 +104,9 @@ def _select_options(command: Callable[..., Any]) -> Callable[..., Any]:
 def select(
     model: str | None,
     data: Path | None,
-    out: Path,
+    out: Path | None,
+    dry_run: bool,
+    price_per_hour: float | None,
     matrix: Path | None,
     config_file: Path | None,
     assignments: tuple[str, ...],
@@ -115,6 +121,15 @@ def select(
     of a data set, with `text`; `prompt` and `completion`; `messages`; `text` and `label`; or `input_ids`. Alpaca,
     ShareGPT and question/answer are recognised; --columns names other columns.
     """
+    if dry_run:
+        if matrix is not None or model is None or data is None:
+            raise SettingsError("--dry-run: give MODEL and DATA; of a --matrix, one of its data sets at a time")
+        _dry_run(model, data, gather(config_file, assignments, options), price_per_hour, as_json)
+        return
+    if price_per_hour is not None:
+        raise SettingsError("--price-per-hour: only with --dry-run; `rightrank plan` has it too")
+    if out is None:
+        raise SettingsError("no run folder: give --out DIR, or --dry-run to write nothing")
     if matrix is not None:
         if model is not None:
             raise SettingsError(f"--matrix {matrix} names model and data: leave out {model!r}")
@@ -133,6 +148,15 @@ def select(
         _print_json(selected)
     else:
         _print_answer(selected)
+
+
+def _dry_run(model: str, data: Path, values: dict[str, Any], price_per_hour: float | None, as_json: bool) -> None:
+    from rightrank import api
+    from rightrank.report.preflight_text import preflight_text
+    from rightrank.settings import make_settings
+
+    found = api.preflight(model, data, settings=make_settings(values), price_per_hour=price_per_hour)
+    click.echo(found.model_dump_json() if as_json else preflight_text(found))
 
 
 def _select_matrix(file: Path, out: Path, further: dict[str, Any], as_json: bool, quiet: bool, log_json: bool) -> None:

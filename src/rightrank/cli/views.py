@@ -1,4 +1,4 @@
-"""`status`, `watch` and `completion`."""
+"""`status`, `watch`, `doctor` and `completion`."""
 
 from __future__ import annotations
 
@@ -56,6 +56,17 @@ def watch(run: Path, interval: float) -> None:
             if found.state != "running":
                 return
             time.sleep(interval)
+
+
+@click.command(epilog="Example: rightrank doctor --json")
+@click.option("--json", "as_json", is_flag=True, help="Print what was found as one JSON object.")
+def doctor(as_json: bool) -> None:
+    """Show versions, device, memory, disk, extras and writable places on one screen."""
+    from rightrank import api
+    from rightrank.report.doctor_text import doctor_text
+
+    found = api.doctor()
+    click.echo(found.model_dump_json() if as_json else doctor_text(found))
 
 
 @click.command(epilog='Example: eval "$(rightrank completion bash)"')

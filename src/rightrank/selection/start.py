@@ -13,9 +13,11 @@ from rightrank.records import RunStarted
 from rightrank.records.observer import Observer
 from rightrank.records.plan import SelectionCost
 from rightrank.report.plan_table import selection_lines
+from rightrank.report.preflight_text import data_lines, memory_lines, precision_lines
 from rightrank.selection.executor import require_placeable
 from rightrank.selection.loop import LoopOptions, Selection
 from rightrank.selection.notices import adapter_lines, answers_line, cost_line
+from rightrank.selection.preflight import preflight_of, strategy_of
 from rightrank.settings.migration import renamed_since
 from rightrank.strategies import Strategy, make_strategy
 from rightrank.trackers import Trackers, require_trackers
@@ -52,9 +54,7 @@ def prepare_selection(
     prepared = prepare(request, folder.cache, observer.notice, bases)
     if request.settings.store:
         folder.store = run_store(request.settings.store, prepared.started.fingerprint)
-    strategy = make_strategy(
-        prepared.settings, prepared.steps, token_loss=prepared.is_token_loss, unseen_steps=prepared.unseen_steps
-    )
+    strategy = strategy_of(prepared)
     cost = estimate(prepared, strategy)
     goal = prepared.settings.goal
     options = LoopOptions(goal, peak_of=prepared.planned.peak_of) if prepared.planned else LoopOptions(goal)
@@ -63,7 +63,9 @@ def prepare_selection(
         folder, prepared.started, prepared.steps, strategy, options, report_to, observer
     )
     cost_lines = selection_lines(cost) if cost else [cost_line(strategy, prepared.steps)]
-    for line in [*cost_lines, *adapter_lines(prepared)]:
+    found = preflight_of(prepared, strategy, cost)
+    first = [*data_lines(found), *memory_lines(found), *cost_lines, *precision_lines(found)]
+    for line in [*first, *adapter_lines(prepared)]:
         observer.notice(line)
     if end_metrics(prepared.settings):
         observer.notice(answers_line(prepared.settings, prepared.started))

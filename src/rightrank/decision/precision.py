@@ -1,0 +1,118 @@
+"""Before any training: how precisely a selection can compare ranks, from the base's losses and the noise of stored runs.
+
+The noise of a paired difference is its spread between examples, over the root of their number, and its noise over seeds.
+Both are expected from stored runs (`benchmarks/preflight`): the spread of a language model's difference is a share of the
+spread of the base's own example losses, and that of classes and of scores from 0 to 1 is a constant. The noise over seeds is
+a share of the spread. The prediction is for the widest of the ranks below the top: narrower ones are settled sooner.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+import numpy as np
+
+from rightrank.decision.judge import CONFIDENCE
+from rightrank.maths.intervals import Estimate
+
+NoiseKind: TypeAlias = Literal["tokens", "classes", "scores"]
+
+MAX_EXAMPLES = 10_000_000
+MAX_SEEDS = 20
+
+
+@dataclass(frozen=True, slots=True)
+class StoredNoise:
+    """What stored runs say of the widest difference between ranks."""
+
+    spread: float  # between examples: a share of the base's spread ("tokens"), else in the metric's unit
+    seed_ratio: float  # the variance over seeds of one seed's difference, over the squared spread
+
+
+# Fitted and judged by `python -m benchmarks.preflight.calibrate`; a test compares these with its stored result.
+STORED: dict[NoiseKind, StoredNoise] = {
+    "tokens": StoredNoise(spread=0.1, seed_ratio=0.034),
+    "classes": StoredNoise(spread=0.43, seed_ratio=0.034),
+    "scores": StoredNoise(spread=0.37, seed_ratio=0.003),
+}
+SEED_DEGREES = (
+    2.4  # of the expectation that moderates the seed noise (`decision.seed_noise`), with four ranks and two seeds
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Precision:
+    """The expected precision of a comparison of ranks, in the metric's unit."""
+
+    noise: StoredNoise
+    spread: float  # between examples, of one example's difference
+    examples: int
+    seeds: int
+
+    @property
+    def half_width(self) -> float:
+        """The one-sided 95% half-width of the widest rank's difference from the top."""
+        return self._at(self.examples, self.seeds)
+
+    @property
+    def undecided_below_margin(self) -> float:
+        """Below this margin, not even a rank that equals the top is expected to be shown to be enough."""
+        return self.half_width
+
+    def _at(self, examples: int, seeds: int) -> float:
+        of_examples = self.spread**2 / examples
+        if seeds == 1:  # nothing is measured over seeds: the bound is over examples alone
+            return Estimate(0.0, of_examples, 0.0, 0.0, examples, 1, 0.0, 0.0).bound(CONFIDENCE)
+        of_seeds = self.noise.seed_ratio * self.spread**2 / seeds
+        degrees = SEED_DEGREES + seeds - 1
+        return Estimate(0.0, of_examples, of_seeds, 0.0, examples, seeds, degrees, 0.0).bound(CONFIDENCE)
+
+    def examples_needed(self, margin: float) -> int | None:
+        """The validation examples with which the half-width falls below `margin`; None: no number of them suffices."""
+        if self._at(MAX_EXAMPLES, self.seeds) >= margin:
+            return None
+        low, high = 1, MAX_EXAMPLES
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (low, middle) if self._at(middle, self.seeds) < margin else (middle, high)
+        return high
+
+    def seeds_needed(self, margin: float) -> int | None:
+        """The seeds with which the half-width falls below `margin`; None: more than `MAX_SEEDS`, or one shows as much."""
+        wanted = range(max(2, self.seeds + 1), MAX_SEEDS + 1)
+        return next((n for n in wanted if self._at(self.examples, n) < margin), None)
+
+
+def base_spread(losses: Sequence[float], tokens: Sequence[int]) -> float:
+    """The standard deviation between examples of the base's influence on its mean loss.
+
+    Args:
+        losses: [examples] nats, summed over the label tokens of each.
+        tokens: [examples] label tokens of each.
+    """
+    sums, weights = np.asarray(losses, dtype=np.float64), np.asarray(tokens, dtype=np.float64)
+    influence = (sums - weights * (sums.sum() / weights.sum())) / weights.mean()
+    return float(influence.std())
+
+
+def expected_precision(
+    kind: NoiseKind, spread_of_base: float, examples: int, seeds: int, stored: StoredNoise | None = None
+) -> Precision:
+    """The precision to expect of `examples` validation examples and `seeds` seeds of each rank.
+
+    Args:
+        stored: in place of `STORED[kind]`.
+    """
+    noise = stored or STORED[kind]
+    return Precision(noise, noise.spread * spread_of_base if kind == "tokens" else noise.spread, examples, seeds)
+
+
+def rounded_up(margin: float) -> float:
+    """`margin` rounded up to two digits, so that the number shown is not below it."""
+    if margin <= 0:
+        return margin
+    unit = 10.0 ** (math.floor(math.log10(margin)) - 1)
+    return round(math.ceil(margin / unit - 1e-9) * unit, 12)

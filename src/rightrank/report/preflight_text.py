@@ -1,0 +1,73 @@
+"""The preflight as plain lines: those of `select --dry-run`, and the first of every selection."""
+
+from __future__ import annotations
+
+from rightrank.records.preflight import Preflight, PreflightStrategy
+from rightrank.report.format import duration, metric_unit, quantity, size
+
+
+def preflight_text(found: Preflight) -> str:
+    """Everything, for a person."""
+    lines = [*data_lines(found), *memory_lines(found), *cost_lines(found), *precision_lines(found), *found.notes]
+    return "\n".join([*lines, "nothing was written: this was a dry run"])
+
+
+def data_lines(found: Preflight) -> list[str]:
+    """Splits, label tokens, lengths, and what was left out."""
+    splits = "; ".join(
+        f"{name} {split.items:,} examples ({split.label_tokens:,} label tokens)" for name, split in found.splits.items()
+    )
+    given = "given splits" if found.splits_given else "splits by content"
+    return [
+        f"data ({found.form}, {given}): {splits}",
+        f"longest example: {found.longest} tokens of at most {found.seq_len}",
+        *(f"  {line}" for line in found.left_out),
+    ]
+
+
+def memory_lines(found: Preflight) -> list[str]:
+    """Ranks with their memory, and the budget."""
+    known = [(one, one.needed_bytes) for one in found.ranks if one.needed_bytes is not None]
+    if not known:
+        return [f"ranks: {', '.join(str(one.rank) for one in found.ranks)} (memory not planned for this architecture)"]
+    shown = ", ".join(
+        f"{one.rank} ({size(needed)}{'' if one.fits is not False else ', does not fit'})" for one, needed in known
+    )
+    budget = "no budget given" if found.memory_bytes is None else f"{size(found.memory_bytes)} available"
+    return [f"ranks and memory: {shown}; {budget}"]
+
+
+def cost_lines(found: Preflight) -> list[str]:
+    """Trainings, time and price of every strategy, that of the settings first."""
+    rows = sorted(found.cost.strategies, key=lambda row: row.strategy != found.cost.strategy)
+    return [
+        f"strategy {row.strategy}{'' if index else ' (this run)'}: {_cost(row, found.cost.steps)}"
+        for index, row in enumerate(rows)
+    ]
+
+
+def _cost(row: PreflightStrategy, steps: int) -> str:
+    parts = [f"about {row.trainings:.3g} trainings of {steps} steps, {row.trainings_at_most:.3g} at most"]
+    if row.seconds is not None and row.seconds_at_most is not None:
+        parts.append(f"about {duration(row.seconds)}, {duration(row.seconds_at_most)} at most")
+    if row.price is not None:
+        parts.append(f"{row.price:.2f} at the price given")
+    return "; ".join(parts)
+
+
+def precision_lines(found: Preflight) -> list[str]:
+    """What can be settled, and what would cure it where the margin is too narrow."""
+    if found.expected_half_width is None:
+        return []
+    examples = found.splits["validation"].items
+    lines = [
+        f"expected precision: ±{found.expected_half_width:.2g} {metric_unit(found.metric)} (one-sided 95%) on "
+        f"{quantity(examples, 'validation example')} and {quantity(found.seeds, 'seed')}, for the rank that differs most "
+        "from the top; from the base's losses and the noise of stored runs"
+    ]
+    if found.cures:
+        lines.append(
+            f"at the margin of {found.margin:g} the answer is likely to be undecided; what would settle it: "
+            + ", or ".join(found.cures)
+        )
+    return lines
