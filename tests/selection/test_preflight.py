@@ -63,7 +63,7 @@ def test_a_run_folder_is_not_made(
     status, text, _ = run([*given, "--price-per-hour", "2"], capsys)
     assert status == 0
     assert not out.exists()
-    assert "validation 12 examples" in text
+    assert ", 12 validation, " in text
     assert "expected precision: ±" in text
     assert "undecided" not in text  # the margin is wide
     assert text.rstrip().endswith("nothing was written: this was a dry run")
@@ -79,7 +79,7 @@ def test_the_first_lines_of_a_selection_hold_the_same_facts(
         str(model_folder), completion_file, tmp_path / "run", settings=small_settings(max_steps=2), watching=watching
     )
     assert f"±{expected.expected_half_width:.2g} nats" in "\n".join(lines)
-    assert any(line.startswith("data (prompt_completion") for line in lines)
+    assert any(line.startswith("label tokens: ") for line in lines)
     assert any(line.startswith("ranks and memory: 1 (") for line in lines)
 
 

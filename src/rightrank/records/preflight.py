@@ -45,7 +45,7 @@ class Preflight(Record):
     form: str
     splits: dict[str, SplitSummary]  # train, validation, test
     splits_given: bool
-    left_out: list[str]  # what was left out or truncated, and why; a line each
+    left_out: list[str]  # what was left out or truncated, with its number and why
     longest: Whole  # tokens of the longest example
     seq_len: Whole
     ranks: list[PreflightRank]

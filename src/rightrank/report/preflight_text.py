@@ -13,16 +13,20 @@ def preflight_text(found: Preflight) -> str:
 
 
 def data_lines(found: Preflight) -> list[str]:
-    """Splits, label tokens, lengths, and what was left out."""
-    splits = "; ".join(
-        f"{name} {split.items:,} examples ({split.label_tokens:,} label tokens)" for name, split in found.splits.items()
-    )
-    given = "given splits" if found.splits_given else "splits by content"
+    """Splits and what was left out; what a selection prints of them beside its plan is `labels_line`."""
+    splits = ", ".join(f"{split.items:,} {name}" for name, split in found.splits.items())
+    given = "given splits" if found.splits_given else "split by content"
     return [
-        f"data ({found.form}, {given}): {splits}",
-        f"longest example: {found.longest} tokens of at most {found.seq_len}",
+        f"data ({found.form}, {given}): {splits} examples",
         *(f"  {line}" for line in found.left_out),
+        labels_line(found),
     ]
+
+
+def labels_line(found: Preflight) -> str:
+    """Label tokens by split, and the longest example."""
+    labels = ", ".join(f"{split.label_tokens:,} {name}" for name, split in found.splits.items())
+    return f"label tokens: {labels}; longest example: {found.longest} tokens of at most {found.seq_len}"
 
 
 def memory_lines(found: Preflight) -> list[str]:

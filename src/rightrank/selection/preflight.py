@@ -10,12 +10,12 @@ from rightrank.decision.metrics import default_margin, kind_of
 from rightrank.decision.precision import NoiseKind, Precision, base_spread, expected_precision, rounded_up
 from rightrank.engine.runtime import Runtime
 from rightrank.preparation import Prepared, Request, estimate, prepare
-from rightrank.records import DataSummary
+from rightrank.records.base import split_name
 from rightrank.records.plan import SelectionCost
 from rightrank.records.preflight import Preflight, PreflightCost, PreflightRank, PreflightStrategy
+from rightrank.report.terminal import left_out
 from rightrank.selection.executor import require_placeable
 from rightrank.selection.notices import adapter_lines
-from rightrank.settings import SelectSettings
 from rightrank.strategies import STRATEGIES, Strategy, make_strategy
 from rightrank.trackers import require_trackers
 
@@ -60,9 +60,9 @@ def preflight_of(
         margin=margin,
         goal=settings.goal,
         form=data.form,
-        splits={"validation" if name == "selection" else name: split for name, split in data.splits.items()},
+        splits={split_name(name): split for name, split in data.splits.items()},
         splits_given=data.splits_given,
-        left_out=left_out_lines(data, settings),
+        left_out=left_out(data),
         longest=prepared.runtime.data.longest,
         seq_len=settings.seq_len,
         ranks=_ranks(prepared),
@@ -73,27 +73,6 @@ def preflight_of(
         undecided_below_margin=precision and precision.undecided_below_margin,
         cures=[] if precision is None or margin is None else cures(precision, margin),
     )
-
-
-def left_out_lines(data: DataSummary, settings: SelectSettings) -> list[str]:
-    """What was left out of the data or truncated, and why."""
-    lines = []
-    for name, split in data.splits.items():
-        shown = "validation" if name == "selection" else name
-        if split.truncated:
-            what = "split into pieces" if settings.long_items == "split" else "truncated"
-            lines.append(
-                f"{shown}: {split.truncated:,} of {split.items:,} examples {what} at {settings.seq_len} tokens"
-            )
-        if split.dropped:
-            lines.append(
-                f"{shown}: {split.dropped:,} examples left out, without a label token within {settings.seq_len} tokens"
-            )
-    if data.unreadable:
-        lines.append(f"{data.unreadable:,} rows left out: lone surrogates, which no tokenizer accepts")
-    if data.duplicates_across_splits:
-        lines.append(f"{data.duplicates_across_splits:,} examples are in more than one given split")
-    return lines
 
 
 def cures(precision: Precision, margin: float) -> list[str]:

@@ -13,7 +13,7 @@ from rightrank.records import RunStarted
 from rightrank.records.observer import Observer
 from rightrank.records.plan import SelectionCost
 from rightrank.report.plan_table import selection_lines
-from rightrank.report.preflight_text import data_lines, memory_lines, precision_lines
+from rightrank.report.preflight_text import labels_line, memory_lines, precision_lines
 from rightrank.selection.executor import require_placeable
 from rightrank.selection.loop import LoopOptions, Selection
 from rightrank.selection.notices import adapter_lines, answers_line, cost_line
@@ -64,7 +64,7 @@ def prepare_selection(
     )
     cost_lines = selection_lines(cost) if cost else [cost_line(strategy, prepared.steps)]
     found = preflight_of(prepared, strategy, cost)
-    first = [*data_lines(found), *memory_lines(found), *cost_lines, *precision_lines(found)]
+    first = [labels_line(found), *memory_lines(found), *cost_lines, *precision_lines(found)]
     for line in [*first, *adapter_lines(prepared)]:
         observer.notice(line)
     if end_metrics(prepared.settings):
