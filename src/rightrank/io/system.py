@@ -27,7 +27,7 @@ MEMORY_FILE, CONTAINER_LIMIT = Path("/proc/meminfo"), Path("/sys/fs/cgroup/memor
 
 def examine() -> Doctor:
     """Look at this machine; nothing is written that stays."""
-    versions = {"rightrank": __version__, "python": platform.python_version()}
+    versions: dict[str, str | None] = {"rightrank": __version__, "python": platform.python_version()}
     versions |= {name: _version(name) for name in NEEDED}
     device, device_memory = _device()
     memory, available = _memory()
