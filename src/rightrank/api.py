@@ -20,6 +20,7 @@ from rightrank.records.preflight import Preflight
 from rightrank.records.probe import Allocation, AllocationTrial, Inspection, Resized, ResizedTogether
 from rightrank.returns import Decided, Selected
 from rightrank.settings import Goal, PlanSettings, SelectKeywords, SelectSettings, make_plan_settings, make_settings
+from rightrank.settings.profiles import ProfileName, profile_named
 from rightrank.settings.resize import ResizeOptions, ResizeRule
 from rightrank.settings.select import renamed
 
@@ -168,17 +169,18 @@ def select_rank_with(
     train: TrainFunction,
     out: str | Path,
     *,
+    profile: ProfileName | None = None,
     evaluate: EvaluateFunction | None = None,
     goal: Goal = "training-rank",
     ranks: Sequence[int] = (1, 4, 16, 64),
     learning_rates: Sequence[float] = (3e-4, 1e-3, 3e-3),
-    seeds: Sequence[int] = (0,),
+    seeds: Sequence[int] | None = None,
     lora_alpha: float = 32.0,
     steps: int = 0,
-    metric: str = "loss",
+    metric: str | None = None,
     higher_is_better: bool | None = None,
     margin: float | None = None,
-    strategy: str = "grid",
+    strategy: str | None = None,
     with_base: bool = False,
     where: Literal["here", "threads", "process", "ray"] = "here",
     workers: int = 1,
@@ -195,15 +197,20 @@ def select_rank_with(
             resolves far smaller differences. `task.report(step, value, item_scores)` reports values along the way. All
             randomness must come from `task.seed`, so that ranks differ in nothing else.
         out: the run folder. A second call with the same arguments resumes; trials that failed run again.
+        profile: "rl" for reinforcement learning: strategy "upward", metric "reward", seeds 0, 1 and 2, a margin of 0.02 where
+            none is given; a training whose held-out value falls far below its own best has collapsed and has no result; the
+            smallest rank is the answer where no difference between ranks can be shown.
         evaluate: called with a PEFT adapter folder and a `TrialTask`; returns the same as `train`. With it the adapter that
             `train` saved for the largest rank is truncated to every lower rank, and the smallest that loses nothing is
             handed over (the first question).
         goal: "adapter" stops there and needs `evaluate`; "training-rank" continues to the rank to train at.
         steps: passed to `train` in the task; 0 leaves the length to it.
-        metric: the name of the metric that decides.
+        seeds: None for seed 0, or those of the profile.
+        metric: the name of the metric that decides; None for "loss", or that of the profile.
         higher_is_better: None for the direction that the metric's name implies (accuracy, f1 and reward are better
             when higher, losses and errors when lower).
-        margin: how much worse than the best is still enough; None for the metric's default.
+        margin: how much worse than the best is still enough; None for the metric's default, or that of the profile.
+        strategy: None for "grid", or that of the profile.
         with_base: also call `train` with rank 0, to evaluate the base without training.
         where: "here"; "threads" of this process, for functions that wait for a service; or each call in a new process,
             on this machine ("process") or on a Ray cluster ("ray": the one that RAY_ADDRESS names, or one on this machine;
@@ -231,14 +238,16 @@ def select_rank_with(
             "goal 'adapter' needs evaluate=, a function of an adapter folder and a TrialTask that returns held-out scores; "
             "give it, or goal 'training-rank'"
         )
+    defaults = profile_named(profile)
+    metric = defaults.metric if metric is None else metric
     values = {
         "goal": goal,
         "ranks": tuple(ranks),
         "learning_rates": tuple(learning_rates),
-        "seeds": tuple(seeds),
+        "seeds": defaults.seeds if seeds is None else tuple(seeds),
         "lora_alpha": lora_alpha,
-        "margin": margin,
-        "strategy": strategy,
+        "margin": defaults.margin if margin is None else margin,
+        "strategy": strategy or defaults.strategy,
     }
     request = custom.CustomRequest(
         settings=custom.checked_settings(values),
@@ -248,6 +257,7 @@ def select_rank_with(
         with_base=with_base,
         version=version,
         report_to=require_trackers(report_to),
+        profile=profile,
     )
     trainer = custom.make_trainer(train, where, timeout_seconds, workers, evaluate)
     return custom.select_custom(request, trainer, RunFolder(Path(out)), watching or Observer())

@@ -118,7 +118,7 @@ def test_stops_at_the_budget_in_seconds(name: str) -> None:
 def test_a_budget_that_ends_early_errs_upward(name: str) -> None:
     """With the top rank at its best learning rate and no lower rank trained, the answer is the top rank."""
     space = make_space(budget_steps=2.3 * STEPS)
-    if name == "grid":
+    if name in ("grid", "upward"):
         pytest.skip("goes through the ranks in another order")
     strategy = STRATEGIES[name](space)
     known = run_all(strategy, World())

@@ -6,12 +6,12 @@ five points below their best, all at learning rates of 1.5e-4 and above (benchma
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from rightrank.records import EvalPoint
+from rightrank.records import EvalPoint, TrialCollapsed, TrialFinished, TrialOutcome
 
 DROP_IN_MARGINS = 2.5  # the fall that counts as a collapse: five points at a margin of two
 SURE_DEVIATIONS = 3.0  # of the paired fall over examples: the best of several looks is optimistic by about two
@@ -59,3 +59,24 @@ def _standard_error(one: EvalPoint, other: EvalPoint) -> float:
     if len(left) != len(right) or len(left) < 2:
         return 0.0
     return float(np.std(np.subtract(left, right), ddof=1) / np.sqrt(len(left)))
+
+
+def collapsing_cells(outcomes: Iterable[TrialOutcome]) -> set[tuple[int, float]]:
+    """The (rank, learning rate) at which a training collapsed, where another learning rate of the rank has none and a result.
+
+    A learning rate that some seeds do not survive is no learning rate to recommend, however well the others did.
+    """
+    outcomes = [outcome for outcome in outcomes if outcome.rank > 0 and outcome.arm.is_direct]
+    collapsed = {(one.rank, one.learning_rate) for one in outcomes if isinstance(one, TrialCollapsed)}
+    stable = {(one.rank, one.learning_rate) for one in outcomes if isinstance(one, TrialFinished)} - collapsed
+    return {cell for cell in collapsed if any(rank == cell[0] for rank, _ in stable)}
+
+
+def without_collapsing(outcomes: Sequence[TrialOutcome]) -> list[TrialOutcome]:
+    """The outcomes without the results at learning rates of `collapsing_cells`. Collapsed trials stay: they are missing values."""
+    cells = collapsing_cells(outcomes)
+    return [
+        one
+        for one in outcomes
+        if not (isinstance(one, TrialFinished) and one.arm.is_direct and (one.rank, one.learning_rate) in cells)
+    ]

@@ -25,7 +25,7 @@ from rightrank.decision.metrics import default_margin
 from rightrank.decision.next_run import next_runs
 from rightrank.decision.sentences import basis_note, conflict_sentence, sentence_of
 from rightrank.decision.table import ScoreTable
-from rightrank.decision.verdicts import flags_of, verdict_of
+from rightrank.decision.verdicts import are_alike, flags_of, verdict_of
 from rightrank.errors import ResultsError
 from rightrank.maths.intervals import two_sided
 from rightrank.records import Decision, MetricAnswer, RankEvidence
@@ -38,6 +38,7 @@ def decide(
     *,
     horizon_steps: int | None = None,
     others: Sequence[ScoreTable] = (),
+    smallest_if_alike: bool = False,
 ) -> Decision:
     """The decision that a table supports.
 
@@ -47,6 +48,7 @@ def decide(
         token_loss: whether a loss is per token (its default margin is then 0.005 nats).
         horizon_steps: the length of the training that the answer is for, if longer than the trials.
         others: the same trials by other metrics, each judged at its default margin.
+        smallest_if_alike: answer an undecided comparison with the smallest rank where no difference is shown (`no_difference`).
 
     Raises:
         ResultsError: fewer than two ranks have a finished trial, or the margin is not above 0.
@@ -65,6 +67,8 @@ def decide(
     if any(answer.conflict for answer in beside) and "metric_conflict" not in flags:
         flags.append("metric_conflict")
     runs = next_runs(found, verdict, flags)
+    if smallest_if_alike and verdict == "undecided" and are_alike(found):
+        verdict, chosen = "no_difference", found.ranks[0]
     return Decision(
         rank=None if verdict in ("no_gain", "undecided") else chosen,
         fallback_rank=chosen,

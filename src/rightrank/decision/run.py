@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from rightrank.decision.collapse import without_collapsing
 from rightrank.decision.metrics import higher_is_better
 from rightrank.decision.rule import decide
 from rightrank.decision.table import ScoreTable, table_of
@@ -26,6 +27,7 @@ from rightrank.records import (
     TrialOutcome,
     TrialStarted,
 )
+from rightrank.settings.profiles import PLAIN, PROFILES, Profile
 
 
 @dataclass(slots=True)
@@ -144,7 +146,14 @@ def decide_on(
         token_loss=is_token_loss(records),
         horizon_steps=horizon_steps,
         others=others if records.started.data.form != "own" else (),
+        smallest_if_alike=_profile_of(records).smallest_if_alike,
     )
+
+
+def _profile_of(records: Records) -> Profile:
+    """The profile of the run; the plain one where this version does not know it."""
+    name = records.started.settings.get("profile")
+    return PROFILES.get(name, PLAIN) if isinstance(name, str) else PLAIN
 
 
 def is_token_loss(records: Records) -> bool:
@@ -182,7 +191,7 @@ def comparable(records: Records) -> list[TrialOutcome]:
         recovered = [outcome for outcome in plain if outcome.truncate_from is not None and outcome.steps > 0]
         if recovered:
             return [outcome for outcome in plain if outcome.rank == 0] + recovered
-    return [outcome for outcome in plain if outcome.arm.is_direct]
+    return without_collapsing([outcome for outcome in plain if outcome.arm.is_direct])
 
 
 def best_trial(records: Records, decision: Decision, rank: int) -> TrialFinished:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 from rightrank.decision.evidence import Evidence
 from rightrank.decision.judge import Comparison, Unit
 from rightrank.decision.metrics import published_noise
+from rightrank.decision.seed_power import needed_seeds
 from rightrank.decision.verdicts import inconclusive_rank, possible_rival
 from rightrank.records import RankEvidence, Verdict
 
@@ -37,6 +39,8 @@ def sentence_of(found: Comparison, margin: float, verdict: Verdict, unit: Unit) 
             )
         case "undecided":
             return _undecided(found, within, unit)
+        case "no_difference":
+            return _no_difference(found, within, unit)
         case "overfitting":
             return (
                 f"Rank {chosen} {verb} enough: above rank {reference} held-out results get worse "
@@ -67,6 +71,24 @@ def _caution(found: Comparison) -> str:
     if found.evidence.is_point_reading:
         return "; one number per rank can suggest this, not show it"
     return "; one seed indicates this, and further seeds may change it" if found.is_indication else ""
+
+
+def _no_difference(found: Comparison, within: str, unit: Unit) -> str:
+    """The smallest rank, what speaks for another one, and the seeds that a difference of the margin would take."""
+    ranks = [str(rank) for rank in found.ranks]
+    smallest, reference = found.ranks[0], found.reference
+    listed = f"{', '.join(ranks[:-1])} and {ranks[-1]}"
+    noise = found.evidence.noise
+    deviation = math.sqrt(noise.common + noise.individual)
+    measured = len(reference.cells) > 1 and deviation > 0
+    at = f" (seed standard deviation {number(unit.difference(deviation))})" if measured else ""
+    start = f"No difference between ranks {listed} can be shown at this noise{at}: take rank {smallest}, the smallest"
+    seeds = needed_seeds(math.sqrt(noise.individual), found.margin) if noise.individual > 0 else None
+    needed = f"; a difference of {within} would take about {seeds} seeds a rank" if measured and seeds else ""
+    if reference.rank == smallest:
+        return f"{start}. It is the best of them as measured{needed}."
+    better = number(unit.difference(found.judged[smallest].difference.mean))
+    return f"{start}. Rank {reference.rank} looks {better} better{needed}."
 
 
 def _undecided(found: Comparison, within: str, unit: Unit) -> str:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from rightrank.decision.metrics import MetricKind, kind_of
 from rightrank.decision.metrics import higher_is_better as metric_is_higher_better
-from rightrank.records import MetricName, Result, ResultsTable, TrialFailed, TrialFinished, TrialOutcome
+from rightrank.records import MetricName, Result, ResultsTable, TrialCollapsed, TrialFailed, TrialFinished, TrialOutcome
 
 Floats = NDArray[np.float64]
 
@@ -56,6 +56,7 @@ class ScoreTable:
     missing: Mapping[int, int] = field(default_factory=dict)
     kind: MetricKind = "token_loss"
     tried: Mapping[int, Collection[float]] = field(default_factory=dict)
+    collapsed: int = 0  # trials whose held-out value fell far below its own best; they are missing too
 
     def ranks(self) -> list[int]:
         """The ranks with a finished trial, ascending, without the base."""
@@ -116,7 +117,8 @@ def table_of(
             cells[outcome.rank, outcome.learning_rate, outcome.seed] = cell
         else:
             missing[outcome.rank] = missing.get(outcome.rank, 0) + 1
-    return ScoreTable(metric, higher, cells, missing, kind, _tried([*outcomes, *looks]))
+    collapsed = sum(isinstance(outcome, TrialCollapsed) for outcome in outcomes)
+    return ScoreTable(metric, higher, cells, missing, kind, _tried([*outcomes, *looks]), collapsed)
 
 
 def _tried(outcomes: Iterable[TrialOutcome]) -> dict[int, set[float]]:

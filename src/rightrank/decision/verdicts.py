@@ -12,6 +12,8 @@ The verdict is the first row that applies, from the most sobering to the plaines
     saturated    otherwise
     ===========  =====================================================================================
 
+`no_difference` takes the place of `undecided` where the caller wants the smallest rank then (`are_alike`).
+
 In a point reading (`Evidence.is_point_reading`) nothing is inconclusive: ranks are compared by their values.
 """
 
@@ -75,6 +77,11 @@ def inconclusive_rank(found: Comparison) -> int | None:
     if far is None or judged[far].non_inferior is False:
         return None
     return far if judged[far].non_inferior is None else below
+
+
+def are_alike(found: Comparison) -> bool:
+    """Whether no rank is shown to be better than the smallest: its difference from the best may be 0."""
+    return found.judged[found.ranks[0]].low <= 0 and (0 not in found.judged or found.judged[0].non_inferior is False)
 
 
 def possible_rival(found: Comparison) -> int | None:
@@ -144,6 +151,7 @@ def flags_of(
         "lr_edge": any(_at_edge(evidence, rank) for rank in answer),
         "unstable": any(evidence.table.missing.values()),
         "unequal_length": len(lengths(evidence)) > 1,
+        "collapsed": evidence.table.collapsed > 0,
         "one_seed": found.is_indication,
         "winner_gap": max(evidence.contenders[rank].gap for rank in answer) > found.margin / 2,
         "metric_conflict": _conflicts(evidence, found.chosen, judged_others),

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 Basis: TypeAlias = Literal["items and seeds", "items", "seeds", "std", "values"]
 
 
-Verdict: TypeAlias = Literal["saturated", "rising", "overfitting", "flat", "undecided", "no_gain"]
+Verdict: TypeAlias = Literal["saturated", "rising", "overfitting", "flat", "no_difference", "undecided", "no_gain"]
 
 
 class Result(Record):

@@ -12,6 +12,7 @@ FLAGS = {
     "rising": "the largest rank tried is the best by more than the margin",
     "lr_edge": "the best learning rate is the smallest or largest tried",
     "unstable": "some trainings ended without a result",
+    "collapsed": "some trainings fell far below their own best: their learning rate is too high",
     "one_seed": "a rank that the answer rests on has one seed: the answer is an indication",
     "unequal_length": "trainings of unequal length are compared",
     "winner_gap": "the best of several learning rates is optimistic by more than half the margin",

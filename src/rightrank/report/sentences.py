@@ -11,7 +11,15 @@ from typing import Any
 from rightrank.decision.adapter import making_of
 from rightrank.decision.answers import trainings
 from rightrank.decision.run import Records
-from rightrank.records import AdapterAnswer, AdapterRecorded, Decision, HandedOver, TestEvaluated, TrialFinished
+from rightrank.records import (
+    AdapterAnswer,
+    AdapterRecorded,
+    Decision,
+    HandedOver,
+    TestEvaluated,
+    TrialCollapsed,
+    TrialFinished,
+)
 from rightrank.report.format import coverage, duration, metric_unit, quantity, size
 from rightrank.settings import Goal, SelectSettings
 
@@ -181,7 +189,9 @@ def not_tested(records: Records, decision: Decision | None) -> list[str]:
     if missing:
         cells = ", ".join(f"rank {o.rank} at {o.learning_rate:g}" for o in missing[:6])
         more = f" and {len(missing) - 6} more" if len(missing) > 6 else ""
-        limits.append(f"Trainings without a result: {cells}{more}. They count neither for nor against a rank.")
+        collapsed = sum(isinstance(o, TrialCollapsed) for o in missing)
+        fell = f" {collapsed} of them collapsed: their values fell far below their own best." if collapsed else ""
+        limits.append(f"Trainings without a result: {cells}{more}. They count neither for nor against a rank.{fell}")
     if not records.tests:
         limits.append("The test split, which is evaluated at the end of the run.")
     return limits

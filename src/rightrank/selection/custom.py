@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
+from rightrank.decision.collapse import DROP_IN_MARGINS
 from rightrank.decision.metrics import direction
 from rightrank.errors import SettingsError
 from rightrank.executors.calls import Call, TrainFunction, call_in_process, call_inline, call_on_ray
@@ -20,6 +21,7 @@ from rightrank.selection.handover import hand_over_saved
 from rightrank.selection.loop import LoopOptions
 from rightrank.selection.start import open_selection
 from rightrank.settings import SelectSettings, make_settings, with_identity_of
+from rightrank.settings.profiles import profile_named
 from rightrank.strategies import make_strategy, space_of, strategy_in
 from rightrank.version import __version__
 from rightrank.views import answers
@@ -36,6 +38,7 @@ class CustomRequest:
     with_base: bool
     version: str
     report_to: tuple[str, ...]
+    profile: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +69,7 @@ def select_custom(request: CustomRequest, trainer: Trainer, folder: RunFolder, o
         )
         executor = CustomExecutor(
             trainer.call,
-            Measure(request.metric, request.higher_is_better, None),
+            Measure(request.metric, request.higher_is_better, collapse_drop(request)),
             selection.records.finished(),
             folder.trial_adapter,
             selection.observer,
@@ -79,6 +82,14 @@ def select_custom(request: CustomRequest, trainer: Trainer, folder: RunFolder, o
             trackers.decided(decision)
         found = answers(selection.records, decision, request.settings.goal)
         return Selected(decision, folder.path, adapter, folder.report, found)
+
+
+def collapse_drop(request: CustomRequest) -> float | None:
+    """The fall of the held-out value that counts as a collapse; None where the profile does not judge it."""
+    margin = request.settings.margin
+    if not profile_named(request.profile).judges_collapse or margin is None:
+        return None
+    return DROP_IN_MARGINS * margin
 
 
 def make_trainer(
@@ -153,6 +164,8 @@ def _run_started(request: CustomRequest, train: TrainFunction, folder: RunFolder
         "higher_is_better": request.higher_is_better,
         **request.settings.model_dump(mode="json", include=set(kept)),
     }
+    if request.profile is not None:
+        values["profile"] = request.profile
     first = next(iter(folder.journal.read()), None)
     begun = first.settings if isinstance(first, RunStarted) else {}
     return RunStarted(

@@ -84,6 +84,7 @@ class Selection:
         self._observer = observer or Observer()
         self._options = options or LoopOptions()
         self._next_views = 0.0  # by the monotonic clock
+        self._printed = 0  # notes of the strategy
         existing = folder.journal.read()
         if existing:
             require_same_run(folder, existing[0], started)
@@ -107,6 +108,7 @@ class Selection:
             while True:
                 self.answer_adapter(on_adapter)
                 trials = self.wanted()
+                self._print_notes()
                 if not trials:
                     break
                 for outcome in executor.run(trials, self.base_loss):
@@ -146,6 +148,13 @@ class Selection:
         fingerprint = self.records.started.fingerprint
         arms = self._strategy.ask(History.of(self.records.outcomes))
         return [Trial(trial_id=trial_id(fingerprint, arm), arm=arm) for arm in arms]
+
+    def _print_notes(self) -> None:
+        """Pass the strategy's new lines to the observer."""
+        notes = self._strategy.notes(History.of(self.records.outcomes))
+        for line in notes[self._printed :]:
+            self._observer.notice(line)
+        self._printed = len(notes)
 
     @property
     def base_loss(self) -> float | None:

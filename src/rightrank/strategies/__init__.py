@@ -14,6 +14,7 @@ from rightrank.strategies.bracket import Bracket
 from rightrank.strategies.grid import Grid
 from rightrank.strategies.protocol import CostEstimate, History, Recommendation, Strategy
 from rightrank.strategies.space import Space, space_of
+from rightrank.strategies.upward import Upward
 
 __all__ = [
     "STRATEGIES",
@@ -31,6 +32,7 @@ __all__ = [
 STRATEGIES: dict[str, Callable[[Space], Strategy]] = {
     "bracket": Bracket,
     "grid": Grid,
+    "upward": Upward,
 }
 REMOVED = ("ladder", "ascend", "descend")  # strategies of earlier versions; their run folders stay readable
 

@@ -99,6 +99,10 @@ class Strategy(Protocol):
         """Return the answer to the first question; None until all its candidates have run."""
         ...
 
+    def notes(self, history: History) -> Sequence[str]:
+        """Return lines for a person about the search so far. Later histories only append; each line is printed once."""
+        ...
+
     def recommend(self, history: History) -> Recommendation:
         """Return the rank that the outcomes support best so far. The decision, which has intervals, may differ."""
         ...

@@ -82,6 +82,9 @@ class Scripted(ABC):
     def adapter(self, history: History) -> AdapterAnswer | None:
         return self._replay(history).trials.adapter
 
+    def notes(self, history: History) -> Sequence[str]:
+        return self._replay(history).trials.notes
+
     def recommend(self, history: History) -> Recommendation:
         replay = self._replay(history)
         rank = replay.trials.smallest_that_holds()

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from rightrank.decision.collapse import collapsing_cells
 from rightrank.decision.judge import CONFIDENCE, walk_down
 from rightrank.decision.seed_noise import adjusted_means, best_learning_rate
 from rightrank.maths.intervals import estimate
@@ -31,6 +32,7 @@ class Trials:
     space: Space
     outcomes: dict[Arm, TrialOutcome] = field(default_factory=dict)
     adapter: AdapterAnswer | None = None  # the answer to the first question, once the script has it
+    notes: list[str] = field(default_factory=list)  # lines for a person that the script wrote
 
     def add(self, arm: Arm, outcome: TrialOutcome) -> None:
         self.outcomes[arm] = outcome
@@ -86,8 +88,9 @@ class Trials:
         return sorted({rank for rank, _, _ in self.direct()}, reverse=True)
 
     def learning_rates(self, rank: int) -> list[float]:
-        """Learning rates at which the rank has a whole training, ascending."""
-        return sorted({lr for r, lr, _ in self.direct() if r == rank})
+        """Learning rates at which the rank has a whole training, ascending; without those at which others collapsed."""
+        found = {lr for r, lr, _ in self.direct() if r == rank}
+        return sorted(found - {lr for r, lr in collapsing_cells(self.outcomes.values()) if r == rank})
 
     def mean_loss(self, rank: int, learning_rate: float) -> float:
         """The mean over seeds."""
