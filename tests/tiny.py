@@ -123,3 +123,16 @@ def small_settings(**changes: Any) -> SelectSettings:
         "samples": 0,
     }
     return make_settings(values | changes)
+
+
+def write_pairs(path: Path, count: int = 200) -> Path:
+    """Preference pairs: the chosen answer repeats the prompt's first words, the rejected one its last, which can be learned."""
+    rows = [
+        {
+            "prompt": f"{text} : ",
+            "chosen": " ".join(text.split()[:3]),
+            "rejected": " ".join(text.split()[-2:]),
+        }
+        for text in sentences(count, seed=4)
+    ]
+    return write_jsonl(path, rows)

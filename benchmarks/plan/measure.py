@@ -198,7 +198,7 @@ def _loss(model: Any, batch: Mapping[str, torch.Tensor], settings: PlanSettings)
     base = model.get_base_model()
     hidden = base.base_model(input_ids=batch["input_ids"], use_cache=False).last_hidden_state
     keep = torch.ones_like(batch["labels"][:, 1:], dtype=torch.bool)
-    return chunked_cross_entropy(hidden[:, :-1][keep], batch["labels"][:, 1:][keep], output_head(base), 1.0)[0]
+    return chunked_cross_entropy(hidden[:, :-1][keep], batch["labels"][:, 1:][keep], output_head(base), 1.0)[0].sum()
 
 
 @contextmanager

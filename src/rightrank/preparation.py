@@ -5,6 +5,7 @@ Preparing the same request again, here or in another process, gives an equal run
 
 from __future__ import annotations
 
+import math
 import platform
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,6 +18,7 @@ from rightrank.engine.encode import EncodedData, encode, label_count
 from rightrank.engine.runtime import Runtime
 from rightrank.engine.scoring import require_scorers
 from rightrank.engine.sharding import sharded
+from rightrank.engine.token_store import longest_sequence
 from rightrank.errors import SettingsError
 from rightrank.io.data import DataForm, DataSplits, load_data
 from rightrank.io.models import LoadedModel, adopt_model, find_device, find_model, load_model
@@ -34,6 +36,11 @@ if TYPE_CHECKING:
 
 Rows: TypeAlias = Iterable[Mapping[str, object]]  # a `datasets.Dataset` is one
 Notice: TypeAlias = Callable[[str], None]
+
+METRICS_OF_FORMS = (  # kind of metric, the form of data that it needs, and that form's columns
+    ("classes", "classification", "`text` and `label`"),
+    ("pairs", "preference", "`prompt`, `chosen` and `rejected`"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +79,7 @@ class Prepared:
 
     @property
     def is_token_loss(self) -> bool:
-        return not self.runtime.data.is_classification
+        return self.runtime.data.summary.is_token_loss
 
     @property
     def unseen_steps(self) -> int:
@@ -128,6 +135,8 @@ def _load(request: Request, bases: Bases, folder: Path) -> _Sources:
             raise SettingsError("tokenizer: a model given by name brings its own; leave it out")
     splits = load_data(Path(request.data) if isinstance(request.data, str) else request.data, settings, folder)
     _require_metrics_fit(settings, splits.form)
+    if splits.form == "preference":
+        _require_fits_pairs(settings)
     loaded = _base(request, splits.classes, bases)
     return _Sources(splits, loaded, encode(splits, loaded, settings, folder))
 
@@ -162,15 +171,30 @@ def _require_metrics_fit(settings: SelectSettings, form: DataForm) -> None:
         SettingsError: a classification metric for other data, or a metric of generated text for data without prompts.
     """
     for spec in settings.metric_specs:
-        if spec.kind == "classes" and form != "classification":
-            raise SettingsError(
-                f"metric {spec.name!r} needs `text` and `label`; the data has the form {form!r}: give metric 'loss'"
-            )
+        for kind, needed, columns in METRICS_OF_FORMS:
+            if spec.kind == kind and form != needed:
+                raise SettingsError(
+                    f"metric {spec.name!r} needs {columns}; the data has the form {form!r}: give metric 'loss'"
+                )
         if form in ("text", "tokens") and spec.needs_answers:
             raise SettingsError(
                 f"metric {spec.name!r} needs the model to write for a prompt, and the data has the form {form!r}: "
                 "give `prompt` and `completion`, or metric 'loss'"
             )
+
+
+def _require_fits_pairs(settings: SelectSettings) -> None:
+    """Refuse settings that preference pairs can't have.
+
+    Raises:
+        SettingsError: pairs in pieces, or trained biases of the base, which is the reference.
+    """
+    if settings.long_items == "split":
+        raise SettingsError("long_items split: a preference pair can't be split in pieces; give long_items truncate")
+    if settings.bias != "none":
+        raise SettingsError(
+            f"bias {settings.bias}: it trains the base, which is the reference of preference pairs; give bias none"
+        )
 
 
 def _settle(sources: _Sources, settings: SelectSettings, notice: Notice) -> tuple[SelectSettings, SelectionPlan | None]:
@@ -180,17 +204,23 @@ def _settle(sources: _Sources, settings: SelectSettings, notice: Notice) -> tupl
         return settings, None
     device = str(sources.loaded.device)
     if "ranks" not in settings.model_fields_set and not encoded.is_classification:
-        first_loss = first_pass_loss(sources.loaded, encoded.splits["selection"])
-        label_tokens = encoded.summary.splits["train"].label_tokens
-        ranks, reasons = ranks_for_data(config, settings, encoded.longest, device, (label_tokens, first_loss))
+        ranks, reasons = ranks_for_data(config, settings, encoded.longest, device, _information(sources))
         settings = settings.model_copy(update={"ranks": tuple(ranks)})
         for reason in reasons:
             notice(reason)
     labels = len(sources.splits.classes or ()) if encoded.is_classification else None
-    planned = plan_selection(config, settings, encoded.longest, device, labels)
+    planned = plan_selection(config, settings, encoded.longest, device, labels, encoded.sequences_per_example)
     if (left_out := planned.notice()) is not None:
         notice(left_out)
     return settings.model_copy(update={"ranks": planned.ranks}), planned
+
+
+def _information(sources: _Sources) -> tuple[int, float]:
+    """`(labels, nats of each)` of the training data: label tokens, or preference pairs of one bit."""
+    encoded = sources.encoded
+    if encoded.is_preference:
+        return len(encoded.splits["train"]), math.log(2)
+    return encoded.summary.splits["train"].label_tokens, first_pass_loss(sources.loaded, encoded.splits["selection"])
 
 
 def _started(request: Request, sources: _Sources, settings: SelectSettings, steps: int) -> RunStarted:
@@ -232,15 +262,16 @@ def _workload(prepared: Prepared) -> Workload:
     if prepared.runtime.fast_paths.sequence_packing:
         computed = sum(example.length for example in used)
     else:
-        computed = sum(len(rows) * max(train[index].length for index in rows) for rows in micro)
-    labels = sum(label_count(example, data.is_classification) for example in used)
+        padded = sum(len(rows) * longest_sequence([train[index] for index in rows]) for rows in micro)
+        computed = padded * data.sequences_per_example
+    labels = sum(label_count(example) for example in used)
     return Workload(
         steps=prepared.steps,
-        examples=len({index for rows in micro for index in rows}),
-        eval_examples=len(data.splits["selection"]),
+        examples=len({index for rows in micro for index in rows}) * data.sequences_per_example,
+        eval_examples=len(data.splits["selection"]) * data.sequences_per_example,
         eval_points=settings.eval_points,
         passes=settings.gradient_accumulation_steps,
-        filled=computed / (len(used) * data.longest),
+        filled=computed / (len(used) * data.sequences_per_example * data.longest),
         labelled=1.0 if data.is_classification else labels / computed,
     )
 

@@ -123,7 +123,7 @@ def test_a_packed_row_has_no_padding_and_no_label_at_the_start_of_an_example(
     firsts = [0, row.lengths[0], row.lengths[0] + row.lengths[1]]
     assert (row.labels == IGNORED).nonzero()[:, 1].tolist() == firsts
     assert position_ids(row.lengths, batch.input_ids.device)[0, firsts].tolist() == [0, 0, 0]
-    assert row.example_numbers()[0].bincount().tolist() == list(row.lengths)
+    assert row.sequence_numbers()[0].bincount().tolist() == list(row.lengths)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -109,7 +109,7 @@ def test_a_shuffle_keeps_the_ranks_and_nearly_the_parameters(trained: AdapterFol
 
 def made_up(losses: np.ndarray[Any, Any], seed: int) -> _TrainedPattern:
     record = AllocationTrial(pattern="uniform", seed=seed, parameters=1, value=0.0, ranks={})
-    return _TrainedPattern(record, Scores(losses.tolist(), [10] * len(losses), None))
+    return _TrainedPattern(record, Scores(losses.tolist(), [10] * len(losses)))
 
 
 def test_the_comparison_is_paired_and_can_be_negative() -> None:

@@ -158,7 +158,7 @@ def _profile_of(records: Records) -> Profile:
 
 def is_token_loss(records: Records) -> bool:
     """Whether the run's loss is one a token, for which a default margin is known."""
-    return records.started.data.form != "classification"
+    return records.started.data.is_token_loss
 
 
 def metrics_of(records: Records) -> list[str]:

@@ -7,7 +7,7 @@ one in a batch of long examples. Sequence packing avoids padding without this bi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,22 +22,30 @@ WINDOW_BATCHES = 16
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """b examples as right-padded tensors of n positions, or packed into one row (`lengths` is then set)."""
+    """The s sequences of some examples, right-padded to n positions or packed into one row (`lengths` is then set).
 
-    input_ids: torch.Tensor  # [b, n]
-    attention_mask: torch.Tensor  # [b, n], 1 on real tokens
-    labels: torch.Tensor  # [b, n], -100 where no loss is taken; [b] for classification
-    indices: tuple[int, ...]  # of the examples in the split
+    An example is one sequence, so that s = b; a preference pair is two, the chosen one first.
+    """
+
+    input_ids: torch.Tensor  # [s, n]
+    attention_mask: torch.Tensor  # [s, n], 1 on real tokens
+    labels: torch.Tensor  # [s, n], -100 where no loss is taken; [b] for classification
+    indices: tuple[int, ...]  # of the b examples in the split
     tokens: int  # without padding
-    lengths: tuple[int, ...] | None = None  # of packed examples: tensors are [1, tokens]
+    lengths: tuple[int, ...] | None = None  # of packed sequences: tensors are [1, tokens]
+    reference: torch.Tensor | None = None  # [s], log-probabilities of each sequence's labels under the base; pairs only
 
-    def example_numbers(self) -> torch.Tensor:
-        """The number in the batch of each position's example, in the shape of `input_ids`."""
+    @property
+    def sequences(self) -> int:
+        return self.input_ids.shape[0] if self.lengths is None else len(self.lengths)
+
+    def sequence_numbers(self) -> torch.Tensor:
+        """The number in the batch of each position's sequence, in the shape of `input_ids`."""
         device = self.input_ids.device
+        numbers = torch.arange(self.sequences, device=device)
         if self.lengths is None:
-            return torch.arange(len(self.indices), device=device)[:, None].expand_as(self.input_ids)
-        counts = torch.tensor(self.lengths, device=device)
-        return torch.arange(len(self.indices), device=device).repeat_interleave(counts)[None]
+            return numbers[:, None].expand_as(self.input_ids)
+        return numbers.repeat_interleave(torch.tensor(self.lengths, device=device))[None]
 
 
 def batch_plan(examples: int, batch_size: int, steps: int, seed: int) -> list[list[int]]:
@@ -72,17 +80,18 @@ def batch_plan_by_length(lengths: npt.NDArray[np.int64], batch_size: int, steps:
 
 
 def collate(examples: Sequence[EncodedExample], indices: Sequence[int], pad_id: int, device: torch.device) -> Batch:
-    """The examples at `indices`, padded to the longest."""
+    """The sequences of the examples at `indices`, padded to the longest."""
     chosen = [examples[index] for index in indices]
-    longest = max(example.length for example in chosen)
-    input_ids = torch.full((len(chosen), longest), pad_id, dtype=torch.long)
-    mask = torch.zeros((len(chosen), longest), dtype=torch.long)
+    sequences = [sequence for example in chosen for sequence in example.sequences()]
+    longest = max(len(ids) for ids, _ in sequences)
+    input_ids = torch.full((len(sequences), longest), pad_id, dtype=torch.long)
+    mask = torch.zeros((len(sequences), longest), dtype=torch.long)
     classification = len(chosen[0].labels) == 1 and longest > 1
-    labels = torch.full((len(chosen), 1 if classification else longest), IGNORED, dtype=torch.long)
-    for row, example in enumerate(chosen):
-        input_ids[row, : example.length] = torch.as_tensor(example.input_ids)
-        mask[row, : example.length] = 1
-        labels[row, : len(example.labels)] = torch.as_tensor(example.labels)
+    labels = torch.full((len(sequences), 1 if classification else longest), IGNORED, dtype=torch.long)
+    for row, (ids, their_labels) in enumerate(sequences):
+        input_ids[row, : len(ids)] = torch.as_tensor(ids)
+        mask[row, : len(ids)] = 1
+        labels[row, : len(their_labels)] = torch.as_tensor(their_labels)
     tokens = sum(example.length for example in chosen)
     return Batch(
         input_ids.to(device),
@@ -97,3 +106,37 @@ def length_sorted_batches(examples: Sequence[EncodedExample], batch_size: int) -
     """All example indices in batches of like length, for evaluation. The composition is fixed, so values repeat exactly."""
     order: list[int] = np.argsort(lengths_of(examples), kind="stable").tolist()
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+
+
+class FixedGroups:
+    """Examples in groups of like length and fixed composition, in which what the base alone gives is computed once.
+
+    A resumed run computes the same groups, and so reads the same bits.
+    """
+
+    def __init__(self, examples: Sequence[EncodedExample], expected: Iterable[int], size: int) -> None:
+        """Group the examples whose indices are in `expected`; any other one gets a group of its own when it is used."""
+        self.groups: list[list[int]] = []
+        self._lengths = lengths_of(examples)
+        self._size = size
+        self._group_of: dict[int, int] = {}
+        self.expect(expected)
+
+    def expect(self, indices: Iterable[int]) -> None:
+        """Group the examples among `indices` that have no group so far."""
+        new = np.asarray(sorted(set(indices) - self._group_of.keys()), np.int64)
+        ordered: list[int] = new[np.argsort(self._lengths[new], kind="stable")].tolist()
+        for start in range(0, len(ordered), self._size):
+            group = ordered[start : start + self._size]
+            self._group_of.update(dict.fromkeys(group, len(self.groups)))
+            self.groups.append(group)
+
+    def numbers(self, indices: Iterable[int]) -> set[int]:
+        """The numbers of the groups that hold these examples."""
+        found: set[int] = set()
+        for index in indices:
+            if index not in self._group_of:
+                self._group_of[index] = len(self.groups)
+                self.groups.append([index])
+            found.add(self._group_of[index])
+        return found

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 
 from rightrank.engine.adapter import ADAPTER, lora_modules
-from rightrank.engine.encode import label_count
 from rightrank.engine.memory import is_recoverable_oom
 from rightrank.engine.runtime import Runtime
 from rightrank.errors import first_line
@@ -210,7 +209,7 @@ class _Read:
         encoded = runtime.examples("train")
         self.examples += len(indices)
         self.tokens += tokens
-        self.labels += sum(label_count(encoded[index], runtime.data.is_classification) for index in indices)
+        self.labels += sum(runtime.data.loss_weight(encoded[index]) for index in indices)
 
 
 def _is_plain(module: Any, adapter: str) -> bool:

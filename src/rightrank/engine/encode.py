@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
-from rightrank.engine.token_store import EncodedExample, TokenStore, lengths_of
+from rightrank.engine.token_store import EncodedExample, TokenStore, longest_sequence
 from rightrank.errors import DataError
 from rightrank.io.data import SPLITS, DataForm, DataSplits
 from rightrank.io.example_store import Example
@@ -20,6 +20,11 @@ from rightrank.records import DataSummary, SplitName, SplitSummary
 from rightrank.settings import SelectSettings
 
 IGNORED = -100  # the label without loss in torch and transformers
+EXAMPLE_METRICS: dict[str, tuple[str, ...]] = {
+    "classification": ("accuracy",),
+    "preference": ("reward_accuracy", "reward_margin", "chosen_log_ratio"),
+}
+EncodedSequence: TypeAlias = tuple[list[int], list[int]]  # token ids, and the label of each
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,9 +40,26 @@ class EncodedData:
         return self.summary.form == "classification"
 
     @property
+    def is_preference(self) -> bool:
+        return self.summary.form == "preference"
+
+    @property
+    def example_metrics(self) -> tuple[str, ...]:
+        """The metrics that every evaluation gives for each example, beside the loss."""
+        return EXAMPLE_METRICS.get(self.summary.form, ())
+
+    @property
+    def sequences_per_example(self) -> int:
+        return 2 if self.is_preference else 1
+
+    @property
     def longest(self) -> int:
-        """Tokens of the longest example."""
-        return max(int(lengths_of(examples).max(initial=0)) for examples in self.splits.values())
+        """Tokens of the longest sequence."""
+        return max(longest_sequence(examples) for examples in self.splits.values())
+
+    def loss_weight(self, example: EncodedExample) -> int:
+        """What an example counts in a mean loss: its labels, or 1 where the loss is one of the whole example."""
+        return label_count(example) if self.summary.is_token_loss else 1
 
 
 def encode(data: DataSplits, model: LoadedModel, settings: SelectSettings, folder: Path | None = None) -> EncodedData:
@@ -58,7 +80,7 @@ def encode(data: DataSplits, model: LoadedModel, settings: SelectSettings, folde
             shown = "validation" if split == "selection" else split
             raise DataError(
                 f"the {shown} split has no label token left after tokenising ({len(data.examples[split])} examples, "
-                f"{count.dropped} without a label within {limit} tokens); give examples with text to learn, or a larger seq_len"
+                f"{count.left_out(limit)}); give examples with text to learn, or a larger seq_len"
             )
         splits[split] = encoded
         summaries[split] = SplitSummary(
@@ -67,6 +89,7 @@ def encode(data: DataSplits, model: LoadedModel, settings: SelectSettings, folde
             label_tokens=count.label_tokens,
             truncated=count.truncated,
             dropped=count.dropped,
+            equal=count.equal,
         )
     summary = DataSummary(
         form=data.form,
@@ -80,15 +103,14 @@ def encode(data: DataSplits, model: LoadedModel, settings: SelectSettings, folde
         repeated=data.repeated,
         not_evaluated=data.not_evaluated,
         shape=data.shape,
+        equal_pairs=data.equal_pairs,
     )
     return EncodedData(splits, {"selection": data.examples["selection"], "test": data.examples["test"]}, summary)
 
 
-def label_count(example: EncodedExample, classification: bool) -> int:
-    """The number of labels with a loss. A language model takes none at the first position, which nothing precedes."""
-    if classification:
-        return 1
-    return sum(label != IGNORED for label in example.labels[1:])
+def label_count(example: EncodedExample) -> int:
+    """The number of label tokens with a loss; a sequence has none at its first position, which nothing precedes."""
+    return sum(label != IGNORED for _, labels in example.sequences() for label in labels[1:])
 
 
 @dataclass(slots=True)
@@ -97,29 +119,58 @@ class _Count:
 
     label_tokens: int = 0
     truncated: int = 0
-    dropped: int = 0
+    dropped: int = 0  # examples without a label within the limit
+    equal: int = 0  # pairs whose sequences are the same within the limit
+    first_left_out: str = ""  # file and row
+
+    def left_out(self, limit: int) -> str:
+        """How many examples were left out, and why."""
+        equal = f", {self.equal} whose answers are the same there" if self.equal else ""
+        first = f", the first at {self.first_left_out}" if self.first_left_out else ""
+        return f"{self.dropped} without a label within {limit} tokens{equal}{first}"
 
 
 def _encode_split(
     encoder: _Encoder, examples: Iterable[Example], limit: int, long_items: str, count: _Count
 ) -> Iterator[EncodedExample]:
     for example in examples:
-        ids, labels = encoder(example)
-        count.truncated += len(ids) > limit
-        pieces = 0
-        for start in (
-            range(0, max(len(ids), 1), limit) if long_items == "split" and not encoder.is_classification else (0,)
-        ):
-            piece_ids = ids[start : start + limit]
-            piece_labels = labels if encoder.is_classification else labels[start : start + limit]
-            suffix = f"#{start}" if start else ""
-            piece = EncodedExample(example.item_id + suffix, piece_ids, piece_labels)
-            found = label_count(piece, encoder.is_classification)
-            if piece_ids and found:
-                yield piece
-                count.label_tokens += found
-                pieces += 1
-        count.dropped += pieces == 0
+        if encoder.form == "preference":
+            encoded = _pair(encoder, example, limit, count)
+        else:
+            encoded = _pieces(encoder, example, limit, long_items == "split", count)
+        if not encoded:
+            count.first_left_out = count.first_left_out or example.where
+        count.label_tokens += sum(encoder.labels_of(one) for one in encoded)
+        yield from encoded
+
+
+def _pieces(encoder: _Encoder, example: Example, limit: int, split: bool, count: _Count) -> list[EncodedExample]:
+    """The example within the limit, or all its pieces of that length; those without a label are left out."""
+    ids, labels = encoder(example)
+    count.truncated += len(ids) > limit
+    found: list[EncodedExample] = []
+    for start in range(0, max(len(ids), 1), limit) if split and not encoder.is_classification else (0,):
+        suffix = f"#{start}" if start else ""
+        piece_labels = labels if encoder.is_classification else labels[start : start + limit]
+        piece = EncodedExample(example.item_id + suffix, ids[start : start + limit], piece_labels)
+        if piece.input_ids and encoder.labels_of(piece):
+            found.append(piece)
+    count.dropped += not found
+    return found
+
+
+def _pair(encoder: _Encoder, example: Example, limit: int, count: _Count) -> list[EncodedExample]:
+    """Both sequences of a preference pair within the limit; empty if one has no label there, or if they are the same."""
+    sequences = encoder.pair(example)
+    count.truncated += any(len(ids) > limit for ids, _ in sequences)
+    (chosen, chosen_labels), (rejected, rejected_labels) = ((ids[:limit], of[:limit]) for ids, of in sequences)
+    if not all(any(label != IGNORED for label in labels[1:]) for labels in (chosen_labels, rejected_labels)):
+        count.dropped += 1
+        return []
+    if chosen == rejected:
+        count.equal += 1
+        return []
+    return [EncodedExample(example.item_id, chosen + rejected, chosen_labels + rejected_labels, len(chosen))]
 
 
 class _Encoder:
@@ -128,27 +179,41 @@ class _Encoder:
     def __init__(self, tokenizer: Any, form: DataForm, classes: list[str] | None, vocabulary: int) -> None:
         self._tokenizer = tokenizer
         self._vocabulary = vocabulary
-        self._form = form
+        self.form = form
         self._class_index = {name: index for index, name in enumerate(classes or [])}
         self.is_classification = form == "classification"
-        if form == "messages" and not tokenizer.chat_template:
+        if form == "messages" and not tokenizer.chat_template:  # pairs of messages: see `_render`
             raise DataError(
                 "the data has `messages` but the tokenizer has no chat template; give `prompt` and `completion`"
             )
 
-    def __call__(self, example: Example) -> tuple[list[int], list[int]]:
+    def __call__(self, example: Example) -> EncodedSequence:
         content = example.content
-        if self._form == "classification":
+        if self.form == "classification":
             return self._ids(content["text"]), [self._class_index[str(content["label"])]]
-        if self._form == "text":
+        if self.form == "text":
             ids = self._ids(content["text"]) if content["text"] else []
             ids = self._end(ids)
             return ids, list(ids)
-        if self._form == "tokens":
+        if self.form == "tokens":
             return self._known(content["input_ids"], example.where), self._known(content["labels"], example.where)
-        if self._form == "messages":
+        if self.form == "messages":
             return self._conversation(content["messages"], 0, example.where)
         return self._prompt_completion(content["prompt"], content["completion"], example.where)
+
+    def labels_of(self, example: EncodedExample) -> int:
+        return 1 if self.is_classification else label_count(example)
+
+    def pair(self, example: Example) -> tuple[EncodedSequence, EncodedSequence]:
+        """The chosen and the rejected answer of a preference pair, each after the prompt."""
+        chosen, rejected = (self._answer(example, column) for column in ("chosen", "rejected"))
+        return chosen, rejected
+
+    def _answer(self, example: Example, column: str) -> EncodedSequence:
+        prompt, answer = example.content["prompt"], example.content[column]
+        if isinstance(prompt, list):
+            return self._conversation([*prompt, *answer], len(prompt), example.where)
+        return self._completed(prompt, answer)
 
     def _known(self, ids: list[int], where: str) -> list[int]:
         """Token ids or labels of the data.
@@ -163,22 +228,22 @@ class _Encoder:
             )
         return ids
 
-    def _prompt_completion(self, prompt: Any, completion: Any, where: str) -> tuple[list[int], list[int]]:
+    def _prompt_completion(self, prompt: Any, completion: Any, where: str) -> EncodedSequence:
         if isinstance(prompt, list) or isinstance(completion, list):
             if not (isinstance(prompt, list) and isinstance(completion, list)):
                 raise DataError(
                     f"{where}: `prompt` and `completion` have different types; give two strings or two lists of messages"
                 )
             return self._conversation([*prompt, *completion], len(prompt), where)
-        if not completion:
-            return [], []
+        return self._completed(prompt, completion) if completion else ([], [])
+
+    def _completed(self, prompt: str, completion: str) -> EncodedSequence:
+        """The texts as one, with labels on the completion and on the end-of-sequence token after it."""
         ids, labels = self._masked(prompt + completion, [(len(prompt), len(prompt + completion))], special=True)
         ended = self._end(ids)
         return ended, labels + ended[len(ids) :]
 
-    def _conversation(
-        self, messages: Sequence[Mapping[str, str]], first: int, where: str
-    ) -> tuple[list[int], list[int]]:
+    def _conversation(self, messages: Sequence[Mapping[str, str]], first: int, where: str) -> EncodedSequence:
         """Labels on every assistant turn from message `first` on, located by rendering each prefix of the conversation."""
         whole = self._render(messages, False)
         spans: list[tuple[int, int]] = []
@@ -203,7 +268,7 @@ class _Encoder:
         )
         return text
 
-    def _masked(self, text: str, spans: Sequence[tuple[int, int]], special: bool) -> tuple[list[int], list[int]]:
+    def _masked(self, text: str, spans: Sequence[tuple[int, int]], special: bool) -> EncodedSequence:
         if not self._tokenizer.is_fast:
             raise DataError(
                 "completions are located by character offsets, which this slow tokenizer lacks; give `text`, or a fast tokenizer"

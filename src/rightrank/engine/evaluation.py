@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -16,12 +16,23 @@ class Scores:
     """Scores of a split, in the split's order."""
 
     losses: list[float]  # nats, summed over the example's label tokens
-    tokens: list[int]  # label tokens of the example
-    correct: list[int] | None  # classification only: 1 where the predicted class is right
+    tokens: list[int]  # label tokens of the example; 1 where the loss is one of the whole example
+    by_example: dict[str, list[float]] = field(default_factory=dict)  # metric → its value for each example
 
     @classmethod
-    def zeros(cls, count: int, classification: bool) -> Scores:
-        return cls([0.0] * count, [0] * count, [0] * count if classification else None)
+    def zeros(cls, count: int, metrics: Sequence[str] = ()) -> Scores:
+        return cls([0.0] * count, [0] * count, {name: [0.0] * count for name in metrics})
+
+    @property
+    def correct(self) -> list[int] | None:
+        """Classification only: 1 where the predicted class is right."""
+        values = self.by_example.get("accuracy")
+        return None if values is None else [round(value) for value in values]
+
+    @property
+    def item_metrics(self) -> dict[str, list[float]]:
+        """The metrics by example that a record has no field of its own for."""
+        return {name: values for name, values in self.by_example.items() if name != "accuracy"}
 
     def with_examples_of(self, other: Scores, indices: Sequence[int]) -> Scores:
         """These scores, with those of `other` at the given examples."""
@@ -43,10 +54,7 @@ class Scores:
 
     @property
     def metrics(self) -> dict[str, float]:
-        values = {"loss": self.loss}
-        if self.correct is not None:
-            values["accuracy"] = sum(self.correct) / len(self.correct)
-        return values
+        return {"loss": self.loss} | {name: sum(each) / len(each) for name, each in self.by_example.items()}
 
 
 def score_batches(
@@ -68,8 +76,8 @@ def score_batches(
         for row, (score, index) in enumerate((score, index) for score in scores for index in indices):
             score.losses[index] = float(result.example_losses[row])
             score.tokens[index] = int(result.example_tokens[row])
-            if score.correct is not None and result.example_correct is not None:
-                score.correct[index] = int(result.example_correct[row])
+            for name, values in result.example_metrics.items():
+                score.by_example[name][index] = float(values[row])
     if in_step and len(mine) < -(-len(batches) // world_size()):
         losses(batches[0])  # result unused: the other processes gather the base for one more batch
     return list(scores) if world_size() == 1 else [_summed(score) for score in scores]
@@ -77,9 +85,8 @@ def score_batches(
 
 def _summed(score: Scores) -> Scores:
     """The sum over processes; a process holds zeros for examples that another one scored."""
-    tensors = [
-        torch.tensor(values, dtype=torch.float64) for values in (score.losses, score.tokens, score.correct or [])
-    ]
+    columns = [score.losses, score.tokens, *score.by_example.values()]
+    tensors = [torch.tensor(values, dtype=torch.float64) for values in columns]
     all_reduce(tensors)
-    losses, tokens, correct = (tensor.tolist() for tensor in tensors)
-    return Scores(losses, [round(n) for n in tokens], None if score.correct is None else [round(n) for n in correct])
+    losses, tokens, *metrics = (tensor.tolist() for tensor in tensors)
+    return Scores(losses, [round(n) for n in tokens], dict(zip(score.by_example, metrics, strict=True)))

@@ -4,14 +4,14 @@ For language models the output head runs only at label positions, in chunks, and
 gradient to the hidden states of each chunk, so no batch × length × vocabulary tensor exists. This is the technique of fused
 linear cross-entropy kernels (Liger kernel, Hsu et al. 2024), for any head module.
 
-`make_objective` checks on real data whether a model's logits are its head applied to its last hidden states. If they are
+`make_likelihood` checks on real data whether a model's logits are its head applied to its last hidden states. If they are
 not, the loss is taken from the model's own logits.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeAlias
 
 import torch
@@ -26,17 +26,17 @@ CHUNK_LOGITS = 2**24  # elements of a chunk's logits: 64 MiB in float32
 HEAD_TOLERANCE = 1e-3  # relative, between the head's loss and the model's own, in the model's dtype
 
 Head: TypeAlias = Callable[[torch.Tensor], torch.Tensor]
-Scale: TypeAlias = float | torch.Tensor  # of every label loss; or [b], one per example
+Scale: TypeAlias = float | torch.Tensor  # of every loss; or [b], one per example
 
 
 @dataclass(frozen=True, slots=True)
 class BatchLoss:
     """The losses of a batch of b examples."""
 
-    total: torch.Tensor  # scalar with a graph: the sum of label losses times the scale
+    total: torch.Tensor  # scalar with a graph: the sum of losses times the scale
     example_losses: torch.Tensor  # [b], nats, summed over each example's labels; no graph, on the CPU
-    example_tokens: torch.Tensor  # [b], labels of each example
-    example_correct: torch.Tensor | None  # [b], classification only: 1 where the class is right
+    example_tokens: torch.Tensor  # [b], labels of each example; 1 where the loss is one of the whole example
+    example_metrics: Mapping[str, torch.Tensor] = field(default_factory=dict)  # metric → [b], by example
 
 
 class Objective(Protocol):
@@ -45,8 +45,34 @@ class Objective(Protocol):
     def __call__(self, model: Any, batch: Batch, scale: Scale) -> BatchLoss: ...
 
 
-def make_objective(model: Any, batch: Batch, classification: bool) -> Objective:
-    """The fastest objective that gives the model's own losses on `batch`."""
+@dataclass(frozen=True, slots=True)
+class LabelLosses:
+    """The cross-entropies of a batch's m labels, in the order of its sequences."""
+
+    scaled: torch.Tensor  # [m] with a graph: the losses times the scale
+    losses: torch.Tensor  # [m], nats; no graph
+    sequences: torch.Tensor  # [m], the number in the batch of each label's sequence
+
+
+LabelLoss: TypeAlias = Callable[[Any, Batch, Scale], LabelLosses]
+
+
+@dataclass(frozen=True, slots=True)
+class Likelihood:
+    """The objective of language models: the cross-entropy of labels, summed over each sequence."""
+
+    labels: LabelLoss
+
+    def __call__(self, model: Any, batch: Batch, scale: Scale) -> BatchLoss:
+        found = self.labels(model, batch, scale)
+        sequences = found.sequences.cpu()  # float64 sums, which not every device supports
+        sums = torch.zeros(batch.sequences, dtype=torch.float64)
+        sums.index_add_(0, sequences, found.losses.cpu().double())
+        return BatchLoss(found.scaled.sum(), sums, torch.bincount(sequences, minlength=batch.sequences))
+
+
+def make_likelihood(model: Any, batch: Batch, classification: bool) -> Objective:
+    """The fastest objective that gives the model's own cross-entropies on `batch`."""
     if classification:
         return classification_loss
     if _head_agrees(model, batch):
@@ -58,37 +84,40 @@ def classification_loss(model: Any, batch: Batch, scale: Scale) -> BatchLoss:
     """Cross-entropy of one label per example."""
     logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits.float()
     losses = F.cross_entropy(logits, batch.labels, reduction="none")
-    correct = (logits.argmax(-1) == batch.labels).long()
-    return BatchLoss(
-        (losses * scale).sum(), losses.detach().cpu().double(), torch.ones_like(batch.labels).cpu(), correct.cpu()
-    )
+    correct = (logits.argmax(-1) == batch.labels).cpu().double()
+    ones = torch.ones_like(batch.labels).cpu()
+    return BatchLoss((losses * scale).sum(), losses.detach().cpu().double(), ones, {"accuracy": correct})
 
 
-def head_loss(model: Any, batch: Batch, scale: Scale) -> BatchLoss:
+def head_labels(model: Any, batch: Batch, scale: Scale) -> LabelLosses:
     """Shifted cross-entropy, with the head applied at label positions only."""
     # Padding is on the right and attention is causal, so no label position attends to padding. Without the mask,
     # attention takes its causal fast path.
     restarting = {} if batch.lengths is None else {"position_ids": position_ids(batch.lengths, batch.input_ids.device)}
     hidden = model.base_model(input_ids=batch.input_ids, use_cache=False, **restarting).last_hidden_state
     keep, targets = _label_positions(batch)
-    examples = batch.example_numbers()[:, 1:][keep]
-    total, losses = chunked_cross_entropy(hidden[:, :-1][keep], targets, output_head(model), _by_label(scale, examples))
-    return _by_example(total, losses, examples, len(batch.indices))
+    sequences = batch.sequence_numbers()[:, 1:][keep]
+    by_label = _by_label(scale, sequences)
+    return LabelLosses(*chunked_cross_entropy(hidden[:, :-1][keep], targets, output_head(model), by_label), sequences)
 
 
-def logits_loss(model: Any, batch: Batch, scale: Scale) -> BatchLoss:
+def logits_labels(model: Any, batch: Batch, scale: Scale) -> LabelLosses:
     """Shifted cross-entropy of the model's own logits, at all positions at once."""
     logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
     keep, targets = _label_positions(batch)
     losses = F.cross_entropy(logits[:, :-1][keep].float(), targets, reduction="none")
-    examples = batch.example_numbers()[:, 1:][keep]
-    return _by_example((losses * _by_label(scale, examples)).sum(), losses.detach(), examples, len(batch.indices))
+    sequences = batch.sequence_numbers()[:, 1:][keep]
+    return LabelLosses(losses * _by_label(scale, sequences), losses.detach(), sequences)
+
+
+head_loss = Likelihood(head_labels)
+logits_loss = Likelihood(logits_labels)
 
 
 def chunked_cross_entropy(
     hidden: torch.Tensor, targets: torch.Tensor, head: Head, scale: Scale
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cross-entropy of `head(hidden)` in chunks: `(sum of scale × losses, losses [n] without a graph)`.
+    """Cross-entropy of `head(hidden)` in chunks: `(scale × losses [n] with a graph, losses [n] without one)`.
 
     `hidden` is [n, d], `targets` is [n], `scale` is a number or [n].
     """
@@ -98,14 +127,17 @@ def chunked_cross_entropy(
             for part, labels in _chunks(hidden, targets, head)
         ]
         losses = torch.cat(pieces)
-        return (losses * scale).sum(), losses.detach()
+        return losses * scale, losses.detach()
     apply: Any = _FrozenHeadLoss.apply  # untyped in torch
-    total, losses = apply(hidden, targets, head, scale)
-    return total, losses
+    scaled, losses = apply(hidden, targets, head, scale)
+    return scaled, losses
 
 
 class _FrozenHeadLoss(torch.autograd.Function):
-    """Loss of a frozen head. The forward pass computes the gradient to the hidden states."""
+    """Losses of a frozen head. The forward pass computes the gradient to the hidden states.
+
+    A row of hidden states reaches no label but its own, so the backward pass weighs the rows by the gradients of their losses.
+    """
 
     @staticmethod
     def forward(
@@ -129,12 +161,12 @@ class _FrozenHeadLoss(torch.autograd.Function):
             ctx.save_for_backward(torch.cat(gradients))
         all_losses = torch.cat(losses)
         ctx.mark_non_differentiable(all_losses)
-        return (all_losses * scale).sum(), all_losses
+        return all_losses * scale, all_losses
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
         (hidden_gradient,) = ctx.saved_tensors
-        return hidden_gradient * gradients[0], None, None, None
+        return hidden_gradient * gradients[0][:, None].to(hidden_gradient.dtype), None, None, None
 
 
 def _chunk_losses(hidden: torch.Tensor, targets: torch.Tensor, head: Head) -> torch.Tensor:
@@ -181,16 +213,9 @@ def _label_positions(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
     return keep, shifted[keep]
 
 
-def _by_label(scale: Scale, examples: torch.Tensor) -> Scale:
-    """The scale of each label [m], from the scale of each example [b]."""
-    return scale[examples] if isinstance(scale, torch.Tensor) else scale
-
-
-def _by_example(total: torch.Tensor, losses: torch.Tensor, examples: torch.Tensor, count: int) -> BatchLoss:
-    """Sum the losses [m] by the example [m] of each label."""
-    examples = examples.cpu()  # float64 sums, which not every device supports
-    sums = torch.zeros(count, dtype=torch.float64).index_add_(0, examples, losses.cpu().double())
-    return BatchLoss(total, sums, torch.bincount(examples, minlength=count), None)
+def _by_label(scale: Scale, sequences: torch.Tensor) -> Scale:
+    """The scale of each label [m], from the scale of each sequence."""
+    return scale[sequences] if isinstance(scale, torch.Tensor) else scale
 
 
 @torch.no_grad()

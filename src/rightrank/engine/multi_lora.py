@@ -111,7 +111,7 @@ class MultiLora:
         if packed:
             self.routing = Routing.packed(names, seeds, [arm_batch.batch.tokens for arm_batch in arm_batches])
         else:
-            rows = [len(arm_batch.batch.indices) for arm_batch in arm_batches]
+            rows = [arm_batch.batch.sequences for arm_batch in arm_batches]
             lengths = [arm_batch.batch.input_ids.shape[1] for arm_batch in arm_batches]
             self.routing = Routing.padded(names, seeds, rows, lengths)
         try:
@@ -156,10 +156,12 @@ def concatenated(batches: Sequence[Batch], pad_id: int) -> Batch:
         return torch.cat(wide)
 
     labels = [batch.labels for batch in batches]
+    references = [batch.reference for batch in batches if batch.reference is not None]
     return Batch(
         padded([batch.input_ids for batch in batches], pad_id),
         padded([batch.attention_mask for batch in batches], 0),
         torch.cat(labels) if labels[0].dim() == 1 else padded(labels, -100),
         tuple(index for batch in batches for index in batch.indices),
         sum(batch.tokens for batch in batches),
+        reference=torch.cat(references) if references else None,
     )

@@ -74,7 +74,7 @@ def finished(
         value=value,
         value_metric=value_metric,
         metrics=evaluation.values(),
-        item_metrics=measured.items,
+        item_metrics=scores.item_metrics | measured.items,
         failed_metrics=measured.failed,
         item_losses=scores.losses,
         item_tokens=scores.tokens,

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from rightrank.engine.batches import Batch, collate
+from rightrank.engine.batches import Batch, FixedGroups, collate
 from rightrank.engine.token_store import EncodedExample, lengths_of
 from rightrank.io.files import preallocate
 
@@ -34,8 +34,7 @@ class _Store:
     """Hidden states of one split: a flat [tokens, d] tensor of the expected examples; any others are kept apart."""
 
     examples: Sequence[EncodedExample]
-    groups: list[list[int]]
-    group_of: dict[int, int]
+    groups: FixedGroups
     begins: dict[int, int]  # of the expected examples, in tokens
     tokens: int  # of the expected examples
     hidden: torch.Tensor | None = None
@@ -69,55 +68,38 @@ class FrozenPrefix:
 
     def add_split(self, name: str, examples: Sequence[EncodedExample], expected: Iterable[int]) -> None:
         """Register a split. Examples in `expected` are computed in groups of like length, any others one by one."""
-        indices = np.asarray(sorted(set(expected)), np.int64)
-        lengths = lengths_of(examples)
-        ordered: list[int] = indices[np.argsort(lengths[indices], kind="stable")].tolist()
-        groups = [ordered[start : start + self._group_size] for start in range(0, len(ordered), self._group_size)]
-        ends = np.cumsum(lengths[ordered])
-        begins = dict(zip(ordered, (ends - lengths[ordered]).tolist(), strict=True))
-        self._stores[name] = _Store(
-            examples,
-            groups,
-            {index: number for number, group in enumerate(groups) for index in group},
-            begins,
-            int(lengths[ordered].sum()),
-        )
+        groups = FixedGroups(examples, expected, self._group_size)
+        ordered = [index for group in groups.groups for index in group]
+        lengths = lengths_of(examples)[ordered]
+        begins = dict(zip(ordered, (np.cumsum(lengths) - lengths).tolist(), strict=True))
+        self._stores[name] = _Store(examples, groups, begins, int(lengths.sum()))
 
     def expect(self, name: str, indices: Iterable[int]) -> None:
         """Group examples of a split that nobody has asked for so far, to compute them together when one is used."""
-        store = self._stores[name]
-        new = np.asarray(sorted(set(indices) - store.group_of.keys()), np.int64)
-        ordered: list[int] = new[np.argsort(lengths_of(store.examples)[new], kind="stable")].tolist()
-        for start in range(0, len(ordered), self._group_size):
-            group = ordered[start : start + self._group_size]
-            store.group_of.update(dict.fromkeys(group, len(store.groups)))
-            store.groups.append(group)
-
-    def _group_of(self, store: _Store, index: int) -> int:
-        """The number of an example's group; an unexpected example gets a group of its own."""
-        if index not in store.group_of:
-            store.group_of[index] = len(store.groups)
-            store.groups.append([index])
-        return store.group_of[index]
+        self._stores[name].groups.expect(indices)
 
     def fill(self, model: Any, split: str, wanted: Iterable[int]) -> Iterator[int]:
         """Compute the missing groups of the examples in `wanted`; yields the number of examples in each."""
         store = self._stores[split]
-        for number in sorted({self._group_of(store, index) for index in wanted} - store.filled):
+        for number in sorted(store.groups.numbers(wanted) - store.filled):
             self._fill(model, store, split, {number})
-            yield len(store.groups[number])
+            yield len(store.groups.groups[number])
 
     @contextmanager
     def serving(self, model: Any, split: str, batch: Batch) -> Iterator[None]:
         """Within the block, the lower blocks return the stored hidden states of `batch`; `model` is the bare base."""
         store = self._stores[split]
-        self._fill(model, store, split, {self._group_of(store, index) for index in batch.indices})
+        self._fill(model, store, split, store.groups.numbers(batch.indices))
         distinct = list(dict.fromkeys(batch.indices))  # the arms of a pass share examples
         rows = [store.rows(index) for index in distinct]
         numbers = [distinct.index(index) for index in batch.indices]
         if batch.lengths is None:
-            hidden = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(self._device)
-            self._current = hidden[numbers] if len(distinct) < len(numbers) else hidden
+            lengths = [store.examples[index].sequence_lengths for index in distinct]
+            parts = [part for row, split in zip(rows, lengths, strict=True) for part in torch.split(row, split)]
+            hidden = torch.nn.utils.rnn.pad_sequence(parts, batch_first=True).to(self._device)
+            each = len(parts) // len(rows)  # sequences of an example
+            order = [each * number + part for number in numbers for part in range(each)]
+            self._current = hidden[order] if len(distinct) < len(numbers) else hidden
         else:
             moved = [row.to(self._device) for row in rows]
             self._current = torch.cat([moved[number] for number in numbers])[None]
@@ -136,13 +118,14 @@ class FrozenPrefix:
     @torch.no_grad()
     def _fill(self, model: Any, store: _Store, split: str, wanted: set[int]) -> None:
         for number in sorted(wanted - store.filled):
-            indices = store.groups[number]
+            indices = store.groups.groups[number]
             batch = collate(store.examples, indices, self._pad_id, self._device)
             hidden = self._lower_blocks(model, batch)
             if store.hidden is None:
                 store.hidden = self._allocate(split, store.tokens, hidden)
-            for row, index in enumerate(indices):
-                computed = hidden[row, : store.examples[index].length].cpu()
+            real = hidden[batch.attention_mask.bool()].cpu()  # [tokens, d], in the order of the examples
+            lengths = [store.examples[index].length for index in indices]
+            for index, computed in zip(indices, torch.split(real, lengths), strict=True):
                 if index in store.begins:
                     store.rows(index).copy_(computed)
                 else:

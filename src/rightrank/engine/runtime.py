@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,9 @@ from rightrank.engine.fast_paths import (
 )
 from rightrank.engine.gradient_checkpointing import gradient_checkpointing_on
 from rightrank.engine.inits import EVA_BATCHES, input_directions
-from rightrank.engine.loss import BatchLoss, Objective, Scale, make_objective
+from rightrank.engine.loss import BatchLoss, Likelihood, Objective, Scale, make_likelihood
 from rightrank.engine.multi_lora import ArmBatch, MultiLora, concatenated
+from rightrank.engine.preference import PreferenceLoss, Reference, adapters_off
 from rightrank.engine.prefix import FrozenPrefix, find_blocks, prefix_depth
 from rightrank.engine.routing import Routing
 from rightrank.engine.targets import ArmTargets
@@ -63,35 +65,58 @@ class Runtime:
         self._eva_rows: dict[tuple[int, int, tuple[str, ...] | None], dict[str, torch.Tensor]] = {}
         self.steps = steps
         self._pad_id: int = loaded.tokenizer.pad_token_id
-        probe = self.batch("selection", length_sorted_batches(data.splits["selection"], settings.batch_size)[0])
-        self.objective: Objective = make_objective(self.model, probe, data.is_classification)
+        probe = self._collated("selection", length_sorted_batches(data.splits["selection"], settings.batch_size)[0])
+        self._likelihood = make_likelihood(self.model, probe, data.is_classification)
         require_shares(settings.batch_size)
         self.fast_paths = self._find_fast_paths(probe, cache_folder)
+        self.objective: Objective = self._likelihood
+        self._reference: Reference | None = None
+        if isinstance(self._likelihood, Likelihood) and data.is_preference:
+            self.objective = PreferenceLoss(self._likelihood.labels, settings.beta)
+            size = settings.eval_batch_size
+            self._reference = Reference(data.splits, self._expected_examples, size, self._log_probabilities)
 
     def prepare(self, on_progress: Callable[[Preparing], None], should_stop: Callable[[], bool]) -> None:
-        """Compute the frozen prefix of all training examples that the arms will use, and report progress.
+        """Compute what the base alone gives for the training examples that the arms will use, and report progress.
+
+        That is the frozen prefix, and the reference of preference pairs.
 
         Raises:
             InterruptedRun: `should_stop` returned True.
         """
-        prefix = self.fast_paths.prefix
-        if prefix is None:
-            return
         begun = time.perf_counter()
         expected = self._expected_examples("train")
         done = 0
         with self.fast_paths.attention():
-            for count in prefix.fill(self.model, "train", expected):
+            for count in self._filled_once(expected):
                 done += count
                 on_progress(Preparing(items=done, of_items=len(expected), seconds=time.perf_counter() - begun))
                 if should_stop():
                     raise InterruptedRun("stopped before the first training")
 
+    def _filled_once(self, expected: set[int]) -> Iterator[int]:
+        """Yield the number of training examples after each group; a reference is computed from the prefix."""
+        if self._reference is not None:
+            yield from self._reference.fill("train", expected)
+        elif self.fast_paths.prefix is not None:
+            yield from self.fast_paths.prefix.fill(self.model, "train", expected)
+
     def examples(self, split: SplitName) -> Sequence[EncodedExample]:
         return self.data.splits[split]
 
     def batch(self, split: SplitName, indices: Sequence[int]) -> Batch:
+        batch = self._collated(split, indices)
+        return batch if self._reference is None else replace(batch, reference=self._reference.of(split, indices))
+
+    def _collated(self, split: SplitName, indices: Sequence[int]) -> Batch:
         return collate(self.examples(split), indices, self._pad_id, self.loaded.device)
+
+    @torch.no_grad()
+    def _log_probabilities(self, split: SplitName, indices: Sequence[int]) -> torch.Tensor:
+        """[s]: of the labels of each sequence under the base, whatever adapter it carries."""
+        batch = self._collated(split, indices)
+        with adapters_off(self.model), self.fast_paths.applied(self.model, split, batch) as rows:
+            return -self._likelihood(self.model, rows, 1.0).example_losses
 
     def batch_plan(self, seed: int, steps: int | None = None) -> list[list[int]]:
         """The training batches of every arm of `seed`: one list of example indices per optimizer step.
@@ -171,7 +196,7 @@ class Runtime:
         return score_batches(
             batches,
             lambda indices: losses(self.batch(split, indices)),
-            [Scores.zeros(len(examples), self.data.is_classification) for _ in range(adapters)],
+            [Scores.zeros(len(examples), self.data.example_metrics) for _ in range(adapters)],
             in_step=self.settings.shard_base,
         )
 
@@ -228,12 +253,12 @@ class Runtime:
     def _find_fast_paths(self, probe: Batch, cache_folder: Path) -> FastPaths:
         """The fast paths that change no loss; each check uses those found before it."""
         paths = FastPaths(float32_attention=wants_float32(self.loaded.device, next(self.model.parameters()).dtype))
-        longest = self.batch(*packing_probe(self.data.splits))
-        paths.sequence_packing = can_pack_sequences(self.model, self.objective, longest)
+        longest = self._collated(*packing_probe(self.data.splits))
+        paths.sequence_packing = can_pack_sequences(self.model, self._likelihood, longest)
         rows = paths.layout(probe)
-        paths.last_block = find_last_block(self.model, self.objective, rows)
+        paths.last_block = find_last_block(self.model, self._likelihood, rows)
         prefix = self._make_prefix(cache_folder)
-        if prefix is not None and prefix_agrees(self.model, self.objective, prefix, probe, rows):
+        if prefix is not None and prefix_agrees(self.model, self._likelihood, prefix, probe, rows):
             paths.prefix = prefix
         return paths
 
@@ -264,3 +289,5 @@ class Runtime:
         """Announce examples that will be used, so that their frozen layers are computed in groups and not one by one."""
         if self.fast_paths.prefix is not None:
             self.fast_paths.prefix.expect(split, indices)
+        if self._reference is not None:
+            self._reference.expect(split, indices)

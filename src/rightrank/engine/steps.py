@@ -8,7 +8,6 @@ import torch
 
 from rightrank.engine.batches import Batch
 from rightrank.engine.distributed import all_reduce, my_share
-from rightrank.engine.encode import label_count
 from rightrank.engine.optimizer import make_optimizer
 from rightrank.engine.runtime import Runtime
 
@@ -39,7 +38,7 @@ class OptimizerSteps:
         self._plan = plan
         self._schedule = schedule
         self.optimizer = make_optimizer(parameters, learning_rate, runtime.settings)
-        self.labels = 0  # label tokens (or labelled examples) of the step under way
+        self.labels = 0  # what the losses of the step under way are divided by (`loss_weight`)
         self.tokens = 0  # without padding
 
     def begin(self, step: int) -> list[Batch]:
@@ -48,7 +47,7 @@ class OptimizerSteps:
         micro = [indices[start : start + size] for start in range(0, len(indices), size)]
         batches = [self._runtime.batch("train", my_share(part)) for part in micro]
         examples = [self._runtime.examples("train")[index] for index in indices]
-        self.labels = sum(label_count(example, self._runtime.data.is_classification) for example in examples)
+        self.labels = sum(map(self._runtime.data.loss_weight, examples))
         self.tokens = sum(example.length for example in examples)
         for group in self.optimizer.param_groups:
             group["lr"] = self._learning_rate * self._schedule(step)

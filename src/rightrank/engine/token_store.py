@@ -23,15 +23,31 @@ BUFFERED_VALUES = 2**16  # collected before a write
 
 @dataclass(frozen=True, slots=True)
 class EncodedExample:
-    """Token ids of one example [n], with its labels [n], or its class for classification."""
+    """Token ids of one example [n], with its labels [n], or its class for classification.
+
+    A preference pair holds two sequences, the chosen one and the rejected one, end to end.
+    """
 
     item_id: str
     input_ids: Sequence[int]
     labels: Sequence[int]  # n labels, aligned with input_ids (not shifted); or [class]
+    first_length: int = 0  # tokens of the first sequence of two; 0: the example is one sequence
 
     @property
     def length(self) -> int:
         return len(self.input_ids)
+
+    @property
+    def sequence_lengths(self) -> tuple[int, ...]:
+        """Tokens of each sequence."""
+        return (self.first_length, self.length - self.first_length) if self.first_length else (self.length,)
+
+    def sequences(self) -> list[tuple[Sequence[int], Sequence[int]]]:
+        """`(token ids, labels)` of each sequence."""
+        if not self.first_length:
+            return [(self.input_ids, self.labels)]
+        ids, labels, first = self.input_ids, self.labels, self.first_length
+        return [(ids[:first], labels[:first]), (ids[first:], labels[first:])]
 
 
 class TokenStore(StoredSequence[EncodedExample]):
@@ -42,11 +58,15 @@ class TokenStore(StoredSequence[EncodedExample]):
         self._ids = _FlatFile("u1", folder)
         self._tokens = _FlatFile("i4", folder)
         self._labels = _FlatFile("i4", folder)
+        self._first_lengths = array("i")
+        self.longest_sequence = 0  # in tokens
         try:
             for example in examples:
                 self._ids.append(example.item_id.encode())
                 self._tokens.append(example.input_ids)
                 self._labels.append(example.labels)
+                self._first_lengths.append(example.first_length)
+                self.longest_sequence = max(self.longest_sequence, *example.sequence_lengths)
         finally:
             for file in (self._ids, self._tokens, self._labels):
                 file.close()
@@ -61,7 +81,8 @@ class TokenStore(StoredSequence[EncodedExample]):
 
     def read(self, number: int) -> EncodedExample:
         name = bytes(self._ids.read(number)).decode()
-        return EncodedExample(name, self._tokens.read(number).tolist(), self._labels.read(number).tolist())
+        tokens, labels = self._tokens.read(number).tolist(), self._labels.read(number).tolist()
+        return EncodedExample(name, tokens, labels, self._first_lengths[number])
 
 
 def lengths_of(examples: Sequence[EncodedExample]) -> npt.NDArray[np.int64]:
@@ -69,6 +90,13 @@ def lengths_of(examples: Sequence[EncodedExample]) -> npt.NDArray[np.int64]:
     if isinstance(examples, TokenStore):
         return examples.lengths
     return np.fromiter((example.length for example in examples), np.int64, len(examples))
+
+
+def longest_sequence(examples: Sequence[EncodedExample]) -> int:
+    """Tokens of the longest sequence of any example."""
+    if isinstance(examples, TokenStore):
+        return examples.longest_sequence
+    return max(length for example in examples for length in example.sequence_lengths)
 
 
 class _FlatFile:

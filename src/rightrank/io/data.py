@@ -20,6 +20,7 @@ import numpy as np
 
 from rightrank.errors import DataError
 from rightrank.io.example_store import Example, ExampleStore
+from rightrank.io.preference import pair_of
 from rightrank.io.reading import is_text
 from rightrank.io.rows import Row, RowsBySplit, read_rows, rows_from_memory
 from rightrank.io.shapes import shape_of
@@ -27,19 +28,22 @@ from rightrank.records import SplitName
 from rightrank.records.base import split_name
 from rightrank.settings import SelectSettings
 
-DataForm: TypeAlias = Literal["text", "prompt_completion", "messages", "classification", "tokens"]
+DataForm: TypeAlias = Literal["text", "prompt_completion", "messages", "classification", "tokens", "preference"]
+Detected: TypeAlias = tuple[DataForm, tuple[str, ...], str | None, RowsBySplit]
 SPLITS: tuple[SplitName, ...] = ("train", "selection", "test")
 HELD_OUT: tuple[SplitName, ...] = ("selection", "test")
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
 
-COLUMNS: dict[DataForm, tuple[str, ...]] = {  # the first form whose columns all exist is used
-    "messages": ("messages",),
-    "prompt_completion": ("prompt", "completion"),
-    "classification": ("text", "label"),
-    "text": ("text",),
-    "tokens": ("input_ids", "labels"),
-}
+FORMS: tuple[tuple[DataForm, tuple[str, ...]], ...] = (  # the first form whose columns all exist is used
+    ("preference", ("prompt", "chosen", "rejected")),
+    ("preference", ("chosen", "rejected")),  # both begin with the prompt
+    ("messages", ("messages",)),
+    ("prompt_completion", ("prompt", "completion")),
+    ("classification", ("text", "label")),
+    ("text", ("text",)),
+    ("tokens", ("input_ids", "labels")),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +62,7 @@ class DataSplits:
     repeated: int = 0  # held-out rows left out because another row is equal
     not_evaluated: int = 0  # held-out rows beyond the number that is evaluated
     shape: str | None = None  # how rows of another shape got the form's columns
+    equal_pairs: int = 0  # rows left out because `chosen` and `rejected` are the same
 
 
 def load_data(source: Path | Any, settings: SelectSettings, folder: Path | None = None) -> DataSplits:
@@ -72,10 +77,10 @@ def load_data(source: Path | Any, settings: SelectSettings, folder: Path | None 
     name = str(source) if isinstance(source, Path) else "the data"
     if settings.validation:
         rows = _with_validation(rows, Path(settings.validation), name)
-    form, shape, rows = _detect_form(rows, name, settings.columns)
+    form, columns, shape, rows = _detect_form(rows, name, settings.columns)
     given = None not in rows
     builder = _SplitBuilder(form, settings, folder)
-    for split, example in _placed(rows, form, settings, builder):
+    for split, example in _placed(rows, (form, columns), settings, builder):
         builder.add(split, example)
     examples: dict[SplitName, Sequence[Example]] = {
         "train": builder.train,
@@ -99,10 +104,11 @@ def load_data(source: Path | Any, settings: SelectSettings, folder: Path | None 
         classes,
         builder.unreadable,
         control,
-        rows=len(builder.train) + sum(len(held.ids) for held in held_out.values()) + builder.unreadable,
+        rows=len(builder.train) + sum(len(held.ids) for held in held_out.values()) + builder.left_out,
         repeated=sum(len(held.ids) - distinct[split] for split, held in held_out.items()),
         not_evaluated=sum(distinct[split] - len(examples[split]) for split in HELD_OUT),
         shape=shape,
+        equal_pairs=builder.equal_pairs,
     )
 
 
@@ -116,6 +122,7 @@ class _SplitBuilder:
         }
         self.labels: set[str] = set()  # classification: of the training examples
         self.unreadable = 0
+        self.equal_pairs = 0
         self.control_characters = 0  # in training examples
         self._is_classification = form == "classification"
 
@@ -127,6 +134,11 @@ class _SplitBuilder:
         self.control_characters += _has_control(example.content)
         if self._is_classification:
             self.labels.add(str(example.content["label"]))
+
+    @property
+    def left_out(self) -> int:
+        """Rows that are in no split."""
+        return self.unreadable + self.equal_pairs
 
     def duplicates_across(self) -> int:
         """The number of distinct validation examples that are in train, and of test examples that are in either."""
@@ -180,8 +192,8 @@ def _with_validation(rows: RowsBySplit, file: Path, name: str) -> RowsBySplit:
     return {**others, "selection": chosen}
 
 
-def _detect_form(rows: RowsBySplit, name: str, named: Sequence[str]) -> tuple[DataForm, str | None, RowsBySplit]:
-    """The form of the first row, how rows get its columns, and all rows with these columns."""
+def _detect_form(rows: RowsBySplit, name: str, named: Sequence[str]) -> Detected:
+    """The form of the first row with its columns, how rows get them, and all rows with these columns."""
     first: Row | None = None
     begun: RowsBySplit = {}
     for split, found in rows.items():
@@ -190,15 +202,15 @@ def _detect_form(rows: RowsBySplit, name: str, named: Sequence[str]) -> tuple[Da
         first = first or row
     if first is None:
         raise DataError(f"{name}: no rows; give at least one row of text")
-    known = {column for columns in COLUMNS.values() for column in columns} | {"group"}
+    known = {column for _, columns in FORMS for column in columns} | {"group"}
     shape = shape_of(first, named, known)
     changed = first if shape is None else shape(first)
     if shape is not None:
         begun = {split: map(shape, found) for split, found in begun.items()}
-    for form, columns in COLUMNS.items():
+    for form, columns in FORMS:
         if all(column in changed.fields for column in columns):
-            return form, None if shape is None else shape.name, begun
-    allowed = "; or ".join(", ".join(f"`{column}`" for column in columns) for columns in COLUMNS.values())
+            return form, columns, None if shape is None else shape.name, begun
+    allowed = "; or ".join(", ".join(f"`{column}`" for column in columns) for _, columns in FORMS)
     found_columns = ", ".join(f"`{column}`" for column in first.fields) or "none"
     raise DataError(
         f"{first.where}: no known columns: found {found_columns}; give {allowed}, or name yours: "
@@ -207,16 +219,20 @@ def _detect_form(rows: RowsBySplit, name: str, named: Sequence[str]) -> tuple[Da
 
 
 def _placed(
-    rows: RowsBySplit, form: DataForm, settings: SelectSettings, builder: _SplitBuilder
+    rows: RowsBySplit, columns_of: tuple[DataForm, tuple[str, ...]], settings: SelectSettings, builder: _SplitBuilder
 ) -> Iterator[tuple[SplitName, Example]]:
     """Yield every readable example with its split."""
+    form, columns = columns_of
     given = None not in rows
     for split in (None, *SPLITS):
         for row in rows.get(split, ()):
-            if not all(map(is_text, _strings([row.fields.get(name) for name in COLUMNS[form]]))):
+            if not all(map(is_text, _strings([row.fields.get(name) for name in columns]))):
                 builder.unreadable += 1  # a lone surrogate can't be encoded as UTF-8
                 continue
-            example = _example(row, form)
+            example = _example(row, form, columns)
+            if form == "preference" and example.content["chosen"] == example.content["rejected"]:
+                builder.equal_pairs += 1  # no adapter can tell them apart
+                continue
             if split is None:
                 yield _made_split(row, example, settings), example
             else:
@@ -237,17 +253,23 @@ def _strings(value: Any) -> Iterator[str]:
 
 def _made_split(row: Row, example: Example, settings: SelectSettings) -> SplitName:
     group = row.fields.get("group")
-    share = _unit_interval(example.item_id if group is None else f"group:{group}")
+    share = _unit_interval(_split_key(example) if group is None else f"group:{group}")
     if share < settings.test_fraction:
         return "test"
     return "selection" if share < settings.test_fraction + settings.validation_fraction else "train"
 
 
+def _split_key(example: Example) -> str:
+    """What decides the split of an example without a group: its content, or the prompt that several pairs may share."""
+    prompt = example.content["prompt"] if "chosen" in example.content else None
+    return f"prompt:{json.dumps(prompt, sort_keys=True)}" if prompt else example.item_id
+
+
 def _taken_from_train(rows: RowsBySplit, example: Example, settings: SelectSettings) -> SplitName:
     """The split of a row from a given train split: train, or a held-out split that was not given, by hash."""
-    if "test" not in rows and _unit_interval(f"test:{example.item_id}") < settings.test_fraction:
+    if "test" not in rows and _unit_interval(f"test:{_split_key(example)}") < settings.test_fraction:
         return "test"
-    if "selection" not in rows and _unit_interval(f"selection:{example.item_id}") < settings.validation_fraction:
+    if "selection" not in rows and _unit_interval(f"selection:{_split_key(example)}") < settings.validation_fraction:
         return "selection"
     return "train"
 
@@ -285,10 +307,12 @@ def _has_control(content: Mapping[str, Any]) -> bool:
     return any(map(_CONTROL.search, _strings(content)))
 
 
-def _example(row: Row, form: DataForm) -> Example:
-    content = {column: row.fields.get(column) for column in COLUMNS[form]}
+def _example(row: Row, form: DataForm, columns: tuple[str, ...]) -> Example:
+    content = {column: row.fields.get(column) for column in columns}
     for column, value in content.items():
         _CHECKS[column](value, f"{row.where}: `{column}`")
+    if form == "preference":
+        content = pair_of(content, row.where)
     canonical = json.dumps(content, sort_keys=True, ensure_ascii=True, default=str)
     return Example(hashlib.sha256(canonical.encode()).hexdigest()[:16], content, row.where)
 
@@ -343,4 +367,6 @@ _CHECKS: dict[str, Callable[[Any, str], None]] = {
     "completion": _check_prompt,
     "label": _check_label,
     "messages": _check_messages,
+    "chosen": _check_prompt,
+    "rejected": _check_prompt,
 }

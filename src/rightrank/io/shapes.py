@@ -82,6 +82,8 @@ def _renaming(first: Row, columns: Sequence[str], known: Collection[str]) -> Sha
 
 
 def _found(fields: Mapping[str, Any]) -> Shape | None:
+    if {"chosen", "rejected"} <= fields.keys():
+        return None
     conversation = next((name for name in CONVERSATIONS if name in fields), None)
     if conversation is not None and (conversation != "messages" or _is_sharegpt(fields[conversation])):
         return Shape("sharegpt", lambda row: {**row.fields, "messages": _messages(row, conversation)})

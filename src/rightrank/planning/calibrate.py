@@ -235,7 +235,7 @@ def _loss(adapted: Any, base: Any, ids: torch.Tensor, settings: PlanSettings) ->
         return loss
     hidden = base.base_model(input_ids=ids, use_cache=False).last_hidden_state
     kept = hidden[:, :-1].reshape(-1, hidden.shape[-1])
-    return chunked_cross_entropy(kept, ids[:, 1:].reshape(-1), output_head(base), 1.0)[0]
+    return chunked_cross_entropy(kept, ids[:, 1:].reshape(-1), output_head(base), 1.0)[0].sum()
 
 
 def _path() -> Path:

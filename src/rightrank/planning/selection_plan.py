@@ -99,21 +99,27 @@ class SelectionPlan:
 
 
 def plan_selection(
-    config: Any, settings: SelectSettings, longest: int, device: str, num_labels: int | None = None
+    config: Any,
+    settings: SelectSettings,
+    longest: int,
+    device: str,
+    num_labels: int | None = None,
+    sequences: int = 1,
 ) -> SelectionPlan:
     """Predict every rank's peak, and keep the ranks that fit.
 
     Args:
         config: the model's configuration.
         settings: of the selection; without `memory_bytes`, a CUDA device's own memory is the budget.
-        longest: tokens of the longest example.
+        longest: tokens of the longest sequence.
         device: `cpu`, `cuda`, …
         num_labels: of a classification.
+        sequences: of each example; 2 for preference pairs.
 
     Raises:
         SettingsError: fewer ranks fit than a comparison needs; the message names what to change.
     """
-    plan_settings = _plan_settings(config, settings, longest, device, num_labels)
+    plan_settings = _plan_settings(config, settings, longest, device, num_labels, sequences)
     calibration = stored_calibration(config, plan_settings)
     plan_settings = with_measured_process(plan_settings, calibration)
     memory = plan_settings.memory_bytes
@@ -140,7 +146,7 @@ def _max_adapters(estimator: Estimator, rank: int, wanted: int) -> int:
 
 
 def _plan_settings(
-    config: Any, settings: SelectSettings, longest: int, device: str, num_labels: int | None
+    config: Any, settings: SelectSettings, longest: int, device: str, num_labels: int | None, sequences: int = 1
 ) -> PlanSettings:
     """The plan's settings for the training loop of `select`."""
     kind = "cuda" if device.startswith("cuda") else "cpu"
@@ -150,6 +156,8 @@ def _plan_settings(
         shared["num_devices"] = settings.devices_per_arm
         shared["sharding"] = "fsdp" if settings.shard_base else "ddp"
         shared["batch_size"] = -(-settings.batch_size // settings.devices_per_arm)
+    for name in ("batch_size", "eval_batch_size"):  # the plan's examples are sequences
+        shared[name] *= sequences
     return make_plan_settings(
         shared
         | {

@@ -96,7 +96,7 @@ def _loss(skeleton: Skeleton, settings: PlanSettings, rows: int) -> tuple[torch.
     hidden = base.base_model(input_ids=ids, use_cache=False).last_hidden_state
     kept = hidden[:, :-1].reshape(-1, hidden.shape[-1])
     targets = ids[:, 1:].reshape(-1)
-    return chunked_cross_entropy(kept, targets, output_head(base), 1.0)[0], None
+    return chunked_cross_entropy(kept, targets, output_head(base), 1.0)[0].sum(), None
 
 
 @contextmanager

@@ -147,6 +147,7 @@ def finished_trial(
         item_losses=scores.losses,
         item_tokens=scores.tokens,
         item_correct=scores.correct,
+        item_metrics=scores.item_metrics,
         train_value=None,
         points=[],
         trainable_parameters=0,

@@ -184,7 +184,7 @@ def _by_halves(adapter: AdapterFolder, runtime: Runtime, halves: Sequence[_Half]
 def _answer(trials: Sequence[TrialFinished], runtime: Runtime) -> AdapterAnswer:
     metric = runtime.settings.metric_name
     question = Question(
-        metric, higher_is_better(metric), runtime.settings.margin, token_loss=not runtime.data.is_classification
+        metric, higher_is_better(metric), runtime.settings.margin, token_loss=runtime.data.summary.is_token_loss
     )
     answer = adapter_answer(trials, question)
     assert answer is not None  # there is a top and at least one truncation of it

@@ -28,13 +28,14 @@ class SplitSummary(Record):
     label_tokens: Whole
     truncated: Whole  # examples truncated to the length limit
     dropped: Whole  # examples without a label token
+    equal: Whole = 0  # preference pairs whose answers are the same within the length limit
 
 
 class DataSummary(Record):
     """How the data was read."""
 
     form: Literal[
-        "text", "prompt_completion", "messages", "classification", "tokens", "own"
+        "text", "prompt_completion", "messages", "classification", "tokens", "preference", "own"
     ]  # own: read by a custom trainer
     splits: dict[str, SplitSummary]
     splits_given: bool
@@ -46,6 +47,12 @@ class DataSummary(Record):
     repeated: Whole = 0  # held-out rows left out because another row is equal
     not_evaluated: Whole = 0  # held-out rows beyond the number that is evaluated
     shape: str | None = None  # how rows of another shape got the form's columns
+    equal_pairs: Whole = 0  # rows left out because `chosen` and `rejected` are the same
+
+    @property
+    def is_token_loss(self) -> bool:
+        """Whether the loss is a mean over label tokens, for which a default margin is known."""
+        return self.form not in ("classification", "preference")
 
 
 class RunStarted(Record):

@@ -1,7 +1,8 @@
 """The text that names a metric: a built-in name, or `NAME=KIND:…` for one that other code computes.
 
-loss                            nats per token (per example for a classification)
+loss                            nats per token (per example for a classification, per pair for preference pairs)
 accuracy, macro_f1              for a classification
+reward_accuracy, reward_margin  for preference pairs
 exact_match, f1, rouge1, rouge2, rougeL    of the text that the model generates for a prompt
 MODULE:FUNCTION                 a Python function; MODULE may be a file
 NAME=command:PROGRAM {file}     a program that reads the answers as JSONL and prints scores
@@ -17,12 +18,14 @@ from typing import Literal, NamedTuple, TypeAlias
 
 from rightrank.errors import did_you_mean
 
-SpecKind: TypeAlias = Literal["loss", "classes", "text", "function", "command", "evaluate", "lm-eval"]
+SpecKind: TypeAlias = Literal["loss", "classes", "pairs", "text", "function", "command", "evaluate", "lm-eval"]
 
 BUILT_IN: dict[str, SpecKind] = {
     "loss": "loss",
     "accuracy": "classes",
     "macro_f1": "classes",
+    "reward_accuracy": "pairs",
+    "reward_margin": "pairs",
     "exact_match": "text",
     "f1": "text",
     "rouge1": "text",
@@ -45,12 +48,12 @@ class MetricSpec(NamedTuple):
     @property
     def needs_answers(self) -> bool:
         """Whether the metric needs the model's answer to each held-out example: a generated text or a class."""
-        return self.kind not in ("loss", "lm-eval") and self.name != "accuracy"
+        return self.kind not in ("loss", "pairs", "lm-eval") and self.name != "accuracy"
 
     @property
     def is_measured_along(self) -> bool:
         """Whether every held-out evaluation measures it at no further cost."""
-        return self.name in ("loss", "accuracy")
+        return self.kind in ("loss", "pairs") or self.name == "accuracy"
 
 
 def parse_metric(text: str) -> MetricSpec:

@@ -91,6 +91,7 @@ class SelectSettings(BaseModel):
     adam_beta1: float = Field(default=0.9, ge=0, lt=1)
     adam_beta2: float = Field(default=0.999, ge=0, lt=1)
     adam_epsilon: float = Field(default=1e-8, gt=0)
+    beta: float = Field(default=0.1, gt=0)  # of preference pairs: how strongly a step away from the base counts
     divergence_factor: float = Field(default=2.0, gt=1)  # diverged above this times the base's loss
 
     # the data
