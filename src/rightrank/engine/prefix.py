@@ -94,7 +94,7 @@ class FrozenPrefix:
         rows = [store.rows(index) for index in distinct]
         numbers = [distinct.index(index) for index in batch.indices]
         if batch.lengths is None:
-            lengths = [store.examples[index].sequence_lengths for index in distinct]
+            lengths = [list(store.examples[index].sequence_lengths) for index in distinct]
             parts = [part for row, split in zip(rows, lengths, strict=True) for part in torch.split(row, split)]
             hidden = torch.nn.utils.rnn.pad_sequence(parts, batch_first=True).to(self._device)
             each = len(parts) // len(rows)  # sequences of an example
