@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,9 +83,9 @@ def horizons(settings: SelectSettings) -> tuple[float, ...]:
     return (0.5, 1.0) if settings.lr_scheduler_type == "constant" else (1.0,)
 
 
-def stages(settings: SelectSettings) -> list[float]:
-    """Where trainings are stopped and evaluated: the quarter and half of every horizon, and its end."""
-    return sorted({part * horizon for horizon in horizons(settings) for part in (*CHECKPOINTS, 1.0)})
+def stages(settings: SelectSettings, checkpoints: Sequence[float] = CHECKPOINTS) -> list[float]:
+    """Where trainings are stopped and evaluated: the checkpoints of every horizon, and its end."""
+    return sorted({part * horizon for horizon in horizons(settings) for part in (*checkpoints, 1.0)})
 
 
 @dataclass(frozen=True)
@@ -97,6 +97,7 @@ class Workshop:
     executor: LocalExecutor
     fingerprint: str
     outcomes: dict[Arm, TrialOutcome]
+    checkpoints: tuple[float, ...] = CHECKPOINTS
 
     def run(self, arm: Arm) -> TrialOutcome:
         if arm not in self.outcomes:
@@ -110,7 +111,9 @@ class Workshop:
         return self.outcomes[arm]
 
 
-def open_workshop(model: str, data: Path, settings: SelectSettings, work: Path) -> Workshop:
+def open_workshop(
+    model: str, data: Path, settings: SelectSettings, work: Path, checkpoints: tuple[float, ...] = CHECKPOINTS
+) -> Workshop:
     assert settings.max_steps is not None
     splits = load_data(data, settings)
     loaded = load_model(model, settings.dtype, settings.device, splits.classes)
@@ -123,7 +126,8 @@ def open_workshop(model: str, data: Path, settings: SelectSettings, work: Path) 
         {"settings": settings.model_dump(mode="json"), "model": loaded.fingerprint, "data": splits.fingerprint}
     )
     executor = LocalExecutor(runtime, folder, Observer())
-    return Workshop(settings, folder, executor, fingerprint, {outcome.arm: outcome for outcome in known})
+    outcomes: dict[Arm, TrialOutcome] = {outcome.arm: outcome for outcome in known}
+    return Workshop(settings, folder, executor, fingerprint, outcomes, checkpoints)
 
 
 def train_grid(shop: Workshop) -> None:
@@ -146,7 +150,7 @@ def train_in_stages(shop: Workshop, rank: int, rate: float, seed: int) -> dict[f
     assert steps is not None
     found: dict[float, TrialFinished] = {}
     before: str | None = None
-    for part in stages(shop.settings):
+    for part in stages(shop.settings, shop.checkpoints):
         arm = Arm(
             rank=rank,
             learning_rate=rate,
@@ -214,7 +218,7 @@ def curve_of(name: str, shop: Workshop, horizon: float, extra: Mapping[str, obje
     grid: dict[str, Any] = {}
     items: dict[str, Any] = {}
     cuts: dict[str, Any] = {}
-    checkpoints: dict[str, Any] = {f"{part:g}": {} for part in CHECKPOINTS}
+    checkpoints: dict[str, Any] = {f"{part:g}": {} for part in shop.checkpoints}
     truncation_items: dict[str, Any] = {}
     for (rank, rate, seed, step), outcome in sorted(ended.items()):
         if seed not in seeds:
