@@ -290,6 +290,8 @@ def _print_adapter(selected: Selected) -> None:
         click.echo(f"Adapter: {answers['adapter_sentence']}")
         if answers["adapter_making"] is not None:
             click.echo(f"         It was {answers['adapter_making']}.")
+        if answers["adapter_preference"] is not None:
+            click.echo(f"         {answers['adapter_preference']}")
         on_test_split = selected.handed_over and test_text(selected.handed_over)
         if on_test_split:
             click.echo(f"         {on_test_split}")

@@ -158,6 +158,9 @@ def _test_scores(test: TestEvaluated, metric: str) -> tuple[Floats, Floats] | No
     if metric == "accuracy" and test.item_correct is not None:
         correct = np.asarray(test.item_correct, dtype=np.float64)
         return correct, np.ones_like(correct)
+    if metric in test.item_metrics:
+        values = np.asarray(test.item_metrics[metric], dtype=np.float64)
+        return values, np.ones_like(values)
     return None
 
 

@@ -13,6 +13,9 @@ ACCURACY_MARGIN = 0.005  # half a point, as a fraction
 PERCENT_MARGIN = 0.5  # half a point, as a percentage
 RELATIVE_MARGIN = 0.01  # of the reference, for every other metric
 
+# Of preference pairs: how far an adapter moves from the base. They contradict no decision unless the user names them.
+REPORTED_ONLY = ("reward_margin", "chosen_log_ratio")
+
 # The standard deviation of one training over seeds, from published repeats of long trainings. It is quoted beside results of
 # one seed, in no interval: short trainings differ by up to a hundred times as much (benchmarks/decide). Loss: repeats of SFT test loss at ordinary learning rates (tinker-cookbook,
 # sft_sweep.md). Accuracy: GSM8K 0.3 to 1.4 points, CoLA 1.2, RTE 0.7 (Hu et al. 2021 and PEFT's method comparison).

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from rightrank.decision.collapse import without_collapsing
-from rightrank.decision.metrics import higher_is_better
+from rightrank.decision.metrics import REPORTED_ONLY, higher_is_better
 from rightrank.decision.rule import decide
 from rightrank.decision.table import ScoreTable, table_of
 from rightrank.errors import ResultsError, RunFolderError
@@ -139,7 +139,10 @@ def decide_on(
     Raises:
         ResultsError: fewer than two ranks have the metric.
     """
-    others = [run_table(records, outcomes, name) for name in metrics_of(records) if name != metric]
+    given = records.started.settings.get("metrics")
+    asked = [records.started.metric, *(given if isinstance(given, list) else [])]
+    beside = [name for name in metrics_of(records) if name != metric and (name in asked or name not in REPORTED_ONLY)]
+    others = [run_table(records, outcomes, name) for name in beside]
     return decide(
         run_table(records, outcomes, metric),
         float(margin) if isinstance(margin, int | float) else None,

@@ -55,7 +55,7 @@ def answers(runtime: Runtime, split: SplitName) -> list[ModelAnswer]:
 
 def promptable_examples(runtime: Runtime, count: int) -> list[Example]:
     """The first `count` test examples with a string prompt that is not too long to show."""
-    if runtime.data.summary.form != "prompt_completion":
+    if runtime.data.summary.form not in ("prompt_completion", "preference"):
         return []
     tokenizer = runtime.loaded.tokenizer
     found: list[Example] = []
@@ -74,8 +74,13 @@ def write_completion(runtime: Runtime, example: Example) -> str:
         return _generate(runtime, [_prompt(runtime, example)])[0]
 
 
+def expected_of(example: Example) -> Any:
+    """The answer in the data: the completion, or the chosen one of a preference pair."""
+    return example.content.get("completion", example.content.get("chosen"))
+
+
 def _prompt(runtime: Runtime, example: Example) -> Prompt:
-    prompt, completion = example.content.get("prompt"), example.content.get("completion")
+    prompt, completion = example.content.get("prompt"), expected_of(example)
     if isinstance(prompt, str):
         return Prompt(example.item_id, prompt, str(completion), add_special_tokens=True)
     messages = [*example.content["messages"]] if prompt is None else [*prompt, *(completion or [])]

@@ -57,11 +57,16 @@ class Recipe:
     seed: int
     making: Making
     trained_alpha: float  # PEFT's lora_alpha at the rank that was trained
+    beta: float = 0.1  # of preference pairs
 
     @property
     def alpha(self) -> int | float:
         """Alpha, as an integer if it is whole: most schemas require that."""
         return int(self.lora_alpha) if float(self.lora_alpha).is_integer() else self.lora_alpha
+
+    @property
+    def is_preference(self) -> bool:
+        return self.form == "preference"
 
     @property
     def highest_rank(self) -> int:
@@ -164,6 +169,7 @@ def recipe_of(
         max_grad_norm=settings.get("max_grad_norm", 1.0),
         dtype=settings.get("dtype", "float32"),
         seed=trial.seed,
+        beta=settings.get("beta", 0.1),
         making=making,
         trained_alpha=config["lora_alpha"] if is_trained else _trained_alpha(settings, trial, making),
     )

@@ -11,6 +11,8 @@ import yaml
 
 from rightrank.exports.recipe import Recipe
 
+_STRINGS = "the file is for a `prompt`, `chosen` and `rejected` of text"
+
 
 @dataclass(frozen=True, slots=True)
 class Written:
@@ -50,8 +52,9 @@ def peft(recipe: Recipe) -> Written:
 
 
 def trl(recipe: Recipe) -> Written:
-    """A config of TRL's command line: `trl sft --config trl_sft.yaml`."""
-    values = {
+    """A config of TRL's command line: `trl sft --config trl_sft.yaml`, or `trl dpo` for preference pairs."""
+    job = "dpo" if recipe.is_preference else "sft"
+    values: dict[str, Any] = {
         "model_name_or_path": recipe.model,
         "datasets": [{"path": _loader(recipe.data), "data_files": recipe.data}],
         "output_dir": "trl-output",
@@ -66,10 +69,12 @@ def trl(recipe: Recipe) -> Written:
         **_transformers_arguments(recipe),
     }
     values |= _given(lora_modules_to_save=list(recipe.modules_to_save))
+    if recipe.is_preference:
+        values |= {"beta": recipe.beta, "loss_type": ["sigmoid"]}
     notes = _pattern_notes(recipe, "TRL's command line")
     if recipe.form == "classification":
         notes.append("TRL's sft trains on text; a classification head needs a separate script")
-    return Written({"trl_sft.yaml": _yaml(values)}, "trl sft --config trl_sft.yaml", notes)
+    return Written({f"trl_{job}.yaml": _yaml(values)}, f"trl {job} --config trl_{job}.yaml", notes)
 
 
 def axolotl(recipe: Recipe) -> Written:
@@ -84,6 +89,10 @@ def axolotl(recipe: Recipe) -> Written:
                 "format": "{instruction}",
                 "no_input_format": "{instruction}",
             }
+        },
+        "preference": {
+            "split": "train",
+            "type": {"field_prompt": "prompt", "field_chosen": "chosen", "field_rejected": "rejected"},
         },
     }
     values: dict[str, Any] = {
@@ -120,6 +129,9 @@ def axolotl(recipe: Recipe) -> Written:
         lora_alpha_pattern={name: int(alpha) for name, alpha in recipe.alpha_pattern.items()},
     )
     notes = ["axolotl trains no classification head on this data"] if recipe.form == "classification" else []
+    if recipe.is_preference:
+        values |= {"rl": "dpo", "rl_beta": recipe.beta}
+        notes.append(f"axolotl: {_STRINGS}; for messages, set the data set's type to `chat_template.default`")
     return Written({"axolotl.yaml": _yaml(values)}, "axolotl train axolotl.yaml", notes)
 
 
@@ -139,12 +151,16 @@ def llamafactory(recipe: Recipe) -> Written:
         },
         "text": {"columns": {"prompt": "text"}},
         "prompt_completion": {"columns": {"prompt": "prompt", "response": "completion"}},
+        "preference": {
+            "ranking": True,
+            "columns": {"prompt": "prompt", "chosen": "chosen", "rejected": "rejected"},
+        },
     }
     entry = {"file_name": recipe.data, **columns.get(recipe.form, columns["text"])}
     arguments = _transformers_arguments(recipe)
     values = {
         "model_name_or_path": recipe.model,
-        "stage": "pt" if recipe.form == "text" else "sft",
+        "stage": {"text": "pt", "preference": "dpo"}.get(recipe.form, "sft"),
         "do_train": True,
         "finetuning_type": "lora",
         "lora_rank": recipe.r,
@@ -161,6 +177,11 @@ def llamafactory(recipe: Recipe) -> Written:
     }
     values |= _given(additional_target=",".join(recipe.modules_to_save))
     notes = _pattern_notes(recipe, "LLaMA-Factory")
+    if recipe.is_preference:
+        values |= {"pref_beta": recipe.beta, "pref_loss": "sigmoid"}
+        notes.append(
+            f"LLaMA-Factory: {_STRINGS}; for messages, set `formatting` to `sharegpt`, with one message an answer"
+        )
     if recipe.form == "messages":
         notes.append("replace the template `default` with the name of your model's template in LLaMA-Factory")
     if recipe.form == "classification":
@@ -203,7 +224,8 @@ learning_rate = {recipe.learning_rate!r}  # for the trainer, with {recipe.max_st
 
 def ms_swift(recipe: Recipe) -> Written:
     """A command of ms-swift."""
-    arguments = ["swift", "sft", "--model", recipe.model, "--dataset", recipe.data, "--tuner_type", "lora"]
+    job = ["rlhf", "--rlhf_type", "dpo", "--beta", str(recipe.beta)] if recipe.is_preference else ["sft"]
+    arguments = ["swift", *job, "--model", recipe.model, "--dataset", recipe.data, "--tuner_type", "lora"]
     arguments += ["--lora_rank", str(recipe.r), "--lora_alpha", str(recipe.alpha)]
     arguments += ["--lora_dropout", str(recipe.lora_dropout), "--use_rslora", str(recipe.use_rslora).lower()]
     arguments += ["--target_modules", *recipe.explicit_targets, "--max_length", str(recipe.max_length)]
@@ -215,7 +237,8 @@ def ms_swift(recipe: Recipe) -> Written:
             arguments += [f"--{name}", str(value)]
     command = shlex.join(arguments)
     notes = _pattern_notes(recipe, "ms-swift's command line")
-    notes.append("ms-swift reads `messages` or `query` and `response`; rename `prompt` and `completion` to match")
+    columns = "`messages` and `rejected_response`" if recipe.is_preference else "`messages` or `query` and `response`"
+    notes.append(f"ms-swift reads {columns}; rename the columns of your data to match")
     return Written({"ms_swift.sh": f"#!/bin/sh\nexec {command}\n"}, "sh ms_swift.sh", notes)
 
 

@@ -92,6 +92,7 @@ class TestEvaluated(Record):
     item_losses: list[float]
     item_tokens: list[Whole]
     item_correct: list[Whole] | None = None
+    item_metrics: dict[str, list[float]] = Field(default_factory=dict)  # by metric: one value per example
     metrics: dict[str, float] = Field(default_factory=dict)  # all metrics measured on the test split
     metric: str | None = None  # of `value`, if it is not the deciding metric: a task has no test split
 

@@ -9,7 +9,7 @@ from statistics import fmean
 from typing import Any
 
 from rightrank.decision.adapter import making_of
-from rightrank.decision.answers import trainings
+from rightrank.decision.answers import preference_sentence, trainings
 from rightrank.decision.run import Records
 from rightrank.records import (
     AdapterAnswer,
@@ -153,6 +153,12 @@ def making_text(recorded: AdapterRecorded, records: Records) -> str:
     finished = records.finished()
     trial = next((trial for trial in finished if trial.trial_id == recorded.answer.trial_id), None)
     return "" if trial is None else f"How it was made: {making_of(trial, finished).sentence()}."
+
+
+def preference_text(found: AdapterRecorded, records: Records) -> str:
+    """What the adapter learned from preference pairs, and how far it moved from the base; empty for other data."""
+    trial = next((trial for trial in records.finished() if trial.trial_id == found.answer.trial_id), None)
+    return (trial and preference_sentence(trial)) or ""
 
 
 def test_text(found: HandedOver) -> str:

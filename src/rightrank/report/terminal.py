@@ -133,6 +133,8 @@ def left_out(data: DataSummary) -> list[str]:
         (data.not_evaluated, "held-out rows not evaluated, beyond --eval-items"),
         (sum(summary.truncated for summary in splits), "truncated to the maximum length"),
         (sum(summary.dropped for summary in splits), "dropped, no label token left"),
+        (data.equal_pairs, "pairs left out: `chosen` and `rejected` are the same"),
+        (sum(summary.equal for summary in splits), "pairs left out: the same within the maximum length"),
         (data.unreadable, "rows skipped: lone surrogates, which no tokenizer accepts"),
         (data.control_characters, "examples with control characters"),
         (data.duplicates_across_splits, "exact duplicates across splits"),

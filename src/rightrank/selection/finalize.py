@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from rightrank.decision.answers import trainings
 from rightrank.decision.run import best_trial
-from rightrank.engine.generation import promptable_examples, write_completion
+from rightrank.engine.generation import expected_of, promptable_examples, write_completion
 from rightrank.engine.runtime import Runtime
 from rightrank.engine.scoring import measure
 from rightrank.io.adapters import restore_adapter
@@ -115,6 +115,7 @@ def _evaluate_on_test_split(selection: Selection, runtime: Runtime, trial: Trial
         item_losses=scores.losses,
         item_tokens=scores.tokens,
         item_correct=scores.correct,
+        item_metrics=scores.item_metrics,
     )
     folder.journal.append(record)
     records.tests.append(record)
@@ -143,7 +144,7 @@ def _write_samples(selection: Selection, runtime: Runtime, chosen: TrialFinished
             trial_id=chosen.trial_id,
             item_id=example.item_id,
             prompt=example.content["prompt"],
-            expected=example.content["completion"],
+            expected=expected_of(example),
             before=first,
             after=then,
         )
