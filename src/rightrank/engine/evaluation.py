@@ -44,8 +44,8 @@ class Scores:
         def counted(mine: list[int], theirs: list[int]) -> list[int]:
             return [theirs[index] if index in taken else value for index, value in enumerate(mine)]
 
-        correct = None if self.correct is None else counted(self.correct, other.correct or [])
-        return Scores(merged(self.losses, other.losses), counted(self.tokens, other.tokens), correct)
+        by_example = {name: merged(each, other.by_example[name]) for name, each in self.by_example.items()}
+        return Scores(merged(self.losses, other.losses), counted(self.tokens, other.tokens), by_example)
 
     @property
     def loss(self) -> float:
