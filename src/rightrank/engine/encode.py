@@ -173,6 +173,10 @@ def _pair(encoder: _Encoder, example: Example, limit: int, count: _Count) -> lis
     return [EncodedExample(example.item_id, chosen + rejected, chosen_labels + rejected_labels, len(chosen))]
 
 
+def _first_label(labels: Sequence[int]) -> int:
+    return next((place for place, label in enumerate(labels) if label != IGNORED), len(labels))
+
+
 class _Encoder:
     """example → (input_ids, labels), for one tokenizer and one form of data."""
 
@@ -205,9 +209,16 @@ class _Encoder:
         return 1 if self.is_classification else label_count(example)
 
     def pair(self, example: Example) -> tuple[EncodedSequence, EncodedSequence]:
-        """The chosen and the rejected answer of a preference pair, each after the prompt."""
-        chosen, rejected = (self._answer(example, column) for column in ("chosen", "rejected"))
-        return chosen, rejected
+        """The chosen and the rejected answer of a preference pair, each after the prompt.
+
+        Labels begin at the same position in both, as in TRL: where a token across the border belongs to one answer alone, the
+        other takes the prompt's last token as a label.
+        """
+        (chosen, of_chosen), (rejected, of_rejected) = (self._answer(example, name) for name in ("chosen", "rejected"))
+        begins = [_first_label(labels) for labels in (of_chosen, of_rejected)]
+        first = slice(min(begins), max(begins))
+        of_chosen[first], of_rejected[first] = chosen[first], rejected[first]
+        return (chosen, of_chosen), (rejected, of_rejected)
 
     def _answer(self, example: Example, column: str) -> EncodedSequence:
         prompt, answer = example.content["prompt"], example.content[column]
