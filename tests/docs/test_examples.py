@@ -22,11 +22,12 @@ WITH_DATA = (
     "transformers_trainer.py",
     "trl_sft.py",
     "trl_dpo.py",
+    "trl_grpo.py",
     "lightning_trainer.py",
     "peft_classification.py",
 )
 ALL = (*WITH_DATA, "vision.py")
-NEEDS = {"trl_sft.py": "trl", "trl_dpo.py": "trl", "lightning_trainer.py": "lightning"}
+NEEDS = {"trl_sft.py": "trl", "trl_dpo.py": "trl", "trl_grpo.py": "trl", "lightning_trainer.py": "lightning"}
 OF_OTHERS = "ignore"  # a trainer's own deprecations are no failure of an example
 
 
@@ -36,6 +37,7 @@ def test_no_example_is_left_out() -> None:
         "common.py",
         "notebook.ipynb",
         "slurm.sh",
+        "tinker_service.py",  # test_tinker_example.py
     }
 
 

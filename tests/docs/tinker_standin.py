@@ -1,0 +1,127 @@
+"""A small stand-in for a service of the Tinker protocol and its SDK, in this process. It is no service: it serves tests.
+
+It has the calls that `examples/tinker_service.py` makes, by the signatures of tinker 0.38, over a real small model with PEFT
+adapters. `QUIRKS` holds what services do differently: the alpha, the seeds, and the module names in the adapter that is saved.
+"""
+
+from __future__ import annotations
+
+import json
+import tarfile
+import tempfile
+import threading
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+
+QUIRKS: dict[str, Any] = {"alpha": lambda rank: 32, "seed": lambda seed: seed}
+_LOCK = threading.RLock()  # one model at a time; the service that it stands for has a queue
+
+
+class ModelInput:
+    def __init__(self, tokens: Sequence[int]) -> None:
+        self.tokens = list(tokens)
+
+    @classmethod
+    def from_ints(cls, tokens: Sequence[int]) -> ModelInput:
+        return cls(tokens)
+
+    @property
+    def length(self) -> int:
+        return len(self.tokens)
+
+
+class Datum:
+    def __init__(self, model_input: ModelInput, loss_fn_inputs: dict[str, list[float]]) -> None:
+        lengths = {model_input.length, *map(len, loss_fn_inputs.values())}
+        assert len(lengths) == 1, lengths
+        self.model_input = model_input
+        self.loss_fn_inputs = {name: np.asarray(values) for name, values in loss_fn_inputs.items()}
+
+
+@dataclass
+class AdamParams:
+    learning_rate: float = 1e-4
+
+
+class ServiceClient:
+    def __init__(self, base_url: str | None = None) -> None:
+        self.base_url = base_url
+        self.place = Path(tempfile.mkdtemp())
+
+    def create_lora_training_client(self, base_model: str, rank: int = 32, seed: int | None = None) -> TrainingClient:
+        return TrainingClient(base_model, rank, QUIRKS["seed"](seed), self.place)
+
+    def create_rest_client(self) -> SimpleNamespace:
+        def url(path: str) -> Future[SimpleNamespace]:
+            return done(SimpleNamespace(url=Path(path.removeprefix("tinker:/")).as_uri()))
+
+        return SimpleNamespace(get_checkpoint_archive_url_from_tinker_path=url)
+
+
+class TrainingClient:
+    """A base with one adapter and its optimizer."""
+
+    def __init__(self, base_model: str, rank: int, seed: int, place: Path) -> None:
+        from peft import LoraConfig, get_peft_model
+        from transformers import AutoModelForCausalLM
+
+        self.base_model, self.place = base_model, place
+        config = LoraConfig(r=rank, lora_alpha=QUIRKS["alpha"](rank), target_modules="all-linear")
+        with _LOCK:
+            torch.manual_seed(seed)
+            self.model = get_peft_model(AutoModelForCausalLM.from_pretrained(base_model), config)
+        self.optimizer = torch.optim.AdamW([one for one in self.model.parameters() if one.requires_grad])
+
+    def get_tokenizer(self) -> Any:
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(self.base_model)
+
+    def forward(self, data: list[Datum], loss_fn: str) -> Future[SimpleNamespace]:
+        assert loss_fn == "cross_entropy"
+        with torch.no_grad():
+            return done(SimpleNamespace(loss_fn_outputs=[{"logprobs": self._logprobs(one).numpy()} for one in data]))
+
+    def forward_backward(self, data: list[Datum], loss_fn: str) -> Future[SimpleNamespace]:
+        """Each sequence is averaged over its tokens first, as open servers do."""
+        assert loss_fn == "cross_entropy"
+        for one in data:
+            weights = torch.tensor(one.loss_fn_inputs["weights"])
+            (-(self._logprobs(one) * weights).sum() / weights.sum() / len(data)).backward()
+        return done(SimpleNamespace(loss_fn_outputs=[]))
+
+    def optim_step(self, adam_params: AdamParams) -> Future[None]:
+        for group in self.optimizer.param_groups:
+            group["lr"] = adam_params.learning_rate
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return done(None)
+
+    def save_weights_for_sampler(self, name: str) -> Future[SimpleNamespace]:
+        """A tar of the adapter whose configuration names no modules."""
+        folder = Path(tempfile.mkdtemp(dir=self.place))
+        self.model.save_pretrained(folder / "adapter")
+        file = folder / "adapter" / "adapter_config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"target_modules": None}))
+        with tarfile.open(folder / "adapter.tar", "w") as tar:
+            for path in (folder / "adapter").iterdir():
+                tar.add(path, path.name)
+        return done(SimpleNamespace(path=f"tinker:/{folder / 'adapter.tar'}"))
+
+    def _logprobs(self, one: Datum) -> torch.Tensor:
+        logits = self.model(input_ids=torch.tensor([one.model_input.tokens])).logits[0].float()
+        targets = torch.tensor(one.loss_fn_inputs["target_tokens"], dtype=torch.long)
+        return torch.log_softmax(logits, -1)[torch.arange(len(targets)), targets]
+
+
+def done(value: Any) -> Future[Any]:
+    future: Future[Any] = Future()
+    future.set_result(value)
+    return future
