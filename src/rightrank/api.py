@@ -107,9 +107,11 @@ def select_rank(
     """
     from rightrank.io.files import report_disk_errors
     from rightrank.io.run_folder import RunFolder
+    from rightrank.selection.early import require_request
 
     given = settings.model_dump(include=settings.model_fields_set) if settings is not None else {}
     settings = make_settings(given | renamed(keywords))
+    require_request(model, data, settings)
     folder = RunFolder(Path(out))
     with folder.locked(), report_disk_errors(folder.path):
         # These imports bring torch, so they follow the lock: a folder that can't be used is refused at once.

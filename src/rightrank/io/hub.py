@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+HUB_SECONDS = 10.0  # for the hub to answer
+
 
 def hub_errors() -> tuple[type[BaseException], ...]:
     """What the client raises if the hub can't be reached, refuses, or is switched off by offline mode.

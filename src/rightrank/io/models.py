@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -30,7 +30,8 @@ from rightrank.errors import (
     first_line,
     is_out_of_memory,
 )
-from rightrank.io.reading import LIBRARY_ERRORS, UnreadableError, kind_of, read_json_object
+from rightrank.io.model_source import ModelSource, find_model
+from rightrank.io.reading import LIBRARY_ERRORS
 from rightrank.io.weights import safe_shards
 from rightrank.settings import DtypeName
 
@@ -45,20 +46,6 @@ _FINGERPRINT_BYTES = 2**20  # at the beginning and end of each weight file
 
 
 @dataclass(frozen=True, slots=True)
-class ModelSource:
-    """Where a model is: a folder or hub name, and the name of a GGUF file in the folder."""
-
-    name: str
-    gguf_file: str | None
-
-    def loading_arguments(self, trust_remote_code: bool) -> dict[str, Any]:
-        arguments: dict[str, Any] = {"trust_remote_code": trust_remote_code}
-        if self.gguf_file is not None:
-            arguments["gguf_file"] = self.gguf_file
-        return arguments
-
-
-@dataclass(frozen=True, slots=True)
 class LoadedModel:
     """A frozen base model in evaluation mode on its device, with its tokenizer."""
 
@@ -67,64 +54,6 @@ class LoadedModel:
     name: str
     fingerprint: str
     device: torch.device
-
-
-def find_model(reference: str) -> ModelSource:
-    """Locate a model without loading it.
-
-    Raises:
-        ModelError: a local folder without config, a file that is not GGUF, or a path that does not exist.
-        MissingExtraError: a GGUF file without the `gguf` package.
-    """
-    path = Path(reference).expanduser()
-    found = kind_of(path)
-    if found == "file":
-        if path.suffix.lower() != ".gguf":
-            raise ModelError(
-                f"{reference}: a model file must end in .gguf; give a GGUF file, a model folder, or a hub name"
-            )
-        if find_spec("gguf") is None:
-            raise MissingExtraError("reading GGUF files needs the `gguf` package: pip install 'rightrank[gguf]'")
-        return ModelSource(str(path.parent), path.name)
-    if found == "folder":
-        if not (path / "config.json").exists():
-            ggufs = sorted(found.name for found in path.glob("*.gguf"))
-            hint = f"; give the file: {path / ggufs[0]}" if ggufs else "; give a folder that save_pretrained wrote"
-            raise ModelError(f"{reference}: no config.json in the folder{hint}")
-        if (path / "adapter_config.json").exists():  # transformers would load the base that it names
-            raise ModelError(f"{reference}: holds an adapter_config.json too; give the folder of the base model alone")
-        _reject_hub_code(path / "config.json")
-        return ModelSource(str(path), None)
-    if path.is_absolute() or reference.startswith((".", "~")) or reference.count("/") > 1:
-        raise ModelError(f"{reference}: no such folder; give a model folder, a GGUF file, or a hub name")
-    return ModelSource(reference, None)
-
-
-def _reject_hub_code(file: Path) -> None:
-    """Reject a configuration that names compiled code on the hub: transformers runs it even without trust.
-
-    Raises:
-        ModelError: such a name, or not a JSON object.
-    """
-    try:
-        config = read_json_object(file)
-    except UnreadableError as error:
-        raise ModelError(f"{file}: not readable as JSON ({error}); save the model again") from None
-    for name, value in _implementations(config):
-        if "/" in value:
-            raise ModelError(
-                f"{file}: {name} is {value!r}, code from the hub; remove the line to use transformers' own"
-            )
-
-
-def _implementations(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Yield `(key, value)` of every `*_implementation` in a configuration, at any depth."""
-    for name, value in config.items():
-        inner = value.values() if isinstance(value, dict) and name.endswith("_implementation") else [value]
-        if name.endswith("_implementation"):
-            yield from ((name, text) for text in inner if isinstance(text, str))
-        elif isinstance(value, dict):
-            yield from _implementations(value)
 
 
 def load_model(

@@ -14,8 +14,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from rightrank.errors import DataError, first_line
-from rightrank.io.hub import hub_errors
+from rightrank.errors import DataError, did_you_mean, first_line
+from rightrank.io.hub import HUB_SECONDS, hub_errors
 from rightrank.io.reading import UnreadableError, kind_of, parse_json, read_json_object
 from rightrank.records import SplitName
 
@@ -35,7 +35,6 @@ SPLIT_NAMES: dict[str, SplitName] = {
 ALWAYS_ALLOWED_ROWS, MAX_ROWS_PER_BYTE = 1_000_000, 4
 ALWAYS_ALLOWED_BYTES, MAX_GROWTH = 2**28, 200
 MAX_LINE_CHARACTERS = 2**26  # of a JSONL line; 64 MiB in one example is a mistake
-HUB_SECONDS = 10.0  # for the hub to answer
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(:[\w.-]+)?")
 _CSV_FIELD_LIMIT = 2**24  # characters
 
@@ -64,10 +63,11 @@ def read_rows(source: Path) -> RowsBySplit:
     if found_kind == "missing" and is_hub_name(str(source)):
         return _hub_rows(str(source))
     if found_kind == "missing":
-        raise DataError(f"{source}: no such file or folder; give {_types_allowed()}")
+        raise DataError(f"{source}: no such file or folder{_nearest_file(source)}; give {_types_allowed()}")
     if found_kind == "other":
         raise DataError(f"{source}: neither a regular file nor a folder; give {_types_allowed()}")
     if found_kind == "file":
+        _require_type(source)
         return {None: _file_rows(source)}
     if _is_saved_dataset(source):
         return _saved_dataset_rows(source)
@@ -84,6 +84,23 @@ def read_rows(source: Path) -> RowsBySplit:
             f"{source}: {unnamed} belongs to no split but other files do; name every file train*, validation* or test*, or none"
         )
     return found
+
+
+def _nearest_file(path: Path) -> str:
+    """`; did you mean 'x'?` for a file or folder of a similar name beside it."""
+    parent = path.parent
+    return did_you_mean(path.name, [found.name for found in parent.iterdir()]) if parent.is_dir() else ""
+
+
+def require_rows(source: Path) -> None:
+    """Refuse a file or folder that is missing, or of a type that is not read, without reading it.
+
+    Raises:
+        DataError: as `read_rows` raises.
+    """
+    found = kind_of(source)
+    if not (found == "missing" and is_hub_name(str(source))) and not (found == "folder" and _is_saved_dataset(source)):
+        read_rows(source)
 
 
 def rows_from_memory(source: Any) -> RowsBySplit:
@@ -110,10 +127,14 @@ def _memory_rows(rows: Iterable[Any], what: str) -> Iterator[Row]:
         yield Row(fields, f"{what} {number}")
 
 
-def _file_rows(path: Path) -> Iterator[Row]:
+def _require_type(path: Path) -> None:
     suffix = path.suffix.lower()
     if suffix not in FILE_TYPES:
         raise DataError(f"{path}: files of type {suffix or '(no ending)'!r} are not read; give {_types_allowed()}")
+
+
+def _file_rows(path: Path) -> Iterator[Row]:
+    suffix = path.suffix.lower()
     if path.stat().st_size == 0:
         raise DataError(f"{path}: the file is empty; give at least one row of text")
     try:
@@ -234,7 +255,7 @@ def _hub_rows(name: str) -> RowsBySplit:
         loaded: Any = datasets.load_dataset(repository, config or None)
     except (*hub_errors(), ValueError, LookupError, datasets.exceptions.DatasetsError) as error:
         raise DataError(
-            f"{name}: no such file or folder, and not read as a data set of the hub ({first_line(error)}); "
+            f"{name}: no such file or folder{_nearest_file(Path(name))}, and not read as a data set of the hub ({first_line(error)}); "
             f"give {_types_allowed()}, or OWNER/NAME of a data set that can be reached"
         ) from None
     return rows_from_memory({split: _plain_rows(table, Path(name)) for split, table in loaded.items()})

@@ -20,6 +20,7 @@ from rightrank.records import Decision, RunEvent, TrialCollapsed, TrialDiverged,
 from rightrank.records.observer import Observer
 from rightrank.report.matrix_table import MatrixRow, matrix_csv
 from rightrank.returns import Selected
+from rightrank.selection.early import require_request
 from rightrank.selection.executor import job_of, largest_needs
 from rightrank.selection.finalize import finalize, finalize_adapter
 from rightrank.selection.select import run_selection
@@ -64,6 +65,7 @@ def _request(model: str, job: MatrixJob, further: Mapping[str, object], notices:
         values, renamed = current_names(job.settings)
         notices |= dict.fromkeys(renamed)
         settings = make_settings({**values, **further})
+        require_request(model, job.data, settings)
         load_data(Path(job.data), settings)
     except InputError as error:
         raise type(error)(f"job {job.name!r}: {error}") from None

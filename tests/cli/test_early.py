@@ -1,0 +1,64 @@
+"""A request that can't work is refused before torch is imported, and a line appears before anything is loaded."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.tiny import write_jsonl
+
+pytestmark = pytest.mark.trains
+
+CODE = """\
+import sys, json
+from rightrank.cli import main
+try:
+    main(json.loads(sys.argv[1]))
+except SystemExit as ended:
+    print(ended.code, "torch" in sys.modules)
+"""
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> Path:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text('{"model_type": "llama"}')
+    write_jsonl(tmp_path / "train.jsonl", [{"text": "a"}])
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["model", "train.jsonl", "--strategy", "brackett"], "did you mean 'bracket'"),
+        (["model", "trian.jsonl"], "no such file or folder; did you mean 'train.jsonl'?"),
+        (["model", "train.jsonl", "--validation", "held.jsonl"], "held.jsonl: no such file or folder"),
+        (["./modle", "train.jsonl"], "no such folder; did you mean 'model'?"),
+        (["no-such-model", "train.jsonl"], "no such folder, and the hub is switched off"),
+        (["owner/no-such-model", "train.jsonl"], "no such folder, and the hub is switched off"),
+    ],
+)
+def test_what_does_not_exist_is_named_before_torch_is_imported(files: Path, arguments: list[str], message: str) -> None:
+    given = json.dumps(["select", *arguments, "--out", "run"])
+    done = subprocess.run([sys.executable, "-c", CODE, given], capture_output=True, text=True, cwd=files)
+    assert done.stdout.split() == ["2", "False"], done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert message in done.stderr
+    assert not (files / "run").exists()
+
+
+def test_a_terminal_shows_a_line_before_anything_is_loaded(files: Path) -> None:
+    ours, theirs = os.openpty()
+    given = json.dumps(["select", "./modle", "train.jsonl", "--out", "run"])
+    done = subprocess.run([sys.executable, "-c", CODE, given], stdout=subprocess.PIPE, stderr=theirs, cwd=files)
+    first, *_, last = os.read(ours, 4096).decode().splitlines()
+    os.close(ours)
+    os.close(theirs)
+    assert done.stdout.split() == [b"2", b"False"]
+    assert first.endswith("checking the request, then loading model and data …")
+    assert "did you mean 'model'?" in last
