@@ -141,6 +141,9 @@ def preflight(
     """
     given = settings.model_dump(include=settings.model_fields_set) if settings is not None else {}
     settings = make_settings(given | renamed(keywords))
+    from rightrank.selection.early import require_request
+
+    require_request(model, data, settings)
     from rightrank.preparation import Request
     from rightrank.selection.preflight import preflight as prepare_only
 
