@@ -21,7 +21,8 @@ from rightrank.engine.sharding import sharded
 from rightrank.engine.token_store import longest_sequence
 from rightrank.errors import SettingsError
 from rightrank.io.data import DataForm, DataSplits, load_data
-from rightrank.io.models import LoadedModel, adopt_model, find_device, find_model, load_model
+from rightrank.io.model_source import find_model
+from rightrank.io.models import LoadedModel, adopt_model, find_device, load_model
 from rightrank.planning.duration import Workload
 from rightrank.planning.selection_plan import SelectionPlan, first_pass_loss, plan_selection, ranks_for_data
 from rightrank.planning.skeleton import is_known

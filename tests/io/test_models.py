@@ -8,7 +8,7 @@ import pytest
 
 from rightrank.demo import demo_model_file
 from rightrank.errors import ModelError
-from rightrank.io.models import ModelSource, find_model
+from rightrank.io.model_source import ModelSource, find_model
 
 
 def test_a_gguf_file_is_loaded_from_its_folder() -> None:

@@ -10,6 +10,6 @@ def hub_errors() -> tuple[type[BaseException], ...]:
 
     The errors of the client derive from those of an HTTP library that differs between versions.
     """
-    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-    return (OSError, *HfHubHTTPError.__bases__)
+    return (OSError, HFValidationError, *HfHubHTTPError.__bases__)

@@ -58,8 +58,19 @@ def find_model(reference: str) -> ModelSource:
         raise ModelError(
             f"{reference}: no such folder{_nearest_folder(path)}; give a model folder, a GGUF file, or a hub name"
         )
-    _require_on_hub(reference, path)
     return ModelSource(reference, None)
+
+
+def require_model(reference: str) -> ModelSource:
+    """As `find_model`, and refuse a name that the hub does not answer for.
+
+    Raises:
+        ModelError: as `find_model`, or no such model on the hub, or a hub that can't be reached.
+    """
+    source = find_model(reference)
+    if source.gguf_file is None and kind_of(Path(source.name)) == "missing":
+        _require_on_hub(reference, Path(reference))
+    return source
 
 
 @cache
@@ -80,7 +91,7 @@ def _require_on_hub(name: str, path: Path) -> None:
                 f"{name}: no such folder{_nearest_folder(path)}, and the hub is switched off (HF_HUB_OFFLINE)"
             )
         HfApi().model_info(name, timeout=HUB_SECONDS)
-    except (*hub_errors(), ValueError) as error:
+    except hub_errors() as error:
         raise ModelError(
             f"{name}: no such folder{_nearest_folder(path)}, and no model that the hub answers for ({first_line(error)}); "
             "give a model folder, a GGUF file, or a hub name"

@@ -28,7 +28,8 @@ from rightrank.engine.targets import (
     require_names,
 )
 from rightrank.errors import ModelError, first_line
-from rightrank.io.models import DTYPES, LOADING_ERRORS, find_model, quiet_third_parties
+from rightrank.io.model_source import require_model
+from rightrank.io.models import DTYPES, LOADING_ERRORS, quiet_third_parties
 from rightrank.planning.quantised import quantise
 from rightrank.settings import PlanSettings
 
@@ -85,7 +86,7 @@ def read_config(reference: str, trust_remote_code: bool, classification: bool = 
     Raises:
         ModelError: no configuration, an unknown architecture, or one that needs its own code.
     """
-    source = find_model(reference)
+    source = require_model(reference)
     quiet_third_parties()
     try:
         config = AutoConfig.from_pretrained(source.name, **source.loading_arguments(trust_remote_code))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from rightrank.io.model_source import find_model
+from rightrank.io.model_source import require_model
 from rightrank.io.rows import require_rows
 from rightrank.settings import SelectSettings
 from rightrank.strategies import make_strategy
@@ -31,4 +31,4 @@ def require_request(model: object, data: object, settings: SelectSettings) -> No
         if isinstance(source, str | Path):
             require_rows(Path(source))
     if isinstance(model, str):
-        find_model(model)
+        require_model(model)
