@@ -18,7 +18,7 @@ from rightrank.settings import SelectSettings, make_settings
 
 SETTINGS = COMMON | {
     "layers_to_transform": (28, 29),
-    "learning_rates": (3e-4, 1e-3, 3e-3),
+    "learning_rates": (1e-3, 3e-3, 1e-2),
     "max_steps": 64,
     "seq_len": 48,
     "validation_fraction": 0.2,

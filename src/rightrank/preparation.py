@@ -266,14 +266,16 @@ def _workload(prepared: Prepared) -> Workload:
         padded = sum(len(rows) * longest_sequence([train[index] for index in rows]) for rows in micro)
         computed = padded * data.sequences_per_example
     labels = sum(label_count(example) for example in used)
+    trained, evaluated = len({index for rows in micro for index in rows}), len(data.splits["selection"])
     return Workload(
         steps=prepared.steps,
-        examples=len({index for rows in micro for index in rows}) * data.sequences_per_example,
-        eval_examples=len(data.splits["selection"]) * data.sequences_per_example,
+        examples=trained * data.sequences_per_example,
+        eval_examples=evaluated * data.sequences_per_example,
         eval_points=settings.eval_points,
         passes=settings.gradient_accumulation_steps,
         filled=computed / (len(used) * data.sequences_per_example * data.longest),
         labelled=1.0 if data.is_classification else labels / computed,
+        reference=trained / evaluated + 2 if data.is_preference else 0.0,
     )
 
 

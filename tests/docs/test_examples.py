@@ -35,6 +35,7 @@ def test_no_example_is_left_out() -> None:
     assert {path.name for path in EXAMPLES.iterdir() if path.is_file()} == {
         *ALL,
         "common.py",
+        "preference_pairs.py",
         "notebook.ipynb",
         "slurm.sh",
         "tinker_service.py",  # test_tinker_example.py
@@ -88,6 +89,24 @@ def test_it_ends_with_a_decision(
     monkeypatch.setattr(sys, "argv", [name, *arguments(name, tmp_path, model_folder, data)])
     runpy.run_path(str(EXAMPLES / name), run_name="__main__")
     check(tmp_path / "run", capsys.readouterr().out)
+
+
+def test_preference_pairs_end_with_a_decision(
+    model_folder: Path,
+    pairs_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    given = ["--model", str(model_folder), "--data", str(pairs_file), "--out", str(tmp_path / "run"), "--steps", "3"]
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    monkeypatch.setattr(sys, "argv", ["preference_pairs.py", *given])
+    runpy.run_path(str(EXAMPLES / "preference_pairs.py"), run_name="__main__")
+    printed = capsys.readouterr().out
+    assert json.loads((tmp_path / "run" / "decision.json").read_text())["sentence"] in printed
+    assert "it prefers the chosen answer in" in printed
+    assert "by reward_accuracy: " in printed
+    assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").exists()
 
 
 def test_it_runs_as_a_script(model_folder: Path, completion_file: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
@@ -193,6 +194,8 @@ class Runtime:
         if only is not None:
             kept = set(only)
             batches = [here for batch in batches if (here := [index for index in batch if index in kept])]
+        if self._reference is not None:  # in every process, before each takes its share of the batches
+            deque(self._reference.fill(split, (index for batch in batches for index in batch)), maxlen=0)
         return score_batches(
             batches,
             lambda indices: losses(self.batch(split, indices)),

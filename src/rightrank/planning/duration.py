@@ -5,8 +5,8 @@
 
 A strategy gives the whole trainings that it expects and its maximum (`strategies.protocol.CostEstimate`). `extra` counts
 the evaluations of arms that are stopped early or truncated from another. Each run also evaluates the base, three times
-the test split (base, chosen, reference), and computes the frozen blocks below the adapters once (`prefix`). The traces
-count operations; a calibration of this device gives seconds. Not counted: loading, checkpoints, samples, the report.
+the test split (base, chosen, reference), and computes the frozen blocks below the adapters once (`prefix`). Preference
+pairs take one more pass over every example, for the log-probabilities under the base (`reference`). The traces count operations; a calibration of this device gives seconds. Not counted: loading, checkpoints, samples, the report.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ class Workload:
     passes: int = 1  # micro-batches in a step
     filled: float = 1.0  # mean positions computed for an example, padding included, as a share of the planned length
     labelled: float = 1.0  # share of positions with a label, where the output head runs
+    reference: float = 0.0  # the passes for the reference of preference pairs, in evaluations
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +135,8 @@ def _extent(
     trainings: float, extra: float, each: _Flops, once: _Flops, prefix: float, work: Workload, speed: Speed
 ) -> Extent:
     training = each.training * trainings
-    forward = each.evaluation * (trainings * work.eval_points + extra) + once.evaluation * RUN_EVALUATIONS + prefix
+    shared = once.evaluation * (RUN_EVALUATIONS + work.reference) + prefix
+    forward = each.evaluation * (trainings * work.eval_points + extra) + shared
     seconds = speed.seconds(training, forward)
     return Extent(trainings=trainings, flops=training + forward, seconds=seconds, price=speed.price(seconds))
 

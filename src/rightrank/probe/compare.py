@@ -163,7 +163,8 @@ def _compare(a: TrialFinished, b: TrialFinished, metric: str, data: Path, settin
 
 
 def _default_margin(table: ScoreTable, cell: Cell, trial: TrialFinished) -> float:
-    kind = "loss" if table.kind == "token_loss" and trial.item_correct is not None else table.kind
+    of_examples = trial.item_correct is not None or bool(trial.item_metrics)  # classes and preference pairs
+    kind = "loss" if table.kind == "token_loss" and of_examples else table.kind
     return default_margin(kind, cell.value, [cell.value])
 
 

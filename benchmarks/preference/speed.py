@@ -1,0 +1,167 @@
+"""A training step on preference pairs, here and in TRL's `DPOTrainer`: same model, batches and adapter, in one run.
+
+    python -m benchmarks.preference.speed MODEL gloss_pairs.jsonl --out benchmarks/preference/speed.json
+
+Seconds are CPU seconds of one thread, the median over the steps after the first. The reference is computed before the
+steps where the trainer can do so (`precompute_ref_log_probs`); its time is given apart.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+import trl
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+
+from benchmarks.machine import machine
+from rightrank.engine.arm_training import TrialFolders
+from rightrank.engine.encode import encode
+from rightrank.engine.runtime import Runtime
+from rightrank.engine.targets import lora_config
+from rightrank.engine.training_loop import train_trials
+from rightrank.io.data import load_data
+from rightrank.io.models import load_model
+from rightrank.records import Arm, StepDone, Trial
+from rightrank.records.observer import Observer
+from rightrank.settings import SelectSettings, make_settings
+
+ARM = Arm(rank=16, learning_rate=3e-3, lora_alpha=32.0, seed=0, steps=6)
+CASES: dict[str, dict[str, Any]] = {"all layers": {}, "last two layers": {"layers_to_transform": (28, 29)}}
+
+
+def settings_of(case: dict[str, Any]) -> SelectSettings:
+    return make_settings(
+        {"ranks": (16,), "seq_len": 48, "max_steps": ARM.steps, "eval_items": 16, "device": "cpu", "eval_points": 1}
+        | case
+    )
+
+
+class Clock:
+    """CPU seconds and losses by step."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+        self.losses: list[float] = []
+        self._last = 0.0
+
+    def start(self) -> None:
+        self._last = time.process_time()
+
+    def step(self) -> None:
+        now = time.process_time()
+        self.seconds.append(now - self._last)
+        self._last = now
+
+    @property
+    def per_step(self) -> float:
+        return round(median(self.seconds[1:]), 3)
+
+
+def ours(runtime: Runtime, folder: Path) -> tuple[Clock, float]:
+    """The steps, and the seconds of what is computed once before them."""
+    clock = Clock()
+    begun = time.process_time()
+    runtime.prepare(lambda _: None, lambda: False)
+    once = time.process_time() - begun
+
+    def note(event: Any) -> None:
+        if isinstance(event, StepDone):
+            clock.losses.append(event.loss)
+            clock.step()
+
+    clock.start()
+    folders = TrialFolders(folder / "checkpoint.safetensors", folder / "adapter")
+    list(train_trials(runtime, [Trial(trial_id="t", arm=ARM)], None, lambda _: folders, Observer(on_event=note)))
+    return clock, round(once, 2)
+
+
+def theirs(runtime: Runtime, model: str, data: Path, folder: Path, precompute: bool) -> tuple[Clock, float]:
+    """As `ours`, for TRL."""
+    settings, clock = runtime.settings, Clock()
+    content = {one.item_id: dict(one.content) for one in load_data(data, settings).examples["train"]}
+    order = [runtime.examples("train")[index] for batch in runtime.batch_plan(ARM.seed) for index in batch]
+
+    class Note(TrainerCallback):
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            clock.step()
+
+    class Recording(trl.DPOTrainer):
+        def compute_loss(self, *arguments: Any, **named: Any) -> Any:
+            found = super().compute_loss(*arguments, **named)
+            clock.losses.append(float(found.detach()))
+            return found
+
+    begun = time.process_time()
+    trainer = Recording(
+        AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32),
+        args=trl.DPOConfig(
+            output_dir=str(folder),
+            beta=settings.beta,
+            max_length=settings.seq_len,
+            learning_rate=ARM.learning_rate,
+            max_steps=ARM.steps,
+            per_device_train_batch_size=settings.batch_size,
+            train_sampling_strategy="sequential",
+            warmup_steps=math.ceil(settings.warmup_ratio * ARM.steps),
+            precompute_ref_log_probs=precompute,
+            gradient_checkpointing=False,
+            use_cpu=True,
+            bf16=False,
+            save_strategy="no",
+            report_to=[],
+            disable_tqdm=True,
+        ),
+        train_dataset=Dataset.from_list([content[example.item_id] for example in order]),
+        processing_class=AutoTokenizer.from_pretrained(model),
+        peft_config=lora_config(settings, ARM, False, runtime.targets.names),
+        callbacks=[Note()],
+    )
+    once = time.process_time() - begun
+    clock.start()
+    trainer.train()
+    return clock, round(once, 2)
+
+
+def measured(model: str, data: Path, case: dict[str, Any]) -> dict[str, Any]:
+    settings = settings_of(case)
+    splits = load_data(data, settings)
+    loaded = load_model(model, settings.dtype, settings.device)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        runtime = Runtime(loaded, encode(splits, loaded, settings), settings, ARM.steps, folder / "cache")
+        mine, once = ours(runtime, folder)
+        plain, _ = theirs(runtime, model, data, folder / "trl", precompute=False)
+        known, their_once = theirs(runtime, model, data, folder / "trl", precompute=True)
+    return {
+        "rightrank": {"step_seconds": mine.per_step, "once_seconds": once, "losses": mine.losses},
+        "trl": {"step_seconds": plain.per_step, "losses": plain.losses},
+        "trl, reference first": {"step_seconds": known.per_step, "once_seconds": their_once},
+        "ratio": round(plain.per_step / mine.per_step, 2),
+        "ratio, reference first": round(known.per_step / mine.per_step, 2),
+        "first_loss_difference": abs(mine.losses[0] - plain.losses[0]),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("data", type=Path)
+    parser.add_argument("--out", type=Path, required=True)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    found = {name: measured(options.model, options.data, case) for name, case in CASES.items()}
+    result = {"machine": machine(), "trl": trl.__version__, "batch": "8 pairs of glosses", "cases": found}
+    options.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
