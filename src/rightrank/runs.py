@@ -70,6 +70,8 @@ def export(
     journal = folder.journal.read()
     records = records_of(journal, str(folder.path))
     recipe = recipe_of(records.started, _handed_over(folder, journal, records), folder.adapter, records.finished())
+    if records.adapters and records.adapters[-1].guard:
+        recipe = replace(recipe, guard=records.adapters[-1].guard.sentence)
     with report_disk_errors(folder.path):
         exported = write_export(to, recipe, _place(folder, to, out), pad)
     if push_to_hub is None:

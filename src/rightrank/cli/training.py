@@ -51,6 +51,15 @@ SELECT_OPTIONS = [
         help="Columns of DATA with other names, such as prompt=question,completion=answer.",
     ),
     click.option("--validation", metavar="FILE", help="File whose rows are the validation split."),
+    click.option(
+        "--guard",
+        multiple=True,
+        metavar="FILE",
+        help="Data whose loss must not get worse than the base's; may be repeated.",
+    ),
+    click.option(
+        "--guard-margin", type=float, help="How much worse is still allowed, in nats (default 0.02 per token)."
+    ),
     click.option("--max-steps", type=int, help="Optimizer steps of each training (default: one epoch)."),
     click.option("--target-modules", callback=comma, help="Module names, or all-linear (default)."),
     click.option("--layers-to-transform", callback=comma, help="Layer numbers, such as 26,27 (default: all)."),
@@ -295,6 +304,10 @@ def _print_adapter(selected: Selected) -> None:
             click.echo(f"         It was {answers['adapter_making']}.")
         if answers["adapter_preference"] is not None:
             click.echo(f"         {answers['adapter_preference']}")
+        if answers["guard"] is not None:
+            click.echo(f"         {answers['guard']['sentence']}")
+            if answers["guard"]["next_run"] is not None:
+                click.echo(f"         {answers['guard']['next_run']['sentence']}")
         on_test_split = selected.handed_over and test_text(selected.handed_over)
         if on_test_split:
             click.echo(f"         {on_test_split}")

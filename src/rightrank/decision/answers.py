@@ -68,6 +68,7 @@ def document(
         "adapter_making": chosen and making_of(chosen, finished).sentence(),
         "adapter_preference": chosen and preference_sentence(chosen),
         "handed_over": adapter and adapter.handed_over.model_dump(mode="json"),
+        "guard": adapter and adapter.guard and adapter.guard.model_dump(mode="json"),
         "adapter_answer": adapter and adapter.answer.model_dump(mode="json"),
         "training_rank_estimate": estimate and estimate.model_dump(mode="json"),
     }

@@ -17,6 +17,7 @@ from rightrank.records import (
     Decision,
     DecisionRecorded,
     EvalPoint,
+    GuardEvaluated,
     JournalRecord,
     RunContinued,
     RunStarted,
@@ -40,6 +41,7 @@ class Records:
     samples: list[Sample]
     certificates: list[Certified] = field(default_factory=list)
     adapters: list[AdapterRecorded] = field(default_factory=list)  # answers to the first question, the last one valid
+    guards: list[GuardEvaluated] = field(default_factory=list)
     looks: dict[str, list[EvalPoint]] = field(default_factory=dict)  # by trial: what custom trainers reported
 
     @classmethod
@@ -51,6 +53,7 @@ class Records:
             [record for record in records if isinstance(record, Sample)],
             [record for record in records if isinstance(record, Certified)],
             [record for record in records if isinstance(record, AdapterRecorded)],
+            [record for record in records if isinstance(record, GuardEvaluated)],
             looks_of(records),
         )
 

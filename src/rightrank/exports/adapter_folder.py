@@ -11,7 +11,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from rightrank.decision.adapter import Making
 from rightrank.io.files import replacing_folder
 from rightrank.io.licence import licence_of
-from rightrank.records import Decision, HandedOver, RunStarted, TestEvaluated, TrialFinished
+from rightrank.records import Decision, GuardAnswer, HandedOver, RunStarted, TestEvaluated, TrialFinished
 
 PICTURE, CURVE = "adapters.png", "rank_curve.png"
 
@@ -25,6 +25,7 @@ class AdapterCardFacts:
     handed_over: HandedOver
     margin: float
     candidates: list[list[str]]  # the adapters that were compared, a heading first
+    guard: GuardAnswer | None = None
 
 
 def hand_over(

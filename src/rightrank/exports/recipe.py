@@ -58,6 +58,7 @@ class Recipe:
     making: Making
     trained_alpha: float  # PEFT's lora_alpha at the rank that was trained
     beta: float = 0.1  # of preference pairs
+    guard: str = ""  # how the adapter does on the guard's data, in a sentence
 
     @property
     def alpha(self) -> int | float:
@@ -92,10 +93,12 @@ class Recipe:
         )
 
     def comments(self) -> list[str]:
-        """How to make the adapter again where training alone does not give it; empty otherwise."""
+        """How the adapter does on the guard's data, and how to make it again where training alone does not give it."""
+        guard = [self.guard] if self.guard else []
         if not self.is_made_smaller:
-            return []
+            return guard
         return [
+            *guard,
             f"The adapter of rank {self.making.rank} was {self.making.sentence()}.",
             f"To make it again, train at rank {self.making.trained_rank}, then: {shlex.join(self._resize_command())}",
         ]

@@ -22,6 +22,7 @@ from rightrank.records.decision import (
     SweepRow,
     Verdict,
 )
+from rightrank.records.guard import GuardAnswer, GuardCandidate, GuardEvaluated, GuardFile
 from rightrank.records.run import (
     JOURNAL_RECORD,
     AdapterRecorded,
@@ -74,6 +75,10 @@ __all__ = [
     "DecisionRecorded",
     "EvalPoint",
     "FittedPoint",
+    "GuardAnswer",
+    "GuardCandidate",
+    "GuardEvaluated",
+    "GuardFile",
     "HandedOver",
     "HorizonNote",
     "JournalRecord",

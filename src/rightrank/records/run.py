@@ -9,6 +9,7 @@ from pydantic import Field, JsonValue, TypeAdapter, field_validator
 from rightrank.records.adapter import AdapterAnswer, HandedOver
 from rightrank.records.base import MAX_WHOLE, SCHEMA_VERSION, Record, Whole
 from rightrank.records.decision import Decision
+from rightrank.records.guard import GuardAnswer, GuardEvaluated
 from rightrank.records.trials import (
     ADAPTERS_PER_PASS,
     TrialCollapsed,
@@ -155,6 +156,7 @@ class AdapterRecorded(Record):
     answer: AdapterAnswer
     handed_over: HandedOver
     trainings: float  # cost up to the answer, in whole trainings
+    guard: GuardAnswer | None = None  # of the handed-over adapter; None without guard data
 
 
 class DecisionRecorded(Record):
@@ -175,6 +177,7 @@ JournalRecord: TypeAlias = Annotated[
     | TrialDiverged
     | TrialFailed
     | TestEvaluated
+    | GuardEvaluated
     | Sample
     | Certified
     | RunContinued

@@ -10,6 +10,7 @@ from rightrank.records import Decision, RankEvidence, TrialFinished, TrialOutcom
 from rightrank.report.adapter_view import adapter_figure
 from rightrank.report.figure import AnyFigure, Axis, Figure, HeatMap, Level, Series, best_column, metric_axis, rank_axis
 from rightrank.report.format import amount, coverage, metric_unit
+from rightrank.report.guard_view import guard_figure
 from rightrank.report.rank_curve import rank_figure
 
 MIB = 2**20
@@ -24,6 +25,7 @@ def figures_of(records: Records, decision: Decision | None) -> list[AnyFigure]:
     figures += [
         learning_figure(records, decision),
         adapter_figure(records) or truncation_figure(records),
+        guard_figure(records),
         learning_rate_map(records),
         memory_figure(records),
         time_figure(records),

@@ -35,6 +35,7 @@ from rightrank.report.draw import inline_svg
 from rightrank.report.figure import AnyFigure, Figure, HeatMap
 from rightrank.report.figures import ENOUGH, figures_of, margin_range, margin_steps, rank_at
 from rightrank.report.format import metric_unit, size, visible
+from rightrank.report.guard_view import guard_of, guard_table
 from rightrank.report.sentences import (
     certainty_notes,
     confidence_text,
@@ -65,6 +66,7 @@ def render_report(
 ) -> str:
     """The report as one HTML document. `estimate` is of the training rank, where it was not asked."""
     adapter = records.adapters[-1] if records.adapters else None
+    guard = guard_of(records)
     figures = [*figures_of(records, decision), *further_figures]
     plots = [figure for figure in figures if isinstance(figure, Figure)]
     page_data = {"figures": {figure.name: asdict(figure) for figure in plots}, "answer": _answer(decision)}
@@ -81,6 +83,9 @@ def render_report(
             adapter=adapter,
             adapter_plot=next((figure for figure in plots if figure.name == "adapters"), None),
             candidates=candidate_table(adapter.answer, records.started.metric) if adapter else [],
+            guard=guard,
+            guard_plot=next((figure for figure in plots if figure.name == "guard_trade"), None),
+            guard_rows=guard_table(guard) if guard else [],
             making=making_text(adapter, records) if adapter else "",
             test_text=test_text(adapter.handed_over) if adapter else "",
             preference_text=preference_text(adapter, records) if adapter else "",
@@ -96,7 +101,9 @@ def render_report(
             rank_plot=next((figure for figure in plots if figure.name == "rank_curve"), None),
             staircase=next((figure for figure in plots if figure.name == "staircase"), None),
             heat_maps=[figure for figure in figures if isinstance(figure, HeatMap)],
-            plots=[figure for figure in plots if figure.name not in ("adapters", "rank_curve", "staircase")],
+            plots=[
+                figure for figure in plots if figure.name not in ("adapters", "guard_trade", "rank_curve", "staircase")
+            ],
             rows=[_row(outcome) for outcome in records.outcomes],
             fold_rows=len(records.outcomes) > MAX_VISIBLE_ROWS,
             tests=test_rows(records),

@@ -18,6 +18,7 @@ from rightrank.records.observer import Observer
 from rightrank.report.adapter_view import compared
 from rightrank.returns import Selected
 from rightrank.selection.certificate import certify_selection
+from rightrank.selection.guard import apply_guards
 from rightrank.selection.handover import final_answer, hand_over_answer, hand_over_at_end
 from rightrank.selection.loop import Selection
 from rightrank.selection.start import PreparedSelection
@@ -28,9 +29,11 @@ from rightrank.views import answers
 def finalize_adapter(prepared: PreparedSelection, answer: AdapterAnswer, *, reads_test_split: bool) -> None:
     """Hand over the answer to the first question while the second is still open: adapter, decision.json, report, one line."""
     selection = prepared.selection
+    guard = None
     if reads_test_split:
+        answer, guard = apply_guards(selection, prepared.prepared.runtime, prepared.guards, answer)
         _read_test_split(prepared, [answer.trial_id, answer.reference_id])
-    hand_over_answer(selection, answer)
+    hand_over_answer(selection, answer, guard=guard)
     selection.write_views(None)
     prepared.observer.notice(f"adapter: {answer.sentence} It is in {selection.folder.adapter}.")
     for note in answer.notes:
@@ -46,7 +49,7 @@ def finalize(prepared: PreparedSelection, decision: Decision | None) -> Selected
     if prepared.estimate is not None:
         observer.notice(selection.compared_with(prepared.estimate))
     records, folder = selection.records, selection.folder
-    answer = final_answer(selection, decision)
+    answer, guard = apply_guards(selection, runtime, prepared.guards, final_answer(selection, decision))
     read = [
         next(trial.trial_id for trial in records.finished() if trial.rank == 0),
         answer.trial_id,
@@ -59,7 +62,7 @@ def finalize(prepared: PreparedSelection, decision: Decision | None) -> Selected
     chosen = next(trial for trial in records.finished() if trial.trial_id == answer.trial_id)
     if not any(sample.trial_id == chosen.trial_id for sample in records.samples):
         _write_samples(selection, runtime, chosen)
-    hand_over_at_end(selection, answer, decision)
+    hand_over_at_end(selection, answer, decision, guard)
     if decision is not None:
         prepared.trackers.decided(decision)
     if prepared.request.settings.certify:

@@ -17,7 +17,7 @@ from rightrank.decision.run import Records, best_trial
 from rightrank.errors import AllTrialsFailedError
 from rightrank.exports.adapter_folder import AdapterCardFacts, hand_over
 from rightrank.io.reading import UnreadableError, read_json_object
-from rightrank.records import AdapterAnswer, Decision, DecisionRecorded, HandedOver
+from rightrank.records import AdapterAnswer, Decision, DecisionRecorded, GuardAnswer, HandedOver
 from rightrank.report.adapter_view import candidate_table, figure_of
 from rightrank.report.figures import figures_of
 from rightrank.report.files import write_figures
@@ -28,7 +28,12 @@ from rightrank.views import further_figures
 CONFIG = "adapter_config.json"
 
 
-def hand_over_answer(selection: Selection, answer: AdapterAnswer, decision: Decision | None = None) -> None:
+def hand_over_answer(
+    selection: Selection,
+    answer: AdapterAnswer,
+    decision: Decision | None = None,
+    guard: GuardAnswer | None = None,
+) -> None:
     """Make `adapter/` the answer to the first question, and record it in the journal.
 
     A second call with the same answer writes the card again, with what is known by then.
@@ -44,20 +49,23 @@ def hand_over_answer(selection: Selection, answer: AdapterAnswer, decision: Deci
         handed_over=handed_over,
         margin=answer.margin,
         candidates=candidate_table(answer, records.started.metric),
+        guard=guard,
     )
     started, adapters = records.started, compared_adapters(answer, records.plain(), question_of(records))
     write_figures(folder.figures, [figure_of(answer, adapters, started.metric, started.higher_is_better)])
     hand_over(saved, folder.adapter, started, chosen, decision, test_rows(records), folder.figures, facts)
     last = records.adapters[-1] if records.adapters else None
-    if last is None or (last.answer, last.handed_over) != (answer, handed_over):
-        selection.keep_adapter(answer, handed_over)
+    if last is None or (last.answer, last.handed_over, last.guard) != (answer, handed_over, guard):
+        selection.keep_adapter(answer, handed_over, guard)
 
 
-def hand_over_at_end(selection: Selection, answer: AdapterAnswer, decision: Decision | None) -> None:
+def hand_over_at_end(
+    selection: Selection, answer: AdapterAnswer, decision: Decision | None, guard: GuardAnswer | None = None
+) -> None:
     """Write the adapter, its card, the report and the figures, and the decision into the journal; drop the working files."""
     records, folder = selection.records, selection.folder
     write_figures(folder.figures, figures_of(records, decision))
-    hand_over_answer(selection, answer, decision)
+    hand_over_answer(selection, answer, decision, guard)
     if decision is not None:
         folder.journal.append(DecisionRecorded(decision=decision, adapter_trial_id=answer.trial_id))
     selection.write_views(decision)

@@ -24,6 +24,7 @@ from rightrank.records import (
     AdapterAnswer,
     AdapterRecorded,
     Decision,
+    GuardAnswer,
     HandedOver,
     JournalRecord,
     RunContinued,
@@ -136,10 +137,10 @@ class Selection:
             return  # not known yet, or recorded: a continued run may ask at another margin or top rank
         on_adapter(answer)
 
-    def keep_adapter(self, answer: AdapterAnswer, handed_over: HandedOver) -> None:
+    def keep_adapter(self, answer: AdapterAnswer, handed_over: HandedOver, guard: GuardAnswer | None = None) -> None:
         """Journal the answer to the first question. The cost is that of the trials so far, or of the first answer."""
         first = self.records.adapters[0].trainings if self.records.adapters else trainings(self.records)
-        record = AdapterRecorded(answer=answer, handed_over=handed_over, trainings=first)
+        record = AdapterRecorded(answer=answer, handed_over=handed_over, trainings=first, guard=guard)
         self.folder.journal.append(record)
         self.records.adapters.append(record)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from rightrank.engine.scoring import end_metrics
 from rightrank.io.run_folder import RunFolder
@@ -15,6 +15,7 @@ from rightrank.records.plan import SelectionCost
 from rightrank.report.plan_table import selection_lines
 from rightrank.report.preflight_text import labels_line, memory_lines, precision_lines
 from rightrank.selection.executor import require_placeable
+from rightrank.selection.guard import GuardData, load_guards
 from rightrank.selection.loop import LoopOptions, Selection
 from rightrank.selection.notices import adapter_lines, answers_line, cost_line
 from rightrank.selection.preflight import preflight_of, strategy_of
@@ -33,6 +34,7 @@ class PreparedSelection:
     estimate: SelectionCost | None  # None: this device has no measurement to estimate from
     trackers: Trackers
     observer: Observer
+    guards: list[GuardData] = field(default_factory=list)
 
 
 def prepare_selection(
@@ -52,6 +54,7 @@ def prepare_selection(
         )
     request = resuming(request, journal)
     prepared = prepare(request, folder.cache, observer.notice, bases)
+    guards = load_guards(prepared.settings, prepared.runtime.loaded, prepared.started.data.classes)
     if request.settings.store:
         folder.store = run_store(request.settings.store, prepared.started.fingerprint)
     strategy = strategy_of(prepared)
@@ -69,7 +72,7 @@ def prepare_selection(
         observer.notice(line)
     if end_metrics(prepared.settings):
         observer.notice(answers_line(prepared.settings, prepared.started))
-    return PreparedSelection(request, prepared, selection, cost, trackers, observer)
+    return PreparedSelection(request, prepared, selection, cost, trackers, observer, guards)
 
 
 def open_selection(

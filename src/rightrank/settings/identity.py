@@ -11,6 +11,8 @@ from rightrank.settings.select import SelectSettings
 
 NOT_IDENTITY = (
     "goal",
+    "guard",
+    "guard_margin",
     "adapters_per_pass",
     "certify",
     "checkpoint_seconds",

@@ -21,6 +21,8 @@ class SelectKeywords(TypedDict, total=False):
     margin: float
     metric: str
     metrics: Sequence[str] | str
+    guard: Sequence[str] | str
+    guard_margin: float
     columns: Mapping[str, str] | Sequence[str]  # {"prompt": "question"} or ["prompt=question"]
     validation: str
     max_steps: int

@@ -66,6 +66,12 @@ class SelectSettings(BaseModel):
     max_new_tokens: int = Field(default=64, gt=0)  # that the model generates for one example
     metric_timeout_seconds: float = Field(default=600.0, gt=0)  # for a function or program that computes a metric
 
+    # what must not get worse
+    guard: tuple[str, ...] = ()  # files or folders whose loss must not be worse than the base's
+    guard_margin: float | None = Field(
+        default=None, gt=0
+    )  # nats; None: 0.02 per token, for classes 1% of the base's loss
+
     # the adapter, in PEFT's names
     lora_alpha: float = Field(default=32.0, gt=0)
     scaling: Scaling = "alpha/r"
@@ -129,7 +135,7 @@ class SelectSettings(BaseModel):
     trust_remote_code: bool = False
     report_to: tuple[str, ...] = ()  # trackers that log every trial: trackio, wandb, mlflow, tensorboard
 
-    @field_validator("metrics", "lower_is_better", "sweep", mode="before")
+    @field_validator("guard", "metrics", "lower_is_better", "sweep", mode="before")
     @classmethod
     def _one_or_several(cls, value: object) -> object:
         return (value,) if isinstance(value, str) else value

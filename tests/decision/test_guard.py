@@ -1,0 +1,158 @@
+"""The guard in the answer: which adapter is handed over, at which level, and what is proposed where none is both."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+
+from rightrank.decision.adapter import adapter_answer
+from rightrank.decision.adapter_files import Question
+from rightrank.decision.guard import guarded
+from rightrank.maths.intervals import estimate
+from rightrank.records import AdapterAnswer, TrialFinished
+from rightrank.records.guard import GuardAnswer, GuardEvaluated
+
+EXAMPLES = 200
+QUESTION = Question("loss", False, 0.02)
+RNG = np.random.default_rng(0)
+TASK_NOISE, GUARD_NOISE = RNG.normal(0, 0.01, (8, EXAMPLES)), RNG.normal(0, 0.03, (8, EXAMPLES))
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter by what it truly does: its loss on the task and on the guard."""
+
+    name: str
+    rank: int
+    task: float
+    guard: float
+    parent: str | None = None
+    learning_rate: float = 1e-3
+
+
+def trial(one: Adapter, place: int) -> TrialFinished:
+    losses = (one.task + TASK_NOISE[place]).tolist()
+    return TrialFinished(
+        trial_id=one.name,
+        rank=one.rank,
+        learning_rate=one.learning_rate,
+        lora_alpha=32.0,
+        seed=0,
+        steps=0 if one.parent else 100,
+        truncate_from=one.parent,
+        value=float(np.mean(losses)),
+        metrics={"loss": float(np.mean(losses))},
+        item_losses=losses,
+        item_tokens=[1] * EXAMPLES,
+        train_value=None,
+        points=[],
+        trainable_parameters=0,
+        train_seconds=0.0,
+        train_tokens=0,
+        eval_seconds=0.0,
+        peak_bytes=0,
+    )
+
+
+def on_guard(name: str, rank: int, losses: np.ndarray, file: str = "guard.jsonl") -> GuardEvaluated:
+    tokens = [1] * len(losses)
+    return GuardEvaluated(
+        file=file, fingerprint="f", trial_id=name, rank=rank, item_losses=losses.tolist(), item_tokens=tokens
+    )
+
+
+def judged(
+    *adapters: Adapter, margin: float = 0.05, more: list[GuardEvaluated] | None = None
+) -> tuple[AdapterAnswer, GuardAnswer]:
+    trials = [trial(one, place) for place, one in enumerate(adapters)]
+    answer = adapter_answer(trials, QUESTION)
+    assert answer is not None
+    base = np.linspace(1, 3, EXAMPLES)
+    measured = [on_guard("base", 0, base)]
+    measured += [
+        on_guard(one.name, one.rank, base + one.guard + GUARD_NOISE[place]) for place, one in enumerate(adapters)
+    ]
+    return guarded(answer, trials, QUESTION, [*measured, *(more or [])], margin)
+
+
+TOP = Adapter("top", 16, 1.0, 0.01)
+
+
+def test_an_answer_that_keeps_the_guard_stays() -> None:
+    answer, guard = judged(TOP, Adapter("four", 4, 1.0, 0.01, "top"), Adapter("one", 1, 1.5, 0.0, "top"))
+    assert (answer.rank, guard.task_rank, guard.holds, guard.next_run) == (4, 4, True, None)
+    assert guard.difference == pytest.approx(0.01, abs=0.01)
+    assert guard.confidence == 1 - 0.05 / 2  # two adapters are enough on the task
+    assert guard.sentence.startswith("Guard: kept;")
+
+
+def test_another_adapter_that_is_both_takes_its_place() -> None:
+    answer, guard = judged(TOP, Adapter("four", 4, 1.0, 0.3, "top"))
+    assert (answer.rank, answer.trial_id, guard.task_rank, guard.holds) == (16, "top", 4, True)
+    assert "By the task alone the answer would be rank 4" in guard.sentence
+    assert "keeps the guard has rank 16" in answer.sentence
+
+
+def test_a_lower_learning_rate_may_be_the_one_that_is_both() -> None:
+    gentle = Adapter("gentle", 16, 1.005, 0.01, learning_rate=1e-4)
+    answer, guard = judged(Adapter("top", 16, 1.0, 0.3), Adapter("four", 4, 1.0, 0.3, "top"), gentle)
+    assert (answer.trial_id, guard.holds) == ("gentle", True)
+
+
+def test_where_none_is_both_the_answer_stays_and_a_run_is_named() -> None:
+    keeps = Adapter("keeps", 16, 1.4, 0.0, learning_rate=1e-4)
+    answer, guard = judged(
+        Adapter("top", 16, 1.0, 0.3, learning_rate=1e-2), Adapter("four", 4, 1.0, 0.3, "top", 1e-2), keeps
+    )
+    assert (answer.rank, guard.holds) == (4, False)
+    assert guard.sentence.startswith("Guard: broken, and no adapter of the run")
+    assert guard.next_run is not None
+    assert (guard.next_run.ranks, guard.next_run.learning_rates) == ([16], [1e-3])  # between the two
+
+
+def test_without_a_rate_that_keeps_it_a_lower_one_is_named() -> None:
+    _, guard = judged(Adapter("top", 16, 1.0, 0.2), Adapter("four", 4, 1.0, 0.2, "top"))
+    assert guard.next_run is not None
+    assert 1e-4 <= guard.next_run.learning_rates[0] < 2e-4  # half of the margin, in proportion
+
+
+def test_too_few_examples_are_said_with_the_number_needed() -> None:
+    _, guard = judged(TOP, Adapter("four", 4, 1.0, 0.01, "top"), margin=0.009)
+    assert not guard.holds
+    assert "Guard: not shown to hold" in guard.sentence
+    assert "guard examples in place of 200" in guard.sentence
+
+
+def test_the_outer_figures_are_those_of_the_worst_file() -> None:
+    base = np.linspace(2, 4, EXAMPLES)
+    more = [on_guard("base", 0, base, "b")] + [
+        on_guard(name, rank, base + 0.2, "b") for name, rank in (("top", 16), ("four", 4))
+    ]
+    _, guard = judged(TOP, Adapter("four", 4, 1.0, 0.01, "top"), more=more)
+    assert [one.holds for one in guard.files] == [True, False]
+    assert (guard.holds, guard.difference) == (False, pytest.approx(0.2))
+
+
+def test_a_chosen_adapter_that_truly_breaks_the_guard_is_rare() -> None:
+    """Five adapters at the margin exactly: at most 5% of the choices may claim that one keeps it."""
+    generator, wrong, rounds = np.random.default_rng(1), 0, 600
+    adapters = [Adapter("top", 16, 1.0, 0.05), *(Adapter(f"r{r}", r, 1.0, 0.05, "top") for r in (8, 4, 2, 1))]
+    trials = [trial(one, place) for place, one in enumerate(adapters)]
+    answer = adapter_answer(trials, QUESTION)
+    assert answer is not None
+    base = np.zeros(EXAMPLES)
+    for _ in range(rounds):
+        noise = generator.normal(0, 0.1, (5, EXAMPLES))
+        measured = [on_guard("base", 0, base)]
+        measured += [on_guard(one.name, one.rank, one.guard + noise[place]) for place, one in enumerate(adapters)]
+        wrong += guarded(answer, trials, QUESTION, measured, 0.05)[1].holds
+    assert wrong / rounds <= 0.07  # 5% and two standard errors
+
+
+def test_the_bound_is_the_paired_one() -> None:
+    answer, guard = judged(TOP, Adapter("four", 4, 1.0, 0.01, "top"))
+    found = estimate((0.01 + GUARD_NOISE[1])[None, :], np.ones(EXAMPLES))
+    assert answer.trial_id == "four"
+    assert guard.difference_high == pytest.approx(found.bound(guard.confidence))
