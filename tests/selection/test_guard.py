@@ -38,7 +38,14 @@ def finished(
         "batch_size": 4,
         "seq_len": 32,
     }
-    values |= {"eval_items": 12, "eval_points": 2, "samples": 0, "device": "cpu", "guard": [str(guard_file)], "guard_margin": 5.0}
+    values |= {
+        "eval_items": 12,
+        "eval_points": 2,
+        "samples": 0,
+        "device": "cpu",
+        "guard": [str(guard_file)],
+        "guard_margin": 5.0,
+    }
     select_rank(str(model_folder), completion_file, out, settings=make_settings(values))
     return out
 
