@@ -2,18 +2,15 @@
 
 Rank r takes the first r rows of the draw of each module's A, so arms of one seed differ only in their further rows. The
 distributions are PEFT's: A is uniform in ±1/√in_features (`default`) or normal with standard deviation 1/r (`gaussian`),
-and B is zero. For an embedding A and B swap roles.
+and B is zero. The kind of a module says which tensors these are (`rightrank.kinds`).
 """
 
 from __future__ import annotations
 
-import hashlib
-import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
@@ -21,7 +18,8 @@ from peft.utils import ModulesToSaveWrapper
 
 from rightrank.engine.inits import start_from_weights
 from rightrank.engine.targets import without_peft_noise
-from rightrank.errors import ModelError
+from rightrank.kinds import kind_of
+from rightrank.kinds.base import Draw
 from rightrank.records import Arm
 from rightrank.settings import SelectSettings
 from rightrank.variants import FROM_WEIGHTS
@@ -84,36 +82,24 @@ def unwrapped(peft_model: Any, biases: Mapping[str, torch.Tensor] | None = None)
 def initialise(
     peft_model: Any, arm: Arm, init: str, adapter: str = ADAPTER, rows: Mapping[str, torch.Tensor] | None = None
 ) -> None:
-    """Draw every A of the arm's adapter and set every B to zero; `rows` gives the A of modules that do not draw it."""
+    """Set the arm's adapter to its first values, by the kind of each module; `rows` gives the A of modules that do not draw it."""
     with torch.no_grad():
-        for name, module in lora_modules(peft_model, adapter).items():
-            generator = np.random.default_rng(_draw_seed(arm.seed, name))
+        for name, module in lora_modules(peft_model).items():
+            if adapter not in module.lora_A and adapter not in module.lora_embedding_A:
+                continue
             if adapter in module.lora_A and init in FROM_WEIGHTS:
                 start_from_weights(module, adapter, init, arm.rank)
-            elif adapter in module.lora_A:
+                continue
+            kind_of(module).start(module, adapter, Draw(arm.seed, name, init))
+            if rows is not None and name in rows:
                 a = module.lora_A[adapter].weight
-                given = None if rows is None else rows.get(name)
-                a.copy_((_draw(generator, a.shape[0], a.shape[1], init) if given is None else given).to(a))
-                module.lora_B[adapter].weight.zero_()
-            elif adapter in module.lora_embedding_A:
-                b = module.lora_embedding_B[adapter]
-                module.lora_embedding_A[adapter].zero_()
-                b.copy_(torch.from_numpy(generator.standard_normal((b.shape[1], b.shape[0]))).T.to(b))
+                a.copy_(rows[name].to(a))
 
 
-def lora_modules(peft_model: Any, adapter: str = ADAPTER) -> dict[str, Any]:
-    """The adapted modules by their name in the base model.
-
-    Raises:
-        ModelError: an adapted module is neither linear nor an embedding.
-    """
+def lora_modules(peft_model: Any) -> dict[str, Any]:
+    """The adapted modules by their name in the base model."""
     base = peft_model.base_model.model
-    found: dict[str, Any] = {name: module for name, module in base.named_modules() if isinstance(module, LoraLayer)}
-    for name, module in found.items():
-        weight = module.lora_A[adapter].weight if adapter in module.lora_A else None
-        if weight is not None and weight.dim() != 2:
-            raise ModelError(f"{name}: adapters on convolutions are not supported; name it in exclude_modules")
-    return found
+    return {name: module for name, module in base.named_modules() if isinstance(module, LoraLayer)}
 
 
 def trainable_parameters(peft_model: Any) -> list[torch.nn.Parameter]:
@@ -123,19 +109,6 @@ def trainable_parameters(peft_model: Any) -> list[torch.nn.Parameter]:
 def trainable_state(peft_model: Any) -> dict[str, torch.Tensor]:
     """All trainable tensors by name, detached."""
     return {name: value.detach() for name, value in peft_model.named_parameters() if value.requires_grad}
-
-
-def _draw(generator: np.random.Generator, rank: int, width: int, init: str) -> torch.Tensor:
-    """[rank, width] in float32. Rows are drawn one after the other, so a lower rank gets the first rows."""
-    if init == "gaussian":
-        return torch.from_numpy(generator.standard_normal((rank, width)) / rank).float()
-    bound = 1 / math.sqrt(width)
-    return torch.from_numpy(generator.uniform(-bound, bound, (rank, width))).float()
-
-
-def _draw_seed(seed: int, module_name: str) -> list[int]:
-    digest = hashlib.sha256(module_name.encode()).digest()
-    return [seed, int.from_bytes(digest[:8], "big")]
 
 
 def trained_biases(model: Any, settings: SelectSettings) -> dict[str, torch.Tensor]:

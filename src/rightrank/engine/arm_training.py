@@ -30,7 +30,7 @@ from rightrank.engine.steps import OptimizerSteps
 from rightrank.exports.servers import max_module_rank
 from rightrank.io.adapters import save_adapter
 from rightrank.io.checkpoints import Checkpoint, load_checkpoint, save_checkpoint
-from rightrank.io.patterns import exact_pattern, lora_scaling
+from rightrank.io.patterns import exact_pattern, lora_scaling, pattern_value
 from rightrank.io.truncation import load_moments, module_ranks, truncated_tensors
 from rightrank.maths.scaling import lora_scale
 from rightrank.maths.truncation import Moments
@@ -328,9 +328,17 @@ class ArmTraining:
         if folders.truncate_from is None:
             return {}
         scale = partial(lora_scale, self._settings.scaling, arm.lora_alpha)
-        new_scale = partial(lora_scaling, config.lora_alpha, use_rslora=bool(config.use_rslora))
         moments = self._moments()
-        ranks = module_ranks(folders.truncate_from, arm.rank, max_module_rank(arm.rank), scale, moments)
+        uniform, alphas = dict(config.rank_pattern or {}), config.alpha_pattern or {}
+
+        def rank_of(address: str) -> int:
+            return int(pattern_value(uniform, address, config.r))
+
+        def new_scale(address: str, rank: int) -> float:
+            alpha = pattern_value(alphas, address, config.lora_alpha)
+            return lora_scaling(alpha, rank, bool(config.use_rslora))
+
+        ranks = module_ranks(folders.truncate_from, rank_of, max_module_rank(arm.rank), scale, moments)
         config.rank_pattern = exact_pattern(ranks, config.r, ranks)
         return truncated_tensors(folders.truncate_from, ranks, scale, new_scale, moments)
 

@@ -23,6 +23,8 @@ from rightrank.errors import first_line
 from rightrank.io.adapters import restore_adapter
 from rightrank.io.files import replacing
 from rightrank.io.truncation import adapter_rank, save_moments
+from rightrank.kinds import kind_of
+from rightrank.kinds.linear import Linear
 from rightrank.maths.truncation import Moments
 from rightrank.records import Arm
 
@@ -48,7 +50,7 @@ def gather_moments(
 ) -> Gathered:
     """Moments of the adapter that PEFT has on the runtime's base, over training examples in the order given.
 
-    Modules whose update is not a plain product of matrices (DoRA, embeddings, convolutions), and all modules where memory
+    Modules whose update is not a plain product of matrices (DoRA, embeddings, experts), and all modules where memory
     runs out or a gradient is not finite, get none; a notice says so.
 
     Args:
@@ -58,7 +60,7 @@ def gather_moments(
         tokens: How many tokens to read; whole micro-batches of `batch_size` are read until then, or all examples.
         adapter: PEFT's name of the adapter.
     """
-    found = lora_modules(peft_model, adapter)
+    found = lora_modules(peft_model)
     plain = [name for name, module in found.items() if _is_plain(module, adapter)]
     notices = _left_out(len(found) - len(plain))
     if not plain:
@@ -139,7 +141,7 @@ def rank_space(peft_model: Any, names: Sequence[str], see: See, adapter: str = A
 
     Whether PEFT's forward pass or that of `multi_lora` runs does not matter. No parameter gets a gradient.
     """
-    modules = lora_modules(peft_model, adapter)
+    modules = lora_modules(peft_model)
     trainable = [parameter for parameter in peft_model.parameters() if parameter.requires_grad]
     handles = [modules[name].register_forward_hook(_hook_of(name, see, adapter)) for name in names]
     for parameter in trainable:
@@ -213,17 +215,13 @@ class _Read:
 
 
 def _is_plain(module: Any, adapter: str) -> bool:
-    """Whether the module adds s·B·(A·x) through a linear `lora_A`."""
-    return (
-        adapter in module.lora_A
-        and isinstance(module.lora_A[adapter], torch.nn.Linear)
-        and not module.use_dora.get(adapter, False)
-    )
+    """Whether the module adds s·B·(A·x) to its output."""
+    return adapter in module.lora_A and isinstance(kind_of(module), Linear)
 
 
 def _left_out(count: int) -> tuple[str, ...]:
     return (
-        (f"{count} modules have no moments (DoRA, embedding or convolution): the plain SVD is used there",)
+        (f"{count} modules have no moments (DoRA, embeddings or experts): the plain SVD is used there",)
         if count
         else ()
     )

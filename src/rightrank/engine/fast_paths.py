@@ -21,7 +21,7 @@ from rightrank.engine.batches import Batch
 from rightrank.engine.label_rows import label_rows_only
 from rightrank.engine.loss import Objective, head_loss
 from rightrank.engine.prefix import FrozenPrefix, find_blocks
-from rightrank.engine.routing import Routing
+from rightrank.kinds.routing import Routing
 from rightrank.engine.sequence_packing import packed, packed_attention
 from rightrank.engine.token_store import EncodedExample, lengths_of
 from rightrank.records import SplitName

@@ -15,7 +15,7 @@ import torch
 
 from rightrank.engine.batches import Batch
 from rightrank.engine.encode import IGNORED
-from rightrank.engine.routing import Routing
+from rightrank.kinds.routing import Routing
 
 MAX_LABEL_SHARE = 0.75  # above this share of positions with a label, gathering rows costs more than it saves
 _MLP_NAMES = ("mlp", "feed_forward", "ffn")

@@ -20,7 +20,7 @@ from peft.utils import ModulesToSaveWrapper
 from rightrank.engine.adapter import ADAPTER, initialise, trained_biases, unwrapped, wrapped
 from rightrank.engine.batches import Batch
 from rightrank.engine.multi_lora_layers import install
-from rightrank.engine.routing import Routing
+from rightrank.kinds.routing import Routing
 from rightrank.engine.targets import without_peft_noise
 from rightrank.records import Arm
 from rightrank.settings import SelectSettings

@@ -6,9 +6,8 @@ Neither PEFT nor the base model is needed: tensor names, shapes and `adapter_con
 from __future__ import annotations
 
 import json
-import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,9 @@ from rightrank.errors import ModelError, RunFolderError
 from rightrank.io.files import replacing_folder, require_absent
 from rightrank.io.patterns import lora_scaling, pattern_matches, pattern_value
 from rightrank.io.reading import UnreadableError, read_json_object
+from rightrank.kinds import stored_kind
+from rightrank.kinds.base import AdapterKind, Layout, StoredPair
+from rightrank.kinds.dora import MAGNITUDE
 from rightrank.records.probe import ModuleKind
 
 Floats = NDArray[np.float64]
@@ -36,7 +38,7 @@ CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 # Options with which the adapter's update is not s·B·A.
-FOREIGN_OPTIONS = ("target_parameters", "use_qalora", "use_bdlora", "kasa_config", "arrow_config", "monteclora_config")
+FOREIGN_OPTIONS = ("use_qalora", "use_bdlora", "kasa_config", "arrow_config", "monteclora_config", "velora_config")
 # Initialisations that change the base's weights on loading, so that ΔW is not s·B·A alone.
 BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga", "mica")
 
@@ -45,10 +47,10 @@ _FACTOR = re.compile(r"^(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<side>
 
 @dataclass(frozen=True, slots=True)
 class AdapterModule:
-    """One adapted module: its tensors, their shapes and its scale."""
+    """One adapted matrix: its tensors, their shapes and its scale. The experts of one parameter share their tensors."""
 
     name: str  # in the base model
-    kind: ModuleKind
+    how: AdapterKind
     rank: int
     rows: int  # of ΔW: out features; of an embedding, its width
     columns: int  # of ΔW: in features; of a convolution, times the kernel; of an embedding, the vocabulary
@@ -58,10 +60,22 @@ class AdapterModule:
     b_key: str
     magnitude_key: str | None  # DoRA
     bias_key: str | None  # lora_bias
+    address: str  # the name by which PEFT's patterns address it
+    part: int = 0  # its place among the matrices of the pair
+
+    @property
+    def kind(self) -> ModuleKind:
+        return self.how.name
 
     @property
     def parameters(self) -> int:
+        """Of the factors."""
         return self.rank * (self.rows + self.columns)
+
+    @property
+    def trained(self) -> int:
+        """Trainable parameters: those of the factors, DoRA's magnitudes and the bias."""
+        return self.parameters + self.rows * ((self.magnitude_key is not None) + (self.bias_key is not None))
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,9 +95,17 @@ class AdapterFolder:
     @property
     def keys(self) -> list[str]:
         """Every tensor of the adapter."""
-        optional = [key for module in self.modules for key in (module.magnitude_key, module.bias_key) if key]
-        factors = [key for module in self.modules for key in (module.a_key, module.b_key)]
+        optional = [key for (module, *_) in self.pairs for key in (module.magnitude_key, module.bias_key) if key]
+        factors = [key for (module, *_) in self.pairs for key in (module.a_key, module.b_key)]
         return [*factors, *optional, *self.other_keys]
+
+    @property
+    def pairs(self) -> list[list[AdapterModule]]:
+        """The modules grouped by the tensors that hold them: one module in each, or the experts of a parameter."""
+        grouped: dict[str, list[AdapterModule]] = {}
+        for module in self.modules:
+            grouped.setdefault(module.a_key, []).append(module)
+        return list(grouped.values())
 
     @property
     def use_rslora(self) -> bool:
@@ -119,11 +141,11 @@ class AdapterFolder:
         Raises:
             ModelError: a value is NaN or infinite.
         """
-        b = self._matrix(module.b_key).reshape(module.rows, module.rank)
-        a = self._matrix(module.a_key).reshape(module.rank, module.columns)
-        return b, a
+        a, b = (torch.from_numpy(self._values(key)) for key in (module.a_key, module.b_key))
+        found_b, found_a = module.how.matrices(a, b, module.rank)[module.part]
+        return found_b.numpy(), found_a.numpy()
 
-    def _matrix(self, key: str) -> Floats:
+    def _values(self, key: str) -> Floats:
         with safe_open(self.weights, framework="pt") as file:
             values: Floats = file.get_tensor(key).double().numpy()
         if not (np.abs(values) <= MAX_VALUE).all():
@@ -143,9 +165,14 @@ def open_adapter(path: Path) -> AdapterFolder:
     config = _read_config(path)
     shapes = _read_shapes(path)
     pairs, other = _pair_up(path, shapes)
-    modules = tuple(_module(path, config, name, found, shapes) for name, found in sorted(pairs.items(), key=_natural))
+    modules = tuple(
+        module
+        for name, found in sorted(pairs.items(), key=_natural)
+        for module in _modules(path, config, name, found, shapes)
+    )
     keys = [*config.get("rank_pattern", {}), *config.get("alpha_pattern", {})]
-    unused = tuple(key for key in keys if not any(pattern_matches(key, module.name) for module in modules))
+    addresses = dict.fromkeys(module.address for module in modules)
+    unused = tuple(key for key in keys if not any(pattern_matches(key, address) for address in addresses))
     return AdapterFolder(path, config, modules, tuple(sorted(other)), unused)
 
 
@@ -259,47 +286,65 @@ def _pair_up(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> tuple[dict[st
         if pair.a is None or pair.b is None:
             missing = "lora_A" if pair.a is None else "lora_B"
             raise ModelError(f"{path}: {module} has no {missing}: a tensor is missing; save or copy the adapter again")
-        other -= {f"{module}.lora_magnitude_vector", f"{module}.lora_magnitude_vector.weight", f"{module}.lora_B.bias"}
+        other -= {f"{module}.lora_B.bias", *(f"{module}.{name}" for name in MAGNITUDE)}
     return pairs, other
 
 
-def _module(
-    path: Path, config: Mapping[str, Any], key: str, pair: _Pair, shapes: Mapping[str, tuple[int, ...]]
-) -> AdapterModule:
-    assert pair.a is not None
-    assert pair.b is not None
-    name = key.removeprefix(PREFIX)
-    a_shape, b_shape = shapes[pair.a], shapes[pair.b]
-    if len(a_shape) < 2 or len(b_shape) < 2 or 0 in a_shape + b_shape:
+def _modules(
+    path: Path, config: Mapping[str, Any], key: str, keys: _Pair, shapes: Mapping[str, tuple[int, ...]]
+) -> Iterator[AdapterModule]:
+    """The matrices of one pair."""
+    assert keys.a is not None
+    assert keys.b is not None
+    pair = StoredPair(key.removeprefix(PREFIX), keys.embedding, shapes[keys.a], shapes[keys.b], config)
+    if len(pair.a) < 2 or len(pair.b) < 2 or 0 in pair.a + pair.b:
         raise ModelError(
-            f"{path}: {name} has factors of shapes {list(a_shape)} and {list(b_shape)}; they must be matrices"
+            f"{path}: {pair.module} has factors of shapes {list(pair.a)} and {list(pair.b)}; they must be matrices"
         )
-    rank, columns = a_shape[0], math.prod(a_shape[1:])
-    if b_shape[1] != rank or math.prod(b_shape[2:]) != 1:
+    how = stored_kind(pair)
+    if how is None:
+        raise ModelError(f"{path}: {pair.module} is of a kind that rightrank can't read; load it with PEFT")
+    address = how.address(pair)
+    rank = pattern_value(config["rank_pattern"], address, config["r"])
+    layout = _layout(path, how, pair, rank)
+    alpha = float(pattern_value(config["alpha_pattern"], address, config["lora_alpha"]))
+    for part, name in enumerate(layout.names):
+        yield AdapterModule(
+            name=name,
+            how=how,
+            rank=layout.rank,
+            rows=layout.rows,
+            columns=layout.columns,
+            lora_alpha=alpha,
+            scaling=lora_scaling(alpha, layout.rank, bool(config.get("use_rslora"))),
+            a_key=keys.a,
+            b_key=keys.b,
+            magnitude_key=next((found for name in MAGNITUDE if (found := f"{key}.{name}") in shapes), None),
+            bias_key=f"{key}.lora_B.bias" if f"{key}.lora_B.bias" in shapes else None,
+            address=address,
+            part=part,
+        )
+
+
+def _layout(path: Path, how: AdapterKind, pair: StoredPair, rank: int) -> Layout:
+    """The checked layout of a pair whose rank is `rank` by the configuration.
+
+    Raises:
+        ModelError: shapes that do not multiply, or another rank in the weights.
+    """
+    layout = how.layout(pair, rank)
+    if layout is None:
+        groups = " (adapters on convolutions in groups are not supported)" if len(pair.a) > 2 else ""
         raise ModelError(
-            f"{path}: {name} has A {list(a_shape)} and B {list(b_shape)}, which do not multiply; save the adapter again"
+            f"{path}: {pair.module} has A {list(pair.a)} and B {list(pair.b)}, which do not multiply{groups}; "
+            "save the adapter again"
         )
-    configured = pattern_value(config["rank_pattern"], name, config["r"])
-    if configured != rank:
+    if layout.rank != rank:
         raise ModelError(
-            f"{path}: {name} has rank {rank} in the weights and {configured} in {CONFIG_FILE}; give the config and weights of one adapter"
+            f"{path}: {pair.module} has rank {layout.rank} in the weights and {rank} in {CONFIG_FILE}; "
+            "give the config and weights of one adapter"
         )
-    alpha = float(pattern_value(config["alpha_pattern"], name, config["lora_alpha"]))
-    kind: ModuleKind = "embedding" if pair.embedding else "linear" if len(a_shape) == 2 else "convolution"
-    magnitudes = (f"{key}.lora_magnitude_vector", f"{key}.lora_magnitude_vector.weight")
-    return AdapterModule(
-        name=name,
-        kind=kind,
-        rank=rank,
-        rows=b_shape[0],
-        columns=columns,
-        lora_alpha=alpha,
-        scaling=lora_scaling(alpha, rank, bool(config.get("use_rslora"))),
-        a_key=pair.a,
-        b_key=pair.b,
-        magnitude_key=next((found for found in magnitudes if found in shapes), None),
-        bias_key=f"{key}.lora_B.bias" if f"{key}.lora_B.bias" in shapes else None,
-    )
+    return layout
 
 
 def _natural(entry: tuple[str, Any]) -> list[Any]:

@@ -14,10 +14,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from rightrank.io.adapter_folder import PREFIX, WEIGHTS_FILE
+from rightrank.io.adapter_folder import WEIGHTS_FILE, open_adapter
 from rightrank.maths.truncation import Moments, components, shared_ranks
 
 Factors = tuple[torch.Tensor, torch.Tensor]
@@ -30,66 +29,63 @@ def truncated_tensors(
     folder: Path,
     ranks: Mapping[str, int],
     scale: Callable[[int], float],
-    new_scale: Callable[[int], float],
+    new_scale: Callable[[str, int], float],
     moments: Mapping[str, Moments],
 ) -> dict[str, torch.Tensor]:
     """The tensors of the adapter in `folder`, in PEFT's names, every A and B truncated; all others as saved.
 
     Args:
         folder: an adapter folder as PEFT saves it.
-        ranks: the rank of each module, by its name in the base.
+        ranks: the rank of each module, by its address in PEFT's patterns.
         scale: PEFT's scale s of the saved adapter by rank.
-        new_scale: PEFT's scale s' of the truncated adapter by rank.
+        new_scale: PEFT's scale s' of the truncated adapter by address and rank.
         moments: by module name; modules that have them are truncated by K-FAC, the others by singular values.
     """
     tensors = load_file(folder / WEIGHTS_FILE)
-    for module, (key_b, key_a) in _factor_keys(tensors).items():
-        b, a, rank = tensors[key_b], tensors[key_a], ranks[module]
-        before = scale(a.shape[0])
-        ratio = before / new_scale(rank)
-        new_b, new_a = resized_factors(b.float(), a.float(), rank, ratio, moments.get(module), before)
-        tensors[key_b], tensors[key_a] = new_b.to(b.dtype).contiguous(), new_a.to(a.dtype).contiguous()
+    for first, *others in open_adapter(folder).pairs:
+        b, a, rank = tensors[first.b_key], tensors[first.a_key], ranks[first.address]
+        before = scale(first.rank)
+        ratio = before / new_scale(first.address, rank)
+        factors = [
+            resized_factors(*matrix, rank, ratio, moments.get(module.name), before)
+            for module, matrix in zip(
+                (first, *others), first.how.matrices(a.float(), b.float(), first.rank), strict=True
+            )
+        ]
+        new_a, new_b = first.how.tensors(factors, a, b)
+        tensors[first.b_key], tensors[first.a_key] = new_b.to(b.dtype).contiguous(), new_a.to(a.dtype).contiguous()
     return tensors
 
 
 def module_ranks(
-    folder: Path, rank: int, max_rank: int, scale: Callable[[int], float], moments: Mapping[str, Moments]
+    folder: Path,
+    rank_of: Callable[[str], int],
+    max_rank: int,
+    scale: Callable[[int], float],
+    moments: Mapping[str, Moments],
 ) -> dict[str, int]:
-    """The rank of each module of a truncation that holds at most the parameters of a uniform `rank`.
+    """The rank of each module, by its address, of a truncation that holds at most the parameters of the uniform `rank_of`.
 
     One threshold on the K-FAC cost per parameter shares the parameters out over the modules, up to `max_rank` in each.
-    Where a module has no moments, or the adapter is no larger than `rank`, every module gets `rank`.
+    Where a module has no moments, or the adapter is no larger than its uniform rank, every module gets that rank.
     """
-    tensors = load_file(folder / WEIGHTS_FILE)
-    keys = _factor_keys(tensors)
-    uniform = dict.fromkeys(keys, rank)
-    pairs = {module: (tensors[key_b].double(), tensors[key_a].double()) for module, (key_b, key_a) in keys.items()}
-    if max_rank == rank or any(module not in moments or a.shape[0] <= rank for module, (_, a) in pairs.items()):
+    adapter = open_adapter(folder)
+    uniform = {module.address: rank_of(module.address) for module in adapter.modules}
+    rank = max(uniform.values())
+    keeps = any(module.name not in moments or module.rank <= rank for module in adapter.modules)
+    if max_rank == rank or keeps or len(set(uniform.values())) > 1:
         return uniform
     worth = [
-        components(b.numpy(), a.numpy(), scale(a.shape[0]), moments[module]).costs for module, (b, a) in pairs.items()
+        components(*adapter.factors(module), scale(module.rank), moments[module.name]).costs
+        for module in adapter.modules
     ]
-    parameters = [b.shape[0] + a.shape[1] for b, a in pairs.values()]
-    return dict(zip(keys, shared_ranks(worth, parameters, rank, max_rank), strict=True))
-
-
-def _factor_keys(tensors: Mapping[str, torch.Tensor]) -> dict[str, tuple[str, str]]:
-    """The names of B and A of each module, by its name in the base."""
-    names = [name for name in tensors if "lora_A" in name or "lora_embedding_A" in name]
-    return {
-        name.removeprefix(PREFIX).partition(".lora_")[0]: (
-            name.replace("lora_A", "lora_B").replace("lora_embedding_A", "lora_embedding_B"),
-            name,
-        )
-        for name in names
-    }
+    parameters = [module.parameters // module.rank for module in adapter.modules]
+    return dict(zip(uniform, shared_ranks(worth, parameters, rank, max_rank), strict=True))
 
 
 def adapter_rank(folder: Path) -> int:
-    """The rank of the adapter's first module, from the header of its weights."""
-    with safe_open(folder / WEIGHTS_FILE, framework="pt") as file:
-        name = next(name for name in sorted(file.keys()) if "lora_A" in name or "lora_embedding_A" in name)
-        return int(file.get_slice(name).get_shape()[0])
+    """The largest rank of any module of the adapter."""
+    return max(module.rank for module in open_adapter(folder).modules)
 
 
 def save_moments(path: Path, moments: Mapping[str, Moments]) -> None:

@@ -16,7 +16,7 @@ from rightrank.engine.gradient_checkpointing import gradient_checkpointing_on
 from rightrank.engine.loss import chunked_cross_entropy, output_head
 from rightrank.engine.multi_lora_layers import install
 from rightrank.engine.prefix import find_blocks
-from rightrank.engine.routing import Routing
+from rightrank.kinds.routing import Routing
 from rightrank.io.models import DTYPES
 from rightrank.planning.kernels import DeviceKernels
 from rightrank.planning.quantised import mark_adapted

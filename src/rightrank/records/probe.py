@@ -9,7 +9,7 @@ from pydantic import Field
 from rightrank.records.adapter import AdapterAnswer
 from rightrank.records.base import Record
 
-ModuleKind: TypeAlias = Literal["linear", "embedding", "convolution", "matrix"]
+ModuleKind: TypeAlias = Literal["linear", "embedding", "convolution", "expert", "matrix"]
 
 
 class ModuleSpectrum(Record):

@@ -7,7 +7,7 @@ from typing import Any, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from rightrank.settings.values import DtypeName, MemoryBytes, checked
+from rightrank.settings.values import DtypeName, MemoryBytes, checked, gathered_options
 
 OptimizerName: TypeAlias = Literal["adamw", "adamw_fused", "adamw_8bit", "paged_adamw_8bit", "sgd"]
 
@@ -31,6 +31,8 @@ class PlanSettings(BaseModel):
     bias: Literal["none", "all", "lora_only"] = "none"
     use_rslora: bool = False
     use_dora: bool = False
+    divide_rank_by_experts: bool = False  # the rank of an expert is that of the plan divided by the number of experts
+    peft_options: dict[str, Any] = Field(default_factory=dict)  # further fields of LoraConfig; see PEFT_OPTIONS
     lora_dropout: float = Field(default=0.0, ge=0, lt=1)
     autocast_adapter_dtype: bool = True  # adapters in float32 whatever the base's type: PEFT's default
 
@@ -104,8 +106,10 @@ class PlanSettings(BaseModel):
             raise ValueError("strategy and trainings were both given: the strategy says how many; give one of them")
         if (self.strategy is not None or self.trainings is not None) and self.steps is None:
             raise ValueError("the time of a selection needs the steps of a training: give steps")
-        if self.is_packed and (self.use_dora or self.target_parameters):
-            raise ValueError("arms and packed are for plain LoRA on modules: leave out use_dora and target_parameters")
+        if self.arms > 1 and (self.use_dora or self.target_parameters or self.peft_options):
+            raise ValueError(
+                "arms are for plain LoRA on modules, other adapters train alone: leave out use_dora and target_parameters"
+            )
         if self.num_labels is not None and self.loss == "chunked":
             raise ValueError("a classification (num_labels) has no logits to take in pieces: give loss 'full'")
         return self
@@ -124,4 +128,5 @@ def make_plan_settings(values: Mapping[str, Any]) -> PlanSettings:
         SettingsError: an unknown name (with the nearest known one) or a value that is not allowed.
     """
     as_select = {"packed": True, "loss": "full" if values.get("num_labels") else "chunked", "optimizer": "adamw_fused"}
+    values = gathered_options(values)
     return checked(PlanSettings, as_select | dict(values) if values.get("strategy") is not None else values)

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from rightrank.settings.metric_spec import MetricSpec, parse_metrics
 from rightrank.settings.migration import current_names
-from rightrank.settings.values import DtypeName, MemoryBytes, checked
+from rightrank.settings.values import DtypeName, MemoryBytes, checked, gathered_options
 
 Scaling: TypeAlias = Literal["alpha/r", "alpha/sqrt(r)", "constant"]
 Goal: TypeAlias = Literal["adapter", "training-rank"]
@@ -82,6 +82,10 @@ class SelectSettings(BaseModel):
     layers_to_transform: tuple[int, ...] | None = None
     modules_to_save: tuple[str, ...] = ()
     bias: Literal["none", "all", "lora_only"] = "none"
+    use_dora: bool = False
+    target_parameters: tuple[str, ...] = ()  # names of bare parameters, such as fused experts
+    divide_rank_by_experts: bool = False  # the rank of an expert is that of the arm divided by the number of experts
+    peft_options: dict[str, Any] = Field(default_factory=dict)  # further fields of LoraConfig; see PEFT_OPTIONS
 
     # the training, in transformers' names where they have one
     max_steps: int | None = Field(default=None, gt=0)
@@ -98,6 +102,7 @@ class SelectSettings(BaseModel):
     adam_beta2: float = Field(default=0.999, ge=0, lt=1)
     adam_epsilon: float = Field(default=1e-8, gt=0)
     beta: float = Field(default=0.1, gt=0)  # of preference pairs: how strongly a step away from the base counts
+    loraplus_lr_ratio: float | None = Field(default=None, ge=1)  # LoRA+: the learning rate of B over that of A
     divergence_factor: float = Field(default=2.0, gt=1)  # diverged above this times the base's loss
 
     # the data
@@ -307,4 +312,4 @@ def renamed(values: Mapping[str, object]) -> dict[str, object]:
     found, notices = current_names(values)
     for notice in notices:
         warnings.warn(notice, FutureWarning, stacklevel=3)
-    return found
+    return gathered_options(found)
