@@ -33,7 +33,8 @@ def attached(
 ) -> Iterator[Any]:
     """The PeftModel of `arm` around `model`, freshly initialised. When the block ends the base is as it was before."""
     biases = trained_biases(model, settings)
-    peft_model = wrapped(model, config)
+    with seeded(arm.seed):
+        peft_model = wrapped(model, config)
     try:
         initialise(peft_model, arm, arm.init_lora_weights or settings.init_lora_weights, rows=rows)
         for module in peft_model.modules():
@@ -42,6 +43,14 @@ def attached(
         yield peft_model
     finally:
         unwrapped(peft_model, biases)
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Within the block, torch draws from `seed`: the start of what PEFT alone initialises."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        yield
 
 
 def wrapped(model: Any, config: LoraConfig, adapter: str = ADAPTER) -> Any:
@@ -102,8 +111,8 @@ def lora_modules(peft_model: Any) -> dict[str, Any]:
     return {name: module for name, module in base.named_modules() if isinstance(module, LoraLayer)}
 
 
-def trainable_parameters(peft_model: Any) -> list[torch.nn.Parameter]:
-    return [parameter for parameter in peft_model.parameters() if parameter.requires_grad]
+def trainable_parameters(peft_model: Any) -> dict[str, torch.nn.Parameter]:
+    return {name: parameter for name, parameter in peft_model.named_parameters() if parameter.requires_grad}
 
 
 def trainable_state(peft_model: Any) -> dict[str, torch.Tensor]:

@@ -51,6 +51,9 @@ def adapters_per_pass_for(
 
 def multi_lora_obstacle(runtime: Runtime, arms: Sequence[Arm]) -> str | None:
     """The reason why two arms can't share a pass over this model, found on a batch of real data; None if they can."""
+    reason = runtime.arm_targets.why_alone
+    if reason is not None:
+        return reason
     if runtime.settings.bias != "none":
         return f"bias={runtime.settings.bias!r} trains the base's own biases"
     try:

@@ -87,7 +87,7 @@ class ArmTraining:
         self._parameters = list(self._named.values())
         self._steps = OptimizerSteps(
             runtime,
-            self._parameters,
+            self._named,
             trial.arm.learning_rate,
             training_batches(runtime, trial.arm),
             arm_schedule(runtime.settings, trial.arm),

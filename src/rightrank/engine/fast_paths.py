@@ -21,9 +21,9 @@ from rightrank.engine.batches import Batch
 from rightrank.engine.label_rows import label_rows_only
 from rightrank.engine.loss import Objective, head_loss
 from rightrank.engine.prefix import FrozenPrefix, find_blocks
-from rightrank.kinds.routing import Routing
 from rightrank.engine.sequence_packing import packed, packed_attention
 from rightrank.engine.token_store import EncodedExample, lengths_of
+from rightrank.kinds.routing import Routing
 from rightrank.records import SplitName
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 5e-3}  # relative, between losses

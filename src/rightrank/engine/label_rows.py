@@ -63,17 +63,20 @@ def position_wise_modules(block: Any) -> list[Any]:
     return [module for module in found if isinstance(module, torch.nn.Module)]
 
 
-def _on_rows(
-    forward: Callable[..., torch.Tensor], rows: torch.Tensor, shape: torch.Size
-) -> Callable[..., torch.Tensor]:
-    """`forward` on the given rows of an input [b, n, d], and zeros elsewhere; plain `forward` on any other shape."""
+def _on_rows(forward: Callable[..., Any], rows: torch.Tensor, shape: torch.Size) -> Callable[..., Any]:
+    """`forward` on the given rows of an input [b, n, d], and zeros elsewhere; plain `forward` on any other shape.
 
-    def on_rows(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    Of several outputs (gpt-oss's experts also return the router's scores) the first is the layer's.
+    """
+
+    def on_rows(x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         if x.shape[:-1] != shape:
             return forward(x, *args, **kwargs)
         chosen = x.reshape(-1, x.shape[-1])[rows]
         y = forward(chosen[None], *args, **kwargs)
-        whole = y.new_zeros(shape.numel(), y.shape[-1])
-        return whole.index_copy(0, rows, y[0]).view(*shape, -1)
+        first, *others = y if isinstance(y, tuple) else (y,)
+        whole = first.new_zeros(shape.numel(), first.shape[-1])
+        spread = whole.index_copy(0, rows, first[0]).view(*shape, -1)
+        return (spread, *others) if isinstance(y, tuple) else spread
 
     return on_rows

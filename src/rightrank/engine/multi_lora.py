@@ -17,11 +17,11 @@ from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
 
-from rightrank.engine.adapter import ADAPTER, initialise, trained_biases, unwrapped, wrapped
+from rightrank.engine.adapter import ADAPTER, initialise, seeded, trained_biases, unwrapped, wrapped
 from rightrank.engine.batches import Batch
 from rightrank.engine.multi_lora_layers import install
-from rightrank.kinds.routing import Routing
 from rightrank.engine.targets import without_peft_noise
+from rightrank.kinds.routing import Routing
 from rightrank.records import Arm
 from rightrank.settings import SelectSettings
 
@@ -67,11 +67,11 @@ class MultiLora:
 
         `rows` gives the first A of each module that does not draw it.
         """
-        if self._peft_model is None:
-            self._biases = trained_biases(self._model, self._settings)
-            self._peft_model = wrapped(self._model, config, adapter)
-        else:
-            with without_peft_noise():
+        with seeded(arm.seed), without_peft_noise():
+            if self._peft_model is None:
+                self._biases = trained_biases(self._model, self._settings)
+                self._peft_model = wrapped(self._model, config, adapter)
+            else:
                 self._peft_model.add_adapter(adapter, config)
         self._names.append(adapter)
         initialise(self._peft_model, arm, arm.init_lora_weights or self._settings.init_lora_weights, adapter, rows)

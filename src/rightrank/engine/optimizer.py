@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from transformers import get_scheduler
@@ -11,13 +12,19 @@ from transformers import get_scheduler
 from rightrank.records import Arm
 from rightrank.settings import SelectSettings
 
+EMBEDDING_LR = 1e-6  # of LoRA+ on embeddings: PEFT's loraplus_lr_embedding
+
 
 def make_optimizer(
-    parameters: list[torch.nn.Parameter], learning_rate: float, settings: SelectSettings
+    named: Mapping[str, torch.nn.Parameter], learning_rate: float, settings: SelectSettings
 ) -> torch.optim.AdamW:
-    """AdamW over the adapter's parameters, with torch's fused kernel where the device has one."""
+    """AdamW over the adapter's parameters, with torch's fused kernel where the device has one.
+
+    Each group's `factor` multiplies the learning rate of the schedule.
+    """
+    parameters = list(named.values())
     optimizer = torch.optim.AdamW(
-        parameters,
+        _groups(named, learning_rate, settings.loraplus_lr_ratio),
         lr=learning_rate,
         betas=(settings.adam_beta1, settings.adam_beta2),
         eps=settings.adam_epsilon,
@@ -27,6 +34,20 @@ def make_optimizer(
     for parameter in parameters:
         optimizer.state[parameter] = fresh_state(parameter, is_fused(parameter))
     return optimizer
+
+
+def _groups(named: Mapping[str, torch.nn.Parameter], learning_rate: float, ratio: float | None) -> list[dict[str, Any]]:
+    """One group; with LoRA+ (Hayou et al. 2024) one each for A, B and embeddings, as PEFT's `create_loraplus_optimizer`."""
+    if ratio is None:
+        return [{"params": list(named.values()), "factor": 1.0}]
+    factors = (1.0, ratio, EMBEDDING_LR / learning_rate)
+    groups: tuple[list[torch.nn.Parameter], ...] = ([], [], [])
+    for name, parameter in named.items():
+        if "lora_embedding_" in name:
+            groups[2].append(parameter)
+        else:
+            groups["lora_B" in name or parameter.ndim == 1].append(parameter)
+    return [{"params": group, "factor": factor} for group, factor in zip(groups, factors, strict=True) if group]
 
 
 def is_fused(parameter: torch.Tensor) -> bool:

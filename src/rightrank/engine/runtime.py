@@ -32,11 +32,11 @@ from rightrank.engine.loss import BatchLoss, Likelihood, Objective, Scale, make_
 from rightrank.engine.multi_lora import ArmBatch, MultiLora, concatenated
 from rightrank.engine.preference import PreferenceLoss, Reference, adapters_off
 from rightrank.engine.prefix import FrozenPrefix, find_blocks, prefix_depth
-from rightrank.kinds.routing import Routing
 from rightrank.engine.targets import ArmTargets
 from rightrank.engine.token_store import EncodedExample, lengths_of
 from rightrank.errors import InterruptedRun
 from rightrank.io.models import LoadedModel
+from rightrank.kinds.routing import Routing
 from rightrank.records import Arm, Preparing, SplitName
 from rightrank.settings import SelectSettings
 

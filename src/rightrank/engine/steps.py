@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
@@ -17,7 +17,7 @@ class OptimizerSteps:
 
     Args:
         runtime: gives the batches and the settings.
-        parameters: what is trained.
+        named: what is trained, by PEFT's names.
         learning_rate: what the schedule's factor multiplies.
         plan: example indices of each step.
         schedule: the factor on the learning rate by step, counted from 0.
@@ -26,18 +26,18 @@ class OptimizerSteps:
     def __init__(
         self,
         runtime: Runtime,
-        parameters: list[torch.nn.Parameter],
+        named: Mapping[str, torch.nn.Parameter],
         learning_rate: float,
         plan: Sequence[Sequence[int]],
         schedule: Callable[[int], float],
     ) -> None:
         self._runtime = runtime
         self._settings = runtime.settings
-        self._parameters = parameters
+        self._parameters = list(named.values())
         self._learning_rate = learning_rate
         self._plan = plan
         self._schedule = schedule
-        self.optimizer = make_optimizer(parameters, learning_rate, runtime.settings)
+        self.optimizer = make_optimizer(named, learning_rate, runtime.settings)
         self.labels = 0  # what the losses of the step under way are divided by (`loss_weight`)
         self.tokens = 0  # without padding
 
@@ -50,7 +50,7 @@ class OptimizerSteps:
         self.labels = sum(map(self._runtime.data.loss_weight, examples))
         self.tokens = sum(example.length for example in examples)
         for group in self.optimizer.param_groups:
-            group["lr"] = self._learning_rate * self._schedule(step)
+            group["lr"] = group["factor"] * self._learning_rate * self._schedule(step)
         self.optimizer.zero_grad(set_to_none=True)  # of a step that ran out of memory
         return batches
 

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from peft import LoraConfig, TaskType, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 
-from rightrank.errors import ModelError
+from rightrank.engine.experts import expert_counts, expert_patterns, in_layers, is_expert, require_parameters
+from rightrank.errors import ModelError, first_line
+from rightrank.kinds import kind_of
+from rightrank.kinds.base import AdapterKind
+from rightrank.kinds.experts import WRAPPED, expert_rank
 from rightrank.maths.counts import rank_of_equal_parameters
 from rightrank.maths.scaling import lora_scale, peft_scaling
 from rightrank.records import Arm
@@ -30,10 +34,16 @@ class TargetModule:
     name: str
     in_features: int
     out_features: int
+    kind: AdapterKind
+    share: int = 1  # what the rank of an adapter is divided by: the number of experts, where the settings say so
 
     @property
     def max_rank(self) -> int:
         return min(self.in_features, self.out_features)
+
+    def rank(self, rank: int) -> int:
+        """The rank of this matrix in an adapter of `rank`."""
+        return expert_rank(rank, self.share)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +52,12 @@ class Targets:
 
     names: tuple[str, ...]  # `all-linear` resolved to the last parts of module names
     modules: tuple[TargetModule, ...]
+    parameters: tuple[str, ...] = ()  # bare parameters, such as those of fused experts
+    experts: Mapping[str, int] = field(default_factory=dict)  # by which the rank is divided, by key of PEFT's patterns
+
+    @property
+    def kinds(self) -> tuple[AdapterKind, ...]:
+        return tuple(dict.fromkeys(module.kind for module in self.modules))
 
     @property
     def shapes(self) -> list[tuple[int, int]]:
@@ -61,17 +77,28 @@ def without_peft_noise() -> Iterator[None]:
         yield
 
 
-def lora_config(settings: SelectSettings, arm: Arm, classification: bool, names: Sequence[str]) -> LoraConfig:
-    """PEFT's configuration of one arm on the modules of these names."""
+def lora_config(
+    settings: SelectSettings,
+    arm: Arm,
+    classification: bool,
+    names: Sequence[str],
+    parameters: Sequence[str] = (),
+    experts: Mapping[str, int] | None = None,
+) -> LoraConfig:
+    """PEFT's configuration of one arm on the modules and parameters of these names; `experts` divide its rank."""
     rank = stored_rank(arm.init_lora_weights or settings.init_lora_weights, arm.rank)
     alpha, use_rslora = peft_scaling(settings.scaling, arm.lora_alpha, arm.rank)
     if rank != arm.rank:
         alpha, use_rslora = lora_scale(settings.scaling, arm.lora_alpha, arm.rank) * rank, False
+    ranks, alphas = expert_patterns(experts or {}, arm.rank, arm.lora_alpha, settings.scaling)
     return LoraConfig(
         r=rank,
         lora_alpha=int(alpha) if float(alpha).is_integer() else alpha,  # type: ignore[arg-type]
         use_rslora=use_rslora,
         target_modules=list(names),
+        target_parameters=list(parameters) or None,
+        rank_pattern=ranks,
+        alpha_pattern=alphas,
         **common_fields(settings, classification),
     )
 
@@ -86,6 +113,8 @@ def common_fields(settings: SelectSettings | PlanSettings, classification: bool)
         "layers_to_transform": None if layers is None else list(layers),
         "modules_to_save": list(settings.modules_to_save) or None,
         "bias": settings.bias,
+        "use_dora": settings.use_dora,
+        **settings.peft_options,
     }
 
 
@@ -98,6 +127,8 @@ def find_targets(model: Any, settings: SelectSettings, classification: bool) -> 
     """
     require_names(model, settings.target_modules, settings.modules_to_save)
     require_layers(model, settings.layers_to_transform)
+    require_parameters(model, settings.target_parameters)
+    parameters = in_layers(model, settings.target_parameters, settings.layers_to_transform)
     names = settings.target_modules
     if names == (ALL_LINEAR,):
         names = all_linear_names(model, classification)
@@ -105,17 +136,47 @@ def find_targets(model: Any, settings: SelectSettings, classification: bool) -> 
     skeleton = _skeleton(model)
     try:
         with without_peft_noise():
-            inject_adapter_in_model(lora_config(settings, probe, classification, names), skeleton)
-    except ValueError as error:
-        reason = str(error).splitlines()[0]
-        raise ModelError(f"PEFT finds no module to adapt ({reason}); {_names_there_are(model)}") from None
-    modules = [
-        TargetModule(name, _size(module.in_features), _size(module.out_features))
-        for name, module in skeleton.named_modules()
-        if isinstance(module, LoraLayer)
-    ]
+            inject_adapter_in_model(lora_config(settings, probe, classification, names, parameters), skeleton)
+    except (ValueError, TypeError) as error:
+        raise ModelError(_refusal(model, first_line(error))) from None
+    experts = expert_counts(model, parameters, names) if settings.divide_rank_by_experts else {}
+    if settings.divide_rank_by_experts and not experts:
+        raise ModelError("divide_rank_by_experts: no adapted matrix belongs to an expert; leave it out")
+    modules = tuple(adapted_matrices(skeleton, experts))
+    _require_text(modules)
     _require_ranks(modules, settings.ranks)
-    return Targets(tuple(sorted(names)), tuple(modules))
+    return Targets(tuple(sorted(names)), modules, tuple(parameters), experts)
+
+
+def adapted_matrices(model: Any, experts: Mapping[str, int]) -> Iterator[TargetModule]:
+    """Every matrix that PEFT adapted in `model`, by its name in the base; `experts` as in `Targets`."""
+    for path, module in model.named_modules():
+        if not isinstance(module, LoraLayer):
+            continue
+        kind, name = kind_of(module), path.replace(WRAPPED, "")
+        for part, rows, columns in kind.shapes(module):
+            whole = f"{name}.{part}" if part else name
+            share = next((count for key, count in experts.items() if is_expert(key, whole)), 1)
+            yield TargetModule(whole, columns, rows, kind, share)
+
+
+def _refusal(model: Any, reason: str) -> str:
+    if reason.startswith(("Target modules", "No modules")):
+        return f"PEFT finds no module to adapt ({reason}); {_names_there_are(model)}"
+    return f"PEFT can't make this adapter: {reason.rstrip('.')}; change the settings of the adapter"
+
+
+def _require_text(modules: Sequence[TargetModule]) -> None:
+    """Refuse a kind that `select` does not train.
+
+    Raises:
+        ModelError: such a module, with the reason.
+    """
+    for module in modules:
+        if module.kind.why_not_select is not None:
+            raise ModelError(
+                f"{module.name} is {module.kind.label}: {module.kind.why_not_select}; leave it out with exclude_modules"
+            )
 
 
 def all_linear_names(model: Any, classification: bool) -> tuple[str, ...]:
@@ -130,10 +191,6 @@ def _skeleton(model: Any) -> Any:
     """The model's modules without weights."""
     with torch.device("meta"):
         return type(model)(model.config)
-
-
-def _size(features: Any) -> int:
-    return int(features)
 
 
 def require_names(model: Any, target_modules: Sequence[str], modules_to_save: Sequence[str]) -> None:
@@ -170,7 +227,7 @@ def require_layers(model: Any, layers_to_transform: Sequence[int] | None) -> Non
 
 def _require_ranks(targets: Sequence[TargetModule], ranks: Sequence[int]) -> None:
     for target in targets:
-        too_large = [rank for rank in ranks if rank > target.max_rank]
+        too_large = [rank for rank in ranks if target.rank(rank) > target.max_rank]
         if too_large:
             raise ModelError(
                 f"rank {too_large[0]} is above the {target.max_rank} that {target.name} "
@@ -200,6 +257,22 @@ class ArmTargets:
         """The names of all modules that some arm adapts."""
         return {module.name for targets in self._sets.values() for module in targets.modules}
 
+    @property
+    def why_alone(self) -> str | None:
+        """Why no two adapters of the run share a pass, by their kind; None where kinds allow it."""
+        kinds = dict.fromkeys(kind for targets in self._sets.values() for kind in targets.kinds)
+        alone = [kind for kind in kinds if kind.why_alone is not None]
+        if not alone:
+            return None
+        return f"{alone[0].label} runs through PEFT's own forward pass, one adapter at a time ({alone[0].why_alone})"
+
+    @property
+    def why_not_truncated(self) -> str | None:
+        """Why no adapter of the run can be truncated, by their kind; None where all can."""
+        return next(
+            (f"{kind.label}: {kind.why_not_truncated}" for kind in self.shared.kinds if kind.why_not_truncated), None
+        )
+
     def of(self, arm: Arm) -> Targets:
         return self.shared if arm.target_modules is None else self._sets[arm.target_modules]
 
@@ -209,13 +282,19 @@ class ArmTargets:
         if arm.equal_parameters:
             rank = rank_of_equal_parameters(rank, self.shared.shapes, targets.shapes)
         held = arm.model_copy(update={"rank": rank})
-        return lora_config(self._settings, held, self._classification, targets.names)
+        return lora_config(
+            self._settings, held, self._classification, targets.names, targets.parameters, targets.experts
+        )
 
     def _require_equal_ranks(self) -> None:
         settings = self._settings
         for variant in variants_of(settings):
             if variant.axis != "equal_targets":
                 continue
+            if settings.divide_rank_by_experts:
+                raise ModelError(
+                    f"sweep {variant.label} is not possible with divide_rank_by_experts; leave out one of them"
+                )
             other = self._sets[modules_of(variant.value)]
             limit = min(module.max_rank for module in other.modules)
             for rank in settings.ranks:

@@ -38,6 +38,8 @@ def write_padded(source: Path, out: Path, rank: int) -> None:
 
 def _require_plain(adapter: AdapterFolder, rank: int) -> None:
     given = [name for name in UNSUPPORTED if adapter.config.get(name)]
+    kinds = dict.fromkeys(module.how for module in adapter.modules)
+    given += [f"{kind.label} ({kind.why_not_padded})" for kind in kinds if kind.why_not_padded]
     if adapter.base_changing_init is not None:
         given.append(f"init_lora_weights {adapter.base_changing_init}")
     if given:

@@ -108,6 +108,12 @@ class AdapterFolder:
         return list(grouped.values())
 
     @property
+    def trained(self) -> int:
+        """Trainable parameters of the adapted modules."""
+        factors = sum(module.parameters for module in self.modules)
+        return factors + sum(first.trained - first.parameters for (first, *_) in self.pairs)
+
+    @property
     def use_rslora(self) -> bool:
         return bool(self.config.get("use_rslora"))
 

@@ -163,6 +163,9 @@ class Estimator:
         if rank not in self._inventories and high not in self._inventories:
             self._inventories[high] = self._inventory_at_high()
         if rank not in self._inventories:
+            if self.settings.divide_rank_by_experts:  # no affine function of the rank
+                self._inventories[rank] = inventory(adapt(self._base(), self.settings, rank), rank)
+                return self._inventories[rank]
             first, last = self._inventories[low], self._inventories[high]
             between = [
                 tuple(_between_tensors(a, b, self._ends, rank) for a, b in zip(ours, theirs, strict=True))

@@ -15,13 +15,14 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
-from peft.tuners.lora import LoraLayer
 from peft.utils import get_peft_model_state_dict
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from rightrank.engine.experts import expert_counts, expert_patterns, in_layers, require_parameters
 from rightrank.engine.targets import (
     ALL_LINEAR,
     TargetModule,
+    adapted_matrices,
     all_linear_names,
     common_fields,
     require_layers,
@@ -167,11 +168,13 @@ def adapt(model: Any, settings: PlanSettings, rank: int, arms: int = 1) -> Skele
     """
     require_names(model, settings.target_modules, settings.modules_to_save)
     require_layers(model, settings.layers_to_transform)
+    require_parameters(model, settings.target_parameters)
     _require_patterns(model, settings.rank_pattern)
     names = ("default", *(f"arm_{number}" for number in range(1, arms)))
     how: dict[str, Any] = {"autocast_adapter_dtype": settings.autocast_adapter_dtype, "low_cpu_mem_usage": True}
     try:
         with _peft_quiet(), torch.device("meta"):
+            experts = experts_of(model, settings)
             config = lora_config(model, settings, rank)
             adapted = get_peft_model(model, config, **how)
             for name in names[1:]:
@@ -181,7 +184,7 @@ def adapt(model: Any, settings: PlanSettings, rank: int, arms: int = 1) -> Skele
     for name, parameter in adapted.named_parameters():
         if not set(names[1:]).isdisjoint(name.split(".")):
             parameter.requires_grad_(True)  # PEFT trains only the active adapter
-    return Skeleton(adapted, tuple(_targets(adapted)), names)
+    return Skeleton(adapted, tuple(adapted_matrices(adapted.get_base_model(), experts)), names)
 
 
 def require_rank(skeleton: Skeleton, settings: PlanSettings) -> None:
@@ -193,11 +196,21 @@ def require_rank(skeleton: Skeleton, settings: PlanSettings) -> None:
     largest = max(settings.ranks)
     for target in skeleton.targets:
         limit = target.max_rank
-        if largest > limit and not any(target.name.endswith(name) for name in settings.rank_pattern):
+        if target.rank(largest) > limit and not any(target.name.endswith(name) for name in settings.rank_pattern):
             raise ModelError(
                 f"rank {largest} is above the {limit} that {target.name} ({target.out_features} × "
                 f"{target.in_features}) can have; give ranks up to {limit}, or exclude_modules"
             )
+
+
+def experts_of(model: Any, settings: PlanSettings) -> dict[str, int]:
+    """The numbers of experts that divide a rank, by key of PEFT's patterns; none without `divide_rank_by_experts`."""
+    if not settings.divide_rank_by_experts:
+        return {}
+    targets = settings.target_modules
+    if targets == (ALL_LINEAR,):
+        targets = all_linear_names(model, settings.num_labels is not None)
+    return expert_counts(model, in_layers(model, settings.target_parameters, settings.layers_to_transform), targets)
 
 
 def lora_config(model: Any, settings: PlanSettings, rank: int) -> LoraConfig:
@@ -205,23 +218,15 @@ def lora_config(model: Any, settings: PlanSettings, rank: int) -> LoraConfig:
     targets = settings.target_modules
     if targets == (ALL_LINEAR,) and settings.layers_to_transform is not None:
         targets = all_linear_names(model, settings.num_labels is not None)  # PEFT needs names where layers are given
+    parameters = in_layers(model, settings.target_parameters, settings.layers_to_transform)
     return LoraConfig(
         r=rank,
         target_modules=ALL_LINEAR if targets == (ALL_LINEAR,) else (list(targets) or None),
-        target_parameters=list(settings.target_parameters) or None,
-        rank_pattern=dict(settings.rank_pattern),
+        target_parameters=parameters or None,
+        rank_pattern=expert_patterns(experts_of(model, settings), rank, 1.0, "alpha/r")[0] | settings.rank_pattern,
         use_rslora=settings.use_rslora,
-        use_dora=settings.use_dora,
         **common_fields(settings, settings.num_labels is not None),
     )
-
-
-def _targets(model: Any) -> Iterator[TargetModule]:
-    prefix = "base_model.model."
-    for name, module in model.named_modules():
-        if isinstance(module, LoraLayer):
-            features: tuple[Any, Any] = module.in_features, module.out_features
-            yield TargetModule(name.removeprefix(prefix), int(features[0]), int(features[1]))
 
 
 def _require_patterns(model: Any, rank_pattern: Mapping[str, int]) -> None:

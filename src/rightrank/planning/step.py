@@ -16,8 +16,8 @@ from rightrank.engine.gradient_checkpointing import gradient_checkpointing_on
 from rightrank.engine.loss import chunked_cross_entropy, output_head
 from rightrank.engine.multi_lora_layers import install
 from rightrank.engine.prefix import find_blocks
-from rightrank.kinds.routing import Routing
 from rightrank.io.models import DTYPES
+from rightrank.kinds.routing import Routing
 from rightrank.planning.kernels import DeviceKernels
 from rightrank.planning.quantised import mark_adapted
 from rightrank.planning.skeleton import Skeleton
@@ -102,7 +102,8 @@ def _loss(skeleton: Skeleton, settings: PlanSettings, rows: int) -> tuple[torch.
 @contextmanager
 def multi_lora_forward(skeleton: Skeleton, settings: PlanSettings, rows: int) -> Iterator[None]:
     """Within the block, adapted layers run PEFT's forward pass or the multi-LoRA one, with `rows` rows for each arm."""
-    mark_adapted(skeleton.model, by_peft=not settings.is_packed)
+    by_peft = not settings.is_packed or any(target.kind.why_alone for target in skeleton.targets)
+    mark_adapted(skeleton.model, by_peft=by_peft)
     if not settings.is_packed:
         yield
         return

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -25,13 +27,13 @@ def inspect_adapter(path: Path, base: Path | None = None) -> Inspection:
     """
     adapter = open_adapter(path)
     weights = None if base is None else open_weights(base)
-    updates = [_update(adapter, module, weights) for module in adapter.modules]
+    updates = [update for pair in adapter.pairs for update in _updates(adapter, pair, weights)]
     modules = flag_dead([describe(update) for update in updates])
     about = InspectionInfo(
         "adapter",
         adapter.scaling_rule,
         adapter.base_model,
-        sum(module.parameters for module in adapter.modules),
+        adapter.trained,
         tuple(key.removeprefix(PREFIX) for key in adapter.other_keys),
         notes=tuple(adapter_notes(adapter)),
     )
@@ -43,6 +45,9 @@ def adapter_notes(adapter: AdapterFolder) -> list[str]:
     notes: list[str] = []
     if adapter.unused_patterns:
         notes.append(f"patterns that match no module and have no effect: {', '.join(adapter.unused_patterns)}")
+    parts = sum(len(pair) > 1 for pair in adapter.pairs)
+    if parts:
+        notes.append(f"{parts} parameters hold experts: one spectrum for each, at the rank of the parameter")
     if adapter.use_dora:
         notes.append("DoRA: the spectra are those of s·B·A, without the magnitudes")
     if (init := adapter.base_changing_init) is not None:
@@ -50,6 +55,21 @@ def adapter_notes(adapter: AdapterFolder) -> list[str]:
             f"initialised by {init}, which changes the base on loading: the figures are those of s·B·A, not of the whole update"
         )
     return notes
+
+
+def _updates(adapter: AdapterFolder, pair: Sequence[AdapterModule], weights: WeightFolder | None) -> list[Update]:
+    """The updates of a pair; of several experts, those that no token reached are flagged so.
+
+    A token gives every direction of B a gradient, and Adam a step of about the learning rate. So an expert whose B is zero
+    beside others that moved was never chosen, whereas one that learned nothing has an update that is small.
+    """
+    found = [_update(adapter, module, weights) for module in pair]
+    if len(found) > 1 and any("untrained" not in update.flags for update in found):
+        found = [
+            replace(update, flags=tuple("no_token" if flag == "untrained" else flag for flag in update.flags))
+            for update in found
+        ]
+    return found
 
 
 def _update(adapter: AdapterFolder, module: AdapterModule, weights: WeightFolder | None) -> Update:

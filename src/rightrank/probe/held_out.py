@@ -131,7 +131,12 @@ def truncation_curve(
     for rank in sorted(candidates.ranks, reverse=True):
         plain = working / f"r{rank}"
         written[rank] = write_resized(
-            adapter, plain, capped(adapter, rank, gathered.moments), candidates.dtype, gathered.moments
+            adapter,
+            plain,
+            capped(adapter, rank, gathered.moments),
+            candidates.dtype,
+            gathered.moments,
+            runtime.loaded.name,
         )
         parent = None if rank == top else f"r{top}"
         scores = _by_halves(adapter, runtime, halves, rank, working) if halves else measure(runtime, plain)

@@ -29,7 +29,7 @@ def resize_adapter(path: Path, out: Path, rule: ResizeRule, options: ResizeOptio
     adapter = open_adapter(path)
     require_plain_update(adapter)
     if rule.data is None:
-        return write_resized(adapter, out, _choice(adapter, rule, options), options.dtype)
+        return write_resized(adapter, out, _choice(adapter, rule, options), options.dtype, base=options.base)
     return _by_data(adapter, out, rule.data, options)
 
 
@@ -62,7 +62,7 @@ def resize_together(paths: Sequence[Path], out: Path, rule: ResizeRule, options:
     _require_writable(out)
     with replacing_folder(out) as temporary:
         written = [
-            write_resized(adapter, temporary / folder, choice.as_common(rank), options.dtype)
+            write_resized(adapter, temporary / folder, choice.as_common(rank), options.dtype, base=options.base)
             for adapter, folder, choice in zip(adapters, names, choices, strict=True)
         ]
     moved = [one.model_copy(update={"out": str(out / folder)}) for one, folder in zip(written, names, strict=True)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,14 @@ from rightrank.io.adapter_folder import (
     WEIGHTS_FILE,
     AdapterFolder,
     AdapterModule,
+    Floats,
     write_adapter,
 )
 from rightrank.io.files import require_absent
 from rightrank.io.patterns import exact_pattern, lora_scaling
 from rightrank.io.truncation import resized_factors
+from rightrank.io.weights import WeightFolder, open_weights
+from rightrank.kinds.dora import dora_weight
 from rightrank.maths.spectra import factored_distance
 from rightrank.maths.truncation import Moments
 from rightrank.probe.rank_choice import RankChoice
@@ -29,13 +32,13 @@ from rightrank.settings import DtypeName
 
 
 @dataclass(frozen=True, slots=True)
-class NewModule:
-    """A module's tensors at its new rank, and the distance of its ΔW from the original."""
+class NewPair:
+    """The tensors of a pair at its new rank, and for each of its matrices the distance of ΔW from the original."""
 
     tensors: Mapping[str, torch.Tensor]
-    error: float  # ‖ΔW' − ΔW‖_F after rounding to the dtype of the file
-    norm: float  # ‖ΔW‖_F
-    record: ModuleResize
+    errors: list[float]  # ‖ΔW' − ΔW‖_F after rounding to the dtype of the file
+    norms: list[float]  # ‖ΔW‖_F
+    records: list[ModuleResize]
 
 
 def write_resized(
@@ -44,39 +47,38 @@ def write_resized(
     choice: RankChoice,
     dtype: DtypeName | None = None,
     moments: Mapping[str, Moments] | None = None,
+    base: str | None = None,
 ) -> Resized:
     """Write `adapter` at the chosen ranks to `out`; `dtype` None keeps the dtype of every tensor.
 
-    Modules with moments are truncated by K-FAC, the others by singular values.
+    Modules with moments are truncated by K-FAC, the others by singular values. The error of a DoRA adapter is that of the
+    whole update where the weights of its base are at hand: in the folder `base`, or in the one that it names.
 
     Raises:
-        ModelError: NaN weights, or an initialisation that changes the base.
+        ModelError: NaN weights, an initialisation that changes the base, or a base of other shapes.
         RunFolderError: `out` exists or cannot be written.
     """
     require_absent(out)
     require_plain_update(adapter)
-    known = moments or {}
-    modules = [
-        _new_module(adapter, module, choice.ranks[module.name], dtype, known.get(module.name))
-        for module in adapter.modules
-    ]
-    tensors = {key: value for module in modules for key, value in module.tensors.items()}
+    known, weights = moments or {}, _base_weights(adapter, base)
+    pairs = [_new_pair(adapter, pair, choice.ranks, _How(dtype, known, weights)) for pair in adapter.pairs]
+    tensors = {key: value for pair in pairs for key, value in pair.tensors.items()}
     tensors |= {key: adapter.tensor(key) for key in adapter.other_keys}
     write_adapter(out, resized_config(adapter, choice.ranks), tensors)
-    ranks = set(choice.ranks.values())
+    records = [record for pair in pairs for record in pair.records]
+    ranks = {record.name: record.rank for record in records}
+    total = math.hypot(*(error for pair in pairs for error in pair.errors))
     return Resized(
-        rank=ranks.pop() if len(ranks) == 1 else None,
-        relative_delta_error=_relative(
-            math.hypot(*(module.error for module in modules)), math.hypot(*(module.norm for module in modules))
-        ),
-        modules=[module.record for module in modules],
+        rank=ranks[records[0].name] if len(set(ranks.values())) == 1 else None,
+        relative_delta_error=_relative(total, math.hypot(*(norm for pair in pairs for norm in pair.norms))),
+        modules=records,
         out=str(out),
         parameters_before=sum(module.parameters for module in adapter.modules),
-        parameters_after=sum(choice.ranks[module.name] * (module.rows + module.columns) for module in adapter.modules),
+        parameters_after=sum(ranks[module.name] * (module.rows + module.columns) for module in adapter.modules),
         bytes_before=adapter.weights.stat().st_size,
         bytes_after=(out / WEIGHTS_FILE).stat().st_size,
         chosen_by=choice.chosen_by,
-        notes=[*choice.notes, *_notes(adapter)],
+        notes=[*choice.notes, *_notes(adapter, weights)],
     )
 
 
@@ -95,61 +97,124 @@ def require_plain_update(adapter: AdapterFolder) -> None:
 
 def resized_config(adapter: AdapterFolder, ranks: Mapping[str, int]) -> dict[str, Any]:
     """The configuration with the largest rank as `r` and a `rank_pattern` for the others; alphas do not change."""
-    largest = max(ranks.values())
+    by_address = {pair[0].address: _common(pair, ranks) for pair in adapter.pairs}
+    largest = max(by_address.values())
     used = {key: value for key, value in adapter.config["alpha_pattern"].items() if key not in adapter.unused_patterns}
     return dict(adapter.config) | {
         "r": largest,
-        "rank_pattern": exact_pattern(ranks, largest, ranks),
+        "rank_pattern": exact_pattern(by_address, largest, by_address),
         "alpha_pattern": used,
     }
 
 
-def _new_module(
-    adapter: AdapterFolder, module: AdapterModule, rank: int, dtype: DtypeName | None, moments: Moments | None
-) -> NewModule:
-    b, a = adapter.factors(module)
-    old_b, old_a = adapter.tensor(module.b_key), adapter.tensor(module.a_key)
-    scaling = lora_scaling(module.lora_alpha, rank, adapter.use_rslora)
-    ratio = module.scaling / scaling
-    old = torch.from_numpy(b), torch.from_numpy(a)
-    if rank == module.rank:
-        new_b, new_a = old[0] * ratio, old[1]
-    else:
-        new_b, new_a = resized_factors(*old, rank, ratio, moments, module.scaling)
-    tensors = {
-        module.b_key: _like(new_b, old_b, rank, dtype, first=False),
-        module.a_key: _like(new_a, old_a, rank, dtype, first=True),
-    }
-    if module.bias_key is not None:  # PEFT scales it as it scales B
-        bias = adapter.tensor(module.bias_key)
-        tensors[module.bias_key] = (bias.double() * ratio).to(bias.dtype)
-    if module.magnitude_key is not None:
-        tensors[module.magnitude_key] = adapter.tensor(module.magnitude_key)
-    written_b = tensors[module.b_key].double().reshape(module.rows, rank).numpy()
-    written_a = tensors[module.a_key].double().reshape(rank, module.columns).numpy()
-    error = factored_distance(b * module.scaling, a, written_b * scaling, written_a)
-    norm = factored_distance(b * module.scaling, a, np.zeros((module.rows, 0)), np.zeros((0, module.columns)))
-    record = ModuleResize(
-        name=module.name, from_rank=module.rank, rank=rank, relative_delta_error=_relative(error, norm)
+def _common(pair: Sequence[AdapterModule], ranks: Mapping[str, int]) -> int:
+    """The rank of the matrices of a pair: the largest of any, since they share tensors."""
+    return max(ranks[module.name] for module in pair)
+
+
+@dataclass(frozen=True, slots=True)
+class _How:
+    """How pairs are written and measured."""
+
+    dtype: DtypeName | None
+    moments: Mapping[str, Moments]
+    weights: WeightFolder | None  # of the base, for DoRA
+
+
+def _new_pair(adapter: AdapterFolder, pair: Sequence[AdapterModule], ranks: Mapping[str, int], how: _How) -> NewPair:
+    first, rank = pair[0], _common(pair, ranks)
+    scaling = lora_scaling(first.lora_alpha, rank, adapter.use_rslora)
+    ratio = first.scaling / scaling
+    old = [adapter.factors(module) for module in pair]
+    new = []
+    for module, (b, a) in zip(pair, old, strict=True):
+        matrices = torch.from_numpy(b), torch.from_numpy(a)
+        if rank == module.rank:
+            new.append((matrices[0] * ratio, matrices[1]))
+        else:
+            new.append(resized_factors(*matrices, rank, ratio, how.moments.get(module.name), module.scaling))
+    old_a, old_b = adapter.tensor(first.a_key), adapter.tensor(first.b_key)
+    new_a, new_b = first.how.tensors(new, old_a, old_b)
+    tensors = {first.b_key: _as(new_b, old_b, how.dtype), first.a_key: _as(new_a, old_a, how.dtype)}
+    if first.bias_key is not None:  # PEFT scales it as it scales B
+        bias = adapter.tensor(first.bias_key)
+        tensors[first.bias_key] = (bias.double() * ratio).to(bias.dtype)
+    if first.magnitude_key is not None:
+        tensors[first.magnitude_key] = adapter.tensor(first.magnitude_key)
+    written = first.how.matrices(tensors[first.a_key].double(), tensors[first.b_key].double(), rank)
+    measured = [
+        _distance(adapter, module, before, (b.numpy() * scaling, a.numpy()), how.weights)
+        for module, before, (b, a) in zip(pair, old, written, strict=True)
+    ]
+    records = [
+        ModuleResize(name=module.name, from_rank=module.rank, rank=rank, relative_delta_error=_relative(*found))
+        for module, found in zip(pair, measured, strict=True)
+    ]
+    return NewPair(tensors, [error for error, _ in measured], [norm for _, norm in measured], records)
+
+
+def _distance(
+    adapter: AdapterFolder,
+    module: AdapterModule,
+    old: tuple[Floats, Floats],
+    new: tuple[Floats, Floats],
+    weights: WeightFolder | None,
+) -> tuple[float, float]:
+    """`(‖ΔW' − ΔW‖_F, ‖ΔW‖_F)` from factors, the scale in B; of the whole update of DoRA with the weights of its base."""
+    b, a = old[0] * module.scaling, old[1]
+    if module.magnitude_key is not None and weights is not None:
+        weight = base_weight(weights, module, adapter)
+        magnitude = adapter.tensor(module.magnitude_key).double()
+        updates = [torch.from_numpy(left @ right) for left, right in ((b, a), new)]
+        before, after = (dora_weight(weight, update, magnitude) for update in updates)
+        return float((after - before).norm()), float((before - weight).norm())
+    none = np.zeros((module.rows, 0)), np.zeros((0, module.columns))
+    return factored_distance(b, a, *new), factored_distance(b, a, *none)
+
+
+def base_weight(weights: WeightFolder, module: AdapterModule, adapter: AdapterFolder) -> torch.Tensor:
+    """The base's weight [rows, columns] under a module, in float64.
+
+    Raises:
+        ModelError: the base has no such weight, or one of another size.
+    """
+    name = weights.weight_of(module.name)
+    found = None if name is None else weights.tensor(name).double()
+    if found is not None:
+        matrix = found.reshape(found.shape[0], -1)
+        transposed = module.kind == "embedding" or bool(adapter.config.get("fan_in_fan_out"))
+        matrix = matrix.T if transposed else matrix
+        if tuple(matrix.shape) == (module.rows, module.columns):
+            return matrix
+    raise ModelError(
+        f"{weights.path}: not this adapter's base: it has no weight [{module.rows}, {module.columns}] for {module.name}; "
+        "give the model that the adapter was trained on"
     )
-    return NewModule(tensors, error, norm, record)
 
 
-def _like(values: torch.Tensor, old: torch.Tensor, rank: int, dtype: DtypeName | None, *, first: bool) -> torch.Tensor:
-    """`values` in the layout of `old`, its rank dimension replaced."""
-    shape = list(old.shape)
-    shape[0 if first else 1] = rank
-    return values.reshape(shape).to(old.dtype if dtype is None else getattr(torch, dtype))
+def _base_weights(adapter: AdapterFolder, base: str | None) -> WeightFolder | None:
+    """The weights that a DoRA adapter's error takes: those of `base`, or of the folder that it names, if it is here."""
+    if not any(module.magnitude_key for module in adapter.modules):
+        return None
+    named = base or adapter.base_model
+    return open_weights(Path(named)) if named and any(Path(named).glob("*.safetensors")) else None
+
+
+def _as(values: torch.Tensor, old: torch.Tensor, dtype: DtypeName | None) -> torch.Tensor:
+    return values.to(old.dtype if dtype is None else getattr(torch, dtype)).contiguous()
 
 
 def _relative(error: float, norm: float) -> float:
     return error / norm if norm > 0 else 0.0
 
 
-def _notes(adapter: AdapterFolder) -> list[str]:
+def _notes(adapter: AdapterFolder, weights: WeightFolder | None) -> list[str]:
     notes: list[str] = []
     if adapter.unused_patterns:
         notes.append(f"patterns that match no module were left out: {', '.join(adapter.unused_patterns)}")
     if adapter.use_dora:
-        notes.append("DoRA: the magnitudes are kept; the error is that of s·B·A")
+        whole = (
+            "the whole update" if weights is not None else "s·B·A (with the base's folder, of the whole update: --base)"
+        )
+        notes.append(f"DoRA: the magnitudes are kept; the error is that of {whole}")
     return notes

@@ -6,6 +6,8 @@ import math
 
 from rightrank.decision.judge import CONFIDENCE
 from rightrank.decision.metrics import TOKEN_LOSS_MARGIN
+from rightrank.errors import SettingsError
+from rightrank.kinds.experts import expert_rank
 from rightrank.maths.intervals import normal_quantile
 from rightrank.preparation import Prepared
 from rightrank.records import RunStarted
@@ -18,8 +20,38 @@ from rightrank.strategies.space import MIN_RECOVERY_PART, recovery_steps
 TYPICAL_DEVIATION = 0.02
 
 
+def require_truncated(prepared: Prepared) -> bool:
+    """Whether adapters can be truncated, which the first question needs.
+
+    Raises:
+        SettingsError: goal `adapter` with adapters that can't be.
+    """
+    reason = prepared.runtime.arm_targets.why_not_truncated
+    if reason is not None and prepared.settings.goal == "adapter":
+        raise SettingsError(
+            f"goal 'adapter' needs adapters that can be truncated ({reason}); give goal 'training-rank'"
+        )
+    return reason is None
+
+
+def kind_lines(prepared: Prepared) -> list[str]:
+    """What the kind of the adapters changes: the forward pass, and the ranks of experts."""
+    targets, settings = prepared.runtime.arm_targets, prepared.settings
+    lines = [] if targets.why_alone is None else [targets.why_alone]
+    shares = sorted({module.share for module in targets.shared.modules if module.share > 1})
+    for share in shares:
+        ranks = ", ".join(f"{rank} → {expert_rank(rank, share)}" for rank in settings.ranks)
+        lines.append(
+            f"divide_rank_by_experts: an expert's rank is the adapter's over {share} experts, at least 1: {ranks}"
+        )
+    return lines
+
+
 def adapter_lines(prepared: Prepared) -> list[str]:
     """What the first question's answer can rest on; a line each."""
+    reason = prepared.runtime.arm_targets.why_not_truncated
+    if reason is not None:
+        return [f"no adapter is truncated ({reason}): the rank to train at is sought from trainings alone"]
     return [
         f"top rank {max(prepared.settings.ranks)}: trained once, then truncated to lower ranks for the adapter",
         *_recovery_lines(prepared),

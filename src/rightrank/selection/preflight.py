@@ -15,7 +15,7 @@ from rightrank.records.plan import SelectionCost
 from rightrank.records.preflight import Preflight, PreflightCost, PreflightRank, PreflightStrategy
 from rightrank.report.terminal import left_out
 from rightrank.selection.executor import require_placeable
-from rightrank.selection.notices import adapter_lines
+from rightrank.selection.notices import adapter_lines, kind_lines, require_truncated
 from rightrank.strategies import STRATEGIES, Strategy, make_strategy
 from rightrank.trackers import require_trackers
 
@@ -36,14 +36,18 @@ def preflight(request: Request, price_per_hour: float | None = None) -> Prefligh
         prepared = prepare(request, Path(folder) / "cache", notes.append)
         strategy = strategy_of(prepared)
         found = preflight_of(prepared, strategy, estimate(prepared, strategy), price_per_hour)
-        return found.model_copy(update={"notes": [*notes, *adapter_lines(prepared)]})
+        return found.model_copy(update={"notes": [*notes, *kind_lines(prepared), *adapter_lines(prepared)]})
 
 
 def strategy_of(prepared: Prepared, name: str | None = None) -> Strategy:
     """The strategy of the settings, or the one named, for this selection's steps and data."""
     settings = prepared.settings if name is None else prepared.settings.model_copy(update={"strategy": name})
     return make_strategy(
-        settings, prepared.steps, token_loss=prepared.is_token_loss, unseen_steps=prepared.unseen_steps
+        settings,
+        prepared.steps,
+        token_loss=prepared.is_token_loss,
+        unseen_steps=prepared.unseen_steps,
+        truncates=require_truncated(prepared),
     )
 
 

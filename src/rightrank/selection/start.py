@@ -17,7 +17,7 @@ from rightrank.report.preflight_text import labels_line, memory_lines, precision
 from rightrank.selection.executor import require_placeable
 from rightrank.selection.guard import GuardData, load_guards
 from rightrank.selection.loop import LoopOptions, Selection
-from rightrank.selection.notices import adapter_lines, answers_line, cost_line
+from rightrank.selection.notices import adapter_lines, answers_line, cost_line, kind_lines
 from rightrank.selection.preflight import preflight_of, strategy_of
 from rightrank.settings.migration import renamed_since
 from rightrank.strategies import Strategy, make_strategy
@@ -68,7 +68,7 @@ def prepare_selection(
     cost_lines = selection_lines(cost) if cost else [cost_line(strategy, prepared.steps)]
     found = preflight_of(prepared, strategy, cost)
     first = [labels_line(found), *memory_lines(found), *cost_lines, *precision_lines(found)]
-    for line in [*first, *adapter_lines(prepared)]:
+    for line in [*first, *kind_lines(prepared), *adapter_lines(prepared)]:
         observer.notice(line)
     if end_metrics(prepared.settings):
         observer.notice(answers_line(prepared.settings, prepared.started))

@@ -7,7 +7,8 @@ from typing import Any, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from rightrank.settings.values import DtypeName, MemoryBytes, checked, gathered_options
+from rightrank.settings.peft_options import gathered_options
+from rightrank.settings.values import DtypeName, MemoryBytes, checked
 
 OptimizerName: TypeAlias = Literal["adamw", "adamw_fused", "adamw_8bit", "paged_adamw_8bit", "sgd"]
 
@@ -32,7 +33,7 @@ class PlanSettings(BaseModel):
     use_rslora: bool = False
     use_dora: bool = False
     divide_rank_by_experts: bool = False  # the rank of an expert is that of the plan divided by the number of experts
-    peft_options: dict[str, Any] = Field(default_factory=dict)  # further fields of LoraConfig; see PEFT_OPTIONS
+    peft_options: dict[str, Any] = Field(default={})  # further fields of LoraConfig (settings.peft_options)
     lora_dropout: float = Field(default=0.0, ge=0, lt=1)
     autocast_adapter_dtype: bool = True  # adapters in float32 whatever the base's type: PEFT's default
 

@@ -14,7 +14,8 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from rightrank.settings.metric_spec import MetricSpec, parse_metrics
 from rightrank.settings.migration import current_names
-from rightrank.settings.values import DtypeName, MemoryBytes, checked, gathered_options
+from rightrank.settings.peft_options import gathered_options
+from rightrank.settings.values import DtypeName, MemoryBytes, checked
 
 Scaling: TypeAlias = Literal["alpha/r", "alpha/sqrt(r)", "constant"]
 Goal: TypeAlias = Literal["adapter", "training-rank"]
@@ -85,7 +86,7 @@ class SelectSettings(BaseModel):
     use_dora: bool = False
     target_parameters: tuple[str, ...] = ()  # names of bare parameters, such as fused experts
     divide_rank_by_experts: bool = False  # the rank of an expert is that of the arm divided by the number of experts
-    peft_options: dict[str, Any] = Field(default_factory=dict)  # further fields of LoraConfig; see PEFT_OPTIONS
+    peft_options: dict[str, Any] = Field(default={})  # further fields of LoraConfig (settings.peft_options)
 
     # the training, in transformers' names where they have one
     max_steps: int | None = Field(default=None, gt=0)

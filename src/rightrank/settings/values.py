@@ -15,24 +15,6 @@ from rightrank.records.base import MAX_WHOLE
 AnySettings = TypeVar("AnySettings", bound=BaseModel)
 DtypeName: TypeAlias = Literal["float32", "bfloat16", "float16"]
 
-# Fields of PEFT's LoraConfig that are passed on as they are. Those that settings of their own give are not among them.
-PEFT_OPTIONS = (
-    "lora_bias",
-    "layers_pattern",
-    "trainable_token_indices",
-    "use_qalora",
-    "qalora_group_size",
-    "use_bdlora",
-    "velora_config",
-    "monteclora_config",
-    "kasa_config",
-    "arrow_config",
-    "alora_invocation_tokens",
-    "layer_replication",
-    "ensure_weight_tying",
-    "fan_in_fan_out",
-)
-
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 MAX_BYTES = MAX_WHOLE
 
@@ -63,23 +45,6 @@ def _bytes(memory: object) -> object:
 
 
 MemoryBytes: TypeAlias = Annotated[int, BeforeValidator(_bytes), Field(gt=0)]  # a number, or with a unit
-
-
-def gathered_options(values: Mapping[str, object]) -> dict[str, object]:
-    """The values with those that are fields of LoraConfig alone under `peft_options`.
-
-    Raises:
-        SettingsError: `peft_options` names something else.
-    """
-    found = {name: value for name, value in values.items() if name not in PEFT_OPTIONS}
-    options = {name: value for name, value in values.items() if name in PEFT_OPTIONS}
-    given = found.get("peft_options")
-    if isinstance(given, Mapping):
-        unknown = next((name for name in given if name not in PEFT_OPTIONS), None)
-        if unknown is not None:
-            raise SettingsError(f"peft_options: {unknown!r} is not among {', '.join(PEFT_OPTIONS)}")
-        options = {**given, **options}
-    return {**found, "peft_options": options} if options else found
 
 
 def checked(kind: type[AnySettings], values: Mapping[str, object]) -> AnySettings:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 from rightrank.errors import SettingsError, did_you_mean
 from rightrank.settings import SelectSettings
@@ -37,13 +38,16 @@ STRATEGIES: dict[str, Callable[[Space], Strategy]] = {
 REMOVED = ("ladder", "ascend", "descend")  # strategies of earlier versions; their run folders stay readable
 
 
-def make_strategy(settings: SelectSettings, steps: int, token_loss: bool = True, unseen_steps: int = 0) -> Strategy:
-    """The strategy that `settings.strategy` names, for trainings of `steps` optimizer steps.
+def make_strategy(
+    settings: SelectSettings, steps: int, token_loss: bool = True, unseen_steps: int = 0, truncates: bool = True
+) -> Strategy:
+    """The strategy that `settings.strategy` names, for trainings of `steps` optimizer steps; see `space_of`.
 
     Raises:
         SettingsError: an unknown name, an invalid sweep, or a budget too small to compare two ranks.
     """
-    return strategy_in(settings.strategy, space_of(settings, steps, token_loss, unseen_steps))
+    space = space_of(settings, steps, token_loss, unseen_steps)
+    return strategy_in(settings.strategy, replace(space, truncates=truncates))
 
 
 def strategy_in(name: str, space: Space) -> Strategy:

@@ -1,0 +1,124 @@
+"""One small random model for each kind of adapter, and the settings that give the kind."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from tests.tiny import make_tokenizer, small_settings, write_completions
+
+from rightrank.engine.encode import encode
+from rightrank.engine.runtime import Runtime
+from rightrank.io.data import load_data
+from rightrank.io.models import prepare_model
+from rightrank.records import Arm
+from rightrank.settings import SelectSettings
+
+STEPS, RANK = 3, 4
+ARM = Arm(rank=RANK, learning_rate=1e-2, lora_alpha=32.0, seed=0, steps=STEPS)
+
+SIZES: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "pad_token_id": 1,
+    "bos_token_id": 2,
+    "eos_token_id": 3,
+    "initializer_range": 0.2,
+}
+HEAD = {"head_dim": 8}
+TWO_OF_FOUR = {"num_experts_per_tok": 2}
+GPT2: dict[str, Any] = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128, "initializer_range": 0.2} | {
+    name: SIZES[name] for name in ("bos_token_id", "eos_token_id")
+}
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("LlamaForCausalLM", SIZES | HEAD | {"tie_word_embeddings": False}),
+    "gpt2": ("GPT2LMHeadModel", GPT2),
+    "mixtral": ("MixtralForCausalLM", SIZES | HEAD | TWO_OF_FOUR | {"num_local_experts": 4}),
+    "qwen3-moe": ("Qwen3MoeForCausalLM", SIZES | HEAD | TWO_OF_FOUR | {"num_experts": 4, "moe_intermediate_size": 24}),
+    "olmoe": ("OlmoeForCausalLM", SIZES | TWO_OF_FOUR | {"num_experts": 4}),
+    "gpt-oss": ("GptOssForCausalLM", SIZES | HEAD | TWO_OF_FOUR | {"num_local_experts": 4, "sliding_window": 64}),
+}
+FUSED = {
+    "target_modules": ("q_proj", "v_proj"),
+    "target_parameters": ("mlp.experts.gate_up_proj", "mlp.experts.down_proj"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """A kind of adapter on a model."""
+
+    name: str
+    model: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    shares_a_pass: bool = False
+    is_truncated: bool = True
+    is_padded: bool = False
+
+
+CASES = (
+    Case("linear", "llama", {}, shares_a_pass=True, is_padded=True),
+    Case("linear, transposed (GPT-2)", "gpt2", {}, shares_a_pass=True, is_padded=True),
+    Case("linear, LoRA+", "llama", {"loraplus_lr_ratio": 4.0}, shares_a_pass=True, is_padded=True),
+    Case("embedding", "llama", {"target_modules": ("q_proj", "embed_tokens")}, shares_a_pass=True, is_padded=True),
+    Case("DoRA", "llama", {"use_dora": True}),
+    Case("DoRA, transposed (GPT-2)", "gpt2", {"use_dora": True}),
+    Case("DoRA on an embedding", "llama", {"use_dora": True, "target_modules": ("q_proj", "embed_tokens")}),
+    Case("experts (Mixtral)", "mixtral", FUSED),
+    Case("experts (Qwen3-MoE)", "qwen3-moe", FUSED),
+    Case("experts (OLMoE)", "olmoe", FUSED),
+    Case("experts (gpt-oss)", "gpt-oss", FUSED),
+    Case("experts, rank divided", "mixtral", FUSED | {"divide_rank_by_experts": True, "scaling": "constant"}),
+    Case("unknown (lora_bias)", "gpt2", {"peft_options": {"lora_bias": True}}, is_truncated=False),
+)
+
+
+def make_model(name: str, vocabulary: int) -> Any:
+    """A random model, the same on every call."""
+    architecture, sizes = MODELS[name]
+    kind = getattr(transformers, architecture)
+    torch.manual_seed(0)
+    return kind(kind.config_class(vocab_size=vocabulary, **sizes)).eval()
+
+
+def settings_of(case: Case) -> SelectSettings:
+    return small_settings(max_steps=STEPS, eval_points=1, ranks=(2, RANK), **case.settings)
+
+
+def make_runtime(case: Case, folder: Path) -> Runtime:
+    """The base in `folder/base`, saved as users have theirs, and the runtime that trains on it."""
+    tokenizer, settings = make_tokenizer(), settings_of(case)
+    model = make_model(case.model, len(tokenizer))
+    model.save_pretrained(folder / "base")
+    loaded = prepare_model(model, tokenizer, str(folder / "base"), torch.device("cpu"))
+    data = write_completions(folder / "data.jsonl", 120)
+    return Runtime(loaded, encode(load_data(data, settings), loaded, settings), settings, STEPS, folder / "cache")
+
+
+def case_named(name: str) -> Case:
+    return next(case for case in CASES if case.name == name)
+
+
+@dataclass(slots=True)
+class Trained:
+    """A case after its training."""
+
+    case: Case
+    runtime: Runtime
+    folder: Path
+
+    @property
+    def adapter(self) -> Path:
+        return self.folder / "adapter"
+
+    @property
+    def base(self) -> Path:
+        return self.folder / "base"

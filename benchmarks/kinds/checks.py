@@ -1,0 +1,280 @@
+"""What holds for every kind of adapter. Each check returns its figure, and raises AssertionError where it does not hold."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from benchmarks.kinds.cases import ARM, RANK, STEPS, Trained, make_runtime, settings_of
+from rightrank import inspect, resize
+from rightrank.engine.adapter import trainable_state
+from rightrank.engine.adapters_per_pass import multi_lora_obstacle
+from rightrank.engine.arm_training import TrialFolders
+from rightrank.engine.optimizer import learning_rate_schedule
+from rightrank.engine.runtime import Runtime
+from rightrank.engine.targets import without_peft_noise
+from rightrank.engine.training_loop import run_trial
+from rightrank.errors import InterruptedRun, ModelError
+from rightrank.exports.padding import write_padded
+from rightrank.io.adapter_folder import open_adapter
+from rightrank.planning.estimate import Estimator
+from rightrank.planning.selection_plan import plan_selection
+from rightrank.records import Arm, StepDone, Trial, TrialFinished
+from rightrank.records.observer import Observer
+
+TOLERANCE = 2e-5  # relative, of losses
+
+
+class Suite:
+    """One case, trained once, and the checks on it."""
+
+    def __init__(self, trained: Trained) -> None:
+        self.case, self.runtime, self.folder = trained.case, trained.runtime, trained.folder
+        self.trained = trained
+        self.outcome = self._train("whole", ARM, trained.adapter)
+
+    @classmethod
+    def of(cls, case: Any, folder: Path) -> Suite:
+        return cls(Trained(case, make_runtime(case, folder), folder))
+
+    def equals_peft(self) -> str:
+        """Losses of every step are those of a plain loop over PEFT's model."""
+        plain = plain_losses(self.runtime, ARM)
+        largest = max(abs(one / other - 1) for one, other in zip(self.outcome.train_losses, plain, strict=True))
+        assert largest <= TOLERANCE, largest
+        return f"{largest:.0e}"
+
+    def is_loaded(self) -> str:
+        """PEFT loads the adapter on the saved base, and gives the losses that the run reported."""
+        model = self._loaded(self.trained.adapter)
+        found = example_losses(model, self.runtime)
+        largest = float(np.max(np.abs(np.array(found) / np.array(self.outcome.item_losses) - 1)))
+        assert largest <= TOLERANCE, largest
+        return f"{largest:.0e}"
+
+    def is_counted(self) -> str:
+        """The kind's formula gives the trained parameters, those of the file and of the run."""
+        adapter = open_adapter(self.trained.adapter)
+        stored = sum(value.numel() for value in load_file(adapter.weights).values())
+        assert stored == self.outcome.trainable_parameters == adapter.trained
+        if self.case.is_truncated:
+            by_formula = 0
+            for target in self.runtime.targets.modules:
+                by_formula += target.kind.parameters(target.rank(RANK), target.out_features, target.in_features)
+            assert by_formula == stored, (by_formula, stored)
+        return str(stored)
+
+    def is_planned(self) -> str:
+        """The plan has the parameters and the bytes of the adapter, and traces its step."""
+        config = self.runtime.model.config
+        plan = plan_selection(config, settings_of(self.case), self.runtime.data.longest, "cpu")
+        parts = plan.estimator.inventory(RANK)
+        assert parts.trainable_parameters == self.outcome.trainable_parameters
+        if "embed_tokens" not in self.case.settings.get(
+            "target_modules", ()
+        ):  # PEFT's own default also saves embeddings
+            assert parts.adapter_bytes == (self.trained.adapter / "adapter_model.safetensors").stat().st_size
+        return "traced" if plan.estimator.untraceable is None else _formula(plan.estimator)
+
+    def is_inspected(self) -> str:
+        """Singular values are those of PEFT's own ΔW."""
+        updates = peft_updates(self._loaded(self.trained.adapter))
+        found = inspect(self.trained.adapter)
+        assert len(found.modules) == len(updates)
+        largest = 0.0
+        for module in found.modules:
+            exact = torch.linalg.svdvals(updates[module.name])[: module.rank].numpy()
+            largest = max(largest, float(np.max(np.abs(exact - module.singular_values))) / float(exact[0] or 1.0))
+        assert largest < 1e-5, largest
+        return f"{largest:.0e}"
+
+    def is_truncated(self) -> str:
+        """A lower rank loads in PEFT, and the reported error is that of PEFT's own ΔW; or a reason says why not."""
+        out = self.folder / "small"
+        resized = resize(self.trained.adapter, out, rank=1)
+        if not self.case.settings.get("use_dora"):
+            before, after = (peft_updates(self._loaded(folder)) for folder in (self.trained.adapter, out))
+            error = sum(float((after[name] - before[name]).square().sum()) for name in before) ** 0.5
+            whole = sum(float(update.square().sum()) for update in before.values()) ** 0.5
+            assert abs(error / whole - resized.relative_delta_error) < 1e-5
+        else:  # the whole update: the merged weights
+            merged = [merged_weights(self._loaded(folder)) for folder in (self.trained.adapter, out)]
+            base = dict(AutoModelForCausalLM.from_pretrained(self.trained.base, dtype=torch.float32).named_parameters())
+            error = sum(float((merged[1][n] - merged[0][n]).double().square().sum()) for n in base) ** 0.5
+            whole = sum(float((merged[0][n] - base[n]).double().square().sum()) for n in base) ** 0.5
+            assert abs(error / whole - resized.relative_delta_error) < 1e-4, (
+                error / whole,
+                resized.relative_delta_error,
+            )
+        return f"{resized.relative_delta_error:.3f}"
+
+    def is_truncated_in_a_run(self) -> str:
+        """An arm that truncates the trained one starts where `resize` ends; or the run says why it can't."""
+        if not self.case.is_truncated:
+            reason = self.runtime.arm_targets.why_not_truncated
+            assert reason is not None
+            return "no: " + reason
+        arm = ARM.model_copy(update={"rank": RANK // 2, "steps": 0, "truncate_from": "whole"})
+        folders = TrialFolders(
+            self.folder / "cut.ckpt", self.folder / "cut", None, self.trained.adapter, self.folder / "moments"
+        )
+        outcome = run_trial(self.runtime, Trial(trial_id="cut", arm=arm), None, folders, Observer())
+        assert isinstance(outcome, TrialFinished)
+        found = example_losses(self._loaded(self.folder / "cut"), self.runtime)
+        assert np.allclose(found, outcome.item_losses, rtol=TOLERANCE)
+        return f"{outcome.truncation}"
+
+    def is_resumed(self) -> str:
+        """Interrupted after a step and resumed, the training ends with the same losses, to the bit."""
+        steps = []
+
+        def note(event: Any) -> None:
+            steps.extend([event.step] if isinstance(event, StepDone) else [])
+
+        folders = TrialFolders(self.folder / "again.ckpt", self.folder / "again")
+        trial = Trial(trial_id="again", arm=ARM)
+        observer = Observer(on_event=note, should_stop=lambda: len(steps) == 1)
+        with contextlib.suppress(InterruptedRun):
+            run_trial(self.runtime, trial, None, folders, observer)
+        assert steps == [1]
+        outcome = run_trial(self.runtime, trial, None, folders, Observer(on_event=note))
+        assert steps == list(range(1, STEPS + 1))
+        assert isinstance(outcome, TrialFinished)
+        assert outcome.item_losses == self.outcome.item_losses
+        return "same"
+
+    def is_padded(self) -> str:
+        """Padded to a server's rank, PEFT's ΔW is the same; or a reason says why not."""
+        out = self.folder / "padded"
+        if not self.case.is_padded:
+            try:
+                write_padded(self.trained.adapter, out, 2 * RANK)
+            except ModelError as error:
+                return "no: " + str(error).rpartition(": an adapter with ")[2].partition(" can't")[0]
+            raise AssertionError("padded")
+        write_padded(self.trained.adapter, out, 2 * RANK)
+        before, after = (peft_updates(self._loaded(folder)) for folder in (self.trained.adapter, out))
+        assert all(torch.allclose(after[name], before[name], atol=1e-6) for name in before)
+        return "same"
+
+    def shares_a_pass(self) -> str:
+        """Two adapters in one pass, where the kind allows it; or a reason says why not."""
+        obstacle = multi_lora_obstacle(self.runtime, [ARM, ARM.model_copy(update={"seed": 1})])
+        assert (obstacle is None) == self.case.shares_a_pass, obstacle
+        return "yes" if obstacle is None else "no: " + obstacle.rpartition("(")[2].rstrip(")")
+
+    def _train(self, name: str, arm: Arm, adapter: Path) -> TrialFinished:
+        folders = TrialFolders(self.folder / f"{name}.ckpt", adapter)
+        outcome = run_trial(self.runtime, Trial(trial_id=name, arm=arm), None, folders, Observer())
+        assert isinstance(outcome, TrialFinished)
+        return outcome
+
+    def _loaded(self, adapter: Path) -> Any:
+        base = AutoModelForCausalLM.from_pretrained(self.trained.base, dtype=torch.float32)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
+            # PEFT applies patterns to parameters, and warns that they match no module.
+            warnings.filterwarnings("ignore", message="The following rank_pattern keys did not match")
+            warnings.filterwarnings("ignore", message="The following alpha_pattern keys did not match")
+            loaded: Any = PeftModel.from_pretrained(base, str(adapter))
+        return loaded.eval()
+
+
+CHECKS: dict[str, Callable[[Suite], str]] = {
+    "equal to a PEFT loop": Suite.equals_peft,
+    "loaded by PEFT": Suite.is_loaded,
+    "parameters": Suite.is_counted,
+    "planned": Suite.is_planned,
+    "inspected": Suite.is_inspected,
+    "resized": Suite.is_truncated,
+    "truncated in a run": Suite.is_truncated_in_a_run,
+    "resumed": Suite.is_resumed,
+    "padded": Suite.is_padded,
+    "shares a pass": Suite.shares_a_pass,
+}
+
+
+def plain_losses(runtime: Runtime, arm: Arm) -> list[float]:
+    """The loop anyone would write: PEFT's model and forward pass, the model's own loss, torch's AdamW."""
+    settings = runtime.settings
+    with without_peft_noise():
+        peft_model: Any = get_peft_model(copy.deepcopy(runtime.model), runtime.arm_targets.config(arm)).eval()
+    with runtime.arm(arm) as ours:  # the same first values
+        initial = {name: value.clone() for name, value in trainable_state(ours).items()}
+    named = {name: value for name, value in peft_model.named_parameters() if value.requires_grad}
+    assert named.keys() == initial.keys()
+    with torch.no_grad():
+        for name, value in named.items():
+            value.copy_(initial[name])
+    if settings.loraplus_lr_ratio is None:
+        optimizer: Any = torch.optim.AdamW(named.values(), lr=arm.learning_rate, weight_decay=0.0)
+    else:
+        from peft.optimizers import create_loraplus_optimizer
+
+        optimizer = create_loraplus_optimizer(
+            peft_model, torch.optim.AdamW, lr=arm.learning_rate, loraplus_lr_ratio=settings.loraplus_lr_ratio
+        )
+    first = [group["lr"] for group in optimizer.param_groups]
+    factor = learning_rate_schedule(settings, arm.steps)
+    losses: list[float] = []
+    for step, indices in enumerate(runtime.batch_plan(arm.seed)):
+        batch = runtime.batch("train", indices)
+        for group, rate in zip(optimizer.param_groups, first, strict=True):
+            group["lr"] = rate * factor(step)
+        loss = peft_model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(list(named.values()), settings.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    return losses
+
+
+@torch.no_grad()
+def example_losses(model: Any, runtime: Runtime) -> list[float]:
+    """The summed label losses of each validation example, one at a time, by transformers' own loss."""
+    found = []
+    for index in range(len(runtime.examples("selection"))):
+        batch = runtime.batch("selection", [index])
+        loss = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels).loss
+        found.append(float(loss.detach()) * int((batch.labels[:, 1:] != -100).sum()))
+    return found
+
+
+@torch.no_grad()
+def peft_updates(model: Any) -> dict[str, torch.Tensor]:
+    """PEFT's own ΔW of every matrix [out, in] in float64, by the names that `inspect` gives them."""
+    found: dict[str, torch.Tensor] = {}
+    for path, module in model.base_model.model.named_modules():
+        if not hasattr(module, "get_delta_weight"):
+            continue
+        delta = module.get_delta_weight("default").double()
+        name = path.replace(".base_layer", "")
+        if type(module).__name__ == "ParamWrapper":
+            stored = delta if module._did_swap_in_out_features else delta.transpose(1, 2)
+            found |= {f"{name}.{module.parameter_name}.{expert}": one for expert, one in enumerate(stored)}
+        elif type(module).__name__ == "Embedding" or getattr(module, "fan_in_fan_out", False):
+            found[name] = delta.T
+        else:
+            found[name] = delta.reshape(delta.shape[0], -1)
+    return found
+
+
+def merged_weights(model: Any) -> dict[str, torch.Tensor]:
+    """The parameters of the base after PEFT merged the adapter into it."""
+    return dict(model.merge_and_unload().named_parameters())
+
+
+def _formula(estimator: Estimator) -> str:
+    return f"by formula ({estimator.untraceable})"

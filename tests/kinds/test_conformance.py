@@ -1,0 +1,21 @@
+"""What holds for every kind of adapter (`benchmarks.kinds` stores the table of kinds and checks)."""
+
+from __future__ import annotations
+
+import pytest
+from benchmarks.kinds.cases import Case, case_named
+from benchmarks.kinds.checks import CHECKS, Suite
+
+pytestmark = pytest.mark.trains
+NAMES = ("linear", "embedding", "DoRA", "experts (Mixtral)", "experts, rank divided", "unknown (lora_bias)")
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def suite(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Suite:
+    case: Case = case_named(request.param)
+    return Suite.of(case, tmp_path_factory.mktemp("kind"))
+
+
+@pytest.mark.parametrize("check", CHECKS)
+def test_a_kind_keeps(check: str, suite: Suite) -> None:
+    assert CHECKS[check](suite)
