@@ -14,6 +14,7 @@ from rightrank.cli import cli
 from rightrank.records import Decision
 from rightrank.records.decision import Basis, Verdict
 from rightrank.settings import PlanSettings, SelectSettings
+from rightrank.settings.peft_options import PEFT_OPTIONS
 from tests.docs.pages import FRONT, GUIDES, PAGES, ROOT, name_of, shell_commands, shown_commands
 
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
@@ -62,7 +63,7 @@ def test_options_and_settings_exist(page: Path) -> None:
         for option in (*parameter.opts, *parameter.secondary_opts)
     }
     assert set(re.findall(r"(?<![\w-])--[a-z][\w-]+", text)) <= options | OF_OTHERS
-    settings = {*SelectSettings.model_fields, *PlanSettings.model_fields}
+    settings = {*SelectSettings.model_fields, *PlanSettings.model_fields, *PEFT_OPTIONS}
     assert set(re.findall(r"--set (\w+)=", text)) <= settings | {"name"}
 
 
