@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,9 @@ def save_adapter(peft_model: Any, folder: Path, base_name: str, adapter: str = "
     """Write `adapter_config.json` and `adapter_model.safetensors`, with the base's name as the user gave it."""
     config = peft_model.peft_config[adapter]
     config.base_model_name_or_path = base_name
-    with replacing_folder(folder) as temporary:
+    with replacing_folder(folder) as temporary, warnings.catch_warnings():
+        # PEFT takes the biases of lora_bias for factors of a wrong shape.
+        warnings.filterwarnings("ignore", message=r"Adapter .* LoRA tensor\(s\) have invalid shape: \S+lora_B\.bias")
         peft_model.save_pretrained(
             str(temporary), safe_serialization=True, selected_adapters=[adapter], save_embedding_layers=False
         )
