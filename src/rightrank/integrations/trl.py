@@ -165,9 +165,8 @@ class DPOTrain(TrainWithTRL):
 
     def scores(self, model: Any, tokenizer: Any, rows: Rows) -> dict[str, list[float]]:
         """Of each pair: the loss -log σ(margin), whether the margin is above 0, and the margin β·(log-ratio chosen - rejected)."""
-        sides = [
-            [_encoded(tokenizer, row, side, self.args.max_length) for row in rows] for side in ("chosen", "rejected")
-        ]
+        pairs = [_encoded(tokenizer, row, self.args.max_length) for row in rows]
+        sides = zip(*pairs, strict=True)
         batches = [padded_batches(one, tokenizer.pad_token_id, self.eval_batch_size) for one in sides]
         trained = [_log_likelihoods(model, one) for one in batches]
         with _base_of(model):
@@ -193,17 +192,34 @@ def _log_likelihoods(model: Any, batches: list[dict[str, torch.Tensor]]) -> list
     return [-loss * tokens for loss, tokens in zip(found.scores, found.weights, strict=True)]
 
 
-def _encoded(tokenizer: Any, row: Mapping[str, Any], side: str, max_length: int | None) -> dict[str, list[int]]:
-    """Prompt and answer as tokens, with labels on the answer alone."""
-    if isinstance(row["prompt"], str):
-        prompt = tokenizer(row["prompt"])["input_ids"]
-        answer = tokenizer(row[side], add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
-        whole = prompt + answer
-    else:
-        prompt = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, return_dict=False)
-        whole = tokenizer.apply_chat_template(row["prompt"] + row[side], return_dict=False)
-    labels = [IGNORED] * len(prompt) + whole[len(prompt) :]
-    return {"input_ids": whole[:max_length], "labels": labels[:max_length]}
+def _encoded(tokenizer: Any, row: Mapping[str, Any], max_length: int | None) -> list[dict[str, list[int]]]:
+    """The chosen and the rejected answer after their prompt, with labels on the answer, tokenized as TRL does.
+
+    Tokens may merge across the end of the prompt. An answer begins where either answer diverges from the prompt's own tokens.
+    """
+    prompt, *wholes = _tokens(tokenizer, row)
+    start = min(_common_prefix(prompt, whole) for whole in wholes)
+    return [
+        {"input_ids": whole[:max_length], "labels": ([IGNORED] * start + whole[start:])[:max_length]}
+        for whole in wholes
+    ]
+
+
+def _tokens(tokenizer: Any, row: Mapping[str, Any]) -> list[list[int]]:
+    """Of the prompt, and of the prompt with either answer."""
+    prompt, answers = row["prompt"], (row["chosen"], row["rejected"])
+    if not isinstance(prompt, str):
+        start = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
+        return [start, *(tokenizer.apply_chat_template(prompt + one, return_dict=False) for one in answers)]
+    end = tokenizer.eos_token
+    texts = [prompt, *(prompt + (one if one.endswith(end) else one + end) for one in answers)]
+    return [tokenizer(text)["input_ids"] for text in texts]
+
+
+def _common_prefix(one: Sequence[int], other: Sequence[int]) -> int:
+    return next(
+        (place for place, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other))
+    )
 
 
 def _trl() -> Any:
