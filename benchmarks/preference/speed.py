@@ -134,7 +134,7 @@ def theirs(runtime: Runtime, model: str, data: Path, folder: Path, precompute: b
 def measured(model: str, data: Path, case: dict[str, Any]) -> dict[str, Any]:
     settings = settings_of(case)
     splits = load_data(data, settings)
-    loaded = load_model(model, settings.dtype, settings.device)
+    loaded = load_model(model, settings.dtype, settings.device, None)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         runtime = Runtime(loaded, encode(splits, loaded, settings), settings, ARM.steps, folder / "cache")
