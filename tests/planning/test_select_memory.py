@@ -77,6 +77,14 @@ def test_where_only_the_lowest_rank_fits_the_next_one_is_named(
     assert not any(line.startswith("top rank") for line in notices)
 
 
+def test_a_preference_pair_is_planned_as_two_sequences() -> None:
+    config = tiny_llama_config(400)
+    pairs = plan_selection(config, small_settings(batch_size=4, eval_batch_size=4), 32, "cpu", sequences=2)
+    texts = plan_selection(config, small_settings(batch_size=8, eval_batch_size=8), 32, "cpu")
+    assert pairs.peak_bytes == texts.peak_bytes
+    assert pairs.needed_bytes == texts.needed_bytes
+
+
 def test_the_plan_counts_what_one_of_several_devices_takes() -> None:
     config = tiny_llama_config(400)
     shared = {"ranks": (1, 8), "executor": "processes", "workers": 1}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from rightrank import Selected, export, select_rank
 from rightrank.errors import DataError, SettingsError
 from rightrank.io.run_folder import RunFolder
 from rightrank.records import RunStarted, TrialFinished
+from tests.commands import run
 from tests.tiny import small_settings, write_jsonl, write_pairs
 
 pytestmark = pytest.mark.trains
@@ -105,6 +107,27 @@ def test_settings_that_pairs_cannot_have_are_refused(
 ) -> None:
     with pytest.raises(SettingsError, match=message):
         select_rank(str(model_folder), pair_file, tmp_path / "run", settings=small_settings(**changes))
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prompt": "a", "chosen": "b"}, r"bad\.jsonl:3: `rejected`: got nothing; give a string"),
+        ({"prompt": "a", "chosen": "b", "rejected": 7}, r"bad\.jsonl:3: `rejected`: got a int; give a string"),
+        (None, r"bad\.jsonl: \d distinct examples for the \w+ split, at least \d needed"),
+    ],
+    ids=["missing column", "wrong type", "too few rows"],
+)
+def test_bad_rows_are_one_line_and_exit_2(
+    model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], row: dict[str, Any] | None, message: str
+) -> None:
+    good = {"prompt": "the cat : ", "chosen": "the", "rejected": "cat"}
+    data = write_jsonl(tmp_path / "bad.jsonl", [good, good | {"prompt": "a dog : "}, *([row] if row else [])])
+    status, _, err = run(["select", str(model_folder), str(data), "--out", str(tmp_path / "run")], capsys)
+    assert status == 2
+    assert re.search(message, err)
+    assert len(err.strip().splitlines()) == 1
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
 
 
 def test_pairs_without_room_for_a_label_are_counted(model_folder: Path, pair_file: Path, tmp_path: Path) -> None:
