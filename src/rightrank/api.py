@@ -14,6 +14,7 @@ from rightrank.errors import SettingsError
 from rightrank.records import Decision, EvalPoint, TrialResult, TrialTask
 from rightrank.records.compare import AdapterComparison
 from rightrank.records.doctor import Doctor
+from rightrank.records.fleet import Fleet
 from rightrank.records.observer import Observer
 from rightrank.records.plan import Plan
 from rightrank.records.preflight import Preflight
@@ -41,6 +42,7 @@ __all__ = [
     "Decided",
     "Decision",
     "EvalPoint",
+    "Fleet",
     "Inspection",
     "Observer",
     "Plan",
@@ -59,6 +61,7 @@ __all__ = [
     "doctor",
     "export",
     "extract",
+    "fleet",
     "inspect",
     "inspect_gradient",
     "make_plan_settings",
@@ -397,6 +400,60 @@ def resize_together(
 
     rule = ResizeRule(rank, energy, noise)
     return resize_all([Path(adapter) for adapter in adapters], Path(out), rule, options or ResizeOptions())
+
+
+def fleet(
+    adapters: Sequence[str | Path],
+    out: str | Path,
+    *,
+    model: str,
+    data: str | Path | Sequence[str | Path],
+    settings: SelectSettings | None = None,
+    ranks: Sequence[int] | None = None,
+    pad: bool = False,
+    recover_steps: int = 0,
+    learning_rate: float | None = None,
+    merge: Sequence[float] | None = None,
+    ignore_base_name: bool = False,
+    notice: Callable[[str], None] = lambda _: None,
+) -> Fleet:
+    """Bring several adapters of one server to the smallest rank at which none loses more than the margin.
+
+    Args:
+        adapters: two adapter folders or more, of one base.
+        out: the folder to write, which must not exist: one folder for each adapter.
+        model: the base.
+        data: held-out rows for all adapters, or one file for each in their order.
+        settings: of evaluation and margin; see `SelectSettings`.
+        ranks: to measure; None for the powers of two.
+        pad: write every adapter at the one rank that vLLM serves, with one scale.
+        recover_steps: of training after each truncation, at `learning_rate`.
+        merge: weights of the exact sum of the adapters, which is then truncated too, into `out/merged`; None for no sum.
+        ignore_base_name: accept adapters that name another base, if their shapes fit.
+        notice: receives each line for a person.
+
+    Raises:
+        InputError: an adapter of another base, data that can't be used, adapters without a common module; nothing was written.
+        RunError: recovery diverged.
+    """
+    from rightrank.probe.fleet import FleetRequest, run_fleet
+
+    files = [data] if isinstance(data, str | Path) else list(data)
+    request = FleetRequest(
+        [Path(adapter) for adapter in adapters],
+        model,
+        [Path(file) for file in files],
+        Path(out),
+        settings or make_settings({}),
+        ranks,
+        pad,
+        recover_steps,
+        learning_rate,
+        merge,
+        ignore_base_name,
+        notice,
+    )
+    return run_fleet(request)
 
 
 def extract(

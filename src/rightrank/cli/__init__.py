@@ -16,6 +16,7 @@ import click
 from rightrank.cli.adapters import allocate, extract, inspect, resize
 from rightrank.cli.comparing import compare
 from rightrank.cli.deciding import decide
+from rightrank.cli.fleet import fleet
 from rightrank.cli.handing_over import export, repair, report
 from rightrank.cli.planning import plan
 from rightrank.cli.training import demo, select
@@ -32,6 +33,7 @@ COMMANDS = (
     inspect,
     resize,
     extract,
+    fleet,
     allocate,
     report,
     export,

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from rightrank.decision.adapter import adapter_answer
+from rightrank.decision.adapter import adapter_answer, trained_answer
 from rightrank.decision.adapter_files import Question
 from rightrank.decision.metrics import higher_is_better
 from rightrank.engine.covariances import Gathered, gather_moments, moment_tokens, unseen_first
@@ -191,9 +191,7 @@ def _answer(trials: Sequence[TrialFinished], runtime: Runtime) -> AdapterAnswer:
     question = Question(
         metric, higher_is_better(metric), runtime.settings.margin, token_loss=runtime.data.summary.is_token_loss
     )
-    answer = adapter_answer(trials, question)
-    assert answer is not None  # there is a top and at least one truncation of it
-    return answer
+    return adapter_answer(trials, question) or trained_answer(max(trials, key=lambda trial: trial.rank), question)
 
 
 def _moments(adapter: AdapterFolder, runtime: Runtime) -> Gathered:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -45,7 +45,27 @@ def resize_together(paths: Sequence[Path], out: Path, rule: ResizeRule, options:
     rule.require_one()
     require_absent(out)
     if rule.data is not None:
-        raise SettingsError("--data measures one adapter on its own data; resize each alone, then all with --rank")
+        raise SettingsError(
+            "--data measures one adapter on its own data; `rightrank fleet` measures several and brings them to one rank"
+        )
+    adapters = open_together(paths)
+    choices = [_choice(adapter, rule, options) for adapter in adapters]
+    rank = max(choice.common for choice in choices)
+    for adapter in adapters:
+        by_rank(adapter, rank)  # refuses a rank above a module's limit before anything is written
+
+    def write(place: int, folder: Path) -> Resized:
+        return write_resized(adapters[place], folder, choices[place].as_common(rank), options.dtype)
+
+    return ResizedTogether(rank=rank, adapters=write_together(adapters, out, write))
+
+
+def open_together(paths: Sequence[Path]) -> list[AdapterFolder]:
+    """Adapters that are written beside each other.
+
+    Raises:
+        InputError: one of them cannot be used, or two have the same name.
+    """
     names = [path.resolve().name for path in paths]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
@@ -55,11 +75,23 @@ def resize_together(paths: Sequence[Path], out: Path, rule: ResizeRule, options:
     adapters = [open_adapter(path) for path in paths]
     for adapter in adapters:
         require_plain_update(adapter)
-    choices = [_choice(adapter, rule, options) for adapter in adapters]
-    rank = max(choice.common for choice in choices)
-    for adapter in adapters:
-        by_rank(adapter, rank)  # refuses a rank above a module's limit before anything is written
+    return adapters
+
+
+def write_together(
+    adapters: Sequence[AdapterFolder],
+    out: Path,
+    write: Callable[[int, Path], Resized],
+    further: Callable[[Path], None] = lambda _: None,
+) -> list[Resized]:
+    """Write every adapter to a folder of its name under `out`, whole or not at all.
+
+    Args:
+        write: writes the adapter at a place of `adapters` to a folder.
+        further: writes what else belongs into `out`.
+    """
     _require_writable(out)
+    names = [adapter.path.resolve().name for adapter in adapters]
     with replacing_folder(out) as temporary:
         written = [
             write_resized(adapter, temporary / folder, choice.as_common(rank), options.dtype, base=options.base)
@@ -67,6 +99,9 @@ def resize_together(paths: Sequence[Path], out: Path, rule: ResizeRule, options:
         ]
     moved = [one.model_copy(update={"out": str(out / folder)}) for one, folder in zip(written, names, strict=True)]
     return ResizedTogether(rank=rank, adapters=moved)
+        written = [write(place, temporary / name) for place, name in enumerate(names)]
+        further(temporary)
+    return [one.model_copy(update={"out": str(out / name)}) for one, name in zip(written, names, strict=True)]
 
 
 def _require_writable(out: Path) -> None:
