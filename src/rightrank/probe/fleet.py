@@ -30,6 +30,7 @@ from rightrank.settings import SelectSettings
 
 BYTES = 2  # of a parameter in a server's slot: servers hold adapters in 16 bits
 MERGED = "merged"
+WHOLE_WEIGHTS = ("linear", "embedding", "convolution")  # kinds of modules with a weight of their own in the base
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,7 +171,7 @@ def _require_shapes(adapters: Sequence[AdapterFolder], loaded: LoadedModel, requ
     for adapter in adapters:
         for module in adapter.modules:
             shape = shapes.get(f"{module.name}.weight")
-            if shape is None and request.settings.weight_bits is None:
+            if shape is None and module.kind in WHOLE_WEIGHTS and request.settings.weight_bits is None:
                 raise ModelError(
                     f"{adapter.path}: {request.model} has no module {module.name}: it is an adapter of another base"
                 )

@@ -18,6 +18,8 @@ from rightrank.errors import ModelError
 from rightrank.io.adapter_folder import AdapterFolder, AdapterModule, write_adapter
 from rightrank.io.patterns import exact_pattern
 
+SUMMABLE = ("linear", "embedding", "convolution")
+
 
 @dataclass(frozen=True, slots=True)
 class _Part:
@@ -60,8 +62,11 @@ def require_summable(adapters: Sequence[AdapterFolder]) -> None:
                 f"{adapter.path}: it holds modules or biases that are trained whole ({adapter.other_keys[0]}), which have no sum "
                 "of factors; leave it out, or train without modules_to_save and bias"
             )
-        bare = next((one for one in adapter.modules if one.kind == "embedding" and one.bias_key), None)
-        assert bare is None, "PEFT has no bias on embeddings"
+        foreign = next((one for one in adapter.modules if one.kind not in SUMMABLE), None)
+        if foreign is not None:
+            raise ModelError(
+                f"{adapter.path}: {foreign.name} is of the kind {foreign.kind!r}, of which sums are not made: leave it out"
+            )
     kinds: dict[str, tuple[object, ...]] = {}
     for adapter in adapters:
         for module in adapter.modules:

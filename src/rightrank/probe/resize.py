@@ -55,7 +55,7 @@ def resize_together(paths: Sequence[Path], out: Path, rule: ResizeRule, options:
         by_rank(adapter, rank)  # refuses a rank above a module's limit before anything is written
 
     def write(place: int, folder: Path) -> Resized:
-        return write_resized(adapters[place], folder, choices[place].as_common(rank), options.dtype)
+        return write_resized(adapters[place], folder, choices[place].as_common(rank), options.dtype, base=options.base)
 
     return ResizedTogether(rank=rank, adapters=write_together(adapters, out, write))
 
@@ -93,12 +93,6 @@ def write_together(
     _require_writable(out)
     names = [adapter.path.resolve().name for adapter in adapters]
     with replacing_folder(out) as temporary:
-        written = [
-            write_resized(adapter, temporary / folder, choice.as_common(rank), options.dtype, base=options.base)
-            for adapter, folder, choice in zip(adapters, names, choices, strict=True)
-        ]
-    moved = [one.model_copy(update={"out": str(out / folder)}) for one, folder in zip(written, names, strict=True)]
-    return ResizedTogether(rank=rank, adapters=moved)
         written = [write(place, temporary / name) for place, name in enumerate(names)]
         further(temporary)
     return [one.model_copy(update={"out": str(out / name)}) for one, name in zip(written, names, strict=True)]
