@@ -111,7 +111,11 @@ def test_watching_is_the_earlier_name_of_observer() -> None:
     assert rightrank.Watching is rightrank.Observer
 
 
-OTHER_KINDS: dict[str, set[object]] = {"memory_bytes": {str}, "columns": {Mapping}}  # that become the setting's own
+OTHER_KINDS: dict[str, set[object]] = {
+    "memory_bytes": {str},
+    "columns": {Mapping},
+    "dtype": {"bf16", "fp16", "fp32"},
+}  # that become the setting's own
 
 
 def type_checked(folder: Path, *scripts: str) -> str:

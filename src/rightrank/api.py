@@ -89,6 +89,7 @@ def select_rank(
     tokenizer: PreTrainedTokenizerBase | None = None,
     settings: SelectSettings | None = None,
     watching: Observer | None = None,
+    progress: bool = False,
     **keywords: Unpack[SelectKeywords],
 ) -> Selected:
     """Train a range of ranks on `data`, decide which is enough, and hand over its adapter.
@@ -101,27 +102,36 @@ def select_rank(
         tokenizer: the tokenizer of a model in memory.
         settings: see `SelectSettings`; None for the defaults.
         watching: callbacks; see `Observer`.
+        progress: show the progress on stderr, or in the cell of a notebook.
         keywords: the command's options by name, such as `ranks=(4, 16, 64), margin=0.01`; they override `settings`.
 
     Raises:
         InputError: model, data, settings or folder can't be used; nothing was started.
         RunError: the selection started and could not finish.
         InterruptedRun: `watching.should_stop` returned True.
+        KeyboardInterrupt: Ctrl-C; the step ended and checkpoints were written. The same call resumes.
     """
     from rightrank.io.files import report_disk_errors
     from rightrank.io.run_folder import RunFolder
+    from rightrank.report.interrupts import checkpointed
+    from rightrank.report.watching import shown
     from rightrank.selection.early import require_request
 
     given = settings.model_dump(include=settings.model_fields_set) if settings is not None else {}
     settings = make_settings(given | renamed(keywords))
     require_request(model, data, settings)
     folder = RunFolder(Path(out))
-    with folder.locked(), report_disk_errors(folder.path):
+    with (
+        folder.locked(),
+        report_disk_errors(folder.path),
+        shown(watching or Observer(), progress) as seen,
+        checkpointed(seen) as observer,
+    ):
         # These imports bring torch, so they follow the lock: a folder that can't be used is refused at once.
         from rightrank.preparation import Request
         from rightrank.selection.select import select
 
-        return select(Request(model, tokenizer, data, settings), folder, watching or Observer())
+        return select(Request(model, tokenizer, data, settings), folder, observer)
 
 
 def preflight(

@@ -22,7 +22,7 @@ from rightrank.engine.token_store import longest_sequence
 from rightrank.errors import SettingsError
 from rightrank.io.data import DataForm, DataSplits, load_data
 from rightrank.io.model_source import find_model
-from rightrank.io.models import LoadedModel, adopt_model, find_device, load_model
+from rightrank.io.models import DTYPES, LoadedModel, adopt_model, find_device, load_model, resolve_dtype
 from rightrank.planning.duration import Workload
 from rightrank.planning.selection_plan import SelectionPlan, first_pass_loss, plan_selection, ranks_for_data
 from rightrank.planning.skeleton import is_known
@@ -111,6 +111,7 @@ def prepare(request: Request, cache: Path, notice: Notice = lambda _: None, base
     Raises:
         InputError: model, data or settings can't be used.
     """
+    request = _with_dtype(request)
     sources = _load(request, {} if bases is None else bases, cache.parent)
     settings, planned = _settle(sources, request.settings, notice)
     steps = settings.training_steps(len(sources.encoded.splits["train"]))
@@ -124,7 +125,20 @@ def resuming(request: Request, journal: Sequence[JournalRecord]) -> Request:
     if not isinstance(first, RunStarted):
         return request
     settings = as_begun(request.settings, first.settings.keys())
+    if "dtype" not in request.settings.model_fields_set and "dtype" in first.settings:
+        settings = settings.model_copy(update={"dtype": first.settings["dtype"]})  # what auto meant, or was before it
     return replace(request, settings=settings, known_settings=tuple(first.settings), begun=first.settings)
+
+
+def _with_dtype(request: Request) -> Request:
+    """The request with the type that `auto` means here; a model in memory keeps its own."""
+    settings = request.settings
+    if isinstance(request.model, str):
+        dtype = resolve_dtype(settings.dtype, settings.device)
+    else:
+        own = str(getattr(request.model, "dtype", "")).removeprefix("torch.")
+        dtype = own if settings.dtype == "auto" and own in DTYPES else resolve_dtype(settings.dtype, "cpu")
+    return replace(request, settings=settings.model_copy(update={"dtype": dtype}))
 
 
 def _load(request: Request, bases: Bases, folder: Path) -> _Sources:

@@ -55,6 +55,20 @@ class Selected:
         """The rank to train at; None if that is undecided or was not requested."""
         return None if self.decided is None else self.decided.rank
 
+    def __str__(self) -> str:
+        """Both answers in a few lines; the fields hold the rest."""
+        lines = [f"run:           {self.run}"]
+        if self.answers.get("adapter_sentence"):
+            lines.append(f"adapter:       {self.answers['adapter_sentence']}")
+        if self.decided is not None:
+            flags = f" ({', '.join(self.decided.flags)})" if self.decided.flags else ""
+            lines.append(f"training rank: {self.decided.sentence}")
+            lines.append(f"verdict:       {self.decided.verdict}{flags}")
+            lines.append(f"next:          {self.decided.next_run}")
+        rank = "" if self.adapter_rank is None else f"  (rank {self.adapter_rank})"
+        lines += [f"folder:        {self.adapter}{rank}", f"report:        {self.report}"]
+        return "\n".join(lines)
+
     def _repr_html_(self) -> str:
         from rightrank.report.notebook import adapter_html  # brings matplotlib
 
@@ -75,6 +89,10 @@ class Decided:
     decision: Decision
     understood: list[str]
     adapter_sentence: str | None = None  # the answer to the first question, of a run folder that has one
+
+    def __str__(self) -> str:
+        lines = [*self.understood, f"decision: {self.decision.sentence}", f"next:     {self.decision.next_run}"]
+        return "\n".join(lines)
 
     def _repr_html_(self) -> str:
         return _decision_html(self.decision)

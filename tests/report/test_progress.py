@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 
 import pytest
 
+from rightrank.cli.options import hours
+from rightrank.errors import SettingsError
 from rightrank.records import Arm, RunEvent, StepDone, Trial, TrialDiverged, TrialFinished, TrialOutcome, TrialStarted
-from rightrank.report.progress import Progress
+from rightrank.report.progress import Countdown, Progress
 from tests.report.runs import made_up_run
 
 pytestmark = pytest.mark.draws
@@ -136,3 +139,49 @@ def test_more_than_expected_is_no_negative_time() -> None:
         assert (progress.remaining_seconds() or 0.0) >= 0
         numbers = [int(word) for word in progress.progress_line().split(" · ")[0].split() if word.isdigit()]
         assert numbers == sorted(numbers)  # never "trial 3 of 2"
+
+
+def test_the_time_left_does_not_jump_where_the_strategy_takes_more_than_expected(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Six trainings where four were expected: the time shown follows the clock, and is never about to end before it does."""
+    now = 0.0
+    monkeypatch.setattr("rightrank.report.progress.time.monotonic", lambda: now)
+    progress, trials = Progress(), arms(6)
+    progress.plan(made_up_run().started, 6, steps=20)
+    progress.expect(4.0)
+    progress.limit(8.0)
+    progress._countdown = Countdown(lambda: now)
+    whole = sum(trial.arm.steps * STEP_SECONDS + EVAL_SECONDS for trial in trials)
+    shown: list[tuple[float, float]] = []
+    announced = []
+    for left, event in events(trials, 1):
+        now = whole - left
+        line = progress.event(event)
+        if line is not None and line.startswith("time: "):
+            announced.append(line)
+        text = progress.progress_line()
+        if " left" not in text:
+            continue
+        assert "trainings" in text
+        if "what runs, at most" in text:
+            limit = progress._limit_seconds()
+            assert limit is not None
+            assert limit >= left - EVAL_SECONDS
+        else:
+            shown.append((now, progress._countdown.shown(progress.remaining_seconds() or 0.0)))
+    assert len(shown) > 40
+    ends = [at + value for at, value in shown]
+    assert all(abs(b - a) <= 12.0 for a, b in pairwise(ends))  # the end moves slowly, a trial takes 46 s
+    assert len(announced) == 1
+    assert "measured over the first 5 steps; 4 trainings expected, 8 at most" in announced[0]
+
+
+def test_a_time_is_read_in_hours() -> None:
+    def read(text: str) -> float | None:
+        return hours(None, None, text)  # type: ignore[arg-type]
+
+    assert [read(text) for text in ("3h", "90min", "1h30m", "1.5 h", "1d")] == [3.0, 1.5, 1.5, 1.5, 24.0]
+    for wrong in ("3", "h", "3 weeks", "0h", "3h later"):
+        with pytest.raises(SettingsError, match="is no time: give a number and a unit"):
+            read(wrong)

@@ -123,9 +123,9 @@ def test_the_name_is_answered_with_the_names_there_are(
     code, out, err = run(arguments, capsys)
     assert code == 2
     assert out == ""
-    assert err == f"rightrank: strategy {strategy!r} was removed; there are: bracket, grid\n"
+    assert err == f"rightrank: strategy {strategy!r} was removed; there are: bracket, grid, upward\n"
     assert (folder / "journal.jsonl").read_bytes() == before
-    with pytest.raises(SettingsError, match="was removed; there are: bracket, grid"):
+    with pytest.raises(SettingsError, match="was removed; there are: bracket, grid, upward"):
         select_rank(str(model_folder), completion_file, tmp_path / "new", settings=small_settings(strategy=strategy))
 
 

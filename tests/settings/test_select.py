@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from rightrank.errors import SettingsError
-from rightrank.settings import make_settings
+from rightrank.settings import make_plan_settings, make_settings
 
 
 def test_one_value_is_a_list_of_one() -> None:
@@ -26,3 +26,25 @@ def test_a_string_with_commas_is_a_list() -> None:
 def test_other_values_are_refused(values: dict[str, object]) -> None:
     with pytest.raises(SettingsError, match=next(iter(values))):
         make_settings(values)
+
+
+def test_short_names_of_types() -> None:
+    names = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "float32": "float32", "auto": "auto"}
+    assert {name: make_settings({"dtype": name}).dtype for name in names} == names
+    assert make_plan_settings({"dtype": "bf16"}).dtype == "bfloat16"
+
+
+@pytest.mark.parametrize(("capability", "dtype"), [((8, 0), "bfloat16"), ((7, 5), "float32")])
+def test_auto_is_bfloat16_where_the_cuda_device_computes_in_it(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], dtype: str
+) -> None:
+    import torch
+
+    from rightrank.io.models import resolve_dtype
+
+    assert resolve_dtype("auto", "cpu") == "float32"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert resolve_dtype("auto", "cuda") == dtype
+    assert resolve_dtype("float16", "cuda") == "float16"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +19,21 @@ def comma(_context: click.Context, _parameter: click.Parameter, value: str | Non
 
 def comma_list(value: str) -> list[str]:
     return [part.strip() for part in value.split(",") if part.strip()]
+
+
+_UNITS = {"s": 1 / 3600, "sec": 1 / 3600, "m": 1 / 60, "min": 1 / 60, "h": 1.0, "d": 24.0}
+
+
+def hours(_context: click.Context, _parameter: click.Parameter, value: str | None) -> float | None:
+    """`3h`, `90min`, `1d` or `1h30m` as hours."""
+    if value is None:
+        return None
+    parts = re.findall(r"(\d+(?:\.\d+)?)\s*([a-z]+)", value.lower())
+    whole = "".join(number + unit for number, unit in parts)
+    found = sum(float(number) * _UNITS.get(unit, 0.0) for number, unit in parts)
+    if whole != value.lower().replace(" ", "") or any(unit not in _UNITS for _, unit in parts) or found <= 0:
+        raise SettingsError(f"--time {value!r} is no time: give a number and a unit, such as 3h, 90min or 1h30m")
+    return found
 
 
 def gather(config_file: Path | None, assignments: tuple[str, ...], options: dict[str, Any]) -> dict[str, Any]:

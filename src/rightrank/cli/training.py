@@ -5,21 +5,21 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from rightrank.cli.options import comma, gather
+from rightrank.cli.options import comma, gather, hours
 from rightrank.cli.stopping import listening
 from rightrank.errors import InterruptedRun, RunError, SettingsError, TerminatedRun
 from rightrank.version import __version__
 
 if TYPE_CHECKING:
     from rightrank.api import Observer, Selected
-    from rightrank.records import Decision, RunEvent, RunStarted, TrialOutcome
+    from rightrank.records import Decision
 
 Found = TypeVar("Found")
 
@@ -61,14 +61,27 @@ SELECT_OPTIONS = [
         "--guard-margin", type=float, help="How much worse is still allowed, in nats (default 0.02 per token)."
     ),
     click.option("--max-steps", type=int, help="Optimizer steps of each training (default: one epoch)."),
+    click.option(
+        "--num-train-epochs", type=float, help="Passes over the data of each training, instead of --max-steps."
+    ),
     click.option("--target-modules", callback=comma, help="Module names, or all-linear (default)."),
     click.option("--layers-to-transform", callback=comma, help="Layer numbers, such as 26,27 (default: all)."),
     click.option("--lora-alpha", type=float, help="Alpha, the same at every rank (default 32)."),
     click.option("--batch-size", type=int, help="Examples per batch (default 8)."),
     click.option("--seq-len", type=int, help="Maximum tokens per example (default 512)."),
     click.option("--eval-items", type=int, help="Held-out examples at most (default 200)."),
-    click.option("--dtype", help="float32 (default), bfloat16 or float16."),
+    click.option(
+        "--dtype", help="auto (default: bfloat16 on a CUDA device that has it, else float32), bf16, fp16 or fp32."
+    ),
+    click.option("--load-in-4bit", is_flag=True, default=None, help="The base's matrices in 4 bits."),
     click.option("--device", help="auto (default), cpu, cuda, cuda:1 or mps."),
+    click.option(
+        "--time",
+        "budget_hours",
+        callback=hours,
+        metavar="TIME",
+        help="Time budget of training and evaluation, such as 3h or 90min; the answer is the best within it.",
+    ),
     click.option("--memory", "memory_bytes", help="Memory budget, such as 24GiB; ranks that need more are left out."),
     click.option(
         "--adapters-per-pass", type=int, help="Adapters trained in one pass of the model (default: as many as pay)."
@@ -218,41 +231,15 @@ def _watched(run: Callable[[Observer], Found], quiet: bool, out: Path, log_json:
         click.echo(f"rightrank {__version__}: checking the request, then loading model and data …", err=True)
     from rich.console import Console
 
-    from rightrank.api import Observer
     from rightrank.report.event_log import JsonLog, ProgressFile
     from rightrank.report.terminal import make_view
+    from rightrank.report.watching import observer_of
 
     progress = ProgressFile(out)
     chosen = JsonLog(sys.stderr) if log_json else make_view(Console(stderr=True), quiet)
     with chosen as view, listening(view.notice) as stop:
-
-        def on_event(event: RunEvent) -> None:
-            view.event(event)
-            progress.event(event)
-
-        def on_plan(started: RunStarted, arms: int, steps: int) -> None:
-            view.plan(started, arms, steps)
-            progress.plan(started, arms, steps)
-
-        def on_cost(trainings: float) -> None:
-            view.cost(trainings)
-            progress.cost(trainings)
-
-        def on_resume(outcomes: Sequence[TrialOutcome]) -> None:
-            view.resume(outcomes)
-            progress.resume(outcomes)
-
         try:
-            return run(
-                Observer(
-                    on_event=on_event,
-                    on_plan=on_plan,
-                    on_cost=on_cost,
-                    on_resume=on_resume,
-                    notice=view.notice,
-                    should_stop=lambda: stop.requested,
-                )
-            )
+            return run(observer_of([view, progress], view.notice, lambda: stop.requested))
         except InterruptedRun as stopped:
             kind = TerminatedRun if stop.terminated else InterruptedRun
             raise kind(f"{stopped}; run the same command again to resume {out}: {_command()}") from None

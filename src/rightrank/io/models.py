@@ -33,7 +33,7 @@ from rightrank.errors import (
 from rightrank.io.model_source import ModelSource, find_model
 from rightrank.io.reading import LIBRARY_ERRORS
 from rightrank.io.weights import safe_shards
-from rightrank.settings import DtypeName
+from rightrank.settings import AutoDtype, DtypeName
 
 DTYPES: dict[DtypeName, torch.dtype] = {
     "float32": torch.float32,
@@ -56,9 +56,22 @@ class LoadedModel:
     device: torch.device
 
 
+def resolve_dtype(name: AutoDtype, device: str) -> DtypeName:
+    """The type that `auto` means on this device: bfloat16 where a CUDA device computes in it, else float32.
+
+    Raises:
+        SettingsError: the device does not exist.
+    """
+    if name != "auto":
+        return name
+    found = find_device(device)
+    with_bfloat16 = found.type == "cuda" and torch.cuda.get_device_capability(found) >= (8, 0)
+    return "bfloat16" if with_bfloat16 else "float32"
+
+
 def load_model(
     reference: str,
-    dtype: DtypeName,
+    dtype: AutoDtype,
     device: str,
     classes: list[str] | None,
     trust_remote_code: bool = False,
@@ -75,6 +88,7 @@ def load_model(
         MissingExtraError: quantised weights without bitsandbytes.
     """
     found = find_device(device)
+    dtype = resolve_dtype(dtype, device)
     if weight_bits is not None:
         require_quantisation(weight_bits, found)
     source = find_model(reference)

@@ -38,3 +38,6 @@ class Observer:
 
     on_cost: Callable[[float], None] = lambda _: None
     """Receives the expected cost in whole trainings, once before the first trial."""
+
+    on_cost_limit: Callable[[float], None] = lambda _: None
+    """Receives the largest cost in whole trainings that the strategy can have, once before the first trial."""

@@ -49,6 +49,9 @@ class JsonLog:
     def cost(self, trainings: float) -> None:
         self._write("cost", {"expected_trainings": trainings})
 
+    def cost_limit(self, trainings: float) -> None:
+        self._write("cost_limit", {"trainings_at_most": trainings})
+
     def resume(self, outcomes: Sequence[TrialOutcome]) -> None:
         self._write("resumed", {"trials_ended": len(outcomes)})
 
@@ -83,6 +86,9 @@ class ProgressFile:
 
     def cost(self, trainings: float) -> None:
         self._progress.expect(trainings)
+
+    def cost_limit(self, trainings: float) -> None:
+        self._progress.limit(trainings)
 
     def resume(self, outcomes: Sequence[TrialOutcome]) -> None:
         self._progress.resume(outcomes)

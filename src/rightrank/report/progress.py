@@ -6,8 +6,9 @@ over the remaining work is the time left, however many adapters train per pass.
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from rightrank.records import (
     ArmFields,
@@ -25,6 +26,31 @@ from rightrank.records import (
 )
 from rightrank.report.format import duration, size
 
+MEASURED_STEPS = 5  # after which the time of a selection is stated
+
+
+class Countdown:
+    """Smooths a time left, so that the number shown falls with the clock and follows a new estimate without a jump."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._shown: float | None = None
+        self._at = 0.0
+
+    def shown(self, estimate: float) -> float:
+        """What to show now; `estimate` is in seconds."""
+        now = self._clock()
+        if self._shown is None:
+            self._shown, self._at = estimate, now
+            return estimate
+        passed = now - self._at
+        constant = max(2.0, 0.1 * estimate)  # seconds: long enough to hide noise, short beside what is left
+        weight = 1 - math.exp(-passed / constant)
+        self._shown = max(0.0, self._shown - passed)
+        self._shown += weight * (estimate - self._shown)
+        self._at = now
+        return self._shown
+
 
 class Progress:
     """Follows a selection from its events and reports where it is, as text and in seconds."""
@@ -32,6 +58,12 @@ class Progress:
     def __init__(self) -> None:
         self._arms = 1
         self._expected: float | None = None  # whole trainings; None: counted in trials
+        self._maximum: float | None = None  # whole trainings
+        self._base_eval_seconds = 0.0  # one evaluation of the validation split
+        self._eval_points = 1
+        self._budget_seconds: float | None = None
+        self._is_announced = False
+        self._countdown = Countdown()
         self._whole_steps = 0  # of a whole training; 0: a custom trainer's own number
         self._spent = 0.0  # whole trainings that have ended
         self._ends_at: dict[str, int] = {}  # the last step of each trial that has ended
@@ -52,10 +84,17 @@ class Progress:
         self._arms = arms
         self._whole_steps = steps
         self._higher_is_better = started.higher_is_better
+        self._eval_points = int(str(started.settings.get("eval_points") or 1))
+        hours = started.settings.get("budget_hours")
+        self._budget_seconds = hours * 3600 if isinstance(hours, int | float) else None
 
     def expect(self, trainings: float) -> None:
         """Count in whole trainings, of which so many are expected."""
         self._expected = trainings
+
+    def limit(self, trainings: float) -> None:
+        """The largest number of whole trainings that the strategy can request."""
+        self._maximum = trainings
 
     def resume(self, outcomes: Sequence[TrialOutcome]) -> None:
         """Record the trials that ended before this process began."""
@@ -63,7 +102,7 @@ class Progress:
             self._end(outcome)
 
     def event(self, event: RunEvent) -> str | None:
-        """Record the event; return a line for the log if a trial ended."""
+        """Record the event; return a line for the log if a trial ended, or once the cost of a training is measured."""
         match event:
             case Preparing():
                 self._preparing = event
@@ -73,6 +112,7 @@ class Progress:
                 self._started_at[event.trial_id] = time.monotonic()
             case StepDone():
                 self._steps[event.trial_id] = event
+                return self._announcement(event)
             case TrialFinished():
                 return self._line(event, held_out_text(event))
             case TrialLook():
@@ -97,11 +137,20 @@ class Progress:
         if self._preparing is not None:
             done, of, seconds = self._preparing.items, self._preparing.of_items, self._preparing.seconds
             left = seconds / done * (of - done)
-            return f"frozen layers, once for all trials: {done} of {of} examples · about {duration(left)} left"
-        parts = [self._position(), *self._at_work()]
-        if (remaining := self.remaining_seconds()) is not None:
-            parts.append(f"about {duration(remaining)} left")
-        return " · ".join(parts)
+            return f"frozen layers, once for all trials: {done} of {of} examples · {duration(left)} for these"
+        return " · ".join([self._position(), *self._at_work(), *self._time_left()])
+
+    def _time_left(self) -> list[str]:
+        """`about 12 min left (at most 30 min)`, or the limit alone once the expected trainings are used up."""
+        remaining = self.remaining_seconds()
+        if remaining is None:
+            return []
+        most, future = self._limit_seconds(), self._trainings_to_come()
+        if future == 0.0 and most is not None and most > remaining + 1:
+            return [f"{duration(remaining)} for what runs, at most {duration(most)} left"]
+        shown = self._countdown.shown(remaining)
+        limit = f" (at most {duration(most)})" if most is not None and most > 1.2 * shown else ""
+        return [f"about {duration(shown)} left{limit}"]
 
     def so_far_line(self) -> str:
         """The best rank so far and the peak memory; empty before the first result."""
@@ -117,17 +166,50 @@ class Progress:
         known = [*self._costs, *(seconds for key in self._running if (seconds := self._whole(key)) is not None)]
         if not known:
             return None
-        if self._expected is not None and self._spent > 0:
-            return self._remaining_by_cost(self._expected)
+        if self._expected is not None and (pace := self._pace()) is not None:
+            return self._trainings_to_come() * pace + sum(self._left(key, pace) for key in self._running)
         mean = sum(known) / len(known)
         waiting = max(0, self._arms - self._ended - len(self._running))
         return waiting * mean + sum(self._left(key, mean) for key in self._running)
 
-    def _remaining_by_cost(self, expected: float) -> float:
-        """The running trials, and the trainings to come at the pace so far, evaluations included."""
-        pace = sum(self._costs) / self._spent
-        running = sum(self._share(arm) for arm in self._running.values())
-        return max(0.0, expected - self._spent - running) * pace + sum(self._left(key, pace) for key in self._running)
+    def _pace(self) -> float | None:
+        """Seconds of a whole training with its evaluations: of those that ended, else of the one that runs."""
+        if self._spent > 0:
+            return sum(self._costs) / self._spent
+        running = [step.seconds / step.step for step in self._steps.values() if step.step > 0]
+        if not running or not self._whole_steps:
+            return None
+        return self._whole_steps * sum(running) / len(running) + self._eval_points * self._base_eval_seconds
+
+    def _trainings_to_come(self) -> float:
+        """The expected whole trainings that have not started."""
+        if self._expected is None:
+            return 0.0
+        return max(0.0, self._expected - self._spent - sum(map(self._share, self._running.values())))
+
+    def _limit_seconds(self) -> float | None:
+        """Seconds left if the strategy requests all it can, within the budget of time; None where that is unknown."""
+        pace = self._pace()
+        if self._maximum is None or pace is None:
+            return None
+        most = max(0.0, self._maximum - self._spent_now()) * pace
+        if self._budget_seconds is not None:
+            most = min(most, max(0.0, self._budget_seconds - sum(self._costs)))
+        return most
+
+    def _announcement(self, event: StepDone) -> str | None:
+        """The time of the whole selection, once, as soon as a few steps are measured."""
+        enough = event.step >= max(MEASURED_STEPS, event.steps // 50)
+        if self._is_announced or not enough or self._expected is None or self._spent > 0:
+            return None
+        self._is_announced = True
+        remaining, most = self.remaining_seconds(), self._limit_seconds()
+        if remaining is None or most is None:
+            return None
+        return (
+            f"time: about {duration(remaining)}, at most {duration(most)} (measured over the first {event.step} steps; "
+            f"{self._expected:.3g} trainings expected, {self._maximum:.3g} at most)"
+        )
 
     def _share(self, arm: ArmFields) -> float:
         """The whole trainings that an arm adds to those of the one that it resumes."""
@@ -147,6 +229,8 @@ class Progress:
         """`1.4 of about 3.8 trainings`, or `trial 3 of 9`; the total grows if more runs than expected."""
         if self._expected is not None:
             spent = self._spent_now()
+            if spent > self._expected and self._maximum is not None:
+                return f"{spent:.1f} trainings, more than the {self._expected:.1f} expected"
             return f"{spent:.1f} of about {max(self._expected, spent):.1f} trainings"
         first, last = self._ended + 1, self._ended + max(1, len(self._running))
         end = max(self._arms, self._ended + len(self._running))
@@ -202,6 +286,7 @@ class Progress:
             total = event.train_seconds + event.eval_seconds
             self._peak_bytes = max(self._peak_bytes, event.peak_bytes)
             self._note_value(event)
+            self._base_eval_seconds = event.eval_seconds if event.rank == 0 else self._base_eval_seconds
         self._spent += self._share(event)
         self._ends_at[event.trial_id] = _last_step(event)
         seconds = max(0.0, total - self._before(event))

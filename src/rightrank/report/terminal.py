@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Sequence
+from html import escape
 from types import TracebackType
+from typing import Any
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -17,6 +20,7 @@ from rightrank.report.progress import Progress
 from rightrank.report.terminal_figures import MAX_CURVE_WIDTH, terminal_curve
 
 PLAIN_SECONDS = 15.0  # between progress lines
+NOTEBOOK_SECONDS = 0.5  # between updates of a cell
 
 
 class LiveView:
@@ -45,6 +49,9 @@ class LiveView:
 
     def cost(self, trainings: float) -> None:
         self._progress.expect(trainings)
+
+    def cost_limit(self, trainings: float) -> None:
+        self._progress.limit(trainings)
 
     def resume(self, outcomes: Sequence[TrialOutcome]) -> None:
         self._progress.resume(outcomes)
@@ -91,6 +98,9 @@ class PlainView:
     def cost(self, trainings: float) -> None:
         self._progress.expect(trainings)
 
+    def cost_limit(self, trainings: float) -> None:
+        self._progress.limit(trainings)
+
     def resume(self, outcomes: Sequence[TrialOutcome]) -> None:
         self._progress.resume(outcomes)
         self.notice(resume_line(outcomes))
@@ -108,8 +118,47 @@ class PlainView:
             self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
+class NotebookView(PlainView):
+    """Keeps the progress in the output of a notebook's cell up to date; lines stay above it."""
+
+    def __init__(self) -> None:
+        from IPython.display import display
+
+        super().__init__(Console(quiet=True))
+        self._lines: list[str] = []
+        self._last_shown = 0.0
+        self._handle: Any = display({"text/plain": ""}, raw=True, display_id=True)
+
+    def event(self, event: RunEvent) -> None:
+        line = self._progress.event(event)
+        if line is not None:
+            self._lines.append(line)
+        if line is not None or time.monotonic() - self._last_shown > NOTEBOOK_SECONDS:
+            self._show()
+
+    def notice(self, text: str) -> None:
+        self._lines.extend(text.splitlines())
+        self._show()
+
+    def _show(self) -> None:
+        self._last_shown = time.monotonic()
+        now = [self._progress.so_far_line(), self._progress.progress_line()]
+        text = "\n".join([*self._lines, *filter(None, now)])
+        html = f'<pre style="white-space:pre-wrap">{escape(text)}</pre>'
+        self._handle.update({"text/plain": text, "text/html": html}, raw=True)
+
+
+def _is_notebook() -> bool:
+    """Whether this process is the kernel of a notebook."""
+    ipython: Any = sys.modules.get("IPython")
+    shell = None if ipython is None else ipython.get_ipython()
+    return type(shell).__name__ == "ZMQInteractiveShell"
+
+
 def make_view(console: Console, quiet: bool) -> LiveView | PlainView:
-    """`LiveView` on a terminal; `PlainView` in a pipe, with `NO_COLOR` or if `quiet`."""
+    """`LiveView` on a terminal; `PlainView` in a pipe, with `NO_COLOR` or if `quiet`; `NotebookView` in a notebook."""
+    if _is_notebook() and not quiet:
+        return NotebookView()
     return LiveView(console) if console.is_terminal and not (quiet or console.no_color) else PlainView(console, quiet)
 
 

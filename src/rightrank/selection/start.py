@@ -91,6 +91,7 @@ def open_selection(
     folder.write_config(started.settings)
     observer.on_plan(started, strategy.expected_arms(), steps)
     observer.on_cost(strategy.cost().expected)
+    observer.on_cost_limit(strategy.cost().maximum)
     if selection.records.outcomes:
         observer.on_resume(selection.records.outcomes)
     return selection, trackers

@@ -18,7 +18,7 @@ from rightrank.settings.select import (
     SelectSettings,
     make_settings,
 )
-from rightrank.settings.values import UNITS, DtypeName, checked, parse_bytes
+from rightrank.settings.values import UNITS, AutoDtype, DtypeName, checked, parse_bytes
 
 __all__ = [
     "CONSTANT_SCALING_RANK",
@@ -26,6 +26,7 @@ __all__ = [
     "DEFAULT_PLAN_RANKS",
     "NOT_IDENTITY",
     "UNITS",
+    "AutoDtype",
     "DtypeName",
     "Goal",
     "MetricSpec",

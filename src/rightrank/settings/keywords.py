@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from typing import Literal, TypedDict
 
 from rightrank.settings.select import Goal
-from rightrank.settings.values import DtypeName
 
 
 class SelectKeywords(TypedDict, total=False):
@@ -32,8 +31,11 @@ class SelectKeywords(TypedDict, total=False):
     batch_size: int
     seq_len: int
     eval_items: int
-    dtype: DtypeName
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "bf16", "fp16", "fp32"]
+    num_train_epochs: float
+    load_in_4bit: bool
     device: str
+    budget_hours: float
     memory_bytes: int | str  # bytes, or a number with a unit such as "24GiB"
     adapters_per_pass: int
     certify: bool

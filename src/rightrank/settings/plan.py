@@ -8,7 +8,7 @@ from typing import Any, Literal, TypeAlias
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from rightrank.settings.peft_options import gathered_options
-from rightrank.settings.values import DtypeName, MemoryBytes, checked
+from rightrank.settings.values import ChosenDtype, MemoryBytes, checked
 
 OptimizerName: TypeAlias = Literal["adamw", "adamw_fused", "adamw_8bit", "paged_adamw_8bit", "sgd"]
 
@@ -40,7 +40,7 @@ class PlanSettings(BaseModel):
     # the step
     batch_size: int = Field(default=8, gt=0)
     seq_len: int = Field(default=512, gt=1)
-    dtype: DtypeName = "bfloat16"
+    dtype: ChosenDtype = "bfloat16"
     autocast: Literal["bfloat16", "float16"] | None = None
     padding: bool = False  # rows of unequal length, so that attention is given a mask
     keep_logits: bool = False  # whoever trains holds the model's outputs until the next step; Trainer does not

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from rightrank.settings.metric_spec import MetricSpec, parse_metrics
 from rightrank.settings.migration import current_names
 from rightrank.settings.peft_options import gathered_options
-from rightrank.settings.values import DtypeName, MemoryBytes, checked
+from rightrank.settings.values import AutoDtype, MemoryBytes, checked
 
 Scaling: TypeAlias = Literal["alpha/r", "alpha/sqrt(r)", "constant"]
 Goal: TypeAlias = Literal["adapter", "training-rank"]
@@ -118,7 +118,7 @@ class SelectSettings(BaseModel):
     samples: int = Field(default=1, ge=0)  # test examples to generate for, before and after, if examples have a prompt
 
     # where and how it runs
-    dtype: DtypeName = "float32"
+    dtype: AutoDtype = "auto"
     device: str = "auto"
     memory_bytes: MemoryBytes | None = None  # the budget; None for that of the CUDA device, else unlimited
     load_in_4bit: bool = False  # the base's matrices in 4 bits (NF4); adapters and optimizer stay in float32

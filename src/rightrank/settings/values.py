@@ -14,6 +14,17 @@ from rightrank.records.base import MAX_WHOLE
 
 AnySettings = TypeVar("AnySettings", bound=BaseModel)
 DtypeName: TypeAlias = Literal["float32", "bfloat16", "float16"]
+DTYPE_ALIASES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+
+
+def _dtype(name: object) -> object:
+    return DTYPE_ALIASES.get(name, name) if isinstance(name, str) else name
+
+
+ChosenDtype: TypeAlias = Annotated[DtypeName, BeforeValidator(_dtype)]
+AutoDtype: TypeAlias = Annotated[
+    Literal["auto", "float32", "bfloat16", "float16"], BeforeValidator(_dtype)
+]  # auto: bfloat16 on a CUDA device that computes in it, else float32
 
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 MAX_BYTES = MAX_WHOLE
