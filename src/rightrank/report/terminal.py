@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Sequence
 from html import escape
+from importlib import import_module
 from types import TracebackType
 from typing import Any
 
@@ -122,12 +123,11 @@ class NotebookView(PlainView):
     """Keeps the progress in the output of a notebook's cell up to date; lines stay above it."""
 
     def __init__(self) -> None:
-        from IPython.display import display
-
+        shown: Any = import_module("IPython.display")
         super().__init__(Console(quiet=True))
         self._lines: list[str] = []
         self._last_shown = 0.0
-        self._handle: Any = display({"text/plain": ""}, raw=True, display_id=True)
+        self._handle: Any = shown.display({"text/plain": ""}, raw=True, display_id=True)
 
     def event(self, event: RunEvent) -> None:
         line = self._progress.event(event)
