@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from rightrank.decision.collapse import collapse_of, without_collapsing
+from rightrank.decision.collapse import collapse_of, should_stop_early, without_collapsing
 from rightrank.decision.seed_power import detectable_difference, needed_seeds
 from rightrank.records import Arm, EvalPoint, TrialCollapsed, TrialFinished, TrialOutcome
 from rightrank.strategies import History, Space
@@ -140,6 +140,32 @@ def test_a_fall_within_the_noise_of_few_prompts_is_no_collapse() -> None:
         assert (found is not None) is collapses
     assert found is not None
     assert found.reason == "the held-out value fell from 0.62 at step 0 to 0.5 at step 10"
+
+
+@pytest.mark.parametrize(
+    ("values", "stops"),
+    [
+        ((0.18, 0.83, 0.51, 0.47, 0.82), False),  # a published run that recovers
+        ((0.18, 0.83, 0.51, 0.47), False),
+        ((0.18, 0.86, 0.78, 0.77), False),
+        ((0.18, 0.82, 0.1), False),
+        ((0.18, 0.82, 0.1, 0.05), True),
+        ((0.37, 0.0), False),
+        ((0.37, 0.0, 0.0), True),
+    ],
+)
+def test_a_run_stops_early_after_two_looks_far_below(values: tuple[float, ...], stops: bool) -> None:
+    assert should_stop_early(points(*values), 0.05) is stops
+    assert should_stop_early(points(*(-value for value in values)), 0.05, higher_is_better=False) is stops
+
+
+def test_seeds_that_agree_exactly_measure_no_noise() -> None:
+    strategy = Upward(make_space(learning_rates=(LOW,), seeds=(0, 1)))
+    known = run_all(strategy, World(gain=0.0))
+    (note,) = strategy.notes(History.of(known))
+    assert note == (
+        "Seed noise: not measured at rank 1 (2 seeds with the same result); seeds=(0, 1, 2) or more measure it."
+    )
 
 
 def test_needed_seeds_show_the_difference() -> None:

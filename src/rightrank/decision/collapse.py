@@ -14,6 +14,7 @@ import numpy as np
 from rightrank.records import EvalPoint, TrialCollapsed, TrialFinished, TrialOutcome
 
 DROP_IN_MARGINS = 2.5  # the fall that counts as a collapse: five points at a margin of two
+MIN_LOOKS_TO_END = 3  # the best one, and two far below it
 SURE_DEVIATIONS = 3.0  # of the paired fall over examples: the best of several looks is optimistic by about two
 
 
@@ -51,6 +52,21 @@ def collapse_of(points: Sequence[EvalPoint], drop: float, higher_is_better: bool
     fall = (best.value - last.value) * (1.0 if higher_is_better else -1.0)
     noise = _standard_error(best, last)
     return Collapse(best, last) if fall > max(drop, SURE_DEVIATIONS * noise) else None
+
+
+def should_stop_early(points: Sequence[EvalPoint], drop: float, higher_is_better: bool = True) -> bool:
+    """Whether a training has collapsed so far that further steps are not worth their cost.
+
+    Its last two looks are both far below the best, and below the middle between the first look and the best. Runs recover from
+    lesser falls: a published one from .83 by way of .51 and .47 to .82 (benchmarks/rl).
+    """
+    ordered = sorted(points, key=lambda point: point.step)
+    if len(ordered) < MIN_LOOKS_TO_END:
+        return False
+    middle = (ordered[0].value + best_point(ordered, higher_is_better).value) / 2
+    below = [(middle - point.value) * (1.0 if higher_is_better else -1.0) > 0 for point in ordered[-2:]]
+    both = (ordered, ordered[:-1])
+    return all(below) and all(collapse_of(found, drop, higher_is_better) is not None for found in both)
 
 
 def _standard_error(one: EvalPoint, other: EvalPoint) -> float:

@@ -25,7 +25,7 @@ from rightrank.decision.metrics import default_margin
 from rightrank.decision.next_run import next_runs
 from rightrank.decision.sentences import basis_note, conflict_sentence, sentence_of
 from rightrank.decision.table import ScoreTable
-from rightrank.decision.verdicts import are_alike, flags_of, verdict_of
+from rightrank.decision.verdicts import flags_of, smallest_alike, verdict_of
 from rightrank.errors import ResultsError
 from rightrank.maths.intervals import two_sided
 from rightrank.records import Decision, MetricAnswer, RankEvidence
@@ -48,7 +48,7 @@ def decide(
         token_loss: whether a loss is per token (its default margin is then 0.005 nats).
         horizon_steps: the length of the training that the answer is for, if longer than the trials.
         others: the same trials by other metrics, each judged at its default margin.
-        smallest_if_alike: answer an undecided comparison with the smallest rank where no difference is shown (`no_difference`).
+        smallest_if_alike: answer an undecided comparison with the smallest rank that is not shown to be worse (`no_difference`).
 
     Raises:
         ResultsError: fewer than two ranks have a finished trial, or the margin is not above 0.
@@ -67,8 +67,9 @@ def decide(
     if any(answer.conflict for answer in beside) and "metric_conflict" not in flags:
         flags.append("metric_conflict")
     runs = next_runs(found, verdict, flags)
-    if smallest_if_alike and verdict == "undecided" and are_alike(found):
-        verdict, chosen = "no_difference", found.ranks[0]
+    alike = smallest_alike(found) if smallest_if_alike and verdict == "undecided" else None
+    if alike is not None:
+        verdict, chosen = "no_difference", alike
     return Decision(
         rank=None if verdict in ("no_gain", "undecided") else chosen,
         fallback_rank=chosen,

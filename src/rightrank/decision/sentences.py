@@ -75,14 +75,16 @@ def _caution(found: Comparison) -> str:
 
 def _no_difference(found: Comparison, within: str, unit: Unit) -> str:
     """The smallest rank, what speaks for another one, and the seeds that a difference of the margin would take."""
-    ranks = [str(rank) for rank in found.ranks]
-    smallest, reference = found.ranks[0], found.reference
-    listed = f"{', '.join(ranks[:-1])} and {ranks[-1]}"
+    alike = [rank for rank in found.ranks if found.judged[rank].low <= 0]
+    smallest, reference = alike[0], found.reference
+    named = list(map(str, alike))
+    listed = f"{', '.join(named[:-1])} and {named[-1]}" if len(named) > 1 else named[0]
     noise = found.evidence.noise
     deviation = math.sqrt(noise.common + noise.individual)
     measured = len(reference.cells) > 1 and deviation > 0
     at = f" (seed standard deviation {number(unit.difference(deviation))})" if measured else ""
-    start = f"No difference between ranks {listed} can be shown at this noise{at}: take rank {smallest}, the smallest"
+    of_them = "" if smallest == found.ranks[0] else " of them"
+    start = f"No difference between ranks {listed} can be shown at this noise{at}: take rank {smallest}, the smallest{of_them}"
     seeds = needed_seeds(math.sqrt(noise.individual), found.margin) if noise.individual > 0 else None
     needed = f"; a difference of {within} would take about {seeds} seeds a rank" if measured and seeds else ""
     if reference.rank == smallest:

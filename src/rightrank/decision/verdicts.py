@@ -12,7 +12,7 @@ The verdict is the first row that applies, from the most sobering to the plaines
     saturated    otherwise
     ===========  =====================================================================================
 
-`no_difference` takes the place of `undecided` where the caller wants the smallest rank then (`are_alike`).
+`no_difference` takes the place of `undecided` where the caller wants the smallest rank then (`smallest_alike`).
 
 In a point reading (`Evidence.is_point_reading`) nothing is inconclusive: ranks are compared by their values.
 """
@@ -79,9 +79,11 @@ def inconclusive_rank(found: Comparison) -> int | None:
     return far if judged[far].non_inferior is None else below
 
 
-def are_alike(found: Comparison) -> bool:
-    """Whether no rank is shown to be better than the smallest: its difference from the best may be 0."""
-    return found.judged[found.ranks[0]].low <= 0 and (0 not in found.judged or found.judged[0].non_inferior is False)
+def smallest_alike(found: Comparison) -> int | None:
+    """The smallest rank that is not shown to be worse than the best; None where the base may be as good."""
+    if 0 in found.judged and found.judged[0].non_inferior is not False:
+        return None
+    return next(rank for rank in found.ranks if found.judged[rank].low <= 0)
 
 
 def possible_rival(found: Comparison) -> int | None:

@@ -9,14 +9,14 @@ import torch
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from transformers import TrainerCallback
 
-from rightrank.decision.collapse import best_point, collapse_of
+from rightrank.decision.collapse import best_point, should_stop_early
 from rightrank.records import EvalPoint, TrialTask
 
 
 class Looks(TrainerCallback):
     """Score the validation examples before the first step and at evenly spaced steps, and report each look to the task.
 
-    The callback keeps the adapter of the best look, and ends a training that has collapsed.
+    The callback keeps the adapter of the best look, and ends a training that has collapsed for two looks (`should_stop_early`).
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class Looks(TrainerCallback):
             return
         self._look(model, step)
         drop = self._task.collapse_drop
-        if drop is not None and collapse_of(self.points, drop, self._higher_is_better) is not None:
+        if drop is not None and should_stop_early(self.points, drop, self._higher_is_better):
             control.should_training_stop = True
 
     def restore_best(self, model: Any) -> None:

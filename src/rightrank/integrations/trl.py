@@ -1,9 +1,12 @@
 """Ready `train` functions for TRL's `GRPOTrainer` and `DPOTrainer` (extra `trl`).
 
-Each one trains a task with its rank, learning rate and seed, reports the held-out scores along the way, ends a run that has
-collapsed, restores the best checkpoint by the validation rows, and measures it on the test rows.
+Each one trains a task with its rank, learning rate and seed, reports the held-out scores along the way, stops early a
+run that has collapsed, restores the best checkpoint by the validation rows, and measures it on the test rows.
 
-    train = GRPOTrain("model", GRPOConfig(max_completion_length=64), prompts, validation, test, reward_funcs=reward)
+    train = GRPOTrain(
+        model="model", args=GRPOConfig(max_completion_length=64), reward_funcs=reward,
+        train_dataset=prompts, validation=validation_prompts, test=test_prompts,
+    )
     select_rank_with(train, "run", profile="rl", steps=200, learning_rates=(1e-5, 3e-5, 1e-4))
 """
 

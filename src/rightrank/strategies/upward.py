@@ -85,12 +85,15 @@ class Upward(Scripted):
         space, values = self.space, []
         if learning_rate is not None:
             values = [oriented(trial, space) for trial in trials.by_seed(rank, learning_rate).values()]
-        if len(values) < 2:
+        deviation = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+        if deviation == 0:
+            found = "with the same result" if len(values) > 1 else "with a result"
             trials.notes.append(
-                f"Seed noise: not measured at rank {rank} ({len(values)} seed with a result); give seeds=(0, 1, 2) or more."
+                f"Seed noise: not measured at rank {rank} ({len(values)} seed{'s' * (len(values) != 1)} {found}); "
+                "seeds=(0, 1, 2) or more measure it."
             )
             return space.seeds
-        deviation, margin = float(np.std(values, ddof=1)), space.margin_at(float(np.mean(values)))
+        margin = space.margin_at(float(np.mean(values)))
         needed = max(2, needed_seeds(deviation, margin))
         trials.notes.append(_noise_note(space, rank, len(values), deviation, margin, needed))
         return space.seeds[:needed]

@@ -1,0 +1,61 @@
+"""The verdict `no_difference`: the smallest rank that is not shown to be worse, where the caller wants one."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from rightrank.decision.rule import decide
+from rightrank.decision.table import ScoreTable, table_of_results
+from rightrank.records import Result, ResultsTable
+
+PROMPTS, SEEDS = 200, 3
+EASE = (np.arange(PROMPTS) + 0.5) / PROMPTS
+
+
+def table(levels: dict[int, float], noise: float) -> ScoreTable:
+    """Each rank answers the prompts below its level, which varies by seed."""
+    generator = np.random.default_rng(3)
+    results = [
+        Result(trial_id=f"{rank} {seed}", rank=rank, seed=seed, value=float(scores.mean()), item_values=scores.tolist())
+        for rank, level in levels.items()
+        for seed in range(SEEDS if rank else 1)
+        for scores in [(level + generator.normal(0, noise if rank else 0) > EASE).astype(float)]
+    ]
+    return table_of_results(ResultsTable(metric="reward", higher_is_better=True, results=results, understood=[]))
+
+
+@pytest.mark.parametrize(
+    ("levels", "noise", "verdict", "rank"),
+    [
+        ({1: 0.6, 4: 0.6, 16: 0.6}, 0.06, "no_difference", 1),
+        ({1: 0.3, 4: 0.6, 16: 0.6}, 0.06, "no_difference", 4),
+        ({1: 0.6, 4: 0.6, 16: 0.6}, 0.0, "flat", 1),
+        ({1: 0.3, 4: 0.6, 16: 0.6}, 0.0, "saturated", 4),
+        ({0: 0.2, 1: 0.6, 4: 0.6}, 0.06, "no_difference", 1),
+        ({0: 0.58, 1: 0.6, 4: 0.6}, 0.06, "undecided", None),
+    ],
+)
+def test_it_takes_the_place_of_undecided(
+    levels: dict[int, float], noise: float, verdict: str, rank: int | None
+) -> None:
+    found = decide(table(levels, noise), 0.02, smallest_if_alike=True)
+    assert (found.verdict, found.rank) == (verdict, rank)
+    plain = decide(table(levels, noise), 0.02)
+    if verdict == "no_difference":
+        assert (plain.verdict, plain.rank) == ("undecided", None)
+        assert found.model_dump(exclude={"verdict", "rank", "fallback_rank", "learning_rate", "sentence"}) == (
+            plain.model_dump(exclude={"verdict", "rank", "fallback_rank", "learning_rate", "sentence"})
+        )
+    else:
+        assert found == plain
+
+
+def test_the_sentence_names_the_ranks_the_noise_and_the_seeds() -> None:
+    sentence = decide(table({1: 0.3, 4: 0.6, 16: 0.6}, 0.06), 0.02, smallest_if_alike=True).sentence
+    assert sentence.startswith(
+        "No difference between ranks 4 and 16 can be shown at this noise (seed standard deviation 0.0"
+    )
+    assert "take rank 4, the smallest of them" in sentence
+    assert "a difference of 0.02 in reward would take about " in sentence
+    assert sentence.endswith(" seeds a rank.")
