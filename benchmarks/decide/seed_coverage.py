@@ -118,8 +118,9 @@ def planted(count: int) -> Iterator[tuple[str, Grid]]:
 
     def scores(data: teachers.Data, delta: dict[str, torch.Tensor], student: int) -> list[float]:
         one = {name: value[student : student + 1] for name, value in delta.items()}
-        log_q = torch.log_softmax(teachers.logits(data.weights, data.held_out, one), -1)
-        divergence = (data.held_out_log_p.exp() * (data.held_out_log_p - log_q)).sum(-1).sum(-1)[0]
+        tokens, log_p = data.splits["validation"]
+        log_q = torch.log_softmax(teachers.logits(data.weights, tokens, one), -1)
+        divergence = (log_p.exp() * (log_p - log_q)).sum(-1).sum(-1)[0]
         return [round(float(value), 5) for value in divergence]
 
     for teacher in teachers.teachers(count):
@@ -129,7 +130,7 @@ def planted(count: int) -> Iterator[tuple[str, Grid]]:
         ranks, rates, seeds = (list(column) for column in zip(*arms, strict=True))
         students = teachers.Students(ranks, rates, seeds)
         data = teachers.Data(teacher)
-        adapters, _ = teachers.train(data, students, teachers.initial(students), 0, teacher.steps)
+        adapters, _ = teachers.train(data, students, teachers.initial(students), teacher.steps)
         delta = teachers.deltas(adapters, teachers.scale_of(students))
         with torch.no_grad():
             cells = [[*arm, scores(data, delta, place)] for place, arm in enumerate(arms)]

@@ -4,9 +4,11 @@ of LoRA students is trained against it.
 All students of a teacher train at once, as one batch of matrices. The planted rank is an upper bound on the answer;
 the exhaustive grid is the truth. Values are the held-out Kullback-Leibler divergence from the teacher, nats a token.
 
-    python -m benchmarks.selection.planted --count 64 --out benchmarks/selection/planted_grids.json
+    python -m benchmarks.selection.planted --first 64 --count 40 --out benchmarks/selection/planted_new_grids.json
 
-Finished teachers are kept in OUT: the same command resumes.
+Finished teachers are kept in OUT: the same command resumes. `planted_grids.json` holds teachers 0 to 63, on which rules were found; they
+were made before the looks at an eighth, with two seeds, and with recovery of a tenth of a training at .3 of the learning rate.
+`planted_new_grids.json` holds teachers that chose nothing.
 """
 
 from __future__ import annotations
@@ -21,19 +23,20 @@ from typing import Any
 import numpy as np
 import torch
 
+from rightrank.strategies.learning_rates import ANNEAL, LOOK
+from rightrank.strategies.space import RECOVERY_LR_FACTOR, RECOVERY_PART
+
 Tensor = torch.Tensor
 
 WIDTH, FEED_FORWARD, VOCABULARY, LAYERS, HEADS = 32, 64, 32, 2, 4
 SHAPES = {"q": (32, 32), "k": (32, 32), "v": (32, 32), "o": (32, 32), "up": (64, 32), "down": (32, 64)}
 RANKS = (1, 2, 4, 8, 16)
 RATES = (2e-3, 6e-3, 2e-2, 6e-2)
-SEEDS = (0, 1)
+SEEDS = (0, 1, 2)
 ALPHA = 16.0
 BATCH, LENGTH = 12, 8  # sequences, tokens
-HELD_OUT = 192  # sequences
-CHECKPOINTS = (0.25, 0.5)  # parts of a training after which students are also evaluated
-RECOVERY_RATE = 0.3  # of the learning rate that the truncated student was trained at
-RECOVERY = 0.1  # further steps after a truncation, a part of a training
+HELD_OUT = 192  # sequences of each held-out split
+CHECKPOINTS = (LOOK, 0.25, 0.5)  # parts of a training after which students are also evaluated
 PLANTED_RANKS = (0, 1, 2, 3, 4, 6, 8, 12, 16, 24)
 
 
@@ -168,8 +171,7 @@ class Data:
         self.weights = base_weights(teacher.number)
         self.update = {name: value[None] for name, value in planted_update(teacher, self.weights).items()}
         generator = torch.Generator().manual_seed(3000 + teacher.number)
-        self.held_out = torch.randint(VOCABULARY, (1, HELD_OUT, LENGTH), generator=generator)
-        self.held_out_log_p = torch.log_softmax(logits(self.weights, self.held_out, self.update), -1)
+        self.splits = {name: self._held_out(generator) for name in ("validation", "test")}
         few = torch.randint(VOCABULARY, (1, 160, LENGTH), generator=generator)
         self.few = few, self._labels(few, generator)
 
@@ -189,47 +191,130 @@ class Data:
         sampled = torch.multinomial(p.reshape(-1, VOCABULARY), 1, generator=generator)
         return torch.nn.functional.one_hot(sampled, VOCABULARY).float().reshape(p.shape)
 
+    def _held_out(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Sequences and the teacher's log-probabilities of the next tokens."""
+        tokens = torch.randint(VOCABULARY, (1, HELD_OUT, LENGTH), generator=generator)
+        return tokens, torch.log_softmax(logits(self.weights, tokens, self.update), -1)
+
     @torch.no_grad()
-    def evaluate(self, delta: dict[str, Tensor]) -> list[float]:
+    def evaluate(self, delta: dict[str, Tensor], split: str = "validation") -> list[float]:
         """Held-out divergence of each model of `delta`, nats a token."""
         models = next(iter(delta.values())).shape[0]
+        tokens, log_p = self.splits[split]
         values = []
         for index in range(models):
             one = {name: value[index : index + 1] for name, value in delta.items()}
-            log_q = torch.log_softmax(logits(self.weights, self.held_out, one), -1)
-            values.append(float((self.held_out_log_p.exp() * (self.held_out_log_p - log_q)).sum(-1).mean()))
+            log_q = torch.log_softmax(logits(self.weights, tokens, one), -1)
+            values.append(float((log_p.exp() * (log_p - log_q)).sum(-1).mean()))
         return values
 
 
-def train(
-    data: Data, students: Students, start: dict[str, tuple[Tensor, Tensor]], first: int, steps: int
-) -> tuple[dict[str, tuple[Tensor, Tensor]], list[list[float]]]:
-    """Adam with linear decay from step `first` for `steps` steps; the adapters, and values at CHECKPOINTS."""
-    adapters = {name: (a.clone().requires_grad_(), b.clone().requires_grad_()) for name, (a, b) in start.items()}
-    parameters = [tensor for pair in adapters.values() for tensor in pair]
-    moments = [(torch.zeros_like(p), torch.zeros_like(p)) for p in parameters]
-    rates, scale = torch.tensor(students.rates)[:, None, None], scale_of(students)
-    seeds = sorted(set(students.seeds))
-    index = torch.tensor([seeds.index(seed) for seed in students.seeds])
-    checkpoints: list[list[float]] = []
-    for step in range(steps):
-        batches = [data.batch(seed, first + step) for seed in seeds]
-        tokens, targets = (torch.cat(parts)[index] for parts in zip(*batches, strict=True))
-        log_q = torch.log_softmax(logits(data.weights, tokens, deltas(adapters, scale)), -1)
+Adapters = dict[str, tuple[Tensor, Tensor]]
+
+
+class Training:
+    """Adam over all students at once."""
+
+    def __init__(self, data: Data, students: Students, start: Adapters) -> None:
+        self._data, self._students = data, students
+        self.adapters = {
+            name: (a.clone().requires_grad_(), b.clone().requires_grad_()) for name, (a, b) in start.items()
+        }
+        self._moments = [(torch.zeros_like(p), torch.zeros_like(p)) for p in self._parameters()]
+        self._updates = 0
+        self._learning_rates = torch.tensor(students.rates)[:, None, None]
+        self._scale = scale_of(students)
+        self._seeds = sorted(set(students.seeds))
+        self._index = torch.tensor([self._seeds.index(seed) for seed in students.seeds])
+
+    def copy(self) -> Training:
+        """With its own adapters and optimizer state."""
+        found = Training(self._data, self._students, self.detached())
+        found._moments = [(m.clone(), v.clone()) for m, v in self._moments]
+        found._updates = self._updates
+        return found
+
+    def step(self, number: int, factor: float) -> None:
+        """One step on batch `number`, at this factor of every student's learning rate."""
+        batches = [self._data.batch(seed, number) for seed in self._seeds]
+        tokens, targets = (torch.cat(parts)[self._index] for parts in zip(*batches, strict=True))
+        log_q = torch.log_softmax(logits(self._data.weights, tokens, deltas(self.adapters, self._scale)), -1)
         losses = -(targets * log_q).sum(-1).mean((1, 2))
+        parameters = self._parameters()
         gradients = torch.autograd.grad(losses.sum(), parameters)
         norms = torch.stack([(g**2).sum((1, 2)) for g in gradients]).sum(0).sqrt()[:, None, None]
-        factor = min(1.0, (step + 1) / (0.05 * steps)) * (1 - step / steps)
+        self._updates += 1
         with torch.no_grad():
-            for parameter, gradient, (m, v) in zip(parameters, gradients, moments, strict=True):
+            for parameter, gradient, (m, v) in zip(parameters, gradients, self._moments, strict=True):
                 clipped = gradient / norms.clamp(min=1.0)
                 m.mul_(0.9).add_(clipped, alpha=0.1)
                 v.mul_(0.999).addcmul_(clipped, clipped, value=0.001)
-                m_hat, v_hat = m / (1 - 0.9 ** (step + 1)), v / (1 - 0.999 ** (step + 1))
-                parameter.sub_(rates * factor * m_hat / (v_hat.sqrt() + 1e-8))
-        if step + 1 in [round(part * steps) for part in CHECKPOINTS]:
-            checkpoints.append(data.evaluate(deltas(adapters, scale)))
-    return {name: (a.detach(), b.detach()) for name, (a, b) in adapters.items()}, checkpoints
+                m_hat, v_hat = m / (1 - 0.9**self._updates), v / (1 - 0.999**self._updates)
+                parameter.sub_(self._learning_rates * factor * m_hat / (v_hat.sqrt() + 1e-8))
+
+    def values(self) -> list[float]:
+        return self._data.evaluate(deltas(self.detached(), self._scale))
+
+    def detached(self) -> Adapters:
+        return {name: (a.detach(), b.detach()) for name, (a, b) in self.adapters.items()}
+
+    def _parameters(self) -> list[Tensor]:
+        return [tensor for pair in self.adapters.values() for tensor in pair]
+
+
+@dataclass(frozen=True)
+class Looks:
+    """What a training shows before its end, by student."""
+
+    checkpoints: dict[float, list[float]]  # part of a training → values
+    averaged: list[float]  # of the running mean over the second half of the steps to LOOK
+    annealed: list[float]  # of copies from LOOK on, whose learning rate decays to 0 over ANNEAL of a training
+
+
+def train(data: Data, students: Students, start: Adapters, steps: int) -> tuple[Adapters, Looks]:
+    """Train for `steps` with a warmup of 5% and a linear decay."""
+    training = Training(data, students, start)
+    checkpoints: dict[float, list[float]] = {}
+    look = round(LOOK * steps)
+    mean: Adapters = {}
+    averaged: list[float] = []
+    annealed: list[float] = []
+    for step in range(steps):
+        training.step(step, min(1.0, (step + 1) / (0.05 * steps)) * (1 - step / steps))
+        done = step + 1
+        if look // 2 < done <= look:
+            mean = running_mean(mean, training.detached(), done - look // 2)
+        for part in CHECKPOINTS:
+            if done == round(part * steps):
+                checkpoints[part] = training.values()
+        if done == look:
+            averaged = data.evaluate(deltas(mean, scale_of(students)))
+            annealed = annealed_values(training.copy(), look, round(ANNEAL * steps), 1 - step / steps)
+    return training.detached(), Looks(checkpoints, averaged, annealed)
+
+
+def running_mean(mean: Adapters, adapters: Adapters, count: int) -> Adapters:
+    """The mean of `count` states of A and of B, the last of which is `adapters`."""
+    if count == 1:
+        return {name: (a.clone(), b.clone()) for name, (a, b) in adapters.items()}
+    return {
+        name: (mean[name][0] + (a - mean[name][0]) / count, mean[name][1] + (b - mean[name][1]) / count)
+        for name, (a, b) in adapters.items()
+    }
+
+
+def annealed_values(copy: Training, first: int, steps: int, factor: float) -> list[float]:
+    for step in range(steps):
+        copy.step(first + step, factor * (1 - step / steps))
+    return copy.values()
+
+
+def recovered(data: Data, students: Students, start: Adapters, first: int, steps: int) -> Adapters:
+    """Truncated students after further steps on batches that no training saw."""
+    training = Training(data, students, start)
+    for step in range(steps):
+        training.step(first + step, min(1.0, (step + 1) / (0.05 * steps)) * (1 - step / steps))
+    return training.detached()
 
 
 def scale_of(students: Students) -> Tensor:
@@ -237,12 +322,12 @@ def scale_of(students: Students) -> Tensor:
     return torch.tensor([ALPHA / rank for rank in students.ranks])[:, None, None]
 
 
-def deltas(adapters: dict[str, tuple[Tensor, Tensor]], scale: Tensor) -> dict[str, Tensor]:
+def deltas(adapters: Adapters, scale: Tensor) -> dict[str, Tensor]:
     """s·B·A of every student."""
     return {name: scale * torch.bmm(b, a) for name, (a, b) in adapters.items()}
 
 
-def initial(students: Students) -> dict[str, tuple[Tensor, Tensor]]:
+def initial(students: Students) -> Adapters:
     """A uniform, the first r rows of one draw a seed; B zero. Rows past r are zero and stay so: their gradients are."""
     found = {}
     for position, name in enumerate(matrices()):
@@ -255,9 +340,7 @@ def initial(students: Students) -> dict[str, tuple[Tensor, Tensor]]:
     return found
 
 
-def truncations(
-    adapters: dict[str, tuple[Tensor, Tensor]], students: Students
-) -> tuple[Students, dict[str, tuple[Tensor, Tensor]], list[list[float]]]:
+def truncations(adapters: Adapters, students: Students) -> tuple[Students, Adapters, list[list[float]]]:
     """The top-rank students cut to every rank by their singular values; and the singular values, [top][matrix, r]."""
     tops = [index for index, rank in enumerate(students.ranks) if rank == max(RANKS)]
     cut = Students(
@@ -300,17 +383,25 @@ def mean_over_seeds(grid: dict[str, Any]) -> dict[str, Any]:
 
 
 def curve(teacher: Teacher) -> dict[str, Any]:
-    """The whole grid of a teacher, with what cheaper methods would see of it."""
+    """The whole grid of a teacher, with what cheaper methods would see of it.
+
+    A teacher of few sequences has no unseen ones, so its truncations are not recovered.
+    """
     begun = time.perf_counter()
     data, students = Data(teacher), all_students()
-    adapters, checkpoints = train(data, students, initial(students), 0, teacher.steps)
-    values = data.evaluate(deltas(adapters, scale_of(students)))
+    adapters, looks = train(data, students, initial(students), teacher.steps)
     cut, pairs, energies = truncations(adapters, students)
-    truncated = data.evaluate(deltas(pairs, scale_of(cut)))
-    gentle = Students(cut.ranks, [rate * RECOVERY_RATE for rate in cut.rates], cut.seeds)
-    recovered_pairs, _ = train(data, gentle, pairs, teacher.steps, round(RECOVERY * teacher.steps))
-    recovered = data.evaluate(deltas(recovered_pairs, scale_of(cut)))
-    grid = nested(students, values)
+    kinds = {"trained": (students, adapters), "truncated": (cut, pairs)}
+    if teacher.labels != "few":
+        gentle = Students(cut.ranks, [rate * RECOVERY_LR_FACTOR for rate in cut.rates], cut.seeds)
+        kinds["recovered"] = cut, recovered(data, gentle, pairs, teacher.steps, round(RECOVERY_PART * teacher.steps))
+    grids = {
+        split: {
+            kind: nested(who, data.evaluate(deltas(them, scale_of(who)), split)) for kind, (who, them) in kinds.items()
+        }
+        for split in data.splits
+    }
+    validation = grids["validation"]
     base = data.evaluate({name: torch.zeros_like(value) for name, value in data.update.items()})[0]
     tops = [index for index, rank in enumerate(students.ranks) if rank == max(RANKS)]
     return {
@@ -321,14 +412,15 @@ def curve(teacher: Teacher) -> dict[str, Any]:
         "ranks": list(RANKS),
         "higher_is_better": False,
         "base": round(base, 6),
-        "lr_grid": mean_over_seeds(grid),
-        "seed_grid": grid,
-        "checkpoints": {
-            f"{part:g}": nested(students, found) for part, found in zip(CHECKPOINTS, checkpoints, strict=True)
-        },
-        "truncation_grid": nested(cut, truncated),
-        "recovery_grid": nested(cut, recovered),
-        "recovery_part": RECOVERY,
+        "lr_grid": mean_over_seeds(validation["trained"]),
+        "seed_grid": validation["trained"],
+        "checkpoints": {f"{part:g}": nested(students, found) for part, found in looks.checkpoints.items()},
+        "averaged": {f"{LOOK:g}": nested(students, looks.averaged)},
+        "annealed": {f"{LOOK:g}": nested(students, looks.annealed)},
+        "truncation_grid": validation["truncated"],
+        "recovery_grid": validation.get("recovered", {}),
+        "recovery_part": RECOVERY_PART,
+        "test_grids": grids["test"],
         "energy": {
             f"{students.rates[top]:g}": {
                 str(students.seeds[top]): [round(e / sum(found), 5) if sum(found) else 0.0 for e in found]
@@ -342,14 +434,15 @@ def curve(teacher: Teacher) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--count", type=int, default=64)
+    parser.add_argument("--first", type=int, default=64, help="number of the first teacher")
+    parser.add_argument("--count", type=int, default=40)
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
     curves = json.loads(arguments.out.read_text())["curves"] if arguments.out.exists() else []
     done = {found["id"] for found in curves}
-    for teacher in teachers(arguments.count):
+    for teacher in teachers(arguments.first + arguments.count)[arguments.first :]:
         if teacher.name in done:
             continue
         curves.append(curve(teacher))
