@@ -16,7 +16,7 @@ PAGE = ROOT / "docs" / "explanation" / "science.md"
 SLOT = re.compile(r"(<!-- table: (\w+) -->\n).*?(\n<!-- end -->)", re.DOTALL)
 METHODS = (
     "bracket",
-    "ladder",
+    "bracket, two seeds",
     "grid",
     "always 16, rate tuned",
     "Kneedle",
@@ -48,6 +48,21 @@ def strategies() -> str:
             cells.append(f"{exact:.0%}, {under:.0%}, {trainings:.1f}")
         lines.append(cells)
     return table(["exact, too small, trainings", *families], lines)
+
+
+def adapters() -> str:
+    """The first question, over all margins of a family."""
+    rows = stored("selection/results.json")["adapters"]
+    lines = []
+    for family in dict.fromkeys(row["family"] for row in rows):
+        found = [row for row in rows if row["family"] == family]
+        grids = sum(row["curves"] for row in found)
+        names = ("exact", "under_picks", "false_passes", "not_above_direct")
+        shares = [f"{sum(row[name] for row in found) / grids:.0%}" for name in names]
+        trainings = sum(row["mean_trainings"] * row["curves"] for row in found) / grids
+        lines.append([family, *shares, f"{trainings:.1f}"])
+    head = ["grids", "exact", "too small", "false passes", "rank not above that of direct trainings", "trainings"]
+    return table(head, lines)
 
 
 def published() -> str:
@@ -100,6 +115,7 @@ def memory() -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "strategies": strategies,
+    "adapters": adapters,
     "published": published,
     "coverage": coverage,
     "prediction": prediction,

@@ -1,4 +1,4 @@
-"""All strategies and baselines over all families of grids: the table, the picture, and every under-pick.
+"""All strategies and baselines over all families of grids: a table for each question, the picture, every under-pick and false pass.
 
     python -m benchmarks.selection.compare --out benchmarks/selection/results.json
 
@@ -29,8 +29,10 @@ FAMILIES = {  # file, which of its grids, and margins in the metric's unit
     "published": ("published_grids.json", slice(None), (0.002, 0.005)),
     "planted, first half": ("planted_grids.json", slice(32), (0.002, 0.005, 0.02)),  # rules were found here
     "planted, second half": ("planted_grids.json", slice(32, None), (0.002, 0.005, 0.02)),
+    "planted, new": ("planted_new_grids.json", slice(None), (0.002, 0.005, 0.02)),  # these chose nothing
     "linear": ("linear_grids.json", slice(None), (0.005, 0.02, 0.05)),
-    "real": ("real_grids.json", slice(None), (0.005, 0.01, 0.02)),
+    "real, short": ("real_grids.json", slice(None), (0.005, 0.01, 0.02)),
+    "real, 400 steps": ("seeded_grids.json", slice(None), (0.005, 0.02, 0.05)),
 }
 EQUAL_COST_WITH = "bracket"
 STOCHASTIC = OPTUNA_AND_CHANCE | {"ASHA (Ray Tune)": ray_asha}
@@ -73,9 +75,28 @@ def row(repeats: Sequence[Sequence[Judged]], ours: Sequence[Judged]) -> dict[str
     return mean
 
 
+def adapter_row(curves: Sequence[GridCurve], judged: Sequence[Judged], margin: float) -> dict[str, Any]:
+    """The first question, beside the smallest rank that direct trainings with the same seed give."""
+    direct = [direct_rank(curve, margin) for curve in curves if curve.truncated]
+    picks = [(one.pick or 0, rank) for one, rank in zip(judged, direct, strict=True)]
+    return {**summary(judged), "not_above_direct": sum(pick <= rank for pick, rank in picks)}
+
+
+def direct_rank(curve: GridCurve, margin: float) -> int:
+    """The smallest rank within the margin of the best, trained at its best learning rate with the first seed."""
+    seed, sign = curve.seeds[0], -1 if curve.higher_is_better else 1
+    best = {
+        rank: min(sign * by_seed[seed] for by_seed in by_learning_rate.values() if seed in by_seed)
+        for rank, by_learning_rate in curve.cells.items()
+    }
+    return min(rank for rank, loss in best.items() if loss <= min(best.values()) + margin + 1e-9)
+
+
 def compare() -> dict[str, Any]:
     table: list[dict[str, Any]] = []
+    adapters: list[dict[str, Any]] = []
     unders: list[dict[str, Any]] = []
+    passes: list[dict[str, Any]] = []
     for family, (file, which, margins) in FAMILIES.items():
         curves = read_grids(HERE / file)[which]
         for margin in margins:
@@ -91,8 +112,16 @@ def compare() -> dict[str, Any]:
                     for one in found[name][0]
                     if one.under
                 ]  # fmt: skip
+            if any(curve.truncated for curve in curves):
+                judged = replay_all(curves, STRATEGIES[EQUAL_COST_WITH], margin, goal="adapter")
+                adapters.append({"family": family, "margin": margin, **adapter_row(curves, judged, margin)})
+                passes += [
+                    {"family": family, "margin": margin, "grid": one.name, "pick": one.pick, "regret": round(one.regret, 6)}
+                    for one in judged
+                    if one.false_pass
+                ]  # fmt: skip
     return {"machine": machine(), "equal_cost_with": EQUAL_COST_WITH, "repeats": REPEATS, "table": table,
-            "under_picks": unders}  # fmt: skip
+            "under_picks": unders, "adapters": adapters, "false_passes": passes}  # fmt: skip
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
@@ -134,6 +163,48 @@ def draw(results: dict[str, Any], path: Path) -> None:
     figure.savefig(path, metadata={"Date": None})
 
 
+def draw_by_rank(curves: Sequence[GridCurve], path: Path) -> None:
+    """One panel a grid: what adapters trained at a rank and truncated to it lose against the top, a line for each seed."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, len(curves), figsize=(4.4 * len(curves), 3.8), squeeze=False)
+    for axis, curve in zip(axes[0], curves, strict=True):
+        for seed in curve.seeds:
+            for kind, style, losses in zip(("trained", "truncated"), ("o-", "s--"), by_rank(curve, seed), strict=True):
+                colour = {"trained": "tab:blue", "truncated": "tab:orange"}[kind]
+                label = kind if seed == curve.seeds[0] else None
+                axis.plot(list(losses), list(losses.values()), style, color=colour, label=label, alpha=0.8)
+        axis.axhline(0.0, color="grey", linewidth=0.8)
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(curve.ranks, [str(rank) for rank in curve.ranks])
+        axis.set_title(curve.name)
+        axis.set_xlabel("rank")
+    axes[0][0].set_ylabel("worse than the top rank by, held out")
+    axes[0][0].legend()
+    figure.tight_layout()
+    figure.savefig(path, metadata={"Date": None})
+
+
+def by_rank(curve: GridCurve, seed: int) -> tuple[dict[int, float], dict[int, float]]:
+    """Losses minus the top's by rank: trained at its best learning rate, and truncated from the top at the top's."""
+    sign = -1 if curve.higher_is_better else 1
+    values = curve.tests or {"trained": curve.cells, "truncated": curve.truncated}
+    top = max(curve.ranks)
+    chosen = {
+        rank: min(by_lr, key=lambda lr: sign * by_lr[lr].get(seed, sign * np.inf))
+        for rank, by_lr in curve.cells.items()
+    }  # on the validation split
+    zero = values["trained"][top][chosen[top]][seed]
+    trained = {rank: sign * (values["trained"][rank][chosen[rank]][seed] - zero) for rank in curve.ranks}
+    truncated = {
+        rank: sign * (values["truncated"][rank][chosen[top]][seed] - zero) for rank in curve.ranks if rank < top
+    }
+    return trained, truncated
+
+
 def text(results: dict[str, Any]) -> str:
     lines = [
         "| family | margin | method | grids | exact | ± a rank | under | over | regret | trainings | share | wins / ties / losses of the default |",
@@ -147,6 +218,19 @@ def text(results: dict[str, Any]) -> str:
             f"| {r['under_picks']:g} | {r['over_picks']:g} | {r['mean_excess_regret']:.5f} | {r['mean_trainings']:.2f} "
             f"| {r['share_of_cells']:.2f} | {r['default_wins']:g} / {r['ties']:g} / {r['default_loses']:g} |"
         )
+    lines += [
+        "",
+        "The first question, the adapter. Values are of the test split where a grid has one.",
+        "",
+        "| family | margin | grids | exact | ± a rank | under | over | false passes | regret | trainings | rank not above direct training's |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {r['family']} | {r['margin']:g} | {r['curves']} | {r['exact']} | {r['exact_or_neighbour']} | {r['under_picks']} "
+        f"| {r['over_picks']} | {r['false_passes']} | {r['mean_excess_regret']:.5f} | {r['mean_trainings']:.2f} "
+        f"| {r['not_above_direct']} |"
+        for r in results["adapters"]
+    ]
     return "\n".join(lines)
 
 
@@ -158,6 +242,7 @@ def main() -> None:
     results = compare()
     options.out.write_text(json.dumps(results, indent=1) + "\n")
     draw(results, options.out.with_name("cost_against_regret.svg"))
+    draw_by_rank(read_grids(HERE / "seeded_grids.json"), options.out.with_name("trained_and_truncated.svg"))
     options.out.with_suffix(".md").write_text(text(results) + "\n")
     print(json.dumps(results["machine"]))
     print(text(results))

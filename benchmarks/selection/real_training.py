@@ -6,7 +6,8 @@
 NAME is one of `GRIDS`. Its horizon and seeds can be changed, and new seeds join those in the file. Where the learning rate is
 constant from the first step, a training stopped at half is a whole training of half the steps, so that one grid gives two
 curves, one for each horizon. A curve has values at its quarter and half, example losses, and the truncations of the top
-rank's adapters. FOLDER keeps finished trainings, and the same command resumes. Incomplete seeds are left out.
+rank's adapters. Where the horizon is the whole training, every adapter is also read on the test split, which chose nothing.
+FOLDER keeps finished trainings and readings, and the same command resumes. Incomplete seeds are left out.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from rightrank.io.checkpoints import load_checkpoint
 from rightrank.io.data import load_data
 from rightrank.io.models import load_model
 from rightrank.io.run_folder import RunFolder
+from rightrank.probe.adapter_runtime import adapter_attached
 from rightrank.records import (
     Arm,
     Trial,
@@ -94,6 +96,7 @@ class Workshop:
 
     settings: SelectSettings
     folder: RunFolder
+    runtime: Runtime
     executor: LocalExecutor
     fingerprint: str
     outcomes: dict[Arm, TrialOutcome]
@@ -127,7 +130,7 @@ def open_workshop(
     )
     executor = LocalExecutor(runtime, folder, Observer())
     outcomes: dict[Arm, TrialOutcome] = {outcome.arm: outcome for outcome in known}
-    return Workshop(settings, folder, executor, fingerprint, outcomes, checkpoints)
+    return Workshop(settings, folder, runtime, executor, fingerprint, outcomes, checkpoints)
 
 
 def train_grid(shop: Workshop) -> None:
@@ -185,6 +188,30 @@ def cuts_of(shop: Workshop, parent: TrialFinished) -> Iterator[Arm]:
                     "truncate_from": parent.trial_id,
                 }
             )
+
+
+def test_grids(shop: Workshop, seeds: set[int]) -> dict[str, Any]:
+    """Values on the test split of every trained and truncated adapter of a whole training; kept in `tests.json`."""
+    kept = shop.folder.path / "tests.json"
+    values: dict[str, float] = json.loads(kept.read_text()) if kept.exists() else {}
+    learning_rates = {o.trial_id: o.learning_rate for o in shop.outcomes.values() if isinstance(o, TrialFinished)}
+    grids: dict[str, Any] = {"trained": {}, "truncated": {}}
+    for outcome in shop.outcomes.values():
+        if not isinstance(outcome, TrialFinished) or outcome.rank == 0 or outcome.stop_at is not None:
+            continue
+        identity, parent = outcome.trial_id, outcome.truncate_from
+        if outcome.seed not in seeds or (parent is not None and parent not in learning_rates):
+            continue
+        if identity not in values:
+            with adapter_attached(shop.runtime, shop.folder.trial_adapter(identity)):
+                found = shop.runtime.evaluate("test").metrics[shop.settings.metric_name]
+            values[identity] = round(found, DIGITS)
+            kept.write_text(json.dumps(values))
+        kind, learning_rate = (
+            ("trained", outcome.learning_rate) if parent is None else ("truncated", learning_rates[parent])
+        )
+        place(grids[kind], outcome.rank, learning_rate, outcome.seed, values[identity])
+    return grids
 
 
 def write_adapter_of_checkpoint(folder: RunFolder, identity: str) -> None:
@@ -299,8 +326,9 @@ def with_seeds_of(curve: dict[str, Any], known: Mapping[str, Any]) -> dict[str, 
         return {key: joined(new[key], old[key]) if key in old else new[key] for key in new} | taken
 
     found = curve | {"seeds": sorted({*curve["seeds"], *known["seeds"]})}
-    for part in ("seed_grid", "checkpoints", "truncation_grid", "truncation_items", "item_losses"):
-        found[part] = joined(curve[part], known[part])
+    for part in ("seed_grid", "checkpoints", "truncation_grid", "truncation_items", "item_losses", "test_grids"):
+        if part in curve:
+            found[part] = joined(curve[part], known.get(part, {}))
     found["lr_grid"] = means_of(found["seed_grid"])
     found["settings"] = curve["settings"] | {"seeds": found["seeds"]}
     found["seconds"] = round(curve["seconds"] + (known["seconds"] if missing else 0.0), 1)
@@ -335,7 +363,9 @@ def main() -> None:
     if not options.store_only:
         train_grid(shop)
     extra = {"model": Path(options.model).name, "settings": settings.model_dump(mode="json", exclude_defaults=True)}
-    store([curve_of(options.name, shop, horizon, extra) for horizon in horizons(settings)], options.out)
+    curves = [curve_of(options.name, shop, horizon, extra) for horizon in horizons(settings)]
+    curves[-1]["test_grids"] = test_grids(shop, set(curves[-1]["seeds"]))
+    store(curves, options.out)
 
 
 if __name__ == "__main__":
