@@ -29,7 +29,7 @@ DEMO_SETTINGS: dict[str, Any] = {
     "max_steps": 40,
     "batch_size": 8,
     "seq_len": 128,
-    "eval_items": 160,
+    "eval_items": 120,
     "eval_points": 1,
     "margin": 0.02,
 }

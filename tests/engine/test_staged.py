@@ -80,6 +80,9 @@ def test_an_early_look_also_measures_the_mean_of_its_second_half(runtime: object
     later = run(runtime, "later", ARM.model_copy(update={"stop_at": 6}), tmp_path)
     assert later.averaged_loss is not None
     assert later.averaged_loss != pytest.approx(later.value, rel=1e-6)
+    stage = ARM.model_copy(update={"stop_at": 8, "continue_from": "later"})
+    resumed = run(runtime, "stage", stage, tmp_path, continue_from=tmp_path / "later.safetensors")
+    assert resumed.averaged_loss is None  # it would cost an evaluation, and nothing compares it
     assert run(runtime, "whole", ARM, tmp_path).averaged_loss is None
 
 

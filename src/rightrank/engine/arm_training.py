@@ -102,7 +102,7 @@ class ArmTraining:
         self._scores: Scores | None = None  # of the last evaluation
         self._measured: tuple[int, Measured] | None = None  # the step, and the metrics after it
         self.progress = Progress()
-        is_look = trial.arm.stop_at is not None and not trial.arm.is_annealed
+        is_look = trial.arm.stop_at is not None and trial.arm.continue_from is None  # later stages compare no means
         self._mean = RunningMean(self._named, self._last_step // 2) if is_look else None
         self._start()
 
