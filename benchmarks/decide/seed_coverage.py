@@ -3,7 +3,7 @@
     python -m benchmarks.decide.seed_coverage                      # judges, and writes seed_coverage.json
     python -m benchmarks.decide.seed_coverage --add RUN ...        # stores the grids of run folders in seed_grids.json first
     python -m benchmarks.decide.seed_coverage --glue results.csv   # stores github.com/silversuncn/lora-rank-scaling (MIT)
-    python -m benchmarks.decide.seed_coverage --plant 12           # trains planted teachers with five seeds, and stores them
+    python -m benchmarks.decide.seed_coverage --plant 0 12         # trains these planted teachers with five seeds, and stores them
 
 A decision is made from some seeds of a grid, each rank at its best learning rate on them. For every rank below or above the
 reference, the interval is compared with the paired difference of a seed that the decision has not seen, at the same
@@ -45,12 +45,15 @@ from rightrank.records import TrialFinished
 HERE = Path(__file__).parent
 STORED = HERE / "seed_grids.json"
 REAL_GRIDS = HERE.parent / "selection" / "real_grids.json"
-LEARNED = {
+LEARNED = {  # START was chosen on these, and on the first 12 planted teachers
     "packages_20_steps",
     "packages_40_steps",
     "docstrings_40_steps",
     "senses_80_steps",
-}  # START was chosen on these
+    "senses_400_steps",
+    "glosses16_400_steps",
+}
+LEARNED_TEACHERS = 12
 PUBLISHED = 0.0003  # nats: the constant that intervals of one seed had
 RESAMPLES = 2000
 DIGITS = 4
@@ -110,7 +113,7 @@ def _grid(family: str, task: str, metric: str, steps: int, tokens: list[int], ce
     return {"family": family, "task": task, "metric": metric, "steps": steps, "tokens": tokens, "cells": cells}
 
 
-def planted(count: int) -> Iterator[tuple[str, Grid]]:
+def planted(first: int, end: int) -> Iterator[tuple[str, Grid]]:
     """Students of planted teachers (`benchmarks.selection.planted`) with five seeds, at the two middle learning rates."""
     import torch
 
@@ -123,7 +126,7 @@ def planted(count: int) -> Iterator[tuple[str, Grid]]:
         divergence = (log_p.exp() * (log_p - log_q)).sum(-1).sum(-1)[0]
         return [round(float(value), 5) for value in divergence]
 
-    for teacher in teachers.teachers(count):
+    for teacher in teachers.teachers(end)[first:]:
         if teacher.planted_rank == 0:
             continue  # nothing to learn: all ranks are alike
         arms = list(itertools.product(teachers.RANKS, teachers.RATES[1:3], range(5)))
@@ -327,13 +330,20 @@ def groups(sources: list[Source]) -> dict[str, list[Source]]:
     """Losses of real grids that the ratio was learned on, of those that chose nothing, and the other families."""
     real = [source for source in sources if source.family == "real"]
     losses = [source for source in real if source.metric == "loss"]
+    taught = [source for source in sources if source.family == "planted"]
     return {
         "real, learned on": [source for source in losses if source.name in LEARNED],
         "real, chose nothing": [source for source in losses if source.name not in LEARNED],
         "accuracy": [source for source in real if source.metric == "accuracy"],
         "GLUE, one number": [source for source in sources if source.family == "GLUE"],
-        "planted": [source for source in sources if source.family == "planted"],
+        "planted, learned on": [source for source in taught if number_of(source) < LEARNED_TEACHERS],
+        "planted, chose nothing": [source for source in taught if number_of(source) >= LEARNED_TEACHERS],
     }
+
+
+def number_of(source: Source) -> int:
+    """The number of a planted teacher, which its name begins with."""
+    return int(source.name.split("_")[1])
 
 
 def answers(sources: list[Source], sizes: Sequence[int] = (1, 2, 3)) -> dict[str, Any]:
@@ -399,14 +409,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--add", type=Path, nargs="+", default=[])
     parser.add_argument("--glue", type=Path)
-    parser.add_argument("--plant", type=int, default=0)
+    parser.add_argument("--plant", type=int, nargs=2, default=(0, 0), metavar=("FIRST", "END"))
     asked = parser.parse_args()
     known = stored_grids()
     for run in asked.add:
         known |= {name: rounded(grid) for name, grid in grids_of_run(run)}
     known |= dict(glue(asked.glue)) if asked.glue else {}
-    known |= dict(planted(asked.plant))
-    if asked.add or asked.glue or asked.plant:
+    known |= dict(planted(*asked.plant))
+    if asked.add or asked.glue or any(asked.plant):
         STORED.write_text(json.dumps(known, separators=(",", ":")) + "\n", encoding="utf-8")
     sources = [source_of(name, grid) for name, grid in (dict(grids_in(REAL_GRIDS)) | known).items()]
     result = {"machine": machine(), **judge([source for source in sources if len(source.seeds) > 1])}
