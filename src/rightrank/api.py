@@ -134,6 +134,17 @@ def select_rank(
         return select(Request(model, tokenizer, data, settings), folder, observer)
 
 
+def begun_as(run: str | Path) -> dict[str, object]:
+    """Return the model, the data and the settings of a run, with which `select_rank` resumes or continues it.
+
+    Raises:
+        RunFolderError: no run there, or one of another version that has settings this one does not know.
+    """
+    from rightrank.runs import begun_as as read
+
+    return read(run)
+
+
 def preflight(
     model: str | PreTrainedModel,
     data: str | Path | Rows | Mapping[str, Rows],
@@ -302,7 +313,7 @@ def plan(model: str, *, settings: PlanSettings | None = None) -> Plan:
 
 
 def decide(
-    results: str | Path | Iterable[Mapping[str, Any]],
+    results: str | Path | Sequence[str | Path] | Iterable[Mapping[str, Any]],
     *,
     metric: str | None = None,
     higher_is_better: bool | None = None,
@@ -314,7 +325,8 @@ def decide(
 
     Args:
         results: a CSV or JSONL file, a run folder, another tool's results (see docs/how-to/decide.md), or mappings in memory
-            with `rank`, `value` and, if there are any, `lr`, `seed`, `std`, `item`.
+            with `rank`, `value` and, if there are any, `lr`, `seed`, `std`, `item`; or several run folders of one model
+            and data, which are joined.
         metric: the column of the held-out number, or its name where the column is `value`.
         higher_is_better: None for the direction that the metric's name implies.
         margin: how much worse than the best is still enough, in the metric's unit; None for the metric's default.

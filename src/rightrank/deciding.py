@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rightrank.decision import decide, table_of_results
 from rightrank.decision.metrics import direction
-from rightrank.decision.run import comparable, decide_on, metrics_of, records_of
+from rightrank.decision.run import Records, comparable, decide_on, metrics_of, records_of
 from rightrank.errors import ResultsError
 from rightrank.io.results import TableOptions, read_results, results_of_rows, rows_of_mappings
 from rightrank.io.run_folder import RunFolder
+from rightrank.report.next_command import next_command
 from rightrank.returns import Decided
+from rightrank.settings import settings_difference
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,12 +29,16 @@ class Question:
     horizon_steps: int | None
 
 
-def decide_results(results: str | Path | Iterable[Mapping[str, Any]], question: Question) -> Decided:
+def decide_results(
+    results: str | Path | Sequence[str | Path] | Iterable[Mapping[str, Any]], question: Question
+) -> Decided:
     """Decide on a file, a folder or rows in memory.
 
     Raises:
         ResultsError: the table can't be used; the message names file and row.
     """
+    if isinstance(results, Sequence) and results and all(isinstance(one, str | Path) for one in results):
+        return _decide_several([Path(one) for one in results if isinstance(one, str | Path)], question)
     if isinstance(results, str | Path):
         folder = RunFolder(Path(results))
         if folder.journal.path.is_file():
@@ -44,6 +50,18 @@ def decide_results(results: str | Path | Iterable[Mapping[str, Any]], question: 
         read = results_of_rows(rows_of_mappings(results), options, direction, "results")
     decision = decide(table_of_results(read), question.margin, horizon_steps=question.horizon_steps)
     return Decided(decision, read.understood)
+
+
+def _decide_several(paths: Sequence[Path], question: Question) -> Decided:
+    if len(paths) == 1:
+        return decide_results(paths[0], question)
+    folders = [RunFolder(path) for path in paths]
+    other = next((folder.path for folder in folders if not folder.journal.path.is_file()), None)
+    if other is not None:
+        raise ResultsError(
+            f"{other}: no run folder; several results are joined where each is a folder of `rightrank select`"
+        )
+    return _decide_runs(folders, question)
 
 
 def _decide_run(folder: RunFolder, question: Question) -> Decided:
@@ -68,4 +86,35 @@ def _decide_run(folder: RunFolder, question: Question) -> Decided:
         margin = own if margin is None and isinstance(own, int | float) else margin
     decision = decide_on(records, outcomes, metric, margin, horizon_steps=question.horizon_steps)
     adapter = records.adapters[-1].answer.sentence if records.adapters else None
-    return Decided(decision, [f"{len(direct)} trainings of a run folder"], adapter)
+    command = next_command(started.settings, decision, str(folder.path)) if metric == started.metric else None
+    return Decided(decision, [f"{len(direct)} trainings of a run folder"], adapter, command)
+
+
+def _decide_runs(folders: Sequence[RunFolder], question: Question) -> Decided:
+    """Decide on several runs of one model and one data set: trainings of the same arm count once.
+
+    Raises:
+        ResultsError: a run differs in what its trainings are, or in the examples that it is evaluated on.
+    """
+    read = [records_of(folder.journal.read_settled(), str(folder.path)) for folder in folders]
+    first, where = read[0].started, folders[0].path
+    for folder, records in zip(folders[1:], read[1:], strict=True):
+        changed = settings_difference(first.settings, records.started.settings)
+        if records.started.evaluation_items != first.evaluation_items:
+            changed.append("the examples that trainings are evaluated on")
+        if changed:
+            raise ResultsError(
+                f"{folder.path}: differs from {where} ({'; '.join(changed)}); join runs of one model and data"
+            )
+    outcomes = {
+        outcome.arm: outcome for records in reversed(read) for outcome in records.outcomes if outcome.arm.is_direct
+    }
+    joined = Records(first, list(outcomes.values()), [], [])
+    metric, margin = question.metric or first.metric, question.margin
+    if metric not in metrics_of(joined):
+        raise ResultsError(f"{where}: the runs have no metric {metric!r}; they have {', '.join(metrics_of(joined))}")
+    own = first.settings.get("margin") if metric == first.metric else None
+    margin = own if margin is None and isinstance(own, int | float) else margin
+    decision = decide_on(joined, comparable(joined), metric, margin, horizon_steps=question.horizon_steps)
+    counted = sum(outcome.rank > 0 for outcome in outcomes.values())
+    return Decided(decision, [f"{counted} trainings of {len(folders)} run folders"])

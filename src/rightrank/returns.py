@@ -23,6 +23,7 @@ class Selected:
     samples: list[Sample] = field(default_factory=list)
     sweep: list[SweepRow] = field(default_factory=list)
     trainings: float = 0.0  # the cost in whole trainings: optimizer steps of all trials over those of one training
+    next_command: str | None = None  # the next run as a command that can be pasted, where one continues this run
     adapters: list[AdapterCandidate] = field(default_factory=list)  # every adapter of the run against the reference
 
     @property
@@ -65,6 +66,8 @@ class Selected:
             lines.append(f"training rank: {self.decided.sentence}")
             lines.append(f"verdict:       {self.decided.verdict}{flags}")
             lines.append(f"next:          {self.decided.next_run}")
+            if self.next_command is not None:
+                lines.append(f"               {self.next_command}")
         rank = "" if self.adapter_rank is None else f"  (rank {self.adapter_rank})"
         lines += [f"folder:        {self.adapter}{rank}", f"report:        {self.report}"]
         return "\n".join(lines)
@@ -89,6 +92,7 @@ class Decided:
     decision: Decision
     understood: list[str]
     adapter_sentence: str | None = None  # the answer to the first question, of a run folder that has one
+    next_command: str | None = None  # the next run as a command that can be pasted, of a run folder
 
     def __str__(self) -> str:
         lines = [*self.understood, f"decision: {self.decision.sentence}", f"next:     {self.decision.next_run}"]

@@ -42,6 +42,19 @@ def write_report(run: str | Path) -> Path:
     return folder.report
 
 
+def begun_as(run: str | Path) -> dict[str, object]:
+    """The model, the data and the settings of a run; see `rightrank.api.begun_as`."""
+    folder = existing_run(run)
+    started = records_of(folder.journal.read_settled(), str(folder.path)).started
+    for name in ("model", "data"):
+        value = started.settings.get(name)
+        if not isinstance(value, str) or value.startswith("in memory"):
+            raise RunFolderError(
+                f"{folder.path}: its {name} was in memory; call select_rank with it to continue the run"
+            )
+    return dict(started.settings)
+
+
 def _decision(journal: Sequence[JournalRecord], records: Records) -> Decision | None:
     """The decision of the run, or the one so far."""
     decided = last_decided(journal)

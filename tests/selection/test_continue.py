@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
 from pathlib import Path
 
 import pytest
 
-from rightrank.api import select_rank
-from rightrank.errors import RunFolderError
+from rightrank.api import decide, select_rank
+from rightrank.cli import main
+from rightrank.errors import ResultsError, RunFolderError
 from rightrank.io.journal import Journal
 from rightrank.records import RunContinued, TrialFinished, TrialStarted
 from rightrank.runs import write_report
@@ -77,3 +79,35 @@ def test_a_report_shows_the_settings_that_the_run_was_continued_with(
 def test_what_changes_trials_is_still_refused(begun: Path, model_folder: Path, completion_file: Path) -> None:
     with pytest.raises(RunFolderError, match="max_steps"):
         select_rank(str(model_folder), completion_file, begun, settings=small_settings(max_steps=5, margin=0.1))
+
+
+def test_the_next_run_is_a_command_that_continues_the_run(begun: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(begun, run)
+    command = decide(run).next_command
+    assert command is not None
+    words = shlex.split(command)
+    assert words[:4] == ["rightrank", "select", "--out", str(run)]
+    assert len(words) in (6, 8)
+    before = trained(run)
+    with pytest.raises(SystemExit) as stop:
+        main([*words[1:], "--quiet"])
+    assert stop.value.code == 0
+    assert before.items() < trained(run).items()
+
+
+def test_runs_of_one_model_and_data_are_joined(
+    begun: Path, model_folder: Path, completion_file: Path, tmp_path: Path
+) -> None:
+    settings = small_settings(max_steps=4, ranks=(4, 8), seeds=(0, 1))
+    other = select_rank(str(model_folder), completion_file, tmp_path / "other", settings=settings).run
+    joined = decide([begun, other])
+    both = trained(begun) | trained(other)
+    assert joined.understood == [f"{len(both)} trainings of 2 run folders"]
+    assert {one.rank for one in joined.decision.ranks} == {0} | {rank for rank, _, _ in both}
+    longer = small_settings(max_steps=5)
+    another = select_rank(str(model_folder), completion_file, tmp_path / "longer", settings=longer).run
+    with pytest.raises(ResultsError, match=r"differs from .*max_steps"):
+        decide([begun, another])
+    with pytest.raises(ResultsError, match="no run folder; several results are joined"):
+        decide([begun, completion_file])

@@ -21,7 +21,7 @@ def _mapping(_context: click.Context, _parameter: click.Parameter, values: tuple
 
 
 @click.command(epilog="Example: rightrank decide runs.csv --metric eval_loss --margin 0.005")
-@click.argument("results", type=click.Path(path_type=Path))
+@click.argument("results", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="RESULTS...")
 @click.option("--metric", help="Column of the held-out metric, or the name of the column `value`.")
 @click.option(
     "--higher-is-better/--lower-is-better", default=None, help="Default: as the metric's name implies, else lower."
@@ -39,7 +39,7 @@ def _mapping(_context: click.Context, _parameter: click.Parameter, values: tuple
 @click.option("--plot", "plot_file", type=click.Path(path_type=Path), help="Write the curve to this .svg or .png file.")
 @click.option("--json", "as_json", is_flag=True, help="Print the decision as one JSON object.")
 def decide(
-    results: Path,
+    results: tuple[Path, ...],
     metric: str | None,
     higher_is_better: bool | None,
     margin: float | None,
@@ -51,7 +51,8 @@ def decide(
     """Decide on finished trainings, whoever ran them.
 
     RESULTS is a CSV or JSONL file with `rank`, `value` and, if there are any, `lr`, `seed`, `std`, `item`; a run
-    folder; or results of W&B, MLflow, TensorBoard, Trainer, Optuna or Ray Tune.
+    folder; or results of W&B, MLflow, TensorBoard, Trainer, Optuna or Ray Tune. Several run folders of one model and
+    data are joined.
     """
     from rightrank import api
 
@@ -69,7 +70,11 @@ def decide(
 
         write_plot(rank_figure(decided.decision), plot_file)
     if as_json:
-        further = {"understood": decided.understood, "adapter_sentence": decided.adapter_sentence}
+        further = {
+            "understood": decided.understood,
+            "adapter_sentence": decided.adapter_sentence,
+            "next_command": decided.next_command,
+        }
         click.echo(json.dumps(decided.decision.model_dump(mode="json") | further))
         return
     from rightrank.report.decision_table import decision_text
@@ -80,5 +85,7 @@ def decide(
             decided.decision, decided.understood, sys.stdout.isatty(), shutil.get_terminal_size((100, 24)).columns
         )
     )
+    if decided.next_command is not None:
+        click.echo(f"         {decided.next_command}")
     if decided.adapter_sentence is not None:
         click.echo(f"adapter: {visible(decided.adapter_sentence)}")

@@ -114,7 +114,11 @@ def _select_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.command(epilog="Example: rightrank select ./model data.jsonl --out run --ranks 4,16,64 --max-steps 200")
 @click.argument("model", required=False)
 @click.argument("data", required=False, type=click.Path(path_type=Path))
-@click.option("--out", type=click.Path(path_type=Path), help="Run folder; the same command resumes it.")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    help="Run folder; the same command resumes it, and without MODEL DATA its own settings apply.",
+)
 @click.option(
     "--dry-run", is_flag=True, help="Say what the selection will do, cost and be able to show; train and write nothing."
 )
@@ -158,14 +162,16 @@ def select(
             raise SettingsError(f"--matrix {matrix} names model and data: leave out {model!r}")
         _select_matrix(matrix, out, gather(config_file, assignments, options), as_json, quiet, log_json)
         return
-    if model is None or data is None:
-        raise SettingsError("give MODEL and DATA, or --matrix FILE")
+    if (model is None) != (data is None):
+        raise SettingsError("give MODEL and DATA, or neither to continue the run in --out, or --matrix FILE")
     from rightrank import api
     from rightrank.settings import make_settings
 
-    settings = make_settings(gather(config_file, assignments, options))
+    begun = api.begun_as(out) if model is None else {}
+    where = (str(begun.pop("model")), str(begun.pop("data"))) if model is None else (model, data)
+    settings = make_settings(begun | gather(config_file, assignments, options))
     selected = _watched(
-        lambda watching: api.select_rank(model, data, out, settings=settings, watching=watching), quiet, out, log_json
+        lambda watching: api.select_rank(*where, out, settings=settings, watching=watching), quiet, out, log_json
     )
     if as_json:
         _print_json(selected)
@@ -257,7 +263,12 @@ def _print_json(selected: Selected) -> None:
     click.echo(
         json.dumps(
             dict(selected.answers)
-            | {"run": str(selected.run), "adapter": str(selected.adapter), "report": str(selected.report)}
+            | {
+                "next_command": selected.next_command,
+                "run": str(selected.run),
+                "adapter": str(selected.adapter),
+                "report": str(selected.report),
+            }
             | {"sweep": [row.model_dump() for row in selected.sweep]}
         )
     )
@@ -267,7 +278,7 @@ def _print_answer(selected: Selected) -> None:
     click.echo()
     _print_adapter(selected)
     if selected.decided is not None:
-        _print_decision(selected.decided)
+        _print_decision(selected.decided, selected.next_command)
     for sample in selected.samples[-1:]:
         click.echo(
             f"\nA held-out example:\n{_indented(sample.prompt)}\n  before:\n{_indented(sample.before)}\n  after:\n{_indented(sample.after)}"
@@ -303,14 +314,20 @@ def _print_adapter(selected: Selected) -> None:
         click.echo(f"Training rank: not asked (--goal adapter). {estimate['sentence']}")
 
 
-def _print_decision(decision: Decision) -> None:
+def _print_decision(decision: Decision, command: str | None) -> None:
     from rightrank.report.decision_table import other_metric_lines
 
     click.echo(f"Training rank: {decision.sentence}")
     click.echo(f"verdict: {decision.verdict}" + (f" ({', '.join(decision.flags)})" if decision.flags else ""))
     for line in other_metric_lines(decision):
         click.echo(line)
+    if decision.rank is None:
+        click.echo(
+            f"         At the margin of {decision.margin:g}, the safe choice until then is rank {decision.fallback_rank}."
+        )
     click.echo(f"next:    {decision.next_run}")
+    if command is not None:
+        click.echo(f"         {command}")
 
 
 def _indented(text: str) -> str:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 
 from rightrank.decision.run import Records, decision_so_far, last_decided, running_trial
 from rightrank.records import JournalRecord, Record
 from rightrank.report.format import quantity
+from rightrank.report.next_command import next_command
 from rightrank.report.sentences import cost_of, headline
 from rightrank.report.terminal_figures import terminal_curve
 from rightrank.settings import Goal
@@ -32,6 +34,7 @@ class RunStatus(Record):
     rank: int | None
     verdict: str | None
     next_run: str | None
+    next_command: str | None = None  # that run as a command that can be pasted
     curve: list[tuple[int, float]]  # of the trained ranks
     truncated_curve: list[tuple[int, float]]  # of the truncations, recovered or not: the best of each rank
 
@@ -74,6 +77,7 @@ def run_status(
         rank=decision.rank if decision is not None else None,
         verdict=decision.verdict if decision is not None else None,
         next_run=decision.next_run if decision is not None else None,
+        next_command=next_command(records.started.settings, decision, run),
         curve=[(e.rank, e.value) for e in decision.ranks if e.rank > 0] if decision else best_by_rank(records, True),
         truncated_curve=best_by_rank(records, False),
     )
@@ -91,10 +95,12 @@ def status_lines(status: RunStatus, width: int, colour: bool) -> str:
         lines.append(f"        {status.adapter_sentence}")
     if status.next_run:
         lines.append(f"next:   {status.next_run}")
+    if status.next_command:
+        lines.append(f"        {status.next_command}")
     if status.progress or status.running:
         lines.append(f"now:    {status.progress or status.running}")
     if status.state == "stopped":
-        lines.append("run the same `rightrank select` again to resume")
+        lines.append(f"resume: {shlex.join(['rightrank', 'select', '--out', status.run])}")
     curve = terminal_curve(status.curve, width, colour, status.truncated_curve)
     return "\n".join([*lines, curve] if curve else lines)
 
