@@ -37,8 +37,6 @@ def decide_results(
     Raises:
         ResultsError: the table can't be used; the message names file and row.
     """
-    if isinstance(results, Sequence) and results and all(isinstance(one, str | Path) for one in results):
-        return _decide_several([Path(one) for one in results if isinstance(one, str | Path)], question)
     if isinstance(results, str | Path):
         folder = RunFolder(Path(results))
         if folder.journal.path.is_file():
@@ -47,7 +45,12 @@ def decide_results(
     if isinstance(results, str | Path):
         read = read_results(Path(results), options, direction)
     else:
-        read = results_of_rows(rows_of_mappings(results), options, direction, "results")
+        rows = list(results)
+        paths = [Path(one) for one in rows if isinstance(one, str | Path)]
+        if paths:
+            return _decide_several(paths, question)
+        mappings = [one for one in rows if not isinstance(one, str | Path)]
+        read = results_of_rows(rows_of_mappings(mappings), options, direction, "results")
     decision = decide(table_of_results(read), question.margin, horizon_steps=question.horizon_steps)
     return Decided(decision, read.understood)
 

@@ -168,10 +168,11 @@ def select(
     from rightrank.settings import make_settings
 
     begun = api.begun_as(out) if model is None else {}
-    where = (str(begun.pop("model")), str(begun.pop("data"))) if model is None else (model, data)
+    base = str(begun.pop("model")) if model is None else model
+    rows = Path(str(begun.pop("data"))) if data is None else data
     settings = make_settings(begun | gather(config_file, assignments, options))
     selected = _watched(
-        lambda watching: api.select_rank(*where, out, settings=settings, watching=watching), quiet, out, log_json
+        lambda watching: api.select_rank(base, rows, out, settings=settings, watching=watching), quiet, out, log_json
     )
     if as_json:
         _print_json(selected)
