@@ -20,7 +20,7 @@ from rightrank.records import Arm, Trial, TrialFinished
 from rightrank.records.observer import Observer
 from rightrank.settings import SelectSettings
 from tests.helpers import make_runtime
-from tests.tiny import small_settings
+from tests.tiny import small_settings, write_pairs
 
 ARM = Arm(rank=4, learning_rate=1e-2, lora_alpha=32.0, seed=3, steps=6)
 
@@ -48,13 +48,15 @@ VARIANTS: tuple[dict[str, Any], ...] = (
 )
 
 
-def process(number: int, port: int, model: Path, data: Path, folder: Path) -> None:
+def process(number: int, port: int, model: Path, data: Path, pairs: Path, folder: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=number, world_size=2)
     try:
         for variant, changes in enumerate(VARIANTS):
             outcome = train(model, data, folder / f"{variant}.{number}", **changes)
             (folder / f"{variant}.{number}.json").write_text(outcome.model_dump_json())
+        outcome = train(model, pairs, folder / f"pairs.{number}", shard_base=True)
+        (folder / f"pairs.{number}.json").write_text(outcome.model_dump_json())
         with pytest.raises(SettingsError, match="batch_size 1 can't be shared by 2 processes"):
             require_shares(1)
     finally:
@@ -65,13 +67,17 @@ def test_two_processes_equal_one(model_folder: Path, completion_file: Path, tmp_
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    multiprocessing.spawn(process, args=(port, model_folder, completion_file, tmp_path), nprocs=2)
-    one = train(model_folder, completion_file, tmp_path / "one")
-    for file in (f"{variant}.{number}" for variant in range(len(VARIANTS)) for number in range(2)):
+    pairs = write_pairs(tmp_path / "pairs.jsonl")
+    multiprocessing.spawn(process, args=(port, model_folder, completion_file, pairs, tmp_path), nprocs=2)
+    texts = train(model_folder, completion_file, tmp_path / "one")
+    both = train(model_folder, pairs, tmp_path / "one pairs")
+    for file in (f"{variant}.{number}" for variant in (*range(len(VARIANTS)), "pairs") for number in range(2)):
+        one = both if file.startswith("pairs") else texts
         other = TrialFinished.model_validate(json.loads((tmp_path / f"{file}.json").read_text()))
         assert other.train_losses == pytest.approx(one.train_losses, rel=1e-5), file
         assert other.item_losses == pytest.approx(one.item_losses, rel=1e-4), file
         assert other.item_tokens == one.item_tokens
+        assert other.item_metrics.keys() == one.item_metrics.keys()
         assert other.train_tokens == one.train_tokens
     assert (tmp_path / "1.0" / "adapter" / "adapter_model.safetensors").exists()
     assert not (tmp_path / "1.1" / "adapter").exists()

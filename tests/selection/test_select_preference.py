@@ -59,6 +59,7 @@ def test_every_trial_has_the_metrics_of_pairs(selected: Selected, records: list[
     base = next(trial for trial in trials if trial.rank == 0)
     assert base.metrics["loss"] == pytest.approx(0.6931, abs=1e-4)
     assert base.metrics["chosen_log_ratio"] == pytest.approx(0, abs=1e-4)
+    assert base.metrics["reward_accuracy"] == 0.5
     assert min(trial.metrics["loss"] for trial in trials) < 0.6
 
 

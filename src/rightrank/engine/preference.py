@@ -24,6 +24,8 @@ from rightrank.engine.loss import BatchLoss, LabelLoss, Scale
 from rightrank.engine.token_store import EncodedExample
 from rightrank.records import SplitName
 
+TIE = 1e-5  # a reward margin below which a pair counts half, as every pair of the base does: rounding is no preference
+
 LogProbabilities = Callable[[SplitName, Sequence[int]], torch.Tensor]
 
 
@@ -51,7 +53,7 @@ class PreferenceLoss:
         margins = self._beta * (chosen - rejected)
         losses = -F.logsigmoid(margins)
         metrics = {
-            "reward_accuracy": (margins > 0).double(),
+            "reward_accuracy": (margins > TIE).double() + (margins.abs() <= TIE).double() / 2,
             "reward_margin": margins,
             "chosen_log_ratio": chosen,
         }
@@ -69,13 +71,23 @@ class Reference:
     def __init__(
         self,
         splits: Mapping[SplitName, Sequence[EncodedExample]],
-        expected: Callable[[SplitName], Iterable[int]],
+        expected: Mapping[SplitName, set[int]],
         group_size: int,
         compute: LogProbabilities,
+        whole: bool = False,
     ) -> None:
-        """`compute(split, indices)` gives the log-probabilities [2b] of some pairs; `expected` those that will be used."""
+        """Compute nothing yet.
+
+        Args:
+            splits: the pairs.
+            expected: the indices of those that will be used.
+            group_size: pairs computed together.
+            compute: gives the log-probabilities [2b] of some pairs of a split.
+            whole: compute all expected pairs of a split at its first use, because every process takes part in each pass.
+        """
         self._compute = compute
-        self._groups = {name: FixedGroups(pairs, expected(name), group_size) for name, pairs in splits.items()}
+        self._expected = expected if whole else {}
+        self._groups = {name: FixedGroups(pairs, expected[name], group_size) for name, pairs in splits.items()}
         self._values = {name: np.full((len(pairs), 2), np.nan) for name, pairs in splits.items()}
         self._filled: dict[SplitName, set[int]] = {name: set() for name in splits}
 
@@ -85,7 +97,8 @@ class Reference:
 
     def fill(self, split: SplitName, wanted: Iterable[int]) -> Iterator[int]:
         """Compute what is missing for the pairs in `wanted`; yields the number of pairs in each group."""
-        for number in sorted(self._groups[split].numbers(wanted) - self._filled[split]):
+        needed = {*wanted, *self._expected.get(split, ())}
+        for number in sorted(self._groups[split].numbers(sorted(needed)) - self._filled[split]):
             group = self._groups[split].groups[number]
             self._values[split][group] = self._compute(split, group).view(-1, 2).numpy()
             self._filled[split].add(number)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
@@ -74,8 +73,9 @@ class Runtime:
         self._reference: Reference | None = None
         if isinstance(self._likelihood, Likelihood) and data.is_preference:
             self.objective = PreferenceLoss(self._likelihood.labels, settings.beta)
-            size = settings.eval_batch_size
-            self._reference = Reference(data.splits, self._expected_examples, size, self._log_probabilities)
+            expected = {split: self._expected_examples(split) for split in data.splits}
+            size, whole = settings.eval_batch_size, settings.shard_base
+            self._reference = Reference(data.splits, expected, size, self._log_probabilities, whole)
 
     def prepare(self, on_progress: Callable[[Preparing], None], should_stop: Callable[[], bool]) -> None:
         """Compute what the base alone gives for the training examples that the arms will use, and report progress.
@@ -194,8 +194,6 @@ class Runtime:
         if only is not None:
             kept = set(only)
             batches = [here for batch in batches if (here := [index for index in batch if index in kept])]
-        if self._reference is not None:  # in every process, before each takes its share of the batches
-            deque(self._reference.fill(split, (index for batch in batches for index in batch)), maxlen=0)
         return score_batches(
             batches,
             lambda indices: losses(self.batch(split, indices)),
