@@ -84,6 +84,23 @@ def test_a_missing_column_is_answered_with_the_forms(tmp_path: Path) -> None:
         loaded(tmp_path, [{"prompt": "a", "chosen": "b"}])
 
 
+def test_a_prompt_of_another_name_is_found(tmp_path: Path) -> None:
+    rows = [{"question": row["prompt"], "chosen": "yes", "rejected": "no"} for row in ROWS]
+    data = loaded(tmp_path, rows)
+    assert data.shape == "question → prompt"
+    assert next(iter(data.examples["train"])).content["prompt"] in {row["prompt"] for row in ROWS}
+    renamed = [{"ask": row["prompt"], "good": "yes", "bad": "no"} for row in ROWS]
+    named = loaded(tmp_path, renamed, columns=("prompt=ask", "chosen=good", "rejected=bad"))
+    assert named.fingerprint == loaded(tmp_path, ROWS).fingerprint
+
+
+def test_answers_without_a_prompt_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(
+        DataError, match=r"pairs\.jsonl:1: `chosen` and `rejected` have no common beginning to be the prompt"
+    ):
+        loaded(tmp_path, [{"chosen": "yes", "rejected": "no", "topic": row["prompt"]} for row in ROWS])
+
+
 def test_too_few_pairs_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"pairs\.jsonl: \d distinct examples for the .* split"):
         loaded(tmp_path, ROWS[:4])

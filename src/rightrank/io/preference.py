@@ -17,7 +17,7 @@ def pair_of(fields: Mapping[str, Any], where: str) -> dict[str, Any]:
     A `prompt` of text beside two whole conversations repeats their beginning, and is not used.
 
     Raises:
-        DataError: the columns have different types, or an answer of messages has no assistant turn.
+        DataError: the columns have different types, there is no prompt, or an answer of messages has no assistant turn.
     """
     chosen, rejected, prompt = fields["chosen"], fields["rejected"], fields.get("prompt")
     is_chat = isinstance(chosen, list)
@@ -27,6 +27,11 @@ def pair_of(fields: Mapping[str, Any], where: str) -> dict[str, Any]:
         )
     if prompt is None or (is_chat and isinstance(prompt, str)):
         prompt, chosen, rejected = split_prompt(chosen, rejected)
+        if not prompt and chosen != rejected:
+            raise DataError(
+                f"{where}: `chosen` and `rejected` have no common beginning to be the prompt; give `prompt`, or name its "
+                "column: --columns prompt=COLUMN"
+            )
     for name, answer in (("chosen", chosen), ("rejected", rejected)):
         if is_chat and not any(message["role"] == "assistant" for message in answer):
             raise DataError(f"{where}: `{name}` has no assistant turn after the prompt; give one")

@@ -19,6 +19,7 @@ PAIRS = (  # further names of prompt and completion, in the order in which they 
     ("question", "response"),
     ("input", "output"),
 )
+PROMPTS = ("question", "query", "instruction", "input")  # further names of a preference pair's prompt
 CONVERSATIONS = ("messages", "conversations", "conversation")
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 ALPACA_WITH_INPUT = (
@@ -83,7 +84,7 @@ def _renaming(first: Row, columns: Sequence[str], known: Collection[str]) -> Sha
 
 def _found(fields: Mapping[str, Any]) -> Shape | None:
     if {"chosen", "rejected"} <= fields.keys():
-        return None
+        return _preference(fields)
     conversation = next((name for name in CONVERSATIONS if name in fields), None)
     if conversation is not None and (conversation != "messages" or _is_sharegpt(fields[conversation])):
         return Shape("sharegpt", lambda row: {**row.fields, "messages": _messages(row, conversation)})
@@ -105,6 +106,14 @@ def _found(fields: Mapping[str, Any]) -> Shape | None:
             },
         )
     return Shape("tokens", _tokens) if "input_ids" in fields else None
+
+
+def _preference(fields: Mapping[str, Any]) -> Shape | None:
+    """Preference pairs whose prompt has another name beside two answers of text."""
+    column = next((name for name in PROMPTS if name in fields), None)
+    if "prompt" in fields or column is None or not isinstance(fields["chosen"], str):
+        return None
+    return Shape(f"{column} → prompt", lambda row: {**row.fields, "prompt": row.fields.get(column)})
 
 
 def _is_sharegpt(value: Any) -> bool:
