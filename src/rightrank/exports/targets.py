@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from rightrank.errors import SettingsError, did_you_mean
+from rightrank.exports.images import diffusers, kohya
 from rightrank.exports.recipe import Recipe
 from rightrank.exports.servers import llama_cpp, ollama, served_rank, sglang, vllm
 from rightrank.exports.trainers import Written, axolotl, llamafactory, ms_swift, peft, trl, unsloth
@@ -24,6 +25,8 @@ TARGETS: dict[str, Callable[[Recipe], Written]] = {
     "sglang": sglang,
     "llama.cpp": llama_cpp,
     "ollama": ollama,
+    "diffusers": diffusers,
+    "kohya": kohya,
 }
 SERVERS = ("vllm", "sglang", "llama.cpp", "ollama")  # they load the adapter itself, which --pad can pad
 PADDED_FOLDER = "adapter"
@@ -84,7 +87,7 @@ def write_export(name: str, recipe: Recipe, folder: Path, pad: bool = False) -> 
         require_paddable(name)
         rank = served_rank(recipe.highest_rank) if name == "vllm" else recipe.highest_rank
         exported = recipe.padded_to(rank, folder / PADDED_FOLDER)
-    uses_adapter = name in SERVERS or name == "peft"
+    uses_adapter = name in (*SERVERS, "peft", "diffusers", "kohya")
     written = TARGETS[name](exported if uses_adapter else exported.training())
     comments = recipe.comments()
     with replacing_folder(folder) as temporary:
@@ -92,6 +95,10 @@ def write_export(name: str, recipe: Recipe, folder: Path, pad: bool = False) -> 
             from rightrank.exports.padding import write_padded  # imports torch
 
             write_padded(recipe.adapter, temporary / PADDED_FOLDER, exported.r)
+        for file, (form, part) in written.lora_files.items():
+            from rightrank.io.adapter_folder import write_lora_file  # imports torch
+
+            write_lora_file(recipe.adapter, temporary / file, form, part)
         if written.with_adapter:
             for path in sorted(path for path in recipe.adapter.iterdir() if path.is_file()):
                 shutil.copy2(path, temporary / path.name)

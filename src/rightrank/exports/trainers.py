@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import shlex
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import yaml
 
 from rightrank.exports.recipe import Recipe
+from rightrank.settings.values import FileFormat
 
 _STRINGS = "the file is for a `prompt`, `chosen` and `rejected` of text"
 
@@ -22,6 +24,9 @@ class Written:
     command: str
     notes: list[str] = field(default_factory=list)
     with_adapter: bool = False  # copy the files of the adapter too
+    lora_files: Mapping[str, tuple[FileFormat, str]] = field(
+        default_factory=dict
+    )  # by name, the format and the model's part
 
 
 def peft(recipe: Recipe) -> Written:

@@ -6,7 +6,6 @@ Neither PEFT nor the base model is needed: tensor names, shapes and `adapter_con
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,12 +19,21 @@ from safetensors.torch import save_file
 
 from rightrank.errors import ModelError, RunFolderError
 from rightrank.io.files import replacing_folder, require_absent
+from rightrank.io.lora_files import (
+    FACTOR,
+    config_of_file,
+    file_keys,
+    read_header,
+    updated_header,
+    write_file,
+)
 from rightrank.io.patterns import lora_scaling, pattern_matches, pattern_value
 from rightrank.io.reading import UnreadableError, read_json_object
 from rightrank.kinds import stored_kind
 from rightrank.kinds.base import AdapterKind, Layout, StoredPair
 from rightrank.kinds.dora import MAGNITUDE
 from rightrank.records.probe import ModuleKind
+from rightrank.settings.values import FileFormat
 
 Floats = NDArray[np.float64]
 
@@ -41,8 +49,6 @@ PREFIX = "base_model.model."
 FOREIGN_OPTIONS = ("use_qalora", "use_bdlora", "kasa_config", "arrow_config", "monteclora_config", "velora_config")
 # Initialisations that change the base's weights on loading, so that ΔW is not s·B·A alone.
 BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga", "mica")
-
-_FACTOR = re.compile(r"^(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<side>[AB])(?P<weight>\.weight)?$")
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +96,12 @@ class AdapterFolder:
 
     @property
     def weights(self) -> Path:
-        return self.path / WEIGHTS_FILE
+        return self.path if self.is_file else self.path / WEIGHTS_FILE
+
+    @property
+    def is_file(self) -> bool:
+        """Whether it is a LoRA file of kohya or diffusers and no folder of PEFT."""
+        return self.path.suffix == ".safetensors"
 
     @property
     def keys(self) -> list[str]:
@@ -163,13 +174,15 @@ class AdapterFolder:
 
 
 def open_adapter(path: Path) -> AdapterFolder:
-    """Read and check the configuration and the header of the weights.
+    """Read and check the configuration and the header of an adapter folder, or of a LoRA file of kohya or diffusers.
 
     Raises:
         ModelError: not a LoRA adapter, pickled weights, missing tensors, or shapes that contradict the configuration.
     """
-    config = _read_config(path)
-    shapes = _read_shapes(path)
+    if path.is_file() and path.suffix == ".safetensors":
+        config, (shapes, _) = config_of_file(path), read_header(path)
+    else:
+        config, shapes = _read_config(path), _read_shapes(path)
     pairs, other = _pair_up(path, shapes)
     modules = tuple(
         module
@@ -180,6 +193,39 @@ def open_adapter(path: Path) -> AdapterFolder:
     addresses = dict.fromkeys(module.address for module in modules)
     unused = tuple(key for key in keys if not any(pattern_matches(key, address) for address in addresses))
     return AdapterFolder(path, config, modules, tuple(sorted(other)), unused)
+
+
+def write_like(
+    adapter: AdapterFolder, out: Path, config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]
+) -> None:
+    """Write a changed adapter in the format of `adapter`: a folder of PEFT, or a LoRA file.
+
+    Raises:
+        RunFolderError: `out` exists, or can't be written.
+    """
+    if not adapter.is_file:
+        write_adapter(out, config, tensors)
+        return
+    _, metadata = read_header(adapter.path)
+    write_file(out, tensors, updated_header(metadata, config))
+
+
+def write_lora_file(folder: Path, out: Path, to: FileFormat, prefix: str = "unet") -> None:
+    """Write a PEFT adapter folder as a LoRA file of kohya or diffusers.
+
+    Args:
+        folder: the adapter.
+        out: the file, `….safetensors`.
+        to: the tool.
+        prefix: the model that the adapter is for, in diffusers' names.
+
+    Raises:
+        ModelError: no LoRA adapter, or one that the format can't hold.
+        RunFolderError: `out` exists, or can't be written.
+    """
+    adapter = open_adapter(folder)
+    tensors = {key.removeprefix(PREFIX): adapter.tensor(key) for key in adapter.keys}
+    write_file(out, *file_keys(adapter.config, tensors, to, prefix))
 
 
 def write_adapter(out: Path, config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
@@ -277,12 +323,12 @@ def _pair_up(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> tuple[dict[st
     pairs: dict[str, _Pair] = {}
     other: set[str] = set()
     for key in shapes:
-        match = _FACTOR.match(key)
+        match = FACTOR.match(key)
         if match is None:
             other.add(key)
             continue
         pair = pairs.setdefault(match["module"], _Pair(embedding=match["embedding"] is not None))
-        if match["side"] == "A":
+        if match["side"] == "A" or match["name"] == "down":
             pair.a = key
         else:
             pair.b = key

@@ -11,6 +11,7 @@ import torch
 
 from rightrank.errors import ModelError
 from rightrank.io.adapter_folder import PREFIX, AdapterFolder, AdapterModule, open_adapter
+from rightrank.io.lora_files import is_alpha
 from rightrank.io.weights import WeightFolder, open_weights
 from rightrank.maths.spectra import factored_singular_values
 from rightrank.probe.spectrum import InspectionInfo, Update, describe, flag_dead, summarise
@@ -34,7 +35,7 @@ def inspect_adapter(path: Path, base: Path | None = None) -> Inspection:
         adapter.scaling_rule,
         adapter.base_model,
         adapter.trained,
-        tuple(key.removeprefix(PREFIX) for key in adapter.other_keys),
+        tuple(key.removeprefix(PREFIX) for key in adapter.other_keys if not is_alpha(key)),
         notes=tuple(adapter_notes(adapter)),
     )
     return Inspection(modules=modules, summary=summarise(modules, about))

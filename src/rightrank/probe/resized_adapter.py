@@ -17,7 +17,7 @@ from rightrank.io.adapter_folder import (
     AdapterFolder,
     AdapterModule,
     Floats,
-    write_adapter,
+    write_like,
 )
 from rightrank.io.files import require_absent
 from rightrank.io.patterns import exact_pattern, lora_scaling
@@ -64,7 +64,7 @@ def write_resized(
     pairs = [_new_pair(adapter, pair, choice.ranks, _How(dtype, known, weights)) for pair in adapter.pairs]
     tensors = {key: value for pair in pairs for key, value in pair.tensors.items()}
     tensors |= {key: adapter.tensor(key) for key in adapter.other_keys}
-    write_adapter(out, resized_config(adapter, choice.ranks), tensors)
+    write_like(adapter, out, resized_config(adapter, choice.ranks), tensors)
     records = [record for pair in pairs for record in pair.records]
     ranks = {record.name: record.rank for record in records}
     total = math.hypot(*(error for pair in pairs for error in pair.errors))
@@ -76,7 +76,7 @@ def write_resized(
         parameters_before=sum(module.parameters for module in adapter.modules),
         parameters_after=sum(ranks[module.name] * (module.rows + module.columns) for module in adapter.modules),
         bytes_before=adapter.weights.stat().st_size,
-        bytes_after=(out / WEIGHTS_FILE).stat().st_size,
+        bytes_after=(out if adapter.is_file else out / WEIGHTS_FILE).stat().st_size,
         chosen_by=choice.chosen_by,
         notes=[*choice.notes, *_notes(adapter, weights)],
     )

@@ -13,6 +13,7 @@ from rightrank.errors import SettingsError, did_you_mean
 from rightrank.records.base import MAX_WHOLE
 
 AnySettings = TypeVar("AnySettings", bound=BaseModel)
+FileFormat: TypeAlias = Literal["kohya", "diffusers"]  # of LoRA files
 DtypeName: TypeAlias = Literal["float32", "bfloat16", "float16"]
 DTYPE_ALIASES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 

@@ -1,0 +1,84 @@
+"""DoRA beside LoRA on the demo's data: the same ranks, learning rates, seed, batches and first A, paired by example.
+
+python -m benchmarks.kinds.dora FOLDER      # runs two selections in FOLDER; writes dora.json beside this file
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.machine import machine
+from rightrank import Observer, select_rank
+from rightrank.decision.run import records_of
+from rightrank.demo import DEMO_SETTINGS, prepare_docstrings, prepare_model_folder
+from rightrank.io.run_folder import RunFolder
+from rightrank.maths.intervals import estimate
+from rightrank.records import TrialFinished
+from rightrank.settings import make_settings
+
+SETTINGS: dict[str, Any] = DEMO_SETTINGS | {
+    "strategy": "grid",
+    "ranks": (1, 4, 16),
+    "learning_rates": (1e-3, 3e-3),
+    "eval_items": 120,
+}
+
+
+def best_by_rank(run: Path) -> dict[int, TrialFinished]:
+    """The whole training of each rank with the lowest loss over its learning rates."""
+    found: dict[int, TrialFinished] = {}
+    for trial in records_of(RunFolder(run).journal.read(), str(run)).finished():
+        if trial.rank > 0 and trial.truncate_from is None and trial.stop_at is None:
+            best = found.get(trial.rank)
+            found[trial.rank] = trial if best is None or trial.value < best.value else best
+    return found
+
+
+def compared(lora: dict[int, TrialFinished], dora: dict[int, TrialFinished]) -> list[dict[str, Any]]:
+    """By rank: both losses in nats a label, and the paired difference DoRA − LoRA with its 95% interval."""
+    rows = []
+    for rank in sorted(lora):
+        one, other = lora[rank], dora[rank]
+        differences = np.array(other.item_losses) - np.array(one.item_losses)
+        found = estimate(differences[None], np.array(one.item_tokens, dtype=float))
+        rows.append(
+            {
+                "rank": rank,
+                "lora": one.value,
+                "dora": other.value,
+                "difference": found.mean,
+                "low": found.bound(0.025),
+                "high": found.bound(0.975),
+                "lora_learning_rate": one.learning_rate,
+                "dora_learning_rate": other.learning_rate,
+                "lora_parameters": one.trainable_parameters,
+                "dora_parameters": other.trainable_parameters,
+                "lora_seconds": one.train_seconds,
+                "dora_seconds": other.train_seconds,
+            }
+        )
+    return rows
+
+
+def main(folder: Path) -> None:
+    observer = Observer(notice=lambda line: print(line, flush=True))
+    model, data = prepare_model_folder(folder / "base_model", observer), prepare_docstrings(folder / "docstrings.jsonl")
+    decisions = {}
+    for name, use_dora in (("lora", False), ("dora", True)):
+        settings = make_settings(SETTINGS | {"use_dora": use_dora})
+        selected = select_rank(str(model), data, folder / name, settings=settings, watching=observer)
+        assert selected.decision is not None
+        decisions[name] = {"rank": selected.decision.rank, "verdict": selected.decision.verdict}
+        decisions[name] |= {"adapter_rank": selected.adapter_rank}
+    rows = compared(best_by_rank(folder / "lora"), best_by_rank(folder / "dora"))
+    result = {"machine": machine(), "settings": SETTINGS, "selected": decisions, "ranks": rows}
+    (Path(__file__).parent / "dora.json").write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
