@@ -27,7 +27,7 @@ def report(run: Path, as_json: bool) -> None:
 @click.option(
     "--to",
     required=True,
-    help="peft, trl, axolotl, llamafactory, unsloth, ms-swift, vllm, sglang, llama.cpp, ollama, or optuna.",
+    help="peft, trl, axolotl, llamafactory, unsloth, ms-swift, vllm, sglang, llama.cpp, ollama, diffusers, kohya, or optuna.",
 )
 @click.option("--out", type=click.Path(path_type=Path), help="New folder to write (default: RUN/exports/TARGET).")
 @click.option("--pad", is_flag=True, help="For a server: the same function at one rank that it serves and one scale.")
