@@ -25,7 +25,7 @@ def train(task: TrialTask) -> TrialResult:
     )
     model = get_peft_model(base, config)
     batches = padded_batches(held_out, tokenizer.pad_token_id, 16)
-    callback = RankSelectionCallback(score_items=lambda trained: causal_item_losses(trained, batches))
+    callback = RankSelectionCallback(task=task, score_items=lambda trained: causal_item_losses(trained, batches))
     settings = TrainingArguments(
         output_dir=str(task.folder / "trainer"),
         learning_rate=task.learning_rate,

@@ -23,7 +23,7 @@ training = Dataset.from_list(rows[arguments.held_out :])
 
 def train(task: TrialTask) -> TrialResult:
     batches = padded_batches(held_out, tokenizer.pad_token_id, 16)
-    callback = RankSelectionCallback(score_items=lambda trained: causal_item_losses(trained, batches))
+    callback = RankSelectionCallback(task=task, score_items=lambda trained: causal_item_losses(trained, batches))
     settings = SFTConfig(
         output_dir=str(task.folder / "trainer"),
         learning_rate=task.learning_rate,

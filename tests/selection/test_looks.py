@@ -16,6 +16,7 @@ from rightrank.decision.run import Records
 from rightrank.errors import AllTrialsFailedError
 from rightrank.io.journal import Journal
 from rightrank.records import RunStarted, TrialDiverged, TrialFailed, TrialFinished, TrialLook, TrialStarted
+from rightrank.runs import status
 
 pytestmark = pytest.mark.trains
 
@@ -85,6 +86,18 @@ def test_a_look_is_in_the_journal_before_the_trial_ends(tmp_path: Path) -> None:
 
     run(train, tmp_path / "run")
     assert seen[0] == ["run_started", "trial_started", "trial_look"]
+
+
+def test_status_shows_the_last_look_of_the_trial_at_work(tmp_path: Path) -> None:
+    shown: list[str | None] = []
+
+    def train(task: TrialTask) -> TrialResult:
+        task.report(5, 0.5)
+        shown.append(status(tmp_path / "run").running)
+        return result(task)
+
+    run(train, tmp_path / "run")
+    assert shown[0] == "r=4 lr=0.001 seed=0, step 5: held-out 0.5"
 
 
 def test_looks_of_a_trial_that_runs_again_are_dropped(tmp_path: Path) -> None:

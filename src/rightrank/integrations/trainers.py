@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from rightrank.records import EvalPoint, TrialResult
+from rightrank.records import EvalPoint, TrialResult, TrialTask
 
 IGNORED = -100
 
@@ -58,7 +58,7 @@ class RankSelectionCallback(TrainerCallback):
 
     Example::
 
-        callback = RankSelectionCallback("eval_loss", score_items=lambda model: causal_item_losses(model, batches))
+        callback = RankSelectionCallback("eval_loss", task=task, score_items=lambda model: causal_item_losses(model, batches))
         trainer.add_callback(callback)
         trainer.train()
         trainer.evaluate()
@@ -66,11 +66,16 @@ class RankSelectionCallback(TrainerCallback):
     """
 
     def __init__(
-        self, metric: str = "eval_loss", score_items: Callable[[Any], ItemScores] | None = None, name: str = "loss"
+        self,
+        metric: str = "eval_loss",
+        score_items: Callable[[Any], ItemScores] | None = None,
+        name: str = "loss",
+        task: TrialTask | None = None,
     ) -> None:
         self._metric = metric
         self._name = name
         self._score_items = score_items
+        self._task = task  # receives each evaluation as it comes
         self._points: dict[int, float] = {}
         self._train_losses: list[float] = []
         self._final: dict[str, float] = {}
@@ -86,6 +91,8 @@ class RankSelectionCallback(TrainerCallback):
     ) -> None:
         if metrics and self._metric in metrics:
             self._points[state.global_step] = float(metrics[self._metric])
+            if self._task is not None:
+                self._task.report(state.global_step, float(metrics[self._metric]))
             self._final = {name: float(value) for name, value in metrics.items() if isinstance(value, int | float)}
 
     def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
@@ -103,7 +110,7 @@ class RankSelectionCallback(TrainerCallback):
             item_scores=self._items.scores if self._items is not None else None,
             item_weights=self._items.weights if self._items is not None else None,
             train_value=train,
-            points=[EvalPoint(step=step, value=value, train_value=None) for step, value in self._points.items()],
+            points=[EvalPoint(step=step, value=value) for step, value in self._points.items()],
             trainable_parameters=self._parameters,
         )
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 
 from rightrank.decision.run import Records, decision_so_far, last_decided, running_trial
-from rightrank.records import JournalRecord, Record
+from rightrank.records import JournalRecord, Record, TrialStarted
 from rightrank.report.format import quantity
 from rightrank.report.next_command import next_command
 from rightrank.report.sentences import cost_of, headline
@@ -69,7 +69,7 @@ def run_status(
         trainings=cost.trainings,
         trials_ended=len(records.outcomes),
         trials_without_result=cost.without_result,
-        running=current.arm.label() if current is not None and locked else None,
+        running=_at_work(current, records) if current is not None and locked else None,
         progress=str(progress["progress"]) if progress is not None and locked else None,
         cost=cost.sentence(),
         answer="no answer yet" if decision is None and adapter is None else headline(decision, adapter, goal),
@@ -81,6 +81,13 @@ def run_status(
         curve=[(e.rank, e.value) for e in decision.ranks if e.rank > 0] if decision else best_by_rank(records, True),
         truncated_curve=best_by_rank(records, False),
     )
+
+
+def _at_work(current: TrialStarted, records: Records) -> str:
+    """The arm, and the last value that its trainer reported."""
+    looks = records.looks.get(current.trial_id)
+    label = current.arm.label()
+    return f"{label}, step {looks[-1].step}: held-out {looks[-1].value:.4g}" if looks else label
 
 
 def status_lines(status: RunStatus, width: int, colour: bool) -> str:
