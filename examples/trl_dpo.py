@@ -5,6 +5,7 @@ python examples/trl_dpo.py --model path/to/model --data pairs.jsonl     (rows of
 
 from __future__ import annotations
 
+import torch
 from common import options, rows_of
 from datasets import Dataset
 from trl import DPOConfig
@@ -17,7 +18,11 @@ if __name__ == "__main__":
     rows, count = rows_of(arguments.data), arguments.held_out
     train = DPOTrain(
         model=arguments.model,
-        args=DPOConfig(report_to=[], disable_tqdm=True, use_cpu=True, bf16=False),
+        args=DPOConfig(
+            report_to=[],
+            disable_tqdm=True,
+            bf16=torch.cuda.is_available() and torch.cuda.is_bf16_supported(),  # on a GPU where there is one
+        ),
         train_dataset=Dataset.from_list(rows[2 * count :]),
         validation=rows[:count],
         test=rows[count : 2 * count],

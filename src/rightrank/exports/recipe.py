@@ -60,6 +60,18 @@ class Recipe:
     beta: float = 0.1  # of preference pairs
     guard: str = ""  # how the adapter does on the guard's data, in a sentence
 
+    shape: str | None = None  # how rows of other columns became the form: see `io.shapes`
+
+    @property
+    def columns(self) -> dict[str, str]:
+        """The file's name of each column of the form that has another name there."""
+        pairs = (pair.split(" → ") for pair in (self.shape or "").split(", ") if " → " in pair)
+        return {name: column for column, name in pairs}
+
+    def located(self) -> Recipe:
+        """The recipe with absolute paths of model and data, so that its files work from any folder."""
+        return replace(self, model=_absolute(self.model), data=_absolute(self.data))
+
     @property
     def alpha(self) -> int | float:
         """Alpha, as an integer if it is whole: most schemas require that."""
@@ -147,6 +159,7 @@ def recipe_of(
         model=_named(settings.get("model"), UNKNOWN_MODEL),
         data=_named(settings.get("data"), UNKNOWN_DATA),
         form=started.data.form,
+        shape=started.data.shape,
         classes=started.data.classes,
         adapter=adapter,
         r=config["r"],
@@ -200,6 +213,12 @@ def _module_names(adapter: Path) -> tuple[str, ...]:
     with safe_open(adapter / "adapter_model.safetensors", framework="numpy") as file:
         names = {name.split(".lora_")[0] for name in file.keys() if ".lora_" in name}  # noqa: SIM118 - not a dict
     return tuple(sorted(name.removeprefix("base_model.model.") for name in names))
+
+
+def _absolute(name: str) -> str:
+    """The absolute path of a file or folder; a name on the hub as it is."""
+    path = Path(name).expanduser()
+    return str(path.resolve()) if path.exists() else name
 
 
 def _named(value: object, otherwise: str) -> str:

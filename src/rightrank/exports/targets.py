@@ -82,6 +82,8 @@ def write_export(name: str, recipe: Recipe, folder: Path, pad: bool = False) -> 
         ModelError: an adapter that can't be padded.
     """
     require_target(name)
+    if name != "peft":  # its folder may be published, and needs neither the model nor the data
+        recipe = recipe.located()
     exported = recipe
     if pad:
         require_paddable(name)

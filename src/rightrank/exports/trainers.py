@@ -16,6 +16,21 @@ from rightrank.settings.values import FileFormat
 _STRINGS = "the file is for a `prompt`, `chosen` and `rejected` of text"
 
 
+# Data of other columns that a trainer knows by name; see `io.shapes`.
+AXOLOTL_SHAPES: dict[str, dict[str, Any]] = {
+    "alpaca": {"type": "alpaca"},
+    "sharegpt": {
+        "type": "chat_template",
+        "field_messages": "conversations",
+        "message_property_mappings": {"role": "from", "content": "value"},
+    },
+}
+LLAMAFACTORY_SHAPES: dict[str, dict[str, Any]] = {
+    "alpaca": {"columns": {"prompt": "instruction", "query": "input", "response": "output"}},
+    "sharegpt": {"formatting": "sharegpt", "columns": {"messages": "conversations"}},
+}
+
+
 @dataclass(frozen=True, slots=True)
 class Written:
     """The files of a target by name, the command that uses them, and what the target cannot express."""
@@ -77,6 +92,7 @@ def trl(recipe: Recipe) -> Written:
     if recipe.is_preference:
         values |= {"beta": recipe.beta, "loss_type": ["sigmoid"]}
     notes = _pattern_notes(recipe, "TRL's command line")
+    notes += _column_notes(recipe, "TRL")
     if recipe.form == "classification":
         notes.append("TRL's sft trains on text; a classification head needs a separate script")
     return Written({f"trl_{job}.yaml": _yaml(values)}, f"trl {job} --config trl_{job}.yaml", notes)
@@ -89,8 +105,8 @@ def axolotl(recipe: Recipe) -> Written:
         "text": {"type": "completion", "field": "text"},
         "prompt_completion": {
             "type": {
-                "field_instruction": "prompt",
-                "field_output": "completion",
+                "field_instruction": recipe.columns.get("prompt", "prompt"),
+                "field_output": recipe.columns.get("completion", "completion"),
                 "format": "{instruction}",
                 "no_input_format": "{instruction}",
             }
@@ -103,7 +119,11 @@ def axolotl(recipe: Recipe) -> Written:
     values: dict[str, Any] = {
         "base_model": recipe.model,
         "datasets": [
-            {"path": recipe.data, "ds_type": _loader(recipe.data), **kinds.get(recipe.form, kinds["text"])},
+            {
+                "path": recipe.data,
+                "ds_type": _loader(recipe.data),
+                **(AXOLOTL_SHAPES.get(recipe.shape or "") or kinds.get(recipe.form, kinds["text"])),
+            },
         ],
         "output_dir": "axolotl-output",
         "adapter": "lora",
@@ -155,13 +175,19 @@ def llamafactory(recipe: Recipe) -> Written:
             },
         },
         "text": {"columns": {"prompt": "text"}},
-        "prompt_completion": {"columns": {"prompt": "prompt", "response": "completion"}},
+        "prompt_completion": {
+            "columns": {
+                "prompt": recipe.columns.get("prompt", "prompt"),
+                "response": recipe.columns.get("completion", "completion"),
+            }
+        },
         "preference": {
             "ranking": True,
             "columns": {"prompt": "prompt", "chosen": "chosen", "rejected": "rejected"},
         },
     }
-    entry = {"file_name": recipe.data, **columns.get(recipe.form, columns["text"])}
+    found = LLAMAFACTORY_SHAPES.get(recipe.shape or "") or columns.get(recipe.form, columns["text"])
+    entry = {"file_name": recipe.data, **found}
     arguments = _transformers_arguments(recipe)
     values = {
         "model_name_or_path": recipe.model,
@@ -216,7 +242,7 @@ model = FastLanguageModel.get_peft_model(
     r={recipe.r},
     lora_alpha={recipe.alpha!r},
     lora_dropout={recipe.lora_dropout!r},
-    target_modules={list(recipe.target_modules)!r},
+    target_modules={_bare_names(recipe)!r},
     layers_to_transform={layers!r},
     use_rslora={recipe.use_rslora},
     bias={recipe.bias!r},
@@ -224,7 +250,13 @@ model = FastLanguageModel.get_peft_model(
 )
 learning_rate = {recipe.learning_rate!r}  # for the trainer, with {recipe.max_steps} steps of {recipe.batch_size * recipe.gradient_accumulation_steps} examples
 """
-    return Written({"unsloth_lora.py": code}, "python unsloth_lora.py", _pattern_notes(recipe, "this snippet"))
+    notes = _pattern_notes(recipe, "this snippet") + _column_notes(recipe, "your trainer")
+    return Written({"unsloth_lora.py": code}, "python unsloth_lora.py", notes)
+
+
+def _bare_names(recipe: Recipe) -> list[str]:
+    """The last part of each adapted module's name: Unsloth matches those alone."""
+    return sorted({name.rsplit(".", 1)[-1] for name in recipe.target_modules})
 
 
 def ms_swift(recipe: Recipe) -> Written:
@@ -262,6 +294,15 @@ def _transformers_arguments(recipe: Recipe) -> dict[str, Any]:
         "fp16": recipe.dtype == "float16",
         "seed": recipe.seed,
     }
+
+
+def _column_notes(recipe: Recipe, who: str) -> list[str]:
+    """What to do with data whose columns the trainer does not know."""
+    if recipe.shape is None:
+        return []
+    return [
+        f"{who} reads the columns of the form {recipe.form}; change those of {recipe.data} as select did ({recipe.shape})"
+    ]
 
 
 def _pattern_notes(recipe: Recipe, who: str) -> list[str]:

@@ -13,7 +13,7 @@ from rightrank.io.files import replacing_folder
 
 
 def save_adapter(peft_model: Any, folder: Path, base_name: str, adapter: str = "default") -> None:
-    """Write `adapter_config.json` and `adapter_model.safetensors`, with the base's name as the user gave it."""
+    """Write `adapter_config.json` and `adapter_model.safetensors`; `base_name` is an absolute path or a hub name."""
     config = peft_model.peft_config[adapter]
     config.base_model_name_or_path = base_name
     with replacing_folder(folder) as temporary, warnings.catch_warnings():

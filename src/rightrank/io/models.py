@@ -117,7 +117,9 @@ def load_model(
         raise ModelError(f"{reference}: transformers can't load it ({first_line(error)})") from None
     if model.config.get_text_config().pad_token_id is None:
         model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
-    return prepare_model(model, tokenizer, reference, found, _file_fingerprint(source))
+    local = Path(source.name).exists()
+    name = str(Path(reference).expanduser().resolve()) if local else reference  # adapters name their base by it
+    return prepare_model(model, tokenizer, name, found, _file_fingerprint(source))
 
 
 def prepare_model(
