@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from rightrank.io.matrix import MatrixConfig
     from rightrank.preparation import Rows
     from rightrank.report.status_text import RunStatus
+    from rightrank.selection.custom import Judgements
+    from rightrank.selection.judging import JudgedRun
     from rightrank.selection.many import MatrixSelected
 
 __all__ = [
@@ -64,6 +66,7 @@ __all__ = [
     "fleet",
     "inspect",
     "inspect_gradient",
+    "judge",
     "make_plan_settings",
     "make_settings",
     "plan",
@@ -216,6 +219,8 @@ def select_rank_with(
     timeout_seconds: float | None = None,
     version: str = "",
     report_to: Sequence[str] = (),
+    judgements: Judgements | None = None,
+    judged_margin: float | None = None,
     watching: Observer | None = None,
 ) -> Selected:
     """Find the rank with your own training function: DPO, RL, diffusion, vision, any script.
@@ -248,6 +253,9 @@ def select_rank_with(
         timeout_seconds: end a training that takes longer; needs `where="process"`.
         version: change this when `train` changes, so that old trials are not reused.
         report_to: trackers that log every trial: trackio, wandb, mlflow, tensorboard.
+        judgements: rows `prompt, rank_a, rank_b, outcome[, judge]` that decide in place of the metric: mappings, a file, or a function
+            that is called once all trainings have ended, with the folder of each rank's best adapter, and returns the mappings.
+        judged_margin: with judgements: how far below 1/2 a win rate may be; None for .05.
         watching: callbacks; see `Observer`.
 
     Raises:
@@ -287,9 +295,49 @@ def select_rank_with(
         version=version,
         report_to=require_trackers(report_to),
         profile=profile,
+        judgements=judgements,
+        judged_margin=judged_margin,
     )
     trainer = custom.make_trainer(train, where, timeout_seconds, workers, evaluate)
     return custom.select_custom(request, trainer, RunFolder(Path(out)), watching or Observer())
+
+
+def judge(
+    run: str | Path,
+    *,
+    prompts: int = 50,
+    ranks: Sequence[int] | None = None,
+    command: str | None = None,
+    collect: Sequence[str | Path] = (),
+    judge_name: str | None = None,
+    margin: float | None = None,
+    seed: int = 0,
+    timeout_seconds: float = 3600.0,
+    notice: Callable[[str], None] = lambda _: None,
+) -> JudgedRun:
+    """Make blind pairs of the answers of a run's ranks, and decide on what people or a program chose.
+
+    Args:
+        run: a run folder whose data has `prompt` and `completion`.
+        prompts: test prompts that every rank answers, when the pairs are made.
+        ranks: to judge against the reference; None for all.
+        command: a program that reads the pairs and prints `{"id": …, "outcome": "a"}`, `"b"` or `"tie"`, a line each.
+        collect: files that the page saved.
+        judge_name: in place of the name that the page saved, or of `command`.
+        margin: how far below 1/2 a win rate may be; None for .05.
+        seed: of the order of the pairs.
+        timeout_seconds: for the program.
+        notice: receives each line for a person.
+
+    Raises:
+        InputError: a run without two adapters or prompts, or choices that can't be used.
+        RunError: the program failed.
+    """
+    from rightrank.selection.judging import JudgeRequest, judge_run
+
+    files = [Path(file) for file in collect]
+    request = JudgeRequest(Path(run), prompts, ranks, command, files, judge_name, margin, seed, timeout_seconds, notice)
+    return judge_run(request)
 
 
 def plan(model: str, *, settings: PlanSettings | None = None) -> Plan:

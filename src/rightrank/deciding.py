@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from rightrank.decision import decide, table_of_results
+from rightrank.decision.judged import decide_judged
 from rightrank.decision.metrics import direction
 from rightrank.decision.run import Records, comparable, decide_on, metrics_of, records_of
 from rightrank.errors import ResultsError
-from rightrank.io.results import TableOptions, read_results, results_of_rows, rows_of_mappings
+from rightrank.io.judgements import are_judgements, judgements_of
+from rightrank.io.results import TableOptions, flat, raw_rows, results_of_rows, rows_of_mappings
 from rightrank.io.run_folder import RunFolder
 from rightrank.report.next_command import next_command
 from rightrank.returns import Decided
@@ -43,14 +45,17 @@ def decide_results(
             return _decide_run(folder, question)
     options = TableOptions(question.metric, question.higher_is_better, question.columns)
     if isinstance(results, str | Path):
-        read = read_results(Path(results), options, direction)
+        where, rows = str(results), raw_rows(Path(results))
     else:
-        rows = list(results)
-        paths = [Path(one) for one in rows if isinstance(one, str | Path)]
+        listed = list(results)
+        paths = [Path(one) for one in listed if isinstance(one, str | Path)]
         if paths:
             return _decide_several(paths, question)
-        mappings = [one for one in rows if not isinstance(one, str | Path)]
-        read = results_of_rows(rows_of_mappings(mappings), options, direction, "results")
+        where, rows = "results", rows_of_mappings([one for one in listed if not isinstance(one, str | Path)])
+    if are_judgements(rows):
+        found, understood = judgements_of(rows)
+        return Decided(decide_judged(found, question.margin), understood)
+    read = results_of_rows(flat(rows), options, direction, where)
     decision = decide(table_of_results(read), question.margin, horizon_steps=question.horizon_steps)
     return Decided(decision, read.understood)
 

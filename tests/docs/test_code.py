@@ -56,6 +56,9 @@ def _run(command: str, runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     if arguments[0] != "select":
         _succeed(arguments, capsys)
         return
+    if "--dry-run" in arguments:
+        _succeed([*arguments, *FAST], capsys)
+        return
     out = Path(arguments[arguments.index("--out") + 1])
     kept = runs / str(abs(hash(tuple(arguments))))
     if kept.exists() and not out.exists():

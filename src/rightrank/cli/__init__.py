@@ -18,6 +18,7 @@ from rightrank.cli.comparing import compare
 from rightrank.cli.deciding import decide
 from rightrank.cli.fleet import fleet
 from rightrank.cli.handing_over import export, repair, report
+from rightrank.cli.judging import judge
 from rightrank.cli.planning import plan
 from rightrank.cli.training import demo, select
 from rightrank.cli.views import completion, doctor, status, watch
@@ -30,6 +31,7 @@ COMMANDS = (
     plan,
     decide,
     compare,
+    judge,
     inspect,
     resize,
     extract,

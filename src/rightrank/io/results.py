@@ -39,8 +39,12 @@ def read_results(source: Path, asked: TableOptions, direction_of: DirectionOf) -
     Raises:
         ResultsError: something in it can't be used.
     """
-    rows = [Row(dict(_flat(row.fields)), row.where) for row in _raw_rows(source)]
-    return results_of_rows(rows, asked, direction_of, str(source))
+    return results_of_rows(flat(raw_rows(source)), asked, direction_of, str(source))
+
+
+def flat(rows: Iterable[Row]) -> list[Row]:
+    """Rows with nested mappings as dotted names."""
+    return [Row(dict(_flat(row.fields)), row.where) for row in rows]
 
 
 def results_of_rows(rows: list[Row], asked: TableOptions, direction_of: DirectionOf, where: str) -> ResultsTable:
@@ -73,7 +77,8 @@ def rows_of_mappings(mappings: Iterable[Mapping[str, Any]]) -> list[Row]:
     return rows
 
 
-def _raw_rows(source: Path) -> list[Row]:
+def raw_rows(source: Path) -> list[Row]:
+    """The rows of a file or folder, as they are."""
     if kind_of(source) not in ("file", "folder"):
         raise ResultsError(f"{source}: no such file or folder; give a CSV or JSONL file of results, or a run folder")
     imported = import_rows(source)

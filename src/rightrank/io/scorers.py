@@ -21,7 +21,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from rightrank.errors import MetricError, SettingsError
+from rightrank.errors import MetricError, RunError, SettingsError
 from rightrank.io.files import replacing
 from rightrank.settings import MetricSpec
 
@@ -167,6 +167,18 @@ def _run(spec: MetricSpec, command: Sequence[str], path: Path | None, limits: Sc
         detail = f": {_short(error_lines[-1])}" if error_lines else ""
         raise MetricError(f"metric {spec.name!r}: {_short(command[0])} ended with status {process.returncode}{detail}")
     return printed
+
+
+def run_program(command: Sequence[str], timeout_seconds: float) -> str:
+    """Run a judge's program and return what it printed.
+
+    Raises:
+        RunError: it could not be started, ended with a status other than 0, took too long or printed too much.
+    """
+    try:
+        return _run(MetricSpec("judge", "command"), command, None, ScorerLimits(timeout_seconds))
+    except MetricError as error:
+        raise RunError(str(error).replace("metric 'judge'", "the judge's program")) from None
 
 
 def _wait(process: subprocess.Popen[bytes], spec: MetricSpec, seconds: float, output: int) -> None:

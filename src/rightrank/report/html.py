@@ -115,8 +115,8 @@ def render_report(
             style=Markup(_asset("templates", "report.css")),
             library=Markup(library),
             script=Markup(script),
-            page_data=Markup(_script_json(page_data)),
-            script_hashes=" ".join(f"'{_hash(text)}'" for text in (library, script)),
+            page_data=Markup(script_json(page_data)),
+            script_hashes=" ".join(f"'{script_hash(text)}'" for text in (library, script)),
         )
     )
 
@@ -151,12 +151,12 @@ def _asset(folder: str, name: str) -> str:
     return files("rightrank.report").joinpath(folder, name).read_text(encoding="utf-8").strip("\n")
 
 
-def _hash(script: str) -> str:
+def script_hash(script: str) -> str:
     """The source expression that allows an inline script in a Content-Security-Policy."""
     return "sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
 
 
-def _script_json(value: Any) -> str:
+def script_json(value: Any) -> str:
     """JSON that is safe inside a script element, whatever its strings contain."""
     text = json.dumps(_visible_in(value), ensure_ascii=True, allow_nan=False)
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")

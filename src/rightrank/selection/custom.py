@@ -3,28 +3,36 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from pathlib import Path
+from typing import TypeAlias
 
 from rightrank.decision.collapse import DROP_IN_MARGINS
+from rightrank.decision.judged import decide_judged
 from rightrank.decision.metrics import direction
+from rightrank.decision.run import best_trial
 from rightrank.errors import SettingsError
 from rightrank.executors.calls import Call, TrainFunction, call_in_process, call_inline, call_on_ray
 from rightrank.executors.custom import CustomExecutor, EvaluateFunction, FolderEvaluation, Measure
 from rightrank.io.files import report_disk_errors
+from rightrank.io.judgements import judgements_of_mappings, read_judgements
 from rightrank.io.run_folder import RunFolder
-from rightrank.records import DataSummary, RunStarted, content_hash
+from rightrank.records import DataSummary, Decision, RunStarted, content_hash
 from rightrank.records.observer import Observer
 from rightrank.returns import Selected
 from rightrank.selection.handover import hand_over_saved
-from rightrank.selection.loop import LoopOptions
+from rightrank.selection.loop import LoopOptions, Selection
 from rightrank.selection.start import open_selection
 from rightrank.settings import SelectSettings, make_settings, with_identity_of
 from rightrank.settings.profiles import profile_named
 from rightrank.strategies import make_strategy, space_of, strategy_in
 from rightrank.version import __version__
 from rightrank.views import answers
+
+JudgementRows: TypeAlias = Iterable[Mapping[str, object]]
+Judgements: TypeAlias = JudgementRows | str | Path | Callable[[Mapping[int, Path]], JudgementRows]
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +47,8 @@ class CustomRequest:
     version: str
     report_to: tuple[str, ...]
     profile: str | None = None
+    judgements: Judgements | None = None  # that decide in place of the metric
+    judged_margin: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,11 +87,42 @@ def select_custom(request: CustomRequest, trainer: Trainer, folder: RunFolder, o
             trainer.evaluate,
         )
         decision = selection.run(executor)
+        if request.judgements is not None:
+            decision = judged_decision(selection, decision, request.judgements, request.judged_margin)
         adapter = hand_over_saved(selection, decision)
         if decision is not None:
             trackers.decided(decision)
         found = answers(selection.records, decision, request.settings.goal)
         return Selected(decision, folder.path, adapter, folder.report, found)
+
+
+def judged_decision(
+    selection: Selection, decision: Decision | None, judgements: Judgements, margin: float | None
+) -> Decision:
+    """The decision on judgements, with the trials of each rank's best learning rate as in the metric's decision.
+
+    Raises:
+        SettingsError: the goal is the adapter, which the metric decides.
+        ResultsError: rows that can't be used, or that name a rank that was not trained.
+    """
+    if decision is None:
+        raise SettingsError("judgements decide on the rank to train at: give goal 'training-rank'")
+    records = selection.records
+    ranks = [one.rank for one in decision.ranks if one.rank > 0]
+    if callable(judgements):
+        best = {rank: best_trial(records, decision, rank).trial_id for rank in ranks}
+        judgements = list(judgements({rank: selection.folder.trial_adapter(trial) for rank, trial in best.items()}))
+    if isinstance(judgements, str | Path):
+        rows, _ = read_judgements(Path(judgements), ranks)
+    else:
+        rows, _ = judgements_of_mappings(judgements, ranks)
+    judged = decide_judged(rows, margin)
+    own = {one.rank: one for one in decision.ranks}
+    kept = [
+        one.model_copy(update={"trial_ids": own[one.rank].trial_ids, "learning_rate": own[one.rank].learning_rate})
+        for one in judged.ranks
+    ]
+    return judged.model_copy(update={"ranks": kept, "learning_rate": own[judged.fallback_rank].learning_rate})
 
 
 def collapse_drop(request: CustomRequest) -> float | None:

@@ -47,9 +47,7 @@ def load_guards(settings: SelectSettings, loaded: LoadedModel, classes: Sequence
 
 
 def _load(file: str, settings: SelectSettings, loaded: LoadedModel, classes: Sequence[str] | None) -> GuardData:
-    own = settings.model_copy(
-        update={"columns": (), "validation": "", "metric": "loss", "metrics": (), "cache_prefix": False, "ranks": (1,)}
-    )
+    own = settings.model_copy(update={"columns": (), "validation": "", "metric": "loss", "metrics": (), "ranks": (1,)})
     try:
         rows = read_rows(Path(file))
         kept = next((split for split in ("test", "selection") if split in rows), None)
@@ -77,13 +75,13 @@ def measure_guards(selection: Selection, runtime: Runtime, guards: Sequence[Guar
     records = selection.records
     known = {(one.trial_id, one.file): one for one in records.guards}
     found = []
-    for guard in guards:
+    for place, guard in enumerate(guards):
         missing = [
             trial
             for trial in records.finished()
             if trial.stop_at is None and not _is_current(known.get((trial.trial_id, guard.file)), guard)
         ]
-        own = Runtime(runtime.loaded, guard.encoded, guard.settings, 1, selection.folder.cache) if missing else None
+        own = Runtime(runtime.loaded, guard.encoded, guard.settings, 1, _cache(selection, place)) if missing else None
         for trial in missing:
             assert own is not None
             with _adapter_of(selection, own, trial):
@@ -101,6 +99,13 @@ def measure_guards(selection: Selection, runtime: Runtime, guards: Sequence[Guar
             known[trial.trial_id, guard.file] = record
         found += [one for (_, file), one in known.items() if file == guard.file and _is_current(one, guard)]
     return found
+
+
+def _cache(selection: Selection, place: int) -> Path:
+    """Where the frozen layers of a guard file are kept while its adapters are measured."""
+    folder = selection.folder.cache / f"guard{place}"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 def _is_current(known: GuardEvaluated | None, guard: GuardData) -> bool:

@@ -1,0 +1,254 @@
+"""Judging a run: blind pairs of answers for people or for a program, and the decision on what they chose.
+
+Every rank's best adapter answers the same test prompts as the reference's. A pair shows both answers in a random order under the
+letters A and B; the ranks are in a file of their own. Equal answers are ties and are shown to nobody.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import shlex
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rightrank.decision.judged import decide_judged
+from rightrank.decision.run import Records, best_trial, decision_so_far, last_decided, records_of
+from rightrank.engine.generation import promptable_examples, write_completion
+from rightrank.errors import DataError, ResultsError, RunError, RunFolderError, SettingsError
+from rightrank.io.files import write_text
+from rightrank.io.judgements import read_judgements
+from rightrank.io.reading import UnreadableError, read_json_object
+from rightrank.io.run_folder import RunFolder
+from rightrank.io.scorers import run_program
+from rightrank.preparation import Request, prepare
+from rightrank.probe.adapter_runtime import adapter_attached
+from rightrank.records import Decision, JournalRecord
+from rightrank.report.judge_page import judge_page
+from rightrank.settings import make_settings
+
+FOLDER = "judging"
+PAIRS, KEY, PAGE, JUDGEMENTS = "pairs.jsonl", "key.json", "judge.html", "judgements.jsonl"
+PLACEHOLDER = "{file}"
+OUTCOMES = ("a", "b", "tie")
+
+
+@dataclass(frozen=True, slots=True)
+class JudgeRequest:
+    """What to judge; see `rightrank.api.judge` for each field."""
+
+    run: Path
+    prompts: int = 50
+    ranks: Sequence[int] | None = None
+    command: str | None = None
+    collect: Sequence[Path] = ()
+    judge: str | None = None
+    margin: float | None = None
+    seed: int = 0
+    timeout_seconds: float = 3600.0
+    notice: Callable[[str], None] = field(default=lambda _: None)
+
+
+@dataclass(frozen=True, slots=True)
+class JudgedRun:
+    """The files of a judging, and the decision once somebody has judged."""
+
+    page: Path
+    pairs: Path
+    count: int  # pairs to look at
+    judgements: Path | None
+    decision: Decision | None
+    understood: list[str]
+
+
+def judge_run(request: JudgeRequest) -> JudgedRun:
+    """Make the pairs if there are none, ask the program or read the choices, and decide.
+
+    Raises:
+        InputError: a run without two adapters or without prompts, or choices that can't be used; nothing is written.
+        RunError: the program failed.
+    """
+    folder = RunFolder(request.run)
+    if not folder.journal.path.is_file():
+        raise RunFolderError(f"{request.run}: no journal.jsonl there; give a folder that `rightrank select --out` made")
+    if request.command is not None and request.collect:
+        raise SettingsError("--command and --collect were both given: give one of them")
+    place = folder.path / FOLDER
+    with folder.locked():
+        if not (place / KEY).is_file():
+            _make_pairs(request, folder, place)
+        key = _key(place)
+        choices: dict[str, Mapping[str, str]] = {}
+        if request.command is not None:
+            choices[request.judge or "command"] = _asked(request, place / PAIRS)
+        for file in request.collect:
+            name, chosen = _collected(file)
+            choices[request.judge or name] = chosen
+        if choices:
+            _keep(place, key, choices)
+    written = place / JUDGEMENTS
+    count = sum("same" not in one for one in key["pairs"].values())
+    if not written.is_file():
+        return JudgedRun(place / PAGE, place / PAIRS, count, None, None, [])
+    judgements, understood = read_judgements(written)
+    decision = decide_judged(judgements, request.margin, key["reference"])
+    return JudgedRun(place / PAGE, place / PAIRS, count, written, decision, understood)
+
+
+def _make_pairs(request: JudgeRequest, folder: RunFolder, place: Path) -> None:
+    journal = folder.journal.read()
+    records = records_of(journal, str(folder.path))
+    if records.started.data.form == "own":
+        raise RunFolderError(
+            f"{folder.path}: a custom trainer's run has no model to answer with: judge its answers yourself, and give the rows to "
+            "`rightrank decide`"
+        )
+    reference, trials = _contenders(records, journal, request.ranks)
+    answers, texts = _answers(request, folder, records, trials)
+    generator = random.Random(request.seed)
+    pairs: dict[str, dict[str, Any]] = {}
+    shown: list[dict[str, str]] = []
+    for prompt, text in texts.items():
+        for rank in sorted(trials.keys() - {reference}):
+            first, second = (rank, reference) if generator.random() < 0.5 else (reference, rank)
+            name = hashlib.sha256(f"{request.seed} {prompt} {rank} {reference}".encode()).hexdigest()[:16]
+            pairs[name] = {"prompt": prompt, "rank_a": first, "rank_b": second}
+            if answers[first][prompt] == answers[second][prompt]:
+                pairs[name]["same"] = True
+            else:
+                shown.append({"id": name, "prompt": text, "a": answers[first][prompt], "b": answers[second][prompt]})
+    generator.shuffle(shown)
+    place.mkdir(exist_ok=True)
+    write_text(place / PAIRS, "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in shown))
+    write_text(place / PAGE, judge_page(shown))
+    write_text(
+        place / KEY, json.dumps({"reference": reference, "pairs": pairs}, indent=1) + "\n"
+    )  # last: it says that all are there
+
+
+def _contenders(
+    records: Records, journal: Sequence[JournalRecord], asked: Sequence[int] | None
+) -> tuple[int, dict[int, str]]:
+    """`(reference, trial by rank)`: the best training of each rank; with goal adapter, the best truncation of each."""
+    decided = last_decided(journal)
+    decision = decided.decision if decided is not None else decision_so_far(records)
+    if decision is not None:
+        reference = decision.reference_rank
+        trials = {one.rank: best_trial(records, decision, one.rank).trial_id for one in decision.ranks if one.rank > 0}
+    elif records.adapters:
+        answer = records.adapters[-1].answer
+        reference, trials = answer.trained_rank, {}
+        for one in sorted(answer.candidates, key=lambda one: -one.difference):
+            trials[one.rank] = one.trial_id
+        trials[reference] = answer.reference_id
+    else:
+        trials, reference = {}, 0
+    if asked is not None:
+        unknown = [rank for rank in asked if rank not in trials]
+        if unknown:
+            raise ResultsError(
+                f"rank {unknown[0]} has no adapter in the run; there are {', '.join(map(str, sorted(trials)))}"
+            )
+        trials = {rank: trial for rank, trial in trials.items() if rank in asked or rank == reference}
+    if len(trials) < 2:
+        raise ResultsError("fewer than two ranks have an adapter: there is nothing to compare; train further ranks")
+    return reference, trials
+
+
+def _answers(
+    request: JudgeRequest, folder: RunFolder, records: Records, trials: Mapping[int, str]
+) -> tuple[dict[int, dict[str, str]], dict[str, str]]:
+    """`(answers by rank and prompt id, prompt texts by id)`."""
+    values = dict(records.started.settings)
+    model, data = str(values.pop("model")), str(values.pop("data"))
+    settings = make_settings({name: value for name, value in values.items() if value is not None})
+    with tempfile.TemporaryDirectory(prefix="rightrank-") as cache:
+        prepared = prepare(Request(model, None, data, settings), Path(cache) / "cache")
+        runtime = prepared.runtime
+        examples = promptable_examples(runtime, request.prompts)
+        if not examples:
+            raise DataError(f"{data}: no test example has a prompt to answer; judging needs `prompt` and `completion`")
+        texts = {example.item_id: str(example.content["prompt"]) for example in examples}
+        found: dict[int, dict[str, str]] = {}
+        for rank, trial in sorted(trials.items()):
+            with adapter_attached(runtime, folder.finished_adapter(trial)):
+                found[rank] = {example.item_id: write_completion(runtime, example) for example in examples}
+            request.notice(f"rank {rank}: {len(examples)} prompts answered")
+    return found, texts
+
+
+def _key(place: Path) -> dict[str, Any]:
+    try:
+        return read_json_object(place / KEY, 64 * 2**20)
+    except UnreadableError as error:
+        raise RunFolderError(
+            f"{place / KEY}: not readable ({error}); remove the folder {place} to make the pairs again"
+        ) from None
+
+
+def _asked(request: JudgeRequest, pairs: Path) -> dict[str, str]:
+    """The choices of a program that reads the pairs and prints `{"id": …, "outcome": "a"}` for each."""
+    assert request.command is not None
+    words = shlex.split(request.command)
+    if not words or shutil.which(words[0]) is None:
+        raise SettingsError(f"--command: no program {words[0] if words else ''!r} on the PATH; give its path")
+    placed = [word.replace(PLACEHOLDER, str(pairs)) for word in words]
+    printed = run_program(placed if placed != words else [*placed, str(pairs)], request.timeout_seconds)
+    found: dict[str, str] = {}
+    for number, line in enumerate(filter(str.strip, printed.splitlines()), start=1):
+        try:
+            one = json.loads(line)
+            found[str(one["id"])] = str(one["outcome"])
+        except (json.JSONDecodeError, KeyError, TypeError):
+            raise RunError(
+                f'--command: line {number} is {line[:80]!r}; print {{"id": …, "outcome": "a"}} for each pair'
+            ) from None
+    return found
+
+
+def _collected(file: Path) -> tuple[str, dict[str, str]]:
+    """The judge's name and choices, as the page saves them."""
+    try:
+        found = read_json_object(file, 64 * 2**20)
+    except UnreadableError as error:
+        raise DataError(f"{file}: not readable ({error}); give the file that the page saved") from None
+    choices, judge = found.get("choices"), found.get("judge")
+    if not isinstance(choices, dict) or not isinstance(judge, str) or not judge:
+        raise DataError(f"{file}: no `judge` and `choices` in it; give the file that the page saved")
+    return judge, {str(name): str(outcome) for name, outcome in choices.items()}
+
+
+def _keep(place: Path, key: Mapping[str, Any], choices: Mapping[str, Mapping[str, str]]) -> None:
+    """Write the judgements of these judges as rows, in place of earlier ones of theirs."""
+    pairs: Mapping[str, Mapping[str, Any]] = key["pairs"]
+    rows: list[dict[str, Any]] = []
+    file = place / JUDGEMENTS
+    if file.is_file():
+        earlier, _ = read_judgements(file)
+        rows += [one.model_dump() for one in earlier if one.judge not in choices]
+    for judge, chosen in choices.items():
+        for name, outcome in chosen.items():
+            if name not in pairs:
+                raise DataError(
+                    f"judge {judge!r}: pair {name!r} is not one of this run's; judge the pairs in {place / PAIRS}"
+                )
+            if outcome not in OUTCOMES:
+                raise DataError(f"judge {judge!r}, pair {name!r}: outcome is {outcome!r}; give a, b or tie")
+        same = {name: "tie" for name, pair in pairs.items() if "same" in pair}
+        for name, outcome in {**chosen, **same}.items():
+            pair = pairs[name]
+            rows.append(
+                {
+                    "prompt": pair["prompt"],
+                    "rank_a": pair["rank_a"],
+                    "rank_b": pair["rank_b"],
+                    "outcome": outcome,
+                    "judge": judge,
+                }
+            )
+    write_text(file, "".join(json.dumps(row) + "\n" for row in rows))
