@@ -34,8 +34,8 @@ from rightrank.records import Arm, StepDone, Trial
 from rightrank.records.observer import Observer
 from rightrank.settings import SelectSettings, make_settings
 
-ARM = Arm(rank=16, learning_rate=3e-3, lora_alpha=32.0, seed=0, steps=6)
-CASES: dict[str, dict[str, Any]] = {"all layers": {}, "last two layers": {"layers_to_transform": (28, 29)}}
+ARM = Arm(rank=16, learning_rate=3e-3, lora_alpha=32.0, seed=0, steps=4)
+CASES: dict[str, dict[str, Any]] = {"last two layers": {"layers_to_transform": (28, 29)}, "all layers": {}}
 
 
 def settings_of(case: dict[str, Any]) -> SelectSettings:
@@ -158,9 +158,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    found = {name: measured(options.model, options.data, case) for name, case in CASES.items()}
-    result = {"machine": machine(), "trl": trl.__version__, "batch": "8 pairs of glosses", "cases": found}
-    options.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    result: dict[str, Any] = {"machine": machine(), "trl": trl.__version__, "batch": "8 pairs of glosses", "cases": {}}
+    for name, case in CASES.items():
+        result["cases"][name] = measured(options.model, options.data, case)
+        options.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ runs no second model and no second pass.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -74,7 +75,6 @@ class Reference:
         expected: Mapping[SplitName, set[int]],
         group_size: int,
         compute: LogProbabilities,
-        whole: bool = False,
     ) -> None:
         """Compute nothing yet.
 
@@ -83,10 +83,8 @@ class Reference:
             expected: the indices of those that will be used.
             group_size: pairs computed together.
             compute: gives the log-probabilities [2b] of some pairs of a split.
-            whole: compute all expected pairs of a split at its first use, because every process takes part in each pass.
         """
         self._compute = compute
-        self._expected = expected if whole else {}
         self._groups = {name: FixedGroups(pairs, expected[name], group_size) for name, pairs in splits.items()}
         self._values = {name: np.full((len(pairs), 2), np.nan) for name, pairs in splits.items()}
         self._filled: dict[SplitName, set[int]] = {name: set() for name in splits}
@@ -97,17 +95,19 @@ class Reference:
 
     def fill(self, split: SplitName, wanted: Iterable[int]) -> Iterator[int]:
         """Compute what is missing for the pairs in `wanted`; yields the number of pairs in each group."""
-        needed = {*wanted, *self._expected.get(split, ())}
-        for number in sorted(self._groups[split].numbers(sorted(needed)) - self._filled[split]):
+        for number in sorted(self._groups[split].numbers(wanted) - self._filled[split]):
             group = self._groups[split].groups[number]
             self._values[split][group] = self._compute(split, group).view(-1, 2).numpy()
             self._filled[split].add(number)
             yield len(group)
 
+    def require(self, split: SplitName, wanted: Iterable[int]) -> None:
+        """As `fill`, without progress."""
+        deque(self.fill(split, wanted), maxlen=0)
+
     def of(self, split: SplitName, indices: Sequence[int]) -> torch.Tensor:
         """[2b], float64, on the CPU: chosen and rejected of each pair."""
-        for _ in self.fill(split, indices):
-            pass
+        self.require(split, indices)
         return torch.from_numpy(self._values[split][list(indices)]).flatten()
 
 

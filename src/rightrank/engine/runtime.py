@@ -15,7 +15,7 @@ import torch
 from rightrank.engine.adapter import attached
 from rightrank.engine.attention import wants_float32
 from rightrank.engine.batches import Batch, batch_plan, batch_plan_by_length, collate, length_sorted_batches
-from rightrank.engine.distributed import require_shares
+from rightrank.engine.distributed import my_share, require_shares
 from rightrank.engine.encode import EncodedData
 from rightrank.engine.evaluation import Scores, score_batches
 from rightrank.engine.fast_paths import (
@@ -74,8 +74,7 @@ class Runtime:
         if isinstance(self._likelihood, Likelihood) and data.is_preference:
             self.objective = PreferenceLoss(self._likelihood.labels, settings.beta)
             expected = {split: self._expected_examples(split) for split in data.splits}
-            size, whole = settings.eval_batch_size, settings.shard_base
-            self._reference = Reference(data.splits, expected, size, self._log_probabilities, whole)
+            self._reference = Reference(data.splits, expected, settings.eval_batch_size, self._log_probabilities)
 
     def prepare(self, on_progress: Callable[[Preparing], None], should_stop: Callable[[], bool]) -> None:
         """Compute what the base alone gives for the training examples that the arms will use, and report progress.
@@ -108,6 +107,12 @@ class Runtime:
     def batch(self, split: SplitName, indices: Sequence[int]) -> Batch:
         batch = self._collated(split, indices)
         return batch if self._reference is None else replace(batch, reference=self._reference.of(split, indices))
+
+    def share(self, split: SplitName, indices: Sequence[int]) -> Batch:
+        """This process's share of a batch. A sharded base runs in every process, and so computes the whole reference."""
+        if self._reference is not None and self.settings.shard_base:
+            self._reference.require(split, indices)
+        return self.batch(split, my_share(indices))
 
     def _collated(self, split: SplitName, indices: Sequence[int]) -> Batch:
         return collate(self.examples(split), indices, self._pad_id, self.loaded.device)
@@ -194,6 +199,8 @@ class Runtime:
         if only is not None:
             kept = set(only)
             batches = [here for batch in batches if (here := [index for index in batch if index in kept])]
+        if self._reference is not None and self.settings.shard_base:
+            self._reference.require(split, (index for batch in batches for index in batch))
         return score_batches(
             batches,
             lambda indices: losses(self.batch(split, indices)),

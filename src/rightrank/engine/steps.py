@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 
 from rightrank.engine.batches import Batch
-from rightrank.engine.distributed import all_reduce, my_share
+from rightrank.engine.distributed import all_reduce
 from rightrank.engine.optimizer import make_optimizer
 from rightrank.engine.runtime import Runtime
 
@@ -45,7 +45,7 @@ class OptimizerSteps:
         """The micro-batches of `step`, counted from 0; its learning rate goes into the optimizer."""
         size, indices = self._settings.batch_size, self._plan[step]
         micro = [indices[start : start + size] for start in range(0, len(indices), size)]
-        batches = [self._runtime.batch("train", my_share(part)) for part in micro]
+        batches = [self._runtime.share("train", part) for part in micro]
         examples = [self._runtime.examples("train")[index] for index in indices]
         self.labels = sum(map(self._runtime.data.loss_weight, examples))
         self.tokens = sum(example.length for example in examples)
