@@ -10,6 +10,7 @@ import pytest
 from rightrank.api import decide
 from rightrank.errors import ResultsError
 from rightrank.io.columns import plain
+from rightrank.report.decision_table import evidence_lines
 
 GOOD = "rank,value\n1,2.3\n4,2.05\n16,2.001\n64,2.0\n"
 
@@ -22,7 +23,15 @@ def write(folder: Path, text: str, name: str = "runs.csv") -> Path:
 
 @pytest.mark.parametrize(
     ("column", "meant"),
-    [("config.lora_r", "lora_r"), ("params/lora.r", "r"), ("eval/loss", "eval_loss"), ("Eval Loss", "eval_loss")],
+    [
+        ("config.lora_r", "lora_r"),
+        ("params/lora.r", "r"),
+        ("eval/loss", "eval_loss"),
+        ("Eval Loss", "eval_loss"),
+        ("config.peft_config.default.r", "r"),
+        ("params_lora_r", "lora_r"),
+        ("user_attrs_seed", "seed"),
+    ],
 )
 def test_column_names_are_brought_to_plain_ones(column: str, meant: str) -> None:
     assert plain(column) == meant
@@ -204,3 +213,37 @@ def test_trainings_of_unequal_length_are_flagged(tmp_path: Path) -> None:
     decision = decide(write(tmp_path, "rank,step,eval_loss\n" + "".join(rows)), margin=0.005).decision
     assert "unequal_length" in decision.flags
     assert next(run for run in decision.next_runs if run.action == "steps").ranks == [4]
+
+
+def test_a_wandb_table_with_unfinished_and_crashed_runs(tmp_path: Path) -> None:
+    text = (
+        "Name,State,peft_config.default.r,learning_rate,eval/loss,train/global_step\n"
+        "a,finished,4,0.0003,2.10,100\nb,finished,8,0.0003,2.05,100\nc,finished,16,0.0003,2.04,100\n"
+        "d,running,32,0.0003,2.30,40\ne,running,64,0.0003,,\nf,crashed,4,0.001,NaN,3\ng,finished,,,,\n"
+    )
+    decided = decide(write(tmp_path, text))
+    assert [one.rank for one in decided.decision.ranks] == [4, 8, 16]
+    assert decided.understood[-3:] == [
+        "1 rows without a rank left out",
+        "1 trainings without a result",
+        "2 trainings that have not ended left out",
+    ]
+
+
+def test_optuna_s_dataframe(tmp_path: Path) -> None:
+    text = (
+        ",number,value,duration,params_lora_r,params_learning_rate,user_attrs_seed,state\n"
+        "0,0,2.1,0 days 00:01:02,4,0.0003,0,COMPLETE\n1,1,2.05,0 days 00:01:02,8,0.0003,0,COMPLETE\n"
+        "2,2,2.04,0 days 00:01:02,16,0.0003,0,COMPLETE\n3,3,,,32,0.0003,0,RUNNING\n4,4,2.5,,32,0.001,0,PRUNED\n"
+    )
+    decided = decide(write(tmp_path, text))
+    assert [one.rank for one in decided.decision.ranks] == [4, 8, 16]
+    assert "rank from column params_lora_r" in decided.understood
+    assert "1 trainings that have not ended left out" in decided.understood
+
+
+def test_one_number_a_rank_is_not_called_enough(tmp_path: Path) -> None:
+    lines = evidence_lines(decide(write(tmp_path, GOOD), margin=0.01).decision)
+    assert not any(" yes " in f"{line} " for line in lines)
+    assert "perhaps" in lines[3]
+    assert "best so far" in lines[-1]

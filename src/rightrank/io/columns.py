@@ -39,9 +39,10 @@ VALUES = (
     "loss",
 )  # fmt: skip
 _CONTAINERS = {
-    "summary", "metrics", "hyperparameters", "user_attrs", "peft", "lora", "model", "trainer", "attributes",
+    "summary", "metrics", "hyperparameters", "user_attrs", "peft", "lora", "model", "trainer", "attributes", "default",
 }  # fmt: skip
 _CONTAINER_LIKE = re.compile(r"(params?|config|args|kwargs)$")
+_OPTUNA_PREFIX = re.compile(r"^(params|user_attrs)_")  # of the columns of Optuna's trials_dataframe()
 _MAX_NAMES = 12
 
 
@@ -62,11 +63,11 @@ class Columns:
 
 
 def plain(name: str) -> str:
-    """Normalize a column's name: `config.lora.r` → `r`, `params/lora_r` → `lora_r`, `eval/loss` → `eval_loss`."""
+    """Normalize a column's name: `config.lora.r` → `r`, `params_lora_r` → `lora_r`, `eval/loss` → `eval_loss`."""
     parts = [part for part in re.split(r"[./:\s]+", re.sub(r"\((.*)\)", "", name.strip().lower())) if part]
     while len(parts) > 1 and (parts[0] in _CONTAINERS or _CONTAINER_LIKE.search(parts[0])):
         parts.pop(0)
-    return re.sub(r"[-_]+", "_", "_".join(parts)).strip("_")
+    return _OPTUNA_PREFIX.sub("", re.sub(r"[-_]+", "_", "_".join(parts)).strip("_"))
 
 
 def identify_columns(

@@ -51,14 +51,23 @@ def _row(evidence: RankEvidence, decision: Decision, with_learning_rate: bool) -
     row = [
         str(evidence.rank) if evidence.rank else "base",
         f"{evidence.value:.5g}",
-        f"{evidence.low:.5g} to {evidence.high:.5g}",
+        f"{evidence.low:.5g} to {evidence.high:.5g}" if evidence.low < evidence.high else "unknown",
         "best" if reference else _short(evidence.difference),
         "" if evidence.difference_low is None or reference else _bounds(evidence),
-        ENOUGH[evidence.non_inferior],
+        _enough(evidence, decision),
     ]
     if with_learning_rate:
         row.append(f"{evidence.learning_rate:.2g}" if evidence.learning_rate else "")
     return [*row, str(evidence.seeds)]
+
+
+def _enough(evidence: RankEvidence, decision: Decision) -> str:
+    """`yes`, `no` or `inconclusive`; of one number a rank, which shows nothing, what the values suggest."""
+    if decision.basis not in ("std", "values") or evidence.non_inferior is False:
+        return ENOUGH[evidence.non_inferior]
+    if evidence.rank == decision.reference_rank:
+        return "best so far"
+    return "perhaps" if (evidence.difference or 0.0) < decision.margin else "unlikely"
 
 
 def _bounds(evidence: RankEvidence) -> str:
