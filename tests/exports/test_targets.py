@@ -71,7 +71,7 @@ def test_every_target_contains_the_rank(selected: Selected, target: str) -> None
     text = "".join(
         path.read_text(encoding="utf-8")
         for path in exported.folder.iterdir()
-        if path.suffix in (".py", ".yaml", ".sh", ".json")
+        if path.suffix in (".py", ".yaml", ".sh", ".json", ".toml")
     )
     handed_over = selected.handed_over
     assert handed_over is not None
@@ -237,7 +237,9 @@ def test_files_say_how_to_make_a_smaller_adapter_again(truncated: Selected, comp
         note.startswith("The adapter of rank 1 was trained at rank 4 (learning rate 0.01") for note in exported.notes
     )
     files = [
-        path for path in exported.folder.iterdir() if path.suffix in (".py", ".yaml", ".sh") or path.name == "Modelfile"
+        path
+        for path in exported.folder.iterdir()
+        if path.suffix in (".py", ".yaml", ".sh", ".toml") or path.name == "Modelfile"
     ]
     for path in files:
         lines = path.read_text(encoding="utf-8").splitlines()

@@ -114,11 +114,11 @@ def test_a_selection_of_a_unet_hands_over_what_diffusers_loads(pipeline: Path, t
     unet = PeftModel.from_pretrained(make_unet(), str(selected.adapter)).eval()
     expected = unet_output(unet)
     exported = export(tmp_path / "run", "diffusers")
-    assert exported.files == ["pytorch_lora_weights.safetensors"]
+    assert exported.files == ["load_lora.py", "pytorch_lora_weights.safetensors"]
     ours = make_unet()
-    ours.load_lora_adapter(str(exported.folder), weight_name=exported.files[0], prefix="unet")
+    ours.load_lora_adapter(str(exported.folder), weight_name=exported.files[1], prefix="unet")
     assert torch.allclose(unet_output(ours), expected, atol=1e-6)
-    assert export(tmp_path / "run", "kohya").files == ["adapter.safetensors"]
+    assert export(tmp_path / "run", "kohya").files == ["adapter.safetensors", "kohya.toml"]
 
 
 def test_a_judge_decides_in_place_of_the_loss(pipeline: Path, tmp_path: Path) -> None:

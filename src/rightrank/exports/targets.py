@@ -89,7 +89,7 @@ def write_export(name: str, recipe: Recipe, folder: Path, pad: bool = False) -> 
         require_paddable(name)
         rank = served_rank(recipe.highest_rank) if name == "vllm" else recipe.highest_rank
         exported = recipe.padded_to(rank, folder / PADDED_FOLDER)
-    uses_adapter = name in (*SERVERS, "peft", "diffusers", "kohya")
+    uses_adapter = name in (*SERVERS, "peft")
     written = TARGETS[name](exported if uses_adapter else exported.training())
     comments = recipe.comments()
     with replacing_folder(folder) as temporary:
