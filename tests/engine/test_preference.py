@@ -9,7 +9,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from rightrank.records import Arm
+from rightrank.engine.arm_training import TrialFolders
+from rightrank.engine.training_loop import run_trial
+from rightrank.errors import InterruptedRun
+from rightrank.records import Arm, RunEvent, StepDone, Trial, TrialFinished
+from rightrank.records.observer import Observer
 from tests.engine.trials import train_ours
 from tests.helpers import make_runtime
 from tests.tiny import small_settings, write_pairs
@@ -77,3 +81,27 @@ def test_a_training_is_a_plain_loop_over_the_formula(
 def factor(step: int) -> float:
     """Linear decay with a warm-up of 5% of 8 steps, as transformers has it."""
     return step if step < 1 else (8 - step) / 7
+
+
+def test_a_resumed_training_has_the_same_bits(model_folder: Path, pair_file: Path, tmp_path: Path) -> None:
+    """The reference is computed anew in another process, in the same groups."""
+    settings = small_settings(layers_to_transform=(2,), seeds=(3,))
+    whole, _, _ = train_ours(make_runtime(model_folder, pair_file, settings, tmp_path / "a"), ARM, tmp_path / "whole")
+    folders = TrialFolders(tmp_path / "checkpoint.safetensors", tmp_path / "adapter")
+    steps: list[int] = []
+
+    def note(event: RunEvent) -> None:
+        if isinstance(event, StepDone):
+            steps.append(event.step)
+
+    for stop in (4, 100):
+        runtime = make_runtime(model_folder, pair_file, settings, tmp_path / f"b{stop}")
+        observer = Observer(on_event=note, should_stop=lambda stop=stop: len(steps) == stop)
+        try:
+            outcome = run_trial(runtime, Trial(trial_id="t", arm=ARM), None, folders, observer)
+        except InterruptedRun:
+            assert stop == 4
+    assert steps == list(range(1, 9))
+    assert isinstance(outcome, TrialFinished)
+    assert outcome.train_losses == whole.train_losses
+    assert outcome.item_losses == whole.item_losses

@@ -61,6 +61,7 @@ def test_every_trial_has_the_metrics_of_pairs(selected: Selected, records: list[
     assert base.metrics["chosen_log_ratio"] == pytest.approx(0, abs=1e-4)
     assert base.metrics["reward_accuracy"] == 0.5
     assert min(trial.metrics["loss"] for trial in trials) < 0.6
+    assert "kfac" in {trial.truncation for trial in trials}
 
 
 def test_the_answer_says_what_the_adapter_prefers(selected: Selected, records: list[Any]) -> None:
@@ -81,6 +82,7 @@ def test_only_named_metrics_stand_beside_the_decision(selected: Selected) -> Non
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # of transformers, as TRL builds its arguments
 def test_trainers_of_dpo_get_beta_and_pairs(selected: Selected, pair_file: Path) -> None:
+    assert selected.handed_over is not None
     values = yaml.safe_load((export(selected.run, "axolotl").folder / "axolotl.yaml").read_text())
     assert (values["rl"], values["rl_beta"]) == ("dpo", 0.5)
     assert values["datasets"][0]["type"]["field_rejected"] == "rejected"
@@ -92,6 +94,14 @@ def test_trainers_of_dpo_get_beta_and_pairs(selected: Selected, pair_file: Path)
     assert exported.command == "trl dpo --config trl_dpo.yaml"
     values = yaml.safe_load((exported.folder / "trl_dpo.yaml").read_text())
     assert (values["beta"], values["max_length"], values["datasets"][0]["data_files"]) == (0.5, 32, str(pair_file))
+    trl = pytest.importorskip("trl", reason="trl is not installed")
+    from trl.scripts.utils import DatasetMixtureConfig
+
+    parser = trl.TrlParser((trl.ScriptArguments, trl.DPOConfig, trl.ModelConfig, DatasetMixtureConfig))
+    file = exported.folder / "trl_dpo.yaml"
+    _, training, model, _ = parser.parse_args_and_config(["--config", str(file), "--use_cpu", "true"])
+    assert (training.beta, training.loss_type, training.max_steps) == (0.5, ["sigmoid"], 16)
+    assert trl.get_peft_config(model).r == selected.handed_over.trained_rank
     assert "--rlhf_type dpo --beta 0.5" in (export(selected.run, "ms-swift").folder / "ms_swift.sh").read_text()
 
 
