@@ -50,16 +50,16 @@ def check_peft(folder: Path) -> dict[str, Any]:
 
 
 def check_trl(folder: Path) -> dict[str, Any]:
-    """TRL's own parser for `trl sft`, then its LoraConfig put on the base."""
+    """TRL's own parser for `trl sft` or `trl dpo`, then its LoraConfig put on the base."""
     from peft import get_peft_model
     from transformers import AutoModelForCausalLM
-    from trl import ModelConfig, ScriptArguments, SFTConfig, TrlParser, get_peft_config
+    from trl import DPOConfig, ModelConfig, ScriptArguments, SFTConfig, TrlParser, get_peft_config
     from trl.scripts.utils import DatasetMixtureConfig
 
-    parser = TrlParser((ScriptArguments, SFTConfig, ModelConfig, DatasetMixtureConfig))
-    _, training, model, mixture = parser.parse_args_and_config(
-        ["--config", str(folder / "trl_sft.yaml"), "--use_cpu", "true"]
-    )
+    (file,) = folder.glob("trl_*.yaml")
+    kind = DPOConfig if file.stem == "trl_dpo" else SFTConfig
+    parser = TrlParser((ScriptArguments, kind, ModelConfig, DatasetMixtureConfig))
+    _, training, model, mixture = parser.parse_args_and_config(["--config", str(file), "--use_cpu", "true"])
     assert mixture.datasets[0].data_files, "the data set was not understood"
     config = get_peft_config(model)
     adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(model.model_name_or_path), config)
