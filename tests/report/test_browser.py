@@ -121,6 +121,20 @@ def test_the_slider_moves_the_answer(browser: Any, files: dict[int, Path]) -> No
     assert "nats" in page.get_attribute("#margin", "aria-valuetext")
 
 
+def test_trials_are_sorted_by_their_heads_and_bands_are_in_the_legend(browser: Any, files: dict[int, Path]) -> None:
+    page = opened(browser, files[9]).page
+    head = page.locator("table.sortable th button", has_text="held-out")
+    for order in ("ascending", "descending"):
+        head.click()
+        assert page.locator(f'table.sortable th[aria-sort="{order}"]').inner_text().startswith("held-out")
+        values = [
+            float(text) for text in page.locator("table.sortable tbody td:nth-child(4)").all_inner_texts() if text
+        ]
+        assert values == sorted(values, reverse=order == "descending")
+    assert "within the margin of the best" in page.locator('[data-figure="rank_curve"]').inner_text()
+    assert page.locator("button.copy").count() == page.locator("pre.command, pre.code").count() > 0
+
+
 @pytest.mark.parametrize("count", RUNS)
 def test_without_scripts_the_drawings_are_there(browser: Any, files: dict[int, Path], count: int) -> None:
     page = opened(browser, files[count], java_script_enabled=False).page

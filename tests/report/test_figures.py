@@ -72,7 +72,8 @@ def test_learning_rate_map_marks_the_best_and_the_cells_without_result() -> None
     assert found.shade(min(v for row in found.values for v in row if v is not None)) == 1
 
 
-def test_memory_shows_the_plan_beside_the_measurement() -> None:
+def test_memory_draws_like_beside_like() -> None:
+    """On CUDA the plan beside the measurement; on a CPU the measurement is of the process, and the plan is among the numbers."""
     records = made_up_run()
     records.outcomes = [
         outcome.model_copy(update={"predicted_peak_bytes": 2**31}) if outcome.rank == 4 else outcome
@@ -80,8 +81,15 @@ def test_memory_shows_the_plan_beside_the_measurement() -> None:
     ]
     figure = memory_figure(records)
     assert figure is not None
-    assert [series.label for series in figure.series] == ["measured, whole process", "planned, tensors only"]
-    assert figure.series[1].y == (2048.0,)
+    assert [series.label for series in figure.series] == ["measured, whole process"]
+    assert "planned, tensors only, MiB" in figure.columns
+    assert 2048.0 in {row[2] for row in figure.rows}
+    environment = records.started.environment | {"device": "cuda"}
+    records.started = records.started.model_copy(update={"environment": environment})
+    on_cuda = memory_figure(records)
+    assert on_cuda is not None
+    assert [series.label for series in on_cuda.series] == ["measured", "planned"]
+    assert on_cuda.series[1].y == (2048.0,)
 
 
 def test_truncations_are_shown_next_to_trainings_not_among_them() -> None:

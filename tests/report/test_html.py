@@ -12,9 +12,11 @@ import pytest
 from rightrank.decision.run import Records, decide_run, decision_so_far
 from rightrank.records import NextRun
 from rightrank.report.html import render_report
+from rightrank.report.rank_curve import rank_figure
 from rightrank.report.sentences import next_run_text, reproduce_command
+from rightrank.report.use_it import use_it
 from tests.report.elements import Elements
-from tests.report.runs import made_up_run
+from tests.report.runs import answered_run, made_up_run
 
 pytestmark = pytest.mark.draws
 
@@ -121,3 +123,37 @@ def test_measured_seconds_are_in_the_report_and_not_in_the_decision() -> None:
     assert texts[0].startswith("4 trainings, about ")
     assert texts[1].endswith(" at the pace so far.")
     assert all(text in render_report(records, asked) for records, text in zip((slow, fast), texts, strict=True))
+
+
+def test_the_header_names_model_and_data_and_a_box_says_how_to_use_the_adapter() -> None:
+    records = answered_run()
+    found = Elements(page_of(records))
+    assert "models/small on data.jsonl: 30 train examples" in found.text
+    answer = records.adapters[-1]
+    assert f"r {answer.handed_over.rank}" in found.text
+    assert "base = AutoModelForCausalLM.from_pretrained('models/small')" in found.text
+    assert 'model = PeftModel.from_pretrained(base, "adapter")' in found.text
+    links = [attributes.get("href") for tag, attributes in found.tags if tag == "a"]
+    assert "adapter/" in links
+    assert "figures/adapters.csv" in links
+    assert not [link for link in links if link and ":" in link]  # nothing but files beside the report
+
+
+def test_the_box_is_code_whatever_the_model_s_name_is() -> None:
+    records = answered_run()
+    settings = records.started.settings | {"model": NASTY}
+    records.started = records.started.model_copy(update={"settings": settings})
+    box = use_it(records.adapters[-1].handed_over, records)
+    assert box is not None
+    compile(box.code, "box", "exec")
+
+
+def test_a_refused_rank_has_no_ring() -> None:
+    records = made_up_run()
+    decision = decide_run(records)
+    ranks = [
+        one.model_copy(update={"non_inferior": False}) if one.rank == decision.rank else one for one in decision.ranks
+    ]
+    refused = decision.model_copy(update={"ranks": ranks})
+    assert any("chosen" in mark.label for mark in rank_figure(decision).marks)
+    assert not any("chosen" in mark.label for mark in rank_figure(refused).marks)

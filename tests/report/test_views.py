@@ -59,7 +59,7 @@ def test_status_and_watch_on_the_command_line(tmp_path: Path) -> None:
     shown = CliRunner().invoke(cli, ["status", str(run)])
     assert shown.exit_code == 0
     assert "stopped, 8 trainings so far" in shown.output
-    assert "again to resume" in shown.output
+    assert f"resume: rightrank select --out {run}" in shown.output
     answer = json.loads(CliRunner().invoke(cli, ["status", str(run), "--json"]).stdout)
     assert answer["trials_ended"] == 9
     watched = CliRunner().invoke(cli, ["watch", str(run)])

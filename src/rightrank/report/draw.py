@@ -156,10 +156,11 @@ def _draw_series(axes: Any, series: Series, labelled: bool) -> None:
 
 def _set_scale(axes: Any, which: str, scale: str, ticks: tuple[float, ...]) -> None:
     if scale != "linear":
-        from matplotlib.ticker import StrMethodFormatter
+        from matplotlib.ticker import NullFormatter, StrMethodFormatter
 
         getattr(axes, f"set_{which}scale")("log", base=2 if scale == "log2" else 10)
         getattr(axes, f"{which}axis").set_major_formatter(StrMethodFormatter("{x:g}"))
+        getattr(axes, f"{which}axis").set_minor_formatter(NullFormatter())  # else raw powers, such as 6×10^{0}
     if ticks:
         shown = ticks if len(ticks) <= MAX_LABELS else ticks[:: ceil(len(ticks) / MAX_LABELS)]
         getattr(axes, f"set_{which}ticks")(shown, [f"{tick:g}" for tick in shown])

@@ -234,7 +234,8 @@ def learning_rate_map(records: Records) -> HeatMap | None:
 def memory_figure(records: Records) -> Figure | None:
     """Peak memory by rank: measured, and planned for the same trainings.
 
-    On a CPU, the measured peak is of the whole process and the planned one of the tensors; the labels say which.
+    On a CPU, the measured peak is of the whole process and the planned one of the tensors: like is drawn with like, so the
+    plan is among the numbers alone.
     """
     trained = _by_rank([trial for trial in records.finished() if trial.steps > 0 and trial.peak_bytes > 0])
     highest = {rank: max(trials, key=lambda t: t.peak_bytes) for rank, trials in trained.items() if rank > 0}
@@ -243,10 +244,9 @@ def memory_figure(records: Records) -> Figure | None:
     if not peaks:
         return None
     on_cpu = records.started.environment.get("device") == "cpu"
-    names = ("measured, whole process", "planned, tensors only") if on_cpu else ("measured", "planned")
-    series = [Series(names[0], tuple(peaks), tuple(peaks.values()))]
-    if planned:
-        series.append(Series(names[1], tuple(planned), tuple(planned.values()), dashed=True, tone="second"))
+    series = [Series("measured, whole process" if on_cpu else "measured", tuple(peaks), tuple(peaks.values()))]
+    if planned and not on_cpu:
+        series.append(Series("planned", tuple(planned), tuple(planned.values()), dashed=True, tone="second"))
     return Figure(
         name="memory",
         title="Peak memory of a training",
@@ -254,7 +254,7 @@ def memory_figure(records: Records) -> Figure | None:
         x=rank_axis(list(peaks)),
         y=Axis("peak memory, MiB"),
         series=tuple(series),
-        columns=("rank", "measured MiB", "planned MiB"),
+        columns=("rank", "measured MiB", "planned, tensors only, MiB" if on_cpu else "planned MiB"),
         rows=tuple((rank, peak, planned.get(rank)) for rank, peak in peaks.items()),
     )
 

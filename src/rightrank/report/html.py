@@ -51,6 +51,7 @@ from rightrank.report.sentences import (
     test_rows,
     test_text,
 )
+from rightrank.report.use_it import subject_text, use_it
 from rightrank.settings import Goal
 
 MAX_VISIBLE_ROWS = 24  # of the trial table; a longer one is folded
@@ -76,6 +77,8 @@ def render_report(
         .get_template("report.html")
         .render(
             started=records.started,
+            subject=subject_text(records.started),
+            use_it=use_it(adapter.handed_over, records) if adapter else None,
             settings=_settings_text(records.started.settings),
             decision=decision,
             goal=goal,

@@ -107,7 +107,8 @@ def _marks(decision: Decision, trained: list[RankEvidence]) -> list[Mark]:
     if diminishing is not None:
         marks.append(Mark("doubling gains less than the margin", diminishing, values[diminishing], "second"))
     chosen = decision.rank if decision.rank is not None else decision.fallback_rank
-    if chosen in values:
+    refused = any(e.rank == chosen and e.non_inferior is False for e in decision.ranks)
+    if chosen in values and not refused:
         label = "chosen" if decision.rank is not None else "shown to be enough so far"
         marks.append(Mark(f"{label}: rank {chosen}", chosen, values[chosen]))
     return marks

@@ -62,6 +62,8 @@
     const [bottom, top] = figure.y.limits || [Math.min(...extremes), Math.max(...extremes)], middle = (bottom + top) / 2;
     first.markLine = { silent: true, symbol: "none", precision: 12, lineStyle: { color: colour("faint"), type: "dotted", width: 1.5 }, data: figure.levels.map((l) => ({ yAxis: l.value, label: { formatter: l.label, position: l.value > middle ? "insideEndBottom" : "insideEndTop", color: colour("faint") } })) };
     const named = [...new Set([...figure.series, ...figure.marks].map((s) => s.label))];
+    const bands = figure.bands.filter((b) => b.label);
+    const legend = [...named, ...bands.map((b) => ({ name: b.label, icon: "rect" }))];
     const y = axis(figure.y, true, narrow);
     if (figure.y.scale === "linear") {
       const low = Math.min(...extremes), high = Math.max(...extremes), room = (high - low || Math.abs(high) || 1) * 0.06;
@@ -71,11 +73,11 @@
     return {
       animation: false, backgroundColor: "transparent", textStyle: { fontFamily: "system-ui, sans-serif" },
       title: { text: figure.title, left: 0, top: 0, textStyle: { fontSize: narrow ? 13 : 15, fontWeight: 600, color: colour("ink") } },
-      grid: { left: 72, right: 18, top: named.length > 1 ? (narrow && named.length > 4 ? 84 : 62) : 36, bottom: 44 },
-      legend: { show: named.length > 1, type: "scroll", top: 26, left: 0, data: named, textStyle: { color: colour("ink") }, pageTextStyle: { color: colour("ink") }, pageIconColor: colour("ink") },
+      grid: { left: 72, right: 18, top: legend.length > 1 ? (narrow && legend.length > 4 ? 84 : 62) : 36, bottom: 44 },
+      legend: { show: legend.length > 1, type: "scroll", top: 26, left: 0, data: legend, textStyle: { color: colour("ink") }, pageTextStyle: { color: colour("ink") }, pageIconColor: colour("ink") },
       tooltip: { trigger: "item", renderMode: "richText", confine: true, formatter: (p) => `${p.seriesName}\n${figure.x.label}: ${short(p.value[0])}\n${figure.y.label}: ${short(p.value[1])}` },
       xAxis: axis(figure.x, false, narrow), yAxis: y,
-      series: [...lines, ...whiskers, ...figure.marks.map(ring)],
+      series: [...lines, ...whiskers, ...figure.marks.map(ring), ...bands.map((b) => ({ type: "line", name: b.label, data: [], color: colour("band") }))],
     };
   }
 
@@ -108,6 +110,39 @@
   let waiting = 0;
   window.addEventListener("resize", () => { clearTimeout(waiting); waiting = setTimeout(drawAll, 120); });
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", drawAll);
+
+  // A button beside each command and each code, which copies it; without a clipboard it selects the text.
+  document.querySelectorAll("pre.command, pre.code").forEach((text) => {
+    const button = document.createElement("button");
+    button.type = "button";
+    button.className = "copy";
+    button.textContent = "Copy";
+    button.addEventListener("click", async () => {
+      try { await navigator.clipboard.writeText(text.textContent); button.textContent = "Copied"; }
+      catch { getSelection().selectAllChildren(text); button.textContent = "Selected"; }
+      setTimeout(() => { button.textContent = "Copy"; }, 2000);
+    });
+    text.before(button);
+  });
+
+  // A table's head sorts its rows: numbers by size, then text; a second click turns the order round.
+  document.querySelectorAll("table.sortable").forEach((table) => {
+    const value = (row, column) => { const text = row.cells[column].textContent.trim(), number = parseFloat(text.replace(/,/g, "")); return Number.isNaN(number) ? text : number; };
+    const order = (a, b) => (typeof a === "number" && typeof b === "number" ? a - b : typeof a === "number" ? -1 : typeof b === "number" ? 1 : a.localeCompare(b));
+    [...table.tHead.rows[0].cells].forEach((head, column) => {
+      const button = document.createElement("button");
+      button.type = "button";
+      button.textContent = head.textContent;
+      head.replaceChildren(button);
+      button.addEventListener("click", () => {
+        const down = head.getAttribute("aria-sort") === "ascending";
+        table.querySelectorAll("[aria-sort]").forEach((other) => other.removeAttribute("aria-sort"));
+        head.setAttribute("aria-sort", down ? "descending" : "ascending");
+        const rows = [...table.tBodies[0].rows].sort((a, b) => (down ? -1 : 1) * order(value(a, column), value(b, column)));
+        table.tBodies[0].append(...rows);
+      });
+    });
+  });
 
   const slider = document.getElementById("margin");
   if (slider) {
