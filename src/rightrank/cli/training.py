@@ -27,7 +27,7 @@ SELECT_OPTIONS = [
     click.option(
         "--goal",
         type=click.Choice(["adapter", "training-rank"]),
-        help="Stop at the smallest adapter that loses nothing, or continue to the rank to train at (default).",
+        help="Stop at the smallest adapter, or at the rank to train (default).",
     ),
     click.option("--strategy", help="What to train next: bracket (default) or grid."),
     click.option("--ranks", callback=comma, help="Ranks to compare, such as 4,16,64."),
@@ -37,29 +37,27 @@ SELECT_OPTIONS = [
         "--sweep",
         multiple=True,
         metavar="AXIS=VALUES",
-        help="Further values of alpha, scaling, init, targets or equal_targets, such as alpha=16,64.",
+        help="Further values of a setting, such as alpha=16,64.",
     ),
     click.option("--margin", type=float, help="How much worse than the best is still enough."),
     click.option(
         "--metric",
-        help="The metric that decides: loss (default), accuracy, exact_match, f1, rougeL, …: docs/how-to/metrics.md.",
+        help="The metric that decides: loss (default), accuracy, f1, rougeL, …",
     ),
     click.option("--metrics", multiple=True, metavar="METRIC", help="A further metric to measure; may be repeated."),
     click.option(
         "--columns",
         callback=comma,
-        help="Columns of DATA with other names, such as prompt=question,completion=answer.",
+        help="Columns of other names: prompt=question,completion=answer.",
     ),
     click.option("--validation", metavar="FILE", help="File whose rows are the validation split."),
     click.option(
         "--guard",
         multiple=True,
         metavar="FILE",
-        help="Data whose loss must not get worse than the base's; may be repeated.",
+        help="Data whose loss must not get worse; may be repeated.",
     ),
-    click.option(
-        "--guard-margin", type=float, help="How much worse is still allowed, in nats (default 0.02 per token)."
-    ),
+    click.option("--guard-margin", type=float, help="How much worse it may get, in nats (default 0.02 per token)."),
     click.option("--max-steps", type=int, help="Optimizer steps of each training (default: one epoch)."),
     click.option(
         "--num-train-epochs", type=float, help="Passes over the data of each training, instead of --max-steps."
@@ -70,9 +68,7 @@ SELECT_OPTIONS = [
     click.option("--batch-size", type=int, help="Examples per batch (default 8)."),
     click.option("--seq-len", type=int, help="Maximum tokens per example (default 512)."),
     click.option("--eval-items", type=int, help="Held-out examples at most (default 200)."),
-    click.option(
-        "--dtype", help="auto (default: bfloat16 on a CUDA device that has it, else float32), bf16, fp16 or fp32."
-    ),
+    click.option("--dtype", help="auto (default: bf16 on a CUDA device, else fp32), bf16, fp16, fp32."),
     click.option("--load-in-4bit", is_flag=True, default=None, help="The base's matrices in 4 bits."),
     click.option("--device", help="auto (default), cpu, cuda, cuda:1 or mps."),
     click.option(
@@ -80,19 +76,15 @@ SELECT_OPTIONS = [
         "budget_hours",
         callback=hours,
         metavar="TIME",
-        help="Time budget of training and evaluation, such as 3h or 90min; the answer is the best within it.",
+        help="Time budget of training and evaluation, such as 3h or 90min.",
     ),
-    click.option("--memory", "memory_bytes", help="Memory budget, such as 24GiB; ranks that need more are left out."),
-    click.option(
-        "--adapters-per-pass", type=int, help="Adapters trained in one pass of the model (default: as many as pay)."
-    ),
+    click.option("--memory", "memory_bytes", help="Memory budget, such as 24GiB; ranks above it are left out."),
+    click.option("--adapters-per-pass", type=int, help="Adapters trained in one pass (default: as many as pay)."),
     click.option("--pack-size", type=int, hidden=True),  # the earlier name of --adapters-per-pass
     click.option("--certify", is_flag=True, default=None, help="Train one arm again, alone, and compare."),
-    click.option("--executor", help="Where trainings run: local (default), processes or ray; docs/how-to/clusters.md."),
-    click.option(
-        "--workers", type=int, help="Workers of the executor (default: one per CUDA device; ray: all that fit)."
-    ),
-    click.option("--ray-address", help="HOST:PORT of a Ray cluster's head (default: one on this machine)."),
+    click.option("--executor", help="Where trainings run: local (default), processes or ray."),
+    click.option("--workers", type=int, help="Workers of the executor (default: one per CUDA device)."),
+    click.option("--ray-address", help="HOST:PORT of a Ray cluster's head (default: this machine)."),
     click.option("--report-to", callback=comma, help="Trackers: trackio, wandb, mlflow, tensorboard."),
     click.option("--config", "config_file", type=click.Path(path_type=Path), help="YAML file of settings."),
     click.option(
@@ -117,11 +109,9 @@ def _select_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.option(
     "--out",
     type=click.Path(path_type=Path),
-    help="Run folder; the same command resumes it, and without MODEL DATA its own settings apply.",
+    help="Run folder; resumed by the same command, or without MODEL DATA.",
 )
-@click.option(
-    "--dry-run", is_flag=True, help="Say what the selection will do, cost and be able to show; train and write nothing."
-)
+@click.option("--dry-run", is_flag=True, help="Say what it will do, cost and be able to show; write nothing.")
 @click.option("--price-per-hour", type=float, help="With --dry-run: price of an hour of this device.")
 @click.option("--matrix", type=click.Path(path_type=Path), help="YAML file of many data sets, instead of MODEL DATA.")
 @_select_options
@@ -144,9 +134,8 @@ def select(
 ) -> None:
     """Train a range of LoRA ranks on DATA and hand over the smallest that is enough.
 
-    MODEL is a model folder, a GGUF file or a hub name. DATA is a JSONL, CSV or Parquet file, a folder, or the hub name
-    of a data set, with `text`; `prompt` and `completion`; `messages`; `text` and `label`; or `input_ids`. Alpaca,
-    ShareGPT and question/answer are recognised; --columns names other columns.
+    MODEL is a model folder, a GGUF file or a hub name. DATA is a JSONL, CSV or Parquet file, a folder or a hub name, with
+    `text`; `prompt` and `completion`; `messages`; `text` and `label`; … (docs/reference/file-formats.md).
     """
     if dry_run:
         if matrix is not None or model is None or data is None:
