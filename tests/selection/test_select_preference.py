@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from rightrank import Selected, export, select_rank
+from rightrank import Selected, compare, export, select_rank
 from rightrank.errors import DataError, SettingsError
 from rightrank.io.run_folder import RunFolder
 from rightrank.records import RunStarted, TrialFinished
@@ -78,6 +78,16 @@ def test_the_answer_says_what_the_adapter_prefers(selected: Selected, records: l
 def test_only_named_metrics_stand_beside_the_decision(selected: Selected) -> None:
     assert selected.decision is not None
     assert [other.metric for other in selected.decision.other_metrics] == ["reward_accuracy"]
+
+
+def test_two_adapters_are_compared_pair_by_pair(selected: Selected, pair_file: Path, model_folder: Path) -> None:
+    assert selected.adapter is not None
+    settings = small_settings(metrics=("reward_accuracy",))
+    found = compare(selected.adapter, selected.adapter, model=str(model_folder), data=pair_file, settings=settings)
+    by_metric = {one.metric: one for one in found.comparisons}
+    assert by_metric["loss"].difference == 0
+    assert by_metric["loss"].margin == pytest.approx(0.01 * by_metric["loss"].value_a)
+    assert by_metric["reward_accuracy"].margin == 0.005
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # of transformers, as TRL builds its arguments

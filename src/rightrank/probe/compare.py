@@ -127,7 +127,8 @@ def _scored(runtime: Runtime, name: str, adapter: Path | None) -> TrialFinished:
         scores, measured = runtime.evaluate("selection"), measure(runtime, "selection")
         measured.require(list(measured.failed))
         trial = finished_trial(name, 1, scores, "loss")
-        return trial.model_copy(update={"metrics": scores.metrics | measured.values, "item_metrics": measured.items})
+        items = scores.item_metrics | measured.items
+        return trial.model_copy(update={"metrics": scores.metrics | measured.values, "item_metrics": items})
 
     if adapter is None:
         return read()
@@ -163,7 +164,7 @@ def _compare(a: TrialFinished, b: TrialFinished, metric: str, data: Path, settin
 
 
 def _default_margin(table: ScoreTable, cell: Cell, trial: TrialFinished) -> float:
-    of_examples = trial.item_correct is not None or bool(trial.item_metrics)  # classes and preference pairs
+    of_examples = trial.item_correct is not None or "reward_accuracy" in trial.item_metrics
     kind = "loss" if table.kind == "token_loss" and of_examples else table.kind
     return default_margin(kind, cell.value, [cell.value])
 
