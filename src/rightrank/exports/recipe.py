@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +71,17 @@ class Recipe:
     def located(self) -> Recipe:
         """The recipe with absolute paths of model and data, so that its files work from any folder."""
         return replace(self, model=_absolute(self.model), data=_absolute(self.data))
+
+    use_dora: bool = False
+    target_parameters: tuple[str, ...] = ()
+    peft_options: Mapping[str, Any] = field(default_factory=dict)  # further fields of LoraConfig
+    loraplus_lr_ratio: float | None = None
+
+    @property
+    def kind(self) -> dict[str, Any]:
+        """What makes the adapter another kind than plain LoRA, in PEFT's names; empty for plain LoRA."""
+        given = {"use_dora": self.use_dora, "target_parameters": list(self.target_parameters), **self.peft_options}
+        return {name: value for name, value in given.items() if value}
 
     @property
     def alpha(self) -> int | float:
@@ -188,6 +199,10 @@ def recipe_of(
         beta=settings.get("beta", 0.1),
         making=making,
         trained_alpha=config["lora_alpha"] if is_trained else _trained_alpha(settings, trial, making),
+        use_dora=bool(config.get("use_dora")),
+        target_parameters=tuple(sorted(config.get("target_parameters") or ())),
+        peft_options=settings.get("peft_options") or {},
+        loraplus_lr_ratio=settings.get("loraplus_lr_ratio"),
     )
 
 
@@ -201,6 +216,8 @@ def _adapter_config(adapter: Path) -> dict[str, Any]:
         config = read_json_object(adapter / "adapter_config.json")
     except UnreadableError as error:
         raise RunFolderError(f"{adapter}: no PEFT adapter there ({error}); finish the selection, then export") from None
+    if config.get("target_parameters") and config.get("target_modules") is None:
+        config["target_modules"] = []
     if config.get("peft_type") != "LORA" or not isinstance(config.get("target_modules"), list):
         raise RunFolderError(f"{adapter}: only LoRA adapters with a list of target_modules can be exported")
     return config

@@ -104,6 +104,8 @@ def _serving_notes(recipe: Recipe) -> list[str]:
         notes.append(
             f"servers do not load modules_to_save ({', '.join(recipe.modules_to_save)}): merge the adapter instead"
         )
+    if recipe.kind:
+        notes.append(f"servers load plain LoRA; this adapter has {' and '.join(recipe.kind)}: merge it instead")
     if recipe.task_type != "CAUSAL_LM":
         notes.append(f"servers load adapters of causal language models; the task of this one is {recipe.task_type}")
     return notes

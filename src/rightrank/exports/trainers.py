@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -60,10 +60,13 @@ def peft(recipe: Recipe) -> Written:
         modules_to_save=list(recipe.modules_to_save),
         rank_pattern=dict(recipe.rank_pattern),
         alpha_pattern=dict(recipe.alpha_pattern),
+        **recipe.kind,
     )
     lines = "".join(f"    {name}={value!r},\n" for name, value in arguments.items())
     kind = "AutoPeftModelForSequenceClassification" if recipe.task_type == "SEQ_CLS" else "AutoPeftModelForCausalLM"
     code = f"from peft import LoraConfig\n\nlora_config = LoraConfig(\n{lines})\nlearning_rate = {recipe.learning_rate!r}\n"
+    if recipe.loraplus_lr_ratio is not None:
+        code += f"loraplus_lr_ratio = {recipe.loraplus_lr_ratio!r}  # of peft.optimizers.create_loraplus_optimizer\n"
     return Written(
         {"lora_config.py": code},
         f"python -c \"from peft import {kind}; {kind}.from_pretrained('.')\"",
@@ -88,10 +91,15 @@ def trl(recipe: Recipe) -> Written:
         "max_length": recipe.max_length,
         **_transformers_arguments(recipe),
     }
-    values |= _given(lora_modules_to_save=list(recipe.modules_to_save))
+    values |= _given(
+        lora_modules_to_save=list(recipe.modules_to_save),
+        use_dora=recipe.use_dora,
+        lora_target_parameters=list(recipe.target_parameters),
+    )
     if recipe.is_preference:
         values |= {"beta": recipe.beta, "loss_type": ["sigmoid"]}
     notes = _pattern_notes(recipe, "TRL's command line")
+    notes += _kind_notes(recipe, "TRL's command line", ("use_dora", "target_parameters"))
     notes += _column_notes(recipe, "TRL")
     if recipe.form == "classification":
         notes.append("TRL's sft trains on text; a classification head needs a separate script")
@@ -152,8 +160,12 @@ def axolotl(recipe: Recipe) -> Written:
         lora_modules_to_save=list(recipe.modules_to_save),
         lora_rank_pattern=dict(recipe.rank_pattern),
         lora_alpha_pattern={name: int(alpha) for name, alpha in recipe.alpha_pattern.items()},
+        peft_use_dora=recipe.use_dora,
+        lora_target_parameters=list(recipe.target_parameters),
+        loraplus_lr_ratio=recipe.loraplus_lr_ratio,
     )
-    notes = ["axolotl trains no classification head on this data"] if recipe.form == "classification" else []
+    notes = _kind_notes(recipe, "axolotl", ("use_dora", "target_parameters", "loraplus_lr_ratio"))
+    notes += ["axolotl trains no classification head on this data"] if recipe.form == "classification" else []
     if recipe.is_preference:
         values |= {"rl": "dpo", "rl_beta": recipe.beta}
         notes.append(f"axolotl: {_STRINGS}; for messages, set the data set's type to `chat_template.default`")
@@ -206,8 +218,13 @@ def llamafactory(recipe: Recipe) -> Written:
         "output_dir": "llamafactory-output",
         **arguments,
     }
-    values |= _given(additional_target=",".join(recipe.modules_to_save))
+    values |= _given(
+        additional_target=",".join(recipe.modules_to_save),
+        use_dora=recipe.use_dora,
+        loraplus_lr_ratio=recipe.loraplus_lr_ratio,
+    )
     notes = _pattern_notes(recipe, "LLaMA-Factory")
+    notes += _kind_notes(recipe, "LLaMA-Factory", ("use_dora", "loraplus_lr_ratio"))
     if recipe.is_preference:
         values |= {"pref_beta": recipe.beta, "pref_loss": "sigmoid"}
         notes.append(
@@ -269,14 +286,26 @@ def ms_swift(recipe: Recipe) -> Written:
     arguments += ["--torch_dtype", recipe.dtype, "--output_dir", "swift-output"]
     if recipe.modules_to_save:
         arguments += ["--modules_to_save", *recipe.modules_to_save]
+    if recipe.use_dora:
+        arguments += ["--use_dora", "true"]
+    if recipe.loraplus_lr_ratio is not None:
+        arguments += ["--lorap_lr_ratio", str(recipe.loraplus_lr_ratio)]
     for name, value in _transformers_arguments(recipe).items():
         if name not in ("bf16", "fp16"):
             arguments += [f"--{name}", str(value)]
     command = shlex.join(arguments)
     notes = _pattern_notes(recipe, "ms-swift's command line")
+    notes += _kind_notes(recipe, "ms-swift's command line", ("use_dora", "loraplus_lr_ratio"))
     columns = "`messages` and `rejected_response`" if recipe.is_preference else "`messages` or `query` and `response`"
     notes.append(f"ms-swift reads {columns}; rename the columns of your data to match")
     return Written({"ms_swift.sh": f"#!/bin/sh\nexec {command}\n"}, "sh ms_swift.sh", notes)
+
+
+def _kind_notes(recipe: Recipe, who: str, has: Sequence[str] = ()) -> list[str]:
+    """A note on the settings of the adapter's kind that the target lacks."""
+    given = [*recipe.kind, *(["loraplus_lr_ratio"] if recipe.loraplus_lr_ratio is not None else [])]
+    lacking = [name for name in given if name not in has]
+    return [f"{who} has no {' and no '.join(lacking)}: it trains another adapter than the run did"] if lacking else []
 
 
 def _transformers_arguments(recipe: Recipe) -> dict[str, Any]:

@@ -53,6 +53,8 @@ def truncated_tensors(
             )
         ]
         new_a, new_b = first.how.tensors(factors, a, b)
+        if first.bias_key is not None:  # PEFT scales it as it scales B
+            tensors[first.bias_key] = tensors[first.bias_key] * ratio
         tensors[first.b_key], tensors[first.a_key] = new_b.to(b.dtype).contiguous(), new_a.to(a.dtype).contiguous()
     return tensors
 

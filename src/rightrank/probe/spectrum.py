@@ -91,7 +91,7 @@ def flag_dead(modules: Sequence[ModuleSpectrum]) -> list[ModuleSpectrum]:
     limit = DEAD_FRACTION * median(norms) if norms else 0.0
     return [
         module.model_copy(update={"flags": [*module.flags, "dead"]})
-        if module.frobenius_norm < limit and "untrained" not in module.flags
+        if module.frobenius_norm < limit and not {"untrained", "no_token"} & set(module.flags)
         else module
         for module in modules
     ]

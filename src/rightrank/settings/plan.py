@@ -81,6 +81,11 @@ class PlanSettings(BaseModel):
     price_per_hour: float | None = Field(default=None, ge=0)
     trust_remote_code: bool = False
 
+    @field_validator("target_modules", "target_parameters", "exclude_modules", "modules_to_save", mode="before")
+    @classmethod
+    def _one_or_several(cls, value: object) -> object:
+        return (value,) if isinstance(value, str) else value
+
     @field_validator("ranks")
     @classmethod
     def _ranks_allowed(cls, ranks: tuple[int, ...]) -> tuple[int, ...]:

@@ -32,6 +32,7 @@ LISTS = (  # settings that take one value as well as several
     "exclude_modules",
     "layers_to_transform",
     "modules_to_save",
+    "target_parameters",
     "report_to",
     "columns",
 )
