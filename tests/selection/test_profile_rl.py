@@ -93,6 +93,8 @@ def test_the_profile_is_a_set_of_defaults(tmp_path: Path) -> None:
     assert {one.seed for one in outcomes(tmp_path / "run")} == {5, 6}
     with pytest.raises(SettingsError, match="unknown profile 'lr'"):
         run(tmp_path / "other", profile="lr")
+    with pytest.raises(SettingsError, match="'upward' climbs from the smallest"):
+        run(tmp_path / "other", goal="adapter", evaluate=lambda _folder, _task: {"reward": 1.0})
     assert not (tmp_path / "other").exists()
 
 
