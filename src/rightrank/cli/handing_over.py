@@ -7,6 +7,13 @@ from pathlib import Path
 
 import click
 
+from rightrank.cli.options import names
+
+TARGETS = (
+    *("peft", "trl", "axolotl", "llamafactory", "unsloth", "ms-swift", "vllm", "sglang", "llama.cpp", "ollama"),
+    *("diffusers", "kohya", "optuna"),
+)
+
 
 @click.command(epilog="Example: rightrank report run")
 @click.argument("run", type=click.Path(path_type=Path))
@@ -27,7 +34,8 @@ def report(run: Path, as_json: bool) -> None:
 @click.option(
     "--to",
     required=True,
-    help="peft, trl, axolotl, llamafactory, unsloth, ms-swift, vllm, sglang, llama.cpp, ollama, diffusers, kohya, or optuna.",
+    shell_complete=names(*TARGETS),
+    help=f"{', '.join(TARGETS[:-1])}, or {TARGETS[-1]}.",
 )
 @click.option("--out", type=click.Path(path_type=Path), help="New folder to write (default: RUN/exports/TARGET).")
 @click.option("--pad", is_flag=True, help="For a server: the same function at one rank that it serves and one scale.")

@@ -4,17 +4,30 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import click
+from click.shell_completion import CompletionItem
 
 from rightrank.errors import SettingsError
+
+Complete: TypeAlias = Callable[[click.Context, click.Parameter, str], "list[str]"]
 
 
 def comma(_context: click.Context, _parameter: click.Parameter, value: str | None) -> list[str] | None:
     return None if value is None else [part.strip() for part in value.split(",") if part.strip()]
+
+
+def names(*known: str) -> Complete:
+    """Shell completion of a value from a list; the value itself is checked where it is used."""
+    return lambda _context, _parameter, incomplete: [name for name in known if name.startswith(incomplete)]
+
+
+def folders(_context: click.Context, _parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Shell completion of a path for a value that may be another name too."""
+    return [CompletionItem(incomplete, type="file")]
 
 
 def comma_list(value: str) -> list[str]:

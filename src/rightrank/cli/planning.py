@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from rightrank.cli.options import comma, gather
+from rightrank.cli.options import comma, folders, gather, names
 
 PLAN_OPTIONS = [
     click.option("--ranks", callback=comma, help="Ranks, such as 8,16 (default: powers of two, 1 to 512)."),
@@ -18,7 +18,11 @@ PLAN_OPTIONS = [
     click.option("--use-dora", is_flag=True, default=None, help="DoRA: one trained magnitude per row."),
     click.option("--batch-size", type=int, help="Examples per batch (default 8)."),
     click.option("--seq-len", type=int, help="Tokens per example (default 512)."),
-    click.option("--dtype", help="bfloat16 (default), float16 or float32: the frozen weights' type."),
+    click.option(
+        "--dtype",
+        shell_complete=names("bf16", "fp16", "fp32"),
+        help="bf16 (default), fp16 or fp32: the frozen weights' type.",
+    ),
     click.option("--gradient-checkpointing", is_flag=True, default=None, help="Recompute blocks in the backward pass."),
     click.option("--load-in-4bit", is_flag=True, default=None, help="Frozen weights in 4 bits."),
     click.option("--load-in-8bit", is_flag=True, default=None, help="Frozen weights in 8 bits."),
@@ -46,7 +50,7 @@ def _plan_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @click.command(epilog="Example: rightrank plan ./model --ranks 8,16,64 --batch-size 4 --seq-len 768 --memory 24GiB")
-@click.argument("model")
+@click.argument("model", shell_complete=folders)
 @_plan_options
 @click.option("--config", "config_file", type=click.Path(path_type=Path), help="YAML file of settings.")
 @click.option("--json", "as_json", is_flag=True, help="Print the plan as one JSON object.")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from rightrank.cli.options import comma, gather, hours
+from rightrank.cli.options import comma, folders, gather, hours, names
 from rightrank.cli.stopping import listening
 from rightrank.errors import InterruptedRun, RunError, SettingsError, TerminatedRun
 from rightrank.version import __version__
@@ -29,7 +29,9 @@ SELECT_OPTIONS = [
         type=click.Choice(["adapter", "training-rank"]),
         help="Stop at the smallest adapter, or at the rank to train (default).",
     ),
-    click.option("--strategy", help="What to train next: bracket (default) or grid."),
+    click.option(
+        "--strategy", shell_complete=names("bracket", "grid"), help="What to train next: bracket (default) or grid."
+    ),
     click.option("--ranks", callback=comma, help="Ranks to compare, such as 4,16,64."),
     click.option("--learning-rates", callback=comma, help="Learning rates to try at each rank, such as 1e-4,3e-4."),
     click.option("--seeds", callback=comma, help="Seeds, such as 0,1,2."),
@@ -68,9 +70,15 @@ SELECT_OPTIONS = [
     click.option("--batch-size", type=int, help="Examples per batch (default 8)."),
     click.option("--seq-len", type=int, help="Maximum tokens per example (default 512)."),
     click.option("--eval-items", type=int, help="Held-out examples at most (default 200)."),
-    click.option("--dtype", help="auto (default: bf16 on a CUDA device, else fp32), bf16, fp16, fp32."),
+    click.option(
+        "--dtype",
+        shell_complete=names("auto", "bf16", "fp16", "fp32"),
+        help="auto (default: bf16 on a CUDA device, else fp32), bf16, fp16, fp32.",
+    ),
     click.option("--load-in-4bit", is_flag=True, default=None, help="The base's matrices in 4 bits."),
-    click.option("--device", help="auto (default), cpu, cuda, cuda:1 or mps."),
+    click.option(
+        "--device", shell_complete=names("auto", "cpu", "cuda", "mps"), help="auto (default), cpu, cuda, cuda:1 or mps."
+    ),
     click.option(
         "--time",
         "budget_hours",
@@ -82,7 +90,11 @@ SELECT_OPTIONS = [
     click.option("--adapters-per-pass", type=int, help="Adapters trained in one pass (default: as many as pay)."),
     click.option("--pack-size", type=int, hidden=True),  # the earlier name of --adapters-per-pass
     click.option("--certify", is_flag=True, default=None, help="Train one arm again, alone, and compare."),
-    click.option("--executor", help="Where trainings run: local (default), processes or ray."),
+    click.option(
+        "--executor",
+        shell_complete=names("local", "processes", "ray"),
+        help="Where trainings run: local (default), processes or ray.",
+    ),
     click.option("--workers", type=int, help="Workers of the executor (default: one per CUDA device)."),
     click.option("--ray-address", help="HOST:PORT of a Ray cluster's head (default: this machine)."),
     click.option("--report-to", callback=comma, help="Trackers: trackio, wandb, mlflow, tensorboard."),
@@ -104,7 +116,7 @@ def _select_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @click.command(epilog="Example: rightrank select ./model data.jsonl --out run --ranks 4,16,64 --max-steps 200")
-@click.argument("model", required=False)
+@click.argument("model", required=False, shell_complete=folders)
 @click.argument("data", required=False, type=click.Path(path_type=Path))
 @click.option(
     "--out",

@@ -34,6 +34,15 @@ def status(run: Path, as_json: bool) -> None:
 )
 def watch(run: Path, interval: float) -> None:
     """Follow RUN from another terminal until it is done or no process works on it."""
+    try:
+        _follow(run, interval)
+    except KeyboardInterrupt:
+        click.echo(f"\nstopped watching; the selection in {run} is not affected", err=True)
+        raise click.exceptions.Exit(130) from None
+
+
+def _follow(run: Path, interval: float) -> None:
+    """Show the status of RUN until no process works on it."""
     from rich.console import Console
     from rich.live import Live
     from rich.text import Text

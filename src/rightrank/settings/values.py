@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import reprlib
 from collections.abc import Mapping
+from difflib import get_close_matches
 from typing import Annotated, Literal, TypeAlias, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, Field, ValidationError
@@ -29,6 +30,7 @@ AutoDtype: TypeAlias = Annotated[
 
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 MAX_BYTES = MAX_WHOLE
+NEAREST_NAMES = 3  # that answer an unknown setting
 
 
 def parse_bytes(text: str) -> int:
@@ -68,8 +70,8 @@ def checked(kind: type[AnySettings], values: Mapping[str, object]) -> AnySetting
     unknown = [name for name in values if name not in kind.model_fields]
     if unknown:
         near = did_you_mean(unknown[0], kind.model_fields)
-        allowed = ", ".join(sorted(kind.model_fields))
-        raise SettingsError(f"unknown setting {unknown[0]!r}{near or '; allowed: ' + allowed}")
+        nearest = ", ".join(get_close_matches(unknown[0], kind.model_fields, n=NEAREST_NAMES, cutoff=0.0))
+        raise SettingsError(f"unknown setting {unknown[0]!r}{near or '; the nearest: ' + nearest}")
     try:
         settings = kind.model_validate(dict(values))
     except ValidationError as error:
