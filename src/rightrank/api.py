@@ -563,6 +563,7 @@ def allocate(
     max_steps: int,
     by: str = "sensitivity",
     pattern: str | Path | None = None,
+    groups: Sequence[str] = (),
     seeds: Sequence[int] = (0, 1),
     base: str | None = None,
     settings: SelectSettings | None = None,
@@ -577,7 +578,8 @@ def allocate(
         learning_rate: the learning rate of every training.
         max_steps: the optimizer steps of every training.
         by: the measure of a module's importance: sensitivity, spectra, gradient or eva.
-        pattern: a JSON file of {module: rank} to test instead of one made by a measure.
+        pattern: a JSON file of {module: rank}, or {group: rank}, to test instead of one made by a measure.
+        groups: such as `attention=q_proj+v_proj`: one rank for all modules with one of these parts in their names.
         seeds: one training of each pattern for each seed.
         base: the base model; None for the one that the adapter names.
         settings: see `SelectSettings`; None for the defaults.
@@ -596,6 +598,7 @@ def allocate(
         max_steps,
         by,
         None if pattern is None else Path(pattern),
+        tuple(groups),
         tuple(seeds),
         base,
         settings or make_settings({}),

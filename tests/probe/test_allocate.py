@@ -14,10 +14,12 @@ from rightrank.cli import main
 from rightrank.engine.arm_training import TrialFolders
 from rightrank.engine.evaluation import Scores
 from rightrank.engine.training_loop import run_trial
+from rightrank.errors import SettingsError
 from rightrank.io.adapter_folder import AdapterFolder, open_adapter
 from rightrank.probe import importance
 from rightrank.probe.adapter_runtime import DataUse, adapter_attached, adapter_runtime
 from rightrank.probe.allocate import _TrainedPattern, compare, shuffled
+from rightrank.probe.groups import groups_of, one_rank_a_group, ranks_by_group
 from rightrank.probe.held_out import measure
 from rightrank.probe.rank_choice import RankChoice
 from rightrank.probe.resized_adapter import write_resized
@@ -192,3 +194,49 @@ def test_the_gradient_spectrum_at_the_command_line(
     status, _, err = run(capsys, "inspect", model_folder, "--gradient", model_folder, completion_file)
     assert status == 2
     assert "can't be combined with" in err
+
+
+def test_groups_share_one_rank_within_the_budget(trained: AdapterFolder, runtime: Any) -> None:
+    groups = groups_of(["attention=q_proj+k_proj+v_proj+o_proj", "mlp=mlp"], trained)
+    assert set(groups.values()) == {"attention", "mlp"}
+    budget = cost(trained, {module.name: 4 for module in trained.modules})
+    ranks = one_rank_a_group(importance.by_spectra(trained, budget), groups, trained)
+    found = ranks_by_group(ranks, groups)
+    assert all(ranks[name] == found[group] for name, group in groups.items())
+    assert cost(trained, ranks) <= budget
+    assert min(found.values()) >= 1
+
+
+def test_a_module_in_no_group_is_in_the_rest(trained: AdapterFolder) -> None:
+    groups = groups_of(["queries=q_proj"], trained)
+    assert {group for name, group in groups.items() if not name.endswith("q_proj")} == {"rest"}
+
+
+@pytest.mark.parametrize(
+    ("entries", "said"),
+    [
+        (["attention"], "give NAME=PART"),
+        (["vision=vision_tower"], "no module of the adapter has 'vision_tower'"),
+        (["a=q_proj", "b=self_attn"], "is in a and in b"),
+    ],
+)
+def test_wrong_groups_are_refused(trained: AdapterFolder, entries: list[str], said: str) -> None:
+    with pytest.raises(SettingsError, match=said):
+        groups_of(entries, trained)
+
+
+def test_ranks_by_group_are_tested_as_a_pattern(
+    trained: AdapterFolder, completion_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "pattern.json").write_text('{"attention": 3, "rest": 1}')
+    status, out, err = run(
+        capsys,
+        "allocate", str(trained.path), str(completion_file), "--rank", "2", "--learning-rate", "1e-3",
+        "--max-steps", "2", "--groups", "attention=self_attn", "--pattern", str(tmp_path / "pattern.json"),
+        "--set", "seq_len=32", "--set", "device=cpu", "--json",
+    )  # fmt: skip
+    assert status == 0, err
+    found = json.loads(out)
+    assert found["by"] == "the pattern given (rest 1, attention 3)"
+    allocated = next(trial for trial in found["trials"] if trial["pattern"] == "allocated")
+    assert set(allocated["ranks"].values()) == {1, 3}

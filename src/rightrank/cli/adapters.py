@@ -197,6 +197,7 @@ def extract(
 @click.option("--max-steps", type=int, required=True, help="Optimizer steps of every training.")
 @click.option("--by", default="sensitivity", show_default=True, help="Measure: sensitivity, spectra, gradient or eva.")
 @click.option("--pattern", type=click.Path(path_type=Path), help="Test this JSON file of {module: rank} instead.")
+@click.option("--groups", callback=comma, help="One rank for each group, such as attention=q_proj+v_proj,mlp=up_proj.")
 @click.option("--seeds", callback=comma, help="Seeds (default 0,1).")
 @click.option("--base", help="The base model (default: the one that the adapter names).")
 @click.option(
@@ -211,6 +212,7 @@ def allocate(
     max_steps: int,
     by: str,
     pattern: Path | None,
+    groups: list[str] | None,
     seeds: list[str] | None,
     base: str | None,
     assignments: tuple[str, ...],
@@ -232,6 +234,7 @@ def allocate(
         max_steps=max_steps,
         by=by,
         pattern=pattern,
+        groups=tuple(groups or ()),
         seeds=tuple(whole_numbers(seeds, "--seeds") or (0, 1)),
         base=base,
         settings=make_settings(gather(None, assignments, {})),

@@ -27,6 +27,7 @@ from rightrank.io.reading import UnreadableError, read_json_object
 from rightrank.maths.intervals import estimate
 from rightrank.probe import importance
 from rightrank.probe.adapter_runtime import DataUse, adapter_runtime, train_attached
+from rightrank.probe.groups import groups_of, one_rank_a_group, ranks_by_group
 from rightrank.probe.rank_choice import by_rank
 from rightrank.records import Arm
 from rightrank.records.probe import Allocation, AllocationTrial, AllocationVerdict
@@ -47,7 +48,8 @@ class AllocateOptions:
     learning_rate: float
     steps: int
     by: str = "sensitivity"
-    pattern: Path | None = None  # a JSON file of ranks by module, tested instead of a measure's pattern
+    pattern: Path | None = None  # a JSON file of ranks by module or group, tested instead of a measure's pattern
+    groups: tuple[str, ...] = ()  # such as attention=q_proj+v_proj: one rank for all modules of a group (probe.groups)
     seeds: tuple[int, ...] = (0, 1)
     base: str | None = None
     settings: SelectSettings = field(default_factory=lambda: make_settings({}))
@@ -70,13 +72,16 @@ def allocate(path: Path, data: Path, options: AllocateOptions) -> Allocation:
     _check(options)
     adapter = open_adapter(path)
     by_rank(adapter, options.rank)  # refuses a rank above a module's limit
-    given = None if options.pattern is None else read_pattern(options.pattern, adapter)
+    _require_matrices(adapter)
+    groups = groups_of(options.groups, adapter) if options.groups else {}
+    given = None if options.pattern is None else read_pattern(options.pattern, adapter, groups)
     budget = options.rank * sum(module.rows + module.columns for module in adapter.modules)
     with tempfile.TemporaryDirectory(prefix="rightrank-") as name:
         runtime = adapter_runtime(
             adapter, options.base, DataUse(data, options.settings, Path(name) / "cache", options.steps)
         )
         ranks = given or make_pattern(adapter, runtime, budget, options)
+        ranks = one_rank_a_group(ranks, groups, adapter) if groups else ranks
         patterns = {
             "uniform": dict.fromkeys(ranks, options.rank),
             "allocated": ranks,
@@ -87,7 +92,7 @@ def allocate(path: Path, data: Path, options: AllocateOptions) -> Allocation:
             for seed in options.seeds:
                 found.append(_train(runtime, adapter, kind, patterns[kind], seed, options))
                 options.on_trial(found[-1].record)
-    return _answer(adapter, ranks, trained, options)
+    return _answer(ranks, trained, options, groups)
 
 
 def make_pattern(adapter: AdapterFolder, runtime: Runtime, budget: int, options: AllocateOptions) -> dict[str, int]:
@@ -101,8 +106,8 @@ def make_pattern(adapter: AdapterFolder, runtime: Runtime, budget: int, options:
     return importance.by_sensitivity(adapter, runtime, budget)
 
 
-def read_pattern(path: Path, adapter: AdapterFolder) -> dict[str, int]:
-    """Ranks by exact module name, one for every module of the adapter.
+def read_pattern(path: Path, adapter: AdapterFolder, groups: Mapping[str, str] | None = None) -> dict[str, int]:
+    """Ranks by exact module name, or by group, one for every module of the adapter.
 
     Raises:
         SettingsError: an unreadable file, an unknown or missing module, or a value that is no rank.
@@ -111,6 +116,11 @@ def read_pattern(path: Path, adapter: AdapterFolder) -> dict[str, int]:
         pattern = read_json_object(path)
     except UnreadableError as error:
         raise SettingsError(f"{path}: not readable as JSON ({error}); give a file of {{module: rank}}") from None
+    by_group = set(pattern) & set((groups or {}).values())
+    if groups and by_group:
+        pattern = {name: pattern[group] for name, group in groups.items() if group in pattern} | {
+            name: rank for name, rank in pattern.items() if name not in by_group
+        }
     names = {module.name: min(module.rows, module.columns) for module in adapter.modules}
     for name, rank in pattern.items():
         if name not in names:
@@ -135,6 +145,20 @@ def shuffled(adapter: AdapterFolder, ranks: Mapping[str, int], seed: int) -> dic
     fitting = [draw for draw in draws if (draw <= limits).all() and (draw != values).any()] or [values]
     best = min(fitting, key=lambda draw: abs(int(draw @ costs) - wanted))
     return {module.name: int(rank) for module, rank in zip(adapter.modules, best, strict=True)}
+
+
+def _require_matrices(adapter: AdapterFolder) -> None:
+    """Refuse parameters that hold several matrices: PEFT gives all of them one rank.
+
+    Raises:
+        SettingsError: such a parameter.
+    """
+    several = next((pair[0].address for pair in adapter.pairs if len(pair) > 1), None)
+    if several is not None:
+        raise SettingsError(
+            f"allocate gives ranks to modules, and {several} holds experts that share one; give an adapter on modules, "
+            "or compare ranks of experts with select and divide_rank_by_experts"
+        )
 
 
 def _check(options: AllocateOptions) -> None:
@@ -181,10 +205,10 @@ def _train(
 
 
 def _answer(
-    adapter: AdapterFolder,
     ranks: Mapping[str, int],
     trained: Mapping[PatternKind, list[_TrainedPattern]],
     options: AllocateOptions,
+    groups: Mapping[str, str],
 ) -> Allocation:
     verdicts = [
         compare(trained["allocated"], trained["uniform"], "uniform"),
@@ -192,6 +216,8 @@ def _answer(
     ]
     better = all(verdict.better for verdict in verdicts)
     by = "the pattern given" if options.pattern else options.by
+    if groups:
+        by += f" ({', '.join(f'{group} {rank}' for group, rank in ranks_by_group(ranks, groups).items())})"
     against = verdicts[0]
     figures = f"{against.difference:+.4f} nats [{against.low:+.4f}, {against.high:+.4f}] against uniform"
     if better:
