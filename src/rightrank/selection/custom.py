@@ -28,6 +28,7 @@ from rightrank.selection.start import open_selection
 from rightrank.settings import SelectSettings, make_settings, with_identity_of
 from rightrank.settings.profiles import profile_named
 from rightrank.strategies import make_strategy, space_of, strategy_in
+from rightrank.strategies.upward import Upward
 from rightrank.version import __version__
 from rightrank.views import answers
 
@@ -173,10 +174,15 @@ def checked_settings(values: Mapping[str, object]) -> SelectSettings:
     """The settings of a selection with a custom trainer.
 
     Raises:
-        SettingsError: a value that is not allowed, or an unknown strategy.
+        SettingsError: a value that is not allowed, an unknown strategy, or one that does not serve the goal.
     """
     settings = make_settings(values)
     make_strategy(settings, 1)  # refuses an unknown name first
+    if settings.goal == "adapter" and settings.strategy == Upward.name:
+        raise SettingsError(
+            f"goal 'adapter' needs an adapter of the largest rank, and strategy {Upward.name!r} climbs from the smallest; give "
+            "goal 'training-rank', or another strategy"
+        )
     return settings
 
 

@@ -54,14 +54,9 @@ def strategy_in(name: str, space: Space) -> Strategy:
     """The strategy of that name in a space.
 
     Raises:
-        SettingsError: an unknown name, a budget too small to compare two ranks, or a goal that the strategy does not serve.
+        SettingsError: an unknown name, or a budget too small to compare two ranks.
     """
     strategy = strategy_named(name)(space)
-    if space.goal == "adapter" and name == Upward.name:
-        raise SettingsError(
-            f"goal 'adapter' needs an adapter of the largest rank, and strategy {name!r} climbs from the smallest; give "
-            "goal 'training-rank', or another strategy"
-        )
     least = strategy.min_trainings()
     if space.budget_steps is not None and space.budget_steps < least * space.steps:
         raise SettingsError(
