@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,19 +13,9 @@ import pytest
 from rightrank.decision.run import Records, decide_run, decision_so_far
 from rightrank.report.figures import margin_range, margin_steps, rank_at
 from rightrank.report.html import render_report
+from tests.report.chromium import CHROMIUM, FLAGS, sync_api
 from tests.report.runs import made_up_run
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-FLAGS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
-sync_api: Any = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 pytestmark = [
     pytest.mark.trains,
     pytest.mark.draws,
