@@ -24,7 +24,7 @@ from rightrank.errors import ModelError, SettingsError
 from rightrank.io.data import DataSplits, load_data
 from rightrank.io.models import LoadedModel, load_model
 from rightrank.io.rows import read_rows
-from rightrank.maths.intervals import Estimate, estimate
+from rightrank.maths.paired import PairedBounds, paired_bounds
 from rightrank.probe.adapter_runtime import adapter_attached, finished_trial
 from rightrank.records import TrialFinished
 from rightrank.records.compare import AdapterComparison, ComparisonVerdict, MetricComparison
@@ -144,10 +144,9 @@ def _compare(a: TrialFinished, b: TrialFinished, metric: str, data: Path, settin
         raise SettingsError(
             f"metric {metric!r} gives no score by example: two adapters can't be compared in pairs by it"
         )
-    found = estimate((cells[1].sums - cells[0].sums)[None, :], cells[0].weights)
+    found = paired_bounds(cells[1].sums - cells[0].sums, cells[0].weights, CONFIDENCE)
     margin = settings.margin if settings.margin is not None else _default_margin(tables[0], cells[0], a)
-    low, high = found.bound(1 - CONFIDENCE), found.bound(CONFIDENCE)
-    verdict: ComparisonVerdict = "not_worse" if high < margin else "worse" if low > margin else "cannot_tell"
+    verdict = verdict_of(found, margin)
     return MetricComparison(
         data=str(data),
         metric=metric,
@@ -155,12 +154,17 @@ def _compare(a: TrialFinished, b: TrialFinished, metric: str, data: Path, settin
         value_a=cells[0].value,
         value_b=cells[1].value,
         difference=found.mean,
-        difference_low=low,
-        difference_high=high,
+        difference_low=found.low,
+        difference_high=found.high,
         margin=margin,
         examples=cells[0].examples,
         examples_needed=_examples_needed(found, margin) if verdict == "cannot_tell" else None,
     )
+
+
+def verdict_of(found: PairedBounds, margin: float) -> ComparisonVerdict:
+    """By the one-sided 95% bounds of how much worse B is."""
+    return "not_worse" if found.high < margin else "worse" if found.low > margin else "cannot_tell"
 
 
 def _default_margin(table: ScoreTable, cell: Cell, trial: TrialFinished) -> float:
@@ -169,12 +173,12 @@ def _default_margin(table: ScoreTable, cell: Cell, trial: TrialFinished) -> floa
     return default_margin(kind, cell.value, [cell.value])
 
 
-def _examples_needed(found: Estimate, margin: float) -> int | None:
+def _examples_needed(found: PairedBounds, margin: float) -> int | None:
     """The number at which the bound falls below the margin, if the difference and the spread stay as they are."""
     room = margin - found.mean
     if room <= 0:
         return None
-    reach = found.bound(CONFIDENCE) - found.mean
+    reach = found.high - found.mean
     return math.ceil(found.examples * (reach / room) ** 2 * (1 + 1e-9)) + 1
 
 

@@ -65,7 +65,7 @@ def _handler(report: Path, state: Callable[[], str], secret: str, seconds: float
         server_version, sys_version = "rightrank", ""
 
         def do_GET(self) -> None:
-            port = self.server.server_address[1]
+            port = self.connection.getsockname()[1]
             if self.headers.get("Host") != f"{HOST}:{port}":  # another name for this machine may be an attacker's
                 self._send(HTTPStatus.FORBIDDEN, "text/plain", "")
             elif self.path == f"/{secret}/":

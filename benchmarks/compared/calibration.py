@@ -1,0 +1,139 @@
+"""How often is `compare` wrong where B is worse by exactly the margin? At most 5% may be called "not worse", and at most 5% "worse".
+
+    python -m benchmarks.compared.calibration [--rounds 4000]     # writes calibration.json
+
+Simulated pairs draw the differences of single examples from distributions of known mean, with token counts as weights. Real pairs are adapters of
+the stored grids (`benchmarks/selection`): the examples of a grid are the population, its mean difference is the truth and the margin, and samples of
+them are drawn with replacement. The decision is that of the command (`rightrank.probe.compare.verdict_of`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from benchmarks.machine import machine
+from benchmarks.results import store
+from rightrank.decision.judge import CONFIDENCE
+from rightrank.maths.paired import paired_bounds
+from rightrank.probe.compare import verdict_of
+
+HERE = Path(__file__).parent
+OUT = HERE / "calibration.json"
+GRIDS = HERE.parent / "selection"
+SIZES = (50, 100, 200, 400)
+MARGIN = 0.01
+MIN_SHARE = 0.02  # of the spread: a smaller true difference is no margin that anybody would give
+Floats = NDArray[np.float64]
+Draw = Callable[[np.random.Generator, int], Floats]
+
+DIFFERENCES: dict[str, Draw] = {  # of mean 0
+    "normal": lambda generator, n: generator.normal(0, 0.1, n),
+    "heavy tails": lambda generator, n: 0.05 * generator.standard_t(3, n),
+    "skewed upward": lambda generator, n: 0.1 * (generator.exponential(1, n) - 1),
+    "skewed downward": lambda generator, n: 0.1 * (1 - generator.exponential(1, n)),
+    "few examples differ": lambda generator, n: generator.choice([-1.0, 1.0], n) * (generator.random(n) < 0.1) * 0.3,
+}
+
+
+def shares(
+    draw: Callable[[np.random.Generator], tuple[Floats, Floats, float]], seed: int, rounds: int
+) -> dict[str, float]:
+    """`draw` gives differences times weights, weights and the margin."""
+    generator = np.random.default_rng(seed)
+    counts = {"not_worse": 0, "worse": 0, "cannot_tell": 0}
+    for _ in range(rounds):
+        sums, weights, margin = draw(generator)
+        counts[verdict_of(paired_bounds(sums, weights, CONFIDENCE), margin)] += 1
+    return {name: round(count / rounds, 4) for name, count in counts.items()}
+
+
+def simulated(rounds: int) -> Iterator[dict[str, Any]]:
+    for name, of_kind in DIFFERENCES.items():
+        for size in SIZES:
+
+            def draw(
+                generator: np.random.Generator, of_kind: Draw = of_kind, size: int = size
+            ) -> tuple[Floats, Floats, float]:
+                weights = generator.integers(5, 40, size).astype(np.float64)
+                return (MARGIN + of_kind(generator, size)) * weights, weights, MARGIN
+
+            yield {"pairs": "simulated", "differences": name, "examples": size, **shares(draw, size, rounds)}
+
+
+def real_pairs() -> Iterator[tuple[str, Floats, Floats]]:
+    """`(name, how much worse by example, weights)` of every two ranks of a grid at one learning rate and seed."""
+    for file in ("real_grids.json", "seeded_grids.json"):
+        for curve in json.loads((GRIDS / file).read_text(encoding="utf-8"))["curves"]:
+            weights = np.asarray(curve["item_tokens"], dtype=np.float64)
+            cells = {
+                (rate, seed, int(rank)): np.asarray(losses)
+                for rank, by_rate in curve["item_losses"].items()
+                for rate, by_seed in by_rate.items()
+                for seed, losses in by_seed.items()
+            }
+            for rate, seed, rank in sorted(cells):
+                others = [other for r, s, other in cells if (r, s) == (rate, seed) and other > rank]
+                for other in others:
+                    worse = cells[rate, seed, rank] - cells[rate, seed, other]
+                    worse = worse if worse.sum() > 0 else -worse
+                    spread = float(np.std(worse / weights))
+                    if worse.sum() / weights.sum() > MIN_SHARE * spread:
+                        yield f"{curve['id']} {rank} and {other} at {rate}, seed {seed}", worse, weights
+
+
+def real(rounds: int) -> Iterator[dict[str, Any]]:
+    for number, (name, worse, weights) in enumerate(real_pairs()):
+        truth = float(worse.sum() / weights.sum())
+        size = min(200, len(worse))
+
+        def draw(
+            generator: np.random.Generator,
+            worse: Floats = worse,
+            weights: Floats = weights,
+            truth: float = truth,
+            size: int = size,
+        ) -> tuple[Floats, Floats, float]:
+            chosen = generator.integers(0, len(worse), size)
+            return worse[chosen], weights[chosen], truth
+
+        yield {
+            "pairs": "real",
+            "pair": name,
+            "examples": size,
+            "margin": round(truth, 5),
+            **shares(draw, number, rounds),
+        }
+
+
+def summary(cases: list[dict[str, Any]]) -> dict[str, Any]:
+    return {
+        pairs: {
+            "cases": len(found),
+            "false_not_worse": round(float(np.mean([one["not_worse"] for one in found])), 4),
+            "false_not_worse_highest": max(one["not_worse"] for one in found),
+            "false_worse": round(float(np.mean([one["worse"] for one in found])), 4),
+        }
+        for pairs in ("simulated", "real")
+        if (found := [one for one in cases if one["pairs"] == pairs])
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=4000)
+    rounds = parser.parse_args().rounds
+    cases = [*simulated(rounds), *real(max(200, rounds // 4))]
+    result = {"machine": machine(), "rounds": rounds, "summary": summary(cases), "cases": cases}
+    print(json.dumps(result["summary"], indent=1))
+    store(result, OUT)
+
+
+if __name__ == "__main__":
+    main()

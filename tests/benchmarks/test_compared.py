@@ -1,0 +1,25 @@
+"""The stored errors of `compare`, and a short form of their simulation."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+from benchmarks.compared import calibration
+
+
+def test_the_stored_error_is_at_most_five_percent() -> None:
+    stored = json.loads(calibration.OUT.read_text(encoding="utf-8"))
+    assert stored["summary"] == calibration.summary(stored["cases"])
+    assert stored["summary"]["simulated"]["false_not_worse"] <= 0.05
+    assert stored["summary"]["real"]["false_not_worse"] <= 0.05
+
+
+def test_a_pair_at_the_margin_is_rarely_called_not_worse() -> None:
+    def draw(generator: np.random.Generator) -> tuple[calibration.Floats, calibration.Floats, float]:
+        return 0.01 + generator.normal(0, 0.1, 100), np.ones(100), 0.01
+
+    found = calibration.shares(draw, 0, 600)
+    assert found["not_worse"] <= 0.08
+    assert found["worse"] <= 0.08
+    assert found["cannot_tell"] >= 0.85
