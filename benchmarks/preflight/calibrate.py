@@ -19,7 +19,7 @@ import itertools
 import json
 import math
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +60,7 @@ def half_width(cells: Cells, tokens: Sequence[float], metric: str) -> float | No
 
 
 def cases_of(
-    name: str, task: str, kind: NoiseKind, cells: Cells, tokens: Sequence[float], base: float
+    name: str, kind: NoiseKind, cells: Cells, tokens: Sequence[float], base: float, steps: int
 ) -> Iterator[Case]:
     """One case for each choice of the seeds that every rank has."""
     metric = "accuracy" if kind == "scores" else "loss"
@@ -72,9 +72,10 @@ def cases_of(
             if found is not None:
                 yield {
                     "grid": name,
-                    "task": task,
+                    "task": name.split("_")[0],
                     "kind": kind,
                     "seeds": list(chosen),
+                    "steps": steps,
                     "examples": len(tokens),
                     "base_spread": round(base, 5),
                     "half_width": round(found, 6),
@@ -95,9 +96,12 @@ def cases_of_grids() -> Iterator[Case]:
             }
             base = next(bases[key] for key in (name, *ALIKE.get(name, ())) if key in bases)
             kind: NoiseKind = "classes" if max(tokens) == 1 else "tokens"
-            yield from cases_of(
-                name, name.split("_")[0], kind, cells, tokens, base_spread(base["losses"], base["tokens"])
-            )
+            yield from cases_of(name, kind, cells, tokens, base_spread(base["losses"], base["tokens"]), _steps(curve))
+
+
+def _steps(curve: Mapping[str, Any]) -> int:
+    found: int = curve.get("steps") or curve["settings"]["max_steps"]
+    return found
 
 
 ALIKE = {
@@ -122,35 +126,45 @@ def cases_of_run(name: str, folder: Path) -> Iterator[Case]:
         and trial["init_lora_weights"] is None
         and trial["target_modules"] is None
     ]
-    tokens, task = base["item_tokens"], name.split("_")[0]
+    tokens, steps = base["item_tokens"], max(trial["steps"] for trial in whole)
     cells = {(t["rank"], t["learning_rate"], t["seed"]): t["item_losses"] for t in whole}
     kind: NoiseKind = "classes" if max(tokens) == 1 else "tokens"
     if not name.endswith("_accuracy"):  # a grid whose losses are there already
-        yield from cases_of(name, task, kind, cells, tokens, base_spread(base["item_losses"], tokens))
+        yield from cases_of(name, kind, cells, tokens, base_spread(base["item_losses"], tokens), steps)
     if base.get("item_correct"):
         correct = {(t["rank"], t["learning_rate"], t["seed"]): t["item_correct"] for t in whole}
-        yield from cases_of(name, task, "scores", correct, tokens, 1.0)
+        yield from cases_of(name, "scores", correct, tokens, 1.0, steps)
 
 
 def fit(cases: Sequence[Case], kind: NoiseKind) -> StoredNoise:
-    """The spread by the cases with one seed; the seed ratio by those with several, of losses together, each at its spread."""
-    spread = _spread(cases, kind)
+    """The spread by the cases with one seed; the seed ratios by those with several, of losses together, each at its spread."""
     alike = ("scores",) if kind == "scores" else ("tokens", "classes")
     several = [case for case in cases if case["kind"] in alike and len(case["seeds"]) > 1]
-    if not several:
-        return StoredNoise(spread, precision.STORED[kind].seed_ratio)
-    spreads = {one: _spread(cases, one) for one in {case["kind"] for case in several}}
+    spreads = {one: _spread(cases, one) for one in {kind, *(case["kind"] for case in several)}}
+    used = precision.STORED[kind]
+    long = [case for case in several if case["steps"] >= precision.LONG_STEPS]
+    short = [case for case in several if case["steps"] < precision.LONG_STEPS]
+    return StoredNoise(
+        spreads[kind],
+        _ratio(long, spreads) if long else used.seed_ratio,
+        _ratio(short, spreads) if short else used.short_seed_ratio,
+    )
+
+
+def _ratio(cases: Sequence[Case], spreads: Mapping[NoiseKind, float]) -> float:
+    """At which the median of found over predicted is 1."""
 
     def cost(ratio: float) -> float:
-        errors = [_error(case, StoredNoise(spreads[case["kind"]], float(ratio))) for case in several]
-        return abs(_weighted_median(errors, several))
+        noises = [StoredNoise(spreads[case["kind"]], float(ratio), float(ratio)) for case in cases]
+        errors = [_error(case, noise) for case, noise in zip(cases, noises, strict=True)]
+        return abs(_weighted_median(errors, cases))
 
-    return StoredNoise(spread, float(min(RATIOS, key=cost)))
+    return float(min(RATIOS, key=cost))
 
 
 def _spread(cases: Sequence[Case], kind: NoiseKind) -> float:
     single = [case for case in cases if case["kind"] == kind and len(case["seeds"]) == 1]
-    return math.exp(_weighted_median([_error(case, StoredNoise(1.0, 0.0)) for case in single], single))
+    return math.exp(_weighted_median([_error(case, StoredNoise(1.0, 0.0, 0.0)) for case in single], single))
 
 
 def _weighted_median(values: Sequence[float], cases: Sequence[Case]) -> float:
@@ -174,7 +188,9 @@ def _error(case: Case, noise: StoredNoise) -> float:
 
 def predicted(case: Case, noise: StoredNoise) -> float:
     seeds = len(case["seeds"])
-    return expected_precision(case["kind"], case["base_spread"], case["examples"], seeds, noise).half_width
+    return expected_precision(
+        case["kind"], case["base_spread"], case["examples"], seeds, case["steps"], noise
+    ).half_width
 
 
 def judge(cases: Sequence[Case]) -> dict[str, Any]:
@@ -253,7 +269,7 @@ def main() -> None:
         store_compact(cases, CASES)
     fits = {kind: fit(cases, kind) for kind in precision.STORED}
     for kind, found in fits.items():
-        print(f"{kind}: spread {found.spread:.3g}, seed ratio {found.seed_ratio:.3g}; in use {precision.STORED[kind]}")
+        print(f"{kind}: {found}; in use {precision.STORED[kind]}")
     result = judge(cases)
     print(json.dumps(result["summary"], indent=1))
     store(result, OUT)

@@ -101,11 +101,11 @@ def test_bad_use_is_one_line(more: list[str], message: str, capsys: pytest.Captu
 
 
 def test_more_examples_and_seeds_narrow_the_expected_width() -> None:
-    few = precision.expected_precision("tokens", 1.0, 100, 1)
+    few = precision.expected_precision("tokens", 1.0, 100, 1, 40)
     assert few.half_width == pytest.approx(1.645 * 0.1 / 10, rel=0.02)
     needed = few.examples_needed(few.half_width / 2)
     assert needed == pytest.approx(397, abs=5)
-    two, four = (precision.expected_precision("tokens", 1.0, 100, seeds) for seeds in (2, 4))
+    two, four = (precision.expected_precision("tokens", 1.0, 100, seeds, 40) for seeds in (2, 4))
     assert two.half_width > four.half_width  # measured seed noise narrows with seeds
     assert two.seeds_needed(four.half_width * 1.001) == 4
     assert two.examples_needed(two.half_width / 100) is None  # seeds alone are wider

@@ -16,6 +16,7 @@ from typing import Literal, TypeAlias
 import numpy as np
 
 from rightrank.decision.judge import CONFIDENCE
+from rightrank.decision.seed_noise import SHARED_REFERENCE, WITHIN_DEGREES, start_of
 from rightrank.maths.intervals import Estimate
 
 NoiseKind: TypeAlias = Literal["tokens", "classes", "scores"]
@@ -29,18 +30,20 @@ class StoredNoise:
     """What stored runs say of the widest difference between ranks."""
 
     spread: float  # between examples: a share of the base's spread ("tokens"), else in the metric's unit
-    seed_ratio: float  # the variance over seeds of one seed's difference, over the squared spread
+    seed_ratio: float  # the variance over seeds of one seed's difference, over the squared spread, of long trainings
+    short_seed_ratio: (
+        float  # the same of trainings of fewer than `LONG_STEPS` steps, which vary far more from seed to seed
+    )
 
 
 # Fitted and judged by `python -m benchmarks.preflight.calibrate`; a test compares these with its stored result.
 STORED: dict[NoiseKind, StoredNoise] = {
-    "tokens": StoredNoise(spread=0.1, seed_ratio=0.034),
-    "classes": StoredNoise(spread=0.43, seed_ratio=0.034),
-    "scores": StoredNoise(spread=0.37, seed_ratio=0.003),
+    "tokens": StoredNoise(spread=0.1, seed_ratio=0.0035, short_seed_ratio=0.019),
+    "classes": StoredNoise(spread=0.43, seed_ratio=0.0035, short_seed_ratio=0.019),
+    "scores": StoredNoise(spread=0.41, seed_ratio=0.0005, short_seed_ratio=0.006),
 }
-SEED_DEGREES = (
-    2.4  # of the expectation that moderates the seed noise (`decision.seed_noise`), with four ranks and two seeds
-)
+LONG_STEPS = 200
+PAIRS = 3  # of ranks with the reference: four ranks
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +54,7 @@ class Precision:
     spread: float  # between examples, of one example's difference
     examples: int
     seeds: int
+    steps: int  # of a training
 
     @property
     def half_width(self) -> float:
@@ -66,8 +70,10 @@ class Precision:
         of_examples = self.spread**2 / examples
         if seeds == 1:  # nothing is measured over seeds: the bound is over examples alone
             return Estimate(0.0, of_examples, 0.0, 0.0, examples, 1, 0.0, 0.0).bound(CONFIDENCE)
-        of_seeds = self.noise.seed_ratio * self.spread**2 / seeds
-        degrees = SEED_DEGREES + seeds - 1
+        ratio = self.noise.seed_ratio if self.steps >= LONG_STEPS else self.noise.short_seed_ratio
+        of_seeds = ratio * self.spread**2 / seeds
+        known = start_of("token_loss").degrees + SHARED_REFERENCE * PAIRS * (seeds - 1)
+        degrees = 1 / (1 / WITHIN_DEGREES + 1 / known) + seeds - 1  # as `decision.seed_noise` moderates
         return Estimate(0.0, of_examples, of_seeds, 0.0, examples, seeds, degrees, 0.0).bound(CONFIDENCE)
 
     def examples_needed(self, margin: float) -> int | None:
@@ -99,15 +105,21 @@ def base_spread(losses: Sequence[float], tokens: Sequence[int]) -> float:
 
 
 def expected_precision(
-    kind: NoiseKind, spread_of_base: float, examples: int, seeds: int, stored: StoredNoise | None = None
+    kind: NoiseKind,
+    spread_of_base: float,
+    examples: int,
+    seeds: int,
+    steps: int,
+    stored: StoredNoise | None = None,
 ) -> Precision:
-    """The precision to expect of `examples` validation examples and `seeds` seeds of each rank.
+    """The precision to expect of `examples` validation examples and `seeds` seeds of each rank, each trained for `steps` steps.
 
     Args:
         stored: in place of `STORED[kind]`.
     """
     noise = stored or STORED[kind]
-    return Precision(noise, noise.spread * spread_of_base if kind == "tokens" else noise.spread, examples, seeds)
+    spread = noise.spread * spread_of_base if kind == "tokens" else noise.spread
+    return Precision(noise, spread, examples, seeds, steps)
 
 
 def rounded_up(margin: float) -> float:

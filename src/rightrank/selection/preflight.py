@@ -156,7 +156,7 @@ def _precision(prepared: Prepared, base: tuple[Sequence[float], Sequence[int]] |
         return None
     spread = base_spread(*base) if base is not None else 0.0
     seeds = len(settings.seeds) if settings.goal == "training-rank" else 1  # an adapter file has no seed
-    return expected_precision(kind, spread, len(prepared.runtime.examples("selection")), seeds)
+    return expected_precision(kind, spread, len(prepared.runtime.examples("selection")), seeds, prepared.steps)
 
 
 def _margin(prepared: Prepared, base: tuple[Sequence[float], Sequence[int]] | None) -> float | None:
