@@ -113,7 +113,10 @@ def prepare(request: Request, cache: Path, notice: Notice = lambda _: None, base
     """
     request = _with_dtype(request)
     sources = _load(request, {} if bases is None else bases, cache.parent)
-    settings, planned = _settle(sources, request.settings, notice)
+    given = request.settings.of_form(sources.splits.form)
+    if given.margin != request.settings.margin:
+        notice(f"margin: {given.margin:g} nats a pair, the default for preference pairs")
+    settings, planned = _settle(sources, given, notice)
     steps = settings.training_steps(len(sources.encoded.splits["train"]))
     runtime = Runtime(sources.loaded, sources.encoded, settings, steps, cache)
     return Prepared(runtime, settings, steps, _started(request, sources, settings, steps), planned)

@@ -75,6 +75,14 @@ def test_the_answer_says_what_the_adapter_prefers(selected: Selected, records: l
     assert [record.passed for record in records if record.type == "certified"] == [True]
 
 
+def test_the_margin_is_that_of_pairs(selected: Selected) -> None:
+    assert selected.decision is not None
+    assert selected.decision.margin == 0.02
+    assert small_settings(metric="reward_accuracy").of_form("preference").margin is None
+    assert small_settings(margin=0.1).of_form("preference").margin == 0.1
+    assert small_settings().of_form("text").margin is None
+
+
 def test_only_named_metrics_stand_beside_the_decision(selected: Selected) -> None:
     assert selected.decision is not None
     assert [other.metric for other in selected.decision.other_metrics] == ["reward_accuracy"]
@@ -86,7 +94,7 @@ def test_two_adapters_are_compared_pair_by_pair(selected: Selected, pair_file: P
     found = compare(selected.adapter, selected.adapter, model=str(model_folder), data=pair_file, settings=settings)
     by_metric = {one.metric: one for one in found.comparisons}
     assert by_metric["loss"].difference == 0
-    assert by_metric["loss"].margin == pytest.approx(0.01 * by_metric["loss"].value_a)
+    assert by_metric["loss"].margin == 0.02
     assert by_metric["reward_accuracy"].margin == 0.005
 
 

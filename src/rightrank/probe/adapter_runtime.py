@@ -59,6 +59,7 @@ def make_runtime(base: str, modules: tuple[str, ...] | None, use: DataUse) -> Ru
     loaded = use.loaded or load_model(
         base, settings.dtype, settings.device, splits.classes, settings.trust_remote_code, settings.weight_bits
     )
+    settings = settings.of_form(splits.form)
     encoded = encode(splits, loaded, settings)
     return Runtime(loaded, encoded, settings, max(1, use.steps), use.cache)
 

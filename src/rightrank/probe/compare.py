@@ -28,7 +28,7 @@ from rightrank.maths.paired import PairedBounds, paired_bounds
 from rightrank.probe.adapter_runtime import adapter_attached, finished_trial
 from rightrank.records import TrialFinished
 from rightrank.records.compare import AdapterComparison, ComparisonVerdict, MetricComparison
-from rightrank.settings import SelectSettings
+from rightrank.settings import PAIR_MARGIN, SelectSettings
 
 BASE = "base"
 ADAPTER_CONFIG = "adapter_config.json"
@@ -168,8 +168,9 @@ def verdict_of(found: PairedBounds, margin: float) -> ComparisonVerdict:
 
 
 def _default_margin(table: ScoreTable, cell: Cell, trial: TrialFinished) -> float:
-    of_examples = trial.item_correct is not None or "reward_accuracy" in trial.item_metrics
-    kind = "loss" if table.kind == "token_loss" and of_examples else table.kind
+    if table.metric == "loss" and "reward_accuracy" in trial.item_metrics:
+        return PAIR_MARGIN
+    kind = "loss" if table.kind == "token_loss" and trial.item_correct is not None else table.kind
     return default_margin(kind, cell.value, [cell.value])
 
 

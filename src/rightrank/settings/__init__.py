@@ -13,6 +13,7 @@ from rightrank.settings.metric_spec import MetricSpec, parse_metric
 from rightrank.settings.plan import DEFAULT_PLAN_RANKS, OptimizerName, PlanSettings, make_plan_settings
 from rightrank.settings.select import (
     CONSTANT_SCALING_RANK,
+    PAIR_MARGIN,
     Goal,
     Scaling,
     SelectSettings,
@@ -25,6 +26,7 @@ __all__ = [
     "CONTINUABLE",
     "DEFAULT_PLAN_RANKS",
     "NOT_IDENTITY",
+    "PAIR_MARGIN",
     "UNITS",
     "AutoDtype",
     "DtypeName",

@@ -24,6 +24,7 @@ Goal: TypeAlias = Literal["adapter", "training-rank"]
 # so that alpha = 32 means s = 2 at every rank (the common "alpha = 2r" habit).
 CONSTANT_SCALING_RANK = 16
 MAX_SEED = 2**53
+PAIR_MARGIN = 0.02  # nats a preference pair: about the noise over seeds between ranks (benchmarks/preference)
 LISTS = (  # settings that take one value as well as several
     "ranks",
     "learning_rates",
@@ -259,6 +260,12 @@ class SelectSettings(BaseModel):
         if unknown is not None:
             raise ValueError(f"lower_is_better: {unknown!r} is not one of the metrics ({', '.join(names)})")
         return self
+
+    def of_form(self, form: str) -> SelectSettings:
+        """These settings with the margin that the loss of preference pairs has by default; unchanged for other data."""
+        if form != "preference" or self.margin is not None or self.metric_name != "loss":
+            return self
+        return self.model_copy(update={"margin": PAIR_MARGIN})
 
     @property
     def metric_specs(self) -> tuple[MetricSpec, ...]:
