@@ -92,12 +92,13 @@ def direct_rank(curve: GridCurve, margin: float) -> int:
     return min(rank for rank, loss in best.items() if loss <= min(best.values()) + margin + 1e-9)
 
 
-def compare() -> dict[str, Any]:
+def compare(families: Sequence[str]) -> dict[str, Any]:
     table: list[dict[str, Any]] = []
     adapters: list[dict[str, Any]] = []
     unders: list[dict[str, Any]] = []
     passes: list[dict[str, Any]] = []
-    for family, (file, which, margins) in FAMILIES.items():
+    for family in families:
+        file, which, margins = FAMILIES[family]
         curves = read_grids(HERE / file)[which]
         for margin in margins:
             found = family_results(curves, margin)
@@ -122,6 +123,15 @@ def compare() -> dict[str, Any]:
                 ]  # fmt: skip
     return {"machine": machine(), "equal_cost_with": EQUAL_COST_WITH, "repeats": REPEATS, "table": table,
             "under_picks": unders, "adapters": adapters, "false_passes": passes}  # fmt: skip
+
+
+def with_others_of(stored: dict[str, Any], results: dict[str, Any], family: str) -> dict[str, Any]:
+    """`results`, which are of one family, with the stored rows of the others, in the order of `FAMILIES`."""
+    found = dict(results)
+    for name in ("table", "under_picks", "adapters", "false_passes"):
+        rows = [*(row for row in stored[name] if row["family"] != family), *results[name]]
+        found[name] = sorted(rows, key=lambda row: list(FAMILIES).index(row["family"]))
+    return found
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
@@ -237,9 +247,14 @@ def text(results: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=HERE / "results.json")
+    parser.add_argument(
+        "--only", choices=FAMILIES, help="judge this family anew and keep the stored results of the others"
+    )
     options = parser.parse_args()
     strategy_named(EQUAL_COST_WITH)
-    results = compare()
+    results = compare(list(FAMILIES) if options.only is None else [options.only])
+    if options.only is not None:
+        results = with_others_of(json.loads(options.out.read_text()), results, options.only)
     options.out.write_text(json.dumps(results, indent=1) + "\n")
     draw(results, options.out.with_name("cost_against_regret.svg"))
     draw_by_rank(read_grids(HERE / "seeded_grids.json"), options.out.with_name("trained_and_truncated.svg"))
