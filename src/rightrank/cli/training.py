@@ -36,6 +36,11 @@ SELECT_OPTIONS = [
     click.option("--learning-rates", callback=comma, help="Learning rates to try at each rank, such as 1e-4,3e-4."),
     click.option("--seeds", callback=comma, help="Seeds, such as 0,1,2."),
     click.option(
+        "--extend/--no-extend",
+        default=None,
+        help="Add ranks while rising, and learning rates at an edge (default: with --time).",
+    ),
+    click.option(
         "--sweep",
         multiple=True,
         metavar="AXIS=VALUES",

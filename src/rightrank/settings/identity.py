@@ -11,6 +11,7 @@ from rightrank.settings.select import SelectSettings
 
 NOT_IDENTITY = (
     "goal",
+    "extend",
     "guard",
     "guard_margin",
     "adapters_per_pass",

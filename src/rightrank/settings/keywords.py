@@ -16,6 +16,7 @@ class SelectKeywords(TypedDict, total=False):
     ranks: Sequence[int] | int
     learning_rates: Sequence[float] | float
     seeds: Sequence[int] | int
+    extend: bool
     sweep: Sequence[str] | str
     margin: float
     metric: str

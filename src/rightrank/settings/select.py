@@ -56,6 +56,9 @@ class SelectSettings(BaseModel):
     budget_trainings: float | None = Field(default=None, gt=0)  # whole trainings
     budget_steps: int | None = Field(default=None, gt=0)  # optimizer steps over all trainings
     budget_hours: float | None = Field(default=None, gt=0)  # of training and evaluation
+    extend: bool | None = (
+        None  # add ranks while the answer is rising, learning rates at an edge; None: with budget_hours
+    )
     sweep: tuple[str, ...] = ()  # such as alpha=16,64: further values, tried at the chosen rank and at the reference
 
     # how to decide
@@ -287,6 +290,11 @@ class SelectSettings(BaseModel):
     def weight_bits(self) -> int | None:
         """The bits of a quantised base; None for a base in `dtype`."""
         return 4 if self.load_in_4bit else 8 if self.load_in_8bit else None
+
+    @property
+    def extends(self) -> bool:
+        """Whether ranks and learning rates are added while the answer asks for them."""
+        return self.budget_hours is not None if self.extend is None else self.extend
 
     @property
     def items_per_step(self) -> int:
