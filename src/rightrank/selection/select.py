@@ -51,10 +51,10 @@ def extended(settings: SelectSettings, selected: Selected) -> SelectSettings | N
     if wanted is None:
         return None
     if wanted.action == "rank":
-        values = {"ranks": tuple(sorted({*settings.ranks, *wanted.ranks}))}
+        further = settings.model_copy(update={"ranks": tuple(sorted({*settings.ranks, *wanted.ranks}))})
     else:
-        values = {"learning_rates": tuple(sorted({*settings.learning_rates, *wanted.learning_rates}))}
-    further = settings.model_copy(update=values)
+        rates = tuple(sorted({*settings.learning_rates, *wanted.learning_rates}))
+        further = settings.model_copy(update={"learning_rates": rates})
     return None if further == settings else further
 
 
