@@ -1,4 +1,4 @@
-"""DoRA beside LoRA on the demo's data: the same ranks, learning rates, seed, batches and first A, paired by example.
+"""DoRA beside LoRA on the demo's data: the same ranks, learning rate, seed, batches and first A, paired by example.
 
 python -m benchmarks.kinds.dora FOLDER      # runs two selections in FOLDER; writes dora.json beside this file
 """
@@ -23,8 +23,8 @@ from rightrank.settings import make_settings
 
 SETTINGS: dict[str, Any] = DEMO_SETTINGS | {
     "strategy": "grid",
-    "ranks": (1, 4, 16),
-    "learning_rates": (1e-3, 3e-3),
+    "ranks": (4, 16),
+    "learning_rates": (3e-3,),
     "eval_items": 120,
 }
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from benchmarks.kinds.cases import CASES
 from benchmarks.kinds.checks import CHECKS, Suite
+from benchmarks.kinds.image_checks import IMAGES, row_of
 from benchmarks.machine import machine
 
 FOLDER = Path(__file__).parent
@@ -22,6 +23,10 @@ def rows() -> list[dict[str, str]]:
         with tempfile.TemporaryDirectory() as name:
             suite = Suite.of(case, Path(name))
             found.append({"kind": case.name, **{check: function(suite) for check, function in CHECKS.items()}})
+            print(found[-1], flush=True)
+    for name in IMAGES:
+        with tempfile.TemporaryDirectory() as folder:
+            found.append(row_of(name, Path(folder)))
             print(found[-1], flush=True)
     return found
 
