@@ -90,7 +90,7 @@ def make_model(name: str, vocabulary: int) -> Any:
 
 
 def settings_of(case: Case) -> SelectSettings:
-    return small_settings(max_steps=STEPS, eval_points=1, ranks=(2, RANK), **case.settings)
+    return small_settings(max_steps=STEPS, eval_points=1, ranks=(2, RANK), dtype="float32", **case.settings)
 
 
 def make_runtime(case: Case, folder: Path) -> Runtime:

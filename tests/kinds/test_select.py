@@ -9,10 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from benchmarks.kinds.cases import make_model
+from benchmarks.kinds.cases import case_named, make_model
+from benchmarks.kinds.checks import Suite
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from rightrank import inspect
+from rightrank.io.adapter_folder import open_adapter
 from tests import commands
 from tests.tiny import make_tokenizer, write_completions
 
@@ -86,13 +90,6 @@ def test_experts_are_selected_with_their_own_ranks(run: Run, folder: Path, tmp_p
 
 def test_an_expert_that_no_token_reached_has_its_own_flag(tmp_path: Path) -> None:
     """Half of the experts get no token: their B stays zero. Another one is scaled to next to nothing."""
-    from benchmarks.kinds.cases import case_named
-    from benchmarks.kinds.checks import Suite
-    from safetensors.torch import load_file, save_file
-
-    from rightrank import inspect
-    from rightrank.io.adapter_folder import open_adapter
-
     suite = Suite.of(case_named("experts (Mixtral)"), tmp_path)
     adapter = open_adapter(suite.trained.adapter)
     first = next(module for module in adapter.modules if module.kind == "expert")
@@ -136,3 +133,33 @@ def test_what_a_kind_refuses_is_one_line(
     last = err.strip().splitlines()[-1]
     assert said in last
     assert "Traceback" not in err
+
+
+def test_a_sweep_of_initialisations_is_refused_for_experts(run: Run, folder: Path, tmp_path: Path) -> None:
+    more = ("--target-modules", "q_proj", "--set", EXPERTS, "--sweep", "init=eva")
+    status, _, err = select(run, folder, "mixtral", tmp_path / "run", *more)
+    assert status == 2, err
+    assert "sweep init=eva is not possible with adapters on fused experts" in err.strip().splitlines()[-1]
+
+
+def test_adapters_on_experts_are_resized_by_held_out_data(run: Run, folder: Path, tmp_path: Path) -> None:
+    suite = Suite.of(case_named("experts (Mixtral)"), tmp_path)
+    make_tokenizer().save_pretrained(suite.trained.base)
+    status, out, err = run(
+        "resize", str(suite.trained.adapter), str(tmp_path / "small"), "--data", str(folder / "data.jsonl"),
+        "--margin", "5", "--set", "seq_len=32", "--set", "eval_items=8", "--set", "device=cpu", "--json",
+    )  # fmt: skip
+    assert status == 0, err
+    assert json.loads(out)["rank"] == 1
+    assert {module.rank for module in open_adapter(tmp_path / "small").modules} == {1}
+
+
+def test_a_plan_of_dora_with_dropout_is_traced(run: Run, folder: Path) -> None:
+    status, out, err = run(
+        "plan", str(folder / "llama"), "--ranks", "4", "--target-modules", "q_proj", "--seq-len", "32", "--dtype",
+        "float32", "--use-dora", "--set", "lora_dropout=0.1", "--set", "packed=true", "--set", "device=cpu", "--json",
+    )  # fmt: skip
+    assert status == 0, err
+    found = json.loads(out)
+    assert found["ranks"][0]["trainable_parameters"] == 2 * (4 * 64 + 32)
+    assert found["sources"]["peak_bytes"] == "traced"

@@ -251,6 +251,7 @@ class ArmTargets:
         }
         self.shared = self._sets[settings.target_modules]
         self._require_equal_ranks()
+        self._require_starts()
 
     @property
     def adapted(self) -> set[str]:
@@ -304,6 +305,16 @@ class ArmTargets:
                         f"sweep {variant.label}: as many parameters as rank {rank} has over {'+'.join(settings.target_modules)} "
                         f"take rank {needed} there, and these modules can have {limit}; name more modules, or smaller ranks"
                     )
+
+    def _require_starts(self) -> None:
+        """Refuse a sweep over initialisations for a kind that has one of its own."""
+        kinds = {kind for targets in self._sets.values() for kind in targets.kinds if kind.why_own_start is not None}
+        variant = next((one for one in variants_of(self._settings) if one.axis == "init"), None)
+        if kinds and variant is not None:
+            kind = kinds.pop()
+            raise ModelError(
+                f"sweep {variant.label} is not possible with {kind.label}: {kind.why_own_start}; leave it out"
+            )
 
 
 def _names_there_are(model: Any) -> str:

@@ -25,6 +25,7 @@ class Experts(AdapterKind):
     name = "expert"
     label = "adapters on fused experts (target_parameters)"
     why_alone = "an expert's rows come from any example"
+    why_own_start = "an expert's inputs are a choice of tokens"
     why_not_padded = "servers load experts in formats of their own"
 
     def adapts(self, module: Any) -> bool:

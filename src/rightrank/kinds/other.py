@@ -16,6 +16,7 @@ class Other(AdapterKind):
     name = "linear"
     label = "an adapter of a kind that rightrank does not know"
     why_alone = "only PEFT's own forward pass computes it"
+    why_own_start = "what its tensors mean is unknown"
     why_not_truncated = "what its tensors mean is unknown"
     why_not_padded = "what its tensors mean is unknown"
 

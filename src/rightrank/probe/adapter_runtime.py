@@ -76,8 +76,10 @@ def adapter_runtime(adapter: AdapterFolder, base: str | None, use: DataUse) -> R
         raise ModelError(f"{adapter.path}: names no base model; give one with --base MODEL")
     # A module that is trained whole may lie below the first adapter, where a cached prefix would be stale.
     caching = use.settings.cache_prefix and not adapter.other_keys
-    use = replace(use, settings=use.settings.model_copy(update={"cache_prefix": caching}))
-    return make_runtime(name, tuple(module.name for module in adapter.modules), use)
+    parameters = dict.fromkeys(module.address for module in adapter.modules if module.kind == "expert")
+    changes = {"cache_prefix": caching, "target_parameters": tuple(parameters)}
+    use = replace(use, settings=use.settings.model_copy(update=changes))
+    return make_runtime(name, tuple(module.name for module in adapter.modules if module.kind != "expert"), use)
 
 
 @contextmanager
