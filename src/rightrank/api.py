@@ -79,6 +79,7 @@ __all__ = [
     "select_rank_with",
     "status",
     "write_report",
+    "write_side_by_side",
 ]
 
 Watching = Observer  # the name until 0.2; both stay
@@ -644,6 +645,17 @@ def write_report(run: str | Path) -> Path:
     from rightrank import runs
 
     return runs.write_report(run)
+
+
+def write_side_by_side(runs: Sequence[str | Path], out: str | Path) -> Path:
+    """Write one page to the file `out` that shows several runs beside each other, and the settings that differ.
+
+    Raises:
+        RunFolderError: no run in one of the folders.
+    """
+    from rightrank import runs as verbs
+
+    return verbs.write_side_by_side(runs, out)
 
 
 def doctor() -> Doctor:

@@ -15,7 +15,7 @@ from rightrank.exports.recipe import recipe_of
 from rightrank.exports.study import TARGET as STUDY
 from rightrank.exports.study import write_study
 from rightrank.exports.targets import Exported, require_paddable, require_target, write_export
-from rightrank.io.files import report_disk_errors, require_absent
+from rightrank.io.files import report_disk_errors, require_absent, write_text
 from rightrank.io.journal import Repaired
 from rightrank.io.reading import UnreadableError, read_json_object
 from rightrank.io.run_folder import RunFolder
@@ -40,6 +40,24 @@ def write_report(run: str | Path) -> Path:
         views.write_report(folder, records, decision, goal)
         views.write_all_figures(folder, records, decision)
     return folder.report
+
+
+def write_side_by_side(runs: Sequence[str | Path], out: str | Path) -> Path:
+    """Write one page with several runs; see `rightrank.api.write_side_by_side`."""
+    from rightrank.report.side_by_side import ShownRun, render_side_by_side
+
+    shown = []
+    for run in runs:
+        folder = existing_run(run)
+        journal = folder.journal.read_settled()
+        records = records_of(journal, str(folder.path))
+        goal = _goal(records)
+        decision = None if goal == "adapter" else _decision(journal, records)
+        shown.append(ShownRun(str(run), records, decision, goal))
+    place = Path(out)
+    with report_disk_errors(place.parent):
+        write_text(place, render_side_by_side(shown))
+    return place
 
 
 def begun_as(run: str | Path) -> dict[str, object]:

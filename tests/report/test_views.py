@@ -14,11 +14,13 @@ from filelock import FileLock
 from rich.console import Console
 
 from rightrank.cli import cli
+from rightrank.errors import SettingsError
 from rightrank.records import StepDone
 from rightrank.report.event_log import JsonLog, ProgressFile
 from rightrank.report.terminal import LiveView, PlainView, make_view, plan_line
 from rightrank.runs import status
-from tests.report.runs import STARTED, journal_of, made_up_run
+from tests.report.elements import Elements
+from tests.report.runs import STARTED, answered_folder, journal_of, made_up_run
 
 pytestmark = pytest.mark.draws
 
@@ -154,3 +156,20 @@ def test_help_fits_a_screen_and_ends_with_an_example(command: str) -> None:
     lines = shown.splitlines()
     assert len(lines) <= (56 if command == "select" else 50)  # one line for each option
     assert lines[-1].strip().startswith(("Example: rightrank", "Example: eval"))
+
+
+def test_runs_are_shown_side_by_side(tmp_path: Path) -> None:
+    first, second = journal_of(tmp_path / "first"), answered_folder(tmp_path / "second")
+    page = tmp_path / "page.html"
+    shown = CliRunner().invoke(cli, ["report", str(first), str(second), "--out", str(page)])
+    assert shown.exit_code == 0, shown.output
+    assert shown.output.strip() == str(page)
+    found = Elements(page.read_text(encoding="utf-8"))
+    for run in (first, second):
+        assert str(run) in found.text
+    assert "Settings that differ" in found.text
+    assert not [tag for tag, _ in found.tags if tag == "script"]
+    ids = [attributes["id"] for _, attributes in found.tags if attributes.get("id")]
+    assert len(ids) == len(set(ids))
+    alone = CliRunner().invoke(cli, ["report", str(first), "--out", str(page)])
+    assert isinstance(alone.exception, SettingsError)

@@ -11,7 +11,7 @@ from rightrank.errors import SettingsError
 
 
 @click.command(
-    epilog="Example: rightrank fleet tasks/first tasks/second --model ./model --data held_out.jsonl --out common"
+    epilog="Example: rightrank fleet tasks/first tasks/second --model ./model --out common"
 )
 @click.argument("adapters", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="ADAPTER...")
 @click.option("--model", required=True, help="The base model of all adapters.")

@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from rightrank.cli.options import names
+from rightrank.errors import SettingsError
 
 TARGETS = (
     *("peft", "trl", "axolotl", "llamafactory", "unsloth", "ms-swift", "vllm", "sglang", "llama.cpp", "ollama"),
@@ -16,16 +17,22 @@ TARGETS = (
 
 
 @click.command(epilog="Example: rightrank report run")
-@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="RUN...")
+@click.option(
+    "--out", type=click.Path(path_type=Path), help="With several runs: the page (default: side-by-side.html)."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the report's path as one JSON object.")
-def report(run: Path, as_json: bool) -> None:
+def report(runs: tuple[Path, ...], out: Path | None, as_json: bool) -> None:
     """Write report.html and the figures of RUN again, from its journal alone.
 
-    While a selection runs, the report shows what is known so far.
+    While a selection runs, the report shows what is known so far. Several runs give one page that shows them side by
+    side.
     """
     from rightrank import api
 
-    path = api.write_report(run)
+    if len(runs) == 1 and out is not None:
+        raise SettingsError("--out goes with several runs: the report of one is RUN/report.html")
+    path = api.write_report(runs[0]) if len(runs) == 1 else api.write_side_by_side(runs, out or "side-by-side.html")
     click.echo(json.dumps({"report": str(path)}) if as_json else str(path))
 
 

@@ -71,9 +71,9 @@ def render_report(
     figures = [*figures_of(records, decision), *further_figures]
     plots = [figure for figure in figures if isinstance(figure, Figure)]
     page_data = {"figures": {figure.name: asdict(figure) for figure in plots}, "answer": _answer(decision)}
-    library, script = _asset("vendor", "echarts.min.js"), _asset("templates", "report.js")
+    library, script = asset("vendor", "echarts.min.js"), asset("templates", "report.js")
     return (
-        _environment()
+        environment()
         .get_template("report.html")
         .render(
             started=records.started,
@@ -115,7 +115,7 @@ def render_report(
             not_tested=not_tested(records, decision),
             command=reproduce_command(records.started.settings),
             svg=lambda figure: Markup(inline_svg(figure)),
-            style=Markup(_asset("templates", "report.css")),
+            style=Markup(asset("templates", "report.css")),
             library=Markup(library),
             script=Markup(script),
             page_data=Markup(script_json(page_data)),
@@ -124,8 +124,9 @@ def render_report(
     )
 
 
-def _environment() -> Environment:
-    environment = Environment(
+def environment() -> Environment:
+    """Templates in which every value is text and control characters are visible."""
+    made = Environment(
         loader=PackageLoader("rightrank.report", "templates"),
         autoescape=True,
         undefined=StrictUndefined,
@@ -133,9 +134,9 @@ def _environment() -> Environment:
         lstrip_blocks=True,
         finalize=_finalize,
     )
-    environment.filters["cell"] = _cell
-    environment.filters["split_name"] = split_name
-    return environment
+    made.filters["cell"] = _cell
+    made.filters["split_name"] = split_name
+    return made
 
 
 def _finalize(value: Any) -> Any:
@@ -150,7 +151,8 @@ def _cell(value: Any) -> str:
 
 
 @cache
-def _asset(folder: str, name: str) -> str:
+def asset(folder: str, name: str) -> str:
+    """A file of this package, as it goes into a page."""
     return files("rightrank.report").joinpath(folder, name).read_text(encoding="utf-8").strip("\n")
 
 
