@@ -10,9 +10,7 @@ from rightrank.cli.options import comma, gather, whole_numbers
 from rightrank.errors import SettingsError
 
 
-@click.command(
-    epilog="Example: rightrank fleet tasks/first tasks/second --model ./model --out common"
-)
+@click.command(epilog="Example: rightrank fleet tasks/first tasks/second --model ./model --out common")
 @click.argument("adapters", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="ADAPTER...")
 @click.option("--model", required=True, help="The base model of all adapters.")
 @click.option(
