@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
 from pathlib import Path
 
@@ -12,14 +13,16 @@ from rightrank.io.journal import Journal
 from rightrank.records import AdapterRecorded, TrialFinished
 from rightrank.records.guard import GuardEvaluated
 from tests.commands import SMALL, run
-from tests.tiny import sentences, write_jsonl
+from tests.tiny import write_jsonl
 
 pytestmark = pytest.mark.trains
 
 
 @pytest.fixture(scope="module")
 def guard_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    rows = [{"text": text} for text in sentences(30, seed=9)]
+    """Digits and signs, which the task never has: learning its words makes them less likely."""
+    generator = random.Random(0)
+    rows = [{"text": "".join(generator.choices("0123456789#%&*+=<>", k=20))} for _ in range(30)]
     return write_jsonl(tmp_path_factory.mktemp("guard") / "guard.jsonl", rows)
 
 
@@ -107,7 +110,12 @@ def test_a_tighter_guard_on_a_finished_run_trains_nothing(
     assert status == 0, err
     found = json.loads(out)["guard"]
     assert found["margin"] == 1e-9
-    assert found["holds"] is (found["difference_high"] < 1e-9)
+    assert (found["holds"], found["difference_high"] > 1e-9) == (False, True)
+    assert found["next_run"]["ranks"]
+    status, text, _ = run([*given, "--guard", str(guard_file), "--guard-margin", "1e-9"], capsys)
+    assert status == 0
+    assert "guard worse by" in text
+    assert found["sentence"] in text
     assert sum(isinstance(one, TrialFinished) for one in Journal(again / "journal.jsonl").read()) == before
 
 

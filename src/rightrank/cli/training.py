@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -309,16 +309,30 @@ def _print_adapter(selected: Selected) -> None:
             click.echo(f"         It was {answers['adapter_making']}.")
         if answers["adapter_preference"] is not None:
             click.echo(f"         {answers['adapter_preference']}")
-        if answers["guard"] is not None:
-            click.echo(f"         {answers['guard']['sentence']}")
-            if answers["guard"]["next_run"] is not None:
-                click.echo(f"         {answers['guard']['next_run']['sentence']}")
+        _print_guard(answers["guard"])
         on_test_split = selected.handed_over and test_text(selected.handed_over)
         if on_test_split:
             click.echo(f"         {on_test_split}")
     estimate = answers["training_rank_estimate"]
     if estimate is not None:
         click.echo(f"Training rank: not asked (--goal adapter). {estimate['sentence']}")
+
+
+def _print_guard(found: Mapping[str, Any] | None) -> None:
+    """How the adapter does on the guard's data; where none is both, the trade between the two."""
+    if found is None:
+        return
+    click.echo(f"         {found['sentence']}")
+    if found["holds"]:
+        return
+    from rightrank.records import GuardAnswer
+    from rightrank.report.format import table_lines
+    from rightrank.report.guard_view import guard_table
+
+    for line in table_lines(guard_table(GuardAnswer.model_validate(found))):
+        click.echo(f"           {line}")
+    if found["next_run"] is not None:
+        click.echo(f"         {found['next_run']['sentence']}")
 
 
 def _print_decision(decision: Decision, command: str | None) -> None:
