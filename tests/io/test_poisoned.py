@@ -32,7 +32,9 @@ def tokenizer() -> Any:
 def encoded(path: Path, rows: list[dict[str, Any]], tokenizer: Any, **settings: Any) -> EncodedData:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     chosen = small_settings(eval_items=1000, **settings)
-    return encode(load_data(path, chosen), SimpleNamespace(tokenizer=tokenizer), chosen)  # type: ignore[arg-type]
+    embeddings = SimpleNamespace(num_embeddings=len(tokenizer))
+    model = SimpleNamespace(tokenizer=tokenizer, model=SimpleNamespace(get_input_embeddings=lambda: embeddings))
+    return encode(load_data(path, chosen), model, chosen)  # type: ignore[arg-type]
 
 
 def counted(data: EncodedData, name: str) -> int:
