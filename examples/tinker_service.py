@@ -45,12 +45,18 @@ class Service:
 
         PEFT loads an adapter with `target_modules: null` without a word, and only where its defaults name the modules.
         """
-        path = training.save_weights_for_sampler(name=folder.name).result().path
-        url = self.client.create_rest_client().get_checkpoint_archive_url_from_tinker_path(path).result().url
-        with tempfile.TemporaryDirectory() as place:
-            archive, _ = urllib.request.urlretrieve(url, Path(place) / "adapter.tar")
-            with tarfile.open(archive) as tar:
-                tar.extractall(folder, filter="data")
+        rest = self.client.create_rest_client()
+        if hasattr(rest, "get_checkpoint_archive_url_from_tinker_path"):  # tinker before 0.38
+            path = training.save_weights_for_sampler(name=folder.name).result().path
+            with tempfile.TemporaryDirectory() as place:
+                url = rest.get_checkpoint_archive_url_from_tinker_path(path).result().url
+                archive, _ = urllib.request.urlretrieve(url, Path(place) / "adapter.tar")
+                with tarfile.open(archive) as tar:
+                    tar.extractall(folder, filter="data")
+        else:
+            path = training.save_weights_external(name=folder.name, ttl_seconds=86400).result().path
+            for name, url in rest.get_external_weights_urls(path).result().urls.items():
+                urllib.request.urlretrieve(url, folder / Path(name).name)
         file = folder / "adapter_config.json"
         config = json.loads(file.read_text())
         names = {name.split(".lora_")[0].split(".")[-1] for name in load_file(folder / "adapter_model.safetensors")}

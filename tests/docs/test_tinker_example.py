@@ -64,6 +64,7 @@ def test_it_refuses_a_service_whose_trainings_can_not_be_compared(
     run: Callable[[], Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, quirk: str, value: object, refusal: str
 ) -> None:
     monkeypatch.setitem(tinker_standin.QUIRKS, quirk, value)
+    monkeypatch.setitem(tinker_standin.QUIRKS, "archives", quirk == "alpha")  # both ways to download an adapter
     with pytest.raises(SystemExit) as ended:
         run()
     assert refusal in str(ended.value)

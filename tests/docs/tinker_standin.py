@@ -1,7 +1,8 @@
 """A small stand-in for a service of the Tinker protocol and its SDK, in this process. It is no service: it serves tests.
 
-It has the calls that `examples/tinker_service.py` makes, by the signatures of tinker 0.38, over a real small model with PEFT
-adapters. `QUIRKS` holds what services do differently: the alpha, the seeds, and the module names in the adapter that is saved.
+It has the calls that `examples/tinker_service.py` makes, by the signatures of tinker 0.38 and before, over a real small model with
+PEFT adapters. Saved adapters name no modules. `QUIRKS` holds what services and SDKs do differently: the alpha, the seeds, and how
+an adapter is downloaded.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
-QUIRKS: dict[str, Any] = {"alpha": lambda rank: 32, "seed": lambda seed: seed}
+QUIRKS: dict[str, Any] = {"alpha": lambda rank: 32, "seed": lambda seed: seed, "archives": False}
 _LOCK = threading.RLock()  # one model at a time; the service that it stands for has a queue
 
 
@@ -59,10 +60,18 @@ class ServiceClient:
         return TrainingClient(base_model, rank, QUIRKS["seed"](seed), self.place)
 
     def create_rest_client(self) -> SimpleNamespace:
-        def url(path: str) -> Future[SimpleNamespace]:
-            return done(SimpleNamespace(url=Path(path.removeprefix("tinker:/")).as_uri()))
+        def place(path: str) -> Path:
+            return Path(path.removeprefix("tinker:/"))
 
-        return SimpleNamespace(get_checkpoint_archive_url_from_tinker_path=url)
+        def archive(path: str) -> Future[SimpleNamespace]:
+            return done(SimpleNamespace(url=place(path).as_uri()))
+
+        def files(path: str) -> Future[SimpleNamespace]:
+            return done(SimpleNamespace(urls={one.name: one.as_uri() for one in place(path).iterdir()}))
+
+        if QUIRKS["archives"]:
+            return SimpleNamespace(get_checkpoint_archive_url_from_tinker_path=archive)
+        return SimpleNamespace(get_external_weights_urls=files)
 
 
 class TrainingClient:
@@ -104,16 +113,25 @@ class TrainingClient:
         self.optimizer.zero_grad()
         return done(None)
 
-    def save_weights_for_sampler(self, name: str) -> Future[SimpleNamespace]:
-        """A tar of the adapter whose configuration names no modules."""
-        folder = Path(tempfile.mkdtemp(dir=self.place))
-        self.model.save_pretrained(folder / "adapter")
-        file = folder / "adapter" / "adapter_config.json"
-        file.write_text(json.dumps(json.loads(file.read_text()) | {"target_modules": None}))
+    def save_weights_external(self, name: str, ttl_seconds: int | None = None) -> Future[SimpleNamespace]:
+        """A folder of files."""
+        return done(SimpleNamespace(path=f"tinker:/{self._saved() / 'adapter'}"))
+
+    def save_weights_for_sampler(self, name: str, ttl_seconds: int | None = None) -> Future[SimpleNamespace]:
+        """A tar."""
+        folder = self._saved()
         with tarfile.open(folder / "adapter.tar", "w") as tar:
             for path in (folder / "adapter").iterdir():
                 tar.add(path, path.name)
         return done(SimpleNamespace(path=f"tinker:/{folder / 'adapter.tar'}"))
+
+    def _saved(self) -> Path:
+        """A folder with `adapter/`, whose configuration names no modules."""
+        folder = Path(tempfile.mkdtemp(dir=self.place))
+        self.model.save_pretrained(folder / "adapter")
+        file = folder / "adapter" / "adapter_config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"target_modules": None}))
+        return folder
 
     def _logprobs(self, one: Datum) -> torch.Tensor:
         logits = self.model(input_ids=torch.tensor([one.model_input.tokens])).logits[0].float()
