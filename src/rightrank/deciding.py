@@ -94,7 +94,7 @@ def _decide_run(folder: RunFolder, question: Question) -> Decided:
         margin = own if margin is None and isinstance(own, int | float) else margin
     decision = decide_on(records, outcomes, metric, margin, horizon_steps=question.horizon_steps)
     adapter = records.adapters[-1].answer.sentence if records.adapters else None
-    command = next_command(started.settings, decision, str(folder.path)) if metric == started.metric else None
+    command = next_command(started, decision, str(folder.path)) if metric == started.metric else None
     return Decided(decision, [f"{len(direct)} trainings of a run folder"], adapter, command)
 
 

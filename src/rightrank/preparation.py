@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from rightrank.decision.metrics import higher_is_better
+from rightrank.decision.run import settled_start
 from rightrank.engine.encode import EncodedData, encode, label_count
 from rightrank.engine.runtime import Runtime
 from rightrank.engine.scoring import require_scorers
@@ -130,6 +131,9 @@ def resuming(request: Request, journal: Sequence[JournalRecord]) -> Request:
     settings = as_begun(request.settings, first.settings.keys())
     if "dtype" not in request.settings.model_fields_set and "dtype" in first.settings:
         settings = settings.model_copy(update={"dtype": first.settings["dtype"]})  # what auto meant, or was before it
+    last = settled_start(journal).settings.get("eval_items")
+    if isinstance(last, int) and last > settings.eval_items:
+        settings = settings.model_copy(update={"eval_items": last})  # examples are added, and never taken away
     return replace(request, settings=settings, known_settings=tuple(first.settings), begun=first.settings)
 
 
@@ -151,7 +155,9 @@ def _load(request: Request, bases: Bases, folder: Path) -> _Sources:
         find_model(request.model)  # refuses a wrong name before the data is read
         if request.tokenizer is not None:
             raise SettingsError("tokenizer: a model given by name brings its own; leave it out")
-    splits = load_data(Path(request.data) if isinstance(request.data, str) else request.data, settings, folder)
+    begun_items = (request.begun or {}).get("eval_items")
+    data = Path(request.data) if isinstance(request.data, str) else request.data
+    splits = load_data(data, settings, folder, begun_items if isinstance(begun_items, int) else None)
     _require_metrics_fit(settings, splits.form)
     if splits.form == "preference":
         _require_fits_pairs(settings)

@@ -111,3 +111,22 @@ def test_runs_of_one_model_and_data_are_joined(
         decide([begun, another])
     with pytest.raises(ResultsError, match="no run folder; several results are joined"):
         decide([begun, completion_file])
+
+
+def test_more_validation_examples_score_the_adapters_again_and_train_nothing(
+    begun: Path, model_folder: Path, completion_file: Path, tmp_path: Path
+) -> None:
+    """The run equals one that had all the examples from the start."""
+    run = tmp_path / "run"
+    few, many = small_settings(max_steps=4, eval_items=6), small_settings(max_steps=4, eval_items=14)
+    select_rank(str(model_folder), completion_file, run, settings=few)
+    before = [one for one in journal(run) if isinstance(one, TrialStarted)]
+    continued = select_rank(str(model_folder), completion_file, run, settings=many)
+    assert [one for one in journal(run) if isinstance(one, TrialStarted)] == before
+    whole = select_rank(str(model_folder), completion_file, tmp_path / "whole", settings=many)
+    ours, theirs = continued.decision, whole.decision
+    assert (ours.rank, ours.verdict, ours.flags) == (theirs.rank, theirs.verdict, theirs.flags)
+    assert [one.value for one in ours.ranks] == pytest.approx([one.value for one in theirs.ranks], rel=1e-5)
+    assert decide(run).decision.ranks == ours.ranks
+    again = select_rank(str(model_folder), completion_file, run, settings=few)  # examples are not taken away
+    assert again.decision.ranks == ours.ranks

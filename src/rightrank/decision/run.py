@@ -81,8 +81,13 @@ def settled_start(journal: Sequence[JournalRecord]) -> RunStarted:
     """The start of the run, with the settings that it was last continued with."""
     started = journal[0]
     assert isinstance(started, RunStarted)
-    changed = {name: value for one in journal if isinstance(one, RunContinued) for name, value in one.settings.items()}
-    return started.model_copy(update={"settings": started.settings | changed}) if changed else started
+    continued = [one for one in journal if isinstance(one, RunContinued)]
+    changed = {name: value for one in continued for name, value in one.settings.items()}
+    update: dict[str, object] = {"settings": started.settings | changed} if changed else {}
+    for one in continued:
+        if one.evaluation_items is not None:
+            update |= {"evaluation_items": one.evaluation_items, "data": one.data or started.data}
+    return started.model_copy(update=update) if update else started
 
 
 def last_outcomes(records: Sequence[JournalRecord]) -> list[TrialOutcome]:

@@ -65,8 +65,13 @@ class DataSplits:
     equal_pairs: int = 0  # rows left out because `chosen` and `rejected` are the same
 
 
-def load_data(source: Path | Any, settings: SelectSettings, folder: Path | None = None) -> DataSplits:
+def load_data(
+    source: Path | Any, settings: SelectSettings, folder: Path | None = None, begun_items: int | None = None
+) -> DataSplits:
     """Read `source` (a path, an in-memory `datasets` object or an iterable of mappings) and split it.
+
+    `begun_items` is the number of held-out examples with which a run began that now evaluates more: the fingerprint stays that
+    of the run, and so does the test split.
 
     Reading streams: the texts of training examples go to an unnamed temporary file in `folder`.
 
@@ -87,6 +92,8 @@ def load_data(source: Path | Any, settings: SelectSettings, folder: Path | None 
         "selection": builder.held_out["selection"].examples(),
         "test": builder.held_out["test"].examples(),
     }
+    begun = {split: found[:begun_items] if split in HELD_OUT else found for split, found in examples.items()}
+    examples["test"] = begun["test"]
     _check_sizes(examples, settings, name, given)
     held_out = {split: builder.held_out[split] for split in HELD_OUT}
     classes = _classes(builder.labels, examples, name) if form == "classification" else None
@@ -100,7 +107,7 @@ def load_data(source: Path | Any, settings: SelectSettings, folder: Path | None 
         examples,
         given,
         across,
-        _fingerprint(builder, examples),
+        _fingerprint(builder, begun),
         classes,
         builder.unreadable,
         control,

@@ -146,6 +146,8 @@ class RunContinued(Record):
     type: Literal["run_continued"] = "run_continued"
     schema_version: Whole = SCHEMA_VERSION
     settings: dict[str, JsonValue]
+    evaluation_items: list[str] | None = None  # with more validation examples: all of them, those of before first
+    data: DataSummary | None = None  # with more validation examples
 
 
 class AdapterRecorded(Record):

@@ -3,28 +3,32 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
-from rightrank.records import Decision, NextRun
+from rightrank.records import Decision, NextRun, RunStarted
 from rightrank.settings.select import MAX_SEED
 
 
-def next_command(settings: Mapping[str, object], decision: Decision | None, run: str) -> str | None:
+def next_command(started: RunStarted, decision: Decision | None, run: str) -> str | None:
     """`rightrank select --out RUN …` for the first next run that options of `select` can express; None if none can.
 
     The command continues the run: its model, data and other settings are in the run folder.
     """
-    for wanted in decision.next_runs if decision is not None else ():
-        options = _options(settings, wanted)
+    if decision is None or started.data.form == "own":
+        return None
+    for wanted in decision.next_runs:
+        options = _options(started, wanted)
         if options:
             return shlex.join(["rightrank", "select", "--out", run, *options])
     return None
 
 
-def _options(settings: Mapping[str, object], wanted: NextRun) -> list[str]:
-    options: list[str] = []
+def _options(started: RunStarted, wanted: NextRun) -> list[str]:
+    settings, options = started.settings, list[str]()
+    if wanted.items is not None and started.data.not_evaluated:  # the data has more examples than are evaluated
+        options += ["--eval-items", str(wanted.items)]
     ranks, rates, seeds = (_numbers(settings.get(name)) for name in ("ranks", "learning_rates", "seeds"))
-    if wanted.action == "seeds" and wanted.seeds is not None and wanted.items is None:
+    if wanted.action == "seeds" and wanted.seeds is not None:
         options += _list("--seeds", seeds, _more_seeds(seeds, wanted.seeds))
     if wanted.action == "rank":
         options += _list("--ranks", ranks, [*ranks, *wanted.ranks])

@@ -77,7 +77,7 @@ def run_status(
         rank=decision.rank if decision is not None else None,
         verdict=decision.verdict if decision is not None else None,
         next_run=decision.next_run if decision is not None else None,
-        next_command=next_command(records.started.settings, decision, run),
+        next_command=next_command(records.started, decision, run),
         curve=[(e.rank, e.value) for e in decision.ranks if e.rank > 0] if decision else best_by_rank(records, True),
         truncated_curve=best_by_rank(records, False),
     )

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 
 from rightrank.decision.answers import trainings
@@ -11,8 +10,6 @@ from rightrank.decision.run import best_trial
 from rightrank.engine.generation import expected_of, promptable_examples, write_completion
 from rightrank.engine.runtime import Runtime
 from rightrank.engine.scoring import measure
-from rightrank.io.adapters import restore_adapter
-from rightrank.probe.adapter_runtime import adapter_attached
 from rightrank.records import AdapterAnswer, Decision, RunEvent, Sample, StepDone, TestEvaluated, TrialFinished
 from rightrank.records.observer import Observer
 from rightrank.report.adapter_view import compared
@@ -22,6 +19,7 @@ from rightrank.selection.certificate import certify_selection
 from rightrank.selection.guard import apply_guards
 from rightrank.selection.handover import final_answer, hand_over_answer, hand_over_at_end
 from rightrank.selection.loop import Selection
+from rightrank.selection.rescoring import adapter_of
 from rightrank.selection.start import PreparedSelection
 from rightrank.strategies.sweep import sweep_rows
 from rightrank.views import answers
@@ -77,7 +75,7 @@ def finalize(prepared: PreparedSelection, decision: Decision | None) -> Selected
         records.samples,
         sweep_rows(records.started, records.outcomes),
         trainings(records),
-        next_command(records.started.settings, decision, str(folder.path)),
+        next_command(records.started, decision, str(folder.path)),
         compared(records),
     )
 
@@ -105,7 +103,7 @@ def _evaluate_on_test_split(selection: Selection, runtime: Runtime, trial: Trial
     records, folder = selection.records, selection.folder
     if any(test.trial_id == trial.trial_id for test in records.tests):
         return
-    with _adapter_of(selection, runtime, trial):
+    with adapter_of(selection.folder, runtime, trial):
         scores = runtime.evaluate("test")
         measured = measure(runtime, "test")
     metric = records.started.metric
@@ -126,23 +124,10 @@ def _evaluate_on_test_split(selection: Selection, runtime: Runtime, trial: Trial
     records.tests.append(record)
 
 
-@contextmanager
-def _adapter_of(selection: Selection, runtime: Runtime, trial: TrialFinished) -> Iterator[None]:
-    """The base with the trial's adapter inside the block; the base alone for rank 0."""
-    if trial.truncate_from is not None:  # its modules may have ranks of their own, which its configuration names
-        with adapter_attached(runtime, selection.folder.finished_adapter(trial.trial_id)):
-            yield
-        return
-    with runtime.arm(trial.arm) as model:
-        if trial.rank > 0:
-            restore_adapter(model, selection.folder.finished_adapter(trial.trial_id))
-        yield
-
-
 def _write_samples(selection: Selection, runtime: Runtime, chosen: TrialFinished) -> None:
     examples = promptable_examples(runtime, runtime.settings.samples)
     before = [write_completion(runtime, example) for example in examples]
-    with _adapter_of(selection, runtime, chosen):
+    with adapter_of(selection.folder, runtime, chosen):
         after = [write_completion(runtime, example) for example in examples]
     for example, first, then in zip(examples, before, after, strict=True):
         sample = Sample(

@@ -259,7 +259,10 @@ def continue_run(folder: RunFolder, existing: Sequence[JournalRecord], started: 
     before = {"goal": "training-rank", **settled_start(existing).settings}  # the goal of versions without that setting
     names = [name for name in (*CONTINUABLE, "goal") if name in started.settings and name in before]
     changed = {name: started.settings[name] for name in names if started.settings[name] != before[name]}
-    if changed:
+    if "eval_items" in changed:
+        items, data = started.evaluation_items, started.data
+        folder.journal.append(RunContinued(settings=changed, evaluation_items=items, data=data))
+    elif changed:
         folder.journal.append(RunContinued(settings=changed))
 
 

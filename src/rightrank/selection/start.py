@@ -19,6 +19,7 @@ from rightrank.selection.guard import GuardData, load_guards
 from rightrank.selection.loop import LoopOptions, Selection
 from rightrank.selection.notices import adapter_lines, answers_line, cost_line, kind_lines
 from rightrank.selection.preflight import preflight_of, strategy_of
+from rightrank.selection.rescoring import rescore
 from rightrank.settings.migration import renamed_since
 from rightrank.strategies import Strategy, make_strategy
 from rightrank.trackers import Trackers, require_trackers
@@ -66,6 +67,7 @@ def prepare_selection(
         folder, prepared.started, prepared.steps, strategy, options, report_to, observer
     )
     cost_lines = selection_lines(cost) if cost else [cost_line(strategy, prepared.steps)]
+    rescore(folder, selection.records, prepared.runtime, observer.notice)
     found = preflight_of(prepared, strategy, cost)
     first = [labels_line(found), *memory_lines(found), *cost_lines, *precision_lines(found)]
     for line in [*first, *kind_lines(prepared), *adapter_lines(prepared)]:

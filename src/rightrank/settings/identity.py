@@ -39,6 +39,7 @@ CONTINUABLE = (
     "seeds",
     "strategy",
     "sweep",
+    "eval_items",
     "budget_trainings",
     "budget_steps",
     "budget_hours",
