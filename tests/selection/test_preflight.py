@@ -84,6 +84,12 @@ def test_the_first_lines_of_a_selection_hold_the_same_facts(
     assert any(line.startswith("ranks and memory: 1 (") for line in lines)
 
 
+def test_a_budget_that_is_too_small_for_another_strategy_is_no_error(model_folder: Path, completion_file: Path) -> None:
+    given = {"strategy": "grid", "ranks": (1, 2, 4), "learning_rates": (1e-3, 1e-2), "budget_trainings": 2.0}
+    found = preflight(str(model_folder), completion_file, settings=small_settings(**given))
+    assert [one.strategy for one in found.cost.strategies] == ["grid"]
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [

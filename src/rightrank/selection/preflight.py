@@ -9,6 +9,7 @@ from pathlib import Path
 from rightrank.decision.metrics import default_margin, kind_of
 from rightrank.decision.precision import NoiseKind, Precision, base_spread, expected_precision, rounded_up
 from rightrank.engine.runtime import Runtime
+from rightrank.errors import SettingsError
 from rightrank.preparation import Prepared, Request, estimate, prepare
 from rightrank.records.base import split_name
 from rightrank.records.plan import SelectionCost
@@ -116,8 +117,13 @@ def _ranks(prepared: Prepared) -> list[PreflightRank]:
 def _cost(
     prepared: Prepared, strategy: Strategy, cost: SelectionCost | None, price_per_hour: float | None
 ) -> PreflightCost:
-    others = [strategy if name == strategy.name else strategy_of(prepared, name) for name in STRATEGIES]
-    rows = [_strategy_cost(one, cost if one is strategy else estimate(prepared, one), price_per_hour) for one in others]
+    rows = []
+    for name in STRATEGIES:
+        try:
+            one = strategy if name == strategy.name else strategy_of(prepared, name)
+        except SettingsError:
+            continue  # the budget of the settings is too small for this one
+        rows.append(_strategy_cost(one, cost if one is strategy else estimate(prepared, one), price_per_hour))
     chosen = next(row for row in rows if row.strategy == strategy.name)
     return PreflightCost(**chosen.model_dump(), steps=prepared.steps, strategies=rows)
 
