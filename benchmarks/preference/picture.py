@@ -31,7 +31,8 @@ def draw(curve: dict[str, Any], out: Path) -> None:
         axes.plot(*means(curve["seed_grid"], rate), "o-", color=colour, label=f"trained at {rate}")
         axes.plot(*means(curve["truncation_grid"], rate), "x--", color=colour, label=f"rank 64 truncated, {rate}")
         for rank, cells in curve["seed_grid"].items():
-            axes.plot([int(rank)] * len(cells[rate]), list(cells[rate].values()), ".", color=colour, markersize=4)
+            by_seed = list(cells.get(rate, {}).values())  # empty where every seed diverged
+            axes.plot([int(rank)] * len(by_seed), by_seed, ".", color=colour, markersize=4)
     axes.axhline(curve["base"], color="grey", linewidth=0.8, label="base, ln 2")
     axes.set_xscale("log", base=4)
     axes.set_xticks(curve["ranks"], [str(rank) for rank in curve["ranks"]])
