@@ -18,7 +18,13 @@ LN2 = 0.69315
 
 
 def test_the_rejected_gloss_begins_alike_and_is_of_another_word() -> None:
-    glosses = {"ayin": "the 16th letter", "beth": "the 2nd letter", "blow": "a hard hit", "cord": "a thin rope", "so": "thus"}
+    glosses = {
+        "ayin": "the 16th letter",
+        "beth": "the 2nd letter",
+        "blow": "a hard hit",
+        "cord": "a thin rope",
+        "so": "thus",
+    }
     rows = [{"prompt": f"{word}: ", "completion": gloss} for word, gloss in glosses.items()]
     found = {row["prompt"]: (row["chosen"], row["rejected"]) for row in pairs(rows)}
     assert found["ayin: "] == ("the 16th letter", "the 2nd letter")
