@@ -69,7 +69,8 @@ def encode(data: DataSplits, model: LoadedModel, settings: SelectSettings, folde
         DataError: the chat template is missing or rewrites earlier turns, or a split has no label within `seq_len`.
     """
     limit = settings.seq_len
-    encoder = _Encoder(model.tokenizer, data.form, data.classes, model.model.get_input_embeddings().num_embeddings)
+    vocabulary = model.model.get_input_embeddings().num_embeddings if data.form == "tokens" else 0
+    encoder = _Encoder(model.tokenizer, data.form, data.classes, vocabulary)
     splits: dict[SplitName, Sequence[EncodedExample]] = {}
     summaries: dict[str, SplitSummary] = {}
     for split in SPLITS:
