@@ -99,11 +99,15 @@ def test_a_wrong_matrix_is_one_line(
 
 @pytest.mark.parametrize("differing", [{"devices_per_arm": 2}, {"hang_seconds": 30}, {"workers": 3}])
 def test_where_trainings_run_is_one_for_all_jobs(
-    completion_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], differing: dict[str, Any]
+    model_folder: Path,
+    completion_file: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    differing: dict[str, Any],
 ) -> None:
     """The jobs share their workers: what one of them asks for must not be left out in silence."""
     data = str(completion_file)
-    shared = {"model": "m", "executor": "processes", "workers": 2}
+    shared = {"model": str(model_folder), "executor": "processes", "workers": 2}
     file = write_matrix(tmp_path / "jobs.yaml", {**shared, "jobs": {"a": data, "b": {"data": data, **differing}}})
     status, _, err = run(["select", "--matrix", str(file), "--out", str(tmp_path / "out")], capsys)
     assert status == 2
@@ -125,7 +129,7 @@ def test_model_and_matrix_exclude_each_other(tmp_path: Path, capsys: pytest.Capt
     assert "leave out 'm'" in err
     status, _, err = run(["select", "m", "--out", str(tmp_path / "o")], capsys)
     assert status == 2
-    assert "give MODEL and DATA, or --matrix FILE" in err
+    assert "give MODEL and DATA, or neither to continue the run in --out, or --matrix FILE" in err
 
 
 def test_a_job_has_the_file_s_settings_under_its_own(tmp_path: Path) -> None:
