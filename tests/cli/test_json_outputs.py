@@ -45,6 +45,7 @@ def prepared(selected: Selected, model_folder: Path, tmp_path_factory: pytest.Te
     save_file(weights, folder / "finetuned" / "model.safetensors", {"format": "pt"})
     make_adapter(folder / "base", folder / "adapter", rank=4)
     make_adapter(model_folder, folder / "of_model", rank=2)
+    make_adapter(model_folder, folder / "also_of_model", rank=4)
     write_completions(folder / "data.jsonl")
     write_jsonl(folder / "table.jsonl", TABLE)
     shutil.copytree(selected.run, folder / "done")
@@ -84,6 +85,11 @@ FINE = [
     "extract base finetuned extracted --rank 2",
     f"allocate of_model data.jsonl --rank 2 --by spectra {TRAINING}",
     "compare of_model of_model --model model --data data.jsonl --seq-len 32 --device cpu",
+    "fleet of_model also_of_model --model model --data data.jsonl --out common --margin 9 --ranks 1 --ignore-base-name "
+    "--set seq_len=32 --set eval_items=8 --set max_steps=2 --set device=cpu",
+    "judge done --prompts 2",
+    "doctor",
+    f"select model data.jsonl --dry-run {SMALL}",
     *[f"export done --to {target}" for target in ("peft", "trl", "vllm", "ollama")],
     "export done --to vllm --pad",
     f"select model data.jsonl --out run {SMALL}",
@@ -116,6 +122,12 @@ FAILING = [
     "inspect --gradient model nowhere.jsonl",
     "compare empty of_model --model model --data data.jsonl",
     "compare of_model of_model --model model --data nowhere.jsonl",
+    "fleet of_model empty --model model --data data.jsonl --out out",
+    "fleet of_model adapter --model model --data data.jsonl --out out",
+    "judge empty",
+    "judge done --command no-such-program",
+    "doctor --nonsense",
+    "select model data.jsonl --out run --guard nowhere.jsonl",
     "resize empty out --rank 4",
     "resize adapter out",
     "resize adapter out --rank 0",

@@ -30,6 +30,7 @@ from rightrank.settings import SelectSettings
 
 BYTES = 2  # of a parameter in a server's slot: servers hold adapters in 16 bits
 MERGED = "merged"
+MAX_NAMED = 3  # adapters that a sentence names
 WHOLE_WEIGHTS = ("linear", "embedding", "convolution")  # kinds of modules with a weight of their own in the base
 
 
@@ -350,12 +351,13 @@ def _vllm_rank(rank: int) -> int:
 
 def _sentence(measured: Sequence[_Measured], rank: int, slots: Sequence[FleetSlots]) -> str:
     before = max(_largest(one.adapter) for one in measured)
-    binding = [one.adapter.path.name for one in measured if one.rank == rank]
+    names = [one.adapter.path.name for one in measured if one.rank == rank]
+    binding = ", ".join(names) if len(names) <= MAX_NAMED else f"{len(names)} of them"
     vllm = slots[0]
     if rank == before:
-        return f"The {len(measured)} adapters need rank {rank}: {', '.join(binding)} would lose more than the margin below it."
+        return f"The {len(measured)} adapters need rank {rank}: {binding} would lose more than the margin below it."
     saved = vllm.saved_bytes / vllm.bytes_before
     return (
         f"All {len(measured)} adapters can be truncated to rank {rank} (from {before}) without losing more than the margin; "
-        f"{', '.join(binding)} needs it. A slot of vLLM shrinks from rank {vllm.rank_before} to {vllm.rank}, by {saved:.0%}."
+        f"{binding} {'needs' if len(names) == 1 else 'need'} it. A slot of vLLM shrinks from rank {vllm.rank_before} to {vllm.rank}, by {saved:.0%}."
     )

@@ -79,15 +79,16 @@ def judge_run(request: JudgeRequest) -> JudgedRun:
     if request.command is not None and request.collect:
         raise SettingsError("--command and --collect were both given: give one of them")
     place = folder.path / FOLDER
+    program = None if request.command is None else _program(request.command)
+    collected = [_collected(file) for file in request.collect]
     with folder.locked():
         if not (place / KEY).is_file():
             _make_pairs(request, folder, place)
         key = _key(place)
         choices: dict[str, Mapping[str, str]] = {}
-        if request.command is not None:
-            choices[request.judge or "command"] = _asked(request, place / PAIRS)
-        for file in request.collect:
-            name, chosen = _collected(file)
+        if program is not None:
+            choices[request.judge or "command"] = _asked(program, request.timeout_seconds, place / PAIRS)
+        for name, chosen in collected:
             choices[request.judge or name] = chosen
         if choices:
             _keep(place, key, choices)
@@ -191,14 +192,25 @@ def _key(place: Path) -> dict[str, Any]:
         ) from None
 
 
-def _asked(request: JudgeRequest, pairs: Path) -> dict[str, str]:
-    """The choices of a program that reads the pairs and prints `{"id": …, "outcome": "a"}` for each."""
-    assert request.command is not None
-    words = shlex.split(request.command)
+def _program(command: str) -> list[str]:
+    """The words of the judge's command.
+
+    Raises:
+        SettingsError: words that can't be read, or no such program.
+    """
+    try:
+        words = shlex.split(command)
+    except ValueError as error:
+        raise SettingsError(f"--command: {command!r} can't be read as a command ({error})") from None
     if not words or shutil.which(words[0]) is None:
         raise SettingsError(f"--command: no program {words[0] if words else ''!r} on the PATH; give its path")
+    return words
+
+
+def _asked(words: list[str], timeout_seconds: float, pairs: Path) -> dict[str, str]:
+    """The choices of a program that reads the pairs and prints `{"id": …, "outcome": "a"}` for each."""
     placed = [word.replace(PLACEHOLDER, str(pairs)) for word in words]
-    printed = run_program(placed if placed != words else [*placed, str(pairs)], request.timeout_seconds)
+    printed = run_program(placed if placed != words else [*placed, str(pairs)], timeout_seconds)
     found: dict[str, str] = {}
     for number, line in enumerate(filter(str.strip, printed.splitlines()), start=1):
         try:

@@ -54,8 +54,11 @@ def prepare_selection(
             f"the run has an earlier version's names of settings ({', '.join(old)}); they are read as {', '.join(old.values())}"
         )
     request = resuming(request, journal)
-    prepared = prepare(request, folder.cache, observer.notice, bases)
+    waiting: list[str] = []  # a request that can't be used is refused in one line
+    prepared = prepare(request, folder.cache, waiting.append, bases)
     guards = load_guards(prepared.settings, prepared.runtime.loaded, prepared.started.data.classes)
+    for line in waiting:
+        observer.notice(line)
     if request.settings.store:
         folder.store = run_store(request.settings.store, prepared.started.fingerprint)
     strategy = strategy_of(prepared)
