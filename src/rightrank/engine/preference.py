@@ -54,7 +54,7 @@ class PreferenceLoss:
         margins = self._beta * (chosen - rejected)
         losses = -F.logsigmoid(margins)
         metrics = {
-            "reward_accuracy": (margins > TIE).double() + (margins.abs() <= TIE).double() / 2,
+            "reward_accuracy": (1 + margins.sign() * (margins.abs() > TIE)) / 2,
             "reward_margin": margins,
             "chosen_log_ratio": chosen,
         }
