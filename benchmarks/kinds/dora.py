@@ -42,7 +42,7 @@ def best_by_rank(run: Path) -> dict[int, TrialFinished]:
 def compared(lora: dict[int, TrialFinished], dora: dict[int, TrialFinished]) -> list[dict[str, Any]]:
     """By rank: both losses in nats a label, and the paired difference DoRA − LoRA with its 95% interval."""
     rows = []
-    for rank in sorted(lora):
+    for rank in sorted(lora.keys() & dora.keys()):
         one, other = lora[rank], dora[rank]
         differences = np.array(other.item_losses) - np.array(one.item_losses)
         found = estimate(differences[None], np.array(one.item_tokens, dtype=float))
@@ -58,8 +58,6 @@ def compared(lora: dict[int, TrialFinished], dora: dict[int, TrialFinished]) -> 
                 "dora_learning_rate": other.learning_rate,
                 "lora_parameters": one.trainable_parameters,
                 "dora_parameters": other.trainable_parameters,
-                "lora_seconds": one.train_seconds,
-                "dora_seconds": other.train_seconds,
             }
         )
     return rows
