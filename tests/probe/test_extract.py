@@ -90,7 +90,7 @@ def test_extraction_measured_on_data(
     answer = answer_of(
         capsys, model_folder, tuned, tmp_path / "out", "--data", completion_file, "--max-rank", 8, "--margin", 5, *sets
     )
-    assert answer["decision"]["fallback_rank"] == answer["rank"]
+    assert answer["answer"]["rank"] == answer["rank"]
     load_strictly(model_folder, tmp_path / "out")
 
 

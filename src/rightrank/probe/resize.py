@@ -120,13 +120,14 @@ def _by_data(adapter: AdapterFolder, out: Path, data: Path, options: ResizeOptio
 
     if options.recover_steps and options.learning_rate is None:
         raise SettingsError("--recover needs --learning-rate; give the one that the adapter was trained at")
+    ranks = candidate_ranks(adapter, options.ranks)
     if options.recover_steps and options.train is None and None in read_rows(data):
         options = replace(options, train=data)  # recovery needs training examples: the split that select makes
     scored = scored_data(adapter, data, options.train, options.settings)
     options.notice(scored.note)
     recovery = Recovery(options.recover_steps, options.learning_rate) if options.learning_rate else None
     candidates = Candidates(
-        candidate_ranks(adapter, options.ranks),
+        ranks,
         recovery if options.recover_steps else None,
         options.dtype,
         options.on_rank,
