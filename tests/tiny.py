@@ -121,6 +121,7 @@ def small_settings(**changes: Any) -> SelectSettings:
         "eval_items": 12,
         "eval_points": 2,
         "samples": 0,
+        "dtype": "float32",  # what is planned without a preparation has a type of its own
     }
     return make_settings(values | changes)
 

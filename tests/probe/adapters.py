@@ -101,11 +101,18 @@ def load_strictly(base: Path, adapter: Path) -> Any:
 
 
 def deltas(model: Any) -> dict[str, torch.Tensor]:
-    """PEFT's own ΔW of every module, as it would merge it."""
+    """PEFT's own ΔW of every module, as it would merge it; of DoRA with the magnitudes."""
     found = {}
     for name, module in model.base_model.model.named_modules():
-        if hasattr(module, "get_delta_weight"):
-            found[name] = module.get_delta_weight("default").detach().double()
+        if not hasattr(module, "get_delta_weight"):
+            continue
+        delta = module.get_delta_weight("default").detach().double()
+        if getattr(module, "use_dora", {}).get("default"):
+            weight = module.base_layer.weight.detach().double()
+            magnitude = module.lora_magnitude_vector["default"].weight.detach().double()
+            direction = weight + delta
+            delta = (magnitude / direction.norm(dim=1))[:, None] * direction - weight
+        found[name] = delta
     return found
 
 
