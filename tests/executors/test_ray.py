@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,8 @@ import psutil
 import pytest
 
 from rightrank import Observer, TrialTask, select_rank, select_rank_with
-from rightrank.records import RunEvent, StepDone, TrialFinished
+from rightrank.io.journal import Journal
+from rightrank.records import RunEvent, StepDone, TrialDiverged, TrialFinished, TrialLook
 from tests.executors.runs import STEPS, decision_of, require_same, values_of
 from tests.tiny import small_settings
 
@@ -84,15 +86,23 @@ def test_a_custom_trainer_runs_on_ray(cluster: Any, tmp_path: Path, monkeypatch:
     monkeypatch.setenv("RAY_ADDRESS", cluster.address)
 
     def train(task: TrialTask) -> dict[str, float]:
+        task.report(5, 2.0, [1.0, 3.0])
         if task.rank == 2:
             raise ValueError("no luck")
+        task.report(10, math.nan if task.rank == 8 else 1.5, [1.0, 2.0])
         return {"loss": 1 + 1 / task.rank}
 
     try:
         selected = select_rank_with(
-            train, tmp_path / "run", ranks=(1, 2, 4), learning_rates=(1e-3,), margin=0.1, where="ray", workers=2
+            train, tmp_path / "run", ranks=(1, 2, 4, 8), learning_rates=(1e-3,), margin=0.1, where="ray", workers=2
         )
     finally:
         ray.shutdown()
     assert {evidence.rank for evidence in selected.decision.ranks} == {1, 4}
     assert "train raised ValueError: no luck" in selected.report.read_text(encoding="utf-8")
+    journal = Journal(selected.run / "journal.jsonl").read()
+    looks = [record.step for record in journal if isinstance(record, TrialLook)]
+    assert sorted(looks) == [5, 5, 5, 5, 10, 10]
+    assert {record.rank for record in journal if isinstance(record, TrialDiverged)} == {8}
+    points = [record.points for record in journal if isinstance(record, TrialFinished)]
+    assert [[(point.step, point.item_scores) for point in one] for one in points] == [[(5, [1, 3]), (10, [1, 2])]] * 2

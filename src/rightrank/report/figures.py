@@ -8,6 +8,7 @@ from statistics import fmean
 from rightrank.decision.run import Records
 from rightrank.records import Decision, RankEvidence, TrialFinished, TrialOutcome
 from rightrank.report.adapter_view import adapter_figure
+from rightrank.report.collapse_figure import collapse_figure
 from rightrank.report.figure import AnyFigure, Axis, Figure, HeatMap, Level, Series, best_column, metric_axis, rank_axis
 from rightrank.report.format import amount, coverage, metric_unit
 from rightrank.report.guard_view import guard_figure
@@ -24,6 +25,7 @@ def figures_of(records: Records, decision: Decision | None) -> list[AnyFigure]:
         figures += [rank_figure(decision), staircase_figure(decision), difference_figure(decision)]
     figures += [
         learning_figure(records, decision),
+        collapse_figure(records),
         adapter_figure(records) or truncation_figure(records),
         guard_figure(records),
         learning_rate_map(records),
@@ -130,7 +132,7 @@ def learning_figure(records: Records, decision: Decision | None) -> Figure | Non
             train.append(fmean(trained_values) if trained_values else None)
             rows.append((rank, step, held[-1], train[-1]))
         known = [(step, value) for step, value in zip(steps, train, strict=True) if value is not None]
-        if steps and base is not None:  # at step 0 the adapter is the base model
+        if steps and steps[0] > 0 and base is not None:  # at step 0 the adapter is the base model
             series.append(Series(f"rank {rank}", (0, *steps), (base, *held), tone=place))
         elif steps:
             series.append(Series(f"rank {rank}", tuple(steps), tuple(held), tone=place))
