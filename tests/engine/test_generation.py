@@ -130,7 +130,7 @@ def test_a_conversation_is_prompted_for_its_last_answer(model_folder: Path, tmp_
 def test_text_has_no_prompt(model_folder: Path, tmp_path: Path) -> None:
     data = write_jsonl(tmp_path / "texts.jsonl", [{"text": text} for text in sentences(120)])
     runtime = make_runtime(model_folder, data, small_settings(), tmp_path / "cache")
-    with pytest.raises(DataError, match=r"have|`text` alone"):
+    with pytest.raises(DataError, match=r"has no prompt"):
         prompts(runtime, "selection")
 
 
