@@ -7,10 +7,11 @@ import shutil
 from pathlib import Path
 
 import pytest
+from benchmarks.kinds.cases import make_model
 
 from tests.commands import run
 from tests.docs.pages import PAGES, SHELL, blocks, lines_of, name_of
-from tests.tiny import write_completions, write_pairs
+from tests.tiny import make_tokenizer, write_completions, write_pairs
 
 # Run by tests of their own: the demo (in short), and what installs things or needs hours.
 ELSEWHERE = ("make ", "pip ", "python -m ", "git ", "rightrank demo")
@@ -22,8 +23,11 @@ pytestmark = pytest.mark.trains
 
 @pytest.fixture
 def here(model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder that the pages speak of: a model, data, preference pairs and a matrix."""
+    """The folder that the pages speak of: a model, a mixture of experts, data, preference pairs and a matrix."""
     shutil.copytree(model_folder, tmp_path / "model")
+    tokenizer = make_tokenizer()
+    make_model("mixtral", len(tokenizer)).save_pretrained(tmp_path / "mixture")
+    tokenizer.save_pretrained(tmp_path / "mixture")
     write_completions(tmp_path / "data.jsonl", 80)
     write_pairs(tmp_path / "pairs.jsonl", 80)
     (tmp_path / "jobs.yaml").write_text("model: ./model\njobs: {first: data.jsonl}\n")
