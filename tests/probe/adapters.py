@@ -101,18 +101,23 @@ def load_strictly(base: Path, adapter: Path) -> Any:
 
 
 def deltas(model: Any) -> dict[str, torch.Tensor]:
-    """PEFT's own ΔW of every module, as it would merge it; of DoRA with the magnitudes."""
-    found = {}
+    """PEFT's own ΔW of every module, without DoRA's magnitudes."""
+    return {
+        name: module.get_delta_weight("default").detach().double()
+        for name, module in model.base_model.model.named_modules()
+        if hasattr(module, "get_delta_weight")
+    }
+
+
+def updates(model: Any) -> dict[str, torch.Tensor]:
+    """What every module changes in its weight when PEFT merges it; of DoRA with the magnitudes."""
+    found = deltas(model)
     for name, module in model.base_model.model.named_modules():
-        if not hasattr(module, "get_delta_weight"):
-            continue
-        delta = module.get_delta_weight("default").detach().double()
-        if getattr(module, "use_dora", {}).get("default"):
+        if name in found and getattr(module, "use_dora", {}).get("default"):
             weight = module.base_layer.weight.detach().double()
             magnitude = module.lora_magnitude_vector["default"].weight.detach().double()
-            direction = weight + delta
-            delta = (magnitude / direction.norm(dim=1))[:, None] * direction - weight
-        found[name] = delta
+            direction = weight + found[name]
+            found[name] = (magnitude / direction.norm(dim=1))[:, None] * direction - weight
     return found
 
 

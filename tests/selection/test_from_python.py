@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -39,6 +40,15 @@ def test_progress_and_a_result_on_one_screen(
     assert lines[-1].endswith("report.html")
 
 
+@pytest.fixture
+def default_interrupt() -> Iterator[None]:
+    """Python's own handler of Ctrl-C, which a process that was started in the background lacks."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("default_interrupt")
 def test_ctrl_c_ends_the_step_writes_a_checkpoint_and_the_same_call_resumes(
     model_folder: Path, completion_file: Path, tmp_path: Path
 ) -> None:
