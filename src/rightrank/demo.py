@@ -28,12 +28,12 @@ DEMO_SETTINGS: dict[str, Any] = {
     "layers_to_transform": (28, 29),
     "max_steps": 40,
     "batch_size": 8,
-    "seq_len": 128,
+    "seq_len": 96,
     "eval_items": 120,
     "eval_points": 1,
     "margin": 0.02,
 }
-MAX_FUNCTION_CHARACTERS = 360
+MAX_FUNCTION_CHARACTERS = 160
 MIN_DOCSTRING_CHARACTERS = 20
 MAX_DOCSTRING_CHARACTERS = 160
 

@@ -1,7 +1,7 @@
 """The data of `resize --data`: which rows are scored, and which training examples of the adapter are kept out of its judgement.
 
 A file without splits is scored whole. Training examples are left out where they are known: from `--train`, or from the run
-folder that holds the adapter.
+folder that holds the adapter. The run's own data are scored on its validation split, so that the answer is that of `select`.
 """
 
 from __future__ import annotations
@@ -43,6 +43,11 @@ def scored_data(adapter: AdapterFolder, data: Path, train: Path | None, settings
         splits = load_data(data, _all(settings, sum(len(list(rows)) for rows in read_rows(data).values())))
         scored = _at_most(splits.examples["selection"], settings)
         return ScoredData(_with(splits, scored), False, _note(data, scored, "its validation split"))
+    if trained is not None and train is None and _is_data_of_run(adapter, data):
+        scored = trained.examples["selection"]
+        return ScoredData(
+            _with(trained, scored), False, _note(data, scored, "the validation split of the adapter's run")
+        )
     whole = _whole(data, settings)
     if trained is None:
         scored = _at_most(whole.examples["selection"], settings)
@@ -90,20 +95,32 @@ def _trained_on(adapter: AdapterFolder, train: Path | None, data: Path, settings
             return load_data(train, settings)
         return load_data(train, settings) if None not in read_rows(train) else _whole(train, settings)
     started = _run_of(adapter)
-    source = None if started is None else started.settings.get("data")
-    if started is None or not isinstance(source, str) or not Path(source).exists():
+    source = _data_of(started)
+    if started is None or source is None:
         return None
     values = {name: started.settings[name] for name in OF_DATA if name in started.settings}
-    return load_data(Path(source), settings.model_copy(update=make_settings(values).model_dump(include=set(values))))
+    return load_data(source, settings.model_copy(update=make_settings(values).model_dump(include=set(values))))
+
+
+def _is_data_of_run(adapter: AdapterFolder, data: Path) -> bool:
+    source = _data_of(_run_of(adapter))
+    return source is not None and data.exists() and source.resolve() == data.resolve()
+
+
+def _data_of(started: RunStarted | None) -> Path | None:
+    """The file or folder that a run was trained on, if it still exists."""
+    source = None if started is None else started.settings.get("data")
+    return Path(source) if isinstance(source, str) and Path(source).exists() else None
 
 
 def _run_of(adapter: AdapterFolder) -> RunStarted | None:
-    """The start of the run whose folder holds the adapter."""
-    journal = adapter.path.resolve().parent / "journal.jsonl"
-    if not journal.is_file():
-        return None
-    first = next(iter(Journal(journal).read_settled()), None)
-    return first if isinstance(first, RunStarted) else None
+    """The start of the run whose `adapter/` or `trials/<trial_id>/` this is."""
+    parent = adapter.path.resolve().parent
+    for folder in (parent, parent.parent):
+        if (folder / "journal.jsonl").is_file():
+            first = next(iter(Journal(folder / "journal.jsonl").read_settled()), None)
+            return first if isinstance(first, RunStarted) else None
+    return None
 
 
 def _whole(data: Path, settings: SelectSettings) -> DataSplits:
