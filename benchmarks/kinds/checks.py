@@ -206,18 +206,24 @@ CHECKS: dict[str, Callable[[Suite], str]] = {
 }
 
 
-def plain_losses(runtime: Runtime, arm: Arm) -> list[float]:
-    """The loop anyone would write: PEFT's model and forward pass, the model's own loss, torch's AdamW."""
-    settings = runtime.settings
-    with without_peft_noise():
-        peft_model: Any = get_peft_model(copy.deepcopy(runtime.model), runtime.arm_targets.config(arm)).eval()
-    with runtime.arm(arm) as ours:  # the same first values
+def with_first_values(runtime: Runtime, arm: Arm, peft_model: Any) -> dict[str, torch.nn.Parameter]:
+    """The trainable parameters of another PEFT model by name, set to the values that a training of `arm` starts from."""
+    with runtime.arm(arm) as ours:
         initial = {name: value.clone() for name, value in trainable_state(ours).items()}
     named = {name: value for name, value in peft_model.named_parameters() if value.requires_grad}
     assert named.keys() == initial.keys()
     with torch.no_grad():
         for name, value in named.items():
             value.copy_(initial[name])
+    return named
+
+
+def plain_losses(runtime: Runtime, arm: Arm) -> list[float]:
+    """The loop anyone would write: PEFT's model and forward pass, the model's own loss, torch's AdamW."""
+    settings = runtime.settings
+    with without_peft_noise():
+        peft_model: Any = get_peft_model(copy.deepcopy(runtime.model), runtime.arm_targets.config(arm)).eval()
+    named = with_first_values(runtime, arm, peft_model)
     if settings.loraplus_lr_ratio is None:
         optimizer: Any = torch.optim.AdamW(named.values(), lr=arm.learning_rate, weight_decay=0.0)
     else:

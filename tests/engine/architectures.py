@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from peft import get_peft_model
 
-from rightrank.engine.adapter import trainable_state
 from rightrank.engine.arm_training import TrialFolders
 from rightrank.engine.encode import encode
-from rightrank.engine.optimizer import learning_rate_schedule
 from rightrank.engine.runtime import Runtime
-from rightrank.engine.targets import without_peft_noise
 from rightrank.engine.training_loop import train_trials
 from rightrank.io.data import load_data
 from rightrank.io.models import prepare_model
@@ -91,31 +85,6 @@ def make_runtime(name: str, data: Path, cache: Path) -> Runtime:
     tokenizer = make_tokenizer()
     loaded = prepare_model(make_model(name, len(tokenizer)), tokenizer, name, torch.device("cpu"))
     return Runtime(loaded, encode(load_data(data, settings), loaded, settings), settings, STEPS, cache)
-
-
-def plain_losses(runtime: Runtime, arm: Arm) -> list[float]:
-    """PEFT's model and forward, the model's own loss, torch's AdamW."""
-    with without_peft_noise():
-        peft_model: Any = get_peft_model(copy.deepcopy(runtime.model), runtime.arm_targets.config(arm)).eval()
-    with runtime.arm(arm) as ours:
-        initial = {name: value.clone() for name, value in trainable_state(ours).items()}
-    named = {name: value for name, value in peft_model.named_parameters() if value.requires_grad}
-    with torch.no_grad():
-        for name, value in named.items():
-            value.copy_(initial[name])
-    optimizer = torch.optim.AdamW(named.values(), lr=arm.learning_rate, weight_decay=0.0)
-    factor: Callable[[int], float] = learning_rate_schedule(runtime.settings, arm.steps)
-    losses: list[float] = []
-    for step, indices in enumerate(runtime.batch_plan(arm.seed)):
-        batch = runtime.batch("train", indices)
-        optimizer.param_groups[0]["lr"] = arm.learning_rate * factor(step)
-        loss = peft_model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(named.values(), runtime.settings.max_grad_norm)
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(float(loss.detach()))
-    return losses
 
 
 def run(runtime: Runtime, arms: list[Arm], folder: Path, size: int) -> list[TrialFinished]:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from benchmarks.kinds.checks import plain_losses
 
 from rightrank.engine.adapters_per_pass import multi_lora_obstacle
 from rightrank.records import Arm
@@ -15,7 +16,6 @@ from tests.engine.architectures import (
     PADDED,
     STEPS,
     make_runtime,
-    plain_losses,
     run,
 )
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from benchmarks.kinds.checks import with_first_values
 from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, get_scheduler
 
@@ -28,13 +29,7 @@ def train_plainly(runtime: Any, arm: Arm, model_folder: Path) -> tuple[list[floa
     config = lora_config(settings, arm, False, runtime.targets.names)
     peft_model: Any = get_peft_model(model, config)
     peft_model.train()
-    with runtime.arm(arm) as ours:  # the same first A
-        initial = {name: value.clone() for name, value in trainable_state(ours).items()}
-    named = {name: value for name, value in peft_model.named_parameters() if value.requires_grad}
-    assert named.keys() == initial.keys()
-    with torch.no_grad():
-        for name, value in named.items():
-            value.copy_(initial[name])
+    named = with_first_values(runtime, arm, peft_model)
     optimizer = torch.optim.AdamW(named.values(), lr=arm.learning_rate, weight_decay=0.0)
     schedule = get_scheduler(settings.lr_scheduler_type, optimizer, 1, arm.steps)
     losses: list[float] = []

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from benchmarks.kinds.checks import plain_losses
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from rightrank.engine.adapters_per_pass import multi_lora_obstacle
@@ -14,7 +15,7 @@ from rightrank.engine.runtime import Runtime
 from rightrank.errors import MissingExtraError, SettingsError
 from rightrank.io import models
 from rightrank.records import Arm
-from tests.engine.architectures import SIZES, plain_losses, run
+from tests.engine.architectures import SIZES, run
 from tests.helpers import make_runtime
 from tests.tiny import make_tokenizer, small_settings
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from benchmarks.kinds.checks import with_first_values
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rightrank.engine.adapter import trainable_state
 from rightrank.engine.arm_training import TrialFolders
 from rightrank.engine.targets import lora_config
 from rightrank.engine.training_loop import train_trials
@@ -109,13 +109,7 @@ def theirs(runtime: Any, model_folder: Path, data: Path, folder: Path) -> tuple[
         processing_class=AutoTokenizer.from_pretrained(model_folder),
         peft_config=lora_config(settings, ARM, False, runtime.targets.names),
     )
-    with runtime.arm(ARM) as first:  # the same first A
-        initial = {name: value.clone() for name, value in trainable_state(first).items()}
-    named = {name: value for name, value in trainer.model.named_parameters() if value.requires_grad}
-    assert named.keys() == initial.keys()
-    with torch.no_grad():
-        for name, value in named.items():
-            value.copy_(initial[name])
+    with_first_values(runtime, ARM, trainer.model)
     trainer.train()
     return losses, trainer.evaluate()["eval_loss"]
 

@@ -13,7 +13,7 @@ from rightrank.io.journal import Journal
 from rightrank.records import AdapterRecorded, TrialFinished
 from rightrank.records.guard import GuardEvaluated
 from tests.commands import SMALL, run
-from tests.tiny import write_jsonl
+from tests.tiny import small_settings, write_jsonl
 
 pytestmark = pytest.mark.trains
 
@@ -30,26 +30,11 @@ def guard_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def finished(
     model_folder: Path, completion_file: Path, guard_file: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
-    from rightrank import make_settings, select_rank
+    from rightrank import select_rank
 
     out = tmp_path_factory.mktemp("guarded") / "run"
-    values = {
-        "ranks": [1, 4],
-        "learning_rates": [1e-2],
-        "strategy": "grid",
-        "max_steps": 8,
-        "batch_size": 4,
-        "seq_len": 32,
-    }
-    values |= {
-        "eval_items": 12,
-        "eval_points": 2,
-        "samples": 0,
-        "device": "cpu",
-        "guard": [str(guard_file)],
-        "guard_margin": 5.0,
-    }
-    select_rank(str(model_folder), completion_file, out, settings=make_settings(values))
+    settings = small_settings(device="cpu", guard=[str(guard_file)], guard_margin=5.0)
+    select_rank(str(model_folder), completion_file, out, settings=settings)
     return out
 
 

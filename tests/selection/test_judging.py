@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 
-from rightrank import TrialTask, make_settings, select_rank, select_rank_with
+from rightrank import TrialTask, select_rank, select_rank_with
 from rightrank.errors import ResultsError
 from tests.commands import run
+from tests.tiny import small_settings
 
 pytestmark = pytest.mark.trains
 
@@ -30,16 +31,8 @@ for line in open(sys.argv[1]):
 @pytest.fixture(scope="module")
 def finished(model_folder: Path, completion_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("judged") / "run"
-    values = {
-        "ranks": [1, 4],
-        "learning_rates": [1e-2],
-        "strategy": "grid",
-        "max_steps": 8,
-        "batch_size": 4,
-        "seq_len": 32,
-    }
-    values |= {"eval_items": 12, "eval_points": 2, "samples": 0, "device": "cpu", "max_new_tokens": 8}
-    select_rank(str(model_folder), completion_file, out, settings=make_settings(values))
+    settings = small_settings(device="cpu", max_new_tokens=8)
+    select_rank(str(model_folder), completion_file, out, settings=settings)
     return out
 
 

@@ -38,12 +38,13 @@ def scored_data(adapter: AdapterFolder, data: Path, train: Path | None, settings
     Raises:
         DataError: rows that can't be used, or fewer than two that the adapter was not trained on.
     """
-    trained = _trained_on(adapter, train, data, settings)
+    source, started = _data_of_run(adapter) if train is None else (None, None)
+    trained = _trained_on(train, data, settings) if train is not None else _trained_in(source, started, settings)
     if trained is None and None not in read_rows(data):
         splits = load_data(data, _all(settings, sum(len(list(rows)) for rows in read_rows(data).values())))
         scored = _at_most(splits.examples["selection"], settings)
         return ScoredData(_with(splits, scored), False, _note(data, scored, "its validation split"))
-    if trained is not None and train is None and _is_data_of_run(adapter, data):
+    if trained is not None and source is not None and data.exists() and source.resolve() == data.resolve():
         scored = trained.examples["selection"]
         return ScoredData(
             _with(trained, scored), False, _note(data, scored, "the validation split of the adapter's run")
@@ -85,32 +86,29 @@ def _ids(examples: Sequence[Example]) -> set[str]:
     return {example.item_id for example in examples}
 
 
-def _trained_on(adapter: AdapterFolder, train: Path | None, data: Path, settings: SelectSettings) -> DataSplits | None:
-    """The training examples of the adapter; None where they are not known.
+def _trained_on(train: Path, data: Path, settings: SelectSettings) -> DataSplits:
+    """The training examples in the file `train`.
 
     Where training data and scored data are one file without splits, `select`'s training split of it.
     """
-    if train is not None:
-        if train.exists() and data.exists() and train.resolve() == data.resolve():
-            return load_data(train, settings)
-        return load_data(train, settings) if None not in read_rows(train) else _whole(train, settings)
-    started = _run_of(adapter)
-    source = _data_of(started)
+    if train.exists() and data.exists() and train.resolve() == data.resolve():
+        return load_data(train, settings)
+    return load_data(train, settings) if None not in read_rows(train) else _whole(train, settings)
+
+
+def _trained_in(source: Path | None, started: RunStarted | None, settings: SelectSettings) -> DataSplits | None:
+    """The splits that a run made of its data; None where they are not known."""
     if started is None or source is None:
         return None
     values = {name: started.settings[name] for name in OF_DATA if name in started.settings}
     return load_data(source, settings.model_copy(update=make_settings(values).model_dump(include=set(values))))
 
 
-def _is_data_of_run(adapter: AdapterFolder, data: Path) -> bool:
-    source = _data_of(_run_of(adapter))
-    return source is not None and data.exists() and source.resolve() == data.resolve()
-
-
-def _data_of(started: RunStarted | None) -> Path | None:
-    """The file or folder that a run was trained on, if it still exists."""
+def _data_of_run(adapter: AdapterFolder) -> tuple[Path | None, RunStarted | None]:
+    """`(the data of the run that holds the adapter, if they still exist; its start)`."""
+    started = _run_of(adapter)
     source = None if started is None else started.settings.get("data")
-    return Path(source) if isinstance(source, str) and Path(source).exists() else None
+    return (Path(source) if isinstance(source, str) and Path(source).exists() else None), started
 
 
 def _run_of(adapter: AdapterFolder) -> RunStarted | None:
