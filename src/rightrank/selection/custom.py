@@ -25,7 +25,7 @@ from rightrank.returns import Selected
 from rightrank.selection.handover import hand_over_saved
 from rightrank.selection.loop import LoopOptions, Selection
 from rightrank.selection.start import open_selection
-from rightrank.settings import SelectSettings, make_settings, with_identity_of
+from rightrank.settings import Goal, SelectSettings, make_settings, with_identity_of
 from rightrank.settings.profiles import profile_named
 from rightrank.strategies import make_strategy, space_of, strategy_in
 from rightrank.strategies.upward import Upward
@@ -136,16 +136,22 @@ def collapse_drop(request: CustomRequest) -> float | None:
 
 def make_trainer(
     train: TrainFunction,
+    goal: Goal,
     where: str,
     timeout_seconds: float | None,
     workers: int,
-    evaluate: EvaluateFunction | None = None,
+    evaluate: EvaluateFunction | None,
 ) -> Trainer:
     """The trainer of a function, its arguments checked.
 
     Raises:
         SettingsError: an argument that is not allowed, or a function that can't be sent to a process.
     """
+    if goal == "adapter" and evaluate is None:
+        raise SettingsError(
+            "goal 'adapter' needs evaluate=, a function of an adapter folder and a TrialTask that returns held-out scores; "
+            "give it, or goal 'training-rank'"
+        )
     if not callable(train):
         raise SettingsError(f"train: got a {type(train).__name__}; give a function of one TrialTask")
     if timeout_seconds is not None and (where != "process" or timeout_seconds <= 0):
@@ -170,13 +176,15 @@ def make_trainer(
     return Trainer(train, call_of(train), workers, evaluation)
 
 
-def checked_settings(values: Mapping[str, object]) -> SelectSettings:
-    """The settings of a selection with a custom trainer.
+def settings_of(values: dict[str, object], profile: str | None) -> SelectSettings:
+    """The settings of a selection with a custom trainer; the profile gives those that are None.
 
     Raises:
         SettingsError: a value that is not allowed, an unknown strategy, or one that does not serve the goal.
     """
-    settings = make_settings(values)
+    defaults = profile_named(profile)
+    own = {"seeds": defaults.seeds, "margin": defaults.margin, "strategy": defaults.strategy}
+    settings = make_settings(values | {name: value for name, value in own.items() if values[name] is None})
     make_strategy(settings, 1)  # refuses an unknown name first
     if settings.goal == "adapter" and settings.strategy == Upward.name:
         raise SettingsError(
@@ -186,16 +194,17 @@ def checked_settings(values: Mapping[str, object]) -> SelectSettings:
     return settings
 
 
-def direction_of(metric: str, higher_is_better: bool | None) -> bool:
-    """Whether higher is better: as given, or as the metric's name implies.
+def metric_of(metric: str | None, higher_is_better: bool | None, profile: str | None) -> tuple[str, bool]:
+    """The metric, None for that of the profile, and whether higher is better, None for what its name implies.
 
     Raises:
-        SettingsError: nothing was given, and the name implies no direction.
+        SettingsError: no direction was given, and the name implies none.
     """
+    metric = profile_named(profile).metric if metric is None else metric
     higher = direction(metric) if higher_is_better is None else higher_is_better
     if higher is None:
         raise SettingsError(f"metric {metric!r}: pass higher_is_better=True or False, as the name does not say which")
-    return higher
+    return metric, higher
 
 
 def _run_started(request: CustomRequest, train: TrainFunction, folder: RunFolder) -> RunStarted:

@@ -1,0 +1,117 @@
+"""Select a rank with your own training function."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from rightrank.records.observer import Observer
+from rightrank.returns import Selected
+from rightrank.settings import Goal
+from rightrank.settings.profiles import ProfileName
+
+if TYPE_CHECKING:
+    from rightrank.executors.calls import TrainFunction
+    from rightrank.executors.custom import EvaluateFunction
+    from rightrank.selection.custom import Judgements
+
+
+def select_rank_with(
+    train: TrainFunction,
+    out: str | Path,
+    *,
+    profile: ProfileName | None = None,
+    evaluate: EvaluateFunction | None = None,
+    goal: Goal = "training-rank",
+    ranks: Sequence[int] = (1, 4, 16, 64),
+    learning_rates: Sequence[float] = (3e-4, 1e-3, 3e-3),
+    seeds: Sequence[int] | None = None,
+    lora_alpha: float = 32.0,
+    steps: int = 0,
+    metric: str | None = None,
+    higher_is_better: bool | None = None,
+    margin: float | None = None,
+    strategy: str | None = None,
+    with_base: bool = False,
+    where: Literal["here", "threads", "process", "ray"] = "here",
+    workers: int = 1,
+    timeout_seconds: float | None = None,
+    version: str = "",
+    report_to: Sequence[str] = (),
+    judgements: Judgements | None = None,
+    judged_margin: float | None = None,
+    watching: Observer | None = None,
+) -> Selected:
+    """Find the rank with your own training function: DPO, RL, diffusion, vision, any script.
+
+    Args:
+        train: called with a `TrialTask`; returns a mapping of held-out metrics or a `TrialResult`. With
+            `item_scores` in it (the same examples in every trial) ranks are compared example by example, which
+            resolves far smaller differences. `task.report(step, value, item_scores)` reports values along the way. All
+            randomness must come from `task.seed`, so that ranks differ in nothing else.
+        out: the run folder. A second call with the same arguments resumes; trials that failed run again.
+        profile: "rl" for reinforcement learning: strategy "upward", metric "reward", seeds 0, 1 and 2, a margin of 0.02 where
+            none is given; a training whose held-out value falls far below its own best has collapsed and has no result; the
+            smallest rank is the answer where no difference between ranks can be shown.
+        evaluate: called with a PEFT adapter folder and a `TrialTask`; returns the same as `train`. With it the adapter that
+            `train` saved for the largest rank is truncated to every lower rank, and the smallest that loses nothing is
+            handed over (the first question).
+        goal: "adapter" stops there and needs `evaluate`; "training-rank" continues to the rank to train at.
+        steps: passed to `train` in the task; 0 leaves the length to it.
+        seeds: None for seed 0, or those of the profile.
+        metric: the name of the metric that decides; None for "loss", or that of the profile.
+        higher_is_better: None for the direction that the metric's name implies (accuracy, f1 and reward are better
+            when higher, losses and errors when lower).
+        margin: how much worse than the best is still enough; None for the metric's default, or that of the profile.
+        strategy: None for "grid", or that of the profile.
+        with_base: also call `train` with rank 0, to evaluate the base without training.
+        where: "here"; "threads" of this process, for functions that wait for a service; or each call in a new process,
+            on this machine ("process") or on a Ray cluster ("ray": the one that RAY_ADDRESS names, or one on this machine;
+            `out` must be on a disk that its nodes share).
+        workers: concurrent calls; above 1 only with "threads", "process" or "ray".
+        timeout_seconds: end a training that takes longer; needs `where="process"`.
+        version: change this when `train` changes, so that old trials are not reused.
+        report_to: trackers that log every trial: trackio, wandb, mlflow, tensorboard.
+        judgements: rows `prompt, rank_a, rank_b, outcome[, judge]` that decide in place of the metric: mappings, a file, or a function
+            that is called once all trainings have ended, with the folder of each rank's best adapter, and returns the mappings.
+        judged_margin: with judgements: how far below 1/2 a win rate may be; None for .05.
+        watching: callbacks; see `Observer`.
+
+    Raises:
+        SettingsError: an argument that is not allowed, a metric whose name implies no direction, or a function that
+            can't be sent to a process.
+        MissingExtraError: a tracker that is not installed.
+        RunFolderError: a folder made with other settings.
+        AllTrialsFailedError: fewer than two ranks ended with a result.
+        InterruptedRun: `watching.should_stop` returned True.
+    """
+    from rightrank.io.run_folder import RunFolder
+    from rightrank.selection import custom
+    from rightrank.trackers import require_trackers
+
+    chosen: dict[str, object] = {
+        "goal": goal,
+        "ranks": tuple(ranks),
+        "learning_rates": tuple(learning_rates),
+        "seeds": None if seeds is None else tuple(seeds),
+        "lora_alpha": lora_alpha,
+        "margin": margin,
+        "strategy": strategy or None,
+    }
+    settings = custom.settings_of(chosen, profile)
+    metric, higher = custom.metric_of(metric, higher_is_better, profile)
+    request = custom.CustomRequest(
+        settings=settings,
+        steps=steps,
+        metric=metric,
+        higher_is_better=higher,
+        with_base=with_base,
+        version=version,
+        report_to=require_trackers(report_to),
+        profile=profile,
+        judgements=judgements,
+        judged_margin=judged_margin,
+    )
+    trainer = custom.make_trainer(train, goal, where, timeout_seconds, workers, evaluate)
+    return custom.select_custom(request, trainer, RunFolder(Path(out)), watching or Observer())

@@ -1,0 +1,136 @@
+"""Select a rank: `select_rank`, its preflight, and a matrix of data sets."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Unpack
+
+from rightrank.records.observer import Observer
+from rightrank.records.preflight import Preflight
+from rightrank.returns import Selected
+from rightrank.settings import SelectKeywords, SelectSettings, make_settings
+from rightrank.settings.select import renamed
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from rightrank.io.matrix import MatrixConfig
+    from rightrank.preparation import Rows
+    from rightrank.selection.many import MatrixSelected
+
+
+def select_rank(
+    model: str | PreTrainedModel,
+    data: str | Path | Rows | Mapping[str, Rows],
+    out: str | Path,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    settings: SelectSettings | None = None,
+    watching: Observer | None = None,
+    progress: bool = False,
+    **keywords: Unpack[SelectKeywords],
+) -> Selected:
+    """Train a range of ranks on `data`, decide which is enough, and hand over its adapter.
+
+    Args:
+        model: a model folder, a GGUF file, a hub name, or a transformers model in memory. A model in memory is frozen
+            and moved to the device; its weights stay as they are.
+        data: a file, a folder, an in-memory `datasets` object, an iterable of mappings, or a mapping of splits.
+        out: the run folder. A second call with the same arguments resumes an unfinished run.
+        tokenizer: the tokenizer of a model in memory.
+        settings: see `SelectSettings`; None for the defaults.
+        watching: callbacks; see `Observer`.
+        progress: show the progress on stderr, or in the cell of a notebook.
+        keywords: the command's options by name, such as `ranks=(4, 16, 64), margin=0.01`; they override `settings`.
+
+    Raises:
+        InputError: model, data, settings or folder can't be used; nothing was started.
+        RunError: the selection started and could not finish.
+        InterruptedRun: `watching.should_stop` returned True.
+        KeyboardInterrupt: Ctrl-C; the step ended and checkpoints were written. The same call resumes.
+    """
+    from rightrank.io.files import report_disk_errors
+    from rightrank.io.run_folder import RunFolder
+    from rightrank.report.interrupts import checkpointed
+    from rightrank.report.watching import shown
+    from rightrank.selection.early import require_request
+
+    settings = _overridden(settings, keywords)
+    require_request(model, data, settings)
+    folder = RunFolder(Path(out))
+    with (
+        folder.locked(),
+        report_disk_errors(folder.path),
+        shown(watching or Observer(), progress) as seen,
+        checkpointed(seen) as observer,
+    ):
+        # These imports bring torch, so they follow the lock: a folder that can't be used is refused at once.
+        from rightrank.preparation import Request
+        from rightrank.selection.select import select
+
+        return select(Request(model, tokenizer, data, settings), folder, observer)
+
+
+def begun_as(run: str | Path) -> dict[str, object]:
+    """Return the model, the data and the settings of a run, with which `select_rank` resumes or continues it.
+
+    Raises:
+        RunFolderError: no run there, or one of another version that has settings this one does not know.
+    """
+    from rightrank.runs import begun_as as read
+
+    return read(run)
+
+
+def preflight(
+    model: str | PreTrainedModel,
+    data: str | Path | Rows | Mapping[str, Rows],
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    settings: SelectSettings | None = None,
+    price_per_hour: float | None = None,
+    **keywords: Unpack[SelectKeywords],
+) -> Preflight:
+    """Say what `select_rank` with the same arguments will do, cost and be able to show; nothing is trained or written.
+
+    Args:
+        model: as in `select_rank`, and so are `data`, `tokenizer`, `settings` and `keywords`.
+        price_per_hour: of this device, for the price.
+
+    Raises:
+        InputError: model, data or settings can't be used.
+    """
+    from rightrank.selection.early import require_request
+
+    settings = _overridden(settings, keywords)
+    require_request(model, data, settings)  # before what brings torch
+    from rightrank.preparation import Request
+    from rightrank.selection.preflight import preflight as prepare_only
+
+    return prepare_only(Request(model, tokenizer, data, settings), price_per_hour)
+
+
+def select_matrix(
+    matrix: MatrixConfig, out: str | Path, further: Mapping[str, object], watching: Observer | None = None
+) -> MatrixSelected:
+    """Select a rank for every data set of a matrix, over one base.
+
+    Args:
+        matrix: the model and the data sets; see `rightrank.io.matrix.read_matrix`.
+        out: a folder that receives one run folder for each job. A second call resumes.
+        further: settings that override those of the file.
+        watching: callbacks; outcomes reach `notice`, with the name of their job.
+
+    Raises:
+        InputError: a setting, the model or one of the data sets can't be used; nothing was started.
+        InterruptedRun: `watching.should_stop` returned True.
+    """
+    from rightrank.selection.many import select_many
+
+    return select_many(matrix, Path(out), further, watching or Observer())
+
+
+def _overridden(settings: SelectSettings | None, keywords: SelectKeywords) -> SelectSettings:
+    given = {} if settings is None else settings.model_dump(include=settings.model_fields_set)
+    return make_settings(given | renamed(keywords))
