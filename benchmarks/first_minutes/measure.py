@@ -31,6 +31,7 @@ ROOT = Path(__file__).parents[2]
 TIMES = 5
 ALTERNATIVES = ("kneed", "optuna", "accelerate")
 TABLE = "rank,value\n" + "".join(f"{2**k},{2 + 0.3 / 2**k:.4f}\n" for k in range(8))
+MODEL_CLASS = "import torch; from transformers import LlamaForCausalLM"
 KNEED = (
     "import csv; from kneed import KneeLocator; rows = list(csv.DictReader(open({table!r}))); "
     "print(KneeLocator([int(r['rank']) for r in rows], [float(r['value']) for r in rows], "
@@ -125,6 +126,7 @@ def answers(model: Path, adapter: Path, gradience: str | None) -> Iterator[str]:
             "rightrank plan MODEL --ranks 8,16": [*rightrank, "plan", str(model), "--ranks", "8,16"],
             "rightrank inspect ADAPTER": [*rightrank, "inspect", str(adapter)],
             "`import peft`, to compare": [sys.executable, "-c", "import peft"],
+            "torch and the model's class, without which no step is traced": [sys.executable, "-c", MODEL_CLASS],
         }
         if gradience is not None:
             commands["gradience audit ADAPTER"] = [gradience, "audit", "--peft-dir", str(adapter)]

@@ -67,6 +67,17 @@ def test_two_ranks_give_the_ranks_between(name: str) -> None:
     assert between.source == direct.source == "traced"
 
 
+@pytest.mark.parametrize("ranks", [(4, 12), (12,)])
+def test_two_ranks_give_the_rank_above(ranks: tuple[int, ...]) -> None:
+    """Rank 24, the next doubling in a plan, from traces of 4 and 12 is rank 24 traced; one rank alone gives no line."""
+    settings = settings_of(ranks=ranks)
+    above = Estimator(CONFIGS["llama"](), settings).beyond(24)
+    direct = Estimator(CONFIGS["llama"](), settings.model_copy(update={"ranks": (24,)})).estimate(24)
+    assert above.training == direct.training
+    assert above.inventory.stored == direct.inventory.stored
+    assert above.flops == direct.flops
+
+
 def test_components_add_up_to_the_peak() -> None:
     highest = Estimator(CONFIGS["llama"](), settings_of(loss="chunked")).estimate(12).training
     assert sum(highest.components.values()) == highest.peak_bytes

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from rightrank.cli.options import comma, folders, gather, names
+from rightrank.cli.options import comma, folders, garbage_kept, gather, names
 
 PLAN_OPTIONS = [
     click.option("--ranks", callback=comma, help="Ranks, such as 8,16 (default: powers of two, 1 to 512)."),
@@ -66,13 +66,14 @@ def plan(
     MODEL is a folder that holds at least config.json, a GGUF file, or a hub name. The exit status is 1 if there is a
     memory budget and no rank fits.
     """
-    from rightrank.settings import make_plan_settings
+    with garbage_kept():
+        from rightrank.settings import make_plan_settings
 
-    settings = make_plan_settings(gather(config_file, assignments, options))
+        settings = make_plan_settings(gather(config_file, assignments, options))
 
-    from rightrank import api
-    from rightrank.report.plan_table import plan_text
+        from rightrank import api
+        from rightrank.report.plan_table import plan_text
 
-    answer = api.plan(model, settings=settings)
+        answer = api.plan(model, settings=settings)
     click.echo(answer.model_dump_json() if as_json else plan_text(answer))
     return 1 if answer.memory_bytes is not None and answer.max_rank is None else 0

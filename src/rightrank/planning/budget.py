@@ -55,15 +55,14 @@ def axis_prices(estimator: Estimator, largest: RankEstimate) -> list[AxisPrice]:
         (f"batch_size {batch} → {batch * 2}", {"batch_size": batch * 2}),
         (f"seq_len {length} → {length * 2}", {"seq_len": length * 2}),
     ]
-    if rank * 2 <= estimator.rank_limit:
-        axes.insert(0, (f"rank {rank} → {rank * 2}", {"ranks": (*settings.ranks, rank * 2)}))
     if settings.target_modules != ("all-linear",):
         names = ", ".join(settings.target_modules)
         axes.append((f"target_modules {names} → all-linear", {"ranks": (rank,), "target_modules": ("all-linear",)}))
+    changed = [(axis, estimator.variant(**values).estimate(rank)) for axis, values in axes]
+    if rank * 2 <= estimator.rank_limit:
+        changed.insert(0, (f"rank {rank} → {rank * 2}", estimator.beyond(rank * 2)))
     prices = []
-    for axis, values in axes:
-        changed = estimator.variant(**values)
-        estimate = changed.estimate(max(changed.settings.ranks))
+    for axis, estimate in changed:
         reserved = estimate.peak.reserved_bytes
         prices.append(
             AxisPrice(

@@ -138,7 +138,7 @@ class Estimator:
         return other
 
     def estimate(self, rank: int) -> RankEstimate:
-        """The estimate of a rank between the lowest and the highest of the settings."""
+        """The estimate of a rank, on the line through the lowest and the highest of the settings."""
         parts = self.inventory(rank)
         if self.untraceable is None:
             try:
@@ -157,8 +157,14 @@ class Estimator:
         tokens = self.settings.batch_size * self.settings.arms * self.settings.seq_len
         return RankEstimate(rank, parts, peak, None, 4 * parts.parameters * tokens, "formula")
 
+    def beyond(self, rank: int) -> RankEstimate:
+        """The estimate of a rank above the highest of the settings: on the same line, where two ranks give one."""
+        if self._ends[0] < self._ends[1] and not self.settings.divide_rank_by_experts:
+            return self.estimate(rank)
+        return self.variant(ranks=(*self.settings.ranks, rank)).estimate(rank)
+
     def inventory(self, rank: int) -> Inventory:
-        """The tensors of the adapted model of that rank, interpolated between PEFT's own at the two ends."""
+        """The tensors of the adapted model of that rank, on the line through PEFT's own at the two ends."""
         low, high = self._ends
         if rank not in self._inventories and high not in self._inventories:
             self._inventories[high] = self._inventory_at_high()

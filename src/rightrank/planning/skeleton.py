@@ -176,6 +176,7 @@ def adapt(model: Any, settings: PlanSettings, rank: int, arms: int = 1) -> Skele
         with _peft_quiet(), torch.device("meta"):
             experts = experts_of(model, settings)
             config = lora_config(model, settings, rank)
+            config.init_lora_weights = False  # meta tensors have no values to initialise
             adapted = get_peft_model(model, config, **how)
             for name in names[1:]:
                 adapted.add_adapter(name, copy.deepcopy(config), **how)

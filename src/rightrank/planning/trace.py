@@ -78,7 +78,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's __i
         self._known = {tensor.untyped_storage()._cdata for tensor in known}
         self._alive: dict[int, int] = {}
         self._modules: list[str] = []
-        self._finalizers: list[Any] = []
+        self._deaths: list[weakref.ref[Any]] = []  # a weak reference that is dropped calls nothing
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default:
@@ -107,8 +107,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's __i
 
     def stop(self) -> None:
         """Record no more deaths: what is alive now lives until the step ends."""
-        for finalizer in self._finalizers:
-            finalizer.detach()
+        self._deaths.clear()
 
     @contextmanager
     def named_modules(self, model: torch.nn.Module) -> Iterator[None]:
@@ -140,10 +139,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's __i
             return
         origin = self._origin(func, self._vocabulary in tensor.shape)
         self._alive[key] = self.trace.add(storage.nbytes(), origin, self.segment)
-        self._finalizers.append(weakref.finalize(storage, self._dead, key))
-
-    def _dead(self, key: int) -> None:
-        self.trace.end(self._alive.pop(key), self.segment)
+        self._deaths.append(weakref.ref(storage, lambda _: self.trace.end(self._alive.pop(key), self.segment)))
 
     def _origin(self, func: Any, has_vocabulary: bool) -> Origin:
         module = self._modules[-1] if self._modules else ""
