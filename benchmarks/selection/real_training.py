@@ -5,8 +5,9 @@
 
 NAME is one of `GRIDS`. Its horizon and seeds can be changed, and new seeds join those in the file. Where the learning rate is
 constant from the first step, a training stopped at half is a whole training of half the steps, so that one grid gives two
-curves, one for each horizon. A curve has values at its quarter and half, example losses, and the truncations of the top
-rank's adapters. Where the horizon is the whole training, every adapter is also read on the test split, which chose nothing.
+curves, one for each horizon. A curve has values at an eighth, a quarter and half, example losses, and the truncations of the
+top rank's adapters. Where the horizon is the whole training, it also has what the search for the learning rate measures at an
+eighth (running means and annealed copies), recovered truncations of low rank, and values on the test split, which chose nothing.
 FOLDER keeps finished trainings and readings, and the same command resumes. Incomplete seeds are left out.
 """
 
@@ -43,13 +44,29 @@ from rightrank.records import (
 )
 from rightrank.records.observer import Observer
 from rightrank.settings import SelectSettings, make_settings
+from rightrank.strategies.adapter_question import MAX_RECOVERED_RANK, recovery
 from rightrank.strategies.grid import outside_in
+from rightrank.strategies.learning_rates import ANNEAL, LOOK
 from rightrank.strategies.protocol import base_arm
+from rightrank.strategies.space import Space, space_of
 
 RANKS = (1, 4, 16, 64)
 SEEDS = (0, 1)
 DIGITS = 5
-CHECKPOINTS = (0.125, 0.25, 0.5)  # of a horizon
+SEEDED = (  # parts of a curve that have a value for every seed
+    "seed_grid",
+    "checkpoints",
+    "losses",
+    "averaged",
+    "annealed",
+    "truncation_grid",
+    "truncation_items",
+    "recovery_grid",
+    "recovery_items",
+    "item_losses",
+    "test_grids",
+)
+CHECKPOINTS = (LOOK, 0.25, 0.5)  # of a horizon
 
 COMMON = {
     "ranks": RANKS,
@@ -100,6 +117,7 @@ class Workshop:
     executor: LocalExecutor
     fingerprint: str
     outcomes: dict[Arm, TrialOutcome]
+    space: Space
     checkpoints: tuple[float, ...] = CHECKPOINTS
 
     def run(self, arm: Arm) -> TrialOutcome:
@@ -130,7 +148,9 @@ def open_workshop(
     )
     executor = LocalExecutor(runtime, folder, Observer())
     outcomes: dict[Arm, TrialOutcome] = {outcome.arm: outcome for outcome in known}
-    return Workshop(settings, folder, runtime, executor, fingerprint, outcomes, checkpoints)
+    unseen_steps = max(0, len(runtime.examples("train")) // settings.items_per_step - settings.max_steps)
+    space = space_of(settings, settings.max_steps, unseen_steps=unseen_steps)
+    return Workshop(settings, folder, runtime, executor, fingerprint, outcomes, space, checkpoints)
 
 
 def train_grid(shop: Workshop) -> None:
@@ -143,7 +163,7 @@ def train_grid(shop: Workshop) -> None:
                 staged = train_in_stages(shop, rank, rate, seed)
                 if rank == max(settings.ranks):
                     for parent in staged.values():
-                        for cut in cuts_of(shop, parent):
+                        for cut in [*cuts_of(shop, parent), *recoveries_of(shop, parent)]:
                             shop.run(cut)
 
 
@@ -167,6 +187,10 @@ def train_in_stages(shop: Workshop, rank: int, rate: float, seed: int) -> dict[f
         if not isinstance(outcome, TrialFinished):
             break
         found[part], before = outcome, outcome.trial_id
+        if part == LOOK and LOOK in shop.checkpoints:
+            step = round(LOOK * steps)
+            end = step + max(1, round(ANNEAL * steps))
+            shop.run(arm.model_copy(update={"stop_at": end, "continue_from": before, "anneal_from": step}))
     return found
 
 
@@ -190,12 +214,20 @@ def cuts_of(shop: Workshop, parent: TrialFinished) -> Iterator[Arm]:
             )
 
 
+def recoveries_of(shop: Workshop, parent: TrialFinished) -> list[Arm]:
+    """The adapter of a whole training, as it is and truncated to low ranks, with the extra steps that a selection takes."""
+    if not parent.arm.is_direct or not shop.space.recovery_steps:
+        return []
+    low = [rank for rank in shop.settings.ranks if rank <= MAX_RECOVERED_RANK and rank < parent.rank]
+    return [recovery(shop.space, parent, rank) for rank in (parent.rank, *low)]
+
+
 def test_grids(shop: Workshop, seeds: set[int]) -> dict[str, Any]:
     """Values on the test split of every trained and truncated adapter of a whole training; kept in `tests.json`."""
     kept = shop.folder.path / "tests.json"
     values: dict[str, float] = json.loads(kept.read_text()) if kept.exists() else {}
     learning_rates = {o.trial_id: o.learning_rate for o in shop.outcomes.values() if isinstance(o, TrialFinished)}
-    grids: dict[str, Any] = {"trained": {}, "truncated": {}}
+    grids: dict[str, Any] = {"trained": {}, "truncated": {}, "recovered": {}}
     for outcome in shop.outcomes.values():
         if not isinstance(outcome, TrialFinished) or outcome.rank == 0 or outcome.stop_at is not None:
             continue
@@ -207,9 +239,8 @@ def test_grids(shop: Workshop, seeds: set[int]) -> dict[str, Any]:
                 found = shop.runtime.evaluate("test").metrics[shop.settings.metric_name]
             values[identity] = round(found, DIGITS)
             kept.write_text(json.dumps(values))
-        kind, learning_rate = (
-            ("trained", outcome.learning_rate) if parent is None else ("truncated", learning_rates[parent])
-        )
+        kind = "trained" if parent is None else "recovered" if outcome.steps else "truncated"
+        learning_rate = outcome.learning_rate if parent is None else learning_rates[parent]
         place(grids[kind], outcome.rank, learning_rate, outcome.seed, values[identity])
     return grids
 
@@ -235,36 +266,41 @@ def curve_of(name: str, shop: Workshop, horizon: float, extra: Mapping[str, obje
     steps = shop.settings.max_steps
     assert steps is not None
     wanted = round(horizon * steps)
-    ended = {
-        (outcome.rank, outcome.learning_rate, outcome.seed, outcome.stop_at or outcome.steps): outcome
-        for outcome in shop.outcomes.values()
-        if isinstance(outcome, TrialFinished) and outcome.rank > 0 and outcome.truncate_from is None
-    }
-    by_id = {outcome.trial_id: outcome for outcome in ended.values()}
+    name_of_metric = shop.settings.metric_name
     seeds = whole_seeds(shop)
+    finished = [o for o in shop.outcomes.values() if isinstance(o, TrialFinished) and o.rank > 0 and o.seed in seeds]
+    ended = [o for o in finished if o.truncate_from is None and not o.arm.is_annealed]
+    whole = {o.trial_id: o for o in ended if (o.stop_at or o.steps) == wanted}
     grid: dict[str, Any] = {}
     items: dict[str, Any] = {}
-    cuts: dict[str, Any] = {}
+    for outcome in sorted(whole.values(), key=lambda o: (o.rank, o.learning_rate, o.seed)):
+        place_of(grid, outcome, outcome.value)
+        place_of(items, outcome, scores_of(outcome, name_of_metric))
     checkpoints: dict[str, Any] = {f"{part:g}": {} for part in shop.checkpoints}
-    truncation_items: dict[str, Any] = {}
-    for (rank, rate, seed, step), outcome in sorted(ended.items()):
-        if seed not in seeds:
-            continue
-        if step == wanted:
-            place(grid, rank, rate, seed, round(outcome.value, DIGITS))
-            place(items, rank, rate, seed, [round(loss, 3) for loss in outcome.item_losses])
-            if rank == max(RANKS):
-                place(cuts, rank, rate, seed, round(outcome.value, DIGITS))
-        for part, found in checkpoints.items():
-            if step == round(float(part) * wanted):
-                place(found, rank, rate, seed, round(outcome.value, DIGITS))
-    for outcome in shop.outcomes.values():
-        if isinstance(outcome, TrialFinished) and outcome.truncate_from is not None and outcome.seed in seeds:
-            parent = by_id[outcome.truncate_from]
-            if (parent.stop_at or parent.steps) == wanted:
-                place(cuts, outcome.rank, outcome.learning_rate, outcome.seed, round(outcome.value, DIGITS))
-                losses = [round(loss, 3) for loss in outcome.item_losses]
-                place(truncation_items, outcome.rank, outcome.learning_rate, outcome.seed, losses)
+    losses: dict[str, Any] = {f"{part:g}": {} for part in (*shop.checkpoints, 1.0)}
+    for outcome in ended:
+        for part in (*shop.checkpoints, 1.0):
+            if (outcome.stop_at or outcome.steps) == round(part * wanted):
+                place_of(losses[f"{part:g}"], outcome, outcome.metrics["loss"])
+                if part < 1.0:
+                    place_of(checkpoints[f"{part:g}"], outcome, outcome.value)
+    averaged: dict[str, Any] = {}
+    annealed: dict[str, Any] = {}
+    cuts: dict[str, dict[str, Any]] = {kind: {} for kind in ("truncation", "recovery")}
+    cut_items: dict[str, dict[str, Any]] = {kind: {} for kind in cuts}
+    for outcome in finished:
+        if outcome.arm.is_annealed:
+            place_of(annealed, outcome, outcome.metrics["loss"])
+        elif outcome.averaged_loss is not None and horizon == 1.0:
+            place_of(averaged, outcome, outcome.averaged_loss)
+        elif outcome.truncate_from in whole:
+            kind = "recovery" if outcome.steps else "truncation"
+            parent = whole[outcome.truncate_from]
+            place_of(cuts[kind], outcome, outcome.value, parent.learning_rate)
+            place_of(cut_items[kind], outcome, scores_of(outcome, name_of_metric), parent.learning_rate)
+    for outcome in whole.values():
+        if outcome.rank == max(shop.settings.ranks):
+            place_of(cuts["truncation"], outcome, outcome.value)
     base = shop.outcomes[base_arm(shop.settings.lora_alpha)]
     assert isinstance(base, TrialFinished)
     return {
@@ -276,19 +312,38 @@ def curve_of(name: str, shop: Workshop, horizon: float, extra: Mapping[str, obje
         "machine": machine(),
         "seeds": sorted(seeds),
         "ranks": list(shop.settings.ranks),
-        "higher_is_better": shop.settings.metric_name == "accuracy",
+        "metric": name_of_metric,
+        "higher_is_better": name_of_metric == "accuracy",
         "base": round(base.value, DIGITS),
-        "item_tokens": base.item_tokens,
+        "base_loss": round(base.metrics["loss"], DIGITS),
+        "item_tokens": base.item_tokens if name_of_metric == "loss" else [],
         "seed_grid": grid,
         "lr_grid": means_of(grid),
         "checkpoints": checkpoints,
-        "truncation_grid": cuts,
-        "truncation_items": truncation_items,
+        "losses": {} if name_of_metric == "loss" else losses,
+        "averaged": {f"{LOOK:g}": averaged} if averaged else {},
+        "annealed": {f"{LOOK:g}": annealed} if annealed else {},
+        "truncation_grid": cuts["truncation"],
+        "truncation_items": cut_items["truncation"],
+        "recovery_grid": cuts["recovery"],
+        "recovery_items": cut_items["recovery"],
+        "recovery_part": round(shop.space.recovery_steps / steps, 3),
         "item_losses": items,
-        "seconds": round(
-            sum(o.train_seconds + o.eval_seconds for (_, _, seed, step), o in ended.items() if step == wanted), 1
-        ),
+        "seconds": round(sum(o.train_seconds + o.eval_seconds for o in whole.values()), 1),
     }
+
+
+def scores_of(outcome: TrialFinished, metric: str) -> list[float]:
+    """Summed losses of the examples, or their scores."""
+    found = outcome.items(metric)
+    assert found is not None
+    return [round(score, 3) for score in found[0]]
+
+
+def place_of(grid: dict[str, Any], outcome: TrialFinished, value: Any, learning_rate: float | None = None) -> None:
+    """Put `value` into the outcome's cell; a truncation has the learning rate of its parent."""
+    rounded = round(value, DIGITS) if isinstance(value, float) else value
+    place(grid, outcome.rank, learning_rate or outcome.learning_rate, outcome.seed, rounded)
 
 
 def whole_seeds(shop: Workshop) -> set[int]:
@@ -297,7 +352,12 @@ def whole_seeds(shop: Workshop) -> set[int]:
     assert settings.max_steps is not None
     cells: dict[int, set[tuple[int, float]]] = {}
     for arm, outcome in shop.outcomes.items():
-        if arm.rank > 0 and arm.truncate_from is None and (arm.is_direct or not isinstance(outcome, TrialFinished)):
+        if (
+            arm.rank > 0
+            and arm.truncate_from is None
+            and not arm.is_annealed
+            and (arm.is_direct or not isinstance(outcome, TrialFinished))
+        ):
             cells.setdefault(arm.seed, set()).add((arm.rank, arm.learning_rate))
     return {seed for seed, found in cells.items() if len(found) == len(settings.ranks) * len(settings.learning_rates)}
 
@@ -326,7 +386,7 @@ def with_seeds_of(curve: dict[str, Any], known: Mapping[str, Any]) -> dict[str, 
         return {key: joined(new[key], old[key]) if key in old else new[key] for key in new} | taken
 
     found = curve | {"seeds": sorted({*curve["seeds"], *known["seeds"]})}
-    for part in ("seed_grid", "checkpoints", "truncation_grid", "truncation_items", "item_losses", "test_grids"):
+    for part in SEEDED:
         if part in curve:
             found[part] = joined(curve[part], known.get(part, {}))
     found["lr_grid"] = means_of(found["seed_grid"])

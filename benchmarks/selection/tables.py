@@ -14,13 +14,13 @@ from typing import Any
 
 import numpy as np
 
+from rightrank.decision.metrics import kind_of
 from rightrank.errors import ResultsError
 from rightrank.records import AdapterAnswer, Arm, EvalPoint, TrialFailed, TrialFinished, TrialOutcome, trial_id
 from rightrank.settings import Goal
 from rightrank.strategies import History, Recommendation, Space, Strategy
 from rightrank.strategies.protocol import steps_of
 
-METRIC = "loss"  # of every table, whatever its direction
 REPLAY_STEPS = 1000  # of a whole training: costs are counted in these
 
 SeedGrid = Mapping[int, Mapping[float, Mapping[int, float]]]  # rank → learning rate → seed → value
@@ -35,7 +35,9 @@ class GridCurve:
     family: str
     higher_is_better: bool
     cells: SeedGrid
+    metric: str = "loss"
     base: float | None = None
+    base_loss: float | None = None  # where the metric is another
     truncated: SeedGrid = field(default_factory=dict)  # rank → the top's learning rate → seed, without recovery
     recovered: SeedGrid = field(default_factory=dict)  # the same with recovery steps
     recovery_part: float = 0.0  # of a training
@@ -49,7 +51,8 @@ class GridCurve:
         default_factory=dict
     )  # trained, truncated, recovered → values on the test split
     checkpoints: Mapping[float, SeedGrid] = field(default_factory=dict)  # part of a training → values then
-    items: Items = field(default_factory=dict)  # summed example losses
+    losses: Mapping[float, SeedGrid] = field(default_factory=dict)  # the same, losses where the metric is another
+    items: Items = field(default_factory=dict)  # summed example losses, or example scores of another metric
     item_tokens: list[int] = field(default_factory=list)
     energy: Mapping[float, Mapping[int, list[float]]] = field(default_factory=dict)  # the top's, a share per direction
 
@@ -116,11 +119,14 @@ def _curve(entry: Mapping[str, Any]) -> GridCurve:
         family=str(entry.get("family", "given")),
         higher_is_better=bool(entry.get("higher_is_better", False)),
         cells=cells,
+        metric=entry.get("metric", "accuracy" if entry.get("higher_is_better") else "loss"),
+        base_loss=entry.get("base_loss"),
         base=entry.get("base") if isinstance(entry.get("base"), int | float) else None,
         truncated=_seed_grid(entry.get("truncation_grid", {})),
         recovered=_seed_grid(entry.get("recovery_grid", {})),
         recovery_part=float(entry.get("recovery_part", 0.0)),
         checkpoints={float(part): _seed_grid(grid) for part, grid in entry.get("checkpoints", {}).items()},
+        losses={float(part): _seed_grid(grid) for part, grid in entry.get("losses", {}).items()},
         averaged={float(part): _seed_grid(grid) for part, grid in entry.get("averaged", {}).items()},
         annealed={float(part): _seed_grid(grid) for part, grid in entry.get("annealed", {}).items()},
         truncated_items=_items(entry.get("truncation_items", {})),
@@ -188,15 +194,18 @@ class TableRunner:
         value = self._value(arm)
         if value is None:
             return TrialFailed(trial_id=identity, **arm.model_dump(), error="error", reason="not in the table")
-        items = self._items(arm)
+        items, loss = self._items(arm), self._loss(arm)
+        metric = self._curve.metric
+        is_loss = metric == "loss"
         return TrialFinished(
             trial_id=identity,
             **arm.model_dump(),
             value=value,
-            metrics={METRIC: value},
+            metrics={metric: value} | ({} if loss is None else {"loss": loss}),
             averaged_loss=self._averaged(arm),
-            item_losses=items,
-            item_tokens=self._curve.item_tokens if items else [],
+            item_losses=items if is_loss else [],
+            item_tokens=self._curve.item_tokens if items and is_loss else [],
+            item_scores=items if items and not is_loss else None,
             train_value=None,
             points=self._points(arm),
             trainable_parameters=arm.rank,
@@ -240,6 +249,18 @@ class TableRunner:
         grids = {None: self._curve.items, False: self._curve.truncated_items, True: self._curve.recovered_items}
         return grids[None if arm.truncate_from is None else arm.steps > 0].get(self._key(arm), [])
 
+    def _loss(self, arm: Arm) -> float | None:
+        """The loss of a training where the metric is another."""
+        curve = self._curve
+        if curve.metric == "loss" or arm.truncate_from is not None:
+            return None
+        if arm.rank == 0:
+            return curve.base_loss
+        key = self._key(arm)
+        if arm.anneal_from is not None:
+            return _cell(curve.annealed.get(arm.anneal_from / arm.steps, {}), key)
+        return _cell(curve.losses.get((arm.stop_at or arm.steps) / arm.steps, {}), key)
+
     def _averaged(self, arm: Arm) -> float | None:
         if arm.stop_at is None or arm.anneal_from is not None:
             return None
@@ -262,6 +283,8 @@ def space_of_grid(
         steps=REPLAY_STEPS,
         margin=margin,
         goal=goal,
+        metric=curve.metric,
+        kind="loss" if curve.metric == "loss" else kind_of(curve.metric, curve.higher_is_better),
         truncates=bool(curve.truncated),
         recovery_steps=round(curve.recovery_part * REPLAY_STEPS) if curve.recovered else 0,
         trusts_values=not curve.truncated_items,
