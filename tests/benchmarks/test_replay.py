@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from benchmarks.selection.replay import judge, main, replay_all, summary
-from benchmarks.selection.tables import read_grids
+from benchmarks.selection.tables import TableRunner, read_grids, space_of_grid
 
 from rightrank.strategies import STRATEGIES, strategy_named
 
@@ -130,3 +130,26 @@ def test_bad_input_is_one_line(
     assert words in captured.err
     assert captured.err.count("\n") == 1
     assert not captured.out
+
+
+def test_a_grid_of_accuracies_is_searched_by_its_losses(tmp_path: Path) -> None:
+    """A clearly better loss at an eighth decides, whatever the accuracy there is; the answer compares accuracies."""
+    cells = {"1": {"0.001": {"0": 0.70}, "0.01": {"0": 0.60}}, "4": {"0.001": {"0": 0.80}, "0.01": {"0": 0.60}}}
+    early = {rank: {"0.001": {"0": 0.40}, "0.01": {"0": 0.50}} for rank in cells}
+    losses = {rank: {"0.001": {"0": 0.5}, "0.01": {"0": 1.0}} for rank in cells}
+    grid = {
+        "id": "accuracies",
+        "metric": "accuracy",
+        "higher_is_better": True,
+        "base": 0.3,
+        "base_loss": 1.4,
+        "seed_grid": cells,
+        "checkpoints": {part: early for part in ("0.125", "0.25", "0.5")},
+        "losses": {part: losses for part in ("0.125", "0.25", "0.5")},
+        "averaged": {"0.125": losses},
+    }
+    curve = read_grids(write(tmp_path / "grids.json", grid))[0]
+    (found,) = replay_all([curve], strategy_named("bracket"), 0.02)
+    assert (found.pick, found.learning_rate) == (4, 0.001)
+    assert TableRunner(curve).run(space_of_grid(curve, 0.02).arm(0, 0.0)).metrics == {"accuracy": 0.3, "loss": 1.4}
+    assert found.trainings == 1 + 0.125 + 1  # the top, a look at the other learning rate, and rank 1
