@@ -144,8 +144,8 @@ def test_a_grid_of_accuracies_is_searched_by_its_losses(tmp_path: Path) -> None:
         "base": 0.3,
         "base_loss": 1.4,
         "seed_grid": cells,
-        "checkpoints": {part: early for part in ("0.125", "0.25", "0.5")},
-        "losses": {part: losses for part in ("0.125", "0.25", "0.5")},
+        "checkpoints": dict.fromkeys(("0.125", "0.25", "0.5"), early),
+        "losses": dict.fromkeys(("0.125", "0.25", "0.5"), losses),
         "averaged": {"0.125": losses},
     }
     curve = read_grids(write(tmp_path / "grids.json", grid))[0]
