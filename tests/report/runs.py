@@ -106,6 +106,7 @@ def _finished(
         item_tokens=[TOKENS] * len(items),
         train_value=value - 0.01 if rank else None,
         points=points if rank else [],
+        train_losses=[value + (STEPS - step) / 100 for step in range(1, STEPS + 1)] if rank else [],
         trainable_parameters=1000 * rank,
         train_seconds=10.0 + rank / 10,
         train_tokens=5000,

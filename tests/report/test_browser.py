@@ -120,7 +120,7 @@ def test_trials_are_sorted_by_their_heads_and_bands_are_in_the_legend(browser: A
             float(text) for text in page.locator("table.sortable tbody td:nth-child(4)").all_inner_texts() if text
         ]
         assert values == sorted(values, reverse=order == "descending")
-    assert "within the margin of the best" in page.locator('[data-figure="rank_curve"]').inner_text()
+    assert "within the margin of the best" in page.locator("#figure-rank_curve .legend").inner_text()
     assert page.locator("button.copy").count() == page.locator("pre.command, pre.code").count() > 0
 
 
@@ -134,11 +134,43 @@ def test_without_scripts_the_drawings_are_there(browser: Any, files: dict[int, P
     assert not page.locator("#margin").count() or not page.locator("#margin").is_visible()
 
 
+A4_WIDTH = 703  # CSS pixels between margins of 12 mm
+OVERFLOWING = """() => [...document.querySelectorAll("main, section, pre, table, .scroll, figure, svg")]
+    .filter((e) => e.getClientRects().length && getComputedStyle(e).position !== "absolute")
+    .filter((e) => e.getBoundingClientRect().right > innerWidth + 1
+        || (getComputedStyle(e).overflow !== "visible" && !(e instanceof SVGElement) && e.scrollHeight > e.clientHeight + 1))
+    .map((e) => e.tagName + "." + e.className + "#" + e.id)"""
+
+
 @pytest.mark.parametrize("count", [9, 201])
-def test_it_prints_to_two_pages(browser: Any, files: dict[int, Path], count: int, tmp_path: Path) -> None:
-    page = opened(browser, files[count], **SCREENS["desktop"]).page
+def test_it_prints_whole(browser: Any, files: dict[int, Path], count: int, tmp_path: Path) -> None:
+    page = opened(browser, files[count], viewport={"width": A4_WIDTH, "height": 1000}).page
+    page.emulate_media(media="print")
+    assert page.evaluate(OVERFLOWING) == []
+    for section in ("rank_curve", "training_loss", "rate_by_rank"):
+        assert page.locator(f"#figure-{section}").is_visible()
+    assert page.locator("#untested").is_visible()
+    assert not page.locator(".plot-head").first.is_visible()
     page.pdf(path=tmp_path / "report.pdf", prefer_css_page_size=True)
-    assert len(re.findall(rb"/Type\s*/Page\b", (tmp_path / "report.pdf").read_bytes())) == 2
+    assert len(re.findall(rb"/Type\s*/Page\b", (tmp_path / "report.pdf").read_bytes())) <= 4
+
+
+@pytest.mark.parametrize("screen", SCREENS)
+def test_a_legend_wraps_and_hides_a_series(browser: Any, files: dict[int, Path], screen: str) -> None:
+    page = opened(browser, files[9], **SCREENS[screen]).page
+    figure = page.locator("#figure-learning_curves")
+    entries = figure.locator(".legend button")
+    assert entries.all_inner_texts() == ["rank 1", "rank 4", "rank 16", "rank 64"]
+    widths = page.evaluate(
+        "[...document.querySelectorAll('.legend, .plot-title')].map((e) => e.scrollWidth - e.clientWidth)"
+    )
+    assert set(widths) == {0}
+    before = figure.locator(".chart svg").inner_html()
+    entries.nth(1).click()
+    assert entries.nth(1).get_attribute("aria-pressed") == "false"
+    assert figure.locator(".chart svg").inner_html() != before
+    entries.nth(1).click()
+    assert figure.locator(".chart svg").inner_html() == before
 
 
 def test_texts_from_data_run_nothing(browser: Any, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 from rightrank.decision.run import decide_run, decision_so_far
 from rightrank.records import Decision
 from rightrank.report.draw import draw, inline_svg
-from rightrank.report.figure import Figure, HeatMap, to_csv
+from rightrank.report.figure import Figure, HeatMap, log_ticks, to_csv
 from rightrank.report.figures import (
     figures_of,
     learning_rate_map,
@@ -23,6 +23,14 @@ from rightrank.report.figures import (
 )
 from rightrank.report.files import write_figures
 from rightrank.report.rank_curve import diminishing_rank, rank_figure
+from rightrank.report.training_curves import (
+    MAX_POINTS,
+    MAX_TRAININGS,
+    averaged,
+    learning_figure,
+    smoothed,
+    training_loss_figure,
+)
 from tests.report.runs import made_up_run
 
 pytestmark = pytest.mark.draws
@@ -81,7 +89,10 @@ def test_memory_draws_like_beside_like() -> None:
     ]
     figure = memory_figure(records)
     assert figure is not None
-    assert [series.label for series in figure.series] == ["measured, whole process"]
+    assert figure.title == "Peak memory of a training, whole process"
+    assert [series.label for series in figure.series] == ["measured"]
+    assert figure.y.limits is not None
+    assert figure.y.limits[0] == 0
     assert "planned, tensors only, MiB" in figure.columns
     assert 2048.0 in {row[2] for row in figure.rows}
     environment = records.started.environment | {"device": "cuda"}
@@ -111,6 +122,65 @@ def test_truncations_are_shown_next_to_trainings_not_among_them() -> None:
     memory = memory_figure(records)
     assert memory is not None
     assert memory.series[0].x == (4, 16)
+
+
+def test_training_losses_are_averaged_over_groups_and_smoothed() -> None:
+    assert averaged([3.0, 2.0, 1.0]) == {1.0: 3.0, 2.0: 2.0, 3.0: 1.0}
+    curve = averaged([float(step) for step in range(1, 251)])
+    assert len(curve) == 84 <= MAX_POINTS
+    assert (curve[2.0], curve[5.0]) == (2.0, 5.0)  # steps 1 to 3, 4 to 6
+    mean = smoothed(dict(enumerate([0.0] * 20 + [1.0] + [0.0] * 19)))  # 5 points wide
+    assert [place for place, value in mean.items() if value > 0] == [18, 19, 20, 21, 22]
+    assert mean[20] == pytest.approx(1 / 5)
+    assert smoothed({}) == {}
+
+
+def test_training_loss_is_shown_for_every_training() -> None:
+    records = made_up_run()
+    trials = [trial for trial in records.finished() if trial.rank > 0]
+    stopped = trials[-1].model_copy(update={"trial_id": "stopped", "stop_at": 10, "train_losses": [5.0] * 10})
+    longer = stopped.model_copy(
+        update={"trial_id": "longer", "stop_at": 20, "continue_from": "stopped", "train_losses": [5.0] * 20}
+    )
+    copy = stopped.model_copy(update={"trial_id": "copy", "anneal_from": 8, "continue_from": "longer"})
+    recovered = stopped.model_copy(update={"trial_id": "r", "stop_at": None, "truncate_from": trials[-1].trial_id})
+    records.outcomes += [stopped, longer, copy, recovered]
+    figure = training_loss_figure(records)
+    assert figure is not None
+    assert len(figure.series) == len(trials) + 1 == len({series.label for series in figure.series})
+    assert [max(series.x) for series in figure.series if series.dashed] == [20]
+    assert {series.tone for series in figure.series if "rank 4 " in series.label} == {1}
+    assert figure.columns[-2:] == ("training loss", "running mean")
+    assert len(figure.rows) == 40 * len(trials) + 20
+
+
+def test_of_many_trainings_the_best_of_each_rank_are_shown() -> None:
+    figure = training_loss_figure(made_up_run((1, 2, 4, 8, 16), (1e-4, 1e-3, 1e-2), (0, 1)))
+    assert figure is not None
+    assert figure.title.endswith(f"({MAX_TRAININGS} of 30 trainings)")
+    labels = [series.label for series in figure.series]
+    assert len(labels) == MAX_TRAININGS
+    assert sum("at 0.001," in label for label in labels) == 10  # both seeds of the best learning rate
+
+
+def test_learning_curves_have_the_training_loss_of_every_step() -> None:
+    records = made_up_run()
+    figure = learning_figure(records, decide_run(records))
+    assert figure is not None
+    held, training = (next(s for s in figure.series if s.dashed == dashed) for dashed in (False, True))
+    assert held.x == (0, 10, 20, 40)
+    assert len(training.x) == 40
+    without = [o.model_copy(update={"train_losses": []}) for o in records.finished()]
+    records.outcomes = list(without)  # an older run: the mean since the last evaluation
+    older = learning_figure(records, None)
+    assert older is not None
+    assert next(s for s in older.series if s.dashed).x == (10, 20, 40)
+    assert training_loss_figure(records) is None
+
+
+def test_ticks_of_a_logarithmic_axis() -> None:
+    assert log_ticks(0.0009, 0.2) == (0.001, 0.01, 0.1)
+    assert log_ticks(0.003, 0.06) == (0.005, 0.01, 0.02, 0.05)
 
 
 @pytest.mark.parametrize("ranks", [(), (4,), (4, 8)])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from rightrank.records import Decision, RankEvidence
 from rightrank.report.figures import ENOUGH
 from rightrank.report.format import coverage, table_lines, visible
+from rightrank.report.sentences import horizon_text
 from rightrank.report.terminal_figures import terminal_curve
 
 FLAGS = {
@@ -82,9 +83,8 @@ def answer_lines(decision: Decision) -> list[str]:
     stairs = [f"{step.rank} from {_short(step.margin)}" for step in decision.staircase]
     lines.append(f"margins: {', '.join(stairs)} (requested: {decision.margin:g})")
     lines += curve_lines(decision)
-    horizon = decision.horizon
-    if horizon is not None:
-        lines.append(f"horizon: the evaluations give the same answer from step {horizon.holds_from} to {horizon.steps}")
+    if decision.horizon is not None:
+        lines.append(f"horizon: {horizon_text(decision.horizon)}")
     lines.append(f"basis:   {decision.basis_note}")
     lines += [f"flag:    {flag}: {FLAGS.get(flag, '')}" for flag in decision.flags]
     lines += other_metric_lines(decision)

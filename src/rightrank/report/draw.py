@@ -9,8 +9,8 @@ from io import BytesIO
 from math import ceil
 from typing import Any
 
-from rightrank.report.figure import AnyFigure, Figure, HeatMap, Series, Tone
-from rightrank.report.format import visible
+from rightrank.report.figure import AnyFigure, Band, Figure, HeatMap, Level, Mark, Series, Tone
+from rightrank.report.format import cell_text, visible
 
 # Colours by role; inside the report, variables of the style sheet replace them.
 INK, FAINT, LINE = "#1d2b34", "#5b6b74", "#d6dde1"
@@ -33,22 +33,36 @@ VARIABLES = {INK: "--ink", FAINT: "--faint", LINE: "--line", BAND: "--band"} | {
 }
 VARIABLES |= {colour: f"--s{place}" for place, colour in enumerate(SEQUENCE)}
 MAX_LABELS = 12
-SIZE = (7.0, 4.0)  # inches, of a plot; a heat map grows with its rows and columns
+SIZE = (7.0, 4.0)  # inches, of a plot without its legend; a heat map grows with its rows and columns
+NARROW = (5.0, 3.1)  # of a plot that takes half a page, so that its letters stay readable there
+WIDE_FIGURES = ("rank_curve",)  # those that take a whole page
+LEGEND_LINE = 0.19  # inches, the height of a line of the legend; LEGEND_LETTER the mean width of a letter
+LEGEND_LETTER = 0.064
 MAX_LABELLED_CELLS = 1000  # of a heat map; a larger one shows colours alone, and its CSV holds the numbers
 
 
-def draw(figure: AnyFigure, image_format: str) -> bytes:
-    """The figure as `svg` or `png` bytes; the same figure gives the same bytes."""
+def draw(figure: AnyFigure, image_format: str, size: tuple[float, float] = SIZE) -> bytes:
+    """The figure as `svg` or `png` bytes; the same figure gives the same bytes. The legend is below the plot.
+
+    Args:
+        figure: what to draw.
+        image_format: `svg` or `png`.
+        size: width and height of a plot in inches; the legend adds to the height, and a heat map has its own size.
+    """
     from matplotlib import rc_context
     from matplotlib.figure import Figure as Canvas
 
     with rc_context(_style(figure.name)), warnings.catch_warnings():
         # for a name in letters that the font lacks; the viewer of an SVG uses its own fonts
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
-        width, height = _size(figure)
+        width, height = _size(figure, size)
+        below = _legend_shape(figure, width)[1] * LEGEND_LINE if isinstance(figure, Figure) else 0.0
+        height += below
         canvas = Canvas(figsize=(width, height))
         # fixed margins in inches: a layout solver triples the time
-        canvas.subplots_adjust(left=0.84 / width, right=1 - 0.21 / width, top=1 - 0.4 / height, bottom=0.52 / height)
+        canvas.subplots_adjust(
+            left=0.84 / width, right=1 - 0.21 / width, top=1 - 0.4 / height, bottom=(0.52 + below) / height
+        )
         axes: Any = canvas.add_subplot()
         if isinstance(figure, HeatMap):
             _draw_map(axes, figure)
@@ -61,13 +75,41 @@ def draw(figure: AnyFigure, image_format: str) -> bytes:
     return buffer.getvalue()
 
 
+def _legend_shape(figure: Figure, width: float) -> tuple[int, int]:
+    """Columns and lines of the legend; no line for a single entry."""
+    labels = list(dict.fromkeys(series.label for series in figure.series))[:MAX_LABELS]
+    parts: tuple[Band | Level | Mark, ...] = (*figure.bands, *figure.levels, *figure.marks)
+    labels += [part.label for part in parts if part.label]
+    if len(labels) < 2:
+        return 1, 0
+    columns = int((width - 0.3) / (0.55 + LEGEND_LETTER * max(map(len, labels))))
+    columns = max(1, min(columns, len(labels)))
+    return columns, ceil(len(labels) / columns)
+
+
+def _draw_legend(axes: Any, figure: Figure) -> None:
+    """The legend at the foot of the canvas, where it hides no point."""
+    columns, lines = _legend_shape(figure, axes.figure.get_figwidth())
+    if lines == 0:
+        return
+    axes.legend(
+        loc="upper left",
+        bbox_to_anchor=(0.25, lines * LEGEND_LINE),  # in inches
+        bbox_transform=axes.figure.dpi_scale_trans,
+        frameon=False,
+        fontsize=8,
+        labelspacing=0.65,
+        columnspacing=1.2,
+        borderaxespad=0,
+        borderpad=0,
+        ncols=columns,
+    )
+
+
 @lru_cache(maxsize=64)  # the report is rewritten after every trial, and most of its figures stay the same
 def inline_svg(figure: AnyFigure) -> str:
     """The SVG element in the page's colours, hidden from screen readers, which read the page's own `alt` text."""
-    text = draw(figure, "svg").decode()
-    text = text[text.index("<svg") :]
-    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    text = re.sub(r'(<svg[^>]*?) width="[^"]*" height="[^"]*"|(<svg[^>]*?) height="[^"]*"', r"\1\2", text, count=1)
+    text = scalable_svg(figure, SIZE if figure.name in WIDE_FIGURES else NARROW)
     for colour, name in VARIABLES.items():
         text = text.replace(colour, f"var({name})")
     prefix = figure.name.replace("_", "")  # ids must be unique within the page
@@ -77,9 +119,17 @@ def inline_svg(figure: AnyFigure) -> str:
     return text.replace("<svg", '<svg aria-hidden="true" focusable="false"', 1)
 
 
-def _size(figure: AnyFigure) -> tuple[float, float]:
+def scalable_svg(figure: AnyFigure, size: tuple[float, float] = SIZE) -> str:
+    """The SVG element without a width and height of its own, so that it fits the box around it."""
+    text = draw(figure, "svg", size).decode()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    return re.sub(r'(<svg[^>]*?) width="[^"]*" height="[^"]*"', r"\1", text, count=1)
+
+
+def _size(figure: AnyFigure, size: tuple[float, float]) -> tuple[float, float]:
     if isinstance(figure, Figure):
-        return SIZE
+        return size
     column = 0.1 * max(8, *map(len, figure.column_names))
     return max(SIZE[0], 1.05 + column * len(figure.column_names)), max(SIZE[1], 0.92 + 0.32 * len(figure.row_names))
 
@@ -122,13 +172,13 @@ def _draw_figure(axes: Any, figure: Figure) -> None:
         )
     _set_scale(axes, "x", figure.x.scale, figure.x.ticks)
     _set_scale(axes, "y", figure.y.scale, figure.y.ticks)
+    if figure.x.limits is not None:
+        axes.set_xlim(*figure.x.limits)
     if figure.y.limits is not None:
         axes.set_ylim(*figure.y.limits)
     axes.set_xlabel(visible(figure.x.label))
     axes.set_ylabel(visible(figure.y.label))
-    handles, _ = axes.get_legend_handles_labels()
-    if len(handles) > 1:
-        axes.legend(frameon=False, fontsize=8, labelspacing=1, ncols=ceil(len(handles) / 8))
+    _draw_legend(axes, figure)
 
 
 def _draw_series(axes: Any, series: Series, labelled: bool) -> None:
@@ -179,6 +229,6 @@ def _draw_map(axes: Any, figure: HeatMap) -> None:
         return
     for row, values in enumerate(figure.values):
         for column, value in enumerate(values):
-            text = figure.notes[row][column] if value is None else f"{value:.4g}"
+            text = figure.notes[row][column] if value is None else cell_text(value)
             weight = "bold" if figure.best[row] == column else "normal"
             axes.text(column, row, text, ha="center", va="center", fontsize=8, color=INK, fontweight=weight)

@@ -9,6 +9,7 @@ import csv
 from collections.abc import Sequence
 from dataclasses import dataclass
 from io import StringIO
+from math import ceil, floor, log10
 from typing import Literal, TypeAlias
 
 from rightrank.report.format import visible
@@ -35,6 +36,21 @@ def metric_axis(metric: str, which: str, limits: tuple[float, float] | None = No
 
 def rank_axis(ranks: Sequence[int]) -> Axis:
     return Axis("LoRA rank", "log2", tuple(sorted(set(ranks))))
+
+
+def axis_from_zero(label: str, values: Sequence[float]) -> Axis:
+    """An axis of quantities whose ratio matters, such as memory and time."""
+    return Axis(label, limits=(0.0, 1.08 * max(values, default=1.0) or 1.0))
+
+
+def log_ticks(low: float, high: float) -> tuple[float, ...]:
+    """Powers of ten within the limits, with 2 and 5 times them where there are fewer than three."""
+    exponents = range(floor(log10(low)), ceil(log10(high)) + 1)
+    found: list[tuple[float, ...]] = [
+        tuple(tick for power in exponents for factor in factors if low <= (tick := float(f"{factor}e{power}")) <= high)
+        for factors in ((1,), (1, 2, 5))
+    ]
+    return found[0] if len(found[0]) >= 3 else found[1]
 
 
 @dataclass(frozen=True, slots=True)

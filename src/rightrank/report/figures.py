@@ -6,13 +6,27 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 
 from rightrank.decision.run import Records
-from rightrank.records import Decision, RankEvidence, TrialFinished, TrialOutcome
+from rightrank.records import Decision, TrialFinished, TrialOutcome
 from rightrank.report.adapter_view import adapter_figure
 from rightrank.report.collapse_figure import collapse_figure
-from rightrank.report.figure import AnyFigure, Axis, Figure, HeatMap, Level, Series, best_column, metric_axis, rank_axis
+from rightrank.report.figure import (
+    AnyFigure,
+    Axis,
+    Figure,
+    HeatMap,
+    Level,
+    Series,
+    axis_from_zero,
+    best_column,
+    log_ticks,
+    metric_axis,
+    rank_axis,
+)
 from rightrank.report.format import amount, coverage, metric_unit
 from rightrank.report.guard_view import guard_figure
 from rightrank.report.rank_curve import rank_figure
+from rightrank.report.shown_trials import best_of, best_trials, by_rank, trained
+from rightrank.report.training_curves import learning_figure, training_loss_figure
 
 MIB = 2**20
 ENOUGH = {True: "yes", False: "no", None: "inconclusive"}  # by `RankEvidence.non_inferior`
@@ -25,6 +39,7 @@ def figures_of(records: Records, decision: Decision | None) -> list[AnyFigure]:
         figures += [rank_figure(decision), staircase_figure(decision), difference_figure(decision)]
     figures += [
         learning_figure(records, decision),
+        training_loss_figure(records),
         collapse_figure(records),
         adapter_figure(records) or truncation_figure(records),
         guard_figure(records),
@@ -33,11 +48,6 @@ def figures_of(records: Records, decision: Decision | None) -> list[AnyFigure]:
         time_figure(records),
     ]
     return [figure for figure in figures if figure is not None]
-
-
-def trained(decision: Decision) -> list[RankEvidence]:
-    """The ranks that were trained, ascending."""
-    return sorted((evidence for evidence in decision.ranks if evidence.rank > 0), key=lambda evidence: evidence.rank)
 
 
 def margin_steps(decision: Decision) -> list[tuple[float, int]]:
@@ -70,7 +80,7 @@ def staircase_figure(decision: Decision) -> Figure:
         title="Which rank is enough at which margin",
         alt=f"Staircase of the smallest rank shown to be enough. At a margin of {low:.2g}, rank {corners[0][1]}"
         + (f"; {steps_text}." if steps_text else " at every margin shown."),
-        x=Axis(f"margin, {metric_unit(decision.metric)}", "log10"),
+        x=Axis(f"margin, {metric_unit(decision.metric)}", "log10", log_ticks(low, high), (low, high)),
         y=Axis("smallest rank enough", "log2", tuple(ranks)),
         series=(
             Series("enough", tuple(c[0] for c in corners), tuple(c[1] for c in corners), kind="step", tone="main"),
@@ -93,7 +103,7 @@ def difference_figure(decision: Decision) -> Figure | None:
         name="paired_differences",
         title=f"Worse than rank {decision.reference_rank} by, paired",
         alt=f"Paired difference of every rank from rank {decision.reference_rank} with its bounds. "
-        f"Below the margin of {decision.margin:g}: " + (f"rank {', '.join(enough)}." if enough else "none."),
+        f"Below the margin of {decision.margin:.4g}: " + (f"rank {', '.join(enough)}." if enough else "none."),
         x=rank_axis([e.rank for e in rows]),
         y=Axis(f"worse by, {metric_unit(decision.metric)}"),
         series=(
@@ -106,53 +116,12 @@ def difference_figure(decision: Decision) -> Figure | None:
                 kind="points",
             ),
         ),
-        levels=(Level(f"margin {decision.margin:g}", decision.margin), Level("", 0.0)),
+        levels=(Level(f"margin {decision.margin:.4g}", decision.margin), Level("", 0.0)),
         columns=("rank", "difference", "lower bound", "upper bound", "enough", "optimism of the best learning rate"),
         rows=tuple(
             (e.rank, d, low, high, ENOUGH[e.non_inferior], e.winner_gap)
             for e, d, low, high in zip(rows, differences, lows, highs, strict=True)
         ),
-    )
-
-
-def learning_figure(records: Records, decision: Decision | None) -> Figure | None:
-    """Held-out and training values by step: each rank at its best learning rate, means over seeds."""
-    best = _best_trials(records, decision)
-    metric = records.started.points_metric or records.started.metric
-    base = next((trial.metrics.get(metric) for trial in records.finished() if trial.rank == 0), None)
-    series: list[Series] = []
-    rows: list[tuple[int, int, float, float | None]] = []
-    for place, (rank, trials) in enumerate(best.items()):
-        steps = sorted({point.step for trial in trials for point in trial.points})
-        held, train = [], []
-        for step in steps:
-            points = [point for trial in trials for point in trial.points if point.step == step]
-            trained_values = [point.train_value for point in points if point.train_value is not None]
-            held.append(fmean(point.value for point in points))
-            train.append(fmean(trained_values) if trained_values else None)
-            rows.append((rank, step, held[-1], train[-1]))
-        known = [(step, value) for step, value in zip(steps, train, strict=True) if value is not None]
-        if steps and steps[0] > 0 and base is not None:  # at step 0 the adapter is the base model
-            series.append(Series(f"rank {rank}", (0, *steps), (base, *held), tone=place))
-        elif steps:
-            series.append(Series(f"rank {rank}", tuple(steps), tuple(held), tone=place))
-        if known and metric == "loss":
-            x, y = tuple(step for step, _ in known), tuple(value for _, value in known)
-            series.append(Series(f"rank {rank}", x, y, kind="line", dashed=True, tone=place))
-    if not series:
-        return None
-    ends = ", ".join(
-        f"rank {rank} {fmean(t.metrics.get(metric, t.value) for t in trials):.4g}" for rank, trials in best.items()
-    )
-    return Figure(
-        name="learning_curves",
-        title="Learning curves (training dashed)",
-        alt=f"Held-out {metric} by step, each rank at its best learning rate. At the end: {ends}.",
-        x=Axis("step"),
-        y=metric_axis(metric, "held-out"),
-        series=tuple(series),
-        columns=("rank", "step", "held-out", "training"),
-        rows=tuple(rows),
     )
 
 
@@ -162,9 +131,9 @@ def truncation_figure(records: Records) -> Figure | None:
     truncations = [trial for trial in finished if trial.truncate_from is not None]
     if not truncations:
         return None
-    direct = _best_trials(records, None)
+    direct = best_trials(records, None)
     parents = {trial.trial_id: trial for trial in finished}
-    truncated_values = {rank: _best(trials, records).value for rank, trials in _by_rank(truncations).items()}
+    truncated_values = {rank: best_of(trials, records).value for rank, trials in by_rank(truncations).items()}
     trained_values = {rank: trials[0].value for rank, trials in direct.items()}
     whole = sorted({parents[trial.truncate_from].rank for trial in truncations if trial.truncate_from in parents})
     ranks = sorted({*truncated_values, *trained_values})
@@ -239,22 +208,22 @@ def memory_figure(records: Records) -> Figure | None:
     On a CPU, the measured peak is of the whole process and the planned one of the tensors: like is drawn with like, so the
     plan is among the numbers alone.
     """
-    trained = _by_rank([trial for trial in records.finished() if trial.steps > 0 and trial.peak_bytes > 0])
+    trained = by_rank([trial for trial in records.finished() if trial.steps > 0 and trial.peak_bytes > 0])
     highest = {rank: max(trials, key=lambda t: t.peak_bytes) for rank, trials in trained.items() if rank > 0}
     peaks = {rank: trial.peak_bytes / MIB for rank, trial in highest.items()}
     planned = {rank: trial.predicted_peak_bytes / MIB for rank, trial in highest.items() if trial.predicted_peak_bytes}
     if not peaks:
         return None
     on_cpu = records.started.environment.get("device") == "cpu"
-    series = [Series("measured, whole process" if on_cpu else "measured", tuple(peaks), tuple(peaks.values()))]
+    series = [Series("measured", tuple(peaks), tuple(peaks.values()))]
     if planned and not on_cpu:
         series.append(Series("planned", tuple(planned), tuple(planned.values()), dashed=True, tone="second"))
     return Figure(
         name="memory",
-        title="Peak memory of a training",
+        title="Peak memory of a training" + (", whole process" if on_cpu else ""),
         alt=f"Peak memory by rank: {_listed(peaks, 'MiB')}.",
         x=rank_axis(list(peaks)),
-        y=Axis("peak memory, MiB"),
+        y=axis_from_zero("peak memory, MiB", [*peaks.values(), *planned.values()]),
         series=tuple(series),
         columns=("rank", "measured MiB", "planned, tensors only, MiB" if on_cpu else "planned MiB"),
         rows=tuple((rank, peak, planned.get(rank)) for rank, peak in peaks.items()),
@@ -264,7 +233,7 @@ def memory_figure(records: Records) -> Figure | None:
 def time_figure(records: Records) -> Figure | None:
     """Mean seconds of training and of evaluation by rank."""
     direct = [trial for trial in records.finished() if trial.rank > 0 and trial.arm.is_direct]
-    groups = _by_rank(direct)
+    groups = by_rank(direct)
     if not groups:
         return None
     train = {rank: fmean(trial.train_seconds for trial in trials) for rank, trials in groups.items()}
@@ -274,7 +243,7 @@ def time_figure(records: Records) -> Figure | None:
         title="Time of a training",
         alt=f"Seconds per training by rank: {_listed(train, 's')}.",
         x=rank_axis(list(train)),
-        y=Axis("seconds"),
+        y=axis_from_zero("seconds", [*train.values(), *evaluation.values()]),
         series=(
             Series("training", tuple(train), tuple(train.values())),
             Series("evaluation", tuple(evaluation), tuple(evaluation.values()), tone="second"),
@@ -282,27 +251,6 @@ def time_figure(records: Records) -> Figure | None:
         columns=("rank", "training seconds", "evaluation seconds"),
         rows=tuple((rank, train[rank], evaluation[rank]) for rank in train),
     )
-
-
-def _best_trials(records: Records, decision: Decision | None) -> dict[int, list[TrialFinished]]:
-    """The trials of each rank at its best learning rate: those that the decision names, if there is one."""
-    finished = records.finished()
-    by_id = {trial.trial_id: trial for trial in finished}
-    if decision is not None:
-        named = {e.rank: [by_id[i] for i in e.trial_ids if i in by_id] for e in trained(decision)}
-        return {rank: trials for rank, trials in named.items() if trials}
-    groups = _by_rank([trial for trial in finished if trial.rank > 0 and trial.arm.is_direct])
-    return {rank: [_best(trials, records)] for rank, trials in groups.items()}
-
-
-def _best(trials: Sequence[TrialFinished], records: Records) -> TrialFinished:
-    sign = -1 if records.started.higher_is_better else 1
-    return min(trials, key=lambda trial: sign * trial.value)
-
-
-def _by_rank(trials: Sequence[TrialFinished]) -> dict[int, list[TrialFinished]]:
-    ranks = sorted({trial.rank for trial in trials})
-    return {rank: [trial for trial in trials if trial.rank == rank] for rank in ranks}
 
 
 def _cell_note(outcomes: Sequence[TrialOutcome], finished: int) -> str:

@@ -50,6 +50,11 @@ def short(value: float) -> str:
     return f"{value:.0f}" if value >= 100 or float(value).is_integer() else f"{value:.2g}"
 
 
+def cell_text(value: float) -> str:
+    """Four significant digits, those that are zero too, so that a column of values lines up."""
+    return f"{value:#.4g}".rstrip(".")
+
+
 def or_dash(value: float | None, spec: str = "g") -> str:
     """The formatted number; a dash for None."""
     return "–" if value is None else format(value, spec)

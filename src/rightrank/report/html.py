@@ -34,7 +34,7 @@ from rightrank.report.adapter_view import candidate_table
 from rightrank.report.draw import inline_svg
 from rightrank.report.figure import AnyFigure, Figure, HeatMap
 from rightrank.report.figures import ENOUGH, figures_of, margin_range, margin_steps, rank_at
-from rightrank.report.format import metric_unit, size, visible
+from rightrank.report.format import cell_text, metric_unit, size, visible
 from rightrank.report.guard_view import guard_of, guard_table
 from rightrank.report.sentences import (
     certainty_notes,
@@ -55,6 +55,7 @@ from rightrank.report.use_it import subject_text, use_it
 from rightrank.settings import Goal
 
 MAX_VISIBLE_ROWS = 24  # of the trial table; a longer one is folded
+MAX_NUMBERS = 200  # rows of a figure's numbers; its CSV file has all of them
 
 
 def render_report(
@@ -70,7 +71,7 @@ def render_report(
     guard = guard_of(records)
     figures = [*figures_of(records, decision), *further_figures]
     plots = [figure for figure in figures if isinstance(figure, Figure)]
-    page_data = {"figures": {figure.name: asdict(figure) for figure in plots}, "answer": _answer(decision)}
+    page_data = {"figures": {figure.name: _plot_data(figure) for figure in plots}, "answer": _answer(decision)}
     library, script = asset("vendor", "echarts.min.js"), asset("templates", "report.js")
     return (
         environment()
@@ -134,7 +135,9 @@ def environment() -> Environment:
         lstrip_blocks=True,
         finalize=_finalize,
     )
+    made.globals["max_numbers"] = MAX_NUMBERS
     made.filters["cell"] = _cell
+    made.filters["cell_text"] = cell_text
     made.filters["split_name"] = split_name
     return made
 
@@ -175,6 +178,11 @@ def _visible_in(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_visible_in(inner) for inner in value]
     return value
+
+
+def _plot_data(figure: Figure) -> dict[str, Any]:
+    """The figure without its table, which the page holds as HTML."""
+    return {name: value for name, value in asdict(figure).items() if name not in ("columns", "rows")}
 
 
 def _answer(decision: Decision | None) -> dict[str, Any] | None:

@@ -7,7 +7,7 @@ from html import escape
 
 from rightrank.records import AdapterAnswer, AdapterCandidate, Decision
 from rightrank.report.adapter_view import figure_of
-from rightrank.report.draw import draw
+from rightrank.report.draw import scalable_svg
 from rightrank.report.figure import Figure
 from rightrank.report.format import visible
 from rightrank.report.rank_curve import rank_figure
@@ -33,8 +33,7 @@ def decision_html(decision: Decision) -> str:
 
 
 def _drawing(figure: Figure) -> str:
-    drawing = draw(figure, "svg").decode()
-    drawing = drawing[drawing.index("<svg") :]
+    drawing = scalable_svg(figure).replace("<svg", '<svg style="display: block; width: 100%; height: auto"', 1)
     return f'<div role="img" aria-label="{_text(figure.alt)}" style="max-width: 40em; background: #fff">{drawing}</div>'
 
 

@@ -16,6 +16,7 @@ from rightrank.records import (
     AdapterRecorded,
     Decision,
     HandedOver,
+    HorizonNote,
     TestEvaluated,
     TrialCollapsed,
     TrialFinished,
@@ -99,8 +100,15 @@ def certainty_notes(decision: Decision) -> list[str]:
             "the comparison corrects for that."
         )
     if decision.horizon is not None:
-        notes.append(f"The answer is the same from step {decision.horizon.holds_from} to {decision.horizon.steps}.")
+        notes.append(f"{horizon_text(decision.horizon).capitalize()}.")
     return notes
+
+
+def horizon_text(horizon: HorizonNote) -> str:
+    """From which evaluation on the values pick the same rank."""
+    if horizon.holds_from == horizon.steps:
+        return f"only the last evaluation, at step {horizon.steps}, gives this answer"
+    return f"the evaluations give the same answer from step {horizon.holds_from} to {horizon.steps}"
 
 
 def test_rows(records: Records) -> list[tuple[str, TestEvaluated]]:
@@ -249,7 +257,7 @@ NAMED_OPTIONS = frozenset(
 
 
 def margin_text(decision: Decision) -> str:
-    return f"{decision.margin:g} {metric_unit(decision.metric)}"
+    return f"{decision.margin:.4g} {metric_unit(decision.metric)}"
 
 
 def _plain(value: Any) -> str:

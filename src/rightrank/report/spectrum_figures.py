@@ -9,7 +9,7 @@ from typing import Literal, TypeAlias, get_args
 
 from rightrank.errors import SettingsError, did_you_mean
 from rightrank.records.probe import Inspection, ModuleSpectrum
-from rightrank.report.figure import Axis, Figure, HeatMap, Series
+from rightrank.report.figure import Axis, Figure, HeatMap, Series, log_ticks
 
 Statistic: TypeAlias = Literal[
     "effective_rank", "stable_rank", "noise_rank", "energy_rank_0.9", "energy_rank_0.99", "norm"
@@ -34,13 +34,14 @@ def spectrum_figure(inspection: Inspection) -> Figure | None:
     columns = [[s[k] for s in spectra if k < len(s) and s[k] > 0] for k in range(count)]
     known = [(k + 1, values) for k, values in enumerate(columns) if values]
     x = tuple(k for k, _ in known)
+    low, high = 0.9 * min(min(values) for _, values in known), 1.1 * max(max(values) for _, values in known)
     return Figure(
         name="spectrum",
         title=f"Singular values of the adapter, {len(spectra)} modules",
         alt=f"Singular values of s·B·A over {len(spectra)} modules, median from "
         f"{median(known[0][1]):.3g} for the first to {median(known[-1][1]):.3g} for number {x[-1]}. {inspection.summary.sentence}",
         x=Axis("singular value, largest first"),
-        y=Axis("size", "log10"),
+        y=Axis("size", "log10", log_ticks(low, high), (low, high)),
         series=(
             Series("median module", x, tuple(median(values) for _, values in known)),
             Series("largest and smallest", x, tuple(max(values) for _, values in known), kind="line", tone="faint"),

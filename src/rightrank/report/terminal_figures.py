@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import log2
 from typing import TYPE_CHECKING, TypeAlias
 
 from rightrank.report.figure import HeatMap
@@ -17,7 +18,7 @@ SHADES = (17, 18, 24, 30, 65, 101, 143, 185, 227)  # of the 256 terminal colours
 
 
 def terminal_curve(points: Points, width: int, colour: bool, truncated: Points = ()) -> str:
-    """Values against ranks as text, at most `width` characters wide; empty below two ranks.
+    """Values against the logarithm of the rank as text, at most `width` characters wide; empty below two ranks.
 
     `points` are trained adapters (●), `truncated` those truncated from a higher rank (○).
     """
@@ -26,16 +27,15 @@ def terminal_curve(points: Points, width: int, colour: bool, truncated: Points =
         return ""
     import plotext
 
-    place = {rank: position for position, rank in enumerate(ranks)}
     plotext.clear_figure()
     plotext.plot_size(min(width, MAX_CURVE_WIDTH), CURVE_HEIGHT)
     for series, marker in ((truncated, "○"), (points, "●")):
         if not series:
             continue
-        positions, values = [place[rank] for rank, _ in series], [value for _, value in series]
+        positions, values = [log2(rank) for rank, _ in series], [value for _, value in series]
         plotext.plot(positions, values, marker="braille")
         plotext.scatter(positions, values, marker=marker)
-    plotext.xticks(list(range(len(ranks))), [str(rank) for rank in ranks])
+    plotext.xticks([log2(rank) for rank in ranks], [str(rank) for rank in ranks])
     plotext.xlabel("LoRA rank (● trained, ○ truncated)" if truncated else "LoRA rank")
     plotext.theme("clear")
     text: str = plotext.build()

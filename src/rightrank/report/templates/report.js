@@ -16,14 +16,20 @@
   }
 
   function axis(given, vertical, narrow) {
+    const log = given.scale !== "linear";
     const option = {
       name: given.label, nameLocation: "middle", nameGap: vertical ? 52 : 28,
       nameTextStyle: { color: colour("ink") }, axisLabel: { color: colour("faint"), hideOverlap: true },
-      axisLine: { show: true, lineStyle: { color: colour("faint") } }, splitLine: { show: vertical, lineStyle: { color: colour("line"), opacity: 0.5 } },
-      type: given.scale === "linear" ? "value" : "log", scale: true,
+      axisLine: { show: true, onZero: false, lineStyle: { color: colour("faint") } }, splitLine: { show: vertical, lineStyle: { color: colour("line"), opacity: 0.5 } },
+      type: log ? "log" : "value", scale: true,
     };
     if (given.scale === "log2") option.logBase = 2;
-    if (given.scale === "log2" && given.ticks.length) { option.min = given.ticks[0] / 1.25; option.max = given.ticks[given.ticks.length - 1] * 1.25; option.axisLabel.customValues = given.ticks; option.axisTick = { customValues: given.ticks }; }
+    if (log && given.ticks.length) {
+      [option.min, option.max] = given.limits || [given.ticks[0] / 1.25, given.ticks[given.ticks.length - 1] * 1.25];
+      option.axisLabel.customValues = given.ticks;
+      option.axisTick = { customValues: given.ticks };
+      if (vertical) option.splitLine.show = given.scale === "log2";
+    }
     if (vertical) option.axisLabel.formatter = (value) => short(value);
     if (!vertical && given.scale === "linear" && narrow) option.splitNumber = 4;
     return option;
@@ -42,10 +48,11 @@
   }
 
   function drawn(series) {
+    const bare = series.kind === "line"; // its points are seen under the pointer alone
     return {
       type: "line", name: series.label, data: series.x.map((x, i) => [x, series.y[i]]), step: series.kind === "step" ? "end" : false, z: 3,
-      symbol: series.kind === "line" || series.kind === "step" ? "none" : "circle", symbolSize: 8, color: tone(series.tone),
-      lineStyle: { width: series.kind === "points" ? 0 : 2, type: series.dashed ? "dashed" : "solid" }, emphasis: { focus: "series" },
+      symbol: series.kind === "step" ? "none" : "circle", symbolSize: 8, color: tone(series.tone), itemStyle: { opacity: bare ? 0 : 1 },
+      lineStyle: { width: series.kind === "points" ? 0 : 2, type: series.dashed ? "dashed" : "solid" }, emphasis: { focus: "series", itemStyle: { opacity: 1 } },
     };
   }
 
@@ -56,14 +63,10 @@
   function plotOption(figure, width) {
     const narrow = width < 520;
     const lines = figure.series.map(drawn), whiskers = figure.series.filter((s) => s.high.length).map(interval);
-    const first = lines[0];
-    first.markArea = { silent: true, itemStyle: { color: colour("band"), opacity: 0.25 }, data: figure.bands.map((b) => [{ yAxis: b.low }, { yAxis: b.high }]) };
+    const bands = figure.bands.map((b) => ({ type: "line", name: b.label, data: [], color: colour("band"), markArea: { silent: true, itemStyle: { color: colour("band"), opacity: 0.25 }, data: [[{ yAxis: b.low }, { yAxis: b.high }]] } }));
     const extremes = [...figure.series.flatMap((s) => [...s.y, ...s.low, ...s.high]), ...figure.levels.map((l) => l.value), ...figure.bands.flatMap((b) => [b.low, b.high])];
     const [bottom, top] = figure.y.limits || [Math.min(...extremes), Math.max(...extremes)], middle = (bottom + top) / 2;
-    first.markLine = { silent: true, symbol: "none", precision: 12, lineStyle: { color: colour("faint"), type: "dotted", width: 1.5 }, data: figure.levels.map((l) => ({ yAxis: l.value, label: { formatter: l.label, position: l.value > middle ? "insideEndBottom" : "insideEndTop", color: colour("faint") } })) };
-    const named = [...new Set([...figure.series, ...figure.marks].map((s) => s.label))];
-    const bands = figure.bands.filter((b) => b.label);
-    const legend = [...named, ...bands.map((b) => ({ name: b.label, icon: "rect" }))];
+    const levels = { type: "line", name: "", data: [], markLine: { silent: true, symbol: "none", precision: 12, lineStyle: { color: colour("faint"), type: "dotted", width: 1.5 }, data: figure.levels.map((l) => ({ yAxis: l.value, label: { formatter: l.label, position: l.value > middle ? "insideEndBottom" : "insideEndTop", color: colour("faint") } })) } };
     const y = axis(figure.y, true, narrow);
     if (figure.y.scale === "linear") {
       const low = Math.min(...extremes), high = Math.max(...extremes), room = (high - low || Math.abs(high) || 1) * 0.06;
@@ -72,14 +75,60 @@
     }
     return {
       animation: false, backgroundColor: "transparent", textStyle: { fontFamily: "system-ui, sans-serif" },
-      title: { text: figure.title, left: 0, top: 0, textStyle: { fontSize: narrow ? 13 : 15, fontWeight: 600, color: colour("ink") } },
-      grid: { left: 72, right: 18, top: legend.length > 1 ? (narrow && legend.length > 4 ? 84 : 62) : 36, bottom: 44 },
-      legend: { show: legend.length > 1, type: "scroll", top: 26, left: 0, data: legend, textStyle: { color: colour("ink") }, pageTextStyle: { color: colour("ink") }, pageIconColor: colour("ink") },
+      grid: { left: 72, right: 18, top: 10, bottom: 44 },
+      legend: { show: false, selected: Object.fromEntries([...hidden(figure.name)].map((label) => [label, false])) },
       tooltip: { trigger: "item", renderMode: "richText", confine: true, formatter: (p) => `${p.seriesName}\n${figure.x.label}: ${short(p.value[0])}\n${figure.y.label}: ${short(p.value[1])}` },
       xAxis: axis(figure.x, false, narrow), yAxis: y,
-      series: [...lines, ...whiskers, ...figure.marks.map(ring), ...bands.map((b) => ({ type: "line", name: b.label, data: [], color: colour("band") }))],
+      series: [...lines, ...whiskers, ...figure.marks.map(ring), ...bands, levels],
     };
   }
+
+  // The labels that a reader has switched off in a figure's legend.
+  const switchedOff = new Map();
+  const hidden = (name) => switchedOff.get(name) || switchedOff.set(name, new Set()).get(name);
+
+  const SWATCHES = {
+    line: '<path d="M0 6h22"/>', dashed: '<path d="M0 6h22" stroke-dasharray="5 3"/>', both: '<path d="M0 6h22"/><circle cx="11" cy="6" r="3.5" fill="currentColor"/>',
+    points: '<path d="M11 0v12" stroke-width="1.2"/><circle cx="11" cy="6" r="3.5" fill="currentColor"/>', band: '<rect y="1" width="22" height="10" stroke="none" fill="currentColor" opacity=".35"/>', ring: '<circle cx="11" cy="6" r="4.5"/>',
+  };
+  const swatchOf = (series) => (series.kind === "points" ? "points" : series.dashed && series.kind === "line" ? "dashed" : series.kind === "both" ? "both" : "line");
+
+  // Title and legend as text of the page, which wraps where a drawing would be cut; a click hides a series.
+  function drawHead(element, figure) {
+    const drawing = element.parentElement, found = new Map();
+    for (const s of figure.series) if (!found.has(s.label)) found.set(s.label, [swatchOf(s), typeof s.tone === "number" ? "s" + (s.tone % 10) : s.tone]);
+    for (const m of figure.marks) found.set(m.label, ["ring", m.tone]);
+    for (const b of figure.bands) if (b.label) found.set(b.label, ["band", "band"]);
+    let head = drawing.previousElementSibling;
+    if (!head || !head.classList.contains("plot-head")) {
+      head = document.createElement("div");
+      head.className = "plot-head";
+      drawing.before(head);
+    }
+    const title = document.createElement("p"), legend = document.createElement("ul");
+    title.className = "plot-title";
+    title.textContent = figure.title;
+    legend.className = "legend";
+    for (const [label, [kind, name]] of found) {
+      const entry = document.createElement("li"), button = document.createElement("button"), swatch = document.createElement("span");
+      button.type = "button";
+      button.setAttribute("aria-pressed", String(!hidden(figure.name).has(label)));
+      swatch.innerHTML = `<svg width="22" height="12" aria-hidden="true" fill="none" stroke="currentColor" stroke-width="2">${SWATCHES[kind]}</svg>`;
+      swatch.style.color = `var(--${name})`;
+      button.append(swatch, label);
+      button.addEventListener("click", () => {
+        if (!hidden(figure.name).delete(label)) hidden(figure.name).add(label);
+        button.setAttribute("aria-pressed", String(!hidden(figure.name).has(label)));
+        draw(element);
+      });
+      entry.append(button);
+      legend.append(entry);
+    }
+    const focus = document.activeElement && legendFocus(head);
+    head.replaceChildren(title, ...(found.size > 1 || figure.series.some((s) => s.high.length) ? [legend] : []));
+    if (focus >= 0) head.querySelectorAll("button")[focus]?.focus();
+  }
+  const legendFocus = (head) => [...head.querySelectorAll("button")].indexOf(document.activeElement);
 
   // The figure at the slider's margin: the band, the ring and the mark of the staircase move.
   function atMargin(figure) {
@@ -99,9 +148,10 @@
     const name = element.dataset.figure, width = element.clientWidth;
     if (!width) return;
     if (!charts.has(name)) charts.set(name, echarts.init(element, null, { renderer: "svg" }));
-    const chart = charts.get(name);
+    const chart = charts.get(name), figure = atMargin(page.figures[name]);
+    drawHead(element, figure);
     chart.resize();
-    chart.setOption(plotOption(atMargin(page.figures[name]), width), true);
+    chart.setOption(plotOption(figure, width), true);
   }
   const drawAll = () => document.querySelectorAll(".chart").forEach(draw);
 

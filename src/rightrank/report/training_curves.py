@@ -1,0 +1,166 @@
+"""Curves over the steps of a training: held-out values, and the training loss of every training."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from statistics import fmean
+
+from rightrank.decision.run import Records
+from rightrank.records import Decision, TrialFinished
+from rightrank.report.figure import Axis, Figure, Series, metric_axis
+from rightrank.report.shown_trials import best_trials, by_rank
+
+MAX_POINTS = 100  # of the training loss of one training; each is the mean over equally many steps
+SMOOTHED_OVER = 1 / 10  # of the steps: a batch's loss varies more than two ranks differ
+MAX_TRAININGS = 12
+
+
+def learning_figure(records: Records, decision: Decision | None) -> Figure | None:
+    """Held-out values and the training loss by step: each rank at its best learning rate, means over seeds."""
+    best = best_trials(records, decision)
+    metric = records.started.points_metric or records.started.metric
+    base = next((trial.metrics.get(metric) for trial in records.finished() if trial.rank == 0), None)
+    series: list[Series] = []
+    rows: list[tuple[int, int, float, float | None]] = []
+    for place, (rank, trials) in enumerate(best.items()):
+        held, before = _held_out(trials), _before_points(trials)
+        rows += [(rank, step, value, before.get(step)) for step, value in held.items()]
+        if held and min(held) > 0 and base is not None:  # at step 0 the adapter is the base model
+            held = {0: base, **held}
+        if held:
+            series.append(Series(f"rank {rank}", tuple(held), tuple(held.values()), tone=place))
+        losses = _mean_losses(trials) or before
+        if losses and metric == "loss":
+            x, y = tuple(losses), tuple(losses.values())
+            series.append(Series(f"rank {rank}", x, y, kind="line", dashed=True, tone=place))
+    if not series:
+        return None
+    ends = ", ".join(
+        f"rank {rank} {fmean(t.metrics.get(metric, t.value) for t in trials):.4g}" for rank, trials in best.items()
+    )
+    return Figure(
+        name="learning_curves",
+        title="Learning curves (training dashed)" if metric == "loss" else "Learning curves",
+        alt=f"Held-out {metric} by step, each rank at its best learning rate. At the end: {ends}.",
+        x=Axis("step"),
+        y=metric_axis(metric, "held-out"),
+        series=tuple(series),
+        columns=("rank", "step", "held-out", "training"),
+        rows=tuple(rows),
+    )
+
+
+def _held_out(trials: Sequence[TrialFinished]) -> dict[int, float]:
+    """Step → held-out value, mean over the trials."""
+    points = [point for trial in trials for point in trial.points]
+    steps = sorted({point.step for point in points})
+    return {step: fmean(point.value for point in points if point.step == step) for step in steps}
+
+
+def _before_points(trials: Sequence[TrialFinished]) -> dict[int, float]:
+    """Step of an evaluation → mean training loss since the one before, mean over the trials."""
+    known = [(p.step, p.train_value) for trial in trials for p in trial.points if p.train_value is not None]
+    return {at: fmean(value for step, value in known if step == at) for at in sorted({step for step, _ in known})}
+
+
+def _mean_losses(trials: Sequence[TrialFinished]) -> dict[float, float]:
+    """Step → training loss, mean over the trials; empty where they did not record as many losses."""
+    losses = [trial.train_losses for trial in trials]
+    if len({len(one) for one in losses}) != 1:
+        return {}
+    return smoothed(averaged([fmean(step) for step in zip(*losses, strict=True)]))
+
+
+def averaged(losses: Sequence[float]) -> dict[float, float]:
+    """Step → mean loss of at most `MAX_POINTS` groups of consecutive steps; the step is the middle of its group.
+
+    `losses` are one for each step, beginning with step 1.
+    """
+    width = max(1, -(-len(losses) // MAX_POINTS))
+    groups = [(start, losses[start : start + width]) for start in range(0, len(losses), width)]
+    return {start + (len(group) + 1) / 2: fmean(group) for start, group in groups}
+
+
+def smoothed(curve: Mapping[float, float]) -> dict[float, float]:
+    """The running mean over `SMOOTHED_OVER` of the curve around each point, over fewer points at its ends."""
+    reach = round(SMOOTHED_OVER * len(curve) / 2)
+    values = list(curve.values())
+    return {step: fmean(values[max(0, place - reach) : place + reach + 1]) for place, step in enumerate(curve)}
+
+
+def training_loss_figure(records: Records) -> Figure | None:
+    """Training loss by step of every training as a running mean, dashed where it stopped early; None where no step was recorded.
+
+    A training that resumes another one has its steps too, and is shown in its place. Of more than `MAX_TRAININGS`, the
+    best of every rank are shown, then the second best, and so on.
+    """
+    trainings = _trainings(records)
+    if not trainings:
+        return None
+    shown = _most_telling(trainings, records.started.higher_is_better)
+    ranks = list(by_rank(trainings))
+    labels = _labels(shown)
+    count = "" if len(shown) == len(trainings) else f" ({len(shown)} of {len(trainings)} trainings)"
+    curves = [averaged(trial.train_losses) for trial in shown]
+    means = [smoothed(curve) for curve in curves]
+    ends = ", ".join(f"{label} {list(mean.values())[-1]:.4g}" for label, mean in zip(labels, means, strict=True))
+    return Figure(
+        name="training_loss",
+        title=f"Training loss by step, running mean{count}",
+        alt=f"Training loss by step. At the end: {ends}.",
+        x=Axis("step"),
+        y=Axis("training loss, nats"),
+        series=tuple(
+            Series(
+                label,
+                tuple(mean),
+                tuple(mean.values()),
+                kind="line",
+                dashed=trial.stop_at is not None,
+                tone=ranks.index(trial.rank),
+            )
+            for trial, label, mean in zip(shown, labels, means, strict=True)
+        ),
+        columns=("rank", "learning rate", "seed", "step", "training loss", "running mean"),
+        rows=tuple(
+            (trial.rank, trial.learning_rate, trial.seed, step, loss, mean[step])
+            for trial, curve, mean in zip(shown, curves, means, strict=True)
+            for step, loss in curve.items()
+        ),
+    )
+
+
+def _trainings(records: Records) -> list[TrialFinished]:
+    """The trainings from step 0 with recorded losses, without those that another one resumes and annealed copies."""
+    finished = records.finished()
+    resumed = {trial.continue_from for trial in finished if not trial.arm.is_annealed}
+    return [
+        trial
+        for trial in finished
+        if trial.train_losses
+        and trial.truncate_from is None
+        and not trial.arm.is_annealed
+        and trial.trial_id not in resumed
+    ]
+
+
+def _most_telling(trainings: Sequence[TrialFinished], higher_is_better: bool) -> list[TrialFinished]:
+    """At most `MAX_TRAININGS`, by ascending rank and learning rate."""
+    sign = -1 if higher_is_better else 1
+    places: list[tuple[int, int, TrialFinished]] = []
+    for rank, trials in by_rank(trainings).items():
+        ordered = sorted(trials, key=lambda trial: (trial.stop_at is not None, sign * trial.value))
+        places += [(place, rank, trial) for place, trial in enumerate(ordered)]
+    chosen = [trial for _, _, trial in sorted(places, key=lambda found: found[:2])[:MAX_TRAININGS]]
+    return sorted(chosen, key=lambda trial: (trial.rank, trial.learning_rate, trial.seed))
+
+
+def _labels(trials: Sequence[TrialFinished]) -> list[str]:
+    """`rank 4 at 0.001`, with whatever else tells two trainings apart."""
+    plain = [f"rank {trial.rank} at {trial.learning_rate:g}" for trial in trials]
+    if len({trial.seed for trial in trials}) > 1:
+        plain = [f"{label}, seed {trial.seed}" for label, trial in zip(plain, trials, strict=True)]
+    return [
+        label if plain.count(label) == 1 else f"{label}, trial {trial.trial_id[:4]}"
+        for label, trial in zip(plain, trials, strict=True)
+    ]
