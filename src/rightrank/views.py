@@ -37,7 +37,16 @@ def answers(records: Records, decision: Decision | None, goal: Goal) -> dict[str
 def write_report(folder: RunFolder, records: Records, decision: Decision | None, goal: Goal) -> None:
     """Write report.html."""
     further = further_figures(records, folder.adapter)
-    page = render_report(records, decision, further, goal=goal, estimate=_estimate(records, goal))
+    exports = folder.path / "exports"
+    page = render_report(
+        records,
+        decision,
+        further,
+        goal=goal,
+        estimate=_estimate(records, goal),
+        run=str(folder.path),
+        exports=sorted(path.name for path in exports.iterdir() if path.is_dir()) if exports.is_dir() else (),
+    )
     write_text(folder.report, page)
 
 

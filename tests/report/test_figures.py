@@ -129,10 +129,10 @@ def test_training_losses_are_averaged_over_groups_and_smoothed() -> None:
     curve = averaged([float(step) for step in range(1, 251)])
     assert len(curve) == 84 <= MAX_POINTS
     assert (curve[2.0], curve[5.0]) == (2.0, 5.0)  # steps 1 to 3, 4 to 6
-    mean = smoothed(dict(enumerate([0.0] * 20 + [1.0] + [0.0] * 19)))  # 5 points wide
+    mean = smoothed({float(step): float(step == 20) for step in range(40)}, 4)
     assert [place for place, value in mean.items() if value > 0] == [18, 19, 20, 21, 22]
     assert mean[20] == pytest.approx(1 / 5)
-    assert smoothed({}) == {}
+    assert smoothed({}, 4) == {}
 
 
 def test_training_loss_is_shown_for_every_training() -> None:

@@ -139,6 +139,14 @@ def test_the_header_names_model_and_data_and_a_box_says_how_to_use_the_adapter()
     assert not [link for link in links if link and ":" in link]  # nothing but files beside the report
 
 
+def test_the_box_links_the_exports_and_has_their_command() -> None:
+    records = answered_run()
+    found = Elements(render_report(records, None, run="my run", exports=["trl", "vllm"]))
+    assert "rightrank export 'my run' --to trl" in found.text
+    links = [attributes.get("href") for tag, attributes in found.tags if tag == "a"]
+    assert {"exports/trl/", "exports/vllm/"} <= set(links)
+
+
 def test_the_box_is_code_whatever_the_model_s_name_is() -> None:
     records = answered_run()
     settings = records.started.settings | {"model": NASTY}

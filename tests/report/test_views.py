@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,10 +15,13 @@ from filelock import FileLock
 from rich.console import Console
 
 from rightrank.cli import cli
+from rightrank.decision.run import decide_run
 from rightrank.errors import SettingsError
 from rightrank.records import StepDone
 from rightrank.report.event_log import JsonLog, ProgressFile
+from rightrank.report.notebook import decision_html
 from rightrank.report.terminal import LiveView, PlainView, make_view, plan_line
+from rightrank.report.terminal_figures import terminal_curve
 from rightrank.runs import status
 from tests.report.elements import Elements
 from tests.report.runs import STARTED, answered_folder, journal_of, made_up_run
@@ -166,10 +170,26 @@ def test_runs_are_shown_side_by_side(tmp_path: Path) -> None:
     assert shown.output.strip() == str(page)
     found = Elements(page.read_text(encoding="utf-8"))
     for run in (first, second):
-        assert str(run) in found.text
+        assert f"{run.name}: " in found.text
     assert "Settings that differ" in found.text
     assert not [tag for tag, _ in found.tags if tag == "script"]
     ids = [attributes["id"] for _, attributes in found.tags if attributes.get("id")]
     assert len(ids) == len(set(ids))
     alone = CliRunner().invoke(cli, ["report", str(first), "--out", str(page)])
     assert isinstance(alone.exception, SettingsError)
+
+
+def test_the_picture_of_a_notebook_fits_its_box() -> None:
+    picture = decision_html(decide_run(made_up_run()))
+    svg = picture[picture.index("<svg") : picture.index(">", picture.index("<svg"))]
+    assert "viewBox=" in svg
+    assert 'style="display: block; width: 100%; height: auto"' in svg
+    assert not re.search(r' (?:width|height)="', svg)
+
+
+def test_ranks_have_a_logarithmic_axis_in_the_terminal() -> None:
+    text = terminal_curve([(1, 3.2), (4, 3.1), (64, 3.0)], 72, colour=False)
+    line = next(line for line in text.splitlines() if line.split() == ["1", "4", "64"])
+    places = [line.index(rank) for rank in ("1", "4", "64")]
+    share = (places[1] - places[0]) / (places[2] - places[0])
+    assert share == pytest.approx(2 / 6, abs=0.05)  # log2: 0, 2, 6

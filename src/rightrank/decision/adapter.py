@@ -131,7 +131,7 @@ def improved_by_training(
             "candidates": [*answer.candidates, best],
             "sentence": (
                 f"The smallest adapter that loses nothing has rank {best.rank}, trained at that rank: its held-out difference "
-                f"from the reference is {_with_bound(best)}, within the margin of {answer.margin:g}."
+                f"from the reference is {_with_bound(best)}, within the margin of {answer.margin:.4g}."
             ),
         }
     )
@@ -235,16 +235,16 @@ def _sentence(
     if answer.rank < top.trial.rank:
         return (
             f"The smallest adapter of this training that loses nothing has rank {answer.rank}: its held-out difference from the "
-            f"rank {top.trial.rank} adapter is {_with_bound(answer)}, within the margin of {margin:g}."
+            f"rank {top.trial.rank} adapter is {_with_bound(answer)}, within the margin of {margin:.4g}."
         )
     if not top.cell.examples:
         return (
             f"The adapter keeps rank {top.trial.rank}: without scores by example no truncation can be shown to lose less "
-            f"than the margin of {margin:g}."
+            f"than the margin of {margin:.4g}."
         )
     lower = f"rank {tested[0]}" if tested else "no lower rank"
     shown = "is not shown" if tested else "is measured"
-    return f"The adapter keeps rank {top.trial.rank}: {lower} {shown} to lose less than the margin of {margin:g}."
+    return f"The adapter keeps rank {top.trial.rank}: {lower} {shown} to lose less than the margin of {margin:.4g}."
 
 
 def _notes(

@@ -7,6 +7,7 @@ import warnings
 from functools import lru_cache
 from io import BytesIO
 from math import ceil
+from textwrap import wrap
 from typing import Any
 
 from rightrank.report.figure import AnyFigure, Band, Figure, HeatMap, Level, Mark, Series, Tone
@@ -38,6 +39,8 @@ NARROW = (5.0, 3.1)  # of a plot that takes half a page, so that its letters sta
 WIDE_FIGURES = ("rank_curve",)  # those that take a whole page
 LEGEND_LINE = 0.19  # inches, the height of a line of the legend; LEGEND_LETTER the mean width of a letter
 LEGEND_LETTER = 0.064
+TITLE_LINE, TITLE_LETTER = 0.2, 0.095  # the same of the title
+RING: dict[str, Any] = {"ms": 14, "mfc": "none", "mew": 2.2}
 MAX_LABELLED_CELLS = 1000  # of a heat map; a larger one shows colours alone, and its CSV holds the numbers
 
 
@@ -57,18 +60,20 @@ def draw(figure: AnyFigure, image_format: str, size: tuple[float, float] = SIZE)
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         width, height = _size(figure, size)
         below = _legend_shape(figure, width)[1] * LEGEND_LINE if isinstance(figure, Figure) else 0.0
-        height += below
+        title = wrap(visible(figure.title), int((width - 1.05) / TITLE_LETTER))
+        above = TITLE_LINE * (len(title) - 1)
+        height += below + above
         canvas = Canvas(figsize=(width, height))
         # fixed margins in inches: a layout solver triples the time
         canvas.subplots_adjust(
-            left=0.84 / width, right=1 - 0.21 / width, top=1 - 0.4 / height, bottom=(0.52 + below) / height
+            left=0.84 / width, right=1 - 0.21 / width, top=1 - (0.4 + above) / height, bottom=(0.52 + below) / height
         )
         axes: Any = canvas.add_subplot()
         if isinstance(figure, HeatMap):
             _draw_map(axes, figure)
         else:
             _draw_figure(axes, figure)
-        axes.set_title(visible(figure.title), fontsize=11, loc="left", color=INK)
+        axes.set_title("\n".join(title), fontsize=11, loc="left", color=INK)
         buffer = BytesIO()
         metadata: Any = {"Date": None} if image_format == "svg" else {"Software": None}
         canvas.savefig(buffer, format=image_format, dpi=144, metadata=metadata, transparent=image_format == "svg")
@@ -167,9 +172,9 @@ def _draw_figure(axes: Any, figure: Figure) -> None:
         _draw_series(axes, series, labelled=series.label not in named and len(named) < MAX_LABELS)
         named.add(series.label)
     for mark in figure.marks:
-        axes.plot(
-            [mark.x], [mark.y], "o", ms=14, mfc="none", mec=colour_of(mark.tone), mew=2.2, label=visible(mark.label)
-        )
+        colour = colour_of(mark.tone)
+        axes.plot([mark.x], [mark.y], "o", mec=colour, **RING)
+        axes.plot([], [], "o", mec=colour, **(RING | {"ms": 8}), label=visible(mark.label))  # smaller, in the legend
     _set_scale(axes, "x", figure.x.scale, figure.x.ticks)
     _set_scale(axes, "y", figure.y.scale, figure.y.ticks)
     if figure.x.limits is not None:

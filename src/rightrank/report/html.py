@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import cache
@@ -65,8 +66,20 @@ def render_report(
     *,
     goal: Goal = "training-rank",
     estimate: TrainingRankEstimate | None = None,
+    run: str = "RUN",
+    exports: Sequence[str] = (),
 ) -> str:
-    """The report as one HTML document. `estimate` is of the training rank, where it was not asked."""
+    """The report as one HTML document.
+
+    Args:
+        records: what the journal holds.
+        decision: the decision, or the one so far; None without one.
+        further_figures: shown after those of the records and the decision.
+        goal: what the run was asked.
+        estimate: of the training rank, where it was not asked.
+        run: the run folder, as commands name it.
+        exports: names of the folders below `exports/` beside the report.
+    """
     adapter = records.adapters[-1] if records.adapters else None
     guard = guard_of(records)
     figures = [*figures_of(records, decision), *further_figures]
@@ -80,6 +93,8 @@ def render_report(
             started=records.started,
             subject=subject_text(records.started),
             use_it=use_it(adapter.handed_over, records) if adapter else None,
+            export_command=shlex.join(["rightrank", "export", run, "--to", "trl"]),
+            exports=exports,
             settings=_settings_text(records.started.settings),
             decision=decision,
             goal=goal,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from markupsafe import Markup
 
@@ -33,6 +34,7 @@ class ShownRun:
 
 def render_side_by_side(runs: Sequence[ShownRun]) -> str:
     """The page: a column for each run."""
+    runs = _with_short_names(runs)
     return (
         environment()
         .get_template("side_by_side.html")
@@ -43,6 +45,14 @@ def render_side_by_side(runs: Sequence[ShownRun]) -> str:
             style=Markup(asset("templates", "report.css")),
         )
     )
+
+
+def _with_short_names(runs: Sequence[ShownRun]) -> Sequence[ShownRun]:
+    """The runs by the names of their folders, where these tell them apart."""
+    names = [Path(run.name).name for run in runs]
+    if "" in names or len(set(names)) < len(names):
+        return runs
+    return [replace(run, name=name) for run, name in zip(runs, names, strict=True)]
 
 
 def _column(number: int, run: ShownRun) -> dict[str, object]:

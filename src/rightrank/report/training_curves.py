@@ -11,7 +11,8 @@ from rightrank.report.figure import Axis, Figure, Series, metric_axis
 from rightrank.report.shown_trials import best_trials, by_rank
 
 MAX_POINTS = 100  # of the training loss of one training; each is the mean over equally many steps
-SMOOTHED_OVER = 1 / 10  # of the steps: a batch's loss varies more than two ranks differ
+SMOOTHED_OVER = 0.1  # of the steps: a batch's loss varies more than two ranks differ
+FIRST_SHOWN = 0.1  # of the steps: what falls before may be off the scale, or the end would be a flat line
 MAX_TRAININGS = 12
 
 
@@ -43,11 +44,19 @@ def learning_figure(records: Records, decision: Decision | None) -> Figure | Non
         title="Learning curves (training dashed)" if metric == "loss" else "Learning curves",
         alt=f"Held-out {metric} by step, each rank at its best learning rate. At the end: {ends}.",
         x=Axis("step"),
-        y=metric_axis(metric, "held-out"),
+        y=metric_axis(metric, "held-out", _late_limits(series)),
         series=tuple(series),
         columns=("rank", "step", "held-out", "training"),
         rows=tuple(rows),
     )
+
+
+def _late_limits(series: Sequence[Series]) -> tuple[float, float]:
+    """The limits of all values after the first steps, with some room."""
+    begin = FIRST_SHOWN * max(one.x[-1] for one in series)
+    late = [value for one in series for step, value in zip(one.x, one.y, strict=True) if step >= begin]
+    room = 0.06 * ((max(late) - min(late)) or abs(late[0]) or 1.0)
+    return min(late) - room, max(late) + room
 
 
 def _held_out(trials: Sequence[TrialFinished]) -> dict[int, float]:
@@ -68,7 +77,8 @@ def _mean_losses(trials: Sequence[TrialFinished]) -> dict[float, float]:
     losses = [trial.train_losses for trial in trials]
     if len({len(one) for one in losses}) != 1:
         return {}
-    return smoothed(averaged([fmean(step) for step in zip(*losses, strict=True)]))
+    curve = averaged([fmean(step) for step in zip(*losses, strict=True)])
+    return smoothed(curve, SMOOTHED_OVER * len(losses[0]))
 
 
 def averaged(losses: Sequence[float]) -> dict[float, float]:
@@ -81,11 +91,9 @@ def averaged(losses: Sequence[float]) -> dict[float, float]:
     return {start + (len(group) + 1) / 2: fmean(group) for start, group in groups}
 
 
-def smoothed(curve: Mapping[float, float]) -> dict[float, float]:
-    """The running mean over `SMOOTHED_OVER` of the curve around each point, over fewer points at its ends."""
-    reach = round(SMOOTHED_OVER * len(curve) / 2)
-    values = list(curve.values())
-    return {step: fmean(values[max(0, place - reach) : place + reach + 1]) for place, step in enumerate(curve)}
+def smoothed(curve: Mapping[float, float], width: float) -> dict[float, float]:
+    """The running mean over `width` steps around each point, over fewer at the ends of the curve."""
+    return {step: fmean(value for other, value in curve.items() if abs(other - step) <= width / 2) for step in curve}
 
 
 def training_loss_figure(records: Records) -> Figure | None:
@@ -102,25 +110,27 @@ def training_loss_figure(records: Records) -> Figure | None:
     labels = _labels(shown)
     count = "" if len(shown) == len(trainings) else f" ({len(shown)} of {len(trainings)} trainings)"
     curves = [averaged(trial.train_losses) for trial in shown]
-    means = [smoothed(curve) for curve in curves]
+    width = SMOOTHED_OVER * max(len(trial.train_losses) for trial in shown)
+    means = [smoothed(curve, width) for curve in curves]
     ends = ", ".join(f"{label} {list(mean.values())[-1]:.4g}" for label, mean in zip(labels, means, strict=True))
+    series = [
+        Series(
+            label,
+            tuple(mean),
+            tuple(mean.values()),
+            kind="line",
+            dashed=trial.stop_at is not None,
+            tone=ranks.index(trial.rank),
+        )
+        for trial, label, mean in zip(shown, labels, means, strict=True)
+    ]
     return Figure(
         name="training_loss",
         title=f"Training loss by step, running mean{count}",
         alt=f"Training loss by step. At the end: {ends}.",
         x=Axis("step"),
-        y=Axis("training loss, nats"),
-        series=tuple(
-            Series(
-                label,
-                tuple(mean),
-                tuple(mean.values()),
-                kind="line",
-                dashed=trial.stop_at is not None,
-                tone=ranks.index(trial.rank),
-            )
-            for trial, label, mean in zip(shown, labels, means, strict=True)
-        ),
+        y=Axis("training loss, nats", limits=_late_limits(series)),
+        series=tuple(series),
         columns=("rank", "learning rate", "seed", "step", "training loss", "running mean"),
         rows=tuple(
             (trial.rank, trial.learning_rate, trial.seed, step, loss, mean[step])
