@@ -54,6 +54,7 @@ PUBLIC = {
     "make_plan_settings",
     "make_settings",
     "plan",
+    "plan_selection",
     "preflight",
     "resize",
     "select_rank",

@@ -272,10 +272,10 @@ def _started(request: Request, sources: _Sources, settings: SelectSettings, step
 def estimate(prepared: Prepared, strategy: Strategy) -> SelectionCost | None:
     """The time that the selection will take; None if this device has no stored measurement."""
     planned = prepared.planned
-    return planned.cost(strategy, _workload(prepared)) if planned is not None and planned.is_timed else None
+    return planned.cost(strategy, workload(prepared)) if planned is not None and planned.is_timed else None
 
 
-def _workload(prepared: Prepared) -> Workload:
+def workload(prepared: Prepared) -> Workload:
     """The work of one training, counted over all its batches."""
     data, settings = prepared.runtime.data, prepared.settings
     train = data.splits["train"]

@@ -11,7 +11,7 @@ from rightrank.api.comparing import compare, fleet
 from rightrank.api.custom import select_rank_with
 from rightrank.api.deciding import decide, judge, plan
 from rightrank.api.runs import doctor, export, repair, status, write_report, write_side_by_side
-from rightrank.api.selecting import begun_as, preflight, select_matrix, select_rank
+from rightrank.api.selecting import begun_as, plan_selection, preflight, select_matrix, select_rank
 from rightrank.records import Decision, EvalPoint, TrialResult, TrialTask
 from rightrank.records.compare import AdapterComparison
 from rightrank.records.fleet import Fleet
@@ -55,6 +55,7 @@ __all__ = [
     "make_plan_settings",
     "make_settings",
     "plan",
+    "plan_selection",
     "preflight",
     "repair",
     "resize",

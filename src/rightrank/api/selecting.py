@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Unpack
 
 from rightrank.records.observer import Observer
+from rightrank.records.plan import Plan
 from rightrank.records.preflight import Preflight
 from rightrank.returns import Selected
 from rightrank.settings import SelectKeywords, SelectSettings, make_settings
@@ -109,6 +110,36 @@ def preflight(
     from rightrank.selection.preflight import preflight as prepare_only
 
     return prepare_only(Request(model, tokenizer, data, settings), price_per_hour)
+
+
+def plan_selection(
+    model: str | PreTrainedModel,
+    data: str | Path | Rows | Mapping[str, Rows],
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    settings: SelectSettings | None = None,
+    price_per_hour: float | None = None,
+    calibrate: bool = False,
+    **keywords: Unpack[SelectKeywords],
+) -> Plan:
+    """Plan `select_rank` with the same arguments: memory and time of its ranks, steps and lengths; nothing is trained.
+
+    Args:
+        model: as in `select_rank`, and so are `data`, `tokenizer`, `settings` and `keywords`.
+        price_per_hour: of this device, for the price.
+        calibrate: measure a few steps on this device first, for the seconds.
+
+    Raises:
+        InputError: model, data or settings can't be used, or the architecture can't be planned.
+    """
+    from rightrank.selection.early import require_request
+
+    settings = _overridden(settings, keywords)
+    require_request(model, data, settings)  # before what brings torch
+    from rightrank.preparation import Request
+    from rightrank.selection.data_plan import plan_data
+
+    return plan_data(Request(model, tokenizer, data, settings), price_per_hour, calibrate)
 
 
 def select_matrix(

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from rightrank.cli.options import comma, folders, garbage_kept, gather, names
+from rightrank.errors import SettingsError
+
+if TYPE_CHECKING:
+    from rightrank.records.plan import Plan
 
 PLAN_OPTIONS = [
     click.option("--ranks", callback=comma, help="Ranks, such as 8,16 (default: powers of two, 1 to 512)."),
@@ -43,6 +47,9 @@ PLAN_OPTIONS = [
 ]
 
 
+SELECT_NAMES = {"steps": "max_steps", "arms": "adapters_per_pass"}  # of options that `select` has under another name
+
+
 def _plan_options(command: Callable[..., Any]) -> Callable[..., Any]:
     for option in reversed(PLAN_OPTIONS):
         command = option(command)
@@ -51,11 +58,13 @@ def _plan_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 @click.command(epilog="Example: rightrank plan ./model --ranks 8,16,64 --batch-size 4 --seq-len 768 --memory 24GiB")
 @click.argument("model", shell_complete=folders)
+@click.argument("data", required=False, type=click.Path(path_type=Path))
 @_plan_options
 @click.option("--config", "config_file", type=click.Path(path_type=Path), help="YAML file of settings.")
 @click.option("--json", "as_json", is_flag=True, help="Print the plan as one JSON object.")
 def plan(
     model: str,
+    data: Path | None,
     config_file: Path | None,
     assignments: tuple[str, ...],
     as_json: bool,
@@ -63,17 +72,38 @@ def plan(
 ) -> int:
     """Predict the memory of every rank and which ranks fit, from MODEL's config.json alone.
 
-    MODEL is a folder that holds at least config.json, a GGUF file, or a hub name. The exit status is 1 if there is a
-    memory budget and no rank fits.
+    MODEL is a folder that holds at least config.json, a GGUF file, or a hub name. With DATA, the plan is of `rightrank select
+    MODEL DATA` with the same options, and the base is loaded. The exit status is 1 if there is a memory budget and no
+    rank fits.
     """
     with garbage_kept():
+        from rightrank import api
         from rightrank.settings import make_plan_settings
 
-        settings = make_plan_settings(gather(config_file, assignments, options))
+        values = gather(config_file, assignments, options)
+        if data is None:
+            answer = api.plan(model, settings=make_plan_settings(values))
+        else:
+            answer = _plan_of_select(model, data, values)
 
-        from rightrank import api
         from rightrank.report.plan_table import plan_text
 
-        answer = api.plan(model, settings=settings)
     click.echo(answer.model_dump_json() if as_json else plan_text(answer))
     return 1 if answer.memory_bytes is not None and answer.max_rank is None else 0
+
+
+def _plan_of_select(model: str, data: Path, values: dict[str, Any]) -> Plan:
+    """The plan of a selection; options of a step that `select` has under another name get that name.
+
+    Raises:
+        SettingsError: an option of a step that `select` can't run.
+    """
+    from rightrank import api
+    from rightrank.settings import make_settings
+
+    values = {SELECT_NAMES.get(name, name): value for name, value in values.items()}
+    if values.pop("loss", "chunked") != "chunked":
+        raise SettingsError("--loss: `rightrank select` takes the loss in chunks; leave out DATA or --loss")
+    price, calibrate = values.pop("price_per_hour", None), bool(values.pop("calibrate", False))
+    settings = make_settings(values)
+    return api.plan_selection(model, data, settings=settings, price_per_hour=price, calibrate=calibrate)

@@ -133,7 +133,7 @@ class Estimator:
         other = copy.copy(self)
         other.settings = settings
         other._ends = (min(settings.ranks), max(settings.ranks))
-        other._inventories = {self._ends[0]: self._inventories[self._ends[0]]}
+        other._inventories = dict(self._inventories)  # exact for every rank
         other._traces = dict(self._traces) if set(changes) == {"ranks"} else {}
         return other
 

@@ -14,8 +14,9 @@ from rightrank.planning.capacity import starting_range
 from rightrank.planning.duration import Speed, planned_trainings, selection_cost, workload_of
 from rightrank.planning.estimate import Estimator, RankEstimate
 from rightrank.planning.skeleton import read_config, require_rank
-from rightrank.records.plan import Plan, RankPlan, Source
+from rightrank.records.plan import Plan, RankPlan, SelectionCost, Source
 from rightrank.settings import PlanSettings
+from rightrank.settings.plan import loop_of_select
 
 
 def make_plan(model: str, settings: PlanSettings) -> Plan:
@@ -36,13 +37,27 @@ def make_plan(model: str, settings: PlanSettings) -> Plan:
 
 
 def plan_config(
-    config: Any, name: str, settings: PlanSettings, calibration: Calibration | None = None, prices: bool = True
+    config: Any,
+    name: str,
+    settings: PlanSettings,
+    calibration: Calibration | None = None,
+    prices: bool = True,
+    selection: SelectionCost | None = None,
 ) -> Plan:
-    """The plan for a configuration in memory, with a calibration of the device; `prices` adds the cost of each axis."""
+    """The plan for a configuration in memory.
+
+    Args:
+        config: of the model.
+        name: of the model.
+        settings: see `PlanSettings`.
+        calibration: of the device.
+        prices: adds the cost of each axis, and each rank's peak in `select`.
+        selection: the cost of the selection, where it is known; None to count it from `settings`.
+    """
     begun = time.perf_counter()
     _require_length(config, settings)
     settings = with_measured_process(settings, calibration)
-    planned = planned_trainings(settings)
+    planned = planned_trainings(settings) if selection is None else None
     estimator = Estimator(config, settings, None if calibration is None else calibration.step_factor)
     if "ranks" not in settings.model_fields_set:  # default ranks: leave out those above the limit of a matrix
         limit = estimator.rank_limit
@@ -51,7 +66,8 @@ def plan_config(
     require_rank(estimator.skeleton, settings)
     estimates = [estimator.estimate(rank) for rank in settings.ranks]
     speed = speed_of(calibration, settings)
-    rows = [_rank_plan(estimate, settings, speed) for estimate in estimates]
+    in_select = _as_select(estimator) if prices else None
+    rows = [_rank_plan(estimate, settings, speed, in_select) for estimate in estimates]
     fitting = [row.rank for row in rows if row.fits]
     first, last = estimates[0], estimates[-1]
     stored = first.inventory.stored
@@ -67,7 +83,7 @@ def plan_config(
         headroom_share=settings.headroom,
         context_bytes=context_bytes(settings),
         activations=last.peak.activations,
-        selection=None if planned is None else selection_cost(estimator, planned, workload_of(settings), speed),
+        selection=selection if planned is None else selection_cost(estimator, planned, workload_of(settings), speed),
         sources=_sources(settings, first, calibration),
         errors=errors_of(settings, first.source),
         notes=_notes(estimator, settings, calibration),
@@ -130,7 +146,22 @@ def with_measured_process(settings: PlanSettings, calibration: Calibration | Non
     return settings.model_copy(update={"context_bytes": calibration.process_bytes})
 
 
-def _rank_plan(estimate: RankEstimate, settings: PlanSettings, speed: Speed) -> RankPlan:
+def _as_select(estimator: Estimator) -> Estimator | None:
+    """The same model and step in the training loop of `select`; None where the plan is of that loop, or of none it has."""
+    settings = estimator.settings
+    if settings.is_packed or settings.autocast is not None or settings.sharding != "none":
+        return None
+    loop = loop_of_select(settings.num_labels, settings.optimizer)
+    changed = estimator.variant(**loop, padding=settings.num_labels is not None)
+    changed.estimate(min(settings.ranks))
+    return changed if changed.untraceable is None else None
+
+
+def _rank_plan(
+    estimate: RankEstimate, settings: PlanSettings, speed: Speed, in_select: Estimator | None = None
+) -> RankPlan:
+    looped = None if in_select is None else in_select.estimate(estimate.rank).peak
+    needed_there = None if looped is None else needed(looped.reserved_bytes, settings)
     peak = estimate.peak
     memory = settings.memory_bytes
     need = needed(peak.reserved_bytes, settings)
@@ -151,6 +182,9 @@ def _rank_plan(estimate: RankEstimate, settings: PlanSettings, speed: Speed) -> 
         error_share=error,
         peak_low_bytes=round(peak.peak_bytes / (1 + error)),
         peak_high_bytes=round(peak.peak_bytes * (1 + error)),
+        select_peak_bytes=None if looped is None else looped.peak_bytes,
+        select_needed_bytes=needed_there,
+        fits_in_select=None if memory is None or needed_there is None else needed_there <= memory,
     )
 
 

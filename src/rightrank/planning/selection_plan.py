@@ -22,6 +22,7 @@ from rightrank.planning.estimate import Estimator
 from rightrank.planning.planner import largest_rank, speed_of, with_measured_process
 from rightrank.records.plan import SelectionCost
 from rightrank.settings import PlanSettings, SelectSettings, make_plan_settings
+from rightrank.settings.plan import loop_of_select
 from rightrank.strategies import Strategy
 from rightrank.variants import widest_rank
 
@@ -164,13 +165,11 @@ def _plan_settings(
         shared[name] *= sequences
     return make_plan_settings(
         shared
+        | loop_of_select(num_labels)
         | {
             "seq_len": max(2, longest),
-            "loss": "chunked" if num_labels is None else "full",
             "padding": num_labels is not None,  # a causal row never attends to padding on its right
             "num_labels": num_labels,
-            "packed": True,
-            "optimizer": "adamw_fused",
             "attn_implementation": "eager" if eager else "sdpa",
             "device": kind,
             "memory_bytes": settings.memory_bytes or (device_memory() if kind == "cuda" else None),

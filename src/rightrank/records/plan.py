@@ -11,6 +11,7 @@ from typing import Any, Literal, TypeAlias
 from pydantic import Field
 
 from rightrank.records.base import Record
+from rightrank.records.run import DataSummary
 
 Source: TypeAlias = Literal["exact", "traced", "formula", "measured", "assumed"]
 Components: TypeAlias = dict[str, int]
@@ -34,6 +35,9 @@ class RankPlan(Record):
     error_share: float  # relative error of the peak
     peak_low_bytes: int  # the peak minus and plus that error
     peak_high_bytes: int
+    select_peak_bytes: int | None = None  # in the training loop of `select`; None: the plan is of that loop
+    select_needed_bytes: int | None = None
+    fits_in_select: bool | None = None
 
 
 class AxisPrice(Record):
@@ -120,6 +124,7 @@ class Plan(Record):
     limits: list[RangeLimit] = Field(default_factory=list)
     suggested_ranks: list[int] = Field(default_factory=list)
     selection: SelectionCost | None = None
+    data: DataSummary | None = None  # of the selection that is planned; None: a plan without data
     sources: dict[str, Source]
     errors: dict[str, Error] = Field(default_factory=dict)  # by source
     notes: list[str] = Field(default_factory=list)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from rightrank.records.base import split_name
 from rightrank.records.plan import Extent, Plan, RankPlan, SelectionCost
+from rightrank.records.run import DataSummary
 from rightrank.report.format import duration, or_dash, size, table_lines
 
 
@@ -11,6 +13,7 @@ def plan_text(plan: Plan) -> str:
     parts = [
         f"{plan.architecture}: {plan.base_parameters:,} parameters, {size(plan.base_bytes)} of weights; "
         f"{plan.targets} adapted matrices",
+        *([] if plan.data is None else [_data_line(plan, plan.data)]),
         "",
         *_table(plan),
         "",
@@ -22,10 +25,18 @@ def plan_text(plan: Plan) -> str:
     return "\n".join(parts)
 
 
+def _data_line(plan: Plan, data: DataSummary) -> str:
+    splits = ", ".join(f"{split.items:,} {split_name(name)}" for name, split in data.splits.items())
+    length, batch = plan.settings["seq_len"], plan.settings["batch_size"]
+    return f"data ({data.form}): {splits} examples; a step of `rightrank select`: {batch} sequences of at most {length} tokens"
+
+
 def _table(plan: Plan) -> list[str]:
     timed = any(row.seconds_per_step is not None for row in plan.ranks)
     heads = ["rank", "parameters", "adapter", "peak", "reserved", "with headroom", "TFLOP/step"]
+    both = plan.ranks[0].select_needed_bytes is not None
     heads += ["s/step"] * timed + ["fits"] * (plan.memory_bytes is not None)
+    heads += ["in select"] * both + ["fits"] * (both and plan.memory_bytes is not None)
     return table_lines([heads, *(_row(row, plan, timed) for row in plan.ranks)])
 
 
@@ -43,6 +54,9 @@ def _row(row: RankPlan, plan: Plan, timed: bool) -> list[str]:
         cells.append(or_dash(row.seconds_per_step, ".3g"))
     if plan.memory_bytes is not None:
         cells.append("yes" if row.fits else "no")
+    if row.select_needed_bytes is not None:
+        cells.append(size(row.select_needed_bytes))
+        cells += ["yes" if row.fits_in_select else "no"] * (plan.memory_bytes is not None)
     return cells
 
 
@@ -67,6 +81,11 @@ def _answer(plan: Plan) -> list[str]:
         f"in addition {size(plan.context_bytes)} for the process ({plan.sources['context_bytes']}) and "
         f"{plan.headroom_share:.0%} headroom (assumed)",
     ]
+    if last.select_needed_bytes is not None:
+        lines.append(
+            "the step is that of transformers' Trainer; `in select` is a step of `rightrank select`, with headroom: the loss in "
+            "chunks, and no padding (give DATA, and the plan is of `select` alone)"
+        )
     if plan.memory_bytes is not None:
         lines.append(_fits_line(plan))
     for change in plan.changes:

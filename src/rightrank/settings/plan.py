@@ -133,6 +133,16 @@ def make_plan_settings(values: Mapping[str, Any]) -> PlanSettings:
     Raises:
         SettingsError: an unknown name (with the nearest known one) or a value that is not allowed.
     """
-    as_select = {"packed": True, "loss": "full" if values.get("num_labels") else "chunked", "optimizer": "adamw_fused"}
     values = gathered_options(values)
-    return checked(PlanSettings, as_select | dict(values) if values.get("strategy") is not None else values)
+    as_select = loop_of_select(values.get("num_labels")) if values.get("strategy") is not None else {}
+    return checked(PlanSettings, as_select | dict(values))
+
+
+def loop_of_select(num_labels: object, optimizer: str = "adamw") -> dict[str, Any]:
+    """The settings of a step in the training loop of `select`, for a classification where `num_labels` is given."""
+    plain = optimizer in ("adamw", "sgd")
+    return {
+        "packed": True,
+        "loss": "full" if num_labels else "chunked",
+        "optimizer": "adamw_fused" if plain else optimizer,
+    }
