@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from rightrank.decision.metrics import higher_is_better
 from rightrank.decision.run import settled_start
 from rightrank.engine.encode import EncodedData, encode, label_count
+from rightrank.engine.optimizer import require_optimizer
 from rightrank.engine.runtime import Runtime
 from rightrank.engine.scoring import require_scorers
 from rightrank.engine.sharding import sharded
@@ -151,6 +152,7 @@ def _with_dtype(request: Request) -> Request:
 def _load(request: Request, bases: Bases, folder: Path) -> _Sources:
     settings = request.settings
     require_scorers(settings)
+    require_optimizer(settings, find_device(settings.device))
     if isinstance(request.model, str):
         find_model(request.model)  # refuses a wrong name before the data is read
         if request.tokenizer is not None:

@@ -30,7 +30,9 @@ PLAN_OPTIONS = [
     click.option("--gradient-checkpointing", is_flag=True, default=None, help="Recompute blocks in the backward pass."),
     click.option("--load-in-4bit", is_flag=True, default=None, help="Frozen weights in 4 bits."),
     click.option("--load-in-8bit", is_flag=True, default=None, help="Frozen weights in 8 bits."),
-    click.option("--optimizer", help="adamw (default), adamw_fused, adamw_8bit, paged_adamw_8bit or sgd."),
+    click.option(
+        "--optimizer", "--optim", "optimizer", help="adamw (default), adamw_fused, adamw_8bit, paged_adamw_8bit or sgd."
+    ),
     click.option("--loss", help="full (default, as Trainer) or chunked (as `rightrank select`)."),
     click.option(
         "--calibrate", is_flag=True, default=None, help="Run a few real steps first, for the seconds per step."
@@ -47,7 +49,11 @@ PLAN_OPTIONS = [
 ]
 
 
-SELECT_NAMES = {"steps": "max_steps", "arms": "adapters_per_pass"}  # of options that `select` has under another name
+SELECT_NAMES = {
+    "steps": "max_steps",
+    "arms": "adapters_per_pass",
+    "optimizer": "optim",
+}  # of options that `select` has under another name
 
 
 def _plan_options(command: Callable[..., Any]) -> Callable[..., Any]:

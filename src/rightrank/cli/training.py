@@ -80,6 +80,11 @@ SELECT_OPTIONS = [
         shell_complete=names("auto", "bf16", "fp16", "fp32"),
         help="auto (default: bf16 on a CUDA device, else fp32), bf16, fp16, fp32.",
     ),
+    click.option(
+        "--optim",
+        shell_complete=names("adamw_torch", "adamw_8bit"),
+        help="adamw_torch (default) or adamw_8bit (extra bnb).",
+    ),
     click.option("--load-in-4bit", is_flag=True, default=None, help="The base's matrices in 4 bits."),
     click.option(
         "--device", shell_complete=names("auto", "cpu", "cuda", "mps"), help="auto (default), cpu, cuda, cuda:1 or mps."

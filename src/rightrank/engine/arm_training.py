@@ -22,7 +22,7 @@ from rightrank.engine.batches import Batch
 from rightrank.engine.distributed import process_index
 from rightrank.engine.evaluation import Scores
 from rightrank.engine.multi_lora import ArmBatch, MultiLora
-from rightrank.engine.optimizer import arm_schedule, optimizer_state
+from rightrank.engine.optimizer import arm_schedule, restore_state, state_tensors
 from rightrank.engine.outcome import Diverged, Evaluation, Progress, finished
 from rightrank.engine.runtime import Runtime
 from rightrank.engine.scoring import Measured, measure
@@ -283,8 +283,7 @@ class ArmTraining:
         progress = self.progress
         tensors = {f"parameter.{name}": value.detach() for name, value in self._named.items()}
         for index, parameter in enumerate(self._parameters):
-            for key, value in self._steps.optimizer.state[parameter].items():
-                tensors[f"optimizer.{index}.{key}"] = torch.as_tensor(value)
+            tensors |= state_tensors(self._steps.optimizer, index, parameter)
         if self._mean is not None:
             tensors |= self._mean.tensors()
         state = {
@@ -351,7 +350,7 @@ class ArmTraining:
             for name, value in self._named.items():
                 value.copy_(found.tensors[f"parameter.{name}"])
         for index, parameter in enumerate(self._parameters):
-            self._steps.optimizer.state[parameter] = optimizer_state(found.tensors, index, parameter)
+            restore_state(self._steps.optimizer, found.tensors, index, parameter)
         if self._mean is not None and trial_id == self.trial.trial_id:
             self._mean.restore(found.tensors)
         state = found.state

@@ -1,4 +1,8 @@
-"""The optimizer of an arm, its state and its learning rate schedule."""
+"""The optimizer of an arm, its state and its learning rate schedule.
+
+`adamw_8bit` keeps the states of matrices of 4,096 elements and more in 8 bits, in blocks of 256 (Dettmers et al. 2022,
+bitsandbytes): a quarter of the memory. Every matrix is updated by itself, so an arm's numbers are the same in a pass with others.
+"""
 
 from __future__ import annotations
 
@@ -9,31 +13,74 @@ from typing import Any
 import torch
 from transformers import get_scheduler
 
+from rightrank.errors import SettingsError
+from rightrank.io.extras import require_optimizer_extra
 from rightrank.records import Arm
 from rightrank.settings import SelectSettings
 
+DECODING_TABLES = ("qmap1", "qmap2")  # of bitsandbytes: the same for every parameter
 EMBEDDING_LR = 1e-6  # of LoRA+ on embeddings: PEFT's loraplus_lr_embedding
 
 
 def make_optimizer(
     named: Mapping[str, torch.nn.Parameter], learning_rate: float, settings: SelectSettings
-) -> torch.optim.AdamW:
-    """AdamW over the adapter's parameters, with torch's fused kernel where the device has one.
+) -> torch.optim.Optimizer:
+    """AdamW over the adapter's parameters: torch's, with its fused kernel where the device has one, or the one in 8 bits.
 
     Each group's `factor` multiplies the learning rate of the schedule.
     """
     parameters = list(named.values())
-    optimizer = torch.optim.AdamW(
-        _groups(named, learning_rate, settings.loraplus_lr_ratio),
-        lr=learning_rate,
-        betas=(settings.adam_beta1, settings.adam_beta2),
-        eps=settings.adam_epsilon,
-        weight_decay=settings.weight_decay,
-        fused=is_fused(parameters[0]),
-    )
+    groups = _groups(named, learning_rate, settings.loraplus_lr_ratio)
+    arguments: dict[str, Any] = {
+        "lr": learning_rate,
+        "betas": (settings.adam_beta1, settings.adam_beta2),
+        "eps": settings.adam_epsilon,
+        "weight_decay": settings.weight_decay,
+    }
+    if settings.optim == "adamw_8bit":
+        return _adamw_8bit(groups, arguments)
+    optimizer = torch.optim.AdamW(groups, fused=is_fused(parameters[0]), **arguments)
     for parameter in parameters:
         optimizer.state[parameter] = fresh_state(parameter, is_fused(parameter))
     return optimizer
+
+
+def _adamw_8bit(groups: list[dict[str, Any]], arguments: Mapping[str, Any]) -> torch.optim.Optimizer:
+    from bitsandbytes.optim import AdamW8bit
+
+    optimizer: Any = AdamW8bit(groups, **arguments)
+    for number, group in enumerate(optimizer.param_groups):
+        for index, parameter in enumerate(group["params"]):
+            optimizer.init_state(group, parameter, number, index)  # before the first step, as `fresh_state`
+    found: torch.optim.Optimizer = optimizer
+    return found
+
+
+def require_optimizer(settings: SelectSettings, device: torch.device) -> None:
+    """Refuse an optimizer that this device or this installation does not have.
+
+    Raises:
+        MissingExtraError: 8-bit states without bitsandbytes.
+        SettingsError: bitsandbytes has no 8-bit states on this device.
+    """
+    if settings.optim != "adamw_8bit":
+        return
+    require_optimizer_extra(settings)
+    if device.type not in ("cuda", "cpu") or not _steps_in_8bit(device):
+        raise SettingsError(
+            f"optim adamw_8bit: bitsandbytes has no 8-bit AdamW on {device}; give optim adamw_torch or another device"
+        )
+
+
+def _steps_in_8bit(device: torch.device) -> bool:
+    """Whether a step with 8-bit states runs on the device: releases of bitsandbytes before 0.49 have it on CUDA alone."""
+    parameter = torch.nn.Parameter(torch.zeros(64, 64, device=device))
+    parameter.grad = torch.ones_like(parameter)
+    try:
+        _adamw_8bit([{"params": [parameter]}], {"lr": 1e-3}).step()
+    except (NotImplementedError, RuntimeError, AttributeError):
+        return False
+    return True
 
 
 def _groups(named: Mapping[str, torch.nn.Parameter], learning_rate: float, ratio: float | None) -> list[dict[str, Any]]:
@@ -86,13 +133,27 @@ def arm_schedule(settings: SelectSettings, arm: Arm) -> Callable[[int], float]:
     return lambda step: schedule(step) if step < start else schedule(start) * (end - step) / (end - start)
 
 
-def optimizer_state(
-    tensors: Mapping[str, torch.Tensor], index: int, parameter: torch.Tensor
-) -> dict[str, torch.Tensor]:
-    """The state of parameter number `index` from a checkpoint's tensors, on the parameter's device."""
-    prefix = f"optimizer.{index}."
-    state = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+def state_tensors(optimizer: torch.optim.Optimizer, index: int, parameter: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The state of parameter number `index` as the tensors of a checkpoint. Tables that decode 8 bits are constants."""
     return {
-        key: value.to(parameter.device) if value.dim() > 0 or is_fused(parameter) else value
-        for key, value in state.items()
+        f"optimizer.{index}.{key}": torch.as_tensor(value)
+        for key, value in optimizer.state[parameter].items()
+        if key not in DECODING_TABLES
     }
+
+
+def restore_state(
+    optimizer: torch.optim.Optimizer, tensors: Mapping[str, torch.Tensor], index: int, parameter: torch.Tensor
+) -> None:
+    """Put the state of parameter number `index` from a checkpoint's tensors on the parameter's device."""
+    prefix, fresh = f"optimizer.{index}.", optimizer.state[parameter]
+    saved = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+    tables = {key: value for key, value in fresh.items() if key in DECODING_TABLES}
+    optimizer.state[parameter] = tables | {key: _as_kept(value, fresh[key], parameter) for key, value in saved.items()}
+
+
+def _as_kept(value: torch.Tensor, fresh: object, parameter: torch.Tensor) -> torch.Tensor | int:
+    """A saved value as the optimizer keeps it: bitsandbytes counts steps in an integer, torch in a tensor."""
+    if isinstance(fresh, int):
+        return int(value)
+    return value.to(parameter.device) if value.dim() > 0 or is_fused(parameter) else value

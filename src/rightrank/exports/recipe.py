@@ -76,6 +76,7 @@ class Recipe:
     target_parameters: tuple[str, ...] = ()
     peft_options: Mapping[str, Any] = field(default_factory=dict)  # further fields of LoraConfig
     loraplus_lr_ratio: float | None = None
+    optim: str = "adamw_torch"
 
     @property
     def kind(self) -> dict[str, Any]:
@@ -203,6 +204,7 @@ def recipe_of(
         target_parameters=tuple(sorted(config.get("target_parameters") or ())),
         peft_options=settings.get("peft_options") or {},
         loraplus_lr_ratio=settings.get("loraplus_lr_ratio"),
+        optim=settings.get("optim", "adamw_torch"),
     )
 
 

@@ -67,6 +67,8 @@ def peft(recipe: Recipe) -> Written:
     code = f"from peft import LoraConfig\n\nlora_config = LoraConfig(\n{lines})\nlearning_rate = {recipe.learning_rate!r}\n"
     if recipe.loraplus_lr_ratio is not None:
         code += f"loraplus_lr_ratio = {recipe.loraplus_lr_ratio!r}  # of peft.optimizers.create_loraplus_optimizer\n"
+    if recipe.optim != "adamw_torch":
+        code += f"optim = {recipe.optim!r}  # of transformers.TrainingArguments\n"
     return Written(
         {"lora_config.py": code},
         f"python -c \"from peft import {kind}; {kind}.from_pretrained('.')\"",
@@ -149,7 +151,7 @@ def axolotl(recipe: Recipe) -> Written:
         "warmup_steps": recipe.warmup_steps,
         "weight_decay": recipe.weight_decay,
         "max_grad_norm": recipe.max_grad_norm,
-        "optimizer": "adamw_torch",
+        "optimizer": recipe.optim,
         "bf16": recipe.dtype == "bfloat16",
         "fp16": recipe.dtype == "float16",
         "train_on_inputs": recipe.form == "text",
@@ -265,6 +267,7 @@ model = FastLanguageModel.get_peft_model(
     bias={recipe.bias!r},
     random_state={recipe.seed},
 )
+optim = {recipe.optim!r}
 learning_rate = {recipe.learning_rate!r}  # for the trainer, with {recipe.max_steps} steps of {recipe.batch_size * recipe.gradient_accumulation_steps} examples
 """
     notes = _pattern_notes(recipe, "this snippet") + _column_notes(recipe, "your trainer")
@@ -322,6 +325,7 @@ def _transformers_arguments(recipe: Recipe) -> dict[str, Any]:
         "bf16": recipe.dtype == "bfloat16",
         "fp16": recipe.dtype == "float16",
         "seed": recipe.seed,
+        **({"optim": recipe.optim} if recipe.optim != "adamw_torch" else {}),
     }
 
 

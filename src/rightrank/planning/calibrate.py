@@ -71,6 +71,8 @@ def calibrate(config: Any, settings: PlanSettings) -> Calibration:
         )
     if settings.autocast or settings.arms > 1 or settings.sharding != "none":
         raise SettingsError("calibrate measures one arm on one device; leave out autocast, arms and sharding")
+    if "8bit" in settings.optimizer:
+        settings = settings.model_copy(update={"optimizer": "adamw_fused"})  # a step takes the same time
     if bits := _bits(settings):
         require_quantisation(bits, find_device(settings.device))
     text = config.get_text_config()

@@ -11,6 +11,7 @@ from rightrank.settings.peft_options import gathered_options
 from rightrank.settings.values import ChosenDtype, MemoryBytes, checked
 
 OptimizerName: TypeAlias = Literal["adamw", "adamw_fused", "adamw_8bit", "paged_adamw_8bit", "sgd"]
+TRANSFORMERS_NAMES = {"adamw_torch": "adamw", "adamw_torch_fused": "adamw_fused", "adamw_bnb_8bit": "adamw_8bit"}
 
 DEFAULT_PLAN_RANKS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 
@@ -85,6 +86,11 @@ class PlanSettings(BaseModel):
     @classmethod
     def _one_or_several(cls, value: object) -> object:
         return (value,) if isinstance(value, str) else value
+
+    @field_validator("optimizer", mode="before")
+    @classmethod
+    def _name_of_transformers(cls, value: object) -> object:
+        return TRANSFORMERS_NAMES.get(value, value) if isinstance(value, str) else value
 
     @field_validator("ranks")
     @classmethod

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from rightrank.settings.metric_spec import MetricSpec, parse_metrics
 from rightrank.settings.migration import current_names
 from rightrank.settings.peft_options import gathered_options
-from rightrank.settings.values import AutoDtype, MemoryBytes, checked
+from rightrank.settings.values import AutoDtype, MemoryBytes, Optim, checked
 
 Scaling: TypeAlias = Literal["alpha/r", "alpha/sqrt(r)", "constant"]
 Goal: TypeAlias = Literal["adapter", "training-rank"]
@@ -102,6 +102,7 @@ class SelectSettings(BaseModel):
     train_sampling_strategy: Literal["random", "group_by_length"] = "random"
     lr_scheduler_type: Literal["constant", "linear", "cosine"] = "linear"
     warmup_ratio: float = Field(default=0.05, ge=0, lt=1)
+    optim: Optim = "adamw_torch"  # or adamw_8bit: states in 8 bits, through bitsandbytes
     weight_decay: float = Field(default=0.0, ge=0)
     max_grad_norm: float = Field(default=1.0, ge=0)  # 0 turns clipping off
     adam_beta1: float = Field(default=0.9, ge=0, lt=1)

@@ -28,6 +28,20 @@ AutoDtype: TypeAlias = Annotated[
     Literal["auto", "float32", "bfloat16", "float16"], BeforeValidator(_dtype)
 ]  # auto: bfloat16 on a CUDA device that computes in it, else float32
 
+OPTIMIZER_ALIASES = {  # transformers' further names of the two
+    "adamw": "adamw_torch",
+    "adamw_fused": "adamw_torch",
+    "adamw_torch_fused": "adamw_torch",
+    "adamw_bnb_8bit": "adamw_8bit",
+}
+
+
+def _optimizer(name: object) -> object:
+    return OPTIMIZER_ALIASES.get(name, name) if isinstance(name, str) else name
+
+
+Optim: TypeAlias = Annotated[Literal["adamw_torch", "adamw_8bit"], BeforeValidator(_optimizer)]
+
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 MAX_BYTES = MAX_WHOLE
 NEAREST_NAMES = 3  # that answer an unknown setting
