@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from benchmarks.report.screenshots import docs_screenshots
 
 from rightrank.decision.run import Records, decide_run, decision_so_far
 from rightrank.report.figures import margin_range, margin_steps, rank_at
@@ -171,6 +172,14 @@ def test_a_legend_wraps_and_hides_a_series(browser: Any, files: dict[int, Path],
     assert figure.locator(".chart svg").inner_html() != before
     entries.nth(1).click()
     assert figure.locator(".chart svg").inner_html() == before
+
+
+def test_screenshots_of_the_documentation_are_small(browser: Any, files: dict[int, Path], tmp_path: Path) -> None:
+    written = docs_screenshots(browser, files[9], tmp_path)
+    assert [path.name for path in written] == ["report-desktop.png", "report-dark.png", "report-phone.png"]
+    for path in written:
+        assert path.read_bytes().startswith(b"\x89PNG")
+        assert path.stat().st_size < 150_000
 
 
 def test_texts_from_data_run_nothing(browser: Any, tmp_path: Path) -> None:

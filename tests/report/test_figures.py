@@ -178,6 +178,21 @@ def test_learning_curves_have_the_training_loss_of_every_step() -> None:
     assert training_loss_figure(records) is None
 
 
+def test_learning_curves_have_the_values_at_which_a_training_was_stopped() -> None:
+    records = made_up_run((4,), (1e-3,))
+    whole = records.finished()[-1]
+    first = whole.model_copy(update={"trial_id": "first", "stop_at": 3, "metrics": {"loss": 4.0}, "points": []})
+    second = first.model_copy(
+        update={"trial_id": "second", "stop_at": 5, "continue_from": "first", "metrics": {"loss": 3.9}}
+    )
+    resumed = whole.model_copy(update={"continue_from": "second"})
+    records.outcomes[-1:] = [first, second, resumed]
+    figure = learning_figure(records, None)
+    assert figure is not None
+    assert figure.series[0].x == (0, 3, 5, 10, 20, 40)
+    assert figure.series[0].y[1:3] == (4.0, 3.9)
+
+
 def test_ticks_of_a_logarithmic_axis() -> None:
     assert log_ticks(0.0009, 0.2) == (0.001, 0.01, 0.1)
     assert log_ticks(0.003, 0.06) == (0.005, 0.01, 0.02, 0.05)

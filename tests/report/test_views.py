@@ -179,6 +179,17 @@ def test_runs_are_shown_side_by_side(tmp_path: Path) -> None:
     assert isinstance(alone.exception, SettingsError)
 
 
+def test_every_link_of_a_report_is_a_file_beside_it(tmp_path: Path) -> None:
+    run = answered_folder(tmp_path / "run")
+    (run / "adapter").mkdir()
+    (run / "exports" / "trl").mkdir(parents=True)
+    assert CliRunner().invoke(cli, ["report", str(run)]).exit_code == 0
+    found = Elements((run / "report.html").read_text(encoding="utf-8"))
+    links = {attributes.get("href") or "" for tag, attributes in found.tags if tag == "a"}
+    assert {"adapter/", "exports/trl/", "figures/training_loss.csv", "figures/rate_by_rank.svg"} <= links
+    assert [link for link in links if not (run / link).exists()] == []
+
+
 def test_the_picture_of_a_notebook_fits_its_box() -> None:
     picture = decision_html(decide_run(made_up_run()))
     svg = picture[picture.index("<svg") : picture.index(">", picture.index("<svg"))]

@@ -32,6 +32,7 @@ from rightrank.records import (
 )
 from rightrank.records.base import split_name
 from rightrank.report.adapter_view import candidate_table
+from rightrank.report.decision_table import FLAGS
 from rightrank.report.draw import inline_svg
 from rightrank.report.figure import AnyFigure, Figure, HeatMap
 from rightrank.report.figures import ENOUGH, figures_of, margin_range, margin_steps, rank_at
@@ -113,6 +114,7 @@ def render_report(
             confidence=confidence_text(records, decision) if decision else "",
             cost=cost_of(records).sentence(),
             enough=ENOUGH,
+            flags=FLAGS,
             notes=certainty_notes(decision) if decision else [],
             next_run_cost=next_run_text(records, decision) if decision else "",
             margin=margin_text(decision) if decision else "",

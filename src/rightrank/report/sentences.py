@@ -132,7 +132,7 @@ def next_run_text(records: Records, decision: Decision) -> str:
         nearest = min((trial.rank for trial in finished), key=lambda other: abs(other - rank))
         paces = [trial.train_seconds + trial.eval_seconds for trial in finished if trial.rank == nearest]
         seconds += fmean(paces) * run.trials / len(run.ranks)
-    return f"{quantity(run.trials, 'training')}, about {duration(seconds)} at the pace so far."
+    return f"About {duration(seconds)} at the pace so far."
 
 
 def headline(decision: Decision | None, adapter: AdapterAnswer | None = None, goal: Goal = "training-rank") -> str:

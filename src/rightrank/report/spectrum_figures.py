@@ -14,6 +14,7 @@ from rightrank.report.figure import Axis, Figure, HeatMap, Series, log_ticks
 Statistic: TypeAlias = Literal[
     "effective_rank", "stable_rank", "noise_rank", "energy_rank_0.9", "energy_rank_0.99", "norm"
 ]
+MAX_TICKS = 12  # of the singular values, each of which is then a tick
 STATISTICS: tuple[Statistic, ...] = get_args(Statistic)
 TITLES: dict[Statistic, str] = {
     "effective_rank": "effective rank",
@@ -40,7 +41,7 @@ def spectrum_figure(inspection: Inspection) -> Figure | None:
         title=f"Singular values of the adapter, {len(spectra)} modules",
         alt=f"Singular values of s·B·A over {len(spectra)} modules, median from "
         f"{median(known[0][1]):.3g} for the first to {median(known[-1][1]):.3g} for number {x[-1]}. {inspection.summary.sentence}",
-        x=Axis("singular value, largest first"),
+        x=Axis("singular value, largest first", ticks=x if len(x) <= MAX_TICKS else ()),
         y=Axis("size", "log10", log_ticks(low, high), (low, high)),
         series=(
             Series("median module", x, tuple(median(values) for _, values in known)),

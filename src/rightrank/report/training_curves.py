@@ -19,12 +19,13 @@ MAX_TRAININGS = 12
 def learning_figure(records: Records, decision: Decision | None) -> Figure | None:
     """Held-out values and the training loss by step: each rank at its best learning rate, means over seeds."""
     best = best_trials(records, decision)
+    finished = {trial.trial_id: trial for trial in records.finished()}
     metric = records.started.points_metric or records.started.metric
-    base = next((trial.metrics.get(metric) for trial in records.finished() if trial.rank == 0), None)
+    base = next((trial.metrics.get(metric) for trial in finished.values() if trial.rank == 0), None)
     series: list[Series] = []
     rows: list[tuple[int, int, float, float | None]] = []
     for place, (rank, trials) in enumerate(best.items()):
-        held, before = _held_out(trials), _before_points(trials)
+        held, before = _mean([_held_out(trial, finished, metric) for trial in trials]), _before_points(trials)
         rows += [(rank, step, value, before.get(step)) for step, value in held.items()]
         if held and min(held) > 0 and base is not None:  # at step 0 the adapter is the base model
             held = {0: base, **held}
@@ -59,11 +60,21 @@ def _late_limits(series: Sequence[Series]) -> tuple[float, float]:
     return min(late) - room, max(late) + room
 
 
-def _held_out(trials: Sequence[TrialFinished]) -> dict[int, float]:
-    """Step → held-out value, mean over the trials."""
-    points = [point for trial in trials for point in trial.points]
-    steps = sorted({point.step for point in points})
-    return {step: fmean(point.value for point in points if point.step == step) for step in steps}
+def _held_out(trial: TrialFinished, finished: Mapping[str, TrialFinished], metric: str) -> dict[int, float]:
+    """Step → held-out value of the training, with those at which it had been stopped before it was resumed."""
+    found = {point.step: point.value for point in trial.points}
+    stage = finished.get(trial.continue_from or "")
+    while stage is not None:
+        if stage.stop_at is not None and metric in stage.metrics:
+            found.setdefault(stage.stop_at, stage.metrics[metric])
+        stage = finished.get(stage.continue_from or "")
+    return found
+
+
+def _mean(curves: Sequence[Mapping[int, float]]) -> dict[int, float]:
+    """The mean of the curves at the steps that all of them have."""
+    steps = sorted(set.intersection(*map(set, curves)))
+    return {step: fmean(curve[step] for curve in curves) for step in steps}
 
 
 def _before_points(trials: Sequence[TrialFinished]) -> dict[int, float]:

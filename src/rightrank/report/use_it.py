@@ -55,6 +55,6 @@ def use_it(handed_over: HandedOver, records: Records) -> UseIt | None:
         f"from transformers import AutoModelFor{kind}, AutoTokenizer\n\n"
         f"tokenizer = AutoTokenizer.from_pretrained({model!r})\n"
         f"base = AutoModelFor{kind}.from_pretrained({model!r}{labels})\n"
-        'model = PeftModel.from_pretrained(base, "adapter")  # the folder beside this report'
+        'model = PeftModel.from_pretrained(base, "adapter")  # beside this report'
     )
     return UseIt("adapter/", "adapter/", handed_over.rank, f"{alpha:g}", f"{trained.learning_rate:g}", code)

@@ -24,11 +24,11 @@
       type: log ? "log" : "value", scale: true,
     };
     if (given.scale === "log2") option.logBase = 2;
-    if (log && given.ticks.length) {
-      [option.min, option.max] = given.limits || [given.ticks[0] / 1.25, given.ticks[given.ticks.length - 1] * 1.25];
+    if (given.ticks.length) {
+      if (log) [option.min, option.max] = given.limits || [given.ticks[0] / 1.25, given.ticks[given.ticks.length - 1] * 1.25];
       option.axisLabel.customValues = given.ticks;
       option.axisTick = { customValues: given.ticks };
-      if (vertical) option.splitLine.show = given.scale === "log2";
+      if (vertical) option.splitLine.show = given.scale !== "log10";
     }
     if (vertical) option.axisLabel.formatter = (value) => short(value);
     if (!vertical && given.scale === "linear" && narrow) option.splitNumber = 4;
