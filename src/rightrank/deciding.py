@@ -15,7 +15,7 @@ from rightrank.errors import ResultsError
 from rightrank.io.judgements import are_judgements, judgements_of
 from rightrank.io.results import TableOptions, flat, raw_rows, results_of_rows, rows_of_mappings
 from rightrank.io.run_folder import RunFolder
-from rightrank.report.next_command import next_command
+from rightrank.report.next_command import next_commands
 from rightrank.returns import Decided
 from rightrank.settings import settings_difference
 
@@ -94,8 +94,8 @@ def _decide_run(folder: RunFolder, question: Question) -> Decided:
         margin = own if margin is None and isinstance(own, int | float) else margin
     decision = decide_on(records, outcomes, metric, margin, horizon_steps=question.horizon_steps)
     adapter = records.adapters[-1].answer.sentence if records.adapters else None
-    command = next_command(started, decision, str(folder.path)) if metric == started.metric else None
-    return Decided(decision, [f"{len(direct)} trainings of a run folder"], adapter, command)
+    commands = next_commands(started, decision, str(folder.path), question.margin) if metric == started.metric else []
+    return Decided(decision, [f"{len(direct)} trainings of a run folder"], adapter, commands)
 
 
 def _decide_runs(folders: Sequence[RunFolder], question: Question) -> Decided:

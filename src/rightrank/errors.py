@@ -160,6 +160,6 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def did_you_mean(got: str, allowed: Iterable[str]) -> str:
-    """`; did you mean 'x'?` for the nearest allowed name, or an empty string."""
+    """` (did you mean 'x'?)` for the nearest allowed name, or an empty string."""
     near = get_close_matches(got, list(allowed), n=1, cutoff=0.6)
-    return f"; did you mean {near[0]!r}?" if near else ""
+    return f" (did you mean {near[0]!r}?)" if near else ""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,8 +23,15 @@ class Selected:
     samples: list[Sample] = field(default_factory=list)
     sweep: list[SweepRow] = field(default_factory=list)
     trainings: float = 0.0  # the cost in whole trainings: optimizer steps of all trials over those of one training
-    next_command: str | None = None  # the next run as a command that can be pasted, where one continues this run
+    next_commands: Sequence[
+        str | None
+    ] = ()  # each next run as a command that can be pasted, where one continues this run
     adapters: list[AdapterCandidate] = field(default_factory=list)  # every adapter of the run against the reference
+
+    @property
+    def next_command(self) -> str | None:
+        """The first of the next runs that can be pasted; None if there is none."""
+        return _first(self.next_commands)
 
     @property
     def handed_over(self) -> HandedOver | None:
@@ -58,6 +65,8 @@ class Selected:
 
     def __str__(self) -> str:
         """Both answers in a few lines; the fields hold the rest."""
+        from rightrank.report.decision_table import next_lines, safe_choice
+
         lines = [f"run:           {self.run}"]
         if self.answers.get("adapter_sentence"):
             lines.append(f"adapter:       {self.answers['adapter_sentence']}")
@@ -65,9 +74,9 @@ class Selected:
             flags = f" ({', '.join(self.decided.flags)})" if self.decided.flags else ""
             lines.append(f"training rank: {self.decided.sentence}")
             lines.append(f"verdict:       {self.decided.verdict}{flags}")
-            lines.append(f"next:          {self.decided.next_run}")
-            if self.next_command is not None:
-                lines.append(f"               {self.next_command}")
+            safe = safe_choice(self.decided)
+            lines += [f"               {safe}"] if safe else []
+            lines += next_lines(self.decided, self.next_commands, 15)[:2]
         rank = "" if self.adapter_rank is None else f"  (rank {self.adapter_rank})"
         lines += [f"folder:        {self.adapter}{rank}", f"report:        {self.report}"]
         return "\n".join(lines)
@@ -92,14 +101,28 @@ class Decided:
     decision: Decision
     understood: list[str]
     adapter_sentence: str | None = None  # the answer to the first question, of a run folder that has one
-    next_command: str | None = None  # the next run as a command that can be pasted, of a run folder
+    next_commands: Sequence[str | None] = ()  # each next run as a command that can be pasted, of a run folder
+
+    @property
+    def next_command(self) -> str | None:
+        """The first of them; None if there is none."""
+        return _first(self.next_commands)
 
     def __str__(self) -> str:
-        lines = [*self.understood, f"decision: {self.decision.sentence}", f"next:     {self.decision.next_run}"]
+        from rightrank.report.decision_table import next_lines, safe_choice
+
+        lines = [*self.understood, f"decision: {self.decision.sentence}"]
+        safe = safe_choice(self.decision)
+        lines += [safe] if safe else []
+        lines += next_lines(self.decision, self.next_commands, 10)
         return "\n".join(lines)
 
     def _repr_html_(self) -> str:
         return _decision_html(self.decision)
+
+
+def _first(commands: Sequence[str | None]) -> str | None:
+    return next((command for command in commands if command is not None), None)
 
 
 def _decision_html(decision: Decision) -> str:

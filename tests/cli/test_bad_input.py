@@ -39,7 +39,7 @@ SETTINGS: list[tuple[list[str], str]] = [
     (["--dtype", "int3"], r"dtype: got 'int3'; input should be 'auto', 'float32', 'bfloat16' or 'float16'"),
     (["--device", "tpu9"], r"device 'tpu9' is not known"),
     (["--device", "cuda:7"], r"device 'cuda:7' does not exist; this machine has cpu"),
-    (["--strategy", "gird"], r"unknown strategy 'gird'; did you mean 'grid'\?"),
+    (["--strategy", "gird"], r"unknown strategy 'gird' \(did you mean 'grid'\?\)"),
     (["--metric", "accuracy"], r"metric 'accuracy' needs `text` and `label`"),
     (["--target-modules", "q_proj,v_prj"], r"no module is named 'v_prj'; linear modules there are: .*v_proj"),
     (["--target-modules", "all-linear,q_proj"], r"'all-linear' beside other names"),
@@ -51,6 +51,10 @@ SETTINGS: list[tuple[list[str], str]] = [
     (["--ranks", f"4,{10**30}"], r"ranks: got 10+; whole numbers are at most 2\*\*53"),
     (["--config", "missing.yaml"], r"missing\.yaml: can't read it"),
     (["--no-such-option"], r"No such option"),
+    (["--lr", "1e-3"], r"no such option --lr \(did you mean --learning-rates\?\)$"),
+    (["--warmup-ratio", "0.1"], r"no such option --warmup-ratio; give it as --set warmup_ratio=VALUE$"),
+    (["--device", "gpu"], r"device 'gpu' is not known \(did you mean 'cuda'\?\); give auto, cpu, cuda, cuda:1 or mps$"),
+    (["--ranks", "4,x"], r"ranks: got 'x'; input should be a valid integer$"),
 ]
 
 

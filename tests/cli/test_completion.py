@@ -9,6 +9,7 @@ from click.shell_completion import ShellComplete
 from click.testing import CliRunner
 
 from rightrank.cli import cli
+from rightrank.cli.habits import MEANT
 from rightrank.cli.handing_over import TARGETS as OFFERED
 from rightrank.errors import SettingsError
 from rightrank.exports.study import TARGET as STUDY
@@ -54,3 +55,17 @@ def test_an_unknown_setting_is_answered_with_the_nearest_names() -> None:
         make_settings({"lr": 1e-3})
     with pytest.raises(SettingsError, match="did you mean 'seq_len'"):
         make_settings({"seqlen": 8})
+
+
+def test_help_lists_the_commands_in_the_order_of_use_and_no_line_is_shortened() -> None:
+    shown = CliRunner().invoke(cli, ["--help"], terminal_width=80).output
+    assert shown.endswith("\n")
+    listed = [line.split()[0] for line in shown.partition("Commands:\n")[2].splitlines()]
+    assert listed[:2] == ["demo", "select"]
+    assert "..." not in shown.partition("Commands:\n")[2]
+
+
+def test_habits_of_other_trainers_name_options_that_exist() -> None:
+    options = {name for parameter in cli.commands["select"].params for name in parameter.opts}
+    assert set(MEANT.values()) <= options
+    assert not set(MEANT) & options

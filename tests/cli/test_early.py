@@ -36,9 +36,9 @@ def files(tmp_path: Path) -> Path:
     ("arguments", "message"),
     [
         (["model", "train.jsonl", "--strategy", "brackett"], "did you mean 'bracket'"),
-        (["model", "trian.jsonl"], "no such file or folder; did you mean 'train.jsonl'?"),
+        (["model", "trian.jsonl"], "no such file or folder (did you mean 'train.jsonl'?);"),
         (["model", "train.jsonl", "--validation", "held.jsonl"], "held.jsonl: no such file or folder"),
-        (["./modle", "train.jsonl"], "no such folder; did you mean 'model'?"),
+        (["./modle", "train.jsonl"], "no such folder (did you mean 'model'?);"),
         (["no-such-model", "train.jsonl"], "no such folder, and the hub is switched off"),
         (["owner/no-such-model", "train.jsonl"], "no such folder, and the hub is switched off"),
     ],

@@ -287,7 +287,7 @@ def test_a_name_with_a_line_break_stays_in_its_comment(recipe: Recipe, tmp_path:
 
 
 def test_an_unknown_target_is_answered_with_the_targets(tmp_path: Path) -> None:
-    with pytest.raises(SettingsError, match=r"'vlm' is not known; did you mean 'vllm'.*allowed: peft, trl"):
+    with pytest.raises(SettingsError, match=r"'vlm' is not known \(did you mean 'vllm'.*allowed: peft, trl"):
         export(tmp_path, "vlm")
 
 

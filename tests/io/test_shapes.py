@@ -124,7 +124,7 @@ def test_every_row_is_counted(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("columns", "message"),
     [
-        (("promt=question",), "'promt' is no column of a form; did you mean 'prompt'"),
+        (("promt=question",), r"'promt' is no column of a form \(did you mean 'prompt'\?\)"),
         (("prompt=missing",), "no column 'missing', which columns names for `prompt`; found `question`"),
     ],
 )

@@ -247,7 +247,7 @@ def test_a_config_file_and_its_misspelt_key(
         select_arguments(model_folder, completion_file, tmp_path / "run", "--config", str(config)), capsys
     )
     assert status == 2
-    assert "unknown setting 'lora_dropuot'; did you mean 'lora_dropout'?" in err
+    assert "unknown setting 'lora_dropuot' (did you mean 'lora_dropout'?)" in err
     config.write_text("lora_dropout: 0.1\nlr_scheduler_type: cosine\n")
     status, _, _ = run(
         select_arguments(model_folder, completion_file, tmp_path / "run", "--config", str(config)), capsys

@@ -17,6 +17,7 @@ from rightrank.cli.adapters import allocate, extract, inspect, resize
 from rightrank.cli.comparing import compare
 from rightrank.cli.deciding import decide
 from rightrank.cli.fleet import fleet
+from rightrank.cli.habits import unknown_option
 from rightrank.cli.handing_over import export, repair, report
 from rightrank.cli.judging import judge
 from rightrank.cli.planning import plan
@@ -25,29 +26,37 @@ from rightrank.cli.views import completion, doctor, status, watch
 from rightrank.errors import RightrankError, is_out_of_memory, one_line
 from rightrank.version import __version__
 
+# In the order of `--help`: the main job, its run folder, finished results, adapters, the rest.
 COMMANDS = (
     demo,
     select,
     plan,
+    status,
+    watch,
+    report,
+    export,
     decide,
     compare,
     judge,
     inspect,
     resize,
-    extract,
     fleet,
+    extract,
     allocate,
-    report,
-    export,
     repair,
-    status,
-    watch,
     doctor,
     completion,
 )
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+class Commands(click.Group):
+    """A group that lists its commands in the order in which they were added."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, prog_name="rightrank")
 def cli() -> None:
     """Find the LoRA rank that is enough and no more: measured on your model and your data.
@@ -68,6 +77,9 @@ def main(arguments: list[str] | None = None) -> None:
         status = cli.main(args=given, prog_name="rightrank", standalone_mode=False, obj=["rightrank", *given])
     except click.exceptions.NoArgsIsHelpError as error:
         click.echo(error.format_message(), err=True)
+        sys.exit(2)
+    except click.NoSuchOption as error:
+        _print_error(unknown_option(error))
         sys.exit(2)
     except click.ClickException as error:
         _print_error(error.format_message())

@@ -11,7 +11,10 @@ from rightrank.cli.options import comma, gather, whole_numbers
 from rightrank.errors import SettingsError
 
 
-@click.command(epilog="Example: rightrank inspect run/adapter --plot spectrum.svg")
+@click.command(
+    short_help="Show the singular spectrum of an adapter's modules.",
+    epilog="Example: rightrank inspect run/adapter --plot spectrum.svg",
+)
 @click.argument("adapter", required=False, type=click.Path(path_type=Path))
 @click.option("--base", type=click.Path(path_type=Path), help="Base model folder.")
 @click.option(
@@ -60,7 +63,10 @@ def inspect(
     _print_record(found, as_json, statistic=statistic, every=every)
 
 
-@click.command(epilog="Example: rightrank resize run/adapter small --data held_out.jsonl --margin 0.005")
+@click.command(
+    short_help="Write an adapter at another rank, with what it loses.",
+    epilog="Example: rightrank resize run/adapter small --data held_out.jsonl --margin 0.005",
+)
 @click.argument("adapters", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="ADAPTER... OUT")
 @click.option("--rank", type=int, help="One rank for all modules; a rank above the present one pads.")
 @click.option("--energy", type=float, help="Per module, the fewest singular values with this fraction of the energy.")
@@ -73,9 +79,15 @@ def inspect(
     type=click.Path(path_type=Path),
     help="With --data: what the adapter was trained on; these rows are not scored.",
 )
-@click.option("--margin", type=float, help="With --data: how much worse than the best is still enough.")
+@click.option(
+    "--margin",
+    type=float,
+    help="With --data: how much worse than the best is still enough (default 0.005 nats a token).",
+)
 @click.option("--ranks", callback=comma, help="With --data: ranks to measure (default: powers of two).")
-@click.option("--recover", type=int, default=0, help="With --data: training steps after each truncation.")
+@click.option(
+    "--recover", type=int, default=0, show_default=True, help="With --data: training steps after each truncation."
+)
 @click.option("--learning-rate", type=float, help="With --recover: the learning rate.")
 @click.option("--base", help="With --data: the base model (default: the one that the adapter names).")
 @click.option("--uniform", is_flag=True, help="With --energy or --noise: one rank for all modules, the largest needed.")
@@ -144,7 +156,10 @@ def resize(
     _print_record(api.resize_together(sources, out, rank=rank, energy=energy, noise=noise, options=options), as_json)
 
 
-@click.command(epilog="Example: rightrank extract ./base ./finetuned adapter --energy 0.9")
+@click.command(
+    short_help="Write a full fine-tune as a LoRA adapter.",
+    epilog="Example: rightrank extract ./base ./finetuned adapter --energy 0.9",
+)
 @click.argument("base", type=click.Path(path_type=Path))
 @click.argument("finetuned", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
@@ -154,7 +169,11 @@ def resize(
 @click.option(
     "--data", type=click.Path(path_type=Path), help="The smallest rank that is enough on held-out rows of this file."
 )
-@click.option("--margin", type=float, help="With --data: how much worse than the best is still enough.")
+@click.option(
+    "--margin",
+    type=float,
+    help="With --data: how much worse than the best is still enough (default 0.005 nats a token).",
+)
 @click.option("--max-rank", type=int, default=128, show_default=True, help="Singular values to compute, at most.")
 @click.option("--uniform", is_flag=True, help="With --energy or --noise: one rank for all modules, the largest needed.")
 @click.option("--set", "assignments", multiple=True, metavar="NAME=VALUE", help="With --data: a setting of select.")
@@ -188,7 +207,8 @@ def extract(
 
 
 @click.command(
-    epilog="Example: rightrank allocate run/adapter data.jsonl --rank 8 --learning-rate 1e-3 --max-steps 200"
+    short_help="Test ranks that differ by module against a uniform one.",
+    epilog="Example: rightrank allocate run/adapter data.jsonl --rank 8 --learning-rate 1e-3 --max-steps 200",
 )
 @click.argument("adapter", type=click.Path(path_type=Path))
 @click.argument("data", type=click.Path(path_type=Path))

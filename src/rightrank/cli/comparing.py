@@ -12,7 +12,10 @@ from rightrank.cli.options import gather
 EXIT = {"not_worse": 0, "worse": 3, "cannot_tell": 4}
 
 
-@click.command(epilog="Example: rightrank compare old new --model ./model --data held_out.jsonl --margin 0.01")
+@click.command(
+    short_help="Test whether adapter B is no worse than A.",
+    epilog="Example: rightrank compare old new --model ./model --data held_out.jsonl --margin 0.01",
+)
 @click.argument("a")
 @click.argument("b")
 @click.option("--model", required=True, help="The base model of the adapters.")
@@ -23,7 +26,9 @@ EXIT = {"not_worse": 0, "worse": 3, "cannot_tell": 4}
     type=click.Path(path_type=Path),
     help="Held-out rows; all are read. May be repeated.",
 )
-@click.option("--margin", type=float, help="How much worse B may be, in the metric's unit.")
+@click.option(
+    "--margin", type=float, help="How much worse B may be, in the metric's unit (default 0.005 nats a token)."
+)
 @click.option("--metric", help="What to compare by: loss (default), accuracy, exact_match, …: docs/how-to/metrics.md.")
 @click.option("--metrics", multiple=True, metavar="METRIC", help="A further metric; may be repeated.")
 @click.option("--seq-len", type=int, help="Tokens of an example at most.")

@@ -16,7 +16,7 @@ TARGETS = (
 )
 
 
-@click.command(epilog="Example: rightrank report run")
+@click.command(short_help="Write the report and figures of a run again.", epilog="Example: rightrank report run")
 @click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="RUN...")
 @click.option(
     "--out", type=click.Path(path_type=Path), help="With several runs: the page (default: side-by-side.html)."
@@ -36,7 +36,10 @@ def report(runs: tuple[Path, ...], out: Path | None, as_json: bool) -> None:
     click.echo(json.dumps({"report": str(path)}) if as_json else str(path))
 
 
-@click.command(epilog="Example: rightrank export run --to axolotl")
+@click.command(
+    short_help="Write an adapter, or settings for a trainer or server.",
+    epilog="Example: rightrank export run --to axolotl",
+)
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option(
     "--to",
@@ -65,7 +68,7 @@ def export(run: Path, to: str, out: Path | None, pad: bool, repository: str | No
         click.echo(exported.hub)
 
 
-@click.command(epilog="Example: rightrank repair run")
+@click.command(short_help="Keep the intact records of a damaged journal.", epilog="Example: rightrank repair run")
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="Print what was kept as one JSON object.")
 def repair(run: Path, as_json: bool) -> None:

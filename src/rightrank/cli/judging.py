@@ -10,7 +10,10 @@ import click
 from rightrank.cli.options import comma, whole_numbers
 
 
-@click.command(epilog="Example: rightrank judge run --prompts 50, then: rightrank judge run --collect choices.json")
+@click.command(
+    short_help="Decide by blind judgements of people or a program.",
+    epilog="Example: rightrank judge run --prompts 50, then: rightrank judge run --collect choices.json",
+)
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option("--prompts", type=click.IntRange(min=2), default=50, show_default=True, help="Test prompts to answer.")
 @click.option("--ranks", callback=comma, help="Ranks to judge against the reference (default: all of the run).")

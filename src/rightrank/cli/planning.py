@@ -62,7 +62,10 @@ def _plan_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
-@click.command(epilog="Example: rightrank plan ./model --ranks 8,16,64 --batch-size 4 --seq-len 768 --memory 24GiB")
+@click.command(
+    short_help="Predict memory and time, and which ranks fit.",
+    epilog="Example: rightrank plan ./model --ranks 8,16,64 --batch-size 4 --seq-len 768 --memory 24GiB",
+)
 @click.argument("model", shell_complete=folders)
 @click.argument("data", required=False, type=click.Path(path_type=Path))
 @_plan_options

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -30,11 +30,17 @@ SELECT_OPTIONS = [
         help="Stop at the smallest adapter, or at the rank to train (default).",
     ),
     click.option(
-        "--strategy", shell_complete=names("bracket", "grid"), help="What to train next: bracket (default) or grid."
+        "--strategy",
+        shell_complete=names("bracket", "grid", "upward"),
+        help="What to train next: bracket (default), grid, upward.",
     ),
-    click.option("--ranks", callback=comma, help="Ranks to compare, such as 4,16,64."),
-    click.option("--learning-rates", callback=comma, help="Learning rates to try at each rank, such as 1e-4,3e-4."),
-    click.option("--seeds", callback=comma, help="Seeds, such as 0,1,2."),
+    click.option(
+        "--ranks",
+        callback=comma,
+        help="Ranks to compare, such as 4,16,64 (default: from data and model).",
+    ),
+    click.option("--learning-rates", callback=comma, help="Learning rates to try (default 3e-4,1e-3,3e-3)."),
+    click.option("--seeds", callback=comma, help="Seeds, such as 0,1,2 (default 0)."),
     click.option(
         "--extend/--no-extend",
         default=None,
@@ -46,7 +52,7 @@ SELECT_OPTIONS = [
         metavar="AXIS=VALUES",
         help="Further values of a setting, such as alpha=16,64.",
     ),
-    click.option("--margin", type=float, help="How much worse than the best is still enough."),
+    click.option("--margin", type=float, help="How much worse is still enough (default 0.005 nats a token)."),
     click.option(
         "--metric",
         help="The metric that decides: loss (default), accuracy, f1, rougeL, …",
@@ -57,7 +63,7 @@ SELECT_OPTIONS = [
         callback=comma,
         help="Columns of other names: prompt=question,completion=answer.",
     ),
-    click.option("--validation", metavar="FILE", help="File whose rows are the validation split."),
+    click.option("--validation", metavar="FILE", help="File for the validation split (default: a tenth of the data)."),
     click.option(
         "--guard",
         multiple=True,
@@ -96,7 +102,11 @@ SELECT_OPTIONS = [
         metavar="TIME",
         help="Time budget of training and evaluation, such as 3h or 90min.",
     ),
-    click.option("--memory", "memory_bytes", help="Memory budget, such as 24GiB; ranks above it are left out."),
+    click.option(
+        "--memory",
+        "memory_bytes",
+        help="Memory budget, such as 24GiB (default: the CUDA device's).",
+    ),
     click.option("--adapters-per-pass", type=int, help="Adapters trained in one pass (default: as many as pay)."),
     click.option("--pack-size", type=int, hidden=True),  # the earlier name of --adapters-per-pass
     click.option("--certify", is_flag=True, default=None, help="Train one arm again, alone, and compare."),
@@ -125,7 +135,10 @@ def _select_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
-@click.command(epilog="Example: rightrank select ./model data.jsonl --out run --ranks 4,16,64 --max-steps 200")
+@click.command(
+    short_help="Find the rank that is enough, with a trained adapter.",
+    epilog="Example: rightrank select ./model data.jsonl --out run --ranks 4,16,64 --max-steps 200",
+)
 @click.argument("model", required=False, shell_complete=folders)
 @click.argument("data", required=False, type=click.Path(path_type=Path))
 @click.option(
@@ -221,7 +234,9 @@ def _decision_of(selected: Selected | None) -> dict[str, Any] | None:
     return None if selected is None else dict(selected.answers)
 
 
-@click.command(epilog="Example: rightrank demo --out demo")
+@click.command(
+    short_help="Run a whole selection on a real model and real text.", epilog="Example: rightrank demo --out demo"
+)
 @click.option(
     "--out", default="demo", show_default=True, type=click.Path(path_type=Path), help="Folder for model, data and run."
 )
@@ -290,7 +305,7 @@ def _print_answer(selected: Selected) -> None:
     click.echo()
     _print_adapter(selected)
     if selected.decided is not None:
-        _print_decision(selected.decided, selected.next_command)
+        _print_decision(selected.decided, selected.next_commands)
     for sample in selected.samples[-1:]:
         click.echo(
             f"\nA held-out example:\n{_indented(sample.prompt)}\n  before:\n{_indented(sample.before)}\n  after:\n{_indented(sample.after)}"
@@ -340,20 +355,16 @@ def _print_guard(found: Mapping[str, Any] | None) -> None:
         click.echo(f"         {found['next_run']['sentence']}")
 
 
-def _print_decision(decision: Decision, command: str | None) -> None:
-    from rightrank.report.decision_table import other_metric_lines
+def _print_decision(decision: Decision, commands: Sequence[str | None]) -> None:
+    from rightrank.report.decision_table import next_lines, other_metric_lines, safe_choice
 
     click.echo(f"Training rank: {decision.sentence}")
     click.echo(f"verdict: {decision.verdict}" + (f" ({', '.join(decision.flags)})" if decision.flags else ""))
     for line in other_metric_lines(decision):
         click.echo(line)
-    if decision.rank is None:
-        click.echo(
-            f"         At the margin of {decision.margin:g}, the safe choice until then is rank {decision.fallback_rank}."
-        )
-    click.echo(f"next:    {decision.next_run}")
-    if command is not None:
-        click.echo(f"         {command}")
+    safe = safe_choice(decision)
+    for line in [*([safe] if safe else []), *next_lines(decision, commands, 9)]:
+        click.echo(line)
 
 
 def _indented(text: str) -> str:

@@ -13,7 +13,7 @@ SHELLS = ("bash", "zsh", "fish")
 LAST_LOOK_SECONDS = 5.0  # after the end, so that the page shows the whole report
 
 
-@click.command(epilog="Example: rightrank status run")
+@click.command(short_help="Show where a run stands.", epilog="Example: rightrank status run")
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="Print the status as one JSON object.")
 def status(run: Path, as_json: bool) -> None:
@@ -28,7 +28,7 @@ def status(run: Path, as_json: bool) -> None:
         click.echo(status_lines(found, shutil.get_terminal_size().columns, colour=False))
 
 
-@click.command(epilog="Example: rightrank watch run --interval 5")
+@click.command(short_help="Follow a run from another terminal.", epilog="Example: rightrank watch run --interval 5")
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option(
     "--interval", type=click.FloatRange(min=0.1), default=2.0, show_default=True, help="Seconds between updates."
@@ -89,7 +89,7 @@ def _follow(run: Path, interval: float) -> None:
             time.sleep(interval)
 
 
-@click.command(epilog="Example: rightrank doctor --json")
+@click.command(short_help="Show versions, device, memory, disk and extras.", epilog="Example: rightrank doctor --json")
 @click.option("--json", "as_json", is_flag=True, help="Print what was found as one JSON object.")
 def doctor(as_json: bool) -> None:
     """Show versions, device, memory, disk, extras and writable places on one screen."""
@@ -100,7 +100,9 @@ def doctor(as_json: bool) -> None:
     click.echo(found.model_dump_json() if as_json else doctor_text(found))
 
 
-@click.command(epilog='Example: eval "$(rightrank completion bash)"')
+@click.command(
+    short_help="Print the completion script for a shell.", epilog='Example: eval "$(rightrank completion bash)"'
+)
 @click.argument("shell", type=click.Choice(SHELLS))
 def completion(shell: str) -> None:
     """Print the completion script for SHELL; source it in the shell's start file."""

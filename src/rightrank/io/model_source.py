@@ -99,7 +99,7 @@ def _require_on_hub(name: str, path: Path) -> None:
 
 
 def _nearest_folder(path: Path) -> str:
-    """`; did you mean 'x'?` for a model folder of a similar name beside it."""
+    """` (did you mean 'x'?)` for a model folder of a similar name beside it."""
     parent = path.parent
     folders = [found.name for found in parent.iterdir() if (found / "config.json").is_file()] if parent.is_dir() else []
     return did_you_mean(path.name, folders)

@@ -87,7 +87,7 @@ def read_rows(source: Path) -> RowsBySplit:
 
 
 def _nearest_file(path: Path) -> str:
-    """`; did you mean 'x'?` for a file or folder of a similar name beside it."""
+    """` (did you mean 'x'?)` for a file or folder of a similar name beside it."""
     parent = path.parent
     return did_you_mean(path.name, [found.name for found in parent.iterdir()]) if parent.is_dir() else ""
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import zip_longest
+
 from rightrank.records import Decision, RankEvidence
 from rightrank.report.figures import ENOUGH
 from rightrank.report.format import coverage, table_lines, visible
@@ -23,12 +26,14 @@ FLAGS = {
 }
 
 
-def decision_text(decision: Decision, understood: list[str], colour: bool, width: int) -> str:
-    """The whole decision, ready to print."""
+def decision_text(
+    decision: Decision, understood: list[str], colour: bool, width: int, commands: Sequence[str | None] = ()
+) -> str:
+    """The whole decision, ready to print; `commands` are those of its next runs."""
     parts = [visible(f"read:    {'; '.join(understood)}")] if understood else []
     trained = [(evidence.rank, evidence.value) for evidence in decision.ranks if evidence.rank > 0]
     curve = terminal_curve(trained, width, colour)
-    evidence, answer = map(visible, evidence_lines(decision)), map(visible, answer_lines(decision))
+    evidence, answer = map(visible, evidence_lines(decision)), map(visible, answer_lines(decision, commands))
     return "\n".join([*parts, "", *([curve] if curve else []), *evidence, "", *answer])
 
 
@@ -75,11 +80,11 @@ def _bounds(evidence: RankEvidence) -> str:
     return f"{_short(evidence.difference_low)} to {_short(evidence.difference_high)}"
 
 
-def answer_lines(decision: Decision) -> list[str]:
-    """Verdict, sentence, staircase, flags, next runs."""
+def answer_lines(decision: Decision, commands: Sequence[str | None] = ()) -> list[str]:
+    """Verdict, sentence, staircase, flags, next runs with their commands."""
     lines = [f"verdict: {decision.verdict.replace('_', ' ')}", f"answer:  {decision.sentence}"]
-    if decision.rank is None and decision.verdict == "undecided":
-        lines.append(f"         Until this is decided, rank {decision.fallback_rank} is the safe choice.")
+    safe = safe_choice(decision)
+    lines += [f"         {safe}"] if safe else []
     stairs = [f"{step.rank} from {_short(step.margin)}" for step in decision.staircase]
     lines.append(f"margins: {', '.join(stairs)} (requested: {decision.margin:g})")
     lines += curve_lines(decision)
@@ -88,7 +93,25 @@ def answer_lines(decision: Decision) -> list[str]:
     lines.append(f"basis:   {decision.basis_note}")
     lines += [f"flag:    {flag}: {FLAGS.get(flag, '')}" for flag in decision.flags]
     lines += other_metric_lines(decision)
-    return lines + [f"next:    {run.sentence}" for run in decision.next_runs]
+    return lines + next_lines(decision, commands, 9)
+
+
+def safe_choice(decision: Decision) -> str | None:
+    """What to take until an undecided answer is decided, and at which margin; None for every other answer."""
+    if decision.verdict != "undecided":
+        return None
+    return (
+        f"Until this is decided, rank {decision.fallback_rank} is the safe choice at the margin of {decision.margin:g}."
+    )
+
+
+def next_lines(decision: Decision, commands: Sequence[str | None], width: int) -> list[str]:
+    """Each next run behind `next:`, below it its command, if there is one; `width` columns before the text."""
+    lines = []
+    for run, command in zip_longest(decision.next_runs, commands):
+        lines.append(f"{'next:':<{width}}{run.sentence}")
+        lines += [f"{'':<{width}}{command}"] if command is not None else []
+    return lines
 
 
 def other_metric_lines(decision: Decision) -> list[str]:

@@ -1,4 +1,4 @@
-"""The next run as a command that can be pasted."""
+"""The next runs as commands that can be pasted."""
 
 from __future__ import annotations
 
@@ -14,13 +14,26 @@ def next_command(started: RunStarted, decision: Decision | None, run: str) -> st
 
     The command continues the run: its model, data and other settings are in the run folder.
     """
-    if decision is None or started.data.form == "own":
-        return None
-    for wanted in decision.next_runs:
-        options = _options(started, wanted)
-        if options:
-            return shlex.join(["rightrank", "select", "--out", run, *options])
-    return None
+    return next((command for command in next_commands(started, decision, run) if command is not None), None)
+
+
+def next_commands(
+    started: RunStarted, decision: Decision | None, run: str, margin: float | None = None
+) -> list[str | None]:
+    """For each of the decision's next runs its command, or None if options of `select` can't express it.
+
+    `margin` is one that is not the run's own: part of the command, so that the continued run answers at this margin.
+    """
+    if decision is None:
+        return []
+    if started.data.form == "own":
+        return [None] * len(decision.next_runs)
+    further = [] if margin is None else ["--margin", f"{margin:g}"]
+    return [_command(_options(started, wanted), further, run) for wanted in decision.next_runs]
+
+
+def _command(options: list[str], further: list[str], run: str) -> str | None:
+    return shlex.join(["rightrank", "select", "--out", run, *options, *further]) if options else None
 
 
 def _options(started: RunStarted, wanted: NextRun) -> list[str]:

@@ -6,10 +6,12 @@ import shlex
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 
+from pydantic import Field
+
 from rightrank.decision.run import Records, decision_so_far, last_decided, running_trial
 from rightrank.records import JournalRecord, Record, TrialStarted
 from rightrank.report.format import quantity
-from rightrank.report.next_command import next_command
+from rightrank.report.next_command import next_commands
 from rightrank.report.sentences import cost_of, headline
 from rightrank.report.terminal_figures import terminal_curve
 from rightrank.settings import Goal
@@ -34,7 +36,9 @@ class RunStatus(Record):
     rank: int | None
     verdict: str | None
     next_run: str | None
-    next_command: str | None = None  # that run as a command that can be pasted
+    next_command: str | None = None  # the first of the commands below
+    next_runs: list[str] = Field(default_factory=list)  # every next run, the most useful first
+    next_commands: list[str | None] = Field(default_factory=list)  # each of them as a command that can be pasted
     curve: list[tuple[int, float]]  # of the trained ranks
     truncated_curve: list[tuple[int, float]]  # of the truncations, recovered or not: the best of each rank
 
@@ -59,7 +63,7 @@ def run_status(
     adapter = records.adapters[-1].answer if records.adapters else None
     if goal == "adapter":
         decision = None
-    cost = cost_of(records)
+    cost, commands = cost_of(records), next_commands(records.started, decision, run)
     is_done = decided is not None or (goal == "adapter" and adapter is not None)
     state = "running" if locked else "done" if is_done else "stopped"
     return RunStatus(
@@ -77,7 +81,9 @@ def run_status(
         rank=decision.rank if decision is not None else None,
         verdict=decision.verdict if decision is not None else None,
         next_run=decision.next_run if decision is not None else None,
-        next_command=next_command(records.started, decision, run),
+        next_command=next((command for command in commands if command is not None), None),
+        next_runs=[] if decision is None else [one.sentence for one in decision.next_runs],
+        next_commands=commands,
         curve=[(e.rank, e.value) for e in decision.ranks if e.rank > 0] if decision else best_by_rank(records, True),
         truncated_curve=best_by_rank(records, False),
     )
@@ -100,10 +106,9 @@ def status_lines(status: RunStatus, width: int, colour: bool) -> str:
     ]
     if status.adapter_sentence:
         lines.append(f"        {status.adapter_sentence}")
-    if status.next_run:
-        lines.append(f"next:   {status.next_run}")
-    if status.next_command:
-        lines.append(f"        {status.next_command}")
+    for sentence, command in zip(status.next_runs, status.next_commands, strict=True):
+        lines.append(f"next:   {sentence}")
+        lines += [f"        {command}"] if command is not None else []
     if status.progress or status.running:
         lines.append(f"now:    {status.progress or status.running}")
     if status.state == "stopped":

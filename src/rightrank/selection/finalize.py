@@ -13,7 +13,7 @@ from rightrank.engine.scoring import measure
 from rightrank.records import AdapterAnswer, Decision, RunEvent, Sample, StepDone, TestEvaluated, TrialFinished
 from rightrank.records.observer import Observer
 from rightrank.report.adapter_view import compared
-from rightrank.report.next_command import next_command
+from rightrank.report.next_command import next_commands
 from rightrank.returns import Selected
 from rightrank.selection.certificate import certify_selection
 from rightrank.selection.guard import apply_guards
@@ -75,7 +75,7 @@ def finalize(prepared: PreparedSelection, decision: Decision | None) -> Selected
         records.samples,
         sweep_rows(records.started, records.outcomes),
         trainings(records),
-        next_command(records.started, decision, str(folder.path)),
+        next_commands(records.started, decision, str(folder.path)),
         compared(records),
     )
 

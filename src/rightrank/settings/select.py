@@ -12,6 +12,7 @@ from typing import Any, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from rightrank.errors import did_you_mean
 from rightrank.settings.metric_spec import MetricSpec, parse_metrics
 from rightrank.settings.migration import current_names
 from rightrank.settings.peft_options import gathered_options
@@ -24,6 +25,7 @@ Goal: TypeAlias = Literal["adapter", "training-rank"]
 # so that alpha = 32 means s = 2 at every rank (the common "alpha = 2r" habit).
 CONSTANT_SCALING_RANK = 16
 MAX_SEED = 2**53
+DEVICE_HABITS = {"gpu": "cuda"}
 PAIR_MARGIN = 0.02  # nats a preference pair: about the noise over seeds between ranks (benchmarks/preference)
 LISTS = (  # settings that take one value as well as several
     "ranks",
@@ -193,6 +195,14 @@ class SelectSettings(BaseModel):
                     f"learning rate {learning_rate:g} is not allowed: learning rates are numbers above 0, such as 1e-4"
                 )
         return _distinct(learning_rates, "learning_rates")
+
+    @field_validator("device")
+    @classmethod
+    def _device_named(cls, device: str) -> str:
+        if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", device):
+            near = did_you_mean(DEVICE_HABITS.get(device, device), ("auto", "cpu", "cuda", "mps"))
+            raise ValueError(f"device {device!r} is not known{near}; give auto, cpu, cuda, cuda:1 or mps")
+        return device
 
     @field_validator("store")
     @classmethod

@@ -109,7 +109,7 @@ _QUOTED.maxstring = _QUOTED.maxother = 120  # what is longer, or nested, is shor
 
 def _first_line(error: ValidationError) -> str:
     first = error.errors()[0]
-    message = first["msg"].removeprefix("Value error, ")
+    message = first["msg"].removeprefix("Value error, ").partition(", unable to parse")[0]
     if first["type"] == "value_error":
         return message
     where = str(first["loc"][0]) if first["loc"] else "settings"
