@@ -108,7 +108,7 @@ BAD_FILES: list[tuple[str, bytes, str]] = [
     ("broken.jsonl", b'{"text": "a"}\n{"text": \n', r"broken\.jsonl:2: not JSON"),
     ("list.jsonl", b"[1, 2]\n", r"list\.json|give one JSON object a line|entry 1"),
     ("columns.jsonl", b'{"body": "a", "title": "b"}\n', r"no known columns: found `body`, `title`"),
-    ("number.jsonl", b'{"text": 3}\n' * 30, r"number\.jsonl:1: `text`: got a int; give a string"),
+    ("number.jsonl", b'{"text": 3}\n' * 30, r"number\.jsonl:1: `text`: got an int; give a string"),
     ("null.jsonl", b'{"text": "a"}\n{"text": null}\n', r"null\.jsonl:2: `text`: got nothing"),
     ("roles.jsonl", b'{"messages": [{"role": "user"}]}\n', r"a message needs a `role` and a `content`"),
     ("few.jsonl", b'{"text": "a"}\n{"text": "b"}\n', r"distinct examples for the \w+ split, at least \d+ needed"),

@@ -67,7 +67,7 @@ def test_equal_pairs_are_left_out_and_counted(tmp_path: Path) -> None:
     [
         ({"prompt": "a", "chosen": "b"}, r":40: `rejected`: got nothing; give a string"),
         ({"chosen": "b", "rejected": "c"}, r":40: `prompt`: got nothing; give a string"),
-        ({"prompt": "a", "chosen": 3, "rejected": "c"}, r":40: `chosen`: got a int; give a string"),
+        ({"prompt": "a", "chosen": 3, "rejected": "c"}, r":40: `chosen`: got an int; give a string"),
         ({"prompt": "a", "chosen": talk("b"), "rejected": "c"}, r":40: `prompt`, `chosen` and `rejected` have diff"),
         ({"prompt": talk("q"), "chosen": talk("b"), "rejected": talk("c")}, r":40: `chosen` has no assistant turn"),
         ({"prompt": "a", "chosen": [{"role": "x"}], "rejected": "c"}, r":40: `chosen`: a message needs a `role`"),

@@ -31,6 +31,8 @@ def contents(splits: DataSplits) -> list[Any]:
         (lambda a, b: {"question": a, "answer": b}, ()),
         (lambda a, b: {"prompt": a, "response": b}, ()),
         (lambda a, b: {"input": a, "output": b}, ()),
+        (lambda a, b: {"Prompt": a, " Completion": b}, ()),
+        (lambda a, b: {"Question": a, "Answer": b}, ()),
         (lambda a, b: {"ask": a, "said": b, "text": "other"}, ("prompt=ask", "completion=said")),
     ],
 )
@@ -48,7 +50,12 @@ def test_sharegpt_becomes_messages(tmp_path: Path) -> None:
     turns = [[{"from": "human", "value": text}, {"from": "gpt", "value": "yes"}] for text in TEXTS]
     messages = [[{"role": "user", "content": text}, {"role": "assistant", "content": "yes"}] for text in TEXTS]
     reference = loaded(tmp_path, [{"messages": one} for one in messages])
-    for rows in ([{"conversations": one} for one in turns], [{"messages": one} for one in turns]):
+    roles = [[{"role": turn["from"], "content": turn["value"]} for turn in one] for one in turns]
+    for rows in (
+        [{"conversations": one} for one in turns],
+        [{"messages": one} for one in turns],
+        [{"messages": one} for one in roles],
+    ):
         assert loaded(tmp_path, rows).fingerprint == reference.fingerprint
     other = loaded(tmp_path, [{"chat": one} for one in turns], columns=("messages=chat",))
     assert other.fingerprint == reference.fingerprint
@@ -125,6 +132,7 @@ def test_every_row_is_counted(tmp_path: Path) -> None:
     ("columns", "message"),
     [
         (("promt=question",), r"'promt' is no column of a form \(did you mean 'prompt'\?\)"),
+        (("question=prompt",), r"'question' is no column of a form \(did you mean prompt=question\?\)"),
         (("prompt=missing",), "no column 'missing', which columns names for `prompt`; found `question`"),
     ],
 )
@@ -166,3 +174,39 @@ def test_a_missing_data_set_is_answered_in_one_line(monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path))
     with pytest.raises(DataError, match="no such file or folder, and not read as a data set of the hub"):
         load_data(Path("nobody/no-such-data-set"), small_settings())
+
+
+@pytest.mark.parametrize("first", [True, 1.0])
+def test_labels_of_other_types_are_classes(tmp_path: Path, first: object) -> None:
+    other = False if first is True else 0.0
+    splits = loaded(tmp_path, [{"text": text, "label": (first, other)[n % 2]} for n, text in enumerate(TEXTS)])
+    assert splits.classes == (["False", "True"] if first is True else ["0", "1"])
+    with pytest.raises(DataError, match=r"`label`: got a float; give an integer or a name"):
+        loaded(tmp_path, [{"text": "a", "label": 0.5}])
+
+
+def test_a_spreadsheet_with_semicolons(tmp_path: Path) -> None:
+    lines = [f"{text};answer {text}, truly" for text in TEXTS]
+    (tmp_path / "semi.csv").write_text("\n".join(["prompt;completion", *lines]), encoding="utf-8")
+    rows = [{"prompt": text, "completion": f"answer {text}, truly"} for text in TEXTS]
+    assert load_data(tmp_path / "semi.csv", small_settings()).fingerprint == loaded(tmp_path, rows).fingerprint
+
+
+@pytest.mark.parametrize(
+    ("row", "option"),
+    [({"Ask": "a", "Reply": "b", "n": 1}, "prompt=Ask,completion=Reply"), ({"body": "a", "id": 3}, "text=body")],
+)
+def test_unknown_columns_are_answered_with_an_option_to_paste(tmp_path: Path, row: dict[str, Any], option: str) -> None:
+    with pytest.raises(DataError, match=rf"or name yours: --columns {option}$"):
+        loaded(tmp_path, [row])
+    assert (
+        loaded(tmp_path, [row | {next(iter(row)): text} for text in TEXTS], columns=tuple(option.split(","))).rows
+        == 100
+    )
+
+
+def test_rows_that_are_all_equal_are_counted(tmp_path: Path) -> None:
+    with pytest.raises(
+        DataError, match=r"[01] distinct examples for the \w+ split, .* from 60 rows; give more rows that differ"
+    ):
+        loaded(tmp_path, [{"text": "a"}] * 60)

@@ -10,7 +10,7 @@ import hashlib
 import json
 import re
 from array import array
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -94,8 +94,9 @@ def load_data(
     }
     begun = {split: found[:begun_items] if split in HELD_OUT else found for split, found in examples.items()}
     examples["test"] = begun["test"]
-    _check_sizes(examples, settings, name, given)
     held_out = {split: builder.held_out[split] for split in HELD_OUT}
+    count = len(builder.train) + sum(len(held.ids) for held in held_out.values()) + builder.left_out
+    _check_sizes(examples, settings, name, None if given else count)
     classes = _classes(builder.labels, examples, name) if form == "classification" else None
     control = builder.control_characters + sum(
         _has_control(example.content) for split in HELD_OUT for example in examples[split]
@@ -111,7 +112,7 @@ def load_data(
         classes,
         builder.unreadable,
         control,
-        rows=len(builder.train) + sum(len(held.ids) for held in held_out.values()) + builder.left_out,
+        rows=count,
         repeated=sum(len(held.ids) - distinct[split] for split, held in held_out.items()),
         not_evaluated=sum(distinct[split] - len(examples[split]) for split in HELD_OUT),
         shape=shape,
@@ -220,9 +221,16 @@ def _detect_form(rows: RowsBySplit, name: str, named: Sequence[str]) -> Detected
     allowed = "; or ".join(", ".join(f"`{column}`" for column in columns) for _, columns in FORMS)
     found_columns = ", ".join(f"`{column}`" for column in first.fields) or "none"
     raise DataError(
-        f"{first.where}: no known columns: found {found_columns}; give {allowed}, or name yours: "
-        "--columns prompt=question,completion=answer"
+        f"{first.where}: no known columns: found {found_columns}; give {allowed}, or name yours: --columns {_named(first, known)}"
     )
+
+
+def _named(first: Row, known: Set[str]) -> str:
+    """How `--columns` may name the columns of a row: two of text as prompt and completion, the only one as text."""
+    texts = [column for column, value in first.fields.items() if isinstance(value, str)]
+    if not texts or known & first.fields.keys():
+        return "prompt=question,completion=answer"
+    return f"prompt={texts[0]},completion={texts[1]}" if len(texts) > 1 else f"text={texts[0]}"
 
 
 def _placed(
@@ -282,19 +290,22 @@ def _taken_from_train(rows: RowsBySplit, example: Example, settings: SelectSetti
 
 
 def _check_sizes(
-    examples: Mapping[SplitName, Sequence[Example]], settings: SelectSettings, name: str, given: bool
+    examples: Mapping[SplitName, Sequence[Example]], settings: SelectSettings, name: str, rows: int | None
 ) -> None:
+    """Refuse a split with too few examples; `rows` is the number of rows that the splits were made from, if they were made."""
     least_test = 2 if settings.test_fraction or examples["test"] else 0
     needed: dict[SplitName, int] = {"train": settings.items_per_step, "selection": 2, "test": least_test}
     for split, least in needed.items():
         if len(examples[split]) < least:
+            larger = "" if split == "train" else f", or a larger {split_name(split)}_fraction"
+            origin = "" if rows is None else f", from {rows:,} rows"
             remedy = (
                 f"give a {split_name(split)} split of {least} or more"
-                if given
-                else "give more rows or larger fractions"
+                if rows is None
+                else f"give more rows that differ{larger}"
             )
             raise DataError(
-                f"{name}: {len(examples[split])} distinct examples for the {split_name(split)} split, at least {least} needed; {remedy}"
+                f"{name}: {len(examples[split])} distinct examples for the {split_name(split)} split, at least {least} needed{origin}; {remedy}"
             )
 
 
@@ -316,6 +327,8 @@ def _has_control(content: Mapping[str, Any]) -> bool:
 
 def _example(row: Row, form: DataForm, columns: tuple[str, ...]) -> Example:
     content = {column: row.fields.get(column) for column in columns}
+    if "label" in content:
+        content["label"] = _plain_label(content["label"])
     for column, value in content.items():
         _CHECKS[column](value, f"{row.where}: `{column}`")
     if form == "preference":
@@ -340,8 +353,15 @@ def _check_prompt(value: Any, where: str) -> None:
         _check_text(value, where)
 
 
+def _plain_label(value: Any) -> Any:
+    """A truth value as its name, and a whole number that was stored as a float as an integer."""
+    if isinstance(value, bool):
+        return str(value)
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
 def _check_label(value: Any, where: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | str) or value == "":
+    if not isinstance(value, int | str) or value == "":
         raise DataError(f"{where}: got {_kind(value)}; give an integer or a name")
 
 
@@ -358,7 +378,10 @@ def _check_messages(value: Any, where: str) -> None:
 
 
 def _kind(value: Any) -> str:
-    return "nothing" if value is None else f"a {type(value).__name__}" if value != "" else "an empty string"
+    if value is None or value == "":
+        return "nothing" if value is None else "an empty string"
+    name = type(value).__name__
+    return f"an {name}" if name[0] in "aeiou" else f"a {name}"
 
 
 def _check_tokens(value: Any, where: str) -> None:

@@ -193,6 +193,10 @@ def _json_list_rows(path: Path) -> Iterator[Row]:
 def _csv_rows(path: Path, delimiter: str) -> Iterator[Row]:
     csv.field_size_limit(_CSV_FIELD_LIMIT)
     with path.open(encoding="utf-8-sig", newline="") as lines:
+        header = lines.readline()
+        lines.seek(0)
+        if delimiter == "," and "," not in header:  # spreadsheets of many countries write semicolons
+            delimiter = next((other for other in ";\t" if other in header), delimiter)
         reader = csv.DictReader(lines, delimiter=delimiter, strict=True)
         try:
             for fields in reader:

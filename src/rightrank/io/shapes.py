@@ -21,6 +21,10 @@ PAIRS = (  # further names of prompt and completion, in the order in which they 
 )
 PROMPTS = ("question", "query", "instruction", "input")  # further names of a preference pair's prompt
 CONVERSATIONS = ("messages", "conversations", "conversation")
+SPELLED = {  # column names that are recognised in any spelling of upper and lower case
+    *("prompt", "completion", "messages", "text", "label", "chosen", "rejected", "conversations", "instruction"),
+    *("input", "output", "question", "answer", "query", "response", "group"),
+}
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 ALPACA_WITH_INPUT = (
     "Below is an instruction that describes a task, paired with an input that provides further context. "
@@ -55,9 +59,9 @@ def shape_of(first: Row, columns: Sequence[str], known: Collection[str]) -> Shap
     Raises:
         DataError: `columns` names a column that no form has, or that the row lacks.
     """
-    if not columns:
+    if not columns and not _spellings(first.fields):
         return _found(first.fields)
-    renamed = _renaming(first, columns, known)
+    renamed = _renaming(first, columns, known) if columns else _shape_renamed(_spellings(first.fields))
     inner = _found(renamed.change(first))
     if inner is None:
         return renamed
@@ -68,14 +72,23 @@ def _renaming(first: Row, columns: Sequence[str], known: Collection[str]) -> Sha
     names = dict(entry.split("=", 1) for entry in columns)
     for name, column in names.items():
         if name not in known:
-            near = did_you_mean(name, list(known))
+            near = f" (did you mean {column}={name}?)" if column in known else did_you_mean(name, list(known))
             raise DataError(
                 f"columns: {name!r} is no column of a form{near or '; allowed: ' + ', '.join(sorted(known))}"
             )
         if column not in first.fields:
             found = ", ".join(f"`{one}`" for one in first.fields)
             raise DataError(f"{first.where}: no column {column!r}, which columns names for `{name}`; found {found}")
+    return _shape_renamed(names)
 
+
+def _spellings(fields: Mapping[str, Any]) -> dict[str, str]:
+    """Known names to columns that differ from them in upper and lower case or in spaces around, such as `Prompt`."""
+    names = {str(column).strip().lower(): column for column in fields}
+    return {name: column for name, column in names.items() if name in SPELLED and name not in fields}
+
+
+def _shape_renamed(names: Mapping[str, str]) -> Shape:
     def change(row: Row) -> Mapping[str, Any]:
         return dict(row.fields) | {name: row.fields.get(column) for name, column in names.items()}
 
@@ -117,14 +130,23 @@ def _preference(fields: Mapping[str, Any]) -> Shape | None:
 
 
 def _is_sharegpt(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and isinstance(value[0], Mapping) and "from" in value[0]
+    """Whether turns have ShareGPT's keys, or its names of roles."""
+    if not isinstance(value, list) or not value or not isinstance(value[0], Mapping):
+        return False
+    return "from" in value[0] or value[0].get("role") in ("human", "gpt")
 
 
 def _messages(row: Row, column: str) -> Any:
     turns = row.fields.get(column)
     if not isinstance(turns, list) or not all(isinstance(turn, Mapping) for turn in turns):
         return turns  # the check of `messages` reports it
-    return [dict(turn) if "role" in turn else _message(turn, row.where) for turn in turns]
+    return [_renamed_role(turn) if "role" in turn else _message(turn, row.where) for turn in turns]
+
+
+def _renamed_role(turn: Mapping[str, Any]) -> dict[str, Any]:
+    """A message with `user` and `assistant` for the roles that ShareGPT calls `human` and `gpt`."""
+    role = turn["role"]
+    return {**turn, "role": ROLES.get(role, role) if isinstance(role, str) else role}
 
 
 def _message(turn: Mapping[str, Any], where: str) -> dict[str, Any]:

@@ -186,7 +186,10 @@ def left_out(data: DataSummary) -> list[str]:
         (sum(summary.equal for summary in splits), "pairs left out: the same within the maximum length"),
         (data.unreadable, "rows skipped: lone surrogates, which no tokenizer accepts"),
         (data.control_characters, "examples with control characters"),
-        (data.duplicates_across_splits, "exact duplicates across splits"),
+        (
+            data.duplicates_across_splits,
+            "held-out examples are in another split too (exact duplicates across splits), which favours high ranks",
+        ),
     )
     return [f"{count:,} {what}" for count, what in counts if count]
 
