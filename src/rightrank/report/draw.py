@@ -36,7 +36,7 @@ VARIABLES |= {colour: f"--s{place}" for place, colour in enumerate(SEQUENCE)}
 MAX_LABELS = 12
 SIZE = (7.0, 4.0)  # inches, of a plot without its legend; a heat map grows with its rows and columns
 NARROW = (5.0, 3.1)  # of a plot that takes half a page, so that its letters stay readable there
-WIDE_FIGURES = ("rank_curve",)  # those that take a whole page
+PAGE_WIDE = {"rank_curve": (6.0, 3.4)}  # those that take its whole width
 LEGEND_LINE = 0.19  # inches, the height of a line of the legend; LEGEND_LETTER the mean width of a letter
 LEGEND_LETTER = 0.064
 TITLE_LINE, TITLE_LETTER = 0.2, 0.095  # the same of the title
@@ -114,7 +114,7 @@ def _draw_legend(axes: Any, figure: Figure) -> None:
 @lru_cache(maxsize=64)  # the report is rewritten after every trial, and most of its figures stay the same
 def inline_svg(figure: AnyFigure) -> str:
     """The SVG element in the page's colours, hidden from screen readers, which read the page's own `alt` text."""
-    text = scalable_svg(figure, SIZE if figure.name in WIDE_FIGURES else NARROW)
+    text = scalable_svg(figure, PAGE_WIDE.get(figure.name, NARROW))
     for colour, name in VARIABLES.items():
         text = text.replace(colour, f"var({name})")
     prefix = figure.name.replace("_", "")  # ids must be unique within the page

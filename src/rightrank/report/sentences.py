@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from statistics import fmean
@@ -201,8 +202,10 @@ def not_tested(records: Records, decision: Decision | None) -> list[str]:
         limits.append("Seed noise: each rank has one seed.")
     missing = [o for o in records.outcomes if o.rank > 0 and not isinstance(o, TrialFinished)]
     if missing:
-        cells = ", ".join(f"rank {o.rank} at {o.learning_rate:g}" for o in missing[:6])
-        more = f" and {len(missing) - 6} more" if len(missing) > 6 else ""
+        counts = Counter(f"rank {o.rank} at {o.learning_rate:g}" for o in missing)
+        names = [f"{name} (×{count})" if count > 1 else name for name, count in counts.items()]
+        cells = ", ".join(names[:6])
+        more = f" and {len(names) - 6} more" if len(names) > 6 else ""
         collapsed = sum(isinstance(o, TrialCollapsed) for o in missing)
         fell = f" {collapsed} of them collapsed: their values fell far below their own best." if collapsed else ""
         limits.append(f"Trainings without a result: {cells}{more}. They count neither for nor against a rank.{fell}")
