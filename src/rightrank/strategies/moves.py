@@ -41,7 +41,10 @@ def promising_neighbours(space: Space, trials: Trials, rank: int, learning_rate:
         fails_by_far = _fails_by_far(space, trials, rank)
         is_slow = _is_undertrained(space, trials, rank, learning_rate)
         neighbours = [
-            lr for lr in neighbours if (behind[lr] <= limit and not fails_by_far) or (lr > learning_rate and is_slow)
+            lr
+            for lr in neighbours
+            if (behind[lr] <= limit and not fails_by_far)
+            or (lr > learning_rate and is_slow and not _lost_at_top(space, trials, lr))
         ]
     return sorted(neighbours, key=lambda lr: (behind[lr], lr))
 
@@ -78,6 +81,16 @@ def _deficit_at_top(space: Space, trials: Trials, neighbour: float, learning_rat
         if losses[0] is not None and losses[1] is not None:
             return losses[0] - losses[1]
     return 0.0
+
+
+def _lost_at_top(space: Space, trials: Trials, learning_rate: float) -> bool:
+    """Whether the top rank at this learning rate ended, or stood halfway, no better than the base."""
+    for step in (space.steps, early_step(space, HALF)):
+        loss = trials.loss_after(space.top, learning_rate, step)
+        base = trials.base_loss(during_training=step < space.steps)
+        if loss is not None and base is not None:
+            return loss >= base
+    return False
 
 
 def walk(space: Space, trials: Trials, start: int, learning_rate: float) -> Requests:
