@@ -204,6 +204,22 @@ def test_an_undertrained_rank_gets_a_higher_learning_rate() -> None:
     assert [outcome for outcome in known if outcome.rank == 4 and outcome.learning_rate == 3e-3]
 
 
+def test_an_undertrained_rank_does_not_get_a_learning_rate_that_broke_the_top_rank() -> None:
+    class Late(World):
+        """3e-3 leads until a quarter, and stands above the base from half on."""
+
+        def loss(self, arm: Any) -> float:
+            done = (arm.stop_at or arm.steps) / arm.steps if arm.steps else 1.0
+            if arm.rank > 0 and arm.learning_rate == 3e-3 and arm.truncate_from is None:
+                return 0.9 if done < 0.5 else 2.0
+            is_slow = arm.rank == 4 and arm.learning_rate < 2e-3 and arm.truncate_from is None
+            return super().loss(arm) + (0.8 * (1.05 - done) if is_slow else 0.0)
+
+    known = run_all(strategy_named("bracket")(make_space()), Late(gain=0.015, best_learning_rate=1e-3))
+    assert {outcome.rank for outcome in known if outcome.learning_rate == 3e-3} == {64}
+    assert [outcome for outcome in known if outcome.rank == 4 and outcome.arm.is_direct]
+
+
 def test_confirms_with_further_seeds() -> None:
     strategy = strategy_named("bracket")(make_space(seeds=(0, 1, 2)))
     known = run_all(strategy, World())
