@@ -44,7 +44,7 @@ SELECT_OPTIONS = [
     click.option(
         "--extend/--no-extend",
         default=None,
-        help="Add ranks while rising, and learning rates at an edge (default: with --time).",
+        help="Add ranks and learning rates as needed (default: with --time).",
     ),
     click.option(
         "--sweep",
