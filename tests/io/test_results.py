@@ -10,7 +10,7 @@ import pytest
 from rightrank.api import decide
 from rightrank.errors import ResultsError
 from rightrank.io.columns import plain
-from rightrank.report.decision_table import evidence_lines
+from rightrank.report.decision_table import curve_lines, evidence_lines
 
 GOOD = "rank,value\n1,2.3\n4,2.05\n16,2.001\n64,2.0\n"
 
@@ -173,7 +173,7 @@ def test_bad_tables_are_refused_with_file_and_row(tmp_path: Path, text: str, mes
 def test_rows_that_repeat_are_left_out_and_said(tmp_path: Path) -> None:
     decided = decide(write(tmp_path, GOOD + "64,2.0\n"), margin=0.005)
     assert decided.decision.rank == 16
-    assert "1 repeated rows left out" in decided.understood
+    assert "1 repeated row left out" in decided.understood
 
 
 def test_another_encoding_is_refused(tmp_path: Path) -> None:
@@ -204,7 +204,7 @@ def test_trainings_that_still_run_are_not_counted(tmp_path: Path, status: str) -
     text = f"Name,State,lora_r,eval/loss\na,finished,1,2.3\nb,finished,4,2.05\nc,finished,16,2.001\nd,{status},64,2.9\n"
     decided = decide(write(tmp_path, text), margin=0.005)
     assert [evidence.rank for evidence in decided.decision.ranks] == [1, 4, 16]
-    assert "1 trainings that have not ended left out" in decided.understood
+    assert "1 unfinished training left out" in decided.understood
     assert "unstable" not in decided.decision.flags
 
 
@@ -224,9 +224,9 @@ def test_a_wandb_table_with_unfinished_and_crashed_runs(tmp_path: Path) -> None:
     decided = decide(write(tmp_path, text))
     assert [one.rank for one in decided.decision.ranks] == [4, 8, 16]
     assert decided.understood[-3:] == [
-        "1 rows without a rank left out",
-        "1 trainings without a result",
-        "2 trainings that have not ended left out",
+        "1 row without a rank left out",
+        "1 training without a result",
+        "2 unfinished trainings left out",
     ]
 
 
@@ -239,7 +239,7 @@ def test_optuna_s_dataframe(tmp_path: Path) -> None:
     decided = decide(write(tmp_path, text))
     assert [one.rank for one in decided.decision.ranks] == [4, 8, 16]
     assert "rank from column params_lora_r" in decided.understood
-    assert "1 trainings that have not ended left out" in decided.understood
+    assert "1 unfinished training left out" in decided.understood
 
 
 def test_one_number_a_rank_is_not_called_enough(tmp_path: Path) -> None:
@@ -247,3 +247,15 @@ def test_one_number_a_rank_is_not_called_enough(tmp_path: Path) -> None:
     assert not any(" yes " in f"{line} " for line in lines)
     assert "perhaps" in lines[3]
     assert "best so far" in lines[-1]
+
+
+def test_a_column_named_steps_shows_trainings_of_unequal_length() -> None:
+    rows = [{"r": 4, "val_loss": 2.05, "steps": 100}, {"r": 16, "val_loss": 2.001, "steps": 50}]
+    assert "unequal_length" in decide(rows).decision.flags
+
+
+def test_one_number_a_rank_gives_a_curve_without_intervals_of_no_width() -> None:
+    rows = [{"rank": 4, "value": 2.05}, {"rank": 16, "value": 2.001}, {"rank": 64, "value": 2.0}]
+    (line,) = curve_lines(decide(rows).decision)
+    assert "within the margin from rank" in line
+    assert " to " not in line

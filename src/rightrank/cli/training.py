@@ -363,7 +363,7 @@ def _print_decision(decision: Decision, commands: Sequence[str | None]) -> None:
     for line in other_metric_lines(decision):
         click.echo(line)
     safe = safe_choice(decision)
-    for line in [*([safe] if safe else []), *next_lines(decision, commands, 9)]:
+    for line in [*([f"         {safe}"] if safe else []), *next_lines(decision, commands, 9)]:
         click.echo(line)
 
 

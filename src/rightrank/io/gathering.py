@@ -70,10 +70,13 @@ def gather(
         for key, row in empty.items()
         if key not in trainings
     ]
-    notes = [f"{rankless} rows without a rank left out"] * bool(rankless)
-    notes += [f"{repeated} repeated rows left out"] * bool(repeated)
-    notes += [f"{len(missing)} trainings without a result"] * bool(missing)
-    notes += [f"{len(running)} trainings that have not ended left out"] * bool(running)
+    counts = (
+        (rankless, "row", "without a rank left out"),
+        (repeated, "repeated row", "left out"),
+        (len(missing), "training", "without a result"),
+        (len(running), "unfinished training", "left out"),
+    )
+    notes = [f"{count} {noun}{'s' * (count != 1)} {what}" for count, noun, what in counts if count]
     return trainings, missing, notes
 
 

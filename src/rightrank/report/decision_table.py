@@ -132,10 +132,13 @@ def curve_lines(decision: Decision) -> list[str]:
         return []
     top = max(evidence.rank for evidence in decision.ranks)
     law = "" if curve.form != "power" else f" {curve.a:.4g} {curve.b:+.3g}·r^-{curve.c:.2f};"
+    from_rank = f" ({curve.r_margin_low:.0f} to {curve.r_margin_high:.0f})"
+    gain = f" ({_short(curve.gain_to_come_low)} to {_short(curve.gain_to_come_high)})"
+    if decision.basis == "values":  # without a measured noise the intervals have no width
+        from_rank = gain = ""
     return [
-        f"curve:   {curve.form.replace('_', '-')};{law} within the margin from rank {curve.r_margin:.0f} "
-        f"({curve.r_margin_low:.0f} to {curve.r_margin_high:.0f}); expected gain above rank {top}: "
-        f"{_short(curve.gain_to_come)} ({_short(curve.gain_to_come_low)} to {_short(curve.gain_to_come_high)})"
+        f"curve:   {curve.form.replace('_', '-')};{law} within the margin from rank {curve.r_margin:.0f}{from_rank}; "
+        f"expected gain above rank {top}: {_short(curve.gain_to_come)}{gain}"
     ]
 
 
