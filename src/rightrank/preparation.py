@@ -25,7 +25,7 @@ from rightrank.errors import SettingsError
 from rightrank.io.data import DataForm, DataSplits, load_data
 from rightrank.io.model_source import find_model
 from rightrank.io.models import DTYPES, LoadedModel, adopt_model, find_device, load_model, resolve_dtype
-from rightrank.planning.duration import Workload
+from rightrank.planning.duration import Speed, Workload
 from rightrank.planning.selection_plan import SelectionPlan, first_pass_loss, plan_selection, ranks_for_data
 from rightrank.planning.skeleton import is_known
 from rightrank.records import JournalRecord, RunStarted, content_hash
@@ -271,17 +271,27 @@ def _started(request: Request, sources: _Sources, settings: SelectSettings, step
     )
 
 
-def estimate(prepared: Prepared, strategy: Strategy) -> SelectionCost | None:
-    """The time that the selection will take; None if this device has no stored measurement."""
+def estimate(prepared: Prepared, strategy: Strategy, speed: Speed | None = None) -> SelectionCost | None:
+    """The time that the selection will take at `speed`; None without one if this device has no stored measurement."""
     planned = prepared.planned
-    return planned.cost(strategy, workload(prepared)) if planned is not None and planned.is_timed else None
+    if planned is None or (speed is None and not planned.is_timed):
+        return None
+    return planned.cost(strategy, workload(prepared), speed)
 
 
-def workload(prepared: Prepared) -> Workload:
-    """The work of one training, counted over all its batches."""
+def workload(
+    prepared: Prepared, batches: Sequence[Sequence[int]] | None = None, evaluated: Sequence[int] | None = None
+) -> Workload:
+    """The work of one training, counted over all its batches.
+
+    Args:
+        prepared: the selection.
+        batches: training examples of each step; None for those of a whole training.
+        evaluated: validation examples; None for all.
+    """
     data, settings = prepared.runtime.data, prepared.settings
     train = data.splits["train"]
-    batches = prepared.runtime.batch_plan(settings.seeds[0])
+    batches = prepared.runtime.batch_plan(settings.seeds[0]) if batches is None else batches
     size = settings.batch_size
     micro = [batch[start : start + size] for batch in batches for start in range(0, len(batch), size)]
     used = [train[index] for rows in micro for index in rows]
@@ -291,16 +301,17 @@ def workload(prepared: Prepared) -> Workload:
         padded = sum(len(rows) * longest_sequence([train[index] for index in rows]) for rows in micro)
         computed = padded * data.sequences_per_example
     labels = sum(label_count(example) for example in used)
-    trained, evaluated = len({index for rows in micro for index in rows}), len(data.splits["selection"])
+    trained = len({index for rows in micro for index in rows})
+    held_out = len(data.splits["selection"]) if evaluated is None else len(evaluated)
     return Workload(
-        steps=prepared.steps,
+        steps=len(batches),
         examples=trained * data.sequences_per_example,
-        eval_examples=evaluated * data.sequences_per_example,
+        eval_examples=held_out * data.sequences_per_example,
         eval_points=settings.eval_points,
         passes=settings.gradient_accumulation_steps,
         filled=computed / (len(used) * data.sequences_per_example * data.longest),
         labelled=1.0 if data.is_classification else labels / computed,
-        reference=trained / evaluated + 2 if data.is_preference else 0.0,
+        reference=trained / held_out + 2 if data.is_preference else 0.0,
     )
 
 

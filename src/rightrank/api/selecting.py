@@ -127,7 +127,8 @@ def plan_selection(
     Args:
         model: as in `select_rank`, and so are `data`, `tokenizer`, `settings` and `keywords`.
         price_per_hour: of this device, for the price.
-        calibrate: measure a few steps on this device first, for the seconds.
+        calibrate: take the seconds of a calibration, and store it for plans without data; a few steps of this selection
+            are measured otherwise.
 
     Raises:
         InputError: model, data or settings can't be used, or the architecture can't be planned.

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -88,18 +89,23 @@ class Runtime:
         expected = self._expected_examples("train")
         done = 0
         with self.fast_paths.attention():
-            for count in self._filled_once(expected):
+            for count in self._filled_once("train", expected):
                 done += count
                 on_progress(Preparing(items=done, of_items=len(expected), seconds=time.perf_counter() - begun))
                 if should_stop():
                     raise InterruptedRun("stopped before the first training")
 
-    def _filled_once(self, expected: set[int]) -> Iterator[int]:
-        """Yield the number of training examples after each group; a reference is computed from the prefix."""
+    def fill(self, split: SplitName, indices: Iterable[int]) -> None:
+        """Compute what the base alone gives for these examples, in the groups in which it is computed on demand."""
+        with self.fast_paths.attention():
+            deque(self._filled_once(split, set(indices)), maxlen=0)
+
+    def _filled_once(self, split: SplitName, expected: set[int]) -> Iterator[int]:
+        """Yield the number of examples after each group; a reference is computed from the prefix."""
         if self._reference is not None:
-            yield from self._reference.fill("train", expected)
+            yield from self._reference.fill(split, expected)
         elif self.fast_paths.prefix is not None:
-            yield from self.fast_paths.prefix.fill(self.model, "train", expected)
+            yield from self.fast_paths.prefix.fill(self.model, split, expected)
 
     def examples(self, split: SplitName) -> Sequence[EncodedExample]:
         return self.data.splits[split]
@@ -177,7 +183,9 @@ class Runtime:
         return losses, tokens
 
     @torch.no_grad()
-    def evaluate_adapters(self, split: SplitName, multi_lora: MultiLora, adapters: Sequence[str]) -> list[Scores]:
+    def evaluate_adapters(
+        self, split: SplitName, multi_lora: MultiLora, adapters: Sequence[str], only: Sequence[int] | None = None
+    ) -> list[Scores]:
         """As `evaluate`, for several adapters in one pass over the split."""
 
         def losses(batch: Batch) -> BatchLoss:
@@ -185,7 +193,7 @@ class Runtime:
             with multi_lora.routed(arm_batches, self.fast_paths.sequence_packing) as routing:
                 return self._losses(split, concatenated([batch] * len(adapters), self._pad_id), 1.0, routing)
 
-        return self._evaluate(split, len(adapters), losses)
+        return self._evaluate(split, len(adapters), losses, only)
 
     def _evaluate(
         self,

@@ -75,7 +75,7 @@ class Speed:
 
 
 @dataclass(frozen=True, slots=True)
-class _Flops:
+class Flops:
     """Operations of one rank: the steps of a whole training, and one pass over the held-out examples."""
 
     training: float
@@ -108,7 +108,7 @@ def workload_of(settings: PlanSettings) -> Workload:
 def selection_cost(estimator: Estimator, planned: PlannedTrainings, work: Workload, speed: Speed) -> SelectionCost:
     """The cost of the selection, expected and at most."""
     settings = estimator.settings
-    counted = {rank: _flops_of(estimator, rank, work) for rank in settings.ranks}
+    counted = {rank: flops_of(estimator, rank, work) for rank in settings.ranks}
     trainings = []
     for rank, flops in counted.items():
         forward = flops.evaluation * work.eval_points
@@ -116,7 +116,7 @@ def selection_cost(estimator: Estimator, planned: PlannedTrainings, work: Worklo
         trainings.append(
             RankTraining(rank=rank, flops=flops.training + forward, seconds=seconds, price=speed.price(seconds))
         )
-    mean = _Flops(fmean(f.training for f in counted.values()), fmean(f.evaluation for f in counted.values()))
+    mean = Flops(fmean(f.training for f in counted.values()), fmean(f.evaluation for f in counted.values()))
     costliest = max(counted.values(), key=lambda flops: flops.training)
     prefix = _prefix_flops(estimator) * (work.examples + 2 * work.eval_examples) * work.filled
     once = replace(mean, training=0.0)
@@ -132,7 +132,7 @@ def selection_cost(estimator: Estimator, planned: PlannedTrainings, work: Worklo
 
 
 def _extent(
-    trainings: float, extra: float, each: _Flops, once: _Flops, prefix: float, work: Workload, speed: Speed
+    trainings: float, extra: float, each: Flops, once: Flops, prefix: float, work: Workload, speed: Speed
 ) -> Extent:
     training = each.training * trainings
     shared = once.evaluation * (RUN_EVALUATIONS + work.reference) + prefix
@@ -141,7 +141,7 @@ def _extent(
     return Extent(trainings=trainings, flops=training + forward, seconds=seconds, price=speed.price(seconds))
 
 
-def _flops_of(estimator: Estimator, rank: int, work: Workload) -> _Flops:
+def flops_of(estimator: Estimator, rank: int, work: Workload) -> Flops:
     """Operations of one rank, less what the cached prefix and positions without a label save."""
     settings = estimator.settings
     rows = settings.batch_size * settings.arms
@@ -150,7 +150,7 @@ def _flops_of(estimator: Estimator, rank: int, work: Workload) -> _Flops:
     step = estimator.flops(rank) - rows * (prefix + 2 * head)  # the head runs forward and backward
     forward = estimator.forward_flops(rank) - prefix - head
     scale = work.filled
-    return _Flops(step / settings.arms * scale * work.passes * work.steps, forward * scale * work.eval_examples)
+    return Flops(step / settings.arms * scale * work.passes * work.steps, forward * scale * work.eval_examples)
 
 
 def _prefix_flops(estimator: Estimator) -> float:

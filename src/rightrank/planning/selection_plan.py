@@ -17,7 +17,7 @@ from rightrank.io.models import LoadedModel, device_memory
 from rightrank.planning.budget import cheapest_changes, context_bytes, needed, rank_fits
 from rightrank.planning.calibrate import Calibration, stored_calibration
 from rightrank.planning.capacity import MAX_RANK, starting_range
-from rightrank.planning.duration import PlannedTrainings, Workload, selection_cost
+from rightrank.planning.duration import PlannedTrainings, Speed, Workload, selection_cost
 from rightrank.planning.estimate import Estimator
 from rightrank.planning.planner import largest_rank, speed_of, with_measured_process
 from rightrank.records.plan import SelectionCost
@@ -93,14 +93,13 @@ class SelectionPlan:
         """Whether this device is calibrated and the step is traced, so that operations give seconds."""
         return self.calibration is not None and self.estimator.untraceable is None
 
-    def cost(self, strategy: Strategy, work: Workload) -> SelectionCost | None:
-        """The time of the selection; None where it is not timed."""
-        if self.calibration is None or not self.is_timed:
+    def cost(self, strategy: Strategy, work: Workload, speed: Speed | None = None) -> SelectionCost | None:
+        """The time of the selection, at a measured speed or that of the calibration; None where it is not timed."""
+        if speed is None and not self.is_timed:
             return None
         ranked = self.estimator.variant(ranks=self.ranks)
-        return selection_cost(
-            ranked, PlannedTrainings.of(strategy), work, speed_of(self.calibration, self.estimator.settings)
-        )
+        speed = speed or speed_of(self.calibration, self.estimator.settings)
+        return selection_cost(ranked, PlannedTrainings.of(strategy), work, speed)
 
 
 def plan_selection(

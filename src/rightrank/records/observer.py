@@ -39,5 +39,8 @@ class Observer:
     on_cost: Callable[[float], None] = lambda _: None
     """Receives the expected cost in whole trainings, once before the first trial."""
 
+    on_time: Callable[[float], None] = lambda _: None
+    """Receives the expected seconds, once before the first trial, where they are known by then."""
+
     on_cost_limit: Callable[[float], None] = lambda _: None
     """Receives the largest cost in whole trainings that the strategy can have, once before the first trial."""

@@ -52,6 +52,9 @@ class JsonLog:
     def cost_limit(self, trainings: float) -> None:
         self._write("cost_limit", {"trainings_at_most": trainings})
 
+    def time(self, seconds: float) -> None:
+        self._write("time", {"expected_seconds": seconds})
+
     def resume(self, outcomes: Sequence[TrialOutcome]) -> None:
         self._write("resumed", {"trials_ended": len(outcomes)})
 
@@ -89,6 +92,9 @@ class ProgressFile:
 
     def cost_limit(self, trainings: float) -> None:
         self._progress.limit(trainings)
+
+    def time(self, seconds: float) -> None:
+        self._progress.expect_seconds(seconds)
 
     def resume(self, outcomes: Sequence[TrialOutcome]) -> None:
         self._progress.resume(outcomes)

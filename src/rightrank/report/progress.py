@@ -59,6 +59,7 @@ class Progress:
         self._arms = 1
         self._expected: float | None = None  # whole trainings; None: counted in trials
         self._maximum: float | None = None  # whole trainings
+        self._first_pace: float | None = None  # seconds of a whole training, before any step of this process
         self._base_eval_seconds = 0.0  # one evaluation of the validation split
         self._eval_points = 1
         self._budget_seconds: float | None = None
@@ -91,6 +92,12 @@ class Progress:
     def expect(self, trainings: float) -> None:
         """Count in whole trainings, of which so many are expected."""
         self._expected = trainings
+
+    def expect_seconds(self, seconds: float) -> None:
+        """The expected time of the whole selection, known before its first step; call it after `expect`."""
+        if self._expected:
+            self._first_pace = seconds / self._expected
+            self._is_announced = True
 
     def limit(self, trainings: float) -> None:
         """The largest number of whole trainings that the strategy can request."""
@@ -164,7 +171,7 @@ class Progress:
     def remaining_seconds(self) -> float | None:
         """Seconds left for the running trials and, at the mean cost, for those to come; None before the first step."""
         known = [*self._costs, *(seconds for key in self._running if (seconds := self._whole(key)) is not None)]
-        if not known:
+        if not known and self._first_pace is None:
             return None
         if self._expected is not None and (pace := self._pace()) is not None:
             return self._trainings_to_come() * pace + sum(self._left(key, pace) for key in self._running)
@@ -173,12 +180,12 @@ class Progress:
         return waiting * mean + sum(self._left(key, mean) for key in self._running)
 
     def _pace(self) -> float | None:
-        """Seconds of a whole training with its evaluations: of those that ended, else of the one that runs."""
+        """Seconds of a whole training with its evaluations: of those that ended, of the one that runs, or expected."""
         if self._spent > 0:
             return sum(self._costs) / self._spent
         running = [step.seconds / step.step for step in self._steps.values() if step.step > 0]
         if not running or not self._whole_steps:
-            return None
+            return self._first_pace
         return self._whole_steps * sum(running) / len(running) + self._eval_points * self._base_eval_seconds
 
     def _trainings_to_come(self) -> float:

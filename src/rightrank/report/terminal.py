@@ -54,6 +54,9 @@ class LiveView:
     def cost_limit(self, trainings: float) -> None:
         self._progress.limit(trainings)
 
+    def time(self, seconds: float) -> None:
+        self._progress.expect_seconds(seconds)
+
     def resume(self, outcomes: Sequence[TrialOutcome]) -> None:
         self._progress.resume(outcomes)
         self.notice(resume_line(outcomes))
@@ -101,6 +104,9 @@ class PlainView:
 
     def cost_limit(self, trainings: float) -> None:
         self._progress.limit(trainings)
+
+    def time(self, seconds: float) -> None:
+        self._progress.expect_seconds(seconds)
 
     def resume(self, outcomes: Sequence[TrialOutcome]) -> None:
         self._progress.resume(outcomes)

@@ -19,6 +19,8 @@ class View(Protocol):
 
     def cost_limit(self, trainings: float) -> None: ...
 
+    def time(self, seconds: float) -> None: ...
+
     def resume(self, outcomes: Sequence[TrialOutcome]) -> None: ...
 
     def event(self, event: RunEvent) -> None: ...
@@ -43,6 +45,10 @@ def observer_of(views: Sequence[View], notice: Callable[[str], None], should_sto
         for view in views:
             view.cost_limit(trainings)
 
+    def on_time(seconds: float) -> None:
+        for view in views:
+            view.time(seconds)
+
     def on_resume(outcomes: Sequence[TrialOutcome]) -> None:
         for view in views:
             view.resume(outcomes)
@@ -52,6 +58,7 @@ def observer_of(views: Sequence[View], notice: Callable[[str], None], should_sto
         on_plan=on_plan,
         on_cost=on_cost,
         on_cost_limit=on_cost_limit,
+        on_time=on_time,
         on_resume=on_resume,
         notice=notice,
         should_stop=should_stop,
@@ -65,6 +72,7 @@ class _Watched:
         self.plan = observer.on_plan
         self.cost = observer.on_cost
         self.cost_limit = observer.on_cost_limit
+        self.time = observer.on_time
         self.resume = observer.on_resume
         self.event = observer.on_event
 

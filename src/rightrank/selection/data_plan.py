@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 from rightrank.errors import ModelError
@@ -12,6 +13,7 @@ from rightrank.planning.planner import plan_config, speed_of
 from rightrank.preparation import Prepared, Request, prepare, workload
 from rightrank.records.plan import Plan
 from rightrank.selection.preflight import strategy_of
+from rightrank.selection.timing import measured_speed
 from rightrank.settings import PlanSettings
 
 
@@ -21,7 +23,7 @@ def plan_data(request: Request, price_per_hour: float | None = None, measure: bo
     Args:
         request: as for the selection.
         price_per_hour: of this device.
-        measure: calibrate this device first.
+        measure: calibrate this device for plans without data, in place of a few steps of this selection.
 
     Raises:
         InputError: as a selection raises it before its first training.
@@ -40,7 +42,15 @@ def plan_data(request: Request, price_per_hour: float | None = None, measure: bo
         calibration = calibrate(config, settings) if measure else planned.calibration
         trainings = PlannedTrainings.of(strategy_of(prepared))
         fitting = planned.estimator.variant(ranks=planned.ranks)
-        cost = selection_cost(fitting, trainings, workload(prepared), speed_of(calibration, settings))
+        measured = None if measure else measured_speed(prepared)
+        speed = (
+            speed_of(calibration, settings)
+            if measured is None
+            else replace(measured.speed, price_per_hour=price_per_hour)
+        )
+        if measured is not None:
+            notes.append(f"time: measured on this device: {measured.basis()}, then discarded")
+        cost = selection_cost(fitting, trainings, workload(prepared), speed)
         plan = plan_config(config, request.model_name, settings, calibration, selection=cost)
     return plan.model_copy(update={"notes": [*notes, *plan.notes], "data": prepared.started.data})
 

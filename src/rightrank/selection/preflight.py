@@ -10,6 +10,7 @@ from rightrank.decision.metrics import default_margin, kind_of
 from rightrank.decision.precision import NoiseKind, Precision, base_spread, expected_precision, rounded_up
 from rightrank.engine.runtime import Runtime
 from rightrank.errors import SettingsError
+from rightrank.planning.duration import Speed
 from rightrank.preparation import Prepared, Request, estimate, prepare
 from rightrank.records.base import split_name
 from rightrank.records.plan import SelectionCost
@@ -17,6 +18,7 @@ from rightrank.records.preflight import Preflight, PreflightCost, PreflightRank,
 from rightrank.report.terminal import left_out
 from rightrank.selection.executor import require_placeable
 from rightrank.selection.notices import adapter_lines, kind_lines, require_truncated
+from rightrank.selection.timing import measured_speed
 from rightrank.strategies import STRATEGIES, Strategy, make_strategy
 from rightrank.trackers import require_trackers
 
@@ -36,7 +38,10 @@ def preflight(request: Request, price_per_hour: float | None = None) -> Prefligh
     with tempfile.TemporaryDirectory(prefix="rightrank-") as folder:
         prepared = prepare(request, Path(folder) / "cache", notes.append)
         strategy = strategy_of(prepared)
-        found = preflight_of(prepared, strategy, estimate(prepared, strategy), price_per_hour)
+        measured = measured_speed(prepared)
+        found = preflight_of(prepared, strategy, None if measured is None else measured.speed, price_per_hour)
+        if measured is not None:
+            notes.append(f"time: measured on this device: {measured.basis()}, then discarded")
         return found.model_copy(update={"notes": [*notes, *kind_lines(prepared), *adapter_lines(prepared)]})
 
 
@@ -53,9 +58,9 @@ def strategy_of(prepared: Prepared, name: str | None = None) -> Strategy:
 
 
 def preflight_of(
-    prepared: Prepared, strategy: Strategy, cost: SelectionCost | None, price_per_hour: float | None = None
+    prepared: Prepared, strategy: Strategy, speed: Speed | None, price_per_hour: float | None = None
 ) -> Preflight:
-    """The preflight of a prepared selection; `cost` is that of `strategy`, None where this device is not calibrated."""
+    """The preflight of a prepared selection; `speed` is None where no step was measured: then by the calibration, if any."""
     settings, data = prepared.settings, prepared.started.data
     base = _base_losses(prepared.runtime)
     margin = _margin(prepared, base)
@@ -72,7 +77,7 @@ def preflight_of(
         seq_len=settings.seq_len,
         ranks=_ranks(prepared),
         memory_bytes=prepared.planned.memory_bytes if prepared.planned else None,
-        cost=_cost(prepared, strategy, cost, price_per_hour),
+        cost=_cost(prepared, strategy, speed, price_per_hour),
         seeds=len(settings.seeds),
         expected_half_width=precision and precision.half_width,
         undecided_below_margin=precision and precision.undecided_below_margin,
@@ -114,16 +119,14 @@ def _ranks(prepared: Prepared) -> list[PreflightRank]:
     ]
 
 
-def _cost(
-    prepared: Prepared, strategy: Strategy, cost: SelectionCost | None, price_per_hour: float | None
-) -> PreflightCost:
+def _cost(prepared: Prepared, strategy: Strategy, speed: Speed | None, price_per_hour: float | None) -> PreflightCost:
     rows = []
     for name in STRATEGIES:
         try:
             one = strategy if name == strategy.name else strategy_of(prepared, name)
         except SettingsError:
             continue  # the budget of the settings is too small for this one
-        rows.append(_strategy_cost(one, cost if one is strategy else estimate(prepared, one), price_per_hour))
+        rows.append(_strategy_cost(one, estimate(prepared, one, speed), price_per_hour))
     chosen = next(row for row in rows if row.strategy == strategy.name)
     return PreflightCost(**chosen.model_dump(), steps=prepared.steps, strategies=rows)
 

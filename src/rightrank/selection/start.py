@@ -20,6 +20,7 @@ from rightrank.selection.loop import LoopOptions, Selection
 from rightrank.selection.notices import adapter_lines, answers_line, cost_line, kind_lines
 from rightrank.selection.preflight import preflight_of, strategy_of
 from rightrank.selection.rescoring import rescore
+from rightrank.selection.timing import MIN_STEPS, measured_speed, time_line
 from rightrank.settings.migration import renamed_since
 from rightrank.strategies import Strategy, make_strategy
 from rightrank.trackers import Trackers, require_trackers
@@ -62,22 +63,32 @@ def prepare_selection(
     if request.settings.store:
         folder.store = run_store(request.settings.store, prepared.started.fingerprint)
     strategy = strategy_of(prepared)
-    cost = estimate(prepared, strategy)
     goal = prepared.settings.goal
     options = LoopOptions(goal, peak_of=prepared.planned.peak_of) if prepared.planned else LoopOptions(goal)
     report_to = request.settings.report_to
     selection, trackers = open_selection(
         folder, prepared.started, prepared.steps, strategy, options, report_to, observer
     )
-    cost_lines = selection_lines(cost) if cost else [cost_line(strategy, prepared.steps)]
     rescore(folder, selection.records, prepared.runtime, observer.notice)
-    found = preflight_of(prepared, strategy, cost)
+    measured = measured_speed(prepared) if _is_worth_measuring(prepared, selection) else None
+    speed = None if measured is None else measured.speed
+    cost = estimate(prepared, strategy, speed)
+    cost_lines = selection_lines(cost) if cost and not measured else [cost_line(strategy, prepared.steps)]
+    if cost is not None and measured is not None:
+        cost_lines.append(time_line(cost, measured, prepared.settings.budget_hours))
+        observer.on_time(cost.expected.seconds or 0.0)
+    found = preflight_of(prepared, strategy, speed)
     first = [labels_line(found), *memory_lines(found), *cost_lines, *precision_lines(found)]
     for line in [*first, *kind_lines(prepared), *adapter_lines(prepared)]:
         observer.notice(line)
     if end_metrics(prepared.settings):
         observer.notice(answers_line(prepared.settings, prepared.started))
     return PreparedSelection(request, prepared, selection, cost, trackers, observer, guards)
+
+
+def _is_worth_measuring(prepared: Prepared, selection: Selection) -> bool:
+    """Whether trainings are long beside the measured steps, and none has ended, which would give its time."""
+    return prepared.steps >= MIN_STEPS and not any(trial.rank > 0 for trial in selection.records.finished())
 
 
 def open_selection(

@@ -35,7 +35,7 @@ class SelectKeywords(TypedDict, total=False):
     dtype: Literal["auto", "float32", "bfloat16", "float16", "bf16", "fp16", "fp32"]
     num_train_epochs: float
     load_in_4bit: bool
-    optim: Literal["adamw_torch", "adamw_8bit", "adamw_bnb_8bit"]
+    optim: Literal["adamw_torch", "adamw_8bit"]
     device: str
     budget_hours: float
     memory_bytes: int | str  # bytes, or a number with a unit such as "24GiB"

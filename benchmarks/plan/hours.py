@@ -1,0 +1,117 @@
+"""What a selection costs in hours on named GPUs: calculated, not measured. Writes results/hours.json and hours.md.
+
+    python -m benchmarks.plan.hours
+
+    hours = operations of the selection / (peak operations a second · utilisation · 3600)
+
+The operations are `rightrank plan`'s: every operation of a traced step, times the steps and trainings of the strategy, with
+evaluations. Peaks are the vendor's, for BF16 on tensor cores with FP32 accumulation and without sparsity. The utilisation,
+the share of the peak that the steps reach, is an assumption: lower for the small model, whose kernels are short beside
+their launches. Half of it doubles every number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from benchmarks.machine import machine
+from benchmarks.plan.architectures import FULL_CONFIGS
+from benchmarks.results import store
+from rightrank.planning.planner import plan_config
+from rightrank.report.format import duration
+from rightrank.settings import make_plan_settings
+
+HERE = Path(__file__).parent
+RESULT, PAGE = HERE / "results" / "hours.json", HERE / "hours.md"
+UTILISATION = {"SmolLM2-135M": 0.1, "Llama-3.2-3B": 0.3, "Llama-3.1-8B": 0.3}  # assumed
+GIB = 2**30
+RUN: dict[str, Any] = {  # 2,000 examples of 512 tokens once, in batches of 8
+    "strategy": "bracket",
+    "ranks": (1, 4, 16, 64),
+    "steps": 250,
+    "batch_size": 8,
+    "seq_len": 512,
+    "dtype": "bfloat16",
+    "device": "cuda",
+}
+MODELS: dict[str, dict[str, Any]] = {
+    "SmolLM2-135M": {},
+    "Llama-3.2-3B": {"gradient_checkpointing": True},
+    "Llama-3.1-8B": {"gradient_checkpointing": True},
+}
+# Peak TFLOP/s and memory in GiB, with the vendor's document.
+GPUS: dict[str, tuple[float, float, str]] = {
+    "H100 SXM": (989.4, 80, "NVIDIA H100 data sheet (1,979 with sparsity)"),
+    "A100 80 GB": (312.0, 80, "NVIDIA A100 data sheet"),
+    "L40S": (362.05, 48, "NVIDIA L40S data sheet"),
+    "RTX 4090": (165.2, 24, "NVIDIA Ada GPU architecture white paper"),
+    "L4": (121.0, 24, "NVIDIA L4 data sheet (242 with sparsity)"),
+    "RTX 3090": (71.0, 24, "NVIDIA GA102 GPU architecture white paper"),
+}
+
+
+def planned(model: str) -> dict[str, Any]:
+    """Operations, trainings and memory of the selection."""
+    plan = plan_config(FULL_CONFIGS[model](), model, make_plan_settings(RUN | MODELS[model]), prices=False)
+    assert plan.selection is not None
+    return {
+        "expected_flops": plan.selection.expected.flops,
+        "most_flops": plan.selection.most.flops,
+        "expected_trainings": plan.selection.expected.trainings,
+        "most_trainings": plan.selection.most.trainings,
+        "needed_bytes": max(row.needed_bytes for row in plan.ranks),
+        "gradient_checkpointing": MODELS[model].get("gradient_checkpointing", False),
+    }
+
+
+def cell(found: Mapping[str, Any], gpu: str, utilisation: float) -> str:
+    """`4 min, at most 9 min`, or a dash where the highest rank does not fit."""
+    if found["needed_bytes"] > GPUS[gpu][1] * GIB:
+        return "–"
+    speed = GPUS[gpu][0] * 1e12 * utilisation
+    times = (duration(found[name] / speed) for name in ("expected_flops", "most_flops"))
+    return ", at most ".join(times)
+
+
+def table(models: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+    """The table of the page and of docs/how-to/plan.md."""
+    yield f"| GPU (peak) | {' | '.join(models)} |"
+    yield "|---" * (len(models) + 1) + "|"
+    for gpu, (peak, _, _) in GPUS.items():
+        cells = (cell(found, gpu, UTILISATION[name]) for name, found in models.items())
+        yield f"| {gpu} ({peak:.0f} TFLOP/s) | {' | '.join(cells)} |"
+
+
+def page(models: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+    yield "# Hours of a selection on named GPUs\n"
+    yield "**Calculated, not measured.** `python -m benchmarks.plan.hours` writes this page.\n"
+    yield (
+        f"Both answers by `bracket`, ranks {', '.join(map(str, RUN['ranks']))}, all linear modules, 2,000 examples of {RUN['seq_len']} "
+        f"tokens once ({RUN['steps']} steps of {RUN['batch_size']}), bfloat16. Hours are the plan's operations over the vendor's peak times "
+        "an assumed utilisation, below; half of it doubles every number. A dash: the highest rank does not fit.\n"
+    )
+    yield from table(models)
+    yield "\n| model | operations, expected | at most | trainings | memory of rank 64 | blocks recomputed | utilisation, assumed |"
+    yield "|---|---|---|---|---|---|---|"
+    for name, found in models.items():
+        yield (
+            f"| {name} | {found['expected_flops'] / 1e15:,.0f} PFLOP | {found['most_flops'] / 1e15:,.0f} PFLOP | "
+            f"{found['expected_trainings']:.3g}, at most {found['most_trainings']:.3g} | {found['needed_bytes'] / GIB:.1f} GiB | "
+            f"{'yes' if found['gradient_checkpointing'] else 'no'} | {UTILISATION[name]:.0%} |"
+        )
+    yield "\n| GPU | memory | source of the peak, dense BF16 with FP32 accumulation |"
+    yield "|---|---|---|"
+    for gpu, (_, memory, source) in GPUS.items():
+        yield f"| {gpu} | {memory:.0f} GiB | {source} |"
+
+
+def main() -> None:
+    models = {name: planned(name) for name in MODELS}
+    store({**machine(), "utilisation": UTILISATION, "run": RUN, "models": models}, RESULT)
+    PAGE.write_text("\n".join(page(models)) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
