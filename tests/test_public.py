@@ -13,7 +13,7 @@ import pytest
 
 import rightrank
 from rightrank.cli import cli
-from rightrank.settings import SelectKeywords, SelectSettings
+from rightrank.settings import PlanKeywords, PlanSettings, SelectKeywords, SelectSettings
 
 NOT_SETTINGS = {
     "model",
@@ -149,6 +149,12 @@ def test_keywords_are_the_command_s_options_and_settings_of_that_type() -> None:
         setting = SelectSettings.model_fields[name].annotation
         allowed = plain(setting) | {one for kind in plain(setting) if isinstance(kind, tuple) for one in kind[1:]}
         assert plain(hint) <= allowed | OTHER_KINDS.get(name, set()), name
+
+
+def test_keywords_of_plan_are_the_command_s_options() -> None:
+    options = {parameter.name for parameter in cli.commands["plan"].params}
+    assert get_type_hints(PlanKeywords).keys() == options - {"model", "data", "assignments", "config_file", "as_json"}
+    assert get_type_hints(PlanKeywords).keys() <= PlanSettings.model_fields.keys()
 
 
 def plain(hint: object) -> set[object]:

@@ -14,6 +14,7 @@ from rightrank.decision.run import Records, comparable, decide_on, metrics_of, r
 from rightrank.errors import ResultsError
 from rightrank.io.judgements import are_judgements, judgements_of
 from rightrank.io.results import TableOptions, flat, raw_rows, results_of_rows, rows_of_mappings
+from rightrank.io.rows import records_of_frame
 from rightrank.io.run_folder import RunFolder
 from rightrank.report.next_command import next_commands
 from rightrank.returns import Decided
@@ -47,7 +48,7 @@ def decide_results(
     if isinstance(results, str | Path):
         where, rows = str(results), raw_rows(Path(results))
     else:
-        listed = list(results)
+        listed = list(records_of_frame(results))
         paths = [Path(one) for one in listed if isinstance(one, str | Path)]
         if paths:
             return _decide_several(paths, question)

@@ -11,7 +11,7 @@ from rightrank.errors import ResultsError
 from rightrank.records import AdapterAnswer, AdapterCandidate, Decision, HandedOver, Sample, SweepRow
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Selected:
     """The result of a selection: both answers, and where run folder, adapter and report are."""
 
@@ -63,6 +63,14 @@ class Selected:
         """The rank to train at; None if that is undecided or was not requested."""
         return None if self.decided is None else self.decided.rank
 
+    def __repr__(self) -> str:
+        """The ranks and where they are, on one line; `print` shows the answers."""
+        verdict = None if self.decided is None else self.decided.verdict
+        return (
+            f"Selected(adapter_rank={self.adapter_rank}, training_rank={self.training_rank}, verdict={verdict!r}, "
+            f"run={str(self.run)!r})"
+        )
+
     def __str__(self) -> str:
         """Both answers in a few lines; the fields hold the rest."""
         from rightrank.report.decision_table import next_lines, safe_choice
@@ -94,7 +102,7 @@ class Selected:
         return "".join(parts)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Decided:
     """A decision on results that exist, and how the table was read."""
 
@@ -107,6 +115,11 @@ class Decided:
     def next_command(self) -> str | None:
         """The first of them; None if there is none."""
         return _first(self.next_commands)
+
+    def __repr__(self) -> str:
+        """The answer on one line; `print` shows it in full."""
+        found = self.decision
+        return f"Decided(rank={found.rank}, verdict={found.verdict!r}, margin={found.margin:g})"
 
     def __str__(self) -> str:
         from rightrank.report.decision_table import next_lines, safe_choice

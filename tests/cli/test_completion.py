@@ -14,7 +14,8 @@ from rightrank.cli.handing_over import TARGETS as OFFERED
 from rightrank.errors import SettingsError
 from rightrank.exports.study import TARGET as STUDY
 from rightrank.exports.targets import TARGETS
-from rightrank.settings import make_settings
+from rightrank.settings import SelectSettings, make_settings
+from rightrank.settings.habits import HABITS
 from rightrank.strategies import STRATEGIES
 from tests.report.runs import journal_of
 
@@ -51,7 +52,9 @@ def test_ctrl_c_in_watch_does_not_say_that_the_training_stopped(
 
 
 def test_an_unknown_setting_is_answered_with_the_nearest_names() -> None:
-    with pytest.raises(SettingsError, match=r"unknown setting 'lr'; the nearest: (\w+), (\w+), (\w+)$"):
+    with pytest.raises(SettingsError, match=r"unknown setting 'zzz'; the nearest: (\w+), (\w+), (\w+)$"):
+        make_settings({"zzz": 1e-3})
+    with pytest.raises(SettingsError, match=r"unknown setting 'lr' \(did you mean 'learning_rates'\?\)$"):
         make_settings({"lr": 1e-3})
     with pytest.raises(SettingsError, match="did you mean 'seq_len'"):
         make_settings({"seqlen": 8})
@@ -67,5 +70,6 @@ def test_help_lists_the_commands_in_the_order_of_use_and_no_line_is_shortened() 
 
 def test_habits_of_other_trainers_name_options_that_exist() -> None:
     options = {name for parameter in cli.commands["select"].params for name in parameter.opts}
-    assert set(MEANT.values()) <= options
-    assert not set(MEANT) & options
+    assert set(HABITS.values()) <= SelectSettings.model_fields.keys()
+    assert {to for name, to in MEANT.items() if to not in options} == {"--lora-dropout"}  # given by --set
+    assert set(MEANT) & options == {"--time", "--memory"}  # settings of other names

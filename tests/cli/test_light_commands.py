@@ -22,6 +22,8 @@ except SystemExit as ended:
 print(sorted({"torch", "transformers"} & set(sys.modules)), file=sys.stderr)
 """
 
+REFUSED = CODE.replace("ended.code == 0", "ended.code == 2")
+
 
 @pytest.fixture
 def run_folder(tmp_path: Path) -> Path:
@@ -29,6 +31,14 @@ def run_folder(tmp_path: Path) -> Path:
     shutil.copytree(RUN, folder)
     shutil.copytree(next((folder / "trials").iterdir()), folder / "adapter")
     return folder
+
+
+def test_the_adapter_of_a_run_folder_is_named_without_torch(run_folder: Path) -> None:
+    for command in (["inspect", str(run_folder)], ["resize", str(run_folder), "out", "--rank", "1"]):
+        done = subprocess.run([sys.executable, "-c", REFUSED, *command], capture_output=True, text=True)
+        message, modules = done.stderr.splitlines()
+        assert message.endswith(f"give {run_folder / 'adapter'}, the adapter in it")
+        assert modules == "[]"
 
 
 @pytest.mark.parametrize("command", [["status"], ["watch"], ["decide"], ["export", "--to", "vllm"], ["repair"]])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pandas
 import pytest
 
 from rightrank.api import decide
@@ -252,6 +253,13 @@ def test_one_number_a_rank_is_not_called_enough(tmp_path: Path) -> None:
 def test_a_column_named_steps_shows_trainings_of_unequal_length() -> None:
     rows = [{"r": 4, "val_loss": 2.05, "steps": 100}, {"r": 16, "val_loss": 2.001, "steps": 50}]
     assert "unequal_length" in decide(rows).decision.flags
+
+
+def test_a_data_frame_is_decided_as_its_rows() -> None:
+    rows = [{"rank": 4, "value": 2.05}, {"rank": 16, "value": 2.001}, {"rank": 64, "value": None}]
+    decided = decide(pandas.DataFrame(rows))
+    assert decided.decision == decide(rows).decision
+    assert repr(decided) == "Decided(rank=16, verdict='rising', margin=0.02001)"
 
 
 def test_one_number_a_rank_gives_a_curve_without_intervals_of_no_width() -> None:

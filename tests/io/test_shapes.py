@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pandas
 import pytest
 
 from rightrank.errors import DataError
@@ -183,6 +184,15 @@ def test_labels_of_other_types_are_classes(tmp_path: Path, first: object) -> Non
     assert splits.classes == (["False", "True"] if first is True else ["0", "1"])
     with pytest.raises(DataError, match=r"`label`: got a float; give an integer or a name"):
         loaded(tmp_path, [{"text": "a", "label": 0.5}])
+
+
+def test_a_data_frame_is_read_as_its_rows() -> None:
+    rows = [{"prompt": text, "completion": "yes"} for text in TEXTS]
+    settings = small_settings()
+    assert load_data(pandas.DataFrame(rows), settings).fingerprint == load_data(rows, settings).fingerprint
+    missing = pandas.DataFrame([*rows, {"prompt": "a", "completion": None}])
+    with pytest.raises(DataError, match=r"row 101: `completion`: got nothing"):
+        load_data(missing, settings)
 
 
 def test_a_spreadsheet_with_semicolons(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from rightrank.errors import SettingsError
+from rightrank.io.adapter_place import require_adapter_folder
 from rightrank.records.probe import Allocation, AllocationTrial, Inspection, Resized, ResizedTogether
 from rightrank.settings import SelectSettings, make_settings
 from rightrank.settings.resize import ResizeOptions, ResizeRule
@@ -25,6 +26,8 @@ def inspect(
         InputError: not a readable adapter or checkpoint, or two that don't belong together.
     """
     if adapter is not None and finetuned is None:
+        _require_adapters([adapter])
+
         from rightrank.probe.adapter_spectra import inspect_adapter
 
         return inspect_adapter(Path(adapter), None if base is None else Path(base))
@@ -33,6 +36,13 @@ def inspect(
 
         return inspect_checkpoints(Path(base), Path(finetuned))
     raise SettingsError("give an adapter folder, or two checkpoints as base and finetuned (--base A --finetuned B)")
+
+
+def _require_adapters(places: Sequence[str | Path]) -> None:
+    """Refuse a missing folder, or one without an adapter, before torch is imported; files are left to their reader."""
+    for place in map(Path, places):
+        if not place.is_file():
+            require_adapter_folder(place)
 
 
 def inspect_gradient(model: str, data: str | Path, *, settings: SelectSettings | None = None) -> Inspection:
@@ -66,9 +76,12 @@ def resize(
         InputError: the adapter, the rule, the data or `out` can't be used; nothing was written.
         RunError: recovery started and could not finish.
     """
+    rule = ResizeRule(rank, energy, noise, None if data is None else Path(data))
+    rule.require_one()
+    _require_adapters([adapter])
+
     from rightrank.probe.resize import resize_adapter
 
-    rule = ResizeRule(rank, energy, noise, None if data is None else Path(data))
     return resize_adapter(Path(adapter), Path(out), rule, options or ResizeOptions())
 
 
@@ -88,9 +101,12 @@ def resize_together(
     Raises:
         InputError: one of the adapters can't be used, or two have the same name; nothing was written.
     """
+    rule = ResizeRule(rank, energy, noise)
+    rule.require_one()
+    _require_adapters(adapters)
+
     from rightrank.probe.resize import resize_together as resize_all
 
-    rule = ResizeRule(rank, energy, noise)
     return resize_all([Path(adapter) for adapter in adapters], Path(out), rule, options or ResizeOptions())
 
 

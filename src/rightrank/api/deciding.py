@@ -4,23 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 from rightrank.records.plan import Plan
 from rightrank.returns import Decided
-from rightrank.settings import PlanSettings, make_plan_settings
+from rightrank.settings import PlanKeywords, PlanSettings, make_plan_settings
 
 if TYPE_CHECKING:
     from rightrank.selection.judging import JudgedRun
 
 
-def plan(model: str, *, settings: PlanSettings | None = None) -> Plan:
+def plan(model: str, *, settings: PlanSettings | None = None, **keywords: Unpack[PlanKeywords]) -> Plan:
     """Predict parameters, memory and time of every rank, without weights and before any training.
 
     Args:
         model: a folder that holds at least `config.json`, a GGUF file, or a hub name.
         settings: see `PlanSettings`; None for the defaults. Without `memory_bytes` the budget is the memory of the
             CUDA device, if there is one.
+        keywords: the command's options by name, such as `ranks=(8, 16), memory_bytes="24GiB"`; they override `settings`.
 
     Raises:
         InputError: the model, its modules, a rank or a length can't be used.
@@ -28,7 +29,8 @@ def plan(model: str, *, settings: PlanSettings | None = None) -> Plan:
     from rightrank.io.models import device_memory
     from rightrank.planning.planner import make_plan
 
-    settings = settings or make_plan_settings({})
+    given = {} if settings is None else settings.model_dump(include=settings.model_fields_set)
+    settings = make_plan_settings(given | keywords)
     if settings.memory_bytes is None and settings.device == "cuda":
         settings = settings.model_copy(update={"memory_bytes": device_memory()})
     return make_plan(model, settings)

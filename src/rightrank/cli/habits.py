@@ -4,23 +4,12 @@ from __future__ import annotations
 
 import click
 
-# Options of other trainers, and single forms of ours.
-MEANT = {
-    **dict.fromkeys(("--lr", "--learning-rate", "--learning_rate"), "--learning-rates"),
-    **dict.fromkeys(("--rank", "--r", "--lora-r", "--lora-rank"), "--ranks"),
-    **dict.fromkeys(("--seed",), "--seeds"),
-    **dict.fromkeys(("--epochs", "--num-epochs"), "--num-train-epochs"),
-    **dict.fromkeys(("--steps", "--max-iters"), "--max-steps"),
-    **dict.fromkeys(("--alpha",), "--lora-alpha"),
-    **dict.fromkeys(("--layers",), "--layers-to-transform"),
-    **dict.fromkeys(("--targets", "--lora-target-modules"), "--target-modules"),
-    **dict.fromkeys(("--max-length", "--max-seq-length", "--cutoff-len"), "--seq-len"),
-    **dict.fromkeys(("--per-device-train-batch-size", "--train-batch-size"), "--batch-size"),
-    **dict.fromkeys(("--out-dir", "--output", "--output-dir", "--run", "-o"), "--out"),
-    **dict.fromkeys(("--bf16", "--fp16"), "--dtype"),
-    **dict.fromkeys(("--gpus", "--num-workers"), "--workers"),
-    **dict.fromkeys(("--time-budget", "--budget", "--budget-hours"), "--time"),
-}
+from rightrank.settings.habits import HABITS
+
+OPTION_OF = {"budget_hours": "--time", "memory_bytes": "--memory"}  # options that are not called as their setting
+OUTPUTS = ("--out-dir", "--output", "--output-dir", "--run", "-o")
+MEANT = {f"--{name.replace('_', '-')}": OPTION_OF.get(to, f"--{to.replace('_', '-')}") for name, to in HABITS.items()}
+MEANT |= dict.fromkeys(OUTPUTS, "--out")
 
 
 def unknown_option(error: click.NoSuchOption) -> str:
@@ -34,7 +23,8 @@ def unknown_option(error: click.NoSuchOption) -> str:
     meant = MEANT.get(error.option_name)
     if meant in options:
         return f"no such option {error.option_name} (did you mean {meant}?)"
-    setting = error.option_name.removeprefix("--").replace("-", "_")
+    name = error.option_name.removeprefix("--").replace("-", "_")
+    setting = HABITS.get(name, name)
     if "--set" in options and command is not None and setting in _settings_of(command.name):
         return f"no such option {error.option_name}; give it as --set {setting}=VALUE"
     return error.format_message()

@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from rightrank.errors import ModelError, RunFolderError
+from rightrank.io.adapter_place import CONFIG_FILE, require_adapter_folder
 from rightrank.io.files import replacing_folder, require_absent
 from rightrank.io.lora_files import (
     FACTOR,
@@ -42,7 +43,6 @@ MIN_VALUE, MAX_VALUE = float(np.finfo(np.float32).smallest_subnormal), float(np.
 MIN_ALPHA, MAX_ALPHA = 1e-9, 1e9
 MAX_CONFIG_BYTES = 16 * 2**20  # bytes
 
-CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 # Options with which the adapter's update is not s·B·A.
@@ -248,14 +248,7 @@ def write_adapter(out: Path, config: Mapping[str, Any], tensors: Mapping[str, to
 
 def _read_config(path: Path) -> dict[str, Any]:
     file = path / CONFIG_FILE
-    if not path.exists():
-        raise ModelError(f"{path}: no such folder; give an adapter folder, one that PEFT's save_pretrained wrote")
-    if not path.is_dir():
-        raise ModelError(f"{path}: a file; give the adapter's folder, the one that holds {CONFIG_FILE}")
-    if not file.exists():
-        hint = "it is a whole model: compare two with --base A --finetuned B" if (path / "config.json").exists() else ""
-        hint = hint or "give a folder that PEFT's save_pretrained wrote"
-        raise ModelError(f"{path}: not an adapter, there is no {CONFIG_FILE}; {hint}")
+    require_adapter_folder(path)
     try:
         config = read_json_object(file, MAX_CONFIG_BYTES)
     except UnreadableError as error:

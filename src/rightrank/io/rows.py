@@ -110,14 +110,23 @@ def rows_from_memory(source: Any) -> RowsBySplit:
         DataError: a split with an unknown name; while iterating: a row that is not a mapping.
     """
     if not isinstance(source, Mapping):
-        return {None: _memory_rows(source, "row")}
+        return {None: _memory_rows(records_of_frame(source), "row")}
     found: RowsBySplit = {}
     for name, rows in source.items():
         split = SPLIT_NAMES.get(str(name))
         if split is None:
             raise DataError(f"split {name!r} is not known; allowed: {', '.join(SPLIT_NAMES)}")
-        found[split] = chain(found.get(split, ()), _memory_rows(rows, f"{name} row"))
+        found[split] = chain(found.get(split, ()), _memory_rows(records_of_frame(rows), f"{name} row"))
     return found
+
+
+def records_of_frame(rows: Any) -> Any:
+    """The rows of a pandas or polars DataFrame as mappings, missing values as None; anything else as it is."""
+    if hasattr(rows, "to_dicts"):
+        return rows.to_dicts()
+    if not (hasattr(rows, "itertuples") and hasattr(rows, "to_dict")):
+        return rows
+    return [{name: None if value != value else value for name, value in row.items()} for row in rows.to_dict("records")]
 
 
 def _memory_rows(rows: Iterable[Any], what: str) -> Iterator[Row]:

@@ -8,7 +8,7 @@ from rightrank.settings.identity import (
     settings_of_identity,
     with_identity_of,
 )
-from rightrank.settings.keywords import SelectKeywords
+from rightrank.settings.keywords import PlanKeywords, SelectKeywords
 from rightrank.settings.metric_spec import MetricSpec, parse_metric
 from rightrank.settings.plan import DEFAULT_PLAN_RANKS, OptimizerName, PlanSettings, make_plan_settings
 from rightrank.settings.select import (
@@ -33,6 +33,7 @@ __all__ = [
     "Goal",
     "MetricSpec",
     "OptimizerName",
+    "PlanKeywords",
     "PlanSettings",
     "Scaling",
     "SelectKeywords",

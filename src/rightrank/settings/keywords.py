@@ -8,6 +8,31 @@ from typing import Literal, TypedDict
 from rightrank.settings.select import Goal
 
 
+class PlanKeywords(TypedDict, total=False):
+    """The settings that most plans use. Pass all others through `settings`."""
+
+    ranks: Sequence[int]
+    target_modules: Sequence[str] | str
+    layers_to_transform: Sequence[int]
+    modules_to_save: Sequence[str] | str
+    use_dora: bool
+    batch_size: int
+    seq_len: int
+    dtype: Literal["float32", "bfloat16", "float16", "bf16", "fp16", "fp32"]
+    gradient_checkpointing: bool
+    load_in_4bit: bool
+    load_in_8bit: bool
+    optimizer: str
+    loss: str
+    strategy: str
+    steps: int
+    calibrate: bool
+    arms: int
+    device: str
+    memory_bytes: int | str  # bytes, or a number with a unit such as "24GiB"
+    price_per_hour: float
+
+
 class SelectKeywords(TypedDict, total=False):
     """The settings that most selections use. Pass all others through `settings`."""
 

@@ -12,6 +12,7 @@ from pydantic import BaseModel, BeforeValidator, Field, ValidationError
 
 from rightrank.errors import SettingsError, did_you_mean
 from rightrank.records.base import MAX_WHOLE
+from rightrank.settings.habits import HABITS
 
 AnySettings = TypeVar("AnySettings", bound=BaseModel)
 FileFormat: TypeAlias = Literal["kohya", "diffusers"]  # of LoRA files
@@ -83,7 +84,10 @@ def checked(kind: type[AnySettings], values: Mapping[str, object]) -> AnySetting
     """
     unknown = [name for name in values if name not in kind.model_fields]
     if unknown:
-        near = did_you_mean(unknown[0], kind.model_fields)
+        meant = HABITS.get(unknown[0], "")
+        near = (
+            f" (did you mean {meant!r}?)" if meant in kind.model_fields else did_you_mean(unknown[0], kind.model_fields)
+        )
         nearest = ", ".join(get_close_matches(unknown[0], kind.model_fields, n=NEAREST_NAMES, cutoff=0.0))
         raise SettingsError(f"unknown setting {unknown[0]!r}{near or '; the nearest: ' + nearest}")
     try:
