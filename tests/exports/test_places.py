@@ -12,9 +12,10 @@ import pytest
 import yaml
 
 from rightrank import export, select_rank
+from rightrank.exports.configs import axolotl, llamafactory
 from rightrank.exports.recipe import Recipe, recipe_of
 from rightrank.exports.targets import TARGETS, write_export
-from rightrank.exports.trainers import axolotl, llamafactory, trl
+from rightrank.exports.trainers import trl
 from rightrank.io.run_folder import RunFolder
 from rightrank.records import RunStarted, TrialFinished
 from tests.tiny import small_settings

@@ -19,10 +19,11 @@ import yaml
 
 from rightrank import Selected, export, inspect, select_rank, write_report
 from rightrank.errors import ResultsError, RunFolderError, SettingsError
+from rightrank.exports.configs import axolotl
 from rightrank.exports.recipe import Recipe, recipe_of
 from rightrank.exports.servers import VLLM_RANKS, served_rank
 from rightrank.exports.targets import SERVERS, TARGETS, write_export
-from rightrank.exports.trainers import axolotl, trl
+from rightrank.exports.trainers import trl
 from rightrank.io.run_folder import RunFolder
 from rightrank.records import RunStarted, TrialFinished
 from tests.tiny import small_settings

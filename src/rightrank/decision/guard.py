@@ -64,17 +64,7 @@ def guarded(
         margin: how much worse than the base is still allowed, nats.
         before: the guard of an earlier answer of the same run, which `answer` may already keep.
     """
-    losses = {(one.trial_id, one.file): one for one in evaluated}
-    bases = {one.file: one for one in losses.values() if one.rank == 0}
-    files, table = files_of(outcomes, question)
-    against = Against(files[answer.reference_id], table, answer.margin, question.trusts_values)
-    measured = [
-        _Measured(
-            file, against.judged(file), {name: _against_base(losses[trial_id, name], bases[name]) for name in bases}
-        )
-        for trial_id, file in files.items()
-        if all((trial_id, name) in losses for name in bases)
-    ]
+    measured = _measured(answer, outcomes, question, evaluated)
     task_rank, task_id = answer.rank, answer.trial_id
     if before is not None and before.task_rank <= answer.rank:
         task_rank, task_id = before.task_rank, before.task_trial_id
@@ -84,17 +74,9 @@ def guarded(
     chosen_id = task_id
     if both and task_id not in {one.task.trial_id for one in both}:
         chosen_id = min(both, key=lambda one: (one.task.rank, one.file.loss, one.task.trial_id)).task.trial_id
-    chosen = next(one for one in measured if one.task.trial_id == chosen_id)
-    judged = [
-        GuardFile(
-            file=name,
-            difference=found.mean,
-            difference_high=found.bound(confidence),
-            holds=found.bound(confidence) < margin,
-            examples=found.examples,
-        )
-        for name, found in chosen.guards.items()
-    ]
+    by_id = {one.task.trial_id: one for one in measured}
+    chosen = by_id[chosen_id]
+    judged = [_file(name, found, confidence, margin) for name, found in chosen.guards.items()]
     worst = max(judged, key=lambda one: one.difference_high)
     rows = sorted(measured, key=lambda one: (-one.task.rank, one.task.how, one.file.trial.learning_rate))
     guard = GuardAnswer(
@@ -107,12 +89,34 @@ def guarded(
         task_rank=task_rank,
         task_trial_id=task_id,
         candidates=[_candidate(one, confidence, margin) for one in rows],
-        sentence=_sentence(
-            chosen, worst, next(one for one in measured if one.task.trial_id == task_id), margin, confidence
-        ),
+        sentence=_sentence(chosen, worst, by_id[task_id], margin, confidence),
         next_run=None if worst.holds else _next_run(measured, chosen, margin, confidence),
     )
     return (answer if chosen_id == answer.trial_id else _moved(answer, chosen)), guard
+
+
+def _measured(
+    answer: AdapterAnswer, outcomes: Sequence[TrialOutcome], question: Question, evaluated: Iterable[GuardEvaluated]
+) -> list[_Measured]:
+    """Every adapter that was measured on all guard files, against the base there and the reference on the task."""
+    losses = {(one.trial_id, one.file): one for one in evaluated}
+    bases = {one.file: one for one in losses.values() if one.rank == 0}
+    files, table = files_of(outcomes, question)
+    against = Against(files[answer.reference_id], table, answer.margin, question.trusts_values)
+    return [
+        _Measured(
+            file, against.judged(file), {name: _against_base(losses[trial_id, name], bases[name]) for name in bases}
+        )
+        for trial_id, file in files.items()
+        if all((trial_id, name) in losses for name in bases)
+    ]
+
+
+def _file(name: str, found: Estimate, confidence: float, margin: float) -> GuardFile:
+    high = found.bound(confidence)
+    return GuardFile(
+        file=name, difference=found.mean, difference_high=high, holds=high < margin, examples=found.examples
+    )
 
 
 def _against_base(one: GuardEvaluated, base: GuardEvaluated) -> Estimate:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 from rightrank.exports.recipe import Recipe
-from rightrank.exports.trainers import Written
+from rightrank.exports.written import Written
 
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"  # the name that diffusers looks for
 KOHYA_FILE = "adapter.safetensors"

@@ -15,6 +15,17 @@ from rightrank.io.reading import UnreadableError, read_json_object
 from rightrank.maths.scaling import peft_scaling
 from rightrank.records import RunStarted, TrialFinished
 
+SETTINGS: dict[str, Any] = {  # of a run that a recipe has under the same name, with the values of runs that lack them
+    "batch_size": 8,
+    "gradient_accumulation_steps": 1,
+    "lr_scheduler_type": "linear",
+    "weight_decay": 0.0,
+    "max_grad_norm": 1.0,
+    "dtype": "float32",
+    "beta": 0.1,
+    "loraplus_lr_ratio": None,
+    "optim": "adamw_torch",
+}
 UNKNOWN_MODEL, UNKNOWN_DATA = "path/to/model", "path/to/data.jsonl"
 
 
@@ -61,6 +72,11 @@ class Recipe:
     guard: str = ""  # how the adapter does on the guard's data, in a sentence
 
     shape: str | None = None  # how rows of other columns became the form: see `io.shapes`
+    use_dora: bool = False
+    target_parameters: tuple[str, ...] = ()
+    peft_options: Mapping[str, Any] = field(default_factory=dict)  # further fields of LoraConfig
+    loraplus_lr_ratio: float | None = None
+    optim: str = "adamw_torch"
 
     @property
     def columns(self) -> dict[str, str]:
@@ -71,12 +87,6 @@ class Recipe:
     def located(self) -> Recipe:
         """The recipe with absolute paths of model and data, so that its files work from any folder."""
         return replace(self, model=_absolute(self.model), data=_absolute(self.data))
-
-    use_dora: bool = False
-    target_parameters: tuple[str, ...] = ()
-    peft_options: Mapping[str, Any] = field(default_factory=dict)  # further fields of LoraConfig
-    loraplus_lr_ratio: float | None = None
-    optim: str = "adamw_torch"
 
     @property
     def kind(self) -> dict[str, Any]:
@@ -166,7 +176,6 @@ def recipe_of(
     settings: Mapping[str, Any] = started.settings
     making = making_of(trial, finished)
     is_trained = making.trained_rank == config["r"]
-    layers = config.get("layers_to_transform")
     return Recipe(
         model=_named(settings.get("model"), UNKNOWN_MODEL),
         data=_named(settings.get("data"), UNKNOWN_DATA),
@@ -174,38 +183,38 @@ def recipe_of(
         shape=started.data.shape,
         classes=started.data.classes,
         adapter=adapter,
-        r=config["r"],
-        lora_alpha=config["lora_alpha"],
-        use_rslora=config.get("use_rslora", False),
-        lora_dropout=config.get("lora_dropout", 0.0),
-        bias=config.get("bias", "none"),
-        task_type=config.get("task_type") or "CAUSAL_LM",
-        target_modules=tuple(sorted(config["target_modules"])),
         module_names=_module_names(adapter),
-        layers_to_transform=None if layers is None else tuple([layers] if isinstance(layers, int) else layers),
-        modules_to_save=tuple(config.get("modules_to_save") or ()),
-        rank_pattern=config.get("rank_pattern") or {},
-        alpha_pattern=config.get("alpha_pattern") or {},
         learning_rate=making.learning_rate,
         max_steps=making.steps,
-        batch_size=settings.get("batch_size", 8),
-        gradient_accumulation_steps=settings.get("gradient_accumulation_steps", 1),
         max_length=settings.get("seq_len", 512),
-        lr_scheduler_type=settings.get("lr_scheduler_type", "linear"),
         warmup_steps=math.ceil(settings.get("warmup_ratio", 0.0) * making.steps),
-        weight_decay=settings.get("weight_decay", 0.0),
-        max_grad_norm=settings.get("max_grad_norm", 1.0),
-        dtype=settings.get("dtype", "float32"),
         seed=trial.seed,
-        beta=settings.get("beta", 0.1),
         making=making,
         trained_alpha=config["lora_alpha"] if is_trained else _trained_alpha(settings, trial, making),
-        use_dora=bool(config.get("use_dora")),
-        target_parameters=tuple(sorted(config.get("target_parameters") or ())),
         peft_options=settings.get("peft_options") or {},
-        loraplus_lr_ratio=settings.get("loraplus_lr_ratio"),
-        optim=settings.get("optim", "adamw_torch"),
+        **{name: settings.get(name, default) for name, default in SETTINGS.items()},
+        **_adapter_fields(config),
     )
+
+
+def _adapter_fields(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a recipe that PEFT's configuration of the adapter gives."""
+    layers = config.get("layers_to_transform")
+    return {
+        "r": config["r"],
+        "lora_alpha": config["lora_alpha"],
+        "use_rslora": config.get("use_rslora", False),
+        "lora_dropout": config.get("lora_dropout", 0.0),
+        "bias": config.get("bias", "none"),
+        "task_type": config.get("task_type") or "CAUSAL_LM",
+        "target_modules": tuple(sorted(config["target_modules"])),
+        "layers_to_transform": None if layers is None else tuple([layers] if isinstance(layers, int) else layers),
+        "modules_to_save": tuple(config.get("modules_to_save") or ()),
+        "rank_pattern": config.get("rank_pattern") or {},
+        "alpha_pattern": config.get("alpha_pattern") or {},
+        "use_dora": bool(config.get("use_dora")),
+        "target_parameters": tuple(sorted(config.get("target_parameters") or ())),
+    }
 
 
 def _trained_alpha(settings: Mapping[str, Any], trial: TrialFinished, making: Making) -> float:

@@ -6,7 +6,7 @@ import shlex
 
 from rightrank.errors import ResultsError
 from rightrank.exports.recipe import Recipe
-from rightrank.exports.trainers import Written
+from rightrank.exports.written import Written
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # vllm/config/lora.py, MaxLoRARanks
 LOOPBACK = "127.0.0.1"  # vLLM's default is every interface; the others default to this one

@@ -2,46 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import shlex
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
-import yaml
-
 from rightrank.exports.recipe import Recipe
-from rightrank.settings.values import FileFormat
-
-_STRINGS = "the file is for a `prompt`, `chosen` and `rejected` of text"
-
-
-# Data of other columns that a trainer knows by name; see `io.shapes`.
-AXOLOTL_SHAPES: dict[str, dict[str, Any]] = {
-    "alpaca": {"type": "alpaca"},
-    "sharegpt": {
-        "type": "chat_template",
-        "field_messages": "conversations",
-        "message_property_mappings": {"role": "from", "content": "value"},
-    },
-}
-LLAMAFACTORY_SHAPES: dict[str, dict[str, Any]] = {
-    "alpaca": {"columns": {"prompt": "instruction", "query": "input", "response": "output"}},
-    "sharegpt": {"formatting": "sharegpt", "columns": {"messages": "conversations"}},
-}
-
-
-@dataclass(frozen=True, slots=True)
-class Written:
-    """The files of a target by name, the command that uses them, and what the target cannot express."""
-
-    files: dict[str, str]
-    command: str
-    notes: list[str] = field(default_factory=list)
-    with_adapter: bool = False  # copy the files of the adapter too
-    lora_files: Mapping[str, tuple[FileFormat, str]] = field(
-        default_factory=dict
-    )  # by name, the format and the model's part
+from rightrank.exports.written import (
+    Written,
+    as_yaml,
+    column_notes,
+    given,
+    kind_notes,
+    loader,
+    pattern_notes,
+    transformers_arguments,
+)
 
 
 def peft(recipe: Recipe) -> Written:
@@ -55,7 +29,7 @@ def peft(recipe: Recipe) -> Written:
         "bias": recipe.bias,
         "target_modules": list(recipe.target_modules),
     }
-    arguments |= _given(
+    arguments |= given(
         layers_to_transform=recipe.layers_to_transform and list(recipe.layers_to_transform),
         modules_to_save=list(recipe.modules_to_save),
         rank_pattern=dict(recipe.rank_pattern),
@@ -81,7 +55,7 @@ def trl(recipe: Recipe) -> Written:
     job = "dpo" if recipe.is_preference else "sft"
     values: dict[str, Any] = {
         "model_name_or_path": recipe.model,
-        "datasets": [{"path": _loader(recipe.data), "data_files": recipe.data}],
+        "datasets": [{"path": loader(recipe.data), "data_files": recipe.data}],
         "output_dir": "trl-output",
         "use_peft": True,
         "lora_r": recipe.r,
@@ -91,156 +65,21 @@ def trl(recipe: Recipe) -> Written:
         "lora_target_modules": recipe.explicit_targets,
         "lora_task_type": recipe.task_type,
         "max_length": recipe.max_length,
-        **_transformers_arguments(recipe),
+        **transformers_arguments(recipe),
     }
-    values |= _given(
+    values |= given(
         lora_modules_to_save=list(recipe.modules_to_save),
         use_dora=recipe.use_dora,
         lora_target_parameters=list(recipe.target_parameters),
     )
     if recipe.is_preference:
         values |= {"beta": recipe.beta, "loss_type": ["sigmoid"]}
-    notes = _pattern_notes(recipe, "TRL's command line")
-    notes += _kind_notes(recipe, "TRL's command line", ("use_dora", "target_parameters"))
-    notes += _column_notes(recipe, "TRL")
+    notes = pattern_notes(recipe, "TRL's command line")
+    notes += kind_notes(recipe, "TRL's command line", ("use_dora", "target_parameters"))
+    notes += column_notes(recipe, "TRL")
     if recipe.form == "classification":
         notes.append("TRL's sft trains on text; a classification head needs a separate script")
-    return Written({f"trl_{job}.yaml": _yaml(values)}, f"trl {job} --config trl_{job}.yaml", notes)
-
-
-def axolotl(recipe: Recipe) -> Written:
-    """A config of axolotl: `axolotl train axolotl.yaml`."""
-    kinds: dict[str, dict[str, Any]] = {
-        "messages": {"type": "chat_template", "field_messages": "messages"},
-        "text": {"type": "completion", "field": "text"},
-        "prompt_completion": {
-            "type": {
-                "field_instruction": recipe.columns.get("prompt", "prompt"),
-                "field_output": recipe.columns.get("completion", "completion"),
-                "format": "{instruction}",
-                "no_input_format": "{instruction}",
-            }
-        },
-        "preference": {
-            "split": "train",
-            "type": {"field_prompt": "prompt", "field_chosen": "chosen", "field_rejected": "rejected"},
-        },
-    }
-    values: dict[str, Any] = {
-        "base_model": recipe.model,
-        "datasets": [
-            {
-                "path": recipe.data,
-                "ds_type": _loader(recipe.data),
-                **(AXOLOTL_SHAPES.get(recipe.shape or "") or kinds.get(recipe.form, kinds["text"])),
-            },
-        ],
-        "output_dir": "axolotl-output",
-        "adapter": "lora",
-        "lora_r": recipe.r,
-        "lora_alpha": recipe.alpha,
-        "lora_dropout": recipe.lora_dropout,
-        "lora_target_modules": list(recipe.target_modules),
-        "peft_use_rslora": recipe.use_rslora,
-        "sequence_len": recipe.max_length,
-        "micro_batch_size": recipe.batch_size,
-        "gradient_accumulation_steps": recipe.gradient_accumulation_steps,
-        "max_steps": recipe.max_steps,
-        "learning_rate": recipe.learning_rate,
-        "lr_scheduler": recipe.lr_scheduler_type,
-        "warmup_steps": recipe.warmup_steps,
-        "weight_decay": recipe.weight_decay,
-        "max_grad_norm": recipe.max_grad_norm,
-        "optimizer": recipe.optim,
-        "bf16": recipe.dtype == "bfloat16",
-        "fp16": recipe.dtype == "float16",
-        "train_on_inputs": recipe.form == "text",
-        "seed": recipe.seed,
-    }
-    values |= _given(
-        peft_layers_to_transform=recipe.layers_to_transform and list(recipe.layers_to_transform),
-        lora_modules_to_save=list(recipe.modules_to_save),
-        lora_rank_pattern=dict(recipe.rank_pattern),
-        lora_alpha_pattern={name: int(alpha) for name, alpha in recipe.alpha_pattern.items()},
-        peft_use_dora=recipe.use_dora,
-        lora_target_parameters=list(recipe.target_parameters),
-        loraplus_lr_ratio=recipe.loraplus_lr_ratio,
-    )
-    notes = _kind_notes(recipe, "axolotl", ("use_dora", "target_parameters", "loraplus_lr_ratio"))
-    notes += ["axolotl trains no classification head on this data"] if recipe.form == "classification" else []
-    if recipe.is_preference:
-        values |= {"rl": "dpo", "rl_beta": recipe.beta}
-        notes.append(f"axolotl: {_STRINGS}; for messages, set the data set's type to `chat_template.default`")
-    return Written({"axolotl.yaml": _yaml(values)}, "axolotl train axolotl.yaml", notes)
-
-
-def llamafactory(recipe: Recipe) -> Written:
-    """A config of LLaMA-Factory with the data set's entry: `llamafactory-cli train llamafactory.yaml`."""
-    columns: dict[str, dict[str, Any]] = {
-        "messages": {
-            "formatting": "sharegpt",
-            "columns": {"messages": "messages"},
-            "tags": {
-                "role_tag": "role",
-                "content_tag": "content",
-                "user_tag": "user",
-                "assistant_tag": "assistant",
-                "system_tag": "system",
-            },
-        },
-        "text": {"columns": {"prompt": "text"}},
-        "prompt_completion": {
-            "columns": {
-                "prompt": recipe.columns.get("prompt", "prompt"),
-                "response": recipe.columns.get("completion", "completion"),
-            }
-        },
-        "preference": {
-            "ranking": True,
-            "columns": {"prompt": "prompt", "chosen": "chosen", "rejected": "rejected"},
-        },
-    }
-    found = LLAMAFACTORY_SHAPES.get(recipe.shape or "") or columns.get(recipe.form, columns["text"])
-    entry = {"file_name": recipe.data, **found}
-    arguments = _transformers_arguments(recipe)
-    values = {
-        "model_name_or_path": recipe.model,
-        "stage": {"text": "pt", "preference": "dpo"}.get(recipe.form, "sft"),
-        "do_train": True,
-        "finetuning_type": "lora",
-        "lora_rank": recipe.r,
-        "lora_alpha": recipe.alpha,
-        "lora_dropout": recipe.lora_dropout,
-        "use_rslora": recipe.use_rslora,
-        "lora_target": ",".join(recipe.explicit_targets),
-        "dataset": "rightrank_data",
-        "dataset_dir": ".",
-        "template": "empty" if recipe.form != "messages" else "default",
-        "cutoff_len": recipe.max_length,
-        "output_dir": "llamafactory-output",
-        **arguments,
-    }
-    values |= _given(
-        additional_target=",".join(recipe.modules_to_save),
-        use_dora=recipe.use_dora,
-        loraplus_lr_ratio=recipe.loraplus_lr_ratio,
-    )
-    notes = _pattern_notes(recipe, "LLaMA-Factory")
-    notes += _kind_notes(recipe, "LLaMA-Factory", ("use_dora", "loraplus_lr_ratio"))
-    if recipe.is_preference:
-        values |= {"pref_beta": recipe.beta, "pref_loss": "sigmoid"}
-        notes.append(
-            f"LLaMA-Factory: {_STRINGS}; for messages, set `formatting` to `sharegpt`, with one message an answer"
-        )
-    if recipe.form == "messages":
-        notes.append("replace the template `default` with the name of your model's template in LLaMA-Factory")
-    if recipe.form == "classification":
-        notes.append("LLaMA-Factory trains no classification head")
-    files = {
-        "llamafactory.yaml": _yaml(values),
-        "dataset_info.json": json.dumps({"rightrank_data": entry}, indent=2, ensure_ascii=False) + "\n",
-    }
-    return Written(files, "llamafactory-cli train llamafactory.yaml", notes)
+    return Written({f"trl_{job}.yaml": as_yaml(values)}, f"trl {job} --config trl_{job}.yaml", notes)
 
 
 def unsloth(recipe: Recipe) -> Written:
@@ -270,7 +109,7 @@ model = FastLanguageModel.get_peft_model(
 optim = {recipe.optim!r}
 learning_rate = {recipe.learning_rate!r}  # for the trainer, with {recipe.max_steps} steps of {recipe.batch_size * recipe.gradient_accumulation_steps} examples
 """
-    notes = _pattern_notes(recipe, "this snippet") + _column_notes(recipe, "your trainer")
+    notes = pattern_notes(recipe, "this snippet") + column_notes(recipe, "your trainer")
     return Written({"unsloth_lora.py": code}, "python unsloth_lora.py", notes)
 
 
@@ -293,66 +132,12 @@ def ms_swift(recipe: Recipe) -> Written:
         arguments += ["--use_dora", "true"]
     if recipe.loraplus_lr_ratio is not None:
         arguments += ["--lorap_lr_ratio", str(recipe.loraplus_lr_ratio)]
-    for name, value in _transformers_arguments(recipe).items():
+    for name, value in transformers_arguments(recipe).items():
         if name not in ("bf16", "fp16"):
             arguments += [f"--{name}", str(value)]
     command = shlex.join(arguments)
-    notes = _pattern_notes(recipe, "ms-swift's command line")
-    notes += _kind_notes(recipe, "ms-swift's command line", ("use_dora", "loraplus_lr_ratio"))
+    notes = pattern_notes(recipe, "ms-swift's command line")
+    notes += kind_notes(recipe, "ms-swift's command line", ("use_dora", "loraplus_lr_ratio"))
     columns = "`messages` and `rejected_response`" if recipe.is_preference else "`messages` or `query` and `response`"
     notes.append(f"ms-swift reads {columns}; rename the columns of your data to match")
     return Written({"ms_swift.sh": f"#!/bin/sh\nexec {command}\n"}, "sh ms_swift.sh", notes)
-
-
-def _kind_notes(recipe: Recipe, who: str, has: Sequence[str] = ()) -> list[str]:
-    """A note on the settings of the adapter's kind that the target lacks."""
-    given = [*recipe.kind, *(["loraplus_lr_ratio"] if recipe.loraplus_lr_ratio is not None else [])]
-    lacking = [name for name in given if name not in has]
-    return [f"{who} has no {' and no '.join(lacking)}: it trains another adapter than the run did"] if lacking else []
-
-
-def _transformers_arguments(recipe: Recipe) -> dict[str, Any]:
-    """The arguments that TRL, LLaMA-Factory and ms-swift share with transformers' TrainingArguments."""
-    return {
-        "learning_rate": recipe.learning_rate,
-        "max_steps": recipe.max_steps,
-        "per_device_train_batch_size": recipe.batch_size,
-        "gradient_accumulation_steps": recipe.gradient_accumulation_steps,
-        "lr_scheduler_type": recipe.lr_scheduler_type,
-        "warmup_steps": recipe.warmup_steps,
-        "weight_decay": recipe.weight_decay,
-        "max_grad_norm": recipe.max_grad_norm,
-        "bf16": recipe.dtype == "bfloat16",
-        "fp16": recipe.dtype == "float16",
-        "seed": recipe.seed,
-        **({"optim": recipe.optim} if recipe.optim != "adamw_torch" else {}),
-    }
-
-
-def _column_notes(recipe: Recipe, who: str) -> list[str]:
-    """What to do with data whose columns the trainer does not know."""
-    if recipe.shape is None:
-        return []
-    return [
-        f"{who} reads the columns of the form {recipe.form}; change those of {recipe.data} as select did ({recipe.shape})"
-    ]
-
-
-def _pattern_notes(recipe: Recipe, who: str) -> list[str]:
-    missing = [name for name in ("rank_pattern", "alpha_pattern") if getattr(recipe, name)]
-    return [f"{who} has no {' and no '.join(missing)}; the file has one rank for all modules"] if missing else []
-
-
-def _given(**values: Any) -> dict[str, Any]:
-    """The values that are not empty."""
-    return {name: value for name, value in values.items() if value}
-
-
-def _loader(path: str) -> str:
-    """The `datasets` loader of a file."""
-    ending = path.rsplit(".", 1)[-1].lower()
-    return {"csv": "csv", "tsv": "csv", "parquet": "parquet"}.get(ending, "json")
-
-
-def _yaml(values: dict[str, Any]) -> str:
-    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=1000)
