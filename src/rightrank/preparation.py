@@ -54,9 +54,8 @@ class Request:
     tokenizer: PreTrainedTokenizerBase | None
     data: str | Path | Rows | Mapping[str, Rows]
     settings: SelectSettings
-    known_settings: tuple[str, ...] | None = (
-        None  # if it resumes a run: the settings that the version that began it knew
-    )
+    # if it resumes a run: the settings that the version that began it knew
+    known_settings: tuple[str, ...] | None = None
     begun: Mapping[str, Any] | None = None  # if it resumes a run: the settings that the run began with
 
     @property

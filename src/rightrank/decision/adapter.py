@@ -39,14 +39,10 @@ def adapter_answer(
     """
     files, table = files_of(outcomes, question)
     parents = {file.trial.truncate_from for file in files.values()}
-    tops = {trial_id for trial_id in files if trial_id in parents}
-    if top_id is not None:
-        tops &= {top_id}
+    tops = [files[name] for name in files if name in parents and top_id in (None, name)]
     if not tops:
         return None
-    top = min(
-        (files[trial_id] for trial_id in tops), key=lambda file: (-file.trial.rank, file.loss, file.trial.trial_id)
-    )
+    top = min(tops, key=lambda file: (-file.trial.rank, file.loss, file.trial.trial_id))
     children = [file for file in files.values() if file.trial.truncate_from == top.trial.trial_id]
     extra = next((file for file in children if file.trial.rank == top.trial.rank and file.how == "recovered"), None)
     reference = extra if extra is not None and extra.loss < top.loss else top

@@ -72,24 +72,16 @@ def decide_judged(
     judged = _all(judgements, top)
     if not judged:
         raise ResultsError(f"no rank has {MIN_JUDGEMENTS} judgements against rank {top}: judge more pairs with it")
-    chosen, open_rank, failing = top, None, None
-    for rank in descending(judged, top):
-        holds = judged[rank].holds(margin)
-        if not holds:
-            open_rank, failing = (rank, None) if holds is None else (None, rank)
-            break
-        chosen = rank
-    verdict: Verdict = (
-        "undecided" if open_rank else "saturated" if failing and chosen != top else "rising" if failing else "flat"
-    )
+    chosen, failing = _walk(judged, top, margin)
+    verdict = _verdict(judged, chosen, failing, top, margin)
     judges = {one.judge for one in judgements}
-    runs = [_next_run(judged[open_rank], margin, len(judges))] if open_rank is not None else []
+    runs = [_next_run(judged[failing], margin, len(judges))] if failing and verdict == "undecided" else []
     return Decision(
         rank=None if verdict == "undecided" else chosen,
         fallback_rank=chosen,
         verdict=verdict,
         flags=["one_judge"] if len(judges) == 1 else [],
-        sentence=_sentence(verdict, chosen, top, judged, margin, open_rank or failing),
+        sentence=_sentence(verdict, chosen, top, judged, margin, failing),
         next_run=runs[0].sentence if runs else "Nothing more is needed at this margin.",
         metric=METRIC,
         higher_is_better=True,
@@ -103,6 +95,24 @@ def decide_judged(
         basis_note=_basis_note(judgements, len(judges)),
         next_runs=runs,
     )
+
+
+def _walk(judged: Mapping[int, _Judged], top: int, margin: float) -> tuple[int, int | None]:
+    """`(smallest rank that holds, first rank below it that does not)`; None where all hold."""
+    chosen = top
+    for rank in descending(judged, top):
+        if not judged[rank].holds(margin):
+            return chosen, rank
+        chosen = rank
+    return chosen, None
+
+
+def _verdict(judged: Mapping[int, _Judged], chosen: int, failing: int | None, top: int, margin: float) -> Verdict:
+    if failing is None:
+        return "flat"
+    if judged[failing].holds(margin) is None:
+        return "undecided"
+    return "saturated" if chosen != top else "rising"
 
 
 def _all(judgements: Sequence[Judgement], top: int) -> dict[int, _Judged]:

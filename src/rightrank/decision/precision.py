@@ -31,9 +31,8 @@ class StoredNoise:
 
     spread: float  # between examples: a share of the base's spread ("tokens"), else in the metric's unit
     seed_ratio: float  # the variance over seeds of one seed's difference, over the squared spread, of long trainings
-    short_seed_ratio: (
-        float  # the same of trainings of fewer than `LONG_STEPS` steps, which vary far more from seed to seed
-    )
+    # the same of trainings of fewer than `LONG_STEPS` steps, which vary far more from seed to seed
+    short_seed_ratio: float
 
 
 # Fitted and judged by `python -m benchmarks.preflight.calibrate`; a test compares these with its stored result.

@@ -58,12 +58,9 @@ def decide(
     evidence, unit, margin = _prepared(table, margin)
     found = compare(evidence, unit.oriented_margin(margin))
     judged, chosen = found.judged, found.chosen
-    verdict = verdict_of(found)
-    curve = fit_curve(found, unit)
-    horizon = horizon_note(evidence, chosen, margin)
+    verdict, curve, horizon = verdict_of(found), fit_curve(found, unit), horizon_note(evidence, chosen, margin)
     beside = [answer for answer in (_beside(judged, other, token_loss) for other in others) if answer is not None]
-    names = [answer.metric for answer in beside]
-    flags = flags_of(found, verdict, curve, horizon, horizon_steps, names)
+    flags = flags_of(found, verdict, curve, horizon, horizon_steps, [answer.metric for answer in beside])
     if any(answer.conflict for answer in beside) and "metric_conflict" not in flags:
         flags.append("metric_conflict")
     runs = next_runs(found, verdict, flags)

@@ -173,9 +173,8 @@ class ProcessCrew:
         ended = {number: popen.poll() for number, popen in enumerate(process.popens)}
         self._end(process)
         found = {number: status for number, status in ended.items() if status is not None} or {0: -9}
-        number, status = min(
-            found.items(), key=lambda item: item[1]
-        )  # signals first: the other processes end as a consequence
+        # signals first: the other processes end as a consequence
+        number, status = min(found.items(), key=lambda item: item[1])
         if status < 0:
             return WorkerLost(f"killed by signal {-status}", killed=status == -9)
         log = process.logs[number]

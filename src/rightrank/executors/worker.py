@@ -46,6 +46,7 @@ from rightrank.version import __version__
 
 if TYPE_CHECKING:
     from rightrank.io.models import LoadedModel
+    from rightrank.preparation import Prepared
 
 NOT_UNDERSTOOD = (
     f"the worker, rightrank {__version__}, does not understand this command: install the same version on every machine"
@@ -134,23 +135,12 @@ class Worker:
         from rightrank.executors.stored import StoredExecutor, StoreSync
         from rightrank.io.run_folder import RunFolder
         from rightrank.io.store import run_store
-        from rightrank.preparation import Request, prepare
-        from rightrank.settings import make_settings
 
-        settings = make_settings(job.settings)
         scratch.mkdir()
-        prepared = prepare(
-            Request(job.model, None, job.data, settings, job.known_settings, job.begun),
-            scratch / "cache",
-            bases=self._bases,
-        )
-        if prepared.started.fingerprint != job.fingerprint:
-            raise RunError(
-                f"a worker on {platform.node()} found a different model or different data at {job.model} and {job.data}: "
-                "give paths that lead to the same files on every machine"
-            )
-        folder = RunFolder(scratch / "run" if settings.store else job.folder)
-        sync = StoreSync(folder, run_store(settings.store, job.fingerprint)) if settings.store else None
+        prepared = self._prepared(job, scratch / "cache")
+        store = prepared.settings.store
+        folder = RunFolder(scratch / "run" if store else job.folder)
+        sync = StoreSync(folder, run_store(store, job.fingerprint)) if store else None
 
         def on_event(event: RunEvent) -> None:
             if isinstance(event, TrialStarted):
@@ -160,17 +150,26 @@ class Worker:
             if sync is not None and isinstance(event, StepDone):
                 sync.upload_due()
 
-        executor = LocalExecutor(
-            prepared.runtime,
-            folder,
-            Observer(
-                on_event=on_event,
-                notice=lambda text: self._send(Notice(text=text)),
-                should_stop=self._should_stop,
-            ),
-            prepared.planned.max_adapters_per_pass if prepared.planned else None,
-        )
+        def notice(text: str) -> None:
+            self._send(Notice(text=text))
+
+        observer = Observer(on_event=on_event, notice=notice, should_stop=self._should_stop)
+        limit = prepared.planned.max_adapters_per_pass if prepared.planned else None
+        executor = LocalExecutor(prepared.runtime, folder, observer, limit)
         return executor if sync is None else StoredExecutor(executor, sync)
+
+    def _prepared(self, job: Job, cache: Path) -> Prepared:
+        from rightrank.preparation import Request, prepare
+        from rightrank.settings import make_settings
+
+        request = Request(job.model, None, job.data, make_settings(job.settings), job.known_settings, job.begun)
+        prepared = prepare(request, cache, bases=self._bases)
+        if prepared.started.fingerprint != job.fingerprint:
+            raise RunError(
+                f"a worker on {platform.node()} found a different model or different data at {job.model} and {job.data}: "
+                "give paths that lead to the same files on every machine"
+            )
+        return prepared
 
     def _step(self, event: StepDone | Preparing) -> None:
         now = time.monotonic()

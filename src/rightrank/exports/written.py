@@ -22,9 +22,8 @@ class Written:
     command: str
     notes: list[str] = field(default_factory=list)
     with_adapter: bool = False  # copy the files of the adapter too
-    lora_files: Mapping[str, tuple[FileFormat, str]] = field(
-        default_factory=dict
-    )  # by name, the format and the model's part
+    # by name, the format and the model's part
+    lora_files: Mapping[str, tuple[FileFormat, str]] = field(default_factory=dict)
 
 
 def given(**values: Any) -> dict[str, Any]:

@@ -184,9 +184,8 @@ def run_program(command: Sequence[str], timeout_seconds: float) -> str:
 def _wait(process: subprocess.Popen[bytes], spec: MetricSpec, seconds: float, output: int) -> None:
     end = time.monotonic() + seconds
     while True:
-        has_ended = (
-            process.poll() is not None
-        )  # checked first: a fast process may print much and end between two checks
+        # checked first: a fast process may print much and end between two checks
+        has_ended = process.poll() is not None
         if os.fstat(output).st_size > MAX_OUTPUT_BYTES:
             raise MetricError(f"metric {spec.name!r}: it printed more than {MAX_OUTPUT_BYTES >> 20} MiB and was killed")
         if has_ended:

@@ -68,9 +68,8 @@ class Estimate:
         reach: float = float(stdtrit(self.degrees, confidence))
         if self.examples < 2 or self.variance <= 0:
             return reach
-        share = float(
-            (self.examples_variance / self.variance) ** 1.5
-        )  # the distribution over seeds is taken as symmetric
+        # the distribution over seeds is taken as symmetric
+        share = float((self.examples_variance / self.variance) ** 1.5)
         shift = share * self.skewness * (2 * reach * reach + 1) / (6 * math.sqrt(self.examples))
         return reach + max(-MAX_SKEWNESS_SHIFT * abs(reach), min(MAX_SKEWNESS_SHIFT * abs(reach), shift))
 

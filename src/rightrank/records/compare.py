@@ -22,9 +22,8 @@ class MetricComparison(Record):
     difference_high: float  # 95% upper bound of it, one-sided
     margin: float
     examples: Whole
-    examples_needed: (
-        Whole | None
-    )  # about how many would show "not worse" at this difference; None: none would, or it is shown
+    # about how many would show "not worse" at this difference; None: none would, or it is shown
+    examples_needed: Whole | None
 
 
 class AdapterComparison(Record):

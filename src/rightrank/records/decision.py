@@ -132,9 +132,8 @@ class HorizonNote(Record):
 
     steps: Whole
     holds_from: Whole  # the earliest step from which the answer stays the same
-    gap_growth: (
-        float | None
-    )  # change of the chosen rank's gap to the reference over the last stretch, in the metric's unit
+    # change of the chosen rank's gap to the reference over the last stretch, in the metric's unit
+    gap_growth: float | None
 
 
 class MetricAnswer(Record):
@@ -180,9 +179,8 @@ class Decision(Record):
     ranks: list[RankEvidence]
     basis: Basis = "items"  # the variation that the intervals rest on
     basis_note: str = ""  # what the intervals cover, and what they do not
-    next_runs: list[NextRun] = Field(
-        default_factory=list
-    )  # the first is the cheapest that is expected to settle the answer
+    # the first is the cheapest that is expected to settle the answer
+    next_runs: list[NextRun] = Field(default_factory=list)
     curve: CurveFit | None = None  # with three or more ranks
     winner_gap: float = 0.0  # the largest of the compared ranks, in the metric's unit
     horizon: HorizonNote | None = None  # if evaluations during the training were given

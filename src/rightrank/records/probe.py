@@ -29,9 +29,8 @@ class ModuleSpectrum(Record):
     noise_rank: int  # above the optimal hard threshold
     null_rank: int | None  # above random factors of the same shape; None for a matrix
     base_spectral_norm: float | None = None  # of the base's weight, if available
-    flags: list[str] = Field(
-        default_factory=list
-    )  # untrained, no_token, dead, dora, lora_bias, noise_unclear, partial_spectrum
+    # untrained, no_token, dead, dora, lora_bias, noise_unclear, partial_spectrum
+    flags: list[str] = Field(default_factory=list)
 
 
 class InspectionSummary(Record):

@@ -35,9 +35,8 @@ class SplitSummary(Record):
 class DataSummary(Record):
     """How the data was read."""
 
-    form: Literal[
-        "text", "prompt_completion", "messages", "classification", "tokens", "preference", "own"
-    ]  # own: read by a custom trainer
+    # own: read by a custom trainer
+    form: Literal["text", "prompt_completion", "messages", "classification", "tokens", "preference", "own"]
     splits: dict[str, SplitSummary]
     splits_given: bool
     duplicates_across_splits: Whole

@@ -125,17 +125,14 @@ class TrialFinished(ArmFields):
     item_correct: list[Whole] | None = None  # classification: 1 if the prediction is right
     item_scores: list[float] | None = None  # custom trainers: the metric of each example
     item_weights: list[float] | None = None  # of item_scores; None: equal weights
-    item_metrics: dict[str, list[float]] = Field(
-        default_factory=dict
-    )  # by metric of written answers or task: one value per example
+    # by metric of written answers or task: one value per example
+    item_metrics: dict[str, list[float]] = Field(default_factory=dict)
     failed_metrics: dict[str, str] = Field(default_factory=dict)  # metric → why it has no value
-    truncation: Literal["svd", "kfac"] | None = (
-        None  # how an adapter was truncated; None: it was not, or in an older run
-    )
+    # how an adapter was truncated; None: it was not, or in an older run
+    truncation: Literal["svd", "kfac"] | None = None
     value_metric: str | None = None  # of `value`, if not the deciding metric: early stopping measures no answers
-    averaged_loss: float | None = (
-        None  # held-out, of the mean of A and of B over the second half of the steps; early looks
-    )
+    # held-out, of the mean of A and of B over the second half of the steps; early looks
+    averaged_loss: float | None = None
     train_value: float | None  # mean training loss since the last point
     points: list[EvalPoint]
     trainable_parameters: Whole

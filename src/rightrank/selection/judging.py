@@ -127,9 +127,8 @@ def _make_pairs(request: JudgeRequest, folder: RunFolder, place: Path) -> None:
     place.mkdir(exist_ok=True)
     write_text(place / PAIRS, "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in shown))
     write_text(place / PAGE, judge_page(shown))
-    write_text(
-        place / KEY, json.dumps({"reference": reference, "pairs": pairs}, indent=1) + "\n"
-    )  # last: it says that all are there
+    # last: it says that all are there
+    write_text(place / KEY, json.dumps({"reference": reference, "pairs": pairs}, indent=1) + "\n")
 
 
 def _contenders(

@@ -46,9 +46,8 @@ class ResizeOptions:
     recover_steps: int = 0
     learning_rate: float | None = None  # of recovery
     on_rank: Callable[[int, float], None] = lambda _rank, _value: None
-    train: Path | None = (
-        None  # what the adapter was trained on: left out of the scores, and read for K-FAC and recovery
-    )
+    # what the adapter was trained on: left out of the scores, and read for K-FAC and recovery
+    train: Path | None = None
     notice: Callable[[str], None] = lambda _: None  # receives each line for a person
 
 

@@ -58,9 +58,8 @@ class SelectSettings(BaseModel):
     budget_trainings: float | None = Field(default=None, gt=0)  # whole trainings
     budget_steps: int | None = Field(default=None, gt=0)  # optimizer steps over all trainings
     budget_hours: float | None = Field(default=None, gt=0)  # of training and evaluation
-    extend: bool | None = (
-        None  # add ranks while the answer is rising, learning rates at an edge; None: with budget_hours
-    )
+    # add ranks while the answer is rising, learning rates at an edge; None: with budget_hours
+    extend: bool | None = None
     sweep: tuple[str, ...] = ()  # such as alpha=16,64: further values, tried at the chosen rank and at the reference
 
     # how to decide
@@ -68,17 +67,15 @@ class SelectSettings(BaseModel):
     margin: float | None = Field(default=None, gt=0)  # None for the metric's default (decision.metrics)
     metrics: tuple[str, ...] = ()  # further metrics, measured and reported; they don't decide
     lower_is_better: tuple[str, ...] = ()  # metrics whose name does not imply it
-    answers_at: Literal["end", "points"] = (
-        "end"  # when the model generates: after each training, or at every evaluation
-    )
+    # when the model generates: after each training, or at every evaluation
+    answers_at: Literal["end", "points"] = "end"
     max_new_tokens: int = Field(default=64, gt=0)  # that the model generates for one example
     metric_timeout_seconds: float = Field(default=600.0, gt=0)  # for a function or program that computes a metric
 
     # what must not get worse
     guard: tuple[str, ...] = ()  # files or folders whose loss must not be worse than the base's
-    guard_margin: float | None = Field(
-        default=None, gt=0
-    )  # nats; None: 0.02 per token, for classes 1% of the base's loss
+    # nats; None: 0.02 per token, for classes 1% of the base's loss
+    guard_margin: float | None = Field(default=None, gt=0)
 
     # the adapter, in PEFT's names
     lora_alpha: float = Field(default=32.0, gt=0)
@@ -134,9 +131,8 @@ class SelectSettings(BaseModel):
     shard_base: bool = False  # each of several processes holds a share of the base's blocks (FSDP)
     gradient_checkpointing: bool = False
     cache_prefix: bool = True  # compute the frozen layers below the adapters once per example
-    adapters_per_pass: int | None = Field(
-        default=None, gt=0
-    )  # arms trained in one pass; None for as many as pay and fit
+    # arms trained in one pass; None for as many as pay and fit
+    adapters_per_pass: int | None = Field(default=None, gt=0)
     certify: bool = False  # train one arm again alone and compare
     checkpoint_seconds: float = Field(default=60.0, gt=0)
     executor: Literal["local", "processes", "ray"] = "local"  # this process, or workers that each load the base

@@ -25,9 +25,8 @@ def _dtype(name: object) -> object:
 
 
 ChosenDtype: TypeAlias = Annotated[DtypeName, BeforeValidator(_dtype)]
-AutoDtype: TypeAlias = Annotated[
-    Literal["auto", "float32", "bfloat16", "float16"], BeforeValidator(_dtype)
-]  # auto: bfloat16 on a CUDA device that computes in it, else float32
+# auto: bfloat16 on a CUDA device that computes in it, else float32
+AutoDtype: TypeAlias = Annotated[Literal["auto", "float32", "bfloat16", "float16"], BeforeValidator(_dtype)]
 
 OPTIMIZER_ALIASES = {  # transformers' further names of the two
     "adamw": "adamw_torch",

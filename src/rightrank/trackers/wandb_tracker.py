@@ -19,9 +19,8 @@ class WandbTracker:
     def __init__(self) -> None:
         self._project = os.environ.get("WANDB_PROJECT", "rightrank")
         known = "WANDB_MODE" in os.environ or wandb.login(prompt=False)
-        self._mode: Literal["offline"] | None = (
-            None if known else "offline"
-        )  # without a mode or a key, wandb would prompt and wait
+        # without a mode or a key, wandb would prompt and wait
+        self._mode: Literal["offline"] | None = None if known else "offline"
 
     def write(self, run: TrackedRun) -> None:
         with wandb.init(
