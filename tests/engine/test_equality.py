@@ -12,7 +12,7 @@ from benchmarks.kinds.checks import with_first_values
 from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, get_scheduler
 
-from rightrank.engine.adapter import trainable_state
+from rightrank.engine.adapter import trainable_parameters
 from rightrank.engine.targets import lora_config
 from rightrank.records import Arm
 from tests.engine.trials import train_ours
@@ -117,9 +117,9 @@ def test_the_base_is_as_before_after_an_arm(model_folder: Path, completion_file:
 def test_initial_a_is_nested(model_folder: Path, completion_file: Path, tmp_path: Path) -> None:
     runtime = make_runtime(model_folder, completion_file, small_settings(), tmp_path)
     with runtime.arm(ARM.model_copy(update={"rank": 8})) as model:
-        high = {name: value.clone() for name, value in trainable_state(model).items()}
+        high = {name: value.detach().clone() for name, value in trainable_parameters(model).items()}
     with runtime.arm(ARM) as model:
-        low = {name: value.clone() for name, value in trainable_state(model).items()}
+        low = {name: value.detach().clone() for name, value in trainable_parameters(model).items()}
     for name, value in low.items():
         if "lora_A" in name:
             assert torch.equal(value, high[name][:4])

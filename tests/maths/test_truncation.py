@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rightrank.io.truncation import resized_factors
-from rightrank.maths.truncation import Floats, Moments, components, damped, shared_ranks
+from rightrank.maths import Floats
+from rightrank.maths.truncation import Moments, components, damped, shared_ranks
 
 sizes = st.tuples(st.integers(1, 12), st.integers(1, 12), st.integers(1, 8), st.integers(0, 10_000))
 

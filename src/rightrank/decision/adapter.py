@@ -19,7 +19,7 @@ import numpy as np
 
 from rightrank.decision.adapter_files import AdapterFile, Against, Question, files_of, margin_of
 from rightrank.decision.judge import CONFIDENCE
-from rightrank.decision.table import Floats
+from rightrank.maths import Floats
 from rightrank.maths.intervals import estimate
 from rightrank.records import TestEvaluated, TrialFinished, TrialOutcome
 from rightrank.records.adapter import AdapterAnswer, AdapterCandidate

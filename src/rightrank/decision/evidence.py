@@ -19,7 +19,6 @@ from dataclasses import dataclass, replace
 from functools import cached_property, partial
 
 import numpy as np
-from numpy.typing import NDArray
 
 from rightrank.decision.seed_noise import (
     PairNoise,
@@ -31,11 +30,10 @@ from rightrank.decision.seed_noise import (
     start_of,
 )
 from rightrank.decision.table import Cell, ScoreTable
+from rightrank.maths import Floats
 from rightrank.maths.curve import fit_power
 from rightrank.maths.intervals import Estimate, estimate, seed_parts, winners_gap
 from rightrank.records import Basis
-
-Floats = NDArray[np.float64]
 
 MIN_CURVE_RANKS = 4  # one more than the power law has parameters
 SURE = 0.95  # with which a learning rate of fewer seeds must win to replace one of more

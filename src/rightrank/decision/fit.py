@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import NDArray
 
 from rightrank.decision.evidence import Evidence
 from rightrank.decision.judge import Comparison, Unit
+from rightrank.maths import Floats
 from rightrank.maths.curve import (
     CurveForm,
     PowerLaw,
@@ -20,8 +20,6 @@ from rightrank.maths.curve import (
 )
 from rightrank.maths.intervals import two_sided
 from rightrank.records import CurveFit, FittedPoint
-
-Floats = NDArray[np.float64]
 
 MIN_RANKS = 3
 DRAWS = 400

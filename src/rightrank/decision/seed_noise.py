@@ -15,11 +15,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from rightrank.decision.metrics import MetricKind
-
-Floats = NDArray[np.float64]
+from rightrank.maths import Floats
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,13 +7,11 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
-from numpy.typing import NDArray
 
 from rightrank.decision.metrics import MetricKind, kind_of
 from rightrank.decision.metrics import higher_is_better as metric_is_higher_better
+from rightrank.maths import Floats
 from rightrank.records import MetricName, Result, ResultsTable, TrialCollapsed, TrialFailed, TrialFinished, TrialOutcome
-
-Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)

@@ -115,11 +115,6 @@ def trainable_parameters(peft_model: Any) -> dict[str, torch.nn.Parameter]:
     return {name: parameter for name, parameter in peft_model.named_parameters() if parameter.requires_grad}
 
 
-def trainable_state(peft_model: Any) -> dict[str, torch.Tensor]:
-    """All trainable tensors by name, detached."""
-    return {name: value.detach() for name, value in peft_model.named_parameters() if value.requires_grad}
-
-
 def trained_biases(model: Any, settings: SelectSettings) -> dict[str, torch.Tensor]:
     """Copies of the base's biases, which PEFT trains in place if the `bias` setting says so; else empty."""
     if settings.bias == "none":

@@ -20,9 +20,10 @@ from rightrank.engine.adapter import ADAPTER, lora_modules
 from rightrank.engine.memory import is_recoverable_oom
 from rightrank.engine.runtime import Runtime
 from rightrank.errors import first_line
+from rightrank.io.adapter_folder import open_adapter
 from rightrank.io.adapters import restore_adapter
 from rightrank.io.files import replacing
-from rightrank.io.truncation import adapter_rank, save_moments
+from rightrank.io.truncation import save_moments
 from rightrank.kinds import kind_of
 from rightrank.kinds.linear import Linear
 from rightrank.maths.truncation import Moments
@@ -62,26 +63,27 @@ def gather_moments(
     """
     found = lora_modules(peft_model)
     plain = [name for name, module in found.items() if _is_plain(module, adapter)]
-    notices = _left_out(len(found) - len(plain))
+    left_out = len(found) - len(plain)
+    note = f"{left_out} modules have no moments (DoRA, embeddings or experts): the plain SVD is used there"
+    notices = (note,) if left_out else ()
     if not plain:
         return Gathered({}, 0, 0, notices)
-    sums, read = _Sums(), _Read()
-    batches = list(micro_batches(runtime, examples, tokens))
-    runtime.expect("train", [index for indices in batches for index in indices])
+    sums, batches = _Sums(), list(micro_batches(runtime, examples, tokens))
+    read = [index for indices in batches for index in indices]
+    runtime.expect("train", read)
     try:
         with rank_space(peft_model, plain, sums.add, adapter), runtime.recomputing(), runtime.without_dropout():
             for indices in batches:
-                batch = runtime.batch("train", indices)
-                runtime.backpropagate("train", batch, 1.0)
-                read.add(runtime, indices, batch.tokens)
+                runtime.backpropagate("train", runtime.batch("train", indices), 1.0)
     except (RuntimeError, MemoryError) as error:
         if not is_recoverable_oom(error):
             raise
         return Gathered({}, 0, 0, (f"no moments for truncation: {first_line(error)}; the plain SVD is used",))
-    moments = sums.moments(read.labels)
+    encoded = [runtime.examples("train")[index] for index in read]
+    moments = sums.moments(sum(map(runtime.data.loss_weight, encoded)))
     if not all(bool(torch.isfinite(one).all()) for pair in sums.pairs.values() for one in pair):
         moments, notices = {}, ("no moments for truncation: a gradient is not finite; the plain SVD is used",)
-    return Gathered(moments, read.examples, read.tokens, notices)
+    return Gathered(moments, len(read), sum(example.length for example in encoded), notices)
 
 
 def ensure_moments(runtime: Runtime, arm: Arm, adapter: Path, path: Path) -> tuple[str, ...]:
@@ -99,7 +101,9 @@ def ensure_moments(runtime: Runtime, arm: Arm, adapter: Path, path: Path) -> tup
     plain = arm.init_lora_weights is None and runtime.settings.init_lora_weights in ("default", "gaussian")
     gathered = Gathered({}, 0, 0, () if plain else ("an initialisation with a frozen half is truncated by plain SVD",))
     if plain:
-        trained = arm.model_copy(update={"rank": adapter_rank(adapter), "steps": runtime.steps, "truncate_from": None})
+        trained = arm.model_copy(
+            update={"rank": open_adapter(adapter).rank, "steps": runtime.steps, "truncate_from": None}
+        )
         examples = unseen_first(runtime, arm.seed, runtime.steps)
         with runtime.arm(trained) as peft_model:
             restore_adapter(peft_model, adapter)
@@ -201,27 +205,6 @@ class _Sums:
         return found
 
 
-@dataclass(slots=True)
-class _Read:
-    examples: int = 0
-    tokens: int = 0
-    labels: int = 0
-
-    def add(self, runtime: Runtime, indices: Sequence[int], tokens: int) -> None:
-        encoded = runtime.examples("train")
-        self.examples += len(indices)
-        self.tokens += tokens
-        self.labels += sum(runtime.data.loss_weight(encoded[index]) for index in indices)
-
-
 def _is_plain(module: Any, adapter: str) -> bool:
     """Whether the module adds s·B·(A·x) to its output."""
     return adapter in module.lora_A and isinstance(kind_of(module), Linear)
-
-
-def _left_out(count: int) -> tuple[str, ...]:
-    return (
-        (f"{count} modules have no moments (DoRA, embeddings or experts): the plain SVD is used there",)
-        if count
-        else ()
-    )

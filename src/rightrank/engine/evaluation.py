@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 
 from rightrank.engine.distributed import all_reduce, process_index, world_size
 from rightrank.engine.loss import BatchLoss
+
+Number = TypeVar("Number", int, float)
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,14 +41,11 @@ class Scores:
         """These scores, with those of `other` at the given examples."""
         taken = set(indices)
 
-        def merged(mine: list[float], theirs: list[float]) -> list[float]:
-            return [theirs[index] if index in taken else value for index, value in enumerate(mine)]
-
-        def counted(mine: list[int], theirs: list[int]) -> list[int]:
+        def merged(mine: list[Number], theirs: list[Number]) -> list[Number]:
             return [theirs[index] if index in taken else value for index, value in enumerate(mine)]
 
         by_example = {name: merged(each, other.by_example[name]) for name, each in self.by_example.items()}
-        return Scores(merged(self.losses, other.losses), counted(self.tokens, other.tokens), by_example)
+        return Scores(merged(self.losses, other.losses), merged(self.tokens, other.tokens), by_example)
 
     @property
     def loss(self) -> float:

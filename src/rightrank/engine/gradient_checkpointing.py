@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,25 +17,32 @@ def gradient_checkpointing_on(model: Any) -> Iterator[None]:
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     disable = getattr(model, "activation_checkpointing_disable", None) or model.gradient_checkpointing_disable
     enable()
-    blocks = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
-    for block in blocks:
-        block.training = True
     try:
-        yield
+        with training_is(True, _checkpointed(model)):
+            yield
     finally:
-        for block in blocks:
-            block.training = False
         disable()
 
 
 @contextmanager
 def kv_cache(model: Any) -> Iterator[None]:
     """Within the block, generation uses the key-value cache, which transformers turns off in checkpointed blocks."""
-    blocks = [m for m in model.modules() if getattr(m, "gradient_checkpointing", False) and m.training]
-    for block in blocks:
-        block.training = False
+    with training_is(False, [block for block in _checkpointed(model) if block.training]):
+        yield
+
+
+def _checkpointed(model: Any) -> list[Any]:
+    return [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
+
+
+@contextmanager
+def training_is(value: bool, modules: Iterable[Any]) -> Iterator[None]:
+    """Within the block, these modules alone are in training mode, or in evaluation mode; after it, in the other."""
+    found = list(modules)
+    for module in found:
+        module.training = value
     try:
         yield
     finally:
-        for block in blocks:
-            block.training = True
+        for module in found:
+            module.training = not value

@@ -40,8 +40,8 @@ def start_from_weights(module: Any, adapter: str, init: str, rank: int) -> None:
     whole_b.copy_(torch.cat([b, -b], dim=1).to(whole_b))
     for whole in (whole_a, whole_b):
         whole.requires_grad_(True)  # PEFT enables gradients for its active adapter only
-    whole_a.register_hook(_first_rows_of(rank))
-    whole_b.register_hook(_first_columns_of(rank))
+    whole_a.register_hook(lambda gradient: torch.cat([gradient[:rank], torch.zeros_like(gradient[rank:])]))
+    whole_b.register_hook(lambda gradient: torch.cat([gradient[:, :rank], torch.zeros_like(gradient[:, rank:])], dim=1))
 
 
 def factors_of(weight: torch.Tensor, init: str, rank: int, scale: float) -> Pair:
@@ -56,14 +56,6 @@ def factors_of(weight: torch.Tensor, init: str, rank: int, scale: float) -> Pair
         return root[:, None] * vt[:rank], u[:, :rank] * root
     q, r = torch.linalg.qr(weight)
     return r[:rank], q[:, :rank]
-
-
-def _first_rows_of(rank: int) -> Callable[[torch.Tensor], torch.Tensor]:
-    return lambda gradient: torch.cat([gradient[:rank], torch.zeros_like(gradient[rank:])])
-
-
-def _first_columns_of(rank: int) -> Callable[[torch.Tensor], torch.Tensor]:
-    return lambda gradient: torch.cat([gradient[:, :rank], torch.zeros_like(gradient[:, rank:])], dim=1)
 
 
 @torch.no_grad()

@@ -98,7 +98,7 @@ def head_labels(model: Any, batch: Batch, scale: Scale) -> LabelLosses:
     keep, targets = _label_positions(batch)
     sequences = batch.sequence_numbers()[:, 1:][keep]
     by_label = _by_label(scale, sequences)
-    return LabelLosses(*chunked_cross_entropy(hidden[:, :-1][keep], targets, output_head(model), by_label), sequences)
+    return LabelLosses(*chunked_cross_entropy(hidden[:, :-1][keep], targets, OutputHead(model), by_label), sequences)
 
 
 def logits_labels(model: Any, batch: Batch, scale: Scale) -> LabelLosses:
@@ -121,7 +121,7 @@ def chunked_cross_entropy(
 
     `hidden` is [n, d], `targets` is [n], `scale` is a number or [n].
     """
-    if any(parameter.requires_grad for parameter in _parameters(head)):
+    if any(parameter.requires_grad for parameter in getattr(head, "linear", torch.nn.Module()).parameters()):
         pieces = [
             checkpoint(_chunk_losses, part, labels, head, use_reentrant=False)
             for part, labels in _chunks(hidden, targets, head)
@@ -179,7 +179,7 @@ def _chunks(hidden: torch.Tensor, targets: torch.Tensor, head: Head) -> list[tup
     return list(zip(torch.split(hidden, rows), torch.split(targets, rows), strict=True))
 
 
-class _CappedHead:
+class OutputHead:
     """A model's output embedding, then the scaling and soft capping of logits in its configuration."""
 
     def __init__(self, model: Any) -> None:
@@ -195,15 +195,6 @@ class _CappedHead:
         if self._multiply != self._divide:
             logits = logits * self._multiply / self._divide
         return logits if self._cap is None else torch.tanh(logits / self._cap) * self._cap
-
-
-def output_head(model: Any) -> Head:
-    """The model's output head, with the scaling and soft capping of its configuration."""
-    return _CappedHead(model)
-
-
-def _parameters(head: Head) -> list[torch.nn.Parameter]:
-    return list(getattr(head, "linear", torch.nn.Module()).parameters())
 
 
 def _label_positions(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:

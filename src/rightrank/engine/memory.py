@@ -6,7 +6,6 @@ import gc
 import resource
 import sys
 from pathlib import Path
-from types import TracebackType
 
 import torch
 
@@ -34,17 +33,14 @@ def free_memory(device: torch.device) -> None:
 
 
 class PeakMemory:
-    """Peak memory since the block began: tensor allocations on CUDA, the process's resident set on the CPU.
+    """Peak memory since the object was made or restarted: tensor allocations on CUDA, the process's resident set on the CPU.
 
     Only Linux can reset the peak of the resident set. Elsewhere the peak is that of the process's whole life.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-
-    def __enter__(self) -> PeakMemory:
         self.restart()
-        return self
 
     def restart(self) -> None:
         """Reset the peak."""
@@ -55,11 +51,6 @@ class PeakMemory:
                 _CLEAR.write_text(_RESET_PEAK)
             except PermissionError:
                 return  # a hardened container: only the peak of the whole life is available
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        return None
 
     def peak_bytes(self) -> int:
         if self._device.type == "cuda":

@@ -21,9 +21,7 @@ class Diverged(Exception):  # noqa: N818 - an outcome, turned into a record
         self.reason = reason
 
     def outcome(self) -> TrialDiverged:
-        return TrialDiverged(
-            trial_id=self.trial.trial_id, **self.trial.arm.model_dump(), step=self.step, reason=self.reason
-        )
+        return TrialDiverged(**self.trial.fields, step=self.step, reason=self.reason)
 
 
 @dataclass(slots=True)
@@ -69,8 +67,7 @@ def finished(
     scores, measured = evaluation.scores, evaluation.measured or Measured()
     value, value_metric = evaluation.value(runtime.settings.metric_name)
     return TrialFinished(
-        trial_id=trial.trial_id,
-        **trial.arm.model_dump(),
+        **trial.fields,
         value=value,
         value_metric=value_metric,
         metrics=evaluation.values(),

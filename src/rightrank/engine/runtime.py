@@ -26,7 +26,7 @@ from rightrank.engine.fast_paths import (
     packing_probe,
     prefix_agrees,
 )
-from rightrank.engine.gradient_checkpointing import gradient_checkpointing_on
+from rightrank.engine.gradient_checkpointing import gradient_checkpointing_on, training_is
 from rightrank.engine.inits import EVA_BATCHES, input_directions
 from rightrank.engine.loss import BatchLoss, Likelihood, Objective, Scale, make_likelihood
 from rightrank.engine.multi_lora import ArmBatch, MultiLora, concatenated
@@ -255,16 +255,9 @@ class Runtime:
     @contextmanager
     def without_dropout(self) -> Iterator[None]:
         """Within the block, adapters drop nothing out."""
-        training = [
-            module for module in self.model.modules() if isinstance(module, torch.nn.Dropout) and module.training
-        ]
-        for module in training:
-            module.train(False)
-        try:
+        dropouts = [module for module in self.model.modules() if isinstance(module, torch.nn.Dropout)]
+        with training_is(False, [module for module in dropouts if module.training]):
             yield
-        finally:
-            for module in training:
-                module.train(True)
 
     def _find_fast_paths(self, probe: Batch, cache_folder: Path) -> FastPaths:
         """The fast paths that change no loss; each check uses those found before it."""

@@ -80,15 +80,14 @@ def evaluate_base(runtime: Runtime, trial: Trial, folders: TrialFolders) -> Tria
     Raises:
         MetricError: a metric failed.
     """
-    with PeakMemory(runtime.loaded.device) as memory:
-        begun = time.perf_counter()
-        scores = runtime.evaluate("selection")
-        evaluated = time.perf_counter()
-        measured = measure(runtime, "selection", folders.answers)
-        measured.require(list(measured.failed))
-        ended = time.perf_counter()
-        progress = Progress(eval_seconds=ended - begun, answer_seconds=ended - evaluated)
-        return finished(trial, runtime, progress, Evaluation(scores, measured), 0, memory.peak_bytes(), [0])
+    memory, begun = PeakMemory(runtime.loaded.device), time.perf_counter()
+    scores = runtime.evaluate("selection")
+    evaluated = time.perf_counter()
+    measured = measure(runtime, "selection", folders.answers)
+    measured.require(list(measured.failed))
+    ended = time.perf_counter()
+    progress = Progress(eval_seconds=ended - begun, answer_seconds=ended - evaluated)
+    return finished(trial, runtime, progress, Evaluation(scores, measured), 0, memory.peak_bytes(), [0])
 
 
 class _TrainingLoop:
@@ -117,18 +116,18 @@ class _TrainingLoop:
 
     def run(self, trials: Sequence[Trial]) -> Iterator[TrialOutcome]:
         self._waiting.extend(by_seed(trials))
+        memory = PeakMemory(self._device)
         try:
-            with PeakMemory(self._device) as memory:
-                while self._waiting or self._running:
-                    before = len(self._running)
-                    yield from self._start_waiting()
-                    if len(self._running) > before:
-                        memory.restart()
-                    yield from self._finish_done(memory)  # arms resumed at their last step
-                    if self._running:
-                        yield from self._step()
-                        yield from self._finish_done(memory)
-                    self._checkpoint_due()
+            while self._waiting or self._running:
+                before = len(self._running)
+                yield from self._start_waiting()
+                if len(self._running) > before:
+                    memory.restart()
+                yield from self._finish_done(memory)  # arms resumed at their last step
+                if self._running:
+                    yield from self._step()
+                    yield from self._finish_done(memory)
+                self._checkpoint_due()
         except GeneratorExit:  # the caller closed the iterator
             self._save_all()
             raise
@@ -314,13 +313,12 @@ def by_seed(trials: Sequence[Trial]) -> list[Trial]:
 
 
 def started(trial: Trial) -> TrialStarted:
-    return TrialStarted(trial_id=trial.trial_id, **trial.arm.model_dump())
+    return TrialStarted(**trial.fields)
 
 
 def out_of_memory(trial: Trial, runtime: Runtime, reason: str) -> TrialFailed:
     return TrialFailed(
-        trial_id=trial.trial_id,
-        **trial.arm.model_dump(),
+        **trial.fields,
         error="out_of_memory",
         reason=f"{trial.arm.label()} ran out of memory on {runtime.loaded.device}: {reason}",
     )

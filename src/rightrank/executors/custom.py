@@ -119,7 +119,7 @@ class CustomExecutor:
                 yield event.result()
 
     def _started(self, trial: Trial) -> None:
-        self._observer.on_event(TrialStarted(trial_id=trial.trial_id, **trial.arm.model_dump()))
+        self._observer.on_event(TrialStarted(**trial.fields))
 
     def _notice_missing_looks(self, outcome: TrialOutcome) -> None:
         """One notice for a trainer whose first result came without values along the way."""
@@ -138,7 +138,7 @@ class CustomExecutor:
             try:
                 write_truncated(self._folder_of(arm.truncate_from), folder, arm.rank)
             except InputError as error:
-                return TrialFailed(trial_id=trial.trial_id, **arm.model_dump(), error="error", reason=str(error))
+                return TrialFailed(**trial.fields, error="error", reason=str(error))
         folder.mkdir(parents=True, exist_ok=True)
         looks: list[EvalPoint] = []
 
@@ -165,9 +165,9 @@ class CustomExecutor:
             self._require_same_looks(result.points)
         except TrainerDivergedError as error:
             step = looks[-1].step if looks else 0
-            return TrialDiverged(trial_id=trial.trial_id, **arm.model_dump(), step=step, reason=str(error))
+            return TrialDiverged(**trial.fields, step=step, reason=str(error))
         except TrainerError as error:
-            return TrialFailed(trial_id=trial.trial_id, **arm.model_dump(), error="error", reason=str(error))
+            return TrialFailed(**trial.fields, error="error", reason=str(error))
         return self._judged(trial, result, time.perf_counter() - begun)
 
     def _judged(self, trial: Trial, result: TrialResult, seconds: float) -> TrialOutcome:
@@ -175,16 +175,14 @@ class CustomExecutor:
         bad = next((name for name, value in _numbers(result) if not math.isfinite(value)), None)
         if bad is not None:
             return TrialDiverged(
-                trial_id=trial.trial_id,
-                **trial.arm.model_dump(),
+                **trial.fields,
                 step=trial.arm.steps,
                 reason=f"{bad} is not a finite number",
             )
         collapse = self._collapse_of(trial, result)
         if collapse is not None:
             return TrialCollapsed(
-                trial_id=trial.trial_id,
-                **trial.arm.model_dump(),
+                **trial.fields,
                 step=collapse.last.step,
                 value=collapse.last.value,
                 best_step=collapse.best.step,
@@ -281,8 +279,7 @@ def parse_result(returned: object, metric: str, examples: int | None) -> TrialRe
 
 def outcome_of(trial: Trial, result: TrialResult, metric: str, seconds: float) -> TrialFinished:
     return TrialFinished(
-        trial_id=trial.trial_id,
-        **trial.arm.model_dump(),
+        **trial.fields,
         value=result.metrics[metric],
         metrics=result.metrics,
         item_losses=[],

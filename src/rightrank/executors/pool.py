@@ -275,8 +275,7 @@ def failed_after_losses(trial: Trial, lost: WorkerLost) -> TrialFailed:
     """The outcome of a trial that has lost `MAX_LOSSES` workers."""
     memory = "; the system kills processes when memory is short" if lost.killed else ""
     return TrialFailed(
-        trial_id=trial.trial_id,
-        **trial.arm.model_dump(),
+        **trial.fields,
         error="out_of_memory" if lost.killed else "error",
         reason=f"{trial.arm.label()} lost {MAX_LOSSES} workers (the last: {lost.reason}){memory}",
     )

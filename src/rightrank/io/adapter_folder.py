@@ -13,8 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from rightrank.errors import ModelError, RunFolderError
@@ -33,10 +32,9 @@ from rightrank.io.reading import UnreadableError, read_json_object
 from rightrank.kinds import stored_kind
 from rightrank.kinds.base import AdapterKind, Layout, StoredPair
 from rightrank.kinds.dora import MAGNITUDE
+from rightrank.maths import Floats
 from rightrank.records.probe import ModuleKind
 from rightrank.settings.values import FileFormat
-
-Floats = NDArray[np.float64]
 
 # Adapters are trained in at most 32 bits. Values beyond these are damage, and their squares overflow 64 bits.
 MIN_VALUE, MAX_VALUE = float(np.finfo(np.float32).smallest_subnormal), float(np.finfo(np.float32).max)
@@ -119,6 +117,11 @@ class AdapterFolder:
         return list(grouped.values())
 
     @property
+    def rank(self) -> int:
+        """The largest rank of any module."""
+        return max(module.rank for module in self.modules)
+
+    @property
     def trained(self) -> int:
         """Trainable parameters of the adapted modules."""
         factors = sum(module.parameters for module in self.modules)
@@ -186,8 +189,8 @@ def open_adapter(path: Path) -> AdapterFolder:
     pairs, other = _pair_up(path, shapes)
     modules = tuple(
         module
-        for name, found in sorted(pairs.items(), key=_natural)
-        for module in _modules(path, config, name, found, shapes)
+        for name in sorted(pairs, key=natural_order)
+        for module in _modules(path, config, name, pairs[name], shapes)
     )
     keys = [*config.get("rank_pattern", {}), *config.get("alpha_pattern", {})]
     addresses = dict.fromkeys(module.address for module in modules)
@@ -296,12 +299,7 @@ def _read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
                 "the file: PeftModel.from_pretrained(base, folder).save_pretrained(folder, safe_serialization=True)"
             )
         raise ModelError(f"{path}: there is no {WEIGHTS_FILE}; save the adapter again with save_pretrained")
-    try:
-        with safe_open(file, framework="pt") as opened:
-            keys = list(opened.keys())
-            return {key: tuple(opened.get_slice(key).get_shape()) for key in keys}
-    except (SafetensorError, OSError) as error:
-        raise ModelError(f"{file}: not a readable safetensors file ({error}); copy or save it again") from None
+    return read_header(file)[0]
 
 
 @dataclass(slots=True)
@@ -392,7 +390,7 @@ def _layout(path: Path, how: AdapterKind, pair: StoredPair, rank: int) -> Layout
     return layout
 
 
-def _natural(entry: tuple[str, Any]) -> list[Any]:
-    """Sorts layer 2 before layer 10."""
-    parts = entry[0].split(".")
+def natural_order(name: str) -> list[tuple[int, int, str]]:
+    """A sort key that puts layer 2 before layer 10."""
+    parts = name.split(".")
     return [(0, int(part), "") if part.isdecimal() and len(part) < 10 else (1, 0, part) for part in parts]

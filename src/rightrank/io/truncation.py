@@ -85,11 +85,6 @@ def module_ranks(
     return dict(zip(uniform, shared_ranks(worth, parameters, rank, max_rank), strict=True))
 
 
-def adapter_rank(folder: Path) -> int:
-    """The largest rank of any module of the adapter."""
-    return max(module.rank for module in open_adapter(folder).modules)
-
-
 def save_moments(path: Path, moments: Mapping[str, Moments]) -> None:
     """Write moments by module name to a safetensors file, in float32."""
     tensors = {f"{name}.inputs": torch.from_numpy(one.inputs).float() for name, one in moments.items()}

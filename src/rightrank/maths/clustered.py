@@ -12,11 +12,9 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 
+from rightrank.maths import Floats
 from rightrank.maths.intervals import Estimate
-
-Floats = NDArray[np.float64]
 
 ALL_ALIKE = 3 / 1.645  # rule of three, as a standard error times the number of prompts
 

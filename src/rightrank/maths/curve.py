@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 import numpy as np
-from numpy.typing import NDArray
 
-Floats = NDArray[np.float64]
+from rightrank.maths import Floats
+
 CurveForm: TypeAlias = Literal["power", "constant", "monotone", "u_shaped"]
 
 # The prior of the exponent, for curves of few ranks, from 26 published curves: median 0.57, quartiles 0.38 and 0.64. It is

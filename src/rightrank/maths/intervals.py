@@ -16,10 +16,9 @@ import math
 from dataclasses import dataclass, replace
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy.special import ndtri, stdtr, stdtrit
 
-Floats = NDArray[np.float64]
+from rightrank.maths import Floats
 
 MAX_DEGREES = 1e6  # beyond it the t distribution is normal
 MAX_SKEWNESS_SHIFT = 0.5  # of the quantile: the correction is of first order and must stay small

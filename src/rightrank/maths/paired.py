@@ -11,10 +11,9 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy.special import stdtrit
 
-Floats = NDArray[np.float64]
+from rightrank.maths import Floats
 
 MAX_SHIFT = 0.5  # of the quantile
 

@@ -12,11 +12,10 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy.integrate import quad
 from scipy.optimize import brentq
 
-Floats = NDArray[np.float64]
+from rightrank.maths import Floats
 
 ENERGY_FRACTIONS = (0.9, 0.95, 0.99)
 NULL_DRAWS = 200  # fewer for large ranks, where a draw costs more and varies less

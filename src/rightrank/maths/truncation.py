@@ -18,9 +18,9 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 import numpy as np
-from numpy.typing import NDArray
 
-Floats = NDArray[np.float64]
+from rightrank.maths import Floats
+
 Weighting: TypeAlias = Literal["none", "inputs", "both"]
 
 DAMPING = 0.01  # share of the identity in each metric: directions that few tokens have shown keep some weight

@@ -23,7 +23,7 @@ from platformdirs import user_cache_path
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from rightrank.engine.loss import chunked_cross_entropy, output_head
+from rightrank.engine.loss import OutputHead, chunked_cross_entropy
 from rightrank.engine.memory import PeakMemory
 from rightrank.engine.targets import without_peft_noise
 from rightrank.errors import SettingsError
@@ -133,31 +133,31 @@ def _step_factor(estimate: RankEstimate, measured_bytes: int) -> float:
 def _measure(config: Any, settings: PlanSettings, rank: int) -> _Measured:
     """The fastest step and forward pass, and the peak of tensors: by the allocator on CUDA, by the profiler elsewhere."""
     device = torch.device(settings.device)
-    with PeakMemory(device) as memory:
-        model = _built(config, settings)
-        with without_peft_noise():
-            adapted: Any = get_peft_model(model, lora_config(model, settings, rank))
-        trained = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
-        optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=settings.optimizer == "adamw_fused")
-        shape = (settings.batch_size, settings.seq_len)
-        ids = torch.randint(0, config.get_text_config().vocab_size, shape, device=device)
-        skeleton = Skeleton(adapted, (), ("default",))
+    memory = PeakMemory(device)
+    model = _built(config, settings)
+    with without_peft_noise():
+        adapted: Any = get_peft_model(model, lora_config(model, settings, rank))
+    trained = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=settings.optimizer == "adamw_fused")
+    shape = (settings.batch_size, settings.seq_len)
+    ids = torch.randint(0, config.get_text_config().vocab_size, shape, device=device)
+    skeleton = Skeleton(adapted, (), ("default",))
 
-        def step() -> None:
-            torch.autograd.backward(_loss(adapted, model, ids, settings))
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+    def step() -> None:
+        torch.autograd.backward(_loss(adapted, model, ids, settings))
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
 
-        def forward() -> None:
-            with torch.no_grad():
-                _loss(adapted, model, ids, settings)
+    def forward() -> None:
+        with torch.no_grad():
+            _loss(adapted, model, ids, settings)
 
-        with multi_lora_forward(skeleton, settings, settings.batch_size), training_mode(adapted, settings, True):
-            step_seconds = _fastest(step, device)
-            process = memory.peak_bytes()
-            peak = _peak(step, device, adapted, optimizer)
-        with multi_lora_forward(skeleton, settings, settings.batch_size), training_mode(adapted, settings, False):
-            forward_seconds = _fastest(forward, device)
+    with multi_lora_forward(skeleton, settings, settings.batch_size), training_mode(adapted, settings, True):
+        step_seconds = _fastest(step, device)
+        process = memory.peak_bytes()
+        peak = _peak(step, device, adapted, optimizer)
+    with multi_lora_forward(skeleton, settings, settings.batch_size), training_mode(adapted, settings, False):
+        forward_seconds = _fastest(forward, device)
     process_bytes = max(0, process - peak) if device.type == "cpu" else None
     return _Measured(step_seconds, forward_seconds, peak, process_bytes)
 
@@ -237,7 +237,7 @@ def _loss(adapted: Any, base: Any, ids: torch.Tensor, settings: PlanSettings) ->
         return loss
     hidden = base.base_model(input_ids=ids, use_cache=False).last_hidden_state
     kept = hidden[:, :-1].reshape(-1, hidden.shape[-1])
-    return chunked_cross_entropy(kept, ids[:, 1:].reshape(-1), output_head(base), 1.0)[0].sum()
+    return chunked_cross_entropy(kept, ids[:, 1:].reshape(-1), OutputHead(base), 1.0)[0].sum()
 
 
 def _path() -> Path:

@@ -13,7 +13,7 @@ from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
 
 from rightrank.engine.gradient_checkpointing import gradient_checkpointing_on
-from rightrank.engine.loss import chunked_cross_entropy, output_head
+from rightrank.engine.loss import OutputHead, chunked_cross_entropy
 from rightrank.engine.multi_lora_layers import install
 from rightrank.engine.prefix import find_blocks
 from rightrank.io.models import DTYPES
@@ -96,7 +96,7 @@ def _loss(skeleton: Skeleton, settings: PlanSettings, rows: int) -> tuple[torch.
     hidden = base.base_model(input_ids=ids, use_cache=False).last_hidden_state
     kept = hidden[:, :-1].reshape(-1, hidden.shape[-1])
     targets = ids[:, 1:].reshape(-1)
-    return chunked_cross_entropy(kept, targets, output_head(base), 1.0)[0].sum(), None
+    return chunked_cross_entropy(kept, targets, OutputHead(base), 1.0)[0].sum(), None
 
 
 @contextmanager

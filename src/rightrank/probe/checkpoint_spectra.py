@@ -12,14 +12,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from rightrank.errors import ModelError
+from rightrank.io.adapter_folder import natural_order
 from rightrank.io.weights import WeightFolder, open_weights
+from rightrank.maths import Floats
 from rightrank.probe.spectrum import InspectionInfo, Update, describe, flag_dead, summarise
 from rightrank.records.probe import Inspection
-
-Floats = NDArray[np.float64]
 
 EXACT_SIDE = 1024  # shorter side up to which a difference is decomposed exactly
 SKETCH_RANK = 128
@@ -122,11 +121,6 @@ def _subtracted(new: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
         rows = slice(start, start + BLOCK_ROWS)
         torch.sub(new[rows].float(), old[rows].float(), out=delta[rows])
     return delta
-
-
-def natural_order(name: str) -> list[tuple[int, int, str]]:
-    """Sort key that puts layer 2 before layer 10."""
-    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in name.split(".")]
 
 
 def matrix_update(name: str, delta: torch.Tensor, sketch_rank: int) -> Update:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from rightrank.errors import DataError, ModelError, SettingsError
 from rightrank.exports.padding import write_padded
-from rightrank.exports.servers import VLLM_RANKS, served_rank
+from rightrank.exports.servers import max_module_rank, served_rank
 from rightrank.io.adapter_folder import AdapterFolder, open_adapter, write_adapter
 from rightrank.io.files import require_absent
 from rightrank.io.models import LoadedModel, load_model
@@ -85,7 +85,7 @@ def run_fleet(request: FleetRequest) -> Fleet:
         for place, (adapter, one) in enumerate(zip(adapters, scored, strict=True)):
             request.notice(f"{adapter.path}: {one.note}")
             measured.append(_measure(request, adapter, one, loaded, ranks, data[place], working / str(place)))
-            request.notice(f"{adapter.path}: rank {measured[-1].rank} is enough of {_largest(adapter)}")
+            request.notice(f"{adapter.path}: rank {measured[-1].rank} is enough of {adapter.rank}")
         rank = max(one.rank for one in measured)
         sums = None if request.weights is None else _merge(request, adapters, scored, loaded, data, working)
         return _written(request, measured, rank, sums)
@@ -197,13 +197,9 @@ def _last(name: str) -> str:
     return name.replace("\\", "/").rstrip("/").rsplit("/", 1)[-1].lower()
 
 
-def _largest(adapter: AdapterFolder) -> int:
-    return max(module.rank for module in adapter.modules)
-
-
 def _ranks(adapters: Sequence[AdapterFolder], asked: Sequence[int] | None) -> list[int]:
     """The ranks to measure: those asked, or the powers of two below the largest; and every adapter's own."""
-    own = {_largest(adapter) for adapter in adapters}
+    own = {adapter.rank for adapter in adapters}
     if asked is not None and (wrong := [rank for rank in asked if not 1 <= rank <= max(own)]):
         raise SettingsError(f"rank {wrong[0]} cannot be reached by truncation; give ranks from 1 to {max(own)}")
     powers = {2**power for power in range(max(own).bit_length())}
@@ -220,7 +216,7 @@ def _measure(
     working: Path,
 ) -> _Measured:
     working.mkdir()
-    own = [rank for rank in ranks if rank < _largest(adapter)] + [_largest(adapter)]
+    own = [rank for rank in ranks if rank < adapter.rank] + [adapter.rank]
     recovery = (
         Recovery(request.recover_steps, request.learning_rate)
         if request.recover_steps and request.learning_rate
@@ -246,7 +242,7 @@ def _merge(
     assert request.weights is not None
     write_sum(adapters, request.weights, working / "sum")
     total = open_adapter(working / "sum")
-    ranks = sorted({2**power for power in range(_largest(total).bit_length())} | {_largest(total)})
+    ranks = sorted({2**power for power in range(total.rank.bit_length())} | {total.rank})
     found: dict[str, _Measured] = {}
     for place, (file, one) in enumerate(zip(data, scored, strict=True)):
         if str(file) not in found:
@@ -255,7 +251,7 @@ def _merge(
     first = max(found.values(), key=lambda one: one.rank)
     merge = FleetMerge(
         weights=list(request.weights),
-        rank=_largest(total),
+        rank=total.rank,
         chosen_rank=rank,
         candidates={name: one.curve.answer.candidates for name, one in found.items()},
         out=str(request.out / MERGED),
@@ -270,7 +266,7 @@ def _written(
     merged: tuple[FleetMerge, Path] | None,
 ) -> Fleet:
     chosen = [_at(one, rank) for one in measured]
-    served = max(_largest(open_adapter(folder)) for folder, _ in chosen)
+    served = max(open_adapter(folder).rank for folder, _ in chosen)
     padded = served_rank(served) if request.pad else None
 
     def write(place: int, target: Path) -> Resized:
@@ -303,7 +299,7 @@ def _written(
 
 def _at(one: _Measured, rank: int) -> tuple[Path, Resized]:
     """The folder of the adapter at the fleet's rank, and how it was made: the best that holds there; or as it is, if it is lower."""
-    own = min(rank, _largest(one.adapter))
+    own = min(rank, one.adapter.rank)
     holding = [found for found in one.curve.answer.candidates if found.rank == own and found.holds]
     best = min(holding, key=lambda found: found.difference)
     return one.folder / best.trial_id, one.curve.written[own]
@@ -314,7 +310,7 @@ def _record(one: _Measured, resized: Resized, padded: int | None) -> FleetAdapte
     top = next(found for found in answer.candidates if found.trial_id == answer.trained_id)
     return FleetAdapter(
         adapter=str(one.adapter.path),
-        rank_before=_largest(one.adapter),
+        rank_before=one.adapter.rank,
         rank=answer.rank,
         value=top.value,
         margin=answer.margin,
@@ -330,8 +326,8 @@ def _slots(adapters: Sequence[AdapterFolder], rank: int) -> list[FleetSlots]:
     """A slot holds every module that any adapter has, at the server's rank."""
     sides = {module.name: module.rows + module.columns for adapter in adapters for module in adapter.modules}
     per_rank = sum(sides.values()) * BYTES
-    before = max(_largest(adapter) for adapter in adapters)
-    servers: list[tuple[str, Callable[[int], int]]] = [("vllm", _vllm_rank), ("sglang", lambda own: own)]
+    before = max(adapter.rank for adapter in adapters)
+    servers: list[tuple[str, Callable[[int], int]]] = [("vllm", max_module_rank), ("sglang", lambda own: own)]
     return [
         FleetSlots(
             server=server,
@@ -345,12 +341,8 @@ def _slots(adapters: Sequence[AdapterFolder], rank: int) -> list[FleetSlots]:
     ]
 
 
-def _vllm_rank(rank: int) -> int:
-    return next((served for served in VLLM_RANKS if served >= rank), rank)
-
-
 def _sentence(measured: Sequence[_Measured], rank: int, slots: Sequence[FleetSlots]) -> str:
-    before = max(_largest(one.adapter) for one in measured)
+    before = max(one.adapter.rank for one in measured)
     names = [one.adapter.path.name for one in measured if one.rank == rank]
     binding = ", ".join(names) if len(names) <= MAX_NAMED else f"{len(names)} of them"
     vllm = slots[0]

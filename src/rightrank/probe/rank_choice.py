@@ -89,7 +89,7 @@ def candidate_ranks(adapter: AdapterFolder, asked: Sequence[int] | None = None) 
     Raises:
         SettingsError: a rank above the adapter's.
     """
-    top = max(module.rank for module in adapter.modules)
+    top = adapter.rank
     if top == 1:
         raise SettingsError(
             f"{adapter.path}: its rank is 1, and there is no lower rank to measure; give an adapter of a higher rank"

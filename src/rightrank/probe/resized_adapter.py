@@ -16,7 +16,6 @@ from rightrank.io.adapter_folder import (
     WEIGHTS_FILE,
     AdapterFolder,
     AdapterModule,
-    Floats,
     write_like,
 )
 from rightrank.io.files import require_absent
@@ -24,6 +23,7 @@ from rightrank.io.patterns import exact_pattern, lora_scaling
 from rightrank.io.truncation import resized_factors
 from rightrank.io.weights import WeightFolder, open_weights
 from rightrank.kinds.dora import dora_weight
+from rightrank.maths import Floats
 from rightrank.maths.spectra import factored_distance
 from rightrank.maths.truncation import Moments
 from rightrank.probe.rank_choice import RankChoice

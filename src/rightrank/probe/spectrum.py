@@ -8,12 +8,9 @@ from statistics import median
 from typing import Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
-from rightrank.maths import spectra
+from rightrank.maths import Floats, spectra
 from rightrank.records.probe import InspectionSummary, ModuleKind, ModuleSpectrum
-
-Floats = NDArray[np.float64]
 
 DEAD_FRACTION = 1e-3  # of the median norm of the modules
 ROUNDING = 1e-6  # of the largest singular value; below it a value is rounding of float32 files, and not noise

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from pydantic import AliasChoices, ConfigDict, Field, PrivateAttr, model_validator
 
@@ -84,6 +84,11 @@ class Trial(Record):
 
     trial_id: str
     arm: Arm
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """The fields that every record of the trial begins with."""
+        return {"trial_id": self.trial_id, **self.arm.model_dump()}
 
 
 def trial_id(context_fingerprint: str, arm: Arm) -> str:
