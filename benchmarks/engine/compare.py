@@ -90,11 +90,11 @@ def ours(job: Job, dtype: str, pack: int, **changes: Any) -> Measured:
     runtime = job.runtime(dtype, **changes)
     trials = [Trial(trial_id=f"b{number}", arm=job.arm(number)) for number in range(job.arms)]
     folders = lambda trial: TrialFolders(job.work / f"{trial.trial_id}.ckpt", job.work / trial.trial_id)  # noqa: E731
-    with PeakMemory(runtime.loaded.device) as memory:
-        begun = Clock()
-        outcomes = list(train_trials(runtime, trials, None, folders, Observer(), pack))
-        seconds, wall = begun.elapsed()
-        peak = memory.peak_bytes()
+    memory = PeakMemory(runtime.loaded.device)
+    begun = Clock()
+    outcomes = list(train_trials(runtime, trials, None, folders, Observer(), pack))
+    seconds, wall = begun.elapsed()
+    peak = memory.peak_bytes()
     finished = [outcome for outcome in outcomes if isinstance(outcome, TrialFinished)]
     assert len(finished) == job.arms
     shown = next(outcome for outcome in finished if outcome.trial_id == trials[0].trial_id)
@@ -150,11 +150,11 @@ def trainer(job: Job, dtype: str, grouped: bool, sft: bool = False) -> Measured:
             eval_dataset=rows["selection"],
             data_collator=collator,
         )
-    with PeakMemory(runtime.loaded.device) as memory:
-        begun = Clock()
-        built.train()
-        built.evaluate()
-        elapsed, peak = begun.elapsed(), memory.peak_bytes()
+    memory = PeakMemory(runtime.loaded.device)
+    begun = Clock()
+    built.train()
+    built.evaluate()
+    elapsed, peak = begun.elapsed(), memory.peak_bytes()
     return Measured(*elapsed, runtime.evaluate("selection").loss, peak)  # the same figure for everyone
 
 
