@@ -72,23 +72,27 @@ def make_tokenizer() -> Any:
     return wrapped
 
 
+SIZES: dict[str, Any] = {  # of a small random model, in the names of most configurations
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "pad_token_id": 1,
+    "bos_token_id": 2,
+    "eos_token_id": 3,
+    "initializer_range": 0.2,
+}
+GPT2_SIZES: dict[str, Any] = {
+    "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128, "bos_token_id": 2, "eos_token_id": 3, "initializer_range": 0.2,
+}  # fmt: skip
+
+
 def tiny_llama_config(vocabulary: int) -> Any:
     from transformers import LlamaConfig
 
-    return LlamaConfig(
-        vocab_size=vocabulary,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-        pad_token_id=1,
-        bos_token_id=2,
-        eos_token_id=3,
-        tie_word_embeddings=True,
-        initializer_range=0.2,
-    )
+    return LlamaConfig(vocab_size=vocabulary, tie_word_embeddings=True, **(SIZES | {"num_hidden_layers": 3}))
 
 
 def save_tiny_llama(folder: Path) -> Path:
@@ -107,6 +111,19 @@ def write_completions(path: Path, count: int = 200, seed: int = 1) -> Path:
     """Prompt and completion: the completion repeats the prompt's first words, which can be learned."""
     rows = [{"prompt": f"{text} : ", "completion": " ".join(text.split()[:3])} for text in sentences(count, seed)]
     return write_jsonl(path, rows)
+
+
+UNMEASURED: dict[str, Any] = {  # fields of a `TrialFinished` that its test does not read
+    "item_losses": [],
+    "item_tokens": [],
+    "train_value": None,
+    "points": [],
+    "trainable_parameters": 0,
+    "train_seconds": 0.0,
+    "train_tokens": 0,
+    "eval_seconds": 0.0,
+    "peak_bytes": 0,
+}
 
 
 def small_settings(**changes: Any) -> SelectSettings:

@@ -27,7 +27,7 @@ from scipy.stats import t as student
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
 from benchmarks.engine.common import machine, make_runtime, one_pass, trainer_rows
-from rightrank.engine.adapter import trainable_state
+from rightrank.engine.adapter import trainable_parameters
 from rightrank.engine.arm_training import TrialFolders
 from rightrank.engine.runtime import Runtime
 from rightrank.engine.targets import lora_config
@@ -65,7 +65,7 @@ def train_theirs(runtime: Runtime, arm: Arm, work: Path, same: bool) -> Learnt:
     initial: dict[str, torch.Tensor] = {}
     if same:
         with runtime.arm(arm) as ours:
-            initial = {name: value.clone() for name, value in trainable_state(ours).items()}
+            initial = {name: value.detach().clone() for name, value in trainable_parameters(ours).items()}
     model: Any = get_peft_model(runtime.model, lora_config(runtime.settings, arm, False, runtime.targets.names))
     with torch.no_grad():
         for name, value in initial.items():

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import transformers
-from tests.tiny import make_tokenizer, small_settings, write_completions
+from tests.tiny import GPT2_SIZES, SIZES, make_tokenizer, small_settings, write_completions
 
 from rightrank.engine.encode import encode
 from rightrank.engine.runtime import Runtime
@@ -21,26 +21,11 @@ from rightrank.settings import SelectSettings
 STEPS, RANK = 3, 4
 ARM = Arm(rank=RANK, learning_rate=1e-2, lora_alpha=32.0, seed=0, steps=STEPS)
 
-SIZES: dict[str, Any] = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-    "pad_token_id": 1,
-    "bos_token_id": 2,
-    "eos_token_id": 3,
-    "initializer_range": 0.2,
-}
 HEAD = {"head_dim": 8}
 TWO_OF_FOUR = {"num_experts_per_tok": 2}
-GPT2: dict[str, Any] = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128, "initializer_range": 0.2} | {
-    name: SIZES[name] for name in ("bos_token_id", "eos_token_id")
-}
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaForCausalLM", SIZES | HEAD | {"tie_word_embeddings": False}),
-    "gpt2": ("GPT2LMHeadModel", GPT2),
+    "gpt2": ("GPT2LMHeadModel", GPT2_SIZES),
     "mixtral": ("MixtralForCausalLM", SIZES | HEAD | TWO_OF_FOUR | {"num_local_experts": 4}),
     "qwen3-moe": ("Qwen3MoeForCausalLM", SIZES | HEAD | TWO_OF_FOUR | {"num_experts": 4, "moe_intermediate_size": 24}),
     "olmoe": ("OlmoeForCausalLM", SIZES | TWO_OF_FOUR | {"num_experts": 4}),

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks.kinds.cases import ARM, RANK, STEPS, Trained, make_runtime, settings_of
 from rightrank import inspect, resize
-from rightrank.engine.adapter import trainable_state
+from rightrank.engine.adapter import trainable_parameters
 from rightrank.engine.adapters_per_pass import multi_lora_obstacle
 from rightrank.engine.arm_training import TrialFolders
 from rightrank.engine.optimizer import learning_rate_schedule
@@ -209,7 +209,7 @@ CHECKS: dict[str, Callable[[Suite], str]] = {
 def with_first_values(runtime: Runtime, arm: Arm, peft_model: Any) -> dict[str, torch.nn.Parameter]:
     """The trainable parameters of another PEFT model by name, set to the values that a training of `arm` starts from."""
     with runtime.arm(arm) as ours:
-        initial = {name: value.clone() for name, value in trainable_state(ours).items()}
+        initial = {name: value.detach().clone() for name, value in trainable_parameters(ours).items()}
     named = {name: value for name, value in peft_model.named_parameters() if value.requires_grad}
     assert named.keys() == initial.keys()
     with torch.no_grad():

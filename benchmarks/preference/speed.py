@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import tempfile
 import time
 from pathlib import Path
@@ -19,14 +18,13 @@ from typing import Any
 
 import torch
 import trl
-from datasets import Dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from transformers import TrainerCallback
 
 from benchmarks.machine import machine
+from benchmarks.preference.trl_trainer import trainer_over
 from rightrank.engine.arm_training import TrialFolders
 from rightrank.engine.encode import encode
 from rightrank.engine.runtime import Runtime
-from rightrank.engine.targets import lora_config
 from rightrank.engine.training_loop import train_trials
 from rightrank.io.data import load_data
 from rightrank.io.models import load_model
@@ -86,48 +84,18 @@ def ours(runtime: Runtime, folder: Path) -> tuple[Clock, float]:
 
 def theirs(runtime: Runtime, model: str, data: Path, folder: Path, precompute: bool) -> tuple[Clock, float]:
     """As `ours`, for TRL."""
-    settings, clock = runtime.settings, Clock()
-    content = {one.item_id: dict(one.content) for one in load_data(data, settings).examples["train"]}
-    order = [runtime.examples("train")[index] for batch in runtime.batch_plan(ARM.seed) for index in batch]
+    clock = Clock()
 
     class Note(TrainerCallback):
         def on_step_end(self, *_: Any, **__: Any) -> None:
             clock.step()
 
-    class Recording(trl.DPOTrainer):
-        def compute_loss(self, *arguments: Any, **named: Any) -> Any:
-            found = super().compute_loss(*arguments, **named)
-            clock.losses.append(float(found.detach()))
-            return found
-
     begun = time.process_time()
-    trainer = Recording(
-        AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32),
-        args=trl.DPOConfig(
-            output_dir=str(folder),
-            beta=settings.beta,
-            max_length=settings.seq_len,
-            learning_rate=ARM.learning_rate,
-            max_steps=ARM.steps,
-            per_device_train_batch_size=settings.batch_size,
-            train_sampling_strategy="sequential",
-            warmup_steps=math.ceil(settings.warmup_ratio * ARM.steps),
-            precompute_ref_log_probs=precompute,
-            gradient_checkpointing=False,
-            use_cpu=True,
-            bf16=False,
-            save_strategy="no",
-            report_to=[],
-            disable_tqdm=True,
-        ),
-        train_dataset=Dataset.from_list([content[example.item_id] for example in order]),
-        processing_class=AutoTokenizer.from_pretrained(model),
-        peft_config=lora_config(settings, ARM, False, runtime.targets.names),
-        callbacks=[Note()],
-    )
+    trainer = trainer_over(runtime, ARM, model, data, folder, precompute=precompute, callbacks=[Note()])
     once = time.process_time() - begun
     clock.start()
     trainer.train()
+    clock.losses = trainer.losses
     return clock, round(once, 2)
 
 

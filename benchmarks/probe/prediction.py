@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 from scipy.stats import spearmanr
+from tests.tiny import UNMEASURED
 
 from benchmarks.probe.common import store
 from rightrank.decision import decide, table_of
@@ -39,11 +40,16 @@ SHARES = (0.01, 0.05)  # the margin, as a share of what the best rank gains over
 def trial(rank: int, losses: Any) -> TrialFinished:
     """Example losses as the record that `decide` reads."""
     return TrialFinished(
-        trial_id=f"r{rank}", rank=rank, learning_rate=0.0 if rank == 0 else 1e-2, lora_alpha=1.0, seed=0, steps=STEPS,
-        value=float(losses.mean()), metrics={"loss": float(losses.mean())}, item_losses=losses.tolist(),
-        item_tokens=[1] * len(losses), train_value=None, points=[], trainable_parameters=0, train_seconds=0.0,
-        train_tokens=0, eval_seconds=0.0, peak_bytes=0,
-    )  # fmt: skip
+        trial_id=f"r{rank}",
+        rank=rank,
+        learning_rate=0.0 if rank == 0 else 1e-2,
+        lora_alpha=1.0,
+        seed=0,
+        steps=STEPS,
+        value=float(losses.mean()),
+        metrics={"loss": float(losses.mean())},
+        **(UNMEASURED | {"item_losses": losses.tolist(), "item_tokens": [1] * len(losses)}),
+    )
 
 
 def planted_task(number: int) -> tuple[list[TrialFinished], tuple[Any, Any], Callable[[Any, Any], Any]]:

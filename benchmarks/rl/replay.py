@@ -23,6 +23,8 @@ from itertools import combinations, permutations
 from pathlib import Path
 from typing import Any
 
+from tests.tiny import UNMEASURED
+
 from rightrank.decision.collapse import DROP_IN_MARGINS, best_point, collapse_of, without_collapsing
 from rightrank.decision.rule import decide
 from rightrank.decision.table import table_of
@@ -59,10 +61,13 @@ class Run:
                 best_step=fall.best.step, best_value=fall.best.value, reason=fall.reason,
             )  # fmt: skip
         return TrialFinished(
-            trial_id=identity, **arm.model_dump(), value=self.value, metrics={"reward": self.value}, item_losses=[],
-            item_tokens=[], item_scores=list(self.test) or None, train_value=None, points=[], trainable_parameters=0,
-            train_seconds=0.0, train_tokens=0, eval_seconds=0.0, peak_bytes=0,
-        )  # fmt: skip
+            trial_id=identity,
+            **arm.model_dump(),
+            value=self.value,
+            metrics={"reward": self.value},
+            item_scores=list(self.test) or None,
+            **UNMEASURED,
+        )
 
     @property
     def value(self) -> float:

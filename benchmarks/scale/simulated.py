@@ -7,6 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import count
 
+from tests.tiny import UNMEASURED
+
 from rightrank.executors.crew import WorkerLost
 from rightrank.executors.messages import Ready, Step, Task, TaskEnded, WorkerMessage
 from rightrank.records import StepDone, Trial, TrialFinished, TrialStarted
@@ -121,13 +123,13 @@ def result_of(trial: Trial) -> TrialFinished:
         **trial.arm.model_dump(),
         value=value,
         metrics={"loss": value},
-        item_losses=[value] * 4,
-        item_tokens=[1] * 4,
-        train_value=None,
-        points=[],
-        trainable_parameters=trial.arm.rank,
-        train_seconds=1.0,
-        train_tokens=1,
-        eval_seconds=0.0,
-        peak_bytes=0,
+        **(
+            UNMEASURED
+            | {
+                "item_losses": [value] * 4,
+                "item_tokens": [1] * 4,
+                "trainable_parameters": trial.arm.rank,
+                "train_seconds": 1.0,
+            }
+        ),
     )

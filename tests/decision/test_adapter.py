@@ -8,6 +8,7 @@ import pytest
 from rightrank.decision.adapter import adapter_answer
 from rightrank.decision.adapter_files import Question
 from rightrank.records import AdapterAnswer, TrialFinished
+from tests.tiny import UNMEASURED
 
 EXAMPLES, TOKENS = 400, 10
 LOSS = Question(metric="loss", higher_is_better=False, margin=0.005)
@@ -30,15 +31,7 @@ def trial(
         truncate_from=parent,
         value=float(losses.sum() / (EXAMPLES * TOKENS)),
         metrics={"loss": float(losses.sum() / (EXAMPLES * TOKENS))},
-        item_losses=losses.tolist(),
-        item_tokens=[TOKENS] * EXAMPLES,
-        train_value=None,
-        points=[],
-        trainable_parameters=1,
-        train_seconds=1.0,
-        train_tokens=1,
-        eval_seconds=1.0,
-        peak_bytes=1,
+        **(UNMEASURED | {"item_losses": losses.tolist(), "item_tokens": [TOKENS] * EXAMPLES}),
     )
 
 

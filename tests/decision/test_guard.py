@@ -13,6 +13,7 @@ from rightrank.decision.guard import guarded
 from rightrank.maths.intervals import estimate
 from rightrank.records import AdapterAnswer, TrialFinished
 from rightrank.records.guard import GuardAnswer, GuardEvaluated
+from tests.tiny import UNMEASURED
 
 EXAMPLES = 200
 QUESTION = Question("loss", False, 0.02)
@@ -44,15 +45,7 @@ def trial(one: Adapter, place: int) -> TrialFinished:
         truncate_from=one.parent,
         value=float(np.mean(losses)),
         metrics={"loss": float(np.mean(losses))},
-        item_losses=losses,
-        item_tokens=[1] * EXAMPLES,
-        train_value=None,
-        points=[],
-        trainable_parameters=0,
-        train_seconds=0.0,
-        train_tokens=0,
-        eval_seconds=0.0,
-        peak_bytes=0,
+        **(UNMEASURED | {"item_losses": losses, "item_tokens": [1] * EXAMPLES}),
     )
 
 

@@ -7,6 +7,7 @@ import pytest
 
 from rightrank.decision import decide, table_of
 from rightrank.records import TrialFinished
+from tests.tiny import UNMEASURED
 
 ITEMS = 400
 
@@ -25,16 +26,8 @@ def trial(rank: int, seed: int, loss: float, right: float) -> TrialFinished:
         steps=10,
         value=float(losses.mean()),
         metrics={"loss": float(losses.mean()), "exact_match": float(scores.mean()), "bleu": 20.0 + rank / 64},
-        item_losses=losses.tolist(),
-        item_tokens=[1] * ITEMS,
         item_metrics={"exact_match": scores.tolist()},
-        train_value=1.0,
-        points=[],
-        trainable_parameters=1,
-        train_seconds=1.0,
-        train_tokens=1,
-        eval_seconds=1.0,
-        peak_bytes=1,
+        **(UNMEASURED | {"item_losses": losses.tolist(), "item_tokens": [1] * ITEMS, "train_value": 1.0}),
     )
 
 

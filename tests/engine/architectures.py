@@ -16,37 +16,13 @@ from rightrank.io.data import load_data
 from rightrank.io.models import prepare_model
 from rightrank.records import Arm, Trial, TrialFinished
 from rightrank.records.observer import Observer
-from tests.tiny import make_tokenizer, small_settings
+from tests.tiny import GPT2_SIZES, make_tokenizer, small_settings
+from tests.tiny import SIZES as BARE_SIZES
 
 STEPS = 3
-
-
-SIZES: dict[str, Any] = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 128,
-    "pad_token_id": 1,
-    "bos_token_id": 2,
-    "eos_token_id": 3,
-    "initializer_range": 0.2,
-}
-
-
+SIZES = BARE_SIZES | {"head_dim": 8}
 MIXTURE: dict[str, Any] = {"num_local_experts": 4, "num_experts_per_tok": 2}
-
-
-GPT2: dict[str, Any] = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128, "initializer_range": 0.2} | {
-    name: SIZES[name] for name in ("bos_token_id", "eos_token_id")
-}
-
-
-BERT = {name: value for name, value in SIZES.items() if name not in ("num_key_value_heads", "head_dim")}
-
-
+BERT = {name: value for name, value in BARE_SIZES.items() if name != "num_key_value_heads"}
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", SIZES),
     "qwen2": ("Qwen2", SIZES),
@@ -54,7 +30,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral": ("Mistral", SIZES | {"sliding_window": 8}),
     "gemma2": ("Gemma2", SIZES | {"query_pre_attn_scalar": 8, "sliding_window": 8}),
     "gemma3": ("Gemma3", SIZES | {"query_pre_attn_scalar": 8, "sliding_window": 8}),
-    "gpt2": ("GPT2", GPT2),
+    "gpt2": ("GPT2", GPT2_SIZES),
     "phi": ("Phi", SIZES | {"num_key_value_heads": 4}),
     "phi3": ("Phi3", SIZES),
     "mixtral": ("Mixtral", SIZES | MIXTURE),
@@ -63,8 +39,6 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "lfm2": ("Lfm2", SIZES | {"layer_types": ["conv", "full_attention"]}),
     "bert": ("Bert", BERT),
 }
-
-
 # Of a window shorter than the items, with a convolution over the tokens, with attention that torch does not fuse, or
 # with one label for the whole item.
 PADDED = ("mistral", "gemma2", "gemma3", "lfm2", "bert")

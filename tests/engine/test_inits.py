@@ -14,7 +14,7 @@ from peft.tuners.lora.eva import get_eva_state_dict
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, get_scheduler
 
-from rightrank.engine.adapter import trainable_state
+from rightrank.engine.adapter import trainable_parameters
 from rightrank.engine.inits import EVA_BATCHES, factors_of
 from rightrank.errors import SettingsError
 from rightrank.records import Arm
@@ -123,7 +123,7 @@ def test_evas_directions_are_pefts(model_folder: Path, completion_file: Path, tm
     runtime = make_runtime(model_folder, completion_file, small_settings(), tmp_path)
     arm = ARM.model_copy(update={"init_lora_weights": "eva"})
     with runtime.arm(arm) as model:
-        ours = {name: value.clone() for name, value in trainable_state(model).items() if "lora_A" in name}
+        ours = {name: value.detach().clone() for name, value in trainable_parameters(model).items() if "lora_A" in name}
     batches = [runtime.batch("train", indices) for indices in runtime.batch_plan(arm.seed, EVA_BATCHES)]
     inputs = [{"input_ids": batch.input_ids, "attention_mask": batch.attention_mask} for batch in batches]
     config = LoraConfig(

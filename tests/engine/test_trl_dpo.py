@@ -3,25 +3,20 @@
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from benchmarks.kinds.checks import with_first_values
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rightrank.engine.arm_training import TrialFolders
-from rightrank.engine.targets import lora_config
 from rightrank.engine.training_loop import train_trials
-from rightrank.io.data import load_data
 from rightrank.records import Arm, StepDone, Trial, TrialFinished
 from rightrank.records.observer import Observer
 from tests.helpers import make_runtime
 from tests.tiny import small_settings, write_jsonl, write_pairs
 
-trl: Any = pytest.importorskip("trl", reason="trl is not installed")
+pytest.importorskip("trl", reason="trl is not installed")
 pytestmark = [pytest.mark.trains, pytest.mark.filterwarnings("ignore")]  # warnings of TRL and of what it imports
 
 ARM = Arm(rank=4, learning_rate=1e-2, lora_alpha=32.0, seed=3, steps=8)
@@ -67,51 +62,12 @@ def ours(runtime: Any, folder: Path, arms: list[Arm]) -> tuple[list[float], Tria
 
 def theirs(runtime: Any, model_folder: Path, data: Path, folder: Path) -> tuple[list[float], float]:
     """Losses of TRL's steps over our batches in our order, and its held-out loss."""
-    from datasets import Dataset
+    from benchmarks.preference.trl_trainer import trainer_over
 
-    settings = runtime.settings
-    splits = load_data(data, settings)
-    content = {one.item_id: dict(one.content) for split in ("train", "selection") for one in splits.examples[split]}
-    order = [runtime.examples("train")[index] for batch in runtime.batch_plan(ARM.seed) for index in batch]
-    losses: list[float] = []
-
-    class Recording(trl.DPOTrainer):  # type: ignore[misc] # untyped here
-        def compute_loss(self, *arguments: Any, **named: Any) -> Any:
-            found = super().compute_loss(*arguments, **named)
-            if self.model.training:
-                losses.append(float(found.detach()))
-            return found
-
-    trainer = Recording(
-        AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32),
-        args=trl.DPOConfig(
-            output_dir=str(folder),
-            beta=settings.beta,
-            max_length=settings.seq_len,
-            learning_rate=ARM.learning_rate,
-            max_steps=ARM.steps,
-            per_device_train_batch_size=settings.batch_size,
-            per_device_eval_batch_size=settings.eval_items,
-            train_sampling_strategy="sequential",
-            lr_scheduler_type="linear",
-            warmup_steps=math.ceil(settings.warmup_ratio * ARM.steps),
-            max_grad_norm=settings.max_grad_norm,
-            gradient_checkpointing=False,
-            disable_dropout=True,
-            use_cpu=True,
-            bf16=False,
-            save_strategy="no",
-            report_to=[],
-            disable_tqdm=True,
-        ),
-        train_dataset=Dataset.from_list([content[example.item_id] for example in order]),
-        eval_dataset=Dataset.from_list([content[example.item_id] for example in runtime.examples("selection")]),
-        processing_class=AutoTokenizer.from_pretrained(model_folder),
-        peft_config=lora_config(settings, ARM, False, runtime.targets.names),
-    )
+    trainer = trainer_over(runtime, ARM, model_folder, data, folder, evaluates=True)
     with_first_values(runtime, ARM, trainer.model)
     trainer.train()
-    return losses, trainer.evaluate()["eval_loss"]
+    return list(trainer.losses), trainer.evaluate()["eval_loss"]
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import pytest
 from rightrank.records import Arm, TrialFinished
 from rightrank.strategies.trials import Trials
 from tests.strategies.worlds import make_space
+from tests.tiny import UNMEASURED
 
 THREE = {0: 6.0598, 1: 6.0617, 2: 6.0624}
 
@@ -27,15 +28,7 @@ def finished(arm: Arm, loss: float) -> TrialFinished:
         **arm.model_dump(),
         value=loss,
         metrics={"loss": loss},
-        item_losses=[],
-        item_tokens=[],
-        train_value=None,
-        points=[],
-        trainable_parameters=1,
-        train_seconds=1.0,
-        train_tokens=1,
-        eval_seconds=1.0,
-        peak_bytes=1,
+        **UNMEASURED,
     )
 
 

@@ -11,6 +11,7 @@ import pytest
 
 from rightrank.records import Arm, EvalPoint, TrialDiverged, TrialFailed, TrialFinished, TrialOutcome, trial_id
 from rightrank.strategies import History, Space, Strategy
+from tests.tiny import UNMEASURED
 
 STEPS = 100
 
@@ -69,15 +70,7 @@ class World:
             **arm.model_dump(),
             value=self.loss(arm),
             metrics={"loss": self.loss(arm)},
-            item_losses=[],
-            item_tokens=[],
-            train_value=None,
-            points=points,
-            trainable_parameters=arm.rank,
-            train_seconds=float(end),
-            train_tokens=0,
-            eval_seconds=0.0,
-            peak_bytes=0,
+            **(UNMEASURED | {"points": points, "trainable_parameters": arm.rank, "train_seconds": float(end)}),
         )
 
     def _cannot(self, arm: Arm) -> bool:

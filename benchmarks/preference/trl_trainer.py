@@ -1,0 +1,80 @@
+"""TRL's `DPOTrainer` over the batches of a runtime, in their order, with a record of every step's loss."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import trl
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+
+from rightrank.engine.runtime import Runtime
+from rightrank.engine.targets import lora_config
+from rightrank.io.data import load_data
+from rightrank.records import Arm
+
+
+class Recording(trl.DPOTrainer):  # type: ignore[misc] # untyped
+    """Appends the loss of each training step to `losses`."""
+
+    losses: list[float]
+
+    def compute_loss(self, *arguments: Any, **named: Any) -> Any:
+        found = super().compute_loss(*arguments, **named)
+        if self.model.training:
+            self.losses.append(float(found.detach()))
+        return found
+
+
+def trainer_over(
+    runtime: Runtime,
+    arm: Arm,
+    model: str | Path,
+    data: Path,
+    folder: Path,
+    *,
+    evaluates: bool = False,
+    precompute: bool = False,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> Recording:
+    """A trainer of `arm` on the pairs in `data`; with `evaluates`, it can evaluate the validation split."""
+    settings = runtime.settings
+    splits = load_data(data, settings)
+    content = {one.item_id: dict(one.content) for split in ("train", "selection") for one in splits.examples[split]}
+    order = [runtime.examples("train")[index] for batch in runtime.batch_plan(arm.seed) for index in batch]
+    held_out = [content[example.item_id] for example in runtime.examples("selection")] if evaluates else None
+    trainer = Recording(
+        AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32),
+        args=trl.DPOConfig(
+            output_dir=str(folder),
+            beta=settings.beta,
+            max_length=settings.seq_len,
+            learning_rate=arm.learning_rate,
+            max_steps=arm.steps,
+            per_device_train_batch_size=settings.batch_size,
+            per_device_eval_batch_size=settings.eval_items,
+            train_sampling_strategy="sequential",
+            lr_scheduler_type="linear",
+            warmup_steps=math.ceil(settings.warmup_ratio * arm.steps),
+            max_grad_norm=settings.max_grad_norm,
+            precompute_ref_log_probs=precompute,
+            gradient_checkpointing=False,
+            disable_dropout=True,
+            use_cpu=True,
+            bf16=False,
+            save_strategy="no",
+            report_to=[],
+            disable_tqdm=True,
+        ),
+        train_dataset=Dataset.from_list([content[example.item_id] for example in order]),
+        eval_dataset=None if held_out is None else Dataset.from_list(held_out),
+        processing_class=AutoTokenizer.from_pretrained(model),
+        peft_config=lora_config(settings, arm, False, runtime.targets.names),
+        callbacks=list(callbacks),
+    )
+    trainer.losses = []
+    return trainer
