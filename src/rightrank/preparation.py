@@ -22,7 +22,8 @@ from rightrank.engine.scoring import require_scorers
 from rightrank.engine.sharding import sharded
 from rightrank.engine.token_store import longest_sequence
 from rightrank.errors import SettingsError
-from rightrank.io.data import DataForm, DataSplits, load_data
+from rightrank.io.data import DataSplits, load_data
+from rightrank.io.examples import DataForm
 from rightrank.io.model_source import find_model
 from rightrank.io.models import DTYPES, LoadedModel, adopt_model, find_device, load_model, resolve_dtype
 from rightrank.planning.duration import Speed, Workload

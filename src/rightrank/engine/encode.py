@@ -13,8 +13,9 @@ from typing import Any, TypeAlias
 
 from rightrank.engine.token_store import EncodedExample, TokenStore, longest_sequence
 from rightrank.errors import DataError
-from rightrank.io.data import SPLITS, DataForm, DataSplits
+from rightrank.io.data import SPLITS, DataSplits
 from rightrank.io.example_store import Example
+from rightrank.io.examples import DataForm
 from rightrank.io.models import LoadedModel
 from rightrank.records import DataSummary, SplitName, SplitSummary
 from rightrank.settings import SelectSettings

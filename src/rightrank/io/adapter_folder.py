@@ -17,18 +17,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from rightrank.errors import ModelError, RunFolderError
-from rightrank.io.adapter_place import CONFIG_FILE, require_adapter_folder
+from rightrank.io.adapter_config import CONFIG_FILE, WEIGHTS_FILE, read_config, read_shapes
 from rightrank.io.files import replacing_folder, require_absent
-from rightrank.io.lora_files import (
-    FACTOR,
-    config_of_file,
-    file_keys,
-    read_header,
-    updated_header,
-    write_file,
-)
+from rightrank.io.lora_files import FACTOR, config_of_file, file_keys, read_header, updated_header, write_file
 from rightrank.io.patterns import lora_scaling, pattern_matches, pattern_value
-from rightrank.io.reading import UnreadableError, read_json_object
 from rightrank.kinds import stored_kind
 from rightrank.kinds.base import AdapterKind, Layout, StoredPair
 from rightrank.kinds.dora import MAGNITUDE
@@ -38,13 +30,8 @@ from rightrank.settings.values import FileFormat
 
 # Adapters are trained in at most 32 bits. Values beyond these are damage, and their squares overflow 64 bits.
 MIN_VALUE, MAX_VALUE = float(np.finfo(np.float32).smallest_subnormal), float(np.finfo(np.float32).max)
-MIN_ALPHA, MAX_ALPHA = 1e-9, 1e9
-MAX_CONFIG_BYTES = 16 * 2**20  # bytes
 
-WEIGHTS_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
-# Options with which the adapter's update is not s·B·A.
-FOREIGN_OPTIONS = ("use_qalora", "use_bdlora", "kasa_config", "arrow_config", "monteclora_config", "velora_config")
 # Initialisations that change the base's weights on loading, so that ΔW is not s·B·A alone.
 BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga", "mica")
 
@@ -185,7 +172,7 @@ def open_adapter(path: Path) -> AdapterFolder:
     if path.is_file() and path.suffix == ".safetensors":
         config, (shapes, _) = config_of_file(path), read_header(path)
     else:
-        config, shapes = _read_config(path), _read_shapes(path)
+        config, shapes = read_config(path), read_shapes(path)
     pairs, other = _pair_up(path, shapes)
     modules = tuple(
         module
@@ -247,59 +234,6 @@ def write_adapter(out: Path, config: Mapping[str, Any], tensors: Mapping[str, to
             (temporary / CONFIG_FILE).write_text(text, encoding="utf-8")
     except OSError as error:
         raise RunFolderError(f"{out}: can't write there ({error.strerror or error}); give a writable folder") from None
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    file = path / CONFIG_FILE
-    require_adapter_folder(path)
-    try:
-        config = read_json_object(file, MAX_CONFIG_BYTES)
-    except UnreadableError as error:
-        raise ModelError(f"{file}: not readable as JSON ({error}); save the adapter again") from None
-    _check_config(file, config)
-    return config
-
-
-def _check_config(file: Path, config: dict[str, Any]) -> None:
-    kind = config.get("peft_type")
-    if kind != "LORA":
-        raise ModelError(f"{file}: peft_type is {kind!r}; only 'LORA' is supported")
-    rank, alpha = config.get("r"), config.get("lora_alpha")
-    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
-        raise ModelError(f"{file}: r is {rank!r}; it must be a whole number from 1")
-    if not _is_alpha(alpha):
-        raise ModelError(f"{file}: lora_alpha is {alpha!r}; it must be a number from {MIN_ALPHA:g} to {MAX_ALPHA:g}")
-    for name in FOREIGN_OPTIONS:
-        if config.get(name):
-            raise ModelError(f"{file}: {name} is set; such an update is not s·B·A and is not supported")
-    for name in ("rank_pattern", "alpha_pattern"):
-        pattern = config.get(name)
-        if pattern is None:
-            config[name] = {}
-        elif not isinstance(pattern, dict):
-            raise ModelError(f"{file}: {name} is a {type(pattern).__name__}; it must map module names to numbers")
-    for name, value in config["alpha_pattern"].items():
-        if not _is_alpha(value):
-            raise ModelError(f"{file}: alpha_pattern has {value!r} for {name!r}; it must be a number")
-
-
-def _is_alpha(value: object) -> bool:
-    if not isinstance(value, int | float) or isinstance(value, bool):
-        return False
-    return value == 0 or MIN_ALPHA <= abs(value) <= MAX_ALPHA
-
-
-def _read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the tensors, from the file's header."""
-    file = path / WEIGHTS_FILE
-    if not file.exists():
-        if (path / "adapter_model.bin").exists():
-            raise ModelError(
-                f"{path}: only pickled weights (adapter_model.bin), which can run code when read; convert them if you trust "
-                "the file: PeftModel.from_pretrained(base, folder).save_pretrained(folder, safe_serialization=True)"
-            )
-        raise ModelError(f"{path}: there is no {WEIGHTS_FILE}; save the adapter again with save_pretrained")
-    return read_header(file)[0]
 
 
 @dataclass(slots=True)

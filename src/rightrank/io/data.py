@@ -8,32 +8,26 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
-from array import array
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
-
-import numpy as np
+from typing import Any, TypeAlias
 
 from rightrank.errors import DataError
-from rightrank.io.example_store import Example, ExampleStore
-from rightrank.io.preference import pair_of
+from rightrank.io.example_store import Example
+from rightrank.io.examples import DataForm, example_of, has_control, strings
 from rightrank.io.reading import is_text
 from rightrank.io.rows import Row, RowsBySplit, read_rows, rows_from_memory
 from rightrank.io.shapes import shape_of
+from rightrank.io.split_builder import HELD_OUT, SplitBuilder, fingerprint_of
 from rightrank.records import SplitName
 from rightrank.records.base import split_name
 from rightrank.settings import SelectSettings
 
-DataForm: TypeAlias = Literal["text", "prompt_completion", "messages", "classification", "tokens", "preference"]
 Detected: TypeAlias = tuple[DataForm, tuple[str, ...], str | None, RowsBySplit]
 SPLITS: tuple[SplitName, ...] = ("train", "selection", "test")
-HELD_OUT: tuple[SplitName, ...] = ("selection", "test")
 
-_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
 
 FORMS: tuple[tuple[DataForm, tuple[str, ...]], ...] = (  # the first form whose columns all exist is used
     ("preference", ("prompt", "chosen", "rejected")),
@@ -84,7 +78,7 @@ def load_data(
         rows = _with_validation(rows, Path(settings.validation), name)
     form, columns, shape, rows = _detect_form(rows, name, settings.columns)
     given = None not in rows
-    builder = _SplitBuilder(form, settings, folder)
+    builder = SplitBuilder(form, settings, folder)
     for split, example in _placed(rows, (form, columns), settings, builder):
         builder.add(split, example)
     examples: dict[SplitName, Sequence[Example]] = {
@@ -94,96 +88,23 @@ def load_data(
     }
     begun = {split: found[:begun_items] if split in HELD_OUT else found for split, found in examples.items()}
     examples["test"] = begun["test"]
-    held_out = {split: builder.held_out[split] for split in HELD_OUT}
-    count = len(builder.train) + sum(len(held.ids) for held in held_out.values()) + builder.left_out
-    _check_sizes(examples, settings, name, None if given else count)
-    classes = _classes(builder.labels, examples, name) if form == "classification" else None
-    control = builder.control_characters + sum(
-        _has_control(example.content) for split in HELD_OUT for example in examples[split]
-    )
-    across = builder.duplicates_across()
-    distinct = {split: len(np.unique(np.frombuffer(held.ids, np.uint64))) for split, held in held_out.items()}
+    _check_sizes(examples, settings, name, None if given else builder.rows)
+    evaluated = [example for split in HELD_OUT for example in examples[split]]
     return DataSplits(
         form,
         examples,
         given,
-        across,
-        _fingerprint(builder, begun),
-        classes,
+        builder.duplicates_across(),
+        fingerprint_of(builder, begun),
+        _classes(builder.labels, examples, name) if form == "classification" else None,
         builder.unreadable,
-        control,
-        rows=count,
-        repeated=sum(len(held.ids) - distinct[split] for split, held in held_out.items()),
-        not_evaluated=sum(distinct[split] - len(examples[split]) for split in HELD_OUT),
+        builder.control_characters + sum(has_control(example.content) for example in evaluated),
+        rows=builder.rows,
+        repeated=builder.rows_held_out - builder.distinct_held_out,
+        not_evaluated=builder.distinct_held_out - len(evaluated),
         shape=shape,
         equal_pairs=builder.equal_pairs,
     )
-
-
-class _SplitBuilder:
-    """Collects a stream of examples: training examples on disk, and as many held-out ones as are evaluated."""
-
-    def __init__(self, form: DataForm, settings: SelectSettings, folder: Path | None) -> None:
-        self.train = ExampleStore(folder)
-        self.held_out: dict[SplitName, _SmallestHashes] = {
-            split: _SmallestHashes(settings.eval_items) for split in HELD_OUT
-        }
-        self.labels: set[str] = set()  # classification: of the training examples
-        self.unreadable = 0
-        self.equal_pairs = 0
-        self.control_characters = 0  # in training examples
-        self._is_classification = form == "classification"
-
-    def add(self, split: SplitName, example: Example) -> None:
-        if split != "train":
-            self.held_out[split].add(example)
-            return
-        self.train.append(example)
-        self.control_characters += _has_control(example.content)
-        if self._is_classification:
-            self.labels.add(str(example.content["label"]))
-
-    @property
-    def left_out(self) -> int:
-        """Rows that are in no split."""
-        return self.unreadable + self.equal_pairs
-
-    def duplicates_across(self) -> int:
-        """The number of distinct validation examples that are in train, and of test examples that are in either."""
-        train, validation, test = (
-            np.unique(np.frombuffer(ids, np.uint64))
-            for ids in (self.train.ids, self.held_out["selection"].ids, self.held_out["test"].ids)
-        )
-        return len(np.intersect1d(train, validation)) + len(np.intersect1d(np.union1d(train, validation), test))
-
-
-class _SmallestHashes:
-    """Keeps the `limit` distinct examples with the smallest hashes, so that few change when the data set grows."""
-
-    def __init__(self, limit: int) -> None:
-        self.ids = array("Q")  # of all examples that were added
-        self._limit = limit
-        self._kept: dict[str, Example] = {}
-
-    def add(self, example: Example) -> None:
-        self.ids.append(int(example.item_id, 16))
-        self._kept[example.item_id] = example
-        if len(self._kept) > 2 * self._limit + 1000:
-            self._kept = {kept.item_id: kept for kept in self.examples()}
-
-    def examples(self) -> list[Example]:
-        return [self._kept[item_id] for item_id in sorted(self._kept)[: self._limit]]
-
-
-def _fingerprint(builder: _SplitBuilder, examples: Mapping[SplitName, Sequence[Example]]) -> str:
-    digest = hashlib.sha256(b"train:")
-    for number in builder.train.ids:
-        digest.update(f"{number:016x}".encode())
-    for split in HELD_OUT:
-        digest.update(f"{split}:".encode())
-        for example in examples[split]:
-            digest.update(example.item_id.encode())
-    return digest.hexdigest()
 
 
 def _with_validation(rows: RowsBySplit, file: Path, name: str) -> RowsBySplit:
@@ -234,17 +155,17 @@ def _named(first: Row, known: Set[str]) -> str:
 
 
 def _placed(
-    rows: RowsBySplit, columns_of: tuple[DataForm, tuple[str, ...]], settings: SelectSettings, builder: _SplitBuilder
+    rows: RowsBySplit, columns_of: tuple[DataForm, tuple[str, ...]], settings: SelectSettings, builder: SplitBuilder
 ) -> Iterator[tuple[SplitName, Example]]:
     """Yield every readable example with its split."""
     form, columns = columns_of
     given = None not in rows
     for split in (None, *SPLITS):
         for row in rows.get(split, ()):
-            if not all(map(is_text, _strings([row.fields.get(name) for name in columns]))):
+            if not all(map(is_text, strings([row.fields.get(name) for name in columns]))):
                 builder.unreadable += 1  # a lone surrogate can't be encoded as UTF-8
                 continue
-            example = _example(row, form, columns)
+            example = example_of(row, form, columns)
             if form == "preference" and example.content["chosen"] == example.content["rejected"]:
                 builder.equal_pairs += 1  # no adapter can tell them apart
                 continue
@@ -252,18 +173,6 @@ def _placed(
                 yield _made_split(row, example, settings), example
             else:
                 yield (_taken_from_train(rows, example, settings) if given and split == "train" else split), example
-
-
-def _strings(value: Any) -> Iterator[str]:
-    """All strings in a cell or example, at any depth."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping):
-        for inner in value.values():
-            yield from _strings(inner)
-    elif isinstance(value, list | tuple):
-        for inner in value:
-            yield from _strings(inner)
 
 
 def _made_split(row: Row, example: Example, settings: SelectSettings) -> SplitName:
@@ -321,82 +230,5 @@ def _classes(found: set[str], examples: Mapping[SplitName, Sequence[Example]], n
     return sorted(found)
 
 
-def _has_control(content: Mapping[str, Any]) -> bool:
-    return any(map(_CONTROL.search, _strings(content)))
-
-
-def _example(row: Row, form: DataForm, columns: tuple[str, ...]) -> Example:
-    content = {column: row.fields.get(column) for column in columns}
-    if "label" in content:
-        content["label"] = _plain_label(content["label"])
-    for column, value in content.items():
-        _CHECKS[column](value, f"{row.where}: `{column}`")
-    if form == "preference":
-        content = pair_of(content, row.where)
-    canonical = json.dumps(content, sort_keys=True, ensure_ascii=True, default=str)
-    return Example(hashlib.sha256(canonical.encode()).hexdigest()[:16], content, row.where)
-
-
 def _unit_interval(key: str) -> float:
     return int(hashlib.sha256(key.encode("utf-8", "surrogatepass")).hexdigest()[:13], 16) / 16**13
-
-
-def _check_text(value: Any, where: str) -> None:
-    if not isinstance(value, str):
-        raise DataError(f"{where}: got {_kind(value)}; give a string")
-
-
-def _check_prompt(value: Any, where: str) -> None:
-    if isinstance(value, list):
-        _check_messages(value, where)
-    else:
-        _check_text(value, where)
-
-
-def _plain_label(value: Any) -> Any:
-    """A truth value as its name, and a whole number that was stored as a float as an integer."""
-    if isinstance(value, bool):
-        return str(value)
-    return int(value) if isinstance(value, float) and value.is_integer() else value
-
-
-def _check_label(value: Any, where: str) -> None:
-    if not isinstance(value, int | str) or value == "":
-        raise DataError(f"{where}: got {_kind(value)}; give an integer or a name")
-
-
-def _check_messages(value: Any, where: str) -> None:
-    if not isinstance(value, list) or not value:
-        raise DataError(f"{where}: got {_kind(value)}; give a list of {{role, content}}")
-    for message in value:
-        if (
-            not isinstance(message, Mapping)
-            or not isinstance(message.get("role"), str)
-            or not isinstance(message.get("content"), str)
-        ):
-            raise DataError(f"{where}: a message needs a `role` and a `content`, both strings")
-
-
-def _kind(value: Any) -> str:
-    if value is None or value == "":
-        return "nothing" if value is None else "an empty string"
-    name = type(value).__name__
-    return f"an {name}" if name[0] in "aeiou" else f"a {name}"
-
-
-def _check_tokens(value: Any, where: str) -> None:
-    if not isinstance(value, list) or not all(type(token) is int for token in value):
-        raise DataError(f"{where}: got {_kind(value)}; give a list of integers")
-
-
-_CHECKS: dict[str, Callable[[Any, str], None]] = {
-    "input_ids": _check_tokens,
-    "labels": _check_tokens,
-    "text": _check_text,
-    "prompt": _check_prompt,
-    "completion": _check_prompt,
-    "label": _check_label,
-    "messages": _check_messages,
-    "chosen": _check_prompt,
-    "rejected": _check_prompt,
-}

@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from rightrank.io.adapter_folder import WEIGHTS_FILE, open_adapter
+from rightrank.io.adapter_config import WEIGHTS_FILE
+from rightrank.io.adapter_folder import open_adapter
 from rightrank.maths.truncation import Moments, components, shared_ranks
 
 Factors = tuple[torch.Tensor, torch.Tensor]
