@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from rightrank.decision.metrics import higher_is_better
 from rightrank.decision.run import settled_start
-from rightrank.engine.encode import EncodedData, encode, label_count
+from rightrank.engine.encode import EncodedData, encode
+from rightrank.engine.encoder import label_count
 from rightrank.engine.optimizer import require_optimizer
 from rightrank.engine.runtime import Runtime
 from rightrank.engine.scoring import require_scorers
@@ -49,8 +50,6 @@ METRICS_OF_FORMS = (  # kind of metric, the form of data that it needs, and that
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """A base, data and settings."""
-
     model: str | PreTrainedModel
     tokenizer: PreTrainedTokenizerBase | None
     data: str | Path | Rows | Mapping[str, Rows]
@@ -72,8 +71,6 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """What a selection needs before its first trial."""
-
     runtime: Runtime
     settings: SelectSettings  # with the settled ranks
     steps: int  # optimizer steps of every arm

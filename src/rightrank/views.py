@@ -35,7 +35,6 @@ def answers(records: Records, decision: Decision | None, goal: Goal) -> dict[str
 
 
 def write_report(folder: RunFolder, records: Records, decision: Decision | None, goal: Goal) -> None:
-    """Write report.html."""
     further = further_figures(records, folder.adapter)
     exports = folder.path / "exports"
     page = render_report(

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from rightrank.engine.encode import IGNORED, encode
+from rightrank.engine.encode import encode
+from rightrank.engine.encoder import IGNORED
 from rightrank.errors import DataError
 from rightrank.io.data import load_data
 from rightrank.io.models import load_model

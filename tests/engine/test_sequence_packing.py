@@ -13,7 +13,8 @@ import torch
 from transformers import MistralConfig, MistralForCausalLM
 
 from rightrank.engine import sequence_packing
-from rightrank.engine.encode import IGNORED, encode
+from rightrank.engine.encode import encode
+from rightrank.engine.encoder import IGNORED
 from rightrank.engine.multi_lora import ArmBatch, MultiLora
 from rightrank.engine.runtime import Runtime
 from rightrank.engine.sequence_packing import packed, position_ids

@@ -72,7 +72,8 @@ def fleet(
         InputError: an adapter of another base, data that can't be used, adapters without a common module; nothing was written.
         RunError: recovery diverged.
     """
-    from rightrank.probe.fleet import FleetRequest, run_fleet
+    from rightrank.probe.fleet import run_fleet
+    from rightrank.probe.fleet_checks import FleetRequest
 
     files = [data] if isinstance(data, str | Path) else list(data)
     request = FleetRequest(

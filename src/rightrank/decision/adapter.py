@@ -210,7 +210,6 @@ METHODS = {"kfac": "K-FAC", "svd": "SVD"}
 
 
 def making_of(trial: TrialFinished, finished: Sequence[TrialFinished]) -> Making:
-    """How the adapter of `trial` was made, by the records of the run."""
     parent = next((one for one in finished if one.trial_id == trial.truncate_from), trial)
     is_truncated = trial.rank < parent.rank
     recovery = trial.steps if trial.truncate_from is not None else 0

@@ -32,8 +32,6 @@ class Question:
 
 @dataclass(frozen=True, slots=True)
 class AdapterFile:
-    """One adapter file and its scores."""
-
     trial: TrialFinished
     cell: Cell
 

@@ -238,7 +238,6 @@ def _by_seed(table: ScoreTable, rank: int, learning_rate: float) -> dict[int, Ce
 
 
 def _contender(table: ScoreTable, rank: int) -> Contender:
-    """The rank at its best learning rate."""
     columns = {lr: _by_seed(table, rank, lr) for lr in table.learning_rates(rank)}
     best = best_learning_rate({lr: _losses(cells) for lr, cells in columns.items()}, partial(_is_surely_lower, columns))
     cells = columns[best]
@@ -281,7 +280,6 @@ def _pairs(contender: Contender, against: Contender) -> list[Cell]:
 
 
 def _shared_pairs(left: Mapping[int, Cell], right: Mapping[int, Cell]) -> list[Cell]:
-    """Differences by shared seed."""
     return [_minus(left[seed], right[seed]) for seed in sorted(left.keys() & right.keys())]
 
 

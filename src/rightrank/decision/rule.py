@@ -114,7 +114,6 @@ def _beside(judged: Mapping[int, Judged], other: ScoreTable, token_loss: bool) -
 
 
 def _prepared(table: ScoreTable, margin: float | None) -> tuple[Evidence, Unit, float]:
-    """The evidence, the metric's unit, and the margin in that unit."""
     ranks = table.ranks()
     if len(ranks) < 2:
         raise ResultsError(

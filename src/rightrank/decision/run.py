@@ -33,8 +33,6 @@ from rightrank.settings.profiles import PLAIN, PROFILES, Profile
 
 @dataclass(slots=True)
 class Records:
-    """The records of a journal, by kind."""
-
     started: RunStarted
     outcomes: list[TrialOutcome]
     tests: list[TestEvaluated]
@@ -112,7 +110,6 @@ def looks_of(records: Sequence[JournalRecord]) -> dict[str, list[EvalPoint]]:
 
 
 def last_decided(journal: Sequence[JournalRecord]) -> DecisionRecorded | None:
-    """The last recorded decision, or None."""
     return next((record for record in reversed(journal) if isinstance(record, DecisionRecorded)), None)
 
 

@@ -75,7 +75,6 @@ class ScoreTable:
         return [self.cells[rank, learning_rate, seed] for seed in self.seeds(rank, learning_rate)]
 
     def values(self) -> list[float]:
-        """All values as measured."""
         return [cell.value for cell in self.cells.values()]
 
 
@@ -148,7 +147,6 @@ def _cell(trial: TrialFinished, metric: MetricName, sums: Floats, weights: Float
 
 
 def table_of_results(results: ResultsTable) -> ScoreTable:
-    """The table of results that were read from a file or from memory."""
     kind = kind_of(results.metric, results.higher_is_better)
     cells: dict[tuple[int, float, int], Cell] = {}
     missing: dict[int, int] = {}

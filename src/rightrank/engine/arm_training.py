@@ -43,8 +43,6 @@ DIVERGENCE_WINDOW = 8  # steps over which the training loss is averaged before i
 
 @dataclass(frozen=True, slots=True)
 class TrialFolders:
-    """The files of a trial and of the trial that it starts from."""
-
     checkpoint: Path  # file, while the trial runs
     adapter: Path  # folder, when it has finished
     continue_from: Path | None = None  # the checkpoint of the trial that this one resumes
@@ -54,7 +52,6 @@ class TrialFolders:
 
 
 def adapter_name(trial: Trial) -> str:
-    """PEFT's name of the trial's adapter while it trains."""
     return f"arm_{trial.trial_id}"
 
 
@@ -135,7 +132,6 @@ class ArmTraining:
         self._loss_sum += loss_sum
 
     def update(self) -> None:
-        """Update the parameters and count the step."""
         self.progress.train_losses.append(self._steps.update(self._loss_sum))
         self.progress.step += 1
         if self._mean is not None:

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from rightrank.engine.encode import IGNORED
+from rightrank.engine.encoder import IGNORED
 from rightrank.engine.token_store import EncodedExample, lengths_of
 
 WINDOW_BATCHES = 16

@@ -31,8 +31,6 @@ TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 5e-3}  # 
 
 @dataclass(slots=True)
 class FastPaths:
-    """The fast paths that a model's passes take."""
-
     float32_attention: bool = False
     sequence_packing: bool = False
     last_block: Any = None  # None: the last block runs at every position

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from rightrank.engine.batches import Batch
-from rightrank.engine.encode import IGNORED
+from rightrank.engine.encoder import IGNORED
 from rightrank.kinds.routing import Routing
 
 MAX_LABEL_SHARE = 0.75  # above this share of positions with a label, gathering rows costs more than it saves

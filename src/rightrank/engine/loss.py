@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from rightrank.engine.batches import Batch
-from rightrank.engine.encode import IGNORED
+from rightrank.engine.encoder import IGNORED
 from rightrank.engine.sequence_packing import position_ids
 
 CHUNK_LOGITS = 2**24  # elements of a chunk's logits: 64 MiB in float32
@@ -40,8 +40,6 @@ class BatchLoss:
 
 
 class Objective(Protocol):
-    """How the loss of a model is taken."""
-
     def __call__(self, model: Any, batch: Batch, scale: Scale) -> BatchLoss: ...
 
 

@@ -43,7 +43,6 @@ class PeakMemory:
         self.restart()
 
     def restart(self) -> None:
-        """Reset the peak."""
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)
         elif _CLEAR.exists():

@@ -39,8 +39,6 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """The held-out measurements of a trial."""
-
     scores: Scores
     measured: Measured | None  # None: the trial stopped early and is judged by its loss
     averaged_loss: float | None = None  # held-out, of the running mean of the parameters; early looks

@@ -14,25 +14,19 @@ from typing import Any
 import torch
 
 from rightrank.engine.adapter import attached
+from rightrank.engine.arm_targets import ArmTargets
 from rightrank.engine.attention import wants_float32
 from rightrank.engine.batches import Batch, batch_plan, batch_plan_by_length, collate, length_sorted_batches
 from rightrank.engine.distributed import my_share, require_shares
 from rightrank.engine.encode import EncodedData
 from rightrank.engine.evaluation import Scores, score_batches
-from rightrank.engine.fast_paths import (
-    FastPaths,
-    can_pack_sequences,
-    find_last_block,
-    packing_probe,
-    prefix_agrees,
-)
+from rightrank.engine.fast_paths import FastPaths, can_pack_sequences, find_last_block, packing_probe, prefix_agrees
 from rightrank.engine.gradient_checkpointing import gradient_checkpointing_on, training_is
 from rightrank.engine.inits import EVA_BATCHES, input_directions
 from rightrank.engine.loss import BatchLoss, Likelihood, Objective, Scale, make_likelihood
 from rightrank.engine.multi_lora import ArmBatch, MultiLora, concatenated
 from rightrank.engine.preference import PreferenceLoss, Reference, adapters_off
 from rightrank.engine.prefix import FrozenPrefix, find_blocks, prefix_depth
-from rightrank.engine.targets import ArmTargets
 from rightrank.engine.token_store import EncodedExample, lengths_of
 from rightrank.errors import InterruptedRun
 from rightrank.io.models import LoadedModel

@@ -20,7 +20,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from rightrank.engine.attention import FUSED, replaced
 from rightrank.engine.batches import Batch
-from rightrank.engine.encode import IGNORED
+from rightrank.engine.encoder import IGNORED
 
 
 def packed(batch: Batch) -> Batch:

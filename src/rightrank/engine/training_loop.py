@@ -14,18 +14,17 @@ from collections.abc import Callable, Iterator, Sequence
 
 from rightrank.engine.arm_training import ArmTraining, TrialFolders, adapter_name
 from rightrank.engine.covariances import ensure_moments
-from rightrank.engine.evaluation import Scores
 from rightrank.engine.memory import PeakMemory, free_memory, is_recoverable_oom
 from rightrank.engine.multi_lora import MultiLora
-from rightrank.engine.outcome import Diverged, Evaluation, Progress, finished
+from rightrank.engine.outcome import Evaluation, Progress, finished
 from rightrank.engine.runtime import Runtime
 from rightrank.engine.scoring import measure
+from rightrank.engine.shared_pass import Ended, out_of_memory, step_all
 from rightrank.errors import InterruptedRun, MetricError, first_line
-from rightrank.records import Trial, TrialFailed, TrialFinished, TrialOutcome, TrialStarted
+from rightrank.records import Trial, TrialFinished, TrialOutcome, TrialStarted
 from rightrank.records.observer import Observer
 
 Folders = Callable[[Trial], TrialFolders]
-Ended = dict[str, TrialOutcome]  # outcomes of trials that ended without a result, by trial id
 
 
 def run_trial(
@@ -245,67 +244,6 @@ class _TrainingLoop:
             )
 
 
-def step_all(runtime: Runtime, multi_lora: MultiLora, trainings: Sequence[ArmTraining]) -> Ended:
-    """One optimizer step of every training, with one pass over the base per micro-batch.
-
-    The trainings share the wall time evenly. Returns the outcomes of those that end in the step without a result.
-    """
-    begun = time.perf_counter()
-    batches = [training.micro_batches() for training in trainings]
-    for micro in zip(*batches, strict=True):
-        arm_batches = [training.arm_batch(batch) for training, batch in zip(trainings, micro, strict=True)]
-        for training, losses in zip(trainings, runtime.accumulate_gradients(multi_lora, arm_batches), strict=True):
-            training.add_losses(float(losses.sum()))
-    for training in trainings:
-        training.update()
-    ended: Ended = {}
-    seconds = (time.perf_counter() - begun) / len(trainings)
-    for training in trainings:
-        try:
-            training.end_step(seconds)
-        except Diverged as reason:
-            ended[training.trial.trial_id] = reason.outcome()
-    due = [t for t in trainings if t.wants_evaluation and t.trial.trial_id not in ended]
-    return ended | (evaluate_all(runtime, multi_lora, due) if due else {})
-
-
-def evaluate_all(
-    runtime: Runtime, multi_lora: MultiLora, trainings: Sequence[ArmTraining], retry: bool = True
-) -> Ended:
-    """Held-out scores of every training; returns the outcomes of those that end without a result.
-
-    On running out of memory each half is evaluated in its own pass, and a single training is retried once.
-    """
-    begun = time.perf_counter()
-    try:
-        all_scores = runtime.evaluate_adapters("selection", multi_lora, [training.adapter for training in trainings])
-    except (RuntimeError, MemoryError) as error:
-        if not is_recoverable_oom(error):
-            raise
-        reason = first_line(error)
-    else:
-        return _take_scores(trainings, all_scores, (time.perf_counter() - begun) / len(trainings))
-    # Outside the `except` block, whose traceback keeps the tensors of the failed pass.
-    if len(trainings) > 1:
-        half = len(trainings) // 2
-        return evaluate_all(runtime, multi_lora, trainings[:half]) | evaluate_all(runtime, multi_lora, trainings[half:])
-    if retry:
-        free_memory(runtime.loaded.device)
-        return evaluate_all(runtime, multi_lora, trainings, retry=False)
-    trial = trainings[0].trial
-    return {trial.trial_id: out_of_memory(trial, runtime, reason)}
-
-
-def _take_scores(trainings: Sequence[ArmTraining], all_scores: Sequence[Scores], seconds: float) -> Ended:
-    ended: Ended = {}
-    for training, scores in zip(trainings, all_scores, strict=True):
-        try:
-            training.take_scores(scores, seconds)
-        except Diverged as reason:
-            ended[training.trial.trial_id] = reason.outcome()
-    return ended
-
-
 def by_seed(trials: Sequence[Trial]) -> list[Trial]:
     """The trials grouped by seed, in the given order: arms of one seed share batches, and so need no padding together."""
     seeds = list(dict.fromkeys(trial.arm.seed for trial in trials))
@@ -314,11 +252,3 @@ def by_seed(trials: Sequence[Trial]) -> list[Trial]:
 
 def started(trial: Trial) -> TrialStarted:
     return TrialStarted(**trial.fields)
-
-
-def out_of_memory(trial: Trial, runtime: Runtime, reason: str) -> TrialFailed:
-    return TrialFailed(
-        **trial.fields,
-        error="out_of_memory",
-        reason=f"{trial.arm.label()} ran out of memory on {runtime.loaded.device}: {reason}",
-    )

@@ -28,8 +28,6 @@ class TrainerDivergedError(TrainerError):
 
 
 def call_inline(train: TrainFunction) -> Call:
-    """Call `train` in this process."""
-
     def call(task: TrialTask) -> object:
         try:
             return train(task)

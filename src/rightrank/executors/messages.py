@@ -78,8 +78,6 @@ class Group(Record):
 
 
 class WorkerSetup(Record):
-    """The first message to a worker."""
-
     type: Literal["orders"] = "orders"
     jobs: list[Job]
     working_folder: Path  # relative paths start here
@@ -95,8 +93,6 @@ class Stop(Record):
 
 
 class Ready(Record):
-    """The first message from a worker."""
-
     type: Literal["ready"] = "ready"
     versions: dict[str, str]
     token: str | None  # content of the probe file; None: the worker does not see the file

@@ -40,8 +40,6 @@ class PoolOptions:
 
 @dataclass(slots=True)
 class _WorkerState:
-    """What the pool knows of a worker."""
-
     is_ready: bool = False
     task: Task | None = None
     remaining: dict[str, Trial] = field(default_factory=dict)  # trials of the task without an outcome
@@ -96,7 +94,6 @@ class Pool:
         return bool(self._unfinished.get(job))
 
     def busy(self) -> list[str]:
-        """The workers that have a task."""
         return [name for name, worker in self._workers.items() if worker.task is not None]
 
     def outcomes(self) -> Iterator[Outcome]:

@@ -28,8 +28,6 @@ MAX_TASK_TRIALS = 16  # the worker measures how many of them to train in one pas
 
 @dataclass(frozen=True, slots=True)
 class WorkerNeeds:
-    """What a worker needs."""
-
     bytes_planned: int | None  # peak memory; None: the architecture can't be planned
     on_cuda: bool
 

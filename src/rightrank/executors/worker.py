@@ -199,7 +199,6 @@ class Service:
         self._tasks: queue.SimpleQueue[Task | None] = queue.SimpleQueue()
 
     def receive(self, line: str | bytes) -> None:
-        """Handle one command."""
         try:
             command = COMMAND.validate_json(line)
         except ValidationError:
@@ -219,7 +218,6 @@ class Service:
         self.worker.stop()
 
     def run(self) -> None:
-        """Run tasks until `close`."""
         try:
             while (task := self._tasks.get()) is not None:
                 self.worker.run_task(task)

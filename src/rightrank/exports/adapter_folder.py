@@ -18,8 +18,6 @@ PICTURE, CURVE = "adapters.png", "rank_curve.png"
 
 @dataclass(frozen=True, slots=True)
 class AdapterCardFacts:
-    """What the card says of the adapter itself."""
-
     sentence: str  # the answer to the first question
     making: Making
     handed_over: HandedOver

@@ -58,7 +58,6 @@ def _is_alpha(value: object) -> bool:
 
 
 def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the tensors, from the file's header."""
     file = path / WEIGHTS_FILE
     if not file.exists():
         if (path / "adapter_model.bin").exists():

@@ -60,7 +60,6 @@ class AdapterModule:
 
     @property
     def parameters(self) -> int:
-        """Of the factors."""
         return self.rank * (self.rows + self.columns)
 
     @property
@@ -90,7 +89,6 @@ class AdapterFolder:
 
     @property
     def keys(self) -> list[str]:
-        """Every tensor of the adapter."""
         optional = [key for (module, *_) in self.pairs for key in (module.magnitude_key, module.bias_key) if key]
         factors = [key for (module, *_) in self.pairs for key in (module.a_key, module.b_key)]
         return [*factors, *optional, *self.other_keys]
@@ -270,7 +268,6 @@ def _pair_up(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> tuple[dict[st
 def _modules(
     path: Path, config: Mapping[str, Any], key: str, keys: _Pair, shapes: Mapping[str, tuple[int, ...]]
 ) -> Iterator[AdapterModule]:
-    """The matrices of one pair."""
     assert keys.a is not None
     assert keys.b is not None
     pair = StoredPair(key.removeprefix(PREFIX), keys.embedding, shapes[keys.a], shapes[keys.b], config)

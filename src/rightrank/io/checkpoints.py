@@ -19,8 +19,6 @@ from rightrank.io.reading import UnreadableError, parse_json
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """Tensors by name, and JSON state."""
-
     tensors: Mapping[str, torch.Tensor]
     state: Mapping[str, Any]
 

@@ -24,8 +24,6 @@ Key = tuple[int, float, int]  # rank, learning rate, seed
 
 @dataclass(slots=True)
 class TrainingRows:
-    """The rows of one training."""
-
     where: str
     trial: str
     by_example: dict[str, tuple[float, float, str]] = field(default_factory=dict)  # value, weight, where
@@ -139,7 +137,6 @@ def _note_details(training: TrainingRows, row: Row, columns: Columns) -> None:
 
 
 def _optional(row: Row, column: str | None, strict: bool = False) -> float | None:
-    """The number in an optional column."""
     return None if column is None else _number(row, column, strict)
 
 

@@ -35,16 +35,12 @@ Notice = Callable[[str], None]
 
 @dataclass(frozen=True, slots=True)
 class Repaired:
-    """The result of a repair."""
-
     kept: int  # records
     set_aside: int  # damaged lines
     aside: Path | None  # the file with the damaged lines; None: nothing was damaged
 
 
 class Journal:
-    """An append-only file of records."""
-
     def __init__(self, path: Path) -> None:
         self.path = path
 

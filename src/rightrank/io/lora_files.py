@@ -87,7 +87,6 @@ def config_of_file(path: Path) -> dict[str, Any]:
 
 
 def is_alpha(key: str) -> bool:
-    """Whether a tensor is the alpha of a module."""
     return key.endswith(".alpha")
 
 

@@ -26,8 +26,6 @@ class MatrixJob:
 
 @dataclass(frozen=True, slots=True)
 class MatrixConfig:
-    """Selections that share a base model."""
-
     model: str
     jobs: tuple[MatrixJob, ...]
 

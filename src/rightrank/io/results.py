@@ -21,8 +21,6 @@ MAX_DEPTH = 8
 
 @dataclass(frozen=True, slots=True)
 class TableOptions:
-    """The user's options for reading a table."""
-
     metric: str | None = None
     higher_is_better: bool | None = None
     mapping: Mapping[str, str] = field(default_factory=dict)
@@ -48,7 +46,6 @@ def flat(rows: Iterable[Row]) -> list[Row]:
 
 
 def results_of_rows(rows: list[Row], asked: TableOptions, direction_of: DirectionOf, where: str) -> ResultsTable:
-    """Make the table from rows."""
     names = list(dict.fromkeys(name for row in rows for name in row.fields))
     columns = identify_columns(names, asked.metric, asked.mapping, direction_of, where)
     rows, metric = _one_metric(rows, columns, asked.metric, where)
@@ -78,7 +75,6 @@ def rows_of_mappings(mappings: Iterable[Mapping[str, Any]]) -> list[Row]:
 
 
 def raw_rows(source: Path) -> list[Row]:
-    """The rows of a file or folder, as they are."""
     if kind_of(source) not in ("file", "folder"):
         raise ResultsError(f"{source}: no such file or folder; give a CSV or JSONL file of results, or a run folder")
     imported = import_rows(source)

@@ -21,8 +21,6 @@ from rightrank.io.store import Store
 
 
 class RunFolder:
-    """Paths inside a run folder."""
-
     def __init__(self, path: Path) -> None:
         self.path = path
         self.journal = Journal(path / "journal.jsonl")
@@ -96,7 +94,6 @@ class RunFolder:
             lock.release()
 
     def is_locked(self) -> bool:
-        """Whether a process holds the lock."""
         if not (self.path / ".lock").exists():
             return False
         lock = FileLock(self.path / ".lock", timeout=0)

@@ -24,7 +24,6 @@ class ScorerError(Exception):
 
 
 def main(task: Mapping[str, Any]) -> None:
-    """Score, and write the result."""
     try:
         result: dict[str, object] = {"scores": scores(task)}
     except ScorerError as error:
@@ -85,7 +84,6 @@ def find_function(target: str) -> Callable[..., object]:
 
 
 def _accepted(function: Callable[..., object], given: dict[str, list[str]]) -> dict[str, list[str]]:
-    """The arguments that the function accepts."""
     parameters = inspect.signature(function).parameters.values()
     if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters):
         return given

@@ -55,8 +55,6 @@ class Scored:
 
 @dataclass(frozen=True, slots=True)
 class ScorerLimits:
-    """Limits of a scorer."""
-
     timeout_seconds: float
     trust_remote_code: bool = False
 
@@ -198,7 +196,6 @@ def _wait(process: subprocess.Popen[bytes], spec: MetricSpec, seconds: float, ou
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:
-    """Kill the program and its child processes."""
     try:
         os.killpg(process.pid, signal.SIGKILL)
     except (ProcessLookupError, PermissionError):

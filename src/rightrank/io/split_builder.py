@@ -18,8 +18,6 @@ HELD_OUT: tuple[SplitName, ...] = ("selection", "test")
 
 
 class SplitBuilder:
-    """Collects a stream of examples: training examples on disk, and as many held-out ones as are evaluated."""
-
     def __init__(self, form: DataForm, settings: SelectSettings, folder: Path | None) -> None:
         self.train = ExampleStore(folder)
         self.held_out: dict[SplitName, _SmallestHashes] = {

@@ -17,7 +17,6 @@ KINDS: tuple[AdapterKind, ...] = (Experts(), Dora(), Embedding(), Convolution(),
 
 
 def kind_of(module: Any) -> AdapterKind:
-    """The kind of a layer that PEFT adapted."""
     return next(kind for kind in KINDS if kind.adapts(module))
 
 

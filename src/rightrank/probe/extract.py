@@ -36,8 +36,6 @@ MAX_RANK = 128
 
 @dataclass(frozen=True, slots=True)
 class ExtractOptions:
-    """Options of `extract`."""
-
     max_rank: int = MAX_RANK  # singular values kept of each module
     resize: ResizeOptions = field(default_factory=lambda: ResizeOptions(dtype="float32"))
     on_matrix: Callable[[str], None] = lambda _: None

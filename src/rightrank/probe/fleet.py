@@ -9,47 +9,33 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
-from rightrank.errors import DataError, ModelError, SettingsError
+from rightrank.errors import SettingsError
 from rightrank.exports.padding import write_padded
 from rightrank.exports.servers import max_module_rank, served_rank
 from rightrank.io.adapter_folder import AdapterFolder, open_adapter, write_adapter
-from rightrank.io.files import require_absent
-from rightrank.io.models import LoadedModel, load_model
-from rightrank.io.reading import UnreadableError, read_json_object
+from rightrank.io.models import LoadedModel
 from rightrank.probe.adapter_runtime import DataUse, adapter_runtime
+from rightrank.probe.fleet_checks import (
+    MERGED,
+    FleetRequest,
+    data_of,
+    load_base,
+    open_adapters,
+    require_base_name,
+    require_shapes,
+)
 from rightrank.probe.held_out import Candidates, Recovery, TruncationCurve, truncation_curve
-from rightrank.probe.merge import require_summable, write_sum
-from rightrank.probe.resize import open_together, write_together
+from rightrank.probe.merge import write_sum
+from rightrank.probe.resize import write_together
 from rightrank.probe.scored_data import ScoredData, scored_data
 from rightrank.records.fleet import Fleet, FleetAdapter, FleetMerge, FleetSlots
 from rightrank.records.probe import Resized
-from rightrank.settings import SelectSettings
 
 BYTES = 2  # of a parameter in a server's slot: servers hold adapters in 16 bits
-MERGED = "merged"
 MAX_NAMED = 3  # adapters that a sentence names
-WHOLE_WEIGHTS = ("linear", "embedding", "convolution")  # kinds of modules with a weight of their own in the base
-
-
-@dataclass(frozen=True, slots=True)
-class FleetRequest:
-    """What to bring to one rank; see `rightrank.api.fleet` for each field."""
-
-    adapters: Sequence[Path]
-    model: str
-    data: Sequence[Path]  # one for all adapters, or one for each
-    out: Path
-    settings: SelectSettings
-    ranks: Sequence[int] | None = None
-    pad: bool = False
-    recover_steps: int = 0
-    learning_rate: float | None = None
-    weights: Sequence[float] | None = None  # of the exact sum; None: no sum
-    ignore_base_name: bool = False
-    notice: Callable[[str], None] = field(default=lambda _: None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,12 +58,12 @@ def run_fleet(request: FleetRequest) -> Fleet:
         InputError: an adapter, the model, the data or `out` can't be used; nothing is written.
         RunError: recovery diverged.
     """
-    adapters = _opened(request)
-    _require_base_name(adapters, request)
-    data = _data_of(request)
+    adapters = open_adapters(request)
+    require_base_name(adapters, request)
+    data = data_of(request)
     scored = [scored_data(adapter, file, None, request.settings) for adapter, file in zip(adapters, data, strict=True)]
-    loaded = _load(request, scored)
-    _require_shapes(adapters, loaded, request)
+    loaded = load_base(request, scored)
+    require_shapes(adapters, loaded, request)
     ranks = _ranks(adapters, request.ranks)
     with tempfile.TemporaryDirectory(prefix="rightrank-") as name:
         working = Path(name)
@@ -89,112 +75,6 @@ def run_fleet(request: FleetRequest) -> Fleet:
         rank = max(one.rank for one in measured)
         sums = None if request.weights is None else _merge(request, adapters, scored, loaded, data, working)
         return _written(request, measured, rank, sums)
-
-
-def _opened(request: FleetRequest) -> list[AdapterFolder]:
-    if len(request.adapters) < 2:
-        raise SettingsError(
-            f"{len(request.adapters)} adapter given: a fleet has two or more; `rightrank resize` takes one"
-        )
-    require_absent(request.out)
-    if request.recover_steps and request.learning_rate is None:
-        raise SettingsError("--recover needs --learning-rate; give the one that the adapters were trained at")
-    adapters = open_together(request.adapters)
-    if request.weights is not None:
-        if len(request.weights) != len(adapters):
-            raise SettingsError(f"{len(request.weights)} weights for {len(adapters)} adapters; give one for each")
-        if any(adapter.path.resolve().name == MERGED for adapter in adapters):
-            raise SettingsError(f"an adapter is in a folder named {MERGED!r}, where the sum is written; rename it")
-        require_summable(adapters)
-    for adapter in adapters:
-        own = {module.name for module in adapter.modules}
-        others = {module.name for other in adapters if other is not adapter for module in other.modules}
-        if not own & others:
-            raise ModelError(
-                f"{adapter.path}: it has no module in common with the others (it adapts {sorted(own)[0]}, they {sorted(others)[0]}); "
-                "a fleet shares one base and its modules: leave it out"
-            )
-    return adapters
-
-
-def _data_of(request: FleetRequest) -> list[Path]:
-    if not request.data:
-        raise SettingsError("no data: give --data FILE once for all adapters, or once for each, in their order")
-    if len(request.data) == 1:
-        return [request.data[0]] * len(request.adapters)
-    if len(request.data) != len(request.adapters):
-        raise SettingsError(
-            f"{len(request.data)} data files for {len(request.adapters)} adapters; give one for all, or one for each in their order"
-        )
-    return list(request.data)
-
-
-def _load(request: FleetRequest, scored: Sequence[ScoredData]) -> LoadedModel:
-    classes = {None if one.splits.classes is None else tuple(one.splits.classes) for one in scored}
-    if len(classes) > 1:
-        raise DataError(
-            "the data files have different labels: adapters of one fleet share one head; give data of one kind"
-        )
-    settings, labels = request.settings, classes.pop()
-    return load_model(
-        request.model,
-        settings.dtype,
-        settings.device,
-        None if labels is None else list(labels),
-        settings.trust_remote_code,
-        settings.weight_bits,
-    )
-
-
-def _require_base_name(adapters: Sequence[AdapterFolder], request: FleetRequest) -> None:
-    """Refuse adapters that name another base."""
-    names = [request.model, _name_in_config(request.model)]
-    for adapter in adapters:
-        if adapter.base_model is not None and not request.ignore_base_name and not _alike(adapter.base_model, names):
-            raise ModelError(
-                f"{adapter.path}: it was trained on {adapter.base_model!r}, not on {request.model!r}; leave it out, or give "
-                "--ignore-base-name if they are the same model"
-            )
-
-
-def _name_in_config(model: str) -> str:
-    """The name under which the model was saved; the model's own where there is none."""
-    try:
-        found = read_json_object(Path(model) / "config.json").get("_name_or_path")
-    except UnreadableError:
-        return model
-    return found if isinstance(found, str) and found else model
-
-
-def _require_shapes(adapters: Sequence[AdapterFolder], loaded: LoadedModel, request: FleetRequest) -> None:
-    """Refuse adapters whose modules the base does not have, or has in other shapes."""
-    shapes = {name: tuple(parameter.shape) for name, parameter in loaded.model.named_parameters()}
-    for adapter in adapters:
-        for module in adapter.modules:
-            shape = shapes.get(f"{module.name}.weight")
-            if shape is None and module.kind in WHOLE_WEIGHTS and request.settings.weight_bits is None:
-                raise ModelError(
-                    f"{adapter.path}: {request.model} has no module {module.name}: it is an adapter of another base"
-                )
-            if shape is not None and module.kind == "linear" and sorted(shape) != sorted((module.rows, module.columns)):
-                raise ModelError(
-                    f"{adapter.path}: {module.name} is {module.rows} × {module.columns} in the adapter and "
-                    f"{' × '.join(map(str, shape))} in {request.model}: it is an adapter of another base"
-                )
-
-
-def _alike(name: str, others: Sequence[str]) -> bool:
-    """Whether a base's name is one of the others: by place, or by its last part, whoever holds a copy."""
-    if any(
-        Path(name).exists() and Path(other).exists() and Path(name).resolve() == Path(other).resolve()
-        for other in others
-    ):
-        return True
-    return _last(name) in {_last(other) for other in others}
-
-
-def _last(name: str) -> str:
-    return name.replace("\\", "/").rstrip("/").rsplit("/", 1)[-1].lower()
 
 
 def _ranks(adapters: Sequence[AdapterFolder], asked: Sequence[int] | None) -> list[int]:

@@ -50,5 +50,4 @@ def one_rank_a_group(ranks: Mapping[str, int], groups: Mapping[str, str], adapte
 
 
 def ranks_by_group(ranks: Mapping[str, int], groups: Mapping[str, str]) -> dict[str, int]:
-    """The rank of each group."""
     return {group: ranks[name] for name, group in groups.items()}

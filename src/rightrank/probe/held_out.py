@@ -35,8 +35,6 @@ from rightrank.settings import DtypeName
 
 @dataclass(frozen=True, slots=True)
 class Recovery:
-    """Training after truncation."""
-
     steps: int
     learning_rate: float
     seed: int = 0

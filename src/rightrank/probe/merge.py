@@ -23,8 +23,6 @@ SUMMABLE = ("linear", "embedding", "convolution")
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """One adapter's module in the sum."""
-
     adapter: AdapterFolder
     module: AdapterModule
     weight: float
@@ -78,7 +76,6 @@ def require_summable(adapters: Sequence[AdapterFolder]) -> None:
 
 
 def _summed(parts: Sequence[_Part], with_bias: bool) -> dict[str, torch.Tensor]:
-    """The tensors of one module."""
     first = parts[0]
     like_a, like_b = first.adapter.tensor(first.module.a_key), first.adapter.tensor(first.module.b_key)
     dtype = torch.float32 if len({part.adapter.tensor(part.module.b_key).dtype for part in parts}) > 1 else like_b.dtype

@@ -38,7 +38,6 @@ class Update:
 
 
 def describe(update: Update) -> ModuleSpectrum:
-    """The record of one update."""
     s, total = update.values, update.energy
     partial = update.kind == "matrix" and len(s) < min(update.shape)
     flags = list(update.flags)
@@ -109,7 +108,6 @@ class InspectionInfo:
 
 
 def summarise(modules: Sequence[ModuleSpectrum], about: InspectionInfo) -> InspectionSummary:
-    """The summary of all modules."""
     alive = [module for module in modules if module.frobenius_norm > 0]
     known = [module for module in alive if module.effective_rank is not None]
     by_use = sorted(known, key=lambda module: (module.effective_rank or 0.0) / module.rank)

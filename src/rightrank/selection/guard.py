@@ -29,8 +29,6 @@ MIN_ROWS = 4
 
 @dataclass(frozen=True, slots=True)
 class GuardData:
-    """One guard file, encoded for the base of the run."""
-
     file: str
     fingerprint: str
     encoded: EncodedData

@@ -11,13 +11,7 @@ from dataclasses import dataclass, replace
 
 from rightrank.decision.answers import trainings
 from rightrank.decision.run import Records, decide_run, decision_so_far, settled_start
-from rightrank.errors import (
-    AllTrialsFailedError,
-    DeviceMemoryError,
-    InterruptedRun,
-    ResultsError,
-    RunFolderError,
-)
+from rightrank.errors import AllTrialsFailedError, DeviceMemoryError, InterruptedRun, ResultsError, RunFolderError
 from rightrank.executors import Executor
 from rightrank.io.run_folder import RunFolder
 from rightrank.records import (
@@ -222,7 +216,6 @@ class Selection:
         return took_line(estimate, steps / estimate.steps, seconds)
 
     def write_views(self, decision: Decision | None) -> None:
-        """Write decision.json and the report."""
         write_views(self.folder, self.records, decision, self._options.goal)
 
     def _write_views_so_far(self) -> None:

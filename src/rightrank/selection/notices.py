@@ -100,7 +100,6 @@ def answers_line(settings: SelectSettings, started: RunStarted) -> str:
 
 
 def cost_line(strategy: Strategy, steps: int) -> str:
-    """What the selection will cost."""
     cost = strategy.cost()
     if cost.expected == cost.maximum:
         return f"strategy {strategy.name}: {cost.maximum:.3g} trainings of {steps} steps"

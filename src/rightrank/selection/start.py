@@ -28,8 +28,6 @@ from rightrank.trackers import Trackers, require_trackers
 
 @dataclass(frozen=True, slots=True)
 class PreparedSelection:
-    """A selection that is ready to run."""
-
     request: Request
     prepared: Prepared
     selection: Selection

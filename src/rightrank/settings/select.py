@@ -284,7 +284,6 @@ class SelectSettings(BaseModel):
 
     @property
     def metric_name(self) -> str:
-        """The name of the metric that decides."""
         return self.metric_specs[0].name
 
     @property

@@ -11,8 +11,6 @@ from rightrank.records import AdapterAnswer, Arm, TrialFinished, TrialOutcome
 
 @dataclass(frozen=True, slots=True)
 class History:
-    """The outcomes so far, by arm."""
-
     outcomes: dict[Arm, TrialOutcome]
 
     @classmethod

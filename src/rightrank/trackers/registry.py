@@ -58,8 +58,6 @@ def require_trackers(names: Sequence[str]) -> tuple[str, ...]:
 
 
 class Trackers:
-    """The trackers of one selection."""
-
     def __init__(
         self, names: Sequence[str], folder: Path, started: RunStarted, notice: Callable[[str], None] = lambda _: None
     ) -> None:
@@ -90,7 +88,6 @@ class Trackers:
             self._log(tracked_trial(self._started, event, self._group))
 
     def decided(self, decision: Decision) -> None:
-        """Log the decision."""
         if self._trackers:
             self._log(tracked_decision(self._started, decision, self._group))
 

@@ -14,8 +14,6 @@ Plain: TypeAlias = str | int | float | bool | None
 
 @dataclass(frozen=True, slots=True)
 class TrackedRun:
-    """One run of a tracker."""
-
     key: str  # the trial's identity
     name: str  # readable, and valid as a folder name
     group: str
