@@ -100,11 +100,7 @@ def _decide_run(folder: RunFolder, question: Question) -> Decided:
 
 
 def _decide_runs(folders: Sequence[RunFolder], question: Question) -> Decided:
-    """Decide on several runs of one model and one data set: trainings of the same arm count once.
-
-    Raises:
-        ResultsError: a run differs in what its trainings are, or in the examples that it is evaluated on.
-    """
+    """Decide on several runs of one model and one data set: trainings of the same arm count once."""
     read = [records_of(folder.journal.read_settled(), str(folder.path)) for folder in folders]
     first, where = read[0].started, folders[0].path
     for folder, records in zip(folders[1:], read[1:], strict=True):

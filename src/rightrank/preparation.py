@@ -102,7 +102,6 @@ def prepare(request: Request, cache: Path, notice: Notice = lambda _: None, base
     """Load, encode and plan.
 
     Args:
-        request: what to select for.
         cache: the folder for what all arms share on disk.
         notice: receives each line for a person.
         bases: base models that other requests have loaded; this one adds its own.
@@ -188,11 +187,7 @@ def _loaded(request: Request, classes: list[str] | None) -> LoadedModel:
 
 
 def _require_metrics_fit(settings: SelectSettings, form: DataForm) -> None:
-    """Refuse metrics that data of this form can't have.
-
-    Raises:
-        SettingsError: a classification metric for other data, or a metric of generated text for data without prompts.
-    """
+    """Refuse metrics that data of this form can't have."""
     for spec in settings.metric_specs:
         for kind, needed, columns in METRICS_OF_FORMS:
             if spec.kind == kind and form != needed:
@@ -207,11 +202,7 @@ def _require_metrics_fit(settings: SelectSettings, form: DataForm) -> None:
 
 
 def _require_fits_pairs(settings: SelectSettings) -> None:
-    """Refuse settings that preference pairs can't have.
-
-    Raises:
-        SettingsError: pairs in pieces, or trained biases of the base, which is the reference.
-    """
+    """Refuse settings that preference pairs can't have."""
     if settings.long_items == "split":
         raise SettingsError("long_items split: a preference pair can't be split in pieces; give long_items truncate")
     if settings.bias != "none":

@@ -111,11 +111,7 @@ def export(
 
 
 def _handed_over(folder: RunFolder, journal: Sequence[JournalRecord], records: Records) -> TrialFinished:
-    """The trial whose adapter is in `adapter/`: by the answer to the first question, or in an older run by the decision.
-
-    Raises:
-        RunFolderError: neither has been recorded.
-    """
+    """The trial whose adapter is in `adapter/`: by the answer to the first question, or in an older run by the decision."""
     decided = last_decided(journal)
     if records.adapters:
         chosen = records.adapters[-1].answer.trial_id

@@ -83,11 +83,7 @@ def variants_of(settings: SelectSettings) -> tuple[Variant, ...]:
 
 
 def _require_plain_training(variant: Variant, settings: SelectSettings) -> None:
-    """Refuse settings under which the frozen half of an adapter would change.
-
-    Raises:
-        SettingsError: an initialisation from the weights with dropout, weight decay or a quantised base.
-    """
+    """Refuse settings under which the frozen half of an adapter would change."""
     if variant.axis != "init" or variant.value not in FROM_WEIGHTS:
         return
     obstacles = {

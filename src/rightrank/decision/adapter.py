@@ -34,7 +34,6 @@ def adapter_answer(
 
     Args:
         outcomes: of a run; only finished trials count.
-        question: the metric and the margin.
         top_id: the training to take candidates from; None: the best of those that were truncated.
     """
     files, table = files_of(outcomes, question)

@@ -57,9 +57,6 @@ def guarded(
     """The answer among the adapters that keep the guard, and how the handed-over adapter does on it.
 
     Args:
-        answer: to the first question.
-        outcomes: of the run.
-        question: the metric and the margin of the task.
         evaluated: of the base and of every adapter that was measured on all guard files.
         margin: how much worse than the base is still allowed, nats.
         before: the guard of an earlier answer of the same run, which `answer` may already keep.

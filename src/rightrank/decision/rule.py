@@ -43,7 +43,6 @@ def decide(
     """The decision that a table supports.
 
     Args:
-        table: finished trials.
         margin: how much worse than the best is still enough, in the metric's unit; None for the default of the metric.
         token_loss: whether a loss is per token (its default margin is then 0.005 nats).
         horizon_steps: the length of the training that the answer is for, if longer than the trials.

@@ -89,7 +89,6 @@ def table_of(
 
     Args:
         outcomes: an outcome without this metric counts as missing.
-        metric: a metric that the run measured.
         higher_is_better: None to take it from the metric's name.
         points_metric: the metric of the evaluations during training; None for `metric`.
         looks: trainings that are not compared, such as those stopped early; their learning rates count as tried.

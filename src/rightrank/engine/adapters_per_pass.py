@@ -28,8 +28,6 @@ def adapters_per_pass_for(
     """The number of arms to train in one pass.
 
     Args:
-        runtime: base, data and settings.
-        arms: the arms to train.
         notice: receives a line where the number is lower than the settings ask for.
         limit: the largest number that fits in memory by the plan; None if the plan does not say.
     """

@@ -31,11 +31,7 @@ def certify(
     """Train the arm of `trial` again, alone and from its start, and return the differences.
 
     Args:
-        runtime: base, data and settings.
-        trial: the trial to repeat.
         adapter: the folder of its trained adapter.
-        scratch: a folder for temporary files.
-        observer: receives the steps.
         seed_difference: the difference of the held-out value between two seeds of one rank and learning rate; None if
             the run has one seed. It sets the bound for a model that is not in float32.
 

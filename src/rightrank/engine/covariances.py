@@ -55,11 +55,9 @@ def gather_moments(
     runs out or a gradient is not finite, get none; a notice says so.
 
     Args:
-        runtime: The base and the data.
         peft_model: PEFT's model around `runtime.model`, which need not be trainable.
         examples: Numbers in the training split, best those that the adapter was not trained on.
         tokens: How many tokens to read; whole micro-batches of `batch_size` are read until then, or all examples.
-        adapter: PEFT's name of the adapter.
     """
     found = lora_modules(peft_model)
     plain = [name for name, module in found.items() if _is_plain(module, adapter)]

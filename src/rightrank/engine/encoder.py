@@ -77,11 +77,7 @@ class Encoder:
         return self._completed(prompt, answer)
 
     def _known(self, ids: list[int], where: str) -> list[int]:
-        """Token ids or labels of the data.
-
-        Raises:
-            DataError: one that the model does not have.
-        """
+        """Token ids or labels of the data."""
         wrong = next((token for token in ids if token != IGNORED and not 0 <= token < self._vocabulary), None)
         if wrong is not None:
             raise DataError(

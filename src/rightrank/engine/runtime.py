@@ -41,9 +41,6 @@ class Runtime:
     """Built once per run; `losses` and `evaluate` work with and without an adapter on the base.
 
     Args:
-        loaded: the frozen base with its tokenizer and device.
-        data: the encoded splits.
-        settings: the run's settings.
         steps: optimizer steps of an arm.
         cache_folder: the folder for the hidden states of the frozen prefix.
     """

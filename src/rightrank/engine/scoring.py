@@ -79,7 +79,6 @@ def measure(runtime: Runtime, split: SplitName, keep: Path | None = None) -> Mea
     """Every end metric on a split, under the adapter that the base now carries.
 
     Args:
-        runtime: base, data and settings.
         split: the examples to answer. Tasks bring their own examples, so they are measured for `selection` only.
         keep: a file for the answers.
     """
@@ -115,11 +114,7 @@ def _score(runtime: Runtime, spec: MetricSpec, answered: Sequence[ModelAnswer]) 
 
 
 def _in_every_process(task: Callable[[], Scored]) -> Scored:
-    """Run `task` in process 0 and return its result in every process.
-
-    Raises:
-        MetricError: the task failed.
-    """
+    """Run `task` in process 0 and return its result in every process."""
     result: dict[str, object] = {}
     if process_index() == 0:
         try:

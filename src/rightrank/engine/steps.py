@@ -16,7 +16,6 @@ class OptimizerSteps:
     """Call `begin`, add gradients of every micro-batch to the parameters, call `update`.
 
     Args:
-        runtime: gives the batches and the settings.
         named: what is trained, by PEFT's names.
         learning_rate: what the schedule's factor multiplies.
         plan: example indices of each step.

@@ -166,11 +166,7 @@ def _refusal(model: Any, reason: str) -> str:
 
 
 def _require_text(modules: Sequence[TargetModule]) -> None:
-    """Refuse a kind that `select` does not train.
-
-    Raises:
-        ModelError: such a module, with the reason.
-    """
+    """Refuse a kind that `select` does not train."""
     for module in modules:
         if module.kind.why_not_select is not None:
             raise ModelError(

@@ -47,11 +47,8 @@ def train_trials(
     Closing the iterator early writes a checkpoint of every running arm.
 
     Args:
-        runtime: base, data and settings.
         trials: the trials to train; rank 0 evaluates the base.
         base_loss: the base's held-out loss, by which divergence is judged; None only for the base itself.
-        folders: the folders of a trial.
-        observer: receives each start and each step.
         adapters_per_pass: the largest number of adapters in one pass.
 
     Raises:
@@ -227,11 +224,7 @@ class _TrainingLoop:
             training.save()
 
     def _checkpoint_due(self) -> None:
-        """Write the checkpoints that are due; when asked to stop, write all and raise.
-
-        Raises:
-            InterruptedRun: the observer asked to stop.
-        """
+        """Write the checkpoints that are due; when asked to stop, write all and raise."""
         stopping = bool(self._running) and self._observer.should_stop()
         for training in self._running:
             if stopping or training.is_checkpoint_due:

@@ -209,11 +209,7 @@ class CustomExecutor:
         return collapse_of(result.points, drop, higher) or collapse_of([*start, end], drop, higher)
 
     def _require_same_looks(self, points: Sequence[EvalPoint]) -> None:
-        """Check that all looks score as many examples, in this trial and in earlier ones.
-
-        Raises:
-            TrainerError: they do not.
-        """
+        """Check that all looks score as many examples, in this trial and in earlier ones."""
         counts = {len(point.item_scores) for point in points if point.item_scores is not None}
         known = counts if self._look_examples is None else counts | {self._look_examples}
         if len(known) > 1 or 0 in known:

@@ -164,9 +164,6 @@ def recipe_of(
     """The recipe of the chosen trial of a run.
 
     Args:
-        started: the start of the run.
-        trial: whose adapter was handed over.
-        adapter: the folder of that adapter.
         finished: the trials of the run; among them the one that `trial` truncates, if it does.
 
     Raises:

@@ -202,9 +202,7 @@ def write_lora_file(folder: Path, out: Path, to: FileFormat, prefix: str = "unet
     """Write a PEFT adapter folder as a LoRA file of kohya or diffusers.
 
     Args:
-        folder: the adapter.
         out: the file, `….safetensors`.
-        to: the tool.
         prefix: the model that the adapter is for, in diffusers' names.
 
     Raises:
@@ -301,11 +299,7 @@ def _modules(
 
 
 def _layout(path: Path, how: AdapterKind, pair: StoredPair, rank: int) -> Layout:
-    """The checked layout of a pair whose rank is `rank` by the configuration.
-
-    Raises:
-        ModelError: shapes that do not multiply, or another rank in the weights.
-    """
+    """The checked layout of a pair whose rank is `rank` by the configuration."""
     layout = how.layout(pair, rank)
     if layout is None:
         groups = " (adapters on convolutions in groups are not supported)" if len(pair.a) > 2 else ""

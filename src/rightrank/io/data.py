@@ -108,11 +108,7 @@ def load_data(
 
 
 def _with_validation(rows: RowsBySplit, file: Path, name: str) -> RowsBySplit:
-    """`rows` with the rows of `file` as the validation split; what was not split yet is the train split.
-
-    Raises:
-        DataError: `rows` have a validation split already.
-    """
+    """`rows` with the rows of `file` as the validation split; what was not split yet is the train split."""
     if "selection" in rows:
         raise DataError(f"{name}: has a validation split, and validation names {file}; give one of them")
     found = read_rows(file)

@@ -97,11 +97,7 @@ def _key(row: Row, columns: Columns) -> Key:
 
 
 def _take(training: TrainingRows, row: Row, key: Key, value: float, columns: Columns) -> bool:
-    """Add a row to its training; return whether it repeats another row.
-
-    Raises:
-        ResultsError: another row has a different value for the same training, example and step.
-    """
+    """Add a row to its training; return whether it repeats another row."""
     item, step = columns.get("item"), columns.get("step")
     if item is not None and (step is None or not is_blank(row.fields.get(item))):
         name = str(row.fields.get(item))

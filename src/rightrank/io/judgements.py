@@ -41,7 +41,6 @@ def judgements_of(rows: Iterable[Row], known: Collection[int] | None = None) -> 
     """`(judgements, how the rows were understood)`.
 
     Args:
-        rows: of a table.
         known: the ranks that were trained; None: any.
 
     Raises:

@@ -144,9 +144,7 @@ def file_keys(
     """`(tensors, metadata)` of a PEFT adapter in another tool's keys.
 
     Args:
-        config: PEFT's configuration.
         tensors: PEFT's tensors by name, without its prefix.
-        to: the tool.
         prefix: the model that the adapter is for, in diffusers' names: `unet`, `text_encoder`, `transformer`.
 
     Raises:

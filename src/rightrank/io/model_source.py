@@ -75,11 +75,7 @@ def require_model(reference: str) -> ModelSource:
 
 @cache
 def _require_on_hub(name: str, path: Path) -> None:
-    """Refuse a name that is no model of the hub, at the first answer: loading would try again for a minute.
-
-    Raises:
-        ModelError: the hub does not know the name, or can't be reached and its files are not in the cache.
-    """
+    """Refuse a name that is no model of the hub, at the first answer: loading would try again for a minute."""
     from huggingface_hub import HfApi, try_to_load_from_cache
     from huggingface_hub.constants import HF_HUB_OFFLINE
 
@@ -106,11 +102,7 @@ def _nearest_folder(path: Path) -> str:
 
 
 def _reject_hub_code(file: Path) -> None:
-    """Reject a configuration that names compiled code on the hub: transformers runs it even without trust.
-
-    Raises:
-        ModelError: such a name, or not a JSON object.
-    """
+    """Reject a configuration that names compiled code on the hub: transformers runs it even without trust."""
     try:
         config = read_json_object(file)
     except UnreadableError as error:

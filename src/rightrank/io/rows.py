@@ -252,11 +252,7 @@ def is_hub_name(name: str) -> bool:
 
 
 def _hub_rows(name: str) -> RowsBySplit:
-    """Rows of a data set on the hub, downloaded or from the cache, without decoding.
-
-    Raises:
-        DataError: no file of this name, and no data set that can be reached.
-    """
+    """Rows of a data set on the hub, downloaded or from the cache, without decoding."""
     import datasets
     from huggingface_hub import HfApi
     from huggingface_hub.constants import HF_HUB_OFFLINE

@@ -139,11 +139,7 @@ def _command(spec: MetricSpec) -> list[str]:
 
 
 def _run(spec: MetricSpec, command: Sequence[str], path: Path | None, limits: ScorerLimits) -> str:
-    """Run a program and return what it printed.
-
-    Raises:
-        MetricError: it could not be started, ended with a status other than 0, took too long or printed too much.
-    """
+    """Run a program and return what it printed."""
     environment = os.environ | {"RIGHTRANK_ANSWERS": "" if path is None else str(path)}
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         try:

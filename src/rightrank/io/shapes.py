@@ -52,7 +52,6 @@ def shape_of(first: Row, columns: Sequence[str], known: Collection[str]) -> Shap
     """How to change rows like `first`; None for rows that have a form's columns as they are.
 
     Args:
-        first: the first row.
         columns: `NAME=COLUMN` for each column that has another name.
         known: the column names of all forms.
 

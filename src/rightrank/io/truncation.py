@@ -36,7 +36,6 @@ def truncated_tensors(
     """The tensors of the adapter in `folder`, in PEFT's names, every A and B truncated; all others as saved.
 
     Args:
-        folder: an adapter folder as PEFT saves it.
         ranks: the rank of each module, by its address in PEFT's patterns.
         scale: PEFT's scale s of the saved adapter by rank.
         new_scale: PEFT's scale s' of the truncated adapter by address and rank.
@@ -116,9 +115,6 @@ def resized_factors(
     training can start from it. Computed in the type of `b` [d, r] and `a` [r, k].
 
     Args:
-        b: [d, r].
-        a: [r, k].
-        rank: Of the result.
         scale_ratio: s/s'.
         moments: Of the module, for the K-FAC metric; None for the Frobenius norm.
         scale: s, with which the moments were gathered.

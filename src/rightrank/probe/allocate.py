@@ -148,11 +148,7 @@ def shuffled(adapter: AdapterFolder, ranks: Mapping[str, int], seed: int) -> dic
 
 
 def _require_matrices(adapter: AdapterFolder) -> None:
-    """Refuse parameters that hold several matrices: PEFT gives all of them one rank.
-
-    Raises:
-        SettingsError: such a parameter.
-    """
+    """Refuse parameters that hold several matrices: PEFT gives all of them one rank."""
     several = next((pair[0].address for pair in adapter.pairs if len(pair) > 1), None)
     if several is not None:
         raise SettingsError(

@@ -18,7 +18,6 @@ def require_request(model: object, data: object, settings: SelectSettings) -> No
     Args:
         model: a folder, file or hub name; a model in memory is not looked at.
         data: a path or hub name; rows in memory are not looked at.
-        settings: of the selection.
 
     Raises:
         SettingsError: an unknown strategy, or one that can't work within its budget.

@@ -192,11 +192,7 @@ def _key(place: Path) -> dict[str, Any]:
 
 
 def _program(command: str) -> list[str]:
-    """The words of the judge's command.
-
-    Raises:
-        SettingsError: words that can't be read, or no such program.
-    """
+    """The words of the judge's command."""
     try:
         words = shlex.split(command)
     except ValueError as error:
