@@ -20,11 +20,12 @@ from rightrank.errors import InputError
 from rightrank.io.data import load_data
 from rightrank.io.journal_lines import seal
 from rightrank.io.rows import FILE_TYPES
+from rightrank.io.run_folder import RunFolder
 from rightrank.io.weights import open_weights
 from rightrank.planning.planner import make_plan
 from rightrank.report.decision_table import decision_text
 from rightrank.report.html import render_report
-from rightrank.runs import existing_run, status
+from rightrank.runs import status
 from rightrank.settings import make_settings, parse_bytes
 from rightrank.settings.plan import make_plan_settings
 
@@ -164,7 +165,7 @@ def read_journal(data: bytes, folder: Path) -> None:
     (folder / "journal.jsonl").write_bytes(_journal(data))
     status(folder).model_dump_json()
     _refusable(lambda: _decide(folder))
-    journal = existing_run(folder).journal.read()
+    journal = RunFolder.existing(folder).journal.read()
     records = records_of(journal, str(folder))
     decided = last_decided(journal)
     render_report(records, decision_so_far(records) if decided is None else decided.decision).encode()

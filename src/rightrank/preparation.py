@@ -26,7 +26,7 @@ from rightrank.errors import SettingsError
 from rightrank.io.data import DataSplits, load_data
 from rightrank.io.examples import DataForm
 from rightrank.io.model_source import find_model
-from rightrank.io.models import DTYPES, LoadedModel, adopt_model, find_device, load_model, resolve_dtype
+from rightrank.io.models import DTYPES, LoadedModel, adopt_model, find_device, load_base, resolve_dtype
 from rightrank.planning.duration import Speed, Workload
 from rightrank.planning.selection_plan import SelectionPlan, first_pass_loss, plan_selection, ranks_for_data
 from rightrank.planning.skeleton import is_known
@@ -179,8 +179,7 @@ def _loaded(request: Request, classes: list[str] | None) -> LoadedModel:
     settings = request.settings
     place = "cpu" if settings.shard_base else settings.device  # a base to be sharded is loaded whole on the host
     if isinstance(request.model, str):
-        trusted, bits = settings.trust_remote_code, settings.weight_bits
-        loaded = load_model(request.model, settings.dtype, place, classes, trusted, bits)
+        loaded = load_base(request.model, settings, classes, place)
     else:
         loaded = adopt_model(request.model, request.tokenizer, place, classes)
     return sharded(loaded, find_device(settings.device)) if settings.shard_base else loaded

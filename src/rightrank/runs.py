@@ -26,12 +26,7 @@ from rightrank.settings import Goal
 
 
 def write_report(run: str | Path) -> Path:
-    """Write `report.html` and the figures of a run again, from its journal alone.
-
-    Raises:
-        RunFolderError: no run there.
-    """
-    folder = existing_run(run)
+    folder = RunFolder.existing(run)
     journal = folder.journal.read()
     records = records_of(journal, str(folder.path))
     goal = _goal(records)
@@ -43,12 +38,11 @@ def write_report(run: str | Path) -> Path:
 
 
 def write_side_by_side(runs: Sequence[str | Path], out: str | Path) -> Path:
-    """Write one page with several runs; see `rightrank.api.write_side_by_side`."""
     from rightrank.report.side_by_side import ShownRun, render_side_by_side
 
     shown = []
     for run in runs:
-        folder = existing_run(run)
+        folder = RunFolder.existing(run)
         journal = folder.journal.read_settled()
         records = records_of(journal, str(folder.path))
         goal = _goal(records)
@@ -61,8 +55,7 @@ def write_side_by_side(runs: Sequence[str | Path], out: str | Path) -> Path:
 
 
 def begun_as(run: str | Path) -> dict[str, object]:
-    """The model, the data and the settings of a run; see `rightrank.api.begun_as`."""
-    folder = existing_run(run)
+    folder = RunFolder.existing(run)
     started = records_of(folder.journal.read_settled(), str(folder.path)).started
     for name in ("model", "data"):
         value = started.settings.get(name)
@@ -87,7 +80,6 @@ def _goal(records: Records) -> Goal:
 def export(
     run: str | Path, to: str, out: str | Path | None = None, *, pad: bool = False, push_to_hub: str | None = None
 ) -> Exported:
-    """Write what another program needs to train or serve the run's adapter; see `rightrank.api.export`."""
     if to == STUDY:
         return _export_study(run, out, pad or push_to_hub is not None)
     require_target(to)
@@ -97,7 +89,7 @@ def export(
         require_repository(push_to_hub)
         if to != "peft":
             raise SettingsError(f"--push-to-hub goes with --to peft, not with {to!r}: the hub holds the adapter itself")
-    folder = existing_run(run)
+    folder = RunFolder.existing(run)
     journal = folder.journal.read()
     records = records_of(journal, str(folder.path))
     recipe = recipe_of(records.started, _handed_over(folder, journal, records), folder.adapter, records.finished())
@@ -128,12 +120,7 @@ def _handed_over(folder: RunFolder, journal: Sequence[JournalRecord], records: R
 
 
 def repair(run: str | Path) -> Repaired:
-    """Keep the whole records of a damaged journal and set the damaged lines aside in a file of their own.
-
-    Raises:
-        RunFolderError: no run there, a process at work in it, or a run whose start is damaged.
-    """
-    folder = existing_run(run)
+    folder = RunFolder.existing(run)
     with folder.locked(), report_disk_errors(folder.path):
         return folder.journal.repair()
 
@@ -141,7 +128,7 @@ def repair(run: str | Path) -> Repaired:
 def _export_study(run: str | Path, out: str | Path | None, with_more: bool) -> Exported:
     if with_more:
         raise SettingsError(f"--pad and --push-to-hub are for an adapter; {STUDY!r} is a study of the trials")
-    folder = existing_run(run)
+    folder = RunFolder.existing(run)
     journal = folder.journal.read()
     records = records_of(journal, str(folder.path))
     with report_disk_errors(folder.path):
@@ -156,26 +143,8 @@ def _place(folder: RunFolder, to: str, out: str | Path | None) -> Path:
     return Path(out)
 
 
-def existing_run(run: str | Path) -> RunFolder:
-    """The run folder at `run`.
-
-    Raises:
-        RunFolderError: no folder, or no journal in it.
-    """
-    folder = RunFolder(Path(run))
-    if not folder.journal.path.is_file():
-        raise RunFolderError(f"{run}: no journal.jsonl there; give a folder that `rightrank select --out` made")
-    folder.reject_external_symlinks()
-    return folder
-
-
 def status(run: str | Path) -> RunStatus:
-    """Where a run stands, seen from outside: nothing in the folder is touched.
-
-    Raises:
-        RunFolderError: no run there.
-    """
-    folder = existing_run(run)
+    folder = RunFolder.existing(run)
     journal = folder.journal.read_settled()
     records = records_of(journal, str(folder.path))
     progress = _progress_of(folder.path)

@@ -16,7 +16,7 @@ from rightrank.errors import AllTrialsFailedError, SettingsError
 from rightrank.executors.pool import Pool, PoolOptions
 from rightrank.io.journal import Journal
 from rightrank.io.matrix import MatrixJob, read_matrix
-from rightrank.preparation import load_model
+from rightrank.preparation import load_base
 from rightrank.records import Arm, Trial, TrialFinished, TrialOutcome
 from rightrank.selection.many import _run_all
 from rightrank.selection.start import PreparedSelection
@@ -46,8 +46,8 @@ def test_two_data_sets_one_base_one_table(
 ) -> None:
     loads: list[str] = []
     monkeypatch.setattr(
-        "rightrank.preparation.load_model",
-        lambda *arguments, **named: (loads.append(arguments[0]), load_model(*arguments, **named))[1],
+        "rightrank.preparation.load_base",
+        lambda *arguments, **named: (loads.append(arguments[0]), load_base(*arguments, **named))[1],
     )
     other = write_completions(tmp_path / "other.jsonl", 120)
     jobs = {"one": str(completion_file), "two": {"data": str(other), "max-steps": 3}}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -33,7 +33,7 @@ from rightrank.errors import (
 from rightrank.io.model_source import ModelSource, find_model
 from rightrank.io.reading import LIBRARY_ERRORS
 from rightrank.io.weights import safe_shards
-from rightrank.settings import AutoDtype, DtypeName
+from rightrank.settings import AutoDtype, DtypeName, SelectSettings
 
 DTYPES: dict[DtypeName, torch.dtype] = {
     "float32": torch.float32,
@@ -120,6 +120,15 @@ def load_model(
     local = Path(source.name).exists()
     name = str(Path(reference).expanduser().resolve()) if local else reference  # adapters name their base by it
     return prepare_model(model, tokenizer, name, found, _file_fingerprint(source))
+
+
+def load_base(
+    name: str, settings: SelectSettings, classes: Sequence[str] | None, device: str | None = None
+) -> LoadedModel:
+    """`load_model` as the settings say, on their device or on `device`."""
+    listed = None if classes is None else list(classes)
+    trusted, bits = settings.trust_remote_code, settings.weight_bits
+    return load_model(name, settings.dtype, device or settings.device, listed, trusted, bits)
 
 
 def prepare_model(

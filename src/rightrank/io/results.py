@@ -26,20 +26,6 @@ class TableOptions:
     mapping: Mapping[str, str] = field(default_factory=dict)
 
 
-def read_results(source: Path, asked: TableOptions, direction_of: DirectionOf) -> ResultsTable:
-    """Read the table in a file or folder.
-
-    Args:
-        source: CSV, TSV, JSONL, JSON, Parquet, an Optuna or MLflow SQLite file, or a folder that an importer knows.
-        asked: metric, direction and columns that the user gave.
-        direction_of: name of a metric → whether higher is better; None if the name is not a known metric's.
-
-    Raises:
-        ResultsError: something in it can't be used.
-    """
-    return results_of_rows(flat(raw_rows(source)), asked, direction_of, str(source))
-
-
 def flat(rows: Iterable[Row]) -> list[Row]:
     """Rows with nested mappings as dotted names."""
     return [Row(dict(_flat(row.fields)), row.where) for row in rows]

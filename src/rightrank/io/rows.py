@@ -103,6 +103,13 @@ def require_rows(source: Path) -> None:
         read_rows(source)
 
 
+def held_out_fields(source: Path) -> list[Mapping[str, Any]]:
+    """The test rows of a file or folder; else its validation rows; all rows where they are not split."""
+    rows = read_rows(source)
+    kept = next((split for split in ("test", "selection") if split in rows), None)
+    return [row.fields for row in (rows[kept] if kept is not None else chain.from_iterable(rows.values()))]
+
+
 def rows_from_memory(source: Any) -> RowsBySplit:
     """Rows of an in-memory `datasets` object, or of an iterable of mappings, or of a mapping of splits.
 

@@ -32,6 +32,19 @@ class RunFolder:
         self.cache = path / "cache"
         self.store: Store | None = None  # for workers that do not see this folder
 
+    @classmethod
+    def existing(cls, path: str | Path) -> RunFolder:
+        """The run folder at `path`.
+
+        Raises:
+            RunFolderError: no folder, no journal in it, or links out of it.
+        """
+        folder = cls(Path(path))
+        if not folder.journal.path.is_file():
+            raise RunFolderError(f"{path}: no journal.jsonl there; give a folder that `rightrank select --out` made")
+        folder.reject_external_symlinks()
+        return folder
+
     def checkpoint(self, trial_id: str) -> Path:
         return self.path / "checkpoints" / f"{self._name(trial_id)}.safetensors"
 

@@ -95,9 +95,7 @@ def score(spec: MetricSpec, path: Path, count: int, limits: ScorerLimits) -> Sco
         MetricError: the scorer failed, took too long, or returned something other than scores.
     """
     if spec.kind == "command":
-        words = _command(spec)
-        placed = [word.replace(PLACEHOLDER, str(path)) for word in words]
-        printed = _run(spec, placed if placed != words else [*placed, str(path)], path, limits)
+        printed = _run(spec, command_on(_command(spec), path), path, limits)
         found: object = _parse_scores(spec, printed, count)
     else:
         found = _ask_worker(spec, path, limits)
@@ -136,6 +134,12 @@ def _command(spec: MetricSpec) -> list[str]:
     if not command:
         raise SettingsError(f"metric {spec.name!r}: an empty command; give NAME=command:PROGRAM")
     return command
+
+
+def command_on(words: list[str], file: Path) -> list[str]:
+    """A command with the file's path in place of `PLACEHOLDER`, or at its end."""
+    placed = [word.replace(PLACEHOLDER, str(file)) for word in words]
+    return placed if placed != words else [*placed, str(file)]
 
 
 def _run(spec: MetricSpec, command: Sequence[str], path: Path | None, limits: ScorerLimits) -> str:

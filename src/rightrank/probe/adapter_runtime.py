@@ -23,7 +23,7 @@ from rightrank.engine.targets import without_peft_noise
 from rightrank.errors import ModelError, RunError, SettingsError, first_line
 from rightrank.io.adapter_folder import AdapterFolder
 from rightrank.io.data import DataSplits, load_data
-from rightrank.io.models import LoadedModel, load_model
+from rightrank.io.models import LoadedModel, load_base
 from rightrank.records import TrialFinished
 from rightrank.settings import SelectSettings
 
@@ -56,9 +56,7 @@ def make_runtime(base: str, modules: tuple[str, ...] | None, use: DataUse) -> Ru
     if modules is not None:
         settings = settings.model_copy(update={"target_modules": modules, "layers_to_transform": None})
     splits = load_data(use.data, settings) if use.splits is None else use.splits
-    loaded = use.loaded or load_model(
-        base, settings.dtype, settings.device, splits.classes, settings.trust_remote_code, settings.weight_bits
-    )
+    loaded = use.loaded or load_base(base, settings, splits.classes)
     settings = settings.of_form(splits.form)
     encoded = encode(splits, loaded, settings)
     return Runtime(loaded, encoded, settings, max(1, use.steps), use.cache)

@@ -11,7 +11,6 @@ import math
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 
 from rightrank.decision.judge import CONFIDENCE
@@ -22,8 +21,8 @@ from rightrank.engine.runtime import Runtime
 from rightrank.engine.scoring import measure, require_scorers
 from rightrank.errors import ModelError, SettingsError
 from rightrank.io.data import DataSplits, load_data
-from rightrank.io.models import LoadedModel, load_model
-from rightrank.io.rows import read_rows
+from rightrank.io.models import load_base
+from rightrank.io.rows import held_out_fields
 from rightrank.maths.paired import PairedBounds, paired_bounds
 from rightrank.probe.adapter_runtime import adapter_attached, finished_trial
 from rightrank.records import TrialFinished
@@ -61,14 +60,11 @@ def compare_adapters(request: CompareRequest) -> AdapterComparison:
     for data in request.data:
         with tempfile.TemporaryDirectory(prefix="rightrank-") as name:
             sides = _read_sides(request, data, Path(name))
-            found += [_compare(*sides, metric, data, request.settings) for metric in _metrics(request.settings)]
+            metrics = [spec.name for spec in request.settings.metric_specs]
+            found += [_compare(*sides, metric, data, request.settings) for metric in metrics]
     worst = max(found, key=lambda one: SEVERITY.index(one.verdict))
     kept = worst.model_dump(exclude={"data", "value_a", "value_b"})
     return AdapterComparison(sentence=_sentence(request, worst, len(found)), comparisons=found, **kept)
-
-
-def _metrics(settings: SelectSettings) -> list[str]:
-    return [spec.name for spec in settings.metric_specs]
 
 
 def _require_side(side: str) -> None:
@@ -89,10 +85,10 @@ def _read_sides(request: CompareRequest, data: Path, cache: Path) -> tuple[Trial
     for number, side in enumerate((request.a, request.b)):
         if side == BASE or (Path(side) / ADAPTER_CONFIG).is_file():
             if base is None:
-                base = _runtime(_load(request.model, splits, settings), splits, settings, cache / "base")
+                base = _runtime(request.model, splits, settings, cache / "base")
             read.append(_scored(base, side, None if side == BASE else Path(side)))
         else:
-            whole = _runtime(_load(side, splits, settings), splits, settings, cache / str(number))
+            whole = _runtime(side, splits, settings, cache / str(number))
             read.append(_scored(whole, side, None))
     return read[0], read[1]
 
@@ -102,21 +98,13 @@ def load_all(data: Path, settings: SelectSettings) -> tuple[DataSplits, SelectSe
 
     A folder with given splits gives its test split, or its validation split if it has no test split.
     """
-    rows = read_rows(data)
-    kept = next((split for split in ("test", "selection") if split in rows), None)
-    chosen = rows[kept] if kept is not None else chain.from_iterable(rows.values())
-    listed = [row.fields for row in chosen]
+    listed = held_out_fields(data)
     every = settings.model_copy(update={"eval_items": max(2, len(listed)), "ranks": (1,), "cache_prefix": False})
     return load_data({"train": listed, "validation": listed, "test": listed}, every), every
 
 
-def _load(model: str, splits: DataSplits, settings: SelectSettings) -> LoadedModel:
-    return load_model(
-        model, settings.dtype, settings.device, splits.classes, settings.trust_remote_code, settings.weight_bits
-    )
-
-
-def _runtime(loaded: LoadedModel, splits: DataSplits, settings: SelectSettings, cache: Path) -> Runtime:
+def _runtime(model: str, splits: DataSplits, settings: SelectSettings, cache: Path) -> Runtime:
+    loaded = load_base(model, settings, splits.classes)
     return Runtime(loaded, encode(splits, loaded, settings), settings, 1, cache)
 
 

@@ -22,7 +22,7 @@ from rightrank.probe.fleet_checks import (
     MERGED,
     FleetRequest,
     data_of,
-    load_base,
+    load_shared_base,
     open_adapters,
     require_base_name,
     require_shapes,
@@ -62,7 +62,7 @@ def run_fleet(request: FleetRequest) -> Fleet:
     require_base_name(adapters, request)
     data = data_of(request)
     scored = [scored_data(adapter, file, None, request.settings) for adapter, file in zip(adapters, data, strict=True)]
-    loaded = load_base(request, scored)
+    loaded = load_shared_base(request, scored)
     require_shapes(adapters, loaded, request)
     ranks = _ranks(adapters, request.ranks)
     with tempfile.TemporaryDirectory(prefix="rightrank-") as name:

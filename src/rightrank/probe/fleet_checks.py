@@ -9,7 +9,7 @@ from pathlib import Path
 from rightrank.errors import DataError, ModelError, SettingsError
 from rightrank.io.adapter_folder import AdapterFolder
 from rightrank.io.files import require_absent
-from rightrank.io.models import LoadedModel, load_model
+from rightrank.io.models import LoadedModel, load_base
 from rightrank.io.reading import UnreadableError, read_json_object
 from rightrank.probe.merge import require_summable
 from rightrank.probe.resize import open_together
@@ -76,21 +76,13 @@ def data_of(request: FleetRequest) -> list[Path]:
     return list(request.data)
 
 
-def load_base(request: FleetRequest, scored: Sequence[ScoredData]) -> LoadedModel:
+def load_shared_base(request: FleetRequest, scored: Sequence[ScoredData]) -> LoadedModel:
     classes = {None if one.splits.classes is None else tuple(one.splits.classes) for one in scored}
     if len(classes) > 1:
         raise DataError(
             "the data files have different labels: adapters of one fleet share one head; give data of one kind"
         )
-    settings, labels = request.settings, classes.pop()
-    return load_model(
-        request.model,
-        settings.dtype,
-        settings.device,
-        None if labels is None else list(labels),
-        settings.trust_remote_code,
-        settings.weight_bits,
-    )
+    return load_base(request.model, request.settings, classes.pop())
 
 
 def require_base_name(adapters: Sequence[AdapterFolder], request: FleetRequest) -> None:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +16,9 @@ from rightrank.engine.runtime import Runtime
 from rightrank.errors import DataError, InputError
 from rightrank.io.data import load_data
 from rightrank.io.models import LoadedModel
-from rightrank.io.rows import read_rows
+from rightrank.io.rows import held_out_fields
 from rightrank.probe.adapter_runtime import adapter_attached
-from rightrank.records import AdapterAnswer, TrialFinished
+from rightrank.records import AdapterAnswer
 from rightrank.records.guard import GuardAnswer, GuardEvaluated
 from rightrank.selection.loop import Selection
 from rightrank.settings import SelectSettings
@@ -47,9 +46,7 @@ def load_guards(settings: SelectSettings, loaded: LoadedModel, classes: Sequence
 def _load(file: str, settings: SelectSettings, loaded: LoadedModel, classes: Sequence[str] | None) -> GuardData:
     own = settings.model_copy(update={"columns": (), "validation": "", "metric": "loss", "metrics": (), "ranks": (1,)})
     try:
-        rows = read_rows(Path(file))
-        kept = next((split for split in ("test", "selection") if split in rows), None)
-        listed = [row.fields for row in (rows[kept] if kept is not None else chain.from_iterable(rows.values()))]
+        listed = held_out_fields(Path(file))
         if len(listed) < MIN_ROWS:
             raise DataError(f"{len(listed)} rows; give {MIN_ROWS} or more")
         splits = load_data({"train": listed, "validation": listed, "test": listed}, own)
@@ -79,10 +76,17 @@ def measure_guards(selection: Selection, runtime: Runtime, guards: Sequence[Guar
             for trial in records.finished()
             if trial.stop_at is None and not _is_current(known.get((trial.trial_id, guard.file)), guard)
         ]
-        own = Runtime(runtime.loaded, guard.encoded, guard.settings, 1, _cache(selection, place)) if missing else None
+        if missing:
+            cache = selection.folder.cache / f"guard{place}"
+            cache.mkdir(parents=True, exist_ok=True)
+            own = Runtime(runtime.loaded, guard.encoded, guard.settings, 1, cache)
         for trial in missing:
-            assert own is not None
-            with _adapter_of(selection, own, trial):
+            adapter: AbstractContextManager[Any] = (
+                nullcontext()
+                if trial.rank == 0
+                else adapter_attached(own, selection.folder.finished_adapter(trial.trial_id))
+            )
+            with adapter:
                 scores = own.evaluate("selection")
             record = GuardEvaluated(
                 file=guard.file,
@@ -99,24 +103,8 @@ def measure_guards(selection: Selection, runtime: Runtime, guards: Sequence[Guar
     return found
 
 
-def _cache(selection: Selection, place: int) -> Path:
-    """Where the frozen layers of a guard file are kept while its adapters are measured."""
-    folder = selection.folder.cache / f"guard{place}"
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
-
-
 def _is_current(known: GuardEvaluated | None, guard: GuardData) -> bool:
     return known is not None and known.fingerprint == guard.fingerprint
-
-
-@contextmanager
-def _adapter_of(selection: Selection, runtime: Runtime, trial: TrialFinished) -> Iterator[Any]:
-    if trial.rank == 0:
-        yield runtime.model
-        return
-    with adapter_attached(runtime, selection.folder.finished_adapter(trial.trial_id)) as model:
-        yield model
 
 
 def apply_guards(

@@ -25,7 +25,7 @@ from rightrank.io.files import write_text
 from rightrank.io.judgements import read_judgements
 from rightrank.io.reading import UnreadableError, read_json_object
 from rightrank.io.run_folder import RunFolder
-from rightrank.io.scorers import run_program
+from rightrank.io.scorers import command_on, run_program
 from rightrank.preparation import Request, prepare
 from rightrank.probe.adapter_runtime import adapter_attached
 from rightrank.records import Decision, JournalRecord
@@ -34,7 +34,6 @@ from rightrank.settings import make_settings
 
 FOLDER = "judging"
 PAIRS, KEY, PAGE, JUDGEMENTS = "pairs.jsonl", "key.json", "judge.html", "judgements.jsonl"
-PLACEHOLDER = "{file}"
 OUTCOMES = ("a", "b", "tie")
 
 
@@ -73,9 +72,7 @@ def judge_run(request: JudgeRequest) -> JudgedRun:
         InputError: a run without two adapters or without prompts, or choices that can't be used; nothing is written.
         RunError: the program failed.
     """
-    folder = RunFolder(request.run)
-    if not folder.journal.path.is_file():
-        raise RunFolderError(f"{request.run}: no journal.jsonl there; give a folder that `rightrank select --out` made")
+    folder = RunFolder.existing(request.run)
     if request.command is not None and request.collect:
         raise SettingsError("--command and --collect were both given: give one of them")
     place = folder.path / FOLDER
@@ -204,8 +201,7 @@ def _program(command: str) -> list[str]:
 
 def _asked(words: list[str], timeout_seconds: float, pairs: Path) -> dict[str, str]:
     """The choices of a program that reads the pairs and prints `{"id": …, "outcome": "a"}` for each."""
-    placed = [word.replace(PLACEHOLDER, str(pairs)) for word in words]
-    printed = run_program(placed if placed != words else [*placed, str(pairs)], timeout_seconds)
+    printed = run_program(command_on(words, pairs), timeout_seconds)
     found: dict[str, str] = {}
     for number, line in enumerate(filter(str.strip, printed.splitlines()), start=1):
         try:
@@ -248,14 +244,6 @@ def _keep(place: Path, key: Mapping[str, Any], choices: Mapping[str, Mapping[str
                 raise DataError(f"judge {judge!r}, pair {name!r}: outcome is {outcome!r}; give a, b or tie")
         same = {name: "tie" for name, pair in pairs.items() if "same" in pair}
         for name, outcome in {**chosen, **same}.items():
-            pair = pairs[name]
-            rows.append(
-                {
-                    "prompt": pair["prompt"],
-                    "rank_a": pair["rank_a"],
-                    "rank_b": pair["rank_b"],
-                    "outcome": outcome,
-                    "judge": judge,
-                }
-            )
+            shown = {field: pairs[name][field] for field in ("prompt", "rank_a", "rank_b")}
+            rows.append(shown | {"outcome": outcome, "judge": judge})
     write_text(file, "".join(json.dumps(row) + "\n" for row in rows))
