@@ -146,6 +146,12 @@ def first_line(error: BaseException) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
+def quoted(value: object, limit: int = 60) -> str:
+    """The value as Python writes it, without the end of a long one."""
+    text = repr(value)
+    return text if len(text) <= limit else f"{text[: limit - 1]}…"
+
+
 # Texts of allocators' errors: torch raises a plain RuntimeError, the system an OSError.
 _OUT_OF_MEMORY = (
     "out of memory", "can't allocate memory", "not enough memory", "bad_alloc", "Cannot allocate memory",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
+from rightrank.errors import quoted
 from rightrank.executors.calls import TrainerError
 from rightrank.records import EvalPoint, Trial, TrialFinished, TrialResult
 
@@ -24,12 +25,14 @@ def parse_result(returned: object, metric: str, examples: int | None) -> TrialRe
         metrics: dict[str, float] = {}
         for name, value in returned.items():
             if not isinstance(name, str) or isinstance(value, bool) or not hasattr(value, "__float__"):
-                raise TrainerError(f"train returned {name!r}: {_short(value)}; return names with numbers")
+                raise TrainerError(
+                    f"train returned {name!r}: {type(value).__name__} {quoted(value)}; return names with numbers"
+                )
             metrics[name] = float(value)
         returned = TrialResult(metrics=metrics)
     if not isinstance(returned, TrialResult):
         raise TrainerError(
-            f"train returned {_short(returned)}; return a mapping such as {{{metric!r}: 1.23}}, or a TrialResult"
+            f"train returned {type(returned).__name__} {quoted(returned)}; return a mapping such as {{{metric!r}: 1.23}}, or a TrialResult"
         )
     if metric not in returned.metrics:
         found = ", ".join(map(repr, returned.metrics)) or "nothing"
@@ -74,8 +77,3 @@ def numbers_of(result: TrialResult) -> Iterator[tuple[str, float]]:
         yield "train_value", result.train_value
     yield from (("a point's value", point.value) for point in result.points)
     yield from (("a point's score", score) for point in result.points for score in point.item_scores or [])
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"

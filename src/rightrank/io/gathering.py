@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from rightrank.errors import ResultsError
+from rightrank.errors import ResultsError, quoted
 from rightrank.io.columns import Columns
 from rightrank.io.rows import Row
 from rightrank.records import Result
@@ -207,15 +207,12 @@ def _number(row: Row, column: str, strict: bool = True) -> float | None:
     value: Any = row.fields.get(column)
     if is_blank(value):
         return None
-    try:
-        number = float(value)
-    except (TypeError, ValueError, OverflowError):
-        if not strict:
-            return None
-        raise ResultsError(f"{row.where}: {column} is {_short(value)}, not a number") from None
+    number = _float(value)
+    if not strict and (number is None or not math.isfinite(number)):
+        return None
+    if number is None:
+        raise ResultsError(f"{row.where}: {column} is {quoted(value, 40)}, not a number")
     if not math.isfinite(number):
-        if not strict:
-            return None
         raise ResultsError(
             f"{row.where}: {column} is {number}; leave the cell empty where a training ended without a result"
         )
@@ -241,22 +238,14 @@ def _seed_count(row: Row, column: str | None) -> int:
 
 def _integer(row: Row, column: str, name: str, allowed: str) -> int:
     value: Any = row.fields.get(column)
-    number = _number_or_none(None if isinstance(value, bool) else value)
-    if number is None or number != int(number) or not 0 <= number <= MAX_WHOLE:
-        raise ResultsError(f"{row.where}: {name} {_short(value)} is not allowed: give {allowed}")
+    number = None if isinstance(value, bool) else _float(value)
+    if number is None or not number.is_integer() or not 0 <= number <= MAX_WHOLE:
+        raise ResultsError(f"{row.where}: {name} {quoted(value, 40)} is not allowed: give {allowed}")
     return int(number)
 
 
-def _number_or_none(value: Any) -> float | None:
-    if value is None:
-        return None
+def _float(value: Any) -> float | None:
     try:
-        number = float(value)
+        return float(value)
     except (TypeError, ValueError, OverflowError):
         return None
-    return number if math.isfinite(number) else None
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 40 else f"{text[:37]}…"

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
-from rightrank.errors import ResultsError
+from rightrank.errors import ResultsError, quoted
 from rightrank.io.results import raw_rows, rows_of_mappings
 from rightrank.io.rows import Row
 from rightrank.records.judgement import SCORES, Judgement
 
 NEEDED = ("prompt", "rank_a", "rank_b", "outcome")
 ONE_JUDGE = "judge"
-MAX_SHOWN = 60
 
 
 def are_judgements(rows: Iterable[Row]) -> bool:
@@ -58,7 +57,7 @@ def judgements_of(rows: Iterable[Row], known: Collection[int] | None = None) -> 
         if before is not None and before[0] != score:
             raise ResultsError(
                 f"{row.where} contradicts {before[1]}: {one.judge!r} chose differently between ranks {low} and {high} on the same "
-                f"prompt ({_short(one.prompt)}); keep one of the rows, or name two judges"
+                f"prompt ({quoted(one.prompt)}); keep one of the rows, or name two judges"
             )
         if before is not None:
             repeated += 1
@@ -85,7 +84,7 @@ def _judgement(row: Row, known: Collection[int] | None) -> Judgement:
         raise ResultsError(f"{row.where}: rank_a and rank_b are both {ranks[0]}; a judgement is between two ranks")
     outcome = str(row.fields["outcome"]).strip().lower()
     if outcome not in SCORES:
-        raise ResultsError(f"{row.where}: outcome is {_short(outcome)}; give a, b or tie")
+        raise ResultsError(f"{row.where}: outcome is {quoted(outcome)}; give a, b or tie")
     judge = row.fields.get("judge")
     return Judgement.model_validate(
         {
@@ -105,14 +104,9 @@ def _rank(row: Row, name: str, known: Collection[int] | None) -> int:
     except ValueError:
         rank = 0
     if rank < 1:
-        raise ResultsError(f"{row.where}: {name} is {_short(value)}; give a whole number from 1")
+        raise ResultsError(f"{row.where}: {name} is {quoted(value)}; give a whole number from 1")
     if known is not None and rank not in known:
         raise ResultsError(
             f"{row.where}: {name} is {rank}, which was not trained; there are {', '.join(map(str, sorted(known)))}"
         )
     return rank
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= MAX_SHOWN else f"{text[: MAX_SHOWN - 1]}…"

@@ -46,12 +46,9 @@ def licence_of(model: object) -> Licence | None:
 
 def _of_hub(repository: str) -> Licence | None:
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HFValidationError
 
     try:
         card = HfApi().model_info(repository, timeout=HUB_SECONDS).card_data
-    except HFValidationError:
-        return None
     except hub_errors():
         return None
     return None if card is None else _licence(card.get("license"), card.get("license_name"), card.get("license_link"))

@@ -35,7 +35,7 @@ def examine() -> Doctor:
     return Doctor(
         versions=versions,
         system=f"{platform.system()} {platform.release()} {platform.machine()}",
-        cores=_cores(),
+        cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
         device=device,
         device_memory_bytes=device_memory,
         memory_bytes=memory,
@@ -51,10 +51,6 @@ def _version(name: str) -> str | None:
         return version(name)
     except PackageNotFoundError:
         return None
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _device() -> tuple[str, int | None]:

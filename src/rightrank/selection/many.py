@@ -26,6 +26,7 @@ from rightrank.selection.finalize import finalize, finalize_adapter
 from rightrank.selection.select import run_selection
 from rightrank.selection.start import PreparedSelection, prepare_selection
 from rightrank.settings import SelectSettings, make_settings
+from rightrank.settings.identity import PLACEMENT
 from rightrank.settings.migration import current_names
 
 TABLE = "table.csv"
@@ -74,19 +75,9 @@ def _request(model: str, job: MatrixJob, further: Mapping[str, object], notices:
 
 def _placement(requests: Mapping[str, Request]) -> SelectSettings:
     """The settings of where trainings run, which all jobs must share."""
-    names = (
-        "executor",
-        "workers",
-        "devices_per_arm",
-        "ray_address",
-        "launcher",
-        "store",
-        "adapters_per_pass",
-        "hang_seconds",
-    )
-    found = {tuple(getattr(request.settings, name) for name in names) for request in requests.values()}
+    found = {tuple(getattr(request.settings, name) for name in PLACEMENT) for request in requests.values()}
     if len(found) > 1:
-        raise SettingsError(f"jobs differ in {', '.join(names)}: give these once, for all")
+        raise SettingsError(f"jobs differ in {', '.join(PLACEMENT)}: give these once, for all")
     return next(iter(requests.values())).settings
 
 

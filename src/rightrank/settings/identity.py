@@ -9,42 +9,20 @@ from typing import Any
 from rightrank.settings.migration import BEHAVIOUR_BEFORE, IDENTITY_NAMES
 from rightrank.settings.select import SelectSettings
 
+# Where trainings run.
+PLACEMENT = (
+    "executor", "workers", "devices_per_arm", "ray_address", "launcher", "store", "adapters_per_pass", "hang_seconds",
+)  # fmt: skip
+# Settings that change how a selection runs and not what it finds: they may differ when a run is resumed.
 NOT_IDENTITY = (
-    "goal",
-    "extend",
-    "guard",
-    "guard_margin",
-    "adapters_per_pass",
-    "certify",
-    "checkpoint_seconds",
-    "memory_bytes",
-    "executor",
-    "workers",
-    "devices_per_arm",
-    "ray_address",
-    "launcher",
-    "store",
-    "hang_seconds",
-    "metric_timeout_seconds",
-    "report_to",
-    "shard_base",
-)
-"""Settings that change how a selection runs and not what it finds: they may differ when a run is resumed."""
-
-
+    *PLACEMENT, "goal", "extend", "guard", "guard_margin", "certify", "checkpoint_seconds", "memory_bytes",
+    "metric_timeout_seconds", "report_to", "shard_base",
+)  # fmt: skip
+# Settings that choose trials and judge them, and change no trial: a run folder may be continued with other values.
 CONTINUABLE = (
-    "margin",
-    "ranks",
-    "learning_rates",
-    "seeds",
-    "strategy",
-    "sweep",
-    "eval_items",
-    "budget_trainings",
-    "budget_steps",
+    "margin", "ranks", "learning_rates", "seeds", "strategy", "sweep", "eval_items", "budget_trainings", "budget_steps",
     "budget_hours",
-)
-"""Settings that choose trials and judge them, and change no trial: a run folder may be continued with other values."""
+)  # fmt: skip
 
 
 def with_identity_of(values: Mapping[str, Any], begun: Mapping[str, Any]) -> dict[str, Any]:

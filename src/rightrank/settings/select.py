@@ -28,17 +28,9 @@ MAX_SEED = 2**53
 DEVICE_HABITS = {"gpu": "cuda"}
 PAIR_MARGIN = 0.02  # nats a preference pair: about the noise over seeds between ranks (benchmarks/preference)
 LISTS = (  # settings that take one value as well as several
-    "ranks",
-    "learning_rates",
-    "seeds",
-    "target_modules",
-    "exclude_modules",
-    "layers_to_transform",
-    "modules_to_save",
-    "target_parameters",
-    "report_to",
-    "columns",
-)
+    "ranks", "learning_rates", "seeds", "target_modules", "exclude_modules", "layers_to_transform", "modules_to_save",
+    "target_parameters", "report_to", "columns",
+)  # fmt: skip
 
 
 class SelectSettings(BaseModel):
