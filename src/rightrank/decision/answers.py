@@ -27,9 +27,9 @@ def question_of(records: Records) -> Question:
     )
 
 
-def trainings(records: Records, until: int | None = None) -> float:
-    """Optimizer steps of the first `until` outcomes over those of a whole training; an arm that resumes pays for the rest."""
-    finished = [one for one in records.outcomes[:until] if isinstance(one, TrialFinished) and one.rank > 0]
+def trainings(records: Records) -> float:
+    """Optimizer steps of all outcomes over those of a whole training; an arm that resumes pays for the rest."""
+    finished = [one for one in records.outcomes if isinstance(one, TrialFinished) and one.rank > 0]
     stops = {one.trial_id: one.stop_at or 0 for one in finished}
     whole = max((one.steps for one in finished if one.truncate_from is None), default=0)
     steps = sum((one.stop_at or one.steps) - stops.get(one.continue_from or "", 0) for one in finished)

@@ -30,7 +30,6 @@ def save_adapter(peft_model: Any, folder: Path, base_name: str, adapter: str = "
         readme.unlink(missing_ok=True)
 
 
-def restore_adapter(peft_model: Any, folder: Path, adapter: str = "default") -> None:
-    """Load the saved tensors of `folder` into an adapter of the same shapes."""
-    tensors = load_file(folder / "adapter_model.safetensors")
-    set_peft_model_state_dict(peft_model, tensors, adapter_name=adapter)
+def restore_adapter(peft_model: Any, folder: Path) -> None:
+    """Load the saved tensors of `folder` into the adapter, of the same shapes."""
+    set_peft_model_state_dict(peft_model, load_file(folder / "adapter_model.safetensors"))

@@ -22,6 +22,7 @@ from rightrank.maths import Floats
 
 MAX_DEGREES = 1e6  # beyond it the t distribution is normal
 MAX_SKEWNESS_SHIFT = 0.5  # of the quantile: the correction is of first order and must stay small
+BOOTSTRAP_DRAWS = 2000  # from a fixed seed
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,7 +160,7 @@ def seed_parts(means: Floats) -> tuple[float, float]:
     return common, float((rest**2).sum()) / ((ranks - 1) * (seeds - 1))
 
 
-def winners_gap(means: Floats, covariance: Floats, draws: int = 2000) -> float:
+def winners_gap(means: Floats, covariance: Floats) -> float:
     """The winner's curse: how much better, on average, the best of several noisy means looks than it is.
 
     With shown means m and noise ε ~ N(0, Σ), the bias of the pick is estimated by the parametric bootstrap as
@@ -175,14 +176,13 @@ def winners_gap(means: Floats, covariance: Floats, draws: int = 2000) -> float:
     Args:
         means: [n], oriented so that lower is better.
         covariance: [n, n] of their noise.
-        draws: of the bootstrap, from a fixed seed.
     """
     if len(means) < 2:
         return 0.0
     generator = np.random.default_rng(0x5EED)
-    noise = generator.multivariate_normal(np.zeros(len(means)), covariance, size=draws, method="eigh")
+    noise = generator.multivariate_normal(np.zeros(len(means)), covariance, size=BOOTSTRAP_DRAWS, method="eigh")
     picks = np.argmin(means + noise, axis=1)
-    return max(0.0, -float(noise[np.arange(draws), picks].mean()))
+    return max(0.0, -float(noise[np.arange(BOOTSTRAP_DRAWS), picks].mean()))
 
 
 def two_sided(confidence: float) -> tuple[float, float]:

@@ -157,14 +157,12 @@ def _random_triangle(generator: np.random.Generator, rows: int, rank: int) -> Fl
     return filled
 
 
-def ranks_by_water_filling(
-    spectra: Sequence[Floats], costs: Sequence[int], budget: int, smallest: int = 1
-) -> list[int]:
+def ranks_by_water_filling(spectra: Sequence[Floats], costs: Sequence[int], budget: int) -> list[int]:
     """The ranks that keep the most energy for `budget` parameters, by taking singular values in the order of σ²/cost.
 
-    `costs` is the parameters of one rank in each module, d + k. Every module gets at least `smallest`.
+    `costs` is the parameters of one rank in each module, d + k. Every module gets at least 1.
     """
-    ranks = [min(smallest, len(s)) for s in spectra]
+    ranks = [min(1, len(s)) for s in spectra]
     left = budget - sum(rank * cost for rank, cost in zip(ranks, costs, strict=True))
     offers = [
         (-(float(value) ** 2) / cost, index, position)

@@ -130,18 +130,16 @@ def finished_trial(
     scores: Scores,
     metric: str,
     *,
-    seed: int = 0,
     steps: int = 0,
-    learning_rate: float = 0.0,
     truncate_from: str | None = None,
 ) -> TrialFinished:
     """Held-out scores as a record that `decide` reads."""
     return TrialFinished(
         trial_id=name,
         rank=rank,
-        learning_rate=learning_rate,
+        learning_rate=0.0,
         lora_alpha=1.0,
-        seed=seed,
+        seed=0,
         steps=steps,
         truncate_from=truncate_from,
         value=scores.metrics[metric],

@@ -6,7 +6,7 @@ and Tropp 2011) gives the leading singular values; the energy ‖Δ‖²_F is ex
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,9 +36,7 @@ class Difference:
     delta: torch.Tensor | None  # float32; None where nothing changed
 
 
-def inspect_checkpoints(
-    base: Path, finetuned: Path, sketch_rank: int = SKETCH_RANK, on_matrix: Callable[[str], None] = lambda _: None
-) -> Inspection:
+def inspect_checkpoints(base: Path, finetuned: Path, sketch_rank: int = SKETCH_RANK) -> Inspection:
     """The spectra of `finetuned` minus `base`; only one matrix is in memory at a time.
 
     Raises:
@@ -55,7 +53,6 @@ def inspect_checkpoints(
         elif len(difference.shape) < 2:
             not_matrices.append(difference.name)
         else:
-            on_matrix(difference.name)
             updates.append(matrix_update(difference.name, difference.delta.flatten(1), sketch_rank))
     if not updates and not not_matrices:
         raise ModelError(f"{finetuned}: every tensor is equal to that of {base}; give a fine-tuned model of this base")

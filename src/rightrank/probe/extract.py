@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,7 +37,6 @@ MAX_RANK = 128
 class ExtractOptions:
     max_rank: int = MAX_RANK  # singular values kept of each module
     resize: ResizeOptions = field(default_factory=lambda: ResizeOptions(dtype="float32"))
-    on_matrix: Callable[[str], None] = lambda _: None
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +84,6 @@ def _leading_parts(base: Path, finetuned: Path, options: ExtractOptions) -> _Lea
         if module is None:
             left_out.append(difference.name)
             continue
-        options.on_matrix(module)
         delta = difference.delta.T if kinds[module] == "Conv1D" else difference.delta
         update, (b, a) = leading_part(module, delta, options.max_rank)
         tensors[f"{PREFIX}{module}.lora_A.weight"] = a.float()

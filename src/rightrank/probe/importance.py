@@ -33,14 +33,12 @@ def by_spectra(adapter: AdapterFolder, budget: int) -> dict[str, int]:
     return _named(adapter, ranks_by_water_filling(spectra, _costs(adapter), budget))
 
 
-def by_sensitivity(
-    adapter: AdapterFolder, runtime: Runtime, budget: int, split: SplitName = "selection"
-) -> dict[str, int]:
+def by_sensitivity(adapter: AdapterFolder, runtime: Runtime, budget: int) -> dict[str, int]:
     """Greedy by held-out loss: the step to a higher rank of one module that reduces the loss most per parameter first.
 
     Each module is truncated alone, to 1, 2, 4, … below its rank, while the others keep theirs.
     """
-    curves = truncation_sensitivity(adapter, runtime, split)
+    curves = truncation_sensitivity(adapter, runtime, "selection")
     return greedy_ranks(curves, dict(zip(curves, _costs(adapter), strict=True)), budget)
 
 

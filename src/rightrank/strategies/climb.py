@@ -23,8 +23,6 @@ def climb(
     trials: Trials,
     rank: int,
     start: float | None = None,
-    *,
-    part: float | None = None,
     variant: Variant | None = None,
 ) -> Requests:
     """Climb from `start` to a learning rate that is better than both its neighbours.
@@ -35,22 +33,18 @@ def climb(
 
     Args:
         start: the first learning rate; None for the upper middle of the space.
-        part: the part of a training after which values are compared and trainings stop; None for whole trainings.
         variant: a value of a sweep that all arms of the climb have.
     """
     learning_rates = space.learning_rates
 
     def arm(place: int) -> Arm:
-        lr = learning_rates[place]
-        found = space.arm(rank, lr) if part is None else early_arm(space, rank, lr, part)
+        found = space.arm(rank, learning_rates[place])
         return found if variant is None else variant.of(found, space.scaling)
 
     first = learning_rates.index(start) if start is not None else len(learning_rates) // 2
     yield [arm(first)]
     best = first
     if not trials.diverged(arm(first)):
-        if part is not None and trials.finished(arm(first)) is None:
-            return  # this trainer can't stop early
         best = yield from _climb_one_way(trials, arm, first, 1, len(learning_rates))
     if best > first and not _is_doubtful(trials, arm(first), arm(best), is_edge=best == len(learning_rates) - 1):
         return
@@ -81,7 +75,7 @@ def _is_doubtful(trials: Trials, start: Arm, best: Arm, *, is_edge: bool) -> boo
     It may be if it is worse than the base. Where the base is unknown: if it is the highest of all and gained more than
     `MAX_PLAUSIBLE_GAIN`.
     """
-    base = trials.base_loss(during_training=best.stop_at is not None)
+    base = trials.base_loss()
     before, loss = trials.loss(start), trials.loss(best)
     if before is None or loss is None:
         return True

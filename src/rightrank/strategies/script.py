@@ -135,4 +135,4 @@ def _sweep(space: Space, trials: Trials) -> Requests:
         for rank in sorted(rank for rank in ranks if rank is not None):
             learning_rate = trials.best_learning_rate(rank)
             assert learning_rate is not None
-            yield from climb(space, trials, rank, learning_rate, variant=variant)
+            yield from climb(space, trials, rank, learning_rate, variant)
