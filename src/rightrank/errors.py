@@ -26,27 +26,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from difflib import get_close_matches
 
-__all__ = [
-    "AllTrialsFailedError",
-    "DataError",
-    "DeviceMemoryError",
-    "InputError",
-    "InterruptedRun",
-    "MetricError",
-    "MissingExtraError",
-    "ModelError",
-    "MultiLoraError",
-    "NotFiniteError",
-    "ResultsError",
-    "RightrankError",
-    "RunError",
-    "RunFolderError",
-    "SettingsError",
-    "TerminatedRun",
-    "did_you_mean",
-]
-
-
 MAX_MESSAGE_CHARACTERS = 1500  # a longer message quotes a long value, whose middle is left out
 # Control characters, bidirectional and invisible marks, and surrogates: replaced by their escapes.
 _INVISIBLE = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 161))} | {

@@ -20,31 +20,3 @@ from rightrank.settings.select import (
     make_settings,
 )
 from rightrank.settings.values import UNITS, AutoDtype, DtypeName, checked, parse_bytes
-
-__all__ = [
-    "CONSTANT_SCALING_RANK",
-    "CONTINUABLE",
-    "DEFAULT_PLAN_RANKS",
-    "NOT_IDENTITY",
-    "PAIR_MARGIN",
-    "UNITS",
-    "AutoDtype",
-    "DtypeName",
-    "Goal",
-    "MetricSpec",
-    "OptimizerName",
-    "PlanKeywords",
-    "PlanSettings",
-    "Scaling",
-    "SelectKeywords",
-    "SelectSettings",
-    "as_begun",
-    "checked",
-    "make_plan_settings",
-    "make_settings",
-    "parse_bytes",
-    "parse_metric",
-    "settings_difference",
-    "settings_of_identity",
-    "with_identity_of",
-]
