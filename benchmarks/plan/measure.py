@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from rightrank.engine.batches import Batch
 from rightrank.engine.gradient_checkpointing import gradient_checkpointing_on
-from rightrank.engine.loss import chunked_cross_entropy, classification_loss, head_loss, output_head
+from rightrank.engine.loss import OutputHead, chunked_cross_entropy, classification_loss, head_loss
 from rightrank.engine.multi_lora import ArmBatch, MultiLora, concatenated
 from rightrank.engine.targets import find_targets, lora_config
 from rightrank.records import Arm
@@ -198,7 +198,7 @@ def _loss(model: Any, batch: Mapping[str, torch.Tensor], settings: PlanSettings)
     base = model.get_base_model()
     hidden = base.base_model(input_ids=batch["input_ids"], use_cache=False).last_hidden_state
     keep = torch.ones_like(batch["labels"][:, 1:], dtype=torch.bool)
-    return chunked_cross_entropy(hidden[:, :-1][keep], batch["labels"][:, 1:][keep], output_head(base), 1.0)[0].sum()
+    return chunked_cross_entropy(hidden[:, :-1][keep], batch["labels"][:, 1:][keep], OutputHead(base), 1.0)[0].sum()
 
 
 @contextmanager
