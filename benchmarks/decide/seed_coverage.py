@@ -36,7 +36,8 @@ from scipy.special import stdtrit
 
 from benchmarks.machine import machine
 from rightrank.decision import Cell, ScoreTable, decide
-from rightrank.decision.evidence import Contender, Evidence, measured_noise
+from rightrank.decision.contender import Contender
+from rightrank.decision.evidence import Evidence, measured_noise
 from rightrank.decision.seed_noise import PairNoise, pair_noise, start_of
 from rightrank.io.journal import Journal
 from rightrank.maths.intervals import Estimate, estimate

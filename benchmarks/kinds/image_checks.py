@@ -25,7 +25,8 @@ from benchmarks.kinds.images import (
 from rightrank import TrialTask, inspect, resize, select_rank_with
 from rightrank.engine.targets import adapted_matrices
 from rightrank.integrations.images import ImageClassifierTrain, TextToImageTrain, TrainOnImages
-from rightrank.io.adapter_folder import open_adapter, write_lora_file
+from rightrank.io.adapter_folder import open_adapter
+from rightrank.io.adapter_writing import write_lora_file
 
 RANK, STEPS = 4, 3
 

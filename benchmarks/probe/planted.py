@@ -27,7 +27,8 @@ import torch
 
 from benchmarks.probe.common import store
 from rightrank.api import inspect
-from rightrank.io.adapter_folder import PREFIX, write_adapter
+from rightrank.io.adapter_folder import PREFIX
+from rightrank.io.adapter_writing import write_adapter
 
 RANK = 32
 SHAPES = ((256, 256), (384, 128))

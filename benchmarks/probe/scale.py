@@ -61,7 +61,8 @@ def measured(command: list[str]) -> dict[str, Any]:
 def write_big_adapter(folder: Path) -> None:
     import torch
 
-    from rightrank.io.adapter_folder import PREFIX, write_adapter
+    from rightrank.io.adapter_folder import PREFIX
+    from rightrank.io.adapter_writing import write_adapter
 
     generator = torch.Generator().manual_seed(0)
     tensors: dict[str, Any] = {}

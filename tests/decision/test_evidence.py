@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from rightrank.decision import Cell, ScoreTable, decide
-from rightrank.decision.evidence import Contender, _pairs, measured_noise
+from rightrank.decision.contender import Contender, _pairs
+from rightrank.decision.evidence import measured_noise
 
 
 def contender(rank: int, **losses: float) -> Contender:

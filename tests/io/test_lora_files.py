@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from rightrank import inspect, resize
 from rightrank.errors import ModelError
-from rightrank.io.adapter_folder import open_adapter, write_lora_file
+from rightrank.io.adapter_folder import open_adapter
+from rightrank.io.adapter_writing import write_lora_file
 
 diffusers = pytest.importorskip("diffusers")
 pytestmark = pytest.mark.trains

@@ -16,44 +16,28 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 
 import numpy as np
 
-from rightrank.decision.seed_noise import (
-    PairNoise,
-    Prior,
-    adjusted_means,
-    best_learning_rate,
-    pair_noise,
-    prior_of,
-    start_of,
+from rightrank.decision.contender import (
+    Contender,
+    cells_by_seed,
+    cells_of_shared_seeds,
+    contender_of,
+    estimate_of,
+    losses_by_seed,
+    on_common_seeds,
+    paired_cells,
 )
+from rightrank.decision.seed_noise import PairNoise, Prior, adjusted_means, pair_noise, prior_of, start_of
 from rightrank.decision.table import Cell, ScoreTable
 from rightrank.maths import Floats
 from rightrank.maths.curve import fit_power
-from rightrank.maths.intervals import Estimate, estimate, seed_parts, winners_gap
+from rightrank.maths.intervals import Estimate, seed_parts, winners_gap
 from rightrank.records import Basis
 
 MIN_CURVE_RANKS = 4  # one more than the power law has parameters
-SURE = 0.95  # with which a learning rate of fewer seeds must win to replace one of more
-
-
-@dataclass(frozen=True, slots=True)
-class Contender:
-    """One rank at its best learning rate."""
-
-    rank: int
-    learning_rate: float
-    cells: Mapping[int, Cell]  # by seed
-    loss: float  # oriented mean over seeds: lower is better
-    gap: float = 0.0  # the winner's curse: how optimistic `loss` is as the best of several learning rates
-    seed_shift: float = 0.0  # of `loss`, to where it would be with the seeds of all ranks
-
-    @property
-    def fair_loss(self) -> float:
-        """The loss on common terms: the seeds of all ranks, and without the winner's curse."""
-        return self.loss + self.seed_shift + self.gap
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,9 +62,9 @@ class Evidence:
 
     def __init__(self, table: ScoreTable) -> None:
         self.table = table
-        self._bare = _on_common_seeds([_contender(table, rank) for rank in table.ranks()])
+        self._bare = on_common_seeds([contender_of(table, rank) for rank in table.ranks()])
         self.contenders = {rank: replace(found, gap=self._gap(found)) for rank, found in self._bare.items()}
-        self.base = _contender(table, 0) if table.learning_rates(0) else None
+        self.base = contender_of(table, 0) if table.learning_rates(0) else None
         self.reference = min(self.contenders.values(), key=lambda contender: (contender.fair_loss, contender.rank))
 
     @cached_property
@@ -114,7 +98,7 @@ class Evidence:
     def prior(self) -> Prior | None:
         """The seed noise that is expected of a difference between ranks; None where no two seeds were compared."""
         best = min(self._bare.values(), key=lambda contender: (contender.fair_loss, contender.rank))
-        pairs = [_noise_of(_pairs(found, best)) for found in self._bare.values() if found.rank != best.rank]
+        pairs = [_noise_of(paired_cells(found, best)) for found in self._bare.values() if found.rank != best.rank]
         return prior_of(pairs, self.table.kind, has_examples=self.has_examples)
 
     @cached_property
@@ -140,7 +124,7 @@ class Evidence:
 
     def value(self, contender: Contender) -> Estimate:
         """The contender's own mean."""
-        found = _estimate(list(contender.cells.values()))
+        found = estimate_of(list(contender.cells.values()))
         if contender.rank == 0:
             return found
         stated = self._stated(contender)
@@ -152,8 +136,8 @@ class Evidence:
     def difference(self, contender: Contender, reference: Contender | None = None) -> Estimate:
         """How much worse the contender is than the reference, paired over examples, and over seeds that both have."""
         against = reference or self.reference
-        pairs = _pairs(contender, against)
-        found = _estimate(pairs, shift=contender.gap - against.gap)
+        pairs = paired_cells(contender, against)
+        found = estimate_of(pairs, shift=contender.gap - against.gap)
         stated = [self._stated(contender), self._stated(against)]
         if all(variance is not None for variance in stated):
             return found.with_seeds(sum(variance for variance in stated if variance is not None), 0.0)
@@ -167,8 +151,8 @@ class Evidence:
 
     def expected(self, contender: Contender, seeds: int) -> Estimate:
         """The difference that `seeds` seeds are expected to show, at the seed noise of earlier grids: for plans alone."""
-        pairs, start = _pairs(contender, self.reference), start_of(self.table.kind)
-        found = _estimate(pairs, shift=contender.gap - self.reference.gap)
+        pairs, start = paired_cells(contender, self.reference), start_of(self.table.kind)
+        found = estimate_of(pairs, shift=contender.gap - self.reference.gap)
         variance = start.ratio * _noise_of(pairs).spread / seeds
         return replace(found, seeds=seeds).with_seeds(variance, start.degrees + seeds - 1)
 
@@ -185,8 +169,8 @@ class Evidence:
         columns = {lr: self.table.column(rank, lr) for lr in self.table.learning_rates(rank)}
         if len(columns) < 2:
             return 0.0
-        by_seed = {lr: _by_seed(self.table, rank, lr) for lr in columns}
-        means = np.array(adjusted_means([_losses(cells) for cells in by_seed.values()]))
+        by_seed = {lr: cells_by_seed(self.table, rank, lr) for lr in columns}
+        means = np.array(adjusted_means([losses_by_seed(cells) for cells in by_seed.values()]))
         if self.is_point_reading:
             seeds = np.diag([self.noise.individual] * len(columns))
         else:
@@ -197,7 +181,7 @@ class Evidence:
 
     def _lr_noise(self, cells: Mapping[int, Cell], best: Mapping[int, Cell]) -> float:
         """The seed variance of the mean difference between two learning rates of one rank."""
-        return _seeds_part(_shared_pairs(cells, best), self.prior)[0] if cells.keys() & best.keys() else 0.0
+        return _seeds_part(cells_of_shared_seeds(cells, best), self.prior)[0] if cells.keys() & best.keys() else 0.0
 
 
 def measured_noise(contenders: list[Contender]) -> SeedNoise:
@@ -227,64 +211,6 @@ def curve_scatter(contenders: list[Contender]) -> float:
     deviations = np.full(len(ranks), max(float(np.ptp(losses)) * 1e-3, 1e-12))
     residuals = losses - fit_power(ranks, losses[None, :], deviations).at(ranks)[0]
     return float(np.sqrt((residuals**2).sum() / (len(ranks) - 3)))
-
-
-def _losses(cells: Mapping[int, Cell]) -> dict[int, float]:
-    return {seed: cell.loss for seed, cell in cells.items()}
-
-
-def _by_seed(table: ScoreTable, rank: int, learning_rate: float) -> dict[int, Cell]:
-    return {seed: table.cells[rank, learning_rate, seed] for seed in table.seeds(rank, learning_rate)}
-
-
-def _contender(table: ScoreTable, rank: int) -> Contender:
-    columns = {lr: _by_seed(table, rank, lr) for lr in table.learning_rates(rank)}
-    best = best_learning_rate({lr: _losses(cells) for lr, cells in columns.items()}, partial(_is_surely_lower, columns))
-    cells = columns[best]
-    return Contender(rank, best, cells, float(np.mean([cell.loss for cell in cells.values()])))
-
-
-def _is_surely_lower(columns: Mapping[float, Mapping[int, Cell]], one: float, other: float) -> bool:
-    """Whether one learning rate is shown to be better than another on the seeds that both have.
-
-    One number a training shows no noise: there the means decide.
-    """
-    return _estimate(_shared_pairs(columns[one], columns[other])).bound(SURE) < 0
-
-
-def _on_common_seeds(contenders: list[Contender]) -> dict[int, Contender]:
-    adjusted = adjusted_means([_losses(contender.cells) for contender in contenders])
-    return {
-        contender.rank: replace(contender, seed_shift=mean - contender.loss)
-        for contender, mean in zip(contenders, adjusted, strict=True)
-    }
-
-
-def _estimate(cells: list[Cell], shift: float = 0.0) -> Estimate:
-    found = estimate(np.stack([cell.sums for cell in cells]), cells[0].weights)
-    return replace(found, mean=found.mean + shift)
-
-
-def _pairs(contender: Contender, against: Contender) -> list[Cell]:
-    """Differences by shared seed; in order where no seed is shared. The single evaluation of the base pairs with every seed."""
-    left, right = contender.cells, against.cells
-    if contender.rank == 0 and len(left) == 1:
-        both = [(next(iter(left.values())), cell) for cell in right.values()]
-    elif against.rank == 0 and len(right) == 1:
-        both = [(cell, next(iter(right.values()))) for cell in left.values()]
-    elif left.keys() & right.keys():
-        return _shared_pairs(left, right)
-    else:
-        both = list(zip(left.values(), right.values(), strict=False))
-    return [_minus(a, b) for a, b in both]
-
-
-def _shared_pairs(left: Mapping[int, Cell], right: Mapping[int, Cell]) -> list[Cell]:
-    return [_minus(left[seed], right[seed]) for seed in sorted(left.keys() & right.keys())]
-
-
-def _minus(one: Cell, other: Cell) -> Cell:
-    return Cell(one.trial_id, one.value - other.value, one.sums - other.sums, one.weights)
 
 
 def _noise_of(pairs: list[Cell]) -> PairNoise:

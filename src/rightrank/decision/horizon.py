@@ -6,7 +6,8 @@ indicates that a longer training may need a higher rank.
 
 from __future__ import annotations
 
-from rightrank.decision.evidence import Contender, Evidence
+from rightrank.decision.contender import Contender
+from rightrank.decision.evidence import Evidence
 from rightrank.decision.judge import walk_down
 from rightrank.records import HorizonNote
 

@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import takewhile
 
-from rightrank.decision.evidence import Contender, Evidence
+from rightrank.decision.contender import Contender
+from rightrank.decision.evidence import Evidence
 from rightrank.decision.metrics import MetricKind
 from rightrank.maths.intervals import Estimate
 from rightrank.records import StaircaseStep

@@ -24,7 +24,8 @@ from collections.abc import Collection
 
 import numpy as np
 
-from rightrank.decision.evidence import Contender, Evidence
+from rightrank.decision.contender import Contender
+from rightrank.decision.evidence import Evidence
 from rightrank.decision.judge import Comparison
 from rightrank.decision.metrics import default_margin, direction, kind_of, published_deviation
 from rightrank.records import CurveFit, HorizonNote, Verdict

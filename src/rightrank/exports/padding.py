@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 
 from rightrank.errors import ModelError
-from rightrank.io.adapter_folder import AdapterFolder, AdapterModule, open_adapter, write_adapter
+from rightrank.io.adapter_folder import AdapterFolder, AdapterModule, open_adapter
+from rightrank.io.adapter_writing import write_adapter
 
 UNSUPPORTED = ("use_dora", "lora_bias")  # by the servers
 

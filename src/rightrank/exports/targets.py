@@ -100,7 +100,7 @@ def write_export(name: str, recipe: Recipe, folder: Path, pad: bool = False) -> 
 
             write_padded(recipe.adapter, temporary / PADDED_FOLDER, exported.r)
         for file, (form, part) in written.lora_files.items():
-            from rightrank.io.adapter_folder import write_lora_file  # imports torch
+            from rightrank.io.adapter_writing import write_lora_file
 
             write_lora_file(recipe.adapter, temporary / file, form, part)
         if written.with_adapter:

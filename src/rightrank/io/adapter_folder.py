@@ -5,7 +5,6 @@ Neither PEFT nor the base model is needed: tensor names, shapes and `adapter_con
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,19 +13,16 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 
-from rightrank.errors import ModelError, RunFolderError
+from rightrank.errors import ModelError
 from rightrank.io.adapter_config import CONFIG_FILE, WEIGHTS_FILE, read_config, read_shapes
-from rightrank.io.files import replacing_folder, require_absent
-from rightrank.io.lora_files import FACTOR, config_of_file, file_keys, read_header, updated_header, write_file
+from rightrank.io.lora_files import FACTOR, config_of_file, read_header
 from rightrank.io.patterns import lora_scaling, pattern_matches, pattern_value
 from rightrank.kinds import stored_kind
 from rightrank.kinds.base import AdapterKind, Layout, StoredPair
 from rightrank.kinds.dora import MAGNITUDE
 from rightrank.maths import Floats
 from rightrank.records.probe import ModuleKind
-from rightrank.settings.values import FileFormat
 
 # Adapters are trained in at most 32 bits. Values beyond these are damage, and their squares overflow 64 bits.
 MIN_VALUE, MAX_VALUE = float(np.finfo(np.float32).smallest_subnormal), float(np.finfo(np.float32).max)
@@ -181,55 +177,6 @@ def open_adapter(path: Path) -> AdapterFolder:
     addresses = dict.fromkeys(module.address for module in modules)
     unused = tuple(key for key in keys if not any(pattern_matches(key, address) for address in addresses))
     return AdapterFolder(path, config, modules, tuple(sorted(other)), unused)
-
-
-def write_like(
-    adapter: AdapterFolder, out: Path, config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]
-) -> None:
-    """Write a changed adapter in the format of `adapter`: a folder of PEFT, or a LoRA file.
-
-    Raises:
-        RunFolderError: `out` exists, or can't be written.
-    """
-    if not adapter.is_file:
-        write_adapter(out, config, tensors)
-        return
-    _, metadata = read_header(adapter.path)
-    write_file(out, tensors, updated_header(metadata, config))
-
-
-def write_lora_file(folder: Path, out: Path, to: FileFormat, prefix: str = "unet") -> None:
-    """Write a PEFT adapter folder as a LoRA file of kohya or diffusers.
-
-    Args:
-        out: the file, `….safetensors`.
-        prefix: the model that the adapter is for, in diffusers' names.
-
-    Raises:
-        ModelError: no LoRA adapter, or one that the format can't hold.
-        RunFolderError: `out` exists, or can't be written.
-    """
-    adapter = open_adapter(folder)
-    tensors = {key.removeprefix(PREFIX): adapter.tensor(key) for key in adapter.keys}
-    write_file(out, *file_keys(adapter.config, tensors, to, prefix))
-
-
-def write_adapter(out: Path, config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
-    """Write a new adapter folder, whole or not at all.
-
-    Raises:
-        RunFolderError: `out` exists, or can't be written.
-    """
-    require_absent(out)
-    try:
-        with replacing_folder(out) as temporary:
-            save_file(
-                {key: value.contiguous() for key, value in tensors.items()}, temporary / WEIGHTS_FILE, {"format": "pt"}
-            )
-            text = json.dumps(dict(config), indent=2, sort_keys=True) + "\n"
-            (temporary / CONFIG_FILE).write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise RunFolderError(f"{out}: can't write there ({error.strerror or error}); give a writable folder") from None
 
 
 @dataclass(slots=True)

@@ -16,7 +16,8 @@ import numpy as np
 import torch
 
 from rightrank.errors import ModelError, SettingsError
-from rightrank.io.adapter_folder import PREFIX, open_adapter, write_adapter
+from rightrank.io.adapter_folder import PREFIX, open_adapter
+from rightrank.io.adapter_writing import write_adapter
 from rightrank.io.files import require_absent
 from rightrank.io.models import linear_modules
 from rightrank.io.truncation import Factors, balanced_factors

@@ -15,7 +15,8 @@ from pathlib import Path
 from rightrank.errors import SettingsError
 from rightrank.exports.padding import write_padded
 from rightrank.exports.servers import max_module_rank, served_rank
-from rightrank.io.adapter_folder import AdapterFolder, open_adapter, write_adapter
+from rightrank.io.adapter_folder import AdapterFolder, open_adapter
+from rightrank.io.adapter_writing import write_adapter
 from rightrank.io.models import LoadedModel
 from rightrank.probe.adapter_runtime import DataUse, adapter_runtime
 from rightrank.probe.fleet_checks import (

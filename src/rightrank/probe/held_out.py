@@ -21,7 +21,8 @@ from rightrank.engine.covariances import Gathered, gather_moments, moment_tokens
 from rightrank.engine.evaluation import Scores
 from rightrank.engine.runtime import Runtime
 from rightrank.exports.servers import max_module_rank
-from rightrank.io.adapter_folder import AdapterFolder, open_adapter, write_adapter
+from rightrank.io.adapter_folder import AdapterFolder, open_adapter
+from rightrank.io.adapter_writing import write_adapter
 from rightrank.io.adapters import save_adapter
 from rightrank.io.files import require_absent
 from rightrank.maths.truncation import Moments, components, shared_ranks

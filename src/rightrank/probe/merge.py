@@ -15,7 +15,8 @@ from typing import Any
 import torch
 
 from rightrank.errors import ModelError
-from rightrank.io.adapter_folder import AdapterFolder, AdapterModule, write_adapter
+from rightrank.io.adapter_folder import AdapterFolder, AdapterModule
+from rightrank.io.adapter_writing import write_adapter
 from rightrank.io.patterns import exact_pattern
 
 SUMMABLE = ("linear", "embedding", "convolution")

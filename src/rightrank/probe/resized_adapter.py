@@ -13,7 +13,8 @@ import torch
 
 from rightrank.errors import ModelError
 from rightrank.io.adapter_config import WEIGHTS_FILE
-from rightrank.io.adapter_folder import AdapterFolder, AdapterModule, write_like
+from rightrank.io.adapter_folder import AdapterFolder, AdapterModule
+from rightrank.io.adapter_writing import write_like
 from rightrank.io.files import require_absent
 from rightrank.io.patterns import exact_pattern, lora_scaling
 from rightrank.io.truncation import resized_factors
