@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.engine.common import machine, make_runtime
-from rightrank.engine.arm_training import TrialFolders
 from rightrank.engine.certify import certify
 from rightrank.engine.training_loop import train_trials
+from rightrank.engine.trial_start import TrialFolders
 from rightrank.records import Arm, Trial, TrialFinished
 from rightrank.records.observer import Observer
 

@@ -30,11 +30,11 @@ from peft import get_peft_model
 
 from benchmarks.engine.common import machine, make_runtime, one_pass, trainer_rows
 from rightrank.engine import runtime as runtime_module
-from rightrank.engine.arm_training import TrialFolders
 from rightrank.engine.memory import PeakMemory
 from rightrank.engine.runtime import Runtime
 from rightrank.engine.targets import lora_config
 from rightrank.engine.training_loop import train_trials
+from rightrank.engine.trial_start import TrialFolders
 from rightrank.records import Arm, Trial, TrialFinished
 from rightrank.records.observer import Observer
 

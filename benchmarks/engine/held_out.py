@@ -28,10 +28,10 @@ from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
 from benchmarks.engine.common import machine, make_runtime, one_pass, trainer_rows
 from rightrank.engine.adapter import trainable_parameters
-from rightrank.engine.arm_training import TrialFolders
 from rightrank.engine.runtime import Runtime
 from rightrank.engine.targets import lora_config
 from rightrank.engine.training_loop import run_trial
+from rightrank.engine.trial_start import TrialFolders
 from rightrank.records import Arm, Trial, TrialFinished
 from rightrank.records.observer import Observer
 

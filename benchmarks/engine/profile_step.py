@@ -20,8 +20,8 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.engine.common import machine, make_runtime
-from rightrank.engine.arm_training import TrialFolders
 from rightrank.engine.training_loop import train_trials
+from rightrank.engine.trial_start import TrialFolders
 from rightrank.records import Arm, Trial
 from rightrank.records.observer import Observer
 

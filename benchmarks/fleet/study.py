@@ -15,10 +15,10 @@ import torch
 from benchmarks.machine import machine
 from benchmarks.results import store
 from rightrank.api import fleet
-from rightrank.engine.arm_training import TrialFolders
 from rightrank.engine.encode import encode
 from rightrank.engine.runtime import Runtime
 from rightrank.engine.training_loop import run_trial
+from rightrank.engine.trial_start import TrialFolders
 from rightrank.io.data import load_data
 from rightrank.io.models import load_model
 from rightrank.records import Arm, Trial

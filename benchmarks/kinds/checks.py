@@ -19,11 +19,11 @@ from benchmarks.kinds.cases import ARM, RANK, STEPS, Trained, make_runtime, sett
 from rightrank import inspect, resize
 from rightrank.engine.adapter import trainable_parameters
 from rightrank.engine.adapters_per_pass import multi_lora_obstacle
-from rightrank.engine.arm_training import TrialFolders
 from rightrank.engine.optimizer import learning_rate_schedule
 from rightrank.engine.runtime import Runtime
 from rightrank.engine.targets import without_peft_noise
 from rightrank.engine.training_loop import run_trial
+from rightrank.engine.trial_start import TrialFolders
 from rightrank.errors import InterruptedRun, ModelError
 from rightrank.exports.padding import write_padded
 from rightrank.io.adapter_folder import open_adapter

@@ -22,10 +22,10 @@ from transformers import TrainerCallback
 
 from benchmarks.machine import machine
 from benchmarks.preference.trl_trainer import trainer_over
-from rightrank.engine.arm_training import TrialFolders
 from rightrank.engine.encode import encode
 from rightrank.engine.runtime import Runtime
 from rightrank.engine.training_loop import train_trials
+from rightrank.engine.trial_start import TrialFolders
 from rightrank.io.data import load_data
 from rightrank.io.models import load_model
 from rightrank.records import Arm, StepDone, Trial

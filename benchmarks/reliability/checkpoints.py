@@ -21,8 +21,9 @@ from tests.tiny import make_tokenizer, small_settings, write_completions
 
 from benchmarks.machine import machine
 from rightrank.engine import arm_training
-from rightrank.engine.arm_training import ArmTraining, TrialFolders
+from rightrank.engine.arm_training import ArmTraining
 from rightrank.engine.training_loop import run_trial
+from rightrank.engine.trial_start import TrialFolders
 from rightrank.records import Arm, Trial, TrialFinished
 from rightrank.records.observer import Observer
 

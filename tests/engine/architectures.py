@@ -8,10 +8,10 @@ from typing import Any
 import torch
 import transformers
 
-from rightrank.engine.arm_training import TrialFolders
 from rightrank.engine.encode import encode
 from rightrank.engine.runtime import Runtime
 from rightrank.engine.training_loop import train_trials
+from rightrank.engine.trial_start import TrialFolders
 from rightrank.io.data import load_data
 from rightrank.io.models import prepare_model
 from rightrank.records import Arm, Trial, TrialFinished

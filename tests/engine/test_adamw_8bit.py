@@ -13,10 +13,10 @@ from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from rightrank.engine import optimizer as module
-from rightrank.engine.arm_training import TrialFolders
 from rightrank.engine.optimizer import make_optimizer, require_optimizer, restore_state, state_tensors
 from rightrank.engine.runtime import Runtime
 from rightrank.engine.training_loop import train_trials
+from rightrank.engine.trial_start import TrialFolders
 from rightrank.errors import InterruptedRun, MissingExtraError, SettingsError
 from rightrank.io import extras
 from rightrank.io.checkpoints import load_checkpoint

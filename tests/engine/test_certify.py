@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from rightrank.api import select_rank
-from rightrank.engine.arm_training import TrialFolders
 from rightrank.engine.certify import certify, largest_differences, tensor_difference
 from rightrank.engine.training_loop import run_trial
+from rightrank.engine.trial_start import TrialFolders
 from rightrank.io.journal import Journal
 from rightrank.records import Arm, Certified, Trial, TrialFinished
 from rightrank.records.observer import Observer

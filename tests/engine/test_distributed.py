@@ -12,9 +12,9 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 
-from rightrank.engine.arm_training import TrialFolders
 from rightrank.engine.distributed import require_shares
 from rightrank.engine.training_loop import run_trial
+from rightrank.engine.trial_start import TrialFolders
 from rightrank.errors import SettingsError
 from rightrank.records import Arm, Trial, TrialFinished
 from rightrank.records.observer import Observer

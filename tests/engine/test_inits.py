@@ -91,8 +91,8 @@ def test_equal_to_pefts_own_with_the_base_untouched(
 
 def test_an_arm_of_its_own_init_shares_a_pass(model_folder: Path, completion_file: Path, tmp_path: Path) -> None:
     """In a pass with a plain arm of another rank, it learns what it learns alone."""
-    from rightrank.engine.arm_training import TrialFolders
     from rightrank.engine.training_loop import train_trials
+    from rightrank.engine.trial_start import TrialFolders
     from rightrank.records import Trial, TrialFinished
     from rightrank.records.observer import Observer
 

@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from rightrank.engine.adapters_per_pass import multi_lora_obstacle
-from rightrank.engine.arm_training import TrialFolders
 from rightrank.engine.loss import BatchLoss
 from rightrank.engine.runtime import Runtime
 from rightrank.engine.training_loop import train_trials
+from rightrank.engine.trial_start import TrialFolders
 from rightrank.errors import InterruptedRun
 from rightrank.records import Arm, StepDone, Trial, TrialDiverged, TrialFailed, TrialFinished, TrialOutcome
 from rightrank.records.observer import Observer

@@ -9,8 +9,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from rightrank.engine.arm_training import TrialFolders
 from rightrank.engine.training_loop import run_trial
+from rightrank.engine.trial_start import TrialFolders
 from rightrank.errors import InterruptedRun
 from rightrank.records import Arm, RunEvent, StepDone, Trial, TrialFinished
 from rightrank.records.observer import Observer

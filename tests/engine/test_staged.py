@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from rightrank.engine.arm_training import TrialFolders
 from rightrank.engine.averaging import RunningMean
 from rightrank.engine.optimizer import arm_schedule
 from rightrank.engine.training_loop import run_trial
+from rightrank.engine.trial_start import TrialFolders
 from rightrank.io.adapter_folder import open_adapter
 from rightrank.probe.adapter_runtime import adapter_attached
 from rightrank.records import Arm, Trial, TrialFinished

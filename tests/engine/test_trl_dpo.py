@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from benchmarks.kinds.checks import with_first_values
 
-from rightrank.engine.arm_training import TrialFolders
 from rightrank.engine.training_loop import train_trials
+from rightrank.engine.trial_start import TrialFolders
 from rightrank.records import Arm, StepDone, Trial, TrialFinished
 from rightrank.records.observer import Observer
 from tests.helpers import make_runtime

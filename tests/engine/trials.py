@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from rightrank.engine.arm_training import TrialFolders
 from rightrank.engine.training_loop import run_trial
+from rightrank.engine.trial_start import TrialFolders
 from rightrank.records import Arm, RunEvent, StepDone, Trial, TrialFinished
 from rightrank.records.observer import Observer
 

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from rightrank.cli import main
-from rightrank.engine.arm_training import TrialFolders
 from rightrank.engine.evaluation import Scores
 from rightrank.engine.training_loop import run_trial
+from rightrank.engine.trial_start import TrialFolders
 from rightrank.errors import SettingsError
 from rightrank.io.adapter_folder import AdapterFolder, open_adapter
 from rightrank.probe import importance

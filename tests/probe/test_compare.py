@@ -10,8 +10,8 @@ import pytest
 
 from rightrank import compare, make_settings
 from rightrank.cli import main
-from rightrank.engine.arm_training import TrialFolders
 from rightrank.engine.training_loop import run_trial
+from rightrank.engine.trial_start import TrialFolders
 from rightrank.errors import ModelError
 from rightrank.records import Arm, Trial
 from rightrank.records.observer import Observer

@@ -11,9 +11,9 @@ import torch
 
 from rightrank import ResizeOptions, make_settings, resize, select_rank
 from rightrank.cli import main
-from rightrank.engine.arm_training import TrialFolders
 from rightrank.engine.covariances import gather_moments, moment_tokens, unseen_first
 from rightrank.engine.training_loop import run_trial
+from rightrank.engine.trial_start import TrialFolders
 from rightrank.errors import DataError
 from rightrank.io.adapter_folder import open_adapter
 from rightrank.io.adapters import save_adapter

@@ -25,7 +25,7 @@ from benchmarks.reliability.memory import MIB, limited
 from rightrank import preparation
 from rightrank.cli import main, stopping
 from rightrank.engine import arm_training, training_loop
-from rightrank.engine.arm_training import TrialFolders
+from rightrank.engine.trial_start import TrialFolders
 from rightrank.errors import RunFolderError, TerminatedRun, is_out_of_memory
 from rightrank.io.checkpoints import load_checkpoint
 from rightrank.io.journal import Journal

@@ -9,13 +9,10 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Literal
 
 import torch
-from peft import LoraConfig, set_peft_model_state_dict
+from peft import set_peft_model_state_dict
 
 from rightrank.engine.averaging import RunningMean
 from rightrank.engine.batches import Batch
@@ -27,28 +24,14 @@ from rightrank.engine.outcome import Diverged, Evaluation, Progress, finished
 from rightrank.engine.runtime import Runtime
 from rightrank.engine.scoring import Measured, measure
 from rightrank.engine.steps import OptimizerSteps
-from rightrank.exports.servers import max_module_rank
+from rightrank.engine.trial_start import TrialFolders, truncate, truncation_method
 from rightrank.io.adapters import save_adapter
 from rightrank.io.checkpoints import Checkpoint, load_checkpoint, save_checkpoint
-from rightrank.io.patterns import exact_pattern, lora_scaling, pattern_value
-from rightrank.io.truncation import load_moments, module_ranks, truncated_tensors
-from rightrank.maths.scaling import lora_scale
-from rightrank.maths.truncation import Moments
 from rightrank.records import Arm, EvalPoint, StepDone, Trial, TrialFinished
 from rightrank.records.observer import Observer
 
 CHECKPOINT_SHARE = 0.015  # the largest share of the time that writing checkpoints may take
 DIVERGENCE_WINDOW = 8  # steps over which the training loss is averaged before it is compared with the base's
-
-
-@dataclass(frozen=True, slots=True)
-class TrialFolders:
-    checkpoint: Path  # file, while the trial runs
-    adapter: Path  # folder, when it has finished
-    continue_from: Path | None = None  # the checkpoint of the trial that this one resumes
-    truncate_from: Path | None = None  # the adapter folder of the trial that this one truncates
-    moments: Path | None = None  # file of the moments of that adapter (`engine.covariances`)
-    answers: Path | None = None  # file for the model's answers to the held-out examples, if a metric needs them
 
 
 def adapter_name(trial: Trial) -> str:
@@ -79,7 +62,7 @@ class ArmTraining:
         self._observer = observer
         self._settings = runtime.settings
         config = runtime.arm_targets.config(trial.arm)
-        self._truncated = self._truncate(config)
+        self._truncated = truncate(folders, trial.arm, runtime.settings.scaling, config)
         self._named = multi_lora.add(self.adapter, trial.arm, config, runtime.first_rows(trial.arm))
         self._parameters = list(self._named.values())
         self._steps = OptimizerSteps(
@@ -227,7 +210,7 @@ class ArmTraining:
         count = sum(parameter.numel() for parameter in self._parameters)
         found = Evaluation(self._scores, measured, averaged)
         record = finished(self.trial, self._runtime, self.progress, found, count, peak_bytes, self.pass_ranks)
-        return record.model_copy(update={"truncation": self._truncation()})
+        return record.model_copy(update={"truncation": truncation_method(self._folders)})
 
     def _averaged_loss(self) -> float | None:
         """Held-out loss of the running mean of the parameters; None without one."""
@@ -276,32 +259,12 @@ class ArmTraining:
         self._save_seconds = self._saved - begun
 
     def _checkpoint(self) -> Checkpoint:
-        progress = self.progress
         tensors = {f"parameter.{name}": value.detach() for name, value in self._named.items()}
         for index, parameter in enumerate(self._parameters):
             tensors |= state_tensors(self._steps.optimizer, index, parameter)
         if self._mean is not None:
             tensors |= self._mean.tensors()
-        state = {
-            "trial_id": self.trial.trial_id,
-            "step": progress.step,
-            "train_losses": progress.train_losses,
-            "points": [point.model_dump() for point in progress.points],
-            "train_seconds": progress.train_seconds,
-            "train_tokens": progress.train_tokens,
-            "eval_seconds": progress.eval_seconds,
-        }
-        return Checkpoint(tensors, state)
-
-    def _truncation(self) -> Literal["svd", "kfac"] | None:
-        """The method that the adapter was truncated by; None if it was not."""
-        if self._folders.truncate_from is None:
-            return None
-        return "kfac" if self._moments() else "svd"
-
-    def _moments(self) -> dict[str, Moments]:
-        """Those of the adapter to truncate, by module; none where they could not be gathered."""
-        return {} if self._folders.moments is None else load_moments(self._folders.moments)
+        return Checkpoint(tensors, {"trial_id": self.trial.trial_id, **self.progress.state()})
 
     def _start(self) -> None:
         """Start from this trial's checkpoint, else from the trial that it resumes or truncates, else from step 0.
@@ -317,26 +280,6 @@ class ArmTraining:
         if truncated:
             set_peft_model_state_dict(self._multi_lora.peft_model, truncated, adapter_name=self.adapter)
 
-    def _truncate(self, config: LoraConfig) -> dict[str, torch.Tensor]:
-        """The tensors of a truncation, whose ranks go into `config`; none for an arm that starts from its first draw."""
-        arm, folders = self.trial.arm, self._folders
-        if folders.truncate_from is None:
-            return {}
-        scale = partial(lora_scale, self._settings.scaling, arm.lora_alpha)
-        moments = self._moments()
-        uniform, alphas = dict(config.rank_pattern or {}), config.alpha_pattern or {}
-
-        def rank_of(address: str) -> int:
-            return int(pattern_value(uniform, address, config.r))
-
-        def new_scale(address: str, rank: int) -> float:
-            alpha = pattern_value(alphas, address, config.lora_alpha)
-            return lora_scaling(alpha, rank, bool(config.use_rslora))
-
-        ranks = module_ranks(folders.truncate_from, rank_of, max_module_rank(arm.rank), scale, moments)
-        config.rank_pattern = exact_pattern(ranks, config.r, ranks)
-        return truncated_tensors(folders.truncate_from, ranks, scale, new_scale, moments)
-
     def _resume(self, checkpoint: Path, trial_id: str) -> bool:
         """Restore a checkpoint; False if there is none, or one of another trial."""
         found = load_checkpoint(checkpoint)
@@ -349,15 +292,7 @@ class ArmTraining:
             restore_state(self._steps.optimizer, found.tensors, index, parameter)
         if self._mean is not None and trial_id == self.trial.trial_id:
             self._mean.restore(found.tensors)
-        state = found.state
-        self.progress = Progress(
-            step=state["step"],
-            train_losses=state["train_losses"],
-            points=[EvalPoint.model_validate(point) for point in state["points"]],
-            train_seconds=state["train_seconds"],
-            train_tokens=state["train_tokens"],
-            eval_seconds=state["eval_seconds"],
-        )
+        self.progress = Progress.of(found.state)
         return True
 
 

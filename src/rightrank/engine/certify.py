@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from rightrank.engine.arm_training import TrialFolders
 from rightrank.engine.runtime import Runtime
 from rightrank.engine.training_loop import run_trial
+from rightrank.engine.trial_start import TrialFolders
 from rightrank.errors import RunError
 from rightrank.records import Certified, Trial, TrialFinished
 from rightrank.records.observer import Observer

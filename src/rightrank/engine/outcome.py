@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 from rightrank.engine.evaluation import Scores
 from rightrank.engine.runtime import Runtime
@@ -35,6 +36,15 @@ class Progress:
     train_tokens: int = 0
     eval_seconds: float = 0.0
     answer_seconds: float = 0.0  # part of eval_seconds: the metrics at the end
+
+    @classmethod
+    def of(cls, state: Mapping[str, Any]) -> Progress:
+        found = {one.name: state[one.name] for one in fields(cls) if one.name in state}
+        return cls(**found | {"points": [EvalPoint.model_validate(point) for point in state["points"]]})
+
+    def state(self) -> dict[str, Any]:
+        found = {one.name: getattr(self, one.name) for one in fields(self)}
+        return found | {"points": [point.model_dump() for point in self.points]}
 
 
 @dataclass(frozen=True, slots=True)

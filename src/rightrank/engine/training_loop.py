@@ -12,7 +12,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 
-from rightrank.engine.arm_training import ArmTraining, TrialFolders, adapter_name
+from rightrank.engine.arm_training import ArmTraining, adapter_name
 from rightrank.engine.covariances import ensure_moments
 from rightrank.engine.memory import PeakMemory, free_memory, is_recoverable_oom
 from rightrank.engine.multi_lora import MultiLora
@@ -20,6 +20,7 @@ from rightrank.engine.outcome import Evaluation, Progress, finished
 from rightrank.engine.runtime import Runtime
 from rightrank.engine.scoring import measure
 from rightrank.engine.shared_pass import Ended, out_of_memory, step_all
+from rightrank.engine.trial_start import TrialFolders
 from rightrank.errors import InterruptedRun, MetricError, first_line
 from rightrank.records import Trial, TrialFinished, TrialOutcome, TrialStarted
 from rightrank.records.observer import Observer

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from rightrank.engine.adapters_per_pass import adapters_per_pass_for
-from rightrank.engine.arm_training import TrialFolders
 from rightrank.engine.distributed import broadcast
 from rightrank.engine.runtime import Runtime
 from rightrank.engine.training_loop import train_trials
+from rightrank.engine.trial_start import TrialFolders
 from rightrank.io.run_folder import RunFolder
 from rightrank.records import Trial, TrialOutcome
 from rightrank.records.observer import Observer
