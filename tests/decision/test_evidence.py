@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from rightrank.decision import Cell, ScoreTable, decide
-from rightrank.decision.contender import Contender, _pairs
+from rightrank.decision.contender import Contender, paired_cells
 from rightrank.decision.evidence import measured_noise
 
 
@@ -50,7 +50,7 @@ def test_seed_noise_is_pooled_where_fewer_than_two_seeds_are_shared(others: list
 
 
 def differences(one: Contender, other: Contender) -> list[tuple[str, float, float]]:
-    return [(cell.trial_id, cell.value, float(cell.sums[0])) for cell in _pairs(one, other)]
+    return [(cell.trial_id, cell.value, float(cell.sums[0])) for cell in paired_cells(one, other)]
 
 
 def test_pairs_are_of_one_seed_where_seeds_are_shared() -> None:
@@ -73,7 +73,7 @@ def test_weights_go_with_the_pair() -> None:
     weights = np.array([2.0, 3.0])
     one = Contender(1, 0.0, {0: Cell("a", 1.0, np.array([2.0, 6.0]), weights)}, 1.0)
     other = Contender(4, 0.0, {0: Cell("b", 0.5, np.array([1.0, 3.0]), weights)}, 0.5)
-    (cell,) = _pairs(one, other)
+    (cell,) = paired_cells(one, other)
     assert cell.sums.tolist() == [1.0, 3.0]
     assert cell.weights.tolist() == [2.0, 3.0]
     assert cell.value == 0.5

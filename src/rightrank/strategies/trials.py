@@ -49,9 +49,16 @@ class Trials:
         outcome = self.finished(arm)
         return None if outcome is None else oriented(outcome, self.space)
 
-    def base_loss(self) -> float | None:
-        """The oriented final value of the base; None where it is unknown."""
-        return self.loss(base_arm(self.space.lora_alpha))
+    def base_loss(self, *, during_training: bool = False) -> float | None:
+        """The oriented value of the base; None where it is unknown.
+
+        Comparable with final values, or with values during training, which may be losses whatever the metric.
+        """
+        outcome = self.finished(base_arm(self.space.lora_alpha))
+        if outcome is None:
+            return None
+        is_loss = during_training and self.space.points_are_losses
+        return outcome.metrics["loss"] if is_loss else oriented(outcome, self.space)
 
     def loss_after(self, rank: int, learning_rate: float, step: int) -> float | None:
         """The oriented value after `step` steps of a training with the first seed, stopped there or not; None if unknown."""
