@@ -15,7 +15,8 @@ import torch
 from safetensors import safe_open
 
 from rightrank.errors import ModelError
-from rightrank.io.adapter_config import CONFIG_FILE, WEIGHTS_FILE, read_config, read_shapes
+from rightrank.io.adapter_config import WEIGHTS_FILE, read_config, read_shapes
+from rightrank.io.adapter_place import CONFIG_FILE
 from rightrank.io.lora_files import FACTOR, config_of_file, read_header
 from rightrank.io.patterns import lora_scaling, pattern_matches, pattern_value
 from rightrank.kinds import stored_kind

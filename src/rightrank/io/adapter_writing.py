@@ -11,8 +11,9 @@ import torch
 from safetensors.torch import save_file
 
 from rightrank.errors import RunFolderError
-from rightrank.io.adapter_config import CONFIG_FILE, WEIGHTS_FILE
+from rightrank.io.adapter_config import WEIGHTS_FILE
 from rightrank.io.adapter_folder import PREFIX, AdapterFolder, open_adapter
+from rightrank.io.adapter_place import CONFIG_FILE
 from rightrank.io.files import replacing_folder, require_absent
 from rightrank.io.lora_files import file_keys, read_header, updated_header, write_file
 from rightrank.settings.values import FileFormat
