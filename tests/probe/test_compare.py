@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from rightrank import compare, make_settings
+from rightrank import compare, make_settings, resize
 from rightrank.cli import main
 from rightrank.engine.training_loop import run_trial
 from rightrank.engine.trial_start import TrialFolders
@@ -43,6 +43,7 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: Any) -> tuple[int, str]:
 def test_an_adapter_is_not_worse_than_itself(trained: Path, model_folder: Path, completion_file: Path) -> None:
     found = compare(trained, trained, model=str(model_folder), data=completion_file, settings=make_settings(SETTINGS))
     assert (found.verdict, found.difference, found.difference_high) == ("not_worse", 0.0, 0.0)
+    assert found.sentence.startswith(f"B ({trained}) against A ({trained})")  # two folders of one name
     assert found.examples == len({line for line in completion_file.read_text().splitlines() if line})
 
 
@@ -90,3 +91,12 @@ def test_a_side_that_is_neither_is_one_line(
         compare("base", tmp_path, model=str(model_folder), data=completion_file)
     code, out = run(capsys, "base", tmp_path, "--model", model_folder, "--data", completion_file)
     assert (code, out.count("\n")) == (2, 1)
+
+
+def test_an_adapter_of_another_task_than_the_data_is_one_line(
+    trained: Path, model_folder: Path, class_file: Path
+) -> None:
+    with pytest.raises(ModelError, match=r"an adapter of a language model .* which need a classifier"):
+        compare("base", trained, model=str(model_folder), data=class_file)
+    with pytest.raises(ModelError, match="an adapter of a language model"):
+        resize(trained, trained.parent / "smaller", data=class_file)

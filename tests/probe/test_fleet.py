@@ -13,6 +13,7 @@ from peft import PeftModel
 from rightrank.errors import ModelError
 from rightrank.io.adapter_folder import open_adapter
 from rightrank.probe.merge import write_sum
+from rightrank.probe.resize import folder_names
 from tests.commands import run
 from tests.probe.adapters import edit_config, load_base, make_adapter, make_base
 from tests.tiny import make_tokenizer, write_completions
@@ -70,6 +71,12 @@ def test_a_fleet_gets_one_rank_and_every_adapter_its_folder(
     assert sglang["bytes"] == sides * 2
     assert found["merge"]["rank"] == 11
     assert (tmp_path / "out" / "merged" / "adapter_model.safetensors").is_file()
+
+
+def test_the_adapters_of_several_runs_are_called_as_their_runs() -> None:
+    places = ["first/adapter", "second/adapter", "tasks/third"]
+    assert folder_names([Path(place) for place in places]) == ["first", "second", "third"]
+    assert folder_names([Path("x/a"), Path("y/a")]) == ["x-a", "y-a"]
 
 
 @pytest.mark.trains
@@ -143,7 +150,7 @@ def test_dora_and_modules_trained_whole_have_no_sum(tmp_path: Path) -> None:
         ("data", "3 data files for 2 adapters"),
         ("weights", "1 weights for 2 adapters"),
         ("rank", "rank 99 cannot be reached"),
-        ("same", "two adapters are in folders named 'a'"),
+        ("same", "two adapters are in folders named"),
     ],
 )
 def test_bad_input_is_one_line_and_nothing_is_written(
@@ -172,7 +179,7 @@ def test_bad_input_is_one_line_and_nothing_is_written(
     elif case == "rank":
         more = ["--ranks", "99"]
     elif case == "same":
-        adapters[1] = make_adapter(base, tmp_path / "other" / "a")
+        adapters[1] = adapters[0]
     given = ["fleet", *map(str, adapters), "--model", str(base), "--out", str(tmp_path / "out"), *SMALL, *more]
     capsys.readouterr()  # what making the adapters printed
     status, out, err = run([*given, *(word for file in files for word in ("--data", str(file)))], capsys)

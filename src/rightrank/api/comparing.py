@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from rightrank.io.adapter_place import require_adapter_folder
 from rightrank.records.compare import AdapterComparison
 from rightrank.records.fleet import Fleet
 from rightrank.settings import SelectSettings, make_settings
@@ -72,6 +73,10 @@ def fleet(
         InputError: an adapter of another base, data that can't be used, adapters without a common module; nothing was written.
         RunError: recovery diverged.
     """
+    for adapter in map(Path, adapters):
+        if not adapter.is_file():
+            require_adapter_folder(adapter)  # before what brings torch
+
     from rightrank.probe.fleet import run_fleet
     from rightrank.probe.fleet_checks import FleetRequest
 

@@ -199,9 +199,8 @@ class Making:
         if self.truncation is not None:
             parts.append(f"truncated to rank {self.rank} by {self.truncation}")
         if self.recovery_steps:
-            parts.append(
-                f"{self.recovery_steps} steps of recovery on unseen examples (learning rate {self.recovery_learning_rate:g})"
-            )
+            steps = "1 step" if self.recovery_steps == 1 else f"{self.recovery_steps} steps"
+            parts.append(f"{steps} of recovery on unseen examples (learning rate {self.recovery_learning_rate:g})")
         return ", ".join(parts)
 
 

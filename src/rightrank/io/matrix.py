@@ -41,7 +41,7 @@ def read_matrix(path: Path) -> MatrixConfig:
     if not isinstance(model, str):
         raise SettingsError(f"{path}: got model {model!r}; give `model:` with a folder, a file or a hub name")
     if not isinstance(jobs, dict) or not jobs:
-        raise SettingsError(f"{path}: got jobs {jobs!r}; {_JOB_SHAPE}")
+        raise SettingsError(f"{path}: got jobs {jobs!r}; {_JOB_SHAPE}, below `jobs:`")
     return MatrixConfig(model, tuple(_job(path, name, value, values) for name, value in jobs.items()))
 
 

@@ -22,8 +22,10 @@ from rightrank.engine.steps import OptimizerSteps
 from rightrank.engine.targets import without_peft_noise
 from rightrank.errors import ModelError, RunError, SettingsError, first_line
 from rightrank.io.adapter_folder import AdapterFolder
+from rightrank.io.adapter_place import CONFIG_FILE
 from rightrank.io.data import DataSplits, load_data
 from rightrank.io.models import LoadedModel, load_base
+from rightrank.io.reading import read_json_object
 from rightrank.records import TrialFinished
 from rightrank.settings import SelectSettings
 
@@ -85,8 +87,9 @@ def adapter_attached(runtime: Runtime, folder: Path, *, trainable: bool = False)
     """The PeftModel of an adapter folder around the runtime's base, which is restored when the block ends.
 
     Raises:
-        ModelError: PEFT cannot attach this adapter to this base.
+        ModelError: PEFT cannot attach this adapter to this base, or the adapter is of another task than the data.
     """
+    _require_task(runtime, folder)
     try:
         with without_peft_noise():
             peft_model: Any = PeftModel.from_pretrained(runtime.model, str(folder), is_trainable=trainable)
@@ -99,6 +102,19 @@ def adapter_attached(runtime: Runtime, folder: Path, *, trainable: bool = False)
         yield peft_model
     finally:
         unwrapped(peft_model)
+
+
+def _require_task(runtime: Runtime, folder: Path) -> None:
+    """Refuse an adapter of a language model for a classifier, and the reverse: PEFT fails on them in its own way."""
+    file = folder / CONFIG_FILE
+    task = read_json_object(file).get("task_type") if file.is_file() else None
+    if task == "CAUSAL_LM" and runtime.data.is_classification:
+        raise ModelError(
+            f"{folder}: an adapter of a language model (task_type {task}), and the data have `text` and `label`, which need a "
+            "classifier; give data with `prompt` and `completion`, or with `text` alone"
+        )
+    if task == "SEQ_CLS" and not runtime.data.is_classification:
+        raise ModelError(f"{folder}: an adapter of a classifier (task_type {task}); give data with `text` and `label`")
 
 
 def train_attached(runtime: Runtime, peft_model: Any, learning_rate: float, seed: int = 0) -> None:

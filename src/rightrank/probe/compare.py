@@ -172,7 +172,8 @@ def _examples_needed(found: PairedBounds, margin: float) -> int | None:
 
 
 def _sentence(request: CompareRequest, worst: MetricComparison, count: int) -> str:
-    names = f"B ({Path(request.b).name}) against A ({Path(request.a).name})"
+    b, a = Path(request.b).name, Path(request.a).name
+    names = f"B ({b}) against A ({a})" if b != a else f"B ({request.b}) against A ({request.a})"
     figures = (
         f"{worst.metric} differs by {worst.difference:+.3g} (95% bounds {worst.difference_low:+.3g} to "
         f"{worst.difference_high:+.3g}) on {worst.examples} examples, margin {worst.margin:g}"

@@ -30,7 +30,7 @@ from rightrank.probe.fleet_checks import (
 )
 from rightrank.probe.held_out import Candidates, Recovery, TruncationCurve, truncation_curve
 from rightrank.probe.merge import write_sum
-from rightrank.probe.resize import write_together
+from rightrank.probe.resize import folder_names, write_together
 from rightrank.probe.scored_data import ScoredData, scored_data
 from rightrank.records.fleet import Fleet, FleetAdapter, FleetMerge, FleetSlots
 from rightrank.records.probe import Resized
@@ -224,7 +224,8 @@ def _slots(adapters: Sequence[AdapterFolder], rank: int) -> list[FleetSlots]:
 
 def _sentence(measured: Sequence[_Measured], rank: int, slots: Sequence[FleetSlots]) -> str:
     before = max(one.adapter.rank for one in measured)
-    names = [one.adapter.path.name for one in measured if one.rank == rank]
+    every = folder_names([one.adapter.path for one in measured])
+    names = [name for name, one in zip(every, measured, strict=True) if one.rank == rank]
     binding = ", ".join(names) if len(names) <= MAX_NAMED else f"{len(names)} of them"
     vllm = slots[0]
     if rank == before:

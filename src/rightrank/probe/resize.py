@@ -66,7 +66,7 @@ def open_together(paths: Sequence[Path]) -> list[AdapterFolder]:
     Raises:
         InputError: one of them cannot be used, or two have the same name.
     """
-    names = [path.resolve().name for path in paths]
+    names = folder_names(paths)
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
         raise SettingsError(
@@ -76,6 +76,19 @@ def open_together(paths: Sequence[Path]) -> list[AdapterFolder]:
     for adapter in adapters:
         require_plain_update(adapter)
     return adapters
+
+
+def folder_names(paths: Sequence[Path]) -> list[str]:
+    """The name under which each adapter is written: that of its folder, of its run where several are called `adapter`.
+
+    Other folders of one name get that of the folder around them in front.
+    """
+    places = [path.resolve() for path in paths]
+    names = [place.name for place in places]
+    return [
+        name if names.count(name) == 1 else place.parent.name if name == "adapter" else f"{place.parent.name}-{name}"
+        for place, name in zip(places, names, strict=True)
+    ]
 
 
 def write_together(
@@ -91,7 +104,7 @@ def write_together(
         further: writes what else belongs into `out`.
     """
     _require_writable(out)
-    names = [adapter.path.resolve().name for adapter in adapters]
+    names = folder_names([adapter.path for adapter in adapters])
     with replacing_folder(out) as temporary:
         written = [write(place, temporary / name) for place, name in enumerate(names)]
         further(temporary)

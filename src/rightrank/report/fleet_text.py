@@ -16,7 +16,7 @@ def fleet_text(found: Fleet) -> str:
     for adapter in found.adapters:
         best = {one.rank: one for one in reversed(adapter.candidates)}
         cells = ["" if rank not in best else _loss(best[rank]) for rank in ranks]
-        rows.append([visible(Path(adapter.adapter).name), str(adapter.rank_before), str(adapter.rank), *cells])
+        rows.append([visible(Path(adapter.out).name), str(adapter.rank_before), str(adapter.rank), *cells])
     lines = [
         found.sentence,
         "",

@@ -38,7 +38,8 @@ def _command(options: list[str], further: list[str], run: str) -> str | None:
 
 def _options(started: RunStarted, wanted: NextRun) -> list[str]:
     settings, options = started.settings, list[str]()
-    if wanted.items is not None and started.data.not_evaluated:  # the data has more examples than are evaluated
+    held_out = len(started.evaluation_items) + started.data.not_evaluated  # at most so many examples can be evaluated
+    if wanted.items is not None and len(started.evaluation_items) < wanted.items <= held_out:
         options += ["--eval-items", str(wanted.items)]
     ranks, rates, seeds = (_numbers(settings.get(name)) for name in ("ranks", "learning_rates", "seeds"))
     if wanted.action == "seeds" and wanted.seeds is not None:

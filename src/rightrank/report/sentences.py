@@ -171,10 +171,10 @@ def preference_text(found: AdapterRecorded, records: Records) -> str:
 
 
 def test_text(found: HandedOver) -> str:
-    """The reading on the test split; empty without one."""
-    if found.test_difference is None:
-        return ""
+    """The reading on the test split; empty without one, and where the adapter is the reference itself."""
     high = found.test_difference_high
+    if found.test_difference is None or (found.test_difference == 0 and not high):
+        return ""
     bound = "" if high is None else f" (95% upper bound {high:+.2g})"
     return f"On the test split, read once, it differs from the reference by {found.test_difference:+.2g}{bound}."
 
