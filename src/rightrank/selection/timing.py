@@ -11,7 +11,7 @@ from rightrank.records import Arm
 from rightrank.records.plan import SelectionCost
 from rightrank.report.format import duration, quantity
 
-MIN_STEPS = 50  # of a training; the measured steps of a shorter one would be a noticeable part of it
+MIN_STEPS = 30  # of a training; the measured steps of a shorter one would be a noticeable part of it
 
 
 @dataclass(frozen=True, slots=True)
