@@ -52,6 +52,21 @@ def test_what_does_not_exist_is_named_before_torch_is_imported(files: Path, argu
     assert not (files / "run").exists()
 
 
+def test_a_plan_names_what_does_not_exist_too(files: Path) -> None:
+    for arguments, message in (
+        (["plan", "./modle"], "no such folder (did you mean 'model'?);"),
+        (["plan", "./modle", "train.jsonl"], "no such folder (did you mean 'model'?);"),
+        (["plan", "model", "trian.jsonl"], "(did you mean 'train.jsonl'?)"),
+        (["plan", "model", "--optimizer", "adam8"], "optimizer: got 'adam8'"),
+    ):
+        done = subprocess.run(
+            [sys.executable, "-c", CODE, json.dumps(arguments)], capture_output=True, text=True, cwd=files
+        )
+        assert done.stdout.split() == ["2", "False"], done.stderr
+        assert len(done.stderr.splitlines()) == 1
+        assert message in done.stderr
+
+
 def test_a_terminal_shows_a_line_before_anything_is_loaded(files: Path) -> None:
     ours, theirs = os.openpty()
     given = json.dumps(["select", "./modle", "train.jsonl", "--out", "run"])

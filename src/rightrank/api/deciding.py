@@ -26,11 +26,14 @@ def plan(model: str, *, settings: PlanSettings | None = None, **keywords: Unpack
     Raises:
         InputError: the model, its modules, a rank or a length can't be used.
     """
-    from rightrank.io.models import device_memory
-    from rightrank.planning.planner import make_plan
+    from rightrank.io.model_source import require_model
 
     given = {} if settings is None else settings.model_dump(include=settings.model_fields_set)
     settings = make_plan_settings(given | keywords)
+    require_model(model)  # before what brings torch
+    from rightrank.io.models import device_memory
+    from rightrank.planning.planner import make_plan
+
     if settings.memory_bytes is None and settings.device == "cuda":
         settings = settings.model_copy(update={"memory_bytes": device_memory()})
     return make_plan(model, settings)

@@ -14,6 +14,7 @@ import click
 from click.shell_completion import CompletionItem
 
 from rightrank.errors import SettingsError
+from rightrank.version import __version__
 
 Complete: TypeAlias = Callable[[click.Context, click.Parameter, str], "list[str]"]
 
@@ -104,6 +105,12 @@ def whole_numbers(values: Sequence[str] | None, option: str) -> list[int] | None
     if wrong is not None:
         raise SettingsError(f"{option}: got {wrong!r}; give whole numbers with commas between, such as 4,8,16")
     return [int(value) for value in values]
+
+
+def announce(what: str) -> None:
+    """One line on a terminal before the imports that take seconds."""
+    if sys.stderr.isatty():
+        click.echo(f"rightrank {__version__}: {what} …", err=True)
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from rightrank.cli.options import comma, folders, garbage_kept, gather, names
+from rightrank.cli.options import announce, comma, folders, garbage_kept, gather, names
 from rightrank.errors import SettingsError
 
 if TYPE_CHECKING:
@@ -85,20 +85,26 @@ def plan(
     MODEL DATA` with the same options, and the base is loaded. The exit status is 1 if there is a memory budget and no
     rank fits.
     """
+    values = gather(config_file, assignments, options)
+    if data is None:
+        announce("tracing a step of the model, in shapes alone")
+        answer = _plan_of_step(model, values)
+    else:
+        announce("loading model and data, then tracing and measuring a step of `select`")
+        answer = _plan_of_select(model, data, values)
+
+    from rightrank.report.plan_table import plan_text
+
+    click.echo(answer.model_dump_json() if as_json else plan_text(answer))
+    return 1 if answer.memory_bytes is not None and answer.max_rank is None else 0
+
+
+def _plan_of_step(model: str, values: dict[str, Any]) -> Plan:
     with garbage_kept():
         from rightrank import api
         from rightrank.settings import make_plan_settings
 
-        values = gather(config_file, assignments, options)
-        if data is None:
-            answer = api.plan(model, settings=make_plan_settings(values))
-        else:
-            answer = _plan_of_select(model, data, values)
-
-        from rightrank.report.plan_table import plan_text
-
-    click.echo(answer.model_dump_json() if as_json else plan_text(answer))
-    return 1 if answer.memory_bytes is not None and answer.max_rank is None else 0
+        return api.plan(model, settings=make_plan_settings(values))
 
 
 def _plan_of_select(model: str, data: Path, values: dict[str, Any]) -> Plan:

@@ -12,10 +12,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from rightrank.cli.options import comma, folders, gather, hours, names
+from rightrank.cli.options import announce, comma, folders, gather, hours, names
 from rightrank.cli.stopping import listening
 from rightrank.errors import InterruptedRun, RunError, SettingsError, TerminatedRun
-from rightrank.version import __version__
 
 if TYPE_CHECKING:
     from rightrank.api import Observer, Selected
@@ -260,8 +259,8 @@ def demo(out: Path, as_json: bool, quiet: bool, log_json: bool) -> None:
 
 def _watched(run: Callable[[Observer], Found], quiet: bool, out: Path, log_json: bool) -> Found:
     """Run with progress on stderr; Ctrl-C and SIGTERM stop the run with checkpoints."""
-    if sys.stderr.isatty() and not quiet and not log_json:  # the imports below take seconds
-        click.echo(f"rightrank {__version__}: checking the request, then loading model and data …", err=True)
+    if not quiet and not log_json:
+        announce("checking the request, then loading model and data")
     from rich.console import Console
 
     from rightrank.report.event_log import JsonLog, ProgressFile
