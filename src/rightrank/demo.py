@@ -54,6 +54,8 @@ def run_demo(out: Path, observer: Observer) -> Selected:
         RunFolderError: `out` can't be written.
     """
     out = out.resolve()  # the adapter names its base by this path, from wherever it is loaded
+    if not (out / "base_model" / "config.json").exists():
+        demo_model_file()  # refuses a missing package before anything is written
     with RunFolder(out / "run").locked(), report_disk_errors(out):  # refuses an unusable folder first
         model = prepare_model_folder(out / "base_model", observer)
         data = prepare_docstrings(out / "docstrings.jsonl")

@@ -84,9 +84,11 @@ class Selected:
             lines.append(f"verdict:       {self.decided.verdict}{flags}")
             safe = safe_choice(self.decided)
             lines += [f"               {safe}"] if safe else []
-            lines += next_lines(self.decided, self.next_commands, 15)[:2]
+            lines += next_lines(self.decided, self.next_commands, 15)[: 2 if any(self.next_commands[:1]) else 1]
         rank = "" if self.adapter_rank is None else f"  (rank {self.adapter_rank})"
-        lines += [f"folder:        {self.adapter}{rank}", f"report:        {self.report}"]
+        if self.adapter is not None:  # a custom trainer may save none
+            lines.append(f"folder:        {self.adapter}{rank}")
+        lines.append(f"report:        {self.report}")
         return "\n".join(lines)
 
     def _repr_html_(self) -> str:

@@ -48,7 +48,10 @@ def test_two_builds_are_the_same_bytes(tmp_path: Path) -> None:
     assert first == second
     wheel = next((tmp_path / "a" / "dist").glob("*.whl"))
     names = zipfile.ZipFile(wheel).namelist()
-    assert "rightrank/cli/__init__.py" in names
+    packaged = [path for path in (ROOT / "src").rglob("*") if path.is_file() and "__pycache__" not in path.parts]
+    assert {str(path.relative_to(ROOT / "src")) for path in packaged} <= set(names)  # templates and vendored files too
+    entry_points = next(name for name in names if name.endswith("entry_points.txt"))
+    assert b"rightrank = rightrank.cli:main" in zipfile.ZipFile(wheel).read(entry_points)
     assert not [name for name in names if name.startswith(("tests/", "benchmarks/", ".")) or ".." in name]
     with tarfile.open(next((tmp_path / "a" / "dist").glob("*.tar.gz"))) as archive:
         assert not [member.name for member in archive if member.issym() or member.islnk() or ".." in member.name]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import random
+import subprocess
+import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -314,3 +316,27 @@ def test_an_adapter_that_can_not_be_truncated_leaves_the_trained_one(tmp_path: P
     assert selected.adapter is None
     assert selected.answers["handed_over"] is None
     assert selected.decision.reference_rank == 4
+
+
+def test_one_value_stands_for_a_list_and_progress_is_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    selected = select_rank_with(
+        by_number, tmp_path / "run", ranks=(1, 4), learning_rates=1e-3, seeds=0, metric="loss", progress=True
+    )
+    assert "held-out" in capsys.readouterr().err
+    text = str(selected)
+    assert text.count("next:") == 1
+    assert "None" not in text
+    with pytest.raises(SettingsError, match="ranks: got 4 alone"):
+        select_rank_with(by_number, tmp_path / "one", ranks=4)
+
+
+def test_a_script_without_a_guard_is_refused_before_processes_start(tmp_path: Path) -> None:
+    script = tmp_path / "mine.py"
+    script.write_text(
+        "from rightrank import select_rank_with\n"
+        "def train(task):\n    return {'loss': 1 / task.rank}\n"
+        "select_rank_with(train, 'run', ranks=(1, 4), where='process')\n"
+    )
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, cwd=tmp_path)
+    assert done.stderr.splitlines()[-1].endswith('put the call below `if __name__ == "__main__":`')
+    assert not (tmp_path / "run").exists()

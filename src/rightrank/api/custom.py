@@ -24,9 +24,9 @@ def select_rank_with(
     profile: ProfileName | None = None,
     evaluate: EvaluateFunction | None = None,
     goal: Goal = "training-rank",
-    ranks: Sequence[int] = (1, 4, 16, 64),
-    learning_rates: Sequence[float] = (3e-4, 1e-3, 3e-3),
-    seeds: Sequence[int] | None = None,
+    ranks: Sequence[int] | int = (1, 4, 16, 64),
+    learning_rates: Sequence[float] | float = (3e-4, 1e-3, 3e-3),
+    seeds: Sequence[int] | int | None = None,
     lora_alpha: float = 32.0,
     steps: int = 0,
     metric: str | None = None,
@@ -41,6 +41,7 @@ def select_rank_with(
     report_to: Sequence[str] = (),
     judgements: Judgements | None = None,
     judged_margin: float | None = None,
+    progress: bool = False,
     watching: Observer | None = None,
 ) -> Selected:
     """Find the rank with your own training function: DPO, RL, diffusion, vision, any script.
@@ -76,6 +77,7 @@ def select_rank_with(
         judgements: rows `prompt, rank_a, rank_b, outcome[, judge]` that decide in place of the metric: mappings, a file, or a function
             that is called once all trainings have ended, with the folder of each rank's best adapter, and returns the mappings.
         judged_margin: with judgements: how far below 1/2 a win rate may be; None for .05.
+        progress: show the progress on stderr, or in the output of a notebook's cell.
         watching: callbacks; see `Observer`.
 
     Raises:
@@ -87,14 +89,15 @@ def select_rank_with(
         InterruptedRun: `watching.should_stop` returned True.
     """
     from rightrank.io.run_folder import RunFolder
+    from rightrank.report.watching import shown
     from rightrank.selection import custom
     from rightrank.trackers import require_trackers
 
     chosen: dict[str, object] = {
         "goal": goal,
-        "ranks": tuple(ranks),
-        "learning_rates": tuple(learning_rates),
-        "seeds": None if seeds is None else tuple(seeds),
+        "ranks": ranks,
+        "learning_rates": learning_rates,
+        "seeds": seeds,
         "lora_alpha": lora_alpha,
         "margin": margin,
         "strategy": strategy or None,
@@ -114,4 +117,5 @@ def select_rank_with(
         judged_margin=judged_margin,
     )
     trainer = custom.make_trainer(train, goal, where, timeout_seconds, workers, evaluate)
-    return custom.select_custom(request, trainer, RunFolder(Path(out)), watching or Observer())
+    with shown(watching or Observer(), progress) as observer:
+        return custom.select_custom(request, trainer, RunFolder(Path(out)), observer)

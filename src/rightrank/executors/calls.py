@@ -5,9 +5,11 @@ from __future__ import annotations
 import multiprocessing
 import os
 import pickle
+import sys
 import time
 from collections.abc import Callable, Mapping
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any, TypeAlias
 
 from rightrank.errors import NotFiniteError, SettingsError
@@ -43,8 +45,9 @@ def call_in_process(train: TrainFunction, timeout_seconds: float | None) -> Call
     """Call `train` in a fresh process each time, and kill the process when it exceeds the limit.
 
     Raises:
-        SettingsError: the function can't be pickled, as a call in another process needs.
+        SettingsError: the function can't be pickled, as a call in another process needs, or the script has no guard.
     """
+    _require_guard()
     try:
         pickle.dumps(train)
     except (pickle.PicklingError, AttributeError, TypeError) as error:
@@ -66,6 +69,21 @@ def call_in_process(train: TrainFunction, timeout_seconds: float | None) -> Call
             receiver.close()
 
     return call
+
+
+def _require_guard() -> None:
+    """Refuse a script without a guard: every new process imports it, and would begin all of its work again.
+
+    Raises:
+        SettingsError: the script that runs has no `if __name__ == "__main__":`.
+    """
+    file = getattr(sys.modules.get("__main__"), "__file__", None)  # None in a notebook or an interactive session
+    if file is None or not Path(file).is_file():
+        return
+    if "__name__" not in Path(file).read_text(encoding="utf-8", errors="replace"):
+        raise SettingsError(
+            f'where="process" starts processes that import {Path(file).name}: put the call below `if __name__ == "__main__":`'
+        )
 
 
 def call_on_ray(train: TrainFunction) -> Call:

@@ -36,7 +36,8 @@ def parse_result(returned: object, metric: str, examples: int | None) -> TrialRe
         )
     if metric not in returned.metrics:
         found = ", ".join(map(repr, returned.metrics)) or "nothing"
-        raise TrainerError(f"train returned no {metric!r} (it returned {found}); return it, or give another metric=")
+        other = f"metric={next(iter(returned.metrics))!r}" if returned.metrics else "another metric="
+        raise TrainerError(f"train returned no {metric!r} (it returned {found}); return it, or give {other}")
     scores, weights = returned.item_scores, returned.item_weights
     if scores is not None and len(scores) == 0:
         raise TrainerError("train returned an empty list of item_scores; return one score per example, or None")
