@@ -54,12 +54,17 @@ class CachingAllocator:
         if size <= 0:
             return
         rounded = round_request(size)
-        block = self._find(rounded) or self._new_segment(rounded)
-        self._split(block, rounded)
+        pool = self._free[rounded <= SMALL_REQUEST]
+        position = bisect_left(pool, (rounded, -1))
+        block = pool.pop(position)[2] if position < len(pool) else self._new_segment(rounded)
+        left = block.size - rounded
+        if left and (left >= ROUNDING if block.small else left > SMALL_REQUEST):
+            self._split(block, rounded, left)
         block.taken = True
         self._taken[name] = block
         self.allocated += block.size
-        self.peak_allocated = max(self.peak_allocated, self.allocated)
+        if self.allocated > self.peak_allocated:
+            self.peak_allocated = self.allocated
 
     def free(self, name: int) -> None:
         block = self._taken.pop(name, None)
@@ -67,9 +72,11 @@ class CachingAllocator:
             return
         self.allocated -= block.size
         block.taken = False
-        for neighbour in (block.before, block.after):
-            if neighbour is not None and not neighbour.taken:
-                block = self._merged(block, neighbour)
+        before, after = block.before, block.after
+        if before is not None and not before.taken:
+            block = self._merged(block, before)
+        if after is not None and not after.taken:
+            block = self._merged(block, after)
         insort(self._free[block.small], (block.size, block.address, block))
 
     def empty_cache(self) -> None:
@@ -79,11 +86,6 @@ class CachingAllocator:
             self.reserved -= sum(entry[0] for entry in pool) - sum(entry[0] for entry in kept)
             pool[:] = kept
 
-    def _find(self, size: int) -> _Block | None:
-        pool = self._free[size <= SMALL_REQUEST]
-        position = bisect_left(pool, (size, -1))
-        return pool.pop(position)[2] if position < len(pool) else None
-
     def _new_segment(self, size: int) -> _Block:
         segment = segment_size(size)
         block = _Block(self._next_address, segment, size <= SMALL_REQUEST)
@@ -92,10 +94,8 @@ class CachingAllocator:
         self.peak_reserved = max(self.peak_reserved, self.reserved)
         return block
 
-    def _split(self, block: _Block, size: int) -> None:
-        left = block.size - size
-        if left < ROUNDING if block.small else left <= SMALL_REQUEST:
-            return
+    def _split(self, block: _Block, size: int, left: int) -> None:
+        """Keep `size` bytes of the block; the `left` bytes after them are a free block."""
         rest = _Block(block.address + size, left, block.small, False, block, block.after)
         if block.after is not None:
             block.after.before = rest

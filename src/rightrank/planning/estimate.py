@@ -239,7 +239,8 @@ class Estimator:
         ]
         if settings.device == "cuda":
             residents.append(Resident(CUBLAS_BYTES, "workspace"))
-        return sharded(residents, optimizer, settings, self._block_bytes())
+        block_bytes = self._block_bytes() if settings.sharding != "none" else 0
+        return sharded(residents, optimizer, settings, block_bytes)
 
     def _block_bytes(self) -> int:
         """Bytes of the largest block's weights."""
