@@ -56,6 +56,16 @@ def test_no_file_names_a_place_relative_to_where_the_selection_ran(home: Path) -
         assert '"data.jsonl"' not in text.replace(str(data), "")
 
 
+def test_an_export_from_another_folder_names_the_same_places(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    found = export(home / "run", "trl", tmp_path / "elsewhere")
+    settings = yaml.safe_load((found.folder / "trl_sft.yaml").read_text())
+    assert settings["model_name_or_path"] == str((home / "model").resolve())
+    assert settings["datasets"][0]["data_files"] == str((home / "data.jsonl").resolve())
+
+
 def test_trl_runs_from_the_exported_folder(home: Path) -> None:
     """TRL's own parser and script, as `trl sft --config trl_sft.yaml` runs them in one process."""
     script = (

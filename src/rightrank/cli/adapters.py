@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +137,7 @@ def resize(
     }
     needing["--train"] = train
     require_data_for(needing, data)
+    lap = _lap_timer()
     options = api.ResizeOptions(
         dtype,
         uniform,
@@ -145,7 +148,7 @@ def resize(
         learning_rate,
         train=train,
         notice=lambda line: click.echo(line, err=True),
-        on_rank=lambda at, value: click.echo(f"rank {at}: held-out {value:.4f}", err=True),
+        on_rank=lambda at, value: click.echo(f"rank {at}: held-out {value:.4f}  ({lap():.0f} s)", err=True),
     )
     if len(sources) == 1:
         resized = api.resize(sources[0], out, rank=rank, energy=energy, noise=noise, data=data, options=options)
@@ -154,6 +157,18 @@ def resize(
     if data is not None:
         raise SettingsError("--data measures one adapter on its own data: resize each alone, then all with --rank")
     _print_record(api.resize_together(sources, out, rank=rank, energy=energy, noise=noise, options=options), as_json)
+
+
+def _lap_timer() -> Callable[[], float]:
+    """A function that returns the seconds since its last call, or since it was made."""
+    last = time.monotonic()
+
+    def lap() -> float:
+        nonlocal last
+        before, last = last, time.monotonic()
+        return last - before
+
+    return lap
 
 
 @click.command(

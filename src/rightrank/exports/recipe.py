@@ -26,6 +26,7 @@ SETTINGS: dict[str, Any] = {  # of a run that a recipe has under the same name, 
     "loraplus_lr_ratio": None,
     "optim": "adamw_torch",
 }
+AROUND = 4  # folders around an adapter: trials, the run, and two around the run
 UNKNOWN_MODEL, UNKNOWN_DATA = "path/to/model", "path/to/data.jsonl"
 
 
@@ -86,7 +87,7 @@ class Recipe:
 
     def located(self) -> Recipe:
         """The recipe with absolute paths of model and data, so that its files work from any folder."""
-        return replace(self, model=_absolute(self.model), data=_absolute(self.data))
+        return replace(self, model=_absolute(self.model, self.adapter), data=_absolute(self.data, self.adapter))
 
     @property
     def kind(self) -> dict[str, Any]:
@@ -240,10 +241,14 @@ def _module_names(adapter: Path) -> tuple[str, ...]:
     return tuple(sorted(name.removeprefix("base_model.model.") for name in names))
 
 
-def _absolute(name: str) -> str:
-    """The absolute path of a file or folder; a name on the hub as it is."""
+def _absolute(name: str, adapter: Path) -> str:
+    """The absolute path of a file or folder; a name on the hub as it is.
+
+    A relative path starts at the current folder, or else at one around the run: the selection may have run there.
+    """
     path = Path(name).expanduser()
-    return str(path.resolve()) if path.exists() else name
+    places = [path, *(folder / path for folder in list(adapter.resolve().parents)[:AROUND])]
+    return next((str(place.resolve()) for place in places if place.exists()), name)
 
 
 def _named(value: object, otherwise: str) -> str:

@@ -138,6 +138,9 @@ def _by_data(adapter: AdapterFolder, out: Path, data: Path, options: ResizeOptio
         options = replace(options, train=data)  # recovery needs training examples: the split that select makes
     scored = scored_data(adapter, data, options.train, options.settings)
     options.notice(scored.note)
+    measured = ", ".join(map(str, sorted(ranks, reverse=True)))
+    count = len(scored.splits.examples["selection"])
+    options.notice(f"measuring the base, then ranks {measured}, each on {count:,} examples")
     recovery = Recovery(options.recover_steps, options.learning_rate) if options.learning_rate else None
     candidates = Candidates(
         ranks,
@@ -150,5 +153,4 @@ def _by_data(adapter: AdapterFolder, out: Path, data: Path, options: ResizeOptio
         use = DataUse(data, options.settings, Path(name) / "cache", options.recover_steps, scored.splits)
         runtime = adapter_runtime(adapter, options.base, use)
         resized = resize_by_data(adapter, out, runtime, candidates, Path(name))
-    scores = len(scored.splits.examples["selection"])
-    return resized.model_copy(update={"notes": [*resized.notes, scored.note], "scored_examples": scores})
+    return resized.model_copy(update={"notes": [*resized.notes, scored.note], "scored_examples": count})
