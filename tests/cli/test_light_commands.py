@@ -34,7 +34,11 @@ def run_folder(tmp_path: Path) -> Path:
 
 
 def test_the_adapter_of_a_run_folder_is_named_without_torch(run_folder: Path) -> None:
-    for command in (["inspect", str(run_folder)], ["resize", str(run_folder), "out", "--rank", "1"]):
+    for command in (
+        ["inspect", str(run_folder)],
+        ["resize", str(run_folder), "out", "--rank", "1"],
+        ["compare", "base", str(run_folder), "--model", "model", "--data", "x.jsonl"],
+    ):
         done = subprocess.run([sys.executable, "-c", REFUSED, *command], capture_output=True, text=True)
         message, modules = done.stderr.splitlines()
         assert message.endswith(f"give {run_folder / 'adapter'}, the adapter in it")

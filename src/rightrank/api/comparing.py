@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from rightrank.io.adapter_place import require_adapter_folder
+from rightrank.io.adapter_place import require_adapter_folder, require_side
 from rightrank.records.compare import AdapterComparison
 from rightrank.records.fleet import Fleet
 from rightrank.settings import SelectSettings, make_settings
@@ -32,6 +32,9 @@ def compare(
         InputError: a side, the model, the data or a metric can't be used.
         MetricError: a metric gave no score.
     """
+    for side in (a, b):
+        require_side(str(side))  # before what brings torch
+
     from rightrank.probe.compare import CompareRequest, compare_adapters
 
     files = [data] if isinstance(data, str | Path) else list(data)

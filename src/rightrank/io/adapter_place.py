@@ -7,6 +7,7 @@ from pathlib import Path
 from rightrank.errors import ModelError
 
 CONFIG_FILE = "adapter_config.json"
+BASE = "base"  # the side of a comparison that is the base model alone
 
 
 def require_adapter_folder(path: Path) -> None:
@@ -24,7 +25,24 @@ def require_adapter_folder(path: Path) -> None:
     hint = "give a folder that PEFT's save_pretrained wrote"
     if (path / "config.json").exists():
         hint = "it is a whole model: compare two with --base A --finetuned B"
-    inner = path / "adapter"  # of a run folder
-    if (inner / CONFIG_FILE).exists():
-        hint = f"give {inner}, the adapter in it"
-    raise ModelError(f"{path}: not an adapter, there is no {CONFIG_FILE}; {hint}")
+    raise ModelError(f"{path}: not an adapter, there is no {CONFIG_FILE}; {_adapter_in(path) or hint}")
+
+
+def require_side(side: str) -> None:
+    """Refuse what `compare` can't read: neither an adapter folder, nor a model folder, nor `base`.
+
+    Raises:
+        ModelError: the message names the adapter of a run folder.
+    """
+    if side == BASE:
+        return
+    folder = Path(side)
+    if not (folder / CONFIG_FILE).is_file() and not (folder / "config.json").is_file():
+        hint = _adapter_in(folder) or "give one, or 'base'"
+        raise ModelError(f"{side}: neither an adapter folder ({CONFIG_FILE}) nor a model folder (config.json); {hint}")
+
+
+def _adapter_in(folder: Path) -> str:
+    """What to give in place of a run folder; empty for another folder."""
+    inner = folder / "adapter"
+    return f"give {inner}, the adapter in it" if (inner / CONFIG_FILE).is_file() else ""

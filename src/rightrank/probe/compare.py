@@ -19,7 +19,8 @@ from rightrank.decision.table import Cell, ScoreTable, table_of
 from rightrank.engine.encode import encode
 from rightrank.engine.runtime import Runtime
 from rightrank.engine.scoring import measure, require_scorers
-from rightrank.errors import ModelError, SettingsError
+from rightrank.errors import SettingsError
+from rightrank.io.adapter_place import BASE, CONFIG_FILE, require_side
 from rightrank.io.data import DataSplits, load_data
 from rightrank.io.models import load_base
 from rightrank.io.rows import held_out_fields
@@ -29,8 +30,6 @@ from rightrank.records import TrialFinished
 from rightrank.records.compare import AdapterComparison, ComparisonVerdict, MetricComparison
 from rightrank.settings import PAIR_MARGIN, SelectSettings
 
-BASE = "base"
-ADAPTER_CONFIG = "adapter_config.json"
 SEVERITY: tuple[ComparisonVerdict, ...] = ("not_worse", "cannot_tell", "worse")
 
 
@@ -55,7 +54,7 @@ def compare_adapters(request: CompareRequest) -> AdapterComparison:
         raise SettingsError("no data: give --data FILE, once or more")
     require_scorers(request.settings)
     for side in (request.a, request.b):
-        _require_side(side)
+        require_side(side)
     found: list[MetricComparison] = []
     for data in request.data:
         with tempfile.TemporaryDirectory(prefix="rightrank-") as name:
@@ -67,23 +66,13 @@ def compare_adapters(request: CompareRequest) -> AdapterComparison:
     return AdapterComparison(sentence=_sentence(request, worst, len(found)), comparisons=found, **kept)
 
 
-def _require_side(side: str) -> None:
-    if side == BASE:
-        return
-    folder = Path(side)
-    if not (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file():
-        raise ModelError(
-            f"{side}: neither an adapter folder (adapter_config.json) nor a model folder (config.json); give one, or 'base'"
-        )
-
-
 def _read_sides(request: CompareRequest, data: Path, cache: Path) -> tuple[TrialFinished, TrialFinished]:
     """The scores of A and B on all examples of `data`, in one order."""
     splits, settings = load_all(data, request.settings)
     base: Runtime | None = None
     read = []
     for number, side in enumerate((request.a, request.b)):
-        if side == BASE or (Path(side) / ADAPTER_CONFIG).is_file():
+        if side == BASE or (Path(side) / CONFIG_FILE).is_file():
             if base is None:
                 base = _runtime(request.model, splits, settings, cache / "base")
             read.append(_scored(base, side, None if side == BASE else Path(side)))

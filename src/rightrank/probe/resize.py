@@ -16,6 +16,8 @@ from rightrank.probe.resized_adapter import require_plain_update, write_resized
 from rightrank.records.probe import Resized, ResizedTogether
 from rightrank.settings.resize import ResizeOptions, ResizeRule
 
+MANY_EXAMPLES = 2000  # above which scoring may take long, and fewer are proposed
+
 
 def resize_adapter(path: Path, out: Path, rule: ResizeRule, options: ResizeOptions) -> Resized:
     """Write the adapter in `path` at other ranks to `out`.
@@ -140,7 +142,8 @@ def _by_data(adapter: AdapterFolder, out: Path, data: Path, options: ResizeOptio
     options.notice(scored.note)
     measured = ", ".join(map(str, sorted(ranks, reverse=True)))
     count = len(scored.splits.examples["selection"])
-    options.notice(f"measuring the base, then ranks {measured}, each on {count:,} examples")
+    fewer = "" if count <= MANY_EXAMPLES else "; --set eval_items=1000 measures on fewer"
+    options.notice(f"measuring the base, then ranks {measured}, each on {count:,} examples{fewer}")
     recovery = Recovery(options.recover_steps, options.learning_rate) if options.learning_rate else None
     candidates = Candidates(
         ranks,

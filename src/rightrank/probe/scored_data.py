@@ -65,7 +65,7 @@ def scored_data(adapter: AdapterFolder, data: Path, train: Path | None, settings
             "give rows that it was not trained on"
         )
     scored = _at_most(unseen, settings)
-    note = f"{_note(data, scored, 'rows')}; {left_out:,} training examples of the adapter left out"
+    note = f"{_note(data, scored, 'not in its training data')}; {left_out:,} training examples of the adapter left out"
     return ScoredData(_with(trained, scored), False, note)
 
 

@@ -16,6 +16,7 @@ from rightrank.report.sentences import cost_of, headline
 from rightrank.report.terminal_figures import terminal_curve
 from rightrank.settings import Goal
 
+NO_ANSWER = "no answer yet"
 STALE_SECONDS = 600  # an older progress file belongs to a process that ended, or to one very long step
 
 
@@ -76,7 +77,7 @@ def run_status(
         running=_at_work(current, records) if current is not None and locked else None,
         progress=str(progress["progress"]) if progress is not None and locked else None,
         cost=cost.sentence(),
-        answer="no answer yet" if decision is None and adapter is None else headline(decision, adapter, goal),
+        answer=NO_ANSWER if decision is None and adapter is None else headline(decision, adapter, goal),
         adapter_sentence=None if adapter is None else adapter.sentence,
         rank=decision.rank if decision is not None else None,
         verdict=decision.verdict if decision is not None else None,
@@ -102,7 +103,8 @@ def status_lines(status: RunStatus, width: int, colour: bool) -> str:
     lines = [
         f"{status.run}: {status.state}, {quantity(status.trainings, 'training')}{so_far}",
         f"cost:   {status.cost}",
-        f"answer: {status.answer}{so_far}" + (f" ({status.verdict})" if status.rank is not None else ""),
+        f"answer: {status.answer}{so_far if status.answer != NO_ANSWER else ''}"
+        + (f" ({status.verdict})" if status.rank is not None else ""),
     ]
     if status.adapter_sentence:
         lines.append(f"        {status.adapter_sentence}")
