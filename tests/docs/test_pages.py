@@ -20,7 +20,18 @@ from tests.docs.pages import FRONT, GUIDES, PAGES, ROOT, name_of, shell_commands
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 OF_OTHERS = {  # options of other programs that pages name
     *("--max-lora-rank", "--head", "--address", "--ntasks", "--gpus", "--exact", "--branch", "--depth", "--out"),
-    *("--base", "--outfile", "--outtype", "--lora", "--help", "--version", "--no-deps", "--grids"),
+    *(
+        "--base",
+        "--outfile",
+        "--outtype",
+        "--lora",
+        "--help",
+        "--version",
+        "--no-deps",
+        "--grids",
+        "--from",
+        "--extra-index-url",
+    ),
 }
 
 
