@@ -173,6 +173,8 @@ def page(folder: Path, ready: bool, gradience: str | None) -> Iterator[str]:
     yield "None of the alternatives does what `demo` does, so it stands alone. A load average above 1 or 2 makes the seconds upper bounds."
     yield ""
     yield json_share()
+    yield ""
+    yield "[Where the time of `plan` goes](plan_time.md) · [how good the time is that `select` states before its start](expected_time.md)"
 
 
 def main() -> None:
