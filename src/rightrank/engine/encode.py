@@ -90,20 +90,8 @@ def encode(data: DataSplits, model: LoadedModel, settings: SelectSettings, folde
             dropped=count.dropped,
             equal=count.equal,
         )
-    summary = DataSummary(
-        form=data.form,
-        splits=summaries,
-        splits_given=data.splits_given,
-        duplicates_across_splits=data.duplicates_across_splits,
-        classes=data.classes,
-        unreadable=data.unreadable,
-        control_characters=data.control_characters,
-        rows=data.rows,
-        repeated=data.repeated,
-        not_evaluated=data.not_evaluated,
-        shape=data.shape,
-        equal_pairs=data.equal_pairs,
-    )
+    of_data = {name: getattr(data, name) for name in DataSummary.model_fields if name != "splits"}
+    summary = DataSummary(splits=summaries, **of_data)
     return EncodedData(splits, {"selection": data.examples["selection"], "test": data.examples["test"]}, summary)
 
 

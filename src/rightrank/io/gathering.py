@@ -68,14 +68,17 @@ def gather(
         for key, row in empty.items()
         if key not in trainings
     ]
+    return trainings, missing, _notes(rankless, repeated, len(missing), len(running))
+
+
+def _notes(rankless: int, repeated: int, missing: int, running: int) -> list[str]:
     counts = (
         (rankless, "row", "without a rank left out"),
         (repeated, "repeated row", "left out"),
-        (len(missing), "training", "without a result"),
-        (len(running), "unfinished training", "left out"),
+        (missing, "training", "without a result"),
+        (running, "unfinished training", "left out"),
     )
-    notes = [f"{count} {noun}{'s' * (count != 1)} {what}" for count, noun, what in counts if count]
-    return trainings, missing, notes
+    return [f"{count} {noun}{'s' * (count != 1)} {what}" for count, noun, what in counts if count]
 
 
 def _key(row: Row, columns: Columns) -> Key:

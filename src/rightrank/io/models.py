@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -95,22 +95,12 @@ def load_model(
     _require_weights(source, reference)
     arguments = source.loading_arguments(trust_remote_code)
     tokenizer = _load_tokenizer(source, reference, arguments)
-    loader: Any = AutoModelForCausalLM
-    if classes is not None:
-        loader = AutoModelForSequenceClassification
-        arguments |= {
-            "num_labels": len(classes),
-            "id2label": dict(enumerate(classes)),
-            "label2id": {name: i for i, name in enumerate(classes)},
-        }
+    arguments |= {"dtype": DTYPES[dtype], "use_safetensors": source.gguf_file is None}
     if weight_bits is not None:
         arguments |= {"quantization_config": quantisation(weight_bits, dtype), "device_map": {"": found}}
     quiet_third_parties()
-    torch.manual_seed(0)  # the same new classification head in every run
     try:
-        model = loader.from_pretrained(
-            source.name, dtype=DTYPES[dtype], use_safetensors=source.gguf_file is None, **arguments
-        )
+        model = _loaded(source.name, classes, arguments)
     except LOADING_ERRORS as error:
         if is_out_of_memory(error):
             raise DeviceMemoryError(f"{reference}: out of memory while loading ({first_line(error)})") from None
@@ -120,6 +110,16 @@ def load_model(
     local = Path(source.name).exists()
     name = str(Path(reference).expanduser().resolve()) if local else reference  # adapters name their base by it
     return prepare_model(model, tokenizer, name, found, _file_fingerprint(source))
+
+
+def _loaded(name: str, classes: list[str] | None, arguments: Mapping[str, Any]) -> Any:
+    torch.manual_seed(0)  # the same new classification head in every run
+    if classes is None:
+        return AutoModelForCausalLM.from_pretrained(name, **arguments)
+    by_number = dict(enumerate(classes))
+    label2id = {label: number for number, label in by_number.items()}
+    head = {"num_labels": len(classes), "id2label": by_number, "label2id": label2id}
+    return AutoModelForSequenceClassification.from_pretrained(name, **head, **arguments)
 
 
 def load_base(

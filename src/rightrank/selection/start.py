@@ -68,6 +68,12 @@ def prepare_selection(
         folder, prepared.started, prepared.steps, strategy, options, report_to, observer
     )
     rescore(folder, selection.records, prepared.runtime, observer.notice)
+    cost = _announce(prepared, strategy, selection, observer)
+    return PreparedSelection(request, prepared, selection, cost, trackers, observer, guards)
+
+
+def _announce(prepared: Prepared, strategy: Strategy, selection: Selection, observer: Observer) -> SelectionCost | None:
+    """Say what the selection will cost and find; its cost, or None where this device has no measurement."""
     measured = measured_speed(prepared) if _is_worth_measuring(prepared, selection) else None
     speed = None if measured is None else measured.speed
     cost = estimate(prepared, strategy, speed)
@@ -81,7 +87,7 @@ def prepare_selection(
         observer.notice(line)
     if end_metrics(prepared.settings):
         observer.notice(answers_line(prepared.settings, prepared.started))
-    return PreparedSelection(request, prepared, selection, cost, trackers, observer, guards)
+    return cost
 
 
 def _is_worth_measuring(prepared: Prepared, selection: Selection) -> bool:
