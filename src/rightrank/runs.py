@@ -26,9 +26,7 @@ from rightrank.settings import Goal
 
 
 def write_report(run: str | Path) -> Path:
-    folder = RunFolder.existing(run)
-    journal = folder.journal.read()
-    records = records_of(journal, str(folder.path))
+    folder, journal, records = _opened(run, settled=False)
     goal = _goal(records)
     decision = None if goal == "adapter" else _decision(journal, records)
     with report_disk_errors(folder.path):
@@ -42,9 +40,7 @@ def write_side_by_side(runs: Sequence[str | Path], out: str | Path) -> Path:
 
     shown = []
     for run in runs:
-        folder = RunFolder.existing(run)
-        journal = folder.journal.read_settled()
-        records = records_of(journal, str(folder.path))
+        _, journal, records = _opened(run, settled=True)
         goal = _goal(records)
         decision = None if goal == "adapter" else _decision(journal, records)
         shown.append(ShownRun(str(run), records, decision, goal))
@@ -55,8 +51,8 @@ def write_side_by_side(runs: Sequence[str | Path], out: str | Path) -> Path:
 
 
 def begun_as(run: str | Path) -> dict[str, object]:
-    folder = RunFolder.existing(run)
-    started = records_of(folder.journal.read_settled(), str(folder.path)).started
+    folder, _, records = _opened(run, settled=True)
+    started = records.started
     for name in ("model", "data"):
         value = started.settings.get(name)
         if not isinstance(value, str) or value.startswith("in memory"):
@@ -64,6 +60,13 @@ def begun_as(run: str | Path) -> dict[str, object]:
                 f"{folder.path}: its {name} was in memory; call select_rank with it to continue the run"
             )
     return dict(started.settings)
+
+
+def _opened(run: str | Path, *, settled: bool) -> tuple[RunFolder, list[JournalRecord], Records]:
+    """A run to read; `settled` where its process may still be writing."""
+    folder = RunFolder.existing(run)
+    journal = folder.journal.read_settled() if settled else folder.journal.read()
+    return folder, journal, records_of(journal, str(folder.path))
 
 
 def _decision(journal: Sequence[JournalRecord], records: Records) -> Decision | None:
@@ -89,9 +92,7 @@ def export(
         require_repository(push_to_hub)
         if to != "peft":
             raise SettingsError(f"--push-to-hub goes with --to peft, not with {to!r}: the hub holds the adapter itself")
-    folder = RunFolder.existing(run)
-    journal = folder.journal.read()
-    records = records_of(journal, str(folder.path))
+    folder, journal, records = _opened(run, settled=False)
     recipe = recipe_of(records.started, _handed_over(folder, journal, records), folder.adapter, records.finished())
     if records.adapters and records.adapters[-1].guard:
         recipe = replace(recipe, guard=records.adapters[-1].guard.sentence)
@@ -128,9 +129,7 @@ def repair(run: str | Path) -> Repaired:
 def _export_study(run: str | Path, out: str | Path | None, with_more: bool) -> Exported:
     if with_more:
         raise SettingsError(f"--pad and --push-to-hub are for an adapter; {STUDY!r} is a study of the trials")
-    folder = RunFolder.existing(run)
-    journal = folder.journal.read()
-    records = records_of(journal, str(folder.path))
+    folder, journal, records = _opened(run, settled=False)
     with report_disk_errors(folder.path):
         return write_study(records, _decision(journal, records), _place(folder, STUDY, out))
 
@@ -144,9 +143,7 @@ def _place(folder: RunFolder, to: str, out: str | Path | None) -> Path:
 
 
 def status(run: str | Path) -> RunStatus:
-    folder = RunFolder.existing(run)
-    journal = folder.journal.read_settled()
-    records = records_of(journal, str(folder.path))
+    folder, journal, records = _opened(run, settled=True)
     progress = _progress_of(folder.path)
     return run_status(str(run), journal, records, _goal(records), folder.is_locked(), progress)
 

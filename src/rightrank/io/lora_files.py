@@ -101,8 +101,7 @@ def _alphas(path: Path, ranks: Mapping[str, int], keys: set[str], metadata: Mapp
             if f"{module}.alpha" in keys:
                 found[module] = float(file.get_tensor(f"{module}.alpha"))
             elif config is not None:
-                alpha = float(pattern_value(config.get("alpha_pattern") or {}, name, config["lora_alpha"]))
-                found[module] = alpha * rank**0.5 if config.get("use_rslora") else alpha
+                found[module] = _kohya_alpha(config, name, rank)
             else:
                 found[module] = float(rank)
     return found

@@ -14,6 +14,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -92,7 +93,7 @@ def load_model(
     if weight_bits is not None:
         require_quantisation(weight_bits, found)
     source = find_model(reference)
-    _require_weights(source, reference)
+    _require_weights(source)
     arguments = source.loading_arguments(trust_remote_code)
     tokenizer = _load_tokenizer(source, reference, arguments)
     arguments |= {"dtype": DTYPES[dtype], "use_safetensors": source.gguf_file is None}
@@ -244,11 +245,10 @@ def _load_tokenizer(source: ModelSource, reference: str, arguments: dict[str, An
         ) from None
 
 
-def _require_weights(source: ModelSource, reference: str) -> None:
+def _require_weights(source: ModelSource) -> None:
     folder = Path(source.name)
-    if source.gguf_file is not None or not folder.is_dir():
-        return
-    safe_shards(folder)
+    if source.gguf_file is None and folder.is_dir():
+        safe_shards(folder)
 
 
 def _file_fingerprint(source: ModelSource) -> str | None:
@@ -279,8 +279,6 @@ def linear_modules(reference: str) -> dict[str, str]:
     Raises:
         ModelError: no configuration, or one that transformers does not know.
     """
-    from transformers import AutoConfig
-
     source = find_model(reference)
     try:
         config = AutoConfig.from_pretrained(source.name)

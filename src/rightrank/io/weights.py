@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
 from rightrank.errors import ModelError
+from rightrank.io.lora_files import read_header
 from rightrank.io.reading import UnreadableError, kind_of, read_json_object
 
 INDEX_FILE = "model.safetensors.index.json"
@@ -44,17 +45,12 @@ def open_weights(path: Path) -> WeightFolder:
     """
     if kind_of(path) != "folder":
         raise ModelError(f"{path}: no such folder; give a model folder that save_pretrained wrote")
-    shards = safe_shards(path)
     files: dict[str, Path] = {}
     shapes: dict[str, tuple[int, ...]] = {}
-    for shard in shards:
-        try:
-            with safe_open(shard, framework="pt") as file:
-                for name in list(file.keys()):
-                    files[name] = shard
-                    shapes[name] = tuple(file.get_slice(name).get_shape())
-        except (SafetensorError, OSError) as error:
-            raise ModelError(f"{shard}: not a readable safetensors file ({error}); copy it again") from None
+    for shard in safe_shards(path):
+        found, _ = read_header(shard)
+        files |= dict.fromkeys(found, shard)
+        shapes |= found
     return WeightFolder(path, files, shapes)
 
 

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from types import TracebackType
 from typing import Any, TextIO
 
 from rightrank.io.files import write_text
@@ -38,9 +37,7 @@ class JsonLog:
     def __enter__(self) -> JsonLog:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         return None
 
     def plan(self, started: RunStarted, arms: int, steps: int) -> None:
