@@ -86,7 +86,7 @@ class Moments:
 
 def watch_phases(moments: Moments) -> None:
     """Wrap what a selection calls, in every module that names it."""
-    from rightrank.engine import training_loop
+    from rightrank.engine import shared_pass, training_loop
     from rightrank.exports.adapter_folder import hand_over
     from rightrank.io.adapters import save_adapter
     from rightrank.io.checkpoints import save_checkpoint
@@ -96,8 +96,8 @@ def watch_phases(moments: Moments) -> None:
     from rightrank.report.html import render_report
 
     phases: dict[str, list[Callable[..., Any]]] = {
-        "training": [training_loop.step_all],
-        "evaluation": [training_loop.evaluate_all, training_loop.evaluate_base],
+        "training": [shared_pass.step_all],
+        "evaluation": [shared_pass.evaluate_all, training_loop.evaluate_base],
         "checkpoint": [save_checkpoint],
         "views": [render_report, write_text, write_figures, hand_over, save_adapter],
     }

@@ -60,10 +60,10 @@ def test_a_local_task_has_a_score_per_example(
     assert spec.name == "cats_acc"
     require_task(spec)
     scored = score_task(runtime, spec)
-    assert scored.items is not None
-    assert len(scored.items) == 10
-    assert set(scored.items) <= {0.0, 1.0}
-    assert scored.value == sum(scored.items) / 10
+    assert scored.examples is not None
+    assert len(scored.examples) == 10
+    assert set(scored.examples) <= {0.0, 1.0}
+    assert scored.value == sum(scored.examples) / 10
     assert capsys.readouterr().out == ""
     with pytest.raises(MetricError, match="it has: acc"):
         score_task(runtime, parse_metric(f"lm-eval:{task}:bleu"))
