@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -36,6 +36,16 @@ class Scores:
     def item_metrics(self) -> dict[str, list[float]]:
         """The metrics by example that a record has no field of its own for."""
         return {name: values for name, values in self.by_example.items() if name != "accuracy"}
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """Those of the records that hold scores by example."""
+        return {
+            "item_losses": self.losses,
+            "item_tokens": self.tokens,
+            "item_correct": self.correct,
+            "item_metrics": self.item_metrics,
+        }
 
     def with_examples_of(self, other: Scores, indices: Sequence[int]) -> Scores:
         """These scores, with those of `other` at the given examples."""

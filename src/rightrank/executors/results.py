@@ -53,22 +53,8 @@ def parse_result(returned: object, metric: str, examples: int | None) -> TrialRe
 
 
 def outcome_of(trial: Trial, result: TrialResult, metric: str, seconds: float) -> TrialFinished:
-    return TrialFinished(
-        **trial.fields,
-        value=result.metrics[metric],
-        metrics=result.metrics,
-        item_losses=[],
-        item_tokens=[],
-        item_scores=result.item_scores,
-        item_weights=result.item_weights,
-        train_value=result.train_value,
-        points=result.points,
-        trainable_parameters=result.trainable_parameters,
-        train_seconds=seconds if result.train_seconds is None else result.train_seconds,
-        train_tokens=result.train_tokens,
-        eval_seconds=result.eval_seconds,
-        peak_bytes=result.peak_bytes,
-    )
+    returned = dict(result) | {"train_seconds": seconds if result.train_seconds is None else result.train_seconds}
+    return TrialFinished(**trial.fields, **returned, value=result.metrics[metric], item_losses=[], item_tokens=[])
 
 
 def numbers_of(result: TrialResult) -> Iterator[tuple[str, float]]:

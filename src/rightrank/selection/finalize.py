@@ -115,10 +115,7 @@ def _evaluate_on_test_split(selection: Selection, runtime: Runtime, trial: Trial
         value=values.get(metric, scores.loss),
         metric=None if metric in values else "loss",
         metrics=values,
-        item_losses=scores.losses,
-        item_tokens=scores.tokens,
-        item_correct=scores.correct,
-        item_metrics=scores.item_metrics,
+        **scores.fields,
     )
     folder.journal.append(record)
     records.tests.append(record)
