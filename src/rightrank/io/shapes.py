@@ -106,17 +106,8 @@ def _found(fields: Mapping[str, Any]) -> Shape | None:
         return Shape("alpaca", _alpaca)
     pair = next((pair for pair in PAIRS if fields.keys() >= set(pair)), None)
     if pair is not None:
-        prompt, completion = pair
-        names = {prompt: "prompt", completion: "completion"}
-        shown = ", ".join(f"{column} → {name}" for column, name in names.items() if column != name)
-        return Shape(
-            shown,
-            lambda row: {
-                **row.fields,
-                "prompt": row.fields.get(prompt),
-                "completion": row.fields.get(completion),
-            },
-        )
+        names = zip(("prompt", "completion"), pair, strict=True)
+        return _shape_renamed({name: column for name, column in names if name != column})
     return Shape("tokens", _tokens) if "input_ids" in fields else None
 
 
@@ -125,7 +116,7 @@ def _preference(fields: Mapping[str, Any]) -> Shape | None:
     column = next((name for name in PROMPTS if name in fields), None)
     if "prompt" in fields or column is None or not isinstance(fields["chosen"], str):
         return None
-    return Shape(f"{column} → prompt", lambda row: {**row.fields, "prompt": row.fields.get(column)})
+    return _shape_renamed({"prompt": column})
 
 
 def _is_sharegpt(value: Any) -> bool:
