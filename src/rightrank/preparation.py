@@ -16,24 +16,19 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from rightrank.decision.metrics import higher_is_better
 from rightrank.decision.run import settled_start
 from rightrank.engine.encode import EncodedData, encode
-from rightrank.engine.encoder import label_count
 from rightrank.engine.optimizer import require_optimizer
 from rightrank.engine.runtime import Runtime
 from rightrank.engine.scoring import require_scorers
 from rightrank.engine.sharding import sharded
-from rightrank.engine.token_store import longest_sequence
 from rightrank.errors import SettingsError
 from rightrank.io.data import DataSplits, load_data
 from rightrank.io.examples import DataForm
 from rightrank.io.model_source import find_model
 from rightrank.io.models import DTYPES, LoadedModel, adopt_model, find_device, load_base, resolve_dtype
-from rightrank.planning.duration import Speed, Workload
 from rightrank.planning.selection_plan import SelectionPlan, first_pass_loss, plan_selection, ranks_for_data
 from rightrank.planning.skeleton import is_known
 from rightrank.records import JournalRecord, RunStarted, content_hash
-from rightrank.records.plan import SelectionCost
 from rightrank.settings import SelectSettings, as_begun, settings_of_identity, with_identity_of
-from rightrank.strategies import Strategy
 from rightrank.version import __version__
 
 if TYPE_CHECKING:
@@ -255,50 +250,6 @@ def _started(request: Request, sources: _Sources, settings: SelectSettings, step
         higher_is_better=higher_is_better(settings.metric_name, settings.lower_is_better),
         points_metric=settings.points_metric if settings.points_metric != settings.metric_name else None,
         started_at=datetime.now(UTC).isoformat(timespec="seconds"),
-    )
-
-
-def estimate(prepared: Prepared, strategy: Strategy, speed: Speed | None = None) -> SelectionCost | None:
-    """The time that the selection will take at `speed`; None without one if this device has no stored measurement."""
-    planned = prepared.planned
-    if planned is None or (speed is None and not planned.is_timed):
-        return None
-    return planned.cost(strategy, workload(prepared), speed)
-
-
-def workload(
-    prepared: Prepared, batches: Sequence[Sequence[int]] | None = None, evaluated: Sequence[int] | None = None
-) -> Workload:
-    """The work of one training, counted over all its batches.
-
-    Args:
-        prepared: the selection.
-        batches: training examples of each step; None for those of a whole training.
-        evaluated: validation examples; None for all.
-    """
-    data, settings = prepared.runtime.data, prepared.settings
-    train = data.splits["train"]
-    batches = prepared.runtime.batch_plan(settings.seeds[0]) if batches is None else batches
-    size = settings.batch_size
-    micro = [batch[start : start + size] for batch in batches for start in range(0, len(batch), size)]
-    used = [train[index] for rows in micro for index in rows]
-    if prepared.runtime.fast_paths.sequence_packing:
-        computed = sum(example.length for example in used)
-    else:
-        padded = sum(len(rows) * longest_sequence([train[index] for index in rows]) for rows in micro)
-        computed = padded * data.sequences_per_example
-    labels = sum(label_count(example) for example in used)
-    trained = len({index for rows in micro for index in rows})
-    held_out = len(data.splits["selection"]) if evaluated is None else len(evaluated)
-    return Workload(
-        steps=len(batches),
-        examples=trained * data.sequences_per_example,
-        eval_examples=held_out * data.sequences_per_example,
-        eval_points=settings.eval_points,
-        passes=settings.gradient_accumulation_steps,
-        filled=computed / (len(used) * data.sequences_per_example * data.longest),
-        labelled=1.0 if data.is_classification else labels / computed,
-        reference=trained / held_out + 2 if data.is_preference else 0.0,
     )
 
 

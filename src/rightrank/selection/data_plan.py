@@ -10,10 +10,11 @@ from rightrank.errors import ModelError
 from rightrank.planning.calibrate import calibrate
 from rightrank.planning.duration import PlannedTrainings, selection_cost
 from rightrank.planning.planner import plan_config, speed_of
-from rightrank.preparation import Prepared, Request, prepare, workload
+from rightrank.preparation import Prepared, Request, prepare
 from rightrank.records.plan import Plan
 from rightrank.selection.preflight import strategy_of
 from rightrank.selection.timing import measured_speed
+from rightrank.selection.workload import workload
 from rightrank.settings import PlanSettings
 
 

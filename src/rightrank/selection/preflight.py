@@ -11,7 +11,7 @@ from rightrank.decision.precision import NoiseKind, Precision, base_spread, expe
 from rightrank.engine.runtime import Runtime
 from rightrank.errors import SettingsError
 from rightrank.planning.duration import Speed
-from rightrank.preparation import Prepared, Request, estimate, prepare
+from rightrank.preparation import Prepared, Request, prepare
 from rightrank.records.base import split_name
 from rightrank.records.plan import SelectionCost
 from rightrank.records.preflight import Preflight, PreflightCost, PreflightRank, PreflightStrategy
@@ -19,6 +19,7 @@ from rightrank.report.terminal import left_out
 from rightrank.selection.executor import require_placeable
 from rightrank.selection.notices import adapter_lines, kind_lines, require_truncated
 from rightrank.selection.timing import measured_speed
+from rightrank.selection.workload import estimate
 from rightrank.strategies import STRATEGIES, Strategy, make_strategy
 from rightrank.trackers import require_trackers
 

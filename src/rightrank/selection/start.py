@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from rightrank.engine.scoring import end_metrics
 from rightrank.io.run_folder import RunFolder
 from rightrank.io.store import run_store
-from rightrank.preparation import Bases, Prepared, Request, estimate, prepare, resuming
+from rightrank.preparation import Bases, Prepared, Request, prepare, resuming
 from rightrank.records import RunStarted
 from rightrank.records.observer import Observer
 from rightrank.records.plan import SelectionCost
@@ -21,6 +21,7 @@ from rightrank.selection.notices import adapter_lines, answers_line, cost_line, 
 from rightrank.selection.preflight import preflight_of, strategy_of
 from rightrank.selection.rescoring import rescore
 from rightrank.selection.timing import MIN_STEPS, measured_speed, time_line
+from rightrank.selection.workload import estimate
 from rightrank.settings.migration import renamed_since
 from rightrank.strategies import Strategy, make_strategy
 from rightrank.trackers import Trackers, require_trackers

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 
 from rightrank.engine.pace import Pace, measure_pace
 from rightrank.planning.duration import Speed, flops_of
-from rightrank.preparation import Prepared, workload
+from rightrank.preparation import Prepared
 from rightrank.records import Arm
 from rightrank.records.plan import SelectionCost
 from rightrank.report.format import duration, quantity
+from rightrank.selection.workload import workload
 
 MIN_STEPS = 30  # of a training; the measured steps of a shorter one would be a noticeable part of it
 
