@@ -104,7 +104,8 @@ def _savings(settings: PlanSettings) -> list[_Saving]:
     if settings.attn_implementation == "eager":
         savings.append(_Saving({"attn_implementation": "sdpa"}, "none: the same attention, fused"))
     if settings.optimizer in ("adamw", "adamw_fused"):
-        savings.append(_Saving({"optimizer": "paged_adamw_8bit"}, "8-bit optimizer states; needs bitsandbytes"))
+        eight_bit = "adamw_8bit" if settings.is_packed else "paged_adamw_8bit"  # `select` has no paged states
+        savings.append(_Saving({"optimizer": eight_bit}, "8-bit optimizer states; needs bitsandbytes"))
     if settings.dtype == "float32" and settings.autocast is None and settings.device == "cuda":
         savings.append(_Saving({"dtype": "bfloat16"}, "frozen weights and activations in 16 bits"))
     if settings.device == "cpu":

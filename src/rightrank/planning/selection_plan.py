@@ -48,7 +48,10 @@ SHARED_SETTINGS = (
     "gradient_checkpointing",
     "trust_remote_code",
 )
-SELECT_CHANGES = ("batch_size", "gradient_checkpointing", "seq_len", "dtype")
+SELECT_CHANGES = {  # of a plan's settings that `select` has, under its names
+    **{name: name for name in ("batch_size", "gradient_checkpointing", "seq_len", "dtype", "load_in_4bit")},
+    "optimizer": "optim",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,7 +220,7 @@ def _refusal(estimator: Estimator, needs: dict[int, int], memory: int) -> str:
     smallest = min(rank for rank, size in needs.items() if size > memory)
     tensors = needs[smallest] - context_bytes(estimator.settings)
     changes = [change for change in cheapest_changes(estimator) if change.setting in SELECT_CHANGES]
-    advice = ", ".join(f"{change.setting} {change.value}" for change in changes)
+    advice = ", ".join(f"{SELECT_CHANGES[change.setting]} {change.value}" for change in changes)
     return (
         f"rank {smallest} needs {_gib(needs[smallest])} ({_gib(tensors)} for tensors, the rest for the process), and "
         f"{_gib(memory)} are available; give more --memory, lower ranks{', or ' + advice if advice else ''}"
