@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from tests.tiny import write_jsonl
 
 pytestmark = pytest.mark.trains
 
+RUN = Path(__file__).parents[1] / "fixtures" / "runs" / "schema-3" / "run"
 CODE = """\
 import sys, json
 from rightrank.cli import main
@@ -77,3 +79,12 @@ def test_a_terminal_shows_a_line_before_anything_is_loaded(files: Path) -> None:
     assert done.stdout.split() == [b"2", b"False"]
     assert first.endswith("checking the request, then loading model and data …")
     assert "did you mean 'model'?" in last
+
+
+def test_another_length_of_training_is_refused_before_torch_is_imported(files: Path) -> None:
+    shutil.copytree(RUN, files / "run")
+    given = json.dumps(["select", "model", "train.jsonl", "--out", "run", "--max-steps", "7"])
+    done = subprocess.run([sys.executable, "-c", CODE, given], capture_output=True, text=True, cwd=files)
+    assert done.stdout.split() == ["2", "False"], done.stderr
+    assert "run: made with other settings (max_steps: " in done.stderr
+    assert "→ 7); give the same settings to resume, or another --out" in done.stderr

@@ -185,3 +185,19 @@ def test_a_time_is_read_in_hours() -> None:
     for wrong in ("3", "h", "3 weeks", "0h", "3h later"):
         with pytest.raises(SettingsError, match="is no time: give a number and a unit"):
             read(wrong)
+
+
+def test_a_higher_rank_in_a_continued_run_adds_its_trainings_to_those_that_ended() -> None:
+    trials = arms(4)  # ranks 1 to 8
+    run = made_up_run(with_base=True).started
+
+    def position(ranks: list[int]) -> str:
+        progress = Progress()
+        progress.plan(run.model_copy(update={"settings": run.settings | {"ranks": ranks}}), 3, 20)
+        progress.expect(4.0)
+        progress.limit(6.0)
+        progress.resume([ended(trial) for trial in trials[:3]])
+        return progress.progress_line()
+
+    assert position([1, 2, 4]).startswith("3.0 of about 4.0 trainings")
+    assert position([1, 2, 4, 8]).startswith("3.0 of about 7.0 trainings")

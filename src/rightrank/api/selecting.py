@@ -55,7 +55,7 @@ def select_rank(
     from rightrank.io.run_folder import RunFolder
     from rightrank.report.interrupts import checkpointed
     from rightrank.report.watching import shown
-    from rightrank.selection.early import require_request
+    from rightrank.selection.early import require_request, require_same_scalars
 
     settings = _overridden(settings, keywords)
     require_request(model, data, settings)
@@ -66,6 +66,7 @@ def select_rank(
         shown(watching or Observer(), progress) as seen,
         checkpointed(seen) as observer,
     ):
+        require_same_scalars(folder, settings)
         # These imports bring torch, so they follow the lock: a folder that can't be used is refused at once.
         from rightrank.preparation import Request
         from rightrank.selection.select import select

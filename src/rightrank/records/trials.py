@@ -73,7 +73,8 @@ class Arm(ArmFields):
     def stage(self) -> str:
         """How the arm differs from a complete training; empty if it does not."""
         if self.truncate_from is not None:
-            return f"truncated, {self.steps} recovery steps" if self.steps else "truncated"
+            steps = "step" if self.steps == 1 else "steps"
+            return f"truncated, {self.steps} recovery {steps}" if self.steps else "truncated"
         if self.is_annealed:
             return f"annealed to step {self.stop_at}"
         return "" if self.stop_at is None else f"to step {self.stop_at}"

@@ -80,12 +80,15 @@ class Progress:
         self._best: dict[int, float] = {}
         self._truncated: dict[int, float] = {}
         self._peak_bytes = 0
+        self._top = 0  # the largest rank of the run; 0: unknown
 
     def plan(self, started: RunStarted, arms: int, steps: int = 0) -> None:
         self._arms = arms
         self._whole_steps = steps
         self._higher_is_better = started.higher_is_better
         self._eval_points = int(str(started.settings.get("eval_points") or 1))
+        ranks = started.settings.get("ranks")
+        self._top = max((rank for rank in ranks if isinstance(rank, int)), default=0) if isinstance(ranks, list) else 0
         hours = started.settings.get("budget_hours")
         self._budget_seconds = hours * 3600 if isinstance(hours, int | float) else None
 
@@ -104,9 +107,15 @@ class Progress:
         self._maximum = trainings
 
     def resume(self, outcomes: Sequence[TrialOutcome]) -> None:
-        """Record the trials that ended before this process began."""
+        """Record the trials that ended before this process began.
+
+        A run that was continued with a higher rank begins with a training at it, so what was expected is to come.
+        """
         for outcome in outcomes:
             self._end(outcome)
+        if self._spent > 0 and self._top and not any(one.rank == self._top for one in outcomes):
+            self._expected = None if self._expected is None else self._expected + self._spent
+            self._maximum = None if self._maximum is None else self._maximum + self._spent
 
     def event(self, event: RunEvent) -> str | None:
         """Record the event; return a line for the log if a trial ended, or once the cost of a training is measured."""

@@ -2,14 +2,53 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
+from rightrank.errors import RunFolderError
 from rightrank.io.extras import require_optimizer_extra
 from rightrank.io.model_source import require_model
 from rightrank.io.rows import require_rows
+from rightrank.io.run_folder import RunFolder
+from rightrank.records import RunStarted
 from rightrank.settings import SelectSettings
 from rightrank.strategies import make_strategy
 from rightrank.trackers import require_trackers
+
+SCALARS = (  # settings that make another run and are stored as they were given
+    *("max_steps", "num_train_epochs", "seq_len", "batch_size", "gradient_accumulation_steps", "lora_alpha"),
+    *("lora_dropout", "weight_decay", "warmup_ratio", "test_fraction", "validation_fraction", "eval_points"),
+)
+
+
+def require_same_scalars(folder: RunFolder, settings: SelectSettings) -> None:
+    """Refuse a run folder that was begun with another value of a scalar setting that is given, before torch is imported.
+
+    All other differences show once model and data are read.
+
+    Raises:
+        RunFolderError: names the settings that differ.
+    """
+    if not folder.journal.path.is_file():
+        return
+    first = next(iter(folder.journal.read_settled()), None)  # `read` would move a torn line without a notice
+    if not isinstance(first, RunStarted):
+        return
+    given = settings.model_dump(mode="json", include=set(SCALARS) & settings.model_fields_set)
+    changed = [
+        f"{name}: {first.settings[name]!r} → {value!r}"
+        for name, value in sorted(given.items())
+        if name in first.settings and first.settings[name] != value
+    ]
+    if changed:
+        raise made_with_others(folder, changed)
+
+
+def made_with_others(folder: RunFolder, changed: Sequence[str]) -> RunFolderError:
+    """The refusal of a folder whose run was begun with other settings."""
+    return RunFolderError(
+        f"{folder.path}: made with other settings ({'; '.join(changed)}); give the same settings to resume, or another --out"
+    )
 
 
 def require_request(model: object, data: object, settings: SelectSettings) -> None:

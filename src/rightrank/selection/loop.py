@@ -38,6 +38,7 @@ from rightrank.records.observer import Observer
 from rightrank.records.plan import SelectionCost
 from rightrank.report.format import size
 from rightrank.report.plan_table import took_line
+from rightrank.selection.early import made_with_others
 from rightrank.settings import CONTINUABLE, Goal, settings_difference
 from rightrank.strategies import History, Strategy
 from rightrank.strategies.protocol import seconds_of, steps_of
@@ -268,6 +269,4 @@ def require_same_run(folder: RunFolder, first: JournalRecord, started: RunStarte
     changed = settings_difference(first.settings, started.settings)
     if not changed:
         changed = ["the data, the model's files or the trainer have changed since"]
-    raise RunFolderError(
-        f"{folder.path}: made with other settings ({'; '.join(changed)}); give the same settings to resume, or another --out"
-    )
+    raise made_with_others(folder, changed)

@@ -82,7 +82,7 @@ def _margin_lines(prepared: Prepared) -> list[str]:
     if reach / math.sqrt(examples) < margin:
         return []
     return [
-        f"margin {margin:g} is likely below what {examples} validation examples can show: about "
+        f"margin {margin:g} is likely below what {examples} validation examples can show of an adapter: about "
         f"{math.ceil((reach / margin) ** 2):,} are needed (an estimate: a truncation to a quarter of the top rank typically "
         f"differs by {TYPICAL_DEVIATION:g} nats from example to example); give more data and --eval-items, or a wider --margin"
     ]

@@ -25,7 +25,8 @@ def training_rank_estimate(records: Records) -> TrainingRankEstimate | None:
     ranks = _settings(records).ranks
     compared = ranks if len(ranks) > 1 else tuple(sorted({low, high, answer.trained_rank} | {max(1, low // 2)}))
     trainings = _trainings_left(records, compared)
-    cost = f"about {trainings:.2g} more trainings" if trainings else "no further training"
+    noun = "training" if trainings == 1 else "trainings"
+    cost = f"about {trainings:.2g} more {noun}" if trainings else "no further training"
     further = "" if compared == ranks else f" --ranks {','.join(map(str, compared))}"
     sentence = (
         f"An estimate, not evidence: the rank to train at probably is {where}, since the smallest truncation that loses at "
