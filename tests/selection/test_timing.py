@@ -95,6 +95,23 @@ def test_a_dry_run_knows_the_time(model_folder: Path, completion_file: Path) -> 
 ARM = Arm(rank=4, learning_rate=1e-2, lora_alpha=32.0, seed=0, steps=8)
 
 
+def test_blocks_that_are_computed_once_have_their_own_pace(
+    model_folder: Path, completion_file: Path, tmp_path: Path
+) -> None:
+    settings = small_settings(layers_to_transform=(2,))
+    runtime = make_runtime(model_folder, completion_file, settings, tmp_path)
+    found = measure_pace(runtime, ARM)
+    assert found is not None
+    assert found.filled >= len({index for indices in runtime.batch_plan(0)[:4] for index in indices})
+    assert found.fill_seconds > 0
+    again = measure_pace(runtime, ARM)
+    assert again is not None
+    assert again.filled == 0  # kept for the trainings
+    as_forward, own = Speed(1.0, 2.0), Speed(1.0, 2.0, seconds_per_prefix_flop=0.5)
+    assert as_forward.seconds(10.0, 10.0, 100.0) == 230.0
+    assert own.seconds(10.0, 10.0, 100.0) == 80.0
+
+
 def test_the_scratch_adapter_is_removed_and_memory_may_run_out(
     model_folder: Path, completion_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -137,7 +154,7 @@ def cost_of(expected: float, most: float) -> SelectionCost:
     ],
 )
 def test_a_budget_of_time_bounds_the_time(hours: float | None, said: str) -> None:
-    measured = MeasuredSpeed(Speed(1.0, 1.0), Pace(16, [[0], [1], [2]], 1.0, [0, 1], 1.0))
+    measured = MeasuredSpeed(Speed(1.0, 1.0), Pace(16, [[0], [1], [2]], 1.0, [0, 1], 1.0, 0, 0.0))
     line = time_line(cost_of(1200, 3600), measured, hours)
     assert line.startswith(said)
     assert line.endswith("(measured before the start: 3 steps of rank 16 and 2 validation examples, then discarded)")

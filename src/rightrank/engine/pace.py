@@ -33,6 +33,8 @@ class Pace:
     train_seconds: float
     evaluated: list[int]  # validation examples
     eval_seconds: float
+    filled: int  # training examples whose frozen blocks, or whose reference, were computed
+    fill_seconds: float
 
 
 def measure_pace(runtime: Runtime, arm: Arm) -> Pace | None:
@@ -50,7 +52,10 @@ def _measure(runtime: Runtime, arm: Arm) -> Pace:
     plan = runtime.batch_plan(arm.seed)[: WARM_UP_STEPS + TIMED_STEPS]
     batches = length_sorted_batches(runtime.examples("selection"), runtime.settings.eval_batch_size)
     evaluated = list(batches[len(batches) // 2])
-    runtime.fill("train", [index for indices in plan for index in indices])
+    begun = time.perf_counter()
+    filled = runtime.fill("train", [index for indices in plan for index in indices])
+    _wait(runtime)
+    fill_seconds = time.perf_counter() - begun
     runtime.fill("selection", evaluated)
     with MultiLora(runtime.model, runtime.settings) as multi_lora, runtime.recomputing():
         named = multi_lora.add(SCRATCH, arm, runtime.arm_targets.config(arm))
@@ -62,7 +67,7 @@ def _measure(runtime: Runtime, arm: Arm) -> Pace:
         _wait(runtime)
         eval_seconds = time.perf_counter() - begun
     timed = slice(min(WARM_UP_STEPS, len(plan) - 1), None)
-    return Pace(arm.rank, plan[timed], sum(seconds[timed]), evaluated, eval_seconds)
+    return Pace(arm.rank, plan[timed], sum(seconds[timed]), evaluated, eval_seconds, filled, fill_seconds)
 
 
 def _step_seconds(runtime: Runtime, multi_lora: MultiLora, steps: OptimizerSteps, number: int) -> float:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
@@ -86,10 +85,13 @@ class Runtime:
                 if should_stop():
                     raise InterruptedRun("stopped before the first training")
 
-    def fill(self, split: SplitName, indices: Iterable[int]) -> None:
-        """Compute what the base alone gives for these examples, in the groups in which it is computed on demand."""
+    def fill(self, split: SplitName, indices: Iterable[int]) -> int:
+        """Compute what the base alone gives for these examples, in the groups in which it is computed on demand.
+
+        Returns the number of examples in the groups that were missing.
+        """
         with self.fast_paths.attention():
-            deque(self._filled_once(split, set(indices)), maxlen=0)
+            return sum(self._filled_once(split, set(indices)))
 
     def _filled_once(self, split: SplitName, expected: set[int]) -> Iterator[int]:
         """Yield the number of examples after each group; a reference is computed from the prefix."""

@@ -64,11 +64,13 @@ class Speed:
     seconds_per_flop: float | None = None
     seconds_per_forward_flop: float | None = None
     price_per_hour: float | None = None
+    seconds_per_prefix_flop: float | None = None  # of the blocks that are computed once; None: as of forward passes
 
-    def seconds(self, training: float, forward: float) -> float | None:
+    def seconds(self, training: float, forward: float, prefix: float = 0.0) -> float | None:
         if self.seconds_per_flop is None or self.seconds_per_forward_flop is None:
             return None
-        return training * self.seconds_per_flop + forward * self.seconds_per_forward_flop
+        of_prefix = self.seconds_per_prefix_flop or self.seconds_per_forward_flop
+        return training * self.seconds_per_flop + forward * self.seconds_per_forward_flop + prefix * of_prefix
 
     def price(self, seconds: float | None) -> float | None:
         return None if seconds is None or self.price_per_hour is None else seconds / 3600 * self.price_per_hour
@@ -118,7 +120,7 @@ def selection_cost(estimator: Estimator, planned: PlannedTrainings, work: Worklo
         )
     mean = Flops(fmean(f.training for f in counted.values()), fmean(f.evaluation for f in counted.values()))
     costliest = max(counted.values(), key=lambda flops: flops.training)
-    prefix = _prefix_flops(estimator) * (work.examples + 2 * work.eval_examples) * work.filled
+    prefix = prefix_flops(estimator) * (work.examples + 2 * work.eval_examples) * work.filled
     once = replace(mean, training=0.0)
     return SelectionCost(
         strategy=planned.strategy,
@@ -135,17 +137,17 @@ def _extent(
     trainings: float, extra: float, each: Flops, once: Flops, prefix: float, work: Workload, speed: Speed
 ) -> Extent:
     training = each.training * trainings
-    shared = once.evaluation * (RUN_EVALUATIONS + work.reference) + prefix
+    shared = once.evaluation * (RUN_EVALUATIONS + work.reference)
     forward = each.evaluation * (trainings * work.eval_points + extra) + shared
-    seconds = speed.seconds(training, forward)
-    return Extent(trainings=trainings, flops=training + forward, seconds=seconds, price=speed.price(seconds))
+    seconds = speed.seconds(training, forward, prefix)
+    return Extent(trainings=trainings, flops=training + forward + prefix, seconds=seconds, price=speed.price(seconds))
 
 
 def flops_of(estimator: Estimator, rank: int, work: Workload) -> Flops:
     """Operations of one rank, less what the cached prefix and positions without a label save."""
     settings = estimator.settings
     rows = settings.batch_size * settings.arms
-    prefix = _prefix_flops(estimator)
+    prefix = prefix_flops(estimator)
     head = estimator.head_flops * (1 - work.labelled)
     step = estimator.flops(rank) - rows * (prefix + 2 * head)  # the head runs forward and backward
     forward = estimator.forward_flops(rank) - prefix - head
@@ -153,6 +155,6 @@ def flops_of(estimator: Estimator, rank: int, work: Workload) -> Flops:
     return Flops(step / settings.arms * scale * work.passes * work.steps, forward * scale * work.eval_examples)
 
 
-def _prefix_flops(estimator: Estimator) -> float:
+def prefix_flops(estimator: Estimator) -> float:
     """Forward operations of one row through the blocks that `select` computes once."""
     return estimator.frozen_flops if estimator.settings.is_packed else 0.0

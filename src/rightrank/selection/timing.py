@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from rightrank.engine.pace import Pace, measure_pace
-from rightrank.planning.duration import Speed, flops_of
+from rightrank.planning.duration import Speed, flops_of, prefix_flops
 from rightrank.preparation import Prepared
 from rightrank.records import Arm
 from rightrank.records.plan import SelectionCost
@@ -45,7 +45,19 @@ def measured_speed(prepared: Prepared) -> MeasuredSpeed | None:
         return None
     work = workload(prepared, pace.batches, pace.evaluated)
     flops = flops_of(planned.estimator, rank, work)
-    return MeasuredSpeed(Speed(pace.train_seconds / flops.training, pace.eval_seconds / flops.evaluation), pace)
+    speed = Speed(
+        pace.train_seconds / flops.training,
+        pace.eval_seconds / flops.evaluation,
+        seconds_per_prefix_flop=_of_prefix(prepared, pace, prefix_flops(planned.estimator) * work.filled),
+    )
+    return MeasuredSpeed(speed, pace)
+
+
+def _of_prefix(prepared: Prepared, pace: Pace, flops_each: float) -> float | None:
+    """Seconds per operation of the blocks that are computed once; None where there are none, or a reference beside them."""
+    if not pace.filled or not flops_each or prepared.runtime.data.is_preference:
+        return None
+    return pace.fill_seconds / (pace.filled * flops_each)
 
 
 def time_line(cost: SelectionCost, measured: MeasuredSpeed, budget_hours: float | None) -> str:
