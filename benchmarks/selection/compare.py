@@ -21,7 +21,7 @@ from benchmarks.selection.baselines import DETERMINISTIC
 from benchmarks.selection.baselines import STOCHASTIC as OPTUNA_AND_CHANCE
 from benchmarks.selection.ray_asha import ray_asha
 from benchmarks.selection.replay import Judged, judge, replay_all, summary
-from benchmarks.selection.tables import GridCurve, read_grids
+from benchmarks.selection.tables import GridCurve, each_seed_first, read_grids
 from rightrank.strategies import STRATEGIES, strategy_named
 
 HERE = Path(__file__).parent
@@ -31,9 +31,11 @@ FAMILIES = {  # file, which of its grids, and margins in the metric's unit
     "planted, second half": ("planted_grids.json", slice(32, None), (0.002, 0.005, 0.02)),
     "planted, new": ("planted_new_grids.json", slice(None), (0.002, 0.005, 0.02)),  # these chose nothing
     "linear": ("linear_grids.json", slice(None), (0.005, 0.02, 0.05)),
-    "real, short": ("real_grids.json", slice(None), (0.005, 0.01, 0.02)),
+    "real, short, no early looks": ("real_grids.json", slice(None), (0.005, 0.01, 0.02)),
+    "real, short": ("seeded_short_grids.json", slice(None), (0.005, 0.01, 0.02)),
     "real, 400 steps": ("seeded_grids.json", slice(None), (0.005, 0.02, 0.05)),
 }
+EACH_SEED_FIRST = ("seeded_short_grids.json", "seeded_grids.json")  # few grids: each of their seeds is a case
 EQUAL_COST_WITH = "bracket"
 STOCHASTIC = OPTUNA_AND_CHANCE | {"ASHA (Ray Tune)": ray_asha}
 WITH_SEEDS = "bracket, two seeds"  # where a grid has them
@@ -100,6 +102,8 @@ def compare(families: Sequence[str]) -> dict[str, Any]:
     for family in families:
         file, which, margins = FAMILIES[family]
         curves = read_grids(HERE / file)[which]
+        if file in EACH_SEED_FIRST:
+            curves = [turned for curve in curves for turned in each_seed_first(curve)]
         for margin in margins:
             found = family_results(curves, margin)
             for name, repeats in found.items():

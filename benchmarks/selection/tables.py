@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +86,44 @@ class GridCurve:
         """The whole grid's pick: the smallest rank within the margin of the best over all rates."""
         best = min(self.best(rank) for rank in self.ranks)
         return next(rank for rank in self.ranks if self.best(rank) - best <= margin + 1e-9)
+
+
+def each_seed_first(curve: GridCurve) -> list[GridCurve]:
+    """The curve once for each of its seeds, numbered so that this seed comes first. The truth, a mean over seeds, stays."""
+    count = len(curve.seeds)
+
+    def turned(by: int) -> GridCurve:
+        place = {seed: (index - by) % count for index, seed in enumerate(curve.seeds)}
+
+        def grid(cells: SeedGrid) -> SeedGrid:
+            return {
+                rank: {lr: {place[seed]: value for seed, value in by_seed.items()} for lr, by_seed in by_lr.items()}
+                for rank, by_lr in cells.items()
+            }
+
+        def items(known: Items) -> Items:
+            return {(rank, lr, place[seed]): values for (rank, lr, seed), values in known.items()}
+
+        def grids(known: Mapping[float, SeedGrid]) -> dict[float, SeedGrid]:
+            return {part: grid(cells) for part, cells in known.items()}
+
+        return replace(
+            curve,
+            name=f"{curve.name}, seed {curve.seeds[by]} first",
+            cells=grid(curve.cells),
+            truncated=grid(curve.truncated),
+            recovered=grid(curve.recovered),
+            averaged=grids(curve.averaged),
+            annealed=grids(curve.annealed),
+            checkpoints=grids(curve.checkpoints),
+            losses=grids(curve.losses),
+            tests={kind: grid(cells) for kind, cells in curve.tests.items()},
+            items=items(curve.items),
+            truncated_items=items(curve.truncated_items),
+            recovered_items=items(curve.recovered_items),
+        )
+
+    return [turned(by) for by in range(count)]
 
 
 def read_grids(path: Path) -> list[GridCurve]:

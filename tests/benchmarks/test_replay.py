@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from benchmarks.selection.replay import judge, main, replay_all, summary
-from benchmarks.selection.tables import TableRunner, read_grids, space_of_grid
+from benchmarks.selection.tables import TableRunner, each_seed_first, read_grids, space_of_grid
 
 from rightrank.strategies import STRATEGIES, strategy_named
 
@@ -153,3 +153,14 @@ def test_a_grid_of_accuracies_is_searched_by_its_losses(tmp_path: Path) -> None:
     assert (found.pick, found.learning_rate) == (4, 0.001)
     assert TableRunner(curve).run(space_of_grid(curve, 0.02).arm(0, 0.0)).metrics == {"accuracy": 0.3, "loss": 1.4}
     assert found.trainings == 1 + 0.125 + 1  # the top, a look at the other learning rate, and rank 1
+
+
+def test_each_seed_has_its_turn_to_be_the_first() -> None:
+    (curve, *_) = read_grids(PUBLISHED.with_name("seeded_grids.json"))
+    turned = each_seed_first(curve)
+    top, learning_rate = curve.ranks[-1], curve.learning_rates[0]
+    key = (top, learning_rate)
+    first = [one.cells[top][learning_rate][one.seeds[0]] for one in turned]
+    assert first == [curve.cells[top][learning_rate][seed] for seed in curve.seeds]
+    assert [one.items[(*key, 0)] for one in turned] == [curve.items[(*key, seed)] for seed in curve.seeds]
+    assert {one.truth(0.02) for one in turned} == {curve.truth(0.02)}
