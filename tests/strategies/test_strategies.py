@@ -15,6 +15,7 @@ from rightrank.strategies.climb import Requests
 from rightrank.strategies.grid import outside_in
 from rightrank.strategies.learning_rates import find_learning_rate
 from rightrank.strategies.moves import try_rank
+from rightrank.strategies.protocol import base_arm
 from rightrank.strategies.script import Scripted
 from rightrank.strategies.trials import Trials, excess_of
 from tests.strategies.worlds import STEPS, World, make_space, rounds, run_all
@@ -218,6 +219,21 @@ def test_an_undertrained_rank_does_not_get_a_learning_rate_that_broke_the_top_ra
     known = run_all(strategy_named("bracket")(make_space()), Late(gain=0.015, best_learning_rate=1e-3))
     assert {outcome.rank for outcome in known if outcome.learning_rate == 3e-3} == {64}
     assert [outcome for outcome in known if outcome.rank == 4 and outcome.arm.is_direct]
+
+
+def test_a_winner_that_has_learned_nothing_by_half_gives_way_to_the_next_higher_learning_rate() -> None:
+    class Slow(World):
+        """Nothing is learned before a quarter, and the lowest learning rate does the least harm there."""
+
+        def loss(self, arm: Any) -> float:
+            done = (arm.stop_at or arm.steps) / arm.steps if arm.steps else 1.0
+            if arm.rank > 0 and arm.truncate_from is None and (done <= 0.25 or arm.learning_rate == 1e-4):
+                return super().loss(base_arm(32.0)) + 10 * arm.learning_rate
+            return super().loss(arm)
+
+    known = run_all(strategy_named("bracket")(make_space()), Slow(best_learning_rate=3e-4))
+    whole = {outcome.learning_rate for outcome in known if outcome.rank == 64 and outcome.arm.is_direct}
+    assert whole == {3e-4}
 
 
 def test_confirms_with_further_seeds() -> None:

@@ -16,7 +16,8 @@ alone favor low learning rates, which oscillate less, and means alone favor high
 
 The climb starts at the upper middle and ends at a learning rate that beats both its neighbors, since the loss has one
 valley over the logarithm of the learning rate. Only the winner is trained on. If its loss rises between two stages, as it does
-when few examples are memorized, the next lower learning rate is brought to the same step, and the better one continues.
+when few examples are memorized, the next lower learning rate is brought to the same step, and the better one continues. So is
+the next higher one while the winner is no better than the base: in a short training, an eighth may be too early to learn.
 
 Where a table has no look at an eighth, a look at a quarter replaces it; where it has no annealed copies, two close
 learning rates are both trained whole. Where trainings can't stop early, every training is whole.
@@ -139,11 +140,15 @@ def _compare(space: Space, trials: Trials, rank: int, pair: tuple[float, float],
 
 
 def _finish(space: Space, trials: Trials, rank: int, learning_rate: float, part: float) -> Requests:
-    """Train the winner from its look to its end; a lower learning rate takes its place where its loss rises."""
+    """Train the winner from its look to its end.
+
+    Where its loss rises, the next lower learning rate may take its place; where it has learned nothing yet, the next higher.
+    """
     if (rank, learning_rate, space.seeds[0]) in trials.direct():
         return
     stage = early_arm(space, rank, learning_rate, part)
     before = _look_loss(trials.finished(stage), space)
+    base = _look_loss(trials.finished(base_arm(space.lora_alpha)), space)
     for later in STAGES:
         step = early_step(space, later)
         if step <= (stage.stop_at or 0):
@@ -154,9 +159,13 @@ def _finish(space: Space, trials: Trials, rank: int, learning_rate: float, part:
         if loss is None or before is None:
             return
         stage = following
-        lower = max((lr for lr in space.learning_rates if lr < stage.learning_rate), default=None)
-        if loss > before and lower is not None:
-            rival = yield from _bring_to(space, trials, rank, lower, step)
+        neighbour = None
+        if loss > before:
+            neighbour = max((lr for lr in space.learning_rates if lr < stage.learning_rate), default=None)
+        elif base is not None and loss >= base:
+            neighbour = min((lr for lr in space.learning_rates if lr > stage.learning_rate), default=None)
+        if neighbour is not None:
+            rival = yield from _bring_to(space, trials, rank, neighbour, step)
             rival_loss = _look_loss(trials.finished(rival), space)
             if rival_loss is not None and rival_loss < loss:
                 stage, loss = rival, rival_loss
