@@ -251,8 +251,8 @@ def _notes(
     failing = [one.rank for one in judged if one.rank < answer.rank and not one.holds]
     if failing and max(failing) <= MAX_DIRECT_RANK:
         notes.append(
-            f"At rank {max(failing)} a direct training can beat a truncation; it costs one more training "
-            f"(--goal training-rank tries it)."
+            f"At rank {max(failing)} a direct training can beat a truncation; the search for the training rank "
+            f"(--goal training-rank, the default) tries it."
         )
     quarter = [one for one in judged if one.rank <= top.trial.rank / 4 and (one.difference_high or 0.0) < 0]
     if quarter:
