@@ -142,7 +142,7 @@ def test_settings_that_pairs_cannot_have_are_refused(
     ("row", "message"),
     [
         ({"prompt": "a", "chosen": "b"}, r"bad\.jsonl:3: `rejected`: got nothing; give a string"),
-        ({"prompt": "a", "chosen": "b", "rejected": 7}, r"bad\.jsonl:3: `rejected`: got a int; give a string"),
+        ({"prompt": "a", "chosen": "b", "rejected": 7}, r"bad\.jsonl:3: `rejected`: got an int; give a string"),
         (None, r"bad\.jsonl: \d distinct examples for the \w+ split, at least \d needed"),
     ],
     ids=["missing column", "wrong type", "too few rows"],
