@@ -17,7 +17,6 @@ from rightrank.cli.adapters import allocate, extract, inspect, resize
 from rightrank.cli.comparing import compare
 from rightrank.cli.deciding import decide
 from rightrank.cli.fleet import fleet
-from rightrank.cli.habits import unknown_option
 from rightrank.cli.handing_over import export, repair, report
 from rightrank.cli.judging import judge
 from rightrank.cli.planning import plan
@@ -79,6 +78,8 @@ def main(arguments: list[str] | None = None) -> None:
         click.echo(error.format_message(), err=True)
         sys.exit(2)
     except click.NoSuchOption as error:
+        from rightrank.cli.habits import unknown_option  # imports the settings: for this message alone
+
         _print_error(unknown_option(error))
         sys.exit(2)
     except click.ClickException as error:
