@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 
@@ -20,3 +21,8 @@ def machine() -> dict[str, str]:
         "python": platform.python_version(),
         **{name: version(name) for name in ("torch", "transformers", "peft")},
     }
+
+
+def machine_text(facts: Mapping[str, str]) -> str:
+    """The facts of `machine()` in one line of a page."""
+    return ", ".join(f"{name} {value}" for name, value in facts.items())

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.machine import machine
+from benchmarks.machine import machine, machine_text
 from benchmarks.results import store
 from rightrank import Observer, make_settings, select_rank
 from rightrank.demo import DEMO_SETTINGS
@@ -62,7 +62,7 @@ def measured(model: Path, data: Path, changes: Mapping[str, Any]) -> dict[str, A
 
 
 def page(found: Mapping[str, Any]) -> Iterator[str]:
-    facts = ", ".join(f"{name} {value}" for name, value in found["machine"].items())
+    facts = machine_text(found["machine"])
     yield "# The time that is stated before the start\n"
     yield f"{facts}, one thread. Made by `python -m benchmarks.first_minutes.expected_time FOLDER`.\n"
     yield "| selection of SmolLM2-135M | stated | trainings expected, run | taken | stated for as many, error | load, before and after |"

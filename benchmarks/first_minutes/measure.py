@@ -24,7 +24,7 @@ from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, distribution, metadata, version
 from pathlib import Path
 
-from benchmarks.machine import machine
+from benchmarks.machine import machine, machine_text
 
 PAGE = Path(__file__).parent / "first_minutes.md"
 ROOT = Path(__file__).parents[2]
@@ -157,7 +157,7 @@ def json_share() -> str:
 
 
 def page(folder: Path, ready: bool, gradience: str | None) -> Iterator[str]:
-    facts = ", ".join(f"{name} {value}" for name, value in machine().items())
+    facts = machine_text(machine())
     load = ", ".join(f"{value:.1f}" for value in os.getloadavg())
     alternatives = ", ".join(f"{name} {version(name)}" for name in ALTERNATIVES)
     words = shlex.join(["python", "-m", "benchmarks.first_minutes.measure"])

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.machine import machine
+from benchmarks.machine import machine, machine_text
 from benchmarks.results import store
 
 HERE = Path(__file__).parent
@@ -61,7 +61,7 @@ def measured(model: str) -> dict[str, float]:
 
 
 def page(found: Mapping[str, Any]) -> Iterator[str]:
-    facts = ", ".join(f"{name} {value}" for name, value in found["machine"].items())
+    facts = machine_text(found["machine"])
     yield "# Where the time of `rightrank plan` goes\n"
     yield f"{facts}. Made by `python -m benchmarks.first_minutes.plan_time MODEL` (SmolLM2-135M, ranks 8 and 16).\n"
     yield "| up to and including | processor seconds | of these, this stage |"

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -269,38 +269,44 @@ def curve_of(name: str, shop: Workshop, horizon: float, extra: Mapping[str, obje
     name_of_metric = shop.settings.metric_name
     seeds = whole_seeds(shop)
     finished = [o for o in shop.outcomes.values() if isinstance(o, TrialFinished) and o.rank > 0 and o.seed in seeds]
-    ended = [o for o in finished if o.truncate_from is None and not o.arm.is_annealed]
-    whole = {o.trial_id: o for o in ended if (o.stop_at or o.steps) == wanted}
-    grid: dict[str, Any] = {}
-    items: dict[str, Any] = {}
-    for outcome in sorted(whole.values(), key=lambda o: (o.rank, o.learning_rate, o.seed)):
-        place_of(grid, outcome, outcome.value)
-        place_of(items, outcome, scores_of(outcome, name_of_metric))
-    checkpoints: dict[str, Any] = {f"{part:g}": {} for part in shop.checkpoints}
-    losses: dict[str, Any] = {f"{part:g}": {} for part in (*shop.checkpoints, 1.0)}
-    for outcome in ended:
-        for part in (*shop.checkpoints, 1.0):
-            if (outcome.stop_at or outcome.steps) == round(part * wanted):
-                place_of(losses[f"{part:g}"], outcome, outcome.metrics["loss"])
-                if part < 1.0:
-                    place_of(checkpoints[f"{part:g}"], outcome, outcome.value)
-    averaged: dict[str, Any] = {}
-    annealed: dict[str, Any] = {}
-    cuts: dict[str, dict[str, Any]] = {kind: {} for kind in ("truncation", "recovery")}
-    cut_items: dict[str, dict[str, Any]] = {kind: {} for kind in cuts}
-    for outcome in finished:
-        if outcome.arm.is_annealed:
-            place_of(annealed, outcome, outcome.metrics["loss"])
-        elif outcome.averaged_loss is not None and horizon == 1.0:
-            place_of(averaged, outcome, outcome.averaged_loss)
-        elif outcome.truncate_from in whole:
-            kind = "recovery" if outcome.steps else "truncation"
-            parent = whole[outcome.truncate_from]
-            place_of(cuts[kind], outcome, outcome.value, parent.learning_rate)
-            place_of(cut_items[kind], outcome, scores_of(outcome, name_of_metric), parent.learning_rate)
-    for outcome in whole.values():
-        if outcome.rank == max(shop.settings.ranks):
-            place_of(cuts["truncation"], outcome, outcome.value)
+    looks = [o for o in finished if o.averaged_loss is not None and not o.arm.is_annealed and horizon == 1.0]
+    trained = [o for o in finished if o.truncate_from is None and not o.arm.is_annealed]
+    whole = sorted(
+        (o for o in trained if (o.stop_at or o.steps) == wanted), key=lambda o: (o.rank, o.learning_rate, o.seed)
+    )
+    parents = {o.trial_id: o for o in whole}
+    cuts = {
+        kind: [o for o in finished if o.truncate_from in parents and bool(o.steps) == recovers]
+        for kind, recovers in (("truncation", False), ("recovery", True))
+    }
+    tops = [o for o in whole if o.rank == max(shop.settings.ranks)]
+
+    def at(part: float) -> list[TrialFinished]:
+        return [o for o in trained if (o.stop_at or o.steps) == round(part * wanted)]
+
+    def grid_of(outcomes: Iterable[TrialFinished], value: Callable[[TrialFinished], Any]) -> dict[str, Any]:
+        """By rank, learning rate (of a truncation: its parent's) and seed."""
+        grid: dict[str, Any] = {}
+        for outcome in outcomes:
+            learning_rate = parents.get(outcome.truncate_from or "", outcome).learning_rate
+            place(grid, outcome.rank, learning_rate, outcome.seed, value(outcome))
+        return grid
+
+    def value_of(outcome: TrialFinished) -> float:
+        return round(outcome.value, DIGITS)
+
+    def loss_of(outcome: TrialFinished) -> float:
+        return round(outcome.metrics["loss"], DIGITS)
+
+    def scores_of(outcome: TrialFinished) -> list[float]:
+        """Summed losses of the examples, or their scores."""
+        found = outcome.items(name_of_metric)
+        assert found is not None
+        return [round(score, 3) for score in found[0]]
+
+    grid = grid_of(whole, value_of)
+    averaged = grid_of(looks, lambda o: round(o.averaged_loss or 0.0, DIGITS))
+    annealed = grid_of((o for o in finished if o.arm.is_annealed), loss_of)
     base = shop.outcomes[base_arm(shop.settings.lora_alpha)]
     assert isinstance(base, TrialFinished)
     return {
@@ -319,31 +325,20 @@ def curve_of(name: str, shop: Workshop, horizon: float, extra: Mapping[str, obje
         "item_tokens": base.item_tokens if name_of_metric == "loss" else [],
         "seed_grid": grid,
         "lr_grid": means_of(grid),
-        "checkpoints": checkpoints,
-        "losses": {} if name_of_metric == "loss" else losses,
+        "checkpoints": {f"{part:g}": grid_of(at(part), value_of) for part in shop.checkpoints},
+        "losses": {}
+        if name_of_metric == "loss"
+        else {f"{part:g}": grid_of(at(part), loss_of) for part in (*shop.checkpoints, 1.0)},
         "averaged": {f"{LOOK:g}": averaged} if averaged else {},
         "annealed": {f"{LOOK:g}": annealed} if annealed else {},
-        "truncation_grid": cuts["truncation"],
-        "truncation_items": cut_items["truncation"],
-        "recovery_grid": cuts["recovery"],
-        "recovery_items": cut_items["recovery"],
+        "truncation_grid": grid_of([*cuts["truncation"], *tops], value_of),
+        "truncation_items": grid_of(cuts["truncation"], scores_of),
+        "recovery_grid": grid_of(cuts["recovery"], value_of),
+        "recovery_items": grid_of(cuts["recovery"], scores_of),
         "recovery_part": round(shop.space.recovery_steps / steps, 3),
-        "item_losses": items,
-        "seconds": round(sum(o.train_seconds + o.eval_seconds for o in whole.values()), 1),
+        "item_losses": grid_of(whole, scores_of),
+        "seconds": round(sum(o.train_seconds + o.eval_seconds for o in whole), 1),
     }
-
-
-def scores_of(outcome: TrialFinished, metric: str) -> list[float]:
-    """Summed losses of the examples, or their scores."""
-    found = outcome.items(metric)
-    assert found is not None
-    return [round(score, 3) for score in found[0]]
-
-
-def place_of(grid: dict[str, Any], outcome: TrialFinished, value: Any, learning_rate: float | None = None) -> None:
-    """Put `value` into the outcome's cell; a truncation has the learning rate of its parent."""
-    rounded = round(value, DIGITS) if isinstance(value, float) else value
-    place(grid, outcome.rank, learning_rate or outcome.learning_rate, outcome.seed, rounded)
 
 
 def whole_seeds(shop: Workshop) -> set[int]:
