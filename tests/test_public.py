@@ -21,7 +21,6 @@ NOT_SETTINGS = {
     "out",
     "dry_run",
     "price_per_hour",
-    "matrix",
     "config_file",
     "assignments",
     "as_json",

@@ -122,7 +122,7 @@ class Asking:
 
 
 def asked_of(data_sets: int, workers: int, strategy: str, seed: int) -> dict[str, Any]:
-    """Many data sets over the same workers, each strategy asking on as its results come (`select --matrix`)."""
+    """Many data sets over the same workers, each strategy asking on as its results come."""
     generator = random.Random(seed)
     asking = {f"{n}": Asking(f"{n}", strategy, generator) for n in range(data_sets)}
 

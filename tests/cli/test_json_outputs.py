@@ -82,7 +82,6 @@ FINE = [
     "resize adapter small --energy 0.9",
     "resize adapter small --noise",
     "resize adapter of_model both --rank 2",
-    "extract base finetuned extracted --rank 2",
     f"allocate of_model data.jsonl --rank 2 --by spectra {TRAINING}",
     "compare of_model of_model --model model --data data.jsonl --seq-len 32 --device cpu",
     "fleet of_model also_of_model --model model --data data.jsonl --out common --margin 9 --ranks 1 --ignore-base-name "
@@ -132,8 +131,6 @@ FAILING = [
     "resize adapter out",
     "resize adapter out --rank 0",
     "resize adapter model --rank 2",
-    "extract base empty out --rank 2",
-    "extract base finetuned out",
     f"allocate empty data.jsonl --rank 2 {TRAINING}",
     f"allocate adapter nowhere.jsonl --rank 2 {TRAINING}",
     f"allocate of_model data.jsonl --rank 2 --by magic {TRAINING}",

@@ -23,14 +23,13 @@ pytestmark = pytest.mark.trains
 
 @pytest.fixture
 def here(model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder that the pages speak of: a model, a mixture of experts, data, preference pairs and a matrix."""
+    """The folder that the pages speak of: a model, a mixture of experts, data and preference pairs."""
     shutil.copytree(model_folder, tmp_path / "model")
     tokenizer = make_tokenizer()
     make_model("mixtral", len(tokenizer)).save_pretrained(tmp_path / "mixture")
     tokenizer.save_pretrained(tmp_path / "mixture")
     write_completions(tmp_path / "data.jsonl", 80)
     write_pairs(tmp_path / "pairs.jsonl", 80)
-    (tmp_path / "jobs.yaml").write_text("model: ./model\njobs: {first: data.jsonl}\n")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

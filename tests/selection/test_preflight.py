@@ -94,7 +94,6 @@ def test_a_budget_that_is_too_small_for_another_strategy_is_no_error(model_folde
     ("more", "message"),
     [
         ([], "no run folder: give --out DIR, or --dry-run"),
-        (["--dry-run", "--matrix", "jobs.yaml"], "--dry-run: give MODEL and DATA"),
         (["--out", "run", "--price-per-hour", "1"], "--price-per-hour: only with --dry-run"),
         (["--dry-run", "--strategy", "gird"], "unknown strategy 'gird'"),
     ],

@@ -6,12 +6,12 @@ this package costs nothing.
 
 from __future__ import annotations
 
-from rightrank.api.adapters import allocate, extract, inspect, inspect_gradient, resize, resize_together
+from rightrank.api.adapters import allocate, inspect, inspect_gradient, resize, resize_together
 from rightrank.api.comparing import compare, fleet
 from rightrank.api.custom import select_rank_with
 from rightrank.api.deciding import decide, judge, plan
 from rightrank.api.runs import doctor, export, repair, status, write_report, write_side_by_side
-from rightrank.api.selecting import begun_as, plan_selection, preflight, select_matrix, select_rank
+from rightrank.api.selecting import begun_as, plan_selection, preflight, select_rank
 from rightrank.records import Decision, EvalPoint, TrialResult, TrialTask
 from rightrank.records.compare import AdapterComparison
 from rightrank.records.fleet import Fleet
@@ -47,7 +47,6 @@ __all__ = [
     "decide",
     "doctor",
     "export",
-    "extract",
     "fleet",
     "inspect",
     "inspect_gradient",
@@ -60,7 +59,6 @@ __all__ = [
     "repair",
     "resize",
     "resize_together",
-    "select_matrix",
     "select_rank",
     "select_rank_with",
     "status",

@@ -110,34 +110,6 @@ def resize_together(
     return resize_all([Path(adapter) for adapter in adapters], Path(out), rule, options or ResizeOptions())
 
 
-def extract(
-    base: str | Path,
-    finetuned: str | Path,
-    out: str | Path,
-    *,
-    rank: int | None = None,
-    energy: float | None = None,
-    noise: bool = False,
-    data: str | Path | None = None,
-    max_rank: int = 128,
-    options: ResizeOptions | None = None,
-) -> Resized:
-    """Write an adapter on `base` to `out` that approximates the full fine-tune `finetuned`.
-
-    Exactly one of `rank`, `energy`, `noise` and `data` chooses the rank, as in `resize`; `max_rank` bounds the
-    singular values that are computed.
-
-    Raises:
-        InputError: two checkpoints that don't belong together, a rule that can't be used, or an `out` that exists.
-    """
-    from rightrank.probe.extract import ExtractOptions
-    from rightrank.probe.extract import extract as extract_adapter
-
-    rule = ResizeRule(rank, energy, noise, None if data is None else Path(data))
-    chosen = ExtractOptions(max_rank, options or ResizeOptions(dtype="float32"))
-    return extract_adapter(Path(base), Path(finetuned), Path(out), rule, chosen)
-
-
 def allocate(
     adapter: str | Path,
     data: str | Path,

@@ -1,4 +1,4 @@
-"""Select a rank: `select_rank`, its preflight, and a matrix of data sets."""
+"""Select a rank: `select_rank`, its preflight and its plan."""
 
 from __future__ import annotations
 
@@ -16,9 +16,7 @@ from rightrank.settings.select import renamed
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from rightrank.io.matrix import MatrixConfig
     from rightrank.preparation import Rows
-    from rightrank.selection.many import MatrixSelected
 
 
 def select_rank(
@@ -142,26 +140,6 @@ def plan_selection(
     from rightrank.selection.data_plan import plan_data
 
     return plan_data(Request(model, tokenizer, data, settings), price_per_hour, calibrate)
-
-
-def select_matrix(
-    matrix: MatrixConfig, out: str | Path, further: Mapping[str, object], watching: Observer | None = None
-) -> MatrixSelected:
-    """Select a rank for every data set of a matrix, over one base.
-
-    Args:
-        matrix: the model and the data sets; see `rightrank.io.matrix.read_matrix`.
-        out: a folder that receives one run folder for each job. A second call resumes.
-        further: settings that override those of the file.
-        watching: callbacks; outcomes reach `notice`, with the name of their job.
-
-    Raises:
-        InputError: a setting, the model or one of the data sets can't be used; nothing was started.
-        InterruptedRun: `watching.should_stop` returned True.
-    """
-    from rightrank.selection.many import select_many
-
-    return select_many(matrix, Path(out), further, watching or Observer())
 
 
 def _overridden(settings: SelectSettings | None, keywords: SelectKeywords) -> SelectSettings:

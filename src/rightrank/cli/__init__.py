@@ -13,7 +13,7 @@ from contextlib import suppress
 
 import click
 
-from rightrank.cli.adapters import allocate, extract, inspect, resize
+from rightrank.cli.adapters import allocate, inspect, resize
 from rightrank.cli.comparing import compare
 from rightrank.cli.deciding import decide
 from rightrank.cli.fleet import fleet
@@ -40,7 +40,6 @@ COMMANDS = (
     inspect,
     resize,
     fleet,
-    extract,
     allocate,
     repair,
     doctor,

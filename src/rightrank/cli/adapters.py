@@ -1,4 +1,4 @@
-"""`inspect`, `resize`, `extract` and `allocate`: commands on adapters."""
+"""`inspect`, `resize` and `allocate`: commands on adapters."""
 
 from __future__ import annotations
 
@@ -169,56 +169,6 @@ def _lap_timer() -> Callable[[], float]:
         return last - before
 
     return lap
-
-
-@click.command(
-    short_help="Write a full fine-tune as a LoRA adapter.",
-    epilog="Example: rightrank extract ./base ./finetuned adapter --energy 0.9",
-)
-@click.argument("base", type=click.Path(path_type=Path))
-@click.argument("finetuned", type=click.Path(path_type=Path))
-@click.argument("out", type=click.Path(path_type=Path))
-@click.option("--rank", type=int, help="One rank for all modules.")
-@click.option("--energy", type=float, help="Per module, the fewest singular values with this fraction of the energy.")
-@click.option("--noise", is_flag=True, help="Per module, the singular values above the optimal hard threshold.")
-@click.option(
-    "--data", type=click.Path(path_type=Path), help="The smallest rank that is enough on held-out rows of this file."
-)
-@click.option(
-    "--margin",
-    type=float,
-    help="With --data: how much worse than the best is still enough (default 0.005 nats a token).",
-)
-@click.option("--max-rank", type=int, default=128, show_default=True, help="Singular values to compute, at most.")
-@click.option("--uniform", is_flag=True, help="With --energy or --noise: one rank for all modules, the largest needed.")
-@click.option("--set", "assignments", multiple=True, metavar="NAME=VALUE", help="With --data: a setting of select.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def extract(
-    base: Path,
-    finetuned: Path,
-    out: Path,
-    rank: int | None,
-    energy: float | None,
-    noise: bool,
-    data: Path | None,
-    margin: float | None,
-    max_rank: int,
-    uniform: bool,
-    assignments: tuple[str, ...],
-    as_json: bool,
-) -> None:
-    """Write a LoRA adapter on BASE to OUT that approximates the full fine-tune FINETUNED."""
-    from rightrank import api
-    from rightrank.settings import make_settings
-    from rightrank.settings.resize import require_data_for
-
-    require_data_for({"--margin": margin, "--set": assignments}, data)
-    settings = make_settings(gather(None, assignments, {"margin": margin}))
-    options = api.ResizeOptions("float32", uniform, str(base), settings)
-    extracted = api.extract(
-        base, finetuned, out, rank=rank, energy=energy, noise=noise, data=data, max_rank=max_rank, options=options
-    )
-    _print_record(extracted, as_json)
 
 
 @click.command(

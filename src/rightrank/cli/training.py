@@ -6,7 +6,6 @@ import json
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -14,7 +13,7 @@ import click
 
 from rightrank.cli.options import announce, comma, folders, gather, hours, names
 from rightrank.cli.stopping import listening
-from rightrank.errors import InterruptedRun, RunError, SettingsError, TerminatedRun
+from rightrank.errors import InterruptedRun, SettingsError, TerminatedRun
 
 if TYPE_CHECKING:
     from rightrank.api import Observer, Selected
@@ -147,7 +146,6 @@ def _select_options(command: Callable[..., Any]) -> Callable[..., Any]:
 )
 @click.option("--dry-run", is_flag=True, help="Say what it will do, cost and be able to show; write nothing.")
 @click.option("--price-per-hour", type=float, help="With --dry-run: price of an hour of this device.")
-@click.option("--matrix", type=click.Path(path_type=Path), help="YAML file of many data sets, instead of MODEL DATA.")
 @_select_options
 @click.option("--json", "as_json", is_flag=True, help="Print the decision as one JSON object.")
 @click.option("--quiet", is_flag=True, help="Print no progress.")
@@ -158,7 +156,6 @@ def select(
     out: Path | None,
     dry_run: bool,
     price_per_hour: float | None,
-    matrix: Path | None,
     config_file: Path | None,
     assignments: tuple[str, ...],
     as_json: bool,
@@ -172,21 +169,16 @@ def select(
     `text`; `prompt` and `completion`; `messages`; `text` and `label`; … (docs/reference/file-formats.md).
     """
     if dry_run:
-        if matrix is not None or model is None or data is None:
-            raise SettingsError("--dry-run: give MODEL and DATA; of a --matrix, one of its data sets at a time")
+        if model is None or data is None:
+            raise SettingsError("--dry-run: give MODEL and DATA")
         _dry_run(model, data, gather(config_file, assignments, options), price_per_hour, as_json)
         return
     if price_per_hour is not None:
         raise SettingsError("--price-per-hour: only with --dry-run; `rightrank plan` has it too")
     if out is None:
         raise SettingsError("no run folder: give --out DIR, or --dry-run to write nothing")
-    if matrix is not None:
-        if model is not None:
-            raise SettingsError(f"--matrix {matrix} names model and data: leave out {model!r}")
-        _select_matrix(matrix, out, gather(config_file, assignments, options), as_json, quiet, log_json)
-        return
     if (model is None) != (data is None):
-        raise SettingsError("give MODEL and DATA, or neither to continue the run in --out, or --matrix FILE")
+        raise SettingsError("give MODEL and DATA, or neither to continue the run in --out")
     from rightrank import api
     from rightrank.settings import make_settings
 
@@ -210,27 +202,6 @@ def _dry_run(model: str, data: Path, values: dict[str, Any], price_per_hour: flo
 
     found = api.preflight(model, data, settings=make_settings(values), price_per_hour=price_per_hour)
     click.echo(found.model_dump_json() if as_json else preflight_text(found))
-
-
-def _select_matrix(file: Path, out: Path, further: dict[str, Any], as_json: bool, quiet: bool, log_json: bool) -> None:
-    from rightrank import api
-    from rightrank.io.matrix import read_matrix
-    from rightrank.report.matrix_table import matrix_text
-
-    matrix = read_matrix(file)
-    found = _watched(lambda watching: api.select_matrix(matrix, out, further, watching), quiet, out, log_json)
-    if as_json:
-        jobs = [asdict(row) | {"decision": _decision_of(found.selected.get(row.name))} for row in found.rows]
-        click.echo(json.dumps({"jobs": jobs, "table": str(found.table)}))
-    else:
-        click.echo(f"\n{matrix_text(found.rows)}\n\ntable: {found.table}")
-    failed = [row.name for row in found.rows if row.reason]
-    if failed:
-        raise RunError(f"no decision for {', '.join(failed)} (see the table); the other jobs are done")
-
-
-def _decision_of(selected: Selected | None) -> dict[str, Any] | None:
-    return None if selected is None else dict(selected.answers)
 
 
 @click.command(

@@ -84,11 +84,6 @@ class Pool:
         for start in range(0, len(ordered), size):
             self._queue.append(self._task(job, ordered[start : start + size], base_loss))
 
-    def drop(self, job: str) -> None:
-        """Forget a job: queued trials are removed, outcomes of running ones ignored."""
-        self._unfinished.pop(job, None)
-        self._queue = deque(task for task in self._queue if task.job != job)
-
     def is_waiting(self, job: str) -> bool:
         """Whether trials of the job are still without an outcome."""
         return bool(self._unfinished.get(job))

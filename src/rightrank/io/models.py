@@ -14,7 +14,6 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -269,27 +268,3 @@ def _file_fingerprint(source: ModelSource) -> str | None:
             file.seek(max(0, size - _FINGERPRINT_BYTES))
             digest.update(file.read(_FINGERPRINT_BYTES))
     return digest.hexdigest()
-
-
-def linear_modules(reference: str) -> dict[str, str]:
-    """The linear modules of a model folder by name, `Linear` or `Conv1D`, without its weights.
-
-    The output head is left out if it is tied to the embedding.
-
-    Raises:
-        ModelError: no configuration, or one that transformers does not know.
-    """
-    source = find_model(reference)
-    try:
-        config = AutoConfig.from_pretrained(source.name)
-        loader: Any = AutoModelForCausalLM
-        with torch.device("meta"):
-            model = loader.from_config(config)
-    except LOADING_ERRORS as error:
-        raise ModelError(f"{reference}: transformers can't build it ({first_line(error)})") from None
-    head = model.get_output_embeddings() if config.get_text_config().tie_word_embeddings else None
-    return {
-        name: type(module).__name__
-        for name, module in model.named_modules()
-        if (isinstance(module, torch.nn.Linear) or type(module).__name__ == "Conv1D") and module is not head
-    }

@@ -1,5 +1,5 @@
 """Spectra of updates, and adapters of another rank.
 
 inspect: adapter_spectra, checkpoint_spectra, gradient_spectra → spectrum. resize: rank_choice (without data) or
-held_out (with data) → resized_adapter. extract: a full fine-tune as an adapter. allocate: importance → ranks by module.
+held_out (with data) → resized_adapter. allocate: importance → ranks by module.
 """

@@ -1,4 +1,4 @@
-"""The terminal output of `inspect`, `resize`, `extract` and `allocate`."""
+"""The terminal output of `inspect`, `resize` and `allocate`."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 from rightrank.errors import SettingsError
@@ -45,20 +45,18 @@ def executor_of(request: Request, prepared: Prepared, selection: Selection) -> I
         largest = prepared.planned.max_adapters_per_pass if prepared.planned else None
         yield LocalExecutor(prepared.runtime, selection.folder, selection.observer, largest)
         return
-    job = job_of(ONLY_JOB, request, prepared, selection)
+    job = _job_of(request, prepared, selection)
     with (
         offloaded_base(prepared.runtime),
-        open_pool(
-            request.settings, [job], selection.folder.path, largest_needs([prepared]), selection.observer
-        ) as pool,
+        open_pool(request.settings, [job], selection.folder.path, _needs_of(prepared), selection.observer) as pool,
     ):
         yield PoolExecutor(pool, ONLY_JOB)
 
 
-def job_of(name: str, request: Request, prepared: Prepared, selection: Selection) -> Job:
+def _job_of(request: Request, prepared: Prepared, selection: Selection) -> Job:
     """The selection as its workers receive it, with the ranks that the driver has settled."""
     return Job(
-        name=name,
+        name=ONLY_JOB,
         model=request.model_name,
         data=request.data_name,
         settings=prepared.settings.model_dump(mode="json"),
@@ -69,9 +67,8 @@ def job_of(name: str, request: Request, prepared: Prepared, selection: Selection
     )
 
 
-def largest_needs(prepared: Sequence[Prepared]) -> WorkerNeeds:
-    """What a worker needs to train any rank of any of these."""
-    plans = [one.planned for one in prepared]
-    needed = [plan.needed_bytes[rank] for plan in plans if plan is not None for rank in plan.ranks]
-    on_cuda = any(one.runtime.loaded.device.type == "cuda" for one in prepared)
-    return WorkerNeeds(max(needed) if all(plan is not None for plan in plans) else None, on_cuda)
+def _needs_of(prepared: Prepared) -> WorkerNeeds:
+    """What a worker needs to train any of the ranks."""
+    plan = prepared.planned
+    needed = None if plan is None else max(plan.needed_bytes[rank] for rank in plan.ranks)
+    return WorkerNeeds(needed, prepared.runtime.loaded.device.type == "cuda")

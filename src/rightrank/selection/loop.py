@@ -114,14 +114,6 @@ class Selection:
         except InterruptedRun:
             self._write_views_so_far()
             raise
-        return self.end()
-
-    def end(self) -> Decision | None:
-        """The decision on the training rank; None where the goal is the adapter.
-
-        Raises:
-            RunError: as `decide`.
-        """
         return self.decide() if self._options.goal == "training-rank" else None
 
     def answer_adapter(self, on_adapter: Callable[[AdapterAnswer], None]) -> None:

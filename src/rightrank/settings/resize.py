@@ -1,4 +1,4 @@
-"""How `resize` and `extract` choose a rank, and their options."""
+"""How `resize` chooses a rank, and their options."""
 
 from __future__ import annotations
 
