@@ -1,4 +1,4 @@
-"""The live report and the judge's page in headless Chromium."""
+"""The judge's page in headless Chromium."""
 
 from __future__ import annotations
 
@@ -9,12 +9,8 @@ from typing import Any
 
 import pytest
 
-from rightrank.decision.run import decision_so_far
-from rightrank.report.html import render_report
 from rightrank.report.judge_page import judge_page
-from rightrank.report.live_page import LivePage
 from tests.report.chromium import CHROMIUM, FLAGS, sync_api
-from tests.report.runs import made_up_run
 
 pytestmark = [
     pytest.mark.trains,
@@ -29,25 +25,6 @@ def page() -> Iterator[Any]:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
         yield browser.new_page(accept_downloads=True)
         browser.close()
-
-
-def test_the_report_is_loaded_again_when_it_changes(page: Any, tmp_path: Path) -> None:
-    complaints: list[str] = []
-    page.on("console", lambda message: complaints.append(message.text) if message.type == "error" else None)
-    page.on("pageerror", lambda error: complaints.append(str(error)))
-    records, report, state = made_up_run(()), tmp_path / "report.html", ["running"]
-    report.write_text(render_report(records, decision_so_far(records)), encoding="utf-8")
-    with LivePage(report, lambda: state[0], seconds=0.2) as live:
-        page.goto(live.url)
-        frame = page.frame_locator("#report")
-        first = frame.locator("h1").inner_text()
-        page.locator("#state", has_text="running; this page follows").wait_for()
-        records = made_up_run()
-        report.write_text(render_report(records, decision_so_far(records)), encoding="utf-8")
-        frame.locator("h1").filter(has_not_text=first).wait_for()
-        state[0] = "done"
-        page.locator("#state", has_text="done").wait_for()
-    assert [text for text in complaints if "favicon" not in text] == []
 
 
 def test_a_judge_clicks_through_and_saves(page: Any, tmp_path: Path) -> None:

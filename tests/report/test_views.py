@@ -21,7 +21,7 @@ from rightrank.records import StepDone
 from rightrank.report.event_log import JsonLog, ProgressFile
 from rightrank.report.notebook import decision_html
 from rightrank.report.terminal import LiveView, PlainView, make_view, plan_line
-from rightrank.report.terminal_figures import terminal_curve
+from rightrank.report.terminal_figures import CURVE_ROWS, terminal_curve
 from rightrank.runs import status
 from tests.report.elements import Elements
 from tests.report.runs import STARTED, answered_folder, journal_of, made_up_run
@@ -204,3 +204,16 @@ def test_ranks_have_a_logarithmic_axis_in_the_terminal() -> None:
     places = [line.index(rank) for rank in ("1", "4", "64")]
     share = (places[1] - places[0]) / (places[2] - places[0])
     assert share == pytest.approx(2 / 6, abs=0.05)  # log2: 0, 2, 6
+
+
+@pytest.mark.parametrize("width", [24, 40, 200])
+@pytest.mark.parametrize("values", [(3.2, 3.1, 3.0), (0.5, 0.5, 0.5), (-1e-7, 1e6, 4.0)])
+def test_the_terminal_curve_stays_in_its_width_and_shows_every_rank(width: int, values: tuple[float, ...]) -> None:
+    points = list(zip((1, 8, 512), values, strict=True))
+    text = terminal_curve(points, width, colour=False, truncated=[(64, values[1])])
+    assert max(map(len, text.splitlines())) <= width
+    assert len([line for line in text.splitlines() if "│" in line]) == CURVE_ROWS
+    assert sum(line.count("●") for line in text.splitlines() if "│" in line) == 3
+    assert sum(line.count("○") for line in text.splitlines() if "│" in line) == 1
+    assert "\x1b" not in text
+    assert re.sub(r"\x1b\[\d*m", "", terminal_curve(points, width, True, [(64, values[1])])) == text

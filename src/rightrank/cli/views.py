@@ -10,7 +10,6 @@ from pathlib import Path
 import click
 
 SHELLS = ("bash", "zsh", "fish")
-LAST_LOOK_SECONDS = 5.0  # after the end, so that the page shows the whole report
 
 
 @click.command(short_help="Show where a run stands.", epilog="Example: rightrank status run")
@@ -33,34 +32,13 @@ def status(run: Path, as_json: bool) -> None:
 @click.option(
     "--interval", type=click.FloatRange(min=0.1), default=2.0, show_default=True, help="Seconds between updates."
 )
-@click.option(
-    "--open", "in_browser", is_flag=True, help="Also open the report in the browser, where it follows the run."
-)
-def watch(run: Path, interval: float, in_browser: bool) -> None:
+def watch(run: Path, interval: float) -> None:
     """Follow RUN from another terminal until it is done or no process works on it."""
     try:
-        if in_browser:
-            _follow_in_browser(run, interval)
-        else:
-            _follow(run, interval)
+        _follow(run, interval)
     except KeyboardInterrupt:
         click.echo(f"\nstopped watching; the selection in {run} is not affected", err=True)
         raise click.exceptions.Exit(130) from None
-
-
-def _follow_in_browser(run: Path, interval: float) -> None:
-    """As `_follow`, with the report in the browser, which stays open and complete after the end."""
-    import webbrowser
-
-    from rightrank import api
-    from rightrank.report.live_page import LivePage
-
-    api.status(run)  # refuses a folder without a run
-    with LivePage(run / "report.html", lambda: api.status(run).state) as page:
-        click.echo(f"the report: {page.url} (this machine only, while this command runs)", err=True)
-        webbrowser.open(page.url)
-        _follow(run, interval)
-        time.sleep(LAST_LOOK_SECONDS)
 
 
 def _follow(run: Path, interval: float) -> None:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from math import log2
 from typing import TYPE_CHECKING, TypeAlias
 
 from rightrank.report.figure import HeatMap
-from rightrank.report.format import short, visible
+from rightrank.report.format import cell_text, short, visible
 
 if TYPE_CHECKING:
     from rich.text import Text
 
-MAX_CURVE_WIDTH, CURVE_HEIGHT = 72, 14  # characters
+MAX_CURVE_WIDTH, CURVE_ROWS = 72, 10  # characters
+LINE_COLOUR, MARKER_COLOUR = 94, 92  # of ANSI: bright blue, bright green
+BRAILLE = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))  # the dots of a character, four rows of two
 Points: TypeAlias = Sequence[tuple[int, float]]  # rank and value, by ascending rank
 SHADES = (17, 18, 24, 30, 65, 101, 143, 185, 227)  # of the 256 terminal colours, dark to light
 
@@ -25,21 +28,59 @@ def terminal_curve(points: Points, width: int, colour: bool, truncated: Points =
     ranks = sorted({rank for rank, _ in (*points, *truncated)})
     if len(ranks) < 2:
         return ""
-    import plotext
+    values = [value for _, value in (*points, *truncated)]
+    low, span = min(values), (max(values) - min(values)) or 1.0
+    ticks = {row: cell_text(low + span * (1 - row / (CURVE_ROWS - 1))) for row in range(0, CURVE_ROWS, 3)}
+    margin = max(map(len, ticks.values()))
+    columns = max(len(ranks), min(width, MAX_CURVE_WIDTH) - margin - 1 - len(str(ranks[-1])))
 
-    plotext.clear_figure()
-    plotext.plot_size(min(width, MAX_CURVE_WIDTH), CURVE_HEIGHT)
+    def column(rank: int) -> int:
+        return round((columns - 1) * log2(rank / ranks[0]) / log2(ranks[-1] / ranks[0]))
+
+    def places(series: Points) -> list[tuple[int, float]]:
+        return [(column(rank), (CURVE_ROWS - 1) * (1 - (value - low) / span)) for rank, value in series]
+
+    cells = _line(places(truncated), colour) | _line(places(points), colour)
     for series, marker in ((truncated, "○"), (points, "●")):
-        if not series:
-            continue
-        positions, values = [log2(rank) for rank, _ in series], [value for _, value in series]
-        plotext.plot(positions, values, marker="braille")
-        plotext.scatter(positions, values, marker=marker)
-    plotext.xticks([log2(rank) for rank in ranks], [str(rank) for rank in ranks])
-    plotext.xlabel("LoRA rank (● trained, ○ truncated)" if truncated else "LoRA rank")
-    plotext.theme("clear")
-    text: str = plotext.build()
-    return text if colour else plotext.uncolorize(text)
+        cells |= {(round(row), x): _coloured(marker, MARKER_COLOUR if colour else None) for x, row in places(series)}
+    lines = [
+        f"{ticks.get(row, ''):>{margin}}{'┤' if row in ticks else '│'}"
+        + "".join(cells.get((row, x), " ") for x in range(columns))
+        + "│"
+        for row in range(CURVE_ROWS)
+    ]
+    frame = f"{'':{margin}}┌{'─' * columns}┐", f"{'':{margin}}└{'─' * columns}┘"
+    legend = " (● trained, ○ truncated)" if truncated and columns > 33 else ""
+    names = " " * (margin + 1) + _rank_names({column(rank): str(rank) for rank in ranks})
+    return "\n".join(
+        [frame[0], *lines, frame[1], names, f"{'':{margin + 1}}{'LoRA rank' + legend:^{columns}}".rstrip()]
+    )
+
+
+def _line(places: Sequence[tuple[int, float]], colour: bool) -> dict[tuple[int, int], str]:
+    """Braille characters along the straight lines between `places`: column and row, each with a fraction for its dots."""
+    dots: dict[tuple[int, int], int] = {}
+    for (left, upper), (right, lower) in pairwise(places):
+        steps = max(2 * (right - left), round(4 * abs(lower - upper)), 1)
+        for step in range(steps + 1):
+            x = round(2 * left + 2 * (right - left) * step / steps)
+            y = round(4 * (upper + (lower - upper) * step / steps) + 1.5)
+            cell = (min(y // 4, CURVE_ROWS - 1), x // 2)
+            dots[cell] = dots.get(cell, 0) | BRAILLE[y % 4][x % 2]
+    return {cell: _coloured(chr(0x2800 + bits), LINE_COLOUR if colour else None) for cell, bits in dots.items()}
+
+
+def _coloured(text: str, colour: int | None) -> str:
+    return text if colour is None else f"\x1b[{colour}m{text}\x1b[0m"
+
+
+def _rank_names(names: Mapping[int, str]) -> str:
+    """The names from their columns on; one that would touch the name before it is left out."""
+    line = ""
+    for column, name in names.items():
+        if not line or column > len(line):
+            line = line.ljust(column) + name
+    return line
 
 
 def terminal_map(figure: HeatMap) -> Text:
