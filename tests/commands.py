@@ -19,6 +19,8 @@ SMALL = [
     "--seq-len", "32", "--eval-items", "12", "--set", "eval_points=2", "--set", "samples=1", "--device", "cpu",
 ]  # fmt: skip
 
+SELECT = ["select", "model", "data.jsonl", "--out", "run", *SMALL, "--quiet"]
+
 
 def run(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
     """Exit status, stdout and stderr of one command."""

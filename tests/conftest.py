@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,23 @@ def model_folder(traced_once: None, tmp_path_factory: pytest.TempPathFactory) ->
 def completion_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """200 rows of prompt and completion."""
     return write_completions(tmp_path_factory.mktemp("data") / "completions.jsonl")
+
+
+@pytest.fixture(scope="session")
+def small_run(model_folder: Path, completion_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `model`, `data.jsonl` and the finished selection `run`, made in it by relative paths."""
+    from rightrank.cli import main
+    from tests.commands import SELECT
+
+    folder = tmp_path_factory.mktemp("small")
+    shutil.copytree(model_folder, folder / "model")
+    shutil.copyfile(completion_file, folder / "data.jsonl")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+        patch.chdir(folder)
+        with pytest.raises(SystemExit, match=r"^0$"):
+            main(SELECT)
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -44,7 +44,6 @@ PUBLIC = {
     "Selected",
     "TrialResult",
     "TrialTask",
-    "Watching",
     "__version__",
     "compare",
     "decide",
@@ -105,10 +104,6 @@ def test_the_public_names_are_these_and_are_there() -> None:
         assert not isinstance(getattr(rightrank, name), ModuleType)
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
         getattr(rightrank, "nonsense")  # noqa: B009
-
-
-def test_watching_is_the_earlier_name_of_observer() -> None:
-    assert rightrank.Watching is rightrank.Observer
 
 
 OTHER_KINDS: dict[str, set[object]] = {

@@ -28,7 +28,7 @@ from rightrank.io.models import DTYPES, LoadedModel, adopt_model, find_device, l
 from rightrank.planning.selection_plan import SelectionPlan, first_pass_loss, plan_selection, ranks_for_data
 from rightrank.planning.skeleton import is_known
 from rightrank.records import JournalRecord, RunStarted, content_hash
-from rightrank.settings import SelectSettings, as_begun, settings_of_identity, with_identity_of
+from rightrank.settings import SelectSettings, settings_of_identity, with_identity_of
 from rightrank.version import __version__
 
 if TYPE_CHECKING:
@@ -49,8 +49,6 @@ class Request:
     tokenizer: PreTrainedTokenizerBase | None
     data: str | Path | Rows | Mapping[str, Rows]
     settings: SelectSettings
-    # if it resumes a run: the settings that the version that began it knew
-    known_settings: tuple[str, ...] | None = None
     begun: Mapping[str, Any] | None = None  # if it resumes a run: the settings that the run began with
 
     @property
@@ -120,13 +118,13 @@ def resuming(request: Request, journal: Sequence[JournalRecord]) -> Request:
     first = journal[0] if journal else None
     if not isinstance(first, RunStarted):
         return request
-    settings = as_begun(request.settings, first.settings.keys())
+    settings = request.settings
     if "dtype" not in request.settings.model_fields_set and "dtype" in first.settings:
-        settings = settings.model_copy(update={"dtype": first.settings["dtype"]})  # what auto meant, or was before it
+        settings = settings.model_copy(update={"dtype": first.settings["dtype"]})  # what auto meant
     last = settled_start(journal).settings.get("eval_items")
     if isinstance(last, int) and last > settings.eval_items:
         settings = settings.model_copy(update={"eval_items": last})  # examples are added, and never taken away
-    return replace(request, settings=settings, known_settings=tuple(first.settings), begun=first.settings)
+    return replace(request, settings=settings, begun=first.settings)
 
 
 def _with_dtype(request: Request) -> Request:
@@ -234,7 +232,7 @@ def _information(sources: _Sources) -> tuple[int, float]:
 def _started(request: Request, sources: _Sources, settings: SelectSettings, steps: int) -> RunStarted:
     values = {"model": request.model_name, "data": request.data_name, **settings.model_dump(mode="json")}
     identity = {
-        "settings": settings_of_identity(with_identity_of(values, request.begun or {}), request.known_settings),
+        "settings": settings_of_identity(with_identity_of(values, request.begun or {})),
         "model": sources.loaded.fingerprint,
         "data": sources.splits.fingerprint,
         "steps": steps,

@@ -76,7 +76,7 @@ def _decision(journal: Sequence[JournalRecord], records: Records) -> Decision | 
 
 
 def _goal(records: Records) -> Goal:
-    """The goal of the last `select`; runs of earlier versions had the training rank as theirs."""
+    """The goal of the last `select`; an own trainer's run without one asked for the training rank."""
     return "adapter" if records.started.settings.get("goal") == "adapter" else "training-rank"
 
 
@@ -104,7 +104,7 @@ def export(
 
 
 def _handed_over(folder: RunFolder, journal: Sequence[JournalRecord], records: Records) -> TrialFinished:
-    """The trial whose adapter is in `adapter/`: by the answer to the first question, or in an older run by the decision."""
+    """The trial whose adapter is in `adapter/`: by the answer to the first question, or where nothing was saved by the decision."""
     decided = last_decided(journal)
     if records.adapters:
         chosen = records.adapters[-1].answer.trial_id

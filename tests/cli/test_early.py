@@ -15,7 +15,6 @@ from tests.tiny import write_jsonl
 
 pytestmark = pytest.mark.trains
 
-RUN = Path(__file__).parents[1] / "fixtures" / "runs" / "schema-3" / "run"
 CODE = """\
 import sys, json
 from rightrank.cli import main
@@ -81,8 +80,8 @@ def test_a_terminal_shows_a_line_before_anything_is_loaded(files: Path) -> None:
     assert "did you mean 'model'?" in last
 
 
-def test_another_length_of_training_is_refused_before_torch_is_imported(files: Path) -> None:
-    shutil.copytree(RUN, files / "run")
+def test_another_length_of_training_is_refused_before_torch_is_imported(files: Path, small_run: Path) -> None:
+    shutil.copytree(small_run / "run", files / "run")
     given = json.dumps(["select", "model", "train.jsonl", "--out", "run", "--max-steps", "7"])
     done = subprocess.run([sys.executable, "-c", CODE, given], capture_output=True, text=True, cwd=files)
     assert done.stdout.split() == ["2", "False"], done.stderr

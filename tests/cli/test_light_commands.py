@@ -11,7 +11,6 @@ import pytest
 
 pytestmark = pytest.mark.trains
 
-RUN = Path(__file__).parents[1] / "fixtures" / "runs" / "schema-3" / "run"
 CODE = """\
 import sys
 from rightrank.cli import main
@@ -26,10 +25,9 @@ REFUSED = CODE.replace("ended.code == 0", "ended.code == 2")
 
 
 @pytest.fixture
-def run_folder(tmp_path: Path) -> Path:
+def run_folder(small_run: Path, tmp_path: Path) -> Path:
     folder = tmp_path / "run"
-    shutil.copytree(RUN, folder)
-    shutil.copytree(next((folder / "trials").iterdir()), folder / "adapter")
+    shutil.copytree(small_run / "run", folder)
     return folder
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from rightrank.decision import Cell, ScoreTable, decide, table_of
 from rightrank.decision.run import Records, comparable, decide_on, decide_run, metrics_of, run_table
-from rightrank.records import TrialFailed, TrialFinished
+from rightrank.records import TrialFailed
 from tests.decision.tables import bare
 from tests.report.runs import ITEMS, STEPS, made_up_run
 
@@ -189,12 +189,9 @@ def test_no_gain_names_the_higher_learning_rate_if_one_is_known() -> None:
     assert "at learning rate 0.0003" in run.sentence
 
 
-def test_the_trainings_of_a_run_are_taken_as_they_are() -> None:
-    """Of a run of the former strategy `descend`, recovered truncations are compared, and others are not."""
+def test_truncations_are_no_trainings_to_compare() -> None:
     records = made_up_run((1, 4, 16), (1e-3,))
-    records.started.settings["strategy"] = "descend"
     base, one, _, sixteen = records.finished()
     cut = one.model_copy(update={"trial_id": "cut", "truncate_from": sixteen.trial_id, "steps": 1})
     records.outcomes[:] = [base, cut, sixteen]
-    assert comparable(records) == [base, cut]
-    assert all(isinstance(trial, TrialFinished) for trial in records.outcomes)
+    assert comparable(records) == [base, sixteen]

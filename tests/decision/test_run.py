@@ -151,18 +151,6 @@ def test_like_is_compared_with_like() -> None:
     ]
 
 
-def test_recovered_truncations_are_compared_with_each_other_in_runs_of_the_former_descend() -> None:
-    records = made_up_run((1, 4, 16), (1e-3,))
-    records.started.settings["strategy"] = "descend"
-    base, one, four, sixteen = records.finished()
-    recovered = altered(four, trial_id="cut", truncate_from=sixteen.trial_id)
-    bare_cut = altered(four, trial_id="bare", truncate_from=sixteen.trial_id, steps=0)
-    records.outcomes[:] = [base, one, bare_cut, recovered, sixteen]
-    assert comparable(records) == [base, recovered]
-    records.outcomes[:] = [base, one, bare_cut, sixteen]
-    assert comparable(records) == [base, one, sixteen]
-
-
 def test_trainings_of_a_custom_trainer_have_any_metric() -> None:
     records = made_up_run((1, 4), (1e-3,))
     one, four = records.finished()[1:]

@@ -21,7 +21,6 @@ NOT_IN_THE_REFERENCE = {
     "EvalPoint",
     "PlanSettings",
     "SelectSettings",
-    "Watching",
 }  # settings.md; plain values
 
 

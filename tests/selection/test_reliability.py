@@ -1,7 +1,6 @@
 """What a selection goes through on machines that are taken away, fill up, or have their clock set back.
 
-The run under test was made by the first version of the journal and stopped at half: each test resumes it. One
-run folder of each schema there ever was is kept under `fixtures/runs`, over the model and the data of the first.
+The run under test is stopped at half: each test resumes it.
 """
 
 from __future__ import annotations
@@ -30,31 +29,20 @@ from rightrank.errors import RunFolderError, TerminatedRun, is_out_of_memory
 from rightrank.io.checkpoints import load_checkpoint
 from rightrank.io.journal import Journal
 from rightrank.io.run_folder import RunFolder
-from rightrank.records import SCHEMA_VERSION, Arm, Trial, TrialFailed, TrialFinished, TrialStarted
+from rightrank.records import Arm, Trial, TrialFailed, TrialFinished, TrialStarted
 from rightrank.records.observer import Observer
 from rightrank.report import event_log
-from tests.commands import run, start, wait_for_trial
+from tests.commands import SELECT, run, start, wait_for_trial
 from tests.helpers import make_runtime
 from tests.tiny import small_settings
 
 pytestmark = pytest.mark.trains
 
-RUNS = Path(__file__).parents[1] / "fixtures" / "runs"
-FIXTURE = RUNS / "schema-1"
-SCHEMAS = range(1, SCHEMA_VERSION + 1)
-SELECT = [
-    "select", "model", "data.jsonl", "--out", "run", "--strategy", "grid", "--ranks", "1,4", "--learning-rates", "1e-2",
-    "--max-steps", "8", "--batch-size", "4", "--seq-len", "32", "--eval-items", "12", "--set", "eval_points=2",
-    "--set", "samples=1", "--device", "cpu", "--quiet",
-]  # fmt: skip
 
-
-def half_done(folder: Path, schema: int = 1) -> Path:
-    """A run of an earlier version whose first arm has finished; the model and the data stand beside it."""
-    shutil.copytree(FIXTURE, folder)
+def half_done(small_run: Path, folder: Path) -> Path:
+    """A run whose first arm has finished; the model and the data stand beside it."""
+    shutil.copytree(small_run, folder)
     run_folder = folder / "run"
-    shutil.rmtree(run_folder)
-    shutil.copytree(RUNS / f"schema-{schema}" / "run", run_folder)
     lines = (run_folder / "journal.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
     kept = [line for line in lines if '"type":"trial_' in line or '"run_started"' in line]
     last = next(number for number, line in enumerate(kept) if '"trial_started"' in line and '"rank":1,' in line)
@@ -65,9 +53,9 @@ def half_done(folder: Path, schema: int = 1) -> Path:
 
 
 @pytest.fixture
-def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def work(small_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The half-done run, in the folder that its settings are relative to."""
-    folder = half_done(tmp_path / "work")
+    folder = half_done(small_run, tmp_path / "work")
     monkeypatch.chdir(folder.parent)
     return folder
 
@@ -77,15 +65,13 @@ def selected(capsys: pytest.CaptureFixture[str], *more: str) -> tuple[int, str]:
     return status, err
 
 
-def require_right(folder: Path, schema: int = 1) -> None:
-    """The first arm was trained once, by the first version; the second by this one; and the answer is there."""
+def require_right(folder: Path, small_run: Path) -> None:
+    """The first arm was trained once, before the stop; the second after it; and the answer is there."""
     records = Journal(folder / "journal.jsonl").read()
     trained = [record for record in records if isinstance(record, TrialFinished) and record.arm.is_direct]
-    assert [(record.rank, record.schema_version) for record in trained] == [
-        (0, schema), (4, schema), (1, SCHEMA_VERSION),
-    ]  # fmt: skip
+    assert [record.rank for record in trained] == [0, 4, 1]
     assert len([r for r in records if isinstance(r, TrialStarted) and r.rank == 4 and r.arm.is_direct]) == 1
-    known = json.loads((RUNS / f"schema-{schema}" / "run" / "decision.json").read_text())
+    known = json.loads((small_run / "run" / "decision.json").read_text())
     decision = json.loads((folder / "decision.json").read_text())
     assert {name: decision[name] for name in ("rank", "fallback_rank", "verdict")} == {
         name: known[name] for name in ("rank", "fallback_rank", "verdict")
@@ -95,41 +81,31 @@ def require_right(folder: Path, schema: int = 1) -> None:
     )
 
 
-@pytest.mark.parametrize("schema", SCHEMAS)
-def test_a_run_of_an_earlier_version_is_read_and_goes_on(
-    schema: int, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    work = half_done(tmp_path / "work", schema)
-    monkeypatch.chdir(work.parent)
+def test_a_run_is_looked_at_and_goes_on(work: Path, small_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = (work / "journal.jsonl").read_bytes()
     status, out, _ = run(["status", "run", "--json"], capsys)
     assert status == 0
     assert json.loads(out)["trials_ended"] == 2
     assert (work / "journal.jsonl").read_bytes() == before
     assert selected(capsys)[0] == 0
-    require_right(work, schema)
+    require_right(work, small_run)
     assert (work / "journal.jsonl").read_bytes().startswith(before)
 
 
-@pytest.mark.parametrize("schema", SCHEMAS)
-def test_a_whole_run_of_an_earlier_version_is_shown_decided_and_exported(
-    schema: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_what_shows_decides_and_exports_a_run_leaves_its_journal(
+    small_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "run"
-    shutil.copytree(RUNS / f"schema-{schema}" / "run", folder)
-    shutil.copytree(next(iter((folder / "trials").iterdir())), folder / "adapter")
+    shutil.copytree(small_run / "run", folder)
     before = (folder / "journal.jsonl").read_bytes()
     for command in (["status"], ["report"], ["decide"], ["repair"], ["export", "--to", "trl"]):
         status, out, err = run([command[0], str(folder), *command[1:], "--json"], capsys)
         assert status == 0, err
         assert json.loads(out)
-    assert json.loads(run(["decide", str(folder), "--json"], capsys)[1])["fallback_rank"] == 4
     assert (folder / "journal.jsonl").read_bytes() == before
 
 
-def test_other_settings_are_still_refused_for_a_run_of_an_earlier_version(
-    work: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_other_settings_are_refused(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
     status, err = selected(capsys, "--lora-alpha", "16")
     assert status == 2
     assert "made with other settings (lora_alpha: 32.0 → 16.0)" in err
@@ -147,7 +123,7 @@ class _Backwards(datetime):
 
 
 def test_a_clock_set_back_changes_nothing(
-    work: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    work: Path, small_run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = time.time()
     calls = iter(range(1, 10**9))
@@ -156,14 +132,14 @@ def test_a_clock_set_back_changes_nothing(
     monkeypatch.setattr(event_log, "datetime", _Backwards)
     assert selected(capsys, "--set", "checkpoint_seconds=0.001")[0] == 0
     assert _Backwards.asked > 0
-    require_right(work)
+    require_right(work, small_run)
     trial = [record for record in Journal(work / "journal.jsonl").read() if isinstance(record, TrialFinished)][-1]
     assert trial.train_seconds > 0
     assert trial.eval_seconds > 0
 
 
 def test_a_read_only_folder_is_told_can_be_looked_at_and_goes_on_once_it_is_writable(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    small_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()
@@ -171,7 +147,7 @@ def test_a_read_only_folder_is_told_can_be_looked_at_and_goes_on_once_it_is_writ
     if os.geteuid() != 0 or subprocess.run(mount, check=False, capture_output=True).returncode:
         pytest.skip("no disk can be mounted here")
     try:
-        folder = half_done(disk / "work")
+        folder = half_done(small_run, disk / "work")
         monkeypatch.chdir(folder.parent)
         subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
         status, err = selected(capsys)
@@ -181,14 +157,14 @@ def test_a_read_only_folder_is_told_can_be_looked_at_and_goes_on_once_it_is_writ
         assert run(["status", "run"], capsys)[0] == 0
         subprocess.run(["mount", "-o", "remount,rw", str(disk)], check=True)
         assert selected(capsys)[0] == 0
-        require_right(folder)
+        require_right(folder, small_run)
     finally:
         monkeypatch.chdir(tmp_path)
         subprocess.run(["umount", "-l", str(disk)], check=True)  # the model may be mapped still
 
 
 def test_a_damaged_record_is_repaired_and_only_what_was_lost_is_trained_again(
-    work: Path, capsys: pytest.CaptureFixture[str]
+    work: Path, small_run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert selected(capsys)[0] == 0
     journal = work / "journal.jsonl"
@@ -206,7 +182,7 @@ def test_a_damaged_record_is_repaired_and_only_what_was_lost_is_trained_again(
     assert json.loads(out) == {"kept": len(lines) - 1, "set_aside": 1, "file": "run/journal.jsonl.torn-1"}
     assert (work / "journal.jsonl.torn-1").read_bytes() == bytes(damaged)
     assert selected(capsys)[0] == 0
-    require_right(work)
+    require_right(work, small_run)
 
 
 def _hold(path: Path, gate: object, held: object) -> None:

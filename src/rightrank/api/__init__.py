@@ -40,7 +40,6 @@ __all__ = [
     "Selected",
     "TrialResult",
     "TrialTask",
-    "Watching",
     "allocate",
     "begun_as",
     "compare",
@@ -65,5 +64,3 @@ __all__ = [
     "write_report",
     "write_side_by_side",
 ]
-
-Watching = Observer  # the name until 0.2; both stay

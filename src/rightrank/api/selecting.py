@@ -11,7 +11,6 @@ from rightrank.records.plan import Plan
 from rightrank.records.preflight import Preflight
 from rightrank.returns import Selected
 from rightrank.settings import SelectKeywords, SelectSettings, make_settings
-from rightrank.settings.select import renamed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -144,4 +143,4 @@ def plan_selection(
 
 def _overridden(settings: SelectSettings | None, keywords: SelectKeywords) -> SelectSettings:
     given = {} if settings is None else settings.model_dump(include=settings.model_fields_set)
-    return make_settings(given | renamed(keywords))
+    return make_settings(given | dict(keywords))

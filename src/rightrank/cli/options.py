@@ -53,37 +53,12 @@ def hours(_context: click.Context, _parameter: click.Parameter, value: str | Non
 
 
 def gather(config_file: Path | None, assignments: tuple[str, ...], options: dict[str, Any]) -> dict[str, Any]:
-    """Settings from the config file, then `--set`, then named options: the later wins.
-
-    A setting under an earlier name is read, with one notice on stderr.
-    """
+    """Settings from the config file, then `--set`, then named options: the later wins."""
     from rightrank.io.config import read_config
-    from rightrank.settings.migration import current_names
 
-    sources = [
-        read_config(config_file) if config_file is not None else {},
-        dict(_assigned(assignment) for assignment in assignments),
-        {name: value for name, value in options.items() if value is not None and value != ()},
-    ]
-    values: dict[str, Any] = {}
-    notices: dict[str, None] = {}
-    for source in sources:
-        found, renamed = current_names(source)
-        values |= found
-        notices |= dict.fromkeys(renamed)
-    for notice in notices:
-        print_notice(notice)
-    return values
-
-
-def print_notice(text: str) -> None:
-    """One line on stderr, as a JSON event where the command logs JSON."""
-    if click.get_current_context().params.get("log_json"):
-        from rightrank.report.event_log import JsonLog
-
-        JsonLog(sys.stderr).notice(text)
-    else:
-        click.echo(f"note: {text}", err=True)
+    values = read_config(config_file) if config_file is not None else {}
+    values |= dict(_assigned(assignment) for assignment in assignments)
+    return values | {name: value for name, value in options.items() if value is not None and value != ()}
 
 
 def _assigned(assignment: str) -> tuple[str, Any]:

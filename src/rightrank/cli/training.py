@@ -106,7 +106,6 @@ SELECT_OPTIONS = [
         help="Memory budget, such as 24GiB (default: the CUDA device's).",
     ),
     click.option("--adapters-per-pass", type=int, help="Adapters trained in one pass (default: as many as pay)."),
-    click.option("--pack-size", type=int, hidden=True),  # the earlier name of --adapters-per-pass
     click.option("--certify", is_flag=True, default=None, help="Train one arm again, alone, and compare."),
     click.option(
         "--executor",

@@ -190,16 +190,8 @@ def run_table(
 
 
 def comparable(records: Records) -> list[TrialOutcome]:
-    """The outcomes that may be compared: whole trainings at the setting that all ranks share.
-
-    Of a run with the former strategy `descend`, which trained the top rank alone, they are the recovered truncations.
-    """
-    plain = records.plain()
-    if records.started.settings.get("strategy") == "descend":
-        recovered = [outcome for outcome in plain if outcome.truncate_from is not None and outcome.steps > 0]
-        if recovered:
-            return [outcome for outcome in plain if outcome.rank == 0] + recovered
-    return without_collapsing([outcome for outcome in plain if outcome.arm.is_direct])
+    """The outcomes that may be compared: whole trainings at the setting that all ranks share."""
+    return without_collapsing([outcome for outcome in records.plain() if outcome.arm.is_direct])
 
 
 def best_trial(records: Records, decision: Decision, rank: int) -> TrialFinished:

@@ -52,7 +52,6 @@ class Job(Record):
     settings: dict[str, JsonValue]  # with the ranks that the driver settled
     folder: Path  # the run folder, shared by driver and workers
     fingerprint: str
-    known_settings: tuple[str, ...] | None = None  # see `Request`
     begun: dict[str, JsonValue] | None = None  # see `Request`
 
 

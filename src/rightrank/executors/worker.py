@@ -162,7 +162,7 @@ class Worker:
         from rightrank.preparation import Request, prepare
         from rightrank.settings import make_settings
 
-        request = Request(job.model, None, job.data, make_settings(job.settings), job.known_settings, job.begun)
+        request = Request(job.model, None, job.data, make_settings(job.settings), job.begun)
         prepared = prepare(request, cache, bases=self._bases)
         if prepared.started.fingerprint != job.fingerprint:
             raise RunError(

@@ -10,7 +10,7 @@ adapters and checkpoints. Its guarantees:
 - An incomplete last line, left by a killed process, is moved to `journal.jsonl.torn-N` with a notice. Any other damage
   is an error; `repair` keeps the undamaged records.
 
-A change of a record's fields must keep older journals readable: new fields have defaults and old ones are not removed.
+Only journals of today's `SCHEMA_VERSION` are read: a change of a record's fields raises it.
 
     journal = Journal(folder / "journal.jsonl")
     journal.append(started)
@@ -69,7 +69,7 @@ class Journal:
         A complete last record without its line end is kept.
 
         Raises:
-            RunFolderError: damaged lines, or records of a later schema.
+            RunFolderError: damaged lines, or records of another schema.
         """
         if not self.path.exists():
             return []
@@ -90,7 +90,7 @@ class Journal:
         """Return all complete records without changing the file, for readers beside a writing process.
 
         Raises:
-            RunFolderError: damaged lines, or records of a later schema.
+            RunFolderError: damaged lines, or records of another schema.
         """
         body, _ = split_torn(self.path.read_bytes())
         return self._records(body)

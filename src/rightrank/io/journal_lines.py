@@ -3,7 +3,7 @@
     {"type":"trial_started", … ,"trial_id":"0a1b…","len":231,"crc":"5d41402a"}
 
 `len` counts the bytes before `,"len":`, and `crc` is their CRC-32 (as in zlib) in hex. Any single flipped bit in the
-line is detected. Lines of schema 1 have neither field and are read unchecked.
+line is detected.
 """
 
 from __future__ import annotations
@@ -14,12 +14,9 @@ from dataclasses import dataclass
 
 from pydantic import ValidationError
 
-from rightrank.records import JOURNAL_RECORD, SCHEMA_VERSION, JournalRecord, RunStarted
-from rightrank.settings.migration import migrated
+from rightrank.records import JOURNAL_RECORD, SCHEMA_VERSION, JournalRecord
 
 _SEAL = re.compile(rb',"len":(0|[1-9][0-9]*),"crc":"([0-9a-f]{8})"\}\Z')
-_VERSION = re.compile(rb'"schema_version":([0-9]+)')
-FIRST_SEALED_SCHEMA = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +41,7 @@ def read_line(line: bytes) -> JournalRecord | Damage:
     """Parse a line without its line end: the record, or what is wrong with the line."""
     found = _SEAL.search(line)
     if found is None:
-        return _unsealed(line)
+        return Damage("damaged: it has no length and checksum at its end")
     body, length, checksum = line[: found.start()], int(found[1]), int(found[2], 16)
     if len(body) != length:
         return Damage(f"damaged: {len(body)} bytes where {length} were written")
@@ -59,27 +56,13 @@ def split_torn(whole: bytes) -> tuple[bytes, bytes]:
     return whole[:end], whole[end:]
 
 
-def _unsealed(line: bytes) -> JournalRecord | Damage:
-    """Parse a line of schema 1, which has no checksum; a later schema without one is damaged."""
-    versions = [int(version) for version in _VERSION.findall(line)]
-    if not versions or max(versions) >= FIRST_SEALED_SCHEMA:
-        return Damage("damaged: it has no length and checksum at its end")
-    return _parsed(line)
-
-
 def _parsed(text: bytes) -> JournalRecord | Damage:
     try:
         record = JOURNAL_RECORD.validate_json(text)
     except ValidationError as error:
-        return Damage(f"not a record of schema {SCHEMA_VERSION} or before ({error.errors()[0]['msg']})")
-    if record.schema_version > SCHEMA_VERSION:
+        return Damage(f"not a record of schema {SCHEMA_VERSION} ({error.errors()[0]['msg']})")
+    if record.schema_version != SCHEMA_VERSION:
         return Damage(
-            f"schema {record.schema_version}, and this version reads at most {SCHEMA_VERSION}: update rightrank"
+            f"schema {record.schema_version}, and this version reads {SCHEMA_VERSION}: use the version that wrote it"
         )
-    return _under_todays_names(record)
-
-
-def _under_todays_names(record: JournalRecord) -> JournalRecord:
-    if not isinstance(record, RunStarted) or record.schema_version == SCHEMA_VERSION:
-        return record
-    return record.model_copy(update={"settings": migrated(record.settings, record.schema_version)})
+    return record

@@ -8,8 +8,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
-# Of the journal: 2 adds the length and checksum of each line, 3 renames pack_size and selection_fraction.
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4  # of the journal: no other is read
 IDENTITY_VERSION = 1  # of the content that a trial id is a hash of; a change gives every trial a new id
 
 # The integers that a float holds exactly. A larger one in a file is damage.

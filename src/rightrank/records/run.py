@@ -11,7 +11,6 @@ from rightrank.records.base import MAX_WHOLE, SCHEMA_VERSION, Record, Whole
 from rightrank.records.decision import Decision
 from rightrank.records.guard import GuardAnswer, GuardEvaluated
 from rightrank.records.trials import (
-    ADAPTERS_PER_PASS,
     TrialCollapsed,
     TrialDiverged,
     TrialFailed,
@@ -43,7 +42,7 @@ class DataSummary(Record):
     classes: list[str] | None = None
     unreadable: Whole = 0  # rows left out because of lone surrogates, which no tokenizer accepts
     control_characters: Whole = 0  # examples with control characters; they are kept
-    rows: Whole = 0  # that were read; 0 in journals of earlier versions
+    rows: Whole = 0  # that were read
     repeated: Whole = 0  # held-out rows left out because another row is equal
     not_evaluated: Whole = 0  # held-out rows beyond the number that is evaluated
     shape: str | None = None  # how rows of another shape got the form's columns
@@ -117,7 +116,7 @@ class Certified(Record):
     schema_version: Whole = SCHEMA_VERSION
     trial_id: str
     rank: Whole
-    adapters_per_pass: Whole = Field(validation_alias=ADAPTERS_PER_PASS)
+    adapters_per_pass: Whole
     steps: Whole
     first_step_difference: float  # of the training loss
     loss_difference: float  # of the training loss, the maximum over all steps

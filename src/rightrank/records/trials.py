@@ -10,13 +10,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-from pydantic import AliasChoices, ConfigDict, Field, PrivateAttr, model_validator
+from pydantic import ConfigDict, Field, PrivateAttr, model_validator
 
 from rightrank.errors import NotFiniteError
 from rightrank.records.base import IDENTITY_VERSION, SCHEMA_VERSION, Record, Whole, content_hash
-
-# `pack_size` until schema 2
-ADAPTERS_PER_PASS = AliasChoices("adapters_per_pass", "pack_size")
 
 
 class ArmFields(Record):
@@ -97,7 +94,7 @@ def trial_id(context_fingerprint: str, arm: Arm) -> str:
 
     `context_fingerprint` covers the model, the data and the settings that all arms share.
     """
-    arm_fields = arm.model_dump(exclude_none=True)  # new fields that are None keep the ids of older trials
+    arm_fields = arm.model_dump(exclude_none=True)
     return content_hash({"schema": IDENTITY_VERSION, "context": context_fingerprint, "arm": arm_fields})[:12]
 
 
@@ -134,8 +131,7 @@ class TrialFinished(ArmFields):
     # by metric of written answers or task: one value per example
     item_metrics: dict[str, list[float]] = Field(default_factory=dict)
     failed_metrics: dict[str, str] = Field(default_factory=dict)  # metric → why it has no value
-    # how an adapter was truncated; None: it was not, or in an older run
-    truncation: Literal["svd", "kfac"] | None = None
+    truncation: Literal["svd", "kfac"] | None = None  # how an adapter was truncated; None: it was not
     value_metric: str | None = None  # of `value`, if not the deciding metric: early stopping measures no answers
     # held-out, of the mean of A and of B over the second half of the steps; early looks
     averaged_loss: float | None = None
@@ -149,7 +145,7 @@ class TrialFinished(ArmFields):
     peak_bytes: Whole  # allocated on the device; on the CPU, growth of the resident memory
     predicted_peak_bytes: Whole | None = None  # of tensors, by the plan; None: not planned
     # Adapters that share the passes and the peak; seconds are an even share.
-    adapters_per_pass: Whole = Field(default=1, validation_alias=ADAPTERS_PER_PASS)
+    adapters_per_pass: Whole = 1
     pass_ranks: list[Whole] = Field(default_factory=list)  # of the adapters in the fullest pass, its own first
     train_losses: list[float] = Field(default_factory=list)  # nats per label, one per step
 

@@ -62,7 +62,6 @@ def _job_of(request: Request, prepared: Prepared, selection: Selection) -> Job:
         settings=prepared.settings.model_dump(mode="json"),
         folder=selection.folder.path.absolute(),
         fingerprint=prepared.started.fingerprint,
-        known_settings=request.known_settings,
         begun=None if request.begun is None else dict(request.begun),
     )
 

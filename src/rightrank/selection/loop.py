@@ -242,7 +242,7 @@ def _may_succeed_now(outcome: TrialOutcome) -> bool:
 
 def continue_run(folder: RunFolder, existing: Sequence[JournalRecord], started: RunStarted) -> None:
     """Journal the settings with which a run is continued, where they are not those that it had last."""
-    before = {"goal": "training-rank", **settled_start(existing).settings}  # the goal of versions without that setting
+    before = settled_start(existing).settings
     names = [name for name in (*CONTINUABLE, "goal") if name in started.settings and name in before]
     changed = {name: started.settings[name] for name in names if started.settings[name] != before[name]}
     if "eval_items" in changed:

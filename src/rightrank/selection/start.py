@@ -22,7 +22,6 @@ from rightrank.selection.preflight import preflight_of, strategy_of
 from rightrank.selection.rescoring import rescore
 from rightrank.selection.timing import MIN_STEPS, measured_speed, time_line
 from rightrank.selection.workload import estimate
-from rightrank.settings.migration import renamed_since
 from rightrank.strategies import Strategy, make_strategy
 from rightrank.trackers import Trackers, require_trackers
 
@@ -49,10 +48,6 @@ def prepare_selection(
     require_placeable(request)
     require_trackers(request.settings.report_to)
     journal = folder.journal.read(observer.notice)
-    if journal and (old := renamed_since(journal[0].schema_version)):
-        observer.notice(
-            f"the run has an earlier version's names of settings ({', '.join(old)}); they are read as {', '.join(old.values())}"
-        )
     request = resuming(request, journal)
     waiting: list[str] = []  # a request that can't be used is refused in one line
     prepared = prepare(request, folder.cache, waiting.append, bases)

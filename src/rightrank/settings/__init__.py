@@ -3,7 +3,6 @@
 from rightrank.settings.identity import (
     CONTINUABLE,
     NOT_IDENTITY,
-    as_begun,
     settings_difference,
     settings_of_identity,
     with_identity_of,

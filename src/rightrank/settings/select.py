@@ -6,7 +6,6 @@ Names are those of PEFT, transformers and TRL where they have one.
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Mapping
 from typing import Any, Literal, TypeAlias
 
@@ -14,7 +13,6 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from rightrank.errors import did_you_mean
 from rightrank.settings.metric_spec import MetricSpec, parse_metrics
-from rightrank.settings.migration import current_names
 from rightrank.settings.peft_options import gathered_options
 from rightrank.settings.values import AutoDtype, MemoryBytes, Optim, checked
 
@@ -319,12 +317,4 @@ def make_settings(values: Mapping[str, object]) -> SelectSettings:
     Raises:
         SettingsError: an unknown name (with the nearest known one) or a value that is not allowed.
     """
-    return checked(SelectSettings, renamed(values))
-
-
-def renamed(values: Mapping[str, object]) -> dict[str, object]:
-    """The values under today's names; each old name among them is a `FutureWarning`."""
-    found, notices = current_names(values)
-    for notice in notices:
-        warnings.warn(notice, FutureWarning, stacklevel=3)
-    return gathered_options(found)
+    return checked(SelectSettings, gathered_options(values))

@@ -35,7 +35,6 @@ STRATEGIES: dict[str, Callable[[Space], Strategy]] = {
     "grid": Grid,
     "upward": Upward,
 }
-REMOVED = ("ladder", "ascend", "descend")  # strategies of earlier versions; their run folders stay readable
 
 
 def make_strategy(
@@ -74,8 +73,6 @@ def strategy_named(name: str) -> Callable[[Space], Strategy]:
         SettingsError: an unknown name.
     """
     factory = STRATEGIES.get(name)
-    if name in REMOVED:
-        raise SettingsError(f"strategy {name!r} was removed; there are: {', '.join(STRATEGIES)}")
     if factory is None:
         near = did_you_mean(name, STRATEGIES)
         raise SettingsError(f"unknown strategy {name!r}{near}; there are: {', '.join(STRATEGIES)}")
