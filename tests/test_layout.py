@@ -8,7 +8,7 @@ from pathlib import Path
 TESTS = Path(__file__).parent
 SOURCE = TESTS.parent / "src" / "rightrank"
 # Tests of what is no folder of the package: the pages and examples, the benchmarks in short, what holds for all of it.
-ELSEWHERE = {"docs", "benchmarks", "safety", "fixtures"}
+ELSEWHERE = {"docs", "benchmarks", "safety"}
 
 
 def test_every_folder_of_tests_is_one_of_the_source() -> None:
