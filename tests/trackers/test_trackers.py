@@ -156,22 +156,19 @@ def test_each_trial_is_logged_once_and_a_failing_tracker_ends_nothing(
     records: Records, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     written: list[str] = []
+    fails_at = 2
 
-    class Flaky:
-        def __init__(self, fails_at: int) -> None:
-            self.fails_at = fails_at
-
-        def write(self, run: Any) -> None:
-            if len(written) == self.fails_at:
-                raise ConnectionError("no\nroute")
-            written.append(run.key)
+    def write(_name: str, run: Any, _folder: Path) -> None:
+        if len(written) == fails_at:
+            raise ConnectionError("no\nroute")
+        written.append(run.key)
 
     monkeypatch.setattr(registry, "find_spec", lambda _name: object())
-    monkeypatch.setattr(registry, "_make", lambda _name, _folder: Flaky(2))
+    monkeypatch.setattr(registry, "write_run", write)
     notices = log_all(records, "wandb")
     assert len(written) == 2
     assert notices == ["wandb: logging stopped (ConnectionError: no route); run again to log the missing trials"]
-    monkeypatch.setattr(registry, "_make", lambda _name, _folder: Flaky(-1))
+    fails_at = -1
     assert log_all(records, "wandb") == []
     assert sorted(written) == sorted(["decision", *(outcome.trial_id for outcome in records.outcomes)])
 

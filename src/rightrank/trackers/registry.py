@@ -1,15 +1,21 @@
-"""The trackers of a selection. Each logs every trial once, however often the selection is resumed."""
+"""The trackers of a selection. Each logs every trial once, however often the selection is resumed.
+
+Each tracker keeps its own environment variables: `MLFLOW_TRACKING_URI`, `MLFLOW_EXPERIMENT_NAME`, `WANDB_PROJECT`,
+`WANDB_DIR`, `WANDB_MODE`, `WANDB_ENTITY`, `TRACKIO_DIR`, `TRACKIO_PROJECT`. Their own clients write, not accelerate's
+trackers: those need a state of the whole process, which starts a process group where `LOCAL_RANK` is set.
+"""
 
 from __future__ import annotations
 
 import json
+import os
 import sys
+import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import redirect_stdout
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Protocol
 
 from rightrank.errors import MissingExtraError, SettingsError, did_you_mean
 from rightrank.io.files import write_text
@@ -19,21 +25,7 @@ from rightrank.trackers.tracked import TrackedRun, tracked_decision, tracked_tri
 
 TRACKERS = ("trackio", "wandb", "mlflow", "tensorboard")  # each is the name of its package too
 LOGGED_FILE = "tracked.json"
-
-
-class Tracker(Protocol):
-    """Writes finished runs to one tracking system.
-
-    An implementation writes a run as a whole and leaves runs of the surrounding process alone. If it raises, the
-    selection continues without this tracker. Example:
-
-        class PrintTracker:
-            def write(self, run: TrackedRun) -> None:
-                print(run.name, run.config, run.summary)
-    """
-
-    def write(self, run: TrackedRun) -> None:
-        """Write one trial or the decision."""
+MAX_PARAMS, MAX_TEXT = 100, 6000  # of MLflow: parameters in a request, characters of one
 
 
 def require_trackers(names: Sequence[str]) -> tuple[str, ...]:
@@ -65,7 +57,7 @@ class Trackers:
         self._started = started
         self._notice = notice
         self._group = f"{folder.resolve().name}-{started.fingerprint[:6]}"
-        self._trackers = {name: _make(name, folder) for name in require_trackers(names)}
+        self._names = list(require_trackers(names))
         self._logged: dict[str, list[str]] = self._read()
 
     def attached_to(self, observer: Observer) -> Observer:
@@ -84,27 +76,27 @@ class Trackers:
 
     def event(self, event: RunEvent) -> None:
         """Log a trial that ended to every tracker that does not have it yet."""
-        if self._trackers and isinstance(event, OUTCOMES):
+        if self._names and isinstance(event, OUTCOMES):
             self._log(tracked_trial(self._started, event, self._group))
 
     def decided(self, decision: Decision) -> None:
-        if self._trackers:
+        if self._names:
             self._log(tracked_decision(self._started, decision, self._group))
 
     def _log(self, run: TrackedRun) -> None:
-        for name, tracker in list(self._trackers.items()):
+        for name in list(self._names):
             logged = self._logged.setdefault(name, [])
             if run.key in logged:
                 continue
             try:
                 with redirect_stdout(sys.stderr):  # stdout is reserved for the answer
-                    tracker.write(run)
+                    write_run(name, run, self._folder)
             except Exception as error:  # noqa: BLE001 - an unreachable tracker must not end the selection
                 reason = " ".join(str(error).split())[:200]
                 self._notice(
                     f"{name}: logging stopped ({type(error).__name__}: {reason}); run again to log the missing trials"
                 )
-                del self._trackers[name]
+                self._names.remove(name)
                 continue
             logged.append(run.key)
             write_text(self._folder / LOGGED_FILE, json.dumps(self._logged) + "\n")
@@ -118,19 +110,86 @@ class Trackers:
         return logged if isinstance(logged, dict) and all(isinstance(keys, list) for keys in logged.values()) else {}
 
 
-def _make(name: str, folder: Path) -> Tracker:
-    if name == "wandb":
-        from rightrank.trackers.wandb_tracker import WandbTracker
+def write_run(name: str, run: TrackedRun, folder: Path) -> None:
+    """Write one trial or the decision, as a whole, to the tracker `name`."""
+    {"tensorboard": _tensorboard, "mlflow": _mlflow, "wandb": _wandb, "trackio": _trackio}[name](run, folder)
 
-        return WandbTracker()
-    if name == "mlflow":
-        from rightrank.trackers.mlflow_tracker import MlflowTracker
 
-        return MlflowTracker()
-    if name == "trackio":
-        from rightrank.trackers.trackio_tracker import TrackioTracker
+def _tensorboard(run: TrackedRun, folder: Path) -> None:
+    """A folder of event files in `tensorboard/` of the run folder; configuration and summary are texts."""
+    from torch.utils.tensorboard import SummaryWriter
 
-        return TrackioTracker()
-    from rightrank.trackers.tensorboard_tracker import TensorboardTracker
+    last = max(run.steps, default=0)
+    with SummaryWriter(str(folder / "tensorboard" / run.name)) as writer:
+        for step, name, value in run.points():
+            writer.add_scalar(name, value, step)
+        for name, values in (("config", run.config), ("summary", run.summary)):
+            writer.add_text(name, f"```json\n{json.dumps(dict(values), indent=1)}\n```", last)
 
-    return TensorboardTracker(folder / "tensorboard")
+
+def _mlflow(run: TrackedRun, _folder: Path) -> None:
+    """A run with tags for group, trial and the texts of its summary. An active run of this process is left alone."""
+    import mlflow
+    from mlflow.entities import Metric, Param, RunTag
+
+    client, experiment = mlflow.MlflowClient(), os.environ.get("MLFLOW_EXPERIMENT_NAME", "rightrank")
+    found = client.get_experiment_by_name(experiment)
+    place = client.create_experiment(experiment) if found is None else found.experiment_id
+    tags = {"rightrank.group": run.group, "rightrank.trial_id": run.key}
+    key = client.create_run(place, run_name=run.name, tags=tags).info.run_id
+    now, logged = int(time.time() * 1000), [*run.points(), *run.last_points()]
+    metrics = [Metric(name, float(value), now, step) for step, name, value in logged]
+    params = [Param(name, str(value)[:MAX_TEXT]) for name, value in run.config.items() if value is not None]
+    texts = [RunTag(name, str(value)[:MAX_TEXT]) for name, value in run.texts().items()]
+    for start in range(0, max(len(metrics), len(params)), MAX_PARAMS):
+        part = slice(start, start + MAX_PARAMS)
+        client.log_batch(key, metrics=metrics[part], params=params[part])
+    client.log_batch(key, tags=texts)
+    client.set_terminated(key, "FAILED" if run.failed else "FINISHED")
+
+
+def _wandb(run: TrackedRun, _folder: Path) -> None:
+    """A run in a group. Without a mode or a key it is offline, and `wandb sync` uploads it later: wandb would ask and wait."""
+    import wandb
+
+    known = "WANDB_MODE" in os.environ or wandb.login(prompt=False)
+    with wandb.init(
+        project=os.environ.get("WANDB_PROJECT", "rightrank"),
+        group=run.group,
+        id=f"{run.group}-{run.key}",
+        name=run.name,
+        job_type="decision" if run.key == "decision" else "trial",
+        config=dict(run.config),
+        mode=None if known else "offline",
+        reinit="finish_previous",
+        resume="allow",
+        settings=wandb.Settings(silent=True, console="off", x_disable_stats=True),
+    ) as opened:
+        for step, values in run.steps.items():
+            opened.log(dict(values), step=step)
+        if run.examples:
+            rows = [[number, *scores] for number, scores in enumerate(zip(*run.examples.values(), strict=True))]
+            opened.log({"items": wandb.Table(columns=["item", *run.examples], data=rows)})
+        opened.summary.update(dict(run.summary))
+        if run.failed:
+            opened.finish(exit_code=1)
+
+
+def _trackio(run: TrackedRun, _folder: Path) -> None:
+    """A run in the local store, in a group; no dashboard is opened."""
+    import trackio
+
+    opened = trackio.init(
+        project=os.environ.get("TRACKIO_PROJECT", "rightrank"),
+        name=f"{run.group}/{run.name}",
+        group=run.group,
+        config=dict(run.config) | {f"summary/{name}": text for name, text in run.texts().items()},
+        embed=False,
+        auto_log_gpu=False,
+        auto_log_cpu=False,
+    )
+    for step, values in run.steps.items():
+        opened.log(dict(values), step=step)
+    if numbers := run.numbers():
+        opened.log(numbers, step=max(run.steps, default=0))
+    opened.finish()

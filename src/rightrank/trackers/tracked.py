@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -22,6 +22,27 @@ class TrackedRun:
     examples: Mapping[str, list[float]] = field(default_factory=dict)  # name → one number per held-out example
     summary: Mapping[str, Plain] = field(default_factory=dict)
     failed: bool = False
+
+    def points(self) -> Iterator[tuple[int, str, float]]:
+        """Step, name and number; for numbers by example, the step is the example's index."""
+        for step, values in self.steps.items():
+            yield from ((step, name, value) for name, value in values.items())
+        for name, scores in self.examples.items():
+            yield from ((number, name, score) for number, score in enumerate(scores))
+
+    def last_points(self) -> Iterator[tuple[int, str, float]]:
+        """The numbers of the summary that no step has, at the last step."""
+        written = {name for values in self.steps.values() for name in values}
+        last = max(self.steps, default=0)
+        yield from ((last, name, value) for name, value in self.numbers().items() if name not in written)
+
+    def numbers(self) -> dict[str, float]:
+        """The numbers of the summary."""
+        return {name: value for name, value in self.summary.items() if isinstance(value, int | float)}
+
+    def texts(self) -> dict[str, str | None]:
+        """The rest of the summary."""
+        return {name: value for name, value in self.summary.items() if isinstance(value, str | None)}
 
 
 def tracked_trial(started: RunStarted, outcome: TrialOutcome, group: str) -> TrackedRun:
