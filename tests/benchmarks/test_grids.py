@@ -68,6 +68,20 @@ def test_reviews_near_zero_are_left_out(tmp_path: Path) -> None:
     assert [row["label"] for row in texts.movies(tmp_path)] == ["negative", "positive"]
 
 
+def test_newsgroups_tweets_and_dialogue(tmp_path: Path) -> None:
+    header = "\n".join("\t".join([part] * 12) for part in ("name", "string", "meta")) + "\n\n"
+    (tmp_path / "20newsgroups-train.tab").write_text("Category\tText\nd\tstring\nclass\t\n\nsci.space\tthe moon\n")
+    assert list(texts.newsgroups(tmp_path)) == [{"text": "the moon", "label": "sci.space"}]
+    tweet = "False\t\ten\t\t\t\t\tAnn\t\tVote. https://t.co/x\t\t\n"
+    (tmp_path / "election-tweets-2016.tab").write_text(header + tweet + tweet.replace("False", "True"))
+    assert list(texts.tweets(tmp_path)) == [{"text": "Vote.", "label": "Ann"}]
+    line = "01\t01\t0101\tOne\t{}\t {}\n"
+    lines = [line.format("Ann", "Where is the cat?"), line.format("Bo", "On the red mat."), line.format("Ann", "Ah.")]
+    (tmp_path / "friends-transcripts.tab").write_text(header + "".join(lines))
+    prompt = "Ann: Where is the cat?\nBo: "
+    assert list(texts.dialogue(tmp_path)) == [{"prompt": prompt, "completion": "On the red mat.", "group": "0101"}]
+
+
 def test_ray_tunes_asha_stops_what_is_behind() -> None:
     pytest.importorskip("ray")
     values = {1: 3.0, 2: 2.0, 4: 1.0}
