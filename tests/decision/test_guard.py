@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
 
 from rightrank.decision.adapter import adapter_answer
-from rightrank.decision.adapter_files import Question
+from rightrank.decision.adapter_files import Question, compared_adapters
 from rightrank.decision.guard import guarded
 from rightrank.maths.intervals import estimate
 from rightrank.records import AdapterAnswer, TrialFinished
 from rightrank.records.guard import GuardAnswer, GuardEvaluated
+from rightrank.report.adapter_view import figure_of
+from rightrank.report.draw import draw
 from tests.tiny import UNMEASURED
 
 EXAMPLES = 200
@@ -149,3 +151,18 @@ def test_the_bound_is_the_paired_one() -> None:
     found = estimate((0.01 + GUARD_NOISE[1])[None, :], np.ones(EXAMPLES))
     assert answer.trial_id == "four"
     assert guard.difference_high == pytest.approx(found.bound(guard.confidence))
+
+
+def test_another_learning_rate_of_the_reference_s_rank_is_compared_and_drawn() -> None:
+    adapters = [TOP, Adapter("gentle", 16, 1.0, 0.0, learning_rate=1e-4), Adapter("four", 4, 1.5, 0.2, "top")]
+    adapters[0] = replace(TOP, guard=0.5)
+    answer, guard = judged(*adapters)
+    assert (answer.trial_id, answer.reference_id, guard.holds) == ("gentle", "top", True)
+    trials = [trial(one, place) for place, one in enumerate(adapters)]
+    compared = compared_adapters(answer, trials, QUESTION)
+    assert {one.trial_id for one in compared} == {"gentle", "top", "four"}
+    figure = figure_of(answer, compared, "loss", higher_is_better=False)
+    assert [(mark.x, mark.y) for mark in figure.marks] == [
+        (16, next(t.value for t in trials if t.trial_id == "gentle"))
+    ]
+    assert draw(figure, "svg")

@@ -188,10 +188,17 @@ def select(
     selected = _watched(
         lambda watching: api.select_rank(base, rows, out, settings=settings, watching=watching), quiet, out, log_json
     )
-    if as_json:
-        _print_json(selected)
-    else:
-        _print_answer(selected)
+    _print_selected(selected, as_json)
+
+
+def _print_selected(selected: Selected, as_json: bool) -> None:
+    """Print the answer; a fault in its text is one line, as the run is complete by then."""
+    from rightrank.report.faults import ViewFaults
+
+    faults = ViewFaults()
+    with faults.kept("the text of the answer"):
+        (_print_json if as_json else _print_answer)(selected)
+    faults.require_none(selected.run)
 
 
 def _dry_run(model: str, data: Path, values: dict[str, Any], price_per_hour: float | None, as_json: bool) -> None:
@@ -220,11 +227,9 @@ def demo(out: Path, as_json: bool, quiet: bool, log_json: bool) -> None:
     from rightrank.demo import run_demo
 
     selected = _watched(lambda watching: run_demo(out, watching), quiet, out / "run", log_json)
-    if as_json:
-        _print_json(selected)
-        return
-    _print_answer(selected)
-    click.echo("\nOn your own data:\n  rightrank select PATH/TO/MODEL YOUR_DATA.jsonl --out my-run")
+    _print_selected(selected, as_json)
+    if not as_json:
+        click.echo("\nOn your own data:\n  rightrank select PATH/TO/MODEL YOUR_DATA.jsonl --out my-run")
 
 
 def _watched(run: Callable[[Observer], Found], quiet: bool, out: Path, log_json: bool) -> Found:

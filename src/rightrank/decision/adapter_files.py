@@ -126,16 +126,19 @@ def compared_adapters(
 ) -> list[AdapterCandidate]:
     """Every adapter of a run against the reference of `answer`, by descending rank.
 
-    Of several runs of a rank, the best is shown, or the one that the answer names. Where the journal lacks a run that the
-    answer names, there are its candidates alone.
+    Of several runs of a rank, the best is shown, and every one that the answer names: a guard may hand over another
+    learning rate of the reference's rank. Where the journal lacks a run that the answer names, there are its candidates alone.
     """
     files, table = files_of(outcomes, question)
     named = {answer.trial_id, answer.reference_id, answer.trained_id}
     if not named <= files.keys():
         return answer.candidates
     against = Against(files[answer.reference_id], table, answer.margin, question.trusts_values)
-    best: dict[tuple[int, AdapterOrigin], AdapterFile] = {}
-    for file in sorted(files.values(), key=lambda file: (file.trial.trial_id not in named, file.loss)):
-        if file.trial.truncate_from in (None, answer.trained_id):
-            best.setdefault((file.trial.rank, file.how), file)
-    return [against.judged(file) for _, file in sorted(best.items(), key=lambda one: (-one[0][0], one[0][1]))]
+    shown = [files[trial_id] for trial_id in sorted(named, key=lambda trial_id: files[trial_id].loss)]
+    places = {(file.trial.rank, file.how) for file in shown}
+    for file in sorted(files.values(), key=lambda file: file.loss):
+        place = file.trial.rank, file.how
+        if file.trial.truncate_from in (None, answer.trained_id) and place not in places:
+            places.add(place)
+            shown.append(file)
+    return [against.judged(file) for file in sorted(shown, key=lambda file: (-file.trial.rank, file.how))]

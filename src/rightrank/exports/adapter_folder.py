@@ -26,24 +26,16 @@ class AdapterCardFacts:
     guard: GuardAnswer | None = None
 
 
-def hand_over(
-    trial_adapter: Path,
-    target: Path,
-    started: RunStarted,
-    trial: TrialFinished,
-    decision: Decision | None,
-    tests: list[tuple[str, TestEvaluated]],
-    figures: Path,
-    adapter: AdapterCardFacts,
-) -> None:
-    """Copy the trial's adapter to `target`, with its card and the card's figures. `target` is replaced."""
+def hand_over(trial_adapter: Path, target: Path, figures: Path, card: str | None) -> None:
+    """Copy the trial's adapter to `target`, with its card, if there is one, and the card's figures. `target` is replaced."""
     with replacing_folder(target) as temporary:
         for path in sorted(path for path in trial_adapter.iterdir() if path.is_file()):
             shutil.copy2(path, temporary / path.name)
         for name in (PICTURE, CURVE):
             if (figures / name).exists():
                 shutil.copy2(figures / name, temporary / name)
-        (temporary / "README.md").write_text(model_card(started, trial, decision, tests, adapter), encoding="utf-8")
+        if card is not None:
+            (temporary / "README.md").write_text(card, encoding="utf-8")
 
 
 def model_card(

@@ -8,6 +8,7 @@ from typing import Protocol
 
 from rightrank.records import RunEvent, RunStarted, TrialOutcome
 from rightrank.records.observer import Observer
+from rightrank.report.faults import VIEW_FAULTS, described
 
 
 class View(Protocol):
@@ -27,7 +28,8 @@ class View(Protocol):
 
 
 def observer_of(views: Sequence[View], notice: Callable[[str], None], should_stop: Callable[[], bool]) -> Observer:
-    """The observer that passes everything on to every view."""
+    """The observer that passes everything on to every view. A view with a fault is left out from then on, with a notice."""
+    views = [view if isinstance(view, _Watched) else _Guarded(view, notice) for view in views]
 
     def on_event(event: RunEvent) -> None:
         for view in views:
@@ -75,6 +77,41 @@ class _Watched:
         self.time = observer.on_time
         self.resume = observer.on_resume
         self.event = observer.on_event
+
+
+class _Guarded:
+    """A view of our own, which can't end a run: after its first fault it receives nothing more."""
+
+    def __init__(self, view: View, notice: Callable[[str], None]) -> None:
+        self._view: View | None = view
+        self._notice = notice
+
+    def plan(self, started: RunStarted, arms: int, steps: int) -> None:
+        self._pass(lambda view: view.plan(started, arms, steps))
+
+    def cost(self, trainings: float) -> None:
+        self._pass(lambda view: view.cost(trainings))
+
+    def cost_limit(self, trainings: float) -> None:
+        self._pass(lambda view: view.cost_limit(trainings))
+
+    def time(self, seconds: float) -> None:
+        self._pass(lambda view: view.time(seconds))
+
+    def resume(self, outcomes: Sequence[TrialOutcome]) -> None:
+        self._pass(lambda view: view.resume(outcomes))
+
+    def event(self, event: RunEvent) -> None:
+        self._pass(lambda view: view.event(event))
+
+    def _pass(self, show: Callable[[View], None]) -> None:
+        if self._view is None:
+            return
+        try:
+            show(self._view)
+        except VIEW_FAULTS as error:
+            self._view = None
+            self._notice(f"no more progress is shown: it failed ({described(error)}); the run goes on")
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from rightrank.decision.collapse import DROP_IN_MARGINS
 from rightrank.decision.judged import decide_judged
@@ -88,12 +88,15 @@ def select_custom(request: CustomRequest, trainer: Trainer, folder: RunFolder, o
             trainer.evaluate,
         )
         decision = selection.run(executor)
-        if request.judgements is not None:
+        if request.judgements is not None and (decision is not None or request.settings.goal == "adapter"):
             decision = judged_decision(selection, decision, request.judgements, request.judged_margin)
         adapter = hand_over_saved(selection, decision)
         if decision is not None:
             trackers.decided(decision)
-        found = answers(selection.records, decision, request.settings.goal)
+        found: dict[str, Any] = {}
+        with selection.faults.kept("the answer"):
+            found = answers(selection.records, decision, request.settings.goal)
+        selection.faults.require_none(folder.path)
         return Selected(decision, folder.path, adapter, folder.report, found)
 
 

@@ -21,6 +21,7 @@ from rightrank.selection.handover import final_answer, hand_over_answer, hand_ov
 from rightrank.selection.loop import Selection
 from rightrank.selection.rescoring import adapter_of
 from rightrank.selection.start import PreparedSelection
+from rightrank.settings import Goal
 from rightrank.strategies.sweep import sweep_rows
 from rightrank.views import answers
 
@@ -43,10 +44,16 @@ def finalize(prepared: PreparedSelection, decision: Decision | None) -> Selected
     """Evaluate on the test split, write samples, and hand over the adapter. `decision` is None where only the adapter was asked for.
 
     What an interrupted run has done of this already is not done again.
+
+    Raises:
+        RunError: a view has a fault; adapter and journal are complete.
     """
     selection, runtime, observer = prepared.selection, prepared.prepared.runtime, prepared.observer
     if prepared.estimate is not None:
-        observer.notice(selection.compared_with(prepared.estimate))
+        line = ""
+        with selection.faults.kept("the comparison with the estimate"):
+            line = selection.compared_with(prepared.estimate)
+        observer.notice(line)
     records, folder = selection.records, selection.folder
     answer, guard = apply_guards(selection, runtime, prepared.guards, final_answer(selection, decision))
     read = [
@@ -66,12 +73,22 @@ def finalize(prepared: PreparedSelection, decision: Decision | None) -> Selected
         prepared.trackers.decided(decision)
     if prepared.request.settings.certify:
         observer.notice(certify_selection(selection, runtime, decision, _steps_only(observer)).sentence())
+    selected = None
+    with selection.faults.kept("the answer"):
+        selected = _selected(selection, decision, prepared.prepared.settings.goal)
+    selection.faults.require_none(folder.path)
+    assert selected is not None
+    return selected
+
+
+def _selected(selection: Selection, decision: Decision | None, goal: Goal) -> Selected:
+    records, folder = selection.records, selection.folder
     return Selected(
         decision,
         folder.path,
         folder.adapter,
         folder.report,
-        answers(records, decision, prepared.prepared.settings.goal),
+        answers(records, decision, goal),
         records.samples,
         sweep_rows(records.started, records.outcomes),
         trainings(records),

@@ -15,7 +15,7 @@ from rightrank.decision.adapter_files import compared_adapters
 from rightrank.decision.answers import question_of
 from rightrank.decision.run import Records, best_trial
 from rightrank.errors import AllTrialsFailedError
-from rightrank.exports.adapter_folder import AdapterCardFacts, hand_over
+from rightrank.exports.adapter_folder import AdapterCardFacts, hand_over, model_card
 from rightrank.io.reading import UnreadableError, read_json_object
 from rightrank.records import AdapterAnswer, Decision, DecisionRecorded, GuardAnswer, HandedOver
 from rightrank.report.adapter_view import candidate_table, figure_of
@@ -36,13 +36,32 @@ def hand_over_answer(
 ) -> None:
     """Make `adapter/` the answer to the first question, and record it in the journal.
 
-    A second call with the same answer writes the card again, with what is known by then.
+    A second call with the same answer writes the card again, with what is known by then. Without a card, where that has a
+    fault, the adapter is handed over all the same.
     """
     records, folder = selection.records, selection.folder
     saved = folder.finished_adapter(answer.trial_id)
     handed_over = _handed_over(records, answer, saved)
-    trials = {trial.trial_id: trial for trial in records.finished()}
-    chosen = trials[answer.trial_id]
+    with selection.faults.kept("the figure of the adapters"):
+        started, adapters = records.started, compared_adapters(answer, records.plain(), question_of(records))
+        write_figures(folder.figures, [figure_of(answer, adapters, started.metric, started.higher_is_better)])
+    card = None
+    with selection.faults.kept("the adapter's card"):
+        card = _card(records, answer, decision, handed_over, guard)
+    hand_over(saved, folder.adapter, folder.figures, card)
+    last = records.adapters[-1] if records.adapters else None
+    if last is None or (last.answer, last.handed_over, last.guard) != (answer, handed_over, guard):
+        selection.keep_adapter(answer, handed_over, guard)
+
+
+def _card(
+    records: Records,
+    answer: AdapterAnswer,
+    decision: Decision | None,
+    handed_over: HandedOver,
+    guard: GuardAnswer | None,
+) -> str:
+    chosen = next(trial for trial in records.finished() if trial.trial_id == answer.trial_id)
     facts = AdapterCardFacts(
         sentence=answer.sentence,
         making=making_of(chosen, records.finished()),
@@ -51,12 +70,7 @@ def hand_over_answer(
         candidates=candidate_table(answer, records.started.metric),
         guard=guard,
     )
-    started, adapters = records.started, compared_adapters(answer, records.plain(), question_of(records))
-    write_figures(folder.figures, [figure_of(answer, adapters, started.metric, started.higher_is_better)])
-    hand_over(saved, folder.adapter, started, chosen, decision, test_rows(records), folder.figures, facts)
-    last = records.adapters[-1] if records.adapters else None
-    if last is None or (last.answer, last.handed_over, last.guard) != (answer, handed_over, guard):
-        selection.keep_adapter(answer, handed_over, guard)
+    return model_card(records.started, chosen, decision, test_rows(records), facts)
 
 
 def hand_over_at_end(
@@ -64,13 +78,19 @@ def hand_over_at_end(
 ) -> None:
     """Write the adapter, its card, the report and the figures, and the decision into the journal; drop the working files."""
     records, folder = selection.records, selection.folder
-    write_figures(folder.figures, figures_of(records, decision))
+    _write_figures(selection, decision)
     hand_over_answer(selection, answer, decision, guard)
     if decision is not None:
         folder.journal.append(DecisionRecorded(decision=decision, adapter_trial_id=answer.trial_id))
     selection.write_views(decision)
-    write_figures(folder.figures, further_figures(records, folder.adapter))
+    with selection.faults.kept("the figures of the adapter"):
+        write_figures(folder.figures, further_figures(records, folder.adapter))
     folder.drop_working_files()
+
+
+def _write_figures(selection: Selection, decision: Decision | None) -> None:
+    with selection.faults.kept("the figures"):
+        write_figures(selection.folder.figures, figures_of(selection.records, decision))
 
 
 def hand_over_saved(selection: Selection, decision: Decision | None) -> Path | None:
@@ -79,11 +99,11 @@ def hand_over_saved(selection: Selection, decision: Decision | None) -> Path | N
     Returns:
         The adapter's folder; None if the trainer saved nothing.
     """
-    records, folder = selection.records, selection.folder
+    folder = selection.folder
     answer = final_answer(selection, decision)
     saved = folder.trial_adapter(answer.trial_id)
     adapter = folder.adapter if any(path.is_file() for path in saved.iterdir()) else None
-    write_figures(folder.figures, figures_of(records, decision))
+    _write_figures(selection, decision)
     if adapter is not None:
         hand_over_answer(selection, answer, decision)
     if decision is not None:

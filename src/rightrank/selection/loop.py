@@ -36,6 +36,7 @@ from rightrank.records import (
 )
 from rightrank.records.observer import Observer
 from rightrank.records.plan import SelectionCost
+from rightrank.report.faults import ViewFaults
 from rightrank.report.format import size
 from rightrank.report.plan_table import took_line
 from rightrank.selection.early import made_with_others
@@ -81,6 +82,7 @@ class Selection:
         self._options = options or LoopOptions()
         self._next_views = 0.0  # by the monotonic clock
         self._printed = 0  # notes of the strategy
+        self.faults = ViewFaults()
         existing = folder.journal.read()
         if existing:
             require_same_run(folder, existing[0], started)
@@ -139,10 +141,12 @@ class Selection:
 
     def _print_notes(self) -> None:
         """Pass the strategy's new lines to the observer."""
-        notes = self._strategy.notes(History.of(self.records.outcomes))
+        notes: Sequence[str] = ()
+        with self.faults.kept("the notes"):
+            notes = self._strategy.notes(History.of(self.records.outcomes))
         for line in notes[self._printed :]:
             self._observer.notice(line)
-        self._printed = len(notes)
+        self._printed = max(self._printed, len(notes))
 
     @property
     def base_loss(self) -> float | None:
@@ -176,8 +180,8 @@ class Selection:
             self._write_views_so_far()
             raise AllTrialsFailedError(f"the first {len(failed)} trials failed (the first: {failed[0].reason})")
 
-    def decide(self) -> Decision:
-        """The decision on the trials that the strategy takes as evidence.
+    def decide(self) -> Decision | None:
+        """The decision on the trials that the strategy takes as evidence; None where it has a fault, which `faults` keeps.
 
         Raises:
             DeviceMemoryError: every trial ran out of memory.
@@ -191,14 +195,17 @@ class Selection:
             memory = all(isinstance(outcome, TrialFailed) and outcome.error == "out_of_memory" for outcome in trained)
             error = DeviceMemoryError if memory and trained else AllTrialsFailedError
             raise error(f"none of {len(reasons)} trials ended with a result{first}; {self._options.advice}")
+        decision = None
         try:
-            return decide_run(self.records, self._evidence())
+            with self.faults.kept("the decision", but=(ResultsError,)):
+                decision = decide_run(self.records, self._evidence())
         except ResultsError:
             self._write_views_so_far()
             raise AllTrialsFailedError(
                 f"fewer than two ranks have a whole training: there is nothing to compare{first}; "
                 f"{self._options.advice}, or a larger budget"
             ) from None
+        return decision
 
     def compared_with(self, estimate: SelectionCost) -> str:
         """A line for a person: what the run took and what was estimated."""
@@ -209,13 +216,17 @@ class Selection:
         return took_line(estimate, steps / estimate.steps, seconds)
 
     def write_views(self, decision: Decision | None) -> None:
-        write_views(self.folder, self.records, decision, self._options.goal)
+        with self.faults.kept("the report"):
+            write_views(self.folder, self.records, decision, self._options.goal)
 
     def _write_views_so_far(self) -> None:
         """Write the report; with many trials it takes longer, so the next one waits in proportion."""
         started = time.monotonic()
-        asked = self._options.goal == "training-rank"
-        self.write_views(decision_so_far(self.records, self._evidence()) if asked else None)
+        decision = None
+        if self._options.goal == "training-rank":
+            with self.faults.kept("the decision"):
+                decision = decision_so_far(self.records, self._evidence())
+        self.write_views(decision)
         ended = time.monotonic()
         self._next_views = ended + (ended - started) / MAX_VIEWS_SHARE
 
