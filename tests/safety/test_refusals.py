@@ -17,15 +17,13 @@ from safetensors.numpy import save_file
 
 from rightrank.api import decide, inspect, plan
 from rightrank.errors import DataError, InputError, ModelError, ResultsError, RunFolderError, SettingsError
-from rightrank.io.adapter_folder import open_adapter
 from rightrank.io.checkpoints import load_checkpoint
 from rightrank.io.config import read_config
 from rightrank.io.data import load_data
 from rightrank.io.models import load_model
-from rightrank.io.patterns import pattern_matches
 from rightrank.io.run_folder import RunFolder
 from rightrank.io.weights import open_weights
-from rightrank.runs import export, status, write_report
+from rightrank.runs import status
 from rightrank.settings.plan import make_plan_settings
 from tests.report.runs import made_up_run
 from tests.tiny import sentences, small_settings, write_jsonl
@@ -151,25 +149,6 @@ def test_safetensors_headers_that_lie(tmp_path: Path, length: int | None, header
     require_refused(lambda: open_weights(folder), "not a readable safetensors file", ModelError)
 
 
-def test_a_small_parquet_file_of_a_very_large_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import pyarrow
-    import pyarrow.parquet
-
-    path = tmp_path / "bomb.parquet"
-    column = pyarrow.DictionaryArray.from_arrays(pyarrow.array(np.zeros(3_000_000, np.int32)), pyarrow.array(["a"]))
-    pyarrow.parquet.write_table(pyarrow.table({"text": column}), path, compression="zstd")
-    assert path.stat().st_size < 100_000
-    require_refused(
-        lambda: load_data(path, small_settings()), r"3,000,000 rows in [\d,]+ bytes are implausible", DataError
-    )
-    monkeypatch.setattr("rightrank.io.rows.ALWAYS_ALLOWED_BYTES", 2**20)
-    wide = pyarrow.table({"text": pyarrow.array(["a" * 2**20, "b" * 2**20])})
-    pyarrow.parquet.write_table(wide, path, compression="zstd", use_dictionary=False)
-    require_refused(
-        lambda: load_data(path, small_settings()), r"bytes that expand to [\d,]+ are implausible", DataError
-    )
-
-
 ALIASES = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
     f"{name}: &{name} [{','.join(['*' + before] * 9)}]\n" for before, name in zip("abcdefgh", "bcdefghi", strict=True)
 )
@@ -244,23 +223,6 @@ def test_model_configurations_without_end(
     require_refused(lambda: plan(str(tmp_path), settings=settings), message, ModelError)
 
 
-@pytest.mark.parametrize("pattern", ["(a+)+b", "(.*)*x", "(a|aa)+$b"])
-def test_a_pattern_that_never_ends(tmp_path: Path, pattern: str) -> None:
-    name = "a" * 60 + "!"
-    folder = adapter(
-        tmp_path / "adapter",
-        {"rank_pattern": {pattern: 2}},
-        **{f"base_model.model.{name}.lora_A.weight": [2, 4], f"base_model.model.{name}.lora_B.weight": [3, 2]},
-    )
-    assert find_in(lambda _data, _folder: (open_adapter(folder), None)[1], b"", Path()) is None
-
-
-def test_the_limit_of_a_pattern_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rightrank.io.patterns.MATCH_SECONDS", 1e-9)
-    with pytest.raises(ModelError, match="takes longer than"):
-        pattern_matches("(((a*)*)*)*b", "a" * 4000)
-
-
 # names and links that lead elsewhere
 
 
@@ -281,28 +243,6 @@ def test_trial_ids_that_are_paths(tmp_path: Path, trial_id: str) -> None:
     folder = RunFolder(tmp_path)
     require_refused(lambda: folder.checkpoint(trial_id), "trial id .* is not allowed", RunFolderError)
     require_refused(lambda: folder.trial_adapter(trial_id), "trial id .* is not allowed", RunFolderError)
-
-
-@pytest.mark.parametrize(
-    "entry", ["adapter", "checkpoints", "report.html", "figures", "exports/peft", "trials/x/adapter.bin"]
-)
-def test_links_out_of_a_run_folder(tmp_path: Path, entry: str) -> None:
-    outside = tmp_path / "outside"
-    outside.mkdir()
-    run = run_folder(tmp_path / "run")
-    (run.path / entry).parent.mkdir(parents=True, exist_ok=True)
-    (run.path / entry).symlink_to(outside)
-    message = "a link out of the run folder"
-    require_refused(lambda: write_report(run.path), message, RunFolderError)
-    require_refused(lambda: export(run.path, "peft"), message, RunFolderError)
-    require_refused(lambda: status(run.path), message, RunFolderError)
-
-    def lock() -> None:
-        with run.locked():
-            pass
-
-    require_refused(lock, message, RunFolderError)
-    assert not any(outside.iterdir())
 
 
 def test_a_run_folder_may_itself_be_a_link_and_hold_links_inside(tmp_path: Path) -> None:

@@ -164,3 +164,8 @@ def report_disk_errors(folder: Path) -> Iterator[None]:
         if error.errno not in _DISK_ERRORS:
             raise
         raise RunError(f"{folder}: can't write there ({error.strerror}); {advice}") from None
+
+
+def cache_folder() -> Path:
+    """The user's cache folder of `rightrank`, where the packages of Hugging Face would have it."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rightrank"

@@ -7,27 +7,13 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import regex
-
-from rightrank.errors import ModelError
-
-MATCH_SECONDS = 0.5  # a pattern that takes longer on one name may never end on another
-
 
 def pattern_matches(key: str, name: str) -> bool:
-    """Whether PEFT applies a key of `rank_pattern` or `alpha_pattern` to the module `name`.
-
-    Raises:
-        ModelError: matching takes longer than `MATCH_SECONDS`.
-    """
+    """Whether PEFT applies a key of `rank_pattern` or `alpha_pattern` to the module `name`; a wrong expression matches none."""
     try:
-        return regex.match(rf"(.*\.)?({key})$", name, timeout=MATCH_SECONDS) is not None
-    except regex.error:
+        return re.match(rf"(.*\.)?({key})$", name) is not None
+    except (re.error, OverflowError, RecursionError):
         return False
-    except TimeoutError:
-        raise ModelError(
-            f"the pattern {key!r} takes longer than {MATCH_SECONDS:g} s to match a module's name; give plain names"
-        ) from None
 
 
 def pattern_value(pattern: Mapping[str, Any], name: str, default: Any) -> Any:

@@ -31,9 +31,6 @@ SPLIT_NAMES: dict[str, SplitName] = {
     "eval": "selection",
     "test": "test",
 }
-# Limits on what a Parquet file expands to; a file beyond them is meant to fill the memory.
-ALWAYS_ALLOWED_ROWS, MAX_ROWS_PER_BYTE = 1_000_000, 4
-ALWAYS_ALLOWED_BYTES, MAX_GROWTH = 2**28, 200
 MAX_LINE_CHARACTERS = 2**26  # of a JSONL line; 64 MiB in one example is a mistake
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(:[\w.-]+)?")
 _CSV_FIELD_LIMIT = 2**24  # characters
@@ -231,7 +228,6 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
 
     try:
         file = pyarrow.parquet.ParquetFile(path)
-        _require_plausible_size(path, file.metadata)
         number = 0
         for batch in file.iter_batches():
             for fields in batch.to_pylist():
@@ -240,17 +236,6 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
         # ValueError and OverflowError: dates and texts that Python can't represent
         raise DataError(f"{path}: not a readable Parquet file ({error}); write it again") from None
-
-
-def _require_plausible_size(path: Path, metadata: Any) -> None:
-    """Reject a small file that expands to a very large table, before reading it."""
-    size = path.stat().st_size
-    groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
-    grown = sum(max(0, group.total_byte_size) for group in groups)
-    if metadata.num_rows > max(ALWAYS_ALLOWED_ROWS, MAX_ROWS_PER_BYTE * size):
-        raise DataError(f"{path}: {metadata.num_rows:,} rows in {size:,} bytes are implausible; write the file again")
-    if grown > max(ALWAYS_ALLOWED_BYTES, MAX_GROWTH * size):
-        raise DataError(f"{path}: {size:,} bytes that expand to {grown:,} are implausible; write the file again")
 
 
 def is_hub_name(name: str) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
@@ -37,12 +36,11 @@ class RunFolder:
         """The run folder at `path`.
 
         Raises:
-            RunFolderError: no folder, no journal in it, or links out of it.
+            RunFolderError: no folder, or no journal in it.
         """
         folder = cls(Path(path))
         if not folder.journal.path.is_file():
             raise RunFolderError(f"{path}: no journal.jsonl there; give a folder that `rightrank select --out` made")
-        folder.reject_external_symlinks()
         return folder
 
     def checkpoint(self, trial_id: str) -> Path:
@@ -100,7 +98,6 @@ class RunFolder:
             ) from None
         try:
             self._require_run_folder()
-            self.reject_external_symlinks()
             sweep_leftovers(self.path)
             yield
         finally:
@@ -124,21 +121,6 @@ class RunFolder:
             raise RunFolderError(
                 f"{self.path}: the folder holds files but no journal.jsonl; give an empty or a new folder"
             )
-
-    def reject_external_symlinks(self) -> None:
-        """Reject symbolic links out of the folder: their targets would be overwritten, exported or pushed.
-
-        Raises:
-            RunFolderError: there is one. The folder itself may be a link.
-        """
-        inside = self.path.resolve()
-        for folder, folders, files in os.walk(inside):
-            for name in (*folders, *files):
-                entry = Path(folder, name)
-                if entry.is_symlink() and not entry.resolve().is_relative_to(inside):
-                    raise RunFolderError(
-                        f"{entry}: a link out of the run folder; replace it by a copy of its target, or remove it"
-                    )
 
     def write_config(self, values: dict[str, Any]) -> None:
         write_text(self.config, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))

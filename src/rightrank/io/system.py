@@ -12,8 +12,7 @@ from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 
-from platformdirs import user_cache_path
-
+from rightrank.io.files import cache_folder
 from rightrank.records.doctor import Doctor, DoctorExtra, DoctorPlace
 from rightrank.version import __version__
 
@@ -106,7 +105,7 @@ def _places() -> Iterator[DoctorPlace]:
     for purpose, path in (
         ("run folders (the present folder)", Path.cwd()),
         ("temporary files", Path(tempfile.gettempdir())),
-        ("calibration", user_cache_path("rightrank")),
+        ("calibration", cache_folder()),
         ("models of the hub", Path(hub)),
     ):
         there = next((one for one in (path, *path.parents) if one.exists()), path)

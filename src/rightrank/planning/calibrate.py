@@ -19,7 +19,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from peft import get_peft_model
-from platformdirs import user_cache_path
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
@@ -27,7 +26,7 @@ from rightrank.engine.loss import OutputHead, chunked_cross_entropy
 from rightrank.engine.memory import PeakMemory
 from rightrank.engine.targets import without_peft_noise
 from rightrank.errors import SettingsError
-from rightrank.io.files import write_text
+from rightrank.io.files import cache_folder, write_text
 from rightrank.io.models import DTYPES, find_device, quantisation, quiet_third_parties, require_quantisation
 from rightrank.planning.estimate import Estimator, RankEstimate
 from rightrank.planning.simulate import PERSISTENT
@@ -102,7 +101,7 @@ def stored_calibration(config: Any, settings: PlanSettings) -> Calibration | Non
     try:
         return None if values is None else Calibration(**values)
     except TypeError:
-        return None  # of an earlier version: measured again on demand
+        return None  # of another form: measured again on demand
 
 
 def calibration_key(config: Any, settings: PlanSettings) -> str:
@@ -241,7 +240,7 @@ def _loss(adapted: Any, base: Any, ids: torch.Tensor, settings: PlanSettings) ->
 
 
 def _path() -> Path:
-    return user_cache_path("rightrank") / "calibration.json"
+    return cache_folder() / "calibration.json"
 
 
 def _read() -> dict[str, Any]:

@@ -18,7 +18,6 @@ from math import log10
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
 
 from rightrank.decision.run import Records
 from rightrank.records import (
@@ -132,11 +131,11 @@ def render_report(
             certificates=records.certificates,
             not_tested=not_tested(records, decision),
             command=reproduce_command(records.started.settings),
-            svg=lambda figure: Markup(inline_svg(figure)),
-            style=Markup(asset("templates", "report.css")),
-            library=Markup(library),
-            script=Markup(script),
-            page_data=Markup(script_json(page_data)),
+            svg=inline_svg,
+            style=asset("templates", "report.css"),
+            library=library,
+            script=script,
+            page_data=script_json(page_data),
             script_hashes=" ".join(f"'{script_hash(text)}'" for text in (library, script)),
         )
     )
@@ -160,8 +159,8 @@ def environment() -> Environment:
 
 
 def _finalize(value: Any) -> Any:
-    """Makes the control characters of every text visible."""
-    return visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+    """Makes the control characters of every text visible, but of what a template calls safe."""
+    return visible(value) if isinstance(value, str) and not hasattr(value, "__html__") else value
 
 
 def _cell(value: Any) -> str:

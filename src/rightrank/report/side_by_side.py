@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from markupsafe import Markup
-
 from rightrank.decision.run import Records
 from rightrank.records import Decision
 from rightrank.report.draw import inline_svg
@@ -42,7 +40,7 @@ def render_side_by_side(runs: Sequence[ShownRun]) -> str:
             columns=[_column(number, run) for number, run in enumerate(runs)],
             names=[run.name for run in runs],
             differing=differing_settings(runs),
-            style=Markup(asset("templates", "report.css")),
+            style=asset("templates", "report.css"),
         )
     )
 
@@ -72,9 +70,9 @@ def _column(number: int, run: ShownRun) -> dict[str, object]:
     }
 
 
-def _svg(number: int, figure: Figure) -> Markup:
+def _svg(number: int, figure: Figure) -> str:
     """The drawing, with ids that no other column has."""
-    return Markup(inline_svg(replace(figure, name=f"{figure.name}-{number}")))
+    return inline_svg(replace(figure, name=f"{figure.name}-{number}"))
 
 
 def differing_settings(runs: Sequence[ShownRun]) -> list[tuple[str, list[str]]]:
