@@ -4,12 +4,14 @@
 
 NAME is one of `GRIDS`; `real_training.py` says what a grid holds. All ranks × learning rates of a seed share passes over the base,
 stage by stage. FOLDER keeps what is finished, and the same command resumes. Seeds come one after the other, and each is stored
-as soon as it is whole: a grid that has fewer seeds than its setting asks for is marked `partial`.
+as soon as it is whole: a grid that has fewer seeds than its setting asks for is marked `partial`, and the same command trains
+the missing ones, with or without FOLDER.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -26,7 +28,6 @@ from benchmarks.selection.real_training import (
     stages,
     store,
     test_grids,
-    whole_seeds,
 )
 from rightrank.records import Arm, Trial, TrialFinished, trial_id
 from rightrank.settings import make_settings
@@ -109,15 +110,23 @@ def run_all(shop: Workshop, arms: Sequence[Arm]) -> None:
 
 
 def store_grid(name: str, shop: Workshop, model: str, out: Path) -> None:
-    """The whole seeds so far."""
-    settings = shop.settings
+    """The whole seeds so far, joined to those that the grid's file has."""
+    settings, file = shop.settings, out / f"{name}.json"
     extra = {"model": model, "settings": settings.model_dump(mode="json", exclude_defaults=True)}
-    curve = curve_of(name, shop, 1.0, extra)
-    curve["source"] = "benchmarks/selection/long_grids.py"
-    curve["partial"] = set(settings.seeds) != whole_seeds(shop)
+    curve = curve_of(name, shop, 1.0, extra) | {"source": "benchmarks/selection/long_grids.py"}
     curve["test_grids"] = test_grids(shop, set(curve["seeds"]))
+    seeds = {*curve["seeds"], *stored_seeds(file)}
+    curve["partial"] = seeds != set(settings.seeds)
     out.mkdir(parents=True, exist_ok=True)
-    store([curve], out / f"{name}.json")
+    store([curve], file)
+
+
+def stored_seeds(file: Path) -> set[int]:
+    """The seeds of a grid's file; none before it is there."""
+    if not file.exists():
+        return set()
+    (curve,) = json.loads(file.read_text())["curves"]
+    return set(curve["seeds"])
 
 
 def main() -> None:
@@ -133,7 +142,8 @@ def main() -> None:
     torch.set_num_threads(1)
     settings = make_settings(GRIDS[options.name])
     shop = open_workshop(options.model, options.data, settings, options.work)
-    for seed in () if options.store_only else settings.seeds:
+    missing = [seed for seed in settings.seeds if seed not in stored_seeds(options.out / f"{options.name}.json")]
+    for seed in () if options.store_only else missing:
         train_seed(shop, seed)
         store_grid(options.name, shop, options.model_name, options.out)
     if options.store_only:

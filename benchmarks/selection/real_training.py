@@ -17,6 +17,7 @@ import argparse
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from math import isclose
 from pathlib import Path
 from typing import Any
 
@@ -371,7 +372,9 @@ def store(curves: list[dict[str, Any]], out: Path) -> None:
 
 def with_seeds_of(curve: dict[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:
     """`curve` with the seeds that only the known one of the same setting has."""
-    assert curve["base"] == known["base"], f"{curve['id']}: the stored base loss {known['base']} is of another setting"
+    assert isclose(curve["base"], known["base"], rel_tol=1e-3), (
+        f"{curve['id']}: the stored base loss {known['base']} is of another setting"
+    )
     missing = {str(seed) for seed in set(known["seeds"]) - set(curve["seeds"])}
 
     def joined(new: Any, old: Any) -> Any:
