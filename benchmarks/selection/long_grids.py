@@ -14,6 +14,7 @@ import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -24,6 +25,7 @@ from benchmarks.selection.real_training import (
     curve_of,
     cuts_of,
     open_workshop,
+    place,
     recoveries_of,
     stages,
     store,
@@ -114,11 +116,32 @@ def store_grid(name: str, shop: Workshop, model: str, out: Path) -> None:
     settings, file = shop.settings, out / f"{name}.json"
     extra = {"model": model, "settings": settings.model_dump(mode="json", exclude_defaults=True)}
     curve = curve_of(name, shop, 1.0, extra) | {"source": "benchmarks/selection/long_grids.py"}
-    curve["test_grids"] = test_grids(shop, set(curve["seeds"]))
+    curve["test_grids"], curve["test_items"] = test_grids(shop, set(curve["seeds"]))
+    curve |= along(shop, set(curve["seeds"]))
     seeds = {*curve["seeds"], *stored_seeds(file)}
     curve["partial"] = seeds != set(settings.seeds)
     out.mkdir(parents=True, exist_ok=True)
     store([curve], file)
+
+
+def along(shop: Workshop, seeds: set[int]) -> dict[str, Any]:
+    """What changes during a training: values of the examples at the checkpoints, and the loss of every step."""
+    steps, name = shop.settings.max_steps, shop.settings.metric_name
+    assert steps is not None
+    parts = {round(part * steps): f"{part:g}" for part in shop.checkpoints}
+    items: dict[str, Any] = {part: {} for part in parts.values()}
+    losses: dict[str, Any] = {}
+    for arm, outcome in shop.outcomes.items():
+        if not isinstance(outcome, TrialFinished) or arm.rank == 0 or arm.seed not in seeds:
+            continue
+        if arm.is_annealed or arm.truncate_from is not None:
+            continue
+        if arm.stop_at in parts:
+            scores, _ = outcome.items(name) or ([], [])
+            place(items[parts[arm.stop_at]], arm.rank, arm.learning_rate, arm.seed, [round(one, 3) for one in scores])
+        elif arm.stop_at is None:
+            place(losses, arm.rank, arm.learning_rate, arm.seed, [round(one, 3) for one in outcome.train_losses])
+    return {"checkpoint_items": items, "train_losses": losses}
 
 
 def stored_seeds(file: Path) -> set[int]:

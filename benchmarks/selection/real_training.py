@@ -66,6 +66,9 @@ SEEDED = (  # parts of a curve that have a value for every seed
     "recovery_items",
     "item_losses",
     "test_grids",
+    "test_items",
+    "checkpoint_items",
+    "train_losses",
 )
 CHECKPOINTS = (LOOK, 0.25, 0.5)  # of a horizon
 
@@ -223,27 +226,35 @@ def recoveries_of(shop: Workshop, parent: TrialFinished) -> list[Arm]:
     return [recovery(shop.space, parent, rank) for rank in (parent.rank, *low)]
 
 
-def test_grids(shop: Workshop, seeds: set[int]) -> dict[str, Any]:
-    """Values on the test split of every trained and truncated adapter of a whole training; kept in `tests.json`."""
+def test_grids(shop: Workshop, seeds: set[int]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Of every trained and truncated adapter of a whole training: values on the test split, and those of its examples.
+
+    The examples' values are summed losses, or scores; `tests.json` keeps both.
+    """
     kept = shop.folder.path / "tests.json"
-    values: dict[str, float] = json.loads(kept.read_text()) if kept.exists() else {}
+    known: dict[str, list[Any]] = json.loads(kept.read_text()) if kept.exists() else {}
     learning_rates = {o.trial_id: o.learning_rate for o in shop.outcomes.values() if isinstance(o, TrialFinished)}
-    grids: dict[str, Any] = {"trained": {}, "truncated": {}, "recovered": {}}
+    values: dict[str, Any] = {"trained": {}, "truncated": {}, "recovered": {}}
+    items: dict[str, Any] = {kind: {} for kind in values}
     for outcome in shop.outcomes.values():
         if not isinstance(outcome, TrialFinished) or outcome.rank == 0 or outcome.stop_at is not None:
             continue
         identity, parent = outcome.trial_id, outcome.truncate_from
         if outcome.seed not in seeds or (parent is not None and parent not in learning_rates):
             continue
-        if identity not in values:
+        if identity not in known:
             with adapter_attached(shop.runtime, shop.folder.trial_adapter(identity)):
-                found = shop.runtime.evaluate("test").metrics[shop.settings.metric_name]
-            values[identity] = round(found, DIGITS)
-            kept.write_text(json.dumps(values))
+                found = shop.runtime.evaluate("test")
+            name = shop.settings.metric_name
+            scores = found.by_example.get(name, found.losses)
+            known[identity] = [round(found.metrics[name], DIGITS), [round(score, 3) for score in scores]]
+            kept.write_text(json.dumps(known))
         kind = "trained" if parent is None else "recovered" if outcome.steps else "truncated"
         learning_rate = outcome.learning_rate if parent is None else learning_rates[parent]
-        place(grids[kind], outcome.rank, learning_rate, outcome.seed, values[identity])
-    return grids
+        value, scores = known[identity]
+        place(values[kind], outcome.rank, learning_rate, outcome.seed, value)
+        place(items[kind], outcome.rank, learning_rate, outcome.seed, scores)
+    return values, items
 
 
 def write_adapter_of_checkpoint(folder: RunFolder, identity: str) -> None:
@@ -422,7 +433,7 @@ def main() -> None:
         train_grid(shop)
     extra = {"model": Path(options.model).name, "settings": settings.model_dump(mode="json", exclude_defaults=True)}
     curves = [curve_of(options.name, shop, horizon, extra) for horizon in horizons(settings)]
-    curves[-1]["test_grids"] = test_grids(shop, set(curves[-1]["seeds"]))
+    curves[-1]["test_grids"], _ = test_grids(shop, set(curves[-1]["seeds"]))
     store(curves, options.out)
 
 
