@@ -37,12 +37,17 @@ def attached(
         peft_model = wrapped(model, config)
     try:
         initialise(peft_model, arm, arm.init_lora_weights or settings.init_lora_weights, rows=rows)
-        for module in peft_model.modules():
-            if isinstance(module, LoraLayer):
-                module.lora_dropout.train()
+        adapters_in_training(peft_model)
         yield peft_model
     finally:
         unwrapped(peft_model, biases)
+
+
+def adapters_in_training(peft_model: Any) -> None:
+    """Put PEFT's layers and their dropout in training mode; the layers of the base keep theirs."""
+    for module in lora_modules(peft_model).values():
+        module.training = True  # which DoRA asks for before it drops anything out
+        module.lora_dropout.train()
 
 
 @contextmanager

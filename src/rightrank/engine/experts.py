@@ -58,7 +58,7 @@ def expert_counts(model: Any, target_parameters: Sequence[str], target_modules: 
                 counts.setdefault(target, set()).add(int(value.shape[0]))
     for name, module in model.named_modules():
         listed = re.search(rf"(?:^|\.)(?={LISTED}$)", name)
-        if listed is not None and any(name.endswith(f".{target}") for target in target_modules) and _is_linear(module):
+        if listed is not None and any(_matches(target, name) for target in target_modules) and _is_linear(module):
             counts.setdefault(LISTED, set()).add(len(model.get_submodule(f"{name[: listed.end()]}experts")))
     for key, found in counts.items():
         if len(found) > 1:

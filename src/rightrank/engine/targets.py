@@ -10,8 +10,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from peft import LoraConfig, TaskType, inject_adapter_in_model
+from peft import LoraConfig, TaskType, get_peft_model, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import check_target_module_exists
 
 from rightrank.engine.experts import expert_counts, expert_patterns, in_layers, is_expert, require_parameters
 from rightrank.errors import ModelError, first_line
@@ -49,10 +50,11 @@ class TargetModule:
 class Targets:
     """The target modules: the names for PEFT, and each matrix."""
 
-    names: tuple[str, ...]  # `all-linear` resolved to the last parts of module names
+    names: tuple[str, ...]  # `all-linear` resolved to names of modules, whole or by their last parts
     modules: tuple[TargetModule, ...]
     parameters: tuple[str, ...] = ()  # bare parameters, such as those of fused experts
     experts: Mapping[str, int] = field(default_factory=dict)  # by which the rank is divided, by key of PEFT's patterns
+    left_out: tuple[str, ...] = ()  # parameters that PEFT's `all-linear` adapts beside the modules
 
     @property
     def kinds(self) -> tuple[AdapterKind, ...]:
@@ -69,8 +71,8 @@ def without_peft_noise() -> Iterator[None]:
     with warnings.catch_warnings():
         # PEFT reads an attribute that transformers 5 deprecates.
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
-        # PEFT detects GPT-2's transposed layers itself and warns for each.
-        warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False but")
+        # PEFT detects which layers are transposed, as GPT-2's are, and warns for each.
+        warnings.filterwarnings("ignore", message="fan_in_fan_out is set to (False|True) but")
         # PEFT adds patterns for fused experts, which may have no adapter.
         warnings.filterwarnings("ignore", message=r"The following (rank|alpha)_pattern keys did not match")
         yield
@@ -85,7 +87,8 @@ def lora_config(
     experts: Mapping[str, int] | None = None,
 ) -> LoraConfig:
     """PEFT's configuration of one arm on the modules and parameters of these names; `experts` divide its rank."""
-    rank = stored_rank(arm.init_lora_weights or settings.init_lora_weights, arm.rank)
+    init = arm.init_lora_weights or settings.init_lora_weights
+    rank = stored_rank(init, arm.rank)
     alpha, use_rslora = peft_scaling(settings.scaling, arm.lora_alpha, arm.rank)
     if rank != arm.rank:
         alpha, use_rslora = lora_scale(settings.scaling, arm.lora_alpha, arm.rank) * rank, False
@@ -98,6 +101,7 @@ def lora_config(
         target_parameters=list(parameters) or None,
         rank_pattern=ranks,
         alpha_pattern=alphas,
+        init_lora_weights="gaussian" if init == "gaussian" else True,  # for kinds that PEFT alone starts
         **common_fields(settings, classification),
     )
 
@@ -124,18 +128,16 @@ def find_targets(model: Any, settings: SelectSettings, classification: bool) -> 
         ModelError: a name matches no module, a layer does not exist, or a rank in `settings.ranks` is above the largest
             rank of some matrix.
     """
-    require_names(model, settings.target_modules, settings.modules_to_save)
+    require_names(model, settings)
     require_layers(model, settings.layers_to_transform)
     require_parameters(model, settings.target_parameters)
     parameters = in_layers(model, settings.target_parameters, settings.layers_to_transform)
-    names = settings.target_modules
-    if names == (ALL_LINEAR,):
-        names = all_linear_names(model, classification)
+    names, left_out = named_targets(model, settings, classification)
     probe = Arm(rank=1, learning_rate=1.0, lora_alpha=1.0, seed=0, steps=1)
     skeleton = _skeleton(model)
     try:
         with without_peft_noise():
-            inject_adapter_in_model(lora_config(settings, probe, classification, names, parameters), skeleton)
+            get_peft_model(skeleton, lora_config(settings, probe, classification, names, parameters))
     except (ValueError, TypeError) as error:
         raise ModelError(_refusal(model, first_line(error))) from None
     experts = expert_counts(model, parameters, names) if settings.divide_rank_by_experts else {}
@@ -144,7 +146,8 @@ def find_targets(model: Any, settings: SelectSettings, classification: bool) -> 
     modules = tuple(adapted_matrices(skeleton, experts))
     _require_text(modules)
     _require_ranks(modules, settings.ranks)
-    return Targets(tuple(sorted(names)), modules, tuple(parameters), experts)
+    left_out = tuple(name for name in left_out if not any(given.endswith(name) for given in settings.target_parameters))
+    return Targets(tuple(sorted(names)), modules, tuple(parameters), experts, left_out)
 
 
 def adapted_matrices(model: Any, experts: Mapping[str, int]) -> Iterator[TargetModule]:
@@ -160,7 +163,7 @@ def adapted_matrices(model: Any, experts: Mapping[str, int]) -> Iterator[TargetM
 
 
 def _refusal(model: Any, reason: str) -> str:
-    if reason.startswith(("Target modules", "No modules")):
+    if reason.startswith(("Target modules", "No modules", "No `target_modules`")):
         return f"PEFT finds no module to adapt ({reason}); {_names_there_are(model)}"
     return f"PEFT can't make this adapter: {reason.rstrip('.')}; change the settings of the adapter"
 
@@ -174,12 +177,42 @@ def _require_text(modules: Sequence[TargetModule]) -> None:
             )
 
 
-def all_linear_names(model: Any, classification: bool) -> tuple[str, ...]:
-    """The names that PEFT resolves `all-linear` to: every linear module but the output head, by the last part of its name."""
+def named_targets(
+    model: Any, settings: SelectSettings | PlanSettings, classification: bool
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The names of `target_modules`, `all-linear` resolved; and the parameters that PEFT's `all-linear` adds to them."""
+    if settings.target_modules == (ALL_LINEAR,):
+        return _all_linear(model, settings, classification)
+    return settings.target_modules, ()
+
+
+def _all_linear(
+    model: Any, settings: SelectSettings | PlanSettings, classification: bool
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The names that PEFT resolves `all-linear` to, in the layers of the settings, and the parameters that it adds.
+
+    The modules are every linear one but the output head. PEFT adds parameters of fused experts.
+    """
     config = LoraConfig(task_type=TaskType.SEQ_CLS if classification else TaskType.CAUSAL_LM, target_modules=ALL_LINEAR)
+    skeleton = _skeleton(model)
+    whole = {name for name, _ in skeleton.named_modules()}
     with without_peft_noise():
-        inject_adapter_in_model(config, _skeleton(model))
-    return tuple(sorted(config.target_modules or ()))
+        inject_adapter_in_model(config, skeleton)
+    found = sorted(config.target_modules or ())
+    # PEFT looks at the layer of a module whose name ends with a target, and not where it is the target.
+    names = tuple(name for name in found if name not in whole or is_in_layers(name, settings))
+    return names, tuple(sorted(config.target_parameters or ()))
+
+
+def is_in_layers(name: str, settings: SelectSettings | PlanSettings) -> bool:
+    """Whether PEFT's layer test accepts a module of this name; without `layers_to_transform` it accepts any."""
+    layers = settings.layers_to_transform
+    if layers is None:
+        return True
+    _, dot, last = name.rpartition(".")
+    pattern = settings.peft_options.get("layers_pattern")
+    config = LoraConfig(target_modules=[last], layers_to_transform=list(layers), layers_pattern=pattern)
+    return bool(dot) and bool(check_target_module_exists(config, name))
 
 
 def _skeleton(model: Any) -> Any:
@@ -188,21 +221,28 @@ def _skeleton(model: Any) -> Any:
         return type(model)(model.config)
 
 
-def require_names(model: Any, target_modules: Sequence[str], modules_to_save: Sequence[str]) -> None:
-    """Check that every name matches a module; PEFT accepts a list if one of its names matches.
+def require_names(model: Any, settings: SelectSettings | PlanSettings) -> None:
+    """Check that every name of modules matches one, in the layers that the settings name.
+
+    PEFT accepts a list if one of its names matches, and takes a module by its whole name from any layer.
 
     Raises:
-        ModelError: a name matches no module; the message lists the linear modules.
+        ModelError: a name matches no module; the message lists the linear modules. Or it names a module of another layer.
     """
-    names = [name for name, _ in model.named_modules() if name]
-    wanted = [name for name in target_modules if name != ALL_LINEAR] + list(modules_to_save)
-    if ALL_LINEAR in target_modules and len(target_modules) > 1:
+    names = {name for name, _ in model.named_modules() if name}
+    targets = [name for name in settings.target_modules if name != ALL_LINEAR]
+    if ALL_LINEAR in settings.target_modules and len(settings.target_modules) > 1:
         raise ModelError(
             "target_modules holds 'all-linear' beside other names; give 'all-linear' alone, or names alone"
         )
-    for target in wanted:
+    for target in (*targets, *settings.modules_to_save, *settings.exclude_modules):
         if not any(name == target or name.endswith(f".{target}") for name in names):
             raise ModelError(f"no module is named {target!r}; {_names_there_are(model)}")
+    for target in targets:
+        if target in names and "." in target and not is_in_layers(target, settings):
+            raise ModelError(
+                f"target_modules: {target!r} is in none of layers_to_transform; leave it out, or add its layer"
+            )
 
 
 def require_layers(model: Any, layers_to_transform: Sequence[int] | None) -> None:

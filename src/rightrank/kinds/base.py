@@ -164,7 +164,7 @@ def alone_forward(module: Any, routing: CurrentRouting, label: str) -> Forward:
             return module.base_layer(*args, **kwargs)
         if len(current.adapters) > 1:
             raise MultiLoraError(f"{label} trains alone, through PEFT's own forward pass")
-        with _dropout(module, current.adapters[0], current.dropout_seeds[0]):
+        with _training(module, current.adapters[0], current.dropout_seeds[0]):
             return by_peft(*args, **kwargs)
 
     return forward
@@ -176,23 +176,26 @@ def salt_of(name: str) -> int:
 
 
 @contextmanager
-def _dropout(module: Any, adapter: str, seed: int | None) -> Iterator[None]:
-    """Within the block, the adapter's dropout draws from the seed and the layer; None: no dropout.
+def _training(module: Any, adapter: str, seed: int | None) -> Iterator[None]:
+    """Within the block, PEFT's layer is in training mode, and its dropout draws from the seed and the layer; None: neither.
 
-    Gradient checkpointing computes a layer again, and draws the same.
+    The layers inside keep their mode. Gradient checkpointing computes a layer again, and draws the same.
     """
-    if seed is None or adapter not in module.lora_dropout:
+    if seed is None:
         yield
         return
-    dropout = module.lora_dropout[adapter]
-    if not isinstance(dropout, torch.nn.Dropout):
-        yield
-        return
-    before = dropout.training
-    with torch.random.fork_rng():
-        torch.manual_seed((seed * 0x9E3779B1 + module.rightrank_salt) % 2**63)
-        dropout.train()
+    trained = [module]
+    if adapter in module.lora_dropout and isinstance(module.lora_dropout[adapter], torch.nn.Dropout):
+        trained.append(module.lora_dropout[adapter])
+    draws = len(trained) > 1
+    before = [part.training for part in trained]
+    with torch.random.fork_rng(enabled=draws):
+        if draws:
+            torch.manual_seed((seed * 0x9E3779B1 + module.rightrank_salt) % 2**63)
+        for part in trained:
+            part.training = True
         try:
             yield
         finally:
-            dropout.train(before)
+            for part, was in zip(trained, before, strict=True):
+                part.training = was

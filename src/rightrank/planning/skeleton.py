@@ -23,8 +23,8 @@ from rightrank.engine.targets import (
     ALL_LINEAR,
     TargetModule,
     adapted_matrices,
-    all_linear_names,
     common_fields,
+    named_targets,
     require_layers,
     require_names,
 )
@@ -166,7 +166,7 @@ def adapt(model: Any, settings: PlanSettings, rank: int, arms: int = 1) -> Skele
     Raises:
         ModelError: a target that matches nothing, or one that PEFT cannot adapt.
     """
-    require_names(model, settings.target_modules, settings.modules_to_save)
+    require_names(model, settings)
     require_layers(model, settings.layers_to_transform)
     require_parameters(model, settings.target_parameters)
     _require_patterns(model, settings.rank_pattern)
@@ -208,17 +208,17 @@ def experts_of(model: Any, settings: PlanSettings) -> dict[str, int]:
     """The numbers of experts that divide a rank, by key of PEFT's patterns; none without `divide_rank_by_experts`."""
     if not settings.divide_rank_by_experts:
         return {}
-    targets = settings.target_modules
-    if targets == (ALL_LINEAR,):
-        targets = all_linear_names(model, settings.num_labels is not None)
+    targets, _ = named_targets(model, settings, settings.num_labels is not None)
     return expert_counts(model, in_layers(model, settings.target_parameters, settings.layers_to_transform), targets)
 
 
 def lora_config(model: Any, settings: PlanSettings, rank: int) -> LoraConfig:
     """PEFT's configuration of an adapter of `rank` under these settings."""
     targets = settings.target_modules
-    if targets == (ALL_LINEAR,) and settings.layers_to_transform is not None:
-        targets = all_linear_names(model, settings.num_labels is not None)  # PEFT needs names where layers are given
+    if (
+        settings.loss == "chunked" or settings.layers_to_transform is not None
+    ):  # as `select`; PEFT needs names for layers
+        targets, _ = named_targets(model, settings, settings.num_labels is not None)
     parameters = in_layers(model, settings.target_parameters, settings.layers_to_transform)
     return LoraConfig(
         r=rank,

@@ -11,9 +11,8 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from peft.tuners.lora import LoraLayer
 
-from rightrank.engine.adapter import trainable_parameters, unwrapped
+from rightrank.engine.adapter import adapters_in_training, trainable_parameters, unwrapped
 from rightrank.engine.encode import encode
 from rightrank.engine.evaluation import Scores
 from rightrank.engine.optimizer import learning_rate_schedule
@@ -126,9 +125,7 @@ def train_attached(runtime: Runtime, peft_model: Any, learning_rate: float, seed
     schedule = learning_rate_schedule(runtime.settings, runtime.steps)
     plan = runtime.batch_plan(seed)
     steps = OptimizerSteps(runtime, trainable_parameters(peft_model), learning_rate, plan, schedule)
-    for module in peft_model.modules():
-        if isinstance(module, LoraLayer):
-            module.lora_dropout.train()
+    adapters_in_training(peft_model)
     for step in range(runtime.steps):
         torch.manual_seed(seed * 1_000_003 + step)  # of adapter dropout
         loss_sum = 0.0

@@ -44,6 +44,12 @@ def kind_lines(prepared: Prepared) -> list[str]:
         lines.append(
             f"divide_rank_by_experts: an expert's rank is the adapter's over {share} experts, at least 1: {ranks}"
         )
+    left_out = ",".join(targets.shared.left_out)
+    if left_out:
+        lines.append(
+            f"all-linear adapts modules alone; PEFT's also adapts the parameters {left_out}: for adapters on them, which "
+            f"train alone, --set target_parameters={left_out}"
+        )
     return lines
 
 

@@ -12,7 +12,6 @@ PEFT_OPTIONS = (
     "layers_pattern",
     "use_qalora",
     "qalora_group_size",
-    "velora_config",
     "ensure_weight_tying",
     "fan_in_fan_out",
 )
@@ -24,6 +23,7 @@ REFUSED = {
     "alora_invocation_tokens": "PEFT adds positions to every call of the model",
     "trainable_token_indices": "it trains rows of the embedding, which have no rank",
     "arrow_config": "it routes between finished adapters",
+    "velora_config": "its projection, taken from the first batch, is no part of a checkpoint, so that a resumed training differs",
     "monteclora_config": "it adds a term to the loss",
     "use_bdlora": "it is for servers that split layers over devices",
 }
