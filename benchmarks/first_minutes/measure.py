@@ -30,11 +30,11 @@ PAGE = Path(__file__).parent / "first_minutes.md"
 ROOT = Path(__file__).parents[2]
 TIMES = 5
 ALTERNATIVES = ("kneed", "optuna", "accelerate")
-TABLE = "rank,value\n" + "".join(f"{2**k},{2 + 0.3 / 2**k:.4f}\n" for k in range(8))
+TABLE = "rank,eval_loss\n" + "".join(f"{2**k},{2 + 0.3 / 2**k:.4f}\n" for k in range(8))
 MODEL_CLASS = "import torch; from transformers import LlamaForCausalLM"
 KNEED = (
     "import csv; from kneed import KneeLocator; rows = list(csv.DictReader(open({table!r}))); "
-    "print(KneeLocator([int(r['rank']) for r in rows], [float(r['value']) for r in rows], "
+    "print(KneeLocator([int(r['rank']) for r in rows], [float(r['eval_loss']) for r in rows], "
     "curve='convex', direction='decreasing').knee)"
 )
 
@@ -42,7 +42,7 @@ KNEED = (
 OPTUNA = (
     "import csv, optuna; study = optuna.create_study(direction='minimize'); rows = list(csv.DictReader(open({table!r}))); "
     "space = {{'rank': optuna.distributions.IntDistribution(1, 512, log=True)}}; "
-    "[study.add_trial(optuna.create_trial(params={{'rank': int(r['rank'])}}, distributions=space, value=float(r['value']))) "
+    "[study.add_trial(optuna.create_trial(params={{'rank': int(r['rank'])}}, distributions=space, value=float(r['eval_loss']))) "
     "for r in rows]; print(study.best_trial.params)"
 )
 

@@ -38,7 +38,7 @@ def result_files() -> list[tuple[str, bytes]]:
         for seed in (0, 1)
     ]
     items = [
-        {"rank": rank, "value": 2 + 0.2 / (rank + 1) + item / 10, "item": f"i{item}", "tokens": 3 + item}
+        {"rank": rank, "eval_loss": 2 + 0.2 / (rank + 1) + item / 10, "item": f"i{item}", "tokens": 3 + item}
         for rank in (0, 2, 8)
         for item in range(4)
     ]

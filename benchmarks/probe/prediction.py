@@ -115,7 +115,7 @@ def run_tasks(runs: list[Path]) -> list[dict[str, Any]]:
     for run in runs:
         lines = [json.loads(line) for line in (run / "journal.jsonl").read_text().splitlines()]
         trials = [TrialFinished.model_validate(line) for line in lines if line["type"] == "trial_finished"]
-        decision = decide(table_of(trials, "loss"), lines[0]["settings"].get("margin"))
+        decision = decide(table_of(trials, "loss", False), lines[0]["settings"].get("margin"))
         top = max(trials, key=lambda one: (one.rank, -one.value))
         modules = inspect(run / "trials" / top.trial_id).modules
         rows.append(
@@ -155,8 +155,8 @@ def main() -> None:
         row: dict[str, Any] = {"task": number, **figures(b, a)}
         for share in SHARES:
             margin = max(share * gain, 1e-9)
-            row[f"decided {share:g}"] = decide(table_of(trials, "loss"), margin).fallback_rank
-            row[f"truncation {share:g}"] = decide(table_of(truncations, "loss"), margin).fallback_rank
+            row[f"decided {share:g}"] = decide(table_of(trials, "loss", False), margin).fallback_rank
+            row[f"truncation {share:g}"] = decide(table_of(truncations, "loss", False), margin).fallback_rank
         rows.append(row)
     result: dict[str, Any] = {}
     for share in SHARES:

@@ -9,7 +9,6 @@ from typing import Any
 
 from rightrank.decision import decide, table_of_results
 from rightrank.decision.judged import decide_judged
-from rightrank.decision.metrics import direction
 from rightrank.decision.run import Records, comparable, decide_on, metrics_of, records_of
 from rightrank.errors import ResultsError
 from rightrank.io.judgements import are_judgements, judgements_of
@@ -56,7 +55,7 @@ def decide_results(
     if are_judgements(rows):
         found, understood = judgements_of(rows)
         return Decided(decide_judged(found, question.margin), understood)
-    read = results_of_rows(flat(rows), options, direction, where)
+    read = results_of_rows(flat(rows), options, where)
     decision = decide(table_of_results(read), question.margin, horizon_steps=question.horizon_steps)
     return Decided(decision, read.understood)
 
@@ -93,7 +92,9 @@ def _decide_run(folder: RunFolder, question: Question) -> Decided:
         outcomes = comparable(records)
         own = started.settings.get("margin")
         margin = own if margin is None and isinstance(own, int | float) else margin
-    decision = decide_on(records, outcomes, metric, margin, horizon_steps=question.horizon_steps)
+    decision = decide_on(
+        records, outcomes, metric, margin, higher=question.higher_is_better, horizon_steps=question.horizon_steps
+    )
     adapter = records.adapters[-1].answer.sentence if records.adapters else None
     commands = next_commands(started, decision, str(folder.path), question.margin) if metric == started.metric else []
     return Decided(decision, [f"{len(direct)} trainings of a run folder"], adapter, commands)
@@ -120,6 +121,13 @@ def _decide_runs(folders: Sequence[RunFolder], question: Question) -> Decided:
         raise ResultsError(f"{where}: the runs have no metric {metric!r}; they have {', '.join(metrics_of(joined))}")
     own = first.settings.get("margin") if metric == first.metric else None
     margin = own if margin is None and isinstance(own, int | float) else margin
-    decision = decide_on(joined, comparable(joined), metric, margin, horizon_steps=question.horizon_steps)
+    decision = decide_on(
+        joined,
+        comparable(joined),
+        metric,
+        margin,
+        higher=question.higher_is_better,
+        horizon_steps=question.horizon_steps,
+    )
     counted = sum(outcome.rank > 0 for outcome in outcomes.values())
     return Decided(decision, [f"{counted} trainings of {len(folders)} run folders"])

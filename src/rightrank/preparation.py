@@ -13,7 +13,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from rightrank.decision.metrics import higher_is_better
 from rightrank.decision.run import settled_start
 from rightrank.engine.encode import EncodedData, encode
 from rightrank.engine.optimizer import require_optimizer
@@ -245,7 +244,7 @@ def _started(request: Request, sources: _Sources, settings: SelectSettings, step
         data=sources.encoded.summary,
         evaluation_items=[example.item_id for example in sources.encoded.splits["selection"]],
         metric=settings.metric_name,
-        higher_is_better=higher_is_better(settings.metric_name, settings.lower_is_better),
+        higher_is_better=settings.is_higher_better(settings.metric_name),
         points_metric=settings.points_metric if settings.points_metric != settings.metric_name else None,
         started_at=datetime.now(UTC).isoformat(timespec="seconds"),
     )

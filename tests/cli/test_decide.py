@@ -14,7 +14,7 @@ from rightrank.cli import cli, main
 @pytest.fixture
 def table(tmp_path: Path) -> Path:
     path = tmp_path / "runs.csv"
-    path.write_text("rank,value\n1,2.3\n4,2.05\n16,2.001\n64,2.0\n")
+    path.write_text("rank,eval_loss\n1,2.3\n4,2.05\n16,2.001\n64,2.0\n")
     return path
 
 
@@ -70,6 +70,19 @@ def test_bad_usage_is_one_line_and_exit_2(
     complaint = capsys.readouterr().err
     assert message in complaint
     assert complaint.count("\n") == 1
+
+
+def test_a_metric_without_a_known_direction_is_bad_usage(table: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    table.write_text(table.read_text().replace("eval_loss", "brier_gap"))
+    with pytest.raises(SystemExit) as ended:
+        main(["decide", str(table), "--metric", "brier_gap"])
+    assert ended.value.code == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "give --higher-is-better or --lower-is-better" in captured.err
+    assert captured.err.count("\n") == 1
+    answer = CliRunner().invoke(cli, ["decide", str(table), "--metric", "brier_gap", "--lower-is-better", "--json"])
+    assert json.loads(answer.stdout)["reference_rank"] == 64
 
 
 @pytest.mark.parametrize("margin", ["1e-320", "1e308"])

@@ -21,7 +21,9 @@ from tests.tiny import small_settings, write_completions, write_jsonl
 
 pytestmark = pytest.mark.trains
 
-TABLE = [{"rank": rank, "seed": seed, "value": 1 + 1 / rank + seed / 1000} for rank in (1, 4, 16) for seed in (0, 1)]
+TABLE = [
+    {"rank": rank, "seed": seed, "eval_loss": 1 + 1 / rank + seed / 1000} for rank in (1, 4, 16) for seed in (0, 1)
+]
 SMALL = "--ranks 1,4 --learning-rates 1e-2 --max-steps 4 --batch-size 4 --seq-len 32 --eval-items 8 --device cpu"
 TRAINING = "--learning-rate 1e-2 --max-steps 2 --seeds 0,1 --set seq_len=32 --set batch_size=4 --set eval_items=8"
 
@@ -142,8 +144,8 @@ FAILING = [
     "select model table.jsonl --out run --margin many",
     "select model table.jsonl --out run --ranks",
     "select model table.jsonl --out run --metric bleurt",
-    "select model table.jsonl --out run --metric x=command:no-such-program",
-    "select model table.jsonl --out run --metrics nowhere:score",
+    "select model table.jsonl --out run --metric wer=command:no-such-program",
+    "select model table.jsonl --out run --metrics acc=nowhere:score",
     "select model table.jsonl --out run --report-to nobody",
     "select model data.jsonl --out run --set nonsense=1",
     "select model data.jsonl",

@@ -18,7 +18,7 @@ FRAME = "\u2524"  # of the picture: in no 8-bit character set
 @pytest.fixture(scope="module")
 def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("table") / "runs.csv"
-    path.write_text("rank,value\n1,2.3\n4,2.05\n16,2.001\n64,2.0\n", encoding="utf-8")
+    path.write_text("rank,eval_loss\n1,2.3\n4,2.05\n16,2.001\n64,2.0\n", encoding="utf-8")
     return path
 
 

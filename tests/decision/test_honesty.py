@@ -166,15 +166,15 @@ def test_learning_rates_that_were_stopped_early_count_as_tried() -> None:
     whole = [outcome for outcome in records.finished() if outcome.rank]
     top = whole[-1]
     around = [looked(top, 3e-4), looked(top, 3e-3)]
-    assert "lr_edge" not in decide(table_of(whole, "loss", looks=around), 0.02).flags
-    below = decide(table_of(whole, "loss", looks=[looked(top, 3e-4)]), 0.02)
+    assert "lr_edge" not in decide(table_of(whole, "loss", False, looks=around), 0.02).flags
+    below = decide(table_of(whole, "loss", False, looks=[looked(top, 3e-4)]), 0.02)
     assert "lr_edge" in below.flags  # the best is the highest that was tried
     run = next(run for run in below.next_runs if run.action == "rates")
     assert run.learning_rates == [pytest.approx(1e-3**2 / 3e-4)]
     diverged = TrialDiverged(
         trial_id="x", **top.arm.model_copy(update={"learning_rate": 3e-3}).model_dump(), step=3, reason="NaN"
     )
-    assert "lr_edge" not in decide(table_of([*whole, diverged], "loss", looks=[looked(top, 3e-4)]), 0.02).flags
+    assert "lr_edge" not in decide(table_of([*whole, diverged], "loss", False, looks=[looked(top, 3e-4)]), 0.02).flags
 
 
 def test_still_rising_is_not_said_of_means() -> None:

@@ -7,6 +7,7 @@ import pytest
 
 from rightrank.decision import Cell, ScoreTable, decide, table_of
 from rightrank.decision.run import Records, comparable, decide_on, decide_run, metrics_of, run_table
+from rightrank.errors import ResultsError
 from rightrank.records import TrialFailed
 from tests.decision.tables import bare
 from tests.report.runs import ITEMS, STEPS, made_up_run
@@ -32,7 +33,8 @@ def measured(form: str = "prompt_completion", **started: object) -> Records:
         for trial in records.finished()
     ]
     data = records.started.data.model_copy(update={"form": form})
-    return Records.of(records.started.model_copy(update={"data": data, **started}), outcomes)
+    settings = records.started.settings | {"higher_is_better": ["colour"]}
+    return Records.of(records.started.model_copy(update={"data": data, "settings": settings, **started}), outcomes)
 
 
 def with_settings(records: Records, **settings: object) -> Records:
@@ -73,12 +75,20 @@ def test_another_metric_may_decide_and_the_loss_stands_beside_it() -> None:
 def test_the_direction_of_a_metric_can_be_given() -> None:
     higher = run_table(measured(), metric="colour")
     assert (higher.higher_is_better, higher.cells[16, 1e-3, 0].loss) == (True, -9.0)
-    told = with_settings(measured(), lower_is_better=["colour"])
+    told = with_settings(measured(), higher_is_better=[], lower_is_better=["colour"])
     lower = run_table(told, metric="colour")
     assert (lower.higher_is_better, lower.cells[16, 1e-3, 0].loss) == (False, 9.0)
     assert decide_on(told, comparable(told), "colour", 1.0).reference_rank == 1
-    damaged = with_settings(measured(), lower_is_better="colour")
-    assert run_table(damaged, metric="colour").higher_is_better is True
+    assert run_table(told, metric="colour", higher=True).higher_is_better is True
+
+
+def test_a_metric_without_a_known_direction_decides_nothing_and_is_not_judged_beside() -> None:
+    silent = with_settings(measured(), higher_is_better=[], margin=0.05)
+    assert [other.metric for other in decide_run(silent).other_metrics] == ["exact_match"]
+    for settings in ({}, {"lower_is_better": "colour"}):
+        with pytest.raises(ResultsError, match="--higher-is-better or --lower-is-better"):
+            decide_on(with_settings(silent, **settings), comparable(silent), "colour")
+    assert decide_on(silent, comparable(silent), "colour", 1.0, higher=False).reference_rank == 1
 
 
 def test_evaluations_along_a_training_belong_to_one_metric() -> None:
@@ -116,7 +126,7 @@ def test_a_perplexity_that_is_none_is_any_number(values: tuple[float, float], ki
         trial.model_copy(update={"metrics": {"perplexity": value}})
         for trial, value in zip(made_up_run((1, 4), (1e-3,)).finished()[1:], values, strict=True)
     ]
-    table = table_of(trials, "perplexity")
+    table = table_of(trials, "perplexity", False)
     assert table.kind == kind
     cell = table.cells[4, 1e-3, 0]
     assert cell.loss == pytest.approx(np.log(values[1]) if kind == "perplexity" else values[1])
@@ -130,7 +140,7 @@ def test_every_trial_without_the_metric_is_missing() -> None:
         TrialFailed(trial_id=name, **four.arm.model_dump(), error="error", reason="x") for name in ("a", "b", "c")
     ]
     silent = four.model_copy(update={"trial_id": "silent", "metrics": {"f1": 0.5}})
-    assert table_of([one, four, *failed, silent], "loss").missing == {4: 4}
+    assert table_of([one, four, *failed, silent], "loss", False).missing == {4: 4}
 
 
 def cell(loss: float) -> Cell:

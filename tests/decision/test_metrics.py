@@ -1,29 +1,10 @@
-"""What a metric's name says."""
+"""The kind of a metric, its margin and its published noise."""
 
 from __future__ import annotations
 
 import pytest
 
-from rightrank.decision.metrics import MetricKind, default_margin, direction, is_percent, kind_of, published_deviation
-
-DIRECTIONS: dict[bool | None, list[str]] = {
-    False: [
-        "loss", "eval_loss", "nll", "perplexity", "ppl", "eval/ppl", "error_rate", "wer", "cer", "rmse", "mse", "mae",
-        "mape", "bits_per_byte", "bpb", "bpc", "regret", "forgetting", "score_loss", "acc-error", "EVAL.LOSS",
-    ],
-    True: [
-        "acc", "eval_acc", "accuracy", "f1", "em", "exact_match", "pass@1", "pass_1", "win rate", "winrate", "mmlu",
-        "gsm8k", "humaneval", "math", "correct", "precision", "recall", "auc", "bleu", "rouge-l", "meteor", "cider",
-        "nist", "score", "reward", "return", "bench", "mcc", "matthews", "pearson", "spearman", "r2", "likelihood",
-    ],
-    None: ["value", "account", "temporal", "colour", "supplementary", "aftermath"],
-}  # fmt: skip
-
-
-@pytest.mark.parametrize(("name", "higher"), [(name, way) for way, names in DIRECTIONS.items() for name in names])
-def test_direction(name: str, higher: bool | None) -> None:
-    assert direction(name) is higher
-    assert direction(name.upper()) is higher
+from rightrank.decision.metrics import MetricKind, default_margin, is_percent, kind_of, published_deviation
 
 
 @pytest.mark.parametrize(

@@ -33,8 +33,8 @@ def trial(rank: int, seed: int, loss: float, right: float) -> TrialFinished:
 
 def decided(losses: dict[int, float], right: dict[int, float]):  # type: ignore[no-untyped-def]
     trials = [trial(rank, seed, losses[rank], right[rank]) for rank in losses for seed in (0, 1, 2)]
-    others = [table_of(trials, "exact_match"), table_of(trials, "bleu")]
-    return decide(table_of(trials, "loss"), 0.005, others=others)
+    others = [table_of(trials, "exact_match", True), table_of(trials, "bleu", True)]
+    return decide(table_of(trials, "loss", False), 0.005, others=others)
 
 
 def test_a_rank_that_the_other_metric_shows_to_be_too_small() -> None:
@@ -66,9 +66,9 @@ def test_metrics_that_agree_raise_nothing() -> None:
 def test_trials_without_examples_of_a_metric_are_compared_by_value() -> None:
     trials = [trial(rank, seed, 2.0, 0.5) for rank in (1, 4) for seed in (0, 1)]
     ragged = [trials[0].model_copy(update={"item_metrics": {}}), *trials[1:]]
-    assert all(cell.examples == 0 for cell in table_of(ragged, "exact_match").cells.values())
+    assert all(cell.examples == 0 for cell in table_of(ragged, "exact_match", True).cells.values())
     gone = trials[0].model_copy(update={"metrics": {"loss": 2.0}, "failed_metrics": {"exact_match": "away"}})
-    table = table_of([gone, *trials[1:]], "exact_match")
+    table = table_of([gone, *trials[1:]], "exact_match", True)
     assert table.missing == {1: 1}
     assert all(cell.examples == ITEMS for cell in table.cells.values())
 
@@ -78,5 +78,5 @@ def test_a_metric_that_is_nothing_everywhere_still_has_a_margin() -> None:
     none = [
         t.model_copy(update={"metrics": {"rougeL": 0.0}, "item_metrics": {"rougeL": [0.0] * ITEMS}}) for t in trials
     ]
-    decision = decide(table_of(none, "rougeL"))
+    decision = decide(table_of(none, "rougeL", True))
     assert (decision.margin, decision.verdict) == (0.01, "flat")

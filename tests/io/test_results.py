@@ -39,16 +39,19 @@ def test_column_names_are_brought_to_plain_ones(column: str, meant: str) -> None
 
 
 def test_numbers_that_left_a_float_s_normal_ones_are_nothing(tmp_path: Path) -> None:
-    decided = decide(write(tmp_path, "rank,value\n1,1e-320\n4,0.001\n16,-1e-40\n"), margin=1e-6)
+    decided = decide(write(tmp_path, "rank,value\n1,1e-320\n4,0.001\n16,-1e-40\n"), margin=1e-6, higher_is_better=False)
     assert {evidence.rank: evidence.value for evidence in decided.decision.ranks} == {1: 0.0, 4: 0.001, 16: 0.0}
 
 
 def test_a_rank_that_no_adapter_has_is_refused(tmp_path: Path) -> None:
-    assert decide(write(tmp_path, f"rank,value\n1,2\n{2**20},1\n")).decision.reference_rank == 2**20
+    assert (
+        decide(write(tmp_path, f"rank,value\n1,2\n{2**20},1\n"), higher_is_better=False).decision.reference_rank
+        == 2**20
+    )
     with pytest.raises(
         ResultsError, match=r"runs\.csv:3: rank 1048577 is not allowed: no adapter has more than 1,048,576"
     ):
-        decide(write(tmp_path, f"rank,value\n1,2\n{2**20 + 1},1\n"))
+        decide(write(tmp_path, f"rank,value\n1,2\n{2**20 + 1},1\n"), higher_is_better=False)
 
 
 @pytest.mark.parametrize(
@@ -63,7 +66,7 @@ def test_a_rank_that_no_adapter_has_is_refused(tmp_path: Path) -> None:
     ids=["plain", "peft", "wandb", "mlflow", "json cell"],
 )
 def test_near_names_are_understood(tmp_path: Path, text: str) -> None:
-    decided = decide(write(tmp_path, text), margin=0.005)
+    decided = decide(write(tmp_path, text), margin=0.005, higher_is_better=False)
     assert decided.decision.rank == 16
     assert decided.decision.higher_is_better is False
 
@@ -71,7 +74,11 @@ def test_near_names_are_understood(tmp_path: Path, text: str) -> None:
 def test_jsonl_and_memory_read_alike(tmp_path: Path) -> None:
     rows = [{"rank": rank, "value": value} for rank, value in ((1, 2.3), (4, 2.05), (16, 2.001), (64, 2.0))]
     path = write(tmp_path, "".join(json.dumps(row) + "\n" for row in rows), "runs.jsonl")
-    assert decide(path, margin=0.005).decision.rank == decide(rows, margin=0.005).decision.rank == 16
+    assert (
+        decide(path, margin=0.005, higher_is_better=False).decision.rank
+        == decide(rows, margin=0.005, higher_is_better=False).decision.rank
+        == 16
+    )
 
 
 def test_a_wandb_export_in_json_is_flattened(tmp_path: Path) -> None:
@@ -97,11 +104,14 @@ def test_a_metric_of_any_known_name_is_found_and_never_a_training_one(tmp_path: 
 
 def test_a_column_is_named_by_hand(tmp_path: Path) -> None:
     path = write(tmp_path, "groesse,guete\n1,2.3\n4,2.001\n16,2.0\n")
-    assert decide(path, columns={"rank": "groesse", "value": "guete"}, margin=0.005).decision.rank == 4
+    assert (
+        decide(path, columns={"rank": "groesse", "value": "guete"}, margin=0.005, higher_is_better=False).decision.rank
+        == 4
+    )
     with pytest.raises(ResultsError, match="no column for the rank"):
-        decide(path)
+        decide(path, higher_is_better=False)
     with pytest.raises(ResultsError, match="has no column 'x'"):
-        decide(path, columns={"rank": "x"})
+        decide(path, columns={"rank": "x"}, higher_is_better=False)
 
 
 def test_items_seeds_and_tokens_are_paired_and_weighted(tmp_path: Path) -> None:
@@ -110,7 +120,7 @@ def test_items_seeds_and_tokens_are_paired_and_weighted(tmp_path: Path) -> None:
         for seed in (0, 1):
             for item in range(20):
                 lines.append(f"{rank},{seed},{item},{1 + item % 3},{2 + 0.1 * item + shift + 0.001 * seed}")
-    decision = decide(write(tmp_path, "\n".join(lines) + "\n"), margin=0.01).decision
+    decision = decide(write(tmp_path, "\n".join(lines) + "\n"), margin=0.01, higher_is_better=False).decision
     assert decision.basis == "items and seeds"
     evidence = decision.ranks[0]
     assert evidence.difference == pytest.approx(0.2)
@@ -131,7 +141,7 @@ def test_evaluations_along_the_training_end_in_the_last(tmp_path: Path) -> None:
 
 def test_a_training_without_a_result_is_missing_and_flagged(tmp_path: Path) -> None:
     path = write(tmp_path, "rank,lr,value\n1,1e-3,2.1\n4,1e-3,2.0\n4,1e-2,\n")
-    assert "unstable" in decide(path).decision.flags
+    assert "unstable" in decide(path, higher_is_better=False).decision.flags
 
 
 @pytest.mark.parametrize(
@@ -172,7 +182,7 @@ def test_bad_tables_are_refused_with_file_and_row(tmp_path: Path, text: str, mes
 
 
 def test_rows_that_repeat_are_left_out_and_said(tmp_path: Path) -> None:
-    decided = decide(write(tmp_path, GOOD + "64,2.0\n"), margin=0.005)
+    decided = decide(write(tmp_path, GOOD + "64,2.0\n"), margin=0.005, higher_is_better=False)
     assert decided.decision.rank == 16
     assert "1 repeated row left out" in decided.understood
 
@@ -237,14 +247,14 @@ def test_optuna_s_dataframe(tmp_path: Path) -> None:
         "0,0,2.1,0 days 00:01:02,4,0.0003,0,COMPLETE\n1,1,2.05,0 days 00:01:02,8,0.0003,0,COMPLETE\n"
         "2,2,2.04,0 days 00:01:02,16,0.0003,0,COMPLETE\n3,3,,,32,0.0003,0,RUNNING\n4,4,2.5,,32,0.001,0,PRUNED\n"
     )
-    decided = decide(write(tmp_path, text))
+    decided = decide(write(tmp_path, text), higher_is_better=False)
     assert [one.rank for one in decided.decision.ranks] == [4, 8, 16]
     assert "rank from column params_lora_r" in decided.understood
     assert "1 unfinished training left out" in decided.understood
 
 
 def test_one_number_a_rank_is_not_called_enough(tmp_path: Path) -> None:
-    lines = evidence_lines(decide(write(tmp_path, GOOD), margin=0.01).decision)
+    lines = evidence_lines(decide(write(tmp_path, GOOD), margin=0.01, higher_is_better=False).decision)
     assert not any(" yes " in f"{line} " for line in lines)
     assert "perhaps" in lines[3]
     assert "best so far" in lines[-1]
@@ -257,13 +267,31 @@ def test_a_column_named_steps_shows_trainings_of_unequal_length() -> None:
 
 def test_a_data_frame_is_decided_as_its_rows() -> None:
     rows = [{"rank": 4, "value": 2.05}, {"rank": 16, "value": 2.001}, {"rank": 64, "value": None}]
-    decided = decide(pandas.DataFrame(rows))
-    assert decided.decision == decide(rows).decision
+    decided = decide(pandas.DataFrame(rows), higher_is_better=False)
+    assert decided.decision == decide(rows, higher_is_better=False).decision
     assert repr(decided) == "Decided(rank=16, verdict='rising', margin=0.02001)"
 
 
 def test_one_number_a_rank_gives_a_curve_without_intervals_of_no_width() -> None:
     rows = [{"rank": 4, "value": 2.05}, {"rank": 16, "value": 2.001}, {"rank": 64, "value": 2.0}]
-    (line,) = curve_lines(decide(rows).decision)
+    (line,) = curve_lines(decide(rows, higher_is_better=False).decision)
     assert "within the margin from rank" in line
     assert " to " not in line
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["value", "brier_gap", "fid_delta", "toxicity_score", "accuracy_drop", "1-acc", "lossless_acc", "energy_score"],
+)
+def test_a_metric_without_a_known_direction_is_asked_for_it(tmp_path: Path, name: str) -> None:
+    path = write(tmp_path, f"rank,{name}\n1,0.5\n4,0.7\n16,0.701\n")
+    with pytest.raises(ResultsError, match="not known from its name; give --higher-is-better or --lower-is-better"):
+        decide(path, metric=name)
+    assert decide(path, metric=name, higher_is_better=True, margin=0.01).decision.rank == 4
+    assert decide(path, metric=name, higher_is_better=False, margin=0.01).decision.reference_rank == 1
+
+
+def test_the_direction_is_that_of_the_metric_and_not_of_the_column_that_holds_it(tmp_path: Path) -> None:
+    path = write(tmp_path, "rank,accuracy\n1,0.5\n4,0.7\n16,0.701\n")
+    with pytest.raises(ResultsError, match="'energy_score'"):
+        decide(path, metric="energy_score", columns={"value": "accuracy"})

@@ -55,6 +55,7 @@ def test_one_metric_decides_and_the_others_are_kept(
     (tmp_path / "count.py").write_text(COUNT)
     asked = ["f1", "exact_match", "rouge2", "mine:share", "mine.py:total", "length=command:python count.py {file}"]
     more = [word for name in asked for word in ("--metrics", name)]
+    more += ["--higher-is-better", "share", "--higher-is-better", "total", "--lower-is-better", "length"]
     status, out, err = select(model_folder, completion_file, tmp_path / "run", capsys, "--metric", "rougeL", *more)
     assert status == 0, err
     answer = json.loads(out)
@@ -62,6 +63,7 @@ def test_one_metric_decides_and_the_others_are_kept(
     assert answer["basis"] == "items"
     beside = {"loss", "f1", "exact_match", "rouge2", "share", "total", "length"}
     assert {other["metric"] for other in answer["other_metrics"]} == beside
+    assert {one["metric"] for one in answer["other_metrics"] if not one["higher_is_better"]} == {"loss", "length"}
     trials = finished(tmp_path / "run")
     assert {trial.rank for trial in trials if trial.arm.is_direct} == {0, 1, 4}
     for trial in trials:
@@ -84,14 +86,17 @@ def test_one_metric_decides_and_the_others_are_kept(
     [
         ("rouge", "did you mean 'rougeL'"),
         ("accuracy", "needs `text` and `label`"),
-        ("nowhere:score", "no module 'nowhere'"),
-        ("mine.py:absent", "it has: share, total"),
+        ("acc=nowhere:score", "no module 'nowhere'"),
+        ("acc=mine.py:absent", "it has: share, total"),
         ("command:wc -l", "has no name"),
-        ("x=command:no-such-program", "no program 'no-such-program'"),
-        ("x=command:'unclosed", "can't be read as a command"),
-        ("evaluate:rouge", "trust_remote_code"),
-        ("lm-eval:absent.yaml", "no task file"),
+        ("wer=command:no-such-program", "no program 'no-such-program'"),
+        ("wer=command:'unclosed", "can't be read as a command"),
+        ("evaluate:bleu", "trust_remote_code"),
+        ("acc=lm-eval:absent.yaml", "no task file"),
         ("loss=command:wc", "a built-in metric"),
+        ("mine:share", "give --higher-is-better share or --lower-is-better share"),
+        ("toxicity_score=mine:share", "give --higher-is-better toxicity_score"),
+        ("evaluate:ter_like:score", "give --higher-is-better score"),
     ],
 )
 def test_a_metric_that_is_not_there_is_told_before_anything_starts(
@@ -124,7 +129,7 @@ def test_a_program_that_fails_later_loses_nothing(
         "import pathlib, sys\nseen = pathlib.Path('seen')\n"
         "if seen.exists():\n    sys.exit('the licence server is away')\nseen.touch()\n" + COUNT
     )
-    asked = ["--metric", "length=command:python count.py"]
+    asked = ["--metric", "length=command:python count.py", "--lower-is-better", "length"]
     status, out, err = select(model_folder, completion_file, tmp_path / "run", capsys, *asked)
     assert (status, out, err.count("\n")) == (1, "", 1), err
     assert "the licence server is away" in err

@@ -121,7 +121,7 @@ def test_a_progress_view_with_a_fault_is_dropped_with_one_notice() -> None:
     observer = observer_of([broken], said.append, lambda: False)
     observer.on_cost(1.0)
     observer.on_time(1.0)
-    assert said == ["no more progress is shown: it failed (IndexError: row 3); the run goes on"]
+    assert said == ["no more progress is shown: it failed (IndexError: row 3); the run continues"]
 
 
 def test_an_exception_of_a_user_s_callback_still_ends_the_run() -> None:

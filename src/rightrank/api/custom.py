@@ -62,8 +62,8 @@ def select_rank_with(
         steps: passed to `train` in the task; 0 leaves the length to it.
         seeds: None for seed 0, or those of the profile.
         metric: the name of the metric that decides; None for "loss", or that of the profile.
-        higher_is_better: None for the direction that the metric's name implies (accuracy, f1 and reward are better
-            when higher, losses and errors when lower).
+        higher_is_better: None for that of a metric with a known name (`accuracy`, `f1`, `reward`, `loss`, `error`, …); any
+            other metric needs it.
         margin: how much worse than the best is still enough; None for the metric's default, or that of the profile.
         strategy: None for "grid", or that of the profile.
         with_base: also call `train` with rank 0, to evaluate the base without training.
@@ -81,7 +81,7 @@ def select_rank_with(
         watching: callbacks; see `Observer`.
 
     Raises:
-        SettingsError: an argument that is not allowed, a metric whose name implies no direction, or a function that
+        SettingsError: an argument that is not allowed, a metric without a known direction, or a function that
             can't be sent to a process.
         MissingExtraError: a tracker that is not installed.
         RunFolderError: a folder made with other settings.

@@ -55,7 +55,7 @@ def decide(
             with `rank`, `value` and, if there are any, `lr`, `seed`, `std`, `item`; or several run folders of one model
             and data, which are joined.
         metric: the column of the held-out number, or its name where the column is `value`.
-        higher_is_better: None for the direction that the metric's name implies.
+        higher_is_better: None for that of a metric with a known name; any other needs it.
         margin: how much worse than the best is still enough, in the metric's unit; None for the metric's default.
         columns: canonical name → column, where a column has an unusual name.
         horizon_steps: the length of training to answer for.

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from rightrank.cli.options import gather
+from rightrank.cli.options import DIRECTION_OPTIONS, gather
 
 EXIT = {"not_worse": 0, "worse": 3, "cannot_tell": 4}
 
@@ -31,6 +31,8 @@ EXIT = {"not_worse": 0, "worse": 3, "cannot_tell": 4}
 )
 @click.option("--metric", help="What to compare by: loss (default), accuracy, exact_match, …: docs/how-to/metrics.md.")
 @click.option("--metrics", multiple=True, metavar="METRIC", help="A further metric; may be repeated.")
+@DIRECTION_OPTIONS[0]
+@DIRECTION_OPTIONS[1]
 @click.option("--seq-len", type=int, help="Tokens of an example at most.")
 @click.option("--dtype", help="Type of the base: float32, bfloat16 or float16.")
 @click.option("--device", help="cpu, cuda, …")

@@ -27,7 +27,7 @@ def _mapping(_context: click.Context, _parameter: click.Parameter, values: tuple
 @click.argument("results", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="RESULTS...")
 @click.option("--metric", help="Column of the held-out metric, or the name of the column `value`.")
 @click.option(
-    "--higher-is-better/--lower-is-better", default=None, help="Default: as the metric's name implies, else lower."
+    "--higher-is-better/--lower-is-better", default=None, help="The metric's direction (default: that of a known name)."
 )
 @click.option(
     "--margin",

@@ -52,6 +52,15 @@ def hours(_context: click.Context, _parameter: click.Parameter, value: str | Non
     return found
 
 
+# Of metrics that are the user's own.
+DIRECTION_OPTIONS = [
+    click.option(
+        f"--{way}-is-better", multiple=True, metavar="METRIC", help=f"A metric of yours by which {way} is better."
+    )
+    for way in ("higher", "lower")
+]
+
+
 def gather(config_file: Path | None, assignments: tuple[str, ...], options: dict[str, Any]) -> dict[str, Any]:
     """Settings from the config file, then `--set`, then named options: the later wins."""
     from rightrank.io.config import read_config

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from rightrank.cli.options import announce, comma, folders, gather, hours, names
+from rightrank.cli.options import DIRECTION_OPTIONS, announce, comma, folders, gather, hours, names
 from rightrank.cli.stopping import listening
 from rightrank.errors import InterruptedRun, SettingsError, TerminatedRun
 
@@ -56,6 +56,7 @@ SELECT_OPTIONS = [
         help="The metric that decides: loss (default), accuracy, f1, rougeL, …",
     ),
     click.option("--metrics", multiple=True, metavar="METRIC", help="A further metric to measure; may be repeated."),
+    *DIRECTION_OPTIONS,
     click.option(
         "--columns",
         callback=comma,

@@ -1,9 +1,8 @@
-"""What a metric's name and values tell: its direction, its kind, its default margin, its published noise."""
+"""What a metric's name and values tell: its kind, its default margin, its published noise."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
 from typing import Literal, TypeAlias
 
 MetricKind: TypeAlias = Literal["token_loss", "loss", "perplexity", "accuracy", "other"]
@@ -24,33 +23,14 @@ LOSS_SEED_DEVIATION = 0.0003
 ACCURACY_SEED_DEVIATION = 0.007
 RELATIVE_SEED_DEVIATION = 0.004
 
-_LOWER = re.compile(
-    r"loss|nll|perplexity|\bppl\b|error|\bwer\b|\bcer\b|rmse|\bmse\b|\bmae\b|mape|bits|bpb|bpc|regret|forget"
-)
 _PERPLEXITY = re.compile(r"perplexity|\bppl\b")
 _ACCURACY = re.compile(
     r"acc\b|accuracy|\bf1\b|\bem\b|exact match|pass 1|pass@|win ?rate|mmlu|gsm8k|humaneval|\bmath\b|correct|precision|recall|auc"
-)
-_HIGHER = re.compile(
-    r"bleu|rouge|meteor|cider|nist|score|reward|return|bench|mcc|matthews|pearson|spearman|r2|likelihood"
 )
 
 
 def _words(name: str) -> str:
     return re.sub(r"[_/\-.]+", " ", name.lower())
-
-
-def direction(name: str) -> bool | None:
-    """True if higher is better, False if lower is, None if the name does not show it."""
-    words = _words(name)
-    if _LOWER.search(words):
-        return False
-    return True if _ACCURACY.search(words) or _HIGHER.search(words) else None
-
-
-def higher_is_better(name: str, lower: Collection[str] = ()) -> bool:
-    """The direction of a metric that `select` measures. Higher is better unless its name or `lower` says otherwise."""
-    return name not in lower and direction(name) is not False
 
 
 def kind_of(name: str, higher_is_better: bool) -> MetricKind:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from rightrank.decision.collapse import without_collapsing
-from rightrank.decision.metrics import REPORTED_ONLY, higher_is_better
+from rightrank.decision.metrics import REPORTED_ONLY
 from rightrank.decision.rule import decide
 from rightrank.decision.table import ScoreTable, table_of
 from rightrank.errors import ResultsError, RunFolderError
@@ -28,6 +28,7 @@ from rightrank.records import (
     TrialOutcome,
     TrialStarted,
 )
+from rightrank.settings.metric_names import direction, unknown_direction
 from rightrank.settings.profiles import PLAIN, PROFILES, Profile
 
 
@@ -137,19 +138,20 @@ def decide_on(
     metric: str,
     margin: object = None,
     *,
+    higher: bool | None = None,
     horizon_steps: int | None = None,
 ) -> Decision:
     """The decision by one of the run's metrics, with the answers by the others.
 
     Raises:
-        ResultsError: fewer than two ranks have the metric.
+        ResultsError: fewer than two ranks have the metric, or its direction is not known.
     """
     given = records.started.settings.get("metrics")
     asked = [records.started.metric, *(given if isinstance(given, list) else [])]
     beside = [name for name in metrics_of(records) if name != metric and (name in asked or name not in REPORTED_ONLY)]
-    others = [run_table(records, outcomes, name) for name in beside]
+    others = [run_table(records, outcomes, name) for name in beside if direction_in(records.started, name) is not None]
     return decide(
-        run_table(records, outcomes, metric),
+        run_table(records, outcomes, metric, higher),
         float(margin) if isinstance(margin, int | float) else None,
         token_loss=is_token_loss(records),
         horizon_steps=horizon_steps,
@@ -176,17 +178,37 @@ def metrics_of(records: Records) -> list[str]:
 
 
 def run_table(
-    records: Records, outcomes: Sequence[TrialOutcome] | None = None, metric: str | None = None
+    records: Records,
+    outcomes: Sequence[TrialOutcome] | None = None,
+    metric: str | None = None,
+    higher: bool | None = None,
 ) -> ScoreTable:
-    """The scores of a run by `metric`, which defaults to the metric that decides."""
+    """The scores of a run by `metric`, which defaults to the metric that decides; `higher`: whether higher is better, if given.
+
+    Raises:
+        ResultsError: neither the caller, nor the run, nor the metric's name has the direction.
+    """
     started = records.started
     outcomes = comparable(records) if outcomes is None else outcomes
     if started.data.form == "own":  # the example scores of a custom trainer are those of the metric that decides
-        return table_of(outcomes, started.metric, started.higher_is_better)
+        return table_of(outcomes, started.metric, started.higher_is_better if higher is None else higher)
     metric = metric or started.metric
-    lower = started.settings.get("lower_is_better")
-    higher = higher_is_better(metric, lower if isinstance(lower, list) else ())  # type: ignore[arg-type]
+    if higher is None:
+        higher = direction_in(started, metric)
+    if higher is None:
+        raise ResultsError(f"{unknown_direction(metric)}; give --higher-is-better or --lower-is-better")
     return table_of(outcomes, metric, higher, started.points_metric or started.metric, looks=records.plain())
+
+
+def direction_in(started: RunStarted, metric: str) -> bool | None:
+    """Whether higher is better by a metric of the run: from its settings, else from the metric's name; None: not known."""
+    if metric == started.metric:
+        return started.higher_is_better
+    for setting, higher in (("higher_is_better", True), ("lower_is_better", False)):
+        names = started.settings.get(setting)
+        if isinstance(names, list) and metric in names:
+            return higher
+    return direction(metric)
 
 
 def comparable(records: Records) -> list[TrialOutcome]:

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from rightrank.decision.metrics import MetricKind, kind_of
-from rightrank.decision.metrics import higher_is_better as metric_is_higher_better
 from rightrank.maths import Floats
 from rightrank.records import MetricName, Result, ResultsTable, TrialCollapsed, TrialFailed, TrialFinished, TrialOutcome
 
@@ -81,7 +80,7 @@ class ScoreTable:
 def table_of(
     outcomes: Iterable[TrialOutcome],
     metric: MetricName,
-    higher_is_better: bool | None = None,
+    higher_is_better: bool,
     points_metric: str | None = None,
     looks: Iterable[TrialOutcome] = (),
 ) -> ScoreTable:
@@ -89,13 +88,11 @@ def table_of(
 
     Args:
         outcomes: an outcome without this metric counts as missing.
-        higher_is_better: None to take it from the metric's name.
         points_metric: the metric of the evaluations during training; None for `metric`.
         looks: trainings that are not compared, such as those stopped early; their learning rates count as tried.
     """
     outcomes = list(outcomes)
-    higher = metric_is_higher_better(metric) if higher_is_better is None else higher_is_better
-    kind = kind_of(metric, higher)
+    kind = kind_of(metric, higher_is_better)
     scored = [o for o in outcomes if isinstance(o, TrialFinished) and metric in o.metrics]
     examples = {trial.trial_id: trial.items(metric) for trial in scored}
     if len({0 if found is None else len(found[0]) for found in examples.values()}) > 1:
@@ -108,13 +105,13 @@ def table_of(
         if isinstance(outcome, TrialFinished) and metric in outcome.metrics:
             scores, weights = map(np.asarray, examples[outcome.trial_id] or ([outcome.metrics[metric]], [1.0]))
             scale = weights if kind == "perplexity" else np.ones(1)  # the logarithm is of the score without its weight
-            cell = _cell(outcome, metric, _oriented(scores / scale, kind, higher) * scale, weights)
+            cell = _cell(outcome, metric, _oriented(scores / scale, kind, higher_is_better) * scale, weights)
             cell = cell if points_metric in (None, metric) else replace(cell, points=())
             cells[outcome.rank, outcome.learning_rate, outcome.seed] = cell
         else:
             missing[outcome.rank] = missing.get(outcome.rank, 0) + 1
     collapsed = sum(isinstance(outcome, TrialCollapsed) for outcome in outcomes)
-    return ScoreTable(metric, higher, cells, missing, kind, _tried([*outcomes, *looks]), collapsed)
+    return ScoreTable(metric, higher_is_better, cells, missing, kind, _tried([*outcomes, *looks]), collapsed)
 
 
 def _tried(outcomes: Iterable[TrialOutcome]) -> dict[int, set[float]]:

@@ -27,8 +27,9 @@ import numpy as np
 from rightrank.decision.contender import Contender
 from rightrank.decision.evidence import Evidence
 from rightrank.decision.judge import Comparison
-from rightrank.decision.metrics import default_margin, direction, kind_of, published_deviation
+from rightrank.decision.metrics import default_margin, kind_of, published_deviation
 from rightrank.records import CurveFit, HorizonNote, Verdict
+from rightrank.settings.metric_names import direction
 
 
 def verdict_of(found: Comparison) -> Verdict:

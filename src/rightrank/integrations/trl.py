@@ -23,11 +23,12 @@ from typing import Any, Literal, TypeAlias
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rightrank.errors import MissingExtraError
+from rightrank.errors import MissingExtraError, SettingsError
 from rightrank.integrations.looks import Looks
 from rightrank.integrations.rewards import RewardFunction, checked_reward, greedy_rewards
 from rightrank.integrations.trainers import IGNORED, causal_item_losses, padded_batches
 from rightrank.records import TrialResult, TrialTask
+from rightrank.settings.metric_names import direction, unknown_direction
 
 Rows: TypeAlias = Any  # a `datasets.Dataset`, or a list of rows
 DPOMetric: TypeAlias = Literal["loss", "reward_accuracy", "reward_margin"]
@@ -79,7 +80,11 @@ class TrainWithTRL(ABC):
 
     @property
     def higher_is_better(self) -> bool:
-        return self.metric != "loss"
+        """As the metric's name says; give your own property for a metric whose name is not known."""
+        found = direction(self.metric)
+        if found is None:
+            raise SettingsError(f"{unknown_direction(self.metric)}; define higher_is_better in {type(self).__name__}")
+        return found
 
     @abstractmethod
     def make_trainer(self, args: Any, lora: Any, looks: Looks) -> Any:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from rightrank.errors import ResultsError, did_you_mean
+from rightrank.settings.metric_names import direction
 
 SYNONYMS: dict[str, tuple[str, ...]] = {
     "rank": ("rank", "lora_r", "lora_rank", "r", "peft_r", "adapter_rank", "adapter_r", "lora_dim", "network_dim"),
@@ -46,9 +47,6 @@ _OPTUNA_PREFIX = re.compile(r"^(params|user_attrs)_")  # of the columns of Optun
 _MAX_NAMES = 12
 
 
-DirectionOf = Callable[[str], bool | None]
-
-
 @dataclass(frozen=True, slots=True)
 class Columns:
     """Canonical name → column of the table."""
@@ -70,16 +68,19 @@ def plain(name: str) -> str:
     return _OPTUNA_PREFIX.sub("", re.sub(r"[-_]+", "_", "_".join(parts)).strip("_"))
 
 
-def identify_columns(
-    names: Sequence[str], metric: str | None, mapping: Mapping[str, str], direction_of: DirectionOf, where: str
-) -> Columns:
+def direction_of(column: str) -> bool | None:
+    """Whether higher is better by the metric in a column; None if its name is not a known metric's."""
+    found = direction(column)
+    return direction(plain(column)) if found is None else found
+
+
+def identify_columns(names: Sequence[str], metric: str | None, mapping: Mapping[str, str], where: str) -> Columns:
     """Find the columns.
 
     Args:
         names: all column names of the table.
         metric: the user's `--metric`: a column, or what to call the `value` column.
         mapping: the user's `--map`, canonical name → column.
-        direction_of: name of a metric → whether higher is better; None if the name is not a known metric's.
         where: the table's name in error messages.
 
     Raises:
@@ -99,7 +100,7 @@ def identify_columns(
     if "rank" not in found:
         raise ResultsError(f"{where}: no column for the rank among {_listed(names)}; name it with --map rank=COLUMN")
     unused = [name for name in names if name not in found.values()]
-    value, called = _value_column(unused, by_plain, metric, mapping, direction_of, where)
+    value, called = _value_column(unused, by_plain, metric, mapping, where)
     taken = {*found.values(), value}
     others = tuple(by_plain[name] for name in VALUES if name in by_plain and by_plain[name] not in taken)
     return Columns(found, value, called, others)
@@ -110,7 +111,6 @@ def _value_column(
     by_plain: Mapping[str, str],
     metric: str | None,
     mapping: Mapping[str, str],
-    direction_of: DirectionOf,
     where: str,
 ) -> tuple[str, str]:
     """`(column, name of the metric)`; `names` are the columns without another role."""
@@ -125,7 +125,7 @@ def _value_column(
         raise ResultsError(
             f"{where}: no column {metric!r} and no column `value`{did_you_mean(metric, names)}; there are {_listed(names)}"
         )
-    column = _first(VALUES, by_plain) or _any_metric(names, direction_of)
+    column = _first(VALUES, by_plain) or _any_metric(names)
     if column is None:
         trained = " (a training loss does not measure held-out data)" if "train_loss" in by_plain else ""
         raise ResultsError(
@@ -134,7 +134,7 @@ def _value_column(
     return column, "value" if plain(column) == "value" else column
 
 
-def _any_metric(names: Sequence[str], direction_of: DirectionOf) -> str | None:
+def _any_metric(names: Sequence[str]) -> str | None:
     """The column named like a metric that is not a training metric; None if there are several."""
     like = [name for name in names if direction_of(name) is not None and "train" not in name.lower()]
     return like[0] if len(like) == 1 else None

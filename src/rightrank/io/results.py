@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from rightrank.errors import DataError, ResultsError
-from rightrank.io.columns import Columns, DirectionOf, identify_columns
+from rightrank.io.columns import Columns, direction_of, identify_columns
 from rightrank.io.gathering import Key, TrainingRows, gather, is_blank, results_of
 from rightrank.io.importers import import_rows
 from rightrank.io.reading import UnreadableError, is_text, kind_of, parse_json
 from rightrank.io.rows import FILE_TYPES, Row, read_rows
 from rightrank.records import Result, ResultsTable
+from rightrank.settings.metric_names import unknown_direction
 
 MAX_FILE_BYTES = 200 * 2**20  # about 5 million rows
 MAX_DEPTH = 8
@@ -31,16 +32,16 @@ def flat(rows: Iterable[Row]) -> list[Row]:
     return [Row(dict(_flat(row.fields)), row.where) for row in rows]
 
 
-def results_of_rows(rows: list[Row], asked: TableOptions, direction_of: DirectionOf, where: str) -> ResultsTable:
+def results_of_rows(rows: list[Row], asked: TableOptions, where: str) -> ResultsTable:
     names = list(dict.fromkeys(name for row in rows for name in row.fields))
-    columns = identify_columns(names, asked.metric, asked.mapping, direction_of, where)
+    columns = identify_columns(names, asked.metric, asked.mapping, where)
     rows, metric = _one_metric(rows, columns, asked.metric, where)
-    higher, why = _direction(rows, columns, metric, asked.higher_is_better, direction_of)
-    understood = [f"{name} from column {column}" for name, column in columns.by_name.items() if name != column]
-    understood.append(f"value from column {columns.value}: {'higher' if higher else 'lower'} is better ({why})")
     trainings, missing, notes = gather(rows, columns, metric)
     results = [*results_of(trainings, columns), *missing]
     _require_comparable(results, trainings, where)
+    higher, why = _direction(rows, columns, metric, asked.higher_is_better, where)
+    understood = [f"{name} from column {column}" for name, column in columns.by_name.items() if name != column]
+    understood.append(f"value from column {columns.value}: {'higher' if higher else 'lower'} is better ({why})")
     return ResultsTable(metric=metric, higher_is_better=higher, results=results, understood=understood + notes)
 
 
@@ -124,10 +125,12 @@ def _one_metric(rows: list[Row], columns: Columns, asked: str | None, where: str
     return rows, names[0] if names else columns.metric
 
 
-def _direction(
-    rows: list[Row], columns: Columns, metric: str, asked: bool | None, direction_of: DirectionOf
-) -> tuple[bool, str]:
-    """`(higher is better, why)`."""
+def _direction(rows: list[Row], columns: Columns, metric: str, asked: bool | None, where: str) -> tuple[bool, str]:
+    """`(higher is better, why)`.
+
+    Raises:
+        ResultsError: neither the user nor the table says it, and the metric's name is not a known one.
+    """
     if asked is not None:
         return asked, "as given"
     column = columns.get("higher_is_better")
@@ -139,11 +142,12 @@ def _direction(
             )
         if values:
             return values.pop() in ("true", "1", "1.0", "yes"), f"column {column}"
-    for name in (metric, columns.value):
-        known = direction_of(name)
-        if known is not None:
-            return bool(known), f"from its name, {name}"
-    return False, "assumed; otherwise give --higher-is-better"
+    known = direction_of(metric)
+    if known is None:
+        raise ResultsError(
+            f"{where}: {unknown_direction(metric)}; give --higher-is-better or --lower-is-better, or --metric NAME"
+        )
+    return known, f"from its name, {metric}"
 
 
 def _require_comparable(results: list[Result], trainings: Mapping[Key, TrainingRows], where: str) -> None:

@@ -114,7 +114,7 @@ def _scored(runtime: Runtime, name: str, adapter: Path | None) -> TrialFinished:
 
 
 def _compare(a: TrialFinished, b: TrialFinished, metric: str, data: Path, settings: SelectSettings) -> MetricComparison:
-    higher = None if metric not in settings.lower_is_better else False
+    higher = settings.is_higher_better(metric)
     tables = [table_of([trial], metric, higher) for trial in (a, b)]
     cells = [next(iter(table.cells.values())) for table in tables]
     if not all(cell.examples for cell in cells):

@@ -16,7 +16,6 @@ import torch
 
 from rightrank.decision.adapter import adapter_answer, trained_answer
 from rightrank.decision.adapter_files import Question
-from rightrank.decision.metrics import higher_is_better
 from rightrank.engine.covariances import Gathered, gather_moments, moment_tokens, unseen_first
 from rightrank.engine.evaluation import Scores
 from rightrank.engine.runtime import Runtime
@@ -188,7 +187,10 @@ def _by_halves(adapter: AdapterFolder, runtime: Runtime, halves: Sequence[_Half]
 def _answer(trials: Sequence[TrialFinished], runtime: Runtime) -> AdapterAnswer:
     metric = runtime.settings.metric_name
     question = Question(
-        metric, higher_is_better(metric), runtime.settings.margin, token_loss=runtime.data.summary.is_token_loss
+        metric,
+        runtime.settings.is_higher_better(metric),
+        runtime.settings.margin,
+        token_loss=runtime.data.summary.is_token_loss,
     )
     return adapter_answer(trials, question) or trained_answer(max(trials, key=lambda trial: trial.rank), question)
 

@@ -111,7 +111,7 @@ class _Guarded:
             show(self._view)
         except VIEW_FAULTS as error:
             self._view = None
-            self._notice(f"no more progress is shown: it failed ({described(error)}); the run goes on")
+            self._notice(f"no more progress is shown: it failed ({described(error)}); the run continues")
 
 
 @contextmanager

@@ -11,7 +11,6 @@ from typing import Any, TypeAlias
 
 from rightrank.decision.collapse import DROP_IN_MARGINS
 from rightrank.decision.judged import decide_judged
-from rightrank.decision.metrics import direction
 from rightrank.decision.run import best_trial
 from rightrank.errors import SettingsError
 from rightrank.executors.calls import Call, TrainFunction, call_in_process, call_inline, call_on_ray
@@ -26,6 +25,7 @@ from rightrank.selection.handover import hand_over_saved
 from rightrank.selection.loop import LoopOptions, Selection
 from rightrank.selection.start import open_selection
 from rightrank.settings import Goal, SelectSettings, make_settings, with_identity_of
+from rightrank.settings.metric_names import direction, unknown_direction
 from rightrank.settings.profiles import profile_named
 from rightrank.strategies import make_strategy, space_of, strategy_in
 from rightrank.strategies.upward import Upward
@@ -206,7 +206,7 @@ def metric_of(metric: str | None, higher_is_better: bool | None, profile: str | 
     metric = profile_named(profile).metric if metric is None else metric
     higher = direction(metric) if higher_is_better is None else higher_is_better
     if higher is None:
-        raise SettingsError(f"metric {metric!r}: pass higher_is_better=True or False, as the name does not say which")
+        raise SettingsError(f"{unknown_direction(metric)}; pass higher_is_better=True or False")
     return metric, higher
 
 

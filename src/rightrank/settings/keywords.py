@@ -46,6 +46,8 @@ class SelectKeywords(TypedDict, total=False):
     margin: float
     metric: str
     metrics: Sequence[str] | str
+    higher_is_better: Sequence[str] | str
+    lower_is_better: Sequence[str] | str
     guard: Sequence[str] | str
     guard_margin: float
     columns: Mapping[str, str] | Sequence[str]  # {"prompt": "question"} or ["prompt=question"]

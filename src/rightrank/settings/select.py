@@ -12,6 +12,7 @@ from typing import Any, Literal, TypeAlias
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from rightrank.errors import did_you_mean
+from rightrank.settings.metric_names import direction, unknown_direction
 from rightrank.settings.metric_spec import MetricSpec, parse_metrics
 from rightrank.settings.peft_options import gathered_options
 from rightrank.settings.values import AutoDtype, MemoryBytes, Optim, checked
@@ -56,7 +57,8 @@ class SelectSettings(BaseModel):
     metric: str = "loss"  # see metric_spec
     margin: float | None = Field(default=None, gt=0)  # None for the metric's default (decision.metrics)
     metrics: tuple[str, ...] = ()  # further metrics, measured and reported; they don't decide
-    lower_is_better: tuple[str, ...] = ()  # metrics whose name does not imply it
+    higher_is_better: tuple[str, ...] = ()  # metrics whose direction is not known from their name
+    lower_is_better: tuple[str, ...] = ()
     # when the model generates: after each training, or at every evaluation
     answers_at: Literal["end", "points"] = "end"
     max_new_tokens: int = Field(default=64, gt=0)  # that the model generates for one example
@@ -135,7 +137,7 @@ class SelectSettings(BaseModel):
     trust_remote_code: bool = False
     report_to: tuple[str, ...] = ()  # trackers that log every trial: trackio, wandb, mlflow, tensorboard
 
-    @field_validator("guard", "metrics", "lower_is_better", "sweep", mode="before")
+    @field_validator("guard", "metrics", "higher_is_better", "lower_is_better", "sweep", mode="before")
     @classmethod
     def _one_or_several(cls, value: object) -> object:
         return (value,) if isinstance(value, str) else value
@@ -256,10 +258,35 @@ class SelectSettings(BaseModel):
     @model_validator(mode="after")
     def _metrics_known(self) -> SelectSettings:
         names = [spec.name for spec in parse_metrics(self.metric, self.metrics)]
-        unknown = next((name for name in self.lower_is_better if name not in names), None)
-        if unknown is not None:
-            raise ValueError(f"lower_is_better: {unknown!r} is not one of the metrics ({', '.join(names)})")
+        for setting, given in (("higher_is_better", self.higher_is_better), ("lower_is_better", self.lower_is_better)):
+            unknown = next((name for name in given if name not in names), None)
+            if unknown is not None:
+                raise ValueError(f"{setting}: {unknown!r} is not one of the metrics ({', '.join(names)})")
+        both = next((name for name in self.higher_is_better if name in self.lower_is_better), None)
+        if both is not None:
+            raise ValueError(f"{both!r} is in higher_is_better and in lower_is_better: give it once")
+        for name in names:
+            self.is_higher_better(name)
         return self
+
+    def is_higher_better(self, name: str) -> bool:
+        """The direction of one of the metrics: as given, else as its name or, for `evaluate` and `lm-eval`, its key says.
+
+        Raises:
+            ValueError: it is not known; the message says what to give.
+        """
+        if name in self.higher_is_better or name in self.lower_is_better:
+            return name in self.higher_is_better
+        spec = next((spec for spec in self.metric_specs if spec.name == name), None)
+        key = spec.key or (spec.target if spec.kind == "evaluate" else "") if spec is not None else ""
+        found = direction(name)
+        found = direction(key) if found is None and key else found
+        if found is None:
+            raise ValueError(
+                f"{unknown_direction(name)}; give --higher-is-better {name} or --lower-is-better {name} (settings "
+                "higher_is_better and lower_is_better)"
+            )
+        return found
 
     def of_form(self, form: str) -> SelectSettings:
         """These settings with the margin that the loss of preference pairs has by default; unchanged for other data."""

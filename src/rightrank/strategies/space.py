@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import pairwise
 
-from rightrank.decision.metrics import MetricKind, default_margin, higher_is_better, kind_of
+from rightrank.decision.metrics import MetricKind, default_margin, kind_of
 from rightrank.errors import SettingsError
 from rightrank.records import Arm
 from rightrank.settings import Goal, Scaling, SelectSettings
@@ -97,7 +97,7 @@ def space_of(settings: SelectSettings, steps: int, token_loss: bool = True, unse
             f"{4 * settings.ranks[0]}"
         )
     name = settings.metric_name
-    higher = higher_is_better(name, settings.lower_is_better)
+    higher = settings.is_higher_better(name)
     kind: MetricKind = "loss" if name == "loss" and not token_loss else kind_of(name, higher)
     return Space(
         ranks=settings.ranks,
