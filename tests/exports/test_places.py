@@ -89,7 +89,8 @@ def test_unsloth_gets_bare_names(recipe: Recipe, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("shape", ["alpaca", "sharegpt", "ask → prompt, reply → completion"])
 def test_trainers_read_the_columns_that_the_file_has(recipe: Recipe, shape: str) -> None:
-    other = replace(recipe, shape=shape)
+    renamed = {"prompt": "ask, then → wait", "completion": "reply"} if "→" in shape else {}
+    other = replace(recipe, shape=shape, columns=renamed)
     dataset = yaml.safe_load(axolotl(other).files["axolotl.yaml"])["datasets"][0]
     entry = json.loads(llamafactory(other).files["dataset_info.json"])["rightrank_data"]
     if shape == "alpaca":
@@ -98,5 +99,5 @@ def test_trainers_read_the_columns_that_the_file_has(recipe: Recipe, shape: str)
     elif shape == "sharegpt":
         assert dataset["field_messages"] == entry["columns"]["messages"] == "conversations"
     else:
-        assert dataset["type"]["field_instruction"] == entry["columns"]["prompt"] == "ask"
+        assert dataset["type"]["field_instruction"] == entry["columns"]["prompt"] == "ask, then → wait"
     assert any(shape in note for note in trl(other).notes)

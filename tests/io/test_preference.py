@@ -88,6 +88,7 @@ def test_a_prompt_of_another_name_is_found(tmp_path: Path) -> None:
     rows = [{"question": row["prompt"], "chosen": "yes", "rejected": "no"} for row in ROWS]
     data = loaded(tmp_path, rows)
     assert data.shape == "question → prompt"
+    assert data.renamed == {"prompt": "question"}
     assert next(iter(data.examples["train"])).content["prompt"] in {row["prompt"] for row in ROWS}
     renamed = [{"ask": row["prompt"], "good": "yes", "bad": "no"} for row in ROWS]
     named = loaded(tmp_path, renamed, columns=("prompt=ask", "chosen=good", "rejected=bad"))

@@ -13,8 +13,7 @@ from contextlib import suppress
 
 import click
 
-from rightrank.cli.adapters import allocate, inspect, resize
-from rightrank.cli.comparing import compare
+from rightrank.cli.adapters import allocate, compare, inspect, resize
 from rightrank.cli.deciding import decide
 from rightrank.cli.fleet import fleet
 from rightrank.cli.handing_over import export, repair, report

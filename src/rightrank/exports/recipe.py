@@ -73,17 +73,14 @@ class Recipe:
     guard: str = ""  # how the adapter does on the guard's data, in a sentence
 
     shape: str | None = None  # how rows of other columns became the form: see `io.shapes`
+    columns: Mapping[str, str] = field(
+        default_factory=dict
+    )  # of the form that have another name in the file → that name
     use_dora: bool = False
     target_parameters: tuple[str, ...] = ()
     peft_options: Mapping[str, Any] = field(default_factory=dict)  # further fields of LoraConfig
     loraplus_lr_ratio: float | None = None
     optim: str = "adamw_torch"
-
-    @property
-    def columns(self) -> dict[str, str]:
-        """The file's name of each column of the form that has another name there."""
-        pairs = (pair.split(" → ") for pair in (self.shape or "").split(", ") if " → " in pair)
-        return {name: column for column, name in pairs}
 
     def located(self) -> Recipe:
         """The recipe with absolute paths of model and data, so that its files work from any folder."""
@@ -173,12 +170,13 @@ def recipe_of(
     config = _adapter_config(adapter)
     settings: Mapping[str, Any] = started.settings
     making = making_of(trial, finished)
-    is_trained = making.trained_rank == config["r"]
+    alpha, _ = peft_scaling(settings.get("scaling", "alpha/r"), trial.lora_alpha, making.trained_rank)
     return Recipe(
         model=_named(settings.get("model"), UNKNOWN_MODEL),
         data=_named(settings.get("data"), UNKNOWN_DATA),
         form=started.data.form,
         shape=started.data.shape,
+        columns=started.data.renamed,
         classes=started.data.classes,
         adapter=adapter,
         module_names=_module_names(adapter),
@@ -188,7 +186,7 @@ def recipe_of(
         warmup_steps=math.ceil(settings.get("warmup_ratio", 0.0) * making.steps),
         seed=trial.seed,
         making=making,
-        trained_alpha=config["lora_alpha"] if is_trained else _trained_alpha(settings, trial, making),
+        trained_alpha=config["lora_alpha"] if making.trained_rank == config["r"] else alpha,
         peft_options=settings.get("peft_options") or {},
         **{name: settings.get(name, default) for name, default in SETTINGS.items()},
         **_adapter_fields(config),
@@ -213,11 +211,6 @@ def _adapter_fields(config: Mapping[str, Any]) -> dict[str, Any]:
         "use_dora": bool(config.get("use_dora")),
         "target_parameters": tuple(sorted(config.get("target_parameters") or ())),
     }
-
-
-def _trained_alpha(settings: Mapping[str, Any], trial: TrialFinished, making: Making) -> float:
-    alpha, _ = peft_scaling(settings.get("scaling", "alpha/r"), trial.lora_alpha, making.trained_rank)
-    return alpha
 
 
 def _adapter_config(adapter: Path) -> dict[str, Any]:

@@ -9,10 +9,9 @@ from pathlib import Path
 
 from rightrank.errors import SettingsError, did_you_mean
 from rightrank.exports.configs import axolotl, llamafactory
-from rightrank.exports.images import diffusers, kohya
 from rightrank.exports.recipe import Recipe
 from rightrank.exports.servers import llama_cpp, ollama, served_rank, sglang, vllm
-from rightrank.exports.trainers import ms_swift, peft, trl, unsloth
+from rightrank.exports.trainers import diffusers, kohya, ms_swift, peft, trl, unsloth
 from rightrank.exports.written import Written
 from rightrank.io.files import replacing_folder
 

@@ -1,7 +1,8 @@
-"""Settings for trainers. Each target is a pure function from a recipe to its files and to notes on what it lacks."""
+"""Settings for trainers, and LoRA files for image tools. Each target is a pure function from a recipe to its files and to notes on what it lacks."""
 
 from __future__ import annotations
 
+import json
 import shlex
 from typing import Any
 
@@ -16,6 +17,9 @@ from rightrank.exports.written import (
     pattern_notes,
     transformers_arguments,
 )
+
+DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"  # the name that diffusers looks for
+KOHYA_FILE = "adapter.safetensors"
 
 
 def peft(recipe: Recipe) -> Written:
@@ -85,6 +89,9 @@ def trl(recipe: Recipe) -> Written:
 def unsloth(recipe: Recipe) -> Written:
     """A snippet for Unsloth."""
     layers = list(recipe.layers_to_transform) if recipe.layers_to_transform is not None else None
+    bare_names = sorted(
+        {name.rsplit(".", 1)[-1] for name in recipe.target_modules}
+    )  # Unsloth matches the last part alone
     dtype = "None" if recipe.dtype == "float32" else f"torch.{recipe.dtype}"
     code = f"""import torch
 from unsloth import FastLanguageModel
@@ -100,7 +107,7 @@ model = FastLanguageModel.get_peft_model(
     r={recipe.r},
     lora_alpha={recipe.alpha!r},
     lora_dropout={recipe.lora_dropout!r},
-    target_modules={_bare_names(recipe)!r},
+    target_modules={bare_names!r},
     layers_to_transform={layers!r},
     use_rslora={recipe.use_rslora},
     bias={recipe.bias!r},
@@ -111,11 +118,6 @@ learning_rate = {recipe.learning_rate!r}  # for the trainer, with {recipe.max_st
 """
     notes = pattern_notes(recipe, "this snippet") + column_notes(recipe, "your trainer")
     return Written({"unsloth_lora.py": code}, "python unsloth_lora.py", notes)
-
-
-def _bare_names(recipe: Recipe) -> list[str]:
-    """The last part of each adapted module's name: Unsloth matches those alone."""
-    return sorted({name.rsplit(".", 1)[-1] for name in recipe.target_modules})
 
 
 def ms_swift(recipe: Recipe) -> Written:
@@ -141,3 +143,46 @@ def ms_swift(recipe: Recipe) -> Written:
     columns = "`messages` and `rejected_response`" if recipe.is_preference else "`messages` or `query` and `response`"
     notes.append(f"ms-swift reads {columns}; rename the columns of your data to match")
     return Written({"ms_swift.sh": f"#!/bin/sh\nexec {command}\n"}, "sh ms_swift.sh", notes)
+
+
+def diffusers(recipe: Recipe) -> Written:
+    """A file that `load_lora_weights` of a diffusers pipeline reads, with PEFT's configuration in its header."""
+    script = f'''"""Load the adapter of this folder, trained at rank {recipe.r} with alpha {recipe.alpha}."""
+from diffusers import DiffusionPipeline
+
+pipeline = DiffusionPipeline.from_pretrained({recipe.model!r})
+pipeline.load_lora_weights(".", weight_name="{DIFFUSERS_FILE}")
+'''
+    return Written(
+        {"load_lora.py": script},
+        "python -i load_lora.py",
+        lora_files={DIFFUSERS_FILE: ("diffusers", model_part(recipe))},
+    )
+
+
+def kohya(recipe: Recipe) -> Written:
+    """A file with kohya's keys and an alpha for each module, and settings with which sd-scripts trains as the run did."""
+    part = model_part(recipe)
+    settings = {
+        "network_module": "networks.lora",
+        "network_dim": recipe.r,
+        "network_alpha": recipe.alpha,
+        "learning_rate": recipe.learning_rate,
+        "max_train_steps": recipe.max_steps,
+        "train_batch_size": recipe.batch_size,
+        "seed": recipe.seed,
+    }
+    text = "".join(f"{name} = {json.dumps(value)}\n" for name, value in settings.items())
+    notes = [f"kohya's names of SDXL's U-Net are those of its original code; these are diffusers' names of the {part}"]
+    command = (
+        f"copy {KOHYA_FILE} to the folder of LoRA files; to train again: train_network.py --config_file kohya.toml"
+    )
+    return Written({"kohya.toml": text}, command, notes, lora_files={KOHYA_FILE: ("kohya", part)})
+
+
+def model_part(recipe: Recipe) -> str:
+    """The part of a pipeline that the adapter is for, in diffusers' names, by the names of its modules."""
+    first = recipe.module_names[0] if recipe.module_names else ""
+    if first.startswith(("text_model.", "encoder.block")):
+        return "text_encoder"
+    return "transformer" if first.startswith(("transformer_blocks.", "single_transformer_blocks.")) else "unet"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -19,13 +19,13 @@ from rightrank.io.example_store import Example
 from rightrank.io.examples import DataForm, example_of, has_control, strings
 from rightrank.io.reading import is_text
 from rightrank.io.rows import Row, RowsBySplit, read_rows, rows_from_memory
-from rightrank.io.shapes import shape_of
+from rightrank.io.shapes import Shape, shape_of
 from rightrank.io.split_builder import HELD_OUT, SplitBuilder, fingerprint_of
 from rightrank.records import SplitName
 from rightrank.records.base import split_name
 from rightrank.settings import SelectSettings
 
-Detected: TypeAlias = tuple[DataForm, tuple[str, ...], str | None, RowsBySplit]
+Detected: TypeAlias = tuple[DataForm, tuple[str, ...], Shape | None, RowsBySplit]
 SPLITS: tuple[SplitName, ...] = ("train", "selection", "test")
 
 
@@ -55,7 +55,8 @@ class DataSplits:
     rows: int = 0  # that were read
     repeated: int = 0  # held-out rows left out because another row is equal
     not_evaluated: int = 0  # held-out rows beyond the number that is evaluated
-    shape: str | None = None  # how rows of another shape got the form's columns
+    shape: str | None = None  # how rows of another shape got the form's columns, for people
+    renamed: Mapping[str, str] = field(default_factory=dict)  # columns that have another name in the file → that name
     equal_pairs: int = 0  # rows left out because `chosen` and `rejected` are the same
 
 
@@ -102,7 +103,8 @@ def load_data(
         rows=builder.rows,
         repeated=builder.rows_held_out - builder.distinct_held_out,
         not_evaluated=builder.distinct_held_out - len(evaluated),
-        shape=shape,
+        shape=None if shape is None else shape.name,
+        renamed={} if shape is None else dict(shape.renamed),
         equal_pairs=builder.equal_pairs,
     )
 
@@ -134,7 +136,7 @@ def _detect_form(rows: RowsBySplit, name: str, named: Sequence[str]) -> Detected
         begun = {split: map(shape, found) for split, found in begun.items()}
     for form, columns in FORMS:
         if all(column in changed.fields for column in columns):
-            return form, columns, None if shape is None else shape.name, begun
+            return form, columns, shape, begun
     allowed = "; or ".join(", ".join(f"`{column}`" for column in columns) for _, columns in FORMS)
     found_columns = ", ".join(f"`{column}`" for column in first.fields) or "none"
     raise DataError(

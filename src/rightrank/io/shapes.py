@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 from rightrank.errors import DataError, did_you_mean
@@ -43,6 +43,7 @@ class Shape:
 
     name: str  # as it is reported: "alpaca", "sharegpt", "tokens", or the columns that were renamed
     change: Change
+    renamed: Mapping[str, str] = field(default_factory=dict)  # a form's column → the file's name of it
 
     def __call__(self, row: Row) -> Row:
         return Row(self.change(row), row.where)
@@ -64,7 +65,7 @@ def shape_of(first: Row, columns: Sequence[str], known: Collection[str]) -> Shap
     inner = _found(renamed.change(first))
     if inner is None:
         return renamed
-    return Shape(renamed.name, lambda row: inner.change(renamed(row)))
+    return Shape(renamed.name, lambda row: inner.change(renamed(row)), renamed.renamed)
 
 
 def _renaming(first: Row, columns: Sequence[str], known: Collection[str]) -> Shape:
@@ -91,7 +92,7 @@ def _shape_renamed(names: Mapping[str, str]) -> Shape:
     def change(row: Row) -> Mapping[str, Any]:
         return dict(row.fields) | {name: row.fields.get(column) for name, column in names.items()}
 
-    return Shape(", ".join(f"{column} → {name}" for name, column in names.items()), change)
+    return Shape(", ".join(f"{column} → {name}" for name, column in names.items()), change, names)
 
 
 def _found(fields: Mapping[str, Any]) -> Shape | None:

@@ -6,9 +6,8 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 
 from rightrank.decision.run import Records
-from rightrank.records import Decision, TrialFinished, TrialOutcome
+from rightrank.records import Decision, TrialCollapsed, TrialFinished, TrialOutcome
 from rightrank.report.adapter_view import adapter_figure
-from rightrank.report.collapse_figure import collapse_figure
 from rightrank.report.figure import (
     AnyFigure,
     Axis,
@@ -27,6 +26,8 @@ from rightrank.report.guard_view import guard_figure
 from rightrank.report.rank_curve import rank_figure
 from rightrank.report.shown_trials import best_of, best_trials, by_rank, trained
 from rightrank.report.training_curves import learning_figure, training_loss_figure
+
+MAX_SERIES = 8  # the trainings that fell furthest; the table has all of them
 
 MIB = 2**20
 ENOUGH = {True: "yes", False: "no", None: "inconclusive"}  # by `RankEvidence.non_inferior`
@@ -264,3 +265,36 @@ def _cell_note(outcomes: Sequence[TrialOutcome], finished: int) -> str:
 
 def _listed(values: Mapping[int, float], unit: str) -> str:
     return ", ".join(f"rank {rank} {amount(value)} {unit}" for rank, value in values.items())
+
+
+def collapse_figure(records: Records) -> Figure | None:
+    """Held-out values by step of the collapsed trainings; None if there are none with values."""
+    collapsed = [one for one in records.outcomes if isinstance(one, TrialCollapsed) and one.points]
+    if not collapsed:
+        return None
+    collapsed.sort(key=lambda one: -abs(one.best_value - one.value))
+    shown = collapsed[:MAX_SERIES]
+    series = tuple(
+        Series(
+            f"rank {one.rank} at {one.learning_rate:g}, seed {one.seed}",
+            tuple(point.step for point in one.points),
+            tuple(point.value for point in one.points),
+            tone=place,
+        )
+        for place, one in enumerate(shown)
+    )
+    falls = "; ".join(f"{one.arm.label()}: {one.best_value:.4g} to {one.value:.4g}" for one in shown)
+    return Figure(
+        name="collapses",
+        title="Trainings that collapsed",
+        alt=f"Held-out {records.started.metric} by step of the trainings that collapsed. From the best to the last look: {falls}.",
+        x=Axis("step"),
+        y=metric_axis(records.started.metric, "held-out"),
+        series=series,
+        columns=("rank", "learning rate", "seed", "step", "held-out"),
+        rows=tuple(
+            (one.rank, one.learning_rate, one.seed, point.step, point.value)
+            for one in collapsed
+            for point in one.points
+        ),
+    )
