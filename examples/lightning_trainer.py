@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rightrank import TrialResult, TrialTask, select_rank_with
-from rightrank.integrations import causal_item_losses, padded_batches
+from rightrank.interop.transformers import causal_item_losses, padded_batches
 
 arguments = options()
 tokenizer = AutoTokenizer.from_pretrained(arguments.model)

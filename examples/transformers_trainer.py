@@ -10,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
 from rightrank import TrialResult, TrialTask, select_rank_with
-from rightrank.integrations import RankSelectionCallback, causal_item_losses, padded_batches
+from rightrank.interop.transformers import RankSelectionCallback, causal_item_losses, padded_batches
 
 arguments = options()
 tokenizer = AutoTokenizer.from_pretrained(arguments.model)

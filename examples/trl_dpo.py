@@ -11,7 +11,7 @@ from datasets import Dataset
 from trl import DPOConfig
 
 from rightrank import select_rank_with
-from rightrank.integrations.trl import DPOTrain
+from rightrank.interop.trl import DPOTrain
 
 if __name__ == "__main__":
     arguments = options()

@@ -12,8 +12,8 @@ from datasets import Dataset
 from trl import GRPOConfig
 
 from rightrank import select_rank_with
-from rightrank.integrations.trl import GRPOTrain
-from rightrank.maths.scores import token_f1
+from rightrank.interop.trl import GRPOTrain
+from rightrank.train.scores import token_f1
 
 
 def reward(completions: list[str], answer: list[str], **_: Any) -> list[float]:

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
 from rightrank import TrialResult, TrialTask, select_rank_with
-from rightrank.integrations import RankSelectionCallback, causal_item_losses, padded_batches
+from rightrank.interop.transformers import RankSelectionCallback, causal_item_losses, padded_batches
 
 arguments = options()
 tokenizer = AutoTokenizer.from_pretrained(arguments.model)

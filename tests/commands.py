@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from rightrank.cli import main
-from rightrank.io.journal import Journal
-from rightrank.records import TrialFinished
+from rightrank.runs.journal import Journal
+from rightrank.schema.trials import TrialFinished
 
 SMALL = [
     "--strategy", "grid", "--ranks", "1,4", "--learning-rates", "1e-2", "--max-steps", "8", "--batch-size", "4",

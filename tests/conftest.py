@@ -30,7 +30,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def traced_once() -> Iterator[None]:
     """A step of one model with one setting is traced once: traces take a sixth of a small selection."""
-    from rightrank.planning.estimate import Estimator
+    from rightrank.plugins.plan.estimate import Estimator
 
     trace, known = Estimator._full_trace, {}
 

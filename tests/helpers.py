@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from rightrank.engine.encode import encode
-from rightrank.engine.runtime import Runtime
-from rightrank.engine.sharding import sharded
-from rightrank.io.data import load_data
-from rightrank.io.models import load_model
-from rightrank.settings import SelectSettings
+from rightrank.data.splits import load_data
+from rightrank.models.base_models import load_model
+from rightrank.schema.settings import SelectSettings
+from rightrank.train.distributed import sharded
+from rightrank.train.runtime import Runtime
+from rightrank.train.tokens import encode
 
 
 def make_runtime(model: Path, data: Path, settings: SelectSettings, cache: Path) -> Runtime:

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from rightrank import demo
-from rightrank.api import Observer
-from rightrank.errors import MissingExtraError
+from rightrank.schema.errors import MissingExtraError
+from rightrank.schema.events import Observer
 
 pytestmark = [pytest.mark.trains, pytest.mark.draws]
 

@@ -13,7 +13,8 @@ import pytest
 
 import rightrank
 from rightrank.cli import cli
-from rightrank.settings import PlanKeywords, PlanSettings, SelectKeywords, SelectSettings
+from rightrank.schema.plan_settings import PlanSettings
+from rightrank.schema.settings import PlanKeywords, SelectKeywords, SelectSettings
 
 NOT_SETTINGS = {
     "model",

@@ -7,7 +7,7 @@ import random
 from pathlib import Path
 from typing import Any
 
-from rightrank.settings import SelectSettings, make_settings
+from rightrank.schema.settings import SelectSettings, make_settings
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"

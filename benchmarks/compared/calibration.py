@@ -4,7 +4,7 @@
 
 Simulated pairs draw the differences of single examples from distributions of known mean, with token counts as weights. Real pairs are adapters of
 the stored grids (`benchmarks/selection`): the examples of a grid are the population, its mean difference is the truth and the margin, and samples of
-them are drawn with replacement. The decision is that of the command (`rightrank.probe.compare.verdict_of`).
+them are drawn with replacement. The decision is that of the command (`rightrank.adapters.compare.verdict_of`).
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from numpy.typing import NDArray
 
 from benchmarks.machine import machine
 from benchmarks.results import store
-from rightrank.decision.judge import CONFIDENCE
-from rightrank.maths.paired import paired_bounds
-from rightrank.probe.compare import verdict_of
+from rightrank.adapters.compare import verdict_of
+from rightrank.decision.comparison import CONFIDENCE
+from rightrank.decision.intervals import paired_bounds
 
 HERE = Path(__file__).parent
 OUT = HERE / "calibration.json"

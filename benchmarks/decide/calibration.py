@@ -19,8 +19,9 @@ import numpy as np
 
 from benchmarks.decide.simulated import RANKS, World, draw_table, noisier, quiet, right_rank, truth
 from benchmarks.machine import machine
-from rightrank.decision import CONFIDENCE, decide
+from rightrank.decision.comparison import CONFIDENCE
 from rightrank.decision.evidence import Evidence
+from rightrank.decision.rule import decide
 
 HERE = Path(__file__).parent
 SHAPES = ("power", "flat", "u_shaped", "rising")

@@ -22,9 +22,10 @@ from numpy.typing import NDArray
 
 from benchmarks.decide.simulated import RANKS, World, draw_table, truth
 from benchmarks.machine import machine
-from rightrank.decision import ScoreTable, decide
 from rightrank.decision.evidence import Evidence
-from rightrank.maths.intervals import estimate
+from rightrank.decision.intervals import estimate
+from rightrank.decision.rule import decide
+from rightrank.decision.table import ScoreTable
 
 HERE = Path(__file__).parent
 SIZES = ((2, 200), (3, 200), (5, 200), (3, 1000))

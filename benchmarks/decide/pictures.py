@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.decide.simulated import RANKS, World, draw_table
-from rightrank.decision import decide
+from rightrank.decision.rule import decide
 from rightrank.report.draw import draw
-from rightrank.report.rank_curve import rank_figure
+from rightrank.report.figures import rank_figure
 
 HERE = Path(__file__).parent
 

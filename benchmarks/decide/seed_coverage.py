@@ -35,13 +35,13 @@ import numpy as np
 from scipy.special import stdtrit
 
 from benchmarks.machine import machine
-from rightrank.decision import Cell, ScoreTable, decide
-from rightrank.decision.contender import Contender
 from rightrank.decision.evidence import Evidence, measured_noise
-from rightrank.decision.seed_noise import PairNoise, pair_noise, start_of
-from rightrank.io.journal import Journal
-from rightrank.maths.intervals import Estimate, estimate
-from rightrank.records import TrialFinished
+from rightrank.decision.intervals import Estimate, estimate
+from rightrank.decision.rule import decide
+from rightrank.decision.seeds import PairNoise, pair_noise, start_of
+from rightrank.decision.table import Cell, Contender, ScoreTable
+from rightrank.runs.journal import Journal
+from rightrank.schema.trials import TrialFinished
 
 HERE = Path(__file__).parent
 STORED = HERE / "seed_grids.json"

@@ -8,8 +8,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from rightrank.decision import Cell, ScoreTable
-from rightrank.decision.judge import walk_down
+from rightrank.decision.comparison import walk_down
+from rightrank.decision.table import Cell, ScoreTable
 
 Floats = NDArray[np.float64]
 Shape = Literal["power", "flat", "u_shaped", "rising"]

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.engine.common import machine, make_runtime
-from rightrank.engine.certify import certify
-from rightrank.engine.training_loop import train_trials
-from rightrank.engine.trial_start import TrialFolders
-from rightrank.records import Arm, Trial, TrialFinished
-from rightrank.records.observer import Observer
+from rightrank.schema.events import Observer
+from rightrank.schema.trials import Arm, Trial, TrialFinished
+from rightrank.train.adapter import TrialFolders
+from rightrank.train.certify import certify
+from rightrank.train.loop import train_trials
 
 ARMS = ((16, 0), (16, 1), (4, 0))  # rank and seed; the first is certified, the second says what a seed makes
 

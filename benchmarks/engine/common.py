@@ -8,12 +8,12 @@ from typing import Any
 import torch
 
 from benchmarks.machine import machine as plain_machine
-from rightrank.engine.encode import EncodedData, encode
-from rightrank.engine.runtime import Runtime
-from rightrank.io.data import load_data
-from rightrank.io.models import load_model
-from rightrank.records import SplitName
-from rightrank.settings import make_settings
+from rightrank.data.splits import load_data
+from rightrank.models.base_models import load_model
+from rightrank.schema.settings import make_settings
+from rightrank.schema.trials import SplitName
+from rightrank.train.runtime import Runtime
+from rightrank.train.tokens import EncodedData, encode
 
 DEFAULTS: dict[str, Any] = {
     "ranks": (1, 16),

@@ -29,14 +29,14 @@ import torch
 from peft import get_peft_model
 
 from benchmarks.engine.common import machine, make_runtime, one_pass, trainer_rows
-from rightrank.engine import runtime as runtime_module
-from rightrank.engine.memory import PeakMemory
-from rightrank.engine.runtime import Runtime
-from rightrank.engine.targets import lora_config
-from rightrank.engine.training_loop import train_trials
-from rightrank.engine.trial_start import TrialFolders
-from rightrank.records import Arm, Trial, TrialFinished
-from rightrank.records.observer import Observer
+from rightrank.schema.events import Observer
+from rightrank.schema.trials import Arm, Trial, TrialFinished
+from rightrank.train import runtime as runtime_module
+from rightrank.train.adapter import TrialFolders
+from rightrank.train.device import PeakMemory
+from rightrank.train.loop import train_trials
+from rightrank.train.runtime import Runtime
+from rightrank.train.targets import lora_config
 
 BATCH, RATE, RANKS = 8, 1e-3, (16, 4, 1, 64)  # the first is whose held-out loss is shown
 TAIL_LAYERS = (28, 29)

@@ -18,11 +18,11 @@ from typing import Any
 import numpy as np
 
 from benchmarks.engine.common import machine, make_runtime
-from rightrank.engine.memory import PeakMemory
-from rightrank.engine.multi_lora import ArmBatch, MultiLora
-from rightrank.engine.runtime import Runtime
-from rightrank.engine.token_store import lengths_of
-from rightrank.records import Arm
+from rightrank.data.token_store import lengths_of
+from rightrank.schema.trials import Arm
+from rightrank.train.device import PeakMemory
+from rightrank.train.multi_lora import ArmBatch, MultiLora
+from rightrank.train.runtime import Runtime
 
 PASSES = 3
 

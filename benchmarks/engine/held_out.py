@@ -27,13 +27,12 @@ from scipy.stats import t as student
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
 from benchmarks.engine.common import machine, make_runtime, one_pass, trainer_rows
-from rightrank.engine.adapter import trainable_parameters
-from rightrank.engine.runtime import Runtime
-from rightrank.engine.targets import lora_config
-from rightrank.engine.training_loop import run_trial
-from rightrank.engine.trial_start import TrialFolders
-from rightrank.records import Arm, Trial, TrialFinished
-from rightrank.records.observer import Observer
+from rightrank.schema.events import Observer
+from rightrank.schema.trials import Arm, Trial, TrialFinished
+from rightrank.train.adapter import TrialFolders, trainable_parameters
+from rightrank.train.loop import run_trial
+from rightrank.train.runtime import Runtime
+from rightrank.train.targets import lora_config
 
 RATE = 1e-3
 

@@ -28,12 +28,12 @@ import torch
 from transformers import AutoTokenizer
 
 from benchmarks.engine.common import machine
-from rightrank.engine.batches import batch_plan, collate
-from rightrank.engine.encode import encode
-from rightrank.engine.token_store import lengths_of
-from rightrank.io.data import load_data
-from rightrank.io.models import LoadedModel
-from rightrank.settings import make_settings
+from rightrank.data.splits import load_data
+from rightrank.data.token_store import lengths_of
+from rightrank.models.base_models import LoadedModel
+from rightrank.schema.settings import make_settings
+from rightrank.train.batches import batch_plan, collate
+from rightrank.train.tokens import encode
 
 STEPS, BATCH = 200, 8
 

@@ -20,10 +20,10 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.engine.common import machine, make_runtime
-from rightrank.engine.training_loop import train_trials
-from rightrank.engine.trial_start import TrialFolders
-from rightrank.records import Arm, Trial
-from rightrank.records.observer import Observer
+from rightrank.schema.events import Observer
+from rightrank.schema.trials import Arm, Trial
+from rightrank.train.adapter import TrialFolders
+from rightrank.train.loop import train_trials
 
 RANK = 12  # a size that nothing else in the model has
 MATMULS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::addmm_", "aten::baddbmm_")

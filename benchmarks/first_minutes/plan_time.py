@@ -27,10 +27,10 @@ STAGES = {
     "torch": "import torch",
     "transformers' model class": "from transformers import LlamaForCausalLM",
     "peft": "import peft",
-    "rightrank's planner and settings": "import rightrank.planning.planner; from rightrank.report import plan_table",
+    "rightrank's planner and settings": "import rightrank.plugins.plan.planner; from rightrank.report import plan_table",
 }
 PLAN = (
-    "from rightrank.planning.skeleton import read_config; from rightrank.planning.planner import plan_config; "
+    "from rightrank.plugins.plan.skeleton import read_config; from rightrank.plugins.plan.planner import plan_config; "
     "from rightrank.settings import make_plan_settings; "
     "plan_config(read_config({model!r}, False), 'm', make_plan_settings({{'ranks': [8, 16]}}), prices={prices})"
 )

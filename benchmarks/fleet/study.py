@@ -14,16 +14,16 @@ import torch
 
 from benchmarks.machine import machine
 from benchmarks.results import store
-from rightrank.api import fleet
-from rightrank.engine.encode import encode
-from rightrank.engine.runtime import Runtime
-from rightrank.engine.training_loop import run_trial
-from rightrank.engine.trial_start import TrialFolders
-from rightrank.io.data import load_data
-from rightrank.io.models import load_model
-from rightrank.records import Arm, Trial
-from rightrank.records.observer import Observer
-from rightrank.settings import make_settings
+from rightrank.api.adapters import fleet
+from rightrank.data.splits import load_data
+from rightrank.models.base_models import load_model
+from rightrank.schema.events import Observer
+from rightrank.schema.settings import make_settings
+from rightrank.schema.trials import Arm, Trial
+from rightrank.train.adapter import TrialFolders
+from rightrank.train.loop import run_trial
+from rightrank.train.runtime import Runtime
+from rightrank.train.tokens import encode
 
 OUT = Path(__file__).with_name("results.json")
 TASKS = ("glosses", "packages", "docstrings", "reviews")

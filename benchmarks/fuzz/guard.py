@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rightrank.errors import RightrankError
+from rightrank.schema.errors import RightrankError
 
 SECONDS = 5.0  # of CPU: a busy machine makes no find
 MEMORY_BYTES = 2**30  # beyond what the process has when the read begins

@@ -9,7 +9,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from rightrank.records import Record
+from rightrank.schema.trials import Record
 
 
 def data_files() -> list[tuple[str, bytes]]:
@@ -129,7 +129,7 @@ def journals() -> list[bytes]:
     from tests.report import runs
 
     from rightrank.decision.run import decide_run
-    from rightrank.records import DecisionRecorded
+    from rightrank.schema.events import DecisionRecorded
 
     before, runs.ITEMS = runs.ITEMS, 3
     try:

@@ -13,21 +13,22 @@ from types import SimpleNamespace
 from typing import Any
 
 from benchmarks.fuzz import seeds
-from rightrank.api import decide, inspect
+from rightrank.api.adapters import inspect
+from rightrank.api.deciding import decide
+from rightrank.api.run_folder import status
 from rightrank.cli.options import gather
-from rightrank.engine.encode import encode
-from rightrank.errors import InputError
-from rightrank.io.data import load_data
-from rightrank.io.journal_lines import seal
-from rightrank.io.rows import FILE_TYPES
-from rightrank.io.run_folder import RunFolder
-from rightrank.io.weights import open_weights
-from rightrank.planning.planner import make_plan
-from rightrank.report.decision_table import decision_text
+from rightrank.data.rows import FILE_TYPES
+from rightrank.data.splits import load_data
+from rightrank.models.weights import open_weights
+from rightrank.plugins.plan.planner import make_plan
 from rightrank.report.html import render_report
-from rightrank.runs import status
-from rightrank.settings import make_settings, parse_bytes
-from rightrank.settings.plan import make_plan_settings
+from rightrank.report.tables import decision_text
+from rightrank.runs.folder import RunFolder
+from rightrank.runs.journal import seal
+from rightrank.schema.errors import InputError
+from rightrank.schema.plan_settings import make_plan_settings
+from rightrank.schema.settings import make_settings, parse_bytes
+from rightrank.train.tokens import encode
 
 PART = b"\n--part--\n"  # between the files of one input
 

@@ -9,7 +9,7 @@ import json
 import sys
 from pathlib import Path
 
-from rightrank.maths.scores import token_f1
+from rightrank.train.scores import token_f1
 
 
 def main() -> None:

@@ -11,12 +11,12 @@ import torch
 import transformers
 from tests.tiny import GPT2_SIZES, SIZES, make_tokenizer, small_settings, write_completions
 
-from rightrank.engine.encode import encode
-from rightrank.engine.runtime import Runtime
-from rightrank.io.data import load_data
-from rightrank.io.models import prepare_model
-from rightrank.records import Arm
-from rightrank.settings import SelectSettings
+from rightrank.data.splits import load_data
+from rightrank.models.base_models import prepare_model
+from rightrank.schema.settings import SelectSettings
+from rightrank.schema.trials import Arm
+from rightrank.train.runtime import Runtime
+from rightrank.train.tokens import encode
 
 STEPS, RANK = 3, 4
 ARM = Arm(rank=RANK, learning_rate=1e-2, lora_alpha=32.0, seed=0, steps=STEPS)

@@ -17,20 +17,19 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks.kinds.cases import ARM, RANK, STEPS, Trained, make_runtime, settings_of
 from rightrank import inspect, resize
-from rightrank.engine.adapter import trainable_parameters
-from rightrank.engine.adapters_per_pass import multi_lora_obstacle
-from rightrank.engine.optimizer import learning_rate_schedule
-from rightrank.engine.runtime import Runtime
-from rightrank.engine.targets import without_peft_noise
-from rightrank.engine.training_loop import run_trial
-from rightrank.engine.trial_start import TrialFolders
-from rightrank.errors import InterruptedRun, ModelError
-from rightrank.exports.padding import write_padded
-from rightrank.io.adapter_folder import open_adapter
-from rightrank.planning.estimate import Estimator
-from rightrank.planning.selection_plan import plan_selection
-from rightrank.records import Arm, StepDone, Trial, TrialFinished
-from rightrank.records.observer import Observer
+from rightrank.models.adapter_files import open_adapter
+from rightrank.models.padding import write_padded
+from rightrank.plugins.plan.estimate import Estimator
+from rightrank.plugins.plan.selection import plan_selection
+from rightrank.schema.errors import InterruptedRun, ModelError
+from rightrank.schema.events import Observer, StepDone
+from rightrank.schema.trials import Arm, Trial, TrialFinished
+from rightrank.train.adapter import TrialFolders, trainable_parameters
+from rightrank.train.loop import run_trial
+from rightrank.train.optimizer import learning_rate_schedule
+from rightrank.train.pace import multi_lora_obstacle
+from rightrank.train.runtime import Runtime
+from rightrank.train.targets import without_peft_noise
 
 TOLERANCE = 2e-5  # relative, of losses
 

@@ -14,12 +14,12 @@ import numpy as np
 
 from benchmarks.machine import machine
 from rightrank import Observer, select_rank
+from rightrank.decision.intervals import estimate
 from rightrank.decision.run import records_of
 from rightrank.demo import DEMO_SETTINGS, prepare_docstrings, prepare_model_folder
-from rightrank.io.run_folder import RunFolder
-from rightrank.maths.intervals import estimate
-from rightrank.records import TrialFinished
-from rightrank.settings import make_settings
+from rightrank.runs.folder import RunFolder
+from rightrank.schema.settings import make_settings
+from rightrank.schema.trials import TrialFinished
 
 SETTINGS: dict[str, Any] = DEMO_SETTINGS | {
     "strategy": "grid",

@@ -23,10 +23,9 @@ from benchmarks.kinds.images import (
     unet_output,
 )
 from rightrank import TrialTask, inspect, resize, select_rank_with
-from rightrank.engine.targets import adapted_matrices
-from rightrank.integrations.images import ImageClassifierTrain, TextToImageTrain, TrainOnImages
-from rightrank.io.adapter_folder import open_adapter
-from rightrank.io.adapter_writing import write_lora_file
+from rightrank.models.adapter_files import open_adapter, write_lora_file
+from rightrank.plugins.images.training import ImageClassifierTrain, TextToImageTrain, TrainOnImages
+from rightrank.train.targets import adapted_matrices
 
 RANK, STEPS = 4, 3
 

@@ -21,7 +21,7 @@ from benchmarks.kinds.cases import FUSED
 from benchmarks.kinds.dora import best_by_rank
 from benchmarks.machine import machine
 from rightrank import Observer, inspect, select_rank
-from rightrank.settings import make_settings
+from rightrank.schema.settings import make_settings
 
 EXPERTS, STEPS = 4, 300
 SETTINGS: dict[str, Any] = {

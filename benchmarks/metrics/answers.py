@@ -17,14 +17,14 @@ from typing import Any
 import torch
 
 from benchmarks.machine import machine
-from rightrank.api import Observer
+from rightrank.data.splits import load_data
 from rightrank.demo import prepare_docstrings, prepare_model_folder
-from rightrank.engine.encode import encode
-from rightrank.engine.generation import answers, prompts
-from rightrank.engine.runtime import Runtime
-from rightrank.io.data import load_data
-from rightrank.io.models import load_model
-from rightrank.settings import SelectSettings, make_settings
+from rightrank.models.base_models import load_model
+from rightrank.schema.events import Observer
+from rightrank.schema.settings import SelectSettings, make_settings
+from rightrank.train.generation import answers, prompts
+from rightrank.train.runtime import Runtime
+from rightrank.train.tokens import encode
 
 RESULTS = Path(__file__).parent / "answers.json"
 

@@ -20,9 +20,9 @@ from typing import Any
 from benchmarks.machine import machine
 from benchmarks.plan.architectures import SMALL_CONFIGS
 from benchmarks.plan.measure import measure
-from rightrank.planning.estimate import Estimator
-from rightrank.planning.planner import plan_config
-from rightrank.settings import make_plan_settings
+from rightrank.plugins.plan.estimate import Estimator
+from rightrank.plugins.plan.planner import plan_config
+from rightrank.schema.plan_settings import make_plan_settings
 
 LIMIT = 0.03
 SELECT: dict[str, Any] = {"packed": True, "loss": "chunked", "optimizer": "adamw_fused"}

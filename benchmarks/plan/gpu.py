@@ -22,9 +22,9 @@ import torch
 from benchmarks.machine import machine
 from benchmarks.plan.architectures import FULL_CONFIGS, SMALL_CONFIGS, Configs
 from benchmarks.plan.measure import measure
-from rightrank.planning.planner import plan_config
-from rightrank.records.plan import Plan
-from rightrank.settings import PlanSettings, make_plan_settings
+from rightrank.plugins.plan.planner import plan_config
+from rightrank.schema.plan_settings import PlanSettings, make_plan_settings
+from rightrank.schema.results import Plan
 
 ALLOCATED_LIMIT, RESERVED_LIMIT = 0.03, 0.05
 CONFIGS: Configs = {name: FULL_CONFIGS[name] for name in ("SmolLM2-135M", "Llama-3.2-3B")} | {

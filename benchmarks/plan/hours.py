@@ -19,9 +19,9 @@ from typing import Any
 from benchmarks.machine import machine
 from benchmarks.plan.architectures import FULL_CONFIGS
 from benchmarks.results import store
-from rightrank.planning.planner import plan_config
+from rightrank.plugins.plan.planner import plan_config
 from rightrank.report.format import duration
-from rightrank.settings import make_plan_settings
+from rightrank.schema.plan_settings import make_plan_settings
 
 HERE = Path(__file__).parent
 RESULT, PAGE = HERE / "results" / "hours.json", HERE / "hours.md"

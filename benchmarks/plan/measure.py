@@ -18,13 +18,14 @@ from peft import LoraConfig, get_peft_model
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BitsAndBytesConfig
 
-from rightrank.engine.batches import Batch
-from rightrank.engine.gradient_checkpointing import gradient_checkpointing_on
-from rightrank.engine.loss import OutputHead, chunked_cross_entropy, classification_loss, head_loss
-from rightrank.engine.multi_lora import ArmBatch, MultiLora, concatenated
-from rightrank.engine.targets import find_targets, lora_config
-from rightrank.records import Arm
-from rightrank.settings import PlanSettings, make_settings
+from rightrank.schema.plan_settings import PlanSettings
+from rightrank.schema.settings import make_settings
+from rightrank.schema.trials import Arm
+from rightrank.train.batches import Batch
+from rightrank.train.device import gradient_checkpointing_on
+from rightrank.train.loss import OutputHead, chunked_cross_entropy, classification_loss, head_loss
+from rightrank.train.multi_lora import ArmBatch, MultiLora, concatenated
+from rightrank.train.targets import find_targets, lora_config
 
 TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

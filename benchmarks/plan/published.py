@@ -18,8 +18,8 @@ from typing import Any
 
 from benchmarks.machine import machine
 from benchmarks.plan.architectures import FULL_CONFIGS
-from rightrank.planning.planner import plan_config
-from rightrank.settings import make_plan_settings
+from rightrank.plugins.plan.planner import plan_config
+from rightrank.schema.plan_settings import make_plan_settings
 
 # Bytes reserved at most. The first is the table's, to the byte; the others are known to us rounded to 0.01 GB.
 PUBLISHED: list[dict[str, Any]] = [

@@ -28,8 +28,8 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks.machine import machine
 from benchmarks.plan.architectures import small_configs
-from rightrank.planning.planner import plan_config
-from rightrank.settings import PlanSettings, make_plan_settings
+from rightrank.plugins.plan.planner import plan_config
+from rightrank.schema.plan_settings import PlanSettings, make_plan_settings
 
 LIMIT = 0.15
 WORLD = 2

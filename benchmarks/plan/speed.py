@@ -56,8 +56,8 @@ def one(name: str) -> dict[str, Any]:
 
 def inside(name: str) -> dict[str, Any]:
     """All linear modules, ten ranks, in this process."""
-    from rightrank.planning.planner import plan_config
-    from rightrank.settings import make_plan_settings
+    from rightrank.plugins.plan.planner import plan_config
+    from rightrank.schema.plan_settings import make_plan_settings
 
     warnings.simplefilter("ignore")
     values = {"ranks": (1, 2, 4, 8, 16, 32, 64, 96, 128, 192), "batch_size": 1, "seq_len": 512}

@@ -27,8 +27,8 @@ from transformers import AutoModelForCausalLM
 from benchmarks.machine import machine
 from benchmarks.plan.architectures import SMALL_CONFIGS
 from benchmarks.plan.measure import TYPES, measure
-from rightrank.planning.planner import plan_config
-from rightrank.settings import PlanSettings, make_plan_settings
+from rightrank.plugins.plan.planner import plan_config
+from rightrank.schema.plan_settings import PlanSettings, make_plan_settings
 
 CASES: list[dict[str, Any]] = [{}, {"gradient_checkpointing": True}]
 ARCHITECTURES = ("llama", "gpt2", "moe")

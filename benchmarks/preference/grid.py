@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.selection.real_training import COMMON, Workshop, curve_of, open_workshop, store, train_grid
-from rightrank.settings import SelectSettings, make_settings
+from rightrank.schema.settings import SelectSettings, make_settings
 
 SETTINGS = COMMON | {
     "layers_to_transform": (28, 29),

@@ -22,15 +22,15 @@ from transformers import TrainerCallback
 
 from benchmarks.machine import machine
 from benchmarks.preference.trl_trainer import trainer_over
-from rightrank.engine.encode import encode
-from rightrank.engine.runtime import Runtime
-from rightrank.engine.training_loop import train_trials
-from rightrank.engine.trial_start import TrialFolders
-from rightrank.io.data import load_data
-from rightrank.io.models import load_model
-from rightrank.records import Arm, StepDone, Trial
-from rightrank.records.observer import Observer
-from rightrank.settings import SelectSettings, make_settings
+from rightrank.data.splits import load_data
+from rightrank.models.base_models import load_model
+from rightrank.schema.events import Observer, StepDone
+from rightrank.schema.settings import SelectSettings, make_settings
+from rightrank.schema.trials import Arm, Trial
+from rightrank.train.adapter import TrialFolders
+from rightrank.train.loop import train_trials
+from rightrank.train.runtime import Runtime
+from rightrank.train.tokens import encode
 
 ARM = Arm(rank=16, learning_rate=3e-3, lora_alpha=32.0, seed=0, steps=4)
 CASES: dict[str, dict[str, Any]] = {"last two layers": {"layers_to_transform": (28, 29)}, "all layers": {}}

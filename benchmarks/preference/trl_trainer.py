@@ -12,10 +12,10 @@ import trl
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
-from rightrank.engine.runtime import Runtime
-from rightrank.engine.targets import lora_config
-from rightrank.io.data import load_data
-from rightrank.records import Arm
+from rightrank.data.splits import load_data
+from rightrank.schema.trials import Arm
+from rightrank.train.runtime import Runtime
+from rightrank.train.targets import lora_config
 
 
 class Recording(trl.DPOTrainer):  # type: ignore[misc] # untyped

@@ -27,8 +27,10 @@ import numpy as np
 
 from benchmarks.machine import machine
 from benchmarks.results import store
-from rightrank.decision import Cell, ScoreTable, decide, precision
+from rightrank.decision import precision
 from rightrank.decision.precision import NoiseKind, StoredNoise, base_spread, expected_precision
+from rightrank.decision.rule import decide
+from rightrank.decision.table import Cell, ScoreTable
 
 HERE = Path(__file__).parent
 CASES, BASES, OUT = HERE / "cases.json", HERE / "bases.json", HERE / "calibration.json"
@@ -221,11 +223,11 @@ def _summary(rows: Sequence[Case]) -> dict[str, Any]:
 
 def evaluate_base(model: str, data: Path, layers: str, seq_len: int, eval_items: int) -> dict[str, Any]:
     """The base's losses on the validation examples of a selection with these settings."""
-    from rightrank.engine.encode import encode
-    from rightrank.engine.runtime import Runtime
-    from rightrank.io.data import load_data
-    from rightrank.io.models import load_model
-    from rightrank.settings import make_settings
+    from rightrank.data.splits import load_data
+    from rightrank.models.base_models import load_model
+    from rightrank.schema.settings import make_settings
+    from rightrank.train.runtime import Runtime
+    from rightrank.train.tokens import encode
 
     settings = make_settings(
         {

@@ -26,9 +26,8 @@ import numpy as np
 import torch
 
 from benchmarks.probe.common import store
-from rightrank.api import inspect
-from rightrank.io.adapter_folder import PREFIX
-from rightrank.io.adapter_writing import write_adapter
+from rightrank.api.adapters import inspect
+from rightrank.models.adapter_files import PREFIX, write_adapter
 
 RANK = 32
 SHAPES = ((256, 256), (384, 128))

@@ -25,10 +25,11 @@ from scipy.stats import spearmanr
 from tests.tiny import UNMEASURED
 
 from benchmarks.probe.common import store
-from rightrank.decision import decide, table_of
-from rightrank.io.truncation import resized_factors
-from rightrank.maths import spectra
-from rightrank.records import TrialFinished
+from rightrank.decision.rule import decide
+from rightrank.decision.table import table_of
+from rightrank.models import spectra
+from rightrank.models.truncation import resized_factors
+from rightrank.schema.trials import TrialFinished
 
 RANKS = (1, 2, 4, 8, 16)
 SIDE = 32
@@ -109,7 +110,7 @@ def truncated(b: Any, a: Any, rank: int) -> tuple[Any, Any]:
 
 def run_tasks(runs: list[Path]) -> list[dict[str, Any]]:
     """Finished runs: the decided rank, and the median over modules of each figure of the top rank's adapters."""
-    from rightrank.api import inspect
+    from rightrank.api.adapters import inspect
 
     rows = []
     for run in runs:

@@ -19,11 +19,11 @@ import numpy as np
 import yaml
 
 from benchmarks.probe.common import store
-from rightrank.io.adapter_folder import open_adapter
-from rightrank.maths.intervals import estimate
-from rightrank.probe.adapter_runtime import DataUse, adapter_runtime
-from rightrank.probe.held_out import Candidates, Recovery, truncation_curve
-from rightrank.settings import SelectSettings, make_settings
+from rightrank.adapters.held_out import Candidates, Recovery, truncation_curve
+from rightrank.decision.intervals import estimate
+from rightrank.models.adapter_files import open_adapter
+from rightrank.schema.settings import SelectSettings, make_settings
+from rightrank.train.adapter_runtime import DataUse, adapter_runtime
 
 
 def run_settings(run: Path) -> SelectSettings:
@@ -48,7 +48,7 @@ def main() -> None:
     parser.add_argument("--top", type=int, default=64)
     parser.add_argument("--name", default="real_adapters")
     arguments = parser.parse_args()
-    from rightrank.records import TrialFinished
+    from rightrank.schema.trials import TrialFinished
 
     lines = [json.loads(line) for line in (arguments.run / "journal.jsonl").read_text().splitlines()]
     trials = [TrialFinished.model_validate(line) for line in lines if line["type"] == "trial_finished"]

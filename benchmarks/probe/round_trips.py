@@ -22,11 +22,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tests.probe.adapters import KINDS, deltas, load_base, logits, make_adapter, make_base
+from tests.adapters.adapters import KINDS, deltas, load_base, logits, make_adapter, make_base
 
 from benchmarks.probe.common import store
-from rightrank.api import resize
-from rightrank.errors import RightrankError
+from rightrank.api.adapters import resize
+from rightrank.schema.errors import RightrankError
 
 RANK = 3
 

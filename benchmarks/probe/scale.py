@@ -61,8 +61,7 @@ def measured(command: list[str]) -> dict[str, Any]:
 def write_big_adapter(folder: Path) -> None:
     import torch
 
-    from rightrank.io.adapter_folder import PREFIX
-    from rightrank.io.adapter_writing import write_adapter
+    from rightrank.models.adapter_files import PREFIX, write_adapter
 
     generator = torch.Generator().manual_seed(0)
     tensors: dict[str, Any] = {}

@@ -20,12 +20,12 @@ from tests.helpers import make_runtime
 from tests.tiny import make_tokenizer, small_settings, write_completions
 
 from benchmarks.machine import machine
-from rightrank.engine import arm_training
-from rightrank.engine.arm_training import ArmTraining
-from rightrank.engine.training_loop import run_trial
-from rightrank.engine.trial_start import TrialFolders
-from rightrank.records import Arm, Trial, TrialFinished
-from rightrank.records.observer import Observer
+from rightrank.schema.events import Observer
+from rightrank.schema.trials import Arm, Trial, TrialFinished
+from rightrank.train import trial as arm_training
+from rightrank.train.adapter import TrialFolders
+from rightrank.train.loop import run_trial
+from rightrank.train.trial import ArmTraining
 
 
 def save_llama(folder: Path, width: int, layers: int) -> Path:

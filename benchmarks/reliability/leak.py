@@ -19,10 +19,10 @@ from tests.helpers import make_runtime
 from tests.tiny import save_tiny_llama, small_settings, write_completions
 
 from benchmarks.machine import machine
-from rightrank.executors.local import LocalExecutor
-from rightrank.io.run_folder import RunFolder
-from rightrank.records import Arm, RunEvent, Trial, TrialFinished, TrialStarted, trial_id
-from rightrank.records.observer import Observer
+from rightrank.runs.executor import LocalExecutor
+from rightrank.runs.folder import RunFolder
+from rightrank.schema.events import Observer, RunEvent
+from rightrank.schema.trials import Arm, Trial, TrialFinished, TrialStarted, trial_id
 
 RANKS = (1, 2, 4, 8)
 STATUS = Path("/proc/self/status")

@@ -29,9 +29,9 @@ from typing import Any
 
 from tests.tiny import save_tiny_llama, write_completions
 
-import rightrank.executors.local
-import rightrank.preparation
-import rightrank.selection.select  # noqa: F401 - what every forked run has loaded
+import rightrank.runs.executor
+import rightrank.runs.prepare
+import rightrank.runs.run  # noqa: F401 - what every forked run has loaded
 from benchmarks.machine import machine
 from benchmarks.results import store
 from benchmarks.resume.moments import PHASES, Moments, watch_phases
@@ -57,8 +57,8 @@ class Case:
 
     def warm_up(self, out: Path) -> None:
         """One whole run in this process: fonts, templates and modules are then there for every fork."""
-        from rightrank.api import select_rank
-        from rightrank.settings import make_settings
+        from rightrank.api.selecting import select_rank
+        from rightrank.schema.settings import make_settings
 
         settings = make_settings(
             {"ranks": [1, 2], "learning_rates": [1e-2], "max_steps": 2, "seq_len": 32, "device": "cpu"}

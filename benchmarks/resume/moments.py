@@ -86,14 +86,15 @@ class Moments:
 
 def watch_phases(moments: Moments) -> None:
     """Wrap what a selection calls, in every module that names it."""
-    from rightrank.engine import shared_pass, training_loop
-    from rightrank.exports.adapter_folder import hand_over
-    from rightrank.io.adapters import save_adapter
-    from rightrank.io.checkpoints import save_checkpoint
-    from rightrank.io.files import write_text
-    from rightrank.io.journal import Journal
-    from rightrank.report.files import write_figures
+    from rightrank.data.files import write_text
+    from rightrank.models.adapter_files import save_adapter
+    from rightrank.report.card import hand_over
+    from rightrank.report.draw import write_figures
     from rightrank.report.html import render_report
+    from rightrank.runs.journal import Journal
+    from rightrank.train import loop as shared_pass
+    from rightrank.train import loop as training_loop
+    from rightrank.train.checkpoints import save_checkpoint
 
     phases: dict[str, list[Callable[..., Any]]] = {
         "training": [shared_pass.step_all],

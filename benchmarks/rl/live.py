@@ -23,8 +23,8 @@ from datasets import Dataset
 from trl import GRPOConfig
 
 from benchmarks.rl.addition import reward, rows
-from rightrank.integrations.trl import GRPOTrain
-from rightrank.records import TrialTask
+from rightrank.interop.trl import GRPOTrain
+from rightrank.schema.trials import TrialTask
 
 RESULTS = Path(__file__).with_name("live.json")
 RANKS, LEARNING_RATES, SEEDS = (1, 4, 16), (1e-4, 4e-4, 2e-3), (0, 1, 2)

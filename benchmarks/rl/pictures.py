@@ -11,7 +11,7 @@ from statistics import fmean
 from benchmarks.rl.replay import Grid, common_rates, live_grid, replay
 from rightrank.report.draw import draw
 from rightrank.report.figure import Axis, Figure, Series, metric_axis
-from rightrank.report.rank_curve import rank_figure
+from rightrank.report.figures import rank_figure
 
 HERE = Path(__file__).parent
 

@@ -25,14 +25,16 @@ from typing import Any
 
 from tests.tiny import UNMEASURED
 
-from rightrank.decision.collapse import DROP_IN_MARGINS, best_point, collapse_of, without_collapsing
 from rightrank.decision.rule import decide
 from rightrank.decision.table import table_of
-from rightrank.errors import ResultsError
-from rightrank.records import Arm, Decision, EvalPoint, TrialCollapsed, TrialFinished, TrialOutcome, trial_id
-from rightrank.settings.profiles import PROFILES
-from rightrank.strategies import History, Space
-from rightrank.strategies.upward import Upward
+from rightrank.decision.verdicts import DROP_IN_MARGINS, best_point, collapse_of, without_collapsing
+from rightrank.schema.decision import Decision
+from rightrank.schema.errors import ResultsError
+from rightrank.schema.settings import PROFILES
+from rightrank.schema.trials import Arm, EvalPoint, TrialCollapsed, TrialFinished, TrialOutcome, trial_id
+from rightrank.search.protocol import History
+from rightrank.search.space import Space
+from rightrank.search.upward import Upward
 
 HERE = Path(__file__).parent
 LIVE, RESULTS = HERE / "live.json", HERE / "replay.json"

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.rl.replay import MARGIN, Grid, Run, replay
-from rightrank.records import EvalPoint
+from rightrank.schema.trials import EvalPoint
 
 RESULTS = Path(__file__).with_name("simulated.json")
 RANKS, LEARNING_RATES, PROMPTS = (1, 4, 16), (1e-5, 3e-5, 1e-4), 300

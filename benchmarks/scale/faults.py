@@ -44,7 +44,7 @@ from benchmarks.scale.places import (
     ray_nodes,
     slow_worker,
 )
-from rightrank.errors import RightrankError
+from rightrank.schema.errors import RightrankError
 
 ENGINE = [
     "--strategy", "grid", "--ranks", "1,4", "--learning-rates", "3e-3,1e-2", "--max-steps", "30", "--batch-size", "4",

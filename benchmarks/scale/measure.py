@@ -26,13 +26,11 @@ from benchmarks.machine import machine
 from benchmarks.scale.simulate import lower_bound
 from benchmarks.scale.simulated import TOKEN, VERSIONS, Pace, SimulatedCrew
 from benchmarks.scale.stub_worker import StubRayWorker
-from rightrank.executors.crew import Crew
-from rightrank.executors.messages import Job, WorkerSetup
-from rightrank.executors.pool import Pool, PoolOptions
-from rightrank.executors.processes import ProcessCrew
-from rightrank.executors.ray_cluster import RayCrew
-from rightrank.executors.worker import versions
-from rightrank.records import Arm, Trial
+from rightrank.plugins.cluster.pool import Crew, Job, Pool, PoolOptions, WorkerSetup
+from rightrank.plugins.cluster.processes import ProcessCrew
+from rightrank.plugins.cluster.ray_cluster import RayCrew
+from rightrank.plugins.cluster.worker import versions
+from rightrank.schema.trials import Arm, Trial
 
 STUB = (sys.executable, "-m", "benchmarks.scale.stub_worker")
 COUNTS = (1, 2, 3, 4)

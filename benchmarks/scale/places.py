@@ -20,17 +20,16 @@ import psutil
 from benchmarks.scale.measure import STUB, orders_in
 from benchmarks.scale.simulated import TOKEN
 from benchmarks.scale.stub_worker import StubRayWorker
-from rightrank.executors.crew import Crew
-from rightrank.executors.pool import Pool, PoolExecutor, PoolOptions
-from rightrank.executors.processes import ProcessCrew
-from rightrank.executors.ray_cluster import RayCrew
-from rightrank.executors.worker import versions
-from rightrank.io.run_folder import RunFolder
-from rightrank.records import DataSummary, RunEvent, RunStarted, TrialFinished
-from rightrank.records.observer import Observer
-from rightrank.selection.loop import Selection
-from rightrank.settings import make_settings
-from rightrank.strategies import make_strategy
+from rightrank.plugins.cluster.pool import Crew, Pool, PoolExecutor, PoolOptions
+from rightrank.plugins.cluster.processes import ProcessCrew
+from rightrank.plugins.cluster.ray_cluster import RayCrew
+from rightrank.plugins.cluster.worker import versions
+from rightrank.runs.folder import RunFolder
+from rightrank.runs.loop import Selection
+from rightrank.schema.events import DataSummary, Observer, RunEvent, RunStarted
+from rightrank.schema.settings import make_settings
+from rightrank.schema.trials import TrialFinished
+from rightrank.search.strategies import make_strategy
 
 WORKERS = 3
 STEPS = 700  # of a sleeping trial: milliseconds
@@ -121,7 +120,7 @@ def _workers_below(executor: str) -> list[psutil.Process]:
         with suppress(psutil.Error):
             line = " ".join(process.cmdline())
             is_actor = line.startswith("ray::") and "RayWorker" in line
-            if is_actor if executor == "ray" else "-m rightrank.executors.worker" in line:
+            if is_actor if executor == "ray" else "-m rightrank.plugins.cluster.worker" in line:
                 found.append(process)
     return found
 

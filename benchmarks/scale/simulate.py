@@ -21,11 +21,12 @@ from typing import Any
 
 from benchmarks.machine import machine
 from benchmarks.scale.simulated import TOKEN, VERSIONS, Pace, SimulatedCrew, result_of
-from rightrank.executors.pool import Pool, PoolOptions
-from rightrank.io.journal import Journal
-from rightrank.records import Arm, Trial, TrialOutcome
-from rightrank.settings import make_settings
-from rightrank.strategies import History, make_strategy
+from rightrank.plugins.cluster.pool import Pool, PoolOptions
+from rightrank.runs.journal import Journal
+from rightrank.schema.settings import make_settings
+from rightrank.schema.trials import Arm, Trial, TrialOutcome
+from rightrank.search.protocol import History
+from rightrank.search.strategies import make_strategy
 
 RANKS = (1, 2, 4, 8, 16, 32, 64, 128)
 SECONDS_A_STEP = 0.5

@@ -9,9 +9,9 @@ from itertools import count
 
 from tests.tiny import UNMEASURED
 
-from rightrank.executors.crew import WorkerLost
-from rightrank.executors.messages import Ready, Step, Task, TaskEnded, WorkerMessage
-from rightrank.records import StepDone, Trial, TrialFinished, TrialStarted
+from rightrank.plugins.cluster.pool import Ready, Step, Task, TaskEnded, WorkerLost, WorkerMessage
+from rightrank.schema.events import StepDone
+from rightrank.schema.trials import Trial, TrialFinished, TrialStarted
 
 VERSIONS = {"rightrank": "simulated"}
 TOKEN = "token"

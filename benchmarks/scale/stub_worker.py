@@ -6,10 +6,10 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 
 from benchmarks.scale.simulated import result_of, step_of
-from rightrank.executors.messages import Job, Step, WorkerMessage
-from rightrank.executors.ray_cluster import RayWorker
-from rightrank.executors.worker import Service, Worker, main
-from rightrank.records import Trial, TrialOutcome, TrialStarted
+from rightrank.plugins.cluster.pool import Job, Step, WorkerMessage
+from rightrank.plugins.cluster.ray_cluster import RayWorker
+from rightrank.plugins.cluster.worker import Service, Worker, main
+from rightrank.schema.trials import Trial, TrialOutcome, TrialStarted
 
 SIGN_SECONDS = 0.2  # between two signs of progress
 

@@ -19,9 +19,9 @@ import numpy as np
 
 from benchmarks.machine import machine
 from benchmarks.selection.tables import REPLAY_STEPS, GridCurve, TableRunner, read_grids, space_of_grid
-from rightrank.records import TrialFinished, TrialOutcome
-from rightrank.strategies import STRATEGIES, History
-from rightrank.strategies.protocol import steps_of
+from rightrank.schema.trials import TrialFinished, TrialOutcome
+from rightrank.search.protocol import History, steps_of
+from rightrank.search.strategies import STRATEGIES
 
 HERE = Path(__file__).parent
 NEAR = (0.001, 0.005)  # nats a token

@@ -17,24 +17,15 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.machine import machine
-from rightrank.engine.encode import encode
-from rightrank.engine.runtime import Runtime
-from rightrank.executors.local import LocalExecutor
-from rightrank.io.data import load_data
-from rightrank.io.models import load_model
-from rightrank.io.run_folder import RunFolder
-from rightrank.records import (
-    Arm,
-    JournalRecord,
-    RunStarted,
-    Trial,
-    TrialDiverged,
-    TrialFailed,
-    TrialFinished,
-    trial_id,
-)
-from rightrank.records.observer import Observer
-from rightrank.settings import make_settings
+from rightrank.data.splits import load_data
+from rightrank.models.base_models import load_model
+from rightrank.runs.executor import LocalExecutor
+from rightrank.runs.folder import RunFolder
+from rightrank.schema.events import JournalRecord, Observer, RunStarted
+from rightrank.schema.settings import make_settings
+from rightrank.schema.trials import Arm, Trial, TrialDiverged, TrialFailed, TrialFinished, trial_id
+from rightrank.train.runtime import Runtime
+from rightrank.train.tokens import encode
 
 DIGITS = 5
 

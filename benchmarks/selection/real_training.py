@@ -25,15 +25,13 @@ import torch
 from safetensors.torch import save_file
 
 from benchmarks.machine import machine
-from rightrank.engine.encode import encode
-from rightrank.engine.runtime import Runtime
-from rightrank.executors.local import LocalExecutor
-from rightrank.io.checkpoints import load_checkpoint
-from rightrank.io.data import load_data
-from rightrank.io.models import load_model
-from rightrank.io.run_folder import RunFolder
-from rightrank.probe.adapter_runtime import adapter_attached
-from rightrank.records import (
+from rightrank.data.splits import load_data
+from rightrank.models.base_models import load_model
+from rightrank.runs.executor import LocalExecutor
+from rightrank.runs.folder import RunFolder
+from rightrank.schema.events import Observer
+from rightrank.schema.settings import SelectSettings, make_settings
+from rightrank.schema.trials import (
     Arm,
     Trial,
     TrialDiverged,
@@ -43,13 +41,15 @@ from rightrank.records import (
     content_hash,
     trial_id,
 )
-from rightrank.records.observer import Observer
-from rightrank.settings import SelectSettings, make_settings
-from rightrank.strategies.adapter_question import MAX_RECOVERED_RANK, recovery
-from rightrank.strategies.grid import outside_in
-from rightrank.strategies.learning_rates import ANNEAL, LOOK
-from rightrank.strategies.protocol import base_arm
-from rightrank.strategies.space import Space, space_of
+from rightrank.search.adapter import MAX_RECOVERED_RANK, recovery
+from rightrank.search.bracket import outside_in
+from rightrank.search.learning_rates import ANNEAL, LOOK
+from rightrank.search.protocol import base_arm
+from rightrank.search.space import Space, space_of
+from rightrank.train.adapter_runtime import adapter_attached
+from rightrank.train.checkpoints import load_checkpoint
+from rightrank.train.runtime import Runtime
+from rightrank.train.tokens import encode
 
 RANKS = (1, 4, 16, 64)
 SEEDS = (0, 1)

@@ -18,9 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.selection.tables import GridCurve, Replayed, read_grids, replay, space_of_grid
-from rightrank.errors import InputError, ResultsError, SettingsError
-from rightrank.settings import Goal
-from rightrank.strategies import Space, Strategy, strategy_named
+from rightrank.schema.errors import InputError, ResultsError, SettingsError
+from rightrank.schema.settings import Goal
+from rightrank.search.protocol import Strategy
+from rightrank.search.space import Space
+from rightrank.search.strategies import strategy_named
 
 
 @dataclass(frozen=True)

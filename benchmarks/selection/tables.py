@@ -15,11 +15,12 @@ from typing import Any
 import numpy as np
 
 from rightrank.decision.metrics import kind_of
-from rightrank.errors import ResultsError
-from rightrank.records import AdapterAnswer, Arm, EvalPoint, TrialFailed, TrialFinished, TrialOutcome, trial_id
-from rightrank.settings import Goal
-from rightrank.strategies import History, Recommendation, Space, Strategy
-from rightrank.strategies.protocol import steps_of
+from rightrank.schema.decision import AdapterAnswer
+from rightrank.schema.errors import ResultsError
+from rightrank.schema.settings import Goal
+from rightrank.schema.trials import Arm, EvalPoint, TrialFailed, TrialFinished, TrialOutcome, trial_id
+from rightrank.search.protocol import History, Recommendation, Strategy, steps_of
+from rightrank.search.space import Space
 
 REPLAY_STEPS = 1000  # of a whole training: costs are counted in these
 

@@ -22,22 +22,21 @@ import torch
 
 from benchmarks.selection.real_training import COMMON
 from benchmarks.truncation.tops import Top, best_tops
-from rightrank.engine.adapter import trainable_parameters
-from rightrank.engine.covariances import gather_moments
-from rightrank.engine.encode import encode
-from rightrank.engine.optimizer import learning_rate_schedule
-from rightrank.engine.runtime import Runtime, Scores
-from rightrank.engine.steps import OptimizerSteps
-from rightrank.io.adapter_folder import AdapterFolder, AdapterModule, open_adapter
-from rightrank.io.adapters import save_adapter
-from rightrank.io.data import load_data
-from rightrank.io.models import load_model
-from rightrank.maths.truncation import DAMPING, Moments, Weighting, components, shared_ranks
-from rightrank.probe.adapter_runtime import adapter_attached
-from rightrank.probe.rank_choice import RankChoice
-from rightrank.probe.resize import write_resized
-from rightrank.records import SplitName
-from rightrank.settings import SelectSettings, make_settings
+from rightrank.adapters.rank_choice import RankChoice
+from rightrank.adapters.rewrite import write_resized
+from rightrank.data.splits import load_data
+from rightrank.models.adapter_files import AdapterFolder, AdapterModule, open_adapter, save_adapter
+from rightrank.models.base_models import load_model
+from rightrank.models.truncation import DAMPING, Moments, Weighting, components, shared_ranks
+from rightrank.schema.settings import SelectSettings, make_settings
+from rightrank.schema.trials import SplitName
+from rightrank.train.adapter import trainable_parameters
+from rightrank.train.adapter_runtime import adapter_attached
+from rightrank.train.covariances import gather_moments
+from rightrank.train.evaluation import Scores
+from rightrank.train.optimizer import OptimizerSteps, learning_rate_schedule
+from rightrank.train.runtime import Runtime
+from rightrank.train.tokens import encode
 
 TOP = 64
 RANKS = (32, 16, 8, 4, 2, 1)

@@ -19,8 +19,8 @@ from benchmarks.machine import machine
 from benchmarks.results import store
 from benchmarks.truncation.study import RANKS, TOP
 from benchmarks.truncation.tops import whole_trainings
-from rightrank.maths.intervals import Estimate, estimate
-from rightrank.records import TrialFinished
+from rightrank.decision.intervals import Estimate, estimate
+from rightrank.schema.trials import TrialFinished
 
 Row = dict[str, Any]
 MARGIN = 0.005  # nats a label

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from rightrank.io.run_folder import RunFolder
-from rightrank.records import TrialFinished
+from rightrank.runs.folder import RunFolder
+from rightrank.schema.trials import TrialFinished
 
 
 @dataclass(frozen=True)

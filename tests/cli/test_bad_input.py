@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import torch
 
-from rightrank.engine import steps
-from rightrank.io.journal import Journal
-from rightrank.records import TrialFailed, TrialFinished
+from rightrank.runs.journal import Journal
+from rightrank.schema.trials import TrialFailed, TrialFinished
+from rightrank.train import optimizer as steps
 from tests.commands import run, select_arguments
 
 pytestmark = pytest.mark.trains

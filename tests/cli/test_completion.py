@@ -9,14 +9,14 @@ from click.shell_completion import ShellComplete
 from click.testing import CliRunner
 
 from rightrank.cli import cli
-from rightrank.cli.habits import MEANT
-from rightrank.cli.handing_over import TARGETS as OFFERED
-from rightrank.errors import SettingsError
-from rightrank.exports.study import TARGET as STUDY
-from rightrank.exports.targets import TARGETS
-from rightrank.settings import SelectSettings, make_settings
-from rightrank.settings.habits import HABITS
-from rightrank.strategies import STRATEGIES
+from rightrank.cli.options import MEANT
+from rightrank.cli.runs import TARGETS as OFFERED
+from rightrank.interop.exports import TARGET as STUDY
+from rightrank.interop.exports import TARGETS
+from rightrank.schema.errors import SettingsError
+from rightrank.schema.peft_options import HABITS
+from rightrank.schema.settings import SelectSettings, make_settings
+from rightrank.search.strategies import STRATEGIES
 from tests.report.runs import journal_of
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from rightrank.io import system
+from rightrank.runs import machine as system
 from tests.commands import run
 
 

@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from rightrank import Observer, Selected, demo, select_rank
 from rightrank.cli import cli
+from tests.adapters.adapters import make_adapter, make_base
 from tests.commands import run
-from tests.probe.adapters import make_adapter, make_base
 from tests.report.runs import journal_of
 from tests.tiny import small_settings, write_completions, write_jsonl
 

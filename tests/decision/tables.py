@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from rightrank.decision import ScoreTable, table_of_results
-from rightrank.records import Result, ResultsTable
+from rightrank.decision.table import ScoreTable, table_of_results
+from rightrank.schema.decision import Result, ResultsTable
 
 
 def bare(

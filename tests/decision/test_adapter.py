@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from rightrank.decision.adapter import adapter_answer
-from rightrank.decision.adapter_files import Question
-from rightrank.records import AdapterAnswer, TrialFinished
+from rightrank.decision.adapter import Question, adapter_answer
+from rightrank.schema.decision import AdapterAnswer
+from rightrank.schema.trials import TrialFinished
 from tests.tiny import UNMEASURED
 
 EXAMPLES, TOKENS = 400, 10

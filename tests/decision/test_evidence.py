@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from rightrank.decision import Cell, ScoreTable, decide
-from rightrank.decision.contender import Contender, paired_cells
 from rightrank.decision.evidence import measured_noise
+from rightrank.decision.rule import decide
+from rightrank.decision.table import Cell, Contender, ScoreTable, paired_cells
 
 
 def contender(rank: int, **losses: float) -> Contender:

@@ -7,14 +7,14 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pytest
 
-from rightrank.decision.adapter import adapter_answer
-from rightrank.decision.adapter_files import Question, compared_adapters
+from rightrank.decision.adapter import Question, adapter_answer, compared_adapters
 from rightrank.decision.guard import guarded
-from rightrank.maths.intervals import estimate
-from rightrank.records import AdapterAnswer, TrialFinished
-from rightrank.records.guard import GuardAnswer, GuardEvaluated
-from rightrank.report.adapter_view import figure_of
+from rightrank.decision.intervals import estimate
+from rightrank.report.adapters import figure_of
 from rightrank.report.draw import draw
+from rightrank.schema.decision import AdapterAnswer
+from rightrank.schema.events import GuardAnswer, GuardEvaluated
+from rightrank.schema.trials import TrialFinished
 from tests.tiny import UNMEASURED
 
 EXAMPLES = 200

@@ -7,10 +7,12 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from rightrank.decision import Cell, ScoreTable, decide, table_of
 from rightrank.decision.evidence import Evidence
-from rightrank.maths.intervals import estimate
-from rightrank.records import Decision, TrialDiverged, TrialFinished
+from rightrank.decision.intervals import estimate
+from rightrank.decision.rule import decide
+from rightrank.decision.table import Cell, ScoreTable, table_of
+from rightrank.schema.decision import Decision
+from rightrank.schema.trials import TrialDiverged, TrialFinished
 from tests.decision.tables import bare, scored
 from tests.report.runs import made_up_run
 

@@ -10,10 +10,9 @@ import numpy as np
 import pytest
 
 from rightrank import decide
-from rightrank.decision.judged import decide_judged
-from rightrank.errors import ResultsError
-from rightrank.maths.clustered import clustered_mean
-from rightrank.records.judgement import Judgement
+from rightrank.plugins.judge.judgements import Judgement
+from rightrank.plugins.judge.judging import clustered_mean, decide_judged
+from rightrank.schema.errors import ResultsError
 from tests.commands import run
 from tests.tiny import write_jsonl
 

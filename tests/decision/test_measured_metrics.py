@@ -5,10 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from rightrank.decision import Cell, ScoreTable, decide, table_of
+from rightrank.decision.rule import decide
 from rightrank.decision.run import Records, comparable, decide_on, decide_run, metrics_of, run_table
-from rightrank.errors import ResultsError
-from rightrank.records import TrialFailed
+from rightrank.decision.table import Cell, ScoreTable, table_of
+from rightrank.schema.errors import ResultsError
+from rightrank.schema.trials import TrialFailed
 from tests.decision.tables import bare
 from tests.report.runs import ITEMS, STEPS, made_up_run
 

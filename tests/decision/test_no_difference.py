@@ -7,7 +7,7 @@ import pytest
 
 from rightrank.decision.rule import decide
 from rightrank.decision.table import ScoreTable, table_of_results
-from rightrank.records import Result, ResultsTable
+from rightrank.schema.decision import Result, ResultsTable
 
 PROMPTS, SEEDS = 200, 3
 EASE = (np.arange(PROMPTS) + 0.5) / PROMPTS

@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from rightrank.decision import decide, table_of
-from rightrank.records import TrialFinished
+from rightrank.decision.rule import decide
+from rightrank.decision.table import table_of
+from rightrank.schema.trials import TrialFinished
 from tests.tiny import UNMEASURED
 
 ITEMS = 400

@@ -2,9 +2,10 @@ from __future__ import annotations
 
 import pytest
 
-from rightrank.decision import Cell, ScoreTable, decide
-from rightrank.decision.judge import walk_down
-from rightrank.errors import ResultsError
+from rightrank.decision.comparison import walk_down
+from rightrank.decision.rule import decide
+from rightrank.decision.table import Cell, ScoreTable
+from rightrank.schema.errors import ResultsError
 from tests.decision.tables import bare, scored
 
 RISING = {1: 2.4, 2: 2.3, 4: 2.2, 8: 2.1}

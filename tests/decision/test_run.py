@@ -18,8 +18,9 @@ from rightrank.decision.run import (
     running_trial,
 )
 from rightrank.decision.table import table_of
-from rightrank.errors import RunFolderError
-from rightrank.records import DecisionRecorded, JournalRecord, TrialDiverged, TrialFailed, TrialFinished, TrialStarted
+from rightrank.schema.errors import RunFolderError
+from rightrank.schema.events import DecisionRecorded, JournalRecord
+from rightrank.schema.trials import TrialDiverged, TrialFailed, TrialFinished, TrialStarted
 from tests.report.runs import ITEMS, TOKENS, made_up_run
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from rightrank.decision.seed_noise import (
+from rightrank.decision.seeds import (
     START,
     WITHIN_DEGREES,
     PairNoise,

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from rightrank.decision.judge import Comparison
+from rightrank.decision.comparison import Comparison
 from rightrank.decision.verdicts import inconclusive_rank
 
 ENOUGH, REFUTED, INCONCLUSIVE = True, False, None

@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from rightrank.decision import ScoreTable, decide, table_of_results
-from rightrank.records import Decision, Result, ResultsTable
+from rightrank.decision.rule import decide
+from rightrank.decision.table import ScoreTable, table_of_results
+from rightrank.schema.decision import Decision, Result, ResultsTable
 
 Curve = Callable[[int], float]
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 import yaml
 
+from tests.adapters.adapters import make_adapter, rewrite, tensors_of
 from tests.commands import run
 from tests.docs.pages import ROOT, blocks
-from tests.probe.adapters import make_adapter, rewrite, tensors_of
 from tests.tiny import write_completions
 
 pytestmark = pytest.mark.trains

@@ -11,10 +11,10 @@ import click
 import pytest
 
 from rightrank.cli import cli
-from rightrank.records import Decision
-from rightrank.records.decision import Basis, Verdict
-from rightrank.settings import PlanSettings, SelectSettings
-from rightrank.settings.peft_options import PEFT_OPTIONS
+from rightrank.schema.decision import Basis, Decision, Verdict
+from rightrank.schema.peft_options import PEFT_OPTIONS
+from rightrank.schema.plan_settings import PlanSettings
+from rightrank.schema.settings import SelectSettings
 from tests.docs.pages import FRONT, GUIDES, PAGES, ROOT, name_of, shell_commands, shown_commands
 
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")

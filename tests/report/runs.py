@@ -8,26 +8,20 @@ from pathlib import Path
 from typing import Any
 
 from rightrank.decision.adapter import adapter_answer
-from rightrank.decision.answers import question_of
-from rightrank.decision.run import Records
-from rightrank.io.journal import Journal
-from rightrank.records import (
+from rightrank.decision.run import Records, question_of
+from rightrank.runs.journal import Journal
+from rightrank.schema.decision import HandedOver
+from rightrank.schema.events import (
     AdapterRecorded,
-    Arm,
     DataSummary,
-    EvalPoint,
-    HandedOver,
     JournalRecord,
     RunStarted,
     Sample,
     SplitSummary,
     TestEvaluated,
-    TrialDiverged,
-    TrialFinished,
-    TrialStarted,
-    trial_id,
 )
-from rightrank.settings import make_settings
+from rightrank.schema.settings import make_settings
+from rightrank.schema.trials import Arm, EvalPoint, TrialDiverged, TrialFinished, TrialStarted, trial_id
 
 STEPS, ITEMS, TOKENS = 40, 30, 20
 

@@ -10,18 +10,18 @@ import pytest
 from click.testing import CliRunner
 
 from rightrank import Selected
+from rightrank.api.run_folder import status, write_report
 from rightrank.cli import cli
 from rightrank.decision.adapter import making_of
 from rightrank.decision.run import Records, decide_run, decision_so_far
-from rightrank.io.journal import Journal
-from rightrank.records import RunContinued
-from rightrank.report.adapter_view import MAX_MARGINS, adapter_figure, candidate_table, compared
+from rightrank.hooks.report import answers
+from rightrank.report.adapters import MAX_MARGINS, adapter_figure, candidate_table, compared
 from rightrank.report.figure import Figure
 from rightrank.report.html import render_report
 from rightrank.report.sentences import cost_of
-from rightrank.runs import status, write_report
-from rightrank.strategies.outlook import training_rank_estimate
-from rightrank.views import answers
+from rightrank.runs.journal import Journal
+from rightrank.schema.events import RunContinued
+from rightrank.search.strategies import training_rank_estimate
 from tests.report.elements import Elements
 from tests.report.runs import answered_folder, answered_run
 

@@ -10,27 +10,20 @@ from pathlib import Path
 import pytest
 
 from rightrank.decision.run import decide_run, decision_so_far
-from rightrank.records import Decision
-from rightrank.report.draw import draw, inline_svg
+from rightrank.report.curves import MAX_POINTS, MAX_TRAININGS, averaged, learning_figure, smoothed, training_loss_figure
+from rightrank.report.draw import draw, inline_svg, write_figures
 from rightrank.report.figure import Figure, HeatMap, log_ticks, to_csv
 from rightrank.report.figures import (
+    diminishing_rank,
     figures_of,
     learning_rate_map,
     margin_steps,
     memory_figure,
     rank_at,
+    rank_figure,
     truncation_figure,
 )
-from rightrank.report.files import write_figures
-from rightrank.report.rank_curve import diminishing_rank, rank_figure
-from rightrank.report.training_curves import (
-    MAX_POINTS,
-    MAX_TRAININGS,
-    averaged,
-    learning_figure,
-    smoothed,
-    training_loss_figure,
-)
+from rightrank.schema.decision import Decision
 from tests.report.runs import made_up_run
 
 pytestmark = pytest.mark.draws

@@ -10,11 +10,10 @@ import re
 import pytest
 
 from rightrank.decision.run import Records, decide_run, decision_so_far
-from rightrank.records import NextRun
+from rightrank.report.figures import rank_figure
 from rightrank.report.html import render_report
-from rightrank.report.rank_curve import rank_figure
-from rightrank.report.sentences import next_run_text, reproduce_command
-from rightrank.report.use_it import use_it
+from rightrank.report.sentences import next_run_text, reproduce_command, use_it
+from rightrank.schema.decision import NextRun
 from tests.report.elements import Elements
 from tests.report.runs import answered_run, made_up_run
 

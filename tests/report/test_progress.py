@@ -8,9 +8,10 @@ from itertools import pairwise
 import pytest
 
 from rightrank.cli.options import hours
-from rightrank.errors import SettingsError
-from rightrank.records import Arm, RunEvent, StepDone, Trial, TrialDiverged, TrialFinished, TrialOutcome, TrialStarted
-from rightrank.report.progress import Countdown, Progress
+from rightrank.hooks.progress import Countdown, Progress
+from rightrank.schema.errors import SettingsError
+from rightrank.schema.events import RunEvent, StepDone
+from rightrank.schema.trials import Arm, Trial, TrialDiverged, TrialFinished, TrialOutcome, TrialStarted
 from tests.report.runs import made_up_run
 
 pytestmark = pytest.mark.draws
@@ -146,7 +147,7 @@ def test_the_time_left_does_not_jump_where_the_strategy_takes_more_than_expected
 ) -> None:
     """Six trainings where four were expected: the time shown follows the clock, and is never about to end before it does."""
     now = 0.0
-    monkeypatch.setattr("rightrank.report.progress.time.monotonic", lambda: now)
+    monkeypatch.setattr("rightrank.hooks.progress.time.monotonic", lambda: now)
     progress, trials = Progress(), arms(6)
     progress.plan(made_up_run().started, 6, steps=20)
     progress.expect(4.0)

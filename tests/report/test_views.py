@@ -14,15 +14,15 @@ from click.testing import CliRunner
 from filelock import FileLock
 from rich.console import Console
 
+from rightrank.api.run_folder import status
 from rightrank.cli import cli
 from rightrank.decision.run import decide_run
-from rightrank.errors import SettingsError
-from rightrank.records import StepDone
-from rightrank.report.event_log import JsonLog, ProgressFile
-from rightrank.report.notebook import decision_html
-from rightrank.report.terminal import LiveView, PlainView, make_view, plan_line
+from rightrank.hooks.event_log import JsonLog, ProgressFile
+from rightrank.hooks.terminal import LiveView, PlainView, make_view, plan_line
+from rightrank.report.html import decision_html
 from rightrank.report.terminal_figures import CURVE_ROWS, terminal_curve
-from rightrank.runs import status
+from rightrank.schema.errors import SettingsError
+from rightrank.schema.events import StepDone
 from tests.report.elements import Elements
 from tests.report.runs import STARTED, answered_folder, journal_of, made_up_run
 

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from rightrank.errors import MAX_MESSAGE_CHARACTERS, DataError, RightrankError, one_line
-from rightrank.exports.servers import LOOPBACK
+from rightrank.api.run_folder import export
+from rightrank.interop.servers import LOOPBACK
 from rightrank.report.html import render_report
-from rightrank.runs import export
+from rightrank.schema.errors import MAX_MESSAGE_CHARACTERS, DataError, RightrankError, one_line
 from tests.commands import run, select_arguments
 from tests.report.runs import made_up_run
 from tests.tiny import write_jsonl

@@ -15,16 +15,17 @@ import pytest
 from benchmarks.fuzz.guard import find_in
 from safetensors.numpy import save_file
 
-from rightrank.api import decide, inspect, plan
-from rightrank.errors import DataError, InputError, ModelError, ResultsError, RunFolderError, SettingsError
-from rightrank.io.checkpoints import load_checkpoint
-from rightrank.io.config import read_config
-from rightrank.io.data import load_data
-from rightrank.io.models import load_model
-from rightrank.io.run_folder import RunFolder
-from rightrank.io.weights import open_weights
-from rightrank.runs import status
-from rightrank.settings.plan import make_plan_settings
+from rightrank.api.adapters import inspect
+from rightrank.api.deciding import decide, plan
+from rightrank.api.run_folder import status
+from rightrank.data.files import read_config
+from rightrank.data.splits import load_data
+from rightrank.models.base_models import load_model
+from rightrank.models.weights import open_weights
+from rightrank.runs.folder import RunFolder
+from rightrank.schema.errors import DataError, InputError, ModelError, ResultsError, RunFolderError, SettingsError
+from rightrank.schema.plan_settings import make_plan_settings
+from rightrank.train.checkpoints import load_checkpoint
 from tests.report.runs import made_up_run
 from tests.tiny import sentences, small_settings, write_jsonl
 
@@ -186,7 +187,7 @@ ALIASES = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
     ],
 )
 def test_configs_that_are_more_than_plain_values(tmp_path: Path, text: str, message: str) -> None:
-    from rightrank.settings import make_settings
+    from rightrank.schema.settings import make_settings
 
     path = tmp_path / "config.yaml"
     path.write_text(text)

@@ -6,22 +6,19 @@ this package costs nothing.
 
 from __future__ import annotations
 
-from rightrank.api.adapters import allocate, inspect, inspect_gradient, resize, resize_together
-from rightrank.api.comparing import compare, fleet
-from rightrank.api.custom import select_rank_with
+from rightrank.adapters.rank_choice import ResizeOptions
+from rightrank.api.adapters import allocate, compare, fleet, inspect, inspect_gradient, resize, resize_together
 from rightrank.api.deciding import decide, judge, plan
 from rightrank.api.runs import doctor, export, repair, status, write_report, write_side_by_side
-from rightrank.api.selecting import begun_as, plan_selection, preflight, select_rank
-from rightrank.records import Decision, EvalPoint, TrialResult, TrialTask
-from rightrank.records.compare import AdapterComparison
-from rightrank.records.fleet import Fleet
-from rightrank.records.observer import Observer
-from rightrank.records.plan import Plan
-from rightrank.records.preflight import Preflight
-from rightrank.records.probe import Inspection, Resized
-from rightrank.returns import Decided, Selected
-from rightrank.settings import PlanSettings, SelectSettings, make_plan_settings, make_settings
-from rightrank.settings.resize import ResizeOptions
+from rightrank.api.selecting import begun_as, plan_selection, preflight, select_rank, select_rank_with
+from rightrank.plugins.fleet.fleet import Fleet
+from rightrank.runs.returns import Decided, Selected
+from rightrank.schema.decision import Decision
+from rightrank.schema.events import Observer
+from rightrank.schema.plan_settings import PlanSettings, make_plan_settings
+from rightrank.schema.results import AdapterComparison, Inspection, Plan, Preflight, Resized
+from rightrank.schema.settings import SelectSettings, make_settings
+from rightrank.schema.trials import EvalPoint, TrialResult, TrialTask
 
 __all__ = [
     "AdapterComparison",

@@ -5,11 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from rightrank.errors import SettingsError
-from rightrank.io.adapter_place import require_adapter_folder
-from rightrank.records.probe import Allocation, AllocationTrial, Inspection, Resized, ResizedTogether
-from rightrank.settings import SelectSettings, make_settings
-from rightrank.settings.resize import ResizeOptions, ResizeRule
+from rightrank.adapters.rank_choice import ResizeOptions, ResizeRule
+from rightrank.models.adapter_files import require_adapter_folder, require_side
+from rightrank.plugins.fleet.fleet import Fleet
+from rightrank.schema.errors import SettingsError
+from rightrank.schema.results import (
+    AdapterComparison,
+    Allocation,
+    AllocationTrial,
+    Inspection,
+    Resized,
+    ResizedTogether,
+)
+from rightrank.schema.settings import SelectSettings, make_settings
 
 
 def inspect(
@@ -28,11 +36,11 @@ def inspect(
     if adapter is not None and finetuned is None:
         _require_adapters([adapter])
 
-        from rightrank.probe.adapter_spectra import inspect_adapter
+        from rightrank.adapters.spectra import inspect_adapter
 
         return inspect_adapter(Path(adapter), None if base is None else Path(base))
     if adapter is None and base is not None and finetuned is not None:
-        from rightrank.probe.checkpoint_spectra import inspect_checkpoints
+        from rightrank.adapters.checkpoints import inspect_checkpoints
 
         return inspect_checkpoints(Path(base), Path(finetuned))
     raise SettingsError("give an adapter folder, or two checkpoints as base and finetuned (--base A --finetuned B)")
@@ -51,8 +59,8 @@ def inspect_gradient(model: str, data: str | Path, *, settings: SelectSettings |
     Raises:
         InputError: the model, the data or a module name can't be used.
     """
-    from rightrank.probe.checkpoint_spectra import SKETCH_RANK
-    from rightrank.probe.gradient_spectra import inspect_gradient as spectra_of_gradient
+    from rightrank.adapters.checkpoints import SKETCH_RANK
+    from rightrank.adapters.checkpoints import inspect_gradient as spectra_of_gradient
 
     return spectra_of_gradient(model, Path(data), settings or make_settings({}), SKETCH_RANK)
 
@@ -80,7 +88,7 @@ def resize(
     rule.require_one()
     _require_adapters([adapter])
 
-    from rightrank.probe.resize import resize_adapter
+    from rightrank.adapters.resize import resize_adapter
 
     return resize_adapter(Path(adapter), Path(out), rule, options or ResizeOptions())
 
@@ -105,7 +113,7 @@ def resize_together(
     rule.require_one()
     _require_adapters(adapters)
 
-    from rightrank.probe.resize import resize_together as resize_all
+    from rightrank.adapters.resize import resize_together as resize_all
 
     return resize_all([Path(adapter) for adapter in adapters], Path(out), rule, options or ResizeOptions())
 
@@ -145,8 +153,8 @@ def allocate(
         InputError: the adapter, data, measure or pattern can't be used.
         RunError: a training diverged.
     """
-    from rightrank.probe.allocate import AllocateOptions
-    from rightrank.probe.allocate import allocate as allocate_ranks
+    from rightrank.plugins.allocate.allocate import AllocateOptions
+    from rightrank.plugins.allocate.allocate import allocate as allocate_ranks
 
     options = AllocateOptions(
         rank,
@@ -161,3 +169,92 @@ def allocate(
         on_trial,
     )
     return allocate_ranks(Path(adapter), Path(data), options)
+
+
+def compare(
+    a: str | Path,
+    b: str | Path,
+    *,
+    model: str,
+    data: str | Path | Sequence[str | Path],
+    settings: SelectSettings | None = None,
+) -> AdapterComparison:
+    """Whether adapter `b` is no worse than adapter `a`, paired over all examples of `data`.
+
+    Args:
+        a: an adapter folder that PEFT loads, a model folder, or "base".
+        b: the same.
+        model: the base model of the adapters.
+        data: a file or a folder, or several. A folder with given splits is read at its test split.
+        settings: `margin`, `metric`, `metrics`, `seq_len` and how models are loaded; None for the defaults.
+
+    Raises:
+        InputError: a side, the model, the data or a metric can't be used.
+        MetricError: a metric gave no score.
+    """
+    for side in (a, b):
+        require_side(str(side))  # before what brings torch
+
+    from rightrank.adapters.compare import CompareRequest, compare_adapters
+
+    files = [data] if isinstance(data, str | Path) else list(data)
+    request = CompareRequest(str(a), str(b), model, [Path(file) for file in files], settings or make_settings({}))
+    return compare_adapters(request)
+
+
+def fleet(
+    adapters: Sequence[str | Path],
+    out: str | Path,
+    *,
+    model: str,
+    data: str | Path | Sequence[str | Path],
+    settings: SelectSettings | None = None,
+    ranks: Sequence[int] | None = None,
+    pad: bool = False,
+    recover_steps: int = 0,
+    learning_rate: float | None = None,
+    merge: Sequence[float] | None = None,
+    ignore_base_name: bool = False,
+    notice: Callable[[str], None] = lambda _: None,
+) -> Fleet:
+    """Bring several adapters of one server to the smallest rank at which none loses more than the margin.
+
+    Args:
+        adapters: two adapter folders or more, of one base.
+        out: the folder to write, which must not exist: one folder for each adapter.
+        model: the base.
+        data: held-out rows for all adapters, or one file for each in their order.
+        settings: of evaluation and margin; see `SelectSettings`.
+        ranks: to measure; None for the powers of two.
+        pad: write every adapter at the one rank that vLLM serves, with one scale.
+        recover_steps: of training after each truncation, at `learning_rate`.
+        merge: weights of the exact sum of the adapters, which is then truncated too, into `out/merged`; None for no sum.
+        ignore_base_name: accept adapters that name another base, if their shapes fit.
+        notice: receives each line for a person.
+
+    Raises:
+        InputError: an adapter of another base, data that can't be used, adapters without a common module; nothing was written.
+        RunError: recovery diverged.
+    """
+    for adapter in map(Path, adapters):
+        if not adapter.is_file():
+            require_adapter_folder(adapter)  # before what brings torch
+
+    from rightrank.plugins.fleet.fleet import FleetRequest, run_fleet
+
+    files = [data] if isinstance(data, str | Path) else list(data)
+    request = FleetRequest(
+        [Path(adapter) for adapter in adapters],
+        model,
+        [Path(file) for file in files],
+        Path(out),
+        settings or make_settings({}),
+        ranks,
+        pad,
+        recover_steps,
+        learning_rate,
+        merge,
+        ignore_base_name,
+        notice,
+    )
+    return run_fleet(request)

@@ -6,12 +6,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
-from rightrank.records.plan import Plan
-from rightrank.returns import Decided
-from rightrank.settings import PlanKeywords, PlanSettings, make_plan_settings
+from rightrank.runs.returns import Decided
+from rightrank.schema.plan_settings import PlanSettings, make_plan_settings
+from rightrank.schema.results import Plan
+from rightrank.schema.settings import PlanKeywords
 
 if TYPE_CHECKING:
-    from rightrank.selection.judging import JudgedRun
+    from rightrank.plugins.judge.judging import JudgedRun
 
 
 def plan(model: str, *, settings: PlanSettings | None = None, **keywords: Unpack[PlanKeywords]) -> Plan:
@@ -26,13 +27,13 @@ def plan(model: str, *, settings: PlanSettings | None = None, **keywords: Unpack
     Raises:
         InputError: the model, its modules, a rank or a length can't be used.
     """
-    from rightrank.io.model_source import require_model
+    from rightrank.models.base_models import require_model
 
     given = {} if settings is None else settings.model_dump(include=settings.model_fields_set)
     settings = make_plan_settings(given | keywords)
     require_model(model)  # before what brings torch
-    from rightrank.io.models import device_memory
-    from rightrank.planning.planner import make_plan
+    from rightrank.models.base_models import device_memory
+    from rightrank.plugins.plan.planner import make_plan
 
     if settings.memory_bytes is None and settings.device == "cuda":
         settings = settings.model_copy(update={"memory_bytes": device_memory()})
@@ -63,7 +64,7 @@ def decide(
     Raises:
         ResultsError: the table can't be used; the message names file and row.
     """
-    from rightrank.deciding import Question, decide_results
+    from rightrank.api.tables import Question, decide_results
 
     return decide_results(results, Question(metric, higher_is_better, margin, columns or {}, horizon_steps))
 
@@ -99,7 +100,7 @@ def judge(
         InputError: a run without two adapters or prompts, or choices that can't be used.
         RunError: the program failed.
     """
-    from rightrank.selection.judging import JudgeRequest, judge_run
+    from rightrank.plugins.judge.judging import JudgeRequest, judge_run
 
     files = [Path(file) for file in collect]
     request = JudgeRequest(Path(run), prompts, ranks, command, files, judge_name, margin, seed, timeout_seconds, notice)

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rightrank.records.doctor import Doctor
+from rightrank.runs.machine import Doctor
 
 if TYPE_CHECKING:
-    from rightrank.exports.targets import Exported
-    from rightrank.io.journal import Repaired
-    from rightrank.report.status_text import RunStatus
+    from rightrank.interop.exports import Exported
+    from rightrank.report.status import RunStatus
+    from rightrank.runs.journal import Repaired
 
 
 def write_report(run: str | Path) -> Path:
@@ -20,7 +20,7 @@ def write_report(run: str | Path) -> Path:
     Raises:
         RunFolderError: no run there.
     """
-    from rightrank import runs
+    from rightrank.api import run_folder as runs
 
     return runs.write_report(run)
 
@@ -31,7 +31,7 @@ def write_side_by_side(runs: Sequence[str | Path], out: str | Path) -> Path:
     Raises:
         RunFolderError: no run in one of the folders.
     """
-    from rightrank import runs as verbs
+    from rightrank.api import run_folder as verbs
 
     return verbs.write_side_by_side(runs, out)
 
@@ -56,7 +56,7 @@ def export(
         ModelError: an adapter that can't be padded.
         RunError: the hub could not be reached or refused; the files are written all the same.
     """
-    from rightrank import runs
+    from rightrank.api import run_folder as runs
 
     return runs.export(run, to, out, pad=pad, push_to_hub=push_to_hub)
 
@@ -67,7 +67,7 @@ def repair(run: str | Path) -> Repaired:
     Raises:
         RunFolderError: no run there, a process at work in it, or a run whose start is damaged.
     """
-    from rightrank import runs
+    from rightrank.api import run_folder as runs
 
     return runs.repair(run)
 
@@ -78,13 +78,13 @@ def status(run: str | Path) -> RunStatus:
     Raises:
         RunFolderError: no run there.
     """
-    from rightrank import runs
+    from rightrank.api import run_folder as runs
 
     return runs.status(run)
 
 
 def doctor() -> Doctor:
     """Look at this machine: versions, device, memory, disk, extras and writable places."""
-    from rightrank.io.system import examine
+    from rightrank.runs.machine import examine
 
     return examine()

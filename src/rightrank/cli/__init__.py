@@ -14,14 +14,13 @@ from contextlib import suppress
 import click
 
 from rightrank.cli.adapters import allocate, compare, inspect, resize
-from rightrank.cli.deciding import decide
-from rightrank.cli.fleet import fleet
-from rightrank.cli.handing_over import export, repair, report
-from rightrank.cli.judging import judge
-from rightrank.cli.planning import plan
-from rightrank.cli.training import demo, select
-from rightrank.cli.views import completion, doctor, status, watch
-from rightrank.errors import RightrankError, is_out_of_memory, one_line
+from rightrank.cli.decide import decide
+from rightrank.cli.runs import completion, doctor, export, repair, report, status, watch
+from rightrank.cli.select import demo, select
+from rightrank.plugins.fleet.commands import fleet
+from rightrank.plugins.judge.commands import judge
+from rightrank.plugins.plan.commands import plan
+from rightrank.schema.errors import RightrankError, is_out_of_memory, one_line
 from rightrank.version import __version__
 
 # In the order of `--help`: the main job, its run folder, finished results, adapters, the rest.
@@ -76,7 +75,7 @@ def main(arguments: list[str] | None = None) -> None:
         click.echo(error.format_message(), err=True)
         sys.exit(2)
     except click.NoSuchOption as error:
-        from rightrank.cli.habits import unknown_option  # imports the settings: for this message alone
+        from rightrank.cli.options import unknown_option  # imports the settings: for this message alone
 
         _print_error(unknown_option(error))
         sys.exit(2)

@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from rightrank.cli.options import DIRECTION_OPTIONS, comma, gather, whole_numbers
-from rightrank.errors import SettingsError
+from rightrank.schema.errors import SettingsError
 
 EXIT = {"not_worse": 0, "worse": 3, "cannot_tell": 4}
 
@@ -47,9 +47,9 @@ def inspect(
     gradient of the loss before any training.
     """
     from rightrank import api
-    from rightrank.report.files import image_format_of, write_plot
-    from rightrank.report.spectrum_figures import require_statistic, spectrum_map
-    from rightrank.settings import make_settings
+    from rightrank.report.draw import image_format_of, write_plot
+    from rightrank.report.spectra import require_statistic, spectrum_map
+    from rightrank.schema.settings import make_settings
 
     statistic = require_statistic(figure)
     if plot is not None:
@@ -124,8 +124,8 @@ def resize(
     Several adapters are written at one common rank, each to a folder in OUT.
     """
     from rightrank import api
-    from rightrank.settings import make_settings
-    from rightrank.settings.resize import require_data_for
+    from rightrank.adapters.rank_choice import require_data_for
+    from rightrank.schema.settings import make_settings
 
     *sources, out = adapters
     if not sources:
@@ -211,7 +211,7 @@ def allocate(
     ranks shuffled over the modules.
     """
     from rightrank import api
-    from rightrank.settings import make_settings
+    from rightrank.schema.settings import make_settings
 
     allocation = api.allocate(
         adapter,
@@ -237,7 +237,7 @@ def _print_record(record: Any, as_json: bool, statistic: Any = "effective_rank",
         return
     from rich.console import Console
 
-    from rightrank.report.spectrum_table import print_record
+    from rightrank.report.spectra import print_record
 
     print_record(Console(), record, statistic, every)
 
@@ -277,7 +277,7 @@ def compare(
     examples cannot tell.
     """
     from rightrank import api
-    from rightrank.settings import make_settings
+    from rightrank.schema.settings import make_settings
 
     settings = make_settings(gather(None, assignments, options))
     found = api.compare(a, b, model=model, data=list(data), settings=settings)

@@ -13,7 +13,8 @@ from typing import Any, TypeAlias
 import click
 from click.shell_completion import CompletionItem
 
-from rightrank.errors import SettingsError
+from rightrank.schema.errors import SettingsError
+from rightrank.schema.peft_options import HABITS
 from rightrank.version import __version__
 
 Complete: TypeAlias = Callable[[click.Context, click.Parameter, str], "list[str]"]
@@ -63,7 +64,7 @@ DIRECTION_OPTIONS = [
 
 def gather(config_file: Path | None, assignments: tuple[str, ...], options: dict[str, Any]) -> dict[str, Any]:
     """Settings from the config file, then `--set`, then named options: the later wins."""
-    from rightrank.io.config import read_config
+    from rightrank.data.files import read_config
 
     values = read_config(config_file) if config_file is not None else {}
     values |= dict(_assigned(assignment) for assignment in assignments)
@@ -108,3 +109,35 @@ def garbage_kept() -> Iterator[None]:
         yield
     finally:
         gc.enable()
+
+
+OPTION_OF = {"budget_hours": "--time", "memory_bytes": "--memory"}  # options that are not called as their setting
+OUTPUTS = ("--out-dir", "--output", "--output-dir", "--run", "-o")
+MEANT = {f"--{name.replace('_', '-')}": OPTION_OF.get(to, f"--{to.replace('_', '-')}") for name, to in HABITS.items()}
+MEANT |= dict.fromkeys(OUTPUTS, "--out")
+
+
+def unknown_option(error: click.NoSuchOption) -> str:
+    """The message for an option that the command does not have.
+
+    It names the command's own option for a known habit, `--set` for a setting that has no option, else the nearest
+    options.
+    """
+    command = error.ctx.command if error.ctx is not None else None
+    options = {name for parameter in command.params for name in parameter.opts} if command is not None else set()
+    meant = MEANT.get(error.option_name)
+    if meant in options:
+        return f"no such option {error.option_name} (did you mean {meant}?)"
+    name = error.option_name.removeprefix("--").replace("-", "_")
+    setting = HABITS.get(name, name)
+    if "--set" in options and command is not None and setting in _settings_of(command.name):
+        return f"no such option {error.option_name}; give it as --set {setting}=VALUE"
+    return error.format_message()
+
+
+def _settings_of(command: str | None) -> set[str]:
+    """The names that `--set` takes."""
+    from rightrank.schema.plan_settings import PlanSettings
+    from rightrank.schema.settings import SelectSettings
+
+    return set((PlanSettings if command == "plan" else SelectSettings).model_fields)

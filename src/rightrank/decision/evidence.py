@@ -20,8 +20,13 @@ from functools import cached_property
 
 import numpy as np
 
-from rightrank.decision.contender import (
+from rightrank.decision.curve import fit_power
+from rightrank.decision.intervals import Estimate, seed_parts, winners_gap
+from rightrank.decision.seeds import PairNoise, Prior, adjusted_means, pair_noise, prior_of, start_of
+from rightrank.decision.table import (
+    Cell,
     Contender,
+    ScoreTable,
     cells_by_seed,
     cells_of_shared_seeds,
     contender_of,
@@ -30,12 +35,8 @@ from rightrank.decision.contender import (
     on_common_seeds,
     paired_cells,
 )
-from rightrank.decision.seed_noise import PairNoise, Prior, adjusted_means, pair_noise, prior_of, start_of
-from rightrank.decision.table import Cell, ScoreTable
-from rightrank.maths import Floats
-from rightrank.maths.curve import fit_power
-from rightrank.maths.intervals import Estimate, seed_parts, winners_gap
-from rightrank.records import Basis
+from rightrank.schema.arrays import Floats
+from rightrank.schema.decision import Basis
 
 MIN_CURVE_RANKS = 4  # one more than the power law has parameters
 

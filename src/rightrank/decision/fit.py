@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from rightrank.decision.evidence import Evidence
-from rightrank.decision.judge import Comparison, Unit
-from rightrank.maths import Floats
-from rightrank.maths.curve import (
+from rightrank.decision.comparison import Comparison, Unit
+from rightrank.decision.curve import (
     CurveForm,
     PowerLaw,
     choose_form,
@@ -18,8 +16,10 @@ from rightrank.maths.curve import (
     prediction_errors,
     robust_deviations,
 )
-from rightrank.maths.intervals import two_sided
-from rightrank.records import CurveFit, FittedPoint
+from rightrank.decision.evidence import Evidence
+from rightrank.decision.intervals import two_sided
+from rightrank.schema.arrays import Floats
+from rightrank.schema.decision import CurveFit, FittedPoint
 
 MIN_RANKS = 3
 DRAWS = 400

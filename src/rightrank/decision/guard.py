@@ -14,11 +14,12 @@ from statistics import geometric_mean
 
 import numpy as np
 
-from rightrank.decision.adapter_files import AdapterFile, Against, Question, files_of
-from rightrank.decision.judge import CONFIDENCE
-from rightrank.maths.intervals import Estimate, estimate
-from rightrank.records import AdapterAnswer, AdapterCandidate, NextRun, TrialOutcome
-from rightrank.records.guard import GuardAnswer, GuardCandidate, GuardEvaluated, GuardFile
+from rightrank.decision.adapter import AdapterFile, Against, Question, files_of
+from rightrank.decision.comparison import CONFIDENCE
+from rightrank.decision.intervals import Estimate, estimate
+from rightrank.schema.decision import AdapterAnswer, AdapterCandidate, NextRun
+from rightrank.schema.events import GuardAnswer, GuardCandidate, GuardEvaluated, GuardFile
+from rightrank.schema.trials import TrialOutcome
 
 GUARD_MARGIN = 0.02
 """Nats per token: 2% of a perplexity. People accept more from loading the base in 4 bits, which costs about 0.03 to 0.05."""

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import math
 
+from rightrank.decision.comparison import CONFIDENCE, REFUTED, Comparison
 from rightrank.decision.evidence import Evidence
-from rightrank.decision.judge import CONFIDENCE, REFUTED, Comparison
+from rightrank.decision.intervals import Estimate, normal_quantile
 from rightrank.decision.verdicts import inconclusive_rank, lengths, possible_rival, underpowered
-from rightrank.maths.intervals import Estimate, normal_quantile
-from rightrank.records import NextRun, Verdict
+from rightrank.schema.decision import NextRun, Verdict
 
 POWER = 0.8
 MIN_SEEDS = 2  # with which the noise over seeds is measured

@@ -15,9 +15,9 @@ from typing import Literal, TypeAlias
 
 import numpy as np
 
-from rightrank.decision.judge import CONFIDENCE
-from rightrank.decision.seed_noise import SHARED_REFERENCE, WITHIN_DEGREES, start_of
-from rightrank.maths.intervals import Estimate
+from rightrank.decision.comparison import CONFIDENCE
+from rightrank.decision.intervals import Estimate
+from rightrank.decision.seeds import SHARED_REFERENCE, WITHIN_DEGREES, start_of
 
 NoiseKind: TypeAlias = Literal["tokens", "classes", "scores"]
 

@@ -17,18 +17,17 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+from rightrank.decision.comparison import CONFIDENCE, Comparison, Judged, Unit, compare, staircase
 from rightrank.decision.evidence import Evidence
 from rightrank.decision.fit import fit_curve
-from rightrank.decision.horizon import horizon_note
-from rightrank.decision.judge import CONFIDENCE, Comparison, Judged, Unit, compare, staircase
+from rightrank.decision.intervals import two_sided
 from rightrank.decision.metrics import default_margin
 from rightrank.decision.next_run import next_runs
 from rightrank.decision.sentences import basis_note, conflict_sentence, sentence_of
 from rightrank.decision.table import ScoreTable
-from rightrank.decision.verdicts import flags_of, smallest_alike, verdict_of
-from rightrank.errors import ResultsError
-from rightrank.maths.intervals import two_sided
-from rightrank.records import Decision, MetricAnswer, RankEvidence
+from rightrank.decision.verdicts import flags_of, horizon_note, smallest_alike, verdict_of
+from rightrank.schema.decision import Decision, MetricAnswer, RankEvidence
+from rightrank.schema.errors import ResultsError
 
 
 def decide(

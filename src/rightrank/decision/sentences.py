@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
+from rightrank.decision.comparison import Comparison, Unit
 from rightrank.decision.evidence import Evidence
-from rightrank.decision.judge import Comparison, Unit
 from rightrank.decision.metrics import published_noise
-from rightrank.decision.seed_power import needed_seeds
+from rightrank.decision.seeds import needed_seeds
 from rightrank.decision.verdicts import inconclusive_rank, possible_rival
-from rightrank.records import RankEvidence, Verdict
+from rightrank.schema.decision import RankEvidence, Verdict
 
 
 def number(value: float) -> str:

@@ -1,1 +1,1 @@
-"""What is shown: every figure is plain data first, drawn by thin backends."""
+"""report"""

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import re
 import warnings
+from collections.abc import Sequence
 from functools import lru_cache
 from io import BytesIO
 from math import ceil
+from pathlib import Path
 from textwrap import wrap
 from typing import Any
 
-from rightrank.report.figure import AnyFigure, Band, Figure, HeatMap, Level, Mark, Series, Tone
+from rightrank.data.files import replacing, write_text
+from rightrank.report.figure import AnyFigure, Band, Figure, HeatMap, Level, Mark, Series, Tone, to_csv
 from rightrank.report.format import cell_text, visible
+from rightrank.schema.errors import SettingsError
 
 # Colours by role; inside the report, variables of the style sheet replace them.
 INK, FAINT, LINE = "#1d2b34", "#5b6b74", "#d6dde1"
@@ -237,3 +241,41 @@ def _draw_map(axes: Any, figure: HeatMap) -> None:
             text = figure.notes[row][column] if value is None else cell_text(value)
             weight = "bold" if figure.best[row] == column else "normal"
             axes.text(column, row, text, ha="center", va="center", fontsize=8, color=INK, fontweight=weight)
+
+
+IMAGE_FORMATS = ("svg", "png")
+
+
+def write_figures(folder: Path, figures: Sequence[AnyFigure]) -> None:
+    """`folder/<name>.svg`, `.png` and `.csv` of each figure. Each file is replaced as a whole."""
+    for figure in figures:
+        for image_format in IMAGE_FORMATS:
+            with replacing(folder / f"{figure.name}.{image_format}") as path:
+                path.write_bytes(draw(figure, image_format))
+        write_text(folder / f"{figure.name}.csv", to_csv(figure))
+
+
+def image_format_of(path: Path) -> str:
+    """The image format that the file's ending names.
+
+    Raises:
+        SettingsError: neither `.svg` nor `.png`.
+    """
+    image_format = path.suffix.lower().lstrip(".")
+    if image_format not in IMAGE_FORMATS:
+        raise SettingsError(f"--plot {path}: give a file that ends in .svg or .png")
+    return image_format
+
+
+def write_plot(figure: AnyFigure, path: Path) -> None:
+    """Draw one figure to `path`, in the format that its ending names.
+
+    Raises:
+        SettingsError: another ending, or the file can't be written.
+    """
+    image = draw(figure, image_format_of(path))
+    try:
+        with replacing(path) as temporary:
+            temporary.write_bytes(image)
+    except OSError as error:
+        raise SettingsError(f"--plot {path}: can't write there ({error.strerror or error})") from None

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from jinja2 import TemplateError
 
-from rightrank.errors import RunError, first_line
+from rightrank.schema.errors import RunError, first_line
 
 # What code that computes a page, a figure or a sentence from plain records raises where it has a fault. A full disk, an
 # interruption and the end of the memory are no fault of a view.

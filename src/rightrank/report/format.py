@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
-from rightrank.records import Decision
+from rightrank.schema.decision import Decision
 
 CONTROL_PICTURES = {code: 0x2400 + code for code in range(0x20) if chr(code) not in "\n\t"}
 # Invisible characters that can disguise text: DEL, C1 controls, bidirectional marks, separators, surrogates.

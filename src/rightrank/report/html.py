@@ -13,6 +13,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import cache
+from html import escape
 from importlib.resources import files
 from math import log10
 from typing import Any
@@ -20,23 +21,11 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from rightrank.decision.run import Records
-from rightrank.records import (
-    Decision,
-    TrainingRankEstimate,
-    TrialCollapsed,
-    TrialDiverged,
-    TrialFailed,
-    TrialFinished,
-    TrialOutcome,
-)
-from rightrank.records.base import split_name
-from rightrank.report.adapter_view import candidate_table
-from rightrank.report.decision_table import FLAGS
-from rightrank.report.draw import inline_svg
+from rightrank.report.adapters import candidate_table, figure_of, guard_of, guard_table
+from rightrank.report.draw import inline_svg, scalable_svg
 from rightrank.report.figure import AnyFigure, Figure, HeatMap
-from rightrank.report.figures import ENOUGH, figures_of, margin_range, margin_steps, rank_at
+from rightrank.report.figures import ENOUGH, figures_of, margin_range, margin_steps, rank_at, rank_figure
 from rightrank.report.format import cell_text, metric_unit, size, visible
-from rightrank.report.guard_view import guard_of, guard_table
 from rightrank.report.sentences import (
     certainty_notes,
     confidence_text,
@@ -49,11 +38,15 @@ from rightrank.report.sentences import (
     preference_text,
     progress_text,
     reproduce_command,
+    subject_text,
     test_rows,
     test_text,
+    use_it,
 )
-from rightrank.report.use_it import subject_text, use_it
-from rightrank.settings import Goal
+from rightrank.report.tables import FLAGS
+from rightrank.schema.decision import AdapterAnswer, AdapterCandidate, Decision, TrainingRankEstimate
+from rightrank.schema.settings import Goal
+from rightrank.schema.trials import TrialCollapsed, TrialDiverged, TrialFailed, TrialFinished, TrialOutcome, split_name
 
 MAX_VISIBLE_ROWS = 24  # of the trial table; a longer one is folded
 MAX_NUMBERS = 200  # rows of a figure's numbers; its CSV file has all of them
@@ -258,3 +251,30 @@ def _row(outcome: TrialOutcome) -> dict[str, Any]:
         case TrialFailed():
             row["note"] = outcome.reason
     return row
+
+
+def adapter_html(
+    answer: AdapterAnswer, adapters: Sequence[AdapterCandidate], metric: str, higher_is_better: bool
+) -> str:
+    """The answer to the first question and its picture."""
+    drawing = _drawing(figure_of(answer, adapters, metric, higher_is_better))
+    return f"<div><p><strong>Adapter: rank {answer.rank}</strong>. {_text(answer.sentence)}</p>{drawing}</div>"
+
+
+def decision_html(decision: Decision) -> str:
+    """The training rank, the rank curve, the verdict and the next run."""
+    flags = f" ({', '.join(decision.flags)})" if decision.flags else ""
+    return (
+        f"<div><p><strong>{_text(headline(decision))}</strong>. {_text(decision.sentence)}</p>"
+        f"{_drawing(rank_figure(decision))}"
+        f"<p>Verdict: {_text(decision.verdict + flags)}. Next: {_text(decision.next_run)}</p></div>"
+    )
+
+
+def _drawing(figure: Figure) -> str:
+    drawing = scalable_svg(figure).replace("<svg", '<svg style="display: block; width: 100%; height: auto"', 1)
+    return f'<div role="img" aria-label="{_text(figure.alt)}" style="max-width: 40em; background: #fff">{drawing}</div>'
+
+
+def _text(value: str) -> str:
+    return escape(visible(value))

@@ -4,26 +4,125 @@ from __future__ import annotations
 
 import shlex
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import PurePath
 from statistics import fmean
 from typing import Any
 
 from rightrank.decision.adapter import making_of
-from rightrank.decision.answers import preference_sentence, trainings
-from rightrank.decision.run import Records
-from rightrank.records import (
-    AdapterAnswer,
-    AdapterRecorded,
-    Decision,
-    HandedOver,
-    HorizonNote,
-    TestEvaluated,
-    TrialCollapsed,
-    TrialFinished,
-)
+from rightrank.decision.run import Records, preference_sentence, trainings
 from rightrank.report.format import coverage, duration, metric_unit, quantity, size
-from rightrank.settings import Goal, SelectSettings
+from rightrank.schema.decision import AdapterAnswer, Decision, HandedOver, HorizonNote, NextRun
+from rightrank.schema.events import AdapterRecorded, RunStarted, TestEvaluated
+from rightrank.schema.settings import MAX_SEED, Goal, SelectSettings
+from rightrank.schema.trials import TrialCollapsed, TrialFinished, split_name
+from rightrank.schema.variants import peft_scaling
+
+
+def next_command(started: RunStarted, decision: Decision | None, run: str) -> str | None:
+    """`rightrank select --out RUN …` for the first next run that options of `select` can express; None if none can.
+
+    The command continues the run: its model, data and other settings are in the run folder.
+    """
+    return next((command for command in next_commands(started, decision, run) if command is not None), None)
+
+
+def next_commands(
+    started: RunStarted, decision: Decision | None, run: str, margin: float | None = None
+) -> list[str | None]:
+    """For each of the decision's next runs its command, or None if options of `select` can't express it.
+
+    `margin` is one that is not the run's own: part of the command, so that the continued run answers at this margin.
+    """
+    if decision is None:
+        return []
+    if started.data.form == "own":
+        return [None] * len(decision.next_runs)
+    further = [] if margin is None else ["--margin", f"{margin:g}"]
+    return [_command(_options(started, wanted), further, run) for wanted in decision.next_runs]
+
+
+def _command(options: list[str], further: list[str], run: str) -> str | None:
+    return shlex.join(["rightrank", "select", "--out", run, *options, *further]) if options else None
+
+
+def _options(started: RunStarted, wanted: NextRun) -> list[str]:
+    settings, options = started.settings, list[str]()
+    held_out = len(started.evaluation_items) + started.data.not_evaluated  # at most so many examples can be evaluated
+    if wanted.items is not None and len(started.evaluation_items) < wanted.items <= held_out:
+        options += ["--eval-items", str(wanted.items)]
+    ranks, rates, seeds = (_numbers(settings.get(name)) for name in ("ranks", "learning_rates", "seeds"))
+    if wanted.action == "seeds" and wanted.seeds is not None:
+        options += _list("--seeds", seeds, _more_seeds(seeds, wanted.seeds))
+    if wanted.action == "rank":
+        options += _list("--ranks", ranks, [*ranks, *wanted.ranks])
+    if wanted.action in ("rank", "rates"):
+        options += _list("--learning-rates", rates, [*rates, *wanted.learning_rates])
+    return options
+
+
+def _more_seeds(seeds: Sequence[float], count: int) -> list[float]:
+    further = (seed for seed in range(MAX_SEED) if seed not in seeds)
+    return [*seeds, *(next(further) for _ in range(count - len(seeds)))]
+
+
+def _list(option: str, before: Sequence[float], after: Sequence[float]) -> list[str]:
+    """The option with all values; empty where nothing is added."""
+    added = sorted(set(after))
+    return [option, ",".join(f"{value:g}" for value in added)] if set(after) > set(before) else []
+
+
+def _numbers(value: object) -> list[float]:
+    return [one for one in value if isinstance(one, int | float)] if isinstance(value, list | tuple) else []
+
+
+@dataclass(frozen=True, slots=True)
+class UseIt:
+    """The adapter in the names of PEFT, with code that loads it."""
+
+    link: str  # relative to the report
+    path: str
+    r: int
+    alpha: str
+    learning_rate: str
+    code: str
+
+
+def subject_text(started: RunStarted) -> str:
+    """Model and data in one line, with the number of examples."""
+    model, data = (str(started.settings.get(name) or "a custom trainer") for name in ("model", "data"))
+    counts = ", ".join(f"{split.items:,} {split_name(name)}" for name, split in started.data.splits.items())
+    if "data" not in started.settings:
+        return model
+    return f"{_last(model)} on {_last(data)}" + (f": {counts} examples" if counts else "")
+
+
+def _last(name: str) -> str:
+    """The last part of a path; a name on the hub as it is."""
+    return PurePath(name).name if name.startswith((".", "/", "~")) else name
+
+
+def use_it(handed_over: HandedOver, records: Records) -> UseIt | None:
+    """What the box shows; None for an adapter whose folder this package did not write."""
+    settings, trials = records.started.settings, {trial.trial_id: trial for trial in records.finished()}
+    answer = records.adapters[-1].answer
+    trial, trained = trials.get(answer.trial_id), trials.get(answer.trained_id)
+    model = settings.get("model")
+    if trial is None or trained is None or records.started.data.form == "own" or not isinstance(model, str):
+        return None
+    scaling: Any = settings.get("scaling", "alpha/r")
+    alpha, _ = peft_scaling(scaling, trained.lora_alpha, trained.rank)  # a truncation keeps its parent's alpha
+    classes = records.started.data.classes
+    kind, labels = ("CausalLM", "") if classes is None else ("SequenceClassification", f", num_labels={len(classes)}")
+    code = (
+        "from peft import PeftModel\n"
+        f"from transformers import AutoModelFor{kind}, AutoTokenizer\n\n"
+        f"tokenizer = AutoTokenizer.from_pretrained({model!r})\n"
+        f"base = AutoModelFor{kind}.from_pretrained({model!r}{labels})\n"
+        'model = PeftModel.from_pretrained(base, "adapter")  # beside this report'
+    )
+    return UseIt("adapter/", "adapter/", handed_over.rank, f"{alpha:g}", f"{trained.learning_rate:g}", code)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,180 @@
+"""`compare`: is adapter B no worse than adapter A?
+
+Both are read on the same examples, all of those in the data, and compared in pairs. B is *not worse* if the one-sided 95% upper
+bound of its mean difference is below the margin, *worse* if the lower bound is above the margin, and otherwise the
+examples cannot tell. Each side is an adapter folder that PEFT loads, the base itself, or a whole model (such as a merged one).
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rightrank.data.rows import held_out_fields
+from rightrank.data.splits import DataSplits, load_data
+from rightrank.decision.comparison import CONFIDENCE
+from rightrank.decision.intervals import PairedBounds, paired_bounds
+from rightrank.decision.metrics import default_margin
+from rightrank.decision.table import Cell, ScoreTable, table_of
+from rightrank.models.adapter_files import BASE, CONFIG_FILE, require_side
+from rightrank.models.base_models import load_base
+from rightrank.schema.errors import SettingsError
+from rightrank.schema.results import AdapterComparison, ComparisonVerdict, MetricComparison
+from rightrank.schema.settings import PAIR_MARGIN, SelectSettings
+from rightrank.schema.trials import TrialFinished
+from rightrank.train.adapter_runtime import adapter_attached, finished_trial
+from rightrank.train.generation import measure, require_scorers
+from rightrank.train.runtime import Runtime
+from rightrank.train.tokens import encode
+
+SEVERITY: tuple[ComparisonVerdict, ...] = ("not_worse", "cannot_tell", "worse")
+
+
+@dataclass(frozen=True, slots=True)
+class CompareRequest:
+    """What to compare; see `rightrank.compare` for each field."""
+
+    a: str
+    b: str
+    model: str
+    data: Sequence[Path]
+    settings: SelectSettings
+
+
+def compare_adapters(request: CompareRequest) -> AdapterComparison:
+    """Read A and B on every data set and compare them by every metric.
+
+    Raises:
+        InputError: a side, the model, the data or a metric can't be used.
+    """
+    if not request.data:
+        raise SettingsError("no data: give --data FILE, once or more")
+    require_scorers(request.settings)
+    for side in (request.a, request.b):
+        require_side(side)
+    found: list[MetricComparison] = []
+    for data in request.data:
+        with tempfile.TemporaryDirectory(prefix="rightrank-") as name:
+            sides = _read_sides(request, data, Path(name))
+            metrics = [spec.name for spec in request.settings.metric_specs]
+            found += [_compare(*sides, metric, data, request.settings) for metric in metrics]
+    worst = max(found, key=lambda one: SEVERITY.index(one.verdict))
+    kept = worst.model_dump(exclude={"data", "value_a", "value_b"})
+    return AdapterComparison(sentence=_sentence(request, worst, len(found)), comparisons=found, **kept)
+
+
+def _read_sides(request: CompareRequest, data: Path, cache: Path) -> tuple[TrialFinished, TrialFinished]:
+    """The scores of A and B on all examples of `data`, in one order."""
+    splits, settings = load_all(data, request.settings)
+    base: Runtime | None = None
+    read = []
+    for number, side in enumerate((request.a, request.b)):
+        if side == BASE or (Path(side) / CONFIG_FILE).is_file():
+            if base is None:
+                base = _runtime(request.model, splits, settings, cache / "base")
+            read.append(_scored(base, side, None if side == BASE else Path(side)))
+        else:
+            whole = _runtime(side, splits, settings, cache / str(number))
+            read.append(_scored(whole, side, None))
+    return read[0], read[1]
+
+
+def load_all(data: Path, settings: SelectSettings) -> tuple[DataSplits, SelectSettings]:
+    """All rows of `data` as held-out examples, and settings that evaluate all of them.
+
+    A folder with given splits gives its test split, or its validation split if it has no test split.
+    """
+    listed = held_out_fields(data)
+    every = settings.model_copy(update={"eval_items": max(2, len(listed)), "ranks": (1,), "cache_prefix": False})
+    return load_data({"train": listed, "validation": listed, "test": listed}, every), every
+
+
+def _runtime(model: str, splits: DataSplits, settings: SelectSettings, cache: Path) -> Runtime:
+    loaded = load_base(model, settings, splits.classes)
+    return Runtime(loaded, encode(splits, loaded, settings), settings, 1, cache)
+
+
+def _scored(runtime: Runtime, name: str, adapter: Path | None) -> TrialFinished:
+    """The held-out scores of the base, or of an adapter on it, by every metric of the settings."""
+
+    def read() -> TrialFinished:
+        scores, measured = runtime.evaluate("selection"), measure(runtime, "selection")
+        measured.require(list(measured.failed))
+        trial = finished_trial(name, 1, scores, "loss")
+        items = scores.item_metrics | measured.items
+        return trial.model_copy(update={"metrics": scores.metrics | measured.values, "item_metrics": items})
+
+    if adapter is None:
+        return read()
+    with adapter_attached(runtime, adapter):
+        return read()
+
+
+def _compare(a: TrialFinished, b: TrialFinished, metric: str, data: Path, settings: SelectSettings) -> MetricComparison:
+    higher = settings.is_higher_better(metric)
+    tables = [table_of([trial], metric, higher) for trial in (a, b)]
+    cells = [next(iter(table.cells.values())) for table in tables]
+    if not all(cell.examples for cell in cells):
+        raise SettingsError(
+            f"metric {metric!r} gives no score by example: two adapters can't be compared in pairs by it"
+        )
+    found = paired_bounds(cells[1].sums - cells[0].sums, cells[0].weights, CONFIDENCE)
+    margin = settings.margin if settings.margin is not None else _default_margin(tables[0], cells[0], a)
+    verdict = verdict_of(found, margin)
+    return MetricComparison(
+        data=str(data),
+        metric=metric,
+        verdict=verdict,
+        value_a=cells[0].value,
+        value_b=cells[1].value,
+        difference=found.mean,
+        difference_low=found.low,
+        difference_high=found.high,
+        margin=margin,
+        examples=cells[0].examples,
+        examples_needed=_examples_needed(found, margin) if verdict == "cannot_tell" else None,
+    )
+
+
+def verdict_of(found: PairedBounds, margin: float) -> ComparisonVerdict:
+    """By the one-sided 95% bounds of how much worse B is."""
+    return "not_worse" if found.high < margin else "worse" if found.low > margin else "cannot_tell"
+
+
+def _default_margin(table: ScoreTable, cell: Cell, trial: TrialFinished) -> float:
+    if table.metric == "loss" and "reward_accuracy" in trial.item_metrics:
+        return PAIR_MARGIN
+    kind = "loss" if table.kind == "token_loss" and trial.item_correct is not None else table.kind
+    return default_margin(kind, cell.value, [cell.value])
+
+
+def _examples_needed(found: PairedBounds, margin: float) -> int | None:
+    """The number at which the bound falls below the margin, if the difference and the spread stay as they are."""
+    room = margin - found.mean
+    if room <= 0:
+        return None
+    reach = found.high - found.mean
+    return math.ceil(found.examples * (reach / room) ** 2 * (1 + 1e-9)) + 1
+
+
+def _sentence(request: CompareRequest, worst: MetricComparison, count: int) -> str:
+    b, a = Path(request.b).name, Path(request.a).name
+    names = f"B ({b}) against A ({a})" if b != a else f"B ({request.b}) against A ({request.a})"
+    figures = (
+        f"{worst.metric} differs by {worst.difference:+.3g} (95% bounds {worst.difference_low:+.3g} to "
+        f"{worst.difference_high:+.3g}) on {worst.examples} examples, margin {worst.margin:g}"
+    )
+    among = "" if count == 1 else f" The worst of {count} comparisons is on {Path(worst.data).name}."
+    if worst.verdict == "not_worse":
+        return f"{names}: not worse; {figures}.{among}"
+    if worst.verdict == "worse":
+        return f"{names}: worse by more than the margin; {figures}.{among}"
+    cure = (
+        f"about {worst.examples_needed} examples would show it"
+        if worst.examples_needed is not None
+        else "more examples would show whether it is worse"
+    )
+    return f"{names}: these examples cannot tell; {figures}; {cure}.{among}"

@@ -1,0 +1,354 @@
+"""`resize --data`: the smallest truncation that is not worse than the adapter by the margin, by the rule of `select`.
+
+Every candidate is truncated by K-FAC over training examples, written as an adapter folder, attached to the base by PEFT,
+and measured on the same examples. With recovery, each is also trained for the same steps on the same batches, and so is the
+adapter itself: the reference is the better of the adapter as it is and after these steps.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain
+from pathlib import Path
+
+import torch
+
+from rightrank.adapters.rank_choice import RankChoice
+from rightrank.adapters.rewrite import write_resized
+from rightrank.data.files import require_absent
+from rightrank.data.forms import Example
+from rightrank.data.rows import read_rows
+from rightrank.data.splits import DataSplits, load_data
+from rightrank.decision.adapter import Question, adapter_answer, trained_answer
+from rightrank.interop.servers import max_module_rank
+from rightrank.models.adapter_files import AdapterFolder, open_adapter, save_adapter, write_adapter
+from rightrank.models.truncation import Moments, components, shared_ranks
+from rightrank.runs.journal import Journal
+from rightrank.schema.decision import AdapterAnswer
+from rightrank.schema.errors import DataError
+from rightrank.schema.events import RunStarted
+from rightrank.schema.results import HeldOut, Resized
+from rightrank.schema.settings import DtypeName, SelectSettings, make_settings
+from rightrank.schema.trials import TrialFinished
+from rightrank.train.adapter_runtime import adapter_attached, finished_trial, train_attached
+from rightrank.train.covariances import Gathered, gather_moments, moment_tokens, unseen_first
+from rightrank.train.evaluation import Scores
+from rightrank.train.runtime import Runtime
+
+OF_DATA = ("columns", "validation", "test_fraction", "validation_fraction", "eval_items")
+
+
+@dataclass(frozen=True, slots=True)
+class ScoredData:
+    """Examples to score in the validation split, and training examples in the train split."""
+
+    splits: DataSplits
+    scores_training_examples: bool  # the train split is the validation split: nothing else is known
+    note: str
+
+
+def scored_data(adapter: AdapterFolder, data: Path, train: Path | None, settings: SelectSettings) -> ScoredData:
+    """The rows of `data` to score, without those that the adapter is known to be trained on.
+
+    Raises:
+        DataError: rows that can't be used, or fewer than two that the adapter was not trained on.
+    """
+    source, started = _data_of_run(adapter) if train is None else (None, None)
+    trained = _trained_on(train, data, settings) if train is not None else _trained_in(source, started, settings)
+    if trained is None and None not in read_rows(data):
+        splits = load_data(data, _all(settings, sum(len(list(rows)) for rows in read_rows(data).values())))
+        scored = _at_most(splits.examples["selection"], settings)
+        return ScoredData(_with(splits, scored), False, _note(data, scored, "its validation split"))
+    if trained is not None and source is not None and data.exists() and source.resolve() == data.resolve():
+        scored = trained.examples["selection"]
+        return ScoredData(
+            _with(trained, scored), False, _note(data, scored, "the validation split of the adapter's run")
+        )
+    whole = _whole(data, settings)
+    if trained is None:
+        scored = _at_most(whole.examples["selection"], settings)
+        unknown = "if the adapter was trained on some of them, name its training data with --train"
+        return ScoredData(_with(whole, scored), True, f"{_note(data, scored, 'all rows')}; {unknown}")
+    if whole.form != trained.form:
+        raise DataError(f"{data}: has the form {whole.form}, and the adapter's training data {trained.form}")
+    seen = _ids(trained.examples["train"])
+    unseen = [example for example in whole.examples["selection"] if example.item_id not in seen]
+    left_out = len(whole.examples["selection"]) - len(unseen)
+    if len(unseen) < 2:
+        raise DataError(
+            f"{data}: {left_out} of {left_out + len(unseen)} distinct rows are among the adapter's training examples; "
+            "give rows that it was not trained on"
+        )
+    scored = _at_most(unseen, settings)
+    note = f"{_note(data, scored, 'not in its training data')}; {left_out:,} training examples of the adapter left out"
+    return ScoredData(_with(trained, scored), False, note)
+
+
+def _with(splits: DataSplits, scored: Sequence[Example]) -> DataSplits:
+    return replace(splits, examples={"train": splits.examples["train"], "selection": scored, "test": []})
+
+
+def _at_most(examples: Sequence[Example], settings: SelectSettings) -> Sequence[Example]:
+    """All examples; `eval_items` of them if that was given."""
+    return examples[: settings.eval_items] if "eval_items" in settings.model_fields_set else examples
+
+
+def _note(data: Path, scored: Sequence[Example], what: str) -> str:
+    return f"scored on {len(scored):,} examples of {data} ({what})"
+
+
+def _ids(examples: Sequence[Example]) -> set[str]:
+    return {example.item_id for example in examples}
+
+
+def _trained_on(train: Path, data: Path, settings: SelectSettings) -> DataSplits:
+    """The training examples in the file `train`.
+
+    Where training data and scored data are one file without splits, `select`'s training split of it.
+    """
+    if train.exists() and data.exists() and train.resolve() == data.resolve():
+        return load_data(train, settings)
+    return load_data(train, settings) if None not in read_rows(train) else _whole(train, settings)
+
+
+def _trained_in(source: Path | None, started: RunStarted | None, settings: SelectSettings) -> DataSplits | None:
+    """The splits that a run made of its data; None where they are not known."""
+    if started is None or source is None:
+        return None
+    values = {name: started.settings[name] for name in OF_DATA if name in started.settings}
+    return load_data(source, settings.model_copy(update=make_settings(values).model_dump(include=set(values))))
+
+
+def _data_of_run(adapter: AdapterFolder) -> tuple[Path | None, RunStarted | None]:
+    """`(the data of the run that holds the adapter, if they still exist; its start)`."""
+    started = _run_of(adapter)
+    source = None if started is None else started.settings.get("data")
+    return (Path(source) if isinstance(source, str) and Path(source).exists() else None), started
+
+
+def _run_of(adapter: AdapterFolder) -> RunStarted | None:
+    """The start of the run whose `adapter/` or `trials/<trial_id>/` this is."""
+    parent = adapter.path.resolve().parent
+    for folder in (parent, parent.parent):
+        if (folder / "journal.jsonl").is_file():
+            first = next(iter(Journal(folder / "journal.jsonl").read_settled()), None)
+            return first if isinstance(first, RunStarted) else None
+    return None
+
+
+def _whole(data: Path, settings: SelectSettings) -> DataSplits:
+    """Every row of `data` in the train split and in the validation split; of given splits, the held-out ones."""
+    found = read_rows(data)
+    kept = [found[split] for split in ("selection", "test") if split in found] or list(found.values())
+    listed = [row.fields for row in chain.from_iterable(kept)]
+    return load_data({"train": listed, "validation": listed}, _all(settings, len(listed)))
+
+
+def _all(settings: SelectSettings, count: int) -> SelectSettings:
+    """Settings that hold all of `count` rows in the validation split."""
+    small = {"batch_size": 1, "gradient_accumulation_steps": 1}  # the rows need not fill a step of training
+    whole = {"eval_items": max(2, count), "test_fraction": 0.0, "validation": ""}
+    return settings.model_copy(update=whole | small)
+
+
+@dataclass(frozen=True, slots=True)
+class Recovery:
+    steps: int
+    learning_rate: float
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Candidates:
+    """The ranks to measure, and how."""
+
+    ranks: Sequence[int]
+    recovery: Recovery | None = None
+    dtype: DtypeName | None = None
+    on_rank: Callable[[int, float], None] = lambda _rank, _value: None
+    by_halves: bool = (
+        False  # moments and scores come from the same examples: each half is scored with the other's moments
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class TruncationCurve:
+    """Held-out results by rank, with the base as rank 0, and the answer that they give."""
+
+    trials: list[TrialFinished]
+    written: dict[int, Resized]
+    gathered: Gathered
+    answer: AdapterAnswer
+
+
+def resize_by_data(
+    adapter: AdapterFolder,
+    out: Path,
+    runtime: Runtime,
+    candidates: Candidates,
+    working: Path,
+) -> Resized:
+    """Measure the candidates in the folder `working`, decide, and write the chosen one to `out`.
+
+    Raises:
+        ModelError: the adapter does not fit the base.
+        RunError: recovery diverged.
+    """
+    require_absent(out)
+    curve = truncation_curve(adapter, runtime, candidates, working)
+    answer = curve.answer
+    chosen = open_adapter(working / answer.trial_id)
+    write_adapter(out, chosen.config, {key: _in_dtype(adapter, chosen, key, candidates.dtype) for key in chosen.keys})
+    resized = curve.written[answer.rank]
+    notes = [*resized.notes, *curve.gathered.notices]
+    if curve.gathered.moments:
+        notes.append(f"truncated by K-FAC over {curve.gathered.tokens} tokens of the training split")
+    if answer.how == "recovered":
+        notes.append("recovered: the error is that of the truncation, before training")
+    recovery = candidates.recovery
+    return resized.model_copy(
+        update={
+            "out": str(out),
+            "rank": answer.rank,
+            "bytes_after": chosen.weights.stat().st_size,
+            "chosen_by": f"data, margin {answer.margin:g}" + (f", {recovery.steps} recovery steps" if recovery else ""),
+            "held_out": [
+                HeldOut(rank=trial.rank, value=trial.value, recovered_steps=trial.steps) for trial in curve.trials
+            ],
+            "answer": answer,
+            "notes": notes,
+        }
+    )
+
+
+def _in_dtype(adapter: AdapterFolder, chosen: AdapterFolder, key: str, dtype: DtypeName | None) -> torch.Tensor:
+    """A tensor of the chosen candidate in `dtype`, or in the original dtype: training works in that of the base."""
+    tensor = chosen.tensor(key)
+    if dtype is not None or key not in adapter.keys:
+        return tensor
+    return tensor.to(adapter.tensor(key).dtype)
+
+
+def truncation_curve(
+    adapter: AdapterFolder, runtime: Runtime, candidates: Candidates, working: Path
+) -> TruncationCurve:
+    """The held-out loss of every truncation; `working` keeps the candidates as r1, r2, …
+
+    Raises:
+        ModelError: the adapter does not fit the base.
+        RunError: recovery diverged.
+    """
+    gathered = _moments(adapter, runtime)
+    halves = _halves(adapter, runtime) if candidates.by_halves else []
+    metric = runtime.settings.metric
+    trials = [finished_trial("base", 0, runtime.evaluate("selection"), metric)]
+    written: dict[int, Resized] = {}
+    top = max(candidates.ranks)
+    for rank in sorted(candidates.ranks, reverse=True):
+        plain = working / f"r{rank}"
+        written[rank] = write_resized(
+            adapter,
+            plain,
+            capped(adapter, rank, gathered.moments),
+            candidates.dtype,
+            gathered.moments,
+            runtime.loaded.name,
+        )
+        parent = None if rank == top else f"r{top}"
+        scores = _by_halves(adapter, runtime, halves, rank, working) if halves else measure(runtime, plain)
+        trials.append(finished_trial(plain.name, rank, scores, metric, truncate_from=parent))
+        if candidates.recovery is not None:
+            recovered = working / f"r{rank}-recovered"
+            shutil.copytree(plain, recovered)
+            scores, steps = measure(runtime, recovered, candidates.recovery), candidates.recovery.steps
+            trials.append(finished_trial(recovered.name, rank, scores, metric, steps=steps, truncate_from=f"r{top}"))
+        candidates.on_rank(rank, trials[-1].value)
+    return TruncationCurve(trials, written, gathered, _answer(trials, runtime))
+
+
+@dataclass(frozen=True, slots=True)
+class _Half:
+    """Half of the scored examples, with moments over the other half."""
+
+    scored: list[int]
+    gathered: Gathered
+
+
+def _halves(adapter: AdapterFolder, runtime: Runtime) -> list[_Half]:
+    """Two halves of the validation split, so that no example is scored by a truncation that was fitted to it.
+
+    The written adapter has moments over all examples, like each half's but of twice as many.
+    """
+    held_out = [example.item_id for example in runtime.examples("selection")]
+    halves = [[index for index, name in enumerate(held_out) if int(name[:16], 16) % 2 == half] for half in (0, 1)]
+    names = [{held_out[index] for index in half} for half in halves]
+    train = [example.item_id for example in runtime.examples("train")]
+    with adapter_attached(runtime, adapter.path) as peft_model:
+        return [
+            _Half(half, gather_moments(runtime, peft_model, [i for i, name in enumerate(train) if name in other]))
+            for half, other in zip(halves, reversed(names), strict=True)
+        ]
+
+
+def _by_halves(adapter: AdapterFolder, runtime: Runtime, halves: Sequence[_Half], rank: int, working: Path) -> Scores:
+    """The scores of every example under the truncation whose moments come from the half without it."""
+    found = []
+    for number, half in enumerate(halves):
+        folder = working / f"r{rank}-half{number}"
+        moments = half.gathered.moments
+        write_resized(adapter, folder, capped(adapter, rank, moments), None, moments)
+        with adapter_attached(runtime, folder):
+            found.append(runtime.evaluate("selection", half.scored))
+    return found[0].with_examples_of(found[1], halves[1].scored)
+
+
+def _answer(trials: Sequence[TrialFinished], runtime: Runtime) -> AdapterAnswer:
+    metric = runtime.settings.metric_name
+    question = Question(
+        metric,
+        runtime.settings.is_higher_better(metric),
+        runtime.settings.margin,
+        token_loss=runtime.data.summary.is_token_loss,
+    )
+    return adapter_answer(trials, question) or trained_answer(max(trials, key=lambda trial: trial.rank), question)
+
+
+def _moments(adapter: AdapterFolder, runtime: Runtime) -> Gathered:
+    """Moments over the examples that `select` reads after a training with these settings.
+
+    Which examples another training saw is not known.
+    """
+    settings = runtime.settings
+    steps = settings.training_steps(len(runtime.examples("train")))
+    examples = unseen_first(runtime, settings.seeds[0], steps)
+    with adapter_attached(runtime, adapter.path) as peft_model:
+        return gather_moments(runtime, peft_model, examples, moment_tokens(runtime, steps))
+
+
+def capped(adapter: AdapterFolder, rank: int, moments: Mapping[str, Moments] | None = None) -> RankChoice:
+    """This rank for every module with a higher one; the others keep theirs.
+
+    With moments of every module, the parameters of this rank are distributed over the modules as in a selection, up to
+    the rank that a server reserves.
+    """
+    uniform = {module.name: min(rank, module.rank) for module in adapter.modules}
+    known = moments or {}
+    highest = max_module_rank(rank)
+    if highest == rank or any(module.name not in known or module.rank <= rank for module in adapter.modules):
+        return RankChoice(uniform, f"rank {rank} at most")
+    worth = [components(*adapter.factors(one), one.scaling, known[one.name]).costs for one in adapter.modules]
+    parameters = [module.rows + module.columns for module in adapter.modules]
+    ranks = dict(zip(uniform, shared_ranks(worth, parameters, rank, highest), strict=True))
+    return RankChoice(ranks, f"parameters of rank {rank}, shared out over the modules")
+
+
+def measure(runtime: Runtime, folder: Path, recovery: Recovery | None = None) -> Scores:
+    """Held-out scores of an adapter folder; with recovery it is trained first, and the folder holds the result."""
+    with adapter_attached(runtime, folder, trainable=recovery is not None) as peft_model:
+        if recovery is not None:
+            train_attached(runtime, peft_model, recovery.learning_rate, recovery.seed)
+            base_name = str(peft_model.peft_config["default"].base_model_name_or_path)
+            save_adapter(peft_model, folder, base_name)
+        return runtime.evaluate("selection")

@@ -1,0 +1,262 @@
+"""The record of a module from its singular values, and the summary of the records."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import median
+from typing import Literal
+
+import numpy as np
+import torch
+
+from rightrank.models import spectra
+from rightrank.models.adapter_files import PREFIX, AdapterFolder, AdapterModule, open_adapter
+from rightrank.models.lora_files import is_alpha
+from rightrank.models.spectra import factored_singular_values
+from rightrank.models.weights import WeightFolder, open_weights
+from rightrank.schema.arrays import Floats
+from rightrank.schema.errors import ModelError
+from rightrank.schema.results import Inspection, InspectionSummary, ModuleKind, ModuleSpectrum
+
+DEAD_FRACTION = 1e-3  # of the median norm of the modules
+ROUNDING = 1e-6  # of the largest singular value; below it a value is rounding of float32 files, and not noise
+MIN_VALUES_FOR_NOISE = 8  # the median of fewer singular values does not estimate noise
+SENTENCE = (
+    "A spectrum describes where an update's energy is; it does not say which rank is enough: "
+    "held-out data decide (rightrank resize --data, rightrank select)."
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Update:
+    """One module's ΔW, with its known singular values."""
+
+    name: str
+    kind: ModuleKind
+    shape: tuple[int, int]
+    rank: int
+    scaling: float
+    values: Floats  # singular values, descending; all of them unless `energy` exceeds the sum of their squares
+    energy: float  # ‖ΔW‖²_F
+    parameters: int
+    base_spectral_norm: float | None = None
+    flags: tuple[str, ...] = ()
+
+
+def describe(update: Update) -> ModuleSpectrum:
+    s, total = update.values, update.energy
+    partial = update.kind == "matrix" and len(s) < min(update.shape)
+    flags = list(update.flags)
+    if partial:
+        flags.append("partial_spectrum")
+    noise, null = _ranks_above_noise(update, partial)
+    if s.any() and not partial and (2 * noise >= len(s) or len(s) < MIN_VALUES_FOR_NOISE):
+        flags.append("noise_unclear")  # the median may be signal
+    return ModuleSpectrum(
+        name=update.name,
+        kind=update.kind,
+        shape=update.shape,
+        rank=update.rank,
+        scaling=update.scaling,
+        singular_values=[float(value) for value in s],
+        frobenius_norm=float(np.sqrt(total)),
+        spectral_norm=float(s[0]) if len(s) else 0.0,
+        stable_rank=spectra.stable_rank(s, total),
+        effective_rank=None if partial else spectra.effective_rank(s),
+        energy_rank={f"{part:g}": spectra.energy_rank(s, part, total) for part in spectra.ENERGY_FRACTIONS},
+        noise_rank=noise,
+        null_rank=null,
+        base_spectral_norm=update.base_spectral_norm,
+        flags=flags,
+    )
+
+
+def _ranks_above_noise(update: Update, partial: bool) -> tuple[int, int | None]:
+    """Ranks by the hard threshold, and by random factors of the same shape.
+
+    The noise of an adapter is assumed in the r × r core that its factors span, that of a matrix in all entries.
+    """
+    s, (rows, columns) = update.values, update.shape
+    if not s.any():
+        return 0, 0
+    s = np.where(s > ROUNDING * s[0], s, 0.0)
+    if update.kind != "matrix":
+        return spectra.hard_threshold_rank(s, len(s), len(s)), spectra.null_rank(s, rows, columns)
+    if partial:
+        return spectra.leading_noise_rank(s, update.energy, rows, columns), None
+    return spectra.hard_threshold_rank(s, rows, columns), None
+
+
+def flag_dead(modules: Sequence[ModuleSpectrum]) -> list[ModuleSpectrum]:
+    """The records with the flag `dead` on every module with a norm below DEAD_FRACTION of the median."""
+    norms = [module.frobenius_norm for module in modules if module.frobenius_norm > 0]
+    limit = DEAD_FRACTION * median(norms) if norms else 0.0
+    return [
+        module.model_copy(update={"flags": [*module.flags, "dead"]})
+        if module.frobenius_norm < limit and not {"untrained", "no_token"} & set(module.flags)
+        else module
+        for module in modules
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class InspectionInfo:
+    """What the summary states beside the figures of the modules."""
+
+    kind: Literal["adapter", "checkpoints", "gradient"]
+    scaling_rule: str
+    base_model: str | None
+    parameters: int
+    modules_to_save: tuple[str, ...] = ()
+    unchanged: int = 0
+    not_matrices: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+def summarise(modules: Sequence[ModuleSpectrum], about: InspectionInfo) -> InspectionSummary:
+    alive = [module for module in modules if module.frobenius_norm > 0]
+    known = [module for module in alive if module.effective_rank is not None]
+    by_use = sorted(known, key=lambda module: (module.effective_rank or 0.0) / module.rank)
+    return InspectionSummary(
+        kind=about.kind,
+        modules=len(modules),
+        parameters=about.parameters,
+        ranks=sorted({module.rank for module in modules}),
+        scaling_rule=about.scaling_rule,
+        base_model=about.base_model,
+        energy_rank={f"{part:g}": _largest(modules, f"{part:g}") for part in spectra.ENERGY_FRACTIONS},
+        median_effective_rank=median([module.effective_rank or 0.0 for module in known]) if known else None,
+        most_concentrated=by_use[0].name if by_use else None,
+        least_concentrated=by_use[-1].name if by_use else None,
+        untrained=[module.name for module in modules if "untrained" in module.flags],
+        dead=[module.name for module in modules if "dead" in module.flags],
+        modules_to_save=list(about.modules_to_save),
+        unchanged=about.unchanged,
+        not_matrices=list(about.not_matrices),
+        notes=list(about.notes),
+        sentence=SENTENCE,
+    )
+
+
+def _largest(modules: Sequence[ModuleSpectrum], part: str) -> int | None:
+    ranks = [module.energy_rank[part] for module in modules]
+    known = [rank for rank in ranks if rank is not None]
+    return max(known, default=0) if len(known) == len(ranks) else None
+
+
+POWER_STEPS = 40  # of the power iteration for the norm of a base weight; the error is about −1% at most
+
+
+def inspect_adapter(path: Path, base: Path | None = None) -> Inspection:
+    """The spectra of an adapter; with `base`, also the norm of each adapted weight.
+
+    Raises:
+        ModelError: no readable LoRA adapter, NaN weights, or a base of other shapes.
+    """
+    adapter = open_adapter(path)
+    weights = None if base is None else open_weights(base)
+    updates = [update for pair in adapter.pairs for update in _updates(adapter, pair, weights)]
+    modules = flag_dead([describe(update) for update in updates])
+    about = InspectionInfo(
+        "adapter",
+        adapter.scaling_rule,
+        adapter.base_model,
+        adapter.trained,
+        tuple(key.removeprefix(PREFIX) for key in adapter.other_keys if not is_alpha(key)),
+        notes=tuple(adapter_notes(adapter)),
+    )
+    return Inspection(modules=modules, summary=summarise(modules, about))
+
+
+def adapter_notes(adapter: AdapterFolder) -> list[str]:
+    """Notes to the figures: patterns without effect, DoRA, initialisations that change the base."""
+    notes: list[str] = []
+    if adapter.unused_patterns:
+        notes.append(f"patterns that match no module and have no effect: {', '.join(adapter.unused_patterns)}")
+    parts = sum(len(pair) > 1 for pair in adapter.pairs)
+    if parts:
+        notes.append(f"{parts} parameters hold experts: one spectrum for each, at the rank of the parameter")
+    if adapter.use_dora:
+        notes.append("DoRA: the spectra are those of s·B·A, without the magnitudes")
+    if (init := adapter.base_changing_init) is not None:
+        notes.append(
+            f"initialised by {init}, which changes the base on loading: the figures are those of s·B·A, not of the whole update"
+        )
+    return notes
+
+
+def _updates(adapter: AdapterFolder, pair: Sequence[AdapterModule], weights: WeightFolder | None) -> list[Update]:
+    """The updates of a pair; of several experts, those that no token reached are flagged so.
+
+    A token gives every direction of B a gradient, and Adam a step of about the learning rate. So an expert whose B is zero
+    beside others that moved was never chosen, whereas one that learned nothing has an update that is small.
+    """
+    found = [_update(adapter, module, weights) for module in pair]
+    if len(found) > 1 and any("untrained" not in update.flags for update in found):
+        found = [
+            replace(update, flags=tuple("no_token" if flag == "untrained" else flag for flag in update.flags))
+            for update in found
+        ]
+    return found
+
+
+def _update(adapter: AdapterFolder, module: AdapterModule, weights: WeightFolder | None) -> Update:
+    b, a = adapter.factors(module)
+    values = abs(module.scaling) * factored_singular_values(b, a)
+    flags = []
+    # PEFT starts with B = 0 (with A = 0 for an embedding)
+    if not b.any() or not a.any():
+        flags.append("untrained")
+    if module.magnitude_key is not None:
+        flags.append("dora")
+    if module.bias_key is not None:
+        flags.append("lora_bias")
+    return Update(
+        name=module.name,
+        kind=module.kind,
+        shape=(module.rows, module.columns),
+        rank=module.rank,
+        scaling=module.scaling,
+        values=values,
+        energy=float(np.sum(values**2)),
+        parameters=module.parameters,
+        base_spectral_norm=None if weights is None else base_norm(weights, module),
+        flags=tuple(flags),
+    )
+
+
+def base_norm(weights: WeightFolder, module: AdapterModule) -> float:
+    """The spectral norm of the weight that a module adapts.
+
+    Raises:
+        ModelError: the base has no such weight, or one of another size.
+    """
+    name = weights.weight_of(module.name)
+    if name is None:
+        raise _other_base(weights, f"it has no weight for {module.name}")
+    shape = weights.shapes[name]
+    if sorted((shape[0], int(np.prod(shape[1:])))) != sorted((module.rows, module.columns)):
+        raise _other_base(
+            weights, f"{name} is {list(shape)} there, and the adapter's ΔW is [{module.rows}, {module.columns}]"
+        )
+    return spectral_norm(weights.tensor(name).float().reshape(shape[0], -1))
+
+
+def spectral_norm(matrix: torch.Tensor) -> float:
+    """‖W‖₂ by power iteration on WᵀW from a seeded start, a lower bound."""
+    vector = torch.randn(matrix.shape[1], generator=torch.Generator().manual_seed(0))
+    for _ in range(POWER_STEPS):
+        vector = matrix.T @ (matrix @ vector)
+        length = vector.norm()
+        if length == 0:
+            return 0.0
+        vector = vector / length
+    return float((matrix @ vector).norm())
+
+
+def _other_base(weights: WeightFolder, reason: str) -> ModelError:
+    return ModelError(
+        f"{weights.path}: not this adapter's base: {reason}; give the model that the adapter was trained on"
+    )

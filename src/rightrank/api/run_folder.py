@@ -1,0 +1,156 @@
+"""Verbs on a run folder: report, export, repair, status. `rightrank.api` documents them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from rightrank.data.files import UnreadableError, read_json_object, report_disk_errors, require_absent, write_text
+from rightrank.decision.run import Records, decision_so_far, last_decided, records_of
+from rightrank.hooks import report as views
+from rightrank.hooks.event_log import PROGRESS_FILE
+from rightrank.interop.exports import TARGET as STUDY
+from rightrank.interop.exports import Exported, require_paddable, require_target, write_export, write_study
+from rightrank.interop.hub import push_to_hub as upload
+from rightrank.interop.hub import require_repository
+from rightrank.interop.recipe import recipe_of
+from rightrank.report.status import RunStatus, is_fresh, run_status
+from rightrank.runs.folder import RunFolder
+from rightrank.runs.journal import Repaired
+from rightrank.schema.decision import Decision
+from rightrank.schema.errors import RunFolderError, SettingsError
+from rightrank.schema.events import JournalRecord
+from rightrank.schema.settings import Goal
+from rightrank.schema.trials import TrialFinished
+
+
+def write_report(run: str | Path) -> Path:
+    folder, journal, records = _opened(run, settled=False)
+    goal = _goal(records)
+    decision = None if goal == "adapter" else _decision(journal, records)
+    with report_disk_errors(folder.path):
+        views.write_report(folder, records, decision, goal)
+        views.write_all_figures(folder, records, decision)
+    return folder.report
+
+
+def write_side_by_side(runs: Sequence[str | Path], out: str | Path) -> Path:
+    from rightrank.report.status import ShownRun, render_side_by_side
+
+    shown = []
+    for run in runs:
+        _, journal, records = _opened(run, settled=True)
+        goal = _goal(records)
+        decision = None if goal == "adapter" else _decision(journal, records)
+        shown.append(ShownRun(str(run), records, decision, goal))
+    place = Path(out)
+    with report_disk_errors(place.parent):
+        write_text(place, render_side_by_side(shown))
+    return place
+
+
+def begun_as(run: str | Path) -> dict[str, object]:
+    folder, _, records = _opened(run, settled=True)
+    started = records.started
+    for name in ("model", "data"):
+        value = started.settings.get(name)
+        if not isinstance(value, str) or value.startswith("in memory"):
+            raise RunFolderError(
+                f"{folder.path}: its {name} was in memory; call select_rank with it to continue the run"
+            )
+    return dict(started.settings)
+
+
+def _opened(run: str | Path, *, settled: bool) -> tuple[RunFolder, list[JournalRecord], Records]:
+    """A run to read; `settled` where its process may still be writing."""
+    folder = RunFolder.existing(run)
+    journal = folder.journal.read_settled() if settled else folder.journal.read()
+    return folder, journal, records_of(journal, str(folder.path))
+
+
+def _decision(journal: Sequence[JournalRecord], records: Records) -> Decision | None:
+    """The decision of the run, or the one so far."""
+    decided = last_decided(journal)
+    return decision_so_far(records) if decided is None else decided.decision
+
+
+def _goal(records: Records) -> Goal:
+    """The goal of the last `select`; an own trainer's run without one asked for the training rank."""
+    return "adapter" if records.started.settings.get("goal") == "adapter" else "training-rank"
+
+
+def export(
+    run: str | Path, to: str, out: str | Path | None = None, *, pad: bool = False, push_to_hub: str | None = None
+) -> Exported:
+    if to == STUDY:
+        return _export_study(run, out, pad or push_to_hub is not None)
+    require_target(to)
+    if pad:
+        require_paddable(to)
+    if push_to_hub is not None:
+        require_repository(push_to_hub)
+        if to != "peft":
+            raise SettingsError(f"--push-to-hub goes with --to peft, not with {to!r}: the hub holds the adapter itself")
+    folder, journal, records = _opened(run, settled=False)
+    recipe = recipe_of(records.started, _handed_over(folder, journal, records), folder.adapter, records.finished())
+    if records.adapters and records.adapters[-1].guard:
+        recipe = replace(recipe, guard=records.adapters[-1].guard.sentence)
+    with report_disk_errors(folder.path):
+        exported = write_export(to, recipe, _place(folder, to, out), pad)
+    if push_to_hub is None:
+        return exported
+    return replace(exported, hub=upload(exported.folder, push_to_hub))
+
+
+def _handed_over(folder: RunFolder, journal: Sequence[JournalRecord], records: Records) -> TrialFinished:
+    """The trial whose adapter is in `adapter/`: by the answer to the first question, or where nothing was saved by the decision."""
+    decided = last_decided(journal)
+    if records.adapters:
+        chosen = records.adapters[-1].answer.trial_id
+    elif decided is not None and decided.adapter_trial_id is not None:
+        chosen = decided.adapter_trial_id
+    else:
+        raise RunFolderError(f"{folder.path}: no adapter yet; run `rightrank select` again, then export")
+    trial = next((trial for trial in records.finished() if trial.trial_id == chosen), None)
+    if trial is None:
+        raise RunFolderError(
+            f"{folder.path}: the journal lacks the trial {chosen} of the adapter; run `rightrank repair`"
+        )
+    return trial
+
+
+def repair(run: str | Path) -> Repaired:
+    folder = RunFolder.existing(run)
+    with folder.locked(), report_disk_errors(folder.path):
+        return folder.journal.repair()
+
+
+def _export_study(run: str | Path, out: str | Path | None, with_more: bool) -> Exported:
+    if with_more:
+        raise SettingsError(f"--pad and --push-to-hub are for an adapter; {STUDY!r} is a study of the trials")
+    folder, journal, records = _opened(run, settled=False)
+    with report_disk_errors(folder.path):
+        return write_study(records, _decision(journal, records), _place(folder, STUDY, out))
+
+
+def _place(folder: RunFolder, to: str, out: str | Path | None) -> Path:
+    """The folder of an export: a folder that the user names must not exist, the run's own is replaced."""
+    if out is None:
+        return folder.path / "exports" / to
+    require_absent(Path(out))
+    return Path(out)
+
+
+def status(run: str | Path) -> RunStatus:
+    folder, journal, records = _opened(run, settled=True)
+    progress = _progress_of(folder.path)
+    return run_status(str(run), journal, records, _goal(records), folder.is_locked(), progress)
+
+
+def _progress_of(folder: Path) -> dict[str, object] | None:
+    try:
+        progress: dict[str, object] = read_json_object(folder / PROGRESS_FILE)
+    except UnreadableError:
+        return None  # no process runs, or it has just ended
+    return progress if "progress" in progress and is_fresh(progress) else None

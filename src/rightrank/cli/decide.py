@@ -1,0 +1,100 @@
+"""`decide`: a rank from finished trainings."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import click
+
+
+def _mapping(_context: click.Context, _parameter: click.Parameter, values: tuple[str, ...]) -> dict[str, str]:
+    pairs = {}
+    for value in values:
+        name, equals, column = value.partition("=")
+        if not equals or not column.strip():
+            raise click.BadParameter(f"{value!r}: give NAME=COLUMN, such as rank=lora_r")
+        pairs[name.strip()] = column.strip()
+    return pairs
+
+
+@click.command(
+    short_help="Decide on finished trainings, whoever ran them.",
+    epilog="Example: rightrank decide runs.csv --metric eval_loss --margin 0.005",
+)
+@click.argument("results", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="RESULTS...")
+@click.option("--metric", help="Column of the held-out metric, or the name of the column `value`.")
+@click.option(
+    "--higher-is-better/--lower-is-better", default=None, help="The metric's direction (default: that of a known name)."
+)
+@click.option(
+    "--margin",
+    type=float,
+    help="How much worse than the best is still enough, in the metric's unit (default 0.005 nats a token, half a point of accuracy, else 1%).",
+)
+@click.option(
+    "--map",
+    "columns",
+    multiple=True,
+    callback=_mapping,
+    metavar="NAME=COLUMN",
+    help="The column of a field, such as rank=lora_r.",
+)
+@click.option("--horizon", "horizon_steps", type=click.IntRange(min=1), help="Training length in steps to answer for.")
+@click.option("--plot", "plot_file", type=click.Path(path_type=Path), help="Write the curve to this .svg or .png file.")
+@click.option("--json", "as_json", is_flag=True, help="Print the decision as one JSON object.")
+def decide(
+    results: tuple[Path, ...],
+    metric: str | None,
+    higher_is_better: bool | None,
+    margin: float | None,
+    columns: dict[str, str],
+    horizon_steps: int | None,
+    plot_file: Path | None,
+    as_json: bool,
+) -> None:
+    """Decide on finished trainings, whoever ran them.
+
+    RESULTS is a CSV or JSONL file with `rank`, `value` and, if there are any, `lr`, `seed`, `std`, `item`; a run
+    folder; or results of W&B, MLflow, TensorBoard, Trainer, Optuna or Ray Tune. Several run folders of one model and
+    data are joined.
+    """
+    from rightrank import api
+
+    decided = api.decide(
+        results,
+        metric=metric,
+        higher_is_better=higher_is_better,
+        margin=margin,
+        columns=columns,
+        horizon_steps=horizon_steps,
+    )
+    if plot_file is not None:
+        from rightrank.report.draw import write_plot
+        from rightrank.report.figures import rank_figure
+
+        write_plot(rank_figure(decided.decision), plot_file)
+    if as_json:
+        further = {
+            "understood": decided.understood,
+            "adapter_sentence": decided.adapter_sentence,
+            "next_command": decided.next_command,
+        }
+        click.echo(json.dumps(decided.decision.model_dump(mode="json") | further))
+        return
+    from rightrank.report.format import visible
+    from rightrank.report.tables import decision_text
+
+    click.echo(
+        decision_text(
+            decided.decision,
+            decided.understood,
+            sys.stdout.isatty(),
+            shutil.get_terminal_size((100, 24)).columns,
+            decided.next_commands,
+        )
+    )
+    if decided.adapter_sentence is not None:
+        click.echo(f"adapter: {visible(decided.adapter_sentence)}")

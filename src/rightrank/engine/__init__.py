@@ -1,1 +1,0 @@
-"""How arms train: encode, batches, prefix, adapters, loss, evaluate, train."""

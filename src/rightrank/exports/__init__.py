@@ -1,1 +1,0 @@
-"""What is handed over: the adapter folder and the card that holds its evidence."""

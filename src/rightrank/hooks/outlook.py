@@ -1,0 +1,399 @@
+"""The preflight: what a selection will do, what it costs, and what its data can settle, before any training."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rightrank.data.token_store import longest_sequence
+from rightrank.decision.comparison import CONFIDENCE
+from rightrank.decision.intervals import normal_quantile
+from rightrank.decision.metrics import TOKEN_LOSS_MARGIN, default_margin, kind_of
+from rightrank.decision.precision import NoiseKind, Precision, base_spread, expected_precision, rounded_up
+from rightrank.hooks.terminal import left_out
+from rightrank.hooks.trackers import require_trackers
+from rightrank.models.kinds.experts import expert_rank
+from rightrank.plugins.plan.duration import Speed, Workload, flops_of, prefix_flops
+from rightrank.report.format import duration, quantity
+from rightrank.runs.places import require_placeable
+from rightrank.runs.prepare import Prepared, Request, prepare
+from rightrank.schema.errors import SettingsError
+from rightrank.schema.events import RunStarted
+from rightrank.schema.results import Preflight, PreflightCost, PreflightRank, PreflightStrategy, SelectionCost
+from rightrank.schema.settings import SelectSettings
+from rightrank.schema.trials import Arm, split_name
+from rightrank.search.protocol import Strategy
+from rightrank.search.space import MIN_RECOVERY_PART, recovery_steps
+from rightrank.search.strategies import STRATEGIES, make_strategy
+from rightrank.train.pace import Pace, measure_pace
+from rightrank.train.runtime import Runtime
+from rightrank.train.tokens import label_count
+
+
+def estimate(prepared: Prepared, strategy: Strategy, speed: Speed | None = None) -> SelectionCost | None:
+    """The time that the selection will take at `speed`; None without one if this device has no stored measurement."""
+    planned = prepared.planned
+    if planned is None or (speed is None and not planned.is_timed):
+        return None
+    return planned.cost(strategy, workload(prepared), speed)
+
+
+def workload(
+    prepared: Prepared, batches: Sequence[Sequence[int]] | None = None, evaluated: Sequence[int] | None = None
+) -> Workload:
+    """The work of one training, counted over all its batches.
+
+    Args:
+        prepared: the selection.
+        batches: training examples of each step; None for those of a whole training.
+        evaluated: validation examples; None for all.
+    """
+    data, settings = prepared.runtime.data, prepared.settings
+    train = data.splits["train"]
+    batches = prepared.runtime.batch_plan(settings.seeds[0]) if batches is None else batches
+    size = settings.batch_size
+    micro = [batch[start : start + size] for batch in batches for start in range(0, len(batch), size)]
+    used = [train[index] for rows in micro for index in rows]
+    if prepared.runtime.fast_paths.sequence_packing:
+        computed = sum(example.length for example in used)
+    else:
+        padded = sum(len(rows) * longest_sequence([train[index] for index in rows]) for rows in micro)
+        computed = padded * data.sequences_per_example
+    labels = sum(label_count(example) for example in used)
+    trained = len({index for rows in micro for index in rows})
+    held_out = len(data.splits["selection"]) if evaluated is None else len(evaluated)
+    return Workload(
+        steps=len(batches),
+        examples=trained * data.sequences_per_example,
+        eval_examples=held_out * data.sequences_per_example,
+        eval_points=settings.eval_points,
+        passes=settings.gradient_accumulation_steps,
+        filled=computed / (len(used) * data.sequences_per_example * data.longest),
+        labelled=1.0 if data.is_classification else labels / computed,
+        reference=trained / held_out + 2 if data.is_preference else 0.0,
+    )
+
+
+MIN_STEPS = 30  # of a training; the measured steps of a shorter one would be a noticeable part of it
+
+
+@dataclass(frozen=True, slots=True)
+class MeasuredSpeed:
+    """Seconds per operation of this run, and the steps that they come from."""
+
+    speed: Speed
+    pace: Pace
+
+    def basis(self) -> str:
+        steps = quantity(len(self.pace.batches), "step")
+        return f"{steps} of rank {self.pace.rank} and {quantity(len(self.pace.evaluated), 'validation example')}"
+
+
+def measured_speed(prepared: Prepared) -> MeasuredSpeed | None:
+    """Measure; None where trainings run in other processes, operations can't be counted, or memory runs out."""
+    settings, planned = prepared.settings, prepared.planned
+    if settings.executor != "local" or planned is None or planned.estimator.untraceable is not None:
+        return None
+    rank = max(settings.ranks)
+    arm = Arm(
+        rank=rank,
+        learning_rate=min(settings.learning_rates),
+        lora_alpha=settings.lora_alpha,
+        seed=settings.seeds[0],
+        steps=prepared.steps,
+    )
+    pace = measure_pace(prepared.runtime, arm)
+    if pace is None:
+        return None
+    work = workload(prepared, pace.batches, pace.evaluated)
+    flops = flops_of(planned.estimator, rank, work)
+    speed = Speed(
+        pace.train_seconds / flops.training,
+        pace.eval_seconds / flops.evaluation,
+        seconds_per_prefix_flop=_of_prefix(prepared, pace, prefix_flops(planned.estimator) * work.filled),
+    )
+    return MeasuredSpeed(speed, pace)
+
+
+def _of_prefix(prepared: Prepared, pace: Pace, flops_each: float) -> float | None:
+    """Seconds per operation of the blocks that are computed once; None where there are none, or a reference beside them."""
+    if not pace.filled or not flops_each or prepared.runtime.data.is_preference:
+        return None
+    return pace.fill_seconds / (pace.filled * flops_each)
+
+
+def time_line(cost: SelectionCost, measured: MeasuredSpeed, budget_hours: float | None) -> str:
+    """The expected and the largest time of the selection, within its budget."""
+    expected, most = cost.expected.seconds, cost.most.seconds
+    assert expected is not None
+    assert most is not None
+    basis = f"measured before the start: {measured.basis()}, then discarded"
+    if budget_hours is not None and most > budget_hours * 3600:
+        allowed = budget_hours * 3600
+        without = "" if expected <= allowed else f"; without the budget of time about {duration(expected)}"
+        return f"time: about {duration(min(expected, allowed))}, at most {duration(allowed)}{without} ({basis})"
+    return f"time: about {duration(expected)}, at most {duration(most)} ({basis})"
+
+
+# Nats, of one example's difference between an adapter truncated to a quarter of its rank and the adapter itself: rank 64 to
+# 16 on SmolLM2 and two texts (SCIENCE.md, truncated against trained).
+TYPICAL_DEVIATION = 0.02
+
+
+def require_truncated(prepared: Prepared) -> bool:
+    """Whether adapters can be truncated, which the first question needs.
+
+    Raises:
+        SettingsError: goal `adapter` with adapters that can't be.
+    """
+    reason = prepared.runtime.arm_targets.why_not_truncated
+    if reason is not None and prepared.settings.goal == "adapter":
+        raise SettingsError(
+            f"goal 'adapter' needs adapters that can be truncated ({reason}); give goal 'training-rank'"
+        )
+    return reason is None
+
+
+def kind_lines(prepared: Prepared) -> list[str]:
+    """What the kind of the adapters changes: the forward pass, and the ranks of experts."""
+    targets, settings = prepared.runtime.arm_targets, prepared.settings
+    lines = [] if targets.why_alone is None else [targets.why_alone]
+    shares = sorted({module.share for module in targets.shared.modules if module.share > 1})
+    for share in shares:
+        ranks = ", ".join(f"{rank} → {expert_rank(rank, share)}" for rank in settings.ranks)
+        lines.append(
+            f"divide_rank_by_experts: an expert's rank is the adapter's over {share} experts, at least 1: {ranks}"
+        )
+    left_out = ",".join(targets.shared.left_out)
+    if left_out:
+        lines.append(
+            f"all-linear adapts modules alone; PEFT's also adapts the parameters {left_out}: for adapters on them, which "
+            f"train alone, --set target_parameters={left_out}"
+        )
+    return lines
+
+
+def adapter_lines(prepared: Prepared) -> list[str]:
+    """What the first question's answer can rest on; a line each."""
+    reason = prepared.runtime.arm_targets.why_not_truncated
+    if reason is not None:
+        return [f"no adapter is truncated ({reason}): the rank to train at is sought from trainings alone"]
+    return [
+        f"top rank {max(prepared.settings.ranks)}: trained once, then truncated to lower ranks for the adapter",
+        *_recovery_lines(prepared),
+        *_margin_lines(prepared),
+    ]
+
+
+def _recovery_lines(prepared: Prepared) -> list[str]:
+    """Says so where no training example is left for recovery."""
+    steps, unseen = prepared.steps, prepared.unseen_steps
+    if recovery_steps(steps, unseen):
+        return []
+    needed = math.ceil(MIN_RECOVERY_PART * steps)
+    return [
+        f"no recovery after truncation: it takes training examples that no training sees, for {needed} steps or more, and "
+        f"there are {unseen} steps of them; the adapter is sought among plain truncations (a lower --max-steps leaves more)"
+    ]
+
+
+def _margin_lines(prepared: Prepared) -> list[str]:
+    """Says so where the margin is below what the validation examples can show."""
+    settings = prepared.settings
+    if settings.metric_name != "loss" or not prepared.is_token_loss:
+        return []
+    margin = TOKEN_LOSS_MARGIN if settings.margin is None else settings.margin
+    examples = prepared.started.data.splits["selection"].items
+    reach = normal_quantile(CONFIDENCE) * TYPICAL_DEVIATION
+    if reach / math.sqrt(examples) < margin:
+        return []
+    return [
+        f"margin {margin:g} is likely below what {examples} validation examples can show of an adapter: about "
+        f"{math.ceil((reach / margin) ** 2):,} are needed (an estimate: a truncation to a quarter of the top rank typically "
+        f"differs by {TYPICAL_DEVIATION:g} nats from example to example); give more data and --eval-items, or a wider --margin"
+    ]
+
+
+def answers_line(settings: SelectSettings, started: RunStarted) -> str:
+    """When the metrics besides the loss are measured, and on how many examples."""
+    names = [spec.name for spec in settings.metric_specs if not spec.is_measured_along]
+    when = "at the end of each training" if settings.answers_at == "end" else f"{settings.eval_points} times a training"
+    examples = started.data.splits["selection"].items
+    return (
+        f"{', '.join(names)}: measured on the base, {when}, and on the test split: "
+        f"{examples} examples, at most {settings.max_new_tokens} new tokens each where the model writes; the time is reported after the base"
+    )
+
+
+def cost_line(strategy: Strategy, steps: int) -> str:
+    cost = strategy.cost()
+    if cost.expected == cost.maximum:
+        return f"strategy {strategy.name}: {cost.maximum:.3g} trainings of {steps} steps"
+    first = f"; the adapter after about {cost.to_adapter:.3g}" if cost.to_adapter < cost.expected else ""
+    return (
+        f"strategy {strategy.name}: about {cost.expected:.3g} trainings of {steps} steps, {cost.maximum:.3g} at most "
+        f"(one stopped early counts for its part){first}"
+    )
+
+
+MAX_PROBED = 128  # validation examples whose base losses are read before the start
+
+
+def preflight(request: Request, price_per_hour: float | None = None) -> Preflight:
+    """Prepare the selection in a temporary folder, and say what it will do.
+
+    Raises:
+        InputError: as a selection raises it before its first training.
+    """
+    make_strategy(request.settings, request.settings.max_steps or 1)  # refuses a wrong name before anything is loaded
+    require_placeable(request)
+    require_trackers(request.settings.report_to)
+    notes: list[str] = []
+    with tempfile.TemporaryDirectory(prefix="rightrank-") as folder:
+        prepared = prepare(request, Path(folder) / "cache", notes.append)
+        strategy = strategy_of(prepared)
+        measured = measured_speed(prepared)
+        found = preflight_of(prepared, strategy, None if measured is None else measured.speed, price_per_hour)
+        if measured is not None:
+            notes.append(f"time: measured on this device: {measured.basis()}, then discarded")
+        return found.model_copy(update={"notes": [*notes, *kind_lines(prepared), *adapter_lines(prepared)]})
+
+
+def strategy_of(prepared: Prepared, name: str | None = None) -> Strategy:
+    """The strategy of the settings, or the one named, for this selection's steps and data."""
+    settings = prepared.settings if name is None else prepared.settings.model_copy(update={"strategy": name})
+    return make_strategy(
+        settings,
+        prepared.steps,
+        token_loss=prepared.is_token_loss,
+        unseen_steps=prepared.unseen_steps,
+        truncates=require_truncated(prepared),
+    )
+
+
+def preflight_of(
+    prepared: Prepared, strategy: Strategy, speed: Speed | None, price_per_hour: float | None = None
+) -> Preflight:
+    """The preflight of a prepared selection; `speed` is None where no step was measured: then by the calibration, if any."""
+    settings, data = prepared.settings, prepared.started.data
+    base = _base_losses(prepared.runtime)
+    margin = _margin(prepared, base)
+    precision = _precision(prepared, base)
+    return Preflight(
+        metric=settings.metric_name,
+        margin=margin,
+        goal=settings.goal,
+        form=data.form,
+        splits={split_name(name): split for name, split in data.splits.items()},
+        splits_given=data.splits_given,
+        left_out=left_out(data),
+        longest=prepared.runtime.data.longest,
+        seq_len=settings.seq_len,
+        ranks=_ranks(prepared),
+        memory_bytes=prepared.planned.memory_bytes if prepared.planned else None,
+        cost=_cost(prepared, strategy, speed, price_per_hour),
+        seeds=len(settings.seeds),
+        expected_half_width=precision and precision.half_width,
+        undecided_below_margin=precision and precision.undecided_below_margin,
+        cures=[] if precision is None or margin is None else cures(precision, margin),
+    )
+
+
+def cures(precision: Precision, margin: float) -> list[str]:
+    """What would settle the answer at `margin`; empty where the margin is wide enough."""
+    if margin >= precision.undecided_below_margin:
+        return []
+    found = []
+    examples = precision.examples_needed(margin)
+    if examples is not None:
+        found.append(
+            f"about {examples:,} validation examples in place of {precision.examples:,} (--eval-items, more data)"
+        )
+    seeds = precision.seeds_needed(margin) if precision.seeds > 1 else None
+    if seeds is not None:
+        found.append(f"{seeds} seeds in place of {precision.seeds} (--seeds)")
+    found.append(f"a margin of {rounded_up(precision.undecided_below_margin):g} or more (--margin)")
+    return found
+
+
+def _ranks(prepared: Prepared) -> list[PreflightRank]:
+    planned = prepared.planned
+    if planned is None:
+        return [
+            PreflightRank(rank=rank, peak_bytes=None, needed_bytes=None, fits=None) for rank in prepared.settings.ranks
+        ]
+    return [
+        PreflightRank(
+            rank=rank,
+            peak_bytes=planned.peak_bytes[rank],
+            needed_bytes=planned.needed_bytes[rank],
+            fits=None if planned.memory_bytes is None else rank in planned.ranks,
+        )
+        for rank in sorted(planned.peak_bytes)
+    ]
+
+
+def _cost(prepared: Prepared, strategy: Strategy, speed: Speed | None, price_per_hour: float | None) -> PreflightCost:
+    rows = []
+    for name in STRATEGIES:
+        try:
+            one = strategy if name == strategy.name else strategy_of(prepared, name)
+        except SettingsError:
+            continue  # the budget of the settings is too small for this one
+        rows.append(_strategy_cost(one, estimate(prepared, one, speed), price_per_hour))
+    chosen = next(row for row in rows if row.strategy == strategy.name)
+    return PreflightCost(**chosen.model_dump(), steps=prepared.steps, strategies=rows)
+
+
+def _strategy_cost(strategy: Strategy, cost: SelectionCost | None, price_per_hour: float | None) -> PreflightStrategy:
+    trainings = strategy.cost()
+    seconds = None if cost is None else cost.expected.seconds
+    return PreflightStrategy(
+        strategy=strategy.name,
+        trainings=trainings.expected,
+        trainings_at_most=trainings.maximum,
+        trainings_to_adapter=trainings.to_adapter,
+        seconds=seconds,
+        seconds_at_most=None if cost is None else cost.most.seconds,
+        price=None if seconds is None or price_per_hour is None else seconds / 3600 * price_per_hour,
+    )
+
+
+def _base_losses(runtime: Runtime) -> tuple[list[float], list[int]] | None:
+    """The base's losses on some validation examples; None for a base that is sharded over processes."""
+    if runtime.settings.shard_base:
+        return None
+    return runtime.first_losses("selection", MAX_PROBED)
+
+
+def _noise_kind(prepared: Prepared) -> NoiseKind:
+    if prepared.settings.metric_name != "loss":
+        return "scores"
+    return "tokens" if prepared.is_token_loss else "classes"
+
+
+def _precision(prepared: Prepared, base: tuple[Sequence[float], Sequence[int]] | None) -> Precision | None:
+    """None for a loss of tokens whose base was not read."""
+    kind, settings = _noise_kind(prepared), prepared.settings
+    if kind == "tokens" and base is None:
+        return None
+    spread = base_spread(*base) if base is not None else 0.0
+    seeds = len(settings.seeds) if settings.goal == "training-rank" else 1  # an adapter file has no seed
+    return expected_precision(kind, spread, len(prepared.runtime.examples("selection")), seeds, prepared.steps)
+
+
+def _margin(prepared: Prepared, base: tuple[Sequence[float], Sequence[int]] | None) -> float | None:
+    settings, started = prepared.settings, prepared.started
+    if settings.margin is not None:
+        return settings.margin
+    kind = kind_of(started.metric, started.higher_is_better)
+    kind = "loss" if kind == "token_loss" and not prepared.is_token_loss else kind
+    if kind in ("token_loss", "accuracy"):
+        return default_margin(kind, 0.0, [0.0])
+    if started.metric != "loss" or base is None:
+        return None
+    value = sum(base[0]) / sum(base[1])
+    return default_margin(kind, value, [value])

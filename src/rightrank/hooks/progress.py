@@ -1,0 +1,336 @@
+"""The progress of a running selection: what has ended, what runs, and the time left.
+
+Trials that share a forward pass each count an equal share of its time. The shares add up to the wall time, so the sum
+over the remaining work is the time left, however many adapters train per pass.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+
+from rightrank.report.format import duration, size
+from rightrank.schema.events import Preparing, RunEvent, RunStarted, StepDone
+from rightrank.schema.trials import (
+    ArmFields,
+    TrialCollapsed,
+    TrialDiverged,
+    TrialFailed,
+    TrialFinished,
+    TrialLook,
+    TrialOutcome,
+    TrialStarted,
+)
+
+MEASURED_STEPS = 5  # after which the time of a selection is stated
+
+
+class Countdown:
+    """Smooths a time left, so that the number shown falls with the clock and follows a new estimate without a jump."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._shown: float | None = None
+        self._at = 0.0
+
+    def shown(self, estimate: float) -> float:
+        """What to show now; `estimate` is in seconds."""
+        now = self._clock()
+        if self._shown is None:
+            self._shown, self._at = estimate, now
+            return estimate
+        passed = now - self._at
+        constant = max(2.0, 0.1 * estimate)  # seconds: long enough to hide noise, short beside what is left
+        weight = 1 - math.exp(-passed / constant)
+        self._shown = max(0.0, self._shown - passed)
+        self._shown += weight * (estimate - self._shown)
+        self._at = now
+        return self._shown
+
+
+class Progress:
+    """Follows a selection from its events and reports where it is, as text and in seconds."""
+
+    def __init__(self) -> None:
+        self._arms = 1
+        self._expected: float | None = None  # whole trainings; None: counted in trials
+        self._maximum: float | None = None  # whole trainings
+        self._first_pace: float | None = None  # seconds of a whole training, before any step of this process
+        self._base_eval_seconds = 0.0  # one evaluation of the validation split
+        self._eval_points = 1
+        self._budget_seconds: float | None = None
+        self._is_announced = False
+        self._countdown = Countdown()
+        self._whole_steps = 0  # of a whole training; 0: a custom trainer's own number
+        self._spent = 0.0  # whole trainings that have ended
+        self._ends_at: dict[str, int] = {}  # the last step of each trial that has ended
+        self._ended = 0
+        self._running: dict[str, TrialStarted] = {}
+        self._started_at: dict[str, float] = {}
+        self._steps: dict[str, StepDone] = {}  # the last step of each trial
+        self._looks: dict[str, TrialLook] = {}  # the last look of each trial of a custom trainer
+        self._totals: dict[str, float] = {}  # seconds of each ended trial, including the one that it continued
+        self._costs: list[float] = []  # seconds of each training alone
+        self._preparing: Preparing | None = None
+        self._higher_is_better = False
+        self._best: dict[int, float] = {}
+        self._truncated: dict[int, float] = {}
+        self._peak_bytes = 0
+        self._top = 0  # the largest rank of the run; 0: unknown
+
+    def plan(self, started: RunStarted, arms: int, steps: int = 0) -> None:
+        self._arms = arms
+        self._whole_steps = steps
+        self._higher_is_better = started.higher_is_better
+        self._eval_points = int(str(started.settings.get("eval_points") or 1))
+        ranks = started.settings.get("ranks")
+        self._top = max((rank for rank in ranks if isinstance(rank, int)), default=0) if isinstance(ranks, list) else 0
+        hours = started.settings.get("budget_hours")
+        self._budget_seconds = hours * 3600 if isinstance(hours, int | float) else None
+
+    def expect(self, trainings: float) -> None:
+        """Count in whole trainings, of which so many are expected."""
+        self._expected = trainings
+
+    def expect_seconds(self, seconds: float) -> None:
+        """The expected time of the whole selection, known before its first step; call it after `expect`."""
+        if self._expected:
+            self._first_pace = seconds / self._expected
+            self._is_announced = True
+
+    def limit(self, trainings: float) -> None:
+        """The largest number of whole trainings that the strategy can request."""
+        self._maximum = trainings
+
+    def resume(self, outcomes: Sequence[TrialOutcome]) -> None:
+        """Record the trials that ended before this process began.
+
+        A run that was continued with a higher rank begins with a training at it, so what was expected is to come.
+        """
+        for outcome in outcomes:
+            self._end(outcome)
+        if self._spent > 0 and self._top and not any(one.rank == self._top for one in outcomes):
+            self._expected = None if self._expected is None else self._expected + self._spent
+            self._maximum = None if self._maximum is None else self._maximum + self._spent
+
+    def event(self, event: RunEvent) -> str | None:
+        """Record the event; return a line for the log if a trial ended, or once the cost of a training is measured."""
+        match event:
+            case Preparing():
+                self._preparing = event
+            case TrialStarted():
+                self._preparing = None
+                self._running[event.trial_id] = event
+                self._started_at[event.trial_id] = time.monotonic()
+            case StepDone():
+                self._steps[event.trial_id] = event
+                return self._announcement(event)
+            case TrialFinished():
+                return self._line(event, held_out_text(event))
+            case TrialLook():
+                self._looks[event.trial_id] = event
+            case TrialCollapsed():
+                return self._line(event, f"collapsed: {event.reason}")
+            case TrialDiverged():
+                return self._line(event, f"diverged at step {event.step}: {event.reason}")
+            case TrialFailed():
+                return self._line(event, event.reason)
+        return None
+
+    def curve(self) -> list[tuple[int, float]]:
+        """The best trained value of each rank so far."""
+        return sorted(self._best.items())
+
+    def truncated(self) -> list[tuple[int, float]]:
+        """The best truncation of each rank so far, recovered or not."""
+        return sorted(self._truncated.items())
+
+    def progress_line(self) -> str:
+        if self._preparing is not None:
+            done, of, seconds = self._preparing.items, self._preparing.of_items, self._preparing.seconds
+            left = seconds / done * (of - done)
+            return f"frozen layers, once for all trials: {done} of {of} examples · {duration(left)} for these"
+        return " · ".join([self._position(), *self._at_work(), *self._time_left()])
+
+    def _time_left(self) -> list[str]:
+        """`about 12 min left (at most 30 min)`, or the limit alone once the expected trainings are used up."""
+        remaining = self.remaining_seconds()
+        if remaining is None:
+            return []
+        most, future = self._limit_seconds(), self._trainings_to_come()
+        if future == 0.0 and most is not None and most > remaining + 1:
+            return [f"{duration(remaining)} for what runs, at most {duration(most)} left"]
+        shown = self._countdown.shown(remaining)
+        limit = f" (at most {duration(most)})" if most is not None and most > 1.2 * shown else ""
+        return [f"about {duration(shown)} left{limit}"]
+
+    def so_far_line(self) -> str:
+        """The best rank so far and the peak memory; empty before the first result."""
+        if not self._best:
+            return ""
+        pick = max if self._higher_is_better else min
+        rank = pick(self._best, key=lambda rank: self._best[rank])
+        memory = f" · peak memory {size(self._peak_bytes)}" if self._peak_bytes else ""
+        return f"best so far: rank {rank} ({self._best[rank]:.4f}){memory}"
+
+    def remaining_seconds(self) -> float | None:
+        """Seconds left for the running trials and, at the mean cost, for those to come; None before the first step."""
+        known = [*self._costs, *(seconds for key in self._running if (seconds := self._whole(key)) is not None)]
+        if not known and self._first_pace is None:
+            return None
+        if self._expected is not None and (pace := self._pace()) is not None:
+            return self._trainings_to_come() * pace + sum(self._left(key, pace) for key in self._running)
+        mean = sum(known) / len(known)
+        waiting = max(0, self._arms - self._ended - len(self._running))
+        return waiting * mean + sum(self._left(key, mean) for key in self._running)
+
+    def _pace(self) -> float | None:
+        """Seconds of a whole training with its evaluations: of those that ended, of the one that runs, or expected."""
+        if self._spent > 0:
+            return sum(self._costs) / self._spent
+        running = [step.seconds / step.step for step in self._steps.values() if step.step > 0]
+        if not running or not self._whole_steps:
+            return self._first_pace
+        return self._whole_steps * sum(running) / len(running) + self._eval_points * self._base_eval_seconds
+
+    def _trainings_to_come(self) -> float:
+        """The expected whole trainings that have not started."""
+        if self._expected is None:
+            return 0.0
+        return max(0.0, self._expected - self._spent - sum(map(self._share, self._running.values())))
+
+    def _limit_seconds(self) -> float | None:
+        """Seconds left if the strategy requests all it can, within the budget of time; None where that is unknown."""
+        pace = self._pace()
+        if self._maximum is None or pace is None:
+            return None
+        most = max(0.0, self._maximum - self._spent_now()) * pace
+        if self._budget_seconds is not None:
+            most = min(most, max(0.0, self._budget_seconds - sum(self._costs)))
+        return most
+
+    def _announcement(self, event: StepDone) -> str | None:
+        """The time of the whole selection, once, as soon as a few steps are measured."""
+        enough = event.step >= max(MEASURED_STEPS, event.steps // 50)
+        if self._is_announced or not enough or self._expected is None or self._spent > 0:
+            return None
+        self._is_announced = True
+        remaining, most = self.remaining_seconds(), self._limit_seconds()
+        if remaining is None or most is None:
+            return None
+        return (
+            f"time: about {duration(remaining)}, at most {duration(most)} (measured over the first {event.step} steps; "
+            f"{self._expected:.3g} trainings expected, {self._maximum:.3g} at most)"
+        )
+
+    def _share(self, arm: ArmFields) -> float:
+        """The whole trainings that an arm adds to those of the one that it resumes."""
+        before = self._ends_at.get(arm.continue_from or "", 0)
+        return (_last_step(arm) - before) / self._whole_steps if self._whole_steps else float(arm.rank > 0)
+
+    def _spent_now(self) -> float:
+        """Whole trainings so far, the running ones in proportion."""
+        running = 0.0
+        for key, arm in self._running.items():
+            step, before = self._steps.get(key), self._ends_at.get(arm.continue_from or "", 0)
+            if step is not None and self._whole_steps:
+                running += max(0, step.step - before) / self._whole_steps
+        return self._spent + running
+
+    def _position(self) -> str:
+        """`1.4 of about 3.8 trainings`, or `trial 3 of 9`; the total grows if more runs than expected."""
+        if self._expected is not None:
+            spent = self._spent_now()
+            if spent > self._expected and self._maximum is not None:
+                return f"{spent:.1f} trainings, more than the {self._expected:.1f} expected"
+            return f"{spent:.1f} of about {max(self._expected, spent):.1f} trainings"
+        first, last = self._ended + 1, self._ended + max(1, len(self._running))
+        end = max(self._arms, self._ended + len(self._running))
+        return f"trials {first} to {last} of {end}" if last > first else f"trial {min(first, end)} of {end}"
+
+    def _at_work(self) -> list[str]:
+        running = list(self._running.values())
+        if not running:
+            return []
+        if len(running) == 1:
+            arm = running[0]
+            named = "base model" if arm.rank == 0 else f"rank {arm.rank}, learning rate {arm.learning_rate:g}"
+        else:
+            ranks = sorted({arm.rank for arm in running})
+            named = f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
+        steps = [self._steps[arm.trial_id] for arm in running if arm.trial_id in self._steps]
+        looks = [self._looks[arm.trial_id] for arm in running if arm.trial_id in self._looks]
+        if not steps and looks:
+            behind_look = min(looks, key=lambda look: look.step)
+            return [named, f"step {behind_look.step}, held-out {behind_look.value:.4g}"]
+        if not steps:
+            return [named]
+        behind = min(steps, key=lambda step: step.step / step.steps)
+        return [named, f"step {behind.step}/{behind.steps}, loss {behind.loss:.3f}"]
+
+    def _whole(self, key: str) -> float | None:
+        """Seconds of a running training from its first step to its last, at its pace so far."""
+        step, arm = self._steps.get(key), self._running[key]
+        if step is None or arm.rank == 0:
+            return None
+        return max(0.0, step.seconds / step.step * _last_step(arm) - self._before(arm))
+
+    def _left(self, key: str, mean: float) -> float:
+        step, arm = self._steps.get(key), self._running[key]
+        if arm.rank == 0:
+            return 0.0
+        if step is None:  # a custom trainer reports no steps
+            return max(0.0, mean - (time.monotonic() - self._started_at[key]))
+        return step.seconds / step.step * max(0, _last_step(arm) - step.step)
+
+    def _before(self, arm: ArmFields) -> float:
+        """Seconds of the training that this one continues."""
+        return self._totals.get(arm.continue_from or "", 0.0)
+
+    def _end(self, event: TrialOutcome) -> float:
+        """Record an outcome; return the seconds of this trial alone."""
+        step = self._steps.pop(event.trial_id, None)
+        self._looks.pop(event.trial_id, None)
+        self._running.pop(event.trial_id, None)
+        self._ended += 1
+        total = step.seconds if step is not None else 0.0
+        if isinstance(event, TrialFinished):
+            total = event.train_seconds + event.eval_seconds
+            self._peak_bytes = max(self._peak_bytes, event.peak_bytes)
+            self._note_value(event)
+            self._base_eval_seconds = event.eval_seconds if event.rank == 0 else self._base_eval_seconds
+        self._spent += self._share(event)
+        self._ends_at[event.trial_id] = _last_step(event)
+        seconds = max(0.0, total - self._before(event))
+        self._totals[event.trial_id] = total
+        if event.rank > 0 and total > 0:
+            self._costs.append(seconds)
+        return seconds
+
+    def _note_value(self, event: TrialFinished) -> None:
+        if event.rank == 0 or event.stop_at is not None:
+            return
+        values = self._best if event.arm.is_direct else self._truncated
+        better = max if self._higher_is_better else min
+        values[event.rank] = better(event.value, values.get(event.rank, event.value))
+
+    def _line(self, event: TrialOutcome, text: str) -> str:
+        seconds = self._end(event)
+        name = (
+            "base model" if event.rank == 0 else f"rank {event.rank:>3}  lr {event.learning_rate:<7g} seed {event.seed}"
+        )
+        stage = event.arm.stage()
+        return f"{name:<32} {text}  ({stage + ', ' if stage else ''}{duration(seconds)})"
+
+
+def _last_step(arm: ArmFields) -> int:
+    return arm.steps if arm.stop_at is None else arm.stop_at
+
+
+def held_out_text(trial: TrialFinished) -> str:
+    """The value, its metric if another one decides, and for the base the time of its generated answers."""
+    text = f"held-out {trial.value:.4f}" + (f" ({trial.value_metric})" if trial.value_metric else "")
+    if trial.rank == 0 and trial.answer_seconds >= 1:
+        text += f"; generating answers took {duration(trial.answer_seconds)}, and takes as long after each training"
+    return text

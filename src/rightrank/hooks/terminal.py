@@ -1,0 +1,204 @@
+"""A running selection in the terminal: redrawn in place, or as plain lines where the output is no terminal."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from html import escape
+from importlib import import_module
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.text import Text
+
+from rightrank.hooks.progress import Progress
+from rightrank.report.format import quantity
+from rightrank.report.terminal_figures import MAX_CURVE_WIDTH, terminal_curve
+from rightrank.schema.events import DataSummary, RunEvent, RunStarted
+from rightrank.schema.trials import TrialOutcome, split_name
+
+PLAIN_SECONDS = 15.0  # between progress lines
+NOTEBOOK_SECONDS = 0.5  # between updates of a cell
+
+
+class LiveView:
+    """Redraws the progress and the curve in place; finished trials scroll by above them."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._progress = Progress()
+        self._live = Live(console=console, refresh_per_second=4, transient=True)
+
+    def __enter__(self) -> LiveView:
+        self._live.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._live.__exit__(kind, error, trace)
+        curve = self._curve()
+        if curve and error is None:
+            self._console.print(Text.from_ansi(curve))
+
+    def plan(self, started: RunStarted, arms: int, steps: int) -> None:
+        self._progress.plan(started, arms, steps)
+        self.notice(plan_line(started, steps))
+
+    def cost(self, trainings: float) -> None:
+        self._progress.expect(trainings)
+
+    def cost_limit(self, trainings: float) -> None:
+        self._progress.limit(trainings)
+
+    def time(self, seconds: float) -> None:
+        self._progress.expect_seconds(seconds)
+
+    def resume(self, outcomes: Sequence[TrialOutcome]) -> None:
+        self._progress.resume(outcomes)
+        self.notice(resume_line(outcomes))
+
+    def event(self, event: RunEvent) -> None:
+        line = self._progress.event(event)
+        if line is not None:
+            self._console.print(line, highlight=False)
+        lines = [Text.from_ansi(self._curve()), Text(self._progress.so_far_line())]
+        self._live.update(Group(*lines, Text(self._progress.progress_line(), style="bold")))
+
+    def notice(self, text: str) -> None:
+        self._console.print(text, highlight=False)
+
+    def _curve(self) -> str:
+        colour = not self._console.no_color
+        return terminal_curve(self._progress.curve(), self._console.width, colour, self._progress.truncated())
+
+
+class PlainView:
+    """Prints one line for each finished trial, and a progress line every `PLAIN_SECONDS`."""
+
+    def __init__(self, console: Console, quiet: bool = False) -> None:
+        self._console = console
+        self._quiet = quiet
+        self._progress = Progress()
+        self._last_line = time.monotonic()
+
+    def __enter__(self) -> PlainView:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        curve = terminal_curve(self._progress.curve(), MAX_CURVE_WIDTH, False, self._progress.truncated())
+        if curve and error is None:
+            self.notice(curve)
+
+    def plan(self, started: RunStarted, arms: int, steps: int) -> None:
+        self._progress.plan(started, arms, steps)
+        self.notice(plan_line(started, steps))
+
+    def cost(self, trainings: float) -> None:
+        self._progress.expect(trainings)
+
+    def cost_limit(self, trainings: float) -> None:
+        self._progress.limit(trainings)
+
+    def time(self, seconds: float) -> None:
+        self._progress.expect_seconds(seconds)
+
+    def resume(self, outcomes: Sequence[TrialOutcome]) -> None:
+        self._progress.resume(outcomes)
+        self.notice(resume_line(outcomes))
+
+    def event(self, event: RunEvent) -> None:
+        line = self._progress.event(event)
+        if line is None and time.monotonic() - self._last_line > PLAIN_SECONDS:
+            line = self._progress.progress_line()
+        if line is not None:
+            self._last_line = time.monotonic()
+            self.notice(line)
+
+    def notice(self, text: str) -> None:
+        if not self._quiet:
+            self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+class NotebookView(PlainView):
+    """Keeps the progress in the output of a notebook's cell up to date; lines stay above it."""
+
+    def __init__(self) -> None:
+        shown: Any = import_module("IPython.display")
+        super().__init__(Console(quiet=True))
+        self._lines: list[str] = []
+        self._last_shown = 0.0
+        self._handle: Any = shown.display({"text/plain": ""}, raw=True, display_id=True)
+
+    def event(self, event: RunEvent) -> None:
+        line = self._progress.event(event)
+        if line is not None:
+            self._lines.append(line)
+        if line is not None or time.monotonic() - self._last_shown > NOTEBOOK_SECONDS:
+            self._show()
+
+    def notice(self, text: str) -> None:
+        self._lines.extend(text.splitlines())
+        self._show()
+
+    def _show(self) -> None:
+        self._last_shown = time.monotonic()
+        now = [self._progress.so_far_line(), self._progress.progress_line()]
+        text = "\n".join([*self._lines, *filter(None, now)])
+        html = f'<pre style="white-space:pre-wrap">{escape(text)}</pre>'
+        self._handle.update({"text/plain": text, "text/html": html}, raw=True)
+
+
+def _is_notebook() -> bool:
+    """Whether this process is the kernel of a notebook."""
+    ipython: Any = sys.modules.get("IPython")
+    shell = None if ipython is None else ipython.get_ipython()
+    return type(shell).__name__ == "ZMQInteractiveShell"
+
+
+def make_view(console: Console, quiet: bool) -> LiveView | PlainView:
+    """`LiveView` on a terminal; `PlainView` in a pipe, with `NO_COLOR` or if `quiet`; `NotebookView` in a notebook."""
+    if _is_notebook() and not quiet:
+        return NotebookView()
+    return LiveView(console) if console.is_terminal and not (quiet or console.no_color) else PlainView(console, quiet)
+
+
+def plan_line(started: RunStarted, steps: int) -> str:
+    splits = started.data.splits
+    counts = ", ".join(f"{summary.items} {split_name(name)}" for name, summary in splits.items())
+    notes = left_out(started.data)
+    read = f"{started.data.rows:,} rows; " if started.data.rows else ""
+    form = started.data.form + (f" (from {started.data.shape})" if started.data.shape else "")
+    return (
+        f"{read}examples: {counts}{' (' + '; '.join(notes) + ')' if notes else ''}; form: {form}; "
+        f"trainings of {steps} steps on {started.environment['device']}"
+    )
+
+
+def left_out(data: DataSummary) -> list[str]:
+    """What was left out, truncated or found doubtful while reading, with its number."""
+    splits = data.splits.values()
+    counts = (
+        (data.repeated, "equal held-out rows left out"),
+        (data.not_evaluated, "held-out rows not evaluated, beyond --eval-items"),
+        (sum(summary.truncated for summary in splits), "truncated to the maximum length"),
+        (sum(summary.dropped for summary in splits), "dropped, no label token left"),
+        (data.equal_pairs, "pairs left out: `chosen` and `rejected` are the same"),
+        (sum(summary.equal for summary in splits), "pairs left out: the same within the maximum length"),
+        (data.unreadable, "rows skipped: lone surrogates, which no tokenizer accepts"),
+        (data.control_characters, "examples with control characters"),
+        (
+            data.duplicates_across_splits,
+            "held-out examples are in another split too (exact duplicates across splits), which favours high ranks",
+        ),
+    )
+    return [f"{count:,} {what}" for count, what in counts if count]
+
+
+def resume_line(outcomes: Sequence[TrialOutcome]) -> str:
+    return f"resuming the run: {quantity(len(outcomes), 'trial')} ended before"  # each stage and truncation is one

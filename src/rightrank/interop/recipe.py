@@ -1,0 +1,249 @@
+"""The result of a run in the terms of trainers and servers."""
+
+from __future__ import annotations
+
+import math
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from rightrank.data.files import UnreadableError, read_json_object
+from rightrank.decision.adapter import METHODS, Making, making_of
+from rightrank.schema.errors import RunFolderError
+from rightrank.schema.events import RunStarted
+from rightrank.schema.trials import TrialFinished
+from rightrank.schema.variants import peft_scaling
+
+SETTINGS: dict[str, Any] = {  # of a run that a recipe has under the same name, with the values of runs that lack them
+    "batch_size": 8,
+    "gradient_accumulation_steps": 1,
+    "lr_scheduler_type": "linear",
+    "weight_decay": 0.0,
+    "max_grad_norm": 1.0,
+    "dtype": "float32",
+    "beta": 0.1,
+    "loraplus_lr_ratio": None,
+    "optim": "adamw_torch",
+}
+AROUND = 4  # folders around an adapter: trials, the run, and two around the run
+UNKNOWN_MODEL, UNKNOWN_DATA = "path/to/model", "path/to/data.jsonl"
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """The adapter that was handed over and the training that it comes from, in the names of PEFT and transformers.
+
+    `r`, `lora_alpha` and the patterns are the adapter's; `learning_rate`, `max_steps` and `seed` are the training's.
+    `module_names` are the full names of the adapted modules. `layers_to_transform` is None if every layer is adapted;
+    `target_modules` is then enough to name them.
+    """
+
+    model: str
+    data: str
+    form: str
+    classes: Sequence[str] | None
+    adapter: Path
+    r: int
+    lora_alpha: float
+    use_rslora: bool
+    lora_dropout: float
+    bias: str
+    task_type: str
+    target_modules: tuple[str, ...]
+    module_names: tuple[str, ...]
+    layers_to_transform: tuple[int, ...] | None
+    modules_to_save: tuple[str, ...]
+    rank_pattern: Mapping[str, int]
+    alpha_pattern: Mapping[str, float]
+    learning_rate: float
+    max_steps: int
+    batch_size: int
+    gradient_accumulation_steps: int
+    max_length: int
+    lr_scheduler_type: str
+    warmup_steps: int
+    weight_decay: float
+    max_grad_norm: float
+    dtype: str
+    seed: int
+    making: Making
+    trained_alpha: float  # PEFT's lora_alpha at the rank that was trained
+    beta: float = 0.1  # of preference pairs
+    guard: str = ""  # how the adapter does on the guard's data, in a sentence
+
+    shape: str | None = None  # how rows of other columns became the form: see `io.shapes`
+    columns: Mapping[str, str] = field(
+        default_factory=dict
+    )  # of the form that have another name in the file → that name
+    use_dora: bool = False
+    target_parameters: tuple[str, ...] = ()
+    peft_options: Mapping[str, Any] = field(default_factory=dict)  # further fields of LoraConfig
+    loraplus_lr_ratio: float | None = None
+    optim: str = "adamw_torch"
+
+    def located(self) -> Recipe:
+        """The recipe with absolute paths of model and data, so that its files work from any folder."""
+        return replace(self, model=_absolute(self.model, self.adapter), data=_absolute(self.data, self.adapter))
+
+    @property
+    def kind(self) -> dict[str, Any]:
+        """What makes the adapter another kind than plain LoRA, in PEFT's names; empty for plain LoRA."""
+        given = {"use_dora": self.use_dora, "target_parameters": list(self.target_parameters), **self.peft_options}
+        return {name: value for name, value in given.items() if value}
+
+    @property
+    def alpha(self) -> int | float:
+        """Alpha, as an integer if it is whole: most schemas require that."""
+        return int(self.lora_alpha) if float(self.lora_alpha).is_integer() else self.lora_alpha
+
+    @property
+    def is_preference(self) -> bool:
+        return self.form == "preference"
+
+    @property
+    def highest_rank(self) -> int:
+        """The largest rank of any module."""
+        return max([self.r, *self.rank_pattern.values()])
+
+    @property
+    def has_local_model(self) -> bool:
+        """Whether the base is a local folder or file, not a name on the hub."""
+        return Path(self.model).exists()
+
+    @property
+    def is_made_smaller(self) -> bool:
+        """Whether training alone does not give this adapter: it was truncated, or got steps of recovery."""
+        return self.making.truncation is not None or self.making.recovery_steps > 0
+
+    def training(self) -> Recipe:
+        """The recipe of the training that the adapter comes from; itself for an adapter that is as trained."""
+        if not self.is_made_smaller:
+            return self
+        return replace(
+            self, r=self.making.trained_rank, lora_alpha=self.trained_alpha, rank_pattern={}, alpha_pattern={}
+        )
+
+    def comments(self) -> list[str]:
+        """How the adapter does on the guard's data, and how to make it again where training alone does not give it."""
+        guard = [self.guard] if self.guard else []
+        if not self.is_made_smaller:
+            return guard
+        return [
+            *guard,
+            f"The adapter of rank {self.making.rank} was {self.making.sentence()}.",
+            f"To make it again, train at rank {self.making.trained_rank}, then: {shlex.join(self._resize_command())}",
+        ]
+
+    def _resize_command(self) -> list[str]:
+        making = self.making
+        command = ["rightrank", "resize", "TRAINED", "SMALLER"]
+        if making.truncation == METHODS["svd"] and not making.recovery_steps:
+            return [*command, "--rank", str(making.rank)]
+        command += ["--data", self.data, "--train", self.data, "--ranks", str(making.rank), "--base", self.model]
+        if making.recovery_steps:
+            command += ["--recover", str(making.recovery_steps)]
+            command += ["--learning-rate", f"{making.recovery_learning_rate:g}"]
+        return command
+
+    def padded_to(self, rank: int, adapter: Path) -> Recipe:
+        """The recipe for the padded adapter in the folder `adapter`, with one rank and one scale."""
+        return replace(self, adapter=adapter, r=rank, use_rslora=False, rank_pattern={}, alpha_pattern={})
+
+    @property
+    def explicit_targets(self) -> list[str]:
+        """Names that identify the adapted modules without `layers_to_transform`."""
+        return list(self.target_modules if self.layers_to_transform is None else self.module_names)
+
+
+def recipe_of(
+    started: RunStarted, trial: TrialFinished, adapter: Path, finished: Sequence[TrialFinished] = ()
+) -> Recipe:
+    """The recipe of the chosen trial of a run.
+
+    Args:
+        finished: the trials of the run; among them the one that `trial` truncates, if it does.
+
+    Raises:
+        RunFolderError: the run has no PEFT adapter.
+    """
+    config = _adapter_config(adapter)
+    settings: Mapping[str, Any] = started.settings
+    making = making_of(trial, finished)
+    alpha, _ = peft_scaling(settings.get("scaling", "alpha/r"), trial.lora_alpha, making.trained_rank)
+    return Recipe(
+        model=_named(settings.get("model"), UNKNOWN_MODEL),
+        data=_named(settings.get("data"), UNKNOWN_DATA),
+        form=started.data.form,
+        shape=started.data.shape,
+        columns=started.data.renamed,
+        classes=started.data.classes,
+        adapter=adapter,
+        module_names=_module_names(adapter),
+        learning_rate=making.learning_rate,
+        max_steps=making.steps,
+        max_length=settings.get("seq_len", 512),
+        warmup_steps=math.ceil(settings.get("warmup_ratio", 0.0) * making.steps),
+        seed=trial.seed,
+        making=making,
+        trained_alpha=config["lora_alpha"] if making.trained_rank == config["r"] else alpha,
+        peft_options=settings.get("peft_options") or {},
+        **{name: settings.get(name, default) for name, default in SETTINGS.items()},
+        **_adapter_fields(config),
+    )
+
+
+def _adapter_fields(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a recipe that PEFT's configuration of the adapter gives."""
+    layers = config.get("layers_to_transform")
+    return {
+        "r": config["r"],
+        "lora_alpha": config["lora_alpha"],
+        "use_rslora": config.get("use_rslora", False),
+        "lora_dropout": config.get("lora_dropout", 0.0),
+        "bias": config.get("bias", "none"),
+        "task_type": config.get("task_type") or "CAUSAL_LM",
+        "target_modules": tuple(sorted(config["target_modules"])),
+        "layers_to_transform": None if layers is None else tuple([layers] if isinstance(layers, int) else layers),
+        "modules_to_save": tuple(config.get("modules_to_save") or ()),
+        "rank_pattern": config.get("rank_pattern") or {},
+        "alpha_pattern": config.get("alpha_pattern") or {},
+        "use_dora": bool(config.get("use_dora")),
+        "target_parameters": tuple(sorted(config.get("target_parameters") or ())),
+    }
+
+
+def _adapter_config(adapter: Path) -> dict[str, Any]:
+    try:
+        config = read_json_object(adapter / "adapter_config.json")
+    except UnreadableError as error:
+        raise RunFolderError(f"{adapter}: no PEFT adapter there ({error}); finish the selection, then export") from None
+    if config.get("target_parameters") and config.get("target_modules") is None:
+        config["target_modules"] = []
+    if config.get("peft_type") != "LORA" or not isinstance(config.get("target_modules"), list):
+        raise RunFolderError(f"{adapter}: only LoRA adapters with a list of target_modules can be exported")
+    return config
+
+
+def _module_names(adapter: Path) -> tuple[str, ...]:
+    """The adapted modules, from the names in the safetensors header."""
+    from safetensors import safe_open
+
+    with safe_open(adapter / "adapter_model.safetensors", framework="numpy") as file:
+        names = {name.split(".lora_")[0] for name in file.keys() if ".lora_" in name}  # noqa: SIM118 - not a dict
+    return tuple(sorted(name.removeprefix("base_model.model.") for name in names))
+
+
+def _absolute(name: str, adapter: Path) -> str:
+    """The absolute path of a file or folder; a name on the hub as it is.
+
+    A relative path starts at the current folder, or else at one around the run: the selection may have run there.
+    """
+    path = Path(name).expanduser()
+    places = [path, *(folder / path for folder in list(adapter.resolve().parents)[:AROUND])]
+    return next((str(place.resolve()) for place in places if place.exists()), name)
+
+
+def _named(value: object, otherwise: str) -> str:
+    return value if isinstance(value, str) and "in memory" not in value else otherwise

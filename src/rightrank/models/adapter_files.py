@@ -1,0 +1,446 @@
+"""LoRA adapters on disk in PEFT's format, read with safetensors alone and checked before anything is computed.
+
+Neither PEFT nor the base model is needed: tensor names, shapes and `adapter_config.json` define the adapter.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from peft import set_peft_model_state_dict
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from rightrank.data.files import UnreadableError, read_json_object, replacing_folder, require_absent
+from rightrank.models.kinds import stored_kind
+from rightrank.models.kinds.base import AdapterKind, Layout, StoredPair
+from rightrank.models.kinds.dora import MAGNITUDE
+from rightrank.models.lora_files import FACTOR, config_of_file, file_keys, read_header, updated_header, write_file
+from rightrank.models.patterns import lora_scaling, pattern_matches, pattern_value
+from rightrank.schema.arrays import Floats
+from rightrank.schema.errors import ModelError, RunFolderError
+from rightrank.schema.results import ModuleKind
+from rightrank.schema.settings import FileFormat
+
+CONFIG_FILE = "adapter_config.json"
+BASE = "base"  # the side of a comparison that is the base model alone
+
+
+def require_adapter_folder(path: Path) -> None:
+    """Refuse a path that is no folder with an adapter's configuration.
+
+    Raises:
+        ModelError: the message names the adapter of a run folder, and the way to compare whole models.
+    """
+    if not path.exists():
+        raise ModelError(f"{path}: no such folder; give an adapter folder, one that PEFT's save_pretrained wrote")
+    if not path.is_dir():
+        raise ModelError(f"{path}: a file; give the adapter's folder, the one that holds {CONFIG_FILE}")
+    if (path / CONFIG_FILE).exists():
+        return
+    hint = "give a folder that PEFT's save_pretrained wrote"
+    if (path / "config.json").exists():
+        hint = "it is a whole model: compare two with --base A --finetuned B"
+    raise ModelError(f"{path}: not an adapter, there is no {CONFIG_FILE}; {_adapter_in(path) or hint}")
+
+
+def require_side(side: str) -> None:
+    """Refuse what `compare` can't read: neither an adapter folder, nor a model folder, nor `base`.
+
+    Raises:
+        ModelError: the message names the adapter of a run folder.
+    """
+    if side == BASE:
+        return
+    folder = Path(side)
+    if not (folder / CONFIG_FILE).is_file() and not (folder / "config.json").is_file():
+        hint = _adapter_in(folder) or "give one, or 'base'"
+        raise ModelError(f"{side}: neither an adapter folder ({CONFIG_FILE}) nor a model folder (config.json); {hint}")
+
+
+def _adapter_in(folder: Path) -> str:
+    """What to give in place of a run folder; empty for another folder."""
+    inner = folder / "adapter"
+    return f"give {inner}, the adapter in it" if (inner / CONFIG_FILE).is_file() else ""
+
+
+MIN_ALPHA, MAX_ALPHA = 1e-9, 1e9
+MAX_CONFIG_BYTES = 16 * 2**20  # bytes
+WEIGHTS_FILE = "adapter_model.safetensors"
+# Options with which the adapter's update is not s·B·A.
+FOREIGN_OPTIONS = ("use_qalora", "use_bdlora", "kasa_config", "arrow_config", "monteclora_config", "velora_config")
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    file = path / CONFIG_FILE
+    require_adapter_folder(path)
+    try:
+        config = read_json_object(file, MAX_CONFIG_BYTES)
+    except UnreadableError as error:
+        raise ModelError(f"{file}: not readable as JSON ({error}); save the adapter again") from None
+    _check_config(file, config)
+    return config
+
+
+def _check_config(file: Path, config: dict[str, Any]) -> None:
+    kind = config.get("peft_type")
+    if kind != "LORA":
+        raise ModelError(f"{file}: peft_type is {kind!r}; only 'LORA' is supported")
+    rank, alpha = config.get("r"), config.get("lora_alpha")
+    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+        raise ModelError(f"{file}: r is {rank!r}; it must be a whole number from 1")
+    if not _is_alpha(alpha):
+        raise ModelError(f"{file}: lora_alpha is {alpha!r}; it must be a number from {MIN_ALPHA:g} to {MAX_ALPHA:g}")
+    for name in FOREIGN_OPTIONS:
+        if config.get(name):
+            raise ModelError(f"{file}: {name} is set; such an update is not s·B·A and is not supported")
+    for name in ("rank_pattern", "alpha_pattern"):
+        pattern = config.get(name)
+        if pattern is None:
+            config[name] = {}
+        elif not isinstance(pattern, dict):
+            raise ModelError(f"{file}: {name} is a {type(pattern).__name__}; it must map module names to numbers")
+    for name, value in config["alpha_pattern"].items():
+        if not _is_alpha(value):
+            raise ModelError(f"{file}: alpha_pattern has {value!r} for {name!r}; it must be a number")
+
+
+def _is_alpha(value: object) -> bool:
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    return value == 0 or MIN_ALPHA <= abs(value) <= MAX_ALPHA
+
+
+def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    file = path / WEIGHTS_FILE
+    if not file.exists():
+        if (path / "adapter_model.bin").exists():
+            raise ModelError(
+                f"{path}: only pickled weights (adapter_model.bin), which can run code when read; convert them if you trust "
+                "the file: PeftModel.from_pretrained(base, folder).save_pretrained(folder, safe_serialization=True)"
+            )
+        raise ModelError(f"{path}: there is no {WEIGHTS_FILE}; save the adapter again with save_pretrained")
+    return read_header(file)[0]
+
+
+# Adapters are trained in at most 32 bits. Values beyond these are damage, and their squares overflow 64 bits.
+MIN_VALUE, MAX_VALUE = float(np.finfo(np.float32).smallest_subnormal), float(np.finfo(np.float32).max)
+
+PREFIX = "base_model.model."
+# Initialisations that change the base's weights on loading, so that ΔW is not s·B·A alone.
+BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga", "mica")
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterModule:
+    """One adapted matrix: its tensors, their shapes and its scale. The experts of one parameter share their tensors."""
+
+    name: str  # in the base model
+    how: AdapterKind
+    rank: int
+    rows: int  # of ΔW: out features; of an embedding, its width
+    columns: int  # of ΔW: in features; of a convolution, times the kernel; of an embedding, the vocabulary
+    lora_alpha: float
+    scaling: float
+    a_key: str
+    b_key: str
+    magnitude_key: str | None  # DoRA
+    bias_key: str | None  # lora_bias
+    address: str  # the name by which PEFT's patterns address it
+    part: int = 0  # its place among the matrices of the pair
+
+    @property
+    def kind(self) -> ModuleKind:
+        return self.how.name
+
+    @property
+    def parameters(self) -> int:
+        return self.rank * (self.rows + self.columns)
+
+    @property
+    def trained(self) -> int:
+        """Trainable parameters: those of the factors, DoRA's magnitudes and the bias."""
+        return self.parameters + self.rows * ((self.magnitude_key is not None) + (self.bias_key is not None))
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterFolder:
+    """A checked adapter; tensors are read on access."""
+
+    path: Path
+    config: Mapping[str, Any]
+    modules: tuple[AdapterModule, ...]
+    other_keys: tuple[str, ...]  # modules_to_save, trained biases, saved embeddings
+    unused_patterns: tuple[str, ...]  # keys of rank_pattern or alpha_pattern that no module matches
+
+    @property
+    def weights(self) -> Path:
+        return self.path if self.is_file else self.path / WEIGHTS_FILE
+
+    @property
+    def is_file(self) -> bool:
+        """Whether it is a LoRA file of kohya or diffusers and no folder of PEFT."""
+        return self.path.suffix == ".safetensors"
+
+    @property
+    def keys(self) -> list[str]:
+        optional = [key for (module, *_) in self.pairs for key in (module.magnitude_key, module.bias_key) if key]
+        factors = [key for (module, *_) in self.pairs for key in (module.a_key, module.b_key)]
+        return [*factors, *optional, *self.other_keys]
+
+    @property
+    def pairs(self) -> list[list[AdapterModule]]:
+        """The modules grouped by the tensors that hold them: one module in each, or the experts of a parameter."""
+        grouped: dict[str, list[AdapterModule]] = {}
+        for module in self.modules:
+            grouped.setdefault(module.a_key, []).append(module)
+        return list(grouped.values())
+
+    @property
+    def rank(self) -> int:
+        """The largest rank of any module."""
+        return max(module.rank for module in self.modules)
+
+    @property
+    def trained(self) -> int:
+        """Trainable parameters of the adapted modules."""
+        factors = sum(module.parameters for module in self.modules)
+        return factors + sum(first.trained - first.parameters for (first, *_) in self.pairs)
+
+    @property
+    def use_rslora(self) -> bool:
+        return bool(self.config.get("use_rslora"))
+
+    @property
+    def use_dora(self) -> bool:
+        return bool(self.config.get("use_dora"))
+
+    @property
+    def scaling_rule(self) -> str:
+        return "alpha/sqrt(r)" if self.use_rslora else "alpha/r"
+
+    @property
+    def base_model(self) -> str | None:
+        name = self.config.get("base_model_name_or_path")
+        return str(name) if name else None
+
+    @property
+    def base_changing_init(self) -> str | None:
+        """The initialisation if it changes the base on loading, else None."""
+        init = str(self.config.get("init_lora_weights", ""))
+        return init if init.startswith(BASE_CHANGING_INITS) else None
+
+    def tensor(self, key: str) -> torch.Tensor:
+        with safe_open(self.weights, framework="pt") as file:
+            tensor: torch.Tensor = file.get_tensor(key)
+            return tensor
+
+    def factors(self, module: AdapterModule) -> tuple[Floats, Floats]:
+        """`(B [rows, r], A [r, columns])` in float64, without the scale.
+
+        Raises:
+            ModelError: a value is NaN or infinite.
+        """
+        a, b = (torch.from_numpy(self._values(key)) for key in (module.a_key, module.b_key))
+        found_b, found_a = module.how.matrices(a, b, module.rank)[module.part]
+        return found_b.numpy(), found_a.numpy()
+
+    def _values(self, key: str) -> Floats:
+        with safe_open(self.weights, framework="pt") as file:
+            values: Floats = file.get_tensor(key).double().numpy()
+        if not (np.abs(values) <= MAX_VALUE).all():
+            raise ModelError(
+                f"{self.weights}: {key} holds NaN or infinite values; the training diverged: give an earlier checkpoint"
+            )
+        values[np.abs(values) < MIN_VALUE] = 0.0
+        return values
+
+
+def open_adapter(path: Path) -> AdapterFolder:
+    """Read and check the configuration and the header of an adapter folder, or of a LoRA file of kohya or diffusers.
+
+    Raises:
+        ModelError: not a LoRA adapter, pickled weights, missing tensors, or shapes that contradict the configuration.
+    """
+    if path.is_file() and path.suffix == ".safetensors":
+        config, (shapes, _) = config_of_file(path), read_header(path)
+    else:
+        config, shapes = read_config(path), read_shapes(path)
+    pairs, other = _pair_up(path, shapes)
+    modules = tuple(
+        module
+        for name in sorted(pairs, key=natural_order)
+        for module in _modules(path, config, name, pairs[name], shapes)
+    )
+    keys = [*config.get("rank_pattern", {}), *config.get("alpha_pattern", {})]
+    addresses = dict.fromkeys(module.address for module in modules)
+    unused = tuple(key for key in keys if not any(pattern_matches(key, address) for address in addresses))
+    return AdapterFolder(path, config, modules, tuple(sorted(other)), unused)
+
+
+@dataclass(slots=True)
+class _Pair:
+    a: str | None = None
+    b: str | None = None
+    embedding: bool = False
+
+
+def _pair_up(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> tuple[dict[str, _Pair], set[str]]:
+    """The keys of A and B by module, and the keys that belong to no pair."""
+    pairs: dict[str, _Pair] = {}
+    other: set[str] = set()
+    for key in shapes:
+        match = FACTOR.match(key)
+        if match is None:
+            other.add(key)
+            continue
+        pair = pairs.setdefault(match["module"], _Pair(embedding=match["embedding"] is not None))
+        if match["side"] == "A" or match["name"] == "down":
+            pair.a = key
+        else:
+            pair.b = key
+    if not pairs:
+        raise ModelError(f"{path}: the weights hold no LoRA factors (…lora_A.weight); save the adapter again")
+    for module, pair in pairs.items():
+        if pair.a is None or pair.b is None:
+            missing = "lora_A" if pair.a is None else "lora_B"
+            raise ModelError(f"{path}: {module} has no {missing}: a tensor is missing; save or copy the adapter again")
+        other -= {f"{module}.lora_B.bias", *(f"{module}.{name}" for name in MAGNITUDE)}
+    return pairs, other
+
+
+def _modules(
+    path: Path, config: Mapping[str, Any], key: str, keys: _Pair, shapes: Mapping[str, tuple[int, ...]]
+) -> Iterator[AdapterModule]:
+    assert keys.a is not None
+    assert keys.b is not None
+    pair = StoredPair(key.removeprefix(PREFIX), keys.embedding, shapes[keys.a], shapes[keys.b], config)
+    if len(pair.a) < 2 or len(pair.b) < 2 or 0 in pair.a + pair.b:
+        raise ModelError(
+            f"{path}: {pair.module} has factors of shapes {list(pair.a)} and {list(pair.b)}; they must be matrices"
+        )
+    how = stored_kind(pair)
+    if how is None:
+        raise ModelError(f"{path}: {pair.module} is of a kind that rightrank can't read; load it with PEFT")
+    address = how.address(pair)
+    rank = pattern_value(config["rank_pattern"], address, config["r"])
+    layout = _layout(path, how, pair, rank)
+    alpha = float(pattern_value(config["alpha_pattern"], address, config["lora_alpha"]))
+    for part, name in enumerate(layout.names):
+        yield AdapterModule(
+            name=name,
+            how=how,
+            rank=layout.rank,
+            rows=layout.rows,
+            columns=layout.columns,
+            lora_alpha=alpha,
+            scaling=lora_scaling(alpha, layout.rank, bool(config.get("use_rslora"))),
+            a_key=keys.a,
+            b_key=keys.b,
+            magnitude_key=next((found for name in MAGNITUDE if (found := f"{key}.{name}") in shapes), None),
+            bias_key=f"{key}.lora_B.bias" if f"{key}.lora_B.bias" in shapes else None,
+            address=address,
+            part=part,
+        )
+
+
+def _layout(path: Path, how: AdapterKind, pair: StoredPair, rank: int) -> Layout:
+    """The checked layout of a pair whose rank is `rank` by the configuration."""
+    layout = how.layout(pair, rank)
+    if layout is None:
+        groups = " (adapters on convolutions in groups are not supported)" if len(pair.a) > 2 else ""
+        raise ModelError(
+            f"{path}: {pair.module} has A {list(pair.a)} and B {list(pair.b)}, which do not multiply{groups}; "
+            "save the adapter again"
+        )
+    if layout.rank != rank:
+        raise ModelError(
+            f"{path}: {pair.module} has rank {layout.rank} in the weights and {rank} in {CONFIG_FILE}; "
+            "give the config and weights of one adapter"
+        )
+    return layout
+
+
+def natural_order(name: str) -> list[tuple[int, int, str]]:
+    """A sort key that puts layer 2 before layer 10."""
+    parts = name.split(".")
+    return [(0, int(part), "") if part.isdecimal() and len(part) < 10 else (1, 0, part) for part in parts]
+
+
+def write_like(
+    adapter: AdapterFolder, out: Path, config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]
+) -> None:
+    """Write a changed adapter in the format of `adapter`: a folder of PEFT, or a LoRA file.
+
+    Raises:
+        RunFolderError: `out` exists, or can't be written.
+    """
+    if not adapter.is_file:
+        write_adapter(out, config, tensors)
+        return
+    _, metadata = read_header(adapter.path)
+    write_file(out, tensors, updated_header(metadata, config))
+
+
+def write_lora_file(folder: Path, out: Path, to: FileFormat, prefix: str = "unet") -> None:
+    """Write a PEFT adapter folder as a LoRA file of kohya or diffusers.
+
+    Args:
+        out: the file, `….safetensors`.
+        prefix: the model that the adapter is for, in diffusers' names.
+
+    Raises:
+        ModelError: no LoRA adapter, or one that the format can't hold.
+        RunFolderError: `out` exists, or can't be written.
+    """
+    adapter = open_adapter(folder)
+    tensors = {key.removeprefix(PREFIX): adapter.tensor(key) for key in adapter.keys}
+    write_file(out, *file_keys(adapter.config, tensors, to, prefix))
+
+
+def write_adapter(out: Path, config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
+    """Write a new adapter folder, whole or not at all.
+
+    Raises:
+        RunFolderError: `out` exists, or can't be written.
+    """
+    require_absent(out)
+    try:
+        with replacing_folder(out) as temporary:
+            save_file(
+                {key: value.contiguous() for key, value in tensors.items()}, temporary / WEIGHTS_FILE, {"format": "pt"}
+            )
+            text = json.dumps(dict(config), indent=2, sort_keys=True) + "\n"
+            (temporary / CONFIG_FILE).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise RunFolderError(f"{out}: can't write there ({error.strerror or error}); give a writable folder") from None
+
+
+def save_adapter(peft_model: Any, folder: Path, base_name: str, adapter: str = "default") -> None:
+    """Write `adapter_config.json` and `adapter_model.safetensors`; `base_name` is an absolute path or a hub name."""
+    config = peft_model.peft_config[adapter]
+    config.base_model_name_or_path = base_name
+    with replacing_folder(folder) as temporary, warnings.catch_warnings():
+        # PEFT takes the biases of lora_bias for factors of a wrong shape.
+        warnings.filterwarnings("ignore", message=r"Adapter .* LoRA tensor\(s\) have invalid shape: \S+lora_B\.bias")
+        peft_model.save_pretrained(
+            str(temporary), safe_serialization=True, selected_adapters=[adapter], save_embedding_layers=False
+        )
+        if adapter != "default":  # PEFT saves a named adapter in a subfolder
+            for path in list((temporary / adapter).iterdir()):
+                path.replace(temporary / path.name)
+            (temporary / adapter).rmdir()
+        readme = temporary / "README.md"  # PEFT's empty template; the final adapter gets a model card of its own
+        readme.unlink(missing_ok=True)
+
+
+def restore_adapter(peft_model: Any, folder: Path) -> None:
+    """Load the saved tensors of `folder` into the adapter, of the same shapes."""
+    set_peft_model_state_dict(peft_model, load_file(folder / "adapter_model.safetensors"))

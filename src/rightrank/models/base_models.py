@@ -1,0 +1,382 @@
+"""Loads a base model and its tokenizer from a local folder, a hub name, or a GGUF file."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+)
+from transformers.utils import logging as transformers_logging
+
+from rightrank.data.files import HUB_SECONDS, LIBRARY_ERRORS, UnreadableError, hub_errors, kind_of, read_json_object
+from rightrank.models.weights import safe_shards
+from rightrank.schema.errors import (
+    DeviceMemoryError,
+    MissingExtraError,
+    ModelError,
+    SettingsError,
+    did_you_mean,
+    first_line,
+    is_out_of_memory,
+)
+from rightrank.schema.settings import AutoDtype, DtypeName, SelectSettings
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSource:
+    """Where a model is: a folder or hub name, and the name of a GGUF file in the folder."""
+
+    name: str
+    gguf_file: str | None
+
+    def loading_arguments(self, trust_remote_code: bool) -> dict[str, Any]:
+        arguments: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+        if self.gguf_file is not None:
+            arguments["gguf_file"] = self.gguf_file
+        return arguments
+
+
+def find_model(reference: str) -> ModelSource:
+    """Locate a model without loading it.
+
+    Raises:
+        ModelError: a local folder without config, a file that is not GGUF, or a path that does not exist.
+        MissingExtraError: a GGUF file without the `gguf` package.
+    """
+    path = Path(reference).expanduser()
+    found = kind_of(path)
+    if found == "file":
+        if path.suffix.lower() != ".gguf":
+            raise ModelError(
+                f"{reference}: a model file must end in .gguf; give a GGUF file, a model folder, or a hub name"
+            )
+        if find_spec("gguf") is None:
+            raise MissingExtraError("reading GGUF files needs the `gguf` package: pip install 'rightrank[gguf]'")
+        return ModelSource(str(path.parent), path.name)
+    if found == "folder":
+        if not (path / "config.json").exists():
+            ggufs = sorted(found.name for found in path.glob("*.gguf"))
+            hint = f"; give the file: {path / ggufs[0]}" if ggufs else "; give a folder that save_pretrained wrote"
+            raise ModelError(f"{reference}: no config.json in the folder{hint}")
+        if (path / "adapter_config.json").exists():  # transformers would load the base that it names
+            raise ModelError(f"{reference}: holds an adapter_config.json too; give the folder of the base model alone")
+        _reject_hub_code(path / "config.json")
+        return ModelSource(str(path), None)
+    if path.is_absolute() or reference.startswith((".", "~")) or reference.count("/") > 1:
+        raise ModelError(
+            f"{reference}: no such folder{_nearest_folder(path)}; give a model folder, a GGUF file, or a hub name"
+        )
+    return ModelSource(reference, None)
+
+
+def require_model(reference: str) -> ModelSource:
+    """As `find_model`, and refuse a name that the hub does not answer for.
+
+    Raises:
+        ModelError: as `find_model`, or no such model on the hub, or a hub that can't be reached.
+    """
+    source = find_model(reference)
+    if source.gguf_file is None and kind_of(Path(source.name)) == "missing":
+        _require_on_hub(reference, Path(reference))
+    return source
+
+
+@cache
+def _require_on_hub(name: str, path: Path) -> None:
+    """Refuse a name that is no model of the hub, at the first answer: loading would try again for a minute."""
+    from huggingface_hub import HfApi, try_to_load_from_cache
+    from huggingface_hub.constants import HF_HUB_OFFLINE
+
+    try:
+        if isinstance(try_to_load_from_cache(name, "config.json"), str):
+            return
+        if HF_HUB_OFFLINE:
+            raise ModelError(
+                f"{name}: no such folder{_nearest_folder(path)}, and the hub is switched off (HF_HUB_OFFLINE)"
+            )
+        HfApi().model_info(name, timeout=HUB_SECONDS)
+    except hub_errors() as error:
+        raise ModelError(
+            f"{name}: no such folder{_nearest_folder(path)}, and no model that the hub answers for ({first_line(error)}); "
+            "give a model folder, a GGUF file, or a hub name"
+        ) from None
+
+
+def _nearest_folder(path: Path) -> str:
+    """` (did you mean 'x'?)` for a model folder of a similar name beside it."""
+    parent = path.parent
+    folders = [found.name for found in parent.iterdir() if (found / "config.json").is_file()] if parent.is_dir() else []
+    return did_you_mean(path.name, folders)
+
+
+def _reject_hub_code(file: Path) -> None:
+    """Reject a configuration that names compiled code on the hub: transformers runs it even without trust."""
+    try:
+        config = read_json_object(file)
+    except UnreadableError as error:
+        raise ModelError(f"{file}: not readable as JSON ({error}); save the model again") from None
+    for name, value in _implementations(config):
+        if "/" in value:
+            raise ModelError(
+                f"{file}: {name} is {value!r}, code from the hub; remove the line to use transformers' own"
+            )
+
+
+def _implementations(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield `(key, value)` of every `*_implementation` in a configuration, at any depth."""
+    for name, value in config.items():
+        inner = value.values() if isinstance(value, dict) and name.endswith("_implementation") else [value]
+        if name.endswith("_implementation"):
+            yield from ((name, text) for text in inner if isinstance(text, str))
+        elif isinstance(value, dict):
+            yield from _implementations(value)
+
+
+DTYPES: dict[DtypeName, torch.dtype] = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+# What transformers raises, depending on the model, for files that it does not know, can't read or can't build from.
+LOADING_ERRORS = (*LIBRARY_ERRORS, ImportError, SafetensorError, StrictDataclassError)
+_FINGERPRINT_BYTES = 2**20  # at the beginning and end of each weight file
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A frozen base model in evaluation mode on its device, with its tokenizer."""
+
+    model: Any  # transformers.PreTrainedModel
+    tokenizer: Any  # transformers.PreTrainedTokenizerBase
+    name: str
+    fingerprint: str
+    device: torch.device
+
+
+def resolve_dtype(name: AutoDtype, device: str) -> DtypeName:
+    """The type that `auto` means on this device: bfloat16 where a CUDA device computes in it, else float32.
+
+    Raises:
+        SettingsError: the device does not exist.
+    """
+    if name != "auto":
+        return name
+    found = find_device(device)
+    with_bfloat16 = found.type == "cuda" and torch.cuda.get_device_capability(found) >= (8, 0)
+    return "bfloat16" if with_bfloat16 else "float32"
+
+
+def load_model(
+    reference: str,
+    dtype: AutoDtype,
+    device: str,
+    classes: list[str] | None,
+    trust_remote_code: bool = False,
+    weight_bits: int | None = None,
+) -> LoadedModel:
+    """Load for causal language modelling, or with a classification head when `classes` are given.
+
+    `weight_bits` 4 or 8 quantises the matrices on loading, with bitsandbytes.
+
+    Raises:
+        ModelError: no weights, no tokenizer, or a model that transformers can't load.
+        DeviceMemoryError: out of memory while loading.
+        SettingsError: the device does not exist, or does not support quantised matrices.
+        MissingExtraError: quantised weights without bitsandbytes.
+    """
+    found = find_device(device)
+    dtype = resolve_dtype(dtype, device)
+    if weight_bits is not None:
+        require_quantisation(weight_bits, found)
+    source = find_model(reference)
+    _require_weights(source)
+    arguments = source.loading_arguments(trust_remote_code)
+    tokenizer = _load_tokenizer(source, reference, arguments)
+    arguments |= {"dtype": DTYPES[dtype], "use_safetensors": source.gguf_file is None}
+    if weight_bits is not None:
+        arguments |= {"quantization_config": quantisation(weight_bits, dtype), "device_map": {"": found}}
+    quiet_third_parties()
+    try:
+        model = _loaded(source.name, classes, arguments)
+    except LOADING_ERRORS as error:
+        if is_out_of_memory(error):
+            raise DeviceMemoryError(f"{reference}: out of memory while loading ({first_line(error)})") from None
+        raise ModelError(f"{reference}: transformers can't load it ({first_line(error)})") from None
+    if model.config.get_text_config().pad_token_id is None:
+        model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+    local = Path(source.name).exists()
+    name = str(Path(reference).expanduser().resolve()) if local else reference  # adapters name their base by it
+    return prepare_model(model, tokenizer, name, found, _file_fingerprint(source))
+
+
+def _loaded(name: str, classes: list[str] | None, arguments: Mapping[str, Any]) -> Any:
+    torch.manual_seed(0)  # the same new classification head in every run
+    if classes is None:
+        return AutoModelForCausalLM.from_pretrained(name, **arguments)
+    by_number = dict(enumerate(classes))
+    label2id = {label: number for number, label in by_number.items()}
+    head = {"num_labels": len(classes), "id2label": by_number, "label2id": label2id}
+    return AutoModelForSequenceClassification.from_pretrained(name, **head, **arguments)
+
+
+def load_base(
+    name: str, settings: SelectSettings, classes: Sequence[str] | None, device: str | None = None
+) -> LoadedModel:
+    """`load_model` as the settings say, on their device or on `device`."""
+    listed = None if classes is None else list(classes)
+    trusted, bits = settings.trust_remote_code, settings.weight_bits
+    return load_model(name, settings.dtype, device or settings.device, listed, trusted, bits)
+
+
+def prepare_model(
+    model: Any, tokenizer: Any, name: str, device: torch.device, fingerprint: str | None = None
+) -> LoadedModel:
+    """Freeze a model, put it in evaluation mode and move it to `device`."""
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    if tokenizer.pad_token_id is None:
+        raise ModelError(
+            f"{name}: the tokenizer has no padding, end or unknown token to pad with; set tokenizer.pad_token"
+        )
+    model.requires_grad_(False)
+    model.eval()
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            # On a CPU, bitsandbytes repacks 4-bit weights in evaluation mode for a product without a gradient:
+            # adapters would then silently learn nothing.
+            module.support_avx512bf16_for_cpu = False
+    if not getattr(model, "is_quantized", False):  # quantised models are loaded on their device and can't be moved
+        model.to(device)
+    return LoadedModel(model, tokenizer, name, fingerprint or parameter_fingerprint(model), device)
+
+
+def adopt_model(model: Any, tokenizer: Any, device: str, classes: list[str] | None) -> LoadedModel:
+    """Use a model and tokenizer from memory. The model is frozen, put in evaluation mode and moved to the device.
+
+    Raises:
+        ModelError: not a transformers model, no tokenizer, or a head that does not match the data's classes.
+        SettingsError: the device does not exist.
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise ModelError(f"model: got a {type(model).__name__}; give a transformers model, a folder, or a hub name")
+    if tokenizer is None:
+        raise ModelError("model: it is in memory and has no tokenizer; give tokenizer=...")
+    if classes is not None and getattr(model.config, "num_labels", None) != len(classes):
+        raise ModelError(
+            f"model: a head of {getattr(model.config, 'num_labels', 0)} labels for data of {len(classes)} classes "
+            f"({', '.join(classes[:5])}); give a sequence classification model with num_labels={len(classes)}"
+        )
+    name = model.name_or_path or type(model).__name__
+    return prepare_model(model, tokenizer, name, find_device(device))
+
+
+def require_quantisation(bits: int, device: torch.device) -> None:
+    if device.type not in ("cuda", "cpu"):
+        raise SettingsError(
+            f"load_in_{bits}bit: bitsandbytes has no {bits}-bit matrices on {device}; give device cuda or cpu"
+        )
+    if find_spec("bitsandbytes") is None:
+        raise MissingExtraError(f"load_in_{bits}bit needs the `bitsandbytes` package: pip install 'rightrank[bnb]'")
+
+
+def quantisation(bits: int, dtype: DtypeName) -> BitsAndBytesConfig:
+    """4 bits: NF4 with products in `dtype` (QLoRA, Dettmers et al. 2023). 8 bits: LLM.int8()."""
+    make: Callable[..., BitsAndBytesConfig] = BitsAndBytesConfig  # untyped in transformers
+    if bits == 8:
+        return make(load_in_8bit=True)
+    return make(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=DTYPES[dtype])
+
+
+def find_device(name: str) -> torch.device:
+    """The device of that name; `auto` is CUDA, else MPS, else the CPU.
+
+    Raises:
+        SettingsError: unknown or not there.
+    """
+    available = ["cpu"]
+    if torch.backends.mps.is_available():
+        available.insert(0, "mps")
+    if torch.cuda.is_available():
+        available.insert(0, "cuda")
+    if name == "auto":
+        return torch.device(available[0])
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise SettingsError(f"device {name!r} is not known; this machine has {', '.join(available)}") from None
+    count = torch.cuda.device_count() if device.type == "cuda" else 1
+    if device.type not in available or (device.index or 0) >= count:
+        raise SettingsError(f"device {name!r} does not exist; this machine has {', '.join(available)}")
+    return device
+
+
+def device_memory() -> int | None:
+    """Memory of the first CUDA device in bytes; None without CUDA."""
+    return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
+
+
+def parameter_fingerprint(model: Any) -> str:
+    """A hash of the names, shapes and first values of a model's parameters."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        values = parameter.detach().reshape(-1)[:64].float().cpu()
+        digest.update(f"{name} {tuple(parameter.shape)}".encode())
+        digest.update(values.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def quiet_third_parties() -> None:
+    """Switch off the progress bars and notices of transformers."""
+    logging: Any = transformers_logging
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+
+
+def _load_tokenizer(source: ModelSource, reference: str, arguments: dict[str, Any]) -> Any:
+    try:
+        return AutoTokenizer.from_pretrained(source.name, **arguments)
+    except LOADING_ERRORS as error:
+        raise ModelError(
+            f"{reference}: no usable tokenizer ({first_line(error)}); save the tokenizer into the folder"
+        ) from None
+
+
+def _require_weights(source: ModelSource) -> None:
+    folder = Path(source.name)
+    if source.gguf_file is None and folder.is_dir():
+        safe_shards(folder)
+
+
+def _file_fingerprint(source: ModelSource) -> str | None:
+    """A hash of the configuration and of each weight file's size, beginning and end; None for a hub name."""
+    folder = Path(source.name)
+    if not folder.is_dir():
+        return None
+    if source.gguf_file is not None:
+        files = [folder / source.gguf_file]
+    else:
+        files = [folder / "config.json", *sorted(folder.glob("*.safetensors"))]
+    digest = hashlib.sha256()
+    for path in files:
+        size = path.stat().st_size
+        digest.update(json.dumps([path.name, size]).encode())
+        with path.open("rb") as file:
+            digest.update(file.read(_FINGERPRINT_BYTES))
+            file.seek(max(0, size - _FINGERPRINT_BYTES))
+            digest.update(file.read(_FINGERPRINT_BYTES))
+    return digest.hexdigest()

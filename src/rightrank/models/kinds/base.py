@@ -1,0 +1,218 @@
+"""The seam of adapter kinds: what a kind must say so that its adapters train, are counted, truncated, inspected and saved.
+
+PEFT creates every adapter and saves it. A kind describes one way in which PEFT adapts a layer: as a live module while the
+adapter trains, and as a pair of tensors in `adapter_model.safetensors`. A kind is one file in this folder and one line in
+`rightrank.models.kinds.KINDS`; the first kind in that list that claims a module or a pair describes it.
+
+An implementer keeps three promises. `start` leaves the base's function unchanged, and an adapter of rank r begins with the
+first r rows of the draw of a larger one. `forward` gives the rows of an adapter what PEFT's forward pass gives them.
+`matrices` and `tensors` are inverse to each other, and the sum of squared differences of the matrices s·B·A is that of the
+weights' updates.
+
+Example: a kind whose adapters train alone through PEFT's own forward pass::
+
+    class Rotated(AdapterKind):
+        name = "linear"
+        label = "a rotated adapter"
+        why_alone = "its rotation mixes all inputs of a layer"
+
+        def adapts(self, module: Any) -> bool:
+            return type(module).__name__ == "RotatedLinear"
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+
+from rightrank.models.kinds.routing import Routing
+from rightrank.schema.errors import MultiLoraError
+from rightrank.schema.results import ModuleKind
+
+Forward = Callable[..., Any]
+CurrentRouting = Callable[[], Routing | None]
+Factors = tuple[Any, Any]  # B [rows, r] and A [r, columns], as torch or numpy arrays
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """The numbers that an adapter starts from, a function of the arm's seed and the module's name."""
+
+    seed: int
+    module: str
+    init: str  # `default` or `gaussian`
+
+    def rows(self, rank: int, width: int, *part: int) -> torch.Tensor:
+        """[rank, width] in float32, uniform in ±1/√width or normal with standard deviation 1/rank.
+
+        Rows are drawn one after the other, so a lower rank gets the first rows. `part` numbers the matrices of a module.
+        """
+        generator = self._generator(*part)
+        if self.init == "gaussian":
+            return torch.from_numpy(generator.standard_normal((rank, width)) / rank).float()
+        bound = 1 / math.sqrt(width)
+        return torch.from_numpy(generator.uniform(-bound, bound, (rank, width))).float()
+
+    def normal(self, rank: int, width: int) -> torch.Tensor:
+        """[rank, width] in float64, standard normal, a lower rank with the first rows."""
+        return torch.from_numpy(self._generator().standard_normal((rank, width)))
+
+    def _generator(self, *part: int) -> np.random.Generator:
+        digest = hashlib.sha256(self.module.encode()).digest()
+        return np.random.default_rng([self.seed, int.from_bytes(digest[:8], "big"), *part])
+
+
+@dataclass(frozen=True, slots=True)
+class StoredPair:
+    """The A and B of one module in an adapter's file, as `adapter_config.json` and the header describe them."""
+
+    module: str  # the module's name as PEFT writes it, without its prefix
+    embedding: bool  # whether the keys are lora_embedding_A and lora_embedding_B
+    a: tuple[int, ...]
+    b: tuple[int, ...]
+    config: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """The matrices ΔW [rows, columns] of a pair, each of `rank`."""
+
+    rank: int
+    rows: int
+    columns: int
+    names: tuple[str, ...]  # of the matrices in the base; several where one pair holds them, such as experts
+
+
+class AdapterKind(ABC):
+    """One way in which PEFT adapts a layer. The defaults are those of s·B·A with A and B as matrices."""
+
+    name: ClassVar[ModuleKind]  # in the records of `inspect` and `resize`
+    label: ClassVar[str]  # in messages, with its article: "a convolution"
+    why_alone: ClassVar[str | None] = None  # why no two adapters share a pass; None: they do
+    why_not_select: ClassVar[str | None] = None  # why `select`, which trains text models, does not train it
+    why_own_start: ClassVar[str | None] = None  # why it can't start from weights or data (`init` in a sweep)
+    why_not_truncated: ClassVar[str | None] = None  # why no adapter of a lower rank can be made of one
+    why_not_padded: ClassVar[str | None] = None  # why servers that want one rank can't load it with zeros appended
+
+    @abstractmethod
+    def adapts(self, module: Any) -> bool:
+        """Whether PEFT's layer `module` (a `LoraLayer`) carries adapters of this kind."""
+
+    def shapes(self, module: Any) -> list[tuple[str, int, int]]:
+        """`(name after the module's, rows, columns)` of each matrix ΔW; the name is empty for a single one."""
+        return [("", int(module.out_features), int(module.in_features))]
+
+    def parameters(self, rank: int, rows: int, columns: int) -> int:
+        """Trainable parameters of one matrix ΔW [rows, columns]."""
+        return rank * (rows + columns)
+
+    def start(self, module: Any, adapter: str, draw: Draw) -> None:
+        """Set the adapter's tensors to their first values."""
+        a = module.lora_A[adapter].weight
+        a.copy_(draw.rows(a.shape[0], a[0].numel()).view_as(a).to(a))
+        module.lora_B[adapter].weight.zero_()
+
+    def forward(self, module: Any, routing: CurrentRouting) -> Forward:
+        """The forward pass that replaces the module's own: each row with the tensors of its adapter.
+
+        By default PEFT's own, which computes one adapter at a time.
+        """
+        return alone_forward(module, routing, self.label)
+
+    def stores(self, pair: StoredPair) -> bool:
+        """Whether the pair is of this kind; by default no file is."""
+        return False
+
+    def address(self, pair: StoredPair) -> str:
+        """The name by which PEFT's `rank_pattern` and `alpha_pattern` address the pair."""
+        return pair.module
+
+    def layout(self, pair: StoredPair, rank: int) -> Layout | None:
+        """The matrices of a pair that `stores` accepts, of `rank` by the configuration; None where its shapes do not multiply."""
+        if pair.b[1] != pair.a[0] or math.prod(pair.b[2:]) != 1:
+            return None
+        return Layout(pair.a[0], pair.b[0], math.prod(pair.a[1:]), (self.address(pair),))
+
+    def matrices(self, a: torch.Tensor, b: torch.Tensor, rank: int) -> list[Factors]:
+        """`(B [rows, r], A [r, columns])` of each matrix, from a pair as it is stored."""
+        return [(b.reshape(b.shape[0], rank), a.reshape(rank, -1))]
+
+    def tensors(
+        self, factors: Sequence[Factors], a: torch.Tensor, b: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`(A, B)` to store for the matrices' factors, at their rank, in the layout of the old pair `a` and `b`."""
+        ((new_b, new_a),) = factors
+        rank = new_a.shape[0]
+        return new_a.reshape(rank, *a.shape[1:]), new_b.reshape(b.shape[0], rank, *b.shape[2:])
+
+
+def alone_forward(module: Any, routing: CurrentRouting, label: str) -> Forward:
+    """PEFT's own forward pass for the one adapter of a pass; without a routing, the base's."""
+    by_peft = module.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        current = routing()
+        if current is None:
+            return module.base_layer(*args, **kwargs)
+        if len(current.adapters) > 1:
+            raise MultiLoraError(f"{label} trains alone, through PEFT's own forward pass")
+        with _training(module, current.adapters[0], current.dropout_seeds[0]):
+            return by_peft(*args, **kwargs)
+
+    return forward
+
+
+def salt_of(name: str) -> int:
+    """A number that differs between layers, so that each draws its own dropout."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:6], "big")
+
+
+@contextmanager
+def _training(module: Any, adapter: str, seed: int | None) -> Iterator[None]:
+    """Within the block, PEFT's layer is in training mode, and its dropout draws from the seed and the layer; None: neither.
+
+    The layers inside keep their mode. Gradient checkpointing computes a layer again, and draws the same.
+    """
+    if seed is None:
+        yield
+        return
+    trained = [module]
+    if adapter in module.lora_dropout and isinstance(module.lora_dropout[adapter], torch.nn.Dropout):
+        trained.append(module.lora_dropout[adapter])
+    draws = len(trained) > 1
+    before = [part.training for part in trained]
+    with torch.random.fork_rng(enabled=draws):
+        if draws:
+            torch.manual_seed((seed * 0x9E3779B1 + module.rightrank_salt) % 2**63)
+        for part in trained:
+            part.training = True
+        try:
+            yield
+        finally:
+            for part, was in zip(trained, before, strict=True):
+                part.training = was
+
+
+class Other(AdapterKind):
+    """Any layer that no other kind claims."""
+
+    name = "linear"
+    label = "an adapter of a kind that rightrank does not know"
+    why_alone = "only PEFT's own forward pass computes it"
+    why_own_start = "what its tensors mean is unknown"
+    why_not_truncated = "what its tensors mean is unknown"
+    why_not_padded = "what its tensors mean is unknown"
+
+    def adapts(self, module: Any) -> bool:
+        return True
+
+    def start(self, module: Any, adapter: str, draw: Draw) -> None:
+        """PEFT's own start, made from the arm's seed."""

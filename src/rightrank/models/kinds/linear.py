@@ -1,0 +1,213 @@
+"""Linear layers: ΔW = s·B·A, and several adapters in one pass, y = x·W₀ᵀ + s·(x·Aᵀ)·Bᵀ with the A and B of each row's own arm.
+
+Each arm owns one contiguous part of a batch's rows. The base's product runs once over all rows. The adapters' products run in
+groups: neighbouring arms of equal rank and equally many rows form one batched product. Ranks are never padded, so an arm
+multiplies the same shapes as it does alone, and no row is multiplied by another arm's tensors, so a NaN stays in its arm.
+
+Example. Arm `a` has rank 2 and 5 tokens, arm `b` has rank 4 and 3 tokens. They share a layer of 16 inputs and 8 outputs;
+their examples are packed into one row::
+
+    x                    [1, 8, 16]     rows 0…4 are a's, rows 5…7 are b's
+    x·W₀ᵀ                [8, 8]         one product for both arms
+    group a: x[0:5]      [1, 5, 16]     A [1, 2, 16] → middle [1, 5, 2]     B [1, 8, 2] → added to y[0:5]
+    group b: x[5:8]      [1, 3, 16]     A [1, 4, 16] → middle [1, 3, 4]     B [1, 8, 4] → added to y[5:8]
+
+With rank 2 and 5 tokens for both arms, x has 10 rows and there is one group: x [2, 5, 16], A [2, 2, 16], B [2, 8, 2].
+
+Adapter tensors are float32 and are cast to the dtype of the activations for the products. Punica's SGMV kernel (Chen et
+al. 2023) groups rows by adapter in the same way, for inference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from rightrank.models.kinds.base import AdapterKind, CurrentRouting, Forward, StoredPair
+from rightrank.models.kinds.routing import Part, Routing
+
+
+class Linear(AdapterKind):
+    """A `torch.nn.Linear`, transformers' `Conv1D`, or a quantised linear layer."""
+
+    name = "linear"
+    label = "a linear layer"
+
+    def adapts(self, module: Any) -> bool:
+        plain = not module.lora_variant and not any(module.lora_bias.values())
+        tables = [*module.lora_A.values()]
+        return plain and bool(tables) and all(isinstance(a, torch.nn.Linear) for a in tables) and _is_matrix(module)
+
+    def forward(self, module: Any, routing: CurrentRouting) -> Forward:
+        def forward(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+            base, current = module.base_layer, routing()
+            if current is None:
+                plain: torch.Tensor = base(x, *args, **kwargs)
+                return plain
+            groups, names = _groups(module, current, x.shape[:-1].numel(), module.lora_A)
+            tensors = [module.lora_A[name].weight for name in names] + [module.lora_B[name].weight for name in names]
+            apply: Any = _LoraLinear.apply  # untyped in torch
+            # A plain frozen linear layer runs in one operation with its adapters; any other keeps its own forward pass.
+            frozen = type(base) is torch.nn.Linear and not any(p.requires_grad for p in base.parameters())
+            if frozen and base.weight.dtype == x.dtype:
+                y: torch.Tensor = apply(x, base.weight, base.bias, module.out_features, groups, *tensors)
+                return y
+            result: torch.Tensor = base(x, *args, **kwargs)
+            if groups:
+                result = result + apply(x, None, None, module.out_features, groups, *tensors).to(result.dtype)
+            return result
+
+        return forward
+
+    def stores(self, pair: StoredPair) -> bool:
+        return not pair.embedding and len(pair.a) == 2
+
+
+def _is_matrix(module: Any) -> bool:
+    """Whether A maps the layer's inputs and B its outputs, as PEFT has it for every linear layer and no other."""
+    if type(module).__name__ in ("ParamWrapper", "MultiheadAttention"):
+        return False
+    a, b = next(iter(module.lora_A.values())), next(iter(module.lora_B.values()))
+    return (int(a.in_features), int(b.out_features)) == (int(module.in_features), int(module.out_features))
+
+
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """Neighbouring parts of equal rank and equally many rows: g arms in one batched product."""
+
+    begin: int
+    end: int
+    parts: tuple[Part, ...]
+    scales: tuple[float, ...]
+    dropout: float
+    salt: int  # differs between layers, so that each draws its own dropout
+
+    def mask(self, width: int, like: torch.Tensor) -> torch.Tensor | None:
+        """[g, rows, width] of 0 and 1/(1-p); None without dropout.
+
+        The mask is a function of the arm's seed and the layer, so gradient checkpointing draws the same one again.
+        """
+        if self.dropout == 0 or self.parts[0].dropout_seed is None:
+            return None
+        drawn = [self._draw(part, width) for part in self.parts]
+        return torch.stack(drawn).to(like)
+
+    def _draw(self, part: Part, width: int) -> torch.Tensor:
+        assert part.dropout_seed is not None
+        generator = torch.Generator().manual_seed((part.dropout_seed * 0x9E3779B1 + self.salt) % 2**63)
+        kept = torch.rand((part.alone_rows, width), generator=generator) >= self.dropout
+        chosen = kept if part.alone_index is None else kept[part.alone_index.cpu()]
+        return chosen / (1 - self.dropout)
+
+
+def _groups(module: Any, routing: Routing, rows: int, table: Any) -> tuple[list[_Group], list[str]]:
+    """The groups of the arms that adapt `module`, which have an A in `table`, and their adapters in order."""
+    runs: list[list[tuple[Part, int]]] = []
+    keys: list[tuple[Any, ...]] = []
+    begin = 0
+    for part in routing.parts(rows):
+        if part.adapter in table and part.rows:
+            dropout = module.lora_dropout[part.adapter]
+            rate = float(dropout.p) if isinstance(dropout, torch.nn.Dropout) and part.dropout_seed is not None else 0.0
+            key = (module.r[part.adapter], part.rows, rate)
+            if runs and keys[-1] == key and runs[-1][-1][1] + part.rows == begin:
+                runs[-1].append((part, begin))
+            else:
+                runs.append([(part, begin)])
+                keys.append(key)
+        begin += part.rows
+    groups = [
+        _Group(
+            run[0][1],
+            run[-1][1] + run[-1][0].rows,
+            tuple(part for part, _ in run),
+            tuple(float(module.scaling[part.adapter]) for part, _ in run),
+            key[2],
+            module.rightrank_salt,
+        )
+        for run, key in zip(runs, keys, strict=True)
+    ]
+    return groups, [part.adapter for run in runs for part, _ in run]
+
+
+class _LoraLinear(torch.autograd.Function):
+    """`x·Wᵀ + bias` (zero if W is None) plus the output of every group's adapters, added in place."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor | None,
+        bias: torch.Tensor | None,
+        out_features: int,
+        groups: list[_Group],
+        *adapters: torch.Tensor,  # the A of every arm in the order of the groups, then the B
+    ) -> torch.Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        y = rows.new_zeros(rows.shape[0], out_features) if weight is None else F.linear(rows, weight, bias)
+        middles: list[torch.Tensor] = []
+        for group, (a, b) in zip(groups, _stacked(groups, adapters, x.dtype), strict=True):
+            inputs = _view(rows, group)
+            mask = group.mask(x.shape[-1], x)
+            middle = torch.bmm(inputs if mask is None else inputs * mask, a.mT) * _scale(group, x)
+            _view(y, group).baddbmm_(middle, b.mT)
+            middles.append(middle)
+        ctx.groups, ctx.shape, ctx.count = groups, x.shape, len(adapters)
+        ctx.save_for_backward(x, weight, *middles, *adapters)
+        return y.view(*x.shape[:-1], out_features)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[Any, ...]:
+        x, weight, *rest = ctx.saved_tensors
+        groups: list[_Group] = ctx.groups
+        middles, adapters = rest[: len(groups)], rest[len(groups) :]
+        rows = x.reshape(-1, x.shape[-1])
+        dy = gradients[0].reshape(-1, gradients[0].shape[-1])
+        dx: torch.Tensor | None = None
+        if ctx.needs_input_grad[0]:
+            dx = torch.zeros_like(rows) if weight is None else dy @ weight
+        das: list[torch.Tensor] = []
+        dbs: list[torch.Tensor] = []
+        for group, middle, (a, b) in zip(groups, middles, _stacked(groups, adapters, x.dtype), strict=True):
+            mask = group.mask(x.shape[-1], x)
+            inputs = _view(rows, group)
+            outputs = _view(dy, group)
+            dmiddle = torch.bmm(outputs, b) * _scale(group, x)
+            dbs.extend(torch.bmm(outputs.mT, middle).float())
+            das.extend(torch.bmm(dmiddle.mT, inputs if mask is None else inputs * mask).float())
+            if dx is not None and mask is None:
+                _view(dx, group).baddbmm_(dmiddle, a)
+            elif dx is not None and mask is not None:
+                _view(dx, group).add_(torch.bmm(dmiddle, a) * mask)
+        return (None if dx is None else dx.view(ctx.shape), None, None, None, None, *das, *dbs)
+
+
+def _stacked(
+    groups: Sequence[_Group], adapters: Sequence[torch.Tensor], dtype: torch.dtype
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yield `(A [g, r, in], B [g, out, r])` of each group, in `dtype`."""
+    count = len(adapters) // 2
+    begin = 0
+    for group in groups:
+        end = begin + len(group.parts)
+        yield _stack(adapters[begin:end]).to(dtype), _stack(adapters[count + begin : count + end]).to(dtype)
+        begin = end
+
+
+def _stack(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    return tensors[0].detach()[None] if len(tensors) == 1 else torch.stack([tensor.detach() for tensor in tensors])
+
+
+def _view(rows: torch.Tensor, group: _Group) -> torch.Tensor:
+    """The group's rows as a view [g, rows per arm, features]."""
+    return rows[group.begin : group.end].view(len(group.parts), -1, rows.shape[-1])
+
+
+def _scale(group: _Group, like: torch.Tensor) -> torch.Tensor | float:
+    if len(set(group.scales)) == 1:
+        return group.scales[0]
+    return torch.tensor(group.scales, dtype=like.dtype, device=like.device)[:, None, None]

@@ -1,0 +1,254 @@
+"""LoRA factors at another rank: truncation by singular values or by K-FAC, or padding that keeps the product.
+
+With s the scale of an update s·B·A and s' the scale at the new rank, s'·B'·A' is the best approximation of s·B·A of that
+rank (Eckart and Young 1936): its error ‖s·B·A − s'·B'·A'‖_F is the root of the sum of the squared singular values that
+are dropped. With B = Q_B R_B and Aᵀ = Q_A R_A, only the r × r core R_B R_Aᵀ is decomposed. With the moments of a module,
+s'·B'·A' is nearest in the K-FAC metric instead (`maths.truncation`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, TypeAlias
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+
+from rightrank.models.adapter_files import WEIGHTS_FILE, open_adapter
+from rightrank.schema.arrays import Floats
+
+Weighting: TypeAlias = Literal["none", "inputs", "both"]
+
+DAMPING = 0.01  # share of the identity in each metric: directions that few tokens have shown keep some weight
+INVISIBLE = 1e-12  # of the largest eigenvalue: below it a direction changes nothing
+
+
+@dataclass(frozen=True, slots=True)
+class Moments:
+    """Second moments of a module in the coordinates of its adapter."""
+
+    inputs: Floats  # [r, r], E[h·hᵀ] over the positions that carry a gradient
+    gradients: Floats  # [r, r], Σ δ·δᵀ over positions, per label of the batches
+
+
+@dataclass(frozen=True, slots=True)
+class Components:
+    """B·A as a sum of rank-one parts in falling order of what leaving them out costs; the first n are the best n."""
+
+    b: Floats  # [d, q]
+    a: Floats  # [q, k]
+    costs: Floats  # [q], the K-FAC estimate of the loss, nats a label; ½·σ² of ΔW without moments
+
+    def leading(self, rank: int) -> tuple[Floats, Floats]:
+        """`(B' [d, n], A' [n, k])` with n = min(rank, q)."""
+        return self.b[:, :rank], self.a[:rank]
+
+
+def components(
+    b: Floats,
+    a: Floats,
+    scale: float,
+    moments: Moments | None = None,
+    weighting: Weighting = "both",
+    damping: float = DAMPING,
+) -> Components:
+    """The parts of B·A.
+
+    Args:
+        b: [d, r].
+        a: [r, k].
+        scale: s, which multiplies B·A in the module.
+        moments: What was gathered of the module; None for the plain SVD.
+        weighting: "both" is K-FAC, "inputs" weighs by the inputs alone, "none" is the plain SVD.
+        damping: Share of the plain metric that is mixed into each gathered one.
+    """
+    left, right = scale**2 * (b.T @ b), a @ a.T
+    if moments is not None and weighting != "none":
+        right = damped(moments.inputs, right, damping)
+        if weighting == "both":
+            left = damped(moments.gradients, left, damping)
+    root, inverse = _roots(left)
+    u, sigma, _ = np.linalg.svd(root.T @ _roots(right)[0], full_matrices=False)
+    # M = Σ uᵢ·uᵢᵀ in the coordinates of `root`: B' = B·L⁻ᵀ·U and A' = Uᵀ·Lᵀ·A.
+    return Components(b @ (inverse @ u), (u.T @ root.T) @ a, 0.5 * sigma**2)
+
+
+def damped(moment: Floats, plain: Floats, damping: float) -> Floats:
+    """`moment` with a share of the plain metric, scaled to the same trace; `plain` alone where the moment is zero."""
+    trace, whole = float(np.trace(moment)), float(np.trace(plain))
+    if trace <= 0 or whole <= 0:
+        return plain
+    return moment + damping * trace / whole * plain
+
+
+def _roots(matrix: Floats) -> tuple[Floats, Floats]:
+    """`(L, L⁻ᵀ)` with L·Lᵀ = matrix [r, r], symmetric and positive; invisible directions are left out of both."""
+    values, vectors = np.linalg.eigh((matrix + matrix.T) / 2)
+    seen = values > INVISIBLE * max(float(values[-1]), 0.0)
+    roots = np.sqrt(np.where(seen, values, 0.0))
+    return vectors * roots, vectors * np.where(seen, 1 / np.where(seen, roots, 1.0), 0.0)
+
+
+def shared_ranks(spectra: Sequence[Floats], costs: Sequence[int], rank: int, max_rank: int) -> list[int]:
+    """Ranks of 1 to `max_rank` that keep the most for the parameters of a uniform `rank`: one threshold for all modules.
+
+    Args:
+        spectra: For each module, what each part is worth, in falling order.
+        costs: For each module, the parameters of one rank, d + k.
+        rank: The uniform rank that sets the budget, rank·Σcosts.
+        max_rank: The largest rank that a module may get.
+
+    Returns:
+        A rank for each module. Where `max_rank` equals `rank`, every module gets `rank` (or all that it has).
+    """
+    limits = [min(max_rank, len(spectrum)) for spectrum in spectra]
+    ranks = [min(1, limit) for limit in limits]
+    left = rank * sum(costs) - sum(one * cost for one, cost in zip(ranks, costs, strict=True))
+    offers = sorted(
+        (-float(value) / cost, module, position)
+        for module, (spectrum, cost, limit) in enumerate(zip(spectra, costs, limits, strict=True))
+        for position, value in enumerate(spectrum[:limit])
+        if position >= ranks[module]
+    )
+    for _, module, position in offers:
+        if costs[module] <= left and position == ranks[module]:
+            ranks[module] += 1
+            left -= costs[module]
+    return ranks
+
+
+Factors = tuple[torch.Tensor, torch.Tensor]
+
+MOMENTS_FILE = "moments.safetensors"  # beside the weights of the adapter that they belong to
+ZERO_SHARE = 1e-12  # of the largest singular value; a direction below it is rounding, and its column of B is zero
+
+
+def truncated_tensors(
+    folder: Path,
+    ranks: Mapping[str, int],
+    scale: Callable[[int], float],
+    new_scale: Callable[[str, int], float],
+    moments: Mapping[str, Moments],
+) -> dict[str, torch.Tensor]:
+    """The tensors of the adapter in `folder`, in PEFT's names, every A and B truncated; all others as saved.
+
+    Args:
+        ranks: the rank of each module, by its address in PEFT's patterns.
+        scale: PEFT's scale s of the saved adapter by rank.
+        new_scale: PEFT's scale s' of the truncated adapter by address and rank.
+        moments: by module name; modules that have them are truncated by K-FAC, the others by singular values.
+    """
+    tensors = load_file(folder / WEIGHTS_FILE)
+    for first, *others in open_adapter(folder).pairs:
+        b, a, rank = tensors[first.b_key], tensors[first.a_key], ranks[first.address]
+        before = scale(first.rank)
+        ratio = before / new_scale(first.address, rank)
+        factors = [
+            resized_factors(*matrix, rank, ratio, moments.get(module.name), before)
+            for module, matrix in zip(
+                (first, *others), first.how.matrices(a.float(), b.float(), first.rank), strict=True
+            )
+        ]
+        new_a, new_b = first.how.tensors(factors, a, b)
+        if first.bias_key is not None:  # PEFT scales it as it scales B
+            tensors[first.bias_key] = tensors[first.bias_key] * ratio
+        tensors[first.b_key], tensors[first.a_key] = new_b.to(b.dtype).contiguous(), new_a.to(a.dtype).contiguous()
+    return tensors
+
+
+def module_ranks(
+    folder: Path,
+    rank_of: Callable[[str], int],
+    max_rank: int,
+    scale: Callable[[int], float],
+    moments: Mapping[str, Moments],
+) -> dict[str, int]:
+    """The rank of each module, by its address, of a truncation that holds at most the parameters of the uniform `rank_of`.
+
+    One threshold on the K-FAC cost per parameter shares the parameters out over the modules, up to `max_rank` in each.
+    Where a module has no moments, or the adapter is no larger than its uniform rank, every module gets that rank.
+    """
+    adapter = open_adapter(folder)
+    uniform = {module.address: rank_of(module.address) for module in adapter.modules}
+    rank = max(uniform.values())
+    keeps = any(module.name not in moments or module.rank <= rank for module in adapter.modules)
+    if max_rank == rank or keeps or len(set(uniform.values())) > 1:
+        return uniform
+    worth = [
+        components(*adapter.factors(module), scale(module.rank), moments[module.name]).costs
+        for module in adapter.modules
+    ]
+    parameters = [module.parameters // module.rank for module in adapter.modules]
+    return dict(zip(uniform, shared_ranks(worth, parameters, rank, max_rank), strict=True))
+
+
+def save_moments(path: Path, moments: Mapping[str, Moments]) -> None:
+    """Write moments by module name to a safetensors file, in float32."""
+    tensors = {f"{name}.inputs": torch.from_numpy(one.inputs).float() for name, one in moments.items()}
+    tensors |= {f"{name}.gradients": torch.from_numpy(one.gradients).float() for name, one in moments.items()}
+    save_file(tensors, path)
+
+
+def load_moments(path: Path) -> dict[str, Moments]:
+    """The moments of `save_moments`; none where there is no such file."""
+    if not path.exists():
+        return {}
+    tensors = {key: value.double().numpy() for key, value in load_file(path).items()}
+    names = sorted({key.rpartition(".")[0] for key in tensors})
+    return {name: Moments(tensors[f"{name}.inputs"], tensors[f"{name}.gradients"]) for name in names}
+
+
+def resized_factors(
+    b: torch.Tensor,
+    a: torch.Tensor,
+    rank: int,
+    scale_ratio: float,
+    moments: Moments | None = None,
+    scale: float = 1.0,
+) -> Factors:
+    """`(B' [d, rank], A' [rank, k])`, truncated or padded, with B'·A' ≈ scale_ratio · B·A; scale_ratio is s/s'.
+
+    At a higher rank the product is exact. An untrained pair (B or A zero) keeps its leading part unchanged, so that
+    training can start from it. Computed in the type of `b` [d, r] and `a` [r, k].
+
+    Args:
+        scale_ratio: s/s'.
+        moments: Of the module, for the K-FAC metric; None for the Frobenius norm.
+        scale: s, with which the moments were gathered.
+    """
+    if rank > b.shape[1]:
+        return _padded(b * scale_ratio, a, rank)
+    if not b.any() or not a.any():
+        return b[:, :rank] * scale_ratio, a[:rank]
+    if moments is not None and rank < b.shape[1]:
+        parts = components(b.double().numpy(), a.double().numpy(), scale, moments)
+        b, a = (torch.from_numpy(part).to(a) for part in parts.leading(rank))
+    q_b, r_b = torch.linalg.qr(b)
+    q_a, r_a = torch.linalg.qr(a.T)
+    u, s, vt = torch.linalg.svd(scale_ratio * r_b @ r_a.T, full_matrices=False)
+    core_b, core_a = balanced_factors(u, s, vt, rank)
+    return _padded(q_b @ core_b, core_a @ q_a.T, rank)
+
+
+def balanced_factors(u: torch.Tensor, s: torch.Tensor, vt: torch.Tensor, rank: int) -> Factors:
+    """The leading `rank` triplets of an SVD (fewer where it has fewer), the root of each singular value on either side.
+
+    A direction without energy has a zero column of B and keeps a row of A, so that further training can use it.
+    """
+    s = s[:rank]
+    root = s.sqrt()
+    alive = s > ZERO_SHARE * s[:1]
+    return u[:, :rank] * torch.where(alive, root, 0), torch.where(alive, root, root[:1])[:, None] * vt[:rank]
+
+
+def _padded(b: torch.Tensor, a: torch.Tensor, rank: int) -> Factors:
+    """Zero columns of B against rows of A as PEFT draws them, uniform in ±1/√k: the product does not change."""
+    missing, width = rank - b.shape[1], a.shape[1]
+    if missing == 0:
+        return b, a
+    rows = np.random.default_rng([rank, width]).uniform(-1, 1, (missing, width)) / math.sqrt(width)
+    return torch.cat([b, b.new_zeros((b.shape[0], missing))], 1), torch.cat([a, torch.from_numpy(rows).to(a)])

@@ -1,0 +1,164 @@
+"""The weights of a model folder in safetensors, read one tensor at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from rightrank.data.files import UnreadableError, hub_errors, kind_of, parse_yaml, read_json_object, read_text
+from rightrank.models.lora_files import read_header
+from rightrank.schema.errors import ModelError
+
+INDEX_FILE = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True, slots=True)
+class WeightFolder:
+    """Names, files and shapes of the tensors; a tensor is read on access."""
+
+    path: Path
+    files: Mapping[str, Path]
+    shapes: Mapping[str, tuple[int, ...]]
+
+    def tensor(self, name: str) -> torch.Tensor:
+        # Closing the file releases its mapped pages, so that memory holds one tensor at a time.
+        with safe_open(self.files[name], framework="pt") as file:
+            tensor: torch.Tensor = file.get_tensor(name)
+            return tensor
+
+    def weight_of(self, module: str) -> str | None:
+        """The name of a module's weight, also if the model was saved without the prefix of its head."""
+        parts = module.split(".")
+        candidates = (f"{'.'.join(parts[start:])}.weight" for start in range(min(2, len(parts))))
+        return next((name for name in candidates if name in self.files), None)
+
+
+def open_weights(path: Path) -> WeightFolder:
+    """Read the headers of a model folder's tensors.
+
+    Raises:
+        ModelError: no such folder, no safetensors, pickled weights, or a shard that is missing or damaged.
+    """
+    if kind_of(path) != "folder":
+        raise ModelError(f"{path}: no such folder; give a model folder that save_pretrained wrote")
+    files: dict[str, Path] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for shard in safe_shards(path):
+        found, _ = read_header(shard)
+        files |= dict.fromkeys(found, shard)
+        shapes |= found
+    return WeightFolder(path, files, shapes)
+
+
+def safe_shards(path: Path) -> list[Path]:
+    """The safetensors files of a model folder: those in its index if it has one, else all.
+
+    Raises:
+        ModelError: no safetensors, a damaged index, an index with files outside the folder, or a missing shard.
+    """
+    index = path / INDEX_FILE
+    if index.exists():
+        names = _shard_names(index)
+        missing = [name for name in names if kind_of(path / name) != "file"]
+        if missing:
+            raise ModelError(f"{path}: shard {missing[0]} is missing ({len(missing)} of {len(names)}); copy it too")
+        return [path / name for name in names]
+    found = sorted(file for file in path.glob("*.safetensors") if file.name != "adapter_model.safetensors")
+    if found:
+        return found
+    if next(path.glob("*.bin"), None) is not None:
+        raise ModelError(
+            f"{path}: only pickled weights (*.bin), which can run code when read; save the model again with save_pretrained(safe_serialization=True)"
+        )
+    raise ModelError(f"{path}: no weights (*.safetensors) in the folder; give a folder that save_pretrained wrote")
+
+
+def _shard_names(index: Path) -> list[str]:
+    """The shards in an index, all of which must be safetensors files in the folder."""
+    try:
+        names = read_json_object(index)["weight_map"].values()
+    except (UnreadableError, KeyError, AttributeError):
+        raise ModelError(f"{index}: not a shard index; save the model again") from None
+    for name in names:
+        if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
+            raise ModelError(f"{index}: names the shard {name!r}; shards are *.safetensors files of the folder itself")
+    return sorted(set(names))
+
+
+CARD = "README.md"
+HUB_SECONDS = 5.0
+MAX_FRONT_MATTER = 100 * 2**10  # characters of a model card's YAML header
+MAX_CARD_BYTES = 2**20
+GGUF_FIELDS = {"general.license": "identifier", "general.license.name": "name", "general.license.link": "link"}
+
+
+@dataclass(frozen=True, slots=True)
+class Licence:
+    """The fields `license`, and for a custom licence `license_name` and `license_link`, of a model card."""
+
+    identifier: str
+    name: str | None = None
+    link: str | None = None
+
+
+def licence_of(model: object) -> Licence | None:
+    """The licence stated by a model folder's card, a GGUF file's header or the hub; None if none is found.
+
+    The hub is asked only for a model that is not a local file. A hub that can't be reached is not an error.
+    """
+    if not isinstance(model, str):
+        return None
+    path = Path(model)
+    if path.suffix.lower() == ".gguf" and path.is_file():
+        return _of_gguf(path)
+    if not path.exists():
+        return _of_hub(model)
+    card = path / CARD
+    try:
+        return _of_card(read_text(card, MAX_CARD_BYTES))
+    except UnreadableError:
+        return None
+
+
+def _of_hub(repository: str) -> Licence | None:
+    from huggingface_hub import HfApi
+
+    try:
+        card = HfApi().model_info(repository, timeout=HUB_SECONDS).card_data
+    except hub_errors():
+        return None
+    return None if card is None else _licence(card.get("license"), card.get("license_name"), card.get("license_link"))
+
+
+def _of_card(text: str) -> Licence | None:
+    parts = text.split("---", 2)
+    if len(parts) < 3 or parts[0].strip() or len(parts[1]) > MAX_FRONT_MATTER:
+        return None
+    try:
+        values = parse_yaml(parts[1])
+    except UnreadableError:
+        return None
+    if not isinstance(values, dict):
+        return None
+    return _licence(values.get("license"), values.get("license_name"), values.get("license_link"))
+
+
+def _of_gguf(path: Path) -> Licence | None:
+    from gguf import GGUFReader
+
+    fields: Any = GGUFReader(path).fields
+    values = {name: str(fields[key].contents()) for key, name in GGUF_FIELDS.items() if key in fields}
+    return _licence(values.get("identifier"), values.get("name"), values.get("link"))
+
+
+def _licence(identifier: object, name: object, link: object) -> Licence | None:
+    if isinstance(identifier, list):
+        identifier = next(iter(identifier), None)
+    if not isinstance(identifier, str) or not identifier.strip():
+        return None
+    return Licence(identifier, *(value if isinstance(value, str) else None for value in (name, link)))

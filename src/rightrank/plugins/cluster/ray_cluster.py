@@ -1,0 +1,256 @@
+"""Workers as actors of a Ray cluster (extra `rightrank[ray]`).
+
+An actor holds one base and trains one task at a time. Its messages are a stream of JSON lines, so Ray carries short
+texts only; adapters and checkpoints go through the shared folder or the store.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import socket
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from rightrank.plugins.cluster.pool import WORKER_MESSAGE, Command, Stop, Task, WorkerLost, WorkerMessage, WorkerSetup
+from rightrank.plugins.cluster.processes import Rendezvous
+from rightrank.plugins.cluster.worker import Service
+from rightrank.schema.errors import InputError, MissingExtraError, RunError
+
+CONNECT_SECONDS = 10.0
+SPARE = 0.05  # of a GPU's memory, kept free for the kernels of its workers
+
+
+class RayWorker:
+    """The actor. `messages` is one stream that lasts as long as the actor."""
+
+    def __init__(self) -> None:
+        self._sent: queue.SimpleQueue[str] = queue.SimpleQueue()
+        self._service = self.make_service(lambda message: self._sent.put(message.model_dump_json()))
+        threading.Thread(target=self._service.run, daemon=True).start()
+
+    def make_service(self, send: Callable[[WorkerMessage], None]) -> Service:
+        return Service(send)
+
+    def receive(self, line: str) -> None:
+        self._service.receive(line)
+
+    def messages(self) -> Iterator[str]:
+        while True:
+            lines = [self._sent.get()]
+            while not self._sent.empty():
+                lines.append(self._sent.get())
+            yield "\n".join(lines)
+
+
+class RayCrew:
+    """Actors with the resources that the plan says a worker needs. Actors without room wait, which triggers autoscaling."""
+
+    def __init__(
+        self,
+        setup: WorkerSetup,
+        address: str | None,
+        bytes_planned: int | None,
+        on_cuda: bool,
+        actor: type = RayWorker,
+        size: int = 1,
+    ) -> None:
+        self._joined_before = _is_joined()
+        self._ray = connected(address)
+        self._setup = setup
+        self._resources = resources(bytes_planned, on_cuda)
+        self._require_room()
+        self._actor = self._ray.remote(actor)
+        self._size = size  # actors per worker, each with its own device
+        self._rendezvous = Rendezvous(self._ray.util.get_node_ip_address(), size, on_cuda) if size > 1 else None
+        self._actors: dict[str, list[Any]] = {}  # the first sends messages
+        self._places: dict[str, Any] = {}  # placement groups of workers with several actors
+        self._streams: dict[Any, tuple[str, int]] = {}  # an actor's messages → its worker and number
+
+    def room(self) -> int:
+        """How many workers the present nodes have room for, at least 1."""
+        nodes = [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
+        return max(1, sum(_fit(node, self._resources) for node in nodes) // self._size)
+
+    def start(self, worker: str) -> None:
+        wanted = self._resources
+        options = self._actor.options(
+            num_cpus=wanted["CPU"],
+            num_gpus=wanted.get("GPU", 0),
+            memory=wanted.get("memory"),
+            max_concurrency=4,  # it receives commands while it sends messages
+            max_restarts=0,  # the pool starts a new one
+            runtime_env={"env_vars": _environment()},
+            **self._place(worker),
+        )
+        actors = self._actors[worker] = [options.remote() for _ in range(self._size)]
+        setups = [self._setup] if self._rendezvous is None else self._rendezvous.setups(self._setup, worker)
+        for number, (actor, its_setup) in enumerate(zip(actors, setups, strict=True)):
+            self._streams[actor.messages.options(num_returns="streaming").remote()] = (worker, number)
+            actor.receive.remote(its_setup.model_dump_json())
+
+    def _place(self, worker: str) -> dict[str, Any]:
+        """The placement group of a worker with several actors: either all of them get room or none does."""
+        if self._size == 1:
+            return {}
+        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+        group = self._ray.util.placement_group([self._resources] * self._size, strategy="PACK")
+        self._places[worker] = group
+        return {"scheduling_strategy": PlacementGroupSchedulingStrategy(group)}
+
+    def assign(self, worker: str, task: Task) -> None:
+        self._send(worker, task)
+
+    def request_stop(self, worker: str) -> None:
+        self._send(worker, Stop())
+
+    def end(self, worker: str) -> None:
+        self._streams = {stream: whose for stream, whose in self._streams.items() if whose[0] != worker}
+        for actor in self._actors.pop(worker, []):
+            self._ray.kill(actor, no_restart=True)
+        if (group := self._places.pop(worker, None)) is not None:
+            self._ray.util.remove_placement_group(group)
+
+    def messages(self, seconds: float) -> list[tuple[str, WorkerMessage | WorkerLost]]:
+        if not self._streams:
+            threading.Event().wait(seconds)
+            return []
+        ready, _ = self._ray.wait(list(self._streams), num_returns=1, timeout=seconds)
+        if ready:  # take all that has arrived, not only the first
+            ready, _ = self._ray.wait(list(self._streams), num_returns=len(self._streams), timeout=0)
+        found: list[tuple[str, WorkerMessage | WorkerLost]] = []
+        for stream in ready:
+            if stream not in self._streams:
+                continue  # of a worker that was lost in this loop
+            worker, number = self._streams[stream]
+            try:
+                lines = self._ray.get(next(stream))
+            except (self._ray.exceptions.RayError, StopIteration) as error:
+                self.end(worker)  # its other actors
+                found.append((worker, WorkerLost(_reason(error))))
+            else:
+                found.extend((worker, WORKER_MESSAGE.validate_json(line)) for line in lines.split("\n") if number == 0)
+        return found
+
+    def close(self) -> None:
+        for worker in list(self._actors):
+            self.end(worker)
+        if not self._joined_before:
+            self._ray.shutdown()
+
+    def _send(self, worker: str, command: Command) -> None:
+        for actor in self._actors[worker]:
+            actor.receive.remote(command.model_dump_json())
+
+    def _require_room(self) -> None:
+        nodes = [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
+        if any(_fit(node, self._resources) for node in nodes):
+            return
+        wanted = ", ".join(_amount(name, amount) for name, amount in self._resources.items())
+        raise InputError(
+            f"no node of the Ray cluster has room for a worker ({wanted}); give smaller ranks, batch_size or seq_len, or larger nodes"
+        )
+
+
+def _is_joined() -> bool:
+    """Whether the caller already has a Ray session, which is then left open."""
+    ray = sys.modules.get("ray")
+    return ray is not None and bool(ray.is_initialized())
+
+
+def connected(address: str | None) -> Any:
+    """The `ray` module, connected to a cluster.
+
+    Raises:
+        MissingExtraError: Ray is not installed.
+        InputError: an address that is not HOST:PORT.
+        RunError: no cluster answers at the address, or one of another Ray version.
+    """
+    try:
+        import ray
+    except ImportError:
+        raise MissingExtraError("executor 'ray' needs the package ray: pip install 'rightrank[ray]'") from None
+    if ray.is_initialized():
+        return ray
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # as Ray recommends; otherwise it warns
+    if address is not None:
+        _require_answer(address)
+    try:
+        if address is None:
+            _join_or_start(ray)
+        else:
+            ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
+    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+        where = "on this machine" if address is None else f"at {address}"
+        raise RunError(f"can't join the Ray cluster {where}: {' '.join(str(error).split())}") from None
+    return ray
+
+
+def _join_or_start(ray: Any) -> None:
+    """Join the cluster on this machine, or start one that no other machine can reach."""
+    try:
+        ray.init(address="auto", logging_level=logging.ERROR, log_to_driver=False)
+    except ConnectionError:
+        ray.init(
+            logging_level=logging.ERROR, log_to_driver=False, include_dashboard=False, _node_ip_address="127.0.0.1"
+        )
+
+
+def _require_answer(address: str) -> None:
+    """Fail early: Ray itself waits long for a head that does not answer."""
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if address == "auto":
+        return
+    if not colon or not port.isdigit():
+        raise InputError(f"ray_address: got {address!r}; give HOST:PORT of the cluster's head, such as 10.0.0.5:6379")
+    try:
+        socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS).close()
+    except OSError as error:
+        raise RunError(
+            f"no Ray cluster answers at {address} within {CONNECT_SECONDS:g} s ({error.strerror or error}); "
+            "start one with `ray start --head`, or give another ray_address"
+        ) from None
+
+
+def resources(bytes_planned: int | None, on_cuda: bool) -> dict[str, float]:
+    """What Ray reserves for a worker: one core, and a share of a GPU or memory by the plan."""
+    if on_cuda:
+        return {"CPU": 1.0, "GPU": gpu_share(bytes_planned)}
+    return {"CPU": 1.0} if bytes_planned is None else {"CPU": 1.0, "memory": float(bytes_planned)}
+
+
+def gpu_share(bytes_planned: int | None) -> float:
+    """The share of a GPU like the driver's that a worker needs; 1.0 where it is unknown or above a half."""
+    import torch
+
+    if bytes_planned is None or not torch.cuda.is_available():
+        return 1.0
+    return share_of(bytes_planned, torch.cuda.get_device_properties(0).total_memory)
+
+
+def share_of(needed: int, memory: int) -> float:
+    """The fraction 1/n that holds `needed` bytes, so that n workers share a GPU; 1.0 where two don't fit."""
+    return 1.0 / max(1, int(memory * (1 - SPARE) // needed))
+
+
+def _fit(node: dict[str, float], wanted: dict[str, float]) -> int:
+    return int(min(node.get(name, 0.0) / amount + 1e-9 for name, amount in wanted.items()))
+
+
+def _environment() -> dict[str, str]:
+    """The environment variables that workers inherit from this process."""
+    names = ("PYTHONPATH", "OMP_NUM_THREADS", "HF_HUB_OFFLINE", "TOKENIZERS_PARALLELISM")
+    return {name: os.environ[name] for name in names if name in os.environ}
+
+
+def _reason(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+def _amount(name: str, amount: float) -> str:
+    return f"{amount / 2**30:.2f} GiB of memory" if name == "memory" else f"{amount:g} {name}"

@@ -1,0 +1,257 @@
+"""A worker process: it loads its own base, prepares the driver's requests, and trains the tasks that it receives.
+
+`python -m rightrank.plugins.cluster.worker` reads commands as lines from stdin and writes messages as lines to stdout; see
+`executors.messages` for the protocol. When stdin ends, the driver is gone, and the worker stops at its next step with
+checkpoints.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import queue
+import shutil
+import signal
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, TextIO, TypeAlias
+
+from pydantic import ValidationError
+
+from rightrank.plugins.cluster.pool import (
+    COMMAND,
+    Group,
+    Job,
+    Notice,
+    Ready,
+    Refused,
+    Step,
+    Stop,
+    Task,
+    TaskEnded,
+    WorkerMessage,
+    WorkerSetup,
+)
+from rightrank.runs.executor import Executor
+from rightrank.schema.errors import InputError, InterruptedRun, RightrankError, RunError
+from rightrank.schema.events import Observer, Preparing, RunEvent, StepDone
+from rightrank.schema.trials import TrialFailed, TrialStarted
+from rightrank.version import __version__
+
+if TYPE_CHECKING:
+    from rightrank.models.base_models import LoadedModel
+    from rightrank.runs.prepare import Prepared
+
+NOT_UNDERSTOOD = (
+    f"the worker, rightrank {__version__}, does not understand this command: install the same version on every machine"
+)
+STEP_SECONDS = 0.5  # between two `Step` messages, at least
+SAME_EVERYWHERE = ("torch", "transformers", "peft")
+
+
+class Worker:
+    """Handles commands and sends messages, whatever carries them."""
+
+    def __init__(self, send: Callable[[WorkerMessage], None]) -> None:
+        self._send = send
+        self._jobs: dict[str, Job] = {}
+        self._executors: dict[str, Executor] = {}
+        self._bases: dict[tuple[object, ...], LoadedModel] = {}
+        self._scratch = Path(tempfile.mkdtemp(prefix="rightrank-worker-"))
+        self._stop = threading.Event()
+        self._should_stop: Callable[[], bool] = self._stop.is_set
+        self._last_step = 0.0
+
+    def set_up(self, setup: WorkerSetup) -> None:
+        """Send `Ready` with this worker's versions and what it reads in the probe file."""
+        self._jobs = {job.name: job for job in setup.jobs}
+        with suppress(OSError):  # no such folder here: then only absolute paths work
+            os.chdir(setup.working_folder)
+        try:
+            ready = Ready(versions=versions(), token=self._token(setup))
+            self._send(ready if setup.group is None else self._join_group(setup.group, ready))
+        except RightrankError as error:  # from the store
+            self._send(Refused(reason=f"{platform.node()}: {error}", exit_status=error.exit_status))
+
+    def stop(self) -> None:
+        """Stop the current task at its next step. May be called from any thread."""
+        self._stop.set()
+
+    def run_task(self, task: Task) -> None:
+        """Train the trials of a task; an error that no other worker could avoid is sent as `Refused`."""
+        self._stop.clear()
+        try:
+            for outcome in self._executor(self._jobs[task.job]).run(task.trials, task.base_loss):
+                self._send(outcome)
+                if isinstance(outcome, TrialFailed) and outcome.error == "out_of_memory":
+                    self._send(Notice(text=outcome.reason))
+        except InterruptedRun:
+            pass  # the trials have checkpoints
+        except RightrankError as error:
+            self._send(Refused(reason=str(error), exit_status=error.exit_status))
+        self._send(TaskEnded(number=task.number))
+
+    def close(self) -> None:
+        """Remove the worker's files from the local disk."""
+        shutil.rmtree(self._scratch, ignore_errors=True)
+
+    def _join_group(self, group: Group, ready: Ready) -> Ready:
+        """Join the group; return the first `Ready` that differs from process 0's, or process 0's if all agree."""
+        from rightrank.plugins.cluster.processes import join
+        from rightrank.train.distributed import broadcast
+
+        join(group)
+        self._should_stop = lambda: bool(broadcast(0, self._stop.is_set()))  # all processes stop at the same step
+        readies = [broadcast(number, ready.model_dump()) for number in range(group.size)]
+        return Ready.model_validate(next((other for other in readies if other != readies[0]), readies[0]))
+
+    def _token(self, setup: WorkerSetup) -> str | None:
+        """The content of the probe file; None where this worker does not see it."""
+        probe = Path(setup.share) / setup.probe
+        if "://" in setup.share:
+            from rightrank.runs.folder import Store
+
+            probe = self._scratch / "probe"
+            Store(setup.share).get(setup.probe, probe)
+        try:
+            return probe.read_text(encoding="utf-8")
+        except OSError:
+            return None
+
+    def _executor(self, job: Job) -> Executor:
+        """The job's executor, built at its first task; jobs share a loaded base."""
+        if job.name not in self._executors:
+            self._executors[job.name] = self._make_executor(job, self._scratch / str(len(self._executors)))
+        return self._executors[job.name]
+
+    def _make_executor(self, job: Job, scratch: Path) -> Executor:
+        from rightrank.plugins.cluster.factory import StoredExecutor, StoreSync
+        from rightrank.runs.executor import LocalExecutor
+        from rightrank.runs.folder import RunFolder, run_store
+
+        scratch.mkdir()
+        prepared = self._prepared(job, scratch / "cache")
+        store = prepared.settings.store
+        folder = RunFolder(scratch / "run" if store else job.folder)
+        sync = StoreSync(folder, run_store(store, job.fingerprint)) if store else None
+
+        def on_event(event: RunEvent) -> None:
+            if isinstance(event, TrialStarted):
+                self._send(event)
+            elif isinstance(event, StepDone | Preparing):
+                self._step(event)
+            if sync is not None and isinstance(event, StepDone):
+                sync.upload_due()
+
+        def notice(text: str) -> None:
+            self._send(Notice(text=text))
+
+        observer = Observer(on_event=on_event, notice=notice, should_stop=self._should_stop)
+        limit = prepared.planned.max_adapters_per_pass if prepared.planned else None
+        executor = LocalExecutor(prepared.runtime, folder, observer, limit)
+        return executor if sync is None else StoredExecutor(executor, sync)
+
+    def _prepared(self, job: Job, cache: Path) -> Prepared:
+        from rightrank.runs.prepare import Request, prepare
+        from rightrank.schema.settings import make_settings
+
+        request = Request(job.model, None, job.data, make_settings(job.settings), job.begun)
+        prepared = prepare(request, cache, bases=self._bases)
+        if prepared.started.fingerprint != job.fingerprint:
+            raise RunError(
+                f"a worker on {platform.node()} found a different model or different data at {job.model} and {job.data}: "
+                "give paths that lead to the same files on every machine"
+            )
+        return prepared
+
+    def _step(self, event: StepDone | Preparing) -> None:
+        now = time.monotonic()
+        if now - self._last_step >= STEP_SECONDS:
+            self._last_step = now
+            self._send(Step(event=event))
+
+
+def versions() -> dict[str, str]:
+    """Versions that must be the same on every machine."""
+    return {
+        "rightrank": __version__,
+        "python": platform.python_version(),
+        **{name: version(name) for name in SAME_EVERYWHERE},
+    }
+
+
+WorkerFactory: TypeAlias = Callable[[Callable[[WorkerMessage], None]], Worker]
+
+
+class Service:
+    """A worker whose tasks run on the thread that calls `run`, while other threads call `receive`."""
+
+    def __init__(self, send: Callable[[WorkerMessage], None], make_worker: WorkerFactory = Worker) -> None:
+        self.worker = make_worker(send)
+        self._send = send
+        self._tasks: queue.SimpleQueue[Task | None] = queue.SimpleQueue()
+
+    def receive(self, line: str | bytes) -> None:
+        try:
+            command = COMMAND.validate_json(line)
+        except ValidationError:
+            self._send(Refused(reason=f"{platform.node()}: {NOT_UNDERSTOOD}", exit_status=InputError.exit_status))
+            return
+        match command:
+            case WorkerSetup() as setup:
+                self.worker.set_up(setup)
+            case Stop():
+                self.worker.stop()
+            case Task() as task:
+                self._tasks.put(task)
+
+    def close(self) -> None:
+        """Stop the current task; `run` then returns."""
+        self._tasks.put(None)
+        self.worker.stop()
+
+    def run(self) -> None:
+        try:
+            while (task := self._tasks.get()) is not None:
+                self.worker.run_task(task)
+        finally:
+            self.worker.close()
+
+
+def serve(commands: TextIO, messages: TextIO, make_worker: WorkerFactory = Worker) -> None:
+    """Run a worker until the stream of commands ends."""
+
+    def send(message: WorkerMessage) -> None:
+        try:
+            messages.write(message.model_dump_json() + "\n")
+            messages.flush()
+        except BrokenPipeError:
+            service.worker.stop()  # the driver has ended
+
+    def read_commands() -> None:
+        for line in commands:
+            service.receive(line)
+        service.close()
+
+    service = Service(send, make_worker)
+    threading.Thread(target=read_commands, daemon=True).start()
+    service.run()
+
+
+def main(make_worker: WorkerFactory = Worker) -> None:
+    """Serve on stdin and stdout; whatever else prints goes to stderr."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the driver, which then stops its workers
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    messages = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    serve(sys.stdin, messages, make_worker)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,130 @@
+"""`fleet`: many adapters on one server at one rank."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from rightrank.cli.options import comma, gather, whole_numbers
+from rightrank.plugins.fleet.fleet import Fleet, FleetSlots
+from rightrank.report.format import size, table_lines, visible
+from rightrank.schema.decision import AdapterCandidate
+from rightrank.schema.errors import SettingsError
+
+
+def fleet_text(found: Fleet) -> str:
+    """Everything, for a person."""
+    ranks = sorted({one.rank for adapter in found.adapters for one in adapter.candidates}, reverse=True)
+    rows = [["adapter", "rank", "needs", *(f"at {rank}" for rank in ranks)]]
+    for adapter in found.adapters:
+        best = {one.rank: one for one in reversed(adapter.candidates)}
+        cells = ["" if rank not in best else _loss(best[rank]) for rank in ranks]
+        rows.append([visible(Path(adapter.out).name), str(adapter.rank_before), str(adapter.rank), *cells])
+    lines = [
+        found.sentence,
+        "",
+        *table_lines(rows),
+        "(held-out, worse than the adapter itself by; * not shown to be within the margin)",
+        "",
+    ]
+    lines += [_slots(slots) for slots in found.slots]
+    if found.merge is not None:
+        lines.append(
+            f"exact sum: rank {found.merge.rank}, truncated to rank {found.merge.chosen_rank}: {found.merge.out}"
+        )
+    padded = "" if found.padded_to is None else f", each padded to rank {found.padded_to}"
+    return "\n".join([*lines, f"adapters: {found.out}{padded}"])
+
+
+def _loss(one: AdapterCandidate) -> str:
+    return f"{one.difference:+.4f}{'' if one.holds else '*'}"
+
+
+def _slots(slots: FleetSlots) -> str:
+    return (
+        f"{slots.server}: --max-lora-rank {slots.rank} (before {slots.rank_before}), {size(slots.bytes)} a slot in 16 bits, "
+        f"{size(slots.saved_bytes)} saved"
+    )
+
+
+@click.command(
+    short_help="Bring many adapters to the smallest common rank.",
+    epilog="Example: rightrank fleet tasks/first tasks/second --model ./model --out common",
+)
+@click.argument("adapters", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="ADAPTER...")
+@click.option("--model", required=True, help="The base model of all adapters.")
+@click.option(
+    "--data",
+    multiple=True,
+    required=True,
+    type=click.Path(path_type=Path),
+    help="Held-out rows: once for all adapters, or once for each in their order.",
+)
+@click.option(
+    "--out", required=True, type=click.Path(path_type=Path), help="Folder to write, one folder for each adapter."
+)
+@click.option("--margin", type=float, help="How much an adapter may lose (default 0.005 nats a token).")
+@click.option("--ranks", callback=comma, help="Ranks to measure (default: powers of two).")
+@click.option("--pad", is_flag=True, help="Write all adapters at the one rank that vLLM serves, with one scale.")
+@click.option("--recover", type=int, default=0, show_default=True, help="Training steps after each truncation.")
+@click.option("--learning-rate", type=float, help="With --recover: the learning rate.")
+@click.option("--merge", is_flag=True, help="Also write the exact sum of the adapters, truncated, to OUT/merged.")
+@click.option(
+    "--weights", callback=comma, help="With --merge: a weight for each adapter, such as 0.5,0.5 (default: 1 each)."
+)
+@click.option("--ignore-base-name", is_flag=True, help="Accept adapters that name another base, if their shapes fit.")
+@click.option(
+    "--set", "assignments", multiple=True, metavar="NAME=VALUE", help="A setting of select, such as seq_len=256."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def fleet(
+    adapters: tuple[Path, ...],
+    model: str,
+    data: tuple[Path, ...],
+    out: Path,
+    margin: float | None,
+    ranks: list[str] | None,
+    pad: bool,
+    recover: int,
+    learning_rate: float | None,
+    merge: bool,
+    weights: list[str] | None,
+    ignore_base_name: bool,
+    assignments: tuple[str, ...],
+    as_json: bool,
+) -> None:
+    """Find the smallest rank that all ADAPTERs can be truncated to without losing more than the margin, and write them."""
+    from rightrank import api
+
+    pass  # merged
+    from rightrank.schema.settings import make_settings
+
+    if weights is not None and not merge:
+        raise SettingsError("--weights goes with --merge, which was not given; give both, or leave it out")
+    found = api.fleet(
+        adapters,
+        out,
+        model=model,
+        data=data,
+        settings=make_settings(gather(None, assignments, {"margin": margin})),
+        ranks=whole_numbers(ranks, "--ranks"),
+        pad=pad,
+        recover_steps=recover,
+        learning_rate=learning_rate,
+        merge=_weights(weights, len(adapters)) if merge else None,
+        ignore_base_name=ignore_base_name,
+        notice=lambda line: click.echo(line, err=True),
+    )
+    click.echo(found.model_dump_json() if as_json else fleet_text(found))
+
+
+def _weights(given: list[str] | None, count: int) -> list[float]:
+    if given is None:
+        return [1.0] * count
+    try:
+        return [float(one) for one in given]
+    except ValueError:
+        raise SettingsError(
+            f"--weights: got {','.join(given)!r}; give numbers with commas between, such as 0.5,0.5"
+        ) from None

@@ -1,0 +1,401 @@
+"""`fleet`: the smallest rank that every adapter of a server can be truncated to without losing its margin.
+
+Each adapter is measured on its own data as `resize --data` measures it, over the same ranks. All hold at the fleet's rank, each
+with 95%: the claim "all hold" fails where one fails, so no correction is needed. Each is written at its truncation to that rank;
+one that has a lower rank already stays as it is.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from pydantic import Field
+
+from rightrank.adapters.held_out import Candidates, Recovery, ScoredData, TruncationCurve, scored_data, truncation_curve
+from rightrank.adapters.resize import folder_names, open_together, write_together
+from rightrank.adapters.rewrite import require_summable, write_sum
+from rightrank.data.files import UnreadableError, read_json_object, require_absent
+from rightrank.interop.servers import max_module_rank, served_rank
+from rightrank.models.adapter_files import AdapterFolder, open_adapter, write_adapter
+from rightrank.models.base_models import LoadedModel, load_base
+from rightrank.models.padding import write_padded
+from rightrank.schema.decision import AdapterCandidate
+from rightrank.schema.errors import DataError, ModelError, SettingsError
+from rightrank.schema.results import Resized
+from rightrank.schema.settings import SelectSettings
+from rightrank.schema.trials import Record, Whole
+from rightrank.train.adapter_runtime import DataUse, adapter_runtime
+
+
+class FleetAdapter(Record):
+    """One adapter of the fleet."""
+
+    adapter: str
+    rank_before: Whole  # the largest of its modules
+    rank: Whole  # the smallest at which it is not worse than itself by more than the margin
+    value: float  # held-out, of the adapter as it is
+    margin: float
+    candidates: list[AdapterCandidate]  # what it loses at every rank, by descending rank
+    out: str
+    written_rank: Whole  # the largest of its modules as written
+    relative_delta_error: float
+    notes: list[str] = Field(default_factory=list)
+
+
+class FleetSlots(Record):
+    """What a server reserves for one adapter, at the rank that the fleet needs before and after; 2 bytes a parameter."""
+
+    server: str
+    rank_before: Whole  # `max_lora_rank`
+    rank: Whole
+    bytes_before: Whole
+    bytes: Whole
+    saved_bytes: Whole
+
+
+class FleetMerge(Record):
+    """The exact sum of the adapters, and its smallest truncation that is enough on every data set."""
+
+    weights: list[float]
+    rank: Whole  # of the exact sum
+    chosen_rank: Whole
+    candidates: dict[str, list[AdapterCandidate]]  # by data set
+    out: str
+
+
+class Fleet(Record):
+    """`fleet --json`."""
+
+    rank: Whole  # the smallest that every adapter can be truncated to
+    sentence: str
+    model: str
+    adapters: list[FleetAdapter]
+    slots: list[FleetSlots]
+    padded_to: Whole | None  # the one rank of all written adapters; None: not padded
+    merge: FleetMerge | None = None
+    out: str
+
+
+MERGED = "merged"
+WHOLE_WEIGHTS = ("linear", "embedding", "convolution")  # kinds of modules with a weight of their own in the base
+
+
+@dataclass(frozen=True, slots=True)
+class FleetRequest:
+    """What to bring to one rank; see `rightrank.api.fleet` for each field."""
+
+    adapters: Sequence[Path]
+    model: str
+    data: Sequence[Path]  # one for all adapters, or one for each
+    out: Path
+    settings: SelectSettings
+    ranks: Sequence[int] | None = None
+    pad: bool = False
+    recover_steps: int = 0
+    learning_rate: float | None = None
+    weights: Sequence[float] | None = None  # of the exact sum; None: no sum
+    ignore_base_name: bool = False
+    notice: Callable[[str], None] = field(default=lambda _: None)
+
+
+def open_adapters(request: FleetRequest) -> list[AdapterFolder]:
+    if len(request.adapters) < 2:
+        raise SettingsError(
+            f"{len(request.adapters)} adapter given: a fleet has two or more; `rightrank resize` takes one"
+        )
+    require_absent(request.out)
+    if request.recover_steps and request.learning_rate is None:
+        raise SettingsError("--recover needs --learning-rate; give the one that the adapters were trained at")
+    adapters = open_together(request.adapters)
+    if request.weights is not None:
+        if len(request.weights) != len(adapters):
+            raise SettingsError(f"{len(request.weights)} weights for {len(adapters)} adapters; give one for each")
+        if any(adapter.path.resolve().name == MERGED for adapter in adapters):
+            raise SettingsError(f"an adapter is in a folder named {MERGED!r}, where the sum is written; rename it")
+        require_summable(adapters)
+    for adapter in adapters:
+        own = {module.name for module in adapter.modules}
+        others = {module.name for other in adapters if other is not adapter for module in other.modules}
+        if not own & others:
+            raise ModelError(
+                f"{adapter.path}: it has no module in common with the others (it adapts {sorted(own)[0]}, they {sorted(others)[0]}); "
+                "a fleet shares one base and its modules: leave it out"
+            )
+    return adapters
+
+
+def data_of(request: FleetRequest) -> list[Path]:
+    if not request.data:
+        raise SettingsError("no data: give --data FILE once for all adapters, or once for each, in their order")
+    if len(request.data) == 1:
+        return [request.data[0]] * len(request.adapters)
+    if len(request.data) != len(request.adapters):
+        raise SettingsError(
+            f"{len(request.data)} data files for {len(request.adapters)} adapters; give one for all, or one for each in their order"
+        )
+    return list(request.data)
+
+
+def load_shared_base(request: FleetRequest, scored: Sequence[ScoredData]) -> LoadedModel:
+    classes = {None if one.splits.classes is None else tuple(one.splits.classes) for one in scored}
+    if len(classes) > 1:
+        raise DataError(
+            "the data files have different labels: adapters of one fleet share one head; give data of one kind"
+        )
+    return load_base(request.model, request.settings, classes.pop())
+
+
+def require_base_name(adapters: Sequence[AdapterFolder], request: FleetRequest) -> None:
+    """Refuse adapters that name another base."""
+    names = [request.model, _name_in_config(request.model)]
+    for adapter in adapters:
+        if adapter.base_model is not None and not request.ignore_base_name and not _alike(adapter.base_model, names):
+            raise ModelError(
+                f"{adapter.path}: it was trained on {adapter.base_model!r}, not on {request.model!r}; leave it out, or give "
+                "--ignore-base-name if they are the same model"
+            )
+
+
+def _name_in_config(model: str) -> str:
+    """The name under which the model was saved; the model's own where there is none."""
+    try:
+        found = read_json_object(Path(model) / "config.json").get("_name_or_path")
+    except UnreadableError:
+        return model
+    return found if isinstance(found, str) and found else model
+
+
+def require_shapes(adapters: Sequence[AdapterFolder], loaded: LoadedModel, request: FleetRequest) -> None:
+    """Refuse adapters whose modules the base does not have, or has in other shapes."""
+    shapes = {name: tuple(parameter.shape) for name, parameter in loaded.model.named_parameters()}
+    for adapter in adapters:
+        for module in adapter.modules:
+            shape = shapes.get(f"{module.name}.weight")
+            if shape is None and module.kind in WHOLE_WEIGHTS and request.settings.weight_bits is None:
+                raise ModelError(
+                    f"{adapter.path}: {request.model} has no module {module.name}: it is an adapter of another base"
+                )
+            if shape is not None and module.kind == "linear" and sorted(shape) != sorted((module.rows, module.columns)):
+                raise ModelError(
+                    f"{adapter.path}: {module.name} is {module.rows} × {module.columns} in the adapter and "
+                    f"{' × '.join(map(str, shape))} in {request.model}: it is an adapter of another base"
+                )
+
+
+def _alike(name: str, others: Sequence[str]) -> bool:
+    """Whether a base's name is one of the others: by place, or by its last part, whoever holds a copy."""
+    if any(
+        Path(name).exists() and Path(other).exists() and Path(name).resolve() == Path(other).resolve()
+        for other in others
+    ):
+        return True
+    return _last(name) in {_last(other) for other in others}
+
+
+def _last(name: str) -> str:
+    return name.replace("\\", "/").rstrip("/").rsplit("/", 1)[-1].lower()
+
+
+BYTES = 2  # of a parameter in a server's slot: servers hold adapters in 16 bits
+MAX_NAMED = 3  # adapters that a sentence names
+
+
+@dataclass(frozen=True, slots=True)
+class _Measured:
+    """An adapter and its truncations, in a folder of their own."""
+
+    adapter: AdapterFolder
+    curve: TruncationCurve
+    folder: Path
+
+    @property
+    def rank(self) -> int:
+        return self.curve.answer.rank
+
+
+def run_fleet(request: FleetRequest) -> Fleet:
+    """Measure, decide and write.
+
+    Raises:
+        InputError: an adapter, the model, the data or `out` can't be used; nothing is written.
+        RunError: recovery diverged.
+    """
+    adapters = open_adapters(request)
+    require_base_name(adapters, request)
+    data = data_of(request)
+    scored = [scored_data(adapter, file, None, request.settings) for adapter, file in zip(adapters, data, strict=True)]
+    loaded = load_shared_base(request, scored)
+    require_shapes(adapters, loaded, request)
+    ranks = _ranks(adapters, request.ranks)
+    with tempfile.TemporaryDirectory(prefix="rightrank-") as name:
+        working = Path(name)
+        measured = []
+        for place, (adapter, one) in enumerate(zip(adapters, scored, strict=True)):
+            request.notice(f"{adapter.path}: {one.note}")
+            measured.append(_measure(request, adapter, one, loaded, ranks, data[place], working / str(place)))
+            request.notice(f"{adapter.path}: rank {measured[-1].rank} is enough of {adapter.rank}")
+        rank = max(one.rank for one in measured)
+        sums = None if request.weights is None else _merge(request, adapters, scored, loaded, data, working)
+        return _written(request, measured, rank, sums)
+
+
+def _ranks(adapters: Sequence[AdapterFolder], asked: Sequence[int] | None) -> list[int]:
+    """The ranks to measure: those asked, or the powers of two below the largest; and every adapter's own."""
+    own = {adapter.rank for adapter in adapters}
+    if asked is not None and (wrong := [rank for rank in asked if not 1 <= rank <= max(own)]):
+        raise SettingsError(f"rank {wrong[0]} cannot be reached by truncation; give ranks from 1 to {max(own)}")
+    powers = {2**power for power in range(max(own).bit_length())}
+    return sorted({*(asked if asked is not None else powers), *own})
+
+
+def _measure(
+    request: FleetRequest,
+    adapter: AdapterFolder,
+    scored: ScoredData,
+    loaded: LoadedModel,
+    ranks: Sequence[int],
+    data: Path,
+    working: Path,
+) -> _Measured:
+    working.mkdir()
+    own = [rank for rank in ranks if rank < adapter.rank] + [adapter.rank]
+    recovery = (
+        Recovery(request.recover_steps, request.learning_rate)
+        if request.recover_steps and request.learning_rate
+        else None
+    )
+    use = DataUse(data, request.settings, working / "cache", request.recover_steps, scored.splits, loaded)
+    runtime = adapter_runtime(adapter, request.model, use)
+    halves = scored.scores_training_examples and len(own) > 1
+    return _Measured(
+        adapter, truncation_curve(adapter, runtime, Candidates(own, recovery, by_halves=halves), working), working
+    )
+
+
+def _merge(
+    request: FleetRequest,
+    adapters: Sequence[AdapterFolder],
+    scored: Sequence[ScoredData],
+    loaded: LoadedModel,
+    data: Sequence[Path],
+    working: Path,
+) -> tuple[FleetMerge, Path]:
+    """The exact sum, and its smallest truncation that is enough on every data set."""
+    assert request.weights is not None
+    write_sum(adapters, request.weights, working / "sum")
+    total = open_adapter(working / "sum")
+    ranks = sorted({2**power for power in range(total.rank.bit_length())} | {total.rank})
+    found: dict[str, _Measured] = {}
+    for place, (file, one) in enumerate(zip(data, scored, strict=True)):
+        if str(file) not in found:
+            found[str(file)] = _measure(request, total, one, loaded, ranks, file, working / f"sum{place}")
+    rank = max(one.rank for one in found.values())
+    first = max(found.values(), key=lambda one: one.rank)
+    merge = FleetMerge(
+        weights=list(request.weights),
+        rank=total.rank,
+        chosen_rank=rank,
+        candidates={name: one.curve.answer.candidates for name, one in found.items()},
+        out=str(request.out / MERGED),
+    )
+    return merge, first.folder / first.curve.answer.trial_id
+
+
+def _written(
+    request: FleetRequest,
+    measured: Sequence[_Measured],
+    rank: int,
+    merged: tuple[FleetMerge, Path] | None,
+) -> Fleet:
+    chosen = [_at(one, rank) for one in measured]
+    served = max(open_adapter(folder).rank for folder, _ in chosen)
+    padded = served_rank(served) if request.pad else None
+
+    def write(place: int, target: Path) -> Resized:
+        folder, resized = chosen[place]
+        if padded is not None:
+            write_padded(folder, target, padded)
+        else:
+            source = open_adapter(folder)
+            write_adapter(target, source.config, {key: source.tensor(key) for key in source.keys})
+        return resized
+
+    def sums(target: Path) -> None:
+        if merged is not None:
+            source = open_adapter(merged[1])
+            write_adapter(target / MERGED, source.config, {key: source.tensor(key) for key in source.keys})
+
+    written = write_together([one.adapter for one in measured], request.out, write, sums)
+    slots = _slots([one.adapter for one in measured], served)
+    return Fleet(
+        rank=rank,
+        sentence=_sentence(measured, rank, slots),
+        model=request.model,
+        adapters=[_record(one, resized, padded) for one, resized in zip(measured, written, strict=True)],
+        slots=slots,
+        padded_to=padded,
+        merge=None if merged is None else merged[0],
+        out=str(request.out),
+    )
+
+
+def _at(one: _Measured, rank: int) -> tuple[Path, Resized]:
+    """The folder of the adapter at the fleet's rank, and how it was made: the best that holds there; or as it is, if it is lower."""
+    own = min(rank, one.adapter.rank)
+    holding = [found for found in one.curve.answer.candidates if found.rank == own and found.holds]
+    best = min(holding, key=lambda found: found.difference)
+    return one.folder / best.trial_id, one.curve.written[own]
+
+
+def _record(one: _Measured, resized: Resized, padded: int | None) -> FleetAdapter:
+    answer = one.curve.answer
+    top = next(found for found in answer.candidates if found.trial_id == answer.trained_id)
+    return FleetAdapter(
+        adapter=str(one.adapter.path),
+        rank_before=one.adapter.rank,
+        rank=answer.rank,
+        value=top.value,
+        margin=answer.margin,
+        candidates=answer.candidates,
+        out=resized.out,
+        written_rank=padded or max(module.rank for module in resized.modules),
+        relative_delta_error=resized.relative_delta_error,
+        notes=[*resized.notes, *one.curve.gathered.notices],
+    )
+
+
+def _slots(adapters: Sequence[AdapterFolder], rank: int) -> list[FleetSlots]:
+    """A slot holds every module that any adapter has, at the server's rank."""
+    sides = {module.name: module.rows + module.columns for adapter in adapters for module in adapter.modules}
+    per_rank = sum(sides.values()) * BYTES
+    before = max(adapter.rank for adapter in adapters)
+    servers: list[tuple[str, Callable[[int], int]]] = [("vllm", max_module_rank), ("sglang", lambda own: own)]
+    return [
+        FleetSlots(
+            server=server,
+            rank_before=of(before),
+            rank=of(rank),
+            bytes_before=of(before) * per_rank,
+            bytes=of(rank) * per_rank,
+            saved_bytes=(of(before) - of(rank)) * per_rank,
+        )
+        for server, of in servers
+    ]
+
+
+def _sentence(measured: Sequence[_Measured], rank: int, slots: Sequence[FleetSlots]) -> str:
+    before = max(one.adapter.rank for one in measured)
+    every = folder_names([one.adapter.path for one in measured])
+    names = [name for name, one in zip(every, measured, strict=True) if one.rank == rank]
+    binding = ", ".join(names) if len(names) <= MAX_NAMED else f"{len(names)} of them"
+    vllm = slots[0]
+    if rank == before:
+        return f"The {len(measured)} adapters need rank {rank}: {binding} would lose more than the margin below it."
+    saved = vllm.saved_bytes / vllm.bytes_before
+    return (
+        f"All {len(measured)} adapters can be truncated to rank {rank} (from {before}) without losing more than the margin; "
+        f"{binding} {'needs' if len(names) == 1 else 'need'} it. A slot of vLLM shrinks from rank {vllm.rank_before} to {vllm.rank}, by {saved:.0%}."
+    )

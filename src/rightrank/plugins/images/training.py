@@ -1,0 +1,217 @@
+"""Ready `train` functions for images: a text-to-image LoRA with diffusers (extra `diffusers`), and an image classifier.
+
+Both freeze the base, train the adapter with AdamW in evaluation mode (no dropout, and batch norm keeps its statistics, which
+an adapter does not store), save it in PEFT's format, and score every held-out image. `evaluate` scores a saved adapter, so that truncations
+are candidates too::
+
+    train = TextToImageTrain(pipeline="sd-1.5", train_images=pairs, held_out=others)
+    select_rank_with(train, "run", evaluate=train.evaluate, metric="loss", steps=500, ranks=(4, 16, 64))
+
+The loss of a diffusion model does not track how its images look. A judge of yours, a person or a model, decides instead where
+`judge` is given: it returns a number for each held-out image, such as 1, ½ or 0 for a win, a tie or a loss against a fixed image.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import import_module
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig, PeftModel, get_peft_model
+
+from rightrank.schema.errors import MissingExtraError
+from rightrank.schema.trials import TrialResult, TrialTask
+
+Pixels = torch.Tensor  # [3, height, width]
+Judge = Callable[[Any, Sequence[str]], list[float]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainOnImages(ABC):
+    """One training on images; rank 0 is the base, which is scored and not trained."""
+
+    batch_size: int = 4
+    lora: Mapping[str, Any] = field(default_factory=dict)
+    """Further settings of `LoraConfig`, such as `target_modules`."""
+
+    def __call__(self, task: TrialTask) -> TrialResult:
+        """Train the task, save the adapter in its folder, and score the held-out images."""
+        base, rows, losses = self.load()
+        if task.rank == 0:
+            return self.scored(base, losses)
+        torch.manual_seed(task.seed)
+        model = get_peft_model(base, self.config(task)).eval()
+        parameters = [one for one in model.parameters() if one.requires_grad]
+        optimizer = torch.optim.AdamW(parameters, lr=task.learning_rate, weight_decay=0.0)
+        order = torch.Generator().manual_seed(task.seed)
+        for _ in range(task.steps):
+            picked = torch.randint(rows, (self.batch_size,), generator=order).tolist()
+            torch.autograd.backward(losses(model, picked, order).mean())
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+        model.save_pretrained(str(task.folder))
+        result = self.scored(model, losses)
+        return result.model_copy(update={"trainable_parameters": sum(one.numel() for one in parameters)})
+
+    def evaluate(self, task: TrialTask) -> TrialResult:
+        """The scores of the adapter in the task's folder."""
+        base, _, losses = self.load()
+        return self.scored(PeftModel.from_pretrained(base, str(task.folder)).eval(), losses)
+
+    def config(self, task: TrialTask) -> LoraConfig:
+        """PEFT's configuration of the task."""
+        alpha: Any = task.lora_alpha
+        return LoraConfig(**{"r": task.rank, "lora_alpha": alpha, **self.defaults, **self.lora})
+
+    @property
+    @abstractmethod
+    def defaults(self) -> dict[str, Any]:
+        """Settings of `LoraConfig` that `lora` does not give."""
+
+    @abstractmethod
+    def load(self) -> tuple[Any, int, Callable[..., torch.Tensor]]:
+        """The frozen base, the number of training images, and `losses(model, indices, generator)`.
+
+        `losses` gives the loss of each training image by its index, with `generator` for what is drawn; without a generator it gives
+        those of held-out images, with nothing left to chance.
+        """
+
+    @abstractmethod
+    def scored(self, model: Any, losses: Callable[..., torch.Tensor]) -> TrialResult:
+        """The held-out scores."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextToImageTrain(TrainOnImages):
+    """A LoRA of a diffusion pipeline's U-Net, on images with captions."""
+
+    pipeline: str
+    """Folder or hub name of a pipeline with a U-Net, such as Stable Diffusion 1.5."""
+    train_images: Sequence[tuple[Pixels, str]]
+    """Images in −1 … 1, and their captions."""
+    held_out: Sequence[tuple[Pixels, str]]
+    timesteps: Sequence[int] = (100, 300, 500, 700, 900)
+    """At which a held-out image is noised, each with a noise of its own that is the same in every trial."""
+    judge: Judge | None = None
+    """Scores the pipeline with the adapter on the held-out captions; decides in place of the loss, as metric `wins`."""
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        return {"target_modules": ["to_q", "to_k", "to_v", "to_out.0"]}
+
+    def load(self) -> tuple[Any, int, Callable[..., torch.Tensor]]:
+        pipeline = self._pipeline()
+        training, held_out = (_encoded(pipeline, rows) for rows in (self.train_images, self.held_out))
+        scheduler = import_module("diffusers").DDPMScheduler.from_config(pipeline.scheduler.config)
+
+        def losses(model: Any, indices: Sequence[int], generator: torch.Generator | None = None) -> torch.Tensor:
+            latents, text = (one[list(indices)] for one in (held_out if generator is None else training))
+            if generator is not None:
+                steps = torch.randint(scheduler.config.num_train_timesteps, (len(indices),), generator=generator)
+                return _denoising(model, scheduler, latents, text, steps, generator)
+            draws = torch.Generator().manual_seed(indices[0])
+            each = [torch.full((len(indices),), step) for step in self.timesteps]
+            return torch.stack([_denoising(model, scheduler, latents, text, one, draws) for one in each]).mean(0)
+
+        return pipeline.unet, len(self.train_images), losses
+
+    @torch.no_grad()
+    def scored(self, model: Any, losses: Callable[..., torch.Tensor]) -> TrialResult:
+        found = [float(losses(model, [index])) for index in range(len(self.held_out))]
+        metrics, scores = {"loss": sum(found) / len(found)}, found
+        if self.judge is not None:
+            pipeline = self._pipeline()
+            pipeline.unet = model.get_base_model() if isinstance(model, PeftModel) else model
+            scores = self.judge(pipeline, [caption for _, caption in self.held_out])
+            metrics["wins"] = sum(scores) / len(scores)
+        return TrialResult(metrics=metrics, item_scores=scores)
+
+    def _pipeline(self) -> Any:
+        try:
+            pipeline = import_module("diffusers").DiffusionPipeline.from_pretrained(self.pipeline, safety_checker=None)
+        except ModuleNotFoundError as error:
+            raise MissingExtraError(
+                f"a text-to-image LoRA needs {error.name}: pip install 'rightrank[diffusers]'"
+            ) from None
+        for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
+            part.requires_grad_(False).eval()
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageClassifierTrain(TrainOnImages):
+    """An adapter of a transformers image classifier, with its head trained whole; `lora` names the `target_modules`."""
+
+    model: str
+    train_images: Sequence[tuple[Pixels, int]]
+    """Images as the model takes them, and their classes."""
+    held_out: Sequence[tuple[Pixels, int]]
+    head: str = "classifier"
+    """The module that is trained whole, of which the base's is drawn anew with a fixed seed if it does not fit."""
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        return {"modules_to_save": [self.head]}
+
+    def load(self) -> tuple[Any, int, Callable[..., torch.Tensor]]:
+        from transformers import AutoModelForImageClassification
+
+        classes = 1 + max(label for _, label in (*self.train_images, *self.held_out))
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            base = AutoModelForImageClassification.from_pretrained(
+                self.model, num_labels=classes, ignore_mismatched_sizes=True
+            )
+        base.requires_grad_(False).eval()
+
+        def losses(model: Any, indices: Sequence[int], generator: torch.Generator | None = None) -> torch.Tensor:
+            rows = self.held_out if generator is None else self.train_images
+            pixels = torch.stack([rows[index][0] for index in indices])
+            labels = torch.tensor([rows[index][1] for index in indices])
+            return F.cross_entropy(model(pixel_values=pixels).logits, labels, reduction="none")
+
+        return base, len(self.train_images), losses
+
+    @torch.no_grad()
+    def scored(self, model: Any, losses: Callable[..., torch.Tensor]) -> TrialResult:
+        found = losses(model, range(len(self.held_out))).tolist()
+        return TrialResult(metrics={"loss": sum(found) / len(found)}, item_scores=found)
+
+
+@torch.no_grad()
+def _encoded(pipeline: Any, rows: Sequence[tuple[Pixels, str]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The images' latents and the captions' embeddings; both are frozen, so they are computed once."""
+    pixels, captions = torch.stack([image for image, _ in rows]), [caption for _, caption in rows]
+    latents = pipeline.vae.encode(pixels).latent_dist.mode() * pipeline.vae.config.scaling_factor
+    tokens = pipeline.tokenizer(
+        captions,
+        padding="max_length",
+        truncation=True,
+        max_length=pipeline.tokenizer.model_max_length,
+        return_tensors="pt",
+    )
+    return latents, pipeline.text_encoder(tokens.input_ids)[0]
+
+
+def _denoising(
+    model: Any,
+    scheduler: Any,
+    latents: torch.Tensor,
+    text: torch.Tensor,
+    steps: torch.Tensor,
+    generator: torch.Generator,
+) -> torch.Tensor:
+    """The mean squared error of each image [b] at its timestep, with noise from `generator`."""
+    noise = torch.randn(latents.shape, generator=generator)
+    noised = scheduler.add_noise(latents, noise, steps)
+    target = noise
+    if scheduler.config.prediction_type == "v_prediction":
+        target = scheduler.get_velocity(latents, noise, steps)
+    predicted = model(noised, steps, encoder_hidden_states=text).sample
+    return F.mse_loss(predicted, target, reduction="none").mean(dim=(1, 2, 3))

@@ -1,0 +1,162 @@
+"""Time and price of a whole selection: the trainings its strategy requests, times the cost of one training.
+
+    flops = trainings · (steps · step + eval_points · evaluation) + extra · evaluation
+            + RUN_EVALUATIONS · evaluation + prefix
+
+A strategy gives the whole trainings that it expects and its maximum (`strategies.protocol.CostEstimate`). `extra` counts
+the evaluations of arms that are stopped early or truncated from another. Each run also evaluates the base, three times
+the test split (base, chosen, reference), and computes the frozen blocks below the adapters once (`prefix`). Preference
+pairs take one more pass over every example, for the log-probabilities under the base (`reference`). The traces count operations; a calibration of this device gives seconds. Not counted: loading, checkpoints, samples, the report.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from statistics import fmean
+
+from rightrank.plugins.plan.estimate import Estimator
+from rightrank.schema.errors import SettingsError
+from rightrank.schema.plan_settings import PlanSettings
+from rightrank.schema.results import Extent, RankTraining, SelectionCost
+from rightrank.schema.settings import make_settings
+from rightrank.search.protocol import Strategy
+from rightrank.search.strategies import make_strategy
+
+RUN_EVALUATIONS = 4  # of the base, and three of the test split, which is about as large
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """The size of one training, beside the plan's settings."""
+
+    steps: int  # optimizer steps of a whole training
+    examples: int  # different training examples that it sees
+    eval_examples: int
+    eval_points: int
+    passes: int = 1  # micro-batches in a step
+    filled: float = 1.0  # mean positions computed for an example, padding included, as a share of the planned length
+    labelled: float = 1.0  # share of positions with a label, where the output head runs
+    reference: float = 0.0  # the passes for the reference of preference pairs, in evaluations
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedTrainings:
+    """Whole trainings of a selection, and evaluations that belong to none of them."""
+
+    strategy: str | None
+    expected: float
+    maximum: float
+    expected_extra: float = 0.0
+    maximum_extra: float = 0.0
+
+    @classmethod
+    def of(cls, strategy: Strategy) -> PlannedTrainings:
+        cost = strategy.cost()
+        extra = [
+            max(0.0, arms - 1 - trainings)
+            for arms, trainings in ((strategy.expected_arms(), cost.expected), (strategy.max_arms(), cost.maximum))
+        ]
+        return cls(strategy.name, cost.expected, cost.maximum, extra[0], extra[1])
+
+
+@dataclass(frozen=True, slots=True)
+class Speed:
+    """Seconds per operation, of training steps and of forward passes, and the price of an hour."""
+
+    seconds_per_flop: float | None = None
+    seconds_per_forward_flop: float | None = None
+    price_per_hour: float | None = None
+    seconds_per_prefix_flop: float | None = None  # of the blocks that are computed once; None: as of forward passes
+
+    def seconds(self, training: float, forward: float, prefix: float = 0.0) -> float | None:
+        if self.seconds_per_flop is None or self.seconds_per_forward_flop is None:
+            return None
+        of_prefix = self.seconds_per_prefix_flop or self.seconds_per_forward_flop
+        return training * self.seconds_per_flop + forward * self.seconds_per_forward_flop + prefix * of_prefix
+
+    def price(self, seconds: float | None) -> float | None:
+        return None if seconds is None or self.price_per_hour is None else seconds / 3600 * self.price_per_hour
+
+
+@dataclass(frozen=True, slots=True)
+class Flops:
+    """Operations of one rank: the steps of a whole training, and one pass over the held-out examples."""
+
+    training: float
+    evaluation: float
+
+
+def planned_trainings(settings: PlanSettings) -> PlannedTrainings | None:
+    """The trainings of the plan's strategy, or the given number; None where neither was given.
+
+    Raises:
+        SettingsError: an unknown strategy, a single rank, or a budget too small for any comparison.
+    """
+    if settings.trainings is not None:
+        return PlannedTrainings(None, settings.trainings, settings.trainings)
+    if settings.strategy is None or settings.steps is None:
+        return None
+    shared = {name: getattr(settings, name) for name in ("strategy", "ranks", "learning_rates", "seeds")}
+    return PlannedTrainings.of(
+        make_strategy(make_settings(shared | {"budget_trainings": settings.budget_trainings}), settings.steps)
+    )
+
+
+def workload_of(settings: PlanSettings) -> Workload:
+    """The workload of a plan without data: rows of full length, every example seen once."""
+    if settings.steps is None:
+        raise SettingsError("the time of a selection needs the steps of a training; give steps")
+    return Workload(settings.steps, settings.steps * settings.batch_size, settings.eval_items, settings.eval_points)
+
+
+def selection_cost(estimator: Estimator, planned: PlannedTrainings, work: Workload, speed: Speed) -> SelectionCost:
+    """The cost of the selection, expected and at most."""
+    settings = estimator.settings
+    counted = {rank: flops_of(estimator, rank, work) for rank in settings.ranks}
+    trainings = []
+    for rank, flops in counted.items():
+        forward = flops.evaluation * work.eval_points
+        seconds = speed.seconds(flops.training, forward)
+        trainings.append(
+            RankTraining(rank=rank, flops=flops.training + forward, seconds=seconds, price=speed.price(seconds))
+        )
+    mean = Flops(fmean(f.training for f in counted.values()), fmean(f.evaluation for f in counted.values()))
+    costliest = max(counted.values(), key=lambda flops: flops.training)
+    prefix = prefix_flops(estimator) * (work.examples + 2 * work.eval_examples) * work.filled
+    once = replace(mean, training=0.0)
+    return SelectionCost(
+        strategy=planned.strategy,
+        steps=work.steps,
+        ranks=trainings,
+        prefix_flops=prefix,
+        evaluation_flops=mean.evaluation,
+        expected=_extent(planned.expected, planned.expected_extra, mean, once, prefix, work, speed),
+        most=_extent(planned.maximum, planned.maximum_extra, costliest, once, prefix, work, speed),
+    )
+
+
+def _extent(
+    trainings: float, extra: float, each: Flops, once: Flops, prefix: float, work: Workload, speed: Speed
+) -> Extent:
+    training = each.training * trainings
+    shared = once.evaluation * (RUN_EVALUATIONS + work.reference)
+    forward = each.evaluation * (trainings * work.eval_points + extra) + shared
+    seconds = speed.seconds(training, forward, prefix)
+    return Extent(trainings=trainings, flops=training + forward + prefix, seconds=seconds, price=speed.price(seconds))
+
+
+def flops_of(estimator: Estimator, rank: int, work: Workload) -> Flops:
+    """Operations of one rank, less what the cached prefix and positions without a label save."""
+    settings = estimator.settings
+    rows = settings.batch_size * settings.arms
+    prefix = prefix_flops(estimator)
+    head = estimator.head_flops * (1 - work.labelled)
+    step = estimator.flops(rank) - rows * (prefix + 2 * head)  # the head runs forward and backward
+    forward = estimator.forward_flops(rank) - prefix - head
+    scale = work.filled
+    return Flops(step / settings.arms * scale * work.passes * work.steps, forward * scale * work.eval_examples)
+
+
+def prefix_flops(estimator: Estimator) -> float:
+    """Forward operations of one row through the blocks that `select` computes once."""
+    return estimator.frozen_flops if estimator.settings.is_packed else 0.0

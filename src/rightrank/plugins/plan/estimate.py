@@ -1,0 +1,408 @@
+"""Every rank from two traces: each size that PEFT builds or the step allocates is affine in the rank.
+
+The traces at the lowest rank r₀ and the highest r₁ give every rank between, size(r) = size(r₀) + slope · (r − r₀) with
+slope = (size(r₁) − size(r₀)) / (r₁ − r₀), where both traces have the same events and every slope is a whole number of
+bytes. Otherwise every rank is traced.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from rightrank.models.base_models import DTYPES
+from rightrank.models.counts import safetensors_bytes
+from rightrank.plugins.plan.quantised import count_parameters
+from rightrank.plugins.plan.skeleton import SAFETENSORS_CODES, Skeleton, adapt, build_base
+from rightrank.plugins.plan.stack import TRACED_GROUPS, deepen, find_reduction, reduced_config, same_kinds
+from rightrank.plugins.plan.step import Groups, blocks_of, sharded, trace_step
+from rightrank.plugins.plan.trace import (
+    OptimizerMemory,
+    Peak,
+    Resident,
+    StepTrace,
+    corrected,
+    optimizer_memory,
+    simulate_peak,
+)
+from rightrank.schema.errors import ModelError, MultiLoraError, SettingsError, first_line
+from rightrank.schema.plan_settings import PlanSettings
+from rightrank.schema.results import Components, Source
+from rightrank.train.loss import CHUNK_LOGITS
+from rightrank.train.prefix import find_blocks, prefix_depth
+
+RESERVED_FACTOR = 1.06  # reserved over allocated bytes, as the allocator model gives in traced cases
+
+
+def formula_peak(model: Any, residents: Sequence[Resident], optimizer: OptimizerMemory, settings: PlanSettings) -> Peak:
+    """The peak of a step of `settings` by formula, bytes."""
+    tokens = settings.batch_size * settings.arms * settings.seq_len
+    width = DTYPES[settings.autocast or settings.dtype].itemsize
+    config = model.config.get_text_config()
+    # An adapted module counts once: neither its base layer nor A and B, which keep little, count again.
+    inside = (".lora_", ".base_layer")
+    linear = [m for name, m in model.named_modules() if _is_linear(m) and not any(part in name for part in inside)]
+    kept = sum(tokens * (module.in_features + module.out_features) * width for module in linear)
+    kept += tokens * config.num_hidden_layers * config.hidden_size * 8
+    if settings.gradient_checkpointing:
+        kept = kept // config.num_hidden_layers + tokens * config.num_hidden_layers * config.hidden_size * width
+    at_once = tokens * config.vocab_size
+    logits = at_once * (width + 12) if settings.loss == "full" else min(at_once, CHUNK_LOGITS) * 12
+    if settings.num_labels is not None:
+        logits = 0
+    components: Components = {}
+    for resident in residents:
+        components[resident.component] = components.get(resident.component, 0) + resident.size
+    components["optimizer"] = sum(optimizer.states)
+    components["gradients"] = components.get("adapter", 0)
+    components["activations"] = kept
+    components["logits_and_loss"] = logits
+    total = sum(components.values())
+    reserved = total if settings.device == "cpu" else round(total * RESERVED_FACTOR)
+    return Peak(total, reserved, components, {}, "loss, by formula")
+
+
+def _is_linear(module: Any) -> bool:
+    return all(isinstance(getattr(module, name, None), int) for name in ("in_features", "out_features"))
+
+
+# What a model's own code raises on tensors without values, or on kernels that meta tensors lack.
+UNTRACEABLE = (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError, IndexError, KeyError)
+CUBLAS_BYTES = 8_519_680  # cuBLAS workspace from torch's allocator (`:4096:2:16:8`); 32 MiB on Hopper
+# Settings that change the step and not the tensors of the model.
+STEP_ONLY = {"ranks", "batch_size", "seq_len", "loss", "gradient_checkpointing", "optimizer", "padding", "arms"}
+STEP_ONLY |= {"packed", "eval_batch_size"}
+BLOCK_NUMBER = re.compile(r"\.\d+\.")
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """Name, shape and type of a tensor that exists before the step."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    trainable: bool
+
+    @property
+    def size(self) -> int:
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+    @property
+    def count(self) -> int:
+        return torch.Size(self.shape).numel()
+
+
+@dataclass(frozen=True, slots=True)
+class Inventory:
+    """The tensors of a model with an adapter of one rank."""
+
+    rank: int
+    stored: tuple[TensorSpec, ...]  # parameters and buffers
+    saved: tuple[TensorSpec, ...]  # in the adapter's file as PEFT writes it
+
+    @property
+    def trainable_parameters(self) -> int:
+        return sum(tensor.count for tensor in self.stored if tensor.trainable)
+
+    @property
+    def parameters(self) -> int:
+        return sum(tensor.count for tensor in self.stored)
+
+    @property
+    def adapter_bytes(self) -> int:
+        entries = [
+            (tensor.name, SAFETENSORS_CODES[tensor.dtype], tensor.shape, tensor.dtype.itemsize) for tensor in self.saved
+        ]
+        return safetensors_bytes(entries, {"format": "pt"})
+
+
+@dataclass(frozen=True, slots=True)
+class RankEstimate:
+    """One rank: counts, and the peak of a training step and, where `eval_batch_size` is set, of an evaluation batch."""
+
+    rank: int
+    inventory: Inventory
+    training: Peak
+    evaluation: Peak | None
+    flops: int
+    source: Source
+
+    @property
+    def peak(self) -> Peak:
+        if self.evaluation is not None and self.evaluation.peak_bytes > self.training.peak_bytes:
+            return self.evaluation
+        return self.training
+
+
+class Estimator:
+    """One model and one way to train it. The base is built once, and each trace is made once."""
+
+    def __init__(self, config: Any, settings: PlanSettings, step_factor: float | None = None) -> None:
+        """`step_factor`: measured over traced bytes of the step (see `Calibration`); None: not measured."""
+        self._config = config
+        self.settings = settings
+        self.step_factor = step_factor
+        self._ends = (min(settings.ranks), max(settings.ranks))
+        base = build_base(config, settings)
+        self.base_parameters = count_parameters(base)
+        self.skeleton = adapt(base, settings, self._ends[0])
+        self._inventories = {self._ends[0]: inventory(self.skeleton, self._ends[0])}
+        self._blocks = blocks_of(self.skeleton.base)
+        # Layers selected by number do not exist in a shorter stack.
+        whole = self._blocks is None or self.settings.layers_to_transform is not None
+        self._reduction = None if whole else find_reduction(self._blocks or ())
+        self._small: dict[tuple[int, int], Skeleton] = {}  # by rank and arms
+        self._traces: dict[tuple[int, bool], StepTrace] = {}
+        self.untraceable: str | None = None  # why the step cannot be traced
+
+    @property
+    def rank_limit(self) -> int:
+        """The largest rank that every adapted matrix allows."""
+        return min(target.max_rank for target in self.skeleton.targets)
+
+    def variant(self, **changes: Any) -> Estimator:
+        """The same model under other settings; whatever the changes do not affect is shared."""
+        settings = self.settings.model_copy(update=changes)
+        if not STEP_ONLY.issuperset(changes) or min(settings.ranks) != self._ends[0]:
+            return Estimator(self._config, settings, self.step_factor)
+        other = copy.copy(self)
+        other.settings = settings
+        other._ends = (min(settings.ranks), max(settings.ranks))
+        other._inventories = dict(self._inventories)  # exact for every rank
+        other._traces = dict(self._traces) if set(changes) == {"ranks"} else {}
+        return other
+
+    def estimate(self, rank: int) -> RankEstimate:
+        """The estimate of a rank, on the line through the lowest and the highest of the settings."""
+        parts = self.inventory(rank)
+        if self.untraceable is None:
+            try:
+                training = self._peak_of(rank, True)
+                evaluation = None if self.settings.eval_batch_size is None else self._peak_of(rank, False)
+                source: Source = "traced" if self.step_factor is None else "measured"
+                return RankEstimate(rank, parts, training, evaluation, self.flops(rank), source)
+            except MultiLoraError as error:
+                raise SettingsError(
+                    f"arms: adapters on this model cannot share a pass ({error}); give arms 1"
+                ) from None
+            except UNTRACEABLE as error:
+                self.untraceable = f"{type(error).__name__}: {first_line(error)}"
+        residents, optimizer = self._residents(rank)
+        peak = formula_peak(self.skeleton.base, residents, optimizer, self.settings)
+        tokens = self.settings.batch_size * self.settings.arms * self.settings.seq_len
+        return RankEstimate(rank, parts, peak, None, 4 * parts.parameters * tokens, "formula")
+
+    def beyond(self, rank: int) -> RankEstimate:
+        """The estimate of a rank above the highest of the settings: on the same line, where two ranks give one."""
+        if self._ends[0] < self._ends[1] and not self.settings.divide_rank_by_experts:
+            return self.estimate(rank)
+        return self.variant(ranks=(*self.settings.ranks, rank)).estimate(rank)
+
+    def inventory(self, rank: int) -> Inventory:
+        """The tensors of the adapted model of that rank, on the line through PEFT's own at the two ends."""
+        low, high = self._ends
+        if rank not in self._inventories and high not in self._inventories:
+            self._inventories[high] = self._inventory_at_high()
+        if rank not in self._inventories:
+            if self.settings.divide_rank_by_experts:  # no affine function of the rank
+                self._inventories[rank] = inventory(adapt(self._base(), self.settings, rank), rank)
+                return self._inventories[rank]
+            first, last = self._inventories[low], self._inventories[high]
+            between = [
+                tuple(_between_tensors(a, b, self._ends, rank) for a, b in zip(ours, theirs, strict=True))
+                for ours, theirs in ((first.stored, last.stored), (first.saved, last.saved))
+            ]
+            self._inventories[rank] = Inventory(rank, between[0], between[1])
+        return self._inventories[rank]
+
+    def flops(self, rank: int) -> int:
+        """Floating-point operations of a step; a multiply and an add count as two."""
+        if rank in self._ends:
+            return sum(self._trace(rank, True).flops.values())
+        counts = [self.flops(end) for end in self._ends]
+        between = _between(counts[0], counts[1], self._ends, rank)
+        return between if between is not None else sum(self._trace(rank, True).flops.values())
+
+    def forward_flops(self, rank: int) -> float:
+        """Operations of one row's forward pass, as in an evaluation."""
+        if self.untraceable is not None:
+            return self.flops(rank) / self._rows / 2
+        trace = self._trace(self._ends[1] if rank != self._ends[0] else rank, False)
+        batch = self.settings.eval_batch_size or self.settings.batch_size
+        return sum(trace.flops.values()) / (batch * self.settings.arms)
+
+    @property
+    def frozen_flops(self) -> float:
+        """Operations of one row's forward pass through the blocks below the first adapted one."""
+        found = find_blocks(self.skeleton.base)
+        trained = [*(target.name for target in self.skeleton.targets), *self.settings.modules_to_save]
+        depth = 0 if found is None else prefix_depth(found[0], trained, len(found[1]))
+        if depth == 0 or self.untraceable is not None:
+            return 0.0
+        flops = self._trace(self._ends[0], True).flops  # adapters on some blocks only: traced block by block
+        return sum(flops.get(1 + number, 0) for number in range(depth)) / self._rows
+
+    @property
+    def head_flops(self) -> float:
+        """Operations of one row's forward pass through the output head; none of a classification."""
+        text = self._config.get_text_config()
+        if self.settings.num_labels is not None:
+            return 0.0
+        return 2.0 * self.settings.seq_len * int(text.vocab_size) * int(text.hidden_size)
+
+    @property
+    def _rows(self) -> int:
+        return self.settings.batch_size * self.settings.arms
+
+    def _peak_of(self, rank: int, training: bool) -> Peak:
+        trace, sizes = self._sizes(rank, training)
+        residents, optimizer = self._residents(rank)
+        peak = simulate_peak(residents, trace, sizes, optimizer, self.settings.device)
+        return peak if self.step_factor is None else corrected(peak, self.step_factor)
+
+    def _residents(self, rank: int) -> tuple[list[Resident], OptimizerMemory]:
+        """The tensors that one device holds before the step, and its optimizer's memory."""
+        parts, settings = self.inventory(rank), self.settings
+        trained = [
+            torch.empty(tensor.shape, dtype=tensor.dtype, device="meta") for tensor in parts.stored if tensor.trainable
+        ] * settings.arms
+        optimizer = optimizer_memory(trained, settings.optimizer, settings.device)
+        residents = [
+            Resident(tensor.size, "adapter" if tensor.trainable else "weights")
+            for tensor in parts.stored
+            for _ in range(settings.arms if tensor.trainable else 1)
+        ]
+        if settings.device == "cuda":
+            residents.append(Resident(CUBLAS_BYTES, "workspace"))
+        block_bytes = self._block_bytes() if settings.sharding != "none" else 0
+        return sharded(residents, optimizer, settings, block_bytes)
+
+    def _block_bytes(self) -> int:
+        """Bytes of the largest block's weights."""
+        sizes = [sum(p.numel() * p.element_size() for p in block.parameters()) for block in self._blocks or ()]
+        return max(sizes, default=0)
+
+    def _sizes(self, rank: int, training: bool) -> tuple[StepTrace, list[int]]:
+        """The step's events, and the bytes of each allocation at `rank`."""
+        if rank in self._ends:
+            trace = self._trace(rank, training)
+            return trace, trace.sizes
+        low, high = (self._trace(end, training) for end in self._ends)
+        if low.events == high.events and low.origins == high.origins:
+            sizes = [_between(a, b, self._ends, rank) for a, b in zip(low.sizes, high.sizes, strict=True)]
+            whole = [size for size in sizes if size is not None]
+            if len(whole) == len(sizes):
+                return low, whole
+        trace = self._trace(rank, training)
+        return trace, trace.sizes
+
+    def _trace(self, rank: int, training: bool) -> StepTrace:
+        if (rank, training) not in self._traces:
+            self._traces[rank, training] = self._reduced_trace(rank, training) or self._full_trace(rank, training)
+        return self._traces[rank, training]
+
+    def _reduced_trace(self, rank: int, training: bool) -> StepTrace | None:
+        """The trace of the whole depth from four groups of blocks; None where the blocks do not repeat."""
+        if self._small_skeleton(self._ends[0]) is None:  # whether a few blocks can represent all
+            return None
+        small, reduction = self._small_skeleton(rank, self.settings.arms), self._reduction
+        if small is None or reduction is None:
+            return None
+        blocks = blocks_of(small.base)
+        assert blocks is not None
+        trace = trace_step(small, self.settings, Groups(blocks, reduction.period), training)
+        return deepen(trace, reduction.groups)
+
+    def _small_skeleton(self, rank: int, arms: int = 1) -> Skeleton | None:
+        reduction = self._reduction
+        if reduction is None or self._blocks is None:
+            return None
+        if (rank, arms) not in self._small:
+            small = adapt(self._base(TRACED_GROUPS * reduction.period), self.settings, rank, arms)
+            blocks = blocks_of(small.base)
+            alike = (rank, arms) != (self._ends[0], 1) or (
+                blocks and same_kinds(self._blocks, blocks, reduction.period)
+            )
+            if not alike:
+                self._reduction = None
+                return None
+            self._small[rank, arms] = small
+        return self._small[rank, arms]
+
+    def _full_trace(self, rank: int, training: bool) -> StepTrace:
+        """The trace of the whole model, one segment a block: operations of frozen blocks count separately."""
+        arms = self.settings.arms
+        as_built = rank == self._ends[0] and arms == 1
+        skeleton = self.skeleton if as_built else adapt(self._base(), self.settings, rank, arms)
+        blocks = blocks_of(skeleton.base)
+        return trace_step(skeleton, self.settings, None if blocks is None else Groups(blocks, 1), training)
+
+    def _base(self, depth: int | None = None) -> Any:
+        config = self._config if depth is None else reduced_config(self._config, depth)
+        return build_base(config, self.settings)
+
+    def _inventory_at_high(self) -> Inventory:
+        """The tensors at the highest rank: by like tensors of two small models, or from the full model built again."""
+        low, high = self._ends
+        ours = self._inventories[low]
+        small = [self._small_skeleton(end) for end in self._ends]
+        if small[0] is not None and small[1] is not None:
+            pair = inventory(small[0], low), inventory(small[1], high)
+            stored = _grown(ours.stored, pair[0].stored, pair[1].stored)
+            saved = _grown(ours.saved, pair[0].saved, pair[1].saved)
+            if stored is not None and saved is not None:
+                return Inventory(high, stored, saved)
+        return inventory(adapt(self._base(), self.settings, high), high)
+
+
+def inventory(skeleton: Skeleton, rank: int) -> Inventory:
+    """The tensors of an adapted model; shared ones count once."""
+    stored, seen = [], set()
+    named = [*skeleton.model.named_parameters(), *skeleton.model.named_buffers()]
+    for name, tensor in named:
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            stored.append(TensorSpec(name, tuple(tensor.shape), tensor.dtype, tensor.requires_grad))
+    saved = [
+        TensorSpec(name, tuple(value.shape), value.dtype, True) for name, value in skeleton.adapter_state().items()
+    ]
+    return Inventory(rank, tuple(stored), tuple(saved))
+
+
+def _grown(
+    ours: Sequence[TensorSpec], low: Sequence[TensorSpec], high: Sequence[TensorSpec]
+) -> tuple[TensorSpec, ...] | None:
+    """`ours` at the higher rank, by tensors of the same name (block numbers aside) and shape; None where ambiguous."""
+    known: dict[tuple[str, tuple[int, ...]], tuple[int, ...]] = {}
+    for before, after in zip(low, high, strict=True):
+        key = (BLOCK_NUMBER.sub(".#.", before.name), before.shape)
+        if known.setdefault(key, after.shape) != after.shape:
+            return None
+    grown = []
+    for tensor in ours:
+        shape = known.get((BLOCK_NUMBER.sub(".#.", tensor.name), tensor.shape))
+        if shape is None:
+            return None
+        grown.append(TensorSpec(tensor.name, shape, tensor.dtype, tensor.trainable))
+    return tuple(grown)
+
+
+def _between_tensors(low: TensorSpec, high: TensorSpec, ends: tuple[int, int], rank: int) -> TensorSpec:
+    shape = tuple(_between(a, b, ends, rank) for a, b in zip(low.shape, high.shape, strict=True))
+    if any(part is None for part in shape):
+        raise ModelError(f"{low.name}: its shape is not affine in the rank; give fewer ranks at a time")
+    return TensorSpec(low.name, tuple(part for part in shape if part is not None), low.dtype, low.trainable)
+
+
+def _between(low: int, high: int, ends: tuple[int, int], rank: int) -> int | None:
+    """The affine value at `rank`; None where the slope is not a whole number."""
+    if low == high:
+        return low
+    slope, remainder = divmod(high - low, ends[1] - ends[0])
+    return None if remainder else low + slope * (rank - ends[0])

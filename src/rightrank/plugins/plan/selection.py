@@ -1,0 +1,230 @@
+"""The plan of a selection: the memory of each rank in the training loop of `select`, and the ranks that fit."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from rightrank.data.token_store import EncodedExample
+from rightrank.models.base_models import LoadedModel, device_memory
+from rightrank.plugins.plan.budget import MAX_RANK, cheapest_changes, context_bytes, needed, rank_fits, starting_range
+from rightrank.plugins.plan.calibrate import Calibration, stored_calibration
+from rightrank.plugins.plan.duration import PlannedTrainings, Speed, Workload, selection_cost
+from rightrank.plugins.plan.estimate import Estimator
+from rightrank.plugins.plan.planner import largest_rank, speed_of, with_measured_process
+from rightrank.schema.errors import SettingsError
+from rightrank.schema.plan_settings import PlanSettings, loop_of_select, make_plan_settings
+from rightrank.schema.results import SelectionCost
+from rightrank.schema.settings import SelectSettings
+from rightrank.schema.variants import widest_rank
+from rightrank.search.protocol import Strategy
+from rightrank.train.batches import collate
+from rightrank.train.loss import logits_loss
+from rightrank.train.pace import MAX_ADAPTERS_PER_PASS
+
+PROBED_EXAMPLES = 8
+# Settings that `select` has under the same names.
+SHARED_SETTINGS = (
+    "ranks",
+    "target_modules",
+    "exclude_modules",
+    "layers_to_transform",
+    "modules_to_save",
+    "bias",
+    "use_dora",
+    "target_parameters",
+    "divide_rank_by_experts",
+    "peft_options",
+    "lora_dropout",
+    "batch_size",
+    "eval_batch_size",
+    "dtype",
+    "load_in_4bit",
+    "load_in_8bit",
+    "gradient_checkpointing",
+    "trust_remote_code",
+)
+SELECT_CHANGES = {  # of a plan's settings that `select` has, under its names
+    **{name: name for name in ("batch_size", "gradient_checkpointing", "seq_len", "dtype", "load_in_4bit")},
+    "optimizer": "optim",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class SelectionPlan:
+    """Predicted peaks by rank, and the ranks that fit."""
+
+    estimator: Estimator
+    calibration: Calibration | None  # of this device; None: not measured
+    peak_bytes: dict[int, int]  # allocated by tensors, by rank
+    needed_bytes: dict[int, int]  # with segments, process and headroom
+    memory_bytes: int | None  # None: unknown, and every rank is kept
+    ranks: tuple[int, ...]  # those that fit, or all
+    max_adapters_per_pass: int | None = None  # of the highest rank, that fit; None: unknown, or one alone is asked for
+
+    def left_out(self) -> tuple[int, ...]:
+        return tuple(rank for rank in self.needed_bytes if rank not in self.ranks)
+
+    def notice(self) -> str | None:
+        """One line for the user: the ranks left out, and why; None where all fit."""
+        left_out = self.left_out()
+        if not left_out or self.memory_bytes is None:
+            return None
+        wanted = ", ".join(f"{rank} ({_gib(self.needed_bytes[rank])})" for rank in left_out)
+        return f"left out, since they need more than the {_gib(self.memory_bytes)} available: ranks {wanted}"
+
+    def peak_of(self, ranks: Sequence[int]) -> int | None:
+        """Bytes of tensors at the peak of these ranks in one pass; None where one of them was not planned.
+
+        Each arm adds its own share: the traced peak of two arms of its rank, less that of one.
+        """
+        if not set(ranks) <= self.peak_bytes.keys():
+            return None
+        if len(ranks) == 1:
+            return self.peak_bytes[ranks[0]]
+        pairs = self.estimator.variant(arms=2)
+        shares = {rank: pairs.estimate(rank).peak.peak_bytes - self.peak_bytes[rank] for rank in set(ranks)}
+        first = ranks[0]
+        return self.peak_bytes[first] - shares[first] + sum(shares[rank] for rank in ranks)
+
+    @property
+    def is_timed(self) -> bool:
+        """Whether this device is calibrated and the step is traced, so that operations give seconds."""
+        return self.calibration is not None and self.estimator.untraceable is None
+
+    def cost(self, strategy: Strategy, work: Workload, speed: Speed | None = None) -> SelectionCost | None:
+        """The time of the selection, at a measured speed or that of the calibration; None where it is not timed."""
+        if speed is None and not self.is_timed:
+            return None
+        ranked = self.estimator.variant(ranks=self.ranks)
+        speed = speed or speed_of(self.calibration, self.estimator.settings)
+        return selection_cost(ranked, PlannedTrainings.of(strategy), work, speed)
+
+
+def plan_selection(
+    config: Any,
+    settings: SelectSettings,
+    longest: int,
+    device: str,
+    num_labels: int | None = None,
+    sequences: int = 1,
+) -> SelectionPlan:
+    """Predict every rank's peak, and keep the ranks that fit.
+
+    Args:
+        config: the model's configuration.
+        settings: of the selection; without `memory_bytes`, a CUDA device's own memory is the budget.
+        longest: tokens of the longest sequence.
+        device: `cpu`, `cuda`, …
+        num_labels: of a classification.
+        sequences: of each example; 2 for preference pairs.
+
+    Raises:
+        SettingsError: fewer ranks fit than a comparison needs; the message names what to change.
+    """
+    plan_settings = _plan_settings(config, settings, longest, device, num_labels, sequences)
+    calibration = stored_calibration(config, plan_settings)
+    plan_settings = with_measured_process(plan_settings, calibration)
+    memory = plan_settings.memory_bytes
+    estimator = Estimator(config, plan_settings, None if calibration is None else calibration.step_factor)
+    held = {rank: widest_rank(settings, rank) for rank in settings.ranks}
+    peaks = {rank: estimator.estimate(rank).peak for rank in sorted({*held, *held.values()})}
+    needs = {rank: needed(peaks[held[rank]].reserved_bytes, plan_settings) for rank in held}
+    fitting = tuple(rank for rank in settings.ranks if memory is None or needs[rank] <= memory)
+    if len(fitting) < min(2, len(settings.ranks)):
+        raise SettingsError(_refusal(estimator, needs, memory or 0))
+    adapters = None
+    wanted = settings.adapters_per_pass or (MAX_ADAPTERS_PER_PASS if plan_settings.device == "cuda" else 1)
+    if memory is not None and wanted > 1:
+        adapters = _max_adapters(estimator, held[max(fitting)], wanted)
+    return SelectionPlan(
+        estimator, calibration, {rank: peaks[rank].peak_bytes for rank in held}, needs, memory, fitting, adapters
+    )
+
+
+def _max_adapters(estimator: Estimator, rank: int, wanted: int) -> int:
+    """Adapters that fit in one pass: `wanted`, or the largest power of two below it that fits."""
+    sizes = [wanted, *(2**power for power in reversed(range(wanted.bit_length())) if 2**power < wanted)]
+    return next((size for size in sizes if size == 1 or rank_fits(estimator.variant(arms=size), rank)), 1)
+
+
+def _plan_settings(
+    config: Any, settings: SelectSettings, longest: int, device: str, num_labels: int | None, sequences: int = 1
+) -> PlanSettings:
+    """The plan's settings for the training loop of `select`."""
+    kind = "cuda" if device.startswith("cuda") else "cpu"
+    shared = {name: getattr(settings, name) for name in SHARED_SETTINGS}
+    eager = getattr(config, "_attn_implementation", None) == "eager"
+    if settings.devices_per_arm > 1:  # what one device holds, and its share of a batch
+        shared["num_devices"] = settings.devices_per_arm
+        shared["sharding"] = "fsdp" if settings.shard_base else "ddp"
+        shared["batch_size"] = -(-settings.batch_size // settings.devices_per_arm)
+    for name in ("batch_size", "eval_batch_size"):  # the plan's examples are sequences
+        shared[name] *= sequences
+    return make_plan_settings(
+        shared
+        | loop_of_select(num_labels, "adamw_8bit" if settings.optim == "adamw_8bit" else "adamw")
+        | {
+            "seq_len": max(2, longest),
+            "padding": num_labels is not None,  # a causal row never attends to padding on its right
+            "num_labels": num_labels,
+            "attn_implementation": "eager" if eager else "sdpa",
+            "device": kind,
+            "memory_bytes": settings.memory_bytes or (device_memory() if kind == "cuda" else None),
+        }
+    )
+
+
+@torch.no_grad()
+def first_pass_loss(loaded: LoadedModel, examples: Sequence[EncodedExample]) -> float:
+    """The base's loss on a few examples, nats a label token; one at a time, since all logits of a row are computed."""
+    losses = [
+        logits_loss(loaded.model, collate(examples, [index], loaded.tokenizer.pad_token_id, loaded.device), 1.0)
+        for index in range(min(PROBED_EXAMPLES, len(examples)))
+    ]
+    return sum(float(loss.example_losses.sum()) for loss in losses) / sum(
+        int(loss.example_tokens.sum()) for loss in losses
+    )
+
+
+def ranks_for_data(
+    config: Any, settings: SelectSettings, longest: int, device: str, data: tuple[int, float]
+) -> tuple[list[int], list[str]]:
+    """Ranks to start with where the user gives none, and the reasons, a line each.
+
+    Args:
+        data: label tokens of the training data, and the base's loss on some of them, nats a token.
+    """
+    one = settings.model_copy(update={"ranks": (1,)})
+    plan_settings = _plan_settings(config, one, longest, device, None)
+    calibration = stored_calibration(config, plan_settings)
+    plan_settings = with_measured_process(plan_settings, calibration)
+    estimator = Estimator(config, plan_settings, None if calibration is None else calibration.step_factor)
+    top = min(estimator.rank_limit, MAX_RANK)
+    fitting = None
+    if plan_settings.memory_bytes is not None:
+        ends = estimator.variant(ranks=(1, top))
+        fitting = largest_rank(ends, [ends.estimate(rank) for rank in sorted({1, top})]) or 0
+    limits, ranks = starting_range(estimator.skeleton.shapes, *data, fitting)
+    lines = [
+        f"limit by {limit.name}: {'none' if limit.rank is None else limit.rank} ({limit.reason})" for limit in limits
+    ]
+    return ranks, [*lines, f"ranks to start with: {', '.join(map(str, ranks))}"]
+
+
+def _refusal(estimator: Estimator, needs: dict[int, int], memory: int) -> str:
+    smallest = min(rank for rank, size in needs.items() if size > memory)
+    tensors = needs[smallest] - context_bytes(estimator.settings)
+    changes = [change for change in cheapest_changes(estimator) if change.setting in SELECT_CHANGES]
+    advice = ", ".join(f"{SELECT_CHANGES[change.setting]} {change.value}" for change in changes)
+    return (
+        f"rank {smallest} needs {_gib(needs[smallest])} ({_gib(tensors)} for tensors, the rest for the process), and "
+        f"{_gib(memory)} are available; give more --memory, lower ranks{', or ' + advice if advice else ''}"
+    )
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.2f} GiB"

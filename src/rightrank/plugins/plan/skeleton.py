@@ -1,0 +1,253 @@
+"""The model without weights: built on the meta device from its configuration, with adapters attached by PEFT itself.
+
+Only `config.json` (or a GGUF header) is downloaded or read, and a model's own code runs only with `trust_remote_code`.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from peft.utils import get_peft_model_state_dict
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from rightrank.models.base_models import DTYPES, LOADING_ERRORS, quiet_third_parties, require_model
+from rightrank.plugins.plan.quantised import quantise
+from rightrank.schema.errors import ModelError, first_line
+from rightrank.schema.plan_settings import PlanSettings
+from rightrank.train.targets import (
+    ALL_LINEAR,
+    TargetModule,
+    adapted_matrices,
+    common_fields,
+    expert_counts,
+    expert_patterns,
+    in_layers,
+    named_targets,
+    require_layers,
+    require_names,
+    require_parameters,
+)
+
+MAX_LAYERS = 1000
+MAX_SIZE = 2**40
+SAFETENSORS_CODES = {
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float64: "F64",
+    torch.int64: "I64",
+    torch.uint8: "U8",
+    torch.int8: "I8",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Skeleton:
+    """A PEFT model on the meta device."""
+
+    model: Any  # PeftModel
+    targets: tuple[TargetModule, ...]
+    arms: tuple[str, ...]  # adapter names
+
+    @property
+    def base(self) -> Any:
+        return self.model.get_base_model()
+
+    @property
+    def shapes(self) -> list[tuple[int, int]]:
+        """Rows and columns of the adapted matrices."""
+        return [(target.out_features, target.in_features) for target in self.targets]
+
+    def trainable(self) -> list[torch.nn.Parameter]:
+        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+
+    def stored(self) -> list[torch.Tensor]:
+        """All parameters and buffers; tied ones once."""
+        return [*self.model.parameters(), *self.model.buffers()]
+
+    def adapter_state(self) -> dict[str, torch.Tensor]:
+        """The tensors that PEFT writes into `adapter_model.safetensors`."""
+        with warnings.catch_warnings():
+            warnings.simplefilter(
+                "ignore"
+            )  # PEFT warns that it saves an embedding with the adapter; the plan counts it
+            state: dict[str, torch.Tensor] = get_peft_model_state_dict(self.model)
+        return state
+
+
+def read_config(reference: str, trust_remote_code: bool, classification: bool = False) -> Any:
+    """The configuration of a model folder, a GGUF file or a hub name.
+
+    Raises:
+        ModelError: no configuration, an unknown architecture, or one that needs its own code.
+    """
+    source = require_model(reference)
+    quiet_third_parties()
+    try:
+        config = AutoConfig.from_pretrained(source.name, **source.loading_arguments(trust_remote_code))
+    except LOADING_ERRORS as error:
+        raise ModelError(f"{reference}: transformers knows no such model ({first_line(error)})") from None
+    if not is_known(config, classification) and not trust_remote_code:
+        kind = "sequence classification" if classification else "causal language"
+        other = "" if classification else " (a classification model is planned with num_labels)"
+        raise ModelError(f"{reference}: {config.model_type!r} is no {kind} model that transformers knows{other}")
+    text = config.get_text_config()
+    _require_sane_sizes(reference, text)
+    text.use_cache = False  # as Trainer trains
+    return config
+
+
+def _require_sane_sizes(reference: str, text: Any) -> None:
+    """Refuse a configuration that would take for ever to build.
+
+    Raises:
+        ModelError: heads that do not divide, or a number of layers or a size beyond any model.
+    """
+    heads, groups = getattr(text, "num_attention_heads", 1), getattr(text, "num_key_value_heads", None) or 1
+    if isinstance(heads, int) and isinstance(groups, int) and (heads < 1 or groups < 1 or heads % groups):
+        raise ModelError(
+            f"{reference}: {heads} heads are not a multiple of {groups} key-value heads; restore config.json"
+        )
+    layers = getattr(text, "num_hidden_layers", 0)
+    if isinstance(layers, int) and layers > MAX_LAYERS:
+        raise ModelError(f"{reference}: {layers} layers are more than any model has (at most {MAX_LAYERS})")
+    for name, value in text.to_dict().items():
+        if isinstance(value, int) and abs(value) > MAX_SIZE:
+            raise ModelError(f"{reference}: {name} is {value}, more than any model has (at most {MAX_SIZE})")
+
+
+def is_known(config: Any, classification: bool) -> bool:
+    """Whether transformers has a causal language (or classification) model for this configuration."""
+    auto: Any = AutoModelForSequenceClassification if classification else AutoModelForCausalLM
+    return type(config) in auto._model_mapping
+
+
+def build_base(config: Any, settings: PlanSettings) -> Any:
+    """The base model on the meta device, frozen, and quantised where the settings say so.
+
+    Raises:
+        ModelError: transformers cannot build it.
+    """
+    # None is transformers' own choice: torch's fused attention, for the models that can take it.
+    attention = "eager" if settings.attn_implementation == "eager" else None
+    plain = copy.deepcopy(config)
+    if hasattr(plain, "quantization_config"):
+        del plain.quantization_config  # `quantise` below does it in shapes
+    text = plain.get_text_config()
+    auto: Any = AutoModelForCausalLM
+    if settings.num_labels is not None:
+        auto, plain.num_labels = AutoModelForSequenceClassification, settings.num_labels
+        if getattr(text, "pad_token_id", None) is None:
+            text.pad_token_id = text.vocab_size - 1  # as on loading: batches of several rows need one
+    try:
+        with torch.device("meta"):
+            model = auto.from_config(
+                plain,
+                dtype=DTYPES[settings.dtype],
+                attn_implementation=attention,
+                trust_remote_code=settings.trust_remote_code,
+            )
+    except LOADING_ERRORS as error:
+        raise ModelError(f"{config.model_type}: transformers cannot build the model ({first_line(error)})") from None
+    model.requires_grad_(False)
+    quantise(model, settings)
+    return model
+
+
+def adapt(model: Any, settings: PlanSettings, rank: int, arms: int = 1) -> Skeleton:
+    """`model` with an adapter of `rank` for each arm, attached by PEFT in place.
+
+    Raises:
+        ModelError: a target that matches nothing, or one that PEFT cannot adapt.
+    """
+    require_names(model, settings)
+    require_layers(model, settings.layers_to_transform)
+    require_parameters(model, settings.target_parameters)
+    _require_patterns(model, settings.rank_pattern)
+    names = ("default", *(f"arm_{number}" for number in range(1, arms)))
+    how: dict[str, Any] = {"autocast_adapter_dtype": settings.autocast_adapter_dtype, "low_cpu_mem_usage": True}
+    try:
+        with _peft_quiet(), torch.device("meta"):
+            experts = experts_of(model, settings)
+            config = lora_config(model, settings, rank)
+            config.init_lora_weights = False  # meta tensors have no values to initialise
+            adapted = get_peft_model(model, config, **how)
+            for name in names[1:]:
+                adapted.add_adapter(name, copy.deepcopy(config), **how)
+    except (ValueError, TypeError) as error:
+        raise ModelError(f"PEFT cannot adapt the model ({first_line(error)})") from None
+    for name, parameter in adapted.named_parameters():
+        if not set(names[1:]).isdisjoint(name.split(".")):
+            parameter.requires_grad_(True)  # PEFT trains only the active adapter
+    return Skeleton(adapted, tuple(adapted_matrices(adapted.get_base_model(), experts)), names)
+
+
+def require_rank(skeleton: Skeleton, settings: PlanSettings) -> None:
+    """Refuse a rank above the limit of an adapted matrix.
+
+    Raises:
+        ModelError: such a rank; the message names the matrix.
+    """
+    largest = max(settings.ranks)
+    for target in skeleton.targets:
+        limit = target.max_rank
+        if target.rank(largest) > limit and not any(target.name.endswith(name) for name in settings.rank_pattern):
+            raise ModelError(
+                f"rank {largest} is above the {limit} that {target.name} ({target.out_features} × "
+                f"{target.in_features}) can have; give ranks up to {limit}, or exclude_modules"
+            )
+
+
+def experts_of(model: Any, settings: PlanSettings) -> dict[str, int]:
+    """The numbers of experts that divide a rank, by key of PEFT's patterns; none without `divide_rank_by_experts`."""
+    if not settings.divide_rank_by_experts:
+        return {}
+    targets, _ = named_targets(model, settings, settings.num_labels is not None)
+    return expert_counts(model, in_layers(model, settings.target_parameters, settings.layers_to_transform), targets)
+
+
+def lora_config(model: Any, settings: PlanSettings, rank: int) -> LoraConfig:
+    """PEFT's configuration of an adapter of `rank` under these settings."""
+    targets = settings.target_modules
+    if (
+        settings.loss == "chunked" or settings.layers_to_transform is not None
+    ):  # as `select`; PEFT needs names for layers
+        targets, _ = named_targets(model, settings, settings.num_labels is not None)
+    parameters = in_layers(model, settings.target_parameters, settings.layers_to_transform)
+    return LoraConfig(
+        r=rank,
+        target_modules=ALL_LINEAR if targets == (ALL_LINEAR,) else (list(targets) or None),
+        target_parameters=parameters or None,
+        rank_pattern=expert_patterns(experts_of(model, settings), rank, 1.0, "alpha/r")[0] | settings.rank_pattern,
+        use_rslora=settings.use_rslora,
+        **common_fields(settings, settings.num_labels is not None),
+    )
+
+
+def _require_patterns(model: Any, rank_pattern: Mapping[str, int]) -> None:
+    """PEFT ignores a misspelt key of `rank_pattern`; the plan refuses it."""
+    names = [name for name, _ in model.named_modules()]
+    for key, rank in rank_pattern.items():
+        if rank < 1:
+            raise ModelError(f"rank_pattern: got {key}: {rank}; give integers from 1")
+        if not _matches_any(key, names):
+            raise ModelError(f"rank_pattern: no module matches {key!r}; keys are ends of module names, or patterns")
+
+
+def _matches_any(key: str, names: list[str]) -> bool:
+    return any(re.match(rf"(.*\.)?({key})$", name) for name in names)
+
+
+@contextmanager
+def _peft_quiet() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of PEFT and transformers about each other; a user cannot act on them
+        yield

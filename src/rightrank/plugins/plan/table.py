@@ -1,0 +1,163 @@
+"""A plan as text: the table of ranks, the parts of the memory, what fits and what to change."""
+
+from __future__ import annotations
+
+from rightrank.report.format import duration, or_dash, size, table_lines
+from rightrank.schema.events import DataSummary
+from rightrank.schema.results import Extent, Plan, RankPlan, SelectionCost
+from rightrank.schema.trials import split_name
+
+
+def plan_text(plan: Plan) -> str:
+    """The whole plan in plain lines."""
+    parts = [
+        f"{plan.architecture}: {plan.base_parameters:,} parameters, {size(plan.base_bytes)} of weights; "
+        f"{plan.targets} adapted matrices",
+        *([] if plan.data is None else [_data_line(plan, plan.data)]),
+        "",
+        *_table(plan),
+        "",
+        *_memory_parts(plan.ranks[-1], plan),
+        "",
+        *_answer(plan),
+    ]
+    parts += [f"note: {note}" for note in plan.notes]
+    return "\n".join(parts)
+
+
+def _data_line(plan: Plan, data: DataSummary) -> str:
+    splits = ", ".join(f"{split.items:,} {split_name(name)}" for name, split in data.splits.items())
+    length, batch = plan.settings["seq_len"], plan.settings["batch_size"]
+    return f"data ({data.form}): {splits} examples; a step of `rightrank select`: {batch} sequences of at most {length} tokens"
+
+
+def _table(plan: Plan) -> list[str]:
+    timed = any(row.seconds_per_step is not None for row in plan.ranks)
+    heads = ["rank", "parameters", "adapter", "peak", "reserved", "with headroom", "TFLOP/step"]
+    both = plan.ranks[0].select_needed_bytes is not None
+    heads += ["s/step"] * timed + ["fits"] * (plan.memory_bytes is not None)
+    heads += ["in select"] * both + ["fits"] * (both and plan.memory_bytes is not None)
+    return table_lines([heads, *(_row(row, plan, timed) for row in plan.ranks)])
+
+
+def _row(row: RankPlan, plan: Plan, timed: bool) -> list[str]:
+    cells = [
+        str(row.rank),
+        f"{row.trainable_parameters:,}",
+        size(row.adapter_bytes),
+        size(row.peak_bytes),
+        size(row.peak_reserved_bytes),
+        size(row.needed_bytes),
+        f"{row.flops_per_step / 1e12:.3g}",
+    ]
+    if timed:
+        cells.append(or_dash(row.seconds_per_step, ".3g"))
+    if plan.memory_bytes is not None:
+        cells.append("yes" if row.fits else "no")
+    if row.select_needed_bytes is not None:
+        cells.append(size(row.select_needed_bytes))
+        cells += ["yes" if row.fits_in_select else "no"] * (plan.memory_bytes is not None)
+    return cells
+
+
+def _memory_parts(row: RankPlan, plan: Plan) -> list[str]:
+    parts = [
+        f"{'logits, loss' if name == 'logits_and_loss' else name.replace('_', ' ')} {size(count)}"
+        for name, count in row.components.items()
+        if count
+    ]
+    lines = [f"rank {row.rank}, at its peak ({row.peak_at}):", "  " + ", ".join(parts)]
+    kept = list(plan.activations.items())[:6]
+    if kept:
+        lines.append("  activations: " + ", ".join(f"{name} {size(count)}" for name, count in kept))
+    return lines
+
+
+def _answer(plan: Plan) -> list[str]:
+    last, source = plan.ranks[-1], plan.sources["peak_bytes"]
+    lines = [
+        f"peak: {source}; at rank {last.rank} from {size(last.peak_low_bytes)} to {size(last.peak_high_bytes)} "
+        f"(±{last.error_share:.0%}: {plan.errors[source].basis})",
+        f"in addition {size(plan.context_bytes)} for the process ({plan.sources['context_bytes']}) and "
+        f"{plan.headroom_share:.0%} headroom (assumed)",
+    ]
+    if last.select_needed_bytes is not None:
+        lines.append(
+            "the step is that of transformers' Trainer; `in select` is a step of `rightrank select`, with headroom: the loss in "
+            "chunks, and no padding (give DATA, and the plan is of `select` alone)"
+        )
+    if plan.memory_bytes is not None:
+        lines.append(_fits_line(plan))
+    for change in plan.changes:
+        fits = "fits" if change.fits else "does not fit yet"
+        lines.append(
+            f"  {change.setting} {change.value}: {size(change.peak_reserved_bytes)} reserved, {fits} ({change.price})"
+        )
+    for price in plan.prices:
+        lines.append(
+            f"{price.axis}: {size(price.difference_bytes)} more reserved, {price.flops_factor:.2f} × the arithmetic"
+        )
+    for limit in plan.limits:
+        lines.append(f"limit by {limit.name}: {'none' if limit.rank is None else limit.rank} ({limit.reason})")
+    if plan.suggested_ranks:
+        lines.append(f"suggested ranks: {', '.join(map(str, plan.suggested_ranks))}")
+    if plan.selection is not None:
+        lines += selection_lines(plan.selection)
+    return lines
+
+
+def _fits_line(plan: Plan) -> str:
+    budget = size(plan.memory_bytes or 0)
+    if plan.max_rank is None:
+        return f"no requested rank fits in {budget}; to make rank {plan.ranks[0].rank} fit, change:"
+    possible = ""
+    if plan.largest_possible_rank is not None and plan.largest_possible_rank != plan.max_rank:
+        possible = f" (largest of all ranks: {plan.largest_possible_rank})"
+    return f"largest requested rank that fits in {budget}: {plan.max_rank}{possible}"
+
+
+def selection_lines(cost: SelectionCost) -> list[str]:
+    """The time and price of a selection, expected and at most, and of one training of each rank."""
+    name = "selection" if cost.strategy is None else f"selection by {cost.strategy}"
+    lines = []
+    if cost.expected == cost.most:
+        lines.append(f"{name}: {_extent(cost.expected, cost.steps)}")
+    else:
+        lines.append(f"{name}: about {_extent(cost.expected, cost.steps)}; at most {_extent(cost.most, cost.steps)}")
+    each = ", ".join(
+        f"rank {row.rank} {_amount(row.flops) if row.seconds is None else duration(row.seconds)}" for row in cost.ranks
+    )
+    lines.append(f"  one complete training with its evaluations: {each}")
+    if cost.expected.seconds is None:
+        lines.append("  --calibrate on this device adds seconds")
+    return lines
+
+
+def _extent(extent: Extent, steps: int) -> str:
+    parts = [f"{extent.trainings:.3g} trainings of {steps} steps, {_amount(extent.flops)}"]
+    if extent.seconds is not None:
+        parts.append(duration(extent.seconds))
+    if extent.price is not None:
+        parts.append(f"{extent.price:.2f} at the price given")
+    return ", ".join(parts)
+
+
+def _amount(flops: float) -> str:
+    """`1.5 PFLOP`."""
+    for unit in ("FLOP", "kFLOP", "MFLOP", "GFLOP", "TFLOP"):
+        if flops < 1000:
+            return f"{flops:.3g} {unit}"
+        flops /= 1000
+    return f"{flops:.3g} PFLOP"
+
+
+def took_line(cost: SelectionCost, trainings: float, seconds: float) -> str:
+    """The time of a selection, compared with the estimate for the trainings that ran and with that before the start."""
+    assert cost.expected.seconds is not None
+    assert cost.most.seconds is not None
+    for_these = cost.expected.seconds * trainings / cost.expected.trainings
+    return (
+        f"took {duration(seconds)} for {trainings:.3g} trainings; the estimate for that many was {duration(for_these)} "
+        f"({for_these / seconds - 1:+.0%}); the estimate before the start was {duration(cost.expected.seconds)} for "
+        f"{cost.expected.trainings:.3g} trainings, at most {duration(cost.most.seconds)}"
+    )

@@ -1,0 +1,200 @@
+"""The first question as plain data: every adapter of a run against the reference, as a figure and as a table."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rightrank.decision.adapter import compared_adapters
+from rightrank.decision.run import Records, question_of
+from rightrank.report.figure import Axis, Band, Figure, Level, Mark, Series, Tone, metric_axis, rank_axis
+from rightrank.schema.decision import AdapterAnswer, AdapterCandidate
+from rightrank.schema.events import GuardAnswer, GuardCandidate
+
+SERIES: dict[str, tuple[str, Tone]] = {
+    "trained": ("trained at that rank", "main"),
+    "truncated": ("truncated from the top rank", "second"),
+    "recovered": ("with steps of recovery", 2),
+}
+MAX_MARGINS = 6.0  # worse than the reference by more: off the scale, so that the margin stays readable
+HOLDS = {True: "yes", False: "no"}
+
+
+def adapter_figure(records: Records) -> Figure | None:
+    """Held-out value by rank of trained, truncated and recovered adapters; None before the first answer."""
+    if not records.adapters:
+        return None
+    answer = records.adapters[-1].answer
+    started = records.started
+    return figure_of(answer, compared(records), started.metric, started.higher_is_better)
+
+
+def compared(records: Records) -> list[AdapterCandidate]:
+    """Every adapter of the run against the reference of its answer; empty before the first answer."""
+    if not records.adapters:
+        return []
+    return compared_adapters(records.adapters[-1].answer, records.plain(), question_of(records))
+
+
+def figure_of(
+    answer: AdapterAnswer, adapters: Sequence[AdapterCandidate], metric: str, higher_is_better: bool
+) -> Figure:
+    """The figure of `adapters`, which are compared with the answer's reference.
+
+    A whisker spans the 95% bounds of the paired difference, from the reference's value. An adapter holds if its whisker ends
+    inside the band.
+    """
+    sign = -1 if higher_is_better else 1
+    reference = next(one.value - sign * one.difference for one in adapters)
+    edge = reference + sign * answer.margin
+    shown = [one for one in adapters if one.difference <= MAX_MARGINS * answer.margin]
+    ends = [reference + sign * end for one in shown for end in _ends(one)] + [edge, reference]
+    room = 0.06 * (max(ends) - min(ends) or 1.0)
+    chosen = next(one for one in adapters if one.trial_id == answer.trial_id)
+    off = sorted({one.rank for one in adapters} - {one.rank for one in shown})
+    off_text = f" (off the scale: rank {', '.join(map(str, off))})" if off else ""
+    return Figure(
+        name="adapters",
+        title=f"Trained and truncated adapters by rank{off_text}",
+        alt=f"Held-out {metric} by LoRA rank. " + " ".join(map(_in_words, adapters)) + f" {answer.sentence}",
+        x=rank_axis([one.rank for one in adapters]),
+        y=metric_axis(metric, "held-out", (min(ends) - room, max(ends) + room)),
+        series=tuple(_series(how, adapters, reference, sign) for how in SERIES if any(a.how == how for a in adapters)),
+        bands=(Band("within the margin; whiskers: paired 95% bounds", min(reference, edge), max(reference, edge)),),
+        marks=(Mark(f"handed over: rank {chosen.rank}, {chosen.how}", chosen.rank, chosen.value),),
+        columns=("rank", "how", "value", "difference", "lower bound", "upper bound", "holds"),
+        rows=tuple(
+            (one.rank, one.how, one.value, one.difference, one.difference_low, one.difference_high, HOLDS[one.holds])
+            for one in adapters
+        ),
+    )
+
+
+def candidate_table(answer: AdapterAnswer, metric: str) -> list[list[str]]:
+    """The candidates as text, a heading first: rank, how, value, difference from the reference, its bound, whether it holds."""
+    heading = ["rank", "how", metric, "worse by", "95% bound", "holds"]
+    return [heading, *(_row(one, answer) for one in answer.candidates)]
+
+
+def _row(one: AdapterCandidate, answer: AdapterAnswer) -> list[str]:
+    is_reference = one.trial_id == answer.reference_id
+    bound = "–" if one.difference_high is None else f"{one.difference_high:+.4f}"
+    return [
+        str(one.rank),
+        one.how,
+        f"{one.value:.4f}",
+        "reference" if is_reference else f"{one.difference:+.4f}",
+        "" if is_reference else bound,
+        HOLDS[one.holds],
+    ]
+
+
+def _series(how: str, adapters: Sequence[AdapterCandidate], reference: float, sign: int) -> Series:
+    own = sorted((one for one in adapters if one.how == how), key=lambda one: one.rank)
+    ends = [sorted(reference + sign * end for end in _ends(one)) for one in own]
+    label, tone = SERIES[how]
+    return Series(
+        label,
+        tuple(one.rank for one in own),
+        tuple(one.value for one in own),
+        tuple(min(one.value, low) for one, (low, _) in zip(own, ends, strict=True)),
+        tuple(max(one.value, high) for one, (_, high) in zip(own, ends, strict=True)),
+        dashed=how != "trained",
+        tone=tone,
+    )
+
+
+def _ends(one: AdapterCandidate) -> tuple[float, float]:
+    """The bounds of the difference; the difference itself where there are none."""
+    low = one.difference if one.difference_low is None else one.difference_low
+    return low, one.difference if one.difference_high is None else one.difference_high
+
+
+def _in_words(one: AdapterCandidate) -> str:
+    bound = "" if one.difference_high is None else f", at most {one.difference_high:.2g}"
+    return f"Rank {one.rank}, {one.how}: worse by {one.difference:.2g}{bound}."
+
+
+def guard_of(records: Records) -> GuardAnswer | None:
+    """The guard of the adapter that is handed over; None without guard data."""
+    return records.adapters[-1].guard if records.adapters else None
+
+
+def guard_figure(records: Records) -> Figure | None:
+    """Task value against guard loss, a point for each finished adapter; None without guard data."""
+    guard = guard_of(records)
+    if guard is None or not guard.candidates:
+        return None
+    rows = guard.candidates
+    chosen_id = records.adapters[-1].answer.trial_id
+    chosen = next(one for one in rows if one.trial_id == chosen_id)
+    ranks = sorted({one.rank for one in rows}, reverse=True)
+    both = sum(one.task_holds and one.guard_holds for one in rows)
+    return Figure(
+        name="guard_trade",
+        title="The task against the guard, by rank and learning rate",
+        alt=f"Worse than the base on the guard, against the task's {records.started.metric}, for {len(rows)} adapters; "
+        f"{both} of them are both enough on the task and within the guard's margin. {guard.sentence}",
+        x=metric_axis(records.started.metric, "held-out"),
+        y=Axis("guard: worse than the base by, nats"),
+        series=tuple(_series_of_guard_view(rank, rows, place) for place, rank in enumerate(ranks)),
+        levels=(Level(f"guard margin {guard.margin:g}", guard.margin), Level("base", 0.0)),
+        marks=(Mark(f"handed over: rank {chosen.rank}", chosen.task_value, chosen.guard_difference),),
+        columns=tuple(guard_table(guard)[0]),
+        rows=tuple(
+            (
+                one.rank,
+                one.how,
+                one.learning_rate,
+                one.task_value,
+                one.task_difference,
+                HOLDS[one.task_holds],
+                one.guard_difference,
+                one.guard_difference_high,
+                HOLDS[one.guard_holds],
+            )
+            for one in rows
+        ),
+    )
+
+
+def guard_table(guard: GuardAnswer) -> list[list[str]]:
+    """Every adapter as text, a heading first."""
+    heading = [
+        "rank",
+        "how",
+        "learning rate",
+        "task",
+        "worse by",
+        "enough",
+        "guard worse by",
+        "guard bound",
+        "guard kept",
+    ]
+    return [heading, *(_row_of_guard_view(one) for one in guard.candidates)]
+
+
+def _row_of_guard_view(one: GuardCandidate) -> list[str]:
+    return [
+        str(one.rank),
+        one.how,
+        f"{one.learning_rate:g}",
+        f"{one.task_value:.4f}",
+        f"{one.task_difference:+.4f}",
+        HOLDS[one.task_holds],
+        f"{one.guard_difference:+.4f}",
+        f"{one.guard_difference_high:+.4f}",
+        HOLDS[one.guard_holds],
+    ]
+
+
+def _series_of_guard_view(rank: int, rows: list[GuardCandidate], place: int) -> Series:
+    own = sorted((one for one in rows if one.rank == rank), key=lambda one: one.task_value)
+    return Series(
+        f"rank {rank}",
+        tuple(one.task_value for one in own),
+        tuple(one.guard_difference for one in own),
+        low=tuple(one.guard_difference for one in own),
+        high=tuple(one.guard_difference_high for one in own),
+        kind="points",
+        tone=place,
+    )

@@ -1,0 +1,68 @@
+"""`adapter/`: the chosen adapter in PEFT format, with a model card that holds the evidence."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from rightrank.data.files import replacing_folder
+from rightrank.decision.adapter import Making
+from rightrank.models.weights import licence_of
+from rightrank.schema.decision import Decision, HandedOver
+from rightrank.schema.events import GuardAnswer, RunStarted, TestEvaluated
+from rightrank.schema.trials import TrialFinished
+
+PICTURE, CURVE = "adapters.png", "rank_curve.png"
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterCardFacts:
+    sentence: str  # the answer to the first question
+    making: Making
+    handed_over: HandedOver
+    margin: float
+    candidates: list[list[str]]  # the adapters that were compared, a heading first
+    guard: GuardAnswer | None = None
+
+
+def hand_over(trial_adapter: Path, target: Path, figures: Path, card: str | None) -> None:
+    """Copy the trial's adapter to `target`, with its card, if there is one, and the card's figures. `target` is replaced."""
+    with replacing_folder(target) as temporary:
+        for path in sorted(path for path in trial_adapter.iterdir() if path.is_file()):
+            shutil.copy2(path, temporary / path.name)
+        for name in (PICTURE, CURVE):
+            if (figures / name).exists():
+                shutil.copy2(figures / name, temporary / name)
+        if card is not None:
+            (temporary / "README.md").write_text(card, encoding="utf-8")
+
+
+def model_card(
+    started: RunStarted,
+    trial: TrialFinished,
+    decision: Decision | None,
+    tests: list[tuple[str, TestEvaluated]],
+    adapter: AdapterCardFacts,
+) -> str:
+    """The card: front matter for the hub with the base's licence, the answers, the evidence, how to load the adapter."""
+    environment = Environment(
+        loader=PackageLoader("rightrank.report", "templates"),
+        autoescape=False,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("model_card.md").render(
+        started=started,
+        trial=trial,
+        decision=decision,
+        adapter=adapter,
+        tests=tests,
+        classification=started.data.form == "classification",
+        licence=licence_of(started.settings.get("model")),
+        picture=PICTURE,
+        curve=CURVE,
+    )

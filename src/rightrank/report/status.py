@@ -1,0 +1,211 @@
+"""The state of a run, for `rightrank status` and `rightrank watch`."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+from pydantic import Field
+
+from rightrank.decision.run import Records, decision_so_far, last_decided, running_trial
+from rightrank.report.draw import inline_svg
+from rightrank.report.figure import Figure
+from rightrank.report.figures import figures_of
+from rightrank.report.format import quantity
+from rightrank.report.html import asset, environment
+from rightrank.report.sentences import cost_of, headline, margin_text, next_commands, progress_text, subject_text
+from rightrank.report.terminal_figures import terminal_curve
+from rightrank.schema.decision import Decision
+from rightrank.schema.events import JournalRecord
+from rightrank.schema.settings import Goal
+from rightrank.schema.trials import Record, TrialStarted
+
+NO_ANSWER = "no answer yet"
+STALE_SECONDS = 600  # an older progress file belongs to a process that ended, or to one very long step
+
+
+class RunStatus(Record):
+    """The state of a run: from its journal, and from its process if one is at work."""
+
+    run: str
+    state: str  # running, stopped (unfinished, and no process works on it), done
+    goal: Goal
+    trainings: float  # so far, in whole ones
+    trials_ended: int
+    trials_without_result: int
+    running: str | None  # the trial at work
+    progress: str | None  # its step and the time left, as the process reports them
+    cost: str
+    answer: str
+    adapter_sentence: str | None  # the answer to the first question
+    rank: int | None
+    verdict: str | None
+    next_run: str | None
+    next_command: str | None = None  # the first of the commands below
+    next_runs: list[str] = Field(default_factory=list)  # every next run, the most useful first
+    next_commands: list[str | None] = Field(default_factory=list)  # each of them as a command that can be pasted
+    curve: list[tuple[int, float]]  # of the trained ranks
+    truncated_curve: list[tuple[int, float]]  # of the truncations, recovered or not: the best of each rank
+
+
+def run_status(
+    run: str,
+    journal: Sequence[JournalRecord],
+    records: Records,
+    goal: Goal,
+    locked: bool,
+    progress: Mapping[str, object] | None,
+) -> RunStatus:
+    """The state of a run.
+
+    Args:
+        goal: of the last `select`.
+        locked: a process holds the folder.
+        progress: the content of its progress file, if that is fresh.
+    """
+    decided, current = last_decided(journal), running_trial(journal)
+    decision = decision_so_far(records) if decided is None else decided.decision
+    adapter = records.adapters[-1].answer if records.adapters else None
+    if goal == "adapter":
+        decision = None
+    cost, commands = cost_of(records), next_commands(records.started, decision, run)
+    is_done = decided is not None or (goal == "adapter" and adapter is not None)
+    state = "running" if locked else "done" if is_done else "stopped"
+    return RunStatus(
+        run=run,
+        state=state,
+        goal=goal,
+        trainings=cost.trainings,
+        trials_ended=len(records.outcomes),
+        trials_without_result=cost.without_result,
+        running=_at_work(current, records) if current is not None and locked else None,
+        progress=str(progress["progress"]) if progress is not None and locked else None,
+        cost=cost.sentence(),
+        answer=NO_ANSWER if decision is None and adapter is None else headline(decision, adapter, goal),
+        adapter_sentence=None if adapter is None else adapter.sentence,
+        rank=decision.rank if decision is not None else None,
+        verdict=decision.verdict if decision is not None else None,
+        next_run=decision.next_run if decision is not None else None,
+        next_command=next((command for command in commands if command is not None), None),
+        next_runs=[] if decision is None else [one.sentence for one in decision.next_runs],
+        next_commands=commands,
+        curve=[(e.rank, e.value) for e in decision.ranks if e.rank > 0] if decision else best_by_rank(records, True),
+        truncated_curve=best_by_rank(records, False),
+    )
+
+
+def _at_work(current: TrialStarted, records: Records) -> str:
+    """The arm, and the last value that its trainer reported."""
+    looks = records.looks.get(current.trial_id)
+    label = current.arm.label()
+    return f"{label}, step {looks[-1].step}: held-out {looks[-1].value:.4g}" if looks else label
+
+
+def status_lines(status: RunStatus, width: int, colour: bool) -> str:
+    """The status as text."""
+    so_far = "" if status.state == "done" else " so far"
+    lines = [
+        f"{status.run}: {status.state}, {quantity(status.trainings, 'training')}{so_far}",
+        f"cost:   {status.cost}",
+        f"answer: {status.answer}{so_far if status.answer != NO_ANSWER else ''}"
+        + (f" ({status.verdict})" if status.rank is not None else ""),
+    ]
+    if status.adapter_sentence:
+        lines.append(f"        {status.adapter_sentence}")
+    for sentence, command in zip(status.next_runs, status.next_commands, strict=True):
+        lines.append(f"next:   {sentence}")
+        lines += [f"        {command}"] if command is not None else []
+    if status.progress or status.running:
+        lines.append(f"now:    {status.progress or status.running}")
+    if status.state == "stopped":
+        lines.append(f"resume: {shlex.join(['rightrank', 'select', '--out', status.run])}")
+    curve = terminal_curve(status.curve, width, colour, status.truncated_curve)
+    return "\n".join([*lines, curve] if curve else lines)
+
+
+def best_by_rank(records: Records, trained: bool) -> list[tuple[int, float]]:
+    """The best value of each rank: of whole trainings, or of truncations, recovered or not."""
+    best: dict[int, float] = {}
+    better = max if records.started.higher_is_better else min
+    for trial in records.finished():
+        if trial.rank > 0 and trial.stop_at is None and (trial.truncate_from is None) == trained:
+            best[trial.rank] = better(trial.value, best.get(trial.rank, trial.value))
+    return sorted(best.items())
+
+
+def is_fresh(progress: Mapping[str, object]) -> bool:
+    """Whether a progress file was written within `STALE_SECONDS`."""
+    at = progress.get("at")
+    if not isinstance(at, str):
+        return False
+    return (datetime.now(UTC) - datetime.fromisoformat(at)).total_seconds() < STALE_SECONDS
+
+
+FIGURES = ("adapters", "rank_curve", "learning_curves")
+
+
+@dataclass(frozen=True, slots=True)
+class ShownRun:
+    """A run to show: its records, its decision if it has one, and its goal."""
+
+    name: str  # its folder
+    records: Records
+    decision: Decision | None
+    goal: Goal
+
+
+def render_side_by_side(runs: Sequence[ShownRun]) -> str:
+    """The page: a column for each run."""
+    runs = _with_short_names(runs)
+    return (
+        environment()
+        .get_template("side_by_side.html")
+        .render(
+            columns=[_column(number, run) for number, run in enumerate(runs)],
+            names=[run.name for run in runs],
+            differing=differing_settings(runs),
+            style=asset("templates", "report.css"),
+        )
+    )
+
+
+def _with_short_names(runs: Sequence[ShownRun]) -> Sequence[ShownRun]:
+    """The runs by the names of their folders, where these tell them apart."""
+    names = [Path(run.name).name for run in runs]
+    if "" in names or len(set(names)) < len(names):
+        return runs
+    return [replace(run, name=name) for run, name in zip(runs, names, strict=True)]
+
+
+def _column(number: int, run: ShownRun) -> dict[str, object]:
+    records, decision = run.records, run.decision
+    answer = records.adapters[-1].answer if records.adapters else None
+    found = {figure.name: figure for figure in figures_of(records, decision) if isinstance(figure, Figure)}
+    return {
+        "name": run.name,
+        "headline": headline(decision, answer, run.goal),
+        "subject": subject_text(records.started),
+        "adapter": None if answer is None else answer.sentence,
+        "sentence": decision.sentence if decision is not None else progress_text(records),
+        "margin": "" if decision is None else margin_text(decision),
+        "verdict": "" if decision is None else decision.verdict.replace("_", " "),
+        "cost": cost_of(records).sentence(),
+        "figures": [(found[name].alt, _svg(number, found[name])) for name in FIGURES if name in found],
+    }
+
+
+def _svg(number: int, figure: Figure) -> str:
+    """The drawing, with ids that no other column has."""
+    return inline_svg(replace(figure, name=f"{figure.name}-{number}"))
+
+
+def differing_settings(runs: Sequence[ShownRun]) -> list[tuple[str, list[str]]]:
+    """The settings that are not the same in all runs, with the value of each."""
+    settings = [run.records.started.settings for run in runs]
+    names = sorted({name for one in settings for name in one})
+    rows = [(name, [json.dumps(one.get(name), ensure_ascii=False) for one in settings]) for name in names]
+    return [(name, values) for name, values in rows if len(set(values)) > 1]

@@ -1,0 +1,211 @@
+"""The journal of a run: one JSON object per line, appended by one writer.
+
+The journal is the single source of truth of a run: everything else in the run folder can be made from it again, except
+adapters and checkpoints. Its guarantees:
+
+- One process writes, under the lock of the run folder. Others may read at any time (`read_settled`).
+- `append` returns when the record is on the disk. A record that can't be written completely leaves no trace.
+- A record is never changed. A later record about the same trial overrides an earlier one.
+- Each line ends in its length and CRC-32 (`io.journal_lines`), so that damage is found.
+- An incomplete last line, left by a killed process, is moved to `journal.jsonl.torn-N` with a notice. Any other damage
+  is an error; `repair` keeps the undamaged records.
+
+Only journals of today's `SCHEMA_VERSION` are read: a change of a record's fields raises it.
+
+    journal = Journal(folder / "journal.jsonl")
+    journal.append(started)
+    records = journal.read(notice=print)
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import zlib
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from rightrank.data.files import flush_to_disk, replacing
+from rightrank.schema.errors import RunFolderError
+from rightrank.schema.events import JOURNAL_RECORD, JournalRecord, RunStarted
+from rightrank.schema.trials import SCHEMA_VERSION
+
+_SEAL = re.compile(rb',"len":(0|[1-9][0-9]*),"crc":"([0-9a-f]{8})"\}\Z')
+
+
+@dataclass(frozen=True, slots=True)
+class Damage:
+    """Why a line is not a record; `reason` is printed after `journal.jsonl:5: `."""
+
+    reason: str
+
+
+def sealed(record: JournalRecord) -> bytes:
+    """The record's line, with its line end."""
+    return seal(record.model_dump_json().encode()) + b"\n"
+
+
+def seal(line: bytes) -> bytes:
+    """Append length and checksum to a JSON object."""
+    body = line[:-1]
+    return body + b',"len":%d,"crc":"%08x"}' % (len(body), zlib.crc32(body))
+
+
+def read_line(line: bytes) -> JournalRecord | Damage:
+    """Parse a line without its line end: the record, or what is wrong with the line."""
+    found = _SEAL.search(line)
+    if found is None:
+        return Damage("damaged: it has no length and checksum at its end")
+    body, length, checksum = line[: found.start()], int(found[1]), int(found[2], 16)
+    if len(body) != length:
+        return Damage(f"damaged: {len(body)} bytes where {length} were written")
+    if zlib.crc32(body) != checksum:
+        return Damage("damaged: its checksum does not match")
+    return _parsed(body + b"}")
+
+
+def split_torn(whole: bytes) -> tuple[bytes, bytes]:
+    """Split into `(complete lines, what follows the last line end)`."""
+    end = whole.rfind(b"\n") + 1
+    return whole[:end], whole[end:]
+
+
+def _parsed(text: bytes) -> JournalRecord | Damage:
+    try:
+        record = JOURNAL_RECORD.validate_json(text)
+    except ValidationError as error:
+        return Damage(f"not a record of schema {SCHEMA_VERSION} ({error.errors()[0]['msg']})")
+    if record.schema_version != SCHEMA_VERSION:
+        return Damage(
+            f"schema {record.schema_version}, and this version reads {SCHEMA_VERSION}: use the version that wrote it"
+        )
+    return record
+
+
+Notice = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Repaired:
+    kept: int  # records
+    set_aside: int  # damaged lines
+    aside: Path | None  # the file with the damaged lines; None: nothing was damaged
+
+
+class Journal:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def append(self, record: JournalRecord) -> None:
+        """Write one record and wait until it is on the disk.
+
+        Raises:
+            OSError: the record can't be written; the file is as it was before.
+        """
+        new = not self.path.exists()
+        with self.path.open("ab", buffering=0) as file:
+            end = file.seek(0, os.SEEK_END)
+            try:
+                _write_all(file.fileno(), sealed(record))
+                os.fsync(file.fileno())
+            except OSError:
+                with suppress(OSError):  # the disk has failed; `read` will find the incomplete line
+                    file.truncate(end)
+                raise
+        if new:
+            flush_to_disk(self.path.parent)
+
+    def read(self, notice: Notice = lambda _: None) -> list[JournalRecord]:
+        """Return all records, after moving an incomplete last line to another file with a notice.
+
+        A complete last record without its line end is kept.
+
+        Raises:
+            RunFolderError: damaged lines, or records of another schema.
+        """
+        if not self.path.exists():
+            return []
+        whole = self.path.read_bytes()
+        body, torn = split_torn(whole)
+        if torn and not isinstance(read_line(torn), Damage):
+            body, torn = body + torn + b"\n", b""
+            self._replace(body)
+        elif torn:
+            aside = self._set_aside(torn)
+            with self.path.open("r+b") as file:
+                file.truncate(len(body))
+                os.fsync(file.fileno())
+            notice(f"{self.path}: the last line was incomplete ({len(torn)} bytes) and was moved to {aside.name}")
+        return self._records(body)
+
+    def read_settled(self) -> list[JournalRecord]:
+        """Return all complete records without changing the file, for readers beside a writing process.
+
+        Raises:
+            RunFolderError: damaged lines, or records of another schema.
+        """
+        body, _ = split_torn(self.path.read_bytes())
+        return self._records(body)
+
+    def repair(self) -> Repaired:
+        """Keep the undamaged records and move damaged lines to another file.
+
+        Raises:
+            RunFolderError: the first record, the run's start, is damaged, so that nothing can be resumed.
+        """
+        body, torn = split_torn(self.path.read_bytes())
+        lines = body.split(b"\n")[:-1] + ([torn] if torn else [])
+        read = [read_line(line) for line in lines]
+        kept = [line for line, found in zip(lines, read, strict=True) if not isinstance(found, Damage)]
+        damaged = [line for line, found in zip(lines, read, strict=True) if isinstance(found, Damage)]
+        if not damaged:
+            return Repaired(len(kept), 0, None)
+        if not isinstance(read[0], RunStarted):
+            raise RunFolderError(
+                f"{self.path}: the first line, the run's start, is damaged, and a run can't be resumed without it; "
+                f"restore the file, or start again in another folder (the other {len(kept)} records are undamaged and stay)"
+            )
+        aside = self._set_aside(b"\n".join(damaged) + b"\n")
+        self._replace(b"".join(line + b"\n" for line in kept))
+        return Repaired(len(kept), len(damaged), aside)
+
+    def _records(self, body: bytes) -> list[JournalRecord]:
+        records: list[JournalRecord] = []
+        damaged: list[str] = []
+        lines = body.split(b"\n")[:-1]
+        for number, line in enumerate(lines, start=1):
+            found = read_line(line)
+            if isinstance(found, Damage):
+                damaged.append(f"{number}: {found.reason}")
+            else:
+                records.append(found)
+        if damaged:
+            more = f" and {len(damaged) - 1} more" if len(damaged) > 1 else ""
+            raise RunFolderError(
+                f"{self.path}:{damaged[0]}{more}; {len(records)} of {len(lines)} records are undamaged: "
+                f"`rightrank repair {self.path.parent}` keeps those and moves the damaged lines to another file"
+            )
+        return records
+
+    def _set_aside(self, part: bytes) -> Path:
+        number = 1
+        while (aside := self.path.with_name(f"{self.path.name}.torn-{number}")).exists():
+            number += 1
+        with replacing(aside) as temporary:
+            temporary.write_bytes(part)
+        return aside
+
+    def _replace(self, body: bytes) -> None:
+        with replacing(self.path) as temporary:
+            temporary.write_bytes(body)
+
+
+def _write_all(descriptor: int, line: bytes) -> None:
+    """Write all bytes; a disk that fills up accepts a part first and then raises an error."""
+    view = memoryview(line)
+    while view:
+        view = view[os.write(descriptor, view) :]

@@ -1,0 +1,278 @@
+"""From a request to a selection that can start: load data and base, settle the ranks, compute the run's identity.
+
+Preparing the same request again, here or in another process, gives an equal runtime and the same identity.
+"""
+
+from __future__ import annotations
+
+import math
+import platform
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from rightrank.data.forms import DataForm
+from rightrank.data.splits import DataSplits, load_data
+from rightrank.decision.run import settled_start
+from rightrank.models.base_models import (
+    DTYPES,
+    LoadedModel,
+    adopt_model,
+    find_device,
+    find_model,
+    load_base,
+    resolve_dtype,
+)
+from rightrank.plugins.plan.selection import SelectionPlan, first_pass_loss, plan_selection, ranks_for_data
+from rightrank.plugins.plan.skeleton import is_known
+from rightrank.schema.errors import SettingsError
+from rightrank.schema.events import JournalRecord, RunStarted
+from rightrank.schema.settings import SelectSettings, settings_of_identity, with_identity_of
+from rightrank.schema.trials import content_hash
+from rightrank.train.distributed import sharded
+from rightrank.train.generation import require_scorers
+from rightrank.train.optimizer import require_optimizer
+from rightrank.train.runtime import Runtime
+from rightrank.train.tokens import EncodedData, encode
+from rightrank.version import __version__
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Rows: TypeAlias = Iterable[Mapping[str, object]]  # a `datasets.Dataset` is one
+Notice: TypeAlias = Callable[[str], None]
+
+METRICS_OF_FORMS = (  # kind of metric, the form of data that it needs, and that form's columns
+    ("classes", "classification", "`text` and `label`"),
+    ("pairs", "preference", "`prompt`, `chosen` and `rejected`"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    model: str | PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase | None
+    data: str | Path | Rows | Mapping[str, Rows]
+    settings: SelectSettings
+    begun: Mapping[str, Any] | None = None  # if it resumes a run: the settings that the run began with
+
+    @property
+    def model_name(self) -> str:
+        return self.model if isinstance(self.model, str) else f"in memory ({type(self.model).__name__})"
+
+    @property
+    def data_name(self) -> str:
+        if not isinstance(self.data, str | Path):
+            return f"in memory ({type(self.data).__name__})"
+        return str(self.data).encode("utf-8", "backslashreplace").decode()  # a file's name may hold what JSON can't
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    runtime: Runtime
+    settings: SelectSettings  # with the settled ranks
+    steps: int  # optimizer steps of every arm
+    started: RunStarted
+    planned: SelectionPlan | None  # None: an architecture that can't be planned
+
+    @property
+    def is_token_loss(self) -> bool:
+        return self.runtime.data.summary.is_token_loss
+
+    @property
+    def unseen_steps(self) -> int:
+        """Steps that the training examples last beyond those of one training; 0 if it sees every example."""
+        per_step = self.settings.items_per_step
+        return max(0, len(self.runtime.examples("train")) // per_step - self.steps)
+
+
+@dataclass(frozen=True, slots=True)
+class _Sources:
+    splits: DataSplits
+    loaded: LoadedModel
+    encoded: EncodedData
+
+
+Bases: TypeAlias = dict[tuple[object, ...], LoadedModel]  # loaded base models, by everything that loading depends on
+
+
+def prepare(request: Request, cache: Path, notice: Notice = lambda _: None, bases: Bases | None = None) -> Prepared:
+    """Load, encode and plan.
+
+    Args:
+        cache: the folder for what all arms share on disk.
+        notice: receives each line for a person.
+        bases: base models that other requests have loaded; this one adds its own.
+
+    Raises:
+        InputError: model, data or settings can't be used.
+    """
+    request = _with_dtype(request)
+    sources = _load(request, {} if bases is None else bases, cache.parent)
+    given = request.settings.of_form(sources.splits.form)
+    if given.margin != request.settings.margin:
+        notice(f"margin: {given.margin:g} nats a pair, the default for preference pairs")
+    settings, planned = _settle(sources, given, notice)
+    steps = settings.training_steps(len(sources.encoded.splits["train"]))
+    runtime = Runtime(sources.loaded, sources.encoded, settings, steps, cache)
+    return Prepared(runtime, settings, steps, _started(request, sources, settings, steps), planned)
+
+
+def resuming(request: Request, journal: Sequence[JournalRecord]) -> Request:
+    """The request with the settings under which the journal's run was begun; unchanged if the journal is empty."""
+    first = journal[0] if journal else None
+    if not isinstance(first, RunStarted):
+        return request
+    settings = request.settings
+    if "dtype" not in request.settings.model_fields_set and "dtype" in first.settings:
+        settings = settings.model_copy(update={"dtype": first.settings["dtype"]})  # what auto meant
+    last = settled_start(journal).settings.get("eval_items")
+    if isinstance(last, int) and last > settings.eval_items:
+        settings = settings.model_copy(update={"eval_items": last})  # examples are added, and never taken away
+    return replace(request, settings=settings, begun=first.settings)
+
+
+def _with_dtype(request: Request) -> Request:
+    """The request with the type that `auto` means here; a model in memory keeps its own."""
+    settings = request.settings
+    if isinstance(request.model, str):
+        dtype = resolve_dtype(settings.dtype, settings.device)
+    else:
+        own = str(getattr(request.model, "dtype", "")).removeprefix("torch.")
+        dtype = own if settings.dtype == "auto" and own in DTYPES else resolve_dtype(settings.dtype, "cpu")
+    return replace(request, settings=settings.model_copy(update={"dtype": dtype}))
+
+
+def _load(request: Request, bases: Bases, folder: Path) -> _Sources:
+    settings = request.settings
+    require_scorers(settings)
+    require_optimizer(settings, find_device(settings.device))
+    if isinstance(request.model, str):
+        find_model(request.model)  # refuses a wrong name before the data is read
+        if request.tokenizer is not None:
+            raise SettingsError("tokenizer: a model given by name brings its own; leave it out")
+    begun_items = (request.begun or {}).get("eval_items")
+    data = Path(request.data) if isinstance(request.data, str) else request.data
+    splits = load_data(data, settings, folder, begun_items if isinstance(begun_items, int) else None)
+    _require_metrics_fit(settings, splits.form)
+    if splits.form == "preference":
+        _require_fits_pairs(settings)
+    loaded = _base(request, splits.classes, bases)
+    return _Sources(splits, loaded, encode(splits, loaded, settings, folder))
+
+
+def _base(request: Request, classes: list[str] | None, bases: Bases) -> LoadedModel:
+    """The frozen base, loaded once for all requests that name it with the same settings."""
+    if not isinstance(request.model, str):
+        return _loaded(request, classes)
+    settings, labels = request.settings, None if classes is None else tuple(classes)
+    how = (settings.dtype, settings.device, settings.trust_remote_code, settings.weight_bits, settings.shard_base)
+    key = (request.model, labels, *how)
+    if key not in bases:
+        bases[key] = _loaded(request, classes)
+    return bases[key]
+
+
+def _loaded(request: Request, classes: list[str] | None) -> LoadedModel:
+    settings = request.settings
+    place = "cpu" if settings.shard_base else settings.device  # a base to be sharded is loaded whole on the host
+    if isinstance(request.model, str):
+        loaded = load_base(request.model, settings, classes, place)
+    else:
+        loaded = adopt_model(request.model, request.tokenizer, place, classes)
+    return sharded(loaded, find_device(settings.device)) if settings.shard_base else loaded
+
+
+def _require_metrics_fit(settings: SelectSettings, form: DataForm) -> None:
+    """Refuse metrics that data of this form can't have."""
+    for spec in settings.metric_specs:
+        for kind, needed, columns in METRICS_OF_FORMS:
+            if spec.kind == kind and form != needed:
+                raise SettingsError(
+                    f"metric {spec.name!r} needs {columns}; the data has the form {form!r}: give metric 'loss'"
+                )
+        if form in ("text", "tokens") and spec.needs_answers:
+            raise SettingsError(
+                f"metric {spec.name!r} needs the model to write for a prompt, and the data has the form {form!r}: "
+                "give `prompt` and `completion`, or metric 'loss'"
+            )
+
+
+def _require_fits_pairs(settings: SelectSettings) -> None:
+    """Refuse settings that preference pairs can't have."""
+    if settings.long_items == "split":
+        raise SettingsError("long_items split: a preference pair can't be split in pieces; give long_items truncate")
+    if settings.bias != "none":
+        raise SettingsError(
+            f"bias {settings.bias}: it trains the base, which is the reference of preference pairs; give bias none"
+        )
+
+
+def _settle(sources: _Sources, settings: SelectSettings, notice: Notice) -> tuple[SelectSettings, SelectionPlan | None]:
+    """The settings with the ranks that fit: those given, or a range that data and model suggest."""
+    config, encoded = sources.loaded.model.config, sources.encoded
+    if not is_known(config, encoded.is_classification):  # the plan builds the model from its configuration
+        return settings, None
+    device = str(sources.loaded.device)
+    if "ranks" not in settings.model_fields_set and not encoded.is_classification:
+        ranks, reasons = ranks_for_data(config, settings, encoded.longest, device, _information(sources))
+        settings = settings.model_copy(update={"ranks": tuple(ranks)})
+        for reason in reasons:
+            notice(reason)
+    labels = len(sources.splits.classes or ()) if encoded.is_classification else None
+    planned = plan_selection(config, settings, encoded.longest, device, labels, encoded.sequences_per_example)
+    if (left_out := planned.notice()) is not None:
+        notice(left_out)
+    return settings.model_copy(update={"ranks": planned.ranks}), planned
+
+
+def _information(sources: _Sources) -> tuple[int, float]:
+    """`(labels, nats of each)` of the training data: label tokens, or preference pairs of one bit."""
+    encoded = sources.encoded
+    if encoded.is_preference:
+        return len(encoded.splits["train"]), math.log(2)
+    return encoded.summary.splits["train"].label_tokens, first_pass_loss(sources.loaded, encoded.splits["selection"])
+
+
+def _started(request: Request, sources: _Sources, settings: SelectSettings, steps: int) -> RunStarted:
+    values = {"model": request.model_name, "data": request.data_name, **settings.model_dump(mode="json")}
+    identity = {
+        "settings": settings_of_identity(with_identity_of(values, request.begun or {})),
+        "model": sources.loaded.fingerprint,
+        "data": sources.splits.fingerprint,
+        "steps": steps,
+    }
+    return RunStarted(
+        rightrank_version=__version__,
+        fingerprint=content_hash(identity),
+        settings=values,
+        environment=environment(str(sources.loaded.device)),
+        data=sources.encoded.summary,
+        evaluation_items=[example.item_id for example in sources.encoded.splits["selection"]],
+        metric=settings.metric_name,
+        higher_is_better=settings.is_higher_better(settings.metric_name),
+        points_metric=settings.points_metric if settings.points_metric != settings.metric_name else None,
+        started_at=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
+
+
+def environment(device: str) -> dict[str, str]:
+    """Versions and hardware that a run's numbers depend on; no names of people, machines or paths."""
+    import peft
+    import torch
+    import transformers
+
+    found = {
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "peft": peft.__version__,
+        "device": device,
+        "threads": str(torch.get_num_threads()),
+    }
+    if device.startswith("cuda"):
+        found["gpu"] = torch.cuda.get_device_name(device)
+    return found

@@ -1,0 +1,120 @@
+"""The start of a selection: data and base loaded, cost estimated, journal opened."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from rightrank.hooks.guard import GuardData, load_guards
+from rightrank.hooks.outlook import (
+    MIN_STEPS,
+    adapter_lines,
+    answers_line,
+    cost_line,
+    estimate,
+    kind_lines,
+    measured_speed,
+    preflight_of,
+    strategy_of,
+    time_line,
+)
+from rightrank.hooks.trackers import Trackers, require_trackers
+from rightrank.plugins.plan.table import selection_lines
+from rightrank.report.tables import labels_line, memory_lines, precision_lines
+from rightrank.runs.folder import RunFolder, run_store
+from rightrank.runs.loop import LoopOptions, Selection
+from rightrank.runs.places import require_placeable
+from rightrank.runs.prepare import Bases, Prepared, Request, prepare, resuming
+from rightrank.runs.rescoring import rescore
+from rightrank.schema.events import Observer, RunStarted
+from rightrank.schema.results import SelectionCost
+from rightrank.search.protocol import Strategy
+from rightrank.search.strategies import make_strategy
+from rightrank.train.generation import end_metrics
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedSelection:
+    request: Request
+    prepared: Prepared
+    selection: Selection
+    estimate: SelectionCost | None  # None: this device has no measurement to estimate from
+    trackers: Trackers
+    observer: Observer
+    guards: list[GuardData] = field(default_factory=list)
+
+
+def prepare_selection(
+    request: Request, folder: RunFolder, observer: Observer, bases: Bases | None = None
+) -> PreparedSelection:
+    """Load data and base, open the journal, and report what the selection will cost.
+
+    `bases` holds the base models that other selections have loaded.
+    """
+    make_strategy(request.settings, request.settings.max_steps or 1)  # refuses a wrong name before anything is loaded
+    require_placeable(request)
+    require_trackers(request.settings.report_to)
+    journal = folder.journal.read(observer.notice)
+    request = resuming(request, journal)
+    waiting: list[str] = []  # a request that can't be used is refused in one line
+    prepared = prepare(request, folder.cache, waiting.append, bases)
+    guards = load_guards(prepared.settings, prepared.runtime.loaded, prepared.started.data.classes)
+    for line in waiting:
+        observer.notice(line)
+    if request.settings.store:
+        folder.store = run_store(request.settings.store, prepared.started.fingerprint)
+    strategy = strategy_of(prepared)
+    goal = prepared.settings.goal
+    options = LoopOptions(goal, peak_of=prepared.planned.peak_of) if prepared.planned else LoopOptions(goal)
+    report_to = request.settings.report_to
+    selection, trackers = open_selection(
+        folder, prepared.started, prepared.steps, strategy, options, report_to, observer
+    )
+    rescore(folder, selection.records, prepared.runtime, observer.notice)
+    cost = _announce(prepared, strategy, selection, observer)
+    return PreparedSelection(request, prepared, selection, cost, trackers, observer, guards)
+
+
+def _announce(prepared: Prepared, strategy: Strategy, selection: Selection, observer: Observer) -> SelectionCost | None:
+    """Say what the selection will cost and find; its cost, or None where this device has no measurement."""
+    measured = measured_speed(prepared) if _is_worth_measuring(prepared, selection) else None
+    speed = None if measured is None else measured.speed
+    cost = estimate(prepared, strategy, speed)
+    cost_lines = selection_lines(cost) if cost and not measured else [cost_line(strategy, prepared.steps)]
+    if cost is not None and measured is not None:
+        cost_lines.append(time_line(cost, measured, prepared.settings.budget_hours))
+        observer.on_time(cost.expected.seconds or 0.0)
+    found = preflight_of(prepared, strategy, speed)
+    first = [labels_line(found), *memory_lines(found), *cost_lines, *precision_lines(found)]
+    for line in [*first, *kind_lines(prepared), *adapter_lines(prepared)]:
+        observer.notice(line)
+    if end_metrics(prepared.settings):
+        observer.notice(answers_line(prepared.settings, prepared.started))
+    return cost
+
+
+def _is_worth_measuring(prepared: Prepared, selection: Selection) -> bool:
+    """Whether trainings are long beside the measured steps, and none has ended, which would give its time."""
+    return prepared.steps >= MIN_STEPS and not any(trial.rank > 0 for trial in selection.records.finished())
+
+
+def open_selection(
+    folder: RunFolder,
+    started: RunStarted,
+    steps: int,
+    strategy: Strategy,
+    options: LoopOptions,
+    report_to: Sequence[str],
+    observer: Observer,
+) -> tuple[Selection, Trackers]:
+    """Open the journal, and report the plan and the trials that ended before to observer and trackers."""
+    trackers = Trackers(report_to, folder.path, started, observer.notice)
+    selection = Selection(folder, started, strategy, trackers.attached_to(observer), options)
+    trackers.catch_up(selection.records.outcomes)
+    folder.write_config(started.settings)
+    observer.on_plan(started, strategy.expected_arms(), steps)
+    observer.on_cost(strategy.cost().expected)
+    observer.on_cost_limit(strategy.cost().maximum)
+    if selection.records.outcomes:
+        observer.on_resume(selection.records.outcomes)
+    return selection, trackers

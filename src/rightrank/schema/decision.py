@@ -1,0 +1,247 @@
+"""Input and output of `decide`: tables of results, and the decision with its evidence."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal, TypeAlias
+
+from pydantic import Field
+
+from rightrank.schema.trials import Record, Whole
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+Basis: TypeAlias = Literal["items and seeds", "items", "seeds", "std", "values"]
+
+
+Verdict: TypeAlias = Literal["saturated", "rising", "overfitting", "flat", "no_difference", "undecided", "no_gain"]
+
+
+class Result(Record):
+    """One training of a table from another tool; `value` is None if it ended without a result."""
+
+    trial_id: str
+    rank: Whole
+    learning_rate: float = 0.0  # 0: not stated
+    seed: Whole = 0
+    value: float | None
+    # Examples in the same order for all results of a table; each value is a mean over the example's tokens.
+    item_values: list[float] = Field(default_factory=list)
+    item_weights: list[float] = Field(default_factory=list)  # tokens of each example; empty: equal weights
+    std: float | None = None  # stated standard deviation over seeds
+    std_seeds: Whole = 1  # number of seeds that the value averages
+    train_value: float | None = None
+    seconds: float | None = None
+    steps: Whole | None = None
+    points: list[tuple[Whole, float]] = Field(default_factory=list)  # (step, value) during the training
+    others: dict[str, float] = Field(default_factory=dict)
+
+
+class ResultsTable(Record):
+    """A table of finished trainings, and how it was read."""
+
+    metric: str
+    higher_is_better: bool
+    results: list[Result]
+    understood: list[str]  # notes: the role of each column, and which rows were left out
+
+
+class SweepRow(Record):
+    """A further setting (an alpha, a scaling rule, an initialisation) at one rank and its best learning rate."""
+
+    setting: str
+    rank: Whole
+    learning_rate: float
+    value: float  # held-out, the mean over seeds
+    gain: float  # over the setting that all ranks share, at this rank; above 0 is better
+    parameters: Whole | None = None  # of the adapter
+    shared_parameters: Whole | None = None  # of this rank at the shared setting
+
+
+class RankEvidence(Record):
+    """The evidence on one rank."""
+
+    rank: Whole
+    value: float
+    low: float
+    high: float
+    difference: float | None = None  # how much worse than the reference, in the metric's unit
+    difference_low: float | None = None  # one-sided 95% lower bound
+    difference_high: float | None = None  # one-sided 95% upper bound
+    further_seed_low: float | None = None  # two-sided 95% interval of the difference that a further seed would show
+    further_seed_high: float | None = None  # None: the seed noise was not measured
+    non_inferior: bool | None = None  # within the margin; None: inconclusive
+    learning_rate: float | None = None
+    seeds: Whole = 1
+    trial_ids: list[str] = Field(default_factory=list)
+    winner_gap: float = 0.0  # optimism of choosing the best learning rate; subtracted from the difference
+
+
+class StaircaseStep(Record):
+    """The smallest margin at which this rank is enough."""
+
+    margin: float
+    rank: Whole
+
+
+class FittedPoint(Record):
+    """The fitted curve at one rank, with its 95% interval."""
+
+    rank: float
+    value: float
+    low: float
+    high: float
+
+
+class CurveFit(Record):
+    """The curve through the ranks, in the metric's unit and direction. Intervals are 95%, by bootstrap."""
+
+    form: Literal["power", "constant", "monotone", "u_shaped"]  # the form that predicts best
+    a: float  # of the power law value(r) = a + b·r^-c, whatever the form
+    b: float
+    c: float
+    prediction_error: dict[str, float]  # by form: mean absolute error at a rank that was left out of the fit
+    points: list[FittedPoint]  # from the lowest to the highest rank, for plotting
+    r_margin: float  # the rank where the curve comes within the margin of its best, above every refuted rank
+    r_margin_low: float
+    r_margin_high: float
+    diminishing_rank: float | None  # beyond it, doubling the rank gains less than the margin
+    next_doubling_gain: float  # expected from the top rank to its double
+    gain_to_come: float  # expected in total above the top rank
+    gain_to_come_low: float
+    gain_to_come_high: float
+
+
+class NextRun(Record):
+    """A run that would settle or extend the answer."""
+
+    action: Literal["seeds", "items", "rank", "rates", "steps", "test", "data", "none"]
+    ranks: list[Whole] = Field(default_factory=list)
+    learning_rates: list[float] = Field(default_factory=list)
+    seeds: Whole | None = None  # in total, at each rank
+    items: Whole | None = None  # held-out examples in total
+    steps: Whole | None = None
+    trials: Whole = 0  # new trainings
+    seconds: float | None = None  # from a table's `seconds` column; None for a run
+    sentence: str
+
+
+class HorizonNote(Record):
+    """Whether the order of the ranks had settled when the training ended."""
+
+    steps: Whole
+    holds_from: Whole  # the earliest step from which the answer stays the same
+    # change of the chosen rank's gap to the reference over the last stretch, in the metric's unit
+    gap_growth: float | None
+
+
+class MetricAnswer(Record):
+    """The answer by another metric of the same trainings, with its own margin and best learning rates."""
+
+    metric: str
+    higher_is_better: bool
+    margin: float
+    rank: int | None  # None: no answer
+    verdict: Verdict
+    reference_rank: int
+    conflict: bool  # one metric shows that a rank is enough, the other that it is not
+    sentence: str  # for a person
+    ranks: list[RankEvidence]
+
+    def value_at(self, rank: int) -> float | None:
+        """The rank's value, or None."""
+        return next((evidence.value for evidence in self.ranks if evidence.rank == rank), None)
+
+
+class Decision(Record):
+    """The answer and its evidence."""
+
+    def to_pandas(self) -> DataFrame:
+        """The evidence as a table, one row per rank."""
+        from pandas import DataFrame
+
+        return DataFrame([evidence.model_dump() for evidence in self.ranks]).set_index("rank")
+
+    rank: Whole | None  # None: the evidence names no rank
+    fallback_rank: Whole  # the smallest rank shown to be enough; its adapter is the result if `rank` is None
+    verdict: Verdict
+    flags: list[str]
+    sentence: str  # for a person
+    next_run: str  # what would settle or extend the answer
+    metric: str
+    higher_is_better: bool
+    margin: float
+    reference_rank: Whole
+    confidence: float | None  # None where nothing is shown at a level: one seed (an indication), or one number a rank
+    learning_rate: float | None
+    staircase: list[StaircaseStep]
+    ranks: list[RankEvidence]
+    basis: Basis = "items"  # the variation that the intervals rest on
+    basis_note: str = ""  # what the intervals cover, and what they do not
+    # the first is the cheapest that is expected to settle the answer
+    next_runs: list[NextRun] = Field(default_factory=list)
+    curve: CurveFit | None = None  # with three or more ranks
+    winner_gap: float = 0.0  # the largest of the compared ranks, in the metric's unit
+    horizon: HorizonNote | None = None  # if evaluations during the training were given
+    other_metrics: list[MetricAnswer] = Field(default_factory=list)  # metrics other than the one that decides
+
+
+AdapterOrigin: TypeAlias = Literal["trained", "truncated", "recovered"]
+
+
+class AdapterCandidate(Record):
+    """One adapter file against the reference file, on the same validation examples."""
+
+    rank: Whole
+    how: AdapterOrigin
+    trial_id: str
+    value: float  # held-out, metric's unit and direction
+    difference: float  # worse than the reference by this much, metric's unit
+    difference_low: float | None = None  # its 95% lower bound, one-sided, over examples; None without example scores
+    difference_high: float | None  # its 95% upper bound, the one that is tested
+    holds: bool  # the bound is below the margin
+
+
+class AdapterAnswer(Record):
+    """The smallest adapter of one training at the top rank that is not worse than the reference by more than the margin.
+
+    The reference is the better of the top as trained and the top with the extra steps that recovered candidates got.
+    """
+
+    rank: Whole
+    how: AdapterOrigin
+    trial_id: str
+    trained_rank: Whole
+    trained_id: str  # the training at the top rank that every candidate comes from
+    reference_id: str
+    reference_how: AdapterOrigin
+    extra_steps_difference: float | None  # the top with the extra steps minus the top as trained; None: not measured
+    difference: float  # of the chosen adapter from the reference; 0 where it is the reference
+    difference_high: float | None
+    margin: float
+    candidates: list[AdapterCandidate]  # by descending rank
+    sentence: str
+    notes: list[str] = Field(default_factory=list)  # what else a person should know, each with what to do
+
+
+class TrainingRankEstimate(Record):
+    """Where the training rank probably lies, by the first question's evidence. It is no evidence for that rank."""
+
+    low: Whole
+    high: Whole
+    trainings: float  # expected, to answer the second question from here
+    sentence: str
+
+
+class HandedOver(Record):
+    """What `adapter/` holds. Differences are from the reference adapter, in the metric's unit; above 0 is worse."""
+
+    rank: Whole
+    max_module_rank: Whole
+    how: AdapterOrigin
+    trained_rank: Whole
+    reference_adapter: str  # a folder that PEFT loads, relative to the run
+    difference: float
+    difference_high: float | None
+    test_difference: float | None  # None without a test split
+    test_difference_high: float | None

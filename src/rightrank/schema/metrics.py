@@ -1,0 +1,188 @@
+"""The text that names a metric: a built-in name, or `NAME=KIND:…` for one that other code computes.
+
+loss                            nats per token (per example for a classification, per pair for preference pairs)
+accuracy, macro_f1              for a classification
+reward_accuracy, reward_margin  for preference pairs
+exact_match, f1, rouge1, rouge2, rougeL    of the text that the model generates for a prompt
+MODULE:FUNCTION                 a Python function; MODULE may be a file
+NAME=command:PROGRAM {file}     a program that reads the answers as JSONL and prints scores
+evaluate:NAME[:KEY]             a metric of Hugging Face `evaluate`, or a folder with one
+lm-eval:TASK.yaml[:KEY]         a task file of lm-evaluation-harness
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Literal, NamedTuple, TypeAlias
+
+from rightrank.schema.errors import did_you_mean
+
+LOWER_IS_BETTER = frozenset({
+    # losses and perplexities
+    "loss", "nll", "nll_loss", "negative_log_likelihood", "cross_entropy", "cross_entropy_loss", "ce_loss", "bce_loss",
+    "log_loss", "logloss", "mlm_loss", "lm_loss", "hinge_loss", "hamming_loss", "zero_one_loss", "mse_loss", "l1_loss",
+    "perplexity", "ppl", "word_perplexity", "byte_perplexity", "token_perplexity", "bits_per_byte", "bpb", "bpc",
+    "bits_per_character",
+    # errors
+    "error", "error_rate", "classification_error", "wer", "cer", "ter", "mer", "wil", "der", "eer", "mse", "rmse", "mae",
+    "mape", "smape", "rmsle", "msle", "mean_squared_error", "root_mean_squared_error", "mean_absolute_error",
+    "mean_absolute_percentage_error", "mean_squared_log_error", "median_absolute_error", "max_error",
+    "mean_squared_error_loss", "brier_score", "brier_score_loss", "ece", "expected_calibration_error", "calibration_error",
+    "inaccuracy", "word_error_rate", "character_error_rate",
+    # images
+    "fid", "fid_score", "kid", "lpips",
+})  # fmt: skip
+
+HIGHER_IS_BETTER = frozenset({
+    # classification
+    "accuracy", "acc", "acc_norm", "balanced_accuracy", "balanced_accuracy_score", "accuracy_score", "mean_accuracy",
+    "token_accuracy", "mean_token_accuracy", "binary_accuracy", "multiclass_accuracy", "categorical_accuracy",
+    "sparse_categorical_accuracy", "top1", "top5", "top1_accuracy", "top5_accuracy", "top_1_accuracy", "top_5_accuracy",
+    "top_1_acc", "top_5_acc", "acc1", "acc5", "acc_top1", "acc_top5", "acc@1", "acc@5", "accuracy_top1", "accuracy_top5",
+    "f1", "f1_score", "f1_macro", "f1_micro", "f1_weighted", "macro_f1", "micro_f1", "weighted_f1", "precision", "recall",
+    "precision_macro", "recall_macro", "precision_micro", "recall_micro", "precision_weighted", "recall_weighted",
+    "macro_precision", "macro_recall", "overall_accuracy", "overall_f1", "overall_precision", "overall_recall",
+    "precision_score", "recall_score", "sensitivity", "specificity", "auc", "roc_auc", "roc_auc_score", "auroc", "auprc",
+    "pr_auc", "average_precision", "average_precision_score", "mcc", "matthews_correlation", "matthews_corrcoef",
+    "cohen_kappa", "cohen_kappa_score",
+    # regression and correlation
+    "r2", "r2_score", "explained_variance", "explained_variance_score", "pearson", "pearsonr", "pearson_corrcoef",
+    "spearman", "spearmanr", "spearman_corrcoef", "combined_score", "d2_tweedie_score",
+    # generated text
+    "exact_match", "em", "bleu", "sacrebleu", "chrf", "chrf++", "meteor", "rouge1", "rouge2", "rougel", "rougelsum",
+    "rouge_1", "rouge_2", "rouge_l", "cider", "nist", "spice", "bleu1", "bleu2", "bleu3", "bleu4", "google_bleu", "bleurt",
+    "comet", "bertscore", "bertscore_f1", "pass@1", "pass@5", "pass@10", "pass@100", "pass_at_1", "pass_at_10",
+    "win_rate", "winrate", "success_rate", "mc1", "mc2", "mmlu", "gsm8k", "humaneval", "mbpp", "hellaswag",
+    # preference pairs and reinforcement learning
+    "reward", "mean_reward", "episode_reward", "episode_return", "return", "ep_rew_mean", "rewards_accuracies",
+    "rewards_margins", "reward_accuracy", "reward_margin",
+    # images and retrieval
+    "map", "map50", "map_50", "map50_95", "map_75", "miou", "iou", "mean_iou", "jaccard", "jaccard_score", "dice",
+    "dice_score", "psnr", "ssim", "ms_ssim", "inception_score", "clip_score", "mrr", "ndcg", "ndcg@10", "recall@1",
+    "recall@5", "recall@10", "hit_rate", "pq",
+})  # fmt: skip
+
+_SPLITS = r"(?:(?:eval|test|val|validation|valid|dev|held_?out|metrics|summary)_)*"
+_ENDINGS = r"(?:_epoch|_dataloader_idx_\d+)*"
+_NAME = re.compile(rf"{_SPLITS}(.+?){_ENDINGS}")
+
+
+def direction(name: str) -> bool | None:
+    """True if higher is better, False if lower is, None if it is not known.
+
+    Known are the names above, after the name of a held-out split (`eval_loss`, `val/acc`, `test.f1`), with Lightning's
+    endings (`val_loss_epoch`) and lm-evaluation-harness' filter (`exact_match,strict-match`).
+    """
+    plain = re.sub(r"[\s_/\-.]+", "_", name.lower().partition(",")[0]).strip("_")
+    found = _NAME.fullmatch(plain)
+    known = found[1] if found else plain
+    if known in LOWER_IS_BETTER:
+        return False
+    return True if known in HIGHER_IS_BETTER else None
+
+
+def unknown_direction(name: str) -> str:
+    """What to do about a metric whose direction is not known, as the end of an error message."""
+    return f"metric {name!r}: whether higher or lower is better is not known from its name"
+
+
+SpecKind: TypeAlias = Literal["loss", "classes", "pairs", "text", "function", "command", "evaluate", "lm-eval"]
+
+BUILT_IN: dict[str, SpecKind] = {
+    "loss": "loss",
+    "accuracy": "classes",
+    "macro_f1": "classes",
+    "reward_accuracy": "pairs",
+    "reward_margin": "pairs",
+    "exact_match": "text",
+    "f1": "text",
+    "rouge1": "text",
+    "rouge2": "text",
+    "rougeL": "text",
+}
+_NAMED = re.compile(r"([A-Za-z_][\w-]*)=(.+)", re.DOTALL)
+_FUNCTION = re.compile(r"[^:]+:[A-Za-z_]\w*")
+FORMS = f"{', '.join(BUILT_IN)}, MODULE:FUNCTION, NAME=command:PROGRAM, evaluate:NAME[:KEY] or lm-eval:TASK.yaml[:KEY]"
+
+
+class MetricSpec(NamedTuple):
+    """One metric and who computes it."""
+
+    name: str  # its name in every record
+    kind: SpecKind
+    target: str = ""  # the function, command line, metric or task file
+    key: str | None = None  # evaluate and lm-eval: the key of the number
+
+    @property
+    def needs_answers(self) -> bool:
+        """Whether the metric needs the model's answer to each held-out example: a generated text or a class."""
+        return self.kind not in ("loss", "pairs", "lm-eval") and self.name != "accuracy"
+
+    @property
+    def is_measured_along(self) -> bool:
+        """Whether every held-out evaluation measures it at no further cost."""
+        return self.kind in ("loss", "pairs") or self.name == "accuracy"
+
+
+def parse_metric(text: str) -> MetricSpec:
+    """The metric that `text` names.
+
+    Raises:
+        ValueError: an unknown metric; the message lists the known forms.
+    """
+    named = _NAMED.fullmatch(text) if not text.startswith("command:") else None
+    name, rest = (named[1], named[2]) if named else (None, text)
+    if rest in BUILT_IN and (name is None or name == rest):
+        return MetricSpec(rest, BUILT_IN[rest])
+    if name in BUILT_IN:
+        raise ValueError(f"metric {text!r}: {name!r} is a built-in metric; give yours another name")
+    spec = _parse_foreign(name, rest.strip())
+    if spec is None:
+        raise ValueError(f"metric {text!r} is not known{did_you_mean(rest, BUILT_IN)}; there are: {FORMS}")
+    return spec
+
+
+def _parse_foreign(name: str | None, rest: str) -> MetricSpec | None:
+    kind, colon, target = rest.partition(":")
+    if not colon or not target.strip():
+        return None
+    if kind == "command":
+        if name is None:
+            raise ValueError(f"metric {rest!r} has no name; give NAME=command:PROGRAM, such as bleu={rest}")
+        return MetricSpec(name, "command", target)
+    if kind == "evaluate":
+        target, key = _key(target)
+        return MetricSpec(name or key or _plain(target), "evaluate", target, key)
+    if kind == "lm-eval":
+        target, key = _key(target)
+        return MetricSpec(name or "_".join(filter(None, (_plain(target), key))), "lm-eval", target, key)
+    rest = rest.removeprefix("python:")
+    if not _FUNCTION.fullmatch(rest):
+        return None
+    return MetricSpec(name or rest.rpartition(":")[2], "function", rest)
+
+
+def _key(target: str) -> tuple[str, str | None]:
+    before, colon, key = target.rpartition(":")
+    return (before, key) if colon else (target, None)
+
+
+def _plain(target: str) -> str:
+    """`tasks/gsm8k.yaml` as `gsm8k`."""
+    last = re.split(r"[/\\]", target.rstrip("/\\"))[-1]
+    return re.sub(r"\.(ya?ml|py)$", "", last)
+
+
+def parse_metrics(deciding: str, others: Sequence[str]) -> tuple[MetricSpec, ...]:
+    """The metric that decides, then the others.
+
+    Raises:
+        ValueError: an unknown metric, or two with one name.
+    """
+    specs = tuple(parse_metric(text) for text in (deciding, *others))
+    names = [spec.name for spec in specs]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise ValueError(f"metrics: {twice!r} is given twice; give each once, under names that differ (NAME=…)")
+    return specs

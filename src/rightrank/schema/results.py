@@ -1,0 +1,343 @@
+"""The records of `inspect`, `resize` and `allocate`; one JSON object each."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, TypeAlias
+
+from pydantic import Field
+
+from rightrank.schema.decision import AdapterAnswer
+from rightrank.schema.events import DataSummary, SplitSummary
+from rightrank.schema.trials import Record, Whole
+
+Source: TypeAlias = Literal["exact", "traced", "formula", "measured", "assumed"]
+Components: TypeAlias = dict[str, int]
+
+
+class RankPlan(Record):
+    """The memory and compute of one rank."""
+
+    rank: int
+    trainable_parameters: int
+    adapter_bytes: int  # of adapter_model.safetensors
+    peak_bytes: int  # allocated, at the peak of the step
+    peak_reserved_bytes: int  # with the CUDA allocator's segments; on the CPU the same as peak_bytes
+    total_bytes: int  # reserved, with the CUDA context: what nvidia-smi shows
+    needed_bytes: int  # total_bytes and the headroom; compared with the available memory
+    components: Components  # they add up to peak_bytes
+    peak_at: str  # where in the step the peak is
+    fits: bool | None  # None: the available memory is unknown
+    flops_per_step: int
+    seconds_per_step: float | None = None
+    error_share: float  # relative error of the peak
+    peak_low_bytes: int  # the peak minus and plus that error
+    peak_high_bytes: int
+    select_peak_bytes: int | None = None  # in the training loop of `select`; None: the plan is of that loop
+    select_needed_bytes: int | None = None
+    fits_in_select: bool | None = None
+
+
+class AxisPrice(Record):
+    """The cost of changing one setting, at the largest requested rank."""
+
+    axis: str  # such as "batch_size 4 → 8"
+    peak_reserved_bytes: int
+    difference_bytes: int
+    flops_factor: float
+
+
+class Change(Record):
+    """A change that saves memory, and the plan with this change and all before it."""
+
+    setting: str
+    value: str
+    peak_reserved_bytes: int
+    fits: bool
+    price: str  # what the change costs
+
+
+class RangeLimit(Record):
+    """One limit of the range of ranks."""
+
+    name: Literal["capacity", "matrices", "memory"]
+    rank: int | None  # None: no limit known
+    reason: str
+
+
+class Extent(Record):
+    """An amount of training and its cost, including evaluations and the frozen prefix."""
+
+    trainings: float  # complete ones; early stopping counts in proportion
+    flops: float
+    seconds: float | None  # None: not measured on this device
+    price: float | None  # None: no hourly price was given
+
+
+class RankTraining(Record):
+    """One complete training of one rank, including its evaluations."""
+
+    rank: int
+    flops: float
+    seconds: float | None
+    price: float | None
+
+
+class SelectionCost(Record):
+    """Time and price of a selection with one training after the other."""
+
+    strategy: str | None  # None: a number of trainings was given
+    steps: int  # of a complete training
+    ranks: list[RankTraining]
+    prefix_flops: float  # frozen blocks below the adapters, computed once
+    evaluation_flops: float  # one pass over the held-out examples
+    expected: Extent  # at the mean cost of the ranks
+    most: Extent  # at the cost of the most expensive rank
+
+
+class Error(Record):
+    """The relative error of numbers from one source, and the basis of that estimate."""
+
+    share: float
+    basis: str
+
+
+class Plan(Record):
+    """The cost of every rank, and the largest rank that fits."""
+
+    model: str
+    architecture: str
+    base_parameters: int
+    base_bytes: int
+    targets: int  # adapted matrices
+    ranks: list[RankPlan]
+    max_rank: int | None  # the largest requested rank that fits; None: none fits, or the memory is unknown
+    largest_possible_rank: int | None = None  # of all ranks, also those that were not requested
+    memory_bytes: int | None = None
+    headroom_share: float
+    context_bytes: int
+    activations: Components  # kept for the backward pass at the largest rank, by kind of module
+    prices: list[AxisPrice] = Field(default_factory=list)
+    changes: list[Change] = Field(default_factory=list)  # the fewest that make the smallest rank fit, if none fits
+    limits: list[RangeLimit] = Field(default_factory=list)
+    suggested_ranks: list[int] = Field(default_factory=list)
+    selection: SelectionCost | None = None
+    data: DataSummary | None = None  # of the selection that is planned; None: a plan without data
+    sources: dict[str, Source]
+    errors: dict[str, Error] = Field(default_factory=dict)  # by source
+    notes: list[str] = Field(default_factory=list)
+    seconds: float  # spent on planning
+    settings: dict[str, Any]
+
+
+class PreflightRank(Record):
+    """One rank and its memory; None where the model can't be planned or the memory is unknown."""
+
+    rank: Whole
+    peak_bytes: Whole | None  # of tensors
+    needed_bytes: Whole | None  # with segments, process and headroom
+    fits: bool | None
+
+
+class PreflightStrategy(Record):
+    """The cost of one strategy, in whole trainings and in seconds."""
+
+    strategy: str
+    trainings: float  # expected
+    trainings_at_most: float
+    trainings_to_adapter: float  # expected, until the first question is answered
+    seconds: float | None  # None: this device is not calibrated (`rightrank plan --calibrate`)
+    seconds_at_most: float | None
+    price: float | None  # None: no price per hour was given
+
+
+class PreflightCost(PreflightStrategy):
+    """The cost of the strategy of the settings, and of the others beside it."""
+
+    steps: Whole  # optimizer steps of a training
+    strategies: list[PreflightStrategy]
+
+
+class Preflight(Record):
+    """A selection before its first training."""
+
+    metric: str
+    margin: float | None  # None: 1% of a value that is not known yet
+    goal: str
+    form: str
+    splits: dict[str, SplitSummary]  # train, validation, test
+    splits_given: bool
+    left_out: list[str]  # what was left out or truncated, with its number and why
+    longest: Whole  # tokens of the longest example
+    seq_len: Whole
+    ranks: list[PreflightRank]
+    memory_bytes: Whole | None
+    cost: PreflightCost
+    seeds: Whole
+    expected_half_width: float | None  # one-sided 95%, of the widest rank's difference from the top, metric's unit
+    undecided_below_margin: float | None  # a rank that equals the top is not expected to be shown enough below it
+    cures: list[str]  # where the margin is below: examples, seeds or margin that would settle it
+    notes: list[str] = Field(default_factory=list)
+
+
+ModuleKind: TypeAlias = Literal["linear", "embedding", "convolution", "expert", "matrix"]
+
+
+class ModuleSpectrum(Record):
+    """The spectrum of one module's update ΔW."""
+
+    name: str
+    kind: ModuleKind
+    shape: tuple[int, int]  # of ΔW: out × in
+    rank: int  # of the factors; for a matrix, its shorter side
+    scaling: float  # s in s·B·A; 1 for a matrix
+    singular_values: list[float]  # of s·B·A, descending; for a large matrix, the leading ones
+    frobenius_norm: float
+    spectral_norm: float
+    stable_rank: float
+    effective_rank: float | None  # None: too little of the spectrum is known
+    energy_rank: dict[str, int | None]  # by fraction; None: beyond the known singular values
+    noise_rank: int  # above the optimal hard threshold
+    null_rank: int | None  # above random factors of the same shape; None for a matrix
+    base_spectral_norm: float | None = None  # of the base's weight, if available
+    # untrained, no_token, dead, dora, lora_bias, noise_unclear, partial_spectrum
+    flags: list[str] = Field(default_factory=list)
+
+
+class InspectionSummary(Record):
+    """The whole adapter or checkpoint."""
+
+    kind: Literal["adapter", "checkpoints", "gradient"]
+    modules: int
+    parameters: int  # of the factors
+    ranks: list[int]  # the different ranks
+    scaling_rule: str
+    base_model: str | None
+    energy_rank: dict[str, int | None]  # the maximum over modules, as one common rank requires
+    median_effective_rank: float | None
+    most_concentrated: str | None  # the module that uses the least of its rank
+    least_concentrated: str | None
+    untrained: list[str]  # B = 0: never trained
+    dead: list[str]  # updates under a thousandth of the median module's
+    modules_to_save: list[str]  # fully trained modules
+    unchanged: int = 0  # checkpoints: matrices without a difference
+    not_matrices: list[str] = Field(default_factory=list)  # checkpoints: changed norms and biases, which have no rank
+    notes: list[str] = Field(default_factory=list)
+    sentence: str
+
+
+class Inspection(Record):
+    """`inspect --json`."""
+
+    modules: list[ModuleSpectrum]
+    summary: InspectionSummary
+
+
+class ModuleResize(Record):
+    """The change of one module."""
+
+    name: str
+    from_rank: int
+    rank: int
+    relative_delta_error: float  # ‖ΔW' − ΔW‖ / ‖ΔW‖ of the tensors as written
+
+
+class HeldOut(Record):
+    """A truncation measured on held-out data."""
+
+    rank: int
+    value: float
+    recovered_steps: int = 0
+
+
+class Resized(Record):
+    """`resize --json`."""
+
+    rank: int | None  # None: modules differ
+    relative_delta_error: float  # over all modules, of the written tensors
+    modules: list[ModuleResize]
+    out: str
+    parameters_before: int
+    parameters_after: int
+    bytes_before: int
+    bytes_after: int
+    chosen_by: str
+    held_out: list[HeldOut] = Field(default_factory=list)
+    scored_examples: int | None = None  # with data: how many held-out examples every candidate was measured on
+    answer: AdapterAnswer | None = None  # with data: the truncation that is enough, and every candidate
+    notes: list[str] = Field(default_factory=list)
+
+
+class ResizedTogether(Record):
+    """Several adapters at one common rank."""
+
+    rank: int
+    adapters: list[Resized]
+
+
+class AllocationTrial(Record):
+    """One trained pattern with the given number of parameters."""
+
+    pattern: Literal["uniform", "allocated", "shuffled"]
+    seed: int
+    parameters: int
+    value: float
+    ranks: dict[str, int]
+
+
+class AllocationVerdict(Record):
+    """A paired comparison. Positive differences mean that the allocated ranks are worse."""
+
+    against: Literal["uniform", "shuffled"]
+    difference: float
+    low: float
+    high: float
+    better: bool  # the whole 95% interval lies below 0
+
+
+class Allocation(Record):
+    """`allocate --json`."""
+
+    proposal: Literal["uniform", "pattern"]
+    sentence: str
+    by: str
+    rank: int  # of the uniform adapter with as many parameters
+    parameters: int
+    rank_pattern: dict[str, int]  # by module, for PEFT's LoraConfig; empty if uniform is the answer
+    lora_alpha: float  # the same for every module
+    verdicts: list[AllocationVerdict]
+    trials: list[AllocationTrial]
+
+
+ComparisonVerdict: TypeAlias = Literal["not_worse", "worse", "cannot_tell"]
+
+
+class MetricComparison(Record):
+    """B against A by one metric on one data set."""
+
+    data: str
+    metric: str
+    verdict: ComparisonVerdict
+    value_a: float
+    value_b: float
+    difference: float  # B is worse by this much, metric's unit; below 0: better
+    difference_low: float  # 95% lower bound of it, one-sided
+    difference_high: float  # 95% upper bound of it, one-sided
+    margin: float
+    examples: Whole
+    # about how many would show "not worse" at this difference; None: none would, or it is shown
+    examples_needed: Whole | None
+
+
+class AdapterComparison(Record):
+    """Whether B is no worse than A. The figures at the top are those of the comparison with the worst verdict."""
+
+    verdict: ComparisonVerdict
+    sentence: str
+    metric: str
+    margin: float
+    difference: float
+    difference_low: float
+    difference_high: float
+    examples: Whole
+    examples_needed: Whole | None
+    comparisons: list[MetricComparison]

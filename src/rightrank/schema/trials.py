@@ -1,0 +1,310 @@
+"""Arms, trials, and the four outcomes of a trial.
+
+Losses are in nats: per label token for language models, per example for classification.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeAlias
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, PrivateAttr, model_validator
+
+from rightrank.schema.errors import NotFiniteError
+
+SCHEMA_VERSION = 4  # of the journal: no other is read
+IDENTITY_VERSION = 1  # of the content that a trial id is a hash of; a change gives every trial a new id
+
+# The integers that a float holds exactly. A larger one in a file is damage.
+MAX_WHOLE = 2**53
+Whole: TypeAlias = Annotated[int, Field(ge=-MAX_WHOLE, le=MAX_WHOLE)]
+
+MetricName: TypeAlias = str  # `loss`, `accuracy`, or the name of a metric in the settings
+SplitName: TypeAlias = Literal["train", "selection", "test"]  # as stored; `split_name` gives the name that is shown
+
+
+class Record(BaseModel):
+    """A frozen value; equal when its fields are."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+def split_name(stored: str) -> str:
+    """The split's name for readers: the validation split is stored as `selection`."""
+    return "validation" if stored == "selection" else stored
+
+
+def content_hash(value: JsonValue | dict[str, Any]) -> str:
+    """SHA-256 in hex of a JSON value, with sorted keys."""
+    text = json.dumps(value, sort_keys=True, ensure_ascii=True, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+class ArmFields(Record):
+    """Everything that may differ between the trainings of a selection.
+
+    A training may be stopped early (`stop_at`), and another arm may resume it (`continue_from`). An adapter may be
+    truncated to a lower rank (`truncate_from`); `steps` are then the recovery steps after the truncation, 0 for none.
+    """
+
+    rank: Whole = Field(ge=0)  # 0: the base model, which is evaluated and not trained
+    learning_rate: float = Field(ge=0)
+    lora_alpha: float = Field(gt=0)
+    seed: Whole = Field(ge=0)  # of the batch order, the initial A, and dropout
+    steps: Whole = Field(ge=0)  # optimizer steps, the length of the learning rate schedule
+    stop_at: Whole | None = Field(default=None, gt=0)  # stop after this many steps; the schedule is unchanged
+    continue_from: str | None = None  # id of a trial of the same arm that was stopped early
+    truncate_from: str | None = None  # id of a finished trial at this rank or a higher one
+    anneal_from: Whole | None = None  # from this step the learning rate decays linearly to 0 at `stop_at`
+    init_lora_weights: str | None = None  # None: from the settings
+    target_modules: tuple[str, ...] | None = None  # None: from the settings
+    equal_parameters: bool | None = (
+        None  # True: use the rank with as many parameters as `rank` has over the settings' modules
+    )
+
+    @property
+    def arm(self) -> Arm:
+        return Arm(**{name: getattr(self, name) for name in ArmFields.model_fields})
+
+    def is_plain(self, lora_alpha: float) -> bool:
+        """Whether the arm has the setting that all ranks share, with this alpha, and not a variant's of a sweep."""
+        return self.lora_alpha == lora_alpha and self.init_lora_weights is None and self.target_modules is None
+
+
+class Arm(ArmFields):
+    """One training to run. Trials are runs of an arm."""
+
+    @property
+    def is_direct(self) -> bool:
+        """Whether this is a complete training from the start, as the comparison of ranks requires."""
+        return self.stop_at is None and self.truncate_from is None
+
+    @property
+    def is_annealed(self) -> bool:
+        """A copy of a stopped training, decayed to a learning rate of 0 to be compared and thrown away."""
+        return self.anneal_from is not None
+
+    def label(self) -> str:
+        """A short name, such as `r=8 lr=0.0001 seed=0`."""
+        if self.rank == 0:
+            return "base"
+        name = f"r={self.rank} lr={self.learning_rate:g} seed={self.seed}"
+        return f"{name} {self.stage()}" if self.stage() else name
+
+    def stage(self) -> str:
+        """How the arm differs from a complete training; empty if it does not."""
+        if self.truncate_from is not None:
+            steps = "step" if self.steps == 1 else "steps"
+            return f"truncated, {self.steps} recovery {steps}" if self.steps else "truncated"
+        if self.is_annealed:
+            return f"annealed to step {self.stop_at}"
+        return "" if self.stop_at is None else f"to step {self.stop_at}"
+
+
+class Trial(Record):
+    """An arm and the identity that the run gives it."""
+
+    trial_id: str
+    arm: Arm
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """The fields that every record of the trial begins with."""
+        return {"trial_id": self.trial_id, **self.arm.model_dump()}
+
+
+def trial_id(context_fingerprint: str, arm: Arm) -> str:
+    """The identity of a trial: 12 hex digits of a hash of everything that defines it.
+
+    `context_fingerprint` covers the model, the data and the settings that all arms share.
+    """
+    arm_fields = arm.model_dump(exclude_none=True)
+    return content_hash({"schema": IDENTITY_VERSION, "context": context_fingerprint, "arm": arm_fields})[:12]
+
+
+class EvalPoint(Record):
+    """The held-out value at a step of a training. A custom trainer's NaN means that the trial diverged."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=True)
+
+    step: Whole
+    value: float
+    train_value: float | None = None  # mean training loss since the previous point, over the same batches for every arm
+    item_scores: list[float] | None = None  # of the examples of the looks: the same ones at every step of every trial
+
+
+class TrialStarted(ArmFields):
+    type: Literal["trial_started"] = "trial_started"
+    schema_version: Whole = SCHEMA_VERSION
+    trial_id: str
+
+
+class TrialFinished(ArmFields):
+    """A trial that ended with a result. Lists per example have the order of the run's `evaluation_items`."""
+
+    type: Literal["trial_finished"] = "trial_finished"
+    schema_version: Whole = SCHEMA_VERSION
+    trial_id: str
+    value: float  # of the deciding metric, on the validation split
+    metrics: dict[str, float]  # all metrics measured on the validation split
+    item_losses: list[float]  # summed over the example's label tokens, nats
+    item_tokens: list[Whole]  # label tokens of the example
+    item_correct: list[Whole] | None = None  # classification: 1 if the prediction is right
+    item_scores: list[float] | None = None  # custom trainers: the metric of each example
+    item_weights: list[float] | None = None  # of item_scores; None: equal weights
+    # by metric of written answers or task: one value per example
+    item_metrics: dict[str, list[float]] = Field(default_factory=dict)
+    failed_metrics: dict[str, str] = Field(default_factory=dict)  # metric → why it has no value
+    truncation: Literal["svd", "kfac"] | None = None  # how an adapter was truncated; None: it was not
+    value_metric: str | None = None  # of `value`, if not the deciding metric: early stopping measures no answers
+    # held-out, of the mean of A and of B over the second half of the steps; early looks
+    averaged_loss: float | None = None
+    train_value: float | None  # mean training loss since the last point
+    points: list[EvalPoint]
+    trainable_parameters: Whole
+    train_seconds: float
+    train_tokens: Whole  # with and without labels, without padding
+    eval_seconds: float
+    answer_seconds: float = 0.0  # of eval_seconds: generating and scoring the model's answers
+    peak_bytes: Whole  # allocated on the device; on the CPU, growth of the resident memory
+    predicted_peak_bytes: Whole | None = None  # of tensors, by the plan; None: not planned
+    # Adapters that share the passes and the peak; seconds are an even share.
+    adapters_per_pass: Whole = 1
+    pass_ranks: list[Whole] = Field(default_factory=list)  # of the adapters in the fullest pass, its own first
+    train_losses: list[float] = Field(default_factory=list)  # nats per label, one per step
+
+    @model_validator(mode="after")
+    def _items_alike(self) -> TrialFinished:
+        weighed = self.item_scores is not None and self.item_weights is not None
+        if len(self.item_losses) != len(self.item_tokens) or (
+            weighed and len(self.item_scores or ()) != len(self.item_weights or ())
+        ):
+            raise ValueError("the numbers of scores and weights of its examples differ")
+        return self
+
+    def items(self, metric: str) -> tuple[list[float], list[float]] | None:
+        """`(scores times weights, weights)` of a metric by example, in the metric's direction; None if not measured."""
+        if metric == "loss" and self.item_losses:
+            return self.item_losses, [float(tokens) for tokens in self.item_tokens]
+        if self.item_scores is not None:  # the deciding metric, under any name that a custom trainer gives it
+            weights = self.item_weights or [1.0] * len(self.item_scores)
+            return [score * weight for score, weight in zip(self.item_scores, weights, strict=True)], weights
+        scores = self.item_metrics.get(metric)
+        if metric == "accuracy" and self.item_correct is not None:
+            scores = [float(correct) for correct in self.item_correct]
+        return None if scores is None else (scores, [1.0] * len(scores))
+
+
+class TrialDiverged(ArmFields):
+    """A trial whose loss became NaN or rose above the base's: a missing value, not evidence against a rank."""
+
+    type: Literal["trial_diverged"] = "trial_diverged"
+    schema_version: Whole = SCHEMA_VERSION
+    trial_id: str
+    step: Whole
+    reason: str
+
+
+class TrialCollapsed(ArmFields):
+    """A trial whose held-out value fell far below its own best: no evidence, and nothing of it is handed over."""
+
+    type: Literal["trial_collapsed"] = "trial_collapsed"
+    schema_version: Whole = SCHEMA_VERSION
+    trial_id: str
+    step: Whole  # of the last look
+    value: float  # at that step
+    best_step: Whole
+    best_value: float
+    reason: str
+    points: list[EvalPoint] = Field(default_factory=list)
+    train_seconds: float = 0.0
+
+
+class TrialLook(Record):
+    """A held-out value that a running trial reported. The looks of a trial that is run again are dropped."""
+
+    type: Literal["trial_look"] = "trial_look"
+    schema_version: Whole = SCHEMA_VERSION
+    trial_id: str
+    step: Whole
+    value: float
+    item_scores: list[float] | None = None
+
+    @property
+    def point(self) -> EvalPoint:
+        return EvalPoint(step=self.step, value=self.value, item_scores=self.item_scores)
+
+
+class TrialFailed(ArmFields):
+    """A trial that ended with an error."""
+
+    type: Literal["trial_failed"] = "trial_failed"
+    schema_version: Whole = SCHEMA_VERSION
+    trial_id: str
+    error: Literal["out_of_memory", "error"]
+    reason: str
+
+
+TrialOutcome: TypeAlias = TrialFinished | TrialCollapsed | TrialDiverged | TrialFailed
+OUTCOMES = (TrialFinished, TrialCollapsed, TrialDiverged, TrialFailed)
+
+
+class TrialTask(Record):
+    """What a custom trainer receives: one training to run, or for rank 0 the evaluation of the base."""
+
+    trial_id: str
+    rank: Whole
+    learning_rate: float
+    lora_alpha: float
+    seed: Whole
+    steps: Whole  # 0: the trainer's own number
+    folder: Path  # exists; an adapter saved here is the result if the trial is chosen
+    collapse_drop: float | None = None  # a fall of the held-out value by more than this is a collapse; None: not judged
+
+    _receive: Callable[[EvalPoint], None] | None = PrivateAttr(default=None)
+
+    def report(self, step: int, value: float, item_scores: Sequence[float] | None = None) -> None:
+        """Report the held-out value after `step` optimizer steps. It is in the journal at once.
+
+        Args:
+            step: optimizer steps so far; 0 is the untrained adapter. A step that is reported again replaces the earlier
+                report and all later ones.
+            value: the metric that decides, on validation examples.
+            item_scores: that metric for each validation example, the same examples at every look of every trial.
+
+        Raises:
+            NotFiniteError: a value or a score is NaN or infinite. A function that lets it pass has diverged.
+        """
+        scores = None if item_scores is None else [float(score) for score in item_scores]
+        bad = next((score for score in (float(value), *(scores or ())) if not math.isfinite(score)), None)
+        if bad is not None:
+            raise NotFiniteError(f"step {step}: reported {bad}; report finite numbers")
+        if self._receive is not None:
+            self._receive(EvalPoint(step=step, value=float(value), item_scores=scores))
+
+    def reporting_to(self, receive: Callable[[EvalPoint], None] | None) -> TrialTask:
+        """A copy of the task whose `report` calls `receive`; None for a task that can be sent to another process."""
+        task = self.model_copy()
+        task._receive = receive
+        return task
+
+
+class TrialResult(Record):
+    """What a custom trainer may return instead of a mapping of metrics. NaN counts as diverged."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=True)
+
+    metrics: dict[str, float]  # held-out; includes the deciding metric
+    item_scores: list[float] | None = None  # that metric for each held-out example; the same examples in every trial
+    item_weights: list[float] | None = None  # such as tokens per example; None: equal weights
+    train_value: float | None = None  # the metric on training data at the end
+    points: list[EvalPoint] = Field(default_factory=list)  # held-out values during the training
+    trainable_parameters: Whole = 0
+    train_tokens: Whole = 0
+    train_seconds: float | None = None  # None: the duration of the call
+    eval_seconds: float = 0.0
+    peak_bytes: Whole = 0

@@ -1,0 +1,195 @@
+"""The trials of a strategy, oriented so that lower is better, and the comparison of two ranks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from rightrank.decision.comparison import CONFIDENCE, walk_down
+from rightrank.decision.intervals import estimate
+from rightrank.decision.seeds import adjusted_means, best_learning_rate
+from rightrank.decision.verdicts import collapsing_cells
+from rightrank.schema.decision import AdapterAnswer
+from rightrank.schema.trials import Arm, TrialDiverged, TrialFinished, TrialOutcome
+from rightrank.search.protocol import base_arm
+from rightrank.search.space import Space
+
+
+@dataclass(frozen=True, slots=True)
+class Excess:
+    """How much worse one rank is than another, each at its best learning rate."""
+
+    mean: float
+    high: float  # 95% upper bound; the mean itself where examples were not scored one by one
+
+
+@dataclass(slots=True)
+class Trials:
+    """The outcomes of the arms that a script asked for so far."""
+
+    space: Space
+    outcomes: dict[Arm, TrialOutcome] = field(default_factory=dict)
+    adapter: AdapterAnswer | None = None  # the answer to the first question, once the script has it
+    notes: list[str] = field(default_factory=list)  # lines for a person that the script wrote
+
+    def add(self, arm: Arm, outcome: TrialOutcome) -> None:
+        self.outcomes[arm] = outcome
+
+    def finished(self, arm: Arm) -> TrialFinished | None:
+        outcome = self.outcomes.get(arm)
+        return outcome if isinstance(outcome, TrialFinished) else None
+
+    def diverged(self, arm: Arm) -> bool:
+        return isinstance(self.outcomes.get(arm), TrialDiverged)
+
+    def loss(self, arm: Arm) -> float | None:
+        """The held-out value, oriented so that lower is better; None without a result."""
+        outcome = self.finished(arm)
+        return None if outcome is None else oriented(outcome, self.space)
+
+    def base_loss(self, *, during_training: bool = False) -> float | None:
+        """The oriented value of the base; None where it is unknown.
+
+        Comparable with final values, or with values during training, which may be losses whatever the metric.
+        """
+        outcome = self.finished(base_arm(self.space.lora_alpha))
+        if outcome is None:
+            return None
+        is_loss = during_training and self.space.points_are_losses
+        return outcome.metrics["loss"] if is_loss else oriented(outcome, self.space)
+
+    def loss_after(self, rank: int, learning_rate: float, step: int) -> float | None:
+        """The oriented value after `step` steps of a training with the first seed, stopped there or not; None if unknown."""
+        for arm, outcome in self.outcomes.items():
+            if (arm.rank, arm.learning_rate, arm.seed) != (rank, learning_rate, self.space.seeds[0]):
+                continue
+            if arm.truncate_from is not None or not self.space.is_plain(arm) or not isinstance(outcome, TrialFinished):
+                continue
+            losses = self.space.points_are_losses
+            if (arm.stop_at or arm.steps) == step:
+                return outcome.metrics["loss"] if losses else oriented(outcome, self.space)
+            for point in outcome.points:
+                if point.step == step:
+                    return -point.value if self.space.higher_is_better and not losses else point.value
+        return None
+
+    def direct(self) -> dict[tuple[int, float, int], TrialFinished]:
+        """Whole trainings by (rank, learning rate, seed)."""
+        return {
+            (arm.rank, arm.learning_rate, arm.seed): outcome
+            for arm, outcome in self.outcomes.items()
+            if arm.is_direct and arm.rank > 0 and self.space.is_plain(arm) and isinstance(outcome, TrialFinished)
+        }
+
+    def ranks(self) -> list[int]:
+        """Ranks with a whole training, descending."""
+        return sorted({rank for rank, _, _ in self.direct()}, reverse=True)
+
+    def learning_rates(self, rank: int) -> list[float]:
+        """Learning rates at which the rank has a whole training, ascending; without those at which others collapsed."""
+        found = {lr for r, lr, _ in self.direct() if r == rank}
+        return sorted(found - {lr for r, lr in collapsing_cells(self.outcomes.values()) if r == rank})
+
+    def mean_loss(self, rank: int, learning_rate: float) -> float:
+        """The mean over seeds."""
+        cell = (rank, learning_rate)
+        return float(np.mean([oriented(t, self.space) for key, t in self.direct().items() if key[:2] == cell]))
+
+    def whole_loss(self, rank: int, learning_rate: float) -> float:
+        """Of the whole training with the first seed; infinite without a result."""
+        outcome = self.direct().get((rank, learning_rate, self.space.seeds[0]))
+        return math.inf if outcome is None else oriented(outcome, self.space)
+
+    def best_learning_rate(self, rank: int) -> float | None:
+        """The learning rate with the best mean, compared on shared seeds as the decision does; None without a result."""
+        trials = {lr: self.by_seed(rank, lr) for lr in self.learning_rates(rank)}
+        if not trials:
+            return None
+
+        def is_surely_lower(one: float, other: float) -> bool:
+            return excess_of(_pairs(trials[one], trials[other]), self.space).high < 0
+
+        losses = {lr: {seed: oriented(t, self.space) for seed, t in found.items()} for lr, found in trials.items()}
+        return best_learning_rate(losses, is_surely_lower)
+
+    def by_seed(self, rank: int, learning_rate: float) -> dict[int, TrialFinished]:
+        """Whole trainings of the rank at the learning rate."""
+        return {seed: trial for (r, lr, seed), trial in self.direct().items() if (r, lr) == (rank, learning_rate)}
+
+    def best_loss(self, rank: int) -> float:
+        learning_rate = self.best_learning_rate(rank)
+        return math.inf if learning_rate is None else self.mean_loss(rank, learning_rate)
+
+    def reference(self) -> int | None:
+        """The rank with the best mean, compared on shared seeds."""
+        ranks = [rank for rank in self.ranks() if self.best_learning_rate(rank) is not None]
+        means = adjusted_means([self._losses_by_seed(rank) for rank in ranks]) if ranks else []
+        by_rank = dict(zip(ranks, means, strict=True))
+        return min(ranks, key=lambda rank: (by_rank[rank], rank), default=None)
+
+    def _losses_by_seed(self, rank: int) -> dict[int, float]:
+        trials = self.by_seed(rank, self.best_learning_rate(rank) or 0.0)
+        return {seed: oriented(trial, self.space) for seed, trial in trials.items()}
+
+    def excess(self, rank: int, reference: int) -> Excess:
+        """`rank` against `reference`, each at its best learning rate, over the seeds that both have."""
+        rates = [self.best_learning_rate(one) for one in (rank, reference)]
+        left, right = (
+            {} if lr is None else self.by_seed(one, lr) for one, lr in zip((rank, reference), rates, strict=True)
+        )
+        pairs = _pairs(left, right)
+        return excess_of(pairs, self.space) if pairs else Excess(math.inf, math.inf)
+
+    def holds(self, rank: int) -> bool:
+        """Whether the rank's mean is within the margin of the reference's. The search goes by this."""
+        return self._holds(rank, lambda excess: excess.mean)
+
+    def surely_holds(self, rank: int) -> bool:
+        """Whether the 95% upper bound is within the margin. The decision goes by this."""
+        return self._holds(rank, lambda excess: excess.high)
+
+    def _holds(self, rank: int, figure: Callable[[Excess], float]) -> bool:
+        reference = self.reference()
+        if reference is None or rank not in self.ranks():
+            return False
+        margin = self.space.margin_at(self.best_loss(reference))
+        return rank == reference or is_within(figure(self.excess(rank, reference)), margin)
+
+    def smallest_that_holds(self) -> int | None:
+        """The result of the walk down from the reference over the ranks trained."""
+        reference = self.reference()
+        return None if reference is None else walk_down(self.ranks(), reference, self.holds)
+
+
+def _pairs(
+    left: Mapping[int, TrialFinished], right: Mapping[int, TrialFinished]
+) -> list[tuple[TrialFinished, TrialFinished]]:
+    """By shared seed."""
+    return [(left[seed], right[seed]) for seed in sorted(left.keys() & right.keys())]
+
+
+def oriented(outcome: TrialFinished, space: Space) -> float:
+    """The value with lower as better. A training that stopped early may have a loss for its value, whatever the metric."""
+    is_turned = space.higher_is_better and outcome.value_metric is None
+    return -outcome.value if is_turned else outcome.value
+
+
+def is_within(excess: float, margin: float) -> bool:
+    """Whether the excess is at most the margin, up to rounding."""
+    return excess <= margin + 1e-9
+
+
+def excess_of(pairs: Iterable[tuple[TrialFinished, TrialFinished]], space: Space) -> Excess:
+    """The mean difference of paired outcomes and its 95% upper bound over examples and pairs (`maths.intervals`)."""
+    pairs = list(pairs)
+    mean = float(np.mean([oriented(left, space) - oriented(right, space) for left, right in pairs]))
+    scored = [(left.items(space.metric), right.items(space.metric)) for left, right in pairs]
+    known = [(ours, theirs) for ours, theirs in scored if ours and theirs and len(ours[0]) == len(theirs[0]) > 1]
+    if len(known) < len(pairs):
+        return Excess(mean, mean)
+    sums = np.array([np.subtract(ours[0], theirs[0]) for ours, theirs in known])
+    found = estimate(-sums if space.higher_is_better else sums, np.asarray(known[0][0][1], dtype=np.float64))
+    return Excess(mean, replace(found, mean=mean).bound(CONFIDENCE))

@@ -1,0 +1,345 @@
+"""The search for the learning rate of one rank, for about a third of a training beside the winner's own.
+
+Every learning rate that is tried is trained to an eighth of the full schedule (a *look*) and measured twice: as it is, and
+as the running mean of A and of B over the second half of its steps. The score is the lower of the two: current weights
+alone favor low learning rates, which oscillate less, and means alone favor high ones. Then two learning rates compare so:
+
+    ==============================================  =====================================================
+    the worse score is behind by                    then
+    ==============================================  =====================================================
+    more than CLOSE of all that the better one has  the better score wins
+    learned since the base
+    less                                            both are copied with their optimizer state and annealed:
+                                                    a linear decay to 0 over ANNEAL of the steps. The lower loss
+                                                    wins, and the copies are thrown away
+    ==============================================  =====================================================
+
+The climb starts at the upper middle and ends at a learning rate that beats both its neighbors, since the loss has one
+valley over the logarithm of the learning rate. Only the winner is trained on. If its loss rises between two stages, as it does
+when few examples are memorized, the next lower learning rate is brought to the same step, and the better one continues. So is
+the next higher one while the winner is no better than the base: in a short training, an eighth may be too early to learn.
+
+Where a table has no look at an eighth, a look at a quarter replaces it; where it has no annealed copies, two close
+learning rates are both trained whole. Where trainings can't stop early, every training is whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterator, Sequence
+from typing import TypeAlias
+
+from rightrank.schema.trials import Arm, TrialFinished
+from rightrank.schema.variants import Variant
+from rightrank.search.history import Trials, oriented
+from rightrank.search.protocol import base_arm
+from rightrank.search.space import Space
+
+Requests: TypeAlias = Iterator[Sequence[Arm]]  # what a script yields: arms that may run at the same time
+
+QUARTER, HALF = 0.25, 0.5  # parts of a training after which learning rates are compared
+# A climb upward that gains more than this share of the loss is checked downward. On 16 published grids a higher learning
+# rate gained at most .026 where training worked, and .08 where the higher one was too high to train.
+MAX_PLAUSIBLE_GAIN = 0.05
+
+
+def climb(
+    space: Space,
+    trials: Trials,
+    rank: int,
+    start: float | None = None,
+    variant: Variant | None = None,
+) -> Requests:
+    """Climb from `start` to a learning rate that is better than both its neighbours.
+
+    The loss has one valley over the logarithm of the learning rate, so the climb ends where a search over all of them would.
+    Learning rates that are far too high are an exception: there the loss is flat, and a higher one may look better. A
+    doubtful climb upward, and one whose start gave no result, is therefore followed by a climb downward.
+
+    Args:
+        start: the first learning rate; None for the upper middle of the space.
+        variant: a value of a sweep that all arms of the climb have.
+    """
+    learning_rates = space.learning_rates
+
+    def arm(place: int) -> Arm:
+        found = space.arm(rank, learning_rates[place])
+        return found if variant is None else variant.of(found, space.scaling)
+
+    first = learning_rates.index(start) if start is not None else len(learning_rates) // 2
+    yield [arm(first)]
+    best = first
+    if not trials.diverged(arm(first)):
+        best = yield from _climb_one_way(trials, arm, first, 1, len(learning_rates))
+    if best > first and not _is_doubtful(trials, arm(first), arm(best), is_edge=best == len(learning_rates) - 1):
+        return
+    yield from _climb_one_way(trials, arm, first, -1, len(learning_rates))
+
+
+def _climb_one_way(
+    trials: Trials, arm: Callable[[int], Arm], best: int, step: int, count: int
+) -> Generator[Sequence[Arm], None, int]:
+    """Try one place after the other until the loss rises, and return the best place.
+
+    A place without a result is skipped, except that a divergence ends a climb upward.
+    """
+    place = best + step
+    while 0 <= place < count:
+        yield [arm(place)]
+        if _is_better(trials, arm(place), arm(best)):
+            best = place
+        elif trials.finished(arm(place)) is not None or (step > 0 and trials.diverged(arm(place))):
+            break
+        place += step
+    return best
+
+
+def _is_doubtful(trials: Trials, start: Arm, best: Arm, *, is_edge: bool) -> bool:
+    """Whether the winner of a climb upward may be a learning rate that is too high to train.
+
+    It may be if it is worse than the base. Where the base is unknown: if it is the highest of all and gained more than
+    `MAX_PLAUSIBLE_GAIN`.
+    """
+    base = trials.base_loss()
+    before, loss = trials.loss(start), trials.loss(best)
+    if before is None or loss is None:
+        return True
+    return loss > base if base is not None else is_edge and before - loss > MAX_PLAUSIBLE_GAIN * abs(before)
+
+
+def early_step(space: Space, part: float) -> int:
+    """The optimizer step at which `part` of a training is done, at least 1."""
+    return max(1, round(part * space.steps))
+
+
+def early_arm(space: Space, rank: int, learning_rate: float, part: float) -> Arm:
+    """A training that stops after `part` of its steps."""
+    return space.arm(rank, learning_rate).model_copy(update={"stop_at": early_step(space, part)})
+
+
+def _is_better(trials: Trials, arm: Arm, other: Arm) -> bool:
+    """Whether `arm` ended with a lower loss. An arm without a result is worse than any."""
+    loss, other_loss = trials.loss(arm), trials.loss(other)
+    return loss is not None and (other_loss is None or loss < other_loss)
+
+
+LOOK = 0.125  # of a training; earlier looks name a wrong learning rate
+ANNEAL = 0.05  # of a training
+CLOSE = 0.1  # of what the better learning rate has learned since the base
+CLOSE_WITHOUT_MEAN = 0.5  # the same for a higher learning rate of which only the current weights were measured
+STAGES = (QUARTER, HALF)  # where the winner is checked for a loss that rises
+
+Choice = Generator[Sequence[Arm], None, float | None]
+
+
+def find_learning_rate(space: Space, trials: Trials, rank: int) -> Choice:
+    """Return the best learning rate at `rank`, trained whole, or None if no training finished."""
+    if not _can_look(space):
+        yield from climb(space, trials, rank)
+        return trials.best_learning_rate(rank)
+    for part in (LOOK, QUARTER):
+        winner = yield from _climb_looks(space, trials, rank, part)
+        if winner is not None:
+            yield from _finish(space, trials, rank, winner, part)
+        if winner is not None or any(trials.diverged(early_arm(space, rank, lr, part)) for lr in space.learning_rates):
+            break
+    if trials.best_learning_rate(rank) is None:  # no looks here, or the winner diverged later
+        yield from climb(space, trials, rank)
+    return trials.best_learning_rate(rank)
+
+
+def train(space: Space, trials: Trials, rank: int, learning_rate: float) -> Requests:
+    """Train `rank` whole with the first seed, with a look on the way that other learning rates can be compared with."""
+    if (rank, learning_rate, space.seeds[0]) in trials.direct():
+        return
+    if _can_look(space):
+        look = early_arm(space, rank, learning_rate, LOOK)
+        yield [look]
+        if trials.finished(look) is not None:
+            yield [_resumed(trials, look)]
+            return
+        if trials.diverged(look):
+            return
+    yield [space.arm(rank, learning_rate)]
+
+
+def challenge(space: Space, trials: Trials, rank: int, holder: float, challenger: float) -> Requests:
+    """Train `rank` at `challenger`, whole only if its look beats that of `holder`."""
+    part = next(
+        (part for part in (LOOK, QUARTER) if _score(trials, early_arm(space, rank, holder, part)) is not None), None
+    )
+    if part is None or not _can_look(space):
+        yield [space.arm(rank, challenger)]
+        return
+    look = early_arm(space, rank, challenger, part)
+    yield [look]
+    if trials.finished(look) is None:
+        return
+    winner = yield from _compare(space, trials, rank, (holder, challenger), part)
+    if winner == challenger:
+        yield [_resumed(trials, look)]
+
+
+def _climb_looks(space: Space, trials: Trials, rank: int, part: float) -> Choice:
+    """The winner among looks at `part` of a training; None if trainings can't stop there or all looks diverged."""
+    learning_rates = space.learning_rates
+    best = start = len(learning_rates) // 2
+    first = early_arm(space, rank, learning_rates[start], part)
+    yield [first]
+    if trials.finished(first) is None and not trials.diverged(first):
+        return None
+    for direction in (1, -1):
+        place = start + direction
+        while 0 <= place < len(learning_rates) and not (direction == 1 and trials.diverged(first)):
+            yield [early_arm(space, rank, learning_rates[place], part)]
+            pair = (learning_rates[best], learning_rates[place])
+            winner = yield from _compare(space, trials, rank, pair, part)
+            if winner != pair[1] and trials.finished(early_arm(space, rank, pair[0], part)):
+                break
+            best = place
+            place += direction
+        if best != start and not _is_worse_than_base(trials, early_arm(space, rank, learning_rates[best], part)):
+            break
+    return learning_rates[best] if trials.finished(early_arm(space, rank, learning_rates[best], part)) else None
+
+
+def _compare(space: Space, trials: Trials, rank: int, pair: tuple[float, float], part: float) -> Choice:
+    """The better of two learning rates with a look at `part`; a look without a result loses."""
+    looks = {lr: early_arm(space, rank, lr, part) for lr in pair}
+    scores = {lr: score for lr, look in looks.items() if (score := _score(trials, look)) is not None}
+    if len(scores) < 2:
+        return next(iter(scores), None)
+    better, worse = sorted(pair, key=lambda lr: (scores[lr], lr))
+    base = _look_loss(trials.finished(base_arm(space.lora_alpha)), space)
+    close = CLOSE if _has_mean(trials, looks[worse]) or worse < better else CLOSE_WITHOUT_MEAN
+    if base is not None and scores[worse] - scores[better] > close * (base - scores[better]):
+        return better
+    copies = {lr: _annealed(space, trials, look) for lr, look in looks.items()}
+    yield list(copies.values())
+    annealed = {
+        lr: loss for lr, copy in copies.items() if (loss := _look_loss(trials.finished(copy), space)) is not None
+    }
+    if len(annealed) == 2:
+        return min(pair, key=lambda lr: (annealed[lr], lr))
+    if any(trials.diverged(copy) for copy in copies.values()):
+        return next(iter(annealed), better)
+    for lr in pair:  # no annealed copies here
+        if (rank, lr, space.seeds[0]) not in trials.direct():
+            yield [_resumed(trials, looks[lr])]
+    return min(pair, key=lambda lr: (trials.whole_loss(rank, lr), lr))
+
+
+def _finish(space: Space, trials: Trials, rank: int, learning_rate: float, part: float) -> Requests:
+    """Train the winner from its look to its end.
+
+    Where its loss rises, the next lower learning rate may take its place; where it has learned nothing yet, the next higher.
+    """
+    if (rank, learning_rate, space.seeds[0]) in trials.direct():
+        return
+    stage = early_arm(space, rank, learning_rate, part)
+    before = _look_loss(trials.finished(stage), space)
+    base = _look_loss(trials.finished(base_arm(space.lora_alpha)), space)
+    for later in STAGES:
+        step = early_step(space, later)
+        if step <= (stage.stop_at or 0):
+            continue
+        following = _resumed(trials, stage, step)
+        yield [following]
+        loss = _look_loss(trials.finished(following), space)
+        if loss is None or before is None:
+            return
+        stage = following
+        neighbour = None
+        if loss > before:
+            neighbour = max((lr for lr in space.learning_rates if lr < stage.learning_rate), default=None)
+        elif base is not None and loss >= base:
+            neighbour = min((lr for lr in space.learning_rates if lr > stage.learning_rate), default=None)
+        if neighbour is not None:
+            rival = yield from _bring_to(space, trials, rank, neighbour, step)
+            rival_loss = _look_loss(trials.finished(rival), space)
+            if rival_loss is not None and rival_loss < loss:
+                stage, loss = rival, rival_loss
+        before = loss
+    yield [_resumed(trials, stage)]
+
+
+def _bring_to(
+    space: Space, trials: Trials, rank: int, learning_rate: float, step: int
+) -> Generator[Sequence[Arm], None, Arm]:
+    """The arm that trains to `step`, from the latest look at the learning rate that there is."""
+    for part in (QUARTER, LOOK):
+        look = early_arm(space, rank, learning_rate, part)
+        if trials.finished(look) is not None and (look.stop_at or 0) < step:
+            arm = _resumed(trials, look, step)
+            break
+    else:
+        arm = early_arm(space, rank, learning_rate, 1.0).model_copy(update={"stop_at": step})
+    yield [arm]
+    return arm
+
+
+def _can_look(space: Space) -> bool:
+    """Whether trainings can stop early, are long enough for a look, and have learning rates to compare."""
+    return space.stages and len(space.learning_rates) > 1 and space.steps >= 1 / LOOK
+
+
+def _is_worse_than_base(trials: Trials, look: Arm) -> bool:
+    """Whether a look learned nothing. Learning rates that are too high to train level off, and a higher one may look better."""
+    base = _look_loss(trials.finished(base_arm(trials.space.lora_alpha)), trials.space)
+    score = _score(trials, look)
+    return base is not None and score is not None and score > base
+
+
+def _has_mean(trials: Trials, look: Arm) -> bool:
+    outcome = trials.finished(look)
+    return outcome is not None and outcome.averaged_loss is not None
+
+
+def _score(trials: Trials, look: Arm) -> float | None:
+    """The lower of the loss and the loss of the running mean; None without a result."""
+    outcome = trials.finished(look)
+    loss = _look_loss(outcome, trials.space)
+    if outcome is None or loss is None or outcome.averaged_loss is None:
+        return loss
+    return min(loss, outcome.averaged_loss)
+
+
+def _look_loss(outcome: TrialFinished | None, space: Space) -> float | None:
+    """The held-out loss, whatever the metric; the oriented value where a table has no loss."""
+    return None if outcome is None else outcome.metrics.get("loss", oriented(outcome, space))
+
+
+def _annealed(space: Space, trials: Trials, look: Arm) -> Arm:
+    """The copy of a look that decays to a learning rate of 0 over `ANNEAL` of a training."""
+    start = look.stop_at
+    assert start is not None
+    end = min(space.steps, start + early_step(space, ANNEAL))
+    return _resumed(trials, look, end).model_copy(update={"anneal_from": start})
+
+
+def _resumed(trials: Trials, stopped: Arm, stop_at: int | None = None) -> Arm:
+    """The arm that resumes a stopped one and runs to `stop_at`, or to its end."""
+    before = trials.finished(stopped)
+    assert before is not None
+    return stopped.model_copy(update={"stop_at": stop_at, "continue_from": before.trial_id})
+
+
+def find_learning_rate_cost(space: Space) -> float:
+    """Expected trainings: three looks, two pairs of annealed copies and the rest of the winner."""
+    count = len(space.learning_rates)
+    if not _can_look(space):
+        return float(count)
+    return 1.0 + min(count - 1, 2) * (LOOK + 1.5 * ANNEAL)
+
+
+def max_search_trainings(space: Space) -> float:
+    """An upper bound for one rank: a look and two annealed copies at every learning rate, and each of them whole."""
+    count = len(space.learning_rates)
+    return count * (1.0 + 2 * ANNEAL) if _can_look(space) else float(count)
+
+
+def min_trainings(space: Space) -> float:
+    """One rank's learning rate in the most expensive case of looks and copies, and one training of another rank."""
+    count = len(space.learning_rates)
+    if not _can_look(space):
+        return 1.0 + count
+    return 2.0 + (count - 1) * (LOOK + 2 * ANNEAL) + (HALF - LOOK)

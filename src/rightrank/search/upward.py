@@ -1,0 +1,123 @@
+"""`upward`: from the smallest rank upward, in whole trainings, with the seed noise measured first. For reinforcement learning."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Generator, Sequence
+
+import numpy as np
+
+from rightrank.decision.seeds import detectable_difference, needed_seeds
+from rightrank.decision.verdicts import without_collapsing
+from rightrank.schema.trials import Arm, TrialOutcome
+from rightrank.search.history import Trials, oriented
+from rightrank.search.learning_rates import Requests
+from rightrank.search.protocol import CostEstimate, History, Recommendation
+from rightrank.search.script import Scripted
+from rightrank.search.space import Space
+
+MEASURING_SEEDS = 3  # of the smallest rank at its best learning rate, before any other rank is trained
+NEIGHBOURS = 1  # learning rates to either side of the previous rank's best one
+
+
+class Upward(Scripted):
+    """All learning rates at the smallest rank; the seed noise there; then higher ranks until one gains less than the margin.
+
+    In reinforcement learning the values of the first fifth of a run say little about its end, and the fastest runs collapse.
+    So every training is whole: no learning rate is dropped for being behind early, and none is kept for being ahead early.
+    A learning rate at which a seed collapses counts only where all of its rank do.
+    """
+
+    name = "upward"
+
+    def script(self, trials: Trials) -> Requests:
+        lowest, *higher = self.space.ranks
+        yield [self.space.arm(lowest, learning_rate) for learning_rate in self.space.learning_rates]
+        learning_rate = yield from self._train_seeds(trials, lowest, self.space.seeds[:MEASURING_SEEDS])
+        seeds = self._seeds_to_use(trials, lowest, learning_rate)
+        learning_rate = yield from self._train_seeds(trials, lowest, seeds)
+        for rank in higher:
+            yield [self.space.arm(rank, near) for near in self._near(learning_rate)]
+            found = yield from self._train_seeds(trials, rank, seeds)
+            learning_rate = learning_rate if found is None else found
+            below = [other for other in trials.ranks() if other < rank]
+            if found is not None and below and not self._gains(trials, rank, below):
+                return
+
+    def unbounded_cost(self) -> CostEstimate:
+        seeds, learning_rates = len(self.space.seeds), len(self.space.learning_rates)
+        expected = learning_rates + min(1 + 2 * NEIGHBOURS, learning_rates) + 2.0 * (seeds - 1)
+        maximum = float(self._cells())
+        return CostEstimate(min(expected, maximum), maximum, min(expected, maximum))
+
+    def max_script_arms(self) -> int:
+        return 1 + self._cells()
+
+    def evidence(self, history: History) -> list[TrialOutcome]:
+        return without_collapsing(super().evidence(history))
+
+    def recommend(self, history: History) -> Recommendation:
+        """The smallest rank that no higher one is shown to beat by more than the margin."""
+        replay = self._replay(history)
+        trials = replay.trials
+        chosen: int | None = None
+        for rank in sorted(trials.ranks()):
+            if chosen is None or (self._gains(trials, rank, [chosen]) and trials.excess(rank, chosen).high < 0):
+                chosen = rank
+        learning_rate = None if chosen is None else trials.best_learning_rate(chosen)
+        return Recommendation(chosen, learning_rate, trials.reference(), replay.complete)
+
+    def _train_seeds(
+        self, trials: Trials, rank: int, seeds: Sequence[int]
+    ) -> Generator[Sequence[Arm], None, float | None]:
+        """Train the seeds at the best learning rate, until it stays the best; return it, or None without a result."""
+        while True:
+            best = trials.best_learning_rate(rank)
+            if best is None:
+                return None
+            missing = [arm for seed in seeds if (arm := self.space.arm(rank, best, seed)) not in trials.outcomes]
+            if not missing:
+                return best
+            yield missing
+
+    def _seeds_to_use(self, trials: Trials, rank: int, learning_rate: float | None) -> Sequence[int]:
+        """As many seeds as the measured noise needs, at most those of the space; a note states the figures."""
+        space, values = self.space, []
+        if learning_rate is not None:
+            values = [oriented(trial, space) for trial in trials.by_seed(rank, learning_rate).values()]
+        deviation = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+        if deviation == 0:
+            found = "with the same result" if len(values) > 1 else "with a result"
+            trials.notes.append(
+                f"Seed noise: not measured at rank {rank} ({len(values)} seed{'s' * (len(values) != 1)} {found}); "
+                "seeds=(0, 1, 2) or more measure it."
+            )
+            return space.seeds
+        margin = space.margin_at(float(np.mean(values)))
+        needed = max(2, needed_seeds(deviation, margin))
+        trials.notes.append(_noise_note(space, rank, len(values), deviation, margin, needed))
+        return space.seeds[:needed]
+
+    def _near(self, learning_rate: float | None) -> Sequence[float]:
+        """The learning rate and its neighbours; all of them where none is known."""
+        rates = self.space.learning_rates
+        if learning_rate is None:
+            return rates
+        place = rates.index(learning_rate)
+        return rates[max(0, place - NEIGHBOURS) : place + NEIGHBOURS + 1]
+
+    def _gains(self, trials: Trials, rank: int, lower: Sequence[int]) -> bool:
+        """Whether the rank's mean is better than the best of the lower ranks by more than the margin."""
+        best = min((trials.best_loss(other) for other in lower), default=math.inf)
+        return best - trials.best_loss(rank) > self.space.margin_at(best)
+
+
+def _noise_note(space: Space, rank: int, measured: int, deviation: float, margin: float, needed: int) -> str:
+    start = (
+        f"Seed noise at rank {rank}: a standard deviation of {deviation:.2g} over {measured} seeds. To show a difference of "
+        f"{margin:.2g} between two ranks takes about {needed} seeds a rank"
+    )
+    given = len(space.seeds)
+    if needed <= given:
+        return f"{start}; {needed} of the {given} are used."
+    return f"{start}; the {given} given show differences from about {detectable_difference(deviation, given):.2g}."

@@ -1,1 +1,0 @@
-"""The main job: load and plan, train what the strategy requests, decide, hand over."""

@@ -1,0 +1,166 @@
+"""The runtime of an existing adapter: its base, the data, and the adapter attached by PEFT."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+
+from rightrank.data.files import read_json_object
+from rightrank.data.splits import DataSplits, load_data
+from rightrank.models.adapter_files import CONFIG_FILE, AdapterFolder
+from rightrank.models.base_models import LoadedModel, load_base
+from rightrank.schema.errors import ModelError, RunError, SettingsError, first_line
+from rightrank.schema.settings import SelectSettings
+from rightrank.schema.trials import TrialFinished
+from rightrank.train.adapter import adapters_in_training, trainable_parameters, unwrapped
+from rightrank.train.evaluation import Scores
+from rightrank.train.optimizer import OptimizerSteps, learning_rate_schedule
+from rightrank.train.runtime import Runtime
+from rightrank.train.targets import without_peft_noise
+from rightrank.train.tokens import encode
+
+
+@dataclass(frozen=True, slots=True)
+class DataUse:
+    """The data to measure and train on, the settings, and a folder for working files."""
+
+    data: Path
+    settings: SelectSettings
+    cache: Path
+    steps: int = 0  # of training each adapter
+    splits: DataSplits | None = None  # of the data, where they are not those of a selection
+    loaded: LoadedModel | None = None  # the base, where it is loaded already
+
+
+def make_runtime(base: str, modules: tuple[str, ...] | None, use: DataUse) -> Runtime:
+    """The runtime that measures and trains adapters of exactly these modules; None takes the settings' own.
+
+    Raises:
+        SettingsError: a metric that needs more than an evaluation of losses.
+        ModelError: the base cannot be loaded, or lacks a module.
+        DataError: the data cannot be used.
+    """
+    settings = use.settings.model_copy(update={"ranks": (1,)})
+    if not settings.metric_specs[0].is_measured_along or settings.metrics:
+        raise SettingsError(
+            f"metric {settings.metric_name!r}: adapters are measured by loss or accuracy here; give one of them, and leave out metrics"
+        )
+    if modules is not None:
+        settings = settings.model_copy(update={"target_modules": modules, "layers_to_transform": None})
+    splits = load_data(use.data, settings) if use.splits is None else use.splits
+    loaded = use.loaded or load_base(base, settings, splits.classes)
+    settings = settings.of_form(splits.form)
+    encoded = encode(splits, loaded, settings)
+    return Runtime(loaded, encoded, settings, max(1, use.steps), use.cache)
+
+
+def adapter_runtime(adapter: AdapterFolder, base: str | None, use: DataUse) -> Runtime:
+    """The runtime that measures an adapter and its truncations.
+
+    Raises:
+        ModelError: no base is known, it cannot be loaded, or it lacks a module of the adapter.
+        DataError: the data cannot be used.
+    """
+    name = base or adapter.base_model
+    if name is None:
+        raise ModelError(f"{adapter.path}: names no base model; give one with --base MODEL")
+    # A module that is trained whole may lie below the first adapter, where a cached prefix would be stale.
+    caching = use.settings.cache_prefix and not adapter.other_keys
+    parameters = dict.fromkeys(module.address for module in adapter.modules if module.kind == "expert")
+    changes = {"cache_prefix": caching, "target_parameters": tuple(parameters)}
+    use = replace(use, settings=use.settings.model_copy(update=changes))
+    return make_runtime(name, tuple(module.name for module in adapter.modules if module.kind != "expert"), use)
+
+
+@contextmanager
+def adapter_attached(runtime: Runtime, folder: Path, *, trainable: bool = False) -> Iterator[Any]:
+    """The PeftModel of an adapter folder around the runtime's base, which is restored when the block ends.
+
+    Raises:
+        ModelError: PEFT cannot attach this adapter to this base, or the adapter is of another task than the data.
+    """
+    _require_task(runtime, folder)
+    try:
+        with without_peft_noise():
+            peft_model: Any = PeftModel.from_pretrained(runtime.model, str(folder), is_trainable=trainable)
+    except (RuntimeError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(
+            f"{folder}: PEFT cannot attach it to {runtime.loaded.name} ({first_line(error)}); give the base that it was trained on with --base"
+        ) from None
+    peft_model.train(False)
+    try:
+        yield peft_model
+    finally:
+        unwrapped(peft_model)
+
+
+def _require_task(runtime: Runtime, folder: Path) -> None:
+    """Refuse an adapter of a language model for a classifier, and the reverse: PEFT fails on them in its own way."""
+    file = folder / CONFIG_FILE
+    task = read_json_object(file).get("task_type") if file.is_file() else None
+    if task == "CAUSAL_LM" and runtime.data.is_classification:
+        raise ModelError(
+            f"{folder}: an adapter of a language model (task_type {task}), and the data have `text` and `label`, which need a "
+            "classifier; give data with `prompt` and `completion`, or with `text` alone"
+        )
+    if task == "SEQ_CLS" and not runtime.data.is_classification:
+        raise ModelError(f"{folder}: an adapter of a classifier (task_type {task}); give data with `text` and `label`")
+
+
+def train_attached(runtime: Runtime, peft_model: Any, learning_rate: float, seed: int = 0) -> None:
+    """Train the attached adapter for the runtime's steps; the batches depend on `seed` alone, not on the adapter.
+
+    Raises:
+        RunError: the loss became NaN or infinite.
+    """
+    schedule = learning_rate_schedule(runtime.settings, runtime.steps)
+    plan = runtime.batch_plan(seed)
+    steps = OptimizerSteps(runtime, trainable_parameters(peft_model), learning_rate, plan, schedule)
+    adapters_in_training(peft_model)
+    for step in range(runtime.steps):
+        torch.manual_seed(seed * 1_000_003 + step)  # of adapter dropout
+        loss_sum = 0.0
+        for batch in steps.begin(step):
+            result = runtime.losses("train", batch, 1 / steps.labels)
+            torch.autograd.backward(result.total)
+            loss_sum += float(result.example_losses.sum())
+        if not math.isfinite(steps.update(loss_sum)):
+            raise RunError(f"training diverged at step {step + 1} of {runtime.steps}; give a lower learning rate")
+
+
+def finished_trial(
+    name: str,
+    rank: int,
+    scores: Scores,
+    metric: str,
+    *,
+    steps: int = 0,
+    truncate_from: str | None = None,
+) -> TrialFinished:
+    """Held-out scores as a record that `decide` reads."""
+    return TrialFinished(
+        trial_id=name,
+        rank=rank,
+        learning_rate=0.0,
+        lora_alpha=1.0,
+        seed=0,
+        steps=steps,
+        truncate_from=truncate_from,
+        value=scores.metrics[metric],
+        metrics=scores.metrics,
+        **scores.fields,
+        train_value=None,
+        points=[],
+        trainable_parameters=0,
+        train_seconds=0.0,
+        train_tokens=0,
+        eval_seconds=0.0,
+        peak_bytes=0,
+    )

@@ -1,0 +1,142 @@
+"""The batches of a training and their order: the same for every arm of a seed.
+
+Each pass over the data is a fresh permutation, divided into batches in that order. Batches of like length need less
+padding, but a step's loss is the mean over its labels, so a label in a batch of short examples would have more weight than
+one in a batch of long examples. Sequence packing avoids padding without this bias (`sequence_packing.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from rightrank.data.token_store import EncodedExample, lengths_of
+from rightrank.train.tokens import IGNORED
+
+WINDOW_BATCHES = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """The s sequences of some examples, right-padded to n positions or packed into one row (`lengths` is then set).
+
+    An example is one sequence, so that s = b; a preference pair is two, the chosen one first.
+    """
+
+    input_ids: torch.Tensor  # [s, n]
+    attention_mask: torch.Tensor  # [s, n], 1 on real tokens
+    labels: torch.Tensor  # [s, n], -100 where no loss is taken; [b] for classification
+    indices: tuple[int, ...]  # of the b examples in the split
+    tokens: int  # without padding
+    lengths: tuple[int, ...] | None = None  # of packed sequences: tensors are [1, tokens]
+    reference: torch.Tensor | None = None  # [s], log-probabilities of each sequence's labels under the base; pairs only
+
+    @property
+    def sequences(self) -> int:
+        return self.input_ids.shape[0] if self.lengths is None else len(self.lengths)
+
+    def sequence_numbers(self) -> torch.Tensor:
+        """The number in the batch of each position's sequence, in the shape of `input_ids`."""
+        device = self.input_ids.device
+        numbers = torch.arange(self.sequences, device=device)
+        if self.lengths is None:
+            return numbers[:, None].expand_as(self.input_ids)
+        return numbers.repeat_interleave(torch.tensor(self.lengths, device=device))[None]
+
+
+def batch_plan(examples: int, batch_size: int, steps: int, seed: int) -> list[list[int]]:
+    """`steps` batches of `batch_size` example indices, drawn in passes over all examples.
+
+    The next pass completes a batch that a pass does not fill.
+    """
+    generator = np.random.default_rng([seed, 0x8A7C])
+    passes = -(-batch_size * steps // examples)
+    order = np.concatenate([generator.permutation(examples) for _ in range(passes)])
+    plan: list[list[int]] = order[: batch_size * steps].reshape(steps, batch_size).tolist()
+    return plan
+
+
+def batch_plan_by_length(lengths: npt.NDArray[np.int64], batch_size: int, steps: int, seed: int) -> list[list[int]]:
+    """As `batch_plan`, in batches of like length: each window of a pass is sorted by length and its batches shuffled.
+
+    A window never spans two passes, because sorting would put an example and its repetition into one batch.
+    """
+    generator = np.random.default_rng([seed, 0x8A7C])
+    plan: list[list[int]] = []
+    order = np.empty(0, np.int64)
+    while len(plan) < steps:
+        order = np.concatenate([order, generator.permutation(len(lengths))])
+        whole = len(order) - len(order) % batch_size
+        for begin in range(0, whole, WINDOW_BATCHES * batch_size):
+            window = order[begin : min(begin + WINDOW_BATCHES * batch_size, whole)]
+            by_length = window[np.lexsort((window, lengths[window]))].reshape(-1, batch_size)
+            plan.extend(by_length[generator.permutation(len(by_length))].tolist())
+        order = order[whole:]
+    return plan[:steps]
+
+
+def collate(examples: Sequence[EncodedExample], indices: Sequence[int], pad_id: int, device: torch.device) -> Batch:
+    """The sequences of the examples at `indices`, padded to the longest."""
+    chosen = [examples[index] for index in indices]
+    sequences = [sequence for example in chosen for sequence in example.sequences()]
+    longest = max(len(ids) for ids, _ in sequences)
+    input_ids = torch.full((len(sequences), longest), pad_id, dtype=torch.long)
+    mask = torch.zeros((len(sequences), longest), dtype=torch.long)
+    classification = len(chosen[0].labels) == 1 and longest > 1
+    labels = torch.full((len(sequences), 1 if classification else longest), IGNORED, dtype=torch.long)
+    for row, (ids, their_labels) in enumerate(sequences):
+        input_ids[row, : len(ids)] = torch.as_tensor(ids)
+        mask[row, : len(ids)] = 1
+        labels[row, : len(their_labels)] = torch.as_tensor(their_labels)
+    tokens = sum(example.length for example in chosen)
+    return Batch(
+        input_ids.to(device),
+        mask.to(device),
+        (labels.squeeze(1) if classification else labels).to(device),
+        tuple(indices),
+        tokens,
+    )
+
+
+def length_sorted_batches(examples: Sequence[EncodedExample], batch_size: int) -> list[list[int]]:
+    """All example indices in batches of like length, for evaluation. The composition is fixed, so values repeat exactly."""
+    order: list[int] = np.argsort(lengths_of(examples), kind="stable").tolist()
+    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+
+
+class FixedGroups:
+    """Examples in groups of like length and fixed composition, in which what the base alone gives is computed once.
+
+    A resumed run computes the same groups, and so reads the same bits.
+    """
+
+    def __init__(self, examples: Sequence[EncodedExample], expected: Iterable[int], size: int) -> None:
+        """Group the examples whose indices are in `expected`; any other one gets a group of its own when it is used."""
+        self.groups: list[list[int]] = []
+        self._lengths = lengths_of(examples)
+        self._size = size
+        self._group_of: dict[int, int] = {}
+        self.expect(expected)
+
+    def expect(self, indices: Iterable[int]) -> None:
+        """Group the examples among `indices` that have no group so far."""
+        new = np.asarray(sorted(set(indices) - self._group_of.keys()), np.int64)
+        ordered: list[int] = new[np.argsort(self._lengths[new], kind="stable")].tolist()
+        for start in range(0, len(ordered), self._size):
+            group = ordered[start : start + self._size]
+            self._group_of.update(dict.fromkeys(group, len(self.groups)))
+            self.groups.append(group)
+
+    def numbers(self, indices: Iterable[int]) -> set[int]:
+        """The numbers of the groups that hold these examples."""
+        found: set[int] = set()
+        for index in indices:
+            if index not in self._group_of:
+                self._group_of[index] = len(self.groups)
+                self.groups.append([index])
+            found.add(self._group_of[index])
+        return found

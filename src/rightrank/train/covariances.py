@@ -1,0 +1,206 @@
+"""Second moments of an adapter's modules over training examples, for truncation (`maths.truncation`).
+
+A forward hook on each adapted module gives h = A·x [n, r], and a hook on its output g [n, out], from which δ = s·Bᵀ·g. Only
+r × r sums are kept. A pass costs a training step of the same micro-batch without gradients to parameters and without the
+optimizer, so the peak memory stays below that of a training step, and the share of a training's time below the share of
+its tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rightrank.data.files import replacing
+from rightrank.models.adapter_files import open_adapter, restore_adapter
+from rightrank.models.kinds import kind_of
+from rightrank.models.kinds.linear import Linear
+from rightrank.models.truncation import Moments, save_moments
+from rightrank.schema.errors import first_line
+from rightrank.schema.trials import Arm
+from rightrank.train.adapter import ADAPTER, lora_modules
+from rightrank.train.device import is_recoverable_oom
+from rightrank.train.runtime import Runtime
+
+MOMENT_TOKENS = 4096  # see benchmarks/truncation
+MAX_SHARE = 0.1  # of the tokens of a training
+ROUNDING = 1e-6  # of a batch's largest gradient: below it a position has none
+
+See = Callable[[str, torch.Tensor, torch.Tensor], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Gathered:
+    """Moments by module name in the base model, and what they rest on."""
+
+    moments: Mapping[str, Moments]
+    examples: int
+    tokens: int
+    notices: tuple[str, ...] = ()  # what is truncated by the plain SVD instead, and why
+
+
+def gather_moments(
+    runtime: Runtime, peft_model: Any, examples: Sequence[int], tokens: int = MOMENT_TOKENS, adapter: str = ADAPTER
+) -> Gathered:
+    """Moments of the adapter that PEFT has on the runtime's base, over training examples in the order given.
+
+    Modules whose update is not a plain product of matrices (DoRA, embeddings, experts), and all modules where memory
+    runs out or a gradient is not finite, get none; a notice says so.
+
+    Args:
+        peft_model: PEFT's model around `runtime.model`, which need not be trainable.
+        examples: Numbers in the training split, best those that the adapter was not trained on.
+        tokens: How many tokens to read; whole micro-batches of `batch_size` are read until then, or all examples.
+    """
+    found = lora_modules(peft_model)
+    plain = [name for name, module in found.items() if _is_plain(module, adapter)]
+    left_out = len(found) - len(plain)
+    note = f"{left_out} modules have no moments (DoRA, embeddings or experts): the plain SVD is used there"
+    notices = (note,) if left_out else ()
+    if not plain:
+        return Gathered({}, 0, 0, notices)
+    sums, batches = _Sums(), list(micro_batches(runtime, examples, tokens))
+    read = [index for indices in batches for index in indices]
+    runtime.expect("train", read)
+    try:
+        with rank_space(peft_model, plain, sums.add, adapter), runtime.recomputing(), runtime.without_dropout():
+            for indices in batches:
+                runtime.backpropagate("train", runtime.batch("train", indices), 1.0)
+    except (RuntimeError, MemoryError) as error:
+        if not is_recoverable_oom(error):
+            raise
+        return Gathered({}, 0, 0, (f"no moments for truncation: {first_line(error)}; the plain SVD is used",))
+    encoded = [runtime.examples("train")[index] for index in read]
+    moments = sums.moments(sum(map(runtime.data.loss_weight, encoded)))
+    if not all(bool(torch.isfinite(one).all()) for pair in sums.pairs.values() for one in pair):
+        moments, notices = {}, ("no moments for truncation: a gradient is not finite; the plain SVD is used",)
+    return Gathered(moments, len(read), sum(example.length for example in encoded), notices)
+
+
+def ensure_moments(runtime: Runtime, arm: Arm, adapter: Path, path: Path) -> tuple[str, ...]:
+    """Gather the moments of a finished training's adapter into `path` before it is truncated, once; return notices.
+
+    Examples that the training did not see come first; where it saw all, its own are read again.
+
+    Args:
+        arm: A truncation of the training.
+        adapter: The folder that holds the training's adapter.
+        path: A file beside the run's checkpoints. An adapter that gets no moments leaves an empty one.
+    """
+    if path.exists():
+        return ()
+    plain = arm.init_lora_weights is None and runtime.settings.init_lora_weights in ("default", "gaussian")
+    gathered = Gathered({}, 0, 0, () if plain else ("an initialisation with a frozen half is truncated by plain SVD",))
+    if plain:
+        trained = arm.model_copy(
+            update={"rank": open_adapter(adapter).rank, "steps": runtime.steps, "truncate_from": None}
+        )
+        examples = unseen_first(runtime, arm.seed, runtime.steps)
+        with runtime.arm(trained) as peft_model:
+            restore_adapter(peft_model, adapter)
+            gathered = gather_moments(runtime, peft_model, examples, moment_tokens(runtime, runtime.steps))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as temporary:
+        save_moments(temporary, gathered.moments)
+    return gathered.notices
+
+
+def unseen_first(runtime: Runtime, seed: int, steps: int) -> list[int]:
+    """Numbers of training examples in the order that a training of `seed` reads after its `steps`."""
+    return [index for batch in runtime.batch_plan(seed, 2 * steps)[steps:] for index in batch]
+
+
+def moment_tokens(runtime: Runtime, steps: int) -> int:
+    """`MOMENT_TOKENS`, or the share of the tokens of `steps` that gathering may take where that is less."""
+    encoded = runtime.examples("train")
+    mean = sum(encoded[index].length for index in range(min(len(encoded), 256))) / min(len(encoded), 256)
+    training = steps * runtime.settings.items_per_step * mean
+    return max(1, min(MOMENT_TOKENS, int(MAX_SHARE * training)))
+
+
+def micro_batches(runtime: Runtime, examples: Sequence[int], tokens: int) -> Iterator[Sequence[int]]:
+    """Training examples in micro-batches until so many tokens are reached."""
+    encoded, size = runtime.examples("train"), runtime.settings.batch_size
+    read = 0
+    for start in range(0, len(examples), size):
+        if read >= tokens:
+            return
+        indices = examples[start : start + size]
+        read += sum(encoded[index].length for index in indices)
+        yield indices
+
+
+@contextmanager
+def rank_space(peft_model: Any, names: Sequence[str], see: See, adapter: str = ADAPTER) -> Iterator[None]:
+    """Within the block, every backward pass gives `see(name, h [n, r], δ [n, r])` of the named modules.
+
+    Whether PEFT's forward pass or that of `multi_lora` runs does not matter. No parameter gets a gradient.
+    """
+    modules = lora_modules(peft_model)
+    trainable = [parameter for parameter in peft_model.parameters() if parameter.requires_grad]
+    handles = [modules[name].register_forward_hook(_hook_of(name, see, adapter)) for name in names]
+    for parameter in trainable:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for parameter in trainable:
+            parameter.requires_grad_(True)
+
+
+def _hook_of(name: str, see: See, adapter: str) -> Callable[[Any, Any, torch.Tensor], torch.Tensor]:
+    def hook(module: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
+        if not torch.is_grad_enabled():
+            return output
+        if not output.requires_grad:  # nothing below the first adapted module asks for a gradient
+            output.requires_grad_()
+        a, b = module.lora_A[adapter].weight.detach(), module.lora_B[adapter].weight.detach()
+        hidden = inputs[0].detach().flatten(0, -2).to(a.dtype) @ a.T
+
+        def back(gradient: torch.Tensor) -> None:
+            see(name, hidden, module.scaling[adapter] * gradient.detach().flatten(0, -2).to(b.dtype) @ b)
+
+        register: Any = output.register_hook  # untyped in torch
+        register(back)
+        return output
+
+    return hook
+
+
+class _Sums:
+    """Sums of outer products in float32 on the device, and the rows behind the inputs'."""
+
+    def __init__(self) -> None:
+        self.pairs: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._rows: dict[str, torch.Tensor] = {}
+
+    def add(self, name: str, hidden: torch.Tensor, gradients: torch.Tensor) -> None:
+        """Positions without a gradient (padding, what reaches no label) are left out of the inputs too."""
+        hidden, gradients = hidden.float(), gradients.float()
+        size = gradients.abs().amax(dim=1, keepdim=True)
+        seen = size > ROUNDING * size.max()  # multiplied, not indexed: NaN and infinity stay, and no device waits
+        hidden, gradients, rows = hidden * seen, gradients * seen, seen.sum()
+        pair = hidden.T @ hidden, gradients.T @ gradients
+        if name in self.pairs:
+            pair = pair[0] + self.pairs[name][0], pair[1] + self.pairs[name][1]
+            rows = rows + self._rows[name]
+        self.pairs[name], self._rows[name] = pair, rows
+
+    def moments(self, labels: int) -> dict[str, Moments]:
+        found: dict[str, Moments] = {}
+        for name, pair in self.pairs.items():
+            inputs, gradients = (one.cpu().double().numpy() for one in pair)
+            found[name] = Moments(inputs / max(1, int(self._rows[name])), gradients / max(1, labels))
+        return found
+
+
+def _is_plain(module: Any, adapter: str) -> bool:
+    """Whether the module adds s·B·(A·x) to its output."""
+    return adapter in module.lora_A and isinstance(kind_of(module), Linear)

@@ -1,0 +1,102 @@
+"""Held-out scores of a split, one per example."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+
+from rightrank.train.distributed import all_reduce, process_index, world_size
+from rightrank.train.loss import BatchLoss
+
+Number = TypeVar("Number", int, float)
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """Scores of a split, in the split's order."""
+
+    losses: list[float]  # nats, summed over the example's label tokens
+    tokens: list[int]  # label tokens of the example; 1 where the loss is one of the whole example
+    by_example: dict[str, list[float]] = field(default_factory=dict)  # metric → its value for each example
+
+    @classmethod
+    def zeros(cls, count: int, metrics: Sequence[str] = ()) -> Scores:
+        return cls([0.0] * count, [0] * count, {name: [0.0] * count for name in metrics})
+
+    @property
+    def correct(self) -> list[int] | None:
+        """Classification only: 1 where the predicted class is right."""
+        values = self.by_example.get("accuracy")
+        return None if values is None else [round(value) for value in values]
+
+    @property
+    def item_metrics(self) -> dict[str, list[float]]:
+        """The metrics by example that a record has no field of its own for."""
+        return {name: values for name, values in self.by_example.items() if name != "accuracy"}
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """Those of the records that hold scores by example."""
+        return {
+            "item_losses": self.losses,
+            "item_tokens": self.tokens,
+            "item_correct": self.correct,
+            "item_metrics": self.item_metrics,
+        }
+
+    def with_examples_of(self, other: Scores, indices: Sequence[int]) -> Scores:
+        """These scores, with those of `other` at the given examples."""
+        taken = set(indices)
+
+        def merged(mine: list[Number], theirs: list[Number]) -> list[Number]:
+            return [theirs[index] if index in taken else value for index, value in enumerate(mine)]
+
+        by_example = {name: merged(each, other.by_example[name]) for name, each in self.by_example.items()}
+        return Scores(merged(self.losses, other.losses), merged(self.tokens, other.tokens), by_example)
+
+    @property
+    def loss(self) -> float:
+        """Token-weighted mean loss, nats per label."""
+        return sum(self.losses) / sum(self.tokens)
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        return {"loss": self.loss} | {name: sum(each) / len(each) for name, each in self.by_example.items()}
+
+
+def score_batches(
+    batches: Sequence[Sequence[int]],
+    losses: Callable[[Sequence[int]], BatchLoss],
+    scores: Sequence[Scores],
+    *,
+    in_step: bool,
+) -> list[Scores]:
+    """Fill `scores`, one per adapter, from the losses of every batch of example indices.
+
+    `losses(indices)` returns the examples of the first adapter, then those of the second, and so on. With several
+    processes, each scores every `world_size`-th batch. `in_step` makes every process run the same number of passes,
+    which a base sharded over the processes requires.
+    """
+    mine = batches[process_index() :: world_size()]
+    for indices in mine:
+        result = losses(indices)
+        for row, (score, index) in enumerate((score, index) for score in scores for index in indices):
+            score.losses[index] = float(result.example_losses[row])
+            score.tokens[index] = int(result.example_tokens[row])
+            for name, values in result.example_metrics.items():
+                score.by_example[name][index] = float(values[row])
+    if in_step and len(mine) < -(-len(batches) // world_size()):
+        losses(batches[0])  # result unused: the other processes gather the base for one more batch
+    return list(scores) if world_size() == 1 else [_summed(score) for score in scores]
+
+
+def _summed(score: Scores) -> Scores:
+    """The sum over processes; a process holds zeros for examples that another one scored."""
+    columns = [score.losses, score.tokens, *score.by_example.values()]
+    tensors = [torch.tensor(values, dtype=torch.float64) for values in columns]
+    all_reduce(tensors)
+    losses, tokens, *metrics = (tensor.tolist() for tensor in tensors)
+    return Scores(losses, [round(n) for n in tokens], dict(zip(score.by_example, metrics, strict=True)))

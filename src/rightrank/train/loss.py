@@ -1,0 +1,219 @@
+"""The loss of a batch, per example.
+
+For language models the output head runs only at label positions, in chunks, and the forward pass already computes the
+gradient to the hidden states of each chunk, so no batch × length × vocabulary tensor exists. This is the technique of fused
+linear cross-entropy kernels (Liger kernel, Hsu et al. 2024), for any head module.
+
+`make_likelihood` checks on real data whether a model's logits are its head applied to its last hidden states. If they are
+not, the loss is taken from the model's own logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+from rightrank.train.attention import position_ids
+from rightrank.train.batches import Batch
+from rightrank.train.tokens import IGNORED
+
+CHUNK_LOGITS = 2**24  # elements of a chunk's logits: 64 MiB in float32
+HEAD_TOLERANCE = 1e-3  # relative, between the head's loss and the model's own, in the model's dtype
+
+Head: TypeAlias = Callable[[torch.Tensor], torch.Tensor]
+Scale: TypeAlias = float | torch.Tensor  # of every loss; or [b], one per example
+
+
+@dataclass(frozen=True, slots=True)
+class BatchLoss:
+    """The losses of a batch of b examples."""
+
+    total: torch.Tensor  # scalar with a graph: the sum of losses times the scale
+    example_losses: torch.Tensor  # [b], nats, summed over each example's labels; no graph, on the CPU
+    example_tokens: torch.Tensor  # [b], labels of each example; 1 where the loss is one of the whole example
+    example_metrics: Mapping[str, torch.Tensor] = field(default_factory=dict)  # metric → [b], by example
+
+
+class Objective(Protocol):
+    def __call__(self, model: Any, batch: Batch, scale: Scale) -> BatchLoss: ...
+
+
+@dataclass(frozen=True, slots=True)
+class LabelLosses:
+    """The cross-entropies of a batch's m labels, in the order of its sequences."""
+
+    scaled: torch.Tensor  # [m] with a graph: the losses times the scale
+    losses: torch.Tensor  # [m], nats; no graph
+    sequences: torch.Tensor  # [m], the number in the batch of each label's sequence
+
+
+LabelLoss: TypeAlias = Callable[[Any, Batch, Scale], LabelLosses]
+
+
+@dataclass(frozen=True, slots=True)
+class Likelihood:
+    """The objective of language models: the cross-entropy of labels, summed over each sequence."""
+
+    labels: LabelLoss
+
+    def __call__(self, model: Any, batch: Batch, scale: Scale) -> BatchLoss:
+        found = self.labels(model, batch, scale)
+        sequences = found.sequences.cpu()  # float64 sums, which not every device supports
+        sums = torch.zeros(batch.sequences, dtype=torch.float64)
+        sums.index_add_(0, sequences, found.losses.cpu().double())
+        return BatchLoss(found.scaled.sum(), sums, torch.bincount(sequences, minlength=batch.sequences))
+
+
+def make_likelihood(model: Any, batch: Batch, classification: bool) -> Objective:
+    """The fastest objective that gives the model's own cross-entropies on `batch`."""
+    if classification:
+        return classification_loss
+    if _head_agrees(model, batch):
+        return head_loss
+    return logits_loss
+
+
+def classification_loss(model: Any, batch: Batch, scale: Scale) -> BatchLoss:
+    """Cross-entropy of one label per example."""
+    logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits.float()
+    losses = F.cross_entropy(logits, batch.labels, reduction="none")
+    correct = (logits.argmax(-1) == batch.labels).cpu().double()
+    ones = torch.ones_like(batch.labels).cpu()
+    return BatchLoss((losses * scale).sum(), losses.detach().cpu().double(), ones, {"accuracy": correct})
+
+
+def head_labels(model: Any, batch: Batch, scale: Scale) -> LabelLosses:
+    """Shifted cross-entropy, with the head applied at label positions only."""
+    # Padding is on the right and attention is causal, so no label position attends to padding. Without the mask,
+    # attention takes its causal fast path.
+    restarting = {} if batch.lengths is None else {"position_ids": position_ids(batch.lengths, batch.input_ids.device)}
+    hidden = model.base_model(input_ids=batch.input_ids, use_cache=False, **restarting).last_hidden_state
+    keep, targets = _label_positions(batch)
+    sequences = batch.sequence_numbers()[:, 1:][keep]
+    by_label = _by_label(scale, sequences)
+    return LabelLosses(*chunked_cross_entropy(hidden[:, :-1][keep], targets, OutputHead(model), by_label), sequences)
+
+
+def logits_labels(model: Any, batch: Batch, scale: Scale) -> LabelLosses:
+    """Shifted cross-entropy of the model's own logits, at all positions at once."""
+    logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
+    keep, targets = _label_positions(batch)
+    losses = F.cross_entropy(logits[:, :-1][keep].float(), targets, reduction="none")
+    sequences = batch.sequence_numbers()[:, 1:][keep]
+    return LabelLosses(losses * _by_label(scale, sequences), losses.detach(), sequences)
+
+
+head_loss = Likelihood(head_labels)
+logits_loss = Likelihood(logits_labels)
+
+
+def chunked_cross_entropy(
+    hidden: torch.Tensor, targets: torch.Tensor, head: Head, scale: Scale
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cross-entropy of `head(hidden)` in chunks: `(scale × losses [n] with a graph, losses [n] without one)`.
+
+    `hidden` is [n, d], `targets` is [n], `scale` is a number or [n].
+    """
+    if any(parameter.requires_grad for parameter in getattr(head, "linear", torch.nn.Module()).parameters()):
+        pieces = [
+            checkpoint(_chunk_losses, part, labels, head, use_reentrant=False)
+            for part, labels in _chunks(hidden, targets, head)
+        ]
+        losses = torch.cat(pieces)
+        return losses * scale, losses.detach()
+    apply: Any = _FrozenHeadLoss.apply  # untyped in torch
+    scaled, losses = apply(hidden, targets, head, scale)
+    return scaled, losses
+
+
+class _FrozenHeadLoss(torch.autograd.Function):
+    """Losses of a frozen head. The forward pass computes the gradient to the hidden states.
+
+    A row of hidden states reaches no label but its own, so the backward pass weighs the rows by the gradients of their losses.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: torch.Tensor, targets: torch.Tensor, head: Head, scale: Scale
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        needs_gradient = ctx.needs_input_grad[0]
+        losses: list[torch.Tensor] = []
+        gradients: list[torch.Tensor] = []
+        begin = 0
+        for part, labels in _chunks(hidden, targets, head):
+            weight = scale[begin : begin + len(labels)] if isinstance(scale, torch.Tensor) else scale
+            begin += len(labels)
+            with torch.set_grad_enabled(needs_gradient):
+                leaf = part.detach().requires_grad_(needs_gradient)
+                chunk = _chunk_losses(leaf, labels, head)
+                total = (chunk * weight).sum()
+            if needs_gradient:
+                gradients.append(torch.autograd.grad(total, leaf)[0])
+            losses.append(chunk.detach())
+        if needs_gradient:
+            ctx.save_for_backward(torch.cat(gradients))
+        all_losses = torch.cat(losses)
+        ctx.mark_non_differentiable(all_losses)
+        return all_losses * scale, all_losses
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        (hidden_gradient,) = ctx.saved_tensors
+        return hidden_gradient * gradients[0][:, None].to(hidden_gradient.dtype), None, None, None
+
+
+def _chunk_losses(hidden: torch.Tensor, targets: torch.Tensor, head: Head) -> torch.Tensor:
+    return F.cross_entropy(head(hidden).float(), targets, reduction="none")
+
+
+def _chunks(hidden: torch.Tensor, targets: torch.Tensor, head: Head) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    vocabulary = getattr(head, "vocabulary", 2**16)
+    rows = max(1, CHUNK_LOGITS // vocabulary)
+    return list(zip(torch.split(hidden, rows), torch.split(targets, rows), strict=True))
+
+
+class OutputHead:
+    """A model's output embedding, then the scaling and soft capping of logits in its configuration."""
+
+    def __init__(self, model: Any) -> None:
+        config = model.config.get_text_config()
+        self.linear = model.get_output_embeddings()
+        self.vocabulary: int = config.vocab_size
+        self._cap: float | None = getattr(config, "final_logit_softcapping", None)  # Gemma
+        self._multiply: float = getattr(config, "logit_scale", None) or 1.0  # Cohere
+        self._divide: float = getattr(config, "logits_scaling", None) or 1.0  # Granite
+
+    def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.linear(hidden)
+        if self._multiply != self._divide:
+            logits = logits * self._multiply / self._divide
+        return logits if self._cap is None else torch.tanh(logits / self._cap) * self._cap
+
+
+def _label_positions(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """`(keep [b, n-1], targets [m])`: True where the next token is a label, and those labels."""
+    shifted = batch.labels[:, 1:]
+    keep = shifted != IGNORED
+    return keep, shifted[keep]
+
+
+def _by_label(scale: Scale, sequences: torch.Tensor) -> Scale:
+    """The scale of each label [m], from the scale of each sequence."""
+    return scale[sequences] if isinstance(scale, torch.Tensor) else scale
+
+
+@torch.no_grad()
+def _head_agrees(model: Any, batch: Batch) -> bool:
+    """Whether the head alone gives the model's own losses on `batch`."""
+    if model.get_output_embeddings() is None or not isinstance(getattr(model, "base_model", None), torch.nn.Module):
+        return False
+    if model.base_model is model:
+        return False
+    theirs = logits_loss(model, batch, 1.0).example_losses
+    ours = head_loss(model, batch, 1.0).example_losses
+    return torch.allclose(ours, theirs, rtol=HEAD_TOLERANCE if theirs.isfinite().all() else 0, atol=1e-4)

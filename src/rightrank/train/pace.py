@@ -1,0 +1,193 @@
+"""How many adapters to train in one pass: as many as fit by the plan and make a step of an arm faster.
+
+On a CPU a larger batch hardly lowers the time per example, so arms train one after the other unless the settings give a
+number. On an accelerator the time of a step is measured at 1, 2, 4, … adapters until doubling no longer pays or fits.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from rightrank.schema.errors import MultiLoraError, is_out_of_memory
+from rightrank.schema.trials import Arm
+from rightrank.train.batches import length_sorted_batches
+from rightrank.train.device import free_memory, is_recoverable_oom
+from rightrank.train.multi_lora import ArmBatch, MultiLora
+from rightrank.train.optimizer import OptimizerSteps, arm_schedule
+from rightrank.train.runtime import Runtime
+
+MAX_ADAPTERS_PER_PASS = 16
+MAX_TIME_RATIO = 0.95  # a doubling pays if the time of an arm's step falls below this share of the time before it
+CHECK_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2}  # relative, of example losses
+TIMED_STEPS = 2
+
+
+def adapters_per_pass_for(
+    runtime: Runtime, arms: Sequence[Arm], notice: Callable[[str], None], limit: int | None = None
+) -> int:
+    """The number of arms to train in one pass.
+
+    Args:
+        notice: receives a line where the number is lower than the settings ask for.
+        limit: the largest number that fits in memory by the plan; None if the plan does not say.
+    """
+    asked = runtime.settings.adapters_per_pass
+    on_cpu = runtime.loaded.device.type == "cpu"
+    if asked == 1 or len(arms) < 2 or (asked is None and on_cpu):
+        return 1
+    obstacle = multi_lora_obstacle(runtime, arms)
+    if obstacle is not None:
+        notice(f"arms are trained one after the other: {obstacle}")
+        return 1
+    if asked is None:
+        return fastest_count(runtime, arms, MAX_ADAPTERS_PER_PASS if limit is None else limit)
+    if limit is not None and limit < asked:
+        notice(f"adapters_per_pass {asked} needs more memory than there is, by the plan: continuing with {limit}")
+        return limit
+    return asked
+
+
+def multi_lora_obstacle(runtime: Runtime, arms: Sequence[Arm]) -> str | None:
+    """The reason why two arms can't share a pass over this model, found on a batch of real data; None if they can."""
+    reason = runtime.arm_targets.why_alone
+    if reason is not None:
+        return reason
+    if runtime.settings.bias != "none":
+        return f"bias={runtime.settings.bias!r} trains the base's own biases"
+    try:
+        shared, alone = _probe_losses(runtime, arms[:2])
+    except MultiLoraError as error:
+        return str(error)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return f"two don't fit on {runtime.loaded.device}"
+    tolerance = CHECK_TOLERANCE[next(runtime.model.parameters()).dtype]
+    if not torch.allclose(shared, alone, rtol=tolerance, atol=tolerance):
+        return "this model's losses differ when two arms share a pass"
+    return None
+
+
+def fastest_count(runtime: Runtime, arms: Sequence[Arm], limit: int = MAX_ADAPTERS_PER_PASS) -> int:
+    """Double the number of adapters up to `limit` while that pays; running out of memory ends the search."""
+    best, count = _seconds_per_arm(runtime, arms[:1]), 1
+    while count * 2 <= min(limit, len(arms)):
+        try:
+            seconds = _seconds_per_arm(runtime, arms[: count * 2])
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            break
+        if seconds > MAX_TIME_RATIO * best:
+            break
+        best, count = seconds, count * 2
+    return count
+
+
+def _seconds_per_arm(runtime: Runtime, arms: Sequence[Arm]) -> float:
+    """The shortest of a few passes, forward and backward, over scratch adapters of these arms."""
+    with MultiLora(runtime.model, runtime.settings) as multi_lora, runtime.recomputing():
+        for number, arm in enumerate(arms):
+            multi_lora.add(f"scratch_{number}", arm, runtime.arm_targets.config(arm))
+        batch = runtime.batch("train", runtime.batch_plan(arms[0].seed)[0][: runtime.settings.batch_size])
+        arm_batches = [ArmBatch(f"scratch_{number}", batch, 1.0, None) for number in range(len(arms))]
+        times: list[float] = []
+        for _ in range(1 + TIMED_STEPS):  # the first is a warm-up
+            begun = time.perf_counter()
+            runtime.accumulate_gradients(multi_lora, arm_batches)
+            if runtime.loaded.device.type == "cuda":
+                torch.cuda.synchronize(runtime.loaded.device)
+            times.append(time.perf_counter() - begun)
+    return min(times[1:]) / len(arms)
+
+
+def _probe_losses(runtime: Runtime, arms: Sequence[Arm]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Example losses of two arms with random adapters on two batches: in one pass, and in a pass each."""
+    names = [f"scratch_{number}" for number in range(len(arms))]
+    generator = torch.Generator().manual_seed(0)
+    with MultiLora(runtime.model, runtime.settings) as multi_lora:
+        for name, arm in zip(names, arms, strict=True):
+            for parameter in multi_lora.add(name, arm, runtime.arm_targets.config(arm)).values():
+                drawn = torch.randn(parameter.shape, generator=generator) * 0.02
+                parameter.data.copy_(parameter.data + drawn.to(parameter))
+        plan, size = runtime.batch_plan(arms[0].seed)[0], runtime.settings.batch_size
+        batches = [
+            runtime.batch("train", plan[:size]),
+            runtime.batch("train", list(reversed(plan))[: max(1, size // 2)]),
+        ]
+        arm_batches = [ArmBatch(name, batch, 1.0, None) for name, batch in zip(names, batches, strict=True)]
+        shared = torch.cat(runtime.accumulate_gradients(multi_lora, arm_batches))
+        alone = torch.cat([runtime.accumulate_gradients(multi_lora, [arm_batch])[0] for arm_batch in arm_batches])
+    return shared, alone
+
+
+WARM_UP_STEPS = 1
+TIMED_STEPS_PACE = 3
+SCRATCH = "pace"  # the adapter's name
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """What was timed, and the seconds that it took."""
+
+    rank: int
+    batches: list[list[int]]  # training examples of each timed step
+    train_seconds: float
+    evaluated: list[int]  # validation examples
+    eval_seconds: float
+    filled: int  # training examples whose frozen blocks, or whose reference, were computed
+    fill_seconds: float
+
+
+def measure_pace(runtime: Runtime, arm: Arm) -> Pace | None:
+    """Train a scratch adapter of `arm` for a few steps and evaluate it on a batch; None where memory runs out."""
+    try:
+        return _measure(runtime, arm)
+    except (RuntimeError, MemoryError) as error:
+        if not is_recoverable_oom(error):
+            raise
+    free_memory(runtime.loaded.device)
+    return None
+
+
+def _measure(runtime: Runtime, arm: Arm) -> Pace:
+    plan = runtime.batch_plan(arm.seed)[: WARM_UP_STEPS + TIMED_STEPS_PACE]
+    batches = length_sorted_batches(runtime.examples("selection"), runtime.settings.eval_batch_size)
+    evaluated = list(batches[len(batches) // 2])
+    begun = time.perf_counter()
+    filled = runtime.fill("train", [index for indices in plan for index in indices])
+    _wait(runtime)
+    fill_seconds = time.perf_counter() - begun
+    runtime.fill("selection", evaluated)
+    with MultiLora(runtime.model, runtime.settings) as multi_lora, runtime.recomputing():
+        named = multi_lora.add(SCRATCH, arm, runtime.arm_targets.config(arm))
+        schedule = arm_schedule(runtime.settings, arm)
+        steps = OptimizerSteps(runtime, named, arm.learning_rate, plan, schedule)
+        seconds = [_step_seconds(runtime, multi_lora, steps, number) for number in range(len(plan))]
+        begun = time.perf_counter()
+        runtime.evaluate_adapters("selection", multi_lora, [SCRATCH], evaluated)
+        _wait(runtime)
+        eval_seconds = time.perf_counter() - begun
+    timed = slice(min(WARM_UP_STEPS, len(plan) - 1), None)
+    return Pace(arm.rank, plan[timed], sum(seconds[timed]), evaluated, eval_seconds, filled, fill_seconds)
+
+
+def _step_seconds(runtime: Runtime, multi_lora: MultiLora, steps: OptimizerSteps, number: int) -> float:
+    begun = time.perf_counter()
+    loss_sum = 0.0
+    for batch in steps.begin(number):
+        losses = runtime.accumulate_gradients(multi_lora, [ArmBatch(SCRATCH, batch, 1 / steps.labels, 0)])
+        loss_sum += float(losses[0].sum())
+    steps.update(loss_sum)
+    _wait(runtime)
+    return time.perf_counter() - begun
+
+
+def _wait(runtime: Runtime) -> None:
+    """Until the device has done what was sent to it."""
+    if runtime.loaded.device.type == "cuda":
+        torch.cuda.synchronize(runtime.loaded.device)

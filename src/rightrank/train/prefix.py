@@ -1,0 +1,183 @@
+"""The frozen prefix: hidden states of the blocks below the adapters, computed once and cached.
+
+The blocks below the first adapted one give the same hidden states in every arm and every step. They are computed at first
+use, in fixed groups of examples (so that a resumed run reads the same bits), and stored without padding in one flat tensor:
+in memory if it is small, otherwise in a memory-mapped file. During training the lower blocks return the stored states. The
+model's own code still computes embeddings, masks and positions, so this works for any stack of blocks that take and return
+hidden states. `fast_paths.py` checks on real data that the losses stay the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from rightrank.data.files import preallocate
+from rightrank.data.token_store import EncodedExample, lengths_of
+from rightrank.train.batches import Batch, FixedGroups, collate
+
+IN_MEMORY_BYTES = 2**30  # a larger store goes to a memory-mapped file
+
+
+class _ReachedBlock(Exception):  # noqa: N818 - not an error: it stops a forward pass early
+    pass
+
+
+@dataclass(slots=True)
+class _Store:
+    """Hidden states of one split: a flat [tokens, d] tensor of the expected examples; any others are kept apart."""
+
+    examples: Sequence[EncodedExample]
+    groups: FixedGroups
+    begins: dict[int, int]  # of the expected examples, in tokens
+    tokens: int  # of the expected examples
+    hidden: torch.Tensor | None = None
+    others: dict[int, torch.Tensor] = field(default_factory=dict)
+    filled: set[int] = field(default_factory=set)
+
+    def rows(self, index: int) -> torch.Tensor:
+        """[tokens of the example, d]"""
+        if index in self.others:
+            return self.others[index]
+        assert self.hidden is not None
+        begin = self.begins[index]
+        return self.hidden[begin : begin + self.examples[index].length]
+
+
+class FrozenPrefix:
+    """Blocks 0 … depth-1 of `blocks`, computed once per example."""
+
+    def __init__(
+        self, blocks: torch.nn.ModuleList, depth: int, pad_id: int, device: torch.device, folder: Path, group_size: int
+    ) -> None:
+        self._blocks = blocks
+        self.depth = depth
+        self._pad_id = pad_id
+        self._device = device
+        self._folder = folder
+        self._group_size = group_size
+        self._stores: dict[str, _Store] = {}
+        self._returns_tuple = False
+        self._current: torch.Tensor | None = None
+
+    def add_split(self, name: str, examples: Sequence[EncodedExample], expected: Iterable[int]) -> None:
+        """Register a split. Examples in `expected` are computed in groups of like length, any others one by one."""
+        groups = FixedGroups(examples, expected, self._group_size)
+        ordered = [index for group in groups.groups for index in group]
+        lengths = lengths_of(examples)[ordered]
+        begins = dict(zip(ordered, (np.cumsum(lengths) - lengths).tolist(), strict=True))
+        self._stores[name] = _Store(examples, groups, begins, int(lengths.sum()))
+
+    def expect(self, name: str, indices: Iterable[int]) -> None:
+        """Group examples of a split that nobody has asked for so far, to compute them together when one is used."""
+        self._stores[name].groups.expect(indices)
+
+    def fill(self, model: Any, split: str, wanted: Iterable[int]) -> Iterator[int]:
+        """Compute the missing groups of the examples in `wanted`; yields the number of examples in each."""
+        store = self._stores[split]
+        for number in sorted(store.groups.numbers(wanted) - store.filled):
+            self._fill(model, store, split, {number})
+            yield len(store.groups.groups[number])
+
+    @contextmanager
+    def serving(self, model: Any, split: str, batch: Batch) -> Iterator[None]:
+        """Within the block, the lower blocks return the stored hidden states of `batch`; `model` is the bare base."""
+        store = self._stores[split]
+        self._fill(model, store, split, store.groups.numbers(batch.indices))
+        distinct = list(dict.fromkeys(batch.indices))  # the arms of a pass share examples
+        rows = [store.rows(index) for index in distinct]
+        numbers = [distinct.index(index) for index in batch.indices]
+        if batch.lengths is None:
+            lengths = [list(store.examples[index].sequence_lengths) for index in distinct]
+            parts = [part for row, split in zip(rows, lengths, strict=True) for part in torch.split(row, split)]
+            hidden = torch.nn.utils.rnn.pad_sequence(parts, batch_first=True).to(self._device)
+            each = len(parts) // len(rows)  # sequences of an example
+            order = [each * number + part for number in numbers for part in range(each)]
+            self._current = hidden[order] if len(distinct) < len(numbers) else hidden
+        else:
+            moved = [row.to(self._device) for row in rows]
+            self._current = torch.cat([moved[number] for number in numbers])[None]
+        for block in self._blocks[: self.depth]:
+            block.forward = self._serve
+        try:
+            yield
+        finally:
+            self._current = None
+            for block in self._blocks[: self.depth]:
+                del block.forward
+
+    def _serve(self, *_: Any, **__: Any) -> Any:
+        return (self._current,) if self._returns_tuple else self._current
+
+    @torch.no_grad()
+    def _fill(self, model: Any, store: _Store, split: str, wanted: set[int]) -> None:
+        for number in sorted(wanted - store.filled):
+            indices = store.groups.groups[number]
+            batch = collate(store.examples, indices, self._pad_id, self._device)
+            hidden = self._lower_blocks(model, batch)
+            if store.hidden is None:
+                store.hidden = self._allocate(split, store.tokens, hidden)
+            real = hidden[batch.attention_mask.bool()].cpu()  # [tokens, d], in the order of the examples
+            lengths = [store.examples[index].length for index in indices]
+            for index, computed in zip(indices, torch.split(real, lengths), strict=True):
+                if index in store.begins:
+                    store.rows(index).copy_(computed)
+                else:
+                    store.others[index] = computed.clone()
+            store.filled.add(number)
+
+    def _lower_blocks(self, model: Any, batch: Batch) -> torch.Tensor:
+        captured: list[torch.Tensor] = []
+
+        def capture(_module: Any, _inputs: Any, output: Any) -> None:
+            self._returns_tuple = isinstance(output, tuple)
+            captured.append(output[0] if isinstance(output, tuple) else output)
+            raise _ReachedBlock
+
+        handle = self._blocks[self.depth - 1].register_forward_hook(capture)
+        try:
+            model(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
+        except _ReachedBlock:
+            pass
+        finally:
+            handle.remove()
+        return captured[0]
+
+    def _allocate(self, split: str, tokens: int, like: torch.Tensor) -> torch.Tensor:
+        width = like.shape[-1]
+        if tokens * width * like.element_size() <= IN_MEMORY_BYTES:
+            return torch.zeros((tokens, width), dtype=like.dtype)
+        path = self._folder / f"{split}.hidden"
+        preallocate(path, tokens * width * like.element_size())
+        return torch.from_file(str(path), shared=True, size=tokens * width, dtype=like.dtype).view(tokens, width)
+
+
+def find_blocks(model: Any) -> tuple[str, torch.nn.ModuleList] | None:
+    """The name and the list of a model's transformer blocks; None if it has no such list or more than one."""
+    stacks = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.ModuleList) and len(module) > 1 and not _inside_stack(name)
+    ]
+    return stacks[0] if len(stacks) == 1 else None
+
+
+def prefix_depth(blocks_name: str, trainable: Sequence[str], block_count: int) -> int:
+    """The number of blocks from the bottom without trainable modules; 0 if an embedding below them trains."""
+    depth = block_count
+    for name in trainable:
+        if name.startswith(f"{blocks_name}."):
+            depth = min(depth, int(name.removeprefix(f"{blocks_name}.").split(".", 1)[0]))
+        elif "embed" in name or name.endswith(("wte", "wpe")):
+            return 0
+    return min(depth, block_count - 1)
+
+
+def _inside_stack(name: str) -> bool:
+    return any(part.isdigit() for part in name.split("."))

@@ -1,0 +1,295 @@
+"""The runtime of a run: the base, the encoded data, the objective and the fast paths that all arms share."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rightrank.data.token_store import EncodedExample, lengths_of
+from rightrank.models.base_models import LoadedModel
+from rightrank.models.kinds.routing import Routing
+from rightrank.schema.errors import InterruptedRun
+from rightrank.schema.events import Preparing
+from rightrank.schema.settings import SelectSettings
+from rightrank.schema.trials import Arm, SplitName
+from rightrank.train.adapter import EVA_BATCHES, attached, input_directions
+from rightrank.train.attention import wants_float32
+from rightrank.train.batches import Batch, batch_plan, batch_plan_by_length, collate, length_sorted_batches
+from rightrank.train.device import gradient_checkpointing_on, training_is
+from rightrank.train.distributed import my_share, require_shares
+from rightrank.train.evaluation import Scores, score_batches
+from rightrank.train.fast_paths import FastPaths, can_pack_sequences, find_last_block, packing_probe, prefix_agrees
+from rightrank.train.loss import BatchLoss, Likelihood, Objective, Scale, make_likelihood
+from rightrank.train.multi_lora import ArmBatch, MultiLora, concatenated
+from rightrank.train.preference import PreferenceLoss, Reference, adapters_off
+from rightrank.train.prefix import FrozenPrefix, find_blocks, prefix_depth
+from rightrank.train.targets import ArmTargets
+from rightrank.train.tokens import EncodedData
+
+FURTHER_SHARE = 0.1  # of a training's steps: the examples that follow it, for moments and recovery after a truncation
+
+
+class Runtime:
+    """Built once per run; `losses` and `evaluate` work with and without an adapter on the base.
+
+    Args:
+        steps: optimizer steps of an arm.
+        cache_folder: the folder for the hidden states of the frozen prefix.
+    """
+
+    def __init__(
+        self, loaded: LoadedModel, data: EncodedData, settings: SelectSettings, steps: int, cache_folder: Path
+    ) -> None:
+        self.loaded = loaded
+        self.data = data
+        self.settings = settings
+        self.model = loaded.model
+        self.arm_targets = ArmTargets(self.model, settings, data.is_classification)
+        self.targets = self.arm_targets.shared
+        self._eva_rows: dict[tuple[int, int, tuple[str, ...] | None], dict[str, torch.Tensor]] = {}
+        self.steps = steps
+        self._pad_id: int = loaded.tokenizer.pad_token_id
+        probe = self._collated("selection", length_sorted_batches(data.splits["selection"], settings.batch_size)[0])
+        self._likelihood = make_likelihood(self.model, probe, data.is_classification)
+        require_shares(settings.batch_size)
+        self.fast_paths = self._find_fast_paths(probe, cache_folder)
+        self.objective: Objective = self._likelihood
+        self._reference: Reference | None = None
+        if isinstance(self._likelihood, Likelihood) and data.is_preference:
+            self.objective = PreferenceLoss(self._likelihood.labels, settings.beta)
+            expected = {split: self._expected_examples(split) for split in data.splits}
+            self._reference = Reference(data.splits, expected, settings.eval_batch_size, self._log_probabilities)
+
+    def prepare(self, on_progress: Callable[[Preparing], None], should_stop: Callable[[], bool]) -> None:
+        """Compute what the base alone gives for the training examples that the arms will use, and report progress.
+
+        That is the frozen prefix, and the reference of preference pairs.
+
+        Raises:
+            InterruptedRun: `should_stop` returned True.
+        """
+        begun = time.perf_counter()
+        expected = self._expected_examples("train")
+        done = 0
+        with self.fast_paths.attention():
+            for count in self._filled_once("train", expected):
+                done += count
+                on_progress(Preparing(items=done, of_items=len(expected), seconds=time.perf_counter() - begun))
+                if should_stop():
+                    raise InterruptedRun("stopped before the first training")
+
+    def fill(self, split: SplitName, indices: Iterable[int]) -> int:
+        """Compute what the base alone gives for these examples, in the groups in which it is computed on demand.
+
+        Returns the number of examples in the groups that were missing.
+        """
+        with self.fast_paths.attention():
+            return sum(self._filled_once(split, set(indices)))
+
+    def _filled_once(self, split: SplitName, expected: set[int]) -> Iterator[int]:
+        """Yield the number of examples after each group; a reference is computed from the prefix."""
+        if self._reference is not None:
+            yield from self._reference.fill(split, expected)
+        elif self.fast_paths.prefix is not None:
+            yield from self.fast_paths.prefix.fill(self.model, split, expected)
+
+    def examples(self, split: SplitName) -> Sequence[EncodedExample]:
+        return self.data.splits[split]
+
+    def batch(self, split: SplitName, indices: Sequence[int]) -> Batch:
+        batch = self._collated(split, indices)
+        return batch if self._reference is None else replace(batch, reference=self._reference.of(split, indices))
+
+    def share(self, split: SplitName, indices: Sequence[int]) -> Batch:
+        """This process's share of a batch. A sharded base runs in every process, and so computes the whole reference."""
+        if self._reference is not None and self.settings.shard_base:
+            self._reference.require(split, indices)
+        return self.batch(split, my_share(indices))
+
+    def _collated(self, split: SplitName, indices: Sequence[int]) -> Batch:
+        return collate(self.examples(split), indices, self._pad_id, self.loaded.device)
+
+    @torch.no_grad()
+    def _log_probabilities(self, split: SplitName, indices: Sequence[int]) -> torch.Tensor:
+        """[s]: of the labels of each sequence under the base, whatever adapter it carries."""
+        batch = self._collated(split, indices)
+        with adapters_off(self.model), self.fast_paths.applied(self.model, split, batch) as rows:
+            return -self._likelihood(self.model, rows, 1.0).example_losses
+
+    def batch_plan(self, seed: int, steps: int | None = None) -> list[list[int]]:
+        """The training batches of every arm of `seed`: one list of example indices per optimizer step.
+
+        A plan of more steps begins with the plan of fewer.
+        """
+        steps = self.steps if steps is None else steps
+        examples, size = self.examples("train"), self.settings.items_per_step
+        if self.settings.train_sampling_strategy == "group_by_length":
+            return batch_plan_by_length(lengths_of(examples), size, steps, seed)
+        return batch_plan(len(examples), size, steps, seed)
+
+    def losses(self, split: SplitName, batch: Batch, scale: Scale) -> BatchLoss:
+        """The loss of `batch` under the adapter that the base now carries."""
+        return self._losses(split, batch, scale, None)
+
+    def backpropagate(self, split: SplitName, batch: Batch, scale: Scale) -> BatchLoss:
+        """As `losses`, with the backward pass."""
+        return self._losses(split, batch, scale, None, backward=True)
+
+    def accumulate_gradients(self, multi_lora: MultiLora, arm_batches: Sequence[ArmBatch]) -> list[torch.Tensor]:
+        """One forward and backward pass over every arm's training batch; the example losses [b] of each arm.
+
+        Gradients are added to the arms' tensors.
+        """
+        batch = concatenated([arm_batch.batch for arm_batch in arm_batches], self._pad_id)
+        counts = [len(arm_batch.batch.indices) for arm_batch in arm_batches]
+        scales = [arm_batch.scale for arm_batch, count in zip(arm_batches, counts, strict=True) for _ in range(count)]
+        with multi_lora.routed(arm_batches, self.fast_paths.sequence_packing) as routing:
+            scale = torch.tensor(scales, device=self.loaded.device)
+            result = self._losses("train", batch, scale, routing, backward=True)
+        return list(torch.split(result.example_losses, counts))
+
+    @torch.no_grad()
+    def evaluate(self, split: SplitName, only: Sequence[int] | None = None) -> Scores:
+        """Scores of every example of a split, or of those at `only`, without adapter dropout.
+
+        Batches have a fixed composition. Examples that are left out have zeros.
+        """
+        with self.without_dropout():
+            return self._evaluate(split, 1, lambda batch: self.losses(split, batch, 1.0), only)[0]
+
+    @torch.no_grad()
+    def first_losses(self, split: SplitName, count: int) -> tuple[list[float], list[int]]:
+        """`(losses, label tokens)` of the split's first examples under the base, `count` at most."""
+        examples, size = self.examples(split)[:count], self.settings.eval_batch_size
+        losses, tokens = [0.0] * len(examples), [0] * len(examples)
+        for indices in length_sorted_batches(examples, size):
+            found = self.losses(split, self.batch(split, indices), 1.0)
+            for row, index in enumerate(indices):
+                losses[index], tokens[index] = float(found.example_losses[row]), int(found.example_tokens[row])
+        return losses, tokens
+
+    @torch.no_grad()
+    def evaluate_adapters(
+        self, split: SplitName, multi_lora: MultiLora, adapters: Sequence[str], only: Sequence[int] | None = None
+    ) -> list[Scores]:
+        """As `evaluate`, for several adapters in one pass over the split."""
+
+        def losses(batch: Batch) -> BatchLoss:
+            arm_batches = [ArmBatch(adapter, batch, 1.0, None) for adapter in adapters]
+            with multi_lora.routed(arm_batches, self.fast_paths.sequence_packing) as routing:
+                return self._losses(split, concatenated([batch] * len(adapters), self._pad_id), 1.0, routing)
+
+        return self._evaluate(split, len(adapters), losses, only)
+
+    def _evaluate(
+        self,
+        split: SplitName,
+        adapters: int,
+        losses: Callable[[Batch], BatchLoss],
+        only: Sequence[int] | None = None,
+    ) -> list[Scores]:
+        examples = self.examples(split)
+        batches = length_sorted_batches(examples, self.settings.eval_batch_size)
+        if only is not None:
+            kept = set(only)
+            batches = [here for batch in batches if (here := [index for index in batch if index in kept])]
+        if self._reference is not None and self.settings.shard_base:
+            self._reference.require(split, (index for batch in batches for index in batch))
+        return score_batches(
+            batches,
+            lambda indices: losses(self.batch(split, indices)),
+            [Scores.zeros(len(examples), self.data.example_metrics) for _ in range(adapters)],
+            in_step=self.settings.shard_base,
+        )
+
+    def _losses(
+        self, split: SplitName, batch: Batch, scale: Scale, routing: Routing | None, backward: bool = False
+    ) -> BatchLoss:
+        with self.fast_paths.applied(self.model, split, batch, routing) as rows:
+            result = self.objective(self.model, rows, scale)
+            if backward:
+                torch.autograd.backward(result.total)
+        return result
+
+    @contextmanager
+    def arm(self, arm: Arm) -> Iterator[Any]:
+        """The PeftModel of a freshly initialised arm; the base alone for rank 0."""
+        if arm.rank == 0:
+            yield self.model
+            return
+        config, rows = self.arm_targets.config(arm), self.first_rows(arm)
+        with attached(self.model, self.settings, arm, config, rows) as peft_model, self.recomputing():
+            yield peft_model
+
+    def first_rows(self, arm: Arm) -> dict[str, torch.Tensor] | None:
+        """The first A of each module for an arm initialised from the data (EVA); None for any other."""
+        if arm.init_lora_weights != "eva":
+            return None
+        key = arm.seed, arm.rank, arm.target_modules
+        if key not in self._eva_rows:
+            names = [target.name for target in self.arm_targets.of(arm).modules]
+            batches = [self.batch("train", indices) for indices in self.batch_plan(arm.seed, EVA_BATCHES)]
+            inputs = [{"input_ids": batch.input_ids, "attention_mask": batch.attention_mask} for batch in batches]
+            with self.fast_paths.attention():
+                self._eva_rows[key] = input_directions(self.model, names, arm.rank, inputs)
+        return self._eva_rows[key]
+
+    def recomputing(self) -> AbstractContextManager[None]:
+        """Gradient checkpointing, if the settings ask for it."""
+        return gradient_checkpointing_on(self.model) if self.settings.gradient_checkpointing else nullcontext()
+
+    @contextmanager
+    def without_dropout(self) -> Iterator[None]:
+        """Within the block, adapters drop nothing out."""
+        dropouts = [module for module in self.model.modules() if isinstance(module, torch.nn.Dropout)]
+        with training_is(False, [module for module in dropouts if module.training]):
+            yield
+
+    def _find_fast_paths(self, probe: Batch, cache_folder: Path) -> FastPaths:
+        """The fast paths that change no loss; each check uses those found before it."""
+        paths = FastPaths(float32_attention=wants_float32(self.loaded.device, next(self.model.parameters()).dtype))
+        longest = self._collated(*packing_probe(self.data.splits))
+        paths.sequence_packing = can_pack_sequences(self.model, self._likelihood, longest)
+        rows = paths.layout(probe)
+        paths.last_block = find_last_block(self.model, self._likelihood, rows)
+        prefix = self._make_prefix(cache_folder)
+        if prefix is not None and prefix_agrees(self.model, self._likelihood, prefix, probe, rows):
+            paths.prefix = prefix
+        return paths
+
+    def _make_prefix(self, folder: Path) -> FrozenPrefix | None:
+        """The blocks below everything trainable; None if there are none, or if each process would fill only its share."""
+        found = find_blocks(self.model)
+        settings = self.settings
+        if found is None or not settings.cache_prefix or settings.shard_base or settings.bias == "all":
+            return None
+        name, blocks = found
+        depth = prefix_depth(name, [*self.arm_targets.adapted, *settings.modules_to_save], len(blocks))
+        if depth == 0:
+            return None
+        prefix = FrozenPrefix(blocks, depth, self._pad_id, self.loaded.device, folder, settings.eval_batch_size)
+        for split, examples in self.data.splits.items():
+            prefix.add_split(split, examples, self._expected_examples(split))
+        return prefix
+
+    def _expected_examples(self, split: SplitName) -> set[int]:
+        """The indices of a split's examples that the arms will use."""
+        if split != "train":
+            return set(range(len(self.examples(split))))
+        further = self.steps + math.ceil(FURTHER_SHARE * self.steps)
+        plans = [self.batch_plan(self.settings.seeds[0], further), *map(self.batch_plan, self.settings.seeds[1:])]
+        return {index for plan in plans for indices in plan for index in indices}
+
+    def expect(self, split: SplitName, indices: Sequence[int]) -> None:
+        """Announce examples that will be used, so that their frozen layers are computed in groups and not one by one."""
+        if self.fast_paths.prefix is not None:
+            self.fast_paths.prefix.expect(split, indices)
+        if self._reference is not None:
+            self._reference.expect(split, indices)

@@ -1,0 +1,248 @@
+"""Ranks by module: the arithmetic of sharing out, and that a pattern must earn its proposal."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from rightrank.adapters.held_out import measure
+from rightrank.adapters.rank_choice import RankChoice
+from rightrank.adapters.rewrite import write_resized
+from rightrank.cli import main
+from rightrank.models.adapter_files import AdapterFolder, open_adapter
+from rightrank.plugins.allocate import importance
+from rightrank.plugins.allocate.allocate import (
+    _TrainedPattern,
+    compare,
+    groups_of,
+    one_rank_a_group,
+    ranks_by_group,
+    shuffled,
+)
+from rightrank.schema.errors import SettingsError
+from rightrank.schema.events import Observer
+from rightrank.schema.results import AllocationTrial
+from rightrank.schema.trials import Arm, Trial
+from rightrank.train.adapter import TrialFolders
+from rightrank.train.adapter_runtime import DataUse, adapter_attached, adapter_runtime
+from rightrank.train.evaluation import Scores
+from rightrank.train.loop import run_trial
+from tests.helpers import make_runtime
+from tests.tiny import small_settings
+
+pytestmark = pytest.mark.trains
+
+
+@pytest.fixture(scope="module")
+def trained(model_folder: Path, completion_file: Path, tmp_path_factory: pytest.TempPathFactory) -> AdapterFolder:
+    root = tmp_path_factory.mktemp("trained")
+    runtime = make_runtime(model_folder, completion_file, small_settings(max_steps=20), root / "cache")
+    arm = Arm(rank=8, learning_rate=1e-2, lora_alpha=32.0, seed=0, steps=20)
+    run_trial(runtime, Trial(trial_id="t", arm=arm), None, TrialFolders(root / "c", root / "adapter"), Observer())
+    return open_adapter(root / "adapter")
+
+
+@pytest.fixture(scope="module")
+def runtime(trained: AdapterFolder, completion_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    use = DataUse(completion_file, small_settings(), tmp_path_factory.mktemp("cache"), 4)
+    return adapter_runtime(trained, None, use)
+
+
+def cost(adapter: AdapterFolder, ranks: dict[str, int]) -> int:
+    return sum(ranks[module.name] * (module.rows + module.columns) for module in adapter.modules)
+
+
+@pytest.mark.parametrize("by", ["spectra", "sensitivity", "gradient", "eva"])
+def test_every_measure_keeps_the_budget(trained: AdapterFolder, runtime: Any, by: str) -> None:
+    budget = cost(trained, {module.name: 4 for module in trained.modules})
+    before = runtime.evaluate("selection").losses
+    if by == "spectra":
+        ranks = importance.by_spectra(trained, budget)
+    elif by == "eva":
+        ranks = importance.by_eva(trained, runtime, budget, 4)
+    else:
+        ranks = getattr(importance, f"by_{by}")(trained, runtime, budget)
+    assert ranks.keys() == {module.name for module in trained.modules}
+    assert min(ranks.values()) >= 1
+    assert cost(trained, ranks) <= budget
+    assert len(set(ranks.values())) > 1
+    assert runtime.evaluate("selection").losses == pytest.approx(before, rel=1e-6)  # the base is as it was
+    assert not any(parameter.requires_grad for parameter in runtime.model.parameters())
+
+
+def test_sensitivity_is_the_loss_of_the_truncated_adapter(trained: AdapterFolder, runtime: Any, tmp_path: Path) -> None:
+    curves = importance.truncation_sensitivity(trained, runtime, "selection")
+    name = trained.modules[3].name
+    ranks = {module.name: module.rank for module in trained.modules} | {name: 2}
+    write_resized(trained, tmp_path / "one", RankChoice(ranks, "test"))
+    assert curves[name][2] == pytest.approx(measure(runtime, tmp_path / "one").loss, rel=1e-5)
+    with adapter_attached(runtime, trained.path):
+        assert curves[name][8] == pytest.approx(runtime.evaluate("selection").loss, rel=1e-6)
+
+
+def test_gradients_are_those_of_the_loss(trained: AdapterFolder, runtime: Any) -> None:
+    name = trained.modules[0].name
+    gradient = importance.weight_gradients(runtime, [name], examples=4)[name]
+    weight = runtime.model.get_submodule(name).weight
+    batch = runtime.batch("train", range(4))
+    step = 1e-3 * gradient / gradient.norm()
+    losses = []
+    for sign in (1, -1):
+        with torch.no_grad():
+            weight += sign * step
+            losses.append(float(runtime.losses("train", batch, 1 / 4).total))
+            weight -= sign * step
+    assert (losses[0] - losses[1]) / 2e-3 == pytest.approx(float(gradient.norm()), rel=0.05)
+
+
+def test_greedy_ranks_jump_a_level_that_saves_nothing() -> None:
+    curves = {"a": {1: 1.0, 2: 1.0, 4: 0.1}, "b": {1: 1.0, 2: 0.9, 4: 0.85}}
+    assert importance.greedy_ranks(curves, {"a": 10, "b": 10}, 60) == {"a": 4, "b": 2}
+    assert importance.greedy_ranks(curves, {"a": 10, "b": 10}, 20) == {"a": 1, "b": 1}
+    assert importance.greedy_ranks(curves, {"a": 100, "b": 10}, 150) == {"a": 1, "b": 4}
+
+
+def test_a_shuffle_keeps_the_ranks_and_nearly_the_parameters(trained: AdapterFolder) -> None:
+    ranks = {module.name: 1 + position * position % 5 for position, module in enumerate(trained.modules)}
+    other = shuffled(trained, ranks, seed=0)
+    assert sorted(other.values()) == sorted(ranks.values())
+    assert other != ranks
+    assert cost(trained, other) == pytest.approx(cost(trained, ranks), rel=0.02)
+
+
+def made_up(losses: np.ndarray[Any, Any], seed: int) -> _TrainedPattern:
+    record = AllocationTrial(pattern="uniform", seed=seed, parameters=1, value=0.0, ranks={})
+    return _TrainedPattern(record, Scores(losses.tolist(), [10] * len(losses)))
+
+
+def test_the_comparison_is_paired_and_can_be_negative() -> None:
+    generator = np.random.default_rng(0)
+    losses = 20 + 10 * generator.standard_normal(100)  # examples differ by far more than the patterns
+    right = [made_up(losses, seed) for seed in (0, 1)]
+    worse = compare([made_up(losses + 0.1 * generator.random(100), seed) for seed in (0, 1)], right, "uniform")
+    assert not worse.better
+    assert worse.low > 0
+    better = compare([made_up(losses - 0.1 * generator.random(100), seed) for seed in (0, 1)], right, "uniform")
+    assert better.better
+    same = compare([made_up(losses + 0.1 * generator.standard_normal(100), seed) for seed in (0, 1)], right, "uniform")
+    assert not same.better
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: Any) -> tuple[int, str, str]:
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        main([str(argument) for argument in arguments])
+    captured = capsys.readouterr()
+    assert isinstance(stop.value.code, int)
+    return stop.value.code, captured.out, captured.err
+
+
+TRAINING = ["--rank", 4, "--learning-rate", 1e-2, "--max-steps", 3, "--seeds", "0,1"]
+SETS = ["--set", "seq_len=32", "--set", "eval_items=12", "--set", "batch_size=4"]
+
+
+def test_allocate_answers_with_its_evidence(
+    trained: AdapterFolder, completion_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, out, err = run(
+        capsys, "allocate", trained.path, completion_file, *TRAINING, *SETS, "--by", "spectra", "--json"
+    )
+    assert status == 0, err
+    answer = json.loads(out)
+    assert len(answer["trials"]) == 6
+    uniform, allocated = (
+        next(trial for trial in answer["trials"] if trial["pattern"] == kind) for kind in ("uniform", "allocated")
+    )
+    assert set(uniform["ranks"].values()) == {4}
+    assert allocated["parameters"] <= uniform["parameters"]
+    proposed = all(verdict["better"] for verdict in answer["verdicts"])
+    assert answer["proposal"] == ("pattern" if proposed else "uniform")
+    assert bool(answer["rank_pattern"]) == proposed
+
+
+def test_bad_patterns(
+    trained: AdapterFolder, completion_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ranks = {module.name: 2 for module in trained.modules}
+    name = trained.modules[0].name
+    misspelt = {key.replace("down_proj", "down_prj"): value for key, value in ranks.items()}
+    for pattern, word in (
+        (misspelt, "did you mean"),
+        (ranks | {name: 0}, "from 1 to"),
+        ({name: 2}, "name every module"),
+        ([1], "a list, not one JSON object"),
+    ):
+        (tmp_path / "p.json").write_text(json.dumps(pattern))
+        status, out, err = run(
+            capsys, "allocate", trained.path, completion_file, *TRAINING, "--pattern", tmp_path / "p.json"
+        )
+        assert (status, out) == (2, "")
+        assert word in err
+    status, _, err = run(capsys, "allocate", trained.path, completion_file, *TRAINING, "--by", "spectrum")
+    assert status == 2
+    assert "did you mean 'spectra'" in err
+
+
+def test_the_gradient_spectrum_at_the_command_line(
+    model_folder: Path, completion_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, out, err = run(capsys, "inspect", "--gradient", model_folder, completion_file, *SETS, "--json")
+    assert status == 0, err
+    answer = json.loads(out)
+    assert answer["summary"]["kind"] == "gradient"
+    assert len(answer["modules"]) == 21
+    assert all(module["spectral_norm"] > 0 for module in answer["modules"])
+    status, _, err = run(capsys, "inspect", model_folder, "--gradient", model_folder, completion_file)
+    assert status == 2
+    assert "can't be combined with" in err
+
+
+def test_groups_share_one_rank_within_the_budget(trained: AdapterFolder, runtime: Any) -> None:
+    groups = groups_of(["attention=q_proj+k_proj+v_proj+o_proj", "mlp=mlp"], trained)
+    assert set(groups.values()) == {"attention", "mlp"}
+    budget = cost(trained, {module.name: 4 for module in trained.modules})
+    ranks = one_rank_a_group(importance.by_spectra(trained, budget), groups, trained)
+    found = ranks_by_group(ranks, groups)
+    assert all(ranks[name] == found[group] for name, group in groups.items())
+    assert cost(trained, ranks) <= budget
+    assert min(found.values()) >= 1
+
+
+def test_a_module_in_no_group_is_in_the_rest(trained: AdapterFolder) -> None:
+    groups = groups_of(["queries=q_proj"], trained)
+    assert {group for name, group in groups.items() if not name.endswith("q_proj")} == {"rest"}
+
+
+@pytest.mark.parametrize(
+    ("entries", "said"),
+    [
+        (["attention"], "give NAME=PART"),
+        (["vision=vision_tower"], "no module of the adapter has 'vision_tower'"),
+        (["a=q_proj", "b=self_attn"], "is in a and in b"),
+    ],
+)
+def test_wrong_groups_are_refused(trained: AdapterFolder, entries: list[str], said: str) -> None:
+    with pytest.raises(SettingsError, match=said):
+        groups_of(entries, trained)
+
+
+def test_ranks_by_group_are_tested_as_a_pattern(
+    trained: AdapterFolder, completion_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "pattern.json").write_text('{"attention": 3, "rest": 1}')
+    status, out, err = run(
+        capsys,
+        "allocate", str(trained.path), str(completion_file), "--rank", "2", "--learning-rate", "1e-3",
+        "--max-steps", "2", "--groups", "attention=self_attn", "--pattern", str(tmp_path / "pattern.json"),
+        "--set", "seq_len=32", "--set", "device=cpu", "--json",
+    )  # fmt: skip
+    assert status == 0, err
+    found = json.loads(out)
+    assert found["by"] == "the pattern given (rest 1, attention 3)"
+    allocated = next(trial for trial in found["trials"] if trial["pattern"] == "allocated")
+    assert set(allocated["ranks"].values()) == {1, 3}

@@ -1,0 +1,191 @@
+"""Bad input is one clear line and exit status 2, and OUT is whole or absent."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from rightrank.cli import main
+from tests.adapters.adapters import edit_config, make_adapter, make_base, rewrite, tensors_of
+
+pytestmark = pytest.mark.trains
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    root = tmp_path_factory.mktemp("bad")
+    base = make_base(root / "base")
+    return base, make_adapter(base, root / "adapter")
+
+
+@pytest.fixture
+def base(original: tuple[Path, Path]) -> Path:
+    return original[0]
+
+
+@pytest.fixture
+def adapter(original: tuple[Path, Path], tmp_path: Path) -> Path:
+    return Path(shutil.copytree(original[1], tmp_path / "adapter"))
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: Any) -> tuple[int, str, str]:
+    with pytest.raises(SystemExit) as stop:
+        main([str(argument) for argument in arguments])
+    captured = capsys.readouterr()
+    assert isinstance(stop.value.code, int)
+    return stop.value.code, captured.out, captured.err
+
+
+def complaint(capsys: pytest.CaptureFixture[str], *arguments: Any) -> str:
+    status, out, err = run(capsys, *arguments)
+    assert status == 2
+    assert out == ""
+    assert err.startswith("rightrank: ")
+    assert err.count("\n") == 1
+    return err
+
+
+def drop(folder: Path, ending: str) -> None:
+    tensors = tensors_of(folder)
+    rewrite(folder, {key: value for key, value in tensors.items() if not key.endswith(ending)})
+
+
+def poison(folder: Path) -> None:
+    tensors = tensors_of(folder)
+    next(iter(tensors.values()))[0, 0] = torch.nan
+    rewrite(folder, tensors)
+
+
+def pickle_only(folder: Path) -> None:
+    (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
+
+
+DAMAGE: dict[str, tuple[Any, str]] = {
+    "gone": (shutil.rmtree, "no such folder"),
+    "no config": (lambda f: (f / "adapter_config.json").unlink(), "not an adapter"),
+    "config is no JSON": (lambda f: (f / "adapter_config.json").write_text("{"), "not readable as JSON"),
+    "config is a list": (lambda f: (f / "adapter_config.json").write_text("[]"), "one JSON object"),
+    "another method": (lambda f: edit_config(f, peft_type="IA3"), "only 'LORA'"),
+    "rank of no number": (lambda f: edit_config(f, r="8"), "whole number"),
+    "foreign option": (lambda f: edit_config(f, use_qalora=True), "use_qalora"),
+    "pickled": (pickle_only, "safe_serialization=True"),
+    "no weights": (lambda f: (f / "adapter_model.safetensors").unlink(), "no adapter_model.safetensors"),
+    "damaged weights": (lambda f: (f / "adapter_model.safetensors").write_bytes(b"x" * 40), "not a readable"),
+    "no factors": (lambda f: save_file({"x": torch.zeros(1)}, f / "adapter_model.safetensors"), "no LoRA factors"),
+    "a tensor is missing": (lambda f: drop(f, "layers.1.mlp.down_proj.lora_B.weight"), "no lora_B"),
+    "rank denied": (lambda f: edit_config(f, r=4), "rank 8 in the weights and 4"),
+    "pattern denied": (lambda f: edit_config(f, rank_pattern={"q_proj": 2}), "and 2 in"),
+    "NaN": (poison, "NaN"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_a_damaged_adapter(capsys: pytest.CaptureFixture[str], adapter: Path, tmp_path: Path, name: str) -> None:
+    damage, word = DAMAGE[name]
+    damage(adapter)
+    assert word in complaint(capsys, "inspect", adapter, "--json")
+    assert word in complaint(capsys, "resize", adapter, tmp_path / "out", "--rank", 2, "--json")
+    assert [path.name for path in tmp_path.iterdir() if path.name != "adapter"] == []
+
+
+def test_factors_that_do_not_multiply(capsys: pytest.CaptureFixture[str], adapter: Path) -> None:
+    tensors = tensors_of(adapter)
+    key = next(key for key in tensors if "lora_B" in key)
+    rewrite(adapter, tensors | {key: tensors[key][:, :3].contiguous()})
+    assert "do not multiply" in complaint(capsys, "inspect", adapter)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        ([], "exactly one of"),
+        (["--rank", 2, "--energy", 0.9], "exactly one of"),
+        (["--rank", 0], "from 1"),
+        (["--rank", 64], "can have"),
+        (["--energy", 1.5], "up to 1"),
+        (["--energy", "nan"], "up to 1"),
+        (["--rank", 2, "--margin", 0.1], "goes with --data"),
+        (["--rank", 2, "--dtype", "int4"], "int4"),
+        (["--data", "none.jsonl", "--ranks", "4,x"], "whole numbers"),
+        (["--data", "none.jsonl", "--ranks", "64"], "1 to 8"),
+        (["--data", "none.jsonl"], "no such file"),
+        (["--data", "none.jsonl", "--recover", 5], "--learning-rate"),
+    ],
+)
+def test_bad_rules(
+    capsys: pytest.CaptureFixture[str], adapter: Path, tmp_path: Path, arguments: list[Any], word: str
+) -> None:
+    assert word in complaint(capsys, "resize", adapter, tmp_path / "out", *arguments)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_out_that_exists_is_left_alone(capsys: pytest.CaptureFixture[str], adapter: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").write_text("kept")
+    assert "exists already" in complaint(capsys, "resize", adapter, tmp_path / "out", "--rank", 2)
+    assert (tmp_path / "out" / "mine").read_text() == "kept"
+    assert "one folder" in complaint(capsys, "resize", adapter, "--rank", 2)
+
+
+def test_a_base_changing_initialisation(capsys: pytest.CaptureFixture[str], adapter: Path, tmp_path: Path) -> None:
+    edit_config(adapter, init_lora_weights="pissa_niter_4")
+    assert "pissa" in complaint(capsys, "resize", adapter, tmp_path / "out", "--rank", 2)
+    status, out, _ = run(capsys, "inspect", adapter, "--json")
+    assert status == 0
+    assert "pissa" in json.loads(out)["summary"]["notes"][0]
+
+
+def test_another_base(capsys: pytest.CaptureFixture[str], adapter: Path, tmp_path: Path) -> None:
+    other = make_base(tmp_path / "gpt2", "conv1d")
+    capsys.readouterr()  # transformers' progress bars
+    assert "not this adapter's base" in complaint(capsys, "inspect", adapter, "--base", other)
+
+
+def test_checkpoints_that_do_not_belong_together(
+    capsys: pytest.CaptureFixture[str], base: Path, adapter: Path, tmp_path: Path
+) -> None:
+    other = make_base(tmp_path / "gpt2", "conv1d")
+    capsys.readouterr()  # transformers' progress bars
+    assert "one architecture" in complaint(capsys, "inspect", "--base", base, "--finetuned", other)
+    assert "equal" in complaint(capsys, "inspect", "--base", base, "--finetuned", base)
+    assert "two checkpoints" in complaint(capsys, "inspect", "--base", base)
+    assert "two checkpoints" in complaint(capsys, "inspect")
+    assert "two checkpoints" in complaint(capsys, "inspect", adapter, "--finetuned", base)
+    assert "no such folder" in complaint(capsys, "inspect", "--base", base, "--finetuned", tmp_path / "none")
+    assert "compare two" in complaint(capsys, "inspect", base)
+    from safetensors.torch import load_file
+
+    wider = Path(shutil.copytree(base, tmp_path / "wider"))
+    tensors = load_file(base / "model.safetensors")
+    tensors["model.norm.weight"] = torch.ones(33)
+    save_file(tensors, wider / "model.safetensors")
+    assert "[33]" in complaint(capsys, "inspect", "--base", base, "--finetuned", wider)
+
+
+def test_a_checkpoint_with_nan(capsys: pytest.CaptureFixture[str], base: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    broken = Path(shutil.copytree(base, tmp_path / "broken"))
+    tensors = load_file(base / "model.safetensors")
+    tensors["model.layers.0.self_attn.q_proj.weight"][3, 4] = torch.nan
+    save_file(tensors, broken / "model.safetensors")
+    assert "NaN" in complaint(capsys, "inspect", "--base", base, "--finetuned", broken)
+
+
+def test_figures_and_plots(capsys: pytest.CaptureFixture[str], adapter: Path, tmp_path: Path) -> None:
+    assert "did you mean 'stable_rank'" in complaint(capsys, "inspect", adapter, "--figure", "stable_rnk")
+    assert ".svg or .png" in complaint(capsys, "inspect", adapter, "--plot", tmp_path / "x.pdf")
+
+
+def test_settings_and_ranks_without_effect(capsys: pytest.CaptureFixture[str], adapter: Path, tmp_path: Path) -> None:
+    assert "--set needs --gradient" in complaint(capsys, "inspect", adapter, "--set", "seq_len=32")
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"text": "a"}\n')
+    words = ("--rank", "9999", "--learning-rate", "1e-3", "--max-steps", "1")
+    assert "--rank 9999 is above the" in complaint(capsys, "allocate", adapter, data, *words)

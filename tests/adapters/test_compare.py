@@ -1,0 +1,102 @@
+"""`compare`: two adapters on the same examples."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rightrank import compare, make_settings, resize
+from rightrank.cli import main
+from rightrank.schema.errors import ModelError
+from rightrank.schema.events import Observer
+from rightrank.schema.trials import Arm, Trial
+from rightrank.train.adapter import TrialFolders
+from rightrank.train.loop import run_trial
+from tests.helpers import make_runtime
+from tests.tiny import small_settings
+
+SETTINGS = {"seq_len": 32, "device": "cpu"}
+OPTIONS = ["--seq-len", "32", "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def trained(model_folder: Path, completion_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An adapter that learned something."""
+    root = tmp_path_factory.mktemp("compared")
+    runtime = make_runtime(model_folder, completion_file, small_settings(max_steps=60), root / "cache")
+    arm = Arm(rank=4, learning_rate=1e-2, lora_alpha=32.0, seed=0, steps=60)
+    run_trial(runtime, Trial(trial_id="t", arm=arm), None, TrialFolders(root / "c", root / "adapter"), Observer())
+    return root / "adapter"
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: Any) -> tuple[int, str]:
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        main(["compare", *(str(argument) for argument in arguments)])
+    captured = capsys.readouterr()
+    return int(stop.value.code or 0), captured.out + captured.err
+
+
+def test_an_adapter_is_not_worse_than_itself(trained: Path, model_folder: Path, completion_file: Path) -> None:
+    found = compare(trained, trained, model=str(model_folder), data=completion_file, settings=make_settings(SETTINGS))
+    assert (found.verdict, found.difference, found.difference_high) == ("not_worse", 0.0, 0.0)
+    assert found.sentence.startswith(f"B ({trained}) against A ({trained})")  # two folders of one name
+    assert found.examples == len({line for line in completion_file.read_text().splitlines() if line})
+
+
+def test_exit_status_and_json(
+    trained: Path, model_folder: Path, completion_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    common = ["--model", model_folder, "--data", completion_file, "--margin", "0.05", *OPTIONS]
+    code, out = run(capsys, trained, "base", *common, "--json")
+    answer = json.loads(out)
+    assert code == 3
+    assert answer["verdict"] == "worse"
+    assert answer["difference_low"] > 0.05
+    assert {"difference", "difference_high", "examples"} <= answer.keys()
+    code, out = run(capsys, "base", trained, *common)
+    assert code == 0
+    assert "not worse" in out
+    assert out.count("\n") == 1
+    tight = abs(answer["difference"])  # a margin at the very difference: the bounds lie on both sides of it
+    code, out = run(capsys, trained, "base", *common[:-6], "--margin", tight, *OPTIONS, "--json")
+    assert code == 4
+    assert json.loads(out)["verdict"] == "cannot_tell"
+
+
+def test_several_data_sets_give_the_worst_verdict(
+    trained: Path, model_folder: Path, completion_file: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "other.jsonl"
+    other.write_text("".join(completion_file.read_text().splitlines(keepends=True)[:20]))
+    settings = make_settings(SETTINGS | {"margin": 0.05})
+    found = compare(trained, "base", model=str(model_folder), data=[completion_file, other], settings=settings)
+    assert [one.data for one in found.comparisons] == [str(completion_file), str(other)]
+    assert found.verdict == "worse"
+
+
+def test_a_whole_model_can_be_a_side(model_folder: Path, completion_file: Path) -> None:
+    settings = make_settings(SETTINGS)
+    found = compare(model_folder, "base", model=str(model_folder), data=completion_file, settings=settings)
+    assert found.difference == pytest.approx(0.0, abs=1e-6)
+
+
+def test_a_side_that_is_neither_is_one_line(
+    model_folder: Path, completion_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(ModelError, match="neither an adapter folder"):
+        compare("base", tmp_path, model=str(model_folder), data=completion_file)
+    code, out = run(capsys, "base", tmp_path, "--model", model_folder, "--data", completion_file)
+    assert (code, out.count("\n")) == (2, 1)
+
+
+def test_an_adapter_of_another_task_than_the_data_is_one_line(
+    trained: Path, model_folder: Path, class_file: Path
+) -> None:
+    with pytest.raises(ModelError, match=r"an adapter of a language model .* which need a classifier"):
+        compare("base", trained, model=str(model_folder), data=class_file)
+    with pytest.raises(ModelError, match="an adapter of a language model"):
+        resize(trained, trained.parent / "smaller", data=class_file)

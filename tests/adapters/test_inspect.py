@@ -1,0 +1,141 @@
+"""`inspect` of adapters and checkpoints with known updates."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from rightrank.api.adapters import inspect
+from rightrank.cli import main
+from rightrank.report.draw import draw
+from rightrank.report.spectra import spectrum_map, split_name
+from tests.adapters.adapters import KINDS, deltas, load_strictly, make_adapter, make_base, rewrite, tensors_of
+
+pytestmark = [pytest.mark.trains, pytest.mark.draws]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_base(tmp_path_factory.mktemp("base") / "base")
+
+
+@pytest.mark.parametrize("kind", ["plain", "rslora", "rank_pattern", "alpha_pattern", "dora", "bfloat16"])
+def test_values_are_those_of_pefts_own_delta(base: Path, tmp_path: Path, kind: str) -> None:
+    adapter = make_adapter(base, tmp_path / "adapter", kind)
+    theirs = deltas(load_strictly(base, adapter))
+    found = inspect(adapter)
+    assert {module.name for module in found.modules} == theirs.keys()
+    for module in found.modules:
+        dense = torch.linalg.svdvals(theirs[module.name])[: module.rank].numpy()
+        ours = np.array(module.singular_values)
+        count = min(len(dense), len(ours))
+        assert np.allclose(ours[:count], dense[:count], rtol=1e-4, atol=1e-5 * dense[0])
+        assert ("dora" in module.flags) == (kind == "dora")
+
+
+def test_untrained_and_dead_modules_and_useless_patterns_are_reported(base: Path, tmp_path: Path) -> None:
+    adapter = make_adapter(base, tmp_path / "adapter", rank_pattern={"no_such_module": 4})
+    tensors = tensors_of(adapter)
+    keys = [key for key in tensors if "lora_B" in key]
+    tensors[keys[0]].zero_()
+    tensors[keys[1]] *= 1e-6
+    rewrite(adapter, tensors)
+    found = inspect(adapter)
+    names = [key.removeprefix("base_model.model.").removesuffix(".lora_B.weight") for key in keys[:2]]
+    assert found.summary.untrained == names[:1]
+    assert found.summary.dead == names[1:]
+    untrained = next(module for module in found.modules if module.name == names[0])
+    assert (untrained.stable_rank, untrained.noise_rank, untrained.energy_rank["0.99"]) == (0, 0, 0)
+    assert "no_such_module" in found.summary.notes[0]
+
+
+def test_modules_to_save_are_listed(base: Path, tmp_path: Path) -> None:
+    adapter = make_adapter(base, tmp_path / "adapter", "modules_to_save")
+    kept = inspect(adapter).summary.modules_to_save
+    assert "model.norm.weight" in kept
+    assert all(name.endswith("norm.weight") for name in kept)
+
+
+def fine_tuned(base: Path, folder: Path, rank: int) -> Path:
+    """The base plus a planted update of that rank, with entries of noise, in every q_proj; and one changed norm."""
+    shutil.copytree(base, folder)
+    tensors = load_file(base / "model.safetensors")
+    generator = torch.Generator().manual_seed(1)
+    for name, value in tensors.items():
+        if "q_proj" in name:
+            u, v = (torch.linalg.qr(torch.randn(32, rank, generator=generator)).Q for _ in range(2))
+            value += 2 * u @ v.T + 0.01 * torch.randn(value.shape, generator=generator)
+    tensors["model.norm.weight"] += 0.1
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def test_a_full_fine_tune_shows_the_rank_that_was_planted(base: Path, tmp_path: Path) -> None:
+    found = inspect(base=base, finetuned=fine_tuned(base, tmp_path / "tuned", 3))
+    assert [module.noise_rank for module in found.modules] == [3, 3, 3]
+    assert all(module.energy_rank["0.95"] == 3 for module in found.modules)
+    assert found.summary.not_matrices == ["model.norm.weight"]
+    assert found.summary.unchanged > 0
+
+
+def test_a_sketch_agrees_with_the_exact_values(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from rightrank.adapters import checkpoints as checkpoint_spectra
+
+    tuned = fine_tuned(base, tmp_path / "tuned", 3)
+    exact = checkpoint_spectra.inspect_checkpoints(base, tuned).modules
+    monkeypatch.setattr(checkpoint_spectra, "EXACT_SIDE", 16)
+    sketched = checkpoint_spectra.inspect_checkpoints(base, tuned, sketch_rank=6).modules
+    for left, right in zip(exact, sketched, strict=True):
+        assert "partial_spectrum" in right.flags
+        assert right.singular_values[:3] == pytest.approx(left.singular_values[:3], rel=1e-3)
+        assert right.frobenius_norm == pytest.approx(left.frobenius_norm, rel=1e-5)
+        assert (right.noise_rank, right.energy_rank["0.9"], right.effective_rank) == (3, 3, None)
+
+
+def test_json_is_one_object_with_the_promised_keys(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    adapter = make_adapter(base, tmp_path / "adapter", "embedding")
+    plot = tmp_path / "heat.svg"
+    with pytest.raises(SystemExit) as stop:
+        main(["inspect", str(adapter), "--json", "--plot", str(plot), "--figure", "noise_rank"])
+    assert stop.value.code == 0
+    answer: dict[str, Any] = json.loads(capsys.readouterr().out)
+    promised = {
+        *("name", "shape", "rank", "scaling", "singular_values", "stable_rank", "effective_rank"),
+        *("energy_rank", "noise_rank", "spectral_norm", "flags"),
+    }
+    assert all(promised <= module.keys() for module in answer["modules"])
+    assert set(answer["modules"][0]["energy_rank"]) == {"0.9", "0.95", "0.99"}
+    assert "held-out data decide" in answer["summary"]["sentence"]
+    assert plot.read_text().lstrip().startswith("<?xml")
+
+
+def test_the_table_for_a_person(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    adapter = make_adapter(base, tmp_path / "adapter")
+    with pytest.raises(SystemExit):
+        main(["inspect", str(adapter)])
+    out = capsys.readouterr().out
+    assert "0.self_attn.q_proj" in out
+    assert "effective rank, by layer and module" in out
+    assert "held-out data decide" in out
+
+
+def test_the_heat_map_has_a_cell_a_module(base: Path, tmp_path: Path) -> None:
+    modules = inspect(make_adapter(base, tmp_path / "adapter", "layers")).modules
+    data = spectrum_map(modules, "norm")
+    assert data.row_names == ("1", "2")
+    assert set(data.column_names) == set(KINDS["layers"]["target_modules"])
+    by_name = {module.name: module.frobenius_norm for module in modules}
+    row, column = data.row_names.index("2"), data.column_names.index("q_proj")
+    assert data.values[row][column] == by_name["model.layers.2.self_attn.q_proj"]
+    assert draw(data, "svg") == draw(data, "svg")
+    assert split_name("transformer.h.11.attn.c_proj") == ("11", "attn.c_proj")
+    assert split_name("lm_head") == ("-", "lm_head")

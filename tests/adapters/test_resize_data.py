@@ -1,0 +1,240 @@
+"""`resize --data`: measured on held-out examples, decided by the rule of `select`, recovered on request."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from rightrank import ResizeOptions, make_settings, resize, select_rank
+from rightrank.adapters.held_out import Recovery, capped, measure, scored_data
+from rightrank.adapters.rank_choice import RankChoice
+from rightrank.adapters.rewrite import write_resized
+from rightrank.cli import main
+from rightrank.data.splits import load_data
+from rightrank.models.adapter_files import open_adapter, save_adapter
+from rightrank.schema.errors import DataError
+from rightrank.schema.events import Observer
+from rightrank.schema.trials import Arm, Trial, TrialFinished
+from rightrank.train.adapter import TrialFolders
+from rightrank.train.adapter_runtime import DataUse, adapter_attached, adapter_runtime
+from rightrank.train.covariances import gather_moments, moment_tokens, unseen_first
+from rightrank.train.loop import run_trial
+from tests.adapters.adapters import load_strictly, tensors_of
+from tests.helpers import make_runtime
+from tests.tiny import small_settings, write_completions
+
+pytestmark = pytest.mark.trains
+
+SETTINGS = ["--set", "seq_len=32", "--set", "eval_items=12", "--set", "batch_size=4"]
+
+
+@pytest.fixture(scope="module")
+def trained(model_folder: Path, completion_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A rank-8 adapter that learned something, in few directions."""
+    root = tmp_path_factory.mktemp("trained")
+    runtime = make_runtime(model_folder, completion_file, small_settings(max_steps=150), root / "cache")
+    arm = Arm(rank=8, learning_rate=1e-2, lora_alpha=32.0, seed=0, steps=150)
+    run_trial(runtime, Trial(trial_id="t", arm=arm), None, TrialFolders(root / "c", root / "adapter"), Observer())
+    return root / "adapter"
+
+
+def answer_of(capsys: pytest.CaptureFixture[str], *arguments: Any) -> dict[str, Any]:
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        main(["resize", *(str(argument) for argument in arguments), "--json"])
+    captured = capsys.readouterr()
+    assert stop.value.code == 0, captured.err
+    answer: dict[str, Any] = json.loads(captured.out)
+    return answer
+
+
+def test_the_rank_is_the_smallest_truncation_that_holds_against_the_adapter(
+    trained: Path, completion_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "small"
+    resized = answer_of(capsys, trained, out, "--data", completion_file, "--margin", 0.05, *SETTINGS)
+    answer = resized["answer"]
+    assert (resized["rank"], answer["trained_rank"], answer["reference_id"]) == (answer["rank"], 8, "r8")
+    by_rank = {entry["rank"]: entry["value"] for entry in resized["held_out"]}
+    assert set(by_rank) == {0, 1, 2, 4, 8}
+    assert by_rank[8] < by_rank[0] - 0.1  # it had learned
+    for candidate in answer["candidates"]:
+        assert candidate["value"] == by_rank[candidate["rank"]]
+        assert candidate["difference"] == pytest.approx(by_rank[candidate["rank"]] - by_rank[8], abs=1e-6)
+        assert candidate["holds"] == (candidate["difference_high"] < 0.05)
+    assert all(one["holds"] for one in answer["candidates"] if one["rank"] >= answer["rank"])
+    assert open_adapter(out).config["r"] == answer["rank"]
+
+
+def test_the_written_adapter_is_truncated_by_k_fac(trained: Path, completion_file: Path, tmp_path: Path) -> None:
+    """The folder holds what the writer makes of the gathered moments, and not the plain SVD."""
+    settings = make_settings({"seq_len": 32, "eval_items": 12, "batch_size": 4, "margin": 10.0, "device": "cpu"})
+    options = ResizeOptions(settings=settings, ranks=(2,), train=completion_file)
+    found = resize(trained, tmp_path / "small", data=completion_file, options=options)
+    assert any("K-FAC over" in note for note in found.notes)
+    adapter = open_adapter(trained)
+    runtime = adapter_runtime(adapter, None, DataUse(completion_file, settings, tmp_path / "cache"))
+    steps = settings.training_steps(len(runtime.examples("train")))
+    with adapter_attached(runtime, trained) as peft_model:
+        unseen = unseen_first(runtime, 0, steps)
+        moments = gather_moments(runtime, peft_model, unseen, moment_tokens(runtime, steps)).moments
+    choice = capped(adapter, 2, moments)
+    assert found.rank == 2 < max(choice.ranks.values()) <= 8
+    assert found.parameters_after <= 2 * sum(module.rows + module.columns for module in adapter.modules)
+    write_resized(adapter, tmp_path / "kfac", choice, None, moments)
+    write_resized(adapter, tmp_path / "svd", RankChoice(dict(choice.ranks), "test"))
+    small, kfac, svd = (tensors_of(tmp_path / name) for name in ("small", "kfac", "svd"))
+    assert all(torch.equal(small[key], kfac[key]) for key in small)
+    assert any(not torch.allclose(small[key], svd[key], atol=1e-4) for key in small)
+
+
+def test_the_reported_value_is_that_of_the_written_folder(
+    model_folder: Path, trained: Path, completion_file: Path, tmp_path: Path
+) -> None:
+    """Loaded anew through PEFT, the written adapter gives the held-out loss that decided."""
+    settings = make_settings({"seq_len": 32, "eval_items": 12, "margin": 0.05})
+    options = ResizeOptions(settings=settings, train=completion_file)
+    resized = resize(trained, tmp_path / "small", data=completion_file, options=options)
+    adapter = open_adapter(tmp_path / "small")
+    splits = scored_data(adapter, completion_file, completion_file, settings).splits
+    runtime = adapter_runtime(adapter, None, DataUse(completion_file, settings, tmp_path / "cache", splits=splits))
+    before = runtime.evaluate("selection").loss
+    with adapter_attached(runtime, tmp_path / "small"):
+        loss = runtime.evaluate("selection").loss
+    by_rank = {entry.rank: entry.value for entry in resized.held_out}
+    assert loss == pytest.approx(by_rank[resized.rank or 0], rel=1e-5)
+    assert runtime.evaluate("selection").loss == before == pytest.approx(by_rank[0], rel=1e-6)
+    load_strictly(model_folder, tmp_path / "small")
+
+
+def test_a_file_without_splits_is_scored_whole_and_the_number_is_stated(trained: Path, tmp_path: Path) -> None:
+    """Each half of it by the truncation whose moments come from the other half."""
+    held_out = write_completions(tmp_path / "held_out.jsonl", count=30, seed=7)
+    notices: list[str] = []
+    options = ResizeOptions(settings=make_settings({"seq_len": 32}), ranks=(2,), notice=notices.append)
+    resized = resize(trained, tmp_path / "out", data=held_out, options=options)
+    assert resized.scored_examples == 30
+    assert notices[0] in resized.notes
+    assert notices[0].startswith("scored on 30 examples of ")
+    assert notices[0].endswith("name its training data with --train")
+
+
+def test_training_examples_are_left_out_of_the_scores(trained: Path, completion_file: Path, tmp_path: Path) -> None:
+    lines = completion_file.read_text(encoding="utf-8").splitlines()
+    train = tmp_path / "train.jsonl"
+    train.write_text("\n".join(lines[:150]) + "\n", encoding="utf-8")
+    adapter, settings = open_adapter(trained), make_settings({"seq_len": 32})
+    known = scored_data(adapter, completion_file, train, settings)
+    texts = {json.dumps(dict(one.content)) for one in known.splits.examples["selection"]}
+    assert texts == {json.dumps(json.loads(line)) for line in lines[150:]} - {
+        json.dumps(json.loads(line)) for line in lines[:150]
+    }
+    assert "training examples of the adapter left out" in known.note
+    with pytest.raises(DataError, match="are among the adapter's training examples"):
+        scored_data(
+            adapter,
+            train,
+            completion_file,
+            make_settings({"seq_len": 32, "test_fraction": 0.0, "columns": "prompt=prompt"}),
+        )
+
+
+def test_a_run_folder_tells_what_its_adapter_was_trained_on(
+    model_folder: Path, completion_file: Path, tmp_path: Path
+) -> None:
+    settings = small_settings(max_steps=2, goal="adapter")
+    run = select_rank(str(model_folder), completion_file, tmp_path / "run", settings=settings).run
+    trained_on = {one.item_id for one in load_data(completion_file, settings).examples["train"]}
+    found = scored_data(open_adapter(run / "adapter"), completion_file, None, make_settings({"seq_len": 32}))
+    scored = {one.item_id for one in found.splits.examples["selection"]}
+    assert scored
+    assert not scored & trained_on
+    assert not found.scores_training_examples
+
+
+def test_recovery_trains_every_candidate_and_the_adapter_too(
+    model_folder: Path, trained: Path, completion_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rule = ["--data", completion_file, "--train", completion_file, "--margin", 0.05, "--ranks", "1,4"]
+    plain = answer_of(capsys, trained, tmp_path / "plain", *rule, *SETTINGS)
+    more = ["--recover", 20, "--learning-rate", 2e-3]
+    recovered = answer_of(capsys, trained, tmp_path / "recovered", *rule, *more, *SETTINGS)
+    values = {(entry["rank"], entry["recovered_steps"]): entry["value"] for entry in recovered["held_out"]}
+    assert set(values) == {(0, 0), (8, 0), (8, 20), (4, 0), (4, 20), (1, 0), (1, 20)}
+    assert {(entry["rank"], 0): entry["value"] for entry in plain["held_out"]}.items() <= values.items()
+    assert values[1, 20] < values[1, 0]
+    assert values[8, 20] != values[8, 0]
+    answer = recovered["answer"]
+    assert answer["reference_how"] == ("recovered" if values[8, 20] < values[8, 0] else "trained")
+    assert answer["extra_steps_difference"] == pytest.approx(values[8, 20] - values[8, 0], abs=1e-6)
+    load_strictly(model_folder, tmp_path / "recovered")
+
+
+def test_training_an_existing_adapter_is_the_engines_training(
+    model_folder: Path, completion_file: Path, tmp_path: Path
+) -> None:
+    settings = small_settings()
+    runtime = make_runtime(model_folder, completion_file, settings, tmp_path / "cache")
+    arm = Arm(rank=4, learning_rate=1e-2, lora_alpha=32.0, seed=0, steps=8)
+    with runtime.arm(arm) as fresh:
+        save_adapter(fresh, tmp_path / "fresh", str(model_folder))
+    engine = run_trial(
+        runtime, Trial(trial_id="t", arm=arm), None, TrialFolders(tmp_path / "c", tmp_path / "a"), Observer()
+    )
+    assert isinstance(engine, TrialFinished)
+    adapter = open_adapter(tmp_path / "fresh")
+    ours = adapter_runtime(adapter, None, DataUse(completion_file, settings, tmp_path / "cache2", arm.steps))
+    scores = measure(ours, tmp_path / "fresh", Recovery(arm.steps, arm.learning_rate))
+    assert scores.losses == pytest.approx(engine.item_losses, rel=1e-4)
+
+
+def test_recovery_that_diverges_ends_with_status_1(
+    trained: Path, completion_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [trained, tmp_path / "out", "--data", completion_file, "--recover", 8, "--learning-rate", "1e30"]
+    with pytest.raises(SystemExit) as stop:
+        main(["resize", *(str(argument) for argument in arguments), "--set", "max_grad_norm=0", *SETTINGS])
+    assert stop.value.code == 1
+    assert "lower learning rate" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_several_adapters_to_one_rank(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    resize(trained, tmp_path / "b", rank=2)
+    answer = answer_of(capsys, trained, tmp_path / "b", tmp_path / "out", "--energy", 0.99)
+    ranks = {open_adapter(tmp_path / "out" / name).config["r"] for name in ("adapter", "b")}
+    assert ranks == {answer["rank"]}
+    assert [Path(entry["out"]).name for entry in answer["adapters"]] == ["adapter", "b"]
+    assert answer["adapters"][1]["relative_delta_error"] < 1e-6  # padded
+    with pytest.raises(SystemExit) as stop:
+        main(["resize", str(trained), str(trained), str(tmp_path / "twice"), "--rank", "2"])
+    assert stop.value.code == 2
+    assert not (tmp_path / "twice").exists()
+
+
+def test_rank_1_leaves_nothing_to_measure(
+    trained: Path, completion_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    resize(trained, tmp_path / "one", rank=1)
+    with pytest.raises(SystemExit) as stop:
+        main(["resize", str(tmp_path / "one"), str(tmp_path / "out"), "--data", str(completion_file)])
+    assert stop.value.code == 2
+    assert "its rank is 1" in capsys.readouterr().err
+
+
+def test_a_module_to_save_is_restored(model_folder: Path, completion_file: Path, tmp_path: Path) -> None:
+    settings = small_settings(max_steps=2, modules_to_save=("norm",))
+    runtime = make_runtime(model_folder, completion_file, settings, tmp_path / "cache")
+    before = {name: value.clone() for name, value in runtime.model.state_dict().items()}
+    arm = Arm(rank=2, learning_rate=1e-2, lora_alpha=32.0, seed=0, steps=2)
+    folders = TrialFolders(tmp_path / "checkpoint", tmp_path / "adapter")
+    run_trial(runtime, Trial(trial_id="t", arm=arm), None, folders, Observer())
+    with adapter_attached(runtime, tmp_path / "adapter"):
+        assert not torch.equal(runtime.model.model.norm.weight, before["model.norm.weight"])
+    after = runtime.model.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], before[name]) for name in before)

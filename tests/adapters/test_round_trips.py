@@ -1,0 +1,128 @@
+"""Every kind of adapter, resized, loads in PEFT without a warning, at the reported distance from the original."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from rightrank.api.adapters import inspect, resize
+from tests.adapters.adapters import (
+    KINDS,
+    load_base,
+    load_strictly,
+    logits,
+    make_adapter,
+    make_base,
+    tensors_of,
+    updates,
+)
+
+pytestmark = pytest.mark.trains
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    root = tmp_path_factory.mktemp("bases")
+
+    def base_of(kind: str) -> Path:
+        family = kind if kind in ("conv1d", "lora_bias", "embedding") else "plain"
+        return make_base(root / family, family)
+
+    return base_of
+
+
+def relative_distance(old: dict[str, torch.Tensor], new: dict[str, torch.Tensor]) -> float:
+    assert old.keys() == new.keys()
+    error = math.hypot(*(float((new[name] - old[name]).norm()) for name in old))
+    return error / math.hypot(*(float(value.norm()) for value in old.values()))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("how", [{"rank": 3}, {"energy": 0.8}], ids=["rank", "energy"])
+def test_the_reported_error_is_the_error_after_reloading(
+    bases: Any, tmp_path: Path, kind: str, how: dict[str, Any]
+) -> None:
+    base = bases(kind)
+    adapter = make_adapter(base, tmp_path / "adapter", kind)
+    resized = resize(adapter, tmp_path / "small", **how)
+    old, new = load_strictly(base, adapter), load_strictly(base, tmp_path / "small")
+    measured = relative_distance(updates(old), updates(new))
+    assert 0.01 < resized.relative_delta_error < 0.9
+    assert measured == pytest.approx(resized.relative_delta_error, abs=1e-6)
+    for module in resized.modules:
+        before, after = updates(old)[module.name], updates(new)[module.name]
+        assert float((after - before).norm() / before.norm()) == pytest.approx(module.relative_delta_error, abs=1e-6)
+        assert module.rank <= module.from_rank
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_at_full_rank_nothing_changes(bases: Any, tmp_path: Path, kind: str) -> None:
+    base = bases(kind)
+    adapter = make_adapter(base, tmp_path / "adapter", kind)
+    resized = resize(adapter, tmp_path / "same", energy=1.0)
+    assert resized.relative_delta_error == pytest.approx(0, abs=1e-7)
+    old, new = logits(load_strictly(base, adapter)), logits(load_strictly(base, tmp_path / "same"))
+    assert not torch.allclose(old, logits(load_base(base)), atol=1e-3)  # the adapter does something
+    assert torch.allclose(new, old, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_padding_keeps_the_function(bases: Any, tmp_path: Path, kind: str) -> None:
+    base = bases(kind)
+    adapter = make_adapter(base, tmp_path / "adapter", kind)
+    resized = resize(adapter, tmp_path / "wide", rank=16)
+    assert resized.rank == 16
+    assert resized.relative_delta_error == pytest.approx(0, abs=5e-3 if kind == "bfloat16" else 1e-6)
+    new = load_strictly(base, tmp_path / "wide")
+    assert torch.allclose(logits(new), logits(load_strictly(base, adapter)), atol=1e-4)
+    # the new directions can learn: a row of zeros in A beside a column of zeros in B never would
+    for key, value in tensors_of(tmp_path / "wide").items():
+        if "lora_A" in key or "lora_embedding_A" in key:
+            assert bool(value.abs().sum(1).min() > 0)
+
+
+def test_dora_keeps_its_magnitudes_and_modules_to_save_their_tensors(bases: Any, tmp_path: Path) -> None:
+    for kind, word in (("dora", "magnitude"), ("modules_to_save", "norm.weight")):
+        adapter = make_adapter(bases(kind), tmp_path / kind, kind)
+        resize(adapter, tmp_path / f"{kind}-small", rank=2)
+        before, after = tensors_of(adapter), tensors_of(tmp_path / f"{kind}-small")
+        kept = [key for key in before if word in key]
+        assert kept
+        assert all(torch.equal(before[key], after[key]) for key in kept)
+
+
+def test_the_dtype_of_the_file_is_kept_or_chosen(bases: Any, tmp_path: Path) -> None:
+    adapter = make_adapter(bases("plain"), tmp_path / "adapter", "bfloat16")
+    resize(adapter, tmp_path / "kept", rank=2)
+    assert {value.dtype for value in tensors_of(tmp_path / "kept").values()} == {torch.bfloat16}
+    from rightrank import ResizeOptions
+
+    resized = resize(adapter, tmp_path / "wide", rank=8, options=ResizeOptions(dtype="float32"))
+    assert {value.dtype for value in tensors_of(tmp_path / "wide").values()} == {torch.float32}
+    assert resized.relative_delta_error < 1e-7
+
+
+def test_a_sharded_base(tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base", shard="20KB")
+    assert len(list(base.glob("model-*.safetensors"))) > 1
+    adapter = make_adapter(base, tmp_path / "adapter")
+    resize(adapter, tmp_path / "small", rank=4)
+    load_strictly(base, tmp_path / "small")
+    found = inspect(adapter, base=base)
+    weights = load_base(base).state_dict()
+    for module in found.modules:
+        exact = float(torch.linalg.matrix_norm(weights[f"{module.name}.weight"], 2))
+        assert module.base_spectral_norm == pytest.approx(exact, rel=0.02)
+
+
+def test_a_pattern_on_a_name_that_ends_another_is_anchored() -> None:
+    from rightrank.models.patterns import exact_pattern, pattern_value
+
+    names = ["layers.0.q_proj", "vision.layers.0.q_proj", "layers.1.q_proj"]
+    ranks = {"layers.0.q_proj": 2, "vision.layers.0.q_proj": 8, "layers.1.q_proj": 4}
+    pattern = exact_pattern(ranks, 8, names)
+    assert {name: pattern_value(pattern, name, 8) for name in names} == ranks

@@ -1,0 +1,151 @@
+"""Forms, splits, and every way in which data can be wrong."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rightrank.data.splits import SPLITS, load_data
+from rightrank.schema.errors import DataError
+from tests.tiny import sentences, small_settings, write_jsonl
+
+TEXT_ROWS: list[dict[str, Any]] = [{"text": text} for text in sentences(120)]
+
+
+def ids(splits: Any, split: Any) -> set[str]:
+    return {item.item_id for item in splits.examples[split]}
+
+
+@pytest.mark.parametrize(
+    ("row", "form"),
+    [
+        ({"text": "a"}, "text"),
+        ({"prompt": "a", "completion": "b"}, "prompt_completion"),
+        ({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}, "messages"),
+        (
+            {"prompt": [{"role": "user", "content": "a"}], "completion": [{"role": "assistant", "content": "b"}]},
+            "prompt_completion",
+        ),
+    ],
+)
+def test_the_form_is_told_by_the_columns(tmp_path: Path, row: dict[str, Any], form: str) -> None:
+    rows = [json.loads(json.dumps(row).replace('"a"', json.dumps(f"text {n}"))) for n in range(100)]
+    splits = load_data(write_jsonl(tmp_path / "d.jsonl", rows), small_settings())
+    assert splits.form == form
+    assert all(splits.examples[split] for split in SPLITS)
+
+
+def test_growing_the_data_moves_nothing(tmp_path: Path) -> None:
+    settings = small_settings(eval_items=1000)
+    small = load_data(write_jsonl(tmp_path / "small.jsonl", TEXT_ROWS[:80]), settings)
+    large = load_data(write_jsonl(tmp_path / "large.jsonl", TEXT_ROWS[::-1]), settings)
+    for split in SPLITS:
+        assert ids(small, split) <= ids(large, split)
+
+
+def test_duplicates_fall_on_one_side(tmp_path: Path) -> None:
+    splits = load_data(write_jsonl(tmp_path / "d.jsonl", TEXT_ROWS * 3), small_settings(eval_items=1000))
+    assert splits.duplicates_across_splits == 0
+    assert not ids(splits, "train") & (ids(splits, "selection") | ids(splits, "test"))
+
+
+def test_groups_stay_together(tmp_path: Path) -> None:
+    rows = [row | {"group": f"g{number % 60}"} for number, row in enumerate(TEXT_ROWS)]
+    splits = load_data(write_jsonl(tmp_path / "d.jsonl", rows), small_settings(eval_items=1000))
+    where = {row["text"]: row["group"] for row in rows}
+    groups = {split: {where[item.content["text"]] for item in splits.examples[split]} for split in SPLITS}
+    assert not groups["train"] & groups["selection"]
+    assert not groups["train"] & groups["test"]
+    assert not groups["selection"] & groups["test"]
+
+
+def test_given_splits_are_kept_and_duplicates_across_them_counted(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "train.jsonl", TEXT_ROWS[:80])
+    write_jsonl(tmp_path / "validation.jsonl", TEXT_ROWS[78:100])
+    write_jsonl(tmp_path / "test-00.jsonl", TEXT_ROWS[100:])
+    splits = load_data(tmp_path, small_settings(eval_items=1000))
+    assert splits.splits_given
+    assert splits.duplicates_across_splits == 2
+    assert len(splits.examples["selection"]) == 22
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".parquet", ".json"])
+def test_other_file_types_give_the_same_items(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"d{suffix}"
+    if suffix == ".parquet":
+        import pyarrow
+        import pyarrow.parquet
+
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(TEXT_ROWS), path)
+    elif suffix == ".json":
+        path.write_text(json.dumps(TEXT_ROWS))
+    else:
+        path.write_text("text\n" + "".join(f"{row['text']}\n" for row in TEXT_ROWS))
+    reference = load_data(write_jsonl(tmp_path / "r.jsonl", TEXT_ROWS), small_settings())
+    splits = load_data(path, small_settings())
+    assert splits.fingerprint == reference.fingerprint
+
+
+def test_saved_and_in_memory_datasets(tmp_path: Path) -> None:
+    import datasets
+
+    dataset = datasets.Dataset.from_list(TEXT_ROWS)
+    dataset.save_to_disk(str(tmp_path / "saved"))
+    reference = load_data(write_jsonl(tmp_path / "r.jsonl", TEXT_ROWS), small_settings()).fingerprint
+    assert load_data(tmp_path / "saved", small_settings()).fingerprint == reference
+    assert load_data(dataset, small_settings()).fingerprint == reference
+    assert load_data(TEXT_ROWS, small_settings()).fingerprint == reference
+
+
+BAD_FILES: list[tuple[str, bytes, str]] = [
+    ("empty.jsonl", b"", r"empty\.jsonl: the file is empty"),
+    ("blank.jsonl", b"\n\n", r"blank\.jsonl: no rows"),
+    ("picture.png", b"\x89PNG", r"files of type '\.png' are not read"),
+    ("latin.jsonl", b'{"text": "caf\xe9"}\n', r"not UTF-8 text"),
+    ("broken.jsonl", b'{"text": "a"}\n{"text": \n', r"broken\.jsonl:2: not JSON"),
+    ("list.jsonl", b"[1, 2]\n", r"list\.json|give one JSON object a line|entry 1"),
+    ("columns.jsonl", b'{"body": "a", "title": "b"}\n', r"no known columns: found `body`, `title`"),
+    ("number.jsonl", b'{"text": 3}\n' * 30, r"number\.jsonl:1: `text`: got an int; give a string"),
+    ("null.jsonl", b'{"text": "a"}\n{"text": null}\n', r"null\.jsonl:2: `text`: got nothing"),
+    ("roles.jsonl", b'{"messages": [{"role": "user"}]}\n', r"a message needs a `role` and a `content`"),
+    ("few.jsonl", b'{"text": "a"}\n{"text": "b"}\n', r"distinct examples for the \w+ split, at least \d+ needed"),
+    ("wide.csv", b"text\na,b,c\n", r"wide\.csv:2: more cells than the header"),
+    ("bad.parquet", b"not parquet at all", r"not a readable Parquet file"),
+    ("one.jsonl", b"".join(b'{"text": "t%d", "label": 1}\n' % n for n in range(100)), r"one class only \('1'\)"),
+]
+
+
+@pytest.mark.parametrize(("name", "content", "message"), BAD_FILES, ids=[case[0] for case in BAD_FILES])
+def test_bad_files_are_one_clear_line(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=message) as caught:
+        load_data(path, small_settings())
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no such file or folder"):
+        load_data(tmp_path / "nothing.jsonl", small_settings())
+
+
+def test_folder_without_data(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="holds no data file"):
+        load_data(tmp_path, small_settings())
+
+
+def test_folder_with_an_unnamed_file_beside_splits(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "train.jsonl", TEXT_ROWS)
+    write_jsonl(tmp_path / "more.jsonl", TEXT_ROWS)
+    with pytest.raises(DataError, match=r"more\.jsonl belongs to no split"):
+        load_data(tmp_path, small_settings())
+
+
+def test_a_label_that_train_lacks(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "train.jsonl", [{"text": text, "label": n % 2} for n, text in enumerate(sentences(60))])
+    write_jsonl(tmp_path / "validation.jsonl", [{"text": f"v {n}", "label": 7} for n in range(10)])
+    with pytest.raises(DataError, match="label 7 of the validation split does not occur in train"):
+        load_data(tmp_path, small_settings())

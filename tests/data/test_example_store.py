@@ -1,0 +1,54 @@
+"""Items on disk are the items that were added, and few bytes are held."""
+
+from __future__ import annotations
+
+import tracemalloc
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from rightrank.data.forms import Example, ExampleStore
+from rightrank.data.splits import load_data
+from tests.tiny import small_settings
+
+
+def some_items(count: int) -> Iterator[Example]:
+    for number in range(count):
+        messages = [
+            {"role": "user", "content": f"é {number} {'x' * (number % 90)}"},
+            {"role": "assistant", "content": "\u2028"},
+        ]
+        yield Example(f"{number * 0x9E3779B97F4A7C15 % 2**64:016x}", {"messages": messages}, f"d.jsonl:{number}")
+
+
+def test_items_come_back_in_order_and_by_number(tmp_path: Path) -> None:
+    items = list(some_items(200))
+    store = ExampleStore(tmp_path / "work")
+    for item in items[:150]:
+        store.append(item)
+    assert store[3] == items[3]
+    for item in items[150:]:
+        store.append(item)
+    assert list(store) == items
+    assert [store[number] for number in (199, 0, -1)] == [items[199], items[0], items[199]]
+    assert store[10:13] == items[10:13]
+    assert list((tmp_path / "work").iterdir()) == []
+    with pytest.raises(IndexError):
+        store[200]
+
+
+def test_what_is_held_of_many_rows_does_not_grow_with_their_texts(tmp_path: Path) -> None:
+    settings = small_settings(eval_items=20)
+
+    def held_bytes(letters: int) -> int:
+        rows = ({"text": f"row {number} {'y' * letters}"} for number in range(4000))
+        tracemalloc.start()
+        splits = load_data(rows, settings, tmp_path)
+        held = tracemalloc.get_traced_memory()[1]  # the peak on the way
+        tracemalloc.stop()
+        assert len(splits.examples["train"]) > 2000
+        return held
+
+    short, long = held_bytes(10), held_bytes(2000)
+    assert long - short < 1.5 * 2**20  # of the 8 MB that the texts take; some held-out ones are kept on the way

@@ -1,0 +1,327 @@
+"""The journal with truncated lines, flipped bits, a full disk and a network disk: damage is reported, records are kept."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from rightrank.data import files
+from rightrank.runs.journal import Damage, Journal, Repaired, read_line, seal, sealed, split_torn
+from rightrank.schema.errors import RunFolderError
+from rightrank.schema.events import DataSummary, JournalRecord, RunStarted
+from rightrank.schema.trials import SCHEMA_VERSION, Arm, TrialFailed, TrialStarted
+
+ARM = Arm(rank=4, learning_rate=1e-3, lora_alpha=32.0, seed=0, steps=10)
+
+
+def started() -> RunStarted:
+    data = DataSummary(form="text", splits={}, splits_given=False, duplicates_across_splits=0)
+    return RunStarted(
+        rightrank_version="1",
+        fingerprint="f" * 64,
+        settings={"model": "m", "data": 'quoted "schema_version":9 text'},
+        environment={},
+        data=data,
+        evaluation_items=["a", "b"],
+        metric="loss",
+        higher_is_better=False,
+        started_at="2026-01-01T00:00:00+00:00",
+    )
+
+
+def records() -> list[JournalRecord]:
+    begun = TrialStarted(trial_id="0" * 12, **ARM.model_dump())
+    failed = TrialFailed(trial_id="0" * 12, **ARM.model_dump(), error="error", reason="naïve — “quoted”\n\x7f")
+    return [started(), begun, failed]
+
+
+def write_all(path: Path) -> Journal:
+    journal = Journal(path)
+    for record in records():
+        journal.append(record)
+    return journal
+
+
+def test_each_line_is_json_that_a_person_and_any_tool_can_read(tmp_path: Path) -> None:
+    lines = write_all(tmp_path / "journal.jsonl").path.read_text(encoding="utf-8").splitlines()
+    read = [json.loads(line) for line in lines]
+    assert [line["type"] for line in read] == ["run_started", "trial_started", "trial_failed"]
+    assert {line["schema_version"] for line in read} == {SCHEMA_VERSION}
+    for line, text in zip(read, lines, strict=True):
+        assert text[: line["len"]].endswith(f'"trial_id":"{"0" * 12}"') or line["type"] != "trial_started"
+        assert len(line["crc"]) == 8
+    assert Journal(tmp_path / "journal.jsonl").read() == records()
+
+
+def test_cut_at_every_byte_the_whole_records_are_kept_and_the_rest_is_set_aside(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "fsync", lambda _: None)  # a thousand waits for the disk show nothing here
+    whole = b"".join(sealed(record) for record in records())
+    ends = [position for position, byte in enumerate(whole) if byte == ord("\n")]
+    for cut in range(len(whole) + 1):
+        journal = Journal(tmp_path / f"{cut}.jsonl")
+        journal.path.write_bytes(whole[:cut])
+        notices: list[str] = []
+        kept = journal.read(notices.append)
+        complete = sum(end <= cut for end in ends)  # a record that lacks only its line end is whole
+        assert kept == records()[:complete], cut
+        aside = journal.path.with_name(f"{cut}.jsonl.torn-1")
+        remaining = journal.path.read_bytes()
+        if aside.exists():
+            assert remaining + aside.read_bytes() == whole[:cut]
+            assert len(notices) == 1
+            assert "the last line was incomplete" in notices[0]
+        else:
+            assert remaining == whole[: ends[complete - 1] + 1 if complete else 0]
+            assert notices == []
+        journal.append(records()[-1])
+        assert len(journal.read()) == complete + 1
+
+
+def test_each_flipped_bit_of_a_line_is_found(tmp_path: Path) -> None:
+    """Every bit of every line, its end included: the line is never taken for a record, be it the same or another."""
+    for record in records():
+        line = sealed(record)
+        for position in range(len(line)):
+            for bit in range(8):
+                flipped = bytearray(line)
+                flipped[position] ^= 1 << bit
+                parts = bytes(flipped).split(b"\n")
+                found = [read_line(part) for part in parts if part]
+                assert any(isinstance(one, Damage) for one in found), (position, bit)
+                assert not any(one == record for one in found), (position, bit)
+
+
+def test_a_flipped_bit_is_told_in_one_line_with_what_can_be_saved_and_repaired(tmp_path: Path) -> None:
+    journal = write_all(tmp_path / "journal.jsonl")
+    whole = journal.path.read_bytes().splitlines(keepends=True)
+    damaged = bytearray(whole[1])
+    damaged[40] ^= 4
+    journal.path.write_bytes(whole[0] + bytes(damaged) + whole[2])
+    with pytest.raises(RunFolderError) as caught:
+        journal.read()
+    message = str(caught.value)
+    assert re.search(r"journal.jsonl:2: damaged: its checksum does not match; 2 of 3 records are undamaged", message)
+    assert f"rightrank repair {tmp_path}" in message
+    assert "\n" not in message
+    repaired = journal.repair()
+    assert (repaired.kept, repaired.set_aside) == (2, 1)
+    assert repaired.aside is not None
+    assert repaired.aside.read_bytes() == bytes(damaged)
+    assert journal.read() == [records()[0], records()[2]]
+    assert journal.repair().aside is None
+
+
+def test_a_damaged_start_is_refused_and_nothing_is_touched(tmp_path: Path) -> None:
+    journal = write_all(tmp_path / "journal.jsonl")
+    damaged = bytearray(journal.path.read_bytes())
+    damaged[10] ^= 1
+    journal.path.write_bytes(bytes(damaged))
+    with pytest.raises(RunFolderError, match=r"the first line, the run's start, is damaged.*the other 2 records"):
+        journal.repair()
+    assert journal.path.read_bytes() == bytes(damaged)
+
+
+def test_a_line_that_lost_its_seal_is_damaged(tmp_path: Path) -> None:
+    bare = records()[1].model_dump_json().encode()
+    assert read_line(bare) == Damage("damaged: it has no length and checksum at its end")
+
+
+@pytest.mark.parametrize("schema", [SCHEMA_VERSION - 1, SCHEMA_VERSION + 1])
+def test_another_schema_is_refused_with_both_numbers(schema: int, tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "journal.jsonl")
+    journal.append(records()[1].model_copy(update={"schema_version": schema}))
+    with pytest.raises(RunFolderError, match=f"1: schema {schema}, and this version reads {SCHEMA_VERSION}"):
+        journal.read()
+
+
+BODY = records()[1].model_dump_json().encode()[:-1]
+WHOLE = seal(BODY + b"}")
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        (WHOLE[:5] + WHOLE[6:], f"damaged: {len(BODY) - 1} bytes where {len(BODY)} were written"),
+        (b" " + WHOLE, f"damaged: {len(BODY) + 1} bytes where {len(BODY)} were written"),
+        (WHOLE.replace(b"0000", b"0010", 1), "damaged: its checksum does not match"),
+        (WHOLE + b" ", "damaged: it has no length and checksum at its end"),
+        (WHOLE.replace(b',"len":', b',"len":0'), "damaged: it has no length and checksum at its end"),
+        (b"", "damaged: it has no length and checksum at its end"),
+        (b'{"schema_version":4}', "damaged: it has no length and checksum at its end"),
+        (seal(b'{"schema_version":4}'), "not a record of schema 4 (Unable to extract tag"),
+        (seal(b'{"type":"nonsense"}'), "not a record of schema 4 (Input tag 'nonsense' found"),
+        (seal(b'{"type":"trial_started"}'), "not a record of schema 4 (Field required)"),
+        (seal(BODY.replace(b'sion":4', b'sion":12') + b"}"), "schema 12, and this version reads 4: use the version"),
+    ],
+)
+def test_a_line_that_is_no_record_says_why(line: bytes, reason: str) -> None:
+    found = read_line(line)
+    assert isinstance(found, Damage)
+    assert found.reason.startswith(reason)
+
+
+def test_a_line_is_closed_by_its_length_and_the_checksum_that_zlib_gives() -> None:
+    assert seal(b'{"a":1}') == b'{"a":1,"len":6,"crc":"a702fc6e"}'  # crc32 of {"a":1
+    assert sealed(records()[1]) == WHOLE + b"\n"
+    assert read_line(WHOLE) == records()[1]
+
+
+@pytest.mark.parametrize(
+    ("whole", "parts"),
+    [
+        (b"", (b"", b"")),
+        (b"\n", (b"\n", b"")),
+        (b"half", (b"", b"half")),
+        (b"one\ntwo\n", (b"one\ntwo\n", b"")),
+        (b"one\ntwo\nthr", (b"one\ntwo\n", b"thr")),
+    ],
+)
+def test_what_follows_the_last_line_end_is_torn(whole: bytes, parts: tuple[bytes, bytes]) -> None:
+    assert split_torn(whole) == parts
+
+
+def test_a_journal_that_is_not_there_holds_nothing(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "journal.jsonl")
+    assert journal.read() == []
+    assert not journal.path.exists()
+
+
+def test_each_torn_end_has_a_file_of_its_own(tmp_path: Path) -> None:
+    journal = write_all(tmp_path / "journal.jsonl")
+    notices: list[str] = []
+    for half in (b'{"type":"tri', b'{"t', b"\x00\x00"):
+        with journal.path.open("ab") as file:
+            file.write(half)
+        assert journal.read(notices.append) == records()
+    asides = [tmp_path / f"journal.jsonl.torn-{number}" for number in (1, 2, 3)]
+    assert [aside.read_bytes() for aside in asides] == [b'{"type":"tri', b'{"t', b"\x00\x00"]
+    assert notices[1] == f"{journal.path}: the last line was incomplete (3 bytes) and was moved to {asides[1].name}"
+    assert journal.path.read_bytes() == b"".join(sealed(record) for record in records())
+
+
+def test_who_looks_on_reads_whole_records_and_touches_nothing(tmp_path: Path) -> None:
+    journal = write_all(tmp_path / "journal.jsonl")
+    for more in (b'{"type":"tri', WHOLE):  # a writer is in the middle of a line, or before its end
+        whole = journal.path.read_bytes() + more
+        journal.path.write_bytes(whole)
+        assert journal.read_settled() == records()
+        assert journal.path.read_bytes() == whole
+        assert [path.name for path in tmp_path.iterdir()] == ["journal.jsonl"]
+        journal.path.write_bytes(whole[: -len(more)])
+    journal.path.write_bytes(b"nothing of ours\n" + journal.path.read_bytes())
+    with pytest.raises(
+        RunFolderError, match=r"journal\.jsonl:1: damaged: it has no length.*; 3 of 4 records are undamaged"
+    ):
+        journal.read_settled()
+
+
+def test_the_first_of_several_damaged_lines_is_reported_and_all_are_moved(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "journal.jsonl")
+    lines = [sealed(record) for record in records()]
+    damaged = [lines[1].replace(b"0000", b"0100", 1), b"x\n", lines[2][:-9]]
+    journal.path.write_bytes(lines[0] + damaged[0] + lines[1] + damaged[1] + lines[2] + damaged[2])
+    with pytest.raises(RunFolderError, match=r":2: damaged: its checksum does not match and 1 more; 3 of 5 records"):
+        journal.read_settled()
+    aside = tmp_path / "journal.jsonl.torn-1"
+    assert journal.repair() == Repaired(kept=3, set_aside=3, aside=aside)
+    assert aside.read_bytes() == b"".join(damaged) + b"\n"
+    assert journal.path.read_bytes() == b"".join(lines)
+    assert journal.repair() == Repaired(kept=3, set_aside=0, aside=None)
+
+
+def test_a_last_record_that_lacks_its_line_end_is_kept_by_a_repair_too(tmp_path: Path) -> None:
+    journal = write_all(tmp_path / "journal.jsonl")
+    whole = journal.path.read_bytes()
+    first, rest = whole.split(b"\n", 1)
+    journal.path.write_bytes(first + b"\nx\n" + rest[:-1])
+    repaired = journal.repair()
+    assert (repaired.kept, repaired.set_aside) == (3, 1)
+    assert journal.path.read_bytes() == whole
+
+
+@pytest.mark.parametrize("fault", [errno.ENOSPC, errno.EIO, errno.EDQUOT])
+@pytest.mark.parametrize("call", ["write", "fsync"])
+def test_an_append_that_fails_leaves_the_journal_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, fault: int
+) -> None:
+    journal = write_all(tmp_path / "journal.jsonl")
+    whole, real = journal.path.read_bytes(), os.write
+    calls: list[int] = []
+
+    def failing(descriptor: int, part: bytes | memoryview = b"") -> int:
+        calls.append(descriptor)
+        if call == "write" and len(calls) == 1:
+            return real(descriptor, part[:7])  # the last room on the disk
+        raise OSError(fault, os.strerror(fault))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, call, failing)
+        with pytest.raises(OSError, match=re.escape(os.strerror(fault))):
+            journal.append(records()[2])
+    assert journal.path.read_bytes() == whole
+    journal.append(records()[2])
+    assert journal.read() == [*records(), records()[2]]
+
+
+def test_a_line_is_whole_however_little_the_system_takes_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = os.write
+    monkeypatch.setattr(os, "write", lambda descriptor, part: real(descriptor, part[:5]))
+    assert write_all(tmp_path / "journal.jsonl").read() == records()
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of one page, where one can be mounted."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=4k", "tmpfs", str(disk)]
+    if os.geteuid() != 0 or subprocess.run(command, check=False, capture_output=True).returncode:
+        pytest.skip("no small disk can be mounted here")
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
+
+
+def fill(journal: Journal) -> None:
+    for _ in range(100):
+        journal.append(records()[2])
+
+
+def test_an_append_that_finds_the_disk_full_leaves_whole_lines(small_disk: Path) -> None:
+    journal = Journal(small_disk / "journal.jsonl")
+    with pytest.raises(OSError, match="No space left"):
+        fill(journal)
+    kept = len(journal.read())
+    assert kept > 3
+    assert journal.path.read_bytes().endswith(b"\n")
+    subprocess.run(["mount", "-o", "remount,size=64k", str(small_disk)], check=True)
+    journal.append(records()[2])
+    assert len(journal.read()) == kept + 1
+    assert sorted(path.name for path in small_disk.iterdir()) == ["journal.jsonl"]
+
+
+def test_an_append_waits_for_the_disk_and_for_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[bool] = []
+    real = os.fsync
+
+    def spy(descriptor: int) -> None:
+        synced.append(os.path.isdir(f"/proc/self/fd/{descriptor}"))  # noqa: PTH112
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", spy)
+    journal = Journal(tmp_path / "journal.jsonl")
+    journal.append(records()[0])
+    assert synced == [False, True]  # the file, then the folder that names it
+    journal.append(records()[1])
+    assert synced == [False, True, False]
+    assert files.os.fsync is spy

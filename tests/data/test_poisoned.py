@@ -1,0 +1,211 @@
+"""Items that are hard to digest: cut, left out or kept as docs/reference/file-formats.md says, and counted."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from rightrank.data.splits import load_data
+from rightrank.hooks.terminal import plan_line
+from rightrank.report.html import render_report
+from rightrank.schema.errors import DataError
+from rightrank.train.tokens import EncodedData, encode
+from tests.commands import run
+from tests.report.runs import made_up_run
+from tests.tiny import make_tokenizer, sentences, small_settings
+
+HALF = "\ud800"  # of a surrogate pair: no character, and nothing that UTF-8 can hold
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return make_tokenizer()
+
+
+def encoded(path: Path, rows: list[dict[str, Any]], tokenizer: Any, **settings: Any) -> EncodedData:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    chosen = small_settings(eval_items=1000, **settings)
+    embeddings = SimpleNamespace(num_embeddings=len(tokenizer))
+    model = SimpleNamespace(tokenizer=tokenizer, model=SimpleNamespace(get_input_embeddings=lambda: embeddings))
+    return encode(load_data(path, chosen), model, chosen)  # type: ignore[arg-type]
+
+
+def counted(data: EncodedData, name: str) -> int:
+    return sum(getattr(split, name) for split in data.summary.splits.values())
+
+
+def texts(count: int = 120) -> list[dict[str, Any]]:
+    return [{"text": f"{number} {text}"} for number, text in enumerate(sentences(count))]
+
+
+def test_a_line_of_a_megabyte_is_cut_and_counted(tmp_path: Path, tokenizer: Any) -> None:
+    for long in ("a" * 2**20, "the cat " * 2**17, " " * 2**20 + "a"):
+        data = encoded(tmp_path / "d.jsonl", [*texts(), {"text": long}], tokenizer, seq_len=64)
+        assert counted(data, "items") == 121
+        assert counted(data, "truncated") == 1
+        assert max(item.length for items in data.splits.values() for item in items) == 64
+
+
+def test_a_line_of_a_megabyte_can_be_split_instead(tmp_path: Path, tokenizer: Any) -> None:
+    rows = [*texts(), {"text": "the cat " * 2**15}]
+    data = encoded(tmp_path / "d.jsonl", rows, tokenizer, seq_len=64, long_items="split")
+    assert counted(data, "items") > 1000
+    assert counted(data, "truncated") == 1
+
+
+def test_a_line_without_end_is_refused(tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rightrank.data.rows.MAX_LINE_CHARACTERS", 10_000)
+    with pytest.raises(DataError, match=r"d\.jsonl:121: a line of over 10,000 characters; give one object a line"):
+        encoded(tmp_path / "d.jsonl", [*texts(), {"text": "a" * 20_000}], tokenizer)
+
+
+FORMS: list[tuple[str, dict[str, Any]]] = [
+    ("text", {"text": f"q {HALF} b"}),
+    ("prompt", {"prompt": HALF, "completion": "b"}),
+    ("completion", {"prompt": "q", "completion": f"b{HALF}"}),
+    ("messages", {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": HALF}]}),
+    ("role", {"messages": [{"role": HALF, "content": "q"}, {"role": "assistant", "content": "b"}]}),
+    ("label", {"text": "q", "label": HALF}),
+    ("turns", {"prompt": [{"role": "user", "content": HALF}], "completion": [{"role": "assistant", "content": "b"}]}),
+]
+
+
+@pytest.mark.parametrize("row", [row for _, row in FORMS], ids=[name for name, _ in FORMS])
+def test_half_characters_are_left_out_and_counted(tmp_path: Path, tokenizer: Any, row: dict[str, Any]) -> None:
+    whole = json.dumps(row).replace("\\ud800", "x")
+    good = [
+        json.loads(whole.replace('"q', f'"{number} q').replace('"b', f'"{number} b').replace('"x"', f'"x{number % 2}"'))
+        for number in range(120)
+    ]
+    data = encoded(tmp_path / "d.jsonl", [row, *good, row], tokenizer, seq_len=100)
+    assert data.summary.unreadable == 2
+    assert counted(data, "items") + counted(data, "dropped") <= 120
+    data.summary.model_dump_json()
+
+
+def test_half_characters_elsewhere_in_a_row_do_no_harm(tmp_path: Path, tokenizer: Any) -> None:
+    rows = [row | {"group": f"{HALF}{number % 50}", "note": HALF} for number, row in enumerate(texts())]
+    data = encoded(tmp_path / "d.jsonl", rows, tokenizer)
+    assert data.summary.unreadable == 0
+    assert counted(data, "items") == 120
+
+
+def test_a_whole_pair_is_a_character(tmp_path: Path, tokenizer: Any) -> None:
+    data = encoded(tmp_path / "d.jsonl", [row | {"text": row["text"] + " \U0001f600"} for row in texts()], tokenizer)
+    assert data.summary.unreadable == 0
+
+
+@pytest.mark.parametrize("character", ["\x00", "\x1b[2J", "\x7f", "\x9b", "\x08"])
+def test_control_characters_are_kept_and_counted(tmp_path: Path, tokenizer: Any, character: str) -> None:
+    rows = [{"text": f"{row['text']}{character}"} if number < 40 else row for number, row in enumerate(texts())]
+    data = encoded(tmp_path / "d.jsonl", rows, tokenizer)
+    assert data.summary.control_characters == 40
+    assert counted(data, "items") == 120
+    kept = tokenizer.decode(tokenizer(rows[0]["text"])["input_ids"])
+    assert kept == rows[0]["text"]
+
+
+def test_tabs_and_line_ends_are_no_control_characters(tmp_path: Path, tokenizer: Any) -> None:
+    rows = [{"text": f"{row['text']}\t\r\n"} for row in texts()]
+    assert encoded(tmp_path / "d.jsonl", rows, tokenizer).summary.control_characters == 0
+
+
+def test_empty_completions_are_dropped_and_counted(tmp_path: Path, tokenizer: Any) -> None:
+    rows = [{"prompt": f"say {number}", "completion": "" if number % 4 == 0 else "x"} for number in range(200)]
+    data = encoded(tmp_path / "d.jsonl", rows, tokenizer)
+    assert counted(data, "dropped") == 50
+    assert counted(data, "items") == 150
+
+
+def test_nothing_but_empty_completions_is_refused(tmp_path: Path, tokenizer: Any) -> None:
+    rows = [{"prompt": f"say {number}", "completion": ""} for number in range(200)]
+    with pytest.raises(DataError, match=r"no label token left after tokenising"):
+        encoded(tmp_path / "d.jsonl", rows, tokenizer)
+
+
+def test_the_counts_are_shown(tmp_path: Path) -> None:
+    made = made_up_run()
+    data = made.started.data.model_copy(update={"unreadable": 3, "control_characters": 5})
+    started = made.started.model_copy(update={"data": data})
+    assert "3 rows skipped: lone surrogates" in plan_line(started, 10)
+    assert "5 examples with control characters" in plan_line(started, 10)
+    made.started = started
+    page = render_report(made, None)
+    assert "3 rows skipped, lone surrogates" in page
+    assert "5 examples with control characters" in page
+
+
+def row_of(form: str, prompt: str, text: str) -> dict[str, Any]:
+    match form:
+        case "text":
+            return {"text": f"{prompt} {text}" if text else ""}
+        case "label":
+            return {"text": f"{prompt} {text}" if text else "", "label": len(prompt) % 2}
+        case "messages":
+            return {"messages": [{"role": "user", "content": prompt}, {"role": "assistant", "content": text}]}
+    return {"prompt": prompt, "completion": text}
+
+
+def poisoned(form: str, with_halves: bool) -> list[dict[str, Any]]:
+    """90 good rows, a megabyte, three with bells, four that are empty, and two with half characters."""
+    rows = [row_of(form, f"q{number}", text) for number, text in enumerate(sentences(90))]
+    rows += [row_of(form, "long", "the cat " * 2**17)]
+    rows += [row_of(form, f"bell {number}", "a\x07b") for number in range(3)]
+    rows += [row_of(form, f"empty {number}", "") for number in range(4)]
+    return rows + [row_of(form, f"half {number}", HALF) for number in range(2)] * with_halves
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
+    if path.suffix == ".parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    elif path.suffix == ".csv":
+        with path.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+    else:
+        path.write_text(
+            "".join(json.dumps(row) + "\n" for row in rows) if path.suffix == ".jsonl" else json.dumps(rows)
+        )
+    return path
+
+
+@pytest.mark.parametrize(
+    ("form", "suffix"),
+    [
+        ("text", ".jsonl"), ("text", ".csv"), ("completion", ".parquet"), ("completion", ".jsonl"),
+        ("messages", ".json"), ("messages", ".parquet"), ("label", ".csv"),
+    ],
+)  # fmt: skip
+def test_a_selection_goes_on_and_counts_what_it_met(
+    form: str, suffix: str, model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    halves = suffix.startswith(".json")  # no other type can hold them
+    data, out = write_rows(tmp_path / f"data{suffix}", poisoned(form, halves)), tmp_path / "run"
+    status, _, err = run(
+        ["select", str(model_folder), str(data), "--out", str(out), "--strategy", "grid", "--ranks", "1,2",
+         "--learning-rates", "1e-2", "--max-steps", "1", "--batch-size", "2", "--seq-len", "64", "--eval-items", "100",
+         "--set", "samples=0", "--set", "eval_points=1", "--device", "cpu", "--quiet"], capsys,
+    )  # fmt: skip
+    assert status == 0, err
+    summary = json.loads((out / "journal.jsonl").read_text().splitlines()[0])["data"]
+    assert summary["unreadable"] == 2 * halves
+    assert summary["control_characters"] == 3
+    assert sum(split["truncated"] for split in summary["splits"].values()) == 1
+    empty = {"completion": 4, "messages": 0}.get(form, 1)  # a template marks the end of an empty answer: it is learned
+    assert sum(split["dropped"] for split in summary["splits"].values()) == empty
+    assert "Traceback" not in err
+
+
+def test_half_a_character_in_a_csv_file_is_refused(tmp_path: Path, tokenizer: Any) -> None:
+    path = tmp_path / "data.csv"
+    path.write_bytes(b"text\nthe \xed\xa0\x80 cat\n")
+    with pytest.raises(DataError, match=r"data\.csv.*: not UTF-8 text"):
+        load_data(path, small_settings())

@@ -1,0 +1,107 @@
+"""Rows of preference pairs: their two forms, their splits, and what is left out or refused."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rightrank.data.forms import split_prompt
+from rightrank.data.splits import DataSplits, load_data
+from rightrank.schema.errors import DataError
+from tests.tiny import sentences, small_settings, write_jsonl
+
+ROWS = [{"prompt": f"{text}: ", "chosen": "yes", "rejected": "no"} for text in sorted(set(sentences(80)))]
+
+
+def loaded(tmp_path: Path, rows: list[dict[str, Any]], **changes: Any) -> DataSplits:
+    return load_data(write_jsonl(tmp_path / "pairs.jsonl", rows), small_settings(**changes))
+
+
+def talk(*contents: str) -> list[dict[str, str]]:
+    return [{"role": ("user", "assistant")[turn % 2], "content": text} for turn, text in enumerate(contents)]
+
+
+def test_both_forms_are_read(tmp_path: Path) -> None:
+    explicit = loaded(tmp_path, ROWS)
+    assert explicit.form == "preference"
+    whole = [{name: row["prompt"] + row[name] for name in ("chosen", "rejected")} for row in ROWS]
+    first = next(iter(loaded(tmp_path, whole).examples["train"])).content
+    assert (first["chosen"], first["rejected"]) == (" yes", " no")  # the space belongs to the answers, as in TRL
+    chats = [{"chosen": talk(row["prompt"], "yes"), "rejected": talk(row["prompt"], "no")} for row in ROWS]
+    for rows in (chats, [chat | {"prompt": row["prompt"]} for chat, row in zip(chats, ROWS, strict=True)]):
+        content = next(iter(loaded(tmp_path, rows).examples["train"])).content
+        assert [message["role"] for message in content["prompt"]] == ["user"]
+        assert content["chosen"] == [{"role": "assistant", "content": "yes"}]
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected"),
+    [("a b c", "a b d"), ("a b", "a bc"), ("x", "y"), (talk("q", "a"), talk("q", "b")), (talk("q", "a"), talk("q"))],
+)
+def test_the_implicit_prompt_is_trl_s(chosen: Any, rejected: Any) -> None:
+    trl = pytest.importorskip("trl", reason="trl is not installed")
+    theirs = trl.extract_prompt({"chosen": chosen, "rejected": rejected})
+    assert split_prompt(chosen, rejected) == (theirs["prompt"], theirs["chosen"], theirs["rejected"])
+
+
+def test_pairs_of_one_prompt_share_a_split(tmp_path: Path) -> None:
+    rows = [row | {"rejected": wrong} for row in ROWS for wrong in ("no", "never", "not")]
+    data = loaded(tmp_path, rows, eval_items=1000)
+    prompts = {split: {example.content["prompt"] for example in found} for split, found in data.examples.items()}
+    assert all(prompts.values())
+    assert not prompts["train"] & (prompts["selection"] | prompts["test"])
+    assert not prompts["selection"] & prompts["test"]
+
+
+def test_equal_pairs_are_left_out_and_counted(tmp_path: Path) -> None:
+    data = loaded(tmp_path, [*ROWS, *(row | {"rejected": "yes"} for row in ROWS[:3])])
+    assert data.equal_pairs == 3
+    assert data.rows == len(ROWS) + 3
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prompt": "a", "chosen": "b"}, r":40: `rejected`: got nothing; give a string"),
+        ({"chosen": "b", "rejected": "c"}, r":40: `prompt`: got nothing; give a string"),
+        ({"prompt": "a", "chosen": 3, "rejected": "c"}, r":40: `chosen`: got an int; give a string"),
+        ({"prompt": "a", "chosen": talk("b"), "rejected": "c"}, r":40: `prompt`, `chosen` and `rejected` have diff"),
+        ({"prompt": talk("q"), "chosen": talk("b"), "rejected": talk("c")}, r":40: `chosen` has no assistant turn"),
+        ({"prompt": "a", "chosen": [{"role": "x"}], "rejected": "c"}, r":40: `chosen`: a message needs a `role`"),
+    ],
+)
+def test_a_broken_row_is_named(tmp_path: Path, row: dict[str, Any], message: str) -> None:
+    with pytest.raises(DataError, match=r"pairs\.jsonl" + message):
+        loaded(tmp_path, [*ROWS[:39], row, *ROWS[39:]])
+
+
+def test_a_missing_column_is_answered_with_the_forms(tmp_path: Path) -> None:
+    expected = ":1: no known columns: found `prompt`, `chosen`; give `prompt`, `chosen`, `rejected`"
+    with pytest.raises(DataError, match=re.escape(expected)):
+        loaded(tmp_path, [{"prompt": "a", "chosen": "b"}])
+
+
+def test_a_prompt_of_another_name_is_found(tmp_path: Path) -> None:
+    rows = [{"question": row["prompt"], "chosen": "yes", "rejected": "no"} for row in ROWS]
+    data = loaded(tmp_path, rows)
+    assert data.shape == "question → prompt"
+    assert data.renamed == {"prompt": "question"}
+    assert next(iter(data.examples["train"])).content["prompt"] in {row["prompt"] for row in ROWS}
+    renamed = [{"ask": row["prompt"], "good": "yes", "bad": "no"} for row in ROWS]
+    named = loaded(tmp_path, renamed, columns=("prompt=ask", "chosen=good", "rejected=bad"))
+    assert named.fingerprint == loaded(tmp_path, ROWS).fingerprint
+
+
+def test_answers_without_a_prompt_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(
+        DataError, match=r"pairs\.jsonl:1: `chosen` and `rejected` have no common beginning to be the prompt"
+    ):
+        loaded(tmp_path, [{"chosen": "yes", "rejected": "no", "topic": row["prompt"]} for row in ROWS])
+
+
+def test_too_few_pairs_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"pairs\.jsonl: \d distinct examples for the .* split"):
+        loaded(tmp_path, ROWS[:4])

@@ -1,0 +1,297 @@
+"""Tables that others made: what is understood, and what is refused with file and row."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pandas
+import pytest
+
+from rightrank.api.deciding import decide
+from rightrank.interop.columns import plain
+from rightrank.report.tables import curve_lines, evidence_lines
+from rightrank.schema.errors import ResultsError
+
+GOOD = "rank,value\n1,2.3\n4,2.05\n16,2.001\n64,2.0\n"
+
+
+def write(folder: Path, text: str, name: str = "runs.csv") -> Path:
+    path = folder / name
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("column", "meant"),
+    [
+        ("config.lora_r", "lora_r"),
+        ("params/lora.r", "r"),
+        ("eval/loss", "eval_loss"),
+        ("Eval Loss", "eval_loss"),
+        ("config.peft_config.default.r", "r"),
+        ("params_lora_r", "lora_r"),
+        ("user_attrs_seed", "seed"),
+    ],
+)
+def test_column_names_are_brought_to_plain_ones(column: str, meant: str) -> None:
+    assert plain(column) == meant
+
+
+def test_numbers_that_left_a_float_s_normal_ones_are_nothing(tmp_path: Path) -> None:
+    decided = decide(write(tmp_path, "rank,value\n1,1e-320\n4,0.001\n16,-1e-40\n"), margin=1e-6, higher_is_better=False)
+    assert {evidence.rank: evidence.value for evidence in decided.decision.ranks} == {1: 0.0, 4: 0.001, 16: 0.0}
+
+
+def test_a_rank_that_no_adapter_has_is_refused(tmp_path: Path) -> None:
+    assert (
+        decide(write(tmp_path, f"rank,value\n1,2\n{2**20},1\n"), higher_is_better=False).decision.reference_rank
+        == 2**20
+    )
+    with pytest.raises(
+        ResultsError, match=r"runs\.csv:3: rank 1048577 is not allowed: no adapter has more than 1,048,576"
+    ):
+        decide(write(tmp_path, f"rank,value\n1,2\n{2**20 + 1},1\n"), higher_is_better=False)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        GOOD,
+        "lora_r,eval_loss,train_loss\n1,2.3,1\n4,2.05,1\n16,2.001,1\n64,2.0,1\n",
+        "Name,State,config.lora.r,eval/loss\na,finished,1,2.3\nb,finished,4,2.05\nc,finished,16,2.001\nd,finished,64,2.0\n",
+        "run_id,params.lora_rank,metrics.eval_loss\na,1,2.3\nb,4,2.05\nc,16,2.001\nd,64,2.0\n",
+        'run_id,peft_params,eval_loss\n1,"{""r"": 1}",2.3\n2,"{""r"": 4}",2.05\n3,"{""r"": 16}",2.001\n4,"{""r"": 64}",2.0\n',
+    ],
+    ids=["plain", "peft", "wandb", "mlflow", "json cell"],
+)
+def test_near_names_are_understood(tmp_path: Path, text: str) -> None:
+    decided = decide(write(tmp_path, text), margin=0.005, higher_is_better=False)
+    assert decided.decision.rank == 16
+    assert decided.decision.higher_is_better is False
+
+
+def test_jsonl_and_memory_read_alike(tmp_path: Path) -> None:
+    rows = [{"rank": rank, "value": value} for rank, value in ((1, 2.3), (4, 2.05), (16, 2.001), (64, 2.0))]
+    path = write(tmp_path, "".join(json.dumps(row) + "\n" for row in rows), "runs.jsonl")
+    assert (
+        decide(path, margin=0.005, higher_is_better=False).decision.rank
+        == decide(rows, margin=0.005, higher_is_better=False).decision.rank
+        == 16
+    )
+
+
+def test_a_wandb_export_in_json_is_flattened(tmp_path: Path) -> None:
+    runs = [
+        {"name": f"run-{rank}", "config": {"lora": {"r": rank}, "learning_rate": 1e-4}, "summary": {"eval/loss": loss}}
+        for rank, loss in ((1, 2.3), (4, 2.001), (16, 2.0))
+    ]
+    decided = decide(write(tmp_path, json.dumps(runs), "wandb.json"), margin=0.005)
+    assert decided.decision.rank == 4
+    assert decided.decision.learning_rate == 1e-4
+
+
+def test_the_metric_says_its_direction_and_the_user_overrules_it(tmp_path: Path) -> None:
+    path = write(tmp_path, "rank,accuracy\n1,0.5\n4,0.7\n16,0.701\n")
+    assert decide(path).decision.rank == 4
+    assert decide(path, higher_is_better=False).decision.rank == 1
+
+
+def test_a_metric_of_any_known_name_is_found_and_never_a_training_one(tmp_path: Path) -> None:
+    decided = decide(write(tmp_path, "rank,BLEU,train_bleu\n1,60,1\n4,69.5,2\n16,70,3\n"))
+    assert (decided.decision.metric, decided.decision.rank) == ("BLEU", 4)
+
+
+def test_a_column_is_named_by_hand(tmp_path: Path) -> None:
+    path = write(tmp_path, "groesse,guete\n1,2.3\n4,2.001\n16,2.0\n")
+    assert (
+        decide(path, columns={"rank": "groesse", "value": "guete"}, margin=0.005, higher_is_better=False).decision.rank
+        == 4
+    )
+    with pytest.raises(ResultsError, match="no column for the rank"):
+        decide(path, higher_is_better=False)
+    with pytest.raises(ResultsError, match="has no column 'x'"):
+        decide(path, columns={"rank": "x"}, higher_is_better=False)
+
+
+def test_items_seeds_and_tokens_are_paired_and_weighted(tmp_path: Path) -> None:
+    lines = ["rank,seed,item,tokens,value"]
+    for rank, shift in ((1, 0.2), (4, 0.0)):
+        for seed in (0, 1):
+            for item in range(20):
+                lines.append(f"{rank},{seed},{item},{1 + item % 3},{2 + 0.1 * item + shift + 0.001 * seed}")
+    decision = decide(write(tmp_path, "\n".join(lines) + "\n"), margin=0.01, higher_is_better=False).decision
+    assert decision.basis == "items and seeds"
+    evidence = decision.ranks[0]
+    assert evidence.difference == pytest.approx(0.2)
+    tokens = [1 + item % 3 for item in range(20)]
+    mean = sum((2 + 0.1 * item) * count for item, count in enumerate(tokens)) / sum(tokens)
+    assert decision.ranks[1].value == pytest.approx(mean + 0.0005)
+
+
+def test_evaluations_along_the_training_end_in_the_last(tmp_path: Path) -> None:
+    text = "rank,step,eval_loss\n" + "".join(
+        f"{rank},{step},{3 - step / 100 - rank / 1000}\n" for rank in (1, 4) for step in (25, 50, 75, 100)
+    )
+    decision = decide(write(tmp_path, text), margin=0.005).decision
+    assert decision.ranks[0].value == pytest.approx(2 - 0.001)
+    assert decision.horizon is not None
+    assert decision.horizon.steps == 100
+
+
+def test_a_training_without_a_result_is_missing_and_flagged(tmp_path: Path) -> None:
+    path = write(tmp_path, "rank,lr,value\n1,1e-3,2.1\n4,1e-3,2.0\n4,1e-2,\n")
+    assert "unstable" in decide(path, higher_is_better=False).decision.flags
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "the file is empty"),
+        ("rank,value\n", "a header and no rows"),
+        ("size,value\n1,2\n2,3\n", "no column for the rank among size, value"),
+        ("rank,other\n1,2\n2,3\n", "no column for the held-out value"),
+        ("rank,train_loss\n1,2\n2,3\n", "a training loss does not measure held-out data"),
+        ("rank,value\n1.5,2\n2,3\n", "runs.csv:2: rank '1.5' is not allowed"),
+        ("rank,value\n-1,2\n2,3\n", "runs.csv:2: rank '-1' is not allowed"),
+        ("rank,value\nbig,2\n2,3\n", "runs.csv:2: rank 'big' is not allowed"),
+        ("rank,value\n4,2\n4,2\n", "one rank only"),
+        ("rank,value\n0,3\n4,2\n", "one rank only"),
+        ("rank,value\n1,2\n2,nan\n", "runs.csv:3: value is nan"),
+        ("rank,value\n1,2\n2,inf\n", "runs.csv:3: value is inf"),
+        ("rank,value\n1,2\n2,two\n", "runs.csv:3: value is 'two', not a number"),
+        ("rank,value\n1,2\n2,2\n4,2\n", "every training has the value 2"),
+        ("rank,value\n1,2\n2,3\n2,4\n", "runs.csv:4: rank 2, seed 0 occurs twice with different values"),
+        ("rank,metric,value\n1,loss,2\n1,acc,3\n2,loss,2\n", "several metrics"),
+        ("rank,higher_is_better,value\n1,true,2\n2,false,3\n", "has both values"),
+        ("rank,item,value\n1,a,2\n1,b,2\n2,a,3\n", "runs.csv:4: rank 2 is scored on other examples"),
+        ("rank,item,tokens,value\n1,a,3,2\n1,b,1,2\n2,a,4,3\n2,b,1,3\n", "other token counts"),
+        ("rank,std,value\n1,-0.1,2\n2,0.1,3\n", "runs.csv:2: std -0.1 is not allowed"),
+        ("rank,lr,value\n1,0,2\n2,1e-3,3\n", "runs.csv:2: learning rate '0' is not allowed"),
+        ("rank,lr,value\n1,,2\n2,1e-3,3\n", "no learning rate, though other rows have one"),
+        ("rank,seed,value\n1,x,2\n2,0,3\n", "runs.csv:2: seed 'x' is not allowed"),
+        ("rank,value\n1,2\n2,1e300\n", "runs.csv:3: value is 1e+300".replace("+", "\\+")),
+        ("rank,perplexity\n1,-3\n2,3\n", "perplexity of -3 is not possible"),
+        ("rank,value\n1,2,3\n2,3\n", "more cells than the header"),
+    ],
+)
+def test_bad_tables_are_refused_with_file_and_row(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(ResultsError, match=message.replace("(", r"\(")) as caught:
+        decide(write(tmp_path, text))
+    assert "\n" not in str(caught.value)
+
+
+def test_rows_that_repeat_are_left_out_and_said(tmp_path: Path) -> None:
+    decided = decide(write(tmp_path, GOOD + "64,2.0\n"), margin=0.005, higher_is_better=False)
+    assert decided.decision.rank == 16
+    assert "1 repeated row left out" in decided.understood
+
+
+def test_another_encoding_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "runs.csv"
+    path.write_bytes("rank,größe\n1,2\n".encode("latin-1"))
+    with pytest.raises(ResultsError, match="not UTF-8"):
+        decide(path)
+
+
+def test_a_huge_file_is_refused_unread(tmp_path: Path) -> None:
+    path = tmp_path / "runs.csv"
+    with path.open("wb") as file:
+        file.truncate(2**30)
+    with pytest.raises(ResultsError, match="1,024 MiB is too large"):
+        decide(path)
+
+
+def test_nothing_there_is_said(tmp_path: Path) -> None:
+    with pytest.raises(ResultsError, match="no such file"):
+        decide(tmp_path / "none.csv")
+    with pytest.raises(ResultsError, match="holds no known results"):
+        decide(tmp_path)
+
+
+@pytest.mark.parametrize("status", ["running", "RUNNING", "Scheduled", "waiting"])
+def test_trainings_that_still_run_are_not_counted(tmp_path: Path, status: str) -> None:
+    """The last value of a training that runs is one part of the way: rank 64 would look worse than it is."""
+    text = f"Name,State,lora_r,eval/loss\na,finished,1,2.3\nb,finished,4,2.05\nc,finished,16,2.001\nd,{status},64,2.9\n"
+    decided = decide(write(tmp_path, text), margin=0.005)
+    assert [evidence.rank for evidence in decided.decision.ranks] == [1, 4, 16]
+    assert "1 unfinished training left out" in decided.understood
+    assert "unstable" not in decided.decision.flags
+
+
+def test_trainings_of_unequal_length_are_flagged(tmp_path: Path) -> None:
+    rows = [f"{rank},{step},{2 + 1 / rank}\n" for rank in (1, 4, 16) for step in (100, 200) if (rank, step) != (4, 200)]
+    decision = decide(write(tmp_path, "rank,step,eval_loss\n" + "".join(rows)), margin=0.005).decision
+    assert "unequal_length" in decision.flags
+    assert next(run for run in decision.next_runs if run.action == "steps").ranks == [4]
+
+
+def test_a_wandb_table_with_unfinished_and_crashed_runs(tmp_path: Path) -> None:
+    text = (
+        "Name,State,peft_config.default.r,learning_rate,eval/loss,train/global_step\n"
+        "a,finished,4,0.0003,2.10,100\nb,finished,8,0.0003,2.05,100\nc,finished,16,0.0003,2.04,100\n"
+        "d,running,32,0.0003,2.30,40\ne,running,64,0.0003,,\nf,crashed,4,0.001,NaN,3\ng,finished,,,,\n"
+    )
+    decided = decide(write(tmp_path, text))
+    assert [one.rank for one in decided.decision.ranks] == [4, 8, 16]
+    assert decided.understood[-3:] == [
+        "1 row without a rank left out",
+        "1 training without a result",
+        "2 unfinished trainings left out",
+    ]
+
+
+def test_optuna_s_dataframe(tmp_path: Path) -> None:
+    text = (
+        ",number,value,duration,params_lora_r,params_learning_rate,user_attrs_seed,state\n"
+        "0,0,2.1,0 days 00:01:02,4,0.0003,0,COMPLETE\n1,1,2.05,0 days 00:01:02,8,0.0003,0,COMPLETE\n"
+        "2,2,2.04,0 days 00:01:02,16,0.0003,0,COMPLETE\n3,3,,,32,0.0003,0,RUNNING\n4,4,2.5,,32,0.001,0,PRUNED\n"
+    )
+    decided = decide(write(tmp_path, text), higher_is_better=False)
+    assert [one.rank for one in decided.decision.ranks] == [4, 8, 16]
+    assert "rank from column params_lora_r" in decided.understood
+    assert "1 unfinished training left out" in decided.understood
+
+
+def test_one_number_a_rank_is_not_called_enough(tmp_path: Path) -> None:
+    lines = evidence_lines(decide(write(tmp_path, GOOD), margin=0.01, higher_is_better=False).decision)
+    assert not any(" yes " in f"{line} " for line in lines)
+    assert "perhaps" in lines[3]
+    assert "best so far" in lines[-1]
+
+
+def test_a_column_named_steps_shows_trainings_of_unequal_length() -> None:
+    rows = [{"r": 4, "val_loss": 2.05, "steps": 100}, {"r": 16, "val_loss": 2.001, "steps": 50}]
+    assert "unequal_length" in decide(rows).decision.flags
+
+
+def test_a_data_frame_is_decided_as_its_rows() -> None:
+    rows = [{"rank": 4, "value": 2.05}, {"rank": 16, "value": 2.001}, {"rank": 64, "value": None}]
+    decided = decide(pandas.DataFrame(rows), higher_is_better=False)
+    assert decided.decision == decide(rows, higher_is_better=False).decision
+    assert repr(decided) == "Decided(rank=16, verdict='rising', margin=0.02001)"
+
+
+def test_one_number_a_rank_gives_a_curve_without_intervals_of_no_width() -> None:
+    rows = [{"rank": 4, "value": 2.05}, {"rank": 16, "value": 2.001}, {"rank": 64, "value": 2.0}]
+    (line,) = curve_lines(decide(rows, higher_is_better=False).decision)
+    assert "within the margin from rank" in line
+    assert " to " not in line
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["value", "brier_gap", "fid_delta", "toxicity_score", "accuracy_drop", "1-acc", "lossless_acc", "energy_score"],
+)
+def test_a_metric_without_a_known_direction_is_asked_for_it(tmp_path: Path, name: str) -> None:
+    path = write(tmp_path, f"rank,{name}\n1,0.5\n4,0.7\n16,0.701\n")
+    with pytest.raises(ResultsError, match="not known from its name; give --higher-is-better or --lower-is-better"):
+        decide(path, metric=name)
+    assert decide(path, metric=name, higher_is_better=True, margin=0.01).decision.rank == 4
+    assert decide(path, metric=name, higher_is_better=False, margin=0.01).decision.reference_rank == 1
+
+
+def test_the_direction_is_that_of_the_metric_and_not_of_the_column_that_holds_it(tmp_path: Path) -> None:
+    path = write(tmp_path, "rank,accuracy\n1,0.5\n4,0.7\n16,0.701\n")
+    with pytest.raises(ResultsError, match="'energy_score'"):
+        decide(path, metric="energy_score", columns={"value": "accuracy"})

@@ -1,0 +1,221 @@
+"""Data as people have it: other column names, Alpaca, ShareGPT, token ids, a validation file, no test split, the hub."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pandas
+import pytest
+
+from rightrank.data.splits import DataSplits, load_data
+from rightrank.schema.errors import DataError
+from rightrank.schema.settings import SelectSettings, make_settings, settings_difference
+from tests.tiny import sentences, small_settings, write_jsonl
+
+TEXTS = sentences(100)
+
+
+def loaded(folder: Path, rows: list[dict[str, Any]], **settings: Any) -> DataSplits:
+    return load_data(write_jsonl(folder / "data.jsonl", rows), small_settings(**settings))
+
+
+def contents(splits: DataSplits) -> list[Any]:
+    return [dict(example.content) for examples in splits.examples.values() for example in examples]
+
+
+@pytest.mark.parametrize(
+    ("make", "columns"),
+    [
+        (lambda a, b: {"question": a, "answer": b}, ()),
+        (lambda a, b: {"prompt": a, "response": b}, ()),
+        (lambda a, b: {"input": a, "output": b}, ()),
+        (lambda a, b: {"Prompt": a, " Completion": b}, ()),
+        (lambda a, b: {"Question": a, "Answer": b}, ()),
+        (lambda a, b: {"ask": a, "said": b, "text": "other"}, ("prompt=ask", "completion=said")),
+    ],
+)
+def test_other_columns_give_the_same_examples(tmp_path: Path, make: Any, columns: tuple[str, ...]) -> None:
+    pairs = [(text, f"answer {text}") for text in TEXTS]
+    named = loaded(tmp_path, [{"prompt": prompt, "completion": completion} for prompt, completion in pairs])
+    other = loaded(tmp_path, [make(*pair) for pair in pairs], columns=columns)
+    assert other.fingerprint == named.fingerprint
+    assert named.shape is None
+    assert other.shape is not None
+    assert "→" in other.shape
+
+
+def test_sharegpt_becomes_messages(tmp_path: Path) -> None:
+    turns = [[{"from": "human", "value": text}, {"from": "gpt", "value": "yes"}] for text in TEXTS]
+    messages = [[{"role": "user", "content": text}, {"role": "assistant", "content": "yes"}] for text in TEXTS]
+    reference = loaded(tmp_path, [{"messages": one} for one in messages])
+    roles = [[{"role": turn["from"], "content": turn["value"]} for turn in one] for one in turns]
+    for rows in (
+        [{"conversations": one} for one in turns],
+        [{"messages": one} for one in turns],
+        [{"messages": one} for one in roles],
+    ):
+        assert loaded(tmp_path, rows).fingerprint == reference.fingerprint
+    other = loaded(tmp_path, [{"chat": one} for one in turns], columns=("messages=chat",))
+    assert other.fingerprint == reference.fingerprint
+    with pytest.raises(DataError, match="a turn is from 'robot'; known: human"):
+        loaded(tmp_path, [{"conversations": [{"from": "robot", "value": "hm"}]}])
+
+
+def test_alpaca_gets_its_prompt(tmp_path: Path) -> None:
+    rows = [{"instruction": text, "input": "" if n % 2 else "more", "output": "done"} for n, text in enumerate(TEXTS)]
+    splits = loaded(tmp_path, rows)
+    assert (splits.form, splits.shape) == ("prompt_completion", "alpaca")
+    prompts = [content["prompt"] for content in contents(splits)]
+    assert all(prompt.endswith("\n\n### Response:\n") for prompt in prompts)
+    assert any("### Input:\nmore\n\n" in prompt for prompt in prompts)
+    assert any("### Input:" not in prompt for prompt in prompts)
+
+
+def test_token_rows_lose_their_padding_and_keep_their_labels(tmp_path: Path) -> None:
+    rows = [
+        {"input_ids": [n, 5, 6, 0], "attention_mask": [1, 1, 1, 0], "labels": [-100, 5, 6, -100]} for n in range(60)
+    ]
+    splits = loaded(tmp_path, rows)
+    assert splits.form == "tokens"
+    assert all(content["input_ids"][1:] == [5, 6] for content in contents(splits))
+    assert all(content["labels"] == [-100, 5, 6] for content in contents(splits))
+    masked = [{"input_ids": [n, 5, 6], "completion_mask": [0, 1, 1]} for n in range(60)]
+    assert loaded(tmp_path, masked).fingerprint == splits.fingerprint
+    with pytest.raises(DataError, match="`labels` has 1 numbers for 2 `input_ids`"):
+        loaded(tmp_path, [{"input_ids": [1, 2], "labels": [1]}])
+
+
+def test_a_validation_file_is_the_validation_split(tmp_path: Path) -> None:
+    held_out = write_jsonl(tmp_path / "mine.jsonl", [{"text": text} for text in sentences(30, seed=9)])
+    splits = loaded(tmp_path, [{"text": text} for text in TEXTS], validation=str(held_out), eval_items=100)
+    expected = {json.loads(line)["text"] for line in held_out.read_text().splitlines()}
+    assert {example.content["text"] for example in splits.examples["selection"]} == expected
+    assert len(splits.examples["test"]) >= 2  # from the data, by hash
+    assert splits.rows == 130
+    write_jsonl(tmp_path / "folder-validation.jsonl", [])
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for name in ("train", "validation"):
+        write_jsonl(folder / f"{name}.jsonl", [{"text": text} for text in TEXTS])
+    with pytest.raises(DataError, match="has a validation split, and validation names"):
+        load_data(folder, small_settings(validation=str(held_out)))
+
+
+@pytest.mark.parametrize("given", ["test", "validation"])
+def test_a_folder_with_some_splits_takes_the_other_from_train(tmp_path: Path, given: str) -> None:
+    write_jsonl(tmp_path / "train.jsonl", [{"text": text} for text in TEXTS])
+    write_jsonl(tmp_path / f"{given}.jsonl", [{"text": text} for text in sentences(20, seed=5)])
+    splits = load_data(tmp_path, small_settings(eval_items=1000))
+    assert all(len(examples) >= 2 for examples in splits.examples.values())
+    assert not {one.item_id for one in splits.examples["train"]} & {one.item_id for one in splits.examples["test"]}
+
+
+def test_no_test_split(tmp_path: Path) -> None:
+    splits = loaded(tmp_path, [{"text": text} for text in TEXTS], test_fraction=0.0, eval_items=1000)
+    assert len(splits.examples["test"]) == 0
+    assert len(splits.examples["train"]) + len(splits.examples["selection"]) == len(set(TEXTS))
+
+
+def test_every_row_is_counted(tmp_path: Path) -> None:
+    rows = [{"text": text} for text in TEXTS * 2] + [{"text": "\ud800"}]
+    splits = loaded(tmp_path, rows, eval_items=5)
+    kept = sum(len(examples) for examples in splits.examples.values())
+    assert splits.rows == 201
+    assert splits.rows == kept + splits.unreadable + splits.repeated + splits.not_evaluated
+    assert splits.repeated > 0
+    assert splits.not_evaluated > 0
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        (("promt=question",), r"'promt' is no column of a form \(did you mean 'prompt'\?\)"),
+        (("question=prompt",), r"'question' is no column of a form \(did you mean prompt=question\?\)"),
+        (("prompt=missing",), "no column 'missing', which columns names for `prompt`; found `question`"),
+    ],
+)
+def test_wrong_columns_are_named(tmp_path: Path, columns: tuple[str, ...], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        loaded(tmp_path, [{"question": "a", "answer": "b"}], columns=columns)
+
+
+def test_columns_as_python_gives_them() -> None:
+    assert make_settings({"columns": {"prompt": "ask"}}).columns == ("prompt=ask",)
+    assert make_settings({"columns": "prompt=ask"}).columns == ("prompt=ask",)
+
+
+def test_another_spelling_of_the_validation_file_is_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_jsonl(tmp_path / "held.jsonl", [])
+    begun = SelectSettings(validation="held.jsonl").model_dump(mode="json")
+    again = SelectSettings(validation="./held.jsonl").model_dump(mode="json")
+    assert settings_difference(begun, again) == []
+
+
+def test_a_name_of_the_hub_is_read_as_a_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    rows = [{"text": text} for text in TEXTS]
+    asked: list[Any] = []
+
+    def load_dataset(name: str, config: str | None) -> Any:
+        asked.append((name, config))
+        return datasets.DatasetDict({"train": datasets.Dataset.from_list(rows)})
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    splits = load_data(Path("someone/some-data:small"), small_settings())
+    assert asked == [("someone/some-data", "small")]
+    assert {content["text"] for content in contents(splits)} <= set(TEXTS)
+
+
+def test_a_missing_data_set_is_answered_in_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path))
+    with pytest.raises(DataError, match="no such file or folder, and not read as a data set of the hub"):
+        load_data(Path("nobody/no-such-data-set"), small_settings())
+
+
+@pytest.mark.parametrize("first", [True, 1.0])
+def test_labels_of_other_types_are_classes(tmp_path: Path, first: object) -> None:
+    other = False if first is True else 0.0
+    splits = loaded(tmp_path, [{"text": text, "label": (first, other)[n % 2]} for n, text in enumerate(TEXTS)])
+    assert splits.classes == (["False", "True"] if first is True else ["0", "1"])
+    with pytest.raises(DataError, match=r"`label`: got a float; give an integer or a name"):
+        loaded(tmp_path, [{"text": "a", "label": 0.5}])
+
+
+def test_a_data_frame_is_read_as_its_rows() -> None:
+    rows = [{"prompt": text, "completion": "yes"} for text in TEXTS]
+    settings = small_settings()
+    assert load_data(pandas.DataFrame(rows), settings).fingerprint == load_data(rows, settings).fingerprint
+    missing = pandas.DataFrame([*rows, {"prompt": "a", "completion": None}])
+    with pytest.raises(DataError, match=r"row 101: `completion`: got nothing"):
+        load_data(missing, settings)
+
+
+def test_a_spreadsheet_with_semicolons(tmp_path: Path) -> None:
+    lines = [f"{text};answer {text}, truly" for text in TEXTS]
+    (tmp_path / "semi.csv").write_text("\n".join(["prompt;completion", *lines]), encoding="utf-8")
+    rows = [{"prompt": text, "completion": f"answer {text}, truly"} for text in TEXTS]
+    assert load_data(tmp_path / "semi.csv", small_settings()).fingerprint == loaded(tmp_path, rows).fingerprint
+
+
+@pytest.mark.parametrize(
+    ("row", "option"),
+    [({"Ask": "a", "Reply": "b", "n": 1}, "prompt=Ask,completion=Reply"), ({"body": "a", "id": 3}, "text=body")],
+)
+def test_unknown_columns_are_answered_with_an_option_to_paste(tmp_path: Path, row: dict[str, Any], option: str) -> None:
+    with pytest.raises(DataError, match=rf"or name yours: --columns {option}$"):
+        loaded(tmp_path, [row])
+    assert (
+        loaded(tmp_path, [row | {next(iter(row)): text} for text in TEXTS], columns=tuple(option.split(","))).rows
+        == 100
+    )
+
+
+def test_rows_that_are_all_equal_are_counted(tmp_path: Path) -> None:
+    with pytest.raises(
+        DataError, match=r"[01] distinct examples for the \w+ split, .* from 60 rows; give more rows that differ"
+    ):
+        loaded(tmp_path, [{"text": "a"}] * 60)

@@ -1,0 +1,88 @@
+"""The mathematics of spectra, against dense decompositions and known laws."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rightrank.models import spectra
+
+
+def factors(rows: int, columns: int, rank: int, seed: int) -> tuple[spectra.Floats, spectra.Floats]:
+    generator = np.random.default_rng(seed)
+    return generator.standard_normal((rows, rank)), generator.standard_normal((rank, columns))
+
+
+sizes = st.tuples(st.integers(1, 12), st.integers(1, 12), st.integers(1, 8), st.integers(0, 10_000))
+
+
+@settings(max_examples=60, deadline=None)
+@given(sizes)
+def test_factored_values_are_those_of_the_product(size: tuple[int, int, int, int]) -> None:
+    rows, columns, rank, seed = size
+    b, a = factors(rows, columns, rank, seed)
+    dense = np.linalg.svd(b @ a, compute_uv=False)
+    ours = spectra.factored_singular_values(b, a)
+    assert len(ours) == rank
+    count = min(rank, len(dense))
+    assert np.allclose(ours[:count], dense[:count], atol=1e-10 * dense[0])
+
+
+def test_energy_stable_and_effective_rank_of_known_spectra() -> None:
+    flat = np.full(10, 3.0)
+    assert spectra.stable_rank(flat) == pytest.approx(10)
+    assert spectra.effective_rank(flat) == pytest.approx(10)
+    assert spectra.energy_rank(flat, 0.9) == 9
+    assert spectra.energy_rank(flat, 1.0) == 10
+    one = np.array([2.0, 0.0, 0.0])
+    assert (spectra.stable_rank(one), spectra.effective_rank(one), spectra.energy_rank(one, 0.99)) == (1, 1, 1)
+    nothing = np.zeros(4)
+    assert (spectra.stable_rank(nothing), spectra.effective_rank(nothing)) == (0, 0)
+    assert spectra.energy_rank(nothing, 0.9) == 0
+    assert spectra.energy_rank(np.array([3.0]), 0.99, total=18.0) is None  # half of the energy is not in view
+
+
+def test_the_hard_threshold_is_gavish_and_donohos() -> None:
+    """Their paper's constants: 2.858 for square matrices, λ* = 4/√3; and their cubic for ω(β), good to 0.02."""
+    assert spectra.hard_threshold_factor(1.0) == pytest.approx(2.858, abs=1e-3)
+    assert spectra.known_noise_factor(1.0) == pytest.approx(4 / np.sqrt(3))
+    for beta in (0.1, 0.3, 0.6, 0.9):
+        cubic = 0.56 * beta**3 - 0.95 * beta**2 + 1.82 * beta + 1.43
+        assert spectra.hard_threshold_factor(beta) == pytest.approx(cubic, abs=0.02)
+
+
+@pytest.mark.parametrize("rank", [0, 1, 5])
+@pytest.mark.parametrize("shape", [(60, 60), (40, 120), (150, 30)])
+def test_a_planted_rank_is_found_in_noise(rank: int, shape: tuple[int, int]) -> None:
+    generator = np.random.default_rng(rank)
+    u = np.linalg.qr(generator.standard_normal((shape[0], 8)))[0][:, :rank]
+    v = np.linalg.qr(generator.standard_normal((shape[1], 8)))[0][:, :rank]
+    noisy = 5 * np.sqrt(max(shape)) * u @ v.T + generator.standard_normal(shape)
+    s = np.linalg.svd(noisy, compute_uv=False)
+    assert spectra.hard_threshold_rank(s, *shape) == rank
+    assert spectra.leading_noise_rank(s[:12], float(np.sum(s**2)), *shape) == rank
+
+
+def test_random_factors_stand_above_nothing() -> None:
+    """The bound is a 95% quantile: of 100 null products, about five may reach above it."""
+    above = 0
+    for seed in range(100):
+        b, a = factors(200, 90, 16, seed)
+        above += spectra.null_rank(spectra.factored_singular_values(b, a), 200, 90) > 0
+    assert above <= 12
+
+
+def test_bartletts_triangle_has_the_law_of_a_normal_matrix() -> None:
+    generator = np.random.default_rng(0)
+    drawn = [np.linalg.norm(spectra._random_triangle(generator, 50, 6)) ** 2 for _ in range(400)]
+    assert np.mean(drawn) == pytest.approx(300, rel=0.02)  # E‖G‖² = rows × rank
+
+
+def test_water_filling_takes_the_most_energy_a_parameter() -> None:
+    strong, weak = np.array([10.0, 9.0, 8.0, 7.0]), np.array([1.0, 0.1])
+    assert spectra.ranks_by_water_filling([strong, weak], [10, 10], 50) == [4, 1]
+    assert spectra.ranks_by_water_filling([strong, weak], [10, 10], 20) == [1, 1]
+    costly = spectra.ranks_by_water_filling([strong, strong], [10, 1000], 1040)
+    assert costly == [4, 1]

@@ -1,0 +1,136 @@
+"""Truncation weighed by moments, against the plain SVD and against dense covariances."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rightrank.models.truncation import Moments, components, damped, resized_factors, shared_ranks
+from rightrank.schema.arrays import Floats
+
+sizes = st.tuples(st.integers(1, 12), st.integers(1, 12), st.integers(1, 8), st.integers(0, 10_000))
+
+
+def factors(rows: int, columns: int, rank: int, seed: int) -> tuple[Floats, Floats]:
+    generator = np.random.default_rng(seed)
+    return generator.standard_normal((rows, rank)), generator.standard_normal((rank, columns))
+
+
+def covariance(size: int, seed: int) -> Floats:
+    """Of correlated features of unlike scale."""
+    generator = np.random.default_rng(seed)
+    mixed = generator.standard_normal((3 * size, size)) @ generator.standard_normal((size, size))
+    return mixed.T @ mixed / len(mixed)
+
+
+def resized(
+    b: Floats, a: Floats, rank: int, ratio: float, moments: Moments | None = None, scale: float = 1.0
+) -> tuple[Floats, Floats]:
+    new_b, new_a = resized_factors(torch.from_numpy(b), torch.from_numpy(a), rank, ratio, moments, scale)
+    return new_b.numpy(), new_a.numpy()
+
+
+def moments_of(b: Floats, a: Floats, scale: float, inputs: Floats, gradients: Floats) -> Moments:
+    """What gathering sees of covariances C [k, k] and G [d, d]."""
+    return Moments(a @ inputs @ a.T, scale**2 * b.T @ gradients @ b)
+
+
+@settings(max_examples=60, deadline=None)
+@given(sizes, st.integers(1, 12), st.floats(0.1, 10))
+def test_identity_covariances_give_the_plain_svd(size: tuple[int, int, int, int], rank: int, scale: float) -> None:
+    rows, columns, present, seed = size
+    b, a = factors(rows, columns, present, seed)
+    moments = moments_of(b, a, scale, np.eye(columns), np.eye(rows))
+    plain_b, plain_a = resized(b, a, rank, scale)
+    ours_b, ours_a = resized(b, a, rank, scale, moments, scale)
+    size_of = np.linalg.norm(scale * b @ a)
+    values = np.linalg.svd(b @ a, compute_uv=False)
+    nearest_tie = np.min(-np.diff(values), initial=np.inf)
+    if nearest_tie > 1e-3 * values[0]:  # equal singular values leave the choice of directions free
+        assert np.linalg.norm(ours_b @ ours_a - plain_b @ plain_a) <= 1e-5 * size_of
+    plain_error = np.linalg.norm(scale * b @ a - plain_b @ plain_a)
+    assert np.linalg.norm(scale * b @ a - ours_b @ ours_a) == pytest.approx(plain_error, abs=1e-5 * size_of)
+
+
+@settings(max_examples=60, deadline=None)
+@given(sizes, st.integers(0, 8), st.floats(0.1, 10))
+def test_the_discarded_costs_are_the_k_fac_loss_of_the_error(
+    size: tuple[int, int, int, int], rank: int, scale: float
+) -> None:
+    """½·tr(G·E·C·Eᵀ) with the whole covariances, which gathering never forms."""
+    rows, columns, present, seed = size
+    b, a = factors(rows, columns, present, seed)
+    inputs, gradients = covariance(columns, seed + 1), covariance(rows, seed + 2)
+    found = components(b, a, scale, moments_of(b, a, scale, inputs, gradients), damping=0.0)
+    left, right = found.leading(rank)
+    error = scale * (b @ a - left @ right)
+    loss = 0.5 * np.trace(gradients @ error @ inputs @ error.T)
+    assert loss == pytest.approx(found.costs[rank:].sum(), rel=1e-5, abs=1e-6 * found.costs[0])
+    assert (np.diff(found.costs) <= 1e-9 * found.costs[0]).all()
+
+
+@settings(max_examples=40, deadline=None)
+@given(sizes, st.integers(1, 4))
+def test_no_other_truncation_costs_less(size: tuple[int, int, int, int], rank: int) -> None:
+    rows, columns, present, seed = size
+    b, a = factors(rows, columns, present, seed)
+    inputs, gradients = covariance(columns, seed + 1), covariance(rows, seed + 2)
+
+    def loss(left: Floats, right: Floats) -> float:
+        error = b @ a - left @ right
+        return float(0.5 * np.trace(gradients @ error @ inputs @ error.T))
+
+    best = components(b, a, 1.0, moments_of(b, a, 1.0, inputs, gradients), damping=0.0)
+    u, sigma, vt = np.linalg.svd(b @ a)
+    plain = loss(u[:, :rank] * sigma[:rank], vt[: len(sigma)][:rank]) if rank <= len(sigma) else 0.0
+    scale = loss(np.zeros((rows, 0)), np.zeros((0, columns)))
+    assert loss(*best.leading(rank)) <= plain + 1e-6 * scale
+
+
+def test_a_direction_that_the_data_do_not_see_goes_first() -> None:
+    """The largest singular direction acts on an input that is always zero."""
+    b, a = np.diag([10.0, 1.0, 0.5]), np.eye(3)
+    inputs = np.diag([0.0, 1.0, 1.0])
+    new_b, new_a = resized(b, a, 1, 1.0, moments_of(b, a, 1.0, inputs, np.eye(3)))
+    assert abs((new_b @ new_a)[1, 1]) == pytest.approx(1.0, rel=0.01)
+    plain_b, plain_a = resized(b, a, 1, 1.0)
+    assert (plain_b @ plain_a)[0, 0] == pytest.approx(10.0)
+
+
+def test_moments_without_a_gradient_fall_back_to_the_plain_metric() -> None:
+    b, a = factors(6, 5, 4, 0)
+    nothing = Moments(np.zeros((4, 4)), np.zeros((4, 4)))
+    for one, other in zip(resized(b, a, 2, 1.0, nothing), resized(b, a, 2, 1.0), strict=True):
+        assert np.allclose(np.abs(one), np.abs(other), atol=1e-6)
+    assert np.array_equal(damped(np.zeros((4, 4)), np.eye(4), 0.01), np.eye(4))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(2, 40), st.integers(1, 16)), min_size=1, max_size=6),
+    st.integers(1, 16),
+    st.integers(0, 3),
+    st.integers(0, 10_000),
+)
+def test_shared_ranks_keep_the_budget_and_the_cap(
+    modules: list[tuple[int, int]], rank: int, above: int, seed: int
+) -> None:
+    generator = np.random.default_rng(seed)
+    costs = [cost for cost, _ in modules]
+    spectra = [np.sort(generator.exponential(size=length))[::-1] for _, length in modules]
+    max_rank = rank + above
+    ranks = shared_ranks(spectra, costs, rank, max_rank)
+    assert all(1 <= one <= min(max_rank, len(s)) for one, s in zip(ranks, spectra, strict=True))
+    assert sum(one * cost for one, cost in zip(ranks, costs, strict=True)) <= rank * sum(costs)
+    if above == 0:
+        assert ranks == [min(rank, len(s)) for s in spectra]
+
+
+def test_shared_ranks_go_where_the_worth_is() -> None:
+    spectra = [np.array([8.0, 7.0, 6.0, 5.0]), np.array([1.0, 0.1, 0.1, 0.1])]
+    assert shared_ranks(spectra, [10, 10], 2, 4) == [3, 1]
+    assert shared_ranks(spectra, [10, 10], 2, 2) == [2, 2]
+    assert shared_ranks(spectra, [100, 1], 2, 4)[1] == 4  # parameters count, not ranks

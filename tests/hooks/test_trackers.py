@@ -1,0 +1,258 @@
+"""The runs that trackers log, read back with their own code and with our importers."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rightrank.api.deciding import decide
+from rightrank.api.selecting import select_rank_with
+from rightrank.decision.run import Records, decide_run, records_of
+from rightrank.hooks import trackers as registry
+from rightrank.hooks.trackers import Trackers, require_trackers
+from rightrank.runs.journal import Journal
+from rightrank.runs.returns import Decided
+from rightrank.schema.errors import MissingExtraError, SettingsError
+from rightrank.schema.trials import TrialResult, TrialTask
+from tests.commands import run, select_arguments
+from tests.report.runs import journal_of
+
+pytestmark = pytest.mark.trains
+
+
+@pytest.fixture
+def records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Records:
+    """A made-up run in `run`."""
+    monkeypatch.chdir(tmp_path)
+    journal_of(tmp_path / "run")
+    return records_of(Journal(tmp_path / "run" / "journal.jsonl").read(), "run")
+
+
+def log_all(records: Records, name: str) -> list[str]:
+    """Tell one tracker of all; what it complained about."""
+    notices: list[str] = []
+    trackers = Trackers([name], Path("run"), records.started, notices.append)
+    for outcome in records.outcomes:
+        trackers.event(outcome)
+    trackers.decided(decide_run(records))
+    return notices
+
+
+def require_same(found: Decided, records: Records) -> None:
+    """The same answer from the same evidence, but for the rounding of a tracker."""
+    ours, theirs = decide_run(records), found.decision
+    assert (theirs.rank, theirs.fallback_rank, theirs.verdict) == (ours.rank, ours.fallback_rank, ours.verdict)
+    assert (theirs.basis, theirs.reference_rank, theirs.margin) == (ours.basis, ours.reference_rank, ours.margin)
+    assert len(theirs.ranks) == len(ours.ranks)
+    for left, right in zip(theirs.ranks, ours.ranks, strict=True):
+        assert (left.rank, left.non_inferior, left.seeds) == (right.rank, right.non_inferior, right.seeds)
+        assert left.value == pytest.approx(right.value, rel=1e-5)
+        assert left.difference == pytest.approx(right.difference, abs=1e-5)
+        assert left.difference_high == pytest.approx(right.difference_high, abs=1e-5)
+
+
+def test_tensorboard_there_and_back(records: Records) -> None:
+    pytest.importorskip("tensorboard")
+    assert log_all(records, "tensorboard") == []
+    require_same(decide(Path("run/tensorboard"), margin=decide_run(records).margin), records)
+
+
+@pytest.mark.filterwarnings("ignore")  # MLflow's own
+def test_mlflow_there_and_back(records: Records, monkeypatch: pytest.MonkeyPatch) -> None:
+    mlflow = pytest.importorskip("mlflow")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///mlflow.db")
+    mlflow.set_tracking_uri("sqlite:///mlflow.db")
+    assert log_all(records, "mlflow") == []
+    require_same(decide(Path("mlflow.db"), margin=decide_run(records).margin), records)
+    client = mlflow.MlflowClient()
+    experiment = client.get_experiment_by_name("rightrank")
+    runs = client.search_runs([experiment.experiment_id], "tags.`rightrank.trial_id` = 'decision'")
+    assert runs[0].data.tags["decision/verdict"] == decide_run(records).verdict
+    assert len({run.data.tags["rightrank.group"] for run in client.search_runs([experiment.experiment_id])}) == 1
+
+
+@pytest.mark.filterwarnings("ignore")  # W&B's own
+def test_wandb_offline(records: Records, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own reader of an offline run gives what was logged; a table of it, as W&B exports one, gives the same rank."""
+    pytest.importorskip("wandb")
+    for name, value in (("WANDB_MODE", "offline"), ("WANDB_DIR", "."), ("WANDB_SILENT", "true")):
+        monkeypatch.setenv(name, value)
+    assert log_all(records, "wandb") == []
+    runs = [_wandb_run(path) for path in sorted(Path("wandb").glob("offline-run-*/*.wandb"))]
+    assert len(runs) == len(records.outcomes) + 1
+    assert {run["group"] for run in runs} == {runs[0]["group"]}
+    last = next(run for run in runs if run["name"] == "decision")
+    assert last["summary"]["decision/verdict"] == decide_run(records).verdict
+    trained = [trial for trial in records.finished() if trial.rank > 0]
+    by_name = {run["name"]: run for run in runs}
+    for trial in trained:
+        run = next(run for name, run in by_name.items() if name.endswith(trial.trial_id[:6]))
+        assert run["summary"]["eval/loss"] == trial.metrics["loss"]
+        assert [step["train/loss"] for step in run["history"] if "train/loss" in step] == trial.train_losses
+        assert run["config"]["lora_r"] == trial.rank
+    exported = [{"name": run["name"], **run["config"], **run["summary"]} for run in runs]
+    Path("export.json").write_text(json.dumps(exported))
+    values = [{"rank": t.rank, "lr": t.learning_rate, "seed": t.seed, "value": t.value} for t in trained]
+    assert decide(Path("export.json")).decision.reference_rank == decide(values).decision.reference_rank
+
+
+def _wandb_run(path: Path) -> dict[str, Any]:
+    """A run file of W&B: its own records, in the framing of LevelDB's log."""
+    from wandb.proto import wandb_internal_pb2
+
+    found: dict[str, Any] = {"config": {}, "summary": {}, "history": []}
+    for data in _framed(path.read_bytes()):
+        record = wandb_internal_pb2.Record()
+        record.ParseFromString(data)
+        kind = record.WhichOneof("record_type")
+        if kind == "run":
+            found |= {"name": record.run.display_name, "group": record.run.run_group}
+            found["config"] |= {i.key: json.loads(i.value_json) for i in record.run.config.update}
+        elif kind == "config":
+            found["config"] |= {i.key: json.loads(i.value_json) for i in record.config.update}
+        elif kind == "history":
+            found["history"].append({_key(i): json.loads(i.value_json) for i in record.history.item})
+        elif kind == "summary":
+            found["summary"] |= {_key(i): json.loads(i.value_json) for i in record.summary.update}
+    return found
+
+
+def _framed(content: bytes) -> Iterator[bytes]:
+    """After 7 bytes of header: chunks of checksum (4), length (2), kind (1: whole, 2 to 4: first to last part)."""
+    place, parts = 7, b""
+    while place + 7 <= len(content):
+        if 32768 - place % 32768 < 7:
+            place += 32768 - place % 32768  # the rest of a block that holds no chunk's head
+            continue
+        length, kind = int.from_bytes(content[place + 4 : place + 6], "little"), content[place + 6]
+        parts += content[place + 7 : place + 7 + length]
+        place += 7 + length
+        if kind in (1, 4):
+            yield parts
+            parts = b""
+
+
+def _key(item: Any) -> str:
+    return item.key or ".".join(item.nested_key)
+
+
+@pytest.mark.filterwarnings("ignore")  # Trackio's own
+def test_trackio(records: Records, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRACKIO_DIR", str(Path("trackio").resolve()))
+    pytest.importorskip("trackio")
+    from trackio.sqlite_storage import SQLiteStorage
+
+    assert log_all(records, "trackio") == []
+    for trial in records.finished():
+        runs = [name for name in SQLiteStorage.get_runs("rightrank") if name.endswith(trial.trial_id[:6])]
+        logged = SQLiteStorage.get_logs("rightrank", runs[0])
+        assert [row["train/loss"] for row in logged if "train/loss" in row] == trial.train_losses
+        assert logged[-1]["eval/loss"] == pytest.approx(trial.metrics["loss"])
+
+
+def test_each_trial_is_logged_once_and_a_failing_tracker_ends_nothing(
+    records: Records, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[str] = []
+    fails_at = 2
+
+    def write(_name: str, run: Any, _folder: Path) -> None:
+        if len(written) == fails_at:
+            raise ConnectionError("no\nroute")
+        written.append(run.key)
+
+    monkeypatch.setattr(registry, "find_spec", lambda _name: object())
+    monkeypatch.setattr(registry, "write_run", write)
+    notices = log_all(records, "wandb")
+    assert len(written) == 2
+    assert notices == ["wandb: logging stopped (ConnectionError: no route); run again to log the missing trials"]
+    fails_at = -1
+    assert log_all(records, "wandb") == []
+    assert sorted(written) == sorted(["decision", *(outcome.trial_id for outcome in records.outcomes)])
+
+
+def test_unknown_and_missing_trackers(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(SettingsError, match="did you mean 'wandb'"):
+        require_trackers(["wanb"])
+    monkeypatch.setattr(registry, "find_spec", lambda _name: None)
+    with pytest.raises(MissingExtraError, match=r"rightrank\[mlflow\]"):
+        require_trackers(["mlflow"])
+    assert require_trackers(["none"]) == ()
+    assert require_trackers(["all"]) == ()
+
+
+def test_a_trainer_of_ones_own_reports_too(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+
+    def train(task: TrialTask) -> TrialResult:
+        scores = [task.rank / (task.rank + 1 + item % 3) for item in range(50)]
+        return TrialResult(metrics={"reward": sum(scores) / 50}, item_scores=scores)
+
+    out = tmp_path / "own"
+    settings = {"ranks": (1, 4, 16), "learning_rates": (1e-3,), "metric": "reward", "margin": 0.01}
+    selected = select_rank_with(train, out, **settings, report_to=["tensorboard"])  # type: ignore[arg-type]
+    found = decide(out / "tensorboard", metric="eval/reward", margin=0.01).decision
+    assert (found.rank, found.verdict, found.basis) == (
+        selected.decision.rank,
+        selected.decision.verdict,
+        selected.decision.basis,
+    )
+
+
+def test_an_optuna_study_opens_and_decides(records: Records) -> None:
+    optuna = pytest.importorskip("optuna")
+    from rightrank.api.run_folder import export
+
+    exported = export("run", "optuna")
+    path = exported.folder / "study.db"
+    study = optuna.load_study(study_name=None, storage=f"sqlite:///{path}")
+    whole = [trial for trial in records.finished() if trial.rank > 0 and trial.arm.is_direct]
+    assert {trial.state.name for trial in study.trials} <= {"COMPLETE", "PRUNED", "FAIL"}
+    complete = [trial for trial in study.trials if trial.state.name == "COMPLETE"]
+    assert sorted(trial.value for trial in complete) == sorted(trial.value for trial in whole)
+    assert study.best_params["rank"] == min(whole, key=lambda trial: trial.value).rank
+    values = [{"rank": t.rank, "lr": t.learning_rate, "seed": t.seed, "value": t.value} for t in whole]
+    assert decide(path).decision.fallback_rank == decide(values).decision.fallback_rank
+
+
+def test_a_selection_that_reports_decides_the_same_from_there(
+    model_folder: Path,
+    completion_file: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pytest.importorskip("tensorboard")
+    monkeypatch.chdir(tmp_path)
+    command = select_arguments(model_folder, completion_file, tmp_path / "out", "--report-to", "tensorboard")
+    status, out, err = run([*command, "--json", "--quiet"], capsys)
+    assert status == 0, err
+    ours = json.loads(out)
+    found = decide(tmp_path / "out" / "tensorboard", margin=ours["margin"]).decision
+    assert (found.rank, found.verdict, found.basis) == (ours["rank"], ours["verdict"], ours["basis"])
+    assert [e.difference for e in found.ranks] == pytest.approx([e["difference"] for e in ours["ranks"]], abs=1e-5)
+    before = sorted(path.name for path in (tmp_path / "out" / "tensorboard").rglob("events*"))
+    status, _, err = run([*command, "--json", "--quiet"], capsys)
+    assert status == 0, err
+    assert sorted(path.name for path in (tmp_path / "out" / "tensorboard").rglob("events*")) == before
+
+
+@pytest.mark.filterwarnings("ignore")  # its own
+def test_the_dashboard_opens_on_the_study(records: Records) -> None:
+    dashboard = pytest.importorskip("optuna_dashboard")
+    optuna = pytest.importorskip("optuna")
+    from rightrank.api.run_folder import export
+
+    path = export("run", "optuna").folder / "study.db"
+    application = dashboard.wsgi(optuna.storages.RDBStorage(f"sqlite:///{path}"))
+    statuses: list[str] = []
+    asked = {"REQUEST_METHOD": "GET", "PATH_INFO": "/api/studies", "wsgi.input": io.BytesIO(), "SERVER_NAME": "x",
+             "SERVER_PORT": "80", "wsgi.url_scheme": "http", "wsgi.errors": io.StringIO()}  # fmt: skip
+    body = b"".join(application(asked, lambda status, _headers, _info=None: statuses.append(status)))
+    assert statuses == ["200 OK"]
+    assert json.loads(body)["study_summaries"][0]["study_name"] == "rightrank"

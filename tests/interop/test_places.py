@@ -1,0 +1,103 @@
+"""Exported files work from their own folder, whatever folder the selection ran in, and with columns of other names."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import yaml
+
+from rightrank import export, select_rank
+from rightrank.interop.exports import TARGETS, write_export
+from rightrank.interop.recipe import Recipe, recipe_of
+from rightrank.interop.trainers import axolotl, llamafactory, trl
+from rightrank.runs.folder import RunFolder
+from rightrank.schema.events import RunStarted
+from rightrank.schema.trials import TrialFinished
+from tests.tiny import small_settings
+
+pytestmark = pytest.mark.trains
+
+
+@pytest.fixture(scope="module")
+def home(model_folder: Path, completion_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a run whose model and data were named relative to it."""
+    folder = tmp_path_factory.mktemp("home")
+    (folder / "model").symlink_to(model_folder)
+    (folder / "data.jsonl").symlink_to(completion_file)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        settings = small_settings(max_steps=2, goal="adapter", target_modules=("q_proj", "v_proj"))
+        select_rank("./model", "data.jsonl", "run", settings=settings)
+        for target in TARGETS:
+            export("run", target)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def recipe(home: Path) -> Recipe:
+    journal = RunFolder(home / "run").journal.read()
+    started = next(record for record in journal if isinstance(record, RunStarted))
+    finished = [record for record in journal if isinstance(record, TrialFinished)]
+    return recipe_of(started, finished[-1], home / "run" / "adapter", finished)
+
+
+def test_no_file_names_a_place_relative_to_where_the_selection_ran(home: Path) -> None:
+    model, data = (home / "model").resolve(), (home / "data.jsonl").resolve()
+    for target in TARGETS:
+        folder = home / "run" / "exports" / target
+        text = "".join(path.read_text() for path in folder.iterdir() if path.suffix in (".py", ".yaml", ".sh", ".json"))
+        assert "./model" not in text
+        assert str(model) in text or target in ("ollama", "kohya", "diffusers")  # which name no base in these files
+        assert '"data.jsonl"' not in text.replace(str(data), "")
+
+
+def test_an_export_from_another_folder_names_the_same_places(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    found = export(home / "run", "trl", tmp_path / "elsewhere")
+    settings = yaml.safe_load((found.folder / "trl_sft.yaml").read_text())
+    assert settings["model_name_or_path"] == str((home / "model").resolve())
+    assert settings["datasets"][0]["data_files"] == str((home / "data.jsonl").resolve())
+
+
+def test_trl_runs_from_the_exported_folder(home: Path) -> None:
+    """TRL's own parser and script, as `trl sft --config trl_sft.yaml` runs them in one process."""
+    script = (
+        "import sys; from trl.scripts.sft import main, make_parser\n"
+        "sys.argv = ['sft', '--config', 'trl_sft.yaml', '--max_steps', '1', '--report_to', 'none', '--use_cpu', 'true']\n"
+        "arguments = make_parser().parse_args_and_config(return_remaining_strings=True)\n"
+        "main(*arguments[:4])\n"
+    )
+    folder = home / "run" / "exports" / "trl"
+    done = subprocess.run([sys.executable, "-c", script], cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    config = json.loads((folder / "trl-output" / "adapter_config.json").read_text())
+    assert config["r"] == yaml.safe_load((folder / "trl_sft.yaml").read_text())["lora_r"]
+
+
+def test_unsloth_gets_bare_names(recipe: Recipe, tmp_path: Path) -> None:
+    whole = replace(recipe, target_modules=("model.layers.1.self_attn.q_proj", "model.layers.2.self_attn.q_proj"))
+    write_export("unsloth", whole, tmp_path / "out")
+    assert "target_modules=['q_proj']" in (tmp_path / "out" / "unsloth_lora.py").read_text()
+
+
+@pytest.mark.parametrize("shape", ["alpaca", "sharegpt", "ask → prompt, reply → completion"])
+def test_trainers_read_the_columns_that_the_file_has(recipe: Recipe, shape: str) -> None:
+    renamed = {"prompt": "ask, then → wait", "completion": "reply"} if "→" in shape else {}
+    other = replace(recipe, shape=shape, columns=renamed)
+    dataset = yaml.safe_load(axolotl(other).files["axolotl.yaml"])["datasets"][0]
+    entry = json.loads(llamafactory(other).files["dataset_info.json"])["rightrank_data"]
+    if shape == "alpaca":
+        assert dataset["type"] == "alpaca"
+        assert entry["columns"]["query"] == "input"
+    elif shape == "sharegpt":
+        assert dataset["field_messages"] == entry["columns"]["messages"] == "conversations"
+    else:
+        assert dataset["type"]["field_instruction"] == entry["columns"]["prompt"] == "ask, then → wait"
+    assert any(shape in note for note in trl(other).notes)

@@ -1,0 +1,348 @@
+"""Exports of a small run: the content of each target, and what is refused."""
+
+from __future__ import annotations
+
+import ast
+import csv
+import json
+import shlex
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from rightrank import Selected, export, inspect, select_rank, write_report
+from rightrank.interop.exports import SERVERS, TARGETS, write_export
+from rightrank.interop.recipe import Recipe, recipe_of
+from rightrank.interop.servers import VLLM_RANKS, served_rank
+from rightrank.interop.trainers import axolotl, trl
+from rightrank.runs.folder import RunFolder
+from rightrank.schema.errors import ResultsError, RunFolderError, SettingsError
+from rightrank.schema.events import RunStarted
+from rightrank.schema.trials import TrialFinished
+from tests.tiny import small_settings
+
+pytestmark = pytest.mark.trains
+
+
+@pytest.fixture(scope="module")
+def selected(model_folder: Path, completion_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Selected:
+    """A run of two ranks over the last two layers, with the scale alpha/sqrt(r)."""
+    settings = small_settings(layers_to_transform=(1, 2), scaling="alpha/sqrt(r)", max_steps=4, eval_points=1)
+    return select_rank(str(model_folder), completion_file, tmp_path_factory.mktemp("run") / "run", settings=settings)
+
+
+@pytest.fixture(scope="module")
+def recipe(selected: Selected) -> Recipe:
+    journal = RunFolder(selected.run).journal.read()
+    started = next(record for record in journal if isinstance(record, RunStarted))
+    finished = [record for record in journal if isinstance(record, TrialFinished)]
+    chosen = selected.answers["adapter_answer"]["trial_id"]
+    trial = next(record for record in finished if record.trial_id == chosen)
+    assert selected.adapter is not None
+    return recipe_of(started, trial, selected.adapter, finished)
+
+
+@pytest.fixture(scope="module")
+def truncated(model_folder: Path, completion_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Selected:
+    """A run with the goal adapter: rank 4 trained, and so wide a margin that rank 1 is handed over."""
+    settings = small_settings(
+        strategy="bracket", goal="adapter", margin=5.0, max_steps=20, eval_points=1, scaling="alpha/sqrt(r)"
+    )
+    return select_rank(str(model_folder), completion_file, tmp_path_factory.mktemp("run") / "run", settings=settings)
+
+
+def written(selected: Selected, target: str) -> Path:
+    return export(selected.run, target).folder
+
+
+WITH_THE_ADAPTER = ("llama.cpp", "ollama")  # they read the rank from it
+
+
+@pytest.mark.parametrize("target", [target for target in TARGETS if target not in WITH_THE_ADAPTER])
+def test_every_target_contains_the_rank(selected: Selected, target: str) -> None:
+    exported = export(selected.run, target)
+    assert exported.folder == selected.run / "exports" / target
+    text = "".join(
+        path.read_text(encoding="utf-8")
+        for path in exported.folder.iterdir()
+        if path.suffix in (".py", ".yaml", ".sh", ".json", ".toml")
+    )
+    handed_over = selected.handed_over
+    assert handed_over is not None
+    ranks = {"vllm": served_rank(handed_over.rank), "sglang": handed_over.rank, "peft": handed_over.rank}
+    assert str(ranks.get(target, handed_over.trained_rank)) in text
+    assert exported.command
+    assert exported.files == sorted(path.name for path in exported.folder.iterdir())
+
+
+def test_status_and_export_import_no_torch(selected: Selected, tmp_path: Path) -> None:
+    code = (
+        "import sys; from rightrank.api.run_folder import export, status; run, out = sys.argv[1:]\n"
+        "status(run); export(run, 'vllm', out + '/vllm'); export(run, 'peft', out + '/peft')\n"
+        "print(sorted({'torch', 'transformers', 'matplotlib'} & set(sys.modules)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, selected.run, tmp_path], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "[]"
+
+
+def test_peft_s_config_makes_the_same_adapter_again(selected: Selected, model_folder: Path) -> None:
+    from peft import AutoPeftModelForCausalLM, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    folder = written(selected, "peft")
+    names: dict[str, Any] = {}
+    exec((folder / "lora_config.py").read_text(encoding="utf-8"), names)
+    loaded = AutoPeftModelForCausalLM.from_pretrained(str(folder))
+    base: Any = AutoModelForCausalLM.from_pretrained(str(model_folder))
+    made = get_peft_model(base, names["lora_config"])
+    shapes = [
+        {name: tuple(value.shape) for name, value in model.state_dict().items() if "lora_" in name}
+        for model in (loaded, made)
+    ]
+    assert shapes[0]
+    assert shapes[0] == shapes[1]
+    scales = [
+        {name: module.scaling["default"] for name, module in model.named_modules() if hasattr(module, "lora_A")}
+        for model in (loaded, made)
+    ]
+    assert scales[0] == scales[1]
+
+
+def test_layers_are_kept_for_trainers_without_an_option_for_them(selected: Selected) -> None:
+    values = yaml.safe_load((written(selected, "trl") / "trl_sft.yaml").read_text())
+    assert {name.split(".")[2] for name in values["lora_target_modules"]} == {"1", "2"}
+    values = yaml.safe_load((written(selected, "axolotl") / "axolotl.yaml").read_text())
+    assert values["peft_layers_to_transform"] == [1, 2]
+    assert values["peft_use_rslora"] is True
+
+
+def test_llamafactory_finds_its_data_set(selected: Selected, completion_file: Path) -> None:
+    folder = written(selected, "llamafactory")
+    values = yaml.safe_load((folder / "llamafactory.yaml").read_text())
+    entry = json.loads((folder / "dataset_info.json").read_text())[values["dataset"]]
+    assert entry == {"file_name": str(completion_file), "columns": {"prompt": "prompt", "response": "completion"}}
+
+
+@pytest.mark.parametrize("target", WITH_THE_ADAPTER)
+def test_the_adapter_s_folder_is_named(selected: Selected, target: str) -> None:
+    exported = export(selected.run, target)
+    (file,) = exported.folder.iterdir()
+    assert str(selected.run / "adapter") in file.read_text(encoding="utf-8")
+    assert any("without --pad it computes another function" in note for note in exported.notes)  # this one is rsLoRA
+
+
+@pytest.mark.parametrize("target", SERVERS)
+def test_a_server_is_given_the_padded_adapter(selected: Selected, model_folder: Path, target: str) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    exported = export(selected.run, target, pad=True)
+    padded = exported.folder / "adapter"
+    script = next(path for path in exported.folder.iterdir() if path.is_file()).read_text(encoding="utf-8")
+    assert str(padded) in script
+    assert not any("--pad" in note for note in exported.notes)
+    rank = selected.adapter_rank
+    assert rank is not None
+    expected = served_rank(rank) if target == "vllm" else rank
+    found = []
+    for folder in (selected.adapter, padded):
+        model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(str(model_folder)), str(folder)).eval()
+        with torch.no_grad():
+            found.append(model(input_ids=torch.arange(4, 40).reshape(2, 18)).logits)
+    assert model.peft_config["default"].r == expected
+    torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("target", ["ms-swift", "vllm", "sglang"])
+def test_names_with_spaces_and_quotes_stay_one_word(recipe: Recipe, target: str) -> None:
+    nasty = "a b'; rm -rf $HOME"
+    files = TARGETS[target](replace(recipe, model=nasty)).files
+    script = next(text for name, text in files.items() if name.endswith(".sh"))
+    assert nasty in shlex.split(script.splitlines()[1])
+
+
+@pytest.mark.parametrize("target", ["peft", "unsloth"])
+def test_snippets_are_python_whatever_the_names(recipe: Recipe, target: str) -> None:
+    for text in TARGETS[target](replace(recipe, model='it\'s "a" \\ model\n')).files.values():
+        ast.parse(text)
+
+
+def test_what_a_target_cannot_express_is_a_note(recipe: Recipe) -> None:
+    patterned = replace(recipe, rank_pattern={"q_proj": 8})
+    assert trl(patterned).notes == ["TRL's command line has no rank_pattern; the file has one rank for all modules"]
+    assert yaml.safe_load(axolotl(patterned).files["axolotl.yaml"])["lora_rank_pattern"] == {"q_proj": 8}
+    with_head = replace(recipe, modules_to_save=("score",), task_type="SEQ_CLS")
+    assert len(TARGETS["vllm"](with_head).notes) == 2
+    assert "for every module" in " ".join(TARGETS["sglang"](patterned).notes)
+
+
+@pytest.mark.parametrize("target", ["peft", "trl", "axolotl", "llamafactory", "unsloth", "ms-swift"])
+def test_8_bit_adam_is_carried(recipe: Recipe, target: str) -> None:
+    """Under transformers' name, which all of them take; the default is left to the trainer where it has AdamW too."""
+    files = [TARGETS[target](replace(recipe, optim=name)).files for name in ("adamw_8bit", "adamw_torch")]
+    text = ["".join(found.values()) for found in files]
+    assert "adamw_8bit" in text[0]
+    assert "8bit" not in text[1]
+
+
+def test_vllm_serves_the_next_rank_that_it_has() -> None:
+    for rank in range(1, 513):
+        served = served_rank(rank)
+        assert served in VLLM_RANKS
+        assert served >= rank
+        assert not [other for other in VLLM_RANKS if rank <= other < served]
+    with pytest.raises(ResultsError, match="vLLM serves ranks up to 512, got 513"):
+        served_rank(513)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # of transformers, as TRL builds its arguments
+def test_trl_s_own_parser_reads_it(selected: Selected) -> None:
+    trl_module: Any = pytest.importorskip("trl", reason="trl is not installed")
+    from trl.scripts.utils import DatasetMixtureConfig
+
+    parser = trl_module.TrlParser(
+        (trl_module.ScriptArguments, trl_module.SFTConfig, trl_module.ModelConfig, DatasetMixtureConfig)
+    )
+    file = written(selected, "trl") / "trl_sft.yaml"
+    _, _, model, _ = parser.parse_args_and_config(["--config", str(file), "--use_cpu", "true"])
+    assert selected.handed_over is not None
+    assert trl_module.get_peft_config(model).r == selected.handed_over.trained_rank
+
+
+def test_with_goal_adapter_servers_get_the_small_adapter(truncated: Selected) -> None:
+    from peft import AutoPeftModelForCausalLM
+
+    assert truncated.decided is None
+    assert truncated.handed_over is not None
+    assert (truncated.handed_over.rank, truncated.handed_over.how) == (1, "truncated")
+    folder = written(truncated, "peft")
+    assert AutoPeftModelForCausalLM.from_pretrained(str(folder)).peft_config["default"].r == 1
+    script = (written(truncated, "vllm") / "vllm.sh").read_text(encoding="utf-8")
+    words = shlex.split(script, comments=True)
+    assert words[words.index("--max-lora-rank") + 1] == str(served_rank(truncated.handed_over.max_module_rank))
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # of transformers, as TRL builds its arguments
+def test_trainers_get_the_training_that_a_smaller_adapter_comes_from(truncated: Selected) -> None:
+    values = yaml.safe_load((written(truncated, "axolotl") / "axolotl.yaml").read_text())
+    assert (values["lora_r"], values["lora_alpha"], values["max_steps"]) == (4, 32, 20)
+    assert values["learning_rate"] == 1e-2  # of the training, not of its recovery
+    values = yaml.safe_load((written(truncated, "trl") / "trl_sft.yaml").read_text())
+    assert (values["lora_r"], values["use_rslora"], values["max_steps"]) == (4, True, 20)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_files_say_how_to_make_a_smaller_adapter_again(truncated: Selected, completion_file: Path, target: str) -> None:
+    exported = export(truncated.run, target)
+    assert any(
+        note.startswith("The adapter of rank 1 was trained at rank 4 (learning rate 0.01") for note in exported.notes
+    )
+    files = [
+        path
+        for path in exported.folder.iterdir()
+        if path.suffix in (".py", ".yaml", ".sh", ".toml") or path.name == "Modelfile"
+    ]
+    for path in files:
+        lines = path.read_text(encoding="utf-8").splitlines()
+        command = next(line for line in lines if "rightrank resize" in line).partition("then: ")[2]
+        words = shlex.split(command)
+        assert words[:4] == ["rightrank", "resize", "TRAINED", "SMALLER"]
+        options = dict(zip(words[4::2], words[5::2], strict=True))
+        assert (options["--ranks"], options["--data"]) == ("1", str(completion_file))
+        assert "--recover" not in options
+        if path.suffix == ".sh":
+            subprocess.run(["sh", "-n", str(path)], check=True)
+    assert files
+
+
+def test_recovery_is_part_of_how_it_is_made(recipe: Recipe) -> None:
+    making = replace(
+        recipe.making, rank=2, trained_rank=4, truncation="K-FAC", recovery_steps=6, recovery_learning_rate=1e-3
+    )
+    made, command = replace(recipe, making=making).comments()
+    assert made.endswith("truncated to rank 2 by K-FAC, 6 steps of recovery on unseen examples (learning rate 0.001).")
+    assert command.endswith("--recover 6 --learning-rate 0.001")
+    assert shlex.split(command.partition("then: ")[2])[:4] == ["rightrank", "resize", "TRAINED", "SMALLER"]
+
+
+def test_a_trained_adapter_has_no_such_line(recipe: Recipe, tmp_path: Path) -> None:
+    making = replace(recipe.making, rank=recipe.r, trained_rank=recipe.r, truncation=None, recovery_steps=0)
+    trained = replace(recipe, making=making)
+    assert trained.comments() == []
+    assert trained.training() == trained
+
+
+def test_a_name_with_a_line_break_stays_in_its_comment(recipe: Recipe, tmp_path: Path) -> None:
+    making = replace(recipe.making, rank=1, trained_rank=4, truncation="K-FAC")
+    exported = write_export("trl", replace(recipe, making=making, data="a\nevil: 1\u2028b"), tmp_path / "out")
+    assert "evil" not in yaml.safe_load((exported.folder / "trl_sft.yaml").read_text(encoding="utf-8"))
+
+
+def test_an_unknown_target_is_answered_with_the_targets(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match=r"'vlm' is not known \(did you mean 'vllm'.*allowed: peft, trl"):
+        export(tmp_path, "vlm")
+
+
+def test_a_folder_without_a_run_or_an_adapter_is_refused(selected: Selected, tmp_path: Path) -> None:
+    with pytest.raises(RunFolderError, match=r"no journal\.jsonl there"):
+        export(tmp_path, "peft")
+    with pytest.raises(RunFolderError, match=r"no journal\.jsonl there"):
+        write_report(tmp_path / "nowhere")
+    lines = (selected.run / "journal.jsonl").read_text().splitlines(keepends=True)
+    answered = ('"type":"decided"', '"type":"adapter_recorded"')
+    unfinished = [line for line in lines if not any(name in line for name in answered)]
+    (tmp_path / "journal.jsonl").write_text("".join(unfinished))
+    with pytest.raises(RunFolderError, match="no adapter yet"):
+        export(tmp_path, "peft")
+
+
+def test_the_report_shows_the_adapter_s_spectrum(selected: Selected) -> None:
+    assert selected.adapter is not None
+    rows = list(csv.DictReader((selected.run / "figures" / "spectrum.csv").read_text().splitlines()))
+    found = inspect(selected.adapter)
+    assert len(rows) == selected.adapter_rank
+    largest = max(module.singular_values[0] for module in found.modules)
+    assert float(rows[0]["largest"]) == pytest.approx(largest)
+
+
+def test_the_report_is_written_again_from_the_journal_and_the_adapter(selected: Selected, tmp_path: Path) -> None:
+    assert selected.adapter is not None
+    shutil.copytree(selected.adapter, tmp_path / "adapter")
+    (tmp_path / "journal.jsonl").write_bytes((selected.run / "journal.jsonl").read_bytes())
+    first = selected.report.read_text(encoding="utf-8").replace(str(selected.run), str(tmp_path))
+    assert write_report(tmp_path).read_text(encoding="utf-8") == first
+    assert {path.name for path in (tmp_path / "figures").iterdir()} == {
+        path.name for path in (selected.run / "figures").iterdir()
+    }
+
+
+@pytest.mark.parametrize("target", ["peft", "trl", "optuna"])
+@pytest.mark.parametrize("place", ["file", "folder", "link", "run", ""])
+def test_existing_paths_are_not_overwritten(
+    selected: Selected, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: str, place: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("file").write_text("mine")
+    Path("folder").mkdir()
+    Path("link").symlink_to("nowhere")
+    before = sorted(path.name for path in selected.run.iterdir())
+    out = selected.run if place == "run" else Path(place)
+    with pytest.raises(RunFolderError, match="exists already; give a folder that does not exist yet"):
+        export(selected.run, target, out)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder", "link"]
+    assert Path("file").read_text() == "mine"
+    assert sorted(path.name for path in selected.run.iterdir()) == before
+
+
+def test_a_new_folder_is_made_with_its_parents(selected: Selected, tmp_path: Path) -> None:
+    exported = export(selected.run, "peft", tmp_path / "a" / "b")
+    assert (exported.folder / "adapter_config.json").exists()

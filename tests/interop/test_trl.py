@@ -1,0 +1,214 @@
+"""The ready `train` functions for TRL: seeds, held-out scores, the best checkpoint, the collapse guard, bad rewards."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from rightrank import TrialTask, select_rank_with
+from rightrank.runs.journal import Journal
+from rightrank.schema.errors import AllTrialsFailedError, NotFiniteError, SettingsError
+from rightrank.schema.trials import TrialCollapsed
+from tests.tiny import sentences
+
+pytest.importorskip("trl")
+pytestmark = [pytest.mark.trains, pytest.mark.filterwarnings("ignore")]  # a trainer's own deprecations
+
+PROMPTS = [{"prompt": f"{text} ", "answer": text.split()[0]} for text in sentences(24, 5)]
+QUIET = {"report_to": [], "disable_tqdm": True, "use_cpu": True, "bf16": False, "logging_steps": 100}
+
+
+def letters(completions: list[str], **_: Any) -> list[float]:
+    """The part of the letters that are an e."""
+    return [text.count("e") / max(1, len(text)) for text in completions]
+
+
+def grpo(model: Path, reward: Any = letters, **more: Any) -> Any:
+    from trl import GRPOConfig
+
+    from rightrank.interop.trl import GRPOTrain
+
+    settings = GRPOConfig(per_device_train_batch_size=8, num_generations=4, max_completion_length=6, **QUIET)
+    given = {"looks": 2, "train_dataset": PROMPTS[8:], "validation": PROMPTS[:4], "test": PROMPTS[4:8]} | more
+    given["train_dataset"] = as_dataset(given["train_dataset"])
+    return GRPOTrain(model=str(model), args=settings, reward_funcs=reward, **given)
+
+
+def as_dataset(rows: list[dict[str, str]]) -> Any:
+    from datasets import Dataset
+
+    return Dataset.from_list(rows)
+
+
+def task(folder: Path, **more: Any) -> TrialTask:
+    folder.mkdir(exist_ok=True)
+    values = {"rank": 2, "learning_rate": 1e-2, "lora_alpha": 32.0, "seed": 0, "steps": 4}
+    return TrialTask(trial_id="trial", folder=folder, **values | more)
+
+
+def test_a_seed_repeats_a_training_and_another_does_not(model_folder: Path, tmp_path: Path) -> None:
+    train = grpo(model_folder)
+    first, again, other = (train(task(tmp_path / name, seed=seed)) for name, seed in (("a", 0), ("b", 0), ("c", 1)))
+    assert first == again
+    assert first.points[0] == other.points[0]  # before the first step
+    assert first.points[-1] != other.points[-1]
+    assert [point.step for point in first.points] == [0, 2, 4]
+    assert all(len(point.item_scores or []) == 4 for point in first.points)
+    assert first.trainable_parameters > 0
+
+
+def test_the_best_look_is_what_is_saved_and_measured(model_folder: Path, tmp_path: Path) -> None:
+    """Every prompt is rewarded for the untrained adapter's answers alone, so that the look before the first step is the best."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    train = grpo(model_folder)
+    untrained = train(task(tmp_path / "base", rank=0))
+    level = untrained.metrics["reward"]
+    best = grpo(model_folder, FirstAnswers())
+    found = best(task(tmp_path / "a", learning_rate=0.3))
+    assert [point.value for point in found.points] == [1.0, 0.0, 0.0]
+    base = AutoModelForCausalLM.from_pretrained(model_folder)
+    ids = torch.arange(10)[None]
+    with torch.no_grad():
+        expected = base(ids).logits
+        actual = PeftModel.from_pretrained(base, tmp_path / "a")(ids).logits
+    torch.testing.assert_close(actual, expected)
+    assert level >= 0
+
+
+class FirstAnswers:
+    """1 for the first answer to each held-out prompt that was seen, 0 for any other answer and any sampled one."""
+
+    __name__ = "first_answers"
+
+    def __init__(self) -> None:
+        self.seen: dict[str, str] = {}
+
+    def __call__(self, prompts: list[str], completions: list[str], **_: Any) -> list[float]:
+        firsts = [self.seen.setdefault(prompt, text) for prompt, text in zip(prompts, completions, strict=True)]
+        return [float(text == first) for text, first in zip(completions, firsts, strict=True)]
+
+
+def test_a_run_that_collapses_ends_there_and_has_no_result(model_folder: Path, tmp_path: Path) -> None:
+    train = grpo(model_folder, FirstAnswers(), looks=4, validation=PROMPTS[:8], test=PROMPTS[:8])
+    with pytest.raises(AllTrialsFailedError, match="the held-out value fell from 1 at step 0 to"):
+        select_rank_with(
+            train, tmp_path / "run", profile="rl", ranks=(1, 2), learning_rates=(0.3,), steps=40, seeds=(0,)
+        )  # fmt: skip
+    journal = Journal(tmp_path / "run" / "journal.jsonl").read()
+    collapsed = [record for record in journal if isinstance(record, TrialCollapsed)]
+    assert {record.rank for record in collapsed} == {1, 2}
+    assert all(record.step < 40 for record in collapsed)
+
+
+def short(completions: list[str], **_: Any) -> list[float]:
+    return [0.0] * (len(completions) - 1)
+
+
+def nan(completions: list[str], **_: Any) -> list[float]:
+    return [math.nan] * len(completions)
+
+
+def broken(completions: list[str], **_: Any) -> list[float]:
+    raise ZeroDivisionError("no judge")
+
+
+async def later(completions: list[str], **_: Any) -> list[float]:
+    return [0.0] * len(completions)
+
+
+@pytest.mark.parametrize(
+    ("reward", "error", "reason"),
+    [
+        (short, ValueError, "short returned 3 rewards for 4 completions"),
+        (nan, NotFiniteError, "nan returned nan; return finite rewards"),
+        (broken, ZeroDivisionError, "no judge"),
+        (later, SettingsError, "give plain functions"),
+        ("a/reward-model", SettingsError, "give plain functions"),
+    ],
+)
+def test_a_bad_reward_is_one_clear_line(
+    model_folder: Path, tmp_path: Path, reward: Any, error: type[Exception], reason: str
+) -> None:
+    with pytest.raises(error, match=reason):
+        grpo(model_folder, [reward])(task(tmp_path / "a"))
+
+
+def test_a_reward_that_does_not_apply_counts_nothing(model_folder: Path, tmp_path: Path) -> None:
+    def sometimes(completions: list[str], answer: list[str], **_: Any) -> list[float | None]:
+        return [None if len(right) > 3 else 1.0 for right in answer]
+
+    train = grpo(model_folder, [sometimes])
+    found = train(task(tmp_path / "a", rank=0))
+    assert found.item_scores == [float(len(row["answer"]) <= 3) for row in PROMPTS[4:8]]
+
+
+def test_greedy_rewards_do_not_depend_on_the_batch(model_folder: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from rightrank.interop.trl import greedy_rewards
+
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(model_folder), AutoTokenizer.from_pretrained(model_folder)
+    model.train()
+    both = [greedy_rewards(model, tokenizer, PROMPTS[:6], [letters, letters], [1.0, 0.5], 8, size) for size in (1, 6)]
+    assert both[0] == pytest.approx(both[1])
+    assert model.training
+    messages = [{"prompt": [{"role": "user", "content": row["prompt"]}]} for row in PROMPTS[:3]]
+    seen: list[Any] = []
+
+    def judge(completions: list[Any], **_: Any) -> list[float]:
+        seen.extend(completions)
+        return [1.0] * len(completions)
+
+    assert greedy_rewards(model, tokenizer, messages, [judge], [2.0], 4, 2) == [2.0] * 3
+    assert [one[0]["role"] for one in seen] == ["assistant"] * 3
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_dpo_scores_are_those_of_the_trainer(model_folder: Path, tmp_path: Path, chat: bool) -> None:
+    """The mean preference loss of the test pairs, as the trainer's own `evaluate` computes it on the best adapter."""
+    from trl import DPOConfig, DPOTrainer
+
+    from rightrank.interop.trl import DPOTrain
+
+    rows: list[Any] = [
+        {"prompt": f"{text} : ", "chosen": text.split()[0], "rejected": text.split()[-1]} for text in sentences(24, 3)
+    ]
+    if chat:
+        roles = {"prompt": "user", "chosen": "assistant", "rejected": "assistant"}
+        rows = [{name: [{"role": roles[name], "content": text}] for name, text in row.items()} for row in rows]
+    settings = DPOConfig(per_device_train_batch_size=4, per_device_eval_batch_size=6, beta=0.3, **QUIET)
+    made: list[Any] = []
+
+    class Watched(DPOTrain):
+        def make_trainer(self, args: Any, lora: Any, looks: Any) -> Any:
+            made.append(
+                DPOTrainer(
+                    self.model,
+                    args=args,
+                    train_dataset=self.train_dataset,
+                    eval_dataset=as_dataset(rows[6:12]),
+                    peft_config=lora,
+                    callbacks=[looks],
+                )
+            )
+            return made[0]
+
+    train = Watched(
+        model=str(model_folder), args=settings, train_dataset=as_dataset(rows[12:]), validation=rows[12:],
+        test=rows[6:12], looks=2,
+    )  # fmt: skip
+    found = train(task(tmp_path / "a"))
+    assert found.points[0].value == pytest.approx(math.log(2), abs=1e-6)
+    metrics = made[0].evaluate()
+    assert found.metrics["loss"] == pytest.approx(metrics["eval_loss"], abs=1e-5)
+    assert found.metrics["reward_margin"] == pytest.approx(metrics["eval_rewards/margins"], abs=1e-5)
+    assert found.metrics["reward_accuracy"] == pytest.approx(metrics["eval_rewards/accuracies"])
+    assert found.metrics["loss"] != pytest.approx(math.log(2), abs=1e-3)
+    losses = found.item_scores or []
+    assert found.metrics["loss"] == pytest.approx(sum(losses) / 6)

@@ -1,0 +1,165 @@
+"""Kinds of adapters from the command line: selected, planned, inspected, exported; and what is refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from benchmarks.kinds.cases import case_named, make_model
+from benchmarks.kinds.checks import Suite
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from rightrank import inspect
+from rightrank.models.adapter_files import open_adapter
+from tests import commands
+from tests.tiny import make_tokenizer, write_completions
+
+pytestmark = pytest.mark.trains
+Run = Callable[..., tuple[int, str, str]]
+FAST = (
+    "--goal", "adapter", "--ranks", "1,4", "--learning-rates", "1e-2", "--max-steps", "2", "--batch-size", "4",
+    "--seq-len", "32", "--eval-items", "8", "--set", "samples=0", "--margin", "5", "--device", "cpu",
+)  # fmt: skip
+EXPERTS = "target_parameters=mlp.experts.gate_up_proj,mlp.experts.down_proj"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama and a Mixtral, with data."""
+    found = tmp_path_factory.mktemp("models")
+    tokenizer = make_tokenizer()
+    for name in ("llama", "mixtral"):
+        make_model(name, len(tokenizer)).save_pretrained(found / name)
+        tokenizer.save_pretrained(found / name)
+    write_completions(found / "data.jsonl", 80)
+    return found
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
+    return lambda *arguments: commands.run(list(arguments), capsys)
+
+
+def select(run: Run, folder: Path, model: str, out: Path, *more: str) -> tuple[int, str, str]:
+    return run("select", str(folder / model), str(folder / "data.jsonl"), "--out", str(out), *FAST, *more)
+
+
+def test_dora_is_selected_and_exported(run: Run, folder: Path, tmp_path: Path) -> None:
+    status, out, err = select(run, folder, "llama", tmp_path / "run", "--set", "use_dora=true", "--json")
+    assert status == 0, err
+    assert err.count("DoRA runs through PEFT's own forward pass, one adapter at a time") == 1
+    adapter = Path(json.loads(out)["adapter"])
+    base = AutoModelForCausalLM.from_pretrained(folder / "llama", dtype=torch.float32)
+    loaded: Any = PeftModel.from_pretrained(base, str(adapter))
+    assert any("lora_magnitude_vector" in name for name, _ in loaded.named_parameters())
+    for target, text in (("peft", "use_dora=True"), ("trl", "use_dora: true"), ("axolotl", "peft_use_dora: true")):
+        status, out, err = run("export", str(tmp_path / "run"), "--to", target, "--json")
+        assert status == 0, err
+        written = Path(json.loads(out)["folder"])
+        assert any(text in path.read_text() for path in written.iterdir() if path.suffix in (".py", ".yaml"))
+    status, _, err = run("export", str(tmp_path / "run"), "--to", "vllm")
+    assert "servers load plain LoRA; this adapter has use_dora: merge it instead" in err
+
+
+def test_experts_are_selected_with_their_own_ranks(run: Run, folder: Path, tmp_path: Path) -> None:
+    more = ("--set", "target_modules=q_proj", "--set", EXPERTS, "--set", "divide_rank_by_experts=true", "--json")
+    status, out, err = select(run, folder, "mixtral", tmp_path / "run", *more)
+    assert status == 0, err
+    assert "an expert's rank is the adapter's over 4 experts, at least 1: 1 → 1, 4 → 1" in err
+    adapter = Path(json.loads(out)["adapter"])
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    assert sorted(config["target_parameters"]) == ["mlp.experts.down_proj", "mlp.experts.gate_up_proj"]
+    status, out, _ = run("inspect", str(adapter), "--json")
+    modules = {module["name"]: module for module in json.loads(out)["modules"]}
+    assert modules["model.layers.0.mlp.experts.gate_up_proj.3"]["kind"] == "expert"
+    status, out, err = run(
+        "plan", str(folder / "mixtral"), "--ranks", "4,8", "--target-modules", "q_proj", "--seq-len", "32",
+        "--dtype", "float32", "--set", EXPERTS, "--set", "divide_rank_by_experts=true", "--json",
+    )  # fmt: skip
+    assert status == 0, err
+    four, eight = (row["trainable_parameters"] for row in json.loads(out)["ranks"])
+    experts = 2 * 4 * ((32 + 96) + (48 + 32))  # rank 1 in each of two layers' four experts
+    assert (four, eight) == (2 * 4 * 64 + experts, 2 * 8 * 64 + 2 * experts)
+
+
+def test_an_expert_that_no_token_reached_has_its_own_flag(tmp_path: Path) -> None:
+    """Half of the experts get no token: their B stays zero. Another one is scaled to next to nothing."""
+    suite = Suite.of(case_named("experts (Mixtral)"), tmp_path)
+    adapter = open_adapter(suite.trained.adapter)
+    first = next(module for module in adapter.modules if module.kind == "expert")
+    tensors = load_file(adapter.weights)
+    b = tensors[first.b_key].reshape(first.rows, first.rank, 4)
+    b[:, :, 2] = 0.0
+    b[:, :, 1] *= 1e-6
+    save_file(tensors, adapter.weights, {"format": "pt"})
+    flags = [
+        module.flags for module in inspect(suite.trained.adapter).modules if module.name.startswith(first.name[:-2])
+    ]
+    assert [[flag for flag in one if flag in ("no_token", "untrained", "dead")] for one in flags] == [
+        [],
+        ["dead"],
+        ["no_token"],
+        [],
+    ]
+
+
+@pytest.mark.filterwarnings("ignore:`lora_bias=True`")  # PEFT's remark that it can't be merged
+@pytest.mark.parametrize(
+    ("model", "given", "said"),
+    [
+        ("mixtral", ("target_parameters=mlp.experts.up",), "target_parameters: no parameter is named 'mlp.experts.up'"),
+        ("llama", ("target_parameters=experts.w1",), "parameters of experts there are: none"),
+        ("mixtral", ("use_dora=true", EXPERTS), "does not work with use_dora=True"),
+        ("mixtral", ("lora_dropout=0.1", EXPERTS), "does not work with lora_dropout != 0"),
+        ("llama", ("use_dora=true", "lora_bias=true"), "lora_bias=True is not supported for DoRA"),
+        ("llama", ("divide_rank_by_experts=true",), "divide_rank_by_experts: no adapted matrix belongs to an expert"),
+        ("llama", ("kasa_config=1",), "kasa_config is not supported: it changes the base"),
+        ("llama", ("loraplus_lr_ratio=0.5",), "loraplus_lr_ratio: got '0.5'"),
+        ("llama", ("lora_bias=true",), "goal 'adapter' needs adapters that can be truncated"),
+    ],
+)  # fmt: skip
+def test_what_a_kind_refuses_is_one_line(
+    run: Run, model: str, given: tuple[str, ...], said: str, folder: Path, tmp_path: Path
+) -> None:
+    options = [part for setting in given for part in ("--set", setting)]
+    status, _, err = select(run, folder, model, tmp_path / "run", "--target-modules", "q_proj", *options)
+    assert status == 2, err
+    last = err.strip().splitlines()[-1]
+    assert said in last
+    assert "Traceback" not in err
+
+
+def test_a_sweep_of_initialisations_is_refused_for_experts(run: Run, folder: Path, tmp_path: Path) -> None:
+    more = ("--target-modules", "q_proj", "--set", EXPERTS, "--sweep", "init=eva")
+    status, _, err = select(run, folder, "mixtral", tmp_path / "run", *more)
+    assert status == 2, err
+    assert "sweep init=eva is not possible with adapters on fused experts" in err.strip().splitlines()[-1]
+
+
+def test_adapters_on_experts_are_resized_by_held_out_data(run: Run, folder: Path, tmp_path: Path) -> None:
+    suite = Suite.of(case_named("experts (Mixtral)"), tmp_path)
+    make_tokenizer().save_pretrained(suite.trained.base)
+    status, out, err = run(
+        "resize", str(suite.trained.adapter), str(tmp_path / "small"), "--data", str(folder / "data.jsonl"),
+        "--margin", "5", "--set", "seq_len=32", "--set", "eval_items=8", "--set", "device=cpu", "--json",
+    )  # fmt: skip
+    assert status == 0, err
+    assert json.loads(out)["rank"] == 1
+    assert {module.rank for module in open_adapter(tmp_path / "small").modules} == {1}
+
+
+def test_a_plan_of_dora_with_dropout_is_traced(run: Run, folder: Path) -> None:
+    status, out, err = run(
+        "plan", str(folder / "llama"), "--ranks", "4", "--target-modules", "q_proj", "--seq-len", "32", "--dtype",
+        "float32", "--use-dora", "--set", "lora_dropout=0.1", "--set", "packed=true", "--set", "device=cpu", "--json",
+    )  # fmt: skip
+    assert status == 0, err
+    found = json.loads(out)
+    assert found["ranks"][0]["trainable_parameters"] == 2 * (4 * 64 + 32)
+    assert found["sources"]["peak_bytes"] == "traced"

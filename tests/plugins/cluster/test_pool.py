@@ -1,0 +1,213 @@
+"""The pool in simulated time: whatever happens to its workers, each trial ends once."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+from benchmarks.scale.simulated import TOKEN, VERSIONS, Pace, SimulatedCrew, result_of
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rightrank.plugins.cluster.pool import (
+    MAX_LOSSES,
+    Pool,
+    PoolExecutor,
+    PoolOptions,
+    Ready,
+    Refused,
+    WorkerLost,
+    WorkerMessage,
+)
+from rightrank.schema.errors import InputError, InterruptedRun, RunError
+from rightrank.schema.events import Observer
+from rightrank.schema.trials import Arm, Trial, TrialFailed, TrialFinished
+
+pytestmark = pytest.mark.trains
+
+
+def trials(count: int) -> list[Trial]:
+    arms = [Arm(rank=1 + n, learning_rate=1e-3, lora_alpha=32.0, seed=0, steps=10 + n) for n in range(count)]
+    return [Trial(trial_id=f"trial-{n:03}", arm=arm) for n, arm in enumerate(arms)]
+
+
+def make_pool(crew: SimulatedCrew, workers: int = 2, observer: Observer | None = None, task_trials: int = 1) -> Pool:
+    return Pool(
+        crew, PoolOptions(workers, VERSIONS, TOKEN, task_trials, hang_seconds=100.0), observer, clock=crew.clock
+    )
+
+
+def ended(pool: Pool, wanted: list[Trial]) -> list[str]:
+    return [outcome.trial_id for outcome in PoolExecutor(pool, "job").run(wanted, None)]
+
+
+def test_work_is_shared_and_the_longest_comes_first() -> None:
+    crew = SimulatedCrew(Pace(trial=lambda _, trial: float(trial.arm.steps)))
+    order = ended(make_pool(crew), trials(4))  # 10, 11, 12, 13 seconds
+    assert order == ["trial-003", "trial-002", "trial-001", "trial-000"][:0] + order
+    assert set(order) == {trial.trial_id for trial in trials(4)}
+    assert crew.now == pytest.approx(23.0)  # 13 + 10 beside 12 + 11
+
+
+def test_a_task_holds_as_many_trials_as_its_share() -> None:
+    crew = SimulatedCrew(Pace(trial=lambda *_: 1.0))
+    tasks: list[int] = []
+    assign = crew.assign
+    crew.assign = lambda worker, task: (tasks.append(len(task.trials)), assign(worker, task))[1]  # type: ignore[method-assign, func-returns-value]
+    assert len(ended(make_pool(crew, workers=2, task_trials=16), trials(5))) == 5
+    assert tasks == [3, 2]
+
+
+def test_a_lost_worker_s_trials_go_to_others() -> None:
+    notices: list[str] = []
+    crew = SimulatedCrew(Pace(trial=lambda *_: 10.0), ends_at=lambda worker: 5.0 if worker == "worker-1" else None)
+    found = ended(make_pool(crew, observer=Observer(notice=notices.append)), trials(6))
+    assert sorted(found) == [trial.trial_id for trial in trials(6)]
+    assert notices == ["worker-1 was lost: killed by signal 9"]
+    assert Counter(crew.trained)[crew.trained[0]] == 2
+
+
+def test_a_trial_that_loses_every_worker_fails_and_the_others_continue() -> None:
+    class Poisoned(SimulatedCrew):
+        def assign(self, worker: str, task: object) -> None:
+            super().assign(worker, task)  # type: ignore[arg-type]
+            if task.trials[0].trial_id == "trial-001":  # type: ignore[attr-defined]
+                self._plan(self.now + 1.0, worker, WorkerLost("killed by signal 9", killed=True))
+
+    crew = Poisoned(Pace(trial=lambda *_: 10.0))
+    outcomes = list(PoolExecutor(make_pool(crew), "job").run(trials(4), None))
+    failed = [outcome for outcome in outcomes if isinstance(outcome, TrialFailed)]
+    assert [outcome.trial_id for outcome in failed] == ["trial-001"]
+    assert failed[0].error == "out_of_memory"
+    assert f"lost {MAX_LOSSES} workers" in failed[0].reason
+    assert len(outcomes) == 4
+
+
+def test_a_hung_worker_is_replaced_and_its_late_messages_are_ignored() -> None:
+    slow = SimulatedCrew(
+        Pace(trial=lambda worker, _: 5000.0 if worker == "worker-1" else 10.0, step=1e9), is_deaf=True
+    )  # it answers long after it was replaced
+    found = ended(make_pool(slow), trials(700))
+    assert sorted(found) == [trial.trial_id for trial in trials(700)]
+    assert max(Counter(found).values()) == 1
+    assert slow.now < 5000
+
+
+def test_a_slow_worker_that_shows_progress_is_left_alone() -> None:
+    crew = SimulatedCrew(Pace(trial=lambda worker, _: 5000.0 if worker == "worker-1" else 10.0))
+    assert len(ended(make_pool(crew), trials(3))) == 3
+    assert Counter(crew.trained).most_common(1)[0][1] == 1
+
+
+@given(
+    deaths=st.lists(st.one_of(st.none(), st.floats(0.0, 200.0)), min_size=30, max_size=30),
+    hangs=st.lists(st.one_of(st.none(), st.floats(0.0, 500.0)), min_size=30, max_size=30),
+    workers=st.integers(1, 5),
+    task_trials=st.integers(1, 4),
+    is_deaf=st.booleans(),
+)
+@settings(max_examples=60, deadline=None)
+def test_each_trial_ends_once_whatever_happens(
+    deaths: list[float | None], hangs: list[float | None], workers: int, task_trials: int, is_deaf: bool
+) -> None:
+    def at(times: list[float | None], worker: str) -> float | None:
+        number = int(worker.split("-")[1])
+        return times[number] if number < len(times) else None
+
+    crew = SimulatedCrew(
+        Pace(trial=lambda _, trial: 3.0 * trial.arm.steps, start=2.0),
+        ends_at=lambda worker: at(deaths, worker),
+        hangs_at=lambda worker: at(hangs, worker),
+        is_deaf=is_deaf,
+    )
+    wanted = trials(12)
+    try:
+        found = list(PoolExecutor(make_pool(crew, workers, task_trials=task_trials), "job").run(wanted, None))
+    except RunError as error:
+        assert "no worker could start" in str(error)  # noqa: PT017 - only where the first all died before a word
+        return
+    assert sorted(outcome.trial_id for outcome in found) == [trial.trial_id for trial in wanted]
+    assert all(
+        outcome == result_of(Trial(trial_id=outcome.trial_id, arm=outcome.arm))
+        for outcome in found
+        if isinstance(outcome, TrialFinished)
+    )
+
+
+def test_a_stop_request_ends_the_workers_and_keeps_what_ends_meanwhile() -> None:
+    crew = SimulatedCrew(Pace(trial=lambda *_: 10.0))
+    pool = make_pool(crew, observer=Observer(should_stop=lambda: crew.now > 15))
+    found: list[str] = []
+    with pytest.raises(InterruptedRun, match="stopped with 4 trainings to do"):
+        found.extend(outcome.trial_id for outcome in PoolExecutor(pool, "job").run(trials(6), None))
+    crew_is_free = ended(make_pool(SimulatedCrew(Pace(trial=lambda *_: 1.0))), trials(2))
+    assert len(crew_is_free) == 2
+
+
+def test_closed_early_it_can_be_used_again() -> None:
+    crew = SimulatedCrew(Pace(trial=lambda *_: 10.0))
+    executor = PoolExecutor(make_pool(crew), "job")
+    running = executor.run(trials(6), None)
+    first = next(running)
+    running.close()  # type: ignore[attr-defined]
+    rest = [trial for trial in trials(6) if trial.trial_id != first.trial_id]
+    assert len(list(executor.run(rest, None))) == 5
+
+
+def test_closed_after_an_outcome_it_handles_the_other_messages_next_time() -> None:
+    class Gathering(SimulatedCrew):
+        """Delivers all messages of one moment together, as a pipe does."""
+
+        def messages(self, seconds: float) -> list[tuple[str, WorkerMessage | WorkerLost]]:
+            found = super().messages(seconds)
+            while self._events and self._events[0][0] <= self.now:
+                found += super().messages(0.0)
+            return found
+
+    crew = Gathering(Pace(trial=lambda *_: 1.0, start=1.0))
+    executor = PoolExecutor(make_pool(crew, workers=1), "job")
+    first = executor.run(trials(1), None)
+    next(first)
+    first.close()  # type: ignore[attr-defined]
+    assert len(list(executor.run(trials(2)[1:], None))) == 1
+    assert crew.now < 10  # and not only when the worker counts as hung
+
+
+@pytest.mark.parametrize(
+    ("first", "message"),
+    [
+        (Ready(versions={"rightrank": "0.1"}, token=TOKEN), "worker-1 has rightrank 0.1, this process simulated"),
+        (Ready(versions={}, token=TOKEN), "has rightrank of unknown version"),
+        (Ready(versions=VERSIONS, token=None), "does not see the run folder that this process writes to"),
+        (Ready(versions=VERSIONS, token="another"), "does not see the run folder"),
+        (Refused(reason="./model: no such folder", exit_status=2), "no such folder"),
+    ],
+)
+def test_incompatible_workers_are_refused_in_one_line(first: Ready | Refused, message: str) -> None:
+    class Incompatible(SimulatedCrew):
+        def start(self, worker: str) -> None:
+            self._plan(self.now, worker, first)
+
+    crew = Incompatible(Pace(trial=lambda *_: 1.0))
+    with pytest.raises(InputError, match=message) as caught:
+        ended(make_pool(crew), trials(2))
+    assert "\n" not in str(caught.value)
+
+
+def test_workers_that_never_start_end_the_run() -> None:
+    class NeverReady(SimulatedCrew):
+        def start(self, worker: str) -> None:
+            self._plan(self.now, worker, WorkerLost("exit status 1: no such module"))
+
+    with pytest.raises(RunError, match=r"no worker could start .*no such module"):
+        ended(make_pool(NeverReady(Pace(trial=lambda *_: 1.0))), trials(2))
+
+
+def test_two_jobs_share_the_workers() -> None:
+    crew = SimulatedCrew(Pace(trial=lambda *_: 10.0))
+    pool = make_pool(crew)
+    pool.submit("a", trials(3), None)
+    pool.submit("b", trials(3), 1.0)  # the same trial ids: a trial is its job's
+    found = [(job, outcome.trial_id) for job, outcome in pool.outcomes()]
+    assert len(found) == len(set(found)) == 6
+    assert not pool.is_waiting("a")

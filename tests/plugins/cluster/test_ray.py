@@ -1,0 +1,109 @@
+"""A real Ray cluster of two nodes of different size on this machine: one of them leaves, the decision stays."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from rightrank import Observer, TrialTask, select_rank, select_rank_with
+from rightrank.runs.journal import Journal
+from rightrank.schema.events import RunEvent, StepDone
+from rightrank.schema.trials import TrialDiverged, TrialFinished, TrialLook
+from tests.plugins.cluster.runs import STEPS, decision_of, require_same, values_of
+from tests.tiny import small_settings
+
+pytestmark = pytest.mark.trains
+
+pytest.importorskip("ray")
+
+
+@pytest.fixture
+def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    from ray.cluster_utils import Cluster
+
+    monkeypatch.setenv("RAY_worker_niceness", "0")  # 15 otherwise: beside other work they would stand still
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "object_store_memory": 80 * 2**20})
+    try:
+        yield cluster
+    finally:
+        cluster.shutdown()
+
+
+@pytest.mark.filterwarnings("ignore")  # Ray's own
+def test_a_node_leaves_and_the_decision_is_that_of_one_process(
+    cluster: Any, alone: Path, model_folder: Path, completion_file: Path, tmp_path: Path
+) -> None:
+    nodes = [cluster.add_node(num_cpus=cpus, object_store_memory=80 * 2**20) for cpus in (1, 2)]
+    removed: list[str] = []
+
+    def take_a_node(event: RunEvent) -> None:
+        if isinstance(event, TrialFinished) and not removed:
+            removed.append(event.trial_id)
+            cluster.remove_node(nodes[0])
+
+    settings = small_settings(**STEPS, executor="ray", ray_address=cluster.address, workers=3)
+    select_rank(
+        str(model_folder), completion_file, tmp_path / "run", settings=settings, watching=Observer(on_event=take_a_node)
+    )
+    assert removed
+    assert decision_of(tmp_path / "run") == decision_of(alone)
+    assert values_of(tmp_path / "run") == values_of(alone)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_two_actors_share_an_arm_though_one_is_killed(
+    cluster: Any, alone: Path, model_folder: Path, completion_file: Path, tmp_path: Path
+) -> None:
+    for _ in range(2):  # a node holds one of the two
+        cluster.add_node(num_cpus=1, object_store_memory=80 * 2**20)
+    killed: list[int] = []
+    notices: list[str] = []
+
+    def kill_one(event: RunEvent) -> None:
+        if isinstance(event, StepDone) and not killed:
+            actors = [one for one in psutil.Process().children(recursive=True) if "ray::RayWorker" in one.name()]
+            assert len(actors) == 2
+            killed.append(actors[-1].pid)
+            actors[-1].kill()
+
+    settings = small_settings(**STEPS, executor="ray", ray_address=cluster.address, workers=1, devices_per_arm=2)
+    watching = Observer(on_event=kill_one, notice=notices.append)
+    select_rank(str(model_folder), completion_file, tmp_path / "run", settings=settings, watching=watching)
+    assert killed
+    assert any("worker-1 was lost" in notice for notice in notices)
+    require_same(tmp_path / "run", alone)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_custom_trainer_runs_on_ray(cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+
+    cluster.add_node(num_cpus=2, object_store_memory=80 * 2**20)
+    monkeypatch.setenv("RAY_ADDRESS", cluster.address)
+
+    def train(task: TrialTask) -> dict[str, float]:
+        task.report(5, 2.0, [1.0, 3.0])
+        if task.rank == 2:
+            raise ValueError("no luck")
+        task.report(10, math.nan if task.rank == 8 else 1.5, [1.0, 2.0])
+        return {"loss": 1 + 1 / task.rank}
+
+    try:
+        selected = select_rank_with(
+            train, tmp_path / "run", ranks=(1, 2, 4, 8), learning_rates=(1e-3,), margin=0.1, where="ray", workers=2
+        )
+    finally:
+        ray.shutdown()
+    assert {evidence.rank for evidence in selected.decision.ranks} == {1, 4}
+    assert "train raised ValueError: no luck" in selected.report.read_text(encoding="utf-8")
+    journal = Journal(selected.run / "journal.jsonl").read()
+    looks = [record.step for record in journal if isinstance(record, TrialLook)]
+    assert sorted(looks) == [5, 5, 5, 5, 10, 10]
+    assert {record.rank for record in journal if isinstance(record, TrialDiverged)} == {8}
+    points = [record.points for record in journal if isinstance(record, TrialFinished)]
+    assert [[(point.step, point.item_scores) for point in one] for one in points] == [[(5, [1, 3]), (10, [1, 2])]] * 2

@@ -1,0 +1,64 @@
+"""Bytes of quantised weights and 8-bit optimizer states: the plan's against those of bitsandbytes, on the CPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from rightrank.plugins.plan.estimate import inventory
+from rightrank.plugins.plan.skeleton import adapt, build_base
+from rightrank.plugins.plan.trace import optimizer_memory
+from rightrank.schema.plan_settings import make_plan_settings
+from tests.plugins.plan import CONFIGS
+
+pytestmark = pytest.mark.trains
+
+bitsandbytes = pytest.importorskip("bitsandbytes", reason="needs the extra bnb")
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize("bits", ["4bit", "4bit double", "8bit"])
+def test_stored_bytes_of_a_quantised_model_are_its_own(name: str, bits: str, tmp_path: Path) -> None:
+    double, width = "double" in bits, bits[:4]
+    values = {"device": "cpu", "dtype": "float32", "ranks": (2,), f"load_in_{width}": True}
+    settings = make_plan_settings(values | {"bnb_4bit_use_double_quant": double, "batch_size": 1, "seq_len": 16})
+    planned = inventory(adapt(build_base(CONFIGS[name](), settings), settings, 2), 2).stored
+    assert sum(tensor.size for tensor in planned if not tensor.trainable) == _real_bytes(name, width, double, tmp_path)
+
+
+def _real_bytes(name: str, width: str, double: bool, folder: Path) -> int:
+    """Of every storage that transformers' loading leaves, quantisation states included."""
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    AutoModelForCausalLM.from_config(CONFIGS[name](), dtype=torch.float32).save_pretrained(folder)
+    options: dict[str, Any] = {"load_in_8bit": True}
+    if width == "4bit":
+        options = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": double}
+    config = BitsAndBytesConfig(**options)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, quantization_config=config)
+    tensors = [*model.parameters(), *model.buffers()]
+    for module in model.modules():
+        state = getattr(getattr(module, "weight", None), "quant_state", None)
+        if state is not None:
+            tensors += [state.absmax, state.code]
+            tensors += [] if state.state2 is None else [state.offset, state.state2.absmax, state.state2.code]
+        scales = getattr(getattr(module, "weight", None), "SCB", None)
+        tensors += [] if scales is None else [scales]
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+    return sum(storages.values())
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_states_of_the_eight_bit_optimizer_are_its_own() -> None:
+    """Large, odd and small parameters: bytes of all states after a step."""
+    parameters = [torch.nn.Parameter(torch.randn(shape)) for shape in ((200, 1000), (63, 67), (50, 10))]
+    optimizer = bitsandbytes.optim.AdamW8bit(parameters)
+    torch.autograd.backward([parameter.sum() for parameter in parameters])
+    optimizer.step()
+    states = [value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
+    real = {state.untyped_storage().data_ptr(): state.untyped_storage().nbytes() for state in states}
+    assert sum(optimizer_memory(parameters, "adamw_8bit", "cpu").states) == sum(real.values())

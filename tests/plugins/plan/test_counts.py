@@ -1,0 +1,90 @@
+"""Counts are PEFT's own: parameters equal `numel()`, file sizes equal the file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from benchmarks.plan.architectures import FULL_CONFIGS
+from hypothesis import given
+from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM
+
+from rightrank.models.counts import capacity_rank, lora_parameters, safetensors_bytes
+from rightrank.plugins.plan.planner import plan_config
+from rightrank.schema.plan_settings import make_plan_settings
+from tests.plugins.plan import CONFIGS
+
+pytestmark = pytest.mark.trains
+
+CASES: list[tuple[str, dict[str, Any]]] = [
+    ("llama", {}),
+    ("llama", {"use_rslora": True}),
+    ("llama", {"use_dora": True, "target_modules": ["q_proj", "down_proj"]}),
+    ("llama", {"rank_pattern": {"q_proj": 2, "layers.1.mlp.down_proj": 3}}),
+    ("llama", {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}),
+    ("llama", {"target_modules": ["embed_tokens", "q_proj"]}),  # tied to the output head
+    ("llama", {"layers_to_transform": [1, 4], "target_modules": ["q_proj", "o_proj"]}),
+    ("qwen", {"target_modules": ["q_proj", "v_proj"], "bias": "lora_only"}),
+    ("gpt2", {"target_modules": ["c_attn"]}),  # one matrix for query, key and value, stored transposed
+    ("phi3", {"target_modules": ["qkv_proj", "gate_up_proj"]}),
+    ("moe", {"exclude_modules": ["shared_expert_gate"]}),
+    ("moe", {"target_modules": ["q_proj"], "target_parameters": ["mlp.experts.gate_up_proj"]}),
+]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("name", "options"), CASES)
+def test_counts_are_those_of_peft(name: str, options: dict[str, Any], tmp_path: Path) -> None:
+    """Ranks 2, 4 and 8: the one between is computed from the two at the ends, so all three are compared."""
+    values = {"dtype": "float32", "ranks": (2, 4, 8), "batch_size": 1, "seq_len": 16, **options}
+    rows = plan_config(CONFIGS[name](), name, make_plan_settings(values), prices=False).ranks
+    for row in rows:
+        model = AutoModelForCausalLM.from_config(CONFIGS[name]())
+        peft_options: dict[str, Any] = {"target_modules": "all-linear"} | options
+        adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=row.rank, **peft_options))
+        adapted.save_pretrained(tmp_path / str(row.rank))
+        trained = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
+        assert row.trainable_parameters == sum(parameter.numel() for parameter in trained)
+        file = tmp_path / str(row.rank) / "adapter_model.safetensors"
+        assert row.adapter_bytes == file.stat().st_size
+
+
+def test_published_counts_of_llama_3b() -> None:
+    """PEFT's own table (method_comparison, MetaMathQA, lora--llama-3.2-3B-rank32): parameters and file size."""
+    config = FULL_CONFIGS["Llama-3.2-3B"]()
+    settings = make_plan_settings({"ranks": (32,), "target_modules": ("q_proj", "v_proj"), "seq_len": 16})
+    plan = plan_config(config, "llama", settings, prices=False)
+    assert plan.ranks[0].trainable_parameters == 9_175_040
+    assert plan.ranks[0].adapter_bytes == 36_715_216
+    assert plan.base_parameters + 9_175_040 == 3_221_924_864
+
+
+@given(
+    st.dictionaries(
+        st.text(st.characters(codec="utf-8", exclude_categories=["Cs"]), min_size=1, max_size=8),
+        st.tuples(st.lists(st.integers(1, 5), max_size=3), st.sampled_from([torch.float32, torch.bfloat16])),
+        min_size=1,
+        max_size=5,
+    )
+)
+def test_safetensors_size_is_the_file(tmp_path_factory: pytest.TempPathFactory, entries: dict[str, Any]) -> None:
+    entries = {name: value for name, value in entries.items() if name != "__metadata__"} or {"a": ([1], torch.float32)}
+    path = tmp_path_factory.mktemp("sizes") / "file.safetensors"
+    save_file(
+        {name: torch.zeros(shape, dtype=dtype) for name, (shape, dtype) in entries.items()}, path, {"format": "pt"}
+    )
+    codes = {torch.float32: "F32", torch.bfloat16: "BF16"}
+    described = [(name, codes[dtype], shape, dtype.itemsize) for name, (shape, dtype) in entries.items()]
+    assert safetensors_bytes(described, {"format": "pt"}) == path.stat().st_size
+
+
+def test_formulas() -> None:
+    assert lora_parameters(8, [(64, 32), (16, 32)]) == 8 * (96 + 48)
+    assert lora_parameters(8, [(64, 32)], dora=True) == 8 * 96 + 64
+    assert capacity_rank(1, [(64, 32)]) == 1
+    assert capacity_rank(2 * 96 * 5 + 1, [(64, 32)]) == 6

@@ -1,0 +1,248 @@
+"""`select --memory`: what can't fit is left out or refused before anything is trained, and peaks are recorded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from rightrank.api.selecting import select_rank
+from rightrank.cli import main
+from rightrank.plugins.plan.budget import needed
+from rightrank.plugins.plan.estimate import Estimator
+from rightrank.plugins.plan.selection import _plan_settings, plan_selection, ranks_for_data
+from rightrank.runs.journal import Journal
+from rightrank.schema.errors import SettingsError
+from rightrank.schema.events import Observer
+from rightrank.schema.trials import TrialFinished
+from tests.tiny import sentences, small_settings, tiny_llama_config, write_jsonl
+
+pytestmark = pytest.mark.trains
+
+SMALL = ("--learning-rates", "1e-2", "--max-steps", "2", "--batch-size", "4", "--seq-len", "32", "--eval-items", "6")
+SETS = ("--set", "samples=0", "--set", "eval_points=1", "--strategy", "grid", "--quiet")
+
+
+def command(model: Path, data: Path, out: Path, *more: str) -> int:
+    with pytest.raises(SystemExit) as ended:
+        main(["select", str(model), str(data), "--out", str(out), *SMALL, *SETS, *more])
+    assert isinstance(ended.value.code, int)
+    return ended.value.code
+
+
+def direct(trials: list[TrialFinished]) -> list[TrialFinished]:
+    """Trainings from the start, without the base and the truncations."""
+    return [trial for trial in trials if trial.rank > 0 and trial.truncate_from is None]
+
+
+def test_predicted_and_measured_peaks_are_recorded(
+    model_folder: Path, completion_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    assert command(model_folder, completion_file, out, "--ranks", "1,2,4", "--memory", "24GiB") == 0
+    capsys.readouterr()
+    trials = [record for record in Journal(out / "journal.jsonl").read() if isinstance(record, TrialFinished)]
+    predicted = {trial.rank: trial.predicted_peak_bytes for trial in direct(trials)}
+    assert set(predicted) == {1, 2, 4}
+    assert 0 < (predicted[1] or 0) < (predicted[2] or 0) < (predicted[4] or 0)
+    assert all(trial.peak_bytes > 0 for trial in trials)
+
+
+def test_too_little_memory_is_refused_before_the_start(
+    model_folder: Path, completion_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    assert command(model_folder, completion_file, out, "--ranks", "1,4", "--memory", "1MiB") == 2
+    error = capsys.readouterr().err
+    assert "rank 1 needs" in error
+    assert len(error.strip().splitlines()) == 1
+    assert not any(isinstance(record, TrialFinished) for record in Journal(out / "journal.jsonl").read())
+
+
+def test_where_only_the_lowest_rank_fits_the_next_one_is_named(
+    model_folder: Path, completion_file: Path, tmp_path: Path
+) -> None:
+    config = tiny_llama_config(400)
+    planned = plan_selection(config, small_settings(ranks=(1, 4096), memory_bytes=2**40), 32, "cpu")
+    between = (planned.needed_bytes[1] + planned.needed_bytes[4096]) // 2
+    settings = small_settings(ranks=(1, 4096), memory_bytes=between, goal="adapter")
+    notices: list[str] = []
+    with pytest.raises(SettingsError, match=r"rank 4096 needs .* are available; give more --memory, lower ranks"):
+        select_rank(
+            str(model_folder),
+            completion_file,
+            tmp_path / "run",
+            settings=settings,
+            watching=Observer(notice=notices.append),
+        )
+    assert not any(line.startswith("top rank") for line in notices)
+
+
+def test_what_is_advised_makes_the_smallest_rank_fit() -> None:
+    """8-bit states, in the name that `select` has for them, where they are enough; the advised settings are planned again."""
+    config = tiny_llama_config(400)
+    settings = small_settings(ranks=(2048, 4096), memory_bytes=2**40)
+    full, eight = (
+        plan_selection(config, settings.model_copy(update={"optim": optim}), 32, "cuda").needed_bytes[2048]
+        for optim in ("adamw_torch", "adamw_8bit")
+    )
+    tight = settings.model_copy(update={"memory_bytes": (full + eight) // 2})
+    with pytest.raises(SettingsError, match=r"lower ranks, or optim adamw_8bit$"):
+        plan_selection(config, tight, 32, "cuda")
+    advised = tight.model_copy(update={"optim": "adamw_8bit", "ranks": (2048,)})
+    assert plan_selection(config, advised, 32, "cuda").ranks == (2048,)
+
+
+def test_a_preference_pair_is_planned_as_two_sequences() -> None:
+    config = tiny_llama_config(400)
+    pairs = plan_selection(config, small_settings(batch_size=4, eval_batch_size=4), 32, "cpu", sequences=2)
+    texts = plan_selection(config, small_settings(batch_size=8, eval_batch_size=8), 32, "cpu")
+    assert pairs.peak_bytes == texts.peak_bytes
+    assert pairs.needed_bytes == texts.needed_bytes
+
+
+def test_the_plan_counts_what_one_of_several_devices_takes() -> None:
+    config = tiny_llama_config(400)
+    shared = {"ranks": (1, 8), "executor": "processes", "workers": 1}
+    one = plan_selection(config, small_settings(batch_size=8, **shared), 256, "cpu")
+    two = plan_selection(config, small_settings(batch_size=8, devices_per_arm=2, **shared), 256, "cpu")
+    half = plan_selection(config, small_settings(batch_size=4, **shared), 256, "cpu")
+    assert half.peak_bytes[8] <= two.peak_bytes[8] < one.peak_bytes[8]  # its share of a batch, and the sums
+
+
+def test_the_plan_gives_the_adapters_that_fit_in_a_pass() -> None:
+    settings = small_settings(ranks=(1, 8), adapters_per_pass=6)
+    config = tiny_llama_config(400)
+    assert plan_selection(config, settings, 32, "cpu").max_adapters_per_pass is None
+    alone = plan_selection(config, settings.model_copy(update={"memory_bytes": 2**40}), 32, "cpu")
+    assert alone.max_adapters_per_pass == 6
+    tight = settings.model_copy(update={"memory_bytes": alone.needed_bytes[8]})
+    assert plan_selection(config, tight, 32, "cpu").max_adapters_per_pass == 1
+    needs = {}
+    for arms in (4, 6):
+        changed = Estimator(
+            config, _plan_settings(config, settings.model_copy(update={"memory_bytes": 2**40}), 32, "cpu", None)
+        ).variant(arms=arms)
+        needs[arms] = needed(changed.estimate(8).peak.reserved_bytes, changed.settings)
+    between = settings.model_copy(update={"memory_bytes": (needs[4] + needs[6]) // 2})
+    assert plan_selection(config, between, 32, "cpu").max_adapters_per_pass == 4
+
+
+def test_an_initialisation_that_doubles_the_rank_is_planned_at_twice_the_rank() -> None:
+    config = tiny_llama_config(400)
+    plain = plan_selection(config, small_settings(ranks=(1, 4, 8)), 32, "cpu")
+    swept = plan_selection(config, small_settings(ranks=(1, 4, 8), sweep=("init=pissa",)), 32, "cpu")
+    assert swept.needed_bytes[4] == plain.needed_bytes[8]
+    assert swept.peak_bytes == plain.peak_bytes  # of the arms that the answer rests on
+
+
+def test_fewer_adapters_per_pass_where_memory_is_short(
+    model_folder: Path, completion_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = small_settings(ranks=(1, 4), eval_items=6, seq_len=16)
+    need = plan_selection(tiny_llama_config(400), settings, 16, "cpu").needed_bytes[4]
+    out = tmp_path / "run"
+    memory = (
+        "--ranks",
+        "1,4",
+        "--memory",
+        f"{need / 2**20 + 0.01:.3f}MiB",
+        "--adapters-per-pass",
+        "2",
+        "--seq-len",
+        "16",
+    )
+    assert command(model_folder, completion_file, out, *memory) == 0
+    trials = [record for record in Journal(out / "journal.jsonl").read() if isinstance(record, TrialFinished)]
+    assert [trial.adapters_per_pass for trial in direct(trials)] == [1, 1]
+
+
+def test_ranks_that_do_not_fit_are_left_out() -> None:
+    """A budget between the second and the third rank's need leaves two."""
+    settings = small_settings(ranks=(1, 8, 32))
+    config = tiny_llama_config(400)
+    free = plan_selection(config, settings, 32, "cpu")
+    assert free.ranks == (1, 8, 32)
+    assert free.notice() is None
+    budget = (free.needed_bytes[8] + free.needed_bytes[32]) // 2
+    tight = plan_selection(config, settings.model_copy(update={"memory_bytes": budget}), 32, "cpu")
+    assert tight.ranks == (1, 8)
+    assert tight.left_out() == (32,)
+    assert "ranks 32 (" in (tight.notice() or "")
+
+
+def test_ranks_come_from_the_data_where_none_are_named(
+    model_folder: Path, completion_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Some hundred label tokens fill no more than a rank or two: the range ends low, and says why."""
+    out = tmp_path / "run"
+    arguments = ["select", str(model_folder), str(completion_file), "--out", str(out), *SMALL, *SETS[:-1]]
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == 0
+    output = " ".join(capsys.readouterr().err.split())
+    assert "limit by capacity: " in output
+    assert "label tokens at" in output
+    assert "limit by memory: none (the memory is unknown)" in output
+    trials = [record for record in Journal(out / "journal.jsonl").read() if isinstance(record, TrialFinished)]
+    ranks = sorted({trial.rank for trial in direct(trials)})
+    assert ranks[0] == 1
+    assert 2 <= len(ranks) <= 4
+
+
+def test_memory_limits_the_range_beside_data_and_matrices() -> None:
+    settings = small_settings()
+    config = tiny_llama_config(400)
+    free, _ = ranks_for_data(config, settings, 32, "cpu", (10**7, 2.0))
+    assert free[-1] == 16  # what the smallest matrix can have
+    middle = plan_selection(config, small_settings(ranks=(4, 6)), 32, "cpu").needed_bytes
+    tight = settings.model_copy(update={"memory_bytes": (middle[4] + middle[6]) // 2})
+    ranks, reasons = ranks_for_data(config, tight, 32, "cpu", (10**7, 2.0))
+    assert ranks[-1] in (4, 5)
+    assert any(reason.startswith(f"limit by memory: {ranks[-1]}") for reason in reasons)
+
+
+def test_several_adapters_per_pass_and_classifications_have_a_prediction(
+    model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = write_jsonl(tmp_path / "d.jsonl", [{"text": t, "label": "ab"[len(t) % 2]} for t in sentences(120)])
+    assert command(model_folder, data, tmp_path / "run", "--ranks", "1,4", "--adapters-per-pass", "2") == 0
+    capsys.readouterr()
+    trials = [r for r in Journal(tmp_path / "run" / "journal.jsonl").read() if isinstance(r, TrialFinished)]
+    trained = direct(trials)
+    assert [trial.adapters_per_pass for trial in trained] == [2, 2]
+    several, alone = trained[0].predicted_peak_bytes, _alone()
+    assert several is not None
+    assert alone < several
+    assert trained[1].predicted_peak_bytes == pytest.approx(several, rel=0.01)
+    assert "planned, tensors only, MiB" in (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+
+
+def _alone() -> int:
+    settings = small_settings(ranks=(1, 4))
+    return plan_selection(tiny_llama_config(400), settings, 16, "cpu", num_labels=2).peak_bytes[4]
+
+
+def test_a_calibrated_device_has_an_estimate_that_is_compared_at_the_end(
+    model_folder: Path,
+    completion_file: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    shape = ("--dtype", "float32", "--device", "cpu", "--batch-size", "4", "--seq-len", "32", "--ranks", "1,4")
+    with pytest.raises(SystemExit):
+        main(["plan", str(model_folder), *shape, "--strategy", "grid", "--steps", "2", "--calibrate"])
+    notices: list[str] = []
+    settings = small_settings(max_steps=2, eval_points=1)
+    select_rank(
+        str(model_folder),
+        completion_file,
+        tmp_path / "run",
+        settings=settings,
+        watching=Observer(notice=notices.append),
+    )
+    printed = " | ".join(notices)
+    assert "selection by grid: 2 trainings of 2 steps" in printed or "selection by grid: about 2 trainings" in printed
+    assert "for 2 trainings; the estimate for that many was" in printed

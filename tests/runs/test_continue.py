@@ -1,0 +1,134 @@
+"""A run folder continued with more seeds, ranks or learning rates, or at another margin."""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+
+from rightrank.api.deciding import decide
+from rightrank.api.run_folder import write_report
+from rightrank.api.selecting import select_rank
+from rightrank.cli import main
+from rightrank.runs.journal import Journal
+from rightrank.schema.errors import ResultsError, RunFolderError
+from rightrank.schema.events import RunContinued
+from rightrank.schema.trials import TrialFinished, TrialStarted
+from tests.tiny import small_settings
+
+
+def journal(run: Path) -> list[object]:
+    return list(Journal(run / "journal.jsonl").read())
+
+
+def trained(run: Path) -> dict[tuple[int, float, int], float]:
+    """The value of each whole training by rank, learning rate and seed."""
+    return {
+        (one.rank, one.learning_rate, one.seed): one.value
+        for one in journal(run)
+        if isinstance(one, TrialFinished) and one.rank > 0 and one.arm.is_direct
+    }
+
+
+@pytest.fixture(scope="module")
+def begun(model_folder: Path, completion_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("begun") / "run"
+    select_rank(str(model_folder), completion_file, run, settings=small_settings(max_steps=4))
+    return run
+
+
+def test_a_run_continued_equals_one_made_at_once(
+    begun: Path, model_folder: Path, completion_file: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(begun, run)
+    before = [one for one in journal(run) if isinstance(one, TrialStarted)]
+    more = small_settings(max_steps=4, ranks=(1, 2, 4), seeds=(0, 1), margin=0.5)
+    continued = select_rank(str(model_folder), completion_file, run, settings=more)
+    again = [one for one in journal(run) if isinstance(one, TrialStarted)][len(before) :]
+    assert {one.trial_id for one in before}.isdisjoint(one.trial_id for one in again)  # nothing is trained twice
+    assert [one.settings.keys() for one in journal(run) if isinstance(one, RunContinued)] == [
+        {"margin", "ranks", "seeds"}
+    ]
+    whole = select_rank(str(model_folder), completion_file, tmp_path / "whole", settings=more)
+    assert trained(run) == trained(tmp_path / "whole")
+    assert continued.decision.margin == 0.5
+    same = {"next_runs", "ranks"}  # these name trials, whose identities are the run's own
+    assert continued.decision.model_dump(exclude=same) == whole.decision.model_dump(exclude=same)
+
+
+def test_another_spelling_of_the_same_paths_is_the_same_run(
+    begun: Path, model_folder: Path, completion_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(model_folder.parent)
+    started = len(journal(begun))
+    select_rank(f"./{model_folder.name}", completion_file, begun, settings=small_settings(max_steps=4))
+    assert not [one for one in journal(begun)[started:] if isinstance(one, TrialStarted)]
+
+
+def test_a_report_shows_the_settings_that_the_run_was_continued_with(
+    begun: Path, model_folder: Path, completion_file: Path
+) -> None:
+    settings = small_settings(max_steps=4, margin=0.25)
+    selected = select_rank(str(model_folder), completion_file, begun, settings=settings)
+    assert selected.decision.margin == 0.25
+    write_report(begun)
+    assert "0.25" in (begun / "report.html").read_text(encoding="utf-8")
+
+
+def test_what_changes_trials_is_still_refused(begun: Path, model_folder: Path, completion_file: Path) -> None:
+    with pytest.raises(RunFolderError, match="max_steps"):
+        select_rank(str(model_folder), completion_file, begun, settings=small_settings(max_steps=5, margin=0.1))
+
+
+def test_the_next_run_is_a_command_that_continues_the_run(begun: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(begun, run)
+    command = decide(run).next_command
+    assert command is not None
+    words = shlex.split(command)
+    assert words[:4] == ["rightrank", "select", "--out", str(run)]
+    assert len(words) in (6, 8)
+    before = trained(run)
+    with pytest.raises(SystemExit) as stop:
+        main([*words[1:], "--quiet"])
+    assert stop.value.code == 0
+    assert before.items() < trained(run).items()
+
+
+def test_runs_of_one_model_and_data_are_joined(
+    begun: Path, model_folder: Path, completion_file: Path, tmp_path: Path
+) -> None:
+    settings = small_settings(max_steps=4, ranks=(4, 8), seeds=(0, 1))
+    other = select_rank(str(model_folder), completion_file, tmp_path / "other", settings=settings).run
+    joined = decide([begun, other])
+    both = trained(begun) | trained(other)
+    assert joined.understood == [f"{len(both)} trainings of 2 run folders"]
+    assert {one.rank for one in joined.decision.ranks} == {0} | {rank for rank, _, _ in both}
+    longer = small_settings(max_steps=5)
+    another = select_rank(str(model_folder), completion_file, tmp_path / "longer", settings=longer).run
+    with pytest.raises(ResultsError, match=r"differs from .*max_steps"):
+        decide([begun, another])
+    with pytest.raises(ResultsError, match="no run folder; several results are joined"):
+        decide([begun, completion_file])
+
+
+def test_more_validation_examples_score_the_adapters_again_and_train_nothing(
+    begun: Path, model_folder: Path, completion_file: Path, tmp_path: Path
+) -> None:
+    """The run equals one that had all the examples from the start."""
+    run = tmp_path / "run"
+    few, many = small_settings(max_steps=4, eval_items=6), small_settings(max_steps=4, eval_items=14)
+    select_rank(str(model_folder), completion_file, run, settings=few)
+    before = [one for one in journal(run) if isinstance(one, TrialStarted)]
+    continued = select_rank(str(model_folder), completion_file, run, settings=many)
+    assert [one for one in journal(run) if isinstance(one, TrialStarted)] == before
+    whole = select_rank(str(model_folder), completion_file, tmp_path / "whole", settings=many)
+    ours, theirs = continued.decision, whole.decision
+    assert (ours.rank, ours.verdict, ours.flags) == (theirs.rank, theirs.verdict, theirs.flags)
+    assert [one.value for one in ours.ranks] == pytest.approx([one.value for one in theirs.ranks], rel=1e-5)
+    assert decide(run).decision.ranks == ours.ranks
+    again = select_rank(str(model_folder), completion_file, run, settings=few)  # examples are not taken away
+    assert again.decision.ranks == ours.ranks

@@ -1,0 +1,34 @@
+"""Selections on data of other shapes, from rows to the report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rightrank.api.selecting import select_rank
+from rightrank.hooks.terminal import plan_line
+from rightrank.runs.journal import Journal
+from rightrank.schema.events import RunStarted, TestEvaluated
+from tests.tiny import sentences, small_settings, write_jsonl
+
+
+def test_questions_and_answers_without_a_test_split(model_folder: Path, tmp_path: Path) -> None:
+    rows = [{"question": text, "answer": text.upper()} for text in sentences(120)]
+    data = write_jsonl(tmp_path / "data.jsonl", [*rows, rows[0]])
+    settings = small_settings(max_steps=2, ranks=(1, 2), test_fraction=0.0, goal="adapter", eval_items=8)
+    selected = select_rank(str(model_folder), data, tmp_path / "run", settings=settings)
+    assert selected.adapter.exists()
+    records = Journal(tmp_path / "run" / "journal.jsonl").read()
+    assert not [record for record in records if isinstance(record, TestEvaluated)]
+    started = next(record for record in records if isinstance(record, RunStarted))
+    line = plan_line(started, 2)
+    assert line.startswith("121 rows; examples: ")
+    assert "held-out rows not evaluated, beyond --eval-items" in line
+    assert "form: prompt_completion (from question → prompt, answer → completion)" in line
+
+
+def test_token_ids(model_folder: Path, tmp_path: Path) -> None:
+    rows = [{"input_ids": [5 + n % 9, 6, 7, n], "labels": [-100, 6, 7, n]} for n in range(120)]
+    data = write_jsonl(tmp_path / "tokens.jsonl", rows)
+    settings = small_settings(max_steps=2, ranks=(1, 2), goal="adapter")
+    selected = select_rank(str(model_folder), data, tmp_path / "run", settings=settings)
+    assert selected.report.exists()

@@ -1,0 +1,76 @@
+"""A run that goes on by itself: the next rank while the answer is rising, the next learning rate at an edge."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rightrank.api.selecting import select_rank
+from rightrank.cli import main
+from rightrank.decision.run import records_of
+from rightrank.runs.journal import Journal
+from rightrank.runs.returns import Selected
+from rightrank.runs.run import extended
+from rightrank.schema.decision import Decision, NextRun
+from rightrank.schema.events import Observer
+from rightrank.schema.settings import SelectSettings, make_settings
+from tests.tiny import sentences, small_settings, write_jsonl
+
+
+def decided(verdict: str, flags: list[str], runs: list[NextRun]) -> Selected:
+    decision = Decision.model_construct(verdict=verdict, flags=flags, next_runs=runs)
+    return Selected(decision, Path("run"), None, Path("report.html"), {})
+
+
+UP = NextRun(action="rank", ranks=[32], learning_rates=[1e-3, 3e-4], sentence="Train rank 32.")
+OUT = NextRun(action="rates", ranks=[16], learning_rates=[1e-2], sentence="Train at 0.01 too.")
+SEEDS = NextRun(action="seeds", ranks=[4, 16], seeds=3, sentence="Train with 3 seeds.")
+
+
+@pytest.mark.parametrize(
+    ("verdict", "flags", "runs", "changed"),
+    [
+        ("rising", [], [UP, SEEDS], {"ranks": (1, 4, 16, 32)}),
+        ("saturated", ["lr_edge"], [OUT, SEEDS], {"learning_rates": (3e-4, 1e-3, 1e-2)}),
+        ("saturated", [], [SEEDS], {}),
+        ("undecided", ["one_seed"], [SEEDS], {}),
+    ],
+)
+def test_what_is_added(verdict: str, flags: list[str], runs: list[NextRun], changed: dict[str, Any]) -> None:
+    settings = SelectSettings(ranks=(1, 4, 16), learning_rates=(3e-4, 1e-3))
+    further = extended(settings, decided(verdict, flags, runs))
+    assert further == (settings.model_copy(update=changed) if changed else None)
+
+
+def test_it_extends_with_a_time_budget_unless_told_otherwise() -> None:
+    assert not make_settings({}).extends
+    assert make_settings({"budget_hours": 1.0}).extends
+    assert not make_settings({"budget_hours": 1.0, "extend": False}).extends
+    assert make_settings({"extend": True}).extends
+
+
+def test_a_rising_answer_adds_the_rank_above(model_folder: Path, tmp_path: Path) -> None:
+    """The folder is the one of a run that had the higher ranks from the start."""
+    data = write_jsonl(tmp_path / "d.jsonl", [{"prompt": text, "completion": text[::-1]} for text in sentences(150)])
+    settings = small_settings(max_steps=3, test_fraction=0.0, extend=True)  # of ranks 1 and 4
+    notices: list[str] = []
+    selected = select_rank(
+        str(model_folder), data, tmp_path / "run", settings=settings, watching=Observer(notice=notices.append)
+    )
+    added = [notice for notice in notices if notice.startswith("extending: ")]
+    assert 1 <= len(added) <= 3
+    assert added[0].endswith("Adding rank 8.")
+    records = records_of(Journal(tmp_path / "run" / "journal.jsonl").read(), "run")
+    ranks = {trial.rank for trial in records.finished() if trial.arm.is_direct and trial.rank > 0}
+    assert {1, 4, 8} <= ranks
+    assert {one.rank for one in selected.decision.ranks} == {0, *ranks}
+    assert tuple(records.started.settings["ranks"]) == tuple(sorted(ranks))  # type: ignore[arg-type]
+
+
+def test_the_option(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["select", "nowhere", str(tmp_path / "d.jsonl"), "--out", str(tmp_path / "run"), "--no-extend"])
+    assert stop.value.code == 2
+    assert "no such file" in capsys.readouterr().err

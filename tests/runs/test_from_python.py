@@ -1,0 +1,98 @@
+"""A selection called from a script or a notebook: progress, Ctrl-C, a result that fits a screen."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from rightrank.api.selecting import select_rank
+from rightrank.runs.journal import Journal
+from rightrank.schema.events import Observer, RunEvent, StepDone
+from rightrank.schema.trials import TrialFinished, TrialStarted
+from tests.tiny import small_settings
+
+
+def test_progress_and_a_result_on_one_screen(
+    model_folder: Path, completion_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seen: list[str] = []
+    selected = select_rank(
+        str(model_folder),
+        completion_file,
+        tmp_path / "run",
+        settings=small_settings(max_steps=2),
+        watching=Observer(notice=seen.append),
+        progress=True,
+    )
+    captured = capsys.readouterr()
+    assert "base model" in captured.err
+    assert all(line in captured.err for line in seen)  # both the user's observer and the view receive the lines
+    assert captured.out == ""
+    lines = str(selected).splitlines()
+    assert len(lines) <= 10
+    assert max(map(len, lines)) < 400
+    assert lines[-1].endswith("report.html")
+
+
+@pytest.fixture
+def default_interrupt() -> Iterator[None]:
+    """Python's own handler of Ctrl-C, which a process that was started in the background lacks."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("default_interrupt")
+def test_ctrl_c_ends_the_step_writes_a_checkpoint_and_the_same_call_resumes(
+    model_folder: Path, completion_file: Path, tmp_path: Path
+) -> None:
+    steps: list[int] = []
+
+    def interrupt(event: RunEvent) -> None:
+        if isinstance(event, StepDone):
+            steps.append(event.step)
+            if len(steps) == 3:
+                signal.raise_signal(signal.SIGINT)
+
+    settings = small_settings(max_steps=6, ranks=(1, 2), adapters_per_pass=1)
+    arguments: Any = (str(model_folder), completion_file, tmp_path / "run")
+    with pytest.raises(KeyboardInterrupt, match="the same call resumes the run"):
+        select_rank(*arguments, settings=settings, watching=Observer(on_event=interrupt))
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert list((tmp_path / "run").rglob("*checkpoint*"))
+    later: list[int] = []
+    watching = Observer(on_event=lambda event: later.append(event.step) if isinstance(event, StepDone) else None)
+    select_rank(*arguments, settings=settings, watching=watching)
+    assert later[0] == 4  # not step 1
+    whole = select_rank(str(model_folder), completion_file, tmp_path / "whole", settings=settings)
+    assert values(tmp_path / "run") == values(whole.run)
+
+
+def values(run: Path) -> dict[int, float]:
+    records = Journal(run / "journal.jsonl").read()
+    assert any(isinstance(record, TrialStarted) for record in records)
+    return {one.rank: one.value for one in records if isinstance(one, TrialFinished) and one.arm.is_direct}
+
+
+def test_a_notebook_has_one_output_that_is_kept_up_to_date(monkeypatch: pytest.MonkeyPatch) -> None:
+    from rich.console import Console
+
+    from rightrank.hooks.terminal import NotebookView, make_view
+
+    outputs: list[dict[str, str]] = []
+    handle = SimpleNamespace(update=lambda data, raw: outputs.append(data))
+    display = SimpleNamespace(display=lambda data, raw, display_id: handle)
+    shell = type("ZMQInteractiveShell", (), {})()
+    monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: shell, display=display))
+    monkeypatch.setitem(sys.modules, "IPython.display", display)
+    with make_view(Console(), quiet=False) as view:
+        assert isinstance(view, NotebookView)
+        view.notice("examples: 3 <train>")
+    assert outputs[-1]["text/plain"].startswith("examples: 3 <train>")
+    assert "3 &lt;train&gt;" in outputs[-1]["text/html"]

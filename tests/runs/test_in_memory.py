@@ -1,0 +1,67 @@
+"""Models, tokenizers and data sets that are in memory already."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rightrank import select_rank
+from rightrank.schema.errors import ModelError, SettingsError
+from tests.tiny import small_settings
+
+
+def loaded(folder: Path, classes: int | None = None) -> tuple[Any, Any]:
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    if classes is None:
+        return AutoModelForCausalLM.from_pretrained(folder), tokenizer
+    return AutoModelForSequenceClassification.from_pretrained(folder, num_labels=classes), tokenizer
+
+
+def test_in_memory_gives_what_the_folder_gives(model_folder: Path, completion_file: Path, tmp_path: Path) -> None:
+    from datasets import load_dataset
+
+    settings = small_settings(max_steps=3, eval_points=1)
+    model, tokenizer = loaded(model_folder)
+    rows = load_dataset("json", data_files=str(completion_file), split="train", cache_dir=str(tmp_path / "cache"))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    mine = select_rank(model, rows, tmp_path / "mine", tokenizer=tokenizer, settings=settings)
+    other = small_settings(eval_points=1)  # 8 steps, were it not for the keyword
+    named = select_rank(str(model_folder), completion_file, tmp_path / "named", settings=other, max_steps=3)
+    assert [e.value for e in mine.decision.ranks] == [e.value for e in named.decision.ranks]
+    assert all((model.state_dict()[name] == value).all() for name, value in before.items())
+    assert set(model.state_dict()) == set(before)
+    assert "objects in memory" in mine.report.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("what", "error", "message"),
+    [
+        ("no tokenizer", ModelError, "it is in memory and has no tokenizer"),
+        ("not a model", ModelError, "got a dict; give a transformers model"),
+        ("named", SettingsError, "a model given by name brings its own"),
+        ("wrong head", ModelError, "a head of 5 labels for data of 2 classes"),
+    ],
+)
+def test_bad_objects_are_one_line(
+    model_folder: Path,
+    completion_file: Path,
+    class_file: Path,
+    tmp_path: Path,
+    what: str,
+    error: type[Exception],
+    message: str,
+) -> None:
+    model, tokenizer = loaded(model_folder, 5 if what == "wrong head" else None)
+    arguments: dict[str, Any] = {"model": model, "data": completion_file, "tokenizer": tokenizer}
+    arguments |= {
+        "no tokenizer": {"tokenizer": None},
+        "not a model": {"model": {}},
+        "named": {"model": str(model_folder)},
+        "wrong head": {"data": class_file},
+    }[what]
+    with pytest.raises(error, match=message):
+        select_rank(out=tmp_path / "run", settings=small_settings(), **arguments)

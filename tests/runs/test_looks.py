@@ -1,0 +1,211 @@
+"""Values that a custom trainer reports along the way: the same wherever it runs, and in the journal as they come."""
+
+from __future__ import annotations
+
+import json
+import math
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rightrank import EvalPoint, Observer, TrialResult, TrialTask, select_rank_with
+from rightrank.api.run_folder import status
+from rightrank.decision.run import Records
+from rightrank.runs.journal import Journal
+from rightrank.schema.errors import AllTrialsFailedError
+from rightrank.schema.events import RunStarted
+from rightrank.schema.trials import TrialDiverged, TrialFailed, TrialFinished, TrialLook, TrialStarted
+
+pytestmark = pytest.mark.trains
+
+VALUES = {0: 0.2, 10: 0.5, 20: 0.6}
+
+
+def reporting(task: TrialTask) -> TrialResult:
+    for step, value in VALUES.items():
+        task.report(step, value + task.rank / 1000, [value, value + task.rank / 500])
+    return result(task)
+
+
+def returning(task: TrialTask) -> TrialResult:
+    points = [
+        EvalPoint(step=step, value=value + task.rank / 1000, item_scores=[value, value + task.rank / 500])
+        for step, value in VALUES.items()
+    ]
+    return result(task).model_copy(update={"points": points})
+
+
+def result(task: TrialTask) -> TrialResult:
+    scores = [0.5 + task.rank / 100, 0.7, 0.6]
+    return TrialResult(metrics={"reward": sum(scores) / 3}, item_scores=scores)
+
+
+def run(train: Callable[[TrialTask], Any], out: Path, **more: Any) -> Records:
+    select_rank_with(train, out, ranks=(1, 4), learning_rates=(1e-3,), metric="reward", **more)
+    return records_in(out)
+
+
+def records_in(out: Path) -> Records:
+    journal = Journal(out / "journal.jsonl").read()
+    assert isinstance(journal[0], RunStarted)
+    return Records.of(journal[0], journal)
+
+
+def points_of(records: Records) -> dict[int, list[EvalPoint]]:
+    return {trial.rank: trial.points for trial in records.finished()}
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory: pytest.TempPathFactory) -> Records:
+    return run(reporting, tmp_path_factory.mktemp("here") / "run")
+
+
+@pytest.mark.parametrize("where", [{"where": "threads", "workers": 2}, {"where": "process", "workers": 2}])
+def test_reports_are_the_same_wherever_the_trainer_runs(here: Records, tmp_path: Path, where: dict[str, Any]) -> None:
+    there = run(reporting, tmp_path / "run", **where)
+    assert points_of(there) == points_of(here)
+    assert there.looks == here.looks
+    assert [point.step for point in next(iter(here.looks.values()))] == [0, 10, 20]
+
+
+def test_points_that_are_returned_count_as_reports(here: Records, tmp_path: Path) -> None:
+    assert points_of(run(returning, tmp_path / "run")) == points_of(here)
+
+
+def test_a_look_is_in_the_journal_before_the_trial_ends(tmp_path: Path) -> None:
+    seen: list[list[str]] = []
+
+    def train(task: TrialTask) -> TrialResult:
+        task.report(5, 0.5)
+        seen.append(
+            [json.loads(line)["type"] for line in (tmp_path / "run" / "journal.jsonl").read_text().splitlines()]
+        )
+        return result(task)
+
+    run(train, tmp_path / "run")
+    assert seen[0] == ["run_started", "trial_started", "trial_look"]
+
+
+def test_status_shows_the_last_look_of_the_trial_at_work(tmp_path: Path) -> None:
+    shown: list[str | None] = []
+
+    def train(task: TrialTask) -> TrialResult:
+        task.report(5, 0.5)
+        shown.append(status(tmp_path / "run").running)
+        return result(task)
+
+    run(train, tmp_path / "run")
+    assert shown[0] == "r=4 lr=0.001 seed=0, step 5: held-out 0.5"
+
+
+def test_looks_of_a_trial_that_runs_again_are_dropped(tmp_path: Path) -> None:
+    fails = True
+
+    def train(task: TrialTask) -> TrialResult:
+        task.report(1 if fails else 2, 0.5)
+        if fails and task.rank == 4:
+            raise OSError("the service is away")
+        return result(task)
+
+    select_rank_with(train, tmp_path / "run", ranks=(1, 4, 16), learning_rates=(1e-3,), metric="reward")
+    (failed,) = [one for one in records_in(tmp_path / "run").outcomes if isinstance(one, TrialFailed)]
+    assert [point.step for point in records_in(tmp_path / "run").looks[failed.trial_id]] == [1]
+    fails = False
+    select_rank_with(train, tmp_path / "run", ranks=(1, 4, 16), learning_rates=(1e-3,), metric="reward")
+    assert [point.step for point in records_in(tmp_path / "run").looks[failed.trial_id]] == [2]
+
+
+def test_a_step_that_is_reported_again_replaces_it_and_all_later_ones(tmp_path: Path) -> None:
+    def train(task: TrialTask) -> TrialResult:
+        for step in (0, 10, 20, 10):
+            task.report(step, step / 100)
+        return result(task)
+
+    records = run(train, tmp_path / "run")
+    assert [point.step for point in points_of(records)[1]] == [0, 10]
+    assert {len(points) for points in records.looks.values()} == {2}
+
+
+def test_an_observer_receives_every_look(tmp_path: Path) -> None:
+    events: list[Any] = []
+    run(reporting, tmp_path / "run", where="threads", workers=2, watching=Observer(on_event=events.append))
+    assert [type(event) for event in events].count(TrialLook) == 6
+    first = next(place for place, event in enumerate(events) if isinstance(event, TrialLook))
+    assert isinstance(events[0], TrialStarted)
+    assert first < next(place for place, event in enumerate(events) if isinstance(event, TrialFinished))
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_threads_call_the_function_beside_each_other(tmp_path: Path, workers: int) -> None:
+    at_work, most, lock = set[int](), [0], threading.Lock()
+    full = threading.Event()
+
+    def train(task: TrialTask) -> TrialResult:
+        with lock:
+            at_work.add(task.rank)
+            most[0] = max(most[0], len(at_work))
+            if len(at_work) == 3:
+                full.set()
+        full.wait(timeout=5 if workers == 3 else 0.05)
+        with lock:
+            at_work.remove(task.rank)
+        return result(task)
+
+    select_rank_with(
+        train, tmp_path / "run", ranks=(1, 4, 16), learning_rates=(1e-3,), metric="reward", where="threads", workers=workers
+    )  # fmt: skip
+    assert most[0] == workers
+
+
+def bad_in_every_way(task: TrialTask) -> TrialResult:
+    task.report(1, 0.5, [0.5] * (3 if task.rank == 16 else 2))
+    match task.rank:
+        case 2:
+            task.report(2, math.nan)
+        case 4:
+            points = [EvalPoint(step=1, value=0.5, item_scores=[math.nan, 0.5])]
+            return result(task).model_copy(update={"points": points})
+        case 8:
+            raise ZeroDivisionError("a reward of 1 / 0")
+    return result(task)
+
+
+@pytest.mark.parametrize("where", [{}, {"where": "process"}])
+def test_a_bad_look_ends_its_trial_and_no_other(tmp_path: Path, where: dict[str, Any]) -> None:
+    ranks = (1, 2, 4, 8, 16, 32)
+    select_rank_with(
+        bad_in_every_way, tmp_path / "run", ranks=ranks, learning_rates=(1e-3,), metric="reward", **where
+    )  # fmt: skip
+    outcomes = {one.rank: one for one in records_in(tmp_path / "run").outcomes}
+    expected = {
+        2: (TrialDiverged, "step 2: reported nan"),
+        4: (TrialDiverged, "a point's score is not a finite number"),
+        8: (TrialFailed, "train raised ZeroDivisionError: a reward of 1 / 0"),
+        16: (TrialFailed, "looks have 2 and 3 item_scores; score the same examples"),
+    }
+    assert {rank for rank in ranks if isinstance(outcomes[rank], TrialFinished)} == {1, 32}
+    for rank, (kind, reason) in expected.items():
+        assert type(outcomes[rank]) is kind
+        assert reason in outcomes[rank].reason  # type: ignore[union-attr]
+
+
+def test_report_converts_numbers(tmp_path: Path) -> None:
+    import numpy as np
+
+    def train(task: TrialTask) -> TrialResult:
+        task.report(1, np.float32(0.5), np.array([0.25, 0.75]))  # type: ignore[arg-type]
+        return result(task)
+
+    assert points_of(run(train, tmp_path / "run"))[1][0].item_scores == [0.25, 0.75]
+
+
+def test_all_failed_is_one_line(tmp_path: Path) -> None:
+    def train(task: TrialTask) -> TrialResult:
+        task.report(3, math.inf)
+        return result(task)
+
+    with pytest.raises(AllTrialsFailedError, match="step 3: reported inf"):
+        run(train, tmp_path / "run")

@@ -1,0 +1,155 @@
+"""The profile `rl`: collapses, seed noise, and the smallest rank where no difference can be shown."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rightrank import Observer, Selected, TrialResult, TrialTask, decide, select_rank_with
+from rightrank.runs.journal import Journal
+from rightrank.schema.errors import AllTrialsFailedError, SettingsError
+from rightrank.schema.trials import TrialCollapsed, TrialFailed, TrialFinished
+
+pytestmark = pytest.mark.trains
+
+EASE = [place / 200 for place in range(200)]  # of the test prompts
+LOW, HIGH = 1e-5, 1e-4
+
+
+def reinforce(task: TrialTask, gain: float = 0.0, noise: float = 0.01) -> TrialResult:
+    """Rewards that rise to a level; at the high learning rate they rise faster, and then fall to nothing."""
+    generator = random.Random(f"{task.rank} {task.learning_rate} {task.seed}")
+    level = 0.6 + gain * (task.rank > 1) + generator.gauss(0, noise)
+    (task.folder / "adapter.bin").write_text(f"{task.rank} {task.learning_rate}")
+    for step in range(0, 101, 20):
+        reached = min(1.0, step / (20 if task.learning_rate == HIGH else 80))
+        fallen = task.learning_rate == HIGH and step > 60
+        task.report(step, 0.0 if fallen else 0.2 + (level - 0.2) * reached)
+    scores = [float(ease < level) for ease in EASE]
+    return TrialResult(metrics={"reward": sum(scores) / len(scores)}, item_scores=scores)
+
+
+def run(out: Path, train: Callable[[TrialTask], Any] = reinforce, **more: Any) -> tuple[Selected, list[str]]:
+    notices: list[str] = []
+    arguments: dict[str, Any] = {"ranks": (1, 4, 16), "learning_rates": (LOW, HIGH), "profile": "rl"} | more
+    return select_rank_with(train, out, watching=Observer(notice=notices.append), **arguments), notices
+
+
+def outcomes(out: Path) -> list[Any]:
+    kinds = (TrialFinished, TrialCollapsed, TrialFailed)
+    return [record for record in Journal(out / "journal.jsonl").read() if isinstance(record, kinds)]
+
+
+def test_a_run_that_collapsed_is_an_outcome_and_never_handed_over(tmp_path: Path) -> None:
+    selected, notices = run(tmp_path / "run")
+    collapsed = [one for one in outcomes(tmp_path / "run") if isinstance(one, TrialCollapsed)]
+    assert {(one.rank, one.learning_rate, one.seed) for one in collapsed} == {(1, HIGH, 0), (4, HIGH, 0)}
+    assert (collapsed[0].best_step, collapsed[0].step, collapsed[0].value) == (20, 100, 0.0)
+    assert [point.step for point in collapsed[0].points] == [0, 20, 40, 60, 80, 100]
+    assert selected.decision is not None
+    assert selected.decision.learning_rate == LOW
+    assert {"collapsed", "unstable"} <= set(selected.decision.flags)
+    assert selected.adapter is not None
+    assert (selected.adapter / "adapter.bin").read_text() == f"1 {LOW}"
+    report = selected.report.read_text(encoding="utf-8")
+    assert "collapsed: the held-out value fell from" in report
+    assert "2 of them collapsed" in report
+    assert "Trainings that collapsed" in report
+    rows = (selected.run / "figures" / "collapses.csv").read_text().splitlines()
+    assert len(rows) == 1 + 2 * 6
+    (noise,) = [line for line in notices if line.startswith("Seed noise at rank 1")]
+    assert "seeds a rank" in noise
+
+
+def test_the_smallest_rank_is_the_answer_where_no_difference_can_be_shown(tmp_path: Path) -> None:
+    selected, notices = run(tmp_path / "run", lambda task: reinforce(task, noise=0.06))
+    decision = selected.decision
+    assert decision is not None
+    assert (decision.verdict, decision.rank, decision.fallback_rank) == ("no_difference", 1, 1)
+    assert decision.sentence.startswith(
+        "No difference between ranks 1 and 4 can be shown at this noise (seed standard "
+    )
+    assert "take rank 1, the smallest" in decision.sentence
+    assert any("the 3 given show differences from about" in line for line in notices)
+    assert decide(selected.run).decision.verdict == "no_difference"
+    assert selected.training_rank == 1
+
+
+def test_a_larger_rank_that_is_better_is_the_answer(tmp_path: Path) -> None:
+    selected, _ = run(tmp_path / "run", lambda task: reinforce(task, gain=0.3))
+    assert selected.decision is not None
+    assert (selected.decision.rank, selected.decision.verdict) == (4, "saturated")
+    assert selected.adapter is not None
+    assert (selected.adapter / "adapter.bin").read_text() == f"4 {LOW}"
+
+
+def test_the_profile_is_a_set_of_defaults(tmp_path: Path) -> None:
+    run(tmp_path / "run", seeds=(5, 6), margin=0.1, strategy="grid", learning_rates=(LOW,), ranks=(1, 4))
+    first = json.loads((tmp_path / "run" / "journal.jsonl").read_text().splitlines()[0])
+    stored = {name: first["settings"][name] for name in ("profile", "metric", "seeds", "margin", "strategy")}
+    assert stored == {"profile": "rl", "metric": "reward", "seeds": [5, 6], "margin": 0.1, "strategy": "grid"}
+    assert {one.seed for one in outcomes(tmp_path / "run")} == {5, 6}
+    with pytest.raises(SettingsError, match="unknown profile 'lr'"):
+        run(tmp_path / "other", profile="lr")
+    with pytest.raises(SettingsError, match="'upward' climbs from the smallest"):
+        run(tmp_path / "other", goal="adapter", evaluate=lambda _folder, _task: {"reward": 1.0})
+    assert not (tmp_path / "other").exists()
+
+
+def silent(task: TrialTask) -> TrialResult:
+    return reinforce(task.reporting_to(lambda _: None))
+
+
+def test_a_trainer_without_looks_gets_one_notice(tmp_path: Path) -> None:
+    _, notices = run(tmp_path / "run", silent)
+    (notice,) = [line for line in notices if "no values along the way" in line]
+    assert "a collapse can be seen only at the end" in notice
+    _, notices = run(tmp_path / "other", reinforce)
+    assert not [line for line in notices if "no values along the way" in line]
+    _, notices = run(tmp_path / "plain", silent, profile=None, metric="reward")
+    assert notices == []
+
+
+def test_an_end_below_the_base_is_a_collapse_too(tmp_path: Path) -> None:
+    def train(task: TrialTask) -> TrialResult:
+        level = 0.3 if task.rank == 0 else 0.05 if task.learning_rate == HIGH else 0.6
+        return TrialResult(metrics={"reward": level}, item_scores=[float(ease < level) for ease in EASE])
+
+    selected, _ = run(tmp_path / "run", train, with_base=True)
+    collapsed = [one for one in outcomes(tmp_path / "run") if isinstance(one, TrialCollapsed)]
+    assert {one.learning_rate for one in collapsed} == {HIGH}
+    assert selected.decision is not None
+    assert selected.decision.learning_rate == LOW
+
+
+def test_where_all_collapse_the_advice_is_a_lower_learning_rate(tmp_path: Path) -> None:
+    with pytest.raises(AllTrialsFailedError, match=r"fell from .* to 0 at step 100"):
+        run(tmp_path / "run", learning_rates=(HIGH,))
+
+
+def test_a_reward_function_that_raises_fails_its_trial(tmp_path: Path) -> None:
+    def train(task: TrialTask) -> TrialResult:
+        if (task.rank, task.seed) == (4, 0):
+            raise ZeroDivisionError("no completions")
+        return reinforce(task)
+
+    selected, _ = run(tmp_path / "run", train)
+    assert {one.rank for one in outcomes(tmp_path / "run") if isinstance(one, TrialFailed)} == {4}
+    assert selected.decision is not None
+    assert selected.decision.rank == 1
+
+
+def test_it_resumes_without_training_again(tmp_path: Path) -> None:
+    first, _ = run(tmp_path / "run")
+
+    def never(task: TrialTask) -> TrialResult:
+        raise AssertionError(task)
+
+    never.__module__, never.__qualname__ = reinforce.__module__, reinforce.__qualname__
+    again, _ = run(tmp_path / "run", never)
+    assert again.decision == first.decision

@@ -1,0 +1,407 @@
+"""What a selection goes through on machines that are taken away, fill up, or have their clock set back.
+
+The run under test is stopped at half: each test resumes it.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from datetime import UTC, datetime, timedelta, tzinfo
+from pathlib import Path
+
+import pytest
+import torch
+from benchmarks.reliability.checkpoints import save_llama
+from benchmarks.reliability.memory import MIB, limited
+
+from rightrank.cli import main
+from rightrank.hooks import event_log
+from rightrank.hooks import interrupts as stopping
+from rightrank.runs import prepare as preparation
+from rightrank.runs.folder import RunFolder
+from rightrank.runs.journal import Journal
+from rightrank.schema.errors import RunFolderError, TerminatedRun, is_out_of_memory
+from rightrank.schema.events import Observer
+from rightrank.schema.trials import Arm, Trial, TrialFailed, TrialFinished, TrialStarted
+from rightrank.train import loop as training_loop
+from rightrank.train import trial as arm_training
+from rightrank.train.adapter import TrialFolders
+from rightrank.train.checkpoints import load_checkpoint
+from tests.commands import SELECT, run, start, wait_for_trial
+from tests.helpers import make_runtime
+from tests.tiny import small_settings
+
+pytestmark = pytest.mark.trains
+
+
+def half_done(small_run: Path, folder: Path) -> Path:
+    """A run whose first arm has finished; the model and the data stand beside it."""
+    shutil.copytree(small_run, folder)
+    run_folder = folder / "run"
+    lines = (run_folder / "journal.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    kept = [line for line in lines if '"type":"trial_' in line or '"run_started"' in line]
+    last = next(number for number, line in enumerate(kept) if '"trial_started"' in line and '"rank":1,' in line)
+    (run_folder / "journal.jsonl").write_text("".join(kept[: last + 1]), encoding="utf-8")
+    for name in ("decision.json", "config.yaml"):
+        (run_folder / name).unlink()
+    return run_folder
+
+
+@pytest.fixture
+def work(small_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The half-done run, in the folder that its settings are relative to."""
+    folder = half_done(small_run, tmp_path / "work")
+    monkeypatch.chdir(folder.parent)
+    return folder
+
+
+def selected(capsys: pytest.CaptureFixture[str], *more: str) -> tuple[int, str]:
+    status, _, err = run([*SELECT[:-1], *more, "--quiet"], capsys)
+    return status, err
+
+
+def require_right(folder: Path, small_run: Path) -> None:
+    """The first arm was trained once, before the stop; the second after it; and the answer is there."""
+    records = Journal(folder / "journal.jsonl").read()
+    trained = [record for record in records if isinstance(record, TrialFinished) and record.arm.is_direct]
+    assert [record.rank for record in trained] == [0, 4, 1]
+    assert len([r for r in records if isinstance(r, TrialStarted) and r.rank == 4 and r.arm.is_direct]) == 1
+    known = json.loads((small_run / "run" / "decision.json").read_text())
+    decision = json.loads((folder / "decision.json").read_text())
+    assert {name: decision[name] for name in ("rank", "fallback_rank", "verdict")} == {
+        name: known[name] for name in ("rank", "fallback_rank", "verdict")
+    }
+    assert [row["value"] for row in decision["ranks"]] == pytest.approx(
+        [row["value"] for row in known["ranks"]], rel=1e-3
+    )
+
+
+def test_a_run_is_looked_at_and_goes_on(work: Path, small_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = (work / "journal.jsonl").read_bytes()
+    status, out, _ = run(["status", "run", "--json"], capsys)
+    assert status == 0
+    assert json.loads(out)["trials_ended"] == 2
+    assert (work / "journal.jsonl").read_bytes() == before
+    assert selected(capsys)[0] == 0
+    require_right(work, small_run)
+    assert (work / "journal.jsonl").read_bytes().startswith(before)
+
+
+def test_what_shows_decides_and_exports_a_run_leaves_its_journal(
+    small_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(small_run / "run", folder)
+    before = (folder / "journal.jsonl").read_bytes()
+    for command in (["status"], ["report"], ["decide"], ["repair"], ["export", "--to", "trl"]):
+        status, out, err = run([command[0], str(folder), *command[1:], "--json"], capsys)
+        assert status == 0, err
+        assert json.loads(out)
+    assert (folder / "journal.jsonl").read_bytes() == before
+
+
+def test_other_settings_are_refused(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status, err = selected(capsys, "--lora-alpha", "16")
+    assert status == 2
+    assert "made with other settings (lora_alpha: 32.0 → 16.0)" in err
+
+
+class _Backwards(datetime):
+    """A clock that stands a year before the run's start and goes back a minute whenever it is asked."""
+
+    asked = 0
+
+    @classmethod
+    def now(cls, tz: tzinfo | None = None) -> datetime:  # type: ignore[override]
+        cls.asked += 1
+        return datetime(2020, 1, 1, tzinfo=UTC) - timedelta(minutes=cls.asked)
+
+
+def test_a_clock_set_back_changes_nothing(
+    work: Path, small_run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = time.time()
+    calls = iter(range(1, 10**9))
+    monkeypatch.setattr(time, "time", lambda: before - 3600 * next(calls))
+    monkeypatch.setattr(preparation, "datetime", _Backwards)
+    monkeypatch.setattr(event_log, "datetime", _Backwards)
+    assert selected(capsys, "--set", "checkpoint_seconds=0.001")[0] == 0
+    assert _Backwards.asked > 0
+    require_right(work, small_run)
+    trial = [record for record in Journal(work / "journal.jsonl").read() if isinstance(record, TrialFinished)][-1]
+    assert trial.train_seconds > 0
+    assert trial.eval_seconds > 0
+
+
+def test_a_read_only_folder_is_told_can_be_looked_at_and_goes_on_once_it_is_writable(
+    small_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "tmpfs", str(disk)]
+    if os.geteuid() != 0 or subprocess.run(mount, check=False, capture_output=True).returncode:
+        pytest.skip("no disk can be mounted here")
+    try:
+        folder = half_done(small_run, disk / "work")
+        monkeypatch.chdir(folder.parent)
+        subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+        status, err = selected(capsys)
+        assert status == 2
+        assert err.count("\n") == 1
+        assert "can't write there (Read-only file system); give a writable --out" in err
+        assert run(["status", "run"], capsys)[0] == 0
+        subprocess.run(["mount", "-o", "remount,rw", str(disk)], check=True)
+        assert selected(capsys)[0] == 0
+        require_right(folder, small_run)
+    finally:
+        monkeypatch.chdir(tmp_path)
+        subprocess.run(["umount", "-l", str(disk)], check=True)  # the model may be mapped still
+
+
+def test_a_damaged_record_is_repaired_and_only_what_was_lost_is_trained_again(
+    work: Path, small_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert selected(capsys)[0] == 0
+    journal = work / "journal.jsonl"
+    lines = journal.read_bytes().splitlines(keepends=True)
+    number = next(n for n, line in enumerate(lines) if b'"trial_finished"' in line and b'"rank":1,' in line)
+    damaged = bytearray(lines[number])
+    damaged[len(damaged) // 2] ^= 1
+    journal.write_bytes(b"".join([*lines[:number], bytes(damaged), *lines[number + 1 :]]))
+    status, err = selected(capsys)
+    assert status == 2
+    assert f"journal.jsonl:{number + 1}: damaged" in err
+    assert "`rightrank repair run`" in err
+    status, out, _ = run(["repair", "run", "--json"], capsys)
+    assert status == 0
+    assert json.loads(out) == {"kept": len(lines) - 1, "set_aside": 1, "file": "run/journal.jsonl.torn-1"}
+    assert (work / "journal.jsonl.torn-1").read_bytes() == bytes(damaged)
+    assert selected(capsys)[0] == 0
+    require_right(work, small_run)
+
+
+def _hold(path: Path, gate: object, held: object) -> None:
+    gate.wait()  # type: ignore[attr-defined]
+    try:
+        with RunFolder(path).locked():
+            held.put("held")  # type: ignore[attr-defined]
+            time.sleep(1.0)
+    except RunFolderError as error:
+        held.put(str(error))  # type: ignore[attr-defined]
+
+
+def test_of_many_processes_at_once_one_works_and_the_others_are_told(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    gate, held = context.Barrier(3), context.Queue()
+    processes = [context.Process(target=_hold, args=(tmp_path / "run", gate, held)) for _ in range(3)]
+    for process in processes:
+        process.start()
+    told = sorted(held.get(timeout=120) for _ in processes)
+    for process in processes:
+        process.join()
+    assert told.count("held") == 1
+    assert sum("another process is using this folder" in text for text in told) == 2
+
+
+def test_sigterm_writes_a_checkpoint_and_says_how_to_resume(
+    model_folder: Path, completion_file: Path, tmp_path: Path
+) -> None:
+    process = start(model_folder, completion_file, tmp_path / "run", "--max-steps", "5000")
+    wait_for_trial(tmp_path / "run", process)
+    time.sleep(0.3)
+    process.send_signal(signal.SIGTERM)
+    err = process.communicate(timeout=120)[1]
+    assert process.returncode == 143
+    last = err.strip().splitlines()[-1]
+    assert "stopped at step" in last
+    assert f"to resume {tmp_path / 'run'}: rightrank select {model_folder}" in last
+    checkpoints = list((tmp_path / "run" / "checkpoints").iterdir())
+    assert len(checkpoints) == 1
+    found = load_checkpoint(checkpoints[0])
+    assert found is not None
+    assert found.state["step"] > 0
+
+
+def _work_on_and_on() -> None:
+    with stopping.listening(lambda _: None) as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.requested
+        time.sleep(30)
+
+
+def test_a_step_longer_than_the_grace_is_left_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stopping, "GRACE_SECONDS", 0.05)
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(TerminatedRun, match="the run resumes from the last checkpoint"):
+        _work_on_and_on()
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert signal.getitimer(signal.ITIMER_REAL)[0] == 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="address space is limited as Linux does it")
+def test_out_of_memory_on_a_cpu_is_tried_twice_and_recorded_and_the_rest_goes_on(
+    completion_file: Path, tmp_path: Path
+) -> None:
+    """A real limit on the process: rank 2,048 takes over 1.1 GB for its factors, their gradients and AdamW's moments."""
+    model = save_llama(tmp_path / "model", width=2048, layers=1)
+    arguments = [*SELECT, "--ranks", "1,4,2048", "--max-steps", "2", "--set", "samples=0"]
+    arguments[1:3] = [str(model), str(completion_file)]
+    arguments[4] = str(tmp_path / "run")
+    arguments.remove("--quiet")
+    ended = limited(arguments, 800 * MIB)
+    assert ended.returncode == 0, ended.stderr
+    assert "r=2048 lr=0.01 seed=0 ran out of memory on cpu: retrying once" in ended.stderr
+    records = Journal(tmp_path / "run" / "journal.jsonl").read()
+    failed = [record for record in records if isinstance(record, TrialFailed)]
+    assert [(record.rank, record.error) for record in failed] == [(2048, "out_of_memory")]
+    assert "; the plan said " in failed[0].reason
+    assert {record.rank for record in records if isinstance(record, TrialFinished)} == {0, 1, 4}
+
+
+def test_memory_that_was_short_for_a_moment_costs_nothing(
+    model_folder: Path, completion_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As CUDA says it, in the middle of a step and in an evaluation: the same values as without."""
+    runtime = make_runtime(model_folder, completion_file, small_settings(), tmp_path / "cache")
+    arm = Arm(rank=4, learning_rate=1e-2, lora_alpha=32.0, seed=0, steps=8)
+
+    def train(name: str) -> training_loop.TrialOutcome:
+        folders = TrialFolders(tmp_path / name / "checkpoint", tmp_path / name / "adapter")
+        return training_loop.run_trial(runtime, Trial(trial_id="a" * 12, arm=arm), 20.0, folders, Observer())
+
+    whole = train("whole")
+    passes, evaluations = iter(range(1000)), iter(range(1000))
+    real_pass, real_evaluation = runtime.accumulate_gradients, runtime.evaluate_adapters
+
+    def short_pass(*arguments: object) -> object:
+        if next(passes) == 5:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3.00 GiB")
+        return real_pass(*arguments)  # type: ignore[arg-type]
+
+    def short_evaluation(*arguments: object) -> object:
+        if next(evaluations) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3.00 GiB")
+        return real_evaluation(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(runtime, "accumulate_gradients", short_pass)
+    monkeypatch.setattr(runtime, "evaluate_adapters", short_evaluation)
+    again = train("again")
+    assert isinstance(whole, TrialFinished)
+    assert isinstance(again, TrialFinished)
+    assert again.item_losses == whole.item_losses
+    assert again.train_losses == whole.train_losses
+    assert again.points == whole.points
+    assert next(passes) > 8
+    assert next(evaluations) > 2
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory"), torch.OutOfMemoryError("CUDA out of memory")]
+)  # fmt: skip
+def test_out_of_memory_anywhere_is_one_line(
+    error: Exception, work: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def short(_run: Path) -> Path:
+        raise error
+
+    monkeypatch.setattr("rightrank.api.run_folder.write_report", short)
+    status, out, err = run(["report", "run"], capsys)
+    assert (status, out) == (1, "")
+    assert err.startswith("rightrank: out of memory; finished trials are kept")
+    assert err.count("\n") == 1
+
+
+def test_another_error_is_not_called_out_of_memory(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(_run: Path) -> Path:
+        raise RuntimeError("shape mismatch")
+
+    monkeypatch.setattr("rightrank.api.run_folder.write_report", wrong)
+    with pytest.raises(RuntimeError, match="shape mismatch"):
+        main(["report", "run"])
+
+
+def test_what_the_system_says_when_memory_is_gone_is_understood() -> None:
+    for text in ("[enforce fail] DefaultCPUAllocator: can't allocate memory", "std::bad_alloc"):
+        assert is_out_of_memory(RuntimeError(text))
+    assert not is_out_of_memory(RuntimeError("shape mismatch"))
+
+
+def test_a_flipped_bit_in_a_checkpoint_is_found_and_the_trial_starts_again(
+    model_folder: Path, completion_file: Path, tmp_path: Path
+) -> None:
+    runtime = make_runtime(model_folder, completion_file, small_settings(), tmp_path / "cache")
+    arm = Arm(rank=4, learning_rate=1e-2, lora_alpha=32.0, seed=0, steps=8)
+    trial = Trial(trial_id="a" * 12, arm=arm)
+    folders = TrialFolders(tmp_path / "checkpoint", tmp_path / "adapter")
+    steps = iter(range(1000))
+    stopper = Observer(should_stop=lambda: next(steps) == 3)
+    with pytest.raises(Exception, match="stopped at step 4"):
+        training_loop.run_trial(runtime, trial, 20.0, folders, stopper)
+    whole = folders.checkpoint.read_bytes()
+    assert load_checkpoint(folders.checkpoint) is not None
+    length = 8 + int.from_bytes(whole[:8], "little")
+    for position in (length, length + 997, (length + len(whole)) // 2, len(whole) - 1):
+        damaged = bytearray(whole)
+        damaged[position] ^= 2
+        folders.checkpoint.write_bytes(bytes(damaged))
+        assert load_checkpoint(folders.checkpoint) is None, position
+    outcome = training_loop.run_trial(runtime, trial, 20.0, folders, Observer())
+    assert isinstance(outcome, TrialFinished)
+    assert len(outcome.train_losses) == 8
+
+
+def test_killed_at_random_moments_it_ends_the_same(tmp_path: Path) -> None:
+    """The short form of `benchmarks/resume/kill.py`."""
+    from benchmarks.resume.kill import measure
+
+    told: list[dict[str, object]] = []
+    result = measure(kills=3, seed=3, root=tmp_path, told=told.append)
+    assert result["kills"] == 3
+    assert result["not_right"] == []
+    assert result["trials_lost"] == result["trials_trained_twice"] == 0
+    assert told[-1] == result
+
+
+def test_a_process_that_trains_arm_after_arm_does_not_grow(tmp_path: Path) -> None:
+    """The short form of `benchmarks/reliability/leak.py`: a leak of a model's copy or of an arm's tensors shows."""
+    from benchmarks.reliability.leak import measure
+
+    result = measure(40, tmp_path)
+    assert result["arms"] == 40
+    assert result["growth_kib_an_arm"] < 400, (
+        result
+    )  # the base is 135 KiB, an arm of rank 8 with AdamW's moments 134, its graph more
+
+
+def test_checkpoints_never_take_more_than_their_share(
+    model_folder: Path, completion_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a clock that stands still but in a save, which takes three seconds, and between steps, which take one."""
+    clock = [1000.0]
+    saved: list[float] = []
+    monkeypatch.setattr(arm_training.time, "perf_counter", lambda: clock[0])
+
+    def save(*_: object) -> None:
+        saved.append(clock[0])
+        clock[0] += 3.0
+
+    monkeypatch.setattr(arm_training, "save_checkpoint", save)
+    settings = small_settings(max_steps=500, eval_points=1, checkpoint_seconds=10)
+    runtime = make_runtime(model_folder, completion_file, settings, tmp_path / "cache")
+    monkeypatch.setattr(training_loop, "step_all", lambda *_: clock.__setitem__(0, clock[0] + 1.0) or {})
+    stop = Observer(should_stop=lambda: clock[0] > 2000)
+    arm = Arm(rank=1, learning_rate=1e-2, lora_alpha=32.0, seed=0, steps=500)
+    folders = TrialFolders(tmp_path / "checkpoint", tmp_path / "adapter")
+    with pytest.raises(Exception, match="stopped at step"):
+        training_loop.run_trial(runtime, Trial(trial_id="a" * 12, arm=arm), 20.0, folders, stop)
+    due = saved[:-1]  # the last is the stop's
+    assert due[0] - 1000 == pytest.approx(11)  # the first after checkpoint_seconds, and then by what one costs
+    assert 3.0 / arm_training.CHECKPOINT_SHARE < due[1] - due[0] < 3.0 / arm_training.CHECKPOINT_SHARE + 6
+    assert 3.0 * len(due) / (due[-1] - due[0]) < 0.02

@@ -1,0 +1,256 @@
+"""The main job through the command line: the run folder, resuming, refusing, stopping."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from rightrank.cli import main
+from rightrank.runs.folder import RunFolder
+from rightrank.runs.journal import Journal
+from rightrank.schema.trials import TrialDiverged, TrialFinished, TrialStarted
+from tests.commands import run, select_arguments, start, values_of, wait_for_trial
+
+pytestmark = pytest.mark.draws
+
+
+@pytest.fixture(scope="module")
+def finished_run(model_folder: Path, completion_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One run, done once, that tests copy or only look at."""
+    out = tmp_path_factory.mktemp("select") / "run"
+    with pytest.raises(SystemExit) as ended:
+        main([*select_arguments(model_folder, completion_file, out), "--json", "--quiet"])
+    assert ended.value.code == 0
+    return out
+
+
+def test_the_run_folder_holds_what_it_should(finished_run: Path) -> None:
+    for name in (
+        "journal.jsonl",
+        "config.yaml",
+        "decision.json",
+        "report.html",
+        "figures/rank_curve.svg",
+        "figures/rank_curve.png",
+    ):
+        assert (finished_run / name).stat().st_size > 0, name
+    assert {path.name for path in (finished_run / "adapter").iterdir()} == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "README.md",
+        "adapters.png",
+        "rank_curve.png",
+    }
+    assert not (finished_run / "cache").exists()
+    assert not (finished_run / "checkpoints").exists()
+    config = yaml.safe_load((finished_run / "config.yaml").read_text())
+    assert config["ranks"] == [1, 4]
+    assert config["lora_alpha"] == 32.0
+
+
+def test_the_journal_holds_what_the_contract_says(finished_run: Path) -> None:
+    lines = [json.loads(line) for line in (finished_run / "journal.jsonl").read_text().splitlines()]
+    assert lines[0]["type"] == "run_started"
+    finished = [line for line in lines if line["type"] == "trial_finished"]
+    assert sorted(line["rank"] for line in finished if not line["truncate_from"]) == [0, 1, 4]
+    assert {line["rank"] for line in finished if line["truncate_from"]} == {1, 2, 4}  # of the first question
+    for line in finished:
+        for name in (
+            "trial_id",
+            "rank",
+            "learning_rate",
+            "seed",
+            "value",
+            "train_seconds",
+            "train_tokens",
+            "eval_seconds",
+            "peak_bytes",
+        ):
+            assert name in line
+        assert len(line["item_losses"]) == len(line["item_tokens"]) == len(lines[0]["evaluation_items"])
+        assert line["value"] == pytest.approx(sum(line["item_losses"]) / sum(line["item_tokens"]))
+    assert all(line["points"] for line in finished if line["rank"] and line["steps"])
+
+
+def test_the_adapter_loads_as_it_is_and_its_card_holds_the_evidence(finished_run: Path) -> None:
+    from peft import AutoPeftModelForCausalLM
+
+    model = AutoPeftModelForCausalLM.from_pretrained(finished_run / "adapter")
+    assert sum(p.numel() for n, p in model.named_parameters() if "lora_" in n) > 0
+    card = (finished_run / "adapter" / "README.md").read_text()
+    decision = json.loads((finished_run / "decision.json").read_text())
+    assert decision["sentence"] in card
+    assert "library_name: peft" in card
+
+
+def test_json_is_one_object_and_nothing_else(
+    finished_run: Path, model_folder: Path, completion_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, out, _ = run([*select_arguments(model_folder, completion_file, finished_run), "--json"], capsys)
+    assert status == 0
+    answer = json.loads(out)
+    assert answer["run"] == str(finished_run)
+    assert Path(answer["adapter"]).is_dir()
+    assert {"rank", "verdict", "flags", "margin", "reference_rank", "staircase", "ranks"} <= answer.keys()
+
+
+def test_running_again_trains_nothing_again(
+    finished_run: Path, model_folder: Path, completion_file: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(finished_run, folder)
+    status, _, _ = run(select_arguments(model_folder, completion_file, folder), capsys)
+    assert status == 0
+    started = [
+        len([record for record in Journal(run / "journal.jsonl").read() if isinstance(record, TrialStarted)])
+        for run in (folder, finished_run)
+    ]
+    assert started[0] == started[1]
+    assert (folder / "decision.json").read_bytes() == (finished_run / "decision.json").read_bytes()
+
+
+def test_the_same_seed_gives_the_same_values(
+    finished_run: Path, model_folder: Path, completion_file: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    run(select_arguments(model_folder, completion_file, tmp_path / "again"), capsys)
+    assert values_of(tmp_path / "again") == values_of(finished_run)
+
+
+def test_other_settings_are_refused_with_the_difference(
+    finished_run: Path, model_folder: Path, completion_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, _, err = run(select_arguments(model_folder, completion_file, finished_run, "--lora-alpha", "16"), capsys)
+    assert status == 2
+    assert "lora_alpha: 32.0 → 16.0" in err
+    assert err.count("\n") == 1
+
+
+def test_a_torn_last_line_is_set_aside_and_said(
+    finished_run: Path, model_folder: Path, completion_file: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(finished_run, folder)
+    whole = (folder / "journal.jsonl").read_bytes()
+    (folder / "journal.jsonl").write_bytes(whole[:-25])
+    status, _, err = run(select_arguments(model_folder, completion_file, folder), capsys)
+    assert status == 0
+    assert "the last line was incomplete" in err
+    assert (folder / "journal.jsonl.torn-1").exists()
+    assert values_of(folder) == values_of(finished_run)
+
+
+def test_a_second_process_is_refused(
+    finished_run: Path, model_folder: Path, completion_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with RunFolder(finished_run).locked():
+        status, _, err = run(select_arguments(model_folder, completion_file, finished_run), capsys)
+    assert status == 2
+    assert "another process is using this folder" in err
+
+
+LONG = ("--max-steps", "60", "--set", "checkpoint_seconds=0.05")  # so long that a signal arrives during a training
+
+
+@pytest.fixture(scope="module")
+def undisturbed(model_folder: Path, completion_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run that interrupted ones are compared with."""
+    out = tmp_path_factory.mktemp("undisturbed") / "run"
+    with pytest.raises(SystemExit) as ended:
+        main([*select_arguments(model_folder, completion_file, out, *LONG), "--quiet"])
+    assert ended.value.code == 0
+    return out
+
+
+@pytest.mark.parametrize("kill", [signal.SIGINT, signal.SIGKILL], ids=["ctrl-c", "kill -9"])
+def test_stopped_and_resumed_it_ends_the_same(
+    undisturbed: Path,
+    model_folder: Path,
+    completion_file: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    kill: signal.Signals,
+) -> None:
+    process = start(model_folder, completion_file, tmp_path / "run", *LONG)
+    wait_for_trial(tmp_path / "run", process)
+    process.send_signal(kill)
+    err = process.communicate(timeout=60)[1]
+    if kill == signal.SIGINT:
+        assert process.returncode == 130
+        assert "run the same command again to resume" in err
+    assert run(select_arguments(model_folder, completion_file, tmp_path / "run", *LONG), capsys)[0] == 0
+    assert values_of(tmp_path / "run") == values_of(undisturbed)
+    ended = [
+        [record.trial_id for record in Journal(path / "journal.jsonl").read() if isinstance(record, TrialFinished)]
+        for path in (tmp_path / "run", undisturbed)
+    ]
+    assert len(ended[0]) == len(set(ended[0]))
+    assert set(ended[0]) == set(ended[1])
+
+
+def test_a_diverged_arm_is_recorded_and_the_rest_goes_on(
+    model_folder: Path, completion_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = select_arguments(
+        model_folder, completion_file, tmp_path / "run", "--learning-rates", "1e-2,1e9", "--max-steps", "12"
+    )
+    status, out, _ = run([*arguments, "--json"], capsys)
+    assert status == 0
+    records = Journal(tmp_path / "run" / "journal.jsonl").read()
+    assert {record.learning_rate for record in records if isinstance(record, TrialDiverged)} == {1e9}
+    assert "unstable" in json.loads(out)["flags"]
+
+
+def test_total_failure_is_exit_1(
+    model_folder: Path, completion_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = select_arguments(
+        model_folder, completion_file, tmp_path / "run", "--learning-rates", "1e9", "--max-steps", "12"
+    )
+    status, out, err = run(arguments, capsys)
+    assert status == 1
+    assert "none of 2 trials ended with a result" in err
+    assert out == ""
+
+
+def test_classification(
+    model_folder: Path, class_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = select_arguments(
+        model_folder, class_file, tmp_path / "run", "--metric", "accuracy", "--max-steps", "60"
+    )
+    status, out, _ = run([*arguments, "--json"], capsys)
+    assert status == 0
+    answer = json.loads(out)
+    assert answer["higher_is_better"] is True
+    base = next(entry["value"] for entry in answer["ranks"] if entry["rank"] == 0)
+    best = max(entry["value"] for entry in answer["ranks"])
+    assert best > base
+
+    from peft import AutoPeftModelForSequenceClassification
+
+    loaded: Any = AutoPeftModelForSequenceClassification.from_pretrained(tmp_path / "run" / "adapter", num_labels=2)
+    assert loaded.peft_config["default"].modules_to_save
+
+
+def test_a_config_file_and_its_misspelt_key(
+    model_folder: Path, completion_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tmp_path / "settings.yaml"
+    config.write_text("lora_dropuot: 0.1\n")
+    status, _, err = run(
+        select_arguments(model_folder, completion_file, tmp_path / "run", "--config", str(config)), capsys
+    )
+    assert status == 2
+    assert "unknown setting 'lora_dropuot' (did you mean 'lora_dropout'?)" in err
+    config.write_text("lora_dropout: 0.1\nlr_scheduler_type: cosine\n")
+    status, _, _ = run(
+        select_arguments(model_folder, completion_file, tmp_path / "run", "--config", str(config)), capsys
+    )
+    assert status == 0
+    assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["lora_dropout"] == 0.1

@@ -1,0 +1,164 @@
+"""Selections by what the model writes: the metric decides, the others are kept, failures lose nothing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from rightrank.api.deciding import decide
+from rightrank.runs.journal import Journal
+from rightrank.schema.events import TestEvaluated
+from rightrank.schema.trials import TrialFinished
+from tests.commands import run
+from tests.tiny import write_jsonl
+
+SMALL = [
+    "--strategy", "grid", "--ranks", "1,4", "--learning-rates", "1e-2", "--max-steps", "8", "--batch-size", "4",
+    "--seq-len", "32", "--eval-items", "10", "--set", "eval_points=2", "--set", "samples=0", "--device", "cpu",
+    "--set", "max_new_tokens=8", "--quiet",
+]  # fmt: skip
+SHARE_OF_E = """
+def share(completions):
+    return [text.count("e") / max(1, len(text)) for text in completions]
+
+
+def total(completions, expected):
+    assert len(completions) == len(expected)
+    return float(sum(map(len, completions)))
+"""
+COUNT = """
+import json, sys
+
+lines = [json.loads(line) for line in open(sys.argv[1])]
+print("\\n".join(str(len(line["completion"])) for line in lines))
+"""
+
+
+def finished(folder: Path) -> list[TrialFinished]:
+    return [record for record in Journal(folder / "journal.jsonl").read() if isinstance(record, TrialFinished)]
+
+
+def select(model: Path, data: Path, out: Path, capsys: pytest.CaptureFixture[str], *more: str) -> tuple[int, str, str]:
+    return run(["select", str(model), str(data), "--out", str(out), *SMALL, *more, "--json"], capsys)
+
+
+def test_one_metric_decides_and_the_others_are_kept(
+    model_folder: Path,
+    completion_file: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text(SHARE_OF_E)
+    (tmp_path / "count.py").write_text(COUNT)
+    asked = ["f1", "exact_match", "rouge2", "mine:share", "mine.py:total", "length=command:python count.py {file}"]
+    more = [word for name in asked for word in ("--metrics", name)]
+    more += ["--higher-is-better", "share", "--higher-is-better", "total", "--lower-is-better", "length"]
+    status, out, err = select(model_folder, completion_file, tmp_path / "run", capsys, "--metric", "rougeL", *more)
+    assert status == 0, err
+    answer = json.loads(out)
+    assert answer["metric"] == "rougeL"
+    assert answer["basis"] == "items"
+    beside = {"loss", "f1", "exact_match", "rouge2", "share", "total", "length"}
+    assert {other["metric"] for other in answer["other_metrics"]} == beside
+    assert {one["metric"] for one in answer["other_metrics"] if not one["higher_is_better"]} == {"loss", "length"}
+    trials = finished(tmp_path / "run")
+    assert {trial.rank for trial in trials if trial.arm.is_direct} == {0, 1, 4}
+    for trial in trials:
+        assert set(trial.item_metrics) == {"rougeL", "f1", "exact_match", "rouge2", "share", "length"}
+        assert trial.value == trial.metrics["rougeL"] == pytest.approx(sum(trial.item_metrics["rougeL"]) / 10)
+        lines = (tmp_path / "run" / "answers" / f"{trial.trial_id}.jsonl").read_text().splitlines()
+        written = [json.loads(line)["completion"] for line in lines]
+        assert trial.item_metrics["length"] == [float(len(text)) for text in written]
+        assert trial.metrics["total"] == float(sum(map(len, written)))
+    tests = [r for r in Journal(tmp_path / "run" / "journal.jsonl").read() if isinstance(r, TestEvaluated)]
+    assert all(test.value == test.metrics["rougeL"] and "length" in test.metrics for test in tests)
+    again = decide(tmp_path / "run", metric="f1").decision
+    assert (again.metric, again.basis, again.higher_is_better) == ("f1", "items", True)
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert '<h2 id="other-metrics">Other metrics</h2>' in page
+
+
+@pytest.mark.parametrize(
+    ("metric", "said"),
+    [
+        ("rouge", "did you mean 'rougeL'"),
+        ("accuracy", "needs `text` and `label`"),
+        ("acc=nowhere:score", "no module 'nowhere'"),
+        ("acc=mine.py:absent", "it has: share, total"),
+        ("command:wc -l", "has no name"),
+        ("wer=command:no-such-program", "no program 'no-such-program'"),
+        ("wer=command:'unclosed", "can't be read as a command"),
+        ("evaluate:bleu", "trust_remote_code"),
+        ("acc=lm-eval:absent.yaml", "no task file"),
+        ("loss=command:wc", "a built-in metric"),
+        ("mine:share", "give --higher-is-better share or --lower-is-better share"),
+        ("toxicity_score=mine:share", "give --higher-is-better toxicity_score"),
+        ("evaluate:ter_like:score", "give --higher-is-better score"),
+    ],
+)
+def test_a_metric_that_is_not_there_is_told_before_anything_starts(
+    metric: str,
+    said: str,
+    model_folder: Path,
+    completion_file: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text(SHARE_OF_E)
+    status, out, err = select(model_folder, completion_file, tmp_path / "run", capsys, "--metric", metric)
+    assert (status, out, err.count("\n")) == (2, "", 1), err
+    assert said in err
+
+
+def test_a_program_that_fails_later_loses_nothing(
+    model_folder: Path,
+    completion_file: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It works on the base and fails after the first training; fixed, the run resumes from the end of that training."""
+    monkeypatch.chdir(tmp_path)
+    program = tmp_path / "count.py"
+    program.write_text(
+        "import pathlib, sys\nseen = pathlib.Path('seen')\n"
+        "if seen.exists():\n    sys.exit('the licence server is away')\nseen.touch()\n" + COUNT
+    )
+    asked = ["--metric", "length=command:python count.py", "--lower-is-better", "length"]
+    status, out, err = select(model_folder, completion_file, tmp_path / "run", capsys, *asked)
+    assert (status, out, err.count("\n")) == (1, "", 1), err
+    assert "the licence server is away" in err
+    assert len(finished(tmp_path / "run")) == 1
+    checkpoints = list((tmp_path / "run" / "checkpoints").iterdir())
+    assert len(checkpoints) == 1
+    program.write_text(COUNT)
+    status, out, err = select(model_folder, completion_file, tmp_path / "run", capsys, *asked)
+    assert status == 0, err
+    assert len([trial for trial in finished(tmp_path / "run") if trial.arm.is_direct]) == 3
+
+
+def test_metrics_of_classes(
+    model_folder: Path, class_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = ["--metric", "macro_f1", "--metrics", "accuracy"]
+    status, out, err = select(model_folder, class_file, tmp_path / "run", capsys, *more)
+    assert status == 0, err
+    answer = json.loads(out)
+    assert (answer["metric"], answer["basis"], answer["margin"]) == ("macro_f1", "values", 0.005)
+    for trial in finished(tmp_path / "run"):
+        lines = (tmp_path / "run" / "answers" / f"{trial.trial_id}.jsonl").read_text().splitlines()
+        right = [json.loads(line)["completion"] == json.loads(line)["expected"] for line in lines]
+        assert trial.metrics["accuracy"] == sum(right) / len(right)
+
+
+def test_plain_text_has_no_answers(model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = write_jsonl(tmp_path / "texts.jsonl", [{"text": f"the cat sat on mat {n}"} for n in range(80)])
+    status, _, err = select(model_folder, data, tmp_path / "run", capsys, "--metric", "f1")
+    assert status == 2
+    assert "give `prompt` and `completion`" in err

@@ -1,0 +1,185 @@
+"""A selection on preference pairs, from rows to exports."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from rightrank import Selected, compare, export, select_rank
+from rightrank.runs.folder import RunFolder
+from rightrank.schema.errors import DataError, SettingsError
+from rightrank.schema.events import RunStarted
+from rightrank.schema.trials import TrialFinished
+from tests.commands import run
+from tests.tiny import small_settings, write_jsonl, write_pairs
+
+pytestmark = pytest.mark.trains
+PAIR_METRICS = {"reward_accuracy", "reward_margin", "chosen_log_ratio"}
+
+
+@pytest.fixture(scope="module")
+def pair_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_pairs(tmp_path_factory.mktemp("data") / "pairs.jsonl")
+
+
+@pytest.fixture(scope="module")
+def selected(model_folder: Path, pair_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Selected:
+    """A bracket of two ranks with a certificate, two adapters per pass, over the last layer."""
+    settings = small_settings(
+        strategy="bracket",
+        layers_to_transform=(2,),
+        max_steps=16,
+        beta=0.5,
+        metrics=("reward_accuracy",),
+        samples=1,
+        certify=True,
+        adapters_per_pass=2,
+    )
+    return select_rank(str(model_folder), pair_file, tmp_path_factory.mktemp("run") / "run", settings=settings)
+
+
+@pytest.fixture(scope="module")
+def records(selected: Selected) -> list[Any]:
+    return RunFolder(selected.run).journal.read()
+
+
+def test_every_trial_has_the_metrics_of_pairs(selected: Selected, records: list[Any]) -> None:
+    trials = [record for record in records if isinstance(record, TrialFinished)]
+    assert all(trial.metrics.keys() >= PAIR_METRICS for trial in trials)
+    for trial in trials:
+        assert set(trial.item_tokens) == {1}
+        assert {len(values) for values in trial.item_metrics.values()} == {len(trial.item_losses)}
+        items = trial.items("reward_accuracy")
+        assert items is not None
+        assert sum(items[0]) / len(items[0]) == trial.metrics["reward_accuracy"]
+    base = next(trial for trial in trials if trial.rank == 0)
+    assert base.metrics["loss"] == pytest.approx(0.6931, abs=1e-4)
+    assert base.metrics["chosen_log_ratio"] == pytest.approx(0, abs=1e-4)
+    assert base.metrics["reward_accuracy"] == 0.5
+    assert min(trial.metrics["loss"] for trial in trials) < 0.6
+    assert "kfac" in {trial.truncation for trial in trials}
+
+
+def test_the_answer_says_what_the_adapter_prefers(selected: Selected, records: list[Any]) -> None:
+    sentence = selected.answers["adapter_preference"]
+    assert sentence.startswith("On the validation pairs it prefers the chosen answer in ")
+    assert "nats an answer from the base" in sentence
+    assert sentence in selected.report.read_text(encoding="utf-8")
+    tests = [record for record in records if record.type == "test_evaluated"]
+    assert tests
+    assert all(test.item_metrics.keys() == PAIR_METRICS for test in tests)
+    assert [record.passed for record in records if record.type == "certified"] == [True]
+
+
+def test_the_margin_is_that_of_pairs(selected: Selected) -> None:
+    assert selected.decision is not None
+    assert selected.decision.margin == 0.02
+    assert small_settings(metric="reward_accuracy").of_form("preference").margin is None
+    assert small_settings(margin=0.1).of_form("preference").margin == 0.1
+    assert small_settings().of_form("text").margin is None
+
+
+def test_only_named_metrics_stand_beside_the_decision(selected: Selected) -> None:
+    assert selected.decision is not None
+    assert [other.metric for other in selected.decision.other_metrics] == ["reward_accuracy"]
+
+
+def test_two_adapters_are_compared_pair_by_pair(selected: Selected, pair_file: Path, model_folder: Path) -> None:
+    assert selected.adapter is not None
+    settings = small_settings(metrics=("reward_accuracy",))
+    found = compare(selected.adapter, selected.adapter, model=str(model_folder), data=pair_file, settings=settings)
+    by_metric = {one.metric: one for one in found.comparisons}
+    assert by_metric["loss"].difference == 0
+    assert by_metric["loss"].margin == 0.02
+    assert by_metric["reward_accuracy"].margin == 0.005
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # of transformers, as TRL builds its arguments
+def test_trainers_of_dpo_get_beta_and_pairs(selected: Selected, pair_file: Path) -> None:
+    assert selected.handed_over is not None
+    values = yaml.safe_load((export(selected.run, "axolotl").folder / "axolotl.yaml").read_text())
+    assert (values["rl"], values["rl_beta"]) == ("dpo", 0.5)
+    assert values["datasets"][0]["type"]["field_rejected"] == "rejected"
+    folder = export(selected.run, "llamafactory").folder
+    values = yaml.safe_load((folder / "llamafactory.yaml").read_text())
+    assert (values["stage"], values["pref_beta"], values["pref_loss"]) == ("dpo", 0.5, "sigmoid")
+    assert json.loads((folder / "dataset_info.json").read_text())["rightrank_data"]["ranking"] is True
+    exported = export(selected.run, "trl")
+    assert exported.command == "trl dpo --config trl_dpo.yaml"
+    values = yaml.safe_load((exported.folder / "trl_dpo.yaml").read_text())
+    assert (values["beta"], values["max_length"], values["datasets"][0]["data_files"]) == (0.5, 32, str(pair_file))
+    trl = pytest.importorskip("trl", reason="trl is not installed")
+    from trl.scripts.utils import DatasetMixtureConfig
+
+    parser = trl.TrlParser((trl.ScriptArguments, trl.DPOConfig, trl.ModelConfig, DatasetMixtureConfig))
+    file = exported.folder / "trl_dpo.yaml"
+    _, training, model, _ = parser.parse_args_and_config(["--config", str(file), "--use_cpu", "true"])
+    assert (training.beta, training.loss_type, training.max_steps) == (0.5, ["sigmoid"], 16)
+    assert trl.get_peft_config(model).r == selected.handed_over.trained_rank
+    assert "--rlhf_type dpo --beta 0.5" in (export(selected.run, "ms-swift").folder / "ms_swift.sh").read_text()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"long_items": "split"}, "a preference pair can't be split in pieces"),
+        ({"bias": "all"}, "it trains the base, which is the reference of preference pairs"),
+        ({"metric": "accuracy"}, "metric 'accuracy' needs `text` and `label`"),
+    ],
+)
+def test_settings_that_pairs_cannot_have_are_refused(
+    model_folder: Path, pair_file: Path, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(SettingsError, match=message):
+        select_rank(str(model_folder), pair_file, tmp_path / "run", settings=small_settings(**changes))
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prompt": "a", "chosen": "b"}, r"bad\.jsonl:3: `rejected`: got nothing; give a string"),
+        ({"prompt": "a", "chosen": "b", "rejected": 7}, r"bad\.jsonl:3: `rejected`: got an int; give a string"),
+        (None, r"bad\.jsonl: \d distinct examples for the \w+ split, at least \d needed"),
+    ],
+    ids=["missing column", "wrong type", "too few rows"],
+)
+def test_bad_rows_are_one_line_and_exit_2(
+    model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], row: dict[str, Any] | None, message: str
+) -> None:
+    good = {"prompt": "the cat : ", "chosen": "the", "rejected": "cat"}
+    data = write_jsonl(tmp_path / "bad.jsonl", [good, good | {"prompt": "a dog : "}, *([row] if row else [])])
+    status, _, err = run(["select", str(model_folder), str(data), "--out", str(tmp_path / "run")], capsys)
+    assert status == 2
+    assert re.search(message, err)
+    assert len(err.strip().splitlines()) == 1
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
+
+
+def test_pairs_without_room_for_a_label_are_counted(model_folder: Path, pair_file: Path, tmp_path: Path) -> None:
+    rows = [json.loads(line) for line in pair_file.read_text().splitlines()]
+    long = [row | {"prompt": f"{number} " * 40} for number, row in enumerate(rows[:60])]
+    same = [
+        {"prompt": f"{number} :", "chosen": "the " * 60, "rejected": "the " * 60 + "end"}
+        for number in range(1000, 1030)
+    ]
+    settings = small_settings(max_steps=1, ranks=(1, 2), eval_points=1)
+    done = select_rank(
+        str(model_folder),
+        write_jsonl(tmp_path / "pairs.jsonl", [*rows, *long, *same]),
+        tmp_path / "run",
+        settings=settings,
+    )
+    started = next(record for record in RunFolder(done.run).journal.read() if isinstance(record, RunStarted))
+    splits = started.data.splits.values()
+    assert sum(split.dropped for split in splits) >= 40
+    assert sum(split.equal for split in splits) >= 15
+    with pytest.raises(DataError, match=r"without a label within 32 tokens, the first at .*long\.jsonl:\d+\)"):
+        select_rank(
+            str(model_folder), write_jsonl(tmp_path / "long.jsonl", long), tmp_path / "other", settings=settings
+        )
+    assert [path.name for path in (tmp_path / "other").iterdir()] == [".lock"]

@@ -1,0 +1,342 @@
+"""A trainer of one's own: the same decision, and what it does wrong is one clear line."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rightrank import Observer, TrialResult, TrialTask, decide, select_rank_with
+from rightrank.schema.errors import AllTrialsFailedError, InterruptedRun, RightrankError, RunFolderError, SettingsError
+from tests.adapters.adapters import make_adapter, make_base
+
+pytestmark = pytest.mark.trains
+
+RANKS, RATES = (1, 4, 16), (1e-3, 3e-3)
+ITEMS = [random.Random(0).gauss(0, 1) for _ in range(40)]
+
+
+def paired(task: TrialTask) -> TrialResult:
+    """Scores that rise to rank 4 and then stay; the items' own spread is 100 times the ranks'."""
+    gain = min(task.rank, 4) * 0.01 - (0.02 if task.learning_rate > 2e-3 else 0)
+    noise = random.Random(task.rank)
+    scores = [ease + gain + noise.gauss(0, 1e-4) for ease in ITEMS]
+    return TrialResult(metrics={"reward": sum(scores) / len(scores)}, item_scores=scores)
+
+
+def by_number(task: TrialTask) -> Mapping[str, float]:
+    return {"loss": 1 + 1 / task.rank + (0.2 if task.learning_rate > 2e-3 else 0)}
+
+
+def hangs(task: TrialTask) -> Mapping[str, float]:
+    if task.rank == 16:
+        time.sleep(600)
+    return by_number(task)
+
+
+def dies(task: TrialTask) -> Mapping[str, float]:
+    if task.rank == 16:
+        import os
+
+        os._exit(3)
+    return by_number(task)
+
+
+def test_item_scores_are_compared_in_pairs(tmp_path: Path) -> None:
+    selected = select_rank_with(
+        paired, tmp_path / "run", ranks=RANKS, learning_rates=RATES, metric="reward", margin=0.005
+    )
+    assert selected.decision.rank == 4
+    assert selected.decision.higher_is_better
+    assert selected.decision.learning_rate == 1e-3
+    assert selected.adapter is None
+    assert "Rank 4" in selected.report.read_text(encoding="utf-8")
+    assert (selected.run / "figures" / "rank_curve.csv").exists()
+
+
+@pytest.mark.parametrize(
+    ("metric", "higher"),
+    [
+        ("acc", True), ("pass@1", True), ("auc", True), ("mcc", True), ("em", True), ("reward", True),
+        ("win_rate", True), ("accuracy", True), ("f1", True), ("error", False), ("loss", False),
+    ],
+)  # fmt: skip
+def test_the_name_of_a_metric_says_whether_higher_is_better(tmp_path: Path, metric: str, higher: bool) -> None:
+    def train(task: TrialTask) -> Mapping[str, float]:
+        return {metric: 0.5 + 0.1 * task.rank / 16}
+
+    decision = select_rank_with(train, tmp_path / "run", ranks=RANKS, learning_rates=(1e-3,), metric=metric).decision
+    assert decision.higher_is_better is higher
+    assert decision.reference_rank == (16 if higher else 1)
+
+
+def test_a_metric_without_a_known_direction_needs_higher_is_better(tmp_path: Path) -> None:
+    def train(task: TrialTask) -> Mapping[str, float]:
+        return {"colour": 1 / task.rank}
+
+    def select(**more: Any) -> bool:
+        found = select_rank_with(
+            train, tmp_path / "run", ranks=RANKS, learning_rates=(1e-3,), metric="colour", **more
+        )  # fmt: skip
+        return found.decision.higher_is_better
+
+    with pytest.raises(SettingsError, match=r"metric 'colour': whether .* pass higher_is_better=True or False"):
+        select()
+    assert select(higher_is_better=False) is False
+
+
+def test_one_number_a_trial_is_enough_to_begin_with(tmp_path: Path) -> None:
+    decision = select_rank_with(by_number, tmp_path / "run", ranks=RANKS, learning_rates=RATES, margin=0.1).decision
+    assert decision.reference_rank == 16
+    assert {evidence.rank for evidence in decision.ranks} == set(RANKS)
+
+
+def test_what_train_saved_is_handed_over(tmp_path: Path) -> None:
+    def train(task: TrialTask) -> Mapping[str, float]:
+        (task.folder / "weights.bin").write_text(str(task.rank))
+        return by_number(task)
+
+    selected = select_rank_with(train, tmp_path / "run", ranks=RANKS, learning_rates=(1e-3,), margin=0.1)
+    assert selected.adapter is not None
+    assert (selected.adapter / "weights.bin").read_text() == str(selected.decision.fallback_rank)
+    assert "Made with rightrank" in (selected.adapter / "README.md").read_text()
+
+
+def test_it_resumes_and_runs_again_only_what_failed(tmp_path: Path) -> None:
+    calls: list[int] = []
+    broken = True
+
+    def train(task: TrialTask) -> Mapping[str, float]:
+        calls.append(task.rank)
+        if broken and task.rank == 4:
+            raise ZeroDivisionError("no\nluck")
+        return by_number(task)
+
+    first = select_rank_with(train, tmp_path / "run", ranks=RANKS, learning_rates=(1e-3,), margin=0.1)
+    assert "train raised ZeroDivisionError: no luck" in first.report.read_text(encoding="utf-8")
+    assert "unstable" in first.decision.flags
+    broken = False
+    calls.clear()
+    second = select_rank_with(train, tmp_path / "run", ranks=RANKS, learning_rates=(1e-3,), margin=0.1)
+    assert calls == [4]
+    assert "unstable" not in second.decision.flags
+    calls.clear()
+    select_rank_with(train, tmp_path / "run", ranks=RANKS, learning_rates=(1e-3,), margin=0.1)
+    assert calls == []
+
+
+def test_stopped_it_keeps_what_was_done(tmp_path: Path) -> None:
+    stops = iter([False, True])
+    with pytest.raises(InterruptedRun, match="stopped after 2 trials"):
+        select_rank_with(
+            by_number,
+            tmp_path / "run",
+            ranks=RANKS,
+            learning_rates=(1e-3,),
+            watching=Observer(should_stop=lambda: next(stops)),
+        )
+    lines = (tmp_path / "run" / "journal.jsonl").read_text().splitlines()
+    assert [json.loads(line)["type"] for line in lines].count("trial_finished") == 2
+
+
+def test_the_base_is_asked_for_when_wanted(tmp_path: Path) -> None:
+    def train(task: TrialTask) -> Mapping[str, float]:
+        return {"loss": 3.0} if task.rank == 0 else by_number(task)
+
+    decision = select_rank_with(train, tmp_path / "run", ranks=RANKS, learning_rates=(1e-3,), with_base=True).decision
+    assert decision.ranks[0].rank == 0
+
+
+def gives(value: Any) -> Any:
+    return lambda task: value
+
+
+@pytest.mark.parametrize(
+    ("train", "reason"),
+    [
+        (gives(None), "train returned NoneType None; return a mapping such as {'loss': 1.23}"),
+        (gives([1.0]), "train returned list"),
+        (gives({}), "train returned no 'loss' (it returned nothing)"),
+        (gives({"eval_loss": 1.0}), "train returned no 'loss' (it returned 'eval_loss')"),
+        (gives({"loss": "1"}), "train returned 'loss': str '1'; return names with numbers"),
+        (gives({"loss": math.nan}), "loss is not a finite number"),
+        (gives(TrialResult(metrics={"loss": 1.0}, item_scores=[1.0, math.inf])), "an example's score is not a finite"),
+        (gives(TrialResult(metrics={"loss": 1.0}, item_scores=[])), "an empty list of item_scores"),
+        (gives(TrialResult(metrics={"loss": 1.0}, item_weights=[1.0])), "item_weights that do not match"),
+    ],
+)
+def test_nonsense_is_one_clear_line(tmp_path: Path, train: Any, reason: str) -> None:
+    with pytest.raises(AllTrialsFailedError) as caught:
+        select_rank_with(train, tmp_path / "run", ranks=(1, 2, 4, 8, 16), learning_rates=(1e-3,))
+    assert reason in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_function_that_is_wrong_is_not_called_for_every_arm(tmp_path: Path) -> None:
+    calls: list[int] = []
+
+    def train(task: TrialTask) -> Mapping[str, float]:
+        calls.append(task.rank)
+        raise TypeError("wrong")
+
+    with pytest.raises(AllTrialsFailedError, match=r"the first 3 trials failed .*TypeError: wrong"):
+        select_rank_with(train, tmp_path / "run", ranks=(1, 2, 4, 8, 16), learning_rates=(1e-3,))
+    assert len(calls) == 3
+
+
+def test_scores_of_other_items_are_refused(tmp_path: Path) -> None:
+    def train(task: TrialTask) -> TrialResult:
+        return TrialResult(metrics={"loss": 1 / task.rank}, item_scores=[1 / task.rank] * (3 if task.rank == 4 else 2))
+
+    report = select_rank_with(train, tmp_path / "run", ranks=RANKS, learning_rates=(1e-3,)).report
+    assert "earlier trials 2; score the same examples" in report.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("train", "reason"), [(hangs, "train took longer than 12 s and was killed"), (dies, "ended without a result")]
+)
+def test_in_a_process_of_its_own_a_trial_may_hang_or_die(tmp_path: Path, train: Any, reason: str) -> None:
+    selected = select_rank_with(
+        train, tmp_path / "run", ranks=RANKS, learning_rates=(1e-3,), margin=0.1, where="process", timeout_seconds=12
+    )
+    assert {evidence.rank for evidence in selected.decision.ranks} == {1, 4}
+    assert reason in selected.report.read_text(encoding="utf-8")
+
+
+def test_several_calls_at_once_come_to_the_same_decision(tmp_path: Path) -> None:
+    asked: dict[str, Any] = {"ranks": RANKS, "learning_rates": RATES, "metric": "reward", "margin": 0.005}
+    alone = select_rank_with(paired, tmp_path / "alone", **asked).decision
+    several = select_rank_with(paired, tmp_path / "several", where="process", workers=3, **asked).decision
+    measured = {"next_run", "next_runs"}  # they say what the next run would take
+    assert several.model_dump(exclude=measured) == alone.model_dump(exclude=measured)
+
+
+@pytest.mark.parametrize("strategy", ["bracket"])
+def test_strategies_that_ask_for_less_ask_for_whole_trainings(tmp_path: Path, strategy: str) -> None:
+    calls: list[TrialTask] = []
+
+    def train(task: TrialTask) -> TrialResult:
+        calls.append(task)
+        return paired(task)
+
+    selected = select_rank_with(
+        train, tmp_path / "run", ranks=(1, 2, 4, 8, 16), learning_rates=RATES, metric="reward", margin=0.005,
+        strategy=strategy, steps=10,
+    )  # fmt: skip
+    assert selected.decision.rank == 4
+    assert {task.steps for task in calls} == {10}
+    assert len(calls) < 10
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"ranks": (0,)}, "rank 0 is not allowed"),
+        ({"strategy": "gird"}, "did you mean 'grid'"),
+        ({"timeout_seconds": 5}, 'timeout_seconds needs where="process"'),
+        ({"where": "moon"}, "where: got 'moon'"),
+        ({"where": "process"}, "can't be sent to another process"),
+        ({"train": 3}, "train: got a int"),
+        ({"workers": 2}, "workers: got 2 with where='here'"),
+        ({"workers": 0, "where": "process"}, "workers: got 0"),
+    ],
+)
+def test_bad_arguments_start_nothing(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    arguments: dict[str, Any] = {"train": lambda task: {"loss": 1.0}, "out": tmp_path / "run"} | changes
+    with pytest.raises(SettingsError) as caught:
+        select_rank_with(**arguments)
+    assert message in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_another_run_s_folder_is_refused(tmp_path: Path) -> None:
+    select_rank_with(by_number, tmp_path / "run", ranks=RANKS, learning_rates=(1e-3,))
+    with pytest.raises(RunFolderError, match="version: '' → '2'"):
+        select_rank_with(by_number, tmp_path / "run", ranks=RANKS, learning_rates=(1e-3,), version="2")
+    assert issubclass(RunFolderError, RightrankError)
+
+
+def test_answers_show_a_plot_in_a_notebook_and_convert_to_pandas(tmp_path: Path) -> None:
+    selected = select_rank_with(paired, tmp_path / "run", ranks=RANKS, learning_rates=RATES, metric="reward")
+    for html in (selected._repr_html_(), decide(selected.run)._repr_html_()):
+        assert f"Verdict: {selected.decision.verdict}" in html
+        assert "<svg" in html
+        assert "<script" not in html
+    frame = selected.decision.to_pandas()
+    assert list(frame.index) == list(RANKS)
+    assert frame.loc[4, "value"] == pytest.approx(selected.decision.ranks[1].value)
+
+
+def test_with_evaluate_the_adapter_is_truncated_and_handed_over(tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base")
+
+    def train(task: TrialTask) -> TrialResult:
+        make_adapter(base, task.folder, rank=task.rank)
+        return scored(task.rank)
+
+    def scored(rank: int) -> TrialResult:
+        scores = [2.0 + ease + {1: 0.1, 2: 0.05}.get(rank, 0.001 / rank) for ease in ITEMS]
+        return TrialResult(metrics={"loss": sum(scores) / len(scores)}, item_scores=scores)
+
+    def evaluate(folder: Path, task: TrialTask) -> TrialResult:
+        config = json.loads((folder / "adapter_config.json").read_text())
+        assert config["r"] == task.rank
+        return scored(task.rank)
+
+    selected = select_rank_with(
+        train, tmp_path / "run", evaluate=evaluate, goal="adapter", ranks=(1, 8), learning_rates=(1e-3,), margin=0.01,
+        strategy="bracket",
+    )  # fmt: skip
+    handed_over = selected.answers["handed_over"]
+    assert (handed_over["rank"], handed_over["how"], handed_over["trained_rank"]) == (4, "truncated", 8)
+    assert selected.answers["rank"] is None
+    assert selected.adapter is not None
+    assert json.loads((selected.adapter / "adapter_config.json").read_text())["r"] == 4
+    assert (selected.run / handed_over["reference_adapter"] / "adapter_config.json").is_file()
+    assert (selected.adapter_rank, selected.training_rank) == (4, None)
+
+
+def test_the_adapter_goal_needs_evaluate(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="needs evaluate="):
+        select_rank_with(by_number, tmp_path / "run", goal="adapter")
+
+
+def test_an_adapter_that_can_not_be_truncated_leaves_the_trained_one(tmp_path: Path) -> None:
+    selected = select_rank_with(
+        by_number, tmp_path / "run", evaluate=lambda _folder, _task: {"loss": 1.0}, ranks=(1, 4), learning_rates=(1e-3,)
+    )
+    assert selected.adapter is None
+    assert selected.answers["handed_over"] is None
+    assert selected.decision.reference_rank == 4
+
+
+def test_one_value_stands_for_a_list_and_progress_is_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    selected = select_rank_with(
+        by_number, tmp_path / "run", ranks=(1, 4), learning_rates=1e-3, seeds=0, metric="loss", progress=True
+    )
+    assert "held-out" in capsys.readouterr().err
+    text = str(selected)
+    assert text.count("next:") == 1
+    assert "None" not in text
+    with pytest.raises(SettingsError, match="ranks: got 4 alone"):
+        select_rank_with(by_number, tmp_path / "one", ranks=4)
+
+
+def test_a_script_without_a_guard_is_refused_before_processes_start(tmp_path: Path) -> None:
+    script = tmp_path / "mine.py"
+    script.write_text(
+        "from rightrank import select_rank_with\n"
+        "def train(task):\n    return {'loss': 1 / task.rank}\n"
+        "select_rank_with(train, 'run', ranks=(1, 4), where='process')\n"
+    )
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, cwd=tmp_path)
+    assert done.stderr.splitlines()[-1].endswith('put the call below `if __name__ == "__main__":`')
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,173 @@
+"""The time is stated before the first training, and the measured steps change nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from rightrank.api.selecting import preflight, select_rank
+from rightrank.hooks.outlook import MeasuredSpeed, time_line
+from rightrank.hooks.progress import Progress
+from rightrank.plugins.plan.duration import Speed
+from rightrank.runs import start
+from rightrank.runs.journal import Journal
+from rightrank.runs.returns import Selected
+from rightrank.schema.events import Observer, RunEvent
+from rightrank.schema.results import Extent, SelectionCost
+from rightrank.schema.trials import Arm, TrialFinished, TrialStarted
+from rightrank.train.pace import TIMED_STEPS_PACE as TIMED_STEPS
+from rightrank.train.pace import Pace, measure_pace
+from rightrank.train.runtime import Runtime
+from tests.helpers import make_runtime
+from tests.tiny import small_settings
+
+
+class Log:
+    """Everything that an observer receives, in order."""
+
+    def __init__(self) -> None:
+        self.seen: list[Any] = []
+        self.observer = Observer(on_event=self._event, notice=self.seen.append, on_time=self.seen.append)
+
+    def _event(self, event: RunEvent) -> None:
+        if isinstance(event, TrialStarted):
+            self.seen.append(event.rank)
+
+    def position(self, text: str) -> int:
+        return next(index for index, one in enumerate(self.seen) if isinstance(one, str) and one.startswith(text))
+
+
+def outcomes(selected: Selected) -> list[dict[str, Any]]:
+    """All of every finished trial but its times and its memory."""
+    records = [r for r in Journal(selected.run / "journal.jsonl").read() if isinstance(r, TrialFinished)]
+    changing = {"train_seconds", "eval_seconds", "answer_seconds", "peak_bytes", "ended_at"}
+    return [record.model_dump(exclude=changing) for record in records]
+
+
+@pytest.fixture
+def measured_always(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(start, "MIN_STEPS", 1)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"layers_to_transform": (2,)}, {"lora_dropout": 0.2, "gradient_accumulation_steps": 2}]
+)
+def test_measured_steps_change_no_result(
+    model_folder: Path,
+    completion_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    measured_always: None,
+    changes: dict[str, Any],
+) -> None:
+    """With the cached prefix, and with dropout: every loss, value and adapter is the same to the last bit."""
+    settings = small_settings(**changes)
+    log = Log()
+    with_time = select_rank(
+        str(model_folder), completion_file, tmp_path / "with", settings=settings, watching=log.observer
+    )
+    assert log.position("time: about") < log.seen.index(0) < log.seen.index(4)  # before the base and before rank 4
+    assert any(isinstance(one, float) and one > 0 for one in log.seen[: log.seen.index(0)])  # on_time
+    monkeypatch.setattr(start, "measured_speed", lambda _: None)
+    without = select_rank(str(model_folder), completion_file, tmp_path / "without", settings=settings)
+    assert outcomes(with_time) == outcomes(without)
+    for one in sorted((tmp_path / "with").rglob("adapter_model.safetensors")):
+        other = tmp_path / "without" / one.relative_to(tmp_path / "with")
+        assert one.read_bytes() == other.read_bytes()
+
+
+def test_short_trainings_are_not_measured(model_folder: Path, completion_file: Path, tmp_path: Path) -> None:
+    log = Log()
+    select_rank(str(model_folder), completion_file, tmp_path / "run", settings=small_settings(), watching=log.observer)
+    assert not any(isinstance(one, str) and one.startswith("time: about") for one in log.seen)
+
+
+def test_a_dry_run_knows_the_time(model_folder: Path, completion_file: Path) -> None:
+    found = preflight(str(model_folder), completion_file, settings=small_settings(), price_per_hour=3600.0)
+    assert found.cost.seconds is not None
+    assert found.cost.seconds_at_most is not None
+    assert 0 < found.cost.seconds <= found.cost.seconds_at_most
+    assert found.cost.price == pytest.approx(found.cost.seconds)
+    assert all(row.seconds is not None for row in found.cost.strategies)
+    assert any(note.startswith(f"time: measured on this device: {TIMED_STEPS} steps of rank 4") for note in found.notes)
+
+
+ARM = Arm(rank=4, learning_rate=1e-2, lora_alpha=32.0, seed=0, steps=8)
+
+
+def test_blocks_that_are_computed_once_have_their_own_pace(
+    model_folder: Path, completion_file: Path, tmp_path: Path
+) -> None:
+    settings = small_settings(layers_to_transform=(2,))
+    runtime = make_runtime(model_folder, completion_file, settings, tmp_path)
+    found = measure_pace(runtime, ARM)
+    assert found is not None
+    assert found.filled >= len({index for indices in runtime.batch_plan(0)[:4] for index in indices})
+    assert found.fill_seconds > 0
+    again = measure_pace(runtime, ARM)
+    assert again is not None
+    assert again.filled == 0  # kept for the trainings
+    as_forward, own = Speed(1.0, 2.0), Speed(1.0, 2.0, seconds_per_prefix_flop=0.5)
+    assert as_forward.seconds(10.0, 10.0, 100.0) == 230.0
+    assert own.seconds(10.0, 10.0, 100.0) == 80.0
+
+
+def test_the_scratch_adapter_is_removed_and_memory_may_run_out(
+    model_folder: Path, completion_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runtime = make_runtime(model_folder, completion_file, small_settings(), tmp_path)
+    before = [name for name, _ in runtime.model.named_modules()]
+    found = measure_pace(runtime, ARM)
+    assert found is not None
+    assert found.batches == runtime.batch_plan(0)[1 : 1 + TIMED_STEPS]  # the first warms up
+    assert found.train_seconds > 0
+    assert found.eval_seconds > 0
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(Runtime, "accumulate_gradients", fail)
+    assert measure_pace(runtime, ARM) is None
+    assert [name for name, _ in runtime.model.named_modules()] == before
+
+
+def cost_of(expected: float, most: float) -> SelectionCost:
+    extents = [Extent(trainings=seconds / 600, flops=1.0, seconds=seconds, price=None) for seconds in (expected, most)]
+    return SelectionCost(
+        strategy="bracket",
+        steps=100,
+        ranks=[],
+        prefix_flops=0,
+        evaluation_flops=1,
+        expected=extents[0],
+        most=extents[1],
+    )
+
+
+@pytest.mark.parametrize(
+    ("hours", "said"),
+    [
+        (None, "time: about 20 min, at most 60 min ("),
+        (2.0, "time: about 20 min, at most 60 min ("),
+        (0.5, "time: about 20 min, at most 30 min ("),
+        (0.25, "time: about 15 min, at most 15 min; without the budget of time about 20 min ("),
+    ],
+)
+def test_a_budget_of_time_bounds_the_time(hours: float | None, said: str) -> None:
+    measured = MeasuredSpeed(Speed(1.0, 1.0), Pace(16, [[0], [1], [2]], 1.0, [0, 1], 1.0, 0, 0.0))
+    line = time_line(cost_of(1200, 3600), measured, hours)
+    assert line.startswith(said)
+    assert line.endswith("(measured before the start: 3 steps of rank 16 and 2 validation examples, then discarded)")
+
+
+def test_progress_counts_down_from_the_start() -> None:
+    progress = Progress()
+    progress.expect(4.0)
+    progress.limit(8.0)
+    assert "left" not in progress.progress_line()
+    progress.expect_seconds(1200.0)
+    assert progress.remaining_seconds() == pytest.approx(1200.0)
+    assert "about 20 min left (at most 40 min)" in progress.progress_line()

@@ -1,0 +1,219 @@
+"""The two answers of one run folder: in either order, interrupted between them, and what is said before the start."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from peft import AutoPeftModelForCausalLM
+
+from rightrank.adapters.rank_choice import ResizeOptions
+from rightrank.api.adapters import resize
+from rightrank.api.run_folder import export, status, write_report
+from rightrank.api.selecting import select_rank
+from rightrank.cli import main
+from rightrank.runs.journal import Journal
+from rightrank.schema.errors import InterruptedRun, SettingsError
+from rightrank.schema.events import AdapterRecorded, Observer
+from rightrank.schema.settings import SelectSettings
+from rightrank.schema.trials import TrialFinished
+from tests.report.elements import Elements
+from tests.tiny import small_settings
+
+WIDE = 0.3  # a margin that a truncation of the tiny model holds
+
+
+def settings_for(goal: str, **changes: Any) -> SelectSettings:
+    values = {"ranks": (1, 2, 4), "max_steps": 20, "margin": WIDE, "learning_rates": (1e-2,)}
+    return small_settings(strategy="bracket", goal=goal, **(values | changes))
+
+
+def recorded(run: Path) -> list[AdapterRecorded]:
+    return [one for one in Journal(run / "journal.jsonl").read() if isinstance(one, AdapterRecorded)]
+
+
+def trial_ids(run: Path) -> list[str]:
+    return [one.trial_id for one in Journal(run / "journal.jsonl").read() if isinstance(one, TrialFinished)]
+
+
+@pytest.fixture(scope="module")
+def answered(model_folder: Path, completion_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with the goal adapter."""
+    run = tmp_path_factory.mktemp("answered") / "run"
+    selected = select_rank(str(model_folder), completion_file, run, settings=settings_for("adapter"))
+    assert selected.decided is None
+    return run
+
+
+def require_first_answer(run: Path, answer: AdapterRecorded) -> None:
+    """decision.json and `adapter/` hold the answer, which PEFT loads."""
+    document = json.loads((run / "decision.json").read_text())
+    assert document["handed_over"] == answer.handed_over.model_dump(mode="json")
+    assert document["adapter_sentence"] == answer.answer.sentence
+    model = AutoPeftModelForCausalLM.from_pretrained(str(run / "adapter"))
+    assert model.peft_config["default"].r == answer.handed_over.rank
+    reference = AutoPeftModelForCausalLM.from_pretrained(str(run / answer.handed_over.reference_adapter))
+    assert reference.peft_config["default"].r == 4
+
+
+def test_goal_adapter_ends_with_the_first_answer(answered: Path) -> None:
+    (answer,) = recorded(answered)
+    assert answer.handed_over.rank < 4
+    require_first_answer(answered, answer)
+    document = json.loads((answered / "decision.json").read_text())
+    assert (document["goal"], document["rank"], document["confidence"]) == ("adapter", None, None)
+    assert document["training_rank_estimate"]["trainings"] > 0
+    assert document["cost"]["trainings"] == document["cost"]["trainings_to_adapter"] < 2
+    text = Elements((answered / "report.html").read_text(encoding="utf-8")).text
+    assert "not asked (goal: adapter)" in text
+    assert document["training_rank_estimate"]["sentence"] in text
+    assert write_report(answered).read_text(encoding="utf-8") == (answered / "report.html").read_text(encoding="utf-8")
+    assert status(answered).state == "done"
+    assert export(answered, "vllm").files == ["vllm.sh"]
+
+
+def test_one_rank_is_enough_for_the_adapter_and_is_continued_with_others(
+    model_folder: Path, completion_file: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    alone = select_rank(str(model_folder), completion_file, run, settings=settings_for("adapter", ranks=(4,)))
+    assert alone.handed_over is not None
+    assert alone.handed_over.trained_rank == 4
+    sentence = alone.answers["training_rank_estimate"]["sentence"]
+    assert re.search(r"--goal training-rank --ranks [\d,]*4\.$", sentence)
+    with pytest.raises(SettingsError, match="ranks: got 4 alone; a comparison needs two or more"):
+        select_rank(str(model_folder), completion_file, run, settings=settings_for("training-rank", ranks=(4,)))
+    trained = trial_ids(run)
+    selected = select_rank(str(model_folder), completion_file, run, settings=settings_for("training-rank"))
+    assert selected.decision.reference_rank in (1, 2, 4)
+    assert trial_ids(run)[: len(trained)] == trained
+
+
+def test_resize_gives_the_same_answer_from_the_same_adapter_and_data(
+    answered: Path, completion_file: Path, tmp_path: Path
+) -> None:
+    (recorded_answer,) = recorded(answered)
+    answer = recorded_answer.answer
+    options = ResizeOptions(settings=settings_for("adapter"))
+    found = resize(answered / "trials" / answer.trained_id, tmp_path / "small", data=completion_file, options=options)
+    assert found.answer is not None
+    assert (found.rank, found.answer.margin) == (answer.rank, answer.margin)
+    mine = [(one.rank, one.difference, one.difference_high) for one in found.answer.candidates]
+    assert mine == [
+        (one.rank, pytest.approx(one.difference, abs=1e-5), pytest.approx(one.difference_high, abs=1e-5))
+        for one in answer.candidates
+        if one.how != "recovered"
+    ]
+
+
+def test_the_same_folder_goes_on_to_the_training_rank(
+    answered: Path, model_folder: Path, completion_file: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(answered, run)
+    before = trial_ids(run)
+    selected = select_rank(str(model_folder), completion_file, run, settings=settings_for("training-rank"))
+    assert selected.decision.metric == "loss"
+    assert trial_ids(run)[: len(before)] == before
+    assert len(trial_ids(run)) == len(set(trial_ids(run)))
+    document = json.loads((run / "decision.json").read_text())
+    assert document["goal"] == "training-rank"
+    assert document["verdict"] == selected.decision.verdict
+    assert document["training_rank_estimate"] is None
+    assert document["cost"]["trainings"] > document["cost"]["trainings_to_adapter"] == recorded(answered)[0].trainings
+    trained = trial_ids(run)
+    again = select_rank(str(model_folder), completion_file, run, settings=settings_for("adapter"))
+    assert again.decided is None
+    assert trial_ids(run) == trained
+    assert "not asked (goal: adapter)" in write_report(run).read_text(encoding="utf-8")
+
+
+def test_interrupted_between_the_answers_the_first_is_there_and_stays(
+    model_folder: Path, completion_file: Path, tmp_path: Path
+) -> None:
+    notices: list[str] = []
+    observer = Observer(
+        notice=notices.append, should_stop=lambda: any(notice.startswith("adapter: ") for notice in notices)
+    )
+    run, settings = tmp_path / "run", settings_for("training-rank")
+    with pytest.raises(InterruptedRun):
+        select_rank(str(model_folder), completion_file, run, settings=settings, watching=observer)
+    (answer,) = recorded(run)
+    require_first_answer(run, answer)
+    assert json.loads((run / "decision.json").read_text())["rank"] is None
+    assert status(run).state == "stopped"
+    shown = f"Adapter: rank {answer.handed_over.rank} · Training rank: not known yet"
+    assert shown in Elements((run / "report.html").read_text(encoding="utf-8")).text
+    assert shown in Elements(write_report(run).read_text(encoding="utf-8")).text
+    assert export(run, "peft").folder.is_dir()
+
+    weights = (run / "adapter" / "adapter_model.safetensors").read_bytes()
+    before = trial_ids(run)
+    select_rank(str(model_folder), completion_file, run, settings=settings)
+    assert trial_ids(run)[: len(before)] == before
+    assert recorded(run)[0] == answer
+    last = recorded(run)[-1]
+    if last.answer.trial_id == answer.answer.trial_id:  # no training of the second question was better
+        assert (run / "adapter" / "adapter_model.safetensors").read_bytes() == weights
+    require_first_answer(run, last)
+
+
+def test_before_the_start_it_says_what_data_and_margin_allow(
+    model_folder: Path, completion_file: Path, tmp_path: Path
+) -> None:
+    def notices_of(name: str, **changes: Any) -> list[str]:
+        notices: list[str] = []
+        settings = settings_for("adapter", **changes)
+        select_rank(
+            str(model_folder),
+            completion_file,
+            tmp_path / name,
+            settings=settings,
+            watching=Observer(notice=notices.append),
+        )
+        first = next(index for index, notice in enumerate(notices) if notice.startswith("adapter: "))
+        return notices[:first]
+
+    fine = notices_of("fine")
+    assert any(line.startswith("top rank 4: trained once") for line in fine)
+    assert not any(line.startswith(("margin", "no recovery")) for line in fine)
+    narrow = notices_of("narrow", margin=1e-3)
+    (line,) = [line for line in narrow if line.startswith("margin 0.001 is likely below what 12 validation examples")]
+    assert "about 1,083 are needed (an estimate: " in line  # (1.645 · 0.02 / 0.001)²
+    epochs = notices_of("epochs", max_steps=60)  # of 4 examples, and 160 to train on: all are seen
+    (line,) = [line for line in epochs if line.startswith("no recovery")]
+    assert "for 3 steps or more, and there are 0 steps of them" in line
+    assert {one.how for one in recorded(tmp_path / "epochs")[0].answer.candidates} == {"trained", "truncated"}
+
+
+def test_on_the_command_line_each_question_has_its_sentence(
+    answered: Path, model_folder: Path, completion_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(answered, run)
+    small = (
+        "--ranks 1,2,4 --learning-rates 1e-2 --max-steps 20 --batch-size 4 --seq-len 32 --eval-items 12 "
+        f"--set eval_points=2 --set samples=0 --margin {WIDE} --quiet"
+    ).split()
+
+    def shown(goal: str) -> str:
+        with pytest.raises(SystemExit) as ended:
+            main(["select", str(model_folder), str(completion_file), "--out", str(run), *small, "--goal", goal])
+        assert ended.value.code == 0
+        return capsys.readouterr().out
+
+    out = shown("adapter")
+    assert f"Adapter: {recorded(run)[0].answer.sentence}" in out
+    assert "It was trained at rank 4 (learning rate 0.01, 20 steps), truncated to rank " in out
+    assert "Training rank: not asked (--goal adapter). An estimate, not evidence: " in out
+    assert "verdict:" not in out
+    out = shown("training-rank")
+    assert f"Adapter: {recorded(run)[-1].answer.sentence}" in out
+    document = json.loads((run / "decision.json").read_text())
+    assert f"Training rank: {document['sentence']}" in out
+    assert f"verdict: {document['verdict']}" in out
+    assert "An estimate" not in out

@@ -1,0 +1,128 @@
+"""No figure, sentence or view ends a run: the adapter is handed over, the journal is complete, one line says what failed."""
+
+from __future__ import annotations
+
+import importlib
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rightrank import TrialResult, TrialTask, select_rank_with
+from rightrank.hooks.watching import View, observer_of, shown
+from rightrank.runs.journal import Journal
+from rightrank.schema.errors import RunError
+from rightrank.schema.events import AdapterRecorded, DecisionRecorded, Observer
+from tests.commands import run
+
+VIEWS = [
+    "rightrank.runs.finish.compared_adapters",
+    "rightrank.runs.finish.figure_of",
+    "rightrank.runs.finish.candidate_table",
+    "rightrank.runs.finish.model_card",
+    "rightrank.runs.finish.figures_of",
+    "rightrank.runs.finish.further_figures",
+    "rightrank.runs.finish.write_figures",
+    "rightrank.runs.loop.write_views",
+    "rightrank.runs.loop.decision_so_far",
+    "rightrank.hooks.report.document",
+    "rightrank.hooks.report.render_report",
+    "rightrank.runs.finish.answers",
+    "rightrank.runs.finish.compared",
+    "rightrank.runs.finish.next_commands",
+    "rightrank.cli.select._print_answer",
+]
+FAULTS = [StopIteration(), KeyError("x"), ZeroDivisionError("division by zero"), AttributeError("no such field")]
+
+
+def failing(error: Exception) -> Callable[..., Any]:
+    def fail(*_args: Any, **_named: Any) -> Any:
+        raise error
+
+    return fail
+
+
+def break_view(monkeypatch: pytest.MonkeyPatch, view: str, error: Exception) -> None:
+    module, _, name = view.rpartition(".")
+    monkeypatch.setattr(importlib.import_module(module), name, failing(error))
+
+
+@pytest.fixture(scope="module")
+def whole(model_folder: Path, completion_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run whose trainings are done, and that has handed nothing over."""
+    from rightrank.api.selecting import select_rank
+    from tests.tiny import small_settings
+
+    out = tmp_path_factory.mktemp("whole") / "run"
+    select_rank(str(model_folder), completion_file, out, settings=small_settings(device="cpu", samples=0))
+    shutil.rmtree(out / "adapter")
+    journal = out / "journal.jsonl"
+    lines = journal.read_text().splitlines(keepends=True)
+    later = ('"type":"adapter_recorded"', '"type":"adapter"', '"type":"decided"', '"type":"test_evaluated"')
+    journal.write_text("".join(line for line in lines if not any(kind in line[:60] for kind in later)))
+    return out
+
+
+@pytest.mark.trains
+@pytest.mark.parametrize("view", VIEWS)
+def test_a_view_with_a_fault_leaves_adapter_and_journal_whole(
+    view: str,
+    whole: Path,
+    model_folder: Path,
+    completion_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(whole, out)
+    arguments = ["select", "--out", str(out), "--quiet"]
+    error = FAULTS[VIEWS.index(view) % len(FAULTS)]
+    with monkeypatch.context() as patched:
+        break_view(patched, view, error)
+        status, printed, said = run(arguments, capsys)
+    kinds = [type(record) for record in Journal(out / "journal.jsonl").read()]
+    assert AdapterRecorded in kinds
+    assert DecisionRecorded in kinds
+    assert (out / "adapter" / "adapter_model.safetensors").is_file()
+    if view != "rightrank.runs.loop.decision_so_far":  # a view of a run that goes on; at its end all is written
+        assert (status, printed) == (1, ""), said
+        assert said.count("\n") == 1
+        assert f"failed ({type(error).__name__}" in said
+    status, printed, said = run(arguments, capsys)
+    assert (status, said) == (0, "")
+    assert "Adapter:" in printed
+
+
+def test_an_own_trainer_s_run_is_handed_over_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def train(task: TrialTask) -> TrialResult:
+        (task.folder / "weights.txt").write_text("saved")
+        return TrialResult(metrics={"loss": 1 / task.rank}, item_scores=[1 / task.rank] * 4)
+
+    given: dict[str, Any] = {"ranks": (1, 2), "learning_rates": (1e-3,)}
+    for view in ("rightrank.runs.finish.figure_of", "rightrank.hooks.report.render_report"):
+        with monkeypatch.context() as patched:
+            break_view(patched, view, KeyError("x"))
+            with pytest.raises(RunError, match=r"failed \(KeyError"):
+                select_rank_with(train, tmp_path / view, **given)
+        assert (tmp_path / view / "adapter" / "weights.txt").read_text() == "saved"
+        assert select_rank_with(train, tmp_path / view, **given).adapter == tmp_path / view / "adapter"
+
+
+def test_a_progress_view_with_a_fault_is_dropped_with_one_notice() -> None:
+    class Broken:
+        plan = cost = cost_limit = time = resume = event = staticmethod(failing(IndexError("row 3")))
+
+    said: list[str] = []
+    broken: View = Broken()
+    observer = observer_of([broken], said.append, lambda: False)
+    observer.on_cost(1.0)
+    observer.on_time(1.0)
+    assert said == ["no more progress is shown: it failed (IndexError: row 3); the run continues"]
+
+
+def test_an_exception_of_a_user_s_callback_still_ends_the_run() -> None:
+    with shown(Observer(on_cost=failing(KeyError("mine"))), progress=True) as observer, pytest.raises(KeyError):
+        observer.on_cost(1.0)

@@ -1,0 +1,51 @@
+"""Settings of a selection as people write them in Python and in YAML."""
+
+from __future__ import annotations
+
+import pytest
+
+from rightrank.schema.errors import SettingsError
+from rightrank.schema.plan_settings import make_plan_settings
+from rightrank.schema.settings import make_settings
+
+
+def test_one_value_is_a_list_of_one() -> None:
+    settings = make_settings({"ranks": 8, "learning_rates": 1e-3, "seeds": 0, "target_modules": "all-linear"})
+    assert (settings.ranks, settings.learning_rates, settings.seeds) == ((8,), (1e-3,), (0,))
+    assert settings.target_modules == ("all-linear",)
+
+
+def test_a_string_with_commas_is_a_list() -> None:
+    settings = make_settings({"ranks": "4,8", "learning_rates": "1e-4, 3e-4", "target_modules": "q_proj,v_proj"})
+    assert settings.ranks == (4, 8)
+    assert settings.learning_rates == (1e-4, 3e-4)
+    assert settings.target_modules == ("q_proj", "v_proj")
+    assert make_settings({"sweep": "alpha=16,64"}).sweep == ("alpha=16,64",)
+
+
+@pytest.mark.parametrize("values", [{"ranks": True}, {"seeds": "first"}, {"learning_rates": ""}, {"columns": "ask"}])
+def test_other_values_are_refused(values: dict[str, object]) -> None:
+    with pytest.raises(SettingsError, match=next(iter(values))):
+        make_settings(values)
+
+
+def test_short_names_of_types() -> None:
+    names = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "float32": "float32", "auto": "auto"}
+    assert {name: make_settings({"dtype": name}).dtype for name in names} == names
+    assert make_plan_settings({"dtype": "bf16"}).dtype == "bfloat16"
+
+
+@pytest.mark.parametrize(("capability", "dtype"), [((8, 0), "bfloat16"), ((7, 5), "float32")])
+def test_auto_is_bfloat16_where_the_cuda_device_computes_in_it(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], dtype: str
+) -> None:
+    import torch
+
+    from rightrank.models.base_models import resolve_dtype
+
+    assert resolve_dtype("auto", "cpu") == "float32"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert resolve_dtype("auto", "cuda") == dtype
+    assert resolve_dtype("float16", "cuda") == "float16"

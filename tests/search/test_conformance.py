@@ -1,0 +1,204 @@
+"""The rules of the strategy protocol, checked for every strategy."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from rightrank.schema.trials import Arm, TrialFinished, TrialOutcome
+from rightrank.schema.variants import Variant
+from rightrank.search.protocol import History, steps_of
+from rightrank.search.space import Space
+from rightrank.search.strategies import STRATEGIES
+from tests.search.worlds import STEPS, World, make_space, rounds, run_all
+
+WORLDS = {
+    "law": World,
+    "steep": lambda: World(gain=1.0),
+    "flat": lambda: World(gain=0.0),
+    "noisy": lambda: World(noise=0.02),
+    "high learning rates": lambda: World(best_learning_rate=3e-3),
+    "low learning rates": lambda: World(best_learning_rate=3e-5),
+    "a table": lambda: World(can_stop_early=False, can_truncate=False),
+    "no truncation": lambda: World(can_truncate=False),
+    "no early stop": lambda: World(can_stop_early=False, noise=0.01),
+}
+SPACES = {
+    "usual": {},
+    "three seeds": {"seeds": (0, 1, 2)},
+    "one learning rate": {"learning_rates": (1e-3,)},
+    "two learning rates": {"learning_rates": (1e-3, 3e-3)},
+    "two ranks": {"ranks": (8, 16)},
+    "powers of two": {"ranks": (1, 2, 4, 8, 16, 32, 64)},
+    "relative margin": {"margin": None},
+    "no base": {"evaluates_base": False},
+    "recovery": {"recovery_steps": 10, "trusts_values": True},
+    "the adapter alone": {"goal": "adapter", "recovery_steps": 10, "trusts_values": True},
+    "a sweep": {"variants": (Variant("alpha", "16"), Variant("init", "gaussian"))},
+}
+
+
+@pytest.fixture(params=sorted(STRATEGIES))
+def name(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+CASES = [(world, "usual") for world in WORLDS] + [("law", space) for space in SPACES if space != "usual"]
+CASES += [("noisy", "powers of two"), ("a table", "three seeds"), ("flat", "two ranks")]
+
+
+@pytest.fixture(params=CASES, ids=" in ".join)
+def case(request: pytest.FixtureRequest) -> tuple[World, Space]:
+    world, space = request.param
+    return WORLDS[world](), make_space(**SPACES[space])
+
+
+@pytest.fixture
+def world(case: tuple[World, Space]) -> World:
+    return case[0]
+
+
+@pytest.fixture
+def space(case: tuple[World, Space]) -> Space:
+    return case[1]
+
+
+def test_arms_lie_in_the_space_and_are_asked_for_once(name: str, world: World, space: Space) -> None:
+    known = run_all(STRATEGIES[name](space), world)
+    arms = [outcome.arm for outcome in known]
+    assert len(set(arms)) == len(arms)
+    finished = {outcome.trial_id for outcome in known if isinstance(outcome, TrialFinished)}
+    for arm in arms:
+        assert arm.rank in (0, *space.ranks) or (arm.truncate_from and arm.rank in space.truncated_ranks)
+        assert arm.seed in (0, *space.seeds)
+        assert arm.steps <= space.steps
+        assert arm.rank == 0 or arm.truncate_from is not None or arm.learning_rate in space.learning_rates
+        assert arm.anneal_from is None or (arm.continue_from is not None and arm.stop_at is not None)
+        for parent in (arm.continue_from, arm.truncate_from):
+            assert parent is None or parent in finished
+
+
+def test_cost_and_arms_stay_within_their_bounds(name: str, world: World, space: Space) -> None:
+    strategy = STRATEGIES[name](space)
+    known = run_all(strategy, world)
+    cost = strategy.cost()
+    assert cost.expected <= cost.maximum
+    assert spent(known) <= cost.maximum * space.steps
+    assert len(known) <= strategy.max_arms()
+
+
+def test_recommends_a_rank_that_it_trained(name: str, world: World, space: Space) -> None:
+    strategy = STRATEGIES[name](space)
+    known = run_all(strategy, world)
+    answer = strategy.recommend(History.of(known))
+    assert answer.complete
+    assert answer.rank in space.ranks
+    assert answer.rank in {outcome.rank for outcome in strategy.evidence(History.of(known))}
+
+
+@pytest.mark.parametrize("trainings", [2.0, 3.3, 4.0, 5.5])
+@pytest.mark.parametrize("kind", ["law", "a table", "noisy"])
+def test_stops_at_the_budget(name: str, kind: str, trainings: float) -> None:
+    world = WORLDS[kind]()
+    space = make_space(budget_steps=trainings * STEPS, seeds=(0, 1))
+    strategy = STRATEGIES[name](space)
+    known = run_all(strategy, world)
+    assert spent(known) <= trainings * STEPS
+    assert strategy.cost().maximum <= trainings
+    whole = run_all(STRATEGIES[name](make_space(seeds=(0, 1))), world)
+    assert [outcome.arm for outcome in known] == [outcome.arm for outcome in whole][: len(known)]
+
+
+def test_stops_at_the_budget_in_seconds(name: str) -> None:
+    strategy = STRATEGIES[name](make_space(budget_seconds=450.0))
+    known = run_all(strategy, World(), order=lambda arms: arms[:1])
+    assert spent(known) <= 450
+
+
+def test_a_budget_that_ends_early_errs_upward(name: str) -> None:
+    """With the top rank at its best learning rate and no lower rank trained, the answer is the top rank."""
+    space = make_space(budget_steps=2.3 * STEPS)
+    if name in ("grid", "upward"):
+        pytest.skip("goes through the ranks in another order")
+    strategy = STRATEGIES[name](space)
+    known = run_all(strategy, World())
+    assert strategy.recommend(History.of(known)).rank in (space.top, None)
+
+
+def test_the_order_of_arrival_does_not_matter(name: str, world: World, space: Space) -> None:
+    expected = run_all(STRATEGIES[name](space), world)
+    generator = random.Random(1)
+    strategy = STRATEGIES[name](space)
+    for order in (lambda arms: arms[::-1], lambda arms: [generator.choice(arms)]):
+        known = run_all(strategy, world, order)
+        assert {outcome.arm for outcome in known} == {outcome.arm for outcome in expected}
+        generator.shuffle(known)
+        assert strategy.recommend(History.of(known)) == strategy.recommend(History.of(expected))
+        assert not strategy.ask(History.of(known))
+
+
+@pytest.mark.parametrize("kind", ["law", "a table", "noisy"])
+def test_resumes_identically_from_every_prefix(name: str, kind: str) -> None:
+    world = WORLDS[kind]()
+    space = make_space(seeds=(0, 1))
+    whole = run_all(STRATEGIES[name](space), world)
+    for length in range(len(whole)):
+        known = whole[:length]
+        for _ in rounds(STRATEGIES[name](space), world, known, list):
+            pass
+        assert {outcome.arm for outcome in known} == {outcome.arm for outcome in whole}
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_a_failed_arm_is_not_fatal(name: str, seed: int) -> None:
+    """A third of all arms fail or diverge, by a hash of the arm."""
+
+    def lost(arm: Arm, which: int) -> bool:
+        return arm.rank > 0 and random.Random(f"{arm}{seed}{which}").random() < 1 / 6
+
+    space = make_space(seeds=(0, 1))
+    strategy = STRATEGIES[name](space)
+    world = World(breaks=lambda arm: lost(arm, 0), diverges=lambda arm: lost(arm, 1))
+    known = run_all(strategy, world)
+    answer = strategy.recommend(History.of(known))
+    finished = [outcome for outcome in strategy.evidence(History.of(known)) if isinstance(outcome, TrialFinished)]
+    trained = {outcome.rank for outcome in finished if outcome.rank > 0}
+    assert answer.rank is None or answer.rank in trained
+    assert spent(known) <= strategy.cost().maximum * space.steps
+
+
+def test_ends_without_an_answer_where_everything_fails(name: str) -> None:
+    strategy = STRATEGIES[name](make_space())
+    known = run_all(strategy, World(breaks=lambda arm: arm.rank > 0))
+    assert strategy.recommend(History.of(known)).rank is None
+
+
+def test_outcomes_of_other_arms_change_nothing(name: str) -> None:
+    """Outcomes that the strategy did not ask for are not evidence."""
+    space, world = make_space(), World()
+    strategy = STRATEGIES[name](space)
+    known = run_all(strategy, world)
+    foreign = world.run(space.arm(space.top, 1e-3).model_copy(update={"steps": STEPS - 1}))
+    assert strategy.recommend(History.of([foreign, *known])) == strategy.recommend(History.of(known))
+    assert foreign not in strategy.evidence(History.of([foreign, *known]))
+
+
+def spent(known: list[TrialOutcome]) -> int:
+    """Optimizer steps, without failed arms."""
+    history = History.of(known)
+    return sum(
+        steps_of(outcome.arm, history) for outcome in known if isinstance(outcome, TrialFinished) and outcome.rank > 0
+    )
+
+
+@pytest.mark.parametrize("seeds", [(0,), (0, 1)])
+def test_without_the_base_it_requests_what_it_requests_when_the_base_fails(name: str, seeds: tuple[int, ...]) -> None:
+    world = World(breaks=lambda arm: arm.rank == 0)
+    without = STRATEGIES[name](make_space(seeds=seeds, evaluates_base=False))
+    failing = STRATEGIES[name](make_space(seeds=seeds))
+    arms = [outcome.arm for outcome in run_all(without, world)]
+    assert arms == [outcome.arm for outcome in run_all(failing, world)][1:]
+    assert 0 not in {arm.rank for arm in arms}
+    assert without.expected_arms() == failing.expected_arms() - 1
+    assert without.max_arms() == failing.max_arms() - 1

@@ -1,0 +1,373 @@
+"""What each strategy makes of worlds whose answer is known."""
+
+from __future__ import annotations
+
+import textwrap
+from typing import Any
+
+import pytest
+
+from rightrank.schema.errors import SettingsError
+from rightrank.schema.settings import make_settings
+from rightrank.schema.trials import TrialFinished
+from rightrank.search.bracket import outside_in
+from rightrank.search.history import Trials, excess_of
+from rightrank.search.learning_rates import Requests, find_learning_rate
+from rightrank.search.moves import try_rank
+from rightrank.search.protocol import History, Strategy, base_arm
+from rightrank.search.script import Scripted
+from rightrank.search.strategies import make_strategy, strategy_named
+from tests.search.worlds import STEPS, World, make_space, rounds, run_all
+
+
+def whole_grid_pick(world: World, ranks: tuple[int, ...], margin: float) -> int:
+    losses = {rank: 1.0 + world.gain * rank**-0.57 for rank in ranks}
+    return next(rank for rank in ranks if losses[rank] <= min(losses.values()) + margin)
+
+
+@pytest.mark.parametrize("gain", [0.003, 0.02, 0.05, 0.1, 1.0])
+@pytest.mark.parametrize("name", ["grid", "bracket"])
+@pytest.mark.parametrize("ranks", [(1, 4, 16, 64), (1, 2, 4, 8, 16, 32, 64)])
+def test_finds_the_whole_grids_pick(name: str, gain: float, ranks: tuple[int, ...]) -> None:
+    space, world = make_space(ranks=ranks), World(gain=gain)
+    strategy = strategy_named(name)(space)
+    answer = strategy.recommend(History.of(run_all(strategy, world)))
+    expected = whole_grid_pick(world, ranks, 0.01)
+    assert answer.rank == expected
+    assert answer.learning_rate == world.best_learning_rate
+
+
+def test_costs_far_less_than_the_grid() -> None:
+    space, world = make_space(), World()
+    strategy = strategy_named("bracket")(space)
+    known = run_all(strategy, world)
+    steps = sum(
+        (outcome.stop_at or outcome.steps) - (_parent_steps(known, outcome))
+        for outcome in known
+        if isinstance(outcome, TrialFinished)
+    )
+    assert steps <= 6 * STEPS < 16 * STEPS
+
+
+def _parent_steps(known: list[Any], outcome: TrialFinished) -> int:
+    return next((other.stop_at or 0 for other in known if other.trial_id == outcome.continue_from), 0)
+
+
+def stages(known: list[Any], rank: int, learning_rate: float) -> set[int]:
+    """The steps at which trainings of the rank at the learning rate stopped or ended."""
+    return {
+        outcome.stop_at or outcome.steps
+        for outcome in known
+        if (outcome.rank, outcome.learning_rate, outcome.truncate_from) == (rank, learning_rate, None)
+    }
+
+
+def test_only_the_winner_of_the_looks_is_trained_on() -> None:
+    known = run_all(strategy_named("bracket")(make_space()), World(best_learning_rate=1e-3))
+    assert stages(known, 64, 1e-3) == {12, 17, 25, 50, 100}  # a look, its annealed copy, the stages, the end
+    assert stages(known, 64, 3e-4) <= {12, 17}
+    assert stages(known, 64, 3e-3) <= {12, 17}
+
+
+def test_a_look_far_behind_needs_no_annealed_copy() -> None:
+    class Steep(World):
+        def loss(self, arm: Any) -> float:
+            return super().loss(arm) + (0.2 if arm.learning_rate > 2e-3 and arm.rank else 0.0)
+
+    known = run_all(strategy_named("bracket")(make_space()), Steep(best_learning_rate=1e-3))
+    assert stages(known, 64, 3e-3) == {12}
+
+
+def test_the_running_mean_counts_where_it_is_lower() -> None:
+    """A high learning rate oscillates: its weights look bad and their mean is good."""
+
+    class Oscillates(World):
+        def loss(self, arm: Any) -> float:
+            return super().loss(arm) + (0.3 if arm.learning_rate > 2e-3 and self.is_look(arm) else 0.0)
+
+        def is_look(self, arm: Any) -> bool:
+            return arm.stop_at is not None and not arm.is_annealed
+
+        def run(self, arm: Any) -> Any:
+            outcome = super().run(arm)
+            if isinstance(outcome, TrialFinished) and self.is_look(arm):
+                return outcome.model_copy(update={"averaged_loss": World.loss(self, arm)})
+            return outcome
+
+    strategy = strategy_named("bracket")(make_space())
+    known = run_all(strategy, Oscillates(best_learning_rate=2.4e-3))
+    assert strategy.recommend(History.of(known)).learning_rate == 3e-3
+
+
+def test_a_lower_learning_rate_takes_over_where_the_winner_gets_worse() -> None:
+    """On few examples a high learning rate is ahead early and overfits."""
+
+    class Overfits(World):
+        def loss(self, arm: Any) -> float:
+            done = (arm.stop_at or arm.steps) / arm.steps if arm.steps else 1.0
+            late = 0.9 * max(done - 0.25, 0.0) if arm.learning_rate > 5e-4 else 0.0
+            return super().loss(arm) + late
+
+    strategy = strategy_named("bracket")(make_space())
+    known = run_all(strategy, Overfits(best_learning_rate=1e-3))
+    assert strategy.recommend(History.of(known)).learning_rate == 3e-4
+
+
+def test_without_annealed_copies_two_close_rates_are_trained_whole() -> None:
+    world = World(best_learning_rate=1e-3, breaks=lambda arm: arm.is_annealed)
+    strategy = strategy_named("bracket")(make_space())
+    known = run_all(strategy, world)
+    assert {100} < stages(known, 64, 1e-3)
+    assert {100} < stages(known, 64, 3e-3)
+    assert strategy.recommend(History.of(known)).learning_rate == 1e-3
+
+
+@pytest.mark.parametrize("can_stop_early", [True, False])
+def test_learning_rates_too_high_to_train_do_not_win(can_stop_early: bool) -> None:
+    """The loss of broken trainings is flat: the highest learning rate is the better of two that are worse than the base."""
+
+    class Broken(World):
+        def loss(self, arm: Any) -> float:
+            broken = {1e-3: 1.0, 3e-3: 0.8}.get(arm.learning_rate, 0.0) if arm.rank else 0.0
+            return super().loss(arm) + broken
+
+    strategy = strategy_named("bracket")(make_space())
+    known = run_all(strategy, Broken(best_learning_rate=3e-4, can_stop_early=can_stop_early))
+    assert strategy.recommend(History.of(known)).learning_rate == 3e-4
+
+
+def test_a_large_gain_of_the_highest_learning_rate_is_doubted_where_the_base_is_unknown() -> None:
+    class Broken(World):
+        def loss(self, arm: Any) -> float:
+            return super().loss(arm) + {1e-3: 1.0, 3e-3: 0.8}.get(arm.learning_rate, 0.0)
+
+    strategy = strategy_named("bracket")(make_space())
+    table = Broken(best_learning_rate=3e-4, can_stop_early=False, can_truncate=False, breaks=lambda arm: arm.rank == 0)
+    assert strategy.recommend(History.of(run_all(strategy, table))).learning_rate == 3e-4
+
+
+@pytest.mark.parametrize("lost", [1e-3, 3e-3, 3e-4])
+def test_a_missing_cell_hides_no_better_learning_rate(lost: float) -> None:
+    """The climb steps over a missing cell of a table."""
+    world = World(
+        best_learning_rate=1e-4, can_stop_early=False, can_truncate=False, breaks=lambda arm: arm.learning_rate == lost
+    )
+    strategy = strategy_named("bracket")(make_space())
+    assert strategy.recommend(History.of(run_all(strategy, world))).learning_rate == 1e-4
+
+
+def test_a_climb_whose_start_diverges_goes_downward_with_early_stopping() -> None:
+    world = World(best_learning_rate=1e-3, diverges=lambda arm: arm.learning_rate > 5e-4)
+    strategy = strategy_named("bracket")(make_space())
+    known = run_all(strategy, world)
+    assert strategy.recommend(History.of(known)).learning_rate == 3e-4
+    assert stages(known, 64, 1e-3) == {12}
+    assert not stages(known, 64, 3e-3)
+
+
+def test_ranks_between_the_best_and_a_worse_top_are_tried() -> None:
+    """The best rank lies between the one that beat the top and the top, and becomes the reference."""
+
+    class Between(World):
+        def loss(self, arm: Any) -> float:
+            if arm.rank == 0 or arm.truncate_from is not None or arm.stop_at is not None:
+                return super().loss(arm)
+            return {64: 1.06, 16: 1.0, 4: 1.04, 1: 1.2}[arm.rank]
+
+    strategy = strategy_named("bracket")(make_space())
+    answer = strategy.recommend(History.of(run_all(strategy, Between(gain=0.001))))
+    assert (answer.rank, answer.reference_rank) == (16, 16)
+
+
+def test_a_learning_rate_at_which_the_top_is_far_worse_is_not_tried_at_lower_ranks() -> None:
+    class Steep(World):
+        def loss(self, arm: Any) -> float:
+            return super().loss(arm) + (0.5 if arm.rank > 0 and arm.learning_rate > 2e-3 else 0.0)
+
+    known = run_all(strategy_named("bracket")(make_space()), Steep(gain=0.04, best_learning_rate=6e-4))
+    failed = {outcome.rank for outcome in known if outcome.rank < 64 and outcome.learning_rate == 3e-4}
+    assert failed  # a rank came short of the margin and was tried at the next lower learning rate
+    assert not [outcome for outcome in known if 0 < outcome.rank < 64 and outcome.learning_rate == 3e-3]
+
+
+def test_an_undertrained_rank_gets_a_higher_learning_rate() -> None:
+    """Its truncation holds, and its training at the top's learning rate was still improving."""
+
+    class Slow(World):
+        def loss(self, arm: Any) -> float:
+            is_slow = arm.rank == 4 and arm.learning_rate < 2e-3 and arm.truncate_from is None
+            done = (arm.stop_at or arm.steps) / arm.steps if arm.steps else 1.0
+            return super().loss(arm) + (0.8 * (1.05 - done) if is_slow else 0.0)
+
+    strategy = strategy_named("bracket")(make_space())
+    known = run_all(strategy, Slow(gain=0.015, best_learning_rate=1e-3))
+    assert [outcome for outcome in known if outcome.rank == 4 and outcome.learning_rate == 3e-3]
+
+
+def test_an_undertrained_rank_does_not_get_a_learning_rate_that_broke_the_top_rank() -> None:
+    class Late(World):
+        """3e-3 leads until a quarter, and stands above the base from half on."""
+
+        def loss(self, arm: Any) -> float:
+            done = (arm.stop_at or arm.steps) / arm.steps if arm.steps else 1.0
+            if arm.rank > 0 and arm.learning_rate == 3e-3 and arm.truncate_from is None:
+                return 0.9 if done < 0.5 else 2.0
+            is_slow = arm.rank == 4 and arm.learning_rate < 2e-3 and arm.truncate_from is None
+            return super().loss(arm) + (0.8 * (1.05 - done) if is_slow else 0.0)
+
+    known = run_all(strategy_named("bracket")(make_space()), Late(gain=0.015, best_learning_rate=1e-3))
+    assert {outcome.rank for outcome in known if outcome.learning_rate == 3e-3} == {64}
+    assert [outcome for outcome in known if outcome.rank == 4 and outcome.arm.is_direct]
+
+
+def test_a_winner_that_has_learned_nothing_by_half_gives_way_to_the_next_higher_learning_rate() -> None:
+    class Slow(World):
+        """Nothing is learned before a quarter, and the lowest learning rate does the least harm there."""
+
+        def loss(self, arm: Any) -> float:
+            done = (arm.stop_at or arm.steps) / arm.steps if arm.steps else 1.0
+            if arm.rank > 0 and arm.truncate_from is None and (done <= 0.25 or arm.learning_rate == 1e-4):
+                return super().loss(base_arm(32.0)) + 10 * arm.learning_rate
+            return super().loss(arm)
+
+    known = run_all(strategy_named("bracket")(make_space()), Slow(best_learning_rate=3e-4))
+    whole = {outcome.learning_rate for outcome in known if outcome.rank == 64 and outcome.arm.is_direct}
+    assert whole == {3e-4}
+
+
+def test_confirms_with_further_seeds() -> None:
+    strategy = strategy_named("bracket")(make_space(seeds=(0, 1, 2)))
+    known = run_all(strategy, World())
+    answer = strategy.recommend(History.of(known))
+    for rank in (answer.rank, answer.reference_rank):
+        assert {outcome.seed for outcome in known if outcome.rank == rank and outcome.arm.is_direct} == {0, 1, 2}
+
+
+def test_example_losses_give_a_bound_above_the_mean() -> None:
+    space = make_space()
+    world = World()
+    left, right = (world.run(space.arm(rank, 1e-3)) for rank in (4, 64))
+    assert isinstance(left, TrialFinished)
+    assert isinstance(right, TrialFinished)
+    bare = excess_of([(left, right)], space)
+    assert bare.high == bare.mean
+    tokens = [2, 3, 5, 4]
+    left = left.model_copy(update={"item_losses": [2.1, 3.3, 5.2, 4.6], "item_tokens": tokens, "value": 15.2 / 14})
+    right = right.model_copy(update={"item_losses": [2.0, 3.0, 5.0, 4.0], "item_tokens": tokens, "value": 1.0})
+    known = excess_of([(left, right)], space)
+    assert known.mean == pytest.approx(1.2 / 14)
+    assert known.high > known.mean
+
+
+def test_higher_is_better_is_oriented() -> None:
+    space = make_space(higher_is_better=True)
+    trials = Trials(space)
+    world = World()
+    for rank, value in ((4, 0.7), (64, 0.9)):
+        arm = space.arm(rank, 1e-3)
+        outcome = world.run(arm)
+        assert isinstance(outcome, TrialFinished)
+        trials.add(arm, outcome.model_copy(update={"value": value}))
+    assert trials.reference() == 64
+    assert trials.excess(4, 64).mean == pytest.approx(0.2)
+
+
+def test_outside_in() -> None:
+    assert outside_in([1, 2, 4, 8]) == [8, 1, 4, 2]
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"strategy": "brackt"}, "did you mean 'bracket'"),
+        ({"strategy": "x"}, "there are: bracket, grid"),
+        ({"ranks": (8,)}, "8 alone"),
+        ({"budget_trainings": 1.5}, "give budget_trainings"),
+        ({"budget_steps": 150, "max_steps": 100}, "budget_steps"),
+        ({"budget_hours": -1}, "budget_hours"),
+    ],
+)
+def test_bad_settings_are_one_clear_line(values: dict[str, Any], words: str) -> None:
+    with pytest.raises(SettingsError) as caught:
+        make_strategy(make_settings(values), 100)
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_least_budget_compares_two_ranks() -> None:
+    for name in ("grid", "bracket"):
+        strategy: Strategy = make_strategy(make_settings({"strategy": name}), 100)
+        least = strategy.min_trainings()
+        tight = make_strategy(make_settings({"strategy": name, "budget_trainings": least}), 100)
+        known = run_all(tight, World(can_truncate=False))
+        assert len({outcome.rank for outcome in tight.evidence(History.of(known)) if outcome.rank}) >= 2
+
+
+class Itemed(World):
+    """Example losses whose differences between ranks scatter widely about the value."""
+
+    def run(self, arm: Any) -> Any:
+        outcome = super().run(arm)
+        if not isinstance(outcome, TrialFinished) or arm.rank == 0:
+            return outcome
+        swing = [0.2 * (1 if (item * arm.rank + arm.rank) % 3 else -1) for item in range(60)]
+        mean = sum(swing) / len(swing)
+        losses = [outcome.value + part - mean for part in swing]
+        return outcome.model_copy(update={"item_losses": losses, "item_tokens": [1] * 60})
+
+
+def test_values_guide_the_search_and_bounds_request_support() -> None:
+    ranks = (1, 2, 4, 8, 16, 32, 64)
+    strategy = strategy_named("bracket")(make_space(ranks=ranks))
+    bare = strategy.recommend(History.of(run_all(strategy, World())))
+    known = run_all(strategy, Itemed())
+    answer = strategy.recommend(History.of(known))
+    assert answer.rank == bare.rank  # the same values, the same search
+    trained = {outcome.rank for outcome in strategy.evidence(History.of(known))}
+    assert {rank for rank in ranks if rank > (answer.rank or 0)} <= trained  # no bound held: all above were tried
+
+
+def test_the_example_in_the_protocol_keeps_the_rules() -> None:
+    source = textwrap.dedent((Strategy.__doc__ or "").partition("::\n")[2])
+    names: dict[str, Any] = {
+        "Scripted": Scripted, "Trials": Trials, "Requests": Requests,
+        "find_learning_rate": find_learning_rate, "try_rank": try_rank,
+    }  # fmt: skip
+    exec(source, names)
+    space = make_space(seeds=(0, 1))
+    strategy: Strategy = names["TopAndBottom"](space)
+    known = run_all(strategy, World())
+    assert {outcome.rank for outcome in known} == {0, space.ranks[0], space.top}
+    assert strategy.recommend(History.of(known)).complete
+    assert len(known) <= strategy.max_arms()
+    assert sum(outcome.steps for outcome in strategy.evidence(History.of(known))) <= strategy.cost().maximum * STEPS
+
+
+def test_the_first_question_is_answered_before_the_second() -> None:
+    space = make_space(recovery_steps=10, trusts_values=True)
+    strategy, world = strategy_named("bracket")(space), World(gain=0.02)
+    known: list[Any] = []
+    answered_after = None
+    for arm in rounds(strategy, world, known, lambda arms: arms[:1]):
+        if answered_after is None and strategy.adapter(History.of(known)) is not None:
+            answered_after = arm
+    answer = strategy.adapter(History.of(known))
+    assert answer is not None
+    assert answered_after is not None
+    assert answered_after.truncate_from is not None
+    # The truncated rank r loses .02·1.3·r^-.57 - .02·64^-.57 (1.05 for 1.3 with recovery): rank 4 is the smallest within .01.
+    assert (answer.rank, answer.how, answer.trained_rank) == (4, "recovered", 64)
+    alone = strategy_named("bracket")(make_space(recovery_steps=10, trusts_values=True, goal="adapter"))
+    first = run_all(alone, world)
+    assert [outcome.arm for outcome in first] == [outcome.arm for outcome in known][: len(first)]
+    assert alone.adapter(History.of(first)) == answer
+
+
+def test_without_unseen_examples_nothing_is_recovered() -> None:
+    known = run_all(strategy_named("bracket")(make_space(trusts_values=True)), World(gain=0.02))
+    assert not [outcome for outcome in known if outcome.truncate_from is not None and outcome.steps > 0]
+
+
+def test_the_cost_to_the_adapter_is_a_part_of_the_whole() -> None:
+    cost = strategy_named("bracket")(make_space(recovery_steps=10)).cost()
+    assert 1.0 < cost.to_adapter < 2.0 < cost.expected <= cost.maximum

@@ -1,0 +1,106 @@
+"""Made-up worlds that answer arms at once: a law of ranks, a valley of learning rates, and whatever is to go wrong."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import pytest
+
+from rightrank.schema.trials import Arm, EvalPoint, TrialDiverged, TrialFailed, TrialFinished, TrialOutcome, trial_id
+from rightrank.search.protocol import History, Strategy
+from rightrank.search.space import Space
+from tests.tiny import UNMEASURED
+
+STEPS = 100
+
+
+def make_space(**changes: object) -> Space:
+    values: dict[str, object] = {
+        "ranks": (1, 4, 16, 64),
+        "learning_rates": (1e-4, 3e-4, 1e-3, 3e-3),
+        "seeds": (0,),
+        "lora_alpha": 32.0,
+        "steps": STEPS,
+        "margin": 0.01,
+    }
+    return Space(**(values | changes))  # type: ignore[arg-type]
+
+
+@dataclass
+class World:
+    """Loss 1 + gain·r^-0.57 + curvature·(log3 lr/best)², a little noise for each seed."""
+
+    gain: float = 0.1
+    best_learning_rate: float = 1e-3
+    noise: float = 0.0
+    can_stop_early: bool = True
+    can_truncate: bool = True
+    breaks: Callable[[Arm], bool] = lambda _: False
+    diverges: Callable[[Arm], bool] = lambda _: False
+    arms: dict[str, Arm] = field(default_factory=dict)
+
+    def loss(self, arm: Arm) -> float:
+        if arm.rank == 0:
+            return 1.5 + 2 * self.gain
+        off = math.log(arm.learning_rate / self.best_learning_rate) / math.log(3)
+        value = 1.0 + self.gain * arm.rank**-0.57 + 0.02 * off**2
+        if arm.stop_at is not None:
+            value += 0.3 * (1 - arm.stop_at / arm.steps)
+        if arm.truncate_from is not None:
+            value = 1.0 + self.gain * arm.rank**-0.57 * (1.3 if arm.steps == 0 else 1.05)
+        return value + self.noise * (_uniform(arm) - 0.5)
+
+    def run(self, arm: Arm) -> TrialOutcome:
+        identity = trial_id("world", arm)
+        self.arms[identity] = arm
+        if self.breaks(arm) or self._cannot(arm):
+            return TrialFailed(trial_id=identity, **arm.model_dump(), error="error", reason="broken")
+        if self.diverges(arm):
+            return TrialDiverged(trial_id=identity, **arm.model_dump(), step=1, reason="diverged")
+        end = arm.steps if arm.stop_at is None else arm.stop_at
+        marks = [step for step in (25, 50, 75, 100) if arm.is_direct and arm.rank > 0 and step <= end]
+        points = [
+            EvalPoint(step=step, value=self.loss(arm.model_copy(update={"stop_at": step})), train_value=None)
+            for step in marks
+        ]
+        return TrialFinished(
+            trial_id=identity,
+            **arm.model_dump(),
+            value=self.loss(arm),
+            metrics={"loss": self.loss(arm)},
+            **(UNMEASURED | {"points": points, "trainable_parameters": arm.rank, "train_seconds": float(end)}),
+        )
+
+    def _cannot(self, arm: Arm) -> bool:
+        staged = arm.stop_at is not None or arm.continue_from is not None
+        return (staged and not self.can_stop_early) or (arm.truncate_from is not None and not self.can_truncate)
+
+
+def _uniform(arm: Arm) -> float:
+    text = f"{arm.rank} {arm.learning_rate} {arm.seed} {arm.stop_at} {arm.steps}"
+    return int(hashlib.sha256(text.encode()).hexdigest()[:8], 16) / 2**32
+
+
+Order = Callable[[list[Arm]], list[Arm]]
+
+
+def rounds(strategy: Strategy, world: World, known: list[TrialOutcome], order: Order) -> Iterator[Arm]:
+    """Run to the end; `known` grows. `order` picks the requested arms that run before the next request."""
+    for _ in range(2000):
+        arms = list(strategy.ask(History.of(known)))
+        if not arms:
+            return
+        for arm in order(arms):
+            known.append(world.run(arm))
+            yield arm
+    pytest.fail(f"{strategy.name} does not end")
+
+
+def run_all(strategy: Strategy, world: World, order: Order = list) -> list[TrialOutcome]:
+    known: list[TrialOutcome] = []
+    for _ in rounds(strategy, world, known, order):
+        pass
+    return known

@@ -1,0 +1,47 @@
+"""Attention in float32 inside a 16-bit model on a CPU: nearer to float32, and restored when the block ends."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from rightrank.train.attention import FUSED, float32_attention, wants_float32
+from tests.helpers import make_runtime
+from tests.tiny import small_settings
+
+
+def test_only_16_bits_on_a_cpu_are_widened() -> None:
+    assert wants_float32(torch.device("cpu"), torch.bfloat16)
+    assert not wants_float32(torch.device("cpu"), torch.float32)
+    assert not wants_float32(torch.device("cuda"), torch.bfloat16)
+
+
+def test_products_are_in_float32_and_the_table_is_as_before(
+    model_folder: Path, completion_file: Path, tmp_path: Path
+) -> None:
+    before = ALL_ATTENTION_FUNCTIONS[FUSED]
+    runtime = make_runtime(model_folder, completion_file, small_settings(dtype="bfloat16"), tmp_path)
+    batch = runtime.batch("selection", range(6))
+    seen: list[torch.dtype] = []
+    real = torch.nn.functional.scaled_dot_product_attention
+
+    def noting(query: torch.Tensor, *args: object, **options: object) -> torch.Tensor:
+        seen.append(query.dtype)
+        return real(query, *args, **options)  # type: ignore[arg-type]
+
+    torch.nn.functional.scaled_dot_product_attention = noting
+    try:
+        with torch.no_grad():
+            ours = runtime.losses("selection", batch, 1.0).example_losses
+    finally:
+        torch.nn.functional.scaled_dot_product_attention = real
+    assert set(seen) == {torch.float32}
+    assert ALL_ATTENTION_FUNCTIONS[FUSED] is before
+    with torch.no_grad():
+        plain = runtime.objective(runtime.model, batch, 1.0).example_losses
+        with float32_attention():
+            widened = runtime.objective(runtime.model, batch, 1.0).example_losses
+    assert torch.equal(ours, widened)
+    assert torch.allclose(ours, plain, rtol=3e-2)

@@ -1,0 +1,76 @@
+"""The batch order: fair, seeded, and without favour for any length."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+
+from rightrank.train.batches import batch_plan, batch_plan_by_length
+
+LENGTHS = np.random.default_rng(0).integers(1, 200, 500)
+SIGMAS = 4.5  # of a standard error, about one chance in 150,000
+
+
+def test_every_example_is_seen_once_per_pass() -> None:
+    plan = batch_plan(500, 10, 100, seed=1)  # two passes
+    for begin in (0, 50):
+        seen = [index for batch in plan[begin : begin + 50] for index in batch]
+        assert sorted(seen) == list(range(500))
+
+
+def test_a_pass_that_fills_no_batch_goes_on_in_the_next() -> None:
+    plan = batch_plan(5, 4, 5, seed=0)
+    counts = Counter(index for batch in plan for index in batch)
+    assert set(map(len, plan)) == {4}
+    assert counts == dict.fromkeys(range(5), 4)
+
+
+def test_the_seed_fixes_the_order() -> None:
+    assert batch_plan(500, 8, 50, 3) == batch_plan(500, 8, 50, 3)
+    assert batch_plan(500, 8, 50, 3) != batch_plan(500, 8, 50, 4)
+
+
+def test_a_shorter_training_is_a_prefix_of_a_longer_one() -> None:
+    assert batch_plan(500, 8, 120, 5)[:40] == batch_plan(500, 8, 40, 5)
+
+
+def lengths_by_batch(seeds: int, steps: int) -> np.ndarray:
+    """[seeds, steps, 8]"""
+    return np.array([LENGTHS[batch_plan(500, 8, steps, seed)] for seed in range(seeds)])
+
+
+def test_length_does_not_decide_when_an_example_is_seen() -> None:
+    """Over many seeds the mean length at each step is that of the data: no curriculum by length."""
+    by_step = lengths_by_batch(300, 32).mean(axis=2)
+    standard_error = by_step.std(axis=0) / np.sqrt(len(by_step))
+    assert np.all(np.abs(by_step.mean(axis=0) - LENGTHS.mean()) < SIGMAS * standard_error)
+
+
+def test_length_does_not_decide_the_other_examples_of_a_batch() -> None:
+    """A step's loss is a mean over its labels. With batches of like length a label of a short example would weigh more
+    than with batches drawn at random, for which the variance of a batch's mean length is known."""
+    means = lengths_by_batch(60, 62).mean(axis=2).reshape(-1)
+    expected = LENGTHS.var(ddof=1) / 8 * (1 - 8 / 500)  # of a sample without replacement
+    assert abs(means.var() / expected - 1) < SIGMAS * np.sqrt(2 / len(means))
+
+
+def by_length(batch_size: int, steps: int, seed: int) -> list[list[int]]:
+    return batch_plan_by_length(LENGTHS, batch_size, steps, seed)
+
+
+def test_like_lengths_would_be_noticed() -> None:
+    """The same figure for batches of like length."""
+    means = np.array([LENGTHS[by_length(8, 62, seed)] for seed in range(60)]).mean(axis=2).reshape(-1)
+    expected = LENGTHS.var(ddof=1) / 8 * (1 - 8 / 500)
+    assert means.var() / expected > 1 + SIGMAS * np.sqrt(2 / len(means))
+
+
+def test_like_lengths_pad_less_and_leave_nobody_out() -> None:
+    def padding(plan: list[list[int]]) -> int:
+        return sum(int(len(batch) * LENGTHS[batch].max() - LENGTHS[batch].sum()) for batch in plan)
+
+    plan = by_length(10, 50, 1)
+    assert sorted(index for batch in plan for index in batch) == list(range(500))
+    assert padding(plan) < padding(batch_plan(500, 10, 50, 1)) / 3
+    assert by_length(10, 20, 1) == plan[:20]

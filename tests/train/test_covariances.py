@@ -1,0 +1,205 @@
+"""Moments of an adapter's modules against covariances that are formed whole."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+from rightrank.models.truncation import load_moments, save_moments
+from rightrank.schema.trials import Arm
+from rightrank.train.batches import Batch
+from rightrank.train.covariances import gather_moments, micro_batches, moment_tokens
+from rightrank.train.multi_lora import MultiLora
+from rightrank.train.prefix import FrozenPrefix
+from rightrank.train.runtime import Runtime
+from tests.helpers import make_runtime
+from tests.tiny import small_settings
+
+EXAMPLES = list(range(12))
+
+
+@pytest.fixture
+def runtime(model_folder: Path, completion_file: Path, tmp_path: Path) -> Runtime:
+    return make_runtime(model_folder, completion_file, small_settings(batch_size=4), tmp_path / "cache")
+
+
+def adapted(runtime: Runtime, **options: Any) -> Any:
+    """A random frozen adapter on the base."""
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"], **options)
+    peft_model: Any = get_peft_model(runtime.model, config)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in peft_model.named_parameters():
+            if "lora_" in name and "magnitude" not in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    peft_model.requires_grad_(False)
+    peft_model.train(False)
+    return peft_model
+
+
+def test_they_are_the_whole_covariances_seen_by_the_factors(runtime: Runtime) -> None:
+    """A·C·Aᵀ and s²·Bᵀ·G·B with C and G from hooks on the adapted module itself."""
+    peft_model = adapted(runtime)
+    name = "model.layers.1.mlp.down_proj"
+    module = peft_model.base_model.model.get_submodule(name)
+    inputs: list[torch.Tensor] = []
+    gradients: list[torch.Tensor] = []
+
+    def keep(x: torch.Tensor, gradient: torch.Tensor) -> None:
+        inputs.append(x)
+        gradients.append(gradient.flatten(0, -2))
+
+    def hook(_module: Any, arguments: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        x = arguments[0].detach().flatten(0, -2)
+        output.register_hook(lambda gradient: keep(x, gradient))
+
+    handle = module.register_forward_hook(hook)
+    found = gather_moments(runtime, peft_model, EXAMPLES, 10**6)
+    handle.remove()
+    x, g = torch.cat(inputs).double(), torch.cat(gradients).double()
+    seen = g.abs().amax(dim=1) > 1e-6 * g.abs().max()
+    rows = int(seen.sum())
+    labels = sum(sum(label != -100 for label in runtime.examples("train")[index].labels[1:]) for index in EXAMPLES)
+    a, b = (factor["default"].weight.detach().double() for factor in (module.lora_A, module.lora_B))
+    hidden, delta = x[seen] @ a.T, module.scaling["default"] * g[seen] @ b
+    ours = found.moments[name]
+    assert np.allclose(ours.inputs, (hidden.T @ hidden / rows).numpy(), rtol=1e-3, atol=1e-9)
+    assert np.allclose(ours.gradients, (delta.T @ delta / labels).numpy(), rtol=1e-3, atol=1e-12)
+    assert found.examples == len(EXAMPLES)
+    assert found.tokens == sum(runtime.examples("train")[index].length for index in EXAMPLES)
+    assert set(found.moments) == {m for m, _ in runtime.model.named_modules() if m.endswith(("q_proj", "down_proj"))}
+    assert found.notices == ()
+
+
+def test_the_base_and_its_losses_are_as_before(runtime: Runtime) -> None:
+    peft_model = adapted(runtime)
+    before = runtime.evaluate("selection").losses
+    gather_moments(runtime, peft_model, EXAMPLES)
+    assert runtime.evaluate("selection").losses == before
+
+
+def test_frozen_layers_are_computed_in_groups_and_change_nothing(
+    model_folder: Path, completion_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of examples that no training asks for too."""
+    sizes: list[int] = []
+    lower_blocks = FrozenPrefix._lower_blocks
+
+    def counted(prefix: FrozenPrefix, model: Any, batch: Batch) -> torch.Tensor:
+        sizes.append(len(batch.indices))
+        return lower_blocks(prefix, model, batch)
+
+    monkeypatch.setattr(FrozenPrefix, "_lower_blocks", counted)
+    found = []
+    for caching in (True, False):
+        settings = small_settings(
+            batch_size=4, eval_batch_size=4, max_steps=1, layers_to_transform=(2,), cache_prefix=caching
+        )
+        runtime = make_runtime(model_folder, completion_file, settings, tmp_path / str(caching))
+        sizes.clear()
+        found.append(gather_moments(runtime, adapted(runtime, layers_to_transform=[2]), EXAMPLES).moments)
+        assert sum(sizes) >= len(EXAMPLES) - 4 if caching else not sizes
+        assert sizes.count(1) <= 3
+    for name, plain in found[1].items():
+        assert np.allclose(found[0][name].inputs, plain.inputs, rtol=1e-3)
+        assert np.allclose(found[0][name].gradients, plain.gradients, rtol=1e-3, atol=1e-9)
+
+
+def test_multi_lora_gives_the_same_and_leaves_the_training_as_it_was(runtime: Runtime) -> None:
+    """An arm that is still on the base, through the engine's own forward pass."""
+    arm = Arm(rank=4, learning_rate=1e-2, lora_alpha=8.0, seed=0, steps=1)
+    with MultiLora(runtime.model, runtime.settings) as multi_lora:
+        parameters = multi_lora.add("one", arm, runtime.arm_targets.config(arm))
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for parameter in parameters.values():
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+        with multi_lora.alone("one"):
+            ours = gather_moments(runtime, multi_lora.peft_model, EXAMPLES, adapter="one")
+        assert all(parameter.grad is None and parameter.requires_grad for parameter in parameters.values())
+        kept = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    with runtime.arm(arm) as peft_model:
+        with torch.no_grad():
+            for name, parameter in peft_model.named_parameters():
+                if name in kept:
+                    parameter.copy_(kept[name])
+        plain = gather_moments(runtime, peft_model, EXAMPLES)
+    assert ours.moments.keys() == plain.moments.keys() != set()
+    for name, moments in plain.moments.items():
+        assert np.allclose(ours.moments[name].inputs, moments.inputs, rtol=1e-3)
+        assert np.allclose(ours.moments[name].gradients, moments.gradients, rtol=1e-3, atol=1e-9)
+
+
+def test_recomputed_blocks_are_counted_once(model_folder: Path, completion_file: Path, tmp_path: Path) -> None:
+    found = []
+    for checkpointing in (False, True):
+        settings = small_settings(batch_size=4, gradient_checkpointing=checkpointing)
+        runtime = make_runtime(model_folder, completion_file, settings, tmp_path / str(checkpointing))
+        found.append(gather_moments(runtime, adapted(runtime), EXAMPLES).moments)
+    for name, plain in found[0].items():
+        assert np.allclose(found[1][name].inputs, plain.inputs, rtol=1e-3)
+        assert np.allclose(found[1][name].gradients, plain.gradients, rtol=1e-3, atol=1e-12)
+
+
+def test_tokens_are_read_until_there_are_enough(runtime: Runtime) -> None:
+    batches = list(micro_batches(runtime, EXAMPLES, 1))
+    assert batches == [EXAMPLES[:4]]
+    assert [index for part in micro_batches(runtime, EXAMPLES, 10**6) for index in part] == EXAMPLES
+    training = runtime.steps * runtime.settings.items_per_step * max(item.length for item in runtime.examples("train"))
+    assert moment_tokens(runtime, runtime.steps) <= 0.1 * training
+
+
+def test_modules_of_another_kind_get_none_and_a_notice(runtime: Runtime) -> None:
+    found = gather_moments(runtime, adapted(runtime, use_dora=True), EXAMPLES)
+    assert found.moments == {}
+    assert "plain SVD" in found.notices[0]
+
+
+def test_memory_that_runs_out_is_a_notice(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    peft_model = adapted(runtime)
+    monkeypatch.setattr(Runtime, "backpropagate", fails)
+    found = gather_moments(runtime, peft_model, EXAMPLES)
+    assert found.moments == {}
+    assert "out of memory" in found.notices[0]
+    assert "plain SVD" in found.notices[0]
+
+
+def test_other_errors_are_not_hidden(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: Any) -> None:
+        raise RuntimeError("a shape is wrong")
+
+    peft_model = adapted(runtime)
+    monkeypatch.setattr(Runtime, "backpropagate", fails)
+    with pytest.raises(RuntimeError, match="a shape is wrong"):
+        gather_moments(runtime, peft_model, EXAMPLES)
+
+
+def test_a_gradient_that_is_not_finite_is_a_notice(runtime: Runtime) -> None:
+    peft_model = adapted(runtime)
+    with torch.no_grad():
+        runtime.model.get_submodule("model.layers.1.mlp.down_proj").lora_B["default"].weight.fill_(float("inf"))
+    found = gather_moments(runtime, peft_model, EXAMPLES)
+    assert found.moments == {}
+    assert "not finite" in found.notices[0]
+
+
+def test_a_file_holds_them(runtime: Runtime, tmp_path: Path) -> None:
+    gathered = gather_moments(runtime, adapted(runtime), EXAMPLES)
+    path = tmp_path / "moments.safetensors"
+    save_moments(path, gathered.moments)
+    kept = load_moments(path)
+    assert set(kept) == set(gathered.moments)
+    for name, moments in gathered.moments.items():
+        assert np.allclose(kept[name].inputs, moments.inputs, rtol=1e-6)
+        assert np.allclose(kept[name].gradients, moments.gradients, rtol=1e-6)
+    assert load_moments(tmp_path / "none.safetensors") == {}
+    save_moments(path, {})
+    assert load_moments(path) == {}

@@ -1,0 +1,122 @@
+"""What carries a label and what does not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rightrank.data.splits import load_data
+from rightrank.models.base_models import load_model
+from rightrank.schema.errors import DataError
+from rightrank.train.tokens import IGNORED, encode
+from tests.tiny import sentences, small_settings, write_jsonl
+
+
+@pytest.fixture(scope="module")
+def loaded(model_folder: Path) -> Any:
+    return load_model(str(model_folder), "float32", "cpu", None)
+
+
+def labelled_text(loaded: Any, item: Any) -> str:
+    text: str = loaded.tokenizer.decode([label for label in item.labels if label != IGNORED])
+    return text
+
+
+def encode_rows(loaded: Any, rows: list[dict[str, Any]], path: Path, **changes: Any) -> Any:
+    settings = small_settings(**({"seq_len": 100} | changes))
+    return encode(load_data(write_jsonl(path / "d.jsonl", rows), settings), loaded, settings)
+
+
+def test_only_the_completion_is_labelled(loaded: Any, tmp_path: Path) -> None:
+    rows = [{"prompt": f"{text} -> ", "completion": f"{text[::-1]}"} for text in sentences(80)]
+    data = encode_rows(loaded, rows, tmp_path)
+    completions = {row["completion"] for row in rows}
+    for item in data.splits["train"]:
+        # a token across the border counts as completion, so a space of the prompt may come along
+        assert labelled_text(loaded, item).removesuffix("<|im_end|>").lstrip() in completions
+        assert item.labels[-1] == loaded.tokenizer.eos_token_id
+
+
+def test_every_assistant_turn_and_nothing_else_is_labelled(loaded: Any, tmp_path: Path) -> None:
+    rows = [
+        {
+            "messages": [
+                {"role": "user", "content": text},
+                {"role": "assistant", "content": "first"},
+                {"role": "user", "content": "again"},
+                {"role": "assistant", "content": "second"},
+            ]
+        }
+        for text in sentences(80)
+    ]
+    data = encode_rows(loaded, rows, tmp_path)
+    for item in data.splits["train"]:
+        assert labelled_text(loaded, item) == "first<|im_end|>\nsecond<|im_end|>\n"
+
+
+def test_conversational_completion_is_labelled_alone(loaded: Any, tmp_path: Path) -> None:
+    rows = [
+        {
+            "prompt": [
+                {"role": "user", "content": text},
+                {"role": "assistant", "content": "old"},
+                {"role": "user", "content": "go"},
+            ],
+            "completion": [{"role": "assistant", "content": "new"}],
+        }
+        for text in sentences(80)
+    ]
+    data = encode_rows(loaded, rows, tmp_path)
+    assert {labelled_text(loaded, item) for item in data.splits["train"]} == {"new<|im_end|>\n"}
+
+
+def test_long_examples_are_truncated_and_counted(loaded: Any, tmp_path: Path) -> None:
+    rows = [{"text": text * 4} for text in sentences(80)]
+    data = encode_rows(loaded, rows, tmp_path, seq_len=16)
+    summary = data.summary.splits["train"]
+    assert summary.truncated > 0
+    assert all(item.length <= 16 for split in data.splits.values() for item in split)
+
+
+def test_long_examples_are_split_without_loss_of_tokens(loaded: Any, tmp_path: Path) -> None:
+    rows = [{"text": text * 4} for text in sentences(80)]
+    whole = encode_rows(loaded, rows, tmp_path, seq_len=400).summary.splits["train"]
+    pieces = encode_rows(loaded, rows, tmp_path, seq_len=16, long_items="split").summary.splits["train"]
+    assert pieces.items > whole.items
+    assert pieces.tokens <= whole.tokens
+    assert whole.tokens - pieces.tokens <= whole.items  # a last piece of one token has nothing to predict
+
+
+def test_all_labels_beyond_the_limit_is_an_error(loaded: Any, tmp_path: Path) -> None:
+    rows = [{"prompt": text * 8, "completion": "x"} for text in sentences(80)]
+    with pytest.raises(DataError, match="no label token left after tokenising"):
+        encode_rows(loaded, rows, tmp_path, seq_len=8)
+
+
+def test_all_rows_empty_is_an_error(loaded: Any, tmp_path: Path) -> None:
+    rows = [{"prompt": f"{n}", "completion": ""} for n in range(100)]
+    with pytest.raises(DataError, match="no label token left"):
+        encode_rows(loaded, rows, tmp_path)
+
+
+def test_messages_without_a_chat_template(loaded: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [{"messages": [{"role": "assistant", "content": text}]} for text in sentences(80)]
+    monkeypatch.setattr(loaded.tokenizer, "chat_template", None)
+    with pytest.raises(DataError, match="no chat template"):
+        encode_rows(loaded, rows, tmp_path)
+
+
+def test_a_template_that_rewrites_earlier_turns(loaded: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        loaded.tokenizer,
+        "chat_template",
+        "{{ messages | length }}{% for m in messages %}{{ m['content'] }}{% endfor %}",
+    )
+    rows = [
+        {"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": "b"}]}
+        for text in sentences(80)
+    ]
+    with pytest.raises(DataError, match="rewrites earlier turns"):
+        encode_rows(loaded, rows, tmp_path)

@@ -1,0 +1,140 @@
+"""Generation: batches with left padding and a key-value cache give what one prompt at a time gives without a cache."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from rightrank.schema.errors import DataError
+from rightrank.schema.trials import Arm
+from rightrank.train import generation
+from rightrank.train.generation import answers, promptable_examples, prompts, write_completion
+from rightrank.train.multi_lora import MultiLora
+from rightrank.train.runtime import Runtime
+from tests.helpers import make_runtime
+from tests.tiny import sentences, small_settings, write_jsonl
+
+NEW = 12
+
+
+@pytest.fixture(scope="module")
+def runtime(model_folder: Path, completion_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Runtime:
+    settings = small_settings(metric="f1", max_new_tokens=NEW, eval_batch_size=5, eval_items=16)
+    return make_runtime(model_folder, completion_file, settings, tmp_path_factory.mktemp("answers"))
+
+
+def greedy_alone(runtime: Runtime, prompt: str) -> str:
+    """Token by token over the whole text so far: no batch, no padding, no cache."""
+    tokenizer: Any = runtime.loaded.tokenizer
+    ids: list[int] = tokenizer(prompt)["input_ids"]
+    begin = len(ids)
+    with torch.no_grad(), runtime.without_dropout():
+        for _ in range(NEW):
+            token = int(runtime.model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax())
+            ids.append(token)
+            if token == tokenizer.eos_token_id:
+                break
+    text: str = tokenizer.decode(ids[begin:], skip_special_tokens=True)
+    return text
+
+
+def perturb(parameters: dict[str, torch.nn.Parameter], seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in parameters.values():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.2)
+
+
+def test_a_batch_generates_what_each_prompt_alone_does(runtime: Runtime) -> None:
+    found = answers(runtime, "selection")
+    assert len(found) == len(runtime.examples("selection"))
+    assert len({len(answer.prompt) for answer in found}) > 3
+    assert len({answer.completion for answer in found}) > 1
+    for answer in found:
+        assert answer.completion == greedy_alone(runtime, answer.prompt)
+
+
+def test_each_adapter_of_several_generates_its_own_answers(runtime: Runtime) -> None:
+    arms = [Arm(rank=r, learning_rate=1e-3, lora_alpha=32, seed=0, steps=1) for r in (2, 4)]
+    plain = [answer.completion for answer in answers(runtime, "selection")]
+    with MultiLora(runtime.model, runtime.settings) as multi_lora:
+        for number, arm in enumerate(arms):
+            perturb(multi_lora.add(f"arm{number}", arm, runtime.arm_targets.config(arm)), number)
+        together = []
+        for number in range(2):
+            with multi_lora.alone(f"arm{number}"):
+                together.append([answer.completion for answer in answers(runtime, "selection")])
+    assert together[0] != together[1]
+    assert plain not in together
+    for number, arm in enumerate(arms):
+        with MultiLora(runtime.model, runtime.settings) as multi_lora:
+            perturb(multi_lora.add("only", arm, runtime.arm_targets.config(arm)), number)
+            with multi_lora.alone("only"):
+                assert [answer.completion for answer in answers(runtime, "selection")] == together[number]
+    assert [answer.completion for answer in answers(runtime, "selection")] == plain
+
+
+def test_checkpointing_does_not_keep_the_cache_away(runtime: Runtime) -> None:
+    plain = [answer.completion for answer in answers(runtime, "selection")]
+    recomputed = runtime.settings.model_copy(update={"gradient_checkpointing": True})
+    plain_settings, runtime.settings = runtime.settings, recomputed
+    try:
+        with runtime.recomputing():
+            assert [answer.completion for answer in answers(runtime, "selection")] == plain
+    finally:
+        runtime.settings = plain_settings
+
+
+def test_out_of_memory_halves_the_batch_of_prompts(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = answers(runtime, "selection")
+    sizes: list[int] = []
+    whole = generation._generate_batch
+
+    def small(runtime: Runtime, token_ids: list[list[int]], config: Any) -> list[str]:
+        sizes.append(len(token_ids))
+        if len(token_ids) > 2:
+            raise torch.OutOfMemoryError("out of memory")
+        return whole(runtime, token_ids, config)
+
+    monkeypatch.setattr(generation, "_generate_batch", small)
+    assert answers(runtime, "selection") == plain
+    assert sizes[:2] == [5, 2]
+    assert set(sizes[1:]) <= {1, 2}
+
+
+def test_a_conversation_is_prompted_for_its_last_answer(model_folder: Path, tmp_path: Path) -> None:
+    talks = [
+        [
+            {"role": "user", "content": text},
+            {"role": "assistant", "content": "one"},
+            {"role": "user", "content": "and"},
+            {"role": "assistant", "content": f"two {number}"},
+        ]
+        for number, text in enumerate(sentences(80))
+    ]
+    data = write_jsonl(tmp_path / "talks.jsonl", [{"messages": talk} for talk in talks])
+    settings = small_settings(metric="f1", seq_len=120, max_new_tokens=2)
+    runtime = make_runtime(model_folder, data, settings, tmp_path / "cache")
+    for prompt in prompts(runtime, "selection"):
+        assert prompt.expected.startswith("two ")
+        assert prompt.text.endswith("<|im_start|>user\nand<|im_end|>\n<|im_start|>assistant\n")
+        assert prompt.end == "<|im_end|>\n"
+    config = generation._generation_config(runtime, prompts(runtime, "selection"))
+    assert runtime.loaded.tokenizer.convert_tokens_to_ids("<|im_end|>") in config.eos_token_id
+    assert all(answer.expected.startswith("two ") for answer in answers(runtime, "selection"))
+
+
+def test_text_has_no_prompt(model_folder: Path, tmp_path: Path) -> None:
+    data = write_jsonl(tmp_path / "texts.jsonl", [{"text": text} for text in sentences(120)])
+    runtime = make_runtime(model_folder, data, small_settings(), tmp_path / "cache")
+    with pytest.raises(DataError, match=r"has no prompt"):
+        prompts(runtime, "selection")
+
+
+def test_a_sample_is_the_answer_within_max_new_tokens(runtime: Runtime) -> None:
+    examples = promptable_examples(runtime, 3)
+    by_id = {answer.item_id: answer.completion for answer in answers(runtime, "test")}
+    assert [write_completion(runtime, example) for example in examples] == [by_id[e.item_id] for e in examples]

@@ -1,0 +1,107 @@
+"""Preference pairs: the loss is that of DPO, whatever fast path computes it, and the base is the reference."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from rightrank.schema.errors import InterruptedRun
+from rightrank.schema.events import Observer, RunEvent, StepDone
+from rightrank.schema.trials import Arm, Trial, TrialFinished
+from rightrank.train.adapter import TrialFolders
+from rightrank.train.loop import run_trial
+from tests.helpers import make_runtime
+from tests.tiny import small_settings, write_pairs
+from tests.train.trials import train_ours
+
+ARM = Arm(rank=4, learning_rate=1e-2, lora_alpha=32.0, seed=3, steps=8)
+LN2 = 0.6931471805599453
+
+
+@pytest.fixture(scope="module")
+def pair_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_pairs(tmp_path_factory.mktemp("data") / "pairs.jsonl")
+
+
+def dpo(model: Any, batch: Any, reference: torch.Tensor, beta: float) -> torch.Tensor:
+    """[b] by the formula, from all logits of the padded batch."""
+    return -F.logsigmoid(beta * (log_probabilities(model, batch) - reference).view(-1, 2).diff(dim=1)[:, 0] * -1)
+
+
+def log_probabilities(model: Any, batch: Any) -> torch.Tensor:
+    logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits[:, :-1].log_softmax(-1)
+    labels = batch.labels[:, 1:]
+    chosen = logits.gather(-1, labels.clamp(min=0)[..., None])[..., 0]
+    return (chosen * (labels != -100)).sum(1)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"layers_to_transform": (2,)}, {"gradient_checkpointing": True}, {"seq_len": 12}],
+    ids=["all-linear", "prefix", "checkpointing", "truncated"],
+)
+def test_a_training_is_a_plain_loop_over_the_formula(
+    model_folder: Path, pair_file: Path, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    settings = small_settings(beta=0.3, **changes)
+    runtime = make_runtime(model_folder, pair_file, settings, tmp_path / "cache")
+    assert (runtime.fast_paths.prefix is not None) == ("layers_to_transform" in changes)
+    assert runtime.fast_paths.sequence_packing
+    finished, ours, _ = train_ours(runtime, ARM, tmp_path)
+
+    plain: list[float] = []
+    with runtime.arm(ARM) as model:
+        named = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.AdamW(named, lr=ARM.learning_rate, weight_decay=0.0)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: factor(step))
+        for indices in runtime.batch_plan(ARM.seed):
+            batch = runtime.batch("train", indices)
+            with torch.no_grad(), model.disable_adapter():
+                reference = log_probabilities(model, batch)
+            loss = dpo(model, batch, reference, 0.3).mean()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(named, settings.max_grad_norm)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+            plain.append(float(loss.detach()))
+        held_out = runtime.batch("selection", range(len(runtime.examples("selection"))))
+        with torch.no_grad():
+            losses = dpo(model, held_out, held_out.reference.float(), 0.3)
+    assert ours == pytest.approx(plain, abs=2e-5)
+    assert ours[0] == pytest.approx(LN2, abs=1e-6)
+    assert finished.item_losses == pytest.approx(losses.tolist(), abs=2e-5)
+    assert finished.metrics["reward_accuracy"] == pytest.approx(float((losses < LN2).float().mean()), abs=0.1)
+
+
+def factor(step: int) -> float:
+    """Linear decay with a warm-up of 5% of 8 steps, as transformers has it."""
+    return step if step < 1 else (8 - step) / 7
+
+
+def test_a_resumed_training_has_the_same_bits(model_folder: Path, pair_file: Path, tmp_path: Path) -> None:
+    """The reference is computed anew in another process, in the same groups."""
+    settings = small_settings(layers_to_transform=(2,), seeds=(3,))
+    whole, _, _ = train_ours(make_runtime(model_folder, pair_file, settings, tmp_path / "a"), ARM, tmp_path / "whole")
+    folders = TrialFolders(tmp_path / "checkpoint.safetensors", tmp_path / "adapter")
+    steps: list[int] = []
+
+    def note(event: RunEvent) -> None:
+        if isinstance(event, StepDone):
+            steps.append(event.step)
+
+    for stop in (4, 100):
+        runtime = make_runtime(model_folder, pair_file, settings, tmp_path / f"b{stop}")
+        observer = Observer(on_event=note, should_stop=lambda stop=stop: len(steps) == stop)
+        try:
+            outcome = run_trial(runtime, Trial(trial_id="t", arm=ARM), None, folders, observer)
+        except InterruptedRun:
+            assert stop == 4
+    assert steps == list(range(1, 9))
+    assert isinstance(outcome, TrialFinished)
+    assert outcome.train_losses == whole.train_losses
+    assert outcome.item_losses == whole.item_losses

@@ -1,0 +1,167 @@
+"""Sequence packing: the losses and gradients of padded batches, and nothing passes between examples."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import MistralConfig, MistralForCausalLM
+
+from rightrank.data.splits import load_data
+from rightrank.models.base_models import prepare_model
+from rightrank.schema.trials import Arm
+from rightrank.train import attention as sequence_packing
+from rightrank.train.attention import packed, position_ids
+from rightrank.train.multi_lora import ArmBatch, MultiLora
+from rightrank.train.runtime import Runtime
+from rightrank.train.tokens import IGNORED, encode
+from tests.helpers import make_runtime
+from tests.tiny import make_tokenizer, small_settings
+
+ARMS = [
+    Arm(rank=rank, learning_rate=1e-2, lora_alpha=8.0, seed=seed, steps=4) for rank, seed in ((1, 0), (4, 1), (4, 2))
+]
+
+
+@contextmanager
+def drawn_arms(runtime: Runtime, arms: list[Arm]) -> Iterator[tuple[MultiLora, dict[str, dict[str, Any]]]]:
+    """Arms with B's that are not zero, so that every tensor has a gradient."""
+    generator = torch.Generator().manual_seed(1)
+    with MultiLora(runtime.model, runtime.settings) as multi_lora:
+        named = {
+            f"a{number}": multi_lora.add(f"a{number}", arm, runtime.arm_targets.config(arm))
+            for number, arm in enumerate(arms)
+        }
+        for parameters in named.values():
+            for parameter in parameters.values():
+                parameter.data.add_(torch.randn(parameter.shape, generator=generator) * 0.02)
+        yield multi_lora, named
+
+
+def step(
+    runtime: Runtime, multi_lora: MultiLora, arm_batches: list[ArmBatch], parameters: dict[str, Any]
+) -> tuple[Any, list[torch.Tensor]]:
+    """Example losses of every arm, and the gradients of one."""
+    losses = runtime.accumulate_gradients(multi_lora, arm_batches)
+    gradients = [parameter.grad.clone() for parameter in parameters.values()]
+    for arm_batch in arm_batches:
+        for parameter in multi_lora.parameters(arm_batch.adapter).values():
+            parameter.grad = None
+    return losses, gradients
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"layers_to_transform": (2,)}, {"gradient_checkpointing": True}],
+    ids=["plain", "prefix", "checkpointing"],
+)
+def test_packed_sequences_have_the_losses_and_gradients_of_padded_ones(
+    model_folder: Path, completion_file: Path, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    runtime = make_runtime(model_folder, completion_file, small_settings(**changes), tmp_path / "cache")
+    assert runtime.fast_paths.sequence_packing
+    with drawn_arms(runtime, ARMS[1:2]) as (multi_lora, named), runtime.recomputing():
+        batch = runtime.batch("train", range(7))
+        assert len(set(batch.attention_mask.sum(1).tolist())) > 1
+        arm_batches = [ArmBatch("a0", batch, 0.1, None)]
+        ours, gradients = step(runtime, multi_lora, arm_batches, named["a0"])
+        runtime.fast_paths.sequence_packing = False
+        theirs, expected = step(runtime, multi_lora, arm_batches, named["a0"])
+    assert torch.allclose(ours[0], theirs[0], rtol=1e-5)
+    for one, other in zip(gradients, expected, strict=True):
+        assert torch.allclose(one, other, rtol=1e-4, atol=1e-5 * float(other.abs().max()))
+
+
+def test_attention_of_all_examples_in_one_call_is_that_of_each_alone(
+    model_folder: Path, completion_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The variant for devices on which calls are expensive."""
+    runtime = make_runtime(model_folder, completion_file, small_settings(), tmp_path / "cache")
+    with drawn_arms(runtime, ARMS[1:2]) as (multi_lora, named):
+        arm_batches = [ArmBatch("a0", runtime.batch("train", range(7)), 0.1, None)]
+        theirs, expected = step(runtime, multi_lora, arm_batches, named["a0"])
+        called: list[int] = []
+        in_one_call = sequence_packing._padded
+        monkeypatch.setattr(
+            sequence_packing,
+            "_by_example",
+            lambda plain, lengths: called.append(1) or in_one_call(plain, lengths, torch.device("cpu")),
+        )
+        ours, gradients = step(runtime, multi_lora, arm_batches, named["a0"])
+    assert called
+    assert torch.allclose(ours[0], theirs[0], rtol=1e-5)
+    for one, other in zip(gradients, expected, strict=True):
+        assert torch.allclose(one, other, rtol=1e-4, atol=1e-5 * float(other.abs().max()))
+
+
+def test_nothing_passes_from_example_to_example(model_folder: Path, completion_file: Path, tmp_path: Path) -> None:
+    runtime = make_runtime(model_folder, completion_file, small_settings(), tmp_path / "cache")
+    first = runtime.batch("train", [0, 1, 2])
+    with torch.no_grad():
+        together = runtime.losses("train", first, 1.0).example_losses
+        for other in (3, 4):  # another example of another length, another position
+            changed = runtime.losses("train", runtime.batch("train", [other, 1, 2]), 1.0).example_losses
+            assert torch.equal(changed[1:], together[1:])
+            assert changed[0] != together[0]
+        moved = runtime.losses("train", runtime.batch("train", [2, 0, 1]), 1.0).example_losses
+    assert torch.equal(moved, together[[2, 0, 1]])
+
+
+def test_a_packed_row_has_no_padding_and_no_label_at_the_start_of_an_example(
+    model_folder: Path, completion_file: Path, tmp_path: Path
+) -> None:
+    runtime = make_runtime(model_folder, completion_file, small_settings(), tmp_path / "cache")
+    batch = runtime.batch("train", [5, 6, 7])
+    row = packed(replace(batch, labels=batch.input_ids.masked_fill(batch.attention_mask == 0, IGNORED)))
+    assert row.lengths is not None
+    assert row.input_ids.shape == (1, sum(row.lengths)) == (1, batch.tokens)
+    firsts = [0, row.lengths[0], row.lengths[0] + row.lengths[1]]
+    assert (row.labels == IGNORED).nonzero()[:, 1].tolist() == firsts
+    assert position_ids(row.lengths, batch.input_ids.device)[0, firsts].tolist() == [0, 0, 0]
+    assert row.sequence_numbers()[0].bincount().tolist() == list(row.lengths)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_arm_in_a_shared_pass_computes_what_it_computes_alone(
+    model_folder: Path, completion_file: Path, tmp_path: Path, dtype: str
+) -> None:
+    """With arms of other ranks on other examples. No bit differs on the CPUs that were tried; a CPU whose matrix products
+    depend on the number of rows may round differently, by up to one bit of bfloat16."""
+    bound = 1e-6 if dtype == "float32" else 1e-3
+    runtime = make_runtime(
+        model_folder, completion_file, small_settings(dtype=dtype, lora_dropout=0.1), tmp_path / "cache"
+    )
+    with drawn_arms(runtime, ARMS) as (multi_lora, named):
+        batches = [runtime.batch("train", indices) for indices in ([0, 1, 2, 3], [4, 5, 6], [7, 8, 9, 10])]
+        arm_batches = [ArmBatch(f"a{number}", batch, 0.1, number) for number, batch in enumerate(batches)]
+        for number, arm_batch in enumerate(arm_batches):
+            together, shared_gradients = step(runtime, multi_lora, arm_batches, named[arm_batch.adapter])
+            alone, expected = step(runtime, multi_lora, [arm_batch], named[arm_batch.adapter])
+            assert torch.allclose(together[number], alone[0], rtol=bound)
+            for one, other in zip(shared_gradients, expected, strict=True):
+                assert float((one - other).norm()) <= bound * float(other.norm())
+
+
+@pytest.mark.parametrize(("window", "joins"), [(None, True), (64, True), (8, False)])
+def test_a_model_whose_attention_window_is_shorter_than_its_examples_is_padded(
+    completion_file: Path, tmp_path: Path, window: int | None, joins: bool
+) -> None:
+    torch.manual_seed(0)
+    tokenizer = make_tokenizer()
+    sizes: dict[str, Any] = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "initializer_range": 0.2,
+    }
+    heads: dict[str, Any] = {"num_attention_heads": 4, "num_key_value_heads": 2, "sliding_window": window}
+    model = MistralForCausalLM(MistralConfig(vocab_size=len(tokenizer), **sizes, **heads))
+    settings = small_settings()
+    loaded = prepare_model(model, tokenizer, "mistral", torch.device("cpu"))
+    runtime = Runtime(loaded, encode(load_data(completion_file, settings), loaded, settings), settings, 2, tmp_path)
+    assert runtime.fast_paths.sequence_packing is joins

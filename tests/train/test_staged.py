@@ -1,0 +1,160 @@
+"""Trainings in stages, and adapters truncated to a lower rank."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from rightrank.models.adapter_files import open_adapter
+from rightrank.schema.events import Observer
+from rightrank.schema.trials import Arm, Trial, TrialFinished
+from rightrank.train.adapter import RunningMean, TrialFolders
+from rightrank.train.adapter_runtime import adapter_attached
+from rightrank.train.loop import run_trial
+from rightrank.train.optimizer import arm_schedule
+from tests.helpers import make_runtime
+from tests.tiny import small_settings
+
+ARM = Arm(rank=4, learning_rate=1e-2, lora_alpha=32.0, seed=0, steps=8)
+
+
+def run(runtime: object, name: str, arm: Arm, tmp: Path, **parents: Path) -> TrialFinished:
+    folders = TrialFolders(tmp / f"{name}.safetensors", tmp / name, **parents)
+    outcome = run_trial(runtime, Trial(trial_id=name, arm=arm), None, folders, Observer())  # type: ignore[arg-type]
+    assert isinstance(outcome, TrialFinished)
+    return outcome
+
+
+@pytest.fixture
+def runtime(model_folder: Path, completion_file: Path, tmp_path: Path) -> object:
+    return make_runtime(model_folder, completion_file, small_settings(eval_points=4), tmp_path / "cache")
+
+
+def test_stages_end_as_the_whole_does(runtime: object, tmp_path: Path) -> None:
+    whole = run(runtime, "whole", ARM, tmp_path)
+    first = run(runtime, "first", ARM.model_copy(update={"stop_at": 3}), tmp_path)
+    assert not (tmp_path / "first").exists()  # a part of a training leaves no adapter
+    second_arm = ARM.model_copy(update={"continue_from": "first"})
+    second = run(runtime, "second", second_arm, tmp_path, continue_from=tmp_path / "first.safetensors")
+    assert second.value == pytest.approx(whole.value, rel=1e-6)
+    assert [point.step for point in second.points] == [point.step for point in whole.points]
+    assert first.value != pytest.approx(whole.value, rel=1e-4)
+
+
+def test_a_missing_checkpoint_costs_steps_and_changes_nothing(runtime: object, tmp_path: Path) -> None:
+    whole = run(runtime, "whole", ARM, tmp_path)
+    arm = ARM.model_copy(update={"continue_from": "gone"})
+    again = run(runtime, "again", arm, tmp_path, continue_from=tmp_path / "gone.safetensors")
+    assert again.value == whole.value
+
+
+def test_an_annealed_copy_decays_and_leaves_the_training_as_it_is(runtime: object, tmp_path: Path) -> None:
+    whole = run(runtime, "whole", ARM, tmp_path)
+    run(runtime, "first", ARM.model_copy(update={"stop_at": 3}), tmp_path)
+    copy_arm = ARM.model_copy(update={"continue_from": "first", "anneal_from": 3, "stop_at": 5})
+    parent = {"continue_from": tmp_path / "first.safetensors"}
+    annealed = run(runtime, "copy", copy_arm, tmp_path, **parent)
+    plain = run(runtime, "plain", copy_arm.model_copy(update={"anneal_from": None}), tmp_path, **parent)
+    assert annealed.train_losses[:4] == pytest.approx(
+        plain.train_losses[:4], rel=1e-5
+    )  # the first step is at the full rate
+    assert annealed.value != plain.value
+    assert not (tmp_path / "copy.safetensors").exists()  # nobody resumes from it
+    second = run(runtime, "second", ARM.model_copy(update={"continue_from": "first"}), tmp_path, **parent)
+    assert second.value == pytest.approx(whole.value, rel=1e-6)
+
+
+def test_the_schedule_of_an_annealed_copy() -> None:
+    settings = small_settings(lr_scheduler_type="constant", warmup_ratio=0.0)
+    factor = arm_schedule(settings, ARM.model_copy(update={"stop_at": 6, "anneal_from": 2}))
+    assert [factor(step) for step in range(6)] == pytest.approx([1, 1, 1, 0.75, 0.5, 0.25])
+
+
+def test_an_early_look_also_measures_the_mean_of_its_second_half(runtime: object, tmp_path: Path) -> None:
+    look = run(runtime, "look", ARM.model_copy(update={"stop_at": 1}), tmp_path)
+    assert look.averaged_loss == pytest.approx(look.value, rel=1e-6)  # the mean of one step
+    later = run(runtime, "later", ARM.model_copy(update={"stop_at": 6}), tmp_path)
+    assert later.averaged_loss is not None
+    assert later.averaged_loss != pytest.approx(later.value, rel=1e-6)
+    stage = ARM.model_copy(update={"stop_at": 8, "continue_from": "later"})
+    resumed = run(runtime, "stage", stage, tmp_path, continue_from=tmp_path / "later.safetensors")
+    assert resumed.averaged_loss is None  # it would cost an evaluation, and nothing compares it
+    assert run(runtime, "whole", ARM, tmp_path).averaged_loss is None
+
+
+def test_the_running_mean() -> None:
+    weight = torch.nn.Parameter(torch.zeros(2))
+    mean = RunningMean({"a": weight}, start=1)
+    for step in (1, 2, 3):
+        weight.data.fill_(float(step))
+        mean.add(step)
+    again = RunningMean({"a": weight}, start=1)
+    again.restore(mean.tensors())
+    with again.applied():
+        assert weight.tolist() == [2.5, 2.5]
+    assert weight.tolist() == [3.0, 3.0]
+
+
+def test_a_truncation_that_keeps_all_keeps_the_loss(runtime: object, tmp_path: Path) -> None:
+    whole = run(runtime, "whole", ARM, tmp_path)
+    cut = {
+        rank: run(
+            runtime,
+            f"cut{rank}",
+            ARM.model_copy(update={"rank": rank, "steps": 0, "truncate_from": "whole"}),
+            tmp_path,
+            truncate_from=tmp_path / "whole",
+        )
+        for rank in (4, 1)
+    }
+    assert cut[4].value == pytest.approx(whole.value, abs=1e-5)
+    assert cut[1].value != pytest.approx(whole.value, abs=1e-5)
+    assert cut[1].trainable_parameters < cut[4].trainable_parameters
+
+
+def test_a_truncation_gathers_moments_once_and_uses_them(runtime: object, tmp_path: Path) -> None:
+    run(runtime, "whole", ARM, tmp_path)
+    arm = ARM.model_copy(update={"rank": 1, "steps": 0, "truncate_from": "whole"})
+    parents = {"truncate_from": tmp_path / "whole", "moments": tmp_path / "whole.moments.safetensors"}
+    first = run(runtime, "first", arm, tmp_path, **parents)
+    gathered = parents["moments"].read_bytes()
+    again = run(runtime, "again", arm, tmp_path, **parents)
+    plain = run(runtime, "plain", arm, tmp_path, truncate_from=tmp_path / "whole")
+    assert parents["moments"].read_bytes() == gathered
+    assert again.value == first.value
+    assert first.value != pytest.approx(plain.value, abs=1e-7)
+
+
+def test_a_low_rank_is_shared_out_over_the_modules(runtime: object, tmp_path: Path) -> None:
+    """Up to the rank that a server reserves, at no more parameters; recovery trains those ranks; PEFT reads them."""
+    arm = ARM.model_copy(update={"rank": 16, "learning_rate": 3e-2})
+    run(runtime, "whole", arm, tmp_path)
+    parents = {"truncate_from": tmp_path / "whole", "moments": tmp_path / "whole.moments.safetensors"}
+    lower = arm.model_copy(update={"rank": 2, "steps": 0, "truncate_from": "whole"})
+    shared = run(runtime, "shared", lower, tmp_path, **parents)
+    uniform = run(runtime, "uniform", lower, tmp_path, truncate_from=tmp_path / "whole")
+    recovered = run(runtime, "recovered", lower.model_copy(update={"steps": 4}), tmp_path, **parents)
+    assert shared.trainable_parameters <= uniform.trainable_parameters
+    assert recovered.trainable_parameters == shared.trainable_parameters
+    for name in ("shared", "recovered"):
+        config = json.loads((tmp_path / name / "adapter_config.json").read_text())
+        assert config["r"] == 2
+        assert 2 < max(config["rank_pattern"].values()) <= 8
+    assert not json.loads((tmp_path / "uniform" / "adapter_config.json").read_text())["rank_pattern"]
+    ranks = {module.name: module.rank for module in open_adapter(tmp_path / "shared").modules}
+    assert len(set(ranks.values())) > 1
+    with adapter_attached(runtime, tmp_path / "shared"):  # type: ignore[arg-type]
+        scores = runtime.evaluate("selection")  # type: ignore[attr-defined]
+    assert scores.losses == pytest.approx(shared.item_losses, rel=1e-4)
+
+
+def test_recovery_uses_the_batches_that_follow(runtime: object, tmp_path: Path) -> None:
+    run(runtime, "whole", ARM, tmp_path)
+    arm = ARM.model_copy(update={"rank": 2, "steps": 4, "learning_rate": 3e-3, "truncate_from": "whole"})
+    recovered = run(runtime, "recovered", arm, tmp_path, truncate_from=tmp_path / "whole")
+    cut = run(runtime, "cut", arm.model_copy(update={"steps": 0}), tmp_path, truncate_from=tmp_path / "whole")
+    assert recovered.train_tokens > 0
+    assert recovered.value < cut.value

@@ -1,0 +1,193 @@
+"""The adapted modules are those of `get_peft_model` under the same options, for every architecture, or the options are refused."""
+
+from __future__ import annotations
+
+import copy
+import re
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from peft import LoraConfig, TaskType, get_peft_model
+from peft.tuners.lora import LoraLayer
+
+from rightrank.plugins.plan.skeleton import adapt, build_base
+from rightrank.schema.errors import ModelError
+from rightrank.schema.plan_settings import make_plan_settings
+from rightrank.schema.trials import Arm
+from rightrank.train.adapter import wrapped
+from rightrank.train.targets import find_targets, lora_config, without_peft_noise
+from tests.tiny import make_tokenizer, small_settings
+from tests.train.architectures import BERT, MODELS, make_model
+
+pytestmark = pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
+
+ARM = Arm(rank=2, learning_rate=1e-2, lora_alpha=32.0, seed=0, steps=1)
+EXPERTS = r"(?<=experts\.)(down_proj|gate_up_proj)(\.\d+)?|(?<=gate\.)weight"  # of a mixture
+PLANNED = ("llama", "roberta", "gpt2")
+WIDE = 12  # layers, so that PEFT shortens the names of `all-linear`
+
+
+def architecture(name: str) -> Any:
+    vocabulary = len(make_tokenizer())
+    if name == "llama, deep":
+        return transformers.LlamaForCausalLM(
+            transformers.LlamaConfig(vocab_size=vocabulary, **(MODELS["llama"][1] | {"num_hidden_layers": WIDE}))
+        )
+    if name == "roberta":  # its head has a linear layer inside
+        return transformers.RobertaForSequenceClassification(transformers.RobertaConfig(vocab_size=vocabulary, **BERT))
+    return make_model(name, vocabulary)
+
+
+NAMES = (*MODELS, "llama, deep", "roberta")
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def model(request: pytest.FixtureRequest) -> Any:
+    return architecture(request.param).eval()
+
+
+def is_classifier(model: Any) -> bool:
+    return type(model).__name__.endswith("SequenceClassification")
+
+
+def adapted(peft_model: Any) -> set[str]:
+    base = peft_model.get_base_model()
+    return {name for name, module in base.named_modules() if isinstance(module, LoraLayer)}
+
+
+def by_peft(model: Any, **options: Any) -> set[str]:
+    options = copy.deepcopy(options)  # PEFT adds to its lists
+    task = TaskType.SEQ_CLS if is_classifier(model) else TaskType.CAUSAL_LM
+    with without_peft_noise():
+        return adapted(get_peft_model(copy.deepcopy(model), LoraConfig(r=2, task_type=task, **options)))
+
+
+def ours(model: Any, **options: Any) -> set[str]:
+    """The modules that a training adapts, which are those that its `Targets` list."""
+    settings = small_settings(ranks=(1, 2), **options)
+    targets = find_targets(model, settings, is_classifier(model))
+    config = lora_config(settings, ARM, is_classifier(model), targets.names, targets.parameters)
+    found = adapted(wrapped(copy.deepcopy(model), config))
+    bare = {name.replace(".base_layer", "") for name in found}
+    listed = {re.sub(EXPERTS, "", module.name).rstrip(".") for module in targets.modules}
+    assert listed == bare
+    return found
+
+
+def linear_names(model: Any) -> set[str]:
+    """What `all-linear` adapts, by PEFT; without the parameters of fused experts."""
+    return {
+        name for name in by_peft(model, target_modules="all-linear") if ".experts" not in name and name[-4:] != "gate"
+    }
+
+
+def in_layer(name: str, layer: int) -> bool:
+    return f".{layer}." in name
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+def test_all_linear_in_a_layer_adapts_that_layer(model: Any, layer: int) -> None:
+    everywhere = linear_names(model)
+    assert ours(model) == everywhere
+    found = ours(model, layers_to_transform=(layer,))
+    assert found == {name for name in everywhere if in_layer(name, layer)}
+    assert found < everywhere
+    last = sorted({name.rpartition(".")[2] for name in everywhere})
+    assert found == by_peft(model, target_modules=last, layers_to_transform=[layer])
+
+
+def options_of(model: Any) -> dict[str, dict[str, Any]]:
+    """Options that select modules, by what they are, with names that the model has."""
+    names = sorted(linear_names(model))
+    ends = sorted({name.rpartition(".")[2] for name in names})
+    layers = names[0].split(".")[[part.isdigit() for part in names[0].split(".")].index(True) - 1]
+    head = "classifier" if is_classifier(model) else "lm_head"
+    return {
+        "ends": {"target_modules": ends[:2]},
+        "whole names": {"target_modules": names[:3]},
+        "an embedding": {"target_modules": [ends[0], model.get_input_embeddings_name()]},
+        "a layer": {"target_modules": ends, "layers_to_transform": [1]},
+        "a layer by its list": {"target_modules": ends, "layers_to_transform": [1], "layers_pattern": layers},
+        "no such list": {"target_modules": ends, "layers_to_transform": [1], "layers_pattern": "nowhere"},
+        "a pattern without a layer": {"target_modules": ends, "layers_pattern": layers},
+        "without an end": {"target_modules": ends, "exclude_modules": ends[:1]},
+        "without a whole name": {"target_modules": ends, "exclude_modules": names[:1]},
+        "without all": {"target_modules": ends[:1], "exclude_modules": ends[:1]},
+        "saved": {"target_modules": ends[1:], "modules_to_save": [ends[0]]},
+        "saved head": {"target_modules": ends, "modules_to_save": [head]},
+        "the head": {"target_modules": [ends[0], head]},
+        "bias": {"target_modules": ends, "bias": "all"},
+        "DoRA": {"target_modules": ends, "use_dora": True},
+    }
+
+
+OPTIONS = (
+    "ends", "whole names", "an embedding", "a layer", "a layer by its list", "no such list", "a pattern without a layer",
+    "without an end", "without a whole name", "without all", "saved", "saved head", "the head", "bias", "DoRA",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_options_adapt_what_peft_adapts(option: str, model: Any) -> None:
+    model.get_input_embeddings_name = lambda: next(
+        name for name, module in model.named_modules() if module is model.get_input_embeddings()
+    ).rpartition(".")[2]
+    options = options_of(model)[option]
+    try:
+        theirs = by_peft(model, **options)
+    except (ValueError, TypeError):
+        with pytest.raises(ModelError):
+            ours(model, **options)
+        return
+    assert ours(model, **options) == theirs
+    if "layers_pattern" not in options and model.config.model_type in PLANNED:
+        assert planned(model, **options) == theirs
+
+
+def planned(model: Any, **options: Any) -> set[str]:
+    """The modules that a plan counts."""
+    labels = model.config.num_labels if is_classifier(model) else None
+    settings = make_plan_settings({"ranks": (1, 2), "num_labels": labels, **options})
+    skeleton = adapt(build_base(model.config, settings), settings, 2)
+    return {target.name for target in skeleton.targets}
+
+
+@pytest.mark.parametrize("option", ["exclude_modules", "modules_to_save", "target_modules"])
+def test_a_name_that_matches_nothing_is_refused(option: str) -> None:
+    """PEFT accepts it."""
+    with pytest.raises(ModelError, match="no module is named 'q_porj'"):
+        ours(architecture("llama"), **{option: ["q_porj"]})
+
+
+def test_a_whole_name_of_another_layer_is_refused() -> None:
+    """PEFT adapts it, whatever the layers."""
+    names = ["model.layers.0.self_attn.q_proj", "v_proj"]
+    with pytest.raises(ModelError, match=r"'model.layers.0.self_attn.q_proj' is in none of layers_to_transform"):
+        ours(architecture("llama"), target_modules=names, layers_to_transform=[1])
+
+
+def test_a_pattern_chooses_the_layers_of_all_linear() -> None:
+    layered = ours(architecture("llama"), layers_to_transform=(1,), peft_options={"layers_pattern": "layers"})
+    assert layered == ours(architecture("llama"), layers_to_transform=(1,))
+    with pytest.raises(ModelError, match="PEFT finds no module to adapt"):
+        ours(architecture("llama"), layers_to_transform=(1,), peft_options={"layers_pattern": "nowhere"})
+
+
+def test_a_mixture_says_what_all_linear_leaves_out() -> None:
+    mixture = architecture("mixtral")
+    left_out = find_targets(mixture, small_settings(), False).left_out
+    assert left_out == ("down_proj", "gate.weight", "gate_up_proj")
+    whole = ours(mixture, target_parameters=left_out)
+    assert {name.replace(".base_layer", "") for name in by_peft(mixture, target_modules="all-linear")} == {
+        name.replace(".base_layer", "") for name in whole
+    }
+    assert find_targets(mixture, small_settings(target_parameters=left_out), False).left_out == ()
+
+
+def test_the_trained_parameters_are_those_of_one_layer_of_two() -> None:
+    half = find_targets(architecture("llama"), small_settings(layers_to_transform=(1,)), False)
+    whole = find_targets(architecture("llama"), small_settings(), False)
+    assert 2 * len(half.modules) == len(whole.modules)
+    assert torch.tensor(2 * half.shapes).sum() == torch.tensor(whole.shapes).sum()
