@@ -89,7 +89,7 @@ PLANS_TRAININGS = {  # they choose which trainings there are, and change none of
     "sweep", "max_steps", "num_train_epochs", "divergence_factor",
 }  # fmt: skip
 JUDGES = {  # they measure and judge what was trained
-    "metric", "margin", "metrics", "lower_is_better", "answers_at", "max_new_tokens", "metric_timeout_seconds", "guard",
+    "metric", "margin", "metrics", "lower_is_better", "higher_is_better", "answers_at", "max_new_tokens", "metric_timeout_seconds", "guard",
     "guard_margin", "eval_points", "eval_batch_size", "samples", "certify", "report_to",
 }  # fmt: skip
 CHANGES_NO_LOSS = {  # they say where and how trainings run; tests of each show equal losses
