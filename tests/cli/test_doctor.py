@@ -43,7 +43,7 @@ def test_what_is_missing_or_not_writable_is_named(tmp_path: Path, monkeypatch: p
 
 def test_without_an_accelerator_torch_is_not_imported(tmp_path: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; from rightrank.io import system; system.shutil.which = lambda _: None; "
+        "import sys; from pathlib import Path; from rightrank.runs import machine as system; system.shutil.which = lambda _: None; "
         f"system.NVIDIA = Path({str(tmp_path / 'none')!r}); system.sys.platform = 'linux'; found = system.examine(); "
         "print(found.device, 'torch' in sys.modules)"
     )

@@ -97,7 +97,7 @@ def test_a_column_that_talks_to_the_terminal_is_shown_as_text(
 ) -> None:
     rows = [{"rank": rank, "eval_loss\x1b[2J\u202e": 2 + 1 / rank} for rank in (1, 2, 4)]
     path = write_jsonl(tmp_path / "runs.jsonl", rows)
-    status, out, err = run(["decide", str(path), "--metric", "eval_loss\x1b[2J\u202e"], capsys)
+    status, out, err = run(["decide", str(path), "--metric", "eval_loss\x1b[2J\u202e", "--lower-is-better"], capsys)
     assert status == 0, err
     assert "\x1b[2J" not in out
     assert "\u202e" not in out
