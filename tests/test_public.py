@@ -35,7 +35,6 @@ PUBLIC = {
     "Decision",
     "EvalPoint",
     "Inspection",
-    "Observer",
     "Plan",
     "PlanSettings",
     "Preflight",

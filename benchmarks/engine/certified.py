@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.engine.common import machine, make_runtime
-from rightrank.schema.events import Observer
+from rightrank.schema.events import Listener
 from rightrank.schema.trials import Arm, Trial, TrialFinished
 from rightrank.train.adapter import TrialFolders
 from rightrank.train.certify import certify
@@ -35,10 +35,10 @@ def measure(arguments: argparse.Namespace, dtype: str) -> dict[str, Any]:
     def folders(trial: Trial) -> TrialFolders:
         return TrialFolders(work / f"{trial.trial_id}.safetensors", work / trial.trial_id)
 
-    ended = list(train_trials(runtime, trials, None, folders, Observer(), len(ARMS)))
+    ended = list(train_trials(runtime, trials, None, folders, Listener(), len(ARMS)))
     found = {outcome.trial_id: outcome for outcome in ended if isinstance(outcome, TrialFinished)}
     seeds = abs(found["c0"].value - found["c1"].value)
-    certified = certify(runtime, found["c0"], work / "c0", work / "again", Observer(), seeds)
+    certified = certify(runtime, found["c0"], work / "c0", work / "again", Listener(), seeds)
     return certified.model_dump() | {"dtype": dtype, "sentence": certified.sentence()}
 
 

@@ -29,7 +29,7 @@ import torch
 from peft import get_peft_model
 
 from benchmarks.engine.common import machine, make_runtime, one_pass, trainer_rows
-from rightrank.schema.events import Observer
+from rightrank.schema.events import Listener
 from rightrank.schema.trials import Arm, Trial, TrialFinished
 from rightrank.train import runtime as runtime_module
 from rightrank.train.adapter import TrialFolders
@@ -92,7 +92,7 @@ def ours(job: Job, dtype: str, pack: int, **changes: Any) -> Measured:
     folders = lambda trial: TrialFolders(job.work / f"{trial.trial_id}.ckpt", job.work / trial.trial_id)  # noqa: E731
     memory = PeakMemory(runtime.loaded.device)
     begun = Clock()
-    outcomes = list(train_trials(runtime, trials, None, folders, Observer(), pack))
+    outcomes = list(train_trials(runtime, trials, None, folders, Listener(), pack))
     seconds, wall = begun.elapsed()
     peak = memory.peak_bytes()
     finished = [outcome for outcome in outcomes if isinstance(outcome, TrialFinished)]

@@ -27,7 +27,7 @@ from scipy.stats import t as student
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
 from benchmarks.engine.common import machine, make_runtime, one_pass, trainer_rows
-from rightrank.schema.events import Observer
+from rightrank.schema.events import Listener
 from rightrank.schema.trials import Arm, Trial, TrialFinished
 from rightrank.train.adapter import TrialFolders, trainable_parameters
 from rightrank.train.loop import run_trial
@@ -53,7 +53,7 @@ class _GivenOrder(Trainer):
 
 def train_ours(runtime: Runtime, arm: Arm, work: Path) -> Learnt:
     folders = TrialFolders(work / "ours.checkpoint", work / "ours")
-    outcome = run_trial(runtime, Trial(trial_id="h", arm=arm), None, folders, Observer())
+    outcome = run_trial(runtime, Trial(trial_id="h", arm=arm), None, folders, Listener())
     assert isinstance(outcome, TrialFinished)
     return Learnt(outcome.train_losses, outcome.value, None)
 

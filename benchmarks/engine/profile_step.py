@@ -20,7 +20,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.engine.common import machine, make_runtime
-from rightrank.schema.events import Observer
+from rightrank.schema.events import Listener
 from rightrank.schema.trials import Arm, Trial
 from rightrank.train.adapter import TrialFolders
 from rightrank.train.loop import train_trials
@@ -51,10 +51,10 @@ def measure(runtime: Any, arms: int, steps: int, folder: Path) -> dict[str, Any]
     ]
     folders = lambda trial: TrialFolders(folder / f"{trial.trial_id}.ckpt", folder / trial.trial_id)  # noqa: E731
     runtime.evaluate("selection")
-    list(train_trials(runtime, trials, None, folders, Observer(), arms))  # warm: prefix, allocator
+    list(train_trials(runtime, trials, None, folders, Listener(), arms))  # warm: prefix, allocator
     with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler:
         begun = time.perf_counter()
-        outcomes = list(train_trials(runtime, trials, None, folders, Observer(), arms))
+        outcomes = list(train_trials(runtime, trials, None, folders, Listener(), arms))
         wall = time.perf_counter() - begun
     seconds: dict[str, float] = defaultdict(float)
     for event in profiler.key_averages(group_by_input_shape=True):

@@ -16,11 +16,14 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from tests.watch import Watch
+
 from benchmarks.machine import machine, machine_text
 from benchmarks.results import store
-from rightrank import Observer, make_settings, select_rank
+from rightrank import make_settings, select_rank
 from rightrank.demo import DEMO_SETTINGS
 from rightrank.report.format import duration
+from rightrank.schema.events import Event, SelectionPlanned, TimeExpected
 
 HERE = Path(__file__).parent
 CASES: dict[str, dict[str, Any]] = {
@@ -39,15 +42,18 @@ def measured(model: Path, data: Path, changes: Mapping[str, Any]) -> dict[str, A
     lines: list[str] = []
     begun: list[float] = []
 
-    def note(seconds: float) -> None:
-        stated.append(seconds)
-        begun.append(time.perf_counter())
+    def note(event: Event) -> None:
+        if isinstance(event, TimeExpected):
+            stated.append(event.expected_seconds)
+            begun.append(time.perf_counter())
+        elif isinstance(event, SelectionPlanned):
+            costs.append(event.expected_trainings)
 
-    watching = Observer(on_time=note, on_cost=costs.append, notice=lines.append)
+    watching = Watch(note, lines.append)
     load = os.getloadavg()[0]
     with tempfile.TemporaryDirectory() as folder:
         settings = make_settings(DEMO_SETTINGS | {"samples": 0} | dict(changes))
-        selected = select_rank(str(model), data, Path(folder) / "run", settings=settings, watching=watching)
+        selected = select_rank(str(model), data, Path(folder) / "run", settings=settings, callbacks=[watching])
     seconds = time.perf_counter() - begun[0]  # to the end, views and the test split included
     ran = selected.trainings
     return {

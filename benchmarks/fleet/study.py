@@ -17,7 +17,7 @@ from benchmarks.results import store
 from rightrank.api.adapters import fleet
 from rightrank.data.splits import load_data
 from rightrank.models.base_models import load_model
-from rightrank.schema.events import Observer
+from rightrank.schema.events import Listener
 from rightrank.schema.settings import make_settings
 from rightrank.schema.trials import Arm, Trial
 from rightrank.train.adapter import TrialFolders
@@ -70,7 +70,7 @@ def main() -> None:
             if not folder.exists():
                 arm = Arm(rank=rank, learning_rate=3e-3, lora_alpha=32.0, seed=0, steps=STEPS)
                 folders = TrialFolders(given.work / f"{task}-{rank}.checkpoint", folder)
-                run_trial(runtime, Trial(trial_id=f"{task}{rank}", arm=arm), None, folders, Observer())
+                run_trial(runtime, Trial(trial_id=f"{task}{rank}", arm=arm), None, folders, Listener())
                 print(folder.name, flush=True)
             adapters.append(folder)
             data.append(held_out)

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
+from tests.watch import Watch
 from transformers import AutoModelForCausalLM
 
 from benchmarks.kinds.cases import ARM, RANK, STEPS, Trained, make_runtime, settings_of
@@ -22,7 +23,7 @@ from rightrank.models.padding import write_padded
 from rightrank.plugins.plan.estimate import Estimator
 from rightrank.plugins.plan.selection import plan_selection
 from rightrank.schema.errors import InterruptedRun, ModelError
-from rightrank.schema.events import Observer, StepDone
+from rightrank.schema.events import Listener, StepDone
 from rightrank.schema.trials import Arm, Trial, TrialFinished
 from rightrank.train.adapter import TrialFolders, trainable_parameters
 from rightrank.train.loop import run_trial
@@ -128,7 +129,7 @@ class Suite:
         folders = TrialFolders(
             self.folder / "cut.ckpt", self.folder / "cut", None, self.trained.adapter, self.folder / "moments"
         )
-        outcome = run_trial(self.runtime, Trial(trial_id="cut", arm=arm), None, folders, Observer())
+        outcome = run_trial(self.runtime, Trial(trial_id="cut", arm=arm), None, folders, Listener())
         assert isinstance(outcome, TrialFinished)
         found = example_losses(self._loaded(self.folder / "cut"), self.runtime)
         assert np.allclose(found, outcome.item_losses, rtol=TOLERANCE)
@@ -143,11 +144,11 @@ class Suite:
 
         folders = TrialFolders(self.folder / "again.ckpt", self.folder / "again")
         trial = Trial(trial_id="again", arm=ARM)
-        observer = Observer(on_event=note, should_stop=lambda: len(steps) == 1)
+        observer = Watch(on_event=note, should_stop=lambda: len(steps) == 1)
         with contextlib.suppress(InterruptedRun):
             run_trial(self.runtime, trial, None, folders, observer)
         assert steps == [1]
-        outcome = run_trial(self.runtime, trial, None, folders, Observer(on_event=note))
+        outcome = run_trial(self.runtime, trial, None, folders, Watch(on_event=note))
         assert steps == list(range(1, STEPS + 1))
         assert isinstance(outcome, TrialFinished)
         assert outcome.item_losses == self.outcome.item_losses
@@ -175,7 +176,7 @@ class Suite:
 
     def _train(self, name: str, arm: Arm, adapter: Path) -> TrialFinished:
         folders = TrialFolders(self.folder / f"{name}.ckpt", adapter)
-        outcome = run_trial(self.runtime, Trial(trial_id=name, arm=arm), None, folders, Observer())
+        outcome = run_trial(self.runtime, Trial(trial_id=name, arm=arm), None, folders, Listener())
         assert isinstance(outcome, TrialFinished)
         return outcome
 

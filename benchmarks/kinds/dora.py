@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tests.watch import Watch
 
 from benchmarks.machine import machine
-from rightrank import Observer, select_rank
+from rightrank import select_rank
 from rightrank.decision.intervals import estimate
 from rightrank.decision.run import records_of
 from rightrank.demo import DEMO_SETTINGS, prepare_docstrings, prepare_model_folder
@@ -64,12 +65,12 @@ def compared(lora: dict[int, TrialFinished], dora: dict[int, TrialFinished]) -> 
 
 
 def main(folder: Path) -> None:
-    observer = Observer(notice=lambda line: print(line, flush=True))
-    model, data = prepare_model_folder(folder / "base_model", observer), prepare_docstrings(folder / "docstrings.jsonl")
+    observer = Watch(notice=lambda line: print(line, flush=True))
+    model, data = prepare_model_folder(folder / "base_model", print), prepare_docstrings(folder / "docstrings.jsonl")
     decisions = {}
     for name, use_dora in (("lora", False), ("dora", True)):
         settings = make_settings(SETTINGS | {"use_dora": use_dora})
-        selected = select_rank(str(model), data, folder / name, settings=settings, watching=observer)
+        selected = select_rank(str(model), data, folder / name, settings=settings, callbacks=[observer])
         assert selected.decision is not None
         decisions[name] = {"rank": selected.decision.rank, "verdict": selected.decision.verdict}
         decisions[name] |= {"adapter_rank": selected.adapter_rank}

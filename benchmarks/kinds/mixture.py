@@ -15,12 +15,13 @@ from typing import Any
 
 import torch
 from tests.tiny import make_tokenizer, sentences, write_completions
+from tests.watch import Watch
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from benchmarks.kinds.cases import FUSED
 from benchmarks.kinds.dora import best_by_rank
 from benchmarks.machine import machine
-from rightrank import Observer, inspect, select_rank
+from rightrank import inspect, select_rank
 from rightrank.schema.settings import make_settings
 
 EXPERTS, STEPS = 4, 300
@@ -75,12 +76,12 @@ def flags_of_experts(adapter: Path) -> dict[str, int]:
 
 
 def main(folder: Path) -> None:
-    observer = Observer(notice=lambda line: print(line, flush=True))
+    observer = Watch(notice=lambda line: print(line, flush=True))
     model, data = trained_mixture(folder / "mixture"), write_completions(folder / "data.jsonl", 1200)
     found: dict[str, Any] = {"machine": machine(), "settings": SETTINGS, "experts": EXPERTS}
     for name, divided in (("undivided", False), ("divided", True)):
         settings = make_settings(SETTINGS | {"divide_rank_by_experts": divided})
-        selected = select_rank(str(model), data, folder / name, settings=settings, watching=observer)
+        selected = select_rank(str(model), data, folder / name, settings=settings, callbacks=[observer])
         assert selected.decision is not None
         assert selected.adapter is not None
         trials = best_by_rank(folder / name)

@@ -20,7 +20,6 @@ from benchmarks.machine import machine
 from rightrank.data.splits import load_data
 from rightrank.demo import prepare_docstrings, prepare_model_folder
 from rightrank.models.base_models import load_model
-from rightrank.schema.events import Observer
 from rightrank.schema.settings import SelectSettings, make_settings
 from rightrank.train.generation import answers, prompts
 from rightrank.train.runtime import Runtime
@@ -89,7 +88,7 @@ def main() -> None:
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        model = prepare_model_folder(folder / "model", Observer())
+        model = prepare_model_folder(folder / "model", print)
         data = prepare_docstrings(folder / "docstrings.jsonl")
         settings = make_settings(
             {

@@ -18,13 +18,14 @@ from typing import Any
 
 import torch
 import trl
+from tests.watch import Watch
 from transformers import TrainerCallback
 
 from benchmarks.machine import machine
 from benchmarks.preference.trl_trainer import trainer_over
 from rightrank.data.splits import load_data
 from rightrank.models.base_models import load_model
-from rightrank.schema.events import Observer, StepDone
+from rightrank.schema.events import StepDone
 from rightrank.schema.settings import SelectSettings, make_settings
 from rightrank.schema.trials import Arm, Trial
 from rightrank.train.adapter import TrialFolders
@@ -78,7 +79,7 @@ def ours(runtime: Runtime, folder: Path) -> tuple[Clock, float]:
 
     clock.start()
     folders = TrialFolders(folder / "checkpoint.safetensors", folder / "adapter")
-    list(train_trials(runtime, [Trial(trial_id="t", arm=ARM)], None, lambda _: folders, Observer(on_event=note)))
+    list(train_trials(runtime, [Trial(trial_id="t", arm=ARM)], None, lambda _: folders, Watch(on_event=note)))
     return clock, round(once, 2)
 
 

@@ -20,7 +20,7 @@ from tests.helpers import make_runtime
 from tests.tiny import make_tokenizer, small_settings, write_completions
 
 from benchmarks.machine import machine
-from rightrank.schema.events import Observer
+from rightrank.schema.events import Listener
 from rightrank.schema.trials import Arm, Trial, TrialFinished
 from rightrank.train import trial as arm_training
 from rightrank.train.adapter import TrialFolders
@@ -62,7 +62,7 @@ def measure(model: Path, root: Path, every: float, rank: int, steps: int) -> dic
     arm = Arm(rank=rank, learning_rate=1e-4, lora_alpha=32.0, seed=0, steps=steps)
     arm_training.ArmTraining.save = timed  # type: ignore[method-assign]
     begun = time.perf_counter()
-    outcome = run_trial(runtime, Trial(trial_id="a" * 12, arm=arm), 20.0, folders, Observer())
+    outcome = run_trial(runtime, Trial(trial_id="a" * 12, arm=arm), 20.0, folders, Listener())
     seconds = time.perf_counter() - begun
     arm_training.ArmTraining.save = real  # type: ignore[method-assign]
     assert isinstance(outcome, TrialFinished)

@@ -17,11 +17,12 @@ from typing import Any
 
 from tests.helpers import make_runtime
 from tests.tiny import save_tiny_llama, small_settings, write_completions
+from tests.watch import Watch
 
 from benchmarks.machine import machine
 from rightrank.runs.executor import LocalExecutor
 from rightrank.runs.folder import RunFolder
-from rightrank.schema.events import Observer, RunEvent
+from rightrank.schema.events import Event
 from rightrank.schema.trials import Arm, Trial, TrialFinished, TrialStarted, trial_id
 
 RANKS = (1, 2, 4, 8)
@@ -50,11 +51,11 @@ def measure(arms: int, root: Path) -> dict[str, Any]:
     folder = RunFolder(root / "run")
     folder.path.mkdir()
 
-    def journal_start(event: RunEvent) -> None:
+    def journal_start(event: Event) -> None:
         if isinstance(event, TrialStarted):
             folder.journal.append(event)
 
-    executor = LocalExecutor(runtime, folder, Observer(on_event=journal_start))
+    executor = LocalExecutor(runtime, folder, Watch(on_event=journal_start))
     resident: list[int] = []
     ended = 0
     for outcome in executor.run(trials_of(arms), base_loss=None):

@@ -16,6 +16,7 @@ from threading import Timer
 from typing import Any
 
 import psutil
+from tests.watch import Watch
 
 from benchmarks.scale.measure import STUB, orders_in
 from benchmarks.scale.simulated import TOKEN
@@ -25,8 +26,9 @@ from rightrank.plugins.cluster.processes import ProcessCrew
 from rightrank.plugins.cluster.ray_cluster import RayCrew
 from rightrank.plugins.cluster.worker import versions
 from rightrank.runs.folder import RunFolder
+from rightrank.runs.hook import Hooks
 from rightrank.runs.loop import Selection
-from rightrank.schema.events import DataSummary, Observer, RunEvent, RunStarted
+from rightrank.schema.events import DataSummary, Event, RunStarted
 from rightrank.schema.settings import make_settings
 from rightrank.schema.trials import TrialFinished
 from rightrank.search.strategies import make_strategy
@@ -183,18 +185,18 @@ def drive(place: Place, strike: Callable[[], None], after: int, hang_seconds: fl
     )
     seen = 0
 
-    def listen(event: RunEvent) -> None:
+    def listen(event: Event) -> None:
         nonlocal seen
         seen += isinstance(event, TrialFinished)
         if isinstance(event, TrialFinished) and seen == after:
             Timer(random.uniform(0, STEPS / 1000), strike).start()
 
     run_folder, until = RunFolder(folder), time.monotonic() + LIMIT_SECONDS
-    observer = Observer(on_event=listen, notice=place.notices.append, should_stop=lambda: time.monotonic() > until)
+    observer = Watch(on_event=listen, notice=place.notices.append, should_stop=lambda: time.monotonic() > until)
     with run_folder.locked():
-        selection = Selection(run_folder, started, make_strategy(settings, STEPS), observer)
+        selection = Selection(run_folder, started, make_strategy(settings, STEPS), Hooks([observer]))
         crew = _crew_at(place)
-        pool = Pool(crew, PoolOptions(WORKERS, versions(), TOKEN, hang_seconds=hang_seconds), selection.observer)
+        pool = Pool(crew, PoolOptions(WORKERS, versions(), TOKEN, hang_seconds=hang_seconds), selection.listener)
         if isinstance(crew, ProcessCrew):
             place.busy = lambda: [crew.process_id(name) for name in pool.busy()]
         try:

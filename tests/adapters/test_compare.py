@@ -11,7 +11,7 @@ import pytest
 from rightrank import compare, make_settings, resize
 from rightrank.cli import main
 from rightrank.schema.errors import ModelError
-from rightrank.schema.events import Observer
+from rightrank.schema.events import Listener
 from rightrank.schema.trials import Arm, Trial
 from rightrank.train.adapter import TrialFolders
 from rightrank.train.loop import run_trial
@@ -28,7 +28,7 @@ def trained(model_folder: Path, completion_file: Path, tmp_path_factory: pytest.
     root = tmp_path_factory.mktemp("compared")
     runtime = make_runtime(model_folder, completion_file, small_settings(max_steps=60), root / "cache")
     arm = Arm(rank=4, learning_rate=1e-2, lora_alpha=32.0, seed=0, steps=60)
-    run_trial(runtime, Trial(trial_id="t", arm=arm), None, TrialFolders(root / "c", root / "adapter"), Observer())
+    run_trial(runtime, Trial(trial_id="t", arm=arm), None, TrialFolders(root / "c", root / "adapter"), Listener())
     return root / "adapter"
 
 

@@ -17,7 +17,7 @@ from rightrank.cli import main
 from rightrank.data.splits import load_data
 from rightrank.models.adapter_files import open_adapter, save_adapter
 from rightrank.schema.errors import DataError
-from rightrank.schema.events import Observer
+from rightrank.schema.events import Listener
 from rightrank.schema.trials import Arm, Trial, TrialFinished
 from rightrank.train.adapter import TrialFolders
 from rightrank.train.adapter_runtime import DataUse, adapter_attached, adapter_runtime
@@ -38,7 +38,7 @@ def trained(model_folder: Path, completion_file: Path, tmp_path_factory: pytest.
     root = tmp_path_factory.mktemp("trained")
     runtime = make_runtime(model_folder, completion_file, small_settings(max_steps=150), root / "cache")
     arm = Arm(rank=8, learning_rate=1e-2, lora_alpha=32.0, seed=0, steps=150)
-    run_trial(runtime, Trial(trial_id="t", arm=arm), None, TrialFolders(root / "c", root / "adapter"), Observer())
+    run_trial(runtime, Trial(trial_id="t", arm=arm), None, TrialFolders(root / "c", root / "adapter"), Listener())
     return root / "adapter"
 
 
@@ -183,7 +183,7 @@ def test_training_an_existing_adapter_is_the_engines_training(
     with runtime.arm(arm) as fresh:
         save_adapter(fresh, tmp_path / "fresh", str(model_folder))
     engine = run_trial(
-        runtime, Trial(trial_id="t", arm=arm), None, TrialFolders(tmp_path / "c", tmp_path / "a"), Observer()
+        runtime, Trial(trial_id="t", arm=arm), None, TrialFolders(tmp_path / "c", tmp_path / "a"), Listener()
     )
     assert isinstance(engine, TrialFinished)
     adapter = open_adapter(tmp_path / "fresh")
@@ -232,7 +232,7 @@ def test_a_module_to_save_is_restored(model_folder: Path, completion_file: Path,
     before = {name: value.clone() for name, value in runtime.model.state_dict().items()}
     arm = Arm(rank=2, learning_rate=1e-2, lora_alpha=32.0, seed=0, steps=2)
     folders = TrialFolders(tmp_path / "checkpoint", tmp_path / "adapter")
-    run_trial(runtime, Trial(trial_id="t", arm=arm), None, folders, Observer())
+    run_trial(runtime, Trial(trial_id="t", arm=arm), None, folders, Listener())
     with adapter_attached(runtime, tmp_path / "adapter"):
         assert not torch.equal(runtime.model.model.norm.weight, before["model.norm.weight"])
     after = runtime.model.state_dict()

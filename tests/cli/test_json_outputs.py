@@ -12,8 +12,10 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from rightrank import Observer, Selected, demo, select_rank
+from rightrank import Selected, demo, select_rank
 from rightrank.cli import cli
+from rightrank.hooks import Hook
+from rightrank.schema.events import Notice
 from tests.adapters.adapters import make_adapter, make_base
 from tests.commands import run
 from tests.report.runs import journal_of
@@ -192,8 +194,9 @@ def test_a_failure_is_one_line_on_stderr(
 def test_the_demo_s_answer_is_one_object(
     selected: Selected, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def short(out: Path, watching: Observer) -> Selected:
-        watching.notice("going")
+    def short(out: Path, hooks: list[Hook]) -> Selected:
+        for hook in hooks:
+            hook.on_event(Notice(text="going"))
         return selected
 
     monkeypatch.setattr(demo, "run_demo", short)

@@ -38,7 +38,7 @@ def log_all(records: Records, name: str) -> list[str]:
     notices: list[str] = []
     trackers = Trackers([name], Path("run"), records.started, notices.append)
     for outcome in records.outcomes:
-        trackers.event(outcome)
+        trackers.on_event(outcome)
     trackers.decided(decide_run(records))
     return notices
 

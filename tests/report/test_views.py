@@ -22,11 +22,15 @@ from rightrank.hooks.terminal import LiveView, PlainView, make_view, plan_line
 from rightrank.report.html import decision_html
 from rightrank.report.terminal_figures import CURVE_ROWS, terminal_curve
 from rightrank.schema.errors import SettingsError
-from rightrank.schema.events import StepDone
+from rightrank.schema.events import Notice, SelectionPlanned, StepDone
 from tests.report.elements import Elements
 from tests.report.runs import STARTED, answered_folder, journal_of, made_up_run
 
 pytestmark = pytest.mark.draws
+
+PLANNED = SelectionPlanned(
+    started=made_up_run().started, expected_trials=9, steps=40, expected_trainings=6.0, trainings_at_most=9.0
+)
 
 
 def test_status_reports_the_run_and_changes_nothing(tmp_path: Path) -> None:
@@ -45,10 +49,9 @@ def test_status_reports_the_run_and_changes_nothing(tmp_path: Path) -> None:
 def test_while_a_process_works_status_shows_its_progress(tmp_path: Path) -> None:
     run = journal_of(tmp_path / "run")
     file = ProgressFile(run)
-    file.plan(made_up_run().started, 9, 40)
-    file.event(STARTED)
-    file._written = 0.0
-    file.event(StepDone(trial_id="x", step=10, steps=40, loss=3.0, seconds=1.0))
+    file.on_event(PLANNED)
+    file.on_event(STARTED)
+    file.on_event(StepDone(trial_id="x", step=10, steps=40, loss=3.0, seconds=1.0))
     with FileLock(run / ".lock"):
         found = status(run)
     assert found.state == "running"
@@ -56,7 +59,7 @@ def test_while_a_process_works_status_shows_its_progress(tmp_path: Path) -> None
     assert found.progress is not None
     assert "step 10/40" in found.progress
     assert status(run).progress is None  # the process is gone, its last report does not count
-    file.remove()
+    file.__exit__(None, None, None)
     assert not (run / "progress.json").exists()
 
 
@@ -87,16 +90,16 @@ def test_a_folder_without_a_run_is_one_line(tmp_path: Path, command: str) -> Non
 def test_the_log_is_one_json_object_a_line() -> None:
     stream = io.StringIO()
     records = made_up_run()
-    with JsonLog(stream) as log:
-        log.plan(records.started, 9, 40)
-        log.event(STARTED)
-        for step in range(1, 41):
-            log.event(StepDone(trial_id="x", step=step, steps=40, loss=3.0, seconds=1.0))
-        log.event(records.outcomes[1])
-        log.notice("a\nb")
+    log = JsonLog(stream)
+    log.on_event(PLANNED)
+    log.on_event(STARTED)
+    for step in range(1, 41):
+        log.on_event(StepDone(trial_id="x", step=step, steps=40, loss=3.0, seconds=1.0))
+    log.on_event(records.outcomes[1])
+    log.on_event(Notice(text="a\nb"))
     lines = [json.loads(line) for line in stream.getvalue().splitlines()]
     names = [line["event"] for line in lines]
-    assert names[:2] == ["plan", "trial_started"]
+    assert names[:4] == ["plan", "cost", "cost_limit", "trial_started"]
     assert names[-2:] == ["trial_finished", "notice"]
     assert names.count("step_done") < 40
     assert [line["step"] for line in lines if line["event"] == "step_done"][-1] == 40
@@ -118,9 +121,9 @@ def test_plain_lines_contain_no_escape_and_quiet_prints_nothing(quiet: bool) -> 
     stream = io.StringIO()
     records = made_up_run()
     with PlainView(Console(file=stream), quiet) as view:
-        view.plan(records.started, 9, 40)
+        view.on_event(PLANNED)
         for outcome in records.outcomes:
-            view.event(outcome)
+            view.on_event(outcome)
     assert "\x1b" not in stream.getvalue()
     assert (stream.getvalue() == "") == quiet
 
@@ -129,14 +132,21 @@ def test_the_live_view_shows_progress_the_best_and_the_time_left() -> None:
     stream = io.StringIO()
     records = made_up_run()
     with LiveView(Console(file=stream, force_terminal=True, width=100, height=40)) as view:
-        view.plan(records.started, 9, 40)
+        view.on_event(PLANNED)
         for outcome in records.outcomes[:4]:
-            view.event(outcome)
-        view.event(STARTED)
-        view.event(StepDone(trial_id="x", step=10, steps=40, loss=3.0, seconds=1.0))
+            view.on_event(outcome)
+        view.on_event(STARTED)
+        view.on_event(StepDone(trial_id="x", step=10, steps=40, loss=3.0, seconds=1.0))
         view._live.refresh()
         shown = stream.getvalue()
-    for part in ("trial 5 of 9", "rank 4, learning rate 0.001", "step 10/40", "left", "best so far: rank", "GiB"):
+    for part in (
+        " of about 6.0 trainings",
+        "rank 4, learning rate 0.001",
+        "step 10/40",
+        "left",
+        "best so far: rank",
+        "GiB",
+    ):
         assert part in shown
 
 

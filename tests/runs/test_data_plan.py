@@ -9,9 +9,10 @@ import pytest
 
 from rightrank.api.selecting import plan_selection, preflight, select_rank
 from rightrank.runs.journal import Journal
-from rightrank.schema.events import Observer, RunStarted
+from rightrank.schema.events import RunStarted, SelectionPlanned
 from rightrank.schema.trials import TrialFinished
 from tests.commands import run
+from tests.watch import Watch
 
 SMALL = {"learning_rates": [1e-2], "batch_size": 4, "eval_items": 12, "eval_points": 2, "samples": 0, "device": "cpu"}
 
@@ -23,10 +24,9 @@ SAME_NAMES = (
 
 def test_one_model_and_data_have_one_run(model_folder: Path, completion_file: Path, tmp_path: Path) -> None:
     """Nothing is given for ranks, steps and length: plan, preflight and selection settle them alike."""
-    costs: list[float] = []
-    lengths: list[int] = []
-    watching = Observer(on_cost=costs.append, on_plan=lambda _started, _arms, steps: lengths.append(steps))
-    selected = select_rank(str(model_folder), completion_file, tmp_path / "run", watching=watching, **SMALL)
+    announced: list[SelectionPlanned] = []
+    watching = Watch(lambda event: announced.append(event) if isinstance(event, SelectionPlanned) else None)
+    selected = select_rank(str(model_folder), completion_file, tmp_path / "run", callbacks=[watching], **SMALL)
     planned = plan_selection(str(model_folder), completion_file, **SMALL)
     before = preflight(str(model_folder), completion_file, **SMALL)
 
@@ -35,11 +35,11 @@ def test_one_model_and_data_have_one_run(model_folder: Path, completion_file: Pa
     finished = [record for record in records if isinstance(record, TrialFinished) and record.rank > 0]
     assert {name: planned.settings[name] for name in SAME_NAMES} == {n: started.settings[n] for n in SAME_NAMES}
     assert planned.settings["ranks"] == started.settings["ranks"] == [row.rank for row in before.ranks]
-    assert planned.settings["steps"] == lengths[0] == before.cost.steps
+    assert planned.settings["steps"] == announced[0].steps == before.cost.steps
     assert planned.settings["seq_len"] == before.longest <= started.settings["seq_len"]
     assert planned.data == started.data
     assert planned.selection is not None
-    assert planned.selection.expected.trainings == costs[0] == before.cost.trainings
+    assert planned.selection.expected.trainings == announced[0].expected_trainings == before.cost.trainings
     assert planned.selection.most.trainings == before.cost.trainings_at_most
     peaks = {row.rank: row.peak_bytes for row in planned.ranks}
     direct = [trial for trial in finished if trial.truncate_from is None and len(trial.pass_ranks or []) < 2]

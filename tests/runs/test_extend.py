@@ -14,9 +14,9 @@ from rightrank.runs.journal import Journal
 from rightrank.runs.returns import Selected
 from rightrank.runs.run import extended
 from rightrank.schema.decision import Decision, NextRun
-from rightrank.schema.events import Observer
 from rightrank.schema.settings import SelectSettings, make_settings
 from tests.tiny import sentences, small_settings, write_jsonl
+from tests.watch import Watch
 
 
 def decided(verdict: str, flags: list[str], runs: list[NextRun]) -> Selected:
@@ -57,7 +57,7 @@ def test_a_rising_answer_adds_the_rank_above(model_folder: Path, tmp_path: Path)
     settings = small_settings(max_steps=3, test_fraction=0.0, extend=True)  # of ranks 1 and 4
     notices: list[str] = []
     selected = select_rank(
-        str(model_folder), data, tmp_path / "run", settings=settings, watching=Observer(notice=notices.append)
+        str(model_folder), data, tmp_path / "run", settings=settings, callbacks=[Watch(notice=notices.append)]
     )
     added = [notice for notice in notices if notice.startswith("extending: ")]
     assert 1 <= len(added) <= 3

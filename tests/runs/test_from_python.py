@@ -13,9 +13,10 @@ import pytest
 
 from rightrank.api.selecting import select_rank
 from rightrank.runs.journal import Journal
-from rightrank.schema.events import Observer, RunEvent, StepDone
+from rightrank.schema.events import Event, Notice, StepDone
 from rightrank.schema.trials import TrialFinished, TrialStarted
 from tests.tiny import small_settings
+from tests.watch import Watch
 
 
 def test_progress_and_a_result_on_one_screen(
@@ -27,7 +28,7 @@ def test_progress_and_a_result_on_one_screen(
         completion_file,
         tmp_path / "run",
         settings=small_settings(max_steps=2),
-        watching=Observer(notice=seen.append),
+        callbacks=[Watch(notice=seen.append)],
         progress=True,
     )
     captured = capsys.readouterr()
@@ -54,7 +55,7 @@ def test_ctrl_c_ends_the_step_writes_a_checkpoint_and_the_same_call_resumes(
 ) -> None:
     steps: list[int] = []
 
-    def interrupt(event: RunEvent) -> None:
+    def interrupt(event: Event) -> None:
         if isinstance(event, StepDone):
             steps.append(event.step)
             if len(steps) == 3:
@@ -63,12 +64,12 @@ def test_ctrl_c_ends_the_step_writes_a_checkpoint_and_the_same_call_resumes(
     settings = small_settings(max_steps=6, ranks=(1, 2), adapters_per_pass=1)
     arguments: Any = (str(model_folder), completion_file, tmp_path / "run")
     with pytest.raises(KeyboardInterrupt, match="the same call resumes the run"):
-        select_rank(*arguments, settings=settings, watching=Observer(on_event=interrupt))
+        select_rank(*arguments, settings=settings, callbacks=[Watch(on_event=interrupt)])
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert list((tmp_path / "run").rglob("*checkpoint*"))
     later: list[int] = []
-    watching = Observer(on_event=lambda event: later.append(event.step) if isinstance(event, StepDone) else None)
-    select_rank(*arguments, settings=settings, watching=watching)
+    watching = Watch(on_event=lambda event: later.append(event.step) if isinstance(event, StepDone) else None)
+    select_rank(*arguments, settings=settings, callbacks=[watching])
     assert later[0] == 4  # not step 1
     whole = select_rank(str(model_folder), completion_file, tmp_path / "whole", settings=settings)
     assert values(tmp_path / "run") == values(whole.run)
@@ -93,6 +94,6 @@ def test_a_notebook_has_one_output_that_is_kept_up_to_date(monkeypatch: pytest.M
     monkeypatch.setitem(sys.modules, "IPython.display", display)
     with make_view(Console(), quiet=False) as view:
         assert isinstance(view, NotebookView)
-        view.notice("examples: 3 <train>")
+        view.on_event(Notice(text="examples: 3 <train>"))
     assert outputs[-1]["text/plain"].startswith("examples: 3 <train>")
     assert "3 &lt;train&gt;" in outputs[-1]["text/html"]

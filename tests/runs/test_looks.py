@@ -11,13 +11,14 @@ from typing import Any
 
 import pytest
 
-from rightrank import EvalPoint, Observer, TrialResult, TrialTask, select_rank_with
+from rightrank import EvalPoint, TrialResult, TrialTask, select_rank_with
 from rightrank.api.run_folder import status
 from rightrank.decision.run import Records
 from rightrank.runs.journal import Journal
 from rightrank.schema.errors import AllTrialsFailedError
 from rightrank.schema.events import RunStarted
 from rightrank.schema.trials import TrialDiverged, TrialFailed, TrialFinished, TrialLook, TrialStarted
+from tests.watch import Watch
 
 pytestmark = pytest.mark.trains
 
@@ -131,7 +132,7 @@ def test_a_step_that_is_reported_again_replaces_it_and_all_later_ones(tmp_path: 
 
 def test_an_observer_receives_every_look(tmp_path: Path) -> None:
     events: list[Any] = []
-    run(reporting, tmp_path / "run", where="threads", workers=2, watching=Observer(on_event=events.append))
+    run(reporting, tmp_path / "run", where="threads", workers=2, callbacks=[Watch(on_event=events.append)])
     assert [type(event) for event in events].count(TrialLook) == 6
     first = next(place for place, event in enumerate(events) if isinstance(event, TrialLook))
     assert isinstance(events[0], TrialStarted)

@@ -10,10 +10,10 @@ from benchmarks.preflight import calibrate
 
 from rightrank import preflight, select_rank
 from rightrank.decision import precision
-from rightrank.schema.events import Observer
 from rightrank.search.strategies import STRATEGIES
 from tests.commands import SMALL, run
 from tests.tiny import small_settings
+from tests.watch import Watch
 
 
 def files_under(folder: Path) -> set[Path]:
@@ -75,9 +75,9 @@ def test_the_first_lines_of_a_selection_hold_the_same_facts(
 ) -> None:
     expected = preflight(str(model_folder), completion_file, settings=small_settings(max_steps=2))
     lines: list[str] = []
-    watching = Observer(notice=lines.append)
+    watching = Watch(notice=lines.append)
     select_rank(
-        str(model_folder), completion_file, tmp_path / "run", settings=small_settings(max_steps=2), watching=watching
+        str(model_folder), completion_file, tmp_path / "run", settings=small_settings(max_steps=2), callbacks=[watching]
     )
     assert f"±{expected.expected_half_width:.2g} nats" in "\n".join(lines)
     assert any(line.startswith("label tokens: ") for line in lines)

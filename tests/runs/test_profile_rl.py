@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 
-from rightrank import Observer, Selected, TrialResult, TrialTask, decide, select_rank_with
+from rightrank import Selected, TrialResult, TrialTask, decide, select_rank_with
 from rightrank.runs.journal import Journal
 from rightrank.schema.errors import AllTrialsFailedError, SettingsError
 from rightrank.schema.trials import TrialCollapsed, TrialFailed, TrialFinished
+from tests.watch import Watch
 
 pytestmark = pytest.mark.trains
 
@@ -37,7 +38,7 @@ def reinforce(task: TrialTask, gain: float = 0.0, noise: float = 0.01) -> TrialR
 def run(out: Path, train: Callable[[TrialTask], Any] = reinforce, **more: Any) -> tuple[Selected, list[str]]:
     notices: list[str] = []
     arguments: dict[str, Any] = {"ranks": (1, 4, 16), "learning_rates": (LOW, HIGH), "profile": "rl"} | more
-    return select_rank_with(train, out, watching=Observer(notice=notices.append), **arguments), notices
+    return select_rank_with(train, out, callbacks=[Watch(notice=notices.append)], **arguments), notices
 
 
 def outcomes(out: Path) -> list[Any]:

@@ -28,7 +28,7 @@ from rightrank.runs import prepare as preparation
 from rightrank.runs.folder import RunFolder
 from rightrank.runs.journal import Journal
 from rightrank.schema.errors import RunFolderError, TerminatedRun, is_out_of_memory
-from rightrank.schema.events import Observer
+from rightrank.schema.events import Listener
 from rightrank.schema.trials import Arm, Trial, TrialFailed, TrialFinished, TrialStarted
 from rightrank.train import loop as training_loop
 from rightrank.train import trial as arm_training
@@ -37,6 +37,7 @@ from rightrank.train.checkpoints import load_checkpoint
 from tests.commands import SELECT, run, start, wait_for_trial
 from tests.helpers import make_runtime
 from tests.tiny import small_settings
+from tests.watch import Watch
 
 pytestmark = pytest.mark.trains
 
@@ -274,7 +275,7 @@ def test_memory_that_was_short_for_a_moment_costs_nothing(
 
     def train(name: str) -> training_loop.TrialOutcome:
         folders = TrialFolders(tmp_path / name / "checkpoint", tmp_path / name / "adapter")
-        return training_loop.run_trial(runtime, Trial(trial_id="a" * 12, arm=arm), 20.0, folders, Observer())
+        return training_loop.run_trial(runtime, Trial(trial_id="a" * 12, arm=arm), 20.0, folders, Listener())
 
     whole = train("whole")
     passes, evaluations = iter(range(1000)), iter(range(1000))
@@ -341,7 +342,7 @@ def test_a_flipped_bit_in_a_checkpoint_is_found_and_the_trial_starts_again(
     trial = Trial(trial_id="a" * 12, arm=arm)
     folders = TrialFolders(tmp_path / "checkpoint", tmp_path / "adapter")
     steps = iter(range(1000))
-    stopper = Observer(should_stop=lambda: next(steps) == 3)
+    stopper = Watch(should_stop=lambda: next(steps) == 3)
     with pytest.raises(Exception, match="stopped at step 4"):
         training_loop.run_trial(runtime, trial, 20.0, folders, stopper)
     whole = folders.checkpoint.read_bytes()
@@ -352,7 +353,7 @@ def test_a_flipped_bit_in_a_checkpoint_is_found_and_the_trial_starts_again(
         damaged[position] ^= 2
         folders.checkpoint.write_bytes(bytes(damaged))
         assert load_checkpoint(folders.checkpoint) is None, position
-    outcome = training_loop.run_trial(runtime, trial, 20.0, folders, Observer())
+    outcome = training_loop.run_trial(runtime, trial, 20.0, folders, Listener())
     assert isinstance(outcome, TrialFinished)
     assert len(outcome.train_losses) == 8
 
@@ -396,7 +397,7 @@ def test_checkpoints_never_take_more_than_their_share(
     settings = small_settings(max_steps=500, eval_points=1, checkpoint_seconds=10)
     runtime = make_runtime(model_folder, completion_file, settings, tmp_path / "cache")
     monkeypatch.setattr(training_loop, "step_all", lambda *_: clock.__setitem__(0, clock[0] + 1.0) or {})
-    stop = Observer(should_stop=lambda: clock[0] > 2000)
+    stop = Watch(should_stop=lambda: clock[0] > 2000)
     arm = Arm(rank=1, learning_rate=1e-2, lora_alpha=32.0, seed=0, steps=500)
     folders = TrialFolders(tmp_path / "checkpoint", tmp_path / "adapter")
     with pytest.raises(Exception, match="stopped at step"):

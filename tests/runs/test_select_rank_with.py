@@ -14,9 +14,10 @@ from typing import Any
 
 import pytest
 
-from rightrank import Observer, TrialResult, TrialTask, decide, select_rank_with
+from rightrank import TrialResult, TrialTask, decide, select_rank_with
 from rightrank.schema.errors import AllTrialsFailedError, InterruptedRun, RightrankError, RunFolderError, SettingsError
 from tests.adapters.adapters import make_adapter, make_base
+from tests.watch import Watch
 
 pytestmark = pytest.mark.trains
 
@@ -141,7 +142,7 @@ def test_stopped_it_keeps_what_was_done(tmp_path: Path) -> None:
             tmp_path / "run",
             ranks=RANKS,
             learning_rates=(1e-3,),
-            watching=Observer(should_stop=lambda: next(stops)),
+            callbacks=[Watch(should_stop=lambda: next(stops))],
         )
     lines = (tmp_path / "run" / "journal.jsonl").read_text().splitlines()
     assert [json.loads(line)["type"] for line in lines].count("trial_finished") == 2

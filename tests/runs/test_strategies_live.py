@@ -9,9 +9,10 @@ import pytest
 from rightrank.api.selecting import select_rank
 from rightrank.runs.journal import Journal
 from rightrank.schema.errors import InterruptedRun
-from rightrank.schema.events import Observer, RunEvent
+from rightrank.schema.events import Event
 from rightrank.schema.trials import TrialFinished
 from tests.tiny import small_settings
+from tests.watch import Watch
 
 STAGED = {"ranks": (1, 2, 4), "learning_rates": (3e-3, 1e-2, 3e-2), "eval_points": 4, "margin": 0.05}
 
@@ -31,7 +32,7 @@ def test_a_strategy_trains_in_stages_and_resumes(
         completion_file,
         tmp_path / "whole",
         settings=settings,
-        watching=Observer(notice=notices.append),
+        callbacks=[Watch(notice=notices.append)],
     )
     assert any(f"strategy {strategy}: about" in notice for notice in notices)
     assert any(trial.stop_at for trial in finished(tmp_path / "whole"))
@@ -41,13 +42,13 @@ def test_a_strategy_trains_in_stages_and_resumes(
 
     ended = 0
 
-    def count(event: RunEvent) -> None:
+    def count(event: Event) -> None:
         nonlocal ended
         ended += isinstance(event, TrialFinished)
 
-    watching = Observer(on_event=count, should_stop=lambda: ended >= 4)
+    watching = Watch(on_event=count, should_stop=lambda: ended >= 4)
     with pytest.raises(InterruptedRun):
-        select_rank(str(model_folder), completion_file, tmp_path / "cut", settings=settings, watching=watching)
+        select_rank(str(model_folder), completion_file, tmp_path / "cut", settings=settings, callbacks=[watching])
     resumed = select_rank(str(model_folder), completion_file, tmp_path / "cut", settings=settings)
     assert resumed.decision == whole.decision
     values = [{trial.trial_id: trial.value for trial in finished(tmp_path / name)} for name in ("whole", "cut")]

@@ -15,26 +15,30 @@ from rightrank.plugins.plan.duration import Speed
 from rightrank.runs import start
 from rightrank.runs.journal import Journal
 from rightrank.runs.returns import Selected
-from rightrank.schema.events import Observer, RunEvent
+from rightrank.schema.events import Event, SelectionPlanned, TimeExpected
 from rightrank.schema.results import Extent, SelectionCost
 from rightrank.schema.trials import Arm, TrialFinished, TrialStarted
 from rightrank.train.pace import TIMED_STEPS_PACE as TIMED_STEPS
 from rightrank.train.pace import Pace, measure_pace
 from rightrank.train.runtime import Runtime
 from tests.helpers import make_runtime
+from tests.report.runs import made_up_run
 from tests.tiny import small_settings
+from tests.watch import Watch
 
 
 class Log:
-    """Everything that an observer receives, in order."""
+    """What a hook receives, in order."""
 
     def __init__(self) -> None:
         self.seen: list[Any] = []
-        self.observer = Observer(on_event=self._event, notice=self.seen.append, on_time=self.seen.append)
+        self.hook = Watch(on_event=self._event, notice=self.seen.append)
 
-    def _event(self, event: RunEvent) -> None:
+    def _event(self, event: Event) -> None:
         if isinstance(event, TrialStarted):
             self.seen.append(event.rank)
+        if isinstance(event, TimeExpected):
+            self.seen.append(event.expected_seconds)
 
     def position(self, text: str) -> int:
         return next(index for index, one in enumerate(self.seen) if isinstance(one, str) and one.startswith(text))
@@ -67,7 +71,7 @@ def test_measured_steps_change_no_result(
     settings = small_settings(**changes)
     log = Log()
     with_time = select_rank(
-        str(model_folder), completion_file, tmp_path / "with", settings=settings, watching=log.observer
+        str(model_folder), completion_file, tmp_path / "with", settings=settings, callbacks=[log.hook]
     )
     assert log.position("time: about") < log.seen.index(0) < log.seen.index(4)  # before the base and before rank 4
     assert any(isinstance(one, float) and one > 0 for one in log.seen[: log.seen.index(0)])  # on_time
@@ -81,7 +85,7 @@ def test_measured_steps_change_no_result(
 
 def test_short_trainings_are_not_measured(model_folder: Path, completion_file: Path, tmp_path: Path) -> None:
     log = Log()
-    select_rank(str(model_folder), completion_file, tmp_path / "run", settings=small_settings(), watching=log.observer)
+    select_rank(str(model_folder), completion_file, tmp_path / "run", settings=small_settings(), callbacks=[log.hook])
     assert not any(isinstance(one, str) and one.startswith("time: about") for one in log.seen)
 
 
@@ -165,9 +169,10 @@ def test_a_budget_of_time_bounds_the_time(hours: float | None, said: str) -> Non
 
 def test_progress_counts_down_from_the_start() -> None:
     progress = Progress()
-    progress.expect(4.0)
-    progress.limit(8.0)
+    started = made_up_run().started
+    cost = {"expected_trainings": 4.0, "trainings_at_most": 8.0}
+    progress.event(SelectionPlanned(started=started, expected_trials=9, steps=100, **cost))
     assert "left" not in progress.progress_line()
-    progress.expect_seconds(1200.0)
+    progress.event(TimeExpected(expected_seconds=1200.0))
     assert progress.remaining_seconds() == pytest.approx(1200.0)
     assert "about 20 min left (at most 40 min)" in progress.progress_line()

@@ -18,11 +18,12 @@ from rightrank.api.selecting import select_rank
 from rightrank.cli import main
 from rightrank.runs.journal import Journal
 from rightrank.schema.errors import InterruptedRun, SettingsError
-from rightrank.schema.events import AdapterRecorded, Observer
+from rightrank.schema.events import AdapterRecorded
 from rightrank.schema.settings import SelectSettings
 from rightrank.schema.trials import TrialFinished
 from tests.report.elements import Elements
 from tests.tiny import small_settings
+from tests.watch import Watch
 
 WIDE = 0.3  # a margin that a truncation of the tiny model holds
 
@@ -136,12 +137,12 @@ def test_interrupted_between_the_answers_the_first_is_there_and_stays(
     model_folder: Path, completion_file: Path, tmp_path: Path
 ) -> None:
     notices: list[str] = []
-    observer = Observer(
+    observer = Watch(
         notice=notices.append, should_stop=lambda: any(notice.startswith("adapter: ") for notice in notices)
     )
     run, settings = tmp_path / "run", settings_for("training-rank")
     with pytest.raises(InterruptedRun):
-        select_rank(str(model_folder), completion_file, run, settings=settings, watching=observer)
+        select_rank(str(model_folder), completion_file, run, settings=settings, callbacks=[observer])
     (answer,) = recorded(run)
     require_first_answer(run, answer)
     assert json.loads((run / "decision.json").read_text())["rank"] is None
@@ -173,7 +174,7 @@ def test_before_the_start_it_says_what_data_and_margin_allow(
             completion_file,
             tmp_path / name,
             settings=settings,
-            watching=Observer(notice=notices.append),
+            callbacks=[Watch(notice=notices.append)],
         )
         first = next(index for index, notice in enumerate(notices) if notice.startswith("adapter: "))
         return notices[:first]

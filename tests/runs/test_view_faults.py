@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 
 from rightrank import TrialResult, TrialTask, select_rank_with
-from rightrank.hooks.watching import View, observer_of, shown
+from rightrank.hooks import Hook
+from rightrank.runs.hook import Hooks
 from rightrank.runs.journal import Journal
 from rightrank.schema.errors import RunError
-from rightrank.schema.events import AdapterRecorded, DecisionRecorded, Observer
+from rightrank.schema.events import AdapterRecorded, DecisionRecorded, Event
 from tests.commands import run
 
 VIEWS = [
@@ -111,18 +112,12 @@ def test_an_own_trainer_s_run_is_handed_over_too(tmp_path: Path, monkeypatch: py
         assert select_rank_with(train, tmp_path / view, **given).adapter == tmp_path / view / "adapter"
 
 
-def test_a_progress_view_with_a_fault_is_dropped_with_one_notice() -> None:
-    class Broken:
-        plan = cost = cost_limit = time = resume = event = staticmethod(failing(IndexError("row 3")))
+def test_a_hook_that_raises_is_named_in_one_line() -> None:
+    class Broken(Hook):
+        def on_event(self, event: Event) -> None:
+            raise KeyError("mine")
 
-    said: list[str] = []
-    broken: View = Broken()
-    observer = observer_of([broken], said.append, lambda: False)
-    observer.on_cost(1.0)
-    observer.on_time(1.0)
-    assert said == ["no more progress is shown: it failed (IndexError: row 3); the run continues"]
-
-
-def test_an_exception_of_a_user_s_callback_still_ends_the_run() -> None:
-    with shown(Observer(on_cost=failing(KeyError("mine"))), progress=True) as observer, pytest.raises(KeyError):
-        observer.on_cost(1.0)
+    with pytest.raises(
+        RunError, match=r"^Broken failed \(KeyError: 'mine'\); what has finished is kept, and the same call resumes$"
+    ):
+        Hooks([Broken()]).notice("going")

@@ -10,7 +10,7 @@ import transformers
 
 from rightrank.data.splits import load_data
 from rightrank.models.base_models import prepare_model
-from rightrank.schema.events import Observer
+from rightrank.schema.events import Listener
 from rightrank.schema.trials import Arm, Trial, TrialFinished
 from rightrank.train.adapter import TrialFolders
 from rightrank.train.loop import train_trials
@@ -64,7 +64,7 @@ def make_runtime(name: str, data: Path, cache: Path) -> Runtime:
 def run(runtime: Runtime, arms: list[Arm], folder: Path, size: int) -> list[TrialFinished]:
     trials = [Trial(trial_id=f"t{number}", arm=arm) for number, arm in enumerate(arms)]
     folders = lambda trial: TrialFolders(folder / f"{trial.trial_id}.safetensors", folder / trial.trial_id)  # noqa: E731
-    outcomes = list(train_trials(runtime, trials, None, folders, Observer(), size))
+    outcomes = list(train_trials(runtime, trials, None, folders, Listener(), size))
     finished = [outcome for outcome in outcomes if isinstance(outcome, TrialFinished)]
     assert len(finished) == len(arms)
     return sorted(finished, key=lambda outcome: outcome.trial_id)

@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from rightrank.data import files as extras
 from rightrank.plugins.plan.selection import _plan_settings
 from rightrank.schema.errors import InterruptedRun, MissingExtraError, SettingsError
-from rightrank.schema.events import Observer, StepDone
+from rightrank.schema.events import StepDone
 from rightrank.schema.plan_settings import make_plan_settings
 from rightrank.schema.trials import Arm, Trial, TrialFinished
 from rightrank.train import optimizer as module
@@ -27,6 +27,7 @@ from rightrank.train.runtime import Runtime
 from tests.commands import run
 from tests.helpers import make_runtime
 from tests.tiny import make_tokenizer, small_settings, tiny_llama_config
+from tests.watch import Watch
 
 needs_bitsandbytes = pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="needs the extra bnb")
 
@@ -129,7 +130,7 @@ def train(runtime: Runtime, folder: Path, ranks: list[int], size: int, **observe
         trial.trial_id: TrialFolders(folder / f"{trial.trial_id}.ckpt", folder / trial.trial_id) for trial in trials
     }
     found = {}
-    for outcome in train_trials(runtime, trials, None, lambda t: folders[t.trial_id], Observer(**observed), size):
+    for outcome in train_trials(runtime, trials, None, lambda t: folders[t.trial_id], Watch(**observed), size):
         assert isinstance(outcome, TrialFinished)
         found[outcome.trial_id] = outcome
     return found
@@ -174,7 +175,7 @@ def test_a_resumed_training_ends_as_an_uninterrupted_one(runtime: Runtime, tmp_p
     whole = train(runtime, tmp_path / "whole", [64], 1)["r64"]
     steps: list[int] = []
     stop = replace(
-        Observer(on_event=lambda event: steps.append(event.step) if isinstance(event, StepDone) else None),
+        Watch(on_event=lambda event: steps.append(event.step) if isinstance(event, StepDone) else None),
         should_stop=lambda: len(steps) >= 3,
     )
     with pytest.raises(InterruptedRun):

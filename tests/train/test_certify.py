@@ -9,7 +9,7 @@ import torch
 
 from rightrank.api.selecting import select_rank
 from rightrank.runs.journal import Journal
-from rightrank.schema.events import Certified, Observer
+from rightrank.schema.events import Certified, Listener
 from rightrank.schema.trials import Arm, Trial, TrialFinished
 from rightrank.train.adapter import TrialFolders
 from rightrank.train.certify import certify, largest_differences, tensor_difference
@@ -48,10 +48,10 @@ def test_an_arm_that_differs_is_reported(model_folder: Path, completion_file: Pa
     runtime = make_runtime(model_folder, completion_file, small_settings(max_steps=3), tmp_path / "cache")
     arm = Arm(rank=2, learning_rate=1e-2, lora_alpha=32.0, seed=0, steps=3)
     folders = TrialFolders(tmp_path / "c", tmp_path / "adapter")
-    trial = run_trial(runtime, Trial(trial_id="t", arm=arm), None, folders, Observer())
+    trial = run_trial(runtime, Trial(trial_id="t", arm=arm), None, folders, Listener())
     assert isinstance(trial, TrialFinished)
     other = trial.model_copy(update={"train_losses": [*trial.train_losses[:2], trial.train_losses[2] * 1.01]})
-    certificate = certify(runtime, other, folders.adapter, tmp_path / "scratch", Observer(), None)
+    certificate = certify(runtime, other, folders.adapter, tmp_path / "scratch", Listener(), None)
     assert certificate.passed is False
     assert certificate.loss_difference == pytest.approx(0.01, rel=1e-3)
     assert "NOT the same" in certificate.sentence()

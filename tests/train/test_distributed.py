@@ -13,7 +13,7 @@ import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 
 from rightrank.schema.errors import SettingsError
-from rightrank.schema.events import Observer
+from rightrank.schema.events import Listener
 from rightrank.schema.settings import SelectSettings
 from rightrank.schema.trials import Arm, Trial, TrialFinished
 from rightrank.train.adapter import TrialFolders
@@ -35,7 +35,7 @@ def train(model: Path, data: Path, folder: Path, **changes: Any) -> TrialFinishe
         held = sum(parameter.to_local().numel() for parameter in runtime.model.model.layers.parameters())
         assert 2 * held == sum(parameter.numel() for parameter in runtime.model.model.layers.parameters())
     outcome = run_trial(
-        runtime, Trial(trial_id="t", arm=ARM), None, TrialFolders(folder / "c", folder / "adapter"), Observer()
+        runtime, Trial(trial_id="t", arm=ARM), None, TrialFolders(folder / "c", folder / "adapter"), Listener()
     )
     assert isinstance(outcome, TrialFinished)
     return outcome

@@ -90,7 +90,7 @@ def test_equal_to_pefts_own_with_the_base_untouched(
 
 def test_an_arm_of_its_own_init_shares_a_pass(model_folder: Path, completion_file: Path, tmp_path: Path) -> None:
     """In a pass with a plain arm of another rank, it learns what it learns alone."""
-    from rightrank.schema.events import Observer
+    from rightrank.schema.events import Listener
     from rightrank.schema.trials import Trial, TrialFinished
     from rightrank.train.adapter import TrialFolders
     from rightrank.train.loop import train_trials
@@ -102,7 +102,7 @@ def test_an_arm_of_its_own_init_shares_a_pass(model_folder: Path, completion_fil
     def folders(trial: Trial) -> TrialFolders:
         return TrialFolders(tmp_path / f"{trial.trial_id}.safetensors", tmp_path / trial.trial_id)
 
-    outcomes = {o.trial_id: o for o in train_trials(runtime, trials, None, folders, Observer(), 2)}
+    outcomes = {o.trial_id: o for o in train_trials(runtime, trials, None, folders, Listener(), 2)}
     together = outcomes["t1"]
     assert isinstance(together, TrialFinished)
     assert together.adapters_per_pass == 2

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from rightrank.schema.errors import InterruptedRun
-from rightrank.schema.events import Observer, StepDone
+from rightrank.schema.events import Listener, StepDone
 from rightrank.schema.trials import Arm, Trial, TrialDiverged, TrialFailed, TrialFinished, TrialOutcome
 from rightrank.train.adapter import TrialFolders
 from rightrank.train.loop import train_trials
@@ -23,6 +22,7 @@ from rightrank.train.pace import multi_lora_obstacle
 from rightrank.train.runtime import Runtime
 from tests.helpers import make_runtime
 from tests.tiny import small_settings
+from tests.watch import Watch
 
 STEP_TOLERANCE = 1e-5  # relative, of a step's loss
 RUN_TOLERANCE = 1e-3  # relative, of the adapter when it has finished
@@ -42,16 +42,17 @@ def run(
     folder: Path,
     size: int,
     base_loss: float | None = None,
-    observer: Observer | None = None,
+    listener: Listener | None = None,
     notices: list[str] | None = None,
 ) -> dict[str, TrialOutcome]:
-    said: list[str] = [] if notices is None else notices
+    if listener is None:
+        listener = Watch(notice=([] if notices is None else notices).append)
     outcomes = train_trials(
         runtime,
         trials_of(arms),
         base_loss,
         lambda trial: TrialFolders(folder / f"{trial.trial_id}.safetensors", folder / trial.trial_id),
-        replace(observer or Observer(), notice=said.append),
+        listener,
         size,
     )
     return {outcome.trial_id: outcome for outcome in outcomes}
@@ -223,12 +224,12 @@ def test_a_stopped_pass_resumes_where_it_was(runtime: Runtime, tmp_path: Path) -
     arms = [arm(2), arm(4, seed=1), arm(8)]
     steps: list[int] = []
     stop_after = 7  # steps of any arm
-    observer = Observer(
+    listener = Watch(
         on_event=lambda event: steps.extend([event.step] if isinstance(event, StepDone) else []),
         should_stop=lambda: len(steps) >= stop_after,
     )
     with pytest.raises(InterruptedRun, match=r"stopped at step \d of 6"):
-        run(runtime, arms, tmp_path / "stopped", 2, observer=observer)
+        run(runtime, arms, tmp_path / "stopped", 2, listener=listener)
     ours = run(runtime, arms, tmp_path / "stopped", 3)
     theirs = run_alone(runtime, arms, tmp_path / "alone")
     assert len(ours) == 3
@@ -243,7 +244,7 @@ def test_closing_early_keeps_checkpoints(runtime: Runtime, tmp_path: Path) -> No
         trials_of(arms),
         None,
         lambda trial: TrialFolders(tmp_path / f"{trial.trial_id}.safetensors", tmp_path / trial.trial_id),
-        Observer(),
+        Listener(),
         2,
     )
     assert next(outcomes).trial_id == "t0"

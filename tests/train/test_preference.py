@@ -10,13 +10,14 @@ import torch
 import torch.nn.functional as F
 
 from rightrank.schema.errors import InterruptedRun
-from rightrank.schema.events import Observer, RunEvent, StepDone
+from rightrank.schema.events import Event, StepDone
 from rightrank.schema.trials import Arm, Trial, TrialFinished
 from rightrank.train.adapter import TrialFolders
 from rightrank.train.loop import run_trial
 from tests.helpers import make_runtime
 from tests.tiny import small_settings, write_pairs
 from tests.train.trials import train_ours
+from tests.watch import Watch
 
 ARM = Arm(rank=4, learning_rate=1e-2, lora_alpha=32.0, seed=3, steps=8)
 LN2 = 0.6931471805599453
@@ -90,13 +91,13 @@ def test_a_resumed_training_has_the_same_bits(model_folder: Path, pair_file: Pat
     folders = TrialFolders(tmp_path / "checkpoint.safetensors", tmp_path / "adapter")
     steps: list[int] = []
 
-    def note(event: RunEvent) -> None:
+    def note(event: Event) -> None:
         if isinstance(event, StepDone):
             steps.append(event.step)
 
     for stop in (4, 100):
         runtime = make_runtime(model_folder, pair_file, settings, tmp_path / f"b{stop}")
-        observer = Observer(on_event=note, should_stop=lambda stop=stop: len(steps) == stop)
+        observer = Watch(on_event=note, should_stop=lambda stop=stop: len(steps) == stop)
         try:
             outcome = run_trial(runtime, Trial(trial_id="t", arm=ARM), None, folders, observer)
         except InterruptedRun:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from rightrank.models.adapter_files import open_adapter
-from rightrank.schema.events import Observer
+from rightrank.schema.events import Listener
 from rightrank.schema.trials import Arm, Trial, TrialFinished
 from rightrank.train.adapter import RunningMean, TrialFolders
 from rightrank.train.adapter_runtime import adapter_attached
@@ -23,7 +23,7 @@ ARM = Arm(rank=4, learning_rate=1e-2, lora_alpha=32.0, seed=0, steps=8)
 
 def run(runtime: object, name: str, arm: Arm, tmp: Path, **parents: Path) -> TrialFinished:
     folders = TrialFolders(tmp / f"{name}.safetensors", tmp / name, **parents)
-    outcome = run_trial(runtime, Trial(trial_id=name, arm=arm), None, folders, Observer())  # type: ignore[arg-type]
+    outcome = run_trial(runtime, Trial(trial_id=name, arm=arm), None, folders, Listener())  # type: ignore[arg-type]
     assert isinstance(outcome, TrialFinished)
     return outcome
 

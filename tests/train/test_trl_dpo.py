@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 from benchmarks.kinds.checks import with_first_values
 
-from rightrank.schema.events import Observer, StepDone
+from rightrank.schema.events import StepDone
 from rightrank.schema.trials import Arm, Trial, TrialFinished
 from rightrank.train.adapter import TrialFolders
 from rightrank.train.loop import train_trials
 from tests.helpers import make_runtime
 from tests.tiny import small_settings, write_jsonl, write_pairs
+from tests.watch import Watch
 
 pytest.importorskip("trl", reason="trl is not installed")
 pytestmark = [pytest.mark.trains, pytest.mark.filterwarnings("ignore")]  # warnings of TRL and of what it imports
@@ -52,7 +53,7 @@ def ours(runtime: Any, folder: Path, arms: list[Arm]) -> tuple[list[float], Tria
         trials,
         None,
         lambda trial: TrialFolders(folder / f"{trial.trial_id}.safetensors", folder / trial.trial_id),
-        Observer(on_event=note),
+        Watch(on_event=note),
         len(arms),
     )
     found = {outcome.trial_id: outcome for outcome in outcomes}["t0"]

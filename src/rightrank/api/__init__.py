@@ -14,7 +14,6 @@ from rightrank.api.selecting import begun_as, plan_selection, preflight, select_
 from rightrank.plugins.fleet.fleet import Fleet
 from rightrank.runs.returns import Decided, Selected
 from rightrank.schema.decision import Decision
-from rightrank.schema.events import Observer
 from rightrank.schema.plan_settings import PlanSettings, make_plan_settings
 from rightrank.schema.results import AdapterComparison, Inspection, Plan, Preflight, Resized
 from rightrank.schema.settings import SelectSettings, make_settings
@@ -27,7 +26,6 @@ __all__ = [
     "EvalPoint",
     "Fleet",
     "Inspection",
-    "Observer",
     "Plan",
     "PlanSettings",
     "Preflight",

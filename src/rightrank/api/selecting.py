@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Unpack
 
+from rightrank.runs.hook import Hook, Hooks
 from rightrank.runs.returns import Selected
-from rightrank.schema.events import Observer
+from rightrank.schema.errors import InterruptedRun
 from rightrank.schema.results import Plan, Preflight
 from rightrank.schema.settings import Goal, ProfileName, SelectKeywords, SelectSettings, make_settings
 
@@ -26,7 +28,7 @@ def select_rank(
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
     settings: SelectSettings | None = None,
-    watching: Observer | None = None,
+    callbacks: Sequence[Hook] = (),
     progress: bool = False,
     **keywords: Unpack[SelectKeywords],
 ) -> Selected:
@@ -39,37 +41,49 @@ def select_rank(
         out: the run folder. A second call with the same arguments resumes an unfinished run.
         tokenizer: the tokenizer of a model in memory.
         settings: see `SelectSettings`; None for the defaults.
-        watching: callbacks; see `Observer`.
+        callbacks: what watches the selection or takes part in it; see `rightrank.hooks.Hook`.
         progress: show the progress on stderr, or in the cell of a notebook.
         keywords: the command's options by name, such as `ranks=(4, 16, 64), margin=0.01`; they override `settings`.
 
     Raises:
         InputError: model, data, settings or folder can't be used; nothing was started.
         RunError: the selection started and could not finish.
-        InterruptedRun: `watching.should_stop` returned True.
+        InterruptedRun: `should_stop` of a callback returned True.
         KeyboardInterrupt: Ctrl-C; the step ended and checkpoints were written. The same call resumes.
     """
     from rightrank.data.files import report_disk_errors
-    from rightrank.hooks.interrupts import checkpointed
-    from rightrank.hooks.watching import shown
+    from rightrank.hooks.interrupts import Interrupts
     from rightrank.runs.folder import RunFolder
     from rightrank.runs.request import require_request, require_same_scalars
 
     settings = _overridden(settings, keywords)
     require_request(model, data, settings)
     folder = RunFolder(Path(out))
-    with (
-        folder.locked(),
-        report_disk_errors(folder.path),
-        shown(watching or Observer(), progress) as seen,
-        checkpointed(seen) as observer,
-    ):
+    with folder.locked(), report_disk_errors(folder.path), ExitStack() as opened:
+        hooks = Hooks([*_views(progress, opened), *callbacks])
+        stop = opened.enter_context(Interrupts(hooks.notice))
         require_same_scalars(folder, settings)
         # These imports bring torch, so they follow the lock: a folder that can't be used is refused at once.
         from rightrank.runs.prepare import Request
         from rightrank.runs.run import select
 
-        return select(Request(model, tokenizer, data, settings), folder, observer)
+        try:
+            return select(Request(model, tokenizer, data, settings), folder, Hooks([hooks, stop]))
+        except InterruptedRun as stopped:
+            if not stop.requested:
+                raise
+            raise KeyboardInterrupt(f"{stopped}; the same call resumes the run") from None
+
+
+def _views(progress: bool, opened: ExitStack) -> list[Hook]:
+    """The view on stderr or in the notebook's cell, where that is asked for."""
+    if not progress:
+        return []
+    from rich.console import Console
+
+    from rightrank.hooks.terminal import make_view
+
+    return [opened.enter_context(make_view(Console(stderr=True), quiet=False))]
 
 
 def begun_as(run: str | Path) -> dict[str, object]:
@@ -172,7 +186,7 @@ def select_rank_with(
     judgements: Judgements | None = None,
     judged_margin: float | None = None,
     progress: bool = False,
-    watching: Observer | None = None,
+    callbacks: Sequence[Hook] = (),
 ) -> Selected:
     """Find the rank with your own training function: DPO, RL, diffusion, vision, any script.
 
@@ -208,7 +222,7 @@ def select_rank_with(
             that is called once all trainings have ended, with the folder of each rank's best adapter, and returns the mappings.
         judged_margin: with judgements: how far below 1/2 a win rate may be; None for .05.
         progress: show the progress on stderr, or in the output of a notebook's cell.
-        watching: callbacks; see `Observer`.
+        callbacks: what watches the selection or takes part in it; see `rightrank.hooks.Hook`.
 
     Raises:
         SettingsError: an argument that is not allowed, a metric without a known direction, or a function that
@@ -216,10 +230,9 @@ def select_rank_with(
         MissingExtraError: a tracker that is not installed.
         RunFolderError: a folder made with other settings.
         AllTrialsFailedError: fewer than two ranks ended with a result.
-        InterruptedRun: `watching.should_stop` returned True.
+        InterruptedRun: `should_stop` of a callback returned True.
     """
     from rightrank.hooks.trackers import require_trackers
-    from rightrank.hooks.watching import shown
     from rightrank.runs import own_trainer as custom
     from rightrank.runs.folder import RunFolder
 
@@ -247,5 +260,6 @@ def select_rank_with(
         judged_margin=judged_margin,
     )
     trainer = custom.make_trainer(train, goal, where, timeout_seconds, workers, evaluate)
-    with shown(watching or Observer(), progress) as observer:
-        return custom.select_custom(request, trainer, RunFolder(Path(out)), observer)
+    with ExitStack() as opened:
+        hooks = Hooks([*_views(progress, opened), *callbacks])
+        return custom.select_custom(request, trainer, RunFolder(Path(out)), hooks)

@@ -6,21 +6,19 @@ import json
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from rightrank.cli.options import DIRECTION_OPTIONS, announce, comma, folders, gather, hours, names
-from rightrank.hooks.interrupts import listening
 from rightrank.schema.errors import InterruptedRun, SettingsError, TerminatedRun
 
 if TYPE_CHECKING:
+    from rightrank.runs.hook import Hook
     from rightrank.runs.returns import Selected
     from rightrank.schema.decision import Decision
-    from rightrank.schema.events import Observer
-
-Found = TypeVar("Found")
 
 SELECT_OPTIONS = [
     click.option(
@@ -188,7 +186,7 @@ def select(
     rows = Path(str(begun.pop("data"))) if data is None else data
     settings = make_settings(begun | gather(config_file, assignments, options))
     selected = _watched(
-        lambda watching: api.select_rank(base, rows, out, settings=settings, watching=watching), quiet, out, log_json
+        lambda hooks: api.select_rank(base, rows, out, settings=settings, callbacks=hooks), quiet, out, log_json
     )
     _print_selected(selected, as_json)
 
@@ -228,32 +226,31 @@ def demo(out: Path, as_json: bool, quiet: bool, log_json: bool) -> None:
     """
     from rightrank.demo import run_demo
 
-    selected = _watched(lambda watching: run_demo(out, watching), quiet, out / "run", log_json)
+    selected = _watched(lambda hooks: run_demo(out, hooks), quiet, out / "run", log_json)
     _print_selected(selected, as_json)
     if not as_json:
         click.echo("\nOn your own data:\n  rightrank select PATH/TO/MODEL YOUR_DATA.jsonl --out my-run")
 
 
-def _watched(run: Callable[[Observer], Found], quiet: bool, out: Path, log_json: bool) -> Found:
+def _watched(run: Callable[[list[Hook]], Selected], quiet: bool, out: Path, log_json: bool) -> Selected:
     """Run with progress on stderr; Ctrl-C and SIGTERM stop the run with checkpoints."""
     if not quiet and not log_json:
         announce("checking the request, then loading model and data")
     from rich.console import Console
 
     from rightrank.hooks.event_log import JsonLog, ProgressFile
+    from rightrank.hooks.interrupts import Interrupts
     from rightrank.hooks.terminal import make_view
-    from rightrank.hooks.watching import observer_of
 
-    progress = ProgressFile(out)
-    chosen = JsonLog(sys.stderr) if log_json else make_view(Console(stderr=True), quiet)
-    with chosen as view, listening(view.notice) as stop:
+    with ExitStack() as opened:
+        view = JsonLog(sys.stderr) if log_json else opened.enter_context(make_view(Console(stderr=True), quiet))
+        progress = opened.enter_context(ProgressFile(out))
+        stop = opened.enter_context(Interrupts(view.say, of_process=True))
         try:
-            return run(observer_of([view, progress], view.notice, lambda: stop.requested))
+            return run([view, progress, stop])
         except InterruptedRun as stopped:
             kind = TerminatedRun if stop.terminated else InterruptedRun
             raise kind(f"{stopped}; run the same command again to resume {out}: {_command()}") from None
-        finally:
-            progress.remove()
 
 
 def _command() -> str:

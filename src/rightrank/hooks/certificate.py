@@ -7,14 +7,14 @@ from itertools import combinations
 
 from rightrank.runs.loop import Selection
 from rightrank.schema.decision import Decision
-from rightrank.schema.events import Certified, Observer
+from rightrank.schema.events import Certified, Event, Listener, StepDone
 from rightrank.schema.trials import TrialFinished
 from rightrank.train.certify import certify
 from rightrank.train.runtime import Runtime
 
 
 def certify_selection(
-    selection: Selection, runtime: Runtime, decision: Decision | None, observer: Observer
+    selection: Selection, runtime: Runtime, decision: Decision | None, listener: Listener
 ) -> Certified:
     """Train one arm again, alone, and journal how far it is from its trial.
 
@@ -31,12 +31,26 @@ def certify_selection(
     trial = next((one for one in candidates if one.trial_id == handed_over), fullest)
     scratch = folder.cache / "certify"
     adapter = folder.finished_adapter(trial.trial_id)
-    certificate = certify(runtime, trial, adapter, scratch, observer, seed_difference(candidates))
+    certificate = certify(runtime, trial, adapter, scratch, _StepsOnly(listener), seed_difference(candidates))
     folder.journal.append(certificate)
     records.certificates.append(certificate)
     selection.write_views(decision)
     folder.drop_working_files()
     return certificate
+
+
+class _StepsOnly(Listener):
+    """Passes on the steps of the certificate's training, which is no trial of the run."""
+
+    def __init__(self, listener: Listener) -> None:
+        self._listener = listener
+
+    def on_event(self, event: Event) -> None:
+        if isinstance(event, StepDone):
+            self._listener.on_event(event)
+
+    def should_stop(self) -> bool:
+        return self._listener.should_stop()
 
 
 def seed_difference(trials: Sequence[TrialFinished]) -> float | None:

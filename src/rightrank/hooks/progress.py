@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from rightrank.report.format import duration, size
-from rightrank.schema.events import Preparing, RunEvent, RunStarted, StepDone
+from rightrank.schema.events import Event, Preparing, RunResumed, SelectionPlanned, StepDone, TimeExpected
 from rightrank.schema.trials import (
     ArmFields,
     TrialCollapsed,
@@ -53,9 +53,8 @@ class Progress:
     """Follows a selection from its events and reports where it is, as text and in seconds."""
 
     def __init__(self) -> None:
-        self._arms = 1
-        self._expected: float | None = None  # whole trainings; None: counted in trials
-        self._maximum: float | None = None  # whole trainings
+        self._expected = 0.0  # whole trainings
+        self._maximum = 0.0  # whole trainings
         self._first_pace: float | None = None  # seconds of a whole training, before any step of this process
         self._base_eval_seconds = 0.0  # one evaluation of the validation split
         self._eval_points = 1
@@ -65,7 +64,6 @@ class Progress:
         self._whole_steps = 0  # of a whole training; 0: a custom trainer's own number
         self._spent = 0.0  # whole trainings that have ended
         self._ends_at: dict[str, int] = {}  # the last step of each trial that has ended
-        self._ended = 0
         self._running: dict[str, TrialStarted] = {}
         self._started_at: dict[str, float] = {}
         self._steps: dict[str, StepDone] = {}  # the last step of each trial
@@ -79,31 +77,18 @@ class Progress:
         self._peak_bytes = 0
         self._top = 0  # the largest rank of the run; 0: unknown
 
-    def plan(self, started: RunStarted, arms: int, steps: int = 0) -> None:
-        self._arms = arms
-        self._whole_steps = steps
-        self._higher_is_better = started.higher_is_better
-        self._eval_points = int(str(started.settings.get("eval_points") or 1))
-        ranks = started.settings.get("ranks")
+    def _plan(self, planned: SelectionPlanned) -> None:
+        settings = planned.started.settings
+        self._whole_steps = planned.steps
+        self._expected, self._maximum = planned.expected_trainings, planned.trainings_at_most
+        self._higher_is_better = planned.started.higher_is_better
+        self._eval_points = int(str(settings.get("eval_points") or 1))
+        ranks = settings.get("ranks")
         self._top = max((rank for rank in ranks if isinstance(rank, int)), default=0) if isinstance(ranks, list) else 0
-        hours = started.settings.get("budget_hours")
+        hours = settings.get("budget_hours")
         self._budget_seconds = hours * 3600 if isinstance(hours, int | float) else None
 
-    def expect(self, trainings: float) -> None:
-        """Count in whole trainings, of which so many are expected."""
-        self._expected = trainings
-
-    def expect_seconds(self, seconds: float) -> None:
-        """The expected time of the whole selection, known before its first step; call it after `expect`."""
-        if self._expected:
-            self._first_pace = seconds / self._expected
-            self._is_announced = True
-
-    def limit(self, trainings: float) -> None:
-        """The largest number of whole trainings that the strategy can request."""
-        self._maximum = trainings
-
-    def resume(self, outcomes: Sequence[TrialOutcome]) -> None:
+    def _resume(self, outcomes: Sequence[TrialOutcome]) -> None:
         """Record the trials that ended before this process began.
 
         A run that was continued with a higher rank begins with a training at it, so what was expected is to come.
@@ -111,12 +96,19 @@ class Progress:
         for outcome in outcomes:
             self._end(outcome)
         if self._spent > 0 and self._top and not any(one.rank == self._top for one in outcomes):
-            self._expected = None if self._expected is None else self._expected + self._spent
-            self._maximum = None if self._maximum is None else self._maximum + self._spent
+            self._expected += self._spent
+            self._maximum += self._spent
 
-    def event(self, event: RunEvent) -> str | None:
+    def event(self, event: Event) -> str | None:
         """Record the event; return a line for the log if a trial ended, or once the cost of a training is measured."""
         match event:
+            case SelectionPlanned():
+                self._plan(event)
+            case TimeExpected() if self._expected:
+                self._first_pace = event.expected_seconds / self._expected
+                self._is_announced = True
+            case RunResumed():
+                self._resume(event.outcomes)
             case Preparing():
                 self._preparing = event
             case TrialStarted():
@@ -176,18 +168,14 @@ class Progress:
 
     def remaining_seconds(self) -> float | None:
         """Seconds left for the running trials and, at the mean cost, for those to come; None before the first step."""
-        known = [*self._costs, *(seconds for key in self._running if (seconds := self._whole(key)) is not None)]
-        if not known and self._first_pace is None:
+        pace = self._pace()
+        if pace is None:
             return None
-        if self._expected is not None and (pace := self._pace()) is not None:
-            return self._trainings_to_come() * pace + sum(self._left(key, pace) for key in self._running)
-        mean = sum(known) / len(known)
-        waiting = max(0, self._arms - self._ended - len(self._running))
-        return waiting * mean + sum(self._left(key, mean) for key in self._running)
+        return self._trainings_to_come() * pace + sum(self._left(key, pace) for key in self._running)
 
     def _pace(self) -> float | None:
         """Seconds of a whole training with its evaluations: of those that ended, of the one that runs, or expected."""
-        if self._spent > 0:
+        if self._costs and self._spent > 0:
             return sum(self._costs) / self._spent
         running = [step.seconds / step.step for step in self._steps.values() if step.step > 0]
         if not running or not self._whole_steps:
@@ -196,14 +184,12 @@ class Progress:
 
     def _trainings_to_come(self) -> float:
         """The expected whole trainings that have not started."""
-        if self._expected is None:
-            return 0.0
         return max(0.0, self._expected - self._spent - sum(map(self._share, self._running.values())))
 
     def _limit_seconds(self) -> float | None:
         """Seconds left if the strategy requests all it can, within the budget of time; None where that is unknown."""
         pace = self._pace()
-        if self._maximum is None or pace is None:
+        if pace is None:
             return None
         most = max(0.0, self._maximum - self._spent_now()) * pace
         if self._budget_seconds is not None:
@@ -213,7 +199,7 @@ class Progress:
     def _announcement(self, event: StepDone) -> str | None:
         """The time of the whole selection, once, as soon as a few steps are measured."""
         enough = event.step >= max(MEASURED_STEPS, event.steps // 50)
-        if self._is_announced or not enough or self._expected is None or self._spent > 0:
+        if self._is_announced or not enough or self._spent > 0:
             return None
         self._is_announced = True
         remaining, most = self.remaining_seconds(), self._limit_seconds()
@@ -239,15 +225,11 @@ class Progress:
         return self._spent + running
 
     def _position(self) -> str:
-        """`1.4 of about 3.8 trainings`, or `trial 3 of 9`; the total grows if more runs than expected."""
-        if self._expected is not None:
-            spent = self._spent_now()
-            if spent > self._expected and self._maximum is not None:
-                return f"{spent:.1f} trainings, more than the {self._expected:.1f} expected"
-            return f"{spent:.1f} of about {max(self._expected, spent):.1f} trainings"
-        first, last = self._ended + 1, self._ended + max(1, len(self._running))
-        end = max(self._arms, self._ended + len(self._running))
-        return f"trials {first} to {last} of {end}" if last > first else f"trial {min(first, end)} of {end}"
+        """`1.4 of about 3.8 trainings`."""
+        spent = self._spent_now()
+        if spent > self._expected:
+            return f"{spent:.1f} trainings, more than the {self._expected:.1f} expected"
+        return f"{spent:.1f} of about {self._expected:.1f} trainings"
 
     def _at_work(self) -> list[str]:
         running = list(self._running.values())
@@ -269,18 +251,12 @@ class Progress:
         behind = min(steps, key=lambda step: step.step / step.steps)
         return [named, f"step {behind.step}/{behind.steps}, loss {behind.loss:.3f}"]
 
-    def _whole(self, key: str) -> float | None:
-        """Seconds of a running training from its first step to its last, at its pace so far."""
-        step, arm = self._steps.get(key), self._running[key]
-        if step is None or arm.rank == 0:
-            return None
-        return max(0.0, step.seconds / step.step * _last_step(arm) - self._before(arm))
-
     def _left(self, key: str, mean: float) -> float:
+        """Seconds left of a running training; `mean` is a whole training's, for a custom trainer, which reports no steps."""
         step, arm = self._steps.get(key), self._running[key]
         if arm.rank == 0:
             return 0.0
-        if step is None:  # a custom trainer reports no steps
+        if step is None:
             return max(0.0, mean - (time.monotonic() - self._started_at[key]))
         return step.seconds / step.step * max(0, _last_step(arm) - step.step)
 
@@ -293,7 +269,6 @@ class Progress:
         step = self._steps.pop(event.trial_id, None)
         self._looks.pop(event.trial_id, None)
         self._running.pop(event.trial_id, None)
-        self._ended += 1
         total = step.seconds if step is not None else 0.0
         if isinstance(event, TrialFinished):
             total = event.train_seconds + event.eval_seconds

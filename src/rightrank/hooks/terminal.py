@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Sequence
 from html import escape
 from importlib import import_module
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -17,22 +16,57 @@ from rich.text import Text
 from rightrank.hooks.progress import Progress
 from rightrank.report.format import quantity
 from rightrank.report.terminal_figures import MAX_CURVE_WIDTH, terminal_curve
-from rightrank.schema.events import DataSummary, RunEvent, RunStarted
-from rightrank.schema.trials import TrialOutcome, split_name
+from rightrank.runs.hook import Hook
+from rightrank.schema.events import DataSummary, Event, Notice, RunResumed, RunStarted, SelectionPlanned
+from rightrank.schema.trials import OUTCOMES, split_name
 
 PLAIN_SECONDS = 15.0  # between progress lines
 NOTEBOOK_SECONDS = 0.5  # between updates of a cell
 
 
-class LiveView:
+class View(Hook):
+    """Shows a running selection, as a context manager; `say` gets lines that come from elsewhere."""
+
+    def __init__(self) -> None:
+        self._progress = Progress()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        curve = "" if error is not None else self._curve()
+        if curve:
+            self.say(curve)
+
+    def on_event(self, event: Event) -> None:
+        line = self._progress.event(event)
+        lines = lines_of(event) if line is None else [line]
+        for one in lines:
+            self.say(one)
+        if not isinstance(event, Notice | SelectionPlanned | RunResumed):
+            self._redraw()
+
+    def say(self, text: str) -> None:
+        raise NotImplementedError
+
+    def _redraw(self) -> None:
+        """Show where the selection is now."""
+
+    def _curve(self) -> str:
+        return terminal_curve(self._progress.curve(), MAX_CURVE_WIDTH, False, self._progress.truncated())
+
+
+class LiveView(View):
     """Redraws the progress and the curve in place; finished trials scroll by above them."""
 
     def __init__(self, console: Console) -> None:
+        super().__init__()
         self._console = console
-        self._progress = Progress()
         self._live = Live(console=console, refresh_per_second=4, transient=True)
 
-    def __enter__(self) -> LiveView:
+    def __enter__(self) -> Self:
         self._live.__enter__()
         return self
 
@@ -40,111 +74,61 @@ class LiveView:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._live.__exit__(kind, error, trace)
-        curve = self._curve()
-        if curve and error is None:
-            self._console.print(Text.from_ansi(curve))
+        super().__exit__(kind, error, trace)
 
-    def plan(self, started: RunStarted, arms: int, steps: int) -> None:
-        self._progress.plan(started, arms, steps)
-        self.notice(plan_line(started, steps))
+    def say(self, text: str) -> None:
+        self._console.print(Text.from_ansi(text), highlight=False)
 
-    def cost(self, trainings: float) -> None:
-        self._progress.expect(trainings)
-
-    def cost_limit(self, trainings: float) -> None:
-        self._progress.limit(trainings)
-
-    def time(self, seconds: float) -> None:
-        self._progress.expect_seconds(seconds)
-
-    def resume(self, outcomes: Sequence[TrialOutcome]) -> None:
-        self._progress.resume(outcomes)
-        self.notice(resume_line(outcomes))
-
-    def event(self, event: RunEvent) -> None:
-        line = self._progress.event(event)
-        if line is not None:
-            self._console.print(line, highlight=False)
+    def _redraw(self) -> None:
         lines = [Text.from_ansi(self._curve()), Text(self._progress.so_far_line())]
         self._live.update(Group(*lines, Text(self._progress.progress_line(), style="bold")))
-
-    def notice(self, text: str) -> None:
-        self._console.print(text, highlight=False)
 
     def _curve(self) -> str:
         colour = not self._console.no_color
         return terminal_curve(self._progress.curve(), self._console.width, colour, self._progress.truncated())
 
 
-class PlainView:
+class PlainView(View):
     """Prints one line for each finished trial, and a progress line every `PLAIN_SECONDS`."""
 
     def __init__(self, console: Console, quiet: bool = False) -> None:
+        super().__init__()
         self._console = console
         self._quiet = quiet
-        self._progress = Progress()
         self._last_line = time.monotonic()
 
-    def __enter__(self) -> PlainView:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        curve = terminal_curve(self._progress.curve(), MAX_CURVE_WIDTH, False, self._progress.truncated())
-        if curve and error is None:
-            self.notice(curve)
-
-    def plan(self, started: RunStarted, arms: int, steps: int) -> None:
-        self._progress.plan(started, arms, steps)
-        self.notice(plan_line(started, steps))
-
-    def cost(self, trainings: float) -> None:
-        self._progress.expect(trainings)
-
-    def cost_limit(self, trainings: float) -> None:
-        self._progress.limit(trainings)
-
-    def time(self, seconds: float) -> None:
-        self._progress.expect_seconds(seconds)
-
-    def resume(self, outcomes: Sequence[TrialOutcome]) -> None:
-        self._progress.resume(outcomes)
-        self.notice(resume_line(outcomes))
-
-    def event(self, event: RunEvent) -> None:
-        line = self._progress.event(event)
-        if line is None and time.monotonic() - self._last_line > PLAIN_SECONDS:
-            line = self._progress.progress_line()
-        if line is not None:
-            self._last_line = time.monotonic()
-            self.notice(line)
-
-    def notice(self, text: str) -> None:
+    def say(self, text: str) -> None:
         if not self._quiet:
             self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
+    def on_event(self, event: Event) -> None:
+        super().on_event(event)
+        if isinstance(event, OUTCOMES):
+            self._last_line = time.monotonic()
 
-class NotebookView(PlainView):
+    def _redraw(self) -> None:
+        if time.monotonic() - self._last_line > PLAIN_SECONDS:
+            self._last_line = time.monotonic()
+            self.say(self._progress.progress_line())
+
+
+class NotebookView(View):
     """Keeps the progress in the output of a notebook's cell up to date; lines stay above it."""
 
     def __init__(self) -> None:
+        super().__init__()
         shown: Any = import_module("IPython.display")
-        super().__init__(Console(quiet=True))
         self._lines: list[str] = []
         self._last_shown = 0.0
         self._handle: Any = shown.display({"text/plain": ""}, raw=True, display_id=True)
 
-    def event(self, event: RunEvent) -> None:
-        line = self._progress.event(event)
-        if line is not None:
-            self._lines.append(line)
-        if line is not None or time.monotonic() - self._last_shown > NOTEBOOK_SECONDS:
-            self._show()
-
-    def notice(self, text: str) -> None:
+    def say(self, text: str) -> None:
         self._lines.extend(text.splitlines())
         self._show()
+
+    def _redraw(self) -> None:
+        if time.monotonic() - self._last_shown > NOTEBOOK_SECONDS:
+            self._show()
 
     def _show(self) -> None:
         self._last_shown = time.monotonic()
@@ -154,6 +138,18 @@ class NotebookView(PlainView):
         self._handle.update({"text/plain": text, "text/html": html}, raw=True)
 
 
+def lines_of(event: Event) -> list[str]:
+    """The lines for a person about what is no trial."""
+    match event:
+        case Notice():
+            return [event.text]
+        case SelectionPlanned():
+            return [plan_line(event.started, event.steps)]
+        case RunResumed():  # each stage and truncation is a trial
+            return [f"resuming the run: {quantity(len(event.outcomes), 'trial')} ended before"]
+    return []
+
+
 def _is_notebook() -> bool:
     """Whether this process is the kernel of a notebook."""
     ipython: Any = sys.modules.get("IPython")
@@ -161,7 +157,7 @@ def _is_notebook() -> bool:
     return type(shell).__name__ == "ZMQInteractiveShell"
 
 
-def make_view(console: Console, quiet: bool) -> LiveView | PlainView:
+def make_view(console: Console, quiet: bool) -> View:
     """`LiveView` on a terminal; `PlainView` in a pipe, with `NO_COLOR` or if `quiet`; `NotebookView` in a notebook."""
     if _is_notebook() and not quiet:
         return NotebookView()
@@ -198,7 +194,3 @@ def left_out(data: DataSummary) -> list[str]:
         ),
     )
     return [f"{count:,} {what}" for count, what in counts if count]
-
-
-def resume_line(outcomes: Sequence[TrialOutcome]) -> str:
-    return f"resuming the run: {quantity(len(outcomes), 'trial')} ended before"  # each stage and truncation is one

@@ -13,15 +13,16 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import redirect_stdout
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TypeAlias
 
 from rightrank.data.files import write_text
+from rightrank.runs.hook import Hook
 from rightrank.schema.decision import Decision
 from rightrank.schema.errors import MissingExtraError, SettingsError, did_you_mean
-from rightrank.schema.events import Observer, RunEvent, RunStarted
+from rightrank.schema.events import Event, RunStarted
 from rightrank.schema.trials import OUTCOMES, TrialFinished, TrialOutcome
 
 TRACKERS = ("trackio", "wandb", "mlflow", "tensorboard")  # each is the name of its package too
@@ -50,7 +51,7 @@ def require_trackers(names: Sequence[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(names))
 
 
-class Trackers:
+class Trackers(Hook):
     def __init__(
         self, names: Sequence[str], folder: Path, started: RunStarted, notice: Callable[[str], None] = lambda _: None
     ) -> None:
@@ -61,21 +62,12 @@ class Trackers:
         self._names = list(require_trackers(names))
         self._logged: dict[str, list[str]] = self._read()
 
-    def attached_to(self, observer: Observer) -> Observer:
-        """An observer that also logs every event, after `observer` receives it."""
-
-        def on_event(event: RunEvent) -> None:
-            observer.on_event(event)
-            self.event(event)
-
-        return replace(observer, on_event=on_event)
-
     def catch_up(self, outcomes: Iterable[TrialOutcome]) -> None:
         """Log the trials that an interrupted run did not log."""
         for outcome in outcomes:
-            self.event(outcome)
+            self.on_event(outcome)
 
-    def event(self, event: RunEvent) -> None:
+    def on_event(self, event: Event) -> None:
         """Log a trial that ended to every tracker that does not have it yet."""
         if self._names and isinstance(event, OUTCOMES):
             self._log(tracked_trial(self._started, event, self._group))

@@ -20,7 +20,7 @@ from typing import Any, TypeAlias
 
 from rightrank.decision.verdicts import Collapse, collapse_of
 from rightrank.schema.errors import InputError, InterruptedRun, NotFiniteError, SettingsError, quoted
-from rightrank.schema.events import Observer
+from rightrank.schema.events import Listener, Notice
 from rightrank.schema.trials import (
     EvalPoint,
     Trial,
@@ -220,7 +220,7 @@ class CustomExecutor:
         measure: Measure,
         earlier: Sequence[TrialFinished],
         folder_of: Callable[[str], Path],
-        observer: Observer,
+        listener: Listener,
         parallel: int = 1,
         evaluate: Call | None = None,
     ) -> None:
@@ -233,7 +233,7 @@ class CustomExecutor:
         scored = (point.item_scores for trial in earlier for point in trial.points)
         self._look_examples = next((len(scores) for scores in scored if scores), None)
         self._folder_of = folder_of
-        self._observer = observer
+        self._listener = listener
         self._parallel = parallel  # calls at the same time
         self._noticed = any(trial.rank > 0 for trial in earlier)
 
@@ -243,13 +243,13 @@ class CustomExecutor:
         ):
             self._notice_missing_looks(outcome)
             yield outcome
-            if self._observer.should_stop():
+            if self._listener.should_stop():
                 raise InterruptedRun(f"stopped after {ended} trials")
 
     def _run_in_order(self, trials: Sequence[Trial]) -> Iterator[TrialOutcome]:
         for trial in trials:
             self._started(trial)
-            yield self._run_one(trial, self._observer.on_event)
+            yield self._run_one(trial, self._listener.on_event)
 
     def _run_in_parallel(self, trials: Sequence[Trial]) -> Iterator[TrialOutcome]:
         """Yield outcomes as calls end; if the iterator is closed early, wait for the running calls.
@@ -267,13 +267,13 @@ class CustomExecutor:
                     running += 1
                 event = arrived.get()
                 if isinstance(event, TrialLook):
-                    self._observer.on_event(event)
+                    self._listener.on_event(event)
                     continue
                 running -= 1
                 yield event.result()
 
     def _started(self, trial: Trial) -> None:
-        self._observer.on_event(TrialStarted(**trial.fields))
+        self._listener.on_event(TrialStarted(**trial.fields))
 
     def _notice_missing_looks(self, outcome: TrialOutcome) -> None:
         """One notice for a trainer whose first result came without values along the way."""
@@ -282,7 +282,7 @@ class CustomExecutor:
             return
         self._noticed = True
         if not outcome.points:
-            self._observer.notice(NO_LOOKS)
+            self._listener.on_event(Notice(text=NO_LOOKS))
 
     def _run_one(self, trial: Trial, on_look: Callable[[TrialLook], None]) -> TrialOutcome:
         folder = self._folder_of(trial.trial_id)

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 from rightrank.runs.folder import RunFolder
-from rightrank.schema.events import Observer
+from rightrank.schema.events import Listener, Notice
 from rightrank.schema.trials import Trial, TrialOutcome
 from rightrank.train.adapter import TrialFolders
 from rightrank.train.distributed import broadcast
@@ -57,30 +57,31 @@ class LocalExecutor:
         self,
         runtime: Runtime,
         folder: RunFolder,
-        observer: Observer,
+        listener: Listener,
         max_adapters_per_pass: int | None = None,
     ) -> None:
         self._runtime = runtime
         self._folder = folder
-        self._observer = observer
+        self._listener = listener
         self._max_adapters_per_pass = max_adapters_per_pass  # adapters per pass that fit by the plan; None: not planned
         self._prepared = False
 
     def run(self, trials: Sequence[Trial], base_loss: float | None) -> Iterator[TrialOutcome]:
         base = [trial for trial in trials if trial.arm.rank == 0]
         trained = [trial for trial in trials if trial.arm.rank > 0]
-        yield from train_trials(self._runtime, base, base_loss, self._folders, self._observer)
+        yield from train_trials(self._runtime, base, base_loss, self._folders, self._listener)
         if not trained:
             return
         if not self._prepared:
-            self._runtime.prepare(self._observer.on_event, self._observer.should_stop)
+            self._runtime.prepare(self._listener.on_event, self._listener.should_stop)
             self._prepared = True
         arms = [trial.arm for trial in trained]
         # Processes that share an arm must agree: all use the number that process 0 has measured.
-        size = broadcast(
-            0, adapters_per_pass_for(self._runtime, arms, self._observer.notice, self._max_adapters_per_pass)
-        )
-        yield from train_trials(self._runtime, trained, base_loss, self._folders, self._observer, size)
+        size = broadcast(0, adapters_per_pass_for(self._runtime, arms, self._notice, self._max_adapters_per_pass))
+        yield from train_trials(self._runtime, trained, base_loss, self._folders, self._listener, size)
+
+    def _notice(self, text: str) -> None:
+        self._listener.on_event(Notice(text=text))
 
     def _folders(self, trial: Trial) -> TrialFolders:
         arm, folder = trial.arm, self._folder

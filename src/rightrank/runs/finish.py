@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from rightrank.data.files import UnreadableError, read_json_object
@@ -30,7 +29,7 @@ from rightrank.runs.returns import Selected
 from rightrank.runs.start import PreparedSelection
 from rightrank.schema.decision import AdapterAnswer, Decision, HandedOver
 from rightrank.schema.errors import AllTrialsFailedError
-from rightrank.schema.events import DecisionRecorded, GuardAnswer, Observer, RunEvent, Sample, StepDone, TestEvaluated
+from rightrank.schema.events import DecisionRecorded, GuardAnswer, Sample, TestEvaluated
 from rightrank.schema.settings import Goal
 from rightrank.schema.trials import TrialFinished
 from rightrank.search.sweep import sweep_rows
@@ -47,9 +46,9 @@ def finalize_adapter(prepared: PreparedSelection, answer: AdapterAnswer, *, read
         _read_test_split(prepared, [answer.trial_id, answer.reference_id])
     hand_over_answer(selection, answer, guard=guard)
     selection.write_views(None)
-    prepared.observer.notice(f"adapter: {answer.sentence} It is in {selection.folder.adapter}.")
+    prepared.hooks.notice(f"adapter: {answer.sentence} It is in {selection.folder.adapter}.")
     for note in answer.notes:
-        prepared.observer.notice(note)
+        prepared.hooks.notice(note)
 
 
 def finalize(prepared: PreparedSelection, decision: Decision | None) -> Selected:
@@ -60,12 +59,12 @@ def finalize(prepared: PreparedSelection, decision: Decision | None) -> Selected
     Raises:
         RunError: a view has a fault; adapter and journal are complete.
     """
-    selection, runtime, observer = prepared.selection, prepared.prepared.runtime, prepared.observer
+    selection, runtime, hooks = prepared.selection, prepared.prepared.runtime, prepared.hooks
     if prepared.estimate is not None:
         line = ""
         with selection.faults.kept("the comparison with the estimate"):
             line = selection.compared_with(prepared.estimate)
-        observer.notice(line)
+        hooks.notice(line)
     records, folder = selection.records, selection.folder
     answer, guard = apply_guards(selection, runtime, prepared.guards, final_answer(selection, decision))
     read = [
@@ -84,7 +83,7 @@ def finalize(prepared: PreparedSelection, decision: Decision | None) -> Selected
     if decision is not None:
         prepared.trackers.decided(decision)
     if prepared.request.settings.certify:
-        observer.notice(certify_selection(selection, runtime, decision, _steps_only(observer)).sentence())
+        hooks.notice(certify_selection(selection, runtime, decision, hooks).sentence())
     selected = None
     with selection.faults.kept("the answer"):
         selected = _selected(selection, decision, prepared.prepared.settings.goal)
@@ -116,16 +115,6 @@ def _read_test_split(prepared: PreparedSelection, trial_ids: Sequence[str]) -> N
     trials = {trial.trial_id: trial for trial in prepared.selection.records.finished()}
     for trial_id in dict.fromkeys(trial_ids):
         _evaluate_on_test_split(prepared.selection, prepared.prepared.runtime, trials[trial_id])
-
-
-def _steps_only(observer: Observer) -> Observer:
-    """The observer of the certificate's training, which is no trial of the run: it receives the steps alone."""
-
-    def on_event(event: RunEvent) -> None:
-        if isinstance(event, StepDone):
-            observer.on_event(event)
-
-    return replace(observer, on_event=on_event)
 
 
 def _evaluate_on_test_split(selection: Selection, runtime: Runtime, trial: TrialFinished) -> None:

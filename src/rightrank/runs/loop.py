@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from rightrank.decision.run import Records, decide_run, decision_so_far, settled_start, trainings
 from rightrank.hooks.report import write_views
@@ -16,6 +16,7 @@ from rightrank.report.faults import ViewFaults
 from rightrank.report.format import size
 from rightrank.runs.executor import Executor
 from rightrank.runs.folder import RunFolder
+from rightrank.runs.hook import Hooks
 from rightrank.runs.request import made_with_others
 from rightrank.schema.decision import AdapterAnswer, Decision, HandedOver
 from rightrank.schema.errors import (
@@ -27,11 +28,11 @@ from rightrank.schema.errors import (
 )
 from rightrank.schema.events import (
     AdapterRecorded,
+    Event,
     GuardAnswer,
     JournalRecord,
-    Observer,
+    Listener,
     RunContinued,
-    RunEvent,
     RunStarted,
 )
 from rightrank.schema.results import SelectionCost
@@ -77,12 +78,12 @@ class Selection:
         folder: RunFolder,
         started: RunStarted,
         strategy: Strategy,
-        observer: Observer | None = None,
+        hooks: Hooks | None = None,
         options: LoopOptions | None = None,
     ) -> None:
         self.folder = folder
         self._strategy = strategy
-        self._observer = observer or Observer()
+        self._hooks = hooks or Hooks()
         self._options = options or LoopOptions()
         self._next_views = 0.0  # by the monotonic clock
         self._printed = 0  # notes of the strategy
@@ -104,7 +105,7 @@ class Selection:
 
         Raises:
             AllTrialsFailedError: fewer than two ranks ended with a result, or the first trials all failed.
-            InterruptedRun: the observer asked to stop; the journal holds what has finished.
+            InterruptedRun: a hook asked to stop; the journal holds what has finished.
         """
         try:
             while True:
@@ -144,12 +145,12 @@ class Selection:
         return [Trial(trial_id=trial_id(fingerprint, arm), arm=arm) for arm in arms]
 
     def _print_notes(self) -> None:
-        """Pass the strategy's new lines to the observer."""
+        """Pass the strategy's new lines to the hooks."""
         notes: Sequence[str] = ()
         with self.faults.kept("the notes"):
             notes = self._strategy.notes(History.of(self.records.outcomes))
         for line in notes[self._printed :]:
-            self._observer.notice(line)
+            self._hooks.notice(line)
         self._printed = max(self._printed, len(notes))
 
     @property
@@ -158,14 +159,9 @@ class Selection:
         return next((trial.metrics.get("loss") for trial in self.records.finished() if trial.rank == 0), None)
 
     @property
-    def observer(self) -> Observer:
-        """The observer to hand to an executor: it journals each start, then passes every event on."""
-        return replace(self._observer, on_event=self._on_event)
-
-    def _on_event(self, event: RunEvent) -> None:
-        if isinstance(event, TrialStarted | TrialLook):
-            self.folder.journal.append(event)
-        self._observer.on_event(event)
+    def listener(self) -> Listener:
+        """What an executor reports to."""
+        return _Recording(self.folder, self._hooks)
 
     def keep(self, outcome: TrialOutcome) -> None:
         """Journal an outcome, and write the report again if it is due.
@@ -178,7 +174,7 @@ class Selection:
         self.records.outcomes.append(outcome)
         if time.monotonic() >= self._next_views:
             self._write_views_so_far()
-        self._observer.on_event(outcome)
+        self._hooks.on_event(outcome)
         failed = [outcome for outcome in self.records.outcomes if isinstance(outcome, TrialFailed)]
         if len(failed) >= MAX_FAILED_AT_START and not self.records.finished():
             self._write_views_so_far()
@@ -249,6 +245,21 @@ class Selection:
         if predicted is None or outcome.error != "out_of_memory":
             return outcome
         return outcome.model_copy(update={"reason": f"{outcome.reason}; the plan said {size(predicted)}"})
+
+
+class _Recording(Listener):
+    """Journals each start and look, then passes every event on."""
+
+    def __init__(self, folder: RunFolder, hooks: Hooks) -> None:
+        self._folder, self._hooks = folder, hooks
+
+    def on_event(self, event: Event) -> None:
+        if isinstance(event, TrialStarted | TrialLook):
+            self._folder.journal.append(event)
+        self._hooks.on_event(event)
+
+    def should_stop(self) -> bool:
+        return self._hooks.should_stop()
 
 
 def _may_succeed_now(outcome: TrialOutcome) -> bool:

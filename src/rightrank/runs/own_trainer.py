@@ -28,12 +28,13 @@ from rightrank.runs.calls import (
 )
 from rightrank.runs.finish import hand_over_saved
 from rightrank.runs.folder import RunFolder
+from rightrank.runs.hook import Hooks
 from rightrank.runs.loop import LoopOptions, Selection
 from rightrank.runs.returns import Selected
 from rightrank.runs.start import open_selection
 from rightrank.schema.decision import Decision
 from rightrank.schema.errors import SettingsError
-from rightrank.schema.events import DataSummary, Observer, RunStarted
+from rightrank.schema.events import DataSummary, RunStarted
 from rightrank.schema.metrics import direction, unknown_direction
 from rightrank.schema.settings import Goal, SelectSettings, make_settings, profile_named, with_identity_of
 from rightrank.schema.trials import content_hash
@@ -72,7 +73,7 @@ class Trainer:
     evaluate: Call | None = None  # of an adapter in a task's folder; None: the first question is not asked
 
 
-def select_custom(request: CustomRequest, trainer: Trainer, folder: RunFolder, observer: Observer) -> Selected:
+def select_custom(request: CustomRequest, trainer: Trainer, folder: RunFolder, hooks: Hooks) -> Selected:
     """Run the selection, and hand over what the trainer saved."""
     with folder.locked(), report_disk_errors(folder.path):
         started = _run_started(request, trainer.train, folder)
@@ -86,14 +87,14 @@ def select_custom(request: CustomRequest, trainer: Trainer, folder: RunFolder, o
         strategy = strategy_in(request.settings.strategy, space)
         options = LoopOptions(request.settings.goal, "give another range of learning rates, and a new out")
         selection, trackers = open_selection(
-            folder, started, request.steps, strategy, options, request.report_to, observer
+            folder, started, request.steps, strategy, options, request.report_to, hooks
         )
         executor = CustomExecutor(
             trainer.call,
             Measure(request.metric, request.higher_is_better, collapse_drop(request)),
             selection.records.finished(),
             folder.trial_adapter,
-            selection.observer,
+            selection.listener,
             trainer.workers,
             trainer.evaluate,
         )
@@ -107,7 +108,9 @@ def select_custom(request: CustomRequest, trainer: Trainer, folder: RunFolder, o
         with selection.faults.kept("the answer"):
             found = answers(selection.records, decision, request.settings.goal)
         selection.faults.require_none(folder.path)
-        return Selected(decision, folder.path, adapter, folder.report, found)
+        selected = Selected(decision, folder.path, adapter, folder.report, found)
+        hooks.on_end(selected)
+        return selected
 
 
 def judged_decision(

@@ -41,12 +41,12 @@ def executor_of(request: Request, prepared: Prepared, selection: Selection) -> I
     """
     if request.settings.executor == "local":
         largest = prepared.planned.max_adapters_per_pass if prepared.planned else None
-        yield LocalExecutor(prepared.runtime, selection.folder, selection.observer, largest)
+        yield LocalExecutor(prepared.runtime, selection.folder, selection.listener, largest)
         return
     job = _job_of(request, prepared, selection)
     with (
         offloaded_base(prepared.runtime),
-        open_pool(request.settings, [job], selection.folder.path, _needs_of(prepared), selection.observer) as pool,
+        open_pool(request.settings, [job], selection.folder.path, _needs_of(prepared), selection.listener) as pool,
     ):
         yield PoolExecutor(pool, ONLY_JOB)
 

@@ -6,25 +6,25 @@ from dataclasses import replace
 
 from rightrank.runs.finish import finalize, finalize_adapter
 from rightrank.runs.folder import RunFolder
+from rightrank.runs.hook import Hooks
 from rightrank.runs.places import executor_of
 from rightrank.runs.prepare import Bases, Request
 from rightrank.runs.returns import Selected
 from rightrank.runs.start import PreparedSelection, prepare_selection
 from rightrank.schema.decision import AdapterAnswer
-from rightrank.schema.events import Observer
 from rightrank.schema.settings import SelectSettings
 
 MAX_EXTENSIONS = 3
 
 
-def select(request: Request, folder: RunFolder, observer: Observer) -> Selected:
+def select(request: Request, folder: RunFolder, hooks: Hooks) -> Selected:
     """Load, plan, train, decide and hand over; an unfinished run in `folder` is resumed.
 
     Where the settings ask for it, the run continues with the next rank or learning rate as long as the answer is rising or at
     the edge, and memory and budget allow.
     """
     bases: Bases = {}
-    prepared = prepare_selection(request, folder, observer, bases)
+    prepared = prepare_selection(request, folder, hooks, bases)
     selected = run_selection(prepared)
     for _ in range(MAX_EXTENSIONS if request.settings.extends else 0):
         settings = prepared.prepared.settings
@@ -32,13 +32,14 @@ def select(request: Request, folder: RunFolder, observer: Observer) -> Selected:
         if further is None:
             break
         before = selected.trainings
-        prepared = prepare_selection(replace(request, settings=further), folder, observer, bases)
+        prepared = prepare_selection(replace(request, settings=further), folder, hooks, bases)
         if set(prepared.prepared.settings.ranks) == set(settings.ranks) and further.ranks != settings.ranks:
             break  # the next rank does not fit the memory
-        observer.notice(f"extending: {selected.decision.sentence} {_what(settings, further)}")
+        hooks.notice(f"extending: {selected.decision.sentence} {_what(settings, further)}")
         selected = run_selection(prepared)
         if selected.trainings == before:
             break  # the budget is spent
+    hooks.on_end(selected)
     return selected
 
 

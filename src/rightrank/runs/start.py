@@ -22,11 +22,12 @@ from rightrank.hooks.trackers import Trackers, require_trackers
 from rightrank.plugins.plan.table import selection_lines
 from rightrank.report.tables import labels_line, memory_lines, precision_lines
 from rightrank.runs.folder import RunFolder, run_store
+from rightrank.runs.hook import Hooks
 from rightrank.runs.loop import LoopOptions, Selection
 from rightrank.runs.places import require_placeable
 from rightrank.runs.prepare import Bases, Prepared, Request, prepare, resuming
 from rightrank.runs.rescoring import rescore
-from rightrank.schema.events import Observer, RunStarted
+from rightrank.schema.events import RunResumed, RunStarted, SelectionPlanned, TimeExpected
 from rightrank.schema.results import SelectionCost
 from rightrank.search.protocol import Strategy
 from rightrank.search.strategies import make_strategy
@@ -40,12 +41,12 @@ class PreparedSelection:
     selection: Selection
     estimate: SelectionCost | None  # None: this device has no measurement to estimate from
     trackers: Trackers
-    observer: Observer
+    hooks: Hooks
     guards: list[GuardData] = field(default_factory=list)
 
 
 def prepare_selection(
-    request: Request, folder: RunFolder, observer: Observer, bases: Bases | None = None
+    request: Request, folder: RunFolder, hooks: Hooks, bases: Bases | None = None
 ) -> PreparedSelection:
     """Load data and base, open the journal, and report what the selection will cost.
 
@@ -54,28 +55,27 @@ def prepare_selection(
     make_strategy(request.settings, request.settings.max_steps or 1)  # refuses a wrong name before anything is loaded
     require_placeable(request)
     require_trackers(request.settings.report_to)
-    journal = folder.journal.read(observer.notice)
+    journal = folder.journal.read(hooks.notice)
     request = resuming(request, journal)
     waiting: list[str] = []  # a request that can't be used is refused in one line
     prepared = prepare(request, folder.cache, waiting.append, bases)
     guards = load_guards(prepared.settings, prepared.runtime.loaded, prepared.started.data.classes)
     for line in waiting:
-        observer.notice(line)
+        hooks.notice(line)
     if request.settings.store:
         folder.store = run_store(request.settings.store, prepared.started.fingerprint)
+    hooks.on_prepared(prepared)
     strategy = strategy_of(prepared)
     goal = prepared.settings.goal
     options = LoopOptions(goal, peak_of=prepared.planned.peak_of) if prepared.planned else LoopOptions(goal)
     report_to = request.settings.report_to
-    selection, trackers = open_selection(
-        folder, prepared.started, prepared.steps, strategy, options, report_to, observer
-    )
-    rescore(folder, selection.records, prepared.runtime, observer.notice)
-    cost = _announce(prepared, strategy, selection, observer)
-    return PreparedSelection(request, prepared, selection, cost, trackers, observer, guards)
+    selection, trackers = open_selection(folder, prepared.started, prepared.steps, strategy, options, report_to, hooks)
+    rescore(folder, selection.records, prepared.runtime, hooks.notice)
+    cost = _announce(prepared, strategy, selection, hooks)
+    return PreparedSelection(request, prepared, selection, cost, trackers, hooks, guards)
 
 
-def _announce(prepared: Prepared, strategy: Strategy, selection: Selection, observer: Observer) -> SelectionCost | None:
+def _announce(prepared: Prepared, strategy: Strategy, selection: Selection, hooks: Hooks) -> SelectionCost | None:
     """Say what the selection will cost and find; its cost, or None where this device has no measurement."""
     measured = measured_speed(prepared) if _is_worth_measuring(prepared, selection) else None
     speed = None if measured is None else measured.speed
@@ -83,13 +83,13 @@ def _announce(prepared: Prepared, strategy: Strategy, selection: Selection, obse
     cost_lines = selection_lines(cost) if cost and not measured else [cost_line(strategy, prepared.steps)]
     if cost is not None and measured is not None:
         cost_lines.append(time_line(cost, measured, prepared.settings.budget_hours))
-        observer.on_time(cost.expected.seconds or 0.0)
+        hooks.on_event(TimeExpected(expected_seconds=cost.expected.seconds or 0.0))
     found = preflight_of(prepared, strategy, speed)
     first = [labels_line(found), *memory_lines(found), *cost_lines, *precision_lines(found)]
     for line in [*first, *kind_lines(prepared), *adapter_lines(prepared)]:
-        observer.notice(line)
+        hooks.notice(line)
     if end_metrics(prepared.settings):
-        observer.notice(answers_line(prepared.settings, prepared.started))
+        hooks.notice(answers_line(prepared.settings, prepared.started))
     return cost
 
 
@@ -105,16 +105,23 @@ def open_selection(
     strategy: Strategy,
     options: LoopOptions,
     report_to: Sequence[str],
-    observer: Observer,
+    hooks: Hooks,
 ) -> tuple[Selection, Trackers]:
-    """Open the journal, and report the plan and the trials that ended before to observer and trackers."""
-    trackers = Trackers(report_to, folder.path, started, observer.notice)
-    selection = Selection(folder, started, strategy, trackers.attached_to(observer), options)
+    """Open the journal, and report the plan and the trials that ended before to hooks and trackers."""
+    trackers = Trackers(report_to, folder.path, started, hooks.notice)
+    selection = Selection(folder, started, strategy, Hooks([hooks, trackers]), options)
     trackers.catch_up(selection.records.outcomes)
     folder.write_config(started.settings)
-    observer.on_plan(started, strategy.expected_arms(), steps)
-    observer.on_cost(strategy.cost().expected)
-    observer.on_cost_limit(strategy.cost().maximum)
+    cost = strategy.cost()
+    hooks.on_event(
+        SelectionPlanned(
+            started=started,
+            expected_trials=strategy.expected_arms(),
+            steps=steps,
+            expected_trainings=cost.expected,
+            trainings_at_most=cost.maximum,
+        )
+    )
     if selection.records.outcomes:
-        observer.on_resume(selection.records.outcomes)
+        hooks.on_event(RunResumed(outcomes=selection.records.outcomes))
     return selection, trackers

@@ -1,9 +1,7 @@
-"""The records of a run's journal, and the events that an observer receives."""
+"""The records of a run's journal, and the events of a running selection: the records, and what only a viewer needs."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Annotated, Literal, TypeAlias
 
 from pydantic import Field, JsonValue, TypeAdapter, field_validator
@@ -22,43 +20,6 @@ from rightrank.schema.trials import (
     TrialStarted,
     Whole,
 )
-
-
-@dataclass(frozen=True, slots=True)
-class Observer:
-    """Callbacks of a running selection; each one that is left out does nothing.
-
-    All callbacks run on the thread that calls `select_rank`, so a slow one slows the selection down. An exception
-    that a callback raises ends the selection; what has finished stays in the journal.
-
-    Example::
-
-        select_rank(model, data, "run", watching=Observer(notice=print, should_stop=lambda: time.time() > deadline))
-    """
-
-    on_event: Callable[[RunEvent], None] = lambda _: None
-    """Receives each step, each trial that starts and each trial that ends."""
-
-    on_plan: Callable[[RunStarted, int, int], None] = lambda _started, _arms, _steps: None
-    """Receives the run's start, the expected number of arms and the steps of each, once before the first trial."""
-
-    on_resume: Callable[[Sequence[TrialOutcome]], None] = lambda _: None
-    """Receives the outcomes of the trials that ended before this process started, if there are any."""
-
-    notice: Callable[[str], None] = lambda _: None
-    """Receives one line for a person."""
-
-    should_stop: Callable[[], bool] = lambda: False
-    """Is asked after each step; on True every running trial writes a checkpoint and `InterruptedRun` is raised."""
-
-    on_cost: Callable[[float], None] = lambda _: None
-    """Receives the expected cost in whole trainings, once before the first trial."""
-
-    on_time: Callable[[float], None] = lambda _: None
-    """Receives the expected seconds, once before the first trial, where they are known by then."""
-
-    on_cost_limit: Callable[[float], None] = lambda _: None
-    """Receives the largest cost in whole trainings that the strategy can have, once before the first trial."""
 
 
 class GuardEvaluated(Record):
@@ -289,8 +250,37 @@ JournalRecord: TypeAlias = Annotated[
 JOURNAL_RECORD: TypeAdapter[JournalRecord] = TypeAdapter(JournalRecord)
 
 
+class SelectionPlanned(Record):
+    """What the selection will train at most and is expected to; sent once, before the first trial."""
+
+    started: RunStarted
+    expected_trials: Whole
+    steps: Whole  # optimizer steps of a whole training; 0: a custom trainer's own number
+    expected_trainings: float  # whole trainings
+    trainings_at_most: float
+
+
+class TimeExpected(Record):
+    """The expected time of the selection, where it is known before the first trial."""
+
+    expected_seconds: float
+
+
+class RunResumed(Record):
+    """The outcomes of the trials that ended before this process began; sent once, if there are any."""
+
+    outcomes: list[TrialOutcome]
+
+
+class Notice(Record):
+    """A line for a person."""
+
+    type: Literal["notice"] = "notice"
+    text: str
+
+
 class StepDone(Record):
-    """Progress of a running trial; not part of the journal."""
+    """Progress of a running trial."""
 
     trial_id: str
     step: Whole
@@ -307,14 +297,15 @@ class Preparing(Record):
     seconds: float
 
 
-RunEvent: TypeAlias = (
-    Preparing
-    | StepDone
-    | TrialStarted
-    | TrialLook
-    | TrialFinished
-    | TrialCollapsed
-    | TrialDiverged
-    | TrialFailed
-    | DecisionRecorded
-)
+Event: TypeAlias = JournalRecord | SelectionPlanned | TimeExpected | RunResumed | Notice | StepDone | Preparing
+
+
+class Listener:
+    """Receives what happens while trials run, and may ask them to stop. A base class: its methods do nothing."""
+
+    def on_event(self, event: Event) -> None:
+        """Called with each event, on the thread that runs the selection: a slow listener slows it down."""
+
+    def should_stop(self) -> bool:
+        """Asked after each step; on True every running trial writes a checkpoint, and `InterruptedRun` is raised."""
+        return False

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from rightrank.schema.errors import RunError
-from rightrank.schema.events import Certified, Observer
+from rightrank.schema.events import Certified, Listener
 from rightrank.schema.trials import Trial, TrialFinished
 from rightrank.train.adapter import TrialFolders
 from rightrank.train.loop import run_trial
@@ -25,7 +25,7 @@ def certify(
     trial: TrialFinished,
     adapter: Path,
     scratch: Path,
-    observer: Observer,
+    listener: Listener,
     seed_difference: float | None,
 ) -> Certified:
     """Train the arm of `trial` again, alone and from its start, and return the differences.
@@ -37,11 +37,11 @@ def certify(
 
     Raises:
         RunError: the repeated training ended without a result.
-        InterruptedRun: the observer asked to stop; a checkpoint was written.
+        InterruptedRun: the listener asked to stop; a checkpoint was written.
     """
     arm = trial.arm.model_copy(update={"continue_from": None})
     folders = TrialFolders(scratch / f"{trial.trial_id}.safetensors", scratch / trial.trial_id)
-    again = run_trial(runtime, Trial(trial_id=trial.trial_id, arm=arm), None, folders, observer)
+    again = run_trial(runtime, Trial(trial_id=trial.trial_id, arm=arm), None, folders, listener)
     if not isinstance(again, TrialFinished):
         raise RunError(f"{arm.label()} ended without a result when trained again alone: {again.reason}")
     step, run = largest_differences(trial.train_losses, again.train_losses)

@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 
 from rightrank.schema.errors import InterruptedRun, MetricError, first_line
-from rightrank.schema.events import Observer
+from rightrank.schema.events import Listener, Notice
 from rightrank.schema.trials import Trial, TrialFailed, TrialFinished, TrialOutcome, TrialStarted
 from rightrank.train.adapter import TrialFolders
 from rightrank.train.covariances import ensure_moments
@@ -100,10 +100,10 @@ Folders = Callable[[Trial], TrialFolders]
 
 
 def run_trial(
-    runtime: Runtime, trial: Trial, base_loss: float | None, folders: TrialFolders, observer: Observer
+    runtime: Runtime, trial: Trial, base_loss: float | None, folders: TrialFolders, listener: Listener
 ) -> TrialOutcome:
     """Train one trial alone, or evaluate the base for rank 0; see `train_trials`."""
-    return next(train_trials(runtime, [trial], base_loss, lambda _: folders, observer))
+    return next(train_trials(runtime, [trial], base_loss, lambda _: folders, listener))
 
 
 def train_trials(
@@ -111,7 +111,7 @@ def train_trials(
     trials: Sequence[Trial],
     base_loss: float | None,
     folders: Folders,
-    observer: Observer,
+    listener: Listener,
     adapters_per_pass: int = 1,
 ) -> Iterator[TrialOutcome]:
     """Yield outcomes in the order in which the trials end, after saving the adapter of each finished one.
@@ -124,22 +124,22 @@ def train_trials(
         adapters_per_pass: the largest number of adapters in one pass.
 
     Raises:
-        InterruptedRun: the observer asked to stop; checkpoints were written.
+        InterruptedRun: the listener asked to stop; checkpoints were written.
         MetricError: the deciding metric gave no score.
     """
     for trial in trials:
         if trial.arm.rank == 0:
-            observer.on_event(started(trial))
+            listener.on_event(started(trial))
             yield evaluate_base(runtime, trial, folders(trial))
     trained = [trial for trial in trials if trial.arm.rank > 0]
     for trial in trained:
         found = folders(trial)
         if found.truncate_from is not None and found.moments is not None:
             for notice in ensure_moments(runtime, trial.arm, found.truncate_from, found.moments):
-                observer.notice(notice)
+                listener.on_event(Notice(text=notice))
     if trained:
         with MultiLora(runtime.model, runtime.settings) as multi_lora, runtime.recomputing():
-            yield from _TrainingLoop(runtime, multi_lora, base_loss, folders, observer, adapters_per_pass).run(trained)
+            yield from _TrainingLoop(runtime, multi_lora, base_loss, folders, listener, adapters_per_pass).run(trained)
 
 
 def evaluate_base(runtime: Runtime, trial: Trial, folders: TrialFolders) -> TrialFinished:
@@ -167,7 +167,7 @@ class _TrainingLoop:
         multi_lora: MultiLora,
         base_loss: float | None,
         folders: Folders,
-        observer: Observer,
+        listener: Listener,
         adapters_per_pass: int,
     ) -> None:
         self._runtime = runtime
@@ -175,7 +175,7 @@ class _TrainingLoop:
         self._multi_lora = multi_lora
         self._base_loss = base_loss
         self._folders = folders
-        self._observer = observer
+        self._listener = listener
         self._limit = adapters_per_pass
         self._waiting: deque[Trial] = deque()
         self._running: list[ArmTraining] = []
@@ -205,7 +205,7 @@ class _TrainingLoop:
         while self._waiting and len(self._running) < self._limit:
             trial = self._waiting.popleft()
             if trial.trial_id not in self._started:
-                self._observer.on_event(started(trial))
+                self._listener.on_event(started(trial))
                 self._started.add(trial.trial_id)
             try:
                 self._running.append(self._add(trial))
@@ -228,7 +228,7 @@ class _TrainingLoop:
 
     def _add(self, trial: Trial) -> ArmTraining:
         return ArmTraining(
-            self._runtime, trial, self._multi_lora, self._base_loss, self._folders(trial), self._observer
+            self._runtime, trial, self._multi_lora, self._base_loss, self._folders(trial), self._listener
         )
 
     def _step(self) -> Iterator[TrialOutcome]:
@@ -257,7 +257,7 @@ class _TrainingLoop:
         if trial.trial_id in self._retried:
             return False
         self._retried.add(trial.trial_id)
-        self._observer.notice(f"{trial.arm.label()} ran out of memory on {self._device}: retrying once")
+        self._listener.on_event(Notice(text=f"{trial.arm.label()} ran out of memory on {self._device}: retrying once"))
         return True
 
     def _end(self, ended: Ended) -> Iterator[TrialOutcome]:
@@ -277,7 +277,9 @@ class _TrainingLoop:
 
     def _reduce_limit(self, limit: int, tried: int) -> None:
         self._limit = limit
-        self._observer.notice(f"{tried} adapters per pass ran out of memory on {self._device}: continuing with {limit}")
+        self._listener.on_event(
+            Notice(text=f"{tried} adapters per pass ran out of memory on {self._device}: continuing with {limit}")
+        )
 
     def _finish_done(self, memory: PeakMemory) -> Iterator[TrialFinished]:
         for training in [training for training in self._running if training.is_done]:
@@ -297,7 +299,7 @@ class _TrainingLoop:
 
     def _checkpoint_due(self) -> None:
         """Write the checkpoints that are due; when asked to stop, write all and raise."""
-        stopping = bool(self._running) and self._observer.should_stop()
+        stopping = bool(self._running) and self._listener.should_stop()
         for training in self._running:
             if stopping or training.is_checkpoint_due:
                 training.save()

@@ -17,7 +17,7 @@ import torch
 from peft import set_peft_model_state_dict
 
 from rightrank.models.adapter_files import save_adapter
-from rightrank.schema.events import Observer, StepDone
+from rightrank.schema.events import Listener, StepDone
 from rightrank.schema.trials import Arm, EvalPoint, Trial, TrialDiverged, TrialFinished
 from rightrank.train.adapter import RunningMean, TrialFolders, truncate, truncation_method
 from rightrank.train.batches import Batch
@@ -135,7 +135,7 @@ class ArmTraining:
         multi_lora: MultiLora,
         base_loss: float | None,
         folders: TrialFolders,
-        observer: Observer,
+        listener: Listener,
     ) -> None:
         self._runtime = runtime
         self.trial = trial
@@ -143,7 +143,7 @@ class ArmTraining:
         self._multi_lora = multi_lora
         self._base_loss = base_loss
         self._folders = folders
-        self._observer = observer
+        self._listener = listener
         self._settings = runtime.settings
         config = runtime.arm_targets.config(trial.arm)
         self._truncated = truncate(folders, trial.arm, runtime.settings.scaling, config)
@@ -218,7 +218,7 @@ class ArmTraining:
             raise Diverged(self.trial, progress.step, f"training loss is {loss}")
         recent = progress.train_losses[-DIVERGENCE_WINDOW:]
         self._compare_with_base(sum(recent) / len(recent), "training", len(recent) == DIVERGENCE_WINDOW)
-        self._observer.on_event(
+        self._listener.on_event(
             StepDone(
                 trial_id=self.trial.trial_id,
                 step=progress.step,

@@ -9,11 +9,12 @@ from pathlib import Path
 import psutil
 import pytest
 
-from rightrank import Observer, make_settings, select_rank
+from rightrank import make_settings, select_rank
 from rightrank.schema.errors import SettingsError
-from rightrank.schema.events import RunEvent, StepDone
+from rightrank.schema.events import Event, StepDone
 from tests.plugins.cluster.runs import STEPS, require_same
 from tests.tiny import small_settings
+from tests.watch import Watch
 
 
 def workers_here() -> list[psutil.Process]:
@@ -27,7 +28,7 @@ def test_two_processes_share_an_arm_though_one_is_killed(
     killed: list[int] = []
     listening: set[str] = set()
 
-    def kill_the_second(event: RunEvent) -> None:
+    def kill_the_second(event: Event) -> None:
         if isinstance(event, StepDone) and not killed:
             workers = workers_here()
             assert len(workers) == 2
@@ -38,8 +39,8 @@ def test_two_processes_share_an_arm_though_one_is_killed(
 
     notices: list[str] = []
     settings = small_settings(**STEPS, executor="processes", workers=1, devices_per_arm=2)
-    watching = Observer(on_event=kill_the_second, notice=notices.append)
-    select_rank(str(model_folder), completion_file, tmp_path / "run", settings=settings, watching=watching)
+    watching = Watch(on_event=kill_the_second, notice=notices.append)
+    select_rank(str(model_folder), completion_file, tmp_path / "run", settings=settings, callbacks=[watching])
     assert killed
     require_same(tmp_path / "run", alone)
     assert any("worker-1 was lost: killed by signal 9" in notice for notice in notices)

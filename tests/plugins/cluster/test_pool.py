@@ -20,8 +20,9 @@ from rightrank.plugins.cluster.pool import (
     WorkerMessage,
 )
 from rightrank.schema.errors import InputError, InterruptedRun, RunError
-from rightrank.schema.events import Observer
+from rightrank.schema.events import Listener
 from rightrank.schema.trials import Arm, Trial, TrialFailed, TrialFinished
+from tests.watch import Watch
 
 pytestmark = pytest.mark.trains
 
@@ -31,7 +32,7 @@ def trials(count: int) -> list[Trial]:
     return [Trial(trial_id=f"trial-{n:03}", arm=arm) for n, arm in enumerate(arms)]
 
 
-def make_pool(crew: SimulatedCrew, workers: int = 2, observer: Observer | None = None, task_trials: int = 1) -> Pool:
+def make_pool(crew: SimulatedCrew, workers: int = 2, observer: Listener | None = None, task_trials: int = 1) -> Pool:
     return Pool(
         crew, PoolOptions(workers, VERSIONS, TOKEN, task_trials, hang_seconds=100.0), observer, clock=crew.clock
     )
@@ -61,7 +62,7 @@ def test_a_task_holds_as_many_trials_as_its_share() -> None:
 def test_a_lost_worker_s_trials_go_to_others() -> None:
     notices: list[str] = []
     crew = SimulatedCrew(Pace(trial=lambda *_: 10.0), ends_at=lambda worker: 5.0 if worker == "worker-1" else None)
-    found = ended(make_pool(crew, observer=Observer(notice=notices.append)), trials(6))
+    found = ended(make_pool(crew, observer=Watch(notice=notices.append)), trials(6))
     assert sorted(found) == [trial.trial_id for trial in trials(6)]
     assert notices == ["worker-1 was lost: killed by signal 9"]
     assert Counter(crew.trained)[crew.trained[0]] == 2
@@ -136,7 +137,7 @@ def test_each_trial_ends_once_whatever_happens(
 
 def test_a_stop_request_ends_the_workers_and_keeps_what_ends_meanwhile() -> None:
     crew = SimulatedCrew(Pace(trial=lambda *_: 10.0))
-    pool = make_pool(crew, observer=Observer(should_stop=lambda: crew.now > 15))
+    pool = make_pool(crew, observer=Watch(should_stop=lambda: crew.now > 15))
     found: list[str] = []
     with pytest.raises(InterruptedRun, match="stopped with 4 trainings to do"):
         found.extend(outcome.trial_id for outcome in PoolExecutor(pool, "job").run(trials(6), None))

@@ -10,12 +10,13 @@ from typing import Any
 import psutil
 import pytest
 
-from rightrank import Observer, TrialTask, select_rank, select_rank_with
+from rightrank import TrialTask, select_rank, select_rank_with
 from rightrank.runs.journal import Journal
-from rightrank.schema.events import RunEvent, StepDone
+from rightrank.schema.events import Event, StepDone
 from rightrank.schema.trials import TrialDiverged, TrialFinished, TrialLook
 from tests.plugins.cluster.runs import STEPS, decision_of, require_same, values_of
 from tests.tiny import small_settings
+from tests.watch import Watch
 
 pytestmark = pytest.mark.trains
 
@@ -41,14 +42,14 @@ def test_a_node_leaves_and_the_decision_is_that_of_one_process(
     nodes = [cluster.add_node(num_cpus=cpus, object_store_memory=80 * 2**20) for cpus in (1, 2)]
     removed: list[str] = []
 
-    def take_a_node(event: RunEvent) -> None:
+    def take_a_node(event: Event) -> None:
         if isinstance(event, TrialFinished) and not removed:
             removed.append(event.trial_id)
             cluster.remove_node(nodes[0])
 
     settings = small_settings(**STEPS, executor="ray", ray_address=cluster.address, workers=3)
     select_rank(
-        str(model_folder), completion_file, tmp_path / "run", settings=settings, watching=Observer(on_event=take_a_node)
+        str(model_folder), completion_file, tmp_path / "run", settings=settings, callbacks=[Watch(on_event=take_a_node)]
     )
     assert removed
     assert decision_of(tmp_path / "run") == decision_of(alone)
@@ -64,7 +65,7 @@ def test_two_actors_share_an_arm_though_one_is_killed(
     killed: list[int] = []
     notices: list[str] = []
 
-    def kill_one(event: RunEvent) -> None:
+    def kill_one(event: Event) -> None:
         if isinstance(event, StepDone) and not killed:
             actors = [one for one in psutil.Process().children(recursive=True) if "ray::RayWorker" in one.name()]
             assert len(actors) == 2
@@ -72,8 +73,8 @@ def test_two_actors_share_an_arm_though_one_is_killed(
             actors[-1].kill()
 
     settings = small_settings(**STEPS, executor="ray", ray_address=cluster.address, workers=1, devices_per_arm=2)
-    watching = Observer(on_event=kill_one, notice=notices.append)
-    select_rank(str(model_folder), completion_file, tmp_path / "run", settings=settings, watching=watching)
+    watching = Watch(on_event=kill_one, notice=notices.append)
+    select_rank(str(model_folder), completion_file, tmp_path / "run", settings=settings, callbacks=[watching])
     assert killed
     assert any("worker-1 was lost" in notice for notice in notices)
     require_same(tmp_path / "run", alone)

@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 
-from rightrank import Observer, make_settings, select_rank
+from rightrank import make_settings, select_rank
 from rightrank.plugins.cluster import factory as pool_factory
 from rightrank.plugins.cluster.pool import Task, WorkerLost, WorkerMessage, WorkerSetup
 from rightrank.plugins.cluster.worker import Worker
 from rightrank.runs.folder import RunFolder, Store, run_store
 from rightrank.schema.errors import MissingExtraError, RunError, SettingsError
+from rightrank.schema.events import Listener
 from tests.plugins.cluster.runs import decision_of, values_of
 from tests.tiny import small_settings
 
@@ -179,4 +180,4 @@ def test_a_missing_store_ends_the_run_before_it_starts(
     (tmp_path / "share").write_text("a file where a folder should be")
     settings = small_settings(executor="processes", workers=1, store=f"file://{tmp_path}/share/runs")
     with pytest.raises(RunError, match=r"can't write \.share-\w+ to the store file://.*"):
-        select_rank(str(model_folder), completion_file, tmp_path / "run", settings=settings, watching=Observer())
+        select_rank(str(model_folder), completion_file, tmp_path / "run", settings=settings, callbacks=[Listener()])

@@ -13,15 +13,16 @@ from typing import Any
 import psutil
 import pytest
 
-from rightrank import Observer, make_settings, select_rank
+from rightrank import make_settings, select_rank
 from rightrank.plugins.cluster.pool import WORKER_MESSAGE, Ready, Stop, WorkerSetup
 from rightrank.plugins.cluster.processes import ProcessCrew
 from rightrank.plugins.cluster.ray_cluster import connected, resources, share_of
 from rightrank.plugins.cluster.worker import serve, versions
 from rightrank.schema.errors import InputError, MissingExtraError, RunError, SettingsError
-from rightrank.schema.events import RunEvent, StepDone
+from rightrank.schema.events import Event, StepDone
 from tests.plugins.cluster.runs import STEPS, decision_of, values_of
 from tests.tiny import small_settings
+from tests.watch import Watch
 
 
 def test_processes_come_to_the_same_decision_though_one_is_killed(
@@ -29,7 +30,7 @@ def test_processes_come_to_the_same_decision_though_one_is_killed(
 ) -> None:
     killed: list[int] = []
 
-    def kill_once(event: RunEvent) -> None:
+    def kill_once(event: Event) -> None:
         if isinstance(event, StepDone) and not killed:
             workers = [
                 child for child in psutil.Process().children() if "rightrank.plugins.cluster.worker" in child.cmdline()
@@ -39,8 +40,8 @@ def test_processes_come_to_the_same_decision_though_one_is_killed(
 
     notices: list[str] = []
     settings = small_settings(**STEPS, executor="processes", workers=2, launcher="nice -n 1")
-    watching = Observer(on_event=kill_once, notice=notices.append)
-    select_rank(str(model_folder), completion_file, tmp_path / "run", settings=settings, watching=watching)
+    watching = Watch(on_event=kill_once, notice=notices.append)
+    select_rank(str(model_folder), completion_file, tmp_path / "run", settings=settings, callbacks=[watching])
     assert decision_of(tmp_path / "run") == decision_of(alone)
     assert values_of(tmp_path / "run") == values_of(alone)
     assert any("killed by signal 9" in notice for notice in notices)

@@ -13,9 +13,9 @@ from rightrank.plugins.plan.estimate import Estimator
 from rightrank.plugins.plan.selection import _plan_settings, plan_selection, ranks_for_data
 from rightrank.runs.journal import Journal
 from rightrank.schema.errors import SettingsError
-from rightrank.schema.events import Observer
 from rightrank.schema.trials import TrialFinished
 from tests.tiny import sentences, small_settings, tiny_llama_config, write_jsonl
+from tests.watch import Watch
 
 pytestmark = pytest.mark.trains
 
@@ -73,7 +73,7 @@ def test_where_only_the_lowest_rank_fits_the_next_one_is_named(
             completion_file,
             tmp_path / "run",
             settings=settings,
-            watching=Observer(notice=notices.append),
+            callbacks=[Watch(notice=notices.append)],
         )
     assert not any(line.startswith("top rank") for line in notices)
 
@@ -241,7 +241,7 @@ def test_a_calibrated_device_has_an_estimate_that_is_compared_at_the_end(
         completion_file,
         tmp_path / "run",
         settings=settings,
-        watching=Observer(notice=notices.append),
+        callbacks=[Watch(notice=notices.append)],
     )
     printed = " | ".join(notices)
     assert "selection by grid: 2 trainings of 2 steps" in printed or "selection by grid: about 2 trainings" in printed

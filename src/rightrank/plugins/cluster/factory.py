@@ -20,7 +20,7 @@ from rightrank.plugins.cluster.worker import versions
 from rightrank.runs.executor import Executor
 from rightrank.runs.folder import RunFolder, Store
 from rightrank.schema.errors import InterruptedRun, SettingsError
-from rightrank.schema.events import Observer
+from rightrank.schema.events import Listener
 from rightrank.schema.settings import SelectSettings
 from rightrank.schema.trials import Trial, TrialOutcome
 from rightrank.train.distributed import process_index
@@ -122,12 +122,12 @@ def open_pool(
     jobs: Sequence[Job],
     folder: Path,
     needs: WorkerNeeds,
-    observer: Observer,
-    job_observers: Mapping[str, Observer] | None = None,
+    listener: Listener,
+    job_listeners: Mapping[str, Listener] | None = None,
 ) -> Iterator[Pool]:
     """A pool of workers for `jobs`, whose run folders are `folder` itself or inside it. Workers start on demand.
 
-    `observer` receives what concerns all jobs, and the events of those that `job_observers` does not name.
+    `listener` receives what concerns all jobs, and the events of those that `job_listeners` does not name.
 
     Raises:
         SettingsError: no number of workers, or fewer CUDA devices than `devices_per_arm`.
@@ -140,7 +140,7 @@ def open_pool(
         setup = WorkerSetup(jobs=list(jobs), working_folder=Path.cwd(), share=share, probe=name)
         crew, workers = _crew(settings, setup, folder, needs)
         options = PoolOptions(workers, versions(), token, _task_trials(settings, needs), settings.hang_seconds)
-        pool = Pool(crew, options, observer, job_observers)
+        pool = Pool(crew, options, listener, job_listeners)
         try:
             yield pool
         finally:

@@ -16,7 +16,7 @@ from typing import Annotated, Literal, Protocol, TypeAlias
 from pydantic import Field, JsonValue, TypeAdapter
 
 from rightrank.schema.errors import InputError, InterruptedRun, RunError
-from rightrank.schema.events import Observer, Preparing, StepDone
+from rightrank.schema.events import Listener, Notice, Preparing, StepDone
 from rightrank.schema.trials import (
     Record,
     Trial,
@@ -174,13 +174,6 @@ class Refused(Record):
     exit_status: int
 
 
-class Notice(Record):
-    """A line for the user."""
-
-    type: Literal["notice"] = "notice"
-    text: str
-
-
 class Step(Record):
     """Progress, and the sign that the worker is alive."""
 
@@ -243,14 +236,14 @@ class Pool:
         self,
         crew: Crew,
         options: PoolOptions,
-        observer: Observer | None = None,
-        job_observers: Mapping[str, Observer] | None = None,
+        listener: Listener | None = None,
+        job_listeners: Mapping[str, Listener] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._crew = crew
         self._options = options
-        self._observer = observer or Observer()
-        self._job_observers = job_observers or {}  # of the events of one job, where they differ
+        self._listener = listener or Listener()
+        self._job_listeners = job_listeners or {}  # of the events of one job, where they differ
         self._clock = clock
         self._workers: dict[str, _WorkerState] = {}
         self._idle: list[str] = []
@@ -293,7 +286,7 @@ class Pool:
                 self._assign_tasks()
                 yield from self._read_messages()
                 yield from self._replace_hung_workers()
-                if self._observer.should_stop():
+                if self._listener.should_stop():
                     yield from self._stop_workers()
                     raise InterruptedRun(f"stopped with {sum(map(len, self._unfinished.values()))} trainings to do")
         finally:
@@ -373,18 +366,18 @@ class Pool:
                 if worker.is_stepping:
                     worker.longest_silence = max(worker.longest_silence, now - before)
                 worker.is_stepping = True
-                self._observer_of(worker).on_event(message.event)
+                self._listener_of(worker).on_event(message.event)
             case Notice():
-                self._observer.notice(message.text)
+                self._listener.on_event(message)
             case TrialStarted():
                 if worker.task is not None and message.trial_id in worker.remaining:
-                    self._observer_of(worker).on_event(message)
+                    self._listener_of(worker).on_event(message)
             case _:
                 if worker.task is not None and worker.remaining.pop(message.trial_id, None) is not None:
                     yield from self._resolve(worker.task.job, message)
 
-    def _observer_of(self, worker: _WorkerState) -> Observer:
-        return self._observer if worker.task is None else self._job_observers.get(worker.task.job, self._observer)
+    def _listener_of(self, worker: _WorkerState) -> Listener:
+        return self._listener if worker.task is None else self._job_listeners.get(worker.task.job, self._listener)
 
     def _admit(self, name: str, worker: _WorkerState, ready: Ready) -> None:
         """Accept a worker that has the driver's versions and sees the driver's files."""
@@ -418,7 +411,7 @@ class Pool:
             self._failed_starts += 1
             if not self._any_was_ready and self._failed_starts > self._options.workers:
                 raise RunError(f"no worker could start (the last: {lost.reason})")
-        self._observer.notice(f"{name} was lost: {lost.reason}")
+        self._listener.on_event(Notice(text=f"{name} was lost: {lost.reason}"))
         if worker.task is not None:
             yield from self._requeue(worker.task, list(worker.remaining.values()), lost)
 

@@ -28,7 +28,6 @@ from rightrank.plugins.cluster.pool import (
     COMMAND,
     Group,
     Job,
-    Notice,
     Ready,
     Refused,
     Step,
@@ -40,12 +39,13 @@ from rightrank.plugins.cluster.pool import (
 )
 from rightrank.runs.executor import Executor
 from rightrank.schema.errors import InputError, InterruptedRun, RightrankError, RunError
-from rightrank.schema.events import Observer, Preparing, RunEvent, StepDone
+from rightrank.schema.events import Event, Listener, Notice, Preparing, StepDone
 from rightrank.schema.trials import TrialFailed, TrialStarted
 from rightrank.version import __version__
 
 if TYPE_CHECKING:
     from rightrank.models.base_models import LoadedModel
+    from rightrank.plugins.cluster.factory import StoreSync
     from rightrank.runs.prepare import Prepared
 
 NOT_UNDERSTOOD = (
@@ -66,7 +66,6 @@ class Worker:
         self._scratch = Path(tempfile.mkdtemp(prefix="rightrank-worker-"))
         self._stop = threading.Event()
         self._should_stop: Callable[[], bool] = self._stop.is_set
-        self._last_step = 0.0
 
     def set_up(self, setup: WorkerSetup) -> None:
         """Send `Ready` with this worker's versions and what it reads in the probe file."""
@@ -141,20 +140,9 @@ class Worker:
         folder = RunFolder(scratch / "run" if store else job.folder)
         sync = StoreSync(folder, run_store(store, job.fingerprint)) if store else None
 
-        def on_event(event: RunEvent) -> None:
-            if isinstance(event, TrialStarted):
-                self._send(event)
-            elif isinstance(event, StepDone | Preparing):
-                self._step(event)
-            if sync is not None and isinstance(event, StepDone):
-                sync.upload_due()
-
-        def notice(text: str) -> None:
-            self._send(Notice(text=text))
-
-        observer = Observer(on_event=on_event, notice=notice, should_stop=self._should_stop)
+        listener = _Reports(self._send, self._should_stop, sync)
         limit = prepared.planned.max_adapters_per_pass if prepared.planned else None
-        executor = LocalExecutor(prepared.runtime, folder, observer, limit)
+        executor = LocalExecutor(prepared.runtime, folder, listener, limit)
         return executor if sync is None else StoredExecutor(executor, sync)
 
     def _prepared(self, job: Job, cache: Path) -> Prepared:
@@ -170,11 +158,29 @@ class Worker:
             )
         return prepared
 
-    def _step(self, event: StepDone | Preparing) -> None:
-        now = time.monotonic()
-        if now - self._last_step >= STEP_SECONDS:
-            self._last_step = now
-            self._send(Step(event=event))
+
+class _Reports(Listener):
+    """Sends the starts, the steps and the notices of a worker's trials to the driver."""
+
+    def __init__(
+        self, send: Callable[[WorkerMessage], None], stops: Callable[[], bool], sync: StoreSync | None
+    ) -> None:
+        self._send, self._stops, self._sync = send, stops, sync
+        self._last_step = 0.0
+
+    def on_event(self, event: Event) -> None:
+        if isinstance(event, TrialStarted | Notice):
+            self._send(event)
+        elif isinstance(event, StepDone | Preparing):
+            now = time.monotonic()
+            if now - self._last_step >= STEP_SECONDS:
+                self._last_step = now
+                self._send(Step(event=event))
+        if self._sync is not None and isinstance(event, StepDone):
+            self._sync.upload_due()
+
+    def should_stop(self) -> bool:
+        return self._stops()
 
 
 def versions() -> dict[str, str]:
