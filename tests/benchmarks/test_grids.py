@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -42,6 +43,19 @@ def test_stored_grids_are_whole() -> None:
     for curve in read_grids(STORED / "linear_grids.json"):
         assert curve.seeds == list(linear.SEEDS)
         assert curve.size == len(linear.RANKS) * len(linear.RATES)
+
+
+def test_long_grids_are_whole() -> None:
+    """Of locked ones, only how many cells and seeds they have."""
+    files = [*(STORED / "grids").glob("*.json"), *(STORED / "locked").glob("*.json")]
+    for file in (one for one in files if one.name != "lock.json"):
+        (curve,), (entry,) = read_grids(file), json.loads(file.read_text())["curves"]
+        cells = [seeds for by_rate in curve.cells.values() for seeds in by_rate.values()]
+        assert len(cells) <= len(entry["ranks"]) * len(entry["settings"]["learning_rates"])  # diverged ones are missing
+        assert len(curve.items) == sum(len(seeds) for seeds in cells)
+        assert len(curve.seeds) >= 3 or entry["partial"]
+        assert set(curve.checkpoints) == {0.125, 0.25, 0.5} == {float(part) for part in entry["checkpoint_items"]}
+        assert set(curve.tests) == {"trained", "truncated", "recovered"} == set(entry["test_items"])
 
 
 def test_package_descriptions(tmp_path: Path) -> None:
