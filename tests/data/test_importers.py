@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sqlite3
 import sys
 from contextlib import closing
@@ -125,8 +126,11 @@ def test_optuna_studies_that_are_no_table_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ResultsError, match="the study has 2 objectives; give a study with a single objective"):
         decide(path)
     optuna_study(path, ["maximize"], "other")
-    with pytest.raises(ResultsError, match=r"2 studies \(lora, other\); give a file with one study"):
+    with pytest.raises(ResultsError, match=r"2 studies \(lora, other\); name one, such as study.db:lora"):
         decide(path)
+    assert decide(f"{path}:other", margin=0.005).decision.rank == 4
+    with pytest.raises(ResultsError, match=r"2 studies \(lora, other\); name one"):
+        decide(f"{path}:third")
     with closing(sqlite3.connect(path)) as base, base:
         base.execute("UPDATE alembic_version SET version_num = 'v0.9.0.a'")
     with pytest.raises(ResultsError, match=r"Optuna can't read it \(The runtime optuna version .* storage upgrade"):
@@ -144,7 +148,7 @@ def test_an_sqlite_file_of_something_else_is_refused(tmp_path: Path) -> None:
 
 
 def test_events_beside_checkpoints_take_the_rank_from_their_adapters(tmp_path: Path) -> None:
-    from rightrank.interop.run_folders import settings_from_path
+    from rightrank.interop.importers import settings_from_path
 
     for rank in (2, 8):
         checkpoint = tmp_path / f"run-{'ab'[rank == 8]}" / "checkpoint-5"
@@ -169,3 +173,29 @@ def test_tensorboard_events(tmp_path: Path) -> None:
     decision = decide(tmp_path, margin=0.005).decision
     assert decision.rank == 4
     assert decision.ranks[0].value == pytest.approx(2.3)
+
+
+@pytest.mark.parametrize("before", [0, 1], ids=["logged after the scheduler's step", "logged before it"])
+@pytest.mark.parametrize("shape", ["linear", "cosine", "warmup"])
+def test_the_learning_rate_of_a_trainer_is_the_one_that_was_set(tmp_path: Path, shape: str, before: int) -> None:
+    shapes = {"linear": lambda part: 1 - part, "cosine": lambda part: (1 + math.cos(math.pi * part)) / 2}
+    scale = shapes.get(shape, lambda part: min(1, part / 0.3))
+    for rank, loss in LOSSES.items():
+        folder = tmp_path / f"r{rank}-seed0"
+        folder.mkdir()
+        log = [{"step": step, "loss": 1.0, "learning_rate": 0.005 * scale((step - before) / 30)} for step in (10, 20)]
+        state = {"global_step": 30, "max_steps": 30, "log_history": [*log, {"step": 30, "eval_loss": loss}]}
+        (folder / "trainer_state.json").write_text(json.dumps(state))
+    assert decide(tmp_path, margin=0.005).decision.learning_rate == pytest.approx(0.005, rel=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:.*set_metric_names")
+def test_an_optuna_study_whose_metric_has_a_name(tmp_path: Path) -> None:
+    optuna = pytest.importorskip("optuna")
+    study = optuna.create_study(storage=f"sqlite:///{tmp_path / 'study.db'}", direction="minimize")
+    study.set_metric_names(["eval_loss"])
+    for rank, loss in LOSSES.items():
+        study.enqueue_trial({"rank": rank})
+        study.optimize(lambda trial, loss=loss: loss + 0 * trial.suggest_int("rank", 1, 64), n_trials=1)
+    decided = decide(tmp_path / "study.db", margin=0.005)
+    assert (decided.decision.metric, decided.decision.rank) == ("eval_loss", 4)

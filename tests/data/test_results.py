@@ -295,3 +295,149 @@ def test_the_direction_is_that_of_the_metric_and_not_of_the_column_that_holds_it
     path = write(tmp_path, "rank,accuracy\n1,0.5\n4,0.7\n16,0.701\n")
     with pytest.raises(ResultsError, match="'energy_score'"):
         decide(path, metric="energy_score", columns={"value": "accuracy"})
+
+
+def by_rank(table: object, **asked: object) -> dict[int, float]:
+    return {one.rank: one.value for one in decide(table, **asked).decision.ranks}  # type: ignore[arg-type]
+
+
+LOSSES = {4: 2.05, 16: 2.001, 64: 2.0}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "seed,4,16,64\n0,2.05,2.001,2.0\n",
+        "seed;r4;r16;r64\n0;2,05;2,001;2,0\n",
+        "rank_4_eval_loss,rank_16_eval_loss,rank_64_eval_loss\n2.05,2.001,2.0\n",
+        '"Step","lora-r4 - eval/loss","lora-r4 - eval/loss__MIN","lora-r16 - eval/loss","lora-r64 - _step","lora-r64 - eval/loss"\n'
+        "50,3,3,3,50,3\n100,2.05,9,2.001,100,2.0\n",
+    ],
+    ids=["numbers", "decimal comma", "names", "W&B's chart"],
+)
+def test_a_column_for_each_rank(tmp_path: Path, text: str) -> None:
+    path = write(tmp_path, text)
+    assert by_rank(path, higher_is_better=False) == LOSSES
+    assert "one column a rank" in decide(path, higher_is_better=False).understood
+
+
+def test_columns_without_names_are_no_ranks() -> None:
+    with pytest.raises(ResultsError, match="no column for the rank among 0, 1, 2"):
+        decide(pandas.DataFrame([[4, 2.05, 0], [16, 2.001, 0]]), higher_is_better=False)
+
+
+def test_the_named_index_of_a_data_frame_is_a_column() -> None:
+    frame = pandas.DataFrame({"eval_loss": LOSSES.values()}, index=pandas.Index(LOSSES, name="rank"))
+    assert by_rank(frame) == LOSSES
+    assert by_rank(pandas.DataFrame({rank: [loss] for rank, loss in LOSSES.items()}), higher_is_better=False) == LOSSES
+
+
+def test_several_files_say_their_rank_by_name(tmp_path: Path) -> None:
+    rows = {rank: "".join(f'{{"item": {n}, "loss": {loss + n}}}\n' for n in range(30)) for rank, loss in LOSSES.items()}
+    paths = [write(tmp_path, text, f"r{rank}-seed0.jsonl") for rank, text in rows.items()]
+    assert by_rank(paths) == by_rank(tmp_path) == pytest.approx({rank: loss + 14.5 for rank, loss in LOSSES.items()})
+
+
+@pytest.mark.parametrize(
+    ("text", "values", "deviation"),
+    [
+        ("rank,accuracy\n4,84.06%\n16,85%\n64,85.5 %\n", (84.06, 85.0, 85.5), None),
+        ("rank,accuracy\n4,84.06 ± 0.4\n16,85.0 ± 0.5\n64,85.5 +/- 0.3\n", (84.06, 85.0, 85.5), 0.5),
+        ("rank;accuracy;lr\n4;0,8406;0,0001\n16;0,85;0,0001\n64;0,855;0,0001\n", (0.8406, 0.85, 0.855), None),
+        ("rank,accuracy,accuracy_std,n\n4,84.06,0.5,3\n16,85.0,0.5,3\n64,85.5,0.5,3\n", (84.06, 85.0, 85.5), 0.5),
+    ],
+    ids=["percent", "plus or minus", "decimal comma", "deviation of the metric"],
+)
+def test_cells_as_people_write_them(
+    tmp_path: Path, text: str, values: tuple[float, ...], deviation: float | None
+) -> None:
+    path = write(tmp_path, text)
+    assert by_rank(path) == dict(zip(LOSSES, values, strict=True))
+    decision = decide(path).decision
+    assert decision.margin == (0.5 if values[0] > 1 else 0.005)
+    assert (decision.basis == "std") == (deviation is not None)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("rank;value\n4;2,345\n16;2,101\n", "value '2,345' may be 2.345 or 2345"),
+        ("rank,accuracy\n4,84%\n16,0.85\n", "values with and without %"),
+        ("rank,accuracy\n4,0.4%\n16,0.9%\n", "a percentage up to 1; give the margin in points"),
+        ("rank,acc (%)\n4,0.4\n16,0.9\n", "a percentage up to 1; give the margin in points"),
+    ],
+)
+def test_cells_of_two_meanings_are_refused(tmp_path: Path, text: str, message: str) -> None:
+    path = write(tmp_path, text)
+    with pytest.raises(ResultsError, match=message):
+        decide(path, **({"higher_is_better": False} if "value" in text else {}))
+
+
+def test_percentages_up_to_one_are_read_with_a_margin(tmp_path: Path) -> None:
+    assert by_rank(write(tmp_path, "rank,accuracy\n4,0.4%\n16,0.9%\n"), margin=0.5) == {4: 0.4, 16: 0.9}
+
+
+@pytest.mark.parametrize("word", ["OOM", "out of memory", "crashed"])
+def test_a_word_of_failure_is_a_training_without_a_result(tmp_path: Path, word: str) -> None:
+    decided = decide(write(tmp_path, f"rank,eval_loss\n4,2.05\n16,2.001\n64,{word}\n"))
+    assert "unstable" in decided.decision.flags
+    assert "1 training without a result" in decided.understood
+
+
+def test_a_pruned_training_is_not_unstable(tmp_path: Path) -> None:
+    decided = decide(write(tmp_path, "rank,eval_loss,state\n4,2.05,COMPLETE\n16,2.001,COMPLETE\n64,3,PRUNED\n"))
+    assert "unstable" not in decided.decision.flags
+    assert "1 pruned training left out" in decided.understood
+
+
+def test_whole_epochs_are_steps_and_others_are_not_used(tmp_path: Path) -> None:
+    rows = [f"{rank},{epoch},{2 + 1 / rank + 1 / epoch}\n" for rank in (4, 16) for epoch in (1, 2, 3)]
+    decided = decide(write(tmp_path, "rank,epoch,eval_loss\n" + "".join(rows)), margin=0.005)
+    assert decided.decision.horizon is not None
+    assert "step from column epoch" in decided.understood
+    assert "not used: epoch" in decide(write(tmp_path, "rank,epoch,eval_loss\n4,2.9,2\n16,2.9,1.9\n")).understood
+
+
+def test_columns_that_are_not_used_are_listed(tmp_path: Path) -> None:
+    text = "rank,eval_loss,batch_size,note,empty\n4,2.05,8,first,\n16,2.001,8,again,\n"
+    assert "not used: batch_size, note" in decide(write(tmp_path, text)).understood
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "rank,model,eval_loss\n4,gemma,2.05\n8,gemma,2.04\n32,llama,1.5\n64,llama,1.49\n",
+        "rank,model,eval_loss\n4,gemma,2.05\n32,llama,1.5\n",
+        "rank,use_dora,eval_loss\n4,True,2.05\n8,False,2.04\n32,True,2.01\n",
+        "rank,seed,init,eval_loss\n4,0,a,2.05\n4,1,b,2.04\n8,0,a,2.01\n8,1,b,2.02\n",
+    ],
+)
+def test_trainings_of_two_kinds_are_refused(tmp_path: Path, text: str) -> None:
+    column = text.split(",")[2 if "init" in text else 1]
+    with pytest.raises(
+        ResultsError, match=rf"the trainings differ in column {column} \(.*, which is not used; keep the"
+    ):
+        decide(write(tmp_path, text))
+
+
+def test_names_of_trainings_and_texts_of_examples_are_no_kinds(tmp_path: Path) -> None:
+    rows = ["rank,name,output_dir,item,subject,user,eval_loss\n"]
+    for rank in LOSSES:
+        rows += [
+            f"{rank},run-{rank},out/{rank},{n},{'ab'[n % 2]},{'xy'[rank > 4]},{2 + n + 1 / rank}\n" for n in range(4)
+        ]
+    assert decide(write(tmp_path, "".join(rows))).decision.reference_rank == 64
+
+
+def test_the_learning_rate_is_the_one_that_was_set(tmp_path: Path) -> None:
+    text = "run_id,metrics.eval_loss,metrics.learning_rate,params.learning_rate,params.lora_r\n"
+    path = write(tmp_path, text + "a,2.05,0.0035,0.005,4\nb,2.001,0.0035,0.005,16\n")
+    assert decide(path).decision.learning_rate == 0.005
+
+
+def test_a_default_margin_of_one_percent_is_said_with_its_reason(tmp_path: Path) -> None:
+    path = write(tmp_path, GOOD)
+    said = "margin: 1% of the best, as the name 'value' says no unit (--metric NAME or --margin changes it)"
+    assert said in decide(path, higher_is_better=False).understood
+    assert said not in decide(path, higher_is_better=False, margin=0.01).understood
+    assert said not in decide(path, metric="eval_loss").understood

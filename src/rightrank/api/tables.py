@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rightrank.data.rows import records_of_frame
+from rightrank.data.rows import Row
 from rightrank.decision.rule import decide
 from rightrank.decision.run import Records, comparable, decide_on, metrics_of, records_of
 from rightrank.decision.table import table_of_results
@@ -44,18 +44,17 @@ def decide_results(
         folder = RunFolder(Path(results))
         if folder.journal.path.is_file():
             return _decide_run(folder, question)
-    options = TableOptions(question.metric, question.higher_is_better, question.columns)
-    if isinstance(results, str | Path):
-        where, rows = str(results), raw_rows(Path(results))
-    else:
-        listed = list(records_of_frame(results))
-        paths = [Path(one) for one in listed if isinstance(one, str | Path)]
-        if paths:
-            return _decide_several(paths, question)
-        where, rows = "results", rows_of_mappings([one for one in listed if not isinstance(one, str | Path)])
+        return _decide_table(str(results), raw_rows(Path(results)), question)
+    listed: Any = results if hasattr(results, "columns") else list(results)  # a data frame as it is
+    paths = [Path(one) for one in listed if isinstance(one, str | Path)] if isinstance(listed, list) else []
+    return _decide_several(paths, question) if paths else _decide_table("results", rows_of_mappings(listed), question)
+
+
+def _decide_table(where: str, rows: list[Row], question: Question) -> Decided:
     if are_judgements(rows):
         found, understood = judgements_of(rows)
         return Decided(decide_judged(found, question.margin), understood)
+    options = TableOptions(question.metric, question.higher_is_better, question.columns, question.margin)
     read = results_of_rows(flat(rows), options, where)
     decision = decide(table_of_results(read), question.margin, horizon_steps=question.horizon_steps)
     return Decided(decision, read.understood)
@@ -65,10 +64,12 @@ def _decide_several(paths: Sequence[Path], question: Question) -> Decided:
     if len(paths) == 1:
         return decide_results(paths[0], question)
     folders = [RunFolder(path) for path in paths]
-    other = next((folder.path for folder in folders if not folder.journal.path.is_file()), None)
-    if other is not None:
+    others = [folder.path for folder in folders if not folder.journal.path.is_file()]
+    if len(others) == len(paths):
+        return _decide_table(f"{paths[0]} and {len(paths) - 1} more", raw_rows(*paths), question)
+    if others:
         raise ResultsError(
-            f"{other}: no run folder; several results are joined where each is a folder of `rightrank select`"
+            f"{others[0]}: no run folder; give folders of `rightrank select`, or files of results, not both"
         )
     return _decide_runs(folders, question)
 

@@ -1,11 +1,13 @@
-"""Identifies the columns of a results table, also by synonyms, and states each match."""
+"""The roles of a table's columns, by synonyms; a table with one column a rank becomes one with a column `rank`."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+from rightrank.data.rows import Row
 from rightrank.schema.errors import ResultsError, did_you_mean
 from rightrank.schema.metrics import direction
 
@@ -14,7 +16,7 @@ SYNONYMS: dict[str, tuple[str, ...]] = {
     "lr": ("lr", "learning_rate", "base_lr", "peak_lr", "lr_peak"),
     "seed": ("seed", "random_seed", "data_seed", "rng_seed"),
     "std": ("std", "stdev", "sd", "stddev", "std_dev", "standard_deviation", "seed_std"),
-    "std_seeds": ("n_seeds", "num_seeds", "std_seeds", "n_runs"),
+    "std_seeds": ("n_seeds", "num_seeds", "std_seeds", "n_runs", "n"),
     "item": ("item", "item_id", "example", "example_id", "sample_id", "question_id"),
     "weight": ("tokens", "item_tokens", "label_tokens", "n_tokens", "num_tokens", "weight"),
     "train_value": ("train_loss", "train_value", "training_loss", "train_train_loss"),
@@ -25,26 +27,30 @@ SYNONYMS: dict[str, tuple[str, ...]] = {
     "status": ("status", "state"),
     "trial": ("trial_id", "run_id", "run", "trial", "name", "id"),
 }
+EPOCHS = ("epoch", "epochs", "num_epochs", "train_epoch")  # steps, where there are none and all are whole numbers
+_SPLITS = ("eval", "val", "validation", "valid", "dev", "heldout", "held_out", "test")
 # Columns of the held-out value, in order of preference. A bare `loss` comes last and the output states that it was
 # taken as held-out; a training loss never is.
 VALUES = (
     "value",
-    *(f"{split}_{name}" for name in ("loss", "nll", "perplexity", "ppl") for split in ("eval", "val", "validation", "valid", "dev", "heldout", "held_out", "test")),
-    *(f"{split}_{name}" for name in ("accuracy", "acc", "f1", "score", "exact_match", "em") for split in ("eval", "val", "validation", "valid", "dev", "heldout", "held_out", "test")),
-    "accuracy",
-    "acc",
-    "perplexity",
-    "ppl",
-    "nll",
-    "score",
-    "loss",
-)  # fmt: skip
+    *(f"{split}_{name}" for name in ("loss", "nll", "perplexity", "ppl") for split in _SPLITS),
+    *(f"{split}_{name}" for name in ("accuracy", "acc", "f1", "score", "exact_match", "em") for split in _SPLITS),
+    *("accuracy", "acc", "perplexity", "ppl", "nll", "score", "loss"),
+)
 _CONTAINERS = {
     "summary", "metrics", "hyperparameters", "user_attrs", "peft", "lora", "model", "trainer", "attributes", "default",
 }  # fmt: skip
 _CONTAINER_LIKE = re.compile(r"(params?|config|args|kwargs)$")
 _OPTUNA_PREFIX = re.compile(r"^(params|user_attrs)_")  # of the columns of Optuna's trials_dataframe()
+_MEASURED = re.compile(r"(metrics|summary)[./]", re.IGNORECASE)
 _MAX_NAMES = 12
+# Parts of a name such as r16, r=16, rank_16, lora-r-16; lr1e-4, lr=0.0003; seed3.
+_NAMED = {
+    "rank": re.compile(r"(?:^|[^a-z])(?:lora[-_=]?)?(?:rank|r)[-_= ]?(\d+)(?![\d.])", re.IGNORECASE),
+    "lr": re.compile(r"(?:^|[^a-z])(?:lr|learning[-_]?rate)[-_=]?(\d+(?:\.\d+)?(?:e-?\d+)?)", re.IGNORECASE),
+    "seed": re.compile(r"(?:^|[^a-z])seed[-_=]?(\d+)", re.IGNORECASE),
+}
+_CHART_EXTRA = re.compile(r"(__(MIN|MAX)| - _step)$")  # of W&B's chart export: the band of a line, and its own steps
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,15 +76,60 @@ def plain(name: str) -> str:
 
 def direction_of(column: str) -> bool | None:
     """Whether higher is better by the metric in a column; None if its name is not a known metric's."""
-    found = direction(column)
-    return direction(plain(column)) if found is None else found
+    known = direction(column)
+    return direction(plain(column)) if known is None else known
 
 
-def identify_columns(names: Sequence[str], metric: str | None, mapping: Mapping[str, str], where: str) -> Columns:
+def is_blank(value: Any) -> bool:
+    return value is None or (isinstance(value, str) and value.strip() in ("", "-", "None", "null", "N/A"))
+
+
+def settings_of_name(name: str) -> dict[str, str]:
+    """`rank`, `lr` and `seed` in a name such as `lora-r16-lr1e-4-seed0`, where it has them."""
+    matches = {setting: pattern.search(name) for setting, pattern in _NAMED.items()}
+    return {setting: match[1] for setting, match in matches.items() if match}
+
+
+def names_of(rows: Iterable[Row]) -> list[str]:
+    return list(dict.fromkeys(name for row in rows for name in row.fields))
+
+
+def long_rows(rows: list[Row], mapping: Mapping[str, str]) -> list[Row]:
+    """Rows of a table with one column a rank (`4`, `rank_4`, `lora-r4 - eval/loss`) as a row for each; others as they are."""
+    names = names_of(rows)
+    if "rank" in mapping or set(map(plain, names)) & set(SYNONYMS["rank"]):
+        return rows
+    wide = {name: _wide(name) for name in names if "rank" in settings_of_name(name) or name.strip().isdigit()}
+    ranks = {settings["rank"] for settings, _ in wide.values()}
+    if len(ranks) < 2 or ranks == set(map(str, range(len(names)))):  # the numbers of columns without names
+        return rows
+    melted = []
+    for row in rows:
+        shared = {name: value for name, value in row.fields.items() if name not in wide}
+        found: dict[tuple[tuple[str, str], ...], dict[str, Any]] = {}
+        for name, (settings, metric) in wide.items():
+            if not _CHART_EXTRA.search(name):
+                found.setdefault(tuple(settings.items()), {})[metric] = row.fields.get(name)
+        melted += [Row({**shared, **dict(settings), **values}, row.where) for settings, values in found.items()]
+    return melted
+
+
+def _wide(name: str) -> tuple[dict[str, str], str]:
+    """`(settings, metric)` of a column of one training; the metric is `value` where the name has no further part."""
+    if name.strip().isdigit():
+        return {"rank": name.strip()}, "value"
+    training, dash, metric = name.rpartition(" - ")
+    settings = settings_of_name(training if dash else name)
+    if not dash:
+        for pattern in _NAMED.values():
+            metric = pattern.sub("_", metric)
+    return settings, metric.strip(" _-/.") or "value"
+
+
+def identify_columns(rows: Sequence[Row], metric: str | None, mapping: Mapping[str, str], where: str) -> Columns:
     """Find the columns.
 
     Args:
-        names: all column names of the table.
         metric: the user's `--metric`: a column, or what to call the `value` column.
         mapping: the user's `--map`, canonical name → column.
         where: the table's name in error messages.
@@ -86,24 +137,37 @@ def identify_columns(names: Sequence[str], metric: str | None, mapping: Mapping[
     Raises:
         ResultsError: no rank or no held-out value, or a mapped column that isn't there.
     """
+    names = names_of(rows)
     for name, column in mapping.items():
         if name not in SYNONYMS and name != "value":
             raise ResultsError(f"--map {name}={column}: {name!r} is not one of {', '.join([*SYNONYMS, 'value'])}")
         if column not in names:
             raise ResultsError(f"--map {name}={column}: {where} has no column {column!r}{did_you_mean(column, names)}")
     by_plain: dict[str, str] = {}
-    for column in names:
+    for column in sorted(names, key=lambda name: bool(_MEASURED.match(name))):  # a setting as set before one as logged
         by_plain.setdefault(plain(column), column)
     near = {name: _first(synonyms, by_plain) for name, synonyms in SYNONYMS.items()}
-    found = {name: column for name, column in near.items() if column is not None}
-    found |= mapping
-    if "rank" not in found:
-        raise ResultsError(f"{where}: no column for the rank among {_listed(names)}; name it with --map rank=COLUMN")
-    unused = [name for name in names if name not in found.values()]
+    roles = {name: column for name, column in near.items() if column is not None} | dict(mapping)
+    if "rank" not in roles:
+        raise ResultsError(f"{where}: no column for the rank among {listed(names)}; name it with --map rank=COLUMN")
+    epoch = _first(EPOCHS, by_plain)
+    if "step" not in roles and epoch is not None and all(_is_whole(row.fields.get(epoch)) for row in rows):
+        roles["step"] = epoch
+    unused = [name for name in names if name not in roles.values()]
     value, called = _value_column(unused, by_plain, metric, mapping, where)
-    taken = {*found.values(), value}
+    deviation = _first((f"{plain(value)}_{name}" for name in SYNONYMS["std"]), by_plain)
+    if "std" not in roles and deviation is not None:
+        roles["std"] = deviation
+    taken = {*roles.values(), value}
     others = tuple(by_plain[name] for name in VALUES if name in by_plain and by_plain[name] not in taken)
-    return Columns(found, value, called, others)
+    return Columns(roles, value, called, others)
+
+
+def _is_whole(value: Any) -> bool:
+    try:
+        return is_blank(value) or float(value).is_integer()
+    except (TypeError, ValueError, OverflowError):
+        return False
 
 
 def _value_column(
@@ -123,13 +187,13 @@ def _value_column(
         if "value" in by_plain:
             return by_plain["value"], metric
         raise ResultsError(
-            f"{where}: no column {metric!r} and no column `value`{did_you_mean(metric, names)}; there are {_listed(names)}"
+            f"{where}: no column {metric!r} and no column `value`{did_you_mean(metric, names)}; there are {listed(names)}"
         )
     column = _first(VALUES, by_plain) or _any_metric(names)
     if column is None:
         trained = " (a training loss does not measure held-out data)" if "train_loss" in by_plain else ""
         raise ResultsError(
-            f"{where}: no column for the held-out value among {_listed(names)}{trained}; name it with --metric COLUMN"
+            f"{where}: no column for the held-out value among {listed(names)}{trained}; name it with --metric COLUMN"
         )
     return column, "value" if plain(column) == "value" else column
 
@@ -144,6 +208,6 @@ def _first(candidates: Iterable[str], by_plain: Mapping[str, str]) -> str | None
     return next((by_plain[name] for name in candidates if name in by_plain), None)
 
 
-def _listed(names: Sequence[str]) -> str:
+def listed(names: Sequence[str]) -> str:
     shown = ", ".join(names[:_MAX_NAMES])
     return f"{shown}, … ({len(names)} in all)" if len(names) > _MAX_NAMES else shown or "no columns"
