@@ -1,4 +1,4 @@
-"""Small real models and data, made once a session: nothing is downloaded. Views cost little, and what trains is marked."""
+"""Small real models and data, made once a session: nothing is downloaded. What trains is marked."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from uuid import uuid4
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the workers of a test run share the cores
-os.environ.setdefault("MPLCONFIGDIR", str(Path.home() / ".cache" / "matplotlib"))  # its list of fonts takes seconds
 
 import pytest
 
@@ -85,24 +84,3 @@ def class_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
     """No calibration of this machine is known, and none is kept for the next test."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "caches" / uuid4().hex))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def empty_plots(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Plots have no axes and no curves: drawing them takes a third of a small selection.
-
-    A module with the marker `draws` has them as users see them.
-    """
-    from rightrank.report import draw
-
-    with pytest.MonkeyPatch.context() as patch:
-        if request.node.get_closest_marker("draws") is None:
-            for name in ("_draw_figure", "_draw_map"):
-                patch.setattr(draw, name, _draw_nothing)
-        draw.inline_svg.cache_clear()
-        yield
-    draw.inline_svg.cache_clear()
-
-
-def _draw_nothing(axes: Any, figure: Any) -> None:
-    axes.set_axis_off()

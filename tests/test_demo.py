@@ -10,7 +10,7 @@ import pytest
 from rightrank import demo
 from rightrank.schema.errors import MissingExtraError
 
-pytestmark = [pytest.mark.trains, pytest.mark.draws]
+pytestmark = pytest.mark.trains
 
 SHORT = demo.DEMO_SETTINGS | {
     "ranks": (1, 8),

@@ -11,8 +11,8 @@ import numpy as np
 
 from benchmarks.decide.simulated import RANKS, World, draw_table
 from rightrank.decision.rule import decide
-from rightrank.report.draw import draw
 from rightrank.report.figures import rank_figure
+from rightrank.report.svg import svg_file
 
 HERE = Path(__file__).parent
 
@@ -26,7 +26,7 @@ def main() -> None:
     }
     for name, (losses, world) in cases.items():
         decision = decide(draw_table(world, losses, np.random.default_rng(11)), world.margin)
-        (HERE / f"{name}.svg").write_bytes(draw(rank_figure(decision), "svg"))
+        (HERE / f"{name}.svg").write_text(svg_file(rank_figure(decision)), encoding="utf-8")
         print(f"{name}: {decision.verdict}. {decision.sentence} Next: {decision.next_run}")
 
 

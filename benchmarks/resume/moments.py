@@ -89,8 +89,8 @@ def watch_phases(moments: Moments) -> None:
     from rightrank.data.files import write_text
     from rightrank.models.adapter_files import save_adapter
     from rightrank.report.card import hand_over
-    from rightrank.report.draw import write_figures
     from rightrank.report.html import render_report
+    from rightrank.report.svg import write_figures
     from rightrank.runs.journal import Journal
     from rightrank.train import loop as shared_pass
     from rightrank.train import loop as training_loop

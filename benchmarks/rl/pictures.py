@@ -9,9 +9,9 @@ from pathlib import Path
 from statistics import fmean
 
 from benchmarks.rl.replay import Grid, common_rates, live_grid, replay
-from rightrank.report.draw import draw
 from rightrank.report.figure import Axis, Figure, Series, metric_axis
 from rightrank.report.figures import rank_figure
+from rightrank.report.svg import svg_file
 
 HERE = Path(__file__).parent
 
@@ -41,10 +41,12 @@ def looks_figure(grid: Grid, learning_rate: float) -> Figure:
 def main() -> None:
     grid = live_grid()
     for learning_rate in common_rates(grid):
-        (HERE / f"looks_{learning_rate:g}.svg").write_bytes(draw(looks_figure(grid, learning_rate), "svg"))
+        (HERE / f"looks_{learning_rate:g}.svg").write_text(
+            svg_file(looks_figure(grid, learning_rate)), encoding="utf-8"
+        )
     decision = replay(grid, common_rates(grid), sorted({seed for _, _, seed in grid})).decision
     assert decision is not None
-    (HERE / "decision.svg").write_bytes(draw(rank_figure(decision), "svg"))
+    (HERE / "decision.svg").write_text(svg_file(rank_figure(decision)), encoding="utf-8")
 
 
 if __name__ == "__main__":

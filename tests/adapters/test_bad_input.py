@@ -180,7 +180,7 @@ def test_a_checkpoint_with_nan(capsys: pytest.CaptureFixture[str], base: Path, t
 
 def test_figures_and_plots(capsys: pytest.CaptureFixture[str], adapter: Path, tmp_path: Path) -> None:
     assert "did you mean 'stable_rank'" in complaint(capsys, "inspect", adapter, "--figure", "stable_rnk")
-    assert ".svg or .png" in complaint(capsys, "inspect", adapter, "--plot", tmp_path / "x.pdf")
+    assert "ends in .svg" in complaint(capsys, "inspect", adapter, "--plot", tmp_path / "x.pdf")
 
 
 def test_settings_and_ranks_without_effect(capsys: pytest.CaptureFixture[str], adapter: Path, tmp_path: Path) -> None:

@@ -14,11 +14,11 @@ from safetensors.torch import load_file, save_file
 
 from rightrank.api.adapters import inspect
 from rightrank.cli import main
-from rightrank.report.draw import draw
 from rightrank.report.spectra import spectrum_map, split_name
+from rightrank.report.svg import svg_file
 from tests.adapters.adapters import KINDS, deltas, load_strictly, make_adapter, make_base, rewrite, tensors_of
 
-pytestmark = [pytest.mark.trains, pytest.mark.draws]
+pytestmark = pytest.mark.trains
 
 
 @pytest.fixture(scope="module")
@@ -136,6 +136,6 @@ def test_the_heat_map_has_a_cell_a_module(base: Path, tmp_path: Path) -> None:
     by_name = {module.name: module.frobenius_norm for module in modules}
     row, column = data.row_names.index("2"), data.column_names.index("q_proj")
     assert data.values[row][column] == by_name["model.layers.2.self_attn.q_proj"]
-    assert draw(data, "svg") == draw(data, "svg")
+    assert svg_file(data) == svg_file(data)
     assert split_name("transformer.h.11.attn.c_proj") == ("11", "attn.c_proj")
     assert split_name("lm_head") == ("-", "lm_head")

@@ -143,7 +143,6 @@ def test_nothing_else_in_the_source_opens_a_final_file_for_writing() -> None:
         ("data/files.py", "path"),  # room for a mapped file, which a run makes anew
         ("runs/journal.py", "self.path"),  # the append, and the cut of a torn line
         ("train/device.py", "_CLEAR"),  # a switch of the system
-        ("report/draw.py", "path"),  # what `replacing` gave
         ("plugins/cluster/processes.py", "log"),  # a worker's stderr, as it comes
         ("train/score_worker.py", '(task["out"])'),  # a child's answer, read when the child has ended
     }

@@ -11,7 +11,7 @@ from rightrank.decision.adapter import Question, adapter_answer, compared_adapte
 from rightrank.decision.guard import guarded
 from rightrank.decision.intervals import estimate
 from rightrank.report.adapters import figure_of
-from rightrank.report.draw import draw
+from rightrank.report.svg import svg_file
 from rightrank.schema.decision import AdapterAnswer
 from rightrank.schema.events import GuardAnswer, GuardEvaluated
 from rightrank.schema.trials import TrialFinished
@@ -165,4 +165,4 @@ def test_another_learning_rate_of_the_reference_s_rank_is_compared_and_drawn() -
     assert [(mark.x, mark.y) for mark in figure.marks] == [
         (16, next(t.value for t in trials if t.trial_id == "gentle"))
     ]
-    assert draw(figure, "svg")
+    assert svg_file(figure)

@@ -14,7 +14,7 @@ import pytest
 
 from tests.tiny import sentences, write_completions, write_jsonl
 
-pytestmark = [pytest.mark.trains, pytest.mark.draws]
+pytestmark = pytest.mark.trains
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 WITH_DATA = (

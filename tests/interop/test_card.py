@@ -13,7 +13,7 @@ from rightrank import Selected, export, select_rank
 from rightrank.models.weights import Licence, licence_of
 from tests.tiny import small_settings
 
-pytestmark = [pytest.mark.trains, pytest.mark.draws]
+pytestmark = pytest.mark.trains
 
 FRONT = """---
 license: other
@@ -48,9 +48,9 @@ def test_the_card_names_licence_and_base(selected: Selected) -> None:
 
 def test_the_plot_goes_where_the_card_goes(selected: Selected) -> None:
     folder = export(selected.run, "peft").folder
-    assert "](rank_curve.png)" in (folder / "README.md").read_text(encoding="utf-8")
-    assert (folder / "rank_curve.png").read_bytes() == (selected.run / "figures" / "rank_curve.png").read_bytes()
-    assert (folder / "rank_curve.png").read_bytes().startswith(b"\x89PNG")
+    assert "](rank_curve.svg)" in (folder / "README.md").read_text(encoding="utf-8")
+    assert (folder / "rank_curve.svg").read_bytes() == (selected.run / "figures" / "rank_curve.svg").read_bytes()
+    assert (folder / "rank_curve.svg").read_bytes().startswith(b"<svg")
 
 
 @pytest.mark.parametrize(

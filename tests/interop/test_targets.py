@@ -86,7 +86,7 @@ def test_status_and_export_import_no_torch(selected: Selected, tmp_path: Path) -
     code = (
         "import sys; from rightrank.api.run_folder import export, status; run, out = sys.argv[1:]\n"
         "status(run); export(run, 'vllm', out + '/vllm'); export(run, 'peft', out + '/peft')\n"
-        "print(sorted({'torch', 'transformers', 'matplotlib'} & set(sys.modules)))"
+        "print(sorted({'torch', 'transformers'} & set(sys.modules)))"
     )
     done = subprocess.run(
         [sys.executable, "-c", code, selected.run, tmp_path], capture_output=True, text=True, check=True

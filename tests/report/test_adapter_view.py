@@ -147,7 +147,7 @@ def test_with_goal_adapter_the_training_rank_is_an_estimate_and_no_evidence() ->
 def test_the_report_of_the_folder_alone_knows_the_goal(tmp_path: Path) -> None:
     run = answered_folder(tmp_path / "run", "adapter")
     assert "not asked (goal: adapter)" in write_report(run).read_text(encoding="utf-8")
-    assert (run / "figures" / "adapters.png").read_bytes().startswith(b"\x89PNG")
+    assert (run / "figures" / "adapters.svg").read_text(encoding="utf-8").startswith("<svg")
     Journal(run / "journal.jsonl").append(RunContinued(settings={"goal": "training-rank"}))
     assert "not asked" not in write_report(run).read_text(encoding="utf-8")
 

@@ -19,7 +19,6 @@ from tests.report.runs import made_up_run
 
 pytestmark = [
     pytest.mark.trains,
-    pytest.mark.draws,
     pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium here (Debian: apt-get install chromium)"),
 ]
 
@@ -83,9 +82,7 @@ def test_no_error_no_request_no_overflow_and_no_barrier(
     axe: Any = pytest.importorskip("axe_playwright_python.sync_playwright", reason="axe-core is not installed")
     seen = opened(browser, files[count], **SCREENS[screen])
     page = seen.page
-    charts = page.locator(".chart svg").count()
-    assert charts == page.locator(".chart").count()
-    assert (charts > 0) == (count > 1)
+    assert (page.locator(".drawing svg").count() > 0) == (count > 1)
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
     # axe runs by evaluating its source in the page, which this page's policy allows to the debugger alone
     found = axe.Axe().run(page).response["violations"]
@@ -100,14 +97,14 @@ def test_the_slider_moves_the_answer(browser: Any, files: dict[int, Path]) -> No
     made = decide_run(records)
     page = opened(browser, files[9], **SCREENS["desktop"]).page
     answer = page.locator("#answer")
-    before = page.locator('[data-figure="rank_curve"] svg').inner_html()
+    before = page.locator('svg[data-figure="rank_curve"]').inner_html()
     assert answer.inner_text().endswith(f"enough is {rank_at(margin_steps(made), made.margin)}.")
     page.focus("#margin")
     page.keyboard.press("Home")
     assert answer.inner_text().endswith(f"enough is {rank_at(margin_steps(made), margin_range(made)[0])}.")
     page.keyboard.press("End")
     assert answer.inner_text().endswith(f"enough is {rank_at(margin_steps(made), margin_range(made)[1])}.")
-    assert page.locator('[data-figure="rank_curve"] svg').inner_html() != before
+    assert page.locator('svg[data-figure="rank_curve"]').inner_html() != before
     assert "nats" in page.get_attribute("#margin", "aria-valuetext")
 
 
@@ -128,7 +125,7 @@ def test_trials_are_sorted_by_their_heads_and_bands_are_in_the_legend(browser: A
 @pytest.mark.parametrize("count", RUNS)
 def test_without_scripts_the_drawings_are_there(browser: Any, files: dict[int, Path], count: int) -> None:
     page = opened(browser, files[count], java_script_enabled=False).page
-    stills = page.locator(".still svg")
+    stills = page.locator(".drawing > svg")
     for index in range(stills.count()):
         assert stills.nth(index).is_visible()
     assert (stills.count() > 0) == (count > 1)
@@ -151,7 +148,7 @@ def test_it_prints_whole(browser: Any, files: dict[int, Path], count: int, tmp_p
     for section in ("rank_curve", "training_loss", "rate_by_rank"):
         assert page.locator(f"#figure-{section}").is_visible()
     assert page.locator("#untested").is_visible()
-    assert not page.locator(".plot-head").first.is_visible()
+    assert page.locator(".legend").first.is_visible()
     page.pdf(path=tmp_path / "report.pdf", prefer_css_page_size=True)
     assert len(re.findall(rb"/Type\s*/Page\b", (tmp_path / "report.pdf").read_bytes())) <= 4
 
@@ -166,12 +163,29 @@ def test_a_legend_wraps_and_hides_a_series(browser: Any, files: dict[int, Path],
         "[...document.querySelectorAll('.legend, .plot-title')].map((e) => e.scrollWidth - e.clientWidth)"
     )
     assert set(widths) == {0}
-    before = figure.locator(".chart svg").inner_html()
+    before = figure.locator(".drawing > svg").inner_html()
     entries.nth(1).click()
     assert entries.nth(1).get_attribute("aria-pressed") == "false"
-    assert figure.locator(".chart svg").inner_html() != before
+    assert figure.locator(".drawing > svg").inner_html() != before
+    assert [part.is_visible() for part in figure.locator(".series").all()].count(False) == 2  # held-out and training
     entries.nth(1).click()
-    assert figure.locator(".chart svg").inner_html() == before
+    assert figure.locator(".drawing > svg").inner_html() == before
+
+
+@pytest.mark.parametrize("screen", SCREENS)
+def test_a_point_shows_its_numbers_inside_the_page(browser: Any, files: dict[int, Path], screen: str) -> None:
+    page = opened(browser, files[9], **SCREENS[screen]).page
+    figure = page.locator("#figure-rank_curve")
+    values = [float(text) for text in figure.locator(".series").first.get_attribute("data-y").split()]
+    points = figure.locator(".series circle")
+    for index in range(points.count()):
+        points.nth(index).hover(force=True)
+        text = figure.locator(".spot").inner_text()
+        assert f"LoRA rank: {(1, 4, 16, 64)[index]}\n" in text
+        assert f"held-out loss, nats: {values[index]:.5g}" in text
+        assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    page.locator("h1").hover()
+    assert not figure.locator(".spot").is_visible()
 
 
 def test_screenshots_of_the_documentation_are_small(browser: Any, files: dict[int, Path], tmp_path: Path) -> None:

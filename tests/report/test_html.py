@@ -17,8 +17,6 @@ from rightrank.schema.decision import NextRun
 from tests.report.elements import Elements
 from tests.report.runs import answered_run, made_up_run
 
-pytestmark = pytest.mark.draws
-
 NASTY = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\"'`{{7*7}}\x00\x1b[31m\u202e\u2028end"
 
 
@@ -59,7 +57,7 @@ def test_what_comes_from_data_is_shown_as_text() -> None:
     found = Elements(page_of(records))
     shown = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\"'`{{7*7}}␀␛[31m��end"
     assert shown in found.text
-    assert [tag for tag, _ in found.tags].count("script") == 3
+    assert [tag for tag, _ in found.tags].count("script") == 2
     assert not [tag for tag, attributes in found.tags if tag == "img" or "onerror" in attributes]
     assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202e\u2028]", page_of(records))
 
@@ -76,7 +74,7 @@ def test_the_policy_names_exactly_the_scripts_of_the_file() -> None:
     scripts = re.findall(r"<script>(.*?)</script>", page, flags=re.DOTALL)
     hashes = [base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts]
     assert re.findall(r"'sha256-([^']+)'", policy) == hashes
-    assert len(page.encode()) < 5 * 2**20
+    assert len(page.encode()) < 300_000
 
 
 def test_the_page_data_is_the_slider_s_staircase() -> None:

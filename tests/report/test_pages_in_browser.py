@@ -14,7 +14,6 @@ from tests.report.chromium import CHROMIUM, FLAGS, sync_api
 
 pytestmark = [
     pytest.mark.trains,
-    pytest.mark.draws,
     pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium here"),
 ]
 

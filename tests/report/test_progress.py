@@ -14,8 +14,6 @@ from rightrank.schema.events import Event, RunResumed, SelectionPlanned, StepDon
 from rightrank.schema.trials import Arm, Trial, TrialDiverged, TrialFinished, TrialOutcome, TrialStarted
 from tests.report.runs import made_up_run
 
-pytestmark = pytest.mark.draws
-
 STEP_SECONDS, EVAL_SECONDS = 2.0, 6.0  # an equal share per arm, whatever shares the passes
 
 

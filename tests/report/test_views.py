@@ -26,8 +26,6 @@ from rightrank.schema.events import Notice, SelectionPlanned, StepDone
 from tests.report.elements import Elements
 from tests.report.runs import STARTED, answered_folder, journal_of, made_up_run
 
-pytestmark = pytest.mark.draws
-
 PLANNED = SelectionPlanned(
     started=made_up_run().started, expected_trials=9, steps=40, expected_trainings=6.0, trainings_at_most=9.0
 )

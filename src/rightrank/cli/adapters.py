@@ -26,7 +26,7 @@ EXIT = {"not_worse": 0, "worse": 3, "cannot_tell": 4}
 )
 @click.option("--gradient", nargs=2, metavar="MODEL DATA", help="Inspect the gradient at initialisation instead.")
 @click.option("--set", "assignments", multiple=True, metavar="NAME=VALUE", help="With --gradient: a setting of select.")
-@click.option("--plot", type=click.Path(path_type=Path), help="Write the heat map to this .svg or .png file.")
+@click.option("--plot", type=click.Path(path_type=Path), help="Write the heat map to this .svg file.")
 @click.option("--figure", default="effective_rank", show_default=True, help="The statistic of the heat map.")
 @click.option("--all", "every", is_flag=True, help="Show every module in the table.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
@@ -47,13 +47,13 @@ def inspect(
     gradient of the loss before any training.
     """
     from rightrank import api
-    from rightrank.report.draw import image_format_of, write_plot
     from rightrank.report.spectra import require_statistic, spectrum_map
+    from rightrank.report.svg import require_svg, write_plot
     from rightrank.schema.settings import make_settings
 
     statistic = require_statistic(figure)
     if plot is not None:
-        image_format_of(plot)  # refuses another ending before the spectra are computed
+        require_svg(plot)  # refuses another ending before the spectra are computed
     if gradient is not None:
         if adapter is not None or base is not None or finetuned is not None:
             raise SettingsError("--gradient can't be combined with an adapter, --base or --finetuned: leave them out")

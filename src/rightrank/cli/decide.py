@@ -43,7 +43,7 @@ def _mapping(_context: click.Context, _parameter: click.Parameter, values: tuple
     help="The column of a field, such as rank=lora_r.",
 )
 @click.option("--horizon", "horizon_steps", type=click.IntRange(min=1), help="Training length in steps to answer for.")
-@click.option("--plot", "plot_file", type=click.Path(path_type=Path), help="Write the curve to this .svg or .png file.")
+@click.option("--plot", "plot_file", type=click.Path(path_type=Path), help="Write the curve to this .svg file.")
 @click.option("--json", "as_json", is_flag=True, help="Print the decision as one JSON object.")
 def decide(
     results: tuple[Path, ...],
@@ -72,8 +72,8 @@ def decide(
         horizon_steps=horizon_steps,
     )
     if plot_file is not None:
-        from rightrank.report.draw import write_plot
         from rightrank.report.figures import rank_figure
+        from rightrank.report.svg import write_plot
 
         write_plot(rank_figure(decided.decision), plot_file)
     if as_json:

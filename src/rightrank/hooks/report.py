@@ -7,11 +7,11 @@ from typing import Any
 
 from rightrank.data.files import write_text
 from rightrank.decision.run import Records, document
-from rightrank.report.draw import write_figures
 from rightrank.report.figure import AnyFigure, Figure
 from rightrank.report.figures import figures_of
 from rightrank.report.html import render_report
 from rightrank.report.spectra import spectrum_figure
+from rightrank.report.svg import write_figures
 from rightrank.report.tables import sweep_map
 from rightrank.runs.folder import RunFolder
 from rightrank.schema.decision import Decision, TrainingRankEstimate

@@ -15,7 +15,7 @@ from rightrank.schema.decision import Decision, HandedOver
 from rightrank.schema.events import GuardAnswer, RunStarted, TestEvaluated
 from rightrank.schema.trials import TrialFinished
 
-PICTURE, CURVE = "adapters.png", "rank_curve.png"
+PICTURE, CURVE = "adapters.svg", "rank_curve.svg"
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,6 @@
 """Figures as plain data: pure functions compute them, backends draw them, tests check the numbers.
 
-The backends: `draw` (SVG and PNG), the report's script (interactive), `terminal_figures` (text) and `to_csv`.
+The backends: `svg`, `terminal_figures` (text) and `to_csv`.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ Kind: TypeAlias = Literal["line", "points", "both", "step"]
 Tone: TypeAlias = Literal["main", "second", "accent", "faint"] | int  # an integer: position in a sequence of colours
 Number: TypeAlias = float | int
 Cell: TypeAlias = str | float | int | None
+MAX_LABELS = 12  # ticks of an axis and series of a legend
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,6 +146,31 @@ class HeatMap:
             return None
         share = (value - min(known)) / (max(known) - min(known))
         return 1 - share if self.lower_is_better else share
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What a legend names: all series of one label, a band, a level or a mark."""
+
+    label: str
+    sign: str  # the kind of a series, or "band", "level", "ring"
+    colour: str  # its name in the style sheet
+    dashed: bool = False
+
+
+def parts_of(figure: Figure) -> list[Part]:
+    """The entries of the legend; none where the title says enough: one series without intervals."""
+    series = {s.label: Part(s.label, s.kind, colour_name(s.tone), s.dashed) for s in reversed(figure.series)}
+    found = list(reversed(series.values()))[:MAX_LABELS]
+    found += [Part(mark.label, "ring", colour_name(mark.tone)) for mark in figure.marks]
+    found += [Part(band.label, "band", "band") for band in figure.bands]
+    found += [Part(level.label, "level", "faint") for level in figure.levels if level.label]
+    return found if len(found) > 1 or any(s.high for s in figure.series) else []
+
+
+def colour_name(tone: Tone) -> str:
+    """The name of a tone's colour in the style sheet."""
+    return f"s{tone % 10}" if isinstance(tone, int) else tone
 
 
 def best_column(values: Sequence[float | None], lower_is_better: bool) -> int | None:

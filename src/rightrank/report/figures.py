@@ -193,6 +193,7 @@ def staircase_figure(decision: Decision) -> Figure:
         series=(
             Series("enough", tuple(c[0] for c in corners), tuple(c[1] for c in corners), kind="step", tone="main"),
         ),
+        marks=(Mark("this margin", decision.margin, rank_at(steps, decision.margin)),),
         columns=("margin from", "rank"),
         rows=tuple(steps),
     )

@@ -1,7 +1,7 @@
 """`report.html`: one file that opens from disk without a network and shows everything from data as text.
 
-Without JavaScript, plots are SVG in the page. With it, plots are interactive and a slider moves the margin. The
-Content-Security-Policy allows the two scripts of this file by their hashes, and no other source.
+Plots are SVG in the page. With JavaScript, a point shows its numbers, a legend hides a series and a slider moves the margin.
+The Content-Security-Policy allows the one script of this file by its hash, and no other source.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import hashlib
 import json
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from functools import cache
 from html import escape
 from importlib.resources import files
@@ -22,8 +21,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from rightrank.decision.run import Records
 from rightrank.report.adapters import candidate_table, figure_of, guard_of, guard_table
-from rightrank.report.draw import inline_svg, scalable_svg
-from rightrank.report.figure import AnyFigure, Figure, HeatMap
+from rightrank.report.figure import AnyFigure, Figure, HeatMap, parts_of
 from rightrank.report.figures import ENOUGH, figures_of, margin_range, margin_steps, rank_at, rank_figure
 from rightrank.report.format import cell_text, metric_unit, size, visible
 from rightrank.report.sentences import (
@@ -43,6 +41,7 @@ from rightrank.report.sentences import (
     test_text,
     use_it,
 )
+from rightrank.report.svg import inline_svg, svg_file, swatch
 from rightrank.report.tables import FLAGS
 from rightrank.schema.decision import AdapterAnswer, AdapterCandidate, Decision, TrainingRankEstimate
 from rightrank.schema.settings import Goal
@@ -77,8 +76,7 @@ def render_report(
     guard = guard_of(records)
     figures = [*figures_of(records, decision), *further_figures]
     plots = [figure for figure in figures if isinstance(figure, Figure)]
-    page_data = {"figures": {figure.name: _plot_data(figure) for figure in plots}, "answer": _answer(decision)}
-    library, script = asset("vendor", "echarts.min.js"), asset("templates", "report.js")
+    script = asset("figures.js") + "\n" + asset("page.js")
     return (
         environment()
         .get_template("report.html")
@@ -124,12 +122,10 @@ def render_report(
             certificates=records.certificates,
             not_tested=not_tested(records, decision),
             command=reproduce_command(records.started.settings),
-            svg=inline_svg,
-            style=asset("templates", "report.css"),
-            library=library,
+            style=asset("report.css"),
             script=script,
-            page_data=script_json(page_data),
-            script_hashes=" ".join(f"'{script_hash(text)}'" for text in (library, script)),
+            page_data=script_json({"answer": _answer(decision)}),
+            script_hash=script_hash(script),
         )
     )
 
@@ -144,7 +140,7 @@ def environment() -> Environment:
         lstrip_blocks=True,
         finalize=_finalize,
     )
-    made.globals["max_numbers"] = MAX_NUMBERS
+    made.globals |= {"max_numbers": MAX_NUMBERS, "parts_of": parts_of, "svg": inline_svg, "swatch": swatch}
     made.filters["cell"] = _cell
     made.filters["cell_text"] = cell_text
     made.filters["split_name"] = split_name
@@ -163,9 +159,9 @@ def _cell(value: Any) -> str:
 
 
 @cache
-def asset(folder: str, name: str) -> str:
-    """A file of this package, as it goes into a page."""
-    return files("rightrank.report").joinpath(folder, name).read_text(encoding="utf-8").strip("\n")
+def asset(name: str) -> str:
+    """A file beside the templates, as it goes into a page."""
+    return files("rightrank.report").joinpath("templates", name).read_text(encoding="utf-8").strip("\n")
 
 
 def script_hash(script: str) -> str:
@@ -187,11 +183,6 @@ def _visible_in(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_visible_in(inner) for inner in value]
     return value
-
-
-def _plot_data(figure: Figure) -> dict[str, Any]:
-    """The figure without its table, which the page holds as HTML."""
-    return {name: value for name, value in asdict(figure).items() if name not in ("columns", "rows")}
 
 
 def _answer(decision: Decision | None) -> dict[str, Any] | None:
@@ -272,8 +263,8 @@ def decision_html(decision: Decision) -> str:
 
 
 def _drawing(figure: Figure) -> str:
-    drawing = scalable_svg(figure).replace("<svg", '<svg style="display: block; width: 100%; height: auto"', 1)
-    return f'<div role="img" aria-label="{_text(figure.alt)}" style="max-width: 40em; background: #fff">{drawing}</div>'
+    drawing = svg_file(figure).replace("<svg", '<svg style="display: block; width: 100%; height: auto"', 1)
+    return f'<div role="img" aria-label="{_text(figure.alt)}" style="max-width: 40em">{drawing}</div>'
 
 
 def _text(value: str) -> str:

@@ -12,7 +12,6 @@ from pathlib import Path
 from pydantic import Field
 
 from rightrank.decision.run import Records, decision_so_far, last_decided, running_trial
-from rightrank.report.draw import inline_svg
 from rightrank.report.figure import Figure
 from rightrank.report.figures import figures_of
 from rightrank.report.format import quantity
@@ -168,7 +167,7 @@ def render_side_by_side(runs: Sequence[ShownRun]) -> str:
             columns=[_column(number, run) for number, run in enumerate(runs)],
             names=[run.name for run in runs],
             differing=differing_settings(runs),
-            style=asset("templates", "report.css"),
+            style=asset("report.css"),
         )
     )
 
@@ -194,13 +193,10 @@ def _column(number: int, run: ShownRun) -> dict[str, object]:
         "margin": "" if decision is None else margin_text(decision),
         "verdict": "" if decision is None else decision.verdict.replace("_", " "),
         "cost": cost_of(records).sentence(),
-        "figures": [(found[name].alt, _svg(number, found[name])) for name in FIGURES if name in found],
+        "figures": [
+            replace(found[name], name=f"{name}-{number}") for name in FIGURES if name in found
+        ],  # their ids differ
     }
-
-
-def _svg(number: int, figure: Figure) -> str:
-    """The drawing, with ids that no other column has."""
-    return inline_svg(replace(figure, name=f"{figure.name}-{number}"))
 
 
 def differing_settings(runs: Sequence[ShownRun]) -> list[tuple[str, list[str]]]:

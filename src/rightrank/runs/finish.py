@@ -20,9 +20,9 @@ from rightrank.hooks.guard import apply_guards
 from rightrank.hooks.report import answers, further_figures
 from rightrank.report.adapters import candidate_table, compared, figure_of
 from rightrank.report.card import AdapterCardFacts, hand_over, model_card
-from rightrank.report.draw import write_figures
 from rightrank.report.figures import figures_of
 from rightrank.report.sentences import next_commands, test_rows
+from rightrank.report.svg import write_figures
 from rightrank.runs.loop import Selection
 from rightrank.runs.rescoring import adapter_of
 from rightrank.runs.returns import Selected

@@ -93,7 +93,7 @@ class Selected:
         return "\n".join(lines)
 
     def _repr_html_(self) -> str:
-        from rightrank.report.html import adapter_html  # brings matplotlib
+        from rightrank.report.html import adapter_html  # brings jinja2
 
         found = self.answers["adapter_answer"]
         parts = []
@@ -143,6 +143,6 @@ def _first(commands: Sequence[str | None]) -> str | None:
 
 def _decision_html(decision: Decision) -> str:
     """The answer with its plot, for a notebook."""
-    from rightrank.report.html import decision_html  # brings matplotlib
+    from rightrank.report.html import decision_html  # brings jinja2
 
     return decision_html(decision)

@@ -1,0 +1,309 @@
+"""Figures as SVG, drawn once: the page shows the drawing, a file adds title, legend and colours to it.
+
+Every series, band, level and mark is a group with its label in `data-label`; a series has its numbers in `data-x` and
+`data-y`, and the drawing has its two scales in `data-axes`. The page's script reads nothing else.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from html import escape
+from math import ceil, floor, log10
+from pathlib import Path
+from textwrap import wrap
+
+from rightrank.data.files import replacing, write_text
+from rightrank.report.figure import (
+    MAX_LABELS,
+    AnyFigure,
+    Axis,
+    Figure,
+    HeatMap,
+    Part,
+    Series,
+    Tone,
+    colour_name,
+    parts_of,
+    to_csv,
+)
+from rightrank.report.format import cell_text, visible
+from rightrank.schema.errors import SettingsError
+
+WIDTH, HEIGHT = 460, 290  # of a drawing in its own units, which are pixels at its natural size
+LEFT, RIGHT, TOP, BOTTOM = 66, 12, 8, 46  # its margins
+FONT, LETTER, LINE = 12, 6.6, 17  # of texts: the size, the mean width of a letter, the height of a line
+MAX_LABELLED_CELLS = 1000  # of a heat map; a larger one shows colours alone, and its CSV holds the numbers
+SWATCH = 30  # the width of a legend's sign with the space behind it
+# Colours of a file; in the page, the variables of its style sheet take their place.
+COLOURS = {
+    "ink": "#1d2b34", "faint": "#5b6b74", "line": "#d6dde1", "main": "#1c5d7f", "second": "#8a5a00", "accent": "#b5402a",
+    "band": "#2a9d90", "s0": "#3b528b", "s1": "#c2571a", "s2": "#21756b", "s3": "#8e3b8a", "s4": "#7a6a00", "s5": "#b3344f",
+    "s6": "#2f6fb0", "s7": "#5c7f1e", "s8": "#6a4c93", "s9": "#444444",
+}  # fmt: skip
+
+
+def inline_svg(figure: Figure) -> str:
+    """The drawing for the page, in the page's colours; screen readers read the page's own text in its place."""
+    axes = json.dumps([_scale_of(figure, "x").data(figure.x.label), _scale_of(figure, "y").data(figure.y.label)])
+    return (
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" data-figure="{_text(figure.name)}" data-axes="{_text(axes)}" aria-hidden="true" '
+        f'focusable="false">{_plot(figure)}</svg>'
+    )
+
+
+def svg_file(figure: AnyFigure) -> str:
+    """The figure as a file: title, drawing and legend on white. The same figure gives the same text."""
+    drawing, width, height = (
+        (_plot(figure), WIDTH, HEIGHT) if isinstance(figure, Figure) else (_map(figure), *_map_size(figure))
+    )
+    title = wrap(visible(figure.title), int((width - 20) / (1.1 * LETTER)))
+    top = 10 + LINE * len(title)
+    legend = [] if isinstance(figure, HeatMap) else _legend(figure, width, top + height + LINE)
+    whole = top + height + LINE * len(legend) + 8
+    lines = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:g} {whole:g}" font-family="system-ui, sans-serif" '
+        f'font-size="{FONT}">',
+        f"<title>{_text(figure.alt)}</title>",
+        '<rect width="100%" height="100%" fill="#fff"/>',
+        *(
+            f'<text x="12" y="{LINE * (1 + row)}" font-size="{FONT + 2}" fill="var(--ink)">{_text(line)}</text>'
+            for row, line in enumerate(title)
+        ),
+        f'<g transform="translate(0 {top})">{drawing}</g>',
+        *legend,
+        "</svg>",
+    ]
+    return re.sub(r"var\(--(\w+)\)", lambda found: COLOURS[found[1]], "\n".join(lines)) + "\n"
+
+
+@dataclass(frozen=True, slots=True)
+class _Scale:
+    """From a value to its place along one side of the drawing."""
+
+    log: bool
+    low: float  # the values at both ends
+    high: float
+    start: float  # their places
+    end: float
+
+    def __call__(self, value: float) -> float:
+        low, at, high = (log10(v) if self.log else v for v in (self.low, value, self.high))
+        return round(self.start + (self.end - self.start) * (at - low) / (high - low), 1)
+
+    def data(self, label: str) -> list[float | bool | str]:
+        """What the page's script computes the same place from, and the axis's name."""
+        return [self.log, self.low, self.high, self.start, self.end, visible(label)]
+
+
+def _scale_of(figure: Figure, which: str) -> _Scale:
+    axis: Axis = figure.x if which == "x" else figure.y
+    ends = (LEFT, WIDTH - RIGHT) if which == "x" else (HEIGHT - BOTTOM, TOP)
+    low, high = axis.limits or _room(axis, [*axis.ticks, *_values(figure, which)])
+    return _Scale(axis.scale != "linear", low, high, *ends)
+
+
+def _values(figure: Figure, which: str) -> list[float]:
+    """All values that must be seen along the axis."""
+    if which == "x":
+        return [*(x for s in figure.series for x in s.x), *(mark.x for mark in figure.marks)]
+    values = [y for s in figure.series for y in (*s.y, *s.low, *s.high)]
+    values += [level.value for level in figure.levels] + [mark.y for mark in figure.marks]
+    return values + [end for band in figure.bands for end in (band.low, band.high)]
+
+
+def _room(axis: Axis, values: Sequence[float]) -> tuple[float, float]:
+    """The least and the largest value with some room around them."""
+    low, high = min(values), max(values)
+    if axis.scale != "linear":
+        return low / 1.25, high * 1.25
+    room = 0.06 * (high - low or abs(high) or 1.0)
+    return low - room, high + room
+
+
+def _ticks(axis: Axis, scale: _Scale) -> list[tuple[float, str]]:
+    """The places and the texts of the ticks: those of the axis, or some round numbers."""
+    if axis.ticks:
+        shown = axis.ticks[:: ceil(len(axis.ticks) / MAX_LABELS)]
+        return [(tick, f"{tick:g}") for tick in shown if scale.low <= tick <= scale.high]
+    rough = (scale.high - scale.low) / 5
+    power = 10.0 ** floor(log10(rough))
+    step = min((power * factor for factor in (1, 2, 5, 10)), key=lambda one: abs(one - rough))
+    digits = max(0, -floor(log10(step) + 1e-9))
+    count = range(ceil(scale.low / step - 1e-9), floor(scale.high / step + 1e-9) + 1)
+    return [(n * step, f"{n * step:,.{digits}f}" if step < 1e5 else f"{n * step:g}") for n in count]
+
+
+def _plot(figure: Figure) -> str:
+    x, y = _scale_of(figure, "x"), _scale_of(figure, "y")
+    clip = f"clip-{figure.name}"
+    inside = f'x="{LEFT}" y="{TOP}" width="{WIDTH - LEFT - RIGHT}" height="{HEIGHT - TOP - BOTTOM}"'
+    return "\n".join(
+        [
+            f'<clipPath id="{_text(clip)}"><rect {inside}/></clipPath>',
+            *_axes(figure, x, y),
+            f'<g clip-path="url(#{_text(clip)})">',
+            *(_band(part.label, y(part.high), y(part.low)) for part in figure.bands),
+            *(_level(part.label, y(part.value)) for part in figure.levels),
+            *(_series(part, x, y) for part in figure.series),
+            "</g>",
+            *(_ring(part.label, part.tone, x(part.x), y(part.y)) for part in figure.marks),
+        ]
+    )
+
+
+def _axes(figure: Figure, x: _Scale, y: _Scale) -> Iterable[str]:
+    left, right, bottom = LEFT, WIDTH - RIGHT, HEIGHT - BOTTOM
+    yield f'<path d="M{left} {TOP}V{bottom}H{right}" fill="none" stroke="var(--faint)"/>'
+    for value, text in _ticks(figure.y, y):
+        yield f'<path d="M{left - 4} {y(value)}h4" stroke="var(--faint)"/><path d="M{left} {y(value)}H{right}" stroke="var(--line)" opacity=".5"/>'
+        yield _label(text, left - 7, y(value) + 4, "end")
+    end = -1e9
+    for value, text in _ticks(figure.x, x):
+        yield f'<path d="M{x(value)} {bottom}v4" stroke="var(--faint)"/>'
+        if x(value) - LETTER * len(text) / 2 > end:  # else it would touch the text before it
+            yield _label(text, x(value), bottom + 18, "middle")
+            end = x(value) + LETTER * (len(text) / 2 + 1)
+    yield _label(figure.x.label, (left + right) / 2, HEIGHT - 6, "middle", "ink")
+    yield _label(figure.y.label, 0, 0, "middle", "ink", f' transform="translate(13 {(TOP + bottom) / 2}) rotate(-90)"')
+
+
+def _label(text: str, x: float, y: float, anchor: str, colour: str = "faint", further: str = "") -> str:
+    return f'<text x="{x:g}" y="{y:g}" text-anchor="{anchor}" fill="var(--{colour})"{further}>{_text(text)}</text>'
+
+
+def _band(label: str, top: float, bottom: float) -> str:
+    rectangle = f'<rect x="{LEFT}" y="{top}" width="{WIDTH - LEFT - RIGHT}" height="{round(bottom - top, 1)}"'
+    return f'<g class="band" data-label="{_text(label)}">{rectangle} fill="var(--band)" opacity=".25"/></g>'
+
+
+def _level(label: str, y: float) -> str:
+    line = f'<path d="M{LEFT} 0H{WIDTH - RIGHT}" transform="translate(0 {y})" stroke="var(--faint)" stroke-width="1.4"'
+    return f'<g class="level" data-label="{_text(label)}">{line} stroke-dasharray="2 3"/></g>'
+
+
+def _ring(label: str, tone: Tone, x: float, y: float) -> str:
+    circle = f'<circle r="10" transform="translate({x} {y})" fill="none" stroke="{_colour(tone)}" stroke-width="2.4"/>'
+    return f'<g class="ring {tone}" data-label="{_text(label)}">{circle}</g>'
+
+
+def _series(series: Series, x: _Scale, y: _Scale) -> str:
+    places = [(x(a), y(b)) for a, b in zip(series.x, series.y, strict=True)]
+    parts = [_whisker(x(a), y(low), y(high)) for a, low, high in zip(series.x, series.low, series.high, strict=False)]
+    if series.kind != "points":
+        between = "H{0}V{1}" if series.kind == "step" else "L{0} {1}"
+        path = f"M{places[0][0]} {places[0][1]}" + "".join(between.format(*place) for place in places[1:])
+        dashes = ' stroke-dasharray="6 4"' if series.dashed else ""
+        parts.append(f'<path d="{path}" fill="none" stroke="currentColor" stroke-width="2"{dashes}/>')
+    if series.kind in ("both", "points"):
+        parts += [f'<circle cx="{a}" cy="{b}" r="3.6" fill="currentColor"/>' for a, b in places]
+    numbers = " ".join(f'data-{name}="{_numbers(values)}"' for name, values in (("x", series.x), ("y", series.y)))
+    return f'<g class="series" data-label="{_text(series.label)}" {numbers} color="{_colour(series.tone)}">{"".join(parts)}</g>'
+
+
+def _whisker(x: float, low: float, high: float) -> str:
+    caps = f"M{x} {low}V{high}M{x - 4:.1f} {low}h8M{x - 4:.1f} {high}h8"
+    return f'<path d="{caps}" fill="none" stroke="currentColor" stroke-width="1.3" opacity=".6"/>'
+
+
+def _numbers(values: Sequence[float]) -> str:
+    return " ".join(f"{value:.5g}" for value in values)
+
+
+def _colour(tone: Tone) -> str:
+    return f"var(--{colour_name(tone)})"
+
+
+def swatch(part: Part) -> str:
+    """The sign of a part of the figure in the legend: 22 units wide, 12 high."""
+    line = '<path d="M0 6h22" stroke="currentColor" stroke-width="2"{}/>'
+    dot = '<circle cx="11" cy="6" r="3.5" fill="currentColor"/>'
+    signs: dict[str, str] = {
+        "band": '<rect y="1" width="22" height="10" fill="currentColor" opacity=".35"/>',
+        "level": line.format(' stroke-dasharray="2 3"'),
+        "ring": '<circle cx="11" cy="6" r="4.7" fill="none" stroke="currentColor" stroke-width="2"/>',
+        "points": '<path d="M11 0v12" stroke="currentColor"/>' + dot,
+        "both": line.format(' stroke-dasharray="5 3"' if part.dashed else "") + dot,
+    }
+    return signs.get(part.sign) or line.format(' stroke-dasharray="5 3"' if part.dashed else "")
+
+
+def _legend(figure: Figure, width: float, y: float) -> list[str]:
+    """The legend of a file: one group for each line; a line holds as many entries as fit."""
+    rows: list[list[str]] = []
+    x = width
+    for part in parts_of(figure):
+        needed = SWATCH + LETTER * 0.9 * len(part.label) + 14
+        if x + needed > width:
+            rows.append([])
+            x = 12
+        place = f'transform="translate({x:g} {y + LINE * len(rows) - LINE:g})"'
+        text = f'<text x="{SWATCH - 2}" y="10" font-size="{FONT - 1}" fill="var(--ink)">{_text(part.label)}</text>'
+        rows[-1].append(f'<g {place} color="var(--{part.colour})">{swatch(part)}{text}</g>')
+        x += needed
+    return ["".join(row) for row in rows]
+
+
+def _map_size(figure: HeatMap) -> tuple[float, float]:
+    cell = LETTER * max(8, *(len(name) + 2 for name in figure.column_names))
+    return max(WIDTH, LEFT + RIGHT + cell * len(figure.column_names)), 52 + 26 * len(figure.row_names)
+
+
+def _map(figure: HeatMap) -> str:
+    """Coloured cells with their values; the best of a row is bold."""
+    width, height = _map_size(figure)
+    cell, rows = (width - LEFT - RIGHT) / len(figure.column_names), len(figure.row_names)
+    labelled = rows * len(figure.column_names) <= MAX_LABELLED_CELLS
+    lines = [_label(name, LEFT + cell * (j + 0.5), height - 30, "middle") for j, name in enumerate(figure.column_names)]
+    lines.append(_label(figure.column_label, LEFT + cell * len(figure.column_names) / 2, height - 10, "middle", "ink"))
+    turned = f' transform="translate(13 {13 * rows}) rotate(-90)"'
+    lines.append(_label(figure.row_label, 0, 0, "middle", "ink", turned))
+    for i, (name, values, notes) in enumerate(zip(figure.row_names, figure.values, figure.notes, strict=True)):
+        lines.append(_label(name, LEFT - 7, 26 * i + 17, "end"))
+        for j, (value, note) in enumerate(zip(values, notes, strict=True)):
+            shade = figure.shade(value)
+            opacity = 0.0 if value is None else 0.06 if shade is None else 0.06 + 0.5 * shade
+            place = f'x="{LEFT + cell * j:.1f}" y="{26 * i}" width="{cell - 1:.1f}" height="25"'
+            lines.append(f'<rect {place} fill="var(--band)" fill-opacity="{opacity:.2f}"/>')
+            if labelled:
+                weight = ' font-weight="700"' if figure.best[i] == j else ""
+                text = note if value is None else cell_text(value)
+                lines.append(_label(text, LEFT + cell * (j + 0.5), 26 * i + 17, "middle", "ink", weight))
+    return "\n".join(lines)
+
+
+def _text(value: str) -> str:
+    return escape(visible(value))
+
+
+def write_figures(folder: Path, figures: Sequence[AnyFigure]) -> None:
+    """`folder/<name>.svg` and `.csv` of each figure. Each file is replaced as a whole."""
+    for figure in figures:
+        write_text(folder / f"{figure.name}.svg", svg_file(figure))
+        write_text(folder / f"{figure.name}.csv", to_csv(figure))
+
+
+def require_svg(path: Path) -> None:
+    """Refuse a file for a plot that does not end in `.svg`.
+
+    Raises:
+        SettingsError: another ending.
+    """
+    if path.suffix.lower() != ".svg":
+        raise SettingsError(f"--plot {path}: give a file that ends in .svg")
+
+
+def write_plot(figure: AnyFigure, path: Path) -> None:
+    """Draw one figure to `path`.
+
+    Raises:
+        SettingsError: the file does not end in `.svg`, or it can't be written.
+    """
+    require_svg(path)
+    try:
+        with replacing(path) as temporary:
+            temporary.write_text(svg_file(figure), encoding="utf-8")
+    except OSError as error:
+        raise SettingsError(f"--plot {path}: can't write there ({error.strerror or error})") from None
