@@ -1,1 +1,1 @@
-"""adapters"""
+"""Verbs on finished adapters: their spectra, other ranks, comparison."""

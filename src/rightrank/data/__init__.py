@@ -1,1 +1,1 @@
-"""data"""
+"""Rows and files: what people bring, its forms, its splits, and files that are written whole."""

@@ -1,1 +1,1 @@
-"""decision"""
+"""The decision: pure functions from a table of scores to a rank with its evidence. No files, no torch."""

@@ -1,1 +1,1 @@
-"""models"""
+"""Base models and adapters: how they are loaded, stored, counted, truncated and padded."""

@@ -1,1 +1,1 @@
-"""search"""
+"""What to train next: strategies, pure functions of the outcomes so far."""
