@@ -7,7 +7,7 @@ SUPPLY := $(VENV)/supply/bin
 DEMO_OUT ?= demo
 JOBS ?= 2
 
-.PHONY: demo check test lint docs sbom audit dist clean
+.PHONY: demo check test lint generated docs sbom audit dist clean
 
 demo: $(VENV)/.installed
 	$(BIN)/rightrank demo --out $(DEMO_OUT)
@@ -17,6 +17,10 @@ check: lint
 
 test: lint
 	$(BIN)/python -m pytest -n $(JOBS) -q --durations=20
+
+# The types of keywords and the page of settings, from the table of settings.
+generated: $(VENV)/.installed-dev
+	$(BIN)/python -m tests.schema.generated
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check src tests benchmarks examples

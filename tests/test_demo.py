@@ -12,13 +12,9 @@ from rightrank.schema.errors import MissingExtraError
 
 pytestmark = pytest.mark.trains
 
-SHORT = demo.DEMO_SETTINGS | {
-    "ranks": (1, 8),
-    "learning_rates": (5e-3,),
-    "max_steps": 6,
-    "seq_len": 64,
-    "eval_items": 16,
-}
+SHORT = demo.DEMO_SETTINGS.model_copy(
+    update={"ranks": (1, 8), "learning_rates": (5e-3,), "max_steps": 6, "seq_len": 64, "eval_items": 16}
+)
 
 
 def test_functions_and_their_docstrings(tmp_path: Path) -> None:

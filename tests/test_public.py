@@ -4,30 +4,12 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import ModuleType, NoneType
-from typing import Literal, get_args, get_origin, get_type_hints
+from types import ModuleType
 
 import pytest
 
 import rightrank
-from rightrank.cli import cli
-from rightrank.schema.plan_settings import PlanSettings
-from rightrank.schema.settings import PlanKeywords, SelectKeywords, SelectSettings
-
-NOT_SETTINGS = {
-    "model",
-    "data",
-    "out",
-    "dry_run",
-    "price_per_hour",
-    "config_file",
-    "assignments",
-    "as_json",
-    "quiet",
-    "log_json",
-}
 
 PUBLIC = {
     "AdapterComparison",
@@ -106,13 +88,6 @@ def test_the_public_names_are_these_and_are_there() -> None:
         getattr(rightrank, "nonsense")  # noqa: B009
 
 
-OTHER_KINDS: dict[str, set[object]] = {
-    "memory_bytes": {str},
-    "columns": {Mapping},
-    "dtype": {"bf16", "fp16", "fp32"},
-}  # that become the setting's own
-
-
 def type_checked(folder: Path, *scripts: str) -> str:
     """What mypy says, with the project's own settings (strict), so that its cache serves."""
     files = [folder / f"script_{number}.py" for number in range(len(scripts))]
@@ -132,32 +107,3 @@ def test_a_typed_script_has_no_any_and_a_wrong_one_is_told(tmp_path: Path) -> No
     assert len(errors) == 2, errors
     assert 'script_1.py:3: error: Unexpected keyword argument "rank"' in errors[0]
     assert 'script_1.py:4: error: Argument "margin"' in errors[1]
-
-
-def test_keywords_are_the_command_s_options_and_settings_of_that_type() -> None:
-    parameters = cli.commands["select"].params
-    options = {parameter.name for parameter in parameters if not getattr(parameter, "hidden", False)}
-    keywords = get_type_hints(SelectKeywords)
-    assert keywords.keys() == options - NOT_SETTINGS
-    for name, hint in keywords.items():
-        setting = SelectSettings.model_fields[name].annotation
-        allowed = plain(setting) | {one for kind in plain(setting) if isinstance(kind, tuple) for one in kind[1:]}
-        assert plain(hint) <= allowed | OTHER_KINDS.get(name, set()), name
-
-
-def test_keywords_of_plan_are_the_command_s_options() -> None:
-    options = {parameter.name for parameter in cli.commands["plan"].params}
-    assert get_type_hints(PlanKeywords).keys() == options - {"model", "data", "assignments", "config_file", "as_json"}
-    assert get_type_hints(PlanKeywords).keys() <= PlanSettings.model_fields.keys()
-
-
-def plain(hint: object) -> set[object]:
-    """The types in a hint, a sequence and a tuple taken for the same."""
-    if get_origin(hint) in (Sequence, tuple):
-        return {(Sequence, *plain(get_args(hint)[0]))}
-    if get_origin(hint) is Mapping:
-        return {Mapping}
-    if get_origin(hint) is Literal:
-        return set(get_args(hint))
-    parts = get_args(hint)
-    return set().union(*map(plain, parts)) - {NoneType} if parts else {hint}

@@ -52,7 +52,8 @@ def measured(model: Path, data: Path, changes: Mapping[str, Any]) -> dict[str, A
     watching = Watch(note, lines.append)
     load = os.getloadavg()[0]
     with tempfile.TemporaryDirectory() as folder:
-        settings = make_settings(DEMO_SETTINGS | {"samples": 0} | dict(changes))
+        given = DEMO_SETTINGS.model_dump(include=DEMO_SETTINGS.model_fields_set)
+        settings = make_settings(given | {"samples": 0} | dict(changes))
         selected = select_rank(str(model), data, Path(folder) / "run", settings=settings, callbacks=[watching])
     seconds = time.perf_counter() - begun[0]  # to the end, views and the test split included
     ran = selected.trainings

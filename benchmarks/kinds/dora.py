@@ -22,7 +22,7 @@ from rightrank.runs.folder import RunFolder
 from rightrank.schema.settings import make_settings
 from rightrank.schema.trials import TrialFinished
 
-SETTINGS: dict[str, Any] = DEMO_SETTINGS | {
+SETTINGS: dict[str, Any] = DEMO_SETTINGS.model_dump(include=DEMO_SETTINGS.model_fields_set) | {
     "strategy": "grid",
     "ranks": (4, 16),
     "learning_rates": (3e-3,),

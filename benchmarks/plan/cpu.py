@@ -25,7 +25,7 @@ from rightrank.plugins.plan.planner import plan_config
 from rightrank.schema.plan_settings import make_plan_settings
 
 LIMIT = 0.03
-SELECT: dict[str, Any] = {"packed": True, "loss": "chunked", "optimizer": "adamw_fused"}
+SELECT: dict[str, Any] = {"packed": True, "loss": "chunked", "optim": "adamw_fused"}
 CASES: list[dict[str, Any]] = [
     {},
     {"batch_size": 8, "seq_len": 64},
@@ -33,21 +33,21 @@ CASES: list[dict[str, Any]] = [
     {"target_modules": "attention"},
     {"padding": True},
     {"gradient_checkpointing": True},
-    {"loss": "chunked", "optimizer": "adamw_fused"},
-    {"loss": "chunked", "optimizer": "adamw_fused", "gradient_checkpointing": True},
+    {"loss": "chunked", "optim": "adamw_fused"},
+    {"loss": "chunked", "optim": "adamw_fused", "gradient_checkpointing": True},
     {"attn_implementation": "eager"},
     {"use_dora": True, "target_modules": "attention"},
     SELECT,
-    SELECT | {"arms": 2},
-    SELECT | {"arms": 4, "batch_size": 2},
-    SELECT | {"arms": 2, "gradient_checkpointing": True},
-    {"packed": True, "optimizer": "adamw_fused", "num_labels": 3, "padding": True, "arms": 2},
+    SELECT | {"adapters_per_pass": 2},
+    SELECT | {"adapters_per_pass": 4, "batch_size": 2},
+    SELECT | {"adapters_per_pass": 2, "gradient_checkpointing": True},
+    {"packed": True, "optim": "adamw_fused", "num_labels": 3, "padding": True, "adapters_per_pass": 2},
 ]
 BITS: list[dict[str, Any]] = [
     {"load_in_4bit": True},
     {"load_in_4bit": True, "bnb_4bit_use_double_quant": True},
     {"load_in_4bit": True, "gradient_checkpointing": True},
-    SELECT | {"load_in_4bit": True, "arms": 2},
+    SELECT | {"load_in_4bit": True, "adapters_per_pass": 2},
     {"load_in_8bit": True},
 ]
 QUANTISED = ("llama", "gpt2", "mistral")

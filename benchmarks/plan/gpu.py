@@ -30,7 +30,7 @@ ALLOCATED_LIMIT, RESERVED_LIMIT = 0.03, 0.05
 CONFIGS: Configs = {name: FULL_CONFIGS[name] for name in ("SmolLM2-135M", "Llama-3.2-3B")} | {
     "gpt2": SMALL_CONFIGS["gpt2"]
 }
-SELECT: dict[str, Any] = {"packed": True, "loss": "chunked", "optimizer": "adamw_fused"}
+SELECT: dict[str, Any] = {"packed": True, "loss": "chunked", "optim": "adamw_fused"}
 CASES: list[dict[str, Any]] = [
     {},
     {"ranks": (64,)},
@@ -39,14 +39,14 @@ CASES: list[dict[str, Any]] = [
     {"padding": True},
     {"gradient_checkpointing": True},
     {"dtype": "float32"},
-    {"loss": "chunked", "optimizer": "adamw_fused"},
+    {"loss": "chunked", "optim": "adamw_fused"},
     {"load_in_4bit": True},
     {"load_in_4bit": True, "bnb_4bit_use_double_quant": True, "gradient_checkpointing": True},
     SELECT,
     SELECT | {"gradient_checkpointing": True},
-    SELECT | {"arms": 2},
-    SELECT | {"arms": 4, "batch_size": 2},
-    SELECT | {"arms": 2, "load_in_4bit": True},
+    SELECT | {"adapters_per_pass": 2},
+    SELECT | {"adapters_per_pass": 4, "batch_size": 2},
+    SELECT | {"adapters_per_pass": 2, "load_in_4bit": True},
 ]
 
 

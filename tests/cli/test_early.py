@@ -58,7 +58,7 @@ def test_a_plan_names_what_does_not_exist_too(files: Path) -> None:
         (["plan", "./modle"], "no such folder (did you mean 'model'?);"),
         (["plan", "./modle", "train.jsonl"], "no such folder (did you mean 'model'?);"),
         (["plan", "model", "trian.jsonl"], "(did you mean 'train.jsonl'?)"),
-        (["plan", "model", "--optimizer", "adam8"], "optimizer: got 'adam8'"),
+        (["plan", "model", "--optim", "adam8"], "optim: got 'adam8'"),
     ):
         done = subprocess.run(
             [sys.executable, "-c", CODE, json.dumps(arguments)], capture_output=True, text=True, cwd=files

@@ -95,20 +95,6 @@ def test_make_targets_in_the_docs_exist() -> None:
                 assert re.search(rf"^{command.split()[1]}:", makefile, re.MULTILINE), command
 
 
-def test_every_setting_is_described_with_its_default() -> None:
-    text = (ROOT / "docs" / "reference" / "settings.md").read_text(encoding="utf-8")
-    described = re.findall(r"^\| `(\w+)` \| ([^|]*) \|", text, re.MULTILINE)
-    assert described == [(name, _shown(field.default)) for name, field in SelectSettings.model_fields.items()]
-
-
-def _shown(default: object) -> str:
-    if default is None or default == "":
-        return "–"
-    if isinstance(default, tuple):
-        return ", ".join(map(_shown, default)) or "none"
-    return f"{default:g}" if isinstance(default, float) else str(default)
-
-
 def test_every_command_is_described() -> None:
     text = (ROOT / "docs" / "reference" / "commands.md").read_text(encoding="utf-8")
     assert {name for name in cli.commands if not re.search(rf"^\| `{name}|, `{name}", text, re.MULTILINE)} == set()

@@ -12,7 +12,8 @@ import pytest
 from rightrank.decision.run import Records, decide_run, decision_so_far
 from rightrank.report.figures import rank_figure
 from rightrank.report.html import render_report
-from rightrank.report.sentences import next_run_text, reproduce_command, use_it
+from rightrank.report.sentences import next_run_text, use_it
+from rightrank.schema.command import reproduce_command
 from rightrank.schema.decision import NextRun
 from tests.report.elements import Elements
 from tests.report.runs import answered_run, made_up_run

@@ -51,7 +51,7 @@ def test_one_model_and_data_have_one_run(model_folder: Path, completion_file: Pa
 def test_the_command_takes_the_names_of_both(
     model_folder: Path, completion_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    step = ["--ranks", "1,4", "--steps", "8", "--batch-size", "4", "--device", "cpu", "--dtype", "fp32"]
+    step = ["--ranks", "1,4", "--max-steps", "8", "--batch-size", "4", "--device", "cpu", "--dtype", "fp32"]
     command = ["plan", str(model_folder), str(completion_file), *step]
     status, out, _ = run([*command, "--json"], capsys)
     found = json.loads(out)
@@ -70,7 +70,7 @@ def test_a_plan_without_data_shows_both_loops(model_folder: Path, capsys: pytest
     """The column `in select` is the plan of the same step with the settings of `select`."""
     step = ["plan", str(model_folder), "--ranks", "1,4", "--seq-len", "20", "--batch-size", "4", "--json"]
     both = json.loads(run(step, capsys)[1])["ranks"]
-    loop = ["--loss", "chunked", "--optimizer", "adamw_fused", "--set", "packed=true"]
+    loop = ["--loss", "chunked", "--optim", "adamw_fused", "--set", "packed=true"]
     alone = json.loads(run([*step, *loop], capsys)[1])["ranks"]
     assert [row["select_peak_bytes"] for row in both] == [row["peak_bytes"] for row in alone]
     assert [row["select_needed_bytes"] for row in both] == [row["needed_bytes"] for row in alone]

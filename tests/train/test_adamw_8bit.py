@@ -36,7 +36,7 @@ def test_names_of_transformers_are_taken() -> None:
     assert {small_settings(optim=name).optim for name in ("adamw_8bit", "adamw_bnb_8bit")} == {"adamw_8bit"}
     assert {small_settings(optim=name).optim for name in ("adamw", "adamw_torch_fused")} == {"adamw_torch"}
     assert small_settings().optim == "adamw_torch"
-    assert make_plan_settings({"optimizer": "adamw_bnb_8bit"}).optimizer == "adamw_8bit"
+    assert make_plan_settings({"optim": "adamw_bnb_8bit"}).optim == "adamw_8bit"
     with pytest.raises(SettingsError, match=r"optim: got 'lion'"):
         small_settings(optim="lion")
 
@@ -82,7 +82,7 @@ def test_the_plan_of_a_selection_has_its_bytes() -> None:
         _plan_settings(tiny_llama_config(400), small_settings(optim=optim), 32, "cpu", None)
         for optim in ("adamw_torch", "adamw_8bit")
     ]
-    assert [one.optimizer for one in settings] == ["adamw_fused", "adamw_8bit"]
+    assert [one.optim for one in settings] == ["adamw_fused", "adamw_8bit"]
     assert settings[0] == settings[1].model_copy(update={"optimizer": "adamw_fused"})
 
 

@@ -86,10 +86,10 @@ OTHER_MODELS = {  # that need another base, data or machine; the test that shows
 }
 PLANS_TRAININGS = {  # they choose which trainings there are, and change none of a given arm
     "goal", "strategy", "ranks", "learning_rates", "seeds", "budget_trainings", "budget_steps", "budget_hours", "extend",
-    "sweep", "max_steps", "num_train_epochs", "divergence_factor",
+    "sweep", "max_steps", "num_train_epochs",
 }  # fmt: skip
 JUDGES = {  # they measure and judge what was trained
-    "metric", "margin", "metrics", "lower_is_better", "higher_is_better", "answers_at", "max_new_tokens", "metric_timeout_seconds", "guard",
+    "metric", "margin", "metrics", "lower_is_better", "higher_is_better", "max_new_tokens", "guard",
     "guard_margin", "eval_points", "eval_batch_size", "samples", "certify", "report_to",
 }  # fmt: skip
 CHANGES_NO_LOSS = {  # they say where and how trainings run; tests of each show equal losses

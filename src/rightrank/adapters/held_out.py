@@ -30,14 +30,12 @@ from rightrank.schema.decision import AdapterAnswer
 from rightrank.schema.errors import DataError
 from rightrank.schema.events import RunStarted
 from rightrank.schema.results import HeldOut, Resized
-from rightrank.schema.settings import DtypeName, SelectSettings, make_settings
+from rightrank.schema.settings import OF_SPLITS, DtypeName, SelectSettings, make_settings
 from rightrank.schema.trials import TrialFinished
 from rightrank.train.adapter_runtime import adapter_attached, finished_trial, train_attached
 from rightrank.train.covariances import Gathered, gather_moments, moment_tokens, unseen_first
 from rightrank.train.evaluation import Scores
 from rightrank.train.runtime import Runtime
-
-OF_DATA = ("columns", "validation", "test_fraction", "validation_fraction", "eval_items")
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +115,7 @@ def _trained_in(source: Path | None, started: RunStarted | None, settings: Selec
     """The splits that a run made of its data; None where they are not known."""
     if started is None or source is None:
         return None
-    values = {name: started.settings[name] for name in OF_DATA if name in started.settings}
+    values = {name: started.settings[name] for name in OF_SPLITS if name in started.settings}
     return load_data(source, settings.model_copy(update=make_settings(values).model_dump(include=set(values))))
 
 

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
 from rightrank.runs.returns import Decided
+from rightrank.schema.keywords import PlanKeywords
 from rightrank.schema.plan_settings import PlanSettings, make_plan_settings
 from rightrank.schema.results import Plan
-from rightrank.schema.settings import PlanKeywords
 
 if TYPE_CHECKING:
     from rightrank.plugins.judge.judging import JudgedRun

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Literal, Unpack
 from rightrank.runs.hook import Hook, Hooks
 from rightrank.runs.returns import Selected
 from rightrank.schema.errors import InterruptedRun
+from rightrank.schema.keywords import SelectKeywords
 from rightrank.schema.results import Plan, Preflight
-from rightrank.schema.settings import Goal, ProfileName, SelectKeywords, SelectSettings, make_settings
+from rightrank.schema.settings import Goal, ProfileName, SelectSettings, make_settings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

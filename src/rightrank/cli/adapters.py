@@ -9,8 +9,9 @@ from typing import Any
 
 import click
 
-from rightrank.cli.options import DIRECTION_OPTIONS, comma, gather, whole_numbers
+from rightrank.cli.options import SettingsCommand, comma, gather, setting_options, whole_numbers
 from rightrank.schema.errors import SettingsError
+from rightrank.schema.settings import SelectSettings, make_settings
 
 EXIT = {"not_worse": 0, "worse": 3, "cannot_tell": 4}
 
@@ -49,7 +50,6 @@ def inspect(
     from rightrank import api
     from rightrank.report.spectra import require_statistic, spectrum_map
     from rightrank.report.svg import require_svg, write_plot
-    from rightrank.schema.settings import make_settings
 
     statistic = require_statistic(figure)
     if plot is not None:
@@ -125,7 +125,6 @@ def resize(
     """
     from rightrank import api
     from rightrank.adapters.rank_choice import require_data_for
-    from rightrank.schema.settings import make_settings
 
     *sources, out = adapters
     if not sources:
@@ -211,7 +210,6 @@ def allocate(
     ranks shuffled over the modules.
     """
     from rightrank import api
-    from rightrank.schema.settings import make_settings
 
     allocation = api.allocate(
         adapter,
@@ -243,6 +241,7 @@ def _print_record(record: Any, as_json: bool, statistic: Any = "effective_rank",
 
 
 @click.command(
+    cls=SettingsCommand,
     short_help="Test whether adapter B is no worse than A.",
     epilog="Example: rightrank compare old new --model ./model --data held_out.jsonl --margin 0.01",
 )
@@ -256,16 +255,9 @@ def _print_record(record: Any, as_json: bool, statistic: Any = "effective_rank",
     type=click.Path(path_type=Path),
     help="Held-out rows; all are read. May be repeated.",
 )
-@click.option(
-    "--margin", type=float, help="How much worse B may be, in the metric's unit (default 0.005 nats a token)."
+@setting_options(
+    SelectSettings, "margin", "metric", "metrics", "higher_is_better", "lower_is_better", "seq_len", "dtype", "device"
 )
-@click.option("--metric", help="What to compare by: loss (default), accuracy, exact_match, …: docs/how-to/metrics.md.")
-@click.option("--metrics", multiple=True, metavar="METRIC", help="A further metric; may be repeated.")
-@DIRECTION_OPTIONS[0]
-@DIRECTION_OPTIONS[1]
-@click.option("--seq-len", type=int, help="Tokens of an example at most.")
-@click.option("--dtype", help="Type of the base: float32, bfloat16 or float16.")
-@click.option("--device", help="cpu, cuda, …")
 @click.option("--set", "assignments", multiple=True, metavar="NAME=VALUE", help="Any other setting of select.")
 @click.option("--json", "as_json", is_flag=True, help="Print the comparison as one JSON object.")
 def compare(
@@ -277,7 +269,6 @@ def compare(
     examples cannot tell.
     """
     from rightrank import api
-    from rightrank.schema.settings import make_settings
 
     settings = make_settings(gather(None, assignments, options))
     found = api.compare(a, b, model=model, data=list(data), settings=settings)

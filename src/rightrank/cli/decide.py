@@ -9,10 +9,12 @@ from pathlib import Path
 
 import click
 
+from rightrank.cli.options import comma
 
-def _mapping(_context: click.Context, _parameter: click.Parameter, values: tuple[str, ...]) -> dict[str, str]:
+
+def _mapping(context: click.Context, parameter: click.Parameter, text: str | None) -> dict[str, str]:
     pairs = {}
-    for value in values:
+    for value in comma(context, parameter, text) or []:
         name, equals, column = value.partition("=")
         if not equals or not column.strip():
             raise click.BadParameter(f"{value!r}: give NAME=COLUMN, such as rank=lora_r")
@@ -35,12 +37,10 @@ def _mapping(_context: click.Context, _parameter: click.Parameter, values: tuple
     help="How much worse than the best is still enough, in the metric's unit (default 0.005 nats a token, half a point of accuracy, else 1%).",
 )
 @click.option(
-    "--map",
-    "columns",
-    multiple=True,
+    "--columns",
     callback=_mapping,
     metavar="NAME=COLUMN",
-    help="The column of a field, such as rank=lora_r.",
+    help="Columns of other names, such as rank=lora_r,value=eval_loss.",
 )
 @click.option("--horizon", "horizon_steps", type=click.IntRange(min=1), help="Training length in steps to answer for.")
 @click.option("--plot", "plot_file", type=click.Path(path_type=Path), help="Write the curve to this .svg file.")

@@ -1,4 +1,4 @@
-"""Options that several commands share: lists, settings files, assignments."""
+"""Options: those of the settings, made from their table, and the parts that commands share."""
 
 from __future__ import annotations
 
@@ -8,15 +8,19 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeAlias
+from types import NoneType, UnionType
+from typing import Any, Literal, TypeAlias, TypeVar, get_args, get_origin
 
 import click
 from click.shell_completion import CompletionItem
 
 from rightrank.schema.errors import SettingsError
-from rightrank.schema.peft_options import HABITS
+from rightrank.schema.plan_settings import PlanSettings
+from rightrank.schema.settings import SelectSettings
+from rightrank.schema.table import Group, Setting, Settings, is_list
 from rightrank.version import __version__
 
+Command = TypeVar("Command", bound=Callable[..., Any])
 Complete: TypeAlias = Callable[[click.Context, click.Parameter, str], "list[str]"]
 
 
@@ -34,10 +38,6 @@ def folders(_context: click.Context, _parameter: click.Parameter, incomplete: st
     return [CompletionItem(incomplete, type="file")]
 
 
-def comma_list(value: str) -> list[str]:
-    return [part.strip() for part in value.split(",") if part.strip()]
-
-
 _UNITS = {"s": 1 / 3600, "sec": 1 / 3600, "m": 1 / 60, "min": 1 / 60, "h": 1.0, "d": 24.0}
 
 
@@ -53,13 +53,80 @@ def hours(_context: click.Context, _parameter: click.Parameter, value: str | Non
     return found
 
 
-# Of metrics that are the user's own.
-DIRECTION_OPTIONS = [
-    click.option(
-        f"--{way}-is-better", multiple=True, metavar="METRIC", help=f"A metric of yours by which {way} is better."
-    )
-    for way in ("higher", "lower")
-]
+CALLBACKS = {"budget_hours": hours}  # of settings whose option has a unit
+
+
+def setting_options(kind: type[Settings], *settings: str) -> Callable[[Command], Command]:
+    """A decorator: an option for each of the settings that have one, or for each of those that are named."""
+    listed = settings or [name for name, row in kind.model_fields.items() if row.option]
+
+    def decorate(command: Command) -> Command:
+        for name in reversed(listed):
+            command = _option(name, kind.model_fields[name], kind.model_types[name])(command)
+        return command
+
+    return decorate
+
+
+def _option(name: str, row: Setting, hint: Any) -> Callable[[Command], Command]:
+    """The option of a setting. It is None or empty where it was not given; the settings check what was."""
+    kinds = set(get_args(hint)) if get_origin(hint) is UnionType else {hint}
+    further: dict[str, Any] = {"metavar": row.metavar}
+    spelled = row.option
+    if bool in kinds:
+        further |= {"is_flag": True, "default": None}
+        spelled += f"/{spelled.replace('--', '--no-', 1)}" if NoneType in kinds else ""
+    elif is_list(hint):
+        further |= {"callback": comma} if row.split else {"multiple": True}
+    elif name in CALLBACKS:
+        further |= {"callback": CALLBACKS[name]}
+    elif row.parse is None and kinds & {int, float}:
+        further |= {"type": float if float in kinds else int}
+    choices = row.choices or (get_args(hint) if get_origin(hint) is Literal else ())
+    if choices:
+        further |= {"shell_complete": names(*choices)}
+    return click.option(spelled, name, cls=SettingOption, group=row.group, help=option_help(row), **further)
+
+
+def option_help(row: Setting) -> str:
+    """The first clause of a setting's meaning, without links and marks, and its default."""
+    text = re.sub(r"[,;]? ?\[[^\]]*\]\([^)]*\)", "", row.help).replace(" ()", "").replace("`", "")
+    text = text.partition("; ")[0]
+    default = shown_default(row.default)
+    first = text[0] if row.help.startswith("`") else text[0].upper()
+    return f"{first}{text[1:]}{f' (default {default})' if default else ''}."
+
+
+def shown_default(default: Any) -> str:
+    """A default for a person; empty where it is nothing, or off."""
+    if isinstance(default, tuple):
+        return ",".join(map(shown_default, default))
+    if default is None or default is False:
+        return ""
+    return f"{default:g}" if isinstance(default, float) else str(default)
+
+
+class SettingOption(click.Option):
+    """The option of a setting, with its section of `--help`."""
+
+    def __init__(self, *arguments: Any, group: Group, **further: Any) -> None:
+        super().__init__(*arguments, **further)
+        self.section = group.value
+
+
+class SettingsCommand(click.Command):
+    """A command whose `--help` lists the options of settings in their groups, after its own."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        sections: dict[str, list[tuple[str, str]]] = {}
+        for parameter in self.get_params(ctx):
+            record = parameter.get_help_record(ctx) if isinstance(parameter, click.Option) else None
+            if record is not None:
+                sections.setdefault(getattr(parameter, "section", "Options"), []).append(record)
+        for title in ("Options", *(group.value for group in Group)):
+            if title in sections:
+                with formatter.section(title):
+                    formatter.write_dl(sections[title])
 
 
 def gather(config_file: Path | None, assignments: tuple[str, ...], options: dict[str, Any]) -> dict[str, Any]:
@@ -75,7 +142,7 @@ def _assigned(assignment: str) -> tuple[str, Any]:
     name, equals, value = assignment.partition("=")
     if not equals:
         raise SettingsError(f"--set {assignment!r}: give NAME=VALUE, such as lora_dropout=0.05")
-    return name.strip().replace("-", "_"), comma_list(value) if "," in value else value
+    return name.strip().replace("-", "_"), value
 
 
 def whole_numbers(values: Sequence[str] | None, option: str) -> list[int] | None:
@@ -111,10 +178,7 @@ def garbage_kept() -> Iterator[None]:
         gc.enable()
 
 
-OPTION_OF = {"budget_hours": "--time", "memory_bytes": "--memory"}  # options that are not called as their setting
-OUTPUTS = ("--out-dir", "--output", "--output-dir", "--run", "-o")
-MEANT = {f"--{name.replace('_', '-')}": OPTION_OF.get(to, f"--{to.replace('_', '-')}") for name, to in HABITS.items()}
-MEANT |= dict.fromkeys(OUTPUTS, "--out")
+OUTPUTS = ("--out-dir", "--output", "--output-dir", "--run", "-o")  # what `--out` is called elsewhere
 
 
 def unknown_option(error: click.NoSuchOption) -> str:
@@ -125,19 +189,12 @@ def unknown_option(error: click.NoSuchOption) -> str:
     """
     command = error.ctx.command if error.ctx is not None else None
     options = {name for parameter in command.params for name in parameter.opts} if command is not None else set()
-    meant = MEANT.get(error.option_name)
+    rows = (PlanSettings if command is not None and command.name == "plan" else SelectSettings).model_fields
+    name = error.option_name.removeprefix("--").replace("-", "_")
+    name = next((own for own, row in rows.items() if name in row.also), name)
+    meant = "--out" if error.option_name in OUTPUTS else rows[name].option if name in rows else ""
     if meant in options:
         return f"no such option {error.option_name} (did you mean {meant}?)"
-    name = error.option_name.removeprefix("--").replace("-", "_")
-    setting = HABITS.get(name, name)
-    if "--set" in options and command is not None and setting in _settings_of(command.name):
-        return f"no such option {error.option_name}; give it as --set {setting}=VALUE"
+    if "--set" in options and name in rows:
+        return f"no such option {error.option_name}; give it as --set {name}=VALUE"
     return error.format_message()
-
-
-def _settings_of(command: str | None) -> set[str]:
-    """The names that `--set` takes."""
-    from rightrank.schema.plan_settings import PlanSettings
-    from rightrank.schema.settings import SelectSettings
-
-    return set((PlanSettings if command == "plan" else SelectSettings).model_fields)

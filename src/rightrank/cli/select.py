@@ -12,127 +12,18 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from rightrank.cli.options import DIRECTION_OPTIONS, announce, comma, folders, gather, hours, names
+from rightrank.cli.options import SettingsCommand, announce, folders, gather, setting_options
 from rightrank.schema.errors import InterruptedRun, SettingsError, TerminatedRun
+from rightrank.schema.settings import SelectSettings
 
 if TYPE_CHECKING:
     from rightrank.runs.hook import Hook
     from rightrank.runs.returns import Selected
     from rightrank.schema.decision import Decision
 
-SELECT_OPTIONS = [
-    click.option(
-        "--goal",
-        type=click.Choice(["adapter", "training-rank"]),
-        help="Stop at the smallest adapter, or at the rank to train (default).",
-    ),
-    click.option(
-        "--strategy",
-        shell_complete=names("bracket", "grid", "upward"),
-        help="What to train next: bracket (default), grid, upward.",
-    ),
-    click.option(
-        "--ranks",
-        callback=comma,
-        help="Ranks to compare, such as 4,16,64 (default: from data and model).",
-    ),
-    click.option("--learning-rates", callback=comma, help="Learning rates to try (default 3e-4,1e-3,3e-3)."),
-    click.option("--seeds", callback=comma, help="Seeds, such as 0,1,2 (default 0)."),
-    click.option(
-        "--extend/--no-extend",
-        default=None,
-        help="Add ranks and learning rates as needed (default: with --time).",
-    ),
-    click.option(
-        "--sweep",
-        multiple=True,
-        metavar="AXIS=VALUES",
-        help="Further values of a setting, such as alpha=16,64.",
-    ),
-    click.option("--margin", type=float, help="How much worse is still enough (default 0.005 nats a token)."),
-    click.option(
-        "--metric",
-        help="The metric that decides: loss (default), accuracy, f1, rougeL, …",
-    ),
-    click.option("--metrics", multiple=True, metavar="METRIC", help="A further metric to measure; may be repeated."),
-    *DIRECTION_OPTIONS,
-    click.option(
-        "--columns",
-        callback=comma,
-        help="Columns of other names: prompt=question,completion=answer.",
-    ),
-    click.option("--validation", metavar="FILE", help="File for the validation split (default: a tenth of the data)."),
-    click.option(
-        "--guard",
-        multiple=True,
-        metavar="FILE",
-        help="Data whose loss must not get worse; may be repeated.",
-    ),
-    click.option("--guard-margin", type=float, help="How much worse it may get, in nats (default 0.02 per token)."),
-    click.option("--max-steps", type=int, help="Optimizer steps of each training (default: one epoch)."),
-    click.option(
-        "--num-train-epochs", type=float, help="Passes over the data of each training, instead of --max-steps."
-    ),
-    click.option("--target-modules", callback=comma, help="Module names, or all-linear (default)."),
-    click.option("--layers-to-transform", callback=comma, help="Layer numbers, such as 26,27 (default: all)."),
-    click.option("--lora-alpha", type=float, help="Alpha, the same at every rank (default 32)."),
-    click.option("--batch-size", type=int, help="Examples per batch (default 8)."),
-    click.option("--seq-len", type=int, help="Maximum tokens per example (default 512)."),
-    click.option("--eval-items", type=int, help="Held-out examples at most (default 200)."),
-    click.option(
-        "--dtype",
-        shell_complete=names("auto", "bf16", "fp16", "fp32"),
-        help="auto (default: bf16 on a CUDA device, else fp32), bf16, fp16, fp32.",
-    ),
-    click.option(
-        "--optim",
-        shell_complete=names("adamw_torch", "adamw_8bit"),
-        help="adamw_torch (default) or adamw_8bit (extra bnb).",
-    ),
-    click.option("--load-in-4bit", is_flag=True, default=None, help="The base's matrices in 4 bits."),
-    click.option(
-        "--device", shell_complete=names("auto", "cpu", "cuda", "mps"), help="auto (default), cpu, cuda, cuda:1 or mps."
-    ),
-    click.option(
-        "--time",
-        "budget_hours",
-        callback=hours,
-        metavar="TIME",
-        help="Time budget of training and evaluation, such as 3h or 90min.",
-    ),
-    click.option(
-        "--memory",
-        "memory_bytes",
-        help="Memory budget, such as 24GiB (default: the CUDA device's).",
-    ),
-    click.option("--adapters-per-pass", type=int, help="Adapters trained in one pass (default: as many as pay)."),
-    click.option("--certify", is_flag=True, default=None, help="Train one arm again, alone, and compare."),
-    click.option(
-        "--executor",
-        shell_complete=names("local", "processes", "ray"),
-        help="Where trainings run: local (default), processes or ray.",
-    ),
-    click.option("--workers", type=int, help="Workers of the executor (default: one per CUDA device)."),
-    click.option("--ray-address", help="HOST:PORT of a Ray cluster's head (default: this machine)."),
-    click.option("--report-to", callback=comma, help="Trackers: trackio, wandb, mlflow, tensorboard."),
-    click.option("--config", "config_file", type=click.Path(path_type=Path), help="YAML file of settings."),
-    click.option(
-        "--set",
-        "assignments",
-        multiple=True,
-        metavar="NAME=VALUE",
-        help="Any other setting: docs/reference/settings.md.",
-    ),
-]
-
-
-def _select_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    for option in reversed(SELECT_OPTIONS):
-        command = option(command)
-    return command
-
 
 @click.command(
+    cls=SettingsCommand,
     short_help="Find the rank that is enough, with a trained adapter.",
     epilog="Example: rightrank select ./model data.jsonl --out run --ranks 4,16,64 --max-steps 200",
 )
@@ -145,7 +36,11 @@ def _select_options(command: Callable[..., Any]) -> Callable[..., Any]:
 )
 @click.option("--dry-run", is_flag=True, help="Say what it will do, cost and be able to show; write nothing.")
 @click.option("--price-per-hour", type=float, help="With --dry-run: price of an hour of this device.")
-@_select_options
+@setting_options(SelectSettings)
+@click.option("--config", "config_file", type=click.Path(path_type=Path), help="YAML file of settings.")
+@click.option(
+    "--set", "assignments", multiple=True, metavar="NAME=VALUE", help="Any other setting: docs/reference/settings.md."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the decision as one JSON object.")
 @click.option("--quiet", is_flag=True, help="Print no progress.")
 @click.option("--log-json", is_flag=True, help="Log progress to stderr, one JSON object per line.")

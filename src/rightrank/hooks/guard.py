@@ -44,7 +44,7 @@ def load_guards(settings: SelectSettings, loaded: LoadedModel, classes: Sequence
 
 
 def _load(file: str, settings: SelectSettings, loaded: LoadedModel, classes: Sequence[str] | None) -> GuardData:
-    own = settings.model_copy(update={"columns": (), "validation": "", "metric": "loss", "metrics": (), "ranks": (1,)})
+    own = settings.of_other_data()
     try:
         listed = held_out_fields(Path(file))
         if len(listed) < MIN_ROWS:

@@ -220,10 +220,9 @@ def _margin_lines(prepared: Prepared) -> list[str]:
 def answers_line(settings: SelectSettings, started: RunStarted) -> str:
     """When the metrics besides the loss are measured, and on how many examples."""
     names = [spec.name for spec in settings.metric_specs if not spec.is_measured_along]
-    when = "at the end of each training" if settings.answers_at == "end" else f"{settings.eval_points} times a training"
     examples = started.data.splits["selection"].items
     return (
-        f"{', '.join(names)}: measured on the base, {when}, and on the test split: "
+        f"{', '.join(names)}: measured on the base, at the end of each training, and on the test split: "
         f"{examples} examples, at most {settings.max_new_tokens} new tokens each where the model writes; the time is reported after the base"
     )
 

@@ -131,7 +131,7 @@ def identify_columns(rows: Sequence[Row], metric: str | None, mapping: Mapping[s
 
     Args:
         metric: the user's `--metric`: a column, or what to call the `value` column.
-        mapping: the user's `--map`, canonical name → column.
+        mapping: the user's `--columns`, canonical name → column.
         where: the table's name in error messages.
 
     Raises:
@@ -140,16 +140,18 @@ def identify_columns(rows: Sequence[Row], metric: str | None, mapping: Mapping[s
     names = names_of(rows)
     for name, column in mapping.items():
         if name not in SYNONYMS and name != "value":
-            raise ResultsError(f"--map {name}={column}: {name!r} is not one of {', '.join([*SYNONYMS, 'value'])}")
+            raise ResultsError(f"--columns {name}={column}: {name!r} is not one of {', '.join([*SYNONYMS, 'value'])}")
         if column not in names:
-            raise ResultsError(f"--map {name}={column}: {where} has no column {column!r}{did_you_mean(column, names)}")
+            raise ResultsError(
+                f"--columns {name}={column}: {where} has no column {column!r}{did_you_mean(column, names)}"
+            )
     by_plain: dict[str, str] = {}
     for column in sorted(names, key=lambda name: bool(_MEASURED.match(name))):  # a setting as set before one as logged
         by_plain.setdefault(plain(column), column)
     near = {name: _first(synonyms, by_plain) for name, synonyms in SYNONYMS.items()}
     roles = {name: column for name, column in near.items() if column is not None} | dict(mapping)
     if "rank" not in roles:
-        raise ResultsError(f"{where}: no column for the rank among {listed(names)}; name it with --map rank=COLUMN")
+        raise ResultsError(f"{where}: no column for the rank among {listed(names)}; name it with --columns rank=COLUMN")
     epoch = _first(EPOCHS, by_plain)
     if "step" not in roles and epoch is not None and all(_is_whole(row.fields.get(epoch)) for row in rows):
         roles["step"] = epoch

@@ -30,7 +30,7 @@ from rightrank.interop.importers import import_rows
 from rightrank.schema.decision import Result, ResultsTable
 from rightrank.schema.errors import DataError, ResultsError, quoted
 from rightrank.schema.metrics import unknown_direction
-from rightrank.schema.trials import MAX_WHOLE
+from rightrank.schema.table import MAX_WHOLE
 
 FAILED = {"failed", "crashed", "killed", "error", "fail", "diverged", "oom", "out of memory"}
 UNFINISHED = {"running", "unfinished", "in_progress", "scheduled", "pending", "waiting", "queued", "preempting"}

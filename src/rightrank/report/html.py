@@ -35,7 +35,6 @@ from rightrank.report.sentences import (
     not_tested,
     preference_text,
     progress_text,
-    reproduce_command,
     subject_text,
     test_rows,
     test_text,
@@ -43,6 +42,7 @@ from rightrank.report.sentences import (
 )
 from rightrank.report.svg import inline_svg, svg_file, swatch
 from rightrank.report.tables import FLAGS
+from rightrank.schema.command import reproduce_command
 from rightrank.schema.decision import AdapterAnswer, AdapterCandidate, Decision, TrainingRankEstimate
 from rightrank.schema.settings import Goal
 from rightrank.schema.trials import TrialCollapsed, TrialDiverged, TrialFailed, TrialFinished, TrialOutcome, split_name

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import PurePath
 from statistics import fmean
@@ -15,7 +15,7 @@ from rightrank.decision.run import Records, preference_sentence, trainings
 from rightrank.report.format import coverage, duration, metric_unit, quantity, size
 from rightrank.schema.decision import AdapterAnswer, Decision, HandedOver, HorizonNote, NextRun
 from rightrank.schema.events import AdapterRecorded, RunStarted, TestEvaluated
-from rightrank.schema.settings import MAX_SEED, Goal, SelectSettings
+from rightrank.schema.settings import MAX_SEED, Goal
 from rightrank.schema.trials import TrialCollapsed, TrialFinished, split_name
 from rightrank.schema.variants import peft_scaling
 
@@ -311,51 +311,6 @@ def not_tested(records: Records, decision: Decision | None) -> list[str]:
     if not records.tests:
         limits.append("The test split, which is evaluated at the end of the run.")
     return limits
-
-
-def reproduce_command(settings: Mapping[str, Any]) -> str | None:
-    """The command that repeats this run; None if the model or the data were objects in memory."""
-    model, data = settings.get("model"), settings.get("data")
-    if not isinstance(model, str) or not isinstance(data, str) or "in memory" in (model + data):
-        return None
-    arguments = ["rightrank", "select", model, data, "--out", "run"]
-    for name, field in SelectSettings.model_fields.items():
-        value = settings.get(name)
-        if value is None or name not in settings or _plain(value) == _plain(field.default):
-            continue
-        option = "--" + name.replace("_", "-")
-        if name == "metrics":
-            metrics = value if isinstance(value, list) else [value]
-            arguments += [part for metric in metrics for part in (option, _plain(metric))]
-        elif name in NAMED_OPTIONS:
-            arguments += [option, _plain(value)]
-        else:
-            arguments += ["--set", f"{name}={_plain(value)}"]
-    return shlex.join(arguments)
-
-
-# Settings with an option of `rightrank select`; the others go through --set.
-NAMED_OPTIONS = frozenset(
-    [
-        "goal",
-        "strategy",
-        "ranks",
-        "learning_rates",
-        "seeds",
-        "margin",
-        "metric",
-        "report_to",
-        "max_steps",
-        "target_modules",
-        "layers_to_transform",
-        "lora_alpha",
-        "batch_size",
-        "seq_len",
-        "eval_items",
-        "dtype",
-        "device",
-    ]
-)
 
 
 def margin_text(decision: Decision) -> str:

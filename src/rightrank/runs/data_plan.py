@@ -12,7 +12,7 @@ from rightrank.plugins.plan.duration import PlannedTrainings, selection_cost
 from rightrank.plugins.plan.planner import plan_config, speed_of
 from rightrank.runs.prepare import Prepared, Request, prepare
 from rightrank.schema.errors import ModelError
-from rightrank.schema.plan_settings import PlanSettings
+from rightrank.schema.plan_settings import TRAININGS_OF_SELECT, PlanSettings
 from rightrank.schema.results import Plan
 
 
@@ -56,6 +56,5 @@ def plan_data(request: Request, price_per_hour: float | None = None, measure: bo
 
 def _with_trainings(settings: PlanSettings, prepared: Prepared) -> PlanSettings:
     """The plan's settings with those of the selection's trainings."""
-    given = prepared.settings
-    names = ("strategy", "learning_rates", "seeds", "budget_trainings", "eval_items", "eval_points")
-    return settings.model_copy(update={name: getattr(given, name) for name in names} | {"steps": prepared.steps})
+    given = {name: getattr(prepared.settings, name) for name in TRAININGS_OF_SELECT}
+    return settings.model_copy(update=given | {"max_steps": prepared.steps})

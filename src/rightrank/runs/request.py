@@ -12,13 +12,8 @@ from rightrank.models.base_models import require_model
 from rightrank.runs.folder import RunFolder
 from rightrank.schema.errors import RunFolderError
 from rightrank.schema.events import RunStarted
-from rightrank.schema.settings import SelectSettings
+from rightrank.schema.settings import SCALARS, SelectSettings
 from rightrank.search.strategies import make_strategy
-
-SCALARS = (  # settings that make another run and are stored as they were given
-    *("max_steps", "num_train_epochs", "seq_len", "batch_size", "gradient_accumulation_steps", "lora_alpha"),
-    *("lora_dropout", "weight_decay", "warmup_ratio", "test_fraction", "validation_fraction", "eval_points"),
-)
 
 
 def require_same_scalars(folder: RunFolder, settings: SelectSettings) -> None:

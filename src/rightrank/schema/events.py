@@ -7,8 +7,8 @@ from typing import Annotated, Literal, TypeAlias
 from pydantic import Field, JsonValue, TypeAdapter, field_validator
 
 from rightrank.schema.decision import AdapterAnswer, AdapterOrigin, Decision, HandedOver, NextRun
+from rightrank.schema.table import MAX_WHOLE
 from rightrank.schema.trials import (
-    MAX_WHOLE,
     SCHEMA_VERSION,
     Record,
     TrialCollapsed,

@@ -35,7 +35,7 @@ def gathered_options(values: Mapping[str, object]) -> dict[str, object]:
     Raises:
         SettingsError: a field that a selection does not support, with the reason.
     """
-    inner = values.get("peft_options") or {}
+    inner = _parsed(values.get("peft_options") or {})
     if not isinstance(inner, Mapping):
         raise SettingsError(f"peft_options: got {inner!r}; give a mapping of {', '.join(PEFT_OPTIONS)}")
     flat = {name: value for name, value in values.items() if name in PEFT_OPTIONS or name in REFUSED}
@@ -57,22 +57,3 @@ def _parsed(value: object) -> object:
         return json.loads(value)
     except json.JSONDecodeError:
         return value
-
-
-HABITS = {
-    **dict.fromkeys(("lr", "learning_rate"), "learning_rates"),
-    **dict.fromkeys(("rank", "r", "lora_r", "lora_rank"), "ranks"),
-    **dict.fromkeys(("seed",), "seeds"),
-    **dict.fromkeys(("epochs", "num_epochs"), "num_train_epochs"),
-    **dict.fromkeys(("steps", "max_iters"), "max_steps"),
-    **dict.fromkeys(("alpha",), "lora_alpha"),
-    **dict.fromkeys(("dropout",), "lora_dropout"),
-    **dict.fromkeys(("layers",), "layers_to_transform"),
-    **dict.fromkeys(("targets", "lora_target_modules"), "target_modules"),
-    **dict.fromkeys(("max_length", "max_seq_length", "cutoff_len"), "seq_len"),
-    **dict.fromkeys(("per_device_train_batch_size", "train_batch_size"), "batch_size"),
-    **dict.fromkeys(("bf16", "fp16", "torch_dtype"), "dtype"),
-    **dict.fromkeys(("gpus", "num_workers"), "workers"),
-    **dict.fromkeys(("time", "time_budget", "budget"), "budget_hours"),
-    **dict.fromkeys(("memory",), "memory_bytes"),
-}

@@ -1,14 +1,24 @@
-"""The settings of a plan."""
+"""The settings of a plan: those of a selection where they mean the same, and those of the step that is planned."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any, Literal, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
-
 from rightrank.schema.peft_options import gathered_options
-from rightrank.schema.settings import ChosenDtype, MemoryBytes, checked
+from rightrank.schema.settings import (
+    ADAPTER,
+    BUDGET,
+    COMPARE,
+    DATA,
+    MACHINE,
+    TRAINING,
+    DtypeName,
+    PeftFields,
+    SelectSettings,
+    to_dtype,
+)
+from rightrank.schema.table import setting
 
 OptimizerName: TypeAlias = Literal["adamw", "adamw_fused", "adamw_8bit", "paged_adamw_8bit", "sgd"]
 TRANSFORMERS_NAMES = {"adamw_torch": "adamw", "adamw_torch_fused": "adamw_fused", "adamw_bnb_8bit": "adamw_8bit"}
@@ -16,94 +26,133 @@ TRANSFORMERS_NAMES = {"adamw_torch": "adamw", "adamw_torch_fused": "adamw_fused"
 DEFAULT_PLAN_RANKS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 
 
-class PlanSettings(BaseModel):
-    """All settings of `plan` besides MODEL. Names are those of PEFT and transformers where they have one."""
+def _to_optimizer(name: object) -> object:
+    return TRANSFORMERS_NAMES.get(name, name) if isinstance(name, str) else name
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    ranks: tuple[int, ...] = DEFAULT_PLAN_RANKS
+def _require_ranks(ranks: tuple[int, ...]) -> tuple[int, ...]:
+    if not ranks:
+        raise ValueError("ranks is empty: give at least one")
+    for rank in ranks:
+        if rank < 1:
+            raise ValueError(f"rank {rank} is not allowed: ranks are integers from 1")
+    return tuple(sorted(set(ranks)))
+
+
+def _as_select(name: str) -> Any:
+    """The row of a setting that means the same as that of a selection."""
+    return SelectSettings.model_fields[name]
+
+
+class PlanSettings(PeftFields):
+    """All settings of `plan` besides MODEL."""
+
+    ranks: tuple[int, ...] = setting(
+        DEFAULT_PLAN_RANKS,
+        COMPARE,
+        "ranks, such as 8,16; by default powers of two, 1 to 512",
+        option=True,
+        also=("rank", "r", "lora_r", "lora_rank"),
+        split=True,
+        check=_require_ranks,
+    )
 
     # the adapter
-    target_modules: tuple[str, ...] = ("all-linear",)
-    exclude_modules: tuple[str, ...] = ()
-    target_parameters: tuple[str, ...] = ()  # names of bare parameters, such as fused experts
-    layers_to_transform: tuple[int, ...] | None = None
-    modules_to_save: tuple[str, ...] = ()
-    rank_pattern: dict[str, int] = Field(default_factory=dict)
-    bias: Literal["none", "all", "lora_only"] = "none"
-    use_rslora: bool = False
-    use_dora: bool = False
-    divide_rank_by_experts: bool = False  # the rank of an expert is that of the plan divided by the number of experts
-    peft_options: dict[str, Any] = Field(default={})  # further fields of LoraConfig (settings.peft_options)
-    lora_dropout: float = Field(default=0.0, ge=0, lt=1)
-    autocast_adapter_dtype: bool = True  # adapters in float32 whatever the base's type: PEFT's default
+    target_modules: tuple[str, ...] = _as_select("target_modules")
+    layers_to_transform: tuple[int, ...] | None = _as_select("layers_to_transform")
+    divide_rank_by_experts: bool = _as_select("divide_rank_by_experts")
+    rank_pattern: dict[str, int] = setting({}, ADAPTER, "ranks of single modules, as in PEFT")
+    use_rslora: bool = setting(False, ADAPTER, "as in PEFT")
+    autocast_adapter_dtype: bool = setting(
+        True, ADAPTER, "adapters in float32 whatever the base's type: PEFT's default"
+    )
 
     # the step
-    batch_size: int = Field(default=8, gt=0)
-    seq_len: int = Field(default=512, gt=1)
-    dtype: ChosenDtype = "bfloat16"
-    autocast: Literal["bfloat16", "float16"] | None = None
-    padding: bool = False  # rows of unequal length, so that attention is given a mask
-    keep_logits: bool = False  # whoever trains holds the model's outputs until the next step; Trainer does not
-    gradient_checkpointing: bool = False
-    attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
-    loss: Literal["full", "chunked"] = "full"  # all logits at once, as Trainer; or in pieces, as `select`
-    optimizer: OptimizerName = "adamw"
-    load_in_4bit: bool = False
-    load_in_8bit: bool = False
-    bnb_4bit_use_double_quant: bool = False
-    packed: bool = False  # adapted layers run as `select` runs them; always so for more than one arm
-    arms: int = Field(default=1, gt=0)  # trained together over one frozen base
-    num_labels: int | None = Field(default=None, gt=1)  # a classification head of so many labels
-    sharding: Literal["none", "ddp", "fsdp"] = "none"
-    num_devices: int = Field(default=1, gt=0)
-    eval_batch_size: int | None = Field(default=None, gt=0)
+    batch_size: int = _as_select("batch_size")
+    seq_len: int = _as_select("seq_len")
+    optim: OptimizerName = setting(
+        "adamw",
+        TRAINING,
+        "`adamw`, `adamw_fused`, `adamw_8bit`, `paged_adamw_8bit` or `sgd`",
+        option=True,
+        also=("optimizer",),
+        parse=_to_optimizer,
+    )
+    loss: Literal["full", "chunked"] = setting(
+        "full",
+        TRAINING,
+        "`full`, as Trainer, or `chunked`, as `rightrank select`",
+        option=True,
+    )
+    adapters_per_pass: int = setting(
+        1, TRAINING, "adapters trained in one pass over the frozen base", option=True, also=("arms",), gt=0
+    )
+    autocast: Literal["bfloat16", "float16"] | None = setting(None, TRAINING, "mixed precision over weights in float32")
+    padding: bool = setting(False, TRAINING, "rows of unequal length, so that attention is given a mask")
+    keep_logits: bool = setting(
+        False, TRAINING, "whoever trains holds the model's outputs until the next step; Trainer does not"
+    )
+    attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = setting("sdpa", TRAINING, "as in transformers")
+    packed: bool = setting(
+        False,
+        TRAINING,
+        "adapted layers run as `rightrank select` runs them; always so for more than one adapter in a pass",
+    )
+    num_labels: int | None = setting(None, TRAINING, "a classification head of so many labels", gt=1)
+    eval_batch_size: int | None = setting(None, DATA, "examples in a forward pass of an evaluation", gt=0)
 
     # the device and the budget
-    device: Literal["cuda", "cpu"] = "cuda"
-    memory_bytes: MemoryBytes | None = None
-    context_bytes: int | None = Field(default=None, ge=0)  # of the process beside its tensors; None: assumed
-    headroom: float = Field(default=0.03, ge=0, lt=1)  # of the predicted peak, kept free
+    dtype: DtypeName = setting(
+        "bfloat16",
+        MACHINE,
+        "the frozen weights' type: `bf16`, `fp16` or `fp32`",
+        option=True,
+        choices=("bf16", "fp16", "fp32"),
+        also=("bf16", "fp16", "torch_dtype"),
+        parse=to_dtype,
+    )
+    device: Literal["cuda", "cpu"] = setting("cuda", MACHINE, "kernels and allocator of `cuda` or `cpu`", option=True)
+    memory_bytes: int | None = _as_select("memory_bytes")
+    gradient_checkpointing: bool = setting(False, MACHINE, "recompute blocks in the backward pass", option=True)
+    load_in_4bit: bool = _as_select("load_in_4bit")
+    load_in_8bit: bool = setting(False, MACHINE, "the base's matrices in 8 bits", option=True)
+    bnb_4bit_use_double_quant: bool = setting(False, MACHINE, "as in transformers")
+    sharding: Literal["none", "ddp", "fsdp"] = setting("none", MACHINE, "over several devices")
+    num_devices: int = setting(1, MACHINE, "devices to shard over", gt=0)
+    context_bytes: int | None = setting(None, MACHINE, "of the process beside its tensors; assumed by default", ge=0)
+    headroom: float = setting(0.03, MACHINE, "of the predicted peak, kept free", ge=0, lt=1)
+    trust_remote_code: bool = _as_select("trust_remote_code")
 
     # the data, for the range of ranks to begin with
-    data_tokens: int | None = Field(default=None, gt=0)  # label tokens of the training data
-    first_loss: float | None = Field(default=None, gt=0)  # the base's loss on them, nats a token
+    data_tokens: int | None = setting(None, DATA, "label tokens of the training data", gt=0)
+    first_loss: float | None = setting(None, DATA, "the base's loss on them, nats a token", gt=0)
+    eval_items: int = _as_select("eval_items")
+    eval_points: int = _as_select("eval_points")
 
     # the selection, for its time and price
-    calibrate: bool = False  # run a few real steps on this device first
-    strategy: str | None = None  # `select`'s; says how many trainings, and that they are run as `select` runs them
-    steps: int | None = Field(default=None, gt=0)  # optimizer steps of each training
-    trainings: float | None = Field(default=None, gt=0)  # how many, where no strategy says so
-    learning_rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3)
-    seeds: tuple[int, ...] = (0,)
-    budget_trainings: float | None = Field(default=None, gt=0)
-    eval_items: int = Field(default=200, gt=1)
-    eval_points: int = Field(default=4, gt=0)
-    price_per_hour: float | None = Field(default=None, ge=0)
-    trust_remote_code: bool = False
+    strategy: str | None = setting(
+        None,
+        COMPARE,
+        "time and price of a selection by `bracket`, `grid` or `upward`",
+        option=True,
+        choices=("bracket", "grid", "upward"),
+    )
+    learning_rates: tuple[float, ...] = _as_select("learning_rates")
+    seeds: tuple[int, ...] = _as_select("seeds")
+    max_steps: int | None = setting(
+        None,
+        TRAINING,
+        "steps of each training, for its time and price",
+        option=True,
+        also=("steps", "max_iters"),
+        gt=0,
+    )
+    trainings: float | None = setting(None, BUDGET, "how many trainings, where no strategy says so", gt=0)
+    budget_trainings: float | None = _as_select("budget_trainings")
+    price_per_hour: float | None = setting(None, BUDGET, "price of an hour of this device", option=True, ge=0)
+    calibrate: bool = setting(False, MACHINE, "run a few real steps first, for the seconds per step", option=True)
 
-    @field_validator("target_modules", "target_parameters", "exclude_modules", "modules_to_save", mode="before")
-    @classmethod
-    def _one_or_several(cls, value: object) -> object:
-        return (value,) if isinstance(value, str) else value
-
-    @field_validator("optimizer", mode="before")
-    @classmethod
-    def _name_of_transformers(cls, value: object) -> object:
-        return TRANSFORMERS_NAMES.get(value, value) if isinstance(value, str) else value
-
-    @field_validator("ranks")
-    @classmethod
-    def _ranks_allowed(cls, ranks: tuple[int, ...]) -> tuple[int, ...]:
-        if not ranks:
-            raise ValueError("ranks is empty: give at least one")
-        for rank in ranks:
-            if rank < 1:
-                raise ValueError(f"rank {rank} is not allowed: ranks are integers from 1")
-        return tuple(sorted(set(ranks)))
-
-    @model_validator(mode="after")
-    def _consistent(self) -> PlanSettings:
+    def _require_consistent(self) -> None:
         if self.load_in_4bit and self.load_in_8bit:
             raise ValueError("load_in_4bit and load_in_8bit were both given: give one of them")
         if self.autocast is not None and self.dtype != "float32":
@@ -116,19 +165,38 @@ class PlanSettings(BaseModel):
             raise ValueError(f"num_devices {self.num_devices} needs sharding: give 'ddp' or 'fsdp'")
         if self.strategy is not None and self.trainings is not None:
             raise ValueError("strategy and trainings were both given: the strategy says how many; give one of them")
-        if (self.strategy is not None or self.trainings is not None) and self.steps is None:
-            raise ValueError("the time of a selection needs the steps of a training: give steps")
-        if self.arms > 1 and (self.use_dora or self.target_parameters or self.peft_options):
+        if (self.strategy is not None or self.trainings is not None) and self.max_steps is None:
+            raise ValueError("the time of a selection needs the steps of a training: give max_steps")
+        if self.adapters_per_pass > 1 and (self.use_dora or self.target_parameters or self.peft_options):
             raise ValueError(
-                "arms are for plain LoRA on modules, other adapters train alone: leave out use_dora and target_parameters"
+                "several adapters in a pass are for plain LoRA on modules, other adapters train alone: leave out use_dora and target_parameters"
             )
         if self.num_labels is not None and self.loss == "chunked":
             raise ValueError("a classification (num_labels) has no logits to take in pieces: give loss 'full'")
-        return self
 
     @property
     def is_packed(self) -> bool:
-        return self.packed or self.arms > 1
+        return self.packed or self.adapters_per_pass > 1
+
+
+# Settings of a selection's trainings that a plan has too, and those of a step that mean the same in both.
+TRAININGS_OF_SELECT = ("strategy", "learning_rates", "seeds", "budget_trainings", "eval_items", "eval_points")
+_OWN_IN_EACH = {*TRAININGS_OF_SELECT, "max_steps", "optim", "adapters_per_pass"}
+STEP_OF_SELECT = tuple(
+    name for name in PlanSettings.model_fields if name in SelectSettings.model_fields and name not in _OWN_IN_EACH
+)
+# Settings that change the step and not the tensors of the model.
+STEP_ONLY = {
+    "ranks",
+    "batch_size",
+    "seq_len",
+    "loss",
+    "gradient_checkpointing",
+    "optim",
+    "padding",
+    "adapters_per_pass",
+}
+STEP_ONLY |= {"packed", "eval_batch_size"}
 
 
 def make_plan_settings(values: Mapping[str, Any]) -> PlanSettings:
@@ -141,14 +209,14 @@ def make_plan_settings(values: Mapping[str, Any]) -> PlanSettings:
     """
     values = gathered_options(values)
     as_select = loop_of_select(values.get("num_labels")) if values.get("strategy") is not None else {}
-    return checked(PlanSettings, as_select | dict(values))
+    return PlanSettings(**(as_select | dict(values)))
 
 
-def loop_of_select(num_labels: object, optimizer: str = "adamw") -> dict[str, Any]:
+def loop_of_select(num_labels: object, optim: str = "adamw") -> dict[str, Any]:
     """The settings of a step in the training loop of `select`, for a classification where `num_labels` is given."""
-    plain = optimizer in ("adamw", "sgd")
+    plain = optim in ("adamw", "sgd")
     return {
         "packed": True,
         "loss": "full" if num_labels else "chunked",
-        "optimizer": "adamw_fused" if plain else optimizer,
+        "optim": "adamw_fused" if plain else optim,
     }

@@ -1,56 +1,50 @@
-"""The settings of a selection: one flat record, validated once, stored whole in the run folder.
+"""The settings of a selection, each stated once: type, default, meaning, option, and what a difference means for a run.
 
-Names are those of PEFT, transformers and TRL where they have one.
+Names are those of PEFT, transformers and TRL where they have one. `SelectSettings` has the settings of `rightrank` itself, and
+by inheritance those fields of other programs' own records that a selection passes on under their names: of `LoraConfig`, of
+`TrainingArguments`, and of whatever starts the workers.
 """
 
 from __future__ import annotations
 
 import re
-import reprlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeAlias, TypedDict, TypeVar
-
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from typing import Any, Literal, TypeAlias, get_args
 
 from rightrank.schema.errors import SettingsError, did_you_mean
 from rightrank.schema.metrics import MetricSpec, direction, parse_metrics, unknown_direction
-from rightrank.schema.peft_options import HABITS, gathered_options
-from rightrank.schema.trials import MAX_WHOLE
+from rightrank.schema.peft_options import gathered_options
+from rightrank.schema.table import MAX_WHOLE, Group, Settings, setting
 
-AnySettings = TypeVar("AnySettings", bound=BaseModel)
+COMPARE, DECIDE, BUDGET, ADAPTER, TRAINING, DATA, MACHINE = Group
+
 FileFormat: TypeAlias = Literal["kohya", "diffusers"]  # of LoRA files
 DtypeName: TypeAlias = Literal["float32", "bfloat16", "float16"]
+AutoDtype: TypeAlias = Literal["auto", "float32", "bfloat16", "float16"]
+Optim: TypeAlias = Literal["adamw_torch", "adamw_8bit"]
+Scaling: TypeAlias = Literal["alpha/r", "alpha/sqrt(r)", "constant"]
+Goal: TypeAlias = Literal["adapter", "training-rank"]
+
+# `constant` scaling is stated through alpha too: it is the scale that alpha/r has at this rank,
+# so that alpha = 32 means s = 2 at every rank (the common "alpha = 2r" habit).
+CONSTANT_SCALING_RANK = 16
+MAX_SEED = MAX_WHOLE
+MAX_BYTES = MAX_WHOLE
+PAIR_MARGIN = 0.02  # nats a preference pair: about the noise over seeds between ranks (benchmarks/preference)
 DTYPE_ALIASES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
-
-
-def _dtype(name: object) -> object:
-    return DTYPE_ALIASES.get(name, name) if isinstance(name, str) else name
-
-
-ChosenDtype: TypeAlias = Annotated[DtypeName, BeforeValidator(_dtype)]
-# auto: bfloat16 on a CUDA device that computes in it, else float32
-AutoDtype: TypeAlias = Annotated[Literal["auto", "float32", "bfloat16", "float16"], BeforeValidator(_dtype)]
-
 OPTIMIZER_ALIASES = {  # transformers' further names of the two
     "adamw": "adamw_torch",
     "adamw_fused": "adamw_torch",
     "adamw_torch_fused": "adamw_torch",
     "adamw_bnb_8bit": "adamw_8bit",
 }
-
-
-def _optimizer(name: object) -> object:
-    return OPTIMIZER_ALIASES.get(name, name) if isinstance(name, str) else name
-
-
-Optim: TypeAlias = Annotated[Literal["adamw_torch", "adamw_8bit"], BeforeValidator(_optimizer)]
-
-UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
-MAX_BYTES = MAX_WHOLE
-NEAREST_NAMES = 3  # that answer an unknown setting
+UNITS = {
+    **{"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12},
+    **{"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40},
+}
+DEVICE_HABITS = {"gpu": "cuda"}
 
 
 def parse_bytes(text: str) -> int:
@@ -74,257 +68,519 @@ def parse_bytes(text: str) -> int:
     return size
 
 
-def _bytes(memory: object) -> object:
+# What people write, as the values that the types take.
+
+
+def to_bytes(memory: object) -> object:
     return parse_bytes(memory) if isinstance(memory, str) else memory
 
 
-MemoryBytes: TypeAlias = Annotated[int, BeforeValidator(_bytes), Field(gt=0)]  # a number, or with a unit
+def to_dtype(name: object) -> object:
+    return DTYPE_ALIASES.get(name, name) if isinstance(name, str) else name
 
 
-def checked(kind: type[AnySettings], values: Mapping[str, object]) -> AnySettings:
-    """Settings of a kind from plain values.
+def _to_optimizer(name: object) -> object:
+    return OPTIMIZER_ALIASES.get(name, name) if isinstance(name, str) else name
 
-    Raises:
-        SettingsError: an unknown name (with the nearest known one) or a value that is not allowed.
-    """
-    unknown = [name for name in values if name not in kind.model_fields]
-    if unknown:
-        meant = HABITS.get(unknown[0], "")
-        near = (
-            f" (did you mean {meant!r}?)" if meant in kind.model_fields else did_you_mean(unknown[0], kind.model_fields)
+
+def _to_columns(value: object) -> object:
+    return [f"{name}={column}" for name, column in value.items()] if isinstance(value, Mapping) else value
+
+
+# What a value must be beside its type.
+
+
+def _require_columns(columns: tuple[str, ...]) -> tuple[str, ...]:
+    for entry in columns:
+        name, equals, column = entry.partition("=")
+        if not (name and equals and column):
+            raise ValueError(f"columns: got {entry!r}; give NAME=COLUMN, such as prompt=question,completion=answer")
+    return columns
+
+
+def _require_ranks(ranks: tuple[int, ...]) -> tuple[int, ...]:
+    for rank in ranks:
+        if rank < 1:
+            raise ValueError(
+                f"rank {rank} is not allowed: ranks are integers from 1 (the base, rank 0, is always measured)"
+            )
+    return _distinct(ranks, "ranks")
+
+
+def _require_learning_rates(learning_rates: tuple[float, ...]) -> tuple[float, ...]:
+    for learning_rate in learning_rates:
+        if learning_rate <= 0:
+            raise ValueError(
+                f"learning rate {learning_rate:g} is not allowed: learning rates are numbers above 0, such as 1e-4"
+            )
+    return _distinct(learning_rates, "learning_rates")
+
+
+def _require_seeds(seeds: tuple[int, ...]) -> tuple[int, ...]:
+    for seed in seeds:
+        if not 0 <= seed <= MAX_SEED:
+            raise ValueError(f"seed {seed} is not allowed: seeds are integers from 0 to {MAX_SEED}")
+    return _distinct(seeds, "seeds")
+
+
+def _distinct(values: tuple[Any, ...], name: str) -> tuple[Any, ...]:
+    if not values:
+        raise ValueError(f"{name} is empty: give at least one")
+    if len(set(values)) != len(values):
+        raise ValueError(f"{name} repeats a value: got {list(values)}, give each once")
+    return tuple(sorted(values))
+
+
+def _require_device(device: str) -> str:
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", device):
+        near = did_you_mean(DEVICE_HABITS.get(device, device), ("auto", "cpu", "cuda", "mps"))
+        raise ValueError(f"device {device!r} is not known{near}; give auto, cpu, cuda, cuda:1 or mps")
+    return device
+
+
+def _require_store(store: str) -> str:
+    """An address that all machines reach, without what must not be stored."""
+    scheme, colon, rest = store.partition("://")
+    if store and (not colon or not rest or scheme == "memory"):
+        raise ValueError(
+            f"{store!r} is not an address that several machines can reach: give one such as s3://bucket/runs or file:///mnt/share"
         )
-        nearest = ", ".join(get_close_matches(unknown[0], kind.model_fields, n=NEAREST_NAMES, cutoff=0.0))
-        raise SettingsError(f"unknown setting {unknown[0]!r}{near or '; the nearest: ' + nearest}")
-    try:
-        settings = kind.model_validate(dict(values))
-    except ValidationError as error:
-        raise SettingsError(_first_line(error)) from None
-    for name in kind.model_fields:
-        _exact(name, getattr(settings, name))
-    return settings
+    if re.match(r"[^/]*:[^/]*@", rest) or "?" in rest or "::" in store:
+        raise ValueError(
+            "an address with credentials, options or chained protocols is refused, because it would be stored: "
+            "give SCHEME://PLACE, and credentials through the environment",
+        )
+    return store
 
 
-def _exact(name: str, value: object) -> None:
-    if isinstance(value, list | tuple):
-        for inner in value:
-            _exact(name, inner)
-    if isinstance(value, int) and abs(value) > MAX_WHOLE:
-        raise SettingsError(f"{name}: got {_QUOTED.repr(value)}; whole numbers are at most 2**53 ({MAX_WHOLE})")
+class PeftFields(Settings):
+    """Fields of PEFT's LoraConfig that the adapters of all ranks get as they are."""
+
+    lora_dropout: float = setting(0.0, ADAPTER, "dropout before A", also=("dropout",), ge=0, lt=1)
+    exclude_modules: tuple[str, ...] = setting((), ADAPTER, "module names to leave out", split=True)
+    modules_to_save: tuple[str, ...] = setting(
+        (), ADAPTER, "modules trained whole and saved with the adapter", option=True, split=True
+    )
+    bias: Literal["none", "all", "lora_only"] = setting(
+        "none", ADAPTER, "which biases are trained and saved: `none`, `all` or `lora_only`"
+    )
+    use_dora: bool = setting(
+        False,
+        ADAPTER,
+        "DoRA, a trained magnitude for each row of a weight ([kinds of adapters](../how-to/adapter-kinds.md))",
+        option=True,
+    )
+    target_parameters: tuple[str, ...] = setting(
+        (), ADAPTER, "names of bare parameters as PEFT matches them, such as `mlp.experts.down_proj`", split=True
+    )
+    peft_options: dict[str, Any] = setting(
+        {}, ADAPTER, "further fields of PEFT's `LoraConfig`, such as `lora_bias`; each can be given by its own name"
+    )  # see schema.peft_options
+
+    def lora_config(self) -> dict[str, Any]:
+        """These fields as LoraConfig takes them, but for the parameters, whose names depend on the model."""
+        return {
+            "lora_dropout": self.lora_dropout,
+            "exclude_modules": list(self.exclude_modules) or None,
+            "modules_to_save": list(self.modules_to_save) or None,
+            "bias": self.bias,
+            "use_dora": self.use_dora,
+            **self.peft_options,
+        }
 
 
-_QUOTED = reprlib.Repr()
-_QUOTED.maxstring = _QUOTED.maxother = 120  # what is longer, or nested, is shortened: never written out whole
+class TrainerFields(Settings):
+    """Fields of transformers' TrainingArguments that all trainings get as they are."""
+
+    gradient_accumulation_steps: int = setting(1, TRAINING, "forward passes in an optimizer step", gt=0)
+    train_sampling_strategy: Literal["random", "group_by_length"] = setting(
+        "random",
+        TRAINING,
+        "`random`, or `group_by_length`: batches of similar length, faster where examples are padded "
+        "([engine](../explanation/engine.md))",
+    )
+    lr_scheduler_type: Literal["constant", "linear", "cosine"] = setting(
+        "linear", TRAINING, "`constant`, `linear` or `cosine`, as in transformers"
+    )
+    warmup_ratio: float = setting(0.05, TRAINING, "share of the steps that warm up", ge=0, lt=1)
+    weight_decay: float = setting(0.0, TRAINING, "of AdamW", ge=0)
+    max_grad_norm: float = setting(1.0, TRAINING, "gradient clipping; 0 turns it off", ge=0)
+    adam_beta1: float = setting(0.9, TRAINING, "of AdamW", ge=0, lt=1)
+    adam_beta2: float = setting(0.999, TRAINING, "of AdamW", ge=0, lt=1)
+    adam_epsilon: float = setting(1e-8, TRAINING, "of AdamW", gt=0)
 
 
-def _first_line(error: ValidationError) -> str:
-    first = error.errors()[0]
-    message = first["msg"].removeprefix("Value error, ").partition(", unable to parse")[0]
-    if first["type"] == "value_error":
-        return message
-    where = str(first["loc"][0]) if first["loc"] else "settings"
-    return f"{where}: got {_QUOTED.repr(first['input'])}; {message[0].lower()}{message[1:]}"
+class WorkerFields(Settings):
+    """How worker processes are started and watched; where trainings run changes nothing that they find."""
+
+    devices_per_arm: int = setting(
+        1,
+        MACHINE,
+        "processes that share a batch, one for each CUDA device ([clusters](../how-to/clusters.md))",
+        identity=False,
+        gt=0,
+    )
+    shard_base: bool = setting(
+        False,
+        MACHINE,
+        "each of several processes holds its share of the base's blocks (FSDP; [engine](../explanation/engine.md))",
+        identity=False,
+    )
+    ray_address: str | None = setting(
+        None,
+        MACHINE,
+        "`HOST:PORT` of a Ray cluster's head; by default one that runs on this machine, else a new one",
+        option=True,
+        identity=False,
+    )
+    launcher: str = setting(
+        "", MACHINE, "words before the command of a worker process, such as `srun --ntasks=1 --gpus=1`", identity=False
+    )
+    store: str = setting(
+        "",
+        MACHINE,
+        "fsspec address for what workers leave, where machines share no disk, such as `s3://bucket/runs`",
+        identity=False,
+        check=_require_store,
+    )
+    hang_seconds: float = setting(
+        600.0,
+        MACHINE,
+        "a worker without a step for longer than this, and than 20 of its longest steps, is replaced",
+        identity=False,
+        gt=0,
+    )
 
 
-Scaling: TypeAlias = Literal["alpha/r", "alpha/sqrt(r)", "constant"]
-Goal: TypeAlias = Literal["adapter", "training-rank"]
-
-# `constant` scaling is stated through alpha too: it is the scale that alpha/r has at this rank,
-# so that alpha = 32 means s = 2 at every rank (the common "alpha = 2r" habit).
-CONSTANT_SCALING_RANK = 16
-MAX_SEED = 2**53
-DEVICE_HABITS = {"gpu": "cuda"}
-PAIR_MARGIN = 0.02  # nats a preference pair: about the noise over seeds between ranks (benchmarks/preference)
-LISTS = (  # settings that take one value as well as several
-    "ranks", "learning_rates", "seeds", "target_modules", "exclude_modules", "layers_to_transform", "modules_to_save",
-    "target_parameters", "report_to", "columns",
-)  # fmt: skip
-
-
-class SelectSettings(BaseModel):
+class SelectSettings(PeftFields, TrainerFields, WorkerFields):
     """All settings of a selection besides MODEL, DATA and --out."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    goal: Goal = setting(
+        "training-rank",
+        COMPARE,
+        "`adapter` or `training-rank`; the first stops at the smallest adapter that loses nothing",
+        option=True,
+        identity=False,
+    )
+    strategy: str = setting(
+        "bracket",
+        COMPARE,
+        "`bracket`, `grid` or `upward`; what to train next ([guide](../how-to/strategies.md))",
+        option=True,
+        choices=("bracket", "grid", "upward"),
+        continuable=True,
+    )
+    ranks: tuple[int, ...] = setting(
+        (1, 4, 16, 64),
+        COMPARE,
+        "ranks to compare; rank 0, the base, is always evaluated; without it, a range from data and model "
+        "([plan](../how-to/plan.md#choose-the-range-of-ranks))",
+        option=True,
+        continuable=True,
+        also=("rank", "r", "lora_r", "lora_rank"),
+        split=True,
+        check=_require_ranks,
+    )
+    learning_rates: tuple[float, ...] = setting(
+        (3e-4, 1e-3, 3e-3),
+        COMPARE,
+        "learning rates to try at each rank",
+        option=True,
+        continuable=True,
+        also=("lr", "learning_rate"),
+        split=True,
+        check=_require_learning_rates,
+    )
+    seeds: tuple[int, ...] = setting(
+        (0,),
+        COMPARE,
+        "seeds of batch order, first A and dropout",
+        option=True,
+        continuable=True,
+        also=("seed",),
+        split=True,
+        check=_require_seeds,
+    )
+    extend: bool | None = setting(
+        None,
+        COMPARE,
+        "add ranks and learning rates as needed; the next rank while the answer is rising and the next learning "
+        "rate at an edge, up to three times, within memory and budget; by default with a time budget",
+        option=True,
+        identity=False,
+    )
+    sweep: tuple[str, ...] = setting(
+        (),
+        COMPARE,
+        "further values of a setting, such as alpha=16,64; of `alpha`, `scaling`, `init`, `targets` or "
+        "`equal_targets`, at the ranks that matter",
+        option=True,
+        metavar="AXIS=VALUES",
+        continuable=True,
+    )
 
-    goal: Goal = "training-rank"  # "adapter" stops once the smallest adapter of the top training is known
+    metric: str = setting(
+        "loss",
+        DECIDE,
+        "`loss`, `accuracy`, `f1`, `rougeL`, …; what decides, also a function or a program "
+        "([metrics](../how-to/metrics.md))",
+        option=True,
+    )
+    margin: float | None = setting(
+        None,
+        DECIDE,
+        "how much worse than the best is still enough; by default from the kind of metric, 0.005 nats a token",
+        option=True,
+        continuable=True,
+        gt=0,
+    )
+    metrics: tuple[str, ...] = setting(
+        (),
+        DECIDE,
+        "a further metric to measure; may be repeated",
+        option=True,
+        metavar="METRIC",
+    )
+    higher_is_better: tuple[str, ...] = setting(
+        (),
+        DECIDE,
+        "a metric of yours by which higher is better; a metric whose name is no common one needs a direction",
+        option=True,
+        metavar="METRIC",
+    )
+    lower_is_better: tuple[str, ...] = setting(
+        (), DECIDE, "a metric of yours by which lower is better", option=True, metavar="METRIC"
+    )
+    max_new_tokens: int = setting(64, DECIDE, "maximum length of an answer, in tokens", gt=0)
+    guard: tuple[str, ...] = setting(
+        (),
+        DECIDE,
+        "data whose loss must not get worse; files or folders of any form, the loss against the base's "
+        "([guard](../how-to/guard.md))",
+        option=True,
+        metavar="FILE",
+        identity=False,
+    )
+    guard_margin: float | None = setting(
+        None,
+        DECIDE,
+        "how much worse it may get, in nats; by default 0.02 per token, for classes 1% of the base's loss",
+        option=True,
+        identity=False,
+        gt=0,
+    )
 
-    # what to compare
-    strategy: str = "bracket"
-    ranks: tuple[int, ...] = (1, 4, 16, 64)
-    learning_rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3)
-    seeds: tuple[int, ...] = (0,)
+    budget_trainings: float | None = setting(
+        None,
+        BUDGET,
+        "maximum number of whole trainings; one that stops early counts for its part",
+        continuable=True,
+        gt=0,
+    )
+    budget_steps: int | None = setting(
+        None, BUDGET, "maximum number of optimizer steps over all trainings", continuable=True, gt=0
+    )
+    budget_hours: float | None = setting(
+        None,
+        BUDGET,
+        "time of training and evaluation, such as 3h or 90min; as a setting, a number of hours",
+        option="--time",
+        metavar="TIME",
+        continuable=True,
+        also=("time", "time_budget", "budget"),
+        gt=0,
+    )
 
-    # the budget: the tightest applies, and a strategy stops within it
-    budget_trainings: float | None = Field(default=None, gt=0)  # whole trainings
-    budget_steps: int | None = Field(default=None, gt=0)  # optimizer steps over all trainings
-    budget_hours: float | None = Field(default=None, gt=0)  # of training and evaluation
-    # add ranks while the answer is rising, learning rates at an edge; None: with budget_hours
-    extend: bool | None = None
-    sweep: tuple[str, ...] = ()  # such as alpha=16,64: further values, tried at the chosen rank and at the reference
+    lora_alpha: float = setting(32.0, ADAPTER, "alpha, the same at every rank", option=True, also=("alpha",), gt=0)
+    scaling: Scaling = setting(
+        "alpha/r",
+        ADAPTER,
+        "`alpha/r`, `alpha/sqrt(r)` (rsLoRA) or `constant` (the scale that alpha/r has at rank 16)",
+    )
+    init_lora_weights: Literal["default", "gaussian"] = setting(
+        "default", ADAPTER, "`default` (PEFT's: uniform A, zero B) or `gaussian`"
+    )
+    target_modules: tuple[str, ...] = setting(
+        ("all-linear",),
+        ADAPTER,
+        "module names as PEFT matches them, or `all-linear`",
+        option=True,
+        also=("targets", "lora_target_modules"),
+        split=True,
+    )
+    layers_to_transform: tuple[int, ...] | None = setting(
+        None, ADAPTER, "layer numbers, such as 26,27; by default all", option=True, also=("layers",), split=True
+    )
+    divide_rank_by_experts: bool = setting(
+        False, ADAPTER, "the rank of an expert is the adapter's divided by the number of experts, at least 1"
+    )
 
-    # how to decide
-    metric: str = "loss"  # see metric_spec
-    margin: float | None = Field(default=None, gt=0)  # None for the metric's default (decision.metrics)
-    metrics: tuple[str, ...] = ()  # further metrics, measured and reported; they don't decide
-    higher_is_better: tuple[str, ...] = ()  # metrics whose direction is not known from their name
-    lower_is_better: tuple[str, ...] = ()
-    # when the model generates: after each training, or at every evaluation
-    answers_at: Literal["end", "points"] = "end"
-    max_new_tokens: int = Field(default=64, gt=0)  # that the model generates for one example
-    metric_timeout_seconds: float = Field(default=600.0, gt=0)  # for a function or program that computes a metric
+    max_steps: int | None = setting(
+        None,
+        TRAINING,
+        "optimizer steps of each training; by default one epoch",
+        option=True,
+        also=("steps", "max_iters"),
+        gt=0,
+    )
+    num_train_epochs: float | None = setting(
+        None,
+        TRAINING,
+        "passes over the data of each training; in place of `max_steps`",
+        option=True,
+        also=("epochs", "num_epochs"),
+        gt=0,
+    )
+    batch_size: int = setting(
+        8,
+        TRAINING,
+        "examples in a forward pass",
+        option=True,
+        also=("per_device_train_batch_size", "train_batch_size"),
+        gt=0,
+    )
+    seq_len: int = setting(
+        512,
+        TRAINING,
+        "maximum length of an example in tokens",
+        option=True,
+        also=("max_length", "max_seq_length", "cutoff_len"),
+        gt=1,
+    )
+    optim: Optim = setting(
+        "adamw_torch",
+        TRAINING,
+        "`adamw_torch` or `adamw_8bit`; the second, also `adamw_bnb_8bit`, has states in 8 bits through "
+        "bitsandbytes (extra `bnb`), on CUDA or a CPU; matrices below 4,096 elements keep 32 bits",
+        option=True,
+        parse=_to_optimizer,
+    )
+    beta: float = setting(
+        0.1,
+        TRAINING,
+        "of preference pairs: how strongly a step away from the base counts ([guide](../how-to/preference-pairs.md))",
+        gt=0,
+    )
+    loraplus_lr_ratio: float | None = setting(
+        None, TRAINING, "LoRA+: the learning rate of B over that of A, as in PEFT's `create_loraplus_optimizer`", ge=1
+    )
 
-    # what must not get worse
-    guard: tuple[str, ...] = ()  # files or folders whose loss must not be worse than the base's
-    # nats; None: 0.02 per token, for classes 1% of the base's loss
-    guard_margin: float | None = Field(default=None, gt=0)
+    columns: tuple[str, ...] = setting(
+        (),
+        DATA,
+        "columns of other names, such as prompt=question",
+        option=True,
+        metavar="NAME=COLUMN",
+        split=True,
+        parse=_to_columns,
+        check=_require_columns,
+    )
+    validation: str = setting(
+        "", DATA, "file or folder for the validation split; by default a tenth of the data", option=True, metavar="FILE"
+    )  # fmt: skip
+    test_fraction: float = setting(0.1, DATA, "share of the examples in the test split; 0 for none", ge=0, lt=1)
+    validation_fraction: float = setting(0.1, DATA, "share of the examples in the validation split", gt=0, lt=1)
+    long_items: Literal["truncate", "split"] = setting(
+        "truncate", DATA, "what happens to examples longer than `seq_len`: `truncate` or `split`"
+    )
+    eval_items: int = setting(
+        200, DATA, "held-out examples at most; in either split", option=True, continuable=True, gt=1
+    )
+    eval_points: int = setting(4, DATA, "held-out evaluations during a training, the end included", gt=0)
+    eval_batch_size: int = setting(
+        16, DATA, "examples in a forward pass of an evaluation", also=("per_device_eval_batch_size",), gt=0
+    )
+    samples: int = setting(
+        1, DATA, "test examples for which the model writes before and after, where examples have a prompt", ge=0
+    )
 
-    # the adapter, in PEFT's names
-    lora_alpha: float = Field(default=32.0, gt=0)
-    scaling: Scaling = "alpha/r"
-    lora_dropout: float = Field(default=0.0, ge=0, lt=1)
-    init_lora_weights: Literal["default", "gaussian"] = "default"
-    target_modules: tuple[str, ...] = ("all-linear",)
-    exclude_modules: tuple[str, ...] = ()
-    layers_to_transform: tuple[int, ...] | None = None
-    modules_to_save: tuple[str, ...] = ()
-    bias: Literal["none", "all", "lora_only"] = "none"
-    use_dora: bool = False
-    target_parameters: tuple[str, ...] = ()  # names of bare parameters, such as fused experts
-    divide_rank_by_experts: bool = False  # the rank of an expert is that of the arm divided by the number of experts
-    peft_options: dict[str, Any] = Field(default={})  # further fields of LoraConfig (settings.peft_options)
+    dtype: AutoDtype = setting(
+        "auto",
+        MACHINE,
+        "type of the frozen base, `auto`, `bf16`, `fp16` or `fp32`; `auto` is bfloat16 on a CUDA device that "
+        "computes in it, else float32; adapters train in float32",
+        option=True,
+        choices=("auto", "bf16", "fp16", "fp32"),
+        also=("bf16", "fp16", "torch_dtype"),
+        parse=to_dtype,
+    )
+    device: str = setting(
+        "auto",
+        MACHINE,
+        "`auto`, `cpu`, `cuda`, `cuda:1` or `mps`",
+        option=True,
+        choices=("auto", "cpu", "cuda", "mps"),
+        check=_require_device,
+    )
+    memory_bytes: int | None = setting(
+        None,
+        MACHINE,
+        "memory budget, such as 24GiB; ranks that need more are left out; by default that of the CUDA device",
+        option="--memory",
+        metavar="SIZE",
+        identity=False,
+        also=("memory",),
+        parse=to_bytes,
+        gt=0,
+    )
+    load_in_4bit: bool = setting(
+        False,
+        MACHINE,
+        "the base's matrices in 4 bits; through bitsandbytes (extra `bnb`), on CUDA or a CPU",
+        option=True,
+    )
+    load_in_8bit: bool = setting(False, MACHINE, "the same in 8 bits")
+    gradient_checkpointing: bool = setting(False, MACHINE, "recompute activations block by block")
+    cache_prefix: bool = setting(True, MACHINE, "compute the frozen layers below the adapters once")
+    adapters_per_pass: int | None = setting(
+        None,
+        MACHINE,
+        "adapters trained in one pass over the base; multi-LoRA ([engine](../explanation/engine.md)); by default "
+        "as many as pay and fit, 1 on a CPU",
+        option=True,
+        identity=False,
+        also=("arms",),
+        gt=0,
+    )
+    certify: bool = setting(
+        False,
+        MACHINE,
+        "train one arm again, alone, and compare; journal and report have the comparison",
+        option=True,
+        identity=False,
+    )
+    checkpoint_seconds: float = setting(
+        60.0, MACHINE, "seconds between checkpoints of a running trial", identity=False, gt=0
+    )
+    executor: Literal["local", "processes", "ray"] = setting(
+        "local",
+        MACHINE,
+        "`local`, `processes` or `ray`; in this process, or in workers with a base of their own "
+        "([clusters](../how-to/clusters.md))",
+        option=True,
+        identity=False,
+    )
+    workers: int | None = setting(
+        None,
+        MACHINE,
+        "workers at most; by default one for each CUDA device, on Ray as many as there is room for",
+        option=True,
+        identity=False,
+        also=("gpus", "num_workers"),
+        gt=0,
+    )
+    trust_remote_code: bool = setting(False, MACHINE, "run code that comes with a model")
+    report_to: tuple[str, ...] = setting(
+        (),
+        MACHINE,
+        "trackers, such as trackio, wandb, mlflow, tensorboard; every trial is reported to them "
+        "([trackers](../how-to/tracking.md))",
+        option=True,
+        identity=False,
+        split=True,
+    )
 
-    # the training, in transformers' names where they have one
-    max_steps: int | None = Field(default=None, gt=0)
-    num_train_epochs: float | None = Field(default=None, gt=0)
-    batch_size: int = Field(default=8, gt=0)
-    gradient_accumulation_steps: int = Field(default=1, gt=0)
-    seq_len: int = Field(default=512, gt=1)
-    train_sampling_strategy: Literal["random", "group_by_length"] = "random"
-    lr_scheduler_type: Literal["constant", "linear", "cosine"] = "linear"
-    warmup_ratio: float = Field(default=0.05, ge=0, lt=1)
-    optim: Optim = "adamw_torch"  # or adamw_8bit: states in 8 bits, through bitsandbytes
-    weight_decay: float = Field(default=0.0, ge=0)
-    max_grad_norm: float = Field(default=1.0, ge=0)  # 0 turns clipping off
-    adam_beta1: float = Field(default=0.9, ge=0, lt=1)
-    adam_beta2: float = Field(default=0.999, ge=0, lt=1)
-    adam_epsilon: float = Field(default=1e-8, gt=0)
-    beta: float = Field(default=0.1, gt=0)  # of preference pairs: how strongly a step away from the base counts
-    loraplus_lr_ratio: float | None = Field(default=None, ge=1)  # LoRA+: the learning rate of B over that of A
-    divergence_factor: float = Field(default=2.0, gt=1)  # diverged above this times the base's loss
-
-    # the data
-    columns: tuple[str, ...] = ()  # NAME=COLUMN for columns of other names, such as prompt=question
-    validation: str = ""  # a file or folder whose rows are the validation split
-    test_fraction: float = Field(default=0.1, ge=0, lt=1)  # 0 for no test split
-    validation_fraction: float = Field(default=0.1, gt=0, lt=1)
-    long_items: Literal["truncate", "split"] = "truncate"
-    eval_items: int = Field(default=200, gt=1)  # at most, on the validation and on the test split
-    eval_points: int = Field(default=4, gt=0)  # held-out evaluations during a training, the one at its end included
-    eval_batch_size: int = Field(default=16, gt=0)
-    samples: int = Field(default=1, ge=0)  # test examples to generate for, before and after, if examples have a prompt
-
-    # where and how it runs
-    dtype: AutoDtype = "auto"
-    device: str = "auto"
-    memory_bytes: MemoryBytes | None = None  # the budget; None for that of the CUDA device, else unlimited
-    load_in_4bit: bool = False  # the base's matrices in 4 bits (NF4); adapters and optimizer stay in float32
-    load_in_8bit: bool = False  # the base's matrices in 8 bits
-    shard_base: bool = False  # each of several processes holds a share of the base's blocks (FSDP)
-    gradient_checkpointing: bool = False
-    cache_prefix: bool = True  # compute the frozen layers below the adapters once per example
-    # arms trained in one pass; None for as many as pay and fit
-    adapters_per_pass: int | None = Field(default=None, gt=0)
-    certify: bool = False  # train one arm again alone and compare
-    checkpoint_seconds: float = Field(default=60.0, gt=0)
-    executor: Literal["local", "processes", "ray"] = "local"  # this process, or workers that each load the base
-    workers: int | None = Field(default=None, gt=0)  # None for one per CUDA device, on Ray for as many as fit
-    devices_per_arm: int = Field(default=1, gt=0)  # processes that share each batch of an arm, one per CUDA device
-    ray_address: str | None = None  # None for a cluster on this machine, else a new one for this run
-    launcher: str = ""  # words before the command of a worker process, such as "srun --ntasks=1 --gpus=1"
-    store: str = ""  # fsspec address for the workers' files if machines share no disk: "s3://bucket/runs"
-    hang_seconds: float = Field(default=600.0, gt=0)  # without a step, after which a worker counts as lost
-    trust_remote_code: bool = False
-    report_to: tuple[str, ...] = ()  # trackers that log every trial: trackio, wandb, mlflow, tensorboard
-
-    @field_validator("guard", "metrics", "higher_is_better", "lower_is_better", "sweep", mode="before")
-    @classmethod
-    def _one_or_several(cls, value: object) -> object:
-        return (value,) if isinstance(value, str) else value
-
-    @field_validator("columns", mode="before")
-    @classmethod
-    def _columns_of_a_mapping(cls, value: object) -> object:
-        return [f"{name}={column}" for name, column in value.items()] if isinstance(value, Mapping) else value
-
-    @field_validator(*LISTS, mode="before")
-    @classmethod
-    def _listed(cls, value: object) -> object:
-        """One value, or a string with commas between, as a list: `learning_rates=1e-3`, `target_modules="all-linear"`."""
-        if isinstance(value, str):
-            return [part.strip() for part in value.split(",") if part.strip()]
-        return (value,) if isinstance(value, int | float) and not isinstance(value, bool) else value
-
-    @field_validator("columns")
-    @classmethod
-    def _columns_named(cls, columns: tuple[str, ...]) -> tuple[str, ...]:
-        for entry in columns:
-            name, equals, column = entry.partition("=")
-            if not (name and equals and column):
-                raise ValueError(f"columns: got {entry!r}; give NAME=COLUMN, such as prompt=question,completion=answer")
-        return columns
-
-    @field_validator("ranks")
-    @classmethod
-    def _ranks_positive(cls, ranks: tuple[int, ...]) -> tuple[int, ...]:
-        for rank in ranks:
-            if rank < 1:
-                raise ValueError(
-                    f"rank {rank} is not allowed: ranks are integers from 1 (the base, rank 0, is always measured)"
-                )
-        return _distinct(ranks, "ranks")
-
-    @field_validator("learning_rates")
-    @classmethod
-    def _learning_rates_positive(cls, learning_rates: tuple[float, ...]) -> tuple[float, ...]:
-        for learning_rate in learning_rates:
-            if learning_rate <= 0:
-                raise ValueError(
-                    f"learning rate {learning_rate:g} is not allowed: learning rates are numbers above 0, such as 1e-4"
-                )
-        return _distinct(learning_rates, "learning_rates")
-
-    @field_validator("device")
-    @classmethod
-    def _device_named(cls, device: str) -> str:
-        if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", device):
-            near = did_you_mean(DEVICE_HABITS.get(device, device), ("auto", "cpu", "cuda", "mps"))
-            raise ValueError(f"device {device!r} is not known{near}; give auto, cpu, cuda, cuda:1 or mps")
-        return device
-
-    @field_validator("store")
-    @classmethod
-    def _store_reached_by_all(cls, store: str) -> str:
-        scheme, colon, rest = store.partition("://")
-        if store and (not colon or not rest or scheme == "memory"):
-            raise ValueError(
-                f"{store!r} is not an address that several machines can reach: give one such as s3://bucket/runs or file:///mnt/share"
-            )
-        if re.match(r"[^/]*:[^/]*@", rest) or "?" in rest or "::" in store:
-            raise ValueError(
-                "an address with credentials, options or chained protocols is refused, because it would be stored: "
-                "give SCHEME://PLACE, and credentials through the environment"
-            )
-        return store
-
-    @field_validator("seeds")
-    @classmethod
-    def _seeds_natural(cls, seeds: tuple[int, ...]) -> tuple[int, ...]:
-        for seed in seeds:
-            if not 0 <= seed <= MAX_SEED:
-                raise ValueError(f"seed {seed} is not allowed: seeds are integers from 0 to {MAX_SEED}")
-        return _distinct(seeds, "seeds")
-
-    @model_validator(mode="after")
-    def _one_length(self) -> SelectSettings:
+    def _require_consistent(self) -> None:
         if self.max_steps is not None and self.num_train_epochs is not None:
             raise ValueError("max_steps and num_train_epochs were both given: give one of them")
         if self.load_in_4bit and self.load_in_8bit:
@@ -334,10 +590,10 @@ class SelectSettings(BaseModel):
                 "test_fraction + validation_fraction leave less than a tenth of the examples for training: "
                 f"got {self.test_fraction:g} + {self.validation_fraction:g}, give less than 0.9 together"
             )
-        return self
+        self._require_workers()
+        self._require_directions()
 
-    @model_validator(mode="after")
-    def _workers_of_an_executor(self) -> SelectSettings:
+    def _require_workers(self) -> None:
         for name, given, executors in (
             ("workers", self.workers, ("processes", "ray")),
             ("ray_address", self.ray_address, ("ray",)),
@@ -354,28 +610,29 @@ class SelectSettings(BaseModel):
             )
         if self.devices_per_arm > 1 and self.launcher:
             raise ValueError(
-                "devices_per_arm and launcher were both given: the processes of an arm run on this machine; leave one of them out"
+                "devices_per_arm and launcher were both given: the processes of an arm run on this machine; leave "
+                "one of them out",
             )
         if self.devices_per_arm > self.batch_size:
             raise ValueError(
                 f"batch_size {self.batch_size} can't be split over devices_per_arm {self.devices_per_arm}: "
                 "give a batch_size at least as large, or fewer devices"
             )
-        return self
 
-    @model_validator(mode="after")
-    def _metrics_known(self) -> SelectSettings:
-        names = [spec.name for spec in parse_metrics(self.metric, self.metrics)]
-        for setting, given in (("higher_is_better", self.higher_is_better), ("lower_is_better", self.lower_is_better)):
+    def _require_directions(self) -> None:
+        names = [spec.name for spec in self.metric_specs]
+        for setting_name, given in (
+            ("higher_is_better", self.higher_is_better),
+            ("lower_is_better", self.lower_is_better),
+        ):
             unknown = next((name for name in given if name not in names), None)
             if unknown is not None:
-                raise ValueError(f"{setting}: {unknown!r} is not one of the metrics ({', '.join(names)})")
+                raise ValueError(f"{setting_name}: {unknown!r} is not one of the metrics ({', '.join(names)})")
         both = next((name for name in self.higher_is_better if name in self.lower_is_better), None)
         if both is not None:
             raise ValueError(f"{both!r} is in higher_is_better and in lower_is_better: give it once")
         for name in names:
             self.is_higher_better(name)
-        return self
 
     def is_higher_better(self, name: str) -> bool:
         """The direction of one of the metrics: as given, else as its name or, for `evaluate` and `lm-eval`, its key says.
@@ -396,6 +653,11 @@ class SelectSettings(BaseModel):
             )
         return found
 
+    def of_other_data(self) -> SelectSettings:
+        """These settings for further data that is scored by its loss, each file whole and under its own columns."""
+        loss = {"metric": "loss", "metrics": (), "higher_is_better": (), "lower_is_better": ()}
+        return self.model_copy(update=loss | {"columns": (), "validation": "", "ranks": (1,)})
+
     def of_form(self, form: str) -> SelectSettings:
         """These settings with the margin that the loss of preference pairs has by default; unchanged for other data."""
         if form != "preference" or self.margin is not None or self.metric_name != "loss":
@@ -413,9 +675,9 @@ class SelectSettings(BaseModel):
 
     @property
     def points_metric(self) -> str:
-        """The metric of the evaluations during a training: the one that decides if it is measured there, else the loss."""
+        """The metric of the evaluations during a training: that which decides if it is measured there, else the loss."""
         spec = self.metric_specs[0]
-        return spec.name if spec.is_measured_along or self.answers_at == "points" else "loss"
+        return spec.name if spec.is_measured_along else "loss"
 
     @property
     def weight_bits(self) -> int | None:
@@ -438,37 +700,32 @@ class SelectSettings(BaseModel):
         return max(1, round((self.num_train_epochs or 1.0) * train_examples / self.items_per_step))
 
 
-def _distinct(values: tuple[Any, ...], name: str) -> tuple[Any, ...]:
-    if not values:
-        raise ValueError(f"{name} is empty: give at least one")
-    if len(set(values)) != len(values):
-        raise ValueError(f"{name} repeats a value: got {list(values)}, give each once")
-    return tuple(sorted(values))
-
-
 def make_settings(values: Mapping[str, object]) -> SelectSettings:
-    """Settings from plain values.
+    """Settings from plain values; fields of LoraConfig that have no setting of their own may be among them.
 
     Raises:
         SettingsError: an unknown name (with the nearest known one) or a value that is not allowed.
     """
-    return checked(SelectSettings, gathered_options(values))
+    return SelectSettings(**gathered_options(values))
 
 
-# Where trainings run.
-PLACEMENT = (
-    "executor", "workers", "devices_per_arm", "ray_address", "launcher", "store", "adapters_per_pass", "hang_seconds",
-)  # fmt: skip
-# Settings that change how a selection runs and not what it finds: they may differ when a run is resumed.
-NOT_IDENTITY = (
-    *PLACEMENT, "goal", "extend", "guard", "guard_margin", "certify", "checkpoint_seconds", "memory_bytes",
-    "metric_timeout_seconds", "report_to", "shard_base",
-)  # fmt: skip
+def stored_settings(values: Mapping[str, Any]) -> SelectSettings:
+    """The settings of a run from what its journal holds, which also has the model, the data and an own trainer."""
+    return make_settings({name: value for name, value in values.items() if name in SelectSettings.model_fields})
+
+
+# Settings that say which rows are in which split.
+OF_SPLITS = ("columns", "validation", "test_fraction", "validation_fraction", "eval_items")
+# Numbers that make another run where they differ, and are stored as they were given.
+SCALARS = tuple(
+    name
+    for name, hint in SelectSettings.model_types.items()
+    if {int, float} & {hint, *get_args(hint)}
+    and SelectSettings.model_fields[name].identity
+    and not SelectSettings.model_fields[name].continuable
+)
 # Settings that choose trials and judge them, and change no trial: a run folder may be continued with other values.
-CONTINUABLE = (
-    "margin", "ranks", "learning_rates", "seeds", "strategy", "sweep", "eval_items", "budget_trainings", "budget_steps",
-    "budget_hours",
-)  # fmt: skip
+CONTINUABLE = tuple(name for name, row in SelectSettings.model_fields.items() if row.continuable)
 
 
 def with_identity_of(values: Mapping[str, Any], begun: Mapping[str, Any]) -> dict[str, Any]:
@@ -491,7 +748,8 @@ def _is_same_place(one: object, other: object) -> bool:
 
 def settings_of_identity(values: Mapping[str, Any]) -> dict[str, Any]:
     """The settings among `values` (JSON) that say what a selection finds."""
-    return {name: value for name, value in values.items() if name not in NOT_IDENTITY}
+    rows = SelectSettings.model_fields
+    return {name: value for name, value in values.items() if name not in rows or rows[name].identity}
 
 
 def settings_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
@@ -502,72 +760,6 @@ def settings_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[
         for name in sorted(before.keys() | after.keys())
         if before.get(name) != after.get(name)
     ]
-
-
-class PlanKeywords(TypedDict, total=False):
-    """The settings that most plans use. Pass all others through `settings`."""
-
-    ranks: Sequence[int]
-    target_modules: Sequence[str] | str
-    layers_to_transform: Sequence[int]
-    modules_to_save: Sequence[str] | str
-    use_dora: bool
-    batch_size: int
-    seq_len: int
-    dtype: Literal["float32", "bfloat16", "float16", "bf16", "fp16", "fp32"]
-    gradient_checkpointing: bool
-    load_in_4bit: bool
-    load_in_8bit: bool
-    optimizer: str
-    loss: str
-    strategy: str
-    steps: int
-    calibrate: bool
-    arms: int
-    device: str
-    memory_bytes: int | str  # bytes, or a number with a unit such as "24GiB"
-    price_per_hour: float
-
-
-class SelectKeywords(TypedDict, total=False):
-    """The settings that most selections use. Pass all others through `settings`."""
-
-    goal: Goal
-    strategy: str
-    ranks: Sequence[int] | int
-    learning_rates: Sequence[float] | float
-    seeds: Sequence[int] | int
-    extend: bool
-    sweep: Sequence[str] | str
-    margin: float
-    metric: str
-    metrics: Sequence[str] | str
-    higher_is_better: Sequence[str] | str
-    lower_is_better: Sequence[str] | str
-    guard: Sequence[str] | str
-    guard_margin: float
-    columns: Mapping[str, str] | Sequence[str]  # {"prompt": "question"} or ["prompt=question"]
-    validation: str
-    max_steps: int
-    target_modules: Sequence[str] | str
-    layers_to_transform: Sequence[int] | int
-    lora_alpha: float
-    batch_size: int
-    seq_len: int
-    eval_items: int
-    dtype: Literal["auto", "float32", "bfloat16", "float16", "bf16", "fp16", "fp32"]
-    num_train_epochs: float
-    load_in_4bit: bool
-    optim: Literal["adamw_torch", "adamw_8bit"]
-    device: str
-    budget_hours: float
-    memory_bytes: int | str  # bytes, or a number with a unit such as "24GiB"
-    adapters_per_pass: int
-    certify: bool
-    executor: Literal["local", "processes", "ray"]
-    workers: int
-    ray_address: str
-    report_to: Sequence[str] | str
 
 
 ProfileName: TypeAlias = Literal["rl"]

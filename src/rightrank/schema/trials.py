@@ -15,12 +15,11 @@ from typing import Annotated, Any, Literal, TypeAlias
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, PrivateAttr, model_validator
 
 from rightrank.schema.errors import NotFiniteError
+from rightrank.schema.table import MAX_WHOLE
 
 SCHEMA_VERSION = 4  # of the journal: no other is read
 IDENTITY_VERSION = 1  # of the content that a trial id is a hash of; a change gives every trial a new id
 
-# The integers that a float holds exactly. A larger one in a file is damage.
-MAX_WHOLE = 2**53
 Whole: TypeAlias = Annotated[int, Field(ge=-MAX_WHOLE, le=MAX_WHOLE)]
 
 MetricName: TypeAlias = str  # `loss`, `accuracy`, or the name of a metric in the settings

@@ -13,7 +13,7 @@ from rightrank.decision.adapter import MAX_DIRECT_RANK
 from rightrank.decision.run import Records, is_token_loss
 from rightrank.schema.decision import AdapterAnswer, TrainingRankEstimate
 from rightrank.schema.errors import SettingsError, did_you_mean
-from rightrank.schema.settings import SelectSettings, make_settings
+from rightrank.schema.settings import SelectSettings, stored_settings
 from rightrank.search.bracket import Bracket, Grid
 from rightrank.search.protocol import CostEstimate, History, Recommendation, Strategy
 from rightrank.search.space import Space, space_of
@@ -122,9 +122,8 @@ def _smallest_holding_truncation(answer: AdapterAnswer) -> int:
 
 def _settings(records: Records) -> SelectSettings:
     """The settings of the run, for the training rank and without a budget."""
-    known = {name: value for name, value in records.started.settings.items() if name in SelectSettings.model_fields}
     unlimited = dict.fromkeys(("budget_trainings", "budget_steps", "budget_hours"))
-    return make_settings({**known, **unlimited, "goal": "training-rank"})
+    return stored_settings({**records.started.settings, **unlimited, "goal": "training-rank"})
 
 
 def _trainings_left(records: Records, ranks: tuple[int, ...]) -> float:

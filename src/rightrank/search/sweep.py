@@ -8,16 +8,15 @@ from statistics import fmean
 from rightrank.schema.decision import SweepRow
 from rightrank.schema.errors import SettingsError
 from rightrank.schema.events import RunStarted
-from rightrank.schema.settings import SelectSettings, make_settings
+from rightrank.schema.settings import SelectSettings, stored_settings
 from rightrank.schema.trials import Arm, TrialFinished, TrialOutcome
 from rightrank.schema.variants import Variant, variants_of
 
 
 def sweep_rows(started: RunStarted, outcomes: Sequence[TrialOutcome]) -> list[SweepRow]:
     """A row for each variant and rank. Empty without a sweep, or if none of its trials finished."""
-    known = {name: value for name, value in started.settings.items() if name in SelectSettings.model_fields}
     try:
-        settings = make_settings(known)
+        settings = stored_settings(started.settings)
         variants = variants_of(settings)
     except SettingsError:
         return []  # a run of another version's settings

@@ -328,8 +328,11 @@ def end_metrics(settings: SelectSettings) -> list[MetricSpec]:
     return [spec for spec in settings.metric_specs if not spec.is_measured_along]
 
 
+METRIC_TIMEOUT_SECONDS = 600.0  # of a function or program that computes a metric
+
+
 def limits_of(settings: SelectSettings) -> ScorerLimits:
-    return ScorerLimits(settings.metric_timeout_seconds, settings.trust_remote_code)
+    return ScorerLimits(METRIC_TIMEOUT_SECONDS, settings.trust_remote_code)
 
 
 def require_scorers(settings: SelectSettings) -> None:

@@ -191,13 +191,8 @@ def common_fields(settings: SelectSettings | PlanSettings, classification: bool)
     layers = settings.layers_to_transform
     return {
         "task_type": TaskType.SEQ_CLS if classification else TaskType.CAUSAL_LM,
-        "lora_dropout": settings.lora_dropout,
-        "exclude_modules": list(settings.exclude_modules) or None,
         "layers_to_transform": None if layers is None else list(layers),
-        "modules_to_save": list(settings.modules_to_save) or None,
-        "bias": settings.bias,
-        "use_dora": settings.use_dora,
-        **settings.peft_options,
+        **settings.lora_config(),
     }
 
 

@@ -29,6 +29,8 @@ from rightrank.train.multi_lora import ArmBatch, MultiLora
 from rightrank.train.optimizer import OptimizerSteps, arm_schedule, restore_state, state_tensors
 from rightrank.train.runtime import Runtime
 
+DIVERGENCE_FACTOR = 2.0  # a training whose loss is above this times the base's has diverged
+
 
 class Diverged(Exception):  # noqa: N818 - an outcome, turned into a record
     """The training diverged. It ends, and the other arms of the pass continue."""
@@ -209,7 +211,7 @@ class ArmTraining:
         """Report the step and check that the training has not diverged.
 
         Raises:
-            Diverged: the loss is not finite, or above `divergence_factor` times the base's.
+            Diverged: the loss is not finite, or above `DIVERGENCE_FACTOR` times the base's.
         """
         progress = self.progress
         progress.train_seconds += seconds
@@ -232,7 +234,7 @@ class ArmTraining:
         """Keep a held-out evaluation.
 
         Raises:
-            Diverged: the held-out loss is above `divergence_factor` times the base's.
+            Diverged: the held-out loss is above `DIVERGENCE_FACTOR` times the base's.
         """
         progress = self.progress
         progress.eval_seconds += seconds
@@ -326,12 +328,12 @@ class ArmTraining:
         return waited > max(self._settings.checkpoint_seconds, self._save_seconds / CHECKPOINT_SHARE)
 
     def _compare_with_base(self, loss: float, which: str, enough: bool = True) -> None:
-        limit = math.inf if self._base_loss is None else self._settings.divergence_factor * self._base_loss
+        limit = math.inf if self._base_loss is None else DIVERGENCE_FACTOR * self._base_loss
         if enough and not loss <= limit:
             raise Diverged(
                 self.trial,
                 self.progress.step,
-                f"{which} loss {loss:.3f} is above {self._settings.divergence_factor:g} × the base's {self._base_loss:.3f}",
+                f"{which} loss {loss:.3f} is above {DIVERGENCE_FACTOR:g} × the base's {self._base_loss:.3f}",
             )
 
     def save(self) -> None:

@@ -13,16 +13,16 @@ from tests.plugins.plan import CONFIGS
 
 pytestmark = pytest.mark.trains
 
-MULTI_LORA: dict[str, Any] = {"packed": True, "loss": "chunked", "optimizer": "adamw_fused"}
+MULTI_LORA: dict[str, Any] = {"packed": True, "loss": "chunked", "optim": "adamw_fused"}
 CASES: list[tuple[str, dict[str, Any]]] = [
     ("llama", {}),
-    ("qwen", {"loss": "chunked", "optimizer": "adamw_fused", "gradient_checkpointing": True}),
+    ("qwen", {"loss": "chunked", "optim": "adamw_fused", "gradient_checkpointing": True}),
     ("gpt2", {"target_modules": ("c_attn",)}),
     ("mistral", {"padding": True}),
     ("moe", {"exclude_modules": ("shared_expert_gate",)}),
-    ("gpt2", MULTI_LORA | {"arms": 2}),
-    ("llama", MULTI_LORA | {"arms": 3, "gradient_checkpointing": True}),
-    ("bert", {"packed": True, "optimizer": "adamw_fused", "num_labels": 3, "padding": True, "arms": 2}),
+    ("gpt2", MULTI_LORA | {"adapters_per_pass": 2}),
+    ("llama", MULTI_LORA | {"adapters_per_pass": 3, "gradient_checkpointing": True}),
+    ("bert", {"packed": True, "optim": "adamw_fused", "num_labels": 3, "padding": True, "adapters_per_pass": 2}),
 ]
 
 
@@ -43,7 +43,7 @@ def test_peaks_are_within_three_percent(name: str, options: dict[str, Any]) -> N
 def test_the_cheapest_changes_fit_in_a_measured_step_too() -> None:
     """A budget that nothing fits: the list is followed, and the step then measured stays inside it."""
     values = {"device": "cpu", "dtype": "float32", "ranks": (8,), "batch_size": 16, "seq_len": 64, "context_bytes": 0}
-    settings = make_plan_settings(values | {"memory_bytes": 12 * 2**20, "optimizer": "adamw_fused"})
+    settings = make_plan_settings(values | {"memory_bytes": 12 * 2**20, "optim": "adamw_fused"})
     plan = plan_config(CONFIGS["llama"](), "llama", settings, prices=False)
     assert plan.max_rank is None
     assert measure(CONFIGS["llama"](), settings, 8).peak_bytes > 12 * 2**20

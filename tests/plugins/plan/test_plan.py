@@ -113,10 +113,10 @@ def test_a_smaller_budget_never_allows_a_larger_rank(config_folder: Path, capsys
         (("--load-in-4bit", "--load-in-8bit"), "give one of them"),
         (("--set", "rank_patern=x"), "did you mean 'rank_pattern'"),
         (("--layers-to-transform", "9"), "layers_to_transform: got 9"),
-        (("--strategy", "brackt", "--steps", "9"), "did you mean 'bracket'"),
+        (("--strategy", "brackt", "--max-steps", "9"), "did you mean 'bracket'"),
         (("--strategy", "bracket"), "give steps"),
-        (("--ranks", "4", "--strategy", "bracket", "--steps", "9"), "a comparison needs two or more"),
-        (("--arms", "2", "--use-dora"), "leave out use_dora"),
+        (("--ranks", "4", "--strategy", "bracket", "--max-steps", "9"), "a comparison needs two or more"),
+        (("--adapters-per-pass", "2", "--use-dora"), "leave out use_dora"),
         (("--set", "num_labels=3", "--loss", "chunked"), "give loss 'full'"),
     ],
 )
@@ -170,7 +170,7 @@ def test_calibrated_plans_know_seconds(
     config_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    of_selection = ("--strategy", "grid", "--steps", "100", "--price-per-hour", "2")
+    of_selection = ("--strategy", "grid", "--max-steps", "100", "--price-per-hour", "2")
     arguments = (str(config_folder), "--ranks", "2,4", "--device", "cpu", "--dtype", "float32", *QUICK, *of_selection)
     before = plan_json(capsys, *arguments)
     assert before["ranks"][0]["seconds_per_step"] is None
@@ -192,7 +192,7 @@ def test_calibrated_plans_know_seconds(
 def test_a_selection_is_its_strategy_s_trainings_and_evaluations(
     config_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = (str(config_folder), "--ranks", "2,4,8", "--steps", "50", *QUICK, "--strategy")
+    arguments = (str(config_folder), "--ranks", "2,4,8", "--max-steps", "50", *QUICK, "--strategy")
     grid, bracket = (plan_json(capsys, *arguments, name)["selection"] for name in ("grid", "bracket"))
     flops = [row["flops"] for row in grid["ranks"]]
     evaluation = grid["evaluation_flops"]
@@ -209,7 +209,7 @@ def test_a_selection_is_its_strategy_s_trainings_and_evaluations(
 
 
 def test_frozen_blocks_are_counted_once(config_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = (str(config_folder), "--ranks", "2,4", *QUICK, "--strategy", "grid", "--steps", "50")
+    arguments = (str(config_folder), "--ranks", "2,4", *QUICK, "--strategy", "grid", "--max-steps", "50")
     whole = plan_json(capsys, *arguments)["selection"]
     tail = plan_json(capsys, *arguments, "--layers-to-transform", "4,5")["selection"]
     assert whole["prefix_flops"] == 0 < tail["prefix_flops"]
@@ -217,7 +217,7 @@ def test_frozen_blocks_are_counted_once(config_folder: Path, capsys: pytest.Capt
 
 
 def test_text_shows_time_and_error(config_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    options = ("--ranks", "2,4", *QUICK, "--strategy", "bracket", "--steps", "50")
+    options = ("--ranks", "2,4", *QUICK, "--strategy", "bracket", "--max-steps", "50")
     status, out, _ = run_command(capsys, str(config_folder), *options)
     assert status == 0
     assert "selection by bracket: about" in out

@@ -122,7 +122,7 @@ def test_the_plan_gives_the_adapters_that_fit_in_a_pass() -> None:
     for arms in (4, 6):
         changed = Estimator(
             config, _plan_settings(config, settings.model_copy(update={"memory_bytes": 2**40}), 32, "cpu", None)
-        ).variant(arms=arms)
+        ).variant(adapters_per_pass=arms)
         needs[arms] = needed(changed.estimate(8).peak.reserved_bytes, changed.settings)
     between = settings.model_copy(update={"memory_bytes": (needs[4] + needs[6]) // 2})
     assert plan_selection(config, between, 32, "cpu").max_adapters_per_pass == 4
@@ -233,7 +233,7 @@ def test_a_calibrated_device_has_an_estimate_that_is_compared_at_the_end(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     shape = ("--dtype", "float32", "--device", "cpu", "--batch-size", "4", "--seq-len", "32", "--ranks", "1,4")
     with pytest.raises(SystemExit):
-        main(["plan", str(model_folder), *shape, "--strategy", "grid", "--steps", "2", "--calibrate"])
+        main(["plan", str(model_folder), *shape, "--strategy", "grid", "--max-steps", "2", "--calibrate"])
     notices: list[str] = []
     settings = small_settings(max_steps=2, eval_points=1)
     select_rank(

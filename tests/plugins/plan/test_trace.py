@@ -24,7 +24,7 @@ SETTINGS: list[dict[str, Any]] = [
     {"load_in_4bit": True},
     {"attn_implementation": "eager"},
     {"dtype": "float32", "autocast": "bfloat16"},
-    {"loss": "chunked", "arms": 2},
+    {"loss": "chunked", "adapters_per_pass": 2},
 ]
 
 
@@ -38,13 +38,15 @@ def test_few_blocks_give_the_whole_depth(name: str, values: dict[str, Any]) -> N
     """The trace written out from four blocks is the trace of all six, event for event."""
     settings = settings_of(**values)
     estimator = Estimator(CONFIGS[name](), settings)
-    whole = adapt(build_base(CONFIGS[name](), settings), settings, 4, settings.arms)
+    whole = adapt(build_base(CONFIGS[name](), settings), settings, 4, settings.adapters_per_pass)
     full = trace_step(whole, settings, None)
     blocks = blocks_of(estimator.skeleton.base)
     assert blocks is not None
     reduction = find_reduction(blocks)
     assert reduction is not None
-    small = adapt(build_base(reduced_config(CONFIGS[name](), TRACED_GROUPS), settings), settings, 4, settings.arms)
+    small = adapt(
+        build_base(reduced_config(CONFIGS[name](), TRACED_GROUPS), settings), settings, 4, settings.adapters_per_pass
+    )
     few = blocks_of(small.base)
     assert few is not None
     deep = deepen(trace_step(small, settings, Groups(few, 1)), reduction.groups)
@@ -119,7 +121,9 @@ def test_a_step_that_cannot_be_traced_is_planned_by_formula_with_a_note(monkeypa
 def test_arms_add_evenly() -> None:
     """The second, third and fourth arm of a pass add the same bytes, so two traces predict any number of arms."""
     passes = {
-        arms: Estimator(CONFIGS["llama"](), settings_of(loss="chunked", arms=arms, device="cpu")).estimate(4)
+        arms: Estimator(CONFIGS["llama"](), settings_of(loss="chunked", adapters_per_pass=arms, device="cpu")).estimate(
+            4
+        )
         for arms in (2, 3, 4)
     }
     peaks = {arms: estimate.training.peak_bytes for arms, estimate in passes.items()}

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from rightrank.cli.options import comma, gather, whole_numbers
-from rightrank.plugins.fleet.fleet import Fleet, FleetSlots
-from rightrank.report.format import size, table_lines, visible
-from rightrank.schema.decision import AdapterCandidate
 from rightrank.schema.errors import SettingsError
+
+if TYPE_CHECKING:
+    from rightrank.plugins.fleet.fleet import Fleet, FleetSlots
+    from rightrank.schema.decision import AdapterCandidate
 
 
 def fleet_text(found: Fleet) -> str:
     """Everything, for a person."""
+    from rightrank.report.format import table_lines, visible
+
     ranks = sorted({one.rank for adapter in found.adapters for one in adapter.candidates}, reverse=True)
     rows = [["adapter", "rank", "needs", *(f"at {rank}" for rank in ranks)]]
     for adapter in found.adapters:
@@ -42,6 +46,8 @@ def _loss(one: AdapterCandidate) -> str:
 
 
 def _slots(slots: FleetSlots) -> str:
+    from rightrank.report.format import size
+
     return (
         f"{slots.server}: --max-lora-rank {slots.rank} (before {slots.rank_before}), {size(slots.bytes)} a slot in 16 bits, "
         f"{size(slots.saved_bytes)} saved"
@@ -96,8 +102,6 @@ def fleet(
 ) -> None:
     """Find the smallest rank that all ADAPTERs can be truncated to without losing more than the margin, and write them."""
     from rightrank import api
-
-    pass  # merged
     from rightrank.schema.settings import make_settings
 
     if weights is not None and not merge:

@@ -106,15 +106,15 @@ def _savings(settings: PlanSettings) -> list[_Saving]:
         savings.append(_Saving({"loss": "chunked"}, "none: the same loss, with the logits in chunks"))
     if settings.attn_implementation == "eager":
         savings.append(_Saving({"attn_implementation": "sdpa"}, "none: the same attention, fused"))
-    if settings.optimizer in ("adamw", "adamw_fused"):
+    if settings.optim in ("adamw", "adamw_fused"):
         eight_bit = "adamw_8bit" if settings.is_packed else "paged_adamw_8bit"  # `select` has no paged states
-        savings.append(_Saving({"optimizer": eight_bit}, "8-bit optimizer states; needs bitsandbytes"))
+        savings.append(_Saving({"optim": eight_bit}, "8-bit optimizer states; needs bitsandbytes"))
     if settings.dtype == "float32" and settings.autocast is None and settings.device == "cuda":
         savings.append(_Saving({"dtype": "bfloat16"}, "frozen weights and activations in 16 bits"))
     if settings.device == "cpu":
-        savings = [saving for saving in savings if "optimizer" not in saving.values]
-    if settings.arms > 1:
-        savings.append(_Saving({"arms": 1}, "arms train one after the other: more time"))
+        savings = [saving for saving in savings if "optim" not in saving.values]
+    if settings.adapters_per_pass > 1:
+        savings.append(_Saving({"adapters_per_pass": 1}, "arms train one after the other: more time"))
     if not settings.gradient_checkpointing:
         savings.append(_Saving({"gradient_checkpointing": True}, "about a third more time per step"))
     batch = settings.batch_size

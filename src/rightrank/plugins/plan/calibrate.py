@@ -106,10 +106,10 @@ def calibrate(config: Any, settings: PlanSettings) -> Calibration:
         raise SettingsError(
             "calibrate needs the device that is planned for, and no CUDA device is available; give device cpu"
         )
-    if settings.autocast or settings.arms > 1 or settings.sharding != "none":
+    if settings.autocast or settings.adapters_per_pass > 1 or settings.sharding != "none":
         raise SettingsError("calibrate measures one arm on one device; leave out autocast, arms and sharding")
-    if "8bit" in settings.optimizer:
-        settings = settings.model_copy(update={"optimizer": "adamw_fused"})  # a step takes the same time
+    if "8bit" in settings.optim:
+        settings = settings.model_copy(update={"optim": "adamw_fused"})  # a step takes the same time
     if bits := _bits(settings):
         require_quantisation(bits, find_device(settings.device))
     text = config.get_text_config()
@@ -175,7 +175,7 @@ def _measure(config: Any, settings: PlanSettings, rank: int) -> _Measured:
     with without_peft_noise():
         adapted: Any = get_peft_model(model, lora_config(model, settings, rank))
     trained = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=settings.optimizer == "adamw_fused")
+    optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=settings.optim == "adamw_fused")
     shape = (settings.batch_size, settings.seq_len)
     ids = torch.randint(0, config.get_text_config().vocab_size, shape, device=device)
     skeleton = Skeleton(adapted, (), ("default",))

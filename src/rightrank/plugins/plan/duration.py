@@ -16,7 +16,7 @@ from statistics import fmean
 
 from rightrank.plugins.plan.estimate import Estimator
 from rightrank.schema.errors import SettingsError
-from rightrank.schema.plan_settings import PlanSettings
+from rightrank.schema.plan_settings import TRAININGS_OF_SELECT, PlanSettings
 from rightrank.schema.results import Extent, RankTraining, SelectionCost
 from rightrank.schema.settings import make_settings
 from rightrank.search.protocol import Strategy
@@ -94,19 +94,19 @@ def planned_trainings(settings: PlanSettings) -> PlannedTrainings | None:
     """
     if settings.trainings is not None:
         return PlannedTrainings(None, settings.trainings, settings.trainings)
-    if settings.strategy is None or settings.steps is None:
+    if settings.strategy is None or settings.max_steps is None:
         return None
-    shared = {name: getattr(settings, name) for name in ("strategy", "ranks", "learning_rates", "seeds")}
-    return PlannedTrainings.of(
-        make_strategy(make_settings(shared | {"budget_trainings": settings.budget_trainings}), settings.steps)
-    )
+    shared = {name: getattr(settings, name) for name in ("ranks", *TRAININGS_OF_SELECT)}
+    return PlannedTrainings.of(make_strategy(make_settings(shared), settings.max_steps))
 
 
 def workload_of(settings: PlanSettings) -> Workload:
     """The workload of a plan without data: rows of full length, every example seen once."""
-    if settings.steps is None:
-        raise SettingsError("the time of a selection needs the steps of a training; give steps")
-    return Workload(settings.steps, settings.steps * settings.batch_size, settings.eval_items, settings.eval_points)
+    if settings.max_steps is None:
+        raise SettingsError("the time of a selection needs the steps of a training; give max_steps")
+    return Workload(
+        settings.max_steps, settings.max_steps * settings.batch_size, settings.eval_items, settings.eval_points
+    )
 
 
 def selection_cost(estimator: Estimator, planned: PlannedTrainings, work: Workload, speed: Speed) -> SelectionCost:
@@ -148,13 +148,15 @@ def _extent(
 def flops_of(estimator: Estimator, rank: int, work: Workload) -> Flops:
     """Operations of one rank, less what the cached prefix and positions without a label save."""
     settings = estimator.settings
-    rows = settings.batch_size * settings.arms
+    rows = settings.batch_size * settings.adapters_per_pass
     prefix = prefix_flops(estimator)
     head = estimator.head_flops * (1 - work.labelled)
     step = estimator.flops(rank) - rows * (prefix + 2 * head)  # the head runs forward and backward
     forward = estimator.forward_flops(rank) - prefix - head
     scale = work.filled
-    return Flops(step / settings.arms * scale * work.passes * work.steps, forward * scale * work.eval_examples)
+    return Flops(
+        step / settings.adapters_per_pass * scale * work.passes * work.steps, forward * scale * work.eval_examples
+    )
 
 
 def prefix_flops(estimator: Estimator) -> float:

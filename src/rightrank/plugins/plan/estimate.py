@@ -31,7 +31,7 @@ from rightrank.plugins.plan.trace import (
     simulate_peak,
 )
 from rightrank.schema.errors import ModelError, MultiLoraError, SettingsError, first_line
-from rightrank.schema.plan_settings import PlanSettings
+from rightrank.schema.plan_settings import STEP_ONLY, PlanSettings
 from rightrank.schema.results import Components, Source
 from rightrank.train.loss import CHUNK_LOGITS
 from rightrank.train.prefix import find_blocks, prefix_depth
@@ -41,7 +41,7 @@ RESERVED_FACTOR = 1.06  # reserved over allocated bytes, as the allocator model 
 
 def formula_peak(model: Any, residents: Sequence[Resident], optimizer: OptimizerMemory, settings: PlanSettings) -> Peak:
     """The peak of a step of `settings` by formula, bytes."""
-    tokens = settings.batch_size * settings.arms * settings.seq_len
+    tokens = settings.batch_size * settings.adapters_per_pass * settings.seq_len
     width = DTYPES[settings.autocast or settings.dtype].itemsize
     config = model.config.get_text_config()
     # An adapted module counts once: neither its base layer nor A and B, which keep little, count again.
@@ -74,9 +74,6 @@ def _is_linear(module: Any) -> bool:
 # What a model's own code raises on tensors without values, or on kernels that meta tensors lack.
 UNTRACEABLE = (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError, IndexError, KeyError)
 CUBLAS_BYTES = 8_519_680  # cuBLAS workspace from torch's allocator (`:4096:2:16:8`); 32 MiB on Hopper
-# Settings that change the step and not the tensors of the model.
-STEP_ONLY = {"ranks", "batch_size", "seq_len", "loss", "gradient_checkpointing", "optimizer", "padding", "arms"}
-STEP_ONLY |= {"packed", "eval_batch_size"}
 BLOCK_NUMBER = re.compile(r"\.\d+\.")
 
 
@@ -195,7 +192,7 @@ class Estimator:
                 self.untraceable = f"{type(error).__name__}: {first_line(error)}"
         residents, optimizer = self._residents(rank)
         peak = formula_peak(self.skeleton.base, residents, optimizer, self.settings)
-        tokens = self.settings.batch_size * self.settings.arms * self.settings.seq_len
+        tokens = self.settings.batch_size * self.settings.adapters_per_pass * self.settings.seq_len
         return RankEstimate(rank, parts, peak, None, 4 * parts.parameters * tokens, "formula")
 
     def beyond(self, rank: int) -> RankEstimate:
@@ -235,7 +232,7 @@ class Estimator:
             return self.flops(rank) / self._rows / 2
         trace = self._trace(self._ends[1] if rank != self._ends[0] else rank, False)
         batch = self.settings.eval_batch_size or self.settings.batch_size
-        return sum(trace.flops.values()) / (batch * self.settings.arms)
+        return sum(trace.flops.values()) / (batch * self.settings.adapters_per_pass)
 
     @property
     def frozen_flops(self) -> float:
@@ -258,7 +255,7 @@ class Estimator:
 
     @property
     def _rows(self) -> int:
-        return self.settings.batch_size * self.settings.arms
+        return self.settings.batch_size * self.settings.adapters_per_pass
 
     def _peak_of(self, rank: int, training: bool) -> Peak:
         trace, sizes = self._sizes(rank, training)
@@ -271,12 +268,12 @@ class Estimator:
         parts, settings = self.inventory(rank), self.settings
         trained = [
             torch.empty(tensor.shape, dtype=tensor.dtype, device="meta") for tensor in parts.stored if tensor.trainable
-        ] * settings.arms
-        optimizer = optimizer_memory(trained, settings.optimizer, settings.device)
+        ] * settings.adapters_per_pass
+        optimizer = optimizer_memory(trained, settings.optim, settings.device)
         residents = [
             Resident(tensor.size, "adapter" if tensor.trainable else "weights")
             for tensor in parts.stored
-            for _ in range(settings.arms if tensor.trainable else 1)
+            for _ in range(settings.adapters_per_pass if tensor.trainable else 1)
         ]
         if settings.device == "cuda":
             residents.append(Resident(CUBLAS_BYTES, "workspace"))
@@ -311,7 +308,7 @@ class Estimator:
         """The trace of the whole depth from four groups of blocks; None where the blocks do not repeat."""
         if self._small_skeleton(self._ends[0]) is None:  # whether a few blocks can represent all
             return None
-        small, reduction = self._small_skeleton(rank, self.settings.arms), self._reduction
+        small, reduction = self._small_skeleton(rank, self.settings.adapters_per_pass), self._reduction
         if small is None or reduction is None:
             return None
         blocks = blocks_of(small.base)
@@ -337,7 +334,7 @@ class Estimator:
 
     def _full_trace(self, rank: int, training: bool) -> StepTrace:
         """The trace of the whole model, one segment a block: operations of frozen blocks count separately."""
-        arms = self.settings.arms
+        arms = self.settings.adapters_per_pass
         as_built = rank == self._ends[0] and arms == 1
         skeleton = self.skeleton if as_built else adapt(self._base(), self.settings, rank, arms)
         blocks = blocks_of(skeleton.base)

@@ -157,7 +157,7 @@ def _as_select(estimator: Estimator) -> Estimator | None:
     settings = estimator.settings
     if settings.is_packed or settings.autocast is not None or settings.sharding != "none":
         return None
-    loop = loop_of_select(settings.num_labels, settings.optimizer)
+    loop = loop_of_select(settings.num_labels, settings.optim)
     changed = estimator.variant(**loop, padding=settings.num_labels is not None)
     changed.estimate(min(settings.ranks))
     return changed if changed.untraceable is None else None
@@ -218,12 +218,12 @@ def _sources(settings: PlanSettings, estimate: RankEstimate, calibration: Calibr
     }
     if settings.sharding != "none":
         sources["sharding"] = "formula"
-    if settings.arms > 1:
+    if settings.adapters_per_pass > 1:
         sources["arms"] = counted
     if settings.load_in_4bit or settings.load_in_8bit:
         sources["quantisation"] = counted if on_cpu else "formula"
-    if settings.optimizer in ("adamw_8bit", "paged_adamw_8bit"):
-        sources["optimizer"] = "exact" if settings.optimizer == "adamw_8bit" else "formula"
+    if settings.optim in ("adamw_8bit", "paged_adamw_8bit"):
+        sources["optimizer"] = "exact" if settings.optim == "adamw_8bit" else "formula"
     if calibration is not None:
         sources["seconds_per_step"] = "measured"
     return sources
@@ -241,7 +241,7 @@ def _notes(estimator: Estimator, settings: PlanSettings, calibration: Calibratio
             f"on this device four groups of blocks took {calibration.step_factor:.1%} of the traced bytes (without "
             "weights, adapter and optimizer); the peaks are scaled by it"
         )
-    if settings.optimizer == "paged_adamw_8bit" and settings.device == "cpu":
+    if settings.optim == "paged_adamw_8bit" and settings.device == "cpu":
         notes.append("bitsandbytes has no paged states on a CPU; they are planned as those of adamw_8bit")
     if settings.attn_implementation == "flash_attention_2":
         notes.append("flash_attention_2 is planned as torch's own flash kernel")

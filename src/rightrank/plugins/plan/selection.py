@@ -16,7 +16,7 @@ from rightrank.plugins.plan.duration import PlannedTrainings, Speed, Workload, s
 from rightrank.plugins.plan.estimate import Estimator
 from rightrank.plugins.plan.planner import largest_rank, speed_of, with_measured_process
 from rightrank.schema.errors import SettingsError
-from rightrank.schema.plan_settings import PlanSettings, loop_of_select, make_plan_settings
+from rightrank.schema.plan_settings import STEP_OF_SELECT, PlanSettings, loop_of_select, make_plan_settings
 from rightrank.schema.results import SelectionCost
 from rightrank.schema.settings import SelectSettings
 from rightrank.schema.variants import widest_rank
@@ -26,31 +26,6 @@ from rightrank.train.loss import logits_loss
 from rightrank.train.pace import MAX_ADAPTERS_PER_PASS
 
 PROBED_EXAMPLES = 8
-# Settings that `select` has under the same names.
-SHARED_SETTINGS = (
-    "ranks",
-    "target_modules",
-    "exclude_modules",
-    "layers_to_transform",
-    "modules_to_save",
-    "bias",
-    "use_dora",
-    "target_parameters",
-    "divide_rank_by_experts",
-    "peft_options",
-    "lora_dropout",
-    "batch_size",
-    "eval_batch_size",
-    "dtype",
-    "load_in_4bit",
-    "load_in_8bit",
-    "gradient_checkpointing",
-    "trust_remote_code",
-)
-SELECT_CHANGES = {  # of a plan's settings that `select` has, under its names
-    **{name: name for name in ("batch_size", "gradient_checkpointing", "seq_len", "dtype", "load_in_4bit")},
-    "optimizer": "optim",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +60,7 @@ class SelectionPlan:
             return None
         if len(ranks) == 1:
             return self.peak_bytes[ranks[0]]
-        pairs = self.estimator.variant(arms=2)
+        pairs = self.estimator.variant(adapters_per_pass=2)
         shares = {rank: pairs.estimate(rank).peak.peak_bytes - self.peak_bytes[rank] for rank in set(ranks)}
         first = ranks[0]
         return self.peak_bytes[first] - shares[first] + sum(shares[rank] for rank in ranks)
@@ -148,7 +123,7 @@ def plan_selection(
 def _max_adapters(estimator: Estimator, rank: int, wanted: int) -> int:
     """Adapters that fit in one pass: `wanted`, or the largest power of two below it that fits."""
     sizes = [wanted, *(2**power for power in reversed(range(wanted.bit_length())) if 2**power < wanted)]
-    return next((size for size in sizes if size == 1 or rank_fits(estimator.variant(arms=size), rank)), 1)
+    return next((size for size in sizes if size == 1 or rank_fits(estimator.variant(adapters_per_pass=size), rank)), 1)
 
 
 def _plan_settings(
@@ -156,7 +131,7 @@ def _plan_settings(
 ) -> PlanSettings:
     """The plan's settings for the training loop of `select`."""
     kind = "cuda" if device.startswith("cuda") else "cpu"
-    shared = {name: getattr(settings, name) for name in SHARED_SETTINGS}
+    shared = {name: getattr(settings, name) for name in STEP_OF_SELECT}
     eager = getattr(config, "_attn_implementation", None) == "eager"
     if settings.devices_per_arm > 1:  # what one device holds, and its share of a batch
         shared["num_devices"] = settings.devices_per_arm
@@ -218,8 +193,8 @@ def ranks_for_data(
 def _refusal(estimator: Estimator, needs: dict[int, int], memory: int) -> str:
     smallest = min(rank for rank, size in needs.items() if size > memory)
     tensors = needs[smallest] - context_bytes(estimator.settings)
-    changes = [change for change in cheapest_changes(estimator) if change.setting in SELECT_CHANGES]
-    advice = ", ".join(f"{SELECT_CHANGES[change.setting]} {change.value}" for change in changes)
+    changes = [change for change in cheapest_changes(estimator) if change.setting in SelectSettings.model_fields]
+    advice = ", ".join(f"{change.setting} {change.value}" for change in changes)
     return (
         f"rank {smallest} needs {_gib(needs[smallest])} ({_gib(tensors)} for tensors, the rest for the process), and "
         f"{_gib(memory)} are available; give more --memory, lower ranks{', or ' + advice if advice else ''}"

@@ -1,0 +1,67 @@
+"""Settings as the arguments of `rightrank select`, and the command that repeats a run."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Mapping
+from decimal import Decimal
+from typing import Any
+
+from rightrank.schema.settings import SelectSettings
+from rightrank.schema.table import Setting
+
+
+def reproduce_command(settings: Mapping[str, Any]) -> str | None:
+    """The command that repeats a run with these settings; None if the model or the data were objects in memory."""
+    model, data = settings.get("model"), settings.get("data")
+    if not isinstance(model, str) or not isinstance(data, str) or "in memory" in (model + data):
+        return None
+    return shlex.join(["rightrank", "select", model, data, "--out", "run", *command_arguments(settings)])
+
+
+def command_arguments(settings: Mapping[str, Any]) -> list[str]:
+    """The arguments that give these settings, of those whose values differ from the default."""
+    arguments: list[str] = []
+    for name, row in SelectSettings.model_fields.items():
+        value = settings.get(name)
+        value = tuple(value) if isinstance(value, list) else value
+        if value is not None and value != row.default:
+            arguments += _arguments_of(name, row, value)
+    return arguments
+
+
+def _arguments_of(name: str, row: Setting, value: Any) -> list[str]:
+    if isinstance(value, dict) or (isinstance(value, tuple) and not _can_be_joined(value, row)):
+        return ["--set", f"{name}={json.dumps(value)}"]
+    if not row.option:
+        return ["--set", f"{name}={','.join(map(_text, value)) if isinstance(value, tuple) else _text(value)}"]
+    if isinstance(value, bool):
+        return [row.option if value else row.option.replace("--", "--no-", 1)]
+    if isinstance(value, tuple) and not row.split:
+        return [part for one in value for part in _pair(row.option, one)]
+    if name == "budget_hours":
+        return _pair(row.option, f"{Decimal(repr(value)):f}h")
+    if name == "memory_bytes":
+        return _pair(row.option, f"{value // 2**30}GiB" if value % 2**30 == 0 else f"{value}B")
+    return _pair(row.option, ",".join(map(_text, value)) if isinstance(value, tuple) else _text(value))
+
+
+def _can_be_joined(values: tuple[Any, ...], row: Setting) -> bool:
+    """Whether a list can be written with commas between its values, or by an option that is repeated."""
+    texts = list(map(_text, values))
+    if not row.split:
+        return bool(texts and row.option)
+    return bool(texts) and not any(not text or text != text.strip() or "," in text for text in texts)
+
+
+def _pair(option: str, text: str) -> list[str]:
+    return [f"{option}={text}"] if text.startswith("-") else [option, text]
+
+
+def _text(value: Any) -> str:
+    """A number in the fewest digits that give it back."""
+    if not isinstance(value, float):
+        return str(value)
+    short = f"{value:g}"
+    return short if float(short) == value else repr(value)

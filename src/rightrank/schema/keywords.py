@@ -1,0 +1,77 @@
+"""The keywords of `select_rank` and `plan`: the settings with an option. Made from their table by `make generated`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Literal, TypedDict
+
+
+class SelectKeywords(TypedDict, total=False):
+    """The settings that most selections use. Pass all others through `settings`."""
+
+    goal: Literal["adapter", "training-rank"]
+    strategy: str
+    ranks: Sequence[int] | int
+    learning_rates: Sequence[float] | float
+    seeds: Sequence[int] | int
+    extend: bool
+    sweep: Sequence[str] | str
+    metric: str
+    margin: float
+    metrics: Sequence[str] | str
+    higher_is_better: Sequence[str] | str
+    lower_is_better: Sequence[str] | str
+    guard: Sequence[str] | str
+    guard_margin: float
+    budget_hours: float
+    modules_to_save: Sequence[str] | str
+    use_dora: bool
+    lora_alpha: float
+    target_modules: Sequence[str] | str
+    layers_to_transform: Sequence[int] | int
+    max_steps: int
+    num_train_epochs: float
+    batch_size: int
+    seq_len: int
+    optim: Literal["adamw_torch", "adamw_8bit"]
+    columns: Mapping[str, str] | Sequence[str]
+    validation: str
+    eval_items: int
+    ray_address: str
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "bf16", "fp16", "fp32"]
+    device: str
+    memory_bytes: int | str
+    load_in_4bit: bool
+    adapters_per_pass: int
+    certify: bool
+    executor: Literal["local", "processes", "ray"]
+    workers: int
+    report_to: Sequence[str] | str
+
+
+class PlanKeywords(TypedDict, total=False):
+    """The settings that most plans use. Pass all others through `settings`."""
+
+    ranks: Sequence[int] | int
+    strategy: str
+    learning_rates: Sequence[float] | float
+    seeds: Sequence[int] | int
+    price_per_hour: float
+    modules_to_save: Sequence[str] | str
+    use_dora: bool
+    target_modules: Sequence[str] | str
+    layers_to_transform: Sequence[int] | int
+    batch_size: int
+    seq_len: int
+    optim: Literal["adamw", "adamw_fused", "adamw_8bit", "paged_adamw_8bit", "sgd"]
+    loss: Literal["full", "chunked"]
+    adapters_per_pass: int
+    max_steps: int
+    eval_items: int
+    dtype: Literal["float32", "bfloat16", "float16", "bf16", "fp16", "fp32"]
+    device: Literal["cuda", "cpu"]
+    memory_bytes: int | str
+    gradient_checkpointing: bool
+    load_in_4bit: bool
+    load_in_8bit: bool
+    calibrate: bool

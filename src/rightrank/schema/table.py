@@ -1,0 +1,248 @@
+"""What a table of settings is: rows that state a setting once, and records whose values are checked by their rows.
+
+    class Some(Settings):
+        batch_size: int = setting(8, Group.TRAINING, "Examples in a forward pass.", option=True, gt=0)
+
+The rows are plain values, so that the command line lists its options without importing pydantic; that checks the types once
+there are values. The options, the keywords of the API, the page of the settings and the command that repeats a run come from the
+rows alone.
+"""
+
+from __future__ import annotations
+
+import json
+import reprlib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from enum import Enum
+from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar, get_args, get_origin, get_type_hints
+
+from rightrank.schema.errors import SettingsError, did_you_mean
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel, ValidationError
+
+AnySettings = TypeVar("AnySettings", bound="Settings")
+MAX_WHOLE = 2**53  # the integers that a float holds exactly; a larger one in a file is damage
+NEAREST_NAMES = 3  # that answer an unknown setting
+
+
+class Group(Enum):
+    """The sections of `--help` and of the page of settings, in their order."""
+
+    COMPARE = "What to compare"
+    DECIDE = "How to decide"
+    BUDGET = "The budget"
+    ADAPTER = "The adapter"
+    TRAINING = "The training"
+    DATA = "The data"
+    MACHINE = "The machine"
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """One setting: everything that the program and its documents say about it.
+
+    `help` is Markdown; the command line shows it without the marks. `option` is the name at the command line, empty for a
+    setting that is given through `--set` alone. A setting of `identity` makes another run where it differs; one that is
+    `continuable` may differ when a run is continued. `also` are its names in other tools, which are answered with its own.
+    `split` takes a text with commas as several values. `parse` makes a value of what people write, `check` refuses one with
+    ValueError.
+    """
+
+    default: Any
+    group: Group
+    help: str
+    option: str
+    metavar: str | None
+    choices: tuple[str, ...]
+    identity: bool
+    continuable: bool
+    also: tuple[str, ...]
+    split: bool
+    parse: Callable[[Any], Any] | None
+    check: Callable[[Any], Any] | None
+    bounds: Mapping[str, Any]
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        if self.option == "--":
+            object.__setattr__(self, "option", f"--{name.replace('_', '-')}")
+
+
+def setting(
+    default: Any,
+    group: Group,
+    help: str,
+    *,
+    option: bool | str = False,
+    metavar: str | None = None,
+    choices: Iterable[str] = (),
+    identity: bool = True,
+    continuable: bool = False,
+    also: Iterable[str] = (),
+    split: bool = False,
+    parse: Callable[[Any], Any] | None = None,
+    check: Callable[[Any], Any] | None = None,
+    **bounds: float,
+) -> Any:
+    """A row; see `Setting`. `option` is True for `--name-of-the-setting`; `bounds` are gt, ge, lt and le."""
+    named = "--" if option is True else option or ""
+    return Setting(
+        default, group, help, named, metavar, tuple(choices), identity, continuable, tuple(also), split, parse, check, bounds
+    )  # fmt: skip
+
+
+class Settings:
+    """A frozen record of settings. Names and verbs are those of pydantic's records, which all other records are.
+
+    A subclass states its rows and, in `_require_consistent`, what its values must keep together.
+    """
+
+    model_fields: ClassVar[Mapping[str, Setting]] = {}
+    model_types: ClassVar[Mapping[str, Any]] = {}
+    checked_by: ClassVar[type[Any] | None] = None  # pydantic's record of the same types, made at the first use
+    model_fields_set: frozenset[str]  # those that were given
+
+    def __init_subclass__(cls) -> None:
+        rows: dict[str, Setting] = {}
+        for base in reversed(cls.__mro__):
+            rows |= {name: row for name, row in vars(base).items() if isinstance(row, Setting)}
+        order = list(Group)
+        hints = get_type_hints(cls)
+        cls.checked_by = None
+        cls.model_types = {name: hints[name] for name in rows}
+        cls.model_fields = dict(sorted(rows.items(), key=lambda named: order.index(named[1].group)))
+
+    def __init__(self, **values: Any) -> None:
+        """The settings with these values, all others as by default.
+
+        Raises:
+            SettingsError: an unknown name (with the nearest known one), or a value that is not allowed.
+        """
+        _require_known(type(self), values)
+        defaults = {name: row.default for name, row in self.model_fields.items()}
+        self.__dict__.update(defaults | _validated(type(self), values), model_fields_set=frozenset(values))
+        try:
+            self._require_consistent()
+        except ValueError as error:
+            raise SettingsError(str(error)) from None
+
+    def _require_consistent(self) -> None:
+        """Refuse values that don't go together, with ValueError."""
+
+    def model_copy(self, *, update: Mapping[str, Any]) -> Self:
+        """The same with some values changed, which are not checked."""
+        copy = object.__new__(type(self))
+        copy.__dict__.update(self.__dict__ | dict(update))
+        copy.__dict__["model_fields_set"] = self.model_fields_set | update.keys()
+        return copy
+
+    def model_dump(self, *, mode: str = "python", include: Iterable[str] | None = None) -> dict[str, Any]:
+        """The values by name; in the mode `json`, tuples as lists."""
+        names = [name for name in self.model_fields if include is None or name in include]
+        values = {name: self.__dict__[name] for name in names}
+        if mode != "json":
+            return values
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+    def __setattr__(self, name: str, value: object) -> None:
+        raise AttributeError(f"settings can't be changed: give {name} to model_copy")
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Settings) and type(other) is type(self) and self.model_dump() == other.model_dump()
+
+    def __repr__(self) -> str:
+        given = (f"{name}={self.__dict__[name]!r}" for name in self.model_fields if name in self.model_fields_set)
+        return f"{type(self).__name__}({', '.join(given)})"
+
+
+def is_list(hint: Any) -> bool:
+    """Whether a setting of this type takes several values."""
+    return any(get_origin(part) is tuple for part in (hint, *get_args(hint)))
+
+
+def names_elsewhere(kind: type[Settings]) -> dict[str, str]:
+    """Names of other tools → the setting that has the same meaning."""
+    return {other: name for name, row in kind.model_fields.items() for other in row.also}
+
+
+def _require_known(kind: type[Settings], values: Mapping[str, object]) -> None:
+    unknown = next((name for name in values if name not in kind.model_fields), None)
+    if unknown is None:
+        return
+    meant = names_elsewhere(kind).get(unknown)
+    near = f" (did you mean {meant!r}?)" if meant else did_you_mean(unknown, kind.model_fields)
+    nearest = ", ".join(get_close_matches(unknown, kind.model_fields, n=NEAREST_NAMES, cutoff=0.0))
+    raise SettingsError(f"unknown setting {unknown!r}{near or '; the nearest: ' + nearest}")
+
+
+def _validated(kind: type[Settings], values: Mapping[str, Any]) -> dict[str, Any]:
+    from pydantic import ValidationError
+
+    try:
+        written = {name: _read(kind, name, value) for name, value in values.items()}
+        model = _model(kind).model_validate(written)
+        found = {name: getattr(model, name) for name in values}
+        for name, value in found.items():
+            _require_exact(name, value)
+            check = kind.model_fields[name].check
+            found[name] = value if check is None else check(value)
+    except ValidationError as error:
+        raise SettingsError(_first_line(error)) from None
+    except ValueError as error:
+        raise SettingsError(str(error)) from None
+    return found
+
+
+def _read(kind: type[Settings], name: str, value: Any) -> Any:
+    """What people write as the value that the type takes: one for a list, a text with commas, JSON, a habit of other tools."""
+    row, hint = kind.model_fields[name], kind.model_types[name]
+    if row.parse is not None:
+        value = row.parse(value)
+    if get_origin(hint) is dict and isinstance(value, str):
+        return _json(value)
+    if not is_list(hint):
+        return value
+    if isinstance(value, str):
+        if value.startswith("["):
+            return _json(value)
+        return [part.strip() for part in value.split(",") if part.strip()] if row.split else [value]
+    return [value] if isinstance(value, int | float) and not isinstance(value, bool) else value
+
+
+def _json(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text
+
+
+def _model(kind: type[Settings]) -> type[BaseModel]:
+    """The record of pydantic that checks types and bounds."""
+    from pydantic import ConfigDict, Field, create_model
+
+    if kind.checked_by is not None:
+        return kind.checked_by
+    fields: dict[str, Any] = {
+        name: (hint, Field(default=None, **kind.model_fields[name].bounds)) for name, hint in kind.model_types.items()
+    }
+    kind.checked_by = create_model(kind.__name__, __config__=ConfigDict(extra="forbid", allow_inf_nan=False), **fields)
+    return kind.checked_by
+
+
+def _require_exact(name: str, value: object) -> None:
+    for inner in value if isinstance(value, tuple) else (value,):
+        if isinstance(inner, int) and abs(inner) > MAX_WHOLE:
+            raise ValueError(f"{name}: got {_QUOTED.repr(inner)}; whole numbers are at most 2**53 ({MAX_WHOLE})")
+
+
+_QUOTED = reprlib.Repr()
+_QUOTED.maxstring = _QUOTED.maxother = 120  # what is longer, or nested, is shortened: never written out whole
+
+
+def _first_line(error: ValidationError) -> str:
+    first = error.errors()[0]
+    message = first["msg"].partition(", unable to parse")[0]
+    where = str(first["loc"][0]) if first["loc"] else "settings"
+    return f"{where}: got {_QUOTED.repr(first['input'])}; {message[0].lower()}{message[1:]}"

@@ -1,0 +1,103 @@
+"""The files that are made from the table of settings: `python -m tests.schema.generated` writes them, a test compares them.
+
+`schema/keywords.py` types the keywords of `select_rank` and `plan`; `docs/reference/settings.md` is the page of all settings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Literal, get_args, get_origin
+
+from rightrank.schema.plan_settings import PlanSettings
+from rightrank.schema.settings import DTYPE_ALIASES, SelectSettings
+from rightrank.schema.table import Group, Setting, Settings
+
+ROOT = Path(__file__).parents[2]
+WRITTEN = {  # what the types of the keywords allow beside the setting's own
+    "columns": "Mapping[str, str] | Sequence[str]",
+    "memory_bytes": "int | str",
+}
+
+
+def keywords() -> str:
+    """`schema/keywords.py`."""
+    return f'''"""The keywords of `select_rank` and `plan`: the settings with an option. Made from their table by `make generated`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Literal, TypedDict
+
+
+class SelectKeywords(TypedDict, total=False):
+    """The settings that most selections use. Pass all others through `settings`."""
+
+{_typed(SelectSettings)}
+
+class PlanKeywords(TypedDict, total=False):
+    """The settings that most plans use. Pass all others through `settings`."""
+
+{_typed(PlanSettings).rstrip()}
+'''
+
+
+def _typed(kind: type[Settings]) -> str:
+    rows = {name: row for name, row in kind.model_fields.items() if row.option}
+    return "".join(f"    {name}: {_type_text(name, kind.model_types[name])}\n" for name in rows)
+
+
+def _type_text(name: str, hint: Any) -> str:
+    if name in WRITTEN:
+        return WRITTEN[name]
+    kinds = get_args(hint) if get_origin(hint) is UnionType else (hint,)
+    return " | ".join(_kind_text(kind) for kind in kinds if kind is not NoneType)
+
+
+def _kind_text(kind: Any) -> str:
+    if get_origin(kind) is tuple:
+        inner = get_args(kind)[0].__name__
+        return f"Sequence[{inner}] | {inner}"
+    if get_origin(kind) is Literal:
+        choices = [*get_args(kind), *(DTYPE_ALIASES if "bfloat16" in get_args(kind) else ())]
+        return "Literal[" + ", ".join(f'"{choice}"' for choice in choices) + "]"
+    return str(kind.__name__)
+
+
+def page() -> str:
+    """`docs/reference/settings.md`."""
+    sections = []
+    for group in Group:
+        rows = {name: row for name, row in SelectSettings.model_fields.items() if row.group is group}
+        lines = "\n".join(f"| `{name}` | {shown(row.default)} | {_meaning(row)} |" for name, row in rows.items())
+        sections.append(f"## {group.value}\n\n| name | default | meaning |\n|---|---|---|\n{lines}\n")
+    return f"""# Settings
+
+Give a setting in a YAML file (`--config FILE`), as `--set name=value`, or by the option of `rightrank select` that has its name.
+An unknown name is refused with the one that is meant (`lr`: `learning_rates`) or the nearest three.
+A run is resumed by the same settings, and continued with other values of those marked (c).
+
+{chr(10).join(sections)}"""
+
+
+def _meaning(row: Setting) -> str:
+    return row.help + (" (c)" if row.continuable else "")
+
+
+def shown(default: object) -> str:
+    if default is None or default == "":
+        return "–"
+    if isinstance(default, tuple):
+        return ", ".join(map(shown, default)) or "none"
+    return f"{default:g}" if isinstance(default, float) else str(default)
+
+
+GENERATED: dict[Path, Callable[[], str]] = {
+    ROOT / "src" / "rightrank" / "schema" / "keywords.py": keywords,
+    ROOT / "docs" / "reference" / "settings.md": page,
+}
+
+if __name__ == "__main__":
+    for file, made in GENERATED.items():
+        file.write_text(made(), encoding="utf-8")

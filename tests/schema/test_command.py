@@ -1,0 +1,94 @@
+"""Every setting survives the way from its value to the command that repeats a run and back."""
+
+from __future__ import annotations
+
+import shlex
+from typing import Any, Literal, get_args, get_origin
+
+import click
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rightrank.cli import cli
+from rightrank.cli.options import gather
+from rightrank.schema.command import reproduce_command
+from rightrank.schema.settings import SelectSettings, make_settings
+from rightrank.schema.table import is_list
+from tests.schema.generated import GENERATED
+
+TEXT = st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1, max_size=12)
+PLAIN_TEXT = st.from_regex(r"[a-z][a-z0-9_.,= -]{0,12}", fullmatch=True)
+TOGETHER: dict[str, dict[str, Any]] = {  # that a setting needs beside it
+    "workers": {"executor": "processes"},
+    "store": {"executor": "processes"},
+    "launcher": {"executor": "processes"},
+    "ray_address": {"executor": "ray"},
+    "devices_per_arm": {"executor": "ray"},
+    "higher_is_better": {"metrics": ("wins=command:score 1,2 {file}",)},
+    "lower_is_better": {"metrics": ("losses=command:score {file}",)},
+}
+VALUES: dict[str, st.SearchStrategy[Any]] = {  # of settings that allow less than their type
+    "columns": st.lists(st.tuples(PLAIN_TEXT, TEXT).map("=".join), min_size=1, max_size=3).filter(
+        lambda entries: all(entry.partition("=")[0] and entry.partition("=")[2] for entry in entries)
+    ),
+    "device": st.sampled_from(["cpu", "cuda", "cuda:3", "mps"]),
+    "store": st.sampled_from(["s3://bucket/runs", "file:///mnt/a,b"]),
+    "peft_options": st.fixed_dictionaries(
+        {}, optional={"lora_bias": st.booleans(), "layers_pattern": TEXT, "qalora_group_size": st.integers(1, 64)}
+    ),
+    "metric": st.sampled_from(["accuracy", "reward=command:score --at 1,2 {file}"]),
+    "metrics": st.lists(
+        st.sampled_from(["accuracy", "f1", "reward=command:score --at 1,2 {file}"]), min_size=1, unique=True
+    ),
+    "higher_is_better": st.just(["wins"]),
+    "lower_is_better": st.just(["losses"]),
+    "budget_hours": st.floats(1e-6, 1e6),
+    "devices_per_arm": st.integers(1, 8),
+    "test_fraction": st.floats(0, 0.7),
+    "validation_fraction": st.floats(0.001, 0.7),
+}
+
+
+def values_of(name: str) -> st.SearchStrategy[Any]:
+    if name in VALUES:
+        return VALUES[name]
+    hint, bounds = SelectSettings.model_types[name], SelectSettings.model_fields[name].bounds
+    kinds = [kind for kind in (get_args(hint) or (hint,)) if kind is not type(None)]
+    if get_origin(hint) is Literal:
+        return st.sampled_from(get_args(hint))
+    if is_list(hint):
+        inner = next(part for part in (hint, *kinds) if get_origin(part) is tuple)
+        return st.lists(_of(get_args(inner)[0], {"gt": 0}), min_size=1, max_size=4, unique=True)
+    return _of(kinds[0], bounds)
+
+
+def _of(kind: Any, bounds: Any) -> st.SearchStrategy[Any]:
+    low, high = bounds.get("gt", bounds.get("ge", 0)), bounds.get("lt", 2**53)
+    if kind is bool:
+        return st.booleans()
+    if kind is int:
+        return st.integers(low + ("gt" in bounds), int(high) - ("lt" in bounds))
+    if kind is float:
+        return st.floats(low, high, exclude_min="gt" in bounds, exclude_max="lt" in bounds, allow_subnormal=False)
+    return TEXT
+
+
+@pytest.mark.parametrize("name", SelectSettings.model_fields)
+@given(data=st.data())
+def test_a_value_comes_back_from_the_command(name: str, data: st.DataObject) -> None:
+    settings = make_settings(TOGETHER.get(name, {}) | {name: data.draw(values_of(name))})
+    command = reproduce_command({"model": "./base", "data": "rows.jsonl", **settings.model_dump(mode="json")})
+    assert command is not None
+    _, verb, *arguments = shlex.split(command)
+    with click.Context(cli) as parent:
+        parameters = cli.commands[verb].make_context(verb, arguments, parent=parent).params
+    others = ("model", "data", "out", "dry_run", "price_per_hour", "as_json", "quiet", "log_json")
+    options = {option: value for option, value in parameters.items() if option not in others}
+    again = make_settings(gather(options.pop("config_file"), options.pop("assignments"), options))
+    assert again == settings
+
+
+@pytest.mark.parametrize("path", GENERATED, ids=lambda path: path.name)
+def test_what_is_made_from_the_table_is_up_to_date(path: Any) -> None:
+    assert path.read_text(encoding="utf-8") == GENERATED[path](), "run `make generated`"
