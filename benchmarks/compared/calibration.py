@@ -4,7 +4,7 @@
 
 Simulated pairs draw the differences of single examples from distributions of known mean, with token counts as weights. Real pairs are adapters of
 the stored grids (`benchmarks/selection`): the examples of a grid are the population, its mean difference is the truth and the margin, and samples of
-them are drawn with replacement. The decision is that of the command (`rightrank.adapters.compare.verdict_of`).
+them are drawn with replacement. The decision is that of the command (`rightrank.decision.comparison.bounds_of_files`).
 """
 
 from __future__ import annotations
@@ -20,9 +20,8 @@ from numpy.typing import NDArray
 
 from benchmarks.machine import machine
 from benchmarks.results import store
-from rightrank.adapters.compare import verdict_of
-from rightrank.decision.comparison import CONFIDENCE
-from rightrank.decision.intervals import paired_bounds
+from rightrank.adapters.compare import VERDICTS
+from rightrank.decision.comparison import bounds_of_files
 
 HERE = Path(__file__).parent
 OUT = HERE / "calibration.json"
@@ -50,7 +49,7 @@ def shares(
     counts = {"not_worse": 0, "worse": 0, "cannot_tell": 0}
     for _ in range(rounds):
         sums, weights, margin = draw(generator)
-        counts[verdict_of(paired_bounds(sums, weights, CONFIDENCE), margin)] += 1
+        counts[VERDICTS[bounds_of_files(sums, weights).is_enough(margin)]] += 1
     return {name: round(count / rounds, 4) for name, count in counts.items()}
 
 

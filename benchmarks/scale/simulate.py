@@ -25,7 +25,7 @@ from rightrank.plugins.cluster.pool import Pool, PoolOptions
 from rightrank.runs.journal import Journal
 from rightrank.schema.settings import make_settings
 from rightrank.schema.trials import Arm, Trial, TrialOutcome
-from rightrank.search.protocol import History
+from rightrank.search.history import History
 from rightrank.search.strategies import make_strategy
 
 RANKS = (1, 2, 4, 8, 16, 32, 64, 128)

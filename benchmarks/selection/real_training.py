@@ -44,8 +44,7 @@ from rightrank.schema.trials import (
 from rightrank.search.adapter import MAX_RECOVERED_RANK, recovery
 from rightrank.search.bracket import outside_in
 from rightrank.search.learning_rates import ANNEAL, LOOK
-from rightrank.search.protocol import base_arm
-from rightrank.search.space import Space, space_of
+from rightrank.search.space import Space, base_arm, space_of
 from rightrank.train.adapter_runtime import adapter_attached
 from rightrank.train.checkpoints import load_checkpoint
 from rightrank.train.runtime import Runtime

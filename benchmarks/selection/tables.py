@@ -19,8 +19,10 @@ from rightrank.schema.decision import AdapterAnswer
 from rightrank.schema.errors import ResultsError
 from rightrank.schema.settings import Goal
 from rightrank.schema.trials import Arm, EvalPoint, TrialFailed, TrialFinished, TrialOutcome, trial_id
-from rightrank.search.protocol import History, Recommendation, Strategy, steps_of
+from rightrank.search.history import History, Trials, steps_of
+from rightrank.search.protocol import Strategy
 from rightrank.search.space import Space
+from rightrank.search.upward import Upward
 
 REPLAY_STEPS = 1000  # of a whole training: costs are counted in these
 
@@ -210,6 +212,32 @@ def _number(value: Any) -> bool:
 
 
 @dataclass(frozen=True)
+class Recommendation:
+    """The smallest rank that is within the margin of the reference, by a strategy's own arms and without intervals."""
+
+    rank: int | None  # None: too few trials have finished
+    learning_rate: float | None
+    reference_rank: int | None
+
+
+def recommend(strategy: Strategy, history: History) -> Recommendation:
+    """The rank that the outcomes support best. The decision, which has intervals, may differ."""
+    trials = strategy.trials(history)
+    rank = _smallest_unbeaten(strategy, trials) if isinstance(strategy, Upward) else trials.smallest_that_holds()
+    learning_rate = None if rank is None else trials.best_learning_rate(rank)
+    return Recommendation(rank, learning_rate, trials.reference())
+
+
+def _smallest_unbeaten(strategy: Upward, trials: Trials) -> int | None:
+    """The smallest rank that no higher one is shown to beat by more than the margin."""
+    chosen: int | None = None
+    for rank in sorted(trials.ranks()):
+        if chosen is None or (strategy.gains(trials, rank, [chosen]) and trials.excess(rank, chosen).high < 0):
+            chosen = rank
+    return chosen
+
+
+@dataclass(frozen=True)
 class Replayed:
     """What a strategy did on a grid."""
 
@@ -350,4 +378,4 @@ def replay(curve: GridCurve, make: Callable[[Space], Strategy], space: Space) ->
     adapter = strategy.adapter(history)
     parent = next((one for one in outcomes if adapter is not None and one.trial_id == adapter.trained_id), None)
     learning_rate = None if parent is None else parent.learning_rate
-    return Replayed(strategy.recommend(history), adapter, learning_rate, steps / REPLAY_STEPS, len(outcomes))
+    return Replayed(recommend(strategy, history), adapter, learning_rate, steps / REPLAY_STEPS, len(outcomes))

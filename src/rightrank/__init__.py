@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from rightrank.version import __version__
 
 if TYPE_CHECKING:
-    from rightrank.adapters.rank_choice import ResizeOptions
+    from rightrank.adapters.resize import ResizeOptions
     from rightrank.api.adapters import compare, inspect, resize
     from rightrank.api.deciding import decide, plan
     from rightrank.api.runs import export, write_report

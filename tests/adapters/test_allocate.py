@@ -11,8 +11,7 @@ import pytest
 import torch
 
 from rightrank.adapters.held_out import measure
-from rightrank.adapters.rank_choice import RankChoice
-from rightrank.adapters.rewrite import write_resized
+from rightrank.adapters.rewrite import RankChoice, write_resized
 from rightrank.cli import main
 from rightrank.models.adapter_files import AdapterFolder, open_adapter
 from rightrank.plugins.allocate import importance

@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from rightrank.adapters.rank_choice import RankChoice
-from rightrank.adapters.rewrite import write_resized
+from rightrank.adapters.rewrite import RankChoice, write_resized
 from rightrank.models.adapter_files import AdapterFolder, open_adapter
 from rightrank.models.truncation import Moments, components, shared_ranks
 from tests.adapters.adapters import deltas, load_strictly, make_adapter, make_base

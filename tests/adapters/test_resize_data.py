@@ -11,8 +11,7 @@ import torch
 
 from rightrank import ResizeOptions, make_settings, resize, select_rank
 from rightrank.adapters.held_out import Recovery, capped, measure, scored_data
-from rightrank.adapters.rank_choice import RankChoice
-from rightrank.adapters.rewrite import write_resized
+from rightrank.adapters.rewrite import RankChoice, write_resized
 from rightrank.cli import main
 from rightrank.data.splits import load_data
 from rightrank.models.adapter_files import open_adapter, save_adapter

@@ -7,7 +7,7 @@ import pytest
 
 from rightrank.decision.adapter import Question, adapter_answer
 from rightrank.schema.decision import AdapterAnswer
-from rightrank.schema.trials import TrialFinished
+from rightrank.schema.trials import EvalPoint, TrialFinished
 from tests.tiny import UNMEASURED
 
 EXAMPLES, TOKENS = 400, 10
@@ -105,3 +105,16 @@ def test_notes_offer_a_direct_training_and_name_a_top_that_overfits() -> None:
     assert "rank 4" in low.notes[0]
     better = answer(TOP, trial("a", 32, -0.001, parent="top"), trial("b", 16, -0.03, parent="top"))
     assert any("overfits" in note for note in better.notes)
+
+
+@pytest.mark.parametrize("metric_points", [True, False])
+def test_the_best_step_is_named_from_points_of_the_metric_alone(metric_points: bool) -> None:
+    """With f1 the points during training are losses: a falling loss is no sign that fewer steps are better."""
+    points = [EvalPoint(step=step, value=value, train_value=None) for step, value in ((10, 2.0), (20, 1.5), (40, 1.0))]
+    question = Question("f1", True, 0.01, points_are_of_the_metric=metric_points)
+    top, small = (
+        one.model_copy(update={"metrics": {"f1": 0.5}, "value": 0.5, "item_metrics": {"f1": [0.5] * 400}})
+        for one in (TOP.model_copy(update={"points": points}), trial("a", 16, 0.0, parent="top"))
+    )
+    notes = answer(top, small, question=question).notes
+    assert any("was best at step 10" in note for note in notes) is metric_points

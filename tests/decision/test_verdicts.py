@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from rightrank.decision.comparison import Comparison
+from rightrank.decision.evidence import Comparison
 from rightrank.decision.verdicts import inconclusive_rank
 
 ENOUGH, REFUTED, INCONCLUSIVE = True, False, None

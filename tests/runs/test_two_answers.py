@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from peft import AutoPeftModelForCausalLM
 
-from rightrank.adapters.rank_choice import ResizeOptions
+from rightrank.adapters.resize import ResizeOptions
 from rightrank.api.adapters import resize
 from rightrank.api.run_folder import export, status, write_report
 from rightrank.api.selecting import select_rank

@@ -6,16 +6,17 @@ import textwrap
 from typing import Any
 
 import pytest
+from benchmarks.selection.tables import recommend
 
 from rightrank.schema.errors import SettingsError
 from rightrank.schema.settings import make_settings
 from rightrank.schema.trials import TrialFinished
 from rightrank.search.bracket import outside_in
-from rightrank.search.history import Trials, excess_of
+from rightrank.search.history import History, Trials, excess_of
 from rightrank.search.learning_rates import Requests, find_learning_rate
 from rightrank.search.moves import try_rank
-from rightrank.search.protocol import History, Strategy, base_arm
-from rightrank.search.script import Scripted
+from rightrank.search.protocol import Strategy
+from rightrank.search.space import base_arm
 from rightrank.search.strategies import make_strategy, strategy_named
 from tests.search.worlds import STEPS, World, make_space, rounds, run_all
 
@@ -31,7 +32,7 @@ def whole_grid_pick(world: World, ranks: tuple[int, ...], margin: float) -> int:
 def test_finds_the_whole_grids_pick(name: str, gain: float, ranks: tuple[int, ...]) -> None:
     space, world = make_space(ranks=ranks), World(gain=gain)
     strategy = strategy_named(name)(space)
-    answer = strategy.recommend(History.of(run_all(strategy, world)))
+    answer = recommend(strategy, History.of(run_all(strategy, world)))
     expected = whole_grid_pick(world, ranks, 0.01)
     assert answer.rank == expected
     assert answer.learning_rate == world.best_learning_rate
@@ -96,7 +97,7 @@ def test_the_running_mean_counts_where_it_is_lower() -> None:
 
     strategy = strategy_named("bracket")(make_space())
     known = run_all(strategy, Oscillates(best_learning_rate=2.4e-3))
-    assert strategy.recommend(History.of(known)).learning_rate == 3e-3
+    assert recommend(strategy, History.of(known)).learning_rate == 3e-3
 
 
 def test_a_lower_learning_rate_takes_over_where_the_winner_gets_worse() -> None:
@@ -110,7 +111,7 @@ def test_a_lower_learning_rate_takes_over_where_the_winner_gets_worse() -> None:
 
     strategy = strategy_named("bracket")(make_space())
     known = run_all(strategy, Overfits(best_learning_rate=1e-3))
-    assert strategy.recommend(History.of(known)).learning_rate == 3e-4
+    assert recommend(strategy, History.of(known)).learning_rate == 3e-4
 
 
 def test_without_annealed_copies_two_close_rates_are_trained_whole() -> None:
@@ -119,7 +120,7 @@ def test_without_annealed_copies_two_close_rates_are_trained_whole() -> None:
     known = run_all(strategy, world)
     assert {100} < stages(known, 64, 1e-3)
     assert {100} < stages(known, 64, 3e-3)
-    assert strategy.recommend(History.of(known)).learning_rate == 1e-3
+    assert recommend(strategy, History.of(known)).learning_rate == 1e-3
 
 
 @pytest.mark.parametrize("can_stop_early", [True, False])
@@ -133,7 +134,7 @@ def test_learning_rates_too_high_to_train_do_not_win(can_stop_early: bool) -> No
 
     strategy = strategy_named("bracket")(make_space())
     known = run_all(strategy, Broken(best_learning_rate=3e-4, can_stop_early=can_stop_early))
-    assert strategy.recommend(History.of(known)).learning_rate == 3e-4
+    assert recommend(strategy, History.of(known)).learning_rate == 3e-4
 
 
 def test_a_large_gain_of_the_highest_learning_rate_is_doubted_where_the_base_is_unknown() -> None:
@@ -143,7 +144,7 @@ def test_a_large_gain_of_the_highest_learning_rate_is_doubted_where_the_base_is_
 
     strategy = strategy_named("bracket")(make_space())
     table = Broken(best_learning_rate=3e-4, can_stop_early=False, can_truncate=False, breaks=lambda arm: arm.rank == 0)
-    assert strategy.recommend(History.of(run_all(strategy, table))).learning_rate == 3e-4
+    assert recommend(strategy, History.of(run_all(strategy, table))).learning_rate == 3e-4
 
 
 @pytest.mark.parametrize("lost", [1e-3, 3e-3, 3e-4])
@@ -153,14 +154,14 @@ def test_a_missing_cell_hides_no_better_learning_rate(lost: float) -> None:
         best_learning_rate=1e-4, can_stop_early=False, can_truncate=False, breaks=lambda arm: arm.learning_rate == lost
     )
     strategy = strategy_named("bracket")(make_space())
-    assert strategy.recommend(History.of(run_all(strategy, world))).learning_rate == 1e-4
+    assert recommend(strategy, History.of(run_all(strategy, world))).learning_rate == 1e-4
 
 
 def test_a_climb_whose_start_diverges_goes_downward_with_early_stopping() -> None:
     world = World(best_learning_rate=1e-3, diverges=lambda arm: arm.learning_rate > 5e-4)
     strategy = strategy_named("bracket")(make_space())
     known = run_all(strategy, world)
-    assert strategy.recommend(History.of(known)).learning_rate == 3e-4
+    assert recommend(strategy, History.of(known)).learning_rate == 3e-4
     assert stages(known, 64, 1e-3) == {12}
     assert not stages(known, 64, 3e-3)
 
@@ -175,7 +176,7 @@ def test_ranks_between_the_best_and_a_worse_top_are_tried() -> None:
             return {64: 1.06, 16: 1.0, 4: 1.04, 1: 1.2}[arm.rank]
 
     strategy = strategy_named("bracket")(make_space())
-    answer = strategy.recommend(History.of(run_all(strategy, Between(gain=0.001))))
+    answer = recommend(strategy, History.of(run_all(strategy, Between(gain=0.001))))
     assert (answer.rank, answer.reference_rank) == (16, 16)
 
 
@@ -238,7 +239,7 @@ def test_a_winner_that_has_learned_nothing_by_half_gives_way_to_the_next_higher_
 def test_confirms_with_further_seeds() -> None:
     strategy = strategy_named("bracket")(make_space(seeds=(0, 1, 2)))
     known = run_all(strategy, World())
-    answer = strategy.recommend(History.of(known))
+    answer = recommend(strategy, History.of(known))
     for rank in (answer.rank, answer.reference_rank):
         assert {outcome.seed for outcome in known if outcome.rank == rank and outcome.arm.is_direct} == {0, 1, 2}
 
@@ -319,9 +320,9 @@ class Itemed(World):
 def test_values_guide_the_search_and_bounds_request_support() -> None:
     ranks = (1, 2, 4, 8, 16, 32, 64)
     strategy = strategy_named("bracket")(make_space(ranks=ranks))
-    bare = strategy.recommend(History.of(run_all(strategy, World())))
+    bare = recommend(strategy, History.of(run_all(strategy, World())))
     known = run_all(strategy, Itemed())
-    answer = strategy.recommend(History.of(known))
+    answer = recommend(strategy, History.of(known))
     assert answer.rank == bare.rank  # the same values, the same search
     trained = {outcome.rank for outcome in strategy.evidence(History.of(known))}
     assert {rank for rank in ranks if rank > (answer.rank or 0)} <= trained  # no bound held: all above were tried
@@ -330,7 +331,7 @@ def test_values_guide_the_search_and_bounds_request_support() -> None:
 def test_the_example_in_the_protocol_keeps_the_rules() -> None:
     source = textwrap.dedent((Strategy.__doc__ or "").partition("::\n")[2])
     names: dict[str, Any] = {
-        "Scripted": Scripted, "Trials": Trials, "Requests": Requests,
+        "Strategy": Strategy, "Trials": Trials, "Requests": Requests,
         "find_learning_rate": find_learning_rate, "try_rank": try_rank,
     }  # fmt: skip
     exec(source, names)
@@ -338,7 +339,7 @@ def test_the_example_in_the_protocol_keeps_the_rules() -> None:
     strategy: Strategy = names["TopAndBottom"](space)
     known = run_all(strategy, World())
     assert {outcome.rank for outcome in known} == {0, space.ranks[0], space.top}
-    assert strategy.recommend(History.of(known)).complete
+    assert not strategy.ask(History.of(known))
     assert len(known) <= strategy.max_arms()
     assert sum(outcome.steps for outcome in strategy.evidence(History.of(known))) <= strategy.cost().maximum * STEPS
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from benchmarks.selection.tables import recommend
 
 from rightrank.cli import main
 from rightrank.models.counts import rank_of_equal_parameters
@@ -17,7 +18,7 @@ from rightrank.schema.errors import ModelError, SettingsError
 from rightrank.schema.settings import make_settings
 from rightrank.schema.trials import Arm
 from rightrank.schema.variants import Variant, variants_of
-from rightrank.search.protocol import History
+from rightrank.search.history import History
 from rightrank.search.strategies import strategy_named
 from tests.helpers import make_runtime
 from tests.search.worlds import World, make_space, run_all
@@ -66,9 +67,9 @@ def test_a_scaling_rule_is_the_alpha_of_its_scale() -> None:
 def test_sweeps_the_chosen_rank_and_the_reference_and_changes_no_answer(name: str) -> None:
     plain = strategy_named(name)(make_space())
     swept = strategy_named(name)(make_space(variants=(Variant("alpha", "16"),)))
-    answer = plain.recommend(History.of(run_all(plain, World())))
+    answer = recommend(plain, History.of(run_all(plain, World())))
     known = run_all(swept, World())
-    assert swept.recommend(History.of(known)) == answer
+    assert recommend(swept, History.of(known)) == answer
     assert {outcome.rank for outcome in known if outcome.lora_alpha == 16} == {answer.rank, answer.reference_rank}
     assert all(outcome.lora_alpha == 32 for outcome in swept.evidence(History.of(known)))
 

@@ -6,11 +6,12 @@ import math
 import random
 
 import pytest
+from benchmarks.selection.tables import recommend
 
 from rightrank.decision.seeds import detectable_difference, needed_seeds
 from rightrank.decision.verdicts import collapse_of, should_stop_early, without_collapsing
 from rightrank.schema.trials import Arm, EvalPoint, TrialCollapsed, TrialFinished, TrialOutcome
-from rightrank.search.protocol import History
+from rightrank.search.history import History
 from rightrank.search.space import Space
 from rightrank.search.upward import Upward
 from tests.search.worlds import World, make_space, run_all
@@ -62,7 +63,7 @@ def test_it_climbs_while_a_rank_gains_more_than_the_margin(gain: float, ranks: s
 @pytest.mark.parametrize(("gain", "chosen"), [(0.0, 1), (1.0, 64)])
 def test_it_recommends_the_smallest_rank_that_none_beats(gain: float, chosen: int) -> None:
     strategy = Upward(space())
-    assert strategy.recommend(History.of(run_all(strategy, World(gain=gain)))).rank == chosen
+    assert recommend(strategy, History.of(run_all(strategy, World(gain=gain)))).rank == chosen
 
 
 def test_the_noise_decides_how_many_seeds_are_trained() -> None:
@@ -91,7 +92,7 @@ def test_a_learning_rate_that_a_seed_does_not_survive_is_left() -> None:
     assert best == {1: {HIGH, MIDDLE}, 4: {HIGH, MIDDLE}}
     evidence = strategy.evidence(History.of(known))
     assert {one.learning_rate for one in evidence if isinstance(one, TrialFinished) and one.rank > 0} == {LOW, MIDDLE}
-    assert strategy.recommend(History.of(known)).learning_rate == MIDDLE
+    assert recommend(strategy, History.of(known)).learning_rate == MIDDLE
 
 
 def test_where_every_learning_rate_collapses_the_survivors_are_the_evidence() -> None:

@@ -7,8 +7,7 @@ and Tropp 2011) gives the leading singular values; the energy ‖Δ‖²_F is ex
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,27 +16,19 @@ import torch
 from rightrank.adapters.spectra import InspectionInfo, Update, describe, flag_dead, summarise
 from rightrank.models.adapter_files import natural_order
 from rightrank.models.weights import WeightFolder, open_weights
-from rightrank.plugins.allocate.importance import GRADIENT_EXAMPLES, weight_gradients
 from rightrank.schema.arrays import Floats
 from rightrank.schema.errors import ModelError
 from rightrank.schema.results import Inspection
 from rightrank.schema.settings import SelectSettings
 from rightrank.train.adapter_runtime import DataUse, make_runtime
+from rightrank.train.runtime import Runtime
 
+GRADIENT_EXAMPLES = 64  # training examples over which the gradient is averaged
 EXACT_SIDE = 1024  # shorter side up to which a difference is decomposed exactly
 SKETCH_RANK = 128
 BLOCK_ROWS = 1024
 OVERSAMPLING = 32
 POWER_ITERATIONS = 3  # gives a singular value well above the rest within a relative error of 1e-3
-
-
-@dataclass(frozen=True, slots=True)
-class Difference:
-    """A tensor of both checkpoints, and its change."""
-
-    name: str
-    shape: tuple[int, ...]
-    delta: torch.Tensor | None  # float32; None where nothing changed
 
 
 def inspect_checkpoints(base: Path, finetuned: Path, sketch_rank: int = SKETCH_RANK) -> Inspection:
@@ -47,17 +38,17 @@ def inspect_checkpoints(base: Path, finetuned: Path, sketch_rank: int = SKETCH_R
         ModelError: a folder without safetensors, or two that differ in names or shapes.
     """
     before, after = open_weights(base), open_weights(finetuned)
-    require_alike(before, after)
+    _require_alike(before, after)
     updates: list[Update] = []
     not_matrices: list[str] = []
     unchanged = 0
-    for difference in differences(before, after):
-        if difference.delta is None:
+    for name, delta in _differences(before, after):
+        if delta is None:
             unchanged += 1
-        elif len(difference.shape) < 2:
-            not_matrices.append(difference.name)
+        elif delta.dim() < 2:
+            not_matrices.append(name)
         else:
-            updates.append(matrix_update(difference.name, difference.delta.flatten(1), sketch_rank))
+            updates.append(_matrix_update(name, delta.flatten(1), sketch_rank))
     if not updates and not not_matrices:
         raise ModelError(f"{finetuned}: every tensor is equal to that of {base}; give a fine-tuned model of this base")
     modules = flag_dead([describe(update) for update in updates])
@@ -72,7 +63,7 @@ def inspect_checkpoints(base: Path, finetuned: Path, sketch_rank: int = SKETCH_R
     return Inspection(modules=modules, summary=summarise(modules, about))
 
 
-def require_alike(before: WeightFolder, after: WeightFolder) -> None:
+def _require_alike(before: WeightFolder, after: WeightFolder) -> None:
     """Refuse two checkpoints of different architectures.
 
     Raises:
@@ -91,8 +82,8 @@ def require_alike(before: WeightFolder, after: WeightFolder) -> None:
             )
 
 
-def differences(before: WeightFolder, after: WeightFolder) -> Iterator[Difference]:
-    """The change of every floating-point tensor, in the natural order of names.
+def _differences(before: WeightFolder, after: WeightFolder) -> Iterator[tuple[str, torch.Tensor | None]]:
+    """The change of every floating-point tensor in float32, in the natural order of names; None where nothing changed.
 
     Raises:
         ModelError: a value that is NaN or infinite.
@@ -102,7 +93,7 @@ def differences(before: WeightFolder, after: WeightFolder) -> Iterator[Differenc
         if not old.is_floating_point():
             continue
         if torch.equal(old, new.to(old.dtype)) and torch.equal(new, old.to(new.dtype)):
-            yield Difference(name, before.shapes[name], None)
+            yield name, None
             continue
         delta = _subtracted(new, old)
         del old, new
@@ -110,7 +101,7 @@ def differences(before: WeightFolder, after: WeightFolder) -> Iterator[Differenc
             raise ModelError(
                 f"{name}: NaN or infinite values in {before.path} or {after.path}; give an undamaged checkpoint"
             )
-        yield Difference(name, before.shapes[name], delta)
+        yield name, delta
 
 
 def _subtracted(new: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
@@ -124,14 +115,14 @@ def _subtracted(new: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
     return delta
 
 
-def matrix_update(name: str, delta: torch.Tensor, sketch_rank: int) -> Update:
+def _matrix_update(name: str, delta: torch.Tensor, sketch_rank: int) -> Update:
     """The record of one difference: all singular values up to a shorter side of EXACT_SIDE, else the leading ones."""
     energy = float(delta.double().square().sum()) if delta.numel() < 2**22 else _energy(delta)
     if min(delta.shape) <= EXACT_SIDE:
-        values = exact_values(delta)
+        values = _exact_values(delta)
         energy = float(np.sum(values**2))
     else:
-        values = sketched_svd(delta, sketch_rank)[1].numpy()
+        values = _sketched_values(delta, sketch_rank)
     return Update(
         name=name.removesuffix(".weight"),
         kind="matrix",
@@ -144,7 +135,7 @@ def matrix_update(name: str, delta: torch.Tensor, sketch_rank: int) -> Update:
     )
 
 
-def exact_values(delta: torch.Tensor) -> Floats:
+def _exact_values(delta: torch.Tensor) -> Floats:
     """All singular values, by the R of a QR decomposition of the taller orientation."""
     tall = delta if delta.shape[0] >= delta.shape[1] else delta.T
     triangle = torch.linalg.qr(tall, mode="r").R.double()
@@ -152,19 +143,16 @@ def exact_values(delta: torch.Tensor) -> Floats:
     return values
 
 
-def sketched_svd(delta: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The leading `(U [d, rank], s [rank], Vᵀ [rank, k])` of `delta` [d, k]; the small matrix QᵀΔ is decomposed in
-    float64."""
+def _sketched_values(delta: torch.Tensor, rank: int) -> Floats:
+    """The leading singular values of `delta` [d, k]; the small matrix QᵀΔ is decomposed in float64."""
     width = min(rank + OVERSAMPLING, *delta.shape)
     probe = torch.randn(delta.shape[1], width, generator=torch.Generator().manual_seed(0))
     basis = torch.linalg.qr(delta @ probe).Q
     for _ in range(POWER_ITERATIONS):
         basis = torch.linalg.qr(delta.T @ basis).Q
         basis = torch.linalg.qr(delta @ basis).Q
-    small = (basis.T @ delta).double()
-    u, s, vt = torch.linalg.svd(small, full_matrices=False)
-    kept = min(rank, len(s))
-    return basis.double() @ u[:, :kept], s[:kept], vt[:kept]
+    values: Floats = torch.linalg.svdvals((basis.T @ delta).double())[:rank].numpy()
+    return values
 
 
 def _energy(delta: torch.Tensor) -> float:
@@ -189,8 +177,28 @@ def inspect_gradient(model: str, data: Path, settings: SelectSettings, sketch_ra
         target = shapes[module]
         # Conv1D stores its weight as in × out
         matrix = gradient if gradient.shape[0] == target.out_features else gradient.T
-        updates.append(matrix_update(module, matrix.float(), sketch_rank))
+        updates.append(_matrix_update(module, matrix.float(), sketch_rank))
     modules = flag_dead([describe(update) for update in updates])
     note = f"mean loss over the first {min(GRADIENT_EXAMPLES, len(runtime.examples('train')))} training examples, base without adapter"
     about = InspectionInfo("gradient", "none", model, sum(update.parameters for update in updates), notes=(note,))
     return Inspection(modules=modules, summary=summarise(modules, about))
+
+
+def weight_gradients(
+    runtime: Runtime, names: Sequence[str], examples: int = GRADIENT_EXAMPLES
+) -> dict[str, torch.Tensor]:
+    """The gradient of the mean loss over the first training examples, with respect to each named weight of the base."""
+    weights = {name: runtime.model.get_submodule(name).weight for name in names}
+    for weight in weights.values():
+        weight.requires_grad_(True)
+    try:
+        count = min(examples, len(runtime.examples("train")))
+        size = runtime.settings.batch_size
+        for start in range(0, count, size):
+            batch = runtime.batch("train", range(start, min(start + size, count)))
+            torch.autograd.backward(runtime.losses("train", batch, 1 / count).total)
+        return {name: weight.grad.detach().clone() for name, weight in weights.items()}
+    finally:
+        for weight in weights.values():
+            weight.requires_grad_(False)
+            weight.grad = None

@@ -7,7 +7,6 @@ examples cannot tell. Each side is an adapter folder that PEFT loads, the base i
 
 from __future__ import annotations
 
-import math
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,10 +14,10 @@ from pathlib import Path
 
 from rightrank.data.rows import held_out_fields
 from rightrank.data.splits import DataSplits, load_data
-from rightrank.decision.comparison import CONFIDENCE
-from rightrank.decision.intervals import PairedBounds, paired_bounds
+from rightrank.decision.comparison import bounds_of_files, examples_needed
+from rightrank.decision.intervals import estimate_of_files
 from rightrank.decision.metrics import default_margin
-from rightrank.decision.table import Cell, ScoreTable, table_of
+from rightrank.decision.table import Cell, ScoreTable, minus, table_of
 from rightrank.models.adapter_files import BASE, CONFIG_FILE, require_side
 from rightrank.models.base_models import load_base
 from rightrank.schema.errors import SettingsError
@@ -30,7 +29,7 @@ from rightrank.train.generation import measure, require_scorers
 from rightrank.train.runtime import Runtime
 from rightrank.train.tokens import encode
 
-SEVERITY: tuple[ComparisonVerdict, ...] = ("not_worse", "cannot_tell", "worse")
+VERDICTS: dict[bool | None, ComparisonVerdict] = {True: "not_worse", None: "cannot_tell", False: "worse"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +60,7 @@ def compare_adapters(request: CompareRequest) -> AdapterComparison:
             sides = _read_sides(request, data, Path(name))
             metrics = [spec.name for spec in request.settings.metric_specs]
             found += [_compare(*sides, metric, data, request.settings) for metric in metrics]
-    worst = max(found, key=lambda one: SEVERITY.index(one.verdict))
+    worst = max(found, key=lambda one: list(VERDICTS.values()).index(one.verdict))
     kept = worst.model_dump(exclude={"data", "value_a", "value_b"})
     return AdapterComparison(sentence=_sentence(request, worst, len(found)), comparisons=found, **kept)
 
@@ -121,9 +120,10 @@ def _compare(a: TrialFinished, b: TrialFinished, metric: str, data: Path, settin
         raise SettingsError(
             f"metric {metric!r} gives no score by example: two adapters can't be compared in pairs by it"
         )
-    found = paired_bounds(cells[1].sums - cells[0].sums, cells[0].weights, CONFIDENCE)
+    worse = minus(cells[1], cells[0])
+    found = bounds_of_files(worse.sums, worse.weights, worse.span)
     margin = settings.margin if settings.margin is not None else _default_margin(tables[0], cells[0], a)
-    verdict = verdict_of(found, margin)
+    verdict = VERDICTS[found.is_enough(margin)]
     return MetricComparison(
         data=str(data),
         metric=metric,
@@ -135,13 +135,10 @@ def _compare(a: TrialFinished, b: TrialFinished, metric: str, data: Path, settin
         difference_high=found.high,
         margin=margin,
         examples=cells[0].examples,
-        examples_needed=_examples_needed(found, margin) if verdict == "cannot_tell" else None,
+        examples_needed=examples_needed(estimate_of_files(worse.sums, worse.weights, worse.span), margin)
+        if verdict == "cannot_tell"
+        else None,
     )
-
-
-def verdict_of(found: PairedBounds, margin: float) -> ComparisonVerdict:
-    """By the one-sided 95% bounds of how much worse B is."""
-    return "not_worse" if found.high < margin else "worse" if found.low > margin else "cannot_tell"
 
 
 def _default_margin(table: ScoreTable, cell: Cell, trial: TrialFinished) -> float:
@@ -149,15 +146,6 @@ def _default_margin(table: ScoreTable, cell: Cell, trial: TrialFinished) -> floa
         return PAIR_MARGIN
     kind = "loss" if table.kind == "token_loss" and trial.item_correct is not None else table.kind
     return default_margin(kind, cell.value, [cell.value])
-
-
-def _examples_needed(found: PairedBounds, margin: float) -> int | None:
-    """The number at which the bound falls below the margin, if the difference and the spread stay as they are."""
-    room = margin - found.mean
-    if room <= 0:
-        return None
-    reach = found.high - found.mean
-    return math.ceil(found.examples * (reach / room) ** 2 * (1 + 1e-9)) + 1
 
 
 def _sentence(request: CompareRequest, worst: MetricComparison, count: int) -> str:
@@ -173,7 +161,7 @@ def _sentence(request: CompareRequest, worst: MetricComparison, count: int) -> s
     if worst.verdict == "worse":
         return f"{names}: worse by more than the margin; {figures}.{among}"
     cure = (
-        f"about {worst.examples_needed} examples would show it"
+        f"about {worst.examples_needed:,} examples would show it"
         if worst.examples_needed is not None
         else "more examples would show whether it is worse"
     )

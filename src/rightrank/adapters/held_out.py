@@ -15,8 +15,7 @@ from pathlib import Path
 
 import torch
 
-from rightrank.adapters.rank_choice import RankChoice
-from rightrank.adapters.rewrite import write_resized
+from rightrank.adapters.rewrite import RankChoice, write_resized
 from rightrank.data.files import require_absent
 from rightrank.data.forms import Example
 from rightrank.data.rows import read_rows

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from rightrank.adapters.rank_choice import RankChoice
 from rightrank.data.files import require_absent
 from rightrank.models.adapter_files import WEIGHTS_FILE, AdapterFolder, AdapterModule, write_adapter, write_like
 from rightrank.models.kinds.dora import dora_weight
@@ -125,6 +124,15 @@ def _config(adapters: Sequence[AdapterFolder], ranks: dict[str, int], with_bias:
             "init_lora_weights": True,
         }
     )
+
+
+@dataclass(frozen=True, slots=True)
+class RankChoice:
+    """A rank for every module, and the rule that chose it."""
+
+    ranks: Mapping[str, int]
+    chosen_by: str
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ this package costs nothing.
 
 from __future__ import annotations
 
-from rightrank.adapters.rank_choice import ResizeOptions
+from rightrank.adapters.resize import ResizeOptions
 from rightrank.api.adapters import allocate, compare, fleet, inspect, inspect_gradient, resize, resize_together
 from rightrank.api.deciding import decide, judge, plan
 from rightrank.api.runs import doctor, export, repair, status, write_report, write_side_by_side

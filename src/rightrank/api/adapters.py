@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from rightrank.adapters.rank_choice import ResizeOptions, ResizeRule
+from rightrank.adapters.resize import ResizeOptions, ResizeRule
 from rightrank.models.adapter_files import require_adapter_folder, require_side
 from rightrank.plugins.fleet.fleet import Fleet
 from rightrank.schema.errors import SettingsError

@@ -124,7 +124,7 @@ def resize(
     Several adapters are written at one common rank, each to a folder in OUT.
     """
     from rightrank import api
-    from rightrank.adapters.rank_choice import require_data_for
+    from rightrank.adapters.resize import require_data_for
 
     *sources, out = adapters
     if not sources:

@@ -18,10 +18,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rightrank.decision.comparison import CONFIDENCE
+from rightrank.decision.comparison import bounds_of, is_within
 from rightrank.decision.intervals import Estimate, estimate
-from rightrank.decision.metrics import default_margin
-from rightrank.decision.table import Cell, ScoreTable, table_of
+from rightrank.decision.metrics import default_margin, kind_of, span_of
+from rightrank.decision.table import Cell, ScoreTable, estimate_of, minus, table_of
 from rightrank.schema.arrays import Floats
 from rightrank.schema.decision import AdapterAnswer, AdapterCandidate, AdapterOrigin
 from rightrank.schema.events import TestEvaluated
@@ -36,6 +36,7 @@ class Question:
     higher_is_better: bool
     margin: float | None  # None: the metric's default
     token_loss: bool = True
+    points_are_of_the_metric: bool = True  # False: values during training are losses, whatever the metric
     trusts_values: bool = False  # whether a difference without scores by example is taken as exact, as in a replay
 
 
@@ -72,18 +73,16 @@ class Against:
 
     def difference(self, cell: Cell, other: Cell | None = None) -> Estimate:
         """Paired over examples, metric's unit; above 0 is worse. A perplexity's is relative to the reference's."""
-        against = other or self.reference.cell
-        return estimate(np.stack([cell.sums - against.sums]), cell.weights)
+        return estimate_of([minus(cell, other or self.reference.cell)])
 
-    def judged(self, file: AdapterFile) -> AdapterCandidate:
+    def candidate(self, file: AdapterFile) -> AdapterCandidate:
         difference = 0.0
         low = high = 0.0 if file is self.reference else None  # 0 is exact
         if file.trial.trial_id != self.reference.trial.trial_id:
-            found = self.difference(file.cell)
+            found = bounds_of(self.difference(file.cell))
             difference = self._unit(found.mean)
             if file.cell.examples:
-                high = self._unit(found.bound(CONFIDENCE))
-                low = self._unit(-found.reversed().bound(CONFIDENCE))
+                low, high = self._unit(found.low), self._unit(found.high)
         return AdapterCandidate(
             rank=file.trial.rank,
             how=file.how,
@@ -92,13 +91,10 @@ class Against:
             difference=difference,
             difference_low=low,
             difference_high=high,
-            holds=self._holds(difference, high),
+            holds=is_within(difference, self.margin) and self.trusts_values
+            if high is None
+            else is_within(high, self.margin),
         )
-
-    def _holds(self, difference: float, high: float | None) -> bool:
-        if high is None:
-            return self.trusts_values and difference <= self.margin
-        return high < self.margin
 
     def _unit(self, oriented: float) -> float:
         if self.table.kind != "perplexity":
@@ -150,10 +146,10 @@ def compared_adapters(
         if file.trial.truncate_from in (None, answer.trained_id) and place not in places:
             places.add(place)
             shown.append(file)
-    return [against.judged(file) for file in sorted(shown, key=lambda file: (-file.trial.rank, file.how))]
+    return [against.candidate(file) for file in sorted(shown, key=lambda file: (-file.trial.rank, file.how))]
 
 
-MAX_DIRECT_RANK = 4  # at these ranks a direct training can beat a truncation (SCIENCE.md, truncated against trained)
+MAX_DIRECT_RANK = 4  # at these ranks a direct training can beat a truncation (docs/explanation/science.md)
 
 
 def adapter_answer(
@@ -177,8 +173,10 @@ def adapter_answer(
     margin = margin_of(question, reference, table)
     against = Against(reference, table, margin, question.trusts_values)
     chosen, tested = _walk(children, against, top.trial.rank)
-    judged = [against.judged(file) for file in sorted(children, key=lambda file: (-file.trial.rank, file.trial.steps))]
-    answer = against.judged(chosen)
+    candidates = [
+        against.candidate(file) for file in sorted(children, key=lambda file: (-file.trial.rank, file.trial.steps))
+    ]
+    answer = against.candidate(chosen)
     return AdapterAnswer(
         rank=answer.rank,
         how=answer.how,
@@ -191,9 +189,9 @@ def adapter_answer(
         difference=answer.difference,
         difference_high=answer.difference_high,
         margin=margin,
-        candidates=[against.judged(top), *judged],
+        candidates=[against.candidate(top), *candidates],
         sentence=_sentence(answer, top, reference, margin, tested),
-        notes=_notes(answer, judged, top, margin, question.higher_is_better),
+        notes=_notes(answer, candidates, top, margin, question),
     )
 
 
@@ -203,7 +201,7 @@ def trained_answer(trial: TrialFinished, question: Question, reference: TrialFin
     best = files[(reference or trial).trial_id]
     margin = margin_of(question, best, table)
     against = Against(best, table, margin, question.trusts_values)
-    answer = against.judged(files[trial.trial_id])
+    answer = against.candidate(files[trial.trial_id])
     return AdapterAnswer(
         rank=trial.rank,
         how="trained",
@@ -238,9 +236,9 @@ def improved_by_training(
     for file in files.values():
         if file.how != "trained" or file.trial.rank > answer.rank or file is present:
             continue
-        candidate = against.judged(file)
+        candidate = against.candidate(file)
         is_lower = file.trial.rank < answer.rank
-        if candidate.holds and (is_lower or against.difference(file.cell, present.cell).bound(CONFIDENCE) < 0):
+        if candidate.holds and (is_lower or bounds_of(against.difference(file.cell, present.cell)).high < 0):
             found.append(candidate)
     if not found:
         return None
@@ -271,8 +269,10 @@ def test_difference(
     sign = -1.0 if question.higher_is_better else 1.0
     if sides[0] is None or sides[1] is None:
         return sign * (chosen.value - reference.value), None
-    found = estimate(sign * (sides[0][0] - sides[1][0])[None, :], sides[0][1])
-    return found.mean, found.bound(CONFIDENCE) if found.examples else None
+    (ours, weights), (theirs, _) = sides[0], sides[1]
+    span = span_of(kind_of(question.metric, question.higher_is_better), [*ours / weights, *theirs / weights])
+    found = estimate(sign * (ours - theirs)[None, :], weights, span)
+    return found.mean, bounds_of(found).high if found.examples else None
 
 
 def _test_scores(test: TestEvaluated, metric: str) -> tuple[Floats, Floats] | None:
@@ -299,7 +299,7 @@ def _walk(children: Sequence[AdapterFile], against: Against, top_rank: int) -> t
     needs_steps = against.reference.how == "recovered"
     for rank in sorted({file.trial.rank for file in children if file.trial.rank < top_rank}, reverse=True):
         at_rank = [file for file in children if file.trial.rank == rank]
-        holding = [file for file in at_rank if against.judged(file).holds]
+        holding = [file for file in at_rank if against.candidate(file).holds]
         if holding:
             chosen = min(holding, key=lambda file: file.loss)
         if not needs_steps or any(file.how == "recovered" for file in at_rank):
@@ -371,26 +371,27 @@ def _sentence(
 
 def _notes(
     answer: AdapterCandidate,
-    judged: Sequence[AdapterCandidate],
+    candidates: Sequence[AdapterCandidate],
     top: AdapterFile,
     margin: float,
-    higher_is_better: bool,
+    question: Question,
 ) -> list[str]:
     notes = []
-    failing = [one.rank for one in judged if one.rank < answer.rank and not one.holds]
+    failing = [one.rank for one in candidates if one.rank < answer.rank and not one.holds]
     if failing and max(failing) <= MAX_DIRECT_RANK:
         notes.append(
             f"At rank {max(failing)} a direct training can beat a truncation; the search for the training rank "
             f"(--goal training-rank, the default) tries it."
         )
-    quarter = [one for one in judged if one.rank <= top.trial.rank / 4 and (one.difference_high or 0.0) < 0]
+    quarter = [one for one in candidates if one.rank <= top.trial.rank / 4 and (one.difference_high or 0.0) < 0]
     if quarter:
         notes.append(
             f"Rank {quarter[0].rank} is better than rank {top.trial.rank} by {-quarter[0].difference:.2g}: the top rank "
             f"overfits; train again with --ranks up to {max(one.rank for one in quarter)}, or fewer steps."
         )
-    points = [-point.value if higher_is_better else point.value for point in top.trial.points]
-    if points and top.trial.value_metric is None and points[-1] - min(points) > margin:
+    points = [-point.value if question.higher_is_better else point.value for point in top.trial.points]
+    measures_the_metric = question.points_are_of_the_metric and top.trial.value_metric is None
+    if points and measures_the_metric and not is_within(points[-1] - min(points), margin):
         best = top.trial.points[points.index(min(points))].step
         notes.append(
             f"The held-out value of rank {top.trial.rank} was best at step {best} of {top.trial.steps}: train again with "

@@ -1,4 +1,15 @@
-"""Every rank against the reference: its paired difference, its bounds, and whether it is enough."""
+"""One comparison: enough, not enough or cannot tell, from the one-sided 95% bounds of a paired difference.
+
+`select`, `resize`, `compare`, the guard, `judge` and `allocate` ask it. A difference is above 0 where something is worse.
+
+    ===========  ===================================
+    enough       the upper bound is within the margin
+    not enough   the lower bound is not
+    cannot tell  otherwise
+    ===========  ===================================
+
+Within the margin is at most the margin (`is_within`), for bounds, for means and for bare values.
+"""
 
 from __future__ import annotations
 
@@ -7,109 +18,91 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import takewhile
 
-from rightrank.decision.evidence import Evidence
-from rightrank.decision.intervals import Estimate
-from rightrank.decision.metrics import MetricKind
-from rightrank.decision.table import Contender
-from rightrank.schema.decision import StaircaseStep
+import numpy as np
 
-CONFIDENCE = 0.95  # with which a rank is shown to be enough
-REFUTED = 0.95  # with which it is shown not to be; in between it is inconclusive
-MAX_EXPONENT = 100.0  # keeps the bound of a perplexity finite
+from rightrank.decision.intervals import Estimate, binary_bound, estimate_of_files, normal_quantile
+from rightrank.schema.arrays import Floats
+
+CONFIDENCE = 0.95  # of each bound
+POWER = 0.8  # with which a planned run settles a comparison
 TIE = 1e-9  # of the margin: a difference that exceeds it by rounding alone is within it
+MAX_EXAMPLE_GROWTH = 64
+MAX_SEEDS = 32
+
+
+def is_within(difference: float, margin: float) -> bool:
+    """Whether a difference, or its bound, is at most the margin, up to rounding."""
+    return difference <= margin * (1 + TIE)
 
 
 @dataclass(frozen=True, slots=True)
-class Unit:
-    """Conversion from the oriented unit (lower is better, nats for a perplexity) to the metric's unit."""
+class Bounds:
+    """A paired difference with its one-sided bounds."""
 
-    kind: MetricKind
-    higher_is_better: bool
-    reference: float  # the reference's value in the metric's unit
-
-    def value(self, oriented: float) -> float:
-        if self.kind == "perplexity":
-            return math.exp(min(oriented, MAX_EXPONENT))
-        return -oriented if self.higher_is_better else oriented
-
-    def difference(self, oriented: float) -> float:
-        """How much worse than the reference, in the metric's unit."""
-        return self.reference * math.expm1(min(oriented, MAX_EXPONENT)) if self.kind == "perplexity" else oriented
-
-    def oriented_margin(self, margin: float) -> float:
-        return math.log1p(margin / self.reference) if self.kind == "perplexity" else margin
-
-
-@dataclass(frozen=True, slots=True)
-class Judged:
-    """One rank against the reference, in the oriented unit."""
-
-    contender: Contender
-    mean: Estimate
-    difference: Estimate
-    low: float  # one-sided 95% bounds of the difference; the lower one is corrected for the reference's winner's curse
+    mean: float
+    low: float
     high: float
-    further: Estimate | None  # the difference that a further seed would show; None where seed noise was not measured
-    within: bool  # taken as enough: shown by the upper bound, or by the mean alone in a point reading
-    non_inferior: bool | None  # True: shown to be enough; False: shown not to be; None: inconclusive
-    threshold: float  # the smallest margin at which the rank is taken as enough
 
-
-@dataclass(frozen=True, slots=True)
-class Comparison:
-    """All ranks against the reference at one margin, and the rank that the rule chooses."""
-
-    evidence: Evidence
-    judged: dict[int, Judged]  # by rank; the base is rank 0
-    margin: float  # oriented unit
-    chosen: int
-
-    @property
-    def reference(self) -> Contender:
-        return self.evidence.reference
-
-    @property
-    def ranks(self) -> list[int]:
-        """The ranks tried, ascending, without the base."""
-        return sorted(self.evidence.contenders)
-
-    @property
-    def is_indication(self) -> bool:
-        """Whether a rank that the answer rests on was compared with the reference on fewer than two seeds."""
-        if self.evidence.basis == "std":
-            return False  # the table states the noise over seeds
-        if self.chosen == self.reference.rank and len(self.reference.cells) < 2:
+    def is_enough(self, margin: float) -> bool | None:
+        """True: not worse by more than the margin; False: worse by more; None: cannot tell."""
+        if is_within(self.high, margin):
             return True
-        answer = {self.chosen, self.next_lower or self.chosen} - {self.reference.rank}
-        return any(self.judged[rank].difference.seeds < 2 for rank in answer)
-
-    @property
-    def next_lower(self) -> int | None:
-        """The highest rank below the chosen one."""
-        return max((rank for rank in self.ranks if rank < self.chosen), default=None)
+        return None if is_within(self.low, margin) else False
 
 
-def compare(evidence: Evidence, margin: float) -> Comparison:
-    """Judge every rank, and the base if the table has it, and walk down from the reference."""
-    everyone = ([evidence.base] if evidence.base else []) + list(evidence.contenders.values())
-    judged = {contender.rank: _judge(contender, evidence, margin) for contender in everyone}
-    return Comparison(evidence, judged, margin, walk_down(judged, evidence.reference.rank, lambda r: judged[r].within))
+def bounds_of(estimate: Estimate, confidence: float = CONFIDENCE) -> Bounds:
+    return Bounds(estimate.mean, estimate.bound(1 - confidence), estimate.bound(confidence))
 
 
-def _judge(contender: Contender, evidence: Evidence, margin: float) -> Judged:
-    mean = evidence.value(contender)
-    if contender.rank == evidence.reference.rank:
-        zero = Estimate(0.0, 0.0, 0.0, 0.0, 0, 1, 0.0, 0.0)
-        return Judged(contender, mean, zero, 0.0, 0.0, None, True, True, 0.0)
-    difference = evidence.difference(contender)
-    gap = evidence.reference_gap
-    low, high = difference.bound(1 - CONFIDENCE) - gap, difference.bound(CONFIDENCE)
-    refuted = difference.probability_below(margin + gap) < 1 - REFUTED
-    shown = None if evidence.basis == "values" else True if high < margin else False if refuted else None
-    further = difference.of_a_further_seed() if evidence.prior is not None and contender.rank > 0 else None
-    threshold = max(difference.mean if evidence.is_point_reading else high, 0.0)
-    within = difference.mean <= margin * (1 + TIE) + 1e-12 if evidence.is_point_reading else high < margin
-    return Judged(contender, mean, difference, low, high, further, within, shown, threshold)
+def bounds_of_files(sums: Floats, weights: Floats, span: float = 0.0) -> Bounds:
+    """The bounds where nothing but two files is compared.
+
+    Args:
+        sums: [examples] how much worse one is on each example, times the example's weight.
+        weights: [examples] the tokens of each example, or ones.
+        span: the range of one example's score; 0 for losses.
+    """
+    if span and set(np.abs(sums).tolist()) <= {0.0, span} and set(weights.tolist()) == {1.0}:
+        worse, better = int((sums > 0).sum()), int((sums < 0).sum())
+        low, high = (
+            span * binary_bound(*counts, len(sums), CONFIDENCE) for counts in ((better, worse), (worse, better))
+        )
+        return Bounds(float(sums.mean()), -low, high)
+    return bounds_of(estimate_of_files(sums, weights, span))
+
+
+def examples_needed(
+    estimate: Estimate, margin: float, confidence: float = CONFIDENCE, power: float = POWER
+) -> int | None:
+    """The fewest examples that are expected to settle the difference, rounded up to two digits.
+
+    None if `MAX_EXAMPLE_GROWTH` times as many are not enough, or if examples were not scored one by one.
+    """
+    if estimate.examples < 2:
+        return None
+    growth = (1.15**power for power in range(1, 31))
+    sizes = (_rounded_up(estimate.examples * factor) for factor in growth if factor <= MAX_EXAMPLE_GROWTH)
+    return next((size for size in sizes if settles(estimate.at(size, estimate.seeds), margin, confidence, power)), None)
+
+
+def seeds_needed(estimate: Estimate, margin: float) -> int | None:
+    """The fewest seeds that are expected to settle the difference; None if `MAX_SEEDS` are not enough."""
+    sizes = range(estimate.seeds + 1, MAX_SEEDS + 1)
+    return next((size for size in sizes if settles(estimate.at(estimate.examples, size), margin)), None)
+
+
+def settles(estimate: Estimate, margin: float, confidence: float = CONFIDENCE, power: float = POWER) -> bool:
+    """Whether such runs tell enough from not enough in this share of cases, if the true mean is the estimated one."""
+    error = normal_quantile(power) * estimate.standard_error
+    if estimate.mean < margin:
+        return is_within(estimate.bound(confidence) + error, margin)
+    return not is_within(estimate.bound(1 - confidence) - error, margin)
+
+
+def _rounded_up(number: float) -> int:
+    """Up to two significant digits."""
+    step = 10 ** max(0, math.floor(math.log10(number)) - 1)
+    return int(math.ceil(number / step) * step)
 
 
 def walk_down(ranks: Iterable[int], reference: int, holds: Callable[[int], bool]) -> int:
@@ -123,16 +116,3 @@ def walk_down(ranks: Iterable[int], reference: int, holds: Callable[[int], bool]
 def descending(ranks: Iterable[int], reference: int) -> list[int]:
     """The ranks between 0 and `reference`, both excluded, from the top downward."""
     return sorted((rank for rank in ranks if 0 < rank < reference), reverse=True)
-
-
-def staircase(found: Comparison, unit: Unit) -> list[StaircaseStep]:
-    """The chosen rank as a step function of the margin: a step at each margin from which the walk reaches a smaller rank."""
-    steps = [StaircaseStep(margin=0.0, rank=found.reference.rank)]
-    threshold = 0.0
-    for rank in descending(found.judged, found.reference.rank):
-        threshold = max(threshold, found.judged[rank].threshold)
-        margin = unit.difference(threshold)
-        if margin == steps[-1].margin:
-            steps.pop()  # the smaller rank replaces a larger one at the same margin
-        steps.append(StaircaseStep(margin=margin, rank=rank))
-    return steps

@@ -129,7 +129,7 @@ def choose_form(errors: dict[CurveForm, float]) -> CurveForm:
 def margin_ranks(grid: Floats, curves: Floats, margin: float) -> Floats:
     """[draws] the smallest rank between which and its lowest point each curve [draws, grid] stays within the margin."""
     lowest = np.argmin(curves, axis=1)
-    outside = curves - curves.min(axis=1, keepdims=True) >= margin
+    outside = curves - curves.min(axis=1, keepdims=True) > margin
     outside &= np.arange(len(grid))[None, :] < lowest[:, None]
     last_outside = np.where(outside.any(axis=1), len(grid) - 1 - np.argmax(outside[:, ::-1], axis=1), -1)
     meets: Floats = grid[np.minimum(last_outside + 1, len(grid) - 1)]

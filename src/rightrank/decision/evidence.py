@@ -1,4 +1,4 @@
-"""The evidence in a table: the mean of each rank, its paired difference from the reference, and their uncertainty.
+"""The evidence in a table: the mean of each rank, its paired difference from the reference, and whether it is enough.
 
 The data decide what an interval rests on (`Evidence.basis`):
 
@@ -14,14 +14,17 @@ out the noise over seeds.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
 
+from rightrank.decision.comparison import CONFIDENCE, descending, is_within, walk_down
 from rightrank.decision.curve import fit_power
 from rightrank.decision.intervals import Estimate, seed_parts, winners_gap
+from rightrank.decision.metrics import MetricKind
 from rightrank.decision.seeds import PairNoise, Prior, adjusted_means, pair_noise, prior_of, start_of
 from rightrank.decision.table import (
     Cell,
@@ -36,9 +39,10 @@ from rightrank.decision.table import (
     paired_cells,
 )
 from rightrank.schema.arrays import Floats
-from rightrank.schema.decision import Basis
+from rightrank.schema.decision import Basis, StaircaseStep
 
 MIN_CURVE_RANKS = 4  # one more than the power law has parameters
+MAX_EXPONENT = 100.0  # keeps the bound of a perplexity finite
 
 
 @dataclass(frozen=True, slots=True)
@@ -249,3 +253,123 @@ def _examples_part(columns: list[list[Cell]]) -> Floats:
     examples = influence.shape[1]
     covariance: Floats = influence @ influence.T / (examples * (examples - 1))
     return covariance
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """Conversion from the oriented unit (lower is better, nats for a perplexity) to the metric's unit."""
+
+    kind: MetricKind
+    higher_is_better: bool
+    reference: float  # the reference's value in the metric's unit
+
+    def value(self, oriented: float) -> float:
+        if self.kind == "perplexity":
+            return math.exp(min(oriented, MAX_EXPONENT))
+        return -oriented if self.higher_is_better else oriented
+
+    def difference(self, oriented: float) -> float:
+        """How much worse than the reference, in the metric's unit."""
+        return self.reference * math.expm1(min(oriented, MAX_EXPONENT)) if self.kind == "perplexity" else oriented
+
+    def oriented_margin(self, margin: float) -> float:
+        return math.log1p(margin / self.reference) if self.kind == "perplexity" else margin
+
+
+@dataclass(frozen=True, slots=True)
+class Compared:
+    """One rank against the reference, in the oriented unit."""
+
+    contender: Contender
+    mean: Estimate
+    difference: Estimate
+    low: float  # one-sided 95% bounds of the difference; the lower one is corrected for the reference's winner's curse
+    high: float
+    further: Estimate | None  # the difference that a further seed would show; None where seed noise was not measured
+    within: bool  # taken as enough: shown by the upper bound, or by the mean alone in a point reading
+    non_inferior: bool | None  # True: shown to be enough; False: shown not to be; None: inconclusive
+    threshold: float  # the smallest margin at which the rank is taken as enough
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """All ranks against the reference at one margin, and the rank that the rule chooses."""
+
+    evidence: Evidence
+    by_rank: dict[int, Compared]  # by rank; the base is rank 0
+    margin: float  # oriented unit
+    chosen: int
+
+    @property
+    def reference(self) -> Contender:
+        return self.evidence.reference
+
+    @property
+    def ranks(self) -> list[int]:
+        """The ranks tried, ascending, without the base."""
+        return sorted(self.evidence.contenders)
+
+    @property
+    def is_indication(self) -> bool:
+        """Whether a rank that the answer rests on was compared with the reference on fewer than two seeds."""
+        if self.evidence.basis == "std":
+            return False  # the table states the noise over seeds
+        if self.chosen == self.reference.rank and len(self.reference.cells) < 2:
+            return True
+        answer = {self.chosen, self.next_lower or self.chosen} - {self.reference.rank}
+        return any(self.by_rank[rank].difference.seeds < 2 for rank in answer)
+
+    @property
+    def next_lower(self) -> int | None:
+        """The highest rank below the chosen one."""
+        return max((rank for rank in self.ranks if rank < self.chosen), default=None)
+
+    def is_worse(self, rank: int) -> bool:
+        """Whether the rank is shown to be worse than the margin allows, or read to be in a point reading."""
+        compared = self.by_rank[rank]
+        return not compared.within if self.evidence.is_point_reading else compared.non_inferior is False
+
+
+def compare(evidence: Evidence, margin: float) -> Comparison:
+    """Compare every rank, and the base if the table has it, and walk down from the reference."""
+    everyone = ([evidence.base] if evidence.base else []) + list(evidence.contenders.values())
+    by_rank = {contender.rank: _compared(contender, evidence, margin) for contender in everyone}
+    chosen = walk_down(by_rank, evidence.reference.rank, lambda rank: by_rank[rank].within)
+    return Comparison(evidence, by_rank, margin, chosen)
+
+
+def _compared(contender: Contender, evidence: Evidence, margin: float) -> Compared:
+    mean = evidence.value(contender)
+    if contender.rank == evidence.reference.rank:
+        zero = Estimate(0.0, 0.0, 0.0, 0.0, 0, 1, 0.0, 0.0)
+        return Compared(contender, mean, zero, 0.0, 0.0, None, True, True, 0.0)
+    difference, gap = evidence.difference(contender), evidence.reference_gap
+    low, high = difference.bound(1 - CONFIDENCE) - gap, difference.bound(CONFIDENCE)
+    is_refuted = difference.probability_below(margin + gap) < 1 - CONFIDENCE  # by the bound without its skewness
+    shown = None if evidence.basis == "values" else True if is_within(high, margin) else False if is_refuted else None
+    decides = difference.mean if evidence.is_point_reading else high
+    further = difference.of_a_further_seed() if evidence.prior is not None and contender.rank > 0 else None
+    return Compared(
+        contender,
+        mean,
+        difference,
+        low,
+        high,
+        further,
+        is_within(decides, margin),
+        shown,
+        max(decides, 0.0),
+    )
+
+
+def staircase(found: Comparison, unit: Unit) -> list[StaircaseStep]:
+    """The chosen rank as a step function of the margin: a step at each margin from which the walk reaches a smaller rank."""
+    steps = [StaircaseStep(margin=0.0, rank=found.reference.rank)]
+    threshold = 0.0
+    for rank in descending(found.by_rank, found.reference.rank):
+        threshold = max(threshold, found.by_rank[rank].threshold)
+        margin = unit.difference(threshold)
+        if margin == steps[-1].margin:
+            steps.pop()  # the smaller rank replaces a larger one at the same margin
+        steps.append(StaircaseStep(margin=margin, rank=rank))
+    return steps

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 
-from rightrank.decision.comparison import Comparison, Unit
 from rightrank.decision.curve import (
     CurveForm,
     PowerLaw,
@@ -16,7 +15,7 @@ from rightrank.decision.curve import (
     prediction_errors,
     robust_deviations,
 )
-from rightrank.decision.evidence import Evidence
+from rightrank.decision.evidence import Comparison, Evidence, Unit
 from rightrank.decision.intervals import two_sided
 from rightrank.schema.arrays import Floats
 from rightrank.schema.decision import CurveFit, FittedPoint
@@ -72,7 +71,8 @@ def fit_curve(found: Comparison, unit: Unit) -> CurveFit | None:
 
 def smallest_possible_rank(found: Comparison) -> float:
     """The smallest rank that may be enough: one above the largest that is shown not to be, below the reference."""
-    refuted = [rank for rank in found.ranks if found.judged[rank].non_inferior is False and rank < found.reference.rank]
+    below = [rank for rank in found.ranks if rank < found.reference.rank]
+    refuted = [rank for rank in below if found.by_rank[rank].non_inferior is False]
     return float(max(refuted, default=0) + 1)
 
 

@@ -7,7 +7,6 @@ adapters needs a correction: with k adapters that are enough on the task, each g
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import geometric_mean
@@ -15,7 +14,7 @@ from statistics import geometric_mean
 import numpy as np
 
 from rightrank.decision.adapter import AdapterFile, Against, Question, files_of
-from rightrank.decision.comparison import CONFIDENCE
+from rightrank.decision.comparison import CONFIDENCE, bounds_of, examples_needed, is_within
 from rightrank.decision.intervals import Estimate, estimate
 from rightrank.schema.decision import AdapterAnswer, AdapterCandidate, NextRun
 from rightrank.schema.events import GuardAnswer, GuardCandidate, GuardEvaluated, GuardFile
@@ -36,15 +35,15 @@ class _Measured:
     guards: Mapping[str, Estimate]
 
     def high(self, confidence: float) -> float:
-        return max(found.bound(confidence) for found in self.guards.values())
+        return self.worst(confidence).bound(confidence)
 
     def worst(self, confidence: float) -> Estimate:
+        """The difference with the highest upper bound of any file."""
         return max(self.guards.values(), key=lambda found: found.bound(confidence))
 
-    @property
-    def low(self) -> float:
-        """The lower 95% bound of the worst file's difference."""
-        return max(found.bound(1 - CONFIDENCE) for found in self.guards.values())
+    def is_broken(self, margin: float) -> bool:
+        """Whether a file is shown to be worse by more than the margin."""
+        return any(bounds_of(found).is_enough(margin) is False for found in self.guards.values())
 
 
 def guarded(
@@ -68,14 +67,14 @@ def guarded(
         task_rank, task_id = before.task_rank, before.task_trial_id
     enough = [one for one in measured if one.task.holds and one.task.rank >= task_rank]
     confidence = 1 - (1 - CONFIDENCE) / max(1, len(enough))
-    both = [one for one in enough if one.high(confidence) < margin]
+    both = [one for one in enough if is_within(one.high(confidence), margin)]
     chosen_id = task_id
     if both and task_id not in {one.task.trial_id for one in both}:
         chosen_id = min(both, key=lambda one: (one.task.rank, one.file.loss, one.task.trial_id)).task.trial_id
     by_id = {one.task.trial_id: one for one in measured}
     chosen = by_id[chosen_id]
-    judged = [_file(name, found, confidence, margin) for name, found in chosen.guards.items()]
-    worst = max(judged, key=lambda one: one.difference_high)
+    files = [_file(name, found, confidence, margin) for name, found in chosen.guards.items()]
+    worst = max(files, key=lambda one: one.difference_high)
     rows = sorted(measured, key=lambda one: (-one.task.rank, one.task.how, one.file.trial.learning_rate))
     guard = GuardAnswer(
         difference=worst.difference,
@@ -83,7 +82,7 @@ def guarded(
         holds=worst.holds,
         margin=margin,
         confidence=confidence,
-        files=judged,
+        files=files,
         task_rank=task_rank,
         task_trial_id=task_id,
         candidates=[_candidate(one, confidence, margin) for one in rows],
@@ -103,7 +102,7 @@ def _measured(
     against = Against(files[answer.reference_id], table, answer.margin, question.trusts_values)
     return [
         _Measured(
-            file, against.judged(file), {name: _against_base(losses[trial_id, name], bases[name]) for name in bases}
+            file, against.candidate(file), {name: _against_base(losses[trial_id, name], bases[name]) for name in bases}
         )
         for trial_id, file in files.items()
         if all((trial_id, name) in losses for name in bases)
@@ -113,7 +112,7 @@ def _measured(
 def _file(name: str, found: Estimate, confidence: float, margin: float) -> GuardFile:
     high = found.bound(confidence)
     return GuardFile(
-        file=name, difference=found.mean, difference_high=high, holds=high < margin, examples=found.examples
+        file=name, difference=found.mean, difference_high=high, holds=is_within(high, margin), examples=found.examples
     )
 
 
@@ -136,7 +135,7 @@ def _candidate(one: _Measured, confidence: float, margin: float) -> GuardCandida
         task_holds=one.task.holds,
         guard_difference=worst.mean,
         guard_difference_high=worst.bound(confidence),
-        guard_holds=worst.bound(confidence) < margin,
+        guard_holds=is_within(worst.bound(confidence), margin),
     )
 
 
@@ -174,21 +173,15 @@ def _sentence(chosen: _Measured, worst: GuardFile, task: _Measured, margin: floa
             f"alone the answer would be rank {task.task.rank} at learning rate {task.file.trial.learning_rate:g}, which is not "
             f"shown to keep it (upper bound {task.high(confidence):+.3g})."
         )
-    if chosen.low > margin:
+    if chosen.is_broken(margin):
         return f"Guard: broken, and no adapter of the run is both enough on the task and within it; {figures}."
-    return (
-        f"Guard: not shown to hold, and no adapter of the run is shown to be both; {figures}; "
-        f"{_examples_needed(chosen, margin, confidence)}."
-    )
-
-
-def _examples_needed(chosen: _Measured, margin: float, confidence: float) -> str:
     found = chosen.worst(confidence)
-    if found.mean >= margin:
-        return "more guard examples would show whether it is worse"
-    reach = found.bound(confidence) - found.mean
-    needed = math.ceil(found.examples * (reach / (margin - found.mean)) ** 2 * 1.05)
-    return f"about {needed:,} guard examples in place of {found.examples:,} would show that it is not worse"
+    needed = examples_needed(found, margin, confidence)
+    cure = "more" if needed is None else f"about {needed:,}"
+    return (
+        f"Guard: not shown to hold, and no adapter of the run is shown to be both; {figures}; {cure} guard examples in place of "
+        f"{found.examples:,} would show whether it is worse."
+    )
 
 
 def _name(file: str) -> str:
@@ -208,7 +201,7 @@ def _next_run(measured: Sequence[_Measured], chosen: _Measured, margin: float, c
     rows = [one for one in trained if one.task.rank == rank]
     if not rows:
         return None
-    keeping = [one.file.trial.learning_rate for one in rows if one.high(confidence) < margin]
+    keeping = [one.file.trial.learning_rate for one in rows if is_within(one.high(confidence), margin)]
     enough = [one.file.trial.learning_rate for one in rows if one.task.holds]
     lowest = min(rows, key=lambda one: one.file.trial.learning_rate)
     if keeping and enough and max(keeping) < min(enough):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from typing import Literal, TypeAlias
 
 MetricKind: TypeAlias = Literal["token_loss", "loss", "perplexity", "accuracy", "other"]
@@ -46,6 +47,14 @@ def kind_of(name: str, higher_is_better: bool) -> MetricKind:
 def is_percent(values: list[float]) -> bool:
     """Whether accuracies are on a scale of 0 to 100."""
     return max(values) > 1.5
+
+
+def span_of(kind: MetricKind, scores: Collection[float]) -> float:
+    """The range of one example's score; 0 for losses, which have no bound."""
+    if kind in ("token_loss", "loss", "perplexity"):
+        return 0.0
+    largest = max(map(abs, scores), default=0.0)
+    return (100.0 if largest > 1.5 else 1.0) if kind == "accuracy" else float(largest) or 1.0
 
 
 def default_margin(kind: MetricKind, reference: float, values: list[float]) -> float:

@@ -6,18 +6,13 @@ difference is itself uncertain, so the result is a plan and no guarantee.
 
 from __future__ import annotations
 
-import math
-
-from rightrank.decision.comparison import CONFIDENCE, REFUTED, Comparison
-from rightrank.decision.evidence import Evidence
-from rightrank.decision.intervals import Estimate, normal_quantile
+from rightrank.decision.comparison import MAX_EXAMPLE_GROWTH, MAX_SEEDS, examples_needed, seeds_needed, settles
+from rightrank.decision.evidence import Comparison, Evidence
+from rightrank.decision.intervals import Estimate
 from rightrank.decision.verdicts import inconclusive_rank, lengths, possible_rival, underpowered
 from rightrank.schema.decision import NextRun, Verdict
 
-POWER = 0.8
 MIN_SEEDS = 2  # with which the noise over seeds is measured
-MAX_SEEDS = 32
-MAX_EXAMPLE_GROWTH = 64
 CHEAP_EXAMPLE_GROWTH = 24  # scoring up to so many times the examples usually costs less than further trainings
 CONFIRM_SEEDS = 3
 EDGE_FACTOR = 3  # the step beyond the best learning rate where no other learning rate gives one
@@ -57,42 +52,10 @@ def _undecided_rank(found: Comparison) -> tuple[int, Estimate]:
     """The rank that leaves the answer undecided, and the difference to compare with the margin."""
     rank = inconclusive_rank(found)
     if rank is not None:
-        return rank, found.judged[rank].difference
+        return rank, found.by_rank[rank].difference
     rival = possible_rival(found)
     assert rival is not None
-    return rival, found.judged[rival].difference.reversed()  # how much worse the reference is than the rival
-
-
-def seeds_needed(estimate: Estimate, margin: float) -> int | None:
-    """The fewest seeds that are expected to settle the difference; None if `MAX_SEEDS` are not enough."""
-    sizes = range(estimate.seeds + 1, MAX_SEEDS + 1)
-    return next((size for size in sizes if settles(estimate.at(estimate.examples, size), margin)), None)
-
-
-def examples_needed(estimate: Estimate, margin: float) -> int | None:
-    """The fewest held-out examples that are expected to settle the difference, rounded up to two digits.
-
-    None if `MAX_EXAMPLE_GROWTH` times as many are not enough, or if examples were not scored one by one.
-    """
-    if estimate.examples < 2:
-        return None
-    growth = (1.15**power for power in range(1, 31))
-    sizes = (_rounded_up(estimate.examples * factor) for factor in growth if factor <= MAX_EXAMPLE_GROWTH)
-    return next((size for size in sizes if settles(estimate.at(size, estimate.seeds), margin)), None)
-
-
-def settles(estimate: Estimate, margin: float) -> bool:
-    """Whether four of five such runs show the rank to be enough, or refute it, if the true mean is the estimated one."""
-    error = estimate.standard_error
-    if estimate.mean < margin:
-        return estimate.bound(CONFIDENCE) + normal_quantile(POWER) * error < margin
-    return estimate.bound(1 - REFUTED) - normal_quantile(POWER) * error > margin
-
-
-def _rounded_up(number: float) -> int:
-    """Up to two significant digits."""
-    step = 10 ** max(0, math.floor(math.log10(number)) - 1)
-    return int(math.ceil(number / step) * step)
+    return rival, found.by_rank[rival].difference.reversed()  # how much worse the reference is than the rival
 
 
 def _settle(found: Comparison, rank: int, difference: Estimate) -> list[NextRun]:
@@ -158,7 +121,7 @@ def _further_seeds(found: Comparison, undecided: int | None = None) -> NextRun:
     known = [
         rank
         for rank in sorted(compared)
-        if rank in (found.chosen, undecided) or found.judged[rank].non_inferior is False
+        if rank in (found.chosen, undecided) or found.by_rank[rank].non_inferior is False
     ]
     needed = [_seeds_expected(found, rank) for rank in known]
     enough = [seeds for seeds in needed if seeds is not None]
@@ -236,7 +199,7 @@ def _prove(found: Comparison) -> NextRun:
     """The seeds that are expected to show what a point reading suggests."""
     evidence, reference = found.evidence, found.reference.rank
     rank = found.chosen if found.chosen != reference else found.next_lower or reference
-    difference = found.judged[rank].difference
+    difference = found.by_rank[rank].difference
     needed = seeds_needed(difference, found.margin) if difference.variance > 0 else None
     ranks = sorted({rank, reference})
     if needed is None:

@@ -15,13 +15,12 @@ from typing import Literal, TypeAlias
 
 import numpy as np
 
-from rightrank.decision.comparison import CONFIDENCE
+from rightrank.decision.comparison import CONFIDENCE, examples_needed, is_within
 from rightrank.decision.intervals import Estimate
 from rightrank.decision.seeds import SHARED_REFERENCE, WITHIN_DEGREES, start_of
 
 NoiseKind: TypeAlias = Literal["tokens", "classes", "scores"]
 
-MAX_EXAMPLES = 10_000_000
 MAX_SEEDS = 20
 
 
@@ -58,37 +57,31 @@ class Precision:
     @property
     def half_width(self) -> float:
         """The one-sided 95% half-width of the widest rank's difference from the top."""
-        return self._at(self.examples, self.seeds)
+        return self._at(self.seeds).bound(CONFIDENCE)
 
     @property
     def undecided_below_margin(self) -> float:
         """Below this margin, not even a rank that equals the top is expected to be shown to be enough."""
         return self.half_width
 
-    def _at(self, examples: int, seeds: int) -> float:
-        of_examples = self.spread**2 / examples
+    def _at(self, seeds: int) -> Estimate:
+        of_examples = self.spread**2 / self.examples
         if seeds == 1:  # nothing is measured over seeds: the bound is over examples alone
-            return Estimate(0.0, of_examples, 0.0, 0.0, examples, 1, 0.0, 0.0).bound(CONFIDENCE)
+            return Estimate(0.0, of_examples, 0.0, 0.0, self.examples, 1, 0.0, 0.0)
         ratio = self.noise.seed_ratio if self.steps >= LONG_STEPS else self.noise.short_seed_ratio
         of_seeds = ratio * self.spread**2 / seeds
         known = start_of("token_loss").degrees + SHARED_REFERENCE * PAIRS * (seeds - 1)
-        degrees = 1 / (1 / WITHIN_DEGREES + 1 / known) + seeds - 1  # as `decision.seed_noise` moderates
-        return Estimate(0.0, of_examples, of_seeds, 0.0, examples, seeds, degrees, 0.0).bound(CONFIDENCE)
+        degrees = 1 / (1 / WITHIN_DEGREES + 1 / known) + seeds - 1  # as `decision.seeds` moderates
+        return Estimate(0.0, of_examples, of_seeds, 0.0, self.examples, seeds, degrees, 0.0)
 
     def examples_needed(self, margin: float) -> int | None:
-        """The validation examples with which the half-width falls below `margin`; None: no number of them suffices."""
-        if self._at(MAX_EXAMPLES, self.seeds) >= margin:
-            return None
-        low, high = 1, MAX_EXAMPLES
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (low, middle) if self._at(middle, self.seeds) < margin else (middle, high)
-        return high
+        """The validation examples with which the half-width is within `margin`, about; None: no number of them suffices."""
+        return examples_needed(self._at(self.seeds), margin, power=0.5)
 
     def seeds_needed(self, margin: float) -> int | None:
-        """The seeds with which the half-width falls below `margin`; None: more than `MAX_SEEDS`, or one shows as much."""
+        """The seeds with which the half-width is within `margin`; None: more than `MAX_SEEDS`, or one shows as much."""
         wanted = range(max(2, self.seeds + 1), MAX_SEEDS + 1)
-        return next((n for n in wanted if self._at(self.examples, n) < margin), None)
+        return next((n for n in wanted if is_within(self._at(n).bound(CONFIDENCE), margin)), None)
 
 
 def base_spread(losses: Sequence[float], tokens: Sequence[int]) -> float:

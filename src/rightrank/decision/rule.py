@@ -17,8 +17,8 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from rightrank.decision.comparison import CONFIDENCE, Comparison, Judged, Unit, compare, staircase
-from rightrank.decision.evidence import Evidence
+from rightrank.decision.comparison import CONFIDENCE
+from rightrank.decision.evidence import Compared, Comparison, Evidence, Unit, compare, staircase
 from rightrank.decision.fit import fit_curve
 from rightrank.decision.intervals import two_sided
 from rightrank.decision.metrics import default_margin
@@ -45,7 +45,7 @@ def decide(
         margin: how much worse than the best is still enough, in the metric's unit; None for the default of the metric.
         token_loss: whether a loss is per token (its default margin is then 0.005 nats).
         horizon_steps: the length of the training that the answer is for, if longer than the trials.
-        others: the same trials by other metrics, each judged at its default margin.
+        others: the same trials by other metrics, each compared at its default margin.
         smallest_if_alike: answer an undecided comparison with the smallest rank that is not shown to be worse (`no_difference`).
 
     Raises:
@@ -55,9 +55,11 @@ def decide(
         table = replace(table, kind="loss")
     evidence, unit, margin = _prepared(table, margin)
     found = compare(evidence, unit.oriented_margin(margin))
-    judged, chosen = found.judged, found.chosen
+    chosen = found.chosen
     verdict, curve, horizon = verdict_of(found), fit_curve(found, unit), horizon_note(evidence, chosen, margin)
-    beside = [answer for answer in (_beside(judged, other, token_loss) for other in others) if answer is not None]
+    beside = [
+        answer for answer in (_beside(found.by_rank, other, token_loss) for other in others) if answer is not None
+    ]
     flags = flags_of(found, verdict, curve, horizon, horizon_steps, [answer.metric for answer in beside])
     if any(answer.conflict for answer in beside) and "metric_conflict" not in flags:
         flags.append("metric_conflict")
@@ -79,23 +81,23 @@ def decide(
         confidence=None if found.is_indication or evidence.basis == "values" else CONFIDENCE,
         learning_rate=evidence.contenders[chosen].learning_rate or None,
         staircase=staircase(found, unit),
-        ranks=[_record(found, judged[rank], unit) for rank in sorted(judged)],
+        ranks=[_record(found, found.by_rank[rank], unit) for rank in sorted(found.by_rank)],
         basis=evidence.basis,
         basis_note=basis_note(evidence),
         next_runs=runs,
         curve=curve,
-        winner_gap=unit.difference(max(one.contender.gap for one in judged.values())),
+        winner_gap=unit.difference(max(one.contender.gap for one in found.by_rank.values())),
         horizon=horizon,
         other_metrics=beside,
     )
 
 
-def _beside(judged: Mapping[int, Judged], other: ScoreTable, token_loss: bool) -> MetricAnswer | None:
+def _beside(by_rank: Mapping[int, Compared], other: ScoreTable, token_loss: bool) -> MetricAnswer | None:
     """The answer by another metric, and whether the two disagree; None if fewer than two ranks have the metric."""
     if len(other.ranks()) < 2:
         return None
     answer = decide(other, token_loss=token_loss)
-    ours = {rank: one.non_inferior for rank, one in judged.items() if rank > 0}
+    ours = {rank: one.non_inferior for rank, one in by_rank.items() if rank > 0}
     theirs = {evidence.rank: evidence for evidence in answer.ranks if evidence.rank > 0}
     against = [rank for rank in ours if rank in theirs and {ours[rank], theirs[rank].non_inferior} == {True, False}]
     return MetricAnswer(
@@ -127,21 +129,21 @@ def _prepared(table: ScoreTable, margin: float | None) -> tuple[Evidence, Unit, 
     return evidence, unit, margin
 
 
-def _record(found: Comparison, judged: Judged, unit: Unit) -> RankEvidence:
-    contender = judged.contender
+def _record(found: Comparison, compared: Compared, unit: Unit) -> RankEvidence:
+    contender = compared.contender
     is_reference = contender.rank == found.reference.rank
-    unknown = found.evidence.basis == "values" and judged.difference.variance == 0 and not is_reference
-    ends = sorted(unit.value(judged.mean.bound(level)) for level in two_sided(CONFIDENCE))
+    unknown = found.evidence.basis == "values" and compared.difference.variance == 0 and not is_reference
+    ends = sorted(unit.value(compared.mean.bound(level)) for level in two_sided(CONFIDENCE))
     return RankEvidence(
         rank=contender.rank,
         value=unit.value(contender.loss),
         low=ends[0],
         high=ends[1],
-        difference=unit.difference(judged.difference.mean),
-        difference_low=None if unknown else unit.difference(judged.low),
-        difference_high=None if unknown else unit.difference(judged.high),
-        **_further_seed(judged, unit),
-        non_inferior=judged.non_inferior,
+        difference=unit.difference(compared.difference.mean),
+        difference_low=None if unknown else unit.difference(compared.low),
+        difference_high=None if unknown else unit.difference(compared.high),
+        **_further_seed(compared, unit),
+        non_inferior=compared.non_inferior,
         learning_rate=contender.learning_rate or None,
         seeds=len(contender.cells),
         trial_ids=[cell.trial_id for cell in contender.cells.values()],
@@ -149,8 +151,8 @@ def _record(found: Comparison, judged: Judged, unit: Unit) -> RankEvidence:
     )
 
 
-def _further_seed(judged: Judged, unit: Unit) -> dict[str, float]:
-    if judged.further is None:
+def _further_seed(compared: Compared, unit: Unit) -> dict[str, float]:
+    if compared.further is None:
         return {}
-    low, high = (unit.difference(judged.further.bound(level)) for level in two_sided(CONFIDENCE))
+    low, high = (unit.difference(compared.further.bound(level)) for level in two_sided(CONFIDENCE))
     return {"further_seed_low": low, "further_seed_high": high}

@@ -241,6 +241,7 @@ def question_of(records: Records) -> Question:
         started.higher_is_better,
         float(margin) if isinstance(margin, int | float) else None,
         is_token_loss(records),
+        points_are_of_the_metric=(started.points_metric or started.metric) == started.metric,
     )
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from rightrank.decision.comparison import Comparison, Unit
-from rightrank.decision.evidence import Evidence
+from rightrank.decision.comparison import is_within
+from rightrank.decision.evidence import Comparison, Evidence, Unit
 from rightrank.decision.metrics import published_noise
 from rightrank.decision.seeds import needed_seeds
 from rightrank.decision.verdicts import inconclusive_rank, possible_rival
@@ -47,6 +47,12 @@ def sentence_of(found: Comparison, margin: float, verdict: Verdict, unit: Unit) 
                 f"while training results still improve{caution}."
             )
         case "flat":
+            worst = max(found.ranks, key=lambda rank: found.by_rank[rank].difference.mean)
+            if not is_within(found.by_rank[worst].difference.mean, found.margin):
+                return (
+                    f"Rank {chosen} {verb} enough: the smallest tried, it is within {within} of the best ({reference}); rank {worst} "
+                    f"looks {number(unit.difference(found.by_rank[worst].difference.mean))} worse, and is not shown to be{caution}."
+                )
             return (
                 f"Rank hardly matters here: rank {chosen}, the smallest tried, is within {within} of the best "
                 f"({reference}){caution}."
@@ -63,7 +69,7 @@ def sentence_of(found: Comparison, margin: float, verdict: Verdict, unit: Unit) 
                 start = f"Rank {chosen} {verb} enough: it is within {within} of the best (rank {reference})"
             if found.next_lower is None:
                 return f"{start}, and the smallest tried{caution}."
-            worse = number(unit.difference(found.judged[found.next_lower].difference.mean))
+            worse = number(unit.difference(found.by_rank[found.next_lower].difference.mean))
             return f"{start}, and the next lower rank ({found.next_lower}) is {worse} worse{caution}."
 
 
@@ -75,7 +81,7 @@ def _caution(found: Comparison) -> str:
 
 def _no_difference(found: Comparison, within: str, unit: Unit) -> str:
     """The smallest rank, what speaks for another one, and the seeds that a difference of the margin would take."""
-    alike = [rank for rank in found.ranks if found.judged[rank].low <= 0]
+    alike = [rank for rank in found.ranks if found.by_rank[rank].low <= 0]
     smallest, reference = alike[0], found.reference
     named = list(map(str, alike))
     listed = f"{', '.join(named[:-1])} and {named[-1]}" if len(named) > 1 else named[0]
@@ -89,23 +95,23 @@ def _no_difference(found: Comparison, within: str, unit: Unit) -> str:
     needed = f"; a difference of {within} would take about {seeds} seeds a rank" if measured and seeds else ""
     if reference.rank == smallest:
         return f"{start}. It is the best of them as measured{needed}."
-    better = number(unit.difference(found.judged[smallest].difference.mean))
+    better = number(unit.difference(found.by_rank[smallest].difference.mean))
     return f"{start}. Rank {reference.rank} looks {better} better{needed}."
 
 
 def _undecided(found: Comparison, within: str, unit: Unit) -> str:
-    judged, chosen, reference = found.judged, found.chosen, found.reference.rank
+    compared, chosen, reference = found.by_rank, found.chosen, found.reference.rank
     inconclusive = inconclusive_rank(found)
     if inconclusive is None:
         rival = possible_rival(found)
         assert rival is not None
-        better = number(unit.difference(-judged[rival].low))
+        better = number(unit.difference(-compared[rival].low))
         return (
             f"Undecided: rank {reference} has the best mean, but rank {rival} may be better by up to {better}, "
             f"more than the margin of {within}."
         )
-    low, high = (number(unit.difference(value)) for value in (judged[inconclusive].low, judged[inconclusive].high))
-    difference = unit.difference(judged[inconclusive].difference.mean)
+    low, high = (number(unit.difference(value)) for value in (compared[inconclusive].low, compared[inconclusive].high))
+    difference = unit.difference(compared[inconclusive].difference.mean)
     worse = f"{number(abs(difference))} {'better' if difference < 0 else 'worse'}"
     if inconclusive == 0:
         return (

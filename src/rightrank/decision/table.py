@@ -10,7 +10,7 @@ from functools import partial
 import numpy as np
 
 from rightrank.decision.intervals import Estimate, estimate
-from rightrank.decision.metrics import MetricKind, kind_of
+from rightrank.decision.metrics import MetricKind, kind_of, span_of
 from rightrank.decision.seeds import adjusted_means, best_learning_rate
 from rightrank.schema.arrays import Floats
 from rightrank.schema.decision import Result, ResultsTable
@@ -25,6 +25,7 @@ class Cell:
     value: float  # as measured, in the metric's own direction
     sums: Floats  # [examples] oriented score of each example times its weight; [1] the score without examples
     weights: Floats  # [examples] tokens of each example, or ones
+    span: float = 0.0  # the range of one example's score; 0 for losses, which have no bound
     train_value: float | None = None
     deviation: float | None = None  # the stated standard deviation over seeds, oriented unit
     deviation_seeds: int = 1  # how many seeds the stated value is the mean of
@@ -109,7 +110,8 @@ def table_of(
         if isinstance(outcome, TrialFinished) and metric in outcome.metrics:
             scores, weights = map(np.asarray, examples[outcome.trial_id] or ([outcome.metrics[metric]], [1.0]))
             scale = weights if kind == "perplexity" else np.ones(1)  # the logarithm is of the score without its weight
-            cell = _cell(outcome, metric, _oriented(scores / scale, kind, higher_is_better) * scale, weights)
+            sums = _oriented(scores / scale, kind, higher_is_better) * scale
+            cell = _cell(outcome, metric, sums, weights, span_of(kind, scores / weights))
             cell = cell if points_metric in (None, metric) else replace(cell, points=())
             cells[outcome.rank, outcome.learning_rate, outcome.seed] = cell
         else:
@@ -133,12 +135,13 @@ def _oriented(scores: Sequence[float], kind: MetricKind, higher: bool) -> Floats
     return np.log(values) if kind == "perplexity" else -values if higher else values
 
 
-def _cell(trial: TrialFinished, metric: MetricName, sums: Floats, weights: Floats) -> Cell:
+def _cell(trial: TrialFinished, metric: MetricName, sums: Floats, weights: Floats, span: float) -> Cell:
     return Cell(
         trial_id=trial.trial_id,
         value=trial.metrics[metric],
         sums=sums,
         weights=weights,
+        span=span,
         train_value=trial.train_value,
         steps=trial.steps,
         points=tuple((point.step, point.value) for point in trial.points),
@@ -171,6 +174,7 @@ def _cell_of_result(result: Result, value: float, kind: MetricKind, higher_is_be
         value=value,
         sums=_oriented(scores, kind, higher_is_better) * weights,
         weights=weights,
+        span=span_of(kind, scores),
         train_value=result.train_value,
         deviation=deviation,
         deviation_seeds=result.std_seeds,
@@ -235,7 +239,7 @@ def on_common_seeds(contenders: list[Contender]) -> dict[int, Contender]:
 
 
 def estimate_of(cells: list[Cell], shift: float = 0.0) -> Estimate:
-    found = estimate(np.stack([cell.sums for cell in cells]), cells[0].weights)
+    found = estimate(np.stack([cell.sums for cell in cells]), cells[0].weights, max(cell.span for cell in cells))
     return replace(found, mean=found.mean + shift)
 
 
@@ -250,12 +254,13 @@ def paired_cells(contender: Contender, against: Contender) -> list[Cell]:
         return cells_of_shared_seeds(left, right)
     else:
         both = list(zip(left.values(), right.values(), strict=False))
-    return [_minus(a, b) for a, b in both]
+    return [minus(a, b) for a, b in both]
 
 
 def cells_of_shared_seeds(left: Mapping[int, Cell], right: Mapping[int, Cell]) -> list[Cell]:
-    return [_minus(left[seed], right[seed]) for seed in sorted(left.keys() & right.keys())]
+    return [minus(left[seed], right[seed]) for seed in sorted(left.keys() & right.keys())]
 
 
-def _minus(one: Cell, other: Cell) -> Cell:
-    return Cell(one.trial_id, one.value - other.value, one.sums - other.sums, one.weights)
+def minus(one: Cell, other: Cell) -> Cell:
+    """How much worse one cell is than the other, on each example."""
+    return Cell(one.trial_id, one.value - other.value, one.sums - other.sums, one.weights, max(one.span, other.span))

@@ -25,8 +25,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rightrank.decision.comparison import Comparison, walk_down
-from rightrank.decision.evidence import Evidence
+from rightrank.decision.comparison import is_within, walk_down
+from rightrank.decision.evidence import Comparison, Evidence
 from rightrank.decision.metrics import default_margin, kind_of, published_deviation
 from rightrank.decision.table import Contender
 from rightrank.schema.decision import CurveFit, HorizonNote, Verdict
@@ -68,7 +68,7 @@ def _curve(contender: Contender) -> dict[int, float]:
 def _pick(losses: dict[int, float], margin: float) -> int:
     """The rule on bare values."""
     reference = min(losses, key=lambda rank: (losses[rank], rank))
-    return walk_down(losses, reference, lambda rank: losses[rank] - losses[reference] <= margin)
+    return walk_down(losses, reference, lambda rank: is_within(losses[rank] - losses[reference], margin))
 
 
 DROP_IN_MARGINS = 2.5  # the fall that counts as a collapse: five points at a margin of two
@@ -158,15 +158,15 @@ def without_collapsing(outcomes: Sequence[TrialOutcome]) -> list[TrialOutcome]:
 
 def verdict_of(found: Comparison) -> Verdict:
     """The first row of the table above that applies."""
-    if 0 in found.judged and found.judged[0].within:
+    if 0 in found.by_rank and found.by_rank[0].within:
         return "no_gain"
     if inconclusive_rank(found) is not None or possible_rival(found) is not None:
         return "undecided"
     if overfits(found):
         return "overfitting"
-    if found.chosen == found.ranks[0] and not any(_is_worse(found, rank) for rank in found.ranks):
+    if found.chosen == found.ranks[0] and not any(found.is_worse(rank) for rank in found.ranks):
         return "flat"
-    if rises(found) and all(_is_worse(found, rank) for rank in found.ranks[:-1]):
+    if rises(found) and all(found.is_worse(rank) for rank in found.ranks[:-1]):
         return "rising"
     return "saturated"
 
@@ -192,24 +192,24 @@ def inconclusive_rank(found: Comparison) -> int | None:
     """
     if found.evidence.is_point_reading:
         return None
-    judged, below = found.judged, found.next_lower
-    if 0 in judged and judged[0].non_inferior is None:
+    compared, below = found.by_rank, found.next_lower
+    if 0 in compared and compared[0].non_inferior is None:
         return 0
-    if below is None or judged[below].non_inferior is False:
+    if below is None or compared[below].non_inferior is False:
         return None
     if found.chosen == found.ranks[-1]:
         return below
     far = max((rank for rank in found.ranks if 2 * rank < found.chosen), default=None)
-    if far is None or judged[far].non_inferior is False:
+    if far is None or compared[far].non_inferior is False:
         return None
-    return far if judged[far].non_inferior is None else below
+    return far if compared[far].non_inferior is None else below
 
 
 def smallest_alike(found: Comparison) -> int | None:
     """The smallest rank that is not shown to be worse than the best; None where the base may be as good."""
-    if 0 in found.judged and found.judged[0].non_inferior is not False:
+    if 0 in found.by_rank and found.by_rank[0].non_inferior is not False:
         return None
-    return next(rank for rank in found.ranks if found.judged[rank].low <= 0)
+    return next(rank for rank in found.ranks if found.by_rank[rank].low <= 0)
 
 
 def possible_rival(found: Comparison) -> int | None:
@@ -219,8 +219,10 @@ def possible_rival(found: Comparison) -> int | None:
     """
     if found.evidence.is_point_reading:
         return None
-    lows = {rank: found.judged[rank].low for rank in found.ranks if rank > found.reference.rank}
-    return min((rank for rank in lows if lows[rank] < -found.margin), key=lambda rank: lows[rank], default=None)
+    lows = {rank: found.by_rank[rank].low for rank in found.ranks if rank > found.reference.rank}
+    return min(
+        (rank for rank in lows if not is_within(-lows[rank], found.margin)), key=lambda rank: lows[rank], default=None
+    )
 
 
 def rises(found: Comparison) -> bool:
@@ -230,22 +232,16 @@ def rises(found: Comparison) -> bool:
         return False
     stated = [cell.deviation or 0.0 for cell in found.reference.cells.values()]
     threshold = max(found.margin, *stated) if found.evidence.basis == "std" else found.margin
-    return all(found.judged[rank].difference.mean > threshold * (1 + 1e-9) for rank in smaller)
+    return all(not is_within(found.by_rank[rank].difference.mean, threshold) for rank in smaller)
 
 
 def overfits(found: Comparison) -> bool:
     """Whether the largest rank is worse than the margin allows on held-out data, and better than the reference in training."""
     top = found.evidence.contenders[found.ranks[-1]]
-    if top.rank == found.reference.rank or not _is_worse(found, top.rank):
+    if top.rank == found.reference.rank or not found.is_worse(top.rank):
         return False
     ours, theirs = _train_value(top), _train_value(found.reference)
     return ours is not None and theirs is not None and ours < theirs
-
-
-def _is_worse(found: Comparison, rank: int) -> bool:
-    """Whether the rank is shown to be worse than the margin allows, or read to be in a point reading."""
-    judged = found.judged[rank]
-    return not judged.within if found.evidence.is_point_reading else judged.non_inferior is False
 
 
 def _train_value(contender: Contender) -> float | None:
@@ -260,12 +256,12 @@ def flags_of(
     curve: CurveFit | None,
     horizon: HorizonNote | None,
     horizon_steps: int | None,
-    judged_others: Collection[str] = (),
+    compared_others: Collection[str] = (),
 ) -> list[str]:
     """The flags in a fixed order. Each has an entry in docs/reference/decision.md.
 
     Args:
-        judged_others: other metrics that were judged by intervals, and need no comparison of bare values here.
+        compared_others: other metrics that were compared by intervals, and need no comparison of bare values here.
     """
     evidence, top = found.evidence, found.ranks[-1]
     answer = {found.chosen, found.reference.rank}
@@ -275,14 +271,14 @@ def flags_of(
         "underpowered": underpowered(found, verdict),
         "rising": verdict == "undecided"
         and rises(found)
-        and all(found.judged[rank].low > 0 for rank in found.ranks if rank < top),
+        and all(found.by_rank[rank].low > 0 for rank in found.ranks if rank < top),
         "lr_edge": any(_at_edge(evidence, rank) for rank in answer),
         "unstable": any(evidence.table.missing.values()),
         "unequal_length": len(lengths(evidence)) > 1,
         "collapsed": evidence.table.collapsed > 0,
         "one_seed": found.is_indication,
         "winner_gap": max(evidence.contenders[rank].gap for rank in answer) > found.margin / 2,
-        "metric_conflict": _conflicts(evidence, found.chosen, judged_others),
+        "metric_conflict": _conflicts(evidence, found.chosen, compared_others),
         "may_be_capacity_limited": _gap_still_grows(found, horizon),
         "extrapolated": beyond or (horizon_steps is not None and 0 < trained < horizon_steps),
     }
@@ -293,8 +289,8 @@ def underpowered(found: Comparison, verdict: Verdict) -> bool:
     """Whether the data can't show the answer at 95% confidence."""
     if not found.evidence.is_point_reading:
         return verdict == "undecided"
-    judged, below = found.judged, found.next_lower
-    settled = judged[found.chosen].non_inferior is True and (below is None or judged[below].non_inferior is False)
+    compared, below = found.by_rank, found.next_lower
+    settled = compared[found.chosen].non_inferior is True and (below is None or compared[below].non_inferior is False)
     return found.evidence.basis == "values" or not settled
 
 
@@ -312,13 +308,13 @@ def _gap_still_grows(found: Comparison, horizon: HorizonNote | None) -> bool:
     """Whether the chosen rank's gap exceeds the margin if it grows by as much again."""
     if horizon is None or horizon.gap_growth is None or horizon.gap_growth <= 0:
         return False
-    return found.judged[found.chosen].difference.mean + horizon.gap_growth > found.margin
+    return not is_within(found.by_rank[found.chosen].difference.mean + horizon.gap_growth, found.margin)
 
 
-def _conflicts(evidence: Evidence, chosen: int, judged_others: Collection[str]) -> bool:
+def _conflicts(evidence: Evidence, chosen: int, compared_others: Collection[str]) -> bool:
     """Whether by another metric, of which only values are known, the chosen rank is clearly worse than the best."""
     names = set.intersection(*(set(cell.others) for c in evidence.contenders.values() for cell in c.cells.values()))
-    return any(_conflicts_in(evidence, chosen, name) for name in sorted(names - set(judged_others)))
+    return any(_conflicts_in(evidence, chosen, name) for name in sorted(names - set(compared_others)))
 
 
 def _conflicts_in(evidence: Evidence, chosen: int, name: str) -> bool:

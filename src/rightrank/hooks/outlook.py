@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rightrank.data.token_store import longest_sequence
-from rightrank.decision.comparison import CONFIDENCE
+from rightrank.decision.comparison import CONFIDENCE, is_within
 from rightrank.decision.intervals import normal_quantile
 from rightrank.decision.metrics import TOKEN_LOSS_MARGIN, default_margin, kind_of
 from rightrank.decision.precision import NoiseKind, Precision, base_spread, expected_precision, rounded_up
@@ -303,7 +303,7 @@ def preflight_of(
 
 def cures(precision: Precision, margin: float) -> list[str]:
     """What would settle the answer at `margin`; empty where the margin is wide enough."""
-    if margin >= precision.undecided_below_margin:
+    if is_within(precision.undecided_below_margin, margin):
         return []
     found = []
     examples = precision.examples_needed(margin)

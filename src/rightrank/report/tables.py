@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import zip_longest
 
+from rightrank.decision.comparison import is_within
 from rightrank.report.figure import HeatMap, best_column
 from rightrank.report.figures import ENOUGH
 from rightrank.report.format import coverage, duration, metric_unit, or_dash, quantity, size, table_lines, visible
@@ -75,7 +76,7 @@ def _enough(evidence: RankEvidence, decision: Decision) -> str:
         return ENOUGH[evidence.non_inferior]
     if evidence.rank == decision.reference_rank:
         return "best so far"
-    return "perhaps" if (evidence.difference or 0.0) < decision.margin else "unlikely"
+    return "perhaps" if is_within(evidence.difference or 0.0, decision.margin) else "unlikely"
 
 
 def _bounds(evidence: RankEvidence) -> str:

@@ -377,8 +377,7 @@ def write_truncated(parent: Path, folder: Path, rank: int) -> None:
     Raises:
         InputError: no PEFT adapter there, or of a kind that can't be truncated.
     """
-    from rightrank.adapters.rank_choice import RankChoice
-    from rightrank.adapters.rewrite import write_resized
+    from rightrank.adapters.rewrite import RankChoice, write_resized
     from rightrank.models.adapter_files import open_adapter  # these bring torch, which a trainer may not need
 
     adapter = open_adapter(parent)

@@ -48,7 +48,8 @@ from rightrank.schema.trials import (
     TrialStarted,
     trial_id,
 )
-from rightrank.search.protocol import History, Strategy, seconds_of, steps_of
+from rightrank.search.history import History, seconds_of, steps_of
+from rightrank.search.protocol import Strategy
 
 MAX_VIEWS_SHARE = 0.05  # of the wall time, for writing the report while trials run
 MAX_FAILED_AT_START = 3  # trials that fail before any finishes: then the cause is no single arm

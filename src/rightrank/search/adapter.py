@@ -41,7 +41,12 @@ def _may_recover(space: Space, plain: AdapterAnswer) -> bool:
 def current_answer(space: Space, trials: Trials, parent: TrialFinished) -> AdapterAnswer | None:
     """What the candidates of `parent` that have run so far say; None before the first."""
     question = Question(
-        space.metric, space.higher_is_better, space.margin, space.kind == "token_loss", space.trusts_values
+        space.metric,
+        space.higher_is_better,
+        space.margin,
+        space.kind == "token_loss",
+        not space.points_are_losses,
+        space.trusts_values,
     )
     own = [outcome for arm, outcome in trials.outcomes.items() if arm.truncate_from == parent.trial_id]
     return adapter_answer([parent, *own], question, parent.trial_id)

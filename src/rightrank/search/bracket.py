@@ -6,10 +6,10 @@ import math
 from collections.abc import Sequence
 from itertools import product
 
-from rightrank.decision.comparison import walk_down
+from rightrank.decision.comparison import is_within, walk_down
 from rightrank.schema.trials import Arm
 from rightrank.search.adapter import adapter_question_cost, answer_adapter_question, max_adapter_arms, max_adapter_cost
-from rightrank.search.history import Trials, excess_of, is_within
+from rightrank.search.history import Trials, excess_of
 from rightrank.search.learning_rates import (
     Requests,
     find_learning_rate,
@@ -18,15 +18,14 @@ from rightrank.search.learning_rates import (
     min_trainings,
 )
 from rightrank.search.moves import confirm, confirmation_cost, max_trainings, settle, support, try_rank, walk
-from rightrank.search.protocol import CostEstimate
-from rightrank.search.script import Scripted
+from rightrank.search.protocol import CostEstimate, Strategy
 from rightrank.search.space import Space
 
 DECAY = 0.57  # median exponent c of L(r) = a + b·r^-c over 26 published curves (quartiles 0.38 to 0.64)
 STAGES = 5  # of one training at most: a look, two stages, the end, and an annealed copy
 
 
-class Bracket(Scripted):
+class Bracket(Strategy):
     """Find the learning rate at the top rank and answer the first question from that training. For the second question, train
     downward from the smallest truncation that loses at most the margin until a rank fails, then add seeds.
 
@@ -100,7 +99,7 @@ def predicted_rank(space: Space, trials: Trials, second: int) -> int:
     return next(rank for rank in space.ranks if b * (rank**-DECAY - space.top**-DECAY) <= margin)
 
 
-class Grid(Scripted):
+class Grid(Strategy):
     """The exhaustive grid: seed by seed, from the extreme ranks inward, so that both ends of the curve are known early.
 
     The first question is answered from the top rank at its best learning rate, once the grid is complete.

@@ -8,14 +8,46 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from rightrank.decision.comparison import CONFIDENCE, walk_down
+from rightrank.decision.comparison import bounds_of, is_within, walk_down
 from rightrank.decision.intervals import estimate
+from rightrank.decision.metrics import span_of
 from rightrank.decision.seeds import adjusted_means, best_learning_rate
 from rightrank.decision.verdicts import collapsing_cells
 from rightrank.schema.decision import AdapterAnswer
 from rightrank.schema.trials import Arm, TrialDiverged, TrialFinished, TrialOutcome
-from rightrank.search.protocol import base_arm
-from rightrank.search.space import Space
+from rightrank.search.space import Space, base_arm
+
+
+@dataclass(frozen=True, slots=True)
+class History:
+    """The outcomes of a run by arm, whoever asked for them."""
+
+    outcomes: dict[Arm, TrialOutcome]
+
+    @classmethod
+    def of(cls, outcomes: Iterable[TrialOutcome]) -> History:
+        return cls({outcome.arm: outcome for outcome in outcomes})
+
+    def finished(self) -> list[TrialFinished]:
+        return [outcome for outcome in self.outcomes.values() if isinstance(outcome, TrialFinished)]
+
+
+def steps_of(arm: Arm, history: History) -> int:
+    """Optimizer steps that `arm` adds. An arm that resumes a stopped one does not pay for its steps again."""
+    end = arm.stop_at if arm.stop_at is not None else arm.steps
+    if arm.continue_from is None:
+        return end
+    before = [outcome for outcome in history.outcomes.values() if outcome.trial_id == arm.continue_from]
+    return end - (before[0].stop_at or 0) if before else end
+
+
+def seconds_of(outcome: TrialFinished, history: History) -> float:
+    """Seconds of training and evaluation that `outcome` adds to those of the trial that it resumed."""
+    seconds = outcome.train_seconds + outcome.eval_seconds
+    for before in history.finished():
+        if before.trial_id == outcome.continue_from:
+            return seconds - before.train_seconds - before.eval_seconds
+    return seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,9 +66,6 @@ class Trials:
     outcomes: dict[Arm, TrialOutcome] = field(default_factory=dict)
     adapter: AdapterAnswer | None = None  # the answer to the first question, once the script has it
     notes: list[str] = field(default_factory=list)  # lines for a person that the script wrote
-
-    def add(self, arm: Arm, outcome: TrialOutcome) -> None:
-        self.outcomes[arm] = outcome
 
     def finished(self, arm: Arm) -> TrialFinished | None:
         outcome = self.outcomes.get(arm)
@@ -177,13 +206,8 @@ def oriented(outcome: TrialFinished, space: Space) -> float:
     return -outcome.value if is_turned else outcome.value
 
 
-def is_within(excess: float, margin: float) -> bool:
-    """Whether the excess is at most the margin, up to rounding."""
-    return excess <= margin + 1e-9
-
-
 def excess_of(pairs: Iterable[tuple[TrialFinished, TrialFinished]], space: Space) -> Excess:
-    """The mean difference of paired outcomes and its 95% upper bound over examples and pairs (`maths.intervals`)."""
+    """The mean difference of paired outcomes and its 95% upper bound over examples and pairs."""
     pairs = list(pairs)
     mean = float(np.mean([oriented(left, space) - oriented(right, space) for left, right in pairs]))
     scored = [(left.items(space.metric), right.items(space.metric)) for left, right in pairs]
@@ -191,5 +215,7 @@ def excess_of(pairs: Iterable[tuple[TrialFinished, TrialFinished]], space: Space
     if len(known) < len(pairs):
         return Excess(mean, mean)
     sums = np.array([np.subtract(ours[0], theirs[0]) for ours, theirs in known])
-    found = estimate(-sums if space.higher_is_better else sums, np.asarray(known[0][0][1], dtype=np.float64))
-    return Excess(mean, replace(found, mean=mean).bound(CONFIDENCE))
+    weights = np.asarray(known[0][0][1], dtype=np.float64)
+    span = span_of(space.kind, [score for pair in known for scores, _ in pair for score in scores / weights])
+    found = estimate(-sums if space.higher_is_better else sums, weights, span)
+    return Excess(mean, bounds_of(replace(found, mean=mean)).high)

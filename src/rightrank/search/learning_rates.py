@@ -31,8 +31,7 @@ from typing import TypeAlias
 from rightrank.schema.trials import Arm, TrialFinished
 from rightrank.schema.variants import Variant
 from rightrank.search.history import Trials, oriented
-from rightrank.search.protocol import base_arm
-from rightrank.search.space import Space
+from rightrank.search.space import Space, base_arm
 
 Requests: TypeAlias = Iterator[Sequence[Arm]]  # what a script yields: arms that may run at the same time
 

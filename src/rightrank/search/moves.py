@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from rightrank.search.history import Trials, is_within
+from rightrank.decision.comparison import is_within
+from rightrank.search.history import Trials
 from rightrank.search.learning_rates import (
     ANNEAL,
     HALF,

@@ -1,25 +1,21 @@
-"""The protocol between a strategy and the loop that runs its arms: ask for arms, receive outcomes."""
+"""What a strategy is: a script, a generator that yields the arms it wants and reads their outcomes.
+
+Each `ask` replays the script from the beginning over the outcomes so far and stops at the first arms without one. The
+script sees the outcomes of its own arms and nothing else, so that it is a pure function of them.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 from rightrank.schema.decision import AdapterAnswer
 from rightrank.schema.trials import Arm, TrialFinished, TrialOutcome
-
-
-@dataclass(frozen=True, slots=True)
-class History:
-    outcomes: dict[Arm, TrialOutcome]
-
-    @classmethod
-    def of(cls, outcomes: Iterable[TrialOutcome]) -> History:
-        return cls({outcome.arm: outcome for outcome in outcomes})
-
-    def finished(self) -> list[TrialFinished]:
-        return [outcome for outcome in self.outcomes.values() if isinstance(outcome, TrialFinished)]
+from rightrank.search.history import History, Trials, seconds_of, steps_of
+from rightrank.search.learning_rates import Requests, climb
+from rightrank.search.space import Space, base_arm
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,20 +27,10 @@ class CostEstimate:
     to_adapter: float  # expected, until the first question is answered
 
 
-@dataclass(frozen=True, slots=True)
-class Recommendation:
-    """The smallest rank that is within the margin of the reference, by the strategy's own arms."""
+class Strategy(ABC):
+    """Decides which arms to train next, keeps to the budget and adds the sweep.
 
-    rank: int | None  # None: too few trials have finished
-    learning_rate: float | None
-    reference_rank: int | None
-    complete: bool  # False: arms are still to run, or the budget ended first
-
-
-class Strategy(Protocol):
-    """Decides which arms to train next.
-
-    An implementation keeps these rules. `tests/search/test_conformance.py` checks them for every name in `STRATEGIES`.
+    A subclass defines `name` and `script`. These rules hold for every name in `STRATEGIES` (`tests/search/test_conformance.py`):
 
     - It is a pure function of the history and keeps no state. The same outcomes, in any order, give the same arms: a run
       resumes from its journal alone, and a table of finished runs replays as real training does.
@@ -56,75 +42,126 @@ class Strategy(Protocol):
     - Arms and steps stay within `max_arms`, `cost().maximum` and the budget of the space.
     - Outcomes of arms that the strategy did not ask for change nothing.
 
-    Most strategies derive from `Scripted`, which keeps these rules, and write one generator::
+    For example::
 
-        class TopAndBottom(Scripted):
+        class TopAndBottom(Strategy):
             name = "top-and-bottom"
 
             def script(self, trials: Trials) -> Requests:
                 learning_rate = yield from find_learning_rate(self.space, trials, self.space.top)
                 if learning_rate is not None:
                     yield from try_rank(self.space, trials, self.space.ranks[0], learning_rate)
+
+    The bounds below hold for every script that trains a cell of the rank × learning rate × seed grid at most once, in up to
+    three stages; a subclass states tighter or other bounds.
     """
 
-    @property
-    def name(self) -> str: ...
+    name: str
 
-    def ask(self, history: History) -> Sequence[Arm]:
-        """Return the arms to run now. They may run in any order and at the same time."""
-        ...
+    def __init__(self, space: Space) -> None:
+        self.space = space
 
-    def expected_arms(self) -> int:
-        """Return about how many arms `ask` will return in all, with the base where the space evaluates it. The progress display uses it."""
-        ...
+    @abstractmethod
+    def script(self, trials: Trials) -> Requests:
+        """Yield the arms to run, in turn. After a `yield`, `trials` holds the outcomes of all arms yielded so far."""
 
-    def max_arms(self) -> int:
-        """Return an upper bound of the number of arms, with the base where the space evaluates it."""
-        ...
+    def unbounded_cost(self) -> CostEstimate:
+        """The cost without a budget and without a sweep."""
+        return CostEstimate(self._cells(), self._cells(), self._cells())
 
-    def cost(self) -> CostEstimate:
-        """Return the cost before anything has run, at most the budget of the space."""
-        ...
+    def max_script_arms(self) -> int:
+        """An upper bound of the number of arms without a sweep, the base included."""
+        return 1 + 3 * self._cells()
 
     def min_trainings(self) -> float:
-        """Return the smallest budget, in whole trainings, within which the strategy compares two ranks."""
-        ...
+        """The smallest budget, in whole trainings, within which the strategy compares two ranks."""
+        return float(len(self.space.learning_rates) + 1)
+
+    def _cells(self) -> int:
+        return math.prod(map(len, (self.space.ranks, self.space.learning_rates, self.space.seeds)))
+
+    def max_arms(self) -> int:
+        """An upper bound of the number of arms, with the base where the space evaluates it."""
+        base = int(self.space.evaluates_base)
+        return self.max_script_arms() - 1 + base + 2 * len(self.space.variants) * len(self.space.learning_rates)
+
+    def expected_arms(self) -> int:
+        """About how many arms `ask` will return in all. The progress display uses it."""
+        return min(self.max_arms(), int(self.space.evaluates_base) + round(1.6 * self.cost().expected))
+
+    def cost(self) -> CostEstimate:
+        """The cost before anything has run, at most the budget of the space."""
+        cost, budget, space = self.unbounded_cost(), self.space.budget_steps, self.space
+        climbs = 2 * len(space.variants)  # at the chosen rank and at the reference
+        expected = cost.expected + climbs * min(3, len(space.learning_rates))
+        maximum = cost.maximum + climbs * len(space.learning_rates)
+        maximum = maximum if budget is None else min(maximum, budget / space.steps)
+        return CostEstimate(min(expected, maximum), maximum, min(cost.to_adapter, maximum))
+
+    def ask(self, history: History) -> Sequence[Arm]:
+        """The arms to run now. They may run in any order and at the same time."""
+        return self._replay(history)[1]
+
+    def trials(self, history: History) -> Trials:
+        """What the script has seen of the history."""
+        return self._replay(history)[0]
 
     def evidence(self, history: History) -> list[TrialOutcome]:
-        """Return the outcomes that the decision may compare: trainings of one length at one setting."""
-        ...
+        """The outcomes that the decision may compare: trainings of one length at one setting."""
+        outcomes = self.trials(history).outcomes
+        return [outcome for arm, outcome in outcomes.items() if arm.is_direct and self.space.is_plain(arm)]
 
     def adapter(self, history: History) -> AdapterAnswer | None:
-        """Return the answer to the first question; None until all its candidates have run."""
-        ...
+        """The answer to the first question; None until all its candidates have run."""
+        return self.trials(history).adapter
 
     def notes(self, history: History) -> Sequence[str]:
-        """Return lines for a person about the search so far. Later histories only append; each line is printed once."""
-        ...
+        """Lines for a person about the search so far. Later histories only append; each line is printed once."""
+        return self.trials(history).notes
 
-    def recommend(self, history: History) -> Recommendation:
-        """Return the rank that the outcomes support best so far. The decision, which has intervals, may differ."""
-        ...
+    def _replay(self, history: History) -> tuple[Trials, list[Arm]]:
+        """The point that the script reaches: its trials, and the arms it waits for."""
+        trials = Trials(self.space)
+        spent_steps, spent_seconds = 0, 0.0
+        for wanted in self._whole_script(trials):
+            waiting: list[Arm] = []
+            for arm in wanted:
+                if arm in trials.outcomes:
+                    continue
+                steps = steps_of(arm, history)
+                outcome = history.outcomes.get(arm)
+                pace = spent_seconds / spent_steps if spent_steps else 0.0
+                spent_steps += steps
+                if not self._is_affordable(spent_steps, spent_seconds + (pace * steps if outcome is None else 0.0)):
+                    return trials, waiting
+                if outcome is None:
+                    waiting.append(arm)
+                    continue
+                trials.outcomes[arm] = outcome
+                if isinstance(outcome, TrialFinished):
+                    spent_seconds += seconds_of(outcome, history)
+            if waiting:
+                return trials, waiting
+        return trials, []
+
+    def _whole_script(self, trials: Trials) -> Requests:
+        if self.space.evaluates_base:
+            yield [base_arm(self.space.lora_alpha)]
+        yield from self.script(trials)
+        yield from _sweep(self.space, trials)
+
+    def _is_affordable(self, steps: int, seconds: float) -> bool:
+        space = self.space
+        if space.budget_steps is not None and steps > space.budget_steps:
+            return False
+        return space.budget_seconds is None or seconds <= space.budget_seconds
 
 
-def base_arm(lora_alpha: float) -> Arm:
-    """Rank 0: the base without an adapter. It is evaluated once and is a point of every curve."""
-    return Arm(rank=0, learning_rate=0.0, lora_alpha=lora_alpha, seed=0, steps=0)
-
-
-def steps_of(arm: Arm, history: History) -> int:
-    """Optimizer steps that `arm` adds. An arm that resumes a stopped one does not pay for its steps again."""
-    end = arm.stop_at if arm.stop_at is not None else arm.steps
-    if arm.continue_from is None:
-        return end
-    before = [outcome for outcome in history.outcomes.values() if outcome.trial_id == arm.continue_from]
-    return end - (before[0].stop_at or 0) if before else end
-
-
-def seconds_of(outcome: TrialFinished, history: History) -> float:
-    """Seconds of training and evaluation that `outcome` adds to those of the trial that it resumed."""
-    seconds = outcome.train_seconds + outcome.eval_seconds
-    for before in history.finished():
-        if before.trial_id == outcome.continue_from:
-            return seconds - before.train_seconds - before.eval_seconds
-    return seconds
+def _sweep(space: Space, trials: Trials) -> Requests:
+    """Climb with every variant at the chosen rank and at the reference, from the best learning rate of each."""
+    ranks = {trials.smallest_that_holds(), trials.reference()} - {None}
+    for variant in space.variants:
+        for rank in sorted(rank for rank in ranks if rank is not None):
+            learning_rate = trials.best_learning_rate(rank)
+            assert learning_rate is not None
+            yield from climb(space, trials, rank, learning_rate, variant)

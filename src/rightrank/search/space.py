@@ -83,6 +83,11 @@ class Space:
         return next((high for low, high in pairwise(self.ranks) if low == rank), None)
 
 
+def base_arm(lora_alpha: float) -> Arm:
+    """Rank 0: the base without an adapter. It is evaluated once and is a point of every curve."""
+    return Arm(rank=0, learning_rate=0.0, lora_alpha=lora_alpha, seed=0, steps=0)
+
+
 def space_of(settings: SelectSettings, steps: int, token_loss: bool = True, unseen_steps: int = 0) -> Space:
     """The space of a selection with trainings of `steps` steps.
 

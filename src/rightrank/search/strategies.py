@@ -1,4 +1,4 @@
-"""Strategies decide what to train next. A strategy is a pure function of the outcomes so far (`protocol.Strategy`).
+"""Strategies decide what to train next. A strategy is a pure function of the outcomes so far (`protocol`).
 
 To add one, write it in a file of this folder and name it in `STRATEGIES`.
 """
@@ -10,27 +10,15 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from rightrank.decision.adapter import MAX_DIRECT_RANK
+from rightrank.decision.comparison import is_within
 from rightrank.decision.run import Records, is_token_loss
 from rightrank.schema.decision import AdapterAnswer, TrainingRankEstimate
 from rightrank.schema.errors import SettingsError, did_you_mean
 from rightrank.schema.settings import SelectSettings, stored_settings
 from rightrank.search.bracket import Bracket, Grid
-from rightrank.search.protocol import CostEstimate, History, Recommendation, Strategy
+from rightrank.search.protocol import Strategy
 from rightrank.search.space import Space, space_of
 from rightrank.search.upward import Upward
-
-__all__ = [
-    "STRATEGIES",
-    "CostEstimate",
-    "History",
-    "Recommendation",
-    "Space",
-    "Strategy",
-    "make_strategy",
-    "space_of",
-    "strategy_in",
-    "strategy_named",
-]
 
 STRATEGIES: dict[str, Callable[[Space], Strategy]] = {
     "bracket": Bracket,
@@ -114,7 +102,7 @@ def _smallest_holding_truncation(answer: AdapterAnswer) -> int:
     found = answer.trained_rank
     truncated = [one for one in answer.candidates if one.how == "truncated"]
     for one in sorted(truncated, key=lambda one: -one.rank):
-        if one.difference - (0.0 if top is None else top.difference) > answer.margin:
+        if not is_within(one.difference - (0.0 if top is None else top.difference), answer.margin):
             break
         found = one.rank
     return found

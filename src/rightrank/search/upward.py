@@ -10,17 +10,16 @@ import numpy as np
 from rightrank.decision.seeds import detectable_difference, needed_seeds
 from rightrank.decision.verdicts import without_collapsing
 from rightrank.schema.trials import Arm, TrialOutcome
-from rightrank.search.history import Trials, oriented
+from rightrank.search.history import History, Trials, oriented
 from rightrank.search.learning_rates import Requests
-from rightrank.search.protocol import CostEstimate, History, Recommendation
-from rightrank.search.script import Scripted
+from rightrank.search.protocol import CostEstimate, Strategy
 from rightrank.search.space import Space
 
 MEASURING_SEEDS = 3  # of the smallest rank at its best learning rate, before any other rank is trained
 NEIGHBOURS = 1  # learning rates to either side of the previous rank's best one
 
 
-class Upward(Scripted):
+class Upward(Strategy):
     """All learning rates at the smallest rank; the seed noise there; then higher ranks until one gains less than the margin.
 
     In reinforcement learning the values of the first fifth of a run say little about its end, and the fastest runs collapse.
@@ -41,7 +40,7 @@ class Upward(Scripted):
             found = yield from self._train_seeds(trials, rank, seeds)
             learning_rate = learning_rate if found is None else found
             below = [other for other in trials.ranks() if other < rank]
-            if found is not None and below and not self._gains(trials, rank, below):
+            if found is not None and below and not self.gains(trials, rank, below):
                 return
 
     def unbounded_cost(self) -> CostEstimate:
@@ -55,17 +54,6 @@ class Upward(Scripted):
 
     def evidence(self, history: History) -> list[TrialOutcome]:
         return without_collapsing(super().evidence(history))
-
-    def recommend(self, history: History) -> Recommendation:
-        """The smallest rank that no higher one is shown to beat by more than the margin."""
-        replay = self._replay(history)
-        trials = replay.trials
-        chosen: int | None = None
-        for rank in sorted(trials.ranks()):
-            if chosen is None or (self._gains(trials, rank, [chosen]) and trials.excess(rank, chosen).high < 0):
-                chosen = rank
-        learning_rate = None if chosen is None else trials.best_learning_rate(chosen)
-        return Recommendation(chosen, learning_rate, trials.reference(), replay.complete)
 
     def _train_seeds(
         self, trials: Trials, rank: int, seeds: Sequence[int]
@@ -106,7 +94,7 @@ class Upward(Scripted):
         place = rates.index(learning_rate)
         return rates[max(0, place - NEIGHBOURS) : place + NEIGHBOURS + 1]
 
-    def _gains(self, trials: Trials, rank: int, lower: Sequence[int]) -> bool:
+    def gains(self, trials: Trials, rank: int, lower: Sequence[int]) -> bool:
         """Whether the rank's mean is better than the best of the lower ranks by more than the margin."""
         best = min((trials.best_loss(other) for other in lower), default=math.inf)
         return best - trials.best_loss(rank) > self.space.margin_at(best)

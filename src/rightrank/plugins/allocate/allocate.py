@@ -16,8 +16,9 @@ from typing import Literal
 
 import numpy as np
 
-from rightrank.adapters.rank_choice import by_rank
+from rightrank.adapters.resize import by_rank
 from rightrank.data.files import UnreadableError, read_json_object
+from rightrank.decision.comparison import bounds_of
 from rightrank.decision.intervals import estimate
 from rightrank.models.adapter_files import AdapterFolder, open_adapter
 from rightrank.models.patterns import exact_pattern
@@ -75,7 +76,7 @@ def ranks_by_group(ranks: Mapping[str, int], groups: Mapping[str, str]) -> dict[
 
 
 MEASURES = ("sensitivity", "spectra", "gradient", "eva")
-CONFIDENCE = 0.95  # of the two-sided interval
+CONFIDENCE = 0.975  # of each bound: a two-sided 95% interval
 SHUFFLES = 400  # permutations, of which the nearest in parameters is taken
 
 PatternKind = Literal["uniform", "allocated", "shuffled"]
@@ -280,6 +281,7 @@ def compare(
 ) -> AllocationVerdict:
     """Left minus right in nats, paired over seeds and examples, with its 95% interval."""
     sums = np.array([a.scores.losses for a in left]) - np.array([b.scores.losses for b in right])
-    found = estimate(sums, np.array(left[0].scores.tokens, dtype=np.float64))
-    low, high = (found.bound(level) for level in ((1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2))
-    return AllocationVerdict(against=against, difference=found.mean, low=low, high=high, better=high < 0)
+    found = bounds_of(estimate(sums, np.array(left[0].scores.tokens, dtype=np.float64)), CONFIDENCE)
+    return AllocationVerdict(
+        against=against, difference=found.mean, low=found.low, high=found.high, better=found.high < 0
+    )

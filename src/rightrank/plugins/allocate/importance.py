@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from peft import EvaConfig, LoraConfig, initialize_lora_eva_weights
 
+from rightrank.adapters.checkpoints import weight_gradients
 from rightrank.models.adapter_files import AdapterFolder
 from rightrank.models.spectra import factored_singular_values, ranks_by_water_filling
 from rightrank.models.truncation import resized_factors
@@ -22,7 +23,6 @@ from rightrank.train.adapter import ADAPTER, lora_modules, unwrapped, wrapped
 from rightrank.train.adapter_runtime import adapter_attached
 from rightrank.train.runtime import Runtime
 
-GRADIENT_EXAMPLES = 64  # training examples over which the gradient is averaged
 EVA_BATCHES = 16
 EVA_RHO = 2.0  # PEFT's default: at most twice the rank anywhere
 
@@ -99,26 +99,6 @@ def by_gradient(adapter: AdapterFolder, runtime: Runtime, budget: int) -> dict[s
         for module, limit in zip(adapter.modules, limits, strict=True)
     ]
     return _named(adapter, ranks_by_water_filling(spectra, _costs(adapter), budget))
-
-
-def weight_gradients(
-    runtime: Runtime, names: Sequence[str], examples: int = GRADIENT_EXAMPLES
-) -> dict[str, torch.Tensor]:
-    """The gradient of the mean loss over the first training examples, with respect to each named weight of the base."""
-    weights = {name: runtime.model.get_submodule(name).weight for name in names}
-    for weight in weights.values():
-        weight.requires_grad_(True)
-    try:
-        count = min(examples, len(runtime.examples("train")))
-        size = runtime.settings.batch_size
-        for start in range(0, count, size):
-            batch = runtime.batch("train", range(start, min(start + size, count)))
-            torch.autograd.backward(runtime.losses("train", batch, 1 / count).total)
-        return {name: weight.grad.detach().clone() for name, weight in weights.items()}
-    finally:
-        for weight in weights.values():
-            weight.requires_grad_(False)
-            weight.grad = None
 
 
 def by_eva(adapter: AdapterFolder, runtime: Runtime, budget: int, rank: int) -> dict[str, int]:

@@ -21,8 +21,8 @@ from typing import Any
 import numpy as np
 
 from rightrank.data.files import UnreadableError, read_json_object, write_text
-from rightrank.decision.comparison import CONFIDENCE, descending
-from rightrank.decision.intervals import Estimate, two_sided
+from rightrank.decision.comparison import CONFIDENCE, Bounds, descending, examples_needed
+from rightrank.decision.intervals import RULE_OF_THREE, Estimate, two_sided
 from rightrank.decision.run import Records, best_trial, decision_so_far, last_decided, records_of
 from rightrank.plugins.judge.judgements import Judgement, read_judgements
 from rightrank.plugins.judge.page import judge_page
@@ -36,8 +36,6 @@ from rightrank.schema.settings import make_settings
 from rightrank.train.adapter_runtime import adapter_attached
 from rightrank.train.generation import promptable_examples, write_completion
 from rightrank.train.scorers import command_on, run_program
-
-ALL_ALIKE = 3 / 1.645  # rule of three, as a standard error times the number of prompts
 
 
 def clustered_mean(scores: Sequence[float], prompts: Sequence[Hashable], judges: Sequence[Hashable]) -> Estimate:
@@ -58,7 +56,7 @@ def clustered_mean(scores: Sequence[float], prompts: Sequence[Hashable], judges:
     by_both = _sums(residuals, list(zip(prompts, judges, strict=True)))
     of_prompts = _variance(by_prompt, count)
     if of_prompts == 0.0:
-        of_prompts = (ALL_ALIKE / len(by_prompt)) ** 2
+        of_prompts = (RULE_OF_THREE / len(by_prompt)) ** 2
     of_judges = _variance(by_judge, count) if len(by_judge) > 1 else 0.0
     both = min(_variance(by_both, count), of_prompts, of_judges)
     spread = float(np.mean(by_prompt**2))
@@ -104,7 +102,7 @@ class _Judged:
         return min(EVEN, self.worse.bound(CONFIDENCE))
 
     def holds(self, margin: float) -> bool | None:
-        return True if self.high < margin else False if self.low > margin else None
+        return Bounds(self.worse.mean, self.low, self.high).is_enough(margin)
 
 
 def reference_of(judgements: Sequence[Judgement]) -> int:
@@ -262,40 +260,24 @@ def _basis_note(judgements: Sequence[Judgement], judges: int) -> str:
 
 def _next_run(one: _Judged, margin: float, judges: int) -> NextRun:
     """How many judgements would settle the rank, if its win rate stays as it is."""
-    room = abs(margin - one.worse.mean)
-    now = one.worse.examples
-    for factor in (2**power for power in range(1, 13)):
-        bigger = one.worse.at(now * factor, one.worse.seeds)
-        if room and _reach(bigger, one.worse.mean < margin) < room:
-            needed = _least(one.worse, now, now * factor, room, one.worse.mean < margin)
-            more = math.ceil(needed * max(1, judges))
-            return NextRun(
-                action="items",
-                ranks=[one.rank],
-                items=needed,
-                sentence=(
-                    f"Judge rank {one.rank} on about {needed:,} prompts in place of {now:,} (about {more:,} judgements in all, each by "
-                    f"the {'same judge' if judges == 1 else f'{judges} judges'}) to settle it, if its win rate stays as it is."
-                ),
-            )
+    needed = examples_needed(one.worse, margin)
+    if needed is not None:
+        more = math.ceil(needed * max(1, judges))
+        return NextRun(
+            action="items",
+            ranks=[one.rank],
+            items=needed,
+            sentence=(
+                f"Judge rank {one.rank} on about {needed:,} prompts in place of {one.worse.examples:,} (about {more:,} judgements in "
+                f"all, each by the {'same judge' if judges == 1 else f'{judges} judges'}) to settle it, if its win rate stays as it is."
+            ),
+        )
     cure = "more judges" if judges > 1 else "another margin"
     return NextRun(
         action="none",
         ranks=[one.rank],
         sentence=f"More prompts alone would not settle rank {one.rank} at this win rate: take {cure}.",
     )
-
-
-def _reach(found: Estimate, upward: bool) -> float:
-    """From the mean to the bound that is tested."""
-    return found.bound(CONFIDENCE) - found.mean if upward else found.mean - found.bound(1 - CONFIDENCE)
-
-
-def _least(found: Estimate, low: int, high: int, room: float, upward: bool) -> int:
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if _reach(found.at(middle, found.seeds), upward) < room else (middle, high)
-    return high
 
 
 FOLDER = "judging"

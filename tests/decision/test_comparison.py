@@ -1,0 +1,111 @@
+"""The one comparison: enough, not enough or cannot tell; one rule at the margin, and no bound of zero width."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from rightrank.decision.comparison import Bounds, bounds_of, bounds_of_files, examples_needed, is_within
+from rightrank.decision.intervals import binary_bound, estimate, estimate_of_files
+from rightrank.decision.rule import decide
+from rightrank.decision.table import table_of
+from rightrank.report.tables import evidence_lines
+from rightrank.schema.trials import TrialFinished
+from tests.decision.tables import bare
+from tests.tiny import UNMEASURED
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "expected"),
+    [(-1.0, 0.4, True), (-1.0, 0.5, True), (-1.0, 0.6, None), (0.5, 0.6, None), (0.51, 0.6, False)],
+)
+def test_a_bound_at_the_margin_is_within_it(low: float, high: float, expected: bool | None) -> None:
+    assert Bounds(0.0, low, high).is_enough(0.5) is expected
+
+
+def test_the_tolerance_is_of_the_margin_and_not_of_one() -> None:
+    assert is_within(0.1 + 0.2 - 0.3 + 0.05, 0.05)  # rounding
+    assert not is_within(0.9e-12, 1e-14)
+    decision = decide(bare({4: 1.9e-12, 16: 1.0e-12}, metric="mse"), 1e-14)
+    assert decision.rank == 16
+
+
+def test_a_difference_at_the_margin_has_one_word_on_a_page() -> None:
+    decision = decide(bare({4: 0.745, 8: 0.75, 16: 0.75}, metric="accuracy", higher=True), 0.005)
+    assert decision.rank == 4
+    (line,) = [line for line in evidence_lines(decision) if line.split()[:1] == ["4"]]
+    assert "perhaps" in line
+
+
+@pytest.mark.parametrize("examples", [13, 30, 200])
+def test_where_no_example_differs_the_bound_is_about_three_over_their_number(examples: int) -> None:
+    ones = np.ones(examples)
+    for found in (bounds_of_files(0 * ones, ones, 1.0), bounds_of(estimate(0 * ones[None, :], ones, 1.0))):
+        assert found.high == pytest.approx(3 / examples, rel=0.12)
+        assert found.low == pytest.approx(-found.high, rel=1e-9)
+        assert found.is_enough(0.01) is (True if examples > 300 else None)
+    assert bounds_of_files(0 * ones, ones).high == 0.0  # losses that are equal to the bit are of one function
+
+
+def test_select_by_a_score_of_thirty_zeros_shows_nothing() -> None:
+    trials = [
+        TrialFinished(
+            trial_id=f"{rank}", rank=rank, learning_rate=1e-3, lora_alpha=32, seed=0, steps=10, value=0.0,
+            metrics={"f1": 0.0}, item_metrics={"f1": [0.0] * 30}, **UNMEASURED,
+        )
+        for rank in (4, 16)
+    ]  # fmt: skip
+    decision = decide(table_of(trials, "f1", True))
+    assert decision.ranks[1].difference_high == pytest.approx(0.1, rel=0.1)
+    assert decision.verdict == "undecided"
+
+
+@pytest.mark.parametrize(("worse", "better"), [(9, 1), (1, 9), (3, 0), (0, 4)])
+def test_the_binary_bound_inverts_the_score_test(worse: int, better: int) -> None:
+    """At the bound, the observed difference is z standard errors away, which are those of the likeliest shares with that difference."""
+    examples = 44
+    bound = binary_bound(worse, better, examples, 0.95)
+    shares = np.linspace(max(0.0, -bound) + 1e-9, (1 - bound) / 2 - 1e-9, 200_001)  # of pairs that differ downward
+    likelihood = (
+        worse * np.log(shares + bound)
+        + better * np.log(shares)
+        + (examples - worse - better) * np.log(1 - 2 * shares - bound)
+    )
+    share = float(shares[np.argmax(likelihood)])
+    error = np.sqrt((2 * share + bound - bound**2) / examples)
+    assert (bound - (worse - better) / examples) / error == pytest.approx(stats.norm.ppf(0.95), rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("examples", "worse", "better"), [(36, 0.111, 0.0), (50, 0.1, 0.05), (200, 0.03, 0.01), (400, 0.1, 0.08)]
+)
+def test_binary_bounds_of_two_files_err_in_one_of_twenty(examples: int, worse: float, better: float) -> None:
+    """At a margin of the true difference, `not worse` and `worse` are both errors: Monte Carlo over pairs."""
+    generator = np.random.default_rng(examples)
+    margin, rounds = worse - better, 4000
+    drawn = generator.multinomial(examples, [worse, better, 1 - worse - better], size=rounds)
+    pairs, counts = np.unique(drawn[:, :2], axis=0, return_counts=True)
+    errors = {True: 0, False: 0, None: 0}
+    for (up, down), count in zip(pairs.tolist(), counts.tolist(), strict=True):
+        sums = np.concatenate([np.ones(up), -np.ones(down), np.zeros(examples - up - down)])
+        errors[bounds_of_files(sums, np.ones(examples), 1.0).is_enough(margin)] += count
+    assert errors[True] / rounds <= 0.07
+    assert errors[False] / rounds <= 0.07
+
+
+def test_bounds_of_files_follow_the_kurtosis_and_widen_with_skewness_alone() -> None:
+    scores = np.random.default_rng(0).exponential(1, 80) - 1
+    found = estimate_of_files(scores, np.ones(80))
+    assert found.kurtosis == pytest.approx(stats.kurtosis(scores, fisher=False))
+    reach = stats.t.ppf(0.95, found.degrees) * found.standard_error
+    assert bounds_of(found).low == pytest.approx(found.mean - reach)  # skewed upward: the lower bound is plain
+    assert bounds_of(found).high > found.mean + reach
+    assert found.degrees < 79
+
+
+def test_examples_needed_count_a_worse_difference_too() -> None:
+    found = estimate_of_files(np.random.default_rng(1).normal(0.03, 0.2, 100), np.ones(100))
+    assert examples_needed(found, 0.05) is not None
+    assert examples_needed(found, found.mean / 2) is not None
+    assert examples_needed(found, found.mean) is None
