@@ -1,17 +1,17 @@
-"""The first question: which truncation of one training is enough."""
+"""The first criterion: which truncation of one training is enough."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 
-from rightrank.decision.adapter import Question, adapter_answer
+from rightrank.decision.adapter import Criterion, adapter_answer
 from rightrank.schema.decision import AdapterAnswer
 from rightrank.schema.trials import EvalPoint, TrialFinished
 from tests.tiny import UNMEASURED
 
 EXAMPLES, TOKENS = 400, 10
-LOSS = Question(metric="loss", higher_is_better=False, margin=0.005)
+LOSS = Criterion(metric="loss", higher_is_better=False, margin=0.005)
 LEVELS = np.random.default_rng(7).normal(2.0, 0.5, EXAMPLES)  # of each example, shared by all adapters
 
 
@@ -35,8 +35,8 @@ def trial(
     )
 
 
-def answer(*trials: TrialFinished, question: Question = LOSS) -> AdapterAnswer:
-    found = adapter_answer(trials, question)
+def answer(*trials: TrialFinished, criterion: Criterion = LOSS) -> AdapterAnswer:
+    found = adapter_answer(trials, criterion)
     assert found is not None
     return found
 
@@ -111,10 +111,10 @@ def test_notes_offer_a_direct_training_and_name_a_top_that_overfits() -> None:
 def test_the_best_step_is_named_from_points_of_the_metric_alone(metric_points: bool) -> None:
     """With f1 the points during training are losses: a falling loss is no sign that fewer steps are better."""
     points = [EvalPoint(step=step, value=value, train_value=None) for step, value in ((10, 2.0), (20, 1.5), (40, 1.0))]
-    question = Question("f1", True, 0.01, points_are_of_the_metric=metric_points)
+    criterion = Criterion("f1", True, 0.01, points_are_of_the_metric=metric_points)
     top, small = (
         one.model_copy(update={"metrics": {"f1": 0.5}, "value": 0.5, "item_metrics": {"f1": [0.5] * 400}})
         for one in (TOP.model_copy(update={"points": points}), trial("a", 16, 0.0, parent="top"))
     )
-    notes = answer(top, small, question=question).notes
+    notes = answer(top, small, criterion=criterion).notes
     assert any("was best at step 10" in note for note in notes) is metric_points

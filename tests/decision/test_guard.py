@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pytest
 
-from rightrank.decision.adapter import Question, adapter_answer, compared_adapters
+from rightrank.decision.adapter import Criterion, adapter_answer, compared_adapters
 from rightrank.decision.guard import guarded
 from rightrank.decision.intervals import estimate
 from rightrank.report.adapters import figure_of
@@ -18,7 +18,7 @@ from rightrank.schema.trials import TrialFinished
 from tests.tiny import UNMEASURED
 
 EXAMPLES = 200
-QUESTION = Question("loss", False, 0.02)
+QUESTION = Criterion("loss", False, 0.02)
 RNG = np.random.default_rng(0)
 TASK_NOISE, GUARD_NOISE = RNG.normal(0, 0.01, (8, EXAMPLES)), RNG.normal(0, 0.03, (8, EXAMPLES))
 

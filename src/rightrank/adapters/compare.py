@@ -67,7 +67,7 @@ def compare_adapters(request: CompareRequest) -> AdapterComparison:
 
 def _read_sides(request: CompareRequest, data: Path, cache: Path) -> tuple[TrialFinished, TrialFinished]:
     """The scores of A and B on all examples of `data`, in one order."""
-    splits, settings = load_all(data, request.settings)
+    splits, settings = _load_all(data, request.settings)
     base: Runtime | None = None
     read = []
     for number, side in enumerate((request.a, request.b)):
@@ -81,7 +81,7 @@ def _read_sides(request: CompareRequest, data: Path, cache: Path) -> tuple[Trial
     return read[0], read[1]
 
 
-def load_all(data: Path, settings: SelectSettings) -> tuple[DataSplits, SelectSettings]:
+def _load_all(data: Path, settings: SelectSettings) -> tuple[DataSplits, SelectSettings]:
     """All rows of `data` as held-out examples, and settings that evaluate all of them.
 
     A folder with given splits gives its test split, or its validation split if it has no test split.

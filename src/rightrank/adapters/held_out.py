@@ -20,7 +20,7 @@ from rightrank.data.files import require_absent
 from rightrank.data.forms import Example
 from rightrank.data.rows import read_rows
 from rightrank.data.splits import DataSplits, load_data
-from rightrank.decision.adapter import Question, adapter_answer, trained_answer
+from rightrank.decision.adapter import Criterion, adapter_answer, trained_answer
 from rightrank.interop.servers import max_module_rank
 from rightrank.models.adapter_files import AdapterFolder, open_adapter, save_adapter, write_adapter
 from rightrank.models.truncation import Moments, components, shared_ranks
@@ -303,13 +303,13 @@ def _by_halves(adapter: AdapterFolder, runtime: Runtime, halves: Sequence[_Half]
 
 def _answer(trials: Sequence[TrialFinished], runtime: Runtime) -> AdapterAnswer:
     metric = runtime.settings.metric_name
-    question = Question(
+    criterion = Criterion(
         metric,
         runtime.settings.is_higher_better(metric),
         runtime.settings.margin,
         token_loss=runtime.data.summary.is_token_loss,
     )
-    return adapter_answer(trials, question) or trained_answer(max(trials, key=lambda trial: trial.rank), question)
+    return adapter_answer(trials, criterion) or trained_answer(max(trials, key=lambda trial: trial.rank), criterion)
 
 
 def _moments(adapter: AdapterFolder, runtime: Runtime) -> Gathered:

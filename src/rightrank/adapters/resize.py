@@ -153,7 +153,10 @@ def write_together(
         write: writes the adapter at a place of `adapters` to a folder.
         further: writes what else belongs into `out`.
     """
-    _require_writable(out)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunFolderError(f"{out}: cannot write there ({error.strerror or error}); give a writable folder") from None
     names = folder_names([adapter.path for adapter in adapters])
     with replacing_folder(out) as temporary:
         written = [write(place, temporary / name) for place, name in enumerate(names)]
@@ -161,17 +164,10 @@ def write_together(
     return [one.model_copy(update={"out": str(out / name)}) for one, name in zip(written, names, strict=True)]
 
 
-def _require_writable(out: Path) -> None:
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RunFolderError(f"{out}: cannot write there ({error.strerror or error}); give a writable folder") from None
-
-
 def _choice(adapter: AdapterFolder, rule: ResizeRule, options: ResizeOptions) -> RankChoice:
     if rule.rank is not None:
         return by_rank(adapter, rule.rank)
-    choice = by_noise(adapter) if rule.noise else by_energy(adapter, rule.energy or 0.0)
+    choice = _by_noise(adapter) if rule.noise else _by_energy(adapter, rule.energy or 0.0)
     return _uniform(choice, max(choice.ranks.values())) if options.uniform else choice
 
 
@@ -196,7 +192,7 @@ def by_rank(adapter: AdapterFolder, rank: int) -> RankChoice:
     return RankChoice({module.name: rank for module in adapter.modules}, f"rank {rank}")
 
 
-def by_energy(adapter: AdapterFolder, fraction: float) -> RankChoice:
+def _by_energy(adapter: AdapterFolder, fraction: float) -> RankChoice:
     """The fewest singular values of each module with this fraction of its energy Σσ².
 
     Raises:
@@ -211,7 +207,7 @@ def by_energy(adapter: AdapterFolder, fraction: float) -> RankChoice:
     return RankChoice(ranks, f"energy {fraction:g}")
 
 
-def by_noise(adapter: AdapterFolder) -> RankChoice:
+def _by_noise(adapter: AdapterFolder) -> RankChoice:
     """The number of singular values above the optimal hard threshold; a module where the noise is unclear keeps its rank."""
     ranks: dict[str, int] = {}
     unclear: list[str] = []
@@ -235,7 +231,7 @@ def _by_data(adapter: AdapterFolder, out: Path, data: Path, options: ResizeOptio
 
     if options.recover_steps and options.learning_rate is None:
         raise SettingsError("--recover needs --learning-rate; give the one that the adapter was trained at")
-    ranks = candidate_ranks(adapter, options.ranks)
+    ranks = _candidate_ranks(adapter, options.ranks)
     if options.recover_steps and options.train is None and None in read_rows(data):
         options = replace(options, train=data)  # recovery needs training examples: the split that select makes
     scored = scored_data(adapter, data, options.train, options.settings)
@@ -259,7 +255,7 @@ def _by_data(adapter: AdapterFolder, out: Path, data: Path, options: ResizeOptio
     return resized.model_copy(update={"notes": [*resized.notes, scored.note], "scored_examples": count})
 
 
-def candidate_ranks(adapter: AdapterFolder, asked: Sequence[int] | None = None) -> list[int]:
+def _candidate_ranks(adapter: AdapterFolder, asked: Sequence[int] | None = None) -> list[int]:
     """The ranks to measure: `asked`, or every power of two below the adapter's largest rank; and that rank.
 
     Raises:

@@ -136,7 +136,7 @@ class RankChoice:
 
 
 @dataclass(frozen=True, slots=True)
-class NewPair:
+class _NewPair:
     """The tensors of a pair at its new rank, and for each of its matrices the distance of ΔW from the original."""
 
     tensors: Mapping[str, torch.Tensor]
@@ -168,7 +168,7 @@ def write_resized(
     pairs = [_new_pair(adapter, pair, choice.ranks, _How(dtype, known, weights)) for pair in adapter.pairs]
     tensors = {key: value for pair in pairs for key, value in pair.tensors.items()}
     tensors |= {key: adapter.tensor(key) for key in adapter.other_keys}
-    write_like(adapter, out, resized_config(adapter, choice.ranks), tensors)
+    write_like(adapter, out, _resized_config(adapter, choice.ranks), tensors)
     records = [record for pair in pairs for record in pair.records]
     ranks = {record.name: record.rank for record in records}
     total = math.hypot(*(error for pair in pairs for error in pair.errors))
@@ -199,7 +199,7 @@ def require_plain_update(adapter: AdapterFolder) -> None:
         )
 
 
-def resized_config(adapter: AdapterFolder, ranks: Mapping[str, int]) -> dict[str, Any]:
+def _resized_config(adapter: AdapterFolder, ranks: Mapping[str, int]) -> dict[str, Any]:
     """The configuration with the largest rank as `r` and a `rank_pattern` for the others; alphas do not change."""
     by_address = {pair[0].address: _common(pair, ranks) for pair in adapter.pairs}
     largest = max(by_address.values())
@@ -225,7 +225,7 @@ class _How:
     weights: WeightFolder | None  # of the base, for DoRA
 
 
-def _new_pair(adapter: AdapterFolder, pair: Sequence[AdapterModule], ranks: Mapping[str, int], how: _How) -> NewPair:
+def _new_pair(adapter: AdapterFolder, pair: Sequence[AdapterModule], ranks: Mapping[str, int], how: _How) -> _NewPair:
     first, rank = pair[0], _common(pair, ranks)
     scaling = lora_scaling(first.lora_alpha, rank, adapter.use_rslora)
     ratio = first.scaling / scaling
@@ -254,7 +254,7 @@ def _new_pair(adapter: AdapterFolder, pair: Sequence[AdapterModule], ranks: Mapp
         ModuleResize(name=module.name, from_rank=module.rank, rank=rank, relative_delta_error=_relative(*found))
         for module, found in zip(pair, measured, strict=True)
     ]
-    return NewPair(tensors, [error for error, _ in measured], [norm for _, norm in measured], records)
+    return _NewPair(tensors, [error for error, _ in measured], [norm for _, norm in measured], records)
 
 
 def _distance(
@@ -267,7 +267,7 @@ def _distance(
     """`(‖ΔW' − ΔW‖_F, ‖ΔW‖_F)` from factors, the scale in B; of the whole update of DoRA with the weights of its base."""
     b, a = old[0] * module.scaling, old[1]
     if module.magnitude_key is not None and weights is not None:
-        weight = base_weight(weights, module, adapter)
+        weight = _base_weight(weights, module, adapter)
         magnitude = adapter.tensor(module.magnitude_key).double()
         updates = [torch.from_numpy(left @ right) for left, right in ((b, a), new)]
         before, after = (dora_weight(weight, update, magnitude) for update in updates)
@@ -276,7 +276,7 @@ def _distance(
     return factored_distance(b, a, *new), factored_distance(b, a, *none)
 
 
-def base_weight(weights: WeightFolder, module: AdapterModule, adapter: AdapterFolder) -> torch.Tensor:
+def _base_weight(weights: WeightFolder, module: AdapterModule, adapter: AdapterFolder) -> torch.Tensor:
     """The base's weight [rows, columns] under a module, in float64.
 
     Raises:

@@ -165,12 +165,12 @@ def inspect_adapter(path: Path, base: Path | None = None) -> Inspection:
         adapter.base_model,
         adapter.trained,
         tuple(key.removeprefix(PREFIX) for key in adapter.other_keys if not is_alpha(key)),
-        notes=tuple(adapter_notes(adapter)),
+        notes=tuple(_adapter_notes(adapter)),
     )
     return Inspection(modules=modules, summary=summarise(modules, about))
 
 
-def adapter_notes(adapter: AdapterFolder) -> list[str]:
+def _adapter_notes(adapter: AdapterFolder) -> list[str]:
     """Notes to the figures: patterns without effect, DoRA, initialisations that change the base."""
     notes: list[str] = []
     if adapter.unused_patterns:
@@ -222,12 +222,12 @@ def _update(adapter: AdapterFolder, module: AdapterModule, weights: WeightFolder
         values=values,
         energy=float(np.sum(values**2)),
         parameters=module.parameters,
-        base_spectral_norm=None if weights is None else base_norm(weights, module),
+        base_spectral_norm=None if weights is None else _base_norm(weights, module),
         flags=tuple(flags),
     )
 
 
-def base_norm(weights: WeightFolder, module: AdapterModule) -> float:
+def _base_norm(weights: WeightFolder, module: AdapterModule) -> float:
     """The spectral norm of the weight that a module adapts.
 
     Raises:
@@ -241,10 +241,10 @@ def base_norm(weights: WeightFolder, module: AdapterModule) -> float:
         raise _other_base(
             weights, f"{name} is {list(shape)} there, and the adapter's ΔW is [{module.rows}, {module.columns}]"
         )
-    return spectral_norm(weights.tensor(name).float().reshape(shape[0], -1))
+    return _spectral_norm(weights.tensor(name).float().reshape(shape[0], -1))
 
 
-def spectral_norm(matrix: torch.Tensor) -> float:
+def _spectral_norm(matrix: torch.Tensor) -> float:
     """‖W‖₂ by power iteration on WᵀW from a seeded start, a lower bound."""
     vector = torch.randn(matrix.shape[1], generator=torch.Generator().manual_seed(0))
     for _ in range(POWER_STEPS):

@@ -1,4 +1,4 @@
-"""The first question: the smallest adapter that can be taken from one training at the top rank.
+"""The first criterion: the smallest adapter that can be taken from one training at the top rank.
 
 Every candidate is a file: the top as trained, its truncations, and those with recovery steps. Two files are compared on the
 same examples, so the claim holds no seed: the only noise is which examples were drawn. Ranks are tested in a fixed
@@ -13,8 +13,8 @@ steps gain, which says nothing of its rank.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -27,9 +27,11 @@ from rightrank.schema.decision import AdapterAnswer, AdapterCandidate, AdapterOr
 from rightrank.schema.events import TestEvaluated
 from rightrank.schema.trials import TrialFinished, TrialOutcome
 
+MAX_DIRECT_RANK = 4  # at these ranks a direct training can beat a truncation (docs/explanation/science.md)
+
 
 @dataclass(frozen=True, slots=True)
-class Question:
+class Criterion:
     """What candidates are compared by."""
 
     metric: str
@@ -38,6 +40,168 @@ class Question:
     token_loss: bool = True
     points_are_of_the_metric: bool = True  # False: values during training are losses, whatever the metric
     trusts_values: bool = False  # whether a difference without scores by example is taken as exact, as in a replay
+
+
+def adapter_answer(
+    outcomes: Sequence[TrialOutcome], criterion: Criterion, top_id: str | None = None
+) -> AdapterAnswer | None:
+    """The smallest candidate that holds; None while no training has been truncated.
+
+    Args:
+        outcomes: of a run; only finished trials count.
+        top_id: the training to take candidates from; None: the best of those that were truncated.
+    """
+    files, table = files_of(outcomes, criterion)
+    parents = {file.trial.truncate_from for file in files.values()}
+    tops = [files[name] for name in files if name in parents and top_id in (None, name)]
+    if not tops:
+        return None
+    top = min(tops, key=lambda file: (-file.trial.rank, file.loss, file.trial.trial_id))
+    children = [file for file in files.values() if file.trial.truncate_from == top.trial.trial_id]
+    extra = next((file for file in children if file.trial.rank == top.trial.rank and file.how == "recovered"), None)
+    against = Against(extra if extra is not None and extra.loss < top.loss else top, table, criterion)
+    chosen, tested = _walk(children, against, top.trial.rank)
+    candidates = [
+        against.candidate(file) for file in sorted(children, key=lambda file: (-file.trial.rank, file.trial.steps))
+    ]
+    handed = against.candidate(chosen)
+    answer = _answer(
+        handed, top, against, [against.candidate(top), *candidates], _sentence(handed, top, against, tested)
+    )
+    return answer.model_copy(
+        update={
+            "extra_steps_difference": None if extra is None else against.difference(extra.cell, top.cell).mean,
+            "notes": _notes(handed, candidates, top, against),
+        }
+    )
+
+
+def trained_answer(trial: TrialFinished, criterion: Criterion, reference: TrialFinished | None = None) -> AdapterAnswer:
+    """The answer where no truncation was compared: a trained adapter, against the best one of the run (itself by default)."""
+    files, table = files_of([trial, *([] if reference is None else [reference])], criterion)
+    against = Against(files[(reference or trial).trial_id], table, criterion)
+    handed = against.candidate(files[trial.trial_id])
+    sentence = f"The adapter is the one trained at rank {trial.rank}; no truncation was compared."
+    return _answer(handed, files[trial.trial_id], against, [handed], sentence)
+
+
+def _answer(
+    handed: AdapterCandidate, top: AdapterFile, against: Against, candidates: list[AdapterCandidate], sentence: str
+) -> AdapterAnswer:
+    return AdapterAnswer(
+        rank=handed.rank,
+        how=handed.how,
+        trial_id=handed.trial_id,
+        trained_rank=top.trial.rank,
+        trained_id=top.trial.trial_id,
+        reference_id=against.reference.trial.trial_id,
+        reference_how=against.reference.how,
+        extra_steps_difference=None,
+        difference=handed.difference,
+        difference_high=handed.difference_high,
+        margin=against.margin,
+        candidates=candidates,
+        sentence=sentence,
+    )
+
+
+def improved_by_training(
+    answer: AdapterAnswer, outcomes: Sequence[TrialOutcome], criterion: Criterion
+) -> AdapterAnswer | None:
+    """The answer with a direct training in place of the truncation, where one is better; None where none is.
+
+    A training of a lower rank must hold against the same reference. One of the same rank must be shown to be better: the
+    95% upper bound of its difference from the present adapter is below 0.
+    """
+    files, table = files_of(outcomes, criterion)
+    if answer.reference_id not in files or answer.trial_id not in files:
+        return None
+    against, present = against_reference(answer, files, table, criterion), files[answer.trial_id]
+    better: list[AdapterCandidate] = []
+    for file in files.values():
+        if file.how != "trained" or file.trial.rank > answer.rank or file is present:
+            continue
+        candidate = against.candidate(file)
+        is_lower = file.trial.rank < answer.rank
+        if candidate.holds and (is_lower or bounds_of(against.difference(file.cell, present.cell)).high < 0):
+            better.append(candidate)
+    if not better:
+        return None
+    best = min(better, key=lambda one: (one.rank, one.difference, one.trial_id))
+    return with_adapter(
+        answer,
+        best,
+        f"The smallest adapter that loses nothing has rank {best.rank}, trained at that rank: its held-out difference "
+        f"from the reference is {_with_bound(best)}, within the margin of {answer.margin:.4g}.",
+    )
+
+
+def with_adapter(answer: AdapterAnswer, candidate: AdapterCandidate, sentence: str) -> AdapterAnswer:
+    """The answer with another adapter handed over."""
+    is_listed = any(one.trial_id == candidate.trial_id for one in answer.candidates)
+    return answer.model_copy(
+        update={
+            "rank": candidate.rank,
+            "how": candidate.how,
+            "trial_id": candidate.trial_id,
+            "difference": candidate.difference,
+            "difference_high": candidate.difference_high,
+            "candidates": answer.candidates if is_listed else [*answer.candidates, candidate],
+            "sentence": sentence,
+        }
+    )
+
+
+def compared_adapters(
+    answer: AdapterAnswer, outcomes: Sequence[TrialOutcome], criterion: Criterion
+) -> list[AdapterCandidate]:
+    """Every adapter of a run against the reference of `answer`, by descending rank.
+
+    Of several runs of a rank, the best is shown, and every one that the answer names: a guard may hand over another
+    learning rate of the reference's rank. Where the journal lacks a run that the answer names, there are its candidates alone.
+    """
+    files, table = files_of(outcomes, criterion)
+    named = {answer.trial_id, answer.reference_id, answer.trained_id}
+    if not named <= files.keys():
+        return answer.candidates
+    against = against_reference(answer, files, table, criterion)
+    shown = [files[trial_id] for trial_id in sorted(named, key=lambda trial_id: files[trial_id].loss)]
+    places = {(file.trial.rank, file.how) for file in shown}
+    for file in sorted(files.values(), key=lambda file: file.loss):
+        place = file.trial.rank, file.how
+        if file.trial.truncate_from in (None, answer.trained_id) and place not in places:
+            places.add(place)
+            shown.append(file)
+    return [against.candidate(file) for file in sorted(shown, key=lambda file: (-file.trial.rank, file.how))]
+
+
+def test_difference(
+    chosen: TestEvaluated | None, reference: TestEvaluated | None, criterion: Criterion
+) -> tuple[float, float | None] | None:
+    """`(difference from the reference, its 95% upper bound)` on the test split; None where either was not read there."""
+    if chosen is None or reference is None:
+        return None
+    sides = [_test_scores(one, criterion.metric) for one in (chosen, reference)]
+    sign = -1.0 if criterion.higher_is_better else 1.0
+    if sides[0] is None or sides[1] is None:
+        return sign * (chosen.value - reference.value), None
+    (ours, weights), (theirs, _) = sides[0], sides[1]
+    span = span_of(kind_of(criterion.metric, criterion.higher_is_better), [*ours / weights, *theirs / weights])
+    found = estimate(sign * (ours - theirs)[None, :], weights, span)
+    return found.mean, bounds_of(found).high if found.examples else None
+
+
+def _test_scores(test: TestEvaluated, metric: str) -> tuple[Floats, Floats] | None:
+    """`(sums, weights)` by example; None for a metric without scores by example on the test split."""
+    if metric == "loss":
+        return np.asarray(test.item_losses, dtype=np.float64), np.asarray(test.item_tokens, dtype=np.float64)
+    if metric == "accuracy" and test.item_correct is not None:
+        correct = np.asarray(test.item_correct, dtype=np.float64)
+        return correct, np.ones_like(correct)
+    if metric in test.item_metrics:
+        values = np.asarray(test.item_metrics[metric], dtype=np.float64)
+        return values, np.ones_like(values)
+    return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,20 +220,20 @@ class AdapterFile:
         return self.cell.loss
 
 
-def margin_of(question: Question, reference: AdapterFile, table: ScoreTable) -> float:
-    if question.margin is not None:
-        return question.margin
-    return default_margin(table.kind, reference.cell.value, table.values())
-
-
 @dataclass(frozen=True, slots=True)
 class Against:
     """Comparison with the reference file."""
 
     reference: AdapterFile
     table: ScoreTable
-    margin: float
-    trusts_values: bool
+    criterion: Criterion
+
+    @property
+    def margin(self) -> float:
+        """In the metric's unit."""
+        if self.criterion.margin is not None:
+            return self.criterion.margin
+        return default_margin(self.table.kind, self.reference.cell.value, self.table.values())
 
     def difference(self, cell: Cell, other: Cell | None = None) -> Estimate:
         """Paired over examples, metric's unit; above 0 is worse. A perplexity's is relative to the reference's."""
@@ -91,10 +255,13 @@ class Against:
             difference=difference,
             difference_low=low,
             difference_high=high,
-            holds=is_within(difference, self.margin) and self.trusts_values
-            if high is None
-            else is_within(high, self.margin),
+            holds=self._holds(difference, high),
         )
+
+    def _holds(self, difference: float, high: float | None) -> bool:
+        if high is None:
+            return self.criterion.trusts_values and is_within(difference, self.margin)
+        return is_within(high, self.margin)
 
     def _unit(self, oriented: float) -> float:
         if self.table.kind != "perplexity":
@@ -102,7 +269,14 @@ class Against:
         return self.reference.cell.value * math.expm1(min(oriented, 100.0))
 
 
-def files_of(outcomes: Sequence[TrialOutcome], question: Question) -> tuple[dict[str, AdapterFile], ScoreTable]:
+def against_reference(
+    answer: AdapterAnswer, files: Mapping[str, AdapterFile], table: ScoreTable, criterion: Criterion
+) -> Against:
+    """Comparison with the reference of an answer, at its margin."""
+    return Against(files[answer.reference_id], table, replace(criterion, margin=answer.margin))
+
+
+def files_of(outcomes: Sequence[TrialOutcome], criterion: Criterion) -> tuple[dict[str, AdapterFile], ScoreTable]:
     """Finished whole trainings and truncations by trial id, with the cells of a table that holds them all."""
     trials = [
         outcome
@@ -110,182 +284,20 @@ def files_of(outcomes: Sequence[TrialOutcome], question: Question) -> tuple[dict
         if isinstance(outcome, TrialFinished)
         and outcome.rank > 0
         and outcome.stop_at is None
-        and question.metric in outcome.metrics
+        and criterion.metric in outcome.metrics
     ]
     if not trials:
-        return {}, ScoreTable(question.metric, question.higher_is_better, {})
+        return {}, ScoreTable(criterion.metric, criterion.higher_is_better, {})
     files: dict[str, AdapterFile] = {}
-    lengths = {len(items[0]) if (items := trial.items(question.metric)) else 0 for trial in trials}
-    table = ScoreTable(question.metric, question.higher_is_better, {})
+    lengths = {len(items[0]) if (items := trial.items(criterion.metric)) else 0 for trial in trials}
+    table = ScoreTable(criterion.metric, criterion.higher_is_better, {})
     for trial in trials:
         bare = trial if len(lengths) == 1 else trial.model_copy(update={"item_losses": [], "item_tokens": []})
-        table = table_of([bare], question.metric, question.higher_is_better)
+        table = table_of([bare], criterion.metric, criterion.higher_is_better)
         files[trial.trial_id] = AdapterFile(trial, next(iter(table.cells.values())))
-    kind = "loss" if table.kind == "token_loss" and not question.token_loss else table.kind
+    kind = "loss" if table.kind == "token_loss" and not criterion.token_loss else table.kind
     cells = {(index, 0.0, 0): file.cell for index, file in enumerate(files.values())}
-    return files, ScoreTable(question.metric, question.higher_is_better, cells, {}, kind)
-
-
-def compared_adapters(
-    answer: AdapterAnswer, outcomes: Sequence[TrialOutcome], question: Question
-) -> list[AdapterCandidate]:
-    """Every adapter of a run against the reference of `answer`, by descending rank.
-
-    Of several runs of a rank, the best is shown, and every one that the answer names: a guard may hand over another
-    learning rate of the reference's rank. Where the journal lacks a run that the answer names, there are its candidates alone.
-    """
-    files, table = files_of(outcomes, question)
-    named = {answer.trial_id, answer.reference_id, answer.trained_id}
-    if not named <= files.keys():
-        return answer.candidates
-    against = Against(files[answer.reference_id], table, answer.margin, question.trusts_values)
-    shown = [files[trial_id] for trial_id in sorted(named, key=lambda trial_id: files[trial_id].loss)]
-    places = {(file.trial.rank, file.how) for file in shown}
-    for file in sorted(files.values(), key=lambda file: file.loss):
-        place = file.trial.rank, file.how
-        if file.trial.truncate_from in (None, answer.trained_id) and place not in places:
-            places.add(place)
-            shown.append(file)
-    return [against.candidate(file) for file in sorted(shown, key=lambda file: (-file.trial.rank, file.how))]
-
-
-MAX_DIRECT_RANK = 4  # at these ranks a direct training can beat a truncation (docs/explanation/science.md)
-
-
-def adapter_answer(
-    outcomes: Sequence[TrialOutcome], question: Question, top_id: str | None = None
-) -> AdapterAnswer | None:
-    """The smallest candidate that holds; None while no training has been truncated.
-
-    Args:
-        outcomes: of a run; only finished trials count.
-        top_id: the training to take candidates from; None: the best of those that were truncated.
-    """
-    files, table = files_of(outcomes, question)
-    parents = {file.trial.truncate_from for file in files.values()}
-    tops = [files[name] for name in files if name in parents and top_id in (None, name)]
-    if not tops:
-        return None
-    top = min(tops, key=lambda file: (-file.trial.rank, file.loss, file.trial.trial_id))
-    children = [file for file in files.values() if file.trial.truncate_from == top.trial.trial_id]
-    extra = next((file for file in children if file.trial.rank == top.trial.rank and file.how == "recovered"), None)
-    reference = extra if extra is not None and extra.loss < top.loss else top
-    margin = margin_of(question, reference, table)
-    against = Against(reference, table, margin, question.trusts_values)
-    chosen, tested = _walk(children, against, top.trial.rank)
-    candidates = [
-        against.candidate(file) for file in sorted(children, key=lambda file: (-file.trial.rank, file.trial.steps))
-    ]
-    answer = against.candidate(chosen)
-    return AdapterAnswer(
-        rank=answer.rank,
-        how=answer.how,
-        trial_id=answer.trial_id,
-        trained_rank=top.trial.rank,
-        trained_id=top.trial.trial_id,
-        reference_id=reference.trial.trial_id,
-        reference_how=reference.how,
-        extra_steps_difference=None if extra is None else against.difference(extra.cell, top.cell).mean,
-        difference=answer.difference,
-        difference_high=answer.difference_high,
-        margin=margin,
-        candidates=[against.candidate(top), *candidates],
-        sentence=_sentence(answer, top, reference, margin, tested),
-        notes=_notes(answer, candidates, top, margin, question),
-    )
-
-
-def trained_answer(trial: TrialFinished, question: Question, reference: TrialFinished | None = None) -> AdapterAnswer:
-    """The answer where no truncation was compared: a trained adapter, against the best one of the run (itself by default)."""
-    files, table = files_of([trial, *([] if reference is None else [reference])], question)
-    best = files[(reference or trial).trial_id]
-    margin = margin_of(question, best, table)
-    against = Against(best, table, margin, question.trusts_values)
-    answer = against.candidate(files[trial.trial_id])
-    return AdapterAnswer(
-        rank=trial.rank,
-        how="trained",
-        trial_id=trial.trial_id,
-        trained_rank=trial.rank,
-        trained_id=trial.trial_id,
-        reference_id=best.trial.trial_id,
-        reference_how="trained",
-        extra_steps_difference=None,
-        difference=answer.difference,
-        difference_high=answer.difference_high,
-        margin=margin,
-        candidates=[answer],
-        sentence=f"The adapter is the one trained at rank {trial.rank}; no truncation was compared.",
-    )
-
-
-def improved_by_training(
-    answer: AdapterAnswer, outcomes: Sequence[TrialOutcome], question: Question
-) -> AdapterAnswer | None:
-    """The answer with a direct training in place of the truncation, where one is better; None where none is.
-
-    A training of a lower rank must hold against the same reference. One of the same rank must be shown to be better: the
-    95% upper bound of its difference from the present adapter is below 0.
-    """
-    files, table = files_of(outcomes, question)
-    if answer.reference_id not in files or answer.trial_id not in files:
-        return None
-    against = Against(files[answer.reference_id], table, answer.margin, question.trusts_values)
-    present = files[answer.trial_id]
-    found: list[AdapterCandidate] = []
-    for file in files.values():
-        if file.how != "trained" or file.trial.rank > answer.rank or file is present:
-            continue
-        candidate = against.candidate(file)
-        is_lower = file.trial.rank < answer.rank
-        if candidate.holds and (is_lower or bounds_of(against.difference(file.cell, present.cell)).high < 0):
-            found.append(candidate)
-    if not found:
-        return None
-    best = min(found, key=lambda one: (one.rank, one.difference, one.trial_id))
-    return answer.model_copy(
-        update={
-            "rank": best.rank,
-            "how": "trained",
-            "trial_id": best.trial_id,
-            "difference": best.difference,
-            "difference_high": best.difference_high,
-            "candidates": [*answer.candidates, best],
-            "sentence": (
-                f"The smallest adapter that loses nothing has rank {best.rank}, trained at that rank: its held-out difference "
-                f"from the reference is {_with_bound(best)}, within the margin of {answer.margin:.4g}."
-            ),
-        }
-    )
-
-
-def test_difference(
-    chosen: TestEvaluated | None, reference: TestEvaluated | None, question: Question
-) -> tuple[float, float | None] | None:
-    """`(difference from the reference, its 95% upper bound)` on the test split; None where either was not read there."""
-    if chosen is None or reference is None:
-        return None
-    sides = [_test_scores(one, question.metric) for one in (chosen, reference)]
-    sign = -1.0 if question.higher_is_better else 1.0
-    if sides[0] is None or sides[1] is None:
-        return sign * (chosen.value - reference.value), None
-    (ours, weights), (theirs, _) = sides[0], sides[1]
-    span = span_of(kind_of(question.metric, question.higher_is_better), [*ours / weights, *theirs / weights])
-    found = estimate(sign * (ours - theirs)[None, :], weights, span)
-    return found.mean, bounds_of(found).high if found.examples else None
-
-
-def _test_scores(test: TestEvaluated, metric: str) -> tuple[Floats, Floats] | None:
-    """`(sums, weights)` by example; None for a metric without scores by example on the test split."""
-    if metric == "loss":
-        return np.asarray(test.item_losses, dtype=np.float64), np.asarray(test.item_tokens, dtype=np.float64)
-    if metric == "accuracy" and test.item_correct is not None:
-        correct = np.asarray(test.item_correct, dtype=np.float64)
-        return correct, np.ones_like(correct)
-    if metric in test.item_metrics:
-        values = np.asarray(test.item_metrics[metric], dtype=np.float64)
-        return values, np.ones_like(values)
-    return None
+    return files, ScoreTable(criterion.metric, criterion.higher_is_better, cells, {}, kind)
 
 
 def _with_bound(candidate: AdapterCandidate) -> str:
@@ -307,6 +319,53 @@ def _walk(children: Sequence[AdapterFile], against: Against, top_rank: int) -> t
             if not holding:
                 break
     return chosen, tested
+
+
+def _sentence(answer: AdapterCandidate, top: AdapterFile, against: Against, tested: Sequence[int]) -> str:
+    margin = against.margin
+    if answer.rank < top.trial.rank:
+        return (
+            f"The smallest adapter of this training that loses nothing has rank {answer.rank}: its held-out difference from the "
+            f"rank {top.trial.rank} adapter is {_with_bound(answer)}, within the margin of {margin:.4g}."
+        )
+    if not top.cell.examples:
+        return (
+            f"The adapter keeps rank {top.trial.rank}: without scores by example no truncation can be shown to lose less "
+            f"than the margin of {margin:.4g}."
+        )
+    lower = f"rank {tested[0]}" if tested else "no lower rank"
+    shown = "is not shown" if tested else "is measured"
+    return f"The adapter keeps rank {top.trial.rank}: {lower} {shown} to lose less than the margin of {margin:.4g}."
+
+
+def _notes(
+    answer: AdapterCandidate,
+    candidates: Sequence[AdapterCandidate],
+    top: AdapterFile,
+    against: Against,
+) -> list[str]:
+    notes, criterion = [], against.criterion
+    failing = [one.rank for one in candidates if one.rank < answer.rank and not one.holds]
+    if failing and max(failing) <= MAX_DIRECT_RANK:
+        notes.append(
+            f"At rank {max(failing)} a direct training can beat a truncation; the search for the training rank "
+            f"(--goal training-rank, the default) tries it."
+        )
+    quarter = [one for one in candidates if one.rank <= top.trial.rank / 4 and (one.difference_high or 0.0) < 0]
+    if quarter:
+        notes.append(
+            f"Rank {quarter[0].rank} is better than rank {top.trial.rank} by {-quarter[0].difference:.2g}: the top rank "
+            f"overfits; train again with --ranks up to {max(one.rank for one in quarter)}, or fewer steps."
+        )
+    points = [-point.value if criterion.higher_is_better else point.value for point in top.trial.points]
+    measures_the_metric = criterion.points_are_of_the_metric and top.trial.value_metric is None
+    if points and measures_the_metric and not is_within(points[-1] - min(points), against.margin):
+        best = top.trial.points[points.index(min(points))].step
+        notes.append(
+            f"The held-out value of rank {top.trial.rank} was best at step {best} of {top.trial.steps}: train again with "
+            f"--max-steps {best}."
+        )
+    return notes
 
 
 @dataclass(frozen=True, slots=True)
@@ -349,52 +408,3 @@ def making_of(trial: TrialFinished, finished: Sequence[TrialFinished]) -> Making
         recovery_steps=recovery,
         recovery_learning_rate=trial.learning_rate if recovery else 0.0,
     )
-
-
-def _sentence(
-    answer: AdapterCandidate, top: AdapterFile, reference: AdapterFile, margin: float, tested: Sequence[int]
-) -> str:
-    if answer.rank < top.trial.rank:
-        return (
-            f"The smallest adapter of this training that loses nothing has rank {answer.rank}: its held-out difference from the "
-            f"rank {top.trial.rank} adapter is {_with_bound(answer)}, within the margin of {margin:.4g}."
-        )
-    if not top.cell.examples:
-        return (
-            f"The adapter keeps rank {top.trial.rank}: without scores by example no truncation can be shown to lose less "
-            f"than the margin of {margin:.4g}."
-        )
-    lower = f"rank {tested[0]}" if tested else "no lower rank"
-    shown = "is not shown" if tested else "is measured"
-    return f"The adapter keeps rank {top.trial.rank}: {lower} {shown} to lose less than the margin of {margin:.4g}."
-
-
-def _notes(
-    answer: AdapterCandidate,
-    candidates: Sequence[AdapterCandidate],
-    top: AdapterFile,
-    margin: float,
-    question: Question,
-) -> list[str]:
-    notes = []
-    failing = [one.rank for one in candidates if one.rank < answer.rank and not one.holds]
-    if failing and max(failing) <= MAX_DIRECT_RANK:
-        notes.append(
-            f"At rank {max(failing)} a direct training can beat a truncation; the search for the training rank "
-            f"(--goal training-rank, the default) tries it."
-        )
-    quarter = [one for one in candidates if one.rank <= top.trial.rank / 4 and (one.difference_high or 0.0) < 0]
-    if quarter:
-        notes.append(
-            f"Rank {quarter[0].rank} is better than rank {top.trial.rank} by {-quarter[0].difference:.2g}: the top rank "
-            f"overfits; train again with --ranks up to {max(one.rank for one in quarter)}, or fewer steps."
-        )
-    points = [-point.value if question.higher_is_better else point.value for point in top.trial.points]
-    measures_the_metric = question.points_are_of_the_metric and top.trial.value_metric is None
-    if points and measures_the_metric and not is_within(points[-1] - min(points), margin):
-        best = top.trial.points[points.index(min(points))].step
-        notes.append(
-            f"The held-out value of rank {top.trial.rank} was best at step {best} of {top.trial.steps}: train again with "
-            f"--max-steps {best}."
-        )
-    return notes

@@ -15,7 +15,6 @@ out the noise over seeds.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -96,7 +95,7 @@ class Evidence:
         """Of the ranks' own means, and of differences from the base, which has no seed."""
         if self.basis in ("items and seeds", "seeds"):
             return measured_noise(list(self._bare.values()))
-        scatter = curve_scatter(list(self._bare.values())) ** 2 if self.basis == "values" else 0.0
+        scatter = _curve_scatter(list(self._bare.values())) ** 2 if self.basis == "values" else 0.0
         return SeedNoise(0.0, 0.0, scatter, 0.0)
 
     @cached_property
@@ -126,6 +125,11 @@ class Evidence:
         """
         means = np.array([self.contenders[rank].fair_loss for rank in sorted(self.contenders)])
         return winners_gap(means, self.covariance)
+
+    def is_at_edge(self, rank: int) -> bool:
+        """Whether the rank's best learning rate is the lowest or the highest of several that were tried."""
+        tried = self.table.tried_learning_rates(rank)
+        return len(tried) > 1 and self.contenders[rank].learning_rate in (tried[0], tried[-1])
 
     def value(self, contender: Contender) -> Estimate:
         """The contender's own mean."""
@@ -179,14 +183,9 @@ class Evidence:
         if self.is_point_reading:
             seeds = np.diag([self.noise.individual] * len(columns))
         else:
-            seeds = _about_the_best(
-                [0.0 if lr == best else self._lr_noise(by_seed[lr], contender.cells) for lr in columns]
-            )
+            pairs = {lr: cells_of_shared_seeds(by_seed[lr], contender.cells) for lr in columns if lr != best}
+            seeds = _about_the_best([_seeds_part(pairs[lr], self.prior)[0] if pairs.get(lr) else 0.0 for lr in columns])
         return winners_gap(means, seeds + _examples_part(list(columns.values())))
-
-    def _lr_noise(self, cells: Mapping[int, Cell], best: Mapping[int, Cell]) -> float:
-        """The seed variance of the mean difference between two learning rates of one rank."""
-        return _seeds_part(cells_of_shared_seeds(cells, best), self.prior)[0] if cells.keys() & best.keys() else 0.0
 
 
 def measured_noise(contenders: list[Contender]) -> SeedNoise:
@@ -206,7 +205,7 @@ def measured_noise(contenders: list[Contender]) -> SeedNoise:
     return SeedNoise(0.0, 0.0, squares / degrees, degrees)
 
 
-def curve_scatter(contenders: list[Contender]) -> float:
+def _curve_scatter(contenders: list[Contender]) -> float:
     """The standard deviation of bare values about the power law; 0 below `MIN_CURVE_RANKS` ranks."""
     if len(contenders) < MIN_CURVE_RANKS:
         return 0.0
@@ -318,6 +317,11 @@ class Comparison:
             return True
         answer = {self.chosen, self.next_lower or self.chosen} - {self.reference.rank}
         return any(self.by_rank[rank].difference.seeds < 2 for rank in answer)
+
+    @property
+    def rests_on_examples(self) -> bool:
+        """Whether examples alone speak for the answer, so that further seeds make it a decision."""
+        return self.is_indication and self.evidence.has_examples
 
     @property
     def next_lower(self) -> int | None:

@@ -38,7 +38,7 @@ def fit_curve(found: Comparison, unit: Unit) -> CurveFit | None:
         return None
     ranks = np.array([float(contender.rank) for contender in contenders])
     losses = np.array([contender.fair_loss for contender in contenders])
-    measured = rank_deviations(evidence)
+    measured = _rank_deviations(evidence)
     deviations = robust_deviations(ranks, losses, measured)
     errors = prediction_errors(ranks, losses, deviations)
     form = choose_form(errors)
@@ -46,7 +46,7 @@ def fit_curve(found: Comparison, unit: Unit) -> CurveFit | None:
     grid = np.geomspace(ranks[0], ranks[-1], GRID_POINTS)
     law = fit_power(ranks, draws, deviations)
     meets = margin_ranks(grid, predict(form, ranks, draws, deviations, grid), margin)
-    meets = np.maximum(meets, smallest_possible_rank(found))
+    meets = np.maximum(meets, _smallest_possible_rank(found))
     lows, highs = np.quantile(meets[1:], two_sided(0.95))
     gain = law.b * ranks[-1] ** -law.c
     doubling = gain * (1 - 2.0**-law.c)
@@ -69,7 +69,7 @@ def fit_curve(found: Comparison, unit: Unit) -> CurveFit | None:
     )
 
 
-def smallest_possible_rank(found: Comparison) -> float:
+def _smallest_possible_rank(found: Comparison) -> float:
     """The smallest rank that may be enough: one above the largest that is shown not to be, below the reference."""
     below = [rank for rank in found.ranks if rank < found.reference.rank]
     refuted = [rank for rank in below if found.by_rank[rank].non_inferior is False]
@@ -90,7 +90,7 @@ def _noise(evidence: Evidence, widened: Floats) -> Floats:
     return noise
 
 
-def rank_deviations(evidence: Evidence) -> Floats:
+def _rank_deviations(evidence: Evidence) -> Floats:
     """[ranks] the standard error of each rank's mean, without the part that all ranks share.
 
     A paired difference has the variance of two ranks, so each gets half of it.

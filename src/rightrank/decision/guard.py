@@ -13,7 +13,7 @@ from statistics import geometric_mean
 
 import numpy as np
 
-from rightrank.decision.adapter import AdapterFile, Against, Question, files_of
+from rightrank.decision.adapter import AdapterFile, Criterion, against_reference, files_of, with_adapter
 from rightrank.decision.comparison import CONFIDENCE, bounds_of, examples_needed, is_within
 from rightrank.decision.intervals import Estimate, estimate
 from rightrank.schema.decision import AdapterAnswer, AdapterCandidate, NextRun
@@ -49,7 +49,7 @@ class _Measured:
 def guarded(
     answer: AdapterAnswer,
     outcomes: Sequence[TrialOutcome],
-    question: Question,
+    criterion: Criterion,
     evaluated: Iterable[GuardEvaluated],
     margin: float,
     before: GuardAnswer | None = None,
@@ -61,7 +61,7 @@ def guarded(
         margin: how much worse than the base is still allowed, nats.
         before: the guard of an earlier answer of the same run, which `answer` may already keep.
     """
-    measured = _measured(answer, outcomes, question, evaluated)
+    measured = _measured(answer, outcomes, criterion, evaluated)
     task_rank, task_id = answer.rank, answer.trial_id
     if before is not None and before.task_rank <= answer.rank:
         task_rank, task_id = before.task_rank, before.task_trial_id
@@ -93,13 +93,13 @@ def guarded(
 
 
 def _measured(
-    answer: AdapterAnswer, outcomes: Sequence[TrialOutcome], question: Question, evaluated: Iterable[GuardEvaluated]
+    answer: AdapterAnswer, outcomes: Sequence[TrialOutcome], criterion: Criterion, evaluated: Iterable[GuardEvaluated]
 ) -> list[_Measured]:
     """Every adapter that was measured on all guard files, against the base there and the reference on the task."""
     losses = {(one.trial_id, one.file): one for one in evaluated}
     bases = {one.file: one for one in losses.values() if one.rank == 0}
-    files, table = files_of(outcomes, question)
-    against = Against(files[answer.reference_id], table, answer.margin, question.trusts_values)
+    files, table = files_of(outcomes, criterion)
+    against = against_reference(answer, files, table, criterion)
     return [
         _Measured(
             file, against.candidate(file), {name: _against_base(losses[trial_id, name], bases[name]) for name in bases}
@@ -142,21 +142,12 @@ def _candidate(one: _Measured, confidence: float, margin: float) -> GuardCandida
 def _moved(answer: AdapterAnswer, chosen: _Measured) -> AdapterAnswer:
     """The answer with the adapter that keeps the guard in place of the task's."""
     task = chosen.task
-    known = any(one.trial_id == task.trial_id for one in answer.candidates)
-    return answer.model_copy(
-        update={
-            "rank": task.rank,
-            "how": task.how,
-            "trial_id": task.trial_id,
-            "difference": task.difference,
-            "difference_high": task.difference_high,
-            "candidates": answer.candidates if known else [*answer.candidates, task],
-            "sentence": (
-                f"The smallest adapter that loses nothing on the task and keeps the guard has rank {task.rank} ({task.how}, "
-                f"learning rate {chosen.file.trial.learning_rate:g}): its held-out difference from the reference is "
-                f"{task.difference:+.2g}, within the margin of {answer.margin:g}."
-            ),
-        }
+    return with_adapter(
+        answer,
+        task,
+        f"The smallest adapter that loses nothing on the task and keeps the guard has rank {task.rank} ({task.how}, "
+        f"learning rate {chosen.file.trial.learning_rate:g}): its held-out difference from the reference is "
+        f"{task.difference:+.2g}, within the margin of {answer.margin:g}.",
     )
 
 

@@ -33,19 +33,11 @@ def next_runs(found: Comparison, verdict: Verdict, flags: list[str]) -> list[Nex
     if "unequal_length" in flags:
         runs.append(_equal_lengths(found.evidence))
     if verdict not in ("no_gain", "undecided"):
-        runs.append(_confirmation(found, verdict))
+        if found.evidence.is_point_reading and underpowered(found, verdict):
+            runs.append(_prove(found))
+        else:
+            runs.append(_further_seeds(found) if found.rests_on_examples else _confirm(found))
     return runs
-
-
-def _confirmation(found: Comparison, verdict: Verdict) -> NextRun:
-    if found.evidence.is_point_reading and underpowered(found, verdict):
-        return _prove(found)
-    return _further_seeds(found) if _is_indication(found) else _confirm(found)
-
-
-def _is_indication(found: Comparison) -> bool:
-    """Whether examples alone speak for the answer, so that further seeds make it a decision."""
-    return found.is_indication and found.evidence.has_examples
 
 
 def _undecided_rank(found: Comparison) -> tuple[int, Estimate]:
@@ -64,20 +56,17 @@ def _settle(found: Comparison, rank: int, difference: Estimate) -> list[NextRun]
     names = _ranks(sorted({rank, found.reference.rank}))
     runs = []
     examples = examples_needed(difference, found.margin)
-    seeds = None if _is_indication(found) else seeds_needed(difference, found.margin)
+    seeds = None if found.rests_on_examples else seeds_needed(difference, found.margin)
     if examples is not None:
         sentence = f"Score about {examples:,} held-out examples (now {difference.examples:,}) at {names} to settle it."
         runs.append(NextRun(action="items", ranks=ranks, items=examples, sentence=sentence))
     if seeds is not None:
-        further = seeds - difference.seeds
-        trials, seconds = len(ranks) * further, _seconds(found.evidence, ranks, further)
-        sentence = f"Train {names} with {seeds} seeds (now {difference.seeds}) to settle it ({_cost(trials, seconds)})."
-        runs.append(
-            NextRun(action="seeds", ranks=ranks, seeds=seeds, trials=trials, seconds=seconds, sentence=sentence)
-        )
+        trials = len(ranks) * (seeds - difference.seeds)
+        sentence = f"Train {names} with {seeds} seeds (now {difference.seeds}) to settle it ({{cost}})."
+        runs.append(_train_seeds(found.evidence, ranks, seeds, trials, sentence))
     if examples is not None and seeds is not None and examples > CHEAP_EXAMPLE_GROWTH * difference.examples:
         runs.reverse()
-    if _is_indication(found):
+    if found.rests_on_examples:
         runs.append(_further_seeds(found, rank))
     elif not runs:
         runs.append(_more_of_both(found, rank, difference))
@@ -90,27 +79,14 @@ def _more_of_both(found: Comparison, rank: int, difference: Estimate) -> NextRun
     for seeds in range(difference.seeds + 1, MAX_SEEDS + 1):
         examples = examples_needed(difference.at(difference.examples, seeds), found.margin)
         if examples is not None:
-            further = seeds - difference.seeds
-            trials, seconds = len(ranks) * further, _seconds(found.evidence, ranks, further)
+            trials = len(ranks) * (seeds - difference.seeds)
             sentence = (
                 f"Train {_ranks(ranks)} with {seeds} seeds (now {difference.seeds}) and score about {examples:,} held-out "
-                f"examples (now {difference.examples:,}) to settle it ({_cost(trials, seconds)})."
+                f"examples (now {difference.examples:,}) to settle it ({{cost}})."
             )
-            return NextRun(
-                action="seeds",
-                ranks=ranks,
-                seeds=seeds,
-                items=examples,
-                trials=trials,
-                seconds=seconds,
-                sentence=sentence,
-            )
-    start = (
-        f"Not even {MAX_SEEDS} seeds with {MAX_EXAMPLE_GROWTH} times the examples"
-        if difference.examples
-        else (f"Not even {MAX_SEEDS} seeds")
-    )
-    sentence = f"{start} would settle {_name(rank)} at this noise: take rank {found.chosen}, or choose another margin."
+            return _train_seeds(found.evidence, ranks, seeds, trials, sentence, examples)
+    examples_too = f" with {MAX_EXAMPLE_GROWTH} times the examples" if difference.examples else ""
+    sentence = f"Not even {MAX_SEEDS} seeds{examples_too} would settle {_name(rank)} at this noise: take rank {found.chosen}, or choose another margin."
     return NextRun(action="none", ranks=[found.chosen], sentence=sentence)
 
 
@@ -123,29 +99,24 @@ def _further_seeds(found: Comparison, undecided: int | None = None) -> NextRun:
         for rank in sorted(compared)
         if rank in (found.chosen, undecided) or found.by_rank[rank].non_inferior is False
     ]
-    needed = [_seeds_expected(found, rank) for rank in known]
+    sizes = range(MIN_SEEDS, MAX_SEEDS + 1)
+    needed = [
+        next((n for n in sizes if settles(evidence.expected(evidence.contenders[rank], n), found.margin)), None)
+        for rank in known
+    ]
     enough = [seeds for seeds in needed if seeds is not None]
     seeds = max(enough, default=MIN_SEEDS) if len(enough) == len(needed) else MIN_SEEDS
     ranks = sorted(compared | {reference})
     missing = sum(max(0, seeds - len(evidence.contenders[rank].cells)) for rank in ranks)
-    seconds = _seconds(evidence, ranks, missing / len(ranks))
     start = f"Train {_ranks(ranks)} with {seeds} seeds (now 1)"
     if len(enough) == len(needed):
-        sentence = (
-            f"{start} to make it a decision, if the seed noise is that of earlier grids ({_cost(missing, seconds)})."
-        )
+        sentence = f"{start} to make it a decision, if the seed noise is that of earlier grids ({{cost}})."
     else:
         sentence = (
-            f"{start} to measure the noise over seeds ({_cost(missing, seconds)}); at that of earlier grids, {MAX_SEEDS} seeds "
+            f"{start} to measure the noise over seeds ({{cost}}); at that of earlier grids, {MAX_SEEDS} seeds "
             "would not make it a decision at this margin."
         )
-    return NextRun(action="seeds", ranks=ranks, seeds=seeds, trials=missing, seconds=seconds, sentence=sentence)
-
-
-def _seeds_expected(found: Comparison, rank: int) -> int | None:
-    contender = found.evidence.contenders[rank]
-    sizes = range(MIN_SEEDS, MAX_SEEDS + 1)
-    return next((size for size in sizes if settles(found.evidence.expected(contender, size), found.margin)), None)
+    return _train_seeds(evidence, ranks, seeds, missing, sentence)
 
 
 def _equal_lengths(evidence: Evidence) -> NextRun:
@@ -174,7 +145,8 @@ def _extend(evidence: Evidence) -> NextRun:
 
 def _beyond_the_edge(found: Comparison) -> NextRun:
     evidence, ranks = found.evidence, sorted({found.chosen, found.reference.rank})
-    rank, lr = next((rank, lr) for rank in ranks if (lr := _lr_beyond_the_edge(evidence, rank)) is not None)
+    rank = next(rank for rank in ranks if evidence.is_at_edge(rank))
+    lr = _lr_beyond_the_edge(evidence, rank)
     seconds = _seconds(evidence, ranks, 1)
     sentence = (
         f"The best learning rate of rank {rank} is at the edge of those tried: train {_ranks(ranks)} at {lr:.2g} too "
@@ -185,12 +157,10 @@ def _beyond_the_edge(found: Comparison) -> NextRun:
     )
 
 
-def _lr_beyond_the_edge(evidence: Evidence, rank: int) -> float | None:
-    """The next learning rate outward, by the same factor as the last step inward; None where the best is not at the edge."""
-    lrs, best = evidence.table.tried_learning_rates(rank), evidence.contenders[rank].learning_rate
-    if len(lrs) < 2 or best not in (lrs[0], lrs[-1]):
-        return None
-    if best == lrs[0]:
+def _lr_beyond_the_edge(evidence: Evidence, rank: int) -> float:
+    """The next learning rate outward, by the same factor as the last step inward."""
+    lrs = evidence.table.tried_learning_rates(rank)
+    if evidence.contenders[rank].learning_rate == lrs[0]:
         return lrs[0] ** 2 / lrs[1]
     return lrs[-1] ** 2 / lrs[-2] if lrs[-2] > 0 else EDGE_FACTOR * lrs[-1]
 
@@ -207,10 +177,8 @@ def _prove(found: Comparison) -> NextRun:
             f"One number per rank can't show it: score {_ranks(ranks)} by example, with {CONFIRM_SEEDS} seeds or more."
         )
         return NextRun(action="items", ranks=ranks, seeds=CONFIRM_SEEDS, sentence=sentence)
-    trials = len(ranks) * (needed - 1)
-    seconds = _seconds(evidence, ranks, needed - 1)
-    sentence = f"Train {_ranks(ranks)} with {needed} seeds each to show it ({_cost(trials, seconds)})."
-    return NextRun(action="seeds", ranks=ranks, seeds=needed, trials=trials, seconds=seconds, sentence=sentence)
+    sentence = f"Train {_ranks(ranks)} with {needed} seeds each to show it ({{cost}})."
+    return _train_seeds(evidence, ranks, needed, len(ranks) * (needed - 1), sentence)
 
 
 def _confirm(found: Comparison) -> NextRun:
@@ -221,9 +189,8 @@ def _confirm(found: Comparison) -> NextRun:
     if missing == 0:
         sentence = f"No further training is needed: evaluate {_ranks(ranks)} once on held-out data that no choice was based on."
         return NextRun(action="test", ranks=ranks, sentence=sentence)
-    seconds = _seconds(evidence, ranks, missing / len(ranks))
-    sentence = f"Train {_ranks(ranks)} with {CONFIRM_SEEDS} seeds to confirm it ({_cost(missing, seconds)})."
-    return NextRun(action="seeds", ranks=ranks, seeds=CONFIRM_SEEDS, trials=missing, seconds=seconds, sentence=sentence)
+    sentence = f"Train {_ranks(ranks)} with {CONFIRM_SEEDS} seeds to confirm it ({{cost}})."
+    return _train_seeds(evidence, ranks, CONFIRM_SEEDS, missing, sentence)
 
 
 def _after_no_gain(evidence: Evidence) -> NextRun:
@@ -232,6 +199,22 @@ def _after_no_gain(evidence: Evidence) -> NextRun:
     sentence = f"Check that the labels match the data; then train once{at}, or longer, before giving up."
     lrs = [lr] if lr > 0 else []
     return NextRun(action="data", ranks=[min(evidence.contenders)], learning_rates=lrs, trials=1, sentence=sentence)
+
+
+def _train_seeds(
+    evidence: Evidence, ranks: list[int], seeds: int, trials: int, sentence: str, examples: int | None = None
+) -> NextRun:
+    """`trials` further trainings, so that each of the ranks has `seeds` seeds; the sentence has `{cost}` for what they take."""
+    seconds = _seconds(evidence, ranks, trials / len(ranks))
+    return NextRun(
+        action="seeds",
+        ranks=ranks,
+        seeds=seeds,
+        items=examples,
+        trials=trials,
+        seconds=seconds,
+        sentence=sentence.format(cost=_cost(trials, seconds)),
+    )
 
 
 def _seconds(evidence: Evidence, ranks: list[int], times: float) -> float | None:

@@ -133,6 +133,10 @@ def _record(found: Comparison, compared: Compared, unit: Unit) -> RankEvidence:
     contender = compared.contender
     is_reference = contender.rank == found.reference.rank
     unknown = found.evidence.basis == "values" and compared.difference.variance == 0 and not is_reference
+    further: dict[str, float] = {}
+    if compared.further is not None:
+        further_ends = (unit.difference(compared.further.bound(level)) for level in two_sided(CONFIDENCE))
+        further = dict(zip(("further_seed_low", "further_seed_high"), further_ends, strict=True))
     ends = sorted(unit.value(compared.mean.bound(level)) for level in two_sided(CONFIDENCE))
     return RankEvidence(
         rank=contender.rank,
@@ -142,17 +146,10 @@ def _record(found: Comparison, compared: Compared, unit: Unit) -> RankEvidence:
         difference=unit.difference(compared.difference.mean),
         difference_low=None if unknown else unit.difference(compared.low),
         difference_high=None if unknown else unit.difference(compared.high),
-        **_further_seed(compared, unit),
+        **further,
         non_inferior=compared.non_inferior,
         learning_rate=contender.learning_rate or None,
         seeds=len(contender.cells),
         trial_ids=[cell.trial_id for cell in contender.cells.values()],
         winner_gap=unit.difference(contender.gap),
     )
-
-
-def _further_seed(compared: Compared, unit: Unit) -> dict[str, float]:
-    if compared.further is None:
-        return {}
-    low, high = (unit.difference(compared.further.bound(level)) for level in two_sided(CONFIDENCE))
-    return {"further_seed_low": low, "further_seed_high": high}

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from rightrank.decision.adapter import Question, making_of
+from rightrank.decision.adapter import Criterion, making_of
 from rightrank.decision.metrics import REPORTED_ONLY
 from rightrank.decision.rule import decide
 from rightrank.decision.table import ScoreTable, table_of
@@ -25,7 +25,7 @@ from rightrank.schema.events import (
     TestEvaluated,
 )
 from rightrank.schema.metrics import direction, unknown_direction
-from rightrank.schema.settings import PLAIN, PROFILES, Profile
+from rightrank.schema.settings import PLAIN, PROFILES
 from rightrank.schema.trials import OUTCOMES, EvalPoint, TrialFinished, TrialLook, TrialOutcome, TrialStarted
 
 
@@ -50,7 +50,7 @@ class Records:
             [record for record in records if isinstance(record, Certified)],
             [record for record in records if isinstance(record, AdapterRecorded)],
             [record for record in records if isinstance(record, GuardEvaluated)],
-            looks_of(records),
+            _looks_of(records),
         )
 
     def finished(self) -> list[TrialFinished]:
@@ -92,7 +92,7 @@ def last_outcomes(records: Sequence[JournalRecord]) -> list[TrialOutcome]:
     return list({outcome.trial_id: outcome for outcome in ended}.values())
 
 
-def looks_of(records: Sequence[JournalRecord]) -> dict[str, list[EvalPoint]]:
+def _looks_of(records: Sequence[JournalRecord]) -> dict[str, list[EvalPoint]]:
     """The values that each trial reported along the way. Those of a trial that started again are dropped.
 
     A step that is reported again replaces the earlier report and all later ones.
@@ -146,21 +146,16 @@ def decide_on(
     given = records.started.settings.get("metrics")
     asked = [records.started.metric, *(given if isinstance(given, list) else [])]
     beside = [name for name in metrics_of(records) if name != metric and (name in asked or name not in REPORTED_ONLY)]
-    others = [run_table(records, outcomes, name) for name in beside if direction_in(records.started, name) is not None]
+    others = [run_table(records, outcomes, name) for name in beside if _direction_in(records.started, name) is not None]
+    profile = records.started.settings.get("profile")  # one that this version does not know is the plain one
     return decide(
         run_table(records, outcomes, metric, higher),
         float(margin) if isinstance(margin, int | float) else None,
         token_loss=is_token_loss(records),
         horizon_steps=horizon_steps,
         others=others if records.started.data.form != "own" else (),
-        smallest_if_alike=_profile_of(records).smallest_if_alike,
+        smallest_if_alike=isinstance(profile, str) and PROFILES.get(profile, PLAIN).smallest_if_alike,
     )
-
-
-def _profile_of(records: Records) -> Profile:
-    """The profile of the run; the plain one where this version does not know it."""
-    name = records.started.settings.get("profile")
-    return PROFILES.get(name, PLAIN) if isinstance(name, str) else PLAIN
 
 
 def is_token_loss(records: Records) -> bool:
@@ -191,13 +186,13 @@ def run_table(
         return table_of(outcomes, started.metric, started.higher_is_better if higher is None else higher)
     metric = metric or started.metric
     if higher is None:
-        higher = direction_in(started, metric)
+        higher = _direction_in(started, metric)
     if higher is None:
         raise ResultsError(f"{unknown_direction(metric)}; give --higher-is-better or --lower-is-better")
     return table_of(outcomes, metric, higher, started.points_metric or started.metric, looks=records.plain())
 
 
-def direction_in(started: RunStarted, metric: str) -> bool | None:
+def _direction_in(started: RunStarted, metric: str) -> bool | None:
     """Whether higher is better by a metric of the run: from its settings, else from the metric's name; None: not known."""
     if metric == started.metric:
         return started.higher_is_better
@@ -232,11 +227,11 @@ def decision_so_far(records: Records, outcomes: Sequence[TrialOutcome] | None = 
 SECOND_QUESTION = ("rank", "verdict", "confidence", "sentence")
 
 
-def question_of(records: Records) -> Question:
+def question_of(records: Records) -> Criterion:
     """The metric and the margin of the run."""
     started = records.started
     margin = started.settings.get("margin")
-    return Question(
+    return Criterion(
         started.metric,
         started.higher_is_better,
         float(margin) if isinstance(margin, int | float) else None,

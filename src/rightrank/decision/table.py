@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 
 import numpy as np
 
+from rightrank.decision.comparison import bounds_of
 from rightrank.decision.intervals import Estimate, estimate
 from rightrank.decision.metrics import MetricKind, kind_of, span_of
 from rightrank.decision.seeds import adjusted_means, best_learning_rate
@@ -185,9 +185,6 @@ def _cell_of_result(result: Result, value: float, kind: MetricKind, higher_is_be
     )
 
 
-SURE = 0.95  # with which a learning rate of fewer seeds must win to replace one of more
-
-
 @dataclass(frozen=True, slots=True)
 class Contender:
     """One rank at its best learning rate."""
@@ -215,19 +212,14 @@ def cells_by_seed(table: ScoreTable, rank: int, learning_rate: float) -> dict[in
 
 def contender_of(table: ScoreTable, rank: int) -> Contender:
     columns = {lr: cells_by_seed(table, rank, lr) for lr in table.learning_rates(rank)}
-    best = best_learning_rate(
-        {lr: losses_by_seed(cells) for lr, cells in columns.items()}, partial(_is_surely_lower, columns)
-    )
+
+    def is_surely_lower(one: float, other: float) -> bool:
+        """On the seeds that both have. One number a training shows no noise: there the means decide."""
+        return bounds_of(estimate_of(cells_of_shared_seeds(columns[one], columns[other]))).high < 0
+
+    best = best_learning_rate({lr: losses_by_seed(cells) for lr, cells in columns.items()}, is_surely_lower)
     cells = columns[best]
     return Contender(rank, best, cells, float(np.mean([cell.loss for cell in cells.values()])))
-
-
-def _is_surely_lower(columns: Mapping[float, Mapping[int, Cell]], one: float, other: float) -> bool:
-    """Whether one learning rate is shown to be better than another on the seeds that both have.
-
-    One number a training shows no noise: there the means decide.
-    """
-    return estimate_of(cells_of_shared_seeds(columns[one], columns[other])).bound(SURE) < 0
 
 
 def on_common_seeds(contenders: list[Contender]) -> dict[int, Contender]:

@@ -33,6 +33,181 @@ from rightrank.schema.decision import CurveFit, HorizonNote, Verdict
 from rightrank.schema.metrics import direction
 from rightrank.schema.trials import EvalPoint, TrialCollapsed, TrialFinished, TrialOutcome
 
+
+def verdict_of(found: Comparison) -> Verdict:
+    """The first row of the table above that applies."""
+    if 0 in found.by_rank and found.by_rank[0].within:
+        return "no_gain"
+    if inconclusive_rank(found) is not None or possible_rival(found) is not None:
+        return "undecided"
+    if overfits(found):
+        return "overfitting"
+    if found.chosen == found.ranks[0] and not any(found.is_worse(rank) for rank in found.ranks):
+        return "flat"
+    if rises(found) and all(found.is_worse(rank) for rank in found.ranks[:-1]):
+        return "rising"
+    return "saturated"
+
+
+def inconclusive_rank(found: Comparison) -> int | None:
+    """The rank (0: the base) that leaves the answer undecided; None where the answer is known within a factor of two.
+
+    The base does if it is inconclusive. Otherwise, with "next" the next lower rank than the chosen one, and "far" the highest
+    rank below half of the chosen one:
+
+        ================  ========================  ================  ========
+        next              the chosen rank           far               returns
+        ================  ========================  ================  ========
+        none, or refuted  any                       any               None
+        inconclusive      is the largest tried      any               next
+        inconclusive      is not the largest tried  none, or refuted  None
+        inconclusive      is not the largest tried  inconclusive      far
+        inconclusive      is not the largest tried  shown enough      next
+        ================  ========================  ================  ========
+
+    So a rank within a factor of two below the chosen one may stay inconclusive: too much rank costs memory, too little
+    costs quality. Below the largest rank it may not, since then it is unknown whether the curve still rises.
+    """
+    if found.evidence.is_point_reading:
+        return None
+    compared, below = found.by_rank, found.next_lower
+    if 0 in compared and compared[0].non_inferior is None:
+        return 0
+    if below is None or compared[below].non_inferior is False:
+        return None
+    if found.chosen == found.ranks[-1]:
+        return below
+    far = max((rank for rank in found.ranks if 2 * rank < found.chosen), default=None)
+    if far is None or compared[far].non_inferior is False:
+        return None
+    return far if compared[far].non_inferior is None else below
+
+
+def smallest_alike(found: Comparison) -> int | None:
+    """The smallest rank that is not shown to be worse than the best; None where the base may be as good."""
+    if 0 in found.by_rank and found.by_rank[0].non_inferior is not False:
+        return None
+    return next(rank for rank in found.ranks if found.by_rank[rank].low <= 0)
+
+
+def possible_rival(found: Comparison) -> int | None:
+    """The rank above the reference that may be better than it by more than the margin; None if there is none.
+
+    It guards against a low rank that came out best by luck.
+    """
+    if found.evidence.is_point_reading:
+        return None
+    lows = {rank: found.by_rank[rank].low for rank in found.ranks if rank > found.reference.rank}
+    return min(
+        (rank for rank in lows if not is_within(-lows[rank], found.margin)), key=lambda rank: lows[rank], default=None
+    )
+
+
+def rises(found: Comparison) -> bool:
+    """Whether the top rank's mean is better than every smaller one's by more than the margin and its stated deviation."""
+    *smaller, top = found.ranks
+    if found.reference.rank != top:
+        return False
+    stated = [cell.deviation or 0.0 for cell in found.reference.cells.values()]
+    threshold = max(found.margin, *stated) if found.evidence.basis == "std" else found.margin
+    return all(not is_within(found.by_rank[rank].difference.mean, threshold) for rank in smaller)
+
+
+def overfits(found: Comparison) -> bool:
+    """Whether the largest rank is worse than the margin allows on held-out data, and better than the reference in training."""
+    top = found.evidence.contenders[found.ranks[-1]]
+    if top.rank == found.reference.rank or not found.is_worse(top.rank):
+        return False
+    ours, theirs = _train_value(top), _train_value(found.reference)
+    return ours is not None and theirs is not None and ours < theirs
+
+
+def _train_value(contender: Contender) -> float | None:
+    """The mean training loss. Lower is better, whatever the metric."""
+    values = [cell.train_value for cell in contender.cells.values() if cell.train_value is not None]
+    return float(np.mean(values)) if values else None
+
+
+def flags_of(
+    found: Comparison,
+    verdict: Verdict,
+    curve: CurveFit | None,
+    horizon: HorizonNote | None,
+    horizon_steps: int | None,
+    compared_others: Collection[str] = (),
+) -> list[str]:
+    """The flags in a fixed order. Each has an entry in docs/reference/decision.md.
+
+    Args:
+        compared_others: other metrics that were compared by intervals, and need no comparison of bare values here.
+    """
+    evidence, top = found.evidence, found.ranks[-1]
+    answer = {found.chosen, found.reference.rank}
+    trained = max((cell.steps or 0 for cell in found.reference.cells.values()), default=0)
+    beyond = curve is not None and curve.diminishing_rank is not None and curve.diminishing_rank > top
+    raised = {
+        "underpowered": underpowered(found, verdict),
+        "rising": verdict == "undecided"
+        and rises(found)
+        and all(found.by_rank[rank].low > 0 for rank in found.ranks if rank < top),
+        "lr_edge": any(evidence.is_at_edge(rank) for rank in answer),
+        "unstable": any(evidence.table.missing.values()),
+        "unequal_length": len(lengths(evidence)) > 1,
+        "collapsed": evidence.table.collapsed > 0,
+        "one_seed": found.is_indication,
+        "winner_gap": max(evidence.contenders[rank].gap for rank in answer) > found.margin / 2,
+        "metric_conflict": _conflicts(evidence, found.chosen, compared_others),
+        "may_be_capacity_limited": _gap_still_grows(found, horizon),
+        "extrapolated": beyond or (horizon_steps is not None and 0 < trained < horizon_steps),
+    }
+    return [flag for flag, raise_it in raised.items() if raise_it]
+
+
+def underpowered(found: Comparison, verdict: Verdict) -> bool:
+    """Whether the data can't show the answer at 95% confidence."""
+    if not found.evidence.is_point_reading:
+        return verdict == "undecided"
+    compared, below = found.by_rank, found.next_lower
+    settled = compared[found.chosen].non_inferior is True and (below is None or compared[below].non_inferior is False)
+    return found.evidence.basis == "values" or not settled
+
+
+def lengths(evidence: Evidence) -> set[int]:
+    """The different numbers of steps of the trainings that are compared, where the table states them."""
+    return {cell.steps for found in evidence.contenders.values() for cell in found.cells.values() if cell.steps}
+
+
+def _gap_still_grows(found: Comparison, horizon: HorizonNote | None) -> bool:
+    """Whether the chosen rank's gap exceeds the margin if it grows by as much again."""
+    if horizon is None or horizon.gap_growth is None or horizon.gap_growth <= 0:
+        return False
+    return not is_within(found.by_rank[found.chosen].difference.mean + horizon.gap_growth, found.margin)
+
+
+def _conflicts(evidence: Evidence, chosen: int, compared_others: Collection[str]) -> bool:
+    """Whether by another metric, of which only values are known, the chosen rank is clearly worse than the best."""
+    names = set.intersection(*(set(cell.others) for c in evidence.contenders.values() for cell in c.cells.values()))
+    return any(_conflicts_in(evidence, chosen, name) for name in sorted(names - set(compared_others)))
+
+
+def _conflicts_in(evidence: Evidence, chosen: int, name: str) -> bool:
+    higher = direction(name)
+    if higher is None:
+        return False
+    kind = kind_of(name, higher)
+    sign = -1.0 if higher else 1.0
+    means = {
+        rank: float(np.mean([cell.others[name] for cell in contender.cells.values()]))
+        for rank, contender in evidence.contenders.items()
+    }
+    values = list(means.values())
+    best = min(sign * value for value in values)
+    if kind == "perplexity":
+        return math.log(means[chosen] / best) > default_margin("token_loss", best, values) if best > 0 else False
+    noise = 2 * math.sqrt(2) * published_deviation(kind, best, values)
+    return sign * means[chosen] - best > max(default_margin(kind, best, values), noise)
+
+
 MIN_POINTS = 3
 
 
@@ -154,182 +329,3 @@ def without_collapsing(outcomes: Sequence[TrialOutcome]) -> list[TrialOutcome]:
         for one in outcomes
         if not (isinstance(one, TrialFinished) and one.arm.is_direct and (one.rank, one.learning_rate) in cells)
     ]
-
-
-def verdict_of(found: Comparison) -> Verdict:
-    """The first row of the table above that applies."""
-    if 0 in found.by_rank and found.by_rank[0].within:
-        return "no_gain"
-    if inconclusive_rank(found) is not None or possible_rival(found) is not None:
-        return "undecided"
-    if overfits(found):
-        return "overfitting"
-    if found.chosen == found.ranks[0] and not any(found.is_worse(rank) for rank in found.ranks):
-        return "flat"
-    if rises(found) and all(found.is_worse(rank) for rank in found.ranks[:-1]):
-        return "rising"
-    return "saturated"
-
-
-def inconclusive_rank(found: Comparison) -> int | None:
-    """The rank (0: the base) that leaves the answer undecided; None where the answer is known within a factor of two.
-
-    The base does if it is inconclusive. Otherwise, with "next" the next lower rank than the chosen one, and "far" the highest
-    rank below half of the chosen one:
-
-        ================  ========================  ================  ========
-        next              the chosen rank           far               returns
-        ================  ========================  ================  ========
-        none, or refuted  any                       any               None
-        inconclusive      is the largest tried      any               next
-        inconclusive      is not the largest tried  none, or refuted  None
-        inconclusive      is not the largest tried  inconclusive      far
-        inconclusive      is not the largest tried  shown enough      next
-        ================  ========================  ================  ========
-
-    So a rank within a factor of two below the chosen one may stay inconclusive: too much rank costs memory, too little
-    costs quality. Below the largest rank it may not, since then it is unknown whether the curve still rises.
-    """
-    if found.evidence.is_point_reading:
-        return None
-    compared, below = found.by_rank, found.next_lower
-    if 0 in compared and compared[0].non_inferior is None:
-        return 0
-    if below is None or compared[below].non_inferior is False:
-        return None
-    if found.chosen == found.ranks[-1]:
-        return below
-    far = max((rank for rank in found.ranks if 2 * rank < found.chosen), default=None)
-    if far is None or compared[far].non_inferior is False:
-        return None
-    return far if compared[far].non_inferior is None else below
-
-
-def smallest_alike(found: Comparison) -> int | None:
-    """The smallest rank that is not shown to be worse than the best; None where the base may be as good."""
-    if 0 in found.by_rank and found.by_rank[0].non_inferior is not False:
-        return None
-    return next(rank for rank in found.ranks if found.by_rank[rank].low <= 0)
-
-
-def possible_rival(found: Comparison) -> int | None:
-    """The rank above the reference that may be better than it by more than the margin; None if there is none.
-
-    It guards against a low rank that came out best by luck.
-    """
-    if found.evidence.is_point_reading:
-        return None
-    lows = {rank: found.by_rank[rank].low for rank in found.ranks if rank > found.reference.rank}
-    return min(
-        (rank for rank in lows if not is_within(-lows[rank], found.margin)), key=lambda rank: lows[rank], default=None
-    )
-
-
-def rises(found: Comparison) -> bool:
-    """Whether the top rank's mean is better than every smaller one's by more than the margin and its stated deviation."""
-    *smaller, top = found.ranks
-    if found.reference.rank != top:
-        return False
-    stated = [cell.deviation or 0.0 for cell in found.reference.cells.values()]
-    threshold = max(found.margin, *stated) if found.evidence.basis == "std" else found.margin
-    return all(not is_within(found.by_rank[rank].difference.mean, threshold) for rank in smaller)
-
-
-def overfits(found: Comparison) -> bool:
-    """Whether the largest rank is worse than the margin allows on held-out data, and better than the reference in training."""
-    top = found.evidence.contenders[found.ranks[-1]]
-    if top.rank == found.reference.rank or not found.is_worse(top.rank):
-        return False
-    ours, theirs = _train_value(top), _train_value(found.reference)
-    return ours is not None and theirs is not None and ours < theirs
-
-
-def _train_value(contender: Contender) -> float | None:
-    """The mean training loss. Lower is better, whatever the metric."""
-    values = [cell.train_value for cell in contender.cells.values() if cell.train_value is not None]
-    return float(np.mean(values)) if values else None
-
-
-def flags_of(
-    found: Comparison,
-    verdict: Verdict,
-    curve: CurveFit | None,
-    horizon: HorizonNote | None,
-    horizon_steps: int | None,
-    compared_others: Collection[str] = (),
-) -> list[str]:
-    """The flags in a fixed order. Each has an entry in docs/reference/decision.md.
-
-    Args:
-        compared_others: other metrics that were compared by intervals, and need no comparison of bare values here.
-    """
-    evidence, top = found.evidence, found.ranks[-1]
-    answer = {found.chosen, found.reference.rank}
-    trained = max((cell.steps or 0 for cell in found.reference.cells.values()), default=0)
-    beyond = curve is not None and curve.diminishing_rank is not None and curve.diminishing_rank > top
-    raised = {
-        "underpowered": underpowered(found, verdict),
-        "rising": verdict == "undecided"
-        and rises(found)
-        and all(found.by_rank[rank].low > 0 for rank in found.ranks if rank < top),
-        "lr_edge": any(_at_edge(evidence, rank) for rank in answer),
-        "unstable": any(evidence.table.missing.values()),
-        "unequal_length": len(lengths(evidence)) > 1,
-        "collapsed": evidence.table.collapsed > 0,
-        "one_seed": found.is_indication,
-        "winner_gap": max(evidence.contenders[rank].gap for rank in answer) > found.margin / 2,
-        "metric_conflict": _conflicts(evidence, found.chosen, compared_others),
-        "may_be_capacity_limited": _gap_still_grows(found, horizon),
-        "extrapolated": beyond or (horizon_steps is not None and 0 < trained < horizon_steps),
-    }
-    return [flag for flag, raise_it in raised.items() if raise_it]
-
-
-def underpowered(found: Comparison, verdict: Verdict) -> bool:
-    """Whether the data can't show the answer at 95% confidence."""
-    if not found.evidence.is_point_reading:
-        return verdict == "undecided"
-    compared, below = found.by_rank, found.next_lower
-    settled = compared[found.chosen].non_inferior is True and (below is None or compared[below].non_inferior is False)
-    return found.evidence.basis == "values" or not settled
-
-
-def lengths(evidence: Evidence) -> set[int]:
-    """The different numbers of steps of the trainings that are compared, where the table states them."""
-    return {cell.steps for found in evidence.contenders.values() for cell in found.cells.values() if cell.steps}
-
-
-def _at_edge(evidence: Evidence, rank: int) -> bool:
-    tried = evidence.table.tried_learning_rates(rank)
-    return len(tried) > 1 and evidence.contenders[rank].learning_rate in (tried[0], tried[-1])
-
-
-def _gap_still_grows(found: Comparison, horizon: HorizonNote | None) -> bool:
-    """Whether the chosen rank's gap exceeds the margin if it grows by as much again."""
-    if horizon is None or horizon.gap_growth is None or horizon.gap_growth <= 0:
-        return False
-    return not is_within(found.by_rank[found.chosen].difference.mean + horizon.gap_growth, found.margin)
-
-
-def _conflicts(evidence: Evidence, chosen: int, compared_others: Collection[str]) -> bool:
-    """Whether by another metric, of which only values are known, the chosen rank is clearly worse than the best."""
-    names = set.intersection(*(set(cell.others) for c in evidence.contenders.values() for cell in c.cells.values()))
-    return any(_conflicts_in(evidence, chosen, name) for name in sorted(names - set(compared_others)))
-
-
-def _conflicts_in(evidence: Evidence, chosen: int, name: str) -> bool:
-    higher = direction(name)
-    if higher is None:
-        return False
-    kind = kind_of(name, higher)
-    sign = -1.0 if higher else 1.0
-    means = {
-        rank: float(np.mean([cell.others[name] for cell in contender.cells.values()]))
-        for rank, contender in evidence.contenders.items()
-    }
-    values = list(means.values())
-    best = min(sign * value for value in values)
-    if kind == "perplexity":
-        return math.log(means[chosen] / best) > default_margin("token_loss", best, values) if best > 0 else False
-    noise = 2 * math.sqrt(2) * published_deviation(kind, best, values)
-    return sign * means[chosen] - best > max(default_margin(kind, best, values), noise)

@@ -139,7 +139,7 @@ def time_line(cost: SelectionCost, measured: MeasuredSpeed, budget_hours: float 
 
 
 # Nats, of one example's difference between an adapter truncated to a quarter of its rank and the adapter itself: rank 64 to
-# 16 on SmolLM2 and two texts (SCIENCE.md, truncated against trained).
+# 16 on SmolLM2 and two texts (docs/explanation/science.md).
 TYPICAL_DEVIATION = 0.02
 
 

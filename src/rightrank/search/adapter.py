@@ -9,7 +9,7 @@ while they hold, or upward until one holds. `decision.adapter` judges the candid
 
 from __future__ import annotations
 
-from rightrank.decision.adapter import Question, adapter_answer
+from rightrank.decision.adapter import Criterion, adapter_answer
 from rightrank.schema.decision import AdapterAnswer
 from rightrank.schema.trials import Arm, TrialFinished
 from rightrank.search.history import Trials
@@ -26,21 +26,16 @@ def answer_adapter_question(space: Space, trials: Trials, learning_rate: float) 
         return
     yield truncations(space, parent)
     plain = current_answer(space, trials, parent)
-    if plain is not None and space.recovery_steps and _may_recover(space, plain):
+    lower = [] if plain is None else [rank for rank in space.truncated_ranks if rank < plain.rank]
+    if plain is not None and space.recovery_steps and lower and lower[0] <= MAX_RECOVERED_RANK:
         yield [recovery(space, parent, space.top)]
         yield from _recover(space, trials, parent, plain)
     trials.adapter = current_answer(space, trials, parent)
 
 
-def _may_recover(space: Space, plain: AdapterAnswer) -> bool:
-    """Whether the next rank to be won is one that recovery helps."""
-    lower = [rank for rank in space.truncated_ranks if rank < plain.rank]
-    return bool(lower) and lower[0] <= MAX_RECOVERED_RANK
-
-
 def current_answer(space: Space, trials: Trials, parent: TrialFinished) -> AdapterAnswer | None:
     """What the candidates of `parent` that have run so far say; None before the first."""
-    question = Question(
+    criterion = Criterion(
         space.metric,
         space.higher_is_better,
         space.margin,
@@ -49,7 +44,7 @@ def current_answer(space: Space, trials: Trials, parent: TrialFinished) -> Adapt
         space.trusts_values,
     )
     own = [outcome for arm, outcome in trials.outcomes.items() if arm.truncate_from == parent.trial_id]
-    return adapter_answer([parent, *own], question, parent.trial_id)
+    return adapter_answer([parent, *own], criterion, parent.trial_id)
 
 
 def truncations(space: Space, parent: TrialFinished) -> list[Arm]:

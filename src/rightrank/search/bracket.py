@@ -42,11 +42,11 @@ class Bracket(Strategy):
         yield from answer_adapter_question(space, trials, learning_rate)
         if space.goal == "adapter":
             return
-        start = smallest_truncation_that_holds(space, trials, learning_rate)
+        start = _smallest_truncation_that_holds(space, trials, learning_rate)
         if start is None:
             second = space.a_quarter_of_the_top()
             yield from try_rank(space, trials, second, learning_rate)
-            start = predicted_rank(space, trials, second)
+            start = _predicted_rank(space, trials, second)
         elif start == space.top:
             start = space.below(start) or start
         yield from walk(space, trials, start, learning_rate)
@@ -72,7 +72,7 @@ class Bracket(Strategy):
         return 1 + STAGES * math.ceil(max_trainings(self.space)) + max_adapter_arms(self.space)
 
 
-def smallest_truncation_that_holds(space: Space, trials: Trials, learning_rate: float) -> int | None:
+def _smallest_truncation_that_holds(space: Space, trials: Trials, learning_rate: float) -> int | None:
     """The result of the walk down over the plain truncations of the top rank; None where none has a result."""
     parent = trials.direct().get((space.top, learning_rate, space.seeds[0]))
     if parent is None:
@@ -89,7 +89,7 @@ def smallest_truncation_that_holds(space: Space, trials: Trials, learning_rate: 
     return walk_down(known, space.top, lambda rank: is_within(excess_of([(known[rank], parent)], space).mean, margin))
 
 
-def predicted_rank(space: Space, trials: Trials, second: int) -> int:
+def _predicted_rank(space: Space, trials: Trials, second: int) -> int:
     """The smallest rank r with b·(r^-c - R^-c) within the margin; R is the top rank, and b follows from R and `second`."""
     drop = trials.best_loss(second) - trials.best_loss(space.top)
     b = max(drop, 0.0) / (second**-DECAY - space.top**-DECAY)

@@ -117,6 +117,10 @@ class Trials:
         """Ranks with a whole training, descending."""
         return sorted({rank for rank, _, _ in self.direct()}, reverse=True)
 
+    def asked(self) -> set[int]:
+        """The ranks of which the script asked for a training, whatever its outcome."""
+        return {arm.rank for arm in self.outcomes if arm.truncate_from is None}
+
     def learning_rates(self, rank: int) -> list[float]:
         """Learning rates at which the rank has a whole training, ascending; without those at which others collapsed."""
         found = {lr for r, lr, _ in self.direct() if r == rank}
@@ -154,14 +158,13 @@ class Trials:
 
     def reference(self) -> int | None:
         """The rank with the best mean, compared on shared seeds."""
-        ranks = [rank for rank in self.ranks() if self.best_learning_rate(rank) is not None]
-        means = adjusted_means([self._losses_by_seed(rank) for rank in ranks]) if ranks else []
-        by_rank = dict(zip(ranks, means, strict=True))
-        return min(ranks, key=lambda rank: (by_rank[rank], rank), default=None)
-
-    def _losses_by_seed(self, rank: int) -> dict[int, float]:
-        trials = self.by_seed(rank, self.best_learning_rate(rank) or 0.0)
-        return {seed: oriented(trial, self.space) for seed, trial in trials.items()}
+        rates = {rank: lr for rank in self.ranks() if (lr := self.best_learning_rate(rank)) is not None}
+        losses = [
+            {seed: oriented(trial, self.space) for seed, trial in self.by_seed(rank, lr).items()}
+            for rank, lr in rates.items()
+        ]
+        by_rank = dict(zip(rates, adjusted_means(losses) if losses else [], strict=True))
+        return min(by_rank, key=lambda rank: (by_rank[rank], rank), default=None)
 
     def excess(self, rank: int, reference: int) -> Excess:
         """`rank` against `reference`, each at its best learning rate, over the seeds that both have."""

@@ -209,7 +209,9 @@ def _compare(space: Space, trials: Trials, rank: int, pair: tuple[float, float],
         return next(iter(scores), None)
     better, worse = sorted(pair, key=lambda lr: (scores[lr], lr))
     base = _look_loss(trials.finished(base_arm(space.lora_alpha)), space)
-    close = CLOSE if _has_mean(trials, looks[worse]) or worse < better else CLOSE_WITHOUT_MEAN
+    worse_look = trials.finished(looks[worse])
+    has_mean = worse_look is not None and worse_look.averaged_loss is not None
+    close = CLOSE if has_mean or worse < better else CLOSE_WITHOUT_MEAN
     if base is not None and scores[worse] - scores[better] > close * (base - scores[better]):
         return better
     copies = {lr: _annealed(space, trials, look) for lr, look in looks.items()}
@@ -286,11 +288,6 @@ def _is_worse_than_base(trials: Trials, look: Arm) -> bool:
     base = _look_loss(trials.finished(base_arm(trials.space.lora_alpha)), trials.space)
     score = _score(trials, look)
     return base is not None and score is not None and score > base
-
-
-def _has_mean(trials: Trials, look: Arm) -> bool:
-    outcome = trials.finished(look)
-    return outcome is not None and outcome.averaged_loss is not None
 
 
 def _score(trials: Trials, look: Arm) -> float | None:

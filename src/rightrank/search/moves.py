@@ -31,13 +31,13 @@ def try_rank(space: Space, trials: Trials, rank: int, learning_rate: float) -> R
     The latter are trained whole only where their look beats that of `learning_rate`.
     """
     yield from train(space, trials, rank, learning_rate)
-    for neighbour in promising_neighbours(space, trials, rank, learning_rate):
+    for neighbour in _promising_neighbours(space, trials, rank, learning_rate):
         if trials.holds(rank):
             return
         yield from challenge(space, trials, rank, learning_rate, neighbour)
 
 
-def promising_neighbours(space: Space, trials: Trials, rank: int, learning_rate: float) -> Sequence[float]:
+def _promising_neighbours(space: Space, trials: Trials, rank: int, learning_rate: float) -> Sequence[float]:
     """The neighbours of `learning_rate` that may make `rank` hold, the one that did better at the top rank first.
 
     Both where `learning_rate` gave no result. Otherwise a neighbour at which the top rank is about as good, unless the rank
@@ -141,15 +141,10 @@ def settle(space: Space, trials: Trials) -> Requests:
             return
         above = space.above(best) if space.top in trials.ranks() and not trials.holds(space.top) else None
         below = space.below(chosen)
-        rank = next((rank for rank in (above, below) if rank is not None and not _is_tried(trials, rank)), None)
+        rank = next((rank for rank in (above, below) if rank is not None and rank not in trials.asked()), None)
         if rank is None:
             return
         yield from try_rank(space, trials, rank, _nearest_learning_rate(trials, rank, space.learning_rates[0]))
-
-
-def _is_tried(trials: Trials, rank: int) -> bool:
-    """Whether the script asked for a training of the rank, whatever its outcome."""
-    return any(arm.rank == rank and arm.truncate_from is None for arm in trials.outcomes)
 
 
 def support(space: Space, trials: Trials) -> Requests:

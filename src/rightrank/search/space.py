@@ -104,6 +104,9 @@ def space_of(settings: SelectSettings, steps: int, token_loss: bool = True, unse
     name = settings.metric_name
     higher = settings.is_higher_better(name)
     kind: MetricKind = "loss" if name == "loss" and not token_loss else kind_of(name, higher)
+    trainings, optimizer_steps = settings.budget_trainings, settings.budget_steps
+    budgets = [] if trainings is None else [trainings * steps]
+    budgets += [] if optimizer_steps is None else [float(optimizer_steps)]  # the tighter one counts
     return Space(
         ranks=settings.ranks,
         learning_rates=settings.learning_rates,
@@ -119,7 +122,7 @@ def space_of(settings: SelectSettings, steps: int, token_loss: bool = True, unse
         points_are_losses=settings.points_metric != name,
         scaling=settings.scaling,
         variants=variants_of(settings),
-        budget_steps=_budget_steps(settings, steps),
+        budget_steps=min(budgets, default=None),
         budget_seconds=None if settings.budget_hours is None else settings.budget_hours * 3600,
     )
 
@@ -128,12 +131,3 @@ def recovery_steps(steps: int, unseen_steps: int) -> int:
     """`RECOVERY_PART` of a training, or what the unseen examples last; 0 where that is too little to recover anything."""
     found = min(round(RECOVERY_PART * steps), unseen_steps)
     return found if found >= MIN_RECOVERY_PART * steps else 0
-
-
-def _budget_steps(settings: SelectSettings, steps: int) -> float | None:
-    """The tighter of the budgets in trainings and in steps."""
-    trainings, optimizer_steps = settings.budget_trainings, settings.budget_steps
-    budgets = [] if trainings is None else [trainings * steps]
-    if optimizer_steps is not None:
-        budgets.append(float(optimizer_steps))
-    return min(budgets, default=None)

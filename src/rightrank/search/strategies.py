@@ -84,13 +84,16 @@ def training_rank_estimate(records: Records) -> TrainingRankEstimate | None:
     where = f"{low}" if low == high else f"{low} to {high}"
     ranks = _settings(records).ranks
     compared = ranks if len(ranks) > 1 else tuple(sorted({low, high, answer.trained_rank} | {max(1, low // 2)}))
-    trainings = _trainings_left(records, compared)
+    steps = max((trial.steps for trial in records.finished() if trial.arm.is_direct), default=1) or 1
+    settings = _settings(records).model_copy(update={"ranks": compared})
+    cost = make_strategy(settings, steps, token_loss=is_token_loss(records)).cost()
+    trainings = round(cost.expected - cost.to_adapter, 2)
     noun = "training" if trainings == 1 else "trainings"
-    cost = f"about {trainings:.2g} more {noun}" if trainings else "no further training"
+    takes = f"about {trainings:.2g} more {noun}" if trainings else "no further training"
     further = "" if compared == ranks else f" --ranks {','.join(map(str, compared))}"
     sentence = (
         f"An estimate, not evidence: the rank to train at probably is {where}, since the smallest truncation that loses at "
-        f"most the margin has rank {holding}. To show it takes {cost}: run the same command with "
+        f"most the margin has rank {holding}. To show it takes {takes}: run the same command with "
         f"--goal training-rank{further}."
     )
     return TrainingRankEstimate(low=low, high=high, trainings=trainings, sentence=sentence)
@@ -112,11 +115,3 @@ def _settings(records: Records) -> SelectSettings:
     """The settings of the run, for the training rank and without a budget."""
     unlimited = dict.fromkeys(("budget_trainings", "budget_steps", "budget_hours"))
     return stored_settings({**records.started.settings, **unlimited, "goal": "training-rank"})
-
-
-def _trainings_left(records: Records, ranks: tuple[int, ...]) -> float:
-    """The expected cost of the second question alone."""
-    settings = _settings(records).model_copy(update={"ranks": ranks})
-    steps = max((trial.steps for trial in records.finished() if trial.arm.is_direct), default=1) or 1
-    cost = make_strategy(settings, steps, token_loss=is_token_loss(records)).cost()
-    return round(cost.expected - cost.to_adapter, 2)
