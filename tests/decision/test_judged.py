@@ -53,8 +53,9 @@ def test_too_few_judgements_cannot_tell_and_say_how_many_would() -> None:
     assert (found.rank, found.fallback_rank, found.verdict) == (None, 16, "undecided")
     assert found.sentence.startswith("Cannot tell")
     (run_,) = found.next_runs
-    assert run_.items == pytest.approx((1.645 * 0.5 / 0.05) ** 2, rel=0.05)  # 271 prompts
-    again = decide(rows({4: 0.5}, prompts=int(run_.items or 0) + 4), margin=0.05).decision
+    needed = ((1.645 + 0.842) * 0.5 / 0.05) ** 2  # 618 prompts, for four of five cases
+    assert needed <= (run_.items or 0) <= 1.2 * needed
+    again = decide(rows({4: 0.5}, prompts=int(run_.items or 0)), margin=0.05).decision
     assert again.rank == 4
 
 

@@ -268,7 +268,7 @@ def test_higher_is_better_is_oriented() -> None:
         arm = space.arm(rank, 1e-3)
         outcome = world.run(arm)
         assert isinstance(outcome, TrialFinished)
-        trials.add(arm, outcome.model_copy(update={"value": value}))
+        trials.outcomes[arm] = outcome.model_copy(update={"value": value})
     assert trials.reference() == 64
     assert trials.excess(4, 64).mean == pytest.approx(0.2)
 

@@ -18,7 +18,7 @@ def trials_of(losses: dict[tuple[int, float], dict[int, float]]) -> Trials:
     for (rank, learning_rate), by_seed in losses.items():
         for seed, loss in by_seed.items():
             arm = space.arm(rank, learning_rate, seed)
-            trials.add(arm, finished(arm, loss))
+            trials.outcomes[arm] = finished(arm, loss)
     return trials
 
 

@@ -19,22 +19,24 @@ from rightrank.search.space import RECOVERY_LR_FACTOR, Space
 MAX_RECOVERED_RANK = 4
 
 
-def answer_adapter_question(space: Space, trials: Trials, learning_rate: float) -> Requests:
+def answer_adapter_question(trials: Trials, learning_rate: float) -> Requests:
     """Ask for the candidates of the first question and keep its answer in `trials.adapter`."""
+    space = trials.space
     parent = trials.direct().get((space.top, learning_rate, space.seeds[0]))
     if parent is None or not space.truncates:
         return
     yield truncations(space, parent)
-    plain = current_answer(space, trials, parent)
+    plain = current_answer(trials, parent)
     lower = [] if plain is None else [rank for rank in space.truncated_ranks if rank < plain.rank]
     if plain is not None and space.recovery_steps and lower and lower[0] <= MAX_RECOVERED_RANK:
         yield [recovery(space, parent, space.top)]
-        yield from _recover(space, trials, parent, plain)
-    trials.adapter = current_answer(space, trials, parent)
+        yield from _recover(trials, parent, plain)
+    trials.adapter = current_answer(trials, parent)
 
 
-def current_answer(space: Space, trials: Trials, parent: TrialFinished) -> AdapterAnswer | None:
+def current_answer(trials: Trials, parent: TrialFinished) -> AdapterAnswer | None:
     """What the candidates of `parent` that have run so far say; None before the first."""
+    space = trials.space
     criterion = Criterion(
         space.metric,
         space.higher_is_better,
@@ -70,27 +72,28 @@ def recovery(space: Space, parent: TrialFinished, rank: int) -> Arm:
     )
 
 
-def _recover(space: Space, trials: Trials, parent: TrialFinished, plain: AdapterAnswer) -> Requests:
+def _recover(trials: Trials, parent: TrialFinished, plain: AdapterAnswer) -> Requests:
     """Recover from the rank that the plain truncations name: downward while ranks hold, or upward until one does."""
+    space = trials.space
     ranks = space.truncated_ranks
     start = ranks.index(plain.rank) if plain.rank in ranks else 0
     for place in range(start, len(ranks)):
         yield [recovery(space, parent, ranks[place])]
-        if not _holds(space, trials, parent, ranks[place]):
+        if not _holds(trials, parent, ranks[place]):
             break
     if place > start:
         return
     for rank in reversed(ranks[:start]):
-        if _holds(space, trials, parent, ranks[start]):
+        if _holds(trials, parent, ranks[start]):
             return
         yield [recovery(space, parent, rank)]
-        if _holds(space, trials, parent, rank):
+        if _holds(trials, parent, rank):
             return
 
 
-def _holds(space: Space, trials: Trials, parent: TrialFinished, rank: int) -> bool:
+def _holds(trials: Trials, parent: TrialFinished, rank: int) -> bool:
     """Whether any candidate of the rank holds against the reference."""
-    answer = current_answer(space, trials, parent)
+    answer = current_answer(trials, parent)
     return answer is not None and any(one.holds for one in answer.candidates if one.rank == rank)
 
 

@@ -19,7 +19,6 @@ from rightrank.search.learning_rates import (
 )
 from rightrank.search.moves import confirm, confirmation_cost, max_trainings, settle, support, try_rank, walk
 from rightrank.search.protocol import CostEstimate, Strategy
-from rightrank.search.space import Space
 
 DECAY = 0.57  # median exponent c of L(r) = a + b·r^-c over 26 published curves (quartiles 0.38 to 0.64)
 STAGES = 5  # of one training at most: a look, two stages, the end, and an annealed copy
@@ -36,25 +35,25 @@ class Bracket(Strategy):
 
     def script(self, trials: Trials) -> Requests:
         space = self.space
-        learning_rate = yield from find_learning_rate(space, trials, space.top)
+        learning_rate = yield from find_learning_rate(trials, space.top)
         if learning_rate is None:
             return
-        yield from answer_adapter_question(space, trials, learning_rate)
+        yield from answer_adapter_question(trials, learning_rate)
         if space.goal == "adapter":
             return
-        start = _smallest_truncation_that_holds(space, trials, learning_rate)
+        start = _smallest_truncation_that_holds(trials, learning_rate)
         if start is None:
             second = space.a_quarter_of_the_top()
-            yield from try_rank(space, trials, second, learning_rate)
-            start = _predicted_rank(space, trials, second)
+            yield from try_rank(trials, second, learning_rate)
+            start = _predicted_rank(trials, second)
         elif start == space.top:
             start = space.below(start) or start
-        yield from walk(space, trials, start, learning_rate)
-        yield from settle(space, trials)
-        yield from support(space, trials)
-        yield from confirm(space, trials)
-        yield from settle(space, trials)
-        yield from confirm(space, trials)
+        yield from walk(trials, start, learning_rate)
+        yield from settle(trials)
+        yield from support(trials)
+        yield from confirm(trials)
+        yield from settle(trials)
+        yield from confirm(trials)
 
     def unbounded_cost(self) -> CostEstimate:
         space = self.space
@@ -72,8 +71,9 @@ class Bracket(Strategy):
         return 1 + STAGES * math.ceil(max_trainings(self.space)) + max_adapter_arms(self.space)
 
 
-def _smallest_truncation_that_holds(space: Space, trials: Trials, learning_rate: float) -> int | None:
+def _smallest_truncation_that_holds(trials: Trials, learning_rate: float) -> int | None:
     """The result of the walk down over the plain truncations of the top rank; None where none has a result."""
+    space = trials.space
     parent = trials.direct().get((space.top, learning_rate, space.seeds[0]))
     if parent is None:
         return None
@@ -89,8 +89,9 @@ def _smallest_truncation_that_holds(space: Space, trials: Trials, learning_rate:
     return walk_down(known, space.top, lambda rank: is_within(excess_of([(known[rank], parent)], space).mean, margin))
 
 
-def _predicted_rank(space: Space, trials: Trials, second: int) -> int:
+def _predicted_rank(trials: Trials, second: int) -> int:
     """The smallest rank r with b·(r^-c - R^-c) within the margin; R is the top rank, and b follows from R and `second`."""
+    space = trials.space
     drop = trials.best_loss(second) - trials.best_loss(space.top)
     b = max(drop, 0.0) / (second**-DECAY - space.top**-DECAY)
     margin = space.margin_at(trials.best_loss(space.top))
@@ -111,7 +112,7 @@ class Grid(Strategy):
         yield self._arms()
         top = self.space.top
         learning_rate = min(self.space.learning_rates, key=lambda lr: (trials.whole_loss(top, lr), lr))
-        yield from answer_adapter_question(self.space, trials, learning_rate)
+        yield from answer_adapter_question(trials, learning_rate)
 
     def unbounded_cost(self) -> CostEstimate:
         maximum = self._cells() + max_adapter_cost(self.space)

@@ -42,7 +42,6 @@ MAX_PLAUSIBLE_GAIN = 0.05
 
 
 def climb(
-    space: Space,
     trials: Trials,
     rank: int,
     start: float | None = None,
@@ -58,6 +57,7 @@ def climb(
         start: the first learning rate; None for the upper middle of the space.
         variant: a value of a sweep that all arms of the climb have.
     """
+    space = trials.space
     learning_rates = space.learning_rates
 
     def arm(place: int) -> Arm:
@@ -130,24 +130,26 @@ STAGES = (QUARTER, HALF)  # where the winner is checked for a loss that rises
 Choice = Generator[Sequence[Arm], None, float | None]
 
 
-def find_learning_rate(space: Space, trials: Trials, rank: int) -> Choice:
+def find_learning_rate(trials: Trials, rank: int) -> Choice:
     """Return the best learning rate at `rank`, trained whole, or None if no training finished."""
+    space = trials.space
     if not _can_look(space):
-        yield from climb(space, trials, rank)
+        yield from climb(trials, rank)
         return trials.best_learning_rate(rank)
     for part in (LOOK, QUARTER):
-        winner = yield from _climb_looks(space, trials, rank, part)
+        winner = yield from _climb_looks(trials, rank, part)
         if winner is not None:
-            yield from _finish(space, trials, rank, winner, part)
+            yield from _finish(trials, rank, winner, part)
         if winner is not None or any(trials.diverged(early_arm(space, rank, lr, part)) for lr in space.learning_rates):
             break
     if trials.best_learning_rate(rank) is None:  # no looks here, or the winner diverged later
-        yield from climb(space, trials, rank)
+        yield from climb(trials, rank)
     return trials.best_learning_rate(rank)
 
 
-def train(space: Space, trials: Trials, rank: int, learning_rate: float) -> Requests:
+def train(trials: Trials, rank: int, learning_rate: float) -> Requests:
     """Train `rank` whole with the first seed, with a look on the way that other learning rates can be compared with."""
+    space = trials.space
     if (rank, learning_rate, space.seeds[0]) in trials.direct():
         return
     if _can_look(space):
@@ -161,8 +163,9 @@ def train(space: Space, trials: Trials, rank: int, learning_rate: float) -> Requ
     yield [space.arm(rank, learning_rate)]
 
 
-def challenge(space: Space, trials: Trials, rank: int, holder: float, challenger: float) -> Requests:
+def challenge(trials: Trials, rank: int, holder: float, challenger: float) -> Requests:
     """Train `rank` at `challenger`, whole only if its look beats that of `holder`."""
+    space = trials.space
     part = next(
         (part for part in (LOOK, QUARTER) if _score(trials, early_arm(space, rank, holder, part)) is not None), None
     )
@@ -173,13 +176,14 @@ def challenge(space: Space, trials: Trials, rank: int, holder: float, challenger
     yield [look]
     if trials.finished(look) is None:
         return
-    winner = yield from _compare(space, trials, rank, (holder, challenger), part)
+    winner = yield from _compare(trials, rank, (holder, challenger), part)
     if winner == challenger:
         yield [_resumed(trials, look)]
 
 
-def _climb_looks(space: Space, trials: Trials, rank: int, part: float) -> Choice:
+def _climb_looks(trials: Trials, rank: int, part: float) -> Choice:
     """The winner among looks at `part` of a training; None if trainings can't stop there or all looks diverged."""
+    space = trials.space
     learning_rates = space.learning_rates
     best = start = len(learning_rates) // 2
     first = early_arm(space, rank, learning_rates[start], part)
@@ -191,7 +195,7 @@ def _climb_looks(space: Space, trials: Trials, rank: int, part: float) -> Choice
         while 0 <= place < len(learning_rates) and not (direction == 1 and trials.diverged(first)):
             yield [early_arm(space, rank, learning_rates[place], part)]
             pair = (learning_rates[best], learning_rates[place])
-            winner = yield from _compare(space, trials, rank, pair, part)
+            winner = yield from _compare(trials, rank, pair, part)
             if winner != pair[1] and trials.finished(early_arm(space, rank, pair[0], part)):
                 break
             best = place
@@ -201,8 +205,9 @@ def _climb_looks(space: Space, trials: Trials, rank: int, part: float) -> Choice
     return learning_rates[best] if trials.finished(early_arm(space, rank, learning_rates[best], part)) else None
 
 
-def _compare(space: Space, trials: Trials, rank: int, pair: tuple[float, float], part: float) -> Choice:
+def _compare(trials: Trials, rank: int, pair: tuple[float, float], part: float) -> Choice:
     """The better of two learning rates with a look at `part`; a look without a result loses."""
+    space = trials.space
     looks = {lr: early_arm(space, rank, lr, part) for lr in pair}
     scores = {lr: score for lr, look in looks.items() if (score := _score(trials, look)) is not None}
     if len(scores) < 2:
@@ -214,7 +219,7 @@ def _compare(space: Space, trials: Trials, rank: int, pair: tuple[float, float],
     close = CLOSE if has_mean or worse < better else CLOSE_WITHOUT_MEAN
     if base is not None and scores[worse] - scores[better] > close * (base - scores[better]):
         return better
-    copies = {lr: _annealed(space, trials, look) for lr, look in looks.items()}
+    copies = {lr: _annealed(trials, look) for lr, look in looks.items()}
     yield list(copies.values())
     annealed = {
         lr: loss for lr, copy in copies.items() if (loss := _look_loss(trials.finished(copy), space)) is not None
@@ -229,11 +234,12 @@ def _compare(space: Space, trials: Trials, rank: int, pair: tuple[float, float],
     return min(pair, key=lambda lr: (trials.whole_loss(rank, lr), lr))
 
 
-def _finish(space: Space, trials: Trials, rank: int, learning_rate: float, part: float) -> Requests:
+def _finish(trials: Trials, rank: int, learning_rate: float, part: float) -> Requests:
     """Train the winner from its look to its end.
 
     Where its loss rises, the next lower learning rate may take its place; where it has learned nothing yet, the next higher.
     """
+    space = trials.space
     if (rank, learning_rate, space.seeds[0]) in trials.direct():
         return
     stage = early_arm(space, rank, learning_rate, part)
@@ -255,7 +261,7 @@ def _finish(space: Space, trials: Trials, rank: int, learning_rate: float, part:
         elif base is not None and loss >= base:
             neighbour = min((lr for lr in space.learning_rates if lr > stage.learning_rate), default=None)
         if neighbour is not None:
-            rival = yield from _bring_to(space, trials, rank, neighbour, step)
+            rival = yield from _bring_to(trials, rank, neighbour, step)
             rival_loss = _look_loss(trials.finished(rival), space)
             if rival_loss is not None and rival_loss < loss:
                 stage, loss = rival, rival_loss
@@ -263,17 +269,15 @@ def _finish(space: Space, trials: Trials, rank: int, learning_rate: float, part:
     yield [_resumed(trials, stage)]
 
 
-def _bring_to(
-    space: Space, trials: Trials, rank: int, learning_rate: float, step: int
-) -> Generator[Sequence[Arm], None, Arm]:
+def _bring_to(trials: Trials, rank: int, learning_rate: float, step: int) -> Generator[Sequence[Arm], None, Arm]:
     """The arm that trains to `step`, from the latest look at the learning rate that there is."""
     for part in (QUARTER, LOOK):
-        look = early_arm(space, rank, learning_rate, part)
+        look = early_arm(trials.space, rank, learning_rate, part)
         if trials.finished(look) is not None and (look.stop_at or 0) < step:
             arm = _resumed(trials, look, step)
             break
     else:
-        arm = early_arm(space, rank, learning_rate, 1.0).model_copy(update={"stop_at": step})
+        arm = early_arm(trials.space, rank, learning_rate, 1.0).model_copy(update={"stop_at": step})
     yield [arm]
     return arm
 
@@ -304,11 +308,11 @@ def _look_loss(outcome: TrialFinished | None, space: Space) -> float | None:
     return None if outcome is None else outcome.metrics.get("loss", oriented(outcome, space))
 
 
-def _annealed(space: Space, trials: Trials, look: Arm) -> Arm:
+def _annealed(trials: Trials, look: Arm) -> Arm:
     """The copy of a look that decays to a learning rate of 0 over `ANNEAL` of a training."""
     start = look.stop_at
     assert start is not None
-    end = min(space.steps, start + early_step(space, ANNEAL))
+    end = min(trials.space.steps, start + early_step(trials.space, ANNEAL))
     return _resumed(trials, look, end).model_copy(update={"anneal_from": start})
 
 

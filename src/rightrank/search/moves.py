@@ -25,55 +25,57 @@ MAX_RECOVERABLE_EXCESS = 2.0
 MAX_DEFICIT_AT_TOP = 2.0
 
 
-def try_rank(space: Space, trials: Trials, rank: int, learning_rate: float) -> Requests:
+def try_rank(trials: Trials, rank: int, learning_rate: float) -> Requests:
     """Train `rank` at `learning_rate`, and at neighbouring learning rates until one makes it hold.
 
     The latter are trained whole only where their look beats that of `learning_rate`.
     """
-    yield from train(space, trials, rank, learning_rate)
-    for neighbour in _promising_neighbours(space, trials, rank, learning_rate):
+    yield from train(trials, rank, learning_rate)
+    for neighbour in _promising_neighbours(trials, rank, learning_rate):
         if trials.holds(rank):
             return
-        yield from challenge(space, trials, rank, learning_rate, neighbour)
+        yield from challenge(trials, rank, learning_rate, neighbour)
 
 
-def _promising_neighbours(space: Space, trials: Trials, rank: int, learning_rate: float) -> Sequence[float]:
+def _promising_neighbours(trials: Trials, rank: int, learning_rate: float) -> Sequence[float]:
     """The neighbours of `learning_rate` that may make `rank` hold, the one that did better at the top rank first.
 
     Both where `learning_rate` gave no result. Otherwise a neighbour at which the top rank is about as good, unless the rank
     fails by far; and the higher neighbour where the rank is undertrained.
     """
+    space = trials.space
     place = space.learning_rates.index(learning_rate)
     neighbours = [space.learning_rates[i] for i in (place - 1, place + 1) if 0 <= i < len(space.learning_rates)]
-    behind = {lr: _deficit_at_top(space, trials, lr, learning_rate) for lr in neighbours}
+    behind = {lr: _deficit_at_top(trials, lr, learning_rate) for lr in neighbours}
     if rank in trials.ranks():
         limit = MAX_DEFICIT_AT_TOP * space.margin_at(trials.best_loss(space.top))
-        fails_by_far = _fails_by_far(space, trials, rank)
-        is_slow = _is_undertrained(space, trials, rank, learning_rate)
+        fails_by_far = _fails_by_far(trials, rank)
+        is_slow = _is_undertrained(trials, rank, learning_rate)
         neighbours = [
             lr
             for lr in neighbours
             if (behind[lr] <= limit and not fails_by_far)
-            or (lr > learning_rate and is_slow and not _lost_at_top(space, trials, lr))
+            or (lr > learning_rate and is_slow and not _lost_at_top(trials, lr))
         ]
     return sorted(neighbours, key=lambda lr: (behind[lr], lr))
 
 
-def _fails_by_far(space: Space, trials: Trials, rank: int) -> bool:
+def _fails_by_far(trials: Trials, rank: int) -> bool:
     """Whether the rank's excess is more than a neighbouring learning rate can make up for."""
     reference = trials.reference()
     if reference is None:
         return False
-    limit = MAX_RECOVERABLE_EXCESS * space.margin_at(trials.best_loss(reference))
+    limit = MAX_RECOVERABLE_EXCESS * trials.space.margin_at(trials.best_loss(reference))
     return trials.excess(rank, reference).mean > limit
 
 
-def _is_undertrained(space: Space, trials: Trials, rank: int, learning_rate: float) -> bool:
+def _is_undertrained(trials: Trials, rank: int, learning_rate: float) -> bool:
     """Whether more training, rather than more rank, may make the rank hold.
 
     It may if the top adapter truncated to this rank holds, and if the rank gained more in the second half of its own
     training than it still lacks.
     """
+    space = trials.space
     top = trials.best_loss(space.top)
     truncated = [arm for arm in trials.outcomes if arm.rank == rank and arm.truncate_from and arm.steps == 0]
     known = [loss for loss in map(trials.loss, truncated) if loss is not None]
@@ -84,8 +86,9 @@ def _is_undertrained(space: Space, trials: Trials, rank: int, learning_rate: flo
     return is_within(min(known) - top, space.margin_at(top)) and half - end > end - top
 
 
-def _deficit_at_top(space: Space, trials: Trials, neighbour: float, learning_rate: float) -> float:
+def _deficit_at_top(trials: Trials, neighbour: float, learning_rate: float) -> float:
     """How much worse the top rank is at `neighbour`, at the latest step that both reached; 0 where unknown."""
+    space = trials.space
     for step in (space.steps, *(early_step(space, part) for part in (HALF, QUARTER, LOOK))):
         losses = [trials.loss_after(space.top, lr, step) for lr in (neighbour, learning_rate)]
         if losses[0] is not None and losses[1] is not None:
@@ -93,8 +96,9 @@ def _deficit_at_top(space: Space, trials: Trials, neighbour: float, learning_rat
     return 0.0
 
 
-def _lost_at_top(space: Space, trials: Trials, learning_rate: float) -> bool:
+def _lost_at_top(trials: Trials, learning_rate: float) -> bool:
     """Whether the top rank at this learning rate ended, or stood halfway, no better than the base."""
+    space = trials.space
     for step in (space.steps, early_step(space, HALF)):
         loss = trials.loss_after(space.top, learning_rate, step)
         base = trials.base_loss(during_training=step < space.steps)
@@ -103,11 +107,12 @@ def _lost_at_top(space: Space, trials: Trials, learning_rate: float) -> bool:
     return False
 
 
-def walk(space: Space, trials: Trials, start: int, learning_rate: float) -> Requests:
+def walk(trials: Trials, start: int, learning_rate: float) -> Requests:
     """Train from `start` downward until a rank fails; upward until a rank holds where `start` itself fails."""
+    space = trials.space
     rank: int | None = start
     while rank is not None and rank < space.top:
-        yield from try_rank(space, trials, rank, _nearest_learning_rate(trials, rank, learning_rate))
+        yield from try_rank(trials, rank, _nearest_learning_rate(trials, rank, learning_rate))
         if trials.holds(rank):
             break
         rank = space.above(rank)
@@ -115,7 +120,7 @@ def walk(space: Space, trials: Trials, start: int, learning_rate: float) -> Requ
         return
     rank = space.below(start)
     while rank is not None:
-        yield from try_rank(space, trials, rank, _nearest_learning_rate(trials, rank, learning_rate))
+        yield from try_rank(trials, rank, _nearest_learning_rate(trials, rank, learning_rate))
         if not trials.holds(rank):
             return
         rank = space.below(rank)
@@ -129,12 +134,13 @@ def _nearest_learning_rate(trials: Trials, rank: int, otherwise: float) -> float
     return otherwise if found is None else found
 
 
-def settle(space: Space, trials: Trials) -> Requests:
+def settle(trials: Trials) -> Requests:
     """Train the ranks that may change the answer.
 
     These are the next lower rank below the answer; and, where the top rank is worse than the best one by more than the
     margin, the ranks above the best one until they get worse.
     """
+    space = trials.space
     for _ in range(2 * len(space.ranks)):
         chosen, best = trials.smallest_that_holds(), trials.reference()
         if chosen is None or best is None:
@@ -144,11 +150,12 @@ def settle(space: Space, trials: Trials) -> Requests:
         rank = next((rank for rank in (above, below) if rank is not None and rank not in trials.asked()), None)
         if rank is None:
             return
-        yield from try_rank(space, trials, rank, _nearest_learning_rate(trials, rank, space.learning_rates[0]))
+        yield from try_rank(trials, rank, _nearest_learning_rate(trials, rank, space.learning_rates[0]))
 
 
-def support(space: Space, trials: Trials) -> Requests:
+def support(trials: Trials) -> Requests:
     """Train ranks above the chosen one until an upper bound holds: a fallback for the decision, which goes by bounds."""
+    space = trials.space
     rank, reference = trials.smallest_that_holds(), trials.reference()
     while rank is not None and reference is not None and rank < reference and not trials.surely_holds(rank):
         rank = space.above(rank)
@@ -157,12 +164,13 @@ def support(space: Space, trials: Trials) -> Requests:
         yield [space.arm(rank, _nearest_learning_rate(trials, rank, space.learning_rates[0]))]
 
 
-def confirm(space: Space, trials: Trials) -> Requests:
+def confirm(trials: Trials) -> Requests:
     """Train the further seeds of the ranks that the answer rests on, until it stays the same.
 
     These are the chosen rank, the next lower one, the reference, and the best rank above the reference, which may be
     better than it by more seeds.
     """
+    space = trials.space
     for _ in range(len(space.ranks)):
         chosen, reference = trials.smallest_that_holds(), trials.reference()
         if chosen is None or reference is None or len(space.seeds) < 2:

@@ -42,18 +42,18 @@ class Strategy(ABC):
     - Arms and steps stay within `max_arms`, `cost().maximum` and the budget of the space.
     - Outcomes of arms that the strategy did not ask for change nothing.
 
+    The bounds below hold for every script that trains a cell of the rank × learning rate × seed grid at most once, in up to
+    three stages; a subclass states tighter or other bounds.
+
     For example::
 
         class TopAndBottom(Strategy):
             name = "top-and-bottom"
 
             def script(self, trials: Trials) -> Requests:
-                learning_rate = yield from find_learning_rate(self.space, trials, self.space.top)
+                learning_rate = yield from find_learning_rate(trials, self.space.top)
                 if learning_rate is not None:
-                    yield from try_rank(self.space, trials, self.space.ranks[0], learning_rate)
-
-    The bounds below hold for every script that trains a cell of the rank × learning rate × seed grid at most once, in up to
-    three stages; a subclass states tighter or other bounds.
+                    yield from try_rank(trials, self.space.ranks[0], learning_rate)
     """
 
     name: str
@@ -148,7 +148,7 @@ class Strategy(ABC):
         if self.space.evaluates_base:
             yield [base_arm(self.space.lora_alpha)]
         yield from self.script(trials)
-        yield from _sweep(self.space, trials)
+        yield from _sweep(trials)
 
     def _is_affordable(self, steps: int, seconds: float) -> bool:
         space = self.space
@@ -157,11 +157,11 @@ class Strategy(ABC):
         return space.budget_seconds is None or seconds <= space.budget_seconds
 
 
-def _sweep(space: Space, trials: Trials) -> Requests:
+def _sweep(trials: Trials) -> Requests:
     """Climb with every variant at the chosen rank and at the reference, from the best learning rate of each."""
     ranks = {trials.smallest_that_holds(), trials.reference()} - {None}
-    for variant in space.variants:
+    for variant in trials.space.variants:
         for rank in sorted(rank for rank in ranks if rank is not None):
             learning_rate = trials.best_learning_rate(rank)
             assert learning_rate is not None
-            yield from climb(space, trials, rank, learning_rate, variant)
+            yield from climb(trials, rank, learning_rate, variant)
