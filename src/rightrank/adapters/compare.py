@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from rightrank.data.rows import held_out_fields
@@ -32,48 +31,40 @@ from rightrank.train.tokens import encode
 VERDICTS: dict[bool | None, ComparisonVerdict] = {True: "not_worse", None: "cannot_tell", False: "worse"}
 
 
-@dataclass(frozen=True, slots=True)
-class CompareRequest:
-    """What to compare; see `rightrank.compare` for each field."""
-
-    a: str
-    b: str
-    model: str
-    data: Sequence[Path]
-    settings: SelectSettings
-
-
-def compare_adapters(request: CompareRequest) -> AdapterComparison:
-    """Read A and B on every data set and compare them by every metric.
+def compare_adapters(
+    sides: tuple[str, str], model: str, data: Sequence[Path], settings: SelectSettings
+) -> AdapterComparison:
+    """Read A and B on every data set and compare them by every metric; see `rightrank.compare`.
 
     Raises:
         InputError: a side, the model, the data or a metric can't be used.
     """
-    if not request.data:
+    if not data:
         raise SettingsError("no data: give --data FILE, once or more")
-    require_scorers(request.settings)
-    for side in (request.a, request.b):
+    require_scorers(settings)
+    for side in sides:
         require_side(side)
     found: list[MetricComparison] = []
-    for data in request.data:
+    for place in data:
         with tempfile.TemporaryDirectory(prefix="rightrank-") as name:
-            sides = _read_sides(request, data, Path(name))
-            metrics = [spec.name for spec in request.settings.metric_specs]
-            found += [_compare(*sides, metric, data, request.settings) for metric in metrics]
+            a, b = _read_sides(sides, model, place, settings, Path(name))
+            found += [_compare(a, b, spec.name, place, settings) for spec in settings.metric_specs]
     worst = max(found, key=lambda one: list(VERDICTS.values()).index(one.verdict))
     kept = worst.model_dump(exclude={"data", "value_a", "value_b"})
-    return AdapterComparison(sentence=_sentence(request, worst, len(found)), comparisons=found, **kept)
+    return AdapterComparison(sentence=_sentence(*sides, worst, len(found)), comparisons=found, **kept)
 
 
-def _read_sides(request: CompareRequest, data: Path, cache: Path) -> tuple[TrialFinished, TrialFinished]:
+def _read_sides(
+    sides: tuple[str, str], model: str, data: Path, settings: SelectSettings, cache: Path
+) -> tuple[TrialFinished, TrialFinished]:
     """The scores of A and B on all examples of `data`, in one order."""
-    splits, settings = _load_all(data, request.settings)
+    splits, settings = _load_all(data, settings)
     base: Runtime | None = None
     read = []
-    for number, side in enumerate((request.a, request.b)):
+    for number, side in enumerate(sides):
         if side == BASE or (Path(side) / CONFIG_FILE).is_file():
             if base is None:
-                base = _runtime(request.model, splits, settings, cache / "base")
+                base = _runtime(model, splits, settings, cache / "base")
             read.append(_scored(base, side, None if side == BASE else Path(side)))
         else:
             whole = _runtime(side, splits, settings, cache / str(number))
@@ -148,9 +139,10 @@ def _default_margin(table: ScoreTable, cell: Cell, trial: TrialFinished) -> floa
     return default_margin(kind, cell.value, [cell.value])
 
 
-def _sentence(request: CompareRequest, worst: MetricComparison, count: int) -> str:
-    b, a = Path(request.b).name, Path(request.a).name
-    names = f"B ({b}) against A ({a})" if b != a else f"B ({request.b}) against A ({request.a})"
+def _sentence(a: str, b: str, worst: MetricComparison, count: int) -> str:
+    if Path(a).name != Path(b).name:
+        a, b = Path(a).name, Path(b).name
+    names = f"B ({b}) against A ({a})"
     figures = (
         f"{worst.metric} differs by {worst.difference:+.3g} (95% bounds {worst.difference_low:+.3g} to "
         f"{worst.difference_high:+.3g}) on {worst.examples} examples, margin {worst.margin:g}"

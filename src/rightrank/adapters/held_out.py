@@ -16,7 +16,6 @@ from pathlib import Path
 import torch
 
 from rightrank.adapters.rewrite import RankChoice, write_resized
-from rightrank.data.files import require_absent
 from rightrank.data.forms import Example
 from rightrank.data.rows import read_rows
 from rightrank.data.splits import DataSplits, load_data
@@ -193,7 +192,6 @@ def resize_by_data(
         ModelError: the adapter does not fit the base.
         RunError: recovery diverged.
     """
-    require_absent(out)
     curve = truncation_curve(adapter, runtime, candidates, working)
     answer = curve.answer
     chosen = open_adapter(working / answer.trial_id)

@@ -74,7 +74,6 @@ def resize_adapter(path: Path, out: Path, rule: ResizeRule, options: ResizeOptio
         InputError: the adapter, the rule, the data or `out` cannot be used; nothing is written.
         RunError: recovery diverged.
     """
-    rule.require_one()
     require_absent(out)
     adapter = open_adapter(path)
     require_plain_update(adapter)
@@ -92,7 +91,6 @@ def resize_together(paths: Sequence[Path], out: Path, rule: ResizeRule, options:
     Raises:
         InputError: one of them cannot be used, or two have the same name; nothing is written.
     """
-    rule.require_one()
     require_absent(out)
     if rule.data is not None:
         raise SettingsError(

@@ -195,11 +195,10 @@ def compare(
     for side in (a, b):
         require_side(str(side))  # before what brings torch
 
-    from rightrank.adapters.compare import CompareRequest, compare_adapters
+    from rightrank.adapters.compare import compare_adapters
 
     files = [data] if isinstance(data, str | Path) else list(data)
-    request = CompareRequest(str(a), str(b), model, [Path(file) for file in files], settings or make_settings({}))
-    return compare_adapters(request)
+    return compare_adapters((str(a), str(b)), model, [Path(file) for file in files], settings or make_settings({}))
 
 
 def fleet(
