@@ -186,7 +186,7 @@ def test_difference(
     if sides[0] is None or sides[1] is None:
         return sign * (chosen.value - reference.value), None
     (ours, weights), (theirs, _) = sides[0], sides[1]
-    span = span_of(kind_of(criterion.metric, criterion.higher_is_better), [*ours / weights, *theirs / weights])
+    span = span_of(kind_of(criterion.metric, criterion.higher_is_better), [ours, theirs], weights)
     found = estimate(sign * (ours - theirs)[None, :], weights, span)
     return found.mean, bounds_of(found).high if found.examples else None
 

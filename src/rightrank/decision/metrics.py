@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
 from typing import Literal, TypeAlias
+
+import numpy as np
+from numpy.typing import ArrayLike
 
 MetricKind: TypeAlias = Literal["token_loss", "loss", "perplexity", "accuracy", "other"]
 
@@ -49,12 +51,17 @@ def is_percent(values: list[float]) -> bool:
     return max(values) > 1.5
 
 
-def span_of(kind: MetricKind, scores: Collection[float]) -> float:
-    """The range of one example's score; 0 for losses, which have no bound."""
+def span_of(kind: MetricKind, sums: ArrayLike, weights: ArrayLike = 1.0) -> float:
+    """The range of one example's score; 0 for losses, which have no bound.
+
+    Args:
+        sums: [..., examples] scores times weights.
+        weights: [examples]
+    """
     if kind in ("token_loss", "loss", "perplexity"):
         return 0.0
-    largest = max(map(abs, scores), default=0.0)
-    return (100.0 if largest > 1.5 else 1.0) if kind == "accuracy" else float(largest) or 1.0
+    largest = float(np.max(np.abs(np.divide(sums, weights))))
+    return (100.0 if largest > 1.5 else 1.0) if kind == "accuracy" else largest or 1.0
 
 
 def default_margin(kind: MetricKind, reference: float, values: list[float]) -> float:

@@ -111,7 +111,7 @@ def table_of(
             scores, weights = map(np.asarray, examples[outcome.trial_id] or ([outcome.metrics[metric]], [1.0]))
             scale = weights if kind == "perplexity" else np.ones(1)  # the logarithm is of the score without its weight
             sums = _oriented(scores / scale, kind, higher_is_better) * scale
-            cell = _cell(outcome, metric, sums, weights, span_of(kind, scores / weights))
+            cell = _cell(outcome, metric, sums, weights, span_of(kind, scores, weights))
             cell = cell if points_metric in (None, metric) else replace(cell, points=())
             cells[outcome.rank, outcome.learning_rate, outcome.seed] = cell
         else:

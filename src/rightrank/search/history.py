@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from rightrank.decision.comparison import bounds_of, is_within, walk_down
+from rightrank.decision.comparison import Bounds, bounds_of, is_within, walk_down
 from rightrank.decision.intervals import estimate
 from rightrank.decision.metrics import span_of
 from rightrank.decision.seeds import adjusted_means, best_learning_rate
@@ -48,14 +48,6 @@ def seconds_of(outcome: TrialFinished, history: History) -> float:
         if before.trial_id == outcome.continue_from:
             return seconds - before.train_seconds - before.eval_seconds
     return seconds
-
-
-@dataclass(frozen=True, slots=True)
-class Excess:
-    """How much worse one rank is than another, each at its best learning rate."""
-
-    mean: float
-    high: float  # 95% upper bound; the mean itself where examples were not scored one by one
 
 
 @dataclass(slots=True)
@@ -166,14 +158,14 @@ class Trials:
         by_rank = dict(zip(rates, adjusted_means(losses) if losses else [], strict=True))
         return min(by_rank, key=lambda rank: (by_rank[rank], rank), default=None)
 
-    def excess(self, rank: int, reference: int) -> Excess:
-        """`rank` against `reference`, each at its best learning rate, over the seeds that both have."""
+    def excess(self, rank: int, reference: int) -> Bounds:
+        """How much worse `rank` is than `reference`, each at its best learning rate, over the seeds that both have."""
         rates = [self.best_learning_rate(one) for one in (rank, reference)]
         left, right = (
             {} if lr is None else self.by_seed(one, lr) for one, lr in zip((rank, reference), rates, strict=True)
         )
         pairs = _pairs(left, right)
-        return excess_of(pairs, self.space) if pairs else Excess(math.inf, math.inf)
+        return excess_of(pairs, self.space) if pairs else Bounds(math.inf, math.inf, math.inf)
 
     def holds(self, rank: int) -> bool:
         """Whether the rank's mean is within the margin of the reference's. The search goes by this."""
@@ -183,7 +175,7 @@ class Trials:
         """Whether the 95% upper bound is within the margin. The decision goes by this."""
         return self._holds(rank, lambda excess: excess.high)
 
-    def _holds(self, rank: int, figure: Callable[[Excess], float]) -> bool:
+    def _holds(self, rank: int, figure: Callable[[Bounds], float]) -> bool:
         reference = self.reference()
         if reference is None or rank not in self.ranks():
             return False
@@ -209,16 +201,16 @@ def oriented(outcome: TrialFinished, space: Space) -> float:
     return -outcome.value if is_turned else outcome.value
 
 
-def excess_of(pairs: Iterable[tuple[TrialFinished, TrialFinished]], space: Space) -> Excess:
-    """The mean difference of paired outcomes and its 95% upper bound over examples and pairs."""
+def excess_of(pairs: Iterable[tuple[TrialFinished, TrialFinished]], space: Space) -> Bounds:
+    """The mean difference of paired outcomes and its bounds over examples and pairs; the mean alone without scores by example."""
     pairs = list(pairs)
     mean = float(np.mean([oriented(left, space) - oriented(right, space) for left, right in pairs]))
     scored = [(left.items(space.metric), right.items(space.metric)) for left, right in pairs]
     known = [(ours, theirs) for ours, theirs in scored if ours and theirs and len(ours[0]) == len(theirs[0]) > 1]
     if len(known) < len(pairs):
-        return Excess(mean, mean)
+        return Bounds(mean, mean, mean)
     sums = np.array([np.subtract(ours[0], theirs[0]) for ours, theirs in known])
     weights = np.asarray(known[0][0][1], dtype=np.float64)
-    span = span_of(space.kind, [score for pair in known for scores, _ in pair for score in scores / weights])
+    span = span_of(space.kind, [scores for pair in known for scores, _ in pair], weights)
     found = estimate(-sums if space.higher_is_better else sums, weights, span)
-    return Excess(mean, bounds_of(replace(found, mean=mean)).high)
+    return bounds_of(replace(found, mean=mean))
