@@ -12,8 +12,8 @@ from click.testing import CliRunner
 from rightrank.cli import cli
 from rightrank.cli.options import unknown_option
 from rightrank.cli.runs import TARGETS as OFFERED
-from rightrank.interop.exports import TARGET as STUDY
-from rightrank.interop.exports import TARGETS
+from rightrank.interop.exports import STUDY
+from rightrank.interop.targets import TARGETS
 from rightrank.schema.errors import SettingsError
 from rightrank.schema.settings import SelectSettings, make_settings
 from rightrank.search.strategies import STRATEGIES

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from rightrank.api.run_folder import export
-from rightrank.interop.hub import push_to_hub
+from rightrank.interop.exports import push_to_hub
 from rightrank.schema.errors import RunError, RunFolderError, SettingsError
 
 

@@ -12,9 +12,9 @@ import pytest
 import yaml
 
 from rightrank import export, select_rank
-from rightrank.interop.exports import TARGETS, write_export
+from rightrank.interop.exports import write_export
 from rightrank.interop.recipe import Recipe, recipe_of
-from rightrank.interop.trainers import axolotl, llamafactory, trl
+from rightrank.interop.targets import TARGETS
 from rightrank.runs.folder import RunFolder
 from rightrank.schema.events import RunStarted
 from rightrank.schema.trials import TrialFinished
@@ -91,8 +91,8 @@ def test_unsloth_gets_bare_names(recipe: Recipe, tmp_path: Path) -> None:
 def test_trainers_read_the_columns_that_the_file_has(recipe: Recipe, shape: str) -> None:
     renamed = {"prompt": "ask, then → wait", "completion": "reply"} if "→" in shape else {}
     other = replace(recipe, shape=shape, columns=renamed)
-    dataset = yaml.safe_load(axolotl(other).files["axolotl.yaml"])["datasets"][0]
-    entry = json.loads(llamafactory(other).files["dataset_info.json"])["rightrank_data"]
+    dataset = yaml.safe_load(TARGETS["axolotl"](other).files["axolotl.yaml"])["datasets"][0]
+    entry = json.loads(TARGETS["llamafactory"](other).files["dataset_info.json"])["rightrank_data"]
     if shape == "alpaca":
         assert dataset["type"] == "alpaca"
         assert entry["columns"]["query"] == "input"
@@ -100,4 +100,4 @@ def test_trainers_read_the_columns_that_the_file_has(recipe: Recipe, shape: str)
         assert dataset["field_messages"] == entry["columns"]["messages"] == "conversations"
     else:
         assert dataset["type"]["field_instruction"] == entry["columns"]["prompt"] == "ask, then → wait"
-    assert any(shape in note for note in trl(other).notes)
+    assert any(shape in note for note in TARGETS["trl"](other).notes)

@@ -18,10 +18,10 @@ import torch
 import yaml
 
 from rightrank import Selected, export, inspect, select_rank, write_report
-from rightrank.interop.exports import SERVERS, TARGETS, write_export
+from rightrank.interop.exports import write_export
 from rightrank.interop.recipe import Recipe, recipe_of
 from rightrank.interop.servers import VLLM_RANKS, served_rank
-from rightrank.interop.trainers import axolotl, trl
+from rightrank.interop.targets import SERVERS, TARGETS
 from rightrank.runs.folder import RunFolder
 from rightrank.schema.errors import ResultsError, RunFolderError, SettingsError
 from rightrank.schema.events import RunStarted
@@ -178,8 +178,10 @@ def test_snippets_are_python_whatever_the_names(recipe: Recipe, target: str) -> 
 
 def test_what_a_target_cannot_express_is_a_note(recipe: Recipe) -> None:
     patterned = replace(recipe, rank_pattern={"q_proj": 8})
-    assert trl(patterned).notes == ["TRL's command line has no rank_pattern; the file has one rank for all modules"]
-    assert yaml.safe_load(axolotl(patterned).files["axolotl.yaml"])["lora_rank_pattern"] == {"q_proj": 8}
+    assert TARGETS["trl"](patterned).notes == [
+        "TRL's command line has no rank_pattern; the file has one rank for all modules"
+    ]
+    assert yaml.safe_load(TARGETS["axolotl"](patterned).files["axolotl.yaml"])["lora_rank_pattern"] == {"q_proj": 8}
     with_head = replace(recipe, modules_to_save=("score",), task_type="SEQ_CLS")
     assert len(TARGETS["vllm"](with_head).notes) == 2
     assert "for every module" in " ".join(TARGETS["sglang"](patterned).notes)

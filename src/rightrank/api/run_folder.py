@@ -10,16 +10,14 @@ from rightrank.data.files import UnreadableError, read_json_object, report_disk_
 from rightrank.decision.run import Records, decision_so_far, last_decided, records_of
 from rightrank.hooks import report as views
 from rightrank.hooks.event_log import PROGRESS_FILE
-from rightrank.interop.exports import TARGET as STUDY
-from rightrank.interop.exports import Exported, require_paddable, require_target, write_export, write_study
-from rightrank.interop.hub import push_to_hub as upload
-from rightrank.interop.hub import require_repository
+from rightrank.interop import exports
+from rightrank.interop.exports import STUDY, Exported, require_export, write_export, write_study
 from rightrank.interop.recipe import recipe_of
 from rightrank.report.status import RunStatus, is_fresh, run_status
 from rightrank.runs.folder import RunFolder
 from rightrank.runs.journal import Repaired
 from rightrank.schema.decision import Decision
-from rightrank.schema.errors import RunFolderError, SettingsError
+from rightrank.schema.errors import RunFolderError
 from rightrank.schema.events import JournalRecord
 from rightrank.schema.settings import Goal
 from rightrank.schema.trials import TrialFinished
@@ -83,16 +81,11 @@ def _goal(records: Records) -> Goal:
 def export(
     run: str | Path, to: str, out: str | Path | None = None, *, pad: bool = False, push_to_hub: str | None = None
 ) -> Exported:
-    if to == STUDY:
-        return _export_study(run, out, pad or push_to_hub is not None)
-    require_target(to)
-    if pad:
-        require_paddable(to)
-    if push_to_hub is not None:
-        require_repository(push_to_hub)
-        if to != "peft":
-            raise SettingsError(f"--push-to-hub goes with --to peft, not with {to!r}: the hub holds the adapter itself")
+    require_export(to, pad, push_to_hub)
     folder, journal, records = _opened(run, settled=False)
+    if to == STUDY:
+        with report_disk_errors(folder.path):
+            return write_study(records, _decision(journal, records), _place(folder, STUDY, out))
     recipe = recipe_of(records.started, _handed_over(folder, journal, records), folder.adapter, records.finished())
     if records.adapters and records.adapters[-1].guard:
         recipe = replace(recipe, guard=records.adapters[-1].guard.sentence)
@@ -100,7 +93,7 @@ def export(
         exported = write_export(to, recipe, _place(folder, to, out), pad)
     if push_to_hub is None:
         return exported
-    return replace(exported, hub=upload(exported.folder, push_to_hub))
+    return replace(exported, hub=exports.push_to_hub(exported.folder, push_to_hub))
 
 
 def _handed_over(folder: RunFolder, journal: Sequence[JournalRecord], records: Records) -> TrialFinished:
@@ -124,14 +117,6 @@ def repair(run: str | Path) -> Repaired:
     folder = RunFolder.existing(run)
     with folder.locked(), report_disk_errors(folder.path):
         return folder.journal.repair()
-
-
-def _export_study(run: str | Path, out: str | Path | None, with_more: bool) -> Exported:
-    if with_more:
-        raise SettingsError(f"--pad and --push-to-hub are for an adapter; {STUDY!r} is a study of the trials")
-    folder, journal, records = _opened(run, settled=False)
-    with report_disk_errors(folder.path):
-        return write_study(records, _decision(journal, records), _place(folder, STUDY, out))
 
 
 def _place(folder: RunFolder, to: str, out: str | Path | None) -> Path:

@@ -105,7 +105,10 @@ def _shape_renamed(names: Mapping[str, str]) -> Shape:
 
 def _found(fields: Mapping[str, Any]) -> Shape | None:
     if {"chosen", "rejected"} <= fields.keys():
-        return _preference(fields)
+        prompt = next((name for name in PROMPTS if name in fields), None)  # beside two answers of text
+        if "prompt" in fields or prompt is None or not isinstance(fields["chosen"], str):
+            return None
+        return _shape_renamed({"prompt": prompt})
     conversation = next((name for name in CONVERSATIONS if name in fields), None)
     if conversation is not None and (conversation != "messages" or _is_sharegpt(fields[conversation])):
         return Shape("sharegpt", lambda row: {**row.fields, "messages": _messages(row, conversation)})
@@ -120,14 +123,6 @@ def _found(fields: Mapping[str, Any]) -> Shape | None:
     return Shape("tokens", _tokens) if "input_ids" in fields else None
 
 
-def _preference(fields: Mapping[str, Any]) -> Shape | None:
-    """Preference pairs whose prompt has another name beside two answers of text."""
-    column = next((name for name in PROMPTS if name in fields), None)
-    if "prompt" in fields or column is None or not isinstance(fields["chosen"], str):
-        return None
-    return _shape_renamed({"prompt": column})
-
-
 def _is_sharegpt(value: Any) -> bool:
     """Whether turns have ShareGPT's keys, or its names of roles."""
     if not isinstance(value, list) or not value or not isinstance(value[0], Mapping):
@@ -136,25 +131,20 @@ def _is_sharegpt(value: Any) -> bool:
 
 
 def _messages(row: Row, column: str) -> Any:
+    """ShareGPT's turns as messages, with `user` and `assistant` for the roles that it calls `human` and `gpt`."""
     turns = row.fields.get(column)
     if not isinstance(turns, list) or not all(isinstance(turn, Mapping) for turn in turns):
         return turns  # the check of `messages` reports it
-    return [_renamed_role(turn) if "role" in turn else _message(turn, row.where) for turn in turns]
-
-
-def _renamed_role(turn: Mapping[str, Any]) -> dict[str, Any]:
-    """A message with `user` and `assistant` for the roles that ShareGPT calls `human` and `gpt`."""
-    role = turn["role"]
-    return {**turn, "role": ROLES.get(role, role) if isinstance(role, str) else role}
-
-
-def _message(turn: Mapping[str, Any], where: str) -> dict[str, Any]:
-    role = ROLES.get(str(turn.get("from")))
-    if role is None:
-        raise DataError(
-            f"{where}: a turn is from {turn.get('from')!r}; known: {', '.join(ROLES)} (give `messages` for other roles)"
-        )
-    return {"role": role, "content": turn.get("value")}
+    messages = []
+    for turn in turns:
+        role = turn["role"] if "role" in turn else ROLES.get(str(turn.get("from")))
+        if role is None and "role" not in turn:
+            raise DataError(
+                f"{row.where}: a turn is from {turn.get('from')!r}; known: {', '.join(ROLES)} (give `messages` for other roles)"
+            )
+        renamed = ROLES.get(role, role) if isinstance(role, str) else role
+        messages.append({**turn, "role": renamed} if "role" in turn else {"role": role, "content": turn.get("value")})
+    return messages
 
 
 def _alpaca(row: Row) -> Mapping[str, Any]:
@@ -281,9 +271,10 @@ def example_of(row: Row, form: DataForm, columns: tuple[str, ...]) -> Example:
     if "label" in content:
         content["label"] = _plain_label(content["label"])
     for column, value in content.items():
-        _CHECKS[column](value, f"{row.where}: `{column}`")
+        if column in _CHECKS:  # those of tokens were checked as they got their shape
+            _CHECKS[column](value, f"{row.where}: `{column}`")
     if form == "preference":
-        content = pair_of(content, row.where)
+        content = _pair_of(content, row.where)
     canonical = json.dumps(content, sort_keys=True, ensure_ascii=True, default=str)
     return Example(hashlib.sha256(canonical.encode()).hexdigest()[:16], content, row.where)
 
@@ -331,14 +322,7 @@ def _kind(value: Any) -> str:
     return f"an {name}" if name[0] in "aeiou" else f"a {name}"
 
 
-def _check_tokens(value: Any, where: str) -> None:
-    if not isinstance(value, list) or not all(type(token) is int for token in value):
-        raise DataError(f"{where}: got {_kind(value)}; give a list of integers")
-
-
 _CHECKS: dict[str, Callable[[Any, str], None]] = {
-    "input_ids": _check_tokens,
-    "labels": _check_tokens,
     "text": _check_text,
     "prompt": _check_prompt,
     "completion": _check_prompt,
@@ -349,7 +333,7 @@ _CHECKS: dict[str, Callable[[Any, str], None]] = {
 }
 
 
-def pair_of(fields: Mapping[str, Any], where: str) -> dict[str, Any]:
+def _pair_of(fields: Mapping[str, Any], where: str) -> dict[str, Any]:
     """`{"prompt", "chosen", "rejected"}` of a row whose cells are strings or lists of messages.
 
     A `prompt` of text beside two whole conversations repeats their beginning, and is not used.

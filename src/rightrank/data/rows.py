@@ -56,14 +56,16 @@ def read_rows(source: Path) -> RowsBySplit:
         DataError: no such file, or none of a known type; while iterating: a row that can't be read.
     """
     found_kind = kind_of(source)
-    if found_kind == "missing" and is_hub_name(str(source)):
+    if found_kind == "missing" and _is_hub_name(str(source)):
         return _hub_rows(str(source))
     if found_kind == "missing":
         raise DataError(f"{source}: no such file or folder{_nearest_file(source)}; give {_types_allowed()}")
     if found_kind == "other":
         raise DataError(f"{source}: neither a regular file nor a folder; give {_types_allowed()}")
+    suffix = source.suffix.lower()
+    if found_kind == "file" and suffix not in FILE_TYPES:
+        raise DataError(f"{source}: files of type {suffix or '(no ending)'!r} are not read; give {_types_allowed()}")
     if found_kind == "file":
-        _require_type(source)
         return {None: _file_rows(source)}
     if _is_saved_dataset(source):
         return _saved_dataset_rows(source)
@@ -95,7 +97,7 @@ def require_rows(source: Path) -> None:
         DataError: as `read_rows` raises.
     """
     found = kind_of(source)
-    if not (found == "missing" and is_hub_name(str(source))) and not (found == "folder" and _is_saved_dataset(source)):
+    if not (found == "missing" and _is_hub_name(str(source))) and not (found == "folder" and _is_saved_dataset(source)):
         read_rows(source)
 
 
@@ -137,12 +139,6 @@ def _memory_rows(rows: Iterable[Any], what: str) -> Iterator[Row]:
         if not isinstance(fields, Mapping):
             raise DataError(f"{what} {number}: got a {type(fields).__name__}; give a mapping with text columns")
         yield Row(fields, f"{what} {number}")
-
-
-def _require_type(path: Path) -> None:
-    suffix = path.suffix.lower()
-    if suffix not in FILE_TYPES:
-        raise DataError(f"{path}: files of type {suffix or '(no ending)'!r} are not read; give {_types_allowed()}")
 
 
 def _file_rows(path: Path) -> Iterator[Row]:
@@ -237,7 +233,7 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
         raise DataError(f"{path}: not a readable Parquet file ({error}); write it again") from None
 
 
-def is_hub_name(name: str) -> bool:
+def _is_hub_name(name: str) -> bool:
     """Whether `name` can be that of a data set on the hub: OWNER/NAME or OWNER/NAME:CONFIG."""
     return bool(_HUB_NAME.fullmatch(name)) and Path(name).suffix.lower() not in FILE_TYPES
 

@@ -9,11 +9,11 @@ from __future__ import annotations
 import hashlib
 import json
 from array import array
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 
@@ -25,84 +25,7 @@ from rightrank.schema.settings import SelectSettings
 from rightrank.schema.trials import SplitName, split_name
 
 HELD_OUT: tuple[SplitName, ...] = ("selection", "test")
-
-
-class SplitBuilder:
-    def __init__(self, form: DataForm, settings: SelectSettings, folder: Path | None) -> None:
-        self.train = ExampleStore(folder)
-        self.held_out: dict[SplitName, _SmallestHashes] = {
-            split: _SmallestHashes(settings.eval_items) for split in HELD_OUT
-        }
-        self.labels: set[str] = set()  # classification: of the training examples
-        self.unreadable = 0
-        self.equal_pairs = 0
-        self.control_characters = 0  # in training examples
-        self._is_classification = form == "classification"
-
-    def add(self, split: SplitName, example: Example) -> None:
-        if split != "train":
-            self.held_out[split].add(example)
-            return
-        self.train.append(example)
-        self.control_characters += has_control(example.content)
-        if self._is_classification:
-            self.labels.add(str(example.content["label"]))
-
-    @property
-    def rows(self) -> int:
-        """All rows, those that are in no split included."""
-        return len(self.train) + self.rows_held_out + self.unreadable + self.equal_pairs
-
-    @property
-    def rows_held_out(self) -> int:
-        return sum(len(held.ids) for held in self.held_out.values())
-
-    @property
-    def distinct_held_out(self) -> int:
-        return sum(len(np.unique(np.frombuffer(held.ids, np.uint64))) for held in self.held_out.values())
-
-    def duplicates_across(self) -> int:
-        """The number of distinct validation examples that are in train, and of test examples that are in either."""
-        train, validation, test = (
-            np.unique(np.frombuffer(ids, np.uint64))
-            for ids in (self.train.ids, self.held_out["selection"].ids, self.held_out["test"].ids)
-        )
-        return len(np.intersect1d(train, validation)) + len(np.intersect1d(np.union1d(train, validation), test))
-
-
-class _SmallestHashes:
-    """Keeps the `limit` distinct examples with the smallest hashes, so that few change when the data set grows."""
-
-    def __init__(self, limit: int) -> None:
-        self.ids = array("Q")  # of all examples that were added
-        self._limit = limit
-        self._kept: dict[str, Example] = {}
-
-    def add(self, example: Example) -> None:
-        self.ids.append(int(example.item_id, 16))
-        self._kept[example.item_id] = example
-        if len(self._kept) > 2 * self._limit + 1000:
-            self._kept = {kept.item_id: kept for kept in self.examples()}
-
-    def examples(self) -> list[Example]:
-        return [self._kept[item_id] for item_id in sorted(self._kept)[: self._limit]]
-
-
-def fingerprint_of(builder: SplitBuilder, examples: Mapping[SplitName, Sequence[Example]]) -> str:
-    digest = hashlib.sha256(b"train:")
-    for number in builder.train.ids:
-        digest.update(f"{number:016x}".encode())
-    for split in HELD_OUT:
-        digest.update(f"{split}:".encode())
-        for example in examples[split]:
-            digest.update(example.item_id.encode())
-    return digest.hexdigest()
-
-
-Detected: TypeAlias = tuple[DataForm, tuple[str, ...], Shape | None, RowsBySplit]
-SPLITS: tuple[SplitName, ...] = ("train", "selection", "test")
-
-
+SPLITS: tuple[SplitName, ...] = ("train", *HELD_OUT)
 FORMS: tuple[tuple[DataForm, tuple[str, ...]], ...] = (  # the first form whose columns all exist is used
     ("preference", ("prompt", "chosen", "rejected")),
     ("preference", ("chosen", "rejected")),  # both begin with the prompt
@@ -152,35 +75,111 @@ def load_data(
     if settings.validation:
         rows = _with_validation(rows, Path(settings.validation), name)
     form, columns, shape, rows = _detect_form(rows, name, settings.columns)
-    given = None not in rows
-    builder = SplitBuilder(form, settings, folder)
-    for split, example in _placed(rows, (form, columns), settings, builder):
-        builder.add(split, example)
-    examples: dict[SplitName, Sequence[Example]] = {
-        "train": builder.train,
-        "selection": builder.held_out["selection"].examples(),
-        "test": builder.held_out["test"].examples(),
-    }
+    read = _Reading(form, columns, settings, folder)
+    read.add_all(rows)
+    examples: dict[SplitName, Sequence[Example]] = {"train": read.train}
+    examples |= {split: held.examples() for split, held in read.held_out.items()}
     begun = {split: found[:begun_items] if split in HELD_OUT else found for split, found in examples.items()}
     examples["test"] = begun["test"]
-    _check_sizes(examples, settings, name, None if given else builder.rows)
+    is_given = None not in rows
+    _check_sizes(examples, settings, name, None if is_given else read.rows)
     evaluated = [example for split in HELD_OUT for example in examples[split]]
+    train, validation, test = (
+        np.unique(np.frombuffer(ids, np.uint64)) for ids in (read.train.ids, *(read.held_out[s].ids for s in HELD_OUT))
+    )
+    distinct = len(validation) + len(test)
     return DataSplits(
-        form,
-        examples,
-        given,
-        builder.duplicates_across(),
-        fingerprint_of(builder, begun),
-        _classes(builder.labels, examples, name) if form == "classification" else None,
-        builder.unreadable,
-        builder.control_characters + sum(has_control(example.content) for example in evaluated),
-        rows=builder.rows,
-        repeated=builder.rows_held_out - builder.distinct_held_out,
-        not_evaluated=builder.distinct_held_out - len(evaluated),
+        form=form,
+        examples=examples,
+        splits_given=is_given,
+        # distinct validation examples that are in train, and test examples that are in either
+        duplicates_across_splits=len(np.intersect1d(train, validation))
+        + len(np.intersect1d(np.union1d(train, validation), test)),
+        fingerprint=_fingerprint(read.train, begun),
+        classes=_classes(read.labels, examples, name) if form == "classification" else None,
+        unreadable=read.unreadable,
+        control_characters=read.control_characters + sum(has_control(example.content) for example in evaluated),
+        rows=read.rows,
+        repeated=read.rows_held_out - distinct,
+        not_evaluated=distinct - len(evaluated),
         shape=None if shape is None else shape.name,
         renamed={} if shape is None else dict(shape.renamed),
-        equal_pairs=builder.equal_pairs,
+        equal_pairs=read.equal_pairs,
     )
+
+
+class _Reading:
+    """The rows as they are read: training examples in a file, held-out ones with the smallest hashes, and counts."""
+
+    def __init__(self, form: DataForm, columns: tuple[str, ...], settings: SelectSettings, folder: Path | None) -> None:
+        self.train = ExampleStore(folder)
+        self.held_out: dict[SplitName, _SmallestHashes] = {
+            split: _SmallestHashes(settings.eval_items) for split in HELD_OUT
+        }
+        self.labels: set[str] = set()  # classification: of the training examples
+        self.unreadable = 0
+        self.equal_pairs = 0
+        self.control_characters = 0  # in training examples
+        self._form, self._columns, self._settings = form, columns, settings
+
+    @property
+    def rows(self) -> int:
+        """All rows, those that are in no split included."""
+        return len(self.train) + self.rows_held_out + self.unreadable + self.equal_pairs
+
+    @property
+    def rows_held_out(self) -> int:
+        return sum(len(held.ids) for held in self.held_out.values())
+
+    def add_all(self, rows: RowsBySplit) -> None:
+        for split in (None, *SPLITS):
+            for row in rows.get(split, ()):
+                if not all(map(is_text, strings([row.fields.get(name) for name in self._columns]))):
+                    self.unreadable += 1  # a lone surrogate can't be encoded as UTF-8
+                    continue
+                example = example_of(row, self._form, self._columns)
+                if self._form == "preference" and example.content["chosen"] == example.content["rejected"]:
+                    self.equal_pairs += 1  # no adapter can tell them apart
+                    continue
+                self._add(_split_of(split, row, example, rows, self._settings), example)
+
+    def _add(self, split: SplitName, example: Example) -> None:
+        if split != "train":
+            self.held_out[split].add(example)
+            return
+        self.train.append(example)
+        self.control_characters += has_control(example.content)
+        if self._form == "classification":
+            self.labels.add(str(example.content["label"]))
+
+
+class _SmallestHashes:
+    """Keeps the `limit` distinct examples with the smallest hashes, so that few change when the data set grows."""
+
+    def __init__(self, limit: int) -> None:
+        self.ids = array("Q")  # of all examples that were added
+        self._limit = limit
+        self._kept: dict[str, Example] = {}
+
+    def add(self, example: Example) -> None:
+        self.ids.append(int(example.item_id, 16))
+        self._kept[example.item_id] = example
+        if len(self._kept) > 2 * self._limit + 1000:
+            self._kept = {kept.item_id: kept for kept in self.examples()}
+
+    def examples(self) -> list[Example]:
+        return [self._kept[item_id] for item_id in sorted(self._kept)[: self._limit]]
+
+
+def _fingerprint(train: ExampleStore, examples: Mapping[SplitName, Sequence[Example]]) -> str:
+    digest = hashlib.sha256(b"train:")
+    for number in train.ids:
+        digest.update(f"{number:016x}".encode())
+    for split in HELD_OUT:
+        digest.update(f"{split}:".encode())
+        for example in examples[split]:
+            digest.update(example.item_id.encode())
+    return digest.hexdigest()
 
 
 def _with_validation(rows: RowsBySplit, file: Path, name: str) -> RowsBySplit:
@@ -193,7 +192,9 @@ def _with_validation(rows: RowsBySplit, file: Path, name: str) -> RowsBySplit:
     return {**others, "selection": chosen}
 
 
-def _detect_form(rows: RowsBySplit, name: str, named: Sequence[str]) -> Detected:
+def _detect_form(
+    rows: RowsBySplit, name: str, named: Sequence[str]
+) -> tuple[DataForm, tuple[str, ...], Shape | None, RowsBySplit]:
     """The form of the first row with its columns, how rows get them, and all rows with these columns."""
     first: Row | None = None
     begun: RowsBySplit = {}
@@ -226,48 +227,28 @@ def _named(first: Row, known: Set[str]) -> str:
     return f"prompt={texts[0]},completion={texts[1]}" if len(texts) > 1 else f"text={texts[0]}"
 
 
-def _placed(
-    rows: RowsBySplit, columns_of: tuple[DataForm, tuple[str, ...]], settings: SelectSettings, builder: SplitBuilder
-) -> Iterator[tuple[SplitName, Example]]:
-    """Yield every readable example with its split."""
-    form, columns = columns_of
-    given = None not in rows
-    for split in (None, *SPLITS):
-        for row in rows.get(split, ()):
-            if not all(map(is_text, strings([row.fields.get(name) for name in columns]))):
-                builder.unreadable += 1  # a lone surrogate can't be encoded as UTF-8
-                continue
-            example = example_of(row, form, columns)
-            if form == "preference" and example.content["chosen"] == example.content["rejected"]:
-                builder.equal_pairs += 1  # no adapter can tell them apart
-                continue
-            if split is None:
-                yield _made_split(row, example, settings), example
-            else:
-                yield (_taken_from_train(rows, example, settings) if given and split == "train" else split), example
-
-
-def _made_split(row: Row, example: Example, settings: SelectSettings) -> SplitName:
-    group = row.fields.get("group")
-    share = _unit_interval(_split_key(example) if group is None else f"group:{group}")
-    if share < settings.test_fraction:
-        return "test"
-    return "selection" if share < settings.test_fraction + settings.validation_fraction else "train"
+def _split_of(
+    given: SplitName | None, row: Row, example: Example, rows: RowsBySplit, settings: SelectSettings
+) -> SplitName:
+    """The split of an example: the given one; by hash where none was given, or where train lacks a held-out split beside it."""
+    if given is None:
+        group = row.fields.get("group")
+        share = _unit_interval(_split_key(example) if group is None else f"group:{group}")
+        if share < settings.test_fraction:
+            return "test"
+        return "selection" if share < settings.test_fraction + settings.validation_fraction else "train"
+    if given == "train" and None not in rows:
+        fractions = {"test": settings.test_fraction, "selection": settings.validation_fraction}
+        for split in ("test", "selection"):
+            if split not in rows and _unit_interval(f"{split}:{_split_key(example)}") < fractions[split]:
+                return split
+    return given
 
 
 def _split_key(example: Example) -> str:
     """What decides the split of an example without a group: its content, or the prompt that several pairs may share."""
     prompt = example.content["prompt"] if "chosen" in example.content else None
     return f"prompt:{json.dumps(prompt, sort_keys=True)}" if prompt else example.item_id
-
-
-def _taken_from_train(rows: RowsBySplit, example: Example, settings: SelectSettings) -> SplitName:
-    """The split of a row from a given train split: train, or a held-out split that was not given, by hash."""
-    if "test" not in rows and _unit_interval(f"test:{_split_key(example)}") < settings.test_fraction:
-        return "test"
-    if "selection" not in rows and _unit_interval(f"selection:{_split_key(example)}") < settings.validation_fraction:
-        return "selection"
-    return "train"
 
 
 def _check_sizes(

@@ -1,0 +1,465 @@
+"""The export targets: each is a pure function from a recipe to files, the command that uses them, and notes on what it lacks."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import yaml
+
+from rightrank.interop.recipe import Recipe
+from rightrank.interop.servers import served_rank
+from rightrank.schema.settings import FileFormat
+
+LOOPBACK = "127.0.0.1"  # vLLM's default is every interface; the others default to this one
+SERVED_NAME = "rightrank"
+DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"  # the name that diffusers looks for
+KOHYA_FILE = "adapter.safetensors"
+STRINGS = "the file is for a `prompt`, `chosen` and `rejected` of text"
+PREFERENCE = ("prompt", "chosen", "rejected")
+# The entry of the data set by the shape of its rows, where a trainer knows it, else by their form.
+AXOLOTL_DATA: dict[str, dict[str, Any]] = {
+    "alpaca": {"type": "alpaca"},
+    "sharegpt": {
+        "type": "chat_template",
+        "field_messages": "conversations",
+        "message_property_mappings": {"role": "from", "content": "value"},
+    },
+    "messages": {"type": "chat_template", "field_messages": "messages"},
+    "preference": {"split": "train", "type": {f"field_{column}": column for column in PREFERENCE}},
+    "text": {"type": "completion", "field": "text"},
+}
+LLAMAFACTORY_DATA: dict[str, dict[str, Any]] = {
+    "alpaca": {"columns": {"prompt": "instruction", "query": "input", "response": "output"}},
+    "sharegpt": {"formatting": "sharegpt", "columns": {"messages": "conversations"}},
+    "messages": {
+        "formatting": "sharegpt",
+        "columns": {"messages": "messages"},
+        "tags": {
+            "role_tag": "role",
+            "content_tag": "content",
+            "user_tag": "user",
+            "assistant_tag": "assistant",
+            "system_tag": "system",
+        },
+    },
+    "preference": {"ranking": True, "columns": {column: column for column in PREFERENCE}},
+    "text": {"columns": {"prompt": "text"}},
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """The files of a target by name, the command that uses them, and what the target cannot express."""
+
+    files: dict[str, str]
+    command: str
+    notes: list[str] = field(default_factory=list)
+    with_adapter: bool = False  # copy the files of the adapter too
+    # by name, the format and the model's part
+    lora_files: Mapping[str, tuple[FileFormat, str]] = field(default_factory=dict)
+
+
+def _peft(recipe: Recipe) -> Written:
+    """The adapter folder, and the `LoraConfig` that creates an adapter like it."""
+    arguments: dict[str, Any] = {
+        "task_type": recipe.task_type,
+        "r": recipe.r,
+        "lora_alpha": recipe.alpha,
+        "lora_dropout": recipe.lora_dropout,
+        "use_rslora": recipe.use_rslora,
+        "bias": recipe.bias,
+        "target_modules": list(recipe.target_modules),
+    }
+    arguments |= _given(
+        layers_to_transform=recipe.layers_to_transform and list(recipe.layers_to_transform),
+        modules_to_save=list(recipe.modules_to_save),
+        rank_pattern=dict(recipe.rank_pattern),
+        alpha_pattern=dict(recipe.alpha_pattern),
+        **recipe.kind,
+    )
+    lines = "".join(f"    {name}={value!r},\n" for name, value in arguments.items())
+    kind = "AutoPeftModelForSequenceClassification" if recipe.task_type == "SEQ_CLS" else "AutoPeftModelForCausalLM"
+    code = f"from peft import LoraConfig\n\nlora_config = LoraConfig(\n{lines})\nlearning_rate = {recipe.learning_rate!r}\n"
+    if recipe.loraplus_lr_ratio is not None:
+        code += f"loraplus_lr_ratio = {recipe.loraplus_lr_ratio!r}  # of peft.optimizers.create_loraplus_optimizer\n"
+    if recipe.optim != "adamw_torch":
+        code += f"optim = {recipe.optim!r}  # of transformers.TrainingArguments\n"
+    command = f"python -c \"from peft import {kind}; {kind}.from_pretrained('.')\""
+    return Written({"lora_config.py": code}, command, with_adapter=True)
+
+
+def _trl(recipe: Recipe) -> Written:
+    """A config of TRL's command line: `trl sft --config trl_sft.yaml`, or `trl dpo` for preference pairs."""
+    job = "dpo" if recipe.is_preference else "sft"
+    values: dict[str, Any] = {
+        "model_name_or_path": recipe.model,
+        "datasets": [{"path": _loader(recipe.data), "data_files": recipe.data}],
+        "output_dir": "trl-output",
+        "use_peft": True,
+        "lora_r": recipe.r,
+        "lora_alpha": recipe.alpha,
+        "lora_dropout": recipe.lora_dropout,
+        "use_rslora": recipe.use_rslora,
+        "lora_target_modules": recipe.explicit_targets,
+        "lora_task_type": recipe.task_type,
+        "max_length": recipe.max_length,
+        **_transformers_arguments(recipe),
+    }
+    values |= _given(
+        lora_modules_to_save=list(recipe.modules_to_save),
+        use_dora=recipe.use_dora,
+        lora_target_parameters=list(recipe.target_parameters),
+    )
+    if recipe.is_preference:
+        values |= {"beta": recipe.beta, "loss_type": ["sigmoid"]}
+    notes = _lacking(recipe, "TRL's command line", ("use_dora", "target_parameters")) + _column_notes(recipe, "TRL")
+    if recipe.form == "classification":
+        notes.append("TRL's sft trains on text; a classification head needs a separate script")
+    return Written({f"trl_{job}.yaml": _yaml(values)}, f"trl {job} --config trl_{job}.yaml", notes)
+
+
+def _axolotl(recipe: Recipe) -> Written:
+    """A config of axolotl: `axolotl train axolotl.yaml`."""
+    prompted = {
+        "type": {
+            "field_instruction": recipe.columns.get("prompt", "prompt"),
+            "field_output": recipe.columns.get("completion", "completion"),
+            "format": "{instruction}",
+            "no_input_format": "{instruction}",
+        }
+    }
+    values: dict[str, Any] = {
+        "base_model": recipe.model,
+        "datasets": [
+            {"path": recipe.data, "ds_type": _loader(recipe.data), **_data_entry(recipe, AXOLOTL_DATA, prompted)}
+        ],
+        "output_dir": "axolotl-output",
+        "adapter": "lora",
+        "lora_r": recipe.r,
+        "lora_alpha": recipe.alpha,
+        "lora_dropout": recipe.lora_dropout,
+        "lora_target_modules": list(recipe.target_modules),
+        "peft_use_rslora": recipe.use_rslora,
+        "sequence_len": recipe.max_length,
+        "micro_batch_size": recipe.batch_size,
+        "gradient_accumulation_steps": recipe.gradient_accumulation_steps,
+        "max_steps": recipe.max_steps,
+        "learning_rate": recipe.learning_rate,
+        "lr_scheduler": recipe.lr_scheduler_type,
+        "warmup_steps": recipe.warmup_steps,
+        "weight_decay": recipe.weight_decay,
+        "max_grad_norm": recipe.max_grad_norm,
+        "optimizer": recipe.optim,
+        "bf16": recipe.dtype == "bfloat16",
+        "fp16": recipe.dtype == "float16",
+        "train_on_inputs": recipe.form == "text",
+        "seed": recipe.seed,
+    }
+    values |= _given(
+        peft_layers_to_transform=recipe.layers_to_transform and list(recipe.layers_to_transform),
+        lora_modules_to_save=list(recipe.modules_to_save),
+        lora_rank_pattern=dict(recipe.rank_pattern),
+        lora_alpha_pattern={name: int(alpha) for name, alpha in recipe.alpha_pattern.items()},
+        peft_use_dora=recipe.use_dora,
+        lora_target_parameters=list(recipe.target_parameters),
+        loraplus_lr_ratio=recipe.loraplus_lr_ratio,
+    )
+    has = ("use_dora", "target_parameters", "loraplus_lr_ratio", "rank_pattern", "alpha_pattern")
+    notes = _lacking(recipe, "axolotl", has)
+    if recipe.form == "classification":
+        notes.append("axolotl trains no classification head on this data")
+    if recipe.is_preference:
+        values |= {"rl": "dpo", "rl_beta": recipe.beta}
+        notes.append(f"axolotl: {STRINGS}; for messages, set the data set's type to `chat_template.default`")
+    return Written({"axolotl.yaml": _yaml(values)}, "axolotl train axolotl.yaml", notes)
+
+
+def _llamafactory(recipe: Recipe) -> Written:
+    """A config of LLaMA-Factory with the data set's entry: `llamafactory-cli train llamafactory.yaml`."""
+    values = {
+        "model_name_or_path": recipe.model,
+        "stage": {"text": "pt", "preference": "dpo"}.get(recipe.form, "sft"),
+        "do_train": True,
+        "finetuning_type": "lora",
+        "lora_rank": recipe.r,
+        "lora_alpha": recipe.alpha,
+        "lora_dropout": recipe.lora_dropout,
+        "use_rslora": recipe.use_rslora,
+        "lora_target": ",".join(recipe.explicit_targets),
+        "dataset": "rightrank_data",
+        "dataset_dir": ".",
+        "template": "empty" if recipe.form != "messages" else "default",
+        "cutoff_len": recipe.max_length,
+        "output_dir": "llamafactory-output",
+        **_transformers_arguments(recipe),
+    }
+    values |= _given(
+        additional_target=",".join(recipe.modules_to_save),
+        use_dora=recipe.use_dora,
+        loraplus_lr_ratio=recipe.loraplus_lr_ratio,
+    )
+    notes = _lacking(recipe, "LLaMA-Factory", ("use_dora", "loraplus_lr_ratio"))
+    if recipe.is_preference:
+        values |= {"pref_beta": recipe.beta, "pref_loss": "sigmoid"}
+        notes.append(
+            f"LLaMA-Factory: {STRINGS}; for messages, set `formatting` to `sharegpt`, with one message an answer"
+        )
+    if recipe.form == "messages":
+        notes.append("replace the template `default` with the name of your model's template in LLaMA-Factory")
+    if recipe.form == "classification":
+        notes.append("LLaMA-Factory trains no classification head")
+    names = {"prompt": "prompt", "response": "completion"}
+    prompted = {"columns": {theirs: recipe.columns.get(ours, ours) for theirs, ours in names.items()}}
+    entry = {"rightrank_data": {"file_name": recipe.data, **_data_entry(recipe, LLAMAFACTORY_DATA, prompted)}}
+    info = json.dumps(entry, indent=2, ensure_ascii=False) + "\n"
+    files = {"llamafactory.yaml": _yaml(values), "dataset_info.json": info}
+    return Written(files, "llamafactory-cli train llamafactory.yaml", notes)
+
+
+def _unsloth(recipe: Recipe) -> Written:
+    """A snippet for Unsloth."""
+    layers = list(recipe.layers_to_transform) if recipe.layers_to_transform is not None else None
+    last_parts = {name.rsplit(".", 1)[-1] for name in recipe.target_modules}  # Unsloth matches these alone
+    dtype = "None" if recipe.dtype == "float32" else f"torch.{recipe.dtype}"
+    code = f"""import torch
+from unsloth import FastLanguageModel
+
+model, tokenizer = FastLanguageModel.from_pretrained(
+    model_name={recipe.model!r},
+    max_seq_length={recipe.max_length},
+    dtype={dtype},
+    load_in_4bit=False,
+)
+model = FastLanguageModel.get_peft_model(
+    model,
+    r={recipe.r},
+    lora_alpha={recipe.alpha!r},
+    lora_dropout={recipe.lora_dropout!r},
+    target_modules={sorted(last_parts)!r},
+    layers_to_transform={layers!r},
+    use_rslora={recipe.use_rslora},
+    bias={recipe.bias!r},
+    random_state={recipe.seed},
+)
+optim = {recipe.optim!r}
+learning_rate = {recipe.learning_rate!r}  # for the trainer, with {recipe.max_steps} steps of {recipe.batch_size * recipe.gradient_accumulation_steps} examples
+"""
+    notes = _lacking(recipe, "this snippet") + _column_notes(recipe, "your trainer")
+    return Written({"unsloth_lora.py": code}, "python unsloth_lora.py", notes)
+
+
+def _ms_swift(recipe: Recipe) -> Written:
+    """A command of ms-swift."""
+    job = ["rlhf", "--rlhf_type", "dpo", "--beta", str(recipe.beta)] if recipe.is_preference else ["sft"]
+    arguments = ["swift", *job, "--model", recipe.model, "--dataset", recipe.data, "--tuner_type", "lora"]
+    arguments += ["--lora_rank", str(recipe.r), "--lora_alpha", str(recipe.alpha)]
+    arguments += ["--lora_dropout", str(recipe.lora_dropout), "--use_rslora", str(recipe.use_rslora).lower()]
+    arguments += ["--target_modules", *recipe.explicit_targets, "--max_length", str(recipe.max_length)]
+    arguments += ["--torch_dtype", recipe.dtype, "--output_dir", "swift-output"]
+    if recipe.modules_to_save:
+        arguments += ["--modules_to_save", *recipe.modules_to_save]
+    if recipe.use_dora:
+        arguments += ["--use_dora", "true"]
+    if recipe.loraplus_lr_ratio is not None:
+        arguments += ["--lorap_lr_ratio", str(recipe.loraplus_lr_ratio)]
+    for name, value in _transformers_arguments(recipe).items():
+        if name not in ("bf16", "fp16"):
+            arguments += [f"--{name}", str(value)]
+    notes = _lacking(recipe, "ms-swift's command line", ("use_dora", "loraplus_lr_ratio"))
+    columns = "`messages` and `rejected_response`" if recipe.is_preference else "`messages` or `query` and `response`"
+    notes.append(f"ms-swift reads {columns}; rename the columns of your data to match")
+    return Written({"ms_swift.sh": _script(arguments)}, "sh ms_swift.sh", notes)
+
+
+def _diffusers(recipe: Recipe) -> Written:
+    """A file that `load_lora_weights` of a diffusers pipeline reads, with PEFT's configuration in its header."""
+    script = f'''"""Load the adapter of this folder, trained at rank {recipe.r} with alpha {recipe.alpha}."""
+from diffusers import DiffusionPipeline
+
+pipeline = DiffusionPipeline.from_pretrained({recipe.model!r})
+pipeline.load_lora_weights(".", weight_name="{DIFFUSERS_FILE}")
+'''
+    lora_files: dict[str, tuple[FileFormat, str]] = {DIFFUSERS_FILE: ("diffusers", _model_part(recipe))}
+    return Written({"load_lora.py": script}, "python -i load_lora.py", lora_files=lora_files)
+
+
+def _kohya(recipe: Recipe) -> Written:
+    """A file with kohya's keys and an alpha for each module, and settings with which sd-scripts trains as the run did."""
+    part = _model_part(recipe)
+    settings = {
+        "network_module": "networks.lora",
+        "network_dim": recipe.r,
+        "network_alpha": recipe.alpha,
+        "learning_rate": recipe.learning_rate,
+        "max_train_steps": recipe.max_steps,
+        "train_batch_size": recipe.batch_size,
+        "seed": recipe.seed,
+    }
+    text = "".join(f"{name} = {json.dumps(value)}\n" for name, value in settings.items())
+    notes = [f"kohya's names of SDXL's U-Net are those of its original code; these are diffusers' names of the {part}"]
+    command = (
+        f"copy {KOHYA_FILE} to the folder of LoRA files; to train again: train_network.py --config_file kohya.toml"
+    )
+    return Written({"kohya.toml": text}, command, notes, lora_files={KOHYA_FILE: ("kohya", part)})
+
+
+def _vllm(recipe: Recipe) -> Written:
+    """`vllm serve` with the adapter; vLLM pads adapters below the maximum itself."""
+    arguments = ["vllm", "serve", recipe.model, "--host", LOOPBACK, "--enable-lora"]
+    arguments += ["--max-lora-rank", str(served_rank(recipe.highest_rank))]
+    arguments += ["--lora-modules", f"{SERVED_NAME}={recipe.adapter.resolve()}"]
+    notes = _serving_notes(recipe)
+    if recipe.rank_pattern or recipe.alpha_pattern:
+        notes.append("vLLM 0.33 reads patterns; for an older one, give --pad")
+    return Written({"vllm.sh": _script(arguments)}, "sh vllm.sh", notes)
+
+
+def _sglang(recipe: Recipe) -> Written:
+    """SGLang's server with the adapter."""
+    arguments = ["python", "-m", "sglang.launch_server", "--model-path", recipe.model, "--enable-lora"]
+    arguments += ["--max-lora-rank", str(recipe.highest_rank)]
+    arguments += ["--lora-paths", f"{SERVED_NAME}={recipe.adapter.resolve()}"]
+    notes = _serving_notes(recipe, "SGLang uses lora_alpha / r for every module")
+    return Written({"sglang.sh": _script(arguments)}, "sh sglang.sh", notes)
+
+
+def _llama_cpp(recipe: Recipe) -> Written:
+    """Conversion with llama.cpp's scripts, from the checkout that `LLAMA_CPP` names, and its server."""
+    python = 'python "${LLAMA_CPP:?give the folder of a llama.cpp checkout}"'
+    model, adapter = shlex.quote(recipe.model), shlex.quote(str(recipe.adapter.resolve()))
+    lines = [
+        "#!/bin/sh",
+        "set -e",
+        f"{python}/convert_lora_to_gguf.py {adapter} --base {model} --outfile adapter.gguf --outtype f16",
+        f"{python}/convert_hf_to_gguf.py {model} --outfile base.gguf --outtype f16",
+        "exec llama-server -m base.gguf --lora adapter.gguf",
+    ]
+    notes = _serving_notes(recipe, "GGUF holds one alpha, and llama.cpp uses alpha / rank")
+    if not recipe.has_local_model:
+        notes.append("the converter reads the base from a folder: replace the model's name with its folder")
+    return Written({"llama_cpp.sh": "\n".join(lines) + "\n"}, "LLAMA_CPP=… sh llama_cpp.sh", notes)
+
+
+def _ollama(recipe: Recipe) -> Written:
+    """A Modelfile: the base, and the adapter as Ollama reads it from safetensors."""
+    lines = [f"FROM {recipe.model}", f"ADAPTER {recipe.adapter.resolve()}"]
+    notes = _serving_notes(recipe, "Ollama uses lora_alpha / r")
+    notes.append(
+        "Ollama reads safetensors adapters of Llama, Mistral and Gemma models; for others convert with --to llama.cpp and "
+        "put adapter.gguf into the Modelfile"
+    )
+    if not recipe.has_local_model:
+        notes.append("FROM needs a model folder, a GGUF file or Ollama's name of the same base")
+    return Written({"Modelfile": "\n".join(lines) + "\n"}, f"ollama create {SERVED_NAME} -f Modelfile", notes)
+
+
+TARGETS: dict[str, Callable[[Recipe], Written]] = {
+    "peft": _peft,
+    "trl": _trl,
+    "axolotl": _axolotl,
+    "llamafactory": _llamafactory,
+    "unsloth": _unsloth,
+    "ms-swift": _ms_swift,
+    "vllm": _vllm,
+    "sglang": _sglang,
+    "llama.cpp": _llama_cpp,
+    "ollama": _ollama,
+    "diffusers": _diffusers,
+    "kohya": _kohya,
+}
+SERVERS = ("vllm", "sglang", "llama.cpp", "ollama")  # they load the adapter itself, which --pad can pad
+
+
+def _given(**values: Any) -> dict[str, Any]:
+    """The values that are not empty."""
+    return {name: value for name, value in values.items() if value}
+
+
+def _loader(path: str) -> str:
+    """The `datasets` loader of a file."""
+    ending = path.rsplit(".", 1)[-1].lower()
+    return {"csv": "csv", "tsv": "csv", "parquet": "parquet"}.get(ending, "json")
+
+
+def _yaml(values: dict[str, Any]) -> str:
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=1000)
+
+
+def _script(arguments: list[str]) -> str:
+    return f"#!/bin/sh\nexec {shlex.join(arguments)}\n"
+
+
+def _data_entry(recipe: Recipe, known: Mapping[str, dict[str, Any]], prompted: dict[str, Any]) -> dict[str, Any]:
+    """What a trainer is told of the data, `prompted` for prompts and completions."""
+    if recipe.shape is not None and recipe.shape in known:
+        return known[recipe.shape]
+    return prompted if recipe.form == "prompt_completion" else known.get(recipe.form, known["text"])
+
+
+def _transformers_arguments(recipe: Recipe) -> dict[str, Any]:
+    """The arguments that TRL, LLaMA-Factory and ms-swift share with transformers' TrainingArguments."""
+    return {
+        "learning_rate": recipe.learning_rate,
+        "max_steps": recipe.max_steps,
+        "per_device_train_batch_size": recipe.batch_size,
+        "gradient_accumulation_steps": recipe.gradient_accumulation_steps,
+        "lr_scheduler_type": recipe.lr_scheduler_type,
+        "warmup_steps": recipe.warmup_steps,
+        "weight_decay": recipe.weight_decay,
+        "max_grad_norm": recipe.max_grad_norm,
+        "bf16": recipe.dtype == "bfloat16",
+        "fp16": recipe.dtype == "float16",
+        "seed": recipe.seed,
+        **({"optim": recipe.optim} if recipe.optim != "adamw_torch" else {}),
+    }
+
+
+def _lacking(recipe: Recipe, who: str, has: Sequence[str] = ()) -> list[str]:
+    """Notes on the patterns, and on the settings of the adapter's kind, that the target lacks."""
+    patterns = [name for name in ("rank_pattern", "alpha_pattern") if getattr(recipe, name) and name not in has]
+    kind = [*recipe.kind, *(["loraplus_lr_ratio"] if recipe.loraplus_lr_ratio is not None else [])]
+    consequences = {
+        "; the file has one rank for all modules": patterns,
+        ": it trains another adapter than the run did": [name for name in kind if name not in has],
+    }
+    return [f"{who} has no {' and no '.join(names)}{what}" for what, names in consequences.items() if names]
+
+
+def _column_notes(recipe: Recipe, who: str) -> list[str]:
+    """What to do with data whose columns the trainer does not know."""
+    if recipe.shape is None:
+        return []
+    return [
+        f"{who} reads the columns of the form {recipe.form}; change those of {recipe.data} as select did ({recipe.shape})"
+    ]
+
+
+def _model_part(recipe: Recipe) -> str:
+    """The part of a pipeline that the adapter is for, in diffusers' names, by the names of its modules."""
+    first = recipe.module_names[0] if recipe.module_names else ""
+    if first.startswith(("text_model.", "encoder.block")):
+        return "text_encoder"
+    return "transformer" if first.startswith(("transformer_blocks.", "single_transformer_blocks.")) else "unet"
+
+
+def _serving_notes(recipe: Recipe, one_scale: str = "") -> list[str]:
+    """What servers do not load, and `one_scale` where the server applies one scale and the adapter has several."""
+    notes = []
+    if recipe.modules_to_save:
+        notes.append(
+            f"servers do not load modules_to_save ({', '.join(recipe.modules_to_save)}): merge the adapter instead"
+        )
+    if recipe.kind:
+        notes.append(f"servers load plain LoRA; this adapter has {' and '.join(recipe.kind)}: merge it instead")
+    if recipe.task_type != "CAUSAL_LM":
+        notes.append(f"servers load adapters of causal language models; the task of this one is {recipe.task_type}")
+    several = [name for name in ("use_rslora", "rank_pattern", "alpha_pattern") if getattr(recipe, name)]
+    if one_scale and several:
+        notes.append(
+            f"{one_scale}; this adapter has {' and '.join(several)}: without --pad it computes another function"
+        )
+    return notes
