@@ -48,7 +48,7 @@ def kind_of(name: str, higher_is_better: bool) -> MetricKind:
 
 def is_percent(values: list[float]) -> bool:
     """Whether accuracies are on a scale of 0 to 100."""
-    return max(values) > 1.5
+    return max(values) > 1 + 1e-9  # a fraction is at most 1
 
 
 def span_of(kind: MetricKind, sums: ArrayLike, weights: ArrayLike = 1.0) -> float:
