@@ -42,8 +42,8 @@ MAX_FILE_BYTES = 200 * 2**20  # about 5 million rows
 MAX_DEPTH = 8
 # Columns of text that tell trainings apart and say nothing of how they were made.
 LABELS = {
-    "notes", "note", "tags", "tag", "comment", "comments", "user", "host", "hostname", "node", "gpu", "device", "sweep",
-    "created", "updated", "date", "time", "timestamp", "start_time", "end_time", "commit", "git_commit", "message",
+    "notes", "note", "tags", "tag", "comment", "comments", "user", "host", "hostname", "node", "gpu", "gpu_type",
+    "device", "os", "sweep", "created", "updated", "date", "time", "timestamp", "start_time", "end_time", "commit", "git_commit", "message",
 }  # fmt: skip
 # Columns of text that say that trainings can't be compared, even where each training has another one.
 KINDS = {
@@ -52,6 +52,7 @@ KINDS = {
 }  # fmt: skip
 _NUMBER = r"[-+]?(?:\d[\d.,]*|[.,]\d+)(?:e[-+]?\d+)?"
 _CELL = re.compile(rf"({_NUMBER})\s*(%?)(?:\s*(?:±|\+/-|\+-)\s*({_NUMBER})\s*(%?))?", re.IGNORECASE)
+_PERCENT = re.compile(r"%|pct|percent", re.IGNORECASE)  # in the name of a column
 SPREAD = "±"  # the column of the deviations that the cells of the value state
 
 Key = tuple[int, float, int]  # rank, learning rate, seed
@@ -247,7 +248,8 @@ def _require_one_kind(rows: Sequence[Row], columns: Columns, where: str) -> None
 def _is_setting(value: Any) -> bool:
     """Whether a cell is a text that may say how a training was made: no number and no date."""
     text = str(value).strip()
-    return not is_blank(value) and _float(value) is None and not re.match(r"\d{4}-\d\d-\d\d|\d+ days", text)
+    is_number = _float(value) is not None and not isinstance(value, bool)
+    return not is_blank(value) and not is_number and not re.match(r"\d{4}-\d\d-\d\d|\d+ days", text)
 
 
 def _plain_cells(rows: list[Row], columns: Columns, where: str) -> tuple[list[Row], Columns, bool]:
@@ -273,7 +275,7 @@ def _plain_cells(rows: list[Row], columns: Columns, where: str) -> tuple[list[Ro
             if isinstance(text, str) and _float(text) is None:
                 fields[name], percent, deviation = _parts(text, name in commas)
             if name == columns.value and fields[name] is not None:
-                percents[bool(percent or "%" in name)] += 1
+                percents[bool(percent or _PERCENT.search(name))] += 1
                 if deviation is not None and columns.get("std") is None:
                     fields[SPREAD], spread = deviation, True
         changed.append(Row(fields, row.where))
