@@ -18,7 +18,10 @@ ELSEWHERE = ("make ", "pip ", "python -m ", "git ", "rightrank demo")
 FAST = ["--max-steps", "4", "--batch-size", "4", "--seq-len", "32", "--eval-items", "8", "--device", "cpu"]
 CODE = [page for page in PAGES if any(block.runs and block.language in (*SHELL, "python") for block in blocks(page))]
 
-pytestmark = pytest.mark.trains
+pytestmark = [
+    pytest.mark.trains,
+    pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning"),  # of TRL's own settings
+]
 
 
 @pytest.fixture

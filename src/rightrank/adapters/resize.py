@@ -229,7 +229,7 @@ def _by_data(adapter: AdapterFolder, out: Path, data: Path, options: ResizeOptio
 
     if options.recover_steps and options.learning_rate is None:
         raise SettingsError("--recover needs --learning-rate; give the one that the adapter was trained at")
-    ranks = _candidate_ranks(adapter, options.ranks)
+    ranks = candidate_ranks(adapter, options.ranks)
     if options.recover_steps and options.train is None and None in read_rows(data):
         options = replace(options, train=data)  # recovery needs training examples: the split that select makes
     scored = scored_data(adapter, data, options.train, options.settings)
@@ -253,7 +253,7 @@ def _by_data(adapter: AdapterFolder, out: Path, data: Path, options: ResizeOptio
     return resized.model_copy(update={"notes": [*resized.notes, scored.note], "scored_examples": count})
 
 
-def _candidate_ranks(adapter: AdapterFolder, asked: Sequence[int] | None = None) -> list[int]:
+def candidate_ranks(adapter: AdapterFolder, asked: Sequence[int] | None = None) -> list[int]:
     """The ranks to measure: `asked`, or every power of two below the adapter's largest rank; and that rank.
 
     Raises:

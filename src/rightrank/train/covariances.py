@@ -64,7 +64,7 @@ def gather_moments(
     notices = (note,) if left_out else ()
     if not plain:
         return Gathered({}, 0, 0, notices)
-    sums, batches = _Sums(), list(micro_batches(runtime, examples, tokens))
+    sums, batches = MomentSums(), list(micro_batches(runtime, examples, tokens))
     read = [index for indices in batches for index in indices]
     runtime.expect("train", read)
     try:
@@ -174,7 +174,7 @@ def _hook_of(name: str, see: See, adapter: str) -> Callable[[Any, Any, torch.Ten
     return hook
 
 
-class _Sums:
+class MomentSums:
     """Sums of outer products in float32 on the device, and the rows behind the inputs'."""
 
     def __init__(self) -> None:
