@@ -44,11 +44,10 @@ def test_the_table_says_what_was_understood_and_what_to_do(table: Path) -> None:
         assert part in answer.stdout
 
 
-@pytest.mark.parametrize("ending", ["svg", "png"])
-def test_plot_writes_a_picture(table: Path, ending: str) -> None:
-    target = table.with_name(f"curve.{ending}")
+def test_plot_writes_a_picture(table: Path) -> None:
+    target = table.with_name("curve.svg")
     assert CliRunner().invoke(cli, ["decide", str(table), "--plot", str(target)]).exit_code == 0
-    assert target.read_bytes()[:4] in (b"<?xm", b"\x89PNG")
+    assert target.read_text(encoding="utf-8").startswith("<svg xmlns=")
 
 
 @pytest.mark.parametrize(
@@ -58,7 +57,7 @@ def test_plot_writes_a_picture(table: Path, ending: str) -> None:
         (["--margin", "nan"], "margin nan is not allowed"),
         (["--metric", "nothing_like_it", "--columns", "value=x"], "has no column 'x'"),
         (["--columns", "rank"], "give NAME=COLUMN"),
-        (["--plot", "curve.pdf"], "ends in .svg or .png"),
+        (["--plot", "curve.pdf"], "ends in .svg"),
     ],
 )
 def test_bad_usage_is_one_line_and_exit_2(

@@ -10,7 +10,7 @@ import pytest
 
 from rightrank.api.deciding import decide
 from rightrank.interop.columns import plain
-from rightrank.report.tables import curve_lines, evidence_lines
+from rightrank.report.answer import certainty_rows, evidence_table
 from rightrank.schema.errors import ResultsError
 
 GOOD = "rank,value\n1,2.3\n4,2.05\n16,2.001\n64,2.0\n"
@@ -254,10 +254,10 @@ def test_optuna_s_dataframe(tmp_path: Path) -> None:
 
 
 def test_one_number_a_rank_is_not_called_enough(tmp_path: Path) -> None:
-    lines = evidence_lines(decide(write(tmp_path, GOOD), margin=0.01, higher_is_better=False).decision)
-    assert not any(" yes " in f"{line} " for line in lines)
-    assert "perhaps" in lines[3]
-    assert "best so far" in lines[-1]
+    rows = evidence_table(decide(write(tmp_path, GOOD), margin=0.01, higher_is_better=False).decision)
+    assert not any("yes" in row for row in rows)
+    assert "perhaps" in rows[3]
+    assert "best so far" in rows[-1]
 
 
 def test_a_column_named_steps_shows_trainings_of_unequal_length() -> None:
@@ -274,7 +274,7 @@ def test_a_data_frame_is_decided_as_its_rows() -> None:
 
 def test_one_number_a_rank_gives_a_curve_without_intervals_of_no_width() -> None:
     rows = [{"rank": 4, "value": 2.05}, {"rank": 16, "value": 2.001}, {"rank": 64, "value": 2.0}]
-    (line,) = curve_lines(decide(rows, higher_is_better=False).decision)
+    line = dict(certainty_rows(decide(rows, higher_is_better=False).decision))["curve"]
     assert "within the margin from rank" in line
     assert " to " not in line
 

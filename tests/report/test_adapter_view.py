@@ -116,7 +116,7 @@ def test_between_the_answers_the_report_has_the_first() -> None:
     assert "Adapter: rank 8 · Training rank: not known yet" in text
     assert f"Adapter: {records.adapters[-1].answer.sentence}" in text
     assert "Training rank: 1.2 trainings so far. A comparison needs two ranks with a result." in text
-    assert "How it was made: trained at rank 64" in text
+    assert "It was trained at rank 64" in text
     assert "On the test split, read once, it differs from the reference by +0.0012 (95% upper bound +0.0031)." in text
 
 
@@ -139,15 +139,15 @@ def test_with_goal_adapter_the_training_rank_is_an_estimate_and_no_evidence() ->
     assert [found[name] for name in ("rank", "verdict", "confidence", "sentence")] == [None] * 4
     assert found["training_rank_estimate"]["sentence"].startswith("An estimate, not evidence: ")
     text = Elements(render_report(records, None, goal="adapter", estimate=estimate)).text
-    assert "Training rank: not asked (goal: adapter)." in text
+    assert "Training rank: not asked (--goal adapter)." in text
     assert estimate.sentence in text
     assert answers(records, None, "training-rank")["training_rank_estimate"] is None
 
 
 def test_the_report_of_the_folder_alone_knows_the_goal(tmp_path: Path) -> None:
     run = answered_folder(tmp_path / "run", "adapter")
-    assert "not asked (goal: adapter)" in write_report(run).read_text(encoding="utf-8")
-    assert (run / "figures" / "adapters.svg").read_text(encoding="utf-8").startswith("<svg")
+    assert "not asked (--goal adapter)" in write_report(run).read_text(encoding="utf-8")
+    assert (run / "figures" / "adapters.svg").exists()
     Journal(run / "journal.jsonl").append(RunContinued(settings={"goal": "training-rank"}))
     assert "not asked" not in write_report(run).read_text(encoding="utf-8")
 

@@ -20,7 +20,6 @@ from rightrank.report.figures import (
     memory_figure,
     rank_at,
     rank_figure,
-    truncation_figure,
 )
 from rightrank.report.svg import inline_svg, svg_file, write_figures
 from rightrank.schema.decision import Decision
@@ -94,7 +93,7 @@ def test_memory_draws_like_beside_like() -> None:
     assert on_cuda.series[1].y == (2048.0,)
 
 
-def test_truncations_are_shown_next_to_trainings_not_among_them() -> None:
+def test_a_truncation_and_a_stopped_training_are_not_among_the_trainings() -> None:
     records = made_up_run((4, 16), (1e-3,))
     parent = records.finished()[-1]
     truncated = parent.model_copy(
@@ -102,10 +101,6 @@ def test_truncations_are_shown_next_to_trainings_not_among_them() -> None:
     )
     early = parent.model_copy(update={"trial_id": "early", "learning_rate": 3e-3, "stop_at": 5})
     records.outcomes += [truncated, early]
-    figure = truncation_figure(records)
-    assert figure is not None
-    assert dict(zip(figure.series[0].x, figure.series[0].y, strict=True)) == {1: 9.0}
-    assert figure.series[1].x == (4, 16)
     found = learning_rate_map(records)
     assert found is not None
     assert found.row_names == ("4", "16")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,6 @@ from rightrank.schema.settings import SelectSettings
 if TYPE_CHECKING:
     from rightrank.runs.hook import Hook
     from rightrank.runs.returns import Selected
-    from rightrank.schema.decision import Decision
 
 
 @click.command(
@@ -170,10 +169,11 @@ def _print_json(selected: Selected) -> None:
 
 
 def _print_answer(selected: Selected) -> None:
-    click.echo()
-    _print_adapter(selected)
-    if selected.decided is not None:
-        _print_decision(selected.decided, selected.next_commands)
+    from rightrank.report.answer import labelled
+
+    view, asked = selected.view, selected.decided is not None or selected.view.estimate
+    click.echo("\n".join(["", *labelled([*view.adapter_rows(), *(view.rank_rows() if asked else [])], 9)]))
+    _print_guard(selected.answers["guard"])
     for sample in selected.samples[-1:]:
         click.echo(
             f"\nA held-out example:\n{_indented(sample.prompt)}\n  before:\n{_indented(sample.before)}\n  after:\n{_indented(sample.after)}"
@@ -186,53 +186,19 @@ def _print_answer(selected: Selected) -> None:
     click.echo(f"\nreport:  {selected.report}\nadapter: {selected.adapter}{rank}")
 
 
-def _print_adapter(selected: Selected) -> None:
-    """The answer to the first question, and in place of the second, where it was not asked, an estimate."""
-    from rightrank.report.sentences import test_text
-
-    answers = selected.answers
-    if answers["adapter_sentence"] is not None:
-        click.echo(f"Adapter: {answers['adapter_sentence']}")
-        if answers["adapter_making"] is not None:
-            click.echo(f"         It was {answers['adapter_making']}.")
-        if answers["adapter_preference"] is not None:
-            click.echo(f"         {answers['adapter_preference']}")
-        _print_guard(answers["guard"])
-        on_test_split = selected.handed_over and test_text(selected.handed_over)
-        if on_test_split:
-            click.echo(f"         {on_test_split}")
-    estimate = answers["training_rank_estimate"]
-    if estimate is not None:
-        click.echo(f"Training rank: not asked (--goal adapter). {estimate['sentence']}")
-
-
 def _print_guard(found: Mapping[str, Any] | None) -> None:
-    """How the adapter does on the guard's data; where none is both, the trade between the two."""
-    if found is None:
-        return
-    click.echo(f"         {found['sentence']}")
-    if found["holds"]:
+    """Where no adapter is enough on the task and on the guard's data, the trade between the two."""
+    if found is None or found["holds"]:
         return
     from rightrank.report.adapters import guard_table
     from rightrank.report.format import table_lines
     from rightrank.schema.events import GuardAnswer
 
-    for line in table_lines(guard_table(GuardAnswer.model_validate(found))):
-        click.echo(f"           {line}")
+    click.echo(
+        "\nThe task against the guard:\n" + "\n".join(table_lines(guard_table(GuardAnswer.model_validate(found))))
+    )
     if found["next_run"] is not None:
-        click.echo(f"         {found['next_run']['sentence']}")
-
-
-def _print_decision(decision: Decision, commands: Sequence[str | None]) -> None:
-    from rightrank.report.tables import next_lines, other_metric_lines, safe_choice
-
-    click.echo(f"Training rank: {decision.sentence}")
-    click.echo(f"verdict: {decision.verdict}" + (f" ({', '.join(decision.flags)})" if decision.flags else ""))
-    for line in other_metric_lines(decision):
-        click.echo(line)
-    safe = safe_choice(decision)
-    for line in [*([f"         {safe}"] if safe else []), *next_lines(decision, commands, 9)]:
-        click.echo(line)
+        click.echo(found["next_run"]["sentence"])
 
 
 def _indented(text: str) -> str:

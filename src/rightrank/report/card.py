@@ -11,6 +11,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from rightrank.data.files import replacing_folder
 from rightrank.decision.adapter import Making
 from rightrank.models.weights import licence_of
+from rightrank.report.answer import evidence_table
 from rightrank.schema.decision import Decision, HandedOver
 from rightrank.schema.events import GuardAnswer, RunStarted, TestEvaluated
 from rightrank.schema.trials import TrialFinished
@@ -59,6 +60,7 @@ def model_card(
         started=started,
         trial=trial,
         decision=decision,
+        evidence=evidence_table(decision) if decision is not None else [],
         adapter=adapter,
         tests=tests,
         classification=started.data.form == "classification",

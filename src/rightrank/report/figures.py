@@ -9,7 +9,8 @@ from statistics import fmean
 
 from rightrank.decision.run import Records
 from rightrank.report.adapters import adapter_figure, guard_figure
-from rightrank.report.curves import best_of, best_trials, by_rank, learning_figure, trained, training_loss_figure
+from rightrank.report.answer import ENOUGH
+from rightrank.report.curves import by_rank, learning_figure, trained, training_loss_figure
 from rightrank.report.figure import (
     AnyFigure,
     Axis,
@@ -137,7 +138,6 @@ def _marks(decision: Decision, trained: list[RankEvidence]) -> list[Mark]:
 MAX_SERIES = 8  # the trainings that fell furthest; the table has all of them
 
 MIB = 2**20
-ENOUGH = {True: "yes", False: "no", None: "inconclusive"}  # by `RankEvidence.non_inferior`
 
 
 def figures_of(records: Records, decision: Decision | None) -> list[AnyFigure]:
@@ -149,7 +149,7 @@ def figures_of(records: Records, decision: Decision | None) -> list[AnyFigure]:
         learning_figure(records, decision),
         training_loss_figure(records),
         collapse_figure(records),
-        adapter_figure(records) or truncation_figure(records),
+        adapter_figure(records),
         guard_figure(records),
         learning_rate_map(records),
         memory_figure(records),
@@ -231,43 +231,6 @@ def difference_figure(decision: Decision) -> Figure | None:
             (e.rank, d, low, high, ENOUGH[e.non_inferior], e.winner_gap)
             for e, d, low, high in zip(rows, differences, lows, highs, strict=True)
         ),
-    )
-
-
-def truncation_figure(records: Records) -> Figure | None:
-    """The scores of an adapter truncated to lower ranks, next to trainings at those ranks."""
-    finished = records.finished()
-    truncations = [trial for trial in finished if trial.truncate_from is not None]
-    if not truncations:
-        return None
-    direct = best_trials(records, None)
-    parents = {trial.trial_id: trial for trial in finished}
-    truncated_values = {rank: best_of(trials, records).value for rank, trials in by_rank(truncations).items()}
-    trained_values = {rank: trials[0].value for rank, trials in direct.items()}
-    whole = sorted({parents[trial.truncate_from].rank for trial in truncations if trial.truncate_from in parents})
-    ranks = sorted({*truncated_values, *trained_values})
-    series = [
-        Series(
-            "truncated, best of each rank",
-            tuple(truncated_values),
-            tuple(truncated_values.values()),
-            dashed=True,
-            tone="second",
-        )
-    ]
-    if trained_values:
-        series.append(Series("trained at that rank", tuple(trained_values), tuple(trained_values.values())))
-    origin = f"rank {', '.join(map(str, whole))}" if whole else "a higher rank"
-    return Figure(
-        name="truncations",
-        title=f"Adapters of {origin} truncated to lower ranks",
-        alt=f"Held-out {records.started.metric} of truncated adapters next to trainings. Truncated: {_listed(truncated_values, '')}. "
-        f"Trained: {_listed(trained_values, '')}.",
-        x=rank_axis(ranks),
-        y=metric_axis(records.started.metric, "held-out"),
-        series=tuple(series),
-        columns=("rank", "truncated", "trained"),
-        rows=tuple((rank, truncated_values.get(rank), trained_values.get(rank)) for rank in ranks),
     )
 
 

@@ -19,31 +19,25 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from rightrank.decision.run import Records
-from rightrank.report.adapters import candidate_table, figure_of, guard_of, guard_table
+from rightrank.decision.run import Records, document
+from rightrank.report.adapters import candidate_table, guard_of, guard_table
+from rightrank.report.answer import AnswerView, answer_view, certainty_rows, evidence_table
 from rightrank.report.figure import AnyFigure, Figure, HeatMap, parts_of
-from rightrank.report.figures import ENOUGH, figures_of, margin_range, margin_steps, rank_at, rank_figure
+from rightrank.report.figures import figures_of, margin_range, margin_steps, rank_at
 from rightrank.report.format import cell_text, metric_unit, size, visible
 from rightrank.report.sentences import (
-    certainty_notes,
     confidence_text,
     cost_of,
-    headline,
-    making_text,
     margin_text,
     next_run_text,
     not_tested,
-    preference_text,
-    progress_text,
     subject_text,
     test_rows,
-    test_text,
     use_it,
 )
 from rightrank.report.svg import inline_svg, svg_file, swatch
-from rightrank.report.tables import FLAGS
 from rightrank.schema.command import reproduce_command
-from rightrank.schema.decision import AdapterAnswer, AdapterCandidate, Decision, TrainingRankEstimate
+from rightrank.schema.decision import Decision, TrainingRankEstimate
 from rightrank.schema.settings import Goal
 from rightrank.schema.trials import TrialCollapsed, TrialDiverged, TrialFailed, TrialFinished, TrialOutcome, split_name
 
@@ -88,24 +82,17 @@ def render_report(
             exports=exports,
             settings=_settings_text(records.started.settings),
             decision=decision,
-            goal=goal,
-            estimate=estimate,
+            view=answer_view(decision, document(records, decision, goal, estimate)),
             adapter=adapter,
             adapter_plot=next((figure for figure in plots if figure.name == "adapters"), None),
             candidates=candidate_table(adapter.answer, records.started.metric) if adapter else [],
             guard=guard,
             guard_plot=next((figure for figure in plots if figure.name == "guard_trade"), None),
             guard_rows=guard_table(guard) if guard else [],
-            making=making_text(adapter, records) if adapter else "",
-            test_text=test_text(adapter.handed_over) if adapter else "",
-            preference_text=preference_text(adapter, records) if adapter else "",
-            headline=headline(decision, adapter.answer if adapter else None, goal),
-            sentence=decision.sentence if decision else progress_text(records),
             confidence=confidence_text(records, decision) if decision else "",
             cost=cost_of(records).sentence(),
-            enough=ENOUGH,
-            flags=FLAGS,
-            notes=certainty_notes(decision) if decision else [],
+            evidence=evidence_table(decision) if decision else [],
+            certainty=certainty_rows(decision) if decision else [],
             next_run_cost=next_run_text(records, decision) if decision else "",
             margin=margin_text(decision) if decision else "",
             slider=_slider(decision),
@@ -244,21 +231,17 @@ def _row(outcome: TrialOutcome) -> dict[str, Any]:
     return row
 
 
-def adapter_html(
-    answer: AdapterAnswer, adapters: Sequence[AdapterCandidate], metric: str, higher_is_better: bool
-) -> str:
-    """The answer to the first question and its picture."""
-    drawing = _drawing(figure_of(answer, adapters, metric, higher_is_better))
-    return f"<div><p><strong>Adapter: rank {answer.rank}</strong>. {_text(answer.sentence)}</p>{drawing}</div>"
-
-
-def decision_html(decision: Decision) -> str:
-    """The training rank, the rank curve, the verdict and the next run."""
-    flags = f" ({', '.join(decision.flags)})" if decision.flags else ""
-    return (
-        f"<div><p><strong>{_text(headline(decision))}</strong>. {_text(decision.sentence)}</p>"
-        f"{_drawing(rank_figure(decision))}"
-        f"<p>Verdict: {_text(decision.verdict + flags)}. Next: {_text(decision.next_run)}</p></div>"
+def notebook_html(view: AnswerView, adapters: Figure | None, ranks: Figure | None) -> str:
+    """The answers, each with its picture, for a notebook; without a picture an answer is left out."""
+    next_run = f" Next: {view.next_runs[0][0]}" if view.next_runs else ""
+    parts = [
+        (view.adapter_headline, view.adapter, adapters, ""),
+        (view.rank_headline, view.training_rank, ranks, f"<p>Verdict: {_text(view.verdict)}.{_text(next_run)}</p>"),
+    ]
+    return "".join(
+        f"<div><p><strong>{_text(headline)}</strong>. {_text(sentence)}</p>{_drawing(figure)}{further}</div>"
+        for headline, sentence, figure, further in parts
+        if figure is not None
     )
 
 

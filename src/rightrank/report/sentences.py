@@ -10,22 +10,13 @@ from pathlib import PurePath
 from statistics import fmean
 from typing import Any
 
-from rightrank.decision.adapter import making_of
-from rightrank.decision.run import Records, preference_sentence, trainings
-from rightrank.report.format import coverage, duration, metric_unit, quantity, size
-from rightrank.schema.decision import AdapterAnswer, Decision, HandedOver, HorizonNote, NextRun
-from rightrank.schema.events import AdapterRecorded, RunStarted, TestEvaluated
-from rightrank.schema.settings import MAX_SEED, Goal
+from rightrank.decision.run import Records, trainings
+from rightrank.report.format import duration, metric_unit, quantity, size
+from rightrank.schema.decision import Decision, HandedOver, NextRun
+from rightrank.schema.events import RunStarted, TestEvaluated
+from rightrank.schema.settings import MAX_SEED
 from rightrank.schema.trials import TrialCollapsed, TrialFinished, split_name
 from rightrank.schema.variants import peft_scaling
-
-
-def next_command(started: RunStarted, decision: Decision | None, run: str) -> str | None:
-    """`rightrank select --out RUN …` for the first next run that options of `select` can express; None if none can.
-
-    The command continues the run: its model, data and other settings are in the run folder.
-    """
-    return next((command for command in next_commands(started, decision, run) if command is not None), None)
 
 
 def next_commands(
@@ -184,33 +175,6 @@ def _seeds(decision: Decision) -> int:
     return max((e.seeds for e in decision.ranks if e.rank > 0), default=1)
 
 
-def certainty_notes(decision: Decision) -> list[str]:
-    """Further notes on certainty: the fitted curve, the optimism of the best learning rate, the horizon."""
-    notes = [decision.basis_note] if decision.basis_note else []
-    curve, unit = decision.curve, metric_unit(decision.metric)
-    if curve is not None:
-        notes.append(
-            f"The fitted curve comes within the margin of its best value at rank {curve.r_margin:.3g} "
-            f"({coverage(decision, 'interval')} {curve.r_margin_low:.3g} to {curve.r_margin_high:.3g}). The expected gain above the largest "
-            f"rank is {curve.gain_to_come:.2g} {unit} ({curve.gain_to_come_low:.2g} to {curve.gain_to_come_high:.2g})."
-        )
-    if decision.winner_gap:
-        notes.append(
-            f"The best of several learning rates looks up to {decision.winner_gap:.2g} {unit} better than it is; "
-            "the comparison corrects for that."
-        )
-    if decision.horizon is not None:
-        notes.append(f"{horizon_text(decision.horizon).capitalize()}.")
-    return notes
-
-
-def horizon_text(horizon: HorizonNote) -> str:
-    """From which evaluation on the values pick the same rank."""
-    if horizon.holds_from == horizon.steps:
-        return f"only the last evaluation, at step {horizon.steps}, gives this answer"
-    return f"the evaluations give the same answer from step {horizon.holds_from} to {horizon.steps}"
-
-
 def test_rows(records: Records) -> list[tuple[str, TestEvaluated]]:
     """`(adapter, its reading on the test split)`: "base", "rank 16", "rank 4, truncated"."""
     stages = {trial.trial_id: trial.arm.stage() for trial in records.finished()}
@@ -233,49 +197,6 @@ def next_run_text(records: Records, decision: Decision) -> str:
         paces = [trial.train_seconds + trial.eval_seconds for trial in finished if trial.rank == nearest]
         seconds += fmean(paces) * run.trials / len(run.ranks)
     return f"About {duration(seconds)} at the pace so far."
-
-
-def headline(decision: Decision | None, adapter: AdapterAnswer | None = None, goal: Goal = "training-rank") -> str:
-    """Both answers in a few words; of the second one alone where the first has no record."""
-    if decision is None and adapter is None:
-        return "Running: no answer yet"
-    parts = [] if adapter is None else [f"Adapter: rank {adapter.rank}"]
-    if goal == "training-rank":
-        parts.append(f"Training rank: {_rank_in_words(decision)}")
-    return " · ".join(parts)
-
-
-def _rank_in_words(decision: Decision | None) -> str:
-    if decision is None:
-        return "not known yet"
-    return str(decision.rank) if decision.rank is not None else decision.verdict.replace("_", " ")
-
-
-def progress_text(records: Records) -> str:
-    """The state of a run that has no decision yet."""
-    return f"{quantity(trainings(records), 'training')} so far. A comparison needs two ranks with a result."
-
-
-def making_text(recorded: AdapterRecorded, records: Records) -> str:
-    """How the adapter that is handed over was made; empty if the journal lacks its trial."""
-    finished = records.finished()
-    trial = next((trial for trial in finished if trial.trial_id == recorded.answer.trial_id), None)
-    return "" if trial is None else f"How it was made: {making_of(trial, finished).sentence()}."
-
-
-def preference_text(found: AdapterRecorded, records: Records) -> str:
-    """What the adapter learned from preference pairs, and how far it moved from the base; empty for other data."""
-    trial = next((trial for trial in records.finished() if trial.trial_id == found.answer.trial_id), None)
-    return (trial and preference_sentence(trial)) or ""
-
-
-def test_text(found: HandedOver) -> str:
-    """The reading on the test split; empty without one, and where the adapter is the reference itself."""
-    high = found.test_difference_high
-    if found.test_difference is None or (found.test_difference == 0 and not high):
-        return ""
-    bound = "" if high is None else f" (95% upper bound {high:+.2g})"
-    return f"On the test split, read once, it differs from the reference by {found.test_difference:+.2g}{bound}."
 
 
 def not_tested(records: Records, decision: Decision | None) -> list[str]:

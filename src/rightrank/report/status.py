@@ -11,12 +11,13 @@ from pathlib import Path
 
 from pydantic import Field
 
-from rightrank.decision.run import Records, decision_so_far, last_decided, running_trial
+from rightrank.decision.run import Records, decision_so_far, document, last_decided, running_trial
+from rightrank.report.answer import answer_view, labelled
 from rightrank.report.figure import Figure
 from rightrank.report.figures import figures_of
 from rightrank.report.format import quantity
 from rightrank.report.html import asset, environment
-from rightrank.report.sentences import cost_of, headline, margin_text, next_commands, progress_text, subject_text
+from rightrank.report.sentences import cost_of, margin_text, next_commands, subject_text
 from rightrank.report.terminal_figures import terminal_curve
 from rightrank.schema.decision import Decision
 from rightrank.schema.events import JournalRecord
@@ -72,6 +73,7 @@ def run_status(
     if goal == "adapter":
         decision = None
     cost, commands = cost_of(records), next_commands(records.started, decision, run)
+    view = answer_view(decision, document(records, decision, goal), commands)
     is_done = decided is not None or (goal == "adapter" and adapter is not None)
     state = "running" if locked else "done" if is_done else "stopped"
     return RunStatus(
@@ -84,13 +86,13 @@ def run_status(
         running=_at_work(current, records) if current is not None and locked else None,
         progress=str(progress["progress"]) if progress is not None and locked else None,
         cost=cost.sentence(),
-        answer=NO_ANSWER if decision is None and adapter is None else headline(decision, adapter, goal),
+        answer=NO_ANSWER if decision is None and adapter is None else view.headline,
         adapter_sentence=None if adapter is None else adapter.sentence,
         rank=decision.rank if decision is not None else None,
         verdict=decision.verdict if decision is not None else None,
         next_run=decision.next_run if decision is not None else None,
         next_command=next((command for command in commands if command is not None), None),
-        next_runs=[] if decision is None else [one.sentence for one in decision.next_runs],
+        next_runs=[sentence for sentence, _ in view.next_runs],
         next_commands=commands,
         curve=[(e.rank, e.value) for e in decision.ranks if e.rank > 0] if decision else best_by_rank(records, True),
         truncated_curve=best_by_rank(records, False),
@@ -107,23 +109,24 @@ def _at_work(current: TrialStarted, records: Records) -> str:
 def status_lines(status: RunStatus, width: int, colour: bool) -> str:
     """The status as text."""
     so_far = "" if status.state == "done" else " so far"
-    lines = [
-        f"{status.run}: {status.state}, {quantity(status.trainings, 'training')}{so_far}",
-        f"cost:   {status.cost}",
-        f"answer: {status.answer}{so_far if status.answer != NO_ANSWER else ''}"
-        + (f" ({status.verdict})" if status.rank is not None else ""),
+    verdict = f" ({status.verdict})" if status.rank is not None else ""
+    rows: list[tuple[str, str | None]] = [
+        ("cost", status.cost),
+        ("answer", f"{status.answer}{so_far if status.answer != NO_ANSWER else ''}{verdict}"),
+        ("", status.adapter_sentence),
+        *(
+            row
+            for sentence, command in zip(status.next_runs, status.next_commands, strict=True)
+            for row in (("next", sentence), ("", command))
+        ),
+        ("now", status.progress or status.running),
     ]
-    if status.adapter_sentence:
-        lines.append(f"        {status.adapter_sentence}")
-    for sentence, command in zip(status.next_runs, status.next_commands, strict=True):
-        lines.append(f"next:   {sentence}")
-        lines += [f"        {command}"] if command is not None else []
-    if status.progress or status.running:
-        lines.append(f"now:    {status.progress or status.running}")
     if status.state == "stopped":
-        lines.append(f"resume: {shlex.join(['rightrank', 'select', '--out', status.run])}")
+        rows.append(("resume", shlex.join(["rightrank", "select", "--out", status.run])))
+    first = f"{status.run}: {status.state}, {quantity(status.trainings, 'training')}{so_far}"
     curve = terminal_curve(status.curve, width, colour, status.truncated_curve)
-    return "\n".join([*lines, curve] if curve else lines)
+    lines = labelled([(label, text) for label, text in rows if text], 8)
+    return "\n".join([first, *lines, *([curve] if curve else [])])
 
 
 def best_by_rank(records: Records, trained: bool) -> list[tuple[int, float]]:
@@ -182,16 +185,12 @@ def _with_short_names(runs: Sequence[ShownRun]) -> Sequence[ShownRun]:
 
 def _column(number: int, run: ShownRun) -> dict[str, object]:
     records, decision = run.records, run.decision
-    answer = records.adapters[-1].answer if records.adapters else None
     found = {figure.name: figure for figure in figures_of(records, decision) if isinstance(figure, Figure)}
     return {
         "name": run.name,
-        "headline": headline(decision, answer, run.goal),
+        "view": answer_view(decision, document(records, decision, run.goal)),
         "subject": subject_text(records.started),
-        "adapter": None if answer is None else answer.sentence,
-        "sentence": decision.sentence if decision is not None else progress_text(records),
         "margin": "" if decision is None else margin_text(decision),
-        "verdict": "" if decision is None else decision.verdict.replace("_", " "),
         "cost": cost_of(records).sentence(),
         "figures": [
             replace(found[name], name=f"{name}-{number}") for name in FIGURES if name in found

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rightrank.schema.decision import AdapterAnswer, AdapterCandidate, Decision, HandedOver, SweepRow
 from rightrank.schema.errors import ResultsError
 from rightrank.schema.events import Sample
+
+if TYPE_CHECKING:
+    from rightrank.report.answer import AnswerView
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -74,35 +77,33 @@ class Selected:
 
     def __str__(self) -> str:
         """Both answers in a few lines; the fields hold the rest."""
-        from rightrank.report.tables import next_lines, safe_choice
+        from rightrank.report.answer import labelled
 
-        lines = [f"run:           {self.run}"]
-        if self.answers.get("adapter_sentence"):
-            lines.append(f"adapter:       {self.answers['adapter_sentence']}")
+        view, rank = self.view, "" if self.adapter_rank is None else f"  (rank {self.adapter_rank})"
+        rows = [("run", str(self.run)), ("adapter", view.adapter)]
         if self.decided is not None:
-            flags = f" ({', '.join(self.decided.flags)})" if self.decided.flags else ""
-            lines.append(f"training rank: {self.decided.sentence}")
-            lines.append(f"verdict:       {self.decided.verdict}{flags}")
-            safe = safe_choice(self.decided)
-            lines += [f"               {safe}"] if safe else []
-            lines += next_lines(self.decided, self.next_commands, 15)[: 2 if any(self.next_commands[:1]) else 1]
-        rank = "" if self.adapter_rank is None else f"  (rank {self.adapter_rank})"
-        if self.adapter is not None:  # a custom trainer may save none
-            lines.append(f"folder:        {self.adapter}{rank}")
-        lines.append(f"report:        {self.report}")
-        return "\n".join(lines)
+            rows += [("training rank", view.training_rank), ("verdict", view.verdict), *view.safe_rows()]
+            rows += view.next_rows()[: 2 if any(self.next_commands[:1]) else 1]
+        rows += [("folder", f"{self.adapter or ''}{rank}"), ("report", str(self.report))]
+        return "\n".join(labelled([row for row in rows if row[1]], 15))
+
+    @property
+    def view(self) -> AnswerView:
+        """Both answers in words."""
+        from rightrank.report.answer import answer_view
+
+        return answer_view(self.decided, self.answers, self.next_commands)
 
     def _repr_html_(self) -> str:
-        from rightrank.report.html import adapter_html  # brings jinja2
+        from rightrank.report.adapters import figure_of
+        from rightrank.report.figures import rank_figure
+        from rightrank.report.html import notebook_html  # brings jinja2
 
-        found = self.answers["adapter_answer"]
-        parts = []
+        found, adapters = self.answers["adapter_answer"], None
         if found is not None and self.adapters:
             metric, higher = self.answers["metric"], self.answers["higher_is_better"]
-            parts.append(adapter_html(AdapterAnswer.model_validate(found), self.adapters, metric, higher))
-        if self.decided is not None:
-            parts.append(_decision_html(self.decided))
-        return "".join(parts)
+            adapters = figure_of(AdapterAnswer.model_validate(found), self.adapters, metric, higher)
+        return notebook_html(self.view, adapters, None if self.decided is None else rank_figure(self.decided))
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -125,24 +126,19 @@ class Decided:
         return f"Decided(rank={found.rank}, verdict={found.verdict!r}, margin={found.margin:g})"
 
     def __str__(self) -> str:
-        from rightrank.report.tables import next_lines, safe_choice
+        from rightrank.report.answer import answer_view, labelled
 
-        lines = [*self.understood, f"decision: {self.decision.sentence}"]
-        safe = safe_choice(self.decision)
-        lines += [safe] if safe else []
-        lines += next_lines(self.decision, self.next_commands, 10)
-        return "\n".join(lines)
+        view = answer_view(self.decision, commands=self.next_commands)
+        rows = [("decision", view.training_rank), *view.safe_rows(), *view.next_rows()]
+        return "\n".join([*self.understood, *labelled(rows, 10)])
 
     def _repr_html_(self) -> str:
-        return _decision_html(self.decision)
+        from rightrank.report.answer import answer_view
+        from rightrank.report.figures import rank_figure
+        from rightrank.report.html import notebook_html  # brings jinja2
+
+        return notebook_html(answer_view(self.decision), None, rank_figure(self.decision))
 
 
 def _first(commands: Sequence[str | None]) -> str | None:
     return next((command for command in commands if command is not None), None)
-
-
-def _decision_html(decision: Decision) -> str:
-    """The answer with its plot, for a notebook."""
-    from rightrank.report.html import decision_html  # brings jinja2
-
-    return decision_html(decision)

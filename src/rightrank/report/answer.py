@@ -1,0 +1,222 @@
+"""Both answers of a run in words: one view, which terminal, status, notebook, report and card print."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
+from types import MappingProxyType
+from typing import Any
+
+from rightrank.decision.comparison import is_within
+from rightrank.report.format import coverage, metric_unit, quantity
+from rightrank.schema.decision import CurveFit, Decision, HandedOver, HorizonNote, MetricAnswer, RankEvidence
+
+FLAGS = {
+    "underpowered": "the data cannot show this",
+    "rising": "the largest rank tried is the best by more than the margin",
+    "lr_edge": "the best learning rate is the smallest or largest tried",
+    "unstable": "some trainings ended without a result",
+    "collapsed": "some trainings fell far below their own best: their learning rate is too high",
+    "one_seed": "a rank that the answer rests on has one seed: the answer is an indication",
+    "unequal_length": "trainings of unequal length are compared",
+    "winner_gap": "the best of several learning rates is optimistic by more than half the margin",
+    "metric_conflict": "another metric of the same trainings contradicts the answer for a rank",
+    "may_be_capacity_limited": "the differences between ranks were still growing when training ended",
+    "extrapolated": "the answer refers to a point outside the measured range",
+}
+ENOUGH = {True: "yes", False: "no", None: "inconclusive"}  # by `RankEvidence.non_inferior`
+NO_ANSWERS: Mapping[str, Any] = MappingProxyType({})
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerView:
+    """Both answers in words; a part that is not known yet, or was not asked, is empty."""
+
+    adapter_headline: str  # the first question in a few words
+    rank_headline: str  # the second
+    adapter: str  # the first question in a sentence
+    adapter_notes: tuple[str, ...]  # how it was made, what it learned, the guard's data, the test split
+    training_rank: str  # the second; before its answer, what is missing
+    estimate: str  # of the second, where it was not asked
+    verdict: str  # with the flags in brackets
+    safe_choice: str  # what to take until an undecided answer is decided
+    metrics: tuple[str, ...]  # what further metrics say
+    next_runs: tuple[tuple[str, str | None], ...]  # each with its command, where one can be pasted
+
+    @property
+    def headline(self) -> str:
+        """Both answers in a few words."""
+        return " · ".join(filter(None, (self.adapter_headline, self.rank_headline))) or "Running: no answer yet"
+
+    def adapter_rows(self) -> list[tuple[str, str]]:
+        """The first answer as labelled lines."""
+        return [("Adapter", self.adapter), *(("", note) for note in self.adapter_notes)] if self.adapter else []
+
+    def rank_rows(self) -> list[tuple[str, str]]:
+        """The second answer as labelled lines."""
+        rows = [("Training rank", f"{self.training_rank} {self.estimate}".rstrip())]
+        rows += [("verdict", self.verdict)] if self.verdict else []
+        rows += [("metric", metric) for metric in self.metrics]
+        return [*rows, *self.safe_rows(), *self.next_rows()]
+
+    def safe_rows(self) -> list[tuple[str, str]]:
+        return [("", self.safe_choice)] if self.safe_choice else []
+
+    def next_rows(self) -> list[tuple[str, str]]:
+        """Each next run, below it its command."""
+        return [row for run, command in self.next_runs for row in (("next", run), ("", command or "")) if row[1]]
+
+
+def answer_view(
+    decision: Decision | None, answers: Mapping[str, Any] = NO_ANSWERS, commands: Sequence[str | None] = ()
+) -> AnswerView:
+    """The view of a decision and of `answers`, the object of `decision.json`; `commands` are those of the next runs.
+
+    Results that come from no run have a decision alone.
+    """
+    adapter, asked = answers.get("adapter_answer"), answers.get("goal") != "adapter"
+    return AnswerView(
+        adapter_headline=f"Adapter: rank {adapter['rank']}" if adapter else "",
+        rank_headline="" if not asked or not (adapter or decision) else f"Training rank: {_rank_in_words(decision)}",
+        adapter=answers.get("adapter_sentence") or "",
+        adapter_notes=tuple(filter(None, _adapter_notes(answers))),
+        training_rank=decision.sentence if decision is not None else _missing(answers),
+        estimate=(answers.get("training_rank_estimate") or {}).get("sentence", ""),
+        verdict="" if decision is None else _verdict(decision),
+        safe_choice="" if decision is None or decision.verdict != "undecided" else _safe_choice(decision),
+        metrics=() if decision is None else tuple(map(_metric_text, decision.other_metrics)),
+        next_runs=()
+        if decision is None
+        else tuple((run.sentence, command) for run, command in zip_longest(decision.next_runs, commands)),
+    )
+
+
+def labelled(rows: Sequence[tuple[str, str]], width: int) -> list[str]:
+    """`label: text` in lines, the texts below each other from column `width` on."""
+    return [f"{f'{label}:' if label else '':<{width - 1}} {text}" for label, text in rows]
+
+
+def _rank_in_words(decision: Decision | None) -> str:
+    return "not known yet" if decision is None else str(decision.rank or decision.verdict.replace("_", " "))
+
+
+def _adapter_notes(answers: Mapping[str, Any]) -> list[str]:
+    guard, handed_over, making = (answers.get(name) for name in ("guard", "handed_over", "adapter_making"))
+    return [
+        f"It was {making}." if making else "",
+        answers.get("adapter_preference") or "",
+        guard["sentence"] if guard else "",
+        _test_text(HandedOver.model_validate(handed_over)) if handed_over else "",
+    ]
+
+
+def _test_text(found: HandedOver) -> str:
+    """The reading on the test split; empty without one, and where the adapter is the reference itself."""
+    high = found.test_difference_high
+    if found.test_difference is None or (found.test_difference == 0 and not high):
+        return ""
+    bound = "" if high is None else f" (95% upper bound {high:+.2g})"
+    return f"On the test split, read once, it differs from the reference by {found.test_difference:+.2g}{bound}."
+
+
+def _missing(answers: Mapping[str, Any]) -> str:
+    """Why there is no answer to the second question."""
+    if answers.get("goal") == "adapter":
+        return "not asked (--goal adapter)."
+    return f"{quantity(answers['cost']['trainings'], 'training')} so far. A comparison needs two ranks with a result."
+
+
+def _verdict(decision: Decision) -> str:
+    return decision.verdict + (f" ({', '.join(decision.flags)})" if decision.flags else "")
+
+
+def _safe_choice(decision: Decision) -> str:
+    return (
+        f"Until this is decided, rank {decision.fallback_rank} is the safe choice at the margin of {decision.margin:g}."
+    )
+
+
+def _metric_text(other: MetricAnswer) -> str:
+    if other.conflict:
+        return other.sentence
+    answer = f"rank {other.rank}" if other.rank else other.verdict.replace("_", " ")
+    return f"{other.metric}: {answer}, at a margin of {brief(other.margin)}"
+
+
+def evidence_table(decision: Decision) -> list[list[str]]:
+    """The evidence, a row a rank and a heading first."""
+    with_learning_rate = any(evidence.learning_rate for evidence in decision.ranks)
+    interval, bounds = coverage(decision, "interval"), coverage(decision, "bounds")
+    heading = ["rank", decision.metric, interval, "worse by", bounds, "enough"]
+    heading += ["learning rate"] * with_learning_rate + ["seeds"]
+    return [heading, *(_evidence_row(evidence, decision, with_learning_rate) for evidence in decision.ranks)]
+
+
+def _evidence_row(evidence: RankEvidence, decision: Decision, with_learning_rate: bool) -> list[str]:
+    is_best, low, high = evidence.rank == decision.reference_rank, evidence.difference_low, evidence.difference_high
+    row = [
+        str(evidence.rank) if evidence.rank else "base",
+        f"{evidence.value:.5g}",
+        f"{evidence.low:.5g} to {evidence.high:.5g}" if evidence.low < evidence.high else "unknown",
+        "best" if is_best else brief(evidence.difference),
+        "" if low is None or is_best else f"{brief(low)} to {brief(high)}",
+        _enough(evidence, decision),
+    ]
+    rate = f"{evidence.learning_rate:.2g}" if evidence.learning_rate else ""
+    return [*row, *[rate] * with_learning_rate, str(evidence.seeds)]
+
+
+def _enough(evidence: RankEvidence, decision: Decision) -> str:
+    """`yes`, `no` or `inconclusive`; of one number a rank, which shows nothing, what the values suggest."""
+    if decision.basis not in ("std", "values") or evidence.non_inferior is False:
+        return ENOUGH[evidence.non_inferior]
+    if evidence.rank == decision.reference_rank:
+        return "best so far"
+    return "perhaps" if is_within(evidence.difference or 0.0, decision.margin) else "unlikely"
+
+
+def certainty_rows(decision: Decision) -> list[tuple[str, str]]:
+    """What the answer rests on, as labelled sentences: fitted curve, horizon, basis, optimism, flags."""
+    rows = [
+        ("curve", "" if decision.curve is None else _curve_text(decision, decision.curve)),
+        ("horizon", "" if decision.horizon is None else f"{_horizon_text(decision.horizon)}."),
+        ("basis", decision.basis_note or ""),
+        ("optimism", _optimism_text(decision) if decision.winner_gap else ""),
+        *(("flag", f"{flag}: {FLAGS.get(flag, '')}") for flag in decision.flags),
+    ]
+    return [row for row in rows if row[1]]
+
+
+def _curve_text(decision: Decision, curve: CurveFit) -> str:
+    top = max(evidence.rank for evidence in decision.ranks)
+    law = "" if curve.form != "power" else f", {curve.a:.4g} {curve.b:+.3g}·r^-{curve.c:.2f},"
+    ranks = f" ({coverage(decision, 'interval')} {curve.r_margin_low:.3g} to {curve.r_margin_high:.3g})"
+    gains = f" ({brief(curve.gain_to_come_low)} to {brief(curve.gain_to_come_high)})"
+    if decision.basis == "values":  # without a measured noise the intervals have no width
+        ranks = gains = ""
+    return (
+        f"The fitted {curve.form.replace('_', '-')} curve{law} is within the margin from rank {curve.r_margin:.3g}{ranks}; "
+        f"the expected gain above rank {top} is {brief(curve.gain_to_come)} {metric_unit(decision.metric)}{gains}."
+    )
+
+
+def _horizon_text(horizon: HorizonNote) -> str:
+    """From which evaluation on the values pick the same rank."""
+    if horizon.holds_from == horizon.steps:
+        return f"Only the last evaluation, at step {horizon.steps}, gives this answer"
+    return f"The evaluations give the same answer from step {horizon.holds_from} to {horizon.steps}"
+
+
+def _optimism_text(decision: Decision) -> str:
+    return (
+        f"The best of several learning rates looks up to {decision.winner_gap:.2g} {metric_unit(decision.metric)} better than "
+        "it is; the comparison corrects for that."
+    )
+
+
+def brief(value: float | None) -> str:
+    """Two significant digits; empty for None."""
+    if value is None:
+        return ""
+    return "0" if abs(value) < 1e-12 else f"{value:.2g}" if abs(value) < 100 else f"{value:.0f}"
