@@ -131,5 +131,5 @@ def test_a_sweep_is_drawn_rank_by_setting() -> None:
     assert drawn.values[0] == (pytest.approx(1.1), 1.2, None)
     assert drawn.values[1] == (pytest.approx(1.0), 0.9, 1.05)
     assert drawn.best == (0, 1)
-    assert "rank 4 shared by all ranks, rank 64 alpha=16" in drawn.alt
+    assert "rank 4: shared by all ranks, rank 64: alpha=16" in drawn.alt
     assert sweep_map([], "loss", higher_is_better=False) is None

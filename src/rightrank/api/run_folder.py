@@ -34,7 +34,7 @@ def write_report(run: str | Path) -> Path:
 
 
 def write_side_by_side(runs: Sequence[str | Path], out: str | Path) -> Path:
-    from rightrank.report.status import ShownRun, render_side_by_side
+    from rightrank.report.html import ShownRun, render_side_by_side
 
     shown = []
     for run in runs:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from rightrank.decision.adapter import compared_adapters
 from rightrank.decision.run import Records, question_of
-from rightrank.report.figure import Axis, Band, Figure, Level, Mark, Series, Tone, metric_axis, rank_axis
+from rightrank.report.figure import Axis, Band, Cell, Figure, Level, Mark, Series, Tone, metric_axis, rank_axis
 from rightrank.schema.decision import AdapterAnswer, AdapterCandidate
 from rightrank.schema.events import GuardAnswer, GuardCandidate
 
@@ -136,58 +136,35 @@ def guard_figure(records: Records) -> Figure | None:
         f"{both} of them are both enough on the task and within the guard's margin. {guard.sentence}",
         x=metric_axis(records.started.metric, "held-out"),
         y=Axis("guard: worse than the base by, nats"),
-        series=tuple(_series_of_guard_view(rank, rows, place) for place, rank in enumerate(ranks)),
+        series=tuple(_guard_series(rank, rows, place) for place, rank in enumerate(ranks)),
         levels=(Level(f"guard margin {guard.margin:g}", guard.margin), Level("base", 0.0)),
         marks=(Mark(f"handed over: rank {chosen.rank}", chosen.task_value, chosen.guard_difference),),
-        columns=tuple(guard_table(guard)[0]),
-        rows=tuple(
-            (
-                one.rank,
-                one.how,
-                one.learning_rate,
-                one.task_value,
-                one.task_difference,
-                HOLDS[one.task_holds],
-                one.guard_difference,
-                one.guard_difference_high,
-                HOLDS[one.guard_holds],
-            )
-            for one in rows
-        ),
+        columns=tuple(GUARD_COLUMNS),
+        rows=tuple(map(_guard_numbers, rows)),
     )
+
+
+GUARD_COLUMNS = {
+    "rank": "d", "how": "", "learning rate": "g", "task": ".4f", "worse by": "+.4f", "enough": "", "guard worse by": "+.4f",
+    "guard bound": "+.4f", "guard kept": "",
+}  # fmt: skip
 
 
 def guard_table(guard: GuardAnswer) -> list[list[str]]:
     """Every adapter as text, a heading first."""
-    heading = [
-        "rank",
-        "how",
-        "learning rate",
-        "task",
-        "worse by",
-        "enough",
-        "guard worse by",
-        "guard bound",
-        "guard kept",
-    ]
-    return [heading, *(_row_of_guard_view(one) for one in guard.candidates)]
+    specs = GUARD_COLUMNS.values()
+    rows = [map(format, _guard_numbers(one), specs) for one in guard.candidates]
+    return [list(GUARD_COLUMNS), *map(list, rows)]
 
 
-def _row_of_guard_view(one: GuardCandidate) -> list[str]:
-    return [
-        str(one.rank),
-        one.how,
-        f"{one.learning_rate:g}",
-        f"{one.task_value:.4f}",
-        f"{one.task_difference:+.4f}",
-        HOLDS[one.task_holds],
-        f"{one.guard_difference:+.4f}",
-        f"{one.guard_difference_high:+.4f}",
-        HOLDS[one.guard_holds],
-    ]
+def _guard_numbers(one: GuardCandidate) -> tuple[Cell, ...]:
+    """The values of `GUARD_COLUMNS`."""
+    task = one.task_value, one.task_difference, HOLDS[one.task_holds]
+    guard = one.guard_difference, one.guard_difference_high, HOLDS[one.guard_holds]
+    return one.rank, one.how, one.learning_rate, *task, *guard
 
 
-def _series_of_guard_view(rank: int, rows: list[GuardCandidate], place: int) -> Series:
+def _guard_series(rank: int, rows: list[GuardCandidate], place: int) -> Series:
     own = sorted((one for one in rows if one.rank == rank), key=lambda one: one.task_value)
     return Series(
         f"rank {rank}",

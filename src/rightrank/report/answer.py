@@ -76,15 +76,18 @@ def answer_view(
     Results that come from no run have a decision alone.
     """
     adapter, asked = answers.get("adapter_answer"), answers.get("goal") != "adapter"
+    rank = "not known yet" if decision is None else decision.rank or decision.verdict.replace("_", " ")
     return AnswerView(
         adapter_headline=f"Adapter: rank {adapter['rank']}" if adapter else "",
-        rank_headline="" if not asked or not (adapter or decision) else f"Training rank: {_rank_in_words(decision)}",
+        rank_headline="" if not asked or not (adapter or decision) else f"Training rank: {rank}",
         adapter=answers.get("adapter_sentence") or "",
         adapter_notes=tuple(filter(None, _adapter_notes(answers))),
         training_rank=decision.sentence if decision is not None else _missing(answers),
         estimate=(answers.get("training_rank_estimate") or {}).get("sentence", ""),
         verdict="" if decision is None else _verdict(decision),
-        safe_choice="" if decision is None or decision.verdict != "undecided" else _safe_choice(decision),
+        safe_choice=""
+        if decision is None or decision.verdict != "undecided"
+        else f"Until this is decided, rank {decision.fallback_rank} is the safe choice at the margin of {decision.margin:g}.",
         metrics=() if decision is None else tuple(map(_metric_text, decision.other_metrics)),
         next_runs=()
         if decision is None
@@ -95,10 +98,6 @@ def answer_view(
 def labelled(rows: Sequence[tuple[str, str]], width: int) -> list[str]:
     """`label: text` in lines, the texts below each other from column `width` on."""
     return [f"{f'{label}:' if label else '':<{width - 1}} {text}" for label, text in rows]
-
-
-def _rank_in_words(decision: Decision | None) -> str:
-    return "not known yet" if decision is None else str(decision.rank or decision.verdict.replace("_", " "))
 
 
 def _adapter_notes(answers: Mapping[str, Any]) -> list[str]:
@@ -129,12 +128,6 @@ def _missing(answers: Mapping[str, Any]) -> str:
 
 def _verdict(decision: Decision) -> str:
     return decision.verdict + (f" ({', '.join(decision.flags)})" if decision.flags else "")
-
-
-def _safe_choice(decision: Decision) -> str:
-    return (
-        f"Until this is decided, rank {decision.fallback_rank} is the safe choice at the margin of {decision.margin:g}."
-    )
 
 
 def _metric_text(other: MetricAnswer) -> str:

@@ -21,7 +21,7 @@ from rightrank.report.figure import (
     Mark,
     Series,
     axis_from_zero,
-    best_column,
+    heat_map,
     log_ticks,
     metric_axis,
     rank_axis,
@@ -240,38 +240,17 @@ def learning_rate_map(records: Records) -> HeatMap | None:
     It shows complete trainings with the settings that all ranks share.
     """
     arms = [outcome for outcome in records.plain() if outcome.rank > 0 and outcome.truncate_from is None]
-    ranks = sorted({outcome.rank for outcome in arms})
-    learning_rates = sorted({outcome.learning_rate for outcome in arms})
-    finished = [outcome for outcome in arms if isinstance(outcome, TrialFinished)]
-    if not finished:
+    if not any(isinstance(outcome, TrialFinished) for outcome in arms):
         return None
-    values: list[tuple[float | None, ...]] = []
-    notes: list[tuple[str, ...]] = []
-    for rank in ranks:
-        cells = [[o for o in arms if (o.rank, o.learning_rate) == (rank, lr)] for lr in learning_rates]
-        done = [[o.value for o in cell if isinstance(o, TrialFinished) and o.arm.is_direct] for cell in cells]
-        values.append(tuple(fmean(cell) if cell else None for cell in done))
-        notes.append(tuple(_cell_note(c, len(d)) for c, d in zip(cells, done, strict=True)))
-    lower = not records.started.higher_is_better
-    best = tuple(best_column(row, lower) for row in values)
-    best_text = ", ".join(
-        f"rank {rank} at {learning_rates[column]:g}"
-        for rank, column in zip(ranks, best, strict=True)
-        if column is not None
-    )
-    return HeatMap(
-        name="rate_by_rank",
-        title="Learning rate by rank",
-        alt=f"Held-out {records.started.metric} of every rank and learning rate. Best learning rates: {best_text}.",
-        row_label="rank",
-        column_label="learning rate",
-        row_names=tuple(str(rank) for rank in ranks),
-        column_names=tuple(f"{lr:g}" for lr in learning_rates),
-        values=tuple(values),
-        notes=tuple(notes),
-        best=best,
-        lower_is_better=lower,
-    )
+    cells: dict[tuple[str, str], tuple[float | None, str]] = {}
+    for rank in sorted({outcome.rank for outcome in arms}):
+        for rate in sorted({outcome.learning_rate for outcome in arms}):
+            cell = [outcome for outcome in arms if (outcome.rank, outcome.learning_rate) == (rank, rate)]
+            done = [outcome.value for outcome in cell if isinstance(outcome, TrialFinished) and outcome.arm.is_direct]
+            cells[str(rank), f"{rate:g}"] = fmean(done) if done else None, _cell_note(cell, len(done))
+    metric, higher = records.started.metric, records.started.higher_is_better
+    alt = f"Held-out {metric} of every rank and learning rate."
+    return heat_map("rate_by_rank", "Learning rate by rank", alt, ("rank", "learning rate"), cells, not higher)
 
 
 def memory_figure(records: Records) -> Figure | None:

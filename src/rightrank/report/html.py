@@ -11,10 +11,12 @@ import hashlib
 import json
 import shlex
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cache
 from html import escape
 from importlib.resources import files
 from math import log10
+from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -42,6 +44,8 @@ from rightrank.schema.settings import Goal
 from rightrank.schema.trials import TrialCollapsed, TrialDiverged, TrialFailed, TrialFinished, TrialOutcome, split_name
 
 MAX_VISIBLE_ROWS = 24  # of the trial table; a longer one is folded
+IN_THEIR_SECTIONS = ("adapters", "guard_trade", "rank_curve", "staircase")
+SIDE_BY_SIDE = ("adapters", "rank_curve", "learning_curves")
 MAX_NUMBERS = 200  # rows of a figure's numbers; its CSV file has all of them
 
 
@@ -69,10 +73,10 @@ def render_report(
     adapter = records.adapters[-1] if records.adapters else None
     guard = guard_of(records)
     figures = [*figures_of(records, decision), *further_figures]
-    plots = [figure for figure in figures if isinstance(figure, Figure)]
-    script = asset("figures.js") + "\n" + asset("page.js")
+    plots = {figure.name: figure for figure in figures if isinstance(figure, Figure)}
+    script = _asset("figures.js") + "\n" + _asset("page.js")
     return (
-        environment()
+        _environment()
         .get_template("report.html")
         .render(
             started=records.started,
@@ -84,10 +88,8 @@ def render_report(
             decision=decision,
             view=answer_view(decision, document(records, decision, goal, estimate)),
             adapter=adapter,
-            adapter_plot=next((figure for figure in plots if figure.name == "adapters"), None),
             candidates=candidate_table(adapter.answer, records.started.metric) if adapter else [],
             guard=guard,
-            guard_plot=next((figure for figure in plots if figure.name == "guard_trade"), None),
             guard_rows=guard_table(guard) if guard else [],
             confidence=confidence_text(records, decision) if decision else "",
             cost=cost_of(records).sentence(),
@@ -96,12 +98,9 @@ def render_report(
             next_run_cost=next_run_text(records, decision) if decision else "",
             margin=margin_text(decision) if decision else "",
             slider=_slider(decision),
-            rank_plot=next((figure for figure in plots if figure.name == "rank_curve"), None),
-            staircase=next((figure for figure in plots if figure.name == "staircase"), None),
             heat_maps=[figure for figure in figures if isinstance(figure, HeatMap)],
-            plots=[
-                figure for figure in plots if figure.name not in ("adapters", "guard_trade", "rank_curve", "staircase")
-            ],
+            plots=plots,
+            further_plots=[figure for name, figure in plots.items() if name not in IN_THEIR_SECTIONS],
             rows=[_row(outcome) for outcome in records.outcomes],
             fold_rows=len(records.outcomes) > MAX_VISIBLE_ROWS,
             tests=test_rows(records),
@@ -109,7 +108,7 @@ def render_report(
             certificates=records.certificates,
             not_tested=not_tested(records, decision),
             command=reproduce_command(records.started.settings),
-            style=asset("report.css"),
+            style=_asset("report.css"),
             script=script,
             page_data=script_json({"answer": _answer(decision)}),
             script_hash=script_hash(script),
@@ -117,7 +116,63 @@ def render_report(
     )
 
 
-def environment() -> Environment:
+@dataclass(frozen=True, slots=True)
+class ShownRun:
+    """A run to show: its records, its decision if it has one, and its goal."""
+
+    name: str  # its folder
+    records: Records
+    decision: Decision | None
+    goal: Goal
+
+
+def render_side_by_side(runs: Sequence[ShownRun]) -> str:
+    """The page: a column for each run."""
+    runs = _with_short_names(runs)
+    return (
+        _environment()
+        .get_template("side_by_side.html")
+        .render(
+            columns=[_column(number, run) for number, run in enumerate(runs)],
+            names=[run.name for run in runs],
+            differing=differing_settings(runs),
+            style=_asset("report.css"),
+        )
+    )
+
+
+def _with_short_names(runs: Sequence[ShownRun]) -> Sequence[ShownRun]:
+    """The runs by the names of their folders, where these tell them apart."""
+    names = [Path(run.name).name for run in runs]
+    if "" in names or len(set(names)) < len(names):
+        return runs
+    return [replace(run, name=name) for run, name in zip(runs, names, strict=True)]
+
+
+def _column(number: int, run: ShownRun) -> dict[str, object]:
+    records, decision = run.records, run.decision
+    found = {figure.name: figure for figure in figures_of(records, decision) if isinstance(figure, Figure)}
+    return {
+        "name": run.name,
+        "view": answer_view(decision, document(records, decision, run.goal)),
+        "subject": subject_text(records.started),
+        "margin": "" if decision is None else margin_text(decision),
+        "cost": cost_of(records).sentence(),
+        "figures": [
+            replace(found[name], name=f"{name}-{number}") for name in SIDE_BY_SIDE if name in found
+        ],  # their ids differ
+    }
+
+
+def differing_settings(runs: Sequence[ShownRun]) -> list[tuple[str, list[str]]]:
+    """The settings that are not the same in all runs, with the value of each."""
+    settings = [run.records.started.settings for run in runs]
+    names = sorted({name for one in settings for name in one})
+    rows = [(name, [json.dumps(one.get(name), ensure_ascii=False) for one in settings]) for name in names]
+    return [(name, values) for name, values in rows if len(set(values)) > 1]
+
+
+def _environment() -> Environment:
     """Templates in which every value is text and control characters are visible."""
     made = Environment(
         loader=PackageLoader("rightrank.report", "templates"),
@@ -146,7 +201,7 @@ def _cell(value: Any) -> str:
 
 
 @cache
-def asset(name: str) -> str:
+def _asset(name: str) -> str:
     """A file beside the templates, as it goes into a page."""
     return files("rightrank.report").joinpath("templates", name).read_text(encoding="utf-8").strip("\n")
 

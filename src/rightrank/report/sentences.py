@@ -72,8 +72,6 @@ def _numbers(value: object) -> list[float]:
 class UseIt:
     """The adapter in the names of PEFT, with code that loads it."""
 
-    link: str  # relative to the report
-    path: str
     r: int
     alpha: str
     learning_rate: str
@@ -113,7 +111,7 @@ def use_it(handed_over: HandedOver, records: Records) -> UseIt | None:
         f"base = AutoModelFor{kind}.from_pretrained({model!r}{labels})\n"
         'model = PeftModel.from_pretrained(base, "adapter")  # beside this report'
     )
-    return UseIt("adapter/", "adapter/", handed_over.rank, f"{alpha:g}", f"{trained.learning_rate:g}", code)
+    return UseIt(handed_over.rank, f"{alpha:g}", f"{trained.learning_rate:g}", code)
 
 
 @dataclass(frozen=True, slots=True)

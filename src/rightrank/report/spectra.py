@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from rightrank.report.adapters import candidate_table
-from rightrank.report.figure import Axis, Figure, HeatMap, Series, log_ticks
+from rightrank.report.figure import Axis, Figure, HeatMap, Series, heat_map, log_ticks
 from rightrank.report.terminal_figures import terminal_map
 from rightrank.schema.decision import AdapterAnswer
 from rightrank.schema.errors import SettingsError, did_you_mean
@@ -78,19 +78,9 @@ def spectrum_map(modules: Sequence[ModuleSpectrum], statistic: Statistic = "effe
     layers = sorted({row for row, _ in cells}, key=lambda row: (not row.isdigit(), int(row) if row.isdigit() else 0))
     names = list(dict.fromkeys(column for _, column in cells))
     title = f"{TITLES[statistic]}, by layer and module"
-    return HeatMap(
-        name=statistic,
-        title=title,
-        alt=f"Heat map of {len(modules)} modules: {title}.",
-        row_label="layer",
-        column_label="module",
-        row_names=tuple(layers),
-        column_names=tuple(names),
-        values=tuple(tuple(cells.get((layer, name)) for name in names) for layer in layers),
-        notes=tuple(("",) * len(names) for _ in layers),
-        best=(None,) * len(layers),
-        lower_is_better=False,
-    )
+    whole = {(layer, name): (cells.get((layer, name)), "") for layer in layers for name in names}
+    alt = f"Heat map of {len(modules)} modules: {title}."
+    return heat_map(statistic, title, alt, ("layer", "module"), whole, lower_is_better=False, mark_best=False)
 
 
 def split_name(name: str) -> tuple[str, str]:

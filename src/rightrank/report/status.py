@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from pathlib import Path
 
 from pydantic import Field
 
 from rightrank.decision.run import Records, decision_so_far, document, last_decided, running_trial
 from rightrank.report.answer import answer_view, labelled
-from rightrank.report.figure import Figure
-from rightrank.report.figures import figures_of
 from rightrank.report.format import quantity
-from rightrank.report.html import asset, environment
-from rightrank.report.sentences import cost_of, margin_text, next_commands, subject_text
+from rightrank.report.sentences import cost_of, next_commands
 from rightrank.report.terminal_figures import terminal_curve
-from rightrank.schema.decision import Decision
 from rightrank.schema.events import JournalRecord
 from rightrank.schema.settings import Goal
 from rightrank.schema.trials import Record, TrialStarted
@@ -145,62 +138,3 @@ def is_fresh(progress: Mapping[str, object]) -> bool:
     if not isinstance(at, str):
         return False
     return (datetime.now(UTC) - datetime.fromisoformat(at)).total_seconds() < STALE_SECONDS
-
-
-FIGURES = ("adapters", "rank_curve", "learning_curves")
-
-
-@dataclass(frozen=True, slots=True)
-class ShownRun:
-    """A run to show: its records, its decision if it has one, and its goal."""
-
-    name: str  # its folder
-    records: Records
-    decision: Decision | None
-    goal: Goal
-
-
-def render_side_by_side(runs: Sequence[ShownRun]) -> str:
-    """The page: a column for each run."""
-    runs = _with_short_names(runs)
-    return (
-        environment()
-        .get_template("side_by_side.html")
-        .render(
-            columns=[_column(number, run) for number, run in enumerate(runs)],
-            names=[run.name for run in runs],
-            differing=differing_settings(runs),
-            style=asset("report.css"),
-        )
-    )
-
-
-def _with_short_names(runs: Sequence[ShownRun]) -> Sequence[ShownRun]:
-    """The runs by the names of their folders, where these tell them apart."""
-    names = [Path(run.name).name for run in runs]
-    if "" in names or len(set(names)) < len(names):
-        return runs
-    return [replace(run, name=name) for run, name in zip(runs, names, strict=True)]
-
-
-def _column(number: int, run: ShownRun) -> dict[str, object]:
-    records, decision = run.records, run.decision
-    found = {figure.name: figure for figure in figures_of(records, decision) if isinstance(figure, Figure)}
-    return {
-        "name": run.name,
-        "view": answer_view(decision, document(records, decision, run.goal)),
-        "subject": subject_text(records.started),
-        "margin": "" if decision is None else margin_text(decision),
-        "cost": cost_of(records).sentence(),
-        "figures": [
-            replace(found[name], name=f"{name}-{number}") for name in FIGURES if name in found
-        ],  # their ids differ
-    }
-
-
-def differing_settings(runs: Sequence[ShownRun]) -> list[tuple[str, list[str]]]:
-    """The settings that are not the same in all runs, with the value of each."""
-    settings = [run.records.started.settings for run in runs]
-    names = sorted({name for one in settings for name in one})
-    rows = [(name, [json.dumps(one.get(name), ensure_ascii=False) for one in settings]) for name in names]
-    return [(name, values) for name, values in rows if len(set(values)) > 1]

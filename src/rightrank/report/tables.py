@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from rightrank.report.answer import answer_view, brief, certainty_rows, evidence_table, labelled
-from rightrank.report.figure import HeatMap, best_column
+from rightrank.report.figure import HeatMap, heat_map
 from rightrank.report.format import duration, metric_unit, or_dash, quantity, size, table_lines, visible
 from rightrank.report.terminal_figures import terminal_curve
 from rightrank.schema.decision import Decision, SweepRow
@@ -63,42 +63,13 @@ def sweep_map(rows: Sequence[SweepRow], metric: str, higher_is_better: bool) -> 
     if not rows:
         return None
     sign = 1 if higher_is_better else -1
-    ranks = sorted({row.rank for row in rows})
-    settings = list(dict.fromkeys(row.setting for row in rows))
-    found = {(row.rank, row.setting): row for row in rows}
-    shared = {row.rank: row.value - sign * row.gain for row in rows}
-    values = tuple(
-        (shared[rank], *(found[rank, name].value if (rank, name) in found else None for name in settings))
-        for rank in ranks
-    )
-    notes = tuple(
-        (
-            "",
-            *(
-                f"learning rate {found[rank, name].learning_rate:g}" if (rank, name) in found else ""
-                for name in settings
-            ),
-        )
-        for rank in ranks
-    )
-    best = tuple(best_column(row, not higher_is_better) for row in values)
-    columns = (SHARED, *settings)
-    best_text = ", ".join(
-        f"rank {rank} {columns[place]}" for rank, place in zip(ranks, best, strict=True) if place is not None
-    )
-    return HeatMap(
-        name="sweep",
-        title="Other settings, each at its best learning rate",
-        alt=f"Held-out {metric} of the relevant ranks under further settings. Best: {best_text}.",
-        row_label="rank",
-        column_label="setting",
-        row_names=tuple(str(rank) for rank in ranks),
-        column_names=columns,
-        values=values,
-        notes=notes,
-        best=best,
-        lower_is_better=not higher_is_better,
-    )
+    cells: dict[tuple[str, str], tuple[float | None, str]] = {}
+    for row in sorted(rows, key=lambda row: row.rank):
+        cells.setdefault((str(row.rank), SHARED), (row.value - sign * row.gain, ""))
+        cells[str(row.rank), row.setting] = row.value, f"learning rate {row.learning_rate:g}"
+    title = "Other settings, each at its best learning rate"
+    alt = f"Held-out {metric} of the relevant ranks under further settings."
+    return heat_map("sweep", title, alt, ("rank", "setting"), cells, not higher_is_better)
 
 
 def preflight_text(found: Preflight) -> str:
