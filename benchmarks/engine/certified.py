@@ -13,9 +13,9 @@ from typing import Any
 from benchmarks.engine.common import machine, make_runtime
 from rightrank.schema.events import Listener
 from rightrank.schema.trials import Arm, Trial, TrialFinished
-from rightrank.train.adapter import TrialFolders
 from rightrank.train.certify import certify
 from rightrank.train.loop import train_trials
+from rightrank.train.trial import TrialFolders
 
 ARMS = ((16, 0), (16, 1), (4, 0))  # rank and seed; the first is certified, the second says what a seed makes
 

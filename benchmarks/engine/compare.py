@@ -32,11 +32,11 @@ from benchmarks.engine.common import machine, make_runtime, one_pass, trainer_ro
 from rightrank.schema.events import Listener
 from rightrank.schema.trials import Arm, Trial, TrialFinished
 from rightrank.train import runtime as runtime_module
-from rightrank.train.adapter import TrialFolders
 from rightrank.train.device import PeakMemory
 from rightrank.train.loop import train_trials
 from rightrank.train.runtime import Runtime
 from rightrank.train.targets import lora_config
+from rightrank.train.trial import TrialFolders
 
 BATCH, RATE, RANKS = 8, 1e-3, (16, 4, 1, 64)  # the first is whose held-out loss is shown
 TAIL_LAYERS = (28, 29)

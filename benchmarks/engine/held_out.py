@@ -29,10 +29,11 @@ from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 from benchmarks.engine.common import machine, make_runtime, one_pass, trainer_rows
 from rightrank.schema.events import Listener
 from rightrank.schema.trials import Arm, Trial, TrialFinished
-from rightrank.train.adapter import TrialFolders, trainable_parameters
+from rightrank.train.adapter import trainable_parameters
 from rightrank.train.loop import run_trial
 from rightrank.train.runtime import Runtime
 from rightrank.train.targets import lora_config
+from rightrank.train.trial import TrialFolders
 
 RATE = 1e-3
 

@@ -22,8 +22,8 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.engine.common import machine, make_runtime
 from rightrank.schema.events import Listener
 from rightrank.schema.trials import Arm, Trial
-from rightrank.train.adapter import TrialFolders
 from rightrank.train.loop import train_trials
+from rightrank.train.trial import TrialFolders
 
 RANK = 12  # a size that nothing else in the model has
 MATMULS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::addmm_", "aten::baddbmm_")

@@ -20,10 +20,10 @@ from rightrank.models.base_models import load_model
 from rightrank.schema.events import Listener
 from rightrank.schema.settings import make_settings
 from rightrank.schema.trials import Arm, Trial
-from rightrank.train.adapter import TrialFolders
 from rightrank.train.loop import run_trial
 from rightrank.train.runtime import Runtime
 from rightrank.train.tokens import encode
+from rightrank.train.trial import TrialFolders
 
 OUT = Path(__file__).with_name("results.json")
 TASKS = ("glosses", "packages", "docstrings", "reviews")

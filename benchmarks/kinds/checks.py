@@ -18,19 +18,19 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks.kinds.cases import ARM, RANK, STEPS, Trained, make_runtime, settings_of
 from rightrank import inspect, resize
-from rightrank.models.adapter_files import open_adapter
-from rightrank.models.padding import write_padded
+from rightrank.models.adapter_files import open_adapter, write_padded
 from rightrank.plugins.plan.estimate import Estimator
 from rightrank.plugins.plan.selection import plan_selection
 from rightrank.schema.errors import InterruptedRun, ModelError
 from rightrank.schema.events import Listener, StepDone
 from rightrank.schema.trials import Arm, Trial, TrialFinished
-from rightrank.train.adapter import TrialFolders, trainable_parameters
+from rightrank.train.adapter import trainable_parameters
 from rightrank.train.loop import run_trial
 from rightrank.train.optimizer import learning_rate_schedule
 from rightrank.train.pace import multi_lora_obstacle
 from rightrank.train.runtime import Runtime
 from rightrank.train.targets import without_peft_noise
+from rightrank.train.trial import TrialFolders
 
 TOLERANCE = 2e-5  # relative, of losses
 

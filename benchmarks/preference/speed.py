@@ -28,10 +28,10 @@ from rightrank.models.base_models import load_model
 from rightrank.schema.events import StepDone
 from rightrank.schema.settings import SelectSettings, make_settings
 from rightrank.schema.trials import Arm, Trial
-from rightrank.train.adapter import TrialFolders
 from rightrank.train.loop import train_trials
 from rightrank.train.runtime import Runtime
 from rightrank.train.tokens import encode
+from rightrank.train.trial import TrialFolders
 
 ARM = Arm(rank=16, learning_rate=3e-3, lora_alpha=32.0, seed=0, steps=4)
 CASES: dict[str, dict[str, Any]] = {"last two layers": {"layers_to_transform": (28, 29)}, "all layers": {}}

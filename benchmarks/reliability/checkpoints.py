@@ -23,9 +23,8 @@ from benchmarks.machine import machine
 from rightrank.schema.events import Listener
 from rightrank.schema.trials import Arm, Trial, TrialFinished
 from rightrank.train import trial as arm_training
-from rightrank.train.adapter import TrialFolders
 from rightrank.train.loop import run_trial
-from rightrank.train.trial import ArmTraining
+from rightrank.train.trial import ArmTraining, TrialFolders
 
 
 def save_llama(folder: Path, width: int, layers: int) -> Path:

@@ -92,13 +92,13 @@ def watch_phases(moments: Moments) -> None:
     from rightrank.report.html import render_report
     from rightrank.report.svg import write_figures
     from rightrank.runs.journal import Journal
-    from rightrank.train import loop as shared_pass
-    from rightrank.train import loop as training_loop
+    from rightrank.train import loop
     from rightrank.train.checkpoints import save_checkpoint
+    from rightrank.train.optimizer import take_step
 
     phases: dict[str, list[Callable[..., Any]]] = {
-        "training": [shared_pass.step_all],
-        "evaluation": [shared_pass.evaluate_all, training_loop.evaluate_base],
+        "training": [take_step],
+        "evaluation": [loop.evaluate_all, loop.evaluate_base],
         "checkpoint": [save_checkpoint],
         "views": [render_report, write_text, write_figures, hand_over, save_adapter],
     }

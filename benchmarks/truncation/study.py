@@ -26,14 +26,14 @@ from rightrank.adapters.rewrite import RankChoice, write_resized
 from rightrank.data.splits import load_data
 from rightrank.models.adapter_files import AdapterFolder, AdapterModule, open_adapter, save_adapter
 from rightrank.models.base_models import load_model
-from rightrank.models.truncation import DAMPING, Moments, Weighting, components, shared_ranks
+from rightrank.models.truncation import DAMPING, Moments, Weighting, components, ranks_within
 from rightrank.schema.settings import SelectSettings, make_settings
 from rightrank.schema.trials import SplitName
 from rightrank.train.adapter import trainable_parameters
 from rightrank.train.adapter_runtime import adapter_attached
 from rightrank.train.covariances import gather_moments
 from rightrank.train.evaluation import Scores
-from rightrank.train.optimizer import OptimizerSteps, learning_rate_schedule
+from rightrank.train.optimizer import ArmOptimizer, learning_rate_schedule, take_step
 from rightrank.train.runtime import Runtime
 from rightrank.train.tokens import encode
 
@@ -163,10 +163,10 @@ def ranks_of(
         components(*adapter.factors(module), module.scaling, moments.get(module.name), weighting, damping).costs
         for module in adapter.modules
     ]
-    if sharing == "values":  # by σ alone: times the parameters that `shared_ranks` divides it by
+    if sharing == "values":  # by σ alone: times the parameters that `ranks_within` divides it by
         worth = [np.sqrt(one) * cost for one, cost in zip(worth, costs, strict=True)]
     highest = next(served for served in SERVED if served >= rank) if sharing == "served" else TOP
-    return dict(zip(names, shared_ranks(worth, costs, rank, highest), strict=True))
+    return dict(zip(names, ranks_within(worth, costs, rank * sum(costs), highest), strict=True))
 
 
 def weighed(
@@ -252,12 +252,14 @@ def train_further(study: Study, peft_model: Any, steps: int, learning_rate: floa
     runtime = study.runtime
     plan = runtime.batch_plan(study.top.trial.seed, runtime.steps + steps)[runtime.steps :]
     schedule = learning_rate_schedule(runtime.settings, steps)
-    optimizer = OptimizerSteps(runtime, trainable_parameters(peft_model), learning_rate, plan, schedule)
-    for step in range(steps):
-        loss_sum = 0.0
-        for batch in optimizer.begin(step):
-            loss_sum += float(runtime.backpropagate("train", batch, 1 / optimizer.labels).example_losses.sum())
-        optimizer.update(loss_sum)
+    optimizer = ArmOptimizer(runtime, trainable_parameters(peft_model), learning_rate, plan, schedule)
+    for _ in range(steps):
+        take_step(
+            [optimizer],
+            lambda batches, _: [
+                runtime.losses("train", batches[0], 1 / optimizer.labels, backward=True).example_losses
+            ],
+        )
 
 
 def run(study: Study, parts: Sequence[str]) -> Iterator[str]:

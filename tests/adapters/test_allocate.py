@@ -27,10 +27,10 @@ from rightrank.schema.errors import SettingsError
 from rightrank.schema.events import Listener
 from rightrank.schema.results import AllocationTrial
 from rightrank.schema.trials import Arm, Trial
-from rightrank.train.adapter import TrialFolders
 from rightrank.train.adapter_runtime import DataUse, adapter_attached, adapter_runtime
 from rightrank.train.evaluation import Scores
 from rightrank.train.loop import run_trial
+from rightrank.train.trial import TrialFolders
 from tests.helpers import make_runtime
 from tests.tiny import small_settings
 

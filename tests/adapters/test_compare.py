@@ -13,8 +13,8 @@ from rightrank.cli import main
 from rightrank.schema.errors import ModelError
 from rightrank.schema.events import Listener
 from rightrank.schema.trials import Arm, Trial
-from rightrank.train.adapter import TrialFolders
 from rightrank.train.loop import run_trial
+from rightrank.train.trial import TrialFolders
 from tests.helpers import make_runtime
 from tests.tiny import small_settings
 

@@ -11,7 +11,7 @@ import torch
 
 from rightrank.adapters.rewrite import RankChoice, write_resized
 from rightrank.models.adapter_files import AdapterFolder, open_adapter
-from rightrank.models.truncation import Moments, components, shared_ranks
+from rightrank.models.truncation import Moments, components, ranks_within
 from tests.adapters.adapters import deltas, load_strictly, make_adapter, make_base
 
 pytestmark = pytest.mark.trains
@@ -39,7 +39,7 @@ def test_peft_loads_the_pattern_and_gives_the_truncation(base: Path, tmp_path: P
     moments = random_moments(adapter)
     parts = {m.name: components(*adapter.factors(m), m.scaling, moments[m.name]) for m in adapter.modules}
     costs = [module.rows + module.columns for module in adapter.modules]
-    ranks = shared_ranks([found.costs for found in parts.values()], costs, 2, max_rank)
+    ranks = ranks_within([found.costs for found in parts.values()], costs, 2 * sum(costs), max_rank)
     chosen = dict(zip(parts, ranks, strict=True))
     resized = write_resized(adapter, tmp_path / "small", RankChoice(chosen, "test"), None, moments)
     config = json.loads((tmp_path / "small" / "adapter_config.json").read_text())

@@ -18,10 +18,10 @@ from rightrank.models.adapter_files import open_adapter, save_adapter
 from rightrank.schema.errors import DataError
 from rightrank.schema.events import Listener
 from rightrank.schema.trials import Arm, Trial, TrialFinished
-from rightrank.train.adapter import TrialFolders
 from rightrank.train.adapter_runtime import DataUse, adapter_attached, adapter_runtime
 from rightrank.train.covariances import gather_moments, moment_tokens, unseen_first
 from rightrank.train.loop import run_trial
+from rightrank.train.trial import TrialFolders
 from tests.adapters.adapters import load_strictly, tensors_of
 from tests.helpers import make_runtime
 from tests.tiny import small_settings, write_completions

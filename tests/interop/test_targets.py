@@ -20,8 +20,8 @@ import yaml
 from rightrank import Selected, export, inspect, select_rank, write_report
 from rightrank.interop.exports import write_export
 from rightrank.interop.recipe import Recipe, recipe_of
-from rightrank.interop.servers import VLLM_RANKS, served_rank
 from rightrank.interop.targets import SERVERS, TARGETS
+from rightrank.models.ranks import SERVER_RANKS, served_rank
 from rightrank.runs.folder import RunFolder
 from rightrank.schema.errors import ResultsError, RunFolderError, SettingsError
 from rightrank.schema.events import RunStarted
@@ -199,9 +199,9 @@ def test_8_bit_adam_is_carried(recipe: Recipe, target: str) -> None:
 def test_vllm_serves_the_next_rank_that_it_has() -> None:
     for rank in range(1, 513):
         served = served_rank(rank)
-        assert served in VLLM_RANKS
+        assert served in SERVER_RANKS
         assert served >= rank
-        assert not [other for other in VLLM_RANKS if rank <= other < served]
+        assert not [other for other in SERVER_RANKS if rank <= other < served]
     with pytest.raises(ResultsError, match="vLLM serves ranks up to 512, got 513"):
         served_rank(513)
 

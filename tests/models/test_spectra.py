@@ -78,11 +78,3 @@ def test_bartletts_triangle_has_the_law_of_a_normal_matrix() -> None:
     generator = np.random.default_rng(0)
     drawn = [np.linalg.norm(spectra._random_triangle(generator, 50, 6)) ** 2 for _ in range(400)]
     assert np.mean(drawn) == pytest.approx(300, rel=0.02)  # E‖G‖² = rows × rank
-
-
-def test_water_filling_takes_the_most_energy_a_parameter() -> None:
-    strong, weak = np.array([10.0, 9.0, 8.0, 7.0]), np.array([1.0, 0.1])
-    assert spectra.ranks_by_water_filling([strong, weak], [10, 10], 50) == [4, 1]
-    assert spectra.ranks_by_water_filling([strong, weak], [10, 10], 20) == [1, 1]
-    costly = spectra.ranks_by_water_filling([strong, strong], [10, 1000], 1040)
-    assert costly == [4, 1]

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rightrank.models.truncation import Moments, components, damped, resized_factors, shared_ranks
+from rightrank.models.truncation import Moments, components, damped, ranks_within, resized_factors
 from rightrank.schema.arrays import Floats
 
 sizes = st.tuples(st.integers(1, 12), st.integers(1, 12), st.integers(1, 8), st.integers(0, 10_000))
@@ -115,22 +115,29 @@ def test_moments_without_a_gradient_fall_back_to_the_plain_metric() -> None:
     st.integers(0, 3),
     st.integers(0, 10_000),
 )
-def test_shared_ranks_keep_the_budget_and_the_cap(
+def test_ranks_within_keep_the_budget_and_the_cap(
     modules: list[tuple[int, int]], rank: int, above: int, seed: int
 ) -> None:
     generator = np.random.default_rng(seed)
     costs = [cost for cost, _ in modules]
     spectra = [np.sort(generator.exponential(size=length))[::-1] for _, length in modules]
     max_rank = rank + above
-    ranks = shared_ranks(spectra, costs, rank, max_rank)
+    ranks = ranks_within(spectra, costs, rank * sum(costs), max_rank)
     assert all(1 <= one <= min(max_rank, len(s)) for one, s in zip(ranks, spectra, strict=True))
     assert sum(one * cost for one, cost in zip(ranks, costs, strict=True)) <= rank * sum(costs)
     if above == 0:
         assert ranks == [min(rank, len(s)) for s in spectra]
 
 
-def test_shared_ranks_go_where_the_worth_is() -> None:
+def test_ranks_within_go_where_the_worth_is() -> None:
     spectra = [np.array([8.0, 7.0, 6.0, 5.0]), np.array([1.0, 0.1, 0.1, 0.1])]
-    assert shared_ranks(spectra, [10, 10], 2, 4) == [3, 1]
-    assert shared_ranks(spectra, [10, 10], 2, 2) == [2, 2]
-    assert shared_ranks(spectra, [100, 1], 2, 4)[1] == 4  # parameters count, not ranks
+    assert ranks_within(spectra, [10, 10], 40, 4) == [3, 1]
+    assert ranks_within(spectra, [10, 10], 40, 2) == [2, 2]
+    assert ranks_within(spectra, [100, 1], 202, 4)[1] == 4  # parameters count, not ranks
+
+
+def test_a_budget_buys_the_most_energy_a_parameter() -> None:
+    strong, weak = np.array([10.0, 9.0, 8.0, 7.0]) ** 2, np.array([1.0, 0.1]) ** 2
+    assert ranks_within([strong, weak], [10, 10], 50) == [4, 1]
+    assert ranks_within([strong, weak], [10, 10], 20) == [1, 1]
+    assert ranks_within([strong, strong], [10, 1000], 1040) == [4, 1]

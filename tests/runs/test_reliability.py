@@ -32,8 +32,8 @@ from rightrank.schema.events import Listener
 from rightrank.schema.trials import Arm, Trial, TrialFailed, TrialFinished, TrialStarted
 from rightrank.train import loop as training_loop
 from rightrank.train import trial as arm_training
-from rightrank.train.adapter import TrialFolders
 from rightrank.train.checkpoints import load_checkpoint
+from rightrank.train.trial import TrialFolders
 from tests.commands import SELECT, run, start, wait_for_trial
 from tests.helpers import make_runtime
 from tests.tiny import small_settings
@@ -396,7 +396,7 @@ def test_checkpoints_never_take_more_than_their_share(
     monkeypatch.setattr(arm_training, "save_checkpoint", save)
     settings = small_settings(max_steps=500, eval_points=1, checkpoint_seconds=10)
     runtime = make_runtime(model_folder, completion_file, settings, tmp_path / "cache")
-    monkeypatch.setattr(training_loop, "step_all", lambda *_: clock.__setitem__(0, clock[0] + 1.0) or {})
+    monkeypatch.setattr(training_loop._TrainingLoop, "_step", lambda _: clock.__setitem__(0, clock[0] + 1.0))
     stop = Watch(should_stop=lambda: clock[0] > 2000)
     arm = Arm(rank=1, learning_rate=1e-2, lora_alpha=32.0, seed=0, steps=500)
     folders = TrialFolders(tmp_path / "checkpoint", tmp_path / "adapter")

@@ -11,7 +11,7 @@ import pytest
 from benchmarks.selection.tables import recommend
 
 from rightrank.cli import main
-from rightrank.models.counts import rank_of_equal_parameters
+from rightrank.models.ranks import rank_of_equal_parameters
 from rightrank.report.tables import sweep_map
 from rightrank.schema.decision import SweepRow
 from rightrank.schema.errors import ModelError, SettingsError

@@ -12,10 +12,10 @@ from rightrank.data.splits import load_data
 from rightrank.models.base_models import prepare_model
 from rightrank.schema.events import Listener
 from rightrank.schema.trials import Arm, Trial, TrialFinished
-from rightrank.train.adapter import TrialFolders
 from rightrank.train.loop import train_trials
 from rightrank.train.runtime import Runtime
 from rightrank.train.tokens import encode
+from rightrank.train.trial import TrialFolders
 from tests.tiny import GPT2_SIZES, make_tokenizer, small_settings
 from tests.tiny import SIZES as BARE_SIZES
 
@@ -55,9 +55,13 @@ def make_model(name: str, vocabulary: int) -> Any:
 
 def make_runtime(name: str, data: Path, cache: Path) -> Runtime:
     changes = {"layers_to_transform": (1,)} if name == "qwen3" else {}  # one of them with a frozen prefix
-    settings = small_settings(max_steps=STEPS, eval_points=1, **changes)
     tokenizer = make_tokenizer()
-    loaded = prepare_model(make_model(name, len(tokenizer)), tokenizer, name, torch.device("cpu"))
+    return runtime_of(make_model(name, len(tokenizer)), tokenizer, data, cache, **changes)
+
+
+def runtime_of(model: Any, tokenizer: Any, data: Path, cache: Path, **changes: Any) -> Runtime:
+    settings = small_settings(max_steps=STEPS, eval_points=1, **changes)
+    loaded = prepare_model(model, tokenizer, type(model).__name__, torch.device("cpu"))
     return Runtime(loaded, encode(load_data(data, settings), loaded, settings), settings, STEPS, cache)
 
 

@@ -19,11 +19,11 @@ from rightrank.schema.events import StepDone
 from rightrank.schema.plan_settings import make_plan_settings
 from rightrank.schema.trials import Arm, Trial, TrialFinished
 from rightrank.train import optimizer as module
-from rightrank.train.adapter import TrialFolders
 from rightrank.train.checkpoints import load_checkpoint
 from rightrank.train.loop import train_trials
 from rightrank.train.optimizer import make_optimizer, require_optimizer, restore_state, state_tensors
 from rightrank.train.runtime import Runtime
+from rightrank.train.trial import TrialFolders
 from tests.commands import run
 from tests.helpers import make_runtime
 from tests.tiny import make_tokenizer, small_settings, tiny_llama_config

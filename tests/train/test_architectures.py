@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import transformers
 from benchmarks.kinds.checks import plain_losses
 
+from rightrank.schema.errors import ModelError
 from rightrank.schema.trials import Arm
 from rightrank.train.pace import multi_lora_obstacle
-from tests.train.architectures import (
-    MODELS,
-    PADDED,
-    STEPS,
-    make_runtime,
-    run,
-)
+from tests.tiny import GPT2_SIZES, make_tokenizer
+from tests.train.architectures import BERT, MODELS, PADDED, SIZES, STEPS, make_runtime, run, runtime_of
 
 pytestmark = pytest.mark.trains
 
@@ -59,3 +57,85 @@ def test_a_layer_that_mixes_arms_is_an_obstacle(completion_file: Path, tmp_path:
     assert obstacle is not None
     assert re.fullmatch(r"a layer sees \d+ rows that can't be assigned to arms", obstacle)
     assert run(runtime, arms, tmp_path, 1)[0].adapters_per_pass == 1
+
+
+ENCODERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "BertLMHeadModel": ("BertConfig", BERT),
+    "RobertaForCausalLM": ("RobertaConfig", BERT),
+    "ElectraForCausalLM": ("ElectraConfig", BERT),
+    "BertGenerationDecoder": ("BertGenerationConfig", BERT),
+    "XLNetLMHeadModel": ("XLNetConfig", {"d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 48}),
+}
+
+
+def made(model: str, config: str, tokenizer: Any, **sizes: Any) -> Any:
+    torch.manual_seed(0)
+    return getattr(transformers, model)(getattr(transformers, config)(vocab_size=len(tokenizer), **sizes))
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_an_encoder_that_sees_its_labels_is_refused(name: str, completion_file: Path, tmp_path: Path) -> None:
+    config, sizes = ENCODERS[name]
+    tokenizer = make_tokenizer()
+    with pytest.raises(ModelError, match="it sees the tokens that follow, so a label is visible"):
+        runtime_of(made(name, config, tokenizer, **sizes), tokenizer, completion_file, tmp_path)
+
+
+def test_a_decoder_of_the_same_class_trains(completion_file: Path, tmp_path: Path) -> None:
+    tokenizer = make_tokenizer()
+    model = made("BertLMHeadModel", "BertConfig", tokenizer, **BERT, is_decoder=True)
+    assert runtime_of(model, tokenizer, completion_file, tmp_path).evaluate("selection").loss > 0
+
+
+@pytest.mark.parametrize(
+    ("model", "config", "sizes"),
+    [
+        ("BloomForCausalLM", "BloomConfig", {"hidden_size": 32, "n_layer": 2, "n_head": 4, "initializer_range": 0.2}),
+        ("MptForCausalLM", "MptConfig", {"d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 128}),
+    ],
+    ids=["bloom", "mpt"],
+)
+def test_a_shortcut_that_raises_in_its_proof_is_not_used(
+    model: str, config: str, sizes: dict[str, Any], completion_file: Path, tmp_path: Path
+) -> None:
+    """Their MLP takes a residual beside its input, of all rows."""
+    tokenizer = make_tokenizer()
+    runtime = runtime_of(made(model, config, tokenizer, **sizes), tokenizer, completion_file, tmp_path / "cache")
+    assert runtime.fast_paths.last_block is None
+    arm = Arm(rank=2, learning_rate=1e-2, lora_alpha=32.0, seed=0, steps=STEPS)
+    (trained,) = run(runtime, [arm], tmp_path, 1)
+    assert trained.train_losses == pytest.approx(plain_losses(runtime, arm), rel=2e-5)
+
+
+def test_a_layer_that_returns_more_than_its_product_is_one_line(completion_file: Path, tmp_path: Path) -> None:
+    tokenizer = make_tokenizer()
+    sizes = SIZES | {"num_local_experts": 8, "num_experts_per_tok": 1, "intermediate_size_mlp": 48}
+    model = made("Llama4ForCausalLM", "Llama4TextConfig", tokenizer, **sizes)
+    with pytest.raises(
+        ModelError, match=r"feed_forward\.router is a Llama4Router, which returns more than its product"
+    ):
+        runtime_of(model, tokenizer, completion_file, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("model", "config", "sizes"),
+    [
+        ("GPT2ForSequenceClassification", "GPT2Config", GPT2_SIZES),
+        ("LlamaForSequenceClassification", "LlamaConfig", SIZES | {"pad_token_id": None}),
+        ("LlamaForSequenceClassification", "LlamaConfig", SIZES | {"pad_token_id": 5}),
+    ],
+    ids=["gpt2", "llama", "another padding"],
+)
+def test_a_classifier_pads_as_its_batches_do(
+    model: str, config: str, sizes: dict[str, Any], class_file: Path, tmp_path: Path
+) -> None:
+    """Neither the model nor the tokenizer has a token for padding, or the model has another: batches do not matter."""
+    tokenizer = make_tokenizer()
+    tokenizer.pad_token = None
+    classifier = made(model, config, tokenizer, **sizes)
+    runtime = runtime_of(classifier, tokenizer, class_file, tmp_path / "cache")
+    together = runtime.evaluate("selection").losses
+    for index in range(3):
+        with torch.no_grad():
+            alone = runtime.losses("selection", runtime.batch("selection", [index]), 1.0).example_losses
+        assert float(alone[0]) == pytest.approx(together[index], rel=1e-4)

@@ -161,11 +161,11 @@ def test_modules_of_another_kind_get_none_and_a_notice(runtime: Runtime) -> None
 
 
 def test_memory_that_runs_out_is_a_notice(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fails(*_: Any) -> None:
+    def fails(*_: Any, **__: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
 
     peft_model = adapted(runtime)
-    monkeypatch.setattr(Runtime, "backpropagate", fails)
+    monkeypatch.setattr(Runtime, "losses", fails)
     found = gather_moments(runtime, peft_model, EXAMPLES)
     assert found.moments == {}
     assert "out of memory" in found.notices[0]
@@ -173,11 +173,11 @@ def test_memory_that_runs_out_is_a_notice(runtime: Runtime, monkeypatch: pytest.
 
 
 def test_other_errors_are_not_hidden(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fails(*_: Any) -> None:
+    def fails(*_: Any, **__: Any) -> None:
         raise RuntimeError("a shape is wrong")
 
     peft_model = adapted(runtime)
-    monkeypatch.setattr(Runtime, "backpropagate", fails)
+    monkeypatch.setattr(Runtime, "losses", fails)
     with pytest.raises(RuntimeError, match="a shape is wrong"):
         gather_moments(runtime, peft_model, EXAMPLES)
 

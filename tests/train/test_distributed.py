@@ -16,9 +16,9 @@ from rightrank.schema.errors import SettingsError
 from rightrank.schema.events import Listener
 from rightrank.schema.settings import SelectSettings
 from rightrank.schema.trials import Arm, Trial, TrialFinished
-from rightrank.train.adapter import TrialFolders
 from rightrank.train.distributed import require_shares
 from rightrank.train.loop import run_trial
+from rightrank.train.trial import TrialFolders
 from tests.helpers import make_runtime
 from tests.tiny import small_settings, write_pairs
 

@@ -74,18 +74,6 @@ def test_losses_agree_with_a_plain_peft_loop(
     assert float((reloaded - theirs).norm() / theirs.norm()) < 1e-4
 
 
-def test_prefix_changes_no_loss(model_folder: Path, completion_file: Path, tmp_path: Path) -> None:
-    settings = small_settings(layers_to_transform=(2,))
-    cached = make_runtime(model_folder, completion_file, settings, tmp_path / "cache")
-    plain = make_runtime(
-        model_folder, completion_file, small_settings(layers_to_transform=(2,), cache_prefix=False), tmp_path
-    )
-    assert cached.fast_paths.prefix is not None
-    assert cached.fast_paths.prefix.depth == 2
-    assert plain.fast_paths.prefix is None
-    assert cached.evaluate("selection").losses == pytest.approx(plain.evaluate("selection").losses, rel=1e-5)
-
-
 def test_loss_is_transformers_own(model_folder: Path, completion_file: Path, tmp_path: Path) -> None:
     runtime = make_runtime(model_folder, completion_file, small_settings(), tmp_path)
     batch = runtime.batch("selection", range(6))

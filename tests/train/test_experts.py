@@ -9,7 +9,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from rightrank.schema.errors import ModelError
-from rightrank.train.targets import LISTED, expert_counts, expert_patterns, in_layers, is_expert, require_parameters
+from rightrank.schema.settings import SelectSettings
+from rightrank.train.targets import LISTED, expert_counts, expert_patterns, in_layers, require_targets
+from tests.tiny import small_settings
 
 
 class Mixture(torch.nn.Module):
@@ -25,6 +27,10 @@ class Mixture(torch.nn.Module):
                 expert.w1 = torch.nn.Linear(8, 16)
             layer.fused = torch.nn.Module()
             layer.fused.down_proj = torch.nn.Parameter(torch.zeros(4, 8, 16))
+
+
+def of_parameters(name: str, **changes: Any) -> SelectSettings:
+    return small_settings(target_modules=["q_proj"], target_parameters=[name], **changes)
 
 
 def test_listed_and_fused_experts_are_counted() -> None:
@@ -50,30 +56,15 @@ def test_pefts_patterns_give_experts_their_rank_and_the_rule_its_scale(scaling: 
     assert attention.scaling["default"] == pytest.approx(lora_scale(scaling, 32.0, 8))
 
 
-def test_an_expert_gets_at_least_rank_1() -> None:
-    assert expert_patterns({LISTED: 4}, 2, 32.0, "alpha/r")[0] == {LISTED: 1}
-
-
 def test_layers_choose_among_parameters_too() -> None:
-    assert in_layers(Mixture(), ["fused.down_proj"], [1]) == ["layers.1.fused.down_proj"]
-    assert in_layers(Mixture(), ["fused.down_proj"], None) == ["fused.down_proj"]
-
-
-@pytest.mark.parametrize(
-    ("key", "name", "expected"),
-    [
-        (LISTED, "layers.0.experts.3.w1", True),
-        (LISTED, "layers.0.q_proj", False),
-        ("fused.down_proj", "layers.0.fused.down_proj.2", True),
-        ("fused.down_proj", "layers.0.fused.up_proj.2", False),
-    ],
-)
-def test_which_matrices_are_an_experts(key: str, name: str, expected: bool) -> None:
-    assert is_expert(key, name) == expected
+    assert in_layers(Mixture(), of_parameters("fused.down_proj", layers_to_transform=[1])) == [
+        "layers.1.fused.down_proj"
+    ]
+    assert in_layers(Mixture(), of_parameters("fused.down_proj")) == ["fused.down_proj"]
 
 
 def test_a_parameter_that_matches_nothing_is_one_line() -> None:
     with pytest.raises(ModelError, match="no parameter is named 'fused") as raised:
-        require_parameters(Mixture(), ["fused.down"])
+        require_targets(Mixture(), of_parameters("fused.down"))
     assert "fused.down_proj" in str(raised.value)
     assert "\n" not in str(raised.value)

@@ -18,7 +18,7 @@ from rightrank.schema.errors import SettingsError
 from rightrank.schema.settings import make_settings
 from rightrank.schema.trials import Arm
 from rightrank.schema.variants import variants_of
-from rightrank.train.adapter import EVA_BATCHES, factors_of, trainable_parameters
+from rightrank.train.adapter import EVA_BATCHES, trainable_parameters
 from tests.helpers import make_runtime
 from tests.tiny import small_settings
 from tests.train.trials import train_ours
@@ -92,8 +92,8 @@ def test_an_arm_of_its_own_init_shares_a_pass(model_folder: Path, completion_fil
     """In a pass with a plain arm of another rank, it learns what it learns alone."""
     from rightrank.schema.events import Listener
     from rightrank.schema.trials import Trial, TrialFinished
-    from rightrank.train.adapter import TrialFolders
     from rightrank.train.loop import train_trials
+    from rightrank.train.trial import TrialFolders
 
     runtime = make_runtime(model_folder, completion_file, small_settings(), tmp_path / "cache")
     arms = [ARM, ARM.model_copy(update={"init_lora_weights": "pissa"})]
@@ -139,13 +139,6 @@ def test_evas_directions_are_pefts(model_folder: Path, completion_file: Path, tm
         assert torch.allclose(mine @ mine.T, torch.eye(arm.rank), atol=1e-4)
         shared = torch.linalg.svdvals(mine @ rows.float().T)  # cosines of the angles between the two spaces
         assert float(shared.square().mean()) > 0.97, name
-
-
-def test_factors_of_pissa_are_the_best_approximation() -> None:
-    weight = torch.randn(6, 9, generator=torch.Generator().manual_seed(0))
-    a, b = factors_of(weight, "pissa", 2, scale=4.0)
-    discarded = torch.linalg.svdvals(weight)[2:].square().sum()
-    assert float((weight - 4.0 * b @ a).square().sum()) == pytest.approx(float(discarded), rel=1e-4)
 
 
 @pytest.mark.parametrize(

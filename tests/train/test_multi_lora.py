@@ -15,11 +15,11 @@ from safetensors.torch import load_file
 from rightrank.schema.errors import InterruptedRun
 from rightrank.schema.events import Listener, StepDone
 from rightrank.schema.trials import Arm, Trial, TrialDiverged, TrialFailed, TrialFinished, TrialOutcome
-from rightrank.train.adapter import TrialFolders
 from rightrank.train.loop import train_trials
 from rightrank.train.loss import BatchLoss
 from rightrank.train.pace import multi_lora_obstacle
 from rightrank.train.runtime import Runtime
+from rightrank.train.trial import TrialFolders
 from tests.helpers import make_runtime
 from tests.tiny import small_settings
 from tests.watch import Watch

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from rightrank.schema.errors import InterruptedRun
 from rightrank.schema.events import Event, StepDone
 from rightrank.schema.trials import Arm, Trial, TrialFinished
-from rightrank.train.adapter import TrialFolders
 from rightrank.train.loop import run_trial
+from rightrank.train.trial import TrialFolders
 from tests.helpers import make_runtime
 from tests.tiny import small_settings, write_pairs
 from tests.train.trials import train_ours

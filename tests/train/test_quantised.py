@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,8 @@ from benchmarks.kinds.checks import plain_losses
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from rightrank.models import base_models as models
-from rightrank.schema.errors import MissingExtraError, SettingsError
+from rightrank.plugins.plan.selection import plan_selection
+from rightrank.schema.errors import MissingExtraError, ModelError, SettingsError
 from rightrank.schema.trials import Arm
 from rightrank.train.pace import multi_lora_obstacle
 from rightrank.train.runtime import Runtime
@@ -39,13 +41,13 @@ def test_both_widths_at_once_are_refused() -> None:
         small_settings(load_in_4bit=True, load_in_8bit=True)
 
 
-def quantised_runtime(completion_file: Path, folder: Path, bits: int) -> Runtime:
+def quantised_runtime(completion_file: Path, folder: Path, bits: int, **changes: Any) -> Runtime:
     tokenizer = make_tokenizer()
     wide = {"hidden_size": 128, "intermediate_size": 128, "head_dim": 32}  # blocks of 64 weights share a scale
     torch.manual_seed(0)
     LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **(SIZES | wide))).save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
-    settings = small_settings(**{f"load_in_{bits}bit": True, "max_steps": 4})
+    settings = small_settings(**{f"load_in_{bits}bit": True, "max_steps": 4, **changes})
     return make_runtime(folder / "model", completion_file, settings, folder / "cache")
 
 
@@ -73,3 +75,28 @@ def test_eight_bits_train_alone_as_plain_peft(completion_file: Path, tmp_path: P
     (alone,) = run(runtime, ARMS[:1], tmp_path / "alone", 1)
     assert alone.train_losses == pytest.approx(plain_losses(runtime, ARMS[0]), rel=1e-3)
     assert len(set(alone.train_losses)) == 4
+
+
+@pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="needs the extra bnb")
+def test_dora_over_four_bits_is_pefts(completion_file: Path, tmp_path: Path) -> None:
+    runtime = quantised_runtime(completion_file, tmp_path, 4, use_dora=True)
+    (alone,) = run(runtime, ARMS[:1], tmp_path / "alone", 1)
+    assert alone.train_losses == pytest.approx(plain_losses(runtime, ARMS[0]), rel=1e-4)
+
+
+@pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="needs the extra bnb")
+def test_dora_over_eight_bits_on_a_cpu_is_refused(completion_file: Path, tmp_path: Path) -> None:
+    """PEFT's own second pass fails there."""
+    with pytest.raises(ModelError, match="use_dora with load_in_8bit: PEFT loses the scales"):
+        quantised_runtime(completion_file, tmp_path, 8, use_dora=True)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_dora_over_quantised_matrices_is_planned(bits: int) -> None:
+    config = LlamaConfig(vocab_size=300, **SIZES)
+    settings = small_settings(**{"use_dora": True, f"load_in_{bits}bit": True})
+    plan = plan_selection(config, settings, 32, "cpu")
+    assert plan.estimator.untraceable is None
+    plain = plan_selection(config, settings.model_copy(update={"use_dora": False}), 32, "cpu")
+    magnitudes = [one.estimator.inventory(4).trainable_parameters for one in (plan, plain)]
+    assert magnitudes[0] > magnitudes[1]

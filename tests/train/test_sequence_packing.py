@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +15,9 @@ from rightrank.data.splits import load_data
 from rightrank.models.base_models import prepare_model
 from rightrank.schema.trials import Arm
 from rightrank.train import attention as sequence_packing
-from rightrank.train.attention import packed, position_ids
 from rightrank.train.multi_lora import ArmBatch, MultiLora
 from rightrank.train.runtime import Runtime
-from rightrank.train.tokens import IGNORED, encode
+from rightrank.train.tokens import encode
 from tests.helpers import make_runtime
 from tests.tiny import make_tokenizer, small_settings
 
@@ -110,20 +108,6 @@ def test_nothing_passes_from_example_to_example(model_folder: Path, completion_f
             assert changed[0] != together[0]
         moved = runtime.losses("train", runtime.batch("train", [2, 0, 1]), 1.0).example_losses
     assert torch.equal(moved, together[[2, 0, 1]])
-
-
-def test_a_packed_row_has_no_padding_and_no_label_at_the_start_of_an_example(
-    model_folder: Path, completion_file: Path, tmp_path: Path
-) -> None:
-    runtime = make_runtime(model_folder, completion_file, small_settings(), tmp_path / "cache")
-    batch = runtime.batch("train", [5, 6, 7])
-    row = packed(replace(batch, labels=batch.input_ids.masked_fill(batch.attention_mask == 0, IGNORED)))
-    assert row.lengths is not None
-    assert row.input_ids.shape == (1, sum(row.lengths)) == (1, batch.tokens)
-    firsts = [0, row.lengths[0], row.lengths[0] + row.lengths[1]]
-    assert (row.labels == IGNORED).nonzero()[:, 1].tolist() == firsts
-    assert position_ids(row.lengths, batch.input_ids.device)[0, firsts].tolist() == [0, 0, 0]
-    assert row.sequence_numbers()[0].bincount().tolist() == list(row.lengths)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -6,15 +6,13 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 
 from rightrank.models.adapter_files import open_adapter
 from rightrank.schema.events import Listener
 from rightrank.schema.trials import Arm, Trial, TrialFinished
-from rightrank.train.adapter import RunningMean, TrialFolders
 from rightrank.train.adapter_runtime import adapter_attached
 from rightrank.train.loop import run_trial
-from rightrank.train.optimizer import arm_schedule
+from rightrank.train.trial import TrialFolders
 from tests.helpers import make_runtime
 from tests.tiny import small_settings
 
@@ -67,12 +65,6 @@ def test_an_annealed_copy_decays_and_leaves_the_training_as_it_is(runtime: objec
     assert second.value == pytest.approx(whole.value, rel=1e-6)
 
 
-def test_the_schedule_of_an_annealed_copy() -> None:
-    settings = small_settings(lr_scheduler_type="constant", warmup_ratio=0.0)
-    factor = arm_schedule(settings, ARM.model_copy(update={"stop_at": 6, "anneal_from": 2}))
-    assert [factor(step) for step in range(6)] == pytest.approx([1, 1, 1, 0.75, 0.5, 0.25])
-
-
 def test_an_early_look_also_measures_the_mean_of_its_second_half(runtime: object, tmp_path: Path) -> None:
     look = run(runtime, "look", ARM.model_copy(update={"stop_at": 1}), tmp_path)
     assert look.averaged_loss == pytest.approx(look.value, rel=1e-6)  # the mean of one step
@@ -83,19 +75,6 @@ def test_an_early_look_also_measures_the_mean_of_its_second_half(runtime: object
     resumed = run(runtime, "stage", stage, tmp_path, continue_from=tmp_path / "later.safetensors")
     assert resumed.averaged_loss is None  # it would cost an evaluation, and nothing compares it
     assert run(runtime, "whole", ARM, tmp_path).averaged_loss is None
-
-
-def test_the_running_mean() -> None:
-    weight = torch.nn.Parameter(torch.zeros(2))
-    mean = RunningMean({"a": weight}, start=1)
-    for step in (1, 2, 3):
-        weight.data.fill_(float(step))
-        mean.add(step)
-    again = RunningMean({"a": weight}, start=1)
-    again.restore(mean.tensors())
-    with again.applied():
-        assert weight.tolist() == [2.5, 2.5]
-    assert weight.tolist() == [3.0, 3.0]
 
 
 def test_a_truncation_that_keeps_all_keeps_the_loss(runtime: object, tmp_path: Path) -> None:

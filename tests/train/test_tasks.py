@@ -9,7 +9,7 @@ import pytest
 
 from rightrank.schema.errors import MetricError, MissingExtraError, SettingsError
 from rightrank.schema.metrics import parse_metric
-from rightrank.train.generation import require_task, score_task
+from rightrank.train.metrics import require_task, score_task
 from rightrank.train.runtime import Runtime
 from tests.helpers import make_runtime
 from tests.tiny import small_settings, write_jsonl

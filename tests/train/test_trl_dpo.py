@@ -11,8 +11,8 @@ from benchmarks.kinds.checks import with_first_values
 
 from rightrank.schema.events import StepDone
 from rightrank.schema.trials import Arm, Trial, TrialFinished
-from rightrank.train.adapter import TrialFolders
 from rightrank.train.loop import train_trials
+from rightrank.train.trial import TrialFolders
 from tests.helpers import make_runtime
 from tests.tiny import small_settings, write_jsonl, write_pairs
 from tests.watch import Watch

@@ -7,8 +7,8 @@ from typing import Any
 
 from rightrank.schema.events import Event, StepDone
 from rightrank.schema.trials import Arm, Trial, TrialFinished
-from rightrank.train.adapter import TrialFolders
 from rightrank.train.loop import run_trial
+from rightrank.train.trial import TrialFolders
 from tests.watch import Watch
 
 

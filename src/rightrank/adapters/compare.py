@@ -24,7 +24,7 @@ from rightrank.schema.results import AdapterComparison, ComparisonVerdict, Metri
 from rightrank.schema.settings import PAIR_MARGIN, SelectSettings
 from rightrank.schema.trials import TrialFinished
 from rightrank.train.adapter_runtime import adapter_attached, finished_trial
-from rightrank.train.generation import measure, require_scorers
+from rightrank.train.metrics import measure, require_scorers
 from rightrank.train.runtime import Runtime
 from rightrank.train.tokens import encode
 

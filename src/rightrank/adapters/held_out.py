@@ -20,9 +20,9 @@ from rightrank.data.forms import Example
 from rightrank.data.rows import read_rows
 from rightrank.data.splits import DataSplits, load_data
 from rightrank.decision.adapter import Criterion, adapter_answer, trained_answer
-from rightrank.interop.servers import max_module_rank
 from rightrank.models.adapter_files import AdapterFolder, open_adapter, save_adapter, write_adapter
-from rightrank.models.truncation import Moments, components, shared_ranks
+from rightrank.models.ranks import max_module_rank
+from rightrank.models.truncation import Moments, components, ranks_within
 from rightrank.runs.journal import Journal
 from rightrank.schema.decision import AdapterAnswer
 from rightrank.schema.errors import DataError
@@ -335,7 +335,7 @@ def capped(adapter: AdapterFolder, rank: int, moments: Mapping[str, Moments] | N
         return RankChoice(uniform, f"rank {rank} at most")
     worth = [components(*adapter.factors(one), one.scaling, known[one.name]).costs for one in adapter.modules]
     parameters = [module.rows + module.columns for module in adapter.modules]
-    ranks = dict(zip(uniform, shared_ranks(worth, parameters, rank, highest), strict=True))
+    ranks = dict(zip(uniform, ranks_within(worth, parameters, rank * sum(parameters), highest), strict=True))
     return RankChoice(ranks, f"parameters of rank {rank}, shared out over the modules")
 
 

@@ -13,8 +13,8 @@ import torch
 
 from rightrank.data.files import require_absent
 from rightrank.models.adapter_files import WEIGHTS_FILE, AdapterFolder, AdapterModule, write_adapter, write_like
-from rightrank.models.kinds.dora import dora_weight
-from rightrank.models.patterns import exact_pattern, lora_scaling
+from rightrank.models.kinds.other import dora_weight
+from rightrank.models.ranks import exact_pattern, lora_scaling
 from rightrank.models.spectra import factored_distance
 from rightrank.models.truncation import Moments, resized_factors
 from rightrank.models.weights import WeightFolder, open_weights

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 from rightrank.data.files import hub_errors, replacing_folder
 from rightrank.decision.run import Records
 from rightrank.interop.recipe import Recipe
-from rightrank.interop.servers import served_rank
 from rightrank.interop.targets import SERVERS, TARGETS
+from rightrank.models.ranks import served_rank
 from rightrank.schema.decision import Decision
 from rightrank.schema.errors import MissingExtraError, ResultsError, RunError, SettingsError, did_you_mean, first_line
 from rightrank.schema.trials import TrialCollapsed, TrialFinished, TrialOutcome
@@ -83,7 +83,7 @@ def write_export(name: str, recipe: Recipe, folder: Path, pad: bool = False) -> 
     written, comments = TARGETS[name](exported), recipe.comments()
     with replacing_folder(folder) as temporary:
         if pad:
-            from rightrank.models.padding import write_padded  # imports torch
+            from rightrank.models.adapter_files import write_padded
 
             write_padded(recipe.adapter, temporary / PADDED_FOLDER, exported.r)
         for file, (form, part) in written.lora_files.items():

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from rightrank.interop.recipe import Recipe
-from rightrank.interop.servers import served_rank
+from rightrank.models.ranks import served_rank
 from rightrank.schema.settings import FileFormat
 
 LOOPBACK = "127.0.0.1"  # vLLM's default is every interface; the others default to this one

@@ -1,6 +1,7 @@
-"""LoRA adapters on disk in PEFT's format, read with safetensors alone and checked before anything is computed.
+"""An adapter's files in PEFT's format: read with safetensors alone, checked before anything is computed, and written.
 
-Neither PEFT nor the base model is needed: tensor names, shapes and `adapter_config.json` define the adapter.
+Neither PEFT nor the base model is needed to read one: tensor names, shapes and `adapter_config.json` define the adapter.
+Files of kohya and diffusers (`lora_files.py`) are read as the same adapters.
 """
 
 from __future__ import annotations
@@ -21,121 +22,52 @@ from safetensors.torch import load_file, save_file
 from rightrank.data.files import UnreadableError, read_json_object, replacing_folder, require_absent
 from rightrank.models.kinds import stored_kind
 from rightrank.models.kinds.base import AdapterKind, Layout, StoredPair
-from rightrank.models.kinds.dora import MAGNITUDE
-from rightrank.models.lora_files import FACTOR, config_of_file, file_keys, read_header, updated_header, write_file
-from rightrank.models.patterns import lora_scaling, pattern_matches, pattern_value
+from rightrank.models.kinds.other import MAGNITUDE
+from rightrank.models.lora_files import FACTOR, config_of_file, file_keys, is_a, updated_header, write_file
+from rightrank.models.ranks import lora_scaling, pattern_matches, pattern_value
+from rightrank.models.weights import read_header
 from rightrank.schema.arrays import Floats
 from rightrank.schema.errors import ModelError, RunFolderError
 from rightrank.schema.results import ModuleKind
 from rightrank.schema.settings import FileFormat
 
 CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
 BASE = "base"  # the side of a comparison that is the base model alone
-
-
-def require_adapter_folder(path: Path) -> None:
-    """Refuse a path that is no folder with an adapter's configuration.
-
-    Raises:
-        ModelError: the message names the adapter of a run folder, and the way to compare whole models.
-    """
-    if not path.exists():
-        raise ModelError(f"{path}: no such folder; give an adapter folder, one that PEFT's save_pretrained wrote")
-    if not path.is_dir():
-        raise ModelError(f"{path}: a file; give the adapter's folder, the one that holds {CONFIG_FILE}")
-    if (path / CONFIG_FILE).exists():
-        return
-    hint = "give a folder that PEFT's save_pretrained wrote"
-    if (path / "config.json").exists():
-        hint = "it is a whole model: compare two with --base A --finetuned B"
-    raise ModelError(f"{path}: not an adapter, there is no {CONFIG_FILE}; {_adapter_in(path) or hint}")
-
-
-def require_side(side: str) -> None:
-    """Refuse what `compare` can't read: neither an adapter folder, nor a model folder, nor `base`.
-
-    Raises:
-        ModelError: the message names the adapter of a run folder.
-    """
-    if side == BASE:
-        return
-    folder = Path(side)
-    if not (folder / CONFIG_FILE).is_file() and not (folder / "config.json").is_file():
-        hint = _adapter_in(folder) or "give one, or 'base'"
-        raise ModelError(f"{side}: neither an adapter folder ({CONFIG_FILE}) nor a model folder (config.json); {hint}")
-
-
-def _adapter_in(folder: Path) -> str:
-    """What to give in place of a run folder; empty for another folder."""
-    inner = folder / "adapter"
-    return f"give {inner}, the adapter in it" if (inner / CONFIG_FILE).is_file() else ""
-
-
+PREFIX = "base_model.model."
 MIN_ALPHA, MAX_ALPHA = 1e-9, 1e9
 MAX_CONFIG_BYTES = 16 * 2**20  # bytes
-WEIGHTS_FILE = "adapter_model.safetensors"
-# Options with which the adapter's update is not s·B·A.
-FOREIGN_OPTIONS = ("use_qalora", "use_bdlora", "kasa_config", "arrow_config", "monteclora_config", "velora_config")
-
-
-def read_config(path: Path) -> dict[str, Any]:
-    file = path / CONFIG_FILE
-    require_adapter_folder(path)
-    try:
-        config = read_json_object(file, MAX_CONFIG_BYTES)
-    except UnreadableError as error:
-        raise ModelError(f"{file}: not readable as JSON ({error}); save the adapter again") from None
-    _check_config(file, config)
-    return config
-
-
-def _check_config(file: Path, config: dict[str, Any]) -> None:
-    kind = config.get("peft_type")
-    if kind != "LORA":
-        raise ModelError(f"{file}: peft_type is {kind!r}; only 'LORA' is supported")
-    rank, alpha = config.get("r"), config.get("lora_alpha")
-    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
-        raise ModelError(f"{file}: r is {rank!r}; it must be a whole number from 1")
-    if not _is_alpha(alpha):
-        raise ModelError(f"{file}: lora_alpha is {alpha!r}; it must be a number from {MIN_ALPHA:g} to {MAX_ALPHA:g}")
-    for name in FOREIGN_OPTIONS:
-        if config.get(name):
-            raise ModelError(f"{file}: {name} is set; such an update is not s·B·A and is not supported")
-    for name in ("rank_pattern", "alpha_pattern"):
-        pattern = config.get(name)
-        if pattern is None:
-            config[name] = {}
-        elif not isinstance(pattern, dict):
-            raise ModelError(f"{file}: {name} is a {type(pattern).__name__}; it must map module names to numbers")
-    for name, value in config["alpha_pattern"].items():
-        if not _is_alpha(value):
-            raise ModelError(f"{file}: alpha_pattern has {value!r} for {name!r}; it must be a number")
-
-
-def _is_alpha(value: object) -> bool:
-    if not isinstance(value, int | float) or isinstance(value, bool):
-        return False
-    return value == 0 or MIN_ALPHA <= abs(value) <= MAX_ALPHA
-
-
-def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    file = path / WEIGHTS_FILE
-    if not file.exists():
-        if (path / "adapter_model.bin").exists():
-            raise ModelError(
-                f"{path}: only pickled weights (adapter_model.bin), which can run code when read; convert them if you trust "
-                "the file: PeftModel.from_pretrained(base, folder).save_pretrained(folder, safe_serialization=True)"
-            )
-        raise ModelError(f"{path}: there is no {WEIGHTS_FILE}; save the adapter again with save_pretrained")
-    return read_header(file)[0]
-
-
 # Adapters are trained in at most 32 bits. Values beyond these are damage, and their squares overflow 64 bits.
 MIN_VALUE, MAX_VALUE = float(np.finfo(np.float32).smallest_subnormal), float(np.finfo(np.float32).max)
-
-PREFIX = "base_model.model."
+# Options with which the adapter's update is not s·B·A.
+FOREIGN_OPTIONS = ("use_qalora", "use_bdlora", "kasa_config", "arrow_config", "monteclora_config", "velora_config")
 # Initialisations that change the base's weights on loading, so that ΔW is not s·B·A alone.
 BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga", "mica")
+NOT_PADDED = ("use_dora", "lora_bias")  # options that servers do not support
+
+
+def open_adapter(path: Path) -> AdapterFolder:
+    """Read and check the configuration and the header of an adapter folder, or of a LoRA file of kohya or diffusers.
+
+    Raises:
+        ModelError: not a LoRA adapter, pickled weights, missing tensors, or shapes that contradict the configuration.
+    """
+    if path.is_file() and path.suffix == ".safetensors":
+        config, (shapes, _) = config_of_file(path), read_header(path)
+    else:
+        config, shapes = _read_config(path), _read_shapes(path)
+    pairs = _factor_keys(path, shapes)
+    modules = tuple(
+        module
+        for name in sorted(pairs, key=natural_order)
+        for module in _modules(path, config, name, pairs[name], shapes)
+    )
+    optional = {f"{name}.{part}" for name in pairs for part in ("lora_B.bias", *MAGNITUDE)}
+    other = shapes.keys() - optional - {key for keys in pairs.values() for key in keys.values()}
+    patterns = [*config.get("rank_pattern", {}), *config.get("alpha_pattern", {})]
+    addresses = dict.fromkeys(module.address for module in modules)
+    unused = tuple(key for key in patterns if not any(pattern_matches(key, address) for address in addresses))
+    return AdapterFolder(path, config, modules, tuple(sorted(other)), unused)
 
 
 @dataclass(frozen=True, slots=True)
@@ -253,8 +185,7 @@ class AdapterFolder:
         return found_b.numpy(), found_a.numpy()
 
     def _values(self, key: str) -> Floats:
-        with safe_open(self.weights, framework="pt") as file:
-            values: Floats = file.get_tensor(key).double().numpy()
+        values: Floats = self.tensor(key).double().numpy()
         if not (np.abs(values) <= MAX_VALUE).all():
             raise ModelError(
                 f"{self.weights}: {key} holds NaN or infinite values; the training diverged: give an earlier checkpoint"
@@ -263,65 +194,123 @@ class AdapterFolder:
         return values
 
 
-def open_adapter(path: Path) -> AdapterFolder:
-    """Read and check the configuration and the header of an adapter folder, or of a LoRA file of kohya or diffusers.
+def require_adapter_folder(path: Path) -> None:
+    """Refuse a path that is no folder with an adapter's configuration.
 
     Raises:
-        ModelError: not a LoRA adapter, pickled weights, missing tensors, or shapes that contradict the configuration.
+        ModelError: the message names the adapter of a run folder, and the way to compare whole models.
     """
-    if path.is_file() and path.suffix == ".safetensors":
-        config, (shapes, _) = config_of_file(path), read_header(path)
-    else:
-        config, shapes = read_config(path), read_shapes(path)
-    pairs, other = _pair_up(path, shapes)
-    modules = tuple(
-        module
-        for name in sorted(pairs, key=natural_order)
-        for module in _modules(path, config, name, pairs[name], shapes)
-    )
-    keys = [*config.get("rank_pattern", {}), *config.get("alpha_pattern", {})]
-    addresses = dict.fromkeys(module.address for module in modules)
-    unused = tuple(key for key in keys if not any(pattern_matches(key, address) for address in addresses))
-    return AdapterFolder(path, config, modules, tuple(sorted(other)), unused)
+    if not path.exists():
+        raise ModelError(f"{path}: no such folder; give an adapter folder, one that PEFT's save_pretrained wrote")
+    if not path.is_dir():
+        raise ModelError(f"{path}: a file; give the adapter's folder, the one that holds {CONFIG_FILE}")
+    if (path / CONFIG_FILE).exists():
+        return
+    hint = "give a folder that PEFT's save_pretrained wrote"
+    if (path / "config.json").exists():
+        hint = "it is a whole model: compare two with --base A --finetuned B"
+    raise ModelError(f"{path}: not an adapter, there is no {CONFIG_FILE}; {_adapter_in(path) or hint}")
 
 
-@dataclass(slots=True)
-class _Pair:
-    a: str | None = None
-    b: str | None = None
-    embedding: bool = False
+def require_side(side: str) -> None:
+    """Refuse what `compare` can't read: neither an adapter folder, nor a model folder, nor `base`.
+
+    Raises:
+        ModelError: the message names the adapter of a run folder.
+    """
+    if side == BASE:
+        return
+    folder = Path(side)
+    if not (folder / CONFIG_FILE).is_file() and not (folder / "config.json").is_file():
+        hint = _adapter_in(folder) or "give one, or 'base'"
+        raise ModelError(f"{side}: neither an adapter folder ({CONFIG_FILE}) nor a model folder (config.json); {hint}")
 
 
-def _pair_up(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> tuple[dict[str, _Pair], set[str]]:
-    """The keys of A and B by module, and the keys that belong to no pair."""
-    pairs: dict[str, _Pair] = {}
-    other: set[str] = set()
+def _adapter_in(folder: Path) -> str:
+    """What to give in place of a run folder; empty for another folder."""
+    inner = folder / "adapter"
+    return f"give {inner}, the adapter in it" if (inner / CONFIG_FILE).is_file() else ""
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    file = path / CONFIG_FILE
+    require_adapter_folder(path)
+    try:
+        config = read_json_object(file, MAX_CONFIG_BYTES)
+    except UnreadableError as error:
+        raise ModelError(f"{file}: not readable as JSON ({error}); save the adapter again") from None
+    _check_config(file, config)
+    return config
+
+
+def _check_config(file: Path, config: dict[str, Any]) -> None:
+    kind = config.get("peft_type")
+    if kind != "LORA":
+        raise ModelError(f"{file}: peft_type is {kind!r}; only 'LORA' is supported")
+    rank, alpha = config.get("r"), config.get("lora_alpha")
+    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+        raise ModelError(f"{file}: r is {rank!r}; it must be a whole number from 1")
+    if not _is_alpha(alpha):
+        raise ModelError(f"{file}: lora_alpha is {alpha!r}; it must be a number from {MIN_ALPHA:g} to {MAX_ALPHA:g}")
+    for name in FOREIGN_OPTIONS:
+        if config.get(name):
+            raise ModelError(f"{file}: {name} is set; such an update is not s·B·A and is not supported")
+    for name in ("rank_pattern", "alpha_pattern"):
+        pattern = config.get(name)
+        if pattern is None:
+            config[name] = {}
+        elif not isinstance(pattern, dict):
+            raise ModelError(f"{file}: {name} is a {type(pattern).__name__}; it must map module names to numbers")
+    for name, value in config["alpha_pattern"].items():
+        if not _is_alpha(value):
+            raise ModelError(f"{file}: alpha_pattern has {value!r} for {name!r}; it must be a number")
+
+
+def _is_alpha(value: object) -> bool:
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    return value == 0 or MIN_ALPHA <= abs(value) <= MAX_ALPHA
+
+
+def _read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    file = path / WEIGHTS_FILE
+    if not file.exists():
+        if (path / "adapter_model.bin").exists():
+            raise ModelError(
+                f"{path}: only pickled weights (adapter_model.bin), which can run code when read; convert them if you trust "
+                "the file: PeftModel.from_pretrained(base, folder).save_pretrained(folder, safe_serialization=True)"
+            )
+        raise ModelError(f"{path}: there is no {WEIGHTS_FILE}; save the adapter again with save_pretrained")
+    return read_header(file)[0]
+
+
+def _factor_keys(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, dict[str, str]]:
+    """By module, the keys of its `A` and its `B`."""
+    pairs: dict[str, dict[str, str]] = {}
     for key in shapes:
         match = FACTOR.match(key)
-        if match is None:
-            other.add(key)
-            continue
-        pair = pairs.setdefault(match["module"], _Pair(embedding=match["embedding"] is not None))
-        if match["side"] == "A" or match["name"] == "down":
-            pair.a = key
-        else:
-            pair.b = key
+        if match is not None:
+            pairs.setdefault(match["module"], {})["A" if is_a(match) else "B"] = key
     if not pairs:
         raise ModelError(f"{path}: the weights hold no LoRA factors (…lora_A.weight); save the adapter again")
-    for module, pair in pairs.items():
-        if pair.a is None or pair.b is None:
-            missing = "lora_A" if pair.a is None else "lora_B"
-            raise ModelError(f"{path}: {module} has no {missing}: a tensor is missing; save or copy the adapter again")
-        other -= {f"{module}.lora_B.bias", *(f"{module}.{name}" for name in MAGNITUDE)}
-    return pairs, other
+    for module, keys in pairs.items():
+        for side in ("A", "B"):
+            if side not in keys:
+                raise ModelError(
+                    f"{path}: {module} has no lora_{side}: a tensor is missing; save or copy the adapter again"
+                )
+    return pairs
 
 
 def _modules(
-    path: Path, config: Mapping[str, Any], key: str, keys: _Pair, shapes: Mapping[str, tuple[int, ...]]
+    path: Path,
+    config: Mapping[str, Any],
+    key: str,
+    keys: Mapping[str, str],
+    shapes: Mapping[str, tuple[int, ...]],
 ) -> Iterator[AdapterModule]:
-    assert keys.a is not None
-    assert keys.b is not None
-    pair = StoredPair(key.removeprefix(PREFIX), keys.embedding, shapes[keys.a], shapes[keys.b], config)
+    embedding = ".lora_embedding_" in keys["A"]
+    pair = StoredPair(key.removeprefix(PREFIX), embedding, shapes[keys["A"]], shapes[keys["B"]], config)
     if len(pair.a) < 2 or len(pair.b) < 2 or 0 in pair.a + pair.b:
         raise ModelError(
             f"{path}: {pair.module} has factors of shapes {list(pair.a)} and {list(pair.b)}; they must be matrices"
@@ -330,8 +319,7 @@ def _modules(
     if how is None:
         raise ModelError(f"{path}: {pair.module} is of a kind that rightrank can't read; load it with PEFT")
     address = how.address(pair)
-    rank = pattern_value(config["rank_pattern"], address, config["r"])
-    layout = _layout(path, how, pair, rank)
+    layout = _layout(path, how, pair, pattern_value(config["rank_pattern"], address, config["r"]))
     alpha = float(pattern_value(config["alpha_pattern"], address, config["lora_alpha"]))
     for part, name in enumerate(layout.names):
         yield AdapterModule(
@@ -342,8 +330,8 @@ def _modules(
             columns=layout.columns,
             lora_alpha=alpha,
             scaling=lora_scaling(alpha, layout.rank, bool(config.get("use_rslora"))),
-            a_key=keys.a,
-            b_key=keys.b,
+            a_key=keys["A"],
+            b_key=keys["B"],
             magnitude_key=next((found for name in MAGNITUDE if (found := f"{key}.{name}") in shapes), None),
             bias_key=f"{key}.lora_B.bias" if f"{key}.lora_B.bias" in shapes else None,
             address=address,
@@ -444,3 +432,44 @@ def save_adapter(peft_model: Any, folder: Path, base_name: str, adapter: str = "
 def restore_adapter(peft_model: Any, folder: Path) -> None:
     """Load the saved tensors of `folder` into the adapter, of the same shapes."""
     set_peft_model_state_dict(peft_model, load_file(folder / "adapter_model.safetensors"))
+
+
+def write_padded(source: Path, out: Path, rank: int) -> None:
+    """Write the adapter in `source` to `out` with `rank` in every module, an integer `lora_alpha` and no patterns.
+
+    Servers that support neither patterns nor rsLoRA take such an adapter. Rows of zeros appended to A and columns of zeros
+    appended to B leave B·A unchanged. A module whose scale differs from alpha/rank has the ratio multiplied into its B,
+    rounded to the file's dtype; as many modules as possible keep their numbers.
+
+    Raises:
+        ModelError: not a LoRA adapter, an adapter with DoRA or biases, or a module above `rank`.
+        RunFolderError: `out` exists or can't be written.
+    """
+    adapter = open_adapter(source)
+    _require_plain(adapter, rank)
+    scalings = [module.scaling for module in adapter.modules]
+    alpha = max(1, round(max(scalings, key=scalings.count) * rank))
+    tensors = {key: adapter.tensor(key) for key in adapter.other_keys}
+    for module in adapter.modules:
+        a, b = adapter.tensor(module.a_key), adapter.tensor(module.b_key)
+        ratio, more = module.scaling / (alpha / rank), rank - module.rank
+        if ratio != 1.0:
+            b = (b.double() * ratio).to(b.dtype)
+        tensors[module.a_key] = torch.cat([a, a.new_zeros(more, *a.shape[1:])], dim=0)
+        tensors[module.b_key] = torch.cat([b, b.new_zeros(b.shape[0], more, *b.shape[2:])], dim=1)
+    changes = {"r": rank, "lora_alpha": alpha, "use_rslora": False, "rank_pattern": {}, "alpha_pattern": {}}
+    write_adapter(out, dict(adapter.config) | changes, tensors)
+
+
+def _require_plain(adapter: AdapterFolder, rank: int) -> None:
+    kinds = dict.fromkeys(module.how for module in adapter.modules)
+    obstacles = [name for name in NOT_PADDED if adapter.config.get(name)]
+    obstacles += [f"{kind.label} ({kind.why_not_padded})" for kind in kinds if kind.why_not_padded]
+    if adapter.base_changing_init is not None:
+        obstacles.append(f"init_lora_weights {adapter.base_changing_init}")
+    if obstacles:
+        raise ModelError(
+            f"{adapter.path}: an adapter with {obstacles[0]} can't be padded; merge it into the base to serve it"
+        )
+    if (above := max(adapter.modules, key=lambda module: module.rank)).rank > rank:
+        raise ModelError(f"{adapter.path}: {above.name} has rank {above.rank}, above {rank}; resize the adapter first")

@@ -204,9 +204,14 @@ def load_model(
     if weight_bits is not None:
         require_quantisation(weight_bits, found)
     source = find_model(reference)
-    _require_weights(source)
+    if source.gguf_file is None and Path(source.name).is_dir():
+        safe_shards(Path(source.name))
     arguments = source.loading_arguments(trust_remote_code)
-    tokenizer = _load_tokenizer(source, reference, arguments)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source.name, **arguments)
+    except LOADING_ERRORS as error:
+        reason = first_line(error)
+        raise ModelError(f"{reference}: no usable tokenizer ({reason}); save the tokenizer into the folder") from None
     arguments |= {"dtype": DTYPES[dtype], "use_safetensors": source.gguf_file is None}
     if weight_bits is not None:
         arguments |= {"quantization_config": quantisation(weight_bits, dtype), "device_map": {"": found}}
@@ -217,8 +222,6 @@ def load_model(
         if is_out_of_memory(error):
             raise DeviceMemoryError(f"{reference}: out of memory while loading ({first_line(error)})") from None
         raise ModelError(f"{reference}: transformers can't load it ({first_line(error)})") from None
-    if model.config.get_text_config().pad_token_id is None:
-        model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     local = Path(source.name).exists()
     name = str(Path(reference).expanduser().resolve()) if local else reference  # adapters name their base by it
     return prepare_model(model, tokenizer, name, found, _file_fingerprint(source))
@@ -262,7 +265,7 @@ def prepare_model(
             module.support_avx512bf16_for_cpu = False
     if not getattr(model, "is_quantized", False):  # quantised models are loaded on their device and can't be moved
         model.to(device)
-    return LoadedModel(model, tokenizer, name, fingerprint or parameter_fingerprint(model), device)
+    return LoadedModel(model, tokenizer, name, fingerprint or _parameter_fingerprint(model), device)
 
 
 def adopt_model(model: Any, tokenizer: Any, device: str, classes: list[str] | None) -> LoadedModel:
@@ -330,7 +333,7 @@ def device_memory() -> int | None:
     return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
 
 
-def parameter_fingerprint(model: Any) -> str:
+def _parameter_fingerprint(model: Any) -> str:
     """A hash of the names, shapes and first values of a model's parameters."""
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
@@ -345,21 +348,6 @@ def quiet_third_parties() -> None:
     logging: Any = transformers_logging
     logging.disable_progress_bar()
     logging.set_verbosity_error()
-
-
-def _load_tokenizer(source: ModelSource, reference: str, arguments: dict[str, Any]) -> Any:
-    try:
-        return AutoTokenizer.from_pretrained(source.name, **arguments)
-    except LOADING_ERRORS as error:
-        raise ModelError(
-            f"{reference}: no usable tokenizer ({first_line(error)}); save the tokenizer into the folder"
-        ) from None
-
-
-def _require_weights(source: ModelSource) -> None:
-    folder = Path(source.name)
-    if source.gguf_file is None and folder.is_dir():
-        safe_shards(folder)
 
 
 def _file_fingerprint(source: ModelSource) -> str | None:

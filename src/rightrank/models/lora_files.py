@@ -19,11 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from rightrank.data.files import replacing, require_absent
-from rightrank.models.patterns import exact_pattern, pattern_value
+from rightrank.models.ranks import exact_pattern, pattern_value
+from rightrank.models.weights import read_header
 from rightrank.schema.errors import ModelError, RunFolderError
 from rightrank.schema.settings import FileFormat
 
@@ -42,18 +43,9 @@ FACTOR = re.compile(
 )
 
 
-def read_header(path: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
-    """Names and shapes of a file's tensors, and its metadata.
-
-    Raises:
-        ModelError: no readable safetensors file.
-    """
-    try:
-        with safe_open(path, framework="pt") as file:
-            shapes = {key: tuple(file.get_slice(key).get_shape()) for key in list(file.keys())}
-            return shapes, dict(file.metadata() or {})
-    except (SafetensorError, OSError) as error:
-        raise ModelError(f"{path}: not a readable safetensors file ({error}); copy or save it again") from None
+def is_a(match: re.Match[str]) -> bool:
+    """Whether a match of `FACTOR` is a module's A, and not its B."""
+    return match["side"] == "A" or match["name"] == "down"
 
 
 def config_of_file(path: Path) -> dict[str, Any]:
@@ -66,7 +58,7 @@ def config_of_file(path: Path) -> dict[str, Any]:
     ranks = {}
     for key, shape in shapes.items():
         match = FACTOR.match(key)
-        if match is not None and (match["side"] == "A" or match["name"] == "down") and shape:
+        if match is not None and is_a(match) and shape:
             ranks[match["module"]] = int(shape[0])
     foreign = next(
         (key for key in shapes if key.endswith((".dora_scale", ".hada_w1_a", ".lokr_w1", ".lora_mid.weight"))), None

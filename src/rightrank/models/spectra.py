@@ -7,7 +7,6 @@ those of the r × r matrix R_B R_Aᵀ. All arithmetic is in float64.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -155,23 +154,3 @@ def _random_triangle(generator: np.random.Generator, rows: int, rank: int) -> Fl
     diagonal = np.sqrt(generator.chisquare(rows - np.arange(rank)))
     filled: Floats = triangle + np.diag(diagonal)
     return filled
-
-
-def ranks_by_water_filling(spectra: Sequence[Floats], costs: Sequence[int], budget: int) -> list[int]:
-    """The ranks that keep the most energy for `budget` parameters, by taking singular values in the order of σ²/cost.
-
-    `costs` is the parameters of one rank in each module, d + k. Every module gets at least 1.
-    """
-    ranks = [min(1, len(s)) for s in spectra]
-    left = budget - sum(rank * cost for rank, cost in zip(ranks, costs, strict=True))
-    offers = [
-        (-(float(value) ** 2) / cost, index, position)
-        for index, (s, cost) in enumerate(zip(spectra, costs, strict=True))
-        for position, value in enumerate(s)
-        if position >= ranks[index]
-    ]
-    for _, index, _ in sorted(offers):
-        if costs[index] <= left:
-            ranks[index] += 1
-            left -= costs[index]
-    return ranks

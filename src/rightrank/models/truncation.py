@@ -3,7 +3,7 @@
 With s the scale of an update s·B·A and s' the scale at the new rank, s'·B'·A' is the best approximation of s·B·A of that
 rank (Eckart and Young 1936): its error ‖s·B·A − s'·B'·A'‖_F is the root of the sum of the squared singular values that
 are dropped. With B = Q_B R_B and Aᵀ = Q_A R_A, only the r × r core R_B R_Aᵀ is decomposed. With the moments of a module,
-s'·B'·A' is nearest in the K-FAC metric instead (`maths.truncation`).
+s'·B'·A' is nearest in the K-FAC metric instead.
 """
 
 from __future__ import annotations
@@ -16,9 +16,11 @@ from typing import Literal, TypeAlias
 
 import numpy as np
 import torch
+from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
-from rightrank.models.adapter_files import WEIGHTS_FILE, open_adapter
+from rightrank.models.adapter_files import WEIGHTS_FILE, AdapterFolder, open_adapter
+from rightrank.models.ranks import exact_pattern, lora_scaling, max_module_rank, pattern_value
 from rightrank.schema.arrays import Floats
 
 Weighting: TypeAlias = Literal["none", "inputs", "both"]
@@ -93,25 +95,24 @@ def _roots(matrix: Floats) -> tuple[Floats, Floats]:
     return vectors * roots, vectors * np.where(seen, 1 / np.where(seen, roots, 1.0), 0.0)
 
 
-def shared_ranks(spectra: Sequence[Floats], costs: Sequence[int], rank: int, max_rank: int) -> list[int]:
-    """Ranks of 1 to `max_rank` that keep the most for the parameters of a uniform `rank`: one threshold for all modules.
+def ranks_within(worth: Sequence[Floats], costs: Sequence[int], budget: int, max_rank: int | None = None) -> list[int]:
+    """The ranks, from 1, that keep the most for a budget of parameters: one threshold for all modules.
 
     Args:
-        spectra: For each module, what each part is worth, in falling order.
+        worth: For each module, what each part is worth, in falling order.
         costs: For each module, the parameters of one rank, d + k.
-        rank: The uniform rank that sets the budget, rank·Σcosts.
-        max_rank: The largest rank that a module may get.
+        max_rank: The largest rank that a module may get; None for all that it has.
 
     Returns:
-        A rank for each module. Where `max_rank` equals `rank`, every module gets `rank` (or all that it has).
+        A rank for each module. For the budget of a uniform `max_rank`, every module gets it (or all that it has).
     """
-    limits = [min(max_rank, len(spectrum)) for spectrum in spectra]
+    limits = [len(parts) if max_rank is None else min(max_rank, len(parts)) for parts in worth]
     ranks = [min(1, limit) for limit in limits]
-    left = rank * sum(costs) - sum(one * cost for one, cost in zip(ranks, costs, strict=True))
+    left = budget - sum(one * cost for one, cost in zip(ranks, costs, strict=True))
     offers = sorted(
         (-float(value) / cost, module, position)
-        for module, (spectrum, cost, limit) in enumerate(zip(spectra, costs, limits, strict=True))
-        for position, value in enumerate(spectrum[:limit])
+        for module, (parts, cost, limit) in enumerate(zip(worth, costs, limits, strict=True))
+        for position, value in enumerate(parts[:limit])
         if position >= ranks[module]
     )
     for _, module, position in offers:
@@ -128,30 +129,28 @@ ZERO_SHARE = 1e-12  # of the largest singular value; a direction below it is rou
 
 
 def truncated_tensors(
-    folder: Path,
-    ranks: Mapping[str, int],
-    scale: Callable[[int], float],
-    new_scale: Callable[[str, int], float],
-    moments: Mapping[str, Moments],
+    folder: Path, rank: int, scale: Callable[[int], float], config: LoraConfig, moments: Mapping[str, Moments]
 ) -> dict[str, torch.Tensor]:
     """The tensors of the adapter in `folder`, in PEFT's names, every A and B truncated; all others as saved.
 
     Args:
-        ranks: the rank of each module, by its address in PEFT's patterns.
+        rank: the uniform rank, which sets the number of parameters.
         scale: PEFT's scale s of the saved adapter by rank.
-        new_scale: PEFT's scale s' of the truncated adapter by address and rank.
+        config: of the truncated adapter; the rank of each module goes into it.
         moments: by module name; modules that have them are truncated by K-FAC, the others by singular values.
     """
-    tensors = load_file(folder / WEIGHTS_FILE)
-    for first, *others in open_adapter(folder).pairs:
-        b, a, rank = tensors[first.b_key], tensors[first.a_key], ranks[first.address]
+    adapter, tensors = open_adapter(folder), load_file(folder / WEIGHTS_FILE)
+    ranks = _module_ranks(adapter, config, max_module_rank(rank), scale, moments)
+    config.rank_pattern = exact_pattern(ranks, config.r, ranks)
+    for first, *others in adapter.pairs:
+        b, a, new_rank = tensors[first.b_key], tensors[first.a_key], ranks[first.address]
+        alpha = pattern_value(config.alpha_pattern or {}, first.address, config.lora_alpha)
         before = scale(first.rank)
-        ratio = before / new_scale(first.address, rank)
+        ratio = before / lora_scaling(alpha, new_rank, bool(config.use_rslora))
+        matrices = first.how.matrices(a.float(), b.float(), first.rank)
         factors = [
-            resized_factors(*matrix, rank, ratio, moments.get(module.name), before)
-            for module, matrix in zip(
-                (first, *others), first.how.matrices(a.float(), b.float(), first.rank), strict=True
-            )
+            resized_factors(*matrix, new_rank, ratio, moments.get(module.name), before)
+            for module, matrix in zip((first, *others), matrices, strict=True)
         ]
         new_a, new_b = first.how.tensors(factors, a, b)
         if first.bias_key is not None:  # PEFT scales it as it scales B
@@ -160,30 +159,27 @@ def truncated_tensors(
     return tensors
 
 
-def module_ranks(
-    folder: Path,
-    rank_of: Callable[[str], int],
+def _module_ranks(
+    adapter: AdapterFolder,
+    config: LoraConfig,
     max_rank: int,
     scale: Callable[[int], float],
     moments: Mapping[str, Moments],
 ) -> dict[str, int]:
-    """The rank of each module, by its address, of a truncation that holds at most the parameters of the uniform `rank_of`.
+    """The rank of each module, by its address, of a truncation that holds at most the parameters of `config`.
 
     One threshold on the K-FAC cost per parameter shares the parameters out over the modules, up to `max_rank` in each.
     Where a module has no moments, or the adapter is no larger than its uniform rank, every module gets that rank.
     """
-    adapter = open_adapter(folder)
-    uniform = {module.address: rank_of(module.address) for module in adapter.modules}
+    pattern, modules = config.rank_pattern or {}, adapter.modules
+    uniform = {module.address: int(pattern_value(pattern, module.address, config.r)) for module in modules}
     rank = max(uniform.values())
-    keeps = any(module.name not in moments or module.rank <= rank for module in adapter.modules)
+    keeps = any(module.name not in moments or module.rank <= rank for module in modules)
     if max_rank == rank or keeps or len(set(uniform.values())) > 1:
         return uniform
-    worth = [
-        components(*adapter.factors(module), scale(module.rank), moments[module.name]).costs
-        for module in adapter.modules
-    ]
-    parameters = [module.parameters // module.rank for module in adapter.modules]
-    return dict(zip(uniform, shared_ranks(worth, parameters, rank, max_rank), strict=True))
+    worth = [components(*adapter.factors(one), scale(one.rank), moments[one.name]).costs for one in modules]
+    parameters = [module.parameters // module.rank for module in modules]
+    return dict(zip(uniform, ranks_within(worth, parameters, rank * sum(parameters), max_rank), strict=True))
 
 
 def save_moments(path: Path, moments: Mapping[str, Moments]) -> None:
@@ -230,11 +226,11 @@ def resized_factors(
     q_b, r_b = torch.linalg.qr(b)
     q_a, r_a = torch.linalg.qr(a.T)
     u, s, vt = torch.linalg.svd(scale_ratio * r_b @ r_a.T, full_matrices=False)
-    core_b, core_a = balanced_factors(u, s, vt, rank)
+    core_b, core_a = _balanced_factors(u, s, vt, rank)
     return _padded(q_b @ core_b, core_a @ q_a.T, rank)
 
 
-def balanced_factors(u: torch.Tensor, s: torch.Tensor, vt: torch.Tensor, rank: int) -> Factors:
+def _balanced_factors(u: torch.Tensor, s: torch.Tensor, vt: torch.Tensor, rank: int) -> Factors:
     """The leading `rank` triplets of an SVD (fewer where it has fewer), the root of each singular value on either side.
 
     A direction without energy has a zero column of B and keeps a row of A, so that further training can use it.

@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from rightrank.data.files import UnreadableError, hub_errors, kind_of, parse_yaml, read_json_object, read_text
-from rightrank.models.lora_files import read_header
 from rightrank.schema.errors import ModelError
 
 INDEX_FILE = "model.safetensors.index.json"
@@ -53,6 +52,20 @@ def open_weights(path: Path) -> WeightFolder:
         files |= dict.fromkeys(found, shard)
         shapes |= found
     return WeightFolder(path, files, shapes)
+
+
+def read_header(path: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
+    """Names and shapes of a file's tensors, and its metadata.
+
+    Raises:
+        ModelError: no readable safetensors file.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            shapes = {key: tuple(file.get_slice(key).get_shape()) for key in list(file.keys())}
+            return shapes, dict(file.metadata() or {})
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{path}: not a readable safetensors file ({error}); copy or save it again") from None
 
 
 def safe_shards(path: Path) -> list[Path]:

@@ -8,11 +8,11 @@ from typing import Protocol
 from rightrank.runs.folder import RunFolder
 from rightrank.schema.events import Listener, Notice
 from rightrank.schema.trials import Trial, TrialOutcome
-from rightrank.train.adapter import TrialFolders
 from rightrank.train.distributed import broadcast
 from rightrank.train.loop import train_trials
 from rightrank.train.pace import adapters_per_pass_for
 from rightrank.train.runtime import Runtime
+from rightrank.train.trial import TrialFolders
 
 
 class Executor(Protocol):

@@ -33,7 +33,8 @@ from rightrank.schema.events import DecisionRecorded, GuardAnswer, Sample, TestE
 from rightrank.schema.settings import Goal
 from rightrank.schema.trials import TrialFinished
 from rightrank.search.sweep import sweep_rows
-from rightrank.train.generation import expected_of, measure, promptable_examples, write_completion
+from rightrank.train.generation import expected_of, promptable_examples, write_completion
+from rightrank.train.metrics import measure
 from rightrank.train.runtime import Runtime
 
 

@@ -32,7 +32,7 @@ from rightrank.schema.events import JournalRecord, RunStarted
 from rightrank.schema.settings import SelectSettings, settings_of_identity, with_identity_of
 from rightrank.schema.trials import content_hash
 from rightrank.train.distributed import sharded
-from rightrank.train.generation import require_scorers
+from rightrank.train.metrics import require_scorers
 from rightrank.train.optimizer import require_optimizer
 from rightrank.train.runtime import Runtime
 from rightrank.train.tokens import EncodedData, encode

@@ -10,7 +10,7 @@ from rightrank.models.adapter_files import restore_adapter
 from rightrank.runs.folder import RunFolder
 from rightrank.schema.trials import TrialFinished
 from rightrank.train.adapter_runtime import adapter_attached
-from rightrank.train.generation import measure
+from rightrank.train.metrics import measure
 from rightrank.train.runtime import Runtime
 
 

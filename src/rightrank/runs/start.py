@@ -31,7 +31,7 @@ from rightrank.schema.events import RunResumed, RunStarted, SelectionPlanned, Ti
 from rightrank.schema.results import SelectionCost
 from rightrank.search.protocol import Strategy
 from rightrank.search.strategies import make_strategy
-from rightrank.train.generation import end_metrics
+from rightrank.train.metrics import end_metrics
 
 
 @dataclass(frozen=True, slots=True)

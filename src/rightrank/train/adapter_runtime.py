@@ -18,13 +18,16 @@ from rightrank.models.adapter_files import CONFIG_FILE, AdapterFolder
 from rightrank.models.base_models import LoadedModel, load_base
 from rightrank.schema.errors import ModelError, RunError, SettingsError, first_line
 from rightrank.schema.settings import SelectSettings
-from rightrank.schema.trials import TrialFinished
+from rightrank.schema.trials import Arm, Trial, TrialFinished
 from rightrank.train.adapter import adapters_in_training, trainable_parameters, unwrapped
+from rightrank.train.checkpoints import Progress
 from rightrank.train.evaluation import Scores
-from rightrank.train.optimizer import OptimizerSteps, learning_rate_schedule
+from rightrank.train.metrics import Measured
+from rightrank.train.optimizer import ArmOptimizer, learning_rate_schedule, take_step
 from rightrank.train.runtime import Runtime
 from rightrank.train.targets import without_peft_noise
 from rightrank.train.tokens import encode
+from rightrank.train.trial import finished
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,46 +124,24 @@ def train_attached(runtime: Runtime, peft_model: Any, learning_rate: float, seed
         RunError: the loss became NaN or infinite.
     """
     schedule = learning_rate_schedule(runtime.settings, runtime.steps)
-    plan = runtime.batch_plan(seed)
-    steps = OptimizerSteps(runtime, trainable_parameters(peft_model), learning_rate, plan, schedule)
+    named, plan = trainable_parameters(peft_model), runtime.batch_plan(seed)
+    optimizer = ArmOptimizer(runtime, named, learning_rate, plan, schedule)
     adapters_in_training(peft_model)
     for step in range(runtime.steps):
         torch.manual_seed(seed * 1_000_003 + step)  # of adapter dropout
-        loss_sum = 0.0
-        for batch in steps.begin(step):
-            result = runtime.losses("train", batch, 1 / steps.labels)
-            torch.autograd.backward(result.total)
-            loss_sum += float(result.example_losses.sum())
-        if not math.isfinite(steps.update(loss_sum)):
+        take_step(
+            [optimizer],
+            lambda batches, _: [
+                runtime.losses("train", batches[0], 1 / optimizer.labels, backward=True).example_losses
+            ],
+        )
+        if not math.isfinite(optimizer.progress.train_losses[-1]):
             raise RunError(f"training diverged at step {step + 1} of {runtime.steps}; give a lower learning rate")
 
 
 def finished_trial(
-    name: str,
-    rank: int,
-    scores: Scores,
-    metric: str,
-    *,
-    steps: int = 0,
-    truncate_from: str | None = None,
+    name: str, rank: int, scores: Scores, metric: str, *, steps: int = 0, truncate_from: str | None = None
 ) -> TrialFinished:
     """Held-out scores as a record that `decide` reads."""
-    return TrialFinished(
-        trial_id=name,
-        rank=rank,
-        learning_rate=0.0,
-        lora_alpha=1.0,
-        seed=0,
-        steps=steps,
-        truncate_from=truncate_from,
-        value=scores.metrics[metric],
-        metrics=scores.metrics,
-        **scores.fields,
-        train_value=None,
-        points=[],
-        trainable_parameters=0,
-        train_seconds=0.0,
-        train_tokens=0,
-        eval_seconds=0.0,
-        peak_bytes=0,
-    )
+    arm = Arm(rank=rank, learning_rate=0.0, lora_alpha=1.0, seed=0, steps=steps, truncate_from=truncate_from)
+    return finished(Trial(trial_id=name, arm=arm), metric, scores, Measured(), Progress())

@@ -2,12 +2,12 @@
 
 Each pass over the data is a fresh permutation, divided into batches in that order. Batches of like length need less
 padding, but a step's loss is the mean over its labels, so a label in a batch of short examples would have more weight than
-one in a batch of long examples. Sequence packing avoids padding without this bias (`sequence_packing.py`).
+one in a batch of long examples. Sequence packing avoids padding without this bias (`attention.py`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -120,6 +120,7 @@ class FixedGroups:
         self._lengths = lengths_of(examples)
         self._size = size
         self._group_of: dict[int, int] = {}
+        self._computed: set[int] = set()  # numbers of groups
         self.expect(expected)
 
     def expect(self, indices: Iterable[int]) -> None:
@@ -131,12 +132,14 @@ class FixedGroups:
             self._group_of.update(dict.fromkeys(group, len(self.groups)))
             self.groups.append(group)
 
-    def numbers(self, indices: Iterable[int]) -> set[int]:
-        """The numbers of the groups that hold these examples."""
-        found: set[int] = set()
+    def missing(self, indices: Iterable[int]) -> Iterator[list[int]]:
+        """Yield the groups of these examples that are not computed; one counts as computed when the next is asked for."""
+        wanted: set[int] = set()
         for index in indices:
             if index not in self._group_of:
                 self._group_of[index] = len(self.groups)
                 self.groups.append([index])
-            found.add(self._group_of[index])
-        return found
+            wanted.add(self._group_of[index])
+        for number in sorted(wanted - self._computed):
+            yield self.groups[number]
+            self._computed.add(number)

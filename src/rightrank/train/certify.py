@@ -11,9 +11,9 @@ from safetensors.torch import load_file
 from rightrank.schema.errors import RunError
 from rightrank.schema.events import Certified, Listener
 from rightrank.schema.trials import Trial, TrialFinished
-from rightrank.train.adapter import TrialFolders
 from rightrank.train.loop import run_trial
 from rightrank.train.runtime import Runtime
+from rightrank.train.trial import TrialFolders
 
 STEP_BOUND = 1e-5  # relative, of the loss of one step from the same state, float32
 RUN_BOUND = 1e-3  # relative, of losses and adapter over a whole training, float32
@@ -44,8 +44,8 @@ def certify(
     again = run_trial(runtime, Trial(trial_id=trial.trial_id, arm=arm), None, folders, listener)
     if not isinstance(again, TrialFinished):
         raise RunError(f"{arm.label()} ended without a result when trained again alone: {again.reason}")
-    step, run = largest_differences(trial.train_losses, again.train_losses)
-    tensors = tensor_difference(
+    step, run = _largest_differences(trial.train_losses, again.train_losses)
+    tensors = _tensor_difference(
         load_file(adapter / "adapter_model.safetensors"), load_file(folders.adapter / "adapter_model.safetensors")
     )
     value = abs(trial.value - again.value)
@@ -67,14 +67,14 @@ def certify(
     )
 
 
-def largest_differences(one: list[float], other: list[float]) -> tuple[float, float]:
+def _largest_differences(one: list[float], other: list[float]) -> tuple[float, float]:
     """The difference `(at the first step, at the worst step)`, relative to `other`."""
     assert len(one) == len(other)
     differences = [abs(a - b) / max(abs(b), 1e-12) for a, b in zip(one, other, strict=True)]
     return (differences[0], max(differences)) if differences else (0.0, 0.0)
 
 
-def tensor_difference(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor]) -> float:
+def _tensor_difference(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor]) -> float:
     """‖one − other‖ / ‖other‖ over all A, over all B and over any other tensors; the largest of the three."""
     assert one.keys() == other.keys()
     found = 0.0

@@ -1,19 +1,85 @@
-"""Checkpoints of a running trial: one safetensors file with a checksum, replaced atomically."""
+"""What a running training keeps: its progress, the mean of its parameters, and its checkpoint.
+
+A checkpoint is one safetensors file with a checksum, replaced atomically.
+"""
 
 from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import BaseModel
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from rightrank.data.files import UnreadableError, parse_json, replacing
+from rightrank.schema.trials import EvalPoint
+
+MEAN, MEAN_COUNT = "average.", "average_count"  # of a checkpoint's tensors
+
+
+class Progress(BaseModel):
+    """What a checkpoint stores beside tensors."""
+
+    step: int = 0
+    train_losses: list[float] = []  # nats per label, one per step
+    points: list[EvalPoint] = []
+    train_seconds: float = 0.0
+    train_tokens: int = 0
+    eval_seconds: float = 0.0
+    answer_seconds: float = 0.0  # part of eval_seconds: the metrics at the end
+
+
+class RunningMean:
+    """The mean of named parameters over the steps after `start`, in float32."""
+
+    def __init__(self, parameters: Mapping[str, torch.nn.Parameter], start: int) -> None:
+        self._parameters = parameters
+        self._start = start
+        self._sums = {name: torch.zeros_like(value, dtype=torch.float32) for name, value in parameters.items()}
+        self.count = 0  # steps in the mean
+
+    @torch.no_grad()
+    def add(self, step: int) -> None:
+        """Count the parameters as they are after `step` steps; steps up to `start` are left out."""
+        if step <= self._start:
+            return
+        for name, value in self._parameters.items():
+            self._sums[name] += value
+        self.count += 1
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """The parameters hold their mean inside the block, and their own values after it."""
+        before = {name: value.detach().clone() for name, value in self._parameters.items()}
+        try:
+            with torch.no_grad():
+                for name, value in self._parameters.items():
+                    value.copy_(self._sums[name] / self.count)
+            yield
+        finally:
+            with torch.no_grad():
+                for name, value in self._parameters.items():
+                    value.copy_(before[name])
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """What a checkpoint keeps."""
+        sums = {f"{MEAN}{name}": value for name, value in self._sums.items()}
+        return {**sums, MEAN_COUNT: torch.tensor(self.count)}
+
+    def restore(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Resume from a checkpoint's tensors; one written without a mean leaves it empty."""
+        if MEAN_COUNT not in tensors:
+            return
+        for name, value in self._sums.items():
+            value.copy_(tensors[f"{MEAN}{name}"])
+        self.count = int(tensors[MEAN_COUNT])
 
 
 @dataclass(frozen=True, slots=True)

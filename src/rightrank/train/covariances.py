@@ -1,4 +1,4 @@
-"""Second moments of an adapter's modules over training examples, for truncation (`maths.truncation`).
+"""Second moments of an adapter's modules over training examples, for truncation (`models.truncation`).
 
 A forward hook on each adapted module gives h = A·x [n, r], and a hook on its output g [n, out], from which δ = s·Bᵀ·g. Only
 r × r sums are kept. A pass costs a training step of the same micro-batch without gradients to parameters and without the
@@ -58,7 +58,8 @@ def gather_moments(
         tokens: How many tokens to read; whole micro-batches of `batch_size` are read until then, or all examples.
     """
     found = lora_modules(peft_model)
-    plain = [name for name, module in found.items() if _is_plain(module, adapter)]
+    # Modules that add s·B·(A·x) to their output.
+    plain = [name for name, one in found.items() if adapter in one.lora_A and isinstance(kind_of(one), Linear)]
     left_out = len(found) - len(plain)
     note = f"{left_out} modules have no moments (DoRA, embeddings or experts): the plain SVD is used there"
     notices = (note,) if left_out else ()
@@ -70,7 +71,7 @@ def gather_moments(
     try:
         with rank_space(peft_model, plain, sums.add, adapter), runtime.recomputing(), runtime.without_dropout():
             for indices in batches:
-                runtime.backpropagate("train", runtime.batch("train", indices), 1.0)
+                runtime.losses("train", runtime.batch("train", indices), 1.0, backward=True)
     except (RuntimeError, MemoryError) as error:
         if not is_recoverable_oom(error):
             raise
@@ -199,8 +200,3 @@ class MomentSums:
             inputs, gradients = (one.cpu().double().numpy() for one in pair)
             found[name] = Moments(inputs / max(1, int(self._rows[name])), gradients / max(1, labels))
         return found
-
-
-def _is_plain(module: Any, adapter: str) -> bool:
-    """Whether the module adds s·B·(A·x) to its output."""
-    return adapter in module.lora_A and isinstance(kind_of(module), Linear)

@@ -12,89 +12,20 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 
+import torch
+
 from rightrank.schema.errors import InterruptedRun, MetricError, first_line
 from rightrank.schema.events import Listener, Notice
 from rightrank.schema.trials import Trial, TrialFailed, TrialFinished, TrialOutcome, TrialStarted
-from rightrank.train.adapter import TrialFolders
+from rightrank.train.batches import Batch
+from rightrank.train.checkpoints import Progress
 from rightrank.train.covariances import ensure_moments
 from rightrank.train.device import PeakMemory, free_memory, is_recoverable_oom
-from rightrank.train.evaluation import Scores
-from rightrank.train.generation import measure
+from rightrank.train.metrics import measure
 from rightrank.train.multi_lora import MultiLora
+from rightrank.train.optimizer import take_step
 from rightrank.train.runtime import Runtime
-from rightrank.train.trial import ArmTraining, Diverged, Evaluation, Progress, adapter_name, finished
-
-Ended = dict[str, TrialOutcome]  # outcomes of trials that ended without a result, by trial id
-
-
-def step_all(runtime: Runtime, multi_lora: MultiLora, trainings: Sequence[ArmTraining]) -> Ended:
-    """One optimizer step of every training, with one pass over the base per micro-batch.
-
-    The trainings share the wall time evenly. Returns the outcomes of those that end in the step without a result.
-    """
-    begun = time.perf_counter()
-    batches = [training.micro_batches() for training in trainings]
-    for micro in zip(*batches, strict=True):
-        arm_batches = [training.arm_batch(batch) for training, batch in zip(trainings, micro, strict=True)]
-        for training, losses in zip(trainings, runtime.accumulate_gradients(multi_lora, arm_batches), strict=True):
-            training.add_losses(float(losses.sum()))
-    for training in trainings:
-        training.update()
-    ended: Ended = {}
-    seconds = (time.perf_counter() - begun) / len(trainings)
-    for training in trainings:
-        try:
-            training.end_step(seconds)
-        except Diverged as reason:
-            ended[training.trial.trial_id] = reason.outcome()
-    due = [t for t in trainings if t.wants_evaluation and t.trial.trial_id not in ended]
-    return ended | (evaluate_all(runtime, multi_lora, due) if due else {})
-
-
-def evaluate_all(
-    runtime: Runtime, multi_lora: MultiLora, trainings: Sequence[ArmTraining], retry: bool = True
-) -> Ended:
-    """Held-out scores of every training; returns the outcomes of those that end without a result.
-
-    On running out of memory each half is evaluated in its own pass, and a single training is retried once.
-    """
-    begun = time.perf_counter()
-    try:
-        all_scores = runtime.evaluate_adapters("selection", multi_lora, [training.adapter for training in trainings])
-    except (RuntimeError, MemoryError) as error:
-        if not is_recoverable_oom(error):
-            raise
-        reason = first_line(error)
-    else:
-        return _take_scores(trainings, all_scores, (time.perf_counter() - begun) / len(trainings))
-    # Outside the `except` block, whose traceback keeps the tensors of the failed pass.
-    if len(trainings) > 1:
-        half = len(trainings) // 2
-        return evaluate_all(runtime, multi_lora, trainings[:half]) | evaluate_all(runtime, multi_lora, trainings[half:])
-    if retry:
-        free_memory(runtime.loaded.device)
-        return evaluate_all(runtime, multi_lora, trainings, retry=False)
-    trial = trainings[0].trial
-    return {trial.trial_id: out_of_memory(trial, runtime, reason)}
-
-
-def _take_scores(trainings: Sequence[ArmTraining], all_scores: Sequence[Scores], seconds: float) -> Ended:
-    ended: Ended = {}
-    for training, scores in zip(trainings, all_scores, strict=True):
-        try:
-            training.take_scores(scores, seconds)
-        except Diverged as reason:
-            ended[training.trial.trial_id] = reason.outcome()
-    return ended
-
-
-def out_of_memory(trial: Trial, runtime: Runtime, reason: str) -> TrialFailed:
-    return TrialFailed(
-        **trial.fields,
-        error="out_of_memory",
-        reason=f"{trial.arm.label()} ran out of memory on {runtime.loaded.device}: {reason}",
-    )
-
+from rightrank.train.trial import ArmTraining, TrialFolders, adapter_name, finished
 
 Folders = Callable[[Trial], TrialFolders]
 
@@ -129,7 +60,7 @@ def train_trials(
     """
     for trial in trials:
         if trial.arm.rank == 0:
-            listener.on_event(started(trial))
+            listener.on_event(TrialStarted(**trial.fields))
             yield evaluate_base(runtime, trial, folders(trial))
     trained = [trial for trial in trials if trial.arm.rank > 0]
     for trial in trained:
@@ -155,7 +86,8 @@ def evaluate_base(runtime: Runtime, trial: Trial, folders: TrialFolders) -> Tria
     measured.require(list(measured.failed))
     ended = time.perf_counter()
     progress = Progress(eval_seconds=ended - begun, answer_seconds=ended - evaluated)
-    return finished(trial, runtime, progress, Evaluation(scores, measured), 0, memory.peak_bytes(), [0])
+    record = finished(trial, runtime.settings.metric_name, scores, measured, progress)
+    return record.model_copy(update={"peak_bytes": memory.peak_bytes()})
 
 
 class _TrainingLoop:
@@ -183,7 +115,9 @@ class _TrainingLoop:
         self._retried: set[str] = set()  # ids of trials that ran out of memory alone once
 
     def run(self, trials: Sequence[Trial]) -> Iterator[TrialOutcome]:
-        self._waiting.extend(by_seed(trials))
+        seeds = list(dict.fromkeys(trial.arm.seed for trial in trials))
+        # Arms of one seed share batches, and so need no padding together.
+        self._waiting.extend(sorted(trials, key=lambda trial: seeds.index(trial.arm.seed)))
         memory = PeakMemory(self._device)
         try:
             while self._waiting or self._running:
@@ -191,10 +125,10 @@ class _TrainingLoop:
                 yield from self._start_waiting()
                 if len(self._running) > before:
                     memory.restart()
-                yield from self._finish_done(memory)  # arms resumed at their last step
+                yield from self._take_out(memory)  # arms resumed at their last step
                 if self._running:
-                    yield from self._step()
-                    yield from self._finish_done(memory)
+                    self._step()
+                    yield from self._take_out(memory)
                 self._checkpoint_due()
         except GeneratorExit:  # the caller closed the iterator
             self._save_all()
@@ -205,10 +139,12 @@ class _TrainingLoop:
         while self._waiting and len(self._running) < self._limit:
             trial = self._waiting.popleft()
             if trial.trial_id not in self._started:
-                self._listener.on_event(started(trial))
+                self._listener.on_event(TrialStarted(**trial.fields))
                 self._started.add(trial.trial_id)
             try:
-                self._running.append(self._add(trial))
+                folders = self._folders(trial)
+                training = ArmTraining(self._runtime, trial, self._multi_lora, self._base_loss, folders, self._listener)
+                self._running.append(training)
             except (RuntimeError, MemoryError) as error:
                 if not is_recoverable_oom(error):
                     raise
@@ -226,31 +162,45 @@ class _TrainingLoop:
         for training in self._running:
             training.note_pass([other.trial.arm.rank for other in self._running if other is not training])
 
-    def _add(self, trial: Trial) -> ArmTraining:
-        return ArmTraining(
-            self._runtime, trial, self._multi_lora, self._base_loss, self._folders(trial), self._listener
-        )
-
-    def _step(self) -> Iterator[TrialOutcome]:
-        """One step of every running arm; yield the outcomes of those that end in it without a result."""
+    def _step(self) -> None:
+        """One step of every running arm. Where memory runs out, fewer arms continue, or a single one is tried again."""
         try:
-            ended = step_all(self._runtime, self._multi_lora, self._running)
+            self._step_all()
+            return
         except (RuntimeError, MemoryError) as error:
             if not is_recoverable_oom(error):
                 raise
             reason = first_line(error)
-        else:
-            yield from self._end(ended)
-            return
         free_memory(self._device)
-        trial = self._running[0].trial
-        if len(self._running) > 1:
-            self._halve()
-        elif self._may_retry(trial):
+        first, before = self._running[0], len(self._running)
+        if before > 1:
+            for training in reversed(self._running[before // 2 :]):
+                training.pause()
+                self._waiting.appendleft(training.trial)
+            del self._running[before // 2 :]
+            self._reduce_limit(before // 2, before)
+        elif self._may_retry(first.trial):
             self._running.pop().pause()
-            self._waiting.appendleft(trial)
+            self._waiting.appendleft(first.trial)
         else:
-            yield from self._end({trial.trial_id: out_of_memory(trial, self._runtime, reason)})
+            first.ended = out_of_memory(first.trial, self._runtime, reason)
+
+    def _step_all(self) -> None:
+        """One step of every running arm in shared passes, and the evaluations that are due. Arms share the time evenly."""
+        begun = time.perf_counter()
+        take_step([training.optimizer for training in self._running], self._run_pass)
+        seconds = (time.perf_counter() - begun) / len(self._running)
+        for training in self._running:
+            training.end_step(seconds)
+        due = [training for training in self._running if training.wants_evaluation]
+        if due:
+            evaluate_all(self._runtime, self._multi_lora, due)
+
+    def _run_pass(self, batches: Sequence[Batch], number: int) -> list[torch.Tensor]:
+        arm_batches = [
+            training.arm_batch(batch, number) for training, batch in zip(self._running, batches, strict=True)
+        ]
+        return self._runtime.accumulate_gradients(self._multi_lora, arm_batches)
 
     def _may_retry(self, trial: Trial) -> bool:
         """True once per trial: another process may have filled the memory for a moment."""
@@ -260,28 +210,20 @@ class _TrainingLoop:
         self._listener.on_event(Notice(text=f"{trial.arm.label()} ran out of memory on {self._device}: retrying once"))
         return True
 
-    def _end(self, ended: Ended) -> Iterator[TrialOutcome]:
-        for training in [training for training in self._running if training.trial.trial_id in ended]:
-            self._running.remove(training)
-            training.remove_adapter()
-            yield ended[training.trial.trial_id]
-            training.delete_checkpoint()
-
-    def _halve(self) -> None:
-        before = len(self._running)
-        for training in reversed(self._running[before // 2 :]):
-            training.pause()
-            self._waiting.appendleft(training.trial)
-        del self._running[before // 2 :]
-        self._reduce_limit(before // 2, before)
-
     def _reduce_limit(self, limit: int, tried: int) -> None:
         self._limit = limit
         self._listener.on_event(
             Notice(text=f"{tried} adapters per pass ran out of memory on {self._device}: continuing with {limit}")
         )
 
-    def _finish_done(self, memory: PeakMemory) -> Iterator[TrialFinished]:
+    def _take_out(self, memory: PeakMemory) -> Iterator[TrialOutcome]:
+        """Yield the outcomes of the arms that are over, those without a result first."""
+        for training in [training for training in self._running if training.ended is not None]:
+            self._running.remove(training)
+            training.remove_adapter()
+            assert training.ended is not None
+            yield training.ended
+            training.delete_checkpoint()
         for training in [training for training in self._running if training.is_done]:
             try:
                 outcome = training.finish(memory.peak_bytes())
@@ -299,23 +241,49 @@ class _TrainingLoop:
 
     def _checkpoint_due(self) -> None:
         """Write the checkpoints that are due; when asked to stop, write all and raise."""
-        stopping = bool(self._running) and self._listener.should_stop()
+        if self._running and self._listener.should_stop():
+            self._save_all()
+            first, others = self._running[0], len(self._running) - 1
+            more = f" and {others} more" if others else ""
+            step = f"step {first.progress.step} of {first.trial.arm.steps}"
+            raise InterruptedRun(f"stopped at {step} of {first.trial.arm.label()}{more}")
         for training in self._running:
-            if stopping or training.is_checkpoint_due:
+            if training.is_checkpoint_due:
                 training.save()
-        if stopping:
-            first = self._running[0]
-            others = f" and {len(self._running) - 1} more" if len(self._running) > 1 else ""
-            raise InterruptedRun(
-                f"stopped at step {first.progress.step} of {first.trial.arm.steps} of {first.trial.arm.label()}{others}"
-            )
 
 
-def by_seed(trials: Sequence[Trial]) -> list[Trial]:
-    """The trials grouped by seed, in the given order: arms of one seed share batches, and so need no padding together."""
-    seeds = list(dict.fromkeys(trial.arm.seed for trial in trials))
-    return sorted(trials, key=lambda trial: seeds.index(trial.arm.seed))
+def evaluate_all(runtime: Runtime, multi_lora: MultiLora, trainings: Sequence[ArmTraining], retry: bool = True) -> None:
+    """Give every training its held-out scores.
+
+    On running out of memory each half is evaluated in its own pass, and a single training is retried once, then ends.
+    """
+    begun = time.perf_counter()
+    try:
+        all_scores = runtime.evaluate_adapters("selection", multi_lora, [training.adapter for training in trainings])
+    except (RuntimeError, MemoryError) as error:
+        if not is_recoverable_oom(error):
+            raise
+        reason = first_line(error)
+    else:
+        seconds = (time.perf_counter() - begun) / len(trainings)
+        for training, scores in zip(trainings, all_scores, strict=True):
+            training.take_scores(scores, seconds)
+        return
+    # Outside the `except` block, whose traceback keeps the tensors of the failed pass.
+    if len(trainings) > 1:
+        half = len(trainings) // 2
+        evaluate_all(runtime, multi_lora, trainings[:half])
+        evaluate_all(runtime, multi_lora, trainings[half:])
+    elif retry:
+        free_memory(runtime.loaded.device)
+        evaluate_all(runtime, multi_lora, trainings, retry=False)
+    else:
+        trainings[0].ended = out_of_memory(trainings[0].trial, runtime, reason)
 
 
-def started(trial: Trial) -> TrialStarted:
-    return TrialStarted(**trial.fields)
+def out_of_memory(trial: Trial, runtime: Runtime, reason: str) -> TrialFailed:
+    return TrialFailed(
+        **trial.fields,
+        error="out_of_memory",
+        reason=f"{trial.arm.label()} ran out of memory on {runtime.loaded.device}: {reason}",
+    )

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,9 @@ from rightrank.train.tokens import IGNORED
 
 CHUNK_LOGITS = 2**24  # elements of a chunk's logits: 64 MiB in float32
 HEAD_TOLERANCE = 1e-3  # relative, between the head's loss and the model's own, in the model's dtype
+CAUSAL_TOKENS = 16  # of an example, on which later tokens are shown to be invisible
+# Relative, between the changes of logits at earlier tokens and at the changed one.
+CAUSAL_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1e-1, torch.float16: 3e-2}
 
 Head: TypeAlias = Callable[[torch.Tensor], torch.Tensor]
 Scale: TypeAlias = float | torch.Tensor  # of every loss; or [b], one per example
@@ -39,8 +42,7 @@ class BatchLoss:
     example_metrics: Mapping[str, torch.Tensor] = field(default_factory=dict)  # metric → [b], by example
 
 
-class Objective(Protocol):
-    def __call__(self, model: Any, batch: Batch, scale: Scale) -> BatchLoss: ...
+Objective: TypeAlias = Callable[[Any, Batch, Scale], BatchLoss]
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,3 +219,17 @@ def _head_agrees(model: Any, batch: Batch) -> bool:
     theirs = logits_loss(model, batch, 1.0).example_losses
     ours = head_loss(model, batch, 1.0).example_losses
     return torch.allclose(ours, theirs, rtol=HEAD_TOLERANCE if theirs.isfinite().all() else 0, atol=1e-4)
+
+
+@torch.no_grad()
+def sees_later_tokens(model: Any, token_ids: torch.Tensor) -> bool:
+    """Whether another last token changes the logits before it, as in BERT: the model then sees the label that it predicts.
+
+    `token_ids` [n] are those of an example. Two rows of one batch are compared, so that a causal model's are equal but for
+    rounding.
+    """
+    ids = token_ids[:CAUSAL_TOKENS].repeat(2, 1)
+    ids[1, -1] = (ids[1, -1] + 1) % model.config.get_text_config().vocab_size
+    logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits.float()
+    changes = (logits[1] - logits[0]).abs().amax(dim=1)
+    return bool(changes[:-1].max() > CAUSAL_TOLERANCE[next(model.parameters()).dtype] * changes[-1])

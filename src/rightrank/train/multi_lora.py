@@ -1,7 +1,7 @@
 """Multi-LoRA: several adapters on one base, each a PEFT adapter of its own name, trained in one pass.
 
-PEFT matches the target modules, creates the adapters and saves them. The forward pass is that of `multi_lora_layers.py`.
-Arms can be added and removed at any time.
+PEFT matches the target modules, creates the adapters and saves them. Their kinds (`models/kinds`) give the forward
+pass. Arms can be added and removed at any time.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class MultiLora:
     def __init__(self, model: Any, settings: SelectSettings) -> None:
         self._model = model
         self._settings = settings
-        self._peft_model: Any = None
+        self.peft_model: Any = None  # without an adapter
         self._biases: dict[str, torch.Tensor] = {}
         self._names: list[str] = []
         self.routing: Routing | None = None
@@ -83,11 +83,6 @@ class MultiLora:
     def __exit__(self, *_: object) -> None:
         self._close()
 
-    @property
-    def peft_model(self) -> Any:
-        """PEFT's model; None without an adapter."""
-        return self._peft_model
-
     def add(
         self, adapter: str, arm: Arm, config: LoraConfig, rows: Mapping[str, torch.Tensor] | None = None
     ) -> dict[str, torch.nn.Parameter]:
@@ -96,13 +91,13 @@ class MultiLora:
         `rows` gives the first A of each module that does not draw it.
         """
         with seeded(arm.seed), without_peft_noise():
-            if self._peft_model is None:
+            if self.peft_model is None:
                 self._biases = trained_biases(self._model, self._settings)
-                self._peft_model = wrapped(self._model, config, adapter)
+                self.peft_model = wrapped(self._model, config, adapter)
             else:
-                self._peft_model.add_adapter(adapter, config)
+                self.peft_model.add_adapter(adapter, config)
         self._names.append(adapter)
-        initialise(self._peft_model, arm, arm.init_lora_weights or self._settings.init_lora_weights, adapter, rows)
+        initialise(self.peft_model, arm, self._settings, adapter, rows)
         self._settle()
         return self.parameters(adapter)
 
@@ -114,14 +109,14 @@ class MultiLora:
         if not self._names:
             self._close()
             return
-        self._peft_model.set_adapter(self._names[0])  # PEFT fails if its active adapter is deleted
-        self._peft_model.delete_adapter(adapter)
+        self.peft_model.set_adapter(self._names[0])  # PEFT fails if its active adapter is deleted
+        self.peft_model.delete_adapter(adapter)
         self._settle()
 
     def parameters(self, adapter: str) -> dict[str, torch.nn.Parameter]:
         """The adapter's trainable tensors, by the names that they have when it is PEFT's only one."""
         found: dict[str, torch.nn.Parameter] = {}
-        for name, parameter in self._peft_model.named_parameters():
+        for name, parameter in self.peft_model.named_parameters():
             parts = name.split(".")
             if adapter in parts:
                 found[".".join(ADAPTER if part == adapter else part for part in parts)] = parameter
@@ -132,10 +127,8 @@ class MultiLora:
     @contextmanager
     def routed(self, arm_batches: Sequence[ArmBatch], packed: bool = False) -> Iterator[Routing]:
         """Within the block, each row of `concatenated(arm_batches)`, padded or packed, goes to its arm's adapter."""
-        names, seeds = (
-            [arm_batch.adapter for arm_batch in arm_batches],
-            [arm_batch.dropout_seed for arm_batch in arm_batches],
-        )
+        names = [arm_batch.adapter for arm_batch in arm_batches]
+        seeds = [arm_batch.dropout_seed for arm_batch in arm_batches]
         if packed:
             self.routing = Routing.packed(names, seeds, [arm_batch.batch.tokens for arm_batch in arm_batches])
         else:
@@ -167,10 +160,10 @@ class MultiLora:
 
     def _close(self) -> None:
         self._names.clear()
-        if self._peft_model is None:
+        if self.peft_model is None:
             return
-        unwrapped(self._peft_model, self._biases)
-        self._peft_model = None
+        unwrapped(self.peft_model, self._biases)
+        self.peft_model = None
 
 
 def concatenated(batches: Sequence[Batch], pad_id: int) -> Batch:

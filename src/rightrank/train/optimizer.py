@@ -1,4 +1,4 @@
-"""The optimizer of an arm, its state and its learning rate schedule.
+"""One optimizer step of the adapters that share a pass, and what a step needs: optimizer, its state and its schedule.
 
 `adamw_8bit` keeps the states of matrices of 4,096 elements and more in 8 bits, in blocks of 256 (Dettmers et al. 2022,
 bitsandbytes): a quarter of the memory. Every matrix is updated by itself, so an arm's numbers are the same in a pass with others.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from transformers import get_scheduler
@@ -18,11 +18,129 @@ from rightrank.schema.errors import SettingsError
 from rightrank.schema.settings import SelectSettings
 from rightrank.schema.trials import Arm
 from rightrank.train.batches import Batch
+from rightrank.train.checkpoints import Progress, RunningMean
 from rightrank.train.distributed import all_reduce
 from rightrank.train.runtime import Runtime
 
 DECODING_TABLES = ("qmap1", "qmap2")  # of bitsandbytes: the same for every parameter
 EMBEDDING_LR = 1e-6  # of LoRA+ on embeddings: PEFT's loraplus_lr_embedding
+
+Schedule: TypeAlias = Callable[[int], float]  # the factor on the learning rate by step, counted from 0
+Pass: TypeAlias = Callable[[Sequence[Batch], int], Sequence[torch.Tensor]]
+
+
+def take_step(optimizers: Sequence[ArmOptimizer], run_pass: Pass) -> None:
+    """One optimizer step of every adapter, with one pass over the base per micro-batch.
+
+    Args:
+        run_pass: receives the adapters' micro-batches and their number in the step. It adds the gradients to the
+            adapters' tensors and returns the example losses [b] of each, on the CPU.
+    """
+    for number, batches in enumerate(zip(*[optimizer.begin() for optimizer in optimizers], strict=True)):
+        for optimizer, losses in zip(optimizers, run_pass(batches, number), strict=True):
+            optimizer.loss_sum += float(losses.sum())
+    for optimizer in optimizers:
+        optimizer.update()
+
+
+class ArmOptimizer:
+    """The optimizer of one adapter, and all that a checkpoint of its training holds.
+
+    Args:
+        named: what is trained, by PEFT's names.
+        learning_rate: what the schedule's factor multiplies.
+        plan: example indices of each step.
+    """
+
+    def __init__(
+        self,
+        runtime: Runtime,
+        named: Mapping[str, torch.nn.Parameter],
+        learning_rate: float,
+        plan: Sequence[Sequence[int]],
+        schedule: Schedule,
+    ) -> None:
+        self._runtime = runtime
+        self.named = named
+        self._parameters = list(named.values())
+        self._learning_rate = learning_rate
+        self._plan = plan
+        self._schedule = schedule
+        self._optimizer = make_optimizer(named, learning_rate, runtime.settings)
+        self.progress = Progress()
+        self.mean: RunningMean | None = None  # of the parameters, where the training compares it
+        # Of the step under way:
+        self.loss_sum = 0.0
+        self.labels = 0  # what the losses are divided by (`loss_weight`)
+        self._tokens = 0  # without padding
+
+    def begin(self) -> list[Batch]:
+        """The micro-batches of the next step; its learning rate goes into the optimizer."""
+        size, indices = self._runtime.settings.batch_size, self._plan[self.progress.step]
+        micro = [indices[start : start + size] for start in range(0, len(indices), size)]
+        batches = [self._runtime.share("train", part) for part in micro]
+        examples = [self._runtime.examples("train")[index] for index in indices]
+        self.loss_sum = 0.0
+        self.labels = sum(map(self._runtime.data.loss_weight, examples))
+        self._tokens = sum(example.length for example in examples)
+        for group in self._optimizer.param_groups:
+            group["lr"] = group["factor"] * self._learning_rate * self._schedule(self.progress.step)
+        self._optimizer.zero_grad(set_to_none=True)  # of a step that ran out of memory
+        return batches
+
+    def update(self) -> None:
+        """Clip and step, gradients and losses first summed over the processes."""
+        loss = torch.tensor([self.loss_sum], dtype=torch.float64)
+        all_reduce([loss])
+        all_reduce([parameter.grad for parameter in self._parameters if parameter.grad is not None])
+        if self._runtime.settings.max_grad_norm > 0:
+            torch.nn.utils.clip_grad_norm_(self._parameters, self._runtime.settings.max_grad_norm)
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        self.progress.train_losses.append(float(loss) / self.labels)
+        self.progress.step += 1
+        self.progress.train_tokens += self._tokens
+        if self.mean is not None:
+            self.mean.add(self.progress.step)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Those of a checkpoint."""
+        tensors = {f"parameter.{name}": value.detach() for name, value in self.named.items()}
+        for index, parameter in enumerate(self._parameters):
+            tensors |= state_tensors(self._optimizer, index, parameter)
+        return tensors if self.mean is None else tensors | self.mean.tensors()
+
+    def restore(self, tensors: Mapping[str, torch.Tensor], state: Mapping[str, Any], *, with_mean: bool) -> None:
+        """Continue from the tensors and the progress of a checkpoint."""
+        with torch.no_grad():
+            for name, value in self.named.items():
+                value.copy_(tensors[f"parameter.{name}"])
+        for index, parameter in enumerate(self._parameters):
+            restore_state(self._optimizer, tensors, index, parameter)
+        if self.mean is not None and with_mean:
+            self.mean.restore(tensors)
+        self.progress = Progress.model_validate(state)
+
+
+def arm_schedule(settings: SelectSettings, arm: Arm) -> Schedule:
+    """The factor on the arm's learning rate: the settings' schedule over all steps.
+
+    An annealed copy follows it up to `anneal_from`, then decays linearly to 0 at `stop_at`.
+    """
+    schedule = learning_rate_schedule(settings, arm.steps)
+    start, end = arm.anneal_from, arm.stop_at
+    if start is None or end is None:
+        return schedule
+    return lambda step: schedule(step) if step < start else schedule(start) * (end - step) / (end - start)
+
+
+def learning_rate_schedule(settings: SelectSettings, steps: int) -> Schedule:
+    """transformers' schedule as a pure function."""
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    warmup = math.ceil(settings.warmup_ratio * steps)
+    name = "constant_with_warmup" if settings.lr_scheduler_type == "constant" else settings.lr_scheduler_type
+    factor: Schedule = get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=steps).lr_lambdas[0]
+    return factor
 
 
 def make_optimizer(
@@ -30,9 +148,9 @@ def make_optimizer(
 ) -> torch.optim.Optimizer:
     """AdamW over the adapter's parameters: torch's, with its fused kernel where the device has one, or the one in 8 bits.
 
-    Each group's `factor` multiplies the learning rate of the schedule.
+    Each group's `factor` multiplies the learning rate of the schedule. States are allocated here, when the arm is added,
+    so that the first step needs no new memory.
     """
-    parameters = list(named.values())
     groups = _groups(named, learning_rate, settings.loraplus_lr_ratio)
     arguments: dict[str, Any] = {
         "lr": learning_rate,
@@ -42,10 +160,33 @@ def make_optimizer(
     }
     if settings.optim == "adamw_8bit":
         return _adamw_8bit(groups, arguments)
-    optimizer = torch.optim.AdamW(groups, fused=is_fused(parameters[0]), **arguments)
-    for parameter in parameters:
-        optimizer.state[parameter] = fresh_state(parameter, is_fused(parameter))
+    fused = _is_fused(next(iter(named.values())))
+    optimizer = torch.optim.AdamW(groups, fused=fused, **arguments)
+    for parameter in named.values():
+        optimizer.state[parameter] = {
+            "step": torch.zeros((), dtype=torch.float32, device=parameter.device if fused else "cpu"),
+            "exp_avg": torch.zeros_like(parameter, memory_format=torch.preserve_format),
+            "exp_avg_sq": torch.zeros_like(parameter, memory_format=torch.preserve_format),
+        }
     return optimizer
+
+
+def _groups(named: Mapping[str, torch.nn.Parameter], learning_rate: float, ratio: float | None) -> list[dict[str, Any]]:
+    """One group; with LoRA+ (Hayou et al. 2024) one each for A, B and embeddings, as PEFT's `create_loraplus_optimizer`."""
+    if ratio is None:
+        return [{"params": list(named.values()), "factor": 1.0}]
+    factors = (1.0, ratio, EMBEDDING_LR / learning_rate)
+    groups: tuple[list[torch.nn.Parameter], ...] = ([], [], [])
+    for name, parameter in named.items():
+        if "lora_embedding_" in name:
+            groups[2].append(parameter)
+        else:
+            groups["lora_B" in name or parameter.ndim == 1].append(parameter)
+    return [{"params": group, "factor": factor} for group, factor in zip(groups, factors, strict=True) if group]
+
+
+def _is_fused(parameter: torch.Tensor) -> bool:
+    return parameter.device.type in ("cpu", "cuda")
 
 
 def _adamw_8bit(groups: list[dict[str, Any]], arguments: Mapping[str, Any]) -> torch.optim.Optimizer:
@@ -54,7 +195,7 @@ def _adamw_8bit(groups: list[dict[str, Any]], arguments: Mapping[str, Any]) -> t
     optimizer: Any = AdamW8bit(groups, **arguments)
     for number, group in enumerate(optimizer.param_groups):
         for index, parameter in enumerate(group["params"]):
-            optimizer.init_state(group, parameter, number, index)  # before the first step, as `fresh_state`
+            optimizer.init_state(group, parameter, number, index)
     found: torch.optim.Optimizer = optimizer
     return found
 
@@ -86,56 +227,6 @@ def _steps_in_8bit(device: torch.device) -> bool:
     return True
 
 
-def _groups(named: Mapping[str, torch.nn.Parameter], learning_rate: float, ratio: float | None) -> list[dict[str, Any]]:
-    """One group; with LoRA+ (Hayou et al. 2024) one each for A, B and embeddings, as PEFT's `create_loraplus_optimizer`."""
-    if ratio is None:
-        return [{"params": list(named.values()), "factor": 1.0}]
-    factors = (1.0, ratio, EMBEDDING_LR / learning_rate)
-    groups: tuple[list[torch.nn.Parameter], ...] = ([], [], [])
-    for name, parameter in named.items():
-        if "lora_embedding_" in name:
-            groups[2].append(parameter)
-        else:
-            groups["lora_B" in name or parameter.ndim == 1].append(parameter)
-    return [{"params": group, "factor": factor} for group, factor in zip(groups, factors, strict=True) if group]
-
-
-def is_fused(parameter: torch.Tensor) -> bool:
-    return parameter.device.type in ("cpu", "cuda")
-
-
-def fresh_state(parameter: torch.nn.Parameter, fused: bool) -> dict[str, torch.Tensor]:
-    """AdamW's state before the first step, allocated when the arm is added, so that the first step needs no new memory."""
-    device = parameter.device if fused else torch.device("cpu")
-    return {
-        "step": torch.zeros((), dtype=torch.float32, device=device),
-        "exp_avg": torch.zeros_like(parameter, memory_format=torch.preserve_format),
-        "exp_avg_sq": torch.zeros_like(parameter, memory_format=torch.preserve_format),
-    }
-
-
-def learning_rate_schedule(settings: SelectSettings, steps: int) -> Callable[[int], float]:
-    """transformers' schedule as a pure function: the factor on the learning rate by step, counted from 0."""
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
-    warmup = math.ceil(settings.warmup_ratio * steps)
-    name = "constant_with_warmup" if settings.lr_scheduler_type == "constant" else settings.lr_scheduler_type
-    scheduler = get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=steps)
-    factor: Callable[[int], float] = scheduler.lr_lambdas[0]
-    return factor
-
-
-def arm_schedule(settings: SelectSettings, arm: Arm) -> Callable[[int], float]:
-    """The factor on the arm's learning rate by step, counted from 0: the settings' schedule over all steps.
-
-    An annealed copy follows it up to `anneal_from`, then decays linearly to 0 at `stop_at`.
-    """
-    schedule = learning_rate_schedule(settings, arm.steps)
-    start, end = arm.anneal_from, arm.stop_at
-    if start is None or end is None:
-        return schedule
-    return lambda step: schedule(step) if step < start else schedule(start) * (end - step) / (end - start)
-
-
 def state_tensors(optimizer: torch.optim.Optimizer, index: int, parameter: torch.Tensor) -> dict[str, torch.Tensor]:
     """The state of parameter number `index` as the tensors of a checkpoint. Tables that decode 8 bits are constants."""
     return {
@@ -159,57 +250,4 @@ def _as_kept(value: torch.Tensor, fresh: object, parameter: torch.Tensor) -> tor
     """A saved value as the optimizer keeps it: bitsandbytes counts steps in an integer, torch in a tensor."""
     if isinstance(fresh, int):
         return int(value)
-    return value.to(parameter.device) if value.dim() > 0 or is_fused(parameter) else value
-
-
-class OptimizerSteps:
-    """Call `begin`, add gradients of every micro-batch to the parameters, call `update`.
-
-    Args:
-        named: what is trained, by PEFT's names.
-        learning_rate: what the schedule's factor multiplies.
-        plan: example indices of each step.
-        schedule: the factor on the learning rate by step, counted from 0.
-    """
-
-    def __init__(
-        self,
-        runtime: Runtime,
-        named: Mapping[str, torch.nn.Parameter],
-        learning_rate: float,
-        plan: Sequence[Sequence[int]],
-        schedule: Callable[[int], float],
-    ) -> None:
-        self._runtime = runtime
-        self._settings = runtime.settings
-        self._parameters = list(named.values())
-        self._learning_rate = learning_rate
-        self._plan = plan
-        self._schedule = schedule
-        self.optimizer = make_optimizer(named, learning_rate, runtime.settings)
-        self.labels = 0  # what the losses of the step under way are divided by (`loss_weight`)
-        self.tokens = 0  # without padding
-
-    def begin(self, step: int) -> list[Batch]:
-        """The micro-batches of `step`, counted from 0; its learning rate goes into the optimizer."""
-        size, indices = self._settings.batch_size, self._plan[step]
-        micro = [indices[start : start + size] for start in range(0, len(indices), size)]
-        batches = [self._runtime.share("train", part) for part in micro]
-        examples = [self._runtime.examples("train")[index] for index in indices]
-        self.labels = sum(map(self._runtime.data.loss_weight, examples))
-        self.tokens = sum(example.length for example in examples)
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["factor"] * self._learning_rate * self._schedule(step)
-        self.optimizer.zero_grad(set_to_none=True)  # of a step that ran out of memory
-        return batches
-
-    def update(self, loss_sum: float) -> float:
-        """Clip and step, gradients and losses first summed over the processes; the step's mean loss, nats a label."""
-        loss = torch.tensor([loss_sum], dtype=torch.float64)
-        all_reduce([loss])
-        all_reduce([parameter.grad for parameter in self._parameters if parameter.grad is not None])
-        if self._settings.max_grad_norm > 0:
-            torch.nn.utils.clip_grad_norm_(self._parameters, self._settings.max_grad_norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return float(loss) / self.labels
+    return value.to(parameter.device) if value.dim() > 0 or _is_fused(parameter) else value

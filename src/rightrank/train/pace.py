@@ -17,7 +17,7 @@ from rightrank.schema.trials import Arm
 from rightrank.train.batches import length_sorted_batches
 from rightrank.train.device import free_memory, is_recoverable_oom
 from rightrank.train.multi_lora import ArmBatch, MultiLora
-from rightrank.train.optimizer import OptimizerSteps, arm_schedule
+from rightrank.train.optimizer import ArmOptimizer, arm_schedule, take_step
 from rightrank.train.runtime import Runtime
 
 MAX_ADAPTERS_PER_PASS = 16
@@ -44,7 +44,7 @@ def adapters_per_pass_for(
         notice(f"arms are trained one after the other: {obstacle}")
         return 1
     if asked is None:
-        return fastest_count(runtime, arms, MAX_ADAPTERS_PER_PASS if limit is None else limit)
+        return _fastest_count(runtime, arms, MAX_ADAPTERS_PER_PASS if limit is None else limit)
     if limit is not None and limit < asked:
         notice(f"adapters_per_pass {asked} needs more memory than there is, by the plan: continuing with {limit}")
         return limit
@@ -72,7 +72,7 @@ def multi_lora_obstacle(runtime: Runtime, arms: Sequence[Arm]) -> str | None:
     return None
 
 
-def fastest_count(runtime: Runtime, arms: Sequence[Arm], limit: int = MAX_ADAPTERS_PER_PASS) -> int:
+def _fastest_count(runtime: Runtime, arms: Sequence[Arm], limit: int = MAX_ADAPTERS_PER_PASS) -> int:
     """Double the number of adapters up to `limit` while that pays; running out of memory ends the search."""
     best, count = _seconds_per_arm(runtime, arms[:1]), 1
     while count * 2 <= min(limit, len(arms)):
@@ -99,8 +99,7 @@ def _seconds_per_arm(runtime: Runtime, arms: Sequence[Arm]) -> float:
         for _ in range(1 + TIMED_STEPS):  # the first is a warm-up
             begun = time.perf_counter()
             runtime.accumulate_gradients(multi_lora, arm_batches)
-            if runtime.loaded.device.type == "cuda":
-                torch.cuda.synchronize(runtime.loaded.device)
+            _wait(runtime)
             times.append(time.perf_counter() - begun)
     return min(times[1:]) / len(arms)
 
@@ -166,8 +165,8 @@ def _measure(runtime: Runtime, arm: Arm) -> Pace:
     with MultiLora(runtime.model, runtime.settings) as multi_lora, runtime.recomputing():
         named = multi_lora.add(SCRATCH, arm, runtime.arm_targets.config(arm))
         schedule = arm_schedule(runtime.settings, arm)
-        steps = OptimizerSteps(runtime, named, arm.learning_rate, plan, schedule)
-        seconds = [_step_seconds(runtime, multi_lora, steps, number) for number in range(len(plan))]
+        optimizer = ArmOptimizer(runtime, named, arm.learning_rate, plan, schedule)
+        seconds = [_step_seconds(runtime, multi_lora, optimizer) for _ in plan]
         begun = time.perf_counter()
         runtime.evaluate_adapters("selection", multi_lora, [SCRATCH], evaluated)
         _wait(runtime)
@@ -176,13 +175,14 @@ def _measure(runtime: Runtime, arm: Arm) -> Pace:
     return Pace(arm.rank, plan[timed], sum(seconds[timed]), evaluated, eval_seconds, filled, fill_seconds)
 
 
-def _step_seconds(runtime: Runtime, multi_lora: MultiLora, steps: OptimizerSteps, number: int) -> float:
+def _step_seconds(runtime: Runtime, multi_lora: MultiLora, optimizer: ArmOptimizer) -> float:
     begun = time.perf_counter()
-    loss_sum = 0.0
-    for batch in steps.begin(number):
-        losses = runtime.accumulate_gradients(multi_lora, [ArmBatch(SCRATCH, batch, 1 / steps.labels, 0)])
-        loss_sum += float(losses[0].sum())
-    steps.update(loss_sum)
+    take_step(
+        [optimizer],
+        lambda batches, _: runtime.accumulate_gradients(
+            multi_lora, [ArmBatch(SCRATCH, batches[0], 1 / optimizer.labels, 0)]
+        ),
+    )
     _wait(runtime)
     return time.perf_counter() - begun
 

@@ -87,7 +87,6 @@ class Reference:
         self._compute = compute
         self._groups = {name: FixedGroups(pairs, expected[name], group_size) for name, pairs in splits.items()}
         self._values = {name: np.full((len(pairs), 2), np.nan) for name, pairs in splits.items()}
-        self._filled: dict[SplitName, set[int]] = {name: set() for name in splits}
 
     def expect(self, split: SplitName, indices: Iterable[int]) -> None:
         """Group pairs that will be used, to compute them together."""
@@ -95,10 +94,8 @@ class Reference:
 
     def fill(self, split: SplitName, wanted: Iterable[int]) -> Iterator[int]:
         """Compute what is missing for the pairs in `wanted`; yields the number of pairs in each group."""
-        for number in sorted(self._groups[split].numbers(wanted) - self._filled[split]):
-            group = self._groups[split].groups[number]
+        for group in self._groups[split].missing(wanted):
             self._values[split][group] = self._compute(split, group).view(-1, 2).numpy()
-            self._filled[split].add(number)
             yield len(group)
 
     def require(self, split: SplitName, wanted: Iterable[int]) -> None:

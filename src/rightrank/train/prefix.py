@@ -9,6 +9,7 @@ hidden states. `fast_paths.py` checks on real data that the losses stay the same
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -39,7 +40,6 @@ class _Store:
     tokens: int  # of the expected examples
     hidden: torch.Tensor | None = None
     others: dict[int, torch.Tensor] = field(default_factory=dict)
-    filled: set[int] = field(default_factory=set)
 
     def rows(self, index: int) -> torch.Tensor:
         """[tokens of the example, d]"""
@@ -81,15 +81,15 @@ class FrozenPrefix:
     def fill(self, model: Any, split: str, wanted: Iterable[int]) -> Iterator[int]:
         """Compute the missing groups of the examples in `wanted`; yields the number of examples in each."""
         store = self._stores[split]
-        for number in sorted(store.groups.numbers(wanted) - store.filled):
-            self._fill(model, store, split, {number})
-            yield len(store.groups.groups[number])
+        for group in store.groups.missing(wanted):
+            self._compute(model, store, split, group)
+            yield len(group)
 
     @contextmanager
     def serving(self, model: Any, split: str, batch: Batch) -> Iterator[None]:
         """Within the block, the lower blocks return the stored hidden states of `batch`; `model` is the bare base."""
         store = self._stores[split]
-        self._fill(model, store, split, store.groups.numbers(batch.indices))
+        deque(self.fill(model, split, batch.indices), maxlen=0)
         distinct = list(dict.fromkeys(batch.indices))  # the arms of a pass share examples
         rows = [store.rows(index) for index in distinct]
         numbers = [distinct.index(index) for index in batch.indices]
@@ -116,21 +116,18 @@ class FrozenPrefix:
         return (self._current,) if self._returns_tuple else self._current
 
     @torch.no_grad()
-    def _fill(self, model: Any, store: _Store, split: str, wanted: set[int]) -> None:
-        for number in sorted(wanted - store.filled):
-            indices = store.groups.groups[number]
-            batch = collate(store.examples, indices, self._pad_id, self._device)
-            hidden = self._lower_blocks(model, batch)
-            if store.hidden is None:
-                store.hidden = self._allocate(split, store.tokens, hidden)
-            real = hidden[batch.attention_mask.bool()].cpu()  # [tokens, d], in the order of the examples
-            lengths = [store.examples[index].length for index in indices]
-            for index, computed in zip(indices, torch.split(real, lengths), strict=True):
-                if index in store.begins:
-                    store.rows(index).copy_(computed)
-                else:
-                    store.others[index] = computed.clone()
-            store.filled.add(number)
+    def _compute(self, model: Any, store: _Store, split: str, indices: Sequence[int]) -> None:
+        batch = collate(store.examples, indices, self._pad_id, self._device)
+        hidden = self._lower_blocks(model, batch)
+        if store.hidden is None:
+            store.hidden = self._allocate(split, store.tokens, hidden)
+        real = hidden[batch.attention_mask.bool()].cpu()  # [tokens, d], in the order of the examples
+        lengths = [store.examples[index].length for index in indices]
+        for index, computed in zip(indices, torch.split(real, lengths), strict=True):
+            if index in store.begins:
+                store.rows(index).copy_(computed)
+            else:
+                store.others[index] = computed.clone()
 
     def _lower_blocks(self, model: Any, batch: Batch) -> torch.Tensor:
         captured: list[torch.Tensor] = []
@@ -163,7 +160,9 @@ def find_blocks(model: Any) -> tuple[str, torch.nn.ModuleList] | None:
     stacks = [
         (name, module)
         for name, module in model.named_modules()
-        if isinstance(module, torch.nn.ModuleList) and len(module) > 1 and not _inside_stack(name)
+        if isinstance(module, torch.nn.ModuleList)
+        and len(module) > 1
+        and not any(part.isdigit() for part in name.split("."))  # no list inside a stack
     ]
     return stacks[0] if len(stacks) == 1 else None
 
@@ -177,7 +176,3 @@ def prefix_depth(blocks_name: str, trainable: Sequence[str], block_count: int) -
         elif "embed" in name or name.endswith(("wte", "wpe")):
             return 0
     return min(depth, block_count - 1)
-
-
-def _inside_stack(name: str) -> bool:
-    return any(part.isdigit() for part in name.split("."))

@@ -15,7 +15,7 @@ import torch
 from rightrank.data.token_store import EncodedExample, lengths_of
 from rightrank.models.base_models import LoadedModel
 from rightrank.models.kinds.routing import Routing
-from rightrank.schema.errors import InterruptedRun
+from rightrank.schema.errors import InterruptedRun, ModelError
 from rightrank.schema.events import Preparing
 from rightrank.schema.settings import SelectSettings
 from rightrank.schema.trials import Arm, SplitName
@@ -26,7 +26,7 @@ from rightrank.train.device import gradient_checkpointing_on, training_is
 from rightrank.train.distributed import my_share, require_shares
 from rightrank.train.evaluation import Scores, score_batches
 from rightrank.train.fast_paths import FastPaths, can_pack_sequences, find_last_block, packing_probe, prefix_agrees
-from rightrank.train.loss import BatchLoss, Likelihood, Objective, Scale, make_likelihood
+from rightrank.train.loss import BatchLoss, Likelihood, Objective, Scale, make_likelihood, sees_later_tokens
 from rightrank.train.multi_lora import ArmBatch, MultiLora, concatenated
 from rightrank.train.preference import PreferenceLoss, Reference, adapters_off
 from rightrank.train.prefix import FrozenPrefix, find_blocks, prefix_depth
@@ -57,6 +57,13 @@ class Runtime:
         self.steps = steps
         self._pad_id: int = loaded.tokenizer.pad_token_id
         probe = self._collated("selection", length_sorted_batches(data.splits["selection"], settings.batch_size)[0])
+        if data.is_classification:  # transformers finds an example's last token by its configuration
+            self.model.config.get_text_config().pad_token_id = self._pad_id
+        elif sees_later_tokens(self.model, probe.input_ids[0][probe.attention_mask[0].bool()]):
+            raise ModelError(
+                f"{loaded.name}: it sees the tokens that follow, so a label is visible where it is predicted, as in BERT; "
+                "give a causal model, or `text` and `label` to train a classifier"
+            )
         self._likelihood = make_likelihood(self.model, probe, data.is_classification)
         require_shares(settings.batch_size)
         self.fast_paths = self._find_fast_paths(probe, cache_folder)
@@ -134,13 +141,15 @@ class Runtime:
             return batch_plan_by_length(lengths_of(examples), size, steps, seed)
         return batch_plan(len(examples), size, steps, seed)
 
-    def losses(self, split: SplitName, batch: Batch, scale: Scale) -> BatchLoss:
-        """The loss of `batch` under the adapter that the base now carries."""
-        return self._losses(split, batch, scale, None)
-
-    def backpropagate(self, split: SplitName, batch: Batch, scale: Scale) -> BatchLoss:
-        """As `losses`, with the backward pass."""
-        return self._losses(split, batch, scale, None, backward=True)
+    def losses(
+        self, split: SplitName, batch: Batch, scale: Scale, routing: Routing | None = None, *, backward: bool = False
+    ) -> BatchLoss:
+        """The loss of `batch` under the adapters that the base now carries, with the backward pass where asked."""
+        with self.fast_paths.applied(self.model, split, batch, routing) as rows:
+            result = self.objective(self.model, rows, scale)
+            if backward:
+                torch.autograd.backward(result.total)
+        return result
 
     def accumulate_gradients(self, multi_lora: MultiLora, arm_batches: Sequence[ArmBatch]) -> list[torch.Tensor]:
         """One forward and backward pass over every arm's training batch; the example losses [b] of each arm.
@@ -152,7 +161,7 @@ class Runtime:
         scales = [arm_batch.scale for arm_batch, count in zip(arm_batches, counts, strict=True) for _ in range(count)]
         with multi_lora.routed(arm_batches, self.fast_paths.sequence_packing) as routing:
             scale = torch.tensor(scales, device=self.loaded.device)
-            result = self._losses("train", batch, scale, routing, backward=True)
+            result = self.losses("train", batch, scale, routing, backward=True)
         return list(torch.split(result.example_losses, counts))
 
     @torch.no_grad()
@@ -184,7 +193,7 @@ class Runtime:
         def losses(batch: Batch) -> BatchLoss:
             arm_batches = [ArmBatch(adapter, batch, 1.0, None) for adapter in adapters]
             with multi_lora.routed(arm_batches, self.fast_paths.sequence_packing) as routing:
-                return self._losses(split, concatenated([batch] * len(adapters), self._pad_id), 1.0, routing)
+                return self.losses(split, concatenated([batch] * len(adapters), self._pad_id), 1.0, routing)
 
         return self._evaluate(split, len(adapters), losses, only)
 
@@ -208,15 +217,6 @@ class Runtime:
             [Scores.zeros(len(examples), self.data.example_metrics) for _ in range(adapters)],
             in_step=self.settings.shard_base,
         )
-
-    def _losses(
-        self, split: SplitName, batch: Batch, scale: Scale, routing: Routing | None, backward: bool = False
-    ) -> BatchLoss:
-        with self.fast_paths.applied(self.model, split, batch, routing) as rows:
-            result = self.objective(self.model, rows, scale)
-            if backward:
-                torch.autograd.backward(result.total)
-        return result
 
     @contextmanager
     def arm(self, arm: Arm) -> Iterator[Any]:

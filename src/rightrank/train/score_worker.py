@@ -45,7 +45,7 @@ def scores(task: Mapping[str, Any]) -> object:
         answers = [json.loads(line) for line in lines if line]
     if task["kind"] == "evaluate":
         return _evaluate(task["target"], task["key"], answers)
-    function = find_function(task["target"])
+    function = _find_function(task["target"])
     if answers is None:
         return None
     given = {
@@ -56,7 +56,7 @@ def scores(task: Mapping[str, Any]) -> object:
     return plain(function(**_accepted(function, given)))
 
 
-def find_function(target: str) -> Callable[..., object]:
+def _find_function(target: str) -> Callable[..., object]:
     """Import the function `module:name` or `file.py:name`.
 
     Raises:

@@ -14,344 +14,19 @@ from peft import LoraConfig, TaskType, get_peft_model, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import check_target_module_exists
 
-from rightrank.models.counts import rank_of_equal_parameters
 from rightrank.models.kinds import kind_of
 from rightrank.models.kinds.base import AdapterKind
 from rightrank.models.kinds.experts import WRAPPED, expert_rank
+from rightrank.models.kinds.linear import Linear
+from rightrank.models.ranks import rank_of_equal_parameters
 from rightrank.schema.errors import ModelError, did_you_mean, first_line
 from rightrank.schema.plan_settings import PlanSettings
 from rightrank.schema.settings import Scaling, SelectSettings
 from rightrank.schema.trials import Arm
 from rightrank.schema.variants import lora_scale, modules_of, peft_scaling, stored_rank, target_sets, variants_of
 
-LISTED = r"experts\.\d+\..+"  # matches modules in a ModuleList of experts, as a key of PEFT's patterns
-
-
-def require_parameters(model: Any, target_parameters: Sequence[str]) -> None:
-    """Check that every entry of `target_parameters` matches a parameter that is no module's `weight` alone.
-
-    Raises:
-        ModelError: one matches nothing; the message names the parameters with a matrix for each expert.
-    """
-    names = [name for name, _ in model.named_parameters()]
-    for target in target_parameters:
-        if not any(_matches(target, name) for name in names):
-            known = {".".join(name.rsplit(".", 3)[-3:]) for name, value in model.named_parameters() if value.dim() == 3}
-            near = did_you_mean(target, known)
-            listed = f"; parameters of experts there are: {', '.join(sorted(known)) or 'none'}"
-            raise ModelError(f"target_parameters: no parameter is named {target!r}{near or listed}")
-
-
-def in_layers(model: Any, target_parameters: Sequence[str], layers: Sequence[int] | None) -> list[str]:
-    """`target_parameters` in these layers: full names, since PEFT applies `layers_to_transform` to modules alone."""
-    if layers is None or not target_parameters:
-        return list(target_parameters)
-    kept: list[str] = []
-    for name, _ in model.named_parameters():
-        layer = re.match(r".*?\.(\d+)\.", name)
-        if (
-            layer is not None
-            and int(layer[1]) in layers
-            and any(_matches(target, name) for target in target_parameters)
-        ):
-            kept.append(name)
-    return kept
-
-
-def expert_counts(model: Any, target_parameters: Sequence[str], target_modules: Sequence[str]) -> dict[str, int]:
-    """The number of experts by a key of PEFT's patterns: each of `target_parameters`, and modules in a list of experts.
-
-    Raises:
-        ModelError: layers with different numbers of experts under one key.
-    """
-    counts: dict[str, set[int]] = {}
-    for name, value in model.named_parameters():
-        for target in target_parameters:
-            if _matches(target, name) and value.dim() == 3:
-                counts.setdefault(target, set()).add(int(value.shape[0]))
-    for name, module in model.named_modules():
-        listed = re.search(rf"(?:^|\.)(?={LISTED}$)", name)
-        if listed is not None and any(_matches(target, name) for target in target_modules) and _is_linear(module):
-            counts.setdefault(LISTED, set()).add(len(model.get_submodule(f"{name[: listed.end()]}experts")))
-    for key, found in counts.items():
-        if len(found) > 1:
-            raise ModelError(f"divide_rank_by_experts: layers have {sorted(found)} experts under {key!r}; leave it out")
-    return {key: found.pop() for key, found in counts.items()}
-
-
-def expert_patterns(
-    counts: Mapping[str, int], rank: int, lora_alpha: float, scaling: Scaling
-) -> tuple[dict[str, int], dict[str, float]]:
-    """PEFT's `rank_pattern`, and the `alpha_pattern` that keeps the scaling rule, for experts at `rank` over their number."""
-    ranks = {key: expert_rank(rank, count) for key, count in counts.items()}
-    whole, _ = peft_scaling(scaling, lora_alpha, rank)
-    alphas = {key: peft_scaling(scaling, lora_alpha, one)[0] for key, one in ranks.items()}
-    return ranks, {key: alpha for key, alpha in alphas.items() if alpha != whole}
-
-
-def is_expert(key: str, name: str) -> bool:
-    """Whether a key of `expert_counts` matches a matrix by its name in the base."""
-    if key == LISTED:
-        return re.search(rf"(^|\.){LISTED}$", name) is not None
-    return re.sub(r"\.\d+$", "", name).endswith(key)
-
-
-def _matches(target: str, name: str) -> bool:
-    return name == target or name.endswith(f".{target}")
-
-
-def _is_linear(module: Any) -> bool:
-    return hasattr(module, "in_features") or hasattr(module, "nf")
-
-
 ALL_LINEAR = "all-linear"
-
-
-@dataclass(frozen=True, slots=True)
-class TargetModule:
-    """A matrix W [out_features, in_features] that gets an adapter."""
-
-    name: str
-    in_features: int
-    out_features: int
-    kind: AdapterKind
-    share: int = 1  # what the rank of an adapter is divided by: the number of experts, where the settings say so
-
-    @property
-    def max_rank(self) -> int:
-        return min(self.in_features, self.out_features)
-
-    def rank(self, rank: int) -> int:
-        """The rank of this matrix in an adapter of `rank`."""
-        return expert_rank(rank, self.share)
-
-
-@dataclass(frozen=True, slots=True)
-class Targets:
-    """The target modules: the names for PEFT, and each matrix."""
-
-    names: tuple[str, ...]  # `all-linear` resolved to names of modules, whole or by their last parts
-    modules: tuple[TargetModule, ...]
-    parameters: tuple[str, ...] = ()  # bare parameters, such as those of fused experts
-    experts: Mapping[str, int] = field(default_factory=dict)  # by which the rank is divided, by key of PEFT's patterns
-    left_out: tuple[str, ...] = ()  # parameters that PEFT's `all-linear` adapts beside the modules
-
-    @property
-    def kinds(self) -> tuple[AdapterKind, ...]:
-        return tuple(dict.fromkeys(module.kind for module in self.modules))
-
-    @property
-    def shapes(self) -> list[tuple[int, int]]:
-        return [(module.out_features, module.in_features) for module in self.modules]
-
-
-@contextmanager
-def without_peft_noise() -> Iterator[None]:
-    """Within the block, PEFT's warnings that a user can't act on are off."""
-    with warnings.catch_warnings():
-        # PEFT reads an attribute that transformers 5 deprecates.
-        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
-        # PEFT detects which layers are transposed, as GPT-2's are, and warns for each.
-        warnings.filterwarnings("ignore", message="fan_in_fan_out is set to (False|True) but")
-        # PEFT adds patterns for fused experts, which may have no adapter.
-        warnings.filterwarnings("ignore", message=r"The following (rank|alpha)_pattern keys did not match")
-        yield
-
-
-def lora_config(
-    settings: SelectSettings,
-    arm: Arm,
-    classification: bool,
-    names: Sequence[str],
-    parameters: Sequence[str] = (),
-    experts: Mapping[str, int] | None = None,
-) -> LoraConfig:
-    """PEFT's configuration of one arm on the modules and parameters of these names; `experts` divide its rank."""
-    init = arm.init_lora_weights or settings.init_lora_weights
-    rank = stored_rank(init, arm.rank)
-    alpha, use_rslora = peft_scaling(settings.scaling, arm.lora_alpha, arm.rank)
-    if rank != arm.rank:
-        alpha, use_rslora = lora_scale(settings.scaling, arm.lora_alpha, arm.rank) * rank, False
-    ranks, alphas = expert_patterns(experts or {}, arm.rank, arm.lora_alpha, settings.scaling)
-    return LoraConfig(
-        r=rank,
-        lora_alpha=int(alpha) if float(alpha).is_integer() else alpha,  # type: ignore[arg-type]
-        use_rslora=use_rslora,
-        target_modules=list(names),
-        target_parameters=list(parameters) or None,
-        rank_pattern=ranks,
-        alpha_pattern=alphas,
-        init_lora_weights="gaussian" if init == "gaussian" else True,  # for kinds that PEFT alone starts
-        **common_fields(settings, classification),
-    )
-
-
-def common_fields(settings: SelectSettings | PlanSettings, classification: bool) -> dict[str, Any]:
-    """The fields of PEFT's configuration that training and planning fill alike."""
-    layers = settings.layers_to_transform
-    return {
-        "task_type": TaskType.SEQ_CLS if classification else TaskType.CAUSAL_LM,
-        "layers_to_transform": None if layers is None else list(layers),
-        **settings.lora_config(),
-    }
-
-
-def find_targets(model: Any, settings: SelectSettings, classification: bool) -> Targets:
-    """The modules that PEFT adapts under these settings.
-
-    Raises:
-        ModelError: a name matches no module, a layer does not exist, or a rank in `settings.ranks` is above the largest
-            rank of some matrix.
-    """
-    require_names(model, settings)
-    require_layers(model, settings.layers_to_transform)
-    require_parameters(model, settings.target_parameters)
-    parameters = in_layers(model, settings.target_parameters, settings.layers_to_transform)
-    names, left_out = named_targets(model, settings, classification)
-    probe = Arm(rank=1, learning_rate=1.0, lora_alpha=1.0, seed=0, steps=1)
-    skeleton = _skeleton(model)
-    try:
-        with without_peft_noise():
-            get_peft_model(skeleton, lora_config(settings, probe, classification, names, parameters))
-    except (ValueError, TypeError) as error:
-        raise ModelError(_refusal(model, first_line(error))) from None
-    experts = expert_counts(model, parameters, names) if settings.divide_rank_by_experts else {}
-    if settings.divide_rank_by_experts and not experts:
-        raise ModelError("divide_rank_by_experts: no adapted matrix belongs to an expert; leave it out")
-    modules = tuple(adapted_matrices(skeleton, experts))
-    _require_text(modules)
-    _require_ranks(modules, settings.ranks)
-    left_out = tuple(name for name in left_out if not any(given.endswith(name) for given in settings.target_parameters))
-    return Targets(tuple(sorted(names)), modules, tuple(parameters), experts, left_out)
-
-
-def adapted_matrices(model: Any, experts: Mapping[str, int]) -> Iterator[TargetModule]:
-    """Every matrix that PEFT adapted in `model`, by its name in the base; `experts` as in `Targets`."""
-    for path, module in model.named_modules():
-        if not isinstance(module, LoraLayer):
-            continue
-        kind, name = kind_of(module), path.replace(WRAPPED, "")
-        for part, rows, columns in kind.shapes(module):
-            whole = f"{name}.{part}" if part else name
-            share = next((count for key, count in experts.items() if is_expert(key, whole)), 1)
-            yield TargetModule(whole, columns, rows, kind, share)
-
-
-def _refusal(model: Any, reason: str) -> str:
-    if reason.startswith(("Target modules", "No modules", "No `target_modules`")):
-        return f"PEFT finds no module to adapt ({reason}); {_names_there_are(model)}"
-    return f"PEFT can't make this adapter: {reason.rstrip('.')}; change the settings of the adapter"
-
-
-def _require_text(modules: Sequence[TargetModule]) -> None:
-    """Refuse a kind that `select` does not train."""
-    for module in modules:
-        if module.kind.why_not_select is not None:
-            raise ModelError(
-                f"{module.name} is {module.kind.label}: {module.kind.why_not_select}; leave it out with exclude_modules"
-            )
-
-
-def named_targets(
-    model: Any, settings: SelectSettings | PlanSettings, classification: bool
-) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The names of `target_modules`, `all-linear` resolved; and the parameters that PEFT's `all-linear` adds to them."""
-    if settings.target_modules == (ALL_LINEAR,):
-        return _all_linear(model, settings, classification)
-    return settings.target_modules, ()
-
-
-def _all_linear(
-    model: Any, settings: SelectSettings | PlanSettings, classification: bool
-) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The names that PEFT resolves `all-linear` to, in the layers of the settings, and the parameters that it adds.
-
-    The modules are every linear one but the output head. PEFT adds parameters of fused experts.
-    """
-    config = LoraConfig(task_type=TaskType.SEQ_CLS if classification else TaskType.CAUSAL_LM, target_modules=ALL_LINEAR)
-    skeleton = _skeleton(model)
-    whole = {name for name, _ in skeleton.named_modules()}
-    with without_peft_noise():
-        inject_adapter_in_model(config, skeleton)
-    found = sorted(config.target_modules or ())
-    # PEFT looks at the layer of a module whose name ends with a target, and not where it is the target.
-    names = tuple(name for name in found if name not in whole or is_in_layers(name, settings))
-    return names, tuple(sorted(config.target_parameters or ()))
-
-
-def is_in_layers(name: str, settings: SelectSettings | PlanSettings) -> bool:
-    """Whether PEFT's layer test accepts a module of this name; without `layers_to_transform` it accepts any."""
-    layers = settings.layers_to_transform
-    if layers is None:
-        return True
-    _, dot, last = name.rpartition(".")
-    pattern = settings.peft_options.get("layers_pattern")
-    config = LoraConfig(target_modules=[last], layers_to_transform=list(layers), layers_pattern=pattern)
-    return bool(dot) and bool(check_target_module_exists(config, name))
-
-
-def _skeleton(model: Any) -> Any:
-    """The model's modules without weights."""
-    with torch.device("meta"):
-        return type(model)(model.config)
-
-
-def require_names(model: Any, settings: SelectSettings | PlanSettings) -> None:
-    """Check that every name of modules matches one, in the layers that the settings name.
-
-    PEFT accepts a list if one of its names matches, and takes a module by its whole name from any layer.
-
-    Raises:
-        ModelError: a name matches no module; the message lists the linear modules. Or it names a module of another layer.
-    """
-    names = {name for name, _ in model.named_modules() if name}
-    targets = [name for name in settings.target_modules if name != ALL_LINEAR]
-    if ALL_LINEAR in settings.target_modules and len(settings.target_modules) > 1:
-        raise ModelError(
-            "target_modules holds 'all-linear' beside other names; give 'all-linear' alone, or names alone"
-        )
-    for target in (*targets, *settings.modules_to_save, *settings.exclude_modules):
-        if not any(name == target or name.endswith(f".{target}") for name in names):
-            raise ModelError(f"no module is named {target!r}; {_names_there_are(model)}")
-    for target in targets:
-        if target in names and "." in target and not is_in_layers(target, settings):
-            raise ModelError(
-                f"target_modules: {target!r} is in none of layers_to_transform; leave it out, or add its layer"
-            )
-
-
-def require_layers(model: Any, layers_to_transform: Sequence[int] | None) -> None:
-    """Check that the model has these layers.
-
-    Raises:
-        ModelError: it does not have one of them.
-    """
-    if layers_to_transform is None:
-        return
-    numbers = [int(match[1]) for name, _ in model.named_modules() if (match := re.match(r".*?\.(\d+)\.", name))]
-    count = max(numbers, default=-1) + 1
-    for layer in layers_to_transform:
-        if not 0 <= layer < count:
-            raise ModelError(f"layers_to_transform: got {layer}; the model's layers are 0 to {count - 1}")
-
-
-def _require_ranks(targets: Sequence[TargetModule], ranks: Sequence[int]) -> None:
-    for target in targets:
-        too_large = [rank for rank in ranks if target.rank(rank) > target.max_rank]
-        if too_large:
-            raise ModelError(
-                f"rank {too_large[0]} is above the {target.max_rank} that {target.name} "
-                f"({target.out_features} × {target.in_features}) can have; give ranks up to {target.max_rank}, or exclude_modules"
-            )
-
-
-def _names_there_are(model: Any) -> str:
-    linear = {
-        name.rsplit(".", 1)[-1]
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear) or type(module).__name__ == "Conv1D"
-    }
-    return f"linear modules there are: {', '.join(sorted(linear)) or 'none'}"
+LISTED = r"experts\.\d+\..+"  # matches modules in a ModuleList of experts, as a key of PEFT's patterns
 
 
 class ArmTargets:
@@ -434,3 +109,308 @@ class ArmTargets:
             raise ModelError(
                 f"sweep {variant.label} is not possible with {kind.label}: {kind.why_own_start}; leave it out"
             )
+
+
+@dataclass(frozen=True, slots=True)
+class TargetModule:
+    """A matrix W [out_features, in_features] that gets an adapter."""
+
+    name: str
+    in_features: int
+    out_features: int
+    kind: AdapterKind
+    share: int = 1  # what the rank of an adapter is divided by: the number of experts, where the settings say so
+
+    @property
+    def max_rank(self) -> int:
+        return min(self.in_features, self.out_features)
+
+    def rank(self, rank: int) -> int:
+        """The rank of this matrix in an adapter of `rank`."""
+        return expert_rank(rank, self.share)
+
+
+@dataclass(frozen=True, slots=True)
+class Targets:
+    """The target modules: the names for PEFT, and each matrix."""
+
+    names: tuple[str, ...]  # `all-linear` resolved to names of modules, whole or by their last parts
+    modules: tuple[TargetModule, ...]
+    parameters: tuple[str, ...] = ()  # bare parameters, such as those of fused experts
+    experts: Mapping[str, int] = field(default_factory=dict)  # by which the rank is divided, by key of PEFT's patterns
+    left_out: tuple[str, ...] = ()  # parameters that PEFT's `all-linear` adapts beside the modules
+
+    @property
+    def kinds(self) -> tuple[AdapterKind, ...]:
+        return tuple(dict.fromkeys(module.kind for module in self.modules))
+
+    @property
+    def shapes(self) -> list[tuple[int, int]]:
+        return [(module.out_features, module.in_features) for module in self.modules]
+
+
+def find_targets(model: Any, settings: SelectSettings, classification: bool) -> Targets:
+    """The modules that PEFT adapts under these settings.
+
+    Raises:
+        ModelError: a name matches no module, a layer does not exist, PEFT can't adapt a module, or a rank in
+            `settings.ranks` is above the largest rank of some matrix.
+    """
+    require_targets(model, settings)
+    if settings.use_dora and settings.load_in_8bit and next(model.parameters()).device.type == "cpu":
+        raise ModelError(
+            "use_dora with load_in_8bit: PEFT loses the scales of weights in 8 bits on a CPU; give load_in_4bit, or device cuda"
+        )
+    parameters = in_layers(model, settings)
+    probe = Arm(rank=1, learning_rate=1.0, lora_alpha=1.0, seed=0, steps=1)
+    skeleton = _skeleton(model)
+    try:
+        names, added = named_targets(model, settings, classification)
+        with without_peft_noise():
+            get_peft_model(skeleton, lora_config(settings, probe, classification, names, parameters))
+    except (ValueError, TypeError) as error:
+        reason = first_line(error)
+        if reason.startswith(("Target modules", "No modules", "No `target_modules`")):
+            raise ModelError(f"PEFT finds no module to adapt ({reason}); {_names_there_are(model)}") from None
+        refusal = f"PEFT can't make this adapter: {reason.rstrip('.')}; change the settings of the adapter"
+        raise ModelError(refusal) from None
+    experts = expert_counts(model, parameters, names) if settings.divide_rank_by_experts else {}
+    if settings.divide_rank_by_experts and not experts:
+        raise ModelError("divide_rank_by_experts: no adapted matrix belongs to an expert; leave it out")
+    modules = tuple(adapted_matrices(skeleton, experts))
+    for module in modules:
+        _require_trainable(module, skeleton)
+        _require_ranks(module, settings.ranks)
+    left_out = tuple(name for name in added if not any(given.endswith(name) for given in settings.target_parameters))
+    return Targets(tuple(sorted(names)), modules, tuple(parameters), experts, left_out)
+
+
+def require_targets(model: Any, settings: SelectSettings | PlanSettings) -> None:
+    """Check that every name of modules and parameters matches one, in layers that the model has and the settings name.
+
+    PEFT accepts a list if one of its names matches, and takes a module by its whole name from any layer.
+
+    Raises:
+        ModelError: a name that matches nothing, with the names that there are; a module of another layer; no such layer.
+    """
+    names = {name for name, _ in model.named_modules() if name}
+    targets = [name for name in settings.target_modules if name != ALL_LINEAR]
+    if ALL_LINEAR in settings.target_modules and len(settings.target_modules) > 1:
+        raise ModelError(
+            "target_modules holds 'all-linear' beside other names; give 'all-linear' alone, or names alone"
+        )
+    for target in (*targets, *settings.modules_to_save, *settings.exclude_modules):
+        if not any(_matches(target, name) for name in names):
+            raise ModelError(f"no module is named {target!r}; {_names_there_are(model)}")
+    for target in targets:
+        if target in names and "." in target and not is_in_layers(target, settings):
+            raise ModelError(
+                f"target_modules: {target!r} is in none of layers_to_transform; leave it out, or add its layer"
+            )
+    count = max((layer for name in names if (layer := _layer(name)) is not None), default=-1) + 1
+    for layer in settings.layers_to_transform or ():
+        if not 0 <= layer < count:
+            raise ModelError(f"layers_to_transform: got {layer}; the model's layers are 0 to {count - 1}")
+    parameters = dict(model.named_parameters())
+    for target in settings.target_parameters:
+        if not any(_matches(target, name) for name in parameters):
+            stacked = {".".join(name.rsplit(".", 3)[-3:]) for name, value in parameters.items() if value.dim() == 3}
+            listed = f"; parameters of experts there are: {', '.join(sorted(stacked)) or 'none'}"
+            near = did_you_mean(target, stacked)
+            raise ModelError(f"target_parameters: no parameter is named {target!r}{near or listed}")
+
+
+def in_layers(model: Any, settings: SelectSettings | PlanSettings) -> list[str]:
+    """`target_parameters` in the layers of the settings: full names, since PEFT looks at the layers of modules alone."""
+    targets, layers = settings.target_parameters, settings.layers_to_transform
+    if layers is None or not targets:
+        return list(targets)
+    names = (name for name, _ in model.named_parameters() if any(_matches(target, name) for target in targets))
+    return [name for name in names if _layer(name) in layers]
+
+
+def _layer(name: str) -> int | None:
+    """The first number in a name of several parts."""
+    found = re.match(r".*?\.(\d+)\.", name)
+    return None if found is None else int(found[1])
+
+
+def named_targets(
+    model: Any, settings: SelectSettings | PlanSettings, classification: bool
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The names of `target_modules`, and the parameters that PEFT's `all-linear` adds to them.
+
+    `all-linear` is resolved by PEFT, in the layers of the settings: every linear module but the output head, and the
+    parameters of fused experts.
+    """
+    if settings.target_modules != (ALL_LINEAR,):
+        return settings.target_modules, ()
+    config = LoraConfig(task_type=TaskType.SEQ_CLS if classification else TaskType.CAUSAL_LM, target_modules=ALL_LINEAR)
+    skeleton = _skeleton(model)
+    whole = {name for name, _ in skeleton.named_modules()}
+    with without_peft_noise():
+        inject_adapter_in_model(config, skeleton)
+    found = sorted(config.target_modules or ())
+    # PEFT looks at the layer of a module whose name ends with a target, and not where it is the target.
+    names = tuple(name for name in found if name not in whole or is_in_layers(name, settings))
+    return names, tuple(sorted(config.target_parameters or ()))
+
+
+def is_in_layers(name: str, settings: SelectSettings | PlanSettings) -> bool:
+    """Whether PEFT's layer test accepts a module of this name; without `layers_to_transform` it accepts any."""
+    layers = settings.layers_to_transform
+    if layers is None:
+        return True
+    _, dot, last = name.rpartition(".")
+    pattern = settings.peft_options.get("layers_pattern")
+    config = LoraConfig(target_modules=[last], layers_to_transform=list(layers), layers_pattern=pattern)
+    return bool(dot) and bool(check_target_module_exists(config, name))
+
+
+def _skeleton(model: Any) -> Any:
+    """The model's modules without weights."""
+    with torch.device("meta"):
+        return type(model)(model.config)
+
+
+def adapted_matrices(model: Any, experts: Mapping[str, int]) -> Iterator[TargetModule]:
+    """Every matrix that PEFT adapted in `model`, by its name in the base; `experts` as in `Targets`."""
+    for path, module in model.named_modules():
+        if not isinstance(module, LoraLayer):
+            continue
+        kind, name = kind_of(module), path.replace(WRAPPED, "")
+        for part, rows, columns in kind.shapes(module):
+            whole = f"{name}.{part}" if part else name
+            share = next((count for key, count in experts.items() if _is_expert(key, whole)), 1)
+            yield TargetModule(whole, columns, rows, kind, share)
+
+
+def _require_trainable(module: TargetModule, skeleton: Any) -> None:
+    """Refuse a kind that `select` does not train, and a layer that returns more than its product, as Llama-4's router."""
+    if module.kind.why_not_select is not None:
+        raise ModelError(
+            f"{module.name} is {module.kind.label}: {module.kind.why_not_select}; leave it out with exclude_modules"
+        )
+    layer = skeleton.get_submodule(module.name).get_base_layer() if isinstance(module.kind, Linear) else None
+    if isinstance(layer, torch.nn.Linear) and type(layer).forward is not torch.nn.Linear.forward:
+        output = layer(torch.empty(1, layer.in_features, device="meta", dtype=layer.weight.dtype))
+        if not isinstance(output, torch.Tensor):
+            raise ModelError(
+                f"{module.name} is a {type(layer).__name__}, which returns more than its product: PEFT can't train an "
+                "adapter on it; leave it out with exclude_modules"
+            )
+
+
+def _require_ranks(target: TargetModule, ranks: Sequence[int]) -> None:
+    too_large = [rank for rank in ranks if target.rank(rank) > target.max_rank]
+    if too_large:
+        raise ModelError(
+            f"rank {too_large[0]} is above the {target.max_rank} that {target.name} "
+            f"({target.out_features} × {target.in_features}) can have; give ranks up to {target.max_rank}, or exclude_modules"
+        )
+
+
+def _names_there_are(model: Any) -> str:
+    linear = {
+        name.rsplit(".", 1)[-1]
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) or type(module).__name__ == "Conv1D"
+    }
+    return f"linear modules there are: {', '.join(sorted(linear)) or 'none'}"
+
+
+def _matches(target: str, name: str) -> bool:
+    return name == target or name.endswith(f".{target}")
+
+
+def lora_config(
+    settings: SelectSettings,
+    arm: Arm,
+    classification: bool,
+    names: Sequence[str],
+    parameters: Sequence[str] = (),
+    experts: Mapping[str, int] | None = None,
+) -> LoraConfig:
+    """PEFT's configuration of one arm on the modules and parameters of these names; `experts` divide its rank."""
+    init = arm.init_lora_weights or settings.init_lora_weights
+    rank = stored_rank(init, arm.rank)
+    alpha, use_rslora = peft_scaling(settings.scaling, arm.lora_alpha, arm.rank)
+    if rank != arm.rank:
+        alpha, use_rslora = lora_scale(settings.scaling, arm.lora_alpha, arm.rank) * rank, False
+    ranks, alphas = expert_patterns(experts or {}, arm.rank, arm.lora_alpha, settings.scaling)
+    return LoraConfig(
+        r=rank,
+        lora_alpha=int(alpha) if float(alpha).is_integer() else alpha,  # type: ignore[arg-type]
+        use_rslora=use_rslora,
+        target_modules=list(names),
+        target_parameters=list(parameters) or None,
+        rank_pattern=ranks,
+        alpha_pattern=alphas,
+        init_lora_weights="gaussian" if init == "gaussian" else True,  # for kinds that PEFT alone starts
+        **common_fields(settings, classification),
+    )
+
+
+def common_fields(settings: SelectSettings | PlanSettings, classification: bool) -> dict[str, Any]:
+    """The fields of PEFT's configuration that training and planning fill alike."""
+    layers = settings.layers_to_transform
+    return {
+        "task_type": TaskType.SEQ_CLS if classification else TaskType.CAUSAL_LM,
+        "layers_to_transform": None if layers is None else list(layers),
+        **settings.lora_config(),
+    }
+
+
+@contextmanager
+def without_peft_noise() -> Iterator[None]:
+    """Within the block, PEFT's warnings that a user can't act on are off."""
+    with warnings.catch_warnings():
+        # PEFT reads an attribute that transformers 5 deprecates.
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
+        # PEFT detects which layers are transposed, as GPT-2's are, and warns for each.
+        warnings.filterwarnings("ignore", message="fan_in_fan_out is set to (False|True) but")
+        # PEFT adds patterns for fused experts, which may have no adapter.
+        warnings.filterwarnings("ignore", message=r"The following (rank|alpha)_pattern keys did not match")
+        yield
+
+
+def expert_counts(model: Any, target_parameters: Sequence[str], target_modules: Sequence[str]) -> dict[str, int]:
+    """The number of experts by a key of PEFT's patterns: each of `target_parameters`, and modules in a list of experts.
+
+    Raises:
+        ModelError: layers with different numbers of experts under one key.
+    """
+    counts: dict[str, set[int]] = {}
+    for name, value in model.named_parameters():
+        for target in target_parameters:
+            if _matches(target, name) and value.dim() == 3:
+                counts.setdefault(target, set()).add(int(value.shape[0]))
+    for name, module in model.named_modules():
+        listed = re.search(rf"(?:^|\.)(?={LISTED}$)", name)
+        if (
+            listed is not None
+            and any(_matches(target, name) for target in target_modules)
+            and (hasattr(module, "in_features") or hasattr(module, "nf"))
+        ):
+            counts.setdefault(LISTED, set()).add(len(model.get_submodule(f"{name[: listed.end()]}experts")))
+    for key, found in counts.items():
+        if len(found) > 1:
+            raise ModelError(f"divide_rank_by_experts: layers have {sorted(found)} experts under {key!r}; leave it out")
+    return {key: found.pop() for key, found in counts.items()}
+
+
+def expert_patterns(
+    counts: Mapping[str, int], rank: int, lora_alpha: float, scaling: Scaling
+) -> tuple[dict[str, int], dict[str, float]]:
+    """PEFT's `rank_pattern`, and the `alpha_pattern` that keeps the scaling rule, for experts at `rank` over their number."""
+    ranks = {key: expert_rank(rank, count) for key, count in counts.items()}
+    whole, _ = peft_scaling(scaling, lora_alpha, rank)
+    alphas = {key: peft_scaling(scaling, lora_alpha, one)[0] for key, one in ranks.items()}
+    return ranks, {key: alpha for key, alpha in alphas.items() if alpha != whole}
+
+
+def _is_expert(key: str, name: str) -> bool:
+    """Whether a key of `expert_counts` matches a matrix by its name in the base."""
+    if key == LISTED:
+        return re.search(rf"(^|\.){LISTED}$", name) is not None
+    return re.sub(r"\.\d+$", "", name).endswith(key)

@@ -14,7 +14,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
-from rightrank.models.counts import capacity_rank, lora_parameters, safetensors_bytes
+from rightrank.models.ranks import capacity_rank, lora_parameters, safetensors_bytes
 from rightrank.plugins.plan.planner import plan_config
 from rightrank.schema.plan_settings import make_plan_settings
 from tests.plugins.plan import CONFIGS

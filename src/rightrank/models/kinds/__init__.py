@@ -1,15 +1,13 @@
-"""The kinds of adapters that `rightrank` knows, one in each file."""
+"""The kinds of adapters that `rightrank` knows."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from rightrank.models.kinds.base import AdapterKind, Other, StoredPair
-from rightrank.models.kinds.convolution import Convolution
-from rightrank.models.kinds.dora import Dora
-from rightrank.models.kinds.embedding import Embedding
+from rightrank.models.kinds.base import AdapterKind, StoredPair
 from rightrank.models.kinds.experts import Experts
 from rightrank.models.kinds.linear import Linear
+from rightrank.models.kinds.other import Convolution, Dora, Embedding, Other
 
 KINDS: tuple[AdapterKind, ...] = (Experts(), Dora(), Embedding(), Convolution(), Linear(), Other())
 """The first that claims a module or a pair describes it; the last claims any module."""

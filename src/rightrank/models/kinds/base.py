@@ -1,7 +1,7 @@
 """The seam of adapter kinds: what a kind must say so that its adapters train, are counted, truncated, inspected and saved.
 
 PEFT creates every adapter and saves it. A kind describes one way in which PEFT adapts a layer: as a live module while the
-adapter trains, and as a pair of tensors in `adapter_model.safetensors`. A kind is one file in this folder and one line in
+adapter trains, and as a pair of tensors in `adapter_model.safetensors`. A kind is one class and one line in
 `rightrank.models.kinds.KINDS`; the first kind in that list that claims a module or a pair describes it.
 
 An implementer keeps three promises. `start` leaves the base's function unchanged, and an adapter of rank r begins with the
@@ -125,7 +125,7 @@ class AdapterKind(ABC):
 
         By default PEFT's own, which computes one adapter at a time.
         """
-        return alone_forward(module, routing, self.label)
+        return _alone_forward(module, routing, self.label)
 
     def stores(self, pair: StoredPair) -> bool:
         """Whether the pair is of this kind; by default no file is."""
@@ -154,7 +154,7 @@ class AdapterKind(ABC):
         return new_a.reshape(rank, *a.shape[1:]), new_b.reshape(b.shape[0], rank, *b.shape[2:])
 
 
-def alone_forward(module: Any, routing: CurrentRouting, label: str) -> Forward:
+def _alone_forward(module: Any, routing: CurrentRouting, label: str) -> Forward:
     """PEFT's own forward pass for the one adapter of a pass; without a routing, the base's."""
     by_peft = module.forward
 
@@ -199,20 +199,3 @@ def _training(module: Any, adapter: str, seed: int | None) -> Iterator[None]:
         finally:
             for part, was in zip(trained, before, strict=True):
                 part.training = was
-
-
-class Other(AdapterKind):
-    """Any layer that no other kind claims."""
-
-    name = "linear"
-    label = "an adapter of a kind that rightrank does not know"
-    why_alone = "only PEFT's own forward pass computes it"
-    why_own_start = "what its tensors mean is unknown"
-    why_not_truncated = "what its tensors mean is unknown"
-    why_not_padded = "what its tensors mean is unknown"
-
-    def adapts(self, module: Any) -> bool:
-        return True
-
-    def start(self, module: Any, adapter: str, draw: Draw) -> None:
-        """PEFT's own start, made from the arm's seed."""

@@ -21,7 +21,7 @@ from rightrank.data.files import UnreadableError, read_json_object
 from rightrank.decision.comparison import bounds_of
 from rightrank.decision.intervals import estimate
 from rightrank.models.adapter_files import AdapterFolder, open_adapter
-from rightrank.models.patterns import exact_pattern
+from rightrank.models.ranks import exact_pattern
 from rightrank.plugins.allocate import importance
 from rightrank.schema.errors import SettingsError, did_you_mean
 from rightrank.schema.results import Allocation, AllocationTrial, AllocationVerdict

@@ -16,8 +16,8 @@ from peft import EvaConfig, LoraConfig, initialize_lora_eva_weights
 
 from rightrank.adapters.checkpoints import weight_gradients
 from rightrank.models.adapter_files import AdapterFolder
-from rightrank.models.spectra import factored_singular_values, ranks_by_water_filling
-from rightrank.models.truncation import resized_factors
+from rightrank.models.spectra import factored_singular_values
+from rightrank.models.truncation import ranks_within, resized_factors
 from rightrank.schema.trials import SplitName
 from rightrank.train.adapter import ADAPTER, lora_modules, unwrapped, wrapped
 from rightrank.train.adapter_runtime import adapter_attached
@@ -30,7 +30,7 @@ EVA_RHO = 2.0  # PEFT's default: at most twice the rank anywhere
 def by_spectra(adapter: AdapterFolder, budget: int) -> dict[str, int]:
     """Water-filling by the energy of the trained update: largest σ² of s·B·A per parameter first."""
     spectra = [factored_singular_values(*adapter.factors(module)) * abs(module.scaling) for module in adapter.modules]
-    return _named(adapter, ranks_by_water_filling(spectra, _costs(adapter), budget))
+    return _named(adapter, ranks_within([s**2 for s in spectra], _costs(adapter), budget))
 
 
 def by_sensitivity(adapter: AdapterFolder, runtime: Runtime, budget: int) -> dict[str, int]:
@@ -98,7 +98,7 @@ def by_gradient(adapter: AdapterFolder, runtime: Runtime, budget: int) -> dict[s
         torch.linalg.svdvals(gradients[module.name].double()).numpy()[:limit]
         for module, limit in zip(adapter.modules, limits, strict=True)
     ]
-    return _named(adapter, ranks_by_water_filling(spectra, _costs(adapter), budget))
+    return _named(adapter, ranks_within([s**2 for s in spectra], _costs(adapter), budget))
 
 
 def by_eva(adapter: AdapterFolder, runtime: Runtime, budget: int, rank: int) -> dict[str, int]:

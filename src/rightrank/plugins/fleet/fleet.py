@@ -18,10 +18,9 @@ from rightrank.adapters.held_out import Candidates, Recovery, ScoredData, Trunca
 from rightrank.adapters.resize import folder_names, open_together, write_together
 from rightrank.adapters.rewrite import require_summable, write_sum
 from rightrank.data.files import UnreadableError, read_json_object, require_absent
-from rightrank.interop.servers import max_module_rank, served_rank
-from rightrank.models.adapter_files import AdapterFolder, open_adapter, write_adapter
+from rightrank.models.adapter_files import AdapterFolder, open_adapter, write_adapter, write_padded
 from rightrank.models.base_models import LoadedModel, load_base
-from rightrank.models.padding import write_padded
+from rightrank.models.ranks import max_module_rank, served_rank
 from rightrank.schema.decision import AdapterCandidate
 from rightrank.schema.errors import DataError, ModelError, SettingsError
 from rightrank.schema.results import Resized

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rightrank.models.counts import capacity_rank
+from rightrank.models.ranks import capacity_rank
 from rightrank.plugins.plan.estimate import Estimator, RankEstimate
 from rightrank.schema.plan_settings import PlanSettings
 from rightrank.schema.results import AxisPrice, Change, RangeLimit

@@ -54,7 +54,11 @@ class QuantisedLinear(torch.nn.Linear):
             out = out + self.bias.to(out.dtype)
         return out.clone() if self.copies_output else out
 
-    def decompressed(self) -> torch.Tensor:
+    @property
+    def W_q(self) -> torch.Tensor:  # noqa: N802 - PEFT's DoRA asks `dequantize` for the weight where there is one
+        return self.weight
+
+    def dequantize(self) -> torch.Tensor:
         if self.nested:  # decompresses the constants first
             blocks = math.ceil(self.in_features * self.out_features / BLOCK)
             _constants = torch.empty(blocks, dtype=torch.float32, device="meta") + 0
@@ -76,10 +80,10 @@ class _QuantisedProduct(torch.autograd.Function):
     def forward(ctx: Any, input: torch.Tensor, module: QuantisedLinear) -> torch.Tensor:
         ctx.module = module
         if module.bits == 4:
-            return input @ module.decompressed().t()
+            return input @ module.dequantize().t()
         ctx.rows = input  # kept for the backward pass
         if module.on_cpu and module.training:
-            return input @ module.decompressed().t()
+            return input @ module.dequantize().t()
         rows = input.numel() // module.in_features
         _halves = input.to(torch.float16)
         _codes = torch.empty((rows, module.in_features), dtype=torch.int8, device="meta")
@@ -88,7 +92,7 @@ class _QuantisedProduct(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return gradients[0] @ ctx.module.decompressed(), None
+        return gradients[0] @ ctx.module.dequantize(), None
 
 
 def constants(rows: int, weights: int, bits: int, double: bool) -> list[tuple[int, torch.dtype]]:

@@ -31,9 +31,7 @@ from rightrank.train.targets import (
     expert_patterns,
     in_layers,
     named_targets,
-    require_layers,
-    require_names,
-    require_parameters,
+    require_targets,
 )
 
 MAX_LAYERS = 1000
@@ -168,9 +166,7 @@ def adapt(model: Any, settings: PlanSettings, rank: int, arms: int = 1) -> Skele
     Raises:
         ModelError: a target that matches nothing, or one that PEFT cannot adapt.
     """
-    require_names(model, settings)
-    require_layers(model, settings.layers_to_transform)
-    require_parameters(model, settings.target_parameters)
+    require_targets(model, settings)
     _require_patterns(model, settings.rank_pattern)
     names = ("default", *(f"arm_{number}" for number in range(1, arms)))
     how: dict[str, Any] = {"autocast_adapter_dtype": settings.autocast_adapter_dtype, "low_cpu_mem_usage": True}
@@ -211,7 +207,7 @@ def experts_of(model: Any, settings: PlanSettings) -> dict[str, int]:
     if not settings.divide_rank_by_experts:
         return {}
     targets, _ = named_targets(model, settings, settings.num_labels is not None)
-    return expert_counts(model, in_layers(model, settings.target_parameters, settings.layers_to_transform), targets)
+    return expert_counts(model, in_layers(model, settings), targets)
 
 
 def lora_config(model: Any, settings: PlanSettings, rank: int) -> LoraConfig:
@@ -221,7 +217,7 @@ def lora_config(model: Any, settings: PlanSettings, rank: int) -> LoraConfig:
         settings.loss == "chunked" or settings.layers_to_transform is not None
     ):  # as `select`; PEFT needs names for layers
         targets, _ = named_targets(model, settings, settings.num_labels is not None)
-    parameters = in_layers(model, settings.target_parameters, settings.layers_to_transform)
+    parameters = in_layers(model, settings)
     return LoraConfig(
         r=rank,
         target_modules=ALL_LINEAR if targets == (ALL_LINEAR,) else (list(targets) or None),
