@@ -8,9 +8,10 @@ import sys
 import time
 from pathlib import Path
 
+import click
 import pytest
 
-from rightrank.cli import main
+from rightrank.cli import cli, main
 from rightrank.runs.journal import Journal
 from rightrank.schema.trials import TrialFinished
 
@@ -19,6 +20,8 @@ SMALL = [
     "--seq-len", "32", "--eval-items", "12", "--set", "eval_points=2", "--set", "samples=1", "--device", "cpu",
 ]  # fmt: skip
 
+_context = click.Context(cli)
+COMMANDS = {name: command for name in cli.list_commands(_context) if (command := cli.get_command(_context, name))}
 SELECT = ["select", "model", "data.jsonl", "--out", "run", *SMALL, "--quiet"]
 
 

@@ -33,8 +33,6 @@ PUBLIC = {
     "inspect",
     "make_plan_settings",
     "make_settings",
-    "plan",
-    "plan_selection",
     "preflight",
     "resize",
     "select_rank",

@@ -14,9 +14,9 @@ import torch
 
 from benchmarks.machine import machine
 from benchmarks.results import store
-from rightrank.api.adapters import fleet
 from rightrank.data.splits import load_data
 from rightrank.models.base_models import load_model
+from rightrank.plugins.fleet import fleet
 from rightrank.schema.events import Listener
 from rightrank.schema.settings import make_settings
 from rightrank.schema.trials import Arm, Trial

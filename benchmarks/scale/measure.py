@@ -26,7 +26,8 @@ from benchmarks.machine import machine
 from benchmarks.scale.simulate import lower_bound
 from benchmarks.scale.simulated import TOKEN, VERSIONS, Pace, SimulatedCrew
 from benchmarks.scale.stub_worker import StubRayWorker
-from rightrank.plugins.cluster.pool import Crew, Job, Pool, PoolOptions, WorkerSetup
+from rightrank.plugins.cluster.messages import Setup
+from rightrank.plugins.cluster.pool import Crew, Pool, PoolOptions
 from rightrank.plugins.cluster.processes import ProcessCrew
 from rightrank.plugins.cluster.ray_cluster import RayCrew
 from rightrank.plugins.cluster.worker import versions
@@ -46,16 +47,25 @@ def sleeping_trials(count: int, low: int, high: int, seed: int) -> list[Trial]:
     return [Trial(trial_id=f"t{n}", arm=arm) for n, arm in enumerate(arms)]
 
 
-def orders_in(folder: Path) -> WorkerSetup:
+def setup_in(folder: Path) -> Setup:
+    """Of a selection of sleeping workers, with the probe file that they read."""
     probe = folder / "probe"
     probe.write_text(TOKEN)
-    job = Job(name="job", model="", data="", settings={}, folder=folder, fingerprint="")
-    return WorkerSetup(jobs=[job], working_folder=Path.cwd(), share=str(folder.absolute()), probe=probe.name)
+    return Setup(
+        model="",
+        data="",
+        settings={},
+        fingerprint="",
+        folder=folder,
+        working_folder=Path.cwd(),
+        share=str(folder.absolute()),
+        probe=probe.name,
+    )
 
 
 @contextmanager
 def process_crew(folder: Path) -> Iterator[Crew]:
-    yield ProcessCrew(orders_in(folder), folder / "workers", command=STUB)
+    yield ProcessCrew(setup_in(folder), folder / "workers", command=STUB)
 
 
 @contextmanager
@@ -66,7 +76,7 @@ def ray_crew(folder: Path) -> Iterator[RayCrew]:
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, **store})
     try:
         cluster.add_node(num_cpus=4, **store)
-        yield RayCrew(orders_in(folder), cluster.address, None, on_cuda=False, actor=StubRayWorker)
+        yield RayCrew(setup_in(folder), cluster.address, None, on_cuda=False, actor=StubRayWorker)
     finally:
         cluster.shutdown()
 
@@ -74,11 +84,9 @@ def ray_crew(folder: Path) -> Iterator[RayCrew]:
 def timed(crew: Crew, trials: Sequence[Trial], workers: int) -> dict[str, float]:
     """Seconds until the first start is reported, and from there to the last outcome."""
     pool = Pool(crew, PoolOptions(workers, versions(), TOKEN))
-    pool.submit("warm", sleeping_trials(workers, 1000, 1000, 0), None)  # all are up before the clock starts
-    list(pool.outcomes())
+    list(pool.run(sleeping_trials(workers, 1000, 1000, 0), None))  # all are up before the clock starts
     begun, spent = time.perf_counter(), time.process_time()
-    pool.submit("job", trials, None)
-    ended = [outcome.trial_id for _, outcome in pool.outcomes()]
+    ended = [outcome.trial_id for outcome in pool.run(trials, None)]
     assert len(ended) == len(set(ended)) == len(trials)
     seconds, spent = time.perf_counter() - begun, time.process_time() - spent
     pool.close()
@@ -88,8 +96,7 @@ def timed(crew: Crew, trials: Sequence[Trial], workers: int) -> dict[str, float]
 def predicted(trials: Sequence[Trial], workers: int, hand_over: float) -> float:
     crew = SimulatedCrew(Pace(lambda _, trial: trial.arm.steps / 1000, hand_over=hand_over))
     pool = Pool(crew, PoolOptions(workers, VERSIONS, TOKEN), clock=crew.clock)
-    pool.submit("job", trials, None)
-    list(pool.outcomes())
+    list(pool.run(trials, None))
     return crew.now
 
 
@@ -127,8 +134,7 @@ def held_by_ray(counts: Sequence[int]) -> list[dict[str, float]]:
         done = 0
         for count in counts:
             begun = time.perf_counter()
-            pool.submit("job", sleeping_trials(count, 1, 1, count), None)
-            assert sum(1 for _ in pool.outcomes()) == count
+            assert sum(1 for _ in pool.run(sleeping_trials(count, 1, 1, count), None)) == count
             done += count
             whole = ray.cluster_resources()["object_store_memory"]
             rows.append(

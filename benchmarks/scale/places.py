@@ -18,10 +18,10 @@ from typing import Any
 import psutil
 from tests.watch import Watch
 
-from benchmarks.scale.measure import STUB, orders_in
+from benchmarks.scale.measure import STUB, setup_in
 from benchmarks.scale.simulated import TOKEN
 from benchmarks.scale.stub_worker import StubRayWorker
-from rightrank.plugins.cluster.pool import Crew, Pool, PoolExecutor, PoolOptions
+from rightrank.plugins.cluster.pool import Crew, Pool, PoolOptions
 from rightrank.plugins.cluster.processes import ProcessCrew
 from rightrank.plugins.cluster.ray_cluster import RayCrew
 from rightrank.plugins.cluster.worker import versions
@@ -162,7 +162,7 @@ Fault = Callable[[Place], None]
 
 
 def _crew_at(place: Place) -> Crew:
-    setup = orders_in(place.folder)
+    setup = setup_in(place.folder)
     if place.executor == "ray":
         return RayCrew(setup, place.address, None, on_cuda=False, actor=StubRayWorker)
     return ProcessCrew(setup, place.folder / "workers", command=STUB)
@@ -200,7 +200,7 @@ def drive(place: Place, strike: Callable[[], None], after: int, hang_seconds: fl
         if isinstance(crew, ProcessCrew):
             place.busy = lambda: [crew.process_id(name) for name in pool.busy()]
         try:
-            decision = selection.run(PoolExecutor(pool, "job"))
+            decision = selection.run(pool)
         finally:
             pool.close()
         selection.write_views(decision)

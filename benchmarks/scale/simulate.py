@@ -23,10 +23,7 @@ from benchmarks.machine import machine
 from benchmarks.scale.simulated import TOKEN, VERSIONS, Pace, SimulatedCrew, result_of
 from rightrank.plugins.cluster.pool import Pool, PoolOptions
 from rightrank.runs.journal import Journal
-from rightrank.schema.settings import make_settings
-from rightrank.schema.trials import Arm, Trial, TrialOutcome
-from rightrank.search.history import History
-from rightrank.search.strategies import make_strategy
+from rightrank.schema.trials import Arm, Trial
 
 RANKS = (1, 2, 4, 8, 16, 32, 64, 128)
 SECONDS_A_STEP = 0.5
@@ -78,8 +75,7 @@ def grid_of(trials: int, workers: int, seed: int, mean_hours_to_loss: float | No
     crew = SimulatedCrew(pace, ends_at=life)
     pool = Pool(crew, PoolOptions(workers, VERSIONS, TOKEN), clock=crew.clock)
     begun = time.process_time()
-    pool.submit("grid", wanted, 1.0)
-    ended = [outcome.trial_id for _, outcome in pool.outcomes()]
+    ended = [outcome.trial_id for outcome in pool.run(wanted, 1.0)]
     spent = time.process_time() - begun
     bound = START + lower_bound([pace.trial("", trial) for trial in wanted], workers)
     return {
@@ -94,74 +90,6 @@ def grid_of(trials: int, workers: int, seed: int, mean_hours_to_loss: float | No
         "makespan_over_bound": crew.now / bound,
         "busy": sum(pace.trial("", trial) for trial in wanted) / (workers * crew.now),  # what was lost is not counted
         "driver_ms_a_trial": 1000 * spent / trials,
-    }
-
-
-class Asking:
-    """A data set whose strategy asks; its results are planted, and nothing is written."""
-
-    def __init__(self, name: str, strategy: str, generator: random.Random) -> None:
-        self.name = name
-        steps = round(100 * 20 ** generator.random())
-        settings = make_settings({"strategy": strategy, "ranks": RANKS, "max_steps": steps})
-        self._strategy = make_strategy(settings, steps)
-        self._enough = generator.choice(RANKS)
-        self.outcomes: list[TrialOutcome] = []
-
-    def wanted(self) -> list[Trial]:
-        arms = self._strategy.ask(History.of(self.outcomes))
-        return [Trial(trial_id=f"{self.name}-{len(self.outcomes) + n}", arm=arm) for n, arm in enumerate(arms)]
-
-    def keep(self, outcome: TrialOutcome) -> None:
-        gap = 0.0 if outcome.rank >= self._enough else 0.05
-        loss = 3.0 if outcome.rank == 0 else 1.0 + gap + abs(outcome.learning_rate - 1e-3) * 10
-        self.outcomes.append(
-            result_of(Trial(trial_id=outcome.trial_id, arm=outcome.arm)).model_copy(
-                update={"value": loss, "metrics": {"loss": loss}, "item_losses": [loss] * 4}
-            )
-        )
-
-
-def asked_of(data_sets: int, workers: int, strategy: str, seed: int) -> dict[str, Any]:
-    """Many data sets over the same workers, each strategy asking on as its results come."""
-    generator = random.Random(seed)
-    asking = {f"{n}": Asking(f"{n}", strategy, generator) for n in range(data_sets)}
-
-    def seconds(worker: str, trial: Trial) -> float:
-        arm = trial.arm
-        steps = max(20, arm.stop_at or arm.steps)  # the base and a cut: an evaluation
-        return steps * SECONDS_A_STEP * random.Random(f"{seed} {trial.trial_id}").lognormvariate(0, 0.2)
-
-    durations: list[float] = []
-    crew = SimulatedCrew(
-        Pace(lambda worker, trial: durations.append(seconds(worker, trial)) or durations[-1], START, HAND_OVER, 300.0)
-    )
-    pool = Pool(crew, PoolOptions(workers, VERSIONS, TOKEN), clock=crew.clock)
-    scheduling = 0.0
-    begun = time.process_time()
-    for name, one in asking.items():
-        pool.submit(name, one.wanted(), 1.0)
-    for name, outcome in pool.outcomes():
-        asking[name].keep(outcome)
-        if not pool.is_waiting(name):
-            before = time.process_time()
-            more = asking[name].wanted()
-            scheduling += time.process_time() - before
-            if more:
-                pool.submit(name, more, 1.0)
-    spent = time.process_time() - begun
-    trials = sum(len(one.outcomes) for one in asking.values())
-    return {
-        "what": f"{data_sets} data sets by {strategy}",
-        "trials": trials,
-        "workers": workers,
-        "each_once": trials == len(crew.trained),
-        "begun_again": 0,
-        "makespan_hours": crew.now / 3600,
-        "makespan_over_bound": crew.now / (START + lower_bound(durations, workers)),
-        "busy": crew.busy_seconds / (workers * crew.now),
-        "driver_ms_a_trial": 1000 * spent / trials,
-        "of_which_strategy_ms": 1000 * scheduling / trials,
     }
 
 
@@ -189,8 +117,6 @@ def main() -> None:
         grid_of(options.trials, options.workers, options.seed, None),
         grid_of(options.trials, options.workers, options.seed, 24.0),
         grid_of(options.trials, options.workers, options.seed, 2.0),
-        asked_of(options.trials // 10, options.workers, "bracket", options.seed),
-        asked_of(max(1, options.trials // 1000), options.workers, "bracket", options.seed),
     ]
     found = {"machine": machine(), "seed": options.seed, "rows": rows, "journal": journal_throughput(500)}
     if options.out is not None:

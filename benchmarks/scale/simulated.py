@@ -9,7 +9,7 @@ from itertools import count
 
 from tests.tiny import UNMEASURED
 
-from rightrank.plugins.cluster.pool import Ready, Step, Task, TaskEnded, WorkerLost, WorkerMessage
+from rightrank.plugins.cluster.messages import Ready, Step, Stop, Task, TaskEnded, WorkerLost, WorkerMessage
 from rightrank.schema.events import StepDone
 from rightrank.schema.trials import Trial, TrialFinished, TrialStarted
 
@@ -63,7 +63,15 @@ class SimulatedCrew:
         if end is not None:
             self._plan(self.now + end, worker, WorkerLost("killed by signal 9", killed=True))
 
-    def assign(self, worker: str, task: Task) -> None:
+    def send(self, worker: str, command: Task | Stop) -> None:
+        if isinstance(command, Task):
+            self._train(worker, command)
+            return
+        self._events = [event for event in self._events if event[2] != worker]
+        heapq.heapify(self._events)
+        self._plan(self.now, worker, TaskEnded(number=0))
+
+    def _train(self, worker: str, task: Task) -> None:
         at = self.now
         for trial in task.trials:
             at += self._pace.hand_over
@@ -78,11 +86,6 @@ class SimulatedCrew:
             at += seconds
             self._plan(at, worker, result_of(trial))
         self._plan(at, worker, TaskEnded(number=task.number))
-
-    def request_stop(self, worker: str) -> None:
-        self._events = [event for event in self._events if event[2] != worker]
-        heapq.heapify(self._events)
-        self._plan(self.now, worker, TaskEnded(number=0))
 
     def end(self, worker: str) -> None:
         if not self._is_deaf:

@@ -6,9 +6,10 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 
 from benchmarks.scale.simulated import result_of, step_of
-from rightrank.plugins.cluster.pool import Job, Step, WorkerMessage
+from rightrank.plugins.cluster.messages import Setup, Step, WorkerMessage
 from rightrank.plugins.cluster.ray_cluster import RayWorker
-from rightrank.plugins.cluster.worker import Service, Worker, main
+from rightrank.plugins.cluster.worker import Worker, main
+from rightrank.runs.executor import Executor
 from rightrank.schema.trials import Trial, TrialOutcome, TrialStarted
 
 SIGN_SECONDS = 0.2  # between two signs of progress
@@ -17,7 +18,7 @@ SIGN_SECONDS = 0.2  # between two signs of progress
 class StubWorker(Worker):
     """A worker with the real protocol and queue; only the training is replaced."""
 
-    def _executor(self, job: Job) -> StubExecutor:  # type: ignore[override]
+    def make_executor(self, setup: Setup) -> Executor:
         return StubExecutor(self._send)
 
 
@@ -37,8 +38,7 @@ class StubExecutor:
 
 
 class StubRayWorker(RayWorker):
-    def make_service(self, send: Callable[[WorkerMessage], None]) -> Service:
-        return Service(send, StubWorker)
+    make_worker = StubWorker
 
 
 if __name__ == "__main__":

@@ -8,16 +8,16 @@ print(selected.decision.rank, selected.adapter)
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rightrank.version import __version__
 
 if TYPE_CHECKING:
     from rightrank.adapters.resize import ResizeOptions
     from rightrank.api.adapters import compare, inspect, resize
-    from rightrank.api.deciding import decide, plan
+    from rightrank.api.deciding import decide
     from rightrank.api.runs import export, write_report
-    from rightrank.api.selecting import plan_selection, preflight, select_rank, select_rank_with
+    from rightrank.api.selecting import preflight, select_rank, select_rank_with
     from rightrank.runs.returns import Decided, Selected
     from rightrank.schema.decision import Decision
     from rightrank.schema.plan_settings import PlanSettings, make_plan_settings
@@ -47,8 +47,6 @@ __all__ = [
     "inspect",
     "make_plan_settings",
     "make_settings",
-    "plan",
-    "plan_selection",
     "preflight",
     "resize",
     "select_rank",
@@ -57,10 +55,15 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> object:
-    """Import the public names on first use: `import rightrank` alone costs nothing."""
+def __getattr__(name: str) -> Any:
+    """Import the public names on first use, `import rightrank` alone costs nothing; and the functions of plug-ins."""
     if name in __all__:
         from rightrank import api
 
         return getattr(api, name)
+    if not name.startswith("_"):
+        from rightrank.runs import plugins
+
+        if (function := plugins.functions().get(name)) is not None:
+            return function
     raise AttributeError(f"module 'rightrank' has no attribute {name!r}")

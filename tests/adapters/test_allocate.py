@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 import torch
 
+from rightrank.adapters.checkpoints import weight_gradients
 from rightrank.adapters.held_out import measure
 from rightrank.adapters.rewrite import RankChoice, write_resized
 from rightrank.cli import main
 from rightrank.models.adapter_files import AdapterFolder, open_adapter
 from rightrank.plugins.allocate import importance
-from rightrank.plugins.allocate.allocate import (
+from rightrank.plugins.allocate.proposal import (
     _TrainedPattern,
     compare,
     groups_of,
@@ -86,7 +87,7 @@ def test_sensitivity_is_the_loss_of_the_truncated_adapter(trained: AdapterFolder
 
 def test_gradients_are_those_of_the_loss(trained: AdapterFolder, runtime: Any) -> None:
     name = trained.modules[0].name
-    gradient = importance.weight_gradients(runtime, [name], examples=4)[name]
+    gradient = weight_gradients(runtime, [name], examples=4)[name]
     weight = runtime.model.get_submodule(name).weight
     batch = runtime.batch("train", range(4))
     step = 1e-3 * gradient / gradient.norm()

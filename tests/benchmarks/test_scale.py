@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from benchmarks.scale.simulate import asked_of, grid_of, lower_bound
+from benchmarks.scale.simulate import grid_of, lower_bound
 
 pytestmark = pytest.mark.trains
 
@@ -20,10 +20,3 @@ def test_a_grid_on_many_devices(hours: float | None) -> None:
     assert row["each_once"]
     assert 1.0 <= row["makespan_over_bound"] < (1.1 if hours is None else 1.5)
     assert (row["begun_again"] > 0) == (hours is not None)
-
-
-def test_many_data_sets_share_the_workers() -> None:
-    row = asked_of(20, 10, "bracket", seed=0)
-    assert row["each_once"]
-    assert row["makespan_over_bound"] >= 1.0
-    assert row["trials"] > 20 * 5

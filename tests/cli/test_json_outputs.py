@@ -13,11 +13,10 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from rightrank import Selected, demo, select_rank
-from rightrank.cli import cli
 from rightrank.hooks import Hook
 from rightrank.schema.events import Notice
 from tests.adapters.adapters import make_adapter, make_base
-from tests.commands import run
+from tests.commands import COMMANDS, run
 from tests.report.runs import journal_of
 from tests.tiny import small_settings, write_completions, write_jsonl
 
@@ -214,7 +213,7 @@ def test_events_are_objects_while_the_answer_is_one(folder: Path, capsys: pytest
 
 
 def test_every_command_with_json_is_tried_both_ways() -> None:
-    with_json = {name for name, command in cli.commands.items() if any("--json" in p.opts for p in command.params)}
-    assert set(cli.commands) - with_json == {"watch", "completion"}
+    with_json = {name for name, command in COMMANDS.items() if any("--json" in p.opts for p in command.params)}
+    assert set(COMMANDS) - with_json == {"watch", "completion"}
     assert {command.split()[0] for command in FINE} | {"demo"} == with_json
     assert {command.split()[0] for command in FAILING} == with_json

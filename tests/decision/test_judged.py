@@ -11,7 +11,7 @@ import pytest
 
 from rightrank import decide
 from rightrank.plugins.judge.judgements import Judgement
-from rightrank.plugins.judge.judging import clustered_mean, decide_judged
+from rightrank.plugins.judge.win_rate import clustered_mean, decide_judged
 from rightrank.schema.errors import ResultsError
 from tests.commands import run
 from tests.tiny import write_jsonl

@@ -15,6 +15,7 @@ from rightrank.schema.decision import Basis, Decision, Verdict
 from rightrank.schema.peft_options import PEFT_OPTIONS
 from rightrank.schema.plan_settings import PlanSettings
 from rightrank.schema.settings import SelectSettings
+from tests.commands import COMMANDS
 from tests.docs.pages import FRONT, GUIDES, PAGES, ROOT, name_of, shell_commands, shown_commands
 
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
@@ -59,9 +60,9 @@ def test_shown_commands_parse(page: Path) -> None:
         name, *rest = arguments
         if name.startswith("-"):
             continue
-        assert name in cli.commands, arguments
+        assert name in COMMANDS, arguments
         with click.Context(cli) as parent, suppress(click.MissingParameter):  # a command that is only named
-            cli.commands[name].make_context(name, rest, parent=parent)
+            COMMANDS[name].make_context(name, rest, parent=parent)
 
 
 @pytest.mark.parametrize("page", [*FRONT, *GUIDES], ids=name_of)
@@ -69,7 +70,7 @@ def test_options_and_settings_exist(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     options = {
         option
-        for command in cli.commands.values()
+        for command in COMMANDS.values()
         for parameter in command.params
         for option in (*parameter.opts, *parameter.secondary_opts)
     }
@@ -97,7 +98,7 @@ def test_make_targets_in_the_docs_exist() -> None:
 
 def test_every_command_is_described() -> None:
     text = (ROOT / "docs" / "reference" / "commands.md").read_text(encoding="utf-8")
-    assert {name for name in cli.commands if not re.search(rf"^\| `{name}|, `{name}", text, re.MULTILINE)} == set()
+    assert {name for name in COMMANDS if not re.search(rf"^\| `{name}|, `{name}", text, re.MULTILINE)} == set()
 
 
 def test_the_decision_is_described_whole() -> None:

@@ -25,6 +25,7 @@ from rightrank.report.html import notebook_html
 from rightrank.report.terminal_figures import CURVE_ROWS, terminal_curve
 from rightrank.schema.errors import SettingsError
 from rightrank.schema.events import Notice, SelectionPlanned, StepDone
+from tests.commands import COMMANDS
 from tests.report.elements import Elements
 from tests.report.runs import STARTED, answered_folder, journal_of, made_up_run
 
@@ -164,7 +165,7 @@ def test_completion_is_printed_for_a_shell(shell: str) -> None:
     assert "_RIGHTRANK_COMPLETE" in shown.output
 
 
-@pytest.mark.parametrize("command", sorted(cli.commands))
+@pytest.mark.parametrize("command", COMMANDS)
 def test_help_fits_a_screen_and_ends_with_an_example(command: str) -> None:
     shown = CliRunner().invoke(cli, [command, "--help"], terminal_width=100).output.rstrip()
     lines = shown.splitlines()

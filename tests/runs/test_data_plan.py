@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from rightrank.api.selecting import plan_selection, preflight, select_rank
+from rightrank.api.selecting import preflight, select_rank
+from rightrank.plugins.plan import plan_selection
 from rightrank.runs.journal import Journal
 from rightrank.schema.events import RunStarted, SelectionPlanned
 from rightrank.schema.trials import TrialFinished

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from rightrank.api.selecting import preflight, select_rank
-from rightrank.hooks.outlook import MeasuredSpeed, time_line
+from rightrank.hooks.outlook import time_line
 from rightrank.hooks.progress import Progress
 from rightrank.plugins.plan.duration import Speed
 from rightrank.runs import start
@@ -19,7 +19,7 @@ from rightrank.schema.events import Event, SelectionPlanned, TimeExpected
 from rightrank.schema.results import Extent, SelectionCost
 from rightrank.schema.trials import Arm, TrialFinished, TrialStarted
 from rightrank.train.pace import TIMED_STEPS_PACE as TIMED_STEPS
-from rightrank.train.pace import Pace, measure_pace
+from rightrank.train.pace import measure_pace
 from rightrank.train.runtime import Runtime
 from tests.helpers import make_runtime
 from tests.report.runs import made_up_run
@@ -75,7 +75,7 @@ def test_measured_steps_change_no_result(
     )
     assert log.position("time: about") < log.seen.index(0) < log.seen.index(4)  # before the base and before rank 4
     assert any(isinstance(one, float) and one > 0 for one in log.seen[: log.seen.index(0)])  # on_time
-    monkeypatch.setattr(start, "measured_speed", lambda _: None)
+    monkeypatch.setattr(start, "clock_of", lambda *_, **__: None)
     without = select_rank(str(model_folder), completion_file, tmp_path / "without", settings=settings)
     assert outcomes(with_time) == outcomes(without)
     for one in sorted((tmp_path / "with").rglob("adapter_model.safetensors")):
@@ -161,8 +161,7 @@ def cost_of(expected: float, most: float) -> SelectionCost:
     ],
 )
 def test_a_budget_of_time_bounds_the_time(hours: float | None, said: str) -> None:
-    measured = MeasuredSpeed(Speed(1.0, 1.0), Pace(16, [[0], [1], [2]], 1.0, [0, 1], 1.0, 0, 0.0))
-    line = time_line(cost_of(1200, 3600), measured, hours)
+    line = time_line(cost_of(1200, 3600), "3 steps of rank 16 and 2 validation examples", hours)
     assert line.startswith(said)
     assert line.endswith("(measured before the start: 3 steps of rank 16 and 2 validation examples, then discarded)")
 

@@ -15,6 +15,7 @@ from rightrank.cli.options import gather
 from rightrank.schema.command import reproduce_command
 from rightrank.schema.settings import SelectSettings, make_settings
 from rightrank.schema.table import is_list
+from tests.commands import COMMANDS
 from tests.schema.generated import GENERATED
 
 TEXT = st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1, max_size=12)
@@ -82,7 +83,7 @@ def test_a_value_comes_back_from_the_command(name: str, data: st.DataObject) -> 
     assert command is not None
     _, verb, *arguments = shlex.split(command)
     with click.Context(cli) as parent:
-        parameters = cli.commands[verb].make_context(verb, arguments, parent=parent).params
+        parameters = COMMANDS[verb].make_context(verb, arguments, parent=parent).params
     others = ("model", "data", "out", "dry_run", "price_per_hour", "as_json", "quiet", "log_json")
     options = {option: value for option, value in parameters.items() if option not in others}
     again = make_settings(gather(options.pop("config_file"), options.pop("assignments"), options))

@@ -7,11 +7,10 @@ this package costs nothing.
 from __future__ import annotations
 
 from rightrank.adapters.resize import ResizeOptions
-from rightrank.api.adapters import allocate, compare, fleet, inspect, inspect_gradient, resize, resize_together
-from rightrank.api.deciding import decide, judge, plan
+from rightrank.api.adapters import compare, inspect, inspect_gradient, resize, resize_together
+from rightrank.api.deciding import decide
 from rightrank.api.runs import doctor, export, repair, status, write_report, write_side_by_side
-from rightrank.api.selecting import begun_as, plan_selection, preflight, select_rank, select_rank_with
-from rightrank.plugins.fleet.fleet import Fleet
+from rightrank.api.selecting import begun_as, preflight, select_rank, select_rank_with
 from rightrank.runs.returns import Decided, Selected
 from rightrank.schema.decision import Decision
 from rightrank.schema.plan_settings import PlanSettings, make_plan_settings
@@ -24,7 +23,6 @@ __all__ = [
     "Decided",
     "Decision",
     "EvalPoint",
-    "Fleet",
     "Inspection",
     "Plan",
     "PlanSettings",
@@ -35,20 +33,15 @@ __all__ = [
     "Selected",
     "TrialResult",
     "TrialTask",
-    "allocate",
     "begun_as",
     "compare",
     "decide",
     "doctor",
     "export",
-    "fleet",
     "inspect",
     "inspect_gradient",
-    "judge",
     "make_plan_settings",
     "make_settings",
-    "plan",
-    "plan_selection",
     "preflight",
     "repair",
     "resize",

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from rightrank.adapters.resize import ResizeOptions, ResizeRule
 from rightrank.models.adapter_files import require_adapter_folder, require_side
-from rightrank.plugins.fleet.fleet import Fleet
 from rightrank.schema.errors import SettingsError
 from rightrank.schema.results import (
     AdapterComparison,
-    Allocation,
-    AllocationTrial,
     Inspection,
     Resized,
     ResizedTogether,
@@ -118,59 +115,6 @@ def resize_together(
     return resize_all([Path(adapter) for adapter in adapters], Path(out), rule, options or ResizeOptions())
 
 
-def allocate(
-    adapter: str | Path,
-    data: str | Path,
-    *,
-    rank: int,
-    learning_rate: float,
-    max_steps: int,
-    by: str = "sensitivity",
-    pattern: str | Path | None = None,
-    groups: Sequence[str] = (),
-    seeds: Sequence[int] = (0, 1),
-    base: str | None = None,
-    settings: SelectSettings | None = None,
-    on_trial: Callable[[AllocationTrial], None] = lambda _: None,
-) -> Allocation:
-    """Propose a rank for each module where trained evidence supports it; otherwise answer uniform.
-
-    Args:
-        adapter: a trained PEFT adapter folder, which the pattern is made from.
-        data: the data to train and test on.
-        rank: the rank of the uniform adapter that sets the number of parameters.
-        learning_rate: the learning rate of every training.
-        max_steps: the optimizer steps of every training.
-        by: the measure of a module's importance: sensitivity, spectra, gradient or eva.
-        pattern: a JSON file of {module: rank}, or {group: rank}, to test instead of one made by a measure.
-        groups: such as `attention=q_proj+v_proj`: one rank for all modules with one of these parts in their names.
-        seeds: one training of each pattern for each seed.
-        base: the base model; None for the one that the adapter names.
-        settings: see `SelectSettings`; None for the defaults.
-        on_trial: receives each training that has ended.
-
-    Raises:
-        InputError: the adapter, data, measure or pattern can't be used.
-        RunError: a training diverged.
-    """
-    from rightrank.plugins.allocate.allocate import AllocateOptions
-    from rightrank.plugins.allocate.allocate import allocate as allocate_ranks
-
-    options = AllocateOptions(
-        rank,
-        learning_rate,
-        max_steps,
-        by,
-        None if pattern is None else Path(pattern),
-        tuple(groups),
-        tuple(seeds),
-        base,
-        settings or make_settings({}),
-        on_trial,
-    )
-    return allocate_ranks(Path(adapter), Path(data), options)
-
-
 def compare(
     a: str | Path,
     b: str | Path,
@@ -199,61 +143,3 @@ def compare(
 
     files = [data] if isinstance(data, str | Path) else list(data)
     return compare_adapters((str(a), str(b)), model, [Path(file) for file in files], settings or make_settings({}))
-
-
-def fleet(
-    adapters: Sequence[str | Path],
-    out: str | Path,
-    *,
-    model: str,
-    data: str | Path | Sequence[str | Path],
-    settings: SelectSettings | None = None,
-    ranks: Sequence[int] | None = None,
-    pad: bool = False,
-    recover_steps: int = 0,
-    learning_rate: float | None = None,
-    merge: Sequence[float] | None = None,
-    ignore_base_name: bool = False,
-    notice: Callable[[str], None] = lambda _: None,
-) -> Fleet:
-    """Bring several adapters of one server to the smallest rank at which none loses more than the margin.
-
-    Args:
-        adapters: two adapter folders or more, of one base.
-        out: the folder to write, which must not exist: one folder for each adapter.
-        model: the base.
-        data: held-out rows for all adapters, or one file for each in their order.
-        settings: of evaluation and margin; see `SelectSettings`.
-        ranks: to measure; None for the powers of two.
-        pad: write every adapter at the one rank that vLLM serves, with one scale.
-        recover_steps: of training after each truncation, at `learning_rate`.
-        merge: weights of the exact sum of the adapters, which is then truncated too, into `out/merged`; None for no sum.
-        ignore_base_name: accept adapters that name another base, if their shapes fit.
-        notice: receives each line for a person.
-
-    Raises:
-        InputError: an adapter of another base, data that can't be used, adapters without a common module; nothing was written.
-        RunError: recovery diverged.
-    """
-    for adapter in map(Path, adapters):
-        if not adapter.is_file():
-            require_adapter_folder(adapter)  # before what brings torch
-
-    from rightrank.plugins.fleet.fleet import FleetRequest, run_fleet
-
-    files = [data] if isinstance(data, str | Path) else list(data)
-    request = FleetRequest(
-        [Path(adapter) for adapter in adapters],
-        model,
-        [Path(file) for file in files],
-        Path(out),
-        settings or make_settings({}),
-        ranks,
-        pad,
-        recover_steps,
-        learning_rate,
-        merge,
-        ignore_base_name,
-        notice,
-    )
-    return run_fleet(request)

@@ -7,11 +7,12 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Unpack
 
+from rightrank.runs import plugins
 from rightrank.runs.hook import Hook, Hooks
 from rightrank.runs.returns import Selected
 from rightrank.schema.errors import InterruptedRun
 from rightrank.schema.keywords import SelectKeywords
-from rightrank.schema.results import Plan, Preflight
+from rightrank.schema.results import Preflight
 from rightrank.schema.settings import Goal, ProfileName, SelectSettings, make_settings
 
 if TYPE_CHECKING:
@@ -61,7 +62,7 @@ def select_rank(
     require_request(model, data, settings)
     folder = RunFolder(Path(out))
     with folder.locked(), report_disk_errors(folder.path), ExitStack() as opened:
-        hooks = Hooks([*_views(progress, opened), *callbacks])
+        hooks = Hooks([*_views(progress, opened), *plugins.hooks(), *callbacks])
         stop = opened.enter_context(Interrupts(hooks.notice))
         require_same_scalars(folder, settings)
         # These imports bring torch, so they follow the lock: a folder that can't be used is refused at once.
@@ -124,37 +125,6 @@ def preflight(
     from rightrank.runs.prepare import Request
 
     return prepare_only(Request(model, tokenizer, data, settings), price_per_hour)
-
-
-def plan_selection(
-    model: str | PreTrainedModel,
-    data: str | Path | Rows | Mapping[str, Rows],
-    *,
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    settings: SelectSettings | None = None,
-    price_per_hour: float | None = None,
-    calibrate: bool = False,
-    **keywords: Unpack[SelectKeywords],
-) -> Plan:
-    """Plan `select_rank` with the same arguments: memory and time of its ranks, steps and lengths; nothing is trained.
-
-    Args:
-        model: as in `select_rank`, and so are `data`, `tokenizer`, `settings` and `keywords`.
-        price_per_hour: of this device, for the price.
-        calibrate: take the seconds of a calibration, and store it for plans without data; a few steps of this selection
-            are measured otherwise.
-
-    Raises:
-        InputError: model, data or settings can't be used, or the architecture can't be planned.
-    """
-    from rightrank.runs.request import require_request
-
-    settings = _overridden(settings, keywords)
-    require_request(model, data, settings)  # before what brings torch
-    from rightrank.runs.data_plan import plan_data
-    from rightrank.runs.prepare import Request
-
-    return plan_data(Request(model, tokenizer, data, settings), price_per_hour, calibrate)
 
 
 def _overridden(settings: SelectSettings | None, keywords: SelectKeywords) -> SelectSettings:
@@ -262,5 +232,5 @@ def select_rank_with(
     )
     trainer = custom.make_trainer(train, goal, where, timeout_seconds, workers, evaluate)
     with ExitStack() as opened:
-        hooks = Hooks([*_views(progress, opened), *callbacks])
+        hooks = Hooks([*_views(progress, opened), *plugins.hooks(), *callbacks])
         return custom.select_custom(request, trainer, RunFolder(Path(out)), hooks)

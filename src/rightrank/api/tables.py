@@ -12,10 +12,9 @@ from rightrank.decision.rule import decide
 from rightrank.decision.run import Records, comparable, decide_on, metrics_of, records_of
 from rightrank.decision.table import table_of_results
 from rightrank.interop.tables import TableOptions, flat, raw_rows, results_of_rows, rows_of_mappings
-from rightrank.plugins.judge.judgements import are_judgements, judgements_of
-from rightrank.plugins.judge.judging import decide_judged
 from rightrank.report.sentences import next_commands
 from rightrank.runs.folder import RunFolder
+from rightrank.runs.plugins import decide_rows
 from rightrank.runs.returns import Decided
 from rightrank.schema.errors import ResultsError
 from rightrank.schema.settings import settings_difference
@@ -51,9 +50,9 @@ def decide_results(
 
 
 def _decide_table(where: str, rows: list[Row], question: Question) -> Decided:
-    if are_judgements(rows):
-        found, understood = judgements_of(rows)
-        return Decided(decide_judged(found, question.margin), understood)
+    decided = decide_rows(rows, question.margin)
+    if decided is not None:
+        return Decided(*decided)
     options = TableOptions(question.metric, question.higher_is_better, question.columns, question.margin)
     read = results_of_rows(flat(rows), options, where)
     decision = decide(table_of_results(read), question.margin, horizon_steps=question.horizon_steps)

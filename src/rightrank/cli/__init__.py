@@ -13,43 +13,36 @@ from contextlib import suppress
 
 import click
 
-from rightrank.cli.adapters import allocate, compare, inspect, resize
+from rightrank.cli.adapters import compare, inspect, resize
 from rightrank.cli.decide import decide
 from rightrank.cli.runs import completion, doctor, export, repair, report, status, watch
 from rightrank.cli.select import demo, select
-from rightrank.plugins.fleet.commands import fleet
-from rightrank.plugins.judge.commands import judge
-from rightrank.plugins.plan.commands import plan
+from rightrank.runs import plugins
 from rightrank.schema.errors import RightrankError, is_out_of_memory, one_line
 from rightrank.version import __version__
 
-# In the order of `--help`: the main job, its run folder, finished results, adapters, the rest.
-COMMANDS = (
-    demo,
-    select,
-    plan,
-    status,
-    watch,
-    report,
-    export,
-    decide,
-    compare,
-    judge,
-    inspect,
-    resize,
-    fleet,
-    allocate,
-    repair,
-    doctor,
-    completion,
+COMMANDS = (demo, select, status, watch, report, export, decide, compare, inspect, resize, repair, doctor, completion)
+# In the order of `--help`: the main job, its run folder, finished results, adapters, the rest. Other plug-ins' follow.
+ORDER = (
+    *("demo", "select", "plan", "status", "watch", "report", "export", "decide", "compare", "judge"),
+    *("inspect", "resize", "fleet", "allocate", "repair", "doctor", "completion"),
 )
 
 
 class Commands(click.Group):
-    """A group that lists its commands in the order in which they were added."""
+    """The commands of the core and of plug-ins, which do not replace one of the core; listed by `ORDER`."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(self.commands)
+        names = {*self.commands, *_of_plugins()}
+        return sorted(names, key=lambda name: ORDER.index(name) if name in ORDER else len(ORDER))
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        return super().get_command(ctx, cmd_name) or _of_plugins().get(cmd_name)
+
+
+def _of_plugins() -> dict[str, click.Command]:
+    """They are imported when they are asked for, since they import this package."""
+    return {command.name or "": command for command in plugins.commands()}
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})

@@ -172,62 +172,6 @@ def _lap_timer() -> Callable[[], float]:
     return lap
 
 
-@click.command(
-    short_help="Test ranks that differ by module against a uniform one.",
-    epilog="Example: rightrank allocate run/adapter data.jsonl --rank 8 --learning-rate 1e-3 --max-steps 200",
-)
-@click.argument("adapter", type=click.Path(path_type=Path))
-@click.argument("data", type=click.Path(path_type=Path))
-@click.option("--rank", type=int, required=True, help="Rank of the uniform adapter that sets the number of parameters.")
-@click.option("--learning-rate", type=float, required=True, help="Learning rate of every training.")
-@click.option("--max-steps", type=int, required=True, help="Optimizer steps of every training.")
-@click.option("--by", default="sensitivity", show_default=True, help="Measure: sensitivity, spectra, gradient or eva.")
-@click.option("--pattern", type=click.Path(path_type=Path), help="Test this JSON file of {module: rank} instead.")
-@click.option("--groups", callback=comma, help="One rank for each group, such as attention=q_proj+v_proj,mlp=up_proj.")
-@click.option("--seeds", callback=comma, help="Seeds (default 0,1).")
-@click.option("--base", help="The base model (default: the one that the adapter names).")
-@click.option(
-    "--set", "assignments", multiple=True, metavar="NAME=VALUE", help="A setting of select, such as seq_len=256."
-)
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def allocate(
-    adapter: Path,
-    data: Path,
-    rank: int,
-    learning_rate: float,
-    max_steps: int,
-    by: str,
-    pattern: Path | None,
-    groups: list[str] | None,
-    seeds: list[str] | None,
-    base: str | None,
-    assignments: tuple[str, ...],
-    as_json: bool,
-) -> None:
-    """Propose a rank for each module if trained evidence supports it; otherwise answer uniform.
-
-    The pattern comes from the trained ADAPTER and DATA. It must beat the uniform rank at equal parameters, and the same
-    ranks shuffled over the modules.
-    """
-    from rightrank import api
-
-    allocation = api.allocate(
-        adapter,
-        data,
-        rank=rank,
-        learning_rate=learning_rate,
-        max_steps=max_steps,
-        by=by,
-        pattern=pattern,
-        groups=tuple(groups or ()),
-        seeds=tuple(whole_numbers(seeds, "--seeds") or (0, 1)),
-        base=base,
-        settings=make_settings(gather(None, assignments, {})),
-        on_trial=lambda trial: click.echo(f"{trial.pattern}, seed {trial.seed}: {trial.value:.4f}", err=True),
-    )
-    _print_record(allocation, as_json)
-
-
 def _print_record(record: Any, as_json: bool, statistic: Any = "effective_rank", every: bool = False) -> None:
     """Print a record of the probe as one JSON object, or as a table."""
     if as_json:

@@ -5,10 +5,8 @@ from __future__ import annotations
 import math
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
-from rightrank.data.token_store import longest_sequence
 from rightrank.decision.comparison import CONFIDENCE, is_within
 from rightrank.decision.intervals import normal_quantile
 from rightrank.decision.metrics import TOKEN_LOSS_MARGIN, default_margin, kind_of
@@ -16,121 +14,35 @@ from rightrank.decision.precision import NoiseKind, Precision, base_spread, expe
 from rightrank.hooks.terminal import left_out
 from rightrank.hooks.trackers import require_trackers
 from rightrank.models.kinds.experts import expert_rank
-from rightrank.plugins.plan.duration import Speed, Workload, flops_of, prefix_flops
-from rightrank.report.format import duration, quantity
+from rightrank.report.format import duration
 from rightrank.runs.places import require_placeable
+from rightrank.runs.plugins import Clock
 from rightrank.runs.prepare import Prepared, Request, prepare
 from rightrank.schema.errors import SettingsError
 from rightrank.schema.events import RunStarted
 from rightrank.schema.results import Preflight, PreflightCost, PreflightRank, PreflightStrategy, SelectionCost
 from rightrank.schema.settings import SelectSettings
-from rightrank.schema.trials import Arm, split_name
+from rightrank.schema.trials import split_name
 from rightrank.search.protocol import Strategy
 from rightrank.search.space import MIN_RECOVERY_PART, recovery_steps
 from rightrank.search.strategies import STRATEGIES, make_strategy
-from rightrank.train.pace import Pace, measure_pace
 from rightrank.train.runtime import Runtime
-from rightrank.train.tokens import label_count
 
 
-def estimate(prepared: Prepared, strategy: Strategy, speed: Speed | None = None) -> SelectionCost | None:
-    """The time that the selection will take at `speed`; None without one if this device has no stored measurement."""
-    planned = prepared.planned
-    if planned is None or (speed is None and not planned.is_timed):
-        return None
-    return planned.cost(strategy, workload(prepared), speed)
-
-
-def workload(
-    prepared: Prepared, batches: Sequence[Sequence[int]] | None = None, evaluated: Sequence[int] | None = None
-) -> Workload:
-    """The work of one training, counted over all its batches.
-
-    Args:
-        prepared: the selection.
-        batches: training examples of each step; None for those of a whole training.
-        evaluated: validation examples; None for all.
-    """
-    data, settings = prepared.runtime.data, prepared.settings
-    train = data.splits["train"]
-    batches = prepared.runtime.batch_plan(settings.seeds[0]) if batches is None else batches
-    size = settings.batch_size
-    micro = [batch[start : start + size] for batch in batches for start in range(0, len(batch), size)]
-    used = [train[index] for rows in micro for index in rows]
-    if prepared.runtime.fast_paths.sequence_packing:
-        computed = sum(example.length for example in used)
-    else:
-        padded = sum(len(rows) * longest_sequence([train[index] for index in rows]) for rows in micro)
-        computed = padded * data.sequences_per_example
-    labels = sum(label_count(example) for example in used)
-    trained = len({index for rows in micro for index in rows})
-    held_out = len(data.splits["selection"]) if evaluated is None else len(evaluated)
-    return Workload(
-        steps=len(batches),
-        examples=trained * data.sequences_per_example,
-        eval_examples=held_out * data.sequences_per_example,
-        eval_points=settings.eval_points,
-        passes=settings.gradient_accumulation_steps,
-        filled=computed / (len(used) * data.sequences_per_example * data.longest),
-        labelled=1.0 if data.is_classification else labels / computed,
-        reference=trained / held_out + 2 if data.is_preference else 0.0,
-    )
+def clock_of(prepared: Prepared, measure: bool) -> Clock | None:
+    """What gives times for this selection; None where no plug-in has one. `measure` takes a few real steps first."""
+    return None if prepared.planned is None else prepared.planned.clock(prepared, measure)
 
 
 MIN_STEPS = 30  # of a training; the measured steps of a shorter one would be a noticeable part of it
 
 
-@dataclass(frozen=True, slots=True)
-class MeasuredSpeed:
-    """Seconds per operation of this run, and the steps that they come from."""
-
-    speed: Speed
-    pace: Pace
-
-    def basis(self) -> str:
-        steps = quantity(len(self.pace.batches), "step")
-        return f"{steps} of rank {self.pace.rank} and {quantity(len(self.pace.evaluated), 'validation example')}"
-
-
-def measured_speed(prepared: Prepared) -> MeasuredSpeed | None:
-    """Measure; None where trainings run in other processes, operations can't be counted, or memory runs out."""
-    settings, planned = prepared.settings, prepared.planned
-    if settings.executor != "local" or planned is None or planned.estimator.untraceable is not None:
-        return None
-    rank = max(settings.ranks)
-    arm = Arm(
-        rank=rank,
-        learning_rate=min(settings.learning_rates),
-        lora_alpha=settings.lora_alpha,
-        seed=settings.seeds[0],
-        steps=prepared.steps,
-    )
-    pace = measure_pace(prepared.runtime, arm)
-    if pace is None:
-        return None
-    work = workload(prepared, pace.batches, pace.evaluated)
-    flops = flops_of(planned.estimator, rank, work)
-    speed = Speed(
-        pace.train_seconds / flops.training,
-        pace.eval_seconds / flops.evaluation,
-        seconds_per_prefix_flop=_of_prefix(prepared, pace, prefix_flops(planned.estimator) * work.filled),
-    )
-    return MeasuredSpeed(speed, pace)
-
-
-def _of_prefix(prepared: Prepared, pace: Pace, flops_each: float) -> float | None:
-    """Seconds per operation of the blocks that are computed once; None where there are none, or a reference beside them."""
-    if not pace.filled or not flops_each or prepared.runtime.data.is_preference:
-        return None
-    return pace.fill_seconds / (pace.filled * flops_each)
-
-
-def time_line(cost: SelectionCost, measured: MeasuredSpeed, budget_hours: float | None) -> str:
+def time_line(cost: SelectionCost, measured: str, budget_hours: float | None) -> str:
     """The expected and the largest time of the selection, within its budget."""
     expected, most = cost.expected.seconds, cost.most.seconds
     assert expected is not None
     assert most is not None
-    basis = f"measured before the start: {measured.basis()}, then discarded"
+    basis = f"measured before the start: {measured}, then discarded"
     if budget_hours is not None and most > budget_hours * 3600:
         allowed = budget_hours * 3600
         without = "" if expected <= allowed else f"; without the budget of time about {duration(expected)}"
@@ -254,10 +166,10 @@ def preflight(request: Request, price_per_hour: float | None = None) -> Prefligh
     with tempfile.TemporaryDirectory(prefix="rightrank-") as folder:
         prepared = prepare(request, Path(folder) / "cache", notes.append)
         strategy = strategy_of(prepared)
-        measured = measured_speed(prepared)
-        found = preflight_of(prepared, strategy, None if measured is None else measured.speed, price_per_hour)
-        if measured is not None:
-            notes.append(f"time: measured on this device: {measured.basis()}, then discarded")
+        clock = clock_of(prepared, measure=True)
+        found = preflight_of(prepared, strategy, clock, price_per_hour)
+        if clock is not None and clock.basis is not None:
+            notes.append(f"time: measured on this device: {clock.basis}, then discarded")
         return found.model_copy(update={"notes": [*notes, *kind_lines(prepared), *adapter_lines(prepared)]})
 
 
@@ -274,9 +186,9 @@ def strategy_of(prepared: Prepared, name: str | None = None) -> Strategy:
 
 
 def preflight_of(
-    prepared: Prepared, strategy: Strategy, speed: Speed | None, price_per_hour: float | None = None
+    prepared: Prepared, strategy: Strategy, clock: Clock | None, price_per_hour: float | None = None
 ) -> Preflight:
-    """The preflight of a prepared selection; `speed` is None where no step was measured: then by the calibration, if any."""
+    """The preflight of a prepared selection; `clock` gives its time."""
     settings, data = prepared.settings, prepared.started.data
     base = _base_losses(prepared.runtime)
     margin = _margin(prepared, base)
@@ -293,7 +205,7 @@ def preflight_of(
         seq_len=settings.seq_len,
         ranks=_ranks(prepared),
         memory_bytes=prepared.planned.memory_bytes if prepared.planned else None,
-        cost=_cost(prepared, strategy, speed, price_per_hour),
+        cost=_cost(prepared, strategy, clock, price_per_hour),
         seeds=len(settings.seeds),
         expected_half_width=precision and precision.half_width,
         undecided_below_margin=precision and precision.undecided_below_margin,
@@ -335,14 +247,14 @@ def _ranks(prepared: Prepared) -> list[PreflightRank]:
     ]
 
 
-def _cost(prepared: Prepared, strategy: Strategy, speed: Speed | None, price_per_hour: float | None) -> PreflightCost:
+def _cost(prepared: Prepared, strategy: Strategy, clock: Clock | None, price_per_hour: float | None) -> PreflightCost:
     rows = []
     for name in STRATEGIES:
         try:
             one = strategy if name == strategy.name else strategy_of(prepared, name)
         except SettingsError:
             continue  # the budget of the settings is too small for this one
-        rows.append(_strategy_cost(one, estimate(prepared, one, speed), price_per_hour))
+        rows.append(_strategy_cost(one, None if clock is None else clock.cost(one), price_per_hour))
     chosen = next(row for row in rows if row.strategy == strategy.name)
     return PreflightCost(**chosen.model_dump(), steps=prepared.steps, strategies=rows)
 

@@ -14,6 +14,7 @@ from rightrank.decision.run import Records
 from rightrank.interop.recipe import Recipe
 from rightrank.interop.targets import SERVERS, TARGETS
 from rightrank.models.ranks import served_rank
+from rightrank.runs import plugins
 from rightrank.schema.decision import Decision
 from rightrank.schema.errors import MissingExtraError, ResultsError, RunError, SettingsError, did_you_mean, first_line
 from rightrank.schema.trials import TrialCollapsed, TrialFinished, TrialOutcome
@@ -50,8 +51,8 @@ def require_export(name: str, pad: bool, repository: str | None) -> None:
     """
     if name == STUDY and (pad or repository is not None):
         raise SettingsError(f"--pad and --push-to-hub are for an adapter; {STUDY!r} is a study of the trials")
-    if name not in TARGETS and name != STUDY:
-        known = [*TARGETS, STUDY]
+    known = [*TARGETS, *plugins.exports(), STUDY]
+    if name not in known:
         raise SettingsError(
             f"export target {name!r} is not known{did_you_mean(name, known)}; allowed: {', '.join(known)}"
         )
@@ -80,7 +81,7 @@ def write_export(name: str, recipe: Recipe, folder: Path, pad: bool = False) -> 
     if pad:
         rank = served_rank(recipe.highest_rank) if name == "vllm" else recipe.highest_rank
         exported = recipe.padded_to(rank, folder / PADDED_FOLDER)
-    written, comments = TARGETS[name](exported), recipe.comments()
+    written, comments = (TARGETS | plugins.exports())[name](exported), recipe.comments()
     with replacing_folder(folder) as temporary:
         if pad:
             from rightrank.models.adapter_files import write_padded

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 from rightrank.decision.run import Records, decide_run, decision_so_far, settled_start, trainings
 from rightrank.hooks.report import write_views
-from rightrank.plugins.plan.table import took_line
 from rightrank.report.faults import ViewFaults
 from rightrank.report.format import size
+from rightrank.report.tables import took_line
 from rightrank.runs.executor import Executor
 from rightrank.runs.folder import RunFolder
 from rightrank.runs.hook import Hooks

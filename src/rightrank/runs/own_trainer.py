@@ -13,8 +13,6 @@ from rightrank.data.files import report_disk_errors
 from rightrank.decision.run import best_trial
 from rightrank.decision.verdicts import DROP_IN_MARGINS
 from rightrank.hooks.report import answers
-from rightrank.plugins.judge.judgements import judgements_of_mappings, read_judgements
-from rightrank.plugins.judge.judging import decide_judged
 from rightrank.runs.calls import (
     Call,
     CustomExecutor,
@@ -24,16 +22,16 @@ from rightrank.runs.calls import (
     TrainFunction,
     call_in_process,
     call_inline,
-    call_on_ray,
 )
 from rightrank.runs.finish import hand_over_saved
 from rightrank.runs.folder import RunFolder
 from rightrank.runs.hook import Hooks
 from rightrank.runs.loop import LoopOptions, Selection
+from rightrank.runs.plugins import calls, decide_rows
 from rightrank.runs.returns import Selected
 from rightrank.runs.start import open_selection
 from rightrank.schema.decision import Decision
-from rightrank.schema.errors import SettingsError
+from rightrank.schema.errors import ResultsError, SettingsError
 from rightrank.schema.events import DataSummary, RunStarted
 from rightrank.schema.metrics import direction, unknown_direction
 from rightrank.schema.settings import Goal, SelectSettings, make_settings, profile_named, with_identity_of
@@ -129,11 +127,10 @@ def judged_decision(
     if callable(judgements):
         best = {rank: best_trial(records, decision, rank).trial_id for rank in ranks}
         judgements = list(judgements({rank: selection.folder.trial_adapter(trial) for rank, trial in best.items()}))
-    if isinstance(judgements, str | Path):
-        rows, _ = read_judgements(Path(judgements), ranks)
-    else:
-        rows, _ = judgements_of_mappings(judgements, ranks)
-    judged = decide_judged(rows, margin)
+    decided = decide_rows(judgements, margin, ranks)
+    if decided is None:
+        raise ResultsError("judgements: no row has rank_a and rank_b; give prompt, rank_a, rank_b and outcome")
+    judged, _ = decided
     own = {one.rank: one for one in decision.ranks}
     kept = [
         one.model_copy(update={"trial_ids": own[one.rank].trial_ids, "learning_rate": own[one.rank].learning_rate})
@@ -172,7 +169,8 @@ def make_trainer(
         raise SettingsError(f"train: got a {type(train).__name__}; give a function of one TrialTask")
     if timeout_seconds is not None and (where != "process" or timeout_seconds <= 0):
         raise SettingsError('timeout_seconds needs where="process" and a number above 0: other calls can\'t be ended')
-    if where not in ("here", "threads", "process", "ray"):
+    elsewhere: dict[str, Callable[[TrainFunction], Call]] = calls()
+    if where not in ("here", "threads", "process", *elsewhere):
         raise SettingsError(f'where: got {where!r}; give "here", "threads", "process" or "ray"')
     if workers < 1 or (workers > 1 and where == "here"):
         raise SettingsError(
@@ -184,8 +182,8 @@ def make_trainer(
         )
 
     def call_of(function: TrainFunction) -> Call:
-        if where == "ray":
-            return call_on_ray(function)
+        if where in elsewhere:
+            return elsewhere[where](function)
         return call_in_process(function, timeout_seconds) if where == "process" else call_inline(function)
 
     evaluation = None if evaluate is None else call_of(FolderEvaluation(evaluate))

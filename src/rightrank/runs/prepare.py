@@ -5,7 +5,6 @@ Preparing the same request again, here or in another process, gives an equal run
 
 from __future__ import annotations
 
-import math
 import platform
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -25,8 +24,7 @@ from rightrank.models.base_models import (
     load_base,
     resolve_dtype,
 )
-from rightrank.plugins.plan.selection import SelectionPlan, first_pass_loss, plan_selection, ranks_for_data
-from rightrank.plugins.plan.skeleton import is_known
+from rightrank.runs.plugins import MemoryPlan, memory_plan
 from rightrank.schema.errors import SettingsError
 from rightrank.schema.events import JournalRecord, RunStarted
 from rightrank.schema.settings import SelectSettings, settings_of_identity, with_identity_of
@@ -75,7 +73,7 @@ class Prepared:
     settings: SelectSettings  # with the settled ranks
     steps: int  # optimizer steps of every arm
     started: RunStarted
-    planned: SelectionPlan | None  # None: an architecture that can't be planned
+    planned: MemoryPlan | None  # None: an architecture that can't be planned
 
     @property
     def is_token_loss(self) -> bool:
@@ -210,30 +208,11 @@ def _require_fits_pairs(settings: SelectSettings) -> None:
         )
 
 
-def _settle(sources: _Sources, settings: SelectSettings, notice: Notice) -> tuple[SelectSettings, SelectionPlan | None]:
+def _settle(sources: _Sources, settings: SelectSettings, notice: Notice) -> tuple[SelectSettings, MemoryPlan | None]:
     """The settings with the ranks that fit: those given, or a range that data and model suggest."""
-    config, encoded = sources.loaded.model.config, sources.encoded
-    if not is_known(config, encoded.is_classification):  # the plan builds the model from its configuration
-        return settings, None
-    device = str(sources.loaded.device)
-    if "ranks" not in settings.model_fields_set and not encoded.is_classification:
-        ranks, reasons = ranks_for_data(config, settings, encoded.longest, device, _information(sources))
-        settings = settings.model_copy(update={"ranks": tuple(ranks)})
-        for reason in reasons:
-            notice(reason)
-    labels = len(sources.splits.classes or ()) if encoded.is_classification else None
-    planned = plan_selection(config, settings, encoded.longest, device, labels, encoded.sequences_per_example)
-    if (left_out := planned.notice()) is not None:
-        notice(left_out)
-    return settings.model_copy(update={"ranks": planned.ranks}), planned
-
-
-def _information(sources: _Sources) -> tuple[int, float]:
-    """`(labels, nats of each)` of the training data: label tokens, or preference pairs of one bit."""
-    encoded = sources.encoded
-    if encoded.is_preference:
-        return len(encoded.splits["train"]), math.log(2)
-    return encoded.summary.splits["train"].label_tokens, first_pass_loss(sources.loaded, encoded.splits["selection"])
+    classes = len(sources.splits.classes or ()) if sources.encoded.is_classification else None
+    planned = memory_plan(sources.loaded, sources.encoded, classes, settings, notice)
+    return (settings if planned is None else settings.model_copy(update={"ranks": planned.ranks})), planned
 
 
 def _started(request: Request, sources: _Sources, settings: SelectSettings, steps: int) -> RunStarted:

@@ -10,17 +10,15 @@ from rightrank.hooks.outlook import (
     MIN_STEPS,
     adapter_lines,
     answers_line,
+    clock_of,
     cost_line,
-    estimate,
     kind_lines,
-    measured_speed,
     preflight_of,
     strategy_of,
     time_line,
 )
 from rightrank.hooks.trackers import Trackers, require_trackers
-from rightrank.plugins.plan.table import selection_lines
-from rightrank.report.tables import labels_line, memory_lines, precision_lines
+from rightrank.report.tables import labels_line, memory_lines, precision_lines, selection_lines
 from rightrank.runs.folder import RunFolder, run_store
 from rightrank.runs.hook import Hooks
 from rightrank.runs.loop import LoopOptions, Selection
@@ -77,14 +75,14 @@ def prepare_selection(
 
 def _announce(prepared: Prepared, strategy: Strategy, selection: Selection, hooks: Hooks) -> SelectionCost | None:
     """Say what the selection will cost and find; its cost, or None where this device has no measurement."""
-    measured = measured_speed(prepared) if _is_worth_measuring(prepared, selection) else None
-    speed = None if measured is None else measured.speed
-    cost = estimate(prepared, strategy, speed)
+    clock = clock_of(prepared, measure=_is_worth_measuring(prepared, selection))
+    cost = None if clock is None else clock.cost(strategy)
+    measured = None if clock is None else clock.basis
     cost_lines = selection_lines(cost) if cost and not measured else [cost_line(strategy, prepared.steps)]
     if cost is not None and measured is not None:
         cost_lines.append(time_line(cost, measured, prepared.settings.budget_hours))
         hooks.on_event(TimeExpected(expected_seconds=cost.expected.seconds or 0.0))
-    found = preflight_of(prepared, strategy, speed)
+    found = preflight_of(prepared, strategy, clock)
     first = [labels_line(found), *memory_lines(found), *cost_lines, *precision_lines(found)]
     for line in [*first, *kind_lines(prepared), *adapter_lines(prepared)]:
         hooks.notice(line)

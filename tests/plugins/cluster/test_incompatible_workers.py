@@ -25,7 +25,7 @@ def another_rightrank(folder: Path, version: str, changed: tuple[str, str] | Non
     shutil.copytree(Path(rightrank.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__", "vendor"))
     (package / "version.py").write_text(f'__version__ = "{version}"\n')
     if changed is not None:
-        messages = package / "executors" / "messages.py"
+        messages = package / "plugins" / "cluster" / "messages.py"
         messages.write_text(messages.read_text().replace(*changed))
     return f"env PYTHONPATH={shlex.quote(str(folder))}"
 

@@ -9,15 +9,11 @@ from benchmarks.scale.simulated import TOKEN, VERSIONS, Pace, SimulatedCrew, res
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rightrank.plugins.cluster.messages import Ready, Refused, Stop, Task, WorkerLost, WorkerMessage
 from rightrank.plugins.cluster.pool import (
     MAX_LOSSES,
     Pool,
-    PoolExecutor,
     PoolOptions,
-    Ready,
-    Refused,
-    WorkerLost,
-    WorkerMessage,
 )
 from rightrank.schema.errors import InputError, InterruptedRun, RunError
 from rightrank.schema.events import Listener
@@ -39,7 +35,7 @@ def make_pool(crew: SimulatedCrew, workers: int = 2, observer: Listener | None =
 
 
 def ended(pool: Pool, wanted: list[Trial]) -> list[str]:
-    return [outcome.trial_id for outcome in PoolExecutor(pool, "job").run(wanted, None)]
+    return [outcome.trial_id for outcome in pool.run(wanted, None)]
 
 
 def test_work_is_shared_and_the_longest_comes_first() -> None:
@@ -53,8 +49,14 @@ def test_work_is_shared_and_the_longest_comes_first() -> None:
 def test_a_task_holds_as_many_trials_as_its_share() -> None:
     crew = SimulatedCrew(Pace(trial=lambda *_: 1.0))
     tasks: list[int] = []
-    assign = crew.assign
-    crew.assign = lambda worker, task: (tasks.append(len(task.trials)), assign(worker, task))[1]  # type: ignore[method-assign, func-returns-value]
+    send = crew.send
+
+    def sent(worker: str, command: Task | Stop) -> None:
+        assert isinstance(command, Task)
+        tasks.append(len(command.trials))
+        send(worker, command)
+
+    crew.send = sent  # type: ignore[method-assign]
     assert len(ended(make_pool(crew, workers=2, task_trials=16), trials(5))) == 5
     assert tasks == [3, 2]
 
@@ -70,13 +72,13 @@ def test_a_lost_worker_s_trials_go_to_others() -> None:
 
 def test_a_trial_that_loses_every_worker_fails_and_the_others_continue() -> None:
     class Poisoned(SimulatedCrew):
-        def assign(self, worker: str, task: object) -> None:
-            super().assign(worker, task)  # type: ignore[arg-type]
-            if task.trials[0].trial_id == "trial-001":  # type: ignore[attr-defined]
+        def send(self, worker: str, command: Task | Stop) -> None:
+            super().send(worker, command)
+            if isinstance(command, Task) and command.trials[0].trial_id == "trial-001":
                 self._plan(self.now + 1.0, worker, WorkerLost("killed by signal 9", killed=True))
 
     crew = Poisoned(Pace(trial=lambda *_: 10.0))
-    outcomes = list(PoolExecutor(make_pool(crew), "job").run(trials(4), None))
+    outcomes = list(make_pool(crew).run(trials(4), None))
     failed = [outcome for outcome in outcomes if isinstance(outcome, TrialFailed)]
     assert [outcome.trial_id for outcome in failed] == ["trial-001"]
     assert failed[0].error == "out_of_memory"
@@ -123,7 +125,7 @@ def test_each_trial_ends_once_whatever_happens(
     )
     wanted = trials(12)
     try:
-        found = list(PoolExecutor(make_pool(crew, workers, task_trials=task_trials), "job").run(wanted, None))
+        found = list(make_pool(crew, workers, task_trials=task_trials).run(wanted, None))
     except RunError as error:
         assert "no worker could start" in str(error)  # noqa: PT017 - only where the first all died before a word
         return
@@ -140,14 +142,14 @@ def test_a_stop_request_ends_the_workers_and_keeps_what_ends_meanwhile() -> None
     pool = make_pool(crew, observer=Watch(should_stop=lambda: crew.now > 15))
     found: list[str] = []
     with pytest.raises(InterruptedRun, match="stopped with 4 trainings to do"):
-        found.extend(outcome.trial_id for outcome in PoolExecutor(pool, "job").run(trials(6), None))
+        found.extend(outcome.trial_id for outcome in pool.run(trials(6), None))
     crew_is_free = ended(make_pool(SimulatedCrew(Pace(trial=lambda *_: 1.0))), trials(2))
     assert len(crew_is_free) == 2
 
 
 def test_closed_early_it_can_be_used_again() -> None:
     crew = SimulatedCrew(Pace(trial=lambda *_: 10.0))
-    executor = PoolExecutor(make_pool(crew), "job")
+    executor = make_pool(crew)
     running = executor.run(trials(6), None)
     first = next(running)
     running.close()  # type: ignore[attr-defined]
@@ -166,7 +168,7 @@ def test_closed_after_an_outcome_it_handles_the_other_messages_next_time() -> No
             return found
 
     crew = Gathering(Pace(trial=lambda *_: 1.0, start=1.0))
-    executor = PoolExecutor(make_pool(crew, workers=1), "job")
+    executor = make_pool(crew, workers=1)
     first = executor.run(trials(1), None)
     next(first)
     first.close()  # type: ignore[attr-defined]
@@ -202,13 +204,3 @@ def test_workers_that_never_start_end_the_run() -> None:
 
     with pytest.raises(RunError, match=r"no worker could start .*no such module"):
         ended(make_pool(NeverReady(Pace(trial=lambda *_: 1.0))), trials(2))
-
-
-def test_two_jobs_share_the_workers() -> None:
-    crew = SimulatedCrew(Pace(trial=lambda *_: 10.0))
-    pool = make_pool(crew)
-    pool.submit("a", trials(3), None)
-    pool.submit("b", trials(3), 1.0)  # the same trial ids: a trial is its job's
-    found = [(job, outcome.trial_id) for job, outcome in pool.outcomes()]
-    assert len(found) == len(set(found)) == 6
-    assert not pool.is_waiting("a")

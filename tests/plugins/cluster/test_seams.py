@@ -1,18 +1,13 @@
-"""The examples in the docstrings of `Executor` and `Crew` do what the docstrings require."""
+"""The example in the docstring of `Executor` does what the docstring requires."""
 
 from __future__ import annotations
 
 import inspect
 import re
 import textwrap
-from pathlib import Path
 from typing import Any
 
-from benchmarks.scale.stub_worker import StubWorker
-
-import rightrank.plugins.cluster.pool
-from rightrank.plugins.cluster.pool import Crew, Job, Pool, PoolExecutor, PoolOptions, WorkerSetup
-from rightrank.plugins.cluster.worker import versions
+import rightrank.runs.executor
 from rightrank.runs import calls as custom
 from rightrank.runs.executor import Executor
 from rightrank.schema.trials import Arm, Trial, TrialFinished
@@ -38,15 +33,3 @@ def test_the_executor_of_the_docstring_yields_one_outcome_per_trial() -> None:
     outcomes = list(executor.run(trials(), None))
     assert [outcome.arm for outcome in outcomes] == [trial.arm for trial in trials()]
     assert all(isinstance(outcome, TrialFinished) for outcome in outcomes)
-
-
-def test_the_crew_of_the_docstring_serves_a_pool(tmp_path: Path) -> None:
-    (tmp_path / "probe").write_text("token")
-    job = Job(name="job", model="m", data="d", settings={}, folder=tmp_path, fingerprint="f")
-    setup = WorkerSetup(jobs=[job], working_folder=Path.cwd(), share=str(tmp_path), probe="probe")
-    names = vars(rightrank.plugins.cluster.pool) | vars(rightrank.plugins.cluster.pool) | {"Worker": StubWorker}
-    crew: Crew = example(Crew, "InlineCrew", **names)(setup)
-    pool = Pool(crew, PoolOptions(workers=2, versions=versions(), token="token"))
-    outcomes = list(PoolExecutor(pool, "job").run(trials(), None))
-    pool.close()
-    assert sorted(outcome.trial_id for outcome in outcomes) == ["t1", "t16", "t4"]

@@ -12,7 +12,7 @@ import pytest
 
 from rightrank import make_settings, select_rank
 from rightrank.plugins.cluster import factory as pool_factory
-from rightrank.plugins.cluster.pool import Task, WorkerLost, WorkerMessage, WorkerSetup
+from rightrank.plugins.cluster.messages import Setup, Stop, Task, WorkerLost, WorkerMessage
 from rightrank.plugins.cluster.worker import Worker
 from rightrank.runs.folder import RunFolder, Store, run_store
 from rightrank.schema.errors import MissingExtraError, RunError, SettingsError
@@ -52,7 +52,7 @@ def share(tmp_path: Path) -> str:
 class InProcessCrew:
     """Real workers in this process, one after the other, each with its own folder and base, as on two machines."""
 
-    def __init__(self, setup: WorkerSetup) -> None:
+    def __init__(self, setup: Setup) -> None:
         self._setup = setup
         self._workers: dict[str, Worker] = {}
         self._sent: list[tuple[str, WorkerMessage | WorkerLost]] = []
@@ -61,11 +61,9 @@ class InProcessCrew:
         self._workers[worker] = Worker(lambda message: self._sent.append((worker, message)))
         self._workers[worker].set_up(self._setup)
 
-    def assign(self, worker: str, task: Task) -> None:
-        self._workers[worker].run_task(task)
-
-    def request_stop(self, worker: str) -> None:
-        pass
+    def send(self, worker: str, command: Task | Stop) -> None:
+        if isinstance(command, Task):
+            self._workers[worker].run_task(command)
 
     def end(self, worker: str) -> None:
         self._workers.pop(worker).close()

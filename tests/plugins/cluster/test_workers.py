@@ -14,9 +14,9 @@ import psutil
 import pytest
 
 from rightrank import make_settings, select_rank
-from rightrank.plugins.cluster.pool import WORKER_MESSAGE, Ready, Stop, WorkerSetup
+from rightrank.plugins.cluster.messages import WORKER_MESSAGE, Ready, Setup, Stop
 from rightrank.plugins.cluster.processes import ProcessCrew
-from rightrank.plugins.cluster.ray_cluster import connected, resources, share_of
+from rightrank.plugins.cluster.ray_cluster import connected, resources
 from rightrank.plugins.cluster.worker import serve, versions
 from rightrank.schema.errors import InputError, MissingExtraError, RunError, SettingsError
 from rightrank.schema.events import Event, StepDone
@@ -87,17 +87,30 @@ def test_an_address_that_does_not_answer_is_reported() -> None:
         connected("head-node")
 
 
+def setup_in(folder: Path, probe: str) -> Setup:
+    return Setup(
+        model="m",
+        data="d",
+        settings={},
+        fingerprint="f",
+        folder=folder,
+        working_folder=Path.cwd(),
+        share=str(folder),
+        probe=probe,
+    )
+
+
 def test_a_worker_sends_its_versions_and_the_token_that_it_reads(tmp_path: Path) -> None:
     (tmp_path / "probe").write_text("secret")
     for probe, token in (("probe", "secret"), ("elsewhere", None)):
-        setup = WorkerSetup(jobs=[], working_folder=Path.cwd(), share=str(tmp_path), probe=probe)
+        setup = setup_in(tmp_path, probe)
         sent = StringIO()
         serve(StringIO(setup.model_dump_json() + "\n" + Stop().model_dump_json() + "\n"), sent)
         assert WORKER_MESSAGE.validate_json(sent.getvalue()) == Ready(versions=versions(), token=token)
 
 
 def test_a_missing_launcher_is_one_line(tmp_path: Path) -> None:
-    setup = WorkerSetup(jobs=[], working_folder=Path.cwd(), share=str(tmp_path), probe="probe")
+    setup = setup_in(tmp_path, "probe")
     with pytest.raises(SettingsError, match="launcher: can't run 'no-such-srun'"):
         ProcessCrew(setup, tmp_path, launcher=["no-such-srun"]).start("worker-1")
 
@@ -105,6 +118,4 @@ def test_a_missing_launcher_is_one_line(tmp_path: Path) -> None:
 def test_a_worker_reserves_what_the_plan_states() -> None:
     assert resources(3 * 2**30, on_cuda=False) == {"CPU": 1.0, "memory": 3.0 * 2**30}
     assert resources(None, on_cuda=False) == {"CPU": 1.0}
-    assert share_of(20 * 2**30, 80 * 2**30) == pytest.approx(1 / 3)  # four would leave no spare
-    assert share_of(18 * 2**30, 80 * 2**30) == pytest.approx(1 / 4)
-    assert share_of(100 * 2**30, 80 * 2**30) == 1.0
+    assert resources(3 * 2**30, on_cuda=True) == {"CPU": 1.0, "GPU": 1.0}

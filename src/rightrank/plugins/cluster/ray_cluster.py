@@ -15,28 +15,27 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from rightrank.plugins.cluster.pool import WORKER_MESSAGE, Command, Stop, Task, WorkerLost, WorkerMessage, WorkerSetup
+from rightrank.plugins.cluster.messages import WORKER_MESSAGE, Setup, Stop, Task, WorkerLost, WorkerMessage
 from rightrank.plugins.cluster.processes import Rendezvous
-from rightrank.plugins.cluster.worker import Service
+from rightrank.plugins.cluster.worker import Send, Worker
+from rightrank.runs.hook import described
 from rightrank.schema.errors import InputError, MissingExtraError, RunError
 
 CONNECT_SECONDS = 10.0
-SPARE = 0.05  # of a GPU's memory, kept free for the kernels of its workers
 
 
 class RayWorker:
     """The actor. `messages` is one stream that lasts as long as the actor."""
 
+    make_worker: Callable[[Send], Worker] = Worker
+
     def __init__(self) -> None:
         self._sent: queue.SimpleQueue[str] = queue.SimpleQueue()
-        self._service = self.make_service(lambda message: self._sent.put(message.model_dump_json()))
-        threading.Thread(target=self._service.run, daemon=True).start()
-
-    def make_service(self, send: Callable[[WorkerMessage], None]) -> Service:
-        return Service(send)
+        self._worker = type(self).make_worker(lambda message: self._sent.put(message.model_dump_json()))
+        threading.Thread(target=self._worker.run, daemon=True).start()
 
     def receive(self, line: str) -> None:
-        self._service.receive(line)
+        self._worker.receive(line)
 
     def messages(self) -> Iterator[str]:
         while True:
@@ -51,29 +50,40 @@ class RayCrew:
 
     def __init__(
         self,
-        setup: WorkerSetup,
+        setup: Setup,
         address: str | None,
         bytes_planned: int | None,
         on_cuda: bool,
         actor: type = RayWorker,
         size: int = 1,
     ) -> None:
-        self._joined_before = _is_joined()
+        ray = sys.modules.get("ray")
+        self._joined_before = ray is not None and bool(ray.is_initialized())  # the caller's session is left open
         self._ray = connected(address)
         self._setup = setup
         self._resources = resources(bytes_planned, on_cuda)
-        self._require_room()
         self._actor = self._ray.remote(actor)
         self._size = size  # actors per worker, each with its own device
+        self.room()
         self._rendezvous = Rendezvous(self._ray.util.get_node_ip_address(), size, on_cuda) if size > 1 else None
         self._actors: dict[str, list[Any]] = {}  # the first sends messages
         self._places: dict[str, Any] = {}  # placement groups of workers with several actors
         self._streams: dict[Any, tuple[str, int]] = {}  # an actor's messages → its worker and number
 
     def room(self) -> int:
-        """How many workers the present nodes have room for, at least 1."""
+        """How many workers the present nodes have room for, at least 1.
+
+        Raises:
+            InputError: no node has room for one of a worker's actors.
+        """
         nodes = [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
-        return max(1, sum(_fit(node, self._resources) for node in nodes) // self._size)
+        actors = sum(_fit(node, self._resources) for node in nodes)
+        if not actors:
+            wanted = ", ".join(_amount(name, amount) for name, amount in self._resources.items())
+            raise InputError(
+                f"no node of the Ray cluster has room for a worker ({wanted}); give smaller ranks, batch_size or seq_len, or larger nodes"
+            )
+        return max(1, actors // self._size)
 
     def start(self, worker: str) -> None:
         wanted = self._resources
@@ -102,11 +112,9 @@ class RayCrew:
         self._places[worker] = group
         return {"scheduling_strategy": PlacementGroupSchedulingStrategy(group)}
 
-    def assign(self, worker: str, task: Task) -> None:
-        self._send(worker, task)
-
-    def request_stop(self, worker: str) -> None:
-        self._send(worker, Stop())
+    def send(self, worker: str, command: Task | Stop) -> None:
+        for actor in self._actors[worker]:
+            actor.receive.remote(command.model_dump_json())
 
     def end(self, worker: str) -> None:
         self._streams = {stream: whose for stream, whose in self._streams.items() if whose[0] != worker}
@@ -131,7 +139,7 @@ class RayCrew:
                 lines = self._ray.get(next(stream))
             except (self._ray.exceptions.RayError, StopIteration) as error:
                 self.end(worker)  # its other actors
-                found.append((worker, WorkerLost(_reason(error))))
+                found.append((worker, WorkerLost(described(error))))
             else:
                 found.extend((worker, WORKER_MESSAGE.validate_json(line)) for line in lines.split("\n") if number == 0)
         return found
@@ -141,25 +149,6 @@ class RayCrew:
             self.end(worker)
         if not self._joined_before:
             self._ray.shutdown()
-
-    def _send(self, worker: str, command: Command) -> None:
-        for actor in self._actors[worker]:
-            actor.receive.remote(command.model_dump_json())
-
-    def _require_room(self) -> None:
-        nodes = [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
-        if any(_fit(node, self._resources) for node in nodes):
-            return
-        wanted = ", ".join(_amount(name, amount) for name, amount in self._resources.items())
-        raise InputError(
-            f"no node of the Ray cluster has room for a worker ({wanted}); give smaller ranks, batch_size or seq_len, or larger nodes"
-        )
-
-
-def _is_joined() -> bool:
-    """Whether the caller already has a Ray session, which is then left open."""
-    ray = sys.modules.get("ray")
-    return ray is not None and bool(ray.is_initialized())
 
 
 def connected(address: str | None) -> Any:
@@ -179,25 +168,18 @@ def connected(address: str | None) -> Any:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # as Ray recommends; otherwise it warns
     if address is not None:
         _require_answer(address)
+    quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
     try:
-        if address is None:
-            _join_or_start(ray)
-        else:
-            ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
+        try:
+            ray.init(address=address or "auto", **quiet)  # of this machine, where no address is given
+        except ConnectionError:
+            if address is not None:
+                raise
+            ray.init(include_dashboard=False, _node_ip_address="127.0.0.1", **quiet)  # no other machine can reach it
     except (ConnectionError, RuntimeError, ValueError, OSError) as error:
         where = "on this machine" if address is None else f"at {address}"
         raise RunError(f"can't join the Ray cluster {where}: {' '.join(str(error).split())}") from None
     return ray
-
-
-def _join_or_start(ray: Any) -> None:
-    """Join the cluster on this machine, or start one that no other machine can reach."""
-    try:
-        ray.init(address="auto", logging_level=logging.ERROR, log_to_driver=False)
-    except ConnectionError:
-        ray.init(
-            logging_level=logging.ERROR, log_to_driver=False, include_dashboard=False, _node_ip_address="127.0.0.1"
-        )
 
 
 def _require_answer(address: str) -> None:
@@ -217,24 +199,10 @@ def _require_answer(address: str) -> None:
 
 
 def resources(bytes_planned: int | None, on_cuda: bool) -> dict[str, float]:
-    """What Ray reserves for a worker: one core, and a share of a GPU or memory by the plan."""
+    """What Ray reserves for a worker: one core, and a GPU or, on a CPU, the memory of the plan."""
     if on_cuda:
-        return {"CPU": 1.0, "GPU": gpu_share(bytes_planned)}
+        return {"CPU": 1.0, "GPU": 1.0}
     return {"CPU": 1.0} if bytes_planned is None else {"CPU": 1.0, "memory": float(bytes_planned)}
-
-
-def gpu_share(bytes_planned: int | None) -> float:
-    """The share of a GPU like the driver's that a worker needs; 1.0 where it is unknown or above a half."""
-    import torch
-
-    if bytes_planned is None or not torch.cuda.is_available():
-        return 1.0
-    return share_of(bytes_planned, torch.cuda.get_device_properties(0).total_memory)
-
-
-def share_of(needed: int, memory: int) -> float:
-    """The fraction 1/n that holds `needed` bytes, so that n workers share a GPU; 1.0 where two don't fit."""
-    return 1.0 / max(1, int(memory * (1 - SPARE) // needed))
 
 
 def _fit(node: dict[str, float], wanted: dict[str, float]) -> int:
@@ -245,11 +213,6 @@ def _environment() -> dict[str, str]:
     """The environment variables that workers inherit from this process."""
     names = ("PYTHONPATH", "OMP_NUM_THREADS", "HF_HUB_OFFLINE", "TOKENIZERS_PARALLELISM")
     return {name: os.environ[name] for name in names if name in os.environ}
-
-
-def _reason(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
 def _amount(name: str, amount: float) -> str:

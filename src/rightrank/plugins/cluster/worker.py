@@ -1,8 +1,7 @@
-"""A worker process: it loads its own base, prepares the driver's requests, and trains the tasks that it receives.
+"""A worker process: it loads its own base, prepares the driver's request, and trains the tasks that it receives.
 
-`python -m rightrank.plugins.cluster.worker` reads commands as lines from stdin and writes messages as lines to stdout; see
-`executors.messages` for the protocol. When stdin ends, the driver is gone, and the worker stops at its next step with
-checkpoints.
+`python -m rightrank.plugins.cluster.worker` reads commands as lines from stdin and writes messages as lines to stdout. When stdin
+ends, the driver is gone, and the worker stops at its next step with checkpoints.
 """
 
 from __future__ import annotations
@@ -24,18 +23,17 @@ from typing import TYPE_CHECKING, TextIO, TypeAlias
 
 from pydantic import ValidationError
 
-from rightrank.plugins.cluster.pool import (
+from rightrank.plugins.cluster.messages import (
     COMMAND,
     Group,
-    Job,
     Ready,
     Refused,
+    Setup,
     Step,
     Stop,
     Task,
     TaskEnded,
     WorkerMessage,
-    WorkerSetup,
 )
 from rightrank.runs.executor import Executor
 from rightrank.schema.errors import InputError, InterruptedRun, RightrankError, RunError
@@ -44,8 +42,7 @@ from rightrank.schema.trials import TrialFailed, TrialStarted
 from rightrank.version import __version__
 
 if TYPE_CHECKING:
-    from rightrank.models.base_models import LoadedModel
-    from rightrank.plugins.cluster.factory import StoreSync
+    from rightrank.plugins.cluster.store import StoreSync
     from rightrank.runs.prepare import Prepared
 
 NOT_UNDERSTOOD = (
@@ -54,22 +51,51 @@ NOT_UNDERSTOOD = (
 STEP_SECONDS = 0.5  # between two `Step` messages, at least
 SAME_EVERYWHERE = ("torch", "transformers", "peft")
 
+Send: TypeAlias = Callable[[WorkerMessage], None]
+
 
 class Worker:
-    """Handles commands and sends messages, whatever carries them."""
+    """Handles commands and sends messages, whatever carries them: tasks run on the thread that calls `run`."""
 
-    def __init__(self, send: Callable[[WorkerMessage], None]) -> None:
+    def __init__(self, send: Send) -> None:
         self._send = send
-        self._jobs: dict[str, Job] = {}
-        self._executors: dict[str, Executor] = {}
-        self._bases: dict[tuple[object, ...], LoadedModel] = {}
+        self._setup: Setup | None = None
+        self._executor: Executor | None = None
+        self._tasks: queue.SimpleQueue[Task | None] = queue.SimpleQueue()
         self._scratch = Path(tempfile.mkdtemp(prefix="rightrank-worker-"))
         self._stop = threading.Event()
         self._should_stop: Callable[[], bool] = self._stop.is_set
 
-    def set_up(self, setup: WorkerSetup) -> None:
+    def receive(self, line: str | bytes) -> None:
+        """Handle a command; may be called from any thread."""
+        try:
+            command = COMMAND.validate_json(line)
+        except ValidationError:
+            self._send(Refused(reason=f"{platform.node()}: {NOT_UNDERSTOOD}", exit_status=InputError.exit_status))
+            return
+        match command:
+            case Setup():
+                self.set_up(command)
+            case Stop():
+                self._stop.set()
+            case Task():
+                self._tasks.put(command)
+
+    def leave(self) -> None:
+        """Stop the current task at its next step; `run` then returns."""
+        self._tasks.put(None)
+        self._stop.set()
+
+    def run(self) -> None:
+        try:
+            while (task := self._tasks.get()) is not None:
+                self.run_task(task)
+        finally:
+            self.close()
+
+    def set_up(self, setup: Setup) -> None:
         """Send `Ready` with this worker's versions and what it reads in the probe file."""
-        self._jobs = {job.name: job for job in setup.jobs}
+        self._setup = setup
         with suppress(OSError):  # no such folder here: then only absolute paths work
             os.chdir(setup.working_folder)
         try:
@@ -78,15 +104,13 @@ class Worker:
         except RightrankError as error:  # from the store
             self._send(Refused(reason=f"{platform.node()}: {error}", exit_status=error.exit_status))
 
-    def stop(self) -> None:
-        """Stop the current task at its next step. May be called from any thread."""
-        self._stop.set()
-
     def run_task(self, task: Task) -> None:
         """Train the trials of a task; an error that no other worker could avoid is sent as `Refused`."""
         self._stop.clear()
+        assert self._setup is not None
         try:
-            for outcome in self._executor(self._jobs[task.job]).run(task.trials, task.base_loss):
+            self._executor = self._executor or self.make_executor(self._setup)
+            for outcome in self._executor.run(task.trials, task.base_loss):
                 self._send(outcome)
                 if isinstance(outcome, TrialFailed) and outcome.error == "out_of_memory":
                     self._send(Notice(text=outcome.reason))
@@ -100,6 +124,20 @@ class Worker:
         """Remove the worker's files from the local disk."""
         shutil.rmtree(self._scratch, ignore_errors=True)
 
+    def make_executor(self, setup: Setup) -> Executor:
+        """The executor of this process, at the first task."""
+        from rightrank.plugins.cluster.store import StoredExecutor, StoreSync
+        from rightrank.runs.executor import LocalExecutor
+        from rightrank.runs.folder import RunFolder, run_store
+
+        prepared = _prepared(setup, self._scratch / "cache")
+        store = prepared.settings.store
+        folder = RunFolder(self._scratch / "run" if store else setup.folder)
+        sync = StoreSync(folder, run_store(store, setup.fingerprint)) if store else None
+        limit = prepared.planned.max_adapters_per_pass if prepared.planned else None
+        executor = LocalExecutor(prepared.runtime, folder, _Reports(self._send, self._should_stop, sync), limit)
+        return executor if sync is None else StoredExecutor(executor, sync)
+
     def _join_group(self, group: Group, ready: Ready) -> Ready:
         """Join the group; return the first `Ready` that differs from process 0's, or process 0's if all agree."""
         from rightrank.plugins.cluster.processes import join
@@ -110,7 +148,7 @@ class Worker:
         readies = [broadcast(number, ready.model_dump()) for number in range(group.size)]
         return Ready.model_validate(next((other for other in readies if other != readies[0]), readies[0]))
 
-    def _token(self, setup: WorkerSetup) -> str | None:
+    def _token(self, setup: Setup) -> str | None:
         """The content of the probe file; None where this worker does not see it."""
         probe = Path(setup.share) / setup.probe
         if "://" in setup.share:
@@ -123,48 +161,29 @@ class Worker:
         except OSError:
             return None
 
-    def _executor(self, job: Job) -> Executor:
-        """The job's executor, built at its first task; jobs share a loaded base."""
-        if job.name not in self._executors:
-            self._executors[job.name] = self._make_executor(job, self._scratch / str(len(self._executors)))
-        return self._executors[job.name]
 
-    def _make_executor(self, job: Job, scratch: Path) -> Executor:
-        from rightrank.plugins.cluster.factory import StoredExecutor, StoreSync
-        from rightrank.runs.executor import LocalExecutor
-        from rightrank.runs.folder import RunFolder, run_store
+def _prepared(setup: Setup, cache: Path) -> Prepared:
+    """The driver's request, prepared here.
 
-        scratch.mkdir()
-        prepared = self._prepared(job, scratch / "cache")
-        store = prepared.settings.store
-        folder = RunFolder(scratch / "run" if store else job.folder)
-        sync = StoreSync(folder, run_store(store, job.fingerprint)) if store else None
+    Raises:
+        RunError: its fingerprint is not the driver's.
+    """
+    from rightrank.runs.prepare import Request, prepare
+    from rightrank.schema.settings import make_settings
 
-        listener = _Reports(self._send, self._should_stop, sync)
-        limit = prepared.planned.max_adapters_per_pass if prepared.planned else None
-        executor = LocalExecutor(prepared.runtime, folder, listener, limit)
-        return executor if sync is None else StoredExecutor(executor, sync)
-
-    def _prepared(self, job: Job, cache: Path) -> Prepared:
-        from rightrank.runs.prepare import Request, prepare
-        from rightrank.schema.settings import make_settings
-
-        request = Request(job.model, None, job.data, make_settings(job.settings), job.begun)
-        prepared = prepare(request, cache, bases=self._bases)
-        if prepared.started.fingerprint != job.fingerprint:
-            raise RunError(
-                f"a worker on {platform.node()} found a different model or different data at {job.model} and {job.data}: "
-                "give paths that lead to the same files on every machine"
-            )
-        return prepared
+    prepared = prepare(Request(setup.model, None, setup.data, make_settings(setup.settings), setup.begun), cache)
+    if prepared.started.fingerprint != setup.fingerprint:
+        raise RunError(
+            f"a worker on {platform.node()} found a different model or different data at {setup.model} and {setup.data}: "
+            "give paths that lead to the same files on every machine"
+        )
+    return prepared
 
 
 class _Reports(Listener):
     """Sends the starts, the steps and the notices of a worker's trials to the driver."""
 
-    def __init__(
-        self, send: Callable[[WorkerMessage], None], stops: Callable[[], bool], sync: StoreSync | None
-    ) -> None:
+    def __init__(self, send: Send, stops: Callable[[], bool], sync: StoreSync | None) -> None:
         self._send, self._stops, self._sync = send, stops, sync
         self._last_step = 0.0
 
@@ -185,52 +204,11 @@ class _Reports(Listener):
 
 def versions() -> dict[str, str]:
     """Versions that must be the same on every machine."""
-    return {
-        "rightrank": __version__,
-        "python": platform.python_version(),
-        **{name: version(name) for name in SAME_EVERYWHERE},
-    }
+    found = {"rightrank": __version__, "python": platform.python_version()}
+    return found | {name: version(name) for name in SAME_EVERYWHERE}
 
 
-WorkerFactory: TypeAlias = Callable[[Callable[[WorkerMessage], None]], Worker]
-
-
-class Service:
-    """A worker whose tasks run on the thread that calls `run`, while other threads call `receive`."""
-
-    def __init__(self, send: Callable[[WorkerMessage], None], make_worker: WorkerFactory = Worker) -> None:
-        self.worker = make_worker(send)
-        self._send = send
-        self._tasks: queue.SimpleQueue[Task | None] = queue.SimpleQueue()
-
-    def receive(self, line: str | bytes) -> None:
-        try:
-            command = COMMAND.validate_json(line)
-        except ValidationError:
-            self._send(Refused(reason=f"{platform.node()}: {NOT_UNDERSTOOD}", exit_status=InputError.exit_status))
-            return
-        match command:
-            case WorkerSetup() as setup:
-                self.worker.set_up(setup)
-            case Stop():
-                self.worker.stop()
-            case Task() as task:
-                self._tasks.put(task)
-
-    def close(self) -> None:
-        """Stop the current task; `run` then returns."""
-        self._tasks.put(None)
-        self.worker.stop()
-
-    def run(self) -> None:
-        try:
-            while (task := self._tasks.get()) is not None:
-                self.worker.run_task(task)
-        finally:
-            self.worker.close()
-
-
-def serve(commands: TextIO, messages: TextIO, make_worker: WorkerFactory = Worker) -> None:
+def serve(commands: TextIO, messages: TextIO, make_worker: Callable[[Send], Worker] = Worker) -> None:
     """Run a worker until the stream of commands ends."""
 
     def send(message: WorkerMessage) -> None:
@@ -238,19 +216,19 @@ def serve(commands: TextIO, messages: TextIO, make_worker: WorkerFactory = Worke
             messages.write(message.model_dump_json() + "\n")
             messages.flush()
         except BrokenPipeError:
-            service.worker.stop()  # the driver has ended
+            worker.leave()  # the driver has ended
 
     def read_commands() -> None:
         for line in commands:
-            service.receive(line)
-        service.close()
+            worker.receive(line)
+        worker.leave()
 
-    service = Service(send, make_worker)
+    worker = make_worker(send)
     threading.Thread(target=read_commands, daemon=True).start()
-    service.run()
+    worker.run()
 
 
-def main(make_worker: WorkerFactory = Worker) -> None:
+def main(make_worker: Callable[[Send], Worker] = Worker) -> None:
     """Serve on stdin and stdout; whatever else prints goes to stderr."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the driver, which then stops its workers
     signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -1,1 +1,89 @@
-"""plugins.fleet"""
+"""Many adapters of one server at one rank: the smallest to which all can be truncated within the margin."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rightrank.models.adapter_files import require_adapter_folder
+from rightrank.runs.plugins import Plugin
+from rightrank.schema.settings import SelectSettings, make_settings
+
+if TYPE_CHECKING:
+    import click
+
+    from rightrank.plugins.fleet.common_rank import Fleet
+
+
+class FleetPlugin(Plugin):
+    name = "fleet"
+
+    def commands(self) -> Sequence[click.Command]:
+        from rightrank.plugins.fleet import commands
+
+        return [commands.fleet]
+
+    def functions(self) -> Mapping[str, Callable[..., Any]]:
+        return {"fleet": fleet}
+
+
+PLUGIN = FleetPlugin()
+
+
+def fleet(
+    adapters: Sequence[str | Path],
+    out: str | Path,
+    *,
+    model: str,
+    data: str | Path | Sequence[str | Path],
+    settings: SelectSettings | None = None,
+    ranks: Sequence[int] | None = None,
+    pad: bool = False,
+    recover_steps: int = 0,
+    learning_rate: float | None = None,
+    merge: Sequence[float] | None = None,
+    ignore_base_name: bool = False,
+    notice: Callable[[str], None] = lambda _: None,
+) -> Fleet:
+    """Bring several adapters of one server to the smallest rank at which none loses more than the margin.
+
+    Args:
+        adapters: two adapter folders or more, of one base.
+        out: the folder to write, which must not exist: one folder for each adapter.
+        model: the base.
+        data: held-out rows for all adapters, or one file for each in their order.
+        settings: of evaluation and margin; see `SelectSettings`.
+        ranks: to measure; None for the powers of two.
+        pad: write every adapter at the one rank that vLLM serves, with one scale.
+        recover_steps: of training after each truncation, at `learning_rate`.
+        merge: weights of the exact sum of the adapters, which is then truncated too, into `out/merged`; None for no sum.
+        ignore_base_name: accept adapters that name another base, if their shapes fit.
+        notice: receives each line for a person.
+
+    Raises:
+        InputError: an adapter of another base, data that can't be used, adapters without a common module; nothing was written.
+        RunError: recovery diverged.
+    """
+    for adapter in map(Path, adapters):
+        if not adapter.is_file():
+            require_adapter_folder(adapter)  # before what brings torch
+
+    from rightrank.plugins.fleet.common_rank import FleetRequest, run_fleet
+
+    files = [data] if isinstance(data, str | Path) else list(data)
+    request = FleetRequest(
+        [Path(adapter) for adapter in adapters],
+        model,
+        [Path(file) for file in files],
+        Path(out),
+        settings or make_settings({}),
+        ranks,
+        pad,
+        recover_steps,
+        learning_rate,
+        merge,
+        ignore_base_name,
+        notice,
+    )
+    return run_fleet(request)

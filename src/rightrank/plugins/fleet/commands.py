@@ -11,7 +11,7 @@ from rightrank.cli.options import comma, gather, whole_numbers
 from rightrank.schema.errors import SettingsError
 
 if TYPE_CHECKING:
-    from rightrank.plugins.fleet.fleet import Fleet, FleetSlots
+    from rightrank.plugins.fleet.common_rank import Fleet, FleetSlots
     from rightrank.schema.decision import AdapterCandidate
 
 
@@ -101,12 +101,12 @@ def fleet(
     as_json: bool,
 ) -> None:
     """Find the smallest rank that all ADAPTERs can be truncated to without losing more than the margin, and write them."""
-    from rightrank import api
+    from rightrank.plugins.fleet import fleet as run_fleet
     from rightrank.schema.settings import make_settings
 
     if weights is not None and not merge:
         raise SettingsError("--weights goes with --merge, which was not given; give both, or leave it out")
-    found = api.fleet(
+    found = run_fleet(
         adapters,
         out,
         model=model,

@@ -40,9 +40,9 @@ def judge(
 
     Without --command and --collect, RUN/judging/judge.html is a page to click through.
     """
-    from rightrank import api
+    from rightrank.plugins.judge import judge as run_judge
 
-    found = api.judge(
+    found = run_judge(
         run,
         prompts=prompts,
         ranks=whole_numbers(ranks, "--ranks"),

@@ -39,20 +39,14 @@ def are_judgements(rows: Iterable[Row]) -> bool:
     return first is not None and {"rank_a", "rank_b"} <= first.fields.keys()
 
 
-def read_judgements(source: Path, known: Collection[int] | None = None) -> tuple[list[Judgement], list[str]]:
-    """`(judgements, how the rows were understood)` of a file.
-
-    Raises:
-        ResultsError: rows that can't be used; see `judgements_of`.
-    """
-    return judgements_of(raw_rows(source), known)
-
-
-def judgements_of_mappings(
-    rows: Iterable[Mapping[str, object]], known: Collection[int] | None = None
-) -> tuple[list[Judgement], list[str]]:
-    """As `read_judgements`, of rows in memory."""
-    return judgements_of(rows_of_mappings(rows), known)
+def rows_of(source: str | Path | Iterable[Row | Mapping[str, object]]) -> list[Row]:
+    """The rows of a file, or rows and mappings in memory."""
+    if isinstance(source, str | Path):
+        return list(raw_rows(Path(source)))
+    listed = list(source)
+    if all(isinstance(one, Row) for one in listed):
+        return [one for one in listed if isinstance(one, Row)]
+    return list(rows_of_mappings([one for one in listed if not isinstance(one, Row)]))
 
 
 def judgements_of(rows: Iterable[Row], known: Collection[int] | None = None) -> tuple[list[Judgement], list[str]]:

@@ -1,8 +1,114 @@
-"""What fits and what it costs, before any weight is loaded.
+"""What fits and what it costs, before any weight is loaded: memory and time of every rank.
 
 skeleton (the model without weights) → step, trace and kernels (what the real step allocates on the device) → stack (the
-whole depth from a few blocks) → estimate (every rank from two traces) → simulate and allocator (the peak) → planner
-(the plan) and selection_plan (the plan of a `select`).
+whole depth from a few blocks) → estimate (every rank from two traces) → allocator (the peak) → planner (the plan), and
+selection and clock (the plan and the time of a `select`, which leaves out the ranks that don't fit).
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Unpack
+
+from pydantic import BaseModel
+
+from rightrank.runs.plugins import MemoryPlan, Plugin
+from rightrank.schema.keywords import PlanKeywords, SelectKeywords
+from rightrank.schema.plan_settings import PlanSettings, make_plan_settings
+from rightrank.schema.results import Plan
+from rightrank.schema.settings import SelectSettings, make_settings
+
+if TYPE_CHECKING:
+    import click
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from rightrank.models.base_models import LoadedModel
+    from rightrank.runs.prepare import Rows
+    from rightrank.train.tokens import EncodedData
+
+
+class PlanPlugin(Plugin):
+    name = "plan"
+
+    def commands(self) -> Sequence[click.Command]:
+        from rightrank.plugins.plan import commands
+
+        return [commands.plan]
+
+    def functions(self) -> Mapping[str, Callable[..., Any]]:
+        return {"plan": plan, "plan_selection": plan_selection}
+
+    def memory_plan(
+        self,
+        loaded: LoadedModel,
+        encoded: EncodedData,
+        classes: int | None,
+        settings: SelectSettings,
+        notice: Callable[[str], None],
+    ) -> MemoryPlan | None:
+        from rightrank.plugins.plan.selection import plan_loaded
+
+        return plan_loaded(loaded, encoded, classes, settings, notice)
+
+
+PLUGIN = PlanPlugin()
+
+
+def plan(model: str, *, settings: PlanSettings | None = None, **keywords: Unpack[PlanKeywords]) -> Plan:
+    """Predict parameters, memory and time of every rank, without weights and before any training.
+
+    Args:
+        model: a folder that holds at least `config.json`, a GGUF file, or a hub name.
+        settings: see `PlanSettings`; None for the defaults. Without `memory_bytes` the budget is the memory of the
+            CUDA device, if there is one.
+        keywords: the command's options by name, such as `ranks=(8, 16), memory_bytes="24GiB"`; they override `settings`.
+
+    Raises:
+        InputError: the model, its modules, a rank or a length can't be used.
+    """
+    from rightrank.models.base_models import require_model
+
+    settings = make_plan_settings(_given(settings) | keywords)
+    require_model(model)  # before what brings torch
+    from rightrank.models.base_models import device_memory
+    from rightrank.plugins.plan.planner import make_plan
+
+    if settings.memory_bytes is None and settings.device == "cuda":
+        settings = settings.model_copy(update={"memory_bytes": device_memory()})
+    return make_plan(model, settings)
+
+
+def plan_selection(
+    model: str | PreTrainedModel,
+    data: str | Path | Rows | Mapping[str, Rows],
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    settings: SelectSettings | None = None,
+    price_per_hour: float | None = None,
+    calibrate: bool = False,
+    **keywords: Unpack[SelectKeywords],
+) -> Plan:
+    """Plan `select_rank` with the same arguments: memory and time of its ranks, steps and lengths; nothing is trained.
+
+    Args:
+        model: as in `select_rank`, and so are `data`, `tokenizer`, `settings` and `keywords`.
+        price_per_hour: of this device, for the price.
+        calibrate: take the seconds of a calibration, and store it for plans without data; a few steps of this selection
+            are measured otherwise.
+
+    Raises:
+        InputError: model, data or settings can't be used, or the architecture can't be planned.
+    """
+    from rightrank.runs.request import require_request
+
+    settings = make_settings(_given(settings) | dict(keywords))
+    require_request(model, data, settings)  # before what brings torch
+    from rightrank.plugins.plan.clock import plan_data
+    from rightrank.runs.prepare import Request
+
+    return plan_data(Request(model, tokenizer, data, settings), price_per_hour, calibrate)
+
+
+def _given(settings: BaseModel | None) -> dict[str, Any]:
+    return {} if settings is None else settings.model_dump(include=settings.model_fields_set)

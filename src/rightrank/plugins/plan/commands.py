@@ -58,9 +58,9 @@ def plan(
 
 def _plan_of_step(model: str, values: dict[str, Any]) -> Plan:
     with garbage_kept():
-        from rightrank import api
+        from rightrank.plugins.plan import plan as plan_step
 
-        return api.plan(model, settings=make_plan_settings(values))
+        return plan_step(model, settings=make_plan_settings(values))
 
 
 def _plan_of_select(model: str, data: Path, values: dict[str, Any]) -> Plan:
@@ -69,11 +69,11 @@ def _plan_of_select(model: str, data: Path, values: dict[str, Any]) -> Plan:
     Raises:
         SettingsError: an option of a step that `select` can't run.
     """
-    from rightrank import api
+    from rightrank.plugins.plan import plan_selection
     from rightrank.schema.settings import make_settings
 
     if values.pop("loss", "chunked") != "chunked":
         raise SettingsError("--loss: `rightrank select` takes the loss in chunks; leave out DATA or --loss")
     price, calibrate = values.pop("price_per_hour", None), bool(values.pop("calibrate", False))
     settings = make_settings(values)
-    return api.plan_selection(model, data, settings=settings, price_per_hour=price, calibrate=calibrate)
+    return plan_selection(model, data, settings=settings, price_per_hour=price, calibrate=calibrate)

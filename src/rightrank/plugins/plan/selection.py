@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -12,18 +13,21 @@ from rightrank.data.token_store import EncodedExample
 from rightrank.models.base_models import LoadedModel, device_memory
 from rightrank.plugins.plan.budget import MAX_RANK, cheapest_changes, context_bytes, needed, rank_fits, starting_range
 from rightrank.plugins.plan.calibrate import Calibration, stored_calibration
-from rightrank.plugins.plan.duration import PlannedTrainings, Speed, Workload, selection_cost
 from rightrank.plugins.plan.estimate import Estimator
-from rightrank.plugins.plan.planner import largest_rank, speed_of, with_measured_process
+from rightrank.plugins.plan.planner import largest_rank, with_measured_process
+from rightrank.plugins.plan.skeleton import is_known
 from rightrank.schema.errors import SettingsError
 from rightrank.schema.plan_settings import STEP_OF_SELECT, PlanSettings, loop_of_select, make_plan_settings
-from rightrank.schema.results import SelectionCost
 from rightrank.schema.settings import SelectSettings
 from rightrank.schema.variants import widest_rank
-from rightrank.search.protocol import Strategy
 from rightrank.train.batches import collate
 from rightrank.train.loss import logits_loss
 from rightrank.train.pace import MAX_ADAPTERS_PER_PASS
+from rightrank.train.tokens import EncodedData
+
+if TYPE_CHECKING:
+    from rightrank.plugins.plan.clock import SelectionClock
+    from rightrank.runs.prepare import Prepared
 
 PROBED_EXAMPLES = 8
 
@@ -70,13 +74,44 @@ class SelectionPlan:
         """Whether this device is calibrated and the step is traced, so that operations give seconds."""
         return self.calibration is not None and self.estimator.untraceable is None
 
-    def cost(self, strategy: Strategy, work: Workload, speed: Speed | None = None) -> SelectionCost | None:
-        """The time of the selection, at a measured speed or that of the calibration; None where it is not timed."""
-        if speed is None and not self.is_timed:
-            return None
-        ranked = self.estimator.variant(ranks=self.ranks)
-        speed = speed or speed_of(self.calibration, self.estimator.settings)
-        return selection_cost(ranked, PlannedTrainings.of(strategy), work, speed)
+    def clock(self, prepared: Prepared, measure: bool) -> SelectionClock:
+        """The time of the prepared selection; see `rightrank.runs.plugins.MemoryPlan`."""
+        from rightrank.plugins.plan.clock import SelectionClock, measured_speed  # it prices this plan
+
+        return SelectionClock(self, prepared, measured_speed(self, prepared) if measure else None)
+
+
+def plan_loaded(
+    loaded: LoadedModel,
+    encoded: EncodedData,
+    classes: int | None,
+    settings: SelectSettings,
+    notice: Callable[[str], None],
+) -> SelectionPlan | None:
+    """The plan of a selection on loaded data; ranks that the user did not give are chosen from data and model.
+
+    Returns:
+        None for an architecture that transformers can't build from its configuration.
+    """
+    config, device = loaded.model.config, str(loaded.device)
+    if not is_known(config, encoded.is_classification):
+        return None
+    if "ranks" not in settings.model_fields_set and not encoded.is_classification:
+        ranks, reasons = ranks_for_data(config, settings, encoded.longest, device, _information(loaded, encoded))
+        settings = settings.model_copy(update={"ranks": tuple(ranks)})
+        for reason in reasons:
+            notice(reason)
+    planned = plan_selection(config, settings, encoded.longest, device, classes, encoded.sequences_per_example)
+    if (left_out := planned.notice()) is not None:
+        notice(left_out)
+    return planned
+
+
+def _information(loaded: LoadedModel, encoded: EncodedData) -> tuple[int, float]:
+    """`(labels, nats of each)` of the training data: label tokens, or preference pairs of one bit."""
+    if encoded.is_preference:
+        return len(encoded.splits["train"]), math.log(2)
+    return encoded.summary.splits["train"].label_tokens, first_pass_loss(loaded, encoded.splits["selection"])
 
 
 def plan_selection(

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from rightrank.report.format import duration, or_dash, size, table_lines
+from rightrank.report.format import or_dash, size, table_lines
+from rightrank.report.tables import selection_lines
 from rightrank.schema.events import DataSummary
-from rightrank.schema.results import Extent, Plan, RankPlan, SelectionCost
+from rightrank.schema.results import Plan, RankPlan
 from rightrank.schema.trials import split_name
 
 
@@ -114,50 +115,3 @@ def _fits_line(plan: Plan) -> str:
     if plan.largest_possible_rank is not None and plan.largest_possible_rank != plan.max_rank:
         possible = f" (largest of all ranks: {plan.largest_possible_rank})"
     return f"largest requested rank that fits in {budget}: {plan.max_rank}{possible}"
-
-
-def selection_lines(cost: SelectionCost) -> list[str]:
-    """The time and price of a selection, expected and at most, and of one training of each rank."""
-    name = "selection" if cost.strategy is None else f"selection by {cost.strategy}"
-    lines = []
-    if cost.expected == cost.most:
-        lines.append(f"{name}: {_extent(cost.expected, cost.steps)}")
-    else:
-        lines.append(f"{name}: about {_extent(cost.expected, cost.steps)}; at most {_extent(cost.most, cost.steps)}")
-    each = ", ".join(
-        f"rank {row.rank} {_amount(row.flops) if row.seconds is None else duration(row.seconds)}" for row in cost.ranks
-    )
-    lines.append(f"  one complete training with its evaluations: {each}")
-    if cost.expected.seconds is None:
-        lines.append("  --calibrate on this device adds seconds")
-    return lines
-
-
-def _extent(extent: Extent, steps: int) -> str:
-    parts = [f"{extent.trainings:.3g} trainings of {steps} steps, {_amount(extent.flops)}"]
-    if extent.seconds is not None:
-        parts.append(duration(extent.seconds))
-    if extent.price is not None:
-        parts.append(f"{extent.price:.2f} at the price given")
-    return ", ".join(parts)
-
-
-def _amount(flops: float) -> str:
-    """`1.5 PFLOP`."""
-    for unit in ("FLOP", "kFLOP", "MFLOP", "GFLOP", "TFLOP"):
-        if flops < 1000:
-            return f"{flops:.3g} {unit}"
-        flops /= 1000
-    return f"{flops:.3g} PFLOP"
-
-
-def took_line(cost: SelectionCost, trainings: float, seconds: float) -> str:
-    """The time of a selection, compared with the estimate for the trainings that ran and with that before the start."""
-    assert cost.expected.seconds is not None
-    assert cost.most.seconds is not None
-    for_these = cost.expected.seconds * trainings / cost.expected.trainings
-    return (
-        f"took {duration(seconds)} for {trainings:.3g} trainings; the estimate for that many was {duration(for_these)} "
-        f"({for_these / seconds - 1:+.0%}); the estimate before the start was {duration(cost.expected.seconds)} for "
-        f"{cost.expected.trainings:.3g} trainings, at most {duration(cost.most.seconds)}"
-    )

@@ -84,7 +84,7 @@ WHOLE_WEIGHTS = ("linear", "embedding", "convolution")  # kinds of modules with 
 
 @dataclass(frozen=True, slots=True)
 class FleetRequest:
-    """What to bring to one rank; see `rightrank.api.fleet` for each field."""
+    """What to bring to one rank; see `rightrank.plugins.fleet.fleet` for each field."""
 
     adapters: Sequence[Path]
     model: str

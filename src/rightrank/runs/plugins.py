@@ -1,0 +1,296 @@
+"""The door for plug-ins: what each adds to the core, which imports none of them.
+
+A plug-in is an instance of `Plugin`: the `PLUGIN` of a folder of `rightrank.plugins`, or what another distribution names in the
+entry point group `rightrank.plugins`. One that can't be imported costs one notice and what it adds.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, suppress
+from functools import cache, partial
+from importlib import import_module
+from pathlib import Path
+from pkgutil import iter_modules
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+from rightrank.schema.errors import one_line
+
+if TYPE_CHECKING:
+    import click
+
+    from rightrank.models.base_models import LoadedModel
+    from rightrank.schema.decision import Decision
+    from rightrank.schema.results import SelectionCost
+    from rightrank.schema.settings import SelectSettings
+    from rightrank.search.protocol import Strategy
+    from rightrank.train.tokens import EncodedData
+
+GROUP = "rightrank.plugins"
+FAULTS = (
+    ImportError,
+    SyntaxError,
+    AttributeError,
+    NameError,
+    TypeError,
+    ValueError,
+    LookupError,
+    OSError,
+    RuntimeError,
+)
+
+Found = TypeVar("Found")
+
+
+class Plugin:
+    """What a plug-in adds. A base class: every method adds nothing.
+
+    The methods import what they return, so that a plug-in costs nothing until it is used. For example::
+
+        class Chat(Plugin):
+            name = "chat"
+
+            def hooks(self):
+                from chat.hook import PostToChat
+
+                return [PostToChat()]
+    """
+
+    name = ""
+
+    def commands(self) -> Sequence[click.Command]:
+        """Commands of `rightrank`."""
+        return ()
+
+    def functions(self) -> Mapping[str, Callable[..., Any]]:
+        """Functions of the Python API by name: `rightrank.NAME`."""
+        return {}
+
+    def hooks(self) -> Sequence[Any]:
+        """New hooks for one selection; see `rightrank.hooks.Hook`."""
+        return ()
+
+    def executors(self) -> Mapping[str, Callable[..., AbstractContextManager[Any]]]:
+        """By a value of the setting `executor`: a function of request, prepared selection and selection.
+
+        It gives a context, within which workers run, whose value is a `rightrank.runs.executor.Executor`.
+        """
+        return {}
+
+    def calls(self) -> Mapping[str, Callable[..., Any]]:
+        """By a value of `where` of `select_rank_with`: turns a training function into one that runs elsewhere."""
+        return {}
+
+    def exports(self) -> Mapping[str, Callable[..., Any]]:
+        """By a name of `export --to`: a function of a `rightrank.interop.recipe.Recipe` that returns what to write."""
+        return {}
+
+    def memory_plan(
+        self,
+        loaded: LoadedModel,
+        encoded: EncodedData,
+        classes: int | None,
+        settings: SelectSettings,
+        notice: Callable[[str], None],
+    ) -> MemoryPlan | None:
+        """The memory of a selection's ranks, and those that fit; None where this plug-in can't tell.
+
+        Args:
+            loaded: the base.
+            encoded: the data.
+            classes: of a classification; None for others.
+            settings: of the selection. Ranks that the user did not give may be chosen here.
+            notice: receives each line for a person.
+
+        Raises:
+            SettingsError: fewer ranks fit than a comparison needs.
+        """
+        return None
+
+    def decide_rows(
+        self, rows: str | Path | Iterable[Any], margin: float | None, ranks: Collection[int] | None = None
+    ) -> tuple[Decision, list[str]] | None:
+        """The decision on finished results of another kind than values, and how they were understood; None for other rows.
+
+        Args:
+            rows: of a table, `rightrank.data.rows.Row` or mappings; or a file of them.
+            margin: None for the default of this kind.
+            ranks: that rows may name; None for any.
+
+        Raises:
+            ResultsError: rows of this kind that can't be used.
+        """
+        return None
+
+
+class MemoryPlan(Protocol):
+    """What each rank of a selection needs, and the ranks that fit."""
+
+    @property
+    def peak_bytes(self) -> Mapping[int, int]:
+        """Allocated by tensors at the peak, by rank."""
+        ...
+
+    @property
+    def needed_bytes(self) -> Mapping[int, int]:
+        """With what the process and the allocator hold besides, by rank."""
+        ...
+
+    @property
+    def memory_bytes(self) -> int | None:
+        """What there is; None: unknown, and every rank is kept."""
+        ...
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """Those that fit, or all."""
+        ...
+
+    @property
+    def max_adapters_per_pass(self) -> int | None:
+        """That fit in one pass; None: unknown, or one alone is asked for."""
+        ...
+
+    def peak_of(self, ranks: Sequence[int]) -> int | None:
+        """Bytes of tensors at the peak of these ranks in one pass; None where one of them was not planned."""
+        ...
+
+    def clock(self, prepared: Any, measure: bool) -> Clock:
+        """The time of the trainings of a prepared selection: of a few real steps if `measure`, else by a stored calibration."""
+        ...
+
+
+class Clock(Protocol):
+    """The time that the selections of a prepared request take on this device."""
+
+    @property
+    def basis(self) -> str | None:
+        """The steps and examples that were measured; None where none were."""
+        ...
+
+    def cost(self, strategy: Strategy) -> SelectionCost | None:
+        """The time of a whole selection; None where this device has neither a measurement nor a calibration."""
+        ...
+
+
+def commands() -> list[click.Command]:
+    """Those of all plug-ins; and so the functions below."""
+    return [command for found in _asked(lambda plugin: plugin.commands()) for command in found]
+
+
+def functions() -> dict[str, Callable[..., Any]]:
+    return _merged(_asked(lambda plugin: plugin.functions()))
+
+
+def hooks() -> list[Any]:
+    return [hook for found in _asked(lambda plugin: plugin.hooks()) for hook in found]
+
+
+def executors() -> dict[str, Callable[..., AbstractContextManager[Any]]]:
+    return _merged(_asked(lambda plugin: plugin.executors()))
+
+
+def calls() -> dict[str, Callable[..., Any]]:
+    return _merged(_asked(lambda plugin: plugin.calls()))
+
+
+def exports() -> dict[str, Callable[..., Any]]:
+    return _merged(_asked(lambda plugin: plugin.exports()))
+
+
+def memory_plan(
+    loaded: LoadedModel,
+    encoded: EncodedData,
+    classes: int | None,
+    settings: SelectSettings,
+    notice: Callable[[str], None],
+) -> MemoryPlan | None:
+    """Of the first plug-in that has one for this model."""
+    return _first(plugin.memory_plan(loaded, encoded, classes, settings, notice) for plugin in plugins())
+
+
+def decide_rows(
+    rows: str | Path | Iterable[Any], margin: float | None, ranks: Collection[int] | None = None
+) -> tuple[Decision, list[str]] | None:
+    """Of the first plug-in whose kind of results these are."""
+    return _first(plugin.decide_rows(rows, margin, ranks) for plugin in plugins())
+
+
+def _merged(mappings: Iterable[Mapping[str, Found]]) -> dict[str, Found]:
+    return {name: one for found in mappings for name, one in found.items()}
+
+
+def _first(answers: Iterable[Found | None]) -> Found | None:
+    return next((answer for answer in answers if answer is not None), None)
+
+
+def plugins() -> list[Plugin]:
+    """All that could be imported: those of this package, then those of other distributions."""
+    return list(_loaded().values())
+
+
+def _asked(question: Callable[[Plugin], Found]) -> Iterator[Found]:
+    """The answer of each plug-in; one that can't import what it adds is left out from then on."""
+    for name, plugin in list(_loaded().items()):
+        try:
+            answer = question(plugin)
+        except FAULTS as error:
+            _loaded().pop(name)
+            _left_out(name, error)
+        else:
+            yield answer
+
+
+@cache
+def _loaded() -> dict[str, Plugin]:
+    found: dict[str, Plugin] = {}
+    for name, load in [*_of_this_package(), *_of_others()]:
+        try:
+            found.setdefault(name, load())
+        except FAULTS as error:
+            _left_out(name, error)
+    return found
+
+
+def _left_out(name: str, error: Exception) -> None:
+    """One line on stderr, unless the user's logging sends it elsewhere."""
+    reason = one_line(f"{type(error).__name__}: {error}")
+    logging.getLogger("rightrank").warning(
+        f"rightrank: the plug-in {name!r} can't be imported ({reason}) and is left out"
+    )
+
+
+def _of_this_package() -> Iterator[tuple[str, Callable[[], Plugin]]]:
+    """The folders of `rightrank.plugins`, whatever the installed metadata says: a source tree may be newer."""
+    with suppress(ModuleNotFoundError):
+        for module in iter_modules(import_module(GROUP).__path__):
+            yield module.name, partial(_of_folder, module.name)
+
+
+def _of_folder(name: str) -> Plugin:
+    plugin: Plugin = import_module(f"{GROUP}.{name}").PLUGIN
+    return plugin
+
+
+def _of_others() -> Iterator[tuple[str, Callable[[], Plugin]]]:
+    """What other distributions name in the group."""
+    if not any(map(_names_the_group, sys.path)):
+        return
+    from importlib.metadata import entry_points  # reads every distribution: not before one is known to be there
+
+    for entry in entry_points(group=GROUP):
+        yield entry.name, entry.load
+
+
+def _names_the_group(folder: str) -> bool:
+    """Whether a distribution in this folder of `sys.path`, other than rightrank itself, names the group."""
+    with suppress(OSError):
+        for one in os.scandir(folder or "."):
+            if one.name.endswith("-info") and not one.name.startswith("rightrank-"):
+                with suppress(FileNotFoundError):
+                    if GROUP.encode() in Path(one.path, "entry_points.txt").read_bytes():
+                        return True
+    return False

@@ -1,0 +1,150 @@
+"""The door for plug-ins: each can be deleted, one that fails costs a notice and its own commands, others can be added."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import textwrap
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import rightrank
+from rightrank.interop.targets import Written
+from rightrank.runs import plugins
+from rightrank.schema.errors import SettingsError
+from tests.tiny import write_completions
+
+ROOT = Path(__file__).parent.parent
+SOURCE = ROOT / "src"
+FOLDERS = sorted(path.name for path in (SOURCE / "rightrank" / "plugins").iterdir() if (path / "__init__.py").is_file())
+
+# Imports every module that is left, and runs a selection for the adapter. Arguments: model, data, out.
+SELECTION = """\
+import importlib, pkgutil, sys
+import rightrank
+for module in pkgutil.walk_packages(rightrank.__path__, "rightrank."):
+    if not module.name.endswith("__main__"):
+        importlib.import_module(module.name)
+if __name__ == "__main__":
+    small = dict(ranks=(1, 4), learning_rates=(1e-2,), max_steps=4, batch_size=4, seq_len=32, eval_items=8, device="cpu")
+    selected = rightrank.select_rank(*sys.argv[1:], goal="adapter", **small)
+    print(selected.adapter_rank)
+"""
+
+
+def python(source: Path, *arguments: str, folder: Path | None = None) -> subprocess.CompletedProcess[str]:
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(source), *([] if folder is None else [str(folder)])]),
+    }
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=source.parent)
+
+
+def source_without(name: str, folder: Path) -> Path:
+    """A copy of the source without a plug-in's folder."""
+    shutil.copytree(SOURCE, folder / "src", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.rmtree(folder / "src" / "rightrank" / "plugins" / name, ignore_errors=True)
+    return folder / "src"
+
+
+def test_the_entry_points_are_the_folders() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert project["entry-points"][plugins.GROUP] == {name: f"{plugins.GROUP}.{name}:PLUGIN" for name in FOLDERS}
+    assert [plugin.name for plugin in plugins.plugins()] == FOLDERS
+
+
+@pytest.mark.trains
+@pytest.mark.parametrize("name", FOLDERS)
+def test_a_plug_in_can_be_deleted(name: str, model_folder: Path, tmp_path: Path) -> None:
+    source = source_without(name, tmp_path)
+    data = write_completions(tmp_path / "data.jsonl", 40)
+    done = python(source, "-c", SELECTION, str(model_folder), str(data), str(tmp_path / "run"))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split()[-1] in ("1", "4")
+    assert "plug-in" not in done.stderr
+
+
+@pytest.mark.trains
+def test_a_plug_in_that_cannot_be_imported_costs_one_notice_and_its_commands(tmp_path: Path) -> None:
+    source = source_without("nothing", tmp_path)
+    broken = source / "rightrank" / "plugins" / "fleet" / "commands.py"
+    broken.write_text("import no_such_package\n", encoding="utf-8")
+    done = python(source, "-m", "rightrank", "--help")
+    assert done.returncode == 0
+    assert [line for line in done.stderr.splitlines() if line] == [
+        "rightrank: the plug-in 'fleet' can't be imported (ModuleNotFoundError: No module named 'no_such_package') and is left out"
+    ]
+    assert "fleet" not in done.stdout
+    assert "allocate" in done.stdout
+
+
+@pytest.mark.trains
+def test_the_plug_in_of_the_docs_works(tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "how-to" / "write-a-plug-in.md").read_text(encoding="utf-8")
+    files = dict(re.findall(r"```(?:python|toml) title=\"([\w./-]+)\"\n(.*?)```", page, re.DOTALL))
+    code = files["rightrank_chat.py"]
+    assert sum(bool(line) for line in code.splitlines()) <= 30
+    (tmp_path / "rightrank_chat.py").write_text(code, encoding="utf-8")
+    entry = tomllib.loads(files["pyproject.toml"])["project"]["entry-points"][plugins.GROUP]
+    metadata = tmp_path / "rightrank_chat-1.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: rightrank-chat\nVersion: 1\n", encoding="utf-8")
+    lines = [f"[{plugins.GROUP}]", *(f"{name} = {value}" for name, value in entry.items())]
+    (metadata / "entry_points.txt").write_text("\n".join(lines), encoding="utf-8")
+    assert "chat-test" in python(SOURCE, "-m", "rightrank", "--help", folder=tmp_path).stdout
+    script = textwrap.dedent("""
+        import json, http.server, os, threading
+        import rightrank
+
+        class Chat(http.server.BaseHTTPRequestHandler):
+            def do_POST(self):
+                texts.append(self.rfile.read(int(self.headers["Content-Length"])).decode())
+                self.send_response(200)
+                self.end_headers()
+
+            def log_message(self, *_):
+                pass
+
+        texts = []
+        server = http.server.HTTPServer(("127.0.0.1", 0), Chat)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        os.environ["CHAT_URL"] = f"http://127.0.0.1:{server.server_port}"
+        rightrank.select_rank_with(lambda task: {"loss": 1 / task.rank}, "run", ranks=(1, 4), learning_rates=(1e-3,))
+        rightrank.chat("done")
+        print(json.dumps(texts))
+    """)
+    (tmp_path / "work").mkdir()
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(SOURCE), str(tmp_path)])}
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, env=environment, cwd=tmp_path / "work"
+    )
+    assert done.returncode == 0, done.stderr
+    posted = json.loads(done.stdout)
+    assert posted[-1] == "done"
+    assert any("rank 4" in text for text in posted)
+
+
+def test_a_plug_in_adds_an_export_and_a_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Added(plugins.Plugin):
+        def exports(self) -> dict[str, Callable[..., Any]]:
+            return {"note": lambda recipe: Written({"note.txt": f"rank {recipe.r}"}, "cat note.txt")}
+
+        def calls(self) -> dict[str, Callable[..., Any]]:
+            return {"twice": lambda train: lambda task: {"loss": 2 * train(task)["loss"]}}
+
+    monkeypatch.setitem(plugins._loaded(), "added", Added())
+    selected = rightrank.select_rank_with(
+        lambda task: {"loss": 1 / task.rank}, tmp_path / "run", ranks=(1, 4), learning_rates=(1e-3,), where="twice"
+    )
+    assert [evidence.value for evidence in selected.decision.ranks] == [2.0, 0.5]
+    with pytest.raises(SettingsError, match=r"allowed: peft, .*, note, optuna"):
+        rightrank.export(tmp_path / "run", "nonsense")
