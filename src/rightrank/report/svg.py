@@ -61,7 +61,7 @@ def svg_file(figure: AnyFigure) -> str:
     )
     title = wrap(visible(figure.title), int((width - 20) / (1.1 * LETTER)))
     top = 10 + LINE * len(title)
-    legend = [] if isinstance(figure, HeatMap) else _legend(figure, width, top + height + LINE)
+    legend = [] if isinstance(figure, HeatMap) else _legend(figure, width, top + height + 4)
     whole = top + height + LINE * len(legend) + 8
     lines = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:g} {whole:g}" font-family="system-ui, sans-serif" '
