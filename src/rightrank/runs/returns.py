@@ -99,7 +99,8 @@ class Selected:
         from rightrank.report.figures import rank_figure
         from rightrank.report.html import notebook_html  # brings jinja2
 
-        found, adapters = self.answers["adapter_answer"], None
+        found = self.answers["adapter_answer"]
+        adapters = None
         if found is not None and self.adapters:
             metric, higher = self.answers["metric"], self.answers["higher_is_better"]
             adapters = figure_of(AdapterAnswer.model_validate(found), self.adapters, metric, higher)
