@@ -70,7 +70,7 @@ def test_goal_adapter_ends_with_the_first_answer(answered: Path) -> None:
     assert document["training_rank_estimate"]["trainings"] > 0
     assert document["cost"]["trainings"] == document["cost"]["trainings_to_adapter"] < 2
     text = Elements((answered / "report.html").read_text(encoding="utf-8")).text
-    assert "not asked (goal: adapter)" in text
+    assert "not asked (--goal adapter)" in text
     assert document["training_rank_estimate"]["sentence"] in text
     assert write_report(answered).read_text(encoding="utf-8") == (answered / "report.html").read_text(encoding="utf-8")
     assert status(answered).state == "done"
@@ -130,7 +130,7 @@ def test_the_same_folder_goes_on_to_the_training_rank(
     again = select_rank(str(model_folder), completion_file, run, settings=settings_for("adapter"))
     assert again.decided is None
     assert trial_ids(run) == trained
-    assert "not asked (goal: adapter)" in write_report(run).read_text(encoding="utf-8")
+    assert "not asked (--goal adapter)" in write_report(run).read_text(encoding="utf-8")
 
 
 def test_interrupted_between_the_answers_the_first_is_there_and_stays(
