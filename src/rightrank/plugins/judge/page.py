@@ -10,7 +10,7 @@ from rightrank.report.html import script_hash, script_json
 
 def judge_page(pairs: Sequence[Mapping[str, str]]) -> str:
     """The page for these pairs, each with `id`, `prompt`, `a` and `b`."""
-    script = files("rightrank.report").joinpath("templates", "judge.js").read_text(encoding="utf-8").strip("\n")
+    script = files("rightrank.plugins.judge").joinpath("judge.js").read_text(encoding="utf-8").strip("\n")
     data = script_json(list(pairs))
     policy = f"default-src 'none'; script-src '{script_hash(script)}'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
     return f"""<!doctype html>
